@@ -68,8 +68,7 @@ def run(name: str, out: Path, options: ExportOptions) -> float:
         raise CommandError(f"OUT {out} holds a model; give --overwrite to replace it, or another folder")
     tokenizer = tokenizer_if_any(source)
     from mpoe.models import merge_experts
-    from mpoe.models.export import check_export
-    from mpoe.models.export_neurons import server_notes
+    from mpoe.models.export import check_export, server_notes
 
     model = load_model(source)
     stock = merge_experts(model, as_=options.to)

@@ -174,7 +174,7 @@ class MPOCores(FromInitialValues):
         result = decompose_with_errors(work, self.shape, gauge)
         self.set_cores_(result.cores)
         self.local_errors = result.local_errors
-        self.rate_ratios = _rate_ratios(result.cores, work)
+        self.rate_ratios = rate_ratios(result.cores, work)
         return result
 
     @torch.no_grad()
@@ -190,7 +190,7 @@ class MPOCores(FromInitialValues):
         result = decompose_shared(weights, self.shape)
         self.set_cores_(result.cores)
         self.local_errors = result.local_errors
-        self.rate_ratios = _rate_ratios(result.cores, weights)
+        self.rate_ratios = rate_ratios(result.cores, weights)
         return result
 
     @torch.no_grad()
@@ -210,7 +210,7 @@ class MPOCores(FromInitialValues):
         return f"{self.shape}, num_experts={self.num_experts}"
 
 
-def _rate_ratios(cores: Sequence[Tensor], weight: Tensor) -> tuple[float, ...]:
+def rate_ratios(cores: Sequence[Tensor], weight: Tensor) -> tuple[float, ...]:
     """RMS of every core divided by that of the weight; 1 for a zero weight."""
     scale = float(weight.double().square().mean().sqrt())
     return tuple(float(core.double().square().mean().sqrt()) / scale if scale else 1.0 for core in cores)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -23,7 +25,6 @@ from mpoe.models.families import checked_sites, family_for
 from mpoe.models.find import find_sites
 from mpoe.models.kept import fill_merged, hidden_modules, merged_config, neuron_modules
 from mpoe.models.mixtures import MixtureMixin, with_stock_experts
-from mpoe.models.one_at_a_time import one_at_a_time
 from mpoe.models.report import mpo_modules, parameter_report
 from mpoe.models.sites import EmbeddingSite, FFNSite, Report
 from mpoe.models.stock_experts import AnySite, checked_for
@@ -32,6 +33,24 @@ from mpoe_kernels import SharedDecomposition, backend_reasons
 
 SMALL_ERROR = 1e-3  # error of existing experts below which there is no warning
 Model = TypeVar("Model", bound=PreTrainedModel)
+P = ParamSpec("P")
+R = TypeVar("R")
+_LOCK = threading.RLock()
+
+
+def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: ``function`` waits until no other thread is inside any decorated function.
+
+    While Transformers loads a model it changes global state: initialisers, the default dtype, the tying of weights. A
+    model that another thread builds meanwhile would stay uninitialised.
+    """
+
+    @functools.wraps(function)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _LOCK:
+            return function(*args, **kwargs)
+
+    return alone
 
 
 def converted_class(model: Any, sites: Any = None) -> type[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mpoe.layers.masks import check_mask
+from mpoe.layers.context import check_mask
 
 
 def _checked(logits: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -21,6 +21,8 @@ from mpoe.layers import (
 )
 from mpoe_kernels import MPOShape
 
+from .test_layer_properties import by_hand
+
 
 def feed_forward(gated=False, activation="gelu_new", bias=True, **config):
     return MPOEFeedForward(
@@ -33,42 +35,11 @@ def feed_forward(gated=False, activation="gelu_new", bias=True, **config):
     ).eval()
 
 
-def by_hand(ffn, x, mask=None):
-    """The result token by token and expert by expert, in float64."""
-    x, act = x.double(), ACTIVATIONS[ffn.experts.activation]
-    decision = ffn.router(x.float())
-    weights = {kind: p.dense_weights().double() for kind, p in ffn.experts.projections().items()}
-    y = torch.zeros_like(x)
-    for t in range(x.shape[0]):
-        if mask is not None and not mask[t]:
-            continue
-        for e, gate in zip(decision.top_k_index[t], decision.top_k_weights[t].double(), strict=True):
-            up_bias = 0 if ffn.experts.up.bias is None else ffn.experts.up.bias.double()
-            down_bias = 0 if ffn.experts.down.bias is None else ffn.experts.down.bias.double()
-            z = x[t] @ weights["up"][e] + up_bias
-            hidden = act(x[t] @ weights["gate_proj"][e]) * z if ffn.experts.is_gated else act(z)
-            y[t] += gate * (hidden @ weights["down"][e] + down_bias)
-    return y
-
-
-@pytest.mark.parametrize("expert_type", ["mpo", "dense"])
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_against_the_obvious_loop(expert_type, gated, top_k):
-    ffn = feed_forward(gated, expert_type=expert_type, router=RouterConfig(top_k=top_k, is_scale_prob=True))
-    for projection in ffn.experts.projections().values():
-        if projection.bias is not None:
-            torch.nn.init.normal_(projection.bias)
-    x = torch.randn(11, 24)
-    mask = torch.rand(11) > 0.3
-    torch.testing.assert_close(ffn(x, mask).double(), by_hand(ffn, x, mask), rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_activations_agree_between_mpo_and_dense(activation):
     x = torch.randn(6, 24)
     ffn = feed_forward(activation=activation, bias=False)
-    torch.testing.assert_close(ffn(x).double(), by_hand(ffn, x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ffn(x).double(), by_hand(ffn, x, None), rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_of_dense_experts_match_a_loop():
@@ -213,11 +184,6 @@ def test_autocast_with_float32_parameters():
         torch.testing.assert_close(y.float(), ffn(x), rtol=0.05, atol=0.02)
         y.float().sum().backward()
         assert ffn.experts.up.bias.grad.dtype == torch.float32
-
-
-def test_empty_batch():
-    for expert_type in ("mpo", "dense"):
-        assert feed_forward(expert_type=expert_type)(torch.randn(0, 24)).shape == (0, 24)
 
 
 def test_bad_input():

@@ -138,21 +138,16 @@ class MPOCores(FromInitialValues):
         The weights then have mean square ``init_std ** 2`` and, at full bonds, independent Gaussian entries.
         """
         options: dict[str, Any] = {"device": self.central.device, "dtype": torch.float32}
-        values = {"central": torch.randn(self.central.shape, **options) * self._central_std()}
-        if self.init_std == 0:
-            values["central"].zero_()
-        for name, (k, (d, i, j, e)) in zip(
-            [n for n in self.core_names() if n != "central"],
-            [item for item in enumerate(self.shape.core_shapes) if item[0] != self.shape.central],
-            strict=True,
-        ):
-            left = k < self.shape.central
-            rows, columns = (d * i * j, e) if left else (i * j * e, d)
+        std = self._central_std() if self.init_std else 0.0
+        values = {"central": torch.randn(self.central.shape, **options) * std}
+        for k, (name, (d, i, j, e)) in enumerate(zip(self.core_names(), self.shape.core_shapes, strict=True)):
+            if name == "central":
+                continue
+            rows, columns = (d * i * j, e) if k < self.shape.central else (i * j * e, d)
             flat = torch.randn(self.num_experts, max(rows, columns), min(rows, columns), **options)
             frame = torch.linalg.qr(flat).Q
             frame = frame if rows >= columns else frame.transpose(-1, -2)
-            if not left:
-                frame = frame.transpose(-1, -2)
+            frame = frame if k < self.shape.central else frame.transpose(-1, -2)
             values[name] = frame.reshape(self.num_experts, d, i, j, e)
         if self.bias is not None:
             values["bias"] = torch.zeros(self.bias.shape, **options)

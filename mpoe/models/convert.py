@@ -23,7 +23,7 @@ from mpoe.models.classes import classes_of, foreign_class
 from mpoe.models.export import as_stock
 from mpoe.models.families import checked_sites, family_for
 from mpoe.models.find import find_sites
-from mpoe.models.kept import fill_merged, hidden_modules, merged_config, neuron_modules
+from mpoe.models.kept import fill_merged, hidden_modules, merged_config, neuron_modules, set_mpoe_config
 from mpoe.models.mixtures import MixtureMixin, with_stock_experts
 from mpoe.models.report import mpo_modules, parameter_report
 from mpoe.models.sites import EmbeddingSite, FFNSite, Report
@@ -323,9 +323,7 @@ def _has_dense_experts(model: Any) -> bool:
 def _with_config(merged: Any, config: MPOEConfig) -> Any:
     """``merged``, with its configurations updated."""
     config.rate_ratios = {name: list(cores.rate_ratios) for name, cores in mpo_modules(merged)}
-    for holder in merged.modules():
-        if isinstance(getattr(holder, "config", None), type(merged.config)):
-            holder.config.mpoe = config.to_dict()
+    set_mpoe_config(merged, config)
     return merged
 
 

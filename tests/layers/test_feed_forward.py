@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from transformers import LlamaConfig, LlamaModel
 
+from mpoe import convert_to_mpoe
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.layers import (
     ACTIVATIONS,
@@ -17,8 +23,10 @@ from mpoe.layers import (
     MPOLinear,
     current_routing,
     grouped_dense_linear,
+    load_balancing_loss,
     routing_context,
 )
+from mpoe.layers.feed_forward import _say_that_nothing_balances
 from mpoe_kernels import MPOShape
 
 from .test_layer_properties import by_hand
@@ -234,3 +242,39 @@ def test_tokens_are_brought_to_the_experts_dtype(dtype: torch.dtype) -> None:
     assert torch.equal(found, layer(x.float()))
     with pytest.raises(TypeError, match="dtype"):
         MPOLinear(8, 4)(x)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_one_config_means_the_same_in_a_layer_and_in_a_model(gated: bool) -> None:
+    config = MPOEConfig(num_experts=3)
+    layer = MPOEFeedForward(8, 32, config, activation="silu", gated=gated, bias=not gated, init_std={"up": 0.5})
+    sizes = {"hidden_size": 8, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = convert_to_mpoe(LlamaModel(LlamaConfig(vocab_size=9, num_key_value_heads=2, **sizes)), config)
+    converted = model.layers[0].mlp
+    assert isinstance(layer, MPOEFeedForward)
+    assert layer.router.top_k == converted.router.top_k == 2
+    experts = dict(layer.experts.auxiliary)
+    assert {"right", "left", *(["right_gate"] if gated else [])} == set(experts)
+    assert {block.shape for block in experts.values()} == {converted.experts.auxiliary["right"].shape}
+    x = torch.randn(2, 3, 8)
+    u = nn.functional.silu(layer.gate_proj(x)) * layer.up(x) if gated else nn.functional.silu(layer.up(x))
+    torch.testing.assert_close(layer(x), layer.down(u))  # experts begin as identities
+    for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(again(x), layer(x))
+    noisy = MPOEFeedForward(8, 32, MPOEConfig(num_experts=3, auxiliary_noise=0.1))
+    assert not torch.equal(noisy.experts.auxiliary["right"][0], noisy.experts.auxiliary["right"][1])
+
+
+def test_a_layer_that_trains_alone_says_that_nothing_balances_it() -> None:
+    layer, x = MPOEFeedForward(8, 16, MPOEConfig(num_experts=3)), torch.randn(2, 8)
+    _say_that_nothing_balances.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with routing_context() as routing:
+            layer(x)
+        with torch.no_grad():
+            layer(x)
+        layer.eval()(x)
+    assert load_balancing_loss(routing.records[0].logits, routing.records[0].top_k_index) > 0
+    with pytest.warns(UserWarning, match=r"nothing adds its balancing loss: run it in mpoe\.layers\.routing_context"):
+        layer.train()(x)

@@ -234,22 +234,3 @@ def test_a_correction_bias_chooses_and_does_not_weigh() -> None:
     found.top_k_weights.sum().backward()
     assert module.e_score_correction_bias.grad is None
     assert router(2).e_score_correction_bias is None
-
-
-WRONG = {
-    "score": ({"scoring_func": "tanh"}, ValueError, "scoring_func must be one of 'softmax', 'sigmoid'; got 'tanh'"),
-    "factor": ({"routed_scaling_factor": 0.0}, ValueError, "routed_scaling_factor must be greater than 0"),
-    "rate": ({"bias_update_rate": -1.0}, ValueError, "bias_update_rate must be at least 0"),
-    "gshard": (
-        {"top_k": 2, "second_policy": "all", "scoring_func": "sigmoid"},
-        ValueError,
-        "second_policy needs scoring_func 'softmax' and bias_update_rate 0",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_options_of_a_router(case: str) -> None:
-    options, error, message = WRONG[case]
-    with pytest.raises(error, match=message):
-        RouterConfig(**options)

@@ -52,11 +52,10 @@ def last_tokens(mask: Any, kwargs: Mapping[str, Any], ids: str, embeds: str) -> 
 def _without_padding(masks: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
     """The masks, None where nothing is padding: a prompt may have padding, the tokens after it have none. Only on the
     CPU, as a GPU would have to be waited for."""
-
-    def is_needed(mask: Tensor) -> bool:
-        return mask.device.type != "cpu" or not bool(mask.all())
-
-    return {stream: mask if mask is not None and is_needed(mask) else None for stream, mask in masks.items()}
+    return {
+        stream: None if mask is None or (mask.device.type == "cpu" and bool(mask.all())) else mask
+        for stream, mask in masks.items()
+    }
 
 
 def auxiliary_loss(records: list[RouterRecord], balance_weight: float, z_weight: float) -> Tensor:

@@ -33,9 +33,15 @@ from mpoe.models.find import find_sites
 from mpoe.models.kept import kept_modules
 from mpoe.models.others import OthersMixin
 from mpoe.models.outputs import ROUTING_FIELDS
-from mpoe.models.report import format_report, mpo_modules, names_in_checkpoints, parameter_report
+from mpoe.models.report import (
+    format_report,
+    mpo_modules,
+    names_in_checkpoints,
+    parameter_report,
+    print_summary,
+    summarize,
+)
 from mpoe.models.sites import install_empty
-from mpoe.models.summary import print_summary, summarize
 
 
 def last_tokens(mask: Any, kwargs: Mapping[str, Any], ids: str, embeds: str) -> Tensor | None:

@@ -14,9 +14,8 @@ from mpoe.inspection.growth import parameter_growth
 from mpoe.models.card import model_card
 from mpoe.models.decoding import kept_while_generating
 from mpoe.models.kept import kept_modules
-from mpoe.models.report import parameter_kind, routed_layers
+from mpoe.models.report import HEADER, parameter_kind, routed_layers, summarize
 from mpoe.models.sites import FFNSite
-from mpoe.models.summary import HEADER, summarize
 from mpoe.training import MPOETrainingArguments, build_param_groups
 from mpoe.training.freezing import freeze_all_but_experts
 from mpoe.training.gradient_mask import GradientMask

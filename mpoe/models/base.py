@@ -25,10 +25,9 @@ from mpoe.layers.context import (
 from mpoe.layers.experts import MPOExperts
 from mpoe.layers.feed_forward import RoutedFeedForward
 from mpoe.layers.initial import FromInitialValues
-from mpoe.layers.losses import count_choices, load_balancing_loss, router_z_loss
+from mpoe.layers.losses import count_choices, load_balancing_loss, router_z_loss, sum_over_ranks
 from mpoe.layers.mpo_embedding import MPOEmbedding
 from mpoe.layers.mpo_linear import MPOLinear
-from mpoe.layers.ranks import sum_over_ranks
 from mpoe.models.find import find_sites
 from mpoe.models.kept import kept_modules
 from mpoe.models.others import OthersMixin

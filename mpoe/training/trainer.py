@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from mpoe.layers.ranks import global_batch
+from mpoe.layers.losses import global_batch
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.card import write_card
 from mpoe.models.report import routed_layers, short_name

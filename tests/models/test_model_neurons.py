@@ -27,6 +27,7 @@ from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, merge_exp
 from mpoe.layers import MPOEFeedForward, NeuronFeedForward
 from mpoe.models.kept import neuron_modules
 from mpoe.models.table import DENSE, TABLE
+from tests.cases import pairwise
 
 from . import kept_models
 from .kept_models import LLAMA, batch, dense, every_family, logits, stirred
@@ -57,9 +58,7 @@ def config(top_k: int = 2, router: dict | None = None, **fields) -> MPOEConfig:
 
 
 @every_family
-@both
-@pytest.mark.parametrize("gates", GATES)
-@pytest.mark.parametrize("top_k", [1, 2, 4])
+@pytest.mark.parametrize(("gates", "latent", "top_k"), pairwise(list(GATES), [None, 6], [1, 2, 4]))
 def test_conversion_changes_no_bit(family: str, latent: int | None, gates: str, top_k: int) -> None:
     model = dense(family)
     converted = convert_to_mpoe(model, config(top_k, GATES[gates], latent=latent))

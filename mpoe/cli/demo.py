@@ -129,13 +129,13 @@ def size_and_price(kind: str) -> Any:
 
     inventory = take_inventory(LARGE[kind])
     usage = Usage(dict.fromkeys((*inventory.streams, "main", "encoder", "decoder"), 2048), torch.float32, True)
-    costs = {shape: model_costs(inventory, MPOEConfig(shape=shape), usage) for shape in MIXTURES}
+    costs = {shape: model_costs(inventory, MPOEConfig(shape=shape), usage)["totals"] for shape in MIXTURES}
     shown = {"dense": (costs["hidden"], "dense"), "switch": (costs["separable"], "switch")}
-    shown |= {arm: (cost, "mpoe") for arm, cost in costs.items()}
+    shown |= {arm: (totals, "mpoe") for arm, totals in costs.items()}
     rows = [["parameters, millions"], ["FLOPs of its feed-forward layers, x dense"]]
-    for cost, design in shown.values():
-        rows[0].append(f"{cost.whole(design).parameters / 1e6:,.0f}")
-        rows[1].append(f"{cost.experts(design).flops / cost.experts('dense').flops:.2f}")
+    for totals, design in shown.values():
+        rows[0].append(f"{totals['whole'][design]['parameters'] / 1e6:,.0f}")
+        rows[1].append(f"{totals['feed_forward'][design]['x_dense']:.2f}")
     words = "8 experts per layer; a token meets one, of hidden two. From shapes alone; mpoe bench times such layers."
     return Table(("", *shown), rows, f"{LARGE[kind]}, so converted", words, "runs")
 
@@ -213,9 +213,7 @@ def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
     classes = [*(expert.statistics for expert in mixture.composed_of), mixture.background_statistics]
     worth = composed_worth(mixture, classes, [batch for name in DOMAINS for batch in held_out[name]])
     shown = "\n".join(tokenizer.decode(held_out[name][0]["input_ids"][0][:SHOWN]) for name in DOMAINS)
-    with model_folder(output_dir / MODEL_FOLDER) as staging:
-        mixture.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
+    with model_folder(output_dir / MODEL_FOLDER, mixture, tokenizer) as staging:
         keep_experts(mixture, staging)
     results: dict[str, Any] = {
         "steps": steps,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mpoe.config import MPOEConfig
-    from mpoe.estimation.costs import ModelCosts, Usage
+    from mpoe.estimation.costs import Usage
     from mpoe.estimation.inventory import Inventory
 
 SCHEMA = 2
@@ -59,13 +59,10 @@ class PlanOptions:
     json: str | None = option(None, "also write everything, layer by layer, to this file")
 
 
-GROUPS = (PlanOptions,)
-
-
 def command(arguments: Sequence[str]) -> None:
     """Run the command on its tokens."""
     usage = "mpoe plan MODEL_OR_CONFIG [--flag value ...]"
-    asked = read_command(usage, __doc__, GROUPS, arguments, words=1)
+    asked = read_command(usage, __doc__, [PlanOptions], arguments, words=1)
     if asked is None:
         return
     words, (plan,), given = asked
@@ -88,10 +85,10 @@ def run(model: str, options: PlanOptions, given: set[str]) -> dict[str, Any]:
     inventory = _inventory(model, options)
     usage = _usage(inventory, options)
     costs = model_costs(inventory, _config(inventory, options, given), usage)
-    values = {"schema": SCHEMA, "model": inventory.values(), "work": usage.values(), "kind": "plan", **costs.values()}
+    values = {"schema": SCHEMA, "model": inventory.values(), "work": usage.values(), "kind": "plan", **costs}
     console = Console()
     wide = console if console.is_terminal else Console(width=max(WIDTH, console.width))
-    for line in (escape(_head(inventory, usage)), _plan_table(costs), *map(escape, _plan_notes(costs))):
+    for line in (escape(_head(inventory, usage)), _plan_table(values), *map(escape, _plan_notes(values))):
         wide.print(line, highlight=False)
     if options.json is not None:
         write_json(Path(options.json), values)
@@ -210,18 +207,6 @@ def _head(inventory: Inventory, usage: Usage) -> str:
     )
 
 
-def _new_table(title: str, *columns: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    style: dict[str, Any] = {"title_justify": "left", "box": box.HORIZONTALS}
-    table = Table(title=title, padding=(0, 1, 0, 0), pad_edge=False, **style)
-    for name in columns:
-        left = name in ("part", "design", "shape", "lossless")
-        table.add_column(name, justify="left" if left else "right", no_wrap=True)
-    return table
-
-
 def _cells(cost: dict[str, Any], training: bool) -> list[str]:
     temporary, x_dense = cost["temporary_bytes"], cost["x_dense"]
     return [
@@ -234,15 +219,17 @@ def _cells(cost: dict[str, Any], training: bool) -> list[str]:
     ]
 
 
-def _plan_table(costs: ModelCosts) -> Table:
+def _plan_table(values: dict[str, Any]) -> Table:
     """Every kind of layer, all of them, and the whole model, in the three designs."""
-    config, training, values = costs.config, costs.usage.training, costs.values()
-    shape = config.shape if isinstance(config.shape, str) else "given"
-    state = ["state"] if training else []
-    table = _new_table(
-        f"{config.num_experts:,} experts, top-{config.top_k}, shape {shape}",
-        *("part", "design", "parameters", "weights", *state, "temporary", "FLOP", "x dense"),
-    )
+    from rich import box
+    from rich.table import Table
+
+    config, training, totals = values["config"], values["work"]["training"], values["totals"]
+    shape = config["shape"] if isinstance(config["shape"], str) else "given"
+    title = f"{config['num_experts']:,} experts, top-{config['router']['top_k']}, shape {shape}"
+    table = Table(title=title, title_justify="left", box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("part", "design", "parameters", "weights", *["state"][:training], "temporary", "FLOP", "x dense"):
+        table.add_column(name, justify="left" if name in ("part", "design") else "right", no_wrap=True)
 
     def add(part: str, found: dict[str, Any], second: str = "") -> None:
         for design, words in zip(NAMES, (part, second, ""), strict=True):
@@ -255,24 +242,25 @@ def _plan_table(costs: ModelCosts) -> Table:
             by = dict.fromkeys(filter(None, (matrix["strategy"], matrix["backward_strategy"])))
             part = f"{stream} {matrix['kind']} {matrix['in_features']}x{matrix['out_features']}".strip()
             add(part, matrix, f"  by {' / '.join(by)}")
-    totals, number = values["totals"], sum(layer["count"] for layer in values["layers"])
-    add(f"{number} feed-forward layers", totals["feed_forward"])
+    add(f"{sum(layer['count'] for layer in values['layers'])} feed-forward layers", totals["feed_forward"])
     table.add_row("rest of the model", "all", *_cells(totals["rest"], training))
     table.add_section()
     add("whole model", totals["whole"])
     return table
 
 
-def _plan_notes(costs: ModelCosts) -> list[str]:
-    state = "state: with gradients and AdamW, float32 (16 bytes per parameter). " if costs.usage.training else ""
-    notes = [
+def _plan_notes(values: dict[str, Any]) -> list[str]:
+    training, dtype = values["work"]["training"], values["work"]["dtype"]
+    state = "state: with gradients and AdamW, float32 (16 bytes per parameter). " if training else ""
+    lossless = all(matrix["lossless"] for layer in values["layers"] for matrix in layer["matrices"])
+    return [
         "MPOE: experts that share a central core per matrix; Switch: as many dense experts; dense: the model as it is.",
-        f"weights: in {str(costs.usage.dtype).removeprefix('torch.')}. {state}temporary: rebuilt for one product, at "
-        "most two experts' of one matrix. Activations are not counted.",
+        f"weights: in {dtype}. {state}temporary: rebuilt for one product, at most two experts' of one matrix. "
+        "Activations are not counted.",
         "FLOP: of one step's matrix products, routers included, attention scores not; x dense: over the dense row's. "
         "by: the order of the fewest FLOPs, forward / backward; a run times the best few of them once.",
+        *([] if lossless else [TRUNCATED]),
     ]
-    return notes if costs.lossless else [*notes, TRUNCATED]
 
 
 TRUNCATED = (

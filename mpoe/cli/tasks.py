@@ -199,7 +199,7 @@ def read_descriptions(files: Sequence[str]) -> dict[str, TaskSpec]:
     Raises:
         ValueError: as `mpoe.data.read_task_file`, and two files that describe one task.
     """
-    from mpoe.data.task_files import read_task_file
+    from mpoe.data.tasks import read_task_file
 
     described: dict[str, TaskSpec] = {}
     for file in files:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
-from mpoe.data.names import lookup
+from mpoe.data.mappings import lookup
 from mpoe.data.task import Example, Task
 
 DEFAULT_METRICS = {

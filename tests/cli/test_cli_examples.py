@@ -14,8 +14,7 @@ import pytest
 import yaml
 
 from mpoe.cli import plots
-from mpoe.data.task_files import read_task_file
-from mpoe.data.tasks import find_spec
+from mpoe.data.tasks import find_spec, read_task_file
 
 from .cli_described import write_described
 

@@ -11,8 +11,6 @@ import pytest
 
 from mpoe.data.embedded import stand_in_path
 
-from .cli_rows import write_rows
-
 
 def train_flags(folder: Path, data: Path, *more: object) -> list[object]:
     return ["train", "--model", "t5", "--data_dir", data, "--output_dir", folder, "--max_steps", 1, *more]
@@ -56,55 +54,6 @@ def test_no_output_folder(refused, sentiment: Path) -> None:
     assert "--output_dir" in refused("train", "--model", "t5", "--data_dir", sentiment)
 
 
-def test_missing_column_names_file_and_line(refused, sentiment: Path, tmp_path: Path) -> None:
-    write_rows(sentiment / "validation.jsonl", [{"sentence": "fine", "label": 1}, {"sentence": "no answer"}])
-    line = refused(*train_flags(tmp_path / "run", sentiment))
-    assert "validation.jsonl, line 2: column 'label' is missing" in line
-    assert "got sentence" in line
-
-
-def test_asked_column_that_is_not_there(refused, sentiment: Path, tmp_path: Path) -> None:
-    line = refused(*train_flags(tmp_path / "run", sentiment, "--text_columns", "sentense"))
-    assert "line 1: column 'sentense' is missing (did you mean sentence?), which text_columns of task sentiment" in line
-
-
-def test_data_folder_that_is_not_there(refused, tmp_path: Path) -> None:
-    assert "data_dir must be an existing folder" in refused(*train_flags(tmp_path / "run", tmp_path / "absent"))
-
-
-def test_unknown_task_names_close_matches(refused, tmp_path: Path) -> None:
-    line = refused("train", "--model", "t5", "--tasks", "doc_modul", "--output_dir", tmp_path / "run")
-    assert "doc_modul" in line
-    assert "doc_module" in line
-
-
-def test_task_of_the_wrong_kind_for_the_model(refused, sentiment: Path, prose: Path, tmp_path: Path) -> None:
-    assert "use --model gpt2" in refused(*train_flags(tmp_path / "run", prose))
-    line = refused("train", "--model", "gpt2", "--data_dir", sentiment, "--output_dir", tmp_path / "run")
-    assert "a GPT-2 does language_modeling, generation (use --model t5" in line
-
-
-def test_folder_that_holds_another_run(refused, sentiment: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "run.json").write_text("{}")
-    line = refused(*train_flags(run, sentiment))
-    assert "holds another run" in line
-    assert "--resume" in line
-    assert "--overwrite" in line
-    assert (run / "run.json").read_text() == "{}"
-
-
-def test_output_folder_that_is_a_file(refused, sentiment: Path, tmp_path: Path) -> None:
-    (tmp_path / "run").write_text("precious")
-    assert "is a file" in refused(*train_flags(tmp_path / "run", sentiment))
-    assert (tmp_path / "run").read_text() == "precious"
-
-
-def test_resume_where_nothing_is(refused, sentiment: Path, tmp_path: Path) -> None:
-    assert "nothing to resume" in refused(*train_flags(tmp_path / "run", sentiment, "--resume"))
-
-
 def test_a_hub_that_does_not_answer_is_asked_once(refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for name in list(os.environ):
@@ -121,13 +70,6 @@ def test_a_hub_that_does_not_answer_is_asked_once(refused, monkeypatch: pytest.M
     line = refused("generate", "no-such-run", "--prompt", "x")
     assert "'no-such-run' is not a folder here, no built-in model (t5, gpt2), and the hub did not give it" in line
     assert asked == [("huggingface.co", 443)]
-
-
-def test_bad_configuration_files_name_the_line(refused, tmp_path: Path) -> None:
-    (tmp_path / "c.json").write_text('{"model": "t5",\n"max_steps" 3}')
-    assert "c.json, line 2" in refused("train", tmp_path / "c.json")
-    (tmp_path / "c.yaml").write_text("model: t5\nmax_steps: [3\n")
-    assert "c.yaml, line 3" in refused("train", tmp_path / "c.yaml")
 
 
 def test_unknown_model_family_lists_the_known_ones(refused, tmp_path: Path) -> None:
@@ -197,18 +139,6 @@ def test_refusals_of_train_come_before_the_model(refused, sentiment: Path, tmp_p
     (sentiment / "validation.jsonl").unlink()
     assert "no validation file" in refused(*train_flags(tmp_path / "new", sentiment))
     assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.usefixtures("no_model")
-@pytest.mark.parametrize("name", ["config.json", "model-00001-of-00002.safetensors", "results.json"])
-def test_train_refuses_a_folder_with_a_model(refused, sentiment: Path, tmp_path: Path, name: str) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / name).write_text("precious")
-    line = refused(*train_flags(run, sentiment))
-    assert "holds a saved model or results" in line
-    assert "--overwrite" in line
-    assert (run / name).read_text() == "precious"
 
 
 @pytest.mark.usefixtures("no_model")

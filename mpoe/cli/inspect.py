@@ -165,8 +165,9 @@ def _look(
     from mpoe.inspection.growth import parameter_growth
     from mpoe.inspection.routes import route_text
     from mpoe.inspection.spectra import bond_spectra
+    from mpoe.layers.cores import MPOCores
     from mpoe.models.report import routed_layers, short_name
-    from mpoe.models.summary import KeptSummary, summarize
+    from mpoe.models.summary import summarize
 
     config = model.mpoe_config
     layers = [short_name(layer) for layer, _ in routed_layers(model)]
@@ -176,7 +177,7 @@ def _look(
     spectra: dict[str, dict[str, list[Any]]] = {}
     for row in weights:
         layer, _, kind = short_name(row.name).rpartition(".")
-        bonds = [] if isinstance(row, KeptSummary) else bond_spectra(row.cores)
+        bonds = bond_spectra(row.cores) if isinstance(row.cores, MPOCores) else []
         if bonds:
             spectra.setdefault(kind, {})[layer or kind] = bonds
     file = Path(name) / METRICS_FILE
@@ -236,7 +237,7 @@ def _write(folder: Path, found: _Found) -> None:
 
     from mpoe.cli import routes
     from mpoe.cli.report import Table, facts, image, write_page
-    from mpoe.models.summary import HEADER, LEGEND, table_row
+    from mpoe.models.summary import HEADER, LEGEND
 
     sections = list(_sections(found))
     folder.mkdir(parents=True, exist_ok=True)
@@ -251,7 +252,7 @@ def _write(folder: Path, found: _Found) -> None:
             parts.append(image(plot, png, heading))
         parts.append(html)
     if found.weights:
-        parts.append(Table(HEADER, [table_row(row) for row in found.weights], "MPO weights", LEGEND).section())
+        parts.append(Table(HEADER, [row.cells() for row in found.weights], "MPO weights", LEGEND).section())
     write_json(folder / NUMBERS_FILE, _numbers(found))
     write_page(folder / REPORT_FILE, title, parts, routes.STYLE)
 

@@ -17,8 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, global_batch, shard_model
-from mpoe.models.hidden import hidden_modules
-from mpoe.models.kept import kept_modules
+from mpoe.models.kept import hidden_modules, kept_modules
 from mpoe.training import split_hidden_experts
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -104,13 +104,14 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
     "bias_update_rate": (float | None, None),
 }
 _NO_OPTIONS = ("router", "rate_ratios", "tied_head")
-# the original's names
+# the original's names, and short ones
 _ALIASES = {
-    "max_bond": "linear_trunc",
-    "attention_max_bond": "attention_trunc",
-    "embedding_max_bond": "emb_trunc",
-    "pooler_max_bond": "pooler_trunc",
-    "expert_dropout": "switch_dropout",
+    "num_experts": ("experts",),
+    "max_bond": ("linear_trunc", "bond"),
+    "attention_max_bond": ("attention_trunc",),
+    "embedding_max_bond": ("emb_trunc",),
+    "pooler_max_bond": ("pooler_trunc",),
+    "expert_dropout": ("switch_dropout",),
 }
 
 
@@ -128,11 +129,7 @@ def _options_of(config: type) -> Iterator[tuple[str, Any, Any]]:
     for field in fields(config):
         if field.name not in _NO_OPTIONS:
             kind, default = _OPTIONS.get(field.name, (kinds[field.name], field.default))
-            yield (
-                field.name,
-                kind,
-                option(default, about.get(field.name, ""), *filter(None, [_ALIASES.get(field.name)])),
-            )
+            yield field.name, kind, option(default, about.get(field.name, ""), *_ALIASES.get(field.name, ()))
 
 
 _Fields: Any = make_dataclass("_Fields", [*_options_of(MPOEConfig), *_options_of(RouterConfig)])

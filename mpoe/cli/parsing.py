@@ -32,7 +32,6 @@ _MEANT = {
     "data": "data_dir",
     "dataset": "data_dir",
     "output": "output_dir",
-    "experts": "num_experts",
 }
 _TRUTHS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")  # those of HfArgumentParser
 

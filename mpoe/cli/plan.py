@@ -7,17 +7,19 @@ Computed only from the configuration: no weights are loaded or allocated, and no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpoe.cli.errors import CommandError
+from mpoe.cli.options import ExpertOptions
 from mpoe.cli.parsing import option, read_command
+from mpoe.config import MPOEConfig, RouterConfig
+from mpoe.config.shapes import NEURONS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mpoe.config import MPOEConfig
     from mpoe.estimation.costs import Usage
     from mpoe.estimation.inventory import Inventory
 
@@ -29,27 +31,10 @@ WIDTH = 110  # of a table, if that of the terminal is unknown, as in a pipe
 
 @dataclass
 class PlanOptions:
-    """The mixture and its workload."""
+    """The workload."""
 
     _argument_group_name = "plan"
 
-    experts: int = option(8, "experts per layer", "num_experts")
-    shape: str | None = option(
-        None,
-        "hidden, neurons, separable, paper, light, or JSON: kind -> MPOShape; "
-        "default: hidden, or separable where a bond or cores are given",
-    )
-    neurons: int | None = option(None, "hidden neurons of each expert, of shape neurons; default: 64")
-    latent: int | None = option(None, "size of the space that such experts share; none = the model's own")
-    bond: int | None = option(None, "cap of every bond dimension; none = lossless", "max_bond")
-    separable_left: int | None = option(None, "left core of a separable up projection")
-    separable_right: int | None = option(None, "right core of a separable up projection")
-    light_p: int = option(64, "product i * j of a light shape's outer cores")
-    exclude_modules: list[str] = option([], "feed-forward modules that stay dense")
-    layers_to_transform: list[int] = option([], "layers to convert; none given = all")
-    top_k: int | None = option(
-        None, "experts per token; default: 2 of hidden, an eighth of neurons (2 to 8), 1 of other shapes"
-    )
     tokens: int = option(2048, "tokens of one device in one step; of T5: in each of encoder and decoder")
     decoder_tokens: int | None = option(None, "T5: tokens of the decoder, when they are others")
     dtype: str = option("bf16", "fp32, bf16 or fp16: weights and activations in products")
@@ -62,16 +47,16 @@ class PlanOptions:
 def command(arguments: Sequence[str]) -> None:
     """Run the command on its tokens."""
     usage = "mpoe plan MODEL_OR_CONFIG [--flag value ...]"
-    asked = read_command(usage, __doc__, [PlanOptions], arguments, words=1)
+    asked = read_command(usage, __doc__, [PlanOptions, ExpertOptions], arguments, words=1)
     if asked is None:
         return
-    words, (plan,), given = asked
+    words, (plan, experts), given = asked
     if not words:
         raise CommandError(f"plan needs a model first: {usage}")
-    run(words[0], plan, given)
+    run(words[0], plan, experts, given)
 
 
-def run(model: str, options: PlanOptions, given: set[str]) -> dict[str, Any]:
+def run(model: str, options: PlanOptions, experts: ExpertOptions, given: set[str]) -> dict[str, Any]:
     """Plan; print a table and return (and write) everything as JSON-able values."""
     from rich.console import Console
     from rich.markup import escape
@@ -82,9 +67,9 @@ def run(model: str, options: PlanOptions, given: set[str]) -> dict[str, Any]:
     if options.json is not None:
         check_writable_file("json", Path(options.json))
     _check(options)
-    inventory = _inventory(model, options)
+    inventory = _inventory(model, experts)
     usage = _usage(inventory, options)
-    costs = model_costs(inventory, _config(inventory, options, given), usage)
+    costs = model_costs(inventory, _config(inventory, experts, given), usage)
     values = {"schema": SCHEMA, "model": inventory.values(), "work": usage.values(), "kind": "plan", **costs}
     console = Console()
     wide = console if console.is_terminal else Console(width=max(WIDTH, console.width))
@@ -103,63 +88,44 @@ def _check(options: PlanOptions) -> None:
     """Refuse invalid values before heavy imports."""
     if options.training and options.inference:
         raise CommandError("--training and --inference exclude each other")
-    for name, least in (("experts", 1), ("bond", 1), ("top_k", 1), ("tokens", 0), ("decoder_tokens", 0)):
+    for name in ("tokens", "decoder_tokens"):
         value = getattr(options, name)
-        if value is not None and value < least:
-            raise CommandError(f"{name} must be at least {least}; got {value}")
+        if value is not None and value < 0:
+            raise CommandError(f"{name} must be at least 0; got {value}")
     if options.dtype not in DTYPES:
         raise CommandError(f"dtype must be one of {', '.join(DTYPES)}; got {options.dtype!r}")
     if options.mask_central and options.inference:
         raise CommandError("mask_central concerns training; it cannot be given with --inference")
 
 
-def _inventory(model: str, options: PlanOptions) -> Inventory:
+def _inventory(model: str, experts: ExpertOptions) -> Inventory:
     from mpoe.estimation.inventory import take_inventory
 
     if model == "t5" and not Path(model).exists():  # gpt2, the other stand-in's name, means the well-known size here
         from mpoe.data.embedded import stand_in_path
 
         model = str(stand_in_path(model))
-    return take_inventory(model, options.exclude_modules, options.layers_to_transform or None)
+    return take_inventory(model, experts.exclude_modules, experts.layers_to_transform or None)
 
 
-def _config(inventory: Inventory, options: PlanOptions, given: set[str]) -> MPOEConfig:
+def _config(inventory: Inventory, experts: ExpertOptions, given: set[str]) -> MPOEConfig:
     """The requested mixture; for a converted model, its own unless flags override it."""
-    from mpoe.cli.options import ExpertOptions
-    from mpoe.config import MPOEConfig
-    from mpoe.config.shapes import NEURONS
-
-    shape = options.shape
-    if shape is None and inventory.mpoe is not None and inventory.mpoe.is_neurons:
-        shape = NEURONS
-    asked = ExpertOptions(
-        num_experts=options.experts,
-        shape=shape,
-        max_bond=options.bond,
-        separable_left=options.separable_left,
-        separable_right=options.separable_right,
-        light_p=options.light_p if "light_p" in given else None,
-        top_k=options.top_k,
-        neurons=options.neurons,
-        latent=options.latent,
-    ).build()
-    assert asked is not None  # only a dense model has no configuration
-    asked = asked if inventory.blocks_fit else asked.with_cores()
-    if inventory.mpoe is None:
-        return asked
     own = inventory.mpoe
-    names = {"experts": "num_experts", "bond": "max_bond", "shape": "shape", "light_p": "light_p"}
-    names |= {name: name for name in ("separable_left", "separable_right", "neurons", "latent")}
-    changes = {kept: getattr(asked, kept) for name, kept in names.items() if name in given}
-    fields = {**{kept: getattr(own, kept) for kept in names.values()}, **changes}
-    routing = asked if "top_k" in given or (own.is_neurons and fields["shape"] != NEURONS) else own
-    if fields["shape"] != NEURONS:
-        fields |= {"neurons": None, "latent": None}
-    return MPOEConfig(
-        **fields,
-        moe_type=routing.moe_type,
-        router=routing.router,
-    )
+    if experts.shape is None and own is not None and own.is_neurons:
+        experts.shape = NEURONS
+    asked = experts.build()
+    if asked is None or asked.expert_type == "dense":
+        raise CommandError("plan puts dense experts and the dense model beside MPO experts; got no MPO experts")
+    asked = asked if inventory.blocks_fit else asked.with_cores()
+    if own is None:
+        return asked
+    changes = {field.name: getattr(asked, field.name) for field in fields(own) if field.name in given}
+    shape = changes.get("shape", own.shape)
+    if shape != NEURONS:
+        changes |= {"neurons": None, "latent": None}
+    if given & {field.name for field in fields(RouterConfig)} or (own.is_neurons and shape != NEURONS):
+        changes |= {"moe_type": asked.moe_type, "router": asked.router}
+    return replace(own, **changes)
 
 
 def _usage(inventory: Inventory, options: PlanOptions) -> Usage:

@@ -193,6 +193,10 @@ def test_eleven_billion_parameters_and_a_thousand_experts(cli) -> None:
         (["t5-base", "--training", "--inference"], "exclude each other"),
         (["t5-base", "--inference", "--mask_central"], "mask_central concerns training"),
         (["t5-base", "--neurons", 8], "neurons needs shape 'neurons'; got 'hidden'"),
+        (
+            ["t5-base", "--expert_type", "dense"],
+            "got no MPO experts",
+        ),
         (["t5-base", "--layers_to_transform", 77], "layers_to_transform must hold layer indices 0..11; got 77"),
         (["t5-base", "--expert", 8], "unknown option '--expert'"),
         (["--experts", 8], "plan needs a model first"),

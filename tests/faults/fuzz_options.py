@@ -29,7 +29,7 @@ GROUPS: dict[str, tuple[type, ...]] = {
     ),
     "evaluate": (EvaluateOptions, DataOptions),
     "convert": (ConvertOptions, ExpertOptions),
-    "plan": (PlanOptions,),
+    "plan": (PlanOptions, ExpertOptions),
     "inspect": (InspectOptions, DataOptions),
     "generate": (GenerateOptions,),
     "demo": (DemoOptions,),

@@ -45,18 +45,11 @@ def run(words: list[str]) -> None:
 
 def _show_commands() -> None:
     """Print the commands, each with a line about it."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console()
-    console.print("[bold]Usage:[/bold] mpoe [--version] [--help] [--debug] COMMAND ...\n", highlight=False)
-    console.print("Turn a pretrained T5, GPT-2, Llama or BERT into a parameter-efficient mixture of experts.\n")
-    table = Table("command", "what it does")
+    print("Usage: mpoe [--version] [--help] [--debug] COMMAND ...\n")
+    print("Turn a pretrained T5, GPT-2, Llama or BERT into a parameter-efficient mixture of experts.\n")
     for name, text in COMMANDS.items():
-        table.add_row(name, escape(text))
-    console.print(table)
-    console.print("mpoe COMMAND --help lists the options of a command.", highlight=False)
+        print(f"  {name:10}{text}")
+    print("\nmpoe COMMAND --help lists the options of a command.")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -33,23 +33,9 @@ from mpoe.data.hub import load_hub_task
 from mpoe.data.local import load_described_task
 from mpoe.data.mappings import lookup, read_mapping
 from mpoe.data.metrics import get_metric
-from mpoe.data.spec import HubData, TaskSpec
+from mpoe.data.spec import TaskSpec
 from mpoe.data.splits import with_validation_from_train
-from mpoe.data.task import Example, Task, subset
-
-__all__ = [
-    "Example",
-    "HubData",
-    "Task",
-    "TaskSpec",
-    "average_score",
-    "find_spec",
-    "get_task",
-    "load_task",
-    "register_task",
-    "subset",
-    "task_names",
-]
+from mpoe.data.task import Task
 
 STANDARD = Path(__file__).resolve().parent / "standard"
 

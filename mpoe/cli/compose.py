@@ -31,7 +31,9 @@ class ComposeOptions:
     texts: list[str] = option(
         [], "a text file for every expert or fine-tune, of its domain, in order; experts' files do without", nargs="+"
     )
-    router: str = option("ridge", "ridge: closed form; train: then trained alone, on the texts")
+    router: str = option(
+        "ridge", "ridge: closed form; train: then trained alone, on the texts", choices=["ridge", "train"]
+    )
     top_k: int | None = option(None, "experts per token; default 2 or the mixture's, of fine-tunes 1")
     add: str | None = option(None, "a composed mixture, which gets these experts more (of fine-tunes one)")
     remove: list[str] = option([], "names of experts of the mixture --add to leave out", nargs="+")
@@ -209,8 +211,6 @@ def _check_experts(names: Sequence[str], options: ComposeOptions) -> None:
         raise CommandError(f"the adapter {adapters[0]} is fitted on texts of its domain: give --texts")
     if options.router == "train" and (not options.texts or options.add is not None):
         raise CommandError("router train needs --texts for every expert of the mixture, and no --add")
-    if options.router not in ("ridge", "train"):
-        raise CommandError(f"router must be ridge or train; got {options.router!r}")
     if options.neurons is not None and (options.neurons < 1 or not adapters):
         raise CommandError(f"neurons must be at least 1, of experts fitted to adapters; got {options.neurons}")
     if options.steps < 1:

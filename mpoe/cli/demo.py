@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpoe.cli.errors import CommandError, close_matches
+from mpoe.cli.errors import CommandError
 from mpoe.cli.parsing import option, read_command
 
 MODEL_FOLDER = "model"
@@ -28,7 +28,9 @@ class DemoOptions:
 
     output_dir: Path = option(Path("mpoe_demo"), "folder for report.html, results, and experts and model or the runs")
     compare: bool = option(False, "compare dense, wider, Switch and MPO experts")
-    model: str = option("t5", "of --compare: t5 (documentation tasks) or gpt2 (language modelling)")
+    model: str = option(
+        "t5", "of --compare: t5 (documentation tasks) or gpt2 (language modelling)", choices=list(KINDS)
+    )
     steps: int | None = option(None, "training steps per expert or arm; default: the tuned budget")
     seed: int = option(0, "of data order, routers and dropout")
     overwrite: bool = option(False, "replace the demo in the output folder")
@@ -49,9 +51,6 @@ def command(arguments: Sequence[str]) -> None:
     from mpoe.training.run_lock import hold
 
     check_seed("seed", options.seed)
-    if options.model not in KINDS:
-        close = close_matches(options.model, KINDS)
-        raise CommandError(f"model must be one of {', '.join(KINDS)}; got {options.model!r}{close}")
     if "model" in asked.given and not options.compare:
         raise CommandError("model is for --compare; the experts are trained beside the embedded GPT-2")
     if steps is not None and steps < 1:

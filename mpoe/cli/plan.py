@@ -37,7 +37,7 @@ class PlanOptions:
 
     tokens: int = option(2048, "tokens of one device in one step; of T5: in each of encoder and decoder")
     decoder_tokens: int | None = option(None, "T5: tokens of the decoder, when they are others")
-    dtype: str = option("bf16", "fp32, bf16 or fp16: weights and activations in products")
+    dtype: str = option("bf16", "fp32, bf16 or fp16: weights and activations in products", choices=list(DTYPES))
     training: bool = option(False, "forward and backward; the default")
     inference: bool = option(False, "forward only")
     mask_central: bool = option(False, "training: a step in which the gradient mask spares the central cores")
@@ -92,8 +92,6 @@ def _check(options: PlanOptions) -> None:
         value = getattr(options, name)
         if value is not None and value < 0:
             raise CommandError(f"{name} must be at least 0; got {value}")
-    if options.dtype not in DTYPES:
-        raise CommandError(f"dtype must be one of {', '.join(DTYPES)}; got {options.dtype!r}")
     if options.mask_central and options.inference:
         raise CommandError("mask_central concerns training; it cannot be given with --inference")
 

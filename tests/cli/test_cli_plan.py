@@ -223,13 +223,6 @@ def test_refusals_of_files(refused, tmp_path: Path) -> None:
         assert message in refused("plan", tmp_path)
 
 
-def test_help_lists_the_options(cli) -> None:
-    answer = cli("plan", "--help")
-    assert answer.code == 0
-    for word in ("--experts", "--top_k", "--mask_central", "--json"):
-        assert word in answer.out
-
-
 def test_without_a_shape_it_plans_what_conversion_makes(cli, tmp_path) -> None:
     values = plan(cli, tmp_path, "t5-base")
     assert (values["config"]["shape"], values["config"]["router"]["top_k"]) == ("hidden", 2)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mpoe.models.report import routed_layers
-from mpoe.training.run_log import expert_load_of
+from mpoe.training.statistics import expert_load_of
 
 
 @torch.no_grad()

@@ -19,7 +19,6 @@ from mpoe.models.base import MPOEModelMixin
 from mpoe.models.card import write_card
 from mpoe.models.report import routed_layers, short_name
 from mpoe.training import checkpoints
-from mpoe.training.advice import LoadWatch, rate_advice
 from mpoe.training.arguments import MPOETrainingArguments
 from mpoe.training.callbacks import GradientMaskCallback
 from mpoe.training.correction_bias import CorrectionBias
@@ -29,10 +28,10 @@ from mpoe.training.gradient_mask import GradientMask
 from mpoe.training.loss import LossParts, count_targets, shifts_labels, split_loss, step_share
 from mpoe.training.metrics_file import MetricsFile
 from mpoe.training.param_groups import build_param_groups
+from mpoe.training.rates import rate_advice
 from mpoe.training.resuming import CheckpointMixin, checkpoint_to_resume, go_on_with_choices
 from mpoe.training.run_lock import hold
-from mpoe.training.run_log import RunLog, expert_load_of
-from mpoe.training.statistics import ExpertLoad, core_grad_norms
+from mpoe.training.statistics import ExpertLoad, LoadWatch, RunLog, core_grad_norms, expert_load_of
 
 # Everything that models return besides the logits; it does not belong in an evaluation's predictions.
 _NOT_PREDICTIONS = (
@@ -64,9 +63,9 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
     * a loss that does not depend on how a batch is split into micro-batches (see `mpoe.training.loss`), and
       `eval_loss` per target rather than per batch, without the routers' losses; for language models also
       `eval_perplexity`, per token of their tokenizer;
-    * warnings about experts that take most tokens or none for long, and about rates far from those that worked
-      (`training.advice`); logs of task and auxiliary loss, expert load, core gradient norms and the share of masked
-      steps, also as `metrics.jsonl` in the output folder;
+    * warnings about experts that take most tokens or none for long (`training.statistics`), and about rates far from
+      those that worked (`training.rates`); logs of task and auxiliary loss, expert load, core gradient norms and the
+      share of masked steps, also as `metrics.jsonl` in the output folder;
     * under torchrun (DDP), router losses over the tokens of all processes, so a step equals that of one process with
       the same global batch; a lock, so that no other process trains in the same folder (see `mpoe.training.run_lock`);
     * a diverging run ends with a `DivergenceError` (see `mpoe.training.divergence`); checkpoints that are complete or

@@ -102,6 +102,6 @@ def test_a_run_continues(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_ranks_compute_what_one_does() -> None:
     """DDP, FSDP2, and tensor parallelism of the dense projections with PyTorch's own styles."""
-    answer = torchrun("ranks_neurons")
+    answer = torchrun("ranks_tensor", "neurons")
     assert answer.returncode == 0, answer.stdout
     assert answer.stdout.count("alike") == 2

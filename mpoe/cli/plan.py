@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SCHEMA = 2
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 NAMES = {"mpoe": "MPOE", "switch": "Switch", "dense": "dense"}
+SMALL = 0.5  # of Switch's parameters: with more, the mixture is not a small one
 WIDTH = 110  # of a table, if that of the terminal is unknown, as in a pipe
 
 
@@ -272,6 +273,12 @@ def _plan_notes(costs: ModelCosts) -> list[str]:
         "FLOP: of one step's matrix products, routers included, attention scores not; x dense: over the dense row's. "
         "by: the order of the fewest FLOPs, forward / backward; a run times the best few of them once.",
     ]
+    share = costs.experts("mpoe").parameters / costs.experts("switch").parameters
+    if share >= SMALL:
+        notes.append(
+            f"At this width these experts are not small: MPOE's feed-forward layers hold {share:.0%} of Switch's "
+            "parameters. Compare --shape separable, --shape neurons, and a lower --bond."
+        )
     return notes if costs.lossless else [*notes, TRUNCATED]
 
 

@@ -45,6 +45,16 @@ def test_every_tensor_of_every_op(op: str, backend: str) -> None:
                 run(op, arguments)
 
 
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_a_missing_tensor(op: str) -> None:
+    """PyTorch's dispatcher lets None through where a schema wants a tensor."""
+    fitting = calls("auto")[op]
+    wanted = [a.name for a in getattr(torch.ops.mpoe, op).default._schema.arguments if str(a.type) == "Tensor"]
+    for name in wanted:
+        with pytest.raises(TypeError, match=f"{name} must be a tensor; got NoneType None"):
+            run(op, {**fitting, name: None})
+
+
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("route", {"num_experts": 2**31}, f"num_experts must lie between 1 and {MOST_EXPERTS}; got 2147483648"),
     ("route", {"num_experts": 0}, "num_experts must"),

@@ -14,6 +14,8 @@ from mpoe.layers import MPOEFeedForward, MPOLinear
 from mpoe_kernels import (
     MPOBlocks,
     combine,
+    decompose,
+    decompose_shared,
     dispatch,
     expert_weights,
     grouped_mpo_linear,
@@ -218,11 +220,19 @@ def test_a_resized_storage_is_refused(name: str, backend: str, left_over: int) -
                     call(*inputs[:k], emptied, *inputs[k + 1 :])
 
 
-def test_weights_of_blocks_without_memory() -> None:
+def test_weights_without_memory() -> None:
     blocks = random_blocks(SHAPE, 2, torch.float32)
-    blocks.left.untyped_storage().resize_(blocks.left.nbytes // 2)
-    with pytest.raises(ValueError, match="left must hold its values"):
-        expert_weights(blocks)
+    weights = expert_weights(blocks).clone()
+    weight = weights[0].clone()
+    for tensor in (blocks.left, weights, weight):
+        tensor.untyped_storage().resize_(tensor.nbytes // 2)
+    for name, call in {
+        "left": lambda: expert_weights(blocks),
+        "weight": lambda: decompose(weight, SHAPE),
+        "weights": lambda: decompose_shared(weights, SHAPE),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} must hold its values"):
+            call()
 
 
 def test_views_of_larger_and_of_shared_memory_are_fine() -> None:

@@ -185,7 +185,8 @@ class Reach:
     seconds: dict[str, float] = field(default_factory=dict)
     lines: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
-    def pytest_configure(self) -> None:
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_load_initial_conftests(self) -> None:  # which import what is recorded
         self.recorder = coverage.Coverage(data_file=None, include=[str(path) for path in self.paths], messages=False)
         self.recorder.start()
 
@@ -225,6 +226,7 @@ def record(area: Area, folder: Path) -> Reach:
         print((folder / "mutants.log").read_text()[-3000:])
         raise SystemExit(f"the tests of area {area.name} must pass without a mutation; they do not")
     reach.read()
+    print(f"{area.name}: {len(reach.seconds)} tests, {sum(reach.seconds.values()):.0f} s")
     return reach
 
 

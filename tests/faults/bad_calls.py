@@ -34,7 +34,7 @@ from .processes import Child, fork
 
 LIFE = "the life of a layer"
 SECONDS = 30  # that a call may take
-LIVES = 4  # for every round of the names
+LIVES = 12  # for every round of the names
 AT_ONCE = 4  # children
 ROOM = 6 << 30  # bytes of address space that a call may take: a fair machine, not a huge one
 WORKED, REFUSED, INSIDE, STRAY, WRONG = 0, 2, 3, 4, 5  # exit statuses of a child; HANGS is the parent's
@@ -87,7 +87,7 @@ def callable_names(folder: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------ what comes of them
 
 # PyTorch's own refusals: views of a storage that is too short, layouts without a kernel, types that a schema excludes.
-PYTORCHS = ("setStorage: ", "Could not run ", "ested", "parse", "kldnn", "Cast error details: ")
+PYTORCHS = ("setStorage: ", "Could not run ", "ested", "parse", "kldnn", "Cast error details: ", "materialize all")
 
 
 def tensors_of(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:

@@ -108,7 +108,7 @@ def test_offsets_that_are_none(backend: str, values: tuple[int, ...]) -> None:
         )
 
 
-@pytest.mark.parametrize("row", [-1, 5])
+@pytest.mark.parametrize("row", [-1, 5, 9])
 def test_rows_that_are_none(backend: str, row: int) -> None:
     rows = torch.tensor([0, row, 1])
     with pytest.raises(ValueError, match=rf"row_index must lie in 0\.\.4; got {row}"):
@@ -273,6 +273,7 @@ def test_words_instead_of_an_error_from_inside() -> None:
         (lambda: route(pairs, 2**31), ValueError, "num_experts must lie between 1 and 1048576; got 2147483648"),
         (lambda: route(pairs, 1, capacity=1.5), TypeError, r"capacity must be an integer; got float 1\.5"),
         (lambda: route(pairs[:1].expand(2**31, 1), 1), ValueError, r"top_k_index must be .* T \* K <= 2147483647"),
+        (lambda: route(pairs[:1].expand(2**30, 2), 2), ValueError, r"top_k_index must be .* T \* K <= 2147483647"),
         (lambda: use_backend(None).__enter__(), TypeError, "name must be that of a backend; got None"),
         (lambda: route(pairs, 1, backend=[]), ValueError, r"backend must be one of .*; got \[\]"),
     ]

@@ -29,9 +29,8 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import coverage
 import pytest
@@ -127,14 +126,12 @@ def _statement(tree: ast.Module, line: int) -> range:
 
 def sample(areas: list[Area], root: Path, count: int) -> list[Mutant]:
     """``count`` mutants, as many of every area as of the others while they last; the same ones every time."""
+    pools = [(mutant_at(area, change, root) for change in places(area, root)) for area in areas]
+    turns = itertools.zip_longest(*(filter(None, pool) for pool in pools))
     found: dict[str, Mutant] = {}
-    pools = [[(area, change) for change in places(area, root)] for area in areas]
-    for turn in itertools.zip_longest(*pools):
-        for area, change in filter(None, turn):
-            mutant = mutant_at(area, change, root) if len(found) < count else None
-            if mutant is not None:
-                found.setdefault(mutant.name, mutant)
-        if len(found) >= count:
+    for mutant in filter(None, itertools.chain.from_iterable(turns)):
+        found.setdefault(mutant.name, mutant)
+        if len(found) == count:
             break
     return list(found.values())
 
@@ -149,9 +146,7 @@ def copy_of_tree(root: Path, folder: Path) -> None:
             shutil.copy2(root / name, folder / name)
 
 
-def run_tests(
-    tests: list[str], folder: Path, seconds: float | None = None, plugins: tuple[Any, ...] = ()
-) -> int | None:
+def run_tests(tests: list[str], folder: Path, seconds: float | None, *plugins: object) -> int | None:
     """Exit status of pytest in a fork of this process; None if it takes longer than ``seconds``."""
 
     def run() -> None:
@@ -163,7 +158,7 @@ def run_tests(
         sys.path[:] = [str(folder), *(path for path in sys.path if path and Path(path).resolve() != ROOT)]
         os.environ["PYTHONPATH"] = str(folder)
         sys.dont_write_bytecode = not plugins  # what is recorded is not changed
-        sys.exit(pytest.main([*OPTIONS, *tests], plugins=list(plugins)))
+        sys.exit(pytest.main([*OPTIONS, *tests], plugins=plugins))
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
@@ -175,43 +170,52 @@ def run_tests(
     return status
 
 
-@dataclass
-class Reach:
-    """A plugin of pytest that records ``seconds`` of every test, and for every file and line the tests that reach it,
-    ``""`` for an import, and leaves them in the file ``record``."""
+class Recorder:
+    """A plugin of pytest that leaves in a file the seconds of every test and, by file and line, the tests that reach
+    it; ``""`` is an import."""
 
-    paths: list[Path]
-    record: Path
-    seconds: dict[str, float] = field(default_factory=dict)
-    lines: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    def __init__(self, paths: list[str], file: Path) -> None:
+        self.paths, self.file = paths, file
+        self.seconds: dict[str, float] = {}
+        self.coverage = coverage.Coverage(data_file=None, include=paths, messages=False)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_load_initial_conftests(self) -> None:  # which import what is recorded
-        self.recorder = coverage.Coverage(data_file=None, include=[str(path) for path in self.paths], messages=False)
-        self.recorder.start()
+        self.coverage.start()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        self.recorder.switch_context(item.nodeid)
+        self.coverage.switch_context(item.nodeid)
         start = time.monotonic()
         result = yield
         self.seconds[item.nodeid] = time.monotonic() - start
         return result
 
     def pytest_unconfigure(self) -> None:
-        self.recorder.stop()
-        data = self.recorder.get_data()
-        lines = {str(path): data.contexts_by_lineno(str(path)) for path in self.paths}
-        self.record.write_text(json.dumps({"seconds": self.seconds, "lines": lines}))
+        self.coverage.stop()
+        data = self.coverage.get_data()
+        self.file.write_text(json.dumps([self.seconds, {path: data.contexts_by_lineno(path) for path in self.paths}]))
 
-    def read(self) -> None:
-        """What the run in a fork has left."""
-        found = json.loads(self.record.read_text())
-        self.seconds, self.lines = found["seconds"], found["lines"]
+
+class Reach:
+    """What an area's tests reach, by running them without a mutation.
+
+    Attributes:
+        seconds: of every test, by its id.
+        lines: by path and line (a text), ids of tests; see `Recorder`.
+    """
+
+    def __init__(self, area: Area, folder: Path) -> None:
+        paths = [str(path) for glob in area.files for path in folder.glob(glob)]
+        if run_tests(area.tests, folder, None, Recorder(paths, folder / "reach.json")) != 0:
+            print((folder / "mutants.log").read_text()[-3000:])
+            raise SystemExit(f"the tests of area {area.name} must pass without a mutation; they do not")
+        self.seconds, self.lines = json.loads((folder / "reach.json").read_text())
+        print(f"{area.name}: {len(self.seconds)} tests, {sum(self.seconds.values()):.0f} s")
 
     def tests(self, path: Path, lines: range) -> list[str]:
-        """Ids of the tests that may see a change of these lines, the quickest of a file first; of one that runs
-        at import, all that reach the file."""
+        """Those that may see a change of lines, the quickest of a file first; if an import reaches them, all that reach
+        the file."""
         by_line = self.lines[str(path)]
         found = {test for line, tests in by_line.items() if int(line) in lines for test in tests}
         if "" in found:
@@ -219,28 +223,15 @@ class Reach:
         return sorted(found - {""}, key=lambda test: (test.partition("::")[0], self.seconds[test]))
 
 
-def record(area: Area, folder: Path) -> Reach:
-    """Run an area's tests without a mutation."""
-    reach = Reach([path for glob in area.files for path in folder.glob(glob)], folder / "reach.json")
-    if run_tests(area.tests, folder, None, (reach,)) != 0:
-        print((folder / "mutants.log").read_text()[-3000:])
-        raise SystemExit(f"the tests of area {area.name} must pass without a mutation; they do not")
-    reach.read()
-    print(f"{area.name}: {len(reach.seconds)} tests, {sum(reach.seconds.values()):.0f} s")
-    return reach
-
-
-def outcome(mutant: Mutant, reach: Reach, folder: Path) -> str:
+def outcome(mutant: Mutant, reach: Reach, folder: Path, root: Path) -> str:
     """``passed``, ``failed``, ``timeout``, or ``unreached`` by any test."""
     path = folder / mutant.file
     tests = reach.tests(path, mutant.lines)
     if not tests:
         return "unreached"
-    text, before = path.read_text(encoding="utf-8"), path.stat()
     path.write_text(mutant.text, encoding="utf-8")
     status = run_tests(tests, folder, max(SHORTEST_LIMIT, TIMES * sum(reach.seconds[test] for test in tests)))
-    path.write_text(text, encoding="utf-8")
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as its bytecode says
+    shutil.copy2(root / mutant.file, path)
     return "timeout" if status is None else "failed" if status else "passed"
 
 
@@ -270,25 +261,20 @@ def main(arguments: list[str] | None = None) -> int:
             if mutant.name in outcomes or mutant.name in area.survivors:
                 continue
             if area.name not in reached:
-                reached[area.name] = record(area, folder)
-            outcomes[mutant.name] = outcome(mutant, reached[area.name], folder)
+                reached[area.name] = Reach(area, folder)
+            outcomes[mutant.name] = outcome(mutant, reached[area.name], folder, asked.root)
             print(f"{outcomes[mutant.name]:9} {mutant.name}", flush=True)
             results.with_suffix(".new").write_text(json.dumps(outcomes, indent=1))
             os.replace(results.with_suffix(".new"), results)
-    return report(chosen, outcomes, asked.least)
-
-
-def report(chosen: list[Mutant], outcomes: dict[str, str], least: float) -> int:
-    """Print how many of every area were seen; 1 if fewer than ``least`` of those that are not known to survive."""
-    survived = [m for m in chosen if m.name not in m.area.survivors and outcomes[m.name] in ("passed", "unreached")]
     known = [m for m in chosen if m.name in m.area.survivors]
+    survived = [m for m in chosen if outcomes.get(m.name) in ("passed", "unreached") and m not in known]
     total, missed = Counter(m.area.name for m in chosen), Counter(m.area.name for m in (*survived, *known))
-    for area, count in total.items():
-        print(f"{area:20} {count - missed[area]:4} of {count:4} seen")
+    for name, count in total.items():
+        print(f"{name:20} {count - missed[name]:4} of {count:4} seen")
     print(f"{len(chosen) - len(survived) - len(known)} of {len(chosen)} seen, {len(known)} known survivors")
     for mutant in survived:
         print(f"survived: {mutant.name}")
-    return 1 if len(survived) > (1 - least) * (len(chosen) - len(known)) else 0
+    return 1 if len(survived) > (1 - asked.least) * (len(chosen) - len(known)) else 0
 
 
 if __name__ == "__main__":

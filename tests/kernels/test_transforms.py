@@ -8,6 +8,7 @@ import pytest
 import torch
 from mpoe_bench.cases import expert_choice, random_blocks
 from torch import Tensor, func, nn
+from torch.autograd import forward_ad
 
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.layers import MPOEFeedForward, MPOLinear
@@ -129,10 +130,16 @@ def test_what_transforms_refuse(name: str) -> None:
     """In words; a transform never returns a number that leaves a derivative out."""
     function, inputs = problems()[name]
     gradient = func.grad(lambda *v: function(*v).square().sum())
+
+    def in_dual_level() -> Tensor:
+        with forward_ad.dual_level():
+            return function(forward_ad.make_dual(inputs[0], inputs[0]), *inputs[1:])
+
     for call in (
         lambda: func.jvp(function, inputs, inputs),
         lambda: func.jacfwd(function)(*inputs),
         lambda: func.hessian(lambda *v: function(*v).square().sum())(*inputs),
+        in_dual_level,
     ):
         with pytest.raises(NotImplementedError, match=r"does not support forward-mode derivatives .* use reverse mode"):
             call()

@@ -1,6 +1,6 @@
 """Tries to break training runs, checkpoints and inputs, and counts what happens; ``--doc`` writes docs/reliability.md.
 
-    python tools/reliability.py --kills 50 --races 200 --calls 1000 --inputs 2000 --steps 1000 --seed 0 --doc
+    python tools/reliability.py --kills 50 --races 200 --calls 2000 --inputs 2000 --steps 1000 --seed 0 --doc
 
 Every number comes from this run: processes killed while they train and save, several processes competing for one
 folder, full disks, damaged checkpoints, random inputs, bad calls of the public names, resident memory over a long
@@ -99,11 +99,13 @@ def fuzz(inputs: int, seed: int, folder: Path) -> list[Row]:
 
 
 def call_badly(calls: int, seed: int, folder: Path) -> list[Row]:
-    from tests.faults.bad_calls import run_calls
+    from tests.faults.bad_calls import LIFE, run_calls
 
     outcome = run_calls(calls, seed, folder, say)
-    what = f"{outcome.calls} bad calls of {len(outcome.names)} public names, each in a process of its own"
-    found = f"{outcome.refused} refused clearly, {outcome.worked} worked"
+    names = outcome.worked + outcome.refused
+    raw = sum(count for name, count in names.items() if name.startswith("torch.ops"))
+    what = f"{calls} bad calls in processes of their own, {raw} of them of raw ops, {names[LIFE]} lives of layers"
+    found = f"{outcome.refused.total()} refused clearly, {outcome.worked.total()} worked"
     return [(what, found, outcome.problems)]
 
 
@@ -130,7 +132,7 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="processes to kill")
     parser.add_argument("--races", type=int, default=200, help="folders that several processes compete for")
-    parser.add_argument("--calls", type=int, default=1000, help="bad calls of the public names")
+    parser.add_argument("--calls", type=int, default=2000, help="bad calls of the public names")
     parser.add_argument("--inputs", type=int, default=2000, help="random inputs, the same number of each kind")
     parser.add_argument("--steps", type=int, default=1000, help="training steps over which memory is watched")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")

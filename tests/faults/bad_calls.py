@@ -15,6 +15,7 @@ import random
 import resource
 import signal
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -53,12 +54,10 @@ class Call:
 
 @dataclass
 class Outcome:
-    """Counts over many calls."""
+    """Counts over many calls, by name."""
 
-    calls: int = 0
-    worked: int = 0
-    refused: int = 0
-    names: set[str] = field(default_factory=set)
+    worked: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
 
 
@@ -160,8 +159,6 @@ WORDS = {INSIDE: "an error from inside", STRAY: "memory that nobody wrote", WRON
 
 def judge(child: Child, name: str, seed: int, outcome: Outcome) -> None:
     """Count what became of a child."""
-    outcome.calls += 1
-    outcome.names.add(name)
     try:
         status = child.wait(SECONDS)
     except TimeoutError:
@@ -171,9 +168,9 @@ def judge(child: Child, name: str, seed: int, outcome: Outcome) -> None:
         said = child.log.read_text() if child.log.exists() else ""
         child.log.unlink(missing_ok=True)
     if status == WORKED:
-        outcome.worked += 1
+        outcome.worked[name] += 1
     elif status == REFUSED:
-        outcome.refused += 1
+        outcome.refused[name] += 1
     else:
         word = f"signal {-status}" if status < 0 else WORDS.get(status, f"exit status {status}")
         lines = [line for line in said.splitlines() if line.strip()]

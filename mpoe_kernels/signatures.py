@@ -115,8 +115,9 @@ def _check_tensor(argument: _Argument, value: Tensor, given: dict[str, Any], siz
     fits = len(shape) >= len(fixed) if is_open else len(shape) == len(fixed)
     if fits:
         for axis, size in zip(fixed, shape, strict=False):
-            wanted = 1 if axis == "1" else sizes.setdefault(axis.removesuffix("+1"), size - axis.endswith("+1"))
-            fits = fits and size == wanted + axis.endswith("+1")
+            more = axis.endswith("+1")  # offsets, of at least one expert
+            wanted = 1 if axis == "1" else sizes.setdefault(axis.removesuffix("+1"), max(size - 1, 1) if more else size)
+            fits = fits and size == wanted + more
     if not fits or value.dtype not in dtypes:
         bound = dict.fromkeys(axis.removesuffix("+1") for axis in fixed)
         known = ", ".join(f"{axis} = {sizes[axis]}" for axis in bound if axis in sizes)

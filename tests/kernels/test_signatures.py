@@ -61,6 +61,11 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("combine", {"backend": "relu"}, "backend must be one of .*; got 'relu'"),
     ("grouped_mpo_linear_backward", {"row_index": torch.full((10,), -1)}, r"row_index must lie in 0\.\.4; got -1"),
     ("route", {"capacity": 0}, "capacity must be at least 1; got 0"),
+    *(
+        (op, {"expert_offsets": torch.zeros(size, dtype=torch.int32)}, r"expert_offsets must be .* \[E\+1\], E = ")
+        for op in ("dispatch", "combine", "grouped_mpo_linear")
+        for size in (0, 1)
+    ),
     ("route", {"top_k_index": torch.zeros(TOKENS, 0).long()}, "top_k_index must be .* with K >= 1"),
     ("route", {"token_mask": torch.zeros(TOKENS)}, r"token_mask must be bool \[T\], T = 5; got float32"),
     ("grouped_mpo_linear", {"activation": "tanh"}, "activation must be one of .*; got 'tanh'"),

@@ -75,14 +75,17 @@ def read_areas(path: Path) -> list[Area]:
         return [Area(name, **{"survivors": {}, **values}) for name, values in tomllib.load(file).items()]
 
 
-def places(area: Area, root: Path) -> list[MutationSpec]:
-    """Every place in the area's files that one of cosmic-ray's operators can change, in an order that looks random."""
+def mutants_of(area: Area, root: Path) -> Iterator[Mutant]:
+    """What cosmic-ray's operators can change in the area's files, in an order that looks random."""
     paths = sorted(path for glob in area.files for path in root.glob(glob))
     with use_db(":memory:") as database:
         init(paths, database, {})
         found = [change for item in database.work_items for change in item.mutations]
     found.sort(key=lambda change: (str(change.module_path), change.operator_name, change.occurrence))
-    return random.Random(area.name).sample(found, len(found))
+    for change in random.Random(area.name).sample(found, len(found)):
+        mutant = mutant_at(area, change, root)
+        if mutant is not None:
+            yield mutant
 
 
 def mutant_at(area: Area, change: MutationSpec, root: Path) -> Mutant | None:
@@ -127,8 +130,7 @@ def _statement(tree: ast.Module, line: int) -> range:
 
 def sample(areas: list[Area], root: Path, count: int) -> list[Mutant]:
     """``count`` mutants, as many of every area as of the others while they last; the same ones every time."""
-    pools = [(mutant_at(area, change, root) for change in places(area, root)) for area in areas]
-    turns = itertools.zip_longest(*(filter(None, pool) for pool in pools))
+    turns = itertools.zip_longest(*(mutants_of(area, root) for area in areas))
     found: dict[str, Mutant] = {}
     for mutant in filter(None, itertools.chain.from_iterable(turns)):
         found.setdefault(mutant.name, mutant)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ class CompiledLibrary:
     Attributes:
         path: where the library was looked for.
         reasons: why it is not loaded (empty: it is loaded).
-        info: its own description, such as ``version``. Empty unless loaded.
+        info: its own description, such as ``version``, and ``build``, a checksum of its file. Empty unless loaded.
         functions: the opened module, for calls; None if its functions are torch ops.
     """
 
@@ -79,4 +80,5 @@ def load_library(
         built = f"mpoe {built}" if built != ours else "an older state of the sources"
         reason = f"{path} was built for {built}, this is mpoe {ours}: build again ({BUILD_COMMAND})"
         return CompiledLibrary(path, (reason,))
+    info["build"] = f"{zlib.crc32(path.read_bytes()):08x}"  # what of a version's many states it is
     return CompiledLibrary(path, (), info, functions)

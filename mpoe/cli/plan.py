@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 SCHEMA = 2
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 NAMES = {"mpoe": "MPOE", "switch": "Switch", "dense": "dense"}
+SMALL = 0.5  # of Switch's parameters: with more, the mixture is not a small one
 WIDTH = 110  # of a table, if that of the terminal is unknown, as in a pipe
 
 
@@ -217,12 +218,19 @@ def _plan_notes(values: dict[str, Any]) -> list[str]:
     training, dtype = values["work"]["training"], values["work"]["dtype"]
     state = "state: with gradients and AdamW, float32 (16 bytes per parameter). " if training else ""
     lossless = all(matrix["lossless"] for layer in values["layers"] for matrix in layer["matrices"])
+    experts = values["totals"]["feed_forward"]
+    share = experts["mpoe"]["parameters"] / experts["switch"]["parameters"]
+    large = (
+        f"At this width these experts are not small: MPOE's feed-forward layers hold {share:.0%} of Switch's "
+        "parameters. Compare --shape separable, --shape neurons, and a lower --bond."
+    )
     return [
         "MPOE: experts that share a central core per matrix; Switch: as many dense experts; dense: the model as it is.",
         f"weights: in {dtype}. {state}temporary: rebuilt for one product, at most two experts' of one matrix. "
         "Activations are not counted.",
         "FLOP: of one step's matrix products, routers included, attention scores not; x dense: over the dense row's. "
         "by: the order of the fewest FLOPs, forward / backward; a run times the best few of them once.",
+        *([large] if share >= SMALL else []),
         *([] if lossless else [TRUNCATED]),
     ]
 

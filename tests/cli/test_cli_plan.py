@@ -111,6 +111,15 @@ def test_truncated_shapes_say_so(cli) -> None:
     assert "truncated" not in cli("plan", "t5-base").out
 
 
+@pytest.mark.parametrize(
+    ("model", "shape", "share"), [("t5", "hidden", "63%"), ("t5", "separable", None), ("gpt2", "hidden", None)]
+)
+def test_experts_that_are_not_small_are_told(cli, model: str, shape: str, share: str | None) -> None:
+    told = " ".join(cli("plan", model, "--shape", shape).out.split())
+    assert ("At this width these experts are not small" in told) == (share is not None)
+    assert share is None or f"MPOE's feed-forward layers hold {share} of Switch's parameters" in told
+
+
 @pytest.mark.parametrize("flags", [[], ["--inference"]])
 def test_no_tokens(cli, tmp_path, flags: list[str]) -> None:
     values = plan(cli, tmp_path, "t5-base", "--tokens", 0, *flags)

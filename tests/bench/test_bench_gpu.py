@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from mpoe_bench import run, section, visit
-from mpoe_bench.contender import Contender
+from mpoe_bench import plugin, test_speed, visit
+from mpoe_bench.contender import Comparison, Contender
 from mpoe_bench.gpu_cases import Case, cases
 from mpoe_bench.graphs import CaptureError
-from mpoe_bench.run import check_options, run_suite
-from mpoe_bench.section import Setup
-from mpoe_bench.suites import SCALES, sections_of
-from mpoe_bench.suites.gpu import NamedSection
+from mpoe_bench.machine import check_options
+from mpoe_bench.problem import Truth
+from mpoe_bench.run import run_suite
+from mpoe_bench.suites import SCALES, comparisons_of
 from mpoe_bench.targets import GPU_TARGETS, check_targets
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,39 +41,34 @@ def plan(device: str) -> dict[str, str]:
     return dict(re.findall(r"^([\w-]+) \(\d+ s\): (.*)$", done.stdout, re.MULTILINE))
 
 
-def selected(command: str) -> list[str]:
-    """Names of the tests that a part runs, in order."""
-    words = [
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "-q",
-        "--collect-only",
-        *command.partition("--tb=short ")[2].split(),
-    ]
+def selected(*commands: str) -> list[list[str]]:
+    """Names of the tests that each part runs, in order; one process imports them all."""
+    options = ["-p", "no:cacheprovider", "-q", "--collect-only"]
+    words = [[*options, *command.partition("--tb=short ")[2].split()] for command in commands]
+    code = f"import pytest\nfor words in {words}:\n    assert pytest.main(words) == 0\n    print('END', flush=True)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
     )
     assert done.returncode == 0, done.stdout
-    return [line.split("::", 1)[1] for line in done.stdout.splitlines() if "::" in line]
+    *parts, _ = done.stdout.split("END\n")
+    return [[line.split("::", 1)[1] for line in part.splitlines() if "::" in line] for part in parts]
 
 
 def test_what_the_parts_select() -> None:
     parts = plan("cuda")
     assert list(plan("cpu")) == ON_CPU
     assert list(parts) == [*ON_CPU[:2], "card", "build", "smoke-cuda", "twins", *ON_CPU[2:]]
-    first = selected(parts["experts-bfloat16"])
+    tools = ("memcheck", "racecheck")
+    first, linear, *checked = selected(parts["experts-bfloat16"], parts["linear-bfloat16"], *(parts[t] for t in tools))
     assert {re.split(r"[\[\]]", name)[1] for name in first} == {
         f"{backend}-bfloat16-{shape}"
         for shape in ("neurons", "neurons of 64", "hidden", "hidden of 64")
         for backend in ("native", "eager", "triton", "cuda")
     }
-    assert all("bfloat16" in name for name in selected(parts["linear-bfloat16"]))
-    for tool in ("memcheck", "racecheck"):
+    assert all("bfloat16" in name for name in linear)
+    for tool, found in zip(tools, checked, strict=True):
         assert parts[tool].startswith(f"compute-sanitizer --tool {tool} --error-exitcode 9 ")
-        found = selected(parts[tool])
         assert not [name for name in found if "no_tokens" in name]
         for backend in ("triton", "cuda"):
             assert {f"test_experts[{backend}-bfloat16-{shape}]" for shape in ("neurons", "hidden")} <= set(found)
@@ -181,10 +176,11 @@ def test_options_are_named() -> None:
 
 
 def test_what_has_no_time_is_named() -> None:
-    results = run_suite("gpu", threads=1, clock="cpu", scale="tiny", backend="eager", seconds=1e-9)
+    results = run_suite("gpu", threads=1, clock="cpu", scale="tiny", backend="eager", minutes=1e-9)
     assert results["sections"] == []
     assert results["skipped"][0] == "FFN 48x96 E=8 T=8 bfloat16"
-    assert len(results["skipped"]) == len(list(sections_of("gpu", SCALES["tiny"], Setup(backends=("eager",)))))
+    titles = [each.title for each in comparisons_of("gpu", SCALES["tiny"], "cpu", ("eager",))]
+    assert results["skipped"] == list(dict.fromkeys(titles))
 
 
 def test_after_a_capture_that_broke_off_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,23 +189,23 @@ def test_after_a_capture_that_broke_off_nothing_is_measured(monkeypatch: pytest.
     def graphed(function):
         raise CaptureError("the capture of a CUDA graph failed: no")
 
-    timed: list[str] = []
-    monkeypatch.setattr(section, "graphed", graphed)
-    monkeypatch.setattr(section, "interleave", lambda functions, *_: timed.extend(functions) or {})
-    rows: dict[str, dict] = {"one": {}, "two": {}}
-    joined = {name: Contender(name, "mpoe", lambda: None) for name in rows}
-    with pytest.raises(CaptureError):
-        section._time_graphs(joined, rows, None, Setup())
-    assert rows == {"one": {"graph_reason": "the capture of a CUDA graph failed: no"}, "two": {}}
-    assert timed == []
+    def build(_: object) -> tuple[Contender, Truth]:
+        y = torch.ones(2)
+        return Contender(lambda: y), Truth({"y": y.double()}, {"y": 0.0}, y.dtype)
 
-    spoilt = {"key": "", "title": "first", "case": {}, "rows": [], "spoilt": "failed: CaptureError: no"}
-    later = NamedSection("second", lambda: pytest.fail("it was measured"))
-    monkeypatch.setattr(run, "sections_of", lambda *_: [lambda: dict(spoilt), later])
+    def comparison(title: str) -> Comparison:
+        return Comparison("", title, dict, [("one", "limit", build), ("two", "mpoe", build)], "one", 2, {}, ("graph",))
+
+    monkeypatch.setattr(plugin, "graphed", graphed)
+    monkeypatch.setattr(test_speed, "comparisons_of", lambda *_: [comparison("first"), comparison("second")])
     results = run_suite("gpu", threads=1, clock="cpu", scale="tiny", backend="eager")
     assert [each["title"] for each in results["sections"]] == ["first"]
+    assert results["sections"][0]["rows"][0]["graph_reason"] == "the capture of a CUDA graph failed: no"
+    assert not any("graph" in row for row in results["sections"][0]["rows"])
     assert results["skipped"] == ["second"]
-    assert results["failures"] == ["first: failed: CaptureError: no; what was to follow is left out"]
+    assert results["failures"] == [
+        "first: failed: CaptureError: the capture of a CUDA graph failed: no; what was to follow is left out"
+    ]
 
 
 def test_the_gpu_suite_on_a_cpu_is_a_trial_only() -> None:

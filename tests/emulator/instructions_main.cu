@@ -1,5 +1,5 @@
-// Every instruction that tests/emulator/twins.h and intrinsics.h imitate, on inputs whose results are exact: prints one line
-// of hexadecimal numbers for each. Compiled with the emulator and with nvcc, it must print the same lines
+// Every instruction that tests/emulator/twins.h and intrinsics.h imitate, on inputs whose results are exact: prints one
+// line of hexadecimal numbers for each. Compiled with the emulator and with nvcc, it must print the same lines
 // (tools/cuda_probes.py).
 #include <cstdio>
 #include <cstring>

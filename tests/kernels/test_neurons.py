@@ -31,6 +31,8 @@ SHAPES = [
     {"tokens": 270, "top_k": 2, "experts": 2, "width": 40, "out": 24, "neurons": 17},  # blocks of one expert
     {"tokens": 40, "top_k": 16, "experts": 3, "width": 8, "out": 8, "neurons": 100},
     {"tokens": 9, "none_share": 1.0},
+    {"tokens": 24, "top_k": 16, "experts": 1024, "width": 8, "out": 12, "neurons": 8},
+    {"tokens": 20, "top_k": 3, "experts": 4, "width": 24, "out": 16, "neurons": 512},
 ]
 
 

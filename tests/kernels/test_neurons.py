@@ -31,8 +31,6 @@ SHAPES = [
     {"tokens": 270, "top_k": 2, "experts": 2, "width": 40, "out": 24, "neurons": 17},  # blocks of one expert
     {"tokens": 40, "top_k": 16, "experts": 3, "width": 8, "out": 8, "neurons": 100},
     {"tokens": 9, "none_share": 1.0},
-    {"tokens": 24, "top_k": 16, "experts": 1024, "width": 8, "out": 12, "neurons": 8},
-    {"tokens": 20, "top_k": 3, "experts": 4, "width": 24, "out": 16, "neurons": 512},
 ]
 
 
@@ -44,6 +42,14 @@ def test_against_reference(backend: str, dtype: torch.dtype, case: int, gated: b
     require(backend, "neuron_experts", dtype)
     kind = {"gated": gated, "with_bias": case % 4 != 3, "activation": "silu" if gated else "gelu"}
     Problem(**(kind | SHAPES[case]), dtype=dtype).check(backend)
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("top_k", "experts", "neurons"), [(16, 1024, 8), (3, 4, 512)])
+def test_the_largest_sizes(backend: str, dtype: torch.dtype, top_k: int, experts: int, neurons: int) -> None:
+    require(backend, "neuron_experts", dtype)
+    Problem(tokens=24, top_k=top_k, experts=experts, width=8, out=12, neurons=neurons, dtype=dtype).check(backend)
 
 
 @on_every_backend

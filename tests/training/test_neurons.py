@@ -102,7 +102,6 @@ def test_a_run_continues(tmp_path: Path) -> None:
         assert torch.equal(again.model.state_dict()[name], value), name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("latent", [None, 8])
 def test_the_dense_networks_moments_survive_conversion(latent: int | None, tmp_path: Path) -> None:
     """A run of the dense model, converted, goes on with AdamW's moments and steps; only what is new starts anew."""
@@ -137,6 +136,7 @@ def test_a_previous_optimizer_that_does_not_fit_is_refused(tmp_path: Path) -> No
             make_trainer(tmp_path, "gpt2", model, previous_optimizer=other).train()
 
 
+@pytest.mark.slow
 def test_two_ranks_compute_what_one_does() -> None:
     """DDP, FSDP2, and tensor parallelism of the dense projections with PyTorch's own styles."""
     answer = torchrun("ranks_neurons")

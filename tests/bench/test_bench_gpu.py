@@ -55,10 +55,18 @@ def selected(*commands: str) -> list[list[str]]:
     return [[line.split("::", 1)[1] for line in part.splitlines() if "::" in line] for part in parts]
 
 
-def test_what_the_parts_select() -> None:
+def test_the_parts() -> None:
     parts = plan("cuda")
     assert list(plan("cpu")) == ON_CPU
     assert list(parts) == [*ON_CPU[:2], "card", "build", "smoke-cuda", "twins", *ON_CPU[2:]]
+    assert "--launch-count 4" in parts["profile"]
+    assert "--suite gpu --device cuda" in parts["peers"]
+    assert "--scale tiny" in plan("cpu")["peers"]
+
+
+@pytest.mark.slow
+def test_what_the_parts_select() -> None:
+    parts = plan("cuda")
     tools = ("memcheck", "racecheck")
     first, linear, *checked = selected(parts["experts-bfloat16"], parts["linear-bfloat16"], *(parts[t] for t in tools))
     assert {re.split(r"[\[\]]", name)[1] for name in first} == {
@@ -74,9 +82,6 @@ def test_what_the_parts_select() -> None:
             assert {f"test_experts[{backend}-bfloat16-{shape}]" for shape in ("neurons", "hidden")} <= set(found)
             assert f"test_an_infinite_token_spoils_its_own_row_alone[{backend}-neurons]" in found
             assert f"test_routing_is_the_same_everywhere[{backend}-700-64-2-11]" in found
-    assert "--launch-count 4" in parts["profile"]
-    assert "--suite gpu --device cuda" in parts["peers"]
-    assert "--scale tiny" in plan("cpu")["peers"]
 
 
 def test_the_layers_that_are_checked_and_measured() -> None:

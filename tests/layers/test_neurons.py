@@ -74,8 +74,16 @@ def added(module: NeuronFeedForward, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("latent", [None, 4])
 @pytest.mark.parametrize("top_k", [1, 2, E])
-def test_the_definition(gated: bool, latent: int | None, top_k: int) -> None:
-    module = layer(gated, latent, top_k)
+@pytest.mark.parametrize(
+    "gates",
+    [{}, {"routed_scaling_factor": 2.0}, {"is_scale_prob": True}, {"scoring_func": "sigmoid", "bias_update_rate": 0.1}],
+    ids=["sum to 1", "times a factor", "raw", "sigmoid with a correction bias"],
+)
+def test_the_definition(gated: bool, latent: int | None, top_k: int, gates: dict) -> None:
+    module = layer(gated, latent, top_k, router=gates)
+    if module.router.e_score_correction_bias is not None:
+        module.router.e_score_correction_bias[3] = 2.0  # the first choice of every token
+        assert bool((module.router(torch.randn(4, I)).top_k_index == 3).any(1).all())
     x = torch.randn(2, 4, I)
     want = Network.forward(module, x) + added(module, x.view(-1, I)).view(x.shape)
     assert torch.allclose(module(x), want, atol=1e-5)

@@ -125,7 +125,7 @@ def arguments(output_dir: Path | str, **options: Any) -> MPOETrainingArguments:
 def make_trainer(
     output_dir: Path | str, family: str = "t5", model: PreTrainedModel | None = None, **options: Any
 ) -> MPOETrainer:
-    names = ("callbacks", "compute_metrics", "train_dataset", "eval_dataset")
+    names = ("callbacks", "compute_metrics", "train_dataset", "eval_dataset", "previous_optimizer")
     given = {name: options.pop(name) for name in names if name in options}
     given.setdefault("train_dataset", Rows(family))
     given.setdefault("eval_dataset", Rows(family, rows=20, seed=2))

@@ -39,7 +39,6 @@ RANKS = {
     "mpoe_kernels": 11,
     "mpoe.config": 12,
     "mpoe.data": 12,
-    "mpoe.plotting": 12,
     "mpoe.layers": 13,
     "mpoe.models": 14,
     "mpoe.estimation": 15,

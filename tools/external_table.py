@@ -1,22 +1,18 @@
-"""Counts the results of `tools/external_suites.sh`: ``python tools/external_table.py RESULTS [--doc]``.
+"""Counts the results of `tools/external_suites.sh`: ``python tools/external_table.py RESULTS``.
 
-``--doc`` writes the tables into docs/reliability.md. Exit status 1 if a failure is open: our class fails the test, the
-dense class passes it, and no line below explains why. ``--failed FILE`` lists one file's failed tests instead.
+Exit status 1 if a failure is open: our class fails the test, the dense class passes it, and no line below explains why.
+``--failed FILE`` lists one file's failed tests instead.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import fnmatch
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from documents import write_between
-
-DOC = Path(__file__).resolve().parents[1] / "docs" / "reliability.md"
 # test -> why ours fails or is skipped although the dense class passes. Only for tests whose code names classes or dense
 # weights.
 EXPLAINED = {
@@ -79,10 +75,9 @@ def suites(folder: Path) -> list[tuple[str, Results, Results]]:
 
 
 def main() -> None:
-    """Print the tables; write them with ``--doc``."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="?")
-    parser.add_argument("--doc", action="store_true")
     parser.add_argument("--failed", type=Path)
     options = parser.parse_args()
     if options.failed is not None:
@@ -101,10 +96,7 @@ def main() -> None:
             notes.setdefault(line, []).append(name.removeprefix("Transformers: "))
         remain += counts["open"]
     listed = "\n".join(f"- {', '.join(names)}: {line}" for line, names in notes.items()) or "None."
-    text = "\n".join([*table, "", "Failed or skipped where the dense class is not:", "", listed])
-    print(text)
-    if options.doc:
-        write_between(DOC, "external", f"{text}\n\n{datetime.datetime.now(datetime.UTC).date().isoformat()}.")
+    print(*table, "", "Failed or skipped where the dense class is not:", "", listed, sep="\n")
     sys.exit(1 if remain else 0)
 
 

@@ -1,12 +1,13 @@
-"""Makes the notebooks in examples/ from the scripts there, runs them, and stores their output and pictures.
+"""The notebooks of examples/: made from the scripts there and run, with their output stored; and as pages of the docs.
 
     python tools/notebooks.py [NAME ...]    writes examples/NAME.ipynb; needs pip install ".[docs]"
 
-The scripts are the source: every cell of a notebook is a cell (`# %%`) of its script.
+The scripts are the source: every cell of a notebook is a cell (`# %%`) of its script. For mkdocs this is a hook.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import tempfile
@@ -15,7 +16,6 @@ from typing import Any
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 NAMES = ("convert_and_look", "fine_tune_and_compare", "several_domains")
-_STYLES = re.compile(r"\x1b\[[0-9;]*m")  # of terminals
 NO_ARGUMENTS = "import sys\n\nsys.argv = sys.argv[:1]  # those of the notebook's kernel are not the script's"
 
 
@@ -54,11 +54,45 @@ def run(made: Any, folder: Path) -> Any:
         cell["outputs"] = [output for output in cell.get("outputs", []) if output.get("name") != "stderr"]
         for output in cell["outputs"]:
             if "text" in output:
-                output["text"] = _STYLES.sub("", output["text"])
+                output["text"] = plain(output["text"])
         if cell.cell_type == "markdown":
             del cell["outputs"]
     made.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     return made
+
+
+def plain(text: str) -> str:
+    """Without a terminal's colours."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def page_of(notebook: dict[str, Any]) -> str:
+    """A notebook's JSON as Markdown: text, code, printed output as text, pictures embedded in the page."""
+    parts = []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        printed = ""
+        for output in [*cell.get("outputs", []), {}]:  # the last one ends what was printed
+            data = output.get("data", {})
+            picture = "".join(data.get("image/png", "")).strip()
+            if not picture:
+                printed += "".join(output.get("text") or data.get("text/plain", ""))
+            if printed.strip() and (picture or not output):
+                parts.append(f"```text\n{plain(printed).rstrip()}\n```")
+                printed = ""
+            parts += [f"![](data:image/png;base64,{picture})"] if picture else []
+    return "\n\n".join(parts) + "\n"
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """mkdocs' hook: a page ``notebook_NAME.md`` for each."""
+    from mkdocs.structure.files import File
+
+    for file in sorted(EXAMPLES.glob("*.ipynb")):
+        page = page_of(json.loads(file.read_text(encoding="utf-8")))
+        files.append(File.generated(config, f"notebook_{file.stem}.md", content=page))
+    return files
 
 
 def main() -> None:
@@ -67,9 +101,8 @@ def main() -> None:
     for name in sys.argv[1:] or NAMES:
         with tempfile.TemporaryDirectory() as folder:
             made = run(notebook(name), Path(folder))
-        file = EXAMPLES / f"{name}.ipynb"
-        nbformat.write(made, file)
-        print(f"{file}: {file.stat().st_size / 1000:.0f} kB")
+        nbformat.write(made, EXAMPLES / f"{name}.ipynb")
+        print(EXAMPLES / f"{name}.ipynb")
 
 
 if __name__ == "__main__":

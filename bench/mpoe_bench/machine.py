@@ -1,4 +1,4 @@
-"""The machine that a result comes from, and the pinning of threads for quiet measurements."""
+"""What a run may measure on this machine, and what readers must know of it; the pinning of threads."""
 
 from __future__ import annotations
 
@@ -7,19 +7,99 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mpoe_kernels import __version__, available_backends, backend_reasons
+from mpoe_bench.suites import SCALES, SUITES
+from mpoe_kernels import BackendError, __version__, available_backends, backend_reasons
+from mpoe_kernels.backends import AUTO, Request, select
 from mpoe_kernels.contract.kept import processor_name
 from mpoe_kernels.info import installed_version
 from mpoe_kernels.native_library import NATIVE_LIBRARY
 
-LIBRARIES = ("torch", "triton", "transformers", "tensorly-torch", "opt_einsum", "numpy")
+LIBRARIES = ("torch", "triton", "transformers", "opt_einsum", "numpy")
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+DEVICES = ("cpu", "cuda")
+EAGER, ALL = "eager", "all"
+
+
+def _runs_on(backend: str, device: str) -> bool:
+    """Whether a backend has kernels for a type of device."""
+    try:
+        select(Request("dispatch", device, torch.float32), backend)
+    except BackendError:
+        return False
+    return True
+
+
+def backends_to_measure(names: str | None, suite: str = "full", device: str = "cpu") -> tuple[str, ...]:
+    """The backends that a run measures.
+
+    Args:
+        names: ``None`` (auto, which users get, and eager, which every installation has), ``"all"`` (auto and every
+            backend that runs here), or names separated by commas. ``auto`` is the package's own choice.
+        suite: the suite to run; by default, quick measures only auto, and gpu all.
+        device: what the backends of ``"all"`` must run on; named backends are checked only when they compute.
+
+    Returns:
+        Names, each once. Where eager is the only backend, auto means the same and eager is named instead.
+
+    Raises:
+        ValueError: an unknown backend, or one that cannot run here.
+    """
+    here = tuple(name for name in available_backends() if _runs_on(name, device))
+    if names is None and suite == "gpu":
+        names = ALL
+    if names is None or names == ALL:
+        if here == (EAGER,):
+            return here
+        return (AUTO, *here) if names == ALL else (AUTO,) if suite == "quick" else (AUTO, EAGER)
+    reasons = backend_reasons()
+    chosen = tuple(dict.fromkeys(name.strip() for name in names.split(",")))
+    for name in chosen:
+        if name != AUTO and name not in reasons:
+            raise ValueError(f"backend must be among {', '.join((ALL, AUTO, *reasons))}; got {name!r}")
+        if name != AUTO and reasons[name]:
+            raise ValueError(f"backend {name!r} cannot run here: {'; '.join(reasons[name])}")
+    return chosen
+
+
+def check_options(
+    suite: str, device: str, threads: int | None, clock: str, scale: str, backend: str | None = None
+) -> int:
+    """Refuse options that cannot be run, before any work; returns the number of threads.
+
+    Raises:
+        ValueError: names the option, what was expected, and what was given.
+    """
+    for name, value, known in (
+        ("suite", suite, SUITES),
+        ("device", device, DEVICES),
+        ("clock", clock, tuple(CLOCKS)),
+        ("scale", scale, tuple(SCALES)),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be cpu: torch finds no CUDA device here; got 'cuda'")
+    if device == "cuda" and suite == "planner":
+        raise ValueError("suite must not be planner on cuda: its cases are a CPU's; got 'planner'")
+    cores = len(usable_cores())
+    if threads is None:  # products of tiny sizes gain nothing from a second thread, and waiting for it costs
+        threads = 1 if scale == "tiny" else cores
+    if not 1 <= threads <= cores:
+        raise ValueError(f"threads must be between 1 and {cores}, the processors usable here; got {threads}")
+    if suite == "gpu" and device == "cpu" and scale != "tiny":
+        raise ValueError("scale must be tiny for suite gpu on a CPU, where it is a trial run; got 'real'")
+    if clock == "cpu" and (threads != 1 or device != "cpu"):
+        raise ValueError("clock 'cpu' counts the seconds of all threads together: it needs device cpu and threads 1")
+    backends_to_measure(backend, suite)
+    return threads
 
 
 def usable_cores() -> list[int]:
@@ -41,15 +121,8 @@ def _set_affinity(processors: Sequence[int]) -> None:
 
 @contextmanager
 def pinned(threads: int) -> Iterator[None]:
-    """Use ``threads`` torch threads, pinned to as many processors, the first allowed ones; undone at the end.
-
-    Raises:
-        ValueError: more threads than processors, or none.
-    """
-    processors = usable_cores()
-    if not 1 <= threads <= len(processors):
-        raise ValueError(f"threads must be between 1 and {len(processors)}, the processors usable here; got {threads}")
-    before = torch.get_num_threads()
+    """Use ``threads`` torch threads, pinned to as many processors, the first usable ones; undone at the end."""
+    processors, before = usable_cores(), torch.get_num_threads()
     torch.set_num_threads(threads)
     movable = hasattr(os, "sched_setaffinity")
     if movable:
@@ -66,10 +139,8 @@ def revision() -> str | None:
     """The measured commit, with ``+`` if files differ from it; ``None`` outside a checkout."""
 
     def git(*arguments: str) -> str:
-        folder = Path(__file__).parent
-        return subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
         git("ls-files", "--error-unmatch", Path(__file__).name)  # an installed copy may be inside another checkout
@@ -78,25 +149,19 @@ def revision() -> str | None:
         return None
 
 
-def system_name() -> str:
-    """Name and version of the system, without a builder's suffix."""
-    version = re.match(r"[\d.]*", platform.release())
-    return f"{platform.system()} {version.group() if version else ''} {platform.machine()}"
-
-
 def describe(device: str, threads: int, clock: str) -> dict[str, Any]:
     """What readers must know to compare results."""
-    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    version = re.match(r"[\d.]*", platform.release())  # without a builder's suffix
     return {
         "processor": processor_name() or platform.machine(),
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "device": device,
         "cores": len(usable_cores()),
         "threads": threads,
-        "clock": clock,
-        "native_isa": NATIVE_LIBRARY.info.get("isa_used"),
+        "clock": {"wall": "wall time", "cpu": "CPU time of the process"}[clock],
         "isa": torch.backends.cpu.get_cpu_capability(),
-        "system": system_name(),
+        "native_isa": NATIVE_LIBRARY.info.get("isa_used"),
+        "system": f"{platform.system()} {version.group() if version else ''} {platform.machine()}",
         "python": platform.python_version(),
         "mpoe": __version__,
         "revision": revision(),
@@ -106,11 +171,3 @@ def describe(device: str, threads: int, clock: str) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
     }
-
-
-def title_of(machine: dict[str, Any]) -> str:
-    """One line for the title of a table."""
-    if machine["gpu"]:
-        return str(machine["gpu"])
-    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
-    return f"{machine['processor']} ({machine['isa']}), {threads}"

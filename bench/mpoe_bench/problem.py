@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mpoe_bench.cases import expert_choice, random_cores, relative_error, workload_shape
-from mpoe_kernels import MPOBlocks, MPOShape, fold, plan_contraction
+from mpoe_kernels import MPOShape, fold, plan_contraction
 from mpoe_kernels.linear.reference import activation_reference, weight_reference
 
 PROBE_COLUMNS = 4  # a dense expert's weight gradient is compared through this many random projections
@@ -103,6 +103,12 @@ class Truth:
     own_errors: Mapping[str, float]
     dtype: torch.dtype
 
+    @classmethod
+    def of(cls, results: Callable[[torch.dtype], Mapping[str, Tensor]], dtype: torch.dtype) -> Truth:
+        """Of formulas that give their results in any dtype."""
+        exact, same = results(torch.float64), results(dtype)
+        return cls(exact, {name: relative_error(same[name], value) for name, value in exact.items()}, dtype)
+
     def allowed(self, name: str) -> float:
         """Largest relative L2 error that passes."""
         return max(ERROR_FACTOR * self.own_errors[name], ERROR_UNITS * torch.finfo(self.dtype).eps)
@@ -149,13 +155,11 @@ class Problem:
         self.up = [c.to(case.device) for c in random_cores(self.up_shape, case.experts, case.dtype)]
         self.down = [c.to(case.device) for c in random_cores(self.down_shape, case.experts, case.dtype)]
 
-    def blocks(self) -> tuple[MPOBlocks, MPOBlocks]:
-        """Folded cores, up and down."""
-        experts = self.case.experts
-        return (
-            fold(self.up, shape=self.up_shape, num_experts=experts),
-            fold(self.down, shape=self.down_shape, num_experts=experts),
-        )
+    def weight(self, kind: str, e: int, cores: Sequence[Tensor]) -> Tensor:
+        """Expert e's weight ``[in, out]`` of a projection, ``up`` or ``down``, from the cores of all experts."""
+        shape: MPOShape = self.up_shape if kind == "up" else self.down_shape
+        own = [core if k == shape.central else core[e : e + 1] for k, core in enumerate(cores)]
+        return weight_reference(fold(own, shape=shape, num_experts=1), 0)
 
     @cached_property
     def dense_experts(self) -> tuple[Tensor, Tensor]:
@@ -163,9 +167,8 @@ class Problem:
         case = self.case
         up = torch.empty(case.experts, case.hidden, case.model, dtype=case.dtype, device=case.device)
         down = torch.empty(case.experts, case.model, case.hidden, dtype=case.dtype, device=case.device)
-        for target, blocks in zip((up, down), self.blocks(), strict=True):
-            for e in range(case.experts):
-                target[e] = weight_reference(_one_expert(blocks, e), 0).T
+        for e in range(case.experts):
+            up[e], down[e] = self.weight("up", e, self.up).T, self.weight("down", e, self.down).T
         return up.requires_grad_(case.train), down.requires_grad_(case.train)
 
     @cached_property
@@ -174,21 +177,18 @@ class Problem:
         case, batch = self.case, self.batch
         if not case.train:
             return None
-        index, up = batch.index[:, 0], self.blocks()[0]
-        blocks = replace(up, **{n: getattr(up, n).detach().double() for n in ("left", "central", "right")})
+        index, cores = batch.index[:, 0], [core.double() for core in self.up]
         x = batch.x.detach().double()
         z = x.new_zeros(case.tokens, case.hidden)
         for e in index.unique().tolist():
             rows = (index == e).nonzero()[:, 0]
-            z[rows] = x[rows] @ weight_reference(_one_expert(blocks, e), 0)
+            z[rows] = x[rows] @ self.weight("up", e, cores)
         return without_kinks(batch.grad_y, z)
 
     @cached_property
     def truth(self) -> Truth:
         """Float64 results of the experts as MPOs."""
-        exact = reference_ffn(self, torch.float64)
-        same = reference_ffn(self, self.case.dtype)
-        return Truth(exact, {name: relative_error(same[name], value) for name, value in exact.items()}, self.case.dtype)
+        return Truth.of(lambda dtype: reference_ffn(self, dtype), self.case.dtype)
 
     def floor(self, mask_central: bool = False) -> dict[str, float | None]:
         """Fewest FLOPs of any strategy relative to the dense FFN's, forward and forward + backward."""
@@ -208,8 +208,23 @@ class Problem:
         return sum(core.numel() for core in (*self.up, *self.down))
 
 
-def _one_expert(blocks: MPOBlocks, e: int) -> MPOBlocks:
-    return replace(blocks, left=blocks.left[e : e + 1], right=blocks.right[e : e + 1])
+class Problems:
+    """What the contenders of a case share: one batch, and a problem per name of a shape."""
+
+    def __init__(self, case: FFNCase) -> None:
+        self.case, self.batch = case, make_batch(case)
+        self._known: dict[str, Problem] = {}
+
+    def of(self, shape: str) -> Problem:
+        """The problem of a shape, made once."""
+        if shape not in self._known:
+            self._known[shape] = Problem(self.case, shape, self.batch)
+        return self._known[shape]
+
+
+def grad_of(leaf: Tensor) -> Tensor:
+    """A leaf's gradient; zeros where the backward pass never reached it (an idle expert)."""
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 def without_kinks(grad_y: Tensor, z: Tensor) -> Tensor:
@@ -238,14 +253,6 @@ def reference_ffn(problem: Problem, dtype: torch.dtype) -> dict[str, Tensor]:
     case, batch = problem.case, problem.batch
     cores = {"up": problem.up, "down": problem.down}
     leaves = {k: [c.detach().to(dtype).clone().requires_grad_(case.train) for c in v] for k, v in cores.items()}
-    folded = {
-        kind: fold(leaves[kind], shape=shape, num_experts=case.experts)
-        for kind, shape in (("up", problem.up_shape), ("down", problem.down_shape))
-    }
-    ends = {
-        kind: replace(b, **{n: getattr(b, n).detach().requires_grad_(case.train) for n in ("left", "central", "right")})
-        for kind, b in folded.items()
-    }
     x, gates, index = batch.x.detach().to(dtype), batch.gates.to(dtype), batch.index[:, 0]
     grad_y = None if problem.grad_y is None else problem.grad_y.to(dtype)
     probes = {size: probe(size, dtype).to(x.device) for size in (case.model, case.hidden)}
@@ -259,7 +266,7 @@ def reference_ffn(problem: Problem, dtype: torch.dtype) -> dict[str, Tensor]:
         rows = (index == e).nonzero()[:, 0]
         with torch.set_grad_enabled(case.train):
             x_e = x[rows].requires_grad_(case.train)
-            up, down = (weight_reference(_one_expert(ends[kind], e), 0) for kind in ("up", "down"))
+            up, down = (problem.weight(kind, e, leaves[kind]) for kind in ("up", "down"))
             y_e = activation_reference("relu", x_e @ up) @ down * gates[rows]
         y[rows] = y_e.detach()
         if grad_y is not None:
@@ -273,16 +280,5 @@ def reference_ffn(problem: Problem, dtype: torch.dtype) -> dict[str, Tensor]:
             results["d_up_probe"][e] = up.grad @ probes[case.hidden]
             results["d_down_probe"][e] = down.grad @ probes[case.model]
     if case.train:
-        for kind, blocks in folded.items():
-            tensors, grads = [], []
-            for name in ("left", "central", "right"):
-                tensor, grad = getattr(blocks, name), getattr(ends[kind], name).grad
-                if tensor.requires_grad and tensor.grad_fn is not None and grad is not None:
-                    tensors.append(tensor)
-                    grads.append(grad)
-                elif tensor.requires_grad and grad is not None:  # a leaf: the central core itself
-                    tensor.grad = grad
-            torch.autograd.backward(tensors, grads)
-            for k, leaf in enumerate(leaves[kind]):
-                results[f"d_{kind}.{k}"] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        results |= {f"d_{kind}.{k}": grad_of(leaf) for kind, own in leaves.items() for k, leaf in enumerate(own)}
     return {name: value.detach().cpu() for name, value in results.items()}

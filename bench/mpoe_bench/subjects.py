@@ -9,22 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from mpoe.layers import MPOExperts
-from mpoe_bench.cases import relative_error
-from mpoe_bench.contender import Contender, grad_of
-from mpoe_bench.problem import Batch, FFNCase, Problem, Truth, probe, without_kinks
-from mpoe_bench.section import Build
+from mpoe_bench.contender import Build, Contender, size_facts
+from mpoe_bench.problem import Batch, FFNCase, Problem, Problems, Truth, grad_of, probe, without_kinks
 from mpoe_kernels import route
 
 LIMIT = "dense FFN"
-
-
-def size_facts(parameters: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Number of parameters, their bytes, and AdamW's bytes."""
-    return {
-        "parameters": parameters,
-        "weight_bytes": parameters * dtype.itemsize,
-        "optimizer_bytes": 8 * parameters,  # two moments in float32
-    }
 
 
 def dense_limit(case: FFNCase, batch: Batch) -> tuple[Contender, Truth]:
@@ -57,18 +46,14 @@ def dense_limit(case: FFNCase, batch: Batch) -> tuple[Contender, Truth]:
             "d_down_probe": (grad_of(down).T.cpu().double() @ probe(case.model)),
         }
 
-    exact, same = results(torch.float64), results(case.dtype)
-    truth = Truth(exact, {name: relative_error(same[name], value) for name, value in exact.items()}, case.dtype)
     contender = Contender(
-        LIMIT,
-        "limit",
         lambda: ffn(batch.x, up, down),
         grad_y,
         (batch.x, *leaves),
         gradients,
         size_facts(up.numel() + down.numel(), case.dtype),
     )
-    return contender, truth
+    return contender, Truth.of(results, case.dtype)
 
 
 def mpo_experts(problem: Problem, backend: str, mask_central: bool = False) -> Contender:
@@ -91,13 +76,10 @@ def mpo_experts(problem: Problem, backend: str, mask_central: bool = False) -> C
                     found[f"d_{kind}.{k}"] = grad_of(module.get_parameter(name))
         return found
 
-    name = mpoe_name(problem.shape_name, backend, mask_central)
     facts: dict[str, Any] = {"shape": problem.shape_name, "backend": backend, "masked": mask_central}
     facts |= size_facts(problem.parameters(), case.dtype)
     facts["floor"] = problem.floor(mask_central)
     return Contender(
-        name,
-        "mpoe",
         lambda: layer(batch.x, route(batch.index, case.experts), batch.gates),
         problem.grad_y,
         (batch.x, *layer.parameters()),
@@ -111,11 +93,12 @@ def mpoe_name(shape: str, backend: str, masked: bool = False) -> str:
     return f"mpoe {shape}{', central masked' if masked else ''} [{backend}]"
 
 
-def mpoe_builds(problem: Problem, backends: Sequence[str], masked: bool = False) -> Iterator[tuple[str, str, Build]]:
-    """One build per backend; ``auto`` is the package's choice."""
+def mpoe_builds(shape: str, backends: Sequence[str], masked: bool = False) -> Iterator[tuple[str, str, Build]]:
+    """One build per backend, from the problems of a case; ``auto`` is the package's choice."""
     for backend in backends:
 
-        def build(backend: str = backend) -> tuple[Contender, Truth]:
+        def build(problems: Problems, backend: str = backend) -> tuple[Contender, Truth]:
+            problem = problems.of(shape)
             return mpo_experts(problem, backend, masked), problem.truth
 
-        yield mpoe_name(problem.shape_name, backend, masked), "mpoe", build
+        yield mpoe_name(shape, backend, masked), "mpoe", build

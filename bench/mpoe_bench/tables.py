@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mpoe_bench.machine import title_of
+HOW_TO_READ = (
+    "x dense: time over that of the dense FFN on the same tokens, in the same round of the same process; median over "
+    "rounds, in brackets its 10th and 90th percentile. Floor: the fewest FLOPs of any strategy over the dense FFN's. "
+    "Peak: the most memory that one call held above what was allocated before it (temporaries, saved activations, "
+    "results, gradients), measured. Error: relative L2 error against float64, of the result and the worst of the "
+    "gradients; whatever is wrong has no times."
+)
 
 
 @dataclass(frozen=True)
@@ -39,17 +46,9 @@ def seconds_text(seconds: float | None) -> str:
     return f"{seconds / 1e-6:.3g} us"
 
 
-def mebibytes(count: float | None) -> str:
-    """``12.3`` MiB."""
-    if count is None:
-        return "-"
-    value = count / 2**20
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
 def ratio_text(timing: Mapping[str, Any] | None) -> str:
     """``1.23 (1.20-1.31)``: median of x dense with its 10th and 90th percentiles; one round has no spread."""
-    if timing is None or timing["x"] is None:
+    if timing is None:
         return "-"
     digits = 2 if timing["x"] < 10 else 1 if timing["x"] < 100 else 0
     spread = "" if timing["rounds"] < 2 else f" ({timing['low']:.{digits}f}-{timing['high']:.{digits}f})"
@@ -63,148 +62,124 @@ def _floor(row: Mapping[str, Any], phase: str) -> str:
 
 def _peak(row: Mapping[str, Any], phase: str) -> str:
     memory = (row.get("memory") or {}).get(phase)
-    return mebibytes(None if memory is None else memory["peak"])
+    return "-" if memory is None else f"{memory['peak'] / 2**20:{'.0f' if memory['peak'] >= 100 * 2**20 else '.3g'}}"
 
 
-def _tokens(row: Mapping[str, Any]) -> str:
-    rate = (row.get("forward") or {}).get("tokens_per_second")
-    return "-" if rate is None else f"{rate:,.0f}"
-
-
-def _error(row: Mapping[str, Any], phase: str | None = None) -> str:
-    """The largest error of the result (``forward``), of the gradients (``train``), or of both."""
-    wanted = {"forward": lambda name: name == "y", "train": lambda name: name != "y", None: lambda _: True}[phase]
-    errors = [value for name, value in (row.get("errors") or {}).items() if wanted(name)]
+def _error(row: Mapping[str, Any], phase: str) -> str:
+    """The largest error of the result (``forward``) or of the gradients (``train``)."""
+    errors = [value for name, value in (row.get("errors") or {}).items() if (name == "y") == (phase == "forward")]
     return f"{max(errors):.0e}" if errors else "-"
-
-
-def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line per reason, with the names of all rows that share it."""
-    names: dict[str, list[str]] = {}
-    for row in rows:
-        if row.get("reason"):
-            names.setdefault(row["reason"], []).append(row["name"])
-    return [f"{', '.join(found)}: {reason}" for reason, found in names.items()]
 
 
 def timing_table(section: Mapping[str, Any]) -> TextTable:
     """A section's contenders: x baseline forward and forward + backward, floor, memory, error."""
     rows = [row for row in section["rows"] if not row.get("reason")]
-    phases = ("forward", "train") if any("train" in row for row in rows) else ("forward",)
-    base = section["baseline"] if section["baseline"] != "dense FFN" else "dense"
-    names = {"forward": "forward", "train": "step" if section["key"] == "train_step" else "fwd+bwd"}
-    names["forward"] = "whole call" if section["key"] == "generate" else "forward"
-    which = "fwd / both" if len(phases) > 1 else "forward"
+    phases = [phase for phase in ("forward", "train") if any(phase in row for row in rows)]
+    names = {"train": "step" if section["key"] == "train_step" else "fwd+bwd", "graph": "graph"}
+    names["forward"] = "call" if section["key"] == "generate" else "forward"
+    graphs = ["graph"] * any("graph" in row for row in rows)
+    base = "dense" if section["baseline"] == "dense FFN" else section["baseline"]
 
     def pair(cell: Callable[[Mapping[str, Any], str], str], row: Mapping[str, Any]) -> str:
-        """Both phases in one cell."""
         return " / ".join(cell(row, phase) for phase in phases)
 
-    floors = any(row.get("floor") for row in rows)
-    own_backends = {row["backend"] for row in rows if row.get("backend")}
-    header = ["contender", *(f"{names[phase]}\nx {base}" for phase in phases)]
-    header += [f"floor\n{which}"] if floors else []
-    header += ["forward\ntime", "tokens/s\nforward", f"peak MiB\n{which}", "params\nM"]
-    header += ["error\ny / gradients" if "train" in phases and section["key"] != "train_step" else "error\ny"]
-    body = []
-    for row in rows:
-        suffix = f" [{row.get('backend')}]" if len(own_backends) == 1 else ""
-        cells = [row["name"].removesuffix(suffix), *(ratio_text(row.get(phase)) for phase in phases)]
-        cells += [pair(_floor, row)] if floors else []
-        cells += [seconds_text((row.get("forward") or {}).get("seconds")), _tokens(row), pair(_peak, row)]
-        cells += [f"{row['parameters'] / 1e6:.2f}" if row.get("parameters") else "-"]
-        cells += [pair(_error, row) if "y / g" in header[-1] else _error(row)]
-        body.append(cells)
-    spare = [
-        name for word in ("tokens/s", "params", "error", "forward\ntime", "peak") for name in header if word in name
-    ]
-    backend = f" [{own_backends.pop()}]" if len(own_backends) == 1 else ""
-    return TextTable(section["title"] + backend, header, body, _notes(section["rows"]), spare)
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {"contender": lambda row: str(row["name"])}
+    for phase in (*phases, *graphs):
+        columns[f"{names[phase]} x {base}"] = lambda row, phase=phase: ratio_text(row.get(phase))  # type: ignore[misc]
+    if any(row.get("floor") for row in rows):
+        columns["floor"] = lambda row: pair(_floor, row)
+    columns["peak MiB"] = lambda row: pair(_peak, row)
+    spare = {
+        "error": lambda row: pair(_error, row),
+        "params M": lambda row: f"{row['parameters'] / 1e6:.2f}" if row.get("parameters") else "-",
+        "tokens/s": lambda row: f"{row['forward']['tokens_per_second']:,.0f}" if row.get("forward") else "-",
+        "time": lambda row: seconds_text((row.get("forward") or {}).get("seconds")),
+    }
+    columns |= dict(reversed(spare.items()))
+    notes: dict[str, list[str]] = {}
+    for row in section["rows"]:
+        if row.get("reason"):
+            notes.setdefault(row["reason"], []).append(row["name"])
+    body = [[cell(row) for cell in columns.values()] for row in rows]
+    found = [f"{', '.join(who)}: {reason}" for reason, who in notes.items()]
+    return TextTable(section["title"], list(columns), body, found, [*spare, "peak MiB"])
 
 
 def planner_table(section: Mapping[str, Any]) -> TextTable:
     """The choice against the best of another timing, misses first."""
     body = []
     for row in sorted(section["rows"], key=lambda row: -row["ratio"]):
-        missed = " MISS" if row["ratio"] > section["tolerance"] else ""
-        names = ("\n".join(row[which].values()) for which in ("chosen", "best"))
-        body.append([row["name"], f"{row['ratio']:.2f}{missed}", *names, seconds_text(row["chosen_seconds"])])
-    header = ["case", "x best", "chosen\n(forward, backward)", "best measured", "chosen took"]
-    return TextTable(section["title"], header, body, (), header[-1:])
+        names = [", ".join(row[which].values()) for which in ("chosen", "best")]
+        body.append([row["name"], f"{row['ratio']:.2f}", *names, seconds_text(row["chosen_seconds"])])
+    header = ["case", "x best", "chosen (forward, backward)", "best measured", "chosen took"]
+    title = f"{section['title']} ({len(section['rows'])} cases); {section['summary']}"
+    return TextTable(title, header, body, (), header[:1:-1])
 
 
 def target_table(lines: Sequence[Mapping[str, Any]]) -> TextTable:
     """Targets and whether they were reached."""
     verdicts = {True: "yes", False: "NO", None: "-"}
-    backends = {line["backend"] for line in lines if line["backend"] != "-"}
     body = []
     for line in lines:
         found = [line["found"].get(dtype, line["found"].get("both", "-")) for dtype in ("float32", "bfloat16")]
         body.append([line["what"], line["backend"], line["wanted"], *found, verdicts[line["reached"]]])
-    judged = [line for line in lines if line["reached"] is not None]
-    title = f"targets: {sum(line['reached'] for line in judged)} of {len(judged)} reached"
-    table = TextTable(title, ["what", "backend", "wanted", "float32", "bfloat16", "reached"], body)
-    if len(backends) > 1:
-        return table
-    return replace(table.without("backend"), title=f"{title} [{backends.pop()}]" if backends else title)
-
-
-def machine_table(machine: Mapping[str, Any]) -> TextTable:
-    """The machine that was measured."""
-    body = [
-        ["machine", title_of(dict(machine))],
-        ["cores usable", str(machine["cores"])],
-        ["clock", {"wall": "wall time", "cpu": "CPU time of the process"}[machine["clock"]]],
-        ["backends", f"{', '.join(machine['backends'])}; native kernels with {machine['native_isa'] or '-'}"],
-        ["mpoe", f"{machine['mpoe']}{', commit ' + machine['revision'] if machine.get('revision') else ''}"],
-        ["libraries", ", ".join(f"{name} {version}" for name, version in machine["libraries"].items())],
-        ["python, system", f"{machine['python']}, {machine['system']}"],
-        ["date", machine["date"]],
-    ]
-    if machine["load_average"]:
-        body.append(["load average at the start", ", ".join(f"{value:.2f}" for value in machine["load_average"])])
-    return TextTable("machine", ["", "value"], body)
+    judged = [line["reached"] for line in lines if line["reached"] is not None]
+    header = ["what", "backend", "wanted", "float32", "bfloat16", "reached"]
+    return TextTable(f"targets: {sum(judged)} of {len(judged)} reached", header, body)
 
 
 def table_of(section: Mapping[str, Any]) -> TextTable:
     """The table of any section."""
-    if section["key"] == "planner":
-        return planner_table(section)
-    return timing_table(section)
+    return (planner_table if section["key"] == "planner" else timing_table)(section)
 
 
-HOW_TO_READ = (
-    "x dense: time over that of the dense FFN on the same tokens, in the same round of the same process; median over "
-    "rounds, in brackets its 10th and 90th percentile. Floor: the fewest FLOPs of any strategy over the dense FFN's. "
-    "Peak: the most memory that one call held above what was allocated before it (temporaries, saved activations, "
-    "results, gradients), measured. Error: relative L2 error against float64, of the result and the worst of the "
-    "gradients; whatever is wrong has no times."
-)
+def tables_of(sections: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]]) -> Iterator[TextTable]:
+    """Of all that was measured, and the targets."""
+    yield from map(table_of, sections)
+    if targets:
+        yield target_table(targets)
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " / ")
+def machine_table(machine: Mapping[str, Any]) -> TextTable:
+    """The machine that was measured."""
+
+    facts = {name: value for name, value in machine.items() if value and name != "libraries"} | machine["libraries"]
+    rows = [[name, ", ".join(map(str, each)) if isinstance(each, list) else str(each)] for name, each in facts.items()]
+    return TextTable("machine", ["", "value"], rows)
 
 
-def markdown_table(table: TextTable) -> str:
-    """A table and its notes; the first column is left-aligned."""
-    header = [_cell(name).replace(" / ", " ") for name in table.header]
+def text_of(table: TextTable, width: int | None = None) -> str:
+    """A table in aligned columns; its spare columns are dropped until it fits ``width``, its words are wrapped."""
+    left_out = []
+    while True:
+        widths = [max(map(len, column)) for column in zip(table.header, *table.rows, strict=True)]
+        spare = [name for name in table.spare if name in table.header]
+        if width is None or sum(widths) + 2 * len(widths) <= width or not spare:
+            break
+        table = table.without(spare[0])
+        left_out.append(spare[0])
+    left = {0} if len(widths) > 2 else {0, 1}  # a name and its description
     lines = [
-        f"### {table.title}",
-        "",
-        f"| {' | '.join(header)} |",
-        f"| {' | '.join(['---', *['---:'] * (len(header) - 1)])} |",
-        *(f"| {' | '.join(_cell(cell) for cell in row)} |" for row in table.rows),
+        "  ".join(cell.ljust(size) if k in left else cell.rjust(size) for k, (cell, size) in enumerate(cells)).rstrip()
+        for cells in (list(zip(row, widths, strict=True)) for row in (table.header, *table.rows))
     ]
-    if table.notes:
-        lines += ["", "Not timed:", "", *(f"- {note}" for note in table.notes)]
-    return "\n".join(lines) + "\n"
+    notes = [*([f"more in the report: {', '.join(left_out)}"] if left_out else []), *table.notes]
+    wrap = textwrap.TextWrapper(width or 10_000, subsequent_indent="  ")
+    return "\n".join(["", wrap.fill(table.title), *lines, *(wrap.fill(f"  {note}") for note in notes)])
+
+
+def markdown_of(table: TextTable) -> str:
+    """A table and its notes; the first column is left-aligned."""
+    body = [[cell.replace("|", "\\|") for cell in row] for row in (table.header, *table.rows)]
+    lines = [f"| {' | '.join(row)} |" for row in body]
+    lines.insert(1, f"|{'|'.join(['---', *['---:'] * (len(table.header) - 1)])}|")
+    notes = ["", "Not timed:", "", *(f"- {note}" for note in table.notes)] if table.notes else []
+    return "\n".join([f"### {table.title}", "", *lines, *notes]) + "\n"
 
 
 def markdown_report(results: Mapping[str, Any]) -> str:
-    """All tables of a run, as `mpoe_bench.run_suite` returned it."""
+    """All tables of a run, as `mpoe_bench.run.run_suite` returned it."""
     head = f"# mpoe bench --suite {results['suite']}\n\n{HOW_TO_READ}\n"
-    tables = [target_table(results["targets"])] if results["targets"] else []
-    tables += [*map(table_of, results["sections"]), machine_table(results["machine"])]
     skipped = [f"The time did not suffice for: {'; '.join(results['skipped'])}.\n"] if results["skipped"] else []
-    return "\n".join([head, *skipped, *map(markdown_table, tables)])
+    tables = [*tables_of(results["sections"], results["targets"]), machine_table(results["machine"])]
+    return "\n".join([head, *skipped, *map(markdown_of, tables)])

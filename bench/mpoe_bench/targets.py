@@ -14,6 +14,7 @@ DTYPES = ("float32", "bfloat16")
 LOOP, ORIGINAL = "dense experts, loop", "original: rebuild all"
 GROUPED = "dense experts, grouped_mm"
 MOST_MEMORY = 1.2  # of mixtures around a dense network, x dense
+TOLERANCE, WANTED_SHARE = 1.15, 0.9  # of the autotuner's choice: x the best measured, and of how many cases
 
 
 @dataclass(frozen=True)
@@ -110,83 +111,57 @@ def _cases(sections: Sequence[Mapping[str, Any]], target: Target) -> dict[str, M
 
 def _target_lines(sections: Sequence[Mapping[str, Any]], target: Target, backend: str) -> Iterator[dict[str, Any]]:
     cases = _cases(sections, target)
-    for phase in PHASES:
+    peer = f"{ORIGINAL} ({target.shape})" if target.peer == ORIGINAL else target.peer
+    for phase, words in PHASES.items():
         limit = getattr(target, phase)
-        values, texts = [], {}
+        values = {}
         for dtype, section in cases.items():
             row = _row(section, phase, kind="mpoe", shape=target.shape, backend=backend, masked=False)
-            if limit is None or row is None:
-                continue
-            value, texts[dtype] = row[phase]["x"], f"{row[phase]['x']:.2f}"
-            if target.peer is not None:
-                name = f"{ORIGINAL} ({target.shape})" if target.peer == ORIGINAL else target.peer
-                peer = _row(section, phase, name=name)
-                if peer is None:
-                    del texts[dtype]
-                    continue
-                value = peer[phase]["x"] / row[phase]["x"]
-                texts[dtype] = f"{value:.2f}"
-            values.append(value)
-        if not values:
+            other = row if peer is None else _row(section, phase, name=peer)
+            if row is not None and other is not None:
+                values[dtype] = row[phase]["x"] if peer is None else other[phase]["x"] / row[phase]["x"]
+        if limit is None or not values:
             continue
+        texts = {dtype: f"{value:.2f}" for dtype, value in values.items()}
         number = "E" if target.key == "ffn" else "layers"
         wide = "" if target.sizes == Target.sizes else f" {target.sizes[0]}x{target.sizes[1]}"
-        what = f"{target.shape}{wide}, {number}={target.experts} T={target.tokens}, {PHASES[phase]}"
-        if target.peer is None:
-            yield _line(what, backend, f"<= {limit:g} x dense", texts, max(values) <= limit)
+        what = f"{target.shape}{wide}, {number}={target.experts} T={target.tokens}, {words}"
+        if peer is None:
+            yield _line(what, backend, f"<= {limit:g} x dense", texts, max(values.values()) <= limit)
         else:
-            what += f", against {target.peer}"
-            reported = limit == 0.0
-            wanted = "reported" if reported else f">= {limit:.3g} x faster"
-            yield _line(what, backend, wanted, texts, None if reported else min(values) >= limit)
+            wanted = f">= {limit:.3g} x faster" if limit else "reported"
+            reached = min(values.values()) >= limit if limit else None
+            yield _line(f"{what}, against {target.peer}", backend, wanted, texts, reached)
 
 
-def _masked_lines(sections: Sequence[Mapping[str, Any]], backend: str) -> Iterator[dict[str, Any]]:
-    """Masked against unmasked, in every case where a masked contender was trained."""
-    for section in sections:
-        for row in section["rows"]:
-            if not (row.get("masked") and row.get("train") and row.get("backend") == backend):
+def _section_lines(section: Mapping[str, Any], backend: str) -> Iterator[dict[str, Any]]:
+    """Masked against unmasked training, and the memory of training, in every case of feed-forward layers."""
+    case, rows = section["case"], [row for row in section["rows"] if row.get("backend") == backend]
+    if section["key"] == "layers" and case["layers"] == 1:
+        needs = {row["name"]: row["memory"]["train"]["temporary"] for row in section["rows"] if row.get("memory")}
+        dense = next(needs[row["name"]] for row in section["rows"] if row["kind"] == "limit")
+        for row in (row for row in rows if row["name"] in needs):
+            ratio = needs[row["name"]] / dense
+            what = f"{row['shape']} {case['model']}x{case['hidden']}, memory of forward + backward"
+            found = {case["dtype"]: f"{ratio:.2f}"}
+            yield _line(what, backend, f"<= {MOST_MEMORY:g} x dense", found, ratio <= MOST_MEMORY)
+    if section["key"] != "ffn":
+        return
+    loop = next((row for row in section["rows"] if row["name"] == LOOP and row.get("memory")), None)
+    for row in rows:
+        what = f"{row['shape']}, E={case['experts']} T={case['tokens']}"
+        whole = _row(section, "train", kind="mpoe", shape=row["shape"], backend=backend, masked=False)
+        if row.get("masked") and row.get("train") and whole is not None:
+            x, without = row["train"]["x"], whole["train"]["x"]
+            what += f", {PHASES['train']}, central masked"
+            yield _line(what, backend, "less than unmasked", {case["dtype"]: f"{x:.2f} of {without:.2f}"}, x < without)
+        elif not row.get("masked") and row.get("memory") and loop is not None and case["experts"] >= 4:
+            if "train" not in loop["memory"]:
                 continue
-            whole = _row(section, "train", kind="mpoe", shape=row["shape"], backend=backend, masked=False)
-            if whole is not None:
-                case = section["case"]
-                masked, unmasked = row["train"]["x"], whole["train"]["x"]
-                what = f"{row['shape']}, E={case['experts']} T={case['tokens']}, forward + backward, central masked"
-                texts = {case["dtype"]: f"{masked:.2f} of {unmasked:.2f}"}
-                yield _line(what, backend, "less than unmasked", texts, masked < unmasked)
-
-
-def _memory_lines(sections: Sequence[Mapping[str, Any]], backend: str) -> Iterator[dict[str, Any]]:
-    """Weights and peak of a training step, against the dense experts'."""
-    for section in sections:
-        dense = next((row for row in section["rows"] if row["name"] == LOOP and row.get("memory")), None)
-        if section["key"] != "ffn" or dense is None or "train" not in dense["memory"] or section["case"]["experts"] < 4:
-            continue
-        limit = dense["memory"]["train"]["peak"] + dense["weight_bytes"]
-        for row in section["rows"]:
-            if row.get("backend") == backend and row.get("memory") and not row.get("masked"):
-                peak = row["memory"]["train"]["peak"] + row["weight_bytes"]
-                case = section["case"]
-                what = f"{row['shape']}, E={case['experts']} T={case['tokens']}, weights + peak of forward + backward"
-                texts = {case["dtype"]: f"{peak / 2**20:.0f} of {limit / 2**20:.0f} MiB"}
-                yield _line(what, backend, "below dense experts'", texts, peak < limit)
-
-
-def _layer_memory_lines(sections: Sequence[Mapping[str, Any]], backend: str) -> Iterator[dict[str, Any]]:
-    """What forward and backward need beyond weights and gradients, many tokens, against the dense network's."""
-    for section in sections:
-        if section["key"] != "layers" or section["case"]["layers"] > 1:
-            continue
-        rows = [row for row in section["rows"] if "train" in (row.get("memory") or {})]
-        needs = {row["name"]: row["memory"]["train"]["temporary"] for row in rows}
-        dense = next(needs[row["name"]] for row in rows if row["kind"] == "limit")
-        for row in rows:
-            if row.get("backend") == backend:
-                ratio = needs[row["name"]] / dense
-                case = section["case"]
-                what = f"{row['shape']} {case['model']}x{case['hidden']}, memory of forward + backward"
-                texts = {case["dtype"]: f"{ratio:.2f}"}
-                yield _line(what, backend, f"<= {MOST_MEMORY:g} x dense", texts, ratio <= MOST_MEMORY)
+            what += f", weights + peak of {PHASES['train']}"
+            peak, most = (each["memory"]["train"]["peak"] + each["weight_bytes"] for each in (row, loop))
+            found = {case["dtype"]: f"{peak / 2**20:.0f} of {most / 2**20:.0f} MiB"}
+            yield _line(what, backend, "below dense experts'", found, peak < most)
 
 
 def check_targets(sections: Sequence[Mapping[str, Any]], device: str = "cpu") -> list[dict[str, Any]]:
@@ -196,18 +171,13 @@ def check_targets(sections: Sequence[Mapping[str, Any]], device: str = "cpu") ->
     """
     backends = dict.fromkeys(row["backend"] for section in sections for row in section["rows"] if row.get("backend"))
     lines: list[dict[str, Any]] = []
-    ffn = [section for section in sections if section["key"] == "ffn"]
     for backend in backends:
-        for target in targets_of(backend, device):
-            lines += _target_lines(sections, target, backend)
-        lines += _masked_lines(ffn, backend)
-        lines += _memory_lines(ffn, backend)
-        lines += _layer_memory_lines(sections, backend)
+        lines += [line for target in targets_of(backend, device) for line in _target_lines(sections, target, backend)]
+        lines += [line for section in sections if "case" in section for line in _section_lines(section, backend)]
     for section in sections:
         if section["key"] == "planner":
-            within, count = section["within"], len(section["rows"])
-            wanted = f">= {section['wanted_share']:.0%} of cases"
-            what = f"choice within {section['tolerance']} x the best measured"
-            reached = within >= section["wanted_share"] * count
-            lines.append(_line(what, section["backend"], wanted, {"both": f"{within} of {count}"}, reached))
+            within, count = sum(row["ratio"] <= TOLERANCE for row in section["rows"]), len(section["rows"])
+            what, wanted = f"choice within {TOLERANCE} x the best measured", f">= {WANTED_SHARE:.0%} of cases"
+            found = {"both": f"{within} of {count}"}
+            lines.append(_line(what, section["backend"], wanted, found, within >= WANTED_SHARE * count))
     return lines

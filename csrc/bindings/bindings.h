@@ -53,7 +53,8 @@ Dtype dtype_named(std::string_view name);
 Activation activation_named(std::string_view name);
 
 // Slots and tokens become addresses: a wrong one must not be dereferenced.
-void require_range(const std::int64_t* values, std::int64_t count, std::int64_t low, std::int64_t high, const char* name);
+void require_range(
+    const std::int64_t* values, std::int64_t count, std::int64_t low, std::int64_t high, const char* name);
 
 // The expert_offsets of a call as int64: [experts + 1], starting at 0, non-decreasing, at most `slots`.
 std::vector<std::int64_t> checked_offsets(

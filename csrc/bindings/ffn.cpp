@@ -17,7 +17,8 @@ using Projection = std::pair<LinearSizes, Addresses<4>>;
 Address address_of(const void* memory) { return {reinterpret_cast<std::uintptr_t>(memory)}; }
 
 void project(
-    const Projection& projection, Address x, std::int64_t tokens, const std::vector<std::int64_t>& offsets, Address rows,
+    const Projection& projection, Address x, std::int64_t tokens, const std::vector<std::int64_t>& offsets,
+    Address rows,
     std::int64_t slots, void* y) {
   const auto& [sizes, memory] = projection;
   LinearForward in{};
@@ -35,7 +36,8 @@ void multiply(void* values, const void* factors, std::int64_t count) {
 }
 
 // sizes: tokens, top_k, capacity (negative: no limit). x: [tokens, features]; weight: of the router, [experts,
-// features]; mask: bool [tokens] or none; of_rows: one projection of x, or two, whose results are multiplied; y: like x.
+// features]; mask: bool [tokens] or none; of_rows: one projection of x, or two, whose results are multiplied;
+// y: like x.
 void routed_ffn(
     std::string_view weight_dtype, const Sizes<3>& sizes, bool raw, Address x, Address weight, Address mask,
     const std::vector<Projection>& of_rows, const Projection& down, Address y) {

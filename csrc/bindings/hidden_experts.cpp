@@ -8,8 +8,8 @@ namespace mpoe {
 namespace {
 
 // dtype: of everything except the gates; sizes: tokens, features, block, experts, own_groups, top_k; inputs: u [tokens,
-// features], u_gate like u or none, gates float32 [tokens, top_k], index int64 [tokens, top_k], right and left [experts,
-// own_groups, block, block], right_gate like right with u_gate, bias [experts, features] or none.
+// features], u_gate like u or none, gates float32 [tokens, top_k], index int64 [tokens, top_k], right and left
+// [experts, own_groups, block, block], right_gate like right with u_gate, bias [experts, features] or none.
 HiddenExperts checked_inputs(
     std::string_view dtype, std::string_view activation, const Sizes<6>& sizes, const Addresses<8>& inputs) {
   const auto [tokens, features, block, experts, own_groups, top_k] = sizes;
@@ -32,7 +32,8 @@ void require_experts(const HiddenExperts& in) {
 
 // out: like u; may be u.
 void bound_forward(
-    std::string_view dtype, std::string_view activation, const Sizes<6>& sizes, const Addresses<8>& inputs, Address out) {
+    std::string_view dtype, std::string_view activation, const Sizes<6>& sizes, const Addresses<8>& inputs,
+    Address out) {
   const HiddenExperts in = checked_inputs(dtype, activation, sizes, inputs);
   require_experts(in);
   hidden_experts(in, out);
@@ -52,7 +53,8 @@ void bound_routed(
 
 // grad: like u. results: like u, gates, right, left, bias, u_gate and right_gate; none: not wanted.
 void bound_backward(
-    std::string_view dtype, std::string_view activation, const Sizes<6>& sizes, const Addresses<8>& inputs, Address grad,
+    std::string_view dtype, std::string_view activation, const Sizes<6>& sizes, const Addresses<8>& inputs,
+    Address grad,
     const Addresses<7>& results) {
   const HiddenExperts in = checked_inputs(dtype, activation, sizes, inputs);
   require_experts(in);

@@ -81,7 +81,8 @@ LinearSizes checked_sizes(
 
 // x: [tokens, in_features]; blocks: left [experts, iL, jL, a], central [a, iC, jC, b], right [experts, b, iR, jR];
 // offsets: [experts + 1]; rows: int64 [slots], none: slot s reads row s; bias: [out_features] or none. Results: y
-// [slots, out_features]; h [slots * jC, b], only by strategy separable, and z, the pre-activation, like y: none: not saved.
+// [slots, out_features]; h [slots * jC, b], only by strategy separable, and z, the pre-activation, like y: none:
+// not saved.
 void bound_forward(
     const LinearSizes& sizes, std::int64_t tokens, std::int64_t slots, std::int64_t offset_bytes, Address x,
     const Addresses<3>& blocks, Address offsets, Address rows, Address bias, Address y, Address h, Address z) {
@@ -97,7 +98,8 @@ void bound_forward(
 }
 
 // grad: [slots, out_features]; h: of the forward, read only by strategy separable; saved: like grad, y of the forward
-// for relu, z for the rest, not read without an activation. results: dx, dleft, dcentral, dright, dbias; none: not wanted.
+// for relu, z for the rest, not read without an activation. results: dx, dleft, dcentral, dright, dbias; none: not
+// wanted.
 void bound_backward(
     const LinearSizes& sizes, std::int64_t tokens, std::int64_t slots, std::int64_t offset_bytes, Address x,
     const Addresses<3>& blocks, Address offsets, Address rows, Address grad, Address h, Address saved,

@@ -72,7 +72,8 @@ std::vector<std::int64_t> checked_offsets(
   for (std::int64_t e = 0; e <= experts; ++e) {
     const std::int64_t value = offset_bytes == 4 ? narrow[e] : wide[e];
     require(
-        value >= before && value <= slots && (e > 0 || value == 0), "expert_offsets must start at 0, not fall, and end at ",
+        value >= before && value <= slots && (e > 0 || value == 0),
+        "expert_offsets must start at 0, not fall, and end at ",
         slots, " at most; got ", value);
     values[static_cast<std::size_t>(e)] = before = value;
   }

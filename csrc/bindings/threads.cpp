@@ -10,7 +10,8 @@ namespace mpoe {
 namespace {
 
 // The types of torch_parallel_for and torch_get_num_threads, of torch's stable C interface.
-using TorchParallelFor = int (*)(std::int64_t begin, std::int64_t end, std::int64_t grain, RangeFunction, void* context);
+using TorchParallelFor =
+    int (*)(std::int64_t begin, std::int64_t end, std::int64_t grain, RangeFunction, void* context);
 using TorchGetNumThreads = int (*)(std::uint32_t* count);
 
 int sequential_for(std::int64_t begin, std::int64_t end, std::int64_t, RangeFunction function, void* context) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ PIPE_WIDTH = 100  # width of tables if the output is not a terminal
 
 def check_installed() -> None:
     """Refuse if the benchmarks are not installed."""
-    if importlib.util.find_spec("mpoe_bench") is None:
-        raise CommandError(
-            "the benchmarks are not installed: no package mpoe_bench (in a checkout: pip install -e ., or its "
-            "folder bench on PYTHONPATH)"
-        )
+    for package, advice in {
+        "mpoe_bench": "in a checkout: pip install -e ., or its folder bench on PYTHONPATH",
+        "pytest_benchmark": 'pip install "mpoe[bench]"',
+    }.items():
+        if importlib.util.find_spec(package) is None:
+            raise CommandError(f"the benchmarks are not installed: no package {package} ({advice})")
 
 
 @dataclass
@@ -58,7 +60,7 @@ def command(arguments: Sequence[str]) -> dict[str, Any] | None:
         return None
     options: BenchOptions = asked.options[0]
     check_installed()
-    from mpoe_bench import check_options
+    from mpoe_bench.machine import check_options
 
     out, minutes = options.out, options.minutes
     try:
@@ -78,56 +80,38 @@ def command(arguments: Sequence[str]) -> dict[str, Any] | None:
 
 
 def _measure(options: BenchOptions) -> dict[str, Any]:
-    from mpoe_bench import expected_time, run_suite
-    from mpoe_bench.console import show
-    from mpoe_bench.tables import HOW_TO_READ, machine_table, table_of, target_table
-    from rich.console import Console
+    from mpoe_bench.run import expected_time, run_suite
+    from mpoe_bench.tables import HOW_TO_READ, machine_table, markdown_report, table_of, target_table, text_of
 
-    from mpoe.cli.files import write_json
+    from mpoe.cli.files import RESULTS_FILE, write_json, write_text
 
-    suite, scale, out, wide = options.suite, options.scale, options.out, options.wide
-    console = Console() if sys.stdout.isatty() else Console(width=10 * PIPE_WIDTH if wide else PIPE_WIDTH)
-    console.print(f"Suite {suite}, done in {expected_time(suite, scale)}. {HOW_TO_READ}", style="dim", highlight=False)
+    suite, out, terminal = options.suite, options.out, sys.stdout
+    width = None if options.wide else shutil.get_terminal_size().columns if terminal.isatty() else PIPE_WIDTH
     sections: list[dict[str, Any]] = []
+
+    def show(table: Any) -> None:
+        print(text_of(table, width), file=terminal, flush=True)
 
     def finished(section: dict[str, Any]) -> None:
         sections.append(section)
         write_json(out / INCOMPLETE_FILE, {"suite": suite, "sections": sections})
-        show(console, table_of(section), wide)
+        show(table_of(section))
 
+    print(f"Suite {suite}, done in {expected_time(suite, options.scale)}. {HOW_TO_READ}", flush=True)
+    chosen = {name: getattr(options, name) for name in ("device", "threads", "clock", "scale", "backend", "minutes")}
     try:
-        with console.status("starting") as status:
-            results = run_suite(
-                suite,
-                options.device,
-                options.threads,
-                options.clock,
-                scale,
-                status.update,
-                finished,
-                options.backend,
-                None if options.minutes is None else 60 * options.minutes,
-            )
+        results = run_suite(suite, **chosen, on_section=finished)
     except BaseException:
         if sections:
-            console.print(f"unfinished; the sections so far are in {out / INCOMPLETE_FILE}")
+            print(f"unfinished; the sections so far are in {out / INCOMPLETE_FILE}")
         raise
     (out / INCOMPLETE_FILE).unlink(missing_ok=True)
     if results["skipped"]:
-        console.print(f"the time did not suffice for: {'; '.join(results['skipped'])}", highlight=False)
+        print(f"the time did not suffice for: {'; '.join(results['skipped'])}")
     if results["targets"]:
-        show(console, target_table(results["targets"]), wide)
-    show(console, machine_table(results["machine"]), wide)
-    _write(out, results, console)
-    return results
-
-
-def _write(out: Path, results: dict[str, Any], console: Any) -> None:
-    """JSON and all tables."""
-    from mpoe_bench.tables import markdown_report
-
-    from mpoe.cli.files import RESULTS_FILE, write_json, write_text
-
+        show(target_table(results["targets"]))
+    show(machine_table(results["machine"]))
     write_json(out / RESULTS_FILE, results)
     write_text(out / REPORT_FILE, markdown_report(results))
-    console.print(f"{results['seconds']:.0f} s; {out / REPORT_FILE}, {out / RESULTS_FILE}", highlight=False)
+    print(f"{results['seconds']:.0f} s; {out / REPORT_FILE}, {out / RESULTS_FILE}")
+    return results

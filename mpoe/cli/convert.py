@@ -81,32 +81,24 @@ def run(
 
 def show_errors(model: Any) -> None:
     """Print the decomposition error of every converted matrix; equal rows are merged."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
+    from mpoe.cli.report import Table
     from mpoe.models import mpo_modules
 
     shapes = {name: str(cores.shape) for name, cores in mpo_modules(model)}
     groups: dict[str, list[str]] = {}
     for name in model.conversion_report:
         groups.setdefault(shapes[name], []).append(name)
-    if not groups:
-        return  # dense experts are copies, without error
-    table = Table("matrices", "cores", "relative error at most", title="Decomposition")
+    rows = []
     for shape, names in groups.items():
         errors = [model.conversion_report[name]["relative_error_bound"] for name in names]
-        table.add_row(f"{len(names)}: {names[0]} ...", escape(shape), f"{min(errors):.2e} .. {max(errors):.2e}")
-    Console().print(table)
+        rows.append((f"{len(names)}: {names[0]} ...", shape, f"{min(errors):.2e} .. {max(errors):.2e}"))
+    if rows:  # dense experts are copies, without error
+        Table(("matrices", "cores", "relative error at most"), rows, "Decomposition").show()
 
 
 def show_parameters(report: dict[str, int]) -> None:
     """Print a model's `parameter_report` as a table."""
-    from rich.console import Console
-    from rich.table import Table
+    from mpoe.cli.report import Table
 
-    table = Table("parameters", "number", title="Parameters")
-    for key, value in report.items():
-        if value:
-            table.add_row(key.replace("_", " "), f"{value:,}")
-    Console().print(table)
+    rows = [(key.replace("_", " "), f"{value:,}") for key, value in report.items() if value]
+    Table(("parameters", "number"), rows, "Parameters").show()

@@ -6,9 +6,12 @@ experts that are trained alike: gain, size and cost."""
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mpoe.cli.errors import CommandError, close_matches
 from mpoe.cli.parsing import option, read_command
@@ -23,7 +26,7 @@ class DemoOptions:
 
     _argument_group_name = "demo"
 
-    output_dir: Path = option(Path("mpoe_demo"), "folder for report.html, results.json, experts and the model")
+    output_dir: Path = option(Path("mpoe_demo"), "folder for report.html, results, and experts and model or the runs")
     compare: bool = option(False, "compare dense, wider, Switch and MPO experts")
     model: str = option("t5", "of --compare: t5 (documentation tasks) or gpt2 (language modelling)")
     steps: int | None = option(None, "training steps per expert or arm; default: the tuned budget")
@@ -57,7 +60,7 @@ def command(arguments: Sequence[str]) -> None:
     others = {p.name for p in output_dir.iterdir()} if output_dir.is_dir() else set()
     if "run.json" in others or "config.json" in others:
         raise CommandError(f"output_dir {output_dir} holds another run; choose another folder")
-    if others & {RESULTS_FILE, REPORT_FILE, MODEL_FOLDER} and not options.overwrite:
+    if others & {RESULTS_FILE, REPORT_FILE, MODEL_FOLDER, *ARMS} and not options.overwrite:
         raise CommandError(
             f"output_dir {output_dir} holds an earlier demo; give --overwrite to replace it, or another --output_dir"
         )
@@ -65,11 +68,254 @@ def command(arguments: Sequence[str]) -> None:
         for name in (RESULTS_FILE, REPORT_FILE):
             (output_dir / name).unlink(missing_ok=True)  # stale if this demo is killed
         if options.compare:
-            from mpoe.cli import demo_compare
-            from mpoe.cli.demo_arms import SETTINGS, with_steps
-
-            demo_compare.run(output_dir, options.model, with_steps(SETTINGS[options.model], steps), options.seed)
+            compare_arms(output_dir, options.model, steps, options.seed)
         else:
-            from mpoe.cli import demo_experts
+            train_experts(output_dir, steps or STEPS, options.seed)
 
-            demo_experts.run(output_dir, steps or demo_experts.STEPS, options.seed)
+
+# ------------------------------------------------------------------------ --compare: `mpoe train`, arm by arm
+
+_HIDDEN = ("--shape", "hidden", "--block_size", "16", "--top_k", "2")
+_OWN_RATE = ("--regime", "scratch", "--auxiliary_lr_scale", "1.0")  # blocks at the rate of the rest
+# options of each arm; the wider dense model has as many weights as the hidden mixture
+ARMS = {
+    "dense": ("--baseline", "dense"),
+    "wider": ("--baseline", "wider", *_HIDDEN),
+    "switch": ("--baseline", "switch"),
+    "hidden": (*_HIDDEN, *_OWN_RATE),
+    "separable": ("--shape", "separable"),
+}
+# Learning rates were chosen on the validation items: of T5 from .001, .0015 and .002 with 200 steps of two seeds.
+SETTINGS = {
+    "t5": {"tasks": "doc_module,doc_kind", "steps": 120, "batch": 32, "dense": "1e-3", "mixture": "1.5e-3"},
+    "gpt2": {"tasks": "doc_lm", "steps": 60, "batch": 16, "dense": "3e-4", "mixture": "3e-4"},
+}
+LARGE = {"t5": "t5-base", "gpt2": "gpt2"}  # the well-known model that the stand-in represents
+MIXTURES = ("hidden", "separable")  # arms that are named by their shape
+_COMPARED = (
+    "The same start, the same items in the same order, one seed. So short a training from a pretrained start hardly "
+    "needs experts, and seeds differ by a point or so: larger models, longer training and other data may differ."
+)
+
+
+def compare_arms(output_dir: Path, kind: str, steps: int | None, seed: int) -> None:
+    """Train the arms alike, each in a folder of its own, and put them side by side."""
+    from mpoe.cli import compare, train
+
+    chosen = SETTINGS[kind]
+    for arm, options in ARMS.items():
+        print(f"{arm}:")
+        rate = chosen["mixture" if arm in MIXTURES else "dense"]
+        words = (
+            f"--model {kind} --tasks {chosen['tasks']} --max_steps {steps or chosen['steps']} --learning_rate {rate}"
+        )
+        words += f" --per_device_train_batch_size {chosen['batch']} --lr_scheduler_type cosine --warmup_steps 0.05"
+        words += f" --weight_decay 0.01 --seed {seed} --logging_steps 5 --eval_strategy no --save_strategy no --use_cpu"
+        words += " --disable_tqdm true --report_to none --overwrite"
+        train.command([*words.split(), "--output_dir", str(output_dir / arm), *options])
+    asked = compare.CompareOptions(str(output_dir), overwrite=True)
+    compare.run([str(output_dir / arm) for arm in ARMS], asked, [size_and_price(kind)])
+    print(_COMPARED)
+
+
+def size_and_price(kind: str) -> Any:
+    """A table of the parameters and FLOPs of the large model, converted like each arm."""
+    import torch
+
+    from mpoe.cli.report import Table
+    from mpoe.config import MPOEConfig
+    from mpoe.estimation.costs import Usage, model_costs
+    from mpoe.estimation.inventory import take_inventory
+
+    inventory = take_inventory(LARGE[kind])
+    usage = Usage(dict.fromkeys((*inventory.streams, "main", "encoder", "decoder"), 2048), torch.float32, True)
+    costs = {shape: model_costs(inventory, MPOEConfig(shape=shape), usage) for shape in MIXTURES}
+    shown = {"dense": (costs["hidden"], "dense"), "switch": (costs["separable"], "switch")}
+    shown |= {arm: (cost, "mpoe") for arm, cost in costs.items()}
+    rows = [["parameters, millions"], ["FLOPs of its feed-forward layers, x dense"]]
+    for cost, design in shown.values():
+        rows[0].append(f"{cost.whole(design).parameters / 1e6:,.0f}")
+        rows[1].append(f"{cost.experts(design).flops / cost.experts('dense').flops:.2f}")
+    words = "8 experts per layer; a token meets one, of hidden two. From shapes alone; mpoe bench times such layers."
+    return Table(("", *shown), rows, f"{LARGE[kind]}, so converted", words, "runs")
+
+
+# ------------------------------------------------------------------------------ experts, trained apart
+
+STEPS, BATCH, LENGTH = 120, 8, 128
+NEURONS, RATE = 64, 0.01
+TESTED = 24  # pieces of each held-out text
+SHOWN = 22  # tokens of each domain in the picture
+FOREIGN = "documentation"
+COLUMNS = ("base", "own", "composed", "merged")
+HEADER = ("held-out text", "base", "own expert", "composed", "merged")
+_MEANING = (
+    "Nats per token, lower is better. Own expert: the right one is named for every text, and is always on (for "
+    f"{FOREIGN}, which no expert saw: the mean of the three). Composed: one mixture, whose routers were solved from "
+    "the experts' files alone, and nobody says which text is which. Merged: one dense network with the neurons of all "
+    "experts at a third of their weight."
+)
+_PICTURE = "Every token of a text that changes its domain, coloured by the expert that most layers sent it to."
+
+
+def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
+    """Experts of three domains, trained apart, become a mixture that sorts by itself; returns the results."""
+    import torch
+
+    from mpoe.cli.files import REPORT_FILE, RESULTS_FILE, model_folder, write_json
+    from mpoe.cli.pretrained import quiet_transformers
+    from mpoe.data.demo_texts import DOMAINS, domain_text
+    from mpoe.data.documentation import load_documentation
+    from mpoe.data.embedded import load_stand_in
+    from mpoe.inspection.composed import composed_worth, token_losses
+    from mpoe.models import collect_statistics, compose_experts, merge_expert, save_expert
+    from mpoe.models.expert_mixture import keep_experts
+
+    quiet_transformers()
+    start = time.perf_counter()
+    base, tokenizer = load_stand_in("gpt2")
+    tokenizer.model_max_length = 10**9  # texts are cut into pieces below
+
+    def pieces(text: str, most: int | None = None) -> Any:
+        ids = tokenizer(text)["input_ids"]
+        count = min(len(ids) // LENGTH, most or len(ids))
+        return torch.tensor(ids[: count * LENGTH]).view(count, LENGTH)
+
+    def batches(parts: Any) -> list[dict[str, Any]]:
+        return [{"input_ids": part, "labels": part} for part in parts.split(BATCH)]
+
+    def loss(model: Any, text: str) -> float:
+        return float(token_losses(model, held_out[text]).mean())
+
+    held_out = {name: batches(pieces(domain_text(name, True), TESTED)) for name in DOMAINS}
+    foreign = "\n\n".join(record.text for record in load_documentation().split("test")[::7])
+    held_out[FOREIGN] = batches(pieces(foreign, TESTED))
+    losses = {text: {"base": loss(base, text)} for text in held_out}
+    files, always_on = [], []
+    (output_dir / "experts").mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(DOMAINS):
+        begun, own = time.perf_counter(), pieces(domain_text(name, False))
+        model = _train(base, own, steps, seed + number)
+        files.append(output_dir / "experts" / f"{name}.expert")
+        statistics = collect_statistics(model, batches(own[:256]))
+        save_expert(model, files[-1], statistics=statistics, tokenizer=tokenizer, training={"steps": steps})
+        losses[name]["own"] = loss(model, name)
+        always_on.append(loss(model, FOREIGN))
+        print(
+            f"trained {files[-1]} on {own.numel():,} tokens in {time.perf_counter() - begun:.0f} s: "
+            f"{losses[name]['base']:.2f} -> {losses[name]['own']:.2f} nats per token"
+        )
+    losses[FOREIGN]["own"] = sum(always_on) / len(always_on)
+    mixture = compose_experts(base, files, tokenizer=tokenizer)
+    merged = merge_expert(base, files, weight=1 / len(files))
+    for text in held_out:
+        losses[text] |= {"composed": loss(mixture, text), "merged": loss(merged, text)}
+    classes = [*(expert.statistics for expert in mixture.composed_of), mixture.background_statistics]
+    worth = composed_worth(mixture, classes, [batch for name in DOMAINS for batch in held_out[name]])
+    shown = "\n".join(tokenizer.decode(held_out[name][0]["input_ids"][0][:SHOWN]) for name in DOMAINS)
+    with model_folder(output_dir / MODEL_FOLDER) as staging:
+        mixture.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        keep_experts(mixture, staging)
+    results: dict[str, Any] = {
+        "steps": steps,
+        "seed": seed,
+        "experts": worth.names,
+        "losses": losses,
+        "kept": kept(losses),
+        "worth": vars(worth),
+        "picture": token_experts(mixture, tokenizer, shown),
+        "megabytes": {file.name: file.stat().st_size / 1e6 for file in files},
+        "seconds": time.perf_counter() - start,
+    }
+    _tell(output_dir / REPORT_FILE, results, worth)
+    write_json(output_dir / RESULTS_FILE, results)
+    print(f"{output_dir / REPORT_FILE}, {output_dir / RESULTS_FILE}, experts and the mixture in {output_dir}")
+    return results
+
+
+def _train(base: Any, pieces: Any, steps: int, seed: int) -> Any:
+    """An expert beside ``base``, trained on random pieces."""
+    import torch
+
+    from mpoe.models import start_expert
+
+    torch.manual_seed(seed)
+    model = start_expert(base, NEURONS).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps + 1, pct_start=0.1)
+    for _ in range(steps):
+        ids = pieces[torch.randint(len(pieces), (BATCH,))]
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return model.eval()
+
+
+def token_experts(mixture: Any, tokenizer: Any, text: str) -> list[tuple[str, int]]:
+    """Every token of a text with the expert that most layers sent it to first."""
+    from mpoe.inspection.routes import route_text
+
+    (route,) = route_text(mixture, tokenizer, text)
+    chosen = [Counter(layer[place][0] for layer in route.experts) for place in range(len(route.tokens))]
+    return [(token, counts.most_common(1)[0][0]) for token, counts in zip(route.tokens, chosen, strict=True)]
+
+
+def kept(losses: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Share of its own expert's gain that the mixture keeps, by domain."""
+    domains = {name: own for name, own in losses.items() if name != FOREIGN}
+    return {n: (own["base"] - own["composed"]) / (own["base"] - own["own"]) for n, own in domains.items()}
+
+
+def conclusions(results: Mapping[str, Any]) -> list[str]:
+    """What the numbers say, and what they do not."""
+    losses, shares = results["losses"], results["kept"]
+    own = {column: value - losses[FOREIGN]["base"] for column, value in losses[FOREIGN].items()}
+    told = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    return [
+        f"Of its own expert's gain the mixture keeps: {told}; nobody said which text is which.",
+        f"Forgetting, on {FOREIGN}, which no expert saw: an expert that is always on {own['own']:+.3f} nats, the "
+        f"mixture {own['composed']:+.3f}, merged {own['merged']:+.3f}.",
+        "What this does not show: larger models, longer training, domains that are nearer to each other.",
+    ]
+
+
+def _tell(file: Path, results: Mapping[str, Any], worth: Any) -> None:
+    """Print, and write as ``report.html``: the table, what it says, the coloured tokens, what each expert is worth."""
+    from markupsafe import Markup
+    from rich.console import Console
+    from rich.text import Text
+
+    from mpoe.cli.inspect import worth_rows
+    from mpoe.cli.report import Table, note, write_page
+    from mpoe.cli.routes import expert_colour
+
+    names, said = results["experts"], conclusions(results)
+    colours = [expert_colour(number, len(names)) for number in range(len(names))]
+    rows = [[text, *(f"{own[column]:.3f}" for column in COLUMNS)] for text, own in results["losses"].items()]
+    losses = Table(HEADER, rows, f"mpoe demo: {results['steps']} steps per expert, seed {results['seed']}", _MEANING)
+    picture = [Text(token.replace("\\n", " "), f"black on {colours[expert]}") for token, expert in results["picture"]]
+    legend = [Text(f" {name} ", f"black on {colour}") for name, colour in zip(names, colours, strict=True)]
+    Console().print(_PICTURE, Text.assemble(*picture), Text(" ").join(legend), sep="\n", highlight=False)
+    losses.show()
+    print("\n".join([*said, f"{results['seconds']:.0f} seconds."]))
+    span = Markup('<span style="background:{}" title="{}">{}</span>')
+    parts = [
+        Markup("<h1>mpoe demo: experts trained apart, composed</h1><ul>{}</ul>").format(
+            Markup("").join(Markup("<li>{}</li>").format(line) for line in said)
+        ),
+        losses.section(),
+        Markup('<h2>Who took which token</h2><p>{}</p><p>{}</p><p class="picture">{}</p>').format(
+            _PICTURE,
+            Markup(" ").join(span.format(colour, name, name) for name, colour in zip(names, colours, strict=True)),
+            Markup("").join(span.format(colours[e], names[e], token) for token, e in results["picture"]),
+        ),
+        Markup("<h2>What each expert is worth</h2>"),
+        Table(("expert", "share of choices", "loss if alone", "without", "removing it adds"), worth_rows(worth)).html(),
+        note(
+            f"On the three held-out texts together: the mixture {worth.loss:.3f} nats per token, the best single "
+            f"expert for every token (an oracle) {worth.oracle:.3f}."
+        ),
+    ]
+    write_page(file, "mpoe demo", parts, ".picture { white-space: pre-wrap; line-height: 1.7; }")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mpoe.cli.errors import CommandError
 from mpoe.cli.parsing import option, read_command
-from mpoe.cli.run_data import data_of_run
+from mpoe.cli.runs import data_of_run
 from mpoe.cli.tasks import DataOptions
 
 SPLITS = ("train", "validation", "test")
@@ -62,12 +62,12 @@ def command(arguments: Sequence[str]) -> dict[str, dict[str, float]] | None:
     for task in tasks:
         task.examples(options.split)  # a missing split is refused before the model is loaded
     tokenizer, model = load_tokenizer(source), load_model(source)
-    from mpoe.cli.scoring import evaluate_tasks, show_scores
+    from mpoe.cli.scoring import evaluate_tasks
     from mpoe.data.tasks import average_score
 
     found = evaluate_tasks(model, tokenizer, tasks, options.split, options.batch_size)
     scores = found.scores
-    show_scores(found, f"{model_dir} on {options.split}")
+    found.show(f"{model_dir} on {options.split}")
     if options.output_file:
         report = {"model": model_dir, "split": options.split, "scores": scores, "mean": average_score(scores)}
         report |= {"baselines": found.baselines, "remarks": found.remarks}
@@ -80,6 +80,6 @@ def _model_dir(given: str | None, load_experiment: str | None) -> str:
         raise CommandError("evaluate needs a model first: mpoe evaluate MODEL_DIR, or --load_experiment RUN_DIR")
     if given is not None:
         return given
-    from mpoe.cli.experiment import model_of_experiment
+    from mpoe.cli.settle import model_of_experiment
 
     return model_of_experiment(str(load_experiment))

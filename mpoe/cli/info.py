@@ -7,12 +7,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from mpoe.cli.errors import CommandError
 from mpoe.cli.parsing import option, read_command
+
+if TYPE_CHECKING:
+    from mpoe.models.expert_files import Expert
 
 MOST = 128  # files
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy", "safetensors", "matplotlib", "datasets")
+SHOWN = 12  # characters of a SHA-256
 
 
 @dataclass
@@ -30,17 +36,11 @@ def command(arguments: Sequence[str]) -> None:
     asked = read_command("mpoe info [FILE ...] [--json]", __doc__, [InfoOptions], arguments, words=most)
     if asked is None:
         return
-    if asked.words:
-        from mpoe.cli.expert_facts import collect_experts, show_experts
-
-        experts = collect_experts(asked.words)
-        print(json.dumps(experts, indent=2)) if asked.options[0].json else show_experts(experts)
-        return
-    facts = collect()
+    found = collect_experts(asked.words) if asked.words else collect()
     if asked.options[0].json:
-        print(json.dumps(facts, indent=2))
+        print(json.dumps(found, indent=2))
     else:
-        show(facts)
+        (show_experts if asked.words else show)(found)
 
 
 def collect() -> dict[str, Any]:
@@ -52,17 +52,53 @@ def collect() -> dict[str, Any]:
 
 def show(facts: dict[str, Any]) -> None:
     """Print the facts of `collect` as tables."""
-    from rich.console import Console
-    from rich.table import Table
-
+    from mpoe.cli.report import Table
     from mpoe_kernels.info import rows
 
-    console = Console()
-    table = Table(title=f"mpoe {facts['mpoe']}", show_header=False)
-    for name, text in rows(facts):
-        table.add_row(name, text)
-    console.print(table)
-    backends = Table("backend", "runs here", "why not", title="Kernel backends")
-    for name, reasons in facts["backends"].items():
-        backends.add_row(name, "no" if reasons else "yes", "; ".join(reasons))
-    console.print(backends)
+    Table((), list(rows(facts)), f"mpoe {facts['mpoe']}").show()
+    backends = [(name, "no" if reasons else "yes", "; ".join(reasons)) for name, reasons in facts["backends"].items()]
+    Table(("backend", "runs here", "why not"), backends, "Kernel backends").show()
+
+
+def facts_of(expert: Expert) -> dict[str, Any]:
+    """JSON-able facts of an expert; sizes in bytes."""
+    sizes = {kind: sum(each.nbytes for each in getattr(expert, kind).values()) for kind in ("weights", "statistics")}
+    return {**expert.facts, "parameters": sum(each.numel() for each in expert.weights.values()), "bytes": sizes}
+
+
+def collect_experts(names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Facts by file, or by folder of a composed mixture.
+
+    Raises:
+        CommandError: what is neither.
+        ValueError: a damaged file.
+    """
+    from mpoe.models.expert_files import load_expert
+    from mpoe.models.expert_mixture import EXPERTS_FOLDER, kept_experts
+
+    found = {}
+    for name in names:
+        place = Path(name)
+        if not place.is_file() and not (place / EXPERTS_FOLDER).is_dir():
+            raise CommandError(f"info takes experts' files and mixtures that mpoe compose made of them; {name} is none")
+        experts = [load_expert(place)] if place.is_file() else kept_experts(place)[0]
+        found[name] = [facts_of(expert) for expert in experts]
+    return found
+
+
+def show_experts(found: dict[str, list[dict[str, Any]]]) -> None:
+    """Print the facts of `collect_experts`, a table for each expert."""
+    from mpoe.cli.report import Table
+
+    for name, experts in found.items():
+        print(name)
+        for each in experts:
+            weights, statistics = (each["bytes"][kind] / 1e6 for kind in ("weights", "statistics"))
+            rows = {
+                "expert": f"{each['name']}: {each['neurons']} neurons per layer, {weights:.1f} MB",
+                "base": f"{each['model']} {each['base_name']}, SHA-256 {each['base'][:SHOWN]}",
+                "tokenizer": (each["tokenizer"] or "any")[:SHOWN],
+                "statistics": f"{statistics:.2f} MB" if statistics else "none: it cannot be composed",
+                "training": ", ".join(f"{key} {value}" for key, value in each["training"].items()),
+            }
+            Table((), list(rows.items())).show()

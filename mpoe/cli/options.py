@@ -1,4 +1,4 @@
-"""Options of the commands other than the Trainer's, as dataclasses, and the objects built from them."""
+"""Options that several commands have, or that describe a model, as dataclasses, and the objects built from them."""
 
 from __future__ import annotations
 
@@ -29,6 +29,59 @@ class ModelOptions:
     model: str = option(
         "t5", "t5 or gpt2 (the tiny pretrained stand-ins of the package), a folder, or a hub name", "model_name_or_path"
     )
+
+
+DENSE, WIDER, SWITCH = "dense", "wider", "switch"
+BASELINES = {DENSE: "dense", WIDER: "dense, wider", SWITCH: "dense experts"}
+
+
+@dataclass
+class ArmOptions:
+    """What the model becomes instead of a mixture of MPO experts."""
+
+    _argument_group_name = "baseline"
+
+    baseline: str | None = option(
+        None,
+        "train what the mixture is compared with: dense (the model as it is), wider (dense, as large as the mixture), "
+        "switch (dense experts)",
+        choices=list(BASELINES),
+    )
+
+
+@dataclass
+class ExperimentOptions:
+    """Options that refer to an earlier run."""
+
+    _argument_group_name = "earlier run"
+
+    load_experiment: str | None = option(
+        None, "folder of an earlier run (or of a saved model): train goes on from its model in a run of its own"
+    )
+    load_layer: list[str] = option(
+        [],
+        "components (word_embed, mlp, attention, pooler) that are taken from load_experiment instead of "
+        "being decomposed again; everything else comes from --model",
+    )
+
+    def __post_init__(self) -> None:
+        from mpoe.models.components import parse_components
+
+        asked = [value for value in self.load_layer if value != "noload"]  # the original's scripts load nothing so
+        self.load_layer = list(parse_components(",".join(asked), "load_layer") or ()) if asked else []
+        if self.load_layer and self.load_experiment is None:
+            raise ValueError("load_layer needs load_experiment: the run or model whose cores are taken")
+
+
+@dataclass
+class MeasureOptions:
+    """Options of the report."""
+
+    _argument_group_name = "report"
+
+    compute_time: bool = option(False, "report the time of a training step, and items per second")
+    compute_memory: bool = option(False, "report the most memory used: of the GPU, or of the process")
+    print_num_parameters: bool = option(False, "print the number of parameters by kind before training")
 
 
 # Configuration fields whose option has a different type: JSON, a list, or None for the default of the moe_type.
@@ -126,11 +179,11 @@ class ExpertOptions(_Fields):  # type: ignore[misc]
         values |= {"expert_type": expert_type, "target_modules": targets if len(targets) > 1 else targets[0]}
         values |= {"router": {f.name: given[f.name] for f in fields(RouterConfig) if f.name in given}}
         if self.shape is not None and self.shape.lstrip().startswith("{"):
-            values["shape"] = _json("shape", self.shape)
+            values["shape"] = read_json_option("shape", self.shape)
         elif self.shape is None and self.mpo_layers:
             values["shape"] = SEPARABLE  # "in MPO form"
         if self.shape_pattern is not None:
-            values["shape_pattern"] = _json("shape_pattern", self.shape_pattern)
+            values["shape_pattern"] = read_json_option("shape_pattern", self.shape_pattern)
         if self.backend == "auto":
             values["backend"] = None
         return MPOEConfig.from_dict(values) if as_saved else MPOEConfig(**values)
@@ -158,7 +211,8 @@ class ExpertOptions(_Fields):  # type: ignore[misc]
         return targets, expert_type
 
 
-def _json(name: str, text: str) -> Any:
+def read_json_option(name: str, text: str) -> Any:
+    """The value of an option that is JSON; `CommandError` names the option and the place of the error."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

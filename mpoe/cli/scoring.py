@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ
 
 if TYPE_CHECKING:
+    from mpoe.cli.report import Table
     from mpoe.data.task import Task
 
 Items = Sequence[dict[str, list[int]]]
@@ -54,6 +55,14 @@ def expert_load(model: Any, items: Items, pad_token_id: int, batch_size: int = 6
     return [] if load is None else load.tolist()
 
 
+SCORE_HEADER = ("task", "metric", "value", "baseline", "items")
+SCORE_NOTE = (
+    "baseline: one answer for all items, the most frequent one or the mean; of perplexity, every token guessed by its "
+    "frequency. Perplexity and loss are per token of the model's tokenizer: those of two tokenizers do not compare."
+)
+_LABELS = {"perplexity": "perplexity per token", "loss": "loss, nats per token"}
+
+
 @dataclass(frozen=True)
 class TaskScores:
     """Scores of several tasks.
@@ -67,6 +76,30 @@ class TaskScores:
     scores: dict[str, dict[str, float]]
     baselines: dict[str, dict[str, float]]
     remarks: list[str]
+
+    def table(self, title: str) -> Table:
+        """The scores as a table; with several tasks, their average comes last."""
+        from mpoe.cli.report import Table
+        from mpoe.data.tasks import average_score
+
+        rows = []
+        for task, values in self.scores.items():
+            for name, value in values.items():
+                baseline = self.baselines[task].get(name)
+                shown = "-" if baseline is None else f"{baseline:.4f}"
+                if name != "items":
+                    rows.append((task, _LABELS.get(name, name), f"{value:.4f}", shown, str(values["items"])))
+        if len(self.scores) > 1:
+            total = sum(int(values["items"]) for values in self.scores.values())
+            mean, constant = (f"{average_score(each):.4f}" for each in (self.scores, self.baselines))
+            rows.append(("average over tasks", "first of each", mean, constant, str(total)))
+        return Table(SCORE_HEADER, rows, title, SCORE_NOTE, "scores")
+
+    def show(self, title: str) -> None:
+        """Print the table, and the remarks."""
+        self.table(title).show()
+        for remark in self.remarks:
+            print(f"note: {remark}")
 
 
 def evaluate_tasks(model: Any, tokenizer: Any, tasks: Sequence[Task], split: str, batch_size: int = 128) -> TaskScores:
@@ -87,47 +120,3 @@ def evaluate_tasks(model: Any, tokenizer: Any, tasks: Sequence[Task], split: str
                 f"{task.name}: {metric} {value:.4g} is not better than the baseline's {constant:.4g}"
             )
     return results
-
-
-SCORE_HEADER = ("task", "metric", "value", "baseline", "items")
-SCORE_NOTE = (
-    "baseline: one answer for all items, the most frequent one or the mean; of perplexity, every token guessed by its "
-    "frequency. Perplexity and loss are per token of the model's tokenizer: those of two tokenizers do not compare."
-)
-
-
-def score_rows(results: TaskScores) -> list[tuple[str, str, str, str, str]]:
-    """The scores of `evaluate_tasks` as rows; with several tasks, their average comes last."""
-    from mpoe.data.tasks import average_score
-
-    rows = []
-    for task, values in results.scores.items():
-        for name, value in values.items():
-            if name != "items":
-                baseline = results.baselines[task].get(name)
-                shown = "-" if baseline is None else f"{baseline:.4f}"
-                rows.append((task, _label(name), f"{value:.4f}", shown, str(values["items"])))
-    if len(results.scores) > 1:
-        total = sum(int(values["items"]) for values in results.scores.values())
-        mean, constant = (f"{average_score(each):.4f}" for each in (results.scores, results.baselines))
-        rows.append(("average over tasks", "first of each", mean, constant, str(total)))
-    return rows
-
-
-def _label(metric: str) -> str:
-    return {"perplexity": "perplexity per token", "loss": "loss, nats per token"}.get(metric, metric)
-
-
-def show_scores(results: TaskScores, title: str) -> None:
-    """Print the scores of `evaluate_tasks` as a table, and the remarks."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console, table = Console(), Table(*SCORE_HEADER, title=title)
-    for row in score_rows(results):
-        table.add_row(*row)
-    console.print(table)
-    console.print(Text(SCORE_NOTE, style="dim"))
-    for remark in results.remarks:
-        console.print(Text(f"note: {remark}", style="yellow"))

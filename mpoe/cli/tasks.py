@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpoe.cli.errors import CommandError, close_matches
+from mpoe.cli.options import read_json_option
 from mpoe.cli.parsing import option
 from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ
 
@@ -87,12 +87,7 @@ class DataOptions:
 def _label_words(text: str | None) -> dict[str, str] | None:
     if text is None:
         return None
-    try:
-        words = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CommandError(f"label_words: bad JSON at character {error.pos}: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
-        raise CommandError(f"label_words: bad JSON: {error}") from None
+    words = read_json_option("label_words", text)
     if not isinstance(words, dict):
         raise CommandError(f"label_words must be a JSON object, label -> word; got {text}")
     return words

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpoe.cli.arm import WIDER, ArmOptions, widened_for
 from mpoe.cli.errors import CommandError
-from mpoe.cli.experiment import ExperimentOptions, start_of, take_layers
-from mpoe.cli.measures import MeasureOptions, measured, parameters_of, print_parameters
-from mpoe.cli.options import ExpertOptions, ModelOptions
+from mpoe.cli.finish import finish, parameters_of, save_trained
+from mpoe.cli.options import (
+    DENSE,
+    WIDER,
+    ArmOptions,
+    ExperimentOptions,
+    ExpertOptions,
+    MeasureOptions,
+    ModelOptions,
+)
 from mpoe.cli.parsing import option, read_command
-from mpoe.cli.progress import going_on, show_progress
-from mpoe.cli.run_items import OrderedItems, order_items, set_intervals
-from mpoe.cli.starting_rate import search_rate, settle_rate
-from mpoe.cli.starting_shape import settle_experts
+from mpoe.cli.settle import (
+    OrderedItems,
+    model_of_experiment,
+    order_items,
+    search_rate,
+    set_intervals,
+    settle_experts,
+    settle_rate,
+    start_of,
+)
 from mpoe.cli.tasks import DataOptions
-from mpoe.cli.train_expert import save_trained, settle_expert
 
 if TYPE_CHECKING:
     from mpoe.cli.pretrained import Source
@@ -95,14 +107,16 @@ class Plan:
     command: str = ""
 
 
+GROUPS = (RunOptions, ModelOptions, DataOptions, ArmOptions, ExpertOptions, ExperimentOptions, MeasureOptions)
+
+
 def command(arguments: Sequence[str]) -> None:
     """Run the command on its tokens."""
     from transformers import Seq2SeqTrainingArguments
 
     from mpoe.training import MPOETrainingArguments
 
-    groups = [RunOptions, ModelOptions, DataOptions, ArmOptions, ExpertOptions, ExperimentOptions, MeasureOptions]
-    groups.append(MPOETrainingArguments)
+    groups = [*GROUPS, MPOETrainingArguments]
     usage = "mpoe train [CONFIG.json|yaml] --output_dir DIR [--flag value ...]"
     asked = read_command(usage, __doc__, groups, arguments, 1, True, Seq2SeqTrainingArguments, FIRST)
     if asked is None:
@@ -119,6 +133,7 @@ def run(plan: Plan) -> dict[str, Any]:
     Raises:
         ValueError, TypeError: settings that do not fit together, before anything is written.
     """
+    from mpoe.cli.convert import show_parameters
     from mpoe.cli.pretrained import find, labels_for, load_tokenizer
     from mpoe.cli.scoring import encode_task
     from mpoe.cli.tasks import read_descriptions, resolve
@@ -129,12 +144,17 @@ def run(plan: Plan) -> dict[str, Any]:
     folder = _output_folder(plan)
     source = find(start_of(plan.experiment, plan.model.model, "model" in plan.given))
     if plan.run.expert is not None:
-        settle_expert(plan, source)
+        _settle_expert(plan, source)
     config = settle_experts(plan, source)
     if folder.exists() and Path(source.path).is_dir() and folder.samefile(source.path):
         raise CommandError(f"output_dir must be another folder than the model's; got {folder} for both")
+    changing = _mixture_options(plan)
+    if source.is_mpoe and changing:
+        raise CommandError(
+            f"model {source.path!r} is converted already ({source.model_type}): {', '.join(changing)} cannot be "
+            "changed any more"
+        )
     data_seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
-    _check_experts(source, plan)
     described = read_descriptions(plan.data.task_file)
     find_tasks = partial(resolve, options=plan.data, style=source.style, data_seed=data_seed, described=described)
     tasks = find_tasks(plan.data.tasks)
@@ -146,23 +166,24 @@ def run(plan: Plan) -> dict[str, Any]:
     labels = labels_for(source, tasks[0]) if source.style == ENCODER else None
     encode = partial(encode_task, tokenizer=tokenizer, style=source.style, labels=labels or ())
     items, validation = _encode(encode, tasks, eval_tasks, plan, data_seed)
-    rate_from = settle_rate(plan, source, None if plan.arm.is_dense else config)
+    rate_from = settle_rate(plan, source, None if plan.arm.baseline in (DENSE, WIDER) else config)
     settings = {**settings_of(plan, described), "command": plan.command, "learning_rate_from": rate_from}
     _check_folder(plan, settings)
     model = _prepare_model(source, config, plan, labels)
     trainer = make_trainer(model, tokenizer, items, validation, plan)
     if plan.measure.print_num_parameters and trainer.is_world_process_zero():
-        print_parameters(trainer.model)
+        trains = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        show_parameters({**parameters_of(trainer.model), "trainable": trains})
     if plan.run.find_rate and not plan.run.resume:
         settings |= search_rate(trainer, items.items)
         settings["training"]["learning_rate"] = arguments.learning_rate
-    with hold(folder) if arguments.process_index == 0 else nullcontext():
+    with hold(folder) if arguments.process_index == 0 else contextlib.nullcontext():
         checkpoint = _claim_folder(folder, plan, settings)
         start = time.perf_counter()
         with going_on(folder, plan.command):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds = time.perf_counter() - start
-        results = _finish(trainer, tokenizer, eval_tasks, plan, folder, seconds, _sizes(items, validation))
+        results = finish(trainer, tokenizer, eval_tasks, plan, folder, seconds, _sizes(items, validation))
         if plan.run.expert is not None and trainer.is_world_process_zero():
             save_trained(trainer, tokenizer, items.items, plan, folder)
         return results
@@ -190,15 +211,25 @@ def _check_folder(plan: Plan, settings: dict[str, Any] | None = None) -> None:
         check_output_dir(plan.arguments.output_dir, plan.run.overwrite, plan.run.resume, settings)
 
 
-def _check_experts(source: Source, plan: Plan) -> None:
-    experts = {f.name for f in dataclasses.fields(ExpertOptions)} & plan.given
-    experts |= {"load_layer"} if plan.experiment.load_layer else set()
-    experts |= {"baseline"} if plan.arm.baseline else set()
-    if source.is_mpoe and experts:
-        raise CommandError(
-            f"model {source.path!r} is converted already ({source.model_type}): {', '.join(sorted(experts))} "
-            "cannot be changed any more"
-        )
+def _mixture_options(plan: Plan) -> list[str]:
+    """Given options that describe a mixture, or what it is compared with."""
+    names = {f.name for kind in (ExpertOptions, ArmOptions) for f in dataclasses.fields(kind)} | {"load_layer"}
+    return sorted(name for name in names & plan.given if name != "load_layer" or plan.experiment.load_layer)
+
+
+def _settle_expert(plan: Plan, source: Source) -> None:
+    """Set what a run with --expert needs: one expert of neurons, everything else frozen."""
+    from mpoe.models.table import ENCODER
+
+    name = plan.run.expert
+    if not name or Path(name).name != name:
+        raise CommandError(f"expert must be a name, which the file has too; got {name!r}")
+    mixtures = set(_mixture_options(plan)) - {"neurons", "backend"}
+    if mixtures:
+        raise CommandError(f"expert trains one expert beside the model; {min(mixtures)} is for mixtures")
+    if source.is_mpoe or source.style == ENCODER:
+        raise CommandError(f"expert needs a dense language model that stays as it is; {source.path} is or gets another")
+    plan.experts.moe_type, plan.experts.shape, plan.arguments.adapter = "none", "neurons", True
 
 
 def _prepare_model(source: Source, config: Any, plan: Plan, labels: Sequence[str] | None) -> Any:
@@ -206,18 +237,33 @@ def _prepare_model(source: Source, config: Any, plan: Plan, labels: Sequence[str
     from transformers import set_seed
 
     from mpoe.cli.pretrained import load_model
+    from mpoe.models import convert_to_mpoe
+    from mpoe.models.widen import hidden_size_as_mixture, widened
 
     set_seed(plan.arguments.seed)  # for a new head
     model = load_model(source, labels)
     if config is not None and not source.is_mpoe:
-        from mpoe.models import convert_to_mpoe
-
         set_seed(plan.arguments.seed)  # for the routers
         if plan.arm.baseline == WIDER:
-            return widened_for(model, config)
+            hidden = hidden_size_as_mixture(model, config)
+            model = widened(model, hidden)
+            print(f"baseline wider: hidden size {hidden}, {sum(p.numel() for p in model.parameters()):,} parameters")
+            return model
         model = convert_to_mpoe(model, config)
     take_layers(model, plan.experiment)
     return model
+
+
+def take_layers(model: Any, options: ExperimentOptions) -> None:
+    """Load components of the earlier run into a newly converted model."""
+    if not options.load_layer:
+        return
+    if not hasattr(model, "mpoe_config"):
+        raise CommandError("load_layer needs a model with MPO layers; this one stays dense")
+    from mpoe.models import load_layers
+
+    names = load_layers(model, model_of_experiment(str(options.load_experiment)), options.load_layer)
+    print(f"{len(names)} modules ({', '.join(options.load_layer)}) from {options.load_experiment}")
 
 
 def _encode(
@@ -294,60 +340,37 @@ def _claim_folder(folder: Path, plan: Plan, settings: dict[str, Any]) -> Path | 
     return checkpoint
 
 
-def _finish(
-    trainer: Any,
-    tokenizer: Any,
-    eval_tasks: Sequence[Task],
-    plan: Plan,
-    folder: Path,
-    seconds: float,
-    sizes: dict[str, dict[str, int]],
-) -> dict[str, Any]:
-    """Evaluate on validation, save the model and write the results."""
-    from mpoe.cli.files import REPORT_FILE, RESULTS_FILE, publish_model, staging_folder, write_json
-    from mpoe.cli.run_folder import made_with, mixture_of, read_run
-    from mpoe.cli.run_report import write_run_report
-    from mpoe.cli.scoring import SCORE_HEADER, evaluate_tasks, score_rows, show_scores
-    from mpoe.data.tasks import average_score
-    from mpoe.models.base import MPOEModelMixin
-    from mpoe.models.card import write_card
-    from mpoe.models.report import routed_layers, short_name
-
-    trainer.save_model(str(staging_folder(folder)))  # every process takes part in it
-    model = trainer.model
-    if plan.arguments.should_save:
-        tokenizer.save_pretrained(staging_folder(folder))
-        publish_model(folder)
-    if not trainer.is_world_process_zero():
-        return {}
-    found = evaluate_tasks(model, tokenizer, eval_tasks, "validation", plan.arguments.per_device_eval_batch_size * 4)
-    scores = found.scores
-    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
-    results: dict[str, Any] = {
-        "model": start_of(plan.experiment, plan.model.model, model_given=False),
-        "class": type(model).__name__,
-        "mixture": mixture_of(model),
-        "layers": [short_name(name) for name, _ in routed_layers(model)],
-        "data": sizes,
-        "made_with": made_with(plan.arguments.device),
-        "steps": trainer.state.global_step,
-        "seconds": round(seconds, 2),
-        "train_loss": losses[-1] if losses else None,
-        "validation": scores,
-        "mean_validation": average_score(scores),
-        "baselines": found.baselines,
-        "remarks": found.remarks,
-        "parameters": parameters_of(model),
-        **measured(plan.measure, seconds, trainer.state.global_step, _items_per_step(plan.arguments)),
-    }
-    write_json(folder / RESULTS_FILE, results)
-    if isinstance(model, MPOEModelMixin):
-        write_card(model, folder, {f"validation, {task}": values for task, values in scores.items()})
-    write_run_report(folder / REPORT_FILE, read_run(str(folder)), SCORE_HEADER, score_rows(found), plan.given)
-    show_scores(found, f"validation after {trainer.state.global_step} steps")
-    print(f"model, metrics.jsonl, {RESULTS_FILE} and {REPORT_FILE} are in {folder}")
-    return results
+# ------------------------------------------------------------------ what is shown while a run goes on
 
 
-def _items_per_step(arguments: MPOETrainingArguments) -> int:
-    return arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+def show_progress(trainer: Any) -> None:
+    """Print a line for each log call instead of a dictionary; progress bars only on a terminal."""
+    from tqdm.auto import tqdm
+    from transformers import PrinterCallback, ProgressCallback
+
+    from mpoe.training.callbacks import LogLineCallback
+
+    class Bars(ProgressCallback):
+        def on_log(self, *arguments: Any, **keywords: Any) -> None:
+            """Do nothing: `LogLineCallback` writes the line."""
+
+    bars = not trainer.args.disable_tqdm and sys.stderr.isatty()
+    for shown in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(shown)
+    if bars:
+        trainer.add_callback(Bars)
+    trainer.add_callback(LogLineCallback(tqdm.write if bars else partial(print, flush=True)))
+
+
+@contextlib.contextmanager
+def going_on(folder: Path, command: str) -> Iterator[None]:
+    """Inside this context, an interrupted run prints how to continue."""
+    from mpoe.training import find_last_checkpoint
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        checkpoint = find_last_checkpoint(folder)
+        where = f"at {checkpoint.name}" if checkpoint else "at step 0, as there is no checkpoint yet"
+        words = [word for word in shlex.split(command) if word not in ("--overwrite", "--resume")]
+        raise KeyboardInterrupt(f"go on {where} with {shlex.join([*words, '--resume'])}") from None

@@ -216,14 +216,10 @@ def take_inventory(
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    from mpoe.models.families import family_of
-    from mpoe.models.find import find_sites
-    from mpoe.models.hidden import HiddenSite
-    from mpoe.models.sites import FFNSite
+    from mpoe.models.find import dense_networks
 
     values, source = read_values(name)
     config, class_name, mpoe = _model_config(values, name)
-    family = family_of(config.model_type)
     try:
         with torch.device("meta"):
             model: Any = getattr(transformers, class_name)(config)
@@ -232,7 +228,7 @@ def take_inventory(
     chosen = MPOEConfig(
         shape="separable", exclude_modules=exclude_modules or [], layers_to_transform=layers_to_transform
     )
-    sites = [site for site in find_sites(model, family, config, chosen) if isinstance(site, FFNSite)]
+    sites = dense_networks(model, chosen)
     layers = []
     converted: set[int] = set()
     for site in sites:
@@ -240,7 +236,7 @@ def take_inventory(
         matrices = tuple(Matrix(kind, *site.weight(kind).shape) for kind in kinds)
         layers.append(Layer(site.name, site.stream, matrices, site.bias("up") is not None))
         converted |= {id(module) for module in site.dense.values()}
-    blocks_fit = not any(HiddenSite.of(site).obstacle for site in sites)
+    blocks_fit = not any(site.obstacle for site in sites)
     rest: dict[tuple[str, int, int], int] = {}
     for module_name, module in model.named_modules():
         if id(module) in converted or not isinstance(module, (nn.Linear, Conv1D)) or "pooler" in module_name:

@@ -10,12 +10,11 @@ from mpoe.layers.context import (
 )
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.dense import ExpertWeights, grouped_dense_linear
-from mpoe.layers.experts import DenseExperts, MPOExperts
+from mpoe.layers.experts import DenseExperts, MixtureExperts, MPOExperts
 from mpoe.layers.feed_forward import MPOEFeedForward, RoutedFeedForward
 from mpoe.layers.hidden import HiddenExperts, HiddenFeedForward
 from mpoe.layers.kept import KeptFeedForward
 from mpoe.layers.losses import load_balancing_loss, router_z_loss
-from mpoe.layers.mixture_experts import MixtureExperts
 from mpoe.layers.mpo_embedding import MPOEmbedding, SharedEmbedding, TiedHead
 from mpoe.layers.mpo_linear import MPOLinear
 from mpoe.layers.neurons import NeuronExperts, NeuronFeedForward

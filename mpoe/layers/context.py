@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,20 +70,23 @@ def current_routing() -> RoutingContext | None:
     return _current.routing
 
 
-def enter_routing(context: RoutingContext | None) -> RoutingContext | None:
-    """Make ``context`` current; hand the returned value to `leave_routing` in a ``finally``."""
-    previous = _current.routing
-    _current.routing = context
-    return previous
+class Entered(AbstractContextManager["RoutingContext | None"]):
+    """Makes a context current; may be entered again, also in another thread."""
+
+    def __init__(self, context: RoutingContext | None) -> None:
+        self._context, self._previous = context, context
+
+    def __enter__(self) -> RoutingContext | None:
+        self._previous, _current.routing = _current.routing, self._context
+        return self._context
+
+    def __exit__(self, *exc: object) -> None:
+        _current.routing = self._previous
 
 
-def leave_routing(previous: RoutingContext | None) -> None:
-    """Restore what was current before `enter_routing`."""
-    _current.routing = previous
-
-
-@contextmanager
-def routing_context(masks: Mapping[str, Tensor | None] | None = None, record: bool = True) -> Iterator[RoutingContext]:
+def routing_context(
+    masks: Mapping[str, Tensor | None] | None = None, record: bool = True
+) -> AbstractContextManager[RoutingContext]:
     """Run MPOE layers with token masks, and collect their routers' records.
 
     Example::
@@ -91,26 +95,7 @@ def routing_context(masks: Mapping[str, Tensor | None] | None = None, record: bo
             y = feed_forward(x)
         loss = load_balancing_loss(routing.records[0].logits, routing.records[0].top_k_index)
     """
-    context = RoutingContext(dict(masks or {}), [] if record else None)
-    previous = enter_routing(context)
-    try:
-        yield context
-    finally:
-        leave_routing(previous)
-
-
-class _Restored(AbstractContextManager[None]):
-    """Re-enters a captured context, without recording, possibly in another thread."""
-
-    def __init__(self, captured: RoutingContext | None) -> None:
-        self._context = None if captured is None else dataclasses.replace(captured, records=None)
-        self._previous: RoutingContext | None = None
-
-    def __enter__(self) -> None:
-        self._previous = enter_routing(self._context)
-
-    def __exit__(self, *exc: object) -> None:
-        leave_routing(self._previous)
+    return Entered(RoutingContext(dict(masks or {}), [] if record else None))  # type: ignore[return-value]
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -119,4 +104,32 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextM
     Called in the forward pass; the recomputation, which autograd may run in another thread, sees the same masks and
     stores no second record.
     """
-    return nullcontext(), _Restored(current_routing())
+    captured = current_routing()
+    return nullcontext(), Entered(None if captured is None else dataclasses.replace(captured, records=None))
+
+
+@contextmanager
+def _joined(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
+def checkpoint_arguments(kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """Arguments for `torch.utils.checkpoint.checkpoint`: the user's, with our contexts around the user's."""
+    chosen = {"use_reentrant": False, **(kwargs or {})}
+    users = chosen.get("context_fn")
+    if chosen["use_reentrant"]:
+        # A reentrant checkpoint recomputes layers without the masks of the call, and its routers get no gradient.
+        warnings.warn(
+            "MPOE models checkpoint activations with use_reentrant=False, which gives the same gradients; "
+            "use_reentrant=True is not used",
+            stacklevel=3,
+        )
+
+    def both() -> tuple[AbstractContextManager[Any], ...]:
+        theirs = (nullcontext(), nullcontext()) if users is None else users()
+        return tuple(_joined(*pair) for pair in zip(checkpoint_contexts(), theirs, strict=True))
+
+    return {**chosen, "use_reentrant": False, "context_fn": checkpoint_contexts if users is None else both}

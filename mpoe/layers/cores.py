@@ -96,6 +96,10 @@ class MPOCores(FromInitialValues):
         """The parameters that all experts share, by name."""
         return {"central": self.central}
 
+    def own_parameters(self) -> int:
+        """Numbers that the experts own, all together."""
+        return sum(core.numel() for core in self.auxiliary)
+
     def core_names(self) -> list[str]:
         """Parameter names of the cores in chain order, e.g. ``["auxiliary.0", "central", "auxiliary.1"]``."""
         names = [f"auxiliary.{k}" for k in range(self.shape.num_cores - 1)]

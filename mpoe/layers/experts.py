@@ -1,4 +1,4 @@
-"""`MPOExperts` and `DenseExperts`: the feed-forward networks behind a router, with the same interface."""
+"""`MPOExperts`, `DenseExperts`, `MixtureExperts`: the feed-forward networks behind a router."""
 
 from __future__ import annotations
 
@@ -15,11 +15,28 @@ from mpoe.layers.cores import MPOCores
 from mpoe.layers.dense import ExpertWeights
 from mpoe.layers.expert_cache import KeptExperts, full_weights_pay, kept_experts
 from mpoe.layers.router import RouterOutput, TopKRouter
-from mpoe_kernels import MPOBlocks, MPOShape, Routing, combine, dispatch, mpo_ffn
+from mpoe_kernels import MPOBlocks, MPOShape, Routing, combine, dispatch, mpo_ffn, route
 from mpoe_kernels.mixture import Chains, Rule, Slots, native_combine, native_slots, plain_ffn, routed_ffn
 
 
-class MPOExperts(nn.Module):
+class _Network(nn.Module):
+    """Projections ``up``, ``down`` and, for gated activations, ``gate_proj``."""
+
+    up: Any
+    down: Any
+    gate_proj: Any
+
+    @property
+    def is_gated(self) -> bool:
+        return self.gate_proj is not None
+
+    def projections(self) -> dict[str, Any]:
+        """Children by kind."""
+        kinds = {"up": self.up, "down": self.down}
+        return kinds if self.gate_proj is None else {**kinds, "gate_proj": self.gate_proj}
+
+
+class MPOExperts(_Network):
     """``y[t] = sum_k gate[t, k] * down_e(activation(up_e x[t]))``, or ``down_e(activation(gate_e x) * up_e x)``.
 
     Children ``up``, ``down`` and, for gated activations, ``gate_proj`` are `MPOCores`.
@@ -72,22 +89,16 @@ class MPOExperts(nn.Module):
         self.gate_proj = None if gate is None else cores("gate_proj", gate, False)
 
     @property
-    def is_gated(self) -> bool:
-        return self.gate_proj is not None
-
-    @property
     def dtype(self) -> torch.dtype:
-        return self.up.central.dtype
+        dtype: torch.dtype = self.up.central.dtype
+        return dtype
 
-    def projections(self) -> dict[str, MPOCores]:
-        """Children by kind."""
-        kinds = {"up": self.up, "down": self.down}
-        return kinds if self.gate_proj is None else {**kinds, "gate_proj": self.gate_proj}
+    def full_weights_may_pay(self, slots: int) -> bool:
+        """Whether full weights need much less work for this many slots, shared by any number of experts."""
+        return any(self._full_weights_pay(n, slots, self.dtype) for n in range(1, min(slots, self.num_experts) + 1))
 
-    def full_weights_may_pay(self) -> bool:
-        """Whether full weights need much less work for a single token, or for one token per expert."""
-        shapes = tuple(cores.shape for cores in self.projections().values())
-        return any(full_weights_pay(shapes, experts, experts, self.dtype) for experts in (1, self.num_experts))
+    def _full_weights_pay(self, experts: int, slots: int, dtype: torch.dtype) -> bool:
+        return full_weights_pay(tuple(cores.shape for cores in self.projections().values()), experts, slots, dtype)
 
     # --------------------------------------------------------------- forward
 
@@ -135,7 +146,9 @@ class MPOExperts(nn.Module):
             return None
         kept = kept_experts(self, self.projections())
         rule = Rule(router.top_k, router.config.is_scale_prob, router.capacity(x.shape[0]))
-        may_use_weights = kept is not None and not kept.refuses(x.dtype) and self._may_pay(x.shape[0] * router.top_k)
+        may_use_weights = (
+            kept is not None and not kept.refuses(x.dtype) and self.full_weights_may_pay(x.shape[0] * router.top_k)
+        )
         chains = self._chains(kept)
         if not (may_use_weights or shows_decision):
             y = routed_ffn(x, router.weight, rule, chains, token_mask, self.backend)
@@ -154,11 +167,6 @@ class MPOExperts(nn.Module):
         up, down, gate = blocks["up"], blocks["down"], blocks.get("gate_proj")
         return Chains(up, down, gate, self.up.bias, self.down.bias, self.activation)
 
-    def _may_pay(self, slots: int) -> bool:
-        """Whether full weights need much less work for this many slots, shared by any number of experts."""
-        shapes = tuple(cores.shape for cores in self.projections().values())
-        return any(full_weights_pay(shapes, n, slots, self.dtype) for n in range(1, min(slots, self.num_experts) + 1))
-
     def _blocks(self, kept: KeptExperts | None) -> Mapping[str, MPOBlocks]:
         """The folded chains by kind."""
         return {kind: cores.blocks() for kind, cores in self.projections().items()} if kept is None else kept.blocks
@@ -171,8 +179,7 @@ class MPOExperts(nn.Module):
             return None
         offsets = slots.expert_offsets.tolist()
         spans = {expert: span for expert, span in enumerate(pairwise(offsets)) if span[1] > span[0]}
-        shapes = tuple(cores.shape for cores in self.projections().values())
-        if not (spans and full_weights_pay(shapes, len(spans), offsets[-1], dtype) and kept.has_room(dtype)):
+        if not (spans and self._full_weights_pay(len(spans), offsets[-1], dtype) and kept.has_room(dtype)):
             return None
         tokens = slots.token_of_slot
         if len(spans) == 1 and offsets[-1] == tokens.shape[0]:
@@ -196,7 +203,30 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x @ weight if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
 
 
-class DenseExperts(nn.Module):
+class MixtureExperts(MPOExperts):
+    """`MPOExperts` behind the router of an existing mixture, with the call interface of Transformers' experts."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        """The chosen experts of every token, weighted and summed.
+
+        Args:
+            hidden_states: ``[T, I]``, floating.
+            top_k_index: chosen experts, int64 ``[T, K]``.
+            top_k_weights: their weights ``[T, K]``.
+
+        Returns:
+            ``[T, I]`` in the dtype of ``hidden_states``.
+        """
+        x = hidden_states
+        if x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.dtype)
+        gates = top_k_weights if top_k_weights.dtype == torch.float64 else top_k_weights.float()
+        return super().forward(x, route(top_k_index, self.num_experts), gates).to(hidden_states.dtype)
+
+
+class DenseExperts(_Network):
     """The same network with full weights ``[E, I, F]``: the Switch Transformer baseline."""
 
     def __init__(
@@ -230,17 +260,9 @@ class DenseExperts(nn.Module):
         self.gate_proj = weights("gate_proj", in_features, hidden_features, False, own_bias) if gated else None
 
     @property
-    def is_gated(self) -> bool:
-        return self.gate_proj is not None
-
-    @property
     def dtype(self) -> torch.dtype:
-        return self.up.weight.dtype
-
-    def projections(self) -> dict[str, ExpertWeights]:
-        """Children by kind."""
-        kinds = {"up": self.up, "down": self.down}
-        return kinds if self.gate_proj is None else {**kinds, "gate_proj": self.gate_proj}
+        dtype: torch.dtype = self.up.weight.dtype
+        return dtype
 
     def forward(self, x: Tensor, routing: Routing, top_k_weights: Tensor, dropout: float = 0.0) -> Tensor:
         """As `MPOExperts.forward`."""

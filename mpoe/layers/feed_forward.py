@@ -31,6 +31,12 @@ def is_observed(*modules: nn.Module) -> bool:
     return _has_any_global_hook()
 
 
+def sizes_by_kind(in_features: int, hidden_features: int, gated: bool) -> dict[str, tuple[int, int]]:
+    """``(in, out)`` of every projection of a feed-forward network."""
+    kinds = {"up": (in_features, hidden_features), "down": (hidden_features, in_features)}
+    return {**kinds, "gate_proj": kinds["up"]} if gated else kinds
+
+
 @functools.cache
 def _say_that_nothing_balances() -> None:
     """Warn, once in a process, that a layer trains without its balancing loss."""
@@ -44,6 +50,8 @@ def _say_that_nothing_balances() -> None:
 class RoutedFeedForward(nn.Module):
     """The common part of mixtures of every shape: the router, the call's token mask, the router's record.
 
+    Subclasses add ``experts``.
+
     Args:
         in_features: model size I.
         hidden_features: size of the experts' hidden layer.
@@ -52,6 +60,8 @@ class RoutedFeedForward(nn.Module):
         output_dropout: rate on the result.
         stream: which of the call's token masks this layer reads: ``"main"``, ``"encoder"`` or ``"decoder"``.
     """
+
+    experts: Any
 
     def __init__(
         self,
@@ -123,6 +133,14 @@ class RoutedFeedForward(nn.Module):
             counted = decision.top_k_index if decision.kept is None else decision.top_k_index[:, :1]
             call.records.append(RouterRecord(self.stream, decision.logits, counted, expert_load, token_mask))
 
+    def skips_ops(self, kind: type[nn.Module]) -> bool:
+        """Whether native calls may replace the forwards of the router and of the experts, if these are of this kind:
+        without gradients, and if nobody observes them."""
+        router, experts = self.router, self.experts
+        if torch.is_grad_enabled() or self.training or type(experts) is not kind or type(router) is not TopKRouter:
+            return False
+        return not is_observed(router, experts)
+
     def dropped(self, y: Tensor) -> Tensor:
         """``y`` after the output dropout; a module that does nothing is not called, because that costs time while
         decoding."""
@@ -177,12 +195,9 @@ class MPOEFeedForward(RoutedFeedForward):
             made.build(in_features, hidden_features, config, gated, bias, init_std or {}, **options)
             return
         super().__init__(in_features, hidden_features, config, dropout, output_dropout, stream, device)
-        kinds = {"up": (in_features, hidden_features), "down": (hidden_features, in_features)}
-        if gated:
-            kinds["gate_proj"] = kinds["up"]
-        self.experts: MPOExperts | DenseExperts
         if config.expert_type == "mpo":
-            shapes = {kind: config.shape_for(kind, *sizes) for kind, sizes in kinds.items()}
+            sizes = sizes_by_kind(in_features, hidden_features, gated)
+            shapes = {kind: config.shape_for(kind, *size) for kind, size in sizes.items()}
             self.experts = MPOExperts(
                 shapes, config.num_experts, activation, bias, init_std, config.backend, device=device, dtype=dtype
             )
@@ -228,23 +243,13 @@ class MPOEFeedForward(RoutedFeedForward):
 
     def _by_native_calls(self, x: Tensor, token_mask: Tensor | None) -> Tensor | None:
         """Tokens ``x [T, I]`` without gradients, if nobody observes the parts; else None."""
-        router, experts = self.router, self.experts
-        if (
-            torch.is_grad_enabled()
-            or self.training
-            or type(experts) is not MPOExperts
-            or type(router) is not TopKRouter
-            or is_observed(router, experts)
-        ):
+        if not self.skips_ops(MPOExperts):
             return None
         call = current_routing()
-        found = experts.routed(router, x, token_mask, call is not None and call.records is not None)
-        if found is None:
-            return None
-        y, decided = found
+        found = self.experts.routed(self.router, x, token_mask, call is not None and call.records is not None)
+        y, decided = found or (None, None)
         if decided is not None:
-            decision, slots = decided
-            self.record(decision, token_mask, slots.expert_offsets)
+            self.record(decided[0], token_mask, decided[1].expert_offsets)
         return y
 
     def _route(self, x: Tensor, token_mask: Tensor | None) -> tuple[Routing, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig
 from mpoe.layers.activations import check_activation
-from mpoe.layers.feed_forward import MPOEFeedForward, is_observed
+from mpoe.layers.feed_forward import MPOEFeedForward, is_observed, sizes_by_kind
 from mpoe.layers.initial import FromInitialValues
 from mpoe.layers.kept import KeptFeedForward
 from mpoe.layers.mpo_linear import is_conv1d
@@ -205,25 +205,12 @@ class HiddenFeedForward(KeptFeedForward):
         config: MPOEConfig,
         *,
         names: Mapping[str, str],
-        columns: Mapping[str, slice] | None = None,
         activation: str = "relu",
-        dropout: float = 0.0,
-        output_dropout: float = 0.0,
-        stream: str = "main",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **others: Any,
     ) -> None:
-        super().__init__(
-            in_features,
-            hidden_features,
-            config,
-            names=names,
-            columns=columns,
-            dropout=dropout,
-            output_dropout=output_dropout,
-            stream=stream,
-            device=device,
-        )
+        super().__init__(in_features, hidden_features, config, names=names, device=device, **others)
         self.experts = HiddenExperts(
             hidden_features,
             config.num_experts,
@@ -338,13 +325,12 @@ class HiddenMixture(HiddenFeedForward, MPOEFeedForward):
         **options: Any,
     ) -> None:
         """Construct it; arguments as of `MPOEFeedForward`."""
-        kinds = {"up": (in_features, hidden_features), "down": (hidden_features, in_features)}
-        if gated:
-            kinds["gate_proj"] = kinds["up"]
-        names = {kind: kind for kind in kinds}
-        HiddenFeedForward.__init__(self, in_features, hidden_features, config, names=names, **options)
+        sizes = sizes_by_kind(in_features, hidden_features, gated)
+        HiddenFeedForward.__init__(
+            self, in_features, hidden_features, config, names={kind: kind for kind in sizes}, **options
+        )
         placed = {name: options[name] for name in ("device", "dtype")}
-        projections = {k: nn.Linear(*sizes, bias=bias and k != "gate_proj", **placed) for k, sizes in kinds.items()}
+        projections = {k: nn.Linear(*size, bias=bias and k != "gate_proj", **placed) for k, size in sizes.items()}
         for kind, std in init_std.items():
             nn.init.normal_(projections[kind].weight, std=std)
         self.adopt(projections)

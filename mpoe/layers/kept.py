@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,6 @@ class KeptFeedForward(RoutedFeedForward):
     """
 
     shape: str
-    experts: Any
 
     def __init__(
         self,
@@ -41,11 +39,11 @@ class KeptFeedForward(RoutedFeedForward):
         config: MPOEConfig,
         *,
         names: Mapping[str, str],
-        columns: Mapping[str, slice] | None,
-        dropout: float,
-        output_dropout: float,
-        stream: str,
-        device: torch.device | str | None,
+        columns: Mapping[str, slice] | None = None,
+        dropout: float = 0.0,
+        output_dropout: float = 0.0,
+        stream: str = "main",
+        device: torch.device | str | None = None,
     ) -> None:
         sizes = (in_features, hidden_features)  # `super` would be another class in a `HiddenMixture`
         RoutedFeedForward.__init__(self, *sizes, config, dropout, output_dropout, stream, device)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from mpoe.config import MPOEConfig
 from mpoe.layers.activations import check_activation
 from mpoe.layers.context import current_routing
-from mpoe.layers.feed_forward import is_observed
 from mpoe.layers.initial import FromInitialValues
 from mpoe.layers.kept import KeptFeedForward
 from mpoe.layers.router import TopKRouter
@@ -291,17 +290,11 @@ class NeuronFeedForward(KeptFeedForward):
     def _by_native_call(self, x: Tensor, token_mask: Tensor | None) -> Tensor | None:
         """The experts' results for tokens ``x [T, I]`` without gradients, if nobody observes the parts or records what
         the router decides; else None."""
-        router, experts, call = self.router, self.experts, current_routing()
-        if (
-            torch.is_grad_enabled()
-            or self.training
-            or type(experts) is not NeuronExperts
-            or type(router) is not TopKRouter
-            or (call is not None and call.records is not None)
-            or is_observed(router, experts)
-        ):
+        call = current_routing()
+        if not self.skips_ops(NeuronExperts) or (call is not None and call.records is not None):
             return None
-        return experts.routed(router, x, token_mask)
+        found: Tensor | None = self.experts.routed(self.router, x, token_mask)
+        return found
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """P and Q, if there are any."""

@@ -18,11 +18,11 @@ _NAMES = {
     "convert_to_mpoe": "convert",
     "import_original": "original",
     "load_expert": "expert_files",
-    "load_layers": "load_layer",
+    "load_layers": "components",
     "load_mpoe": "checkpoint",
     "merge_expert": "expert_files",
     "merge_experts": "convert",
-    "merge_latent": "neurons",
+    "merge_latent": "kept",
     "mpo_modules": "report",
     "parameter_kind": "report",
     "parameter_report": "report",
@@ -35,14 +35,14 @@ _NAMES = {
 
 if TYPE_CHECKING:
     from mpoe.models.checkpoint import load_mpoe, save_mpoe_only
+    from mpoe.models.components import load_layers
     from mpoe.models.composition import add_expert, compose
     from mpoe.models.convert import convert_to_mpoe, merge_experts
     from mpoe.models.expert_files import load_expert, merge_expert, save_expert, start_expert
     from mpoe.models.expert_hub import push_expert
     from mpoe.models.expert_mixture import compose_experts
     from mpoe.models.expert_router import collect_statistics
-    from mpoe.models.load_layer import load_layers
-    from mpoe.models.neurons import merge_latent
+    from mpoe.models.kept import merge_latent
     from mpoe.models.original import import_original
     from mpoe.models.others import quantisable_parameters
     from mpoe.models.report import mpo_modules, parameter_kind, parameter_report

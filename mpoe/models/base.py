@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 from mpoe.config import MPOEConfig
 from mpoe.config.checks import check_integer
 from mpoe.layers.context import (
+    Entered,
     RouterRecord,
     RoutingContext,
+    checkpoint_arguments,
     current_routing,
-    enter_routing,
-    leave_routing,
 )
 from mpoe.layers.experts import MPOExperts
 from mpoe.layers.feed_forward import RoutedFeedForward
@@ -29,14 +29,11 @@ from mpoe.layers.losses import count_choices, load_balancing_loss, router_z_loss
 from mpoe.layers.mpo_embedding import MPOEmbedding
 from mpoe.layers.mpo_linear import MPOLinear
 from mpoe.layers.ranks import sum_over_ranks
-from mpoe.models.checkpointing import checkpoint_arguments
-from mpoe.models.families import Family, family_for
 from mpoe.models.find import find_sites
 from mpoe.models.kept import kept_modules
 from mpoe.models.others import OthersMixin
 from mpoe.models.outputs import ROUTING_FIELDS
 from mpoe.models.report import format_report, mpo_modules, names_in_checkpoints, parameter_report
-from mpoe.models.saving import SavingMixin
 from mpoe.models.sites import install_empty
 from mpoe.models.summary import print_summary, summarize
 
@@ -94,7 +91,7 @@ else:
     _Model = object
 
 
-class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
+class MPOEModelMixin(OthersMixin, _Model):
     """Mixture-of-experts part of a model; put it before the dense class in the bases."""
 
     # Set for every class by `mpoe.models.classes`.
@@ -136,10 +133,6 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
 
     # ------------------------------------------------------------ structure
 
-    def family(self) -> Family:
-        """How this model builds its layers."""
-        return family_for(self.config, self.mpoe_family)
-
     @property
     def mpoe_config(self) -> MPOEConfig:
         """The `MPOEConfig` that this model was built from (a new object)."""
@@ -149,7 +142,7 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
         """Replace the dense modules that ``config.mpoe`` selects by MPOE modules with random weights."""
         model: Any = self
         config = self.mpoe_config
-        install_empty(model, find_sites(model, self.family(), model.config, config), config)
+        install_empty(model, find_sites(model, config), config)
         for name, cores in mpo_modules(model):
             for known in names_in_checkpoints(model, name):
                 if known in config.rate_ratios:
@@ -233,11 +226,8 @@ class MPOEModelMixin(SavingMixin, OthersMixin, _Model):
         if is_generating and not torch.compiler.is_compiling():
             masks = _without_padding(masks)
         context = RoutingContext(masks, None if is_generating else [], implementation)
-        token = enter_routing(context)
-        try:
+        with Entered(context):
             output = forward(**kwargs, return_dict=True)
-        finally:
-            leave_routing(token)
         output = self._with_routing(output, context.records or [], kwargs)
         if shown is False:
             output = self.mpoe_output(**{name: value for name, value in output.items() if name not in ROUTING_FIELDS})

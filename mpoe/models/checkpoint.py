@@ -20,14 +20,14 @@ from mpoe.config import MPOEConfig
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.classes import class_named
 from mpoe.models.convert import adopt_class
-from mpoe.models.families import family_for
 from mpoe.models.find import find_sites
 from mpoe.models.one_at_a_time import one_at_a_time
 from mpoe.models.report import mpo_modules
-from mpoe.models.saving import BASE_FILE, ONLY_FILE
 from mpoe.models.sites import install_empty
 from mpoe.models.table import MODEL_TYPES, TABLE
 from mpoe.models.weight_files import (
+    BASE_FILE,
+    ONLY_FILE,
     check_floating,
     check_repeats,
     check_shapes,
@@ -235,14 +235,15 @@ def _load_only(folder: Path, values: dict[str, Any], cls: type[Any], base: Any) 
     dense, _ = _base_model(base, cls)
     with torch.device("meta"):
         skeleton = type(dense)(dense.config)
-    _install(skeleton, cls, parsed)  # without memory: a damaged config may ask for more than is available
+    # Without memory: a damaged config may ask for more than is available.
+    install_empty(skeleton, find_sites(skeleton, parsed), parsed)
     shapes, expected = declared_shapes(files), {name: tuple(value.shape) for name, value in _own(skeleton).items()}
     if shapes != expected:
         odd = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))[:5]
         raise ValueError(f"{files[0]} must hold the parameters its config names; differing: {odd}")
     check_floating(skeleton, files)
     model = copy.deepcopy(dense)
-    _install(model, cls, parsed)
+    install_empty(model, find_sites(model, parsed), parsed)
     if tensors_hash(_rest(model)) != identity.get("sha256"):
         raise ValueError(f"base must be the model that {folder} was saved from; its weights differ (SHA-256)")
     adopt_class(model, cls, parsed)
@@ -253,7 +254,3 @@ def _load_only(folder: Path, values: dict[str, Any], cls: type[Any], base: Any) 
         cores.rate_ratios = tuple(parsed.rate_ratios[name])
     model.load_state_dict(read_tensors(files), strict=False)
     return model.eval()
-
-
-def _install(model: Any, cls: type[Any], config: MPOEConfig) -> None:
-    install_empty(model, find_sites(model, family_for(model.config, cls.mpoe_family), model.config, config), config)

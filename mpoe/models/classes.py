@@ -1,4 +1,4 @@
-"""Model classes created by a rule from a dense class, its family and its head.
+"""Model and configuration classes, created by a rule from a dense class, its family and its head.
 
 Transformers' own tables list the class of each family for each head. They are read, and the classes created, when a
 family is first used.
@@ -9,20 +9,20 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator, Mapping
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import transformers
 from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import configuration_auto, modeling_auto
 
-from mpoe.layers.context import RoutingContext, enter_routing, leave_routing
+from mpoe.config import MPOEConfig
+from mpoe.layers.context import Entered, RoutingContext
 from mpoe.models.base import MPOEModelMixin
-from mpoe.models.configs import config_class_for
 from mpoe.models.decoding import kept_while_generating
-from mpoe.models.families import family_of
-from mpoe.models.outputs import output_of
-from mpoe.models.table import CAUSAL, CLASS_PREFIX, ENCODER, SEQ2SEQ, TABLE
+from mpoe.models.mixtures import MixtureMixin
+from mpoe.models.outputs import ROUTING_FIELDS, output_of
+from mpoe.models.seq2seq import MPOESeq2SeqMixin
+from mpoe.models.table import CAUSAL, CLASS_PREFIX, ENCODER, SEQ2SEQ, TABLE, TYPE_PREFIX, Row
 
 # Auto class -> Transformers' table of its classes
 HEADS = {
@@ -39,6 +39,77 @@ HEADS = {
 # head of a family when nothing else is known
 STYLE_HEADS = {SEQ2SEQ: "AutoModelForSeq2SeqLM", CAUSAL: "AutoModelForCausalLM", ENCODER: "AutoModel"}
 MODULE = "mpoe.models"
+IGNORED_AT_INFERENCE = ["cache", "past_key_values", *ROUTING_FIELDS]
+
+if TYPE_CHECKING:
+    _Config = PreTrainedConfig
+else:
+    _Config = object
+
+
+def checked_mpoe_dict(value: Any) -> dict[str, Any]:
+    """The ``mpoe`` field of a Hugging Face config: a validated, JSON-able dict.
+
+    Raises:
+        TypeError, ValueError: anything `MPOEConfig` refuses.
+    """
+    if isinstance(value, MPOEConfig):
+        return value.to_dict()
+    return MPOEConfig.from_dict(value or {}).to_dict()
+
+
+class MPOEConfigMixin(_Config):
+    """Goes before the dense configuration in the bases. ``mpoe`` is the dict of an `mpoe.MPOEConfig`."""
+
+    mpoe: dict[str, Any]
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing to do: `MPOEModelMixin.save_pretrained` writes the remote code itself."""
+
+
+class RoutedConfigMixin(MPOEConfigMixin):
+    """Configuration of a model with our routers; Transformers' mixtures have these options already.
+
+    ``output_router_logits`` is Transformers' option of that name: ``None`` (the default) and ``True`` return the
+    routers' outputs, ``False`` leaves out the fields of `mpoe.models.outputs.RoutingFields`; the loss always contains
+    the auxiliary losses. The expert-parallel plan is empty: experts and routers are replicated on every rank.
+    """
+
+    base_model_ep_plan: ClassVar[Any] = {}
+
+    @property
+    def router_aux_loss_coef(self) -> float:
+        """Transformers' name of the router's ``balance_loss_weight``."""
+        return float(self.mpoe["router"]["balance_loss_weight"])
+
+    @router_aux_loss_coef.setter
+    def router_aux_loss_coef(self, value: float) -> None:
+        self.mpoe = checked_mpoe_dict({**self.mpoe, "router": {**self.mpoe["router"], "balance_loss_weight": value}})
+
+
+def config_class_for(dense: type[PreTrainedConfig], module: str, routed: bool = True) -> type[PreTrainedConfig]:
+    """The configuration class of converted ``dense`` models, with our routers unless ``routed`` is False."""
+
+    def __init__(self: Any, mpoe: Any = None, **kwargs: Any) -> None:
+        coefficient = kwargs.pop("router_aux_loss_coef", None) if routed else None
+        self.mpoe = checked_mpoe_dict(mpoe)
+        dense.__init__(self, **kwargs)
+        if coefficient is not None:
+            self.router_aux_loss_coef = coefficient
+
+    ignored = [*IGNORED_AT_INFERENCE, *(getattr(dense, "keys_to_ignore_at_inference", None) or [])]
+    return type(
+        f"{CLASS_PREFIX}{dense.__name__}",
+        (RoutedConfigMixin if routed else MPOEConfigMixin, dense),
+        {
+            "__init__": __init__,
+            "__module__": module,
+            "__doc__": f"`{dense.__name__}` with a field ``mpoe``: the dict of an `mpoe.MPOEConfig`.",
+            "model_type": f"{TYPE_PREFIX}{dense.model_type}",
+            "keys_to_ignore_at_inference": list(dict.fromkeys(ignored)),
+        },
+    )
 
 
 def _config_name(model_type: str) -> str:
@@ -81,12 +152,9 @@ def make_class(
         super(made, self).__init__(*args, **kwargs)
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        outer = enter_routing(RoutingContext({}, None, is_generating=True))
-        try:
-            with kept_while_generating(self, self._expert_cache_bytes):
-                return super(made, self).generate(*args, **kwargs)
-        finally:
-            leave_routing(outer)
+        context = Entered(RoutingContext({}, None, is_generating=True))
+        with context, kept_while_generating(self, self._expert_cache_bytes):
+            return super(made, self).generate(*args, **kwargs)
 
     namespace = {
         "__doc__": f"`{dense.__name__}` whose feed-forward networks are mixtures of experts.",
@@ -117,21 +185,25 @@ def make_class(
     return made
 
 
+def _mixin(row: Row) -> type[Any]:
+    if row.is_mixture:
+        return MixtureMixin
+    return MPOESeq2SeqMixin if row.style == SEQ2SEQ else MPOEModelMixin
+
+
 @functools.cache
 def classes_of(model_type: str) -> dict[type[PreTrainedModel], type[Any]]:
     """Dense class -> MPOE class, for every head of a family in `TABLE`; registered with Transformers' Auto classes."""
-    module, name = family_of(model_type).mixin
-    mixin = getattr(import_module(module), name)
+    row = TABLE[model_type]
     names = dense_names(model_type)
     autos = {auto: f"{CLASS_PREFIX}{dense}" for auto, dense in names.items()}
-    row = TABLE[model_type]
     config = config_class_for(getattr(transformers, _config_name(model_type)), MODULE, routed=not row.is_mixture)
     AutoConfig.register(config.model_type, config, exist_ok=True)
     made: dict[type[PreTrainedModel], type[Any]] = {}
     for auto, dense_name in names.items():
         dense = getattr(transformers, dense_name)
         if dense not in made:
-            made[dense] = make_class(dense, config, model_type, mixin, autos)
+            made[dense] = make_class(dense, config, model_type, _mixin(row), autos)
         getattr(transformers, auto).register(config, made[dense], exist_ok=True)
     return made
 

@@ -18,9 +18,7 @@ from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.convert import convert_to_mpoe, converted_class
 from mpoe.models.domains import collect, solve_routers, train_routers
-from mpoe.models.families import family_of
-from mpoe.models.find import find_sites
-from mpoe.models.sites import FFNSite
+from mpoe.models.find import dense_networks
 
 ROUTERS = ("ridge", "train")
 Batches = Sequence[Iterable[Mapping[str, Tensor]]]
@@ -48,17 +46,12 @@ def _exact_config(base: Any, experts: int, routing: RouterConfig | None) -> MPOE
     if routing is not None and not isinstance(routing, RouterConfig):
         raise TypeError(f"routing must be a RouterConfig; got {type(routing).__name__}")
     config = MPOEConfig(num_experts=experts, expert_type="dense", router=routing or RouterConfig(top_k=1))
-    sites = _ffn_sites(base, config).values()
+    sites = dense_networks(base, config)
     return dataclasses.replace(
         config,
         expert_bias=any(site.bias("up") is not None for site in sites),
         expert_output_bias=any(site.bias("down") is not None for site in sites),
     )
-
-
-def _ffn_sites(model: Any, config: MPOEConfig) -> dict[str, FFNSite]:
-    sites = find_sites(model, family_of(model.config.model_type), model.config, config)
-    return {site.name: site for site in sites if isinstance(site, FFNSite)}
 
 
 def _norm(tensors: Iterator[Tensor]) -> float:
@@ -164,8 +157,8 @@ def compose(
 def _fill(mixture: Any, numbered: Mapping[int, Any]) -> None:
     """Set the experts of these numbers to the networks of their fine-tunes."""
     for number, model in numbered.items():
-        for name, site in _ffn_sites(model, mixture.mpoe_config).items():
-            for kind, weights in mixture.get_submodule(name).experts.projections().items():
+        for site in dense_networks(model, mixture.mpoe_config):
+            for kind, weights in mixture.get_submodule(site.name).experts.projections().items():
                 weights.weight[number] = site.weight(kind)
                 bias = site.bias(kind)
                 if bias is not None:

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -20,12 +19,10 @@ from mpoe.layers.feed_forward import MPOEFeedForward
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.classes import classes_of, foreign_class
 from mpoe.models.export import as_stock
-from mpoe.models.families import family_for
-from mpoe.models.families.given import checked_sites
+from mpoe.models.families import checked_sites, family_for
 from mpoe.models.find import find_sites
-from mpoe.models.hidden import HiddenSite, fill_merged, hidden_modules, merged_config
+from mpoe.models.kept import fill_merged, hidden_modules, merged_config, neuron_modules
 from mpoe.models.mixtures import MixtureMixin, with_stock_experts
-from mpoe.models.neurons import neuron_modules
 from mpoe.models.one_at_a_time import one_at_a_time
 from mpoe.models.report import mpo_modules, parameter_report
 from mpoe.models.sites import EmbeddingSite, FFNSite, Report
@@ -184,7 +181,7 @@ def convert_to_mpoe(
         config: `MPOEConfig`; default ``MPOEConfig()``.
         inplace: convert ``model`` itself (its class and config change) instead of a copy.
         sites: for a model outside the table, how its feed-forward networks are built: the fields of
-            `mpoe.models.families.given.Sites`, e.g. ``{"holder": "layers.*.mlp", "up": "up_proj", "gate_proj":
+            `mpoe.models.families.Sites`, e.g. ``{"holder": "layers.*.mlp", "up": "up_proj", "gate_proj":
             "gate_proj", "down": "down_proj", "activation": "silu"}``. They are saved with the model.
 
     Returns:
@@ -205,12 +202,12 @@ def convert_to_mpoe(
     config = MPOEConfig() if config is None else config
     if not isinstance(config, MPOEConfig):
         raise TypeError(f"config must be an MPOEConfig; got {type(config).__name__}")
-    family = family_for(SimpleNamespace(mpoe_sites=given), cls.mpoe_family)
+    family = family_for(given, cls.mpoe_family)
     config = checked_for(model, family, config)
-    found = find_sites(model, family, model.config, config)
-    if any(isinstance(site, HiddenSite) and site.obstacle for site in found):
+    found = find_sites(model, config, family)
+    if config.is_hidden and any(isinstance(site, FFNSite) and site.obstacle for site in found):
         config = config.with_cores()
-        found = find_sites(model, family, model.config, config)
+        found = find_sites(model, config, family)
     tied = _check_sites(model, found, config)
     _check_backend(config.backend)
     check_finite(model)
@@ -218,7 +215,7 @@ def convert_to_mpoe(
     config = dataclasses.replace(config, rate_ratios={}, tied_head=tied)
     if not inplace:
         model = _copy_without(model, [module for site in found for module in site.replaced])
-        found = find_sites(model, family, model.config, config)
+        found = find_sites(model, config, family)
     report: Report = {}
     for site in found:
         module: Any = site.build(config)
@@ -290,10 +287,10 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
             module.experts = _dense_experts(module.experts)
     layers = hidden_modules(merged)
     config = merged_config(model.mpoe_config, layers)
-    for site in find_sites(merged, merged.family(), merged.config, config) if layers else ():
+    for site in find_sites(merged, config) if layers else ():
         if site.name in layers:
             assert isinstance(site, FFNSite)
-            dense = site.build(config)
+            dense: Any = site.build(config)
             fill_merged(dense, layers[site.name])
             site.install(merged, dense, config)
     return _with_config(merged, config)

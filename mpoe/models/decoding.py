@@ -58,7 +58,9 @@ def kept_while_generating(model: nn.Module, max_bytes: int | None) -> Iterator[E
     if bound == 0 or not layers or torch.compiler.is_compiling():
         yield None
         return
-    if max_bytes is None and any(layer.full_weights_may_pay() for layer in layers):  # other blocks are views of cores
+    if max_bytes is None and any(
+        layer.full_weights_may_pay(layer.num_experts) for layer in layers
+    ):  # other blocks are views of cores
         logger.info_once(
             f"generate keeps rebuilt weights of experts in up to {bound / 1e6:.1f} MB, the size of the dense layers, "
             "until it returns; model.cache_experts(max_bytes) sets another limit, model.cache_experts(0) keeps nothing"

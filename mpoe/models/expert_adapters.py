@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpoe.models.expert_files import Expert, dense_networks, made_expert, start_expert
+from mpoe.models.expert_files import Expert, made_expert, places_for_neurons, start_expert
 from mpoe.models.expert_router import collect_statistics
 from mpoe.models.weight_files import declared_shapes
 
@@ -53,7 +53,7 @@ def _adapted_modules(folder: Path) -> dict[str, int]:
 def check_adapter(base: Any, folder: str | Path) -> int:
     """Refuse an adapter of anything but feed-forward networks (ValueError); returns its neurons' number, as many as
     have the adapter's size."""
-    networks = dense_networks(base)
+    networks = places_for_neurons(base)
     own = {name for site in networks for name in site.prefixes.values()}
     adapted = _adapted_modules(Path(folder))
     others = sorted(set(adapted) - own)

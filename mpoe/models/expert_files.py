@@ -27,9 +27,9 @@ from mpoe.layers.neurons import NeuronExperts
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.convert import check_finite, convert_to_mpoe, converted_class
 from mpoe.models.expert_router import check_statistics
-from mpoe.models.families import family_of
-from mpoe.models.find import find_sites
-from mpoe.models.neurons import NeuronSite, neuron_modules
+from mpoe.models.find import dense_networks
+from mpoe.models.kept import neuron_modules
+from mpoe.models.sites import FFNSite
 from mpoe.models.weight_files import declared_shapes, tensors_hash
 from mpoe.models.widen import widened
 from mpoe_kernels.version import __version__
@@ -115,17 +115,15 @@ def check_weights(expert: Expert, wanted: Mapping[str, tuple[int, ...]]) -> None
         raise ValueError(f"expert {expert.name!r} must have finite weights; NaN or Inf in {bad[0]}")
 
 
-def dense_networks(model: Any) -> list[NeuronSite]:
-    """The feed-forward networks of a dense model, as places for neurons."""
-    config = MPOEConfig(moe_type="none", shape="neurons")
-    found = find_sites(model, family_of(model.config.model_type), model.config, config)
-    return [site for site in found if isinstance(site, NeuronSite)]
+def places_for_neurons(model: Any) -> list[FFNSite]:
+    """The feed-forward networks of a dense model, beside which neurons can stand."""
+    return dense_networks(model, MPOEConfig(moe_type="none", shape="neurons"))
 
 
 def expected_weights(model: Any, neurons: int) -> dict[str, tuple[int, ...]]:
     """Shapes of the weights of an expert of ``neurons`` beside a dense model, by name."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for site in dense_networks(model):
+    for site in places_for_neurons(model):
         shapes |= {f"{site.place}.{kind}": (neurons, site.weight("up").shape[0]) for kind in site.dense}
         if site.bias("up") is not None:
             shapes[f"{site.place}.bias"] = (neurons,)
@@ -311,9 +309,9 @@ def merge_expert(model: Any, expert: Any, *, weight: float = 1.0) -> Any:
     for each in found:
         check_base(model, identity, each)
         check_weights(each, expected_weights(model, each.neurons))
-    hidden = dense_networks(model)[0].weight("up").shape[1]
+    hidden = places_for_neurons(model)[0].weight("up").shape[1]
     merged = widened(model, hidden + sum(each.neurons for each in found))
-    for site in dense_networks(merged):
+    for site in places_for_neurons(merged):
         for kind in site.dense:
             own = torch.cat([each.weights[f"{site.place}.{kind}"] for each in found])
             if kind == "down":

@@ -27,7 +27,7 @@ from mpoe.models.expert_files import (
     write_expert,
 )
 from mpoe.models.expert_router import Statistics, check_statistics, collect_statistics, router_weight
-from mpoe.models.neurons import neuron_modules
+from mpoe.models.kept import neuron_modules
 from mpoe.models.weight_files import read_json, read_tensors, tensors_hash
 
 NONE = "none"  # name of the expert that adds nothing

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mpoe.layers.neurons import NeuronFeedForward
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.convert import check_finite
-from mpoe.models.neurons import neuron_modules
+from mpoe.models.kept import neuron_modules
 
 Statistics = Mapping[str, Tensor]
 # A tenth of an expert's bytes is what its statistics may have.

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from mpoe.config import MPOEConfig
 from mpoe.config.shapes import pattern_matches
 from mpoe.layers.activations import check_activation
 from mpoe.layers.mpo_linear import linear_weight
-from mpoe.models.families import FFN, Family, name_pattern
-from mpoe.models.hidden import HiddenSite
-from mpoe.models.neurons import NeuronSite
+from mpoe.models.families import FFN, Family, family_for, name_pattern
 from mpoe.models.sites import EmbeddingSite, FFNSite, LinearSite
 from mpoe.models.stock_experts import AnySite, expert_sites
+from mpoe.models.table import TYPE_PREFIX
 
 
 def _child(module: nn.Module, name: str) -> nn.Module | None:
@@ -36,19 +36,13 @@ def _dense_parts(holder: nn.Module, ffn: FFN) -> dict[str, str]:
     return kinds if all(_child(holder, name) is not None for name in kinds.values()) else {}
 
 
-def _fused_columns(weight: Tensor, kinds: tuple[str, ...]) -> dict[str, slice]:
-    """The columns of ``weight [in, out]`` that belong to each of ``kinds``, consecutively."""
-    width = weight.shape[1] // max(len(kinds), 1)
-    return {kind: slice(place * width, (place + 1) * width) for place, kind in enumerate(kinds)}
-
-
-def _ffn_sites(model: nn.Module, family: Family, model_config: Any) -> Iterator[FFNSite]:
+def _ffn_sites(model: Any, family: Family) -> Iterator[FFNSite]:
     patterns = [(ffn, name_pattern(ffn.holder)) for ffn in family.ffn]
     for name, module in model.named_modules():
         found = ((ffn, match) for ffn, pattern in patterns if (match := pattern.match(name)) is not None)
         ffn, match = next(((ffn, match) for ffn, match in found if _dense_parts(module, ffn)), (None, None))
         if ffn is not None and match is not None:
-            yield _ffn_site(name, int(match["layer"]), module, ffn, family, model_config)
+            yield _ffn_site(name, int(match["layer"]), module, ffn, family, model.config)
 
 
 def _ffn_site(name: str, layer: int, holder: nn.Module, ffn: FFN, family: Family, model_config: Any) -> FFNSite:
@@ -57,6 +51,7 @@ def _ffn_site(name: str, layer: int, holder: nn.Module, ffn: FFN, family: Family
     if "gate_proj" in dense and getattr(dense["gate_proj"], "bias", None) is not None:
         raise ValueError(f"{name}.{kinds['gate_proj']} must have no bias: the gates of experts have none")
     up_std, down_std = family.init_std(model_config)
+    width = linear_weight(dense["up"]).shape[1] // max(len(ffn.fused), 1)
     return FFNSite(
         name=f"{name}.{ffn.place}" if ffn.place else name,
         stream=ffn.stream,
@@ -71,7 +66,7 @@ def _ffn_site(name: str, layer: int, holder: nn.Module, ffn: FFN, family: Family
             "output_dropout": float(family.output_dropout(model_config)),
             "init_std": {"up": up_std, "gate_proj": up_std, "down": down_std},
         },
-        columns=_fused_columns(linear_weight(dense["up"]), ffn.fused),
+        columns={kind: slice(place * width, (place + 1) * width) for place, kind in enumerate(ffn.fused)},
         emptied=tuple(f"{name}.{part}" for part in ffn.emptied),
         zeroed=tuple((name, attribute) for attribute in ffn.zeroed if hasattr(holder, attribute)),
         sums=f"{name}.{ffn.sums}" if ffn.sums else "",
@@ -89,7 +84,7 @@ def _linear_sites(model: nn.Module, family: Family, config: MPOEConfig) -> Itera
             yield LinearSite("pooler", name, None, module)
 
 
-def _embedding_site(model: Any, model_config: Any) -> EmbeddingSite | None:
+def _embedding_site(model: Any) -> EmbeddingSite | None:
     """The table of ``model``, with the modules that its class ties to it."""
     table = model.get_input_embeddings()
     if not isinstance(table, nn.Embedding):
@@ -105,27 +100,22 @@ def _embedding_site(model: Any, model_config: Any) -> EmbeddingSite | None:
     views = tuple(n for n in targets if isinstance(model.get_submodule(n), nn.Embedding))
     head = next((n for n in targets if n not in views), None)
     # T5 draws its table with standard deviation 1 (times a factor), the others with their initializer_range.
-    std = getattr(model_config, "initializer_factor", getattr(model_config, "initializer_range", 1.0))
+    std = getattr(model.config, "initializer_factor", getattr(model.config, "initializer_range", 1.0))
     return EmbeddingSite(name, table, views, head, float(std))
 
 
-def _excluded(name: str, patterns: list[str]) -> bool:
-    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
-
-
-def _check_patterns(names: list[str], config: MPOEConfig) -> None:
-    """Refuse exclusions and shape patterns that match none of ``names``."""
-    for field, patterns in (("exclude_modules", config.exclude_modules), ("shape_pattern", config.shape_pattern)):
-        for pattern in patterns:
-            fits = _excluded if field == "exclude_modules" else lambda name, one: pattern_matches(one[0], name)
-            if not any(fits(name, [pattern]) for name in names):
-                close = get_close_matches(pattern, names, n=3, cutoff=0.3)
-                hint = f"; close matches: {', '.join(close)}" if close else ""
-                raise ValueError(f"{field} names {pattern!r}, which is none of the {len(names)} targets{hint}")
+def _excluded(pattern: str, name: str) -> bool:
+    return name == pattern or name.endswith(f".{pattern}")
 
 
 def _select(sites: list[AnySite], config: MPOEConfig) -> list[AnySite]:
-    _check_patterns([site.name for site in sites], config)
+    names = [site.name for site in sites]
+    for field, fits in (("exclude_modules", _excluded), ("shape_pattern", pattern_matches)):
+        for pattern in getattr(config, field):
+            if not any(fits(pattern, name) for name in names):
+                close = get_close_matches(pattern, names, n=3, cutoff=0.3)
+                hint = f"; close matches: {', '.join(close)}" if close else ""
+                raise ValueError(f"{field} names {pattern!r}, which is none of the {len(names)} targets{hint}")
     layers = config.layers_to_transform
     known = sorted({site.layer for site in sites if site.layer is not None})
     for index in layers or []:
@@ -135,34 +125,31 @@ def _select(sites: list[AnySite], config: MPOEConfig) -> list[AnySite]:
     return [
         site
         for site in sites
-        if not _excluded(site.name, config.exclude_modules)
+        if not any(_excluded(pattern, site.name) for pattern in config.exclude_modules)
         and (layers is None or site.layer is None or site.layer in layers)
     ]
 
 
-def _keeps_experts(family: Family, config: MPOEConfig) -> bool:
-    return family.is_mixture and config.existing_experts == "keep" and "ffn" in config.targets
-
-
-def _feed_forward_sites(model: nn.Module, family: Family, model_config: Any, config: MPOEConfig) -> Iterator[AnySite]:
-    if "ffn" not in config.targets or _keeps_experts(family, config):
-        return
-    yield from expert_sites(model, model_config) if family.is_mixture else _ffn_sites(model, family, model_config)
-
-
-def find_sites(model: nn.Module, family: Family, model_config: Any, config: MPOEConfig) -> list[AnySite]:
-    """Dense modules of ``model`` that ``config`` converts; none if a mixture only keeps its experts.
+def find_sites(model: Any, config: MPOEConfig, family: Family | None = None) -> list[AnySite]:
+    """Dense modules of ``model``, of this family or of the one that its configuration names, that ``config`` converts;
+    none if a mixture only keeps its experts.
 
     Raises:
         ValueError: nothing to convert, ``exclude_modules``, ``shape_pattern`` or ``layers_to_transform`` that match
             nothing, an activation experts cannot compute, an embedding that scales its rows.
     """
-    sites: list[AnySite] = list(_feed_forward_sites(model, family, model_config, config))
+    if family is None:
+        given = getattr(model.config, "mpoe_sites", None)
+        family = family_for(given, model.config.model_type.removeprefix(TYPE_PREFIX))
+    keeps_experts = family.is_mixture and config.existing_experts == "keep" and "ffn" in config.targets
+    sites: list[AnySite] = []
+    if "ffn" in config.targets and not keeps_experts:
+        sites += expert_sites(model) if family.is_mixture else _ffn_sites(model, family)
     sites += _linear_sites(model, family, config)
-    table = _embedding_site(model, model_config) if "embedding" in config.targets else None
+    table = _embedding_site(model) if "embedding" in config.targets else None
     if table is not None:
         sites.append(table)
-    if not sites and _keeps_experts(family, config):
+    if not sites and keeps_experts:
         return []
     if not sites:
         raise ValueError(f"{type(model).__name__} has no dense {' or '.join(config.targets)} modules to convert")
@@ -172,11 +159,14 @@ def find_sites(model: nn.Module, family: Family, model_config: Any, config: MPOE
             "nothing is left to convert: layers_to_transform and exclude_modules leave out every module; got "
             f"layers_to_transform={config.layers_to_transform}, exclude_modules={config.exclude_modules}"
         )
-    return [_as_kept(site, config.for_experts(site.name)) if isinstance(site, FFNSite) else site for site in chosen]
+    for place, site in enumerate(chosen):
+        own = config.for_experts(site.name) if isinstance(site, FFNSite) else None
+        if isinstance(site, FFNSite) and own is not None and own.keeps_network:
+            chosen[place] = dataclasses.replace(site, keeps=own.shape)
+    return chosen
 
 
-def _as_kept(site: FFNSite, own: MPOEConfig) -> FFNSite:
-    """``site`` as one that keeps its projections, if the shape of its experts does."""
-    if own.is_hidden:
-        return HiddenSite.of(site)
-    return NeuronSite.of(site) if own.is_neurons else site
+def dense_networks(model: Any, config: MPOEConfig | None = None) -> list[FFNSite]:
+    """The feed-forward networks of a dense model that ``config`` converts; default: all, with dense experts."""
+    found = find_sites(model, MPOEConfig(expert_type="dense") if config is None else config)
+    return [site for site in found if isinstance(site, FFNSite)]

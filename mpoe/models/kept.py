@@ -1,69 +1,95 @@
-"""Feed-forward networks that keep their projections: experts are inserted between them, or stand beside them."""
+"""Models whose experts stand between the projections of dense networks or beside them: their layers, and merging."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
+import torch
 from torch import nn
 
 from mpoe.config import MPOEConfig
+from mpoe.layers.experts import DenseExperts
+from mpoe.layers.feed_forward import MPOEFeedForward
+from mpoe.layers.hidden import HiddenFeedForward
 from mpoe.layers.kept import KeptFeedForward
-from mpoe.models.sites import FFNSite
-
-
-@dataclass(frozen=True)
-class KeptSite(FFNSite):
-    """A dense feed-forward network, which becomes a `KeptFeedForward` around its own projections."""
-
-    shape: ClassVar[str]
-
-    @classmethod
-    def of(cls, site: FFNSite) -> KeptSite:
-        """The same network, to be converted in this way."""
-        return cls(**{f.name: getattr(site, f.name) for f in dataclasses.fields(FFNSite)})
-
-    @property
-    def replaced(self) -> list[nn.Module]:
-        return []
-
-    @property
-    def place(self) -> str:
-        """Name of the module that is replaced."""
-        return self.name
-
-    @property
-    def inside(self) -> dict[str, str]:
-        """Attribute name of each projection inside the replaced module."""
-        start = f"{self.place}."
-        return {kind: prefix.removeprefix(start) for kind, prefix in self.prefixes.items() if prefix.startswith(start)}
-
-    @property
-    def obstacle(self) -> str | None:
-        """What the conversion lacks, if it is impossible."""
-        raise NotImplementedError
-
-    def check(self, config: MPOEConfig) -> None:
-        """Refuse projections of another structure or with mismatched sizes."""
-        if self.obstacle is not None:
-            raise ValueError(f"{self.name}: shape {self.shape!r} needs {self.obstacle} (shape='separable' supports it)")
-        rows, columns = self.weight("up").shape
-        for kind, (i, f) in {"up": (rows, columns), "gate_proj": (rows, columns), "down": (columns, rows)}.items():
-            if kind in self.dense and tuple(self.weight(kind).shape) != (i, f):
-                raise ValueError(
-                    f"{self.prefixes[kind]} must be for a weight [{i}, {f}]; got {list(self.weight(kind).shape)}"
-                )
-
-    def _layer(self, cls: type[Any], config: MPOEConfig, **options: Any) -> Any:
-        """A ``cls`` of these sizes, device and dtype, whose experts the caller fills or initialises."""
-        up = self.weight("up")
-        options |= {key: self.options[key] for key in ("activation", "output_dropout")}
-        options |= {"names": self.inside, "columns": self.columns, "stream": self.stream}
-        made = cls(*up.shape, config.for_experts(self.name), device="meta", dtype=up.dtype, **options)
-        return made.to_empty(device=up.device)
+from mpoe.layers.neurons import NeuronFeedForward
 
 
 def kept_modules(model: nn.Module) -> dict[str, KeptFeedForward]:
     """Every network of a model that kept its projections, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, KeptFeedForward)}
+
+
+def hidden_modules(model: nn.Module) -> dict[str, HiddenFeedForward]:
+    """Every `HiddenFeedForward` of a model by name."""
+    return {name: module for name, module in kept_modules(model).items() if isinstance(module, HiddenFeedForward)}
+
+
+def neuron_modules(model: nn.Module) -> dict[str, NeuronFeedForward]:
+    """Every `NeuronFeedForward` of a model by name."""
+    return {name: module for name, module in kept_modules(model).items() if isinstance(module, NeuronFeedForward)}
+
+
+def merged_config(config: MPOEConfig, layers: dict[str, HiddenFeedForward]) -> MPOEConfig:
+    """Configuration of the dense experts that such layers merge into.
+
+    A bias before the activation passes through an expert's block, so every expert gets its own bias.
+    """
+    own = any(
+        module.experts.bias is not None or getattr(module.projections()["up"], "bias", None) is not None
+        for module in layers.values()
+    )
+    return dataclasses.replace(config, expert_type="dense", expert_bias=own, rate_ratios={})
+
+
+@torch.no_grad()
+def fill_merged(merged: MPOEFeedForward, layer: HiddenFeedForward) -> None:
+    """Set dense experts to the weights that the hidden-side blocks of ``layer`` are equivalent to."""
+    assert isinstance(merged.experts, DenseExperts)
+    if merged.router is not None and layer.router is not None:
+        merged.router.load_state_dict(layer.router.state_dict())
+    experts, dense = layer.experts, layer.projections()
+    for kind, weights in merged.experts.projections().items():
+        weights.weight.copy_(layer.expert_weights(kind))
+        if weights.bias is None:
+            continue
+        value: Any = getattr(dense[kind], "bias", None)
+        value = weights.bias.new_zeros(weights.out_features) if value is None else value
+        if weights.bias.dim() == 2:  # before the experts' blocks
+            core = experts.auxiliary["right" if kind == "up" else "right_gate"]
+            groups = layer.hidden_features // experts.block_size
+            own = core.expand(-1, groups, -1, -1)
+            value = torch.einsum("ga,egab->egb", value.to(core.dtype).view(groups, -1), own).flatten(1)
+            before_activation = kind == ("gate_proj" if experts.is_gated else "up")
+            value = value if experts.bias is None or not before_activation else value + experts.bias
+        weights.bias.copy_(value)
+
+
+@torch.no_grad()
+def merge_latent(model: Any) -> Any:
+    """A copy whose experts read and write the model's own space: exact up to rounding.
+
+    Every expert's weights become the products with the shared matrices P and Q, ``a_e <- P a_e``, ``b_e <- b_e Q``.
+
+    Args:
+        model: an MPOE model with ``MPOEConfig(shape="neurons", latent=l)``; it is not changed.
+
+    Raises:
+        TypeError: ``model`` is not an MPOE model.
+        ValueError: a model without such experts.
+    """
+    if not hasattr(model, "mpoe_config"):
+        raise TypeError(f"model must be an MPOE model with neurons (latent=l); got {type(model).__name__}")
+    merged = copy.deepcopy(model)
+    layers = [layer for layer in neuron_modules(merged).values() if layer.experts.latent is not None]
+    if not layers:
+        raise ValueError(f"model must have neurons in a latent space (latent=l); this {type(model).__name__} has none")
+    for layer in layers:
+        layer.experts = layer.experts.merged()
+    config = dataclasses.replace(model.mpoe_config, latent=None).to_dict()
+    for holder in merged.modules():
+        if isinstance(getattr(holder, "config", None), type(merged.config)):
+            holder.config.mpoe = config
+    return merged

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mpoe.layers.mixture_experts import MixtureExperts
+from mpoe.layers.experts import MixtureExperts
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.sites import set_module
 from mpoe.models.stock_experts import expert_modules, router_modules, stock_weights
@@ -70,5 +70,5 @@ def with_stock_experts(model: Any) -> Any:
             for parameter, value in stock_weights(module).items():
                 setattr(stock, parameter, value)
             stock.config = model.config
-            set_module(model, name, stock.train(module.training))
+            set_module(model, name, stock)
     return model

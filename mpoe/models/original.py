@@ -29,7 +29,6 @@ from transformers import T5ForConditionalGeneration
 
 from mpoe.config import MPOEConfig
 from mpoe.models.convert import adopt_class, converted_class
-from mpoe.models.families import family_of
 from mpoe.models.find import find_sites
 from mpoe.models.one_at_a_time import one_at_a_time
 from mpoe.models.report import mpo_modules
@@ -191,7 +190,7 @@ def _config(checkpoint: _Checkpoint, base: Any) -> MPOEConfig:
         )
     every = MPOEConfig(shape="separable", target_modules=targets)
     patterns: dict[str, Any] = {}
-    for site in find_sites(base, family_of("t5"), base.config, every):
+    for site in find_sites(base, every):
         if isinstance(site, FFNSite) and f"{site.name}.experts.up" in checkpoint.dense:
             continue
         if isinstance(site, FFNSite) and f"{site.name}.experts.up" in names:
@@ -238,7 +237,7 @@ def import_original(source: str | Path | Mapping[str, Tensor], base: Any) -> Any
     checkpoint = _Checkpoint(_read(source))
     config = _config(checkpoint, base)
     model: Any = copy.deepcopy(base)
-    install_empty(model, find_sites(model, family_of("t5"), model.config, config), config)
+    install_empty(model, find_sites(model, config), config)
     cores_of = dict(mpo_modules(model))
     for name, chain in checkpoint.chains.items():
         cores = cores_of[name]

@@ -8,14 +8,6 @@ from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
 from torch import Tensor
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPastAndCrossAttentions,
-    BaseModelOutputWithPoolingAndCrossAttentions,
-    CausalLMOutputWithCrossAttentions,
-    MaskedLMOutput,
-    Seq2SeqLMOutput,
-    SequenceClassifierOutput,
-)
 from transformers.utils.generic import ModelOutput
 
 ROUTING_FIELDS = ("task_loss", "aux_loss", "router_logits", "expert_load")
@@ -45,14 +37,6 @@ def output_with_routing(dense: type[ModelOutput]) -> type[ModelOutput]:
     documentation = f"`{dense.__name__}` with `RoutingFields`."
     made = type(f"MPOE{dense.__name__}", (RoutingFields, dense), {"__doc__": documentation, "__module__": __name__})
     return dataclass(made)
-
-
-MPOESeq2SeqLMOutput = output_with_routing(Seq2SeqLMOutput)
-MPOECausalLMOutput = output_with_routing(CausalLMOutputWithCrossAttentions)
-MPOEModelOutputWithPast = output_with_routing(BaseModelOutputWithPastAndCrossAttentions)
-MPOEModelOutputWithPooling = output_with_routing(BaseModelOutputWithPoolingAndCrossAttentions)
-MPOESequenceClassifierOutput = output_with_routing(SequenceClassifierOutput)
-MPOEMaskedLMOutput = output_with_routing(MaskedLMOutput)
 
 
 def output_of(forward: Callable[..., Any]) -> type[ModelOutput]:

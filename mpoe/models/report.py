@@ -9,9 +9,9 @@ from torch import nn
 
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.dense import ExpertWeights
+from mpoe.layers.experts import MixtureExperts
 from mpoe.layers.feed_forward import MPOEFeedForward, RoutedFeedForward
 from mpoe.layers.kept import KeptFeedForward
-from mpoe.layers.mixture_experts import MixtureExperts
 from mpoe.models.stock_experts import is_stock_experts
 
 

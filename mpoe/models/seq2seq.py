@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationMixin
 
-from mpoe.layers.context import RoutingContext, enter_routing, leave_routing
+from mpoe.layers.context import Entered, RoutingContext
 from mpoe.models.base import MPOEModelMixin, last_tokens
 
 
@@ -46,8 +46,5 @@ class MPOESeq2SeqMixin(MPOEModelMixin):
                 mask = ids.ne(pad)
         main = last_tokens(mask, {}, "", "")
         masks = {"encoder": main} if "decoder_input_ids" in self._forward_names else {}
-        token = enter_routing(RoutingContext(masks, None, is_generating=True))
-        try:
+        with Entered(RoutingContext(masks, None, is_generating=True)):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            leave_routing(token)

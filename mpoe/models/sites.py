@@ -9,24 +9,28 @@ from typing import Any
 from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig
+from mpoe.config.shapes import HIDDEN, NEURONS
 from mpoe.layers.cores import MPOCores
-from mpoe.layers.feed_forward import MPOEFeedForward
+from mpoe.layers.feed_forward import MPOEFeedForward, RoutedFeedForward
+from mpoe.layers.hidden import HiddenFeedForward
+from mpoe.layers.kept import KeptFeedForward
 from mpoe.layers.mpo_embedding import MPOEmbedding, SharedEmbedding, TiedHead
 from mpoe.layers.mpo_linear import MPOLinear, linear_weight
+from mpoe.layers.neurons import START_NOISE, NeuronFeedForward
 from mpoe_kernels import Decomposition, SharedDecomposition
 
 Report = dict[str, Decomposition | SharedDecomposition]
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the module called ``name``."""
+    """Replace the module called ``name``; the new one has the model's training mode."""
     parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
+    setattr(model.get_submodule(parent), last, module.train(model.training))
 
 
 @dataclass(frozen=True)
 class FFNSite:
-    """A dense feed-forward network, which becomes an `MPOEFeedForward`.
+    """A dense feed-forward network, which becomes an `MPOEFeedForward`, or a `KeptFeedForward` around its projections.
 
     Attributes:
         name: name of the `MPOEFeedForward`.
@@ -38,6 +42,7 @@ class FFNSite:
         emptied: names of modules whose work the experts do.
         zeroed: attributes that are set to 0, as ``(name of a module, name of its attribute)``.
         sums: name of the module that ends the network and adds its input, if it is not one module (see `FFN`).
+        keeps: the shape of its experts, ``"hidden"`` or ``"neurons"``, if the projections stay.
     """
 
     name: str
@@ -50,11 +55,33 @@ class FFNSite:
     emptied: tuple[str, ...] = ()
     zeroed: tuple[tuple[str, str], ...] = ()
     sums: str = ""
+    keeps: str = ""
 
     @property
     def replaced(self) -> list[nn.Module]:
         """Dense modules that are replaced."""
-        return list(self.dense.values())
+        return [] if self.keeps else list(self.dense.values())
+
+    @property
+    def place(self) -> str:
+        """Name of the module that is replaced, or that becomes another."""
+        return self.sums or self.name if self.keeps == NEURONS else self.name
+
+    @property
+    def inside(self) -> dict[str, str]:
+        """Attribute name of each projection inside that module."""
+        start = f"{self.place}."
+        return {kind: prefix.removeprefix(start) for kind, prefix in self.prefixes.items() if prefix.startswith(start)}
+
+    @property
+    def obstacle(self) -> str | None:
+        """What a conversion that keeps the projections lacks, if it is impossible."""
+        if self.keeps == NEURONS:
+            needed = ["down"] if self.sums else list(self.dense)
+        else:
+            needed = [kind for kind in self.dense if kind != "down"]
+        missing = [kind for kind in needed if "." in self.inside.get(kind, ".")]
+        return f"its {missing[0]} projection inside the module" if missing else None
 
     def weight(self, kind: str) -> Tensor:
         """Dense weight ``[in, out]``."""
@@ -66,27 +93,64 @@ class FFNSite:
         return None if bias is None else bias[self.columns.get(kind, slice(None))]
 
     def check(self, config: MPOEConfig) -> None:
-        """Refuse mismatched shapes."""
-        own = config.for_experts(self.name)
+        """Refuse projections of another structure, and mismatched shapes."""
+        if self.keeps and self.obstacle is not None:
+            raise ValueError(f"{self.name}: shape {self.keeps!r} needs {self.obstacle} (shape='separable' supports it)")
+        own, (rows, columns) = config.for_experts(self.name), self.weight("up").shape
         for kind in self.dense if config.expert_type == "mpo" else ():
+            sizes, wanted = list(self.weight(kind).shape), [columns, rows] if kind == "down" else [rows, columns]
+            if self.keeps and sizes != wanted:
+                raise ValueError(f"{self.prefixes[kind]} must be for a weight {wanted}; got {sizes}")
             try:
-                own.shape_for(kind, *self.weight(kind).shape)
+                if self.keeps == HIDDEN:
+                    own.hidden_block(columns)
+                elif not self.keeps:
+                    own.shape_for(kind, *sizes)
             except ValueError as error:
                 raise ValueError(f"{self.prefixes[kind]}: {error}") from error
 
-    def build(self, config: MPOEConfig) -> MPOEFeedForward:
-        """An `MPOEFeedForward` of these sizes, device and dtype, whose weights the caller fills or initialises."""
-        up = self.weight("up")
-        rows, columns = up.shape
-        options = {"stream": self.stream, "device": "meta", "dtype": up.dtype, **self.options}
-        return MPOEFeedForward(rows, columns, config.for_experts(self.name), **options).to_empty(device=up.device)
+    def build(self, config: MPOEConfig) -> RoutedFeedForward:
+        """The layer, of these sizes, device and dtype, whose weights the caller fills or initialises."""
+        up, given = self.weight("up"), self.options
+        sized: Any = (*up.shape, config.for_experts(self.name))
+        options: dict[str, Any] = {"stream": self.stream, "device": "meta", "dtype": up.dtype}
+        made: RoutedFeedForward
+        if not self.keeps:
+            made = MPOEFeedForward(*sized, **{**options, **given})
+        else:
+            options |= {"names": self.inside, "columns": self.columns}
+            options |= {key: given[key] for key in ("activation", "output_dropout")}
+            if self.keeps == HIDDEN:
+                made = HiddenFeedForward(*sized, dropout=given["dropout"], **options)
+            else:
+                options |= {"gated": given["gated"], "bias": given["bias"], "adds_input": bool(self.sums)}
+                made = NeuronFeedForward(*sized, init_std=given.get("init_std", {}).get("up"), **options)
+        return made.to_empty(device=up.device)
 
-    def load(self, module: MPOEFeedForward, config: MPOEConfig) -> Report:
-        """Copy the dense weights into every expert, decomposing each matrix once, with a new router."""
+    def load(self, module: Any, config: MPOEConfig) -> Report:
+        """Give ``module`` a new router and experts that compute what the dense network does.
+
+        Dense weights are copied into every expert, each decomposed once; nothing is decomposed for experts between the
+        projections or beside them: identities, or neurons that contribute nothing yet.
+        """
         if module.router is not None:
             module.router.reset_parameters()
+        experts = module.experts
+        if self.keeps == HIDDEN:
+            experts.reset_parameters()
+            if config.auxiliary_noise:
+                experts.add_noise_(config.auxiliary_noise)
+        elif self.keeps:
+            weights = {kind: self.weight(kind) for kind in self.dense if kind != "down"}
+            experts.init_std = float(weights["up"].float().std())
+            experts.reset_parameters()
+            if experts.latent is None:
+                experts.copy_neurons_(weights, self.bias("up"), config.auxiliary_noise or START_NOISE)
+        return {} if self.keeps else self._load_whole(experts.projections(), config)
+
+    def _load_whole(self, projections: dict[str, Any], config: MPOEConfig) -> Report:
         report: Report = {}
-        for kind, projection in module.experts.projections().items():
+        for kind, projection in projections.items():
             if isinstance(projection, MPOCores):
                 report[f"{self.name}.experts.{kind}"] = projection.load_weight_(self.weight(kind), config.gauge)
                 if config.auxiliary_noise:
@@ -98,16 +162,19 @@ class FFNSite:
                 projection.bias.copy_(bias)
         return report
 
-    def install(self, model: nn.Module, module: MPOEFeedForward, config: MPOEConfig) -> None:
-        """Put ``module`` in place of the dense network."""
-        module.train(model.training)
-        set_module(model, self.name, module)
-        for name in self.emptied:
+    def install(self, model: nn.Module, module: RoutedFeedForward, config: MPOEConfig) -> None:
+        """Put ``module`` in place of the dense network, or around it."""
+        if isinstance(module, NeuronFeedForward):
+            dense = model.get_submodule(self.place)
+            if self.sums:
+                module.output_dropout = getattr(getattr(dense, "dropout", None), "p", 0.0)
+            module.train(model.training)
+            module.around(dense, self.dense)
+        elif isinstance(module, KeptFeedForward):
+            module.adopt(self.dense)
+        set_module(model, self.place, module)
+        for name in () if self.keeps else self.emptied:
             set_module(model, name, nn.Identity())
-        self.zero(model)
-
-    def zero(self, model: nn.Module) -> None:
-        """Set the attributes in `zeroed` to 0."""
         for name, attribute in self.zeroed:
             setattr(model.get_submodule(name), attribute, 0)
 
@@ -151,7 +218,6 @@ class LinearSite:
         return {f"{self.name}.cores": module.cores.load_weight_(linear_weight(self.dense), config.gauge)}
 
     def install(self, model: nn.Module, module: MPOLinear, config: MPOEConfig) -> None:
-        module.train(model.training)
         set_module(model, self.name, module)
 
 
@@ -208,19 +274,14 @@ class EmbeddingSite:
 
     def install(self, model: Any, module: MPOEmbedding, config: MPOEConfig) -> None:
         """Install ``module`` and the modules that share it; Transformers must no longer tie weights to the table."""
-        module.train(model.training)
         set_module(model, self.name, module)
         for view in self.views:
-            set_module(model, view, SharedEmbedding(module).train(model.training))
+            set_module(model, view, SharedEmbedding(module))
         if self.head is not None and config.tied_head:
-            bias = model.get_submodule(self.head).bias
-            set_module(model, self.head, TiedHead(module, bias).train(model.training))
+            set_module(model, self.head, TiedHead(module, model.get_submodule(self.head).bias))
         for name in ("_tied_weights_keys", "all_tied_weights_keys"):
             ties = getattr(model, name, None) or {}
             setattr(model, name, {target: source for target, source in ties.items() if source != f"{self.name}.weight"})
-
-
-Site = FFNSite | LinearSite | EmbeddingSite
 
 
 def install_empty(model: nn.Module, sites: Sequence[Any], config: MPOEConfig) -> None:

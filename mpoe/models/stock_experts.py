@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.layers.activations import check_activation
-from mpoe.layers.mixture_experts import MixtureExperts
+from mpoe.layers.experts import MixtureExperts
 from mpoe.models.families import Family
-from mpoe.models.sites import Report, Site, set_module
+from mpoe.models.sites import EmbeddingSite, FFNSite, LinearSite, Report, set_module
 
 KINDS = ("up", "gate_proj", "down")
 
@@ -122,13 +122,13 @@ class ExpertsSite:
 
     def install(self, model: nn.Module, module: MixtureExperts, config: MPOEConfig) -> None:
         """Put ``module`` in place of the experts."""
-        set_module(model, self.name, module.train(model.training))
+        set_module(model, self.name, module)
 
 
-AnySite = Site | ExpertsSite
+AnySite = FFNSite | LinearSite | EmbeddingSite | ExpertsSite
 
 
-def expert_sites(model: nn.Module, model_config: Any) -> Iterator[ExpertsSite]:
+def expert_sites(model: Any) -> Iterator[ExpertsSite]:
     """The experts of every layer of a mixture that can be converted.
 
     Raises:
@@ -138,8 +138,8 @@ def expert_sites(model: nn.Module, model_config: Any) -> Iterator[ExpertsSite]:
         if is_stock_experts(module):
             number = re.search(r"(?:^|\.)(\d+)\.", name)
             options = {
-                "activation": check_activation(model_config.hidden_act),
-                "init_std": dict.fromkeys(KINDS, model_config.initializer_range),
+                "activation": check_activation(model.config.hidden_act),
+                "init_std": dict.fromkeys(KINDS, model.config.initializer_range),
             }
             yield ExpertsSite(name, int(number[1]) if number else None, module, options)
 

@@ -8,18 +8,12 @@ from typing import Any
 import torch
 
 from mpoe.config import MPOEConfig
-from mpoe.models.families import family_of
-from mpoe.models.find import find_sites
-from mpoe.models.sites import FFNSite, install_empty
+from mpoe.models.find import dense_networks, find_sites
+from mpoe.models.sites import install_empty
 from mpoe.models.table import DENSE
 
 # fields of configurations that hold the hidden size of feed-forward networks
 _FIELDS = ("d_ff", "n_inner", "intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim")
-
-
-def _networks(model: Any) -> list[FFNSite]:
-    found = find_sites(model, family_of(model.config.model_type), model.config, MPOEConfig(expert_type="dense"))
-    return [site for site in found if isinstance(site, FFNSite)]
 
 
 def hidden_size_as_mixture(dense: Any, config: MPOEConfig) -> int:
@@ -32,9 +26,9 @@ def hidden_size_as_mixture(dense: Any, config: MPOEConfig) -> int:
         raise ValueError(f"a wider model must be of {', '.join(DENSE)}; got {dense.config.model_type}")
     with torch.device("meta"):
         mixture = type(dense)(dense.config)
-    install_empty(mixture, find_sites(mixture, family_of(dense.config.model_type), dense.config, config), config)
+    install_empty(mixture, find_sites(mixture, config), config)
     more = sum(p.numel() for p in mixture.parameters()) - sum(p.numel() for p in dense.parameters())
-    sites = _networks(dense)
+    sites = dense_networks(dense)
     rows = [site.weight(kind).shape[0 if kind != "down" else 1] for site in sites for kind in site.dense]
     per_unit = sum(rows) + sum(site.bias(kind) is not None for site in sites for kind in site.dense if kind != "down")
     return int(sites[0].weight("up").shape[1]) + round(more / per_unit)
@@ -57,7 +51,7 @@ def widened(dense: Any, hidden: int) -> Any:
     model = type(dense)(config).to(dense.device, dense.dtype).train(dense.training)
     if hasattr(dense, "loss_type"):
         model.loss_type = dense.loss_type
-    networks = list(zip(_networks(dense), _networks(model), strict=True))
+    networks = list(zip(dense_networks(dense), dense_networks(model), strict=True))
     own = tuple(f"{prefix}." for old, _ in networks for prefix in old.prefixes.values())
     model.load_state_dict({n: v for n, v in dense.state_dict().items() if not n.startswith(own)}, strict=False)
     for old, new in networks:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from mpoe.models.hidden import hidden_modules
+from mpoe.models.kept import hidden_modules
 
 _STYLES = {"up": ColwiseParallel, "gate_proj": ColwiseParallel, "down": RowwiseParallel}
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from mpoe_bench import run, section, visit
-from mpoe_bench.contender import Contender
+from mpoe_bench import plugin, test_speed, visit
+from mpoe_bench.contender import Comparison, Contender
 from mpoe_bench.gpu_cases import Case, cases
 from mpoe_bench.graphs import CaptureError
-from mpoe_bench.run import check_options, run_suite
-from mpoe_bench.section import Setup
-from mpoe_bench.suites import SCALES, sections_of
-from mpoe_bench.suites.gpu import NamedSection
+from mpoe_bench.machine import check_options
+from mpoe_bench.problem import Truth
+from mpoe_bench.run import run_suite
+from mpoe_bench.suites import SCALES, comparisons_of
 from mpoe_bench.targets import GPU_TARGETS, check_targets
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ def test_the_parts_on_a_gpu() -> None:
     assert "MPOE_BUILD=cuda" in parts["build"]
     for tool in ("memcheck", "racecheck"):
         assert parts[tool].startswith(f"compute-sanitizer --tool {tool} --error-exitcode 9 ")
-    four = "'regex:^(neurons_fused|hidden_forward|fused|grouped_rows)_kernel$'".strip("'")
+    four = "regex:^(neurons_fused|hidden_forward|fused|grouped_rows)_kernel$"
     assert f"--filter-mode per-launch-config --launch-count 1 --kernel-name {four}" in parts["profile"]
     assert {"liger-kernel", "git+https://github.com/shawntan/scattermoe"} <= set(parts["libraries"].split())
     assert "--suite gpu --device cuda" in parts["peers"]
@@ -203,10 +203,11 @@ def test_options_are_named() -> None:
 
 
 def test_what_has_no_time_is_named() -> None:
-    results = run_suite("gpu", threads=1, clock="cpu", scale="tiny", backend="eager", seconds=1e-9)
+    results = run_suite("gpu", threads=1, clock="cpu", scale="tiny", backend="eager", minutes=1e-9)
     assert results["sections"] == []
     assert results["skipped"][0] == "FFN 48x96 E=8 T=8 bfloat16"
-    assert len(results["skipped"]) == len(list(sections_of("gpu", SCALES["tiny"], Setup(backends=("eager",)))))
+    titles = [each.title for each in comparisons_of("gpu", SCALES["tiny"], "cpu", ("eager",))]
+    assert results["skipped"] == list(dict.fromkeys(titles))
 
 
 def test_after_a_capture_that_broke_off_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,23 +216,23 @@ def test_after_a_capture_that_broke_off_nothing_is_measured(monkeypatch: pytest.
     def graphed(function):
         raise CaptureError("the capture of a CUDA graph failed: no")
 
-    timed: list[str] = []
-    monkeypatch.setattr(section, "graphed", graphed)
-    monkeypatch.setattr(section, "interleave", lambda functions, *_: timed.extend(functions) or {})
-    rows: dict[str, dict] = {"one": {}, "two": {}}
-    joined = {name: Contender(name, "mpoe", lambda: None) for name in rows}
-    with pytest.raises(CaptureError):
-        section._time_graphs(joined, rows, None, Setup())
-    assert rows == {"one": {"graph_reason": "the capture of a CUDA graph failed: no"}, "two": {}}
-    assert timed == []
+    def build(_: object) -> tuple[Contender, Truth]:
+        y = torch.ones(2)
+        return Contender(lambda: y), Truth({"y": y.double()}, {"y": 0.0}, y.dtype)
 
-    spoilt = {"key": "", "title": "first", "case": {}, "rows": [], "spoilt": "failed: CaptureError: no"}
-    later = NamedSection("second", lambda: pytest.fail("it was measured"))
-    monkeypatch.setattr(run, "sections_of", lambda *_: [lambda: dict(spoilt), later])
+    def comparison(title: str) -> Comparison:
+        return Comparison("", title, dict, [("one", "limit", build), ("two", "mpoe", build)], "one", 2, {}, ("graph",))
+
+    monkeypatch.setattr(plugin, "graphed", graphed)
+    monkeypatch.setattr(test_speed, "comparisons_of", lambda *_: [comparison("first"), comparison("second")])
     results = run_suite("gpu", threads=1, clock="cpu", scale="tiny", backend="eager")
     assert [each["title"] for each in results["sections"]] == ["first"]
+    assert results["sections"][0]["rows"][0]["graph_reason"] == "the capture of a CUDA graph failed: no"
+    assert not any("graph" in row for row in results["sections"][0]["rows"])
     assert results["skipped"] == ["second"]
-    assert results["failures"] == ["first: failed: CaptureError: no; what was to follow is left out"]
+    assert results["failures"] == [
+        "first: failed: CaptureError: the capture of a CUDA graph failed: no; what was to follow is left out"
+    ]
 
 
 def test_the_gpu_suite_on_a_cpu_is_a_trial_only() -> None:

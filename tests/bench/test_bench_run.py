@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from mpoe_bench.cases import JUDGED_WORKLOADS
-from mpoe_bench.choice import backends_to_measure
-from mpoe_bench.run import check_options, run_suite
-from mpoe_bench.section import failure_text
-from mpoe_bench.suites import SCALES, SUITES, sections_of
+from mpoe_bench.contender import failure_text
+from mpoe_bench.machine import backends_to_measure, check_options
+from mpoe_bench.run import run_suite
 from mpoe_bench.tables import seconds_text, table_of
 
 from mpoe.cli.main import main
@@ -40,9 +39,6 @@ def test_quick_measures_everything_and_nothing_is_wrong(quick) -> None:
     ours = rows[f"mpoe separable [{backend}]"]
     assert ours["floor"]["forward"] > 1.0
     assert ours["optimizer_bytes"] == 8 * ours["parameters"]
-    tltorch = [row for section in results["sections"] for row in section["rows"] if row["name"].startswith("tltorch")]
-    assert tltorch  # measured, or named with the reason why not
-    assert all(row.get("forward") or row["reason"] for row in tltorch)
 
 
 def test_what_is_printed_has_the_tables(quick) -> None:
@@ -57,7 +53,7 @@ def test_what_is_printed_has_the_tables(quick) -> None:
     )
     for found in (*words, "original: rebuild all (paper_full)", "in seconds", "more in the report", "report.md"):
         assert found in quick.out
-    tables = quick.out.splitlines()[6:]
+    tables = quick.out.splitlines()[1:-1]  # between how to read them and where they are
     assert max(len(line) for line in tables if "not here" not in line) <= 100
 
 
@@ -103,6 +99,7 @@ def test_other_suites(suite: str) -> None:
     assert results["targets"] == []  # the targets speak of real sizes
     if suite == "planner":
         (section,) = results["sections"]
+        assert len(section["rows"]) == 4
         assert section["backend"] == "eager"
         for row in section["rows"]:
             assert row["ratio"] >= 1.0
@@ -210,14 +207,6 @@ def test_backends() -> None:
         assert backends_to_measure(None, "quick") == ("auto",)
         assert backends_to_measure("all") == ("auto", *here)
     assert backends_to_measure("eager, auto,eager") == ("eager", "auto")
-
-
-def test_sections_of_an_unknown_suite() -> None:
-    from mpoe_bench.section import Setup
-
-    assert "quick" in SUITES
-    with pytest.raises(ValueError, match="suite must be one of"):
-        sections_of("slow", SCALES["tiny"], Setup())
 
 
 @pytest.mark.parametrize(

@@ -2,54 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from mpoe_bench.contender import Contender, UnavailableError
+from mpoe_bench import test_choice, test_speed
+from mpoe_bench.contender import NOT_HERE, Comparison, Contender, UnavailableError, checked
 from mpoe_bench.peers import PEERS, peer_builds
-from mpoe_bench.problem import FFNCase, Problem, make_batch
-from mpoe_bench.run import failures
-from mpoe_bench.section import NOT_HERE, Comparison, Setup, run_section
+from mpoe_bench.problem import FFNCase, Problems
+from mpoe_bench.run import run_suite
 from mpoe_bench.subjects import LIMIT, dense_limit, mpoe_builds
-from mpoe_bench.suites.ffn import ffn_comparison
 from mpoe_bench.suites.scale import GPU_PEERS
 from mpoe_bench.tables import table_of
-from mpoe_bench.timing import Budget, cpu_measure
 
 CASE = FFNCase(24, 48, 3, 12)
-SETUP = Setup(Budget(0.002, 0.0, min_rounds=2, max_rounds=2), cpu_measure(), backends=("eager",))
+Change = Callable[[Contender], Contender]
 
 
-def section_with(change, case: FFNCase = CASE, peer: str = "dense experts, loop") -> dict:
-    """A section of the dense FFN, MPO experts, and a peer that ``change`` has changed."""
-    batch = make_batch(case)
-    problem = Problem(case, "separable", batch)
+def builds_of(change: Change, kind: str = "peer", baseline: Change = lambda contender: contender) -> list:
+    """The dense FFN, MPO experts, and a peer that ``change`` has changed."""
 
-    def sabotaged():
-        contender = PEERS[peer](problem)
-        return change(contender), problem.truth
+    def sabotaged(shared: Problems):
+        problem = shared.of("separable")
+        return change(PEERS["dense experts, loop"](problem)), problem.truth
 
-    builds = [
-        (LIMIT, "limit", lambda: dense_limit(case, batch)),
-        *mpoe_builds(problem, ("eager",)),
-        ("sabotaged", "peer", sabotaged),
-    ]
-    return run_section(Comparison("ffn", "t", builds, LIMIT, case.tokens, case.facts()), SETUP)
+    def limit(shared: Problems):
+        contender, truth = dense_limit(CASE, shared.batch)
+        return baseline(contender), truth
+
+    return [(LIMIT, "limit", limit), *mpoe_builds("separable", ("eager",)), ("sabotaged", kind, sabotaged)]
 
 
-def row_of(section: dict, name: str) -> dict:
-    return next(row for row in section["rows"] if row["name"] == name)
+@pytest.fixture
+def measure(monkeypatch: pytest.MonkeyPatch) -> Callable[[list], dict]:
+    """The results of a session that measures one comparison of these contenders."""
+
+    def run(builds: list) -> dict:
+        comparison = Comparison("ffn", "t", lambda: Problems(CASE), builds, LIMIT, CASE.tokens, CASE.facts())
+        monkeypatch.setattr(test_speed, "comparisons_of", lambda *_: [comparison])
+        monkeypatch.setattr(test_choice, "judged_of", lambda *_: [])
+        return run_suite(threads=1, clock="cpu", scale="tiny", backend="eager")
+
+    return run
 
 
-def test_an_honest_peer_is_timed() -> None:
-    section = section_with(lambda contender: contender)
-    for row in section["rows"]:
+def rows_of(results: dict) -> dict[str, dict]:
+    (section,) = results["sections"]
+    return {row["name"]: row for row in section["rows"]}
+
+
+def test_an_honest_peer_is_timed(measure) -> None:
+    rows = rows_of(measure(builds_of(lambda contender: contender)))
+    assert rows.keys() == {LIMIT, "mpoe separable [eager]", "sabotaged"}
+    for row in rows.values():
         assert row["reason"] is None
         assert row["forward"]["x"] > 0
-        assert row["train"]["x"] > 0
+        assert row["train"]["low"] <= row["train"]["x"] <= row["train"]["high"]
         assert row["memory"]["train"]["peak"] > row["memory"]["train"]["kept"] > 0
-    assert row_of(section, LIMIT)["forward"]["x"] == 1.0
+    assert rows[LIMIT]["forward"]["x"] == 1.0
 
 
 def wrong_result(contender: Contender) -> Contender:
@@ -93,24 +104,27 @@ def wrong_shape(contender: Contender) -> Contender:
     ],
 )
 def test_a_sabotaged_contender_has_no_speed(change, words: str) -> None:
-    section = section_with(change)
-    row = row_of(section, "sabotaged")
+    *_, (name, kind, build) = builds_of(change)
+    contender, row = checked(name, kind, build, Problems(CASE))
+    assert contender is None
     assert row["reason"].startswith("wrong result, not timed")
     assert words in row["reason"]
-    assert not {"forward", "train", "memory"} & row.keys()
-    table = table_of(section)
-    assert "sabotaged" not in [cells[0] for cells in table.rows]
-    assert any("sabotaged" in note and words in note for note in table.notes)
+    table = table_of({"key": "ffn", "title": "t", "baseline": LIMIT, "rows": [row]})
+    assert table.rows == []
+    assert table.notes == [f"sabotaged: {row['reason']}"]
 
 
-def test_our_own_wrong_result_fails_the_run_and_a_peers_does_not() -> None:
-    section = section_with(wrong_result)
-    assert failures([section]) == []
-    row_of(section, "sabotaged")["kind"] = "mpoe"
-    assert "wrong result" in failures([section])[0]
+def test_our_own_wrong_result_fails_the_run_and_a_peers_does_not(measure) -> None:
+    peer, own = (measure(builds_of(wrong_result, kind)) for kind in ("peer", "mpoe"))
+    assert peer["failures"] == []
+    assert "sabotaged (t): wrong result" in own["failures"][0]
+    for results in (peer, own):
+        rows = rows_of(results)
+        assert not {"forward", "train", "memory"} & rows["sabotaged"].keys()
+        assert rows["mpoe separable [eager]"]["forward"]["x"] > 0  # the others are measured
 
 
-def test_absent_and_failing_contenders_leave_the_others_alone() -> None:
+def test_absent_and_failing_contenders_say_why() -> None:
     def absent(_: Contender) -> Contender:
         raise UnavailableError("no such package")
 
@@ -118,23 +132,17 @@ def test_absent_and_failing_contenders_leave_the_others_alone() -> None:
         raise MemoryError("out of it")
 
     for change, reason in ((absent, f"{NOT_HERE}: no such package"), (broken, "failed: MemoryError: out of it")):
-        section = section_with(change)
-        assert row_of(section, "sabotaged")["reason"] == reason
-        assert row_of(section, "mpoe separable [eager]")["forward"]["x"] > 0
+        *_, (name, kind, build) = builds_of(change)
+        assert checked(name, kind, build, Problems(CASE))[1]["reason"] == reason
 
 
-def test_a_wrong_baseline_is_no_baseline() -> None:
-    batch = make_batch(CASE)
-
-    def build():
-        contender, truth = dense_limit(CASE, batch)
-        return wrong_result(contender), truth
-
-    with pytest.raises(RuntimeError, match="baseline 'dense FFN' cannot be measured"):
-        run_section(Comparison("ffn", "t", [(LIMIT, "limit", build)], LIMIT), SETUP)
+def test_a_wrong_baseline_is_no_baseline(measure) -> None:
+    results = measure(builds_of(lambda contender: contender, baseline=wrong_result))
+    assert "dense FFN (t): wrong result, not timed" in results["failures"][0]
+    assert not any("forward" in row for row in rows_of(results).values())
 
 
-# What runs on a CPU; tensorly-torch where it is installed.
+# What runs on a CPU.
 CPU_PEERS = tuple(name for name in PEERS if name not in GPU_PEERS)
 
 
@@ -142,14 +150,10 @@ CPU_PEERS = tuple(name for name in PEERS if name not in GPU_PEERS)
 @pytest.mark.parametrize("load", ["uniform", "all_to_one"])
 def test_every_peer_computes_the_truth(shape: str, load: str) -> None:
     case = replace(CASE, load=load)
-    problem = Problem(case, shape, make_batch(case))
-    section = run_section(
-        Comparison("ffn", "t", peer_builds(CPU_PEERS, problem), None, case.tokens, case.facts()), SETUP
-    )
-    for row in section["rows"]:
-        if row["name"].startswith("tltorch") and (row["reason"] or "").startswith(NOT_HERE):
-            assert "tensorly-torch" in row["reason"] or "padding" in row["reason"]
-        elif row["name"].startswith("einsum of the cores") and "opt_einsum" in (row["reason"] or ""):
+    shared = Problems(case)
+    for name, kind, build in peer_builds(CPU_PEERS, shape):
+        row = checked(name, kind, build, shared)[1]
+        if row["name"].startswith("einsum of the cores") and "opt_einsum" in (row["reason"] or ""):
             assert row["reason"].startswith(NOT_HERE)
         else:
             assert row["reason"] is None
@@ -157,14 +161,10 @@ def test_every_peer_computes_the_truth(shape: str, load: str) -> None:
             assert len(row["errors"]) > 3  # and the weights' gradients
 
 
-def test_an_unknown_peer_is_refused() -> None:
-    with pytest.raises(ValueError, match="peers must be among"):
-        ffn_comparison(CASE, ("separable",), ("eager",), peers=("Mixtral",))
-
-
 def test_masked_contenders_have_no_central_gradient() -> None:
-    problem = Problem(CASE, "separable", make_batch(CASE))
-    contender, truth = next(iter(mpoe_builds(problem, ("eager",), masked=True)))[2]()
+    shared = Problems(CASE)
+    problem = shared.of("separable")
+    contender, truth = next(mpoe_builds("separable", ("eager",), masked=True))[2](shared)
     contender.train()
     found = contender.gradients()
     central = problem.up_shape.central

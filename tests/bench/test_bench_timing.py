@@ -2,78 +2,66 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mpoe_bench import memory as measuring
 from mpoe_bench.memory import Memory, peak_memory, resident_peak
-from mpoe_bench.timing import Budget, interleave
+from mpoe_bench.plugin import Budget, facts_of, in_turn
 
 
-class FakeMachine:
-    """A clock that functions move by hand; it slows down as time goes by, for everyone alike."""
+class Machine:
+    """A clock that functions move by hand, and that slows down for all alike; and what stands for pytest-benchmark."""
 
-    def __init__(self, drift: float) -> None:
+    def __init__(self, drift: float = 0.0) -> None:
         self.now, self.drift, self.log = 0.0, drift, []
+        self.stats = SimpleNamespace(iterations=1, stats=SimpleNamespace(data=[]))
 
-    def function(self, name: str, seconds: float):
+    def function(self, name: str, seconds: float) -> Callable[[], None]:
         def run() -> None:
             self.log.append(name)
             self.now += seconds * (1.0 + self.drift * self.now)
 
         return run
 
-    def measure(self, function, repeats: int) -> float:
-        start = self.now
-        for _ in range(repeats):
+    def pedantic(self, function: Callable[[], object], setup: Callable[[], None], rounds: int) -> None:
+        for _ in range(rounds):
+            setup()
+            start = self.now
             function()
-        return self.now - start
+            self.stats.stats.data.append((self.now - start) / self.stats.iterations)
+
+    def timed(self, budget: Budget, **seconds: float) -> dict[str, list[float]]:
+        functions = {name: self.function(name, each) for name, each in seconds.items()}
+        return in_turn(self, functions, budget, lambda: self.now)
 
 
 def test_a_drifting_machine_hardly_moves_the_ratio() -> None:
-    machine = FakeMachine(drift=0.01)
-    functions = {"dense": machine.function("dense", 1.0), "ours": machine.function("ours", 2.0)}
-    timings = interleave(functions, "dense", Budget(seconds_each=60.0, sample_seconds=0.0), machine.measure)
-    assert timings["dense"].x == 1.0
-    assert timings["ours"].x == pytest.approx(2.0, rel=0.03)
-    assert machine.now > 60.0
+    machine = Machine(drift=0.01)
+    samples = machine.timed(Budget(60.0, sample=0.0), ours=2.0, dense=1.0)
+    facts = facts_of(samples["ours"], samples["dense"], tokens=8)
+    assert facts["x"] == pytest.approx(2.0, rel=0.03)
     assert 1.0 + machine.drift * machine.now > 1.5  # although it became much slower
-    assert timings["ours"].low <= timings["ours"].x <= timings["ours"].high
+    assert facts["low"] <= facts["x"] <= facts["high"]
+    assert facts["tokens_per_second"] == 8 / facts["seconds"]
 
 
 def test_rounds_alternate_and_quick_functions_repeat_within_a_sample() -> None:
-    machine = FakeMachine(drift=0.0)
-    functions = {"slow": machine.function("slow", 1.0), "quick": machine.function("quick", 0.1)}
-    timings = interleave(functions, "slow", Budget(3.0, 0.5, min_rounds=3, max_rounds=4), machine.measure)
-    assert machine.log[:2] == ["slow", "quick"]  # sizing
-    rounds = machine.log[2:]
-    assert rounds[:6] == ["slow", *["quick"] * 5]
-    assert rounds[6:12] == [*["quick"] * 5, "slow"]  # the next round starts with the other one
-    assert timings["quick"].x == pytest.approx(0.1)
-    assert timings["quick"].seconds == pytest.approx(0.1)
+    machine = Machine()
+    samples = machine.timed(Budget(3.0, 3, 4, 0.5), quick=0.1, slow=1.0)
+    assert machine.log[:2] == ["quick", "slow"]  # sizing
+    assert machine.log[2:14] == ["slow", *["quick"] * 5] * 2
+    assert samples["quick"] == pytest.approx([0.1] * 4)
+    assert samples["slow"] == pytest.approx([1.0] * 4)
 
 
-def test_what_is_too_slow_for_the_budget_runs_once_beside_the_baseline() -> None:
-    machine = FakeMachine(drift=0.0)
-    functions = {"dense": machine.function("dense", 1.0), "endless": machine.function("endless", 100.0)}
-    timings = interleave(functions, "dense", Budget(5.0, 0.0, min_rounds=3), machine.measure)
-    assert timings["endless"].rounds == 1
-    assert timings["endless"].x == pytest.approx(100.0)
-    assert timings["dense"].rounds == 5
-
-
-def test_without_a_baseline_there_is_no_ratio() -> None:
-    machine = FakeMachine(drift=0.0)
-    timing = interleave({"f": machine.function("f", 0.5)}, None, Budget(2.0, 0.0), machine.measure)["f"]
-    assert math.isnan(timing.x)
-    assert (timing.seconds, timing.low, timing.high) == (0.5, 0.5, 0.5)
-
-
-def test_an_unknown_baseline_is_refused() -> None:
-    with pytest.raises(ValueError, match="baseline must be one of"):
-        interleave({"f": int}, "g")
+def test_what_is_too_slow_for_the_budget_runs_once() -> None:
+    assert Budget(5.0, 3).plan(100.0) == (1, 1)
+    assert Budget(5.0, 3).plan(1.0) == (5, 1)
+    assert Budget(5.0, 3).plan(3.0) == (3, 1)
 
 
 def test_peak_counts_temporaries_and_kept_counts_the_result() -> None:

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from mpoe.cli.progress import going_on, show_progress
-from mpoe.cli.run_folder import read_run
-from mpoe.cli.run_report import write_run_report
-from mpoe.plotting import have_matplotlib
+from mpoe.cli.plots import have_matplotlib
+from mpoe.cli.report import Table
+from mpoe.cli.runs import read_run, write_run_report
+from mpoe.cli.train import going_on, show_progress
 from mpoe.training.callbacks import LogLineCallback
 
 PARAMETERS = {"central": 60, "auxiliary": 30, "expert": 0, "router": 2, "rest": 8, "total": 100, "dense_total": 80}
@@ -114,7 +114,8 @@ def test_names_and_refusals(cli, refused, tmp_path: Path) -> None:
 def test_the_report_of_a_run_says_everything(tmp_path: Path) -> None:
     run = read_run(str(make_run(tmp_path / "a", 0.6, 1e-3)))
     rows = [("task", "accuracy", "0.6000", "0.5000", "8")]
-    write_run_report(tmp_path / "report.html", run, ("task", "metric", "value", "baseline", "items"), rows, {"seed"})
+    scores = Table(("task", "metric", "value", "baseline", "items"), rows, "Validation")
+    write_run_report(tmp_path / "report.html", run, scores, {"seed"})
     text = (tmp_path / "report.html").read_text()
     assert "<pre>mpoe train --output_dir a &lt;b&gt;</pre>" in text
     assert "<td>1,200</td><td>24</td><td>8</td>" in text

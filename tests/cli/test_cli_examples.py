@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mpoe import plotting
+from mpoe.cli import plots
 from mpoe.data.task_files import read_task_file
 from mpoe.data.tasks import find_spec
 
@@ -80,7 +80,7 @@ def test_configurations(cli, sentiment: Path, prose: Path, tmp_path: Path, file:
     assert all(f"<td>{task}</td>" in report for task in results["validation"])
     assert ("average over tasks" in report) == (len(tasks) > 1)
     # Loss with validation loss, balancing loss, expert load over time and by layer.
-    assert report.count("<svg") == (4 if plotting.have_matplotlib() else 0)
+    assert report.count("<svg") == (4 if plots.have_matplotlib() else 0)
 
 
 @pytest.mark.parametrize("name", ["finetune.sh", "finetune_single_task.sh"])

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from mpoe import MPOEConfig, convert_to_mpoe
-from mpoe.cli.inspect_plots import training_curves
-from mpoe.cli.inspect_report import expert_colour
+from mpoe.cli.plots import training_curves
+from mpoe.cli.routes import expert_colour
 from mpoe.data.embedded import load_stand_in
 
 pytest.importorskip("matplotlib")
@@ -124,7 +124,7 @@ def test_help_and_refusals(cli, refused, models: Path, sentiment: Path, tmp_path
     assert "text must hold words; got an empty one" in refused("inspect", t5, "--text", " ")
     assert "num_items must be at least 1; got 0" in refused("inspect", t5, "--num_items", 0)
     assert "num_tokens must be at least 1; got 0" in refused("inspect", t5, "--num_tokens", 0)
-    assert "holds a model; choose another folder" in refused("inspect", t5, "--output_dir", t5)
+    assert "holds a model or a run; choose another folder" in refused("inspect", t5, "--output_dir", t5)
     assert "data_dir must be an existing folder" in refused("inspect", t5, "--data_dir", tmp_path / "none", *out)
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "report.html").write_text("mine")

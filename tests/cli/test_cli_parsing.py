@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mpoe.cli.arm import ArmOptions
 from mpoe.cli.errors import CommandError
-from mpoe.cli.options import ExpertOptions, ModelOptions
+from mpoe.cli.options import ArmOptions, ExpertOptions, ModelOptions
 from mpoe.cli.parsing import Asked, make_parser, option, option_names, parse, read_command, read_config
 from mpoe.cli.tasks import DataOptions
 from mpoe.cli.train import RunOptions

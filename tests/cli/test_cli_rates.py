@@ -10,8 +10,7 @@ import pytest
 import mpoe.cli.train as train
 from mpoe.cli.errors import CommandError
 from mpoe.cli.pretrained import Source, find
-from mpoe.cli.starting_rate import settle_rate
-from mpoe.cli.starting_shape import settle_experts
+from mpoe.cli.settle import settle_experts, settle_rate
 
 
 @pytest.fixture

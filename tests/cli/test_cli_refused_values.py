@@ -9,7 +9,8 @@ import pytest
 
 from mpoe.cli import bench
 from mpoe.cli.errors import CommandError
-from mpoe.cli.experiment import ExperimentOptions, take_layers
+from mpoe.cli.options import ExperimentOptions
+from mpoe.cli.train import take_layers
 
 RUN = ["train", "--output_dir", "run"]
 HERE = [*RUN, "--data_dir", "."]

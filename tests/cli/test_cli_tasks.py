@@ -10,8 +10,8 @@ from types import ModuleType
 import pytest
 
 from mpoe.cli.errors import CommandError
-from mpoe.cli.run_data import data_of_run
-from mpoe.cli.scoring import TaskScores, score_rows
+from mpoe.cli.runs import data_of_run
+from mpoe.cli.scoring import TaskScores
 from mpoe.cli.tasks import DataOptions, resolve
 from mpoe.data.task import Example
 from mpoe.data.tasks import find_spec
@@ -126,12 +126,12 @@ def test_average_is_over_tasks_in_the_table() -> None:
     one = {"a": {"accuracy": 1.0, "f1": 0.0, "items": 3}}
     constant = {"a": {"accuracy": 0.5, "f1": 0.25}}
     rows = [("a", "accuracy", "1.0000", "0.5000", "3"), ("a", "f1", "0.0000", "0.2500", "3")]
-    assert score_rows(TaskScores(one, constant, [])) == rows
+    assert TaskScores(one, constant, []).table("").rows == rows
     two, both = {**one, "b": {"pearson": 0.5, "items": 4}}, {**constant, "b": {"pearson": 0.0}}
     last = ("average over tasks", "first of each", "0.7500", "0.2500", "7")
-    assert score_rows(TaskScores(two, both, []))[-1] == last
+    assert TaskScores(two, both, []).table("").rows[-1] == last
     running = TaskScores({"c": {"perplexity": 8.0, "loss": 2.0, "items": 1}}, {"c": {"perplexity": 9.0}}, [])
-    assert [row[1:4] for row in score_rows(running)] == [
+    assert [row[1:4] for row in running.table("").rows] == [
         ("perplexity per token", "8.0000", "9.0000"),
         ("loss, nats per token", "2.0000", "-"),
     ]

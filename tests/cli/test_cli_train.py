@@ -223,7 +223,7 @@ def test_generate_from_a_file_with_the_dense_stand_ins(cli, tmp_path: Path) -> N
 
 
 def test_several_tasks_one_per_step_at_any_accumulation() -> None:
-    from mpoe.cli.train import order_items
+    from mpoe.cli.settle import order_items
     from mpoe.training import MPOETrainingArguments
 
     pools = {"a": [("a", i) for i in range(40)], "b": [("b", i) for i in range(24)]}

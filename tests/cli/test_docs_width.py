@@ -9,12 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mpoe.cli.demo_arms import SETTINGS
-from mpoe.cli.demo_tables import comparison_table
-from mpoe.cli.report import write_demo_report
-
 from .page_widths import Page, chromium, measure
-from .test_cli_demo import arms_of, results_of
+from .test_cli_compare import make_run
 
 ROOT = Path(__file__).resolve().parents[2]
 LAPTOP, PHONE = 1300, 390
@@ -51,14 +47,10 @@ def test_pages_fit(program: str, lacks, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_demos_report_fits(program: str, tmp_path: Path) -> None:
-    settings = SETTINGS["t5"]
-    arms = arms_of("t5", 0.7, 0.71)
-    for arm in arms:
-        arm["scores"] = {task: {"accuracy": arm["mean"], "items": 2500} for task in settings.tasks}
-        arm["baselines"] = {task: {"accuracy": 0.25} for task in settings.tasks}
-    write_demo_report(tmp_path / "report.html", results_of(arms, settings), *comparison_table(arms, settings))
-    for page in measure(tmp_path, ["report.html"], (LAPTOP, PHONE), program, tmp_path / "profile"):
+def test_the_comparisons_report_fits(cli, program: str, tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, 0.7, rate) for name, rate in (("dense", 1e-3), ("separable", 2e-3))]
+    assert cli("compare", *runs, "--output_dir", tmp_path / "out").code == 0
+    for page in measure(tmp_path / "out", ["report.html"], (LAPTOP, PHONE), program, tmp_path / "profile"):
         assert (page.excess <= 0, page.cut) == (True, []), page
 
 

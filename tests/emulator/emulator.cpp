@@ -83,7 +83,8 @@ EMU_NO_TSAN void start(Block& block, dim3 grid, dim3 dim, std::size_t shared_byt
     fiber.tid = {n % dim.x, n / dim.x % dim.y, n / (dim.x * dim.y)};
     fiber.stack = take_stack();
     asan_fresh(fiber.stack, config().stack_bytes);
-    void** sp = reinterpret_cast<void**>(fiber.stack + config().stack_bytes) - 1;  // rsp % 16 == 8 at a function's entry
+    // rsp % 16 == 8 at a function's entry
+    void** sp = reinterpret_cast<void**>(fiber.stack + config().stack_bytes) - 1;
     sp[0] = nullptr;
     *--sp = reinterpret_cast<void*>(&fiber_entry);
     for (int k = 0; k < 6; ++k) *--sp = nullptr;

@@ -132,7 +132,8 @@ EMU_NO_TSAN inline Fiber& self() { return *g_self; }
 #endif
 __attribute__((naked, noinline, unused)) static void switch_stacks(void** /*save*/, void* /*to*/) {
   asm volatile(
-      "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n movq %rsp,(%rdi)\n movq %rsi,%rsp\n"
+      "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
+      "movq %rsp,(%rdi)\n movq %rsi,%rsp\n"
       "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret\n");
 }
 
@@ -226,7 +227,8 @@ EMU_NO_TSAN inline void collective(const char* what, unsigned mask, T& slot, F&&
   {
     Quiet quiet;
     if (!(mask >> fiber.lane & 1)) fail(std::string(what) + " at " + line_of(where) + ": own lane is not in the mask");
-    if (mask & ~warp.alive) fail(std::string(what) + " at " + line_of(where) + ": the mask names lanes that have exited");
+    if (mask & ~warp.alive)
+      fail(std::string(what) + " at " + line_of(where) + ": the mask names lanes that have exited");
     Pending* pending = nullptr;
     for (auto& other : warp.pending) {
       if (other.mask & mask) pending = &other;

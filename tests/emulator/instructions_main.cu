@@ -1,5 +1,5 @@
-// Every instruction that tests/emulator/twins.h and intrinsics.h imitate, on inputs whose results are exact: prints one line
-// of hexadecimal numbers for each. Compiled with the emulator and with nvcc, it must print the same lines
+// Every instruction that tests/emulator/twins.h and intrinsics.h imitate, on inputs whose results are exact: prints one
+// line of hexadecimal numbers for each. Compiled with the emulator and with nvcc, it must print the same lines
 // (tests/device/test_device_instructions.py).
 #include <cstdio>
 #include <cstring>

@@ -34,7 +34,8 @@ T shuffle(const char* what, unsigned mask, T value, F source, const Location& wh
           const int other = source(lane);
           Slot& mine = *static_cast<Slot*>(slots[lane]);
           if (other < 0 || other > 31) continue;
-          if (!(mask >> other & 1)) fail(std::string(what) + " at " + line_of(where) + " reads a lane outside the mask");
+          if (!(mask >> other & 1))
+            fail(std::string(what) + " at " + line_of(where) + " reads a lane outside the mask");
           mine.out = static_cast<Slot*>(slots[other])->in;
         }
       },
@@ -63,7 +64,8 @@ T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32, emu::Locat
       where);
 }
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32, emu::Location where = emu::Location::current()) {
+T __shfl_down_sync(
+    unsigned mask, T value, unsigned by, int width = 32, emu::Location where = emu::Location::current()) {
   return emu::shuffle(
       "__shfl_down_sync", mask, value,
       [=](int lane) {

@@ -128,7 +128,8 @@ inline __global__ void padded(const int*, int* out, int, bool mistake) {
   using T = dev::bf16;
   DYN_SHARED(T, tile);
   const int lane = threadIdx.x, stride = mistake ? 64 : mpoe::cuda::padded_stride<T>(64, true);
-  for (int i = lane; i < 16 * 64; i += 32) tile[i / 64 * stride + i % 64] = dev::from_float<T>(static_cast<float>(i % 64));
+  for (int i = lane; i < 16 * 64; i += 32)
+    tile[i / 64 * stride + i % 64] = dev::from_float<T>(static_cast<float>(i % 64));
   __syncwarp();
   for (int k = 0; k < 64; k += 16) {
     Fragments<T>::A a;

@@ -14,7 +14,8 @@ template <class F>
 int sweep(int count, char** words, F&& body) {
   if (count != 3) return 64;
   const std::string order = words[1];
-  config().order = order == "ascending" ? Order::kAscending : order == "descending" ? Order::kDescending : Order::kRandom;
+  config().order = order == "ascending" ? Order::kAscending
+      : order == "descending" ? Order::kDescending : Order::kRandom;
   config().blocks_descending = order == "descending";
   config().cp_async_lazy = std::string(words[2]) == "lazy";
   try {

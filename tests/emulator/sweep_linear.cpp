@@ -45,11 +45,13 @@ struct Case {
 
 // Asynchronous copies, several tiles in rows and columns, several steps of the pipeline.
 const Case kCases[] = {
-    {"wide", {8, 4, 32, 2, 3, 24, 8, 8, 128, 96}, {{4, 3, 4, true}, {2, 1, 4, false}}, {4, 2, 8, 8}, {0, 66, 66, 71}, 74, 40,
+    {"wide", {8, 4, 32, 2, 3, 24, 8, 8, 128, 96}, {{4, 3, 4, true}, {2, 1, 4, false}}, {4, 2, 8, 8},
+     {0, 66, 66, 71}, 74, 40,
      mpoe::Activation::kGelu, 0},
     {"wide but not aligned", {8, 2, 16, 2, 3, 16, 8, 8, 128, 48}, {{2, 3, 8, true}}, {8, 2, 8, 8}, {0, 9, 20}, 20, 0,
      mpoe::Activation::kNone, 3},
-    {"padded", {3, 2, 5, 2, 3, 4, 3, 3, 17, 16}, {{1, 1, 3, false}}, {}, {0, 3, 3, 20}, 23, 11, mpoe::Activation::kRelu, 1},
+    {"padded", {3, 2, 5, 2, 3, 4, 3, 3, 17, 16}, {{1, 1, 3, false}}, {}, {0, 3, 3, 20}, 23, 11,
+     mpoe::Activation::kRelu, 1},
     {"odd", {3, 2, 5, 2, 3, 4, 3, 3, 18, 18}, {{2, 3, 1, true}}, {3, 1, 3, 3}, {0, 3, 3, 20}, 23, 11,
      mpoe::Activation::kRelu, 1},
     {"many bonds", {8, 1, 16, 4, 4, 72, 1, 8, 32, 32}, {{1, 4, 8, true}}, {8, 1, 1, 8}, {0, 5, 21}, 24, 0,

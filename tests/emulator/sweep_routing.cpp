@@ -31,8 +31,8 @@ void check_gate(int experts, check::Random& random) {
   const Array logits = Array::random(Dtype::kFloat32, kTokens * experts, random, 3);
   const Array weights(Dtype::kFloat32, kTokens * kTopK);
   std::vector<int64_t> index(kTokens * kTopK, -7);
-  gate(Dtype::kFloat32, logits.data(), static_cast<float*>(weights.data()), index.data(), kTokens, experts, kTopK, false,
-       nullptr);
+  gate(Dtype::kFloat32, logits.data(), static_cast<float*>(weights.data()), index.data(), kTokens, experts, kTopK,
+       false, nullptr);
   std::vector<double> truth(kTokens * kTopK);
   for (int t = 0; t < kTokens; ++t) {
     double sum = 0;
@@ -52,8 +52,10 @@ void check_rows(const Case& c, const check::Sorted& sorted, int columns, check::
   constexpr Dtype kDtype = Dtype::kBFloat16;
   const int slots = c.tokens * c.top_k;
   const std::string what = "rows of " + std::to_string(columns);
-  const Array x = Array::random(kDtype, c.tokens * columns, random), rows = Array::random(kDtype, slots * columns, random);
-  const Array grad = Array::random(kDtype, c.tokens * columns, random), gates = Array::random(Dtype::kFloat32, slots, random);
+  const Array x = Array::random(kDtype, c.tokens * columns, random);
+  const Array rows = Array::random(kDtype, slots * columns, random);
+  const Array grad = Array::random(kDtype, c.tokens * columns, random);
+  const Array gates = Array::random(Dtype::kFloat32, slots, random);
   std::vector<double> dispatched(slots * columns), mixed(c.tokens * columns), drows(slots * columns), dgates(slots);
   for (int s = 0; s < sorted.offsets.back(); ++s)
     for (int f = 0; f < columns; ++f) dispatched[s * columns + f] = x.get(sorted.token_of_slot[s] * columns + f);

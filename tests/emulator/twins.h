@@ -30,7 +30,8 @@ struct MmaSlot {
 
 // D[16 x 8] += A[16 x K] B[K x 8]; `spread` writes a lane's fragments into the matrices.
 template <int K, class Spread>
-void mma_twin(float (&d)[4], const std::uint32_t* a, const std::uint32_t* b, Spread spread, const emu::Location& where) {
+void mma_twin(
+    float (&d)[4], const std::uint32_t* a, const std::uint32_t* b, Spread spread, const emu::Location& where) {
   MmaSlot slot{d, a, b};
   emu::collective(
       "mma.sync", 0xffffffffu, slot,

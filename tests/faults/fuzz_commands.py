@@ -27,8 +27,8 @@ WEIGHTS = (6, 3, 4, 4, 3, 2, 1, 2, 0.5)
 WORK = ("mpoe.cli.pretrained.load_model", "mpoe.estimation.costs.model_costs")
 LONG_WORK = (
     "mpoe.training.MPOETrainer.train",
-    "mpoe.cli.demo_experts.run",
-    "mpoe.cli.demo_compare.run",
+    "mpoe.cli.demo.train_experts",
+    "mpoe.cli.demo.compare_arms",
     "mpoe.cli.bench._measure",
     "mpoe.cli.info.collect",
 )

@@ -12,12 +12,10 @@ from mpoe.cli.bench import BenchOptions
 from mpoe.cli.convert import ConvertOptions
 from mpoe.cli.demo import DemoOptions
 from mpoe.cli.evaluate import EvaluateOptions
-from mpoe.cli.experiment import ExperimentOptions
 from mpoe.cli.generate import GenerateOptions
 from mpoe.cli.info import InfoOptions
 from mpoe.cli.inspect import InspectOptions
-from mpoe.cli.measures import MeasureOptions
-from mpoe.cli.options import ExpertOptions, ModelOptions
+from mpoe.cli.options import ExperimentOptions, ExpertOptions, MeasureOptions, ModelOptions
 from mpoe.cli.parsing import make_parser
 from mpoe.cli.plan import GROUPS as PLAN
 from mpoe.cli.tasks import DataOptions

@@ -21,7 +21,7 @@ from mpoe import (
 from mpoe.models.expert_files import base_identity, expected_weights
 from mpoe.models.expert_mixture import documentation_batches
 from mpoe.models.expert_router import _second_moment
-from mpoe.models.neurons import neuron_modules
+from mpoe.models.kept import neuron_modules
 
 from .domain_experts import M, domain, loss, stirred, tokenizer
 from .small_models import FAMILIES, batch, dense_model, result, valid_rows

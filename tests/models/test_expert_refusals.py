@@ -25,7 +25,7 @@ from mpoe import (
 from mpoe.config import MPOEConfig
 from mpoe.models.expert_files import write_expert
 from mpoe.models.expert_mixture import documentation_batches
-from mpoe.models.neurons import neuron_modules
+from mpoe.models.kept import neuron_modules
 
 from .domain_experts import VOCABULARY, M, stirred, tokenizer
 from .small_models import dense_model

@@ -13,7 +13,7 @@ from mpoe import compose_experts, load_expert, merge_expert, start_expert
 from mpoe.inspection.composed import composed_worth, token_losses
 from mpoe.models.domains import train_routers
 from mpoe.models.expert_files import made_expert
-from mpoe.models.neurons import neuron_modules
+from mpoe.models.kept import neuron_modules
 
 from .domain_experts import M, domain, loss
 from .small_models import dense_model

@@ -17,7 +17,7 @@ from mpoe.cli.main import main
 from mpoe.data.embedded import load_stand_in
 from mpoe.models.export import as_stock
 from mpoe.models.export_neurons import server_notes
-from mpoe.models.neurons import neuron_modules
+from mpoe.models.kept import neuron_modules
 
 from .test_export import IDS, OPENED, _without_mpoe, difference
 from .tiny_families import tiny_model

@@ -29,9 +29,9 @@ from mpoe.layers import HiddenFeedForward
 from mpoe.models.card import model_card
 from mpoe.models.checkpoint import save_mpoe_only
 from mpoe.models.decoding import kept_while_generating
-from mpoe.models.hidden import hidden_modules
+from mpoe.models.kept import hidden_modules
 from mpoe.models.report import routed_layers
-from mpoe.models.summary import HEADER, summarize, table_row
+from mpoe.models.summary import HEADER, summarize
 from mpoe.training import MPOETrainingArguments, build_param_groups
 from mpoe.training.gradient_mask import GradientMask
 from mpoe.training.statistics import core_grad_norms
@@ -273,8 +273,8 @@ def test_reports(family: str, capsys: pytest.CaptureFixture) -> None:
     assert report["auxiliary"] == sum(p.numel() for layer in layers.values() for p in layer.experts.parameters())
     rows = summarize(model, 64, 2)
     assert [row.name for row in rows] == list(layers)
-    assert len(table_row(rows[0])) == len(HEADER)
-    assert table_row(rows[0])[-2:] == ("hidden", "2.00")  # 1 + 2 * 8 / 16
+    assert len(rows[0].cells()) == len(HEADER)
+    assert rows[0].cells()[-2:] == ("hidden", "2.00")  # 1 + 2 * 8 / 16
     model.mpoe_summary()
     assert "blocks, own" in capsys.readouterr().out
     assert "block_size=8" in model_card(model)
@@ -349,10 +349,10 @@ def test_a_projection_of_another_size_is_refused() -> None:
 
 
 def test_projections_that_lie_elsewhere_are_refused() -> None:
-    from mpoe.models.hidden import HiddenSite
+    from mpoe.models.sites import FFNSite
 
     up = nn.Linear(16, 24)
-    site = HiddenSite("layer.mlp", "main", 0, {"up": up}, {"up": "layer.fc1"})
+    site = FFNSite("layer.mlp", "main", 0, {"up": up}, {"up": "layer.fc1"}, keeps="hidden")
     with pytest.raises(ValueError, match="needs its up projection inside the module"):
         site.check(config())
 

@@ -27,7 +27,7 @@ from transformers import (
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, merge_experts, merge_latent
 from mpoe.layers import MPOEFeedForward, NeuronFeedForward
 from mpoe.models.checkpoint import save_mpoe_only
-from mpoe.models.neurons import neuron_modules
+from mpoe.models.kept import neuron_modules
 from mpoe.models.report import routed_layers
 from mpoe.models.table import DENSE, TABLE
 
@@ -45,8 +45,8 @@ both = pytest.mark.parametrize("latent", [None, 6])
 
 
 def heads() -> Iterator:
-    """Every head; by default of the first family in a file and of language models."""
-    first = {file: next(name for name in DENSE if TABLE[name].file == file) for file in {TABLE[t].file for t in DENSE}}
+    """Every head; by default of the first family of a structure and of language models."""
+    first = {TABLE[name].layers: name for name in reversed(DENSE)}
     for model_type, auto, name in GENERATED:
         usual = model_type in first.values() or auto in ("AutoModelForCausalLM", "AutoModelForMaskedLM")
         if model_type not in WITHOUT_A_MODULE:
@@ -244,7 +244,7 @@ def test_shapes_by_pattern() -> None:
     """Some layers have neurons and others blocks: each shape gets its own options."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from mpoe.models.hidden import hidden_modules
+    from mpoe.models.kept import hidden_modules
 
     from .test_model_hidden import LLAMA
 

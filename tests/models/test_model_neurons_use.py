@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from mpoe import convert_to_mpoe, load_mpoe
 from mpoe.inspection.growth import parameter_growth
 from mpoe.models.card import model_card
-from mpoe.models.neurons import neuron_modules
+from mpoe.models.kept import neuron_modules
 from mpoe.models.report import parameter_kind, routed_layers
-from mpoe.models.summary import HEADER, summarize, table_row
+from mpoe.models.summary import HEADER, summarize
 from mpoe.training import MPOETrainingArguments, build_param_groups
 from mpoe.training.freezing import freeze_all_but_experts
 from mpoe.training.gradient_mask import GradientMask
@@ -144,10 +144,10 @@ def test_reports(family: str, latent: int | None, capsys: pytest.CaptureFixture)
     assert report["auxiliary"] == len(layers) * 4 * (matrices * 8 * (latent or 16) + biases)
     rows = summarize(model, 64, 2)
     assert [row.name for row in rows] == list(layers)
-    assert len(table_row(rows[0])) == len(HEADER)
+    assert len(rows[0].cells()) == len(HEADER)
     f = next(iter(layers.values())).hidden_features
     ratio = 1 + 2 * 8 / f if latent is None else 1 + 2 * 6 / (matrices * f) + 2 * 6 * 8 / (16 * f)
-    assert table_row(rows[0])[-2:] == ("neurons", f"{ratio:.2f}")
+    assert rows[0].cells()[-2:] == ("neurons", f"{ratio:.2f}")
     model.mpoe_summary()
     assert "8 neurons" in capsys.readouterr().out
     assert f"neurons=8, latent={latent}" in model_card(model)

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, global_batch, shard_model
-from mpoe.models.neurons import neuron_modules
+from mpoe.models.kept import neuron_modules
 
 from .ranks_tensor import SIZES, whole
 

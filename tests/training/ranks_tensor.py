@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe
-from mpoe.models.hidden import hidden_modules
+from mpoe.models.kept import hidden_modules
 from mpoe.training import split_hidden_experts
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

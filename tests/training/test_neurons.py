@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mpoe import RouterConfig
-from mpoe.models.neurons import neuron_modules
+from mpoe.models.kept import neuron_modules
 from mpoe.models.report import routed_layers
 from mpoe.training import update_correction_bias
 

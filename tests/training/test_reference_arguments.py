@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoe.cli.experiment import ExperimentOptions, take_layers
-from mpoe.cli.measures import MeasureOptions, measured
-from mpoe.cli.options import ExpertOptions
+from mpoe.cli.finish import measured
+from mpoe.cli.options import ExperimentOptions, ExpertOptions, MeasureOptions
 from mpoe.cli.parsing import make_parser, option_names, parse
 from mpoe.cli.scoring import encode_task
+from mpoe.cli.settle import order_items
 from mpoe.cli.tasks import DataOptions, resolve
-from mpoe.cli.train import RunOptions, order_items
+from mpoe.cli.train import RunOptions, take_layers
 from mpoe.layers import DenseExperts, MPOEFeedForward
 from mpoe.models import convert_to_mpoe, mpo_modules
 from mpoe.models.components import component_of

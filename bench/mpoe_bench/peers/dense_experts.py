@@ -1,41 +1,18 @@
-"""Dense experts ``[E, hidden, model]``, dispatched in the three usual ways: loop, grouped product, one-hot einsum."""
+"""Dense experts ``[E, hidden, model]``: loop, grouped product, one-hot einsum, and Transformers' own Switch layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from mpoe_bench.contender import Contender, UnavailableError, grad_of
-from mpoe_bench.problem import Problem, probe
-from mpoe_bench.subjects import size_facts
+from mpoe_bench.contender import Contender, UnavailableError, size_facts
+from mpoe_bench.problem import Problem, grad_of, probe
 
 ONE_HOT_LIMIT = 2**31  # bytes of the one-hot tensor [T, E, C] beyond which the peer does not take part
-
-
-def dense_contender(problem: Problem, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Contender:
-    """A contender with full expert weights: ``function(x, up [E, hidden, model], down [E, model, hidden])``."""
-    case, batch = problem.case, problem.batch
-    up, down = problem.dense_experts
-
-    def gradients() -> Mapping[str, Tensor]:
-        return {
-            "dx": grad_of(batch.x),
-            "d_up_probe": probe_experts(grad_of(up)),
-            "d_down_probe": probe_experts(grad_of(down)),
-        }
-
-    return Contender(
-        "dense experts",
-        "peer",
-        lambda: function(batch.x, up, down),
-        problem.grad_y,
-        (batch.x, up, down),
-        gradients,
-        size_facts(up.numel() + down.numel(), case.dtype),
-    )
 
 
 def probe_experts(grad: Tensor) -> Tensor:
@@ -44,17 +21,37 @@ def probe_experts(grad: Tensor) -> Tensor:
     return torch.stack([g.T.double() @ columns for g in grad]).cpu()
 
 
+def _contender(
+    problem: Problem, function: Callable[[], Tensor], ups: Sequence[Tensor], downs: Sequence[Tensor]
+) -> Contender:
+    """With weights ``[experts, out, in]`` of some experts each."""
+
+    def gradients() -> Mapping[str, Tensor]:
+        found = {"dx": grad_of(problem.batch.x)}
+        for name, weights in (("d_up_probe", ups), ("d_down_probe", downs)):
+            found[name] = torch.cat([probe_experts(grad_of(w).view(-1, *w.shape[-2:])) for w in weights])
+        return found
+
+    facts = size_facts(sum(w.numel() for w in (*ups, *downs)), problem.case.dtype)
+    return Contender(function, problem.grad_y, (problem.batch.x, *ups, *downs), gradients, facts)
+
+
+def dense_contender(problem: Problem, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Contender:
+    """A contender with full expert weights: ``function(x, up [E, hidden, model], down [E, model, hidden])``."""
+    up, down = problem.dense_experts
+    return _contender(problem, lambda: function(problem.batch.x, up, down), [up], [down])
+
+
 def loop(problem: Problem) -> Contender:
     """As in Switch implementations: for each expert, gather its tokens, run its FFN, scatter the result.
 
     Every expert's weights are separate tensors, as in a module list, so that a backward pass touches only them.
     """
-    case, batch = problem.case, problem.batch
-    index, gates = batch.index[:, 0], batch.gates
-    ups, downs = ([w.requires_grad_(case.train) for w in t.detach().unbind(0)] for t in problem.dense_experts)
+    index, gates = problem.batch.index[:, 0], problem.batch.gates
+    ups, downs = ([w.requires_grad_(problem.case.train) for w in t.detach().unbind(0)] for t in problem.dense_experts)
 
     def function() -> Tensor:
-        x = batch.x
+        x = problem.batch.x
         y = torch.zeros_like(x)
         for e, (up, down) in enumerate(zip(ups, downs, strict=True)):
             rows = (index == e).nonzero()[:, 0]
@@ -63,17 +60,40 @@ def loop(problem: Problem) -> Contender:
                 y = y.index_add(0, rows, (y_e * gates[rows]).to(x.dtype))
         return y
 
-    def gradients() -> Mapping[str, Tensor]:
-        return {
-            "dx": grad_of(batch.x),
-            "d_up_probe": torch.cat([probe_experts(grad_of(w)[None]) for w in ups]),
-            "d_down_probe": torch.cat([probe_experts(grad_of(w)[None]) for w in downs]),
-        }
+    return _contender(problem, function, ups, downs)
 
-    parameters = sum(w.numel() for w in (*ups, *downs))
-    facts = size_facts(parameters, case.dtype)
-    leaves = (batch.x, *ups, *downs)
-    return Contender("dense experts, loop", "peer", function, problem.grad_y, leaves, gradients, facts)
+
+class _FixedRouter(nn.Module):
+    """Gives the layer the routing that every contender gets, in the form that the layer's own router returns."""
+
+    def __init__(self, index: Tensor, gates: Tensor, num_experts: int) -> None:
+        super().__init__()
+        self.index, self.gates, self.num_experts = index, gates, num_experts
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, None]:
+        expert_index = F.one_hot(self.index[:, 0], self.num_experts)[None]
+        return expert_index, self.gates[None].to(hidden_states.dtype), None
+
+
+def switch(problem: Problem) -> Contender:
+    """Transformers' `SwitchTransformersSparseMLP`, unmodified, with our weights and our routing decision."""
+    from transformers.models.switch_transformers import configuration_switch_transformers as configuration
+    from transformers.models.switch_transformers import modeling_switch_transformers as modeling
+
+    case, batch = problem.case, problem.batch
+    sizes = {"d_model": case.model, "d_ff": case.hidden, "num_experts": case.experts, "expert_capacity": case.tokens}
+    with torch.device("meta"):
+        layer: Any = modeling.SwitchTransformersSparseMLP(
+            configuration.SwitchTransformersConfig(**sizes, dense_act_fn="relu", dropout_rate=0.0)
+        )
+    layer.router = _FixedRouter(batch.index, batch.gates, case.experts)
+    weights: list[list[Tensor]] = []
+    for name, full in zip(("wi", "wo"), problem.dense_experts, strict=True):
+        own = [nn.Parameter(each, requires_grad=case.train) for each in full.detach()]
+        for e, weight in enumerate(own):
+            getattr(layer.experts[f"expert_{e}"], name).weight = weight
+        weights.append(list(own))
+    return _contender(problem, lambda: layer(batch.x[None])[0], *weights)
 
 
 def sorted_tokens(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpoe_bench.contender import Contender, UnavailableError, grad_of
+from mpoe_bench.contender import Contender, UnavailableError, size_facts
 from mpoe_bench.peers.dense_experts import dense_contender, probe_experts, sorted_tokens
-from mpoe_bench.problem import Problem
-from mpoe_bench.subjects import size_facts
+from mpoe_bench.problem import Problem, grad_of
 
 DEVICES = ("cuda",)  # where the libraries run
 
@@ -158,4 +157,4 @@ def liger(problem: Problem) -> Contender:
         return fused.apply(x, both, down, index, gates)[:, : case.model].to(case.dtype)
 
     facts = size_facts(up.numel() + problem.dense_experts[1].numel(), case.dtype)
-    return Contender("liger", "peer", function, problem.grad_y, leaves, gradients, facts)
+    return Contender(function, problem.grad_y, leaves, gradients, facts)

@@ -1,6 +1,6 @@
-"""The suites: which sections `mpoe bench` measures."""
+"""The suites: what `mpoe bench` measures."""
 
-from mpoe_bench.suites.plan import SUITES, sections_of
+from mpoe_bench.suites.plan import SUITES, comparisons_of, judged_of
 from mpoe_bench.suites.scale import SCALES, Scale
 
-__all__ = ["SCALES", "SUITES", "Scale", "sections_of"]
+__all__ = ["SCALES", "SUITES", "Scale", "comparisons_of", "judged_of"]

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
+from mpoe_bench.contender import Build, Comparison
 from mpoe_bench.peers import peer_builds
-from mpoe_bench.problem import FFNCase, Problem, make_batch
-from mpoe_bench.section import Build, Comparison, Setup, run_section
+from mpoe_bench.problem import FFNCase, Problems
 from mpoe_bench.subjects import LIMIT, dense_limit, mpoe_builds
-
-
-def ffn_section(case: FFNCase, shapes: Sequence[str], setup: Setup, **options: Any) -> dict[str, Any]:
-    """Run `ffn_comparison` on the backends of a setup."""
-    return run_section(ffn_comparison(case, shapes, setup.backends, **options), setup)
 
 
 def ffn_comparison(
@@ -37,18 +32,14 @@ def ffn_comparison(
         masked: shapes measured again with the central gradient masked.
         key: the section's key in the results.
     """
-    batch = make_batch(case)
-    problems = {
-        name: Problem(case, name, batch) for name in dict.fromkeys([*shapes, *masked, *dict(core_peers).values()])
-    }
-    builds: list[tuple[str, str, Build]] = [(LIMIT, "limit", lambda: dense_limit(case, batch))]
+    builds: list[tuple[str, str, Build]] = [(LIMIT, "limit", lambda shared: dense_limit(case, shared.batch))]
     for name in shapes:
-        builds += mpoe_builds(problems[name], backends)
+        builds += mpoe_builds(name, backends)
     for name in masked if case.train else ():
-        builds += mpoe_builds(problems[name], backends, masked=True)
-    if peers:
-        builds += peer_builds(tuple(peers), problems[shapes[0]])
+        builds += mpoe_builds(name, backends, masked=True)
+    builds += peer_builds(peers, shapes[0])
     for peer, shape in core_peers:
-        builds += peer_builds((peer,), problems[shape])
+        builds += peer_builds((peer,), shape)
     phases = ("forward", "train") if case.train else ("forward",)
-    return Comparison(key, f"FFN {case.title}", builds, LIMIT, case.tokens, case.facts(), phases)
+    title = f"{'decode' if key == 'decode' else 'FFN'} {case.title}"
+    return Comparison(key, title, partial(Problems, case), builds, LIMIT, case.tokens, case.facts(), phases)

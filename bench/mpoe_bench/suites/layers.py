@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,15 +15,14 @@ from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig
 from mpoe.layers import HiddenFeedForward, NeuronFeedForward
-from mpoe_bench.cases import relative_error
-from mpoe_bench.contender import Contender, grad_of
+from mpoe_bench.contender import Build, Comparison, Contender, size_facts
 from mpoe_bench.gpu_cases import Dense
-from mpoe_bench.problem import Truth
-from mpoe_bench.section import Build, Comparison
-from mpoe_bench.subjects import LIMIT, size_facts
+from mpoe_bench.problem import Truth, grad_of
+from mpoe_bench.subjects import LIMIT
 
 LAYERS = 12  # of a model of T5-base's width
 START = 0.02  # of experts that would add nothing
+Shared = tuple[Sequence[Dense], Tensor, Tensor]  # the dense networks, x, the gradient that enters the backward pass
 
 
 def mixture(dense: Dense, config: MPOEConfig, activation: str) -> nn.Module:
@@ -80,22 +79,26 @@ def layers_comparison(
     One layer is checked and timed with its gradients; of several, which need much memory, the first one's result is
     checked, and the forward passes of all are timed on the first of ``backends``.
     """
-    torch.manual_seed(0)
-    networks = [Dense(sizes[0], "relu", sizes[1], dtype=dtype).to(device) for _ in range(layers)]
-    x = torch.randn(tokens, sizes[0]).to(device, dtype).requires_grad_()
-    grad_y = torch.randn(tokens, sizes[0]).to(device, dtype)
+
+    def context() -> Shared:
+        torch.manual_seed(0)
+        networks = [Dense(sizes[0], "relu", sizes[1], dtype=dtype).to(device) for _ in range(layers)]
+        x, grad_y = (torch.randn(tokens, sizes[0]).to(device, dtype) for _ in range(2))
+        return networks, x.requires_grad_(), grad_y
 
     def gradients_of(modules: nn.Module, x: Tensor) -> dict[str, Tensor]:
         first: Any = modules[0]  # type: ignore[index]
         return {"dx": grad_of(x), "d_up": grad_of(first.up.weight), "d_down": grad_of(first.down.weight)}
 
-    def results(modules: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    def results(modules: nn.Module, shared: Shared, dtype: torch.dtype) -> dict[str, Tensor]:
+        _, x, grad_y = shared
         own, leaf = copy.deepcopy(modules).to(dtype), x.detach().to(dtype).requires_grad_()
         y = own(leaf)
         y.backward(grad_y.to(dtype))
         return {name: value.detach().cpu() for name, value in {"y": y, **gradients_of(own, leaf)}.items()}
 
-    def build(name: str, kind: str, fields: Mapping[str, Any] | None, backend: str) -> tuple[Contender, Truth]:
+    def build(shared: Shared, key: str, fields: Mapping[str, Any] | None, backend: str) -> tuple[Contender, Truth]:
+        networks, x, grad_y = shared
         torch.manual_seed(1)
 
         def made(backend: str, networks: Sequence[Dense]) -> Any:
@@ -106,29 +109,24 @@ def layers_comparison(
 
         modules, plain = made(backend, networks), made("eager", networks[:1])
         plain[0].load_state_dict(modules[0].state_dict())
-        exact, same = results(plain, torch.float64), results(plain, dtype)
-        truth = Truth(exact, {key: relative_error(same[key], value) for key, value in exact.items()}, dtype)
+        truth = Truth.of(partial(results, plain, shared), dtype)
         facts: dict[str, Any] = size_facts(sum(p.numel() for p in modules.parameters()), dtype)
         if fields is not None:
             relative = modules[0].relative_flops(fields["router"]["top_k"]) + fields["num_experts"] / (2 * sizes[1])
-            facts |= {"backend": backend, "shape": name.split(" [")[0], "floor": {"forward": relative}}
+            facts |= {"backend": backend, "shape": key, "floor": {"forward": relative}}
         if layers > 1:
-            return Contender(name, kind, lambda: modules[0](x), facts=facts, timed=lambda: modules(x)), truth
+            return Contender(lambda: modules[0](x), facts=facts, timed=lambda: modules(x)), truth
         leaves = (x, *modules.parameters())
-        own = Contender(name, kind, lambda: modules(x), grad_y, leaves, lambda: gradients_of(modules, x), facts)
-        return replace(own, resident=True), truth
+        own = Contender(lambda: modules(x), grad_y, leaves, lambda: gradients_of(modules, x), facts, resident=True)
+        return own, truth
 
-    builds: list[tuple[str, str, Build]] = [(LIMIT, "limit", lambda: build(LIMIT, "limit", None, "eager"))]
+    builds: list[tuple[str, str, Build]] = [(LIMIT, "limit", partial(build, key=LIMIT, fields=None, backend="eager"))]
     for key, fields in ((key, fields) for key, fields in mixtures(sizes[0]).items() if chosen in key):
         for backend in backends if layers == 1 else backends[:1]:
-
-            def build_mixture(name: str = f"{key} [{backend}]", own: Any = fields, backend: str = backend) -> Any:
-                return build(name, "mpoe", own, backend)
-
-            builds.append((f"{key} [{backend}]", "mpoe", build_mixture))
+            builds.append((f"{key} [{backend}]", "mpoe", partial(build, key=key, fields=fields, backend=backend)))
     dtype_name = str(dtype).split(".")[-1]
     several = f", {layers} of them" if layers > 1 else ""
     title = f"layers {sizes[0]}x{sizes[1]} T={tokens} {dtype_name}, router included{several}"
     facts = {"tokens": tokens, "layers": layers, "dtype": dtype_name, "model": sizes[0], "hidden": sizes[1]}
     phases = ("forward", "train") if layers == 1 else ("forward",)
-    return Comparison("layers", title, builds, LIMIT, tokens, facts, phases)
+    return Comparison("layers", title, context, builds, LIMIT, tokens, facts, phases)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +12,8 @@ from torch import Tensor
 
 from mpoe.config import MPOEConfig
 from mpoe.models import convert_to_mpoe
-from mpoe_bench.cases import relative_error
-from mpoe_bench.contender import Contender
+from mpoe_bench.contender import Build, Comparison, Contender, size_facts
 from mpoe_bench.problem import Truth
-from mpoe_bench.section import Build, Comparison
-from mpoe_bench.subjects import size_facts
 
 DENSE = "dense T5"
 
@@ -91,32 +89,36 @@ def model_comparison(
         dtype: of the weights.
     """
     generates = key == "generate"
-    dense = dense_t5(sizes, layers, dtype)
-    ids = torch.randint(2, 512, (tokens[0], 16) if generates else tokens, device=device)
-    with torch.no_grad():
-        exact = copy.deepcopy(dense).double().to(device)(input_ids=ids, decoder_input_ids=ids).logits.cpu()
-        same = copy.deepcopy(dense).to(device)(input_ids=ids, decoder_input_ids=ids).logits.cpu()
-    truth = Truth({"y": exact}, {"y": relative_error(same, exact)}, dtype)
 
-    def build(name: str, kind: str, fields: dict[str, Any] | None) -> tuple[Contender, Truth]:
-        own = copy.deepcopy(dense)
-        model = own if fields is None else convert_to_mpoe(own, MPOEConfig(num_experts=experts, **fields), inplace=True)
+    def context() -> tuple[Any, Tensor, Truth]:
+        dense = dense_t5(sizes, layers, dtype)
+        ids = torch.randint(2, 512, (tokens[0], 16) if generates else tokens, device=device)
+
+        @torch.no_grad()
+        def results(dtype: torch.dtype) -> dict[str, Tensor]:
+            model = copy.deepcopy(dense).to(device, dtype)
+            return {"y": model(input_ids=ids, decoder_input_ids=ids).logits.cpu()}
+
+        return dense, ids, Truth.of(results, dtype)
+
+    def build(shared: tuple[Any, Tensor, Truth], shape: str, fields: dict[str, Any] | None) -> tuple[Contender, Truth]:
+        dense, ids, truth = shared
+        model = copy.deepcopy(dense)
+        if fields is not None:
+            model = convert_to_mpoe(model, MPOEConfig(num_experts=experts, **fields), inplace=True)
         step = Step(model.to(device), ids, tokens[1] if generates else 0)
-        count = sum(p.numel() for p in model.parameters())
-        facts = {**size_facts(count, dtype), **({} if fields is None else {"shape": name.removeprefix("mpoe T5 ")})}
-        parameters = tuple(model.parameters())
+        facts = size_facts(sum(p.numel() for p in model.parameters()), dtype) | ({"shape": shape} if fields else {})
         run = {"timed": step.generate} if generates else {"step": step.step}
-        return Contender(name, kind, step.logits, leaves=parameters, facts=facts, **run), truth
+        return Contender(step.logits, leaves=tuple(model.parameters()), facts=facts, **run), truth
 
-    found: dict[str, tuple[str, dict[str, Any] | None]] = {DENSE: ("limit", None)}
-    found["T5 with dense experts (Switch)"] = ("peer", {"expert_type": "dense"})
-    found |= {f"mpoe T5 {name}": ("mpoe", SHAPES[name]) for name in shape_names}
     builds: list[tuple[str, str, Build]] = [
-        (name, kind, lambda name=name, kind=kind, fields=fields: build(name, kind, fields))  # type: ignore[misc]
-        for name, (kind, fields) in found.items()
+        (DENSE, "limit", partial(build, shape="dense", fields=None)),
+        ("T5 with dense experts (Switch)", "peer", partial(build, shape="Switch", fields={"expert_type": "dense"})),
+        *((f"mpoe T5 {name}", "mpoe", partial(build, shape=name, fields=SHAPES[name])) for name in shape_names),
     ]
     count, dtype_name = tokens[0] * tokens[1], str(dtype).split(".")[-1]
     what = f"generate: {tokens[0]} x {tokens[1]} new tokens" if generates else f"train step: {count} tokens, AdamW"
     title = f"{what}, T5 {layers}+{layers} layers {sizes[0]}x{sizes[1]} E={experts} {dtype_name}"
     facts = {"experts": experts, "tokens": count, "model": sizes[0], "hidden": sizes[1], "dtype": dtype_name}
-    return Comparison(key, title, builds, DENSE, count, facts, ("forward",) if generates else ("forward", "train"))
+    phases = ("forward",) if generates else ("forward", "train")
+    return Comparison(key, title, context, builds, DENSE, count, facts, phases)

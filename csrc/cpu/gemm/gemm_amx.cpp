@@ -124,7 +124,8 @@ void amx_multiply_rows(
       const int64_t count = std::min(kMaxRows, rows - first);
       if (first == 0 || count < kMaxRows) shape_tiles(count);
       multiply_shaped(
-          count, whole / kSide, left + first * a_stride * 4, a_stride * 4, right, tile + first * tile_stride, tile_stride,
+          count, whole / kSide, left + first * a_stride * 4, a_stride * 4, right, tile + first * tile_stride,
+          tile_stride,
           accumulate);
     }
     _tile_release();

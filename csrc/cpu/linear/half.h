@@ -118,7 +118,8 @@ class HalfFirst {
         const T* columns = central_ + (i * plan_.central_panels + p) * plan_.a_units * kPanel * gemm_.unit;
         for (std::int64_t c = 0; c < count; ++c) {
           T* out = slab_.get() + (c * plan_.central_panels + p) * panel + i * left_rows_ * kPanel;
-          for_each_tile(left_rows_ / gemm_.unit, gemm_.best_rows / gemm_.unit, [&](std::int64_t first, std::int64_t units) {
+          const std::int64_t most = gemm_.best_rows / gemm_.unit;
+          for_each_tile(left_rows_ / gemm_.unit, most, [&](std::int64_t first, std::int64_t units) {
             const std::int64_t row = first * gemm_.unit, rows = units * gemm_.unit;
             multiply_rows(
                 gemm_, rows, plan_.a_units, left_.get() + ((j + c) * left_rows_ + row) * left_stride_, left_stride_,
@@ -152,7 +153,8 @@ class HalfFirst {
           gemm_, rows * d_.iR, k, x_.get(), x_stride_, slab_.get() + c * columns * k, columns,
           [&](std::int64_t first, std::int64_t tile_rows, std::int64_t column, const float* tile) {
             gemm_.finish(
-                tile, tile_rows, u_.get() + c * d_.jC * u_stride_, u_row_.data() + first, 0, u_columns_[column / kPanel],
+                tile, tile_rows, u_.get() + c * d_.jC * u_stride_, u_row_.data() + first, 0,
+                u_columns_[column / kPanel],
                 Finish{});
           });
   }
@@ -210,7 +212,8 @@ class HalfFirst {
 template <class T>
 class RightFirst {
  public:
-  RightFirst(const GemmKernels& gemm, const LinearForward& in, const HalfPlan& plan, const T* central, std::int64_t most)
+  RightFirst(
+      const GemmKernels& gemm, const LinearForward& in, const HalfPlan& plan, const T* central, std::int64_t most)
       : gemm_(gemm), in_(in), d_(in.dims), plan_(plan), central_(central),
         left_stride_(row_stride(gemm, plan.a_units * gemm.unit)), x_stride_(padded_k(gemm, d_.iR)),
         granules_(ceil_divide(d_.jR, kGranule)), columns_(gemm.unit, d_.b, d_.iR * d_.jR, d_.jR) {
@@ -347,7 +350,8 @@ class RightFirst {
     Finish finish{.bias = nullptr, .activation = in_.activation, .saved = nullptr};
     if (in_.saved != nullptr) finish.saved = static_cast<T*>(in_.saved) + slot * width;
     gemm_.finish(
-        source + first * kPanel, count, static_cast<T*>(in_.y) + slot * width, y_row_.data() + first, 0, columns, finish);
+        source + first * kPanel, count, static_cast<T*>(in_.y) + slot * width, y_row_.data() + first, 0, columns,
+        finish);
   }
 
   void add_bias(std::int64_t count, float* sums) const {

@@ -141,7 +141,8 @@ class Backward {
     const std::int64_t size = ceil_divide(d_.iC * d_.jC * plan_.b, kPanel) * d_.a * kPanel;
     const std::int64_t room = 2 * d_.padded_in() * d_.padded_out() * static_cast<std::int64_t>(sizeof(T)) / (size * 4);
     const std::int64_t count = std::clamp<std::int64_t>(std::min(room, in_.experts), 1, kMostGroups);
-    for (std::int64_t g = 0; g < count; ++g) groups_.push_back({in_.experts * g / count, in_.experts * (g + 1) / count});
+    for (std::int64_t g = 0; g < count; ++g)
+      groups_.push_back({in_.experts * g / count, in_.experts * (g + 1) / count});
     if (wanted_.central) central_sums_ = zeros<float>(count * size);
     central_size_ = size;
     if (in_.dbias != nullptr) bias_sums_.assign(count * d_.out_features, 0.0f);

@@ -21,7 +21,8 @@ std::int64_t equal_part(std::int64_t count, std::int64_t most) {
 RebuildPlan::RebuildPlan(const GemmKernels& gemm, const BlockDims& d, bool turned, std::int64_t element_bytes)
     : k(turned ? out_side(d) : in_side(d)), n(turned ? in_side(d) : out_side(d)), transposed(turned), unit(gemm.unit),
       left_rows(d.iL * d.jL), right_columns(d.iR * d.jR), a_units(ceil_divide(d.a, unit)),
-      b_units(ceil_divide(d.b, unit)), b_panels(ceil_divide(d.b, kPanel)), half_row(row_stride(gemm, b_panels * kPanel)),
+      b_units(ceil_divide(d.b, unit)), b_panels(ceil_divide(d.b, kPanel)),
+      half_row(row_stride(gemm, b_panels * kPanel)),
       right(unit, k.R, n.R, n.R) {
   const std::int64_t k_right = ceil_divide(k.R, unit);
   k_units = k.L * k_right;

@@ -63,8 +63,9 @@ void check_product(Bench& b, std::int64_t rows, std::int64_t k, std::int64_t col
     char* target = static_cast<char*>(out.data()) + p * kPanel * size_of(b.dtype);
     char* target_of_halves = static_cast<char*>(by_halves.data()) + p * kPanel * size_of(b.dtype);
     char* target_too = static_cast<char*>(by_columns.data()) + p * kPanel * size_of(b.dtype);
-    gemm.multiply_rows(rows, units, a.data(), wide / gemm.unit, b_panel, static_cast<float*>(tile.data()), kPanel, false);
-    gemm.multiply_rows(rows, units, a.data(), wide / gemm.unit, b_panel, static_cast<float*>(tile.data()), kPanel, true);
+    for (const bool add : {false, true})
+      gemm.multiply_rows(
+          rows, units, a.data(), wide / gemm.unit, b_panel, static_cast<float*>(tile.data()), kPanel, add);
     gemm.store(static_cast<const float*>(tile.data()), rows, left, target, columns);
     for (const std::int64_t half : {kPanel / 2, std::int64_t{0}})
       for (const bool adds : {false, true})
@@ -175,7 +176,8 @@ int main() {
   if (!check::isa_exists()) return 77;
   for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16}) {
     Bench bench(dtype);
-    for (std::int64_t rows = 1; rows <= bench.gemm.best_rows; ++rows) check_product(bench, rows, 3 + 4 * rows, 45 + rows);
+    for (std::int64_t rows = 1; rows <= bench.gemm.best_rows; ++rows)
+      check_product(bench, rows, 3 + 4 * rows, 45 + rows);
     for (const std::int64_t k : {1, 2, 31, 32, 33}) check_product(bench, bench.gemm.best_rows, k, 30 + k);
     for (const std::int64_t k : {1, 31, 64, 13001})
       for (const std::int64_t rows : {1, 3, 4, 9}) check_dots(bench, rows, k, 11 - rows);

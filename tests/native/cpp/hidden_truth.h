@@ -32,7 +32,8 @@ struct HiddenArrays {
 // The result, then du, dgates, dright, dleft, dbias, du_gate, dright_gate.
 inline std::vector<HiddenValues> hidden_truth(const HiddenCase& c, const HiddenArrays& in) {
   const std::int64_t b = c.block, features = b * c.groups, cores = c.experts * (c.own ? c.groups : 1) * b * b;
-  HiddenValues out(c.tokens * features), du(out.size()), dug(out.size()), dgates(c.tokens * c.top_k), dr(cores), dl(cores);
+  HiddenValues out(c.tokens * features), du(out.size()), dug(out.size()), dgates(c.tokens * c.top_k);
+  HiddenValues dr(cores), dl(cores);
   HiddenValues drg(cores), dbias(c.experts * features), v(b), z(b), dh(b);
   for (std::int64_t s = 0; s < c.tokens * c.top_k; ++s) {
     const std::int64_t e = in.index[s];

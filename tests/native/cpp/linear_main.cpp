@@ -146,7 +146,9 @@ void check_case(const Shape& shape, const Load& load, Activation activation, Dty
   if (load.gathered)
     for (std::int64_t s = 0; s < load.slots; ++s) p.row_index.push_back(random.below(p.tokens));
 
-  const auto array = [&](std::int64_t count, double scale) { return Array::random(dtype, count, random, scale, shift); };
+  const auto array = [&](std::int64_t count, double scale) {
+    return Array::random(dtype, count, random, scale, shift);
+  };
   const bool with_bias = number % 2 == 0;
   Memory m;
   m.x = array(p.tokens * d.in_features, 1);

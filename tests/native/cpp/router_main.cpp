@@ -31,7 +31,8 @@ void check_gating(std::int64_t tokens, std::int64_t features, std::int64_t exper
         set_threads(threads);
         Array logits(Dtype::kFloat32, tokens * experts), gates(Dtype::kFloat32, tokens * top_k);
         Index index(tokens * top_k, -7);
-        gating({.router = router_of(x, weight, tokens, features, experts), .top_k = top_k, .raw = raw, .logits = static_cast<float*>(logits.data()),
+        gating({.router = router_of(x, weight, tokens, features, experts), .top_k = top_k, .raw = raw,
+                .logits = static_cast<float*>(logits.data()),
                 .index = index.data(), .gates = static_cast<float*>(gates.data())});
         std::vector<double> products(tokens * experts), shares(tokens * top_k);
         for (std::int64_t t = 0; t < tokens; ++t) {

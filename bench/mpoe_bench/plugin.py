@@ -1,0 +1,260 @@
+"""pytest's options and hooks for the benchmarks, and what a run of them has measured.
+
+Contenders are checked against float64 first; whatever is wrong is not timed. Each is then timed by pytest-benchmark in
+turn with its case's dense layer: ``extra_info`` holds ``x`` (median over rounds of its time over the dense layer's),
+``tokens_per_second``, errors and memory. One table at the end, with the targets.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import pkgutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mpoe_bench.contender import NOT_HERE, Comparison, Contender, checked, failure_text
+from mpoe_bench.graphs import CaptureError, graphed
+from mpoe_bench.machine import backends_to_measure, check_options
+from mpoe_bench.suites import SCALES, SUITES
+from mpoe_bench.tables import tables_of, text_of
+from mpoe_bench.targets import check_targets
+
+Function = Callable[[], object]
+GPU_MINUTES = 8.0  # of the suite gpu; what does not fit is left out and named
+
+
+@dataclass(frozen=True)
+class Budget:
+    """About how long a function is timed, in seconds; fewest and most rounds; the shortest sample, of several calls."""
+
+    seconds: float = 3.0
+    fewest: int = 3
+    most: int = 21
+    sample: float = 0.005
+
+    def plan(self, once: float) -> tuple[int, int]:
+        """Rounds, and calls of a function in each, from the seconds of one call; what is very slow runs once."""
+        calls = max(1, min(2000, math.ceil(self.sample / max(once, 1e-9))))
+        fitting = self.seconds / max(calls * once, 1e-9)
+        return max(1, min(self.fewest, int(3 * fitting)), min(self.most, int(fitting))), calls
+
+
+BUDGETS = {"quick": Budget(1.2, most=15), "targets": Budget(2.0, 5, 15), "gpu": Budget(0.12, 7, 15, 0.002)}
+TINY = Budget(0.01, 3, 3, 0.0005)
+
+
+def device_clock() -> float:
+    """Seconds, when everything that a GPU was given is done."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Run:
+    """What is measured, and the sections so far: comparisons with a row per contender.
+
+    Attributes:
+        sections: in order, JSON-able: ``key``, ``title``, ``baseline``, ``case``, ``rows``; if the capture of a CUDA
+            graph broke off, ``spoilt`` says why nothing more can be measured in this process.
+        skipped: titles of those that there was no time for, or that came after a broken capture.
+        on_section: gets every section when it is finished.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        option = config.getoption
+        self.suite, self.scale, self.device = option("suite"), SCALES[option("scale")], option("device")
+        self.backends = backends_to_measure(option("backend"), self.suite, self.device)
+        self.timer = pkgutil.resolve_name(str(option("benchmark_timer")))
+        self.budget = BUDGETS.get(self.suite, Budget()) if self.scale.judged else TINY
+        minutes = option("minutes") or (GPU_MINUTES if self.suite == "gpu" else math.inf)
+        self.deadline = time.monotonic() + 60 * minutes
+        self.sections: list[dict[str, Any]] = []
+        self.skipped: list[str] = []
+        self.on_section: Callable[[dict[str, Any]], None] = lambda _: None
+        self._comparison: Comparison | None = None
+        self._context: Any = None
+        self._held: dict[str, tuple[Contender | None, dict[str, Any]]] = {}  # the baseline, and one more
+
+    def section(self, title: str, **facts: Any) -> dict[str, Any]:
+        """The section of this title, begun if there is none; skips the test if nothing new may begin."""
+        last = self.sections[-1] if self.sections else {"title": None}
+        if last["title"] != title:
+            if "spoilt" in last or time.monotonic() > self.deadline:
+                if title not in self.skipped:
+                    self.skipped.append(title)
+                pytest.skip(last.get("spoilt", "the time was up"))
+            self.finish()
+            gc.collect()
+            self.sections.append({"title": title, **facts, "rows": [], "began": time.monotonic()})
+        return self.sections[-1]
+
+    def finish(self) -> None:
+        """The last section is complete."""
+        self._comparison, self._context, self._held = None, None, {}
+        if self.sections and "began" in self.sections[-1]:
+            self.sections[-1]["seconds"] = time.monotonic() - self.sections[-1].pop("began")
+            self.on_section(self.sections[-1])
+
+    def _checked(self, comparison: Comparison, name: str) -> tuple[Contender | None, dict[str, Any]]:
+        """A contender and its row, checked once; the tensors of earlier ones are let go."""
+        if comparison is not self._comparison:
+            self._comparison, self._context, self._held = comparison, comparison.context(), {}
+        if name not in self._held:
+            self._held = {key: value for key, value in self._held.items() if key == comparison.baseline}
+            kind, build = next((kind, build) for own, kind, build in comparison.contenders if own == name)
+            if time.monotonic() > self.deadline:
+                self._held[name] = None, {"name": name, "kind": kind, "reason": f"{NOT_HERE}: the time was up"}
+            else:
+                self._held[name] = checked(name, kind, build, self._context, self.device)
+        return self._held[name]
+
+    def measure(self, benchmark: Any, comparison: Comparison, name: str, phase: str) -> None:
+        """Check a contender and time one phase; skips one that is not here, fails if a result of ours is wrong."""
+        section = self.section(
+            comparison.title, key=comparison.key, baseline=comparison.baseline, case=dict(comparison.facts)
+        )
+        contender, row = self._checked(comparison, name)
+        if row not in section["rows"]:
+            section["rows"].append(row)
+        if contender is None:
+            (pytest.fail if row["kind"] != "peer" and not row["reason"].startswith(NOT_HERE) else pytest.skip)(
+                row["reason"]
+            )
+        base, of_base = self._checked(comparison, comparison.baseline)
+        if base is None:
+            pytest.fail(f"the baseline {comparison.baseline!r} cannot be measured: {of_base['reason']}")
+        both = {"own": contender} if contender is base else {"own": contender, "base": base}
+        functions = {who: each.call("forward" if phase == "graph" else phase) for who, each in both.items()}
+        if None in functions.values():
+            pytest.skip(f"it takes no part in {phase}")
+        try:
+            if phase == "graph":
+                functions = {who: graphed(function) for who, function in functions.items()}
+        except RuntimeError as error:
+            row["graph_reason"] = " ".join(str(error).split())[:200]
+            if isinstance(error, CaptureError):
+                section["spoilt"] = failure_text(error)
+                pytest.fail(section["spoilt"])
+            pytest.skip(row["graph_reason"])
+        samples = in_turn(benchmark, functions, self.budget, self.timer)
+        contender.release()
+        base.release()
+        benchmark.group, benchmark.name = f"{comparison.title}, {phase}", name
+        benchmark.extra_info.update({key: row.get(key) for key in ("errors", "memory", "parameters", "floor")})
+        if benchmark.stats is not None:  # None with --benchmark-disable
+            row[phase] = facts_of(samples["own"], samples.get("base", samples["own"]), comparison.tokens)
+            benchmark.extra_info.update({key: row[phase][key] for key in ("x", "tokens_per_second")})
+
+    @property
+    def failures(self) -> list[str]:
+        """MPO contenders that failed or gave a wrong result; a backend without a kernel is not a failure."""
+        found = []
+        for section in self.sections:
+            if "spoilt" in section:
+                found.append(f"{section['title']}: {section['spoilt']}; what was to follow is left out")
+            for row in section["rows"]:
+                reason = row.get("reason") or NOT_HERE
+                if row.get("kind", "mpoe") != "peer" and not reason.startswith(NOT_HERE):
+                    found.append(f"{row['name']} ({section['title']}): {reason}")
+        return found
+
+    @property
+    def targets(self) -> list[dict[str, Any]]:
+        """The targets that were measured; they speak of real sizes."""
+        return check_targets(self.sections, self.device) if self.scale.judged else []
+
+
+def in_turn(
+    benchmark: Any, functions: Mapping[str, Any], budget: Budget, timer: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Seconds of a call of every function, round by round in turn, so that drift of the machine affects all equally.
+
+    The first is timed by pytest-benchmark, the others just before it. Each is called once more at the beginning.
+    """
+    calls: dict[str, int] = {}
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    first, *others = functions
+
+    def sample(name: str) -> float:
+        start = timer()
+        for _ in range(calls.get(name, 1)):
+            functions[name]()
+        return timer() - start
+
+    plans = {name: budget.plan(sample(name)) for name in functions}
+    calls |= {name: count for name, (_, count) in plans.items()}
+
+    def before() -> None:
+        if benchmark.stats is not None:
+            benchmark.stats.iterations = calls[first]  # of what runs as one
+        for name in others:
+            samples[name].append(sample(name) / calls[name])
+
+    benchmark.pedantic(lambda: sample(first), setup=before, rounds=plans[first][0])
+    samples[first] = list(benchmark.stats.stats.data) if benchmark.stats is not None else []
+    return samples
+
+
+def facts_of(own: list[float], base: list[float], tokens: int) -> dict[str, Any]:
+    """``x``: median over rounds of the ratio to the baseline's time in the same round; low and high: percentiles."""
+    ratios = [mine / max(theirs, 1e-12) for mine, theirs in zip(own, base, strict=True)]
+    low, high = (float(np.quantile(ratios, q)) for q in (0.1, 0.9))
+    seconds = median(own)
+    rate = tokens / max(seconds, 1e-12)
+    return {
+        "seconds": seconds,
+        "x": median(ratios),
+        "low": low,
+        "high": high,
+        "rounds": len(own),
+        "tokens_per_second": rate,
+    }
+
+
+RUN = pytest.StashKey[Run]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("mpoe bench")
+    group.addoption("--suite", default="quick", help=", ".join(SUITES))
+    group.addoption("--device", default="cpu", help="cpu or cuda")
+    group.addoption("--backend", default=None, help="auto, all, or names with commas; default: auto and eager")
+    group.addoption("--scale", default="real", help="real, or tiny: sizes of a test")
+    group.addoption("--minutes", type=float, default=None, help="begin nothing new after so long")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    option = config.option
+    try:
+        check_options(option.suite, option.device, None, "wall", option.scale, option.backend)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+    if option.device == "cuda":
+        option.benchmark_timer = f"{__name__}.device_clock"
+    option.benchmark_disable_gc = option.benchmark_quiet = True  # one table: ours
+    if option.scale == "tiny":
+        torch.set_num_threads(1)
+    config.stash[RUN] = Run(config)
+
+
+@pytest.fixture(scope="session")
+def bench_run(pytestconfig: pytest.Config) -> Run:
+    return pytestconfig.stash[RUN]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    session.config.stash[RUN].finish()
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    run = config.stash[RUN]
+    for table in tables_of(run.sections, run.targets):
+        terminalreporter.write_line(text_of(table))

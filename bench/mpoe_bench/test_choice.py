@@ -1,0 +1,134 @@
+"""Judges the autotuner: what one timing chooses, against every strategy on every backend in another timing."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from statistics import mean, median
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from mpoe_bench.cases import Workload, expert_choice, random_blocks
+from mpoe_bench.plugin import RUN, Run, in_turn
+from mpoe_bench.suites import judged_of
+from mpoe_bench.targets import TOLERANCE
+from mpoe_kernels import BackendError, available_backends, grouped_mpo_linear, route
+from mpoe_kernels.backends import AUTO, Candidate
+from mpoe_kernels.contract import autotune
+from mpoe_kernels.contract.orders import BlockDims
+from mpoe_kernels.contract.ranking import Problem
+
+MOST_FLOPS = 5.0  # strategies of more than this many times the fewest FLOPs are not timed
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    run = metafunc.config.stash[RUN]
+    cases = [
+        pytest.param(backend, case, phase, id=f"{case.name}-{backend}-{phase}")
+        for backend, case in judged_of(run.suite, run.scale, run.device, run.backends)
+        for phase in problems_of(case, backend)
+    ]
+    metafunc.parametrize(("backend", "case", "phase"), cases)
+
+
+def problems_of(case: Workload, backend: str = AUTO) -> dict[str, Problem]:
+    """What the ops choose for, by phase."""
+    sizes = (BlockDims.of_shape(case.shape), case.num_experts, case.num_tokens, case.dtype, "cpu")
+    keeps, need = case.training and case.shape.is_separable, (True, True, not case.mask_central, True)
+    found = {"forward": Problem("grouped_mpo_linear", *sizes, keeps=keeps, backend=backend)}
+    if case.training:
+        found["backward"] = Problem("grouped_mpo_linear_backward", *sizes, need, backend=backend)
+    return found
+
+
+def first_use(problem: Problem) -> tuple[Candidate, float]:
+    """What is chosen without any kept choice, and the seconds of choosing."""
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, XDG_CACHE_HOME=folder):
+        os.environ.pop(autotune.SETTING, None)
+        autotune.forget()
+        start = time.perf_counter()
+        found = autotune.resolve_contraction(problem)
+        seconds = time.perf_counter() - start
+    autotune.forget()
+    return found, seconds
+
+
+def calls_of(case: Workload) -> Callable[[str, str, str], Callable[[], object]]:
+    """``(phase, backend, strategy)`` -> what a call runs."""
+    torch.manual_seed(8)
+    blocks = random_blocks(case.shape, case.num_experts, case.dtype, requires_grad=case.training)
+    blocks.central.requires_grad_(case.training and not case.mask_central)
+    x = torch.randn(case.num_tokens, case.in_features).to(case.dtype).requires_grad_(case.training)
+    routing = route(expert_choice(case.load, case.num_tokens, case.num_experts), case.num_experts)
+    grad = torch.randn(case.num_tokens, case.out_features).to(case.dtype)
+    leaves = [t for t in (x, blocks.left, blocks.central, blocks.right) if t.requires_grad]
+    rows, offsets = routing.token_of_slot, routing.expert_offsets
+
+    def forward(backend: str, strategy: str) -> Tensor:
+        with torch.set_grad_enabled(case.training):
+            return grouped_mpo_linear(x, blocks, offsets, row_index=rows, backend=backend, strategy=strategy)
+
+    def call(phase: str, backend: str, strategy: str) -> Callable[[], object]:
+        y = forward(backend, strategy)  # refuses what has no kernel
+        if phase == "forward":
+            return lambda: forward(backend, strategy)
+        return lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True)
+
+    return call
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line about all cases."""
+    ratios, firsts = [row["ratio"] for row in rows], [sum(row["first_use"].values()) for row in rows]
+    within = sum(ratio <= TOLERANCE for ratio in ratios)
+    return (
+        f"{within} of {len(rows)} within {TOLERANCE}, mean {mean(ratios):.3f}, worst {max(ratios):.2f}; "
+        f"first use: median {median(firsts):.2f} s, worst {max(firsts):.2f} s"
+    )
+
+
+def test_choice(benchmark: Any, bench_run: Run, backend: str, case: Workload, phase: str) -> None:
+    whose = "choice" if backend == AUTO else f"choice on {backend}"
+    title = f"{whose} by one timing against the best of another"
+    section = bench_run.section(title, key="planner", backend=backend, summary="")
+    problem = problems_of(case, backend)[phase]
+    candidate, seconds = first_use(problem)
+    chosen = f"{candidate.name} [{candidate.backend}]"
+    plans = problem._replace(keeps=False).plans()
+    strategies = [plan.strategy for plan in plans if plan.flops <= MOST_FLOPS * plans[0].flops]
+    call = calls_of(case)
+    functions = {chosen: call(phase, candidate.backend, candidate.strategy)}
+    for each in available_backends() if backend == AUTO else (backend,):
+        for strategy in dict.fromkeys((*strategies, candidate.strategy)):
+            try:
+                functions.setdefault(f"{strategy} [{each}]", call(phase, each, strategy))
+            except BackendError:
+                continue  # no kernel for this strategy: no candidate
+    budget = replace(bench_run.budget, seconds=bench_run.budget.seconds / 3, most=min(9, bench_run.budget.most))
+    samples = in_turn(benchmark, functions, budget, bench_run.timer)
+    benchmark.group, benchmark.name = title, f"{case.name}, {phase}"
+    if benchmark.stats is None:
+        return
+    own = samples[chosen]
+    times = {
+        name: median(mine / ours for mine, ours in zip(each, own, strict=True)) * median(own)
+        for name, each in samples.items()
+    }
+    best = min(times, key=times.__getitem__)
+    rows = {row["name"]: row for row in section["rows"]}
+    if case.name not in rows:
+        section["rows"].append({"name": case.name, "chosen": {}, "best": {}, "seconds": {}, "first_use": {}})
+    row = section["rows"][-1]
+    row["chosen"][phase], row["best"][phase], row["seconds"][phase] = chosen, best, times
+    row["first_use"][phase] = seconds
+    took, least = (sum(row["seconds"][each][row[key][each]] for each in row["seconds"]) for key in ("chosen", "best"))
+    row |= {"ratio": took / least, "chosen_seconds": took}
+    section["summary"] = summary(section["rows"])
+    benchmark.extra_info.update({"x": times[chosen] / times[best], "chosen": chosen, "best": best})

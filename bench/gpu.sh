@@ -62,11 +62,8 @@ visit() { part "$1" "$2" "$python" -m mpoe_bench.visit "${@:3}" --device "$devic
 
 tests() { # NAME SECONDS TESTS [CHECKER...]; without a checker, several processes compile the kernels
     local how=''
-    if [ "$device" = cpu ]; then # they are a part of the default tests
-        how="--collect-only" && set -- "${@:1:3}"
-    elif [ $# = 3 ] && "$python" -c "import xdist" 2>/dev/null; then
-        how="-n 8"
-    fi
+    [ "$device" = cpu ] && how=--collect-only && set -- "${@:1:3}" # the default tests run them
+    [ $# = 3 ] && [ "$device" = cuda ] && "$python" -c "import xdist" 2>/dev/null && how="-n 8"
     part "$1" "$2" "${@:4}" "$python" -m pytest -p no:cacheprovider $how -q --tb=short --confcutdir tests/device $3
 }
 
@@ -79,8 +76,7 @@ part machine 30 "$python" -m mpoe_kernels.info
 if [ "$device" = cuda ]; then
     part card 30 nvidia-smi
     architecture=$("$python" -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())" 2>/dev/null)
-    architecture=${architecture/9.0/9.0a}
-    part build 600 env MPOE_BUILD=cuda TORCH_CUDA_ARCH_LIST="$architecture" "$python" setup.py -q build_ext --inplace
+    part build 600 env MPOE_BUILD=cuda TORCH_CUDA_ARCH_LIST="${architecture/9.0/9.0a}" "$python" setup.py -q build_ext --inplace
 fi
 visit smoke-cuda 120 smoke --backend cuda
 tests instructions 90 tests/device/test_device_instructions.py

@@ -13,7 +13,6 @@ import importlib.util
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,11 +27,11 @@ from typing import Any, NamedTuple
 import shipped_kernels as shipped
 import torch
 import triton
+from machine_code import MATRIX, Binary, disassembled, find
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mpoe_kernels.testing.launches import Launch
-from mpoe_kernels.triton.architecture import SHARED_MEMORY
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
@@ -46,15 +45,9 @@ NVCC_FLAGS = [
     *("-std=c++20", "-O3", "-lineinfo", "--Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra"),
     *("-Xptxas", "-warn-spills,-warn-lmem-usage", f"-I{CSRC}"),
 ]
-# Matrix instructions. NVIDIA: warp (HMMA), warpgroup (HGMMA), fifth generation (UTC..MMA). AMD: mfma.
-_MATRIX = {"cuda": re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b"), "hip": re.compile(r"\bv_(?:mfma|smfmac)_")}
-_LOCAL = re.compile(r"\b(?:STL|LDL)\b")
 _DOT = re.compile(r"tt\.dot(?:_scaled)? (.*)$", re.MULTILINE)
-# Kernels of csrc/cuda that multiply in types of tensor cores, by the compiler's name.
-_PRODUCT = re.compile(r"(?:gradient|panel|experts_(?:forward|rows|weights))_kernelI.*(?:__nv_bfloat16|__half|tf32)")
 # Parameters that are block sizes, not sizes of the problem.
 BLOCK_SIZES = ("BM", "BN", "BK", "BT", "KL", "NL", "KR", "NR", "BLOCK", "PART", "CHUNK")
-_TENSOR_MEMORY_COLUMNS = 512  # on sm_100
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _TYPES |= {torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8", torch.bool: "i1"}
 
@@ -122,44 +115,6 @@ def _type_of(name: str, value: Any) -> tuple[str, bool]:
     raise TypeError(f"{name} must be a tensor, an integer or a float; got {type(value).__name__}")
 
 
-class Binary(NamedTuple):
-    """What the machine code of a kernel shows.
-
-    Attributes:
-        registers: registers per thread.
-        spills: instructions (NVIDIA) or registers (AMD) that go through local memory.
-        stack: bytes of local memory per thread.
-        shared: bytes of shared memory per program; of csrc/cuda's kernels without what a launch asks for.
-        tensor_memory: columns of tensor memory; sm_100 only.
-        matrix_instructions: number of instructions for tensor or matrix cores.
-        wants_matrix: whether it multiplies types that those cores take: 16-bit floats, or float32 as TF32.
-        code: the instructions.
-    """
-
-    registers: int
-    spills: int
-    stack: int
-    shared: int
-    tensor_memory: int
-    matrix_instructions: int
-    wants_matrix: bool
-    code: str = ""
-
-    def problems(self, architecture: str) -> list[str]:
-        """Reasons why it must not be shipped; empty if it may be."""
-        found = []
-        if self.spills or self.stack:
-            found.append(f"spills: {self.spills} accesses, {self.stack} bytes of local memory")
-        limit = SHARED_MEMORY[architecture]
-        if self.shared > limit:
-            found.append(f"needs {self.shared} bytes of shared memory; {architecture} has {limit}")
-        if self.tensor_memory > _TENSOR_MEMORY_COLUMNS:
-            found.append(f"needs {self.tensor_memory} columns of tensor memory; there are {_TENSOR_MEMORY_COLUMNS}")
-        if self.wants_matrix and not self.matrix_instructions:
-            found.append("multiplies matrices without a tensor-core instruction")
-        return found
-
-
 @cache
 def compiled(job: Job) -> dict[str, Binary]:
     """Its kernels by name; whatever the compiler raises is passed on.
@@ -189,13 +144,13 @@ def _by_triton(job: Job) -> Binary:
     if "cubin" in built.asm:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             Path(file.name).write_bytes(built.asm["cubin"])
-            (found,) = _disassembled(Path(file.name)).values()
+            (found,) = disassembled(Path(file.name)).values()
         return found._replace(shared=built.metadata.shared, tensor_memory=tensor_memory, wants_matrix=wants)
     code = built.asm["amdgcn"]
     # Scalar registers spill into vector registers, not into memory.
     names = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
     sizes = [int(re.findall(rf"\.{field}:\s+(\d+)", code)[0]) for field in names]
-    return Binary(*sizes, built.metadata.shared, tensor_memory, len(_MATRIX["hip"].findall(code)), wants)
+    return Binary(*sizes, built.metadata.shared, tensor_memory, len(MATRIX["hip"].findall(code)), wants)
 
 
 def _by_nvcc(job: Job) -> dict[str, Binary]:
@@ -209,28 +164,7 @@ def _by_nvcc(job: Job) -> dict[str, Binary]:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"nvcc failed\n{done.stdout}{done.stderr}")
-        return _disassembled(built)
-
-
-def _disassembled(cubin: Path) -> dict[str, Binary]:
-    """Its kernels by the compiler's names."""
-    command = [str(find("cuobjdump")), "-res-usage", "-sass", str(cubin)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage, *codes = re.split(r"^\s+Function : (\S+)$", text, flags=re.MULTILINE)
-    fields = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)"
-    sizes = {name: [int(size) for size in found] for name, *found in re.findall(fields, usage)}
-    binaries = {}
-    for name, code in zip(codes[::2], codes[1::2], strict=True):
-        registers, stack, shared = sizes[name]
-        matrix, wants = len(_MATRIX["cuda"].findall(code)), bool(_PRODUCT.search(name))
-        binaries[name] = Binary(registers, len(_LOCAL.findall(code)), stack, shared, 0, matrix, wants, code)
-    return binaries
-
-
-def find(program: str) -> str | None:
-    """The program's path: on PATH, in the toolkit's usual folder, or in the triton wheel."""
-    wheel = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    return shutil.which(program) or shutil.which(program, path=f"/usr/local/cuda/bin{os.pathsep}{wheel}")
+        return disassembled(built)
 
 
 def sources(architectures: Iterable[str]) -> list[Job]:
@@ -258,14 +192,18 @@ def shipped_jobs(
     Of sizes other than T5-base's, the most difficult one of all configurations together; with ``quick``, of all dtypes
     and configurations.
     """
-    groups: dict[tuple[str, ...], dict[Job, str]] = {}
+    groups: dict[tuple[Any, ...], dict[Job, str]] = {}
     for size, dtype in product(sizes, dtypes):
         for problem in shipped.problems(shipped.DTYPES[dtype], quick, size):
-            where = ", ".join(filter(None, (problem.name, dtype, size.name)))
+            where = f"{problem.name}, {dtype}, d={size.model}"
             for architecture in architectures:
                 for launch in problem.launches(architecture):
                     job = job_of(launch, architecture)
-                    group = (job.name, architecture, *(() if quick else (dtype, size.name or job.configuration)))
+                    group = (
+                        job.name,
+                        architecture,
+                        *(() if quick else (dtype, job.configuration if size == shipped.T5_BASE else size)),
+                    )
                     groups.setdefault(group, {}).setdefault(job, where)
     hardest = [max(group, key=_difficulty) for group in groups.values()]
     return {job: group[job] for job, group in zip(hardest, groups.values(), strict=True)}

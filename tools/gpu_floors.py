@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import subprocess
 import sys
 import warnings
@@ -35,12 +34,12 @@ from unittest.mock import patch
 import torch
 from documents import write_between
 from gpu_compile import CSRC, Job, compiled, job_of
+from machine_code import executed, issued_with_product
 from mpoe_bench.gpu_cases import PHASES, TOKENS, Case, Dense, cases
 from shipped_kernels import Library, Recorder, as_on_gpu, bytes_of
 from torch import nn
 
 from mpoe.layers import logits
-from mpoe_kernels.backends import BackendError
 from mpoe_kernels.contract import BlockDims, contraction
 from mpoe_kernels.mpo.shape import MPOShape
 from mpoe_kernels.routing import gating
@@ -100,55 +99,6 @@ def launches(
             if training:
                 y.backward(torch.empty_like(y))
     return recorder
-
-
-_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
-_BACK = re.compile(r"\bBRA(?:\.\w+)*\s.*?0x([0-9a-f]+)")
-_BARRIER = re.compile(r"\bBAR\.(?:SYNC|RED)")
-_MATRIX = re.compile(r"\b(?:HGMMA\.(\d+)x(\d+)x(\d+)|HMMA\.(16)(8)(16|8))")
-
-
-def _flops(words: str) -> float:
-    """Of an instruction, for one warp."""
-    if not (matrix := _MATRIX.search(words)):
-        return 0.0
-    m, n, k = (int(size) for size in matrix.groups() if size)
-    return 2 * m * n * k / (4 if "HGMMA" in words else 1)  # four warps share a warpgroup's
-
-
-def code_of(text: str) -> list[tuple[int, str]]:
-    """Address and words of every instruction."""
-    return [(int(address, 16), words) for address, words in _INSTRUCTION.findall(text)]
-
-
-def loops_of(code: Sequence[tuple[int, str]]) -> list[tuple[int, int]]:
-    """First and last address of every loop, the outer ones first; the endless one behind the end is none."""
-    found: dict[int, int] = {}
-    for address, text in code:
-        back = _BACK.search(text)
-        if back and int(back[1], 16) < address:
-            found[int(back[1], 16)] = max(address, found.get(int(back[1], 16), 0))
-    return sorted(found.items(), key=lambda loop: (loop[0], -loop[1]))
-
-
-def executed(name: str, text: str, trips: Sequence[float]) -> tuple[float, float, float]:
-    """Instructions, barriers and FLOPs of matrix instructions that a warp executes in a kernel's machine code.
-
-    ``trips``: how often each loop runs for each run of the loop around it, in the order of `loops_of`. Loops that run
-    once, and inner ones (the last), which the compiler unrolled, may be missing in the code. Raises ValueError if it
-    has more.
-    """
-    code = code_of(text)
-    loops = loops_of(code)
-    given = list(trips) if len(trips) == len(loops) else [each for each in trips if each != 1][: len(loops)]
-    if len(given) < len(loops):
-        sizes = [sum(first <= address <= last for address, _ in code) for first, last in loops]
-        raise ValueError(f"{name} has loops of {sizes} instructions; tools/gpu_floors.py says how often {trips} run")
-    counts = []
-    for address, words in code:
-        times = math.prod(n for (first, last), n in zip(loops, given, strict=True) if first <= address <= last)
-        counts.append((times, times * bool(_BARRIER.search(words)), times * _flops(words)))
-    return tuple(map(sum, zip(*counts, strict=True)))
 
 
 def _rows(a: dict[str, Any]) -> float:
@@ -235,21 +185,6 @@ def cuda_binaries(architecture: str) -> dict[str, str]:
     return dict(zip(map(short_name, done.stdout.splitlines()), codes.values(), strict=True))
 
 
-def issued_with_product(text: str) -> float:
-    """Instructions for each matrix instruction in the loop that has the fewest; loops inside it without one, which are
-    for operands that are not aligned, are left out."""
-    code = code_of(text)
-    loops = {loop: [line for line in code if loop[0] <= line[0] <= loop[1]] for loop in loops_of(code)}
-    products = {loop: sum(bool(_MATRIX.search(words)) for _, words in inside) for loop, inside in loops.items()}
-
-    def own(loop: tuple[int, int]) -> int:
-        within = [each for each in loops if loop[0] <= each[0] and each[1] <= loop[1] and each != loop]
-        skipped = {address for each in within if not products[each] for address, _ in loops[each]}
-        return sum(address not in skipped for address, _ in loops[loop])
-
-    return min((own(loop) / count for loop, count in products.items() if count), default=0.0)
-
-
 def costs_of(launch: Launch | Library | Called, architecture: str) -> Iterator[Cost]:
     if isinstance(launch, Library):
         tensor = launch.flops / CARDS[architecture].flops
@@ -257,8 +192,12 @@ def costs_of(launch: Launch | Library | Called, architecture: str) -> Iterator[C
     elif isinstance(launch, Launch):
         programs, warps = busy_programs(launch), launch.arguments.get("num_warps", 4)
         trips = TRIPS.get(launch.name, lambda *_: ())(launch.arguments, launch.grid)
-        job = job_of(launch, architecture)
-        counts = executed(launch.name, compiled(job)[job.name].code, trips)
+        # The fifth generation's matrix instructions do not show their sizes; the fourth's multiply as much.
+        names = [architecture, "sm_90"] if architecture == "sm_100" else [architecture]
+        found = [
+            executed(launch.name, compiled(job)[job.name].code, trips) for job in map(partial(job_of, launch), names)
+        ]
+        counts = *found[0][:2], found[-1][2]
         yield _cost(launch.name, programs, warps, counts, bytes_of(launch.arguments.values()), architecture)
     else:
         for number, each in enumerate(launch.launched):
@@ -266,7 +205,8 @@ def costs_of(launch: Launch | Library | Called, architecture: str) -> Iterator[C
             products = each.mma / (each.run * warps)
             issued = products * issued_with_product(cuda_binaries(architecture)[each.kernel])
             counts = issued, each.barriers / each.run, products * 2 * 16 * 8 * 16
-            moved = 0 if number else bytes_of(launch.tensors)  # the op's, with its first launch
+            # The op's, with its first launch; its own memory is written and read.
+            moved = 0 if number else bytes_of(launch.tensors) + 2 * launch.scratch
             yield _cost(each.kernel, each.blocks, warps, counts, moved, architecture)
 
 
@@ -294,16 +234,19 @@ def own_flops(layer: nn.Module, training: bool) -> int:
     return total
 
 
-def figures(case: Case, training: bool, architecture: str, backend: str = "triton") -> dict[str, Any]:
-    """Of a call: floor in us and x dense, launches, Python's us in the ops, and our kernels.
+@cache
+def _log_of_cuda(name: str, training: bool) -> list[Any]:
+    """The same on every card."""
+    case = CASES[name]
+    return launches(case.layer("meta"), case.model, training, "sm_90", (case.experts, TOKENS * case.top_k)).log
 
-    Raises:
-        BackendError: the backend has no kernels for such a layer.
-    """
+
+def figures(case: Case, training: bool, architecture: str, backend: str = "triton") -> dict[str, Any]:
+    """Of a call: floor in us and x dense, launches, Python's us in the ops, and our kernels."""
     layer = case.layer("meta")
-    cuda = (case.experts, TOKENS * case.top_k) if backend == "cuda" else None
-    run = partial(launches, layer, case.model, training, architecture, cuda)
-    costs = [cost for launch in run().log for cost in costs_of(launch, architecture)]
+    log = _log_of_cuda(case.name, training) if backend == "cuda" else None
+    run = partial(launches, layer, case.model, training, architecture)
+    costs = [cost for launch in log or run().log for cost in costs_of(launch, architecture)]
     floor, (dense, least) = sum(cost.floor for cost in costs), dense_floors(case.model, training, architecture)
     sums = [sum(times) for times in zip(*(each.times for each in costs), strict=True)]
     kernels = [[*each[:6], *(round(1e6 * seconds, 2) for seconds in each.times)] for each in costs if each.programs]
@@ -353,9 +296,7 @@ def document(calls: dict[str, Any]) -> str:
     lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
     misses, kernels = [], []
     for (name, case), backend in product(CASES.items(), BACKENDS):
-        every = [[calls.get(f"{name} {phase} {card} {backend}") for phase in PHASES] for card in CARDS]
-        if every[1][0] is None:
-            continue
+        every = [[calls[f"{name} {phase} {card} {backend}"] for phase in PHASES] for card in CARDS]
         pairs = [[most or "-" for most in case.limits], *([each["x_dense"] for each in both] for both in every)]
         pairs += [[each[key] for each in every[1]] for key in columns]
         lines.append(f"| {name}, {backend} | {' | '.join(f'{first} / {second}' for first, second in pairs)} |")
@@ -386,10 +327,7 @@ def main(words: Sequence[str] | None = None) -> int:
             call, limit = f"{name} {phase} {architecture} {backend}", limit_of(case, phase, architecture)
             if chosen.only not in call:
                 continue
-            try:
-                found = figures(case, phase == "training", architecture, backend)
-            except BackendError:
-                continue
+            found = figures(case, phase == "training", architecture, backend)
             print(call, *(f"{key} {value}" for key, value in found.items() if key != "kernels"), sep=", ", flush=True)
             for line in missed(call, found, limit):
                 print(line, flush=True)

@@ -119,22 +119,15 @@ def as_on_gpu(architecture: str, backend: str = "triton", tile: int | None = Non
 
 
 class Sizes(NamedTuple):
-    """Sizes of a model.
+    """Widths of a feed-forward layer, and numbers of experts, the first of which is used where one is enough."""
 
-    Attributes:
-        name: description; empty for T5-base, on which every shipped tile is tried.
-        model, hidden: widths of a feed-forward layer.
-        experts: numbers of experts; the first one is used where one is enough.
-    """
-
-    name: str
     model: int
     hidden: int
     experts: tuple[int, ...]
 
 
-T5_BASE = Sizes("", 768, 3072, (8, 64))
-LARGE_SIZES = (Sizes("d = 4,096", 4096, 14336, (8, 64)), Sizes("E = 1,024", 768, 3072, (1024,)))
+T5_BASE = Sizes(768, 3072, (8, 64))  # every shipped tile is tried
+LARGE_SIZES = (Sizes(4096, 14336, (8, 64)), Sizes(768, 3072, (1024,)))
 
 
 class Problem(NamedTuple):

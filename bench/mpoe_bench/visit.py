@@ -14,6 +14,7 @@ import copy
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -37,10 +38,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "hidden": {"shape": "hidden"},
     "separable": {"shape": "separable"},
 }
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
+say = partial(print, flush=True)
 
 
 def _text(error: Exception) -> str:

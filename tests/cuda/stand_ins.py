@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from mpoe_kernels.cuda_library import CUDA_OPS
@@ -18,22 +18,42 @@ from mpoe_kernels.triton.architecture import SHARED_MEMORY
 
 from .emulation import OPS, Launched, library, limits
 
-BLOCKS = 128  # of a launch that run; sorting up to 65,536 pairs takes no more, so it is whole
+# Blocks of a launch that run. Sorting must be whole, which takes up to 128 for 65,536 pairs; blocks of the products are
+# long and all alike.
+BLOCKS = {"panel_product": 4, "weight_gradient_product": 4}
+MOST_BLOCKS = 128
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
 class Called(NamedTuple):
-    """A call of an op: its name, its tensors and what it launched."""
+    """A call of an op: its name, its tensors, bytes of memory for the call alone, and what it launched."""
 
     op: str
     tensors: list[Tensor]
+    scratch: int
     launched: list[Launched]
+
+
+class ScratchOf(TorchDispatchMode):
+    """``bytes`` of the memory that ops allocate for themselves (csrc/cuda/bind.h)."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if function.namespace == "mpoe_emulated":
+            with self:  # also in its kernel
+                return function.redispatch(_CPU, *arguments)
+        result = function(*arguments, **(options or {}))
+        if function is torch.ops.aten.new_empty.default and result.dtype == torch.uint8:
+            self.bytes += result.numel()
+        return result
 
 
 class StandIns:
     """As ``torch.ops.mpoe_cuda``; appends every call to ``log``. So many slots are spread evenly over the experts."""
 
     def __init__(self, experts: int, slots: int, log: list[Any]) -> None:
-        self.experts, self.slots, self.log = experts, slots, log
+        self._spread, self._slots, self._log = experts, slots, log
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
@@ -47,10 +67,11 @@ class StandIns:
                 tensors.append(torch.empty_like(tensor, device="meta"))
                 return tensors[-1]
 
-            with _disable_current_modes(), library().sampled(BLOCKS) as launched:
+            blocks = BLOCKS.get(name, MOST_BLOCKS)
+            with _disable_current_modes(), ScratchOf() as scratch, library().sampled(blocks) as launched:
                 found = getattr(OPS, name)(*tree_map_only(Tensor, with_memory, arguments))
                 results = tree_map_only(Tensor, without, found)
-            self.log.append(Called(name, tensors, launched))
+            self._log.append(Called(name, tensors, scratch.bytes, launched))
             return results
 
         return call
@@ -58,9 +79,9 @@ class StandIns:
     def like(self, tensor: Tensor) -> Tensor:
         """Offsets, indices that are valid whatever they count, or zeros."""
         if tensor.dtype == torch.int32:
-            return torch.arange(tensor.numel(), dtype=torch.int32) * (self.slots // self.experts)
+            return torch.arange(tensor.numel(), dtype=torch.int32) * (self._slots // self._spread)
         if tensor.dtype == torch.int64:
-            return (torch.arange(tensor.numel()) % self.experts).view(tensor.shape)
+            return (torch.arange(tensor.numel()) % self._spread).view(tensor.shape)
         return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
 

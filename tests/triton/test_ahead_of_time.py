@@ -50,6 +50,7 @@ def kernels_of_the_backend() -> set[str]:
 def test_every_kernel_is_found_on_every_architecture() -> None:
     jobs = gpu_compile.shipped_jobs(ARCHITECTURES, ("bfloat16",), quick=True)
     assert len(kernels_of_the_backend()) >= 14
+    assert all(("enable_fp_fusion", True) in job.options for job in jobs), "the default differs between Tritons"
     for architecture in ARCHITECTURES:
         assert {job.name for job in jobs if job.architecture == architecture} == kernels_of_the_backend()
 
@@ -105,7 +106,7 @@ def test_every_number_of_pairs_that_one_program_sorts_is_compiled() -> None:
     assert {launch.arguments["BLOCK"] for launch in started if launch.name == "route_few_kernel"} == wanted
 
 
-@pytest.mark.parametrize("sizes", shipped.LARGE_SIZES, ids=lambda sizes: sizes.name)
+@pytest.mark.parametrize("sizes", shipped.LARGE_SIZES, ids=str)
 def test_other_sizes_start_the_same_kernels(sizes: shipped.Sizes) -> None:
     problems = list(shipped.problems(torch.bfloat16, few=True, sizes=sizes))
     assert not any(problem.every_tile for problem in problems)
@@ -119,8 +120,8 @@ def test_other_sizes_start_the_same_kernels(sizes: shipped.Sizes) -> None:
 @pytest.mark.slow
 def test_of_other_sizes_every_kernel_gives_its_hardest_configuration() -> None:
     uses = gpu_compile.shipped_jobs(["gfx942"], ("float16",), sizes=shipped.LARGE_SIZES)
-    found = Counter((job.name, use.rpartition(", float16, ")[2]) for job, use in uses.items())
-    assert found["grouped_rows_kernel", "d = 4,096"] == found["grouped_rows_kernel", "E = 1,024"] == 1
+    found = Counter(job.name for job in uses)
+    assert set(found.values()) == {len(shipped.LARGE_SIZES)}
     widest = grouped.TILES["gfx942"][0].m
     assert {dict(job.constants)["BM"] for job in uses if job.name == "grouped_rows_kernel"} == {widest}
 

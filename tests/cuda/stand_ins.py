@@ -18,9 +18,9 @@ from mpoe_kernels.triton.architecture import SHARED_MEMORY
 
 from .emulation import OPS, Launched, library, limits
 
-# Blocks of a launch that run. Sorting must be whole, which takes up to 128 for 65,536 pairs; blocks of the products are
-# long and all alike.
-BLOCKS = {"panel_product": 4, "weight_gradient_product": 4}
+# Blocks of a launch that run. Sorting must be whole, which takes up to 128 for 65,536 pairs; those of products with
+# rebuilt weights take long.
+BLOCKS = {"panel_product": 32, "weight_gradient_product": 32}
 MOST_BLOCKS = 128
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 

@@ -176,7 +176,9 @@ void launch(const void* kernel, dim3 grid, dim3 dim, std::size_t shared_bytes, c
   start(block, grid, dim, shared_bytes, body);
   Fiber* outer = g_self;
   for (std::uint64_t i = 0; i < count && block.error.empty(); ++i) {
-    const std::uint64_t at = i * total / count, j = config().blocks_descending ? total - 1 - at : at;
+    // One of every `count`th part of the grid, not always the same one of it.
+    const std::uint64_t first = i * total / count, at = first + i * 2654435761u % ((i + 1) * total / count - first);
+    const std::uint64_t j = config().blocks_descending ? total - 1 - at : at;
     run_block(block, {unsigned(j % grid.x), unsigned(j / grid.x % grid.y), unsigned(j / grid.x / grid.y)});
   }
   g_self = outer;

@@ -48,21 +48,14 @@ def test_instructions_count_as_often_as_their_loops_run() -> None:
 
 
 def test_what_waits_and_what_returns_from_behind_the_end_are_no_loops() -> None:
-    code = """
-        /*0000*/                   UTCATOMSWS.FIND_AND_SET.ALIGN UP0, UR4, UR6 ;
-        /*0010*/                   BRA.U !UP0, 0x0 ;
-        /*0020*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P4, [UR31], R4 ;
-        /*0030*/              @!P4 BRA 0x70 ;
-        /*0040*/                   UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR9], tmem[UR20], idesc[UR21] ;
-        /*0050*/                   BRA.U UP3, 0x20 ;
-        /*0060*/                   EXIT ;
-        /*0070*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P4, [UR31], R4 ;
-        /*0080*/              @!P4 BRA 0x70 ;
-        /*0090*/                   BRA 0x40 ;
-        /*00a0*/                   BRA 0xa0;
-"""
-    assert machine_code.loops_of(machine_code.code_of(code)) == [(0x20, 0x50)]
-    assert machine_code.executed("some_kernel", code, (7,)) == (7 + 7 * 4, 0, 0)
+    lines = ["UTCATOMSWS.FIND_AND_SET.ALIGN UP0, UR4, UR6", "BRA.U !UP0, 0x0"]
+    lines += ["SYNCS.PHASECHK.TRANS64.TRYWAIT P4, [UR31], R4", "@!P4 BRA 0xd0"]  # 0x20: the loop
+    lines += ["UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR9], tmem[UR20], idesc[UR21]", *["MOV R1, R2"] * 6]
+    lines += ["BRA.U UP3, 0x20", "EXIT"]
+    lines += ["SYNCS.PHASECHK.TRANS64.TRYWAIT P4, [UR31], R4", "@!P4 BRA 0xd0", "BRA 0x40", "BRA 0x100"]  # from 0xd0 on
+    code = "".join(f"\n        /*{16 * at:04x}*/                   {words} ;" for at, words in enumerate(lines))
+    assert machine_code.loops_of(machine_code.code_of(code)) == [(0x20, 0xB0)]
+    assert machine_code.executed("some_kernel", code, (7,)) == (2 + 7 * 10 + 5, 0, 0)
 
 
 def test_of_cuda_kernels_the_smallest_loop_around_products_counts() -> None:

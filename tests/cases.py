@@ -1,6 +1,25 @@
-"""Small shapes of every kind."""
+"""Small shapes of every kind, and cases of tests that vary in several ways."""
+
+from collections.abc import Sequence
+from itertools import product
+
+import pytest
 
 from mpoe_kernels import MPOShape
+
+
+def pairwise(*axes: Sequence[object]) -> list:
+    """Every combination of the axes' values; those beyond all pairs with another axis run only as ``exhaustive``.
+
+    The first two axes meet in full, and the last one takes turns.
+    """
+    cases = []
+    for places in product(*(range(len(axis)) for axis in axes)):
+        extra = (sum(places[:-1]) - places[-1]) % len(axes[-1]) != 0
+        values = [axis[place] for axis, place in zip(axes, places, strict=True)]
+        cases.append(pytest.param(*values, marks=[pytest.mark.exhaustive] * extra))
+    return cases
+
 
 # Small relatives of every kind of shape: odd sizes, padding, edge positions of the centre, truncated bonds.
 SMALL_SHAPES: dict[str, MPOShape] = {

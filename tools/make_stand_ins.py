@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 import random
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -85,21 +83,10 @@ def t5_model(vocabulary: int) -> transformers.T5ForConditionalGeneration:
 
     Trained without dropout, which costs more than it gains in so few passes.
     """
-    config = transformers.T5Config(
-        vocab_size=vocabulary,
-        d_model=128,
-        d_kv=32,
-        d_ff=512,
-        num_layers=2,
-        num_decoder_layers=2,
-        num_heads=4,
-        dropout_rate=0.0,
-        feed_forward_proj="relu",
-        decoder_start_token_id=0,
-        pad_token_id=0,
-        eos_token_id=1,
-        scale_decoder_outputs=False,
-    )
+    sizes = {"d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
+    ids = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+    other = {"dropout_rate": 0.0, "feed_forward_proj": "relu", "scale_decoder_outputs": False}
+    config = transformers.T5Config(vocab_size=vocabulary, **sizes, **ids, **other)
     model = transformers.T5ForConditionalGeneration(config)
     with torch.no_grad():
         model.shared.weight.mul_(0.2)
@@ -108,16 +95,8 @@ def t5_model(vocabulary: int) -> transformers.T5ForConditionalGeneration:
 
 def gpt2_model(vocabulary: int) -> transformers.GPT2LMHeadModel:
     """GPT-2 with four layers of width 128."""
-    config = transformers.GPT2Config(
-        vocab_size=vocabulary,
-        n_positions=256,
-        n_embd=128,
-        n_layer=4,
-        n_head=4,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    config = transformers.GPT2Config(vocab_size=vocabulary, n_positions=256, n_embd=128, n_layer=4, n_head=4, **ids)
     return transformers.GPT2LMHeadModel(config)
 
 
@@ -212,23 +191,19 @@ def pretrain(
     by about the rate each time, so with one common rate the T5 hardly learns to read within this budget.
     """
     embedding = model.get_input_embeddings().weight
-    decayed = [p for p in model.parameters() if p.ndim > 1 and p is not embedding]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
+    others = [p for p in model.parameters() if p is not embedding]
     groups = [
-        {"params": decayed, "weight_decay": 0.05},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": [p for p in others if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
         # AdamW multiplies weight decay by the rate, so a boosted embedding gets a smaller decay.
         {"params": [embedding], "lr": rate * embedding_boost, "weight_decay": 0.05 if embedding_boost == 1 else 0.01},
     ]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
     warmup = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda s: min((s + 1) / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps)))),
-    )
+    decay = [0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)) for step in range(steps + 1)]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warmup, decay[step]))
     model.train()
     losses: list[float] = []
-    start = time.perf_counter()
     for step in range(steps):
         loss = model(**next(batches)).loss
         loss.backward()
@@ -238,9 +213,7 @@ def pretrain(
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
         if step % 100 == 99:
-            print(
-                f"step {step + 1}: loss {sum(losses[-100:]) / 100:.3f}, {time.perf_counter() - start:.0f} s", flush=True
-            )
+            print(f"step {step + 1}: loss {sum(losses[-100:]) / 100:.3f}", flush=True)
     return sum(losses[-100:]) / len(losses[-100:])
 
 
@@ -251,34 +224,24 @@ RECIPES: dict[str, tuple[Callable, Callable, Callable, int, int, float, float]] 
 }
 
 
-def make(kind: str, output: Path, steps: int | None, seed: int) -> None:
-    """Train one stand-in and save it under ``output/kind``."""
-    make_tokenizer, make_model, make_batches, batch, default_steps, rate, boost = RECIPES[kind]
-    torch.manual_seed(seed)
-    tokenizer = make_tokenizer()
-    model = make_model(len(tokenizer))
-    print(f"{kind}: {sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}")
-    loss = pretrain(model, make_batches(tokenizer, batch, seed), steps or default_steps, rate, boost)
-    folder = output / kind
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    print(json.dumps({"kind": kind, "final_loss": round(loss, 4), "bytes": sizes}))
-
-
 def main() -> None:
-    """Command line."""
+    """Command line: train and save each stand-in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", default=list(RECIPES), help="t5, gpt2 (default: both)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "mpoe" / "data" / "stand_ins")
-    parser.add_argument("--steps", type=int, default=None, help="training steps (default: each recipe's own)")
-    parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.kinds) - set(RECIPES))
     if unknown:
         parser.error(f"kinds must be among {', '.join(RECIPES)}; got {', '.join(unknown)}")
     for kind in arguments.kinds:
-        make(kind, arguments.output, arguments.steps, arguments.seed)
+        make_tokenizer, make_model, make_batches, batch, steps, rate, boost = RECIPES[kind]
+        torch.manual_seed(0)
+        tokenizer = make_tokenizer()
+        model = make_model(len(tokenizer))
+        print(f"{kind}: {sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}")
+        pretrain(model, make_batches(tokenizer, batch, 0), steps, rate, boost)
+        model.save_pretrained(arguments.output / kind)
+        tokenizer.save_pretrained(arguments.output / kind)
 
 
 if __name__ == "__main__":

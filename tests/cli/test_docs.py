@@ -50,11 +50,3 @@ def test_every_public_name_is_described(page: str, package) -> None:
     # What converted models inherit, and what stands in modules of its own.
     elsewhere = {"MPOEModelMixin", "solve_routers", "split_hidden_experts", "update_correction_bias"}
     assert described - elsewhere == set(package.__all__) - {"__version__"}
-
-
-def test_evidence_opens_with_rows_of_should_i() -> None:
-    """One table, whose numbers stand on two pages."""
-    evidence, should_i = ((DOCS / f"{page}.md").read_text(encoding="utf-8") for page in ("evidence", "should_i"))
-    opening = evidence.partition("## Should I use this?\n\n")[2].partition("\n\n")[0]
-    assert len(opening.splitlines()) == 7
-    assert f"\n{opening}\n" in should_i

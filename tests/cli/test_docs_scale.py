@@ -62,7 +62,7 @@ def sizes_of(experts: int, nodes: int, gpus: int = 8, tokens: int = 4096) -> dic
 def test_the_table_is_what_its_formulas_give() -> None:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitlines() if line.startswith("| ")]
     rows = [row for row in rows if row[0] in ("64", "512")]
-    assert len(rows) == 10
+    assert len(rows) == 7
     for experts, devices, design, *cells in rows:
         nodes = 512 if devices == "any" else int(devices.replace(",", "")) // 8
         assert sizes_of(int(experts), nodes)[design] == cells

@@ -7,12 +7,13 @@ import torch
 from mpoe_bench.cases import random_blocks, relative_error
 from torch import Tensor
 
-from mpoe_kernels import MPOBlocks
+from mpoe_kernels import MPOBlocks, MPOShape
 from mpoe_kernels.contract import ALL_GRADIENTS, contraction
-from mpoe_kernels.contract.orders import BlockDims
+from mpoe_kernels.contract.orders import INDICES, BlockDims
 from mpoe_kernels.linear import grouped
 from mpoe_kernels.linear.eager import candidates
 from mpoe_kernels.linear.eager.library import Library
+from mpoe_kernels.linear.eager.rows import Named
 from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 from mpoe_kernels.reference import grouped_mpo_linear_reference
 from tests.cases import SMALL_SHAPES
@@ -184,3 +185,26 @@ def test_on_a_gpu_eager_offers_them_where_they_do_not_wait(phase: str, monkeypat
     monkeypatch.setattr(torch.version, "hip", "6.4")
     card["capability"] = (9, 4)
     assert offered("rebuild", torch.bfloat16, "cuda:0") == [("rebuild", True)]
+
+
+@pytest.mark.parametrize(("first", "second"), [(("iL",), ("jL", "a")), (("a",), ("iL", "jL")), (("jL",), ("iL", "a"))])
+def test_scattered_experts_are_taken_from_the_stack(first: tuple[str, ...], second: tuple[str, ...]) -> None:
+    """They are copied only where a GEMM cannot read the blocks as they are: with the middle axis alone on one side."""
+    stacked = torch.randn(5, 3, 2, 4)
+    named = Named(stacked, ("iL", "jL", "a"), [0, 2, 3])
+    for expert, block in zip((0, 2, 3), named.each(first, second), strict=True):
+        assert torch.equal(block, Named(stacked[expert : expert + 1], named.axes).matrices(first, second)[0])
+        is_view = block.untyped_storage().data_ptr() == stacked.untyped_storage().data_ptr()
+        assert is_view == (first != ("jL",))
+    assert torch.equal(named.alone().data, stacked[[0, 2, 3]])
+
+
+@pytest.mark.parametrize("experts", [2, 8, 64])
+@pytest.mark.parametrize("built", [("LC", "W"), ("CR", "W"), ("LC",), ("CR",)])
+def test_what_is_built_and_its_copy_fit_two_weights_or_a_quarter(built: tuple[str, ...], experts: int) -> None:
+    for bond in (16, 64, None):
+        dims = BlockDims.of_shape(MPOShape.paper(768, 3072, max_bond=bond))
+        at_once = grouped.experts_at_once(dims, built, experts)
+        taken = 2 * at_once * max(dims.elements(INDICES[name]) for name in built)
+        assert at_once == 1 or taken <= max(2, experts // 4) * dims.weight_elements
+    assert grouped.experts_at_once(dims, (), experts) == experts

@@ -13,9 +13,10 @@ from torch.library import opcheck
 
 from mpoe_kernels import hidden_experts
 from tests.assertions import torch_threads
+from tests.cases import pairwise
 from tests.expert_problems import HiddenProblem as Problem
 
-from .backend_cases import on_every_backend, require
+from .backend_cases import BACKENDS, on_every_backend, require
 
 SHAPES = [
     {"tokens": 0},
@@ -33,9 +34,10 @@ SHAPES = [
 ]
 
 
-@on_every_backend
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", range(len(SHAPES)))
+@pytest.mark.parametrize(
+    ("case", "dtype", "backend"),
+    pairwise(range(len(SHAPES)), [torch.float64, torch.float32, torch.bfloat16, torch.float16], BACKENDS),
+)
 def test_against_reference(backend: str, dtype: torch.dtype, case: int) -> None:
     require(backend, "hidden_experts", dtype)
     kind = {"per_group": case % 2 == 0, "gated": case % 3 == 1, "with_bias": case % 4 != 3}
@@ -43,9 +45,12 @@ def test_against_reference(backend: str, dtype: torch.dtype, case: int) -> None:
 
 
 @on_every_backend
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_new", "silu", "none"])
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("activation", "dtype", "gated"),
+    pairwise(
+        ["relu", "gelu", "gelu_new", "silu", "none"], [torch.float64, torch.float32, torch.bfloat16], [False, True]
+    ),
+)
 def test_every_activation(backend: str, dtype: torch.dtype, activation: str, gated: bool) -> None:
     require(backend, "hidden_experts", dtype)
     problem = Problem(

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -43,10 +42,18 @@ def run_module(*calls: tuple[str, list[str]]) -> list[str]:
     return done.stdout.split(f"{end}\n")[:-1]
 
 
-@cache
-def outputs() -> list[str]:
-    """The output as JSON, as text, and as text without Triton."""
-    return run_module(("", ["--json"]), ("", []), ("sys.modules['triton'] = None", []))
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[Path]]:
+    """The output as JSON, as text, without Triton, and of copies without a native library, which lie in the folders."""
+    package, folder = Path(info.__file__).parent, tmp_path_factory.mktemp("copies")
+    folders = [folder / name for name in ("absent", "not_built", "broken")]
+    for each in folders:
+        ignored = shutil.ignore_patterns("*.so", "_native_missing.txt", "__pycache__")
+        shutil.copytree(package, each / package.name, ignore=ignored)
+    (folders[1] / package.name / "_native_missing.txt").write_text("no compiler was found\n")
+    (folders[2] / package.name / LIBRARY).write_text("not a library")
+    copies = [(f"sys.path.insert(0, {str(each)!r})", []) for each in folders]
+    return run_module(("", ["--json"]), ("", []), ("sys.modules['triton'] = None", []), *copies), folders
 
 
 def test_facts_are_those_of_this_process() -> None:
@@ -93,8 +100,8 @@ def test_native_summary() -> None:
     assert info.native_summary({**built, "isa_used": "avx2"}).endswith("avx2 in use (MPOE_CPU_ISA)")
 
 
-def test_command_as_json_and_text() -> None:
-    as_json, text, _ = outputs()
+def test_command_as_json_and_text(outputs) -> None:
+    as_json, text = outputs[0][:2]
     facts = json.loads(as_json)
     assert facts["mpoe"] == info.__version__
     assert set(facts["backends"]) == set(backend_reasons())
@@ -108,25 +115,18 @@ def lines_of(backend: str, text: str) -> tuple[str, str]:
     return answer.split()[1], reason.strip()
 
 
-def test_without_triton() -> None:
-    answer, reason = lines_of("triton", outputs()[2])
+def test_without_triton(outputs) -> None:
+    answer, reason = lines_of("triton", outputs[0][2])
     assert answer == "no"
     assert "triton" in reason.lower()
 
 
-def test_without_compiled_kernels(tmp_path: Path) -> None:
-    package = Path(info.__file__).parent
-    ignored = shutil.ignore_patterns("*.so", "_native_missing.txt", "__pycache__")
-    for name in ("absent", "not_built", "broken"):
-        shutil.copytree(package, tmp_path / name / package.name, ignore=ignored)
-    (tmp_path / "not_built" / package.name / "_native_missing.txt").write_text("no compiler was found\n")
-    (tmp_path / "broken" / package.name / LIBRARY).write_text("not a library")
-    folders = [str(tmp_path / name) for name in ("absent", "not_built", "broken")]
-    absent, not_built, broken = run_module(*((f"sys.path.insert(0, {folder!r})", []) for folder in folders))
+def test_without_compiled_kernels(outputs) -> None:
+    absent, not_built, broken = outputs[0][3:]
     answer, reason = lines_of("native", absent)
     assert answer == "no"
     assert reason.startswith(f"{LIBRARY} is not in")
     assert lines_of("native", not_built) == ("no", "it was not built: no compiler was found")
     answer, reason = lines_of("native", broken)
     assert answer == "no"
-    assert reason.startswith(f"{folders[2]}/")
+    assert reason.startswith(f"{outputs[1][2]}/")

@@ -14,6 +14,7 @@ from torch.library import opcheck
 from mpoe_kernels import neuron_experts
 from mpoe_kernels.neurons import eager
 from tests.assertions import torch_threads
+from tests.cases import pairwise
 from tests.expert_problems import NeuronProblem as Problem
 
 from .backend_cases import on_every_backend, require
@@ -35,9 +36,10 @@ SHAPES = [
 
 
 @on_every_backend
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", range(len(SHAPES)))
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("case", "dtype", "gated"),
+    pairwise(range(len(SHAPES)), [torch.float64, torch.float32, torch.bfloat16, torch.float16], [False, True]),
+)
 def test_against_reference(backend: str, dtype: torch.dtype, case: int, gated: bool) -> None:
     require(backend, "neuron_experts", dtype)
     kind = {"gated": gated, "with_bias": case % 4 != 3, "activation": "silu" if gated else "gelu"}
@@ -45,9 +47,12 @@ def test_against_reference(backend: str, dtype: torch.dtype, case: int, gated: b
 
 
 @on_every_backend
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_new", "silu", "none"])
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("activation", "dtype", "gated"),
+    pairwise(
+        ["relu", "gelu", "gelu_new", "silu", "none"], [torch.float64, torch.float32, torch.bfloat16], [False, True]
+    ),
+)
 def test_every_activation(backend: str, dtype: torch.dtype, activation: str, gated: bool) -> None:
     require(backend, "neuron_experts", dtype)
     problem = Problem(

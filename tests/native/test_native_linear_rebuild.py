@@ -22,7 +22,7 @@ from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 from mpoe_kernels.native_library import NATIVE_LIBRARY
 from mpoe_kernels.reference import grouped_mpo_linear_reference
 from tests.assertions import assert_calibrated, poisoned_memory, torch_threads
-from tests.cases import SMALL_SHAPES
+from tests.cases import SMALL_SHAPES, pairwise
 
 STRATEGIES = ("rebuild", "half_left", "half_right", "chain")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -134,7 +134,7 @@ class Case:
             assert_calibrated(actual, exact, rounded, f"{name} ({strategy})")
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     name=st.sampled_from(list(SMALL_SHAPES)),
     dtype=st.sampled_from(DTYPES),
@@ -177,9 +177,7 @@ def rows_of_a_tile_and_more(name: str, dtype: torch.dtype) -> Case:
     return Case(LARGER_SHAPES[name], dtype, 70, activation="silu", kind="some_idle", experts=4)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", LARGER_SHAPES)
+@pytest.mark.parametrize(("name", "strategy", "dtype"), pairwise(list(LARGER_SHAPES), STRATEGIES, DTYPES))
 def test_many_blocks(name: str, dtype: torch.dtype, strategy: str) -> None:
     rows_of_a_tile_and_more(name, dtype).check(strategy)
     Case(LARGER_SHAPES[name], dtype, 7, activation="relu", gathered=False, with_bias=False).forward(strategy)
@@ -217,9 +215,7 @@ def test_what_is_not_needed_is_not_computed(strategy: str, skipped: int) -> None
         assert b.numel() == 0 if k == skipped else torch.equal(a, b), NAMES[k]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 11, 40, 41])
+@pytest.mark.parametrize(("tokens", "strategy", "dtype"), pairwise((1, 2, 3, 8, 11, 40, 41), STRATEGIES, DTYPES))
 def test_few_tokens(tokens: int, strategy: str, dtype: torch.dtype) -> None:
     """A chain packs central piece by piece for up to 64 rows, in a backward 128: 12 of each slot, or 8 if it is first.
 

@@ -16,6 +16,7 @@ from mpoe_kernels import MPOBlocks, MPOShape, grouped_mpo_linear, route
 from mpoe_kernels.native_library import NATIVE_LIBRARY
 from mpoe_kernels.reference import grouped_mpo_linear_reference
 from tests.assertions import assert_calibrated, poisoned_memory, torch_threads
+from tests.cases import pairwise
 
 DTYPES = (torch.float32, torch.bfloat16)
 NAMES = ("y", "dx", "dleft", "dcentral", "dright", "dbias")
@@ -80,9 +81,10 @@ def test_long_sums_of_few_slots(slots: int, dtype: torch.dtype) -> None:
     check(MPOShape((48, 31, 1), (1, 5, 24), max_bond=(40, 36)), dtype, slots, "zipf", experts=3)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 8, FEW_GRADIENTS, FEW_GRADIENTS + 1, FEW_SLOTS, FEW_SLOTS + 1, 400])
+TOKENS = (1, 2, 3, 8, FEW_GRADIENTS, FEW_GRADIENTS + 1, FEW_SLOTS, FEW_SLOTS + 1, 400)
+
+
+@pytest.mark.parametrize(("tokens", "name", "dtype"), pairwise(TOKENS, list(SHAPES), DTYPES))
 def test_few_and_many_slots(tokens: int, name: str, dtype: torch.dtype) -> None:
     check(SHAPES[name], dtype, tokens, "zipf")
 

@@ -17,7 +17,7 @@ from mpoe.training.rate_search import _search, find_rate
 def test_finds_the_same_rate_twice_and_leaves_everything_as_it_was(tmp_path: Path) -> None:
     dense, tokenizer = load_stand_in("gpt2")
     model = convert_to_mpoe(dense, MPOEConfig(num_experts=2))
-    items = encode_language_modeling(get_task("doc_lm").validation()[:60], tokenizer, 16)
+    items = encode_language_modeling(get_task("doc_lm").validation()[:12], tokenizer, 16)
     args = MPOETrainingArguments(str(tmp_path), per_device_train_batch_size=4, learning_rate=7e-4, use_cpu=True)
     trainer = MPOETrainer(model, args, train_dataset=items, data_collator=PaddingCollator(tokenizer.pad_token_id))
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.cases import pairwise
+
 from .tiny import make_trainer, mpoe_model, weights
 
 # The older name of activation checkpointing, which every Transformers 5 knows.
@@ -30,8 +32,7 @@ def run(folder: Path, family: str, config: dict[str, Any], **options: Any) -> An
     return make_trainer(folder, family, model, **saving, **options)
 
 
-@pytest.mark.parametrize("family", ["t5", "gpt2"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "family"), pairwise(list(CONFIGS), ["t5", "gpt2"]))
 def test_training_resumes_to_the_same_weights(tmp_path: Path, family: str, name: str) -> None:
     start = weights(run(tmp_path / "start", family, CONFIGS[name]).model)
     whole = run(tmp_path / "run", family, CONFIGS[name])

@@ -199,11 +199,8 @@ def shipped_jobs(
             for architecture in architectures:
                 for launch in problem.launches(architecture):
                     job = job_of(launch, architecture)
-                    group = (
-                        job.name,
-                        architecture,
-                        *(() if quick else (dtype, job.configuration if size == shipped.T5_BASE else size)),
-                    )
+                    of = job.configuration if size == shipped.T5_BASE else size
+                    group = (job.name, architecture, *(() if quick else (dtype, of)))
                     groups.setdefault(group, {}).setdefault(job, where)
     hardest = [max(group, key=_difficulty) for group in groups.values()]
     return {job: group[job] for job, group in zip(hardest, groups.values(), strict=True)}
@@ -212,7 +209,7 @@ def shipped_jobs(
 def problems_of(job: Job) -> list[str]:
     """Why it must not be shipped; what the compiler raises is one of the reasons."""
     try:
-        found = compiled(job)
+        found = compiled.__wrapped__(job)  # the code of thousands is not kept
     except Exception as error:  # a compiler fails in many ways; the other jobs still run, all are reported
         return [f"{type(error).__name__}: {' '.join(str(error).split())[:2000]}"]
     several = len(found) > 1

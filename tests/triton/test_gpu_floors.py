@@ -146,6 +146,7 @@ def test_the_table_is_that_of_the_document() -> None:
         for phase in PHASES
         for card in floors.CARDS
         for backend in floors.BACKENDS
+        if (backend, "separable" in name) != ("cuda", True)
     }
     assert floors.document(calls) in floors.DOCUMENT.read_text()
 

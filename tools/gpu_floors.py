@@ -40,6 +40,7 @@ from shipped_kernels import Library, Recorder, as_on_gpu, bytes_of
 from torch import nn
 
 from mpoe.layers import logits
+from mpoe_kernels.backends import BackendError
 from mpoe_kernels.contract import BlockDims, contraction
 from mpoe_kernels.mpo.shape import MPOShape
 from mpoe_kernels.routing import gating
@@ -242,7 +243,11 @@ def _log_of_cuda(name: str, training: bool) -> list[Any]:
 
 
 def figures(case: Case, training: bool, architecture: str, backend: str = "triton") -> dict[str, Any]:
-    """Of a call: floor in us and x dense, launches, Python's us in the ops, and our kernels."""
+    """Of a call: floor in us and x dense, launches, Python's us in the ops, and our kernels.
+
+    Raises:
+        BackendError: the backend has no kernels for such a layer.
+    """
     layer = case.layer("meta")
     log = _log_of_cuda(case.name, training) if backend == "cuda" else None
     run = partial(launches, layer, case.model, training, architecture)
@@ -285,11 +290,6 @@ def missed(name: str, found: dict[str, Any], limit: float | None) -> list[str]:
     return [f"missed: {name}: {found['x_dense']} x dense of at most {limit}, by {max(times, key=times.__getitem__)}"]
 
 
-def has_kernels(case: Case, backend: str) -> bool:
-    """The backend cuda rebuilds weights, which separable ones never are with a backward."""
-    return backend != "cuda" or case.shape != "separable"
-
-
 def limit_of(case: Case, phase: str, architecture: str) -> float | None:
     return case.limits[PHASES.index(phase)] if architecture == "sm_90" else None
 
@@ -301,9 +301,9 @@ def document(calls: dict[str, Any]) -> str:
     lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
     misses, kernels = [], []
     for (name, case), backend in product(CASES.items(), BACKENDS):
-        if not has_kernels(case, backend):
+        every = [[calls.get(f"{name} {phase} {card} {backend}") for phase in PHASES] for card in CARDS]
+        if not every[1][1]:
             continue
-        every = [[calls[f"{name} {phase} {card} {backend}"] for phase in PHASES] for card in CARDS]
         pairs = [[most or "-" for most in case.limits], *([each["x_dense"] for each in both] for both in every)]
         pairs += [[each[key] for each in every[1]] for key in columns]
         lines.append(f"| {name}, {backend} | {' | '.join(f'{first} / {second}' for first, second in pairs)} |")
@@ -332,9 +332,13 @@ def main(words: Sequence[str] | None = None) -> int:
     for architecture, backend in product(chosen.arch.split(","), chosen.backend.split(",")):
         for (name, case), phase in product(CASES.items(), PHASES):
             call, limit = f"{name} {phase} {architecture} {backend}", limit_of(case, phase, architecture)
-            if chosen.only not in call or not has_kernels(case, backend):
+            if chosen.only not in call:
                 continue
-            found = figures(case, phase == "training", architecture, backend)
+            try:
+                found = figures(case, phase == "training", architecture, backend)
+            except BackendError:
+                print(f"{call}: no kernels", flush=True)
+                continue
             print(call, *(f"{key} {value}" for key, value in found.items() if key != "kernels"), sep=", ", flush=True)
             for line in missed(call, found, limit):
                 print(line, flush=True)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from mpoe_bench.cases import workload_shape
 from mpoe_bench.gpu_cases import Case, cases
-from shipped_kernels import as_on_gpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoe_kernels.backends import BACKENDS, Request, select
@@ -66,6 +65,9 @@ def test_experts_and_routing_have_kernels_for_every_size() -> None:
 )
 def test_layers_run_on_tensors_without_memory(case: Case, top_k: int) -> None:
     """Forward and backward, decoding and training: what reads a number from such a tensor raises an error."""
+    pytest.importorskip("triton")
+    from shipped_kernels import as_on_gpu
+
     layer = replace(case, top_k=top_k).layer("meta")
     for tokens, dtype in product((1, 64, 4096), (torch.bfloat16, torch.float32)):
         x = torch.empty(tokens, 768, dtype=dtype, device="meta", requires_grad=True)

@@ -79,14 +79,13 @@ def source(sdist: Path, tmp_path: Path) -> Path:
 
 def environment(folder: Path, packages: tuple[str, ...] = ()) -> Path:
     """A new virtual environment that sees this one's packages: all others, or only those named; its Python."""
-    done(sys.executable, "-m", "venv", folder, cwd=folder.parent)
-    done(
-        folder / "bin" / "pip", "uninstall", "-q", "-y", "setuptools", cwd=folder.parent
-    )  # Python 3.11 brings an old one
+    done(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)  # pip is one of the packages
     (site,) = (folder / "lib").glob("python*/site-packages")
     for path in Path(sysconfig.get_paths()["purelib"]).iterdir():
         # An installed mpoe would be taken for the one under test.
-        is_wanted = path.name.startswith(packages) if packages else not path.name.startswith(("mpoe", "__editable__"))
+        is_wanted = (
+            path.name.startswith(("pip", *packages)) if packages else not path.name.startswith(("mpoe", "__editable__"))
+        )
         if is_wanted and path.suffix != ".pth" and not (site / path.name).exists():
             (site / path.name).symlink_to(path)
     return folder / "bin" / "python"
@@ -117,11 +116,12 @@ def complaints_of_pip(python: Path, cwd: Path) -> list[str]:
     return [line for line in lines if line.startswith("mpoe ")]
 
 
-def wheel_of(python: Path, source: Path, folder: Path, **variables: str) -> Path:
-    arguments = ("-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder, source)
-    done(python, *arguments, cwd=source.parent, **variables)
+def wheel_of(python: Path, source: Path, folder: Path) -> tuple[Path, str]:
+    """A wheel, and what pip said."""
+    arguments = ("-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder, source)
+    output = done(python, *arguments, cwd=source.parent)
     (wheel,) = folder.glob("*.whl")
-    return wheel
+    return wheel, output
 
 
 def keep_little(source: Path) -> None:
@@ -166,7 +166,11 @@ def test_with_a_compiler_the_wheel_is_native_whatever_torch_there_is(source: Pat
     keep_little(source)
     builder = environment(tmp_path / "builder", packages=BUILD_REQUIREMENTS)
     assert run(builder, "-c", "import torch", cwd=tmp_path).returncode != 0
-    wheel = wheel_of(builder, source, tmp_path / "wheels")
+    wheel, output = wheel_of(builder, source, tmp_path / "wheels")
+    lines = [line.strip() for line in output.splitlines()]
+    (first,) = (k for k, line in enumerate(lines) if line.startswith(f"mpoe: building {LIBRARY} with "))
+    (last,) = (k for k, line in enumerate(lines) if re.fullmatch(rf"mpoe: {re.escape(LIBRARY)} took \d+ s", line))
+    assert any("module.cpp" in line for line in lines[first:last]), "progress is told"
     python_tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
     assert re.search(rf"-{python_tag}-{python_tag}t?-(linux|macosx)", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
@@ -226,16 +230,6 @@ def test_the_cuda_kernels_ask_for_the_torch_of_the_environment(source: Path, tmp
     assert answer.returncode != 0
     assert "MPOE_BUILD=cuda: the CUDA kernels are built against torch, which was not importable" in answer.stdout
     assert "pip install --no-build-isolation" in answer.stdout
-
-
-@needs_compiler
-def test_progress_is_told(source: Path, tmp_path: Path) -> None:
-    keep_little(source)
-    output = install(environment(tmp_path / "user"), source)
-    lines = [line.strip() for line in output.splitlines()]
-    (first,) = (k for k, line in enumerate(lines) if line.startswith(f"mpoe: building {LIBRARY} with "))
-    (last,) = (k for k, line in enumerate(lines) if re.fullmatch(rf"mpoe: {re.escape(LIBRARY)} took \d+ s", line))
-    assert any("module.cpp" in line for line in lines[first:last])
 
 
 @needs_compiler

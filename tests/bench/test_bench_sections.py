@@ -12,7 +12,7 @@ from mpoe_bench.contender import NOT_HERE, Comparison, Contender, UnavailableErr
 from mpoe_bench.peers import PEERS, peer_builds
 from mpoe_bench.problem import FFNCase, Problems
 from mpoe_bench.run import run_suite
-from mpoe_bench.subjects import LIMIT, dense_limit, mpoe_builds
+from mpoe_bench.suites.ffn import LIMIT, dense_limit, mpoe_builds
 from mpoe_bench.suites.scale import GPU_PEERS
 from mpoe_bench.tables import table_of
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
+from mpoe.cli import plots
 from mpoe.cli.main import main
 
 from .cli_rows import write_rows
@@ -22,6 +23,23 @@ class Answer(NamedTuple):
 
 
 Run = Callable[..., Answer]
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Of a test that looks at plots: they are not left out."""
+
+
+@pytest.fixture(autouse=True)
+def _plots_are_painted_but_not_rendered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rendering those of a report takes as long as a short training."""
+
+    def svg(paint: plots.Paint, width: float = 7.0, height: float = 3.4) -> str:
+        paint(plots.new_figure(width, height)[1][0, 0])
+        return "<svg></svg>"
+
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(plots, "svg", svg)
 
 
 @pytest.fixture

@@ -53,6 +53,7 @@ def make_run(folder: Path, accuracy: float, rate: float, ended: bool = True, **m
     return folder
 
 
+@pytest.mark.usefixtures("drawn")
 def test_runs_side_by_side(cli, tmp_path: Path) -> None:
     first, second = make_run(tmp_path / "a", 0.6, 1e-3), make_run(tmp_path / "b", 0.7, 2e-3)
     third = make_run(tmp_path / "c", 0.0, 1e-3, ended=False)
@@ -111,6 +112,7 @@ def test_names_and_refusals(cli, refused, tmp_path: Path) -> None:
     assert "holds a run that cannot be read" in refused("compare", first, second, *out, "--overwrite")
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_report_of_a_run_says_everything(tmp_path: Path) -> None:
     run = read_run(str(make_run(tmp_path / "a", 0.6, 1e-3)))
     rows = [("task", "accuracy", "0.6000", "0.5000", "8")]

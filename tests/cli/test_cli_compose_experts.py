@@ -24,6 +24,12 @@ BASE = str(stand_in_path("gpt2"))
 SMALL = ["--max_texts", "4", "--max_length", "16"]
 
 
+@pytest.fixture(autouse=True)
+def _short_background(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the packaged text."""
+    monkeypatch.setattr("mpoe.models.expert_mixture.PIECES", 8)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three experts of the tiny GPT-2, and a text of no domain."""
@@ -184,6 +190,7 @@ def test_an_adapter_as_an_expert(folder: Path, tmp_path: Path, capsys: pytest.Ca
         optimizer.zero_grad()
     model.save_pretrained(tmp_path / "sea")
     words = ["--texts", str(tmp_path / "sea.txt"), "--max_texts", "20", "--max_length", "32"]
+    words += ["--steps", "60"]
     command.command([BASE, str(tmp_path / "sea"), "--neurons", "16", "--output_dir", str(tmp_path / "mix"), *words])
     assert "sea: 16 neurons keep" in capsys.readouterr().out
     assert load_mpoe(tmp_path / "mix").config.mpoe_experts == ["sea", "none"]

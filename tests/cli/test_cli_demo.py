@@ -40,6 +40,9 @@ def test_size_and_price_of_the_large_model() -> None:
 
 def test_a_short_demo_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(demo, "TESTED", 2)
+    monkeypatch.setattr("mpoe.models.expert_mixture.PIECES", 8)
+    short = {name: " ".join(f"{name} of {number}" for number in range(2000)) for name in DOMAINS}
+    monkeypatch.setattr("mpoe.data.demo_texts.domain_text", lambda name, held_out: short[name])
     demo.command(["--output_dir", str(tmp_path / "demo"), "--steps", "2"])
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert list(results["losses"]) == ["law", "code", "names", "documentation"]

@@ -40,7 +40,8 @@ class Schedule(NamedTuple):
 
 # The exception type of an op's refusal depends on torch's version.
 REFUSED = (ValueError, RuntimeError)
-SCHEDULES = [Schedule(*pair) for pair in product(("ascending", "descending"), ("lazy", "eager"))]
+SCHEDULE_PARTS = ("ascending", "descending"), ("lazy", "eager")
+SCHEDULES = [Schedule(*pair) for pair in product(*SCHEDULE_PARTS)]
 
 
 def missing() -> list[str]:

@@ -11,11 +11,11 @@ from mpoe_bench.cases import relative_error
 from mpoe_kernels import MPOShape
 from mpoe_kernels.linear import grouped
 from mpoe_kernels.linear.cuda.panels import gradient_tile
-from tests.cases import SMALL_SHAPES
+from tests.cases import SMALL_SHAPES, pairwise
 from tests.linear_scenarios import LinearScenarios
 
 from .emulated_linear import ALL, Case
-from .emulation import OPS, REFUSED, SCHEDULES, Schedule, schedule, stats
+from .emulation import OPS, REFUSED, SCHEDULE_PARTS, schedule, stats
 
 IN_BFLOAT16 = ("paper", "light", "separable", "padded", "uneven_bonds")
 MASKED = [True, True, False, True, True]
@@ -55,10 +55,9 @@ def test_asynchronous_copies(name: str, dtype: torch.dtype) -> None:
     assert (counted["ldmatrix"] > 0) == (dtype != torch.float32)
 
 
-@pytest.mark.parametrize("timing", SCHEDULES, ids=lambda timing: "-".join(timing))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_schedules(timing: Schedule, dtype: torch.dtype) -> None:
-    with schedule(*timing):
+@pytest.mark.parametrize(("order", "copies", "dtype"), pairwise(*SCHEDULE_PARTS, [torch.float32, torch.bfloat16]))
+def test_schedules(order: str, copies: str, dtype: torch.dtype) -> None:
+    with schedule(order, copies):
         for name in ("light", "separable"):
             Case(WIDE[name], dtype, tokens=40, experts=2).check("rebuild")
             Case(SMALL_SHAPES[name], dtype).check("rebuild")

@@ -14,10 +14,10 @@ from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.linear.cuda.panels import Panel, best_panel
 from mpoe_kernels.linear.cuda.panels import panel_bytes as predicted_bytes
 from mpoe_kernels.triton.architecture import SHARED_MEMORY
-from tests.cases import SMALL_SHAPES
+from tests.cases import SMALL_SHAPES, pairwise
 
 from .emulated_linear import ALL, Case
-from .emulation import REFUSED, SCHEDULES, Schedule, limits, panel_bytes, schedule, stats
+from .emulation import REFUSED, SCHEDULE_PARTS, limits, panel_bytes, schedule, stats
 
 # Sizes that are multiples of 16 bytes: asynchronous copies, several tiles, several steps of every pipeline.
 BOND_24 = MPOShape((16, 8), (8, 16), max_bond=24, central=1)
@@ -60,9 +60,9 @@ def test_sixteen_bits(name: str, dtype: torch.dtype) -> None:
         check(Case(SMALL_SHAPES[name], dtype), left_first, split=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("left_first", [True, False])
-@pytest.mark.parametrize("shape", [BOND_24, LIGHT], ids=["bond_24", "light"])
+@pytest.mark.parametrize(
+    ("shape", "left_first", "dtype"), pairwise([BOND_24, LIGHT], [True, False], [torch.float32, torch.bfloat16])
+)
 def test_asynchronous_copies(shape: MPOShape, left_first: bool, dtype: torch.dtype) -> None:
     case = Case(shape, dtype, tokens=48, experts=2, capacity=None, activation="relu")
     dims = case.linear.dims
@@ -87,10 +87,9 @@ def test_wide_panels(left_first: bool, dtype: torch.dtype) -> None:
     assert relative_error(y, truth) <= 2 * relative_error(same, truth)
 
 
-@pytest.mark.parametrize("timing", SCHEDULES, ids=lambda timing: "-".join(timing))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_schedules(timing: Schedule, dtype: torch.dtype) -> None:
-    with schedule(*timing):
+@pytest.mark.parametrize(("order", "copies", "dtype"), pairwise(*SCHEDULE_PARTS, [torch.float32, torch.bfloat16]))
+def test_schedules(order: str, copies: str, dtype: torch.dtype) -> None:
+    with schedule(order, copies):
         for left_first in (True, False):
             check(Case(LIGHT, dtype, tokens=40, experts=2), left_first, split=True)
             check(Case(SMALL_SHAPES["light"], dtype), left_first)

@@ -25,7 +25,13 @@ DETECTED_BY = {
     "total": {"thread"},
     "padded": {"banks"},
 }
-PAIRS = [(probe, how) for probe, found in DETECTED_BY.items() for how in sorted(found)]
+# The programs with sanitizers take long to compile.
+BY = [pytest.param(each, marks=[pytest.mark.slow] * bool(each)) for each in cuda_emulate.SANITIZERS]
+PAIRS = [
+    pytest.param(probe, how, marks=[pytest.mark.slow] * (how in cuda_emulate.SANITIZERS))
+    for probe, found in DETECTED_BY.items()
+    for how in sorted(found)
+]
 
 
 def run(probe: str, mistake: bool, schedule: Schedule, sanitizer: str = "") -> subprocess.CompletedProcess[str]:
@@ -36,7 +42,7 @@ def run(probe: str, mistake: bool, schedule: Schedule, sanitizer: str = "") -> s
 
 
 @pytest.mark.parametrize("probe", DETECTED_BY)
-@pytest.mark.parametrize("sanitizer", cuda_emulate.SANITIZERS)
+@pytest.mark.parametrize("sanitizer", BY)
 def test_nothing_is_reported_without_the_mistake(probe: str, sanitizer: str) -> None:
     for schedule in SCHEDULES if sanitizer == "" else SCHEDULES[::3]:
         done = run(probe, False, schedule, sanitizer)

@@ -11,15 +11,11 @@ import pytest
 from .emulation import SCHEDULES, Schedule, cuda_emulate
 from .planted import BUGS, Bug, table
 
-# CI runs one bug per lane; those that need a sanitizer are slow tests. The others, each of which recompiles kernels,
-# run with `pytest -m exhaustive`.
-ALWAYS = ("unstable_scatter", "divergent_barrier")
-IN_CI = ("past_the_row", "plain_increment", "past_shared_memory")
+# Each recompiles kernels: CI's slow tests run one bug per lane, the others run with `pytest -m exhaustive`.
+IN_CI = ("unstable_scatter", "divergent_barrier", "past_the_row", "plain_increment", "past_shared_memory")
 
 
 def marks_of(bug: Bug) -> tuple[pytest.MarkDecorator, ...]:
-    if bug.name in ALWAYS:
-        return ()
     return (pytest.mark.slow,) if bug.name in IN_CI else (pytest.mark.exhaustive,)
 
 
@@ -66,6 +62,7 @@ def test_the_bug_is_found(bug: Bug, lane: str, tmp_path: Path) -> None:
             assert "no bank conflicts" not in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", cuda_emulate.SWEEPS)
 def test_nothing_is_found_without_a_bug(part: str) -> None:
     """tools/cuda_sanitizers.sh does the same with sanitizers."""

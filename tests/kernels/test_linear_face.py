@@ -137,17 +137,6 @@ def test_refusals(change: dict, error: type[Exception], message: str) -> None:
         grouped_mpo_linear(**(arguments | change))
 
 
-def test_second_derivatives_and_vmap_are_refused_clearly() -> None:
-    shape = SMALL_SHAPES["light"]
-    blocks = random_blocks(shape, 1)
-    x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
-    (dx,) = torch.autograd.grad(mpo_linear(x, blocks).square().sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivatives of MPO ops are not supported"):
-        torch.autograd.grad(dx.sum(), x)
-    with pytest.raises(NotImplementedError, match=r"does not support torch\.vmap"):
-        torch.vmap(lambda t: mpo_linear(t, blocks))(torch.randn(2, 3, 12, dtype=torch.float64))
-
-
 def test_every_public_activation_has_a_reference() -> None:
     shape = SMALL_SHAPES["light"]
     blocks = random_blocks(shape, 1)

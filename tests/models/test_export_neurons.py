@@ -129,7 +129,11 @@ def test_the_file_is_the_one_that_servers_read(tmp_path):
 
 @pytest.mark.parametrize(
     ("model_type", "to"),
-    [("llama", GRANITE), pytest.param("mistral", GRANITE, marks=pytest.mark.slow), ("qwen2", QWEN)],
+    [
+        ("llama", GRANITE),
+        pytest.param("mistral", GRANITE, marks=pytest.mark.slow),
+        pytest.param("qwen2", QWEN, marks=pytest.mark.slow),
+    ],
 )
 def test_the_command_writes_what_opens_without_mpoe(model_type, to, tmp_path, capsys):
     mixture(model_type, {"vocab_size": 512}, latent=6).save_pretrained(tmp_path / "in")

@@ -14,6 +14,7 @@ from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, merge_experts
 from mpoe.layers import MPOEFeedForward, MPOLinear
 from mpoe.models import mpo_modules
 from mpoe_kernels import MPOShape
+from tests.cases import pairwise
 
 from .small_models import FAMILIES, GPT2, T5, batch, dense_model, result, valid_rows
 
@@ -23,11 +24,10 @@ def relative_difference(family, one, other, inputs):
     return float((a - b).abs().max() / a.abs().max())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    ("shape", "gauge"),
-    [(shape, gauge) for shape in ("paper", "light", "separable") for gauge in ("symmetric", "orthogonal")]
-    + [("separable", "identity")],
+    ("family", "shape", "gauge"),
+    pairwise(list(FAMILIES), ["paper", "light", "separable"], ["symmetric", "orthogonal"])
+    + [(family, "separable", "identity") for family in FAMILIES],
 )
 @torch.no_grad()
 def test_full_bonds_change_nothing(family, shape, gauge):

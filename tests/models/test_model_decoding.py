@@ -15,6 +15,7 @@ from mpoe import load_mpoe
 from mpoe.layers import MPOEFeedForward, MPOExperts, current_routing, routing_context
 from mpoe.layers.expert_cache import PATIENCE, ExpertCache
 from mpoe.models.decoding import decoding_bytes, kept_while_generating
+from tests.cases import pairwise
 
 from .small_models import GPT2, LLAMA, MASK, batch
 
@@ -72,9 +73,14 @@ def plain_tokens(model, **options) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("always")
-@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.enable_grad, torch.inference_mode])
-@pytest.mark.parametrize("family", ["t5", "t5_gated", "gpt2", "llama"])
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+@pytest.mark.parametrize(
+    ("family", "options", "mode"),
+    pairwise(
+        ["t5", "t5_gated", "gpt2", "llama"],
+        [{}, {"num_beams": 2}],
+        [contextlib.nullcontext, torch.enable_grad, torch.inference_mode],
+    ),
+)
 def test_same_tokens(family, options, mode, converted, made):
     model = converted(family, **LIGHT, auxiliary_noise=0.3)
     with mode():

@@ -30,6 +30,7 @@ from mpoe.models.checkpoint import save_mpoe_only
 from mpoe.models.kept import neuron_modules
 from mpoe.models.report import routed_layers
 from mpoe.models.table import DENSE, TABLE
+from tests.cases import pairwise
 
 from .test_model_hidden import LLAMA, batch, dense, every_family, logits
 from .tiny_families import GENERATED, first_result, tiny_batch, tiny_model
@@ -70,9 +71,7 @@ def stirred(model: nn.Module) -> nn.Module:
 
 
 @every_family
-@both
-@pytest.mark.parametrize("gates", GATES)
-@pytest.mark.parametrize("top_k", [1, 2, 4])
+@pytest.mark.parametrize(("gates", "latent", "top_k"), pairwise(list(GATES), [None, 6], [1, 2, 4]))
 def test_conversion_changes_no_bit(family: str, latent: int | None, gates: str, top_k: int) -> None:
     model = dense(family)
     converted = convert_to_mpoe(model, config(top_k, GATES[gates], latent=latent))

@@ -1,13 +1,11 @@
-"""What only the compiled routing kernels guarantee: exact conversions, strided rows, decisions of the router."""
+"""What only the compiled routing kernels guarantee: exact conversions, strided rows."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from mpoe_kernels import Routing, backend_reasons, combine, dispatch, route
-from mpoe_kernels.routing.gating import native_gating
 
 
 @pytest.fixture(autouse=True)
@@ -54,53 +52,3 @@ def test_offsets_may_be_int64() -> None:
     wide = Routing(routing.expert_offsets.long(), routing.token_of_slot, routing.slot_of_token)
     x = torch.randn(3, 4)
     assert torch.equal(dispatch(x, wide, backend="native"), dispatch(x, routing, backend="native"))
-
-
-def decided(logits: Tensor, top_k: int, raw: bool = False) -> tuple[Tensor, Tensor]:
-    """Experts and gates of tokens whose logits these are."""
-    found = native_gating(torch.eye(len(logits)), logits.T.contiguous(), top_k, raw)
-    assert torch.equal(found.logits.nan_to_num(7), logits.nan_to_num(7))
-    return found.top_k_index, found.top_k_weights
-
-
-def test_ties_at_top_k_3_go_to_the_first_experts() -> None:
-    logits = torch.tensor(
-        [
-            [1.0, 1.0, 1.0, 1.0, 1.0],
-            [0.0, 2.0, 1.0, 2.0, 2.0],
-            [3.0, 1.0, 1.0, 1.0, 3.0],
-            [0.0, 1.0, 2.0, 1.0, 1.0],
-            [-1.0, -1.0, -2.0, -1.0, -1.0],
-        ]
-    )
-    index, gates = decided(logits, 3)
-    assert index.tolist() == [[0, 1, 2], [1, 3, 4], [0, 4, 1], [2, 1, 3], [0, 1, 3]]
-    want = torch.softmax(logits.gather(1, index), 1)
-    torch.testing.assert_close(gates, want)
-    _, raw = decided(logits, 3, raw=True)
-    torch.testing.assert_close(raw, torch.softmax(logits, 1).gather(1, index))
-
-
-@pytest.mark.parametrize("expert", range(4))
-def test_the_nan_guard_of_the_router(expert: int) -> None:
-    """Wherever the NaN is, the token gets different experts in range, and NaN for its gates; other tokens nothing."""
-    logits = torch.randn(4, 4)
-    spoiled = logits.clone()
-    spoiled[1, expert] = torch.nan
-    # A product would spread the NaN, so the logits are the tokens themselves.
-    found = native_gating(spoiled, torch.eye(4), 3, False)
-    clean = native_gating(logits, torch.eye(4), 3, False)
-    assert found.top_k_index[1].tolist() == [0, 1, 2]
-    assert bool(found.top_k_weights[1].isnan().all())
-    for t in (0, 2, 3):
-        assert torch.equal(found.top_k_index[t], clean.top_k_index[t])
-        assert torch.equal(found.top_k_weights[t], clean.top_k_weights[t])
-
-
-def test_infinite_logits_give_no_gates() -> None:
-    weight = torch.ones(4, 1)
-    weight[2] = 1e30
-    found = native_gating(torch.tensor([[1e30], [1.0]]), weight, 2, False)
-    assert found.top_k_index[0].tolist() == [2, 0]
-    assert bool(found.top_k_weights[0].isnan().all())
-    assert found.top_k_weights[1].tolist() == [1.0, 0.0]

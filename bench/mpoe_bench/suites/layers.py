@@ -18,7 +18,7 @@ from mpoe.layers import HiddenFeedForward, NeuronFeedForward
 from mpoe_bench.contender import Build, Comparison, Contender, size_facts
 from mpoe_bench.gpu_cases import Dense
 from mpoe_bench.problem import Truth, grad_of
-from mpoe_bench.subjects import LIMIT
+from mpoe_bench.suites.ffn import LIMIT
 
 LAYERS = 12  # of a model of T5-base's width
 START = 0.02  # of experts that would add nothing

@@ -80,8 +80,9 @@ class _Finder(MetaPathFinder):
         if after is None:
             return None
         spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader.exec_module = _followed(spec.loader.exec_module, after)  # type: ignore[method-assign]
+        loader: Any = None if spec is None else spec.loader
+        if loader is not None:
+            loader.exec_module = _followed(loader.exec_module, after)
         return spec
 
 

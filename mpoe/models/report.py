@@ -102,7 +102,8 @@ def parameter_report(model: nn.Module) -> dict[str, int]:
             elements, experts = sum(weight.numel() for weight in module.dense_parameters().values()), module.num_experts
         elif isinstance(module, (MPOEFeedForward, MixtureExperts)):
             is_mixture = isinstance(module, MixtureExperts)  # the model had as many experts before
-            projections = module.projections() if is_mixture else module.experts.projections()
+            held: Any = module if is_mixture else module.experts
+            projections = held.projections()
             in_feed_forward |= {f"{name}.{kind}" if is_mixture else f"{name}.experts.{kind}" for kind in projections}
             elements = sum(each.in_features * each.out_features for each in projections.values())
             before, experts = (module.num_experts if is_mixture else 1), module.num_experts

@@ -143,12 +143,13 @@ def define_op(
     )
     schema = f"({arguments}) -> ({', '.join(['Tensor'] * results)})"
     names = [field.name for field in declared]
+    required = {field.name for field in declared if field.type == "Tensor"}  # None gets through the dispatcher
 
     def body(*values: Any) -> Any:
         return kernel(signature(*values))
 
     def checked(*values: Any) -> Any:
-        check_signature(name, names, values)
+        check_signature(name, names, values, required)
         return body(*values)
 
     op = torch.library.custom_op(f"{NAMESPACE}::{name}", checked, mutates_args=(), schema=schema)

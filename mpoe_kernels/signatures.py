@@ -7,7 +7,7 @@ these dtypes and sizes, whoever made it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -80,8 +80,8 @@ def _arguments(op: str) -> tuple[_Argument, ...]:
     return tuple(found)
 
 
-def check_signature(op: str, names: Sequence[str], values: Sequence[Any]) -> None:
-    """Refuse arguments of a raw op that do not fit its entry in `ARGUMENTS`, or each other.
+def check_signature(op: str, names: Sequence[str], values: Sequence[Any], required: Collection[str]) -> None:
+    """Refuse arguments of a raw op that do not fit its entry in `ARGUMENTS`, or each other; ``required`` are tensors.
 
     Raises:
         TypeError, ValueError: the argument, what was expected, and what was given.
@@ -90,6 +90,8 @@ def check_signature(op: str, names: Sequence[str], values: Sequence[Any]) -> Non
     for name, value in given.items():
         if isinstance(value, Tensor):
             check_memory(name, value)
+        elif name in required:
+            raise TypeError(f"{name} must be a tensor; got {describe(value)}")
     sizes: dict[str, int] = {}
     for name, axis in _SIZES.items():
         if name in given:
@@ -113,8 +115,9 @@ def _check_tensor(argument: _Argument, value: Tensor, given: dict[str, Any], siz
     fits = len(shape) >= len(fixed) if is_open else len(shape) == len(fixed)
     if fits:
         for axis, size in zip(fixed, shape, strict=False):
-            wanted = 1 if axis == "1" else sizes.setdefault(axis.removesuffix("+1"), size - axis.endswith("+1"))
-            fits = fits and size == wanted + axis.endswith("+1")
+            more = axis.endswith("+1")  # offsets, of at least one expert
+            wanted = 1 if axis == "1" else sizes.setdefault(axis.removesuffix("+1"), max(size - 1, 1) if more else size)
+            fits = fits and size == wanted + more
     if not fits or value.dtype not in dtypes:
         bound = dict.fromkeys(axis.removesuffix("+1") for axis in fixed)
         known = ", ".join(f"{axis} = {sizes[axis]}" for axis in bound if axis in sizes)

@@ -33,8 +33,13 @@ def project(tmp_path: Path) -> Path:
     (tmp_path / "comparisons.py").write_text(CODE)
     (tmp_path / "test_comparisons.py").write_text(TEST)
     (tmp_path / "tools").mkdir()
+    (tmp_path / "others.py").write_text("def other(value: int) -> int:\n    return value + 1\n")
+    (tmp_path / "test_others.py").write_text(
+        "from others import other\n\ndef test_other():\n    assert [other(1), other(5)] == [2, 6]\n"
+    )
     (tmp_path / "tools" / "mutants.toml").write_text(
         '[comparisons]\nfiles = ["comparisons.py"]\ntests = ["test_comparisons.py"]\n'
+        '[others]\nfiles = ["others.py"]\ntests = ["test_others.py"]\n'
     )
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     subprocess.run(["git", "add", "."], cwd=tmp_path, check=True)
@@ -47,7 +52,7 @@ def test_seen_and_unseen(project: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert len(outcomes) == 6
     assert not any("int | None" in name.split(" -> ")[0] for name in outcomes)  # annotations do nothing
     for name, outcome in outcomes.items():
-        assert outcome == ("failed" if ":below:" in name else "passed"), name
+        assert outcome == ("passed" if ":unseen:" in name else "failed"), name
     survived = [line for line in capsys.readouterr().out.splitlines() if line.startswith("survived")]
     assert len(survived) == sum(outcome == "passed" for outcome in outcomes.values()) > 0
     table = project / "tools" / "mutants.toml"

@@ -1,40 +1,49 @@
-"""Do the tests see bugs? Plants cosmic-ray's mutations in Python code, one at a time, and runs the tests of its area.
+"""Do the tests see bugs? Plants cosmic-ray's mutations in Python code, one at a time, and runs the tests they reach.
 
     python tools/mutants.py                       # 600 of all areas; continues where an earlier run ended
     python tools/mutants.py --areas router export --count 40
-    python tools/mutants.py --count 12 --least .75  # what CI runs: the first of the same sample
+    python tools/mutants.py --areas router checkpoints --count 12 --least .75  # what CI runs
 
 `tools/mutants.toml` lists the areas: files, and the tests that must see a change in them; and the survivors that are
-known, with the reasons. The checkout is not changed: mutations are made in a copy.
+known, with the reasons. The checkout is not changed: mutations are made in a copy. An area's tests run once to record
+which of them reach which lines; a mutant then costs the import of our packages and its tests, up to the first failure.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import tomllib
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import coverage
+import pytest
 from cosmic_ray.commands.init import init
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator
 from cosmic_ray.work_db import use_db
 from cosmic_ray.work_item import MutationSpec
-from forked_pytest import ForkedPytest, import_first
 
 ROOT = Path(__file__).resolve().parents[1]
-SHORTEST_LIMIT = 120.0  # seconds, for a busy machine; otherwise four times what the tests take without a mutation
+OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+SAME = ("_Eq_Is", "_NotEq_IsNot")  # operators: of interned strings and small numbers both mean the same
+SHORTEST_LIMIT, TIMES = 60.0, 10.0  # seconds; and of what the tests take without a mutation
 
 
 @dataclass(frozen=True)
@@ -50,12 +59,14 @@ class Area:
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change: ``name`` tells file, definition and the line before and after; ``text`` is the whole changed file."""
+    """One change: ``name`` tells file, definition and the line before and after; ``text`` is the whole changed file,
+    ``lines`` those of the changed statement."""
 
     area: Area
     file: str
     name: str
     text: str
+    lines: range
 
 
 def read_areas(path: Path) -> list[Area]:
@@ -64,14 +75,17 @@ def read_areas(path: Path) -> list[Area]:
         return [Area(name, **{"survivors": {}, **values}) for name, values in tomllib.load(file).items()]
 
 
-def places(area: Area, root: Path) -> list[MutationSpec]:
-    """Every place in the area's files that one of cosmic-ray's operators can change, in an order that looks random."""
+def mutants_of(area: Area, root: Path) -> Iterator[Mutant]:
+    """What cosmic-ray's operators can change in the area's files, in an order that looks random."""
     paths = sorted(path for glob in area.files for path in root.glob(glob))
     with use_db(":memory:") as database:
         init(paths, database, {})
         found = [change for item in database.work_items for change in item.mutations]
     found.sort(key=lambda change: (str(change.module_path), change.operator_name, change.occurrence))
-    return random.Random(area.name).sample(found, len(found))
+    for change in random.Random(area.name).sample(found, len(found)):
+        mutant = mutant_at(area, change, root)
+        if mutant is not None:
+            yield mutant
 
 
 def mutant_at(area: Area, change: MutationSpec, root: Path) -> Mutant | None:
@@ -79,12 +93,13 @@ def mutant_at(area: Area, change: MutationSpec, root: Path) -> Mutant | None:
     before = change.module_path.read_text(encoding="utf-8")
     operator = get_operator(change.operator_name)(**change.operator_args)
     after = mutate_code(before, operator, change.occurrence)
-    if after is None or _meaning(after) in (None, _meaning(before)):
+    if after is None or change.operator_name.endswith(SAME) or _meaning(after) in (None, _meaning(before)):
         return None
     pairs = zip(before.splitlines(), after.splitlines(), strict=False)
     old, new = next(((a.strip(), b.strip()) for a, b in pairs if a != b), ("", ""))
     file = str(change.module_path.relative_to(root))
-    return Mutant(area, file, f"{file}:{change.definition_name}: {old} -> {new}", after)
+    lines = _statement(ast.parse(before), change.start_pos[0])
+    return Mutant(area, file, f"{file}:{change.definition_name}: {old} -> {new}", after, lines)
 
 
 def _meaning(text: str) -> str | None:
@@ -103,16 +118,23 @@ def _meaning(text: str) -> str | None:
     return ast.dump(tree)
 
 
+def _statement(tree: ast.Module, line: int) -> range:
+    """Lines of the innermost statement at a line; of one with a body, those of its head."""
+    found = range(line, line + 1)
+    for node in ast.walk(tree):  # the outer ones first
+        if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or 0):
+            body = getattr(node, "body", None)
+            found = range(node.lineno, body[0].lineno if body else (node.end_lineno or line) + 1)
+    return found
+
+
 def sample(areas: list[Area], root: Path, count: int) -> list[Mutant]:
     """``count`` mutants, as many of every area as of the others while they last; the same ones every time."""
+    turns = itertools.zip_longest(*(mutants_of(area, root) for area in areas))
     found: dict[str, Mutant] = {}
-    pools = [[(area, change) for change in places(area, root)] for area in areas]
-    for turn in itertools.zip_longest(*pools):
-        for area, change in filter(None, turn):
-            mutant = mutant_at(area, change, root)
-            if mutant is not None and len(found) < count:
-                found.setdefault(mutant.name, mutant)
-        if len(found) >= count:
+    for mutant in filter(None, itertools.chain.from_iterable(turns)):
+        found.setdefault(mutant.name, mutant)
+        if len(found) == count:
             break
     return list(found.values())
 
@@ -127,14 +149,93 @@ def copy_of_tree(root: Path, folder: Path) -> None:
             shutil.copy2(root / name, folder / name)
 
 
-def run_tests(area: Area, folder: Path, limit: float) -> str:
-    """``passed``, ``failed``, or ``timeout`` after ``limit`` seconds."""
-    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    arguments = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *area.tests]
-    run = ForkedPytest(folder, environment, arguments, folder / "mutant.log", [str(ROOT), ""])
-    status = run.wait(limit)
-    run.end()
-    return "timeout" if status is None else "passed" if status == 0 else "failed"
+def run_tests(tests: list[str], folder: Path, seconds: float | None, *plugins: object) -> int | None:
+    """Exit status of pytest in a fork of this process; None if it takes longer than ``seconds``."""
+
+    def run() -> None:
+        os.setsid()
+        log = os.open(folder / "mutants.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.chdir(folder)
+        sys.path[:] = [str(folder), *(path for path in sys.path if path and Path(path).resolve() != ROOT)]
+        os.environ["PYTHONPATH"] = str(folder)
+        sys.dont_write_bytecode = not plugins  # what is recorded is not changed
+        sys.exit(pytest.main([*OPTIONS, *tests], plugins=plugins))
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(seconds)
+    status = process.exitcode
+    with suppress(ProcessLookupError):  # whatever it started
+        os.killpg(process.pid or 0, signal.SIGKILL)
+    process.join()
+    return status
+
+
+class Recorder:
+    """A plugin of pytest that leaves in a file the seconds of every test and, by file and line, the tests that reach
+    it; ``""`` is an import."""
+
+    def __init__(self, paths: list[str], file: Path) -> None:
+        self.paths, self.file = paths, file
+        self.seconds: dict[str, float] = {}
+        self.coverage = coverage.Coverage(data_file=None, include=paths, messages=False)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_load_initial_conftests(self) -> None:  # which import what is recorded
+        self.coverage.start()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        self.coverage.switch_context(item.nodeid)
+        start = time.monotonic()
+        result = yield
+        self.seconds[item.nodeid] = time.monotonic() - start
+        return result
+
+    def pytest_unconfigure(self) -> None:
+        self.coverage.stop()
+        data = self.coverage.get_data()
+        self.file.write_text(json.dumps([self.seconds, {path: data.contexts_by_lineno(path) for path in self.paths}]))
+
+
+class Reach:
+    """What an area's tests reach, by running them without a mutation.
+
+    Attributes:
+        seconds: of every test, by its id.
+        lines: by path and line (a text), ids of tests; see `Recorder`.
+    """
+
+    def __init__(self, area: Area, folder: Path) -> None:
+        paths = [str(path) for glob in area.files for path in folder.glob(glob)]
+        if run_tests(area.tests, folder, None, Recorder(paths, folder / "reach.json")) != 0:
+            print((folder / "mutants.log").read_text()[-3000:])
+            raise SystemExit(f"the tests of area {area.name} must pass without a mutation; they do not")
+        self.seconds, self.lines = json.loads((folder / "reach.json").read_text())
+        print(f"{area.name}: {len(self.seconds)} tests, {sum(self.seconds.values()):.0f} s")
+
+    def tests(self, path: Path, lines: range) -> list[str]:
+        """Those that may see a change of lines, the quickest of a file first; if an import reaches them, all that reach
+        the file."""
+        by_line = self.lines[str(path)]
+        found = {test for line, tests in by_line.items() if int(line) in lines for test in tests}
+        if "" in found:
+            found = {test for tests in by_line.values() for test in tests}
+        return sorted(found - {""}, key=lambda test: (test.partition("::")[0], self.seconds[test]))
+
+
+def outcome(mutant: Mutant, reach: Reach, folder: Path, root: Path) -> str:
+    """``passed``, ``failed``, ``timeout``, or ``unreached`` by any test."""
+    path = folder / mutant.file
+    tests = reach.tests(path, mutant.lines)
+    if not tests:
+        return "unreached"
+    path.write_text(mutant.text, encoding="utf-8")
+    status = run_tests(tests, folder, max(SHORTEST_LIMIT, TIMES * sum(reach.seconds[test] for test in tests)))
+    shutil.copy2(root / mutant.file, path)
+    return "timeout" if status is None else "failed" if status else "passed"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -149,46 +250,38 @@ def main(arguments: list[str] | None = None) -> int:
     areas = read_areas(asked.root / "tools" / "mutants.toml")
     if unknown := {*(asked.areas or ())} - {area.name for area in areas}:
         parser.error(f"--areas must be among {', '.join(a.name for a in areas)}; got {', '.join(sorted(unknown))}")
+    areas = [area for area in areas if not asked.areas or area.name in asked.areas]
+    chosen = sample(areas, asked.root, asked.count)
     results = asked.results or asked.root / "build" / "mutants.json"
     outcomes: dict[str, str] = json.loads(results.read_text()) if results.is_file() else {}
-    chosen = sample([a for a in areas if not asked.areas or a.name in asked.areas], asked.root, asked.count)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    import_first(["torch", "transformers.trainer"])
-    limits: dict[str, float] = {}
+    results.parent.mkdir(parents=True, exist_ok=True)
+    reached: dict[str, Reach] = {}
     with tempfile.TemporaryDirectory(prefix="mutants-") as name:
-        folder = Path(name)
+        folder = Path(name).resolve()
         copy_of_tree(asked.root, folder)
-        for mutant in chosen:
-            if mutant.name in outcomes or mutant.name in mutant.area.survivors:
+        for mutant in sorted(chosen, key=lambda mutant: mutant.area.name):
+            area = mutant.area
+            if mutant.name in outcomes or mutant.name in area.survivors:
                 continue
-            if mutant.area.name not in limits:
-                start = time.monotonic()
-                if run_tests(mutant.area, folder, 1800.0) != "passed":
-                    print((folder / "mutant.log").read_text()[-3000:])
-                    raise SystemExit(f"the tests of area {mutant.area.name} must pass without a mutation; they do not")
-                limits[mutant.area.name] = max(SHORTEST_LIMIT, 4 * (time.monotonic() - start))
-            (folder / mutant.file).write_text(mutant.text, encoding="utf-8")
-            outcomes[mutant.name] = run_tests(mutant.area, folder, limits[mutant.area.name])
-            shutil.copy2(asked.root / mutant.file, folder / mutant.file)
-            print(f"{outcomes[mutant.name]:8} {mutant.name}", flush=True)
-            results.parent.mkdir(parents=True, exist_ok=True)
+            if area.name not in reached:
+                reached[area.name] = Reach(area, folder)
+            outcomes[mutant.name] = outcome(mutant, reached[area.name], folder, asked.root)
+            print(f"{outcomes[mutant.name]:9} {mutant.name}", flush=True)
             results.with_suffix(".new").write_text(json.dumps(outcomes, indent=1))
             os.replace(results.with_suffix(".new"), results)
-    return report(chosen, outcomes, asked.least)
-
-
-def report(chosen: list[Mutant], outcomes: dict[str, str], least: float) -> int:
-    """Print how many of every area were seen; 1 if fewer than ``least`` of those that are not known to survive."""
-    survived = [m for m in chosen if m.name not in m.area.survivors and outcomes[m.name] == "passed"]
     known = [m for m in chosen if m.name in m.area.survivors]
+    survived = [m for m in chosen if outcomes.get(m.name) in ("passed", "unreached") and m not in known]
     total, missed = Counter(m.area.name for m in chosen), Counter(m.area.name for m in (*survived, *known))
-    for area, count in total.items():
-        print(f"{area:20} {count - missed[area]:4} of {count:4} seen")
+    for name, count in total.items():
+        print(f"{name:20} {count - missed[name]:4} of {count:4} seen")
     print(f"{len(chosen) - len(survived) - len(known)} of {len(chosen)} seen, {len(known)} known survivors")
     for mutant in survived:
         print(f"survived: {mutant.name}")
-    return 1 if len(survived) > (1 - least) * (len(chosen) - len(known)) else 0
+    return 1 if len(survived) > (1 - asked.least) * (len(chosen) - len(known)) else 0
 
 
 if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"  # threads do not survive a fork
+    for large in ("torch", "transformers.trainer", "hypothesis"):
+        importlib.import_module(large)
     sys.exit(main())

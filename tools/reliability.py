@@ -2,7 +2,7 @@
 
     python tools/reliability.py [PART=NUMBER ...]
 
-By default kills=50 races=200 disks=6 calls=1000 inputs=2000 steps=1000.
+By default kills=50 races=200 disks=6 calls=2000 inputs=2000 steps=1000.
 
 A line per part: what was tried, what came of it, how many problems. Exit status 1 if anything is lost, is wrong or
 fails with an internal error; SEED=1 in the environment changes what is random.
@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-DEFAULT = {"kills": 50, "races": 200, "disks": 6, "calls": 1000, "inputs": 2000, "steps": 1000}
+DEFAULT = {"kills": 50, "races": 200, "disks": 6, "calls": 2000, "inputs": 2000, "steps": 1000}
 SEED = int(os.environ.get("SEED", "0"))
 
 
@@ -46,8 +46,10 @@ def run(part: str, number: int, folder: Path) -> int:
         return report(f"{number} runs on a disk that fills up end in an OSError, then resume", problems)
     if part == "calls":
         called = bad_calls.run_calls(number, SEED, folder)
-        found = f"{called.calls} bad calls of {len(called.names)} public names"
-        return report(f"{found}: {called.refused} refused clearly, {called.worked} worked", called.problems)
+        names, refused = called.worked + called.refused, called.refused.total()
+        raw = sum(count for name, count in names.items() if name.startswith("torch.ops"))
+        found = f"{number} bad calls, {raw} of them of raw ops and {names[bad_calls.LIFE]} lives of layers"
+        return report(f"{found}: {refused} refused clearly, {called.worked.total()} worked", called.problems)
     if part == "inputs":
         count = 0
         for kind in run_fuzz.KINDS:

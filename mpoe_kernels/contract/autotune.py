@@ -29,6 +29,7 @@ from mpoe_kernels.contract.kept import add_choices, processor_name, read_choices
 from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.contract.program import Need
 from mpoe_kernels.contract.ranking import Problem, rank, shortlist
+from mpoe_kernels.cuda_library import CUDA_LIBRARY
 from mpoe_kernels.native_library import NATIVE_LIBRARY
 from mpoe_kernels.version import __version__
 
@@ -105,15 +106,18 @@ def forget() -> None:
 
 
 def _key(problem: Problem) -> str:
-    """Everything that a time depends on, as text: the machine, the versions, the problem."""
+    """Everything that a time depends on, as text: the machine, the versions, the kernels' build, the problem."""
     if problem.device_type == "cuda":
+        library = CUDA_LIBRARY
         capability = torch.cuda.get_device_capability(problem.device)
         machine = f"{torch.cuda.get_device_name(problem.device)} {capability}"
     else:
-        isa = NATIVE_LIBRARY.info.get("isa_used", "no native kernels")
+        library = NATIVE_LIBRARY
+        isa = library.info.get("isa_used", "no native kernels")
         threads = torch.get_num_threads()
         machine = f"{processor_name()}, {isa}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
-    return f"{machine} | torch {torch.__version__}, mpoe {__version__} | {problem}"
+    build = library.info.get("build", "")
+    return f"{machine} | torch {torch.__version__}, mpoe {__version__} {build} | {problem}"
 
 
 def is_traced() -> bool:

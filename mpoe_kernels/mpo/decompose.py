@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mpoe_kernels.checks import check_choice, check_floating, check_tensor, describe, no_autocast
+from mpoe_kernels.checks import check_choice, check_floating, check_memory, check_tensor, describe, no_autocast
 from mpoe_kernels.mpo.shape import MPOShape
 
 # Entries from 2^60 on are scaled to about 2^30: norms of entries below it stay inside float32's range, 2^128.
@@ -132,6 +132,7 @@ def decompose_with_errors(weight: Tensor, shape: MPOShape, gauge: str = "symmetr
     """
     check_tensor("weight", weight, ("I", "F"))
     check_floating("weight", weight)
+    check_memory("weight", weight)
     if not isinstance(shape, MPOShape):
         raise TypeError(f"shape must be an MPOShape; got {type(shape).__name__}")
     if tuple(weight.shape) != (shape.in_features, shape.out_features):

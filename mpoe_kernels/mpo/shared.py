@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpoe_kernels.checks import check_floating, check_integer, check_tensor, describe, no_autocast
+from mpoe_kernels.checks import check_floating, check_integer, check_memory, check_tensor, describe, no_autocast
 from mpoe_kernels.mpo.decompose import _interleave, decompose_with_errors
 from mpoe_kernels.mpo.shape import MPOShape
 
@@ -168,6 +168,7 @@ def decompose_shared(weights: Tensor, shape: MPOShape, sweeps: int = 50) -> Shar
     """
     check_tensor("weights", weights, ("E", "I", "F"))
     check_floating("weights", weights)
+    check_memory("weights", weights)
     check_integer("sweeps", sweeps, 1)
     if not isinstance(shape, MPOShape):
         raise TypeError(f"shape must be an MPOShape; got {type(shape).__name__}")

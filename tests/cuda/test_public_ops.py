@@ -16,24 +16,19 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Of the linear op's tests, only those that its own emulated tests do not cover.
 FEWER = "not sizes_beyond and not medium_separable and not (test_opcheck and not padded and not light)"
-ALL = ("linear", "routing", "ffn", "placed", "hidden_experts", "neurons")
+ALL = ("linear", "routing", "ffn", "placed", "hidden_experts", "neurons", "spoiled")
 
 
-@pytest.mark.parametrize(
-    ("name", "which"),
-    [
-        *(
-            pytest.param(
-                *(name, FEWER if name == "linear" else ""),
-                marks=pytest.mark.slow,  # their own emulated tests are in the default suite
-            )
-            for name in ALL
-        ),
-        pytest.param("linear", "", marks=pytest.mark.exhaustive),
-    ],
-    ids=[*ALL, "linear, every case"],
-)
-def test_on_the_emulated_backend(name: str, which: str) -> None:
+CASES = [
+    # Their own emulated tests are in the default suite.
+    *(pytest.param(name, FEWER if name == "linear" else "", "", marks=pytest.mark.slow, id=name) for name in ALL),
+    pytest.param("linear", "", "", marks=pytest.mark.exhaustive, id="linear, every case"),
+    pytest.param("spoiled", "", "slow", marks=pytest.mark.exhaustive, id="spoiled, the other cases"),
+]
+
+
+@pytest.mark.parametrize(("name", "which", "mark"), CASES)
+def test_on_the_emulated_backend(name: str, which: str, mark: str) -> None:
     library()  # built before the time limit begins
     environment = os.environ | {"MPOE_TEST_BACKENDS": "emulated", "OMP_NUM_THREADS": "1"}
     plugins = ("-p", "tests.cuda.emulated_plugin", "-p", "no:xdist")
@@ -45,6 +40,7 @@ def test_on_the_emulated_backend(name: str, which: str) -> None:
         *plugins,
         "-k",
         " and ".join(filter(None, ("emulated", which))),
+        *(["-m", mark] if mark else []),
         f"tests/kernels/test_{name}.py",
     )
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600)

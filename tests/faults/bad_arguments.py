@@ -6,6 +6,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,11 @@ from mpoe_kernels.signatures import ARGUMENTS
 from tests.kernels.raw_calls import calls, run
 from tests.training.tiny import dense_model, mpoe_model
 
+from . import fuzz
+
+Arguments = dict[str, Any]
 FIELDS = ("left", "central", "right", "in_features", "out_features")  # of MPOBlocks
+SLOTS = ("expert_offsets", "token_of_slot", "slot_of_token")  # of Routing
 TOKENS, EXPERTS, WIDTH, OUT = 12, 3, 8, 12
 
 
@@ -39,37 +44,152 @@ def one_chain() -> list[torch.Tensor]:
     return [core.reshape(size) for core, size in zip(chain(1), shape().core_shapes, strict=True)]
 
 
-def blocks() -> Any:
-    return fold(chain(), 1, shape())
-
-
 def down_blocks() -> Any:
     mirrored = MPOShape((2, 3, 2), (2, 2, 2))
     return fold(random_cores(mirrored, EXPERTS, torch.float32), 1, mirrored)
+
+
+def parts(value: Any) -> Arguments:
+    """Of blocks or a routing."""
+    names = FIELDS if isinstance(value, mpoe_kernels.MPOBlocks) else SLOTS
+    return {name: getattr(value, name) for name in names}
 
 
 def index() -> torch.Tensor:
     return torch.arange(TOKENS).remainder(EXPERTS)[:, None]
 
 
-def routing() -> Any:
-    return route(index(), EXPERTS)
+def tokens() -> Arguments:
+    return {"x": torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(2))}
 
 
-def offsets() -> torch.Tensor:
-    return routing().expert_offsets
+def routed() -> Arguments:
+    return {"routing": route(index(), EXPERTS), "top_k_weights": torch.full((TOKENS, 1), 0.5), "backend": None}
 
 
-def rows() -> torch.Tensor:
-    return torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(2))
+def linear(**others: Any) -> Arguments:
+    blocks = fold(chain(), 1, shape())
+    return {**tokens(), "blocks": blocks, "bias": torch.zeros(OUT), **others, "activation": "relu", "backend": None}
 
 
-def gates() -> torch.Tensor:
-    return torch.full((TOKENS, 1), 0.5)
+def chosen(x: str, **others: Any) -> Arguments:
+    gates = {"gates": torch.full((TOKENS, 1), 0.5), "top_k_index": index()}
+    return {x: tokens()["x"], **gates, **others, "activation": "relu", "backend": None}
 
 
-def of_blocks(blocks: Any, **changes: Any) -> Any:
-    return mpoe_kernels.MPOBlocks(**{**{name: getattr(blocks, name) for name in FIELDS}, **changes})
+def layer(x: torch.Tensor) -> Arguments:
+    return {"x": x, "shape": shape(), "backend": None, "device": None, "dtype": None}
+
+
+def config() -> Any:
+    return mpoe.MPOEConfig(num_experts=2, shape="separable")
+
+
+def base(family: str = "gpt2") -> Any:
+    """Always of the same weights: experts know what they were trained on."""
+    torch.manual_seed(0)
+    return dense_model(family)
+
+
+def model(**options: Any) -> Any:
+    return {"model": mpoe_model("gpt2", **options)}
+
+
+def composed() -> Arguments:
+    return {"base": base(), "fine_tunes": [base(), dense_model("gpt2")], "examples": None, "router": "ridge"}
+
+
+def texts() -> list[Any]:
+    return [{"input_ids": torch.arange(8)[None]}]
+
+
+def trained(folder: Path) -> Arguments:
+    model = mpoe.start_expert(base(), 4)
+    statistics = mpoe.collect_statistics(model, texts())
+    return {"model": model, "path": folder / "an.expert", "statistics": statistics, "training": {"steps": 3}}
+
+
+def expert(folder: Path) -> Path:
+    mpoe.save_expert(**trained(folder))
+    return folder / "an.expert"
+
+
+def optimizer() -> Arguments:
+    return {**model(), "optimizer": torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1)}
+
+
+def arguments(folder: Path) -> dict[str, Callable[[], Arguments]]:
+    """By public name. Sharding is always refused, for want of a process group."""
+    saved = folder / "model"
+    weight, sizes = {"weight": torch.randn(WIDTH, OUT), "shape": shape()}, {"num_experts": 8, "num_tokens": 64}
+    one = {"blocks": fold(one_chain(), 1, shape())}
+    light = {"num_experts": 4, "shape": "light", "light_p": 8, "router": {"top_k": 2}}
+    run = {"output_dir": str(folder / "run"), "use_cpu": True, "learning_rate": 1e-3, "gradient_mask_prob": 0.5}
+    slots = {"row_index": torch.arange(TOKENS, dtype=torch.int32), "slot_of_token": torch.arange(TOKENS)[:, None]}
+    sides = {name: torch.randn(EXPERTS, 1, 4, 4) for name in ("right", "left")}
+    own = {name: torch.randn(EXPERTS, 3, WIDTH) for name in ("up", "down", "gate_up")}
+    limited = {"in_features": WIDTH, "num_experts": 4, "config": mpoe.RouterConfig(capacity_factor=1.0)}
+    dense = {"in_features": WIDTH, "hidden_features": 16, "config": config(), "bias": True}
+    return {
+        "MPOShape": lambda: {"in_factors": (2, 4), "out_factors": (3, 4), "max_bond": 3, "central": 1},
+        "MPOBlocks": lambda: parts(linear()["blocks"]),
+        "Routing": lambda: parts(routed()["routing"]),
+        "decompose": lambda: {**weight, "gauge": "symmetric"},
+        "decompose_with_errors": lambda: dict(weight),
+        "decompose_shared": lambda: {"weights": torch.randn(EXPERTS, WIDTH, OUT), "shape": shape(), "sweeps": 2},
+        "reconstruct": lambda: {"cores": one_chain(), "shape": shape()},
+        "fold": lambda: {"cores": chain(), "central": 1, "shape": shape(), "num_experts": EXPERTS},
+        "expert_weights": lambda: {"blocks": linear()["blocks"]},
+        "route": lambda: {"top_k_index": index(), "num_experts": EXPERTS, "capacity": 5, "token_mask": None},
+        "dispatch": lambda: {**tokens(), "routing": routed()["routing"], "backend": None},
+        "combine": lambda: {"y_sorted": tokens()["x"], **routed()},
+        "mpo_linear": lambda: linear(**one),
+        "grouped_mpo_linear": lambda: linear(expert_offsets=routed()["routing"].expert_offsets, **slots),
+        "mpo_ffn": lambda: {**tokens(), **routed(), "up": linear()["blocks"], "down": down_blocks(), "dropout": 0.0},
+        "hidden_experts": lambda: chosen("u", **sides),
+        "neuron_experts": lambda: chosen("x", **own),
+        "mpo_embedding": lambda: {"ids": torch.arange(5), **one},
+        "plan_contraction": lambda: {"shape": shape(), **sizes, "top_k": 1, "dtype": torch.float32, "training": True},
+        "use_backend": lambda: {"name": "eager"},
+        "RouterConfig": lambda: {"top_k": 2, "capacity_factor": 1.0, "jitter": 0.1},
+        "MPOEConfig": lambda: dict(light),
+        "MPOETrainingArguments": lambda: dict(run),
+        "MPOETrainer": lambda: {**model(), "args": None},
+        "TopKRouter": lambda: {**tokens(), **limited},
+        "MPOLinear": lambda: layer(tokens()["x"]),
+        "MPOEmbedding": lambda: layer(torch.arange(5)),
+        "MPOEFeedForward": lambda: {"x": tokens()["x"][None], **dense},
+        "convert_to_mpoe": lambda: {"model": base(), "config": config(), "inplace": False},
+        "compose": composed,
+        "add_expert": lambda: {"mixture": mpoe.compose(**composed()), "base": base(), "fine_tune": dense_model("gpt2")},
+        "start_expert": lambda: {"model": base(), "neurons": 4, "expert": None},
+        "collect_statistics": lambda: {"model": mpoe.start_expert(base(), 4), "batches": texts(), "rank": 2},
+        "save_expert": lambda: trained(folder),
+        "load_expert": lambda: {"path": expert(folder)},
+        "merge_expert": lambda: {"model": base(), "expert": expert(folder)},
+        "compose_experts": lambda: {
+            "base": base(),
+            "experts": [mpoe.load_expert(expert(folder))],
+            "top_k": 2,
+            "none": True,
+            "background": texts(),
+        },
+        "freeze_all_but_experts": model,
+        "merge_latent": lambda: model(shape="neurons", latent=8),
+        "merge_experts": model,
+        "load_mpoe": lambda: {"path": saved, "base": None},
+        "save_mpoe_only": lambda: {"base": base(), **model(), "path": folder / "only"},
+        "import_original": lambda: {"source": saved, "base": dense_model("t5")},
+        "lora_on_cores": lambda: {"config": None},
+        "global_batch": lambda: {"group": None},
+        "shard_model": lambda: {**model(), "mesh": None, "dtype": None},
+        "save_sharded": lambda: {**model(), "folder": folder / "sharded"},
+        "save_sharded_checkpoint": lambda: {**optimizer(), "folder": folder / "s", "step": 1},
+        "load_sharded_optimizer": lambda: {**optimizer(), "checkpoint": saved},
+    }
+
+
+# ------------------------------------------------------------------ what takes them
 
 
 def forward(factory: Callable[..., torch.nn.Module], x: Any, **options: Any) -> Any:
@@ -82,192 +202,26 @@ def within(manager: Callable[..., Any], **options: Any) -> None:
         pass
 
 
-def config(**options: Any) -> Any:
-    return mpoe.MPOEConfig(**{"num_experts": 2, "shape": "separable", **options})
+LAYERS = ("TopKRouter", "MPOLinear", "MPOEmbedding", "MPOEFeedForward")
+MANAGERS = ("use_backend", "global_batch")
 
 
-Start = tuple[Callable[..., Any], Callable[[], dict[str, Any]]]
-
-
-def of_kernels() -> dict[str, Start]:
-    """Names of `mpoe_kernels`: the function to call, and what makes arguments with which it works."""
-    k = mpoe_kernels
-    routed: Callable[[], dict[str, Any]] = lambda: {"routing": routing(), "backend": None}  # noqa: E731
-
-    def linear() -> dict[str, Any]:
-        return {"x": rows(), "blocks": blocks(), "bias": torch.zeros(OUT), "activation": "relu", "backend": None}
-
-    def grouped() -> dict[str, Any]:
-        rows = {"row_index": torch.arange(TOKENS, dtype=torch.int32), "slot_of_token": torch.arange(TOKENS)[:, None]}
-        return {**linear(), "expert_offsets": offsets(), **rows}
-
-    def ffn() -> dict[str, Any]:
-        both = {"up": blocks(), "down": down_blocks(), "dropout": 0.0}
-        return {"x": rows(), **routed(), "top_k_weights": gates(), **both}
-
-    def hidden() -> dict[str, Any]:
-        sides = {"right": torch.randn(EXPERTS, 1, 4, 4), "left": torch.randn(EXPERTS, 1, 4, 4)}
-        return {"u": rows(), "gates": gates(), "top_k_index": index(), **sides, "activation": "relu", "backend": None}
-
-    def neurons() -> dict[str, Any]:
-        own = {name: torch.randn(EXPERTS, 3, WIDTH) for name in ("up", "down", "gate_up")}
-        return {"x": rows(), "gates": gates(), "top_k_index": index(), **own, "activation": "relu", "backend": None}
-
-    def planned() -> dict[str, Any]:
-        sizes = {"num_experts": 8, "num_tokens": 64, "top_k": 1}
-        return {"shape": shape(), **sizes, "dtype": torch.float32, "training": True}
-
-    parts = ("expert_offsets", "token_of_slot", "slot_of_token")
-    return {
-        "MPOShape": (k.MPOShape, lambda: {"in_factors": (2, 4), "out_factors": (3, 4), "max_bond": 3, "central": 1}),
-        "MPOBlocks": (k.MPOBlocks, lambda: {name: getattr(blocks(), name) for name in FIELDS}),
-        "Routing": (k.Routing, lambda: {name: getattr(routing(), name) for name in parts}),
-        "decompose": (k.decompose, lambda: {"weight": torch.randn(WIDTH, OUT), "shape": shape(), "gauge": "symmetric"}),
-        "decompose_with_errors": (
-            k.decompose_with_errors,
-            lambda: {"weight": torch.randn(WIDTH, OUT), "shape": shape()},
-        ),
-        "decompose_shared": (
-            k.decompose_shared,
-            lambda: {"weights": torch.randn(EXPERTS, WIDTH, OUT), "shape": shape(), "sweeps": 2},
-        ),
-        "reconstruct": (k.reconstruct, lambda: {"cores": one_chain(), "shape": shape()}),
-        "fold": (k.fold, lambda: {"cores": chain(), "central": 1, "shape": shape(), "num_experts": EXPERTS}),
-        "expert_weights": (k.expert_weights, lambda: {"blocks": blocks()}),
-        "route": (k.route, lambda: {"top_k_index": index(), "num_experts": EXPERTS, "capacity": 5, "token_mask": None}),
-        "dispatch": (k.dispatch, lambda: {"x": rows(), **routed()}),
-        "combine": (k.combine, lambda: {"y_sorted": rows(), **routed(), "top_k_weights": gates()}),
-        "mpo_linear": (k.mpo_linear, lambda: {**linear(), "blocks": fold(one_chain(), 1, shape())}),
-        "grouped_mpo_linear": (k.grouped_mpo_linear, grouped),
-        "mpo_ffn": (k.mpo_ffn, ffn),
-        "hidden_experts": (k.hidden_experts, hidden),
-        "neuron_experts": (k.neuron_experts, neurons),
-        "mpo_embedding": (k.mpo_embedding, lambda: {"ids": torch.arange(5), "blocks": fold(one_chain(), 1, shape())}),
-        "plan_contraction": (k.plan_contraction, planned),
-        "use_backend": (lambda **o: within(k.use_backend, **o), lambda: {"name": "eager"}),
-    }
-
-
-def of_mpoe(folder: Path) -> dict[str, Start]:
-    """Names of `mpoe`; those of sharding are always refused, for want of a process group."""
-    saved = folder / "model"
-    light = {"num_experts": 4, "shape": "light", "light_p": 8, "router": {"top_k": 2}}
-    run = {"output_dir": str(folder / "run"), "use_cpu": True, "learning_rate": 1e-3, "gradient_mask_prob": 0.5}
-
-    def layer(x: torch.Tensor) -> dict[str, Any]:
-        return {"x": x, "shape": shape(), "backend": None, "device": None, "dtype": None}
-
-    def ffn() -> dict[str, Any]:
-        return {"x": rows()[None], "in_features": WIDTH, "hidden_features": 16, "config": config(), "bias": True}
-
-    def router() -> dict[str, Any]:
-        limited = mpoe.RouterConfig(capacity_factor=1.0)
-        return {"x": rows(), "in_features": WIDTH, "num_experts": 4, "config": limited}
-
-    def sharded() -> dict[str, Any]:
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1)
-        return {"model": mpoe_model("gpt2"), "optimizer": optimizer}
-
-    def only() -> dict[str, Any]:
-        torch.manual_seed(0)  # as `mpoe_model` does: the base is the one that the model was made of
-        base = dense_model("gpt2")
-        return {"model": mpoe_model("gpt2"), "path": folder / "only", "base": base}
-
-    def composed() -> dict[str, Any]:
-        torch.manual_seed(0)
-        base = dense_model("gpt2")
-        return {"base": base, "fine_tunes": [base, dense_model("gpt2")], "examples": None, "router": "ridge"}
-
-    def added() -> dict[str, Any]:
-        return {"mixture": mpoe.compose(**composed()), "base": dense_model("gpt2"), "fine_tune": dense_model("gpt2")}
-
-    def started() -> Any:
-        torch.manual_seed(0)
-        return mpoe.start_expert(dense_model("gpt2"), 4)
-
-    def texts() -> list[Any]:
-        return [{"input_ids": torch.arange(8)[None]}]
-
-    def saved_expert() -> dict[str, Any]:
-        model = started()
-        statistics = mpoe.collect_statistics(model, texts())
-        return {"model": model, "path": folder / "an.expert", "statistics": statistics, "training": {"steps": 3}}
-
-    def merged_expert() -> dict[str, Any]:
-        mpoe.save_expert(**saved_expert())
-        torch.manual_seed(0)
-        return {"model": dense_model("gpt2"), "expert": folder / "an.expert"}
-
-    def composed_experts() -> dict[str, Any]:
-        expert = mpoe.save_expert(**saved_expert())
-        torch.manual_seed(0)
-        options = {"top_k": 2, "none": True, "background": texts()}
-        return {"base": dense_model("gpt2"), "experts": [expert], **options}
-
-    def made(factory: Callable[..., torch.nn.Module]) -> Callable[..., Any]:
-        return lambda **options: forward(factory, options.pop("x"), **options)
-
-    return {
-        "RouterConfig": (mpoe.RouterConfig, lambda: {"top_k": 2, "capacity_factor": 1.0, "jitter": 0.1}),
-        "MPOEConfig": (mpoe.MPOEConfig, lambda: dict(light)),
-        "MPOETrainingArguments": (mpoe.MPOETrainingArguments, lambda: dict(run)),
-        "MPOETrainer": (mpoe.MPOETrainer, lambda: {"model": mpoe_model("gpt2"), "args": None}),
-        "TopKRouter": (made(mpoe.TopKRouter), router),
-        "MPOLinear": (made(mpoe.MPOLinear), lambda: layer(rows())),
-        "MPOEmbedding": (made(mpoe.MPOEmbedding), lambda: layer(torch.arange(5))),
-        "MPOEFeedForward": (made(mpoe.MPOEFeedForward), ffn),
-        "convert_to_mpoe": (
-            mpoe.convert_to_mpoe,
-            lambda: {"model": dense_model("gpt2"), "config": config(), "inplace": False},
-        ),
-        "compose": (mpoe.compose, composed),
-        "add_expert": (
-            mpoe.add_expert,
-            lambda: {
-                "mixture": mpoe.compose(**composed()),
-                "base": dense_model("gpt2"),
-                "fine_tune": dense_model("gpt2"),
-            },
-        ),
-        "start_expert": (mpoe.start_expert, lambda: {"model": dense_model("gpt2"), "neurons": 4, "expert": None}),
-        "collect_statistics": (
-            mpoe.collect_statistics,
-            lambda: {"model": started(), "batches": texts(), "rank": 2},
-        ),
-        "save_expert": (mpoe.save_expert, saved_expert),
-        "load_expert": (mpoe.load_expert, lambda: {"path": merged_expert()["expert"]}),
-        "merge_expert": (mpoe.merge_expert, merged_expert),
-        "compose_experts": (mpoe.compose_experts, composed_experts),
-        "freeze_all_but_experts": (mpoe.freeze_all_but_experts, lambda: {"model": mpoe_model("gpt2")}),
-        "merge_latent": (mpoe.merge_latent, lambda: {"model": mpoe_model("gpt2", shape="neurons", latent=8)}),
-        "merge_experts": (mpoe.merge_experts, lambda: {"model": mpoe_model("gpt2")}),
-        "load_mpoe": (mpoe.load_mpoe, lambda: {"path": saved, "base": None}),
-        "save_mpoe_only": (mpoe.save_mpoe_only, only),
-        "import_original": (mpoe.import_original, lambda: {"source": saved, "base": dense_model("t5")}),
-        "lora_on_cores": (mpoe.lora_on_cores, lambda: {"config": None}),
-        "global_batch": (lambda **o: within(mpoe.global_batch, **o), lambda: {"group": None}),
-        "shard_model": (mpoe.shard_model, lambda: {"model": mpoe_model("gpt2"), "mesh": None, "dtype": None}),
-        "save_sharded": (mpoe.save_sharded, lambda: {"model": mpoe_model("gpt2"), "folder": folder / "sharded"}),
-        "save_sharded_checkpoint": (
-            mpoe.save_sharded_checkpoint,
-            lambda: {**sharded(), "folder": folder / "s", "step": 1},
-        ),
-        "load_sharded_optimizer": (mpoe.load_sharded_optimizer, lambda: {**sharded(), "checkpoint": saved}),
-    }
-
-
-def of_raw_ops() -> dict[str, Start]:
-    """The ops behind the public names."""
-
-    def start(op: str) -> Start:
-        return lambda **arguments: run(op, arguments), lambda: calls("auto")[op]
-
-    return {f"torch.ops.mpoe.{op}": start(op) for op in ARGUMENTS}
-
-
-def starts(folder: Path) -> dict[str, Start]:
+def starts(folder: Path) -> dict[str, tuple[Callable[..., Any], Callable[[], Arguments]]]:
     """By public name: the function to call, and what makes its arguments."""
-    return {**of_kernels(), **of_mpoe(folder)}
+    found: dict[str, tuple[Callable[..., Any], Callable[[], Arguments]]] = {}
+    for name, make in arguments(folder).items():
+        function = getattr(mpoe if name in mpoe.__all__ else mpoe_kernels, name)
+        function = partial(forward, function) if name in LAYERS else function
+        found[name] = partial(within, function) if name in MANAGERS else function, make
+    return found
+
+
+def of_raw_ops() -> dict[str, tuple[Callable[..., Any], Callable[[], Arguments]]]:
+    """The ops behind the public names."""
+    return {
+        f"torch.ops.mpoe.{op}": (lambda op=op, **given: run(op, given), lambda op=op: calls("auto")[op])
+        for op in ARGUMENTS
+    }
 
 
 # Names that are no calls, or results that nobody makes by hand: a plan, a decomposition, an error.
@@ -352,60 +306,18 @@ def make_paths(folder: Path) -> None:
     (folder / "deep" / "config.json").write_text("[" * 100_000)
 
 
-ODD: tuple[Any, ...] = (
-    *(
-        None,
-        True,
-        -1,
-        0,
-        1,
-        7,
-        2**31,
-        2**63,
-        10**30,
-        1.5,
-        -0.5,
-        math.nan,
-        math.inf,
-        1e300,
-        "",
-        "x",
-        "12",
-        "relu",
-        "cuda",
-    ),
-    *(
-        [],
-        [0],
-        [None],
-        [1.5],
-        {},
-        {"a": 1},
-        (),
-        (0, 2),
-        (2, -1),
-        object(),
-        b"x",
-        int,
-        torch.float16,
-        torch.device("meta"),
-    ),
-)
+ODD = (*fuzz.ODD, 7, "12", "relu", "cuda", (), (0, 2), (2, -1), object(), b"x", int, torch.half, torch.device("meta"))
 
 
 def exchange(value: Any, draw: random.Random, folder: Path) -> tuple[str, Any]:
     """Something else in the place of ``value``, in words and as it is."""
     if isinstance(value, torch.Tensor) and draw.random() < 0.8:
         return draw.choice(list(odd_tensors(draw, value)))
-    if isinstance(value, mpoe_kernels.MPOBlocks) and draw.random() < 0.8:
-        name = draw.choice(["left", "central", "right"])
-        what, tensor = draw.choice(list(odd_tensors(draw, getattr(value, name))))
-        return f"{name} {what}", of_blocks(value, **{name: tensor})
-    if isinstance(value, mpoe_kernels.Routing) and draw.random() < 0.8:
-        fields = {n: getattr(value, n) for n in ("expert_offsets", "token_of_slot", "slot_of_token")}
-        name = draw.choice(list(fields))
-        what, fields[name] = draw.choice(list(odd_tensors(draw, fields[name])))
-        return f"{name} {what}", mpoe_kernels.Routing(**fields)
+    if isinstance(value, (mpoe_kernels.MPOBlocks, mpoe_kernels.Routing)) and draw.random() < 0.8:
+        own = parts(value)
+        name = draw.choice([name for name, part in own.items() if isinstance(part, torch.Tensor)])
+        what, own[name] = draw.choice(list(odd_tensors(draw, own[name])))
+        return f"{name} {what}", type(value)(**own)
     if isinstance(value, list) and value and isinstance(value[0], torch.Tensor) and draw.random() < 0.8:
         place = draw.randrange(len(value))
         what, tensor = draw.choice(list(odd_tensors(draw, value[place])))

@@ -15,6 +15,7 @@ import random
 import resource
 import signal
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,7 +35,7 @@ from .processes import Child, fork
 
 LIFE = "the life of a layer"
 SECONDS = 30  # that a call may take
-LIVES = 4  # for every round of the names
+LIVES = 12  # for every round of the names
 AT_ONCE = 4  # children
 ROOM = 6 << 30  # bytes of address space that a call may take: a fair machine, not a huge one
 WORKED, REFUSED, INSIDE, STRAY, WRONG = 0, 2, 3, 4, 5  # exit statuses of a child; HANGS is the parent's
@@ -53,12 +54,10 @@ class Call:
 
 @dataclass
 class Outcome:
-    """Counts over many calls."""
+    """Counts over many calls, by name."""
 
-    calls: int = 0
-    worked: int = 0
-    refused: int = 0
-    names: set[str] = field(default_factory=set)
+    worked: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
 
 
@@ -87,7 +86,7 @@ def callable_names(folder: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------ what comes of them
 
 # PyTorch's own refusals: views of a storage that is too short, layouts without a kernel, types that a schema excludes.
-PYTORCHS = ("setStorage: ", "Could not run ", "ested", "parse", "kldnn", "Cast error details: ")
+PYTORCHS = ("setStorage: ", "Could not run ", "ested", "parse", "kldnn", "Cast error details: ", "materialize all")
 
 
 def tensors_of(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
@@ -160,8 +159,6 @@ WORDS = {INSIDE: "an error from inside", STRAY: "memory that nobody wrote", WRON
 
 def judge(child: Child, name: str, seed: int, outcome: Outcome) -> None:
     """Count what became of a child."""
-    outcome.calls += 1
-    outcome.names.add(name)
     try:
         status = child.wait(SECONDS)
     except TimeoutError:
@@ -171,9 +168,9 @@ def judge(child: Child, name: str, seed: int, outcome: Outcome) -> None:
         said = child.log.read_text() if child.log.exists() else ""
         child.log.unlink(missing_ok=True)
     if status == WORKED:
-        outcome.worked += 1
+        outcome.worked[name] += 1
     elif status == REFUSED:
-        outcome.refused += 1
+        outcome.refused[name] += 1
     else:
         word = f"signal {-status}" if status < 0 else WORDS.get(status, f"exit status {status}")
         lines = [line for line in said.splitlines() if line.strip()]

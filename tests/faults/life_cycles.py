@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import pickle
 import random
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, func, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import mpoe
 from mpoe.layers.expert_cache import ExpertCache
@@ -78,8 +81,16 @@ def replace(layer: Layer) -> None:
     layer.router.weight = nn.Parameter(torch.randn_like(layer.router.weight))
 
 
+def copy_while_kept(layer: Layer) -> Layer:
+    """A copy made where a cache holds the layer's weights."""
+    with torch.no_grad(), ExpertCache(1 << 30, [layer.experts]).in_use():
+        layer(torch.randn(4, WIDTH))
+        return copy.deepcopy(layer)
+
+
 EVENTS: dict[str, Callable[[Layer], object]] = {
     "a deep copy": copy.deepcopy,
+    "a deep copy in a cache": copy_while_kept,
     "pickled": lambda layer: pickle.loads(pickle.dumps(layer)),
     "sent to another process": ForkingPickler.dumps,
     "shared": lambda layer: layer.share_memory() and None,
@@ -98,8 +109,15 @@ EVENTS: dict[str, Callable[[Layer], object]] = {
 class Seen(TorchDispatchMode):
     """A mode that changes nothing."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class Heard(TorchFunctionMode):
+    """Another one."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
 
 
 def plainly(layer: Layer, x: Tensor) -> Tensor:
@@ -114,13 +132,21 @@ def kept(layer: Layer, x: Tensor) -> Tensor:
 
 
 def by_vjp(layer: Layer, x: Tensor) -> Tensor:
-    y, pull = torch.func.vjp(lambda rows: torch.func.functional_call(layer, dict(layer.named_parameters()), rows), x)
+    y, pull = func.vjp(lambda rows: func.functional_call(layer, dict(layer.named_parameters()), rows), x)
     pull(torch.ones_like(y))
     return y
 
 
-def in_a_mode(layer: Layer, x: Tensor) -> Tensor:
-    with torch.no_grad(), Seen():
+def by_grad(layer: Layer, x: Tensor) -> Tensor:
+    def of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+        y = layer(rows)
+        return y.sum(), y
+
+    return func.grad(of_rows, has_aux=True)(x)[1]
+
+
+def in_modes(layer: Layer, x: Tensor) -> Tensor:
+    with torch.no_grad(), Seen(), Heard():
         return layer(x)
 
 
@@ -129,13 +155,29 @@ def in_inference(layer: Layer, x: Tensor) -> Tensor:
         return layer(x).clone()
 
 
+def in_a_fork(layer: Layer, x: Tensor) -> Tensor:
+    """In a child, which inherits memory, caches and locks."""
+    y = torch.full((len(x) + 1, WIDTH), torch.nan).share_memory_()[1:]
+    child = multiprocessing.get_context("fork").Process(target=lambda: y.copy_(plainly(layer, x)))
+    child.start()
+    child.join()
+    if child.exitcode and child.exitcode < 0:
+        raise WrongNumbers(f"signal {-child.exitcode} in a fork")
+    return plainly(layer, x) if child.exitcode else y  # which refuses here too
+
+
 WAYS: dict[str, Callable[[Layer, Tensor], Tensor]] = {
     "plainly": plainly,
-    "with a cache": kept,
+    "in a cache": kept,
     "with gradients": lambda layer, x: layer(x).detach(),
+    "checkpointed": lambda layer, x: checkpoint(layer, x, use_reentrant=False).detach(),
     "by vjp": by_vjp,
-    "in a mode": in_a_mode,
+    "by grad": by_grad,
+    "by jvp": lambda layer, x: func.jvp(layer, (x,), (x,))[0],  # refused
+    "by vmap": lambda layer, x: func.vmap(layer)(x[None])[0],  # refused
+    "in modes": in_modes,
     "in inference mode": in_inference,
+    "in a fork": in_a_fork,
 }
 
 
@@ -163,10 +205,10 @@ def live(seed: int) -> str:
     config = mpoe.MPOEConfig(num_experts=4, shape=shape, router=mpoe.RouterConfig(top_k=top_k))
     layer = Layer(WIDTH, 24, config, activation="gelu", gated=draw.random() < 0.5, bias=draw.random() < 0.5).eval()
     words = [f"{shape} top-{top_k}"]
-    ways = [way for way in WAYS if shape != "hidden" or way != "with a cache"]
+    events, ways = ([name for name in names if shape != "hidden" or "cache" not in name] for names in (EVENTS, WAYS))
     for _ in range(draw.choice([1, 2, 3])):
         plainly(layer, torch.randn(draw.choice([1, 4]), WIDTH))
-        event, way = draw.choice(list(EVENTS)), draw.choice(ways)
+        event, way = draw.choice(events), draw.choice(ways)
         words.append(f"{event}, {way}")
         print(": ".join((words[0], "; ".join(words[1:]))), flush=True)
         made = EVENTS[event](layer)

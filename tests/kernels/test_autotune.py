@@ -88,7 +88,9 @@ def test_threads_versions_and_instructions_are_part_of_the_key(
         resolve_contraction(PROBLEM)
     monkeypatch.setattr(torch, "__version__", "9.9")
     resolve_contraction(PROBLEM)
-    assert len(choices()) == 5
+    monkeypatch.setitem(autotune.NATIVE_LIBRARY.info, "build", "of another state of the sources")
+    resolve_contraction(PROBLEM)
+    assert len(choices()) == 6
 
 
 def ranked(problem: Problem = PROBLEM) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from mpoe_kernels.contract.orders import INDICES, BlockDims
 from mpoe_kernels.linear import grouped
 from mpoe_kernels.linear.eager import candidates
 from mpoe_kernels.linear.eager.library import Library
-from mpoe_kernels.linear.eager.rows import Named
+from mpoe_kernels.linear.eager.rows import Named, select_experts
 from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 from mpoe_kernels.reference import grouped_mpo_linear_reference
 from tests.cases import SMALL_SHAPES
@@ -197,6 +197,14 @@ def test_scattered_experts_are_taken_from_the_stack(first: tuple[str, ...], seco
         is_view = block.untyped_storage().data_ptr() == stacked.untyped_storage().data_ptr()
         assert is_view == (first != ("jL",))
     assert torch.equal(named.alone().data, stacked[[0, 2, 3]])
+
+
+@pytest.mark.parametrize(("experts", "is_view"), [([2], True), ([1, 2, 3], True), ([0, 2, 3], False), ([1, 3], False)])
+def test_consecutive_experts_are_not_copied(experts: list[int], is_view: bool) -> None:
+    stacked = torch.randn(5, 3)
+    found = select_experts(stacked, experts)
+    assert torch.equal(found, stacked[experts])
+    assert (found.untyped_storage().data_ptr() == stacked.untyped_storage().data_ptr()) == is_view
 
 
 @pytest.mark.parametrize("experts", [2, 8, 64])

@@ -269,6 +269,7 @@ WRONG = {
         r"right_gate must be \[5, 1, 4, 4\] like right",
     ),
     "bias": ({"bias": torch.ones(12)}, r"bias must be \[E, F\]"),
+    "bias of more experts": ({"bias": torch.ones(6, 12)}, r"bias must be \[E, F\] = \[5, 12\]"),
     "bias size": ({"bias": torch.ones(4, 12)}, r"bias must be \[E, F\] = \[5, 12\]"),
     "activation": ({"activation": "gelo"}, "activation must be one of .*did you mean 'gelu'"),
     "dtype": ({"u": torch.ones(7, 12, dtype=torch.float32)}, "right must have the dtype of u"),

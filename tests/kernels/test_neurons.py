@@ -47,6 +47,14 @@ def test_against_reference(backend: str, dtype: torch.dtype, case: int, gated: b
 
 
 @on_every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("top_k", "experts", "neurons"), [(16, 1024, 8), (3, 4, 512)])
+def test_the_largest_sizes(backend: str, dtype: torch.dtype, top_k: int, experts: int, neurons: int) -> None:
+    require(backend, "neuron_experts", dtype)
+    Problem(tokens=24, top_k=top_k, experts=experts, width=8, out=12, neurons=neurons, dtype=dtype).check(backend)
+
+
+@on_every_backend
 @pytest.mark.parametrize(
     ("activation", "dtype", "gated"),
     pairwise(
@@ -156,6 +164,19 @@ def test_more_tokens_than_hidden_neurons_are_kept_for() -> None:
         assert relative_error(value, plain[name]) < 1e-5, name
 
 
+@pytest.mark.parametrize(("tokens", "rows"), [(4, 1), (12, 4), (400, 128), (4000, 128)])
+def test_pieces_are_bounded(tokens: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a power of two of rows, below the mean of an expert's; no more of them at once than fit."""
+    monkeypatch.setattr(eager, "PIECE", 1 << 13)
+    index = torch.arange(tokens * 2).remainder(5).view(tokens, 2)
+    pieces = list(eager._pieces(index, 5, per_row=24, per_expert=100))
+    assert {piece.tokens.shape[1] for piece in pieces} == {rows}
+    blocks = sum(-(-count // rows) for count in torch.bincount(index.view(-1)).tolist())
+    most = min(blocks, (1 << 13) // (rows * 24 + 100))
+    assert [len(piece.experts) for piece in pieces[:-1]] == [most] * (len(pieces) - 1)
+    assert sum(len(piece.experts) for piece in pieces) == blocks
+
+
 @on_every_backend
 @pytest.mark.parametrize("experts", [2, 40])
 def test_rows_without_an_expert_may_hold_anything(backend: str, experts: int) -> None:
@@ -170,33 +191,6 @@ def test_rows_without_an_expert_may_hold_anything(backend: str, experts: int) ->
     for name, value in dirty.items():
         assert torch.equal(value, clean[name]), name
     assert not dirty["o"][3:6].any()
-
-
-@on_every_backend
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [9, 60])
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_with_its_token_and_its_expert(
-    backend: str, dtype: torch.dtype, tokens: int, poison: float
-) -> None:
-    """In a token's row, and in one expert's weights: only what met them changes."""
-    require(backend, "neuron_experts", dtype)
-    shape = {"width": 33, "out": 35, "neurons": 17, "gated": True, "with_bias": True, "dtype": dtype}
-    problem = Problem(tokens=tokens, experts=4, none_share=0.3, **shape)
-    clean = problem.run(neuron_experts, dtype, backend=backend)
-    problem.inputs["x"][2] = poison
-    for name in ("up", "down", "bias", "gate_up"):
-        problem.inputs[name][1] = poison
-    dirty = problem.run(neuron_experts, dtype, backend=backend)
-    tokens_hit = (problem.index == 1).any(1)
-    tokens_hit[2] = True
-    experts_hit = torch.zeros(4, dtype=torch.bool)
-    experts_hit[1] = True
-    experts_hit[problem.index[2][problem.index[2] >= 0]] = True
-    for name, value in dirty.items():
-        hit = tokens_hit if name in ("o", "dx", "dgates") else experts_hit
-        assert torch.equal(value[~hit], clean[name][~hit]), name
-    assert not dirty["o"][(problem.index == 1).any(1)].isfinite().all(1).any()
 
 
 @on_every_backend

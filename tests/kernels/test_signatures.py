@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoe.layers.masks import check_mask
+from mpoe.layers.context import check_mask
 from mpoe_kernels import BackendError
 from mpoe_kernels.signatures import ARGUMENTS, MOST_EXPERTS
 
@@ -45,12 +45,27 @@ def test_every_tensor_of_every_op(op: str, backend: str) -> None:
                 run(op, arguments)
 
 
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_a_missing_tensor(op: str) -> None:
+    """PyTorch's dispatcher lets None through where a schema wants a tensor."""
+    fitting = calls("auto")[op]
+    wanted = [a.name for a in getattr(torch.ops.mpoe, op).default._schema.arguments if str(a.type) == "Tensor"]
+    for name in wanted:
+        with pytest.raises(TypeError, match=f"{name} must be a tensor; got NoneType None"):
+            run(op, {**fitting, name: None})
+
+
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("route", {"num_experts": 2**31}, f"num_experts must lie between 1 and {MOST_EXPERTS}; got 2147483648"),
     ("route", {"num_experts": 0}, "num_experts must"),
     ("combine", {"backend": "relu"}, "backend must be one of .*; got 'relu'"),
     ("grouped_mpo_linear_backward", {"row_index": torch.full((10,), -1)}, r"row_index must lie in 0\.\.4; got -1"),
     ("route", {"capacity": 0}, "capacity must be at least 1; got 0"),
+    *(
+        (op, {"expert_offsets": torch.zeros(size, dtype=torch.int32)}, r"expert_offsets must be .* \[E\+1\], E = ")
+        for op in ("dispatch", "combine", "grouped_mpo_linear")
+        for size in (0, 1)
+    ),
     ("route", {"top_k_index": torch.zeros(TOKENS, 0).long()}, "top_k_index must be .* with K >= 1"),
     ("route", {"token_mask": torch.zeros(TOKENS)}, r"token_mask must be bool \[T\], T = 5; got float32"),
     ("grouped_mpo_linear", {"activation": "tanh"}, "activation must be one of .*; got 'tanh'"),

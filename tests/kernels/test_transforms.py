@@ -8,12 +8,15 @@ import pytest
 import torch
 from mpoe_bench.cases import expert_choice, random_blocks
 from torch import Tensor, func, nn
+from torch.autograd import forward_ad
 
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.layers import MPOEFeedForward, MPOLinear
 from mpoe_kernels import (
     MPOBlocks,
     combine,
+    decompose,
+    decompose_shared,
     dispatch,
     expert_weights,
     grouped_mpo_linear,
@@ -127,10 +130,16 @@ def test_what_transforms_refuse(name: str) -> None:
     """In words; a transform never returns a number that leaves a derivative out."""
     function, inputs = problems()[name]
     gradient = func.grad(lambda *v: function(*v).square().sum())
+
+    def in_dual_level() -> Tensor:
+        with forward_ad.dual_level():
+            return function(forward_ad.make_dual(inputs[0], inputs[0]), *inputs[1:])
+
     for call in (
         lambda: func.jvp(function, inputs, inputs),
         lambda: func.jacfwd(function)(*inputs),
         lambda: func.hessian(lambda *v: function(*v).square().sum())(*inputs),
+        in_dual_level,
     ):
         with pytest.raises(NotImplementedError, match=r"does not support forward-mode derivatives .* use reverse mode"):
             call()
@@ -218,11 +227,19 @@ def test_a_resized_storage_is_refused(name: str, backend: str, left_over: int) -
                     call(*inputs[:k], emptied, *inputs[k + 1 :])
 
 
-def test_weights_of_blocks_without_memory() -> None:
+def test_weights_without_memory() -> None:
     blocks = random_blocks(SHAPE, 2, torch.float32)
-    blocks.left.untyped_storage().resize_(blocks.left.nbytes // 2)
-    with pytest.raises(ValueError, match="left must hold its values"):
-        expert_weights(blocks)
+    weights = expert_weights(blocks).clone()
+    weight = weights[0].clone()
+    for tensor in (blocks.left, weights, weight):
+        tensor.untyped_storage().resize_(tensor.nbytes // 2)
+    for name, call in {
+        "left": lambda: expert_weights(blocks),
+        "weight": lambda: decompose(weight, SHAPE),
+        "weights": lambda: decompose_shared(weights, SHAPE),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} must hold its values"):
+            call()
 
 
 def test_views_of_larger_and_of_shared_memory_are_fine() -> None:

@@ -34,6 +34,24 @@ def test_top_k_weights_sum_to_one_and_raw_probabilities():
     assert torch.equal(out.top_k_index, probabilities.topk(2).indices)
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("corrected", [True, False])
+@pytest.mark.parametrize("factor", [None, 0.5, 2.5])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_scores_scales_and_corrections_by_hand(scoring, factor, corrected, recorded):
+    config = RouterConfig(top_k=2, scoring_func=scoring, routed_scaling_factor=factor, bias_update_rate=0.1 * corrected)
+    router, x = TopKRouter(in_features=6, num_experts=4, config=config), torch.randn(9, 6)
+    correction = torch.tensor([0.0, 0.9, 0.0, -0.9]) if corrected else torch.zeros(4)
+    if corrected:
+        router.e_score_correction_bias.copy_(correction)
+    with torch.set_grad_enabled(recorded):
+        found = router(x)
+    scores = found.logits.sigmoid() if scoring == "sigmoid" else found.logits.softmax(-1)
+    assert torch.equal(found.top_k_index, (scores + correction).topk(2).indices)
+    chosen = scores.gather(-1, found.top_k_index)
+    torch.testing.assert_close(found.top_k_weights, chosen / chosen.sum(-1, keepdim=True) * (factor or 1.0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_router_computes_in_float32_under_autocast(dtype):
     router = TopKRouter(64, 4)

@@ -22,6 +22,7 @@ def marked(mark: str) -> list[Path]:
 
 def run(paths: list[Path], *options: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment["MPOE_TEST_BACKENDS"] = "triton"  # of tests/kernels
     environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # no plugin is needed, and importing some takes seconds
     if options:  # not in the default suite, where it would take half of the time
         environment["MPOE_INTERPRETER_CHECKS_OVERFLOW"] = "1"
@@ -52,3 +53,14 @@ def test_exhaustive_ones_in_a_process_of_their_own(path: Path) -> None:
 @pytest.mark.parametrize("path", marked(SLOW), ids=lambda path: path.stem)
 def test_slow_ones_in_a_process_of_their_own(path: Path) -> None:
     run([path], "-m", "slow")
+
+
+@pytest.mark.skipif(in_interpreter(), reason="already in the interpreter")
+@pytest.mark.usefixtures("with_triton")
+@pytest.mark.parametrize(
+    "which",
+    [pytest.param("not slow", marks=pytest.mark.slow), pytest.param("slow", marks=pytest.mark.exhaustive)],
+)
+def test_spoiled_rows(which: str) -> None:
+    spoiled = FOLDER.parents[1] / "kernels" / "test_spoiled.py"
+    run([spoiled], "-p", "tests.triton.interpreted.conftest", "-W", "ignore", "-m", which)

@@ -3,7 +3,7 @@
 #   bench/gpu.sh                   30 minutes; results in bench/results/visit-<date>, and in one archive next to it
 #   bench/gpu.sh --minutes 10      what does not fit is left for the next call, which continues where this one stopped
 #   bench/gpu.sh --plan            the commands of its parts, and how long each may take
-#   bench/gpu.sh --device cpu      the same parts on tiny sizes and no GPU, to try the script
+#   bench/gpu.sh --device cpu      the same parts on tiny sizes and no GPU, to try the script; tests are listed, not run
 # Only a wrong result ends a visit (status 1); a missing program or a part out of time is a line in the report.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -20,9 +20,10 @@ out=${out:-bench/results/visit-$(date +%F)}
 end=$((SECONDS + 60 * minutes))
 export PYTHONPATH="$PWD:$PWD/bench:$PWD/tools${PYTHONPATH:+:$PYTHONPATH}"
 export MPOE_TEST_DEVICE=$device
-if [ "$device" = cpu ]; then # plain PyTorch in place of the kernels, which have tests of their own there
+if [ "$device" = cpu ]; then # plain PyTorch in place of the kernels
     export OMP_NUM_THREADS=1
 else
+    PYTHONPATH+=:$PWD/build/peers
     export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/triton_cache} MPOE_TEST_REQUIRED="eager triton"
 fi
 
@@ -50,7 +51,7 @@ part() { # NAME SECONDS COMMAND...: once, for so long at most
         *) result=failed ;;
     esac
     # Of a test that failed for another reason (a missing package), there is a line alone.
-    grep -qE "^E +AssertionError|^WRONG|ERROR SUMMARY: [1-9]|RACECHECK SUMMARY: [1-9]" "$out/$name.log" && result=WRONG
+    grep -qE "^E +(AssertionError|assert )|^WRONG|ERROR SUMMARY: [1-9]|RACECHECK SUMMARY: [1-9]" "$out/$name.log" && result=WRONG
     last=$(grep -v '^[ =]*$' "$out/$name.log" | tail -n 1 | tr '|' '/' | cut -c 1-160)
     report "$name" "$result" $((SECONDS - began)) "$last"
     tar -czf "$out.tar.gz" -C "$(dirname "$out")" "$(basename "$out")"
@@ -60,9 +61,10 @@ part() { # NAME SECONDS COMMAND...: once, for so long at most
 visit() { part "$1" "$2" "$python" -m mpoe_bench.visit "${@:3}" --device "$device"; }
 
 tests() { # NAME SECONDS TESTS [CHECKER...]; without a checker, several processes compile the kernels
-    local workers=''
-    [ $# -gt 3 ] || [ "$device" = cpu ] || ! "$python" -c "import xdist" 2>/dev/null || workers="-n 8"
-    part "$1" "$2" "${@:4}" "$python" -m pytest -p no:cacheprovider $workers -q --tb=short --confcutdir tests/device $3
+    local how=''
+    [ "$device" = cpu ] && how=--collect-only && set -- "${@:1:3}" # the default tests run them
+    [ $# = 3 ] && [ "$device" = cuda ] && "$python" -c "import xdist" 2>/dev/null && how="-n 8"
+    part "$1" "$2" "${@:4}" "$python" -m pytest -p no:cacheprovider $how -q --tb=short --confcutdir tests/device $3
 }
 
 if [ -z "$plan" ]; then
@@ -74,27 +76,37 @@ part machine 30 "$python" -m mpoe_kernels.info
 if [ "$device" = cuda ]; then
     part card 30 nvidia-smi
     architecture=$("$python" -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())" 2>/dev/null)
-    architecture=${architecture/9.0/9.0a}
-    part build 600 env MPOE_BUILD=cuda TORCH_CUDA_ARCH_LIST="$architecture" "$python" setup.py -q build_ext --inplace
-    visit smoke-cuda 120 smoke --backend cuda
-    part twins 90 "$python" tools/cuda_probes.py --arch "${architecture/./}"
+    part build 600 env MPOE_BUILD=cuda TORCH_CUDA_ARCH_LIST="${architecture/9.0/9.0a}" "$python" setup.py -q build_ext --inplace
 fi
+visit smoke-cuda 120 smoke --backend cuda
+tests instructions 90 tests/device/test_device_instructions.py
 # What people use first: hidden-side experts and neurons, in bfloat16 before float32; then the linear ops.
 experts=tests/device/test_device_experts.py ops=tests/device/test_device_ops.py
 tests experts-bfloat16 240 "$experts -k bfloat16"
 tests linear-bfloat16 240 "$ops tests/device/test_device_gated.py tests/device/test_device_router.py -k bfloat16"
-# Small cases with tokens, an Inf among them.
-checked="$experts::test_experts $experts::test_an_infinite_token_spoils_its_own_row_alone $ops::test_routing_is_the_same_everywhere"
+checked='' # small cases with tokens, an Inf among them
+for backend in triton cuda; do
+    for shape in neurons hidden; do
+        checked+=" $experts::test_experts[$backend-bfloat16-$shape]"
+        checked+=" $experts::test_an_infinite_token_spoils_its_own_row_alone[$backend-$shape]"
+    done
+    checked+=" $ops::test_routing_is_the_same_everywhere[$backend-700-64-2-11] $ops::test_strategies[$backend-light-bfloat16]"
+done
 for tool in memcheck racecheck; do
     tests $tool 240 "$checked" compute-sanitizer --tool $tool --error-exitcode 9
 done
 visit targets 300 targets
 tests graphs 180 tests/device/test_device_graphs.py
 visit models 300 models
-part profile 180 ncu --set basic --launch-count 4 --kernel-name 'regex:neuron|hidden|fused|rows' \
+# The first launch of each: of neurons, hidden-side experts, the fused chain and a separable product.
+part profile 180 ncu --set basic --filter-mode per-launch-config --launch-count 1 \
+    --kernel-name 'regex:^(neurons_fused|hidden_forward|fused|grouped_rows)_kernel$' \
     "$python" -m mpoe_bench.visit profile --device "$device"
 tests experts-float32 180 "$experts -k float32"
 tests linear-float32 180 "$ops tests/device/test_device_gated.py -k float32"
-tiny=$([ "$device" = cuda ] || echo "--scale tiny --threads 1 --backend eager --minutes 1")
+tiny=$([ "$device" = cuda ] || echo "--scale tiny --threads 1 --backend eager --minutes .05")
+install='for name; do "$0" -m pip install -q --no-deps --target build/peers "$name" || echo "$name was not installed"; done'
+[ "$device" = cpu ] || part libraries 120 bash -c "$install" "$python" liger-kernel quack-kernels \
+    git+https://github.com/{Dao-AILab/sonic-moe,shawntan/scattermoe}
 part peers 480 "$python" -m mpoe bench --suite gpu --device "$device" --out "$out/peers" $tiny
 [ -n "$plan" ] || echo "$out.tar.gz"

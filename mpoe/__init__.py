@@ -13,104 +13,54 @@ from mpoe.registration import register as _register
 
 # Public name -> the module that defines it; loaded on first use.
 _NAMES = {
-    "DivergenceError": "mpoe.training.divergence",
-    "MPOEConfig": "mpoe.config",
-    "RouterConfig": "mpoe.config",
-    "MPOEFeedForward": "mpoe.layers",
-    "MPOEmbedding": "mpoe.layers",
-    "MPOLinear": "mpoe.layers",
-    "TopKRouter": "mpoe.layers",
-    "add_expert": "mpoe.models",
-    "compose": "mpoe.models",
-    "freeze_all_but_experts": "mpoe.training",
-    "global_batch": "mpoe.layers",
-    "collect_statistics": "mpoe.models",
-    "compose_experts": "mpoe.models",
-    "load_expert": "mpoe.models",
-    "merge_expert": "mpoe.models",
-    "save_expert": "mpoe.models",
-    "start_expert": "mpoe.models",
-    "convert_to_mpoe": "mpoe.models",
-    "import_original": "mpoe.models",
-    "lora_on_cores": "mpoe.models.lora",
-    "load_mpoe": "mpoe.models",
-    "merge_experts": "mpoe.models",
-    "merge_latent": "mpoe.models",
-    "save_mpoe_only": "mpoe.models",
-    "MPOETrainer": "mpoe.training",
-    "MPOETrainingArguments": "mpoe.training",
-    "load_sharded_optimizer": "mpoe.training",
-    "save_sharded": "mpoe.training",
-    "save_sharded_checkpoint": "mpoe.training",
-    "shard_model": "mpoe.training",
-    "__version__": "mpoe_kernels.version",
+    name: module
+    for module, names in {
+        "mpoe.config": "MPOEConfig RouterConfig",
+        "mpoe.layers": "MPOEFeedForward MPOEmbedding MPOLinear TopKRouter global_batch",
+        "mpoe.models": "add_expert collect_statistics compose compose_experts convert_to_mpoe import_original "
+        "load_expert load_mpoe merge_expert merge_experts merge_latent save_expert save_mpoe_only start_expert",
+        "mpoe.models.lora": "lora_on_cores",
+        "mpoe.training": "MPOETrainer MPOETrainingArguments freeze_all_but_experts load_sharded_optimizer save_sharded "
+        "save_sharded_checkpoint shard_model",
+        "mpoe.training.divergence": "DivergenceError",
+        "mpoe_kernels.version": "__version__",
+    }.items()
+    for name in names.split()
 }
+__all__ = list(_NAMES)
 
 if TYPE_CHECKING:
-    from mpoe.config import MPOEConfig, RouterConfig
-    from mpoe.layers import MPOEFeedForward, MPOEmbedding, MPOLinear, TopKRouter, global_batch
-    from mpoe.models import (
-        add_expert,
-        collect_statistics,
-        compose,
-        compose_experts,
-        convert_to_mpoe,
-        import_original,
-        load_expert,
-        load_mpoe,
-        merge_expert,
-        merge_experts,
-        merge_latent,
-        save_expert,
-        save_mpoe_only,
-        start_expert,
-    )
-    from mpoe.models.lora import lora_on_cores
-    from mpoe.training import (
-        MPOETrainer,
-        MPOETrainingArguments,
-        freeze_all_but_experts,
-        load_sharded_optimizer,
-        save_sharded,
-        save_sharded_checkpoint,
-        shard_model,
-    )
-    from mpoe.training.divergence import DivergenceError
-    from mpoe_kernels.version import __version__
-
-__all__ = [
-    "DivergenceError",
-    "MPOEConfig",
-    "MPOEFeedForward",
-    "MPOETrainer",
-    "MPOETrainingArguments",
-    "MPOEmbedding",
-    "MPOLinear",
-    "RouterConfig",
-    "TopKRouter",
-    "__version__",
-    "add_expert",
-    "collect_statistics",
-    "compose",
-    "compose_experts",
-    "convert_to_mpoe",
-    "freeze_all_but_experts",
-    "global_batch",
-    "import_original",
-    "load_expert",
-    "load_mpoe",
-    "load_sharded_optimizer",
-    "lora_on_cores",
-    "merge_expert",
-    "merge_experts",
-    "merge_latent",
-    "save_expert",
-    "save_mpoe_only",
-    "save_sharded",
-    "save_sharded_checkpoint",
-    "shard_model",
-    "start_expert",
-]
+    from mpoe.config import MPOEConfig as MPOEConfig
+    from mpoe.config import RouterConfig as RouterConfig
+    from mpoe.layers import MPOEFeedForward as MPOEFeedForward
+    from mpoe.layers import MPOEmbedding as MPOEmbedding
+    from mpoe.layers import MPOLinear as MPOLinear
+    from mpoe.layers import TopKRouter as TopKRouter
+    from mpoe.layers import global_batch as global_batch
+    from mpoe.models import add_expert as add_expert
+    from mpoe.models import collect_statistics as collect_statistics
+    from mpoe.models import compose as compose
+    from mpoe.models import compose_experts as compose_experts
+    from mpoe.models import convert_to_mpoe as convert_to_mpoe
+    from mpoe.models import import_original as import_original
+    from mpoe.models import load_expert as load_expert
+    from mpoe.models import load_mpoe as load_mpoe
+    from mpoe.models import merge_expert as merge_expert
+    from mpoe.models import merge_experts as merge_experts
+    from mpoe.models import merge_latent as merge_latent
+    from mpoe.models import save_expert as save_expert
+    from mpoe.models import save_mpoe_only as save_mpoe_only
+    from mpoe.models import start_expert as start_expert
+    from mpoe.models.lora import lora_on_cores as lora_on_cores
+    from mpoe.training import MPOETrainer as MPOETrainer
+    from mpoe.training import MPOETrainingArguments as MPOETrainingArguments
+    from mpoe.training import freeze_all_but_experts as freeze_all_but_experts
+    from mpoe.training import load_sharded_optimizer as load_sharded_optimizer
+    from mpoe.training import save_sharded as save_sharded
+    from mpoe.training import save_sharded_checkpoint as save_sharded_checkpoint
+    from mpoe.training import shard_model as shard_model
+    from mpoe.training.divergence import DivergenceError as DivergenceError
+    from mpoe_kernels.version import __version__ as __version__
 
 _register()
 

@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -59,21 +59,12 @@ _AFTER_IMPORT: dict[str, Callable[[Any], None]] = {
 }
 
 
-class _FollowedLoader(Loader):
-    """Loads a module with its own loader, then runs the follow-up."""
+def _followed(execute: Callable[[ModuleType], None], after: Callable[[Any], None]) -> Callable[[ModuleType], None]:
+    def both(module: ModuleType) -> None:
+        execute(module)
+        after(module)
 
-    def __init__(self, loader: Any, after: Callable[[Any], None]) -> None:
-        self._loader, self._after = loader, after
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
-        self._after(module)
+    return both
 
 
 class _Finder(MetaPathFinder):
@@ -89,8 +80,9 @@ class _Finder(MetaPathFinder):
         if after is None:
             return None
         spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _FollowedLoader(spec.loader, after)
+        loader: Any = None if spec is None else spec.loader
+        if loader is not None:
+            loader.exec_module = _followed(loader.exec_module, after)
         return spec
 
 

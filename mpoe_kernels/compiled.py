@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import re
 import zlib
@@ -54,8 +55,18 @@ def open_ops(namespace: str) -> Callable[[Path], tuple[str, None]]:
     return opened
 
 
+def _digest(folder: Path) -> str:
+    """Of all files in a folder, as CMakeLists.txt has it compiled into the library."""
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
 def load_library(
-    path: Path, opened: Callable[[Path], tuple[str, Any]], reason_file: str, info_keys: set[str]
+    path: Path,
+    opened: Callable[[Path], tuple[str, Any]],
+    reason_file: str,
+    info_keys: set[str],
+    bindings: Path | None = None,
 ) -> CompiledLibrary:
     """Load a library. Never raises for a bad file.
 
@@ -64,6 +75,7 @@ def load_library(
         opened: loads it; returns its description, as lines ``key=value``, and its functions.
         reason_file: file next to the library; setup.py writes it if it does not build.
         info_keys: keys that the description must have; otherwise it was built from older sources.
+        bindings: folder of the sources of its functions; in a source checkout it must be built from those.
     """
     if not path.is_file():
         return CompiledLibrary(path, (_why_missing(path, reason_file),))
@@ -76,7 +88,8 @@ def load_library(
         return CompiledLibrary(path, (reason,))
     info = dict(line.split("=", 1) for line in text.splitlines())
     ours, built = mpoe_kernels.version.__version__, info.get("version")
-    if built != ours or not info.keys() >= info_keys:
+    is_old = bindings is not None and bindings.is_dir() and info.get("bindings") != _digest(bindings)
+    if built != ours or is_old or not info.keys() >= info_keys:
         built = f"mpoe {built}" if built != ours else "an older state of the sources"
         reason = f"{path} was built for {built}, this is mpoe {ours}: build again ({BUILD_COMMAND})"
         return CompiledLibrary(path, (reason,))

@@ -42,7 +42,7 @@ def _opened(path: Path) -> tuple[str, ModuleType]:
     return module.build_info(), module
 
 
-NATIVE_LIBRARY = load_library(FOLDER / LIBRARY, _opened, REASON_FILE, INFO_KEYS)
+NATIVE_LIBRARY = load_library(FOLDER / LIBRARY, _opened, REASON_FILE, INFO_KEYS, FOLDER.parent / "csrc" / "bindings")
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -9,10 +9,11 @@
 # must be importable in the versions that it requires; EXTERNAL_SITE names a folder that is searched for them first.
 # Also: pip install pytest parameterized psutil datasets accelerate peft. FAMILY: model types of mpoe.models.table;
 # default: those below. SELECT: an expression for pytest -k; RUN_SLOW=1: slow tests too (torch.export among them).
+# MPOE_SHAPE: shape of the experts in Transformers' tests (default: separable).
 # RESULTS: folder of the results (default: external_results), which tools/external_table.py reads; SUFFIX: suffix of
 # the file names, for a second part. Only PEFT's sdist is downloaded.
 set -euo pipefail
-[ $# -ge 1 ] || { sed -n '2,15p' "$0" >&2; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,16p' "$0" >&2; exit 2; }
 ours=$(cd "$(dirname "$0")/.." && pwd)
 results=${RESULTS:-external_results}
 mkdir -p "$results"

@@ -1,15 +1,18 @@
 """How fast the GPU kernels can be at best, from their machine code; needs no GPU. Bounds, nothing is measured.
 
 A layer is called on tensors without memory, forward and with its backward; every launch is recorded as it would be made
-(Triton's with grid and arguments, and PyTorch's own operations), and every kernel is compiled. Its floor is the largest
-of three times: to *issue* its instructions (4 a cycle and multiprocessor; those of a warp count as often as the loops
-around them run, `TRIPS`, with tokens spread evenly over the experts), to move each of its tensors once (*memory*), and
-to multiply, padding included (*tensor*). ``x_dense``, which has the limits, divides the largest of a call's three sums
-by the time for the dense network's FLOPs or bytes, the larger; ``x_launches`` the sum of its floors by the dense's.
+(with PyTorch's own operations), and every kernel is compiled. Its floor is the largest of three times: to *issue* its
+instructions (4 a cycle and multiprocessor), to move each of its tensors once (*memory*), and to multiply, padding
+included (*tensor*). A warp executes Triton's instructions as often as the loops around them run, `TRIPS`, with tokens
+spread evenly over the experts. Of kernels in CUDA C++, the emulator counts matrix instructions and barriers of some
+blocks, and what is issued is that many times a share of the smallest loop around such an instruction; nothing is
+counted where none is. ``x_dense``, which has the limits, divides the largest of a call's three sums by the time for the
+dense network's FLOPs or bytes, the larger; ``x_own`` by that for the FLOPs that a chain needs itself; ``x_launches``
+the sum of its floors by the dense's.
 
 bench/results/ahead-of-time/gpu.json keeps the figures. The tool fails where a kernel has more instructions, barriers or
 bytes, or a call more launches or a larger ``x_dense`` than there, where a limit that was kept is exceeded, and where a
-call is not there; ``--write`` keeps the new ones.
+call is not there; limits that are missed are named; ``--write`` keeps the new figures.
 """
 
 from __future__ import annotations
@@ -17,41 +20,37 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import re
 import subprocess
 import sys
-import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, nullcontext
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from cuda_check import compile_source, find, readable
 from documents import write_between
+from gpu_compile import CSRC, Job, compiled, job_of
+from machine_code import executed, issued_with_product
 from mpoe_bench.gpu_cases import PHASES, TOKENS, Case, Dense, cases
-from torch import Tensor, nn
-from torch._library.custom_ops import OPDEFS
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
-from triton_binary import job_of, machine_code
+from shipped_kernels import Library, Recorder, as_on_gpu, bytes_of
+from torch import nn
 
 from mpoe.layers import logits
-from mpoe_kernels.backends import PREFERRED, Backend
-from mpoe_kernels.linear import gradients, grouped
+from mpoe_kernels.backends import BackendError
+from mpoe_kernels.contract import BlockDims, contraction
+from mpoe_kernels.mpo.shape import MPOShape
 from mpoe_kernels.routing import gating
-from mpoe_kernels.testing.launches import Launch, recorded
+from mpoe_kernels.testing.launches import Launch
 from mpoe_kernels.triton.start import cdiv
+from tests.cuda.emulation import short_name
+from tests.cuda.stand_ins import Called, cuda_on_stand_ins
 
 ROOT = Path(__file__).resolve().parents[1]
-CSRC, FOLDER = ROOT / "csrc" / "cuda", ROOT / "bench" / "results" / "ahead-of-time"
+FOLDER = ROOT / "bench" / "results" / "ahead-of-time"
 TABLE, DOCUMENT = FOLDER / "gpu.json", FOLDER / "gpu.md"
 MORE = 1.02  # a kernel may have this many times the table's figures
 
@@ -71,129 +70,36 @@ CARDS = {  # A100, H100 and B200, all with SXM
     "sm_100": Card(148, 1.85e9, 1800e12, 7e12),
 }
 CASES = {case.name: case for case in cases()}
+BACKENDS = ("triton", "cuda")
 
 
-class Library(NamedTuple):
-    """An operation of PyTorch: name, FLOPs of products, bytes of its tensors."""
-
-    name: str
-    flops: float
-    bytes: int
-
-
-def bytes_of(values: Iterable[Any]) -> int:
-    """Of all different tensors among the values; views of one tensor count as their largest."""
-    found: dict[int, int] = {}
-    for value in values:
-        if isinstance(value, Tensor):
-            storage = value.untyped_storage()
-            used = min(value.numel() * value.element_size(), storage.nbytes())
-            found[storage._cdata] = max(found.get(storage._cdata, 0), used)
-    return sum(found.values())
-
-
-class Recorder(TorchDispatchMode):
-    """Appends PyTorch's operations to ``log``, as `recorded` does Triton's launches; ``seconds``: Python's in our ops.
-
-    With ``timed``, operations in our ops are not recorded, which would take longer than they."""
-
-    def __init__(self, log: list[Any], timed: bool = False) -> None:
-        super().__init__()
-        self.log, self.timed, self.seconds = log, timed, 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func.namespace == "mpoe":
-            began = time.perf_counter()
-            with nullcontext() if self.timed else self:
-                result = OPDEFS[f"mpoe::{func._opname}"]._init_fn(*args, **kwargs)
-            self.seconds += time.perf_counter() - began
-            return result
-        with self:
-            result = func.decompose(*args, **kwargs)  # what is several operations
-        if result is not NotImplemented:
-            return result
-        result = func(*args, **kwargs)
-        inputs, outputs = tree_leaves((args, kwargs)), tree_leaves(result)
-        given = {each.untyped_storage()._cdata for each in inputs if isinstance(each, Tensor)}
-        new = any(isinstance(each, Tensor) and each.untyped_storage()._cdata not in given for each in outputs)
-        if "empty" not in str(func) and (new or func._schema.is_mutable):
-            flops = flop_registry.get(func.overloadpacket, lambda *_, **__: 0)(*args, **kwargs, out_val=result)
-            self.log.append(Library(func._schema.name.removeprefix("aten::"), flops, bytes_of([*inputs, *outputs])))
-        return result
-
-
-def launches(layer: nn.Module, model: int, training: bool, architecture: str, timed: bool = False) -> Recorder:
-    """What a call of a layer without memory launches, in order."""
+def launches(
+    layer: nn.Module,
+    model: int,
+    training: bool,
+    architecture: str,
+    cuda: tuple[int, int] | None = None,
+    timed: bool = False,
+) -> Recorder:
+    """What a call of a layer without memory launches, in order; ``cuda``: its experts and slots, for that backend."""
     x = torch.empty(TOKENS, model, dtype=torch.bfloat16, device="meta", requires_grad=training)
-    with ExitStack() as as_on_gpu, warnings.catch_warnings():
+    backend = "cuda" if cuda else "triton"
+    with ExitStack() as patches, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nothing balances the experts of a single layer
         for each in (
             patch.object(logits, "_logits", lambda x, weight, _: logits.logits_of_low_precision(x, weight)),
-            patch.object(gating, "requested_backend", lambda _: "triton"),
+            patch.object(gating, "requested_backend", lambda _: backend),
             patch.object(gating, "is_plain_call", lambda _: True),
-            *(patch.object(m, "float32_mm", partial(torch.mm, out_dtype=torch.float32)) for m in (gradients, grouped)),
-            patch.object(torch, "is_autocast_enabled", lambda *_: False),
-            patch.object(Backend, "unsupported_reasons", lambda *_: []),
-            patch.dict(PREFERRED, meta=("triton",)),
-            patch.dict(os.environ, MPOE_AUTOTUNE="0"),  # the first of the ranking
         ):
-            as_on_gpu.enter_context(each)
-        log = as_on_gpu.enter_context(recorded(architecture))
-        with Recorder(log, timed) as recorder, torch.set_grad_enabled(training):
+            patches.enter_context(each)
+        recorder = patches.enter_context(as_on_gpu(architecture, backend, timed=timed))
+        if cuda:
+            patches.enter_context(cuda_on_stand_ins(*cuda, recorder.log))
+        with torch.set_grad_enabled(training):
             y = layer.train(training)(x)
             if training:
                 y.backward(torch.empty_like(y))
     return recorder
-
-
-_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
-_BACK = re.compile(r"\bBRA(?:\.\w+)*\s.*?0x([0-9a-f]+)")
-_BARRIER = re.compile(r"\bBAR\.(?:SYNC|RED)")
-_MATRIX = re.compile(r"\b(?:HGMMA\.(\d+)x(\d+)x(\d+)|HMMA\.(16)(8)(16|8))")
-
-
-def _flops(words: str) -> float:
-    """Of an instruction, for one warp."""
-    if not (matrix := _MATRIX.search(words)):
-        return 0.0
-    m, n, k = (int(size) for size in matrix.groups() if size)
-    return 2 * m * n * k / (4 if "HGMMA" in words else 1)  # four warps share a warpgroup's
-
-
-def code_of(text: str) -> list[tuple[int, str]]:
-    """Address and words of every instruction."""
-    return [(int(address, 16), words) for address, words in _INSTRUCTION.findall(text)]
-
-
-def loops_of(code: Sequence[tuple[int, str]]) -> list[tuple[int, int]]:
-    """First and last address of every loop, the outer ones first; the endless one behind the end is none."""
-    found: dict[int, int] = {}
-    for address, text in code:
-        back = _BACK.search(text)
-        if back and int(back[1], 16) < address:
-            found[int(back[1], 16)] = max(address, found.get(int(back[1], 16), 0))
-    return sorted(found.items(), key=lambda loop: (loop[0], -loop[1]))
-
-
-def executed(name: str, text: str, trips: Sequence[float]) -> tuple[float, float, float]:
-    """Instructions, barriers and FLOPs of matrix instructions that a warp executes in a kernel's machine code.
-
-    ``trips``: how often each loop runs for each run of the loop around it, in the order of `loops_of`. Loops that run
-    once, and inner ones (the last), which the compiler unrolled, may be missing in the code. Raises ValueError if it
-    has more.
-    """
-    code = code_of(text)
-    loops = loops_of(code)
-    given = list(trips) if len(trips) == len(loops) else [each for each in trips if each != 1][: len(loops)]
-    if len(given) < len(loops):
-        sizes = [sum(first <= address <= last for address, _ in code) for first, last in loops]
-        raise ValueError(f"{name} has loops of {sizes} instructions; tools/gpu_floors.py says how often {trips} run")
-    counts = []
-    for address, words in code:
-        times = math.prod(n for (first, last), n in zip(loops, given, strict=True) if first <= address <= last)
-        counts.append((times, times * bool(_BARRIER.search(words)), times * _flops(words)))
-    return tuple(map(sum, zip(*counts, strict=True)))
 
 
 def _rows(a: dict[str, Any]) -> float:
@@ -261,69 +167,105 @@ class Cost(NamedTuple):
         return max(self.times)
 
 
-def cost_of(launch: Launch | Library, architecture: str) -> Cost:
-    card = CARDS[architecture]
-    if isinstance(launch, Library):
-        tensor = launch.flops / card.flops
-        return Cost(launch.name, 0, 0, 0, 0, launch.bytes, (0.0, launch.bytes / card.bandwidth, tensor))
-    programs, warps = busy_programs(launch), launch.arguments.get("num_warps", 4)
-    trips = TRIPS.get(launch.name, lambda *_: ())(launch.arguments, launch.grid)
-    instructions, barriers, flops = executed(launch.name, machine_code(job_of(launch, architecture)), trips)
-    bytes_, total = bytes_of(launch.arguments.values()), programs * warps
+def _cost(
+    name: str, programs: float, warps: int, counts: tuple[float, float, float], bytes_: int, architecture: str
+) -> Cost:
+    """``counts``: instructions, barriers and FLOPs of a warp."""
+    card, (instructions, barriers, flops), total = CARDS[architecture], counts, programs * warps
     times = total * instructions / (4 * card.units * card.clock), bytes_ / card.bandwidth, total * flops / card.flops
-    return Cost(launch.name, programs, warps, round(instructions, 1), round(barriers, 1), bytes_, times)
+    return Cost(name, programs, warps, round(instructions, 1), round(barriers, 1), bytes_, times)
 
 
+@cache
+def cuda_binaries(architecture: str) -> dict[str, str]:
+    """Machine code of the 16-bit kernels of csrc/cuda by readable name."""
+    names = [path for path in sorted(CSRC.glob("cuda/*/*.cu")) if path.stem in ("bfloat16", "routing")]
+    found = [compiled(Job(str(path), architecture)) for path in names]
+    codes = {name: binary.code for each in found for name, binary in each.items()}
+    done = subprocess.run(["c++filt"], input="\n".join(codes), capture_output=True, text=True, check=True)
+    return dict(zip(map(short_name, done.stdout.splitlines()), codes.values(), strict=True))
+
+
+def costs_of(launch: Launch | Library | Called, architecture: str) -> Iterator[Cost]:
+    if isinstance(launch, Library):
+        tensor = launch.flops / CARDS[architecture].flops
+        yield Cost(launch.name, 0, 0, 0, 0, launch.bytes, (0.0, launch.bytes / CARDS[architecture].bandwidth, tensor))
+    elif isinstance(launch, Launch):
+        programs, warps = busy_programs(launch), launch.arguments.get("num_warps", 4)
+        trips = TRIPS.get(launch.name, lambda *_: ())(launch.arguments, launch.grid)
+        # The fifth generation's matrix instructions do not show their sizes; the fourth's multiply as much.
+        names = [architecture, "sm_90"] if architecture == "sm_100" else [architecture]
+        found = [
+            executed(launch.name, compiled(job)[job.name].code, trips) for job in map(partial(job_of, launch), names)
+        ]
+        counts = *found[0][:2], found[-1][2]
+        yield _cost(launch.name, programs, warps, counts, bytes_of(launch.arguments.values()), architecture)
+    else:
+        for number, each in enumerate(launch.launched):
+            warps = each.threads // 32
+            products = each.mma / (each.run * warps)
+            issued = products * issued_with_product(cuda_binaries(architecture)[each.kernel])
+            counts = issued, each.barriers / each.run, products * 2 * 16 * 8 * 16
+            # The op's, with its first launch; its own memory is written and read.
+            moved = 0 if number else bytes_of(launch.tensors) + 2 * launch.scratch
+            yield _cost(each.kernel, each.blocks, warps, counts, moved, architecture)
+
+
+@cache
 def dense_floors(model: int, training: bool, architecture: str) -> tuple[float, float]:
     """Seconds of the dense network: of its launches, with the activation's; and of its FLOPs or bytes, the larger."""
     card, passes = CARDS[architecture], 3 if training else 1
     dense = Dense(model, "relu", device="meta", dtype=torch.bfloat16)
-    costs = [cost_of(launch, architecture) for launch in launches(dense, model, training, architecture).log]
+    log = launches(dense, model, training, architecture).log
     flops, elements = 16 * TOKENS * model**2, 8 * model**2 + 10 * TOKENS * model
-    return sum(cost.floor for cost in costs), passes * max(flops / card.flops, 2 * elements / card.bandwidth)
+    least = passes * max(flops / card.flops, 2 * elements / card.bandwidth)
+    return sum(cost.floor for launch in log for cost in costs_of(launch, architecture)), least
 
 
-def cuda_kernels() -> dict[str, list[float]]:
-    """The 16-bit kernels of csrc/cuda for sm_90, by readable name.
+def own_flops(layer: nn.Module, training: bool) -> int:
+    """Of a chain of cores whose weights are rebuilt, without padding; 0 for other layers."""
+    total = 0
+    for module in layer.modules():
+        shape = getattr(module, "shape", None)
+        if isinstance(shape, MPOShape):
+            masked = not module.central.requires_grad
+            given = "rebuild", BlockDims.of_shape(shape), module.num_experts, TOKENS, torch.bfloat16
+            total += contraction(*given, "forward").flops
+            total += contraction(*given, "backward", (True, True, not masked, True)).flops if training else 0
+    return total
 
-    Their launches are not recorded, so nothing says how often their loops run: instructions of the whole kernel; then,
-    of the loop that multiplies most, instructions and barriers, and the time to issue it over that of its products.
+
+@cache
+def _log_of_cuda(name: str, training: bool) -> list[Any]:
+    """The same on every card."""
+    case = CASES[name]
+    return launches(case.layer("meta"), case.model, training, "sm_90", (case.experts, TOKENS * case.top_k)).log
+
+
+def figures(case: Case, training: bool, architecture: str, backend: str = "triton") -> dict[str, Any]:
+    """Of a call: floor in us and x dense, launches, Python's us in the ops, and our kernels.
+
+    Raises:
+        BackendError: the backend has no kernels for such a layer.
     """
-    compiler, card, found = os.environ.get("CUDACXX") or find("nvcc"), CARDS["sm_90"], {}
-    for source in (each for each in sorted(CSRC.glob("*/*.cu")) if each.stem not in ("float", "float16", "tf32")):
-        with tempfile.TemporaryDirectory() as folder:
-            compile_source(str(compiler), source, ["90a"], Path(folder))
-            built = Path(folder) / f"{source.stem}.o"
-            text = subprocess.run([find("cuobjdump") or "", "-sass", built], capture_output=True, text=True, check=True)
-        _, *functions = text.stdout.split("Function : ")
-        names = readable([each.split()[0] for each in functions])
-        for name, function in zip(names, functions, strict=True):
-            code = code_of(function)
-            inner = [[words for address, words in code if a <= address <= b] for a, b in loops_of(code)]
-            products = [(sum(map(_flops, words)) / len(words), words) for words in inner]
-            density, loop = max(products, default=(0.0, []))
-            ratio = card.flops / (density * 4 * card.units * card.clock) if density else 0.0
-            barriers = len(_BARRIER.findall("\n".join(loop)))
-            found[name] = [len(code), len(loop) if density else 0, barriers, round(ratio, 2)]
-    return dict(sorted(found.items()))
-
-
-def figures(case: Case, training: bool, architecture: str) -> dict[str, Any]:
-    """Of a call: floor in us and x dense, launches, Python's us in the ops, and Triton's kernels."""
     layer = case.layer("meta")
+    log = _log_of_cuda(case.name, training) if backend == "cuda" else None
     run = partial(launches, layer, case.model, training, architecture)
-    costs = [cost_of(launch, architecture) for launch in run().log]
+    costs = [cost for launch in log or run().log for cost in costs_of(launch, architecture)]
     floor, (dense, least) = sum(cost.floor for cost in costs), dense_floors(case.model, training, architecture)
     sums = [sum(times) for times in zip(*(each.times for each in costs), strict=True)]
     kernels = [[*each[:6], *(round(1e6 * seconds, 2) for seconds in each.times)] for each in costs if each.programs]
+    own = own_flops(layer, training) / CARDS[architecture].flops
+    seconds = [run(timed=True).seconds for _ in range(3)] if backend == "triton" else [math.nan]
     return {
         "x_dense": round(max(sums) / least, 3),
+        "x_own": round(max(sums) / own, 3) if own else "-",
         "x_launches": round(floor / dense, 3),
         "floor_us": round(1e6 * floor, 1),
         "issue_memory_tensor_us": [round(1e6 * seconds, 1) for seconds in sums],
         "launches": len(costs),
-        "triton_launches": len(kernels),
-        "python_us": round(1e6 * min(run(timed=True).seconds for _ in range(3))),
+        "ours": len(kernels),
+        "python_us": round(1e6 * min(seconds)) if backend == "triton" else "-",
         "kernels": kernels,
     }
 
@@ -340,59 +282,77 @@ def worse(name: str, found: dict[str, Any], kept: dict[str, Any], limit: float |
     return [f"{name}: {new} {what}; at most {most:g}" for what, new, most in pairs if new > most]
 
 
-def document(table: dict[str, Any]) -> str:
-    """Two Markdown tables: the calls on an H100, and the kernels of csrc/cuda."""
-    columns = ("x_dense", "x_launches", "floor_us", "launches", "triton_launches", "python_us")
-    lines = [f"| layer, forward / with backward | limit | {' | '.join(columns)} |", "|---|" + "---:|" * 7]
-    for name, case in CASES.items():
-        both = [table["calls"][f"{name} {phase} sm_90"] for phase in PHASES]
-        missed = [most is not None and each["x_dense"] > most for most, each in zip(case.limits, both, strict=True)]
-        limits = [f"{most or '-'}{' (missed)' * miss}" for most, miss in zip(case.limits, missed, strict=True)]
-        pairs = [limits, *([each[key] for each in both] for key in columns)]
-        lines.append(f"| {name} | {' | '.join(f'{first} / {second}' for first, second in pairs)} |")
-    lines += [
-        "",
-        "| kernel in CUDA C++ | instructions | its loop's | barriers | issue / tensor |",
-        "|---|" + "---:|" * 4,
-    ]
-    lines += [f"| `{name}` | {' | '.join(map(str, row))} |" for name, row in table["cuda"].items()]
-    return "\n".join(lines)
+def missed(name: str, found: dict[str, Any], limit: float | None) -> list[str]:
+    """A line if a call is above its limit: by how much, and which time decides."""
+    if limit is None or found["x_dense"] <= limit:
+        return []
+    times = dict(zip(("issue", "memory", "tensor"), found["issue_memory_tensor_us"], strict=True))
+    return [f"missed: {name}: {found['x_dense']} x dense of at most {limit}, by {max(times, key=times.__getitem__)}"]
+
+
+def limit_of(case: Case, phase: str, architecture: str) -> float | None:
+    return case.limits[PHASES.index(phase)] if architecture == "sm_90" else None
+
+
+def document(calls: dict[str, Any]) -> str:
+    """Markdown: the calls on an H100 with x dense on the others, the limits that are missed, and the kernels."""
+    columns = ("x_own", "x_launches", "floor_us", "launches", "ours", "python_us")
+    heads = ["layer, forward / with backward", "limit", *(f"x_dense {name}" for name in CARDS), *columns]
+    lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
+    misses, kernels = [], []
+    for (name, case), backend in product(CASES.items(), BACKENDS):
+        every = [[calls.get(f"{name} {phase} {card} {backend}") for phase in PHASES] for card in CARDS]
+        if not every[1][1]:
+            continue
+        pairs = [[most or "-" for most in case.limits], *([each["x_dense"] for each in both] for both in every)]
+        pairs += [[each[key] for each in every[1]] for key in columns]
+        lines.append(f"| {name}, {backend} | {' | '.join(f'{first} / {second}' for first, second in pairs)} |")
+        for phase, each in zip(PHASES, every[1], strict=True):
+            misses += missed(f"{name} {phase} {backend}", each, limit_of(case, phase, "sm_90"))
+        if case.model == min(each.model for each in CASES.values()):
+            for kernel, programs, warps, instructions, barriers, moved, *times in every[1][1]["kernels"]:
+                per_token = (round(programs * warps * instructions / TOKENS, 1), barriers, round(moved / TOKENS))
+                kernels.append(f"| {name}, {backend} | `{kernel}` | {' | '.join(map(str, (*per_token, *times)))} |")
+    lines += ["", *(f"- {line}" for line in misses), ""]
+    heads = ["layer with backward, sm_90", "kernel", "instructions a token", "barriers", "bytes a token"]
+    heads += [f"{what} us" for what in ("issue", "memory", "tensor")]
+    return "\n".join([*lines, f"| {' | '.join(heads)} |", f"|---|---|{'---:|' * 6}", *kernels])
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Returns 1 if something is worse than the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="sm_90", help=f"of {', '.join(CARDS)}, separated by commas")
+    parser.add_argument("--arch", default=",".join(CARDS), help="separated by commas; default all")
+    parser.add_argument("--backend", default=",".join(BACKENDS), help="triton, cuda or both; cuda needs nvcc and g++")
     parser.add_argument("--only", default="", help="only calls whose name contains this")
-    parser.add_argument("--cuda", action="store_true", help="also the kernels of csrc/cuda, which nvcc compiles")
     parser.add_argument("--write", action="store_true", help="keep the figures instead of comparing them")
     chosen = parser.parse_args(words)
-    table = json.loads(TABLE.read_text()) if TABLE.exists() else {"calls": {}, "cuda": {}}
-    lines: list[str] = []
-    for architecture in chosen.arch.split(","):
+    calls = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    worse_lines: list[str] = []
+    for architecture, backend in product(chosen.arch.split(","), chosen.backend.split(",")):
         for (name, case), phase in product(CASES.items(), PHASES):
-            call = f"{name} {phase} {architecture}"
+            call, limit = f"{name} {phase} {architecture} {backend}", limit_of(case, phase, architecture)
             if chosen.only not in call:
                 continue
-            found = figures(case, phase == "training", architecture)
+            try:
+                found = figures(case, phase == "training", architecture, backend)
+            except BackendError:
+                print(f"{call}: no kernels", flush=True)
+                continue
             print(call, *(f"{key} {value}" for key, value in found.items() if key != "kernels"), sep=", ", flush=True)
-            limit = case.limits[PHASES.index(phase)] if architecture == "sm_90" else None
+            for line in missed(call, found, limit):
+                print(line, flush=True)
             if chosen.write:
-                table["calls"][call] = found
+                calls[call] = found
+                lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(each)}" for key, each in sorted(calls.items()))
+                TABLE.write_text(f"{{\n{lines}\n}}\n")
             else:
-                kept = table["calls"].get(call)
-                lines += worse(call, found, kept, limit) if kept else [f"{call}: not in {TABLE.name}"]
-    if chosen.cuda:
-        found = cuda_kernels()
-        for name, row in () if chosen.write else found.items():
-            if any(new > MORE * old for new, old in zip(row, table["cuda"].get(name, [0]), strict=False)):
-                lines.append(f"{name}: {row}; kept {table['cuda'].get(name)}")
-        table["cuda"] = found
+                kept = calls.get(call)
+                worse_lines += worse(call, found, kept, limit) if kept else [f"{call}: not in {TABLE.name}"]
     if chosen.write:
-        TABLE.write_text(json.dumps(table, indent=0).replace(",\n", ", ").replace(', "', ',\n"') + "\n")
-        write_between(DOCUMENT, "floors", document(table))
-    sys.stderr.writelines(f"{line}\n" for line in lines)
-    return 1 if lines else 0
+        write_between(DOCUMENT, "floors", document(calls))
+    sys.stderr.writelines(f"{line}\n" for line in worse_lines)
+    return 1 if worse_lines else 0
 
 
 if __name__ == "__main__":

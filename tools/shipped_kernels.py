@@ -1,86 +1,171 @@
-"""Calls of the ops that between them launch every Triton kernel in every configuration that ships.
+"""Calls that between them launch every Triton kernel in every configuration that ships, and what a call launches.
 
-They run on tensors without memory while launches are recorded, so neither a GPU nor memory is needed. A kernel that is
-launched only at other sizes needs its own problem in `problems`.
+Calls are made on tensors without memory while launches are recorded, so neither a GPU nor memory is needed. A kernel
+that is launched only at other sizes needs its own call in `problems`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
-from mpoe_kernels.contract import BlockDims, contractions
-from mpoe_kernels.contract.program import PHASES
-from mpoe_kernels.hidden_experts import triton as hidden
-from mpoe_kernels.hidden_experts.op import HiddenBackwardCall, HiddenCall
-from mpoe_kernels.linear.grouped import BY_PRODUCTS, MOST_EXPERTS, ON_CHIP
-from mpoe_kernels.linear.op import BackwardCall, ForwardCall
-from mpoe_kernels.linear.triton import fused_launch
-from mpoe_kernels.linear.triton.fused_tiles import fused_reasons
-from mpoe_kernels.mpo.shape import MPOShape
-from mpoe_kernels.neurons import triton as neurons
-from mpoe_kernels.neurons.op import NeuronBackwardCall, NeuronCall
+from mpoe_kernels import (
+    MPOBlocks,
+    MPOShape,
+    Routing,
+    backends,
+    combine,
+    dispatch,
+    grouped_mpo_linear,
+    hidden_experts,
+    neuron_experts,
+    route,
+)
+from mpoe_kernels.contract import BlockDims, autotune, contractions
+from mpoe_kernels.linear import gradients, grouped
+from mpoe_kernels.linear.ffn import placed_mpo_linear
 from mpoe_kernels.routing import triton as routing
-from mpoe_kernels.routing.op import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 from mpoe_kernels.testing.launches import Launch, recorded
-from mpoe_kernels.triton import architecture
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENS = (4096, 64, 8)  # training, a small batch, decoding
 TILES = 4  # length of the longest table of tiles
 
 
-class Sizes(NamedTuple):
-    """Sizes of a model.
-
-    Attributes:
-        name: description; empty for T5-base, on which every shipped tile is tried.
-        model, hidden: widths of a feed-forward layer.
-        experts: numbers of experts; the first one is used where one is enough.
-    """
+class Library(NamedTuple):
+    """An operation of PyTorch: name, FLOPs of products, bytes of its tensors."""
 
     name: str
+    flops: float
+    bytes: int
+
+
+def bytes_of(values: Iterable[Any]) -> int:
+    """Of all different tensors among the values; views of one tensor count as their largest."""
+    found: dict[int, int] = {}
+    for value in values:
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            used = min(value.numel() * value.element_size(), storage.nbytes())
+            found[storage._cdata] = max(found.get(storage._cdata, 0), used)
+    return sum(found.values())
+
+
+class Recorder(TorchDispatchMode):
+    """Appends PyTorch's operations to ``log``, as `recorded` does Triton's launches; ``seconds``: Python's in our ops.
+
+    With ``timed``, operations in our ops are not recorded, which would take longer than they."""
+
+    def __init__(self, log: list[Any], timed: bool = False) -> None:
+        super().__init__()
+        self.log, self.timed, self.seconds = log, timed, 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "mpoe":
+            began = time.perf_counter()
+            with nullcontext() if self.timed else self:
+                result = OPDEFS[f"mpoe::{func._opname}"]._init_fn(*args, **kwargs)
+            self.seconds += time.perf_counter() - began
+            return result
+        with self:
+            result = func.decompose(*args, **kwargs)  # what is several operations
+        if result is not NotImplemented:
+            return result
+        result = func(*args, **kwargs)
+        inputs, outputs = tree_leaves((args, kwargs)), tree_leaves(result)
+        given = {each.untyped_storage()._cdata for each in inputs if isinstance(each, Tensor)}
+        new = any(isinstance(each, Tensor) and each.untyped_storage()._cdata not in given for each in outputs)
+        if "empty" not in str(func) and (new or func._schema.is_mutable):
+            flops = flop_registry.get(func.overloadpacket, lambda *_, **__: 0)(*args, **kwargs, out_val=result)
+            self.log.append(Library(func._schema.name.removeprefix("aten::"), flops, bytes_of([*inputs, *outputs])))
+        return result
+
+
+@contextmanager
+def as_on_gpu(architecture: str, backend: str = "triton", tile: int | None = None, timed: bool = False) -> Iterator:
+    """Calls of our ops on tensors without memory are made as on a GPU; gives their `Recorder`.
+
+    Args:
+        architecture: one of `mpoe_kernels.triton.architecture.ARCHITECTURES`.
+        backend: that ``auto`` means.
+        tile, timed: see `recorded`, `Recorder`.
+    """
+    autotune.forget()
+    backends._selected.cache_clear()
+    float32_mm = partial(torch.mm, out_dtype=torch.float32)
+    with ExitStack() as patches:
+        for each in (
+            *(patch.object(module, "float32_mm", float32_mm) for module in (gradients, grouped)),
+            patch.object(torch, "is_autocast_enabled", lambda *_: False),
+            patch.object(backends.Backend, "unsupported_reasons", lambda *_: []),
+            patch.dict(backends.PREFERRED, meta=(backend,)),
+            patch.dict(os.environ, {autotune.SETTING: "0"}),  # the first of the ranking
+        ):
+            patches.enter_context(each)
+        yield patches.enter_context(Recorder(patches.enter_context(recorded(architecture, tile)), timed))
+
+
+class Sizes(NamedTuple):
+    """Widths of a feed-forward layer, and numbers of experts, the first of which is used where one is enough."""
+
     model: int
     hidden: int
     experts: tuple[int, ...]
 
 
-T5_BASE = Sizes("", 768, 3072, (8, 64))
-LARGE_SIZES = (Sizes("d = 4,096", 4096, 14336, (8, 64)), Sizes("E = 1,024", 768, 3072, (1024,)))
+T5_BASE = Sizes(768, 3072, (8, 64))  # every shipped tile is tried
+LARGE_SIZES = (Sizes(4096, 14336, (8, 64)), Sizes(768, 3072, (1024,)))
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A computation of the ops.
-
-    Attributes:
-        name: description.
-        run: launches its kernels on ``meta`` tensors.
-        every_tile: whether to try all shipped tiles on it, not only the suitable ones.
-    """
+class Problem(NamedTuple):
+    """Calls of the ops: a description, what makes them, and whether to try all shipped tiles on them."""
 
     name: str
     run: Callable[[], object]
     every_tile: bool = False
 
-    def launches(self, name: str) -> list[Launch]:
-        """On an architecture: with the suitable tiles, and with all others in turn if requested."""
+    def launches(self, architecture: str) -> list[Launch]:
+        """With the suitable tiles, and with all others in turn if requested."""
         found: list[Launch] = []
         for tile in (None, *(range(TILES) if self.every_tile else ())):
-            with recorded(name, tile) as started:
+            with as_on_gpu(architecture, tile=tile, timed=True) as recorder:
                 self.run()
-            found += started
+            found += [each for each in recorder.log if isinstance(each, Launch)]
         return found
 
 
-def shapes(sizes: Sizes = T5_BASE) -> dict[str, tuple[BlockDims, BlockDims]]:
-    """Blocks of the up and the down projection by name."""
+def _leaf(*size: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(size, dtype=dtype, device="meta", requires_grad=True)
+
+
+def _integers(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+def _called(op: Callable[..., Tensor], *arguments: Any, **options: Any) -> None:
+    """Without gradients, and with all of them."""
+    with torch.no_grad():
+        op(*arguments, backend="triton", **options)
+    y = op(*arguments, backend="triton", **options)
+    y.backward(torch.empty_like(y))
+
+
+def shapes(sizes: Sizes = T5_BASE) -> dict[str, tuple[MPOShape, MPOShape]]:
+    """Those of the up and the down projection by name."""
     up, down = (sizes.model, sizes.hidden), (sizes.hidden, sizes.model)
     separable = MPOShape.separable(*up)
     found = {
@@ -89,218 +174,132 @@ def shapes(sizes: Sizes = T5_BASE) -> dict[str, tuple[BlockDims, BlockDims]]:
     }
     for bond in (16, 32, 64, 128, None):
         found[f"paper {bond or 'full'}"] = MPOShape.paper(*up, max_bond=bond), MPOShape.paper(*down, max_bond=bond)
-    return {name: (BlockDims.of_shape(one), BlockDims.of_shape(other)) for name, (one, other) in found.items()}
-
-
-def _empty(*size: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(size, dtype=dtype, device="meta")
-
-
-def _integers(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
-    return _empty(*size, dtype=dtype)
+    return found
 
 
 def run_linear(
-    dims: BlockDims,
+    shape: MPOShape,
     experts: int,
     tokens: int,
     dtype: torch.dtype,
-    phase: str,
     strategy: str,
-    activation: str = "none",
-    placed: bool = False,
-    mask_central: bool = False,
+    activation: str | None = None,
+    masked: bool = False,
+    on_chip: bool = True,
 ) -> None:
-    """The grouped product of gathered rows, as a layer calls it in training.
+    """The grouped product of gathered rows, and of rows that are scattered to their tokens.
 
     Args:
-        dims, experts, tokens, dtype: the problem.
-        phase: ``forward`` or ``backward``.
-        strategy: one of the planner's, or `ON_CHIP`, which does nothing where weights do not fit on chip.
+        shape, experts, tokens, dtype: the problem.
+        strategy: one of the planner's.
         activation: with one, there is a bias.
-        placed: as called for the last product of a layer without gradients, which scatters rows to their tokens.
-        mask_central: without the gradient of the central block.
+        masked: the central block has no gradient.
+        on_chip: weights that fit stay on chip.
     """
-    on_chip = strategy == ON_CHIP
-    kernels: Any = fused_launch if on_chip else BY_PRODUCTS
-    if on_chip and fused_reasons(dims, dtype, architecture.target_of(torch.device("meta"))):
-        return
-    common: dict[str, Any] = {
-        "x": _empty(tokens, dims.in_features, dtype=dtype),
-        "left": _empty(experts, dims.iL, dims.jL, dims.a, dtype=dtype),
-        "central": _empty(dims.a, dims.iC, dims.jC, dims.b, dtype=dtype),
-        "right": _empty(experts, dims.b, dims.iR, dims.jR, dtype=dtype),
-        "expert_offsets": _integers(experts + 1, dtype=torch.int32),
-        "bias": _empty(dims.out_features, dtype=dtype) if activation != "none" else None,
-        "row_index": None if placed else _integers(tokens),
-        "slot_of_token": None,  # the sum by token is one of routing's kernels
-        "in_features": dims.in_features,
-        "out_features": dims.out_features,
-        "activation": activation,
-        "strategy": "rebuild" if on_chip else strategy,
-        "backend": "triton",
-    }
-    if phase == "forward":
-        call = ForwardCall(**common, save=not placed)
-        if placed:
-            call = replace(call, out_index=_integers(tokens), gates=_empty(tokens, dtype=torch.float32))
-        kernels.forward(call)
-        return
-    grad, saved = (_empty(tokens, dims.out_features, dtype=dtype) for _ in range(2))
-    h = _empty(tokens * dims.jC if strategy == "separable" else 0, dims.b, dtype=dtype)
-    need = [True, True, not mask_central, True, activation != "none"]
-    backward = BackwardCall(**common, grad=grad, h=h, saved=saved, need=need)
-    kernels.backward(backward)
-
-
-def strategies(dims: BlockDims, experts: int, tokens: int, dtype: torch.dtype, phase: str) -> list[str]:
-    """Names of the candidates: the planner's strategies, and the fused kernels."""
-    found = [plan.strategy for plan in contractions(dims, experts, tokens, dtype, phase)]
-    return found if dims.is_separable else [*found, ON_CHIP]
+    d = BlockDims.of_shape(shape)
+    sizes = (experts, d.iL, d.jL, d.a), (d.a, d.iC, d.jC, d.b), (experts, d.b, d.iR, d.jR)
+    left, central, right = (_leaf(*size, dtype=dtype) for size in sizes)
+    blocks = MPOBlocks(left, central.requires_grad_(not masked), right, shape.in_features, shape.out_features)
+    bias = None if activation is None else _leaf(shape.out_features, dtype=dtype)
+    where = Routing(_integers(experts + 1, dtype=torch.int32), _integers(tokens), _integers(tokens, 1))
+    rows, offsets = _leaf(tokens, shape.in_features, dtype=dtype), where.expert_offsets
+    options: dict[str, Any] = {"strategy": strategy, "activation": activation, "row_index": where.token_of_slot}
+    with nullcontext() if on_chip else patch.object(grouped, "fused_reasons", lambda *_: ["product by product"]):
+        _called(grouped_mpo_linear, rows, blocks, offsets, bias, **options)
+        with torch.no_grad():
+            gates = _leaf(tokens, 1, dtype=torch.float32)
+            placed_mpo_linear(rows, blocks, offsets, None, where, gates, "triton", strategy)
 
 
 def _linear(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
     """Every strategy that may be chosen, up (with ReLU and bias) and down (without); some with what is rarer."""
-    rarer: dict[str, dict[str, dict[str, Any]]] = {
-        "forward": {"placed": {"placed": True}},
-        "backward": {"masked": {"mask_central": True}},
-    }
-    others = {phase: {name: {"activation": name} for name in ("gelu", "gelu_tanh", "silu")} for phase in PHASES}
     for (name, pair), (experts, tokens) in product(
-        shapes(sizes).items(), product(sizes.experts[: 1 if few else None], TOKENS)
+        shapes(sizes).items(), product(sizes.experts[: 1 if few else None], TOKENS[:: 2 if few else 1])
     ):
         if few and name not in ("paper 64", "separable"):
             continue
         first = not few and (experts, tokens) == (sizes.experts[0], TOKENS[0])
-        for direction, activation, dims in zip(("up", "down"), ("relu", "none"), pair, strict=True):
-            for phase in PHASES:
-                for strategy in strategies(dims, experts, tokens, dtype, phase):
-                    options = {"": {"activation": activation}}
-                    if name in ("paper 64", "separable") and direction == "down":
-                        options |= rarer[phase]
-                    if name in ("paper 32", "separable") and first and direction == "up":
-                        options |= others[phase]
-                    for more, given in options.items():
-                        label = f"{name} {direction} {phase} {strategy} {more} E={experts} T={tokens}"
-                        work = partial(run_linear, dims, experts, tokens, dtype, phase, strategy, **given)
-                        yield Problem(label, work, first)
+        for direction, activation, shape in zip(("up", "down"), ("relu", None), pair, strict=True):
+            given = (shape, experts, tokens, dtype)
+            for plan in contractions(BlockDims.of_shape(shape), *given[1:], "forward"):
+                options: list[dict[str, Any]] = [{"activation": activation}]
+                options += [{"on_chip": False, **options[0]}] if plan.strategy == "rebuild" else []
+                if name in ("paper 64", "separable") and direction == "down":
+                    options.append({"masked": True})
+                if name in ("paper 32", "separable") and first and direction == "up":
+                    options += [{"activation": other} for other in ("gelu", "gelu_tanh", "silu")]
+                for more in options:
+                    label = f"{name} {direction} {plan.strategy} E={experts} T={tokens} {more}"
+                    yield Problem(label, partial(run_linear, *given, plan.strategy, **more), first)
+
+
+def run_routing(experts: int, tokens: int, top_k: int, width: int, dtype: torch.dtype, limited: bool) -> None:
+    """A router's gates, the sort, and the rows there and back; ``limited``: with a capacity and masked tokens."""
+    for raw in (False, True):
+        routing.gate(_integers(tokens, experts, dtype=torch.float32), top_k, raw)
+    limits = (tokens * top_k // experts + 1, _integers(tokens, dtype=torch.bool)) if limited else (None, None)
+    where = route(_integers(tokens, top_k), experts, *limits, backend="triton")
+    _called(dispatch, _leaf(tokens, width, dtype=dtype), where)
+    rows, gates = _leaf(tokens * top_k, width, dtype=dtype), _leaf(tokens, top_k, dtype=torch.float32)
+    _called(combine, rows, where, gates)
 
 
 def _routing(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
     """At every power of two of pairs that one program sorts, and beyond."""
-    loads, model = sizes.experts[:1] if few else sizes.experts, sizes.model
+    loads = sizes.experts[:1] if few else sizes.experts
     tokens_of = {1: (4096, *(1 << bit for bit in range(4, routing.FEW.bit_length()))), 2: TOKENS, 8: TOKENS}
-    for experts, (top_k, counts) in product((*loads, MOST_EXPERTS), tokens_of.items()):
+    for experts, (top_k, counts), limited in product((*loads, grouped.MOST_EXPERTS), tokens_of.items(), (False, True)):
         for tokens in counts:
-            label, slots = f"routing E={experts} T={tokens} K={top_k}", tokens * top_k
-            index, offsets = _integers(tokens, top_k), _integers(experts + 1, dtype=torch.int32)
-            token_of_slot, slot_of_token = _integers(slots), _integers(tokens, top_k)
-            rows, gates = _empty(tokens, model, dtype=dtype), _empty(tokens, top_k, dtype=torch.float32)
-            sorted_rows, where = _empty(slots, model, dtype=dtype), (offsets, token_of_slot, slot_of_token)
-            for raw in (False, True):
-                logits = _empty(tokens, experts, dtype=torch.float32)
-                yield Problem(f"{label} gate", partial(routing.gate, logits, top_k, raw))
-            for capacity, mask in ((None, None), (slots // experts + 1, _empty(tokens, dtype=torch.bool))):
-                call: Any = RouteCall(index, experts, capacity, mask, "triton")
-                yield Problem(f"{label} route", partial(routing.route, call))
-            call = DispatchCall(rows, *where, "triton")
-            yield Problem(f"{label} dispatch", partial(routing.dispatch, call))
-            call = DispatchBackwardCall(sorted_rows, slot_of_token, "triton")
-            yield Problem(f"{label} dispatch backward", partial(routing.dispatch_backward, call))
-            call = CombineCall(sorted_rows, *where, gates, "triton")
-            yield Problem(f"{label} combine", partial(routing.combine, call))
-            call = CombineBackwardCall(rows, sorted_rows, token_of_slot, slot_of_token, gates, True, True, "triton")
-            yield Problem(f"{label} combine backward", partial(routing.combine_backward, call))
+            work = partial(run_routing, experts, tokens, top_k, sizes.model, dtype, limited)
+            yield Problem(f"routing E={experts} T={tokens} K={top_k}{' limited' * limited}", work)
 
 
-class HiddenSize(NamedTuple):
-    """Experts on the hidden side: their number, those of a token, whether groups own blocks, a block's side."""
-
-    experts: int
-    top_k: int
-    per_group: bool
-    block: int = 64
-
-
-HIDDEN_SIZES = (HiddenSize(8, 2, True), HiddenSize(64, 2, False), HiddenSize(8, 4, True, 128), HiddenSize(64, 8, True))
+# Experts, those of a token, whether groups of hidden units own blocks, and a block's side.
+HIDDEN_SIZES = ((8, 2, True, 64), (64, 2, False, 64), (8, 4, True, 128), (64, 8, True, 64))
+# Experts, those of a token, and the neurons of each.
+NEURON_SIZES = ((8, 2, 64), (8, 2, 512), (64, 8, 128), (64, 16, 8))
 
 
 def run_hidden(
-    size: HiddenSize, hidden_units: int, tokens: int, dtype: torch.dtype, gated: bool, activation: str, phase: str
+    units: int, tokens: int, dtype: torch.dtype, gated: bool, experts: int, top_k: int, per_group: bool, block: int
 ) -> None:
-    """`hidden_experts` between the products of the layer, with biases, or all its gradients."""
-    blocks = (size.experts, hidden_units // size.block if size.per_group else 1, size.block, size.block)
-    inputs: dict[str, Any] = {
-        "u": _empty(tokens, hidden_units, dtype=dtype),
-        "gates": _empty(tokens, size.top_k, dtype=torch.float32),
-        "top_k_index": _integers(tokens, size.top_k),
-        "right": _empty(*blocks, dtype=dtype),
-        "left": _empty(*blocks, dtype=dtype),
-        "bias": _empty(size.experts, hidden_units, dtype=dtype),
-        "u_gate": _empty(tokens, hidden_units, dtype=dtype) if gated else None,
-        "right_gate": _empty(*blocks, dtype=dtype) if gated else None,
-        "activation": activation,
-        "backend": "triton",
-    }
-    if phase == "forward":
-        hidden.forward(HiddenCall(**inputs))
-    else:
-        grad = _empty(tokens, hidden_units, dtype=dtype)
-        hidden.backward(HiddenBackwardCall(**inputs, grad=grad, need=[True] * 7))
+    """`hidden_experts` between the products of the layer, with biases."""
+    size = experts, units // block if per_group else 1, block, block
+    right, left, right_gate = (_leaf(*size, dtype=dtype) for _ in range(3))
+    u, u_gate = (_leaf(tokens, units, dtype=dtype) for _ in range(2))
+    gates, bias = _leaf(tokens, top_k, dtype=torch.float32), _leaf(experts, units, dtype=dtype)
+    more = {"activation": "silu", "u_gate": u_gate, "right_gate": right_gate} if gated else {"activation": "gelu"}
+    _called(hidden_experts, u, gates, _integers(tokens, top_k), right, left, bias, **more)
 
 
-def _hidden(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
+def run_neurons(
+    width: int, tokens: int, dtype: torch.dtype, gated: bool, experts: int, top_k: int, neurons: int
+) -> None:
+    """`neuron_experts` beside a layer of that width, with biases."""
+    up, down, gate_up = (_leaf(experts, neurons, width, dtype=dtype) for _ in range(3))
+    x, gates = _leaf(tokens, width, dtype=dtype), _leaf(tokens, top_k, dtype=torch.float32)
+    more = {"activation": "silu", "gate_up": gate_up} if gated else {"activation": "gelu"}
+    bias = _leaf(experts, neurons, dtype=dtype)
+    _called(neuron_experts, x, gates, _integers(tokens, top_k), up, down, bias, **more)
+
+
+def _experts(run: Callable[..., None], dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
     """Gated and not, on every tile."""
-    found = HIDDEN_SIZES[: 2 if few else None]
+    kinds, width = (HIDDEN_SIZES, sizes.hidden) if run is run_hidden else (NEURON_SIZES, sizes.model)
+    kinds = kinds[: 2 if few else None]
     if sizes != T5_BASE:
-        found = tuple(size._replace(experts=experts) for experts in sizes.experts for size in found)
-    for size, (gated, activation), phase, tokens in product(found, ((False, "gelu"), (True, "silu")), PHASES, TOKENS):
-        label = f"hidden {size.block} E={size.experts} {'gated ' if gated else ''}{phase} T={tokens}"
-        work = partial(run_hidden, size, sizes.hidden, tokens, dtype, gated, activation, phase)
-        yield Problem(label, work, not few and tokens == TOKENS[0])
+        kinds = tuple((experts, *kind[1:]) for experts in sizes.experts for kind in kinds)
+    for kind, gated, tokens in product(kinds, (False, True), TOKENS[:: 2 if few else 1]):
+        label = f"{run.__name__} {kind} {'gated ' if gated else ''}T={tokens}"
+        yield Problem(label, partial(run, width, tokens, dtype, gated, *kind), not few and tokens == TOKENS[0])
 
 
-class NeuronSize(NamedTuple):
-    """Experts of their own neurons: their number, those of a token, neurons of each."""
-
-    experts: int
-    top_k: int
-    neurons: int
-
-
-NEURON_SIZES = (NeuronSize(8, 2, 64), NeuronSize(8, 2, 512), NeuronSize(64, 8, 128), NeuronSize(64, 16, 8))
-
-
-def run_neurons(size: NeuronSize, width: int, tokens: int, dtype: torch.dtype, gated: bool, phase: str) -> None:
-    """`neuron_experts` beside a layer of that width, with biases, or all its gradients."""
-    weights = (size.experts, size.neurons, width)
-    inputs: dict[str, Any] = {
-        "x": _empty(tokens, width, dtype=dtype),
-        "gates": _empty(tokens, size.top_k, dtype=torch.float32),
-        "top_k_index": _integers(tokens, size.top_k),
-        "up": _empty(*weights, dtype=dtype),
-        "down": _empty(*weights, dtype=dtype),
-        "bias": _empty(size.experts, size.neurons, dtype=dtype),
-        "gate_up": _empty(*weights, dtype=dtype) if gated else None,
-        "activation": "silu" if gated else "gelu",
-        "backend": "triton",
-    }
-    if phase == "forward":
-        neurons.forward(NeuronCall(**inputs))
-    else:
-        grad = _empty(tokens, width, dtype=dtype)
-        neurons.backward(NeuronBackwardCall(**inputs, grad=grad, need=[True] * 6))
-
-
-def _neurons(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
-    """Gated and not, on every tile."""
-    found = NEURON_SIZES[: 2 if few else None]
-    if sizes != T5_BASE:
-        found = tuple(size._replace(experts=experts) for experts in sizes.experts for size in found)
-    for size, gated, phase, tokens in product(found, (False, True), PHASES, TOKENS):
-        label = f"neurons {size.neurons} E={size.experts} {'gated ' if gated else ''}{phase} T={tokens}"
-        work = partial(run_neurons, size, sizes.model, tokens, dtype, gated, phase)
-        yield Problem(label, work, not few and tokens == TOKENS[0])
+FAMILIES = {
+    "linear": _linear,
+    "routing": _routing,
+    "hidden": partial(_experts, run_hidden),
+    "neurons": partial(_experts, run_neurons),
+}
 
 
 def problems(dtype: torch.dtype, few: bool = False, sizes: Sizes = T5_BASE) -> Iterator[Problem]:
@@ -308,6 +307,6 @@ def problems(dtype: torch.dtype, few: bool = False, sizes: Sizes = T5_BASE) -> I
 
     Every tile is tried only on T5-base's sizes; on others, only suitable tiles.
     """
-    for family in (_linear, _routing, _hidden, _neurons):
+    for family in FAMILIES.values():
         for problem in family(dtype, few, sizes):
-            yield problem if sizes == T5_BASE else replace(problem, every_tile=False)
+            yield problem if sizes == T5_BASE else problem._replace(every_tile=False)

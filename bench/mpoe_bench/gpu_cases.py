@@ -91,3 +91,4 @@ def cases(models: tuple[int, ...] = (768, 4096)) -> Iterator[Case]:
         yield Case("separable", model, 8, 1, (1.5, 1.7))
         for masked in (False, True):
             yield Case("paper", model, 8, 1, (None, None), {"max_bond": bond}, masked)
+        yield Case("light", model, 8, 1, (None, None), {"max_bond": bond})

@@ -14,6 +14,7 @@ import copy
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -25,6 +26,7 @@ from mpoe.models import convert_to_mpoe
 from mpoe_bench.cases import relative_error
 from mpoe_bench.gpu_cases import PHASES, TOKENS, Case, Dense, cases
 from mpoe_bench.graphs import graphed
+from mpoe_kernels.backends import BackendError
 
 WRONG = 3
 # Of the same formula in bfloat16, summed in another order: the result, and the worst gradient.
@@ -36,32 +38,25 @@ SHAPES: dict[str, dict[str, Any]] = {
     "hidden": {"shape": "hidden"},
     "separable": {"shape": "separable"},
 }
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
+say = partial(print, flush=True)
 
 
 def _text(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def finish(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def microseconds(function: Callable[[], object], device: str, calls: int = 20) -> float:
-    """Median over five groups of calls; nothing waits within a group."""
-    calls = calls if device == "cuda" else 1
+    """Median over five groups of calls, of one call on a CPU; nothing waits within a group."""
+    groups, calls = (5, calls) if device == "cuda" else (1, 1)
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     found = []
     function()
-    for _ in range(5 if device == "cuda" else 1):
-        finish(device)
+    for _ in range(groups):
+        wait()
         began = time.perf_counter()
         for _ in range(calls):
             function()
-        finish(device)
+        wait()
         found.append((time.perf_counter() - began) / calls)
     return 1e6 * median(found)
 
@@ -71,13 +66,10 @@ def phases(layer: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
     grad = torch.randn_like(x)
     leaves = [p for p in layer.parameters() if p.requires_grad]
 
-    def forward() -> object:
-        with torch.no_grad():
-            return layer(x)
+    def training() -> object:
+        return torch.autograd.grad(layer(x), leaves, grad, allow_unused=True)
 
-    return dict(
-        zip(PHASES, (forward, lambda: torch.autograd.grad(layer(x), leaves, grad, allow_unused=True)), strict=False)
-    )
+    return dict(zip(PHASES, (torch.no_grad()(lambda: layer(x)), training), strict=True))
 
 
 def results(layer: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -100,16 +92,17 @@ def difference(case: Case, backend: str, x: Tensor) -> dict[str, float]:
 
 
 def smoke(device: str, backend: str) -> int:
-    """Check and time; returns `WRONG` if a result differs, 1 if a layer cannot run, the last line says how many."""
-    count = {"right": 0, "wrong": 0, "failed": 0}
+    """Check and time. Returns `WRONG` if a result differs, 1 if a layer failed or none ran; the last line counts."""
+    count = {"right": 0, "wrong": 0, "failed": 0, "without kernels": 0}
     for case, x, dense in _sized(device, SIZES[device][:1]):
         try:
             found = difference(case, backend, x)
             layer = case.layer(device, backend)
             times = {phase: microseconds(call, device) for phase, call in phases(layer, x).items()}
         except Exception as error:  # the other layers are checked
-            count["failed"] += 1
-            say(f"failed: {backend} {case.name}: {_text(error)}")
+            kind = "without kernels" if isinstance(error, BackendError) else "failed"
+            count[kind] += 1
+            say(f"{kind}: {backend} {case.name}: {_text(error)}")
             continue
         same = all(found[name] <= most for name, most in ALLOWED.items())  # False for NaN
         count["right" if same else "wrong"] += 1
@@ -117,15 +110,14 @@ def smoke(device: str, backend: str) -> int:
         errors = ", ".join(f"{name} off by {value:.1e}" for name, value in found.items())
         say(f"{'' if same else 'WRONG '}{backend} {case.name}: {errors}; {line}")
     say(", ".join(f"{number} {what}" for what, number in count.items()))
-    return WRONG if count["wrong"] else min(1, count["failed"])
+    return WRONG if count["wrong"] else int(count["failed"] > 0 or count["right"] == 0)
 
 
 def targets(device: str, _: str) -> int:
     """What users get (``auto``), called plainly and, on a GPU, replayed as a CUDA graph."""
     for case, x, dense in _sized(device, SIZES[device]):
-        layer = case.layer(device)
         words = []
-        for (phase, call), limit in zip(phases(layer, x).items(), case.limits, strict=True):
+        for (phase, call), limit in zip(phases(case.layer(device), x).items(), case.limits, strict=True):
             us = microseconds(call, device)
             words.append(f"{phase} {us:.0f} us {us / dense[phase]:.2f} x dense, limit {limit}")
             if device == "cuda" and phase == "forward":
@@ -150,8 +142,7 @@ def dense_model(name: str, device: str) -> Any:
     import transformers
 
     torch.manual_seed(0)
-    layers, width = (12, 768) if device == "cuda" else (1, 32)
-    vocabulary = 32128 if device == "cuda" else 64
+    layers, width, vocabulary = (12, 768, 32128) if device == "cuda" else (1, 32, 64)
     if name == "T5":
         config: Any = transformers.T5Config(d_model=width, d_ff=4 * width, d_kv=width // 12 or 8, num_heads=12)
         config.update({"num_layers": layers, "num_decoder_layers": layers, "vocab_size": vocabulary})
@@ -164,7 +155,6 @@ def dense_model(name: str, device: str) -> Any:
 
 def models(device: str, _: str) -> int:
     """A line per model and shape; what one of them raises is its line."""
-    batch, length, new = (8, 512, 32) if device == "cuda" else (2, 8, 3)
     for name in ("T5", "Llama"):
         dense = dense_model(name, device).to(torch.bfloat16)
         times: dict[str, float] = {}
@@ -173,7 +163,7 @@ def models(device: str, _: str) -> int:
                 model = copy.deepcopy(dense)
                 if options is not None:
                     model = convert_to_mpoe(model, MPOEConfig(num_experts=8, **options))
-                line = _whole(model.to(device), batch, length, new, device)
+                line = _whole(model.to(device), device)
                 times = times or dict(line)
             except Exception as error:  # the others are measured
                 say(f"failed: {name} {shape}: {_text(error)}")
@@ -184,14 +174,14 @@ def models(device: str, _: str) -> int:
     return 0
 
 
-def _whole(model: Any, batch: int, length: int, new: int, device: str) -> dict[str, float]:
+def _whole(model: Any, device: str) -> dict[str, float]:
     """Microseconds of a step and of ``generate``."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    batch, length, new = (8, 512, 32) if device == "cuda" else (2, 8, 3)
     ids = torch.randint(2, model.config.vocab_size, (batch, length), device=device)
+    mask, exactly = torch.ones_like(ids), {"min_new_tokens": new, "max_new_tokens": new, "do_sample": False}
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-
-    mask, exactly = torch.ones_like(ids), {"min_new_tokens": new, "max_new_tokens": new, "do_sample": False}
 
     def step() -> None:
         optimizer.zero_grad()
@@ -211,7 +201,6 @@ def profile(device: str, _: str) -> int:
     for case, x, _times in _sized(device, SIZES[device][:1]):
         if case.experts == 8 and not case.masked:
             phases(case.layer(device), x)["training"]()
-            finish(device)
             say(case.name)
     return 0
 

@@ -12,7 +12,7 @@ namespace {
 
 // "key=value" lines: how the library was built, and which instruction set it uses here.
 std::string build_info() {
-  std::string text = "version=" MPOE_VERSION "\ntorch=any\n";
+  std::string text = "version=" MPOE_VERSION "\ntorch=any\nbindings=" MPOE_BINDINGS "\n";
 #if defined(__clang__)
   text += "compiler=clang " __clang_version__ "\n";
 #else

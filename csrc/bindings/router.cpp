@@ -1,4 +1,4 @@
-// gating, router_logits and router_logits_backward: checks, and the kernels of cpu/router/router.h.
+// gating, router_logits and best_experts: checks, and the kernels of cpu/router/router.h.
 #include "bindings/router.h"
 
 namespace mpoe {
@@ -30,15 +30,11 @@ void bound_logits(
   router_logits(checked_router(x_dtype, weight_dtype, sizes, x, weight), logits);
 }
 
-// grad: float32 [tokens, experts]; dx and dweight: like x and weight, none: not wanted.
-void bound_logits_backward(
-    std::string_view x_dtype, std::string_view weight_dtype, const Sizes<3>& sizes, Address x, Address weight,
-    Address grad, Address dx, Address dweight) {
-  const Router router = checked_router(x_dtype, weight_dtype, sizes, x, weight);
-  require(
-      router.x_dtype != Dtype::kFloat16 && router.weight_dtype != Dtype::kFloat16,
-      "x and weight must be float32 or bfloat16; got ", x_dtype, " and ", weight_dtype);
-  router_logits_backward(router, grad, dx, dweight);
+// sizes: tokens, experts, top_k; scores: float32 [tokens, experts]; index: int64 [tokens, top_k].
+void bound_best(const Sizes<3>& sizes, Address scores, Address index) {
+  const auto [tokens, experts, top_k] = sizes;
+  require(top_k >= 1 && top_k <= experts, "top_k must lie in 1..", experts, "; got ", top_k);
+  best_experts(scores, tokens, experts, top_k, index);
 }
 
 }  // namespace
@@ -46,7 +42,7 @@ void bound_logits_backward(
 void bind_router(pybind11::module_& module) {
   module.def("gating", bound_gating, WithoutGil());
   module.def("router_logits", bound_logits, WithoutGil());
-  module.def("router_logits_backward", bound_logits_backward, WithoutGil());
+  module.def("best_experts", bound_best, WithoutGil());
 }
 
 }  // namespace mpoe

@@ -8,6 +8,7 @@ experts, every network becomes a dense expert; these need `--texts`."""
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ class ComposeOptions:
     texts: list[str] = option(
         [], "a text file for every expert or fine-tune, of its domain, in order; experts' files do without", nargs="+"
     )
-    router: str = option("ridge", "ridge: closed form; train: then trained alone, on the texts")
+    router: str = option(
+        "ridge", "ridge: closed form; train: then trained alone, on the texts", choices=["ridge", "train"]
+    )
     top_k: int | None = option(None, "experts per token; default 2 or the mixture's, of fine-tunes 1")
     add: str | None = option(None, "a composed mixture, which gets these experts more (of fine-tunes one)")
     remove: list[str] = option([], "names of experts of the mixture --add to leave out", nargs="+")
@@ -51,10 +54,8 @@ def command(arguments: Sequence[str]) -> None:
     if asked is None:
         return
     names, (options,), _ = asked
-    from mpoe.cli import compose_experts
-
-    if compose_experts.is_meant(names, options):
-        compose_experts.run(names, options)
+    if _of_experts(names, options):
+        run_experts(names, options)
         return
     if options.remove or options.merge or options.background is not None:
         raise CommandError("remove, merge and background are for experts' files; got fine-tunes")
@@ -78,7 +79,7 @@ def _check(names: Sequence[str], options: ComposeOptions) -> Path:
 
 def check_common(options: ComposeOptions) -> Path:
     """Refuse invalid sizes and a folder that holds a model; returns the output folder."""
-    from mpoe.training.output_dir import check_folder
+    from mpoe.cli.files import check_model_folder
 
     if options.output_dir is None:
         raise CommandError(f"compose needs --output_dir: {USAGE}")
@@ -86,9 +87,7 @@ def check_common(options: ComposeOptions) -> Path:
         if getattr(options, name) < 2:
             raise CommandError(f"{name} must be at least 2; got {getattr(options, name)}")
     out = Path(options.output_dir)
-    check_folder("output_dir", out)
-    if ((out / "config.json").exists() or any(out.glob("*.safetensors"))) and not options.overwrite:
-        raise CommandError(f"output_dir {out} holds a model; give --overwrite to replace it, or another folder")
+    check_model_folder("output_dir", out, options.overwrite)
     return out
 
 
@@ -154,9 +153,7 @@ def run(base_name: str, names: Sequence[str], options: ComposeOptions) -> Any:
         print(f"{name}: outside the experts {error:.2f} of what it changed is lost in the mean")
     from safetensors.torch import save_file
 
-    with model_folder(out) as staging:
-        mixture.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
+    with model_folder(out, mixture, tokenizer) as staging:
         save_file({key: value.contiguous() for key, value in mixture.router_statistics.items()}, staging / STATISTICS)
     print(f"saved to {out}")
     return mixture
@@ -179,3 +176,123 @@ def _composed(base: Any, fine_tunes: list[Any], examples: Any, options: ComposeO
     mixture = load_mpoe(folder).eval()
     mixture.router_statistics = load_file(folder / STATISTICS)
     return add_expert(mixture, base, fine_tunes[0], examples[0], router=options.router, steps=options.steps)
+
+
+# ------------------------------------------------------- experts' files, and adapters fitted as such
+
+TOP_K = 2
+
+
+def _of_experts(names: Sequence[str], options: ComposeOptions) -> bool:
+    """Whether a command is about experts: it names files of some, or a mixture of them, or the neurons of adapters."""
+    if any(name.endswith(".expert") for name in names[1:]) or options.neurons is not None:
+        return True
+    from mpoe.models.expert_mixture import EXPERTS_FOLDER
+
+    return options.add is not None and (Path(options.add) / EXPERTS_FOLDER).is_dir()
+
+
+def _check_experts(names: Sequence[str], options: ComposeOptions) -> None:
+    from mpoe.models.expert_adapters import is_adapter
+
+    adapters = [name for name in names[1:] if is_adapter(name)]
+    missing = [name for name in names[1:] if not Path(name).is_file() and name not in adapters]
+    if missing:
+        raise CommandError(f"compose takes either fine-tunes or experts' files; {missing[0]} is no file")
+    if options.remove and options.add is None:
+        raise CommandError("remove needs --add MIXTURE, whose experts it leaves out")
+    if options.texts and len(options.texts) != len(names) - 1:
+        wanted = f"a file for each of {len(names) - 1} experts, or none"
+        raise CommandError(f"texts must name {wanted}; got {len(options.texts)}")
+    absent = [text for text in [*options.texts, options.background] if text is not None and not Path(text).is_file()]
+    if absent:
+        raise CommandError(f"{'texts' if absent[0] in options.texts else 'background'}: no such file: {absent[0]}")
+    if adapters and not options.texts:
+        raise CommandError(f"the adapter {adapters[0]} is fitted on texts of its domain: give --texts")
+    if options.router == "train" and (not options.texts or options.add is not None):
+        raise CommandError("router train needs --texts for every expert of the mixture, and no --add")
+    if options.neurons is not None and (options.neurons < 1 or not adapters):
+        raise CommandError(f"neurons must be at least 1, of experts fitted to adapters; got {options.neurons}")
+    if options.steps < 1:
+        raise CommandError(f"steps must be at least 1; got {options.steps}")
+
+
+def _fitted(base: Any, name: str, batches: Any, tokenizer: Any, options: ComposeOptions) -> Any:
+    """The expert for the adapter in a folder; says what was lost."""
+    from mpoe.models.expert_adapters import check_adapter, fit_adapter
+
+    as_large = check_adapter(base, name)
+    neurons = options.neurons or as_large
+    adapted = load_fine_tune(name, base)
+    fit = {"neurons": neurons, "steps": options.steps, "tokenizer": tokenizer}
+    expert = fit_adapter(base, adapted, batches, Path(name).resolve().name, **fit)
+    facts = expert.facts["training"]
+    print(
+        f"{expert.name}: {neurons} neurons keep {facts['kept']:.0%} of the adapter's gain (held-out nats per token: "
+        f"base {facts['base']:.3f}, adapter {facts['adapter']:.3f}, neurons {facts['expert']:.3f})"
+    )
+    return expert
+
+
+def _kept(options: ComposeOptions) -> tuple[list[Any], Any, int]:
+    """Experts of the mixture ``--add`` without those of ``--remove``, its background and its top-k."""
+    from mpoe.models.expert_mixture import kept_experts
+
+    folder = Path(str(options.add))
+    experts, background = kept_experts(folder)
+    unknown = sorted(set(options.remove) - {expert.name for expert in experts})
+    if unknown:
+        known = ", ".join(expert.name for expert in experts)
+        raise CommandError(f"remove must name experts of the mixture, {known}; got {unknown[0]}")
+    top_k = json.loads((folder / "config.json").read_text(encoding="utf-8"))["mpoe"]["router"]["top_k"]
+    return [expert for expert in experts if expert.name not in options.remove], background, top_k
+
+
+def run_experts(names: Sequence[str], options: ComposeOptions) -> Any:
+    """Compose the experts ``names[1:]`` of the model ``names[0]`` and save the mixture, or merge them; returns it."""
+    from mpoe.cli.files import model_folder
+    from mpoe.cli.pretrained import find, load_model, load_tokenizer
+    from mpoe.models.expert_adapters import is_adapter
+    from mpoe.models.expert_files import load_expert, merge_expert
+    from mpoe.models.expert_mixture import NONE, compose_experts, documentation_batches, keep_experts
+
+    _check_experts(names, options)
+    out, source = check_common(options), find(names[0])
+    if source.is_mpoe:
+        raise CommandError(
+            f"compose needs the dense model that the experts were trained beside; {names[0]} is a mixture"
+        )
+    experts: list[Any] = []
+    background: Any = None
+    top_k, none = TOP_K, True
+    if options.add is not None:
+        experts, background, top_k = _kept(options)
+        none = background is not None
+    experts += [None if is_adapter(name) else load_expert(name) for name in names[1:]]
+    tokenizer, base = load_tokenizer(source), load_model(source)
+    first = len(experts) - len(names) + 1
+    texts = {}
+    for place, (name, text) in enumerate(zip(names[1:], options.texts, strict=False), first):
+        batches = pieces(Path(text), tokenizer, options)
+        experts[place] = experts[place] or _fitted(base, name, batches, tokenizer, options)
+        texts[experts[place].name] = batches
+    if options.merge:
+        merged = merge_expert(base, experts, weight=1 / max(1, len(experts)))
+        with model_folder(out, merged, tokenizer):
+            pass
+        print(f"saved to {out}: a dense {type(merged).__name__}, every expert at weight 1/{len(experts)}")
+        return merged
+    if options.background is not None:
+        background = pieces(Path(options.background), tokenizer, options)
+    elif none and background is None:
+        background = documentation_batches(base, tokenizer)
+    routed = {"top_k": options.top_k or top_k, "none": none, "background": background, "texts": texts}
+    mixture = compose_experts(base, experts, tokenizer=tokenizer, **routed)
+    if options.router == "train":
+        from mpoe.models.domains import train_routers
+
+        train_routers(mixture, [*texts.values(), background], 0, options.steps)
+    with model_folder(out, mixture, tokenizer) as staging:
+        keep_experts(mixture, staging)
+    print(f"saved to {out}: {', '.join(mixture.config.mpoe_experts)} (tokens go to {routed['top_k']}; {NONE!r} adds 0)")
+    return mixture

@@ -46,9 +46,8 @@ def run(
     name: str, out: Path, experts: ExpertOptions, overwrite: bool = False, original_checkpoint: str | None = None
 ) -> dict[str, int]:
     """Convert the model ``name`` into the folder ``out``; returns the parameter report."""
-    from mpoe.cli.files import model_folder
+    from mpoe.cli.files import check_model_folder, model_folder
     from mpoe.cli.pretrained import find, load_model, tokenizer_if_any
-    from mpoe.training.output_dir import check_folder
 
     config = experts.build()
     if config is None:
@@ -56,11 +55,9 @@ def run(
     source = find(name)
     if source.is_mpoe:
         raise CommandError(f"IN is converted already ({source.model_type}); give a dense checkpoint")
-    check_folder("OUT", out)
     if out.exists() and Path(source.path).is_dir() and out.samefile(source.path):
         raise CommandError(f"OUT must be another folder than IN; got {out} for both")
-    if ((out / "config.json").exists() or any(out.glob("*.safetensors"))) and not overwrite:
-        raise CommandError(f"OUT {out} holds a model; give --overwrite to replace it, or another folder")
+    check_model_folder("OUT", out, overwrite)
     tokenizer = tokenizer_if_any(source)
     from mpoe.models import convert_to_mpoe, import_original
 
@@ -71,10 +68,8 @@ def run(
         show_errors(model)
     report = model.parameter_report()
     show_parameters(report)
-    with model_folder(out) as staging:
-        model.save_pretrained(staging)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
+    with model_folder(out, model, tokenizer):
+        pass
     print(f"saved to {out}")
     return report
 

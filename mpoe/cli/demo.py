@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpoe.cli.errors import CommandError, close_matches
+from mpoe.cli.errors import CommandError
 from mpoe.cli.parsing import option, read_command
 
 MODEL_FOLDER = "model"
@@ -28,7 +28,9 @@ class DemoOptions:
 
     output_dir: Path = option(Path("mpoe_demo"), "folder for report.html, results, and experts and model or the runs")
     compare: bool = option(False, "compare dense, wider, Switch and MPO experts")
-    model: str = option("t5", "of --compare: t5 (documentation tasks) or gpt2 (language modelling)")
+    model: str = option(
+        "t5", "of --compare: t5 (documentation tasks) or gpt2 (language modelling)", choices=list(KINDS)
+    )
     steps: int | None = option(None, "training steps per expert or arm; default: the tuned budget")
     seed: int = option(0, "of data order, routers and dropout")
     overwrite: bool = option(False, "replace the demo in the output folder")
@@ -49,9 +51,6 @@ def command(arguments: Sequence[str]) -> None:
     from mpoe.training.run_lock import hold
 
     check_seed("seed", options.seed)
-    if options.model not in KINDS:
-        close = close_matches(options.model, KINDS)
-        raise CommandError(f"model must be one of {', '.join(KINDS)}; got {options.model!r}{close}")
     if "model" in asked.given and not options.compare:
         raise CommandError("model is for --compare; the experts are trained beside the embedded GPT-2")
     if steps is not None and steps < 1:
@@ -129,13 +128,13 @@ def size_and_price(kind: str) -> Any:
 
     inventory = take_inventory(LARGE[kind])
     usage = Usage(dict.fromkeys((*inventory.streams, "main", "encoder", "decoder"), 2048), torch.float32, True)
-    costs = {shape: model_costs(inventory, MPOEConfig(shape=shape), usage) for shape in MIXTURES}
+    costs = {shape: model_costs(inventory, MPOEConfig(shape=shape), usage)["totals"] for shape in MIXTURES}
     shown = {"dense": (costs["hidden"], "dense"), "switch": (costs["separable"], "switch")}
-    shown |= {arm: (cost, "mpoe") for arm, cost in costs.items()}
+    shown |= {arm: (totals, "mpoe") for arm, totals in costs.items()}
     rows = [["parameters, millions"], ["FLOPs of its feed-forward layers, x dense"]]
-    for cost, design in shown.values():
-        rows[0].append(f"{cost.whole(design).parameters / 1e6:,.0f}")
-        rows[1].append(f"{cost.experts(design).flops / cost.experts('dense').flops:.2f}")
+    for totals, design in shown.values():
+        rows[0].append(f"{totals['whole'][design]['parameters'] / 1e6:,.0f}")
+        rows[1].append(f"{totals['feed_forward'][design]['x_dense']:.2f}")
     words = "8 experts per layer; a token meets one, of hidden two. From shapes alone; mpoe bench times such layers."
     return Table(("", *shown), rows, f"{LARGE[kind]}, so converted", words, "runs")
 
@@ -213,9 +212,7 @@ def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
     classes = [*(expert.statistics for expert in mixture.composed_of), mixture.background_statistics]
     worth = composed_worth(mixture, classes, [batch for name in DOMAINS for batch in held_out[name]])
     shown = "\n".join(tokenizer.decode(held_out[name][0]["input_ids"][0][:SHOWN]) for name in DOMAINS)
-    with model_folder(output_dir / MODEL_FOLDER) as staging:
-        mixture.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
+    with model_folder(output_dir / MODEL_FOLDER, mixture, tokenizer) as staging:
         keep_experts(mixture, staging)
     results: dict[str, Any] = {
         "steps": steps,

@@ -14,8 +14,6 @@ from mpoe.cli.parsing import option, read_command
 from mpoe.cli.runs import data_of_run
 from mpoe.cli.tasks import DataOptions
 
-SPLITS = ("train", "validation", "test")
-
 
 @dataclass
 class EvaluateOptions:
@@ -32,8 +30,6 @@ class EvaluateOptions:
     output_file: str | None = option(None, "also write the scores here, as JSON")
 
     def __post_init__(self) -> None:
-        if self.split not in SPLITS:
-            raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {self.split!r}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {self.batch_size}")
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpoe.cli.errors import CommandError
-from mpoe.cli.parsing import read_command
+from mpoe.cli.parsing import option, read_command
 
 USAGE = "mpoe export IN OUT --to mixtral [--flag value ...]"
 
@@ -22,15 +22,10 @@ class ExportOptions:
 
     _argument_group_name = "run"
 
-    to: str = dataclasses.field(
-        default="mixtral",
-        metadata={"help": "class: mixtral, qwen3_moe or olmoe; of neurons: granitemoeshared or qwen2_moe; or hub"},
-    )
-    private: bool = dataclasses.field(
-        default=False, metadata={"help": "of --to hub: a repository that others cannot see"}
-    )
-    max_shard_size: str = dataclasses.field(default="5GB", metadata={"help": "largest file of weights"})
-    overwrite: bool = dataclasses.field(default=False, metadata={"help": "replace a model in OUT"})
+    to: str = option("mixtral", "class: mixtral, qwen3_moe or olmoe; of neurons: granitemoeshared or qwen2_moe; or hub")
+    private: bool = option(False, "of --to hub: a repository that others cannot see")
+    max_shard_size: str = option("5GB", "largest file of weights")
+    overwrite: bool = option(False, "replace a model in OUT")
 
 
 def command(arguments: Sequence[str]) -> None:
@@ -42,41 +37,30 @@ def command(arguments: Sequence[str]) -> None:
     if len(names) < 2:
         raise CommandError(f"export needs two arguments: {USAGE}")
     if options.to == "hub":
-        push(names[0], names[1], options)
+        from mpoe.models import push_expert
+
+        print(f"uploaded to {push_expert(names[0], names[1], private=options.private or None)}")
     else:
         run(names[0], Path(names[1]), options)
 
 
-def push(name: str, repository: str, options: ExportOptions) -> None:
-    """Upload the expert's file ``name``, or those in the folder ``name``."""
-    from mpoe.models import push_expert
-
-    print(f"uploaded to {push_expert(name, repository, private=options.private or None)}")
-
-
 def run(name: str, out: Path, options: ExportOptions) -> float:
     """Export the model ``name`` into the folder ``out``; returns the relative difference of the logits."""
-    from mpoe.cli.files import model_folder
+    from mpoe.cli.files import check_model_folder, model_folder
     from mpoe.cli.pretrained import find, load_model, tokenizer_if_any
-    from mpoe.training.output_dir import check_folder
 
     source = find(name)
     if not source.is_mpoe:
         raise CommandError(f"IN must be a mixture; {name} is a dense {source.model_type} (mpoe convert makes one)")
-    check_folder("OUT", out)
-    if ((out / "config.json").exists() or any(out.glob("*.safetensors"))) and not options.overwrite:
-        raise CommandError(f"OUT {out} holds a model; give --overwrite to replace it, or another folder")
+    check_model_folder("OUT", out, options.overwrite)
     tokenizer = tokenizer_if_any(source)
     from mpoe.models import merge_experts
-    from mpoe.models.export import check_export
-    from mpoe.models.export_neurons import server_notes
+    from mpoe.models.export import check_export, server_notes
 
     model = load_model(source)
     stock = merge_experts(model, as_=options.to)
-    with model_folder(out) as staging:
+    with model_folder(out, tokenizer) as staging:
         stock.save_pretrained(staging, max_shard_size=options.max_shard_size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
         difference = check_export(model, Path(staging), options.to)
     print(f"saved to {out}: a {type(stock).__name__} whose logits differ by {difference:.1e} of the largest")
     for note in server_notes(options.to, stock.config):

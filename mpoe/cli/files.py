@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mpoe.cli.errors import CommandError
+
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
 _STAGING = ".incomplete-model"
@@ -62,9 +64,19 @@ def publish_model(folder: Path) -> None:
     shutil.rmtree(staging)
 
 
+def check_model_folder(name: str, folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that cannot be written or holds a model that is not to be replaced; ``name``: of the argument."""
+    from mpoe.training.output_dir import check_folder
+
+    check_folder(name, folder)
+    if ((folder / "config.json").exists() or any(folder.glob("*.safetensors"))) and not overwrite:
+        raise CommandError(f"{name} {folder} holds a model; give --overwrite to replace it, or another folder")
+
+
 @contextlib.contextmanager
-def model_folder(folder: Path) -> Iterator[Path]:
-    """A staging folder to save a model into; its files are in ``folder`` when the block ends without an error."""
+def model_folder(folder: Path, *parts: Any) -> Iterator[Path]:
+    """A staging folder into which the ``parts`` (model, tokenizer; None is left out) are saved; its files are in
+    ``folder`` when the block ends without an error."""
     from mpoe.training.run_lock import hold
 
     with hold(folder):
@@ -72,6 +84,9 @@ def model_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)  # left by a killed process
         staging.mkdir(parents=True)
         try:
+            for part in parts:
+                if part is not None:
+                    part.save_pretrained(staging)
             yield staging
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)

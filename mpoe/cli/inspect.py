@@ -166,8 +166,7 @@ def _look(
     from mpoe.inspection.routes import route_text
     from mpoe.inspection.spectra import bond_spectra
     from mpoe.layers.cores import MPOCores
-    from mpoe.models.report import routed_layers, short_name
-    from mpoe.models.summary import summarize
+    from mpoe.models.report import routed_layers, short_name, summarize
 
     config = model.mpoe_config
     layers = [short_name(layer) for layer, _ in routed_layers(model)]
@@ -237,7 +236,7 @@ def _write(folder: Path, found: _Found) -> None:
 
     from mpoe.cli import routes
     from mpoe.cli.report import Table, facts, image, write_page
-    from mpoe.models.summary import HEADER, LEGEND
+    from mpoe.models.report import HEADER, LEGEND
 
     sections = list(_sections(found))
     folder.mkdir(parents=True, exist_ok=True)

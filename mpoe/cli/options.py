@@ -84,33 +84,32 @@ class MeasureOptions:
     print_num_parameters: bool = option(False, "print the number of parameters by kind before training")
 
 
-# Configuration fields whose option has a different type: JSON, a list, or None for the default of the moe_type.
+# Configuration fields whose option has a different type: JSON or a list; or None for the default of the moe_type.
 _OPTIONS: dict[str, tuple[Any, Any]] = {
     "shape": (str | None, None),
-    "gauge": (str | None, None),
-    "light_p": (int | None, None),
     "shape_pattern": (str | None, None),
     "target_modules": (list[str], []),
     "exclude_modules": (list[str], []),
     "layers_to_transform": (list[int], []),
-    "block_per_group": (bool | None, None),
-    "expert_bias": (bool | None, None),
-    "existing_experts": (str | None, None),
-    "expert_output_bias": (bool | None, None),
-    "top_k": (int | None, None),
-    "min_capacity": (int | None, None),
-    "second_threshold": (float | None, None),
-    "scoring_func": (str | None, None),
-    "bias_update_rate": (float | None, None),
 }
+_OPTIONAL: tuple[str, ...] = (
+    "gauge",
+    "light_p",
+    "block_per_group",
+    "expert_bias",
+    "existing_experts",
+    "expert_output_bias",
+)
+_OPTIONAL += ("min_capacity", "second_threshold", "scoring_func", "bias_update_rate")
 _NO_OPTIONS = ("router", "rate_ratios", "tied_head")
-# the original's names
+# the original's names, and short ones
 _ALIASES = {
-    "max_bond": "linear_trunc",
-    "attention_max_bond": "attention_trunc",
-    "embedding_max_bond": "emb_trunc",
-    "pooler_max_bond": "pooler_trunc",
-    "expert_dropout": "switch_dropout",
+    "num_experts": ("experts",),
+    "max_bond": ("linear_trunc", "bond"),
+    "attention_max_bond": ("attention_trunc",),
+    "embedding_max_bond": ("emb_trunc",),
+    "pooler_max_bond": ("pooler_trunc",),
+    "expert_dropout": ("switch_dropout",),
 }
 
 
@@ -127,12 +126,9 @@ def _options_of(config: type) -> Iterator[tuple[str, Any, Any]]:
     kinds, about = get_type_hints(config), _described(config)
     for field in fields(config):
         if field.name not in _NO_OPTIONS:
-            kind, default = _OPTIONS.get(field.name, (kinds[field.name], field.default))
-            yield (
-                field.name,
-                kind,
-                option(default, about.get(field.name, ""), *filter(None, [_ALIASES.get(field.name)])),
-            )
+            own = (kinds[field.name] | None, None) if field.name in _OPTIONAL else (kinds[field.name], field.default)
+            kind, default = _OPTIONS.get(field.name, own)
+            yield field.name, kind, option(default, about.get(field.name, ""), *_ALIASES.get(field.name, ()))
 
 
 _Fields: Any = make_dataclass("_Fields", [*_options_of(MPOEConfig), *_options_of(RouterConfig)])

@@ -32,7 +32,6 @@ _MEANT = {
     "data": "data_dir",
     "dataset": "data_dir",
     "output": "output_dir",
-    "experts": "num_experts",
 }
 _TRUTHS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")  # those of HfArgumentParser
 
@@ -140,7 +139,10 @@ def _check_flags(flags: Sequence[str], known: Mapping[str, argparse.Action]) -> 
 
 
 def parse(
-    dataclass_types: Sequence[type], flags: Sequence[str], config: str | os.PathLike[str] | None = None
+    dataclass_types: Sequence[type],
+    flags: Sequence[str],
+    config: str | os.PathLike[str] | None = None,
+    parser: argparse.ArgumentParser | None = None,
 ) -> tuple[tuple[Any, ...], set[str]]:
     """Fill ``dataclass_types`` from a configuration file and flags.
 
@@ -148,6 +150,7 @@ def parse(
         dataclass_types: dataclasses whose fields are the known options; field names must be unique.
         flags: command-line tokens; they override the file.
         config: JSON or YAML file, or None.
+        parser: of `make_parser`, if it is there already.
 
     Returns:
         The instances, and the names of the fields that the file or the flags set.
@@ -158,24 +161,14 @@ def parse(
     """
     if not flags and config is None:  # without Transformers, whose import takes a second
         return tuple(_build(kind, argparse.Namespace(), set()) for kind in dataclass_types), set()
-    return _parse(make_parser(dataclass_types), dataclass_types, flags, config)
-
-
-def _parse(
-    parser: argparse.ArgumentParser,
-    dataclass_types: Sequence[type],
-    flags: Sequence[str],
-    config: str | os.PathLike[str] | None,
-) -> tuple[tuple[Any, ...], set[str]]:
+    parser = parser or make_parser(dataclass_types)
     known = option_names(parser)
     _check_flags(flags, known)
-    namespace = argparse.Namespace()
-    given: set[str] = set()
+    namespace, given = argparse.Namespace(), set()
     if config is not None:
         values = read_config(config)
         tokens, nulls = _tokens(str(config), values, known)
-        nullable = _nullable(dataclass_types)
-        nulls = [name for name in nulls if name in nullable]
+        nulls = [name for name in nulls if name in _nullable(dataclass_types)]
         given |= {known[_normal(key)].dest for key, value in values.items() if value is not None} | set(nulls)
         try:
             namespace, rest = parser.parse_known_args(tokens, namespace)
@@ -233,7 +226,7 @@ def read_command(
 
     Args:
         first: the options that ``--help`` shows, with a few words about each; all others are shown by ``--help all``.
-        usage, about, inherited: see `mpoe.cli.usage.show_options`.
+        usage, about, inherited: see `show_options`.
         groups: dataclasses whose fields are the options.
         arguments: the tokens.
         words: maximum number of positional words, such as the name of a model.
@@ -243,8 +236,6 @@ def read_command(
         CommandError: see `parse`; also for too many words.
     """
     if any(token in ("-h", "--help") for token in arguments) or (words and not arguments):
-        from mpoe.cli.usage import show_first, show_options
-
         if first and "all" not in arguments:
             show_first(usage, about, first)
         else:
@@ -253,12 +244,11 @@ def read_command(
     if not arguments:
         return Asked([], *parse(groups, []))
     parser = make_parser(groups)
-    if config:  # only in front: after a flag it would be taken for an invalid value
-        start = 0 if arguments[0].startswith("--") else 1
-        found, flags = list(arguments[:start]), list(arguments[start:])
-    else:
-        found, flags = _split(arguments, option_names(parser), words)
-    return Asked(found, *_parse(parser, groups, flags, found[0] if found and config else None))
+    start = 0 if arguments[0].startswith("--") else 1  # a file only in front: after a flag it would be its value
+    found, flags = (
+        (list(arguments[:start]), list(arguments[start:])) if config else _split(arguments, option_names(parser), words)
+    )
+    return Asked(found, *parse(groups, flags, found[0] if found and config else None, parser))
 
 
 def _split(tokens: Sequence[str], known: Mapping[str, argparse.Action], most: int) -> tuple[list[str], list[str]]:
@@ -286,3 +276,57 @@ def _split(tokens: Sequence[str], known: Mapping[str, argparse.Action], most: in
 
 def _stray(values: Sequence[str]) -> CommandError:
     return CommandError(f"values without an option: {' '.join(map(repr, values))}")
+
+
+# ------------------------------------------------------------------- what --help prints
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        return "" if field.default is None else str(field.default)
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+        return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return ""
+
+
+def show_first(usage: str, about: str | None, options: Mapping[str, str]) -> None:
+    """Print the few options that matter at first, one line each."""
+    width = max(map(len, options)) + 2
+    lines = [f"Usage: {usage}", "", *(about or "").strip().split("\n\n")[:1], ""]
+    lines += [f"  --{name:{width}}{words}" for name, words in options.items()]
+    command = " ".join(usage.split()[:2])
+    print("\n".join([*lines, "", f"All others, with their defaults: {command} --help all"]))
+
+
+def show_options(usage: str, about: str | None, groups: Sequence[type], inherited: type | None = None) -> None:
+    """Print the options of a command.
+
+    Args:
+        usage: the usage line.
+        about: what the command does; its first paragraph is shown.
+        groups: dataclasses whose fields are the options.
+        inherited: a base class whose fields (the Hugging Face Trainer's) are listed by name only.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"[bold]Usage:[/bold] {escape(usage)}\n")
+    if about:
+        console.print(escape(about.strip().split("\n\n")[0]) + "\n")
+    console.print("Options are spelled --like_this or --like-this.\n")
+    names_of_base = {f.name for f in dataclasses.fields(inherited)} if inherited else set()
+    for group in groups:
+        table = Table("option", "default", "meaning", title=getattr(group, "_argument_group_name", group.__name__))
+        table.columns[0].no_wrap = True
+        for field in dataclasses.fields(group):
+            own = field.name not in names_of_base or "aliases" in field.metadata
+            if field.init and own:
+                aliases = [a for a in field.metadata.get("aliases", []) if "-" not in a[2:]]
+                label = ", ".join([f"--{field.name}", *aliases])
+                table.add_row(escape(label), escape(_default(field)), escape(str(field.metadata.get("help", ""))))
+        console.print(table)
+    if inherited:
+        console.print(f"And every option of {inherited.__name__}: {', '.join(sorted(names_of_base))}", highlight=False)

@@ -7,18 +7,20 @@ Computed only from the configuration: no weights are loaded or allocated, and no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpoe.cli.errors import CommandError
+from mpoe.cli.options import ExpertOptions
 from mpoe.cli.parsing import option, read_command
+from mpoe.config import MPOEConfig, RouterConfig
+from mpoe.config.shapes import NEURONS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mpoe.config import MPOEConfig
-    from mpoe.estimation.costs import ModelCosts, Usage
+    from mpoe.estimation.costs import Usage
     from mpoe.estimation.inventory import Inventory
 
 SCHEMA = 2
@@ -30,52 +32,32 @@ WIDTH = 110  # of a table, if that of the terminal is unknown, as in a pipe
 
 @dataclass
 class PlanOptions:
-    """The mixture and its workload."""
+    """The workload."""
 
     _argument_group_name = "plan"
 
-    experts: int = option(8, "experts per layer", "num_experts")
-    shape: str | None = option(
-        None,
-        "hidden, neurons, separable, paper, light, or JSON: kind -> MPOShape; "
-        "default: hidden, or separable where a bond or cores are given",
-    )
-    neurons: int | None = option(None, "hidden neurons of each expert, of shape neurons; default: 64")
-    latent: int | None = option(None, "size of the space that such experts share; none = the model's own")
-    bond: int | None = option(None, "cap of every bond dimension; none = lossless", "max_bond")
-    separable_left: int | None = option(None, "left core of a separable up projection")
-    separable_right: int | None = option(None, "right core of a separable up projection")
-    light_p: int = option(64, "product i * j of a light shape's outer cores")
-    exclude_modules: list[str] = option([], "feed-forward modules that stay dense")
-    layers_to_transform: list[int] = option([], "layers to convert; none given = all")
-    top_k: int | None = option(
-        None, "experts per token; default: 2 of hidden, an eighth of neurons (2 to 8), 1 of other shapes"
-    )
     tokens: int = option(2048, "tokens of one device in one step; of T5: in each of encoder and decoder")
     decoder_tokens: int | None = option(None, "T5: tokens of the decoder, when they are others")
-    dtype: str = option("bf16", "fp32, bf16 or fp16: weights and activations in products")
+    dtype: str = option("bf16", "fp32, bf16 or fp16: weights and activations in products", choices=list(DTYPES))
     training: bool = option(False, "forward and backward; the default")
     inference: bool = option(False, "forward only")
     mask_central: bool = option(False, "training: a step in which the gradient mask spares the central cores")
     json: str | None = option(None, "also write everything, layer by layer, to this file")
 
 
-GROUPS = (PlanOptions,)
-
-
 def command(arguments: Sequence[str]) -> None:
     """Run the command on its tokens."""
     usage = "mpoe plan MODEL_OR_CONFIG [--flag value ...]"
-    asked = read_command(usage, __doc__, GROUPS, arguments, words=1)
+    asked = read_command(usage, __doc__, [PlanOptions, ExpertOptions], arguments, words=1)
     if asked is None:
         return
-    words, (plan,), given = asked
+    words, (plan, experts), given = asked
     if not words:
         raise CommandError(f"plan needs a model first: {usage}")
-    run(words[0], plan, given)
+    run(words[0], plan, experts, given)
 
 
-def run(model: str, options: PlanOptions, given: set[str]) -> dict[str, Any]:
+def run(model: str, options: PlanOptions, experts: ExpertOptions, given: set[str]) -> dict[str, Any]:
     """Plan; print a table and return (and write) everything as JSON-able values."""
     from rich.console import Console
     from rich.markup import escape
@@ -86,13 +68,13 @@ def run(model: str, options: PlanOptions, given: set[str]) -> dict[str, Any]:
     if options.json is not None:
         check_writable_file("json", Path(options.json))
     _check(options)
-    inventory = _inventory(model, options)
+    inventory = _inventory(model, experts)
     usage = _usage(inventory, options)
-    costs = model_costs(inventory, _config(inventory, options, given), usage)
-    values = {"schema": SCHEMA, "model": inventory.values(), "work": usage.values(), "kind": "plan", **costs.values()}
+    costs = model_costs(inventory, _config(inventory, experts, given), usage)
+    values = {"schema": SCHEMA, "model": inventory.values(), "work": usage.values(), "kind": "plan", **costs}
     console = Console()
     wide = console if console.is_terminal else Console(width=max(WIDTH, console.width))
-    for line in (escape(_head(inventory, usage)), _plan_table(costs), *map(escape, _plan_notes(costs))):
+    for line in (escape(_head(inventory, usage)), _plan_table(values), *map(escape, _plan_notes(values))):
         wide.print(line, highlight=False)
     if options.json is not None:
         write_json(Path(options.json), values)
@@ -107,63 +89,42 @@ def _check(options: PlanOptions) -> None:
     """Refuse invalid values before heavy imports."""
     if options.training and options.inference:
         raise CommandError("--training and --inference exclude each other")
-    for name, least in (("experts", 1), ("bond", 1), ("top_k", 1), ("tokens", 0), ("decoder_tokens", 0)):
+    for name in ("tokens", "decoder_tokens"):
         value = getattr(options, name)
-        if value is not None and value < least:
-            raise CommandError(f"{name} must be at least {least}; got {value}")
-    if options.dtype not in DTYPES:
-        raise CommandError(f"dtype must be one of {', '.join(DTYPES)}; got {options.dtype!r}")
+        if value is not None and value < 0:
+            raise CommandError(f"{name} must be at least 0; got {value}")
     if options.mask_central and options.inference:
         raise CommandError("mask_central concerns training; it cannot be given with --inference")
 
 
-def _inventory(model: str, options: PlanOptions) -> Inventory:
+def _inventory(model: str, experts: ExpertOptions) -> Inventory:
     from mpoe.estimation.inventory import take_inventory
 
     if model == "t5" and not Path(model).exists():  # gpt2, the other stand-in's name, means the well-known size here
         from mpoe.data.embedded import stand_in_path
 
         model = str(stand_in_path(model))
-    return take_inventory(model, options.exclude_modules, options.layers_to_transform or None)
+    return take_inventory(model, experts.exclude_modules, experts.layers_to_transform or None)
 
 
-def _config(inventory: Inventory, options: PlanOptions, given: set[str]) -> MPOEConfig:
+def _config(inventory: Inventory, experts: ExpertOptions, given: set[str]) -> MPOEConfig:
     """The requested mixture; for a converted model, its own unless flags override it."""
-    from mpoe.cli.options import ExpertOptions
-    from mpoe.config import MPOEConfig
-    from mpoe.config.shapes import NEURONS
-
-    shape = options.shape
-    if shape is None and inventory.mpoe is not None and inventory.mpoe.is_neurons:
-        shape = NEURONS
-    asked = ExpertOptions(
-        num_experts=options.experts,
-        shape=shape,
-        max_bond=options.bond,
-        separable_left=options.separable_left,
-        separable_right=options.separable_right,
-        light_p=options.light_p if "light_p" in given else None,
-        top_k=options.top_k,
-        neurons=options.neurons,
-        latent=options.latent,
-    ).build()
-    assert asked is not None  # only a dense model has no configuration
-    asked = asked if inventory.blocks_fit else asked.with_cores()
-    if inventory.mpoe is None:
-        return asked
     own = inventory.mpoe
-    names = {"experts": "num_experts", "bond": "max_bond", "shape": "shape", "light_p": "light_p"}
-    names |= {name: name for name in ("separable_left", "separable_right", "neurons", "latent")}
-    changes = {kept: getattr(asked, kept) for name, kept in names.items() if name in given}
-    fields = {**{kept: getattr(own, kept) for kept in names.values()}, **changes}
-    routing = asked if "top_k" in given or (own.is_neurons and fields["shape"] != NEURONS) else own
-    if fields["shape"] != NEURONS:
-        fields |= {"neurons": None, "latent": None}
-    return MPOEConfig(
-        **fields,
-        moe_type=routing.moe_type,
-        router=routing.router,
-    )
+    if experts.shape is None and own is not None and own.is_neurons:
+        experts.shape = NEURONS
+    asked = experts.build()
+    if asked is None or asked.expert_type == "dense":
+        raise CommandError("plan puts dense experts and the dense model beside MPO experts; got no MPO experts")
+    asked = asked if inventory.blocks_fit else asked.with_cores()
+    if own is None:
+        return asked
+    changes = {field.name: getattr(asked, field.name) for field in fields(own) if field.name in given}
+    shape = changes.get("shape", own.shape)
+    if shape != NEURONS:
+        changes |= {"neurons": None, "latent": None}
+    if given & {field.name for field in fields(RouterConfig)} or (own.is_neurons and shape != NEURONS):
+        changes |= {"moe_type": asked.moe_type, "router": asked.router}
+    return replace(own, **changes)
 
 
 def _usage(inventory: Inventory, options: PlanOptions) -> Usage:
@@ -211,18 +172,6 @@ def _head(inventory: Inventory, usage: Usage) -> str:
     )
 
 
-def _new_table(title: str, *columns: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    style: dict[str, Any] = {"title_justify": "left", "box": box.HORIZONTALS}
-    table = Table(title=title, padding=(0, 1, 0, 0), pad_edge=False, **style)
-    for name in columns:
-        left = name in ("part", "design", "shape", "lossless")
-        table.add_column(name, justify="left" if left else "right", no_wrap=True)
-    return table
-
-
 def _cells(cost: dict[str, Any], training: bool) -> list[str]:
     temporary, x_dense = cost["temporary_bytes"], cost["x_dense"]
     return [
@@ -235,15 +184,17 @@ def _cells(cost: dict[str, Any], training: bool) -> list[str]:
     ]
 
 
-def _plan_table(costs: ModelCosts) -> Table:
+def _plan_table(values: dict[str, Any]) -> Table:
     """Every kind of layer, all of them, and the whole model, in the three designs."""
-    config, training, values = costs.config, costs.usage.training, costs.values()
-    shape = config.shape if isinstance(config.shape, str) else "given"
-    state = ["state"] if training else []
-    table = _new_table(
-        f"{config.num_experts:,} experts, top-{config.top_k}, shape {shape}",
-        *("part", "design", "parameters", "weights", *state, "temporary", "FLOP", "x dense"),
-    )
+    from rich import box
+    from rich.table import Table
+
+    config, training, totals = values["config"], values["work"]["training"], values["totals"]
+    shape = config["shape"] if isinstance(config["shape"], str) else "given"
+    title = f"{config['num_experts']:,} experts, top-{config['router']['top_k']}, shape {shape}"
+    table = Table(title=title, title_justify="left", box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("part", "design", "parameters", "weights", *["state"][:training], "temporary", "FLOP", "x dense"):
+        table.add_column(name, justify="left" if name in ("part", "design") else "right", no_wrap=True)
 
     def add(part: str, found: dict[str, Any], second: str = "") -> None:
         for design, words in zip(NAMES, (part, second, ""), strict=True):
@@ -256,30 +207,32 @@ def _plan_table(costs: ModelCosts) -> Table:
             by = dict.fromkeys(filter(None, (matrix["strategy"], matrix["backward_strategy"])))
             part = f"{stream} {matrix['kind']} {matrix['in_features']}x{matrix['out_features']}".strip()
             add(part, matrix, f"  by {' / '.join(by)}")
-    totals, number = values["totals"], sum(layer["count"] for layer in values["layers"])
-    add(f"{number} feed-forward layers", totals["feed_forward"])
+    add(f"{sum(layer['count'] for layer in values['layers'])} feed-forward layers", totals["feed_forward"])
     table.add_row("rest of the model", "all", *_cells(totals["rest"], training))
     table.add_section()
     add("whole model", totals["whole"])
     return table
 
 
-def _plan_notes(costs: ModelCosts) -> list[str]:
-    state = "state: with gradients and AdamW, float32 (16 bytes per parameter). " if costs.usage.training else ""
-    notes = [
+def _plan_notes(values: dict[str, Any]) -> list[str]:
+    training, dtype = values["work"]["training"], values["work"]["dtype"]
+    state = "state: with gradients and AdamW, float32 (16 bytes per parameter). " if training else ""
+    lossless = all(matrix["lossless"] for layer in values["layers"] for matrix in layer["matrices"])
+    experts = values["totals"]["feed_forward"]
+    share = experts["mpoe"]["parameters"] / experts["switch"]["parameters"]
+    large = (
+        f"At this width these experts are not small: MPOE's feed-forward layers hold {share:.0%} of Switch's "
+        "parameters. Compare --shape separable, --shape neurons, and a lower --bond."
+    )
+    return [
         "MPOE: experts that share a central core per matrix; Switch: as many dense experts; dense: the model as it is.",
-        f"weights: in {str(costs.usage.dtype).removeprefix('torch.')}. {state}temporary: rebuilt for one product, at "
-        "most two experts' of one matrix. Activations are not counted.",
+        f"weights: in {dtype}. {state}temporary: rebuilt for one product, at most two experts' of one matrix. "
+        "Activations are not counted.",
         "FLOP: of one step's matrix products, routers included, attention scores not; x dense: over the dense row's. "
         "by: the order of the fewest FLOPs, forward / backward; a run times the best few of them once.",
+        *([large] if share >= SMALL else []),
+        *([] if lossless else [TRUNCATED]),
     ]
-    share = costs.experts("mpoe").parameters / costs.experts("switch").parameters
-    if share >= SMALL:
-        notes.append(
-            f"At this width these experts are not small: MPOE's feed-forward layers hold {share:.0%} of Switch's "
-            "parameters. Compare --shape separable, --shape neurons, and a lower --bond."
-        )
-    return notes if costs.lossless else [*notes, TRUNCATED]
 
 
 TRUNCATED = (

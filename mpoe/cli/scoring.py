@@ -69,7 +69,7 @@ class TaskScores:
 
     Attributes:
         scores: by task; the first entry of each is the metric it is judged by, and ``items`` come last.
-        baselines: by task, the metrics of an answer that ignores the input (`mpoe.data.baseline`).
+        baselines: by task, the metrics of an answer that ignores the input (`mpoe.data.predict.baseline_scores`).
         remarks: comments on the numbers, one sentence each.
     """
 

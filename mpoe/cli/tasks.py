@@ -72,12 +72,6 @@ class DataOptions:
         for name in ("tasks", "eval_tasks", "task_file", "text_columns", "column_names", "metrics"):
             values = getattr(self, name)
             setattr(self, name, [part.strip() for v in values for part in str(v).split(",") if part.strip()])
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be greater than 0; got {self.temperature}")
-        for name in ("n_train", "n_val", "n_test"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
         for name in ("max_source_length", "max_target_length"):
             value = getattr(self, name)
             if value is not None and value < 2:
@@ -199,7 +193,7 @@ def read_descriptions(files: Sequence[str]) -> dict[str, TaskSpec]:
     Raises:
         ValueError: as `mpoe.data.read_task_file`, and two files that describe one task.
     """
-    from mpoe.data.task_files import read_task_file
+    from mpoe.data.tasks import read_task_file
 
     described: dict[str, TaskSpec] = {}
     for file in files:

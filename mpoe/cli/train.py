@@ -197,8 +197,6 @@ def _output_folder(plan: Plan) -> Path:
     folder = check_folder("output_dir", Path(plan.arguments.output_dir))
     if plan.run.find_rate and "learning_rate" in plan.given:
         raise CommandError("find_rate looks for the learning rate; give --find_rate or --learning_rate, not both")
-    if plan.run.overwrite and plan.run.resume:
-        raise CommandError("--overwrite and --resume exclude each other; give one of them")
     _check_folder(plan)
     return folder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,9 +38,16 @@ if TYPE_CHECKING:
     from mpoe_kernels import MPOShape
 
 MOE_TYPES = ("switch", "moe", "none")
-EXPERT_TYPES = ("mpo", "dense")
-EXISTING_EXPERTS = ("keep", "mpo")
-GAUGES = ("symmetric", "orthogonal", "identity")
+_CHOICES = {
+    "moe_type": MOE_TYPES,
+    "expert_type": ("mpo", "dense"),
+    "gauge": ("symmetric", "orthogonal", "identity"),
+    "existing_experts": ("keep", "mpo"),
+}
+_OPTIONAL_COUNTS = (
+    *("block_size", "neurons", "latent", "max_bond", "separable_left", "separable_right"),
+    *("attention_max_bond", "embedding_max_bond", "pooler_max_bond"),
+)
 TARGETS = ("ffn", "attention", "embedding", "pooler")
 # Fields that apply only to MPO cores.
 OF_CORES = frozenset({"max_bond", "separable_left", "separable_right", "light_p", "gauge"})
@@ -142,40 +150,28 @@ class MPOEConfig:
     _given: ClassVar[frozenset[str]] = frozenset()  # per instance: the fields that were given
 
     def __post_init__(self) -> None:
-        check_choice("moe_type", self.moe_type, MOE_TYPES)
-        check_integer("num_experts", self.num_experts, 1)
-        check_choice("expert_type", self.expert_type, EXPERT_TYPES)
+        for name, known in _CHOICES.items():
+            check_choice(name, getattr(self, name), known)
+        for name in ("block_per_group", "expert_bias", "expert_output_bias", "tied_head"):
+            check_flag(name, getattr(self, name))
+        for name in ("num_experts", "light_p"):
+            check_integer(name, getattr(self, name), 1)
+        for name in _OPTIONAL_COUNTS:
+            check_integer(name, getattr(self, name), 1, optional=True)
+        check_number("auxiliary_noise", self.auxiliary_noise, 0.0)
+        if self.backend is not None and not isinstance(self.backend, str):
+            raise TypeError(f"backend must be a name or None; got {type(self.backend).__name__} {self.backend!r}")
         if self.shape is not None:
             self.shape = checked_shape(self.shape)
-        check_integer("block_size", self.block_size, 1, optional=True)
-        check_flag("block_per_group", self.block_per_group)
-        check_integer("neurons", self.neurons, 1, optional=True)
-        check_integer("latent", self.latent, 1, optional=True)
-        check_flag("expert_bias", self.expert_bias)
-        check_flag("expert_output_bias", self.expert_output_bias)
         self.shape_pattern = checked_patterns(self.shape_pattern)
-        check_integer("max_bond", self.max_bond, 1, optional=True)
-        check_integer("separable_left", self.separable_left, 1, optional=True)
-        check_integer("separable_right", self.separable_right, 1, optional=True)
-        check_integer("light_p", self.light_p, 1)
-        check_choice("gauge", self.gauge, GAUGES)
-        check_choice("existing_experts", self.existing_experts, EXISTING_EXPERTS)
-        check_number("auxiliary_noise", self.auxiliary_noise, 0.0)
+        self.rate_ratios = checked_ratios(self.rate_ratios)
         self._check_router()
         self._check_kept()
         self._check_targets()
-        for name in ("attention_max_bond", "embedding_max_bond", "pooler_max_bond"):
-            check_integer(name, getattr(self, name), 1, optional=True)
-        if self.backend is not None and not isinstance(self.backend, str):
-            raise TypeError(f"backend must be a name or None; got {type(self.backend).__name__} {self.backend!r}")
-        self.rate_ratios = checked_ratios(self.rate_ratios)
-        check_flag("tied_head", self.tied_head)
 
     def _check_router(self) -> None:
-        if self.router is None:
-            self.router = RouterConfig.from_dict(GSHARD if self.moe_type == "moe" else {})
-        elif isinstance(self.router, Mapping):
-            self.router = RouterConfig.from_dict({**(GSHARD if self.moe_type == "moe" else {}), **self.router})
+        if self.router is None or isinstance(self.router, Mapping):
+            self.router = RouterConfig.from_dict({**(GSHARD if self.moe_type == "moe" else {}), **(self.router or {})})
         if not isinstance(self.router, RouterConfig):
             raise TypeError(f"router must be a RouterConfig or its dict; got {type(self.router).__name__}")
         if self.moe_type == "none":
@@ -278,18 +274,16 @@ class MPOEConfig:
             raise TypeError(f"target_modules must be a name or a non-empty list of names; got {self.target_modules!r}")
         for target in targets:
             check_choice("target_modules", target, TARGETS)
-        if isinstance(self.exclude_modules, str) or not isinstance(self.exclude_modules, Sequence):
-            raise TypeError(f"exclude_modules must be a list of module names; got {self.exclude_modules!r}")
-        self.exclude_modules = list(self.exclude_modules)
-        for name in self.exclude_modules:
-            if not isinstance(name, str) or not name:
-                raise TypeError(f"exclude_modules must hold module names; got {name!r}")
-        if self.layers_to_transform is not None:
-            if isinstance(self.layers_to_transform, int) and not isinstance(self.layers_to_transform, bool):
-                self.layers_to_transform = [self.layers_to_transform]
-            if not isinstance(self.layers_to_transform, Sequence) or isinstance(self.layers_to_transform, str):
-                raise TypeError(f"layers_to_transform must be a list of indices; got {self.layers_to_transform!r}")
-            self.layers_to_transform = list(self.layers_to_transform)
+        names, layers = self.exclude_modules, self.layers_to_transform
+        is_list = isinstance(names, Sequence) and not isinstance(names, str)
+        if not is_list or not all(isinstance(name, str) and name for name in names):
+            raise TypeError(f"exclude_modules must be a list of module names; got {names!r}")
+        self.exclude_modules = list(names)
+        if layers is not None:
+            layers = [layers] if isinstance(layers, int) and not isinstance(layers, bool) else layers
+            if not isinstance(layers, Sequence) or isinstance(layers, str):
+                raise TypeError(f"layers_to_transform must be a list of indices; got {layers!r}")
+            self.layers_to_transform = list(layers)
             for index in self.layers_to_transform:
                 check_integer("layers_to_transform", index, 0)
 
@@ -377,14 +371,10 @@ class MPOEConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; `from_dict` reads it back to an equal config."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values["router"] = self.router.to_dict()
         values["shape"] = shape_to_json(self.shape)
         values["shape_pattern"] = {pattern: shape_to_json(value) for pattern, value in self.shape_pattern.items()}
         values["target_modules"] = self.target_modules if isinstance(self.target_modules, str) else list(self.targets)
-        values["exclude_modules"] = list(self.exclude_modules)
-        values["layers_to_transform"] = None if self.layers_to_transform is None else list(self.layers_to_transform)
-        values["rate_ratios"] = {name: list(ratios) for name, ratios in self.rate_ratios.items()}
-        return values
+        return copy.deepcopy({**values, "router": self.router.to_dict()})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MPOEConfig:

@@ -90,24 +90,18 @@ class RouterConfig:
     def __post_init__(self) -> None:
         check_integer("top_k", self.top_k, 1, optional=True)
         check_flag("is_scale_prob", self.is_scale_prob)
-        for name in ("capacity_factor", "eval_capacity_factor"):
+        check_integer("min_capacity", self.min_capacity, 1)
+        check_choice("scoring_func", self.scoring_func, SCORING_FUNCS)
+        for name in ("balance_loss_weight", "z_loss_weight", "init_scale", "bias_update_rate", "jitter"):
+            check_number(name, getattr(self, name), 0.0)
+        for name in ("capacity_factor", "eval_capacity_factor", "routed_scaling_factor"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 0.0, open_low=True)
-        check_integer("min_capacity", self.min_capacity, 1)
-        check_number("jitter", self.jitter, 0.0)
-        if self.jitter >= 1:
-            raise ValueError(f"jitter must be below 1; got {self.jitter}")
-        check_number("balance_loss_weight", self.balance_loss_weight, 0.0)
-        check_number("z_loss_weight", self.z_loss_weight, 0.0)
         if self.expert_dropout is not None:
             check_number("expert_dropout", self.expert_dropout, 0.0)
-            if self.expert_dropout >= 1:
-                raise ValueError(f"expert_dropout must be below 1; got {self.expert_dropout}")
-        check_number("init_scale", self.init_scale, 0.0)
-        check_choice("scoring_func", self.scoring_func, SCORING_FUNCS)
-        if self.routed_scaling_factor is not None:
-            check_number("routed_scaling_factor", self.routed_scaling_factor, 0.0, open_low=True)
-        check_number("bias_update_rate", self.bias_update_rate, 0.0)
+        for name in ("jitter", "expert_dropout"):
+            if (getattr(self, name) or 0.0) >= 1:
+                raise ValueError(f"{name} must be below 1; got {getattr(self, name)}")
         self._check_second_policy()
 
     def _check_second_policy(self) -> None:

@@ -25,8 +25,15 @@ from mpoe.data.splits import (
     with_validation_test_split,
 )
 from mpoe.data.task import Example, Task, subset
-from mpoe.data.task_files import read_task_file
-from mpoe.data.tasks import average_score, find_spec, get_task, load_task, register_task, task_names
+from mpoe.data.tasks import (
+    average_score,
+    find_spec,
+    get_task,
+    load_task,
+    read_task_file,
+    register_task,
+    task_names,
+)
 
 __all__ = [
     "METRICS",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mpoe.data.names import lookup
+from mpoe.data.mappings import lookup
 
 STAND_INS = {"t5": "AutoModelForSeq2SeqLM", "gpt2": "AutoModelForCausalLM"}
 

@@ -7,8 +7,8 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from mpoe.data.detect import detect_spec
 from mpoe.data.files import Row
+from mpoe.data.local import detect_spec
 from mpoe.data.spec import HubData, TaskSpec
 from mpoe.data.splits import with_validation_from_train
 from mpoe.data.task import Example, Task
@@ -44,7 +44,7 @@ def load_hub_task(spec: TaskSpec) -> Task:
 
 def detect_hub_task(path: str, name: str, **detection: Any) -> Task:
     """The task of a data set without a description, called ``name``: columns and labels are detected from the train
-    split, with the options of :func:`mpoe.data.detect.detect_spec`.
+    split, with the options of :func:`mpoe.data.local.detect_spec`.
 
     Raises:
         ValueError: as :func:`load_hub_task`, and without a train split or a label or text column.

@@ -1,14 +1,29 @@
-"""Reads JSON and YAML files that hold one mapping; an error names the file and, if possible, the line."""
+"""Mappings: look-ups whose errors list the known names, and JSON and YAML files that hold one mapping."""
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 MAPPING_SUFFIXES = (".json", ".yaml", ".yml")
+
+
+def lookup(table: Mapping[str, T], name: str, kind: str) -> T:
+    """``table[name]``.
+
+    Raises:
+        ValueError: no such name; the message gives the close matches and every known name.
+    """
+    if name in table:
+        return table[name]
+    close = difflib.get_close_matches(str(name), list(table), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    raise ValueError(f"unknown {kind} {name!r}: {hint}known: {', '.join(sorted(table)) or 'none'}")
 
 
 def read_utf8(name: str, file: Path) -> str:

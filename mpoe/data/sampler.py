@@ -48,12 +48,7 @@ class TemperatureSampler:
         """Task indices of the steps start..stop-1, int64 [stop - start]."""
         if not 0 <= start <= stop:
             raise ValueError(f"start and stop must satisfy 0 <= start <= stop; got {start}, {stop}")
-        # A counter-based generator: advance() jumps to any step at no cost. One draw of random() uses one 64-bit
-        # output and Philox makes four at a time, so jump to the block and skip the rest.
-        generator = np.random.Philox(key=_key(self.seed, "task"))
-        generator.advance(start // 4)
-        skip = start % 4
-        draws = np.random.Generator(generator).random(stop - start + skip)[skip:]
+        draws = np.random.Generator(np.random.Philox(key=_key(self.seed, "task"))).random(stop)[start:]
         found = np.searchsorted(self._cumulative, draws, side="right")
         return np.minimum(found, len(self.names) - 1).astype(np.int64)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
-from mpoe.data.names import lookup
+from mpoe.data.mappings import lookup
 from mpoe.data.task import Example, Task
 
 DEFAULT_METRICS = {
@@ -129,15 +129,8 @@ class TaskSpec:
 
     def task_fields(self) -> dict[str, Any]:
         """Fields of a `Task` that follow from the description: all but its rows."""
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            "labels": self.labels,
-            "metrics": tuple(self.metrics),
-            "max_source_length": self.max_source_length,
-            "max_target_length": self.max_target_length,
-            "description": self.description,
-        }
+        names = ("name", "kind", "labels", "metrics", "max_source_length", "max_target_length", "description")
+        return {name: getattr(self, name) for name in names}
 
     def examples(self, rows: Iterable[tuple[Cells, str]]) -> tuple[Example, ...]:
         """Items of rows, each with a description of its location for messages."""

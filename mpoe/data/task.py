@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mpoe.data.documentation import check_split
+from mpoe.data.mappings import lookup
 from mpoe.data.metrics import METRICS, get_metric
-from mpoe.data.names import lookup
 
 KINDS = ("classification", "regression", "generation", "language_modeling")
 LABEL_METRICS = frozenset({"accuracy", "f1", "macro_f1", "matthews"})

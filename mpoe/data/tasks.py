@@ -1,4 +1,4 @@
-"""The registry of tasks, which users extend with a few lines.
+"""The registry of tasks, and files that describe some: those of the package and those of the user.
 
 A new task, read from a folder or the hub as it is described::
 
@@ -22,32 +22,55 @@ Or from any rows::
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from mpoe.data.doc_tasks import EMBEDDED_TASKS
 from mpoe.data.hub import load_hub_task
 from mpoe.data.local import load_described_task
+from mpoe.data.mappings import lookup, read_mapping
 from mpoe.data.metrics import get_metric
-from mpoe.data.names import lookup
-from mpoe.data.spec import HubData, TaskSpec
+from mpoe.data.spec import TaskSpec
 from mpoe.data.splits import with_validation_from_train
-from mpoe.data.task import Example, Task, subset
-from mpoe.data.task_files import standard_specs
+from mpoe.data.task import Task
 
-__all__ = [
-    "Example",
-    "HubData",
-    "Task",
-    "TaskSpec",
-    "average_score",
-    "find_spec",
-    "get_task",
-    "load_task",
-    "register_task",
-    "subset",
-    "task_names",
-]
+STANDARD = Path(__file__).resolve().parent / "standard"
+
+
+def read_task_file(path: str | os.PathLike[str]) -> dict[str, TaskSpec]:
+    """Descriptions in a file, by name: a mapping of each task's name to the fields of :class:`TaskSpec`.
+
+    A ``data_dir`` in the file is relative to the file.
+
+    Raises:
+        ValueError: no such file, malformed, no task in it, or a field that does not fit; the message names the file.
+    """
+    file = Path(path)
+    specs = {}
+    for name, values in read_mapping(file, "task file").items():
+        try:
+            spec = TaskSpec.from_mapping(name, values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file}: {error}") from error
+        if spec.data_dir:
+            spec = dataclasses.replace(spec, data_dir=str(file.parent / spec.data_dir))
+        specs[name] = spec
+    if not specs:
+        raise ValueError(f"{file}: expected at least one task; got none")
+    return specs
+
+
+@functools.cache
+def standard_specs() -> dict[str, TaskSpec]:
+    """The descriptions that come with the package: GLUE, SuperGLUE and others."""
+    specs: dict[str, TaskSpec] = {}
+    for file in sorted(STANDARD.glob("*.yaml")):
+        specs.update(read_task_file(file))
+    return specs
+
 
 _REGISTERED: dict[str, Task | TaskSpec] = {task.name: task for task in EMBEDDED_TASKS}
 

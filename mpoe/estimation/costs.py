@@ -6,15 +6,16 @@ All numbers are exact and follow from shapes:
   dense ``I * F``; both mixtures add a router ``[I, E]``. Biases shared by experts count as the rest of the model.
 * FLOPs: those of the contractions that `mpoe_kernels.plan_contraction` ranks first for MPO experts, ``2 N I F`` for the
   others (N = T * K rows; dense: T), three times that with the backward pass; a router ``2 T I E``.
-* around hidden-side experts the projections are dense, and every expert owns a block per projection: `hidden_cost`;
-  beside neurons the network is dense, and every expert owns rows of each projection: `neuron_cost`.
+* around hidden-side experts the projections are dense, and every expert owns a block per projection; beside neurons the
+  network is dense, and every expert owns rows of each projection. With the backward pass, which recomputes the input of
+  the activation, what an expert owns takes part in four products of up and gate_proj and in three of down.
 
 Tokens are those of one device in a step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 
 from mpoe.config import MPOEConfig
 from mpoe.estimation.inventory import Inventory, Layer, Matrix
-from mpoe_kernels import ContractionPlan, MPOShape, plan_contraction
+from mpoe_kernels import plan_contraction
 
 STATE_BYTES = 16  # of a trained parameter: itself, its gradient and AdamW's two moments, in float32
 DESIGNS = ("mpoe", "switch", "dense")
@@ -56,13 +57,8 @@ class Usage:
 
 @dataclass(frozen=True)
 class Cost:
-    """Additive costs of a part of the model.
-
-    Attributes:
-        parameters: elements.
-        flops: per step.
-        temporary_bytes: peak of weights that a product rebuilds; for a sum, the larger.
-    """
+    """Additive costs of a part of the model: elements, FLOPs of a step, and the peak of weights that a product rebuilds
+    (for a sum, the larger)."""
 
     parameters: int = 0
     flops: int = 0
@@ -86,190 +82,27 @@ class Cost:
         }
 
 
-@dataclass(frozen=True)
-class MatrixCosts:
-    """One projection: its shape (``None``: neurons stand beside it), how it is contracted (``None``: as it is, with the
-    experts on its hidden side or beside it), its costs."""
-
-    matrix: Matrix
-    shape: MPOShape | None
-    plan: ContractionPlan | None
-    costs: Mapping[str, Cost]
-
-    @property
-    def lossless(self) -> bool:
-        """Whether no bond is truncated."""
-        return self.shape is None or self.shape.is_full
-
-    @property
-    def strategy(self) -> str:
-        """How a forward pass contracts it."""
-        if self.plan is not None:
-            return self.plan.strategy
-        return "neurons" if self.shape is None else "hidden"
-
-    def values(self, usage: Usage) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "kind": self.matrix.kind,
-            "in_features": self.matrix.rows,
-            "out_features": self.matrix.columns,
-            "shape": None if self.shape is None else self.shape.to_dict(),
-            "lossless": self.lossless,
-            "strategy": self.strategy,
-            "backward_strategy": None if self.plan is None else self.plan.backward_strategy,
-            **{design: self.costs[design].values(usage, self.costs["dense"]) for design in DESIGNS},
-        }
+Costs = Mapping[str, Cost]  # by design
 
 
-@dataclass(frozen=True)
-class LayerCosts:
-    """Equal layers.
-
-    Attributes:
-        names: names of the modules; their number is the count.
-        streams: their streams.
-        tokens: per step.
-        matrices: projections of one layer.
-        router: of one layer, for both mixtures.
-    """
-
-    names: tuple[str, ...]
-    streams: tuple[str, ...]
-    tokens: int
-    matrices: tuple[MatrixCosts, ...]
-    router: Cost
-
-    def cost(self, design: str) -> Cost:
-        """Costs of one layer."""
-        own = sum((matrix.costs[design] for matrix in self.matrices), Cost())
-        return own if design == "dense" else own + self.router
-
-    def values(self, usage: Usage) -> dict[str, Any]:
-        """For JSON: the costs of one of these layers."""
-        return {
-            "names": list(self.names),
-            "count": len(self.names),
-            "streams": list(self.streams),
-            "tokens": self.tokens,
-            "matrices": [matrix.values(usage) for matrix in self.matrices],
-            "router": self.router.values(usage),
-            **{design: self.cost(design).values(usage, self.cost("dense")) for design in DESIGNS},
-        }
+def _sum(parts: Iterable[Costs]) -> dict[str, Cost]:
+    total = dict.fromkeys(DESIGNS, Cost())
+    for part in parts:
+        total = {design: total[design] + part[design] for design in DESIGNS}
+    return total
 
 
-@dataclass(frozen=True)
-class ModelCosts:
-    """A whole model under one `MPOEConfig` and `Usage`.
-
-    Attributes:
-        layers: groups of equal layers.
-        rest: everything that is the same in all designs: parameters; FLOPs of its matrix maps.
-    """
-
-    inventory: Inventory
-    config: MPOEConfig
-    usage: Usage
-    layers: tuple[LayerCosts, ...]
-    rest: Cost
-
-    def experts(self, design: str) -> Cost:
-        """Costs of all feed-forward layers."""
-        return sum((layer.cost(design).times(len(layer.names)) for layer in self.layers), Cost())
-
-    def whole(self, design: str) -> Cost:
-        return self.experts(design) + self.rest
-
-    @property
-    def lossless(self) -> bool:
-        """Whether no bond is truncated, so that a converted model starts exactly like the dense one."""
-        return all(matrix.lossless for layer in self.layers for matrix in layer.matrices)
-
-    def values(self) -> dict[str, Any]:
-        """For JSON."""
-        usage, experts, whole = self.usage, self.experts, self.whole
-        totals = {
-            "feed_forward": {design: experts(design).values(usage, experts("dense")) for design in DESIGNS},
-            "rest": self.rest.values(usage),
-            "whole": {design: whole(design).values(usage, whole("dense")) for design in DESIGNS},
-        }
-        layers = [layer.values(usage) for layer in self.layers]
-        return {"config": self.config.to_dict(), "layers": layers, "totals": totals}
+def _values(costs: Costs, usage: Usage) -> dict[str, Any]:
+    return {design: cost.values(usage, costs["dense"]) for design, cost in costs.items()}
 
 
-def matrix_costs(
-    matrix: Matrix, shape: MPOShape | None, config: MPOEConfig, usage: Usage, tokens: int, has_bias: bool = False
-) -> MatrixCosts:
-    """Costs of one projection on ``tokens`` tokens; ``has_bias``: of the network's first projection."""
-    experts, slots = config.num_experts, tokens * config.top_k
-    dense = Cost(matrix.elements, 2 * tokens * matrix.elements * usage.passes)
-    switch = Cost(experts * matrix.elements, 2 * slots * matrix.elements * usage.passes)
-    plan = None
-    if config.is_hidden:
-        mpoe = dense + hidden_cost(matrix, config, usage, slots)
-    elif shape is None:
-        mpoe = dense + neuron_cost(matrix, config, usage, tokens, has_bias or config.expert_bias)
-    else:
-        masked = usage.mask_central
-        plan = plan_contraction(
-            shape, experts, tokens, usage.dtype, top_k=config.top_k, training=usage.training, mask_central=masked
-        )
-        mpoe = Cost(shape.parameters(experts), plan.flops, plan.temporary_bytes)
-    return MatrixCosts(matrix, shape, plan, {"mpoe": mpoe, "switch": switch, "dense": dense})
+def model_costs(inventory: Inventory, config: MPOEConfig, usage: Usage) -> dict[str, Any]:
+    """Costs of a model under a configuration, for JSON.
 
-
-def hidden_cost(matrix: Matrix, config: MPOEConfig, usage: Usage, slots: int) -> Cost:
-    """Blocks ``[b, b]`` of the experts on the hidden side of one projection, with every group of hidden units a row.
-
-    With the backward pass, which recomputes the input of the activation, blocks after up and gate_proj take part in
-    four products, those before down in three.
-    """
-    hidden = matrix.rows if matrix.kind == "down" else matrix.columns
-    block = config.hidden_block(hidden)
-    weights = config.num_experts * (hidden // block if config.block_per_group else 1)
-    products = (3 if matrix.kind == "down" else 4) if usage.training else 1
-    return Cost(weights * block * block, 2 * slots * hidden * block * products)
-
-
-def neuron_cost(matrix: Matrix, config: MPOEConfig, usage: Usage, tokens: int, has_bias: bool) -> Cost:
-    """Rows of one projection that the experts own, of the model's size or the latent one, and with a latent space one
-    of the two matrices that they share.
-
-    With the backward pass, which recomputes the input of the activation, rows of up and gate_proj take part in four
-    products, those of down in three.
-    """
-    size = matrix.columns if matrix.kind == "down" else matrix.rows
-    latent, neurons = config.latent, config.num_experts * (config.neurons or 0)
-    row = size if latent is None else latent
-    products = (3 if matrix.kind == "down" else 4) if usage.training else 1
-    biases = neurons if has_bias and matrix.kind == "up" else 0
-    own = Cost(neurons * row + biases, 2 * tokens * config.top_k * (config.neurons or 0) * row * products)
-    if latent is None or matrix.kind == "gate_proj":
-        return own
-    return own + Cost(size * latent, 2 * tokens * size * latent * usage.passes)
-
-
-def _layer_costs(alike: Sequence[Layer], config: MPOEConfig, usage: Usage, tokens: int) -> LayerCosts:
-    first = alike[0]
-    matrices = tuple(
-        matrix_costs(
-            m,
-            None if config.is_neurons else config.shape_for(m.kind, m.rows, m.columns),
-            config,
-            usage,
-            tokens,
-            first.has_bias,
-        )
-        for m in first.matrices
-    )
-    router = first.model_size * config.num_experts
-    streams = tuple(dict.fromkeys(layer.stream for layer in alike))
-    names = tuple(layer.name for layer in alike)
-    return LayerCosts(names, streams, tokens, matrices, Cost(router, 2 * tokens * router * usage.passes))
-
-
-def model_costs(inventory: Inventory, config: MPOEConfig, usage: Usage) -> ModelCosts:
-    """Costs of a model's layers, with equal layers grouped.
+    Returns:
+        ``config``; ``layers``: groups of equal layers, each with its ``matrices``, ``router`` and the costs of one
+        layer by design; ``totals``: ``feed_forward`` (all of them), ``rest`` (the same in all designs) and ``whole``.
+        A cost has the fields of `Cost.values`; a matrix also ``lossless`` (no bond is truncated) and its ``strategy``.
 
     Raises:
         ValueError: a shape that does not match a layer, tokens missing for a stream.
@@ -280,7 +113,76 @@ def model_costs(inventory: Inventory, config: MPOEConfig, usage: Usage) -> Model
     groups: dict[tuple[object, ...], list[Layer]] = {}
     for layer in inventory.layers:
         groups.setdefault((layer.matrices, layer.has_bias, usage.tokens[layer.stream]), []).append(layer)
-    layers = tuple(_layer_costs(alike, config, usage, usage.tokens[alike[0].stream]) for alike in groups.values())
+    found = [_layer_costs(alike, config, usage) for alike in groups.values()]
+    parts = zip(found, groups.values(), strict=True)
+    experts = _sum({d: c.times(len(alike)) for d, c in own.items()} for (_, own), alike in parts)
     maps = sum(count * 2 * usage.tokens[s] * rows * columns for (s, rows, columns), count in inventory.rest.items())
     rest = Cost(inventory.parameters - inventory.ffn_elements, maps * usage.passes)
-    return ModelCosts(inventory, config, usage, layers, rest)
+    whole = {design: cost + rest for design, cost in experts.items()}
+    totals = {"feed_forward": _values(experts, usage), "rest": rest.values(usage), "whole": _values(whole, usage)}
+    return {"config": config.to_dict(), "layers": [values for values, _ in found], "totals": totals}
+
+
+def _layer_costs(alike: Sequence[Layer], config: MPOEConfig, usage: Usage) -> tuple[dict[str, Any], dict[str, Cost]]:
+    """Of one of several equal layers: values for JSON, and the costs by design."""
+    first = alike[0]
+    tokens = usage.tokens[first.stream]
+    matrices = [_matrix_costs(m, config, usage, tokens, first.has_bias) for m in first.matrices]
+    elements = first.model_size * config.num_experts
+    router = Cost(elements, 2 * tokens * elements * usage.passes)
+    costs = _sum([*(own for _, own in matrices), {"mpoe": router, "switch": router, "dense": Cost()}])
+    values = {
+        "names": [layer.name for layer in alike],
+        "count": len(alike),
+        "streams": list(dict.fromkeys(layer.stream for layer in alike)),
+        "tokens": tokens,
+        "matrices": [own for own, _ in matrices],
+        "router": router.values(usage),
+        **_values(costs, usage),
+    }
+    return values, costs
+
+
+def _matrix_costs(
+    matrix: Matrix, config: MPOEConfig, usage: Usage, tokens: int, has_bias: bool
+) -> tuple[dict[str, Any], dict[str, Cost]]:
+    """Of one projection on ``tokens`` tokens; ``has_bias``: of the network's first projection."""
+    experts, slots = config.num_experts, tokens * config.top_k
+    dense = Cost(matrix.elements, 2 * tokens * matrix.elements * usage.passes)
+    switch = Cost(experts * matrix.elements, 2 * slots * matrix.elements * usage.passes)
+    shape = None if config.is_neurons else config.shape_for(matrix.kind, matrix.rows, matrix.columns)
+    strategy, backward = "neurons" if shape is None else "hidden", None
+    products = 1 if not usage.training else 3 if matrix.kind == "down" else 4
+    if config.is_hidden:  # blocks [b, b], every group of hidden units a row
+        hidden = matrix.rows if matrix.kind == "down" else matrix.columns
+        block = config.hidden_block(hidden)
+        weights = experts * (hidden // block if config.block_per_group else 1)
+        mpoe = dense + Cost(weights * block * block, 2 * slots * hidden * block * products)
+    elif shape is None:  # rows of the model's size or the latent one, and two matrices that latent experts share
+        size, neurons = matrix.columns if matrix.kind == "down" else matrix.rows, config.neurons or 0
+        row = size if config.latent is None else config.latent
+        biases = experts * neurons if (has_bias or config.expert_bias) and matrix.kind == "up" else 0
+        mpoe = dense + Cost(experts * neurons * row + biases, 2 * slots * neurons * row * products)
+        if config.latent is not None and matrix.kind != "gate_proj":
+            mpoe += Cost(size * row, 2 * tokens * size * row * usage.passes)
+    else:
+        routing: dict[str, Any] = {
+            "top_k": config.top_k,
+            "training": usage.training,
+            "mask_central": usage.mask_central,
+        }
+        plan = plan_contraction(shape, experts, tokens, usage.dtype, **routing)
+        strategy, backward = plan.strategy, plan.backward_strategy
+        mpoe = Cost(shape.parameters(experts), plan.flops, plan.temporary_bytes)
+    costs = {"mpoe": mpoe, "switch": switch, "dense": dense}
+    values = {
+        "kind": matrix.kind,
+        "in_features": matrix.rows,
+        "out_features": matrix.columns,
+        "shape": None if shape is None else shape.to_dict(),
+        "lossless": shape is None or shape.is_full,
+        "strategy": strategy,
+        "backward_strategy": backward,
+        **_values(costs, usage),
+    }
+    return values, costs

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mpoe.config import MPOEConfig
-from mpoe.estimation.known_sizes import known_names, known_size
+from mpoe.data.mappings import read_mapping
 from mpoe.models.table import CLASS_PREFIX, SEQ2SEQ, TABLE, TYPE_PREFIX
 
 
@@ -91,18 +91,56 @@ class Inventory:
         return {**{name: getattr(self, name) for name in names}, "feed_forward_layers": len(self.layers)}
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    import json
+# Sizes of well-known models, so that they can be planned without network or weights: those of the models' published
+# configurations; everything else is the default of the model's Hugging Face configuration class.
 
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"model: {file} must be UTF-8 text; byte {error.start} is not") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"model: {file}, line {error.lineno}: bad JSON: {error.msg}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"model: {file} must hold the configuration's mapping; got {type(values).__name__}")
-    return values
+
+def _t5(d_model: int, d_ff: int, num_layers: int, num_heads: int, d_kv: int = 64) -> dict[str, Any]:
+    """Raffel et al., JMLR 2020, section 3.2 and 3.7: ReLU, embeddings tied to the head."""
+    sizes = {"d_model": d_model, "d_ff": d_ff, "d_kv": d_kv, "num_layers": num_layers, "num_heads": num_heads}
+    return {"model_type": "t5", "vocab_size": 32128, **sizes}
+
+
+def _gpt2(n_embd: int, n_layer: int, n_head: int) -> dict[str, Any]:
+    """Radford et al. 2019, table 2."""
+    return {"model_type": "gpt2", "n_embd": n_embd, "n_layer": n_layer, "n_head": n_head}
+
+
+def _bert(hidden_size: int, num_layers: int, num_heads: int, vocab_size: int = 30522) -> dict[str, Any]:
+    """Devlin et al., NAACL 2019, section 3."""
+    sizes = {"hidden_size": hidden_size, "intermediate_size": 4 * hidden_size, "num_hidden_layers": num_layers}
+    return {"model_type": "bert", "vocab_size": vocab_size, "num_attention_heads": num_heads, **sizes}
+
+
+_GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}  # of T5 v1.1 and Flan
+_V1_1 = {
+    "small": {**_t5(512, 1024, 8, 6), **_GATED},
+    "base": {**_t5(768, 2048, 12, 12), **_GATED},
+    "large": {**_t5(1024, 2816, 24, 16), **_GATED},
+    "xl": {**_t5(2048, 5120, 24, 32), **_GATED},
+    "xxl": {**_t5(4096, 10240, 24, 64), **_GATED},
+}
+KNOWN_SIZES: dict[str, dict[str, Any]] = {
+    "t5-small": _t5(512, 2048, 6, 8),
+    "t5-base": _t5(768, 3072, 12, 12),
+    "t5-large": _t5(1024, 4096, 24, 16),
+    "t5-3b": _t5(1024, 16384, 24, 32, d_kv=128),
+    "t5-11b": _t5(1024, 65536, 24, 128, d_kv=128),
+    **{f"t5-v1_1-{size}": values for size, values in _V1_1.items()},
+    **{f"flan-t5-{size}": values for size, values in _V1_1.items()},
+    "gpt2": _gpt2(768, 12, 12),
+    "gpt2-medium": _gpt2(1024, 24, 16),
+    "gpt2-large": _gpt2(1280, 36, 20),
+    "gpt2-xl": _gpt2(1600, 48, 25),
+    "bert-base-uncased": _bert(768, 12, 12),
+    "bert-large-uncased": _bert(1024, 24, 16),
+    "bert-base-cased": _bert(768, 12, 12, 28996),
+    "bert-large-cased": _bert(1024, 24, 16, 28996),
+    "bert-base": _bert(768, 12, 12),
+    "bert-large": _bert(1024, 24, 16),
+}
+# Hub organisations whose models of these names are exactly these sizes.
+ORGANISATIONS = ("", "google", "google-t5", "google-bert", "openai-community")
 
 
 def _cached_values(name: str) -> dict[str, Any] | None:
@@ -133,23 +171,23 @@ def read_values(name: str) -> tuple[dict[str, Any], str]:
         file = path / "config.json"
         if not file.is_file():
             raise ValueError(f"model: {path} holds no config.json, so it is not a saved model")
-        return _read_json(file), str(file)
+        return read_mapping(file, "configuration"), str(file)
     if path.is_file():
-        return _read_json(path), str(path)
-    known = known_size(name)
-    if known is not None:
-        return known, "published sizes"
+        return read_mapping(path, "configuration"), str(path)
+    organisation, _, last = name.lower().rpartition("/")
+    if organisation in ORGANISATIONS and last in KNOWN_SIZES:  # t5-base and google-t5/T5-Base name the same
+        return dict(KNOWN_SIZES[last]), "published sizes"
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".json")
     cached = None if looks_local else _cached_values(name)
     if cached is not None:
         return cached, "the local hub cache"
     if looks_local:
         raise ValueError(f"model: no such file or folder: {name}")
-    close = get_close_matches(name.lower().rpartition("/")[2], known_names(), n=3, cutoff=0.5)
+    close = get_close_matches(last, KNOWN_SIZES, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
     raise ValueError(
-        f"model: {name!r} is not a folder or config.json here, not a well-known size ({', '.join(known_names()[:5])}, "
-        f"...) and not in the local hub cache{hint}"
+        f"model: {name!r} is not a folder or config.json here, not a well-known size "
+        f"({', '.join(list(KNOWN_SIZES)[:5])}, ...) and not in the local hub cache{hint}"
     )
 
 

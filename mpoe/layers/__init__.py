@@ -14,11 +14,10 @@ from mpoe.layers.experts import DenseExperts, MixtureExperts, MPOExperts
 from mpoe.layers.feed_forward import MPOEFeedForward, RoutedFeedForward
 from mpoe.layers.hidden import HiddenExperts, HiddenFeedForward
 from mpoe.layers.kept import KeptFeedForward
-from mpoe.layers.losses import load_balancing_loss, router_z_loss
+from mpoe.layers.losses import global_batch, load_balancing_loss, router_z_loss
 from mpoe.layers.mpo_embedding import MPOEmbedding, SharedEmbedding, TiedHead
 from mpoe.layers.mpo_linear import MPOLinear
 from mpoe.layers.neurons import NeuronExperts, NeuronFeedForward
-from mpoe.layers.ranks import global_batch
 from mpoe.layers.router import RouterOutput, TopKRouter
 
 __all__ = [

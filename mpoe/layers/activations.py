@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from difflib import get_close_matches
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from mpoe.config.checks import check_choice
 
 
 def _gelu_tanh(z: Tensor) -> Tensor:
@@ -30,8 +31,5 @@ def check_activation(name: object) -> str:
     Raises:
         ValueError: an unknown activation; the message suggests similar names.
     """
-    if isinstance(name, str) and name in ACTIVATIONS:
-        return name
-    close = get_close_matches(str(name), ACTIVATIONS, n=3, cutoff=0.4)
-    hint = f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
-    raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}; got {name!r}{hint}")
+    check_choice("activation", name, tuple(ACTIVATIONS))
+    return str(name)

@@ -138,21 +138,16 @@ class MPOCores(FromInitialValues):
         The weights then have mean square ``init_std ** 2`` and, at full bonds, independent Gaussian entries.
         """
         options: dict[str, Any] = {"device": self.central.device, "dtype": torch.float32}
-        values = {"central": torch.randn(self.central.shape, **options) * self._central_std()}
-        if self.init_std == 0:
-            values["central"].zero_()
-        for name, (k, (d, i, j, e)) in zip(
-            [n for n in self.core_names() if n != "central"],
-            [item for item in enumerate(self.shape.core_shapes) if item[0] != self.shape.central],
-            strict=True,
-        ):
-            left = k < self.shape.central
-            rows, columns = (d * i * j, e) if left else (i * j * e, d)
+        std = self._central_std() if self.init_std else 0.0
+        values = {"central": torch.randn(self.central.shape, **options) * std}
+        for k, (name, (d, i, j, e)) in enumerate(zip(self.core_names(), self.shape.core_shapes, strict=True)):
+            if name == "central":
+                continue
+            rows, columns = (d * i * j, e) if k < self.shape.central else (i * j * e, d)
             flat = torch.randn(self.num_experts, max(rows, columns), min(rows, columns), **options)
             frame = torch.linalg.qr(flat).Q
             frame = frame if rows >= columns else frame.transpose(-1, -2)
-            if not left:
-                frame = frame.transpose(-1, -2)
+            frame = frame if k < self.shape.central else frame.transpose(-1, -2)
             values[name] = frame.reshape(self.num_experts, d, i, j, e)
         if self.bias is not None:
             values["bias"] = torch.zeros(self.bias.shape, **options)
@@ -174,7 +169,7 @@ class MPOCores(FromInitialValues):
         result = decompose_with_errors(work, self.shape, gauge)
         self.set_cores_(result.cores)
         self.local_errors = result.local_errors
-        self.rate_ratios = _rate_ratios(result.cores, work)
+        self.rate_ratios = rate_ratios(result.cores, work)
         return result
 
     @torch.no_grad()
@@ -190,7 +185,7 @@ class MPOCores(FromInitialValues):
         result = decompose_shared(weights, self.shape)
         self.set_cores_(result.cores)
         self.local_errors = result.local_errors
-        self.rate_ratios = _rate_ratios(result.cores, weights)
+        self.rate_ratios = rate_ratios(result.cores, weights)
         return result
 
     @torch.no_grad()
@@ -210,7 +205,7 @@ class MPOCores(FromInitialValues):
         return f"{self.shape}, num_experts={self.num_experts}"
 
 
-def _rate_ratios(cores: Sequence[Tensor], weight: Tensor) -> tuple[float, ...]:
+def rate_ratios(cores: Sequence[Tensor], weight: Tensor) -> tuple[float, ...]:
     """RMS of every core divided by that of the weight; 1 for a zero weight."""
     scale = float(weight.double().square().mean().sqrt())
     return tuple(float(core.double().square().mean().sqrt()) / scale if scale else 1.0 for core in cores)

@@ -12,10 +12,9 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from mpoe.config import MPOEConfig
 from mpoe.config.checks import check_integer
-from mpoe.layers.context import RouterRecord, current_routing
+from mpoe.layers.context import RouterRecord, check_dense, check_mask, current_routing
 from mpoe.layers.experts import DenseExperts, MPOExperts
 from mpoe.layers.losses import count_choices
-from mpoe.layers.masks import check_dense, check_mask
 from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe_kernels import Routing, route
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpoe_kernels.routing.gating import can_route_natively, native_logits, native_logits_backward
+from mpoe_kernels.routing.gating import can_route_natively, native_logits
 
 
 def float32_logits(x: Tensor, weight: Tensor, backend: str | None = None) -> Tensor:
@@ -64,15 +64,11 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str | None], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:2])
-        ctx.backend = inputs[2]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, _ = ctx.needs_input_grad
-        half = torch.float16  # the native gradients are not for it
-        if half not in (x.dtype, weight.dtype) and can_route_natively(x, weight, ctx.backend, grad):
-            return *native_logits_backward(grad, x, weight, (need_x, need_weight)), None
         dx = (grad @ weight.float()).to(x.dtype) if need_x else None
         dweight = (grad.t() @ x.float()).to(weight.dtype) if need_weight else None
         return dx, dweight, None

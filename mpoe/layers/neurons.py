@@ -139,14 +139,17 @@ class NeuronExperts(FromInitialValues):
         Returns the result, which is the same, or None with gradients, autocast, a compiler, another backend or another
         dtype of the tokens.
         """
-        own = self._parameters.values()
-        if self.backend != router.backend or x.dtype != self.dtype or not router.can_gate_natively(x, token_mask, *own):
+        own: Any = self._parameters  # as attributes, they would be looked for in vain before
+        if self.backend != router.backend or x.dtype != own["down"].dtype:
+            return None
+        if not router.can_gate_natively(x, token_mask, *own.values()):
             return None
         rule = Rule(router.top_k, router.config.is_scale_prob, None)
-        rows = x if self.latent_in is None else x @ self.latent_in
-        neurons = Neurons(self.up, self.down, self.bias, self.gate_proj, self.activation)
+        latent_in, latent_out = own.get("latent_in"), own.get("latent_out")
+        rows = x if latent_in is None else x @ latent_in
+        neurons = Neurons(own["up"], own["down"], own.get("bias"), own.get("gate_proj"), self.activation)
         o = routed_neurons(x, router.weight, rule, router.scale, rows, neurons, token_mask)
-        return o if self.latent_out is None else o @ self.latent_out
+        return o if latent_out is None else o @ latent_out
 
     @torch.no_grad()
     def merged(self) -> NeuronExperts:

@@ -14,7 +14,7 @@ from mpoe.config.checks import check_integer
 from mpoe.layers.initial import FromInitialValues, check_placement
 from mpoe.layers.logits import float32_logits
 from mpoe_kernels import Routing, route
-from mpoe_kernels.routing.gating import can_route_natively, gating_of, native_gating
+from mpoe_kernels.routing.gating import best_experts, can_route_natively, gating_of, native_gating
 
 _MOST_SLOTS = 2**31 - 1  # slots are counted in 32 bits
 
@@ -147,11 +147,9 @@ class TopKRouter(FromInitialValues):
                 if found is not None:
                     return RouterOutput(logits, found.top_k_index, self._scaled(found.top_k_weights))
             scores = logits.sigmoid() if self.config.scoring_func == "sigmoid" else torch.softmax(logits, dim=-1)
-            if self.e_score_correction_bias is None:
-                weights, index = scores.topk(self.top_k, dim=-1)
-            else:
-                index = (scores.detach() + self.e_score_correction_bias).topk(self.top_k, dim=-1).indices
-                weights = scores.gather(-1, index)
+            corrected = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
+            index = best_experts(corrected, self.top_k, self.backend)
+            weights = scores.gather(-1, index)
             if self.config.is_gshard:
                 return self._gshard(logits, weights, index)
             if not self.config.is_scale_prob:

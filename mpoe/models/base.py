@@ -25,17 +25,22 @@ from mpoe.layers.context import (
 from mpoe.layers.experts import MPOExperts
 from mpoe.layers.feed_forward import RoutedFeedForward
 from mpoe.layers.initial import FromInitialValues
-from mpoe.layers.losses import count_choices, load_balancing_loss, router_z_loss
+from mpoe.layers.losses import count_choices, load_balancing_loss, router_z_loss, sum_over_ranks
 from mpoe.layers.mpo_embedding import MPOEmbedding
 from mpoe.layers.mpo_linear import MPOLinear
-from mpoe.layers.ranks import sum_over_ranks
 from mpoe.models.find import find_sites
 from mpoe.models.kept import kept_modules
 from mpoe.models.others import OthersMixin
 from mpoe.models.outputs import ROUTING_FIELDS
-from mpoe.models.report import format_report, mpo_modules, names_in_checkpoints, parameter_report
+from mpoe.models.report import (
+    format_report,
+    mpo_modules,
+    names_in_checkpoints,
+    parameter_report,
+    print_summary,
+    summarize,
+)
 from mpoe.models.sites import install_empty
-from mpoe.models.summary import print_summary, summarize
 
 
 def last_tokens(mask: Any, kwargs: Mapping[str, Any], ids: str, embeds: str) -> Tensor | None:
@@ -52,11 +57,10 @@ def last_tokens(mask: Any, kwargs: Mapping[str, Any], ids: str, embeds: str) -> 
 def _without_padding(masks: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
     """The masks, None where nothing is padding: a prompt may have padding, the tokens after it have none. Only on the
     CPU, as a GPU would have to be waited for."""
-
-    def is_needed(mask: Tensor) -> bool:
-        return mask.device.type != "cpu" or not bool(mask.all())
-
-    return {stream: mask if mask is not None and is_needed(mask) else None for stream, mask in masks.items()}
+    return {
+        stream: None if mask is None or (mask.device.type == "cpu" and bool(mask.all())) else mask
+        for stream, mask in masks.items()
+    }
 
 
 def auxiliary_loss(records: list[RouterRecord], balance_weight: float, z_weight: float) -> Tensor:

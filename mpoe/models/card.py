@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ _SEAL = re.compile(r"<!-- mpoe card ([0-9a-f]{16}) -->\n\Z")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PAPER = "[Gao et al., COLING 2022](https://arxiv.org/abs/2203.01104)"
 _TEMPLATE = "This model card has been automatically generated."  # Transformers' card for a repository without one
+_PARTS = ("central", "auxiliary", "expert", "router", "rest")
 
 
 def model_card(model: Any, metrics: Mapping[str, Any] | None = None) -> str:
@@ -36,33 +37,30 @@ def model_card(model: Any, metrics: Mapping[str, Any] | None = None) -> str:
     has_mpo = bool(report["central"])
     shared = f" All experts of a layer share the central core of a matrix product operator ({_PAPER})."
     kind = "matrix product operators" if config.expert_type == "mpo" and has_mpo else "full matrices"
-    shapes = dict.fromkeys(
-        [
-            *(str(cores.shape) for _, cores in mpo_modules(model)),
-            *(f"{layer.shape}, {layer.experts.extra_repr()}" for layer in kept_modules(model).values()),
-        ]
-    )
+    shapes = [str(cores.shape) for _, cores in mpo_modules(model)]
+    shapes += [f"{layer.shape}, {layer.experts.extra_repr()}" for layer in kept_modules(model).values()]
     rows = {
         "base model": f"`{base}`" if base else "not recorded",
         "experts": f"{experts}; {kind}",
         "mixture": f"`moe_type={config.moe_type}`, modules {', '.join(config.targets)}",
-        **{f"shape {k}": f"`{shape}`" for k, shape in enumerate(shapes, start=1)},
+        **{f"shape {k}": f"`{shape}`" for k, shape in enumerate(dict.fromkeys(shapes), start=1)},
         "parameters": f"{report['total']:,}",
         "of them": ", ".join(f"{name} {report[name]:,}" for name in _PARTS if report[name]),
         "dense model": f"{report['dense_total']:,} parameters",
         "as many dense experts": f"{report['switch_total']:,} parameters",
     }
+    metadata = ["---", "library_name: transformers", "tags:", "- mpoe", "- mixture-of-experts"]
     parts = [
-        _metadata(base),
-        f"# {_class_name(model)}",
+        "\n".join([*metadata, *([f"base_model: {base}"] if base else []), "---"]),
+        f"# {type(model).__name__.removeprefix('FSDP')}",
         f"A Transformers model whose feed-forward networks are mixtures of experts.{shared if has_mpo else ''}",
-        _table("property", "value", rows),
+        _table("property", rows),
         "## Use",
         "```python\nfrom mpoe import load_mpoe\n\nmodel = load_mpoe(folder)  # the folder of this file\n```",
     ]
     numbers = dict(_flatten(metrics or {}))
     if numbers:
-        parts += ["## Results", _table("metric", "value", {name: f"{value:.4g}" for name, value in numbers.items()})]
+        parts += ["## Results", _table("metric", {name: f"{value:.4g}" for name, value in numbers.items()})]
     text = "\n\n".join(parts) + "\n"
     return f"{text}\n<!-- mpoe card {_checksum(text)} -->\n"
 
@@ -77,11 +75,14 @@ def may_write_card(file: Path) -> bool:
 
 
 def write_card(model: Any, folder: str | Path, metrics: Mapping[str, Any] | None = None) -> bool:
-    """Write `model_card` into ``folder``, unless a user's card is there; returns whether it was written."""
+    """Write `model_card` into ``folder``, atomically and never through a link, unless a user's card is there; returns
+    whether it was written."""
     file = Path(folder) / CARD_FILE
     if not may_write_card(file):
         return False
-    _write(file, model_card(model, metrics))
+    scratch = file.with_name(f".incomplete-{file.name}")
+    scratch.write_text(model_card(model, metrics), encoding="utf-8")
+    os.replace(scratch, file)
     return True
 
 
@@ -89,7 +90,8 @@ def replace_template(model: Any, folder: str | Path) -> None:
     """Replace the card that Transformers creates for a repository without one by ours."""
     file = Path(folder) / CARD_FILE
     if file.is_file() and _TEMPLATE in file.read_text(encoding="utf-8"):
-        _write(file, model_card(model))
+        file.unlink()
+        write_card(model, folder)
 
 
 def base_name(model: Any) -> str:
@@ -98,39 +100,17 @@ def base_name(model: Any) -> str:
     return name if _HUB_NAME.fullmatch(name) and not Path(name).exists() else ""
 
 
-_PARTS = ("central", "auxiliary", "expert", "router", "rest")
+def _table(first: str, rows: Mapping[str, str]) -> str:
+    lines = [f"| {first} | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    return "\n".join(lines)
 
 
-def _write(file: Path, text: str) -> None:
-    """Write a file atomically, and never through a link."""
-    scratch = file.with_name(f".incomplete-{file.name}")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, file)
-
-
-def _class_name(model: Any) -> str:
-    return type(model).__name__.removeprefix("FSDP")
-
-
-def _metadata(base: str) -> str:
-    lines = ["library_name: transformers", "tags:", "- mpoe", "- mixture-of-experts"]
-    return "\n".join(["---", *lines, *([f"base_model: {base}"] if base else []), "---"])
-
-
-def _table(first: str, second: str, rows: Mapping[str, str]) -> str:
-    return "\n".join(
-        [f"| {first} | {second} |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
-    )
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    found: list[tuple[str, float]] = []
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     for name, value in values.items():
         if isinstance(value, Mapping):
-            found += _flatten(value, f"{prefix}{name}.")
+            yield from _flatten(value, f"{prefix}{name}.")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            found.append((f"{prefix}{name}", float(value)))
-    return found
+            yield f"{prefix}{name}", float(value)
 
 
 def _checksum(text: str) -> str:

@@ -19,9 +19,8 @@ from transformers import PreTrainedModel
 from mpoe.config import MPOEConfig
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.classes import class_named
-from mpoe.models.convert import adopt_class
+from mpoe.models.convert import adopt_class, one_at_a_time
 from mpoe.models.find import find_sites
-from mpoe.models.one_at_a_time import one_at_a_time
 from mpoe.models.report import mpo_modules
 from mpoe.models.sites import install_empty
 from mpoe.models.table import MODEL_TYPES, TABLE

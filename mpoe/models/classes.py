@@ -18,10 +18,9 @@ from transformers.models.auto import configuration_auto, modeling_auto
 from mpoe.config import MPOEConfig
 from mpoe.layers.context import Entered, RoutingContext
 from mpoe.models.base import MPOEModelMixin
-from mpoe.models.decoding import kept_while_generating
+from mpoe.models.decoding import MPOESeq2SeqMixin, kept_while_generating
 from mpoe.models.mixtures import MixtureMixin
 from mpoe.models.outputs import ROUTING_FIELDS, output_of
-from mpoe.models.seq2seq import MPOESeq2SeqMixin
 from mpoe.models.table import CAUSAL, CLASS_PREFIX, ENCODER, SEQ2SEQ, TABLE, TYPE_PREFIX, Row
 
 # Auto class -> Transformers' table of its classes

@@ -65,10 +65,6 @@ def _modules_of(model: nn.Module, components: Sequence[str]) -> Iterator[tuple[s
             yield name, module
 
 
-def _files(folder: Path) -> list[Path]:
-    return [folder / ONLY_FILE] if (folder / ONLY_FILE).is_file() else weight_files(folder)
-
-
 @torch.no_grad()
 def load_layers(model: Any, path: str | Path, components: Sequence[str]) -> list[str]:
     """Replace the MPO parameters of ``components`` in ``model`` by those of a checkpoint.
@@ -96,7 +92,7 @@ def load_layers(model: Any, path: str | Path, components: Sequence[str]) -> list
     missing = sorted(set(components) - found)
     if missing:
         raise ValueError(f"components must be in MPO form in the model; {', '.join(missing)} is not")
-    files = _files(folder)
+    files = [folder / ONLY_FILE] if (folder / ONLY_FILE).is_file() else weight_files(folder)
     shapes = declared_shapes(files)
     for name, module in modules:
         for part, parameter in module.named_parameters():

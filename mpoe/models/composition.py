@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mpoe.config import MPOEConfig, RouterConfig
+from mpoe.config.checks import check_choice, check_integer
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.convert import convert_to_mpoe, converted_class
 from mpoe.models.domains import collect, solve_routers, train_routers
@@ -93,10 +94,8 @@ def _route(mixture: Any, examples: Batches, first: int, router: str, steps: int,
 
 
 def _check_router(router: str, steps: int, ridge: float, examples: Batches | None, experts: int) -> None:
-    if router not in ROUTERS:
-        raise ValueError(f"router must be one of {', '.join(map(repr, ROUTERS))}; got {router!r}")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be an integer of at least 1; got {steps!r}")
+    check_choice("router", router, ROUTERS)
+    check_integer("steps", steps, 1)
     if not ridge > 0:
         raise ValueError(f"ridge must be a positive number; got {ridge!r}")
     if examples is not None and len(examples) != experts:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -21,9 +23,8 @@ from mpoe.models.classes import classes_of, foreign_class
 from mpoe.models.export import as_stock
 from mpoe.models.families import checked_sites, family_for
 from mpoe.models.find import find_sites
-from mpoe.models.kept import fill_merged, hidden_modules, merged_config, neuron_modules
+from mpoe.models.kept import fill_merged, hidden_modules, merged_config, neuron_modules, set_mpoe_config
 from mpoe.models.mixtures import MixtureMixin, with_stock_experts
-from mpoe.models.one_at_a_time import one_at_a_time
 from mpoe.models.report import mpo_modules, parameter_report
 from mpoe.models.sites import EmbeddingSite, FFNSite, Report
 from mpoe.models.stock_experts import AnySite, checked_for
@@ -32,6 +33,24 @@ from mpoe_kernels import SharedDecomposition, backend_reasons
 
 SMALL_ERROR = 1e-3  # error of existing experts below which there is no warning
 Model = TypeVar("Model", bound=PreTrainedModel)
+P = ParamSpec("P")
+R = TypeVar("R")
+_LOCK = threading.RLock()
+
+
+def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: ``function`` waits until no other thread is inside any decorated function.
+
+    While Transformers loads a model it changes global state: initialisers, the default dtype, the tying of weights. A
+    model that another thread builds meanwhile would stay uninitialised.
+    """
+
+    @functools.wraps(function)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _LOCK:
+            return function(*args, **kwargs)
+
+    return alone
 
 
 def converted_class(model: Any, sites: Any = None) -> type[Any]:
@@ -40,7 +59,8 @@ def converted_class(model: Any, sites: Any = None) -> type[Any]:
         raise ValueError(f"model must be dense; got {type(model).__name__}, which is an MPOE model already")
     if sites is not None:
         return foreign_class(type(model))  # type: ignore[arg-type]  # classes can be hashed
-    known = classes_of(model.config.model_type) if getattr(model, "config", None) and in_table(model) else {}
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    known = classes_of(model_type) if model_type in TABLE else {}
     if type(model) not in known:
         heads = ", ".join(sorted(cls.__name__ for cls in known)) or f"a model of {', '.join(TABLE)}"
         raise ValueError(
@@ -48,11 +68,6 @@ def converted_class(model: Any, sites: Any = None) -> type[Any]:
             "its projections with sites=...)"
         )
     return known[type(model)]
-
-
-def in_table(model: Any) -> bool:
-    """Whether the family of ``model`` is known."""
-    return getattr(model.config, "model_type", None) in TABLE
 
 
 def check_finite(model: nn.Module) -> None:
@@ -71,12 +86,6 @@ def check_finite(model: nn.Module) -> None:
     if bad:
         shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise ValueError(f"model must hold finite weights; NaN or Inf in {shown}")
-
-
-def _check_backend(name: str | None) -> None:
-    known = backend_reasons()
-    if name is not None and name != "auto" and name not in known:
-        raise ValueError(f"backend must be one of {['auto', *known]} or None; got {name!r}")
 
 
 def _copy_without(model: Model, shared: Sequence[nn.Module]) -> Model:
@@ -152,14 +161,6 @@ def _warn_of_size(model: Any, config: MPOEConfig) -> None:
         )
 
 
-def _check_sites(model: Any, sites: Sequence[AnySite], config: MPOEConfig) -> bool:
-    """Refuse mismatched shapes; returns whether the head is tied to an embedding that becomes an MPO."""
-    for site in sites:
-        site.check(config)
-    tables = [site for site in sites if isinstance(site, EmbeddingSite)]
-    return all(table.is_tied(model) for table in tables)
-
-
 @one_at_a_time
 @torch.no_grad()
 def convert_to_mpoe(
@@ -208,8 +209,12 @@ def convert_to_mpoe(
     if config.is_hidden and any(isinstance(site, FFNSite) and site.obstacle for site in found):
         config = config.with_cores()
         found = find_sites(model, config, family)
-    tied = _check_sites(model, found, config)
-    _check_backend(config.backend)
+    for site in found:
+        site.check(config)
+    tied = all(site.is_tied(model) for site in found if isinstance(site, EmbeddingSite))
+    backends = ["auto", *backend_reasons()]
+    if config.backend is not None and config.backend not in backends:
+        raise ValueError(f"backend must be one of {backends} or None; got {config.backend!r}")
     check_finite(model)
     _warn_of_float16(model, found)
     config = dataclasses.replace(config, rate_ratios={}, tied_head=tied)
@@ -269,24 +274,25 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
             "model must have experts that each are a whole network; those of shape 'neurons' are added to a dense one, "
             "and no mixture of full matrices computes the same (merge_latent removes their latent space)"
         )
-    is_dense = _has_dense_experts(model)
+    mpoe = model.mpoe_config
+    is_dense = mpoe.existing_experts == "keep" if isinstance(model, MixtureMixin) else mpoe.expert_type != "mpo"
     if as_ is not None:
         return as_stock(model if is_dense or has_neurons else merge_experts(model), as_)
     if is_dense:
         raise ValueError(
-            f"model must have MPO experts; got expert_type={model.mpoe_config.expert_type!r}, "
-            f"existing_experts={model.mpoe_config.existing_experts!r}"
+            f"model must have MPO experts; got expert_type={mpoe.expert_type!r}, "
+            f"existing_experts={mpoe.existing_experts!r}"
         )
     source: Any = model
     mpo_experts = [module for module in source.modules() if isinstance(module, MPOExperts)]
     merged = _copy_without(source, mpo_experts)
     if isinstance(merged, MixtureMixin):
-        return _with_config(with_stock_experts(merged), dataclasses.replace(model.mpoe_config, existing_experts="keep"))
+        return _with_config(with_stock_experts(merged), dataclasses.replace(mpoe, existing_experts="keep"))
     for module in merged.modules():
         if isinstance(module, MPOEFeedForward) and isinstance(module.experts, MPOExperts):
             module.experts = _dense_experts(module.experts)
     layers = hidden_modules(merged)
-    config = merged_config(model.mpoe_config, layers)
+    config = merged_config(mpoe, layers)
     for site in find_sites(merged, config) if layers else ():
         if site.name in layers:
             assert isinstance(site, FFNSite)
@@ -296,17 +302,10 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
     return _with_config(merged, config)
 
 
-def _has_dense_experts(model: Any) -> bool:
-    config = model.mpoe_config
-    return bool(config.existing_experts == "keep" if isinstance(model, MixtureMixin) else config.expert_type != "mpo")
-
-
 def _with_config(merged: Any, config: MPOEConfig) -> Any:
     """``merged``, with its configurations updated."""
     config.rate_ratios = {name: list(cores.rate_ratios) for name, cores in mpo_modules(merged)}
-    for holder in merged.modules():
-        if isinstance(getattr(holder, "config", None), type(merged.config)):
-            holder.config.mpoe = config.to_dict()
+    set_mpoe_config(merged, config)
     return merged
 
 

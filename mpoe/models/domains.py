@@ -20,60 +20,77 @@ from torch import Tensor, nn
 
 from mpoe.layers.feed_forward import RoutedFeedForward
 from mpoe.layers.router import RouterOutput, TopKRouter
+from mpoe.models import report
 
 LEARNING_RATE = 1e-3
 
 
 def routed_layers(mixture: nn.Module) -> dict[str, RoutedFeedForward]:
     """Layers with a router, by name."""
-    return {
-        name: module
-        for name, module in mixture.named_modules()
-        if isinstance(module, RoutedFeedForward) and module.router is not None
-    }
+    return dict(report.routed_layers(mixture))
+
+
+class Moments:
+    """Sums over tokens of a router's inputs and of their outer products, float64.
+
+    Attributes:
+        outer: ``[I, I]``.
+        sum: ``[I]``.
+        tokens: their number.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.outer = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self.sum = torch.zeros(size, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def add(self, rows: Tensor) -> None:
+        """``[T, I]``."""
+        rows = rows.float()
+        self.outer += (rows.mT @ rows).double()
+        self.sum += rows.double().sum(0)
+        self.tokens += len(rows)
+
+
+def discriminant(means: Tensor, pooled: Tensor, ridge: float) -> Tensor:
+    """``[E, I]``, ``(S + r)^-1 (means - their mean)``: the ridge regression of the class on the input, without a
+    constant, from the classes' means ``[E, I]`` and the mean ``[I, I]`` of their second moments; ``ridge`` is relative
+    to the mean square of a feature."""
+    eye = torch.eye(len(pooled), dtype=pooled.dtype, device=pooled.device)
+    wanted = pooled + ridge * pooled.diagonal().mean() * eye
+    solved: Tensor = torch.linalg.solve(wanted, (means - means.mean(0)).mT).mT
+    return solved
 
 
 class Forced(TopKRouter):
-    """Sends every token to one expert, regardless of capacity, and accumulates statistics of its inputs."""
+    """Sends every token to one expert, regardless of capacity, and accumulates the moments of its inputs."""
 
     def __init__(self, router: TopKRouter, expert: int) -> None:
         super().__init__(router.in_features, router.num_experts, router.config, device=router.weight.device)
         self.expert = expert
         self.top_k = 1  # more would compute the same expert again
-        options: dict[str, Any] = {"dtype": torch.float64, "device": router.weight.device}
-        self.outer = torch.zeros(router.in_features, router.in_features, **options)
-        self.sum = torch.zeros(router.in_features, **options)
-        self.tokens = torch.zeros((), **options)
+        self.moments = Moments(router.in_features, router.weight.device)
 
     def capacity(self, num_tokens: int) -> None:
         """None: every token goes to its domain's expert."""
 
     def forward(self, x: Tensor) -> RouterOutput:
-        value = x.double()
-        self.outer += value.mT @ value
-        self.sum += value.sum(0)
-        self.tokens += value.ne(0).any(-1).sum()  # padding reads as zeros
+        self.moments.add(x[x.ne(0).any(-1)])  # padding reads as zeros
         logits = x.new_zeros(x.shape[0], self.num_experts, dtype=torch.float32)
         index = torch.full((x.shape[0], 1), self.expert, dtype=torch.int64, device=x.device)
         return RouterOutput(logits, index, torch.ones_like(index, dtype=torch.float32))
 
 
-class _Without(TopKRouter):
-    """Never sends a token to one expert; ``weight [E - 1, I]`` are the logits' rows of the others."""
-
-    def __init__(self, router: TopKRouter, expert: int, weight: Tensor) -> None:
-        own = router.weight
-        few = dataclasses.replace(router.config, top_k=min(router.top_k, len(weight)))
-        super().__init__(router.in_features, len(weight), few, device=own.device, dtype=own.dtype)
-        self.weight.data.copy_(weight)
-        self.expert = expert
-
-    def forward(self, x: Tensor) -> RouterOutput:
-        decision = super().forward(x)
-        before, after = decision.logits.split([self.expert, self.num_experts - self.expert], 1)
-        logits = torch.cat([before, before.new_full((len(before), 1), -torch.inf), after], 1)
-        index = decision.top_k_index
-        return RouterOutput(logits, index + (index >= self.expert), decision.top_k_weights)
+def _without(router: TopKRouter, expert: int, weight: Tensor) -> TopKRouter:
+    """A router that never chooses one expert; ``weight [E - 1, I]`` are the logits' rows of the others."""
+    few = dataclasses.replace(router.config, top_k=min(router.top_k, len(weight)), bias_update_rate=1.0)
+    own = router.weight
+    made = TopKRouter(router.in_features, router.num_experts, few, device=own.device, dtype=own.dtype)
+    rows = torch.cat([weight[:expert], weight.new_zeros(1, router.in_features), weight[expert:]])
+    made.weight.data.copy_(rows)
+    assert made.e_score_correction_bias is not None
+    made.e_score_correction_bias[expert] = -torch.inf
+    return made
 
 
 @contextmanager
@@ -101,7 +118,7 @@ def forced(mixture: nn.Module, expert: int) -> Iterator[dict[str, Forced]]:
 def without(mixture: nn.Module, expert: int, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """No token goes to one expert; ``weights [E - 1, I]`` by layer are the routers of the others."""
     layers = routed_layers(mixture)
-    with _routed_by(mixture, {n: _Without(layer.router, expert, weights[n]) for n, layer in layers.items()}):  # type: ignore[arg-type]
+    with _routed_by(mixture, {n: _without(layer.router, expert, weights[n]) for n, layer in layers.items()}):  # type: ignore[arg-type]
         yield
 
 
@@ -134,9 +151,10 @@ def collect(
             for batch in batches:
                 mixture(**_on(_device(mixture), batch))
         for name, router in routers.items():
-            if not router.tokens:
+            sums = router.moments
+            if not sums.tokens:
                 raise ValueError(f"examples must hold tokens for every domain; those of number {number} hold none")
-            outer, mean = router.outer / router.tokens, router.sum[None] / router.tokens
+            outer, mean = sums.outer / sums.tokens, sums.sum[None] / sums.tokens
             outer_key, mean_key = f"{name}.outer", f"{name}.mean"
             found[outer_key] = outer + found[outer_key] if outer_key in found else outer
             found[mean_key] = torch.cat([found[mean_key], mean]) if mean_key in found else mean
@@ -153,11 +171,8 @@ def solve_routers(mixture: nn.Module, statistics: Mapping[str, Tensor], ridge: f
     """
     for name, layer in routed_layers(mixture).items():
         means = statistics[f"{name}.mean"]
-        outer = statistics[f"{name}.outer"] / len(means)
-        amount = ridge * outer.diagonal().mean()
-        eye = torch.eye(len(outer), dtype=outer.dtype, device=outer.device)
         assert layer.router is not None
-        layer.router.weight.copy_(torch.linalg.solve(outer + amount * eye, (means - means.mean(0)).mT).mT)
+        layer.router.weight.copy_(discriminant(means, statistics[f"{name}.outer"] / len(means), ridge))
 
 
 def train_routers(

@@ -15,11 +15,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mpoe.layers.neurons import NeuronFeedForward
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.convert import check_finite
+from mpoe.models.domains import Moments, discriminant
 from mpoe.models.kept import neuron_modules
 
 Statistics = Mapping[str, Tensor]
@@ -29,32 +30,16 @@ RIDGE = 1e-3  # relative to the mean square of a number of the router's input
 SHARPNESS = 3.0  # of the gates: factor on logits whose softmax is the regression's probability, to first order
 
 
-class _Sums:
-    """Sums over the tokens that a layer's experts see, padding excluded."""
-
-    def __init__(self, layer: NeuronFeedForward) -> None:
-        options: dict[str, Any] = {"dtype": torch.float64, "device": layer.experts.up.device}
-        size = layer.in_features
-        self.outer, self.sum = torch.zeros(size, size, **options), torch.zeros(size, **options)
-        self.tokens = 0
-
-    def __call__(self, experts: nn.Module, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, _, index = arguments
-        rows = x[index[:, 0] >= 0].float()
-        self.outer += (rows.mT @ rows).double()
-        self.sum += rows.double().sum(0)
-        self.tokens += len(rows)
-
-    def sketch(self, rank: int) -> dict[str, Tensor]:
-        mean = self.sum / self.tokens
-        covariance = self.outer / self.tokens - torch.outer(mean, mean)
-        values, vectors = torch.linalg.eigh(covariance)  # ascending
-        first = len(mean) - rank
-        values, vectors = values[first:].clamp_min(0).float(), vectors[:, first:].mT.half()
-        told = (values[:, None].double() * vectors.double().square()).sum(0)
-        rest = (covariance.diagonal() - told).clamp_min(0)
-        parts = {"mean": mean.float(), "rest": rest.float(), "vectors": vectors, "values": values}
-        return {name: part.contiguous().cpu() for name, part in parts.items()}
+def _sketch(moments: Moments, rank: int) -> dict[str, Tensor]:
+    mean = moments.sum / moments.tokens
+    covariance = moments.outer / moments.tokens - torch.outer(mean, mean)
+    values, vectors = torch.linalg.eigh(covariance)  # ascending
+    first = len(mean) - rank
+    values, vectors = values[first:].clamp_min(0).float(), vectors[:, first:].mT.half()
+    told = (values[:, None].double() * vectors.double().square()).sum(0)
+    rest = (covariance.diagonal() - told).clamp_min(0)
+    parts = {"mean": mean.float(), "rest": rest.float(), "vectors": vectors, "values": values}
+    return {name: part.contiguous().cpu() for name, part in parts.items()}
 
 
 def _rank(layer: NeuronFeedForward) -> int:
@@ -95,9 +80,14 @@ def collect_statistics(
     size = min(layer.in_features for layer in layers.values())
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= size):
         raise ValueError(f"rank must be an integer from 0 to the model size {size}, or None; got {rank!r}")
-    sums = {name: _Sums(layer) for name, layer in layers.items()}
-    handles = [layer.experts.register_forward_pre_hook(sums[name]) for name, layer in layers.items()]
     module: Any = model
+    sums = {name: Moments(layer.in_features, layer.experts.up.device) for name, layer in layers.items()}
+
+    def hook(name: str) -> Any:
+        """Adds the tokens that a layer's experts see, padding excluded."""
+        return lambda experts, given: sums[name].add(given[0][given[2][:, 0] >= 0])
+
+    handles = [layer.experts.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     was_training, device = module.training, next(module.parameters()).device
     try:
         module.eval()
@@ -115,7 +105,7 @@ def collect_statistics(
             raise ValueError(f"batches must hold tokens; {name} got none")
         if not bool(torch.isfinite(sums[name].outer).all()):
             raise ValueError(f"batches must give finite inputs to every router; those of {name} hold NaN or Inf")
-        sketch = sums[name].sketch(_rank(layer) if rank is None else rank)
+        sketch = _sketch(sums[name], _rank(layer) if rank is None else rank)
         found |= {f"{name}.{part}": value for part, value in sketch.items()}
     return found
 
@@ -152,6 +142,4 @@ def router_weight(classes: Sequence[Statistics], layer: str) -> Tensor:
     """
     means = torch.stack([statistics[f"{layer}.mean"].double() for statistics in classes])
     pooled = torch.stack([_second_moment(statistics, layer) for statistics in classes]).mean(0)
-    pooled.diagonal().add_(RIDGE * pooled.diagonal().mean())
-    solved: Tensor = torch.linalg.solve(pooled, (means - means.mean(0)).mT).mT
-    return len(classes) * SHARPNESS * solved
+    return len(classes) * SHARPNESS * discriminant(means, pooled, RIDGE)

@@ -2,7 +2,9 @@
 expert; GraniteMoeShared and Qwen2-MoE, at their own size, for neurons beside a dense network.
 
 A Llama whose networks are mixtures of dense experts computes what a Mixtral computes; the weights have other names and
-are transposed. Exports that would not be exact are refused.
+are transposed. Beside neurons the dense network is the shared expert, an expert's neurons are one of their experts;
+routers take the softmax of the chosen logits, whose sum is 1, and a constant factor of the gates goes into the down
+projections. Exports that would not be exact are refused.
 """
 
 from __future__ import annotations
@@ -14,12 +16,11 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpoe.layers.dense import ExpertWeights
 from mpoe.layers.feed_forward import MPOEFeedForward
 from mpoe.layers.neurons import NeuronFeedForward
-from mpoe.models.export_neurons import neuron_checks, neuron_tensors, neuron_values
 from mpoe.models.mixtures import MixtureMixin, dense_config
 
 # Fields that a Llama, Mistral or Qwen3 shares with its mixture.
@@ -122,7 +123,7 @@ def _reasons(model: Any, to: str) -> list[str]:
         f"only the feed-forward networks may be in MPO form; target_modules is {list(mpoe.targets)}": set(mpoe.targets)
         != {"ffn"},
     }
-    checks |= neuron_checks(config, neurons) if neurons else _whole_checks(config, whole)
+    checks |= _neuron_checks(config, neurons) if neurons else _whole_checks(config, whole)
     return [f"{to}: {reason}" for reason, holds in checks.items() if holds]
 
 
@@ -151,7 +152,7 @@ def _target_config(model: Any, to: str) -> Any:
     }
     if target.shared is not None:
         values |= {target.inner: neurons, target.shared: config.intermediate_size}
-        return getattr(transformers, target.config)(**values, **neuron_values(model, to, head))
+        return getattr(transformers, target.config)(**values, **_neuron_values(model, to, head))
     values["sliding_window"] = getattr(config, "sliding_window", None)
     if not target.renormalises:
         values["norm_topk_prob"] = not mpoe.router.is_scale_prob
@@ -165,7 +166,7 @@ def _renamed(merged: Any, to: str) -> dict[str, Tensor]:
     inside = tuple(f"{name}." for name in layers)
     state = {name: value for name, value in merged.state_dict().items() if not name.startswith(inside)}
     for name, layer in layers.items():
-        state |= neuron_tensors(name, layer, to) if isinstance(layer, NeuronFeedForward) else _whole(name, layer)
+        state |= _neuron_tensors(name, layer, to) if isinstance(layer, NeuronFeedForward) else _whole(name, layer)
     return state
 
 
@@ -228,3 +229,78 @@ def check_export(model: Any, folder: Path, to: str) -> float:
         problem = f"its logits differ by {difference:.1e} of the largest"
         raise ValueError(f"the exported model must compute the same; {problem}")
     return difference
+
+
+# ---------------------------------------------------------- neurons beside a shared expert
+
+
+def _neuron_checks(config: Any, layers: list[NeuronFeedForward]) -> dict[str, bool]:
+    """What the classes ask of a model and its layers -> whether that is missing."""
+    dense = [module for layer in layers for module in layer.projections().values()]
+    plain = [m for m in dense if type(m) is nn.Linear and type(m.weight) is nn.Parameter and m.bias is None]
+    size = getattr(config, "sliding_window", None)  # a Mistral has a window unless its size is None
+    slides = bool(getattr(config, "use_sliding_window", size is not None))
+    return {
+        f"its attention has no sliding windows; sliding_window is {size}": slides,
+        "every layer has rotary positions; no_rope_layers leaves some without": not all(
+            getattr(config, "no_rope_layers", None) or ()
+        ),
+        "its dense projections are nn.Linear without biases; merge adapters or dequantise first": len(plain)
+        < len(dense),
+        "its experts have no biases (expert_bias)": any(layer.experts.bias is not None for layer in layers),
+    }
+
+
+def _neuron_values(model: Any, to: str, head_dim: int) -> dict[str, Any]:
+    """Fields of the configuration of ``to`` that make it compute what ``model``, with heads of this size, does."""
+    if to == "qwen2_moe":  # explicit layer types, as its default differs from a Qwen2's
+        return {"norm_topk_prob": True, "layer_types": ["full_attention"] * model.config.num_hidden_layers}
+    multipliers = dict.fromkeys(("embedding_multiplier", "logits_scaling", "residual_multiplier"), 1.0)
+    bias = getattr(model.config, "attention_bias", False)  # of all four projections, as in a Llama
+    return {**multipliers, "attention_multiplier": head_dim**-0.5, "attention_bias": bias}
+
+
+def server_notes(to: str, config: Any) -> list[str]:
+    """Which other servers compute something else for this configuration of the class ``to``; Transformers is right."""
+    if to == "qwen2_moe" and config.norm_topk_prob:
+        return ["llama.cpp divides 0 by 0 in this class's shared gate, which is 0 here, and never renormalises gates"]
+    if to != "granitemoeshared":
+        return []
+    heads = config.hidden_size // config.num_attention_heads
+    problems = {
+        f"llama.cpp and vLLM expect heads of {heads} (hidden_size / num_attention_heads) for this class; these have "
+        f"{config.head_dim}": config.head_dim != heads,
+        "vLLM's class has no biases in attention; this model has them": config.attention_bias,
+        f"vLLM's class computes silu; this model has {config.hidden_act}": config.hidden_act != "silu",
+    }
+    return [note for note, holds in problems.items() if holds]
+
+
+def _neuron_tensors(name: str, layer: NeuronFeedForward, to: str) -> dict[str, Tensor]:
+    """The weights of ``layer``, called ``name`` in its model, under the names of the class ``to``."""
+    router: Any = layer.router
+    experts = layer.experts if layer.experts.latent is None else layer.experts.merged()
+    factor = router.config.routed_scaling_factor or 1.0
+    gate, up, down = (layer.central_weight(kind).t() for kind in ("gate_proj", "up", "down"))
+    dtype = down.dtype  # routers and experts may be float32 beside a 16-bit network
+    own = {
+        "experts.gate_up_proj": torch.cat([experts.gate_proj, experts.up], 1).to(dtype),
+        "experts.down_proj": (experts.down * factor).to(dtype).transpose(1, 2).contiguous(),
+    }
+    routes = router.weight.to(dtype)
+    if to == "qwen2_moe":
+        shared = {
+            "gate.weight": routes,
+            "shared_expert.gate_proj.weight": gate,
+            "shared_expert.up_proj.weight": up,
+            "shared_expert.down_proj.weight": 2 * down,  # its gate multiplies by sigmoid(0) = 1/2
+            "shared_expert_gate.weight": down.new_zeros(1, layer.in_features),
+        }
+        return {f"{name}.{part}": value for part, value in {**own, **shared}.items()}
+    place = name.rpartition(".")[0]
+    return {
+        **{f"{place}.block_sparse_moe.{part}": value for part, value in own.items()},
+        f"{place}.block_sparse_moe.router.weight": routes,
+        f"{place}.shared_mlp.input_linear.weight": torch.cat([gate, up]),
+        f"{place}.shared_mlp.output_linear.weight": down,
+    }

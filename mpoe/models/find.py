@@ -101,7 +101,7 @@ def _embedding_site(model: Any) -> EmbeddingSite | None:
     head = next((n for n in targets if n not in views), None)
     # T5 draws its table with standard deviation 1 (times a factor), the others with their initializer_range.
     std = getattr(model.config, "initializer_factor", getattr(model.config, "initializer_range", 1.0))
-    return EmbeddingSite(name, table, views, head, float(std))
+    return EmbeddingSite("embedding", name, None, table, views, head, float(std))
 
 
 def _excluded(pattern: str, name: str) -> bool:

@@ -67,6 +67,13 @@ def fill_merged(merged: MPOEFeedForward, layer: HiddenFeedForward) -> None:
         weights.bias.copy_(value)
 
 
+def set_mpoe_config(model: Any, config: MPOEConfig) -> None:
+    """Put ``config`` into the configurations of a model and of its parts."""
+    for holder in model.modules():
+        if isinstance(getattr(holder, "config", None), type(model.config)):
+            holder.config.mpoe = config.to_dict()
+
+
 @torch.no_grad()
 def merge_latent(model: Any) -> Any:
     """A copy whose experts read and write the model's own space: exact up to rounding.
@@ -88,8 +95,5 @@ def merge_latent(model: Any) -> Any:
         raise ValueError(f"model must have neurons in a latent space (latent=l); this {type(model).__name__} has none")
     for layer in layers:
         layer.experts = layer.experts.merged()
-    config = dataclasses.replace(model.mpoe_config, latent=None).to_dict()
-    for holder in merged.modules():
-        if isinstance(getattr(holder, "config", None), type(merged.config)):
-            holder.config.mpoe = config
+    set_mpoe_config(merged, dataclasses.replace(model.mpoe_config, latent=None))
     return merged

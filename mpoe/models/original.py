@@ -28,9 +28,9 @@ from torch import Tensor
 from transformers import T5ForConditionalGeneration
 
 from mpoe.config import MPOEConfig
-from mpoe.models.convert import adopt_class, converted_class
+from mpoe.layers.cores import rate_ratios
+from mpoe.models.convert import adopt_class, converted_class, one_at_a_time
 from mpoe.models.find import find_sites
-from mpoe.models.one_at_a_time import one_at_a_time
 from mpoe.models.report import mpo_modules
 from mpoe.models.sites import EmbeddingSite, FFNSite, LinearSite, install_empty
 from mpoe.models.weight_files import first_line, read_tensors
@@ -38,15 +38,13 @@ from mpoe_kernels import MPOShape, reconstruct
 
 CENTRAL = 2
 _FFN = r"(?:encoder|decoder)\.block\.\d+\.layer\.\d+"
-_SWITCH = re.compile(
-    rf"(?P<ffn>{_FFN})\.sffn\.experts\.(?P<expert>\d+)\.(?P<kind>wi|wo)_mpo\.tensor_set\.(?P<core>\d+)"
+_CORE = re.compile(
+    rf"(?:(?P<ffn>{_FFN})\.(?:sffn\.experts\.(?P<expert>\d+)|moe_layer\.experts|DenseReluDense)\.(?P<kind>w[io12])|"
+    rf"(?P<linear>{_FFN}\.(?:SelfAttention|EncDecAttention)\.[qkvo])|shared)_mpo(?:\.tensor_set)?\.(?P<core>\d+)"
 )
-_MOE = re.compile(rf"(?P<ffn>{_FFN})\.moe_layer\.experts\.(?P<kind>w1|w2)_mpo\.(?P<core>\d+)")
-_DENSE_SWITCH = re.compile(rf"(?P<ffn>{_FFN})\.sffn\.experts\.(?P<expert>\d+)\.(?P<kind>wi|wo)\.weight")
-_DENSE_MOE = re.compile(rf"(?P<ffn>{_FFN})\.moe_layer\.experts\.(?P<kind>w1|w2)")
-_PLAIN = re.compile(rf"(?P<ffn>{_FFN})\.DenseReluDense\.(?P<kind>wi|wo)_mpo\.tensor_set\.(?P<core>\d+)")
-_ATTENTION = re.compile(rf"(?P<name>{_FFN}\.(?:SelfAttention|EncDecAttention)\.[qkvo])_mpo\.tensor_set\.(?P<core>\d+)")
-_EMBEDDING = re.compile(r"shared_mpo\.tensor_set\.(?P<core>\d+)")
+_FULL = re.compile(
+    rf"(?P<ffn>{_FFN})\.(?:sffn\.experts\.(?P<expert>\d+)\.(?P<kind>w[io])\.weight|moe_layer\.experts\.(?P<of_moe>w[12]))"
+)
 _ROUTER = re.compile(rf"(?P<ffn>{_FFN})\.(?:sffn\.switch\.(?P<part>weight|bias)|moe_layer\.gate\.w_gating)")
 # the same table again, under the names of modules that share it, and the biases of moe_type moe
 _COPIES = re.compile(r"(?:(?:encoder|decoder)\.embed_tokens|lm_head_mpo)\.tensor_set\.\d+")
@@ -82,8 +80,23 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(tensors)
 
 
-def _expert_name(match: re.Match[str]) -> str:
-    return f"{match['ffn']}.DenseReluDense.experts.{_KINDS[match['kind']]}"
+def _expert_name(ffn: str, kind: str) -> str:
+    return f"{ffn}.DenseReluDense.experts.{_KINDS[kind]}"
+
+
+def _joined(name: str, core: int, parts: dict[int, Tensor], count: int) -> Tensor:
+    """The cores of all experts, of which the central one must be the same."""
+    missing = sorted(set(range(count)) - set(parts))
+    if missing:
+        raise ValueError(
+            f"the checkpoint must hold every core of {name}; core {core} of expert {missing[0]} is not there"
+        )
+    ordered = [parts[e] for e in range(count)]
+    if core != CENTRAL:
+        return torch.stack(ordered)
+    if not all(torch.equal(part, ordered[0]) for part in ordered):
+        raise ValueError(f"the experts of {name} must share their central core; they differ")
+    return ordered[0]
 
 
 class _Checkpoint:
@@ -95,68 +108,52 @@ class _Checkpoint:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.chains: Chains = {}
-        self.dense: dict[str, Tensor] = {}
+        self.dense: dict[str, Any] = {}
         self.routers: dict[str, Tensor] = {}
         self.biases: dict[str, Tensor] = {}
         self.rest: dict[str, Tensor] = {}
         self.moe_type = "none"
-        experts: dict[str, dict[int, dict[int, Tensor]]] = {}
-        full: dict[str, dict[int, Tensor]] = {}
         for key, tensor in tensors.items():
-            if match := _SWITCH.fullmatch(key):
-                self.moe_type = "switch"
-                name = _expert_name(match)
-                chain = experts.setdefault(name, {}).setdefault(int(match["core"]), {})
-                chain[int(match["expert"])] = tensor.transpose(1, 2)
-            elif match := _MOE.fullmatch(key):
-                self.moe_type = "moe"
-                name = _expert_name(match)
-                self.chains.setdefault(name, {})[int(match["core"])] = tensor.transpose(-2, -3)
-            elif match := _DENSE_SWITCH.fullmatch(key):
-                self.moe_type = "switch"
-                full.setdefault(_expert_name(match), {})[int(match["expert"])] = tensor.T
-            elif match := _DENSE_MOE.fullmatch(key):
-                self.moe_type = "moe"
-                self.dense[_expert_name(match)] = tensor
-            elif match := _PLAIN.fullmatch(key):
-                name = _expert_name(match)
-                self.chains.setdefault(name, {})[int(match["core"])] = tensor.transpose(1, 2)
-            elif match := _ATTENTION.fullmatch(key):
-                self.chains.setdefault(f"{match['name']}.cores", {})[int(match["core"])] = tensor.transpose(1, 2)
-            elif match := _EMBEDDING.fullmatch(key):
-                self.chains.setdefault("shared.cores", {})[int(match["core"])] = tensor
-            elif match := _ROUTER.fullmatch(key):
-                if match["part"] == "bias":
-                    self.biases[key] = tensor
+            core, full, router = (pattern.fullmatch(key) for pattern in (_CORE, _FULL, _ROUTER))
+            if core or full:
+                self.moe_type = "switch" if ".sffn." in key else "moe" if ".moe_layer." in key else self.moe_type
+            if core:
+                self._add_core(core, tensor)
+            elif full:
+                name = _expert_name(full["ffn"], full["kind"] or full["of_moe"])
+                if full["expert"] is None:
+                    self.dense[name] = tensor
                 else:
-                    name = f"{match['ffn']}.DenseReluDense.router.weight"
-                    self.routers[name] = tensor if match["part"] else tensor.T
-            elif _BIAS.fullmatch(key):
+                    self.dense.setdefault(name, {})[int(full["expert"])] = tensor.T
+            elif router and router["part"] != "bias":
+                self.routers[f"{router['ffn']}.DenseReluDense.router.weight"] = tensor if router["part"] else tensor.T
+            elif router or _BIAS.fullmatch(key):
                 self.biases[key] = tensor
             elif not _COPIES.fullmatch(key):
                 self.rest[key] = tensor
-        count = 1 + max((e for cores in experts.values() for parts in cores.values() for e in parts), default=0)
-        for name, cores in experts.items():
-            self.chains[name] = {k: self._joined(name, k, parts, count) for k, parts in cores.items()}
+        parts = [each for chain in self.chains.values() for each in chain.values() if isinstance(each, dict)]
+        count = 1 + max((expert for each in parts for expert in each), default=0)
+        for name, chain in self.chains.items():
+            for core_index, each in chain.items():
+                chain[core_index] = _joined(name, core_index, each, count) if isinstance(each, dict) else each
         # Besides its cores the original may keep the matrix that they were computed from.
-        self.dense = {name: weight for name, weight in self.dense.items() if name not in self.chains}
-        for name, parts in full.items():
-            if name not in self.chains:
-                self.dense[name] = torch.stack([parts[e] for e in sorted(parts)])
+        self.dense = {
+            name: torch.stack([weight[e] for e in sorted(weight)]) if isinstance(weight, dict) else weight
+            for name, weight in self.dense.items()
+            if name not in self.chains
+        }
 
-    @staticmethod
-    def _joined(name: str, core: int, parts: dict[int, Tensor], count: int) -> Tensor:
-        missing = sorted(set(range(count)) - set(parts))
-        if missing:
-            raise ValueError(
-                f"the checkpoint must hold every core of {name}; core {core} of expert {missing[0]} is not there"
-            )
-        ordered = [parts[e] for e in range(count)]
-        if core != CENTRAL:
-            return torch.stack(ordered)
-        if not all(torch.equal(part, ordered[0]) for part in ordered):
-            raise ValueError(f"the experts of {name} must share their central core; they differ")
-        return ordered[0]
+    def _add_core(self, match: re.Match[str], tensor: Tensor) -> None:
+        place = int(match["core"])
+        if match["ffn"]:
+            chain = self.chains.setdefault(_expert_name(match["ffn"], match["kind"]), {})
+        else:
+            chain = self.chains.setdefault(f"{match['linear'] or 'shared'}.cores", {})
+        value = tensor.transpose(-2, -3) if match["ffn"] or match["linear"] else tensor
+        if match["expert"] is None:
+            chain[place] = value
+        else:
+            chain.setdefault(place, {})[int(match["expert"])] = value
 
     def num_experts(self) -> int:
         for weight in self.dense.values():
@@ -240,9 +237,10 @@ def import_original(source: str | Path | Mapping[str, Tensor], base: Any) -> Any
     install_empty(model, find_sites(model, config), config)
     cores_of = dict(mpo_modules(model))
     for name, chain in checkpoint.chains.items():
-        cores = cores_of[name]
-        cores.set_cores_([chain[k] for k in range(len(chain))])
-        cores.rate_ratios = _rate_ratios([chain[k] for k in range(len(chain))], cores.shape)
+        cores, found = cores_of[name], [chain[k] for k in range(len(chain))]
+        cores.set_cores_(found)
+        first = [core[0] if core.dim() == 5 else core for core in found]
+        cores.rate_ratios = rate_ratios(first, reconstruct(first)[: cores.in_features, : cores.out_features])
     _load_dense(model, checkpoint)
     config.rate_ratios = {name: list(cores.rate_ratios) for name, cores in cores_of.items()}
     adopt_class(model, converted_class(base), config)
@@ -252,13 +250,6 @@ def import_original(source: str | Path | Mapping[str, Tensor], base: Any) -> Any
             f"{len(lost)} biases of the original are left out, e.g. {lost[0]}: MPOE layers have none", stacklevel=2
         )
     return model.eval()
-
-
-def _rate_ratios(chain: list[Tensor], shape: MPOShape) -> tuple[float, ...]:
-    """RMS(core) / RMS(weight), of the first expert."""
-    first = [core[0] if core.dim() == 5 else core for core in chain]
-    scale = float(reconstruct(first)[: shape.in_features, : shape.out_features].double().square().mean().sqrt())
-    return tuple(float(core.double().square().mean().sqrt()) / scale if scale else 1.0 for core in first)
 
 
 def _load_dense(model: Any, checkpoint: _Checkpoint) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from mpoe.config.checks import check_choice
 from mpoe.layers.dense import IMPLEMENTATIONS
 from mpoe.models.card import replace_template, write_card
 from mpoe.models.report import mpo_modules, parameter_kind
@@ -146,9 +147,5 @@ class OthersMixin(_Model):
         """
         if requested_experts is None:
             return "eager"  # while the dense model is built
-        if requested_experts not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"experts_implementation must be one of {', '.join(map(repr, IMPLEMENTATIONS))}; "
-                f"got {requested_experts!r}"
-            )
+        check_choice("experts_implementation", requested_experts, IMPLEMENTATIONS)
         return str(super().get_correct_experts_implementation(requested_experts))

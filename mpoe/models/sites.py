@@ -180,13 +180,18 @@ class FFNSite:
 
 
 @dataclass(frozen=True)
-class LinearSite:
-    """A dense projection of ``component`` attention or pooler, which becomes an `MPOLinear`."""
+class MatrixSite:
+    """A dense module of one matrix, of ``component`` attention, pooler or embedding.
+
+    Attributes:
+        component, name: which; ``dense``: the module.
+        layer: index of its layer, if it is in one.
+    """
 
     component: str
     name: str
     layer: int | None
-    dense: nn.Module
+    dense: Any
 
     @property
     def replaced(self) -> list[nn.Module]:
@@ -194,12 +199,17 @@ class LinearSite:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """``(in_features, out_features)``."""
-        rows, columns = linear_weight(self.dense).shape
-        return rows, columns
+        """``(in_features, out_features)``; vocabulary and model size of a table."""
+        weight = self.dense.weight if isinstance(self.dense, nn.Embedding) else linear_weight(self.dense)
+        return weight.shape[0], weight.shape[1]
 
     def check(self, config: MPOEConfig) -> None:
+        """Refuse shapes of other sizes."""
         config.linear_shape(self.component, self.name, *self.sizes)
+
+
+class LinearSite(MatrixSite):
+    """A dense projection, which becomes an `MPOLinear`."""
 
     def build(self, config: MPOEConfig) -> MPOLinear:
         weight = linear_weight(self.dense)
@@ -214,7 +224,7 @@ class LinearSite:
 
     def load(self, module: MPOLinear, config: MPOEConfig) -> Report:
         if module.cores.bias is not None:
-            module.cores.bias.copy_(self.dense.bias)  # type: ignore[arg-type]
+            module.cores.bias.copy_(self.dense.bias)
         return {f"{self.name}.cores": module.cores.load_weight_(linear_weight(self.dense), config.gauge)}
 
     def install(self, model: nn.Module, module: MPOLinear, config: MPOEConfig) -> None:
@@ -222,35 +232,18 @@ class LinearSite:
 
 
 @dataclass(frozen=True)
-class EmbeddingSite:
+class EmbeddingSite(MatrixSite):
     """The vocabulary embedding, which becomes an `MPOEmbedding`, with all modules that share it.
 
     Attributes:
-        name: of the table.
-        dense: the `nn.Embedding`.
         views: names of further modules that look up the same table (T5's stacks).
         head: name of the language-model head, whether tied or not.
         init_std: for random weights.
     """
 
-    name: str
-    dense: nn.Embedding
     views: tuple[str, ...]
     head: str | None
     init_std: float
-    layer: int | None = None
-
-    @property
-    def replaced(self) -> list[nn.Module]:
-        return [self.dense]
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """``(vocabulary, model size)``."""
-        return self.dense.num_embeddings, self.dense.embedding_dim
-
-    def check(self, config: MPOEConfig) -> None:
-        config.linear_shape("embedding", self.name, *self.sizes)
 
     def build(self, config: MPOEConfig) -> MPOEmbedding:
         weight = self.dense.weight

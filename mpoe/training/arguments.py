@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import Seq2SeqTrainingArguments
@@ -21,6 +22,11 @@ from mpoe.training.gradient_mask import check_probability
 LR_SCALES = {"finetune": (0.35, 0.5), "scratch": (1.0, 0.1)}
 
 
+def _argument(default: Any, text: str, **metadata: Any) -> Any:
+    """A field with its help text."""
+    return field(default=default, metadata={"help": text, **metadata})
+
+
 @dataclass
 class MPOETrainingArguments(Seq2SeqTrainingArguments):
     """Arguments of `MPOETrainer`; each field's `help` describes it.
@@ -29,102 +35,68 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
         TypeError, ValueError: on construction, naming the argument, what was expected and what was given.
     """
 
-    mpo_lr: float | None = field(
-        default=None,
-        metadata={
-            "help": "Base learning rate of the MPO cores; default: learning_rate. Per-core scaling multiplies it."
-        },
+    mpo_lr: float | None = _argument(
+        None, "Base learning rate of the MPO cores; default: learning_rate. Per-core scaling multiplies it."
     )
-    regime: str = field(
-        default="finetune",
-        metadata={
-            "help": "'finetune' (a pretrained model) or 'scratch' (random weights): chooses the defaults of"
-            " central_lr_scale and auxiliary_lr_scale (.35 / .5 and 1 / .1).",
-            "choices": sorted(LR_SCALES),
-        },
+    regime: str = _argument(
+        "finetune",
+        "'finetune' (a pretrained model) or 'scratch' (random weights): chooses the defaults of central_lr_scale "
+        "and auxiliary_lr_scale (.35 / .5 and 1 / .1).",
+        choices=sorted(LR_SCALES),
     )
-    scale_core_lr: bool = field(
-        default=True,
-        metadata={
-            "help": "Give every core its own rate, base x RMS(core) / RMS(weight) x its scale. Without it all cores use"
-            " one raw rate, at which some shapes collapse."
-        },
+    scale_core_lr: bool = _argument(
+        True,
+        "Give every core its own rate, base x RMS(core) / RMS(weight) x its scale. Without it all cores use one raw"
+        " rate, at which some shapes collapse.",
     )
-    central_lr_scale: float | None = field(
-        default=None,
-        metadata={"help": "Factor on the central cores' rates; default: see regime (1 without scale_core_lr)."},
+    central_lr_scale: float | None = _argument(
+        None, "Factor on the central cores' rates; default: see regime (1 without scale_core_lr)."
     )
-    auxiliary_lr_scale: float | None = field(
-        default=None,
-        metadata={"help": "Factor on the auxiliary cores' rates; default: see regime (1 without scale_core_lr)."},
+    auxiliary_lr_scale: float | None = _argument(
+        None, "Factor on the auxiliary cores' rates; default: see regime (1 without scale_core_lr)."
     )
-    router_lr_scale: float = field(default=1.0, metadata={"help": "Factor on learning_rate for the routers."})
-    dense_expert_lr_scale: float = field(
-        default=1.0,
-        metadata={
-            "help": "Factor on learning_rate for dense experts (the Switch baseline; about .3 when fine-tuning)."
-        },
+    router_lr_scale: float = _argument(1.0, "Factor on learning_rate for the routers.")
+    dense_expert_lr_scale: float = _argument(
+        1.0, "Factor on learning_rate for dense experts (the Switch baseline; about .3 when fine-tuning)."
     )
-    gradient_mask_prob: float = field(
-        default=0.0,
-        metadata={
-            "help": "p_b: the share of optimizer steps, drawn at random, that leave all central cores untouched."
-        },
+    gradient_mask_prob: float = _argument(
+        0.0, "p_b: the share of optimizer steps, drawn at random, that leave all central cores untouched."
     )
-    gradient_mask_seed: int | None = field(
-        default=None, metadata={"help": "Seed of the gradient mask's own random stream; default: seed."}
+    gradient_mask_seed: int | None = _argument(None, "Seed of the gradient mask's own random stream; default: seed.")
+    update_mpo_layer: str | None = _argument(
+        None,
+        "Comma-separated components whose MPO cores are trained, the others' are frozen:"
+        f" any of {', '.join(COMPONENTS)}; default: all.",
     )
-    update_mpo_layer: str | None = field(
-        default=None,
-        metadata={
-            "help": "Comma-separated components whose MPO cores are trained, the others' are frozen:"
-            f" any of {', '.join(COMPONENTS)}; default: all."
-        },
+    tensor_learn: bool = _argument(
+        False, "Lightweight fine-tuning: freeze all central cores, so that only auxiliary cores train."
     )
-    tensor_learn: bool = field(
-        default=False,
-        metadata={"help": "Lightweight fine-tuning: freeze all central cores, so that only auxiliary cores train."},
+    train_AT_index: str | None = _argument(
+        None,
+        "Comma-separated indices of cores that stay FROZEN, counted from 0 along the chain: of five cores, '2' "
+        "trains the four auxiliary ones and '1,2,3' only the outer two.",
     )
-    train_AT_index: str | None = field(
-        default=None,
-        metadata={
-            "help": "Comma-separated indices of cores that stay FROZEN, counted from 0 along the chain: of five cores,"
-            " '2' trains the four auxiliary ones and '1,2,3' only the outer two."
-        },
+    label_smoothing_factor: float = _argument(
+        0.0,
+        "Share of the target's probability that is spread over the vocabulary in the training loss.",
+        aliases=["--label_smoothing", "--label-smoothing"],
     )
-    label_smoothing_factor: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of the target's probability that is spread over the vocabulary in the training loss.",
-            "aliases": ["--label_smoothing", "--label-smoothing"],
-        },
+    global_router_losses: bool = _argument(
+        True,
+        "With several processes: balance the experts over the tokens of all of them, as one process with the whole "
+        "batch would, instead of over each process's own.",
     )
-    global_router_losses: bool = field(
-        default=True,
-        metadata={
-            "help": "With several processes: balance the experts over the tokens of all of them, as one process with"
-            " the whole batch would, instead of over each process's own."
-        },
+    log_core_norms: bool = _argument(
+        True, "At each logging step, log the gradient norms of central and of auxiliary cores (unclipped)."
     )
-    log_core_norms: bool = field(
-        default=True,
-        metadata={
-            "help": "At each logging step, log the gradient norms of central and of auxiliary cores (unclipped)."
-        },
+    log_expert_load: bool = _argument(True, "Log how evenly the routers spread tokens over the experts.")
+    allow_non_finite: bool = _argument(
+        False,
+        "Train on when the loss, the gradients or the weights are not finite, instead of ending with an error. "
+        "(Gradients that overflow under loss scaling are skipped, which is no error.)",
     )
-    log_expert_load: bool = field(
-        default=True, metadata={"help": "Log how evenly the routers spread tokens over the experts."}
-    )
-    allow_non_finite: bool = field(
-        default=False,
-        metadata={
-            "help": "Train on when the loss, the gradients or the weights are not finite, instead of ending with an"
-            " error. (Gradients that overflow under loss scaling are skipped, which is no error.)"
-        },
-    )
-    adapter: bool = field(
-        default=False,
-        metadata={"help": "Train experts and routers alone, everything else is frozen (`freeze_all_but_experts`)."},
+    adapter: bool = _argument(
+        False, "Train experts and routers alone, everything else is frozen (`freeze_all_but_experts`)."
     )
 
     def __post_init__(self) -> None:

@@ -14,7 +14,6 @@ import re
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,34 +130,6 @@ def find_last_checkpoint(run_dir: str | Path) -> Path | None:
             return checkpoint
         warnings.warn(f"{checkpoint} is passed over: {', '.join(damaged)} changed since it was written", stacklevel=2)
     return None
-
-
-def check_same_model(checkpoint: str | Path, config: Any) -> None:
-    """Refuse a checkpoint made by a model of another configuration.
-
-    Args:
-        checkpoint: folder with the ``config.json`` that the Trainer saves.
-        config: Hugging Face config of the model that is to continue.
-
-    Raises:
-        ValueError: another ``model_type``, or experts configured differently; the message lists what differs.
-    """
-    file = Path(checkpoint) / "config.json"
-    if not file.is_file():
-        return  # a module that is no Hugging Face model saves none
-    theirs, ours = json.loads(file.read_text(encoding="utf-8")), json.loads(config.to_json_string(use_diff=False))
-    differing = [f"{name} was {a!r}, the model has {b!r}" for name, a, b in _differences(theirs, ours)]
-    if differing:
-        raise ValueError(f"resume_from_checkpoint must be of the same model: in {checkpoint} {'; '.join(differing)}")
-
-
-def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    if theirs.get("model_type") != ours.get("model_type"):
-        yield "model_type", theirs.get("model_type"), ours.get("model_type")
-    mine, yours = ours.get("mpoe") or {}, theirs.get("mpoe") or {}
-    for name in sorted({*mine, *yours} - {"rate_ratios", "backend"}):
-        if yours.get(name) != mine.get(name):
-            yield f"mpoe.{name}", yours.get(name), mine.get(name)
 
 
 def rotate(run_dir: str | Path, limit: int | None, keep: str | Path | None = None) -> None:

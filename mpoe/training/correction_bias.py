@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mpoe.models.report import routed_layers
-from mpoe.training.run_log import expert_load_of
+from mpoe.training.statistics import expert_load_of
 
 
 @torch.no_grad()
@@ -35,9 +35,10 @@ def update_correction_bias(model: nn.Module, expert_load: Tensor) -> None:
     if expert_load.dim() != 2 or len(expert_load) != len(layers):
         raise ValueError(f"expert_load must be [{len(layers)}, E], a row per layer; got {list(expert_load.shape)}")
     for layer, load in zip(layers, expert_load.float(), strict=True):
-        bias = layer.router.e_score_correction_bias if layer.router is not None else None
-        if bias is not None:
-            bias.add_(torch.sign(load.mean() - load).to(bias), alpha=layer.router.config.bias_update_rate)  # type: ignore[union-attr]
+        router = layer.router
+        if router is not None and router.e_score_correction_bias is not None:
+            bias, rate = router.e_score_correction_bias, router.config.bias_update_rate
+            bias.add_(torch.sign(load.mean() - load).to(bias), alpha=rate)
 
 
 class CorrectionBias:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -158,12 +157,6 @@ def holds_model(folder: str | Path) -> bool:
     return any((folder / name).exists() for name in _MODEL_FILES) or any(folder.glob("*.safetensors"))
 
 
-def fingerprint(run_config: Mapping[str, Any], neutral_keys: frozenset[str] = NEUTRAL_KEYS) -> str:
-    """Hash of the configuration without the neutral keys (hexadecimal, 16 digits)."""
-    relevant = {key: value for key, value in flatten(_jsonable(dict(run_config))) if not is_neutral(key, neutral_keys)}
-    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def differing_keys(
     saved: Mapping[str, Any], current: Mapping[str, Any], neutral_keys: frozenset[str] = NEUTRAL_KEYS
 ) -> dict[str, tuple[Any, Any]]:
@@ -202,10 +195,9 @@ def _delete_run(folder: Path) -> None:
 
 
 def _write_run_file(folder: Path, config: dict[str, Any]) -> None:
-    record = {"fingerprint": fingerprint(config), "config": config}
     staged = folder / f".{RUN_FILE}.incomplete"
     with staged.open("w") as file:
-        json.dump(record, file, indent=1)  # in its own order, which matters for label words
+        json.dump({"config": config}, file, indent=1)  # in its own order, which matters for label words
         file.flush()
         os.fsync(file.fileno())
     os.replace(staged, folder / RUN_FILE)

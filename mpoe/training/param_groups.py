@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from mpoe.config.shapes import NEURONS
@@ -70,6 +71,26 @@ def build_param_groups(model: nn.Module, args: MPOETrainingArguments) -> list[di
     if not groups:
         raise ValueError(f"no parameter of {type(model).__name__} requires a gradient: nothing to train")
     return sorted(groups.values(), key=lambda group: (KINDS.index(group["kind"]), -group["weight_decay"], -group["lr"]))
+
+
+def keep_state(previous: torch.optim.Optimizer, optimizer: torch.optim.Optimizer) -> None:
+    """Let a new optimizer go on with the state of the parameters that both have.
+
+    Raises:
+        ValueError: the previous one is of another kind, or has the state of none of them.
+    """
+    before = getattr(previous, "optimizer", previous)  # Accelerate's wrapper has it
+    if type(before) is not type(optimizer):
+        names = type(optimizer).__name__, type(before).__name__
+        raise ValueError(f"previous_optimizer must be of the kind that trains now, {names[0]}; got {names[1]}")
+    kept = [p for group in optimizer.param_groups for p in group["params"] if p in before.state]
+    if not kept:
+        raise ValueError(
+            "previous_optimizer must have the state of parameters of this model: it must have made steps, and the model"
+            " must be converted with inplace=True; got one that has none"
+        )
+    for parameter in kept:
+        optimizer.state[parameter] = before.state[parameter]
 
 
 def describe_param_groups(groups: Sequence[dict[str, Any]], every_group: bool = False) -> str:

@@ -11,6 +11,9 @@ SCRATCH = "scratch"  # `MPOETrainingArguments.regime`
 _DENSE, _SWITCH = "dense", "switch"  # kinds of feed-forward layers; every other kind is a shape's name
 
 
+FAR = 10.0  # factor above or below a rate that worked
+
+
 class Tried(NamedTuple):
     """Base rates (AdamW) that worked for one family.
 
@@ -88,11 +91,29 @@ def kind_of(config: Any) -> str:
     return config.shape if isinstance(config.shape, str) else "own"
 
 
-def rate_table() -> str:
-    """`TRIED` as a Markdown table, as in docs/fine_tuning.md."""
-    rows = ["| family | `learning_rate` that worked | at width | where |", "|---|---|---|---|"]
-    words = {"t5": "T5", "gpt2": "GPT-2", "bert": "BERT", SCRATCH: 'from scratch (`regime="scratch"`)'}
-    for name, tried in TRIED.items():
-        rates = [f"{tried.rate:g}", *(f"{rate:g} {kind}" for kind, rate in tried.other.items())]
-        rows.append(f"| {words[name]} | {', '.join(rates)} | {tried.width} | {tried.where} |")
-    return "\n".join(rows)
+def rate_advice(model: Any, args: Any) -> list[str]:
+    """A sentence for every base rate that differs by more than a factor of `FAR` from what worked.
+
+    Empty when training from scratch, where good rates vary more, and for families without a known rate.
+
+    Args:
+        model: that is trained.
+        args: its `MPOETrainingArguments`.
+    """
+    found = recommended_for(model, args.regime)
+    if found is None or args.regime != "finetune":
+        return []
+    usual = found.rate
+    rates = {"learning_rate": args.learning_rate}
+    if args.mpo_lr is not None:
+        rates["mpo_lr"] = args.mpo_lr
+    return [
+        f"{name} {rate:g} is {_times(rate / usual)} the {usual:g} to start from ({found.why})"
+        "; see docs/fine_tuning.md, Rates"
+        for name, rate in rates.items()
+        if rate > 0 and not 1 / FAR <= rate / usual * (1 + 1e-9) <= FAR * (1 + 2e-9)
+    ]
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:,.0f} times" if ratio > 1 else f"1/{1 / ratio:,.0f} of"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from mpoe.models.weight_files import check_weight_files, first_line
 from mpoe.training import checkpoints
+from mpoe.training.output_dir import differing_keys
 from mpoe_kernels.contract import autotune
 
 if TYPE_CHECKING:
@@ -49,8 +51,21 @@ def checkpoint_to_resume(asked: str | Path | bool | None, run_dir: Path, model: 
             raise ValueError(f"checkpoint {folder} is damaged: {', '.join(damaged)} changed")
     check_weight_files(folder, model)
     if getattr(model, "config", None) is not None:
-        checkpoints.check_same_model(folder, model.config)
+        _check_same_model(folder, model.config)
     return str(folder)
+
+
+def _check_same_model(checkpoint: Path, config: Any) -> None:
+    """Refuse a checkpoint whose ``config.json`` is of another ``model_type`` or has other experts than ``config``."""
+    file = checkpoint / "config.json"
+    if not file.is_file():
+        return  # a module that is no Hugging Face model saves none
+    both = (json.loads(file.read_text(encoding="utf-8")), json.loads(config.to_json_string(use_diff=False)))
+    theirs, ours = ({"model_type": each.get("model_type"), "mpoe": each.get("mpoe") or {}} for each in both)
+    differing = differing_keys(theirs, ours, frozenset({"rate_ratios", "backend"})).items()
+    if differing:
+        listed = "; ".join(f"{name} was {a!r}, the model has {b!r}" for name, (a, b) in differing)
+        raise ValueError(f"resume_from_checkpoint must be of the same model: in {checkpoint} {listed}")
 
 
 def go_on_with_choices(checkpoint: str | None, arguments: TrainingArguments) -> None:

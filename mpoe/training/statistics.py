@@ -1,9 +1,11 @@
-"""Statistics to watch while training a mixture: the distribution of tokens over experts, and gradient norms."""
+"""Statistics to watch while training a mixture: losses, the distribution of tokens over experts, gradient norms."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,54 @@ from torch import Tensor, nn
 from mpoe.models.kept import kept_modules
 from mpoe.models.report import mpo_modules
 from mpoe.training.freezing import chain_parameters
+from mpoe.training.loss import LossParts
+
+# Sums or averages a tensor over all processes, as `Accelerator.reduce` does.
+Reduce = Callable[[Tensor, str], Tensor]
+WINDOW = 100  # optimizer steps over which an expert's tokens are counted
+_TOKENS = 50  # per expert of a layer: with fewer tokens in a window, zero may be chance
+
+
+def expert_load_of(outputs: Any) -> Tensor | None:
+    """Tokens per expert `[layers, E]` of a model's outputs; None for a dense model."""
+    return outputs.get("expert_load") if isinstance(outputs, Mapping) else None
+
+
+class RunLog:
+    """Task loss, auxiliary loss and expert load since the last `pop`.
+
+    Everything stays on the device until then, without synchronisation.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._load: Tensor | None = None
+
+    def note(self, parts: LossParts, load: Tensor | None, micro_batches: int) -> None:
+        """Add one of a step's ``micro_batches``; ``load`` `[layers, E]` counts tokens per expert."""
+        values = {"steps": torch.ones((), device=parts.task.device), "task_loss": parts.task.detach()}
+        if parts.auxiliary is not None:
+            values["aux_loss"] = parts.auxiliary.detach()
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value).float()) + value.float() / micro_batches
+        if load is not None:
+            load = load.detach().long()
+            self._load = load if self._load is None else self._load + load
+
+    def pop(self, reduce: Reduce | None) -> tuple[dict[str, float], Tensor | None]:
+        """Means per step by name, and tokens per expert ``[layers, E]`` (None: no mixture); then resets.
+
+        With ``reduce``, over all processes, which must all call it.
+        """
+        steps = max(float(self._sums.pop("steps", 1.0)), 1e-9)
+        sums, self._sums = self._sums, {}
+        means = {}
+        for name in sorted(sums):
+            means[name] = float(sums[name] if reduce is None else reduce(sums[name], "mean")) / steps
+        counts, self._load = self._load, None
+        if counts is not None and reduce is not None:
+            counts = reduce(counts, "sum")
+        return means, counts
 
 
 @dataclass(frozen=True)
@@ -31,42 +81,83 @@ class ExpertLoad:
         """From tokens per expert, `counts [layers, E]` (integers)."""
         if counts.ndim != 2:
             raise ValueError(f"counts must be [layers, E]; got {tuple(counts.shape)}")
-        share: list[list[float] | None] = []
-        low: list[float | None] = []
-        high: list[float | None] = []
-        variation: list[float | None] = []
-        entropy: list[float | None] = []
         experts = counts.shape[1]
+        columns: list[list[Any]] = [[] for _ in range(5)]
         for row in counts.double().cpu():
-            total = row.sum()
-            if total == 0:
-                share.append(None)
-                for column in (low, high, variation, entropy):
-                    column.append(None)
-                continue
-            p = row / total
-            share.append([round(value, 6) for value in p.tolist()])
-            low.append(p.min().item())
-            high.append(p.max().item())
-            variation.append((p.std(correction=0) * experts).item())
-            entropy.append(float(-torch.xlogy(p, p).sum()) / math.log(experts) if experts > 1 else 1.0)
-        return cls(share, low, high, variation, entropy)
+            values: list[Any] = [None] * 5
+            if row.sum() > 0:
+                p = row / row.sum()
+                entropy = float(-torch.xlogy(p, p).sum()) / math.log(experts) if experts > 1 else 1.0
+                spread = (p.std(correction=0) * experts).item()
+                values = [[round(v, 6) for v in p.tolist()], p.min().item(), p.max().item(), spread, entropy]
+            for column, value in zip(columns, values, strict=True):
+                column.append(value)
+        return cls(*columns)
 
     def summary(self) -> dict[str, float]:
         """Scalars for a log line: the worst layer's extremes, the layers' mean entropy and variation."""
-        seen = [index for index, value in enumerate(self.entropy) if value is not None]
-        if not seen:
+        low, high, entropy, variation = (
+            [value for value in column if value is not None]
+            for column in (self.min_share, self.max_share, self.entropy, self.variation)
+        )
+        if not entropy:
             return {}
-
-        def pick(column: list[float | None]) -> list[float]:
-            return [value for value in column if value is not None]
-
         return {
-            "expert_min_share": min(pick(self.min_share)),
-            "expert_max_share": max(pick(self.max_share)),
-            "expert_entropy": sum(pick(self.entropy)) / len(seen),
-            "expert_variation": sum(pick(self.variation)) / len(seen),
+            "expert_min_share": min(low),
+            "expert_max_share": max(high),
+            "expert_entropy": sum(entropy) / len(entropy),
+            "expert_variation": sum(variation) / len(variation),
         }
+
+
+class LoadWatch:
+    """Counts the tokens of every expert over at least `WINDOW` steps, and warns once per layer about unusual loads.
+
+    Args:
+        names: names of the layers; without them layers are numbered.
+    """
+
+    def __init__(self, names: Sequence[str] = ()) -> None:
+        self._names = names
+        self._counts: Tensor | None = None
+        self._start = 0
+        self._said: set[tuple[int, str]] = set()
+
+    def start(self, step: int) -> None:
+        """Start at optimizer step ``step`` (the checkpoint's, in a resumed run)."""
+        self._counts, self._start = None, step
+
+    def add(self, counts: Tensor, step: int) -> list[str]:
+        """Add the tokens per expert ``[layers, E]`` since the last call, up to optimizer step ``step``.
+
+        Returns:
+            Sentences, at the end of a window, about an expert that took most of its layer's tokens (more than half plus
+            half of the even share: 75% of 2 experts, 56% of 8), and about experts that took none.
+        """
+        counts = counts.detach().cpu()
+        self._counts = counts if self._counts is None else self._counts + counts
+        steps = step - self._start
+        if steps < WINDOW:
+            return []
+        total, self._counts, self._start = self._counts, None, step
+        return [text for layer, row in enumerate(total) for text in self._remarks(layer, row, steps)]
+
+    def _remarks(self, layer: int, row: Tensor, steps: int) -> list[str]:
+        experts, tokens = len(row), int(row.sum())
+        if experts < 2 or tokens < _TOKENS * experts:
+            return []
+        found = {}
+        most = int(row.argmax())
+        share, idle = int(row[most]) / tokens, int(torch.count_nonzero(row == 0))
+        if share > 0.5 + 0.5 / experts:
+            found["most"] = f"expert {most} took {share:.0%} of the tokens"
+        if idle:
+            found["none"] = f"{idle} of {experts} experts took no token"
+        new = {kind: text for kind, text in found.items() if (layer, kind) not in self._said}
+        self._said |= {(layer, kind) for kind in new}
+        name = self._names[layer] if layer < len(self._names) else f"mixture layer {layer}"
+        hint = "balance_loss_weight, jitter or a lower router_lr_scale spread them"
+        return [f"{name}: {text} in {steps} steps; {hint}" for text in new.values()]
 
 
 def core_grad_norms(model: nn.Module) -> dict[str, float]:
@@ -77,10 +168,8 @@ def core_grad_norms(model: nn.Module) -> dict[str, float]:
             if parameter.grad is not None:
                 gradients["central" if index == cores.shape.central else "auxiliary"].append(parameter.grad.detach())
     for layer in kept_modules(model).values():
-        for kind, parameters in (
-            ("central", layer.central_parameters().values()),
-            ("auxiliary", layer.experts.own_cores),
-        ):
+        central, own = layer.central_parameters().values(), layer.experts.own_cores
+        for kind, parameters in (("central", central), ("auxiliary", own)):
             gradients[kind] += [p.grad.detach() for p in parameters if p.grad is not None]
     return {
         f"grad_norm_{kind}": float(torch.nn.utils.get_total_norm(tensors))

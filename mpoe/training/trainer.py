@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from mpoe.layers.ranks import global_batch
+from mpoe.layers.losses import global_batch
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.card import write_card
 from mpoe.models.report import routed_layers, short_name
 from mpoe.training import checkpoints
-from mpoe.training.advice import LoadWatch, rate_advice
 from mpoe.training.arguments import MPOETrainingArguments
 from mpoe.training.callbacks import GradientMaskCallback
 from mpoe.training.correction_bias import CorrectionBias
@@ -28,11 +27,11 @@ from mpoe.training.freezing import freeze_all_but_experts, freeze_cores
 from mpoe.training.gradient_mask import GradientMask
 from mpoe.training.loss import LossParts, count_targets, shifts_labels, split_loss, step_share
 from mpoe.training.metrics_file import MetricsFile
-from mpoe.training.param_groups import build_param_groups
+from mpoe.training.param_groups import build_param_groups, keep_state
+from mpoe.training.rates import rate_advice
 from mpoe.training.resuming import CheckpointMixin, checkpoint_to_resume, go_on_with_choices
 from mpoe.training.run_lock import hold
-from mpoe.training.run_log import RunLog, expert_load_of
-from mpoe.training.statistics import ExpertLoad, core_grad_norms
+from mpoe.training.statistics import ExpertLoad, LoadWatch, RunLog, core_grad_norms, expert_load_of
 
 # Everything that models return besides the logits; it does not belong in an evaluation's predictions.
 _NOT_PREDICTIONS = (
@@ -64,9 +63,9 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
     * a loss that does not depend on how a batch is split into micro-batches (see `mpoe.training.loss`), and
       `eval_loss` per target rather than per batch, without the routers' losses; for language models also
       `eval_perplexity`, per token of their tokenizer;
-    * warnings about experts that take most tokens or none for long, and about rates far from those that worked
-      (`training.advice`); logs of task and auxiliary loss, expert load, core gradient norms and the share of masked
-      steps, also as `metrics.jsonl` in the output folder;
+    * warnings about experts that take most tokens or none for long (`training.statistics`), and about rates far from
+      those that worked (`training.rates`); logs of task and auxiliary loss, expert load, core gradient norms and the
+      share of masked steps, also as `metrics.jsonl` in the output folder;
     * under torchrun (DDP), router losses over the tokens of all processes, so a step equals that of one process with
       the same global batch; a lock, so that no other process trains in the same folder (see `mpoe.training.run_lock`);
     * a diverging run ends with a `DivergenceError` (see `mpoe.training.divergence`); checkpoints that are complete or
@@ -78,9 +77,11 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
 
     Args:
         model, args, **kwargs: as for `transformers.Seq2SeqTrainer`; `args` is an `MPOETrainingArguments`.
+        previous_optimizer: the one that trained the dense model before it was converted in place: parameters that
+            stayed (with neurons, the whole dense network) keep its state, such as AdamW's moments and count of steps.
 
     Raises:
-        TypeError: `args` of another type.
+        TypeError: `args` or `previous_optimizer` of another type.
         ValueError: the arguments do not match the model (mask or freezing without MPO cores, generation with a model
             that is not an encoder-decoder).
     """
@@ -88,9 +89,19 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
     args: MPOETrainingArguments
     model: Any
 
-    def __init__(self, model: Any = None, args: MPOETrainingArguments | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: Any = None,
+        args: MPOETrainingArguments | None = None,
+        *,
+        previous_optimizer: torch.optim.Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not isinstance(args, MPOETrainingArguments):
             raise TypeError(f"args must be MPOETrainingArguments; got {type(args).__name__}")
+        if previous_optimizer is not None and not isinstance(previous_optimizer, torch.optim.Optimizer):
+            raise TypeError(f"previous_optimizer must be an optimizer; got {type(previous_optimizer).__name__}")
+        self._previous_optimizer = previous_optimizer
         config = getattr(model, "config", None)
         if args.predict_with_generate and config is not None and not getattr(config, "is_encoder_decoder", False):
             raise ValueError(
@@ -168,7 +179,11 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
                 self.gradient_mask.end_step()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer of `args.optim` over `build_param_groups`, unless the caller passed its own groups."""
+        """The optimizer of `args.optim` over `build_param_groups`, unless the caller passed its own groups.
+
+        Raises:
+            ValueError: `previous_optimizer` is of another kind, or has the state of no parameter of the model.
+        """
         if self.optimizer is None:
             module: Any = self.model if model is None else model
             given = self.optimizer_cls_and_kwargs
@@ -177,9 +192,12 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
                 options = {**options, "params": build_param_groups(module, self.args)}
             self.optimizer_cls_and_kwargs = (kind, options)
             try:
-                return super().create_optimizer(model)
+                made: torch.optim.Optimizer = super().create_optimizer(model)
             finally:
                 self.optimizer_cls_and_kwargs = given
+            if self._previous_optimizer is not None:
+                keep_state(self._previous_optimizer, made)
+            return made
         return super().create_optimizer(model)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:

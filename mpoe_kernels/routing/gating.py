@@ -1,4 +1,4 @@
-"""A router's native calls: top-k gating as a whole, and its logits with their gradients.
+"""A router's native calls: top-k gating as a whole, its logits, its choice.
 
 While decoding, the router's six ops of PyTorch take longer than the products of a layer's experts; with many tokens in
 16 bits, PyTorch copies them all to float32. These are no ops: what differentiates, compiles or watches a call sees
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mpoe_kernels.backends import AUTO, BACKENDS, Request
 from mpoe_kernels.define import is_plain_call, needs_gradients, requested_backend
-from mpoe_kernels.native_library import NATIVE_LIBRARY, address, dense, name_of
+from mpoe_kernels.native_library import NATIVE_LIBRARY, dense, name_of
 
 MOST_GATED = 4096  # experts among which one launch chooses
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -109,11 +109,23 @@ def native_logits(x: Tensor, weight: Tensor) -> Tensor:
     return logits
 
 
-def native_logits_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, need: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of ``x`` and ``weight``, each if needed, where `can_route_natively` and neither is float16."""
-    (arguments, (x, weight)), grad = _inputs(x, weight), dense("grad", grad)
-    dx, dweight = (torch.empty_like(each) if wanted else None for each, wanted in zip((x, weight), need, strict=True))
-    NATIVE_LIBRARY.functions.router_logits_backward(*arguments, grad.data_ptr(), address(dx), address(dweight))
-    return dx, dweight
+def best_experts(scores: Tensor, top_k: int, backend: str | None = None) -> Tensor:
+    """Experts with the largest of scores ``[T, E]``, best first, int64 ``[T, K]``; NaN counts as the largest.
+
+    `torch.topk` takes a tenth of the time of a layer's experts, so the native kernels choose where they may.
+    """
+    scores = scores.detach()
+    native = (
+        not torch.compiler.is_dynamo_compiling()
+        and NATIVE_LIBRARY.functions is not None
+        and scores.is_cpu
+        and scores.dtype == torch.float32
+        and requested_backend(backend) in (AUTO, "native")
+        and is_plain_call((scores,))
+    )
+    if not native:
+        return scores.topk(top_k, dim=-1).indices
+    scores = dense("scores", scores)
+    index = scores.new_empty(len(scores), top_k, dtype=torch.int64)
+    NATIVE_LIBRARY.functions.best_experts((*scores.shape, top_k), scores.data_ptr(), index.data_ptr())
+    return index

@@ -23,8 +23,8 @@ from mpoe_bench.targets import GPU_TARGETS, check_targets
 
 ROOT = Path(__file__).resolve().parents[2]
 ON_CPU = [
-    *("smoke-triton", "machine", "experts-bfloat16", "linear-bfloat16", "memcheck", "racecheck", "targets", "graphs"),
-    *("models", "profile", "experts-float32", "linear-float32", "peers"),
+    *("smoke-triton", "machine", "smoke-cuda", "instructions", "experts-bfloat16", "linear-bfloat16", "memcheck"),
+    *("racecheck", "targets", "graphs", "models", "profile", "experts-float32", "linear-float32", "peers"),
 ]
 
 
@@ -41,47 +41,19 @@ def plan(device: str) -> dict[str, str]:
     return dict(re.findall(r"^([\w-]+) \(\d+ s\): (.*)$", done.stdout, re.MULTILINE))
 
 
-def selected(*commands: str) -> list[list[str]]:
-    """Names of the tests that each part runs, in order; one process imports them all."""
-    options = ["-p", "no:cacheprovider", "-q", "--collect-only"]
-    words = [[*options, *command.partition("--tb=short ")[2].split()] for command in commands]
-    code = f"import pytest\nfor words in {words}:\n    assert pytest.main(words) == 0\n    print('END', flush=True)"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stdout
-    *parts, _ = done.stdout.split("END\n")
-    return [[line.split("::", 1)[1] for line in part.splitlines() if "::" in line] for part in parts]
-
-
-def test_the_parts() -> None:
+def test_the_parts_on_a_gpu() -> None:
     parts = plan("cuda")
-    assert list(plan("cpu")) == ON_CPU
-    assert list(parts) == [*ON_CPU[:2], "card", "build", "smoke-cuda", "twins", *ON_CPU[2:]]
-    assert "--launch-count 4" in parts["profile"]
+    assert list(parts) == [*ON_CPU[:2], "card", "build", *ON_CPU[2:-1], "libraries", "peers"]
+    assert "smoke --backend triton --device cuda" in parts["smoke-triton"]
+    assert "smoke --backend cuda --device cuda" in parts["smoke-cuda"]
+    assert "MPOE_BUILD=cuda" in parts["build"]
+    for tool in ("memcheck", "racecheck"):
+        assert parts[tool].startswith(f"compute-sanitizer --tool {tool} --error-exitcode 9 ")
+    four = "regex:^(neurons_fused|hidden_forward|fused|grouped_rows)_kernel$"
+    assert f"--filter-mode per-launch-config --launch-count 1 --kernel-name {four}" in parts["profile"]
+    assert {"liger-kernel", "git+https://github.com/shawntan/scattermoe"} <= set(parts["libraries"].split())
     assert "--suite gpu --device cuda" in parts["peers"]
     assert "--scale tiny" in plan("cpu")["peers"]
-
-
-@pytest.mark.slow
-def test_what_the_parts_select() -> None:
-    parts = plan("cuda")
-    tools = ("memcheck", "racecheck")
-    first, linear, *checked = selected(parts["experts-bfloat16"], parts["linear-bfloat16"], *(parts[t] for t in tools))
-    assert {re.split(r"[\[\]]", name)[1] for name in first} == {
-        f"{backend}-bfloat16-{shape}"
-        for shape in ("neurons", "neurons of 64", "hidden", "hidden of 64")
-        for backend in ("native", "eager", "triton", "cuda")
-    }
-    assert all("bfloat16" in name for name in linear)
-    for tool, found in zip(tools, checked, strict=True):
-        assert parts[tool].startswith(f"compute-sanitizer --tool {tool} --error-exitcode 9 ")
-        assert not [name for name in found if "no_tokens" in name]
-        for backend in ("triton", "cuda"):
-            assert {f"test_experts[{backend}-bfloat16-{shape}]" for shape in ("neurons", "hidden")} <= set(found)
-            assert f"test_an_infinite_token_spoils_its_own_row_alone[{backend}-neurons]" in found
-            assert f"test_routing_is_the_same_everywhere[{backend}-700-64-2-11]" in found
 
 
 def test_the_layers_that_are_checked_and_measured() -> None:
@@ -103,22 +75,65 @@ def test_the_layers_that_are_checked_and_measured() -> None:
     assert {p.dtype for name, p in layer.named_parameters() if "experts" in name} == {torch.bfloat16}
 
 
-@pytest.mark.slow
-def test_the_script_tries_every_part_without_a_gpu(tmp_path: Path) -> None:
-    out = tmp_path / "trial"
-    words = ["--device", "cpu", "--minutes", "60", "--out", str(out)]
-    done = script(*words)
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a visit without a GPU."""
+    out = tmp_path_factory.mktemp("visit") / "trial"
+    done = script("--device", "cpu", "--minutes", "60", "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = dict(re.findall(r"^\| ([\w-]+) \| ([\w ]+) \|", (out / "visit.md").read_text(), re.MULTILINE))
-    absent = {"memcheck", "racecheck", "profile"}  # programs that need a GPU
-    assert {name for name, result in rows.items() if result == "not here"} <= absent
-    assert {name for name, result in rows.items() if result == "passed"} >= {*ON_CPU} - absent
-    assert "0 wrong" in (out / "smoke-triton.log").read_text()
-    assert (out / "done").read_text().split() == [name for name in ON_CPU if rows[name] == "passed"]
-    with tarfile.open(tmp_path / "trial.tar.gz") as archive:
+    return out
+
+
+@pytest.mark.slow
+def test_a_visit_tries_every_part_without_a_gpu(walked: Path) -> None:
+    rows = re.findall(r"^\| ([\w-]+) \| ([\w ]+) \|", (walked / "visit.md").read_text(), re.MULTILINE)
+    results = dict(rows)
+    assert list(results) == ["part", *ON_CPU]
+    assert {name for name, result in results.items() if result == "passed"} >= {*ON_CPU} - {"profile"}
+    assert results["profile"] in ("passed", "not here")
+    for smoke in ("smoke-triton", "smoke-cuda"):
+        assert f"{len(list(cases((32,))))} right, 0 wrong, 0 failed" in (walked / f"{smoke}.log").read_text()
+    models = (walked / "models.log").read_text()
+    assert re.findall(r"^(\w+ [\w]+): step .*; generate ", models, re.MULTILINE) == [
+        f"{name} {shape}" for name in ("T5", "Llama") for shape in ("dense", *visit.SHAPES)
+    ]
+    assert (walked / "done").read_text().split() == [name for name in ON_CPU if results[name] == "passed"]
+    with tarfile.open(f"{walked}.tar.gz") as archive:
         assert {"trial/visit.md", "trial/models.log", "trial/peers/report.md"} <= set(archive.getnames())
-    again = script(*words)
-    assert {line.split()[1] for line in again.stdout.splitlines() if line.startswith("|")} <= absent
+    again = script("--device", "cpu", "--out", str(walked))
+    assert {line.split()[1] for line in again.stdout.splitlines() if line.startswith("|")} <= {"profile"}
+
+
+@pytest.mark.slow
+def test_which_tests_a_visit_selects(walked: Path) -> None:
+    def selected(part: str) -> list[str]:
+        lines = (walked / f"{part}.log").read_text().splitlines()
+        return [line.split("::", 1)[1] for line in lines if "::" in line]
+
+    first = selected("experts-bfloat16")
+    assert {re.split(r"[\[\]]", name)[1] for name in first} == {
+        f"{backend}-bfloat16-{shape}"
+        for shape in ("neurons", "neurons of 64", "hidden", "hidden of 64")
+        for backend in ("native", "eager", "triton", "cuda")
+    }
+    assert all("bfloat16" in name for name in selected("linear-bfloat16"))
+    assert all("float32" in name for part in ("experts-float32", "linear-float32") for name in selected(part))
+    assert len(selected("graphs")) > 10
+    assert selected("instructions") == ["test_instructions_are_as_emulated"]
+    assert (
+        sorted(selected("memcheck"))
+        == sorted(selected("racecheck"))
+        == sorted(
+            name
+            for backend in ("triton", "cuda")
+            for name in (
+                *(f"test_experts[{backend}-bfloat16-{shape}]" for shape in ("neurons", "hidden")),
+                *(f"test_an_infinite_token_spoils_its_own_row_alone[{backend}-{s}]" for s in ("neurons", "hidden")),
+                f"test_routing_is_the_same_everywhere[{backend}-700-64-2-11]",
+                f"test_strategies[{backend}-light-bfloat16]",
+            )
+        )
+    )
 
 
 def trial(tmp_path: Path, code: str, *words: str) -> tuple[int, str]:
@@ -140,11 +155,11 @@ def test_only_a_wrong_result_ends_a_visit(tmp_path: Path) -> None:
     assert "| machine | passed | " in report
     assert report.splitlines()[-1].startswith("| targets | WRONG | ")
     assert report.splitlines()[-1].endswith("| WRONG triton: y off by nan |")
-    assert re.search(r"^\| memcheck \| (not here|passed) \|", report, re.MULTILINE)
 
 
-def test_a_failed_assertion_is_a_wrong_result_and_a_missing_package_is_not(tmp_path: Path) -> None:
-    cases = {"bfloat16": "E   ModuleNotFoundError: no", "float32": "E       AssertionError: y"}
+@pytest.mark.parametrize("line", ["E       AssertionError: y", "E       assert False"])
+def test_a_failed_assertion_is_a_wrong_result_and_a_missing_package_is_not(tmp_path: Path, line: str) -> None:
+    cases = {"bfloat16": "E   ModuleNotFoundError: no", "float32": line}
     code = f'case "$*" in {" ".join(f"*{name}*) echo {line!r}; exit 1 ;;" for name, line in cases.items())} esac'
     status, report = trial(tmp_path, code)
     assert status == 1
@@ -171,7 +186,14 @@ def test_a_result_that_differs_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys)
     assert visit.main(words) == visit.WRONG
     assert capsys.readouterr().out.startswith("WRONG eager hidden d=32 E=4 k=2: y off by nan")
     assert visit.smoke("cpu", "cuda") == 1
-    assert "failed: cuda hidden d=32 E=4 k=2: BackendError: " in capsys.readouterr().out
+    assert "without kernels: cuda hidden d=32 E=4 k=2: BackendError: " in capsys.readouterr().out
+
+    def broken(*_: object) -> dict[str, float]:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(visit, "difference", broken)
+    assert visit.smoke("cpu", "eager") == 1
+    assert "failed: eager hidden d=32 E=4 k=2: RuntimeError: no" in capsys.readouterr().out
 
 
 def test_options_are_named() -> None:

@@ -125,6 +125,7 @@ def test_mixtures_around_a_dense_network() -> None:
         assert neurons["floor"]["forward"] == pytest.approx(1 + 8 * (model // 12) / hidden + 64 / (2 * hidden))
         assert neurons["parameters"] > rows["dense FFN"]["parameters"]
         assert ("train" in neurons) == (section["case"]["layers"] == 1)
+        assert ("read_bytes" in neurons) == (section["case"]["layers"] > 1)
         assert neurons["forward"]["x"] > 0
 
 

@@ -21,8 +21,6 @@ PACKAGES = {
     "ScatterMoE": "scattermoe",
     "SonicMoE": "sonicmoe",
     "QuACK grouped GEMM": "quack",
-    "MegaBlocks grouped GEMM": "megablocks",
-    "triton_kernels": "triton_kernels",
     "Liger SwiGLU as ReLU, 1.5x FLOPs": "liger_kernel",
 }
 

@@ -114,12 +114,15 @@ def test_a_study_runs_what_is_missing_and_nothing_twice(study_file: Path, data: 
 def test_a_run_made_again_is_the_same(study_file: Path, data: Path) -> None:
     study, blocks = read_study(study_file), read_blocks(data)
     for arm in ("neurons", "fine"):
-        one, two = (run_once(study, Run(Corner(16, 4), arm, 0.004, 1), blocks) for _ in range(2))
+        run, starts = Run(Corner(16, 4), arm, 0.004, 1), {}
+        one, two, reused = (run_once(study, run, blocks, made) for made in ({}, starts, starts))
+        assert len(starts) == 1
+        assert {**reused, "cpu_seconds": 0} == {**two, "cpu_seconds": 0}
         assert {**one, "cpu_seconds": 0} == {**two, "cpu_seconds": 0}
 
 
 def test_a_run_whose_loss_is_not_finite_is_kept_as_the_worst(study_file: Path, data: Path) -> None:
-    record = run_once(read_study(study_file), Run(Corner(16, 4), "dense", math.inf, 0), read_blocks(data))
+    record = run_once(read_study(study_file), Run(Corner(16, 4), "dense", math.inf, 0), read_blocks(data), {})
     assert "is nan in step 1" in record["diverged"]
     assert record["validation"] == math.inf
 

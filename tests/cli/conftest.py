@@ -11,7 +11,7 @@ import pytest
 from mpoe.cli import plots
 from mpoe.cli.main import main
 
-from .cli_rows import write_rows
+from .cli_data import write_rows
 
 
 class Answer(NamedTuple):

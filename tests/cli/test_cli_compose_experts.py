@@ -85,7 +85,7 @@ def test_the_packaged_background(folder: Path) -> None:
         (["{}/law.expert", "--texts", "{}/none.txt", "{}/none.txt"], "texts must name a file for each of 1 experts"),
         (["{}/law.expert", "--texts", "{}/absent.txt"], "texts: no such file"),
         (["{}/law.expert", "--router", "train"], "router train needs --texts for every expert"),
-        (["{}/law.expert", "--router", "best"], "router must be ridge or train; got 'best'"),
+        (["{}/law.expert", "--router", "best"], "argument --router: invalid choice: 'best'"),
         (["{}/law.expert", "--neurons", "8"], "neurons must be at least 1, of experts fitted to adapters; got 8"),
         (["{}/law.expert", "--steps", "0"], "steps must be at least 1; got 0"),
         (["{}/law.expert", "{}/absent.expert"], "absent.expert is no file"),

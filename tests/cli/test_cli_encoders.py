@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from .cli_rows import write_rows
+from .cli_data import write_rows
 
 WORDS = ["[PAD]", "[UNK]", "sentiment", "rating", "sentence:", "the", "film", "number", "is", "good", "bad"]
 FLAGS = ["--per_device_train_batch_size", 8, "--num_experts", 2, "--learning_rate", 3e-3, "--use_cpu"]

@@ -14,10 +14,9 @@ import pytest
 import yaml
 
 from mpoe.cli import plots
-from mpoe.data.task_files import read_task_file
-from mpoe.data.tasks import find_spec
+from mpoe.data.tasks import find_spec, read_task_file
 
-from .cli_described import write_described
+from .cli_data import write_described
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

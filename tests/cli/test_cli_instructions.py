@@ -11,7 +11,7 @@ from mpoe.data import load_stand_in, load_task_from_folder
 from mpoe.data.encode import encode_responses
 from mpoe.data.task import Example
 
-from .cli_rows import write_rows
+from .cli_data import write_rows
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"

@@ -6,12 +6,15 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from mpoe.cli import bench
+from mpoe.cli.errors import CommandError
+from mpoe.cli.options import ExperimentOptions
+from mpoe.cli.train import take_layers
 from mpoe.data.embedded import stand_in_path
-
-from .cli_rows import write_rows
 
 
 def train_flags(folder: Path, data: Path, *more: object) -> list[object]:
@@ -38,8 +41,8 @@ def test_unknown_option_of_train_names_close_matches(refused, tmp_path: Path) ->
         (["--top_k", 9], "top_k must be at most num_experts = 8; got 9"),
         (["--gradient_mask_prob", 1.5], "gradient_mask_prob must be between 0 and 1"),
         (["--regime", "dreaming"], "invalid choice: 'dreaming'"),
-        (["--n_train", 0], "n_train must be at least 1; got 0"),
-        (["--temperature", 0], "temperature must be greater than 0"),
+        (["--n_train", 0], "n_train must be >= 1 or unset; got 0"),
+        (["--temperature", 0], "temperature must be > 0; got 0"),
         (["--max_source_length", 1], "max_source_length must be at least 2"),
         (["--learning_rate", "fast"], "invalid float value: 'fast'"),
         (["--layers_to_transform", 77], "layers_to_transform must hold layer indices 0..1; got 77"),
@@ -54,55 +57,6 @@ def test_values_that_do_not_fit(refused, sentiment: Path, tmp_path: Path, flags:
 
 def test_no_output_folder(refused, sentiment: Path) -> None:
     assert "--output_dir" in refused("train", "--model", "t5", "--data_dir", sentiment)
-
-
-def test_missing_column_names_file_and_line(refused, sentiment: Path, tmp_path: Path) -> None:
-    write_rows(sentiment / "validation.jsonl", [{"sentence": "fine", "label": 1}, {"sentence": "no answer"}])
-    line = refused(*train_flags(tmp_path / "run", sentiment))
-    assert "validation.jsonl, line 2: column 'label' is missing" in line
-    assert "got sentence" in line
-
-
-def test_asked_column_that_is_not_there(refused, sentiment: Path, tmp_path: Path) -> None:
-    line = refused(*train_flags(tmp_path / "run", sentiment, "--text_columns", "sentense"))
-    assert "line 1: column 'sentense' is missing (did you mean sentence?), which text_columns of task sentiment" in line
-
-
-def test_data_folder_that_is_not_there(refused, tmp_path: Path) -> None:
-    assert "data_dir must be an existing folder" in refused(*train_flags(tmp_path / "run", tmp_path / "absent"))
-
-
-def test_unknown_task_names_close_matches(refused, tmp_path: Path) -> None:
-    line = refused("train", "--model", "t5", "--tasks", "doc_modul", "--output_dir", tmp_path / "run")
-    assert "doc_modul" in line
-    assert "doc_module" in line
-
-
-def test_task_of_the_wrong_kind_for_the_model(refused, sentiment: Path, prose: Path, tmp_path: Path) -> None:
-    assert "use --model gpt2" in refused(*train_flags(tmp_path / "run", prose))
-    line = refused("train", "--model", "gpt2", "--data_dir", sentiment, "--output_dir", tmp_path / "run")
-    assert "a GPT-2 does language_modeling, generation (use --model t5" in line
-
-
-def test_folder_that_holds_another_run(refused, sentiment: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "run.json").write_text("{}")
-    line = refused(*train_flags(run, sentiment))
-    assert "holds another run" in line
-    assert "--resume" in line
-    assert "--overwrite" in line
-    assert (run / "run.json").read_text() == "{}"
-
-
-def test_output_folder_that_is_a_file(refused, sentiment: Path, tmp_path: Path) -> None:
-    (tmp_path / "run").write_text("precious")
-    assert "is a file" in refused(*train_flags(tmp_path / "run", sentiment))
-    assert (tmp_path / "run").read_text() == "precious"
-
-
-def test_resume_where_nothing_is(refused, sentiment: Path, tmp_path: Path) -> None:
-    assert "nothing to resume" in refused(*train_flags(tmp_path / "run", sentiment, "--resume"))
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -121,13 +75,6 @@ def test_a_hub_that_does_not_answer_is_asked_once(refused, monkeypatch: pytest.M
     line = refused("generate", "no-such-run", "--prompt", "x")
     assert "'no-such-run' is not a folder here, no built-in model (t5, gpt2), and the hub did not give it" in line
     assert asked == [("huggingface.co", 443)]
-
-
-def test_bad_configuration_files_name_the_line(refused, tmp_path: Path) -> None:
-    (tmp_path / "c.json").write_text('{"model": "t5",\n"max_steps" 3}')
-    assert "c.json, line 2" in refused("train", tmp_path / "c.json")
-    (tmp_path / "c.yaml").write_text("model: t5\nmax_steps: [3\n")
-    assert "c.yaml, line 3" in refused("train", tmp_path / "c.yaml")
 
 
 def test_unknown_model_family_lists_the_known_ones(refused, tmp_path: Path) -> None:
@@ -167,7 +114,7 @@ def test_arguments_of_the_other_commands(refused, tmp_path: Path) -> None:
     assert "split must be one of train, validation, test" in refused("evaluate", "t5", "--split", "tset")
     assert "unknown option '--splitt'" in refused("evaluate", "t5", "--splitt", "test")
     assert "needs a model first" in refused("evaluate", "--split", "test")
-    assert "model must be one of t5, gpt2; got 't5x'; did you mean 't5'" in refused("demo", "--model", "t5x")
+    assert "argument --model: invalid choice: 't5x'" in refused("demo", "--model", "t5x")
     assert "model is for --compare" in refused("demo", "--model", "gpt2", "--output_dir", tmp_path / "demo")
     assert "steps must be at least 1" in refused("demo", "--steps", 0, "--output_dir", tmp_path / "demo")
     assert not (tmp_path / "out").exists()
@@ -197,18 +144,6 @@ def test_refusals_of_train_come_before_the_model(refused, sentiment: Path, tmp_p
     (sentiment / "validation.jsonl").unlink()
     assert "no validation file" in refused(*train_flags(tmp_path / "new", sentiment))
     assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.usefixtures("no_model")
-@pytest.mark.parametrize("name", ["config.json", "model-00001-of-00002.safetensors", "results.json"])
-def test_train_refuses_a_folder_with_a_model(refused, sentiment: Path, tmp_path: Path, name: str) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / name).write_text("precious")
-    line = refused(*train_flags(run, sentiment))
-    assert "holds a saved model or results" in line
-    assert "--overwrite" in line
-    assert (run / name).read_text() == "precious"
 
 
 @pytest.mark.usefixtures("no_model")
@@ -286,3 +221,90 @@ def test_outputs_and_inputs_of_convert(refused, tmp_path: Path) -> None:
     assert "mpo_layers sets target_modules and expert_type" in line
     assert "mpo_layers must be nompo alone" in refused("convert", "t5", tmp_path / "new", "--mpo_layers", "mlp,nompo")
     assert not (tmp_path / "new").exists()
+
+
+RUN = ["train", "--output_dir", "run"]
+HERE = [*RUN, "--data_dir", "."]
+ENCODER = "is an encoder (bert)"
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty working folder but for an encoder, of which a configuration is enough, a file and some data."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "spoilt").mkdir()
+    (tmp_path / "spoilt" / "config.json").write_text('{"model_type": "t5"}')
+    (tmp_path / "spoilt" / "run.json").write_text('{"config": {"described": {"a": 3}}}')
+    (tmp_path / "notes").write_text("no model")
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.csv").write_text("text,label\na,0\nb,1\n")
+    return tmp_path
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "gpt2", "--prompt", "x", "--temperature", 0], "temperature must be greater than 0; got 0.0"),
+        (["generate", "bert", "--prompt", "x"], f"bert {ENCODER}: it cannot generate text"),
+        (["generate", "notes", "--prompt", "x"], "model must be a folder, a hub name, t5 or gpt2; notes is a file"),
+        (
+            ["generate", "no-such/model", "--prompt", "x"],
+            "'no-such/model' is not a folder here, no built-in model (t5, gpt2), and",
+        ),
+        (["evaluate", "bert"], f"bert {ENCODER} without a head for labels (mpoe train)"),
+        (["evaluate", "spoilt"], "described in run.json does not describe tasks: task a must be a mapping of fields"),
+        (["evaluate", "t5", "--batch_size", 0], "batch_size must be at least 1; got 0"),
+        (["evaluate", "--load_experiment", "run"], "load_experiment must be the folder of an earlier run; got 'run'"),
+        (["evaluate", "--load_experiment", "."], "load_experiment: . holds neither a model nor a complete checkpoint"),
+        (
+            [*RUN, "--model", "bert", "--tasks", "doc_lm"],
+            "task doc_lm is language_modeling; a BERT does classification",
+        ),
+        (
+            [*RUN, "--model", "bert", "--tasks", "doc_kind,doc_module"],
+            "tasks must be one for an encoder, which has one",
+        ),
+        ([*RUN, "--model", "t5", "--load_experiment", "."], "load_experiment says which model to start from"),
+        ([*RUN, "--shape", '{"up": 3}'], "shape['up'] must be an MPOShape or its mapping; got int 3"),
+        ([*RUN, "--accelerator_config", "lost"], "accelerator_config: [Errno 2] No such file or directory: 'lost'"),
+        ([*RUN, "--load_best_model_at_end"], "load_best_model_at_end requires"),
+        ([*RUN, "--load_layer", "mlp"], "load_layer needs load_experiment"),
+        ([*RUN, "--tasks", "rte", "--data_dir", "absent"], "data_dir must be an existing folder; got 'absent'"),
+        ([*HERE, "--label_words", "{"], "label_words: bad JSON at character 1: Expecting property name"),
+        ([*HERE, "--label_words", "[3]"], "label_words must be a JSON object, label -> word; got [3]"),
+        ([*HERE, "--split_validation_test"], "which split_validation_test divides, must hold at least two"),
+        (
+            [*RUN, "--mpo_layers", "mpl"],
+            "mpo_layers must be among word_embed, mlp, attention, pooler, nompo; got 'mpl'",
+        ),
+        (["trian"], "no such command 'trian'"),
+        (["generate"], "generate needs a model first: mpoe generate MODEL_DIR"),
+        (["generate", "t5", "--promt", "x"], "unknown option '--promt'; did you mean '--prompt'?"),
+        (["generate", "t5", "--max_new_tokens", "many"], "invalid int value: 'many'"),
+        (["bench", "quick"], "values without an option: 'quick'"),
+        (["bench", "--minutes", 0], "minutes must be greater than 0; got 0.0"),
+    ],
+)
+def test_refused_values(refused, arguments: list, message: str) -> None:
+    assert message in refused(*arguments)
+
+
+def test_what_cannot_be_read_says_where_help_is(refused) -> None:
+    assert refused("trian").endswith("(see mpoe --help)")
+    assert refused("generate").endswith("(see mpoe generate --help)")
+
+
+def test_components_of_an_earlier_run_need_a_mixture() -> None:
+    with pytest.raises(CommandError, match="load_layer needs a model with MPO layers; this one stays dense"):
+        take_layers(SimpleNamespace(), ExperimentOptions("run", ["mlp"]))
+
+
+def test_benchmarks_that_are_wrong_or_absent(refused, monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
+    monkeypatch.setattr(bench, "_measure", lambda options: {"failures": ["linear: a wrong sum"]})
+    assert "wrong or failed: linear: a wrong sum" in refused("bench")
+
+    monkeypatch.setattr(bench, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None)))
+    assert "the benchmarks are not installed: no package mpoe_bench" in refused("bench", "--out", "other")

@@ -96,6 +96,7 @@ def test_the_readme_trains_clearly_above_the_majority(request, tmp_path: Path, t
     (line,) = [line for line in readme.splitlines() if line.startswith("mpoe train ")]
     words = shlex.split(line)[1:]
     words[words.index("--output_dir") + 1] = str(tmp_path / "run")
+    words[words.index("--max_steps") + 1] = "200"  # enough for that
     data = words.index("--data_dir")
     embedded = task.startswith("doc_")
     words[data : data + 2] = (

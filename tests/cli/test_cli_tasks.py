@@ -16,7 +16,7 @@ from mpoe.cli.tasks import DataOptions, resolve
 from mpoe.data.task import Example
 from mpoe.data.tasks import find_spec
 
-from .cli_described import write_described
+from .cli_data import write_described
 
 
 def described(data_dir: Path, *names: str) -> Path:

@@ -10,7 +10,7 @@ import pytest
 import mpoe
 import mpoe.data
 import mpoe_kernels
-from mpoe.data.task_files import standard_specs
+from mpoe.data.tasks import standard_specs
 
 from .cli_documents import blocks, run_commands, run_python, write_files
 

@@ -34,8 +34,9 @@ def sizes_of(experts: int, nodes: int, gpus: int = 8, tokens: int = 4096) -> dic
     """The table's cells by design, by the page's formulas from the parameters that `mpoe plan` counts."""
     usage = Usage({"encoder": tokens, "decoder": tokens}, torch.bfloat16, training=True)
     costs = model_costs(take_inventory("t5-large"), MPOEConfig(num_experts=experts, shape="separable"), usage)
-    mpoe, switch = costs.whole("mpoe").parameters, costs.whole("switch").parameters
-    dense = sum(m.matrix.elements * len(layer.names) for layer in costs.layers for m in layer.matrices)
+    whole = costs["totals"]["whole"]
+    mpoe, switch = whole["mpoe"]["parameters"], whole["switch"]["parameters"]
+    dense = costs["totals"]["feed_forward"]["dense"]["parameters"]
     slower = 1 if nodes > 1 else 0  # the link between nodes, or inside the only one
     group = math.gcd(experts, nodes * gpus)
     own, rest = dense * (experts // group), switch - dense * experts

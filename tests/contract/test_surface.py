@@ -45,7 +45,7 @@ DELIBERATE = {
         for command, option, was, why in (
             *((command, "shape", "separable", _SHAPE) for command in ("train", "convert", "plan")),
             *((command, "gauge", "symmetric", _SHAPE) for command in ("train", "convert")),
-            *((command, name, 64, _SHAPE) for command in ("train", "convert") for name in ("light_p", "light-p")),
+            *((each, name, 64, _SHAPE) for each in ("train", "convert", "plan") for name in ("light_p", "light-p")),
             *(("plan", name, 1, _TOP_K) for name in ("top_k", "top-k")),
         )
     },

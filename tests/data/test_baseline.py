@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from mpoe.data.baseline import baseline_scores, collapse, constant_answer, frequency_perplexity
+from mpoe.data.predict import baseline_scores, collapse, constant_answer, frequency_perplexity
 from mpoe.data.task import Task
 
 

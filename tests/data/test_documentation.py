@@ -10,12 +10,8 @@ import pytest
 
 import mpoe.data.documentation
 from mpoe.data.documentation import (
-    DocRecord,
-    deduplicate,
     dotted_name,
     load_documentation,
-    name_words,
-    prose_sentences,
     read_module,
     read_package,
     split_of,
@@ -113,45 +109,6 @@ def test_moved_modules_keep_their_split():
     old = next(read_module(ast.parse('def f():\n  "text"'), "pathlib"))
     new = next(read_module(ast.parse('def f():\n  "text"'), "pathlib.local"))
     assert old.split == new.split
-
-
-def test_deduplicate_compares_words():
-    def record(name: str, text: str) -> DocRecord:
-        return DocRecord(name, name, "function", text, "train")
-
-    kept = deduplicate(
-        [record("b", "Return  it."), record("a", "return it"), record("c", "Other"), record("c", "More")]
-    )
-    assert [(r.name, r.text) for r in kept] == [("a", "return it"), ("c", "More")]
-
-
-def test_prose_sentences_drop_code_and_tables():
-    text = """Return the mean of x. It may be a :class:`float`.
-
-    >>> mean([1, 2])
-
-Parameters
-----------
-x : array of many numbers
-
-    code_block = here and there and everywhere
-
-Plain closing words follow."""
-    assert prose_sentences(text) == ("Return the mean of x.", "It may be a float.", "Plain closing words follow.")
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("getPayload_all", ("get", "payload", "all")),
-        ("HTTPServer2", ("http", "server", "2")),
-        ("_strip", ("strip",)),
-        ("__init__", ("init",)),
-        ("NaN", ("na", "n")),
-    ],
-)
-def test_name_words(name, words):
-    assert name_words(name) == words
 
 
 def test_reading_is_quick_and_imports_nothing_documented():

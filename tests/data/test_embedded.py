@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
-import random
 import socket
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -71,29 +69,6 @@ def test_loads_without_network(kind, monkeypatch):
         assert text.startswith("Return the mean of 2 arrays.")
 
 
-@pytest.mark.slow
-def test_loads_in_a_new_process_without_network(tmp_path):
-    code = (
-        "import os; os.environ['HF_HUB_OFFLINE'] = '1'; os.environ['HF_HOME'] = sys.argv[1]\n"
-        "from mpoe.data.embedded import load_stand_in\n"
-        "for kind in ('t5', 'gpt2'):\n"
-        "    model, tokenizer = load_stand_in(kind)\n"
-        "    ids = tokenizer('Return the mean of 2 arrays.', return_tensors='pt')\n"
-        "    out = model.generate(**ids, max_new_tokens=4, do_sample=False)\n"
-        "    print(kind, model.dtype, model.training, tokenizer.decode(out[0], skip_special_tokens=True))\n"
-    )
-    out = subprocess.run(
-        [sys.executable, "-c", "import sys\n" + code, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    lines = out.stdout.splitlines()
-    assert lines[0].startswith("t5 torch.float32 False")
-    assert lines[1].startswith("gpt2 torch.float32 False Return the mean of 2 arrays.")
-
-
 def test_t5_tokenizer_round_trips_and_labels_are_single_tokens():
     _, tokenizer = load_stand_in("t5")
     [item] = encode_text_to_text([Example("name of: return the mean", "mean")], tokenizer)
@@ -147,19 +122,3 @@ def test_the_script_that_made_them_learns(script, documentation, monkeypatch, ca
     texts = {e.source for e in script.package_examples()}
     assert texts
     assert {r.split for r in script.train_records()} == {"train"}
-
-
-def test_span_corruption_loses_no_token(script):
-    ids = list(range(100, 156))
-    item = script.corrupt_spans(ids, sentinel=10, end=1, rng=random.Random(0))
-    spans: dict[int, list[int]] = {}
-    for token in item["labels"][:-1]:
-        if token < 100:
-            spans[token] = []
-            last = token
-        else:
-            spans[last].append(token)
-    rebuilt = [t for token in item["input_ids"][:-1] for t in (spans[token] if token < 100 else [token])]
-    assert rebuilt == ids
-    assert len(spans) >= 2
-    assert item["labels"][-1] == item["input_ids"][-1] == 1

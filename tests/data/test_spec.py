@@ -9,8 +9,7 @@ import pytest
 
 from mpoe.data.spec import HubData, TaskSpec
 from mpoe.data.task import Example
-from mpoe.data.task_files import read_task_file, standard_specs
-from mpoe.data.tasks import get_task, load_task, register_task
+from mpoe.data.tasks import get_task, load_task, read_task_file, register_task, standard_specs
 
 YAML = """
 review:

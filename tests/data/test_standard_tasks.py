@@ -15,8 +15,7 @@ import pytest
 from mpoe.data.hub import _load, detect_hub_task, load_hub_task
 from mpoe.data.spec import HubData, TaskSpec
 from mpoe.data.task import Example
-from mpoe.data.task_files import STANDARD, standard_specs
-from mpoe.data.tasks import find_spec, get_task, load_task
+from mpoe.data.tasks import STANDARD, find_spec, get_task, load_task, standard_specs
 
 GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
 SUPERGLUE = ("superglue-boolq", "superglue-cb", "superglue-rte")

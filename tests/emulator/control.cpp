@@ -1,5 +1,7 @@
 // How tests/cuda/emulation.py controls the emulator, through ctypes: schedules, limits of the device, counters, and the
 // memory that blocks need. The kernels themselves are the ops of bindings.cpp, compiled into the same library.
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
@@ -56,6 +58,26 @@ EMU_EXPORT void emu_counters(std::uint64_t* counts) {
                                stats.ldmatrix_wavefronts, stats.cp_async, stats.barriers};
   std::copy(std::begin(all), std::end(all), counts);
   stats = {};
+}
+
+// Of larger grids `blocks` run, and launches are logged; 0: all run.
+EMU_EXPORT void emu_sample(std::uint64_t blocks) { emu::config().most_blocks = blocks; }
+
+// Takes up to `most` launches from the log, as six numbers each: see emu::Launched; kernels by their place in the
+// library. Returns how many there were.
+EMU_EXPORT std::uint64_t emu_launched(std::uint64_t* numbers, std::uint64_t most) {
+  Dl_info library;
+  dladdr(reinterpret_cast<void*>(&emu_sample), &library);
+  auto& log = emu::launched();
+  for (std::uint64_t i = 0; i < log.size() && i < most; ++i) {
+    const auto place = static_cast<const char*>(log[i].kernel) - static_cast<const char*>(library.dli_fbase);
+    const std::uint64_t all[] = {static_cast<std::uint64_t>(place), log[i].blocks, log[i].threads,
+                                 log[i].run,                        log[i].mma,    log[i].barriers};
+    std::copy(std::begin(all), std::end(all), numbers + 6 * i);
+  }
+  const std::uint64_t count = log.size();
+  log.clear();
+  return count;
 }
 
 // Shared memory of a block of the panel kernel; 0: no such shape. shape: left, centre, right.

@@ -1,6 +1,6 @@
 // Every instruction that tests/emulator/twins.h and intrinsics.h imitate, on inputs whose results are exact: prints one
 // line of hexadecimal numbers for each. Compiled with the emulator and with nvcc, it must print the same lines
-// (tools/cuda_probes.py).
+// (tests/device/test_device_instructions.py).
 #include <cstdio>
 #include <cstring>
 #include <vector>

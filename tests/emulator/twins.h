@@ -1,6 +1,6 @@
 // Twins of the instructions in csrc/cuda/device.cuh (mma.sync, ldmatrix, cp.async), after the fragment tables of
-// NVIDIA's "Parallel Thread Execution ISA", chapter "Warp-level matrix instructions". tools/cuda_probes.py compares
-// them with hardware.
+// NVIDIA's "Parallel Thread Execution ISA", chapter "Warp-level matrix instructions".
+// tests/device/test_device_instructions.py compares them with hardware.
 #pragma once
 #include "intrinsics.h"
 

@@ -28,7 +28,8 @@
   do {                                                                                \
     (void)(stream);                                                                   \
     auto emu_kernel = (kernel);                                                       \
-    ::emu::launch((grid), (block), (smem), ::emu::bind(emu_kernel, __VA_ARGS__));     \
+    ::emu::launch(reinterpret_cast<const void*>(emu_kernel), (grid), (block), (smem), \
+                  ::emu::bind(emu_kernel, __VA_ARGS__));                              \
   } while (0)
 
 struct uint3 {

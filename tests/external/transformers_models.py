@@ -1,7 +1,8 @@
 """Adapters, made by a rule, that run Transformers' own model tests on our classes and on the dense ones.
 
 Not collected here: `tools/external_suites.sh` copies this file beside nothing else, as ``test_models.py``, and puts a
-checkout of Transformers on the path. ``MPOE_FAMILIES`` (default: every family) names the families to run.
+checkout of Transformers on the path. ``MPOE_FAMILIES`` (default: every family) names the families to run,
+``MPOE_SHAPE`` (default: separable) the shape of the experts.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from mpoe.models.table import TABLE
 # folder of the checkout, where it is not the family's name
 FOLDERS = {"gemma3_text": "gemma3", "deberta-v2": "deberta_v2"}
 OTHERS = ("Integration", "Generation", "Embeddings", "Vision", "EncoderOnly", "Standalone")
-SETTINGS = {"num_experts": 4, "shape": "separable", "backend": "eager"}
+SETTINGS = {"num_experts": 4, "shape": os.environ.get("MPOE_SHAPE", "separable"), "backend": "eager"}
 
 
 def _dense_test(module: Any) -> type[unittest.TestCase]:

@@ -17,7 +17,7 @@ from mpoe.cli.info import InfoOptions
 from mpoe.cli.inspect import InspectOptions
 from mpoe.cli.options import ExperimentOptions, ExpertOptions, MeasureOptions, ModelOptions
 from mpoe.cli.parsing import make_parser
-from mpoe.cli.plan import GROUPS as PLAN
+from mpoe.cli.plan import PlanOptions
 from mpoe.cli.tasks import DataOptions
 from mpoe.cli.train import RunOptions
 from mpoe.training import MPOETrainingArguments
@@ -29,7 +29,7 @@ GROUPS: dict[str, tuple[type, ...]] = {
     ),
     "evaluate": (EvaluateOptions, DataOptions),
     "convert": (ConvertOptions, ExpertOptions),
-    "plan": PLAN,
+    "plan": (PlanOptions, ExpertOptions),
     "inspect": (InspectOptions, DataOptions),
     "generate": (GenerateOptions,),
     "demo": (DemoOptions,),

@@ -47,6 +47,14 @@ def test_against_reference(backend: str, dtype: torch.dtype, case: int, gated: b
 
 
 @on_every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("top_k", "experts", "neurons"), [(16, 1024, 8), (3, 4, 512)])
+def test_the_largest_sizes(backend: str, dtype: torch.dtype, top_k: int, experts: int, neurons: int) -> None:
+    require(backend, "neuron_experts", dtype)
+    Problem(tokens=24, top_k=top_k, experts=experts, width=8, out=12, neurons=neurons, dtype=dtype).check(backend)
+
+
+@on_every_backend
 @pytest.mark.parametrize(
     ("activation", "dtype", "gated"),
     pairwise(

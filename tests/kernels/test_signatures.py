@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoe.layers.masks import check_mask
+from mpoe.layers.context import check_mask
 from mpoe_kernels import BackendError
 from mpoe_kernels.signatures import ARGUMENTS, MOST_EXPERTS
 

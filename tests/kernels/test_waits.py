@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 from mpoe_bench.cases import workload_shape
+from mpoe_bench.gpu_cases import Case, cases
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpoe_kernels.backends import BACKENDS
+from mpoe_kernels.backends import BACKENDS, Request, select
 from mpoe_kernels.contract import STRATEGIES, BlockDims
 from mpoe_kernels.contract.ranking import Problem, rank, shortlist
 from mpoe_kernels.triton import architecture
@@ -45,6 +48,40 @@ def test_what_waits_is_never_chosen() -> None:
             assert shortlist(able)
             count += 1
     assert count == 960
+
+
+@pytest.mark.usefixtures("card")
+def test_experts_and_routing_have_kernels_for_every_size() -> None:
+    ops = ["hidden_experts", "neuron_experts", "dispatch", "combine"]
+    ops += ["route", *(f"{op}_backward" for op in ops)]
+    for op, dtype, size in product(ops, (torch.float32, torch.float16, torch.bfloat16), (1, 64, 100, 1024, 4096)):
+        chosen = select(Request(op, "cuda:0", dtype, {"block": size, "neurons": size}))
+        assert chosen is BACKENDS["triton"].kernels[op]
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+@pytest.mark.parametrize(
+    "case", cases((768,)), ids=lambda case: f"{case.shape}-{case.experts}{'-masked' * case.masked}"
+)
+def test_layers_run_on_tensors_without_memory(case: Case, top_k: int) -> None:
+    """Forward and backward, decoding and training: what reads a number from such a tensor raises an error."""
+    pytest.importorskip("triton")
+    from shipped_kernels import as_on_gpu
+
+    layer = replace(case, top_k=top_k).layer("meta")
+    for tokens, dtype in product((1, 64, 4096), (torch.bfloat16, torch.float32)):
+        x = torch.empty(tokens, 768, dtype=dtype, device="meta", requires_grad=True)
+        with as_on_gpu("sm_90", timed=True), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nothing balances the experts of a single layer
+            with torch.no_grad():
+                layer.to(dtype).eval()(x)
+            y = layer.train()(x)
+            y.backward(torch.empty_like(y))
+
+
+def test_tensors_without_memory_refuse_to_be_read() -> None:
+    with pytest.raises(RuntimeError, match="meta"):
+        torch.empty(2, dtype=torch.int32, device="meta").tolist()
 
 
 @pytest.mark.usefixtures("card")

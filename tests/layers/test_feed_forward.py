@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from transformers import LlamaConfig, LlamaModel
 
+from mpoe import convert_to_mpoe
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.layers import (
     ACTIVATIONS,
@@ -17,9 +23,13 @@ from mpoe.layers import (
     MPOLinear,
     current_routing,
     grouped_dense_linear,
+    load_balancing_loss,
     routing_context,
 )
+from mpoe.layers.feed_forward import _say_that_nothing_balances
 from mpoe_kernels import MPOShape
+
+from .test_layer_properties import by_hand
 
 
 def feed_forward(gated=False, activation="gelu_new", bias=True, **config):
@@ -33,42 +43,11 @@ def feed_forward(gated=False, activation="gelu_new", bias=True, **config):
     ).eval()
 
 
-def by_hand(ffn, x, mask=None):
-    """The result token by token and expert by expert, in float64."""
-    x, act = x.double(), ACTIVATIONS[ffn.experts.activation]
-    decision = ffn.router(x.float())
-    weights = {kind: p.dense_weights().double() for kind, p in ffn.experts.projections().items()}
-    y = torch.zeros_like(x)
-    for t in range(x.shape[0]):
-        if mask is not None and not mask[t]:
-            continue
-        for e, gate in zip(decision.top_k_index[t], decision.top_k_weights[t].double(), strict=True):
-            up_bias = 0 if ffn.experts.up.bias is None else ffn.experts.up.bias.double()
-            down_bias = 0 if ffn.experts.down.bias is None else ffn.experts.down.bias.double()
-            z = x[t] @ weights["up"][e] + up_bias
-            hidden = act(x[t] @ weights["gate_proj"][e]) * z if ffn.experts.is_gated else act(z)
-            y[t] += gate * (hidden @ weights["down"][e] + down_bias)
-    return y
-
-
-@pytest.mark.parametrize("expert_type", ["mpo", "dense"])
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_against_the_obvious_loop(expert_type, gated, top_k):
-    ffn = feed_forward(gated, expert_type=expert_type, router=RouterConfig(top_k=top_k, is_scale_prob=True))
-    for projection in ffn.experts.projections().values():
-        if projection.bias is not None:
-            torch.nn.init.normal_(projection.bias)
-    x = torch.randn(11, 24)
-    mask = torch.rand(11) > 0.3
-    torch.testing.assert_close(ffn(x, mask).double(), by_hand(ffn, x, mask), rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_activations_agree_between_mpo_and_dense(activation):
     x = torch.randn(6, 24)
     ffn = feed_forward(activation=activation, bias=False)
-    torch.testing.assert_close(ffn(x).double(), by_hand(ffn, x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ffn(x).double(), by_hand(ffn, x, None), rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_of_dense_experts_match_a_loop():
@@ -215,11 +194,6 @@ def test_autocast_with_float32_parameters():
         assert ffn.experts.up.bias.grad.dtype == torch.float32
 
 
-def test_empty_batch():
-    for expert_type in ("mpo", "dense"):
-        assert feed_forward(expert_type=expert_type)(torch.randn(0, 24)).shape == (0, 24)
-
-
 def test_bad_input():
     ffn = feed_forward()
     with pytest.raises(ValueError, match=r"hidden_states must be \[..., 24\]; got \[2, 23\]"):
@@ -268,3 +242,39 @@ def test_tokens_are_brought_to_the_experts_dtype(dtype: torch.dtype) -> None:
     assert torch.equal(found, layer(x.float()))
     with pytest.raises(TypeError, match="dtype"):
         MPOLinear(8, 4)(x)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_one_config_means_the_same_in_a_layer_and_in_a_model(gated: bool) -> None:
+    config = MPOEConfig(num_experts=3)
+    layer = MPOEFeedForward(8, 32, config, activation="silu", gated=gated, bias=not gated, init_std={"up": 0.5})
+    sizes = {"hidden_size": 8, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = convert_to_mpoe(LlamaModel(LlamaConfig(vocab_size=9, num_key_value_heads=2, **sizes)), config)
+    converted = model.layers[0].mlp
+    assert isinstance(layer, MPOEFeedForward)
+    assert layer.router.top_k == converted.router.top_k == 2
+    experts = dict(layer.experts.auxiliary)
+    assert {"right", "left", *(["right_gate"] if gated else [])} == set(experts)
+    assert {block.shape for block in experts.values()} == {converted.experts.auxiliary["right"].shape}
+    x = torch.randn(2, 3, 8)
+    u = nn.functional.silu(layer.gate_proj(x)) * layer.up(x) if gated else nn.functional.silu(layer.up(x))
+    torch.testing.assert_close(layer(x), layer.down(u))  # experts begin as identities
+    for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(again(x), layer(x))
+    noisy = MPOEFeedForward(8, 32, MPOEConfig(num_experts=3, auxiliary_noise=0.1))
+    assert not torch.equal(noisy.experts.auxiliary["right"][0], noisy.experts.auxiliary["right"][1])
+
+
+def test_a_layer_that_trains_alone_says_that_nothing_balances_it() -> None:
+    layer, x = MPOEFeedForward(8, 16, MPOEConfig(num_experts=3)), torch.randn(2, 8)
+    _say_that_nothing_balances.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with routing_context() as routing:
+            layer(x)
+        with torch.no_grad():
+            layer(x)
+        layer.eval()(x)
+    assert load_balancing_loss(routing.records[0].logits, routing.records[0].top_k_index) > 0
+    with pytest.warns(UserWarning, match=r"nothing adds its balancing loss: run it in mpoe\.layers\.routing_context"):
+        layer.train()(x)

@@ -122,30 +122,3 @@ def test_without_a_router(expert_type):
     expected = torch.relu(x @ weights["up"] + ffn.experts.up.bias) @ weights["down"] + ffn.experts.down.bias
     torch.testing.assert_close(y, expected * mask[:, None], rtol=1e-4, atol=1e-5)
     assert routing.records == []
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({"moe_type": "mop"}, "did you mean 'moe'"),
-        ({"moe_type": "moe", "router": RouterConfig(top_k=2)}, "needs a router with a second_policy"),
-        ({"router": RouterConfig.gshard()}, "needs a router with second_policy None; got 'random'"),
-        ({"moe_type": "moe", "router": {"top_k": 1}}, "second_policy needs top_k 2; got 1"),
-        ({"moe_type": "moe", "router": {"second_policy": "rand"}}, "did you mean 'random'"),
-        ({"moe_type": "moe", "num_experts": 1}, "top_k must be at most num_experts = 1; got 2"),
-        ({"router": {"eval_second_policy": "all"}}, "eval_second_policy needs second_policy"),
-        ({"router": {"second_threshold": 0.0}}, "second_threshold must be greater than 0"),
-        ({"router": {"min_capacity": 0}}, "min_capacity must be at least 1"),
-    ],
-)
-def test_refusals(values, words):
-    with pytest.raises(ValueError) as caught:
-        MPOEConfig(**values)
-    assert words in str(caught.value)
-
-
-@pytest.mark.parametrize("moe_type", ["switch", "moe", "none"])
-def test_json_round_trip(moe_type):
-    config = MPOEConfig(moe_type=moe_type, router={"jitter": 0.1})
-    assert MPOEConfig.from_dict(config.to_dict()) == config
-    assert config.router.capacity_factor == (1.25 if moe_type == "moe" else None)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
+from typing import Any
 
 import pytest
 
@@ -11,52 +14,59 @@ from mpoe_kernels import MPOShape
 
 
 @pytest.mark.parametrize(
-    ("values", "error", "words"),
+    ("kind", "values", "error", "words"),
     [
-        ({"num_experts": 0}, ValueError, "num_experts must be at least 1; got 0"),
-        ({"num_experts": True}, TypeError, "num_experts"),
-        ({"expert_type": "mop"}, ValueError, "did you mean 'mpo'"),
-        ({"shape": "sepparable"}, ValueError, "did you mean 'separable'"),
-        ({"shape": 3}, TypeError, "shape must be"),
-        ({"shape": {"up": {"in_factors": [2], "out_factors": [3]}}}, ValueError, "missing ['down']"),
-        ({"shape": {"upp": {}}}, ValueError, "did you mean 'up'"),
-        ({"max_bond": 0}, ValueError, "max_bond"),
-        ({"gauge": "symetric"}, ValueError, "did you mean 'symmetric'"),
-        ({"auxiliary_noise": -1.0}, ValueError, "auxiliary_noise"),
-        ({"router": {"topk": 2}}, ValueError, "did you mean 'top_k'"),
-        ({"router": 3}, TypeError, "router"),
-        ({"num_experts": 2, "router": {"top_k": 3}}, ValueError, "top_k must be at most num_experts = 2; got 3"),
-        ({"target_modules": "fnn"}, ValueError, "did you mean 'ffn'"),
-        ({"target_modules": []}, TypeError, "target_modules"),
-        ({"exclude_modules": "x"}, TypeError, "exclude_modules"),
-        ({"layers_to_transform": [-1]}, ValueError, "layers_to_transform"),
-        ({"backend": 1}, TypeError, "backend"),
-        ({"light_p": 0}, ValueError, "light_p"),
-        ({"separable_left": 0}, ValueError, "separable_left"),
+        (MPOEConfig, {"num_experts": 0}, ValueError, "num_experts must be at least 1; got 0"),
+        (MPOEConfig, {"num_experts": True}, TypeError, "num_experts"),
+        (MPOEConfig, {"expert_type": "mop"}, ValueError, "did you mean 'mpo'"),
+        (MPOEConfig, {"shape": "sepparable"}, ValueError, "did you mean 'separable'"),
+        (MPOEConfig, {"shape": 3}, TypeError, "shape must be"),
+        (MPOEConfig, {"shape": {"up": {"in_factors": [2], "out_factors": [3]}}}, ValueError, "missing ['down']"),
+        (MPOEConfig, {"shape": {"upp": {}}}, ValueError, "did you mean 'up'"),
+        (MPOEConfig, {"max_bond": 0}, ValueError, "max_bond"),
+        (MPOEConfig, {"gauge": "symetric"}, ValueError, "did you mean 'symmetric'"),
+        (MPOEConfig, {"auxiliary_noise": -1.0}, ValueError, "auxiliary_noise"),
+        (MPOEConfig, {"router": {"topk": 2}}, ValueError, "did you mean 'top_k'"),
+        (MPOEConfig, {"router": 3}, TypeError, "router"),
+        (MPOEConfig, {"num_experts": 2, "router": {"top_k": 3}}, ValueError, "at most num_experts = 2; got 3"),
+        (MPOEConfig, {"target_modules": "fnn"}, ValueError, "did you mean 'ffn'"),
+        (MPOEConfig, {"target_modules": []}, TypeError, "target_modules"),
+        (MPOEConfig, {"exclude_modules": "x"}, TypeError, "exclude_modules"),
+        (MPOEConfig, {"layers_to_transform": [-1]}, ValueError, "layers_to_transform"),
+        (MPOEConfig, {"backend": 1}, TypeError, "backend"),
+        (MPOEConfig, {"light_p": 0}, ValueError, "light_p"),
+        (MPOEConfig, {"separable_left": 0}, ValueError, "separable_left"),
+        (MPOEConfig, {"moe_type": "mop"}, ValueError, "did you mean 'moe'"),
+        (MPOEConfig, {"moe_type": "moe", "router": RouterConfig(top_k=2)}, ValueError, "router with a second_policy"),
+        (MPOEConfig, {"router": RouterConfig.gshard()}, ValueError, "router with second_policy None; got 'random'"),
+        (MPOEConfig, {"moe_type": "moe", "router": {"top_k": 1}}, ValueError, "second_policy needs top_k 2; got 1"),
+        (MPOEConfig, {"moe_type": "moe", "router": {"second_policy": "rand"}}, ValueError, "did you mean 'random'"),
+        (MPOEConfig, {"moe_type": "moe", "num_experts": 1}, ValueError, "top_k must be at most num_experts = 1; got 2"),
+        (MPOEConfig, {"router": {"eval_second_policy": "all"}}, ValueError, "eval_second_policy needs second_policy"),
+        (MPOEConfig, {"router": {"second_threshold": 0.0}}, ValueError, "second_threshold must be greater than 0"),
+        (MPOEConfig, {"router": {"min_capacity": 0}}, ValueError, "min_capacity must be at least 1"),
+        (RouterConfig, {"top_k": 0}, ValueError, "top_k"),
+        (RouterConfig, {"capacity_factor": 0.0}, ValueError, "capacity_factor"),
+        (RouterConfig, {"eval_capacity_factor": -1}, ValueError, "eval_capacity_factor"),
+        (RouterConfig, {"jitter": 1.0}, ValueError, "jitter must be below 1"),
+        (RouterConfig, {"balance_loss_weight": -1}, ValueError, "balance_loss_weight"),
+        (RouterConfig, {"z_loss_weight": float("nan")}, ValueError, "z_loss_weight"),
+        (RouterConfig, {"expert_dropout": 1.0}, ValueError, "expert_dropout"),
+        (RouterConfig, {"init_scale": -0.1}, ValueError, "init_scale"),
+        (RouterConfig, {"scoring_func": "tanh"}, ValueError, "must be one of 'softmax', 'sigmoid'; got 'tanh'"),
+        (RouterConfig, {"routed_scaling_factor": 0.0}, ValueError, "routed_scaling_factor must be greater than 0"),
+        (RouterConfig, {"bias_update_rate": -1.0}, ValueError, "bias_update_rate must be at least 0"),
+        (
+            RouterConfig,
+            {"top_k": 2, "second_policy": "all", "scoring_func": "sigmoid"},
+            ValueError,
+            "second_policy needs scoring_func 'softmax' and bias_update_rate 0",
+        ),
     ],
 )
-def test_refusals_name_the_field(values, error, words):
+def test_refusals_name_the_field(kind, values, error, words):
     with pytest.raises(error) as caught:
-        MPOEConfig(**values)
-    assert words in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({"top_k": 0}, "top_k"),
-        ({"capacity_factor": 0.0}, "capacity_factor"),
-        ({"eval_capacity_factor": -1}, "eval_capacity_factor"),
-        ({"jitter": 1.0}, "jitter must be below 1"),
-        ({"balance_loss_weight": -1}, "balance_loss_weight"),
-        ({"z_loss_weight": float("nan")}, "z_loss_weight"),
-        ({"expert_dropout": 1.0}, "expert_dropout"),
-        ({"init_scale": -0.1}, "init_scale"),
-    ],
-)
-def test_router_refusals(values, words):
-    with pytest.raises(ValueError) as caught:
-        RouterConfig(**values)
+        kind(**values)
     assert words in str(caught.value)
 
 
@@ -74,6 +84,7 @@ def test_unknown_fields_offer_close_matches():
     [
         MPOEConfig(),
         MPOEConfig(shape="separable"),
+        *(MPOEConfig(moe_type=moe_type, router={"jitter": 0.1}) for moe_type in ("switch", "moe", "none")),
         MPOEConfig(
             num_experts=3,
             shape={"up": MPOShape.paper(48, 96), "down": MPOShape.paper(96, 48)},
@@ -114,3 +125,75 @@ def test_given_shapes_must_fit_the_weight():
 def test_rate_ratios_are_lists_of_numbers(ratios: object) -> None:
     with pytest.raises((TypeError, ValueError), match="rate_ratios"):
         MPOEConfig(rate_ratios=ratios)
+
+
+# ------------------------------------------------------------- without a shape
+
+
+CORES_ALONE = {
+    "max_bond": {"max_bond": 8},
+    "left": {"separable_left": 4},
+    "right": {"separable_right": 4},
+    "light_p": {"light_p": 64},
+    "gauge": {"gauge": "symmetric"},
+    "bond of a module": {"shape_pattern": {"wo": 4}},
+    "capacity": {"router": RouterConfig(capacity_factor=1.0)},
+    "capacity in evaluation": {"router": {"eval_capacity_factor": 2.0}},
+    "none": {"moe_type": "none"},
+    "dense": {"expert_type": "dense"},
+    "existing": {"existing_experts": "mpo"},
+}
+
+
+def test_a_new_one_is_hidden_with_two_experts_per_token() -> None:
+    router = RouterConfig(jitter=0.1)
+    config = MPOEConfig(num_experts=8, router=router)
+    assert (config.shape, config.top_k, config.is_hidden) == ("hidden", 2, True)
+    assert config.router == RouterConfig(jitter=0.1, top_k=2)
+    assert router.top_k is None  # the caller's object is not changed
+    assert config.to_dict()["router"]["top_k"] == 2
+    assert MPOEConfig(num_experts=1).top_k == 1
+    assert MPOEConfig(router={"top_k": 4}).top_k == 4
+    assert MPOEConfig(block_size=16, expert_bias=True, max_bond=None).is_hidden
+
+
+@pytest.mark.parametrize("case", CORES_ALONE)
+def test_what_other_shapes_have_alone_selects_separable(case: str) -> None:
+    config = MPOEConfig(**CORES_ALONE[case])
+    assert (config.shape, config.top_k) == ("separable", 1)
+
+
+def test_gshard_keeps_its_two_experts() -> None:
+    config = MPOEConfig(moe_type="moe")
+    assert (config.shape, config.top_k) == ("separable", 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "shape", "top_k"),
+    [
+        ({}, "separable", 1),
+        ({"num_experts": 4, "router": {"jitter": 0.1}}, "separable", 1),
+        ({"shape": "hidden"}, "hidden", 1),
+        ({"shape": "hidden", "router": {"top_k": 4}}, "hidden", 4),
+        ({"moe_type": "moe", "router": {"second_policy": "all"}}, "separable", 2),
+    ],
+)
+def test_a_saved_one_means_what_it_meant(values: dict[str, Any], shape: str, top_k: int) -> None:
+    config = MPOEConfig.from_dict(values)
+    assert (config.shape, config.top_k) == (shape, top_k)
+    assert MPOEConfig.from_dict(config.to_dict()) == config
+
+
+def test_a_chosen_shape_stays() -> None:
+    config = MPOEConfig(num_experts=4)
+    assert dataclasses.replace(config, max_bond=4).shape == "hidden"
+    assert copy.deepcopy(config) == config
+    assert MPOEConfig(max_bond=4, shape="hidden").shape == "hidden"
+
+
+def test_cores_where_blocks_cannot_stand() -> None:
+    assert MPOEConfig(num_experts=4).with_cores() == MPOEConfig(num_experts=4, shape="separable")
+    asked = MPOEConfig(num_experts=4, router={"top_k": 2, "jitter": 0.1}).with_cores()
+    assert asked == MPOEConfig(num_experts=4, shape="separable", router={"top_k": 2, "jitter": 0.1})
+    assert copy.deepcopy(MPOEConfig()).with_cores().shape == "separable"
+    assert MPOEConfig(shape="hidden").with_cores().shape == "hidden"

@@ -74,8 +74,16 @@ def added(module: NeuronFeedForward, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("latent", [None, 4])
 @pytest.mark.parametrize("top_k", [1, 2, E])
-def test_the_definition(gated: bool, latent: int | None, top_k: int) -> None:
-    module = layer(gated, latent, top_k)
+@pytest.mark.parametrize(
+    "gates",
+    [{}, {"routed_scaling_factor": 2.0}, {"is_scale_prob": True}, {"scoring_func": "sigmoid", "bias_update_rate": 0.1}],
+    ids=["sum to 1", "times a factor", "raw", "sigmoid with a correction bias"],
+)
+def test_the_definition(gated: bool, latent: int | None, top_k: int, gates: dict) -> None:
+    module = layer(gated, latent, top_k, router=gates)
+    if module.router.e_score_correction_bias is not None:
+        module.router.e_score_correction_bias[3] = 2.0  # the first choice of every token
+        assert bool((module.router(torch.randn(4, I)).top_k_index == 3).any(1).all())
     x = torch.randn(2, 4, I)
     want = Network.forward(module, x) + added(module, x.view(-1, I)).view(x.shape)
     assert torch.allclose(module(x), want, atol=1e-5)
@@ -234,22 +242,3 @@ def test_a_correction_bias_chooses_and_does_not_weigh() -> None:
     found.top_k_weights.sum().backward()
     assert module.e_score_correction_bias.grad is None
     assert router(2).e_score_correction_bias is None
-
-
-WRONG = {
-    "score": ({"scoring_func": "tanh"}, ValueError, "scoring_func must be one of 'softmax', 'sigmoid'; got 'tanh'"),
-    "factor": ({"routed_scaling_factor": 0.0}, ValueError, "routed_scaling_factor must be greater than 0"),
-    "rate": ({"bias_update_rate": -1.0}, ValueError, "bias_update_rate must be at least 0"),
-    "gshard": (
-        {"top_k": 2, "second_policy": "all", "scoring_func": "sigmoid"},
-        ValueError,
-        "second_policy needs scoring_func 'softmax' and bias_update_rate 0",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_options_of_a_router(case: str) -> None:
-    options, error, message = WRONG[case]
-    with pytest.raises(error, match=message):
-        RouterConfig(**options)

@@ -121,3 +121,9 @@ def valid_rows(family, tensor, inputs):
     if family.startswith("t5"):
         return tensor[inputs["labels"] != -100] if "labels" in inputs else tensor
     return tensor[inputs["attention_mask"].bool()]
+
+
+def relative_difference(family, one, other, inputs):
+    """The largest difference between two outputs' rows that are not padding, relative to the largest number."""
+    a, b = (valid_rows(family, result(output), inputs) for output in (one, other))
+    return float((a - b).abs().max() / a.abs().max())

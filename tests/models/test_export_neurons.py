@@ -15,8 +15,7 @@ from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, merge_exp
 from mpoe.cli import export as command
 from mpoe.cli.main import main
 from mpoe.data.embedded import load_stand_in
-from mpoe.models.export import as_stock
-from mpoe.models.export_neurons import server_notes
+from mpoe.models.export import as_stock, server_notes
 from mpoe.models.kept import neuron_modules
 
 from .test_export import IDS, OPENED, _without_mpoe, difference

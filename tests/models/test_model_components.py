@@ -11,14 +11,9 @@ from mpoe.layers import MPOEFeedForward, MPOLinear, TiedHead
 from mpoe.models import mpo_modules
 from mpoe_kernels import MPOShape
 
-from .small_models import FAMILIES, batch, dense_model, result, valid_rows
+from .small_models import FAMILIES, batch, dense_model, relative_difference, result
 
 ALL = ["ffn", "attention", "embedding", "pooler"]
-
-
-def relative_difference(family, one, other, inputs):
-    a, b = (valid_rows(family, result(output), inputs) for output in (one, other))
-    return float((a - b).abs().max() / a.abs().max())
 
 
 def targets(family):

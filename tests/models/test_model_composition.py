@@ -185,7 +185,7 @@ def test_what_does_not_fit_is_refused():
         compose(base, [base], None, MPOEConfig())
     with pytest.raises(ValueError, match="router must be one of 'ridge', 'train'"):
         compose(base, [base], router="rigde")
-    with pytest.raises(ValueError, match="steps must be an integer"):
+    with pytest.raises(ValueError, match="steps must be at least 1; got 0"):
         compose(base, [base], steps=0)
     with pytest.raises(ValueError, match="ridge must be a positive number"):
         compose(base, [base], ridge=0.0)

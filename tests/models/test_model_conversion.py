@@ -16,12 +16,7 @@ from mpoe.models import mpo_modules
 from mpoe_kernels import MPOShape
 from tests.cases import pairwise
 
-from .small_models import FAMILIES, GPT2, T5, batch, dense_model, result, valid_rows
-
-
-def relative_difference(family, one, other, inputs):
-    a, b = (valid_rows(family, result(output), inputs) for output in (one, other))
-    return float((a - b).abs().max() / a.abs().max())
+from .small_models import FAMILIES, GPT2, T5, batch, dense_model, relative_difference, result, valid_rows
 
 
 @pytest.mark.parametrize(

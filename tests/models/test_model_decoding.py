@@ -177,19 +177,6 @@ def test_a_limit_that_the_user_chose(converted, made, tmp_path):
 
 
 @pytest.mark.usefixtures("always")
-def test_a_limit_leaves_layers_without_room_to_their_cores(converted, made):
-    model = converted("gpt2", **LIGHT, auxiliary_noise=0.3)
-    wanted = plain_tokens(model, **call("gpt2"))
-    model.cache_experts(10**9)
-    model.generate(**call("gpt2"))
-    model.cache_experts(made.pop().reserved - 1)
-    assert torch.equal(model.generate(**call("gpt2")), wanted)
-    (cache,) = made
-    assert cache.reserved < cache.max_bytes
-    assert [kept.built > 0 for kept in cache.layers.values()] == [True] * (len(experts(model)) - 1) + [False]
-
-
-@pytest.mark.usefixtures("always")
 def test_what_runs_once_takes_no_room_from_what_runs_again(converted, made):
     model = converted("t5", shape="paper")
     model.cache_experts(10**9)

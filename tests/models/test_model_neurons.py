@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,27 +14,23 @@ import torch
 import transformers
 from torch import nn
 from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
+    AutoModelForCausalLM,
     ElectraConfig,
     ElectraForMaskedLM,
     GraniteConfig,
     GraniteForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
 )
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, merge_experts, merge_latent
 from mpoe.layers import MPOEFeedForward, NeuronFeedForward
-from mpoe.models.checkpoint import save_mpoe_only
 from mpoe.models.kept import neuron_modules
-from mpoe.models.report import routed_layers
 from mpoe.models.table import DENSE, TABLE
 from tests.cases import pairwise
 
-from .test_model_hidden import LLAMA, batch, dense, every_family, logits
+from . import kept_models
+from .kept_models import LLAMA, batch, dense, every_family, logits, stirred
 from .tiny_families import GENERATED, first_result, tiny_batch, tiny_model
 
 WITHOUT_A_MODULE = ("bart", "opt")  # their layers hold the projections themselves
@@ -56,18 +54,7 @@ def heads() -> Iterator:
 
 
 def config(top_k: int = 2, router: dict | None = None, **fields) -> MPOEConfig:
-    values = {"shape": "neurons", "neurons": 8, "num_experts": 4, **fields}
-    return MPOEConfig(router=RouterConfig(top_k=top_k, **(router or {})), **values)
-
-
-def stirred(model: nn.Module) -> nn.Module:
-    """The same model with experts that contribute."""
-    torch.manual_seed(3)
-    for layer in neuron_modules(model).values():
-        nn.init.normal_(layer.experts.down, std=0.4)
-        if layer.experts.bias is not None:
-            nn.init.normal_(layer.experts.bias, std=0.4)
-    return model
+    return kept_models.config("neurons", top_k, router, **fields)
 
 
 @every_family
@@ -128,19 +115,6 @@ def test_in_place_every_parameter_stays_the_optimizers() -> None:
     assert all(layer.experts.down.any() for layer in neuron_modules(converted).values())
 
 
-@every_family
-@both
-def test_saved_and_loaded(family: str, latent: int | None, tmp_path: Path) -> None:
-    router = {"scoring_func": "sigmoid", "bias_update_rate": 0.001}
-    model = stirred(convert_to_mpoe(dense(family), config(2, router, latent=latent, expert_bias=True)))
-    for _, layer in routed_layers(model):
-        layer.router.e_score_correction_bias.normal_()
-    model.save_pretrained(tmp_path)
-    loaded = load_mpoe(tmp_path)
-    assert loaded.mpoe_config == model.mpoe_config
-    assert torch.equal(logits(loaded, family), logits(model, family))
-
-
 def test_a_model_from_its_configuration_alone() -> None:
     """Random weights; the experts contribute nothing yet."""
     router = {"scoring_func": "sigmoid", "bias_update_rate": 0.001}
@@ -153,13 +127,6 @@ def test_a_model_from_its_configuration_alone() -> None:
     assert not layer.router.e_score_correction_bias.any()
     assert 0.1 < float(layer.experts.latent_in.detach().std()) < 0.5  # I^-1/2 = .25
     assert bool(torch.isfinite(logits(model, "llama")).all())
-
-
-def test_the_experts_and_routers_alone(tmp_path: Path) -> None:
-    base = dense("gpt2")
-    model = stirred(convert_to_mpoe(base, config(latent=6)))
-    save_mpoe_only(model, tmp_path, base)
-    assert torch.equal(logits(load_mpoe(tmp_path, base=base), "gpt2"), logits(model, "gpt2"))
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -231,21 +198,11 @@ def test_neurons_start_as_copies_of_dense_ones(family: str) -> None:
     assert 0.1 < float(distance.mean() / 16**0.5 / known.detach().std()) < 0.7  # noise of half the standard deviation
 
 
-def test_one_expert_without_a_router() -> None:
-    model = convert_to_mpoe(dense("llama"), MPOEConfig(shape="neurons", neurons=8, moe_type="none"))
-    assert torch.equal(logits(model, "llama"), logits(dense("llama"), "llama"))
-    (layer,) = neuron_modules(stirred(model)).values()
-    assert layer.router is None
-    assert layer.experts.up.shape == (1, 8, 16)
-
-
 def test_shapes_by_pattern() -> None:
     """Some layers have neurons and others blocks: each shape gets its own options."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from mpoe.models.kept import hidden_modules
-
-    from .test_model_hidden import LLAMA
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, "num_hidden_layers": 2})).eval()
@@ -291,55 +248,11 @@ def test_sites_of_a_network_that_ends_in_another_module() -> None:
         convert_to_mpoe(model, config(), sites={**sites, "sums": 1})
 
 
-def test_networks_that_are_no_module_are_refused() -> None:
-    opt = OPTConfig(vocab_size=40, hidden_size=16, ffn_dim=24, num_hidden_layers=1, num_attention_heads=2)
-    opt.word_embed_proj_dim = 16
-    sizes = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "encoder_layers": 1, "decoder_layers": 1}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    bart = BartConfig(vocab_size=40, max_position_embeddings=16, **sizes, **heads)
-    for model in (OPTForCausalLM(opt), BartForConditionalGeneration(bart)):
-        with pytest.raises(ValueError, match=r"shape 'neurons' needs its up projection inside the module"):
-            convert_to_mpoe(model, config())
-
-
 def test_mixtures_are_refused() -> None:
     sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     mixture = MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
     with pytest.raises(ValueError, match="shape 'neurons' needs one dense projection for all experts"):
         convert_to_mpoe(mixture, MPOEConfig(shape="neurons", num_experts=8, existing_experts="mpo"))
-
-
-WRONG = {
-    "neurons": ({"neurons": 0}, ValueError, "neurons must be at least 1; got 0"),
-    "type": ({"neurons": 8.0}, TypeError, "neurons must be an integer or None"),
-    "latent": ({"latent": 0}, ValueError, "latent must be at least 1; got 0"),
-    "other shape": ({"shape": "hidden"}, ValueError, "neurons needs shape 'neurons'; got 'hidden'"),
-    "no shape": ({"shape": None, "neurons": None, "latent": 4}, ValueError, "latent needs shape 'neurons'"),
-    "factor": (
-        {"shape": "hidden", "neurons": None, "router": RouterConfig(routed_scaling_factor=2.0)},
-        ValueError,
-        "routed_scaling_factor needs shape 'neurons'",
-    ),
-    "gshard": ({"moe_type": "moe", "router": RouterConfig.gshard()}, ValueError, "needs moe_type 'switch' or 'none'"),
-    "capacity": (
-        {"router": RouterConfig(capacity_factor=1.0)},
-        ValueError,
-        "shape 'neurons' needs router.capacity_factor None",
-    ),
-    "top_k": ({"router": RouterConfig(top_k=5)}, ValueError, "top_k must be at most num_experts = 4"),
-    "attention": (
-        {"target_modules": ["ffn", "attention"], "shape_pattern": {"c_attn": "neurons"}},
-        ValueError,
-        "which is one matrix, the shape 'neurons'",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_refusals(case: str) -> None:
-    change, error, message = WRONG[case]
-    with pytest.raises(error, match=message):
-        convert_to_mpoe(dense("gpt2"), MPOEConfig(**{"shape": "neurons", "neurons": 8, "num_experts": 4, **change}))
 
 
 def test_a_layer_alone_has_no_dense_network() -> None:
@@ -365,3 +278,32 @@ def test_defaults() -> None:
 def test_only_an_mpoe_model_is_merged(model: object) -> None:
     with pytest.raises(TypeError, match="model must be an MPOE model with neurons"):
         merge_latent(model)
+
+
+@pytest.mark.slow
+def test_remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    stirred(convert_to_mpoe(dense("llama"), config())).save_pretrained(tmp_path / "model")
+    program = (
+        "import sys, transformers\n"
+        "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "print(type(model.model.layers[0].mlp).__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "model")], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "NeuronLlamaMLP", done.stderr
+    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), type(load_mpoe(tmp_path / "model")))
+
+
+def test_generation() -> None:
+    model = stirred(convert_to_mpoe(dense("llama"), config()))
+    prompt = torch.randint(1, 40, (2, 5), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(prompt)
+    mask[0, :2] = 0
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    alone = model.generate(prompt[:1, 2:], **options)
+    both_rows = model.generate(prompt, attention_mask=mask, **options)
+    assert both_rows[0, 5:].tolist() == alone[0, 3:].tolist()
+    slow = model.generate(prompt[:1, 2:], use_cache=False, **options)
+    assert torch.equal(slow, alone)

@@ -9,8 +9,7 @@ import torch
 
 from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe, save_mpoe_only
 from mpoe.models import MPOEGPT2Model, mpo_modules, parameter_kind
-from mpoe.models.report import short_name
-from mpoe.models.summary import HEADER, summarize
+from mpoe.models.report import HEADER, short_name, summarize
 
 from .small_models import batch, dense_model
 

@@ -330,7 +330,7 @@ MEMORY = [None] * 4
         ),
         ("gating", ("float64", "float32", (1, 1, 1), 1, False, *[None] * 5), "x and weight must not be float64"),
         ("gating", ("float32", "float32", (1, 1, 1), 2, False, *[None] * 5), r"top_k must lie in 1\.\.1; got 2"),
-        ("router_logits_backward", ("float16", "float32", (1, 1, 1), *[None] * 5), "must be float32 or bfloat16"),
+        ("best_experts", ((1, 1, 2), None, None), r"top_k must lie in 1\.\.1; got 2"),
     ],
 )
 def test_the_library_refuses_what_no_caller_gives_it(function: str, arguments: tuple, message: str) -> None:

@@ -35,6 +35,12 @@ def test_a_library_that_cannot_be_used_says_why(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(load, "INFO_KEYS", {"no such key"})
     (reason,) = loaded(tmp_path / "older.so", content).reasons
     assert "was built for an older state of the sources" in reason
+    bindings = tmp_path / "bindings"
+    bindings.mkdir()
+    (bindings / "module.cpp").write_text("// changed since the library was built")
+    (tmp_path / "stale.so").write_bytes(content)
+    (reason,) = load_library(tmp_path / "stale.so", load._opened, load.REASON_FILE, load.INFO_KEYS, bindings).reasons
+    assert "was built for an older state of the sources" in reason
     path = tmp_path / load.LIBRARY
     (reason,) = loaded(path, b"damaged").reasons
     assert f"{path} does not load on " in reason

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoe_kernels.routing.gating import native_gating
+from mpoe_kernels.routing.gating import best_experts, native_gating
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +62,19 @@ def test_infinite_logits_give_no_gates() -> None:
     assert found.top_k_index[0].tolist() == [2, 0]
     assert bool(found.top_k_weights[0].isnan().all())
     assert found.top_k_weights[1].tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k"), [(0, 3, 2), (1, 1, 1), (7, 5, 5), (600, 128, 8), (33, 1024, 16)]
+)
+def test_the_best_experts_are_those_of_topk(tokens: int, experts: int, top_k: int) -> None:
+    scores = torch.randn(tokens, experts, requires_grad=True)
+    for given in (scores, scores.t().contiguous().t()):
+        assert torch.equal(best_experts(given, top_k), scores.topk(top_k).indices)
+        assert torch.equal(best_experts(given, top_k, "eager"), scores.topk(top_k).indices)
+
+
+def test_the_best_experts_of_equal_scores_and_of_nan() -> None:
+    nan, inf = torch.nan, torch.inf
+    scores = torch.tensor([[1.0, 2.0, 2.0, 2.0], [0.0, 3.0, nan, 4.0], [nan] * 4, [-inf, -inf, -1.0, -inf]])
+    assert best_experts(scores, 2).tolist() == [[1, 2], [2, 3], [0, 1], [2, 0]]

@@ -1,75 +1,97 @@
-"""Hidden-side experts split over two ranks (tensor parallelism): one rank's part of the test.
+"""Hidden-side experts split over two ranks, and neurons under DDP, FSDP2 and a split dense network: one rank's part.
 
-`torchrun -m tests.training.ranks_tensor`
+`torchrun -m tests.training.ranks_tensor hidden|neurons`
 """
 
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe
-from mpoe.models.kept import hidden_modules
+from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, global_batch, shard_model
+from mpoe.models.kept import hidden_modules, kept_modules
 from mpoe.training import split_hidden_experts
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def mixture(per_group: bool) -> Any:
-    """A gated model whose experts differ, the same one on every rank."""
+def mixture(**config: Any) -> Any:
+    """A gated model whose experts differ and contribute, the same one on every rank."""
     torch.manual_seed(0)
-    config = MPOEConfig(
-        shape="hidden",
-        block_size=8,
-        num_experts=4,
-        block_per_group=per_group,
-        expert_bias=True,
-        router=RouterConfig(top_k=2),
+    model = convert_to_mpoe(
+        LlamaForCausalLM(LlamaConfig(**SIZES)), MPOEConfig(num_experts=4, expert_bias=True, **config)
     )
-    model = convert_to_mpoe(LlamaForCausalLM(LlamaConfig(**SIZES)), config)
-    for layer in hidden_modules(model).values():
-        for parameter in layer.experts.parameters():
+    for layer in kept_modules(model).values():
+        for parameter in [layer.experts.down] if config["shape"] == "neurons" else layer.experts.parameters():
             torch.nn.init.normal_(parameter, std=0.4)
     return model
 
 
 def whole(tensor: Any) -> torch.Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
 
 
-def step(model: Any) -> dict[str, torch.Tensor]:
-    """Loss, gradients and weights after one optimizer step, by name."""
-    ids = torch.randint(0, 40, (2, 7), generator=torch.Generator().manual_seed(1))
+def step(model: Any, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
+    """Gradients, and weights after one optimizer step, by name."""
+    ids = torch.randint(0, 40, (4, 7), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
-    mask[0, 5:] = 0
-    loss = model(input_ids=ids, attention_mask=mask, labels=ids).loss
-    loss.backward()
-    found = {f"d {name}": whole(p.grad) for name, p in model.named_parameters()}
+    mask[::2, 5:] = 0  # as many in every half
+    with global_batch():
+        model(input_ids=ids[rows], attention_mask=mask[rows], labels=ids[rows]).loss.backward()
+    named = {name.removeprefix("module."): p for name, p in model.named_parameters()}
+    found = {f"d {name}": whole(p.grad) for name, p in named.items()}
     torch.optim.SGD(model.parameters(), lr=0.1, foreach=False).step()
-    return {"loss": loss.detach(), **found, **{name: whole(p.detach()) for name, p in model.named_parameters()}}
+    return {**found, **{name: whole(p.detach()) for name, p in named.items()}}
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+def check(one: dict[str, torch.Tensor], found: dict[str, torch.Tensor], kind: str) -> None:
+    assert one.keys() == found.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-4, atol=1e-6, msg=lambda m, n=f"{kind} {name}": f"{n}: {m}"
+        )
+
+
+def hidden(mesh: Any) -> None:
     for per_group in (True, False):
-        alone = mixture(per_group)
+        alone = mixture(shape="hidden", block_size=8, block_per_group=per_group, router=RouterConfig(top_k=2))
         split = split_hidden_experts(copy.deepcopy(alone), mesh)
         layer = next(iter(hidden_modules(split).values()))
-        local = layer.experts.auxiliary["right"].to_local()
-        assert local.shape[1] == (2 if per_group else 1)
-        one, two = step(alone), step(split)
-        assert one.keys() == two.keys()
-        for name, value in one.items():
-            torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-    dist.destroy_process_group()
-    print("alike")
+        assert layer.experts.auxiliary["right"].to_local().shape[1] == (2 if per_group else 1)
+        check(step(alone), step(split), f"block per group {per_group}")
+
+
+def neurons(mesh: Any) -> None:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    own = slice(2 * rank, 2 * rank + 2)
+    plan = {"up_proj": ColwiseParallel(), "gate_proj": ColwiseParallel(), "down_proj": RowwiseParallel()}
+    router = RouterConfig(top_k=2, scoring_func="sigmoid", bias_update_rate=0.01)
+    for latent in (None, 8):
+        alone = mixture(shape="neurons", neurons=8, latent=latent, router=router)
+        split = copy.deepcopy(alone)
+        for layer in kept_modules(split).values():
+            parallelize_module(layer, mesh, plan)
+            assert layer.up_proj.weight.to_local().shape[0] == SIZES["intermediate_size"] // ranks
+        replicated, sharded = DistributedDataParallel(copy.deepcopy(alone)), shard_model(copy.deepcopy(alone))
+        one = step(alone)
+        for kind, model, rows in (
+            ("tensor parallel", split, slice(None)),
+            ("DDP", replicated, own),
+            ("FSDP2", sharded, own),
+        ):
+            check(one, step(model, rows), f"{kind}, latent {latent}")
 
 
 if __name__ == "__main__":
-    main()
+    dist.init_process_group("gloo")
+    {"hidden": hidden, "neurons": neurons}[sys.argv[1]](init_device_mesh("cpu", (dist.get_world_size(),)))
+    dist.destroy_process_group()
+    print("alike")

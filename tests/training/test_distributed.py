@@ -113,14 +113,14 @@ def test_sharding_is_refused_without_a_process_group_or_mixture() -> None:
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_run_and_the_run_continues(tmp_path: Path) -> None:
     """The launcher notices, says which rank and stops the other; the same command goes on to the same weights."""
-    straight = torchrun("ranks_killed", tmp_path / "straight")
+    straight = torchrun("tiny", tmp_path / "straight", "t5", 8, "never")
     assert straight.returncode == 0, straight.stdout
-    killed = torchrun("ranks_killed", tmp_path / "run", 5, timeout=120)
+    killed = torchrun("tiny", tmp_path / "run", "t5", 8, "step-5", timeout=120)
     assert killed.returncode not in (0, None)
     assert re.search(r"rank\s*: 1 .*\n\s*exitcode\s*: -9", killed.stdout), killed.stdout
     assert "Signal 9 (SIGKILL)" in killed.stdout
     assert find_last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-3"
-    resumed = torchrun("ranks_killed", tmp_path / "run")
+    resumed = torchrun("tiny", tmp_path / "run", "t5", 8, "never", "resume")
     assert resumed.returncode == 0, resumed.stdout
     expected, found = (torch.load(tmp_path / name / "final.pt") for name in ("straight", "run"))
     assert [name for name, value in expected.items() if not torch.equal(value, found[name])] == []

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer
 
-from mpoe import RouterConfig
+from mpoe import MPOEConfig, RouterConfig
+from mpoe.models import convert_to_mpoe
 from mpoe.models.kept import neuron_modules
 from mpoe.models.report import routed_layers
 from mpoe.training import update_correction_bias
 
 from .ranks import torchrun
-from .tiny import Rows, make_trainer, mpoe_model
+from .tiny import Rows, arguments, dense_model, make_trainer, mpoe_model
 
 NEURONS = {"shape": "neurons", "neurons": 8, "num_experts": 4, "router": RouterConfig(top_k=2)}
 BALANCED = RouterConfig(top_k=2, scoring_func="sigmoid", bias_update_rate=0.01, balance_loss_weight=0.0)
@@ -99,9 +102,43 @@ def test_a_run_continues(tmp_path: Path) -> None:
         assert torch.equal(again.model.state_dict()[name], value), name
 
 
+@pytest.mark.parametrize("latent", [None, 8])
+def test_the_dense_networks_moments_survive_conversion(latent: int | None, tmp_path: Path) -> None:
+    """A run of the dense model, converted, goes on with AdamW's moments and steps; only what is new starts anew."""
+    dense = dense_model("gpt2")
+    first = Trainer(dense, arguments(tmp_path / "dense", max_steps=3), train_dataset=Rows("gpt2"))
+    first.train()
+    before = {id(p): {n: v.clone() for n, v in state.items()} for p, state in first.optimizer.state.items()}
+    converted = convert_to_mpoe(dense, MPOEConfig(**NEURONS, latent=latent), inplace=True)
+    options: dict[str, Any] = {"max_steps": 2, "previous_optimizer": first.optimizer}
+    trainer = make_trainer(tmp_path / "mixture", "gpt2", converted, **options)
+    state = trainer.create_optimizer().state
+    new = [name for name, p in converted.named_parameters() if id(p) not in before]
+    assert new
+    assert all("experts" in name or "router" in name for name in new)
+    assert len(state) == len(before)
+    for parameter, values in state.items():
+        assert all(torch.equal(value, before[id(parameter)][name]) for name, value in values.items())
+    trainer.train()
+    steps = {name: int(trainer.optimizer.state[p]["step"]) for name, p in converted.named_parameters()}
+    assert all(count == (2 if name in new else 5) for name, count in steps.items())
+
+
+def test_a_previous_optimizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    model = mpoe_model("gpt2", **NEURONS)
+    with pytest.raises(TypeError, match="previous_optimizer must be an optimizer; got str"):
+        make_trainer(tmp_path, "gpt2", model, previous_optimizer="adamw")
+    for other, words in (
+        (torch.optim.SGD(model.parameters()), "must be of the kind that trains now, AdamW; got SGD"),
+        (torch.optim.AdamW(dense_model("gpt2").parameters()), "converted with inplace=True; got one that has none"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make_trainer(tmp_path, "gpt2", model, previous_optimizer=other).train()
+
+
 @pytest.mark.slow
 def test_two_ranks_compute_what_one_does() -> None:
     """DDP, FSDP2, and tensor parallelism of the dense projections with PyTorch's own styles."""
-    answer = torchrun("ranks_neurons")
+    answer = torchrun("ranks_tensor", "neurons")
     assert answer.returncode == 0, answer.stdout
     assert answer.stdout.count("alike") == 2

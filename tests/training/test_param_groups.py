@@ -96,29 +96,6 @@ def test_dense_experts_have_their_own_rate(tmp_path: Path) -> None:
         assert found[id(parameter)] == (pytest.approx(3e-4), 0.1, "dense_expert")
 
 
-def test_first_group_is_the_base_rate_that_logs_show(tmp_path: Path) -> None:
-    groups = build_param_groups(pretrained_toy(), arguments(tmp_path))
-    assert groups[0]["kind"] == "rest"
-    assert groups[0]["lr"] == 1e-3
-
-
-def test_schedulers_scale_all_groups_alike(tmp_path: Path) -> None:
-    groups = build_param_groups(pretrained_toy(), arguments(tmp_path))
-    first = [group["lr"] for group in groups]
-    optimizer = torch.optim.AdamW(groups, lr=9.9)
-    assert [group["lr"] for group in optimizer.param_groups] == first
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    optimizer.step()
-    scheduler.step()
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([lr / 2 for lr in first])
-
-
-def test_equal_cores_share_a_group(tmp_path: Path) -> None:
-    """Randomly initialised cores have the same expected ratios in every layer: few groups, few kernel launches."""
-    groups = build_param_groups(Toy(), arguments(tmp_path))
-    assert len([g for g in groups if g["kind"] == "central"]) < len(Toy().centrals())
-
-
 def test_table(tmp_path: Path) -> None:
     groups = build_param_groups(pretrained_toy(), arguments(tmp_path))
     table = describe_param_groups(groups)
@@ -151,39 +128,6 @@ class Mixed(nn.Module):
         self.SelfAttention = nn.Module()
         shape = MPOShape((2, 2, 2, 2, 2), (2, 2, 2, 2, 2))
         self.SelfAttention.q = MPOLinear(shape)
-
-
-def trained_cores(model: nn.Module) -> dict[str, list[bool]]:
-    return {name: [p.requires_grad for p in chain_parameters(cores)] for name, cores in mpo_modules(model)}
-
-
-def test_tensor_learn_freezes_the_centres_only() -> None:
-    model = Mixed()
-    assert freeze_cores(model, tensor_learn=True) == {"frozen": 3, "trained": 8}
-    cores = trained_cores(model)
-    assert cores["DenseReluDense.experts.up"] == [True, False, True]
-    assert cores["SelfAttention.q.cores"] == [True, True, False, True, True]
-    assert model.DenseReluDense.experts.up.bias.requires_grad
-    assert model.DenseReluDense.router.weight.requires_grad
-
-
-@pytest.mark.parametrize(
-    ("text", "five"),
-    [("2", [True, True, False, True, True]), ("1,2,3", [True, False, False, False, True])],
-)
-def test_train_at_index_lists_frozen_cores(text: str, five: list[bool]) -> None:
-    model = Mixed()
-    freeze_cores(model, train_AT_index=text)
-    assert trained_cores(model)["SelfAttention.q.cores"] == five
-
-
-def test_update_mpo_layer() -> None:
-    model = Mixed()
-    freeze_cores(model, update_mpo_layer="attention")
-    cores = trained_cores(model)
-    assert all(cores["SelfAttention.q.cores"])
-    assert not any(cores["DenseReluDense.experts.up"] + cores["DenseReluDense.experts.down"])
-    assert model.DenseReluDense.router.weight.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -237,12 +181,6 @@ def test_attention_biases_of_t5_are_not_decayed(tmp_path: Path) -> None:
     assert len(tables) == 2
     assert [found[id(table)][1:] for table in tables] == [(0.0, "rest")] * 2
     assert found[id(model.get_input_embeddings().weight)][1] == 0.1
-
-
-def test_only_cores_have_a_ratio_of_their_own(tmp_path: Path) -> None:
-    groups = build_param_groups(pretrained_toy(), arguments(tmp_path))
-    assert {group["rate_ratio"] for group in groups if group["kind"] in ("rest", "router")} == {1.0}
-    assert any(group["rate_ratio"] != 1.0 for group in groups)
 
 
 def test_blocks_of_hidden_experts_train_at_the_auxiliary_rate(tmp_path: Path) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from mpoe import MPOEConfig
-from mpoe.training.rates import TRIED, kind_of, rate_table, recommended_for, recommended_rate
+from mpoe.training.rates import TRIED, kind_of, rate_advice, recommended_for, recommended_rate
+from mpoe.training.statistics import WINDOW, LoadWatch
 
-from .tiny import dense_model, mpoe_model
+from .tiny import arguments, dense_model, make_trainer, mpoe_model
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -55,4 +58,68 @@ def test_of_a_model_in_memory() -> None:
 
 
 def test_the_documentation_shows_this_table() -> None:
-    assert rate_table() in (DOCS / "fine_tuning.md").read_text()
+    words = {"t5": "T5", "gpt2": "GPT-2", "bert": "BERT", "scratch": 'from scratch (`regime="scratch"`)'}
+    page = (DOCS / "fine_tuning.md").read_text()
+    for name, tried in TRIED.items():
+        rates = [f"{tried.rate:g}", *(f"{rate:g} {kind}" for kind, rate in tried.other.items())]
+        assert f"| {words[name]} | {', '.join(rates)} | {tried.width} | {tried.where} |\n" in page
+
+
+def counts(*rows: list[int]) -> torch.Tensor:
+    return torch.tensor(rows)
+
+
+def test_experts_that_take_most_or_none_are_named_once() -> None:
+    watch, even = LoadWatch(), [100] * 4
+    odd = counts(even, [700, 100, 100, 100], [150, 150, 100, 0])
+    assert watch.add(odd, WINDOW - 1) == []  # not for long
+    first, second = watch.add(odd, WINDOW)
+    assert first.startswith(f"mixture layer 1: expert 0 took 70% of the tokens in {WINDOW} steps")
+    assert second.startswith(f"mixture layer 2: 1 of 4 experts took no token in {WINDOW} steps")
+    assert watch.add(odd, 2 * WINDOW) == []  # said already
+    (third,) = watch.add(counts([900, 0, 0, 100], even, even), 3 * WINDOW)[:1]
+    assert third.startswith("mixture layer 0: expert 0 took 90%")
+
+
+def test_what_is_no_reason_to_warn() -> None:
+    watch = LoadWatch()
+    assert watch.add(counts([700, 300], [100, 99]), WINDOW) == []  # of two experts 70% is not most
+    assert watch.add(counts([100, 0, 0, 0], [0, 0, 0, 0]), 2 * WINDOW) == []  # too few tokens to tell
+    assert watch.add(counts([10_000]), 3 * WINDOW) == []  # one expert takes all it is given
+    watch.add(counts([1000, 0]), 3 * WINDOW + 50)
+    assert watch.add(counts([0, 1000]), 4 * WINDOW) == []  # each had its time
+    watch.start(1000)
+    assert watch.add(counts([1000, 0]), 1000 + WINDOW - 1) == []  # counted from where the run resumed
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"learning_rate": 1e-3}, []),
+        ({"learning_rate": 1e-2}, []),
+        ({"learning_rate": 1.5e-4}, []),
+        ({"learning_rate": 5e-5}, ["learning_rate 5e-05 is 1/30 of the 0.0015 to start from (a pretrained t5"]),
+        ({"learning_rate": 1e-3, "mpo_lr": 0.6}, ["mpo_lr 0.6 is 400 times the 0.0015"]),
+        ({"learning_rate": 0.0}, []),
+        ({"learning_rate": 5e-5, "regime": "scratch"}, []),
+    ],
+)
+def test_rates_far_from_what_worked(tmp_path: Path, options: dict, said: list[str]) -> None:
+    found = rate_advice(mpoe_model("t5"), arguments(tmp_path, **options))
+    assert len(found) == len(said)
+    assert all(text.startswith(start) for text, start in zip(found, said, strict=True))
+    assert len(rate_advice(dense_model("t5"), arguments(tmp_path, **options))) == len(said)
+    assert rate_advice(torch.nn.Linear(2, 2), arguments(tmp_path, **options)) == []
+
+
+def test_the_trainer_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mpoe.training.statistics.WINDOW", 2)
+    monkeypatch.setattr("mpoe.training.statistics._TOKENS", 1)
+    model = mpoe_model("t5", num_experts=32)
+    trainer = make_trainer(tmp_path, model=model, learning_rate=1e-6, max_steps=3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    texts = [str(warning.message) for warning in caught]
+    assert any(text.startswith("learning_rate 1e-06 is 1/1,500 of") for text in texts)
+    assert any(text.startswith("encoder.0.1: ") and "of 32 experts took no token in 2 steps" in text for text in texts)

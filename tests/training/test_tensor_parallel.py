@@ -14,7 +14,7 @@ from .tiny import mpoe_model
 
 @pytest.mark.slow
 def test_two_ranks_compute_what_one_does() -> None:
-    answer = torchrun("ranks_tensor")
+    answer = torchrun("ranks_tensor", "hidden")
     assert answer.returncode == 0, answer.stdout
     assert answer.stdout.count("alike") == 2
 

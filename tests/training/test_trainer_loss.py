@@ -256,14 +256,6 @@ def test_norms_are_unclipped_and_load_counts_tokens_of_the_whole_step(tmp_path: 
     assert sum(counts).sum(-1).tolist() == [tokens, targets]
 
 
-def test_dense_models_log_the_same_names_without_router_numbers(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, "t5", model=dense_model("t5"), max_steps=1)
-    trainer.train()
-    record = trainer.state.log_history[0]
-    assert record["loss"] == pytest.approx(record["task_loss"])
-    assert not {"aux_loss", "expert_entropy", "grad_norm_central"} & record.keys()
-
-
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="args must be MPOETrainingArguments; got TrainingArguments"):
         MPOETrainer(model=mpoe_model("t5"), args=TrainingArguments(output_dir=str(tmp_path)))  # type: ignore[arg-type]

@@ -102,32 +102,6 @@ def test_clipping_norm_of_a_masked_step_excludes_the_centrals(tmp_path: Path) ->
     assert record["grad_norm_auxiliary"] == pytest.approx(free.state.log_history[0]["grad_norm_auxiliary"], rel=1e-4)
 
 
-def test_always_masked_run_never_moves_a_central(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, "gpt2", gradient_mask_prob=1.0)
-    before = weights(trainer.model)
-    trainer.train()
-    for name, parameter in trainer.model.named_parameters():
-        assert torch.equal(parameter, before[name]) == name.endswith(".central"), name
-
-
-def test_probability_zero_adds_nothing(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path)
-    assert trainer.gradient_mask is None
-    assert not any(isinstance(callback, GradientMaskCallback) for callback in trainer.callback_handler.callbacks)
-
-
-def test_same_run_with_and_without_dropout_noise_draws_the_same(tmp_path: Path) -> None:
-    """The mask's stream is its own: neither torch's nor numpy's generators move it, nor it them."""
-    torch.manual_seed(0)
-    states = []
-    for dropout in (0.0, 0.3):
-        watch = Watch()
-        model = mpoe_model("gpt2", dropout=dropout)
-        make_trainer(tmp_path, "gpt2", model=model, gradient_mask_prob=0.5, callbacks=[watch]).train()
-        states.append(watch.masked)
-    assert states[0] == states[1] == [mask_draw(42, step) < 0.5 for step in range(6)]
-
-
 def test_mask_is_off_during_evaluation(tmp_path: Path) -> None:
     seen: list[bool] = []
 
@@ -176,23 +150,6 @@ def test_activation_checkpointing_recomputes_under_the_mask(tmp_path: Path) -> N
         results.append(weights(trainer.model))
     for name, value in results[0].items():
         torch.testing.assert_close(value, results[1][name], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("options", "frozen"),
-    [
-        ({"tensor_learn": True}, ("central",)),
-        ({"train_AT_index": "1"}, ("central",)),
-        ({"train_AT_index": "0,2"}, ("auxiliary.0", "auxiliary.1")),
-    ],
-)
-def test_frozen_cores_stay(tmp_path: Path, options: dict[str, Any], frozen: tuple[str, ...]) -> None:
-    trainer = make_trainer(tmp_path, "t5", **options)
-    before = weights(trainer.model)
-    trainer.train()
-    for name, parameter in trainer.model.named_parameters():
-        if ".experts." in name:
-            assert torch.equal(parameter, before[name]) == name.endswith(frozen), name
 
 
 def test_optimizer_uses_per_core_rates_under_the_scheduler(tmp_path: Path) -> None:

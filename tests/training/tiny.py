@@ -125,7 +125,7 @@ def arguments(output_dir: Path | str, **options: Any) -> MPOETrainingArguments:
 def make_trainer(
     output_dir: Path | str, family: str = "t5", model: PreTrainedModel | None = None, **options: Any
 ) -> MPOETrainer:
-    names = ("callbacks", "compute_metrics", "train_dataset", "eval_dataset")
+    names = ("callbacks", "compute_metrics", "train_dataset", "eval_dataset", "previous_optimizer")
     given = {name: options.pop(name) for name in names if name in options}
     given.setdefault("train_dataset", Rows(family))
     given.setdefault("eval_dataset", Rows(family, rows=20, seed=2))
@@ -140,14 +140,16 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def main() -> None:
     """A run for tests that kill processes: `python -m tests.training.tiny OUTPUT_DIR FAMILY STEPS KILL_AT [resume]`.
 
-    KILL_AT is "step-N" (kill after optimizer step N), "save-N" (in the middle of writing checkpoint N) or "never".
+    KILL_AT is "step-N" (kill the last rank after optimizer step N), "save-N" (in the middle of writing checkpoint N) or
+    "never". Works under torchrun too.
     """
     output_dir, family, steps, kill_at = sys.argv[1:5]
     moment, _, number = kill_at.partition("-")
 
     class Kill(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if moment == "step" and state.global_step == int(number):
+            last = args.process_index == args.world_size - 1
+            if moment == "step" and state.global_step == int(number) and last:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     original = torch.save
@@ -161,7 +163,8 @@ def main() -> None:
     torch.set_num_threads(1)
     trainer = make_trainer(output_dir, **resume_options(family, int(steps)), callbacks=[Kill()])
     trainer.train(resume_from_checkpoint=True if "resume" in sys.argv else None)
-    original(dict(trainer.model.state_dict()), Path(output_dir) / "final.pt")
+    if trainer.is_world_process_zero():
+        original(dict(trainer.model.state_dict()), Path(output_dir) / "final.pt")
 
 
 def resume_options(family: str, steps: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The checks of `tools/triton_compile.py`: it finds every kernel and lets nothing through that it should stop."""
+"""The checks of `tools/gpu_compile.py`: it finds every kernel and lets nothing through that it should stop."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+import gpu_compile
 import pytest
 import shipped_kernels as shipped
 import torch
 import triton
-import triton_compile
-from triton_binary import Binary, Job, compile_job, job_of
+from gpu_compile import Binary, Job, compiled, job_of
 
 import mpoe_kernels
 from mpoe_kernels.hidden_experts import triton as hidden
@@ -48,15 +48,16 @@ def kernels_of_the_backend() -> set[str]:
 
 
 def test_every_kernel_is_found_on_every_architecture() -> None:
-    jobs = triton_compile.shipped_jobs(ARCHITECTURES, ("bfloat16",), quick=True)
+    jobs = gpu_compile.shipped_jobs(ARCHITECTURES, ("bfloat16",), quick=True)
     assert len(kernels_of_the_backend()) >= 14
+    assert all(("enable_fp_fusion", True) in job.options for job in jobs), "the default differs between Tritons"
     for architecture in ARCHITECTURES:
         assert {job.name for job in jobs if job.architecture == architecture} == kernels_of_the_backend()
 
 
 def test_every_shipped_tile_is_compiled() -> None:
-    dims, _ = shipped.shapes()["separable"]
-    work = partial(shipped.run_linear, dims, 1, 4096, torch.bfloat16, "backward", "separable")
+    shape, _ = shipped.shapes()["separable"]
+    work = partial(shipped.run_linear, shape, 1, 4096, torch.bfloat16, "separable")
     started = shipped.Problem("separable", work, every_tile=True).launches("sm_90")
     for kernel in ("grouped_rows_kernel", "grouped_blocks_kernel"):
         compiled = {
@@ -72,14 +73,14 @@ def test_every_shipped_tile_is_compiled() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_tile_of_experts_is_compiled(architecture: str, dtype: torch.dtype) -> None:
     """Of both tables for blocks, with the tile that the architecture may have of its own."""
-    tables = {shipped._hidden: (hidden.TILES, hidden.LARGE_TILES), shipped._neurons: (neurons.TILES,)}
+    tables = {"hidden": (hidden.TILES, hidden.LARGE_TILES), "neurons": (neurons.TILES,)}
     for family in tables:
-        problems = family(dtype, False, shipped.T5_BASE)
+        problems = shipped.FAMILIES[family](dtype, False, shipped.T5_BASE)
         started = [launch for problem in problems for launch in problem.launches(architecture)]
         found = {(x.name, x.arguments["BM"], x.arguments["num_warps"]) for x in started if "BM" in x.arguments}
         for table in tables[family]:
             for kernel, tiles in table.items():
-                name = f"{family.__name__[1:]}_{kernel}_kernel"
+                name = f"{family}_{kernel}_kernel"
                 special = kernel == "blocks" and architecture in hidden.IN_REGISTERS and dtype == torch.bfloat16
                 for tile in [hidden.SMALL_TILE] if special else tiles[dtype.itemsize]:
                     assert (name, tile.rows, tile.warps) in found
@@ -89,22 +90,23 @@ def test_every_tile_of_experts_is_compiled(architecture: str, dtype: torch.dtype
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_kernels_of_experts_fit_smaller_cards(dtype: str) -> None:
     """sm_86, sm_89 and sm_120, whose code uses as much shared memory as sm_80's, have 99 KiB for a program."""
-    uses = triton_compile.shipped_jobs(("sm_80",), (dtype,))
-    jobs = [job for job in uses if job.name.startswith(("hidden_", "neurons_"))]
-    built = triton_compile.compile_all(jobs, 1)
-    assert triton_compile.failures(built, uses) == []
-    assert max(binary.shared for binary in built.values() if isinstance(binary, Binary)) <= 99 << 10
+    jobs = gpu_compile.shipped_jobs(("sm_80",), (dtype,), sizes=(shipped.T5_BASE,))
+    built = [compiled(job)[job.name] for job in jobs if job.name.startswith(("hidden_", "neurons_"))]
+    assert [binary.problems("sm_80") for binary in built] == [[]] * len(built)
+    assert max(binary.shared for binary in built) <= 99 << 10
 
 
 def test_every_number_of_pairs_that_one_program_sorts_is_compiled() -> None:
     started = [
-        launch for each in shipped._routing(torch.bfloat16, True, shipped.T5_BASE) for launch in each.launches("sm_90")
+        launch
+        for each in shipped.FAMILIES["routing"](torch.bfloat16, True, shipped.T5_BASE)
+        for launch in each.launches("sm_90")
     ]
     wanted = {max(16, 1 << (pairs - 1).bit_length()) for pairs in range(1, routing.FEW + 1)}
     assert {launch.arguments["BLOCK"] for launch in started if launch.name == "route_few_kernel"} == wanted
 
 
-@pytest.mark.parametrize("sizes", shipped.LARGE_SIZES, ids=lambda sizes: sizes.name)
+@pytest.mark.parametrize("sizes", shipped.LARGE_SIZES, ids=str)
 def test_other_sizes_start_the_same_kernels(sizes: shipped.Sizes) -> None:
     problems = list(shipped.problems(torch.bfloat16, few=True, sizes=sizes))
     assert not any(problem.every_tile for problem in problems)
@@ -116,10 +118,10 @@ def test_other_sizes_start_the_same_kernels(sizes: shipped.Sizes) -> None:
 
 
 @pytest.mark.slow
-def test_of_other_sizes_every_kernel_gives_its_hardest_configurations() -> None:
-    uses = triton_compile.shipped_jobs(["gfx942"], ("float16",), each=2, sizes=shipped.LARGE_SIZES)
-    found = Counter((job.name, use.rpartition(", float16, ")[2]) for job, use in uses.items())
-    assert found["grouped_rows_kernel", "d = 4,096"] == found["grouped_rows_kernel", "E = 1,024"] == 2
+def test_of_other_sizes_every_kernel_gives_its_hardest_configuration() -> None:
+    uses = gpu_compile.shipped_jobs(["gfx942"], ("float16",), sizes=shipped.LARGE_SIZES)
+    found = Counter(job.name for job in uses)
+    assert found["grouped_rows_kernel"] == len(shipped.LARGE_SIZES)
     widest = grouped.TILES["gfx942"][0].m
     assert {dict(job.constants)["BM"] for job in uses if job.name == "grouped_rows_kernel"} == {widest}
 
@@ -139,7 +141,11 @@ def test_jobs_are_what_triton_would_specialise() -> None:
 @pytest.fixture
 def forks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command compiles in forks of this process, which has already imported everything."""
-    monkeypatch.setattr(triton_compile, "get_context", lambda _: get_context("fork"))
+    monkeypatch.setattr(gpu_compile, "get_context", lambda _: get_context("fork"))
+
+
+def binary_of(job: Job) -> Binary:
+    return compiled(job)[job.name]
 
 
 def planted(size: int, warps: int, stages: int, kind: str = "*bf16", architecture: str = "sm_90") -> Job:
@@ -153,7 +159,7 @@ def planted(size: int, warps: int, stages: int, kind: str = "*bf16", architectur
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_sound_kernel_passes(architecture: str) -> None:
-    binary = compile_job(planted(64, 4, 2, architecture=architecture))
+    binary = binary_of(planted(64, 4, 2, architecture=architecture))
     assert binary.problems(architecture) == []
     assert binary.matrix_instructions > 0
     assert binary.registers > 0
@@ -166,22 +172,22 @@ def test_counting_the_pairs_of_thousands_of_experts_does_not_spill() -> None:
     jobs = [job_of(launch, "sm_90") for launch in shipped.Problem("route", work).launches("sm_90")]
     counted = [job for job in jobs if job.name in ("prefix_kernel", "offsets_kernel")]
     assert len(counted) == 2
-    assert [compile_job(job).problems("sm_90") for job in counted] == [[], []]
+    assert [binary_of(job).problems("sm_90") for job in counted] == [[], []]
 
 
 @pytest.mark.parametrize(("architecture", "warps"), [("sm_80", 2), ("gfx942", 1)])
 def test_a_kernel_that_spills_is_stopped(architecture: str, warps: int) -> None:
-    (problem,) = compile_job(planted(128, warps, 1, architecture=architecture)).problems(architecture)
+    (problem,) = binary_of(planted(128, warps, 1, architecture=architecture)).problems(architecture)
     assert problem.startswith("spills: ")
 
 
 def test_a_kernel_that_needs_too_much_shared_memory_is_stopped() -> None:
-    problems = compile_job(planted(128, 8, 5)).problems("sm_90")
+    problems = binary_of(planted(128, 8, 5)).problems("sm_90")
     assert any("bytes of shared memory; sm_90 has 232448" in problem for problem in problems)
 
 
 def test_exact_float32_needs_no_tensor_cores() -> None:
-    binary = compile_job(planted(32, 4, 1, kind="*fp32"))
+    binary = binary_of(planted(32, 4, 1, kind="*fp32"))
     assert not binary.wants_matrix or binary.matrix_instructions
 
 
@@ -193,78 +199,71 @@ def test_problems_of_a_binary() -> None:
     assert "columns of tensor memory" in Binary(128, 0, 0, 0, 640, 1, True).problems("sm_100")[0]
 
 
-def test_failures_and_broken_compilations_are_lines_with_the_kernel_and_the_problem() -> None:
-    job = planted(64, 4, 2)
-    uses = {job: "planted, bfloat16"}
-    (line,) = triton_compile.failures({job: "CompilationError: no"}, uses)
-    assert line == "product_kernel 4 warps, 2 stages on sm_90 (planted, bfloat16): CompilationError: no"
-    assert triton_compile.failures({job: GOOD}, uses) == []
-    table = triton_compile.resource_table({job: GOOD})
-    assert "| product_kernel | 16-bit | 4 warps, 2 stages | 128, 64 |" in table
-
-
-def test_results_are_kept_until_what_they_depend_on_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With invented results, so that a compilation would be noticed."""
-    file, job, other = tmp_path / "kept", planted(64, 4, 2), planted(64, 8, 2)
-    triton_compile.Kept(file).add(job, GOOD)
-    kept = triton_compile.Kept(file)
-    assert triton_compile.compile_all([job], 1, kept=kept) == {job: GOOD}
-    assert kept.get(other) is None
-    assert triton_compile.Kept(None).get(job) is None
-    found = triton_compile.identity(job)
-    for part in (repr(job), planted_kernels.product_kernel.cache_key, triton.__version__):
-        assert part in found
-    monkeypatch.setattr(triton_compile, "identity", lambda _: "of another source")
-    assert kept.get(job) is None
-
-
 @pytest.mark.usefixtures("forks")
-def test_the_command_keeps_what_it_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
-    job = planted(16, 4, 1)
-    monkeypatch.setattr(triton_compile, "shipped_jobs", lambda *_: {job: "planted"})
-    words = ["--quick", "--jobs", "1", "--keep", str(tmp_path / "kept")]
-    assert triton_compile.main(words) == 0
-    first = capsys.readouterr()
-    assert triton_compile.main(words) == 0
-    second = capsys.readouterr()
-    assert "0 of 1 were kept" in first.err
-    assert "1 of 1 were kept" in second.err
-    assert first.out == second.out
+def test_the_command_fails_when_a_kernel_spills_or_does_not_compile(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    jobs = [planted(128, 2, 1, architecture="sm_80"), planted(48, 2, 1)]
+    monkeypatch.setattr(gpu_compile, "shipped_jobs", lambda *_, **__: dict.fromkeys(jobs, "planted"))
+    assert gpu_compile.main(["triton", "--quick", "--jobs", "1"]) == 1
+    done = capsys.readouterr()
+    assert "product_kernel num_stages 1, num_warps 2 on sm_80 (planted): spills: " in done.err
+    assert "product_kernel num_stages 1, num_warps 2 on sm_90 (planted): CompilationError: " in done.err
+    assert "2 configurations, 2 failures" in done.out
 
 
-@pytest.mark.usefixtures("forks")
-def test_the_command_fails_when_a_kernel_spills(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    job = planted(128, 2, 1, architecture="sm_80")
-    monkeypatch.setattr(triton_compile, "shipped_jobs", lambda *_: {job: "planted"})
-    assert triton_compile.main(["--quick", "--jobs", "1"]) == 1
-    assert "product_kernel 2 warps, 1 stages on sm_80 (planted): spills" in capsys.readouterr().err
+SPILLING = """
+__global__ void __launch_bounds__(1024) gradient_kernel(float* x, int n) {
+  float kept[64];
+#pragma unroll
+  for (int i = 0; i < 64; ++i) kept[i] = x[i * n];
+#pragma unroll
+  for (int i = 0; i < 64; ++i) x[i * n + 1] = kept[(i * 7) % 64] * kept[i];
+}
+"""
 
 
-OURS = ["--quick", "--only", "dispatch_kernel", "--arch", "sm_90"]
+@pytest.mark.skipif(not (os.environ.get("CUDACXX") or gpu_compile.find("nvcc")), reason="no nvcc")
+@pytest.mark.parametrize(
+    ("code", "problem"), [(SPILLING, "nvcc failed"), ("__global__ void f() { int unused; }", "never referenced")]
+)
+def test_what_nvcc_warns_of_is_stopped(code: str, problem: str, tmp_path: Path) -> None:
+    source = tmp_path / "planted.cu"
+    source.write_text(code)
+    (line,) = gpu_compile.problems_of(Job(str(source), "sm_90"))
+    assert line.startswith("RuntimeError: nvcc failed")
+    assert problem in line
+
+
+def test_every_source_is_compiled() -> None:
+    jobs = gpu_compile.sources(gpu_compile.TARGETS)
+    assert {job.architecture for job in jobs} == {"sm_80", "sm_90", "sm_100"}
+    assert {ROOT / job.kernel for job in jobs} == set((ROOT / "csrc").rglob("*.cu"))
+
+
+OURS = ["triton", "--quick", "--only", "dispatch_kernel", "--arch", "sm_90"]
 
 
 @pytest.mark.usefixtures("forks")
 def test_the_command_compiles_a_kernel_of_ours(capsys) -> None:
-    assert triton_compile.main(OURS) == 0
-    assert "1 kernels, 1 configurations, 0 failures" in capsys.readouterr().out
+    assert gpu_compile.main(OURS) == 0
+    assert "1 kernels and files, 1 configurations, 0 failures" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_the_command_does_so_in_processes_of_its_own() -> None:
-    command = [sys.executable, "tools/triton_compile.py", *OURS]
+    command = [sys.executable, "tools/gpu_compile.py", *OURS]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "1 kernels, 1 configurations, 0 failures" in done.stdout
+    assert "1 kernels and files, 1 configurations, 0 failures" in done.stdout
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--arch", "sm_70"], "--arch must be among"), (["--dtype", "int8"], "--dtype")],
+    [(["--arch", "sm_70"], "--arch must be among"), (["hip"], "kinds must be among")],
 )
 def test_refusals(words: list[str], message: str, capsys) -> None:
     with pytest.raises(SystemExit):
-        triton_compile.main(words)
+        gpu_compile.main(words)
     assert message in capsys.readouterr().err
 
 

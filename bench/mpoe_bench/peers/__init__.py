@@ -19,8 +19,6 @@ PEERS: dict[str, Callable[[Problem], Contender]] = {
     "original: rebuild all": cores.rebuild_all,
     "einsum of the cores": cores.einsum_of_cores,
     "ScatterMoE": gpu.scattermoe,
-    "MegaBlocks grouped GEMM": gpu.megablocks,
-    "triton_kernels": gpu.triton_kernels,
     "SonicMoE": gpu.sonicmoe,
     "QuACK grouped GEMM": gpu.quack,
     "Liger SwiGLU as ReLU, 1.5x FLOPs": gpu.liger,

@@ -47,42 +47,6 @@ def scattermoe(problem: Problem) -> Contender:
     return dense_contender(problem, function)
 
 
-def megablocks(problem: Problem) -> Contender:
-    """MegaBlocks' grouped GEMM (Gale et al., arXiv 2211.15841) on sorted tokens; bfloat16 only."""
-    ops = _library("megablocks.grouped_gemm_util", problem).ops
-    if ops is None:
-        raise UnavailableError("megablocks finds no grouped_gemm")
-    if problem.case.dtype != torch.bfloat16:
-        raise UnavailableError("grouped_gemm takes bfloat16 only")
-    index, gates, experts = problem.batch.index[:, 0], problem.batch.gates, problem.case.experts
-
-    def function(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        order, inverse, _ = sorted_tokens(index, experts)
-        sizes = torch.bincount(index, minlength=experts).cpu()  # gmm needs them on the host
-        hidden = F.relu(ops.gmm(x[order], up, sizes, trans_b=True))
-        return (ops.gmm(hidden, down, sizes, trans_b=True)[inverse] * gates).to(x.dtype)
-
-    return dense_contender(problem, function)
-
-
-def triton_kernels(problem: Problem) -> Contender:
-    """triton_kernels' ragged matmul on sorted tokens; it has no autograd, so forward only."""
-    matmul = _library("triton_kernels.matmul", problem).matmul
-    metadata = _library("triton_kernels.tensor", problem).make_ragged_tensor_metadata
-    index, gates, experts = problem.batch.index[:, 0], problem.batch.gates, problem.case.experts
-
-    def function(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        order, inverse, _ = sorted_tokens(index, experts)
-        ragged = metadata(torch.bincount(index, minlength=experts).to(torch.int32), x.shape[0])
-        hidden = F.relu(matmul(x[order], up.transpose(1, 2), None, a_ragged_metadata=ragged))
-        y = matmul(hidden, down.transpose(1, 2), None, a_ragged_metadata=ragged)
-        return (y[inverse] * gates).to(x.dtype)
-
-    contender = dense_contender(problem, function)
-    contender.grad_y = None
-    return contender
-
-
 def sonicmoe(problem: Problem) -> Contender:
     """SonicMoE (Guo et al., arXiv 2512.14080), on Hopper and Blackwell; 16-bit types only."""
     compute = _library("sonicmoe.functional", problem).moe_general_routing_inputs

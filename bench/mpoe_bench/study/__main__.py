@@ -16,7 +16,7 @@ import torch
 from mpoe_bench.study.language import read_blocks
 from mpoe_bench.study.plan import Run, Study, read_study
 from mpoe_bench.study.table import Records, runs_of, study_table
-from mpoe_bench.study.training import run_once
+from mpoe_bench.study.training import Trained, run_once
 
 
 def parser() -> argparse.ArgumentParser:
@@ -98,12 +98,13 @@ def main(argv: list[str]) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    starts: dict[tuple[Any, ...], Trained] = {}
     while True:
         records = records_in(results)
         run = asked or next(waiting(study, records), None)
         if run is None or run.key in records:
             return 0
-        record = run_once(study, run, data)
+        record = run_once(study, run, data, starts)
         save(file, study, run, record)
         print(f"{run.key}: validation {record['validation']:.4f}, {record.get('cpu_seconds', 0):.0f} CPU s", flush=True)
 

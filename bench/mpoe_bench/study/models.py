@@ -33,6 +33,7 @@ def dense_model(model: int, hidden: int, seed: int) -> GPT2LMHeadModel:
         n_layer=LAYERS,
         n_head=max(model // 16, 1),
         n_inner=hidden,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's own in one op
         initializer_range=INIT_STD,
         resid_pdrop=0.0,
         embd_pdrop=0.0,

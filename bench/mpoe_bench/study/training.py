@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 import time
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,31 +47,25 @@ def optimiser(model: nn.Module, rate: float) -> torch.optim.AdamW:
     groups = build_param_groups(model, arguments)
     for group in groups:
         group["full"] = group["lr"]
-    return torch.optim.AdamW(groups, betas=BETAS)
+    return torch.optim.AdamW(groups, betas=BETAS, fused=True)
 
 
-def train(study: Study, run: Run, data: dict[str, Blocks]) -> tuple[nn.Module, list[tuple[int, float]]]:
-    """The trained model of a run and its training loss along the way.
+def train_steps(
+    model: nn.Module, run: Run, steps: int, numbered: Iterable[tuple[int, Tensor]]
+) -> list[tuple[int, float]]:
+    """Train in some of the ``steps`` of a run, with an optimiser of their own; returns losses along the way.
 
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    arm, size = study.arms[run.arm], run.corner.model
-    steps = steps_of(study, run.arm, size, run.corner.steps)
-    converts_at = round(arm.dense_until * steps) if arm.experts else None
-    model: Any = dense_model(size, dense_hidden(study, run.arm, size), run.seed).train()
-    adam = None if converts_at == 0 else optimiser(model, run.rate)
+    adam, parameters = optimiser(model, run.rate), list(model.parameters())
     history: list[tuple[int, float]] = []
-    for step, ids in enumerate(batches(data["train"], run.seed, steps)):
-        if step == converts_at:
-            model = convert(model, arm, size, run.seed).train()
-            adam = optimiser(model, run.rate)
-        assert adam is not None  # converted in step 0 at the latest
+    for step, ids in numbered:
         for group in adam.param_groups:
             group["lr"] = group["full"] * schedule(step, steps)
         loss: Tensor = model(input_ids=ids, labels=ids).loss
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        nn.utils.clip_grad_norm_(parameters, CLIP)
         adam.step()
         adam.zero_grad()
         value = loss.item()
@@ -76,7 +73,43 @@ def train(study: Study, run: Run, data: dict[str, Blocks]) -> tuple[nn.Module, l
             raise FloatingPointError(f"the loss of {run.key} is {value} in step {step}")
         if step % max(1, steps // 20) == 0:
             history.append((step, round(value, 4)))
-    return model.eval(), history
+    return history
+
+
+class Trained(NamedTuple):
+    """A run's model, its training loss along the way, and the CPU time of its training."""
+
+    model: Any
+    history: list[tuple[int, float]]
+    seconds: float
+
+
+def train(study: Study, run: Run, data: dict[str, Blocks], starts: dict[tuple[Any, ...], Trained]) -> Trained:
+    """Train a run's model. ``starts``: mixtures of one seed and rate start from the same dense model, trained once.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    arm, size = study.arms[run.arm], run.corner.model
+    steps, hidden = steps_of(study, run.arm, size, run.corner.steps), dense_hidden(study, run.arm, size)
+    numbered = enumerate(batches(data["train"], run.seed, steps))
+
+    def trained(model: Any, some: Iterable[tuple[int, Tensor]]) -> Trained:
+        begin = time.process_time()
+        history = train_steps(model.train(), run, steps, some)
+        return Trained(model, history, time.process_time() - begin)
+
+    dense = dense_model(size, hidden, run.seed)
+    if arm.experts is None:
+        return trained(dense, numbered)
+    until = round(arm.dense_until * steps)
+    first = list(itertools.islice(numbered, until))
+    key = size, hidden, run.seed, run.rate, steps, until
+    if key not in starts:
+        starts[key] = trained(dense, first)
+    start = starts[key]
+    end = trained(convert(copy.deepcopy(start.model), arm, size, run.seed), numbered)
+    return Trained(end.model, start.history + end.history, start.seconds + end.seconds)
 
 
 @torch.no_grad()
@@ -101,17 +134,16 @@ def evaluate(model: Any, blocks: Blocks, routed: bool) -> tuple[dict[str, float]
     return losses, router_facts(logits, top_k, torch.cat(tokens), torch.cat(domains))
 
 
-def run_once(study: Study, run: Run, data: dict[str, Blocks]) -> dict[str, Any]:
-    """Train and evaluate; returns one JSON-able record.
+def run_once(study: Study, run: Run, data: dict[str, Blocks], starts: dict[tuple[Any, ...], Trained]) -> dict[str, Any]:
+    """Train and evaluate; returns one JSON-able record. ``starts``: see `train`.
 
     ``cpu_seconds`` is the process's CPU time for the training alone; losses are means over domains, in nats per byte.
     """
-    start = time.process_time()
     try:
-        model, history = train(study, run, data)
+        model, history, seconds = train(study, run, data, starts)
     except FloatingPointError as error:
         return {"diverged": str(error), "validation": math.inf, "test": math.inf}
-    seconds = time.process_time() - start
+    model.eval()
     arm, size = study.arms[run.arm], run.corner.model
     validation, _ = evaluate(model, data["validation"], False)
     test, router = evaluate(model, data["test"], arm.experts is not None)

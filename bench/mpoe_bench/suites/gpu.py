@@ -46,7 +46,7 @@ def gpu_comparisons(scale: Scale, device: str, backends: tuple[str, ...]) -> Ite
     yield ffn(many, middle)
     yield ffn(few, large, ("separable", "paper_full", paper))
     yield ffn(many, large, ("separable", paper))
-    decode = ("dense experts, grouped_mm", *(("triton_kernels", "SonicMoE") if device == "cuda" else ()))
+    decode = ("dense experts, grouped_mm", *(("QuACK grouped GEMM", "SonicMoE") if device == "cuda" else ()))
     for tokens in (1, 8):
         yield ffn(many, tokens, train=False, peers=decode, key="decode")
     yield ffn(few, small, train=False)

@@ -1,4 +1,4 @@
-"""Mixtures around a dense network (hidden-side experts, neurons), router included, against that network.
+"""Mixtures around a dense network (hidden-side experts, neurons), router included, and stock layers, against it.
 
 Few tokens pass through one layer, whose weights stay in the processor's caches, or through twelve, as in a model.
 """
@@ -17,6 +17,7 @@ from mpoe.config import MPOEConfig
 from mpoe.layers import HiddenFeedForward, NeuronFeedForward
 from mpoe_bench.contender import Build, Comparison, Contender, size_facts
 from mpoe_bench.gpu_cases import Dense
+from mpoe_bench.peers.stock_layers import STOCK_LAYERS, stock_layer
 from mpoe_bench.problem import Truth, grad_of
 from mpoe_bench.suites.ffn import LIMIT
 
@@ -65,6 +66,16 @@ def mixtures(scale_model: int) -> dict[str, dict[str, Any]]:
     }
 
 
+@torch.no_grad()
+def read_bytes(layer: Any, x: Tensor) -> float:
+    """Bytes of the weights that a forward pass of tokens x must read: without experts that none of them chose."""
+    every = sum(parameter.nbytes for parameter in layer.parameters())
+    if isinstance(layer, Dense):
+        return every
+    chosen = len(layer.router(x).top_k_index.unique()) / layer.num_experts
+    return every - (1 - chosen) * sum(core.nbytes for core in layer.experts.own_cores)
+
+
 def layers_comparison(
     sizes: tuple[int, int],
     tokens: int,
@@ -77,7 +88,8 @@ def layers_comparison(
     """`mixtures` whose names hold ``chosen`` on every backend; ``layers`` networks run one after another.
 
     One layer is checked and timed with its gradients; of several, which need much memory, the first one's result is
-    checked, and the forward passes of all are timed on the first of ``backends``.
+    checked, and the forward passes of all are timed on the first of ``backends``, in evaluation mode. Beside them
+    `STOCK_LAYERS`, for the same ``chosen``.
     """
 
     def context() -> Shared:
@@ -88,7 +100,8 @@ def layers_comparison(
 
     def gradients_of(modules: nn.Module, x: Tensor) -> dict[str, Tensor]:
         first: Any = modules[0]  # type: ignore[index]
-        return {"dx": grad_of(x), "d_up": grad_of(first.up.weight), "d_down": grad_of(first.down.weight)}
+        kept = {name: getattr(first, name) for name in ("up", "down") if hasattr(first, name)}
+        return {"dx": grad_of(x), **{f"d_{name}": grad_of(layer.weight) for name, layer in kept.items()}}
 
     def results(modules: nn.Module, shared: Shared, dtype: torch.dtype) -> dict[str, Tensor]:
         _, x, grad_y = shared
@@ -102,12 +115,15 @@ def layers_comparison(
         torch.manual_seed(1)
 
         def made(backend: str, networks: Sequence[Dense]) -> Any:
+            if key in STOCK_LAYERS:
+                return nn.Sequential(*(stock_layer(key, *sizes, tokens, dtype) for _ in networks)).to(device)
             if fields is None:
                 return nn.Sequential(*networks)
             config = MPOEConfig(**fields, backend=backend)
             return nn.Sequential(*(mixture(copy.deepcopy(network), config, "relu") for network in networks)).to(device)
 
         modules, plain = made(backend, networks), made("eager", networks[:1])
+        modules.train(layers == 1)
         plain[0].load_state_dict(modules[0].state_dict())
         truth = Truth.of(partial(results, plain, shared), dtype)
         facts: dict[str, Any] = size_facts(sum(p.numel() for p in modules.parameters()), dtype)
@@ -115,6 +131,8 @@ def layers_comparison(
             relative = modules[0].relative_flops(fields["router"]["top_k"]) + fields["num_experts"] / (2 * sizes[1])
             facts |= {"backend": backend, "shape": key, "floor": {"forward": relative}}
         if layers > 1:
+            if key not in STOCK_LAYERS:
+                facts["read_bytes"] = sum(read_bytes(module, x) for module in modules)
             return Contender(lambda: modules[0](x), facts=facts, timed=lambda: modules(x)), truth
         leaves = (x, *modules.parameters())
         own = Contender(lambda: modules(x), grad_y, leaves, lambda: gradients_of(modules, x), facts, resident=True)
@@ -124,6 +142,9 @@ def layers_comparison(
     for key, fields in ((key, fields) for key, fields in mixtures(sizes[0]).items() if chosen in key):
         for backend in backends if layers == 1 else backends[:1]:
             builds.append((f"{key} [{backend}]", "mpoe", partial(build, key=key, fields=fields, backend=backend)))
+    for key in STOCK_LAYERS:
+        if chosen in key:
+            builds.append((key, "peer", partial(build, key=key, fields=None, backend="")))
     dtype_name = str(dtype).split(".")[-1]
     several = f", {layers} of them" if layers > 1 else ""
     title = f"layers {sizes[0]}x{sizes[1]} T={tokens} {dtype_name}, router included{several}"

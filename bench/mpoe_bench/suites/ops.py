@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ def linear_comparison(
     builds: list[tuple[str, str, Build]] = [(baseline, "limit", dense)]
     for name in shape_names:
         for backend in backends:
-            builds.append((f"{op} {name} [{backend}]", "mpoe", lambda s, n=name, b=backend: ours(s, n, b)))  # type: ignore[misc]
+            builds.append((f"{op} {name} [{backend}]", "mpoe", partial(ours, shape_name=name, backend=backend)))
     dtype_name = str(dtype).split(".")[-1]
     title = f"op {op} {sizes[0]}x{sizes[1]} E={experts} T={tokens} {dtype_name}"
     facts = {"experts": experts, "tokens": tokens, "dtype": dtype_name, "model": sizes[0], "hidden": sizes[1]}
@@ -168,6 +169,6 @@ def embedding_comparison(
     for bond in bonds:
         for backend in backends:
             name = f"mpo_embedding {'full bonds' if bond is None else f'bond {bond}'} [{backend}]"
-            builds.append((name, "mpoe", lambda shared, bond=bond, b=backend: ours(shared, bond, b)))  # type: ignore[misc]
+            builds.append((name, "mpoe", partial(ours, bond=bond, backend=backend)))
     title = f"op embedding {vocabulary}x{width} T={tokens}"
     return Comparison("op", title, context, builds, baseline, tokens, {"tokens": tokens})

@@ -10,10 +10,7 @@ DENSE_PEERS = (
     "dense experts, one-hot einsum",
     "transformers Switch",
 )
-GPU_PEERS = (
-    *("ScatterMoE", "SonicMoE", "QuACK grouped GEMM", "MegaBlocks grouped GEMM", "triton_kernels"),
-    "Liger SwiGLU as ReLU, 1.5x FLOPs",
-)
+GPU_PEERS = ("ScatterMoE", "SonicMoE", "QuACK grouped GEMM", "Liger SwiGLU as ReLU, 1.5x FLOPs")
 
 
 @dataclass(frozen=True)

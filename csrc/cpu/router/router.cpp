@@ -3,10 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "common/buffer.h"
 #include "common/parallel.h"
-#include "cpu/gemm/outer.h"
+#include "cpu/gemm/multiply.h"
 #include "cpu/routing/rows.h"
 
 namespace mpoe {
@@ -15,13 +16,9 @@ namespace {
 // Up to this many experts or tokens, a product that packs the weight takes longer than a dot product per logit: its
 // tiles are wider than the experts are many, or hold few rows.
 constexpr std::int64_t kFewExperts = 16, kFewTokens = 8;
-constexpr std::int64_t kColumns = 4 * kPanel;         // of the weight's gradient that one task computes
 
 const void* at(const void* base, std::int64_t elements, Dtype dtype) {
   return static_cast<const char*>(base) + elements * size_of(dtype);
-}
-void* at(void* base, std::int64_t elements, Dtype dtype) {
-  return static_cast<char*>(base) + elements * size_of(dtype);
 }
 
 // Numbers that are float, or a float copy of them.
@@ -79,21 +76,30 @@ void logits_by_tiles(const Router& r, const GemmKernels& gemm, const T* weight, 
   });
 }
 
+// The best experts of one token, in the order of scores and, among equal ones, of numbers; if a score is NaN, false and
+// the first experts.
+bool find_best(const float* scores, std::int64_t experts, std::int64_t top_k, std::int64_t* index) {
+  bool known = true;
+  for (std::int64_t e = 0; e < experts; ++e) known &= !std::isnan(scores[e]);
+  for (std::int64_t k = 0; !known && k < top_k; ++k) index[k] = k;
+  std::int64_t found = 0;
+  float least = 0;  // of those found
+  // A later expert moves ahead of those whose scores are smaller.
+  for (std::int64_t e = 0; known && e < experts; ++e) {
+    if (found == top_k && scores[e] <= least) continue;
+    std::int64_t place = found < top_k ? found++ : found - 1;
+    for (; place > 0 && scores[e] > scores[index[place - 1]]; --place) index[place] = index[place - 1];
+    index[place] = e;
+    least = scores[index[found - 1]];
+  }
+  return known;
+}
+
 // The best experts of one token, and their gates.
 void choose(const Gating& a, const float* logits, std::int64_t* index, float* gates) {
   constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
   const std::int64_t experts = a.router.experts;
-  bool known = true;
-  for (std::int64_t e = 0; e < experts; ++e) known &= !std::isnan(logits[e]);
-  // In the order of logits and, among equal ones, of numbers: a later one moves ahead of those that are smaller.
-  std::int64_t found = 0;
-  for (std::int64_t e = 0; known && e < experts; ++e) {
-    if (found == a.top_k && logits[e] <= logits[index[found - 1]]) continue;
-    std::int64_t place = found < a.top_k ? found++ : found - 1;
-    for (; place > 0 && logits[e] > logits[index[place - 1]]; --place) index[place] = index[place - 1];
-    index[place] = e;
-  }
-  for (std::int64_t k = 0; !known && k < a.top_k; ++k) index[k] = k;
+  const bool known = find_best(logits, experts, a.top_k, index);
   const float most = logits[index[0]];
   float sum = 0;
   if (a.raw)
@@ -132,56 +138,26 @@ void router_logits(const Router& r, float* logits) {
       });
 }
 
-void router_logits_backward(const Router& r, const float* grad, void* dx, void* dweight) {
-  const GemmKernels& gemm = gemm_kernels(Dtype::kFloat32);
-  if (dx != nullptr) {
-    const GemmKernels& to = gemm_kernels(r.x_dtype);
-    Floats32 of_weight(r.weight_dtype, r.experts * r.features);
-    Buffer<float> panels(r.experts * round_up(r.features, kPanel));
-    gemm.pack(
-        panels.get(), r.experts, of_weight(r.weight, r.experts * r.features), r.features, r.experts, r.features);
-    for_strips(r, [&](std::int64_t first, std::int64_t count) {
-      multiply_all(
-          gemm, count, r.experts, grad + first * r.experts, r.experts, panels.get(), r.features,
-          [&](std::int64_t row, std::int64_t some, std::int64_t c, const float* tile) {
-            to.store(
-                tile, some, std::min(kPanel, r.features - c), at(dx, (first + row) * r.features + c, r.x_dtype),
-                r.features);
-          });
-    });
-  }
-  if (dweight == nullptr) return;
-  const GemmKernels& to = gemm_kernels(r.weight_dtype);
-  parallel_for(0, ceil_divide(r.features, kColumns), 1, [&](std::int64_t begin, std::int64_t end) {
-    constexpr std::int64_t kBatch = 512;  // tokens
-    for (std::int64_t start = begin * kColumns; start < std::min(r.features, end * kColumns); start += kColumns) {
-      const std::int64_t columns = std::min(kColumns, r.features - start);
-      OuterSum<float> product(gemm, r.experts, columns);
-      Buffer<float> sum = zeros<float>(r.experts * product.stride());
-      const bool copies = r.x_dtype != Dtype::kFloat32;
-      Buffer<float> copy(copies ? kBatch * columns : 0);
-      for (std::int64_t first = 0; first < r.tokens; first += kBatch) {
-        const std::int64_t count = std::min(kBatch, r.tokens - first);
-        const void* const rows = at(r.x, first * r.features + start, r.x_dtype);
-        for (std::int64_t t = 0; copies && t < count; ++t)
-          row_functions(r.x_dtype).widen(at(rows, t * r.features, r.x_dtype), copy.get() + t * columns, columns);
-        product(
-            count, grad + first * r.experts, r.experts, copies ? copy.get() : static_cast<const float*>(rows),
-            copies ? columns : r.features, sum.get(), true);
-      }
-      for (std::int64_t e = 0; e < r.experts; ++e)
-        to.round_row(
-            sum.get() + e * product.stride(), at(dweight, e * r.features + start, r.weight_dtype), columns);
-    }
-  });
-}
-
 void gating(const Gating& a) {
   const std::int64_t experts = a.router.experts;
   router_logits(a.router, a.logits);
   parallel_for(0, a.router.tokens, 256, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t t = begin; t < end; ++t)
       choose(a, a.logits + t * experts, a.index + t * a.top_k, a.gates + t * a.top_k);
+  });
+}
+
+void best_experts(
+    const float* scores, std::int64_t tokens, std::int64_t experts, std::int64_t top_k, std::int64_t* index) {
+  parallel_for(0, tokens, 256, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<float> known(experts);
+    for (std::int64_t t = begin; t < end; ++t) {
+      const float* const row = scores + t * experts;
+      if (find_best(row, experts, top_k, index + t * top_k)) continue;
+      for (std::int64_t e = 0; e < experts; ++e)
+        known[e] = std::isnan(row[e]) ? std::numeric_limits<float>::infinity() : row[e];
+      find_best(known.data(), experts, top_k, index + t * top_k);
+    }
   });
 }
 

@@ -1,4 +1,4 @@
-// A softmax router on raw pointers: logits, best experts, gates, and the gradients of the logits.
+// A softmax router on raw pointers: logits, best experts, gates.
 // T tokens of `features` numbers, E experts, K choices per token; all arrays dense. Arithmetic is float32, except that
 // products of two bfloat16 numbers, which are exact in float32, may be summed by instructions for bfloat16.
 // Results do not depend on the number of threads.
@@ -20,9 +20,6 @@ struct Router {
 // logits [T, E] = x weight^T
 void router_logits(const Router& router, float* logits);
 
-// Gradients of the logits, from `grad` [T, E]; x is kFloat32 or kBFloat16, and so is weight. Null: not wanted.
-void router_logits_backward(const Router& router, const float* grad, void* dx, void* dweight);
-
 struct Gating {
   Router router;
   std::int64_t top_k;
@@ -32,5 +29,9 @@ struct Gating {
   float* gates;         // [T, K]; NaN if a logit is NaN or inf, or all are -inf
 };
 void gating(const Gating& arguments);
+
+// index [T, K] of the largest scores [T, E] in the order of `Gating`; NaN counts as the largest.
+void best_experts(
+    const float* scores, std::int64_t tokens, std::int64_t experts, std::int64_t top_k, std::int64_t* index);
 
 }  // namespace mpoe

@@ -8,7 +8,7 @@ are also gathered, and blocks read in any layout, as they are loaded. One progra
 
 Sums run in a fixed order: partial ones are stored and added by another launch. Tiles follow from sizes and the card
 only: nothing is timed, so a graph can capture every launch; each is compiled ahead of time by
-``tools/triton_compile.py``.
+``tools/gpu_compile.py``.
 """
 
 from __future__ import annotations

@@ -1,13 +1,17 @@
-"""Small data for described tasks."""
+"""Small data: rows in a file, and folders that described tasks fit."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from mpoe.data.spec import TaskSpec
 
-from .cli_rows import write_rows
+
+def write_rows(file: Path, rows: list[dict]) -> None:
+    """One JSON object per line."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_described(data_dir: Path, spec: TaskSpec) -> Path:

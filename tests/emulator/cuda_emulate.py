@@ -1,4 +1,4 @@
-"""Compiles the CUDA kernels for the CPU with tests/emulator: `python tools/cuda_emulate.py [sanitizer]`.
+"""Compiles the CUDA kernels for the CPU: `python -m tests.emulator.cuda_emulate [sanitizer]`.
 
 Prints the path of the shared library, which holds the ops ``torch.ops.mpoe_emulated`` and the emulator's controls.
 Compiled files are kept in build/emulated under a hash of all their inputs, so a second call compiles nothing.
@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 TESTS = ROOT / "tests"
 EMULATION = TESTS / "emulator"

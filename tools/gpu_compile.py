@@ -1,0 +1,254 @@
+"""Compiles every GPU kernel that ships, ahead of time and without a GPU, and checks the machine code.
+
+No kernel may spill registers, use more shared memory than the architecture has, or multiply matrices without
+tensor-core instructions, and nvcc may not warn. Triton's kernels are compiled in every configuration that
+tools/shipped_kernels.py launches, csrc/cuda's files by nvcc (``CUDACXX``, PATH or /usr/local/cuda/bin).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import shipped_kernels as shipped
+import torch
+import triton
+from machine_code import MATRIX, Binary, disassembled, find
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mpoe_kernels.testing.launches import Launch
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+NVCC_FLAGS = [
+    *("-std=c++20", "-O3", "-lineinfo", "--Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra"),
+    *("-Xptxas", "-warn-spills,-warn-lmem-usage", f"-I{CSRC}"),
+]
+_DOT = re.compile(r"tt\.dot(?:_scaled)? (.*)$", re.MULTILINE)
+# Parameters that are block sizes, not sizes of the problem.
+BLOCK_SIZES = ("BM", "BN", "BK", "BT", "KL", "NL", "KR", "NR", "BLOCK", "PART", "CHUNK")
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_TYPES |= {torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8", torch.bool: "i1"}
+
+
+class Job(NamedTuple):
+    """A Triton kernel as specialised by a launch (two that compile to the same code are equal), or a CUDA source.
+
+    Attributes:
+        kernel: ``module:function``, or the source's path from the repository's root.
+        architecture: key of `TARGETS`.
+        signature: (parameter, Triton type or ``constexpr``) in order.
+        constants: (parameter, value) of every constexpr.
+        aligned: parameters that are multiples of 16.
+        options: (name, value): ``num_warps``, ``num_stages``, ...
+    """
+
+    kernel: str
+    architecture: str
+    signature: tuple[tuple[str, str], ...] = ()
+    constants: tuple[tuple[str, Any], ...] = ()
+    aligned: tuple[str, ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Name of the kernel's function, or the path."""
+        return self.kernel.rpartition(":")[2]
+
+    @property
+    def configuration(self) -> str:
+        """Block sizes, warps and pipeline stages, e.g. ``BM 64, BN 128, BK 64, num_stages 3, num_warps 4``."""
+        words = [*self.constants, *self.options]
+        return ", ".join(f"{name} {value}" for name, value in words if name in BLOCK_SIZES or name.startswith("num_"))
+
+
+def job_of(launch: Launch, architecture: str) -> Job:
+    """The specialisation that Triton would make for a launch.
+
+    Raises:
+        TypeError: an argument has a type that the kernels do not take.
+    """
+    function = launch.kernel
+    given = dict(launch.arguments)
+    signature, constants, aligned = [], [], []
+    for parameter in function.params:
+        name, value = parameter.name, given.pop(parameter.name)
+        kind, multiple = ("constexpr", False) if parameter.is_constexpr else _type_of(name, value)
+        signature.append((name, kind))
+        if kind == "constexpr":
+            constants.append((name, value))
+        if multiple:
+            aligned.append(name)
+    where = f"{function.fn.__module__}:{function.fn.__name__}"
+    return Job(where, architecture, tuple(signature), tuple(constants), tuple(aligned), tuple(sorted(given.items())))
+
+
+def _type_of(name: str, value: Any) -> tuple[str, bool]:
+    """Triton's type of a run-time argument, and whether it is known to be a multiple of 16."""
+    if isinstance(value, torch.Tensor):
+        return f"*{_TYPES[value.dtype]}", value.storage_offset() * value.element_size() % 16 == 0
+    if isinstance(value, int) and not isinstance(value, bool):
+        return ("constexpr", False) if value == 1 else ("i32" if abs(value) < 2**31 else "i64", value % 16 == 0)
+    if isinstance(value, float):
+        return "fp32", False
+    raise TypeError(f"{name} must be a tensor, an integer or a float; got {type(value).__name__}")
+
+
+@cache
+def compiled(job: Job) -> dict[str, Binary]:
+    """Its kernels by name; whatever the compiler raises is passed on.
+
+    Raises:
+        RuntimeError: Triton's interpreter has replaced the compiler in this process; there is no nvcc, or it fails, as
+            it does over warnings and spills.
+    """
+    return {job.name: _by_triton(job)} if ":" in job.kernel else _by_nvcc(job)
+
+
+def _by_triton(job: Job) -> Binary:
+    module, _, name = job.kernel.partition(":")
+    function = getattr(importlib.import_module(module), name)
+    if not isinstance(function, triton.runtime.jit.JITFunction):
+        raise RuntimeError("kernels cannot be compiled with TRITON_INTERPRET=1")
+    position = {parameter: index for index, parameter in enumerate(function.arg_names)}
+    source = ASTSource(
+        function,
+        dict(job.signature),
+        {(position[parameter],): value for parameter, value in job.constants},
+        {(position[parameter],): [["tt.divisibility", 16]] for parameter in job.aligned},
+    )
+    built = triton.compile(source, target=TARGETS[job.architecture], options=dict(job.options))
+    wants = any("16>" in line or "tf32" in line for line in _DOT.findall(built.asm["ttir"]))
+    tensor_memory = getattr(built.metadata, "tmem_size", None) or 0
+    if "cubin" in built.asm:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(built.asm["cubin"])
+            (found,) = disassembled(Path(file.name)).values()
+        return found._replace(shared=built.metadata.shared, tensor_memory=tensor_memory, wants_matrix=wants)
+    code = built.asm["amdgcn"]
+    # Scalar registers spill into vector registers, not into memory.
+    names = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    sizes = [int(re.findall(rf"\.{field}:\s+(\d+)", code)[0]) for field in names]
+    return Binary(*sizes, built.metadata.shared, tensor_memory, len(MATRIX["hip"].findall(code)), wants)
+
+
+def _by_nvcc(job: Job) -> dict[str, Binary]:
+    nvcc = os.environ.get("CUDACXX") or find("nvcc")
+    if nvcc is None:
+        raise RuntimeError("nvcc was not found: set CUDACXX or add it to PATH")
+    architecture = job.architecture.replace("sm_90", "sm_90a")
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder) / "built.cubin"
+        command = [nvcc, *NVCC_FLAGS, "-cubin", f"-arch={architecture}", str(ROOT / job.kernel), "-o", str(built)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"nvcc failed\n{done.stdout}{done.stderr}")
+        return disassembled(built)
+
+
+def sources(architectures: Iterable[str]) -> list[Job]:
+    """All files of csrc/cuda."""
+    names = [path.relative_to(ROOT).as_posix() for path in sorted(CSRC.glob("cuda/*/*.cu"))]
+    return [Job(name, each) for each in architectures if TARGETS[each].backend == "cuda" for name in names]
+
+
+def _difficulty(job: Job) -> tuple[int, int, int]:
+    """Tile size, number of extras, variety of sizes and strides: the most difficult job is the likeliest to spill."""
+    extras = sum(value is True for _, value in job.constants)
+    tile = math.prod(value for name, value in job.constants if name in BLOCK_SIZES)
+    numbers = {number for _, value in job.constants for number in (value if isinstance(value, tuple) else (value,))}
+    return tile, extras, len(numbers)
+
+
+def shipped_jobs(
+    architectures: Iterable[str],
+    dtypes: Iterable[str] = tuple(shipped.DTYPES),
+    quick: bool = False,
+    sizes: Iterable[shipped.Sizes] = (shipped.T5_BASE, *shipped.LARGE_SIZES),
+) -> dict[Job, str]:
+    """The most difficult job for every kernel, architecture, dtype and configuration, with a problem that launches it.
+
+    Of sizes other than T5-base's, the most difficult one of all configurations together; with ``quick``, of all dtypes
+    and configurations.
+    """
+    groups: dict[tuple[Any, ...], dict[Job, str]] = {}
+    for size, dtype in product(sizes, dtypes):
+        for problem in shipped.problems(shipped.DTYPES[dtype], quick, size):
+            where = f"{problem.name}, {dtype}, d={size.model}"
+            for architecture in architectures:
+                for launch in problem.launches(architecture):
+                    job = job_of(launch, architecture)
+                    of = job.configuration if size == shipped.T5_BASE else size
+                    group = (job.name, architecture, *(() if quick else (dtype, of)))
+                    groups.setdefault(group, {}).setdefault(job, where)
+    hardest = [max(group, key=_difficulty) for group in groups.values()]
+    return {job: group[job] for job, group in zip(hardest, groups.values(), strict=True)}
+
+
+def problems_of(job: Job) -> list[str]:
+    """Why it must not be shipped; what the compiler raises is one of the reasons."""
+    try:
+        found = compiled.__wrapped__(job)  # the code of thousands is not kept
+    except Exception as error:  # a compiler fails in many ways; the other jobs still run, all are reported
+        return [f"{type(error).__name__}: {' '.join(str(error).split())[:2000]}"]
+    several = len(found) > 1
+    return [
+        f"{name}: {problem}" if several else problem
+        for name, binary in found.items()
+        for problem in binary.problems(job.architecture)
+    ]
+
+
+def main(words: list[str] | None = None) -> int:
+    """Returns 1 if a kernel must not be shipped."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", nargs="*", help="triton, cuda; default both")
+    parser.add_argument("--quick", action="store_true", help="one configuration of every Triton kernel")
+    parser.add_argument("--arch", default=",".join(TARGETS), help="comma-separated names; default all")
+    parser.add_argument("--only", default="", help="only kernels or files whose name contains this")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
+    chosen = parser.parse_args(words)
+    names, kinds = chosen.arch.split(","), chosen.kinds or ["triton", "cuda"]
+    for what, values, known in (("--arch", names, TARGETS), ("kinds", kinds, ("triton", "cuda"))):
+        if unknown := [value for value in values if value not in known]:
+            parser.error(f"{what} must be among {', '.join(known)}; got {', '.join(unknown)}")
+    few: dict[str, Any] = {"dtypes": ("bfloat16",), "quick": True, "sizes": (shipped.T5_BASE,)} if chosen.quick else {}
+    uses: dict[Job, str] = {**shipped_jobs(names, **few)} if "triton" in kinds else {}
+    uses |= dict.fromkeys(sources(names), "csrc") if "cuda" in kinds else {}
+    jobs = [job for job in uses if chosen.only in job.name]
+    print(f"{len(jobs)} to compile, {chosen.jobs} at a time", file=sys.stderr, flush=True)
+    wrong = 0
+    with ProcessPoolExecutor(max(1, min(chosen.jobs, len(jobs))), mp_context=get_context("spawn")) as pool:
+        for number, (job, problems) in enumerate(zip(jobs, pool.map(problems_of, jobs), strict=True), 1):
+            for problem in problems:
+                print(f"{job.name} {job.configuration} on {job.architecture} ({uses[job]}): {problem}", file=sys.stderr)
+            wrong += len(problems)
+            if number % 100 == 0:
+                print(f"{number} compiled", file=sys.stderr, flush=True)
+    print(f"{len({job.name for job in jobs})} kernels and files, {len(jobs)} configurations, {wrong} failures")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""What the machine code of a GPU kernel shows: resources, instructions and loops."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+
+from mpoe_kernels.triton.architecture import SHARED_MEMORY
+
+# Matrix instructions. NVIDIA: warp (HMMA), warpgroup (HGMMA), fifth generation (UTC..MMA). AMD: mfma.
+MATRIX = {"cuda": re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b"), "hip": re.compile(r"\bv_(?:mfma|smfmac)_")}
+_LOCAL = re.compile(r"\b(?:STL|LDL)\b")
+# Kernels of csrc/cuda that multiply in types of tensor cores, by the compiler's name.
+_PRODUCT = re.compile(r"(?:gradient|panel|experts_(?:forward|rows|weights))_kernelI.*(?:__nv_bfloat16|__half|tf32)")
+_TENSOR_MEMORY_COLUMNS = 512  # on sm_100
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
+_BACK = re.compile(r"\bBRA(?:\.\w+)*\s.*?0x([0-9a-f]+)")
+_BARRIER = re.compile(r"\bBAR\.(?:SYNC|RED)")
+_WAIT = re.compile(r"\.TRYWAIT|\.FIND_AND_SET")
+_PRODUCT_SIZES = re.compile(r"\b(?:HGMMA\.(\d+)x(\d+)x(\d+)|HMMA\.(16)(8)(16|8))")
+
+
+class Binary(NamedTuple):
+    """What the machine code of a kernel shows.
+
+    Attributes:
+        registers: registers per thread.
+        spills: instructions (NVIDIA) or registers (AMD) that go through local memory.
+        stack: bytes of local memory per thread.
+        shared: bytes of shared memory per program; of csrc/cuda's kernels without what a launch asks for.
+        tensor_memory: columns of tensor memory; sm_100 only.
+        matrix_instructions: number of instructions for tensor or matrix cores.
+        wants_matrix: whether it multiplies types that those cores take: 16-bit floats, or float32 as TF32.
+        code: the instructions.
+    """
+
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+    tensor_memory: int
+    matrix_instructions: int
+    wants_matrix: bool
+    code: str = ""
+
+    def problems(self, architecture: str) -> list[str]:
+        """Reasons why it must not be shipped; empty if it may be."""
+        found = []
+        if self.spills or self.stack:
+            found.append(f"spills: {self.spills} accesses, {self.stack} bytes of local memory")
+        limit = SHARED_MEMORY[architecture]
+        if self.shared > limit:
+            found.append(f"needs {self.shared} bytes of shared memory; {architecture} has {limit}")
+        if self.tensor_memory > _TENSOR_MEMORY_COLUMNS:
+            found.append(f"needs {self.tensor_memory} columns of tensor memory; there are {_TENSOR_MEMORY_COLUMNS}")
+        if self.wants_matrix and not self.matrix_instructions:
+            found.append("multiplies matrices without a tensor-core instruction")
+        return found
+
+
+def disassembled(cubin: Path) -> dict[str, Binary]:
+    """Its kernels by the compiler's names."""
+    command = [str(find("cuobjdump")), "-res-usage", "-sass", str(cubin)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage, *codes = re.split(r"^\s+Function : (\S+)$", text, flags=re.MULTILINE)
+    fields = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)"
+    sizes = {name: [int(size) for size in found] for name, *found in re.findall(fields, usage)}
+    binaries = {}
+    for name, code in zip(codes[::2], codes[1::2], strict=True):
+        registers, stack, shared = sizes[name]
+        matrix, wants = len(MATRIX["cuda"].findall(code)), bool(_PRODUCT.search(name))
+        binaries[name] = Binary(registers, len(_LOCAL.findall(code)), stack, shared, 0, matrix, wants, code)
+    return binaries
+
+
+def find(program: str) -> str | None:
+    """The program's path: on PATH, in the toolkit's usual folder, or in the triton wheel."""
+    wheel = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    return shutil.which(program) or shutil.which(program, path=f"/usr/local/cuda/bin{os.pathsep}{wheel}")
+
+
+def _flops(words: str) -> float:
+    """Of an instruction, for one warp."""
+    if not (matrix := _PRODUCT_SIZES.search(words)):
+        return 0.0
+    m, n, k = (int(size) for size in matrix.groups() if size)
+    return 2 * m * n * k / (4 if "HGMMA" in words else 1)  # four warps share a warpgroup's
+
+
+def code_of(text: str) -> list[tuple[int, str]]:
+    """Address and words of every instruction."""
+    return [(int(address, 16), words) for address, words in _INSTRUCTION.findall(text)]
+
+
+def loops_of(code: Sequence[tuple[int, str]]) -> list[tuple[int, int]]:
+    """First and last address of every loop, the outer ones first.
+
+    None are the endless one behind the end, what returns from there, and what only waits for a barrier in memory.
+    """
+    found: dict[int, int] = {}
+    end = max((address for address, text in code if "EXIT" in text), default=math.inf)
+    for address, text in code:
+        back = _BACK.search(text)
+        if back and int(back[1], 16) < address and not (address > end and text.startswith("BRA 0x")):
+            found[int(back[1], 16)] = max(address, found.get(int(back[1], 16), 0))
+    waits = {address for address, text in code if _WAIT.search(text)}
+    loops = [each for each in found.items() if each[1] - each[0] > 128 or not waits & set(range(*each, 16))]
+    return sorted(loops, key=lambda loop: (loop[0], -loop[1]))
+
+
+def executed(name: str, text: str, trips: Sequence[float]) -> tuple[float, float, float]:
+    """Instructions, barriers and FLOPs of matrix instructions that a warp executes in a kernel's machine code.
+
+    ``trips``: how often each loop runs for each run of the loop around it, in the order of `loops_of`. Loops that run
+    once, and inner ones (the last), which the compiler unrolled, may be missing in the code. Raises ValueError if it
+    has more.
+    """
+    code = code_of(text)
+    loops = loops_of(code)
+    given = list(trips) if len(trips) == len(loops) else [each for each in trips if each != 1][: len(loops)]
+    if len(given) < len(loops):
+        sizes = [sum(first <= address <= last for address, _ in code) for first, last in loops]
+        raise ValueError(f"{name} has loops of {sizes} instructions; tools/gpu_floors.py says how often {trips} run")
+    counts = []
+    for address, words in code:
+        times = math.prod(n for (first, last), n in zip(loops, given, strict=True) if first <= address <= last)
+        counts.append((times, times * bool(_BARRIER.search(words)), times * _flops(words)))
+    return tuple(map(sum, zip(*counts, strict=True)))
+
+
+def issued_with_product(text: str) -> float:
+    """Instructions for each matrix instruction in the loop that has the fewest; loops inside it without one, which are
+    for operands that are not aligned, are left out."""
+    code = code_of(text)
+    loops = {loop: [line for line in code if loop[0] <= line[0] <= loop[1]] for loop in loops_of(code)}
+    products = {loop: sum(bool(_PRODUCT_SIZES.search(words)) for _, words in inside) for loop, inside in loops.items()}
+
+    def own(loop: tuple[int, int]) -> int:
+        within = [each for each in loops if loop[0] <= each[0] and each[1] <= loop[1] and each != loop]
+        skipped = {address for each in within if not products[each] for address, _ in loops[each]}
+        return sum(address not in skipped for address, _ in loops[loop])
+
+    return min((own(loop) / count for loop, count in products.items() if count), default=0.0)

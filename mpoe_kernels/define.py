@@ -20,12 +20,13 @@ from mpoe_kernels.backends import AUTO, BACKENDS, BackendError, check_backend, k
 from mpoe_kernels.checks import AUTOCAST_DEVICES, holds_values
 from mpoe_kernels.op_rules import (
     NAMESPACE,
+    PLAIN,
     autocast_kernel,
     nothing_to_set_up,
     on_one_device,
     one_after_the_other,
     refuse_autograd,
-    refuse_other_modes,
+    refuse_unseen,
     refuse_vmap,
 )
 from mpoe_kernels.signatures import check_signature
@@ -170,8 +171,8 @@ def define_op(
 
     def call(*arguments: Any) -> Any:
         if not is_plain_call(arguments):
-            if forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
-                refuse_other_modes(name, arguments)
+            if not torch.compiler.is_dynamo_compiling():
+                refuse_unseen(name, arguments)
             return op(*arguments)
         if not needs_gradients(arguments):
             return body(*arguments)
@@ -268,7 +269,7 @@ def is_plain_call(arguments: Sequence[Any]) -> bool:
     device_type = None
     try:
         for value in arguments:
-            if type(value) in _PLAIN:
+            if type(value) in PLAIN:
                 device_type = device_type or value.device.type
                 if value.is_neg():
                     return False
@@ -282,9 +283,6 @@ def is_plain_call(arguments: Sequence[Any]) -> bool:
     except RuntimeError:  # a layout or a wrapper without an address
         return False
     return device_type in AUTOCAST_DEVICES and not torch.is_autocast_enabled(device_type)
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _others_see_calls() -> bool:
@@ -366,7 +364,7 @@ def _register_autograd(
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
         arguments = (*arguments, *defaults[len(arguments) :])  # the dispatcher drops default values
-        refuse_other_modes(name, arguments)
+        refuse_unseen(name, arguments)
         if not needs_gradients(arguments):
             return run_below(keyset, arguments)
         if not _in_transform():

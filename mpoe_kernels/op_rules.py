@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mpoe_kernels.checks import LOWERED, describe, refuse_jit_trace
+from mpoe_kernels.checks import LOWERED, check_memory, describe, refuse_jit_trace
 
 NAMESPACE = "mpoe"
+PLAIN = (Tensor, torch.nn.Parameter)  # without a subclass of its own
 _NO_SECOND_DERIVATIVES = NAMESPACE + "::{} cannot be differentiated: second derivatives of MPO ops are not supported"
 
 
@@ -31,10 +32,13 @@ def on_one_device(fake: Callable[..., Any], name: str) -> Callable[..., Any]:
     return checked
 
 
-def refuse_other_modes(name: str, arguments: tuple[Any, ...]) -> None:
-    """PyTorch silently drops the tangents of a custom op's arguments."""
+def refuse_unseen(name: str, arguments: tuple[Any, ...]) -> None:
+    """What a kernel never sees: PyTorch silently drops the tangents of a custom op's arguments, and resolves negative
+    bits by reading memory, whether it is there or not."""
     refuse_jit_trace(f"{NAMESPACE}::{name}")
     for value in arguments:
+        if type(value) in PLAIN and value.is_neg() and not torch._C._are_functorch_transforms_active():
+            check_memory(f"every tensor of {NAMESPACE}::{name}", value)
         if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
             if name.endswith("_backward"):
                 raise NotImplementedError(_NO_SECOND_DERIVATIVES.format(name))

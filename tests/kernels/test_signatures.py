@@ -43,6 +43,10 @@ def test_every_tensor_of_every_op(op: str, backend: str) -> None:
             arguments = {**fitting, name: exchange(value)}
             with pytest.raises((TypeError, ValueError), match=rf"{name} must .*; got"):
                 run(op, arguments)
+        if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
+            lost = torch._neg_view(emptied(value.clone()))
+            with pytest.raises(ValueError, match=rf"every tensor of mpoe::{op} must hold its values"):
+                run(op, {**fitting, name: lost})
 
 
 @pytest.mark.parametrize("op", ARGUMENTS)

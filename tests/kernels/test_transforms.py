@@ -221,10 +221,11 @@ def test_a_resized_storage_is_refused(name: str, backend: str, left_over: int) -
             leaf = value.clone().requires_grad_()
             y = function(*inputs[:k], leaf, *inputs[k + 1 :])
             grad = torch.randn_like(y)
-            for emptied, call in ((value.clone(), function), (grad, lambda *_, y=y, grad=grad: y.backward(grad))):
+            for emptied, call in ((value.clone(), function), (grad, lambda *given, y=y, k=k: y.backward(given[k]))):
                 emptied.untyped_storage().resize_(left_over)
-                with pytest.raises((ValueError, RuntimeError), match=refused):
-                    call(*inputs[:k], emptied, *inputs[k + 1 :])
+                for lost in (emptied, torch._neg_view(emptied)):
+                    with pytest.raises((ValueError, RuntimeError), match=refused):
+                        call(*inputs[:k], lost, *inputs[k + 1 :])
 
 
 def test_weights_without_memory() -> None:

@@ -100,7 +100,7 @@ tests graphs 180 tests/device/test_device_graphs.py
 visit models 300 models
 # The first launch of each: of neurons, hidden-side experts, the fused chain and a separable product.
 part profile 180 ncu --set basic --filter-mode per-launch-config --launch-count 1 \
-    --kernel-name 'regex:^(neurons_fused|hidden_forward|fused|grouped_rows)_kernel$' \
+    --kernel-name 'regex:^(neurons_fused|hidden_rows|fused|grouped_rows)_kernel$' \
     "$python" -m mpoe_bench.visit profile --device "$device"
 tests experts-float32 180 "$experts -k float32"
 tests linear-float32 180 "$ops tests/device/test_device_gated.py -k float32"

@@ -49,7 +49,7 @@ def test_the_parts_on_a_gpu() -> None:
     assert "MPOE_BUILD=cuda" in parts["build"]
     for tool in ("memcheck", "racecheck"):
         assert parts[tool].startswith(f"compute-sanitizer --tool {tool} --error-exitcode 9 ")
-    four = "regex:^(neurons_fused|hidden_forward|fused|grouped_rows)_kernel$"
+    four = "regex:^(neurons_fused|hidden_rows|fused|grouped_rows)_kernel$"
     assert f"--filter-mode per-launch-config --launch-count 1 --kernel-name {four}" in parts["profile"]
     assert {"liger-kernel", "git+https://github.com/shawntan/scattermoe"} <= set(parts["libraries"].split())
     assert "--suite gpu --device cuda" in parts["peers"]

@@ -53,6 +53,20 @@ def test_the_fastest_tile_is_kept(timed: list[int], monkeypatch: pytest.MonkeyPa
     assert tuner.best_config.kwargs["BM"] == 32
 
 
+def test_products_and_sums_are_fused_on_the_timed_way_too(timed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    fused: list[bool] = []
+    run = triton.runtime.Autotuner.run
+
+    def record(tuner: Any, *arguments: Any, **options: Any) -> Any:
+        fused.append(options["enable_fp_fusion"])
+        return run(tuner, *arguments, **options)
+
+    monkeypatch.setattr(triton.runtime.Autotuner, "run", record)
+    forward()
+    assert fused
+    assert all(fused)
+
+
 @pytest.mark.parametrize("why", ["deterministic", "setting", "ranks", "captured"])
 def test_nothing_is_timed_where_results_must_not_depend_on_a_clock(
     why: str, timed: list[int], monkeypatch: pytest.MonkeyPatch

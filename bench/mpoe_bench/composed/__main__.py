@@ -1,4 +1,4 @@
-"""`python -m mpoe_bench.composed STUDY.toml`: make the runs that are missing, one after another, and write the table."""
+"""`python -m mpoe_bench.composed STUDY.toml`: make the runs that are missing, one after another; write the table."""
 
 from __future__ import annotations
 

@@ -32,6 +32,9 @@ _HINTS = {SEQ2SEQ: "--model t5", CAUSAL: "--model gpt2", ENCODER: "a BERT"}
 # options that say how to read a folder's columns, in place of a description
 DETECTION = ("kind", "text_columns", "label_column", "label_words", "column_names")
 
+LENGTHS = ("max_source_length", "max_target_length")
+SIZES = ("n_train", "n_val", "n_test")
+
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -72,19 +75,20 @@ class DataOptions:
         for name in ("tasks", "eval_tasks", "task_file", "text_columns", "column_names", "metrics"):
             values = getattr(self, name)
             setattr(self, name, [part.strip() for v in values for part in str(v).split(",") if part.strip()])
-        for name in ("max_source_length", "max_target_length"):
+        for name in LENGTHS:
             value = getattr(self, name)
             if value is not None and value < 2:
                 raise ValueError(f"{name} must be at least 2; got {value}")
+        if isinstance(self.label_words, str):  # a mapping in the record of a run
+            words = read_json_option("label_words", self.label_words)
+            if not isinstance(words, dict):
+                raise CommandError(f"label_words must be a JSON object, label -> word; got {self.label_words}")
+            self.label_words = words  # type: ignore[assignment]
 
-
-def _label_words(text: str | None) -> dict[str, str] | None:
-    if text is None:
-        return None
-    words = read_json_option("label_words", text)
-    if not isinstance(words, dict):
-        raise CommandError(f"label_words must be a JSON object, label -> word; got {text}")
-    return words
+    def of(self, *names: str) -> dict[str, Any]:
+        """Those of the options that are set."""
+        values = ((name, getattr(self, name)) for name in names)
+        return {name: value for name, value in values if value is not None and value is not False and value != []}
 
 
 def _as_detected(folder: Path, name: str | None, options: DataOptions, data_seed: int) -> Task:
@@ -93,18 +97,8 @@ def _as_detected(folder: Path, name: str | None, options: DataOptions, data_seed
 
     if holds_train_alone(folder):
         print(f"{folder} holds a train file alone: a tenth of its items, at most 1,000, is held out for validation")
-    return load_task_from_folder(
-        folder,
-        name,
-        column_names=options.column_names or None,
-        split_validation_test=options.split_validation_test,
-        n_train=options.n_train,
-        n_val=options.n_val,
-        n_test=options.n_test,
-        data_seed=data_seed,
-        **_lengths(options),
-        **_detection(options),
-    )
+    asked = options.of(*DETECTION, "metrics", *LENGTHS, "split_validation_test", *SIZES)
+    return load_task_from_folder(folder, name, data_seed=data_seed, **asked)
 
 
 def _from_hub(data_dir: str, options: DataOptions) -> Task:
@@ -116,37 +110,22 @@ def _from_hub(data_dir: str, options: DataOptions) -> Task:
         raise CommandError(
             f"data_dir must be an existing folder, or owner/name on the hub; there is no folder {data_dir!r}"
         )
+    asked = options.of("kind", "text_columns", "label_column", "label_words", "metrics")
     try:
-        return detect_hub_task(data_dir, task_name(data_dir.rpartition("/")[2]), **_detection(options))
+        return detect_hub_task(data_dir, task_name(data_dir.rpartition("/")[2]), **asked)
     except ValueError as error:
         raise CommandError(f"data_dir: there is no folder {data_dir!r} here; on the hub: {error}") from error
-
-
-def _detection(options: DataOptions) -> dict[str, Any]:
-    """The given settings of the columns; None = to be detected."""
-    return {
-        "kind": options.kind,
-        "text_columns": options.text_columns or None,
-        "label_column": options.label_column,
-        "label_words": _label_words(options.label_words),
-        "metrics": options.metrics or None,
-    }
-
-
-def _lengths(options: DataOptions) -> dict[str, Any]:
-    values = {name: getattr(options, name) for name in ("max_source_length", "max_target_length")}
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def _adjusted(task: Task, options: DataOptions, data_seed: int) -> Task:
     """``task`` with the requested lengths, metrics, splits and sizes."""
     from mpoe.data.splits import with_subsets, with_validation_test_split
 
-    changes: dict[str, Any] = {**_lengths(options), **({"metrics": tuple(options.metrics)} if options.metrics else {})}
+    changes = {**options.of(*LENGTHS), **({"metrics": tuple(options.metrics)} if options.metrics else {})}
     task = dataclasses.replace(task, **changes)
     if options.split_validation_test:
         task = with_validation_test_split(task, data_seed)
-    if (options.n_train, options.n_val, options.n_test) != (None, None, None):
+    if options.of(*SIZES):
         task = with_subsets(task, options.n_train, options.n_val, options.n_test, data_seed)
     return task
 
@@ -157,7 +136,7 @@ def _one_task(name: str, options: DataOptions, described: Mapping[str, TaskSpec]
     from mpoe.data.local import task_name
     from mpoe.data.tasks import find_spec, get_task, load_task, task_names
 
-    detection = [option for option in DETECTION if getattr(options, option)]
+    detection = list(options.of(*DETECTION))
     spec = described.get(name) or find_spec(name)
     folder = _folder_of(name, spec, options)
     if folder is not None and (spec is None or detection):

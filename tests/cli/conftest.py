@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from mpoe.cli import plots
+from mpoe.cli import report
 from mpoe.cli.main import main
 
 from .cli_data import write_rows
@@ -34,12 +34,8 @@ def drawn() -> None:
 def _plots_are_painted_but_not_rendered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rendering those of a report takes as long as a short training."""
 
-    def svg(paint: plots.Paint, width: float = 7.0, height: float = 3.4) -> str:
-        paint(plots.new_figure(width, height)[1][0, 0])
-        return "<svg></svg>"
-
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr(plots, "svg", svg)
+        monkeypatch.setattr(report, "png", lambda figure: b"")
 
 
 @pytest.fixture

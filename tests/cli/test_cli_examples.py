@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mpoe.cli import plots
 from mpoe.data.tasks import find_spec, read_task_file
 
 from .cli_data import write_described
@@ -78,8 +77,7 @@ def test_configurations(cli, sentiment: Path, prose: Path, tmp_path: Path, file:
     report = (tmp_path / "run" / "report.html").read_text()
     assert all(f"<td>{task}</td>" in report for task in results["validation"])
     assert ("average over tasks" in report) == (len(tasks) > 1)
-    # Loss with validation loss, balancing loss, expert load over time and by layer.
-    assert report.count("<svg") == (4 if plots.have_matplotlib() else 0)
+    assert report.count("<img") == 2  # curves, and the expert load by layer
 
 
 @pytest.mark.parametrize("name", ["finetune.sh", "finetune_single_task.sh"])

@@ -72,21 +72,6 @@ def test_real_data_killed_and_resumed_to_the_same_weights(
     assert first == second
 
 
-@exhaustive
-def test_t5_learns_movie_sentiment(shared_data: Path, tmp_path: Path) -> None:
-    flags = ["train", EXAMPLES / CASES[0][0], "--data_dir", shared_data / "movie_sentiment", "--max_steps", 250]
-    complete(
-        *flags, "--eval_steps", 125, "--save_steps", 125, "--output_dir", tmp_path / "run", "--disable_tqdm", "true"
-    )
-    out = tmp_path / "scores.json"
-    data = ["--data_dir", shared_data / "movie_sentiment", "--label_words", '{"0": "bad", "1": "good"}']
-    lengths = ["--max_source_length", 64, "--max_target_length", 4]
-    complete("evaluate", tmp_path / "run", *data, *lengths, "--split", "test", "--output_file", out)
-    score = json.loads(out.read_text())["scores"]["movie_sentiment"]
-    assert score["items"] == 1020 or score["items"] > 900
-    assert score["accuracy"] > 0.55
-
-
 @pytest.mark.parametrize(
     ("task", "margin"),
     [pytest.param("movie_sentiment", 0.06, marks=exhaustive), pytest.param("doc_kind", 0.1, marks=slow)],
@@ -122,7 +107,6 @@ def test_demo(tmp_path: Path) -> None:
     assert min(results["kept"].values()) > 0.4
     lost = {column: value - losses["documentation"]["base"] for column, value in losses["documentation"].items()}
     assert lost["composed"] < 0.7 * lost["own"]
-    assert results["worth"]["oracle"] < results["worth"]["loss"]
     assert {path.name for path in (folder / "experts").iterdir()} == {f"{n}.expert" for n in ("law", "code", "names")}
     assert results["seconds"] < 600  # three minutes on two cores that are free
 
@@ -130,7 +114,7 @@ def test_demo(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [pytest.param("t5", marks=slow), pytest.param("gpt2", marks=exhaustive)])
 def test_comparison(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "demo"
-    out = complete("demo", "--compare", "--output_dir", folder, "--model", kind)
+    complete("demo", "--compare", "--output_dir", folder, "--model", kind)
     runs = {each["name"]: each["results"] for each in json.loads((folder / "compare.json").read_text())}
     assert list(runs) == ["dense", "wider", "switch", "hidden", "separable"]
     scores = {name: results["mean_validation"] for name, results in runs.items()}
@@ -145,6 +129,5 @@ def test_comparison(tmp_path: Path, kind: str) -> None:
     else:  # perplexity
         assert scores["hidden"] < 1.02 * scores["switch"]
     assert not any(results["remarks"] for results in runs.values())
-    assert "t5-base, so converted" in out or kind == "gpt2"
-    assert "<svg" in (folder / "report.html").read_text()
+    assert "data:image/png" in (folder / "report.html").read_text()
     assert sum(results["seconds"] for results in runs.values()) < 600

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mpoe import MPOEConfig, convert_to_mpoe
-from mpoe.data.embedded import load_stand_in, stand_in_path
+from mpoe.data.embedded import load_stand_in
 from mpoe.training import read_metrics
 
 BASE = ["--max_steps", 3, "--per_device_train_batch_size", 4, "--learning_rate", 1e-3, "--num_experts", 2]
@@ -115,19 +115,15 @@ def test_gpt2_from_a_yaml_file_with_flags_on_top(cli, prose: Path, tmp_path: Pat
     assert (config["num_experts"], config["shape"]) == (2, "light")
 
 
-@pytest.mark.parametrize("kind", [["--moe_type", "none", "--mpo_layers", "nompo"], ["--expert_type", "dense"]])
-def test_the_baselines_train_too(cli, sentiment: Path, tmp_path: Path, kind: list) -> None:
+def test_the_originals_baseline_trains_too(cli, sentiment: Path, tmp_path: Path) -> None:
     flags = ["train", "--model", "t5", "--data_dir", sentiment, "--output_dir", tmp_path / "run", "--max_steps", 1]
-    answer = cli(*flags, "--per_device_train_batch_size", 4, *kind)
+    answer = cli(*flags, "--per_device_train_batch_size", 4, "--moe_type", "none", "--mpo_layers", "nompo")
     assert answer.code == 0, answer.err
     run = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
     assert run["training"]["learning_rate"] == 1e-3
     assert f"learning_rate 0.001: {run['learning_rate_from']}" in answer.out
     assert run["command"].startswith("mpoe train --model t5 ")
-    dense = kind[0] == "--moe_type"
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["class"] == ("T5ForConditionalGeneration" if dense else "MPOET5ForConditionalGeneration")
-    assert dense or results["parameters"]["expert"] > 0
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["class"] == "T5ForConditionalGeneration"
 
 
 @pytest.mark.parametrize("baseline", ["dense", "wider", "switch"])
@@ -157,14 +153,10 @@ def test_convert_shows_errors_and_parameters_and_train_takes_the_result(
     out = tmp_path / "converted"
     answer = cli("convert", "t5", out, "--num_experts", 4, "--max-bond", 8)
     assert answer.code == 0, answer.err
-    assert "relative error" in answer.out
-    shutil.copytree(stand_in_path("t5"), tmp_path / "dense")
+    assert "error: of the conversion" in answer.out
     assert "auxiliary" in answer.out
-    assert "holds a model" in refused("convert", "t5", out)
-    assert "is converted already" in refused("convert", out, tmp_path / "again")
     same = ["train", "--model", out, "--data_dir", sentiment, "--output_dir", out, "--overwrite"]
     assert "output_dir must be another folder than the model's" in refused(*same)
-    assert "OUT must be another folder than IN" in refused("convert", out.parent / "dense", out.parent / "dense")
     flags = ["train", "--model", out, "--data_dir", sentiment, "--output_dir", tmp_path / "run", "--max_steps", 1]
     assert "num_experts cannot be changed any more" in refused(*flags, "--num_experts", 8)
     answer = cli(*flags, "--per_device_train_batch_size", 4)
@@ -209,17 +201,17 @@ def test_a_train_file_alone_is_enough(cli, sentiment: Path, tmp_path: Path) -> N
     assert answer.code == 0, answer.err
     assert "holds a train file alone: a tenth of its items, at most 1,000, is held out" in answer.out
     assert json.loads((tmp_path / "run" / "results.json").read_text())["validation"]["sentiment"]["items"] == 2
-    own = (tmp_path / "run" / "report.html").read_text().split("<h2>Settings</h2>")[1].split("<details>")[0]
-    assert "<td>training.train_batch_size</td><td>4</td>" in own
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "<td>items of a step</td><td>4</td>" in report
+    assert "<td>training.train_batch_size</td><td>4</td>" in report.split("<details>")[1]
 
 
 def test_generate_from_a_file_with_the_dense_stand_ins(cli, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("Return the\n\nA list of\n")
     answer = cli("generate", "gpt2", "--file", tmp_path / "prompts.txt", "--max_new_tokens", 3)
     assert answer.code == 0, answer.err
-    first, second = answer.out.splitlines()[0], answer.out.splitlines()[-1]
-    assert first.startswith("Return the")
-    assert "A list of" in answer.out, second
+    assert answer.out.startswith("Return the")
+    assert "A list of" in answer.out
 
 
 def test_several_tasks_one_per_step_at_any_accumulation() -> None:

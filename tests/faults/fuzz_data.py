@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from mpoe.cli.options import ExpertOptions, ModelOptions
+from mpoe.cli.options import ExpertOptions, RunOptions
 from mpoe.cli.parsing import parse
 from mpoe.cli.tasks import DataOptions
 from mpoe.data.local import load_task_from_folder
@@ -37,7 +37,7 @@ def cases(draw: random.Random, folder: Path) -> Iterator[Case]:
             suffix = draw.choice(sorted(CONFIGS))
             file = own / f"run{suffix}"
             file.write_bytes(spoil_bytes(CONFIGS[suffix].encode(), draw))
-            groups = [ModelOptions, DataOptions, ExpertOptions]
+            groups = [RunOptions, DataOptions, ExpertOptions]
             yield Case(f"{file}", partial(parse, groups, [], file), [str(file), "configuration", *_options(groups)])
             continue
         suffix = draw.choice(sorted(TABLES))

@@ -15,18 +15,14 @@ from mpoe.cli.evaluate import EvaluateOptions
 from mpoe.cli.generate import GenerateOptions
 from mpoe.cli.info import InfoOptions
 from mpoe.cli.inspect import InspectOptions
-from mpoe.cli.options import ExperimentOptions, ExpertOptions, MeasureOptions, ModelOptions
+from mpoe.cli.options import ExpertOptions, RunOptions
 from mpoe.cli.parsing import make_parser
 from mpoe.cli.plan import PlanOptions
 from mpoe.cli.tasks import DataOptions
-from mpoe.cli.train import RunOptions
 from mpoe.training import MPOETrainingArguments
 
 GROUPS: dict[str, tuple[type, ...]] = {
-    "train": (
-        *(RunOptions, ModelOptions, ExperimentOptions, DataOptions, ExpertOptions, MeasureOptions),
-        MPOETrainingArguments,
-    ),
+    "train": (RunOptions, DataOptions, ExpertOptions, MPOETrainingArguments),
     "evaluate": (EvaluateOptions, DataOptions),
     "convert": (ConvertOptions, ExpertOptions),
     "plan": (PlanOptions, ExpertOptions),

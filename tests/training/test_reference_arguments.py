@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from mpoe.cli.finish import measured
-from mpoe.cli.options import ExperimentOptions, ExpertOptions, MeasureOptions
+from mpoe.cli.options import ExpertOptions, RunOptions
 from mpoe.cli.parsing import make_parser, option_names, parse
 from mpoe.cli.scoring import encode_task
 from mpoe.cli.settle import order_items
 from mpoe.cli.tasks import DataOptions, resolve
-from mpoe.cli.train import RunOptions, take_layers
+from mpoe.cli.train import take_layers
 from mpoe.layers import DenseExperts, MPOEFeedForward
 from mpoe.models import convert_to_mpoe, mpo_modules
 from mpoe.models.components import component_of
@@ -29,7 +29,7 @@ from mpoe.training import MPOETrainingArguments, build_param_groups, freeze_core
 from .small_data import write_task
 from .tiny import dense_model, make_trainer, mpoe_model
 
-GROUPS = [RunOptions, ExperimentOptions, DataOptions, ExpertOptions, MeasureOptions, MPOETrainingArguments]
+GROUPS = [RunOptions, DataOptions, ExpertOptions, MPOETrainingArguments]
 # The table of the original's README and code, in its order.
 TABLE = (
     *("data_dir", "mpo_lr", "mpo_layers", "emb_trunc", "linear_trunc", "attention_trunc", "pooler_trunc"),
@@ -185,12 +185,12 @@ def _load_layer(folder: Path) -> None:
             parameter.add_(1.0)
     earlier.save_pretrained(folder)
     model = converted(*flags)
-    take_layers(model, read(ExperimentOptions, "--load_experiment", folder, "--load_layer", "attention"))
+    take_layers(model, read(RunOptions, "--load_experiment", folder, "--load_layer", "attention"))
     saved, before = dict(earlier.named_parameters()), dict(converted(*flags).named_parameters())
     for name, parameter in model.named_parameters():
         loaded = ".cores." in name  # attention's; everything else is converted again
         assert torch.equal(parameter, (saved if loaded else before)[name]), name
-    take_layers(model, read(ExperimentOptions, "--load_experiment", folder, "--load_layer", "mlp"))
+    take_layers(model, read(RunOptions, "--load_experiment", folder, "--load_layer", "mlp"))
     router = "encoder.block.0.layer.1.DenseReluDense.router.weight"
     assert torch.equal(model.get_parameter(router), saved[router])
 
@@ -354,18 +354,18 @@ def _lengths(folder: Path) -> None:
 
 @argument("compute_time", "compute_memory", "print_num_parameters")
 def _reports(folder: Path) -> None:
-    assert measured(read(MeasureOptions), 2.0, 4, 8) == {}
-    time = measured(read(MeasureOptions, "--compute_time"), 2.0, 4, 8)["time"]
+    assert measured(read(RunOptions), 2.0, 4, 8) == {}
+    time = measured(read(RunOptions, "--compute_time"), 2.0, 4, 8)["time"]
     assert time == {"train_seconds": 2.0, "seconds_per_step": 0.5, "items_per_second": 16.0}
-    memory = measured(read(MeasureOptions, "--compute_memory"), 2.0, 4, 8)["memory"]
+    memory = measured(read(RunOptions, "--compute_memory"), 2.0, 4, 8)["memory"]
     assert memory["peak_bytes"] > 2**20
-    assert read(MeasureOptions, "--print_num_parameters").print_num_parameters
+    assert read(RunOptions, "--print_num_parameters").print_num_parameters
 
 
 @argument("load_experiment")
 def _load_experiment(folder: Path) -> None:
-    options = ExperimentOptions(load_experiment="somewhere")
+    options = RunOptions(load_experiment="somewhere")
     assert (options.load_experiment, options.load_layer) == ("somewhere", [])
-    assert read(ExperimentOptions, "--load_layer", "noload").load_layer == []
+    assert read(RunOptions, "--load_layer", "noload").load_layer == []
     with pytest.raises(ValueError, match="load_layer needs load_experiment"):
-        ExperimentOptions(load_layer=["mlp"])
+        RunOptions(load_layer=["mlp"])

@@ -15,7 +15,6 @@ from mpoe.cli.parsing import Asked, as_command, option
 
 MOST = 128  # files
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy", "safetensors", "matplotlib", "datasets")
-SHOWN = 12  # characters of a SHA-256
 
 
 @dataclass
@@ -83,14 +82,8 @@ def show_experts(found: dict[str, list[dict[str, Any]]]) -> None:
     from mpoe.cli.report import Table
 
     for name, experts in found.items():
-        print(name)
         for each in experts:
-            weights, statistics = (each["bytes"][kind] / 1e6 for kind in ("weights", "statistics"))
-            rows = {
-                "expert": f"{each['name']}: {each['neurons']} neurons per layer, {weights:.1f} MB",
-                "base": f"{each['model']} {each['base_name']}, SHA-256 {each['base'][:SHOWN]}",
-                "tokenizer": (each["tokenizer"] or "any")[:SHOWN],
-                "statistics": f"{statistics:.2f} MB" if statistics else "none: it cannot be composed",
-                "training": ", ".join(f"{key} {value}" for key, value in each["training"].items()),
-            }
-            Table((), list(rows.items())).show()
+            facts = {key: value for key, value in each.items() if key != "name"}
+            Table(
+                (), [(key, str(value)) for key, value in facts.items()], f"{name}: {each['name']}", kind="text"
+            ).show()

@@ -283,6 +283,8 @@ def run_curves(runs: Mapping[str, Records]) -> Any:
 
 def growth(totals: Growth, own: int) -> Any:
     """Parameters of the whole model against the number of experts; ``own`` is the model's."""
+    from matplotlib.ticker import LogLocator
+
     figure, ((axes,),) = _new(7.0, 3.6)
     curves = {"dense experts (Switch)": (totals.switch, COLOURS[1]), "MPO experts": (totals.mpoe, COLOURS[0])}
     for name, (values, colour) in curves.items():
@@ -293,10 +295,11 @@ def growth(totals: Growth, own: int) -> Any:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(totals.experts, [str(count) for count in totals.experts])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.set(xlabel="experts", ylabel="millions of parameters", title="Parameters against experts")
-    axes.grid(alpha=0.25, which="both")
+    axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
     return figure
 

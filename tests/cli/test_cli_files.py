@@ -56,11 +56,11 @@ def test_convert_that_fails_while_saving_leaves_no_model(cli, tmp_path: Path, mo
         raise KeyboardInterrupt
 
     monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", full)
-    answer = cli("convert", "t5", tmp_path / "out", "--num_experts", 2)
-    assert (answer.code, answer.err.splitlines()[-1]) == (130, "mpoe: interrupted")
+    answer = cli("convert", "t5", tmp_path / "out", "--num_experts", 2, code=130)
+    assert answer.err.splitlines()[-1] == "mpoe: interrupted"
     assert list((tmp_path / "out").iterdir()) == []
     monkeypatch.undo()
-    assert cli("convert", "t5", tmp_path / "out", "--num_experts", 2).code == 0
+    cli("convert", "t5", tmp_path / "out", "--num_experts", 2)
     assert (tmp_path / "out" / "config.json").is_file()
     assert not files.staging_folder(tmp_path / "out").exists()
 

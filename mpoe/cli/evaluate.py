@@ -55,11 +55,10 @@ def command(asked: Asked) -> dict[str, dict[str, float]]:
     for task in tasks:
         task.examples(options.split)  # a missing split is refused before the model is loaded
     tokenizer, model = load_tokenizer(source), load_model(source)
-    from mpoe.cli.scoring import evaluate_tasks
+    from mpoe.cli.scoring import evaluate_tasks, show_scores
 
     found = evaluate_tasks(model, tokenizer, tasks, options.split, options.batch_size)
-    found.show(f"{folder} on {options.split}")
+    show_scores(found, f"{folder} on {options.split}")
     if options.output_file:
-        report = {"model": folder, "split": options.split, "scores": found.scores, "mean": found.mean}
-        write_json(Path(options.output_file), {**report, "baselines": found.baselines, "remarks": found.remarks})
-    return found.scores
+        write_json(Path(options.output_file), {"model": folder, "split": options.split, **found})
+    return found["scores"]

@@ -32,7 +32,7 @@ def finish(
     """
     from mpoe.cli.compare import write_report
     from mpoe.cli.runs import mixture_of, read_run
-    from mpoe.cli.scoring import evaluate_tasks
+    from mpoe.cli.scoring import evaluate_tasks, show_scores
     from mpoe.models.base import MPOEModelMixin
     from mpoe.models.card import write_card
     from mpoe.models.report import routed_layers, short_name
@@ -58,18 +58,18 @@ def finish(
         "steps": steps,
         "seconds": round(seconds, 2),
         "train_loss": losses[-1] if losses else None,
-        "validation": found.scores,
-        "mean_validation": found.mean,
-        "baselines": found.baselines,
-        "remarks": found.remarks,
+        "validation": found["scores"],
+        "mean_validation": found["mean"],
+        "baselines": found["baselines"],
+        "remarks": found["remarks"],
         "parameters": parameters_of(model),
         **measured(plan.run, seconds, steps, batch),
     }
     write_json(folder / RESULTS_FILE, results)
     if isinstance(model, MPOEModelMixin):
-        write_card(model, folder, {f"validation, {task}": values for task, values in found.scores.items()})
+        write_card(model, folder, {f"validation, {task}": values for task, values in found["scores"].items()})
     write_report(folder / REPORT_FILE, [read_run(str(folder))])
-    found.show(f"validation after {steps} steps")
+    show_scores(found, f"validation after {steps} steps")
     print(f"model, metrics.jsonl, {RESULTS_FILE} and {REPORT_FILE} are in {folder}")
     return results
 

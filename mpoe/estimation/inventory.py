@@ -111,7 +111,7 @@ def _bert(hidden_size: int, num_layers: int, num_heads: int, vocab_size: int = 3
 
 _V1_1 = {"small": (512, 1024, 8, 6), "base": (768, 2048, 12, 12), "large": (1024, 2816, 24, 16)}
 _V1_1 |= {"xl": (2048, 5120, 24, 32), "xxl": (4096, 10240, 24, 64)}
-_GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}  # of T5 v1.1 and Flan
+_GATED: dict[str, Any] = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}  # of T5 v1.1 and Flan
 KNOWN_SIZES: dict[str, dict[str, Any]] = {
     "t5-small": _t5(512, 2048, 6, 8),
     "t5-base": _t5(768, 3072, 12, 12),

@@ -12,7 +12,7 @@ import pytest
 
 from mpoe.cli.errors import CommandError
 from mpoe.cli.runs import data_of_run
-from mpoe.cli.scoring import TaskScores
+from mpoe.cli.scoring import score_table
 from mpoe.cli.tasks import DataOptions, resolve
 from mpoe.data.task import Example
 from mpoe.data.tasks import find_spec
@@ -104,18 +104,19 @@ def test_a_data_set_of_the_hub_in_the_place_of_a_folder(monkeypatch: pytest.Monk
 
 
 def test_average_is_over_tasks_in_the_table() -> None:
-    one = {"a": {"accuracy": 1.0, "f1": 0.0, "items": 3}}
-    constant = {"a": {"accuracy": 0.5, "f1": 0.25}}
-    rows = [("a", "accuracy", "1.0000", "0.5000", "3"), ("a", "f1", "0.0000", "0.2500", "3")]
-    assert TaskScores(one, constant, []).table("").rows == rows
+    one, constant = {"a": {"accuracy": 1.0, "f1": 0.0, "items": 3}}, {"a": {"accuracy": 0.5, "f1": 0.25}}
+    rows = [["a: accuracy", "1.0000", "0.5000"], ["a: f1", "0.0000", "0.2500"]]
+    assert score_table({"value": one}, constant, "").rows == rows
     two, both = {**one, "b": {"pearson": 0.5, "items": 4}}, {**constant, "b": {"pearson": 0.0}}
-    last = ("average over tasks", "first of each", "0.7500", "0.2500", "7")
-    assert TaskScores(two, both, []).table("").rows[-1] == last
-    running = TaskScores({"c": {"perplexity": 8.0, "loss": 2.0, "items": 1}}, {"c": {"perplexity": 9.0}}, [])
-    assert [row[1:4] for row in running.table("").rows] == [
-        ("perplexity per token", "8.0000", "9.0000"),
-        ("loss, nats per token", "2.0000", "-"),
+    assert score_table({"value": two}, both, "").rows[-1][1:] == ["0.7500", "0.2500"]
+    running = {"c": {"perplexity": 8.0, "loss": 2.0, "items": 1}}
+    other = {"c": {"perplexity": 7.0, "loss": 2.0, "items": 1}}
+    table = score_table({"one": running, "other": other, "unfinished": {}}, {"c": {"perplexity": 9.0}}, "")
+    assert table.rows == [
+        ["c: perplexity", "8.0000", "7.0000", "-", "9.0000"],
+        ["c: loss", "2.0000", "2.0000", "-", "-"],
     ]
+    assert table.best == {(0, 2)}  # lower is better; a tie has no best
 
 
 def as_trained(folder: Path, run: dict, data: DataOptions | None = None, *flags: str) -> tuple:

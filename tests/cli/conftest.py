@@ -11,7 +11,7 @@ import pytest
 from mpoe.cli import report
 from mpoe.cli.main import main
 
-from .cli_data import write_rows
+from .cli_data import write_sentiment
 
 
 class Answer(NamedTuple):
@@ -69,14 +69,7 @@ def refused(cli: Run) -> Callable[..., str]:
 @pytest.fixture
 def sentiment(tmp_path: Path) -> Path:
     """A folder with a tiny two-class task."""
-    folder = tmp_path / "sentiment"
-    folder.mkdir()
-    for split, size in (("train", 24), ("validation", 8), ("test", 8)):
-        rows = [
-            {"sentence": f"the film number {i} is {'good' if i % 2 else 'bad'}", "label": i % 2} for i in range(size)
-        ]
-        write_rows(folder / f"{split}.jsonl", rows)
-    return folder
+    return write_sentiment(tmp_path / "sentiment")
 
 
 @pytest.fixture

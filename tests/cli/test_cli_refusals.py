@@ -32,7 +32,7 @@ REFUSED = [
     ([*HERE, "--max_bond", 0], "max_bond must be at least 1; got 0"),
     ([*HERE, "--gauge", "landau"], "gauge must be one of"),
     ([*HERE, "--backend", "quantum"], "backend must be one of"),
-    ([*HERE, "--moe_type", "mixture"], "moe_type must be one of switch, moe, none; got 'mixture'"),
+    ([*HERE, "--moe_type", "mixture"], "moe_type must be one of 'switch', 'moe', 'none'; got 'mixture'"),
     ([*HERE, "--top_k", 9], "top_k must be at most num_experts = 8; got 9"),
     ([*HERE, "--gradient_mask_prob", 1.5], "gradient_mask_prob must be between 0 and 1"),
     ([*HERE, "--regime", "dreaming"], "invalid choice: 'dreaming'"),

@@ -12,8 +12,11 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mpoe import MPOEConfig, convert_to_mpoe
+from mpoe.cli.main import run
 from mpoe.data.embedded import load_stand_in
 from mpoe.training import read_metrics
+
+from .cli_data import write_sentiment
 
 BASE = ["--max_steps", 3, "--per_device_train_batch_size", 4, "--learning_rate", 1e-3, "--num_experts", 2]
 BASE += ["--save_steps", 1, "--save_total_limit", 5, "--disable_tqdm", "true", "--use_cpu"]
@@ -24,11 +27,21 @@ def same_weights(first: Path, second: Path) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[list, Path]:
+    """Flags of a run, and its folder."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = write_sentiment(folder / "sentiment")
+    flags = ["train", "--model", "t5", "--data_dir", data, *BASE, "--gradient_mask_prob", 0.5]
+    run([str(flag) for flag in (*flags, "--output_dir", folder / "run")])
+    return flags, folder / "run"
+
+
 @pytest.fixture
-def t5_run(cli, sentiment: Path, tmp_path: Path) -> tuple[list, Path]:
-    flags = ["train", "--model", "t5", "--data_dir", sentiment, *BASE, "--gradient_mask_prob", 0.5]
-    cli(*flags, "--output_dir", tmp_path / "run")
-    return flags, tmp_path / "run"
+def t5_run(trained, tmp_path: Path) -> tuple[list, Path]:
+    """The same with a folder of the test's own."""
+    shutil.copytree(trained[1], tmp_path / "run")
+    return trained[0], tmp_path / "run"
 
 
 def test_t5_run_leaves_metrics_results_and_a_model_that_loads(cli, t5_run, tmp_path: Path) -> None:
@@ -74,24 +87,19 @@ def test_resumed_run_ends_in_the_same_weights(cli, refused, t5_run, tmp_path: Pa
     assert same_weights(run, torn)
 
 
-def test_overwrite_replaces_the_run_and_nothing_else(cli, t5_run) -> None:
+def test_finished_run_is_refused_resumed_and_overwritten(cli, refused, t5_run) -> None:
     flags, run = t5_run
+    assert "holds another run" in refused(*flags, "--output_dir", run)
+    before = (run / "model.safetensors").read_bytes()
+    assert "resuming from checkpoint-3" in cli(*flags, "--output_dir", run, "--resume").out
+    assert (run / "model.safetensors").read_bytes() == before
+    assert not [path.name for path in run.iterdir() if path.name.startswith(".")]  # no staging
     for name in ("notes.txt", "README.md"):
         (run / name).write_text("mine")
     cli(*flags, "--output_dir", run, "--overwrite", "--max_steps", 1)
     assert [(run / name).read_text() for name in ("notes.txt", "README.md")] == ["mine", "mine"]
     assert sorted(p.name for p in run.glob("checkpoint-*")) == ["checkpoint-1"]
     assert json.loads((run / "results.json").read_text())["steps"] == 1
-
-
-def test_finished_run_is_refused_resumed_and_leaves_no_staging(cli, refused, t5_run) -> None:
-    flags, run = t5_run
-    assert "holds another run" in refused(*flags, "--output_dir", run)
-    before = (run / "model.safetensors").read_bytes()
-    answer = cli(*flags, "--output_dir", run, "--resume")
-    assert "resuming from checkpoint-3" in answer.out
-    assert (run / "model.safetensors").read_bytes() == before
-    assert not [path.name for path in run.iterdir() if path.name.startswith(".")]
 
 
 def test_gpt2_from_a_yaml_file_with_flags_on_top(cli, prose: Path, tmp_path: Path) -> None:

@@ -260,9 +260,8 @@ ALONE += [("native", name, needed) for name in ("many_blocks", "even") for neede
 @pytest.mark.parametrize(("backend", "name", "needed"), ALONE, ids=str)
 def test_some_gradients_alone(backend: str, name: str, needed: set[int]) -> None:
     """They have the bits that they have if all are wanted; without any, y has the same bits."""
-    activation = "gelu" if backend == "native" else "none"  # plain PyTorch sums gradients of biases alone otherwise
     shape = (SMALL_SHAPES | LARGER)[name]
-    product = Product(shape, tokens=5, experts=2, top_k=1, activation=activation, gathered=False, backend=backend)
+    product = Product(shape, tokens=5, experts=2, top_k=1, gathered=False, backend=backend)
     for strategy in require_strategies(backend, product.shape, torch.float32):
         y, *every = product.run(strategy)
         given = [t.detach().requires_grad_(place in needed) for place, t in enumerate(product.inputs)]
@@ -270,7 +269,9 @@ def test_some_gradients_alone(backend: str, name: str, needed: set[int]) -> None
         with poisoned_memory():
             found = torch.autograd.grad(product.call(given, strategy), wanted, product.grad)
         for place, gradient in zip(sorted(needed), found, strict=True):
-            assert torch.equal(gradient, every[place]), f"{NAMES[place + 1]} ({strategy})"
+            # Of a bias alone plain PyTorch sums all rows at once, not expert by expert.
+            same = torch.allclose if backend == "eager" and needed == {4} else torch.equal
+            assert same(gradient, every[place]), f"{NAMES[place + 1]} ({strategy})"
         with torch.no_grad():
             assert torch.equal(product.call(given, strategy), y)
 

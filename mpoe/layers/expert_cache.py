@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpoe.layers.cores import MPOCores
 from mpoe_kernels import MPOBlocks, MPOShape, Routing, expert_weights, plan_contraction
 
 # Full weights are used if the cores need more than WORTH times as many FLOPs as the full weights' product and the
@@ -63,6 +64,14 @@ def _own_bytes(blocks: Mapping[str, MPOBlocks], cores: Sequence[Tensor]) -> int:
     return sum(side.nbytes for side in sides if side.untyped_storage().data_ptr() not in views)
 
 
+def _no_weights(cores: MPOCores, dtype: torch.dtype) -> Tensor:
+    """Room for ``[E, I, F]``, contiguous along the longer axis: products with one row then read it in long runs."""
+    experts, rows, columns = cores.num_experts, cores.in_features, cores.out_features
+    if rows <= columns:
+        return torch.zeros(experts, rows, columns, dtype=dtype)
+    return torch.zeros(experts, columns, rows, dtype=dtype).mT
+
+
 class KeptExperts:
     """What a cache keeps of one layer: its blocks, and dense experts for all its experts or for none.
 
@@ -92,9 +101,9 @@ class KeptExperts:
             self._is_refused = not self._cache.reserves(elements * dtype.itemsize)
             if self._is_refused:
                 return False
-            self._dense = self._layer.as_dense(
-                lambda cores: torch.zeros(cores.num_experts, cores.in_features, cores.out_features, dtype=dtype)
-            )
+            self._dense = self._layer.as_dense(lambda cores: _no_weights(cores, dtype))
+            for weights in self._dense.projections().values():
+                weights.implementation = "eager"  # a grouped product reads the weights of all experts
         return bool(self._dense.dtype == dtype)
 
     @torch.no_grad()

@@ -208,3 +208,38 @@ def test_import_mpoe_registers_in_either_order(order, converted, tmp_path):
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "MPOEGPT2LMHeadModel"
+
+
+def test_one_kind_of_save_replaces_or_refuses_the_other(converted, tmp_path) -> None:
+    dense, model = dense_model("gpt2"), converted("gpt2")
+    save_mpoe_only(model, tmp_path, dense)
+    assert load_mpoe(tmp_path, dense, dtype=torch.bfloat16).dtype == torch.bfloat16
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(2, 60, (1, 5))
+    assert torch.equal(load_mpoe(tmp_path)(ids).logits, model(ids).logits)
+    with pytest.raises(ValueError, match=r"must not hold a whole model; .* has model\.safetensors"):
+        save_mpoe_only(model, tmp_path, dense)
+    assert not list(tmp_path.glob(".incomplete-*"))
+
+
+def test_mpoe_only_save_without_its_identity_is_refused(converted, tmp_path) -> None:
+    dense, model = dense_model("gpt2"), converted("gpt2")
+    save_mpoe_only(model, tmp_path, dense)
+    (tmp_path / "mpoe_base.json").unlink()
+    with pytest.raises(ValueError, match=r"must hold mpoe_base\.json"):
+        load_mpoe(tmp_path, dense)
+
+
+def test_saves_of_parameters_alone_refuse_what_is_no_folder(converted, tmp_path):
+    dense, model = dense_model("gpt2"), converted("gpt2")
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "dangling"):
+        with pytest.raises(NotADirectoryError, match=r"path must be a folder; .* is none"):
+            save_mpoe_only(model, tmp_path / name, dense)
+    with pytest.raises(ValueError, match=r"path must be a folder's path; got"):
+        save_mpoe_only(model, tmp_path / "no\0path", dense)
+    with pytest.raises(ValueError, match="base must be a dense model or its folder; '' is not a folder"):
+        save_mpoe_only(model, tmp_path / "out", "")
+    with pytest.raises(ValueError, match="base must be a GPT2LMHeadModel or its folder; "):
+        save_mpoe_only(model, tmp_path / "out", tmp_path)

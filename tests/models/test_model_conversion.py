@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 from transformers.models.distilbert import DistilBertConfig, DistilBertModel
 
-from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, merge_experts
+from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, merge_experts
 from mpoe.layers import MPOEFeedForward
 from mpoe.models import mpo_modules
 from mpoe_kernels import MPOShape
@@ -168,3 +168,31 @@ def test_scale_decoder_outputs_survives():
         assert converted.config.scale_decoder_outputs is tied
         assert converted.decoder.config.is_decoder is True
         assert converted.decoder.config.num_layers == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "egaer"}, r"backend must be one of \['auto', 'eager'.*got 'egaer'"),
+        ({"layers_to_transform": []}, "nothing is left to convert"),
+    ],
+)
+def test_refused_before_any_work(options: dict, message: str) -> None:
+    dense = FAMILIES["t5"]()
+    with pytest.raises(ValueError, match=message):
+        convert_to_mpoe(dense, MPOEConfig(num_experts=2, **options))
+
+
+def test_float16_t5_is_warned_about() -> None:
+    with pytest.warns(UserWarning, match="Prefer bfloat16"):
+        convert_to_mpoe(FAMILIES["t5"]().half(), MPOEConfig(num_experts=2, shape="separable"))
+
+
+def test_a_model_without_weights_and_a_path_that_is_none_are_refused():
+    with torch.device("meta"):
+        model = FAMILIES["gpt2"]()
+    with pytest.raises(ValueError, match=r"model must hold weights; .* is on the device meta"):
+        convert_to_mpoe(model)
+    for path in (None, 3):
+        with pytest.raises(TypeError, match="path must be the folder of a saved model; got"):
+            load_mpoe(path)

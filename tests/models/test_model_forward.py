@@ -251,3 +251,25 @@ def test_dense_experts_from_scratch_train_and_differ(converted):
     assert model(**batch("gpt2")).aux_loss > 0
     ignored = set(config.keys_to_ignore_at_inference)  # when the Trainer gathers predictions
     assert {"aux_loss", "task_loss", "router_logits", "expert_load", "cache"} <= ignored
+
+
+def test_ignored_labels_inside_a_target_are_not_padding(converted) -> None:
+    dense, model = dense_model("t5"), converted("t5")
+    ids, labels = torch.randint(2, 60, (2, 7)), torch.randint(2, 60, (2, 6))
+    labels[:, 2] = -100
+    labels[1, 4:] = -100  # this is padding
+    with torch.no_grad():
+        expected, got = dense(input_ids=ids, labels=labels), model(input_ids=ids, labels=labels)
+    kept = labels.ne(-100)
+    assert torch.allclose(got.logits[kept], expected.logits[kept], atol=1e-5)
+    assert int(got.expert_load[-1].sum()) == 6 + 4
+
+
+def test_generate_when_padding_is_the_end_token(converted) -> None:
+    dense, model = dense_model("t5"), converted("t5")
+    ids = torch.randint(2, 60, (1, 7))
+    ids[0, 3] = 1
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 1, "eos_token_id": 1}
+    for m in (dense, model):
+        m.generation_config.pad_token_id = m.generation_config.eos_token_id = 1
+    assert torch.equal(model.generate(ids, **options), dense.generate(ids, **options))

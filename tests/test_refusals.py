@@ -251,7 +251,7 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "one item": (
         lambda: one_item().train(),
         ValueError,
-        "train of task t must hold two different items at least; got 1",
+        "train of task t must hold at least two different items; got 1",
     ),
     "tokens": (
         lambda: model_costs(take_inventory("t5-base"), MPOEConfig(), workload()),

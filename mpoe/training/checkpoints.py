@@ -79,6 +79,14 @@ def damaged_files(checkpoint: str | Path) -> list[str]:
     return [name for name in record.get("files", {}) if name in sums and _crc32(checkpoint / name) != sums[name]]
 
 
+def check_whole(checkpoint: str | Path) -> None:
+    """Refuse a checkpoint that is not as it was written: ValueError that names the files."""
+    if (Path(checkpoint) / MANIFEST).exists() and not is_complete(checkpoint):
+        raise ValueError(f"checkpoint {checkpoint} is incomplete: files are missing or cut short")
+    if damaged := damaged_files(checkpoint):
+        raise ValueError(f"checkpoint {checkpoint} is damaged: {', '.join(damaged)} changed")
+
+
 def choices_of(checkpoint: str | Path) -> dict[str, str]:
     """How the run computed its products (`mpoe_kernels.contract.autotune.choices`); a resumed run goes on so.
 

@@ -44,11 +44,7 @@ def checkpoint_to_resume(asked: str | Path | bool | None, run_dir: Path, model: 
         folder = found
     else:
         folder = Path(str(asked))
-        if (folder / checkpoints.MANIFEST).exists() and not checkpoints.is_complete(folder):
-            raise ValueError(f"checkpoint {folder} is incomplete: files are missing or cut short")
-        damaged = checkpoints.damaged_files(folder)
-        if damaged:
-            raise ValueError(f"checkpoint {folder} is damaged: {', '.join(damaged)} changed")
+        checkpoints.check_whole(folder)
     check_weight_files(folder, model)
     if getattr(model, "config", None) is not None:
         _check_same_model(folder, model.config)

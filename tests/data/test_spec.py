@@ -209,5 +209,5 @@ def test_tasks_without_data(tmp_path: Path) -> None:
     hidden = TaskSpec("t", "{sentence}", label_words={0: "no", 1: "yes"}, hidden_test=True, hub="x")
     assert hidden.hub == HubData("x")
     write(tmp_path / "t", train=rows(2), dev=rows(2), test=[{"sentence": "no label here"}])
-    with pytest.raises(ValueError, match="has no test file; use split_validation_test"):
+    with pytest.raises(ValueError, match="test labels of task t are not public; use split_validation_test"):
         load_task(hidden, tmp_path / "t").test()

@@ -11,7 +11,7 @@ from pathlib import Path
 from mpoe.cli.options import ExpertOptions, ModelOptions
 from mpoe.cli.parsing import parse
 from mpoe.cli.tasks import DataOptions
-from mpoe.data.local import load_task_from_folder
+from mpoe.data.detect import load_task_from_folder
 
 from .fuzz import Case, spoil_bytes
 

@@ -8,15 +8,18 @@ resumes from the newest checkpoint whose contents are intact.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mpoe.models.weight_files import first_line
 from mpoe_kernels.contract import autotune
 
 MANIFEST = "mpoe_checkpoint.json"
@@ -85,6 +88,16 @@ def check_whole(checkpoint: str | Path) -> None:
         raise ValueError(f"checkpoint {checkpoint} is incomplete: files are missing or cut short")
     if damaged := damaged_files(checkpoint):
         raise ValueError(f"checkpoint {checkpoint} is damaged: {', '.join(damaged)} changed")
+
+
+@contextlib.contextmanager
+def reading(checkpoint: str | Path | None) -> Iterator[None]:
+    """torch.load with weights_only refuses files that could run code, and raises many kinds of errors for invalid
+    ones: ValueError instead."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"checkpoint {checkpoint} cannot be read: {first_line(error)}") from error
 
 
 def choices_of(checkpoint: str | Path) -> dict[str, str]:

@@ -85,18 +85,20 @@ def load_sharded_optimizer(model: Any, optimizer: torch.optim.Optimizer, checkpo
     if not (folder / OPTIMIZER).is_file():
         raise ValueError(f"checkpoint must be a whole folder written by save_sharded_checkpoint; got {folder}")
     checkpoints.check_whole(folder)
-    saved = torch.load(folder / OPTIMIZER, weights_only=True, mmap=True)
+    with checkpoints.reading(folder):
+        saved = torch.load(folder / OPTIMIZER, weights_only=True, mmap=True)
+        groups, states = list(saved["groups"]), dict(saved["states"])
     names = _names(model, optimizer)
-    if [group["params"] for group in saved["groups"]] != names:
+    if [group["params"] for group in groups] != names:
         raise ValueError(f"optimizer must have the groups of parameters of {folder / OPTIMIZER}; they differ")
     state: dict[int, dict[str, Any]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, name in enumerate(name for group in names for name in group):
-        if name in saved["states"]:
-            values = saved["states"][name].items()
+        if name in states:
+            values = states[name].items()
             state[number] = {key: _like(parameters[number], value, f"{name}:{key}") for key, value in values}
     numbers = [group["params"] for group in optimizer.state_dict()["param_groups"]]
-    groups = [{**group, "params": own} for group, own in zip(saved["groups"], numbers, strict=True)]
+    groups = [{**group, "params": own} for group, own in zip(groups, numbers, strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     return step
 

@@ -31,7 +31,7 @@ from mpoe.training.param_groups import build_param_groups, keep_state
 from mpoe.training.rates import rate_advice
 from mpoe.training.resuming import CheckpointMixin, checkpoint_to_resume, go_on_with_choices
 from mpoe.training.run_lock import hold
-from mpoe.training.statistics import ExpertLoad, LoadWatch, RunLog, core_grad_norms, expert_load_of
+from mpoe.training.statistics import LoadWatch, RunLog, core_grad_norms, expert_load_of, load_shares, load_summary
 
 # Everything that models return besides the logits; it does not belong in an evaluation's predictions.
 _NOT_PREDICTIONS = (
@@ -339,9 +339,8 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         if counts is None:
             return {}
         self._advise(self._load_watch.add(counts, self.state.global_step))
-        load = ExpertLoad.from_counts(counts)
-        logs.update(load.summary())
-        return {"expert_load": vars(load)}
+        logs.update(load_summary(counts))
+        return {"expert_load": {"share": load_shares(counts)}}
 
     def _advise(self, sentences: list[str]) -> None:
         if self.is_world_process_zero():

@@ -131,6 +131,10 @@ GOOD = jsonl(ROWS)
         ),
         (GOOD + '{"sentence": "x", "label": null}\n', r"line 7: column 'label' must hold a text or a number; got None"),
         (GOOD + '{"sentence": {"a": 1}, "label": 1}\n', r"line 7: column 'sentence' must hold a text or a number"),
+        (
+            GOOD + '{"sentence": "x", "lable": 1}\n',
+            r"column 'label' is missing .*which label_column of task .* asks for; got",
+        ),
         ('{"sentence": "x", "value": 1}\n', r"train\.jsonl, line 1: no label column among sentence, value"),
         ('{"words": 3, "label": 1}\n', r"train\.jsonl, line 1: no text column among words, label"),
         (

@@ -148,7 +148,7 @@ def test_from_the_official_glue_folder(tmp_path: Path, name: str) -> None:
     assert task.validation() == task.train()
 
 
-def test_labels_in_words_and_broken_lines(tmp_path: Path) -> None:
+def test_labels_that_are_true_and_false(tmp_path: Path) -> None:
     rows = [
         {"question": "is it", "passage": "It is.", "label": True, "idx": 0},
         {"question": "is it", "passage": "It is not.", "label": False, "idx": 1},
@@ -158,12 +158,6 @@ def test_labels_in_words_and_broken_lines(tmp_path: Path) -> None:
     boolq = find_spec("superglue-boolq")
     assert boolq is not None
     assert [example.target for example in load_task(boolq, tmp_path).train()] == ["yes", "no"]
-    qqp = find_spec("qqp")
-    assert qqp is not None
-    with (write_glue(tmp_path, "qqp") / "train.tsv").open("a") as file:
-        file.write("9\t9\ta line that ends early\n")
-    with pytest.warns(UserWarning, match="left out 1 lines"):
-        assert len(load_task(qqp, tmp_path / "QQP").train()) == 2
 
 
 def test_what_the_hub_does_not_give(hub) -> None:

@@ -7,40 +7,39 @@ same has learned nothing. All metrics of generated texts but BLEU compare lower-
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from mpoe.data.mappings import lookup
 
-Metric = Callable[[Sequence, Sequence], float]
-METRICS: dict[str, Metric] = {}
 
+@dataclass(frozen=True)
+class Metric:
+    """A function of predictions and references, both [N].
 
-def _metric(prepare: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Callable[[Any, Any], Any]], Metric]:
-    """Add a function to `METRICS` by its name; ``prepare`` checks and converts what it is given."""
+    ``kind``: the kind of task it is for (classification: labels, regression: numbers, generation: texts); ``count``:
+    what it computes of checked and converted inputs; ``package``: one of the extra ``metrics`` that it needs.
+    """
 
-    def add(function: Callable[[Any, Any], Any]) -> Metric:
-        @functools.wraps(function)
-        def metric(predictions: Sequence, references: Sequence) -> float:
-            if len(predictions) != len(references):
-                raise ValueError(
-                    f"predictions and references differ in length: {len(predictions)} and {len(references)}"
-                )
-            if not len(references):
-                raise ValueError("predictions and references are empty; a metric needs at least one item")
-            return float(function(*prepare(predictions, references)))
+    kind: str
+    count: Callable[[Any, Any], Any]
+    package: str = ""
 
-        METRICS[function.__name__] = metric
-        return metric
-
-    return add
+    def __call__(self, predictions: Sequence, references: Sequence) -> float:
+        """Raises ValueError or TypeError for inputs that do not fit each other or the kind."""
+        if len(predictions) != len(references):
+            raise ValueError(f"predictions and references differ in length: {len(predictions)} and {len(references)}")
+        if not len(references):
+            raise ValueError("predictions and references are empty; a metric needs at least one item")
+        return float(self.count(*_PREPARED[self.kind](predictions, references)))
 
 
 def get_metric(name: str) -> Metric:
@@ -51,33 +50,17 @@ def get_metric(name: str) -> Metric:
         RuntimeError: it needs a package of the extra ``metrics`` that is not installed.
     """
     metric = lookup(METRICS, name, "metric")
-    if name in _LIBRARIES:
-        library(_LIBRARIES[name])
+    if metric.package and importlib.util.find_spec(metric.package) is None:
+        raise RuntimeError(f'this metric needs the package {metric.package}: pip install "mpoe[metrics]"')
     return metric
-
-
-# what needs a package of the extra
-_LIBRARIES = {"bleu": "sacrebleu", **dict.fromkeys(("rouge1", "rouge2", "rouge_l"), "rouge_score")}
-
-
-def library(module: str) -> Any:
-    """A package of the extra ``metrics``, imported.
-
-    Raises:
-        RuntimeError: it is not installed.
-    """
-    package = module.partition(".")[0]
-    if importlib.util.find_spec(package) is None:
-        raise RuntimeError(f'this metric needs the package {package}: pip install "mpoe[metrics]"')
-    return importlib.import_module(module)
 
 
 # ------------------------------------------------------------------- labels and numbers
 
 
-def _arrays(predictions: Any, references: Any, kind: Any = None) -> tuple[np.ndarray, np.ndarray]:
+def _arrays(predictions: Any, references: Any, dtype: Any = None) -> tuple[np.ndarray, np.ndarray]:
     try:
-        x, y = np.asarray(predictions, dtype=kind), np.asarray(references, dtype=kind)
+        x, y = np.asarray(predictions, dtype=dtype), np.asarray(references, dtype=dtype)
     except (TypeError, ValueError) as error:
         raise TypeError(f"predictions and references must be numbers: {error}") from error
     if x.ndim != 1 or y.ndim != 1:
@@ -108,50 +91,14 @@ def _f1(predicted: np.ndarray, expected: np.ndarray, classes: Any) -> Any:
     return f1_score(expected, predicted, labels=classes, average="macro", zero_division=0.0)
 
 
-@_metric(_labels)
-def accuracy(predictions: np.ndarray, references: np.ndarray) -> Any:
-    """Share of exactly equal labels. Inputs: [N] numbers or texts."""
-    return np.mean(predictions == references)
-
-
-@_metric(_labels)
-def f1(predictions: np.ndarray, references: np.ndarray) -> Any:
-    """F1 of the class 1."""
-    return _f1(predictions, references, [1])
-
-
-@_metric(_labels)
-def macro_f1(predictions: np.ndarray, references: np.ndarray) -> Any:
-    """Unweighted mean of the F1 of every class among the references."""
-    return _f1(predictions, references, np.unique(references))
-
-
-@_metric(_labels)
-def matthews(predictions: np.ndarray, references: np.ndarray) -> Any:
-    """Matthews correlation of any number of classes (Gorodkin 2004, eq. 8)."""
+def _correlation(name: str, x: np.ndarray, y: np.ndarray) -> Any:
+    """Matthews' of any number of classes (Gorodkin 2004, eq. 8), Pearson's, or Spearman's (ties share their rank)."""
+    from scipy import stats
     from sklearn.metrics import matthews_corrcoef
 
-    return 0.0 if _constant(predictions, references) else matthews_corrcoef(references, predictions)
-
-
-@_metric(_numbers)
-def pearson(predictions: np.ndarray, references: np.ndarray) -> Any:
-    """Pearson correlation of two [N] number sequences."""
-    from scipy.stats import pearsonr
-
-    return 0.0 if _constant(predictions, references) else pearsonr(predictions, references).statistic
-
-
-@_metric(_numbers)
-def spearman(predictions: np.ndarray, references: np.ndarray) -> Any:
-    """Spearman rank correlation (Pearson of the ranks, ties share their mean rank)."""
-    from scipy.stats import spearmanr
-
-    return 0.0 if _constant(predictions, references) else spearmanr(predictions, references).statistic
-
-
-def _constant(*sides: np.ndarray) -> bool:
-    return any(len(np.unique(side)) == 1 for side in sides)
+    if len(np.unique(x)) == 1 or len(np.unique(y)) == 1:
+        return 0.0
+    return matthews_corrcoef(y, x) if name == "matthews" else getattr(stats, name)(x, y).statistic
 
 
 def perplexity(losses: Sequence, weights: Sequence | None = None) -> float:
@@ -179,53 +126,28 @@ def _texts(predictions: Sequence[str], references: Sequence[str]) -> tuple[Seque
     return predictions, references
 
 
-def _words(predictions: Sequence[str], references: Sequence[str]) -> tuple[list[list[str]], list[list[str]]]:
-    first, second = ([re.findall(r"\w+", x.lower()) for x in texts] for texts in _texts(predictions, references))
-    return first, second
+def _mean(pair: Callable[[list[str], list[str]], float], predictions: Sequence[str], references: Sequence[str]) -> Any:
+    """Mean over texts of ``pair`` of their lower-case words."""
+    words = ([re.findall(r"\w+", text.lower()) for text in texts] for texts in (predictions, references))
+    return np.mean([pair(p, e) for p, e in zip(*words, strict=True)])
 
 
-def _mean(values: Iterable[float]) -> Any:
-    return np.mean([float(value) for value in values])
+def _shared(p: list[str], e: list[str]) -> float:
+    """F1 of the shared words (bags of words, as SQuAD does); two empty texts agree."""
+    return 2 * (Counter(p) & Counter(e)).total() / (len(p) + len(e)) if p or e else 1.0
 
 
-@_metric(_words)
-def exact_match(predictions: list[list[str]], references: list[list[str]]) -> Any:
-    """Share of texts that are equal after lower-casing and dropping punctuation and repeated blanks."""
-    return _mean(p == e for p, e in zip(predictions, references, strict=True))
+def _rouge(kind: str, predictions: Sequence[str], references: Sequence[str]) -> Any:
+    """ROUGE (Lin 2004, as F1, no stemming) by rouge-score, with words as here: its own are of ASCII letters alone. Two
+    empty texts agree but in pairs."""
+    from rouge_score.rouge_scorer import RougeScorer
 
+    scorer = RougeScorer([kind], tokenizer=_Split())
 
-@_metric(_words)
-def token_f1(predictions: list[list[str]], references: list[list[str]]) -> Any:
-    """Mean over texts of the F1 of the shared words (bags of words, as SQuAD does); two empty texts agree."""
-    pairs = zip(predictions, references, strict=True)
-    return _mean(2 * (Counter(p) & Counter(e)).total() / (len(p) + len(e)) if p or e else 1.0 for p, e in pairs)
+    def score(p: list[str], e: list[str]) -> float:
+        return scorer.score(" ".join(e), " ".join(p))[kind].fmeasure if p or e else float(kind != "rouge2")
 
-
-@_metric(_words)
-def rouge1(predictions: list[list[str]], references: list[list[str]]) -> Any:
-    """ROUGE-1: mean over texts of the F1 of shared words (Lin 2004, section 2, as F1; no stemming)."""
-    return _rouge("rouge1", predictions, references)
-
-
-@_metric(_words)
-def rouge2(predictions: list[list[str]], references: list[list[str]]) -> Any:
-    """ROUGE-2: the same of shared pairs of neighbouring words; 0 where neither text has a pair."""
-    return _rouge("rouge2", predictions, references)
-
-
-@_metric(_words)
-def rouge_l(predictions: list[list[str]], references: list[list[str]]) -> Any:
-    """ROUGE-L: mean over texts of the F1 of their longest common subsequence of words (Lin 2004, section 3.1)."""
-    return _rouge("rougeL", predictions, references)
-
-
-def _rouge(kind: str, predictions: list[list[str]], references: list[list[str]]) -> Any:
-    """By rouge-score, with words as here: its own are of ASCII letters alone. Two empty texts agree but in pairs."""
-    scorer = library("rouge_score.rouge_scorer").RougeScorer([kind], tokenizer=_Split())
-    return _mean(
-        scorer.score(" ".join(e), " ".join(p))[kind].fmeasure if p or e else float(kind != "rouge2")
-        for p, e in zip(predictions, references, strict=True)
-    )
+    return _mean(score, predictions, references)
 
 
 class _Split:
@@ -235,14 +157,33 @@ class _Split:
         return text.split()
 
 
-@_metric(_texts)
-def bleu(predictions: Sequence[str], references: Sequence[str]) -> Any:
+def _bleu(predictions: Sequence[str], references: Sequence[str]) -> Any:
     """BLEU-4 of the whole set with one reference each (Papineni et al. 2002), case-sensitive, by sacreBLEU.
 
     Tokens are words and single punctuation marks. An order without any match counts as 1/2, 1/4, ... matches (the
     first, second, ... such order; sacreBLEU's default smoothing); orders that no prediction is long enough for are left
     out. 0.0 if no word matches.
     """
+    from sacrebleu import BLEU
+
     words = [[" ".join(re.findall(r"\w+|[^\w\s]", text)) for text in texts] for texts in (predictions, references)]
-    metric = library("sacrebleu").BLEU(tokenize="none", effective_order=True, force=True)
+    metric = BLEU(tokenize="none", effective_order=True, force=True)
     return metric.corpus_score(words[0], [words[1]]).score / 100
+
+
+_PREPARED = {"classification": _labels, "regression": _numbers, "generation": _texts}
+METRICS = {
+    "accuracy": Metric("classification", lambda p, e: np.mean(p == e)),
+    "f1": Metric("classification", lambda p, e: _f1(p, e, [1])),  # of the second class
+    "macro_f1": Metric("classification", lambda p, e: _f1(p, e, np.unique(e))),  # of the references' classes
+    "matthews": Metric("classification", partial(_correlation, "matthews")),
+    "pearson": Metric("regression", partial(_correlation, "pearsonr")),
+    "spearman": Metric("regression", partial(_correlation, "spearmanr")),
+    "token_f1": Metric("generation", partial(_mean, _shared)),
+    "exact_match": Metric("generation", partial(_mean, lambda p, e: float(p == e))),
+    "bleu": Metric("generation", _bleu, "sacrebleu"),
+    **{
+        name: Metric("generation", partial(_rouge, name.replace("_l", "L")), "rouge_score")
+        for name in ("rouge1", "rouge2", "rouge_l")
+    },
+}

@@ -13,15 +13,6 @@ from mpoe.data.mappings import lookup
 from mpoe.data.metrics import METRICS, get_metric
 
 KINDS = ("classification", "regression", "generation", "language_modeling")
-LABEL_METRICS = frozenset({"accuracy", "f1", "macro_f1", "matthews"})
-NUMBER_METRICS = frozenset({"pearson", "spearman"})
-TEXT_METRICS = frozenset({"token_f1", "exact_match", "bleu", "rouge1", "rouge2", "rouge_l"})
-ALLOWED_METRICS = {
-    "classification": LABEL_METRICS,
-    "regression": NUMBER_METRICS,
-    "generation": TEXT_METRICS,
-    "language_modeling": frozenset({"perplexity"}),
-}
 
 
 @dataclass(frozen=True)
@@ -65,10 +56,9 @@ class Task:
             raise ValueError(f"kind of task {self.name} must be one of {', '.join(KINDS)}; got {self.kind!r}")
         if self.kind == "classification" and (len(self.labels) < 2 or len(set(self.labels)) != len(self.labels)):
             raise ValueError(f"labels of task {self.name} must be at least two different words; got {self.labels!r}")
-        allowed = ALLOWED_METRICS[self.kind]
+        allowed = {name for name, metric in METRICS.items() if metric.kind == self.kind} or {"perplexity"}
         for metric in self.metrics:
-            if metric != "perplexity":
-                lookup(METRICS, metric, "metric")
+            lookup({**METRICS, "perplexity": None}, metric, "metric")
             if metric not in allowed:
                 raise ValueError(
                     f"metrics of a {self.kind} task must be among {sorted(allowed)}; got {metric!r} for {self.name}"

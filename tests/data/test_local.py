@@ -123,7 +123,7 @@ GOOD = jsonl(ROWS)
 @pytest.mark.parametrize(
     ("train", "message"),
     [
-        (GOOD + '{"sentence": "x", "label": \n', r"train\.jsonl, line 7: malformed JSON: .* at column 28"),
+        (GOOD + '{"sentence": "x", "label": \n', r"train\.jsonl, line 7: malformed JSON: .* at column 27"),
         (GOOD + "[1, 2]\n", r"train\.jsonl, line 7: expected one JSON object per line; got a list"),
         (
             GOOD + '\n{"sentense": "x", "label": 1}\n',

@@ -131,7 +131,7 @@ def _csv_rows(
     skipped = 0
     try:
         for cells in reader:
-            if not "".join(cells).strip():
+            if len(cells) < 2 and not "".join(cells).strip():
                 continue
             if not columns:
                 columns = [cell.strip() for cell in cells]

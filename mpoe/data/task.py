@@ -77,8 +77,11 @@ class Task:
     def examples(self, split: str, n: int | None = None, seed: int = 0) -> tuple[Example, ...]:
         """Items of train, validation or test; with ``n``, a random subset of that many (all if there are fewer)."""
         check_split(split)
-        to_text = self.to_text or _as_example
-        return subset(tuple(to_text(row) for row in self.rows(split)), n, seed)
+        rows = tuple(row if self.to_text is None else self.to_text(row) for row in self.rows(split))
+        odd = next((row for row in rows if not isinstance(row, Example)), None)
+        if odd is not None:
+            raise TypeError(f"rows must be Example, or to_text make them so; got {type(odd).__name__}")
+        return subset(rows, n, seed)
 
     def train(self) -> tuple[Example, ...]:
         """Training items."""
@@ -133,12 +136,6 @@ def subset(items: Sequence, n: int | None, seed: int = 0) -> tuple:
     order = list(range(len(items)))
     random.Random(f"subset-{seed}").shuffle(order)
     return tuple(items[i] for i in order[:n])
-
-
-def _as_example(row: Any) -> Example:
-    if not isinstance(row, Example):
-        raise TypeError(f"rows must be Example when the task has no to_text; got {type(row).__name__}")
-    return row
 
 
 def _number(text: str) -> float:

@@ -50,10 +50,6 @@ _NOT_PREDICTIONS = (
 )
 
 
-def _is_speed(metric: str) -> bool:
-    return metric.endswith(("_runtime", "_per_second"))
-
-
 class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
     """Trains converted models (and, with the same numbers in the logs, dense ones) for all three families.
 
@@ -364,7 +360,8 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
             evaluations = [record for record in self.state.log_history if "eval_loss" in record]
-            metrics = {name: value for name, value in (evaluations or [{}])[-1].items() if not _is_speed(name)}
+            last = (evaluations or [{}])[-1].items()
+            metrics = {name: value for name, value in last if not name.endswith(("_runtime", "_per_second"))}
             write_card(self.model, str(self.args.output_dir), metrics)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

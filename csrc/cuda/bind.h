@@ -18,7 +18,6 @@
 
 #include "common/types.h"
 #include "cuda/activation.cuh"
-#include "cuda/named.h"
 
 #if defined(MPOE_CUDA_EMULATED)
 #define MPOE_CUDA_OPS mpoe_emulated
@@ -133,23 +132,6 @@ inline int activation_of(const std::string& name) {
 inline int counted(int64_t size, const char* what) {
   MPOE_CHECK(size <= std::numeric_limits<int>::max(), what, " must be below 2^31; got ", size);
   return static_cast<int>(size);
-}
-
-// Sizes of left [E, iL, jL, a], central [a, iC, jC, b] and right [E, b, iR, jR]; `rows` and `columns` are true sizes.
-inline Dims dims_of(const Tensor& left, const Tensor& central, const Tensor& right, int64_t rows, int64_t columns) {
-  const int64_t sizes[kAxes] = {left.size(1),    left.size(2),    left.size(3),  central.size(1),
-                                central.size(2), central.size(3), right.size(2), right.size(3)};
-  Dims dims;
-  for (int axis = 0; axis < kAxes; ++axis) {
-    MPOE_CHECK(sizes[axis] > 0, "blocks must not have an axis of size 0");
-    dims.size[axis] = counted(sizes[axis], "a dimension of the blocks");
-  }
-  dims.in_features = counted(rows, "in_features");
-  dims.out_features = counted(columns, "out_features");
-  MPOE_CHECK(
-      dims.elements({kIL, kIC, kIR}) >= rows && dims.elements({kJL, kJC, kJR}) >= columns,
-      "blocks are smaller than the weight");
-  return dims;
 }
 
 // Memory for one call, aligned to 256 bytes as the launchers require; PyTorch's CPU allocator aligns to 64.

@@ -99,6 +99,18 @@ template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
+// How many blocks have asked before; `own`: the block's number, for emulated grids of which only some blocks run.
+__device__ __forceinline__ int ticket(int* counter, int /*own*/) { return atomicAdd(counter, 1); }
+// Adds to a counter when everything that the thread knows to be written is visible to whoever waits for it.
+__device__ __forceinline__ void signal(int* counter, int value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0],%1;\n" ::"l"(counter), "r"(value) : "memory");
+}
+__device__ __forceinline__ void wait_for(const int* counter, int least) {
+  int value;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0,[%1];\n" : "=r"(value) : "l"(counter) : "memory");
+  } while (value < least);
+}
 
 }  // namespace dev
 #endif
@@ -140,6 +152,36 @@ template <class T, int kPer>
 struct alignas(sizeof(T) * kPer) Pack {
   T v[kPer];
 };
+// Stores the first `count` of kPer values; vector: all, at once, as whole packs are aligned.
+template <class T, int kPer>
+__device__ __forceinline__ void store(const Pack<float, kPer>& values, T* to, int count, bool vector) {
+  Pack<T, kPer> pack;
+  UNROLL
+  for (int i = 0; i < kPer; ++i) pack.v[i] = from_float<T>(values.v[i]);
+  if (vector) {
+    *reinterpret_cast<Pack<T, kPer>*>(to) = pack;
+  } else {
+    UNROLL
+    for (int i = 0; i < kPer; ++i) {
+      if (i < count) to[i] = pack.v[i];
+    }
+  }
+}
+// Adds what is there to the first `count` of kPer values.
+template <class T, int kPer>
+__device__ __forceinline__ void add_to(Pack<float, kPer>& values, const T* from, int count, bool vector) {
+  Pack<T, kPer> pack{};
+  if (vector) {
+    pack = *reinterpret_cast<const Pack<T, kPer>*>(from);
+  } else {
+    UNROLL
+    for (int i = 0; i < kPer; ++i) {
+      if (i < count) pack.v[i] = from[i];
+    }
+  }
+  UNROLL
+  for (int i = 0; i < kPer; ++i) values.v[i] += to_float(pack.v[i]);
+}
 
 }  // namespace dev
 

@@ -109,14 +109,14 @@ def test_indices_out_of_range_are_no_expert() -> None:
         assert torch.equal(value, expected[name]), name
 
 
-def test_the_forward_takes_three_launches() -> None:
-    """Few pairs are sorted by one launch; then the neurons, then the sums of tokens."""
+def test_the_forward_takes_two_launches() -> None:
+    """Few pairs are sorted by one launch; then the neurons, which add up each token's choices."""
     problem = NeuronProblem(tokens=40, gated=True, with_bias=True, dtype=torch.bfloat16)
     stats()
     with torch.no_grad():
         neuron_experts(**problem.inputs, top_k_index=problem.index, activation="gelu", backend="emulated")  # type: ignore[arg-type]
     found = stats()
-    assert found["launches"] == 3
+    assert found["launches"] == 2
     assert found["mma"] > 0
 
 
@@ -137,6 +137,12 @@ def test_random_problems(data: st.DataObject) -> None:
         none_share=data.draw(st.sampled_from([0.0, 0.3, 1.0])),
         seed=data.draw(st.integers(0, 5)),
     ).check("emulated", 3)
+
+
+def test_more_experts_than_choices_can_be_sorted_by_are_refused() -> None:
+    problem = NeuronProblem(tokens=1, top_k=4, experts=3000, width=1, out=1, neurons=1, dtype=torch.float32)
+    with pytest.raises(REFUSED, match="routing takes at most 2999 experts; got 3000"):
+        NEURONS.ops.experts(*_raw(problem, torch.ones(3000, 1)))
 
 
 def test_more_neurons_are_a_reason_and_refused_by_the_kernels() -> None:

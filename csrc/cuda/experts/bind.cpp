@@ -96,10 +96,12 @@ Tensor experts_op(const Tensor& x, const Tensor& gates, const Tensor& top_k_inde
   const Experts tensors(x, gates, top_k_index, up, down, bias, x_gate, up_gate, by_unit);
   ExpertsForward in;
   tensors.fill(in, activation, by_unit, tf32);
-  Tensor out = torch::stable::new_empty(tensors.x, {x.size(0), tensors.groups * tensors.columns});
+  const int64_t sizes[] = {x.size(0), tensors.groups * tensors.columns};
+  if (tensors.index.numel() == 0) return torch::stable::new_zeros(tensors.x, sizes);
+  Tensor out = torch::stable::new_empty(tensors.x, sizes);
   in.out = out.mutable_data_ptr();
   const Scratch scratch(tensors.x, workspace_bytes(in));
-  if (out.numel() > 0) experts_forward(in, scratch.data(), device.stream());
+  experts_forward(in, scratch.data(), device.stream());
   return out;
 }
 
@@ -119,8 +121,10 @@ Gradients experts_backward_op(const Tensor& grad, const Tensor& x, const Tensor&
   tensors.check(rows, {x.size(0), tensors.groups * tensors.columns}, "grad");
   in.grad = rows.const_data_ptr();
   bool any = false;
+  const bool none = tensors.index.numel() == 0;
   const auto place = [&](const Tensor* like, std::size_t which, auto& address) {
     const bool wanted = like != nullptr && need[which] != 0;
+    if (wanted && none) return torch::stable::new_zeros(*like, like->sizes());
     Tensor result = wanted ? torch::stable::new_empty(*like, like->sizes()) : torch::stable::new_empty(tensors.x, {0});
     if (wanted) address = static_cast<std::remove_reference_t<decltype(address)>>(result.mutable_data_ptr());
     any = any || wanted;
@@ -131,7 +135,7 @@ Gradients experts_backward_op(const Tensor& grad, const Tensor& x, const Tensor&
   Tensor dup = place(&tensors.up, 2, in.dup), ddown = place(&tensors.down, 3, in.ddown);
   Tensor dbias = place(given(tensors.bias), 4, in.dbias), dx_gate = place(given(tensors.x_gate), 5, in.dx_gate);
   Tensor dup_gate = place(given(tensors.up_gate), 6, in.dup_gate);
-  const Scratch scratch(tensors.x, workspace_bytes(in));
+  const Scratch scratch(tensors.x, any ? workspace_bytes(in) : 0);
   if (any) experts_backward(in, scratch.data(), device.stream());
   return {dx, need[1] != 0 ? cast(dgates, gates.scalar_type()) : dgates, dup, ddown, dbias, dx_gate, dup_gate};
 }

@@ -46,9 +46,9 @@ struct Call {
       throw std::invalid_argument("the kernels take 1 to " + std::to_string(kMostUnits) +
                                   " hidden units of an expert in a group; got " + std::to_string(in.units));
     }
-    const int64_t slots = p.slots(), partly = std::min<int64_t>(slots, in.experts);  // tiles with less than 64 slots
-    const int64_t tiles = std::min(slots, slots / kExpertsRows + partly);
-    if (slots >= 1 << 30 || tiles * in.groups >= 1 << 30) {
+    const int64_t slots = p.slots(), partly = std::min(in.tokens, in.experts + 1);  // tiles with less than 64 slots
+    const int64_t tiles = in.tokens / kExpertsRows + partly;
+    if (slots >= 1 << 30 || tiles * in.top_k * in.groups >= 1 << 30) {
       throw std::invalid_argument("the kernels count pairs of token and choice, and tiles of them, to 2^30");
     }
     if (in.by_unit) p.x_gate = in.x;
@@ -66,9 +66,10 @@ struct Call {
     route.tokens = in.tokens;
     route.top_k = in.top_k;
     route.experts = in.experts;
-    p.offsets = route.offsets = take<int>(in.experts + 1);
-    p.token_of_slot = route.token_of_slot = take<int64_t>(slots);
-    p.slot_of_token = route.slot_of_token = take<int64_t>(slots);
+    p.offsets = route.offsets = take<int>(int64_t(in.top_k) * (in.experts + 1));
+    p.pair_of_slot = route.pair_of_slot = take<int>(slots);
+    route.cleared_size = 2 * in.groups;
+    p.turns = route.cleared = take<int>(route.cleared_size);
     route_memory = workspace.take(route_workspace_bytes(route));
   }
 
@@ -81,10 +82,6 @@ struct Call {
       default: throw std::invalid_argument("CUDA kernels take float32, bfloat16 and float16");
     }
   }
-  // Every token's rows, added up in the order of its choices.
-  void collect(const void* rows, const float* gates, void* out, int width, cudaStream_t stream) const {
-    if (out) combine(p.dtype, rows, p.slot_of_token, gates, out, p.tokens, p.top_k, p.groups * width, stream);
-  }
 
   template <class T>
   T* take(int64_t count) {
@@ -93,6 +90,11 @@ struct Call {
   void* take_rows(int width) {
     return workspace_.take(static_cast<std::size_t>(p.slots() * p.groups * width * size_of(p.dtype)));
   }
+  // Of more than two choices: every sum in a 16-bit type rounds.
+  float* take_sums(const void* out, int width) {
+    const bool are = out && p.top_k > 2 && size_of(p.dtype) == 2;
+    return are ? take<float>(int64_t(p.tokens) * p.groups * width) : nullptr;
+  }
 
  private:
   Workspace& workspace_;
@@ -100,7 +102,8 @@ struct Call {
 
 Call forward_call(const ExpertsForward& in, Workspace& workspace) {
   Call call(in, nullptr, workspace);
-  call.p.rows = call.take_rows(in.columns);
+  call.p.out = in.out;
+  call.p.sums = call.take_sums(in.out, in.columns);
   return call;
 }
 
@@ -112,11 +115,14 @@ Call backward_call(const ExpertsBackward& in, Workspace& workspace) {
   if (in.ddown) p.h = call.take_rows(p.padded);
   p.dvalue = call.take_rows(p.padded);
   if (p.gated()) p.dz = call.take_rows(p.padded);
-  if (in.dx) p.dx_rows = call.take_rows(in.width);
-  if (in.dx_gate) p.dx_gate_rows = call.take_rows(in.width);
-  if (in.dgates) {
+  p.out = in.dx;
+  p.out_gate = in.dx_gate;
+  p.sums = call.take_sums(in.dx, in.width);
+  p.sums_gate = call.take_sums(in.dx_gate, in.width);
+  p.gate_parts = in.dgates;
+  if (in.dgates && p.groups > 1) {
     p.gate_parts = call.take<float>(p.groups * p.slots());
-    p.sums.of[3] = {p.gate_parts, p.slot_of_token, in.dgates, p.slots(), p.groups, true};
+    p.parts.of[3] = {p.gate_parts, in.dgates, p.slots(), p.groups, true};
   }
   p.dbias = in.dbias;
   WeightGradients& all = p.weights;
@@ -137,7 +143,7 @@ Call backward_call(const ExpertsBackward& in, Workspace& workspace) {
     if (!all.partial) return;
     const int64_t size = int64_t(p.experts) * a.width * b.width;
     float* const parts = call.take<float>(all.shares * size);
-    p.sums.of[own] = {parts, nullptr, out, size, all.shares, false};
+    p.parts.of[own] = {parts, out, size, all.shares, false};
     all.of[own].out = parts;
   };
   const auto inputs = [&](const void* x) { return SummedLines{x, in.width, in.width, true, p.vector_in}; };
@@ -168,15 +174,12 @@ void experts_forward(const ExpertsForward& in, void* memory, cudaStream_t stream
   Workspace workspace(memory);
   const Call call = forward_call(in, workspace);
   call.run(stream);
-  call.collect(call.p.rows, in.gates, in.out, in.columns, stream);
 }
 
 void experts_backward(const ExpertsBackward& in, void* memory, cudaStream_t stream) {
   Workspace workspace(memory);
   const Call call = backward_call(in, workspace);
   call.run(stream);
-  call.collect(call.p.dx_rows, nullptr, in.dx, in.width, stream);
-  call.collect(call.p.dx_gate_rows, nullptr, in.dx_gate, in.width, stream);
 }
 
 }  // namespace mpoe::cuda

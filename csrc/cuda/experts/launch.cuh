@@ -11,7 +11,7 @@ namespace mpoe::cuda {
 
 template <class T, bool kByUnit>
 void launch_rows(const ExpertsLaunches& p, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(p.groups * p.tiles)), block(kExpertsThreads);
+  const dim3 grid(static_cast<unsigned>(p.groups * p.top_k * p.tiles)), block(kExpertsThreads);
   const std::size_t stages = stage_elements<T>() * sizeof(T);
   const ExpertsArguments& arguments = p;
   if (p.is_backward) {
@@ -20,7 +20,7 @@ void launch_rows(const ExpertsLaunches& p, cudaStream_t stream) {
   }
   const int h_stride = padded_stride<T>((p.units + kExpertsRows - 1) / kExpertsRows * kExpertsRows, true);
   const std::size_t bytes = stages + static_cast<std::size_t>(kExpertsRows * h_stride) * sizeof(T);
-  const std::size_t limit = dev::limits().shared_bytes, own = sizeof(int) * kExpertsRows;
+  const std::size_t limit = dev::limits().shared_bytes, own = sizeof(int) * (3 * kExpertsRows + 1);
   if (bytes + own > limit) {
     throw std::invalid_argument("experts of " + std::to_string(p.units) + " hidden units need " +
                                 std::to_string(bytes + own) + " bytes of shared memory; the device has " +
@@ -48,10 +48,10 @@ void launch_experts(const ExpertsLaunches& p, cudaStream_t stream) {
     check_launch("experts_bias");
   }
   int64_t largest = 0;
-  for (const PartsSum& sum : p.sums.of) largest = std::max(largest, sum.size);
+  for (const PartsSum& sum : p.parts.of) largest = std::max(largest, sum.size);
   if (largest == 0) return;
   LAUNCH(parts_sums_kernel<T>, dim3(static_cast<unsigned>((largest + kExpertsThreads - 1) / kExpertsThreads), 4),
-         dim3(kExpertsThreads), 0, stream, p.sums);
+         dim3(kExpertsThreads), 0, stream, p.parts);
   check_launch("parts_sums");
 }
 

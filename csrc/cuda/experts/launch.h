@@ -8,7 +8,7 @@ struct ExpertsLaunches : ExpertsArguments {
   bool is_backward = false;
   WeightGradients weights;
   void* dbias = nullptr;
-  PartsSums sums;
+  PartsSums parts;
 };
 
 // The tiles of the forward, or the gradients whose pointers are set.

@@ -5,21 +5,11 @@
 #include <string>
 #include <type_traits>
 
+#include "cuda/dispatch.h"
 #include "cuda/routing/routing.cuh"
 
 namespace mpoe::cuda {
 namespace {
-
-// Calls f(T{}) with the element type.
-template <class F>
-void with_type(Dtype dtype, F&& f) {
-  switch (dtype) {
-    case Dtype::kFloat32: return f(float{});
-    case Dtype::kBFloat16: return f(dev::bf16{});
-    case Dtype::kFloat16: return f(dev::fp16{});
-    default: throw std::invalid_argument("CUDA kernels take float32, bfloat16 and float16");
-  }
-}
 
 unsigned blocks_of(int64_t extent, int block) { return static_cast<unsigned>((extent + block - 1) / block); }
 
@@ -34,6 +24,9 @@ SortArguments sort_of(const Route& p, void* workspace) {
   s.offsets = p.offsets;
   s.token_of_slot = p.token_of_slot;
   s.slot_of_token = p.slot_of_token;
+  s.pair_of_slot = p.pair_of_slot;
+  s.cleared = p.cleared;
+  s.cleared_size = p.cleared_size;
   s.counts = static_cast<int*>(workspace);
   return s;
 }
@@ -69,19 +62,20 @@ void gate(Dtype dtype, const void* logits, float* weights, int64_t* index, int t
 std::size_t route_workspace_bytes(const Route& p) {
   const int64_t pairs = int64_t(p.tokens) * p.top_k;
   if (pairs <= kFewPairs) return 0;
-  const int64_t counts = int64_t(blocks_of(pairs, kPairsPerBlock)) * (p.experts + 1);
+  const int64_t counts = int64_t(blocks_of(pairs, kPairsPerBlock)) * sort_of(p, nullptr).bins();
   return static_cast<std::size_t>(counts + (p.capacity >= 0 ? pairs : 0)) * sizeof(int);
 }
 
 void route(const Route& p, void* workspace, cudaStream_t stream) {
-  if (p.experts > kMostExperts) {
-    throw std::invalid_argument("routing takes at most " + std::to_string(kMostExperts) + " experts; got " +
+  const int choices = p.pair_of_slot ? p.top_k : 1;
+  if ((int64_t(p.experts) + 1) * choices > kMostBins) {
+    throw std::invalid_argument("routing takes at most " + std::to_string(kMostBins / choices - 1) + " experts; got " +
                                 std::to_string(p.experts));
   }
   const int64_t pairs = int64_t(p.tokens) * p.top_k;
   if (pairs >= 1 << 30) throw std::invalid_argument("routing counts to 2^30 pairs of token and choice");
   SortArguments s = sort_of(p, workspace);
-  const std::size_t bins = static_cast<std::size_t>(p.experts) + 1, ranks = bins * (1 + kRouteWarps) * sizeof(int);
+  const std::size_t bins = static_cast<std::size_t>(s.bins()), ranks = bins * (sizeof(int) + kRouteWarps);
   if (pairs <= kFewPairs) {
     LAUNCH(route_few_kernel, dim3(1), dim3(kRouteThreads), ranks + static_cast<std::size_t>(pairs) * sizeof(int), stream,
            s);

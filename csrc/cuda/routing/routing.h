@@ -9,7 +9,7 @@
 
 namespace mpoe::cuda {
 
-constexpr int kMostExperts = 4096;  // their counts must fit into shared memory
+constexpr int kMostBins = 12000;  // of pairs, one more than experts: their counts must fit into shared memory
 
 // Softmax and top-k of logits [T, E] in float32: index [T, K] (most probable first, among equals the smaller number),
 // weights [T, K] (renormalized: they sum to 1).
@@ -24,6 +24,11 @@ struct Route {
   int* offsets = nullptr;            // [E + 1]
   int64_t* token_of_slot = nullptr;  // [N]; masked and dropped pairs come last
   int64_t* slot_of_token = nullptr;  // [T, K]; -1: masked or dropped
+  // If not null: pairs are sorted by choice, then by expert; offsets [K (E + 1)], those without an expert being expert
+  // E's, and neither token_of_slot nor slot_of_token are written. Takes no capacity.
+  int* pair_of_slot = nullptr;  // [N]
+  int* cleared = nullptr;       // `cleared_size` numbers that become zero
+  int cleared_size = 0;
 };
 // Stable counting sort by expert; one launch for few pairs, else three, six with a capacity.
 std::size_t route_workspace_bytes(const Route& arguments);

@@ -15,9 +15,11 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "common/types.h"
 #include "cuda/activation.cuh"
+#include "cuda/dispatch.h"
 
 #if defined(MPOE_CUDA_EMULATED)
 #define MPOE_CUDA_OPS mpoe_emulated
@@ -134,19 +136,23 @@ inline int counted(int64_t size, const char* what) {
   return static_cast<int>(size);
 }
 
-// Memory for one call, aligned to 256 bytes as the launchers require; PyTorch's CPU allocator aligns to 64.
+// What a call takes as `Memory`, freed with this object; PyTorch's CPU allocator aligns to 64 bytes.
 class Scratch {
  public:
-  Scratch(const Tensor& like, std::size_t bytes)
-      : memory_(torch::stable::new_empty(like, {static_cast<int64_t>(bytes + kAlignment)}, ScalarType::Byte)) {}
-  void* data() const {
-    const auto address = reinterpret_cast<std::uintptr_t>(memory_.mutable_data_ptr());
-    return reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
+  explicit Scratch(const Tensor& like) : like_(like) {}
+  Memory memory() {
+    return [this](std::size_t bytes) {
+      taken_.push_back(
+          torch::stable::new_empty(like_, {static_cast<int64_t>(bytes + kAlignment)}, ScalarType::Byte));
+      const auto address = reinterpret_cast<std::uintptr_t>(taken_.back().mutable_data_ptr());
+      return reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
+    };
   }
 
  private:
   static constexpr std::size_t kAlignment = 256;
-  Tensor memory_;
+  const Tensor& like_;
+  std::vector<Tensor> taken_;
 };
 
 }  // namespace mpoe::cuda

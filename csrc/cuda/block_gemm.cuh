@@ -184,8 +184,8 @@ template <class T, class TileT>
 __host__ __device__ constexpr int run_elements() {
   return TileT::kM * padded_stride<T>(TileT::kN, true);
 }
-// Calls f(row, column, pack) for the runs of 16 bytes in the first `rows` rows and `columns` columns of a tile, rounded:
-// adjacent threads have adjacent runs. `buffer`: shared memory. Every thread of the block must call it.
+// Calls f(row, column, run) for the runs of 16 bytes, in shared memory, of the first `rows` rows and `columns` columns of
+// a tile, rounded: adjacent threads have adjacent runs. `buffer`: shared memory. Every thread of the block must call it.
 template <class T, class TileT, class F>
 __device__ __forceinline__ void for_each_run(const Accumulator<TileT>& tile, T* buffer, int rows, int columns, F&& f) {
   constexpr int kStride = padded_stride<T>(TileT::kN, true), kPer = 16 / static_cast<int>(sizeof(T));
@@ -201,7 +201,7 @@ __device__ __forceinline__ void for_each_run(const Accumulator<TileT>& tile, T* 
     const int run = static_cast<int>(threadIdx.x) + i * TileT::kThreads;
     const int row = run / kPerLine, column = run % kPerLine * kPer;
     if (row >= rows || column >= columns) continue;
-    f(row, column, *reinterpret_cast<const dev::Pack<T, kPer>*>(buffer + row * kStride + column));
+    f(row, column, buffer + row * kStride + column);
   }
 }
 

@@ -152,35 +152,21 @@ template <class T, int kPer>
 struct alignas(sizeof(T) * kPer) Pack {
   T v[kPer];
 };
-// Stores the first `count` of kPer values; vector: all, at once, as whole packs are aligned.
-template <class T, int kPer>
-__device__ __forceinline__ void store(const Pack<float, kPer>& values, T* to, int count, bool vector) {
+// Adjacent elements as floats, moved at once.
+template <int kPer, class T>
+__device__ __forceinline__ Pack<float, kPer> load(const T* from) {
+  const Pack<T, kPer> pack = *reinterpret_cast<const Pack<T, kPer>*>(from);
+  Pack<float, kPer> values;
+  UNROLL
+  for (int i = 0; i < kPer; ++i) values.v[i] = to_float(pack.v[i]);
+  return values;
+}
+template <int kPer, class T>
+__device__ __forceinline__ void store(const Pack<float, kPer>& values, T* to) {
   Pack<T, kPer> pack;
   UNROLL
   for (int i = 0; i < kPer; ++i) pack.v[i] = from_float<T>(values.v[i]);
-  if (vector) {
-    *reinterpret_cast<Pack<T, kPer>*>(to) = pack;
-  } else {
-    UNROLL
-    for (int i = 0; i < kPer; ++i) {
-      if (i < count) to[i] = pack.v[i];
-    }
-  }
-}
-// Adds what is there to the first `count` of kPer values.
-template <class T, int kPer>
-__device__ __forceinline__ void add_to(Pack<float, kPer>& values, const T* from, int count, bool vector) {
-  Pack<T, kPer> pack{};
-  if (vector) {
-    pack = *reinterpret_cast<const Pack<T, kPer>*>(from);
-  } else {
-    UNROLL
-    for (int i = 0; i < kPer; ++i) {
-      if (i < count) pack.v[i] = from[i];
-    }
-  }
-  UNROLL
-  for (int i = 0; i < kPer; ++i) values.v[i] += to_float(pack.v[i]);
+  *reinterpret_cast<Pack<T, kPer>*>(to) = pack;
 }
 
 }  // namespace dev

@@ -1,11 +1,20 @@
-// Element types by their number.
+// What launches need on the host: element types by their number, and memory.
 #pragma once
+#include <cstddef>
+#include <functional>
 #include <stdexcept>
 
 #include "common/types.h"
 #include "cuda/device.cuh"
 
 namespace mpoe::cuda {
+
+// Memory of so many bytes for one call, aligned to 256.
+using Memory = std::function<void*(std::size_t bytes)>;
+template <class T>
+T* take(const Memory& memory, int64_t count) {
+  return static_cast<T*>(memory(static_cast<std::size_t>(count) * sizeof(T)));
+}
 
 // Calls f(T{}) with the element type.
 template <class F>
@@ -16,6 +25,11 @@ void with_type(Dtype dtype, F&& f) {
     case Dtype::kFloat16: return f(dev::fp16{});
     default: throw std::invalid_argument("CUDA kernels take float32, bfloat16 and float16");
   }
+}
+// The type that tensor cores multiply.
+template <class F>
+void with_product_type(Dtype dtype, bool tf32, F&& f) {
+  tf32 && dtype == Dtype::kFloat32 ? f(dev::tf32{}) : with_type(dtype, f);
 }
 
 }  // namespace mpoe::cuda

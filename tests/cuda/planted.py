@@ -1,7 +1,4 @@
-"""Bugs for the emulator and the sanitizers to find; each is a textual change to one kernel source.
-
-``PYTHONPATH=tools python -m tests.cuda.planted`` writes their table into docs/kernels_cuda.md.
-"""
+"""Bugs for the emulator and the sanitizers to find; each is a textual change to one kernel source."""
 
 from __future__ import annotations
 
@@ -319,18 +316,3 @@ BUGS = (
         ("values",),
     ),
 )
-
-
-def table() -> str:
-    """The bugs as a Markdown table."""
-    lines = ["| bug | file | what is wrong | found by |", "|---|---|---|---|"]
-    for bug in BUGS:
-        found_by = ", ".join(lane.removesuffix(": ") for lane in bug.found_by)
-        lines.append(f"| {bug.name} | `{bug.file}` | {bug.what} | {found_by} |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    from documents import write_between
-
-    write_between(Path(__file__).resolve().parents[2] / "docs" / "kernels_cuda.md", "planted", table())

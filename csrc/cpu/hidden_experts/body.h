@@ -111,22 +111,6 @@ void activate_rows(const Sizes& s, int64_t rows, const float* z, const float* fa
     }
 }
 
-// f(constant of the activation)
-template <Activation kind>
-struct Kind {
-  static constexpr Activation value = kind;
-};
-template <class F>
-void with_activation(Activation activation, const F& f) {
-  switch (activation) {
-    case Activation::kNone: return f(Kind<Activation::kNone>{});
-    case Activation::kRelu: return f(Kind<Activation::kRelu>{});
-    case Activation::kGelu: return f(Kind<Activation::kGelu>{});
-    case Activation::kGeluTanh: return f(Kind<Activation::kGeluTanh>{});
-    case Activation::kSilu: return f(Kind<Activation::kSilu>{});
-  }
-}
-
 // z += the expert's bias for each row's group
 template <class T>
 void add_bias(const HiddenExperts& in, const Sizes& s, int64_t expert, const Chunk& chunk, float* z) {

@@ -64,27 +64,81 @@ struct ExpertBlocks {
   Buffer<T> right_turned;  // right with jR before iR, for a transposed plan
   std::int64_t left_row;
 
-  ExpertBlocks(const GemmKernels& gemm, const BlockDims& d, const RebuildPlan& plan);
-  void load(const GemmKernels& gemm, const LinearInputs& in, const RebuildPlan& plan, std::int64_t expert);
+  ExpertBlocks(const GemmKernels& gemm, const BlockDims& d, const RebuildPlan& plan)
+      : left_row(row_stride(gemm, padded_k(gemm, d.a))) {
+    left = Buffer<T>(plan.left_rows * left_row);
+    right = Buffer<T>(plan.right.panels * kPanel * padded_k(gemm, d.b));
+    if (plan.transposed) right_turned = Buffer<T>(d.b * plan.right_columns);
+  }
+  void load(
+      const GemmKernels& gemm, const LinearInputs& in, const RebuildPlan& plan, std::int64_t expert) {
+    const BlockDims& d = in.dims;
+    const T* source = static_cast<const T*>(in.left) + expert * plan.left_rows * d.a;
+    for (std::int64_t i = 0; i < d.iL; ++i)
+      for (std::int64_t j = 0; j < d.jL; ++j, source += d.a) {
+        T* row = left.get() + (plan.transposed ? i * d.jL + j : j * d.iL + i) * left_row;
+        std::memcpy(row, source, d.a * sizeof(T));
+        std::fill(row + d.a, row + padded_k(gemm, d.a), T{});
+      }
+    const T* from = static_cast<const T*>(in.right) + expert * d.b * plan.right_columns;
+    if (plan.transposed) {
+      for (std::int64_t b = 0; b < d.b; ++b)
+        gemm.transpose(
+            from + b * plan.right_columns, d.jR, d.iR, d.jR, right_turned.get() + b * plan.right_columns, d.iR);
+      from = right_turned.get();
+    }
+    const std::int64_t panel = kPanel * padded_k(gemm, d.b);
+    for (std::int64_t p = 0; p < plan.right.panels; ++p)
+      gemm.pack_granules(right.get() + p * panel, from, plan.right_columns, d.b, plan.right.map[p]);
+  }
 };
 
 // Panels of [a, b] of `count` pairs from `pair` on, one pair after another.
 template <class T>
 void pack_central(
     const GemmKernels& gemm, const LinearInputs& in, const RebuildPlan& plan, std::int64_t pair, std::int64_t count,
-    T* panels);
+    T* panels) {
+  const BlockDims& d = in.dims;
+  const std::int64_t stride = d.iC * d.jC * d.b;
+  const T* central = static_cast<const T*>(in.central) + pair * d.b;
+  if (d.b % kPanel == 0) {
+    gemm.pack(panels, plan.a_units, central, stride, d.a, count * d.b);
+    return;
+  }
+  for (std::int64_t q = 0; q < count; ++q)
+    gemm.pack(panels + q * plan.central_size(), plan.a_units, central + q * d.b, stride, d.a, d.b);
+}
 
 // half [nL of the range, kL, half_row] of one pair; columns from b to the end of the last panel are zero.
 template <class T>
 void build_half(
     const GemmKernels& gemm, const RebuildPlan& plan, const ExpertBlocks<T>& blocks, Span n_left, const T* central,
-    T* half);
+    T* half) {
+  const T* left = blocks.left.get() + n_left.first * plan.k.L * blocks.left_row;
+  multiply_all(
+      gemm, (n_left.last - n_left.first) * plan.k.L, plan.a_units * gemm.unit, left, blocks.left_row, central,
+      plan.b_panels * kPanel, [&](std::int64_t first, std::int64_t count, std::int64_t c, const float* tile) {
+        gemm.store(tile, count, kPanel, half + first * plan.half_row + c, plan.half_row);
+      });
+}
 
 // The slab's part for one pair, the `kc`-th and `nc`-th of a block: panels [k units][32], panel_units apart.
 template <class T>
 void build_slab(
     const GemmKernels& gemm, const RebuildPlan& plan, const ExpertBlocks<T>& blocks, std::int64_t n_lefts,
-    std::int64_t kc, std::int64_t nc, const T* half, T* slab);
+    std::int64_t kc, std::int64_t nc, const T* half, T* slab) {
+  const std::int64_t per_panel = plan.right.per_panel;
+  T* target = slab + kc * plan.k_units * kPanel * gemm.unit;
+  const std::int32_t* places = plan.row_unit.data() + nc * plan.n_left * plan.k.L * plan.granules;
+  multiply_all(
+      gemm, n_lefts * plan.k.L, plan.b_units * gemm.unit, half, plan.half_row, blocks.right.get(),
+      plan.right.panels * kPanel, [&](std::int64_t first, std::int64_t count, std::int64_t c, const float* tile) {
+        const std::int64_t granule = c / kPanel * per_panel;
+        gemm.store_units(
+            tile, count, target, places + first * plan.granules, plan.granules, plan.right.which.data() + granule,
+            plan.right.unit_offset.data() + granule);
+      });
+}
 
 // Running sums of a block over k: [tile of rows][panel][row of the tile][32], for all rows or for one tile.
 struct BlockSums {

@@ -100,8 +100,8 @@ Tensor experts_op(const Tensor& x, const Tensor& gates, const Tensor& top_k_inde
   if (tensors.index.numel() == 0) return torch::stable::new_zeros(tensors.x, sizes);
   Tensor out = torch::stable::new_empty(tensors.x, sizes);
   in.out = out.mutable_data_ptr();
-  const Scratch scratch(tensors.x, workspace_bytes(in));
-  experts_forward(in, scratch.data(), device.stream());
+  Scratch scratch(tensors.x);
+  experts_forward(in, scratch.memory(), device.stream());
   return out;
 }
 
@@ -135,8 +135,8 @@ Gradients experts_backward_op(const Tensor& grad, const Tensor& x, const Tensor&
   Tensor dup = place(&tensors.up, 2, in.dup), ddown = place(&tensors.down, 3, in.ddown);
   Tensor dbias = place(given(tensors.bias), 4, in.dbias), dx_gate = place(given(tensors.x_gate), 5, in.dx_gate);
   Tensor dup_gate = place(given(tensors.up_gate), 6, in.dup_gate);
-  const Scratch scratch(tensors.x, any ? workspace_bytes(in) : 0);
-  if (any) experts_backward(in, scratch.data(), device.stream());
+  Scratch scratch(tensors.x);
+  if (any) experts_backward(in, scratch.memory(), device.stream());
   return {dx, need[1] != 0 ? cast(dgates, gates.scalar_type()) : dgates, dup, ddown, dbias, dx_gate, dup_gate};
 }
 

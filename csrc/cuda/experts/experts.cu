@@ -1,46 +1,21 @@
 #include "cuda/experts/experts.h"
 
 #include <algorithm>
-#include <cstddef>
 #include <stdexcept>
 #include <string>
 
-#include "cuda/experts/launch.h"
+#include "cuda/experts/weights.cuh"
 #include "cuda/routing/routing.h"
 
 namespace mpoe::cuda {
 namespace {
 
-// Scratch memory of one call as a stack. The same code runs once without memory to measure how much it needs.
-class Workspace {
- public:
-  // Without memory: nothing may be launched; only `peak` is wanted.
-  Workspace() = default;
-  explicit Workspace(void* base) : base_(static_cast<char*>(base)), measuring_(false) {}
-
-  std::size_t peak() const { return peak_; }
-
-  void* take(std::size_t bytes) {
-    const std::size_t at = used_;
-    used_ += (bytes + 255) / 256 * 256;
-    if (used_ > peak_) peak_ = used_;
-    // While measuring: some aligned address that nothing reads.
-    return measuring_ ? reinterpret_cast<void*>(at + 256) : base_ + at;
-  }
-
- private:
-  char* base_ = nullptr;
-  bool measuring_ = true;
-  std::size_t used_ = 0, peak_ = 0;
-};
-
-// What a call launches, with its scratch memory. Slots are sorted first.
+// What a call launches, with its memory. Slots are sorted first.
 struct Call {
   ExpertsLaunches p;
   Route route;
-  void* route_memory = nullptr;
 
-  Call(const ExpertsInputs& in, const void* grad, Workspace& workspace) : workspace_(workspace) {
+  Call(const ExpertsInputs& in, const void* grad, const Memory& memory) : memory_(memory) {
     static_cast<ExpertsInputs&>(p) = in;
     if (in.units < 1 || in.units > kMostUnits) {
       throw std::invalid_argument("the kernels take 1 to " + std::to_string(kMostUnits) +
@@ -70,25 +45,19 @@ struct Call {
     p.pair_of_slot = route.pair_of_slot = take<int>(slots);
     route.cleared_size = 2 * in.groups;
     p.turns = route.cleared = take<int>(route.cleared_size);
-    route_memory = workspace.take(route_workspace_bytes(route));
   }
 
   void run(cudaStream_t stream) const {
-    mpoe::cuda::route(route, route_memory, stream);
-    switch (p.dtype) {
-      case Dtype::kFloat32: return p.tf32 ? experts_tf32(p, stream) : experts_float(p, stream);
-      case Dtype::kBFloat16: return experts_bfloat16(p, stream);
-      case Dtype::kFloat16: return experts_float16(p, stream);
-      default: throw std::invalid_argument("CUDA kernels take float32, bfloat16 and float16");
-    }
+    mpoe::cuda::route(route, memory_, stream);
+    with_product_type(p.dtype, p.tf32, [&](auto zero) { launch<decltype(zero)>(p, stream); });
   }
 
   template <class T>
   T* take(int64_t count) {
-    return static_cast<T*>(workspace_.take(static_cast<std::size_t>(count) * sizeof(T)));
+    return mpoe::cuda::take<T>(memory_, count);
   }
   void* take_rows(int width) {
-    return workspace_.take(static_cast<std::size_t>(p.slots() * p.groups * width * size_of(p.dtype)));
+    return take<char>(p.slots() * p.groups * width * size_of(p.dtype));
   }
   // Of more than two choices: every sum in a 16-bit type rounds.
   float* take_sums(const void* out, int width) {
@@ -97,18 +66,20 @@ struct Call {
   }
 
  private:
-  Workspace& workspace_;
+  const Memory& memory_;
 };
 
-Call forward_call(const ExpertsForward& in, Workspace& workspace) {
-  Call call(in, nullptr, workspace);
+}  // namespace
+
+void experts_forward(const ExpertsForward& in, const Memory& memory, cudaStream_t stream) {
+  Call call(in, nullptr, memory);
   call.p.out = in.out;
   call.p.sums = call.take_sums(in.out, in.columns);
-  return call;
+  call.run(stream);
 }
 
-Call backward_call(const ExpertsBackward& in, Workspace& workspace) {
-  Call call(in, in.grad, workspace);
+void experts_backward(const ExpertsBackward& in, const Memory& memory, cudaStream_t stream) {
+  Call call(in, in.grad, memory);
   ExpertsLaunches& p = call.p;
   p.is_backward = true;
   p.grad = in.grad;
@@ -154,31 +125,6 @@ Call backward_call(const ExpertsBackward& in, Workspace& workspace) {
   place_up(in.dup, p.x, p.dvalue);
   place_up(in.dup_gate, p.x_gate, p.dz);
   place(in.ddown, units(p.h), SummedLines{in.grad, in.columns, in.columns, true, p.vector_out});
-  return call;
-}
-
-}  // namespace
-
-std::size_t workspace_bytes(const ExpertsForward& arguments) {
-  Workspace measuring;
-  forward_call(arguments, measuring);
-  return measuring.peak();
-}
-std::size_t workspace_bytes(const ExpertsBackward& arguments) {
-  Workspace measuring;
-  backward_call(arguments, measuring);
-  return measuring.peak();
-}
-
-void experts_forward(const ExpertsForward& in, void* memory, cudaStream_t stream) {
-  Workspace workspace(memory);
-  const Call call = forward_call(in, workspace);
-  call.run(stream);
-}
-
-void experts_backward(const ExpertsBackward& in, void* memory, cudaStream_t stream) {
-  Workspace workspace(memory);
-  const Call call = backward_call(in, workspace);
   call.run(stream);
 }
 

@@ -4,8 +4,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/experts/launch.h"
 #include "cuda/experts/rows.cuh"
+#include "cuda/experts/weights.cuh"
 
 namespace mpoe::cuda {
 
@@ -31,7 +31,7 @@ void launch_rows(const ExpertsLaunches& p, cudaStream_t stream) {
 }
 
 template <class T>
-void launch_experts(const ExpertsLaunches& p, cudaStream_t stream) {
+void launch(const ExpertsLaunches& p, cudaStream_t stream) {
   const ExpertsArguments& arguments = p;
   const unsigned experts = static_cast<unsigned>(p.experts);
   if (p.tiles > 0) p.by_unit ? launch_rows<T, true>(p, stream) : launch_rows<T, false>(p, stream);

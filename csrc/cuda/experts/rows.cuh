@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kExpertsThreads)
       const Resident<T, true> a{h, h_stride};  // whole at the barrier with which the product begins
       const auto b = expert_lines<T, false>(p.down, at + first, p.columns, p.units, columns, p.vector_out);
       block_gemm<T, TileT, true, false>(sum, a, b, 0, p.units, s.rows, columns, stages);
-      sum.for_each([&](int row, int, float& value) { value *= s.gates[row]; });
+      sum.for_each([&](int row, int, float& value) { value *= s.gates()[row]; });
     }
     s.add<T>(p, sum, stages, p.out, p.sums, p.columns, first, p.vector_out);
   }
@@ -80,6 +80,7 @@ __global__ void __launch_bounds__(kExpertsThreads) experts_rows_kernel(const __g
   if (s.rows == 0) return;
   const int64_t h_stride = int64_t(p.groups) * p.padded, h_first = s.begin * h_stride + int64_t(s.group) * p.padded;
   float dots[TileT::kRowTiles][2] = {};  // of rows: gradients of their gates
+  ROLLED
   for (int first = 0; s.owned && first < p.units; first += TileT::kN) {
     const int columns = p.units - first;
     Accumulator<TileT> value, z, dh;
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(kExpertsThreads) experts_rows_kernel(const __g
     block_gemm<T, TileT, true, true>(dh, a, b, 0, p.columns, s.rows, columns, stages);
     with_activation(p.activation, [&](auto activation) {
       z.for_each_place([&](int row, int, int i, int j, int e) {
-        const float gate = row < s.rows ? s.gates[row] : 0.f;
+        const float gate = row < s.rows ? s.gates()[row] : 0.f;
         const float at_z = z.v[i][j][e], act = activate(activation.value, at_z);
         const float slope = activation_slope(activation.value, at_z);
         const float own = p.gated() ? value.v[i][j][e] : 1.f, gradient = gate * dh.v[i][j][e];
@@ -103,8 +104,9 @@ __global__ void __launch_bounds__(kExpertsThreads) experts_rows_kernel(const __g
     });
     const auto store = [&](const Accumulator<TileT>& tile, void* to) {
       T* const line = static_cast<T*>(to) + h_first + first;
-      for_each_run(tile, stages, s.rows, p.padded - first, [&](int row, int column, const auto& pack) {
-        *reinterpret_cast<std::decay_t<decltype(pack)>*>(line + row * h_stride + column) = pack;
+      for_each_run(tile, stages, s.rows, p.padded - first, [&](int row, int column, const T* run) {
+        using Run16 = dev::Pack<T, 16 / static_cast<int>(sizeof(T))>;
+        *reinterpret_cast<Run16*>(line + row * h_stride + column) = *reinterpret_cast<const Run16*>(run);
       });
     };
     if (p.h) store(z, p.h);
@@ -122,7 +124,7 @@ __global__ void __launch_bounds__(kExpertsThreads) experts_rows_kernel(const __g
       if ((lane & 3) == 0) parts[warp % TileT::kWarpsN * kExpertsRows + row] = sum;
     }
     __syncthreads();  // parts are whole
-    if (own < s.rows) p.gate_parts[s.group * p.slots() + s.pairs[own]] = parts[own] + parts[kExpertsRows + own];
+    if (own < s.rows) p.gate_parts[s.group * p.slots() + s.pairs()[own]] = parts[own] + parts[kExpertsRows + own];
   }
   const int64_t at = p.weight(s.expert, s.group, p.units * p.width);
   const auto back = [&](Accumulator<TileT>& sum, const void* d, const void* up, int first) {
@@ -135,6 +137,7 @@ __global__ void __launch_bounds__(kExpertsThreads) experts_rows_kernel(const __g
   };
   if (!p.out && !p.out_gate) return;
   s.wait(p);
+  ROLLED
   for (int first = 0; first < p.width; first += TileT::kN) {
     Accumulator<TileT> sum;
     if (p.out) {
@@ -143,7 +146,7 @@ __global__ void __launch_bounds__(kExpertsThreads) experts_rows_kernel(const __g
       if (kByUnit && p.gated()) back(sum, p.dz, p.up_gate, first);
       s.add<T>(p, sum, stages, p.out, p.sums, p.width, first, p.vector_in);
     }
-    if (p.out_gate) {
+    if (!kByUnit && p.out_gate) {
       sum.clear();
       back(sum, p.dz, p.up_gate, first);
       s.add<T>(p, sum, stages, p.out_gate, p.sums_gate, p.width, first, p.vector_in);

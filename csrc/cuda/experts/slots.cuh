@@ -66,14 +66,23 @@ __device__ __forceinline__ auto expert_lines(const void* data, int64_t first, in
 struct SlotTile {
   int group, choice, expert, begin, rows;  // rows = 0: no tile
   bool owned;                              // by an expert
-  int *pairs, *tokens;                     // of the rows, in shared memory
-  float* gates;
+
+  // Of the rows, in shared memory.
+  static __device__ __forceinline__ int* pairs() {
+    SHARED_ARRAY(int, pairs_of_rows, kExpertsRows);
+    return pairs_of_rows;
+  }
+  static __device__ __forceinline__ int* tokens() {
+    SHARED_ARRAY(int, tokens_of_rows, kExpertsRows);
+    return tokens_of_rows;
+  }
+  static __device__ __forceinline__ float* gates() {
+    SHARED_ARRAY(float, gates_of_rows, kExpertsRows);
+    return gates_of_rows;
+  }
 
   __device__ __forceinline__ explicit SlotTile(const ExpertsArguments& p) {
     SHARED_ARRAY(int, taken, 1);
-    SHARED_ARRAY(int, own_pairs, kExpertsRows);
-    SHARED_ARRAY(int, own_tokens, kExpertsRows);
-    SHARED_ARRAY(float, own_gates, kExpertsRows);
     const int tiles = p.tiles * p.top_k, row = threadIdx.x;
     group = blockIdx.x / tiles;
     int tile = blockIdx.x - group * tiles;
@@ -93,13 +102,10 @@ struct SlotTile {
     begin = p.begin(choice, expert) + tile * kExpertsRows;
     rows = p.end(choice, expert) - begin;
     rows = rows < kExpertsRows ? rows : kExpertsRows;
-    pairs = own_pairs;
-    tokens = own_tokens;
-    gates = own_gates;
     if (row < rows) {
-      pairs[row] = p.pair_of_slot[begin + row];
-      tokens[row] = pairs[row] / p.top_k;
-      gates[row] = owned ? p.gates[pairs[row]] : 0.f;
+      const int pair = pairs()[row] = p.pair_of_slot[begin + row];
+      tokens()[row] = pair / p.top_k;
+      gates()[row] = owned ? p.gates[pair] : 0.f;
     }
     __syncthreads();  // rows are known
   }
@@ -109,7 +115,7 @@ struct SlotTile {
   __device__ __forceinline__ auto lines(const void* data, int groups, int width, bool vector) const {
     const int64_t stride = int64_t(groups) * width;
     return expert_lines<T, true>(data, int64_t(group) * width, width, vector,
-                                 [&, stride](int row) { return row < rows ? tokens[row] * stride : -1; });
+                                 [stride, rows = rows](int row) { return row < rows ? tokens()[row] * stride : -1; });
   }
 
   // Until the rows of earlier choices are written; what follows must begin with a barrier.
@@ -127,22 +133,22 @@ struct SlotTile {
   __device__ __forceinline__ void add(const ExpertsArguments& p, const Accumulator<ExpertsTile<T>>& sum, T* stages,
                                       void* out, float* sums, int width, int first, bool vector) const {
     constexpr int kPer = 16 / static_cast<int>(sizeof(T));
-    const bool last = choice + 1 == p.top_k;
-    for_each_run(sum, stages, rows, width - first, [&](int row, int column, const dev::Pack<T, kPer>& pack) {
-      const int64_t at = (int64_t(tokens[row]) * p.groups + group) * width + first + column;
+    const bool later = choice > 0, last = choice + 1 == p.top_k;
+    for_each_run(sum, stages, rows, width - first, [&](int row, int column, const T* run) {
+      const int64_t at = (int64_t(tokens()[row]) * p.groups + group) * width + first + column;
       T* const to = static_cast<T*>(out) + at;
-      float* const until_last = sums + at;
-      const int count = width - first - column;
-      dev::Pack<float, kPer> values;
-      UNROLL
-      for (int i = 0; i < kPer; ++i) values.v[i] = dev::to_float(pack.v[i]);
-      if (choice > 0 && sums) dev::add_to(values, until_last, count, vector);
-      if (choice > 0 && !sums) dev::add_to(values, to, count, vector);
-      if (sums && !last) {
-        dev::store(values, until_last, count, vector);
-      } else {
-        dev::store(values, to, count, vector);
-      }
+      const auto add_some = [&](auto per, int i) {
+        constexpr int kOwn = decltype(per)::value;
+        dev::Pack<float, kOwn> values = dev::load<kOwn>(run + i);
+        if (later) {
+          const auto before = sums ? dev::load<kOwn>(sums + at + i) : dev::load<kOwn>(to + i);
+          UNROLL
+          for (int j = 0; j < kOwn; ++j) values.v[j] += before.v[j];
+        }
+        sums && !last ? dev::store(values, sums + at + i) : dev::store(values, to + i);
+      };
+      if (vector) return add_some(std::integral_constant<int, kPer>{}, 0);
+      for (int i = 0; i < kPer && first + column + i < width; ++i) add_some(std::integral_constant<int, 1>{}, i);
     });
   }
 };

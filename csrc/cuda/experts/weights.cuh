@@ -132,4 +132,14 @@ __global__ void __launch_bounds__(kExpertsThreads) parts_sums_kernel(const __gri
   }
 }
 
+struct ExpertsLaunches : ExpertsArguments {
+  bool is_backward = false;
+  WeightGradients weights;
+  void* dbias = nullptr;
+  PartsSums parts;
+};
+// The tiles of the forward, or the gradients whose pointers are set; compiled in a file per type.
+template <class T>
+void launch(const ExpertsLaunches& p, cudaStream_t stream);
+
 }  // namespace mpoe::cuda

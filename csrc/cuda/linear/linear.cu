@@ -62,12 +62,6 @@ bool whole(int chunk, const Digits& digits, std::initializer_list<const void*> a
   return whole(chunk, {digits.columns, digits.size[2], digits.run_length()}, arrays);
 }
 
-// Calls f(T{}) with the type that the kernels multiply.
-template <class F>
-void with_product_type(const LinearSizes& sizes, F&& f) {
-  sizes.tf32 && sizes.dtype == Dtype::kFloat32 ? f(dev::tf32{}) : with_type(sizes.dtype, f);
-}
-
 }  // namespace
 
 void rebuilt_product(const RebuiltProduct& product, cudaStream_t stream) {
@@ -100,7 +94,7 @@ void rebuilt_product(const RebuiltProduct& product, cudaStream_t stream) {
   p.vector_a = whole(chunk, {a}, {product.left});
   p.vector_b = whole(chunk, {b}, {product.central, product.right});
   p.pairs = p.n.run_length() % 2 == 0;
-  with_product_type(product, [&](auto zero) { launch<decltype(zero)>(p, columns, stream); });
+  with_product_type(product.dtype, product.tf32, [&](auto zero) { launch<decltype(zero)>(p, columns, stream); });
 }
 
 void gradient_product(const GradientProduct& product, cudaStream_t stream) {
@@ -119,7 +113,7 @@ void gradient_product(const GradientProduct& product, cudaStream_t stream) {
   const int bond_tiles = (product.b + kSide - 1) / kSide;
   const dim3 grid(static_cast<unsigned>(outer * bond_tiles), static_cast<unsigned>(product.parts),
                   static_cast<unsigned>(product.experts));
-  with_product_type(product, [&](auto zero) { launch<decltype(zero)>(p, grid, stream); });
+  with_product_type(product.dtype, product.tf32, [&](auto zero) { launch<decltype(zero)>(p, grid, stream); });
 }
 
 }  // namespace mpoe::cuda

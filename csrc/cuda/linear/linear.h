@@ -34,7 +34,7 @@ struct RebuiltProduct : LinearSizes {
   bool transposed = false;
   const void *rows = nullptr, *left = nullptr, *central = nullptr, *right = nullptr;
   void* out = nullptr;  // slots past the last offset become zero
-  Epilogue epilogue;
+  Epilogue epilogue = {};
 };
 void rebuilt_product(const RebuiltProduct& product, cudaStream_t stream);
 

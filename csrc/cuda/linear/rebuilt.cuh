@@ -135,24 +135,22 @@ __global__ void __launch_bounds__(RebuiltTiles<T, kColumns>::Out::kThreads)
   const Epilogue& last = of.epilogue;
   const int first = n.first();
   const auto store = [&](void* to, const int64_t* index, const float* gates) {
-    for_each_run(sum, stages, rows, n.units * run_n, [&](int row, int column, auto pack) {
+    for_each_run(sum, stages, rows, n.units * run_n, [&](int row, int column, const T* values) {
       constexpr int kPer = 16 / static_cast<int>(sizeof(T));
       const int64_t place = index ? index[begin + row] : begin + row;
-      if (gates && owned) {
-        const float gate = gates[place];
-        UNROLL
-        for (int i = 0; i < kPer; ++i) pack.v[i] = dev::from_float<T>(gate * dev::to_float(pack.v[i]));
-      }
+      const float gate = gates && owned ? gates[place] : 1.f;
       T* const line = static_cast<T*>(to) + place * p.n.columns + first;
-      if (p.vector_out) {
-        const Run run = n(column);
-        if (run.count > 0) *reinterpret_cast<dev::Pack<T, kPer>*>(line + run.offset) = pack;
-      } else {
-        for (int i = 0; i < kPer; ++i) {
-          const Run run = n(column + i);
-          if (run.count > 0) line[run.offset] = pack.v[i];
-        }
-      }
+      const auto store_some = [&](auto per, int i) {
+        constexpr int kOwn = decltype(per)::value;
+        const Run run = n(column + i);
+        if (run.count <= 0) return;
+        dev::Pack<float, kOwn> gated = dev::load<kOwn>(values + i);
+        UNROLL
+        for (int j = 0; j < kOwn; ++j) gated.v[j] *= gate;
+        dev::store(gated, line + run.offset);
+      };
+      if (p.vector_out) return store_some(std::integral_constant<int, kPer>{}, 0);
+      for (int i = 0; i < kPer; ++i) store_some(std::integral_constant<int, 1>{}, i);
     });
   };
   if (last.bias && owned) {

@@ -52,8 +52,8 @@ std::tuple<Tensor, Tensor, Tensor> route_op(const Tensor& top_k_index, int64_t n
   in.offsets = offsets.mutable_data_ptr<int>();
   in.token_of_slot = token_of_slot.mutable_data_ptr<int64_t>();
   in.slot_of_token = slot_of_token.mutable_data_ptr<int64_t>();
-  const Scratch scratch(index, route_workspace_bytes(in));
-  route(in, scratch.data(), device.stream());
+  Scratch scratch(index);
+  route(in, scratch.memory(), device.stream());
   return {offsets, token_of_slot, slot_of_token};
 }
 

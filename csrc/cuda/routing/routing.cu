@@ -5,7 +5,6 @@
 #include <string>
 #include <type_traits>
 
-#include "cuda/dispatch.h"
 #include "cuda/routing/routing.cuh"
 
 namespace mpoe::cuda {
@@ -13,7 +12,7 @@ namespace {
 
 unsigned blocks_of(int64_t extent, int block) { return static_cast<unsigned>((extent + block - 1) / block); }
 
-SortArguments sort_of(const Route& p, void* workspace) {
+SortArguments sort_of(const Route& p) {
   SortArguments s;
   s.index = p.index;
   s.mask = p.token_mask;
@@ -27,7 +26,6 @@ SortArguments sort_of(const Route& p, void* workspace) {
   s.pair_of_slot = p.pair_of_slot;
   s.cleared = p.cleared;
   s.cleared_size = p.cleared_size;
-  s.counts = static_cast<int*>(workspace);
   return s;
 }
 
@@ -59,14 +57,7 @@ void gate(Dtype dtype, const void* logits, float* weights, int64_t* index, int t
   check_launch("gate");
 }
 
-std::size_t route_workspace_bytes(const Route& p) {
-  const int64_t pairs = int64_t(p.tokens) * p.top_k;
-  if (pairs <= kFewPairs) return 0;
-  const int64_t counts = int64_t(blocks_of(pairs, kPairsPerBlock)) * sort_of(p, nullptr).bins();
-  return static_cast<std::size_t>(counts + (p.capacity >= 0 ? pairs : 0)) * sizeof(int);
-}
-
-void route(const Route& p, void* workspace, cudaStream_t stream) {
+void route(const Route& p, const Memory& memory, cudaStream_t stream) {
   const int choices = p.pair_of_slot ? p.top_k : 1;
   if ((int64_t(p.experts) + 1) * choices > kMostBins) {
     throw std::invalid_argument("routing takes at most " + std::to_string(kMostBins / choices - 1) + " experts; got " +
@@ -74,7 +65,7 @@ void route(const Route& p, void* workspace, cudaStream_t stream) {
   }
   const int64_t pairs = int64_t(p.tokens) * p.top_k;
   if (pairs >= 1 << 30) throw std::invalid_argument("routing counts to 2^30 pairs of token and choice");
-  SortArguments s = sort_of(p, workspace);
+  SortArguments s = sort_of(p);
   const std::size_t bins = static_cast<std::size_t>(s.bins()), ranks = bins * (sizeof(int) + kRouteWarps);
   if (pairs <= kFewPairs) {
     LAUNCH(route_few_kernel, dim3(1), dim3(kRouteThreads), ranks + static_cast<std::size_t>(pairs) * sizeof(int), stream,
@@ -82,6 +73,7 @@ void route(const Route& p, void* workspace, cudaStream_t stream) {
     return check_launch("route");
   }
   const unsigned blocks = blocks_of(pairs, kPairsPerBlock);
+  s.counts = take<int>(memory, int64_t(blocks) * s.bins());
   const auto pass = [&](bool by_choice) {
     s.by_choice = by_choice;
     LAUNCH(histogram_kernel, dim3(blocks), dim3(kRouteThreads), bins * sizeof(int), stream, s);
@@ -90,7 +82,7 @@ void route(const Route& p, void* workspace, cudaStream_t stream) {
     check_launch("route");
   };
   if (p.capacity >= 0) {
-    s.keys = s.counts + int64_t(blocks) * static_cast<int64_t>(bins);
+    s.keys = take<int>(memory, pairs);
     pass(true);
   }
   pass(false);

@@ -4,8 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "common/types.h"
-#include "cuda/device.cuh"
+#include "cuda/dispatch.h"
 
 namespace mpoe::cuda {
 
@@ -31,8 +30,7 @@ struct Route {
   int cleared_size = 0;
 };
 // Stable counting sort by expert; one launch for few pairs, else three, six with a capacity.
-std::size_t route_workspace_bytes(const Route& arguments);
-void route(const Route& arguments, void* workspace, cudaStream_t stream);
+void route(const Route& arguments, const Memory& memory, cudaStream_t stream);
 
 // x [T, I] of rows `x_stride` elements apart, out [N, I]; slots from offsets[E] = *filled on become zero.
 void dispatch(Dtype dtype, const void* x, int64_t x_stride, const int64_t* token_of_slot, const int* filled, void* out,

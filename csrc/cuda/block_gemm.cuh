@@ -15,12 +15,7 @@ __device__ __forceinline__ int group_of_tile(int& tile, int count, Tiles&& tiles
   ROLLED
   for (int first = 0; first < count; first += 32) {
     const int own = first + lane < count ? tiles_of_group(first + lane) : 0;
-    int sum = own;  // of this group and those before it
-    UNROLL
-    for (int step = 1; step < 32; step <<= 1) {
-      const int left = __shfl_up_sync(dev::kFullWarp, sum, static_cast<unsigned>(step));
-      if (lane >= step) sum += left;
-    }
+    const int sum = dev::sum_up_to(own);  // of this group and those before it
     const int before = __popc(__ballot_sync(dev::kFullWarp, sum <= tile));  // groups that end before the tile
     const int skipped = __shfl_sync(dev::kFullWarp, before < 32 ? sum - own : sum, before < 32 ? before : 31);
     tile -= skipped;
@@ -39,9 +34,9 @@ struct Adjacent {
   __device__ __forceinline__ Run operator()(int column) const { return {column, columns - column}; }
 };
 
-// An operand's tiles of kExtent lines (or of kExtent columns of TileT::kK lines, if not kMajor), copied from `data`. Line
-// i begins line(i) elements after it, negative: there is none; column(c) is the Run that begins with column c. What is
-// not there becomes zero.
+// An operand's tiles of kExtent lines (or of kExtent columns of TileT::kK lines, if not kMajor), copied from `data`.
+// Line i begins line(i) elements after it, negative: there is none; column(c) is the Run that begins with column c.
+// What is not there becomes zero.
 template <class T, class TileT, int kExtent, bool kMajor, class Line, class Column>
 class Lines {
  public:
@@ -66,17 +61,18 @@ class Lines {
   __device__ __forceinline__ void load(T* stage, int k) const {
     UNROLL
     for (int i = 0; i < kPerThread; ++i) {
-      T* const to = stage + line_of(i) * kStride + column_of(i);
-      const int64_t from = kMajor ? from_[kMajor ? i : 0] : line_(k + line_of(i));
-      const int first = column_of(i) + (kMajor ? k : 0);
+      T* const to = stage + line_of(i) * kStride + column();
+      const int64_t line = kMajor ? from_[kMajor ? i : 0] : line_(k + line_of(i)), from = line < 0 ? 0 : line;
+      const int first = column() + (kMajor ? k : 0), most = line < 0 ? 0 : kPerChunk;
       if (vector_) {
         const Run run = column_(first);
-        const int count = from < 0 || run.count < 0 ? 0 : run.count < kPerChunk ? run.count : kPerChunk;
-        dev::cp_async16(to, count ? data_ + from + run.offset : data_, count * static_cast<int>(sizeof(T)));
+        const int count = run.count < 0 ? 0 : run.count < most ? run.count : most;
+        dev::cp_async16(to, data_ + from + run.offset, count * static_cast<int>(sizeof(T)));  // of 0 bytes reads none
       } else {
+        ROLLED
         for (int j = 0; j < kPerChunk; ++j) {
           const Run run = column_(first + j);
-          to[j] = from < 0 || run.count <= 0 ? dev::from_float<T>(0.f) : data_[from + run.offset];
+          to[j] = run.count <= 0 || most == 0 ? dev::from_float<T>(0.f) : data_[from + run.offset];
         }
       }
     }
@@ -86,14 +82,12 @@ class Lines {
   static constexpr int kChunksPerLine = (kMajor ? TileT::kK : kExtent) / kPerChunk;
   static constexpr int kChunks = kChunksPerLine * (kMajor ? kExtent : TileT::kK);
   static constexpr int kPerThread = kChunks / TileT::kThreads;
-  static_assert(kPerThread > 0 && kChunks % TileT::kThreads == 0);
+  static_assert(kChunks % TileT::kThreads == 0 && TileT::kThreads % kChunksPerLine == 0);
 
   static __device__ __forceinline__ int line_of(int i) {
-    return (static_cast<int>(threadIdx.x) + i * TileT::kThreads) / kChunksPerLine;
+    return static_cast<int>(threadIdx.x) / kChunksPerLine + i * (TileT::kThreads / kChunksPerLine);
   }
-  static __device__ __forceinline__ int column_of(int i) {
-    return (static_cast<int>(threadIdx.x) + i * TileT::kThreads) % kChunksPerLine * kPerChunk;
-  }
+  static __device__ __forceinline__ int column() { return static_cast<int>(threadIdx.x) % kChunksPerLine * kPerChunk; }
 
   const T* const data_;
   const Line line_;
@@ -184,8 +178,8 @@ template <class T, class TileT>
 __host__ __device__ constexpr int run_elements() {
   return TileT::kM * padded_stride<T>(TileT::kN, true);
 }
-// Calls f(row, column, run) for the runs of 16 bytes, in shared memory, of the first `rows` rows and `columns` columns of
-// a tile, rounded: adjacent threads have adjacent runs. `buffer`: shared memory. Every thread of the block must call it.
+// Calls f(row, column, run) for the runs of 16 bytes of the first `rows` rows and `columns` columns of a tile, rounded,
+// in `buffer`, which is shared memory: adjacent threads have adjacent runs. Every thread of the block must call it.
 template <class T, class TileT, class F>
 __device__ __forceinline__ void for_each_run(const Accumulator<TileT>& tile, T* buffer, int rows, int columns, F&& f) {
   constexpr int kStride = padded_stride<T>(TileT::kN, true), kPer = 16 / static_cast<int>(sizeof(T));

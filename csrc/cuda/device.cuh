@@ -147,6 +147,16 @@ __device__ __forceinline__ fp16 from_float<fp16>(float value) {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 
+// Sum over the lanes of a warp up to this one.
+__device__ __forceinline__ int sum_up_to(int value) {
+  UNROLL
+  for (int step = 1; step < 32; step <<= 1) {
+    const int left = __shfl_up_sync(kFullWarp, value, static_cast<unsigned>(step));
+    if (static_cast<int>(threadIdx.x & 31) >= step) value += left;
+  }
+  return value;
+}
+
 // kPer adjacent elements, moved at once.
 template <class T, int kPer>
 struct alignas(sizeof(T) * kPer) Pack {

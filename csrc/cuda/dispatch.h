@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <functional>
+#include <initializer_list>
 #include <stdexcept>
 
 #include "common/types.h"
@@ -25,6 +26,13 @@ void with_type(Dtype dtype, F&& f) {
     case Dtype::kFloat16: return f(dev::fp16{});
     default: throw std::invalid_argument("CUDA kernels take float32, bfloat16 and float16");
   }
+}
+// Whether lines of so many elements from aligned arrays are whole chunks of 16 bytes.
+inline bool whole(int chunk, std::initializer_list<int> lines, std::initializer_list<const void*> arrays) {
+  bool are = true;
+  for (const int elements : lines) are = are && elements % chunk == 0;
+  for (const void* array : arrays) are = are && reinterpret_cast<std::uintptr_t>(array) % 16 == 0;
+  return are;
 }
 // The type that tensor cores multiply.
 template <class F>

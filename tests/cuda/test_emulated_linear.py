@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +14,7 @@ from tests.cases import SMALL_SHAPES, pairwise
 from tests.linear_scenarios import LinearScenarios
 
 from .emulated_linear import ALL, Case
-from .emulation import OPS, REFUSED, SCHEDULE_PARTS, schedule, stats
+from .emulation import SCHEDULE_PARTS, schedule, stats
 
 IN_BFLOAT16 = ("paper", "light", "separable", "padded", "uneven_bonds")
 MASKED = [True, True, False, True, True]
@@ -142,53 +140,6 @@ def test_tf32_is_less_exact_and_only_on_demand() -> None:
         errors.append(relative_error(case.run("rebuild")[0], case.reference(torch.float64)[0]))
     assert errors[0] < 1e-6
     assert 1e-5 < errors[1] < 2e-3
-
-
-BLOCKS = {"left": torch.ones(2, 3, 1, 5), "central": torch.ones(5, 2, 2, 4), "right": torch.ones(2, 3, 2, 4)}
-OFFSETS = torch.tensor([0, 1, 3], dtype=torch.int32)
-
-
-def product(**changed: object) -> None:
-    around = {"offsets": OFFSETS, "row_index": None, "bias": None, "activation": "none", "pre": None}
-    arguments = {"rows": torch.ones(3, 18), **BLOCKS, "out": torch.empty(3, 4), **around}
-    OPS.rebuilt_product(*{**arguments, **changed}.values(), False, False)
-
-
-def gradient(**changed: object) -> None:
-    arguments = {
-        "x": torch.ones(3, 18),
-        "dz": torch.ones(3, 4),
-        "other": BLOCKS["right"],
-        "out": torch.empty(2, 3, 1, 2, 2, 4),
-        "offsets": OFFSETS,
-        "row_index": None,
-    }
-    OPS.weight_gradient_product(*{**arguments, **changed}.values(), False, False)
-
-
-@pytest.mark.parametrize(
-    ("op", "change", "message"),
-    [
-        (product, {"left": torch.ones(2, 3, 1, 4)}, "blocks must be left"),
-        (product, {"rows": torch.ones(3, 19)}, r"rows must be \[.., at most 18\]"),
-        (product, {"rows": torch.ones(3, 0)}, "rows must have columns"),
-        (product, {"out": torch.empty(2, 4)}, r"the result must be \[3, at most 4\]"),
-        (product, {"pre": torch.empty(3, 3)}, "what is saved must be like the result"),
-        (product, {"bias": torch.empty(3)}, r"bias must be \[4\]"),
-        (product, {"bias": torch.empty(4).half()}, "bias must be dense and of the dtype of the rows"),
-        (product, {"offsets": OFFSETS[1:]}, r"expert_offsets must be dense int32 \[3\]"),
-        (product, {"row_index": torch.zeros(3)}, r"row_index must be dense int64 \[3\]"),
-        (product, {"activation": "tanh"}, "unknown activation tanh"),
-        (gradient, {"other": torch.ones(2, 3, 2)}, "half must have 6 axes and right 4; got 6 and 3"),
-        (gradient, {"dz": torch.ones(2, 4)}, r"dz must be \[3, at most 4\]"),
-        (gradient, {"out": torch.empty(2, 3, 1, 2, 2, 4).half()}, "out must be dense, of the dtype of x"),
-    ],
-    ids=str,
-)
-def test_wrong_arguments_are_refused(op: Callable[..., None], change: dict[str, object], message: str) -> None:
-    op()
-    with pytest.raises(REFUSED, match=message):
-        op(**change)
 
 
 @settings(max_examples=25)

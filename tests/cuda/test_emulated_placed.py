@@ -11,7 +11,7 @@ from tests.assertions import poisoned_memory
 from tests.cases import SMALL_SHAPES
 
 from .emulated_linear import Case
-from .emulation import KERNELS, REFUSED
+from .emulation import KERNELS
 
 
 def case_of(dtype: torch.dtype = torch.bfloat16, activation: str = "gelu") -> Case:
@@ -39,10 +39,3 @@ def test_the_same_bits_elsewhere(dtype: torch.dtype) -> None:
     wanted = (y.float() * gates[out_index][:, None]).to(dtype)
     wanted[filled:] = 0
     assert torch.equal(placed[out_index], wanted)
-
-
-def test_what_is_no_place_or_no_gate_is_refused() -> None:
-    case, places, gates = case_of(), torch.arange(13), torch.ones(13)
-    for bad in ((places[1:], gates), (places, gates[1:]), (places, gates.double()), (places.int(), gates)):
-        with pytest.raises(REFUSED, match=r"out_index must be dense int64 \[13\]|gates must be dense float32 \[13\]"):
-            forward(case, *bad)

@@ -346,17 +346,11 @@ void backward(
   });
 }
 
-void add(const float* from, float* to, int64_t count) {
-  int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) store_floats(to + i, load_floats(to + i) + load_floats(from + i));
-  for (; i < count; ++i) to[i] += from[i];
-}
-
 }  // namespace
 
 const HiddenKernels MPOE_HIDDEN[2] = {
-    {forward<float>, backward<float>, add},
-    {forward<BFloat16>, backward<BFloat16>, add},
+    {forward<float>, backward<float>},
+    {forward<BFloat16>, backward<BFloat16>},
 };
 
 }  // namespace mpoe

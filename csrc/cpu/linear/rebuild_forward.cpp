@@ -146,9 +146,7 @@ void forward(const GemmKernels& gemm, const LinearForward& in) {
 }  // namespace
 
 void rebuild_forward(const LinearForward& in) {
-  with_element_type(in.dtype, [&](const GemmKernels& gemm, auto element) {
-    forward<decltype(element)>(gemm, in);
-  });
+  with_element_type(in.dtype, [&]<class T>(const GemmKernels& gemm, T) { forward<T>(gemm, in); });
 }
 
 }  // namespace mpoe

@@ -30,13 +30,8 @@ struct Call {
     p.tiles = static_cast<int>(tiles);
     const int chunk = 16 / static_cast<int>(size_of(in.dtype));
     p.padded = (in.units + chunk - 1) / chunk * chunk;
-    const auto whole = [&](int width, std::initializer_list<const void*> arrays) {
-      bool are = width % chunk == 0;
-      for (const void* array : arrays) are = are && reinterpret_cast<std::uintptr_t>(array) % 16 == 0;
-      return are;
-    };
-    p.vector_in = whole(in.width, {in.x, p.x_gate, in.up, in.up_gate}) && (in.by_unit || in.units % chunk == 0);
-    p.vector_out = whole(in.columns, {in.down, grad});
+    p.vector_in = whole(chunk, {in.width, in.by_unit ? 0 : in.units}, {in.x, p.x_gate, in.up, in.up_gate});
+    p.vector_out = whole(chunk, {in.columns}, {in.down, grad});
     route.index = in.index;
     route.tokens = in.tokens;
     route.top_k = in.top_k;
@@ -56,9 +51,7 @@ struct Call {
   T* take(int64_t count) {
     return mpoe::cuda::take<T>(memory_, count);
   }
-  void* take_rows(int width) {
-    return take<char>(p.slots() * p.groups * width * size_of(p.dtype));
-  }
+  void* take_rows(int width) { return take<char>(p.slots() * p.groups * width * size_of(p.dtype)); }
   // Of more than two choices: every sum in a 16-bit type rounds.
   float* take_sums(const void* out, int width) {
     const bool are = out && p.top_k > 2 && size_of(p.dtype) == 2;

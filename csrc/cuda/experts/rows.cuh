@@ -5,8 +5,9 @@
 
 namespace mpoe::cuda {
 
-// `value` = x up for units from `first` on, and `z` = what is activated, which without a gate is `value` plus the bias.
-template <class T, bool kByUnit>
+// For units from `first` on, `z` = what is activated, x up plus the bias; of gated ones z is x_gate up_gate plus the
+// bias, and `value` = x up.
+template <class T, bool kByUnit, bool kGated>
 __device__ __forceinline__ void pre_activation(const ExpertsArguments& p, const SlotTile& s, int first, T* stages,
                                                Accumulator<ExpertsTile<T>>& value, Accumulator<ExpertsTile<T>>& z) {
   using TileT = ExpertsTile<T>;
@@ -19,12 +20,8 @@ __device__ __forceinline__ void pre_activation(const ExpertsArguments& p, const 
     sum.clear();
     block_gemm<T, TileT, true, kByUnit>(sum, a, b, 0, p.width, s.rows, columns, stages);
   };
-  multiply(value, p.x, p.up);
-  if (p.gated()) {
-    multiply(z, p.x_gate, p.up_gate);
-  } else {
-    z = value;
-  }
+  if (kGated) multiply(value, p.x, p.up);
+  kGated ? multiply(z, p.x_gate, p.up_gate) : multiply(z, p.x, p.up);
   if (!p.bias) return;
   const T* const bias = static_cast<const T*>(p.bias) + (int64_t(s.expert) * p.groups + s.group) * p.units + first;
   z.for_each([&](int, int column, float& sum) {
@@ -33,7 +30,7 @@ __device__ __forceinline__ void pre_activation(const ExpertsArguments& p, const 
 }
 
 // Grid: groups times choices times tiles. Shared: stages, then hidden units [64][h_stride].
-template <class T, bool kByUnit>
+template <class T, bool kByUnit, bool kGated>
 __global__ void __launch_bounds__(kExpertsThreads)
     experts_forward_kernel(const __grid_constant__ ExpertsArguments p, int h_stride) {
   using TileT = ExpertsTile<T>;
@@ -43,11 +40,11 @@ __global__ void __launch_bounds__(kExpertsThreads)
   if (s.rows == 0) return;
   for (int first = 0; s.owned && first < p.units; first += TileT::kN) {
     Accumulator<TileT> value, z;
-    pre_activation<T, kByUnit>(p, s, first, stages, value, z);
+    pre_activation<T, kByUnit, kGated>(p, s, first, stages, value, z);
     with_activation(p.activation, [&](auto activation) {
       z.for_each([&](int, int, float& sum) { sum = activate(activation.value, sum); });
     });
-    if (p.gated()) z.multiply(value);
+    if (kGated) z.multiply(value);
     z.for_each_pair([&](int row, int column, float v0, float v1) {
       *reinterpret_cast<dev::Pack<T, 2>*>(h + row * h_stride + first + column) = {
           {dev::from_float<T>(v0), dev::from_float<T>(v1)}};
@@ -63,7 +60,7 @@ __global__ void __launch_bounds__(kExpertsThreads)
       const Resident<T, true> a{h, h_stride};  // whole at the barrier with which the product begins
       const auto b = expert_lines<T, false>(p.down, at + first, p.columns, p.units, columns, p.vector_out);
       block_gemm<T, TileT, true, false>(sum, a, b, 0, p.units, s.rows, columns, stages);
-      sum.for_each([&](int row, int, float& value) { value *= s.gates()[row]; });
+      sum.for_each([&](int row, int, float& value) { value *= s.shared().gates[row]; });
     }
     s.add<T>(p, sum, stages, p.out, p.sums, p.columns, first, p.vector_out);
   }
@@ -71,7 +68,7 @@ __global__ void __launch_bounds__(kExpertsThreads)
 }
 
 // Grid: groups times choices times tiles. Shared: stages.
-template <class T, bool kByUnit>
+template <class T, bool kByUnit, bool kGated>
 __global__ void __launch_bounds__(kExpertsThreads) experts_rows_kernel(const __grid_constant__ ExpertsArguments p) {
   using TileT = ExpertsTile<T>;
   DYN_SHARED(T, stages);
@@ -84,7 +81,7 @@ __global__ void __launch_bounds__(kExpertsThreads) experts_rows_kernel(const __g
   for (int first = 0; s.owned && first < p.units; first += TileT::kN) {
     const int columns = p.units - first;
     Accumulator<TileT> value, z, dh;
-    pre_activation<T, kByUnit>(p, s, first, stages, value, z);
+    pre_activation<T, kByUnit, kGated>(p, s, first, stages, value, z);
     const auto a = s.lines<T>(p.grad, p.groups, p.columns, p.vector_out);
     const int64_t at = p.weight(s.expert, s.group, p.units * p.columns) + int64_t(first) * p.columns;
     const auto b = expert_lines<T, true>(p.down, at, p.columns, columns, p.columns, p.vector_out);
@@ -92,14 +89,14 @@ __global__ void __launch_bounds__(kExpertsThreads) experts_rows_kernel(const __g
     block_gemm<T, TileT, true, true>(dh, a, b, 0, p.columns, s.rows, columns, stages);
     with_activation(p.activation, [&](auto activation) {
       z.for_each_place([&](int row, int, int i, int j, int e) {
-        const float gate = row < s.rows ? s.gates()[row] : 0.f;
+        const float gate = s.shared().gates[row];
         const float at_z = z.v[i][j][e], act = activate(activation.value, at_z);
         const float slope = activation_slope(activation.value, at_z);
-        const float own = p.gated() ? value.v[i][j][e] : 1.f, gradient = gate * dh.v[i][j][e];
+        const float own = kGated ? value.v[i][j][e] : 1.f, gradient = gate * dh.v[i][j][e];
         dots[i][e / 2] += act * own * dh.v[i][j][e];
         z.v[i][j][e] = gate * act * own;
         dh.v[i][j][e] = gradient * own * slope;
-        value.v[i][j][e] = p.gated() ? gradient * act : dh.v[i][j][e];
+        if (kGated) value.v[i][j][e] = gradient * act;
       });
     });
     const auto store = [&](const Accumulator<TileT>& tile, void* to) {
@@ -110,8 +107,8 @@ __global__ void __launch_bounds__(kExpertsThreads) experts_rows_kernel(const __g
       });
     };
     if (p.h) store(z, p.h);
-    store(value, p.dvalue);
-    if (p.gated()) store(dh, p.dz);
+    store(kGated ? value : dh, p.dvalue);
+    if (kGated) store(dh, p.dz);
   }
   if (p.gate_parts) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, own = threadIdx.x;
@@ -124,7 +121,7 @@ __global__ void __launch_bounds__(kExpertsThreads) experts_rows_kernel(const __g
       if ((lane & 3) == 0) parts[warp % TileT::kWarpsN * kExpertsRows + row] = sum;
     }
     __syncthreads();  // parts are whole
-    if (own < s.rows) p.gate_parts[s.group * p.slots() + s.pairs()[own]] = parts[own] + parts[kExpertsRows + own];
+    if (own < s.rows) p.gate_parts[s.group * p.slots() + s.shared().pairs[own]] = parts[own] + parts[kExpertsRows + own];
   }
   const int64_t at = p.weight(s.expert, s.group, p.units * p.width);
   const auto back = [&](Accumulator<TileT>& sum, const void* d, const void* up, int first) {
@@ -143,10 +140,10 @@ __global__ void __launch_bounds__(kExpertsThreads) experts_rows_kernel(const __g
     if (p.out) {
       sum.clear();
       back(sum, p.dvalue, p.up, first);
-      if (kByUnit && p.gated()) back(sum, p.dz, p.up_gate, first);
+      if (kByUnit && kGated) back(sum, p.dz, p.up_gate, first);
       s.add<T>(p, sum, stages, p.out, p.sums, p.width, first, p.vector_in);
     }
-    if (!kByUnit && p.out_gate) {
+    if (!kByUnit && kGated && p.out_gate) {
       sum.clear();
       back(sum, p.dz, p.up_gate, first);
       s.add<T>(p, sum, stages, p.out_gate, p.sums_gate, p.width, first, p.vector_in);

@@ -14,8 +14,8 @@ constexpr int kSlotsAtOnce = 1024;                       // that the weights' ke
 struct ExpertsArguments : ExpertsInputs {
   int tiles = 0;                               // at most so many tiles of slots of a choice
   bool vector_in = false, vector_out = false;  // lines of inputs, of outputs are whole, aligned runs of 16 bytes
-  // Slots are sorted by choice, then by expert: those of choice k and expert e begin at offsets[k (E + 1) + e], those of
-  // tokens without an expert are expert E's.
+  // Slots are sorted by choice, then by expert: those of choice k and expert e begin at offsets[k (E + 1) + e], and
+  // those of tokens without an expert are expert E's.
   const int *offsets = nullptr, *pair_of_slot = nullptr;  // [K (E + 1)], [N]
   int* turns = nullptr;        // [2, G]: tiles that have begun, slots whose rows are written
   void *out = nullptr, *out_gate = nullptr;        // [T, G columns], or gradients of x, x_gate [T, G width] or null
@@ -28,7 +28,9 @@ struct ExpertsArguments : ExpertsInputs {
 
   __host__ __device__ bool gated() const { return up_gate != nullptr; }
   __host__ __device__ int64_t slots() const { return int64_t(tokens) * top_k; }
-  __device__ __forceinline__ int begin(int choice, int expert) const { return offsets[choice * (experts + 1) + expert]; }
+  __device__ __forceinline__ int begin(int choice, int expert) const {
+    return offsets[choice * (experts + 1) + expert];
+  }
   __device__ __forceinline__ int end(int choice, int expert) const {
     return expert < experts ? begin(choice, expert + 1) : (choice + 1) * tokens;
   }
@@ -61,35 +63,30 @@ __device__ __forceinline__ auto expert_lines(const void* data, int64_t first, in
   return expert_lines<T, kMajor>(data, first, columns, vector, line);
 }
 
-// The slots of a block's tile, in one group of units. Blocks that add to a token's row do so in the order of its choices.
-// Tiles are taken in the order in which blocks begin, so whatever a block waits for has begun before it.
+// The slots of a block's tile, in one group of units. Blocks that add to a token's row do so in the order of its
+// choices. Tiles are taken in the order in which blocks begin, so whatever a block waits for has begun before it.
 struct SlotTile {
   int group, choice, expert, begin, rows;  // rows = 0: no tile
   bool owned;                              // by an expert
 
-  // Of the rows, in shared memory.
-  static __device__ __forceinline__ int* pairs() {
-    SHARED_ARRAY(int, pairs_of_rows, kExpertsRows);
-    return pairs_of_rows;
-  }
-  static __device__ __forceinline__ int* tokens() {
-    SHARED_ARRAY(int, tokens_of_rows, kExpertsRows);
-    return tokens_of_rows;
-  }
-  static __device__ __forceinline__ float* gates() {
-    SHARED_ARRAY(float, gates_of_rows, kExpertsRows);
-    return gates_of_rows;
+  // In shared memory, of the rows.
+  struct Shared {
+    int taken, pairs[kExpertsRows], tokens[kExpertsRows];
+    float gates[kExpertsRows];
+  };
+  static __device__ __forceinline__ Shared& shared() {
+    SHARED_ARRAY(Shared, of_block, 1);
+    return *of_block;
   }
 
   __device__ __forceinline__ explicit SlotTile(const ExpertsArguments& p) {
-    SHARED_ARRAY(int, taken, 1);
     const int tiles = p.tiles * p.top_k, row = threadIdx.x;
     group = blockIdx.x / tiles;
     int tile = blockIdx.x - group * tiles;
     if (p.top_k > 1) {
-      if (row == 0) *taken = dev::ticket(p.turns + group, tile);
+      if (row == 0) shared().taken = dev::ticket(p.turns + group, tile);
       __syncthreads();  // the tile is known
-      tile = *taken;
+      tile = shared().taken;
     }
     choice = tile / p.tiles;
     tile -= choice * p.tiles;
@@ -103,10 +100,10 @@ struct SlotTile {
     rows = p.end(choice, expert) - begin;
     rows = rows < kExpertsRows ? rows : kExpertsRows;
     if (row < rows) {
-      const int pair = pairs()[row] = p.pair_of_slot[begin + row];
-      tokens()[row] = pair / p.top_k;
-      gates()[row] = owned ? p.gates[pair] : 0.f;
+      const int pair = shared().pairs[row] = p.pair_of_slot[begin + row];
+      shared().tokens[row] = pair / p.top_k;
     }
+    if (row < kExpertsRows) shared().gates[row] = row < rows && owned ? p.gates[shared().pairs[row]] : 0.f;
     __syncthreads();  // rows are known
   }
 
@@ -115,7 +112,7 @@ struct SlotTile {
   __device__ __forceinline__ auto lines(const void* data, int groups, int width, bool vector) const {
     const int64_t stride = int64_t(groups) * width;
     return expert_lines<T, true>(data, int64_t(group) * width, width, vector,
-                                 [stride, rows = rows](int row) { return row < rows ? tokens()[row] * stride : -1; });
+                                 [stride, rows = rows](int row) { return row < rows ? shared().tokens[row] * stride : -1; });
   }
 
   // Until the rows of earlier choices are written; what follows must begin with a barrier.
@@ -135,7 +132,7 @@ struct SlotTile {
     constexpr int kPer = 16 / static_cast<int>(sizeof(T));
     const bool later = choice > 0, last = choice + 1 == p.top_k;
     for_each_run(sum, stages, rows, width - first, [&](int row, int column, const T* run) {
-      const int64_t at = (int64_t(tokens()[row]) * p.groups + group) * width + first + column;
+      const int64_t at = (int64_t(shared().tokens[row]) * p.groups + group) * width + first + column;
       T* const to = static_cast<T*>(out) + at;
       const auto add_some = [&](auto per, int i) {
         constexpr int kOwn = decltype(per)::value;

@@ -102,7 +102,8 @@ __global__ void __launch_bounds__(GradientTiles<T>::Out::kThreads)
       block_gemm<T, TileT, false, false>(dw, x, dz, 0, rows, p.i.units * p.i.run_length(),
                                          p.j.units * p.j.run_length(), stages);
     }
-    places.store(dw, tile, !of_right && p.j.run_length() % 2 == 0);  // nobody reads the tile: the product has begun with a barrier
+    // Nobody reads the tile: the product has begun with a barrier.
+    places.store(dw, tile, !of_right && p.j.run_length() % 2 == 0);
     const auto other = lines_at<T, TileT, kSide, false>(
         of.other, bond, [&](int line) { return of_right ? line_of_left(i, j, line) : line_of_right(i, j, line); },
         Adjacent{of.b - bond}, p.vector_b);

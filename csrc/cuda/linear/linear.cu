@@ -1,7 +1,6 @@
 #include "cuda/linear/linear.h"
 
 #include <algorithm>
-#include <initializer_list>
 #include <limits>
 #include <utility>
 
@@ -39,8 +38,8 @@ int64_t choose(Digits& k, Digits& n, int rows, int columns, int most_units, int 
         own_n.units = std::min({all_n.size[0], columns / run_n, most_units / units});
         own_n.run = FastDiv(static_cast<uint32_t>(run_n));
         if (own_n.units < 1) continue;
-        const int64_t tiles = int64_t(own_k.left_tiles()) * own_k.right_tiles() * own_n.left_tiles() * own_n.right_tiles();
-        const int64_t cost = tiles * (run_k % chunk ? 3 : 1) * (run_n % chunk ? 3 : 1);
+        const int64_t of_k = int64_t(own_k.left_tiles()) * own_k.right_tiles() * (run_k % chunk ? 3 : 1);
+        const int64_t cost = of_k * own_n.left_tiles() * own_n.right_tiles() * (run_n % chunk ? 3 : 1);
         if (cost >= least) continue;
         least = cost;
         k = own_k;
@@ -51,14 +50,8 @@ int64_t choose(Digits& k, Digits& n, int rows, int columns, int most_units, int 
   return least;
 }
 
-bool whole(int chunk, std::initializer_list<int> multiples, std::initializer_list<const void*> arrays) {
-  bool are = true;
-  for (const int number : multiples) are = are && number % chunk == 0;
-  for (const void* array : arrays) are = are && reinterpret_cast<std::uintptr_t>(array) % 16 == 0;
-  return are;
-}
 // Whether what a tile has of rows can be moved 16 bytes at a time.
-bool whole(int chunk, const Digits& digits, std::initializer_list<const void*> arrays) {
+bool whole_tiles(int chunk, const Digits& digits, std::initializer_list<const void*> arrays) {
   return whole(chunk, {digits.columns, digits.size[2], digits.run_length()}, arrays);
 }
 
@@ -89,8 +82,8 @@ void rebuilt_product(const RebuiltProduct& product, cudaStream_t stream) {
     p.k = wide_k;
     p.n = wide_n;
   }
-  p.vector_rows = whole(chunk, p.k, {product.rows});
-  p.vector_out = whole(chunk, p.n, {product.out, product.epilogue.pre_activation});
+  p.vector_rows = whole_tiles(chunk, p.k, {product.rows});
+  p.vector_out = whole_tiles(chunk, p.n, {product.out, product.epilogue.pre_activation});
   p.vector_a = whole(chunk, {a}, {product.left});
   p.vector_b = whole(chunk, {b}, {product.central, product.right});
   p.pairs = p.n.run_length() % 2 == 0;
@@ -104,8 +97,8 @@ void gradient_product(const GradientProduct& product, cudaStream_t stream) {
   p.i = digits_of(product.i, product.in_features);
   p.j = digits_of(product.j, product.out_features);
   choose(p.i, p.j, kSide, kSide, kSide, kSide, chunk);
-  p.vector_x = whole(chunk, p.i, {product.x});
-  p.vector_dz = whole(chunk, p.j, {product.dz});
+  p.vector_x = whole_tiles(chunk, p.i, {product.x});
+  p.vector_dz = whole_tiles(chunk, p.j, {product.dz});
   p.vector_b = whole(chunk, {product.b}, {product.other});
   const int left = p.i.left_tiles() * p.j.left_tiles(), right = p.i.right_tiles() * p.j.right_tiles();
   const int outer = product.of_right ? right : left, inner = product.of_right ? left : right;

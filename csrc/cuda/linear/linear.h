@@ -38,8 +38,8 @@ struct RebuiltProduct : LinearSizes {
 };
 void rebuilt_product(const RebuiltProduct& product, cudaStream_t stream);
 
-// The gradient of W_e, x^T dz, times right: out = that of half = left central [E, iL, jL, iC, jC, b]; or of_right, times
-// half: out = that of right, in float32 and in `parts` to be added up [parts, E, iR, jR, b].
+// The gradient of W_e, x^T dz, times right: out = that of half = left central [E, iL, jL, iC, jC, b]; or of_right,
+// times half: out = that of right, in float32 and in `parts` to be added up [parts, E, iR, jR, b].
 struct GradientProduct : LinearSizes {
   bool of_right = false;
   const void *x = nullptr, *dz = nullptr, *other = nullptr;

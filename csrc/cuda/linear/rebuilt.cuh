@@ -1,5 +1,5 @@
-// Rows times weights that are rebuilt tile by tile in shared memory. For a tile of 64 rows of W and some columns, with one
-// digit of the central core each,
+// Rows times weights that are rebuilt tile by tile in shared memory. For a tile of 64 rows of W and some columns, with
+// one digit of the central core each,
 //
 //   half[(k, n), b] = sum over a of left[k, n, a] central[a, b]     k, n: digits of left, in W's rows and columns
 //   W[(k, r), (n, s)] = sum over b of half[(k, n), b] right[r, s, b]     r, s: digits of right

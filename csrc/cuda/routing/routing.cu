@@ -1,6 +1,5 @@
 #include "cuda/routing/routing.h"
 
-#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -34,9 +33,7 @@ template <class F>
 void with_packs(Dtype dtype, int64_t row_elements, std::initializer_list<const void*> arrays, F&& f) {
   with_type(dtype, [&](auto zero) {
     constexpr int kPer = 16 / static_cast<int>(sizeof(zero));
-    bool wide = row_elements % kPer == 0;
-    for (const void* array : arrays) wide = wide && reinterpret_cast<std::uintptr_t>(array) % 16 == 0;
-    if (wide) {
+    if (whole(kPer, {static_cast<int>(row_elements % kPer)}, arrays)) {
       f(zero, std::integral_constant<int, kPer>{});
     } else {
       f(zero, std::integral_constant<int, 1>{});
@@ -68,8 +65,8 @@ void route(const Route& p, const Memory& memory, cudaStream_t stream) {
   SortArguments s = sort_of(p);
   const std::size_t bins = static_cast<std::size_t>(s.bins()), ranks = bins * (sizeof(int) + kRouteWarps);
   if (pairs <= kFewPairs) {
-    LAUNCH(route_few_kernel, dim3(1), dim3(kRouteThreads), ranks + static_cast<std::size_t>(pairs) * sizeof(int), stream,
-           s);
+    const std::size_t shared = ranks + static_cast<std::size_t>(pairs) * sizeof(int);
+    LAUNCH(route_few_kernel, dim3(1), dim3(kRouteThreads), shared, stream, s);
     return check_launch("route");
   }
   const unsigned blocks = blocks_of(pairs, kPairsPerBlock);
@@ -114,8 +111,8 @@ void combine(Dtype dtype, const void* rows, const int64_t* slot_of_token, const 
 }
 
 void combine_backward(Dtype dtype, const void* grad, const void* rows, const int64_t* token_of_slot,
-                      const int64_t* slot_of_token, const float* gates, void* drows, float* dgates, int slots, int top_k,
-                      int columns, cudaStream_t stream) {
+                      const int64_t* slot_of_token, const float* gates, void* drows, float* dgates, int slots,
+                      int top_k, int columns, cudaStream_t stream) {
   if (slots == 0) return;
   with_packs(dtype, columns, {grad, dgates ? rows : nullptr, drows}, [&](auto zero, auto per) {
     using T = decltype(zero);

@@ -116,7 +116,8 @@ struct SortArguments {
 };
 
 // Ranks of the block's 128 pairs among all of the same bin seen so far. `seen` [bins] counts them, `counts` [warps,
-// bins], each at most 32, is zero before and after. Threads without a pair pass bin -1. Every thread of the block must call it.
+// bins], each at most 32, is zero before and after. Threads without a pair pass bin -1. Every thread of the block must
+// call it.
 __device__ __forceinline__ int rank_of(int bin, int bins, int* seen, uint8_t* counts) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const unsigned same = __match_any_sync(dev::kFullWarp, bin);
@@ -149,12 +150,7 @@ __device__ __forceinline__ void warp_prefix(int* values, int count) {
   int carried = 0;
   for (int first = 0; first < count; first += 32) {
     const int i = first + lane, own = i < count ? values[i] : 0;
-    int sum = own;
-    UNROLL
-    for (int step = 1; step < 32; step <<= 1) {
-      const int left = __shfl_up_sync(dev::kFullWarp, sum, static_cast<unsigned>(step));
-      if (lane >= step) sum += left;
-    }
+    const int sum = dev::sum_up_to(own);
     if (i < count) values[i] = carried + sum - own;
     carried += __shfl_sync(dev::kFullWarp, sum, 31);
   }
@@ -275,7 +271,8 @@ static __global__ void __launch_bounds__(kRouteThreads) scatter_kernel(const Sor
 // out[s] = x[token_of_slot[s]] for the filled slots, else 0. Grid: (slots, column blocks).
 template <class T, int kPer>
 __global__ void __launch_bounds__(kRouteThreads)
-    dispatch_kernel(const T* x, int64_t x_stride, const int64_t* token_of_slot, const int* filled, T* out, int columns) {
+    dispatch_kernel(const T* x, int64_t x_stride, const int64_t* token_of_slot, const int* filled, T* out,
+                    int columns) {
   const int slot = blockIdx.x, column = (blockIdx.y * kRouteThreads + threadIdx.x) * kPer;
   if (column >= columns) return;
   dev::Pack<T, kPer> pack{};

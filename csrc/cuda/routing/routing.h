@@ -42,7 +42,7 @@ void combine(Dtype dtype, const void* rows, const int64_t* slot_of_token, const 
 
 // grad [T, F], rows [N, F] (read only for dgates), drows [N, F] or null, dgates [T, K] or null.
 void combine_backward(Dtype dtype, const void* grad, const void* rows, const int64_t* token_of_slot,
-                      const int64_t* slot_of_token, const float* gates, void* drows, float* dgates, int slots, int top_k,
-                      int columns, cudaStream_t stream);
+                      const int64_t* slot_of_token, const float* gates, void* drows, float* dgates, int slots,
+                      int top_k, int columns, cudaStream_t stream);
 
 }  // namespace mpoe::cuda

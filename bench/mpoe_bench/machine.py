@@ -37,7 +37,7 @@ def _runs_on(backend: str, device: str) -> bool:
     return True
 
 
-def backends_to_measure(names: str | None, suite: str = "full", device: str = "cpu") -> tuple[str, ...]:
+def backends_to_measure(names: str | None, suite: str = "targets", device: str = "cpu") -> tuple[str, ...]:
     """The backends that a run measures.
 
     Args:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -95,18 +94,3 @@ DELIBERATE |= {
 def test_nothing_is_gone(kind: str, today: Any) -> None:
     found = missing(EARLIER[kind], today())
     assert sorted(set(found) - set(DELIBERATE)) == []
-
-
-def test_what_goes_is_noticed() -> None:
-    today = copy.deepcopy(EARLIER)
-    del today["options"]["train"]["--num-experts"]
-    today["options"]["bench"]["--clock"]["default"] = "cpu"
-    del today["names"]["mpoe.convert_to_mpoe"]
-    parameters = today["names"]["mpoe_kernels.mpo_linear"]["parameters"]
-    today["names"]["mpoe_kernels.mpo_linear"]["parameters"] = {"new": "POSITIONAL_OR_KEYWORD None", **parameters}
-    assert missing(EARLIER, today) == [
-        "names: mpoe.convert_to_mpoe is gone",
-        "names: mpoe_kernels.mpo_linear: parameters: other arguments by position",
-        "options: train: --num-experts is gone",
-        "options: bench: --clock: default was 'wall', is 'cpu'",
-    ]

@@ -46,7 +46,7 @@ SCALES = {
     "real": Scale(),
     "tiny": Scale(
         *(48, 96, 32, 8, 4, 8),
-        shapes=(("light_64", "light_8"), ("paper_128", "paper_12"), ("paper_64", "paper_6"), ("paper_32", "paper_4")),
+        shapes=(("light_64", "light_8"), ("paper_64", "paper_6"), ("paper_32", "paper_4")),
         step_tokens=(2, 8),
         vocabulary=64,
         judged=False,

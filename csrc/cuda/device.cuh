@@ -99,6 +99,18 @@ template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
+// How many blocks have asked before; `own`: the block's number, for emulated grids of which only some blocks run.
+__device__ __forceinline__ int ticket(int* counter, int /*own*/) { return atomicAdd(counter, 1); }
+// Adds to a counter when everything that the thread knows to be written is visible to whoever waits for it.
+__device__ __forceinline__ void signal(int* counter, int value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0],%1;\n" ::"l"(counter), "r"(value) : "memory");
+}
+__device__ __forceinline__ void wait_for(const int* counter, int least) {
+  int value;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0,[%1];\n" : "=r"(value) : "l"(counter) : "memory");
+  } while (value < least);
+}
 
 }  // namespace dev
 #endif
@@ -135,11 +147,37 @@ __device__ __forceinline__ fp16 from_float<fp16>(float value) {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 
+// Sum over the lanes of a warp up to this one.
+__device__ __forceinline__ int sum_up_to(int value) {
+  UNROLL
+  for (int step = 1; step < 32; step <<= 1) {
+    const int left = __shfl_up_sync(kFullWarp, value, static_cast<unsigned>(step));
+    if (static_cast<int>(threadIdx.x & 31) >= step) value += left;
+  }
+  return value;
+}
+
 // kPer adjacent elements, moved at once.
 template <class T, int kPer>
 struct alignas(sizeof(T) * kPer) Pack {
   T v[kPer];
 };
+// Adjacent elements as floats, moved at once.
+template <int kPer, class T>
+__device__ __forceinline__ Pack<float, kPer> load(const T* from) {
+  const Pack<T, kPer> pack = *reinterpret_cast<const Pack<T, kPer>*>(from);
+  Pack<float, kPer> values;
+  UNROLL
+  for (int i = 0; i < kPer; ++i) values.v[i] = to_float(pack.v[i]);
+  return values;
+}
+template <int kPer, class T>
+__device__ __forceinline__ void store(const Pack<float, kPer>& values, T* to) {
+  Pack<T, kPer> pack;
+  UNROLL
+  for (int i = 0; i < kPer; ++i) pack.v[i] = from_float<T>(values.v[i]);
+  *reinterpret_cast<Pack<T, kPer>*>(to) = pack;
+}
 
 }  // namespace dev
 

@@ -32,9 +32,7 @@ void forward(const GemmKernels& gemm, const LinearForward& in) {
 }  // namespace
 
 void half_left_forward(const LinearForward& in) {
-  with_element_type(in.dtype, [&](const GemmKernels& gemm, auto element) {
-    forward<decltype(element)>(gemm, in);
-  });
+  with_element_type(in.dtype, [&]<class T>(const GemmKernels& gemm, T) { forward<T>(gemm, in); });
 }
 
 }  // namespace mpoe

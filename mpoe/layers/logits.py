@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from mpoe_kernels.routing.gating import can_route_natively, native_logits
 def float32_logits(x: Tensor, weight: Tensor, backend: str | None = None) -> Tensor:
     """``x [T, I] weight^T [I, E]`` in float32 arithmetic, ``[T, E]``, whatever the dtypes.
 
-    The backward saves x itself instead of a float32 copy. The forward makes no copy either on a GPU, where products of
-    two 16-bit numbers are exact in float32, in which tensor cores accumulate them, nor in the native kernels.
+    The backward saves x itself instead of a float32 copy. No copy is made either on a GPU, where products of two 16-bit
+    numbers are exact in float32, in which tensor cores accumulate them, nor by the native kernels' forward.
     ``backend``: name of a kernel backend, or ``None``.
     """
     if x.dtype == torch.float32:
@@ -26,10 +27,14 @@ def float32_logits(x: Tensor, weight: Tensor, backend: str | None = None) -> Ten
     return _logits(x, weight, backend)
 
 
+def _on_gpu(x: Tensor) -> bool:
+    return x.device.type == "cuda"
+
+
 def _logits(x: Tensor, weight: Tensor, backend: str | None) -> Tensor:
     if can_route_natively(x, weight, backend):
         return native_logits(x, weight)
-    logits = logits_of_low_precision(x, weight) if x.device.type == "cuda" else None
+    logits = logits_of_low_precision(x, weight) if _on_gpu(x) else None
     return F.linear(x.float(), weight.float()) if logits is None else logits
 
 
@@ -52,8 +57,22 @@ def bfloat16_parts(weight: Tensor) -> Tensor:
     return torch.stack([first, second, (rest - second).bfloat16()])
 
 
+def gradients_of_low_precision(grad: Tensor, x: Tensor, weight: Tensor, need: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients of a bfloat16 x and of the weight, by products of the parts of float32 numbers."""
+    grads, weights = bfloat16_parts(grad).transpose(0, 1), bfloat16_parts(weight.float())
+    (tokens, parts, experts), features = grads.shape, x.shape[1]
+    dx = dweight = None
+    if need[0]:  # every part of one by every part of the other
+        each = grads[:, :, None].expand(tokens, parts, parts, experts).flatten(1)
+        dx = torch.mm(each, weights.expand(parts, parts, experts, features).flatten(0, 2))
+    if need[1]:
+        sums = torch.mm(grads.flatten(1).t(), x, out_dtype=torch.float32)
+        dweight = sums.view(parts, experts, features).sum(0).to(weight.dtype)
+    return [dx, dweight]
+
+
 class _Logits(torch.autograd.Function):
-    """The copies that gradients need are made in the backward."""
+    """The copies that gradients need are made in the backward, where the device needs them."""
 
     generate_vmap_rule = True
 
@@ -69,6 +88,9 @@ class _Logits(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, _ = ctx.needs_input_grad
+        if _on_gpu(x) and x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+            dx, dweight = gradients_of_low_precision(grad, x, weight, (need_x, need_weight))
+            return dx, dweight, None
         dx = (grad @ weight.float()).to(x.dtype) if need_x else None
         dweight = (grad.t() @ x.float()).to(weight.dtype) if need_weight else None
         return dx, dweight, None

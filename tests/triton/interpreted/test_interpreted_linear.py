@@ -17,6 +17,8 @@ from mpoe_kernels.linear.triton import grouped
 from mpoe_kernels.linear.triton.grouped import Tile
 from mpoe_kernels.reference import grouped_mpo_linear_reference, mpo_ffn_reference
 from mpoe_kernels.testing.launches import recorded
+from mpoe_kernels.triton import architecture
+from mpoe_kernels.triton.architecture import NO_LIMIT, Target
 from tests.assertions import assert_calibrated
 from tests.cases import SMALL_SHAPES
 from tests.linear_problem import NAMES, planned_strategies
@@ -98,23 +100,27 @@ def test_masked_backward_computes_less() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "strategy", "parts"),
+    ("name", "strategy", "activation"),
     [
-        pytest.param("light", "rebuild", 2, marks=pytest.mark.exhaustive),
-        ("light", "chain", 5),
-        ("separable", "separable", 2),
-        ("separable_mirrored", "separable", 1),
-        pytest.param("padded", "half_right", 2, marks=pytest.mark.exhaustive),
-        pytest.param("paper", "rebuild", 5, marks=pytest.mark.exhaustive),
+        pytest.param("light", "rebuild", "gelu", marks=pytest.mark.exhaustive),
+        ("light", "chain", "relu"),
+        ("separable", "separable", "relu"),
+        ("separable_mirrored", "separable", "silu"),
+        pytest.param("separable", "separable", "gelu_tanh", marks=pytest.mark.slow),
+        pytest.param("padded", "half_right", "gelu", marks=pytest.mark.exhaustive),
+        pytest.param("paper", "rebuild", "gelu", marks=pytest.mark.exhaustive),
     ],
 )
 def test_many_small_tiles_and_partial_sums(
-    name: str, strategy: str, parts: int, monkeypatch: pytest.MonkeyPatch
+    name: str, strategy: str, activation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More parts than some experts have rows; idle experts; the same bits every time."""
-    monkeypatch.setattr(grouped, "shipped_tiles", lambda *_: (Tile(16, 16, 16, 1, 1),))
-    monkeypatch.setattr(grouped, "parts_of", lambda *_: parts)
-    case = Case(SMALL_SHAPES[name], torch.bfloat16, tokens=5, experts=3, capacity=3)
+    """Several parts of an expert's rows; idle experts; the same bits every time."""
+    tile = Tile(16, 16, 16, 1, 1)
+    monkeypatch.setattr(grouped, "shipped_tiles", lambda *_: (tile,))
+    monkeypatch.setattr(grouped, "BOTH_TILES", {"interpreter": tile})
+    monkeypatch.setattr(grouped, "LEAST_STEPS", 1)
+    monkeypatch.setattr(architecture, "target_of", lambda _: Target("interpreter", NO_LIMIT, 132))
+    case = Case(SMALL_SHAPES[name], torch.bfloat16, 23, 3, capacity=19, with_bias=False, activation=activation)
     case.check(strategy)
     for first, second in zip(case.run(strategy), case.run(strategy), strict=True):
         assert torch.equal(first, second)

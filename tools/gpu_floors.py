@@ -124,7 +124,7 @@ _WEIGHTS = ("NEED_UP", "NEED_DOWN", "NEED_GATE_UP", "NEED_BIAS")
 TRIPS: dict[str, Callable[[dict[str, Any], tuple[int, ...]], Sequence[float]]] = {
     "prefix_kernel": lambda a, _: (a["blocks"] / a["CHUNK"],),
     "sort_kernel": lambda a, _: 2 * (cdiv(a["tokens"], a["BLOCK"]),),
-    "weight_gradient_kernel": lambda a, _: (cdiv(a["F"], a["BN"]),),
+    "combine_backward_kernel": lambda a, _: (cdiv(a["F"], a["BN"]),),
     "grouped_rows_kernel": lambda a, _: (cdiv(a["K"], a["BK"]),),
     "grouped_blocks_kernel": lambda a, _: (_rows(a) * a["P"] / _parts(a) / a["BK"],),
     "grouped_sum_kernel": lambda a, _: divmod(_parts(a), 4),  # the compiler unrolls the loop

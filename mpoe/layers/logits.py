@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,8 +14,9 @@ from mpoe_kernels.routing.gating import can_route_natively, native_logits
 def float32_logits(x: Tensor, weight: Tensor, backend: str | None = None) -> Tensor:
     """``x [T, I] weight^T [I, E]`` in float32 arithmetic, ``[T, E]``, whatever the dtypes.
 
-    The backward saves x itself instead of a float32 copy. No copy is made either on a GPU, where products of two 16-bit
-    numbers are exact in float32, in which tensor cores accumulate them, nor by the native kernels' forward.
+    The backward saves x itself instead of a float32 copy. The forward makes no copy either on a GPU, where products of
+    two 16-bit numbers are exact in float32, in which tensor cores accumulate them, nor in the native kernels; nor does
+    the backward on a GPU for bfloat16.
     ``backend``: name of a kernel backend, or ``None``.
     """
     if x.dtype == torch.float32:
@@ -57,22 +57,8 @@ def bfloat16_parts(weight: Tensor) -> Tensor:
     return torch.stack([first, second, (rest - second).bfloat16()])
 
 
-def gradients_of_low_precision(grad: Tensor, x: Tensor, weight: Tensor, need: Sequence[bool]) -> list[Tensor | None]:
-    """Gradients of a bfloat16 x and of the weight, by products of the parts of float32 numbers."""
-    grads, weights = bfloat16_parts(grad).transpose(0, 1), bfloat16_parts(weight.float())
-    (tokens, parts, experts), features = grads.shape, x.shape[1]
-    dx = dweight = None
-    if need[0]:  # every part of one by every part of the other
-        each = grads[:, :, None].expand(tokens, parts, parts, experts).flatten(1)
-        dx = torch.mm(each, weights.expand(parts, parts, experts, features).flatten(0, 2))
-    if need[1]:
-        sums = torch.mm(grads.flatten(1).t(), x, out_dtype=torch.float32)
-        dweight = sums.view(parts, experts, features).sum(0).to(weight.dtype)
-    return [dx, dweight]
-
-
 class _Logits(torch.autograd.Function):
-    """The copies that gradients need are made in the backward, where the device needs them."""
+    """The copies that gradients need are made in the backward."""
 
     generate_vmap_rule = True
 
@@ -88,9 +74,10 @@ class _Logits(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, _ = ctx.needs_input_grad
-        if _on_gpu(x) and x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
-            dx, dweight = gradients_of_low_precision(grad, x, weight, (need_x, need_weight))
-            return dx, dweight, None
         dx = (grad @ weight.float()).to(x.dtype) if need_x else None
-        dweight = (grad.t() @ x.float()).to(weight.dtype) if need_weight else None
-        return dx, dweight, None
+        if not need_weight:
+            return dx, None, None
+        if _on_gpu(x) and x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+            parts = torch.bmm(bfloat16_parts(grad).mT, x.expand(3, *x.shape), out_dtype=torch.float32)
+            return dx, parts.sum(0).to(weight.dtype), None
+        return dx, (grad.t() @ x.float()).to(weight.dtype), None

@@ -231,12 +231,12 @@ def grouped_blocks_kernel(
         owned = inside
         if ROWS:  # empty slots give zeros
             owned = r < tl.where(e < EXPERTS, rows, 0)
-        a_at = (source * A[0] + (r % P) * A[1])[:, None] + (m * A[2])[None, :]
+        a_at = (source * A[0] + (r % P) * A[1])[None, :] + (m * A[2])[:, None]
         g_at = (slot * G[0] + (r % P) * G[1])[:, None] + (n * G[2])[None, :]
-        at = tl.load(a + a_at, mask=owned[:, None] & (m < M)[None, :], other=0.0)
+        at = tl.load(a + a_at, mask=(m < M)[:, None] & owned[None, :], other=0.0)
         gt = tl.load(g + g_at, mask=owned[:, None] & (n < N)[None, :], other=0.0)
         if AGAIN or ACTIVATION != "none":
-            z = tl.dot(at, bt, input_precision=PRECISION)
+            z = tl.dot(tl.trans(at), bt, input_precision=PRECISION)
         if AGAIN:
             again_at = slot[:, None] * (P * N) + (r % P)[:, None] * RE[1] + (n * RE[2])[None, :]
             tl.store(again + again_at, z.to(again.dtype.element_ty), mask=inside[:, None] & (n < N)[None, :])
@@ -246,7 +246,7 @@ def grouped_blocks_kernel(
             da_at = slot[:, None] * (P * M) + (r % P)[:, None] * DA[1] + (m * DA[2])[None, :]
             found = tl.dot(gt, tl.trans(bt), input_precision=PRECISION)
             tl.store(da + da_at, found.to(da.dtype.element_ty), mask=inside[:, None] & (m < M)[None, :])
-        acc = tl.dot(tl.trans(at), gt, acc, input_precision=PRECISION)
+        acc = tl.dot(at, gt, acc, input_precision=PRECISION)
     at_out = tl.program_id(1).to(tl.int64) * (M * N) + m[:, None] * N + n[None, :]
     tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +125,40 @@ def test_many_small_tiles_and_partial_sums(
     case.check(strategy)
     for first, second in zip(case.run(strategy), case.run(strategy), strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh", "silu"])
+def test_one_reading_of_rows_gives_both_gradients(activation: str, dtype: torch.dtype) -> None:
+    """Experts without slots, slots without an expert."""
+    given: dict[str, Any] = {"tokens": 11, "experts": 5, "kind": "some_idle", "capacity": 6}
+    case = Case(SMALL_SHAPES["separable"], dtype, **given, with_bias=False, activation=activation)
+    assert 0 < case.filled < 22
+    assert not case.routing.expert_load.all()
+    case.check("separable")
+    y, h, z = case.forward("separable")
+    with recorded("sm_90") as started:
+        case.backward("separable", y, h, z, [True] * 4 + [False])
+    shared = [one.arguments for one in started if one.arguments.get("ROWS")]
+    assert [(one["ACTIVATION"], one["AGAIN"]) for one in shared] == [(activation, False), ("none", True)]
+
+
+@pytest.mark.parametrize("name", ["separable", "separable_mirrored"])
+def test_a_nan_row_spoils_no_other_row_and_no_other_expert_s_block(name: str) -> None:
+    case = Case(SMALL_SHAPES[name], torch.bfloat16, 9, 2, 1, "uniform", None, activation="relu", with_bias=False)
+    token, (owner, other) = 3, (0, 1)
+    slot = int(case.slot_of_token[token, 0])
+    if slot >= int(case.routing.expert_offsets[1]):
+        owner, other = other, owner
+    clean = case.run("separable")
+    case.x[token] = torch.nan
+    _, dx, dleft, dcentral, dright = case.run("separable")
+    others = torch.arange(9) != token
+    assert torch.equal(dx[others], clean[1][others])
+    for found, wanted in ((dleft, clean[2]), (dright, clean[4])):
+        assert torch.equal(found[other], wanted[other])
+        assert found[owner].isnan().any()
+    assert dcentral.isnan().any()
 
 
 @pytest.mark.parametrize("strategy", strategies_of(SMALL_SHAPES["paper"]))

@@ -29,7 +29,7 @@ from mpoe_kernels.triton.device_functions import activate, pick, segments, throu
 from mpoe_kernels.triton.start import Tile, cdiv, power_of_two, precision, start, start_best
 
 LEAST_STEPS = 8  # inner steps of a part, so that it can prefetch and is worth the sum that follows
-SUM_BLOCK = 512  # elements of a block that one program adds
+SUM_BLOCK = 256  # elements of a block that one program adds
 
 # The widest problem's first; the same for both kernels, ``rows`` and ``blocks``.
 _NVIDIA = (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(32, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3))

@@ -40,12 +40,11 @@ struct Adjacent {
 template <class T, class TileT, int kExtent, bool kMajor, class Line, class Column>
 class Lines {
  public:
-  static constexpr bool kResident = false;
   static constexpr int kPerChunk = 16 / static_cast<int>(sizeof(T));
   static constexpr int kStride = padded_stride<T>(kMajor ? TileT::kK : kExtent, kMajor);
   static constexpr int kElements = kStride * (kMajor ? kExtent : TileT::kK);  // of one stage
 
-  // vector: whatever begins at a multiple of 16 bytes in a tile does so in memory.
+  // vector: what begins at a multiple of 16 bytes in a tile does so in memory, and is there as a whole or not at all.
   __device__ __forceinline__ Lines(const T* data, const Line& line, const Column& column, bool vector)
       : data_(data), line_(line), column_(column), vector_(vector) {
     if constexpr (kMajor) {  // a thread copies from the same lines at every step
@@ -55,24 +54,24 @@ class Lines {
   }
 
   __device__ __forceinline__ int stride() const { return kStride; }
-  __device__ __forceinline__ const T* tile(const T* stage, int /*k*/) const { return stage; }
+  __device__ __forceinline__ InShared<T> tile(InShared<T> stage, int /*k*/) const { return stage; }
 
   // Issues the copies of inner indices [k, k + TileT::kK) into `stage`.
-  __device__ __forceinline__ void load(T* stage, int k) const {
+  __device__ __forceinline__ void load(InShared<T> stage, int k) const {
+    const InShared<T> own = stage + line_of(0) * kStride + column();
     UNROLL
     for (int i = 0; i < kPerThread; ++i) {
-      T* const to = stage + line_of(i) * kStride + column();
+      const InShared<T> to = own + i * (TileT::kThreads / kChunksPerLine) * kStride;
       const int64_t line = kMajor ? from_[kMajor ? i : 0] : line_(k + line_of(i)), from = line < 0 ? 0 : line;
-      const int first = column() + (kMajor ? k : 0), most = line < 0 ? 0 : kPerChunk;
+      const int first = column() + (kMajor ? k : 0);
       if (vector_) {
         const Run run = column_(first);
-        const int count = run.count < 0 ? 0 : run.count < most ? run.count : most;
-        dev::cp_async16(to, data_ + from + run.offset, count * static_cast<int>(sizeof(T)));  // of 0 bytes reads none
+        dev::cp_async16(to.address, data_ + from + run.offset, line >= 0 && run.count > 0);
       } else {
         ROLLED
         for (int j = 0; j < kPerChunk; ++j) {
           const Run run = column_(first + j);
-          to[j] = run.count <= 0 || most == 0 ? dev::from_float<T>(0.f) : data_[from + run.offset];
+          to.data[j] = line < 0 || run.count <= 0 ? dev::from_float<T>(0.f) : data_[from + run.offset];
         }
       }
     }
@@ -105,16 +104,16 @@ __device__ __forceinline__ auto lines_at(const void* data, int64_t first, const 
 // An operand already in shared memory, [mn][k] or [k][mn], padded with zeros as far as the product may read.
 template <class T, bool kMajor>
 struct Resident {
-  static constexpr bool kResident = true;
   static constexpr int kElements = 0;
-  const T* data;
+  InShared<T> data;
   int row_stride;
 
+  __device__ __forceinline__ Resident(T* place, int row) : data(place), row_stride(row) {}
   __device__ __forceinline__ int stride() const { return row_stride; }
-  __device__ __forceinline__ const T* tile(const T* /*stage*/, int k) const {
-    return kMajor ? data + k : data + k * row_stride;
+  __device__ __forceinline__ InShared<T> tile(InShared<T> /*stage*/, int k) const {
+    return data + (kMajor ? k : k * row_stride);
   }
-  __device__ __forceinline__ void load(T*, int) const {}
+  __device__ __forceinline__ void load(InShared<T>, int) const {}
 };
 
 template <class TileT>
@@ -122,24 +121,10 @@ struct Accumulator {
   float v[TileT::kRowTiles][TileT::kColumnTiles][4];
 
   __device__ __forceinline__ void clear() {
-    UNROLL
-    for (int i = 0; i < TileT::kRowTiles; ++i) {
-      UNROLL
-      for (int j = 0; j < TileT::kColumnTiles; ++j) {
-        UNROLL
-        for (int e = 0; e < 4; ++e) v[i][j][e] = 0.f;
-      }
-    }
+    for_each_place([&](int, int, int i, int j, int e) { v[i][j][e] = 0.f; });
   }
   __device__ __forceinline__ void add(const Accumulator& other) {
-    UNROLL
-    for (int i = 0; i < TileT::kRowTiles; ++i) {
-      UNROLL
-      for (int j = 0; j < TileT::kColumnTiles; ++j) {
-        UNROLL
-        for (int e = 0; e < 4; ++e) v[i][j][e] += other.v[i][j][e];
-      }
-    }
+    for_each_place([&](int, int, int i, int j, int e) { v[i][j][e] += other.v[i][j][e]; });
   }
   __device__ __forceinline__ void multiply(const Accumulator& other) {
     for_each_place([&](int, int, int i, int j, int e) { v[i][j][e] *= other.v[i][j][e]; });
@@ -199,21 +184,25 @@ __device__ __forceinline__ void for_each_run(const Accumulator<TileT>& tile, T* 
   }
 }
 
-// acc += A B over inner indices [k_begin, k_end). Every thread of the block must call it; rows and columns of the tile
+// acc += A B over inner indices [0, size). Every thread of the block must call it; rows and columns of the tile
 // at or past `rows`, `columns` are not computed (whole warps at a time). `stages` holds kStages tiles of both operands.
 // The leading barrier frees `stages` and publishes resident operands.
 template <class T, class TileT, bool kMajorA, bool kMajorB, class A, class B>
-__device__ __forceinline__ void block_gemm(Accumulator<TileT>& acc, const A& a, const B& b, int k_begin, int k_end,
-                                           int rows, int columns, T* stages) {
+__device__ __forceinline__ void block_gemm(Accumulator<TileT>& acc, const A& a, const B& b, int size, int rows,
+                                           int columns, T* stages) {
   using F = Fragments<T>;
   constexpr int kStage = A::kElements + B::kElements;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int row = warp / TileT::kWarpsN * TileT::kWarpM, column = warp % TileT::kWarpsN * TileT::kWarpN;
-  const int steps = (k_end - k_begin + TileT::kK - 1) / TileT::kK;
+  const int steps = (size + TileT::kK - 1) / TileT::kK;
+  const InShared<T> memory(stages);
+  int filled = 0, used = 0;  // of the stages: the next one to fill, to use
+  const auto after = [](int stage) { return stage + 1 == kStages ? 0 : stage + 1; };
   const auto load = [&](int step) {
-    T* stage = stages + step % kStages * kStage;
-    a.load(stage, k_begin + step * TileT::kK);
-    b.load(stage + A::kElements, k_begin + step * TileT::kK);
+    const InShared<T> stage = memory + filled * kStage;
+    a.load(stage, step * TileT::kK);
+    b.load(stage + A::kElements, step * TileT::kK);
+    filled = after(filled);
   };
   __syncthreads();  // stages free, resident operands written
   UNROLL
@@ -226,10 +215,10 @@ __device__ __forceinline__ void block_gemm(Accumulator<TileT>& acc, const A& a, 
     __syncthreads();  // this step's tiles have arrived, and nobody reads the stage that is loaded next
     if (step + kStages - 1 < steps) load(step + kStages - 1);
     dev::cp_async_commit();
+    const InShared<T> stage = memory + used * kStage;
+    used = after(used);
     if (row >= rows || column >= columns) continue;
-    const T* stage = stages + step % kStages * kStage;
-    const T* tile_a = a.tile(stage, step * TileT::kK);
-    const T* tile_b = b.tile(stage + A::kElements, step * TileT::kK);
+    const InShared<T> tile_a = a.tile(stage, step * TileT::kK), tile_b = b.tile(stage + A::kElements, step * TileT::kK);
     Accumulator<TileT> part;  // of one step, if long sums would lose accuracy
     if constexpr (F::kPartialSums) part.clear();
     Accumulator<TileT>& sums = F::kPartialSums ? part : acc;

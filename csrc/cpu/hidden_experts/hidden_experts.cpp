@@ -86,13 +86,6 @@ HiddenPart part_of(const HiddenExperts& in, std::int64_t p, std::int64_t parts, 
   return {in.groups() * p / parts, in.groups() * (p + 1) / parts, scratch, nullptr, slot_gates};
 }
 
-// Parts of the groups where sums over all groups are needed. Every part has sums of all experts' cores to clear and to
-// add up, so each gets at least 32 rows per expert.
-std::int64_t parts_of_sums(const HiddenExperts& in) {
-  const std::int64_t rows = in.tokens * in.top_k * in.groups();
-  return std::clamp<std::int64_t>(rows / (32 * in.experts), 1, std::min<std::int64_t>(in.groups(), 8));
-}
-
 }  // namespace
 
 void hidden_experts(const HiddenExperts& in, void* out) {
@@ -114,7 +107,10 @@ void hidden_experts_backward(const HiddenExperts& in, const void* grad, const Hi
   const std::int64_t pairs = in.tokens * in.top_k, groups = in.groups(), cores = in.experts * kinds * square;
   const bool shared = in.own_groups == 1;
   const auto add = gemm_kernels(Dtype::kFloat32).add_row;
-  const std::int64_t parts = shared ? parts_of_sums(in) : std::min<std::int64_t>(groups, 2 * num_threads());
+  // A part that has sums of all experts' cores, to clear and to add up, gets at least 32 rows per expert.
+  const std::int64_t most = std::min<std::int64_t>(groups, shared ? 8 : 2 * num_threads());
+  const std::int64_t parts =
+      shared ? std::clamp<std::int64_t>(pairs * groups / (32 * in.experts), 1, most) : most;
   const Sorted sorted(in, parts);
   const std::int64_t size = scratch_floats(in, sorted.view, true);
   Buffer<float> slot_gates = zeros<float>(out.dgates == nullptr ? 0 : groups * pairs);

@@ -78,9 +78,7 @@ template <class T>
 void forward(const GemmKernels& gemm, const LinearForward& in) {
   const BlockDims& d = in.dims;
   const std::int64_t filled = in.filled(), width = d.padded_out();
-  zero_rows(in.y, filled, in.slots, d.out_features * sizeof(T));
-  zero_rows(in.saved, filled, in.slots, d.out_features * sizeof(T));
-  if (filled == 0) return;
+  if (!zero_the_rest<T>(in)) return;
   const Chain<T> chain(gemm, in, Direction::kForward, kFewRows);
   constexpr int last = kChainSteps - 1;
   const Permutation leave(chain.sizes(), chain.step(last).product(), rows_out());

@@ -126,10 +126,7 @@ struct Tasks {
 
 template <class T>
 void forward(const GemmKernels& gemm, const LinearForward& in) {
-  const std::int64_t row_bytes = in.dims.out_features * sizeof(T);
-  zero_rows(in.y, in.filled(), in.slots, row_bytes);
-  zero_rows(in.saved, in.filled(), in.slots, row_bytes);
-  if (in.filled() == 0) return;
+  if (!zero_the_rest<T>(in)) return;
   const RebuildPlan plan(gemm, in.dims, false, sizeof(T));
   const Tasks tasks(in, plan);
   const Buffer<T> central = pack_whole_central<T>(gemm, in, plan);

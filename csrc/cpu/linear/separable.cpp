@@ -196,11 +196,7 @@ void forward(const GemmKernels& gemm, const LinearForward& in) {
   const BlockDims& d = in.dims;
   const SeparableSizes sizes(gemm, d);
   const std::int64_t filled = in.filled();
-  const std::int64_t y_bytes = d.out_features * sizeof(T);
-  zero_rows(in.y, filled, in.slots, y_bytes);
-  zero_rows(in.saved, filled, in.slots, y_bytes);
-  zero_rows(in.h, filled, in.slots, d.jC * d.b * sizeof(T));
-  if (filled == 0) return;
+  if (!zero_the_rest<T>(in)) return;
   if (are_few(gemm, in, kFewSlots)) return forward_of_few<T>(gemm, in, sizes);
   Buffer<T> central_panels(sizes.h_k * sizes.t_k);
   pack_central(gemm, d, sizes, static_cast<const T*>(in.central), central_panels.get());

@@ -18,7 +18,7 @@ __device__ __forceinline__ void pre_activation(const ExpertsArguments& p, const 
     const auto b = expert_lines<T, kByUnit>(up, at, kByUnit ? p.width : p.units, kByUnit ? columns : p.width,
                                             kByUnit ? p.width : columns, p.vector_in);
     sum.clear();
-    block_gemm<T, TileT, true, kByUnit>(sum, a, b, 0, p.width, s.rows, columns, stages);
+    block_gemm<T, TileT, true, kByUnit>(sum, a, b, p.width, s.rows, columns, stages);
   };
   if (kGated) multiply(value, p.x, p.up);
   kGated ? multiply(z, p.x_gate, p.up_gate) : multiply(z, p.x, p.up);
@@ -57,9 +57,9 @@ __global__ void __launch_bounds__(kExpertsThreads)
     Accumulator<TileT> sum;
     sum.clear();
     if (s.owned) {
-      const Resident<T, true> a{h, h_stride};  // whole at the barrier with which the product begins
+      const Resident<T, true> a(h, h_stride);  // whole at the barrier with which the product begins
       const auto b = expert_lines<T, false>(p.down, at + first, p.columns, p.units, columns, p.vector_out);
-      block_gemm<T, TileT, true, false>(sum, a, b, 0, p.units, s.rows, columns, stages);
+      block_gemm<T, TileT, true, false>(sum, a, b, p.units, s.rows, columns, stages);
       sum.for_each([&](int row, int, float& value) { value *= s.shared().gates[row]; });
     }
     s.add<T>(p, sum, stages, p.out, p.sums, p.columns, first, p.vector_out);
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kExpertsThreads) experts_rows_kernel(const __g
     const int64_t at = p.weight(s.expert, s.group, p.units * p.columns) + int64_t(first) * p.columns;
     const auto b = expert_lines<T, true>(p.down, at, p.columns, columns, p.columns, p.vector_out);
     dh.clear();
-    block_gemm<T, TileT, true, true>(dh, a, b, 0, p.columns, s.rows, columns, stages);
+    block_gemm<T, TileT, true, true>(dh, a, b, p.columns, s.rows, columns, stages);
     with_activation(p.activation, [&](auto activation) {
       z.for_each_place([&](int row, int, int i, int j, int e) {
         const float gate = s.shared().gates[row];
@@ -121,7 +121,8 @@ __global__ void __launch_bounds__(kExpertsThreads) experts_rows_kernel(const __g
       if ((lane & 3) == 0) parts[warp % TileT::kWarpsN * kExpertsRows + row] = sum;
     }
     __syncthreads();  // parts are whole
-    if (own < s.rows) p.gate_parts[s.group * p.slots() + s.shared().pairs[own]] = parts[own] + parts[kExpertsRows + own];
+    const int64_t at = s.group * p.slots();
+    if (own < s.rows) p.gate_parts[at + s.shared().pairs[own]] = parts[own] + parts[kExpertsRows + own];
   }
   const int64_t at = p.weight(s.expert, s.group, p.units * p.width);
   const auto back = [&](Accumulator<TileT>& sum, const void* d, const void* up, int first) {
@@ -130,7 +131,7 @@ __global__ void __launch_bounds__(kExpertsThreads) experts_rows_kernel(const __g
     const int left = p.width - first, lines = kByUnit ? p.units : left, columns = kByUnit ? left : p.units;
     const auto b = expert_lines<T, !kByUnit>(up, at + int64_t(first) * (kByUnit ? 1 : p.units),
                                              kByUnit ? p.width : p.units, lines, columns, p.vector_in);
-    block_gemm<T, TileT, true, !kByUnit>(sum, a, b, 0, p.units, s.rows, p.width - first, stages);
+    block_gemm<T, TileT, true, !kByUnit>(sum, a, b, p.units, s.rows, p.width - first, stages);
   };
   if (!p.out && !p.out_gate) return;
   s.wait(p);

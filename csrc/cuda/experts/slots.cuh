@@ -110,9 +110,10 @@ struct SlotTile {
   // The operand of the rows' columns of this group in `data` [T, G width].
   template <class T>
   __device__ __forceinline__ auto lines(const void* data, int groups, int width, bool vector) const {
-    const int64_t stride = int64_t(groups) * width;
-    return expert_lines<T, true>(data, int64_t(group) * width, width, vector,
-                                 [stride, rows = rows](int row) { return row < rows ? shared().tokens[row] * stride : -1; });
+    const auto line = [stride = int64_t(groups) * width, rows = rows](int row) {
+      return row < rows ? shared().tokens[row] * stride : -1;
+    };
+    return expert_lines<T, true>(data, int64_t(group) * width, width, vector, line);
   }
 
   // Until the rows of earlier choices are written; what follows must begin with a barrier.

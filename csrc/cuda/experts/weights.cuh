@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kExpertsThreads)
         return expert_lines<T, false>(lines.data, int64_t(group) * lines.step + from, lines.width - from, lines.vector,
                                       [=](int s) { return s < here ? rows[s] * stride : -1; });
       };
-      block_gemm<T, TileT, false, false>(sum, operand(own.a, i), operand(own.b, j), 0, here, own.a.width - i,
+      block_gemm<T, TileT, false, false>(sum, operand(own.a, i), operand(own.b, j), here, own.a.width - i,
                                          own.b.width - j, stages);
     }
   }

@@ -25,6 +25,8 @@ struct Digits {
   int units = 1;
   FastDiv run;
 
+  Digits() = default;
+  Digits(const int (&sizes)[3], int real) : size{sizes[0], sizes[1], sizes[2]}, columns(real) {}
   __host__ __device__ int run_length() const { return static_cast<int>(run.divisor); }
   __host__ __device__ int left_tiles() const { return (size[0] + units - 1) / units * size[1]; }
   __host__ __device__ int right_tiles() const { return (size[2] + run_length() - 1) / run_length(); }

@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(GradientTiles<T>::Out::kThreads)
           of.x, i.first(), [&](int s) { return s < rows ? from[s] : -1; }, i, p.vector_x);
       const auto dz = lines_at<T, TileT, kSide, false>(
           of.dz, j.first(), [&](int s) { return s < rows ? int64_t(slot + s) * of.out_features : -1; }, j, p.vector_dz);
-      block_gemm<T, TileT, false, false>(dw, x, dz, 0, rows, p.i.units * p.i.run_length(),
+      block_gemm<T, TileT, false, false>(dw, x, dz, rows, p.i.units * p.i.run_length(),
                                          p.j.units * p.j.run_length(), stages);
     }
     // Nobody reads the tile: the product has begun with a barrier.
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(GradientTiles<T>::Out::kThreads)
     const auto other = lines_at<T, TileT, kSide, false>(
         of.other, bond, [&](int line) { return of_right ? line_of_left(i, j, line) : line_of_right(i, j, line); },
         Adjacent{of.b - bond}, p.vector_b);
-    block_gemm<T, TileT, true, false>(sum, Resident<T, true>{tile, Tiles::kStride}, other, 0, inner_lines, kSide,
+    block_gemm<T, TileT, true, false>(sum, Resident<T, true>(tile, Tiles::kStride), other, inner_lines, kSide,
                                       of.b - bond, stages);
   }
   const auto [i, j] = tiles_of(0);

@@ -11,13 +11,6 @@
 namespace mpoe::cuda {
 namespace {
 
-Digits digits_of(const int (&size)[3], int columns) {
-  Digits digits;
-  std::copy_n(size, 3, digits.size);
-  digits.columns = columns;
-  return digits;
-}
-
 // Tiles of at most `rows` columns of k and `columns` of n, with at most `most_units` pairs of digits of left and
 // `most_run` of right: the fewest. A tile whose runs are not whole chunks of 16 bytes counts three times: its elements
 // are copied one by one.
@@ -63,8 +56,8 @@ void rebuilt_product(const RebuiltProduct& product, cudaStream_t stream) {
   const int chunk = 16 / static_cast<int>(size_of(product.dtype)), a = product.a, b = product.b;
   RebuiltArguments p;
   p.of = product;
-  p.k = digits_of(product.i, product.in_features);
-  p.n = digits_of(product.j, product.out_features);
+  p.k = Digits(product.i, product.in_features);
+  p.n = Digits(product.j, product.out_features);
   if (transposed) std::swap(p.k, p.n);
   const auto steps = [&](int& of_k, int& of_n, int size_j, int step) {
     of_k = transposed ? step : size_j * step;
@@ -94,8 +87,8 @@ void gradient_product(const GradientProduct& product, cudaStream_t stream) {
   const int chunk = 16 / static_cast<int>(size_of(product.dtype));
   GradientArguments p;
   p.of = product;
-  p.i = digits_of(product.i, product.in_features);
-  p.j = digits_of(product.j, product.out_features);
+  p.i = Digits(product.i, product.in_features);
+  p.j = Digits(product.j, product.out_features);
   choose(p.i, p.j, kSide, kSide, kSide, kSide, chunk);
   p.vector_x = whole_tiles(chunk, p.i, {product.x});
   p.vector_dz = whole_tiles(chunk, p.j, {product.dz});

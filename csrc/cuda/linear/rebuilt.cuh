@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(RebuiltTiles<T, kColumns>::Out::kThreads)
           p.vector_b);
       Accumulator<Half> part;
       part.clear();
-      block_gemm<T, Half, true, false>(part, left, central, 0, of.a, kDepth, bonds, stages);
+      block_gemm<T, Half, true, false>(part, left, central, of.a, kDepth, bonds, stages);
       part.for_each_pair([&](int row, int column, float v0, float v1) {
         *reinterpret_cast<dev::Pack<T, 2>*>(half + row * Tiles::kHalfStride + column) = {
             {dev::from_float<T>(v0), dev::from_float<T>(v1)}};
@@ -121,13 +121,13 @@ __global__ void __launch_bounds__(RebuiltTiles<T, kColumns>::Out::kThreads)
         const bool there = own.x < k.run && own.y < n.run;
         return there ? (k.right + own.x) * p.right_k + (n.right + own.y) * p.right_n : -1;
       }, Adjacent{bonds}, p.vector_b);
-      block_gemm<T, Weight, true, true>(w, Resident<T, true>{half, Tiles::kHalfStride}, right, 0, bonds, kDepth,
+      block_gemm<T, Weight, true, true>(w, Resident<T, true>(half, Tiles::kHalfStride), right, bonds, kDepth,
                                         run_k * run_n, stages);
     }
     places.store(w, weight, p.pairs);  // nobody reads the tile before: the products have begun with barriers
     const auto x = lines_at<T, Out, Out::kM, true>(
         of.rows, k.first(), [&](int row) { return from[row]; }, k, p.vector_rows);
-    block_gemm<T, Out, true, false>(sum, x, Resident<T, false>{weight, Tiles::kWeightStride}, 0, k.units * run_k, rows,
+    block_gemm<T, Out, true, false>(sum, x, Resident<T, false>(weight, Tiles::kWeightStride), k.units * run_k, rows,
                                     n.units * run_n, stages);
   }
 

@@ -28,7 +28,7 @@ def settle_experts(plan: Plan, source: Source) -> MPOEConfig | None:
     Without a shape the experts are `MPOEConfig`'s default if the model supports it. Afterwards ``plan.experts`` holds
     the choice, like the record of the run.
     """
-    from mpoe.models.families import family_of
+    from mpoe.models.table import TABLE
 
     experts = plan.experts
     if plan.run.baseline == DENSE:
@@ -40,7 +40,7 @@ def settle_experts(plan: Plan, source: Source) -> MPOEConfig | None:
     config = experts.build()
     if config is None or source.is_mpoe:
         return None
-    if not family_of(source.model_type).takes_blocks:
+    if not TABLE[source.model_type].takes_blocks:
         config = config.with_cores()
     if experts.shape is None and config.expert_type == "mpo":
         experts.shape = str(config.shape)

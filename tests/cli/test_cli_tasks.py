@@ -58,6 +58,8 @@ def test_lengths_splits_and_sizes_apply_to_described_tasks(tmp_path: Path) -> No
     assert [len(rte.examples(split)) for split in ("train", "validation", "test")] == [3, 4, 4]
     assert not {e.source for e in rte.validation()} & {e.source for e in rte.test()}
     assert rte.max_target_length == 2
+    with pytest.raises(ValueError, match="test labels of task rte are not public; use split_validation_test"):
+        tasks(["rte"], data_dir=str(data))[0].test()
 
 
 def test_task_files(tmp_path: Path) -> None:
@@ -89,6 +91,10 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, names: list, 
         tasks(names, **options)
 
 
+def offline(*_: object, **__: object) -> dict:
+    raise ConnectionError("Couldn't reach it")
+
+
 def test_a_data_set_of_the_hub_in_the_place_of_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"sentence": f"sentence {i}", "label": i % 2} for i in range(20)]
     datasets = ModuleType("datasets")
@@ -98,8 +104,10 @@ def test_a_data_set_of_the_hub_in_the_place_of_a_folder(monkeypatch: pytest.Monk
     assert (task.name, task.labels) == ("some_reviews", ("bad", "good"))
     assert [len(task.examples(split)) for split in ("train", "validation")] == [3, 2]
     assert task.test()[1] == Example("some_reviews sentence: sentence 1", "good")
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"no folder 'someone/other' here; on the hub: task other is on the hub "):
+    datasets.load_dataset = offline  # type: ignore[attr-defined]
+    with pytest.raises(
+        ValueError, match=r"no folder 'someone/other' here; on the hub: task other: the hub did not give"
+    ):
         tasks([], data_dir="someone/other")
 
 

@@ -84,7 +84,7 @@ REFUSED = [
     (["generate", "./absent", "--prompt", "x"], "no such folder"),
     (["generate", "runs/frist", "--prompt", "x"], "no such folder: runs/frist; did you mean 'first'?"),
     (["generate", "no-such/model", "--prompt", "x"], "'no-such/model' is not a folder here, no built-in model (t5, "),
-    (["evaluate", "broken"], "config.json is not readable"),
+    (["evaluate", "broken"], "broken/config.json, line 1, column 2: bad JSON"),
     (["evaluate", "spoilt"], "described in run.json does not describe tasks: task a must be a mapping of fields"),
     (["evaluate", "--load_experiment", "run"], "load_experiment must be the folder of an earlier run; got 'run'"),
     (["evaluate", "--load_experiment", "."], "load_experiment: . holds neither a model nor a complete checkpoint"),

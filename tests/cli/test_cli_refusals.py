@@ -141,8 +141,8 @@ def test_refusals_of_train_come_before_the_model(refused, sentiment: Path, tmp_p
     line = refused(*train_flags(run, sentiment, "--resume"))
     assert "with a different configuration" in line
     assert "model: was 'gpt2', now 't5'" in line
-    (sentiment / "validation.jsonl").unlink()
-    assert "no validation file" in refused(*train_flags(tmp_path / "new", sentiment))
+    (sentiment / "train.jsonl").unlink()
+    assert "must hold a train file" in refused(*train_flags(tmp_path / "new", sentiment))
     assert not (tmp_path / "new").exists()
 
 

@@ -145,10 +145,10 @@ class Product(LinearProblem):
     shape=st.sampled_from(list(SMALL_SHAPES.values()))
     | st.builds(
         lambda factors, bond: MPOShape(*zip(*factors, strict=True), max_bond=bond),
-        st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3),
+        st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=3),
         st.none() | st.integers(1, 24),
     ),
-    tokens=st.integers(0, 30),
+    tokens=st.integers(0, 20),
     kind=st.sampled_from(["uniform", "zipf", "all_to_one", "some_idle"]),
     activation=st.sampled_from(["none", "relu", "gelu", "gelu_new", "silu"]),
     capacity=st.none() | st.integers(1, 5),

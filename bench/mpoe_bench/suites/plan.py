@@ -10,17 +10,16 @@ import torch
 
 from mpoe_bench.cases import JUDGED_WORKLOADS, Workload
 from mpoe_bench.contender import Comparison
-from mpoe_bench.peers import OF_CORES
 from mpoe_bench.problem import FFNCase
 from mpoe_bench.suites.ffn import ffn_comparison
-from mpoe_bench.suites.gpu import ORIGINAL, gpu_comparisons
+from mpoe_bench.suites.gpu import gpu_comparisons
 from mpoe_bench.suites.layers import LAYERS, layers_comparison
 from mpoe_bench.suites.models import SHAPES, model_comparison
 from mpoe_bench.suites.ops import embedding_comparison, linear_comparison, routing_comparison
 from mpoe_bench.suites.scale import DENSE_PEERS, GPU_PEERS, Scale
+from mpoe_bench.targets import GROUPED, LOOP
 from mpoe_kernels.backends import AUTO
 
-LOOP = "dense experts, loop"
 SUITES = ("quick", "planner", "targets", "layers", "models", "gpu")
 # Quick to measure, with every shape and nearly every size; the planner suite takes all cases.
 QUICK_JUDGED = (3, 12, 22, 30, 35, 42, 46)
@@ -80,16 +79,12 @@ class _Plan(NamedTuple):
 
     def quick(self) -> Iterator[Comparison]:
         paper, bond_32, light = (self.scale.shape(name) for name in ("paper_64", "paper_32", "light_64"))
-        original = ((ORIGINAL, paper), (ORIGINAL, "paper_full"))
         shapes = ("separable", light, paper, "paper_full")
-        yield self.ffn(self.many, shapes, peers=self.peers, masked=("separable",), core_peers=original)
-        half, peers = replace(self.many, dtype=torch.bfloat16), (LOOP, "dense experts, grouped_mm")
-        yield self.ffn(half, ("separable", paper), peers=peers, core_peers=original[:1])
+        yield self.ffn(self.many, shapes, peers=self.peers, masked=("separable",), original=(paper, "paper_full"))
+        half, peers = replace(self.many, dtype=torch.bfloat16), (LOOP, GROUPED)
+        yield self.ffn(half, ("separable", paper), peers=peers, original=(paper,))
         small = ("separable", paper, bond_32, "paper_16")
-        yield self.ffn(self.few, small, peers=self.peers, core_peers=((ORIGINAL, "paper_16"),))
-        tensors = replace(self.few, experts=self.scale.few_experts, tokens=4 * self.scale.few_tokens)
-        of_cores = tuple((peer, "paper_16") for peer in OF_CORES)
-        yield self.ffn(tensors, ("separable", "paper_16"), peers=(LOOP,), core_peers=of_cores)
+        yield self.ffn(self.few, small, peers=self.peers, original=("paper_16",))
         yield from self.decode(("separable", "paper_16"))
         yield from self.ops(("separable", paper))
         yield self.train_step(("neurons", "hidden", "separable"))
@@ -99,11 +94,11 @@ class _Plan(NamedTuple):
         """Only what the targets need, in both dtypes."""
         scale = self.scale
         paper, bond_32, light = (scale.shape(name) for name in ("paper_64", "paper_32", "light_64"))
-        original, masked = ((ORIGINAL, paper), (ORIGINAL, "paper_full")), ("separable", paper, "paper_full")
+        masked = ("separable", paper, "paper_full")
         shapes = ("separable", light, paper, "paper_full")
         for dtype in HALVES:
             many, few = replace(self.many, dtype=dtype), replace(self.few, dtype=dtype)
-            yield self.ffn(many, shapes, peers=(LOOP,), core_peers=original, masked=masked)
+            yield self.ffn(many, shapes, peers=(LOOP,), original=(paper, "paper_full"), masked=masked)
             yield self.ffn(replace(many, experts=scale.many_experts), ("separable",))
             yield self.ffn(few, ("separable", paper, bond_32, "paper_16"), peers=(LOOP,))
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mpoe_bench.targets import GROUPED, LOOP
+
 DENSE_PEERS = (
-    "dense experts, loop",
-    "dense experts, grouped_mm",
+    LOOP,
+    GROUPED,
     "dense experts, one-hot einsum",
     "transformers Switch",
 )

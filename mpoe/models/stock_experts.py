@@ -19,7 +19,7 @@ from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.config.shapes import KINDS
 from mpoe.layers.activations import check_activation
 from mpoe.layers.experts import MixtureExperts
-from mpoe.models.sites import EmbeddingSite, FFNSite, LinearSite, Report, set_module
+from mpoe.models.sites import EmbeddingSite, FFNSite, LinearSite, ModuleSite, Report
 from mpoe.models.table import Family
 
 
@@ -61,25 +61,14 @@ def _why_not(module: Any) -> str | None:
 
 
 @dataclass(frozen=True)
-class ExpertsSite:
+class ExpertsSite(ModuleSite):
     """The experts of one layer of a mixture, which become `MixtureExperts`.
 
     Attributes:
-        name: of the module that holds them.
-        layer: index of the layer.
-        dense: that module.
         options: keyword arguments of `MixtureExperts`.
     """
 
-    name: str
-    layer: int | None
-    dense: Any
     options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def replaced(self) -> list[nn.Module]:
-        """Modules that are replaced."""
-        return [self.dense]
 
     def weights(self, kind: str) -> Tensor:
         """Weights ``[E, in, out]`` of one kind of projection."""
@@ -118,10 +107,6 @@ class ExpertsSite:
             f"{self.name}.{kind}": cores.load_weights_(self.weights(kind))
             for kind, cores in module.projections().items()
         }
-
-    def install(self, model: nn.Module, module: MixtureExperts, config: MPOEConfig) -> None:
-        """Put ``module`` in place of the experts."""
-        set_module(model, self.name, module)
 
 
 AnySite = FFNSite | LinearSite | EmbeddingSite | ExpertsSite

@@ -165,7 +165,10 @@ def inductor(tmp_path, monkeypatch, lacks):
 @pytest.mark.usefixtures("inductor")
 @pytest.mark.parametrize(
     ("family", "backend"),
-    [("gpt2", "aot_eager"), ("t5", "aot_eager"), ("bert_classifier", "aot_eager"), ("t5", "inductor")],
+    [
+        *(("gpt2", "aot_eager"), ("t5", "aot_eager"), ("bert_classifier", "aot_eager"), ("t5", "inductor")),
+        pytest.param("gpt2", "inductor", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_training_steps_compile_fullgraph(family, backend, converted):
     model, inputs = converted(family).train(), batch(family)

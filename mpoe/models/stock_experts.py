@@ -146,14 +146,9 @@ def checked_for(model: nn.Module, family: Family, config: MPOEConfig) -> MPOECon
         raise ValueError(f"{type(model).__name__} must have layers with experts; this one has none")
     config = config.with_cores()
     default, number = MPOEConfig(shape=config.shape), int(experts.down_proj.shape[0])
-    given = {
-        "moe_type": (config.moe_type, (default.moe_type,)),
-        "num_experts": (config.num_experts, (default.num_experts, number)),
-        "expert_type": (config.expert_type, (default.expert_type,)),
-        "router": (config.router, (default.router,)),
-    }
-    for name, (value, allowed) in given.items():
-        if value not in allowed:
+    for name in ("moe_type", "num_experts", "expert_type", "router"):
+        value = getattr(config, name)
+        if value != getattr(default, name) and (name, value) != ("num_experts", number):
             raise ValueError(
                 f"{name} must be left out for {type(model).__name__}, which has {number} experts and a router of its "
                 f"own; got {value!r}"

@@ -171,7 +171,8 @@ def inductor(tmp_path, monkeypatch, lacks):
     ],
 )
 def test_training_steps_compile_fullgraph(family, backend, converted):
-    model, inputs = converted(family).train(), batch(family)
+    model, inputs = converted(family), batch(family)
+    model.train(family != "bert_classifier")  # which drops at random
     twin = copy.deepcopy(model)
     compiled = torch.compile(twin, backend=backend, fullgraph=True)
     optimizers = [torch.optim.SGD(m.parameters(), lr=1e-2) for m in (model, twin)]

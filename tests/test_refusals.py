@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, import_original, merge_experts, save_mpoe_only
 from mpoe.data.collate import PaddingCollator
 from mpoe.data.encode import check_length, check_tokenizer
-from mpoe.data.metrics import pearson
+from mpoe.data.metrics import METRICS
 from mpoe.data.sampler import MultiTaskBatchSampler, TemperatureSampler
 from mpoe.data.splits import with_validation_from_train
 from mpoe.data.task import Example, Task
@@ -208,7 +208,7 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "no inputs": (lambda: blocks(sizes=(0, 12)), ValueError, r"in_features must lie between 1 and .* = 6; got 0"),
     "outputs": (lambda: blocks(sizes=(6, 13)), ValueError, r"out_features must lie between 1 and .* = 6; got 13"),
     "numbers of two axes": (
-        lambda: pearson([[1.0], [2.0]], [[1.0], [2.0]]),
+        lambda: METRICS["pearson"]([[1.0], [2.0]], [[1.0], [2.0]]),
         ValueError,
         r"predictions and references must be \[N\]; got \(2, 1\)",
     ),
@@ -237,7 +237,7 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "one item": (
         lambda: one_item().train(),
         ValueError,
-        "train of task t must hold two different items at least; got 1",
+        "train of task t must hold at least two different items; got 1",
     ),
     "tokens": (
         lambda: model_costs(take_inventory("t5-base"), MPOEConfig(), workload()),

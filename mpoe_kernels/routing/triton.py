@@ -20,6 +20,7 @@ GATED = 2048  # logits of one program
 SORT_BLOCK = 1024  # pairs that it reads at once
 CHUNK, PART = 32, 128  # blocks and keys whose counts a program of the prefix holds at once
 ROWS = {"BM": 16, "BN": 128, "num_warps": 4}
+SUMMED = {"BM": 4, "BN": 512, "num_warps": 4}  # where a program sums over a row
 
 
 def sort_pairs(
@@ -261,39 +262,26 @@ def combine(call: CombineCall) -> Tensor:
 
 
 def combine_backward(call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
-    """Gradients of rows and gates, each by a launch."""
-    y_sorted, token_of_slot, top_k_weights = call.y_sorted, call.token_of_slot, call.top_k_weights
-    grad, slot_of_token = call.grad.contiguous(), call.slot_of_token.contiguous()
-    tokens, top_k = slot_of_token.shape
+    """Gradients of rows and gates. One launch."""
+    y_sorted, grad, weights = call.y_sorted, call.grad.contiguous(), call.top_k_weights
     slots, columns = y_sorted.shape
-    dy, dweights = grad.new_empty(0), top_k_weights.new_empty(0)
-    if call.need_y:
-        dy = grad.new_empty(slots, columns)
-        start(
-            kernels.spread_kernel,
-            _grid(slots, columns),
-            grad=grad,
-            token_of_slot=token_of_slot,
-            slot_of_token=slot_of_token,
-            weights=top_k_weights.contiguous(),
-            dy=dy,
-            slots=slots,
-            F=columns,
-            TOP_K=top_k,
-            **ROWS,
-        )
-    if call.need_weights:
-        dweights = top_k_weights.new_empty(tokens, top_k)
-        start(
-            kernels.weight_gradient_kernel,
-            (cdiv(tokens, ROWS["BM"]), top_k),
-            grad=grad,
-            rows=y_sorted.contiguous(),
-            slot_of_token=slot_of_token,
-            dweights=dweights,
-            tokens=tokens,
-            F=columns,
-            TOP_K=top_k,
-            **ROWS,
-        )
+    dy = grad.new_empty(y_sorted.shape if call.need_y else 0)
+    dweights = weights.new_zeros(weights.shape if call.need_weights else 0)
+    start(
+        kernels.combine_backward_kernel,
+        (cdiv(slots, SUMMED["BM"]),),
+        grad=grad,
+        rows=y_sorted.contiguous(),
+        token_of_slot=call.token_of_slot,
+        slot_of_token=call.slot_of_token.contiguous(),
+        weights=weights.contiguous(),
+        dy=dy,
+        dweights=dweights,
+        slots=slots,
+        F=columns,
+        TOP_K=weights.shape[1],
+        NEED_Y=call.need_y,
+        NEED_WEIGHTS=call.need_weights,
+        **SUMMED,
+    )
     return dy, dweights

@@ -309,54 +309,45 @@ def collect_kernel(
 
 
 @triton.jit
-def spread_kernel(
+def combine_backward_kernel(
     grad,  # [T, F]
+    rows,  # [N, F]
     token_of_slot,
     slot_of_token,
-    weights,
+    weights,  # [T, K]
     dy,  # [N, F]
+    dweights,  # [T, K], zeros
     slots,
     F,
     TOP_K: tl.constexpr,
+    NEED_Y: tl.constexpr,
+    NEED_WEIGHTS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Grid ``(slot blocks, column blocks)``: gradient of `combine`'s rows; a slot that no pair kept gets zero."""
+    """Grid ``(slot blocks,)``: of rows, the gradient of their token times its weight, zero in a slot that no pair kept;
+    of weights, that gradient times the row."""
     slot = tl.program_id(0) * BM + tl.arange(0, BM)
-    column = tl.program_id(1) * BN + tl.arange(0, BN)
     token = tl.load(token_of_slot + slot, mask=slot < slots, other=0)
     weight = tl.zeros((BM,), dtype=tl.float32)
+    pair = token * TOP_K
     owned = slot < 0
     for choice in tl.static_range(TOP_K):
-        own = tl.load(slot_of_token + token * TOP_K + choice, mask=slot < slots, other=-1) == slot
-        weight += tl.load(weights + token * TOP_K + choice, mask=own, other=0.0).to(tl.float32)
+        at = token * TOP_K + choice
+        own = tl.load(slot_of_token + at, mask=slot < slots, other=-1) == slot
+        weight += tl.load(weights + at, mask=own, other=0.0).to(tl.float32)
+        pair = tl.where(own, at, pair)
         owned = owned | own
-    inside = (column < F)[None, :]
-    value = tl.load(grad + token[:, None] * F + column[None, :], mask=inside & owned[:, None], other=0.0)
-    value = (value.to(tl.float32) * weight[:, None]).to(dy.dtype.element_ty)
-    tl.store(dy + slot.to(tl.int64)[:, None] * F + column[None, :], value, mask=inside & (slot < slots)[:, None])
-
-
-@triton.jit
-def weight_gradient_kernel(
-    grad,  # [T, F]
-    rows,  # [N, F]
-    slot_of_token,
-    dweights,  # [T, K]
-    tokens,
-    F,
-    TOP_K: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """Grid ``(token blocks, TOP_K)``: a token's gradient times the row that a choice gave it."""
-    token = tl.program_id(0) * BM + tl.arange(0, BM)
-    at = token * TOP_K + tl.program_id(1)
-    slot = tl.load(slot_of_token + at, mask=token < tokens, other=-1)
     total = tl.zeros((BM,), dtype=tl.float32)
     for first in tl.range(0, F, BN):
         column = first + tl.arange(0, BN)
-        kept = (slot >= 0)[:, None] & (column < F)[None, :]
-        g = tl.load(grad + token.to(tl.int64)[:, None] * F + column[None, :], mask=kept, other=0.0).to(tl.float32)
-        total += tl.sum(g * tl.load(rows + slot[:, None] * F + column[None, :], mask=kept, other=0.0).to(tl.float32), 1)
-    tl.store(dweights + at, total.to(dweights.dtype.element_ty), mask=token < tokens)
+        kept = owned[:, None] & (column < F)[None, :]
+        at_row = slot.to(tl.int64)[:, None] * F + column[None, :]
+        g = tl.load(grad + token[:, None] * F + column[None, :], mask=kept, other=0.0).to(tl.float32)
+        if NEED_WEIGHTS:
+            total += tl.sum(g * tl.load(rows + at_row, mask=kept, other=0.0).to(tl.float32), 1)
+        if NEED_Y:
+            inside = (slot < slots)[:, None] & (column < F)[None, :]
+            tl.store(dy + at_row, (g * weight[:, None]).to(dy.dtype.element_ty), mask=inside)
+    if NEED_WEIGHTS:
+        tl.store(dweights + pair, total.to(dweights.dtype.element_ty), mask=owned)

@@ -118,20 +118,20 @@ def activate(z, NAME: tl.constexpr):
 
 
 @triton.jit
-def activation_slope(saved, NAME: tl.constexpr):
-    """Derivative of the activation; ``saved`` is the output for relu and the pre-activation for the others."""
+def through_activation(grad, z, NAME: tl.constexpr):
+    """Gradient of the pre-activation ``z`` from that of the activation; of relu also by the output."""
     if NAME == "relu":
-        slope = tl.where(saved > 0, 1.0, 0.0)
+        grad = tl.where(z <= 0, 0.0, grad)
     elif NAME == "gelu":
-        slope = 0.5 * (1.0 + tl.erf(saved * 0.7071067811865476))
-        slope += saved * 0.3989422804014327 * tl.exp(-0.5 * saved * saved)
+        slope = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+        grad *= slope + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
     elif NAME == "gelu_tanh":
-        s = tl.sigmoid(1.5957691216057308 * (saved + 0.044715 * saved * saved * saved))
-        slope = s + saved * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * saved * saved)
-    else:
-        s = tl.sigmoid(saved)
-        slope = s * (1.0 + saved * (1.0 - s))
-    return slope
+        s = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+        grad *= s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+    elif NAME == "silu":
+        s = tl.sigmoid(z)
+        grad *= s * (1.0 + z * (1.0 - s))
+    return grad
 
 
 @triton.jit
@@ -140,8 +140,7 @@ def slopes(dh, value, z, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
     dz = dh
     if GATED:
         dz = dh * value
-    if ACTIVATION != "none":
-        dz = dz * activation_slope(z, ACTIVATION)
+    dz = through_activation(dz, z, ACTIVATION)
     dvalue = dz
     if GATED:
         dvalue = dh * activate(z, ACTIVATION)

@@ -69,7 +69,12 @@ _EXACT = (
     "a plan ranks by FLOPs; it holds exact numbers, the same on every device, and is made by plan_contraction alone"
 )
 _KEPT = "full weights are kept inside `generate` alone: model.cache_experts(max_bytes=...) sets the limit"
+_METRICS = EARLIER["names"]["mpoe.data.METRICS"]["keys"]
 DELIBERATE |= {
+    "mpoe.data.LocalTask is gone": "a task of files is a Task; nothing needed its folder",
+    f"mpoe.data.METRICS: keys was {_METRICS!r}, is {[name for name in _METRICS if name != 'roc_auc']!r}": (
+        "no kind of task could use roc_auc; sklearn.metrics.roc_auc_score"
+    ),
     **{
         f"mpoe.layers.{what} is gone": _KEPT
         for what in ("ExpertCache", "ExpertCacheReport", "MPOExperts: members: cache_experts")

@@ -112,22 +112,6 @@ void activate_rows(const Sizes& s, int64_t rows, const float* z, const float* fa
     }
 }
 
-// f(constant of the activation)
-template <Activation kind>
-struct Kind {
-  static constexpr Activation value = kind;
-};
-template <class F>
-void with_activation(Activation activation, const F& f) {
-  switch (activation) {
-    case Activation::kNone: return f(Kind<Activation::kNone>{});
-    case Activation::kRelu: return f(Kind<Activation::kRelu>{});
-    case Activation::kGelu: return f(Kind<Activation::kGelu>{});
-    case Activation::kGeluTanh: return f(Kind<Activation::kGeluTanh>{});
-    case Activation::kSilu: return f(Kind<Activation::kSilu>{});
-  }
-}
-
 // z += the expert's bias for each row's group
 template <class T>
 void add_bias(const HiddenExperts& in, const Sizes& s, int64_t expert, const Chunk& chunk, float* z) {
@@ -363,17 +347,11 @@ void backward(
   });
 }
 
-void add(const float* from, float* to, int64_t count) {
-  int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) store_floats(to + i, load_floats(to + i) + load_floats(from + i));
-  for (; i < count; ++i) to[i] += from[i];
-}
-
 }  // namespace
 
 const HiddenKernels MPOE_HIDDEN[2] = {
-    {forward<float>, backward<float>, add},
-    {forward<BFloat16>, backward<BFloat16>, add},
+    {forward<float>, backward<float>},
+    {forward<BFloat16>, backward<BFloat16>},
 };
 
 }  // namespace mpoe

@@ -26,8 +26,10 @@ from mpoe_kernels.linear.op import BackwardCall, ForwardCall, LinearCall
 from mpoe_kernels.linear.triton.fused import fused_kernel
 from mpoe_kernels.linear.triton.fused_gradient import gradient_kernel
 from mpoe_kernels.linear.triton.fused_tiles import Cut, FusedTile, Sides, filled_up, fused_choice
-from mpoe_kernels.linear.triton.grouped import parts_of
+from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.start import Options, cdiv, power_of_two, precision, start, start_best
+
+MOST_PARTS = 32
 
 
 def forward(call: ForwardCall) -> Forward:
@@ -173,3 +175,11 @@ def weight_gradient_times(call: BackwardCall, grad: Tensor, other: Tensor, of_ri
         **_options(tile, extents),
     )
     return out.sum(0) if of_right else out
+
+
+def parts_of(device: torch.device, programs: int, most: int) -> int:
+    """Parts of a sum, a power of two: enough programs for half of the multiprocessors."""
+    units, parts = architecture.target_of(device).multiprocessors, 1
+    while 2 * programs * parts <= units and 2 * parts <= min(most, MOST_PARTS):
+        parts *= 2
+    return parts

@@ -136,7 +136,7 @@ class Grouped(Protocol):
         """``out[e] = sum of rows[row_index[s]]^T grads[s]`` over the expert's slots and p, ``[E, k, m]``; zero for an
         expert without slots. ``grads``: ``[N, p, m]``."""
 
-    # Optional: from one reading, what `blocks` gives, and into ``found [N, p, k]`` the gradients of the rows; into
+    # None, or: from one reading, what `blocks` gives, and into ``found [N, p, k]`` the gradients of the rows; into
     # ``again [N, p, m]`` what `rows` gives. Of blocks with sides of `LARGEST_SHARED` at most. With an activation,
     # ``grads`` are those of its output. Arguments: rows, row_index, blocks, grads, slots, found, again, activation.
     both: Any
@@ -217,7 +217,7 @@ class Pass:
         sides = [_split(program.axes[block], program.axes[name])[1] for name in (before, product.first)]
         largest = max(math.prod(getattr(self.call.dims, axis) for axis in side) for side in sides)
         wanted = any(each.result == f"d {block}" for each in program.products)
-        return wanted and largest <= LARGEST_SHARED and hasattr(self.grouped, "both")
+        return wanted and largest <= LARGEST_SHARED and self.grouped.both is not None
 
     @property
     def late(self) -> bool:

@@ -15,6 +15,8 @@ from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 class Library:
     """See `mpoe_kernels.linear.grouped.Grouped`; by `torch.nn.functional.grouped_mm`."""
 
+    both = None
+
     def rows(
         self,
         rows: Tensor,

@@ -34,7 +34,7 @@ class BenchOptions:
 
     _argument_group_name = "bench"
 
-    suite: str = option("quick", "quick (minutes), full (hours), planner (its cases), targets, layers, models, gpu")
+    suite: str = option("quick", "quick (minutes), planner (its cases), targets, layers, models, gpu")
     device: str = option("cpu", "cpu or cuda")
     backend: str | None = option(None, "auto, all, or names with commas; default: auto and eager")
     out: Path = option(Path("bench_results"), "folder for report.md and results.json")

@@ -77,7 +77,7 @@ def settle_experts(plan: Plan, source: Source) -> MPOEConfig | None:
     one per token, as it always has. All others get `MPOEConfig`'s default if the model supports it. Afterwards
     ``plan.experts`` holds the choice, like the record of the run.
     """
-    from mpoe.models.families import family_of
+    from mpoe.models.table import TABLE
 
     experts, defaults = plan.experts, {"gauge": MPOEConfig.gauge, "light_p": MPOEConfig.light_p}
     record = saved_config(Path(str(plan.arguments.output_dir))) if plan.run.resume else None
@@ -95,7 +95,7 @@ def settle_experts(plan: Plan, source: Source) -> MPOEConfig | None:
     config = experts.build(as_saved)
     if source.is_mpoe:
         config = None if config is None else MPOEConfig.from_dict({})  # the model's own counts
-    elif config is not None and not family_of(source.model_type).takes_blocks:
+    elif config is not None and not TABLE[source.model_type].takes_blocks:
         config = config.with_cores()
     if experts.shape is None and not isinstance(kept, dict):
         experts.shape = SEPARABLE if config is None else str(config.shape)

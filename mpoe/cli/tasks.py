@@ -89,7 +89,8 @@ def _label_words(text: str | None) -> dict[str, str] | None:
 
 def _as_detected(folder: Path, name: str | None, options: DataOptions, data_seed: int) -> Task:
     """The task in a folder without a description, split and subsampled as requested."""
-    from mpoe.data.local import holds_train_alone, load_task_from_folder
+    from mpoe.data.detect import load_task_from_folder
+    from mpoe.data.tables import holds_train_alone
 
     if holds_train_alone(folder):
         print(f"{folder} holds a train file alone: a tenth of its items, at most 1,000, is held out for validation")
@@ -109,8 +110,7 @@ def _as_detected(folder: Path, name: str | None, options: DataOptions, data_seed
 
 def _from_hub(data_dir: str, options: DataOptions) -> Task:
     """The data set on the hub that ``data_dir`` names instead of a folder."""
-    from mpoe.data.hub import detect_hub_task
-    from mpoe.data.local import task_name
+    from mpoe.data.detect import detect_hub_task, task_name
 
     if not _HUB_NAME.fullmatch(data_dir) or Path(data_dir).parts[0] in (path.name for path in Path().iterdir()):
         raise CommandError(
@@ -154,7 +154,7 @@ def _adjusted(task: Task, options: DataOptions, data_seed: int) -> Task:
 def _one_task(name: str, options: DataOptions, described: Mapping[str, TaskSpec], data_seed: int) -> Task:
     """The task called ``name``: a folder in ``data_dir``, read by its description or by detection; else a task by name.
     The empty name means ``data_dir`` itself."""
-    from mpoe.data.local import task_name
+    from mpoe.data.detect import task_name
     from mpoe.data.tasks import find_spec, get_task, load_task, task_names
 
     detection = [option for option in DETECTION if getattr(options, option)]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mpoe.config import MPOEConfig
@@ -215,6 +215,10 @@ class MPOEModelMixin(OthersMixin, _Model):
         """
         return {"main": last_tokens(kwargs.get("attention_mask"), kwargs, "input_ids", "inputs_embeds")}
 
+    def generation_masks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor | None]:
+        """Token masks ``[B, S]`` by stream of what `generate` runs apart from the model's forward."""
+        return {}
+
     def _routed_forward(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The dense parent's ``forward`` inside a routing context, with the auxiliary loss added."""
         model: Any = self
@@ -339,11 +343,11 @@ class MPOEModelMixin(OthersMixin, _Model):
         Raises:
             ValueError: a model without MPO weights.
         """
-        self._set_central(False)
+        self._set_parts("central", False)
 
     def unfreeze_central(self) -> None:
         """Train the central cores again; raises the errors of `freeze_central`."""
-        self._set_central(True)
+        self._set_parts("central", True)
 
     def freeze_router(self, frozen: bool = True) -> None:
         """Stop training the routers; ``False`` trains them again.
@@ -361,18 +365,18 @@ class MPOEModelMixin(OthersMixin, _Model):
         """
         self._set_parts("experts", not frozen)
 
-    def _set_parts(self, part: str, trained: bool) -> None:
+    def _parts(self, part: str) -> list[nn.Module | nn.Parameter]:
+        """What is central, the routers or the experts."""
+        if part == "central":
+            modules: list[Any] = [*(cores for _, cores in mpo_modules(self)), *kept_modules(self).values()]
+            return [weight for module in modules for weight in module.central_parameters().values()]
         layers = [module for module in self.modules() if isinstance(module, RoutedFeedForward)]
-        parts = [found for layer in layers if (found := getattr(layer, part)) is not None]
-        if not parts:
-            raise ValueError(f"there is no {part} to freeze: {type(self).__name__} has none")
-        for found in parts:
-            found.requires_grad_(trained)
+        return [found for layer in layers if (found := getattr(layer, part)) is not None]
 
-    def _set_central(self, trained: bool) -> None:
-        modules: list[Any] = [*(cores for _, cores in mpo_modules(self)), *kept_modules(self).values()]
-        if not modules:
-            raise ValueError(f"there are no central cores to freeze: {type(self).__name__} has no MPO weights")
-        for cores in modules:
-            for weight in cores.central_parameters().values():
-                weight.requires_grad_(trained)
+    def _set_parts(self, part: str, trained: bool) -> None:
+        found = self._parts(part)
+        if not found:
+            missing = "are no central cores" if part == "central" else f"is no {part}"
+            raise ValueError(f"there {missing} to freeze: {type(self).__name__} has none")
+        for each in found:
+            each.requires_grad_(trained)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,10 +55,6 @@ def _exact_config(base: Any, experts: int, routing: RouterConfig | None) -> MPOE
     )
 
 
-def _norm(tensors: Iterator[Tensor]) -> float:
-    return float(sum(t.double().square().sum() for t in tensors)) ** 0.5
-
-
 def _mean_model(base: Any, fine_tunes: Sequence[Any]) -> Any:
     """The mean of the fine-tunes; parameters that are equal in all stay bit-identical."""
     mean = copy.deepcopy(base)
@@ -78,9 +74,13 @@ def _outside(mixture: Any, base: Any, numbered: Mapping[int, Any]) -> dict[int, 
     found = {}
     for number, model in numbered.items():
         own = {name: p for name, p in model.named_parameters() if name in kept and kept[name].shape == p.shape}
-        missed = _norm(p - kept[name] for name, p in own.items())
-        changed = _norm(p - start[name] for name, p in own.items())
-        found[number] = missed / (changed or _norm(iter(own.values())) or 1.0)
+        parts = [
+            [p - kept[name] for name, p in own.items()],
+            [p - start[name] for name, p in own.items()],
+            own.values(),
+        ]
+        missed, changed, size = (float(sum(t.double().square().sum() for t in part)) ** 0.5 for part in parts)
+        found[number] = missed / (changed or size or 1.0)
     return found
 
 

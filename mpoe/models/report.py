@@ -12,7 +12,7 @@ from torch import nn
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.dense import ExpertWeights
 from mpoe.layers.experts import MixtureExperts
-from mpoe.layers.feed_forward import MPOEFeedForward, RoutedFeedForward
+from mpoe.layers.feed_forward import RoutedFeedForward
 from mpoe.layers.kept import KeptFeedForward
 from mpoe.models.stock_experts import is_stock_experts
 from mpoe_kernels import ContractionPlan, plan_contraction
@@ -95,22 +95,16 @@ def parameter_report(model: nn.Module) -> dict[str, int]:
         trainable += parameter.numel() if parameter.requires_grad else 0
     total = sum(report.values())
     dense, switch = report["rest"], report["rest"] + report["router"]
-    in_feed_forward = set()
     for name, module in model.named_modules():
-        elements, before, experts = 0, 1, 1  # numbers of a whole network, how many there were, how many there are
+        elements, before, experts = 0, 1, 1  # numbers of a whole matrix, how many there were, how many there are
         if isinstance(module, KeptFeedForward):
             elements, experts = sum(weight.numel() for weight in module.dense_parameters().values()), module.num_experts
-        elif isinstance(module, (MPOEFeedForward, MixtureExperts)):
-            is_mixture = isinstance(module, MixtureExperts)  # the model had as many experts before
-            held: Any = module if is_mixture else module.experts
-            projections = held.projections()
-            in_feed_forward |= {f"{name}.{kind}" if is_mixture else f"{name}.experts.{kind}" for kind in projections}
-            elements = sum(each.in_features * each.out_features for each in projections.values())
-            before, experts = (module.num_experts if is_mixture else 1), module.num_experts
+        elif isinstance(module, (MPOCores, ExpertWeights)):
+            elements, experts = module.in_features * module.out_features, module.num_experts
+            holder = model.get_submodule(name.removesuffix(".base_layer").rpartition(".")[0])  # PEFT's name
+            before = experts if isinstance(holder, MixtureExperts) else 1  # the model had as many
         elif is_stock_experts(module):
             elements = sum(parameter.numel() for parameter in module.parameters())
-        elif isinstance(module, MPOCores) and name.removesuffix(".base_layer") not in in_feed_forward:  # PEFT's name
-            elements = module.in_features * module.out_features
         dense, switch = dense + before * elements, switch + experts * elements
     return {**report, "total": total, "trainable": trainable, "dense_total": dense, "switch_total": switch}
 
@@ -191,7 +185,7 @@ class WeightSummary:
         )
 
 
-def summarize(model: nn.Module, num_tokens: int, top_k: int = 1) -> list[WeightSummary]:
+def summarize(model: Any, num_tokens: int, top_k: int = 1) -> list[WeightSummary]:
     """A row for every MPO weight and for every network that keeps its projections, in the model's order.
 
     Args:
@@ -202,6 +196,8 @@ def summarize(model: nn.Module, num_tokens: int, top_k: int = 1) -> list[WeightS
     Raises:
         TypeError, ValueError: ``num_tokens`` is not a count.
     """
+    told = getattr(model.config, "conversion_errors", None)
+    errors: dict[str, Any] = told if isinstance(told, dict) else {}
     rows = []
     for name, module in model.named_modules():
         if isinstance(module, KeptFeedForward):
@@ -209,16 +205,10 @@ def summarize(model: nn.Module, num_tokens: int, top_k: int = 1) -> list[WeightS
         elif isinstance(module, MPOCores):
             per_token = 1 if module.num_experts == 1 else top_k
             plan = plan_contraction(module.shape, module.num_experts, num_tokens, module.central.dtype, top_k=per_token)
-            rows.append(WeightSummary(name, module, _conversion_error(model, name), plan, per_token))
+            error = next((errors[key] for key in names_in_checkpoints(model, name) if key in errors), None)
+            error = float(error) if isinstance(error, (int, float)) else None
+            rows.append(WeightSummary(name, module, error, plan, per_token))
     return rows
-
-
-def _conversion_error(model: Any, name: str) -> float | None:
-    """The conversion error of a weight from the model's config, if it has one."""
-    errors = getattr(model.config, "conversion_errors", None)
-    known = errors if isinstance(errors, dict) else {}
-    found = next((known[key] for key in names_in_checkpoints(model, name) if key in known), None)
-    return float(found) if isinstance(found, (int, float)) else None
 
 
 def print_summary(rows: Sequence[WeightSummary], num_tokens: int) -> None:

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig, RouterConfig
+from mpoe.config.shapes import KINDS
 from mpoe.layers.activations import check_activation
 from mpoe.layers.experts import MixtureExperts
-from mpoe.models.families import Family
 from mpoe.models.sites import EmbeddingSite, FFNSite, LinearSite, Report, set_module
-
-KINDS = ("up", "gate_proj", "down")
+from mpoe.models.table import Family
 
 
 def is_stock_experts(module: nn.Module) -> bool:

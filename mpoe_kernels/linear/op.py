@@ -22,7 +22,7 @@ from mpoe_kernels.checks import (
 from mpoe_kernels.contract import ALL_GRADIENTS, STRATEGIES
 from mpoe_kernels.contract.autotune import chosen_for
 from mpoe_kernels.contract.orders import BlockDims
-from mpoe_kernels.cuda_library import CUDA_OPS, shared_memory
+from mpoe_kernels.cuda_library import CUDA_OPS
 from mpoe_kernels.define import define_op, requested_backend
 from mpoe_kernels.linear import eager, grouped, native
 from mpoe_kernels.linear.cuda import LinearKernels
@@ -42,7 +42,7 @@ ACTIVATIONS = {
     "swish": "silu",
 }
 CHOICES = (*STRATEGIES, "auto")
-_CUDA = LinearKernels(CUDA_OPS, shared_memory)
+_CUDA = LinearKernels(CUDA_OPS)
 # Backend -> how it computes a contraction, and the reasons why it cannot.
 CANDIDATES = {
     "native": (native.candidates, native.contraction_reasons),

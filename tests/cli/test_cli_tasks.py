@@ -50,7 +50,7 @@ def test_lengths_splits_and_sizes_apply_to_described_tasks(tmp_path: Path) -> No
     assert sizes == [3, 4, 4]
     assert not {e.source for e in rte.validation()} & {e.source for e in rte.test()}
     assert rte.max_target_length == 2
-    with pytest.raises(ValueError, match="has no test file; use split_validation_test"):
+    with pytest.raises(ValueError, match="test labels of task rte are not public; use split_validation_test"):
         tasks(["rte"], data_dir=str(data))[0].test()
 
 
@@ -88,6 +88,10 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, names: list, 
         tasks(names, **options)
 
 
+def offline(*_: object, **__: object) -> dict:
+    raise ConnectionError("Couldn't reach it")
+
+
 def test_a_data_set_of_the_hub_in_the_place_of_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = [{"sentence": f"sentence {i}", "label": i % 2} for i in range(20)]
     datasets = ModuleType("datasets")
@@ -98,10 +102,9 @@ def test_a_data_set_of_the_hub_in_the_place_of_a_folder(monkeypatch: pytest.Monk
     assert len(task.train()) == 3
     assert len(task.validation()) == 2
     assert task.test()[1] == Example("some_reviews sentence: sentence 1", "good")
-    monkeypatch.setitem(sys.modules, "datasets", None)
+    datasets.load_dataset = offline  # type: ignore[attr-defined]
     with pytest.raises(
-        ValueError,
-        match=r"no folder 'someone/other' here; on the hub: task other is on the hub .*pip install 'mpoe\[hub\]'",
+        ValueError, match=r"no folder 'someone/other' here; on the hub: task other: the hub did not give"
     ):
         tasks([], data_dir="someone/other")
     monkeypatch.chdir(tmp_path)

@@ -68,7 +68,7 @@ def test_unreadable_and_test_files_are_skipped(tmp_path):
 
 
 def test_a_machine_without_sources(tmp_path, monkeypatch):
-    monkeypatch.setattr(mpoe.data.documentation, "standard_library_path", lambda: tmp_path)
+    monkeypatch.setattr(mpoe.data.documentation.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(FileNotFoundError, match=f"no documented Python source files found in {tmp_path}"):
         load_documentation.__wrapped__()
 

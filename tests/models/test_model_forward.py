@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -113,17 +114,19 @@ def test_generation_does_not_route_padding_in_the_encoder(converted):
     assert torch.equal(scores[0], scores[1])
 
 
-@pytest.mark.parametrize("family", ["t5", "gpt2", "bert_classifier"])
-def test_checkpointing_gives_the_same_gradients(family, converted):
-    model, inputs = (
-        converted(family, router=RouterConfig(z_loss_weight=1e-2, capacity_factor=1.5)).train(),
-        batch(family),
-    )
+@pytest.mark.parametrize(
+    ("family", "reentrant"), [("t5", False), ("gpt2", False), ("bert_classifier", False), ("gpt2", True)]
+)
+def test_checkpointing_gives_the_same_gradients(family, reentrant, converted):
+    """A reentrant one is replaced, with a warning."""
+    model, inputs = converted(family, router=RouterConfig(z_loss_weight=1e-2, capacity_factor=1.5)), batch(family)
+    model.train()
     plain = model(**inputs)
     plain.loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    model.activation_checkpointing_enable()
+    with pytest.warns(UserWarning, match="use_reentrant=False") if reentrant else nullcontext():
+        model.activation_checkpointing_enable({"use_reentrant": True} if reentrant else None)
     out = model(**inputs)
     out.loss.backward()
     assert torch.equal(out.expert_load, plain.expert_load)
@@ -133,22 +136,7 @@ def test_checkpointing_gives_the_same_gradients(family, converted):
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_reentrant_checkpointing_is_replaced_with_a_warning(converted):
-    model, inputs = converted("gpt2").train(), batch("gpt2")
-    model(**inputs).loss.backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    with pytest.warns(UserWarning, match="use_reentrant=False"):
-        model.activation_checkpointing_enable({"use_reentrant": True})
-    model(**inputs).loss.backward()
-    for name, p in model.named_parameters():
-        if name in expected:
-            torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
-
-
 def test_a_users_checkpoint_contexts_run_too(converted):
-    from contextlib import nullcontext
-
     entered = []
 
     def contexts():
@@ -253,11 +241,6 @@ def test_concurrent_calls_keep_their_masks_apart(converted):
         torch.testing.assert_close(results[k].logits, expected.logits)
 
 
-def test_trainer_ignores_our_fields_when_it_gathers_predictions(converted):
-    ignored = converted("t5").config.keys_to_ignore_at_inference
-    assert {"aux_loss", "task_loss", "router_logits", "expert_load", "cache"} <= set(ignored)
-
-
 @torch.no_grad()
 def test_dense_experts_from_scratch_train_and_differ(converted):
     config = converted("gpt2", expert_type="dense").config
@@ -266,3 +249,27 @@ def test_dense_experts_from_scratch_train_and_differ(converted):
     assert float(weight.std()) == pytest.approx(0.02, rel=0.1)
     assert not torch.equal(weight[0], weight[1])
     assert model(**batch("gpt2")).aux_loss > 0
+    ignored = set(config.keys_to_ignore_at_inference)  # when the Trainer gathers predictions
+    assert {"aux_loss", "task_loss", "router_logits", "expert_load", "cache"} <= ignored
+
+
+def test_ignored_labels_inside_a_target_are_not_padding(converted) -> None:
+    dense, model = dense_model("t5"), converted("t5")
+    ids, labels = torch.randint(2, 60, (2, 7)), torch.randint(2, 60, (2, 6))
+    labels[:, 2] = -100
+    labels[1, 4:] = -100  # this is padding
+    with torch.no_grad():
+        expected, got = dense(input_ids=ids, labels=labels), model(input_ids=ids, labels=labels)
+    kept = labels.ne(-100)
+    assert torch.allclose(got.logits[kept], expected.logits[kept], atol=1e-5)
+    assert int(got.expert_load[-1].sum()) == 6 + 4
+
+
+def test_generate_when_padding_is_the_end_token(converted) -> None:
+    dense, model = dense_model("t5"), converted("t5")
+    ids = torch.randint(2, 60, (1, 7))
+    ids[0, 3] = 1
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 1, "eos_token_id": 1}
+    for m in (dense, model):
+        m.generation_config.pad_token_id = m.generation_config.eos_token_id = 1
+    assert torch.equal(model.generate(ids, **options), dense.generate(ids, **options))

@@ -11,16 +11,6 @@ import torch
 
 from .small_models import MASK, batch
 
-CASES = [("t5", "separable"), ("t5", "paper"), ("gpt2", "separable"), ("gpt2", "paper")]
-
-
-def cases(*slow):
-    """All cases take minutes to compile; CI runs only those in ``slow``."""
-    return [
-        pytest.param(*case, marks=pytest.mark.slow if case in slow else pytest.mark.exhaustive, id="-".join(case))
-        for case in CASES
-    ]
-
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
@@ -42,9 +32,9 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("family", "shape"), cases(("t5", "separable")))
-def test_training_steps(family, shape, converted):
-    model, inputs = converted(family, shape=shape).train(), batch(family)
+@pytest.mark.slow
+def test_training_steps(converted):
+    model, inputs = converted("t5").train(), batch("t5")
     twin = copy.deepcopy(model)
     compiled = torch.compile(twin, fullgraph=True)
     optimizers = [torch.optim.SGD(m.parameters(), lr=1e-2) for m in (model, twin)]
@@ -62,7 +52,8 @@ def test_training_steps(family, shape, converted):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize(("family", "shape"), cases())
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("family", "shape"), [("t5", "separable"), ("gpt2", "paper")])
 def test_decoding_steps(family, shape, converted):
     """With a cache of fixed size, one graph serves every step after the first."""
     model = converted(family, shape=shape)

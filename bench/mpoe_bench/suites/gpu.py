@@ -17,8 +17,7 @@ from mpoe_bench.problem import FFNCase
 from mpoe_bench.suites.ffn import ffn_comparison
 from mpoe_bench.suites.ops import routing_comparison
 from mpoe_bench.suites.scale import DENSE_PEERS, GPU_PEERS, Scale
-
-ORIGINAL = "original: rebuild all"
+from mpoe_bench.targets import GROUPED, LOOP
 
 
 def _tokens(scale: Scale) -> tuple[int, int, int]:
@@ -40,16 +39,15 @@ def gpu_comparisons(scale: Scale, device: str, backends: tuple[str, ...]) -> Ite
         return ffn_comparison(case, names, backends, **{"peers": peers, **options})
 
     paper = scale.shape("paper_64")
-    original = ((ORIGINAL, paper),)
-    yield ffn(many, small, train=False, core_peers=original)
-    yield ffn(few, middle, core_peers=original, masked=(paper,))
+    yield ffn(many, small, train=False, original=(paper,))
+    yield ffn(few, middle, original=(paper,), masked=(paper,))
     yield ffn(many, middle)
     yield ffn(few, large, ("separable", "paper_full", paper))
     yield ffn(many, large, ("separable", paper))
-    decode = ("dense experts, grouped_mm", *(("QuACK grouped GEMM", "SonicMoE") if device == "cuda" else ()))
+    decode = (GROUPED, *(("QuACK grouped GEMM", "SonicMoE") if device == "cuda" else ()))
     for tokens in (1, 8):
         yield ffn(many, tokens, train=False, peers=decode, key="decode")
     yield ffn(few, small, train=False)
-    yield ffn(few, middle, ("separable", paper), dtype=torch.float32, peers=("dense experts, loop",))
+    yield ffn(few, middle, ("separable", paper), dtype=torch.float32, peers=(LOOP,))
     for top_k in (1, 2):
         yield routing_comparison(scale.model, many, middle, top_k, device)

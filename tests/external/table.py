@@ -1,4 +1,4 @@
-"""Counts the results of `tools/external_suites.sh`: ``python tools/external_table.py RESULTS``.
+"""Counts the results of `tools/external_suites.sh`: ``python tests/external/table.py RESULTS``.
 
 Exit status 1 if a failure is open: our class fails the test, the dense class passes it, and no line below explains why.
 ``--failed FILE`` lists one file's failed tests instead.

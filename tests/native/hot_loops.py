@@ -1,26 +1,17 @@
-"""Checks the compiled hot loop of every CPU micro-kernel: multiply-adds, loads and loop control, and nothing else.
+"""The compiled hot loop of every CPU micro-kernel: multiply-adds, loads and loop control, and nothing else.
 
-    python tools/hot_loops.py [LIBRARY]    default: of this checkout, for this Python; needs binutils (objdump, c++filt)
-
-One line per loop: file, kernel, instructions per multiply-add. Exits with 1 if a loop of an x86-64 vector extension
-touches the stack, contains an instruction that is not allowed or loads an operand more than once, or if a kernel was
-not found. The limits are what GCC 12 and GCC 14 reach; the compilers that built the library are printed. The
-baseline's loops (*_generic.cpp) are printed but not checked: SSE2 has neither multiply-adds nor broadcasts from memory.
+Read with binutils (objdump, c++filt) from the built library. The limits are what GCC 12 and GCC 14 reach. The
+baseline's loops (*_generic.cpp) are told but not checked: SSE2 has neither multiply-adds nor broadcasts from memory.
 """
 
 from __future__ import annotations
 
-import argparse
-import platform
 import re
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
-from sysconfig import get_config_var
 from typing import NamedTuple
 
-LIBRARY = Path(__file__).resolve().parent.parent / "mpoe_kernels" / f"_C{get_config_var('EXT_SUFFIX')}"
 # Functions with a micro-kernel's loop: rows times a packed panel, dots of rows, few rows of a hidden-side expert.
 KERNEL = re.compile(r"\b(register_tile|tile_of|multiply_tiles|dot_tile|few_columns)<")
 MULTIPLY_ADD = re.compile(r"vfmadd\d+ps|vdpbf16ps|tdpbf16ps|mulps")
@@ -162,37 +153,15 @@ def complaints(loop: Loop) -> list[str]:
     return wrong
 
 
-def check(loops: list[Loop]) -> int:
-    """Prints every loop and what is wrong with it; the number of faults."""
-    faults, seen = 0, Counter[tuple[str, str, bool]]()
+def faults(loops: list[Loop]) -> list[str]:
+    """What is wrong with each, and kernels of which there are not as many as there must be."""
+    found, seen = [], Counter[tuple[str, str, bool]]()
     for loop in loops:
-        count = len(loop.instructions)
-        each = f"{count / loop.multiply_adds:.2f} per multiply-add"
-        print(f"{loop.file:26} {loop.kernel:50} {count:4} instructions, {each}")
-        if (loop.file, loop.kind) not in LOOPS:
-            continue
-        seen[loop.file, loop.kind, loop.half] += 1
-        for complaint in complaints(loop):
-            faults += 1
-            print(f"    {complaint}")
-    if platform.machine() in ("x86_64", "AMD64"):
-        for (file, kind), expected in LOOPS.items():
-            for half in (False, True):
-                if seen[file, kind, half] != expected[half]:
-                    faults += 1
-                    found = f"{seen[file, kind, half]} loops of {kind}, expected {expected[half]}"
-                    print(f"{file}.cpp: {found} (bfloat16: {half})")
-    return faults
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("library", nargs="?", type=Path, default=LIBRARY)
-    options = parser.parse_args()
-    compilers = set(re.findall(r"\]\s+(.*)", output("readelf", "-p", ".comment", str(options.library))))
-    print(f"{options.library.name}, built by {', '.join(sorted(compilers))}")
-    return int(check(find_loops(options.library)) > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        if (loop.file, loop.kind) in LOOPS:
+            seen[loop.file, loop.kind, loop.half] += 1
+            found += [f"{loop.file} {loop.kernel}: {complaint}" for complaint in complaints(loop)]
+    for (file, kind), expected in LOOPS.items():
+        for half in (False, True):
+            if (count := seen[file, kind, half]) != expected[half]:
+                found.append(f"{file}.cpp: {count} loops of {kind}, expected {expected[half]} (bfloat16: {half})")
+    return found

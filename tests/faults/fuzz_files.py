@@ -1,7 +1,8 @@
-"""Random damage to saved models: headers, lengths, configurations and indices, loaded with `load_mpoe`."""
+"""Random damage to files: data, configurations of runs, and saved models, read through the public functions."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import shutil
@@ -11,13 +12,65 @@ from pathlib import Path
 
 import torch
 
-from mpoe import load_mpoe, save_mpoe_only
+from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe, save_mpoe_only
+from mpoe.cli.options import ExpertOptions, ModelOptions
+from mpoe.cli.parsing import parse
+from mpoe.cli.tasks import DataOptions
+from mpoe.data.detect import load_task_from_folder
 from tests.training.tiny import dense_model, mpoe_model
 
 from .fuzz import Case, odd, spoil_bytes, spoil_values
 
+ROWS = [(f"the film number {i} is {'good' if i % 2 else 'bad'}", i % 2) for i in range(6)]
+TABLES = {
+    ".jsonl": "".join(f'{{"sentence": "{text}", "label": {label}}}\n' for text, label in ROWS),
+    ".csv": "sentence,label\n" + "".join(f'"{text}, really",{label}\n' for text, label in ROWS),
+    ".tsv": "sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in ROWS),
+    ".txt": "\n\n".join(text for text, _ in ROWS),
+}
+CONFIGS = {
+    ".json": '{"model": "t5", "num_experts": 4, "tasks": ["a", "b"], "capacity_factor": 1.25, "text_columns": null}',
+    ".yaml": "model: t5\nnum_experts: 4\ntasks: [a, b]\ncapacity_factor: 1.25\nlabel_words: {0: bad, 1: good}\n",
+}
 
-def cases(draw: random.Random, folder: Path) -> Iterator[Case]:
+
+def data_files(draw: random.Random, folder: Path) -> Iterator[Case]:
+    """An endless stream; every case has a folder of its own below ``folder``."""
+    for number in range(1_000_000):
+        own = folder / str(number)
+        own.mkdir(parents=True)
+        if draw.random() < 0.35:
+            suffix = draw.choice(sorted(CONFIGS))
+            file = own / f"run{suffix}"
+            file.write_bytes(spoil_bytes(CONFIGS[suffix].encode(), draw))
+            groups = [ModelOptions, DataOptions, ExpertOptions]
+            yield Case(f"{file}", partial(parse, groups, [], file), [str(file), "configuration", *_options(groups)])
+            continue
+        suffix = draw.choice(sorted(TABLES))
+        good = TABLES[suffix].encode()
+        for split in ("train", "validation"):
+            data = spoil_bytes(good, draw) if split == "train" or draw.random() < 0.3 else good
+            if draw.random() < 0.15:
+                (own / f"{split}{suffix}.gz").write_bytes(spoil_bytes(gzip.compress(data), draw))
+            else:
+                (own / f"{split}{suffix}").write_bytes(data)
+        yield Case(f"{own}/train{suffix}", partial(load, own), [str(own), "data_dir"])
+
+
+def load(folder: Path) -> None:
+    """Read a task and touch every item."""
+    task = load_task_from_folder(folder, "task")
+    for split in ("train", "validation"):
+        for example in task.examples(split):
+            if not isinstance(example.source, str):
+                raise AssertionError(f"a source is {example.source!r}")
+
+
+def _options(groups: list[type]) -> list[str]:
+    return [name for group in groups for name in group.__dataclass_fields__]  # type: ignore[attr-defined]
+
+
+def checkpoints(draw: random.Random, folder: Path) -> Iterator[Case]:
     """An endless stream; the good models lie in ``folder``, beside a copy that is damaged again for every case."""
     kinds = make_models(folder)
     base, work = dense_model("gpt2"), folder / "spoilt"
@@ -41,8 +94,6 @@ def make_models(folder: Path) -> list[str]:
     torch.manual_seed(0)
     base = dense_model("gpt2")
     torch.save(base.state_dict(), folder / "base.pt")
-    from mpoe import MPOEConfig, convert_to_mpoe
-
     save_mpoe_only(convert_to_mpoe(base, MPOEConfig(num_experts=2, shape="separable")), folder / "only", base)
     model = mpoe_model("t5", num_experts=2)
     model.save_pretrained(folder / "whole")

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpoe_kernels.linear.gradients import block_gradients
-from mpoe_kernels.linear.grouped import (
+from mpoe_kernels.linear.gradients import (
     Backward,
     Forward,
     Gradients,
     Slots,
     around_gradients,
+    block_gradients,
     prepared,
 )
 from mpoe_kernels.linear.op import BackwardCall, ForwardCall, LinearCall

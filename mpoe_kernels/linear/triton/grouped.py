@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mpoe_kernels.linear.grouped import Slots
+from mpoe_kernels.linear.gradients import Slots
 from mpoe_kernels.linear.op import ForwardCall
 from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.architecture import INTERPRETER

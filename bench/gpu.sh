@@ -83,7 +83,7 @@ tests instructions 90 tests/device/test_device_instructions.py
 # What people use first: hidden-side experts and neurons, in bfloat16 before float32; then the linear ops.
 experts=tests/device/test_device_experts.py ops=tests/device/test_device_ops.py
 tests experts-bfloat16 240 "$experts -k bfloat16"
-tests linear-bfloat16 240 "$ops tests/device/test_device_gated.py tests/device/test_device_router.py -k bfloat16"
+tests linear-bfloat16 240 "$ops -k bfloat16"
 checked='' # small cases with tokens, an Inf among them
 for backend in triton cuda; do
     for shape in neurons hidden; do
@@ -97,16 +97,16 @@ for tool in memcheck racecheck; do
 done
 visit targets 300 targets
 tests graphs 180 tests/device/test_device_graphs.py
-visit models 300 models
+tiny=$([ "$device" = cuda ] || echo "--scale tiny --threads 1")
+part models 300 "$python" -m mpoe bench --suite models --device "$device" --out "$out/models" $tiny
 # The first launch of each: of neurons, hidden-side experts, the fused chain and a separable product.
 part profile 180 ncu --set basic --filter-mode per-launch-config --launch-count 1 \
     --kernel-name 'regex:^(neurons_fused|hidden_rows|fused|grouped_rows)_kernel$' \
     "$python" -m mpoe_bench.visit profile --device "$device"
 tests experts-float32 180 "$experts -k float32"
-tests linear-float32 180 "$ops tests/device/test_device_gated.py -k float32"
-tiny=$([ "$device" = cuda ] || echo "--scale tiny --threads 1 --backend eager --minutes .05")
+tests linear-float32 180 "$ops -k float32"
 install='for name; do "$0" -m pip install -q --no-deps --target build/peers "$name" || echo "$name was not installed"; done'
 [ "$device" = cpu ] || part libraries 120 bash -c "$install" "$python" liger-kernel quack-kernels \
     git+https://github.com/{Dao-AILab/sonic-moe,shawntan/scattermoe}
-part peers 480 "$python" -m mpoe bench --suite gpu --device "$device" --out "$out/peers" $tiny
+part peers 480 "$python" -m mpoe bench --suite gpu --device "$device" --out "$out/peers" $tiny ${tiny:+--backend eager --minutes .05}
 [ -n "$plan" ] || echo "$out.tar.gz"

@@ -5,7 +5,7 @@
 # cores that we can look at. (The default shape, `hidden`, keeps the weights unchanged and puts blocks between them.) We
 # check that the outputs did not change, see what every weight is made of, follow a sentence through the routers, and
 # compare sizes. Runs offline in seconds. The notebook of the same name shows the output; the script runs as a whole, or
-# cell by cell in an editor that supports such cells. The pictures need matplotlib (`pip install "mpoe[report]"`).
+# cell by cell in an editor that supports such cells.
 
 # %%
 import sys

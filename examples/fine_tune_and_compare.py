@@ -4,8 +4,7 @@
 # Three models start from the same embedded T5: dense, eight dense experts (as in Switch), and eight MPO experts. Each
 # gets the same items in the same order and the same number of steps. The task is to say what kind of object a sentence
 # from Python's documentation describes. Runs offline in less than a minute; with so few steps it shows how to make a
-# comparison, not which model wins. The notebook of the same name shows the output. The pictures need matplotlib
-# (`pip install "mpoe[report]"`).
+# comparison, not which model wins. The notebook of the same name shows the output.
 #
 # usage: python examples/fine_tune_and_compare.py [STEPS] [FOLDER]
 

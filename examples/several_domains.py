@@ -5,8 +5,7 @@
 # one mixture, without any of the texts; the mixture is served as a stock class of Transformers, which vLLM and
 # llama.cpp know too. That is a base folder, three text files and five commands. Here the base is a tiny Llama with
 # random weights, so that it runs offline in about a minute: give your own model's folder instead. The notebook of the
-# same name shows the output; the script runs as a whole, or cell by cell in an editor that supports such cells. The
-# picture needs matplotlib (`pip install "mpoe[report]"`).
+# same name shows the output; the script runs as a whole, or cell by cell in an editor that supports such cells.
 #
 # usage: python examples/several_domains.py [FOLDER [BASE]]    writes into FOLDER, default: several_domains
 

@@ -67,11 +67,6 @@ def runs_on(architectures: str, major: int, minor: int) -> bool:
     return False
 
 
-def shared_memory(device: str) -> int:
-    """Bytes of shared memory that a block may use on a GPU."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-
-
 @lru_cache(maxsize=1)
 def device_reasons() -> tuple[str, ...]:
     """Why the kernels cannot run on the GPUs of this machine."""

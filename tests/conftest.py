@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -83,10 +82,3 @@ def shared_data() -> Path:
     if not folder.is_dir():
         skip_or_fail(f"real data sets not found at {folder}")
     return folder
-
-
-@pytest.fixture
-def datasets_package() -> None:
-    """The package of the extra ``hub``."""
-    if importlib.util.find_spec("datasets") is None:
-        skip_or_fail("pip install datasets")

@@ -29,6 +29,7 @@ class _Problem:
 
     Attributes:
         OP, REFERENCE: what is compared.
+        CALL: what kernels get.
         NAMES: of the differentiable arguments.
         inputs: the differentiable arguments by name, None for those that are not given.
         index, grad: ``top_k_index``, and the gradient of the result.
@@ -36,6 +37,7 @@ class _Problem:
 
     OP: ClassVar[Callable[..., Tensor]]
     REFERENCE: ClassVar[Callable[..., Tensor]]
+    CALL: ClassVar[type]
     NAMES: ClassVar[tuple[str, ...]]
     tokens: int = 7
     experts: int = 5
@@ -76,6 +78,11 @@ class _Problem:
         grads = {n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(given.items(), found, strict=True)}
         return {"o": out, **{f"d{name}": value for name, value in grads.items()}}
 
+    def arguments(self, backend: str = "eager") -> tuple[Any, ...]:
+        """The arguments of the raw op; floating ones are leaves."""
+        leaves = {n: None if x is None else x.detach().requires_grad_() for n, x in self.inputs.items()}
+        return arguments_of(self.CALL(**leaves, top_k_index=self.index, activation=self.activation, backend=backend))
+
     def check(self, backend: str, factor: float = 2) -> None:
         """Compare with the reference in float64, calibrated by the reference in the same dtype."""
         with poisoned_memory():
@@ -96,7 +103,7 @@ class HiddenProblem(_Problem):
     """G groups of b hidden units, blocks of their own ``per_group``."""
 
     OP, REFERENCE = staticmethod(hidden_experts), staticmethod(hidden_experts_reference)
-    NAMES = HiddenCall.DIFFERENTIABLE
+    CALL, NAMES = HiddenCall, HiddenCall.DIFFERENTIABLE
     groups: int = 3
     block: int = 4
     per_group: bool = False
@@ -130,7 +137,7 @@ class NeuronProblem(_Problem):
     """Widths I and O, m neurons of each expert."""
 
     OP, REFERENCE = staticmethod(neuron_experts), staticmethod(neuron_experts_reference)
-    NAMES = NeuronCall.DIFFERENTIABLE
+    CALL, NAMES = NeuronCall, NeuronCall.DIFFERENTIABLE
     width: int = 12
     out: int = 9
     neurons: int = 6
@@ -147,8 +154,3 @@ class NeuronProblem(_Problem):
             "gate_up": self._random(*up, scale=self.width**-0.5) if self.gated else None,
         }
         self.grad = self._random(self.tokens, self.out)
-
-    def arguments(self, backend: str = "eager") -> tuple[Any, ...]:
-        """The arguments of ``mpoe::neuron_experts``; floating ones are leaves."""
-        leaves = {n: None if x is None else x.detach().requires_grad_() for n, x in self.inputs.items()}
-        return arguments_of(NeuronCall(**leaves, top_k_index=self.index, activation=self.activation, backend=backend))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -156,6 +157,12 @@ def test_files_fit_on_a_few_screens() -> None:
         if (lines := len(path.read_text().splitlines())) > 420
     }
     assert not long
+
+
+def test_the_table_of_mutants_names_files_and_tests() -> None:
+    for area in tomllib.loads((ROOT / "tools" / "mutants.toml").read_text()).values():
+        assert all(list(ROOT.glob(each)) for each in area["files"]), area
+        assert all((ROOT / each).exists() for each in area["tests"]), area
 
 
 def run_python(code: str) -> str:

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, import_original, merge_experts, save_mpoe_only
 from mpoe.data.collate import PaddingCollator
 from mpoe.data.encode import check_length, check_tokenizer
-from mpoe.data.metrics import pearson
+from mpoe.data.metrics import METRICS
 from mpoe.data.sampler import MultiTaskBatchSampler, TemperatureSampler
 from mpoe.data.splits import with_validation_from_train
 from mpoe.data.task import Example, Task
@@ -29,7 +29,7 @@ from mpoe.training.checkpoints import step_of
 from mpoe.training.freezing import freeze_all_but_experts, freeze_cores
 from mpoe.training.gradient_mask import GradientMask
 from mpoe.training.sharding import save_sharded, shard_model
-from mpoe_kernels import BackendError, MPOBlocks, MPOShape, fold, grouped_mpo_linear, mpo_embedding, mpo_linear, route
+from mpoe_kernels import BackendError, MPOBlocks, MPOShape, fold, grouped_mpo_linear, mpo_embedding, mpo_linear
 from mpoe_kernels.backends import Request, select
 from mpoe_kernels.linear.reference import activation_reference
 
@@ -150,11 +150,8 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "shape text": (lambda: MPOShape.from_dict("x"), TypeError, "an MPOShape is described by a mapping; got str 'x'"),
     "shape keys": (lambda: MPOShape.from_dict({"a": 1}), ValueError, r"unknown: \['a'\], missing: \['in_factors'"),
     "division": (lambda: MPOShape.separable(6, 8, left=5), ValueError, "left must divide in_features = 6; got 5"),
-    "no cores": (lambda: fold([], 0), TypeError, "cores must be a non-empty sequence"),
     "core": (lambda: fold([torch.ones(2, 2), *CORES], 1), ValueError, r"cores\[0\] must be"),
     "ids": (lambda: mpo_embedding(torch.ones(2), fold(CORES, 1)), TypeError, "ids must be an int32 or int64 tensor"),
-    "no axis": (lambda: mpo_linear(torch.tensor(1.0), fold(CORES, 1)), ValueError, r"x must be a tensor \[\.\.\., I\]"),
-    "experts": (lambda: route(torch.zeros(3), 2), (TypeError, ValueError), "top_k_index must be"),
     "backend": (lambda: MPOEConfig(backend=3), TypeError, "backend must be a name or None; got int 3"),
     "gating": (lambda: MPOEConfig(moe_type="moe", router=RouterConfig()), ValueError, "moe_type 'moe' needs a router"),
     "top k": (
@@ -201,7 +198,6 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         "one expert for mpo_linear; got 2",
     ),
     "id": (lambda: mpo_embedding(torch.tensor([9]), fold(CORES, 1)), IndexError, r"ids must lie in 0\.\.5; got 9"),
-    "no choice": (lambda: route(torch.zeros(3, 0).long(), 2), ValueError, "top_k_index must be .* with K >= 1"),
     "bonds of left": (lambda: blocks(left=(1, 2, 3, 5)), ValueError, r"left .* must agree in a; got .*1, 2, 3, 5"),
     "bonds of right": (lambda: blocks(right=(1, 5, 3, 2)), ValueError, r"right .* must agree in b; got .*1, 5, 3, 2"),
     "experts of right": (
@@ -212,7 +208,7 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "no inputs": (lambda: blocks(sizes=(0, 12)), ValueError, r"in_features must lie between 1 and .* = 6; got 0"),
     "outputs": (lambda: blocks(sizes=(6, 13)), ValueError, r"out_features must lie between 1 and .* = 6; got 13"),
     "numbers of two axes": (
-        lambda: pearson([[1.0], [2.0]], [[1.0], [2.0]]),
+        lambda: METRICS["pearson"]([[1.0], [2.0]], [[1.0], [2.0]]),
         ValueError,
         r"predictions and references must be \[N\]; got \(2, 1\)",
     ),
@@ -222,20 +218,10 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         TypeError,
         "model must be sharded by shard_model; got a plain",
     ),
-    "eager id": (
-        lambda: mpo_embedding(torch.tensor([-1]), fold(CORES, 1), backend="eager"),
-        IndexError,
-        r"ids must lie in 0\.\.5; got -1",
-    ),
     "no tensor": (
         lambda: grouped_mpo_linear(3, two_experts(), OFFSETS),
         TypeError,
         r"x must be a tensor \[T, I\]; got int 3",
-    ),
-    "elsewhere": (
-        lambda: grouped_mpo_linear(torch.ones(3, 6), two_experts(), OFFSETS, torch.ones(6, device="meta")),
-        ValueError,
-        r"bias must be on the device of x, cpu; got float32 \[6\] on meta",
     ),
     "no op": (
         lambda: select(Request("mpo_dance", "cpu", torch.float32)),
@@ -251,7 +237,7 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "one item": (
         lambda: one_item().train(),
         ValueError,
-        "train of task t must hold two different items at least; got 1",
+        "train of task t must hold at least two different items; got 1",
     ),
     "tokens": (
         lambda: model_costs(take_inventory("t5-base"), MPOEConfig(), workload()),

@@ -10,7 +10,7 @@
 # Also: pip install pytest parameterized psutil datasets accelerate peft. FAMILY: model types of mpoe.models.table;
 # default: those below. SELECT: an expression for pytest -k; RUN_SLOW=1: slow tests too (torch.export among them).
 # MPOE_SHAPE: shape of the experts in Transformers' tests (default: separable).
-# RESULTS: folder of the results (default: external_results), which tools/external_table.py reads; SUFFIX: suffix of
+# RESULTS: folder of the results (default: external_results), which tests/external/table.py reads; SUFFIX: suffix of
 # the file names, for a second part. Only PEFT's sdist is downloaded.
 set -euo pipefail
 [ $# -ge 1 ] || { sed -n '2,16p' "$0" >&2; exit 2; }
@@ -63,7 +63,7 @@ peft() {
     for kind in mpoe dense; do # the dense model runs only the tests that ours failed
         local again=()
         if [ "$kind" = dense ]; then
-            mapfile -t again < <(python "$ours/tools/external_table.py" --failed "$results/peft-mpoe.json")
+            mapfile -t again < <(python "$ours/tests/external/table.py" --failed "$results/peft-mpoe.json")
             [ ${#again[@]} -gt 0 ] || { echo '{}' >"$results/peft-dense.json"; break; }
             set -- "${again[@]}"
         fi
@@ -85,4 +85,4 @@ else
     [ $# -gt 1 ] || peft tests/test_decoder_models.py tests/test_encoder_decoder_models.py tests/test_feature_extraction_models.py \
         -k "$PEFT_MODELS"
 fi
-python "$ours/tools/external_table.py" "$results"
+python "$ours/tests/external/table.py" "$results"

@@ -87,7 +87,7 @@ def launches(
     with ExitStack() as patches, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nothing balances the experts of a single layer
         for each in (
-            patch.object(logits, "_logits", lambda x, weight, _: logits.logits_of_low_precision(x, weight)),
+            patch.object(logits, "_on_gpu", lambda _: True),
             patch.object(gating, "requested_backend", lambda _: backend),
             patch.object(gating, "is_plain_call", lambda _: True),
         ):
@@ -103,8 +103,13 @@ def launches(
 
 
 def _rows(a: dict[str, Any]) -> float:
-    """Rows of an expert, of one choice where slots are sorted by choice."""
-    return TOKENS * a.get("P", 1) / a["EXPERTS"]
+    """Slots of an expert, of one choice where they are sorted by choice."""
+    return TOKENS / a["EXPERTS"]
+
+
+def _parts(a: dict[str, Any]) -> int:
+    """In which a program each sums over an expert's rows."""
+    return math.ceil(_rows(a) * a["P"] / a["size"]) if a.get("IN_PARTS", True) else 1
 
 
 def _steps(a: dict[str, Any], parts: int) -> float:
@@ -119,9 +124,10 @@ _WEIGHTS = ("NEED_UP", "NEED_DOWN", "NEED_GATE_UP", "NEED_BIAS")
 TRIPS: dict[str, Callable[[dict[str, Any], tuple[int, ...]], Sequence[float]]] = {
     "prefix_kernel": lambda a, _: (a["blocks"] / a["CHUNK"],),
     "sort_kernel": lambda a, _: 2 * (cdiv(a["tokens"], a["BLOCK"]),),
-    "weight_gradient_kernel": lambda a, _: (cdiv(a["F"], a["BN"]),),
+    "combine_backward_kernel": lambda a, _: (cdiv(a["F"], a["BN"]),),
     "grouped_rows_kernel": lambda a, _: (cdiv(a["K"], a["BK"]),),
-    "grouped_blocks_kernel": lambda a, g: (TOKENS * a["P"] / g[2] / g[1] / a["BK"],),
+    "grouped_blocks_kernel": lambda a, _: (_rows(a) * a["P"] / _parts(a) / a["BK"],),
+    "grouped_sum_kernel": lambda a, _: divmod(_parts(a), 4),  # the compiler unrolls the loop
     "fused_kernel": lambda a, _: (cdiv(a["K_SIZES"][2], a["KR"]), cdiv(a["K_SIZES"][0], a["KL"]) * a["K_SIZES"][1]),
     "gradient_kernel": lambda a, g: (_steps(a, g[1]), TOKENS / g[2] / a["BT"]),
     # Waits for earlier choices count once, loops for tokens without an expert not at all.
@@ -143,10 +149,12 @@ TILED += ("hidden_rows_kernel", "grouped_rows_kernel", "fused_kernel")
 def busy_programs(launch: Launch) -> float:
     """Programs that do not return at once; `fused_kernel` has its tiles of columns in the first axis too."""
     programs, a = math.prod(launch.grid), launch.arguments
+    if launch.name == "grouped_blocks_kernel":
+        return launch.grid[0] * a["EXPERTS"] * _parts(a)
     if launch.name not in TILED:
         return programs
     columns = launch.grid[0] / (cdiv(TOKENS, a["BM"]) + a["EXPERTS"] + 1) if launch.name == "fused_kernel" else 1
-    tiles = a.get("TOP_K", 1) * a["EXPERTS"] * math.ceil(_rows(a) / a["BM"])
+    tiles = a.get("TOP_K", 1) * a["EXPERTS"] * math.ceil(_rows(a) * a.get("P", 1) / a["BM"])
     return programs / launch.grid[0] * columns * min(launch.grid[0], tiles)
 
 

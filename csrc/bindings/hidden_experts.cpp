@@ -54,8 +54,7 @@ void bound_routed(
 // grad: like u. results: like u, gates, right, left, bias, u_gate and right_gate; none: not wanted.
 void bound_backward(
     std::string_view dtype, std::string_view activation, const Sizes<6>& sizes, const Addresses<8>& inputs,
-    Address grad,
-    const Addresses<7>& results) {
+    Address grad, const Addresses<7>& results) {
   const HiddenExperts in = checked_inputs(dtype, activation, sizes, inputs);
   require_experts(in);
   const auto [du, dgates, dright, dleft, dbias, du_gate, dright_gate] = results;

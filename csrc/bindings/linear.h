@@ -25,8 +25,7 @@ struct LinearSizes {
   // blocks: left, central, right. `offsets` must outlive the result.
   LinearInputs inputs(
       Address x, std::int64_t tokens, const Addresses<3>& blocks, const std::vector<std::int64_t>& offsets,
-      Address rows,
-      std::int64_t slots) const;
+      Address rows, std::int64_t slots) const;
 };
 
 }  // namespace mpoe

@@ -2,6 +2,8 @@
 // tests/native/cpp/parallel_std.cpp on std::thread, for the sanitizers.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 namespace mpoe {
@@ -25,6 +27,16 @@ template <class F>
       begin, end, grain,
       [](std::int64_t first, std::int64_t last, void* context) { (*static_cast<const F*>(context))(first, last); },
       const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+// make()(item) for every item, one make() per thread; a thread takes the next item when it is done with one.
+template <class Make>
+void share_out(std::int64_t items, const Make& make) {
+  std::atomic<std::int64_t> next{0};
+  parallel_for(0, std::min<std::int64_t>(num_threads(), items), 1, [&](std::int64_t, std::int64_t) {
+    auto work = make();
+    for (std::int64_t item = next++; item < items; item = next++) work(item);
+  });
 }
 
 }  // namespace mpoe

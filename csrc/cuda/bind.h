@@ -9,16 +9,16 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
-#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "common/types.h"
 #include "cuda/activation.cuh"
-#include "cuda/named.h"
+#include "cuda/dispatch.h"
 
 #if defined(MPOE_CUDA_EMULATED)
 #define MPOE_CUDA_OPS mpoe_emulated
@@ -45,31 +45,28 @@ template <typename... Parts>
   throw std::invalid_argument(text.str());
 }
 
-#define MPOE_CHECK(condition, ...)                  \
-  do {                                              \
-    if (!(condition)) ::mpoe::refuse(__VA_ARGS__);  \
-  } while (false)
-
-inline Dtype dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::kFloat32;
-    case ScalarType::Double: return Dtype::kFloat64;
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    case ScalarType::Half: return Dtype::kFloat16;
-    default: MPOE_CHECK(false, name, " must have dtype float32, float64, bfloat16 or float16");
-  }
+template <typename... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (!condition) refuse(parts...);
 }
 
-inline Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+inline Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
 
 inline Tensor cast(const Tensor& tensor, ScalarType dtype) {
   return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
 }
 
-// Dense int64 values of a tensor with `dim` axes.
-inline Tensor dense_index(const Tensor& tensor, int64_t dim, const char* name) {
-  MPOE_CHECK(tensor.dim() == dim, name, " must have ", dim, " axes; got ", tensor.dim());
-  return dense(cast(tensor, ScalarType::Long));
+inline Tensor dense_index(const Tensor& tensor) { return dense(cast(tensor, ScalarType::Long)); }
+
+// A tensor that may be left out.
+using Optional = std::optional<Tensor>;
+inline Optional dense(const Optional& tensor) { return tensor.has_value() ? Optional(dense(*tensor)) : std::nullopt; }
+inline const void* data_of(const Optional& tensor) { return tensor.has_value() ? tensor->const_data_ptr() : nullptr; }
+template <class T>
+const T* data_of(const Optional& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr<T>() : nullptr;
 }
 
 }  // namespace mpoe
@@ -96,28 +93,13 @@ class OnDevice {
 #endif
 };
 
-inline bool on_device(const Tensor& tensor) {
-#if defined(MPOE_CUDA_EMULATED)
-  return tensor.is_cpu();
-#else
-  return tensor.is_cuda();
-#endif
-}
-
-// Every tensor must be on the first one's device: the kernels use raw addresses.
-inline void check_same_device(std::initializer_list<const Tensor*> tensors) {
-  const Tensor& first = **tensors.begin();
-  for (const Tensor* tensor : tensors) {
-    MPOE_CHECK(
-        on_device(*tensor) && tensor->get_device_index() == first.get_device_index(),
-        "all tensors must be on one CUDA device");
+inline Dtype kernel_dtype(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::kFloat32;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    case ScalarType::Half: return Dtype::kFloat16;
+    default: refuse("the kernels take float32, bfloat16 and float16");
   }
-}
-
-inline Dtype kernel_dtype(const Tensor& tensor, const char* name) {
-  const Dtype dtype = dtype_of(tensor, name);
-  MPOE_CHECK(dtype != Dtype::kFloat64, name, " must be float32, bfloat16 or float16");
-  return dtype;
 }
 
 inline int activation_of(const std::string& name) {
@@ -126,45 +108,32 @@ inline int activation_of(const std::string& name) {
   if (name == "gelu") return kGelu;
   if (name == "gelu_tanh") return kGeluTanh;
   if (name == "silu") return kSilu;
-  MPOE_CHECK(false, "unknown activation ", name);
+  refuse("unknown activation ", name);
 }
 
 // The kernels count rows and columns in 32 bits.
 inline int counted(int64_t size, const char* what) {
-  MPOE_CHECK(size <= std::numeric_limits<int>::max(), what, " must be below 2^31; got ", size);
+  require(size <= std::numeric_limits<int>::max(), what, " must be below 2^31; got ", size);
   return static_cast<int>(size);
 }
 
-// Sizes of left [E, iL, jL, a], central [a, iC, jC, b] and right [E, b, iR, jR]; `rows` and `columns` are true sizes.
-inline Dims dims_of(const Tensor& left, const Tensor& central, const Tensor& right, int64_t rows, int64_t columns) {
-  const int64_t sizes[kAxes] = {left.size(1),    left.size(2),    left.size(3),  central.size(1),
-                                central.size(2), central.size(3), right.size(2), right.size(3)};
-  Dims dims;
-  for (int axis = 0; axis < kAxes; ++axis) {
-    MPOE_CHECK(sizes[axis] > 0, "blocks must not have an axis of size 0");
-    dims.size[axis] = counted(sizes[axis], "a dimension of the blocks");
-  }
-  dims.in_features = counted(rows, "in_features");
-  dims.out_features = counted(columns, "out_features");
-  MPOE_CHECK(
-      dims.elements({kIL, kIC, kIR}) >= rows && dims.elements({kJL, kJC, kJR}) >= columns,
-      "blocks are smaller than the weight");
-  return dims;
-}
-
-// Memory for one call, aligned to 256 bytes as the launchers require; PyTorch's CPU allocator aligns to 64.
+// What a call takes as `Memory`, freed with this object; PyTorch's CPU allocator aligns to 64 bytes.
 class Scratch {
  public:
-  Scratch(const Tensor& like, std::size_t bytes)
-      : memory_(torch::stable::new_empty(like, {static_cast<int64_t>(bytes + kAlignment)}, ScalarType::Byte)) {}
-  void* data() const {
-    const auto address = reinterpret_cast<std::uintptr_t>(memory_.mutable_data_ptr());
-    return reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
+  explicit Scratch(const Tensor& like) : like_(like) {}
+  Memory memory() {
+    return [this](std::size_t bytes) {
+      taken_.push_back(
+          torch::stable::new_empty(like_, {static_cast<int64_t>(bytes + kAlignment)}, ScalarType::Byte));
+      const auto address = reinterpret_cast<std::uintptr_t>(taken_.back().mutable_data_ptr());
+      return reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
+    };
   }
 
  private:
   static constexpr std::size_t kAlignment = 256;
-  Tensor memory_;
+  const Tensor& like_;
+  std::vector<Tensor> taken_;
 };
 
 }  // namespace mpoe::cuda

@@ -1,6 +1,6 @@
-// A matrix product by one block: operands staged through shared memory with cp.async, or resident there.
+// A matrix product by one block: operands staged through shared memory with cp.async, or resident there; its result by
+// runs of adjacent elements.
 #pragma once
-#include "cuda/index.cuh"
 #include "cuda/tile.cuh"
 
 namespace mpoe::cuda {
@@ -15,12 +15,7 @@ __device__ __forceinline__ int group_of_tile(int& tile, int count, Tiles&& tiles
   ROLLED
   for (int first = 0; first < count; first += 32) {
     const int own = first + lane < count ? tiles_of_group(first + lane) : 0;
-    int sum = own;  // of this group and those before it
-    UNROLL
-    for (int step = 1; step < 32; step <<= 1) {
-      const int left = __shfl_up_sync(dev::kFullWarp, sum, static_cast<unsigned>(step));
-      if (lane >= step) sum += left;
-    }
+    const int sum = dev::sum_up_to(own);  // of this group and those before it
     const int before = __popc(__ballot_sync(dev::kFullWarp, sum <= tile));  // groups that end before the tile
     const int skipped = __shfl_sync(dev::kFullWarp, before < 32 ? sum - own : sum, before < 32 ? before : 31);
     tile -= skipped;
@@ -29,47 +24,55 @@ __device__ __forceinline__ int group_of_tile(int& tile, int count, Tiles&& tiles
   return count;
 }
 
-// One operand's tiles of kExtent (rows mn) x TileT::kK, copied from global memory. mn and k are linear indices;
-// everything at or past mn_end, k_end or the operand's limit becomes zero.
-template <class T, class TileT, int kExtent, bool kMajor>
-class Staged {
+// Elements of a line from some column on: where they are, after the line's first, and how many.
+struct Run {
+  int offset, count;
+};
+// The columns of a line of adjacent elements.
+struct Adjacent {
+  int columns;
+  __device__ __forceinline__ Run operator()(int column) const { return {column, columns - column}; }
+};
+
+// An operand's tiles of kExtent lines (or of kExtent columns of TileT::kK lines, if not kMajor), copied from `data`.
+// Line i begins line(i) elements after it, negative: there is none; column(c) is the Run that begins with column c.
+// What is not there becomes zero.
+template <class T, class TileT, int kExtent, bool kMajor, class Line, class Column>
+class Lines {
  public:
-  static constexpr bool kResident = false;
   static constexpr int kPerChunk = 16 / static_cast<int>(sizeof(T));
   static constexpr int kStride = padded_stride<T>(kMajor ? TileT::kK : kExtent, kMajor);
   static constexpr int kElements = kStride * (kMajor ? kExtent : TileT::kK);  // of one stage
 
-  __device__ __forceinline__ Staged(const Operand& operand, int64_t base, int mn_begin, int mn_end, int k_end)
-      : operand_(operand),
-        base_(static_cast<const T*>(operand.data) + base),
-        mn_begin_(mn_begin),
-        mn_end_(mn_end),
-        k_end_(k_end) {
-    UNROLL
-    for (int i = 0; i < kFixed; ++i) {
-      const int mn = mn_begin_ + fixed_mn(i);
-      const Position p = operand_.mn.at(mn < mn_end_ ? mn : 0);
-      inner_[i] = p.inner;
-      row_[i] = operand_.mn.slot_first && mn < mn_end_ ? operand_.row_of(p.slot) * operand_.slot_stride : 0;
+  // vector: what begins at a multiple of 16 bytes in a tile does so in memory, and is there as a whole or not at all.
+  __device__ __forceinline__ Lines(const T* data, const Line& line, const Column& column, bool vector)
+      : data_(data), line_(line), column_(column), vector_(vector) {
+    if constexpr (kMajor) {  // a thread copies from the same lines at every step
+      UNROLL
+      for (int i = 0; i < kPerThread; ++i) from_[i] = line(line_of(i));
     }
   }
 
   __device__ __forceinline__ int stride() const { return kStride; }
-  __device__ __forceinline__ const T* tile(const T* stage, int /*k*/) const { return stage; }
+  __device__ __forceinline__ InShared<T> tile(InShared<T> stage, int /*k*/) const { return stage; }
 
   // Issues the copies of inner indices [k, k + TileT::kK) into `stage`.
-  __device__ __forceinline__ void load(T* stage, int k) const {
+  __device__ __forceinline__ void load(InShared<T> stage, int k) const {
+    const InShared<T> own = stage + line_of(0) * kStride + column();
     UNROLL
     for (int i = 0; i < kPerThread; ++i) {
-      const int chunk = static_cast<int>(threadIdx.x) + i * TileT::kThreads;
-      const int line = chunk / kChunksPerLine, column = chunk % kChunksPerLine * kPerChunk;
-      if (kChunks % TileT::kThreads != 0 && chunk >= kChunks) break;
-      T* to = stage + line * kStride + column;
-      const int mn = mn_begin_ + (kMajor ? line : column), kk = k + (kMajor ? column : line);
-      if (operand_.vector) {
-        copy(to, mn, kk, kMajor ? i : 0);
+      const InShared<T> to = own + i * (TileT::kThreads / kChunksPerLine) * kStride;
+      const int64_t line = kMajor ? from_[kMajor ? i : 0] : line_(k + line_of(i)), from = line < 0 ? 0 : line;
+      const int first = column() + (kMajor ? k : 0);
+      if (vector_) {
+        const Run run = column_(first);
+        dev::cp_async16(to.address, data_ + from + run.offset, line >= 0 && run.count > 0);
       } else {
-        copy_elements(to, mn, kk);
+        ROLLED
+        for (int j = 0; j < kPerChunk; ++j) {
+          const Run run = column_(first + j);
+          to.data[j] = line < 0 || run.count <= 0 ? dev::from_float<T>(0.f) : data_[from + run.offset];
+        }
       }
     }
   }
@@ -77,64 +80,40 @@ class Staged {
  private:
   static constexpr int kChunksPerLine = (kMajor ? TileT::kK : kExtent) / kPerChunk;
   static constexpr int kChunks = kChunksPerLine * (kMajor ? kExtent : TileT::kK);
-  static constexpr int kPerThread = (kChunks + TileT::kThreads - 1) / TileT::kThreads;
-  // Positions along mn that a thread handles: one per chunk, or always the same one.
-  static constexpr int kFixed = kMajor ? kPerThread : 1;
-  static_assert(kMajor || TileT::kThreads % kChunksPerLine == 0);
+  static constexpr int kPerThread = kChunks / TileT::kThreads;
+  static_assert(kChunks % TileT::kThreads == 0 && TileT::kThreads % kChunksPerLine == 0);
 
-  __device__ __forceinline__ int fixed_mn(int i) const {
-    const int chunk = static_cast<int>(threadIdx.x) + i * TileT::kThreads;
-    return kMajor ? chunk / kChunksPerLine : chunk % kChunksPerLine * kPerChunk;
+  static __device__ __forceinline__ int line_of(int i) {
+    return static_cast<int>(threadIdx.x) / kChunksPerLine + i * (TileT::kThreads / kChunksPerLine);
   }
-  __device__ __forceinline__ void copy(T* to, int mn, int k, int fixed) const {
-    const T* from = static_cast<const T*>(operand_.data);  // any valid address if nothing is read
-    int count = 0;
-    if (mn < mn_end_ && k < k_end_) {
-      const Position p = operand_.k.at(k);
-      const int inner = inner_[fixed] + p.inner;
-      count = operand_.limit - inner;
-      count = count < 0 ? 0 : count > kPerChunk ? kPerChunk : count;
-      const int64_t row = operand_.k.slot_first ? operand_.row_of(p.slot) * operand_.slot_stride : row_[fixed];
-      if (count) from = base_ + row + inner;
-    }
-    dev::cp_async16(to, from, count * static_cast<int>(sizeof(T)));
-  }
-  __device__ __forceinline__ void copy_elements(T* to, int mn, int k) const {
-    for (int j = 0; j < kPerChunk; ++j) {
-      const int m = kMajor ? mn : mn + j, kk = kMajor ? k + j : k;
-      T value = dev::from_float<T>(0.f);
-      if (m < mn_end_ && kk < k_end_) {
-        const Position p = operand_.mn.at(m), q = operand_.k.at(kk);
-        const int inner = p.inner + q.inner;
-        int64_t row = 0;
-        if (operand_.mn.slot_first) row = operand_.row_of(p.slot) * operand_.slot_stride;
-        if (operand_.k.slot_first) row = operand_.row_of(q.slot) * operand_.slot_stride;
-        if (inner < operand_.limit) value = base_[row + inner];
-      }
-      to[j] = value;
-    }
-  }
+  static __device__ __forceinline__ int column() { return static_cast<int>(threadIdx.x) % kChunksPerLine * kPerChunk; }
 
-  const Operand& operand_;
-  const T* base_;
-  int mn_begin_, mn_end_, k_end_;
-  int inner_[kFixed];
-  int64_t row_[kFixed];
+  const T* const data_;
+  const Line line_;
+  const Column column_;
+  const bool vector_;
+  int64_t from_[kMajor ? kPerThread : 1];
 };
+
+template <class T, class TileT, int kExtent, bool kMajor, class Line, class Column>
+__device__ __forceinline__ auto lines_at(const void* data, int64_t first, const Line& line, const Column& column,
+                                         bool vector) {
+  return Lines<T, TileT, kExtent, kMajor, Line, Column>(static_cast<const T*>(data) + first, line, column, vector);
+}
 
 // An operand already in shared memory, [mn][k] or [k][mn], padded with zeros as far as the product may read.
 template <class T, bool kMajor>
 struct Resident {
-  static constexpr bool kResident = true;
   static constexpr int kElements = 0;
-  const T* data;
+  InShared<T> data;
   int row_stride;
 
+  __device__ __forceinline__ Resident(T* place, int row) : data(place), row_stride(row) {}
   __device__ __forceinline__ int stride() const { return row_stride; }
-  __device__ __forceinline__ const T* tile(const T* /*stage*/, int k) const {
-    return kMajor ? data + k : data + k * row_stride;
+  __device__ __forceinline__ InShared<T> tile(InShared<T> /*stage*/, int k) const {
+    return data + (kMajor ? k : k * row_stride);
   }
-  __device__ __forceinline__ void load(T*, int) const {}
+  __device__ __forceinline__ void load(InShared<T>, int) const {}
 };
 
 template <class TileT>
@@ -142,70 +121,13 @@ struct Accumulator {
   float v[TileT::kRowTiles][TileT::kColumnTiles][4];
 
   __device__ __forceinline__ void clear() {
-    UNROLL
-    for (int i = 0; i < TileT::kRowTiles; ++i) {
-      UNROLL
-      for (int j = 0; j < TileT::kColumnTiles; ++j) {
-        UNROLL
-        for (int e = 0; e < 4; ++e) v[i][j][e] = 0.f;
-      }
-    }
+    for_each_place([&](int, int, int i, int j, int e) { v[i][j][e] = 0.f; });
   }
   __device__ __forceinline__ void add(const Accumulator& other) {
-    UNROLL
-    for (int i = 0; i < TileT::kRowTiles; ++i) {
-      UNROLL
-      for (int j = 0; j < TileT::kColumnTiles; ++j) {
-        UNROLL
-        for (int e = 0; e < 4; ++e) v[i][j][e] += other.v[i][j][e];
-      }
-    }
+    for_each_place([&](int, int, int i, int j, int e) { v[i][j][e] += other.v[i][j][e]; });
   }
   __device__ __forceinline__ void multiply(const Accumulator& other) {
     for_each_place([&](int, int, int i, int j, int e) { v[i][j][e] *= other.v[i][j][e]; });
-  }
-  static constexpr int kLanesPerRow = TileT::kWarpN / 2;
-  // Rows are 8 of 32 banks apart: the stores of half a warp, 8 bytes each in four rows, do not conflict.
-  static constexpr int kStripStride = TileT::kWarpN + 8;
-  static constexpr int kStripFloats = 8 * kStripStride;  // per warp
-  static_assert(32 % kLanesPerRow == 0 && kStripStride % 32 == 8);
-
-  // In for_each_row, this thread has the columns own_column() and own_column() + 1.
-  static __device__ __forceinline__ int own_column() {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    return warp % TileT::kWarpsN * TileT::kWarpN + lane % kLanesPerRow * 2;
-  }
-  // Calls f(row, value, value of the next column) so that the lanes with this thread's columns cover every row of their
-  // warp's part of the tile. Adjacent lanes have adjacent columns, and the loop is not unrolled: there is one copy of
-  // f, whatever it does. strips: kStripFloats per warp in shared memory, which nothing else uses.
-  template <class F>
-  __device__ __forceinline__ void for_each_row(float* strips, F&& f) const {
-    struct alignas(8) Pair {
-      float x, y;
-    };
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    float* const strip = strips + warp * kStripFloats;
-    const int first_row = warp / TileT::kWarpsN * TileT::kWarpM;
-    ROLLED
-    for (int part = 0; part < 2 * TileT::kRowTiles; ++part) {  // 8 rows each
-      UNROLL
-      for (int held = 0; held < 2 * TileT::kRowTiles; ++held) {  // registers cannot be indexed at run time
-        if (held != part) continue;
-        UNROLL
-        for (int j = 0; j < TileT::kColumnTiles; ++j) {
-          const float(&four)[4] = v[held / 2][j];
-          *reinterpret_cast<Pair*>(strip + (lane >> 2) * kStripStride + j * 8 + (lane & 3) * 2) = {
-              four[held % 2 * 2], four[held % 2 * 2 + 1]};
-        }
-      }
-      __syncwarp();
-      ROLLED
-      for (int row = lane / kLanesPerRow; row < 8; row += 32 / kLanesPerRow) {
-        const Pair pair = *reinterpret_cast<const Pair*>(strip + row * kStripStride + lane % kLanesPerRow * 2);
-        f(first_row + part * 8 + row, pair.x, pair.y);
-      }
-      __syncwarp();  // the strip is free
-    }
   }
   // Calls f(row, column, i, j, e) for every result v[i][j][e] that this thread holds.
   template <class F>
@@ -236,27 +158,51 @@ struct Accumulator {
   }
 };
 
-// Shared memory that for_each_row needs for a whole block.
-template <class TileT>
-constexpr std::size_t strip_bytes() {
-  return sizeof(float) * Accumulator<TileT>::kStripFloats * (TileT::kThreads / 32);
+// Elements of the memory that `for_each_run` needs.
+template <class T, class TileT>
+__host__ __device__ constexpr int run_elements() {
+  return TileT::kM * padded_stride<T>(TileT::kN, true);
+}
+// Calls f(row, column, run) for the runs of 16 bytes of the first `rows` rows and `columns` columns of a tile, rounded,
+// in `buffer`, which is shared memory: adjacent threads have adjacent runs. Every thread of the block must call it.
+template <class T, class TileT, class F>
+__device__ __forceinline__ void for_each_run(const Accumulator<TileT>& tile, T* buffer, int rows, int columns, F&& f) {
+  constexpr int kStride = padded_stride<T>(TileT::kN, true), kPer = 16 / static_cast<int>(sizeof(T));
+  constexpr int kPerLine = TileT::kN / kPer;
+  __syncthreads();  // nobody reads the buffer
+  tile.for_each_pair([&](int row, int column, float v0, float v1) {
+    *reinterpret_cast<dev::Pack<T, 2>*>(buffer + row * kStride + column) = {
+        {dev::from_float<T>(v0), dev::from_float<T>(v1)}};
+  });
+  __syncthreads();  // the tile is whole
+  UNROLL
+  for (int i = 0; i < TileT::kM * kPerLine / TileT::kThreads; ++i) {
+    const int run = static_cast<int>(threadIdx.x) + i * TileT::kThreads;
+    const int row = run / kPerLine, column = run % kPerLine * kPer;
+    if (row >= rows || column >= columns) continue;
+    f(row, column, buffer + row * kStride + column);
+  }
 }
 
-// acc += A B over inner indices [k_begin, k_end). Every thread of the block must call it; rows and columns of the tile
+// acc += A B over inner indices [0, size). Every thread of the block must call it; rows and columns of the tile
 // at or past `rows`, `columns` are not computed (whole warps at a time). `stages` holds kStages tiles of both operands.
 // The leading barrier frees `stages` and publishes resident operands.
 template <class T, class TileT, bool kMajorA, bool kMajorB, class A, class B>
-__device__ __forceinline__ void block_gemm(Accumulator<TileT>& acc, const A& a, const B& b, int k_begin, int k_end,
-                                           int rows, int columns, T* stages) {
+__device__ __forceinline__ void block_gemm(Accumulator<TileT>& acc, const A& a, const B& b, int size, int rows,
+                                           int columns, T* stages) {
   using F = Fragments<T>;
   constexpr int kStage = A::kElements + B::kElements;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int row = warp / TileT::kWarpsN * TileT::kWarpM, column = warp % TileT::kWarpsN * TileT::kWarpN;
-  const int steps = (k_end - k_begin + TileT::kK - 1) / TileT::kK;
+  const int steps = (size + TileT::kK - 1) / TileT::kK;
+  const InShared<T> memory(stages);
+  int filled = 0, used = 0;  // of the stages: the next one to fill, to use
+  const auto after = [](int stage) { return stage + 1 == kStages ? 0 : stage + 1; };
   const auto load = [&](int step) {
-    T* stage = stages + step % kStages * kStage;
-    a.load(stage, k_begin + step * TileT::kK);
-    b.load(stage + A::kElements, k_begin + step * TileT::kK);
+    const InShared<T> stage = memory + filled * kStage;
+    a.load(stage, step * TileT::kK);
+    b.load(stage + A::kElements, step * TileT::kK);
+    filled = after(filled);
   };
   __syncthreads();  // stages free, resident operands written
   UNROLL
@@ -269,32 +215,28 @@ __device__ __forceinline__ void block_gemm(Accumulator<TileT>& acc, const A& a, 
     __syncthreads();  // this step's tiles have arrived, and nobody reads the stage that is loaded next
     if (step + kStages - 1 < steps) load(step + kStages - 1);
     dev::cp_async_commit();
+    const InShared<T> stage = memory + used * kStage;
+    used = after(used);
     if (row >= rows || column >= columns) continue;
-    const T* stage = stages + step % kStages * kStage;
-    const T* tile_a = a.tile(stage, step * TileT::kK);
-    const T* tile_b = b.tile(stage + A::kElements, step * TileT::kK);
+    const InShared<T> tile_a = a.tile(stage, step * TileT::kK), tile_b = b.tile(stage + A::kElements, step * TileT::kK);
     Accumulator<TileT> part;  // of one step, if long sums would lose accuracy
     if constexpr (F::kPartialSums) part.clear();
     Accumulator<TileT>& sums = F::kPartialSums ? part : acc;
     UNROLL
     for (int k = 0; k < TileT::kK; k += F::kStep) {
       typename F::A fa[TileT::kRowTiles];
-      typename F::B fb[TileT::kColumnTiles];
       UNROLL
       for (int i = 0; i < TileT::kRowTiles; ++i) {
         F::template load_a<kMajorA>(fa[i], tile_a, a.stride(), row + i * 16, k, lane);
       }
       UNROLL
       for (int j = 0; j < TileT::kColumnTiles; j += 2) {
-        if (B::kResident && column + j * 8 >= columns) continue;  // not allocated
-        F::template load_b<kMajorB>(fb[j], fb[j + 1], tile_b, b.stride(), column + j * 8, k, lane);
-      }
-      UNROLL
-      for (int i = 0; i < TileT::kRowTiles; ++i) {
+        typename F::B fb[2];
+        F::template load_b<kMajorB>(fb[0], fb[1], tile_b, b.stride(), column + j * 8, k, lane);
         UNROLL
-        for (int j = 0; j < TileT::kColumnTiles; ++j) {
-          if (B::kResident && column + j / 2 * 16 >= columns) continue;
-          F::multiply(sums.v[i][j], fa[i], fb[j]);
+        for (int i = 0; i < TileT::kRowTiles; ++i) {
+          F::multiply(sums.v[i][j], fa[i], fb[0]);
+          F::multiply(sums.v[i][j + 1], fa[i], fb[1]);
         }
       }
     }

@@ -72,32 +72,48 @@ __device__ __forceinline__ uint32_t to_tf32(float value) {
   asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(value));
   return bits;
 }
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+// An address in shared memory as instructions take it, computed once: the compiler would find it anew for each of them.
+using Shared = uint32_t;
+__device__ __forceinline__ Shared shared_address(const void* p) {
+  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(p));
+  asm volatile("" : "+r"(address));
+  return address;
 }
 // Four 8 x 8 matrices of 16-bit numbers; lane l passes row l % 8 of matrix l / 8. Conflict-free if the eight rows of a
 // matrix start in different groups of four banks.
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], Shared row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
-__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], Shared row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3},[%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
-// Copies the first `bytes` (0..16) of 16 bytes and writes zeros for the rest; both addresses are 16-byte aligned.
-__device__ __forceinline__ void cp_async16(void* shared, const void* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;\n" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
-               : "memory");
+// Copies 16 bytes, or writes zeros if there are none; both addresses are 16-byte aligned.
+__device__ __forceinline__ void cp_async16(Shared shared, const void* global, bool there) {
+  asm volatile("{.reg .pred none;\nsetp.eq.u32 none,%2,0;\ncp.async.cg.shared.global [%0],[%1],16,none;}\n"
+               :: "r"(shared), "l"(global), "r"(static_cast<uint32_t>(there)) : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+// How many blocks have asked before; `own`: the block's number, for emulated grids of which only some blocks run.
+__device__ __forceinline__ int ticket(int* counter, int /*own*/) { return atomicAdd(counter, 1); }
+// Adds to a counter when everything that the thread knows to be written is visible to whoever waits for it.
+__device__ __forceinline__ void signal(int* counter, int value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0],%1;\n" ::"l"(counter), "r"(value) : "memory");
+}
+__device__ __forceinline__ void wait_for(const int* counter, int least) {
+  int value;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0,[%1];\n" : "=r"(value) : "l"(counter) : "memory");
+  } while (value < least);
 }
 
 }  // namespace dev
@@ -135,11 +151,37 @@ __device__ __forceinline__ fp16 from_float<fp16>(float value) {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 
+// Sum over the lanes of a warp up to this one.
+__device__ __forceinline__ int sum_up_to(int value) {
+  UNROLL
+  for (int step = 1; step < 32; step <<= 1) {
+    const int left = __shfl_up_sync(kFullWarp, value, static_cast<unsigned>(step));
+    if (static_cast<int>(threadIdx.x & 31) >= step) value += left;
+  }
+  return value;
+}
+
 // kPer adjacent elements, moved at once.
 template <class T, int kPer>
 struct alignas(sizeof(T) * kPer) Pack {
   T v[kPer];
 };
+// Adjacent elements as floats, moved at once.
+template <int kPer, class T>
+__device__ __forceinline__ Pack<float, kPer> load(const T* from) {
+  const Pack<T, kPer> pack = *reinterpret_cast<const Pack<T, kPer>*>(from);
+  Pack<float, kPer> values;
+  UNROLL
+  for (int i = 0; i < kPer; ++i) values.v[i] = to_float(pack.v[i]);
+  return values;
+}
+template <int kPer, class T>
+__device__ __forceinline__ void store(const Pack<float, kPer>& values, T* to) {
+  Pack<T, kPer> pack;
+  UNROLL
+  for (int i = 0; i < kPer; ++i) pack.v[i] = from_float<T>(values.v[i]);
+  *reinterpret_cast<Pack<T, kPer>*>(to) = pack;
+}
 
 }  // namespace dev
 

@@ -29,6 +29,21 @@ __host__ __device__ constexpr int padded_stride(int width, bool k_major) {
   return chunks * per_chunk;
 }
 
+// A place in shared memory, also as the address that instructions take.
+template <class T>
+struct InShared {
+  T* data;
+  dev::Shared address;
+
+  __device__ __forceinline__ explicit InShared(T* place) : InShared(place, dev::shared_address(place)) {}
+  __device__ __forceinline__ InShared operator+(int elements) const {
+    return {data + elements, address + static_cast<dev::Shared>(elements) * static_cast<dev::Shared>(sizeof(T))};
+  }
+
+ private:
+  __device__ __forceinline__ InShared(T* place, dev::Shared own) : data(place), address(own) {}
+};
+
 // Fragments of 16-bit tiles. A tile is [mn][k] (k_major) or [k][mn].
 template <class T>
 struct Fragments {
@@ -42,25 +57,25 @@ struct Fragments {
   };
 
   template <bool kMajor>
-  static __device__ __forceinline__ void load_a(A& a, const T* tile, int stride, int m, int k, int lane) {
+  static __device__ __forceinline__ void load_a(A& a, InShared<T> tile, int stride, int m, int k, int lane) {
     const int part = lane >> 3, row = lane & 7;  // matrices: (m, k) (m + 8, k) (m, k + 8) (m + 8, k + 8)
     const int dm = (part & 1) * 8, dk = (part >> 1) * 8;
     if (kMajor) {
-      dev::ldmatrix_x4(a.r, tile + (m + dm + row) * stride + k + dk);
+      dev::ldmatrix_x4(a.r, (tile + (m + dm + row) * stride + k + dk).address);
     } else {
-      dev::ldmatrix_x4_trans(a.r, tile + (k + dk + row) * stride + m + dm);
+      dev::ldmatrix_x4_trans(a.r, (tile + (k + dk + row) * stride + m + dm).address);
     }
   }
   // Columns n .. n + 15 as two fragments.
   template <bool kMajor>
-  static __device__ __forceinline__ void load_b(B& b0, B& b1, const T* tile, int stride, int n, int k, int lane) {
+  static __device__ __forceinline__ void load_b(B& b0, B& b1, InShared<T> tile, int stride, int n, int k, int lane) {
     const int part = lane >> 3, row = lane & 7;  // matrices: (k, n) (k + 8, n) (k, n + 8) (k + 8, n + 8)
     const int dk = (part & 1) * 8, dn = (part >> 1) * 8;
     uint32_t r[4];
     if (kMajor) {
-      dev::ldmatrix_x4(r, tile + (n + dn + row) * stride + k + dk);
+      dev::ldmatrix_x4(r, (tile + (n + dn + row) * stride + k + dk).address);
     } else {
-      dev::ldmatrix_x4_trans(r, tile + (k + dk + row) * stride + n + dn);
+      dev::ldmatrix_x4_trans(r, (tile + (k + dk + row) * stride + n + dn).address);
     }
     b0.r[0] = r[0];
     b0.r[1] = r[1];
@@ -97,35 +112,36 @@ struct Fragments<float> {
     for (int i = 0; i < kStep; ++i) to[i] = quad.v[i];
   }
   template <bool kMajor>
-  static __device__ __forceinline__ void load_a(A& a, const float* tile, int stride, int m, int k, int lane) {
+  static __device__ __forceinline__ void load_a(A& a, InShared<float> tile, int stride, int m, int k, int lane) {
     const int g = lane >> 2;
     UNROLL
     for (int half = 0; half < 2; ++half) {
       const int row = m + g + half * 8;
       if (kMajor) {
-        load_quad(a.row[half], tile + row * stride + k);
+        load_quad(a.row[half], tile.data + row * stride + k);
       } else {
         UNROLL
-        for (int i = 0; i < kStep; ++i) a.row[half][i] = tile[(k + i) * stride + row];
+        for (int i = 0; i < kStep; ++i) a.row[half][i] = tile.data[(k + i) * stride + row];
       }
     }
   }
   template <bool kMajor>
-  static __device__ __forceinline__ void load_columns(B& b, const float* tile, int stride, int column, int k) {
+  static __device__ __forceinline__ void load_columns(B& b, InShared<float> tile, int stride, int column, int k) {
     if (kMajor) {
-      load_quad(b.column[0], tile + column * stride + k);
-      load_quad(b.column[1], tile + (column + 1) * stride + k);
+      load_quad(b.column[0], tile.data + column * stride + k);
+      load_quad(b.column[1], tile.data + (column + 1) * stride + k);
     } else {
       UNROLL
       for (int i = 0; i < kStep; ++i) {
-        const Pair pair = *reinterpret_cast<const Pair*>(tile + (k + i) * stride + column);
+        const Pair pair = *reinterpret_cast<const Pair*>(tile.data + (k + i) * stride + column);
         b.column[0][i] = pair.v[0];
         b.column[1][i] = pair.v[1];
       }
     }
   }
   template <bool kMajor>
-  static __device__ __forceinline__ void load_b(B& b0, B& b1, const float* tile, int stride, int n, int k, int lane) {
+  static __device__ __forceinline__ void load_b(B& b0, B& b1, InShared<float> tile, int stride, int n, int k,
+                                                int lane) {
     const int column = n + (lane & 3) * 2;
     load_columns<kMajor>(b0, tile, stride, column, k);
     load_columns<kMajor>(b1, tile, stride, column + 8, k);
@@ -155,17 +171,17 @@ struct Fragments<dev::tf32> {
   };
 
   template <bool kMajor>
-  static __device__ __forceinline__ uint32_t at(const T* tile, int stride, int mn, int k) {
-    return dev::to_tf32((kMajor ? tile[mn * stride + k] : tile[k * stride + mn]).value);
+  static __device__ __forceinline__ uint32_t at(InShared<T> tile, int stride, int mn, int k) {
+    return dev::to_tf32(tile.data[kMajor ? mn * stride + k : k * stride + mn].value);
   }
   template <bool kMajor>
-  static __device__ __forceinline__ void load_a(A& a, const T* tile, int stride, int m, int k, int lane) {
+  static __device__ __forceinline__ void load_a(A& a, InShared<T> tile, int stride, int m, int k, int lane) {
     const int g = lane >> 2, t = lane & 3;
     UNROLL
     for (int e = 0; e < 4; ++e) a.r[e] = at<kMajor>(tile, stride, m + g + (e & 1) * 8, k + t + (e >> 1) * 4);
   }
   template <bool kMajor>
-  static __device__ __forceinline__ void load_b(B& b0, B& b1, const T* tile, int stride, int n, int k, int lane) {
+  static __device__ __forceinline__ void load_b(B& b0, B& b1, InShared<T> tile, int stride, int n, int k, int lane) {
     const int g = lane >> 2, t = lane & 3;
     UNROLL
     for (int e = 0; e < 2; ++e) {

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mpoe.cli.errors import CommandError
-from mpoe.cli.parsing import option, read_command
+from mpoe.cli.files import RESULTS_FILE, check_output, write_json, write_text
+from mpoe.cli.parsing import Asked, as_command, option
 
 REPORT_FILE = "report.md"
 INCOMPLETE_FILE = "incomplete.json"
@@ -34,7 +34,7 @@ class BenchOptions:
 
     _argument_group_name = "bench"
 
-    suite: str = option("quick", "quick (minutes), full (hours), planner (its cases), targets, layers, models, gpu")
+    suite: str = option("quick", "quick (minutes), planner (its cases), targets, layers, models, gpu")
     device: str = option("cpu", "cpu or cuda")
     backend: str | None = option(None, "auto, all, or names with commas; default: auto and eager")
     out: Path = option(Path("bench_results"), "folder for report.md and results.json")
@@ -45,33 +45,23 @@ class BenchOptions:
     overwrite: bool = option(False, "replace the results in the output folder")
     minutes: float | None = option(None, "begin nothing new after so long; default: none, of gpu eight")
 
+    def __post_init__(self) -> None:
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"minutes must be greater than 0; got {self.minutes}")
 
-def command(arguments: Sequence[str]) -> dict[str, Any] | None:
-    """Run the command on its tokens; returns what ``results.json`` holds.
 
-    Raises:
-        CommandError: an invalid option, an output folder that is in use, or wrong results.
-    """
-    from mpoe.cli.files import RESULTS_FILE
-    from mpoe.training.output_dir import check_folder
-
-    asked = read_command("mpoe bench [--flag value ...]", __doc__, [BenchOptions], arguments)
-    if asked is None:
-        return None
-    options: BenchOptions = asked.options[0]
+@as_command("mpoe bench [--flag value ...]", BenchOptions)
+def command(asked: Asked) -> dict[str, Any]:
+    """Measure as asked; returns what ``results.json`` holds."""
+    (options,) = asked.options
     check_installed()
     from mpoe_bench.machine import check_options
 
-    out, minutes = options.out, options.minutes
     try:
         check_options(options.suite, options.device, options.threads, options.clock, options.scale, options.backend)
     except ValueError as error:
         raise CommandError(str(error)) from None
-    if minutes is not None and not minutes > 0:
-        raise CommandError(f"minutes must be greater than 0; got {minutes}")
-    check_folder("out", out)
-    if (out / RESULTS_FILE).exists() and not options.overwrite:
-        raise CommandError(f"out {out} holds earlier results; give --overwrite to replace them, or another --out")
+    out = check_output("out", options.out, options.overwrite, "earlier results", [RESULTS_FILE])
     out.mkdir(parents=True, exist_ok=True)
     results = _measure(options)
     if results["failures"]:
@@ -82,8 +72,6 @@ def command(arguments: Sequence[str]) -> dict[str, Any] | None:
 def _measure(options: BenchOptions) -> dict[str, Any]:
     from mpoe_bench.run import expected_time, run_suite
     from mpoe_bench.tables import HOW_TO_READ, machine_table, markdown_report, table_of, target_table, text_of
-
-    from mpoe.cli.files import RESULTS_FILE, write_json, write_text
 
     suite, out, terminal = options.suite, options.out, sys.stdout
     width = None if options.wide else shutil.get_terminal_size().columns if terminal.isatty() else PIPE_WIDTH

@@ -7,24 +7,46 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpoe.cli.errors import CommandError
-from mpoe.cli.files import REPORT_FILE, write_json
-from mpoe.cli.parsing import option, read_command
+from mpoe.cli.files import MODEL_OR_RUN, REPORT_FILE, check_output, write_json
+from mpoe.cli.parsing import Asked, as_command, option
 from mpoe.cli.runs import PARAMETERS, RunFolder, read_run
-from mpoe.training.output_dir import RUN_FILE, check_folder, is_neutral
+from mpoe.cli.scoring import metrics_of, score_table
+from mpoe.training.output_dir import is_neutral
+
+if TYPE_CHECKING:
+    from mpoe.cli.report import Table
 
 MOST_RUNS = 12
 NUMBERS_FILE = "compare.json"
 _NONE = "-"
-_LOWER_IS_BETTER = ("perplexity", "loss")
 _SEEDS = ("seed", "data_seed", "gradient_mask_seed")
 # 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)
+
+
+_SPLITS = ("train", "seen", "validation")
+_CURVES = (
+    "From metrics.jsonl. Pale lines are the raw values, the others running means; dots are evaluations. Task loss is "
+    "in nats per target token, without the balancing loss. Entropy / ln E is 1 where experts get equal shares."
+)
+_LOAD = (
+    "A row for each mixture layer, a column for each expert: the share of the layer's tokens that the router gave it "
+    "in the last logged steps. An expert near 0 learns nothing; balance_loss_weight spreads tokens."
+)
+_DATA = "Items, or blocks of tokens of language modelling. Seen: items of all optimizer steps together."
+_RUNS = "Seconds: since a run was last started; per step: between two log lines without an evaluation or a save."
+_SCORES = (
+    "Validation, after the last step; * is the best of a row. One run each: another seed moves a score as well, so "
+    "compare several seeds before a small difference is believed. Baseline: one answer for all items."
+)
+_ARMS = "Runs that differ in their seeds alone are one arm: mean ± half of its 95% interval (Student's t)."
+_SETTINGS = "Settings of run.json that are not the same in all runs and may change what a run computes."
 
 
 @dataclass
@@ -38,39 +60,56 @@ class CompareOptions:
     names: list[str] = option([], "what the runs are called, in their order; default: their folders' names")
 
 
-def command(arguments: Sequence[str]) -> None:
-    """Run the command on its tokens."""
-    usage = "mpoe compare RUN_DIR RUN_DIR ... [--flag value ...]"
-    asked = read_command(usage, __doc__, [CompareOptions], arguments, words=MOST_RUNS)
-    if asked is not None:
-        run(asked.words, asked.options[0])
+@as_command("mpoe compare RUN_DIR RUN_DIR ... [--flag value ...]", CompareOptions, words=(1, MOST_RUNS))
+def command(asked: Asked) -> None:
+    """Compare the runs in the folders."""
+    run(asked.words, asked.options[0])
 
 
-def run(paths: Sequence[str], options: CompareOptions, further: Sequence[Any] = ()) -> None:
-    """Compare the runs in folders ``paths``; prints tables and writes the report, with ``further`` tables."""
+def run(paths: Sequence[str], options: CompareOptions) -> None:
+    """Compare the runs in folders ``paths``; prints tables and writes the report."""
     if len(paths) < 2:
         raise CommandError(f"compare needs two runs or more; got {len(paths)}: mpoe compare RUN_DIR RUN_DIR ...")
-    folder = check_report_folder(options.output_dir, options.overwrite)
+    folder = Path(options.output_dir)
+    check_output("output_dir", folder, options.overwrite, "an earlier report", [REPORT_FILE], MODEL_OR_RUN)
     runs = [read_run(path, name) for path, name in zip(paths, _names(paths, options.names), strict=True)]
-    from mpoe.cli.report import Table
-
-    tables = [Table(**each, kind="runs") for each in _tables(runs) if each["rows"]] + list(further)
-    for table in tables:
-        table.show(least_width=120)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / NUMBERS_FILE, [vars(run) for run in runs])
-    _write(folder / REPORT_FILE, runs, tables)
+    for table in write_report(folder / REPORT_FILE, runs):
+        table.show(least_width=120)
     print(f"report and numbers are in {folder}; open {folder / REPORT_FILE}")
 
 
-def check_report_folder(output_dir: str, overwrite: bool) -> Path:
-    """The folder of a report, unless it holds a model, a run or (without ``overwrite``) an earlier report."""
-    folder = check_folder("output_dir", Path(output_dir))
-    if (folder / "config.json").exists() or (folder / RUN_FILE).exists():
-        raise CommandError(f"output_dir {folder} holds a model or a run; choose another folder")
-    if (folder / REPORT_FILE).exists() and not overwrite:
-        raise CommandError(f"output_dir {folder} holds an earlier report; give --overwrite, or another --output_dir")
-    return folder
+def write_report(file: Path, runs: Sequence[RunFolder]) -> list[Table]:
+    """Write the report of runs side by side, or that of one run; returns its tables."""
+    from markupsafe import Markup
+
+    from mpoe.cli import report
+
+    (scores, *tables), (one, *others) = _tables(runs), runs
+    commands = (Markup("<pre>{}: {}</pre>").format(run.name, run.settings.get("command", _NONE)) for run in runs)
+    remarks = (f"{run.name}: {remark}" for run in runs for remark in run.results.get("remarks", ()))
+    parts = [*commands, scores.section(), *(Markup('<p class="failed">{}</p>').format(each) for each in remarks)]
+    if others:
+        title, curves = " / ".join(run.name for run in runs), report.run_curves({run.name: run.records for run in runs})
+    else:
+        title = f"{one.name}: {one.mixture} after {one.results.get('steps', 0):,} steps"
+        curves = report.training_curves(one.records)
+    parts.append(report.section("Training", report.picture(curves, "losses and expert load"), note=_CURVES))
+    loads = [record["expert_load"]["share"] for record in one.records if record.get("expert_load")]
+    if loads and not others:
+        names = one.results.get("layers") or list(map(str, range(len(loads[-1]))))
+        layers = {name: layer for name, layer in zip(names, loads[-1], strict=False) if layer}
+        figure = report.load_map(list(layers.values()), list(layers))
+        parts.append(report.section("Expert load", report.picture(figure, "expert load by layer"), note=_LOAD))
+    parts += [table.section() for table in tables]
+    settings = [(key, *(str(run.settings.get(key, _NONE)) for run in runs)) for key in _settings(runs)]
+    more = Markup("<details><summary>All {} settings</summary>{}</details>")
+    parts.append(
+        more.format(len(settings), report.Table(["", *(run.name for run in runs)], settings, kind="text").html())
+    )
+    report.write_page(file, title, parts)
+    return [scores, *tables]
 
 
 def _names(paths: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -81,70 +120,53 @@ def _names(paths: Sequence[str], names: Sequence[str]) -> list[str]:
     return own if len(set(own)) == len(own) else [f"{k} {name}" for k, name in enumerate(own, start=1)]
 
 
-def _write(file: Path, runs: Sequence[RunFolder], tables: Sequence[Any]) -> None:
-    from markupsafe import Markup
-
-    from mpoe.cli.report import figures, note, write_page
-
-    first, *others = (table.section() for table in tables)
-    parts = [Markup("<h1>{}</h1>").format(" / ".join(run.name for run in runs)), first]
-    parts += [Markup("<h2>Curves</h2>"), figures(lambda: _drawings(runs))]
-    parts += [note("Pale lines are the raw values, the others running means; dots are evaluations."), *others]
-    commands = [f"{run.name}: {run.settings['command']}" for run in runs if run.settings.get("command")]
-    if commands:
-        parts += [Markup("<h2>Commands</h2>"), *(Markup("<pre>{}</pre>").format(line) for line in commands)]
-    write_page(file, "mpoe compare", parts)
-
-
-def _drawings(runs: Sequence[RunFolder]) -> Iterator[str]:
-    from mpoe.cli import plots
-
-    training = {r.name: plots.curve(r.records, "task_loss") or plots.curve(r.records, "loss") for r in runs}
-    yield plots.loss_curves(training, "Training: task loss")
-    validation = {
-        run.name if task == "validation" else f"{run.name}, {task}": points
-        for run in runs
-        for task, points in plots.validation_losses(run.records).items()
-    }
-    if validation:
-        yield plots.loss_curves(validation, "Validation loss", "o")
-    sizes = {run.name: run.results["parameters"] for run in runs if run.results.get("parameters")}
-    if sizes:
-        yield plots.size_bars(sizes)
-
-
 # -------------------------------------------------- tables: a row for each fact, a column for each run
 
 
-def _tables(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
+def _tables(runs: Sequence[RunFolder]) -> list[Table]:
+    """Scores come first."""
+    from mpoe.cli.report import Table
+
     header = ["", *(run.name for run in runs)]
-    parameters = _parameter_rows(runs)
-    return [
-        {
-            "title": "Runs",
-            "header": header,
-            "rows": _what(runs),
-            "words": "Seconds: since a run was last started; per step: between two log lines without an evaluation or "
-            "a save.",
-        },
-        {"title": "Scores", "header": [*header, "baseline"], **_scores(runs)},
-        _arms(runs),
-        {
-            "title": "Parameters",
-            "header": header,
-            "rows": parameters,
-            "words": "; ".join(f"{row[0]}: {PARAMETERS[row[0]]}" for row in parameters) + ".",
-        },
-        {
-            "title": "Settings that differ",
-            "header": header,
-            "rows": _settings(runs),
-            "words": "Settings of run.json that are not the same in all runs and may change what a run computes.",
-        },
+    kinds = [key for key in PARAMETERS if any(run.results.get("parameters", {}).get(key) for run in runs)]
+    meanings = "; ".join(f"{kind}: {PARAMETERS[kind]}" for kind in kinds)
+    arms = arms_of(runs)
+    scores = {run.name: run.results.get("validation", {}) for run in runs}
+    baselines = {task: own for run in runs for task, own in run.results.get("baselines", {}).items()}
+    differ = [
+        key for key in _settings(runs) if not is_neutral(key) and len({str(r.settings.get(key)) for r in runs}) > 1
     ]
+    data = dict.fromkeys((task, split) for run in runs for task in run.results.get("data", {}) for split in _SPLITS)
+    found = [
+        Table(["", *arms], _arm_rows(arms, metrics_of(scores.values())), "Arms", _ARMS),
+        Table(header, _what(runs), "Runs", _RUNS, "text"),
+        Table(header, _rows(runs, data, lambda run, key: run.results["data"][key[0]][key[1]]), "Data", _DATA),
+        Table(
+            header, _rows(runs, kinds, lambda run, key: run.results["parameters"][key]), "Parameters", f"{meanings}."
+        ),
+        Table(
+            header, _rows(runs, differ, lambda run, key: run.settings[key]), "Settings that differ", _SETTINGS, "text"
+        ),
+    ]
+    return [score_table(scores, baselines, "Scores", _SCORES), *(each for each in found if each.rows)]
+
+
+def _rows(runs: Sequence[RunFolder], keys: Iterable[Any], read: Callable[[RunFolder, Any], Any]) -> list[list[str]]:
+    """A row for each key; runs that do not have it get a dash."""
+
+    def cell(run: RunFolder, key: Any) -> str:
+        try:
+            value = read(run, key)
+        except LookupError:
+            value = None
+        return f"{value:,}" if type(value) is int else _NONE if value is None else str(value)
+
+    return [[key if isinstance(key, str) else ": ".join(key), *(cell(run, key) for run in runs)] for key in keys]
 
 
 def _what(runs: Sequence[RunFolder]) -> list[list[str]]:
+    """What the runs are, and how they went."""
+
     def per_step(run: RunFolder) -> str:
         times = sorted(_times_of_steps(run.records))
         return f"{times[len(times) // 2]:.3g}" if times else _NONE
@@ -157,15 +179,26 @@ def _what(runs: Sequence[RunFolder]) -> list[list[str]]:
         steps = run.results.get("steps") or max((record.get("step", 0) for record in run.records), default=0)
         return f"{steps:,}" if run.results else f"{steps:,}, not ended"
 
-    return [
-        ["started from", *(str(run.results.get("model") or run.settings.get("model", _NONE)) for run in runs)],
-        ["feed-forward layers", *(run.mixture or _NONE for run in runs)],
-        ["optimizer steps", *map(ended, runs)],
-        ["learning rate", *(f"{run.settings.get('training.learning_rate', 0):g}" for run in runs)],
-        ["training loss, last logged", *map(last_loss, runs)],
-        ["training, seconds", *(f"{run.results['seconds']:.0f}" if run.results else _NONE for run in runs)],
-        ["seconds per step, median", *map(per_step, runs)],
-    ]
+    def batch(run: RunFolder) -> str:
+        own = run.settings.get
+        return str(own("training.train_batch_size", 0) * own("training.gradient_accumulation_steps", 1))
+
+    def rate(run: RunFolder) -> str:
+        why = run.settings.get("learning_rate_from", "")
+        return f"{run.settings.get('training.learning_rate', 0):g}" + (f": {why}" if why and len(runs) == 1 else "")
+
+    rows = {
+        "started from": lambda run: str(run.results.get("model") or run.settings.get("model", _NONE)),
+        "feed-forward layers": lambda run: run.mixture or _NONE,
+        "optimizer steps": ended,
+        "items of a step": batch,
+        "learning rate": rate,
+        "training loss, last logged": last_loss,
+        "training, seconds": lambda run: f"{run.results['seconds']:.0f}" if run.results else _NONE,
+        "seconds per step, median": per_step,
+        "device": lambda run: run.results.get("made_with", {}).get("device", _NONE),
+    }
+    return [[name, *map(tell, runs)] for name, tell in rows.items()]
 
 
 def _times_of_steps(records: Sequence[dict[str, Any]]) -> Iterator[float]:
@@ -173,34 +206,6 @@ def _times_of_steps(records: Sequence[dict[str, Any]]) -> Iterator[float]:
     for earlier, later in itertools.pairwise(records):
         if "loss" in earlier and "loss" in later and later["step"] > earlier["step"]:
             yield (later["time"] - earlier["time"]) / (later["step"] - earlier["step"])
-
-
-def _metrics(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
-    """(task, metric) of all scores, in order."""
-    tables = (run.results.get("validation", {}) for run in runs)
-    return list(dict.fromkeys((task, m) for table in tables for task, values in table.items() for m in values))
-
-
-def _scores(runs: Sequence[RunFolder]) -> dict[str, Any]:
-    rows: list[list[str]] = []
-    best: set[tuple[int, int]] = set()
-    for task, metric in _metrics(runs):
-        if metric == "items":
-            continue
-        values = [run.results.get("validation", {}).get(task, {}).get(metric) for run in runs]
-        baselines = [run.results.get("baselines", {}).get(task, {}).get(metric) for run in runs]
-        there = [value for value in values if value is not None]
-        winner = (min if metric in _LOWER_IS_BETTER else max)(there)
-        if min(there) < max(there):
-            best |= {(len(rows), column) for column, value in enumerate(values, start=1) if value == winner}
-        baseline = next((value for value in baselines if value is not None), None)
-        shown = (_NONE if value is None else f"{value:.4f}" for value in [*values, baseline])
-        rows.append([f"{task}: {metric}", *shown])
-    words = (
-        "Validation, after the last step; * is the best of a row. One run each: another seed moves a score as well, so "
-        "compare several seeds before a small difference is believed. Baseline: one answer for all items."
-    )
-    return {"rows": rows, "best": best, "words": words}
 
 
 def arms_of(runs: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
@@ -227,31 +232,19 @@ def mean_and_half_width(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.4f} ± {half:.4f}"
 
 
-def _arms(runs: Sequence[RunFolder]) -> dict[str, Any]:
-    """Means over seeds; without rows if no arm has several runs."""
-    arms = arms_of(runs)
-    rows = []
-    if any(len(alike) > 1 for alike in arms.values()):
-        rows = [["runs", *(str(len(alike)) for alike in arms.values())]]
-        rows.append(["parameters", *(f"{alike[0].results['parameters']['total']:,}" for alike in arms.values())])
-        for task, metric in _metrics(runs):
-            scores = [[run.results["validation"].get(task, {}).get(metric) for run in alike] for alike in arms.values()]
-            there = [[value for value in values if value is not None] for values in scores]
-            if metric != "items":
-                rows.append([f"{task}: {metric}", *map(mean_and_half_width, there)])
-    words = "Runs that differ in their seeds alone are one arm: mean ± half of its 95% interval (Student's t)."
-    return {"title": "Arms", "header": ["", *arms], "rows": rows, "words": words}
-
-
-def _parameter_rows(runs: Sequence[RunFolder]) -> list[list[str]]:
-    counts = {kind: [run.results.get("parameters", {}).get(kind) for run in runs] for kind in PARAMETERS}
-    return [[kind, *(f"{n:,}" if n else _NONE for n in numbers)] for kind, numbers in counts.items() if any(numbers)]
-
-
-def _settings(runs: Sequence[RunFolder]) -> list[list[str]]:
-    rows = []
-    for key in dict.fromkeys(key for run in runs for key in run.settings):
-        values = [run.settings.get(key) for run in runs]
-        if not is_neutral(key) and any(value != values[0] for value in values):
-            rows.append([key, *(_NONE if value is None else str(value) for value in values)])
+def _arm_rows(arms: dict[str, list[RunFolder]], metrics: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """Means over seeds; none if no arm has several runs."""
+    if all(len(alike) < 2 for alike in arms.values()):
+        return []
+    rows = [["runs", *(str(len(alike)) for alike in arms.values())]]
+    rows.append(["parameters", *(f"{alike[0].results['parameters']['total']:,}" for alike in arms.values())])
+    for task, metric in metrics:
+        scores = [[run.results["validation"].get(task, {}).get(metric) for run in alike] for alike in arms.values()]
+        there = [[value for value in values if value is not None] for values in scores]
+        rows.append([f"{task}: {metric}", *map(mean_and_half_width, there)])
     return rows
+
+
+def _settings(runs: Sequence[RunFolder]) -> list[str]:
+    """Names of all settings of the runs, in order."""
+    return sorted({key for run in runs for key in run.settings} - {"command"})

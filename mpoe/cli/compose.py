@@ -7,18 +7,25 @@ experts, every network becomes a dense expert; these need `--texts`."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpoe.cli.errors import CommandError
-from mpoe.cli.parsing import option, read_command
+from mpoe.cli.files import check_output, model_folder
+from mpoe.cli.parsing import Asked, as_command, option
+
+if TYPE_CHECKING:
+    from mpoe.cli.pretrained import Source
 
 USAGE = "mpoe compose BASE EXPERT ... --output_dir OUT [--flag value ...]"
 STATISTICS = "router_statistics.safetensors"
 MOST = 1 + 128  # words: the base and its fine-tunes
+TOP_K = 2  # of experts; of fine-tunes 1
+AT_ONCE = 8  # pieces of a batch
 
 
 @dataclasses.dataclass
@@ -47,48 +54,45 @@ class ComposeOptions:
     steps: int = option(200, "steps of --router train, and of fitting an adapter")
     overwrite: bool = option(False, "replace a model in output_dir")
 
-
-def command(arguments: Sequence[str]) -> None:
-    """Run the command on its tokens."""
-    asked = read_command(USAGE, __doc__, [ComposeOptions], arguments, words=MOST)
-    if asked is None:
-        return
-    names, (options,), _ = asked
-    if _of_experts(names, options):
-        run_experts(names, options)
-        return
-    if options.remove or options.merge or options.background is not None:
-        raise CommandError("remove, merge and background are for experts' files; got fine-tunes")
-    if len(names) < 2:
-        raise CommandError(f"compose needs a base and at least one expert: {USAGE}")
-    run(names[0], names[1:], options)
+    def __post_init__(self) -> None:
+        for name, least in {"max_texts": 2, "max_length": 2, "steps": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
 
 
-def _check(names: Sequence[str], options: ComposeOptions) -> Path:
-    """Refuse invalid options; returns the output folder."""
-    out = check_common(options)
-    if options.add is not None and len(names) != 1:
-        raise CommandError(f"add takes one fine-tune at a time; got {len(names)}")
-    if len(options.texts) != len(names):
-        raise CommandError(f"texts must name a file for each of {len(names)} fine-tunes; got {len(options.texts)}")
-    missing = [text for text in options.texts if not Path(text).is_file()]
-    if missing:
-        raise CommandError(f"texts: no such file: {missing[0]}")
-    return out
-
-
-def check_common(options: ComposeOptions) -> Path:
-    """Refuse invalid sizes and a folder that holds a model; returns the output folder."""
-    from mpoe.cli.files import check_model_folder
-
+@as_command(USAGE, ComposeOptions, words=(1, MOST))
+def command(asked: Asked) -> None:
+    """Compose the experts or fine-tunes of the base, and save the mixture or the merged network."""
+    (options,), (base, *names) = asked.options, asked.words
+    of_experts = _of_experts(names, options)
+    (_check_experts if of_experts else _check_fine_tunes)(names, options)
+    absent = [text for text in options.texts if not Path(text).is_file()]
+    if absent:
+        raise CommandError(f"texts: no such file: {absent[0]}")
     if options.output_dir is None:
         raise CommandError(f"compose needs --output_dir: {USAGE}")
-    for name in ("max_texts", "max_length"):
-        if getattr(options, name) < 2:
-            raise CommandError(f"{name} must be at least 2; got {getattr(options, name)}")
-    out = Path(options.output_dir)
-    check_model_folder("output_dir", out, options.overwrite)
-    return out
+    out = check_output("output_dir", Path(options.output_dir), options.overwrite)
+    from mpoe.cli.pretrained import find
+    from mpoe.models.table import CAUSAL
+
+    source = find(base)
+    if of_experts and source.is_mpoe:
+        raise CommandError(f"compose needs the dense model that the experts were trained beside; {base} is a mixture")
+    if not of_experts and (source.is_mpoe or source.style != CAUSAL):
+        raise CommandError(
+            f"compose takes dense causal language models, whose texts it reads; {base} is a {source.model_type} "
+            "(mpoe.compose in Python takes batches of any model)"
+        )
+    (compose_experts if of_experts else compose_fine_tunes)(source, names, options, out)
+
+
+def _of_experts(names: Sequence[str], options: ComposeOptions) -> bool:
+    """Whether a command is about experts: it names files of some, or a mixture of them, or the neurons of adapters."""
+    if any(name.endswith(".expert") for name in names) or options.neurons is not None:
+        return True
+    from mpoe.models.expert_mixture import EXPERTS_FOLDER
+
+    return options.add is not None and (Path(options.add) / EXPERTS_FOLDER).is_dir()
 
 
 def load_fine_tune(name: str, base: Any) -> Any:
@@ -97,8 +101,6 @@ def load_fine_tune(name: str, base: Any) -> Any:
     Raises:
         CommandError: no model or adapter of that name; an adapter, but PEFT is not installed.
     """
-    import copy
-
     from mpoe.cli.pretrained import find, load_model
 
     if not (Path(name) / "adapter_config.json").is_file():
@@ -114,122 +116,109 @@ def load_fine_tune(name: str, base: Any) -> Any:
         raise CommandError(f"fine-tune: the adapter {name} does not fit the base: {error}") from error
 
 
-def pieces(file: Path, tokenizer: Any, options: ComposeOptions) -> list[dict[str, Any]]:
-    """The start of a text as batches of 8 pieces of ``max_length`` tokens, ``input_ids`` and ``labels``."""
+def pieces(text: str, tokenizer: Any, length: int, most: int, name: str) -> Any:
+    """The start of a text as token ids [at most ``most``, length]; CommandError with ``name`` if it is too short."""
     import torch
 
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CommandError(f"texts: {file} is not UTF-8: {error}") from error
-    # A token has fewer than ten characters on average: this reads enough, without reading a large file completely.
-    ids = tokenizer(text[: 10 * options.max_texts * options.max_length])["input_ids"]
-    count = min(len(ids) // options.max_length, options.max_texts)
+    # A token has fewer than ten characters on average: this reads enough, without reading a large text completely.
+    ids = tokenizer(text[: 10 * most * length])["input_ids"]
+    count = min(len(ids) // length, most)
     if not count:
-        raise CommandError(f"texts: {file} must hold at least {options.max_length} tokens; it has {len(ids)}")
-    rows = torch.tensor(ids[: count * options.max_length]).view(count, options.max_length)
-    return [{"input_ids": part, "labels": part} for part in rows.split(8)]
+        raise CommandError(f"{name} must hold at least {length} tokens; it has {len(ids)}")
+    return torch.tensor(ids[: count * length]).view(count, length)
 
 
-def run(base_name: str, names: Sequence[str], options: ComposeOptions) -> Any:
-    """Compose the fine-tunes ``names`` of the model ``base_name`` and save the mixture; returns it."""
-    from mpoe.cli.files import model_folder
-    from mpoe.cli.pretrained import find, load_model, load_tokenizer
-    from mpoe.models.table import CAUSAL
+def batches(rows: Any) -> list[dict[str, Any]]:
+    """Token ids [pieces, tokens] as batches for a language model."""
+    return [{"input_ids": part, "labels": part} for part in rows.split(AT_ONCE)]
 
-    out = _check(names, options)
-    source = find(base_name)
-    if source.is_mpoe or source.style != CAUSAL:
-        raise CommandError(
-            f"compose takes dense causal language models, whose texts it reads; {base_name} is a {source.model_type} "
-            "(mpoe.compose in Python takes batches of any model)"
-        )
-    tokenizer = load_tokenizer(source)
-    base = load_model(source)
+
+def _batches_of(file: str, tokenizer: Any, options: ComposeOptions) -> list[dict[str, Any]]:
+    from mpoe.data.mappings import read_utf8
+
+    text = read_utf8("texts:", Path(file))
+    return batches(pieces(text, tokenizer, options.max_length, options.max_texts, f"texts: {file}"))
+
+
+# ---------------------------------------------------------------------------------- fine-tunes
+
+
+def _check_fine_tunes(names: Sequence[str], options: ComposeOptions) -> None:
+    if options.remove or options.merge or options.background is not None:
+        raise CommandError("remove, merge and background are for experts' files; got fine-tunes")
+    if not names:
+        raise CommandError(f"compose needs a base and at least one expert: {USAGE}")
+    if options.add is not None and len(names) != 1:
+        raise CommandError(f"add takes one fine-tune at a time; got {len(names)}")
+    if len(options.texts) != len(names):
+        raise CommandError(f"texts must name a file for each of {len(names)} fine-tunes; got {len(options.texts)}")
+    if options.add is not None and not (Path(options.add) / STATISTICS).is_file():
+        raise CommandError(f"add must be a mixture made by mpoe compose; {options.add} has no {STATISTICS}")
+
+
+def compose_fine_tunes(source: Source, names: Sequence[str], options: ComposeOptions, out: Path) -> None:
+    """Compose the fine-tunes ``names`` of the model ``source`` and save the mixture in ``out``."""
+    from safetensors.torch import load_file, save_file
+
+    from mpoe.cli.pretrained import load_model, load_tokenizer
+    from mpoe.config import RouterConfig
+    from mpoe.models import load_mpoe
+    from mpoe.models.composition import add_expert, compose
+
+    tokenizer, base = load_tokenizer(source), load_model(source)
     fine_tunes = [load_fine_tune(name, base) for name in names]
-    examples = [pieces(Path(text), tokenizer, options) for text in options.texts]
-    mixture = _composed(base, fine_tunes, examples, options)
+    examples = [_batches_of(text, tokenizer, options) for text in options.texts]
+    how: dict[str, Any] = {"router": options.router, "steps": options.steps}
+    if options.add is None:
+        mixture = compose(base, fine_tunes, examples, RouterConfig(top_k=options.top_k or 1), **how)
+    else:
+        mixture = load_mpoe(options.add).eval()
+        mixture.router_statistics = load_file(Path(options.add) / STATISTICS)
+        mixture = add_expert(mixture, base, fine_tunes[0], examples[0], **how)
     for name, error in zip(names, mixture.composition_report.values(), strict=True):
         print(f"{name}: outside the experts {error:.2f} of what it changed is lost in the mean")
-    from safetensors.torch import save_file
-
     with model_folder(out, mixture, tokenizer) as staging:
         save_file({key: value.contiguous() for key, value in mixture.router_statistics.items()}, staging / STATISTICS)
     print(f"saved to {out}")
-    return mixture
-
-
-def _composed(base: Any, fine_tunes: list[Any], examples: Any, options: ComposeOptions) -> Any:
-    from mpoe.config import RouterConfig
-    from mpoe.models.composition import add_expert, compose
-
-    if options.add is None:
-        routing = RouterConfig(top_k=options.top_k or 1)
-        return compose(base, fine_tunes, examples, routing, router=options.router, steps=options.steps)
-    from safetensors.torch import load_file
-
-    from mpoe.models import load_mpoe
-
-    folder = Path(options.add)
-    if not (folder / STATISTICS).is_file():
-        raise CommandError(f"add must be a mixture made by mpoe compose; {folder} has no {STATISTICS}")
-    mixture = load_mpoe(folder).eval()
-    mixture.router_statistics = load_file(folder / STATISTICS)
-    return add_expert(mixture, base, fine_tunes[0], examples[0], router=options.router, steps=options.steps)
 
 
 # ------------------------------------------------------- experts' files, and adapters fitted as such
-
-TOP_K = 2
-
-
-def _of_experts(names: Sequence[str], options: ComposeOptions) -> bool:
-    """Whether a command is about experts: it names files of some, or a mixture of them, or the neurons of adapters."""
-    if any(name.endswith(".expert") for name in names[1:]) or options.neurons is not None:
-        return True
-    from mpoe.models.expert_mixture import EXPERTS_FOLDER
-
-    return options.add is not None and (Path(options.add) / EXPERTS_FOLDER).is_dir()
 
 
 def _check_experts(names: Sequence[str], options: ComposeOptions) -> None:
     from mpoe.models.expert_adapters import is_adapter
 
-    adapters = [name for name in names[1:] if is_adapter(name)]
-    missing = [name for name in names[1:] if not Path(name).is_file() and name not in adapters]
+    adapters = [name for name in names if is_adapter(name)]
+    missing = [name for name in names if not Path(name).is_file() and name not in adapters]
     if missing:
         raise CommandError(f"compose takes either fine-tunes or experts' files; {missing[0]} is no file")
     if options.remove and options.add is None:
         raise CommandError("remove needs --add MIXTURE, whose experts it leaves out")
-    if options.texts and len(options.texts) != len(names) - 1:
-        wanted = f"a file for each of {len(names) - 1} experts, or none"
-        raise CommandError(f"texts must name {wanted}; got {len(options.texts)}")
-    absent = [text for text in [*options.texts, options.background] if text is not None and not Path(text).is_file()]
-    if absent:
-        raise CommandError(f"{'texts' if absent[0] in options.texts else 'background'}: no such file: {absent[0]}")
+    if options.texts and len(options.texts) != len(names):
+        raise CommandError(
+            f"texts must name a file for each of {len(names)} experts, or none; got {len(options.texts)}"
+        )
+    if options.background is not None and not Path(options.background).is_file():
+        raise CommandError(f"background: no such file: {options.background}")
     if adapters and not options.texts:
         raise CommandError(f"the adapter {adapters[0]} is fitted on texts of its domain: give --texts")
     if options.router == "train" and (not options.texts or options.add is not None):
         raise CommandError("router train needs --texts for every expert of the mixture, and no --add")
     if options.neurons is not None and (options.neurons < 1 or not adapters):
         raise CommandError(f"neurons must be at least 1, of experts fitted to adapters; got {options.neurons}")
-    if options.steps < 1:
-        raise CommandError(f"steps must be at least 1; got {options.steps}")
 
 
-def _fitted(base: Any, name: str, batches: Any, tokenizer: Any, options: ComposeOptions) -> Any:
+def _fitted(base: Any, name: str, texts: Any, tokenizer: Any, options: ComposeOptions) -> Any:
     """The expert for the adapter in a folder; says what was lost."""
     from mpoe.models.expert_adapters import check_adapter, fit_adapter
 
     as_large = check_adapter(base, name)
-    neurons = options.neurons or as_large
-    adapted = load_fine_tune(name, base)
-    fit = {"neurons": neurons, "steps": options.steps, "tokenizer": tokenizer}
-    expert = fit_adapter(base, adapted, batches, Path(name).resolve().name, **fit)
+    fit = {"neurons": options.neurons or as_large, "steps": options.steps, "tokenizer": tokenizer}
+    expert = fit_adapter(base, load_fine_tune(name, base), texts, Path(name).resolve().name, **fit)
     facts = expert.facts["training"]
     print(
-        f"{expert.name}: {neurons} neurons keep {facts['kept']:.0%} of the adapter's gain (held-out nats per token: "
-        f"base {facts['base']:.3f}, adapter {facts['adapter']:.3f}, neurons {facts['expert']:.3f})"
+        f"{expert.name}: {fit['neurons']} neurons keep {facts['kept']:.0%} of the adapter's gain (held-out nats per "
+        f"token: base {facts['base']:.3f}, adapter {facts['adapter']:.3f}, neurons {facts['expert']:.3f})"
     )
     return expert
 
@@ -248,51 +237,39 @@ def _kept(options: ComposeOptions) -> tuple[list[Any], Any, int]:
     return [expert for expert in experts if expert.name not in options.remove], background, top_k
 
 
-def run_experts(names: Sequence[str], options: ComposeOptions) -> Any:
-    """Compose the experts ``names[1:]`` of the model ``names[0]`` and save the mixture, or merge them; returns it."""
-    from mpoe.cli.files import model_folder
-    from mpoe.cli.pretrained import find, load_model, load_tokenizer
+def compose_experts(source: Source, names: Sequence[str], options: ComposeOptions, out: Path) -> None:
+    """Compose the experts ``names`` of the model ``source`` into a mixture, or merge them, in the folder ``out``."""
+    from mpoe.cli.pretrained import load_model, load_tokenizer
+    from mpoe.models import expert_mixture
+    from mpoe.models.domains import train_routers
     from mpoe.models.expert_adapters import is_adapter
     from mpoe.models.expert_files import load_expert, merge_expert
-    from mpoe.models.expert_mixture import NONE, compose_experts, documentation_batches, keep_experts
 
-    _check_experts(names, options)
-    out, source = check_common(options), find(names[0])
-    if source.is_mpoe:
-        raise CommandError(
-            f"compose needs the dense model that the experts were trained beside; {names[0]} is a mixture"
-        )
-    experts: list[Any] = []
-    background: Any = None
-    top_k, none = TOP_K, True
-    if options.add is not None:
-        experts, background, top_k = _kept(options)
-        none = background is not None
-    experts += [None if is_adapter(name) else load_expert(name) for name in names[1:]]
+    experts, background, top_k = ([], None, TOP_K) if options.add is None else _kept(options)
+    none = options.add is None or background is not None
+    own: list[Any] = [None if is_adapter(name) else load_expert(name) for name in names]
     tokenizer, base = load_tokenizer(source), load_model(source)
-    first = len(experts) - len(names) + 1
-    texts = {}
-    for place, (name, text) in enumerate(zip(names[1:], options.texts, strict=False), first):
-        batches = pieces(Path(text), tokenizer, options)
-        experts[place] = experts[place] or _fitted(base, name, batches, tokenizer, options)
-        texts[experts[place].name] = batches
+    texts: dict[str, Any] = {}
+    for place, (name, text) in enumerate(zip(names, options.texts, strict=False)):
+        read = _batches_of(text, tokenizer, options)
+        own[place] = own[place] or _fitted(base, name, read, tokenizer, options)
+        texts[own[place].name] = read
+    experts += own
     if options.merge:
         merged = merge_expert(base, experts, weight=1 / max(1, len(experts)))
         with model_folder(out, merged, tokenizer):
             pass
         print(f"saved to {out}: a dense {type(merged).__name__}, every expert at weight 1/{len(experts)}")
-        return merged
+        return
     if options.background is not None:
-        background = pieces(Path(options.background), tokenizer, options)
+        background = _batches_of(options.background, tokenizer, options)
     elif none and background is None:
-        background = documentation_batches(base, tokenizer)
-    routed = {"top_k": options.top_k or top_k, "none": none, "background": background, "texts": texts}
-    mixture = compose_experts(base, experts, tokenizer=tokenizer, **routed)
+        background = expert_mixture.documentation_batches(base, tokenizer)
+    routed: dict[str, Any] = {"top_k": options.top_k or top_k, "none": none, "background": background, "texts": texts}
+    mixture = expert_mixture.compose_experts(base, experts, tokenizer=tokenizer, **routed)
     if options.router == "train":
-        from mpoe.models.domains import train_routers
-
-        train_routers(mixture, [*texts.values(), background], 0, options.steps)
+        train_routers(mixture, [*texts.values(), routed["background"]], 0, options.steps)
     with model_folder(out, mixture, tokenizer) as staging:
-        keep_experts(mixture, staging)
-    print(f"saved to {out}: {', '.join(mixture.config.mpoe_experts)} (tokens go to {routed['top_k']}; {NONE!r} adds 0)")
-    return mixture
+        expert_mixture.keep_experts(mixture, staging)
+    others = f"tokens go to {routed['top_k']}; {expert_mixture.NONE!r} adds 0"
+    print(f"saved to {out}: {', '.join(mixture.config.mpoe_experts)} ({others})")

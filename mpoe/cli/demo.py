@@ -1,23 +1,25 @@
 """`mpoe demo`: three experts are trained apart beside one small model and composed into a mixture without their texts.
 
 Model and texts come with the installation. `--compare` instead compares a dense model, a wider one, Switch and MPO
-experts that are trained alike: gain, size and cost."""
+experts that are trained alike: gain and size."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mpoe.cli.errors import CommandError
-from mpoe.cli.parsing import option, read_command
+from mpoe.cli.files import MODEL_OR_RUN, REPORT_FILE, RESULTS_FILE, check_output, model_folder, write_json
+from mpoe.cli.parsing import Asked, as_command, option
 
+# Threads that spin while they wait for each other cost minutes on shared cores; torch reads this when it loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 MODEL_FOLDER = "model"
-KINDS = ("t5", "gpt2")
 
 
 @dataclass
@@ -29,47 +31,37 @@ class DemoOptions:
     output_dir: Path = option(Path("mpoe_demo"), "folder for report.html, results, and experts and model or the runs")
     compare: bool = option(False, "compare dense, wider, Switch and MPO experts")
     model: str = option(
-        "t5", "of --compare: t5 (documentation tasks) or gpt2 (language modelling)", choices=list(KINDS)
+        "t5", "of --compare: t5 (documentation tasks) or gpt2 (language modelling)", choices=["t5", "gpt2"]
     )
     steps: int | None = option(None, "training steps per expert or arm; default: the tuned budget")
     seed: int = option(0, "of data order, routers and dropout")
     overwrite: bool = option(False, "replace the demo in the output folder")
 
+    def __post_init__(self) -> None:
+        from mpoe.config.checks import check_seed
 
-def command(arguments: Sequence[str]) -> None:
-    """Run the command on its tokens."""
-    # Threads that spin while they wait for each other cost minutes on shared cores; torch reads this when it loads.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    asked = read_command("mpoe demo [--flag value ...]", __doc__, [DemoOptions], arguments)
-    if asked is None:
-        return
-    options: DemoOptions = asked.options[0]
-    output_dir, steps = options.output_dir, options.steps
-    from mpoe.cli.files import REPORT_FILE, RESULTS_FILE
-    from mpoe.config.checks import check_seed
-    from mpoe.training.output_dir import check_folder
+        check_seed("seed", self.seed)
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be at least 1; got {self.steps}")
+
+
+@as_command("mpoe demo [--flag value ...]", DemoOptions)
+def command(asked: Asked) -> None:
+    """Train and compose the experts, or compare the arms, in the output folder."""
+    (options,) = asked.options
     from mpoe.training.run_lock import hold
 
-    check_seed("seed", options.seed)
     if "model" in asked.given and not options.compare:
         raise CommandError("model is for --compare; the experts are trained beside the embedded GPT-2")
-    if steps is not None and steps < 1:
-        raise CommandError(f"steps must be at least 1; got {steps}")
-    check_folder("output_dir", output_dir)
-    others = {p.name for p in output_dir.iterdir()} if output_dir.is_dir() else set()
-    if "run.json" in others or "config.json" in others:
-        raise CommandError(f"output_dir {output_dir} holds another run; choose another folder")
-    if others & {RESULTS_FILE, REPORT_FILE, MODEL_FOLDER, *ARMS} and not options.overwrite:
-        raise CommandError(
-            f"output_dir {output_dir} holds an earlier demo; give --overwrite to replace it, or another --output_dir"
-        )
-    with hold(output_dir):
+    own = (RESULTS_FILE, REPORT_FILE, MODEL_FOLDER, *ARMS)
+    folder = check_output("output_dir", options.output_dir, options.overwrite, "an earlier demo", own, MODEL_OR_RUN)
+    with hold(folder):
         for name in (RESULTS_FILE, REPORT_FILE):
-            (output_dir / name).unlink(missing_ok=True)  # stale if this demo is killed
+            (folder / name).unlink(missing_ok=True)  # stale if this demo is killed
         if options.compare:
-            compare_arms(output_dir, options.model, steps, options.seed)
+            compare_arms(folder, options.model, options.steps, options.seed)
         else:
-            train_experts(output_dir, steps or STEPS, options.seed)
+            train_experts(folder, options.steps or STEPS, options.seed)
 
 
 # ------------------------------------------------------------------------ --compare: `mpoe train`, arm by arm
@@ -89,11 +81,11 @@ SETTINGS = {
     "t5": {"tasks": "doc_module,doc_kind", "steps": 120, "batch": 32, "dense": "1e-3", "mixture": "1.5e-3"},
     "gpt2": {"tasks": "doc_lm", "steps": 60, "batch": 16, "dense": "3e-4", "mixture": "3e-4"},
 }
-LARGE = {"t5": "t5-base", "gpt2": "gpt2"}  # the well-known model that the stand-in represents
 MIXTURES = ("hidden", "separable")  # arms that are named by their shape
 _COMPARED = (
     "The same start, the same items in the same order, one seed. So short a training from a pretrained start hardly "
-    "needs experts, and seeds differ by a point or so: larger models, longer training and other data may differ."
+    "needs experts, and seeds differ by a point or so: larger models, longer training and other data may differ. "
+    "Parameters and FLOPs of a large model: mpoe plan t5-base."
 )
 
 
@@ -113,35 +105,13 @@ def compare_arms(output_dir: Path, kind: str, steps: int | None, seed: int) -> N
         words += " --disable_tqdm true --report_to none --overwrite"
         train.command([*words.split(), "--output_dir", str(output_dir / arm), *options])
     asked = compare.CompareOptions(str(output_dir), overwrite=True)
-    compare.run([str(output_dir / arm) for arm in ARMS], asked, [size_and_price(kind)])
+    compare.run([str(output_dir / arm) for arm in ARMS], asked)
     print(_COMPARED)
-
-
-def size_and_price(kind: str) -> Any:
-    """A table of the parameters and FLOPs of the large model, converted like each arm."""
-    import torch
-
-    from mpoe.cli.report import Table
-    from mpoe.config import MPOEConfig
-    from mpoe.estimation.costs import Usage, model_costs
-    from mpoe.estimation.inventory import take_inventory
-
-    inventory = take_inventory(LARGE[kind])
-    usage = Usage(dict.fromkeys((*inventory.streams, "main", "encoder", "decoder"), 2048), torch.float32, True)
-    costs = {shape: model_costs(inventory, MPOEConfig(shape=shape), usage)["totals"] for shape in MIXTURES}
-    shown = {"dense": (costs["hidden"], "dense"), "switch": (costs["separable"], "switch")}
-    shown |= {arm: (totals, "mpoe") for arm, totals in costs.items()}
-    rows = [["parameters, millions"], ["FLOPs of its feed-forward layers, x dense"]]
-    for totals, design in shown.values():
-        rows[0].append(f"{totals['whole'][design]['parameters'] / 1e6:,.0f}")
-        rows[1].append(f"{totals['feed_forward'][design]['x_dense']:.2f}")
-    words = "8 experts per layer; a token meets one, of hidden two. From shapes alone; mpoe bench times such layers."
-    return Table(("", *shown), rows, f"{LARGE[kind]}, so converted", words, "runs")
 
 
 # ------------------------------------------------------------------------------ experts, trained apart
 
-STEPS, BATCH, LENGTH = 120, 8, 128
+STEPS, LENGTH = 120, 128
 NEURONS, RATE = 64, 0.01
 TESTED = 24  # pieces of each held-out text
 SHOWN = 22  # tokens of each domain in the picture
@@ -159,41 +129,34 @@ _PICTURE = "Every token of a text that changes its domain, coloured by the exper
 
 def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
     """Experts of three domains, trained apart, become a mixture that sorts by itself; returns the results."""
-    import torch
-
-    from mpoe.cli.files import REPORT_FILE, RESULTS_FILE, model_folder, write_json
+    from mpoe.cli.compose import batches, pieces
     from mpoe.cli.pretrained import quiet_transformers
     from mpoe.data.demo_texts import DOMAINS, domain_text
     from mpoe.data.documentation import load_documentation
     from mpoe.data.embedded import load_stand_in
-    from mpoe.inspection.composed import composed_worth, token_losses
+    from mpoe.inspection.composed import token_losses
     from mpoe.models import collect_statistics, compose_experts, merge_expert, save_expert
     from mpoe.models.expert_mixture import keep_experts
 
     quiet_transformers()
     start = time.perf_counter()
     base, tokenizer = load_stand_in("gpt2")
-    tokenizer.model_max_length = 10**9  # texts are cut into pieces below
+    tokenizer.model_max_length = 10**9  # texts are cut into pieces
 
-    def pieces(text: str, most: int | None = None) -> Any:
-        ids = tokenizer(text)["input_ids"]
-        count = min(len(ids) // LENGTH, most or len(ids))
-        return torch.tensor(ids[: count * LENGTH]).view(count, LENGTH)
-
-    def batches(parts: Any) -> list[dict[str, Any]]:
-        return [{"input_ids": part, "labels": part} for part in parts.split(BATCH)]
+    def cut(text: str, most: int = 10**4) -> Any:
+        return pieces(text, tokenizer, LENGTH, most, "the text")
 
     def loss(model: Any, text: str) -> float:
         return float(token_losses(model, held_out[text]).mean())
 
-    held_out = {name: batches(pieces(domain_text(name, True), TESTED)) for name in DOMAINS}
+    held_out = {name: batches(cut(domain_text(name, True), TESTED)) for name in DOMAINS}
     foreign = "\n\n".join(record.text for record in load_documentation().split("test")[::7])
-    held_out[FOREIGN] = batches(pieces(foreign, TESTED))
+    held_out[FOREIGN] = batches(cut(foreign, TESTED))
     losses = {text: {"base": loss(base, text)} for text in held_out}
     files, always_on = [], []
     (output_dir / "experts").mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(DOMAINS):
-        begun, own = time.perf_counter(), pieces(domain_text(name, False))
+        begun, own = time.perf_counter(), cut(domain_text(name, False))
         model = _train(base, own, steps, seed + number)
         files.append(output_dir / "experts" / f"{name}.expert")
         statistics = collect_statistics(model, batches(own[:256]))
@@ -209,23 +172,20 @@ def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
     merged = merge_expert(base, files, weight=1 / len(files))
     for text in held_out:
         losses[text] |= {"composed": loss(mixture, text), "merged": loss(merged, text)}
-    classes = [*(expert.statistics for expert in mixture.composed_of), mixture.background_statistics]
-    worth = composed_worth(mixture, classes, [batch for name in DOMAINS for batch in held_out[name]])
     shown = "\n".join(tokenizer.decode(held_out[name][0]["input_ids"][0][:SHOWN]) for name in DOMAINS)
     with model_folder(output_dir / MODEL_FOLDER, mixture, tokenizer) as staging:
         keep_experts(mixture, staging)
     results: dict[str, Any] = {
         "steps": steps,
         "seed": seed,
-        "experts": worth.names,
+        "experts": mixture.config.mpoe_experts,
         "losses": losses,
         "kept": kept(losses),
-        "worth": vars(worth),
         "picture": token_experts(mixture, tokenizer, shown),
         "megabytes": {file.name: file.stat().st_size / 1e6 for file in files},
         "seconds": time.perf_counter() - start,
     }
-    _tell(output_dir / REPORT_FILE, results, worth)
+    _tell(output_dir / REPORT_FILE, results)
     write_json(output_dir / RESULTS_FILE, results)
     print(f"{output_dir / REPORT_FILE}, {output_dir / RESULTS_FILE}, experts and the mixture in {output_dir}")
     return results
@@ -235,6 +195,7 @@ def _train(base: Any, pieces: Any, steps: int, seed: int) -> Any:
     """An expert beside ``base``, trained on random pieces."""
     import torch
 
+    from mpoe.cli.compose import AT_ONCE
     from mpoe.models import start_expert
 
     torch.manual_seed(seed)
@@ -242,7 +203,7 @@ def _train(base: Any, pieces: Any, steps: int, seed: int) -> Any:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps + 1, pct_start=0.1)
     for _ in range(steps):
-        ids = pieces[torch.randint(len(pieces), (BATCH,))]
+        ids = pieces[torch.randint(len(pieces), (AT_ONCE,))]
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -278,41 +239,26 @@ def conclusions(results: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _tell(file: Path, results: Mapping[str, Any], worth: Any) -> None:
-    """Print, and write as ``report.html``: the table, what it says, the coloured tokens, what each expert is worth."""
+def _tell(file: Path, results: Mapping[str, Any]) -> None:
+    """Print, and write as ``report.html``: the table, what it says, the coloured tokens."""
     from markupsafe import Markup
     from rich.console import Console
     from rich.text import Text
 
-    from mpoe.cli.inspect import worth_rows
-    from mpoe.cli.report import Table, note, write_page
-    from mpoe.cli.routes import expert_colour
+    from mpoe.cli.report import Table, expert_colours, legend, section, write_page
 
     names, said = results["experts"], conclusions(results)
-    colours = [expert_colour(number, len(names)) for number in range(len(names))]
+    colours = expert_colours(len(names))
     rows = [[text, *(f"{own[column]:.3f}" for column in COLUMNS)] for text, own in results["losses"].items()]
     losses = Table(HEADER, rows, f"mpoe demo: {results['steps']} steps per expert, seed {results['seed']}", _MEANING)
-    picture = [Text(token.replace("\\n", " "), f"black on {colours[expert]}") for token, expert in results["picture"]]
-    legend = [Text(f" {name} ", f"black on {colour}") for name, colour in zip(names, colours, strict=True)]
-    Console().print(_PICTURE, Text.assemble(*picture), Text(" ").join(legend), sep="\n", highlight=False)
+    tokens = [Text(token.replace("\\n", " "), f"black on {colours[expert]}") for token, expert in results["picture"]]
+    known = [Text(f" {name} ", f"black on {colour}") for name, colour in zip(names, colours, strict=True)]
+    Console().print(_PICTURE, Text.assemble(*tokens), Text(" ").join(known), sep="\n", highlight=False)
     losses.show()
     print("\n".join([*said, f"{results['seconds']:.0f} seconds."]))
     span = Markup('<span style="background:{}" title="{}">{}</span>')
-    parts = [
-        Markup("<h1>mpoe demo: experts trained apart, composed</h1><ul>{}</ul>").format(
-            Markup("").join(Markup("<li>{}</li>").format(line) for line in said)
-        ),
-        losses.section(),
-        Markup('<h2>Who took which token</h2><p>{}</p><p>{}</p><p class="picture">{}</p>').format(
-            _PICTURE,
-            Markup(" ").join(span.format(colour, name, name) for name, colour in zip(names, colours, strict=True)),
-            Markup("").join(span.format(colours[e], names[e], token) for token, e in results["picture"]),
-        ),
-        Markup("<h2>What each expert is worth</h2>"),
-        Table(("expert", "share of choices", "loss if alone", "without", "removing it adds"), worth_rows(worth)).html(),
-        note(
-            f"On the three held-out texts together: the mixture {worth.loss:.3f} nats per token, the best single "
-            f"expert for every token (an oracle) {worth.oracle:.3f}."
-        ),
-    ]
-    write_page(file, "mpoe demo", parts, ".picture { white-space: pre-wrap; line-height: 1.7; }")
+    picture = Markup("").join(span.format(colours[e], names[e], token) for token, e in results["picture"])
+    picture = Markup('{}<p class="tokens">{}</p>').format(legend(names), picture)
+    lines = Markup("<ul>{}</ul>").format(Markup("").join(Markup("<li>{}</li>").format(line) for line in said))
+    parts = [lines, losses.section(), section("Who took which token", picture, note=_PICTURE)]
+    write_page(file, "mpoe demo: experts trained apart, composed", parts)

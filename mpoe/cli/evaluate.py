@@ -5,14 +5,14 @@ For a run, settings without an option are as in training.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mpoe.cli.errors import CommandError
-from mpoe.cli.parsing import option, read_command
-from mpoe.cli.runs import data_of_run
-from mpoe.cli.tasks import DataOptions
+from mpoe.cli.files import check_writable_file, write_json
+from mpoe.cli.parsing import Asked, as_command, option
+from mpoe.cli.runs import data_of_run, model_of_experiment
+from mpoe.cli.tasks import DataOptions, resolve
 
 
 @dataclass
@@ -34,48 +34,31 @@ class EvaluateOptions:
             raise ValueError(f"batch_size must be at least 1; got {self.batch_size}")
 
 
-def command(arguments: Sequence[str]) -> dict[str, dict[str, float]] | None:
-    """Run the command on its tokens; returns the scores by task."""
-    usage = "mpoe evaluate MODEL_DIR [--flag value ...]"
-    asked = read_command(usage, __doc__, [EvaluateOptions, DataOptions], arguments, words=1)
-    if asked is None:
-        return None
-    words, (options, data), flags = asked
-    model_dir = _model_dir(words[0] if words else None, options.load_experiment)
-    data, seed, described = data_of_run(model_dir, data, flags)
-    from mpoe.cli.files import check_writable_file, write_json
+@as_command("mpoe evaluate MODEL_DIR [--flag value ...]", EvaluateOptions, DataOptions, words=(0, 1))
+def command(asked: Asked) -> dict[str, dict[str, float]]:
+    """Print and return the scores by task."""
+    (options, data), words = asked.options, asked.words
+    if bool(words) == (options.load_experiment is not None):
+        raise CommandError("evaluate needs a model first: mpoe evaluate MODEL_DIR, or --load_experiment RUN_DIR")
+    folder = words[0] if words else model_of_experiment(options.load_experiment)
+    data, seed, described = data_of_run(folder, data, asked.given)
     from mpoe.cli.pretrained import find, load_model, load_tokenizer
-    from mpoe.cli.tasks import resolve
     from mpoe.models.table import ENCODER
 
     if options.output_file:
         check_writable_file("output_file", Path(options.output_file))
-    source = find(model_dir)
+    source = find(folder)
     if source.style == ENCODER and not source.is_classifier:
-        raise CommandError(f"{model_dir} is an encoder ({source.model_type}) without a head for labels (mpoe train)")
+        raise CommandError(f"{folder} is an encoder ({source.model_type}) without a head for labels (mpoe train)")
     seed = seed if options.data_seed is None else options.data_seed
     tasks = resolve(data.eval_tasks or data.tasks, data, source.style, seed, described)
     for task in tasks:
         task.examples(options.split)  # a missing split is refused before the model is loaded
     tokenizer, model = load_tokenizer(source), load_model(source)
-    from mpoe.cli.scoring import evaluate_tasks
-    from mpoe.data.tasks import average_score
+    from mpoe.cli.scoring import evaluate_tasks, show_scores
 
     found = evaluate_tasks(model, tokenizer, tasks, options.split, options.batch_size)
-    scores = found.scores
-    found.show(f"{model_dir} on {options.split}")
+    show_scores(found, f"{folder} on {options.split}")
     if options.output_file:
-        report = {"model": model_dir, "split": options.split, "scores": scores, "mean": average_score(scores)}
-        report |= {"baselines": found.baselines, "remarks": found.remarks}
-        write_json(Path(options.output_file), report)
-    return scores
-
-
-def _model_dir(given: str | None, load_experiment: str | None) -> str:
-    if (given is None) == (load_experiment is None):
-        raise CommandError("evaluate needs a model first: mpoe evaluate MODEL_DIR, or --load_experiment RUN_DIR")
-    if given is not None:
-        return given
-    from mpoe.cli.settle import model_of_experiment
-
-    return model_of_experiment(str(load_experiment))
+        write_json(Path(options.output_file), {"model": folder, "split": options.split, **found})
+    return found["scores"]

@@ -7,13 +7,11 @@ The exported model is opened again with the stock class, and its logits are comp
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 from mpoe.cli.errors import CommandError
-from mpoe.cli.parsing import option, read_command
-
-USAGE = "mpoe export IN OUT --to mixtral [--flag value ...]"
+from mpoe.cli.files import check_output, model_folder
+from mpoe.cli.parsing import Asked, as_command, option
 
 
 @dataclasses.dataclass
@@ -28,31 +26,26 @@ class ExportOptions:
     overwrite: bool = option(False, "replace a model in OUT")
 
 
-def command(arguments: Sequence[str]) -> None:
-    """Run the command on its tokens."""
-    asked = read_command(USAGE, __doc__, [ExportOptions], arguments, words=2)
-    if asked is None:
-        return
-    names, (options,), _ = asked
-    if len(names) < 2:
-        raise CommandError(f"export needs two arguments: {USAGE}")
+@as_command("mpoe export IN OUT --to mixtral [--flag value ...]", ExportOptions, words=(2, 2))
+def command(asked: Asked) -> None:
+    """Export the model IN into the folder OUT, or an expert's file IN to the repository OUT of the hub."""
+    (options,), (name, out) = asked.options, asked.words
     if options.to == "hub":
         from mpoe.models import push_expert
 
-        print(f"uploaded to {push_expert(names[0], names[1], private=options.private or None)}")
+        print(f"uploaded to {push_expert(name, out, private=options.private or None)}")
     else:
-        run(names[0], Path(names[1]), options)
+        run(name, Path(out), options)
 
 
 def run(name: str, out: Path, options: ExportOptions) -> float:
     """Export the model ``name`` into the folder ``out``; returns the relative difference of the logits."""
-    from mpoe.cli.files import check_model_folder, model_folder
     from mpoe.cli.pretrained import find, load_model, tokenizer_if_any
 
     source = find(name)
     if not source.is_mpoe:
         raise CommandError(f"IN must be a mixture; {name} is a dense {source.model_type} (mpoe convert makes one)")
-    check_model_folder("OUT", out, options.overwrite)
+    check_output("OUT", out, options.overwrite)
     tokenizer = tokenizer_if_any(source)
     from mpoe.models import merge_experts
     from mpoe.models.export import check_export, server_notes

@@ -1,4 +1,4 @@
-"""Atomic writing of the commands' files."""
+"""What commands write: atomic files, whole models, and folders that are checked before any work."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from mpoe.cli.errors import CommandError
 
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
+MODEL = ("config.json", "*.safetensors")  # files of a saved model
+MODEL_OR_RUN = ("config.json", "run.json")
 _STAGING = ".incomplete-model"
 
 
@@ -64,13 +66,32 @@ def publish_model(folder: Path) -> None:
     shutil.rmtree(staging)
 
 
-def check_model_folder(name: str, folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that cannot be written or holds a model that is not to be replaced; ``name``: of the argument."""
+def check_output(
+    name: str,
+    folder: Path,
+    overwrite: bool,
+    what: str = "a model",
+    own: Iterable[str] = MODEL,
+    others: Iterable[str] = (),
+) -> Path:
+    """Return ``folder``, the value of the argument ``name``; nothing is written yet.
+
+    Raises:
+        NotADirectoryError, PermissionError: it cannot be written or created.
+        CommandError: it holds files of the patterns ``others`` (of models and runs), or without ``overwrite`` of the
+            patterns ``own``, which are ``what``.
+    """
     from mpoe.training.output_dir import check_folder
 
+    def holds(patterns: Iterable[str]) -> bool:
+        return any(any(folder.glob(pattern)) for pattern in patterns)
+
     check_folder(name, folder)
-    if ((folder / "config.json").exists() or any(folder.glob("*.safetensors"))) and not overwrite:
-        raise CommandError(f"{name} {folder} holds a model; give --overwrite to replace it, or another folder")
+    if holds(others):
+        raise CommandError(f"{name} {folder} holds a model or a run; choose another folder")
+    if holds(own) and not overwrite:
+        raise CommandError(f"{name} {folder} holds {what}; give --overwrite to replace it, or another folder")
+    return folder
 
 
 @contextlib.contextmanager

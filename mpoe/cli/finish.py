@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpoe.cli.options import MeasureOptions
-from mpoe.cli.settle import start_of
+from mpoe.cli.files import REPORT_FILE, RESULTS_FILE, publish_model, staging_folder, write_json
 
 if TYPE_CHECKING:
+    from mpoe.cli.options import RunOptions
     from mpoe.cli.train import Plan
     from mpoe.data.task import Task
 
@@ -19,37 +19,37 @@ ITEMS, AT_ONCE = 512, 8  # training items that the statistics of an expert's rou
 
 
 def finish(
-    trainer: Any,
-    tokenizer: Any,
-    eval_tasks: Sequence[Task],
-    plan: Plan,
-    folder: Path,
-    seconds: float,
-    sizes: dict[str, dict[str, int]],
+    trainer: Any, tokenizer: Any, tasks: Sequence[Task], plan: Plan, start: str, seconds: float, sizes: dict[str, Any]
 ) -> dict[str, Any]:
-    """Evaluate on validation, save the model and write the results, which are returned."""
-    from mpoe.cli.files import REPORT_FILE, RESULTS_FILE, publish_model, staging_folder, write_json
-    from mpoe.cli.runs import mixture_of, read_run, write_run_report
-    from mpoe.cli.scoring import evaluate_tasks
-    from mpoe.data.tasks import average_score
+    """Save the model, evaluate it on the tasks' validation items and write the results, which are returned.
+
+    Args:
+        trainer: of the finished training, which took ``seconds``.
+        tokenizer, plan: of the run.
+        tasks: to evaluate on.
+        start: the model that the run started from.
+        sizes: of the data, for the record.
+    """
+    from mpoe.cli.compare import write_report
+    from mpoe.cli.runs import mixture_of, read_run
+    from mpoe.cli.scoring import evaluate_tasks, show_scores
     from mpoe.models.base import MPOEModelMixin
     from mpoe.models.card import write_card
     from mpoe.models.report import routed_layers, short_name
 
-    arguments = plan.arguments
+    arguments, model, folder = plan.arguments, trainer.model, Path(str(plan.arguments.output_dir))
     trainer.save_model(str(staging_folder(folder)))  # every process takes part in it
-    model = trainer.model
     if arguments.should_save:
         tokenizer.save_pretrained(staging_folder(folder))
         publish_model(folder)
     if not trainer.is_world_process_zero():
         return {}
-    found = evaluate_tasks(model, tokenizer, eval_tasks, "validation", arguments.per_device_eval_batch_size * 4)
+    found = evaluate_tasks(model, tokenizer, tasks, "validation", arguments.per_device_eval_batch_size * 4)
     steps = trainer.state.global_step
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
     batch = arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
     results: dict[str, Any] = {
-        "model": start_of(plan.experiment, plan.model.model, model_given=False),
+        "model": start,
         "class": type(model).__name__,
         "mixture": mixture_of(model),
         "layers": [short_name(name) for name, _ in routed_layers(model)],
@@ -58,18 +58,18 @@ def finish(
         "steps": steps,
         "seconds": round(seconds, 2),
         "train_loss": losses[-1] if losses else None,
-        "validation": found.scores,
-        "mean_validation": average_score(found.scores),
-        "baselines": found.baselines,
-        "remarks": found.remarks,
+        "validation": found["scores"],
+        "mean_validation": found["mean"],
+        "baselines": found["baselines"],
+        "remarks": found["remarks"],
         "parameters": parameters_of(model),
-        **measured(plan.measure, seconds, steps, batch),
+        **measured(plan.run, seconds, steps, batch),
     }
     write_json(folder / RESULTS_FILE, results)
     if isinstance(model, MPOEModelMixin):
-        write_card(model, folder, {f"validation, {task}": values for task, values in found.scores.items()})
-    write_run_report(folder / REPORT_FILE, read_run(str(folder)), found.table("Validation"), plan.given)
-    found.show(f"validation after {steps} steps")
+        write_card(model, folder, {f"validation, {task}": values for task, values in found["scores"].items()})
+    write_report(folder / REPORT_FILE, [read_run(str(folder))])
+    show_scores(found, f"validation after {steps} steps")
     print(f"model, metrics.jsonl, {RESULTS_FILE} and {REPORT_FILE} are in {folder}")
     return results
 
@@ -81,14 +81,10 @@ def _made_with(device: Any) -> dict[str, str]:
 
     from mpoe_kernels.version import __version__
 
-    cpu = f"{device.type}, {torch.get_num_threads()} threads"
-    return {
-        "mpoe": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-    }
+    versions = {"mpoe": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    own = name or f"{device.type}, {torch.get_num_threads()} threads"
+    return {**versions, "python": platform.python_version(), "device": own}
 
 
 def parameters_of(model: Any) -> dict[str, int]:
@@ -112,16 +108,13 @@ def _peak_of_process() -> dict[str, Any]:
     return {"device": "cpu", "peak_bytes": peak if sys.platform == "darwin" else peak * 1024}
 
 
-def measured(options: MeasureOptions, seconds: float, steps: int, items_per_step: int) -> dict[str, Any]:
+def measured(options: RunOptions, seconds: float, steps: int, items_per_step: int) -> dict[str, Any]:
     """The requested measurements, JSON-able; also prints them."""
     report: dict[str, Any] = {}
     if options.compute_time:
         per_step = seconds / max(steps, 1)
-        report["time"] = {
-            "train_seconds": seconds,
-            "seconds_per_step": per_step,
-            "items_per_second": items_per_step / per_step if per_step else None,
-        }
+        rate = items_per_step / per_step if per_step else None
+        report["time"] = {"train_seconds": seconds, "seconds_per_step": per_step, "items_per_second": rate}
         print(f"training took {seconds:.1f} s: {per_step:.3f} s per step of {items_per_step} items")
     if options.compute_memory:
         report["memory"] = _peak_of_process()
@@ -131,17 +124,14 @@ def measured(options: MeasureOptions, seconds: float, steps: int, items_per_step
     return report
 
 
-def save_trained(trainer: Any, tokenizer: Any, items: Sequence[Any], plan: Plan, folder: Path) -> None:
+def save_trained(trainer: Any, tokenizer: Any, items: Sequence[Any], plan: Plan) -> None:
     """Write the expert of a finished run, with statistics of the first training items."""
     from mpoe.models import collect_statistics, save_expert
 
     parts = (items[start : start + AT_ONCE] for start in range(0, min(len(items), ITEMS), AT_ONCE))
     statistics = collect_statistics(trainer.model, (trainer.data_collator(part) for part in parts))
-    facts = {
-        "steps": trainer.state.global_step,
-        "learning_rate": plan.arguments.learning_rate,
-        "tasks": plan.data.tasks,
-    }
-    file = folder / f"{plan.run.expert}.expert"
+    facts = {"steps": trainer.state.global_step, "learning_rate": plan.arguments.learning_rate}
+    facts["tasks"] = plan.data.tasks
+    file = Path(str(plan.arguments.output_dir)) / f"{plan.run.expert}.expert"
     save_expert(trainer.model, file, statistics=statistics, tokenizer=tokenizer, training=facts)
     print(f"the expert alone is {file} (mpoe compose)")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mpoe.cli.errors import CommandError
-from mpoe.cli.parsing import Asked, option, read_command
+from mpoe.cli.parsing import Asked, as_command, option
 
 
 @dataclass
@@ -25,6 +24,16 @@ class GenerateOptions:
     no_do_sample: bool = option(False, "take the likeliest tokens; the default")
     temperature: float = option(1.0, "of sampling")
     seed: int = option(0, "of sampling")
+
+    def __post_init__(self) -> None:
+        from mpoe.config.checks import check_seed
+
+        for name in ("max_new_tokens", "num_beams"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be greater than 0; got {self.temperature}")
+        check_seed("seed", self.seed)
 
 
 def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
@@ -46,26 +55,13 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
     return prompts
 
 
-def command(arguments: Sequence[str]) -> None:
-    """Run the command on its tokens."""
-    usage = "mpoe generate MODEL_DIR --prompt TEXT [--flag value ...]"
-    asked = read_command(usage, __doc__, [GenerateOptions], arguments, words=1) if arguments else Asked([], (), set())
-    if asked is None:
-        return
-    if not asked.words:
-        raise CommandError(f"generate needs a model first: {usage} (see mpoe generate --help)")
-    name, options = asked.words[0], asked.options[0]
+@as_command("mpoe generate MODEL_DIR --prompt TEXT [--flag value ...]", GenerateOptions, words=(1, 1))
+def command(asked: Asked) -> None:
+    """Print the model's text for every prompt; that of a language model begins with it."""
+    (options,), (name,) = asked.options, asked.words
     prompts = read_prompts(options.prompt, options.file)
-    for option_name in ("max_new_tokens", "num_beams"):
-        if getattr(options, option_name) < 1:
-            raise CommandError(f"{option_name} must be at least 1; got {getattr(options, option_name)}")
-    if options.temperature <= 0:
-        raise CommandError(f"temperature must be greater than 0; got {options.temperature}")
     from mpoe.cli.pretrained import find, load_model, load_tokenizer
-    from mpoe.config.checks import check_seed
     from mpoe.models.table import ENCODER
-
-    check_seed("seed", options.seed)
 
     source = find(name)
     if source.style == ENCODER:
@@ -75,19 +71,12 @@ def command(arguments: Sequence[str]) -> None:
 
     model = load_model(source)
     torch.manual_seed(options.seed)
-    sampling: dict[str, Any] = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
-    sampling["do_sample"] = options.do_sample and not options.no_do_sample
-    if sampling["do_sample"]:
-        sampling["temperature"] = options.temperature
+    how: dict[str, Any] = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
+    how |= {"do_sample": options.do_sample and not options.no_do_sample, "pad_token_id": tokenizer.pad_token_id}
+    if how["do_sample"]:
+        how["temperature"] = options.temperature
     for prompt in prompts:
-        print(generate_one(model, tokenizer, prompt, **sampling))
-
-
-def generate_one(model: Any, tokenizer: Any, prompt: str, **generation: Any) -> str:
-    """The model's output for one prompt (a language model's output includes the prompt)."""
-    import torch
-
-    batch = tokenizer([prompt], return_tensors="pt", return_token_type_ids=False).to(model.device)
-    with torch.inference_mode():
-        out = model.generate(**batch, pad_token_id=tokenizer.pad_token_id, **generation)
-    return tokenizer.decode(out[0], skip_special_tokens=True).strip()
+        batch = tokenizer([prompt], return_tensors="pt", return_token_type_ids=False).to(model.device)
+        with torch.inference_mode():
+            out = model.generate(**batch, **how)
+        print(tokenizer.decode(out[0], skip_special_tokens=True).strip())

@@ -8,17 +8,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mpoe.cli.errors import CommandError
-from mpoe.cli.parsing import option, read_command
-
-if TYPE_CHECKING:
-    from mpoe.models.expert_files import Expert
+from mpoe.cli.parsing import Asked, as_command, option
 
 MOST = 128  # files
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy", "safetensors", "matplotlib", "datasets")
-SHOWN = 12  # characters of a SHA-256
 
 
 @dataclass
@@ -30,17 +26,15 @@ class InfoOptions:
     json: bool = option(False, "print JSON instead of tables")
 
 
-def command(arguments: Sequence[str]) -> None:
-    """Run the command on its tokens."""
-    most = MOST if arguments else 0  # alone it shows the machine, not its usage
-    asked = read_command("mpoe info [FILE ...] [--json]", __doc__, [InfoOptions], arguments, words=most)
-    if asked is None:
-        return
-    found = collect_experts(asked.words) if asked.words else collect()
-    if asked.options[0].json:
+@as_command("mpoe info [FILE ...] [--json]", InfoOptions, words=(0, MOST))
+def command(asked: Asked) -> None:
+    """Show the facts of this machine, or of experts."""
+    (options,), files = asked.options, asked.words
+    found = collect_experts(files) if files else collect()
+    if options.json:
         print(json.dumps(found, indent=2))
     else:
-        (show_experts if asked.words else show)(found)
+        (show_experts if files else show)(found)
 
 
 def collect() -> dict[str, Any]:
@@ -60,14 +54,8 @@ def show(facts: dict[str, Any]) -> None:
     Table(("backend", "runs here", "why not"), backends, "Kernel backends").show()
 
 
-def facts_of(expert: Expert) -> dict[str, Any]:
-    """JSON-able facts of an expert; sizes in bytes."""
-    sizes = {kind: sum(each.nbytes for each in getattr(expert, kind).values()) for kind in ("weights", "statistics")}
-    return {**expert.facts, "parameters": sum(each.numel() for each in expert.weights.values()), "bytes": sizes}
-
-
 def collect_experts(names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """Facts by file, or by folder of a composed mixture.
+    """JSON-able facts of experts, sizes in bytes, by file or by folder of a composed mixture.
 
     Raises:
         CommandError: what is neither.
@@ -76,13 +64,16 @@ def collect_experts(names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     from mpoe.models.expert_files import load_expert
     from mpoe.models.expert_mixture import EXPERTS_FOLDER, kept_experts
 
-    found = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     for name in names:
         place = Path(name)
         if not place.is_file() and not (place / EXPERTS_FOLDER).is_dir():
             raise CommandError(f"info takes experts' files and mixtures that mpoe compose made of them; {name} is none")
-        experts = [load_expert(place)] if place.is_file() else kept_experts(place)[0]
-        found[name] = [facts_of(expert) for expert in experts]
+        found[name] = []
+        for each in [load_expert(place)] if place.is_file() else kept_experts(place)[0]:
+            sizes = {kind: sum(t.nbytes for t in getattr(each, kind).values()) for kind in ("weights", "statistics")}
+            parameters = sum(tensor.numel() for tensor in each.weights.values())
+            found[name].append({**each.facts, "parameters": parameters, "bytes": sizes})
     return found
 
 
@@ -91,14 +82,8 @@ def show_experts(found: dict[str, list[dict[str, Any]]]) -> None:
     from mpoe.cli.report import Table
 
     for name, experts in found.items():
-        print(name)
         for each in experts:
-            weights, statistics = (each["bytes"][kind] / 1e6 for kind in ("weights", "statistics"))
-            rows = {
-                "expert": f"{each['name']}: {each['neurons']} neurons per layer, {weights:.1f} MB",
-                "base": f"{each['model']} {each['base_name']}, SHA-256 {each['base'][:SHOWN]}",
-                "tokenizer": (each["tokenizer"] or "any")[:SHOWN],
-                "statistics": f"{statistics:.2f} MB" if statistics else "none: it cannot be composed",
-                "training": ", ".join(f"{key} {value}" for key, value in each["training"].items()),
-            }
-            Table((), list(rows.items())).show()
+            facts = {key: value for key, value in each.items() if key != "name"}
+            Table(
+                (), [(key, str(value)) for key, value in facts.items()], f"{name}: {each['name']}", kind="text"
+            ).show()

@@ -7,17 +7,14 @@ MODEL is the folder of a converted model or of a training run, whose curves are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpoe.cli import plots
-from mpoe.cli.compare import check_report_folder
 from mpoe.cli.errors import CommandError
-from mpoe.cli.files import REPORT_FILE, write_json
-from mpoe.cli.parsing import option, read_command
+from mpoe.cli.files import MODEL_OR_RUN, REPORT_FILE, check_output, write_json
+from mpoe.cli.parsing import Asked, as_command, option
 from mpoe.cli.runs import data_of_run
 from mpoe.cli.tasks import DataOptions, resolve
 from mpoe.models.table import ENCODER, SEQ2SEQ
@@ -26,10 +23,9 @@ from mpoe.training.metrics_file import METRICS_FILE, read_metrics
 if TYPE_CHECKING:
     from mpoe.data.task import Task
     from mpoe.inspection.composed import Worth
-    from mpoe.inspection.routes import Route
 
 NUMBERS_FILE = "inspect.json"
-PLOTS = ("expert_load", "bond_rank", "bond_spectra", "parameters", "training")
+PLOTS = ("expert_load", "bond_spectra", "parameters", "training")
 _AT_ONCE = 16  # items of a batch
 _MAX_TOKENS = 60  # of the items that are shown when no text is given
 _WORDS = {
@@ -52,7 +48,7 @@ _WORDS = {
         "Cutting an expert's matrix in two at a bond of dimension d leaves d singular values there; their "
         "entanglement entropy S gives the effective rank exp(S): over how many of the d directions the weight is "
         "spread. Near 100% of d, a smaller max_bond would cost accuracy; a low share means that truncation is cheap. "
-        "Below, the singular values themselves, averaged over the experts."
+        "The lines are the singular values, averaged over the experts."
     ),
     "Parameters against experts": (
         "A dense expert brings full weights of its own, an MPO expert its auxiliary cores and a row of the router."
@@ -82,25 +78,13 @@ class InspectOptions:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
 
 
-def command(arguments: Sequence[str]) -> None:
-    """Run the command on its tokens."""
-    usage = "mpoe inspect MODEL [--flag value ...]"
-    asked = read_command(usage, __doc__, [InspectOptions, DataOptions], arguments, words=1)
-    if asked is None:
-        return
-    if not asked.words:
-        raise CommandError(f"inspect needs a model first: {usage}")
-    options, data = asked.options
-    data, seed, described = data_of_run(asked.words[0], data, asked.given)
-    if not plots.have_matplotlib():
-        raise CommandError('inspect draws with matplotlib, which is not installed: pip install "mpoe[report]"')
-    find_tasks = partial(resolve, data.eval_tasks or data.tasks, data, data_seed=seed, described=described)
-    run(asked.words[0], options, find_tasks)
-
-
-def run(name: str, options: InspectOptions, find_tasks: Callable[..., list[Task]]) -> None:
-    """Inspect the model ``name``; writes the report. ``find_tasks(style=...)`` gives the tasks whose items count."""
-    folder = check_report_folder(options.output_dir, options.overwrite)
+@as_command("mpoe inspect MODEL [--flag value ...]", InspectOptions, DataOptions, words=(1, 1))
+def command(asked: Asked) -> None:
+    """Inspect the model; write the plots, the numbers and, last, the report."""
+    (options, data), (name,) = asked.options, asked.words
+    data, seed, described = data_of_run(name, data, asked.given)
+    folder = Path(options.output_dir)
+    check_output("output_dir", folder, options.overwrite, "an earlier report", [REPORT_FILE], MODEL_OR_RUN)
     from mpoe.cli.pretrained import find, load_model, load_tokenizer
 
     source = find(name)
@@ -110,17 +94,17 @@ def run(name: str, options: InspectOptions, find_tasks: Callable[..., list[Task]
             "mpoe inspect OUT"
         )
     tokenizer = load_tokenizer(source)
-    tasks = find_tasks(style=SEQ2SEQ if source.style == ENCODER else source.style)
+    style = SEQ2SEQ if source.style == ENCODER else source.style
+    tasks = resolve(data.eval_tasks or data.tasks, data, style, seed, described)
     items = _items(source.style, options, tasks, tokenizer)
     model = load_model(source)
     counted = f"{len(items)} {options.split} items of {', '.join(task.name for task in tasks)}"
     print(f"{name}: counting {counted}, following tokens, reading bonds")
-    found = _look(name, model, tokenizer, items, counted, options)
-    if source.style != ENCODER:
-        found.worth = _worth(Path(name), model, tokenizer, items, options.text)
-    _write(folder, found)
-    for line in _worth_lines(found.worth):
-        print(line)
+    worth = None if source.style == ENCODER else _worth(Path(name), model, tokenizer, items, options.text)
+    _report(folder, name, model, tokenizer, items, counted, options, worth)
+    if worth is not None:
+        print("\n".join(f"{row[0]}: {row[1]} of tokens, {row[4]} nats if removed" for row in worth_rows(worth)))
+        print(f"the mixture has {worth.loss:.3f} nats per token, {worth.loss - worth.oracle:.3f} more than the oracle")
     print(f"plots, numbers and report are in {folder}; open {folder / REPORT_FILE}")
 
 
@@ -135,63 +119,6 @@ def _items(style: str, options: InspectOptions, tasks: Sequence[Task], tokenizer
     encoded = tokenizer(texts, truncation=True, max_length=128)
     names = ("input_ids", "attention_mask")
     return [dict(zip(names, item, strict=True)) for item in zip(*(encoded[name] for name in names), strict=True)]
-
-
-# ------------------------------------------------------------------------ what is found
-
-
-@dataclass
-class _Found:
-    """What a report shows of a model; ``spectra`` by kind of weight (up, down, an attention projection's name, ...) and
-    layer."""
-
-    name: str
-    model: Any
-    counted: str
-    layers: list[str]
-    load: list[list[int]]
-    routes: list[tuple[str, list[Route]]]
-    weights: Sequence[Any]
-    spectra: dict[str, dict[str, list[Any]]]
-    growth: Any
-    records: list[dict[str, Any]] = field(default_factory=list)
-    worth: Worth | None = None
-
-
-def _look(
-    name: str, model: Any, tokenizer: Any, items: list[dict[str, Any]], counted: str, options: InspectOptions
-) -> _Found:
-    from mpoe.cli.scoring import expert_load
-    from mpoe.inspection.growth import parameter_growth
-    from mpoe.inspection.routes import route_text
-    from mpoe.inspection.spectra import bond_spectra
-    from mpoe.layers.cores import MPOCores
-    from mpoe.models.report import routed_layers, short_name, summarize
-
-    config = model.mpoe_config
-    layers = [short_name(layer) for layer, _ in routed_layers(model)]
-    first = (tokenizer.decode(item["input_ids"][:_MAX_TOKENS], skip_special_tokens=True) for item in items[:2])
-    texts = options.text or list(first)
-    weights = summarize(model, options.num_tokens, config.top_k)
-    spectra: dict[str, dict[str, list[Any]]] = {}
-    for row in weights:
-        layer, _, kind = short_name(row.name).rpartition(".")
-        bonds = bond_spectra(row.cores) if isinstance(row.cores, MPOCores) else []
-        if bonds:
-            spectra.setdefault(kind, {})[layer or kind] = bonds
-    file = Path(name) / METRICS_FILE
-    return _Found(
-        name,
-        model,
-        counted,
-        layers,
-        expert_load(model, items, tokenizer.pad_token_id) if layers else [],
-        [(text, route_text(model, tokenizer, text)) for text in texts] if layers else [],
-        weights,
-        spectra,
-        parameter_growth(model) if "ffn" in config.targets else None,
-        read_metrics(file) if file.is_file() else [],
-    )
 
 
 def _worth(folder: Path, model: Any, tokenizer: Any, items: list[dict[str, Any]], texts: Sequence[str]) -> Worth | None:
@@ -218,101 +145,107 @@ def worth_rows(worth: Worth) -> list[list[str]]:
     return [[n, f"{s:.0%}", f"{a:.3f}", f"{r:.3f}", f"{r - worth.loss:+.3f}"] for n, s, a, r in parts]
 
 
-def _worth_lines(worth: Worth | None) -> list[str]:
-    """What the experts are worth, in words; empty for a model that was not composed."""
-    if worth is None:
-        return []
-    told = [f"{row[0]}: {row[1]} of tokens, {row[4]} nats if removed" for row in worth_rows(worth)]
-    distance = worth.loss - worth.oracle
-    return [*told, f"the mixture has {worth.loss:.3f} nats per token, {distance:.3f} more than the oracle"]
+def _spectra(weights: Sequence[Any]) -> dict[str, dict[str, list[Any]]]:
+    """Bonds of MPO weights by kind (up, down, an attention projection's name, ...) and layer."""
+    from mpoe.inspection.spectra import bond_spectra
+    from mpoe.layers.cores import MPOCores
+    from mpoe.models.report import short_name
+
+    found: dict[str, dict[str, list[Any]]] = {}
+    for row in weights:
+        layer, _, kind = short_name(row.name).rpartition(".")
+        bonds = bond_spectra(row.cores) if isinstance(row.cores, MPOCores) else []
+        if bonds:
+            found.setdefault(kind, {})[layer or kind] = bonds
+    return found
 
 
-# ---------------------------------------------------------------------- what is written
+def _report(
+    folder: Path,
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    items: list[dict[str, Any]],
+    counted: str,
+    options: InspectOptions,
+    worth: Worth | None,
+) -> None:
+    """Look into the model section by section, then write everything."""
+    from mpoe.cli import report
+    from mpoe.cli.scoring import expert_load
+    from mpoe.inspection.growth import parameter_growth
+    from mpoe.inspection.routes import route_text
+    from mpoe.models.report import HEADER, LEGEND, routed_layers, short_name, summarize
 
+    config, parameters = model.mpoe_config, model.parameter_report()
+    layers = [short_name(layer) for layer, _ in routed_layers(model)]
+    parts, drawn = [report.Table((), list(_facts(model, bool(layers))), kind="text").html()], {}
+    numbers: dict[str, Any] = {"model": name, "parameters": parameters, "layers": layers, "counted_on": counted}
 
-def _write(folder: Path, found: _Found) -> None:
-    """Write the plots, the numbers and, last, the report."""
-    from markupsafe import Markup
+    def add(heading: str, *found: Any, words: object = "", **figures: Any) -> None:
+        files = {file: report.png(figure) for file, figure in figures.items()}
+        drawn.update(files)
+        pictures = [report.picture(data, heading) for data in files.values()]
+        parts.append(report.section(heading, *pictures, *found, note=_WORDS[heading].format(words)))
 
-    from mpoe.cli import routes
-    from mpoe.cli.report import Table, facts, image, write_page
-    from mpoe.models.report import HEADER, LEGEND
-
-    sections = list(_sections(found))
+    numbers |= {"routes": [], "expert_load": [], "worth": None, "parameters_by_experts": None}
+    if layers:
+        first = (tokenizer.decode(item["input_ids"][:_MAX_TOKENS], skip_special_tokens=True) for item in items[:2])
+        routes = [(text, route_text(model, tokenizer, text)) for text in options.text or list(first)]
+        numbers["routes"] = [{"text": text, "streams": [vars(route) for route in found]} for text, found in routes]
+        named = getattr(model.config, "mpoe_experts", None) or [""] * config.num_experts
+        add(
+            "Which expert took which token",
+            report.routes_html(routes, [f"{k} {own}".strip() for k, own in enumerate(named)]),
+        )
+    if worth is not None:
+        numbers["worth"] = vars(worth)
+        whole = [["the mixture", "", f"{worth.loss:.3f}", "", ""], ["oracle", "", f"{worth.oracle:.3f}", "", ""]]
+        table = report.Table(("expert", "tokens", "alone", "without", "removed"), [*worth_rows(worth), *whole])
+        add("What each expert is worth", table.html(), words=worth.tokens)
+    if layers:
+        numbers["expert_load"] = expert_load(model, items, tokenizer.pad_token_id)
+        add("Expert load", words=counted, expert_load=report.load_map(numbers["expert_load"], layers))
+    weights = summarize(model, options.num_tokens, config.top_k)
+    spectra = _spectra(weights)
+    if spectra:
+        add("What the bonds carry", bond_spectra=report.spectrum_lines(spectra))
+    numbers["bonds"] = {
+        kind: {
+            layer: [{"dimension": b.dimension, "entropy": b.entropy.tolist()} for b in bonds]
+            for layer, bonds in own.items()
+        }
+        for kind, own in spectra.items()
+    }
+    if "ffn" in config.targets:
+        growth = parameter_growth(model)
+        numbers["parameters_by_experts"] = vars(growth)
+        add("Parameters against experts", parameters=report.growth(growth, config.num_experts))
+    records = read_metrics(name) if (Path(name) / METRICS_FILE).is_file() else []
+    if any("loss" in record for record in records):
+        add("Training", training=report.training_curves(records))
+    if weights:
+        parts.append(report.Table(HEADER, [row.cells() for row in weights], "MPO weights", LEGEND).section())
     folder.mkdir(parents=True, exist_ok=True)
     for old in (REPORT_FILE, NUMBERS_FILE, *(f"{plot}.png" for plot in PLOTS)):
         (folder / old).unlink(missing_ok=True)
-    title = f"mpoe inspect: {found.name}"
-    parts: list[Any] = [Markup("<h1>{}</h1>").format(title), facts(_facts(found))]
-    for heading, value, drawn, html in sections:
-        parts.append(Markup("<h2>{}</h2><p>{}</p>").format(heading, _WORDS[heading].format(value)))
-        for plot, png in drawn.items():
-            (folder / f"{plot}.png").write_bytes(png)
-            parts.append(image(plot, png, heading))
-        parts.append(html)
-    if found.weights:
-        parts.append(Table(HEADER, [row.cells() for row in found.weights], "MPO weights", LEGEND).section())
-    write_json(folder / NUMBERS_FILE, _numbers(found))
-    write_page(folder / REPORT_FILE, title, parts, routes.STYLE)
+    for plot, data in drawn.items():
+        (folder / f"{plot}.png").write_bytes(data)
+    write_json(folder / NUMBERS_FILE, numbers)
+    report.write_page(folder / REPORT_FILE, f"mpoe inspect: {name}", parts)
 
 
-def _facts(found: _Found) -> list[tuple[str, str]]:
+def _facts(model: Any, routed: bool) -> list[tuple[str, str]]:
     """A short description of the model."""
-    report, config = found.model.parameter_report(), found.model.mpoe_config
+    report, config = model.parameter_report(), model.mpoe_config
     shape = config.shape if isinstance(config.shape, str) else "given"
     experts = f"{config.num_experts} {config.expert_type} experts, top-{config.top_k}"
-    parts = [f"{key} {report[key]:,}" for key in ("central", "auxiliary", "expert", "router", "rest") if report[key]]
+    kinds = [f"{key} {report[key]:,}" for key in ("central", "auxiliary", "expert", "router", "rest") if report[key]]
     total, dense, switch = report["total"], report["dense_total"], report["switch_total"]
     return [
-        ("model", f"{type(found.model).__name__}, {total:,} parameters"),
-        ("mixture", f"moe_type {config.moe_type}: {experts}, shape {shape}" if found.layers else "no routers"),
-        ("parameters", ", ".join(parts)),
+        ("model", f"{type(model).__name__}, {total:,} parameters"),
+        ("mixture", f"moe_type {config.moe_type}: {experts}, shape {shape}" if routed else "no routers"),
+        ("parameters", ", ".join(kinds)),
         ("as a dense model", f"{dense:,}; this one is {total / dense:.2f} times as large"),
         ("with dense experts", f"{switch:,}, {switch / total:.2f} times as many as here"),
     ]
-
-
-def _sections(found: _Found) -> Iterator[tuple[str, Any, Mapping[str, bytes], Any]]:
-    """Heading, what its words name, plots by file name, further HTML."""
-    from mpoe.cli.report import Table
-    from mpoe.cli.routes import routes_html
-
-    config, worth = found.model.mpoe_config, found.worth
-    if found.routes:
-        named = getattr(found.model.config, "mpoe_experts", None)
-        yield "Which expert took which token", "", {}, routes_html(found.routes, config.num_experts, named)
-    if worth is not None:
-        whole = [["the mixture", "", f"{worth.loss:.3f}", "", ""], ["oracle", "", f"{worth.oracle:.3f}", "", ""]]
-        table = Table(("expert", "tokens", "alone", "without", "removed"), [*worth_rows(worth), *whole])
-        yield "What each expert is worth", worth.tokens, {}, table.html()
-    if found.load:
-        yield "Expert load", found.counted, {"expert_load": plots.load_by_layer(found.load, found.layers)}, ""
-    if found.spectra:
-        drawn = {"bond_rank": plots.bond_ranks(found.spectra), "bond_spectra": plots.spectrum_lines(found.spectra)}
-        yield "What the bonds carry", "", drawn, ""
-    if found.growth is not None:
-        yield "Parameters against experts", "", {"parameters": plots.growth(found.growth, config.num_experts)}, ""
-    if any("loss" in record for record in found.records):
-        yield "Training", "", {"training": plots.training_curves(found.records)}, ""
-
-
-def _numbers(found: _Found) -> dict[str, Any]:
-    """Everything that is drawn, JSON-able."""
-    bonds = {
-        kind: {
-            layer: [{"dimension": b.dimension, "entropy": b.entropy.tolist()} for b in bonds]
-            for layer, bonds in weights.items()
-        }
-        for kind, weights in found.spectra.items()
-    }
-    return {
-        "model": found.name,
-        "parameters": found.model.parameter_report(),
-        "layers": found.layers,
-        "expert_load": found.load,
-        "counted_on": found.counted,
-        "worth": None if found.worth is None else vars(found.worth),
-        "routes": [{"text": text, "streams": [vars(route) for route in routes]} for text, routes in found.routes],
-        "bonds": bonds,
-        "parameters_by_experts": None if found.growth is None else vars(found.growth),
-    }

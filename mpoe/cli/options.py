@@ -12,7 +12,6 @@ from typing import Any, get_type_hints
 from mpoe.cli.errors import CommandError, close_matches
 from mpoe.cli.parsing import option
 from mpoe.config import MPOEConfig, RouterConfig
-from mpoe.config.mixture import MOE_TYPES
 from mpoe.config.shapes import SEPARABLE
 
 # the original's names of components -> target_modules
@@ -20,41 +19,33 @@ MPO_LAYERS = {"word_embed": "embedding", "mlp": "ffn", "attention": "attention",
 NO_MPO = "nompo"
 
 
-@dataclass
-class ModelOptions:
-    """The model that a command starts from."""
-
-    _argument_group_name = "model"
-
-    model: str = option(
-        "t5", "t5 or gpt2 (the tiny pretrained stand-ins of the package), a folder, or a hub name", "model_name_or_path"
-    )
-
-
 DENSE, WIDER, SWITCH = "dense", "wider", "switch"
 BASELINES = {DENSE: "dense", WIDER: "dense, wider", SWITCH: "dense experts"}
 
 
 @dataclass
-class ArmOptions:
-    """What the model becomes instead of a mixture of MPO experts."""
+class RunOptions:
+    """What a training run starts from, and what becomes of it."""
 
-    _argument_group_name = "baseline"
+    _argument_group_name = "run"
 
+    model: str = option(
+        "t5", "t5 or gpt2 (the tiny pretrained stand-ins of the package), a folder, or a hub name", "model_name_or_path"
+    )
     baseline: str | None = option(
         None,
         "train what the mixture is compared with: dense (the model as it is), wider (dense, as large as the mixture), "
         "switch (dense experts)",
         choices=list(BASELINES),
     )
-
-
-@dataclass
-class ExperimentOptions:
-    """Options that refer to an earlier run."""
-
-    _argument_group_name = "earlier run"
-
+    expert: str | None = option(
+        None, "train one expert of --neurons beside the model, which stays frozen, and save it as NAME.expert too"
+    )
+    find_rate: bool = option(
+        False, "search for the learning rate first: 30 steps with each of three to five, judged on held-out items"
+    )
+    overwrite: bool = option(False, "replace the run in output_dir")
+    resume: bool = option(False, "continue the run in output_dir at its last checkpoint")
     load_experiment: str | None = option(
         None, "folder of an earlier run (or of a saved model): train goes on from its model in a run of its own"
     )
@@ -63,6 +54,9 @@ class ExperimentOptions:
         "components (word_embed, mlp, attention, pooler) that are taken from load_experiment instead of "
         "being decomposed again; everything else comes from --model",
     )
+    compute_time: bool = option(False, "report the time of a training step, and items per second")
+    compute_memory: bool = option(False, "report the most memory used: of the GPU, or of the process")
+    print_num_parameters: bool = option(False, "print the number of parameters by kind before training")
 
     def __post_init__(self) -> None:
         from mpoe.models.components import parse_components
@@ -73,17 +67,6 @@ class ExperimentOptions:
             raise ValueError("load_layer needs load_experiment: the run or model whose cores are taken")
 
 
-@dataclass
-class MeasureOptions:
-    """Options of the report."""
-
-    _argument_group_name = "report"
-
-    compute_time: bool = option(False, "report the time of a training step, and items per second")
-    compute_memory: bool = option(False, "report the most memory used: of the GPU, or of the process")
-    print_num_parameters: bool = option(False, "print the number of parameters by kind before training")
-
-
 # Configuration fields whose option has a different type: JSON or a list; or None for the default of the moe_type.
 _OPTIONS: dict[str, tuple[Any, Any]] = {
     "shape": (str | None, None),
@@ -92,15 +75,10 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
     "exclude_modules": (list[str], []),
     "layers_to_transform": (list[int], []),
 }
-_OPTIONAL: tuple[str, ...] = (
-    "gauge",
-    "light_p",
-    "block_per_group",
-    "expert_bias",
-    "existing_experts",
-    "expert_output_bias",
+_OPTIONAL = (
+    *("gauge", "light_p", "block_per_group", "expert_bias", "existing_experts", "expert_output_bias"),
+    *("min_capacity", "second_threshold", "scoring_func", "bias_update_rate"),
 )
-_OPTIONAL += ("min_capacity", "second_threshold", "scoring_func", "bias_update_rate")
 _NO_OPTIONS = ("router", "rate_ratios", "tied_head")
 # the original's names, and short ones
 _ALIASES = {
@@ -150,19 +128,14 @@ class ExpertOptions(_Fields):  # type: ignore[misc]
         "mlp the experts are dense",
     )
 
-    def build(self, as_saved: bool = False) -> MPOEConfig | None:
+    def build(self) -> MPOEConfig | None:
         """The checked `MPOEConfig`, or None if everything stays dense.
-
-        Args:
-            as_saved: options that are not given have their meaning in a saved configuration (`MPOEConfig.from_dict`).
 
         Raises:
             ValueError, TypeError: an invalid field, by name.
         """
         from mpoe_kernels import available_backends, backend_reasons
 
-        if self.moe_type not in MOE_TYPES:
-            raise CommandError(f"moe_type must be one of {', '.join(MOE_TYPES)}; got {self.moe_type!r}")
         targets, expert_type = self._targets()
         if not targets:
             return None
@@ -182,7 +155,7 @@ class ExpertOptions(_Fields):  # type: ignore[misc]
             values["shape_pattern"] = read_json_option("shape_pattern", self.shape_pattern)
         if self.backend == "auto":
             values["backend"] = None
-        return MPOEConfig.from_dict(values) if as_saved else MPOEConfig(**values)
+        return MPOEConfig(**values)
 
     def _targets(self) -> tuple[list[str], str]:
         """`MPOEConfig`'s target_modules and expert_type; no targets = the model is unchanged."""

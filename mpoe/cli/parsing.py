@@ -1,7 +1,7 @@
-"""Reads a configuration file and flags into dataclasses: flags override the file, unknown names are refused.
+"""Options of commands: dataclasses, filled by `transformers.HfArgumentParser` from a configuration file and flags.
 
-Options are spelled ``--like_this`` or ``--like-this``, as in all Hugging Face scripts; values from the file are
-converted like flags, so ``5e-5`` means the same in both places.
+Flags override the file, unknown names are refused. Options are spelled ``--like_this`` or ``--like-this``, as in all
+Hugging Face scripts; values from the file are converted like flags, so ``5e-5`` means the same in both places.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import io
 import json
-import math
 import os
-import typing
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from mpoe.cli.errors import CommandError, close_matches
 
+T = TypeVar("T")
 # Exceptions that dataclasses of this package and of Transformers raise for invalid values.
 _UNFIT = (ValueError, TypeError, LookupError, AttributeError, OSError, ImportError, NotImplementedError)
-
-_ROOM: dict[Any, float] = {None: 1, "?": 1, "+": math.inf}  # number of values of an option, by its nargs
 # names that other tools have -> ours
 _MEANT = {
     "batch_size": "per_device_train_batch_size",
@@ -34,6 +34,16 @@ _MEANT = {
     "output": "output_dir",
 }
 _TRUTHS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")  # those of HfArgumentParser
+
+
+class Asked(NamedTuple):
+    """A parsed command line: the filled dataclasses, the names of the options that were set, positional words, and the
+    whole as it was typed."""
+
+    options: tuple[Any, ...]
+    given: set[str]
+    words: list[str]
+    typed: str = ""
 
 
 def option(default: Any, text: str, *aliases: str, **argparse_arguments: Any) -> Any:
@@ -52,18 +62,21 @@ def option(default: Any, text: str, *aliases: str, **argparse_arguments: Any) ->
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a JSON or YAML mapping of option names to values; raises the errors of `read_mapping`."""
-    from mpoe.data.mappings import read_mapping
+class _Help(argparse.HelpFormatter):
+    """Every option once, with its default if it has one."""
 
-    try:
-        return read_mapping(path, "configuration file")
-    except ValueError as error:
-        raise CommandError(str(error)) from None
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        return ", ".join(name for name in action.option_strings if "-" not in name[2:])
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return f"{action.help or ''}{'' if action.default in (None, []) else ' (%(default)s)'}"
 
 
-def make_parser(dataclass_types: Sequence[type]) -> argparse.ArgumentParser:
-    """A parser with one option per dataclass field that raises `CommandError` instead of printing usage."""
+def make_parser(dataclass_types: Sequence[type], **texts: str) -> argparse.ArgumentParser:
+    """A parser with one option per dataclass field that raises `CommandError` instead of printing usage.
+
+    ``texts``: usage, description and epilog of its help.
+    """
     from transformers import HfArgumentParser
 
     class Parser(HfArgumentParser):
@@ -71,7 +84,7 @@ def make_parser(dataclass_types: Sequence[type]) -> argparse.ArgumentParser:
             raise CommandError(message)
 
     kinds: list[Any] = list(dataclass_types)
-    parser = Parser(kinds, allow_abbrev=False, add_help=False)
+    parser = Parser(kinds, allow_abbrev=False, add_help=False, formatter_class=_Help, **texts)
     for action in parser._actions:
         if isinstance(action, argparse._AppendAction):
             action.nargs = None  # HfArgumentParser lets every list take several values; this one is repeated instead
@@ -79,7 +92,8 @@ def make_parser(dataclass_types: Sequence[type]) -> argparse.ArgumentParser:
 
 
 def _normal(name: str) -> str:
-    return name.lstrip("-").replace("-", "_")
+    """The name of an option without dashes and value: ``--like-this=3`` is ``like_this``."""
+    return name.partition("=")[0].lstrip("-").replace("-", "_")
 
 
 def option_names(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
@@ -95,99 +109,87 @@ def _unknown(kind: str, name: str, known: Mapping[str, Any]) -> CommandError:
     return CommandError(f"{kind} {name!r}{close_matches(dashes + _normal(name), [dashes + k for k in known])}")
 
 
-def _tokens(file: str, values: Mapping[str, Any], known: Mapping[str, argparse.Action]) -> tuple[list[str], list[str]]:
-    """Command-line tokens for a file's values, and the destinations the file sets to null."""
+def _is_flag(token: str) -> bool:
+    return token.startswith("--") and len(token) > 2
+
+
+def _tokens_of(file: str | os.PathLike[str], known: Mapping[str, argparse.Action]) -> list[str]:
+    """A JSON or YAML mapping of options as tokens; what is null there keeps its default."""
+    from mpoe.data.mappings import read_mapping
+
+    try:
+        values = read_mapping(file, "configuration file")
+    except ValueError as error:
+        raise CommandError(str(error)) from None
     tokens: list[str] = []
-    nulls: list[str] = []
     for key, value in values.items():
         name = _normal(key)
         if name not in known:
             raise _unknown(f"{file}: unknown option", key, known)
-        action = known[name]
-        if value is None:
-            nulls.append(action.dest)
-        elif isinstance(value, (list, tuple)) and action.nargs == "+":
+        if isinstance(value, (list, tuple)) and known[name].nargs == "+":
             if not value:
                 raise CommandError(f"{file}: option {key!r} needs at least one value; got an empty list")
-            tokens += [f"--{name}", *(str(v) for v in value)]
+            tokens += [f"--{name}", *map(str, value)]
         elif isinstance(value, (dict, list, tuple)):
             tokens.append(f"--{name}={json.dumps(value)}")
-        else:
+        elif value is not None:
             tokens.append(f"--{name}={str(value).lower() if isinstance(value, bool) else value}")
-    return tokens, nulls
+    return tokens
 
 
-def _nullable(dataclass_types: Sequence[type]) -> set[str]:
-    """Fields that may be None; for other fields, an empty value in a file means that the field is not given."""
-    names = set()
-    for kind in dataclass_types:
-        hints = typing.get_type_hints(kind)
-        names |= {
-            f.name
-            for f in dataclasses.fields(kind)
-            if f.default is None or type(None) in typing.get_args(hints[f.name])
-        }
-    return names
-
-
-def _check_flags(flags: Sequence[str], known: Mapping[str, argparse.Action]) -> None:
-    for token in flags:
-        if token.startswith("--") and len(token) > 2 and _normal(token.split("=", 1)[0]) not in known:
-            raise _unknown("unknown option", token.split("=", 1)[0], known)
-        if token.startswith("--") and token.partition("=")[2] == "--":  # argparse would drop it
+def _checked(flags: Sequence[str], known: Mapping[str, argparse.Action], most: int) -> list[str]:
+    """Flags of known names; a switch in front of a positional word does not take it for its value."""
+    tokens = []
+    for token, following in zip(flags, [*flags[1:], ""], strict=False):
+        if _is_flag(token) and _normal(token) not in known:
+            raise _unknown("unknown option", token.partition("=")[0], known)
+        if _is_flag(token) and token.partition("=")[2] == "--":  # argparse would drop it
             raise CommandError(f"{token[:-3]} must have a value; got '--'")
+        alone = most and _is_flag(token) and "=" not in token and known[_normal(token)].nargs == "?"
+        tokens.append(f"{token}=true" if alone and following.lower() not in _TRUTHS else token)
+    return tokens
 
 
 def parse(
     dataclass_types: Sequence[type],
     flags: Sequence[str],
     config: str | os.PathLike[str] | None = None,
-    parser: argparse.ArgumentParser | None = None,
-) -> tuple[tuple[Any, ...], set[str]]:
+    most: int = 0,
+) -> Asked:
     """Fill ``dataclass_types`` from a configuration file and flags.
 
     Args:
         dataclass_types: dataclasses whose fields are the known options; field names must be unique.
         flags: command-line tokens; they override the file.
         config: JSON or YAML file, or None.
-        parser: of `make_parser`, if it is there already.
-
-    Returns:
-        The instances, and the names of the fields that the file or the flags set.
+        most: positional words that may stand among the flags, at most.
 
     Raises:
-        CommandError: unknown option (with similar names), a value of the wrong type (naming file or flag), or a value
-            that a dataclass refuses.
+        CommandError: unknown option (with similar names), a value of the wrong type (naming file or flag), a value that
+            a dataclass refuses, or too many words.
     """
-    if not flags and config is None:  # without Transformers, whose import takes a second
-        return tuple(_build(kind, argparse.Namespace(), set()) for kind in dataclass_types), set()
-    parser = parser or make_parser(dataclass_types)
-    known = option_names(parser)
-    _check_flags(flags, known)
-    namespace, given = argparse.Namespace(), set()
-    if config is not None:
-        values = read_config(config)
-        tokens, nulls = _tokens(str(config), values, known)
-        nulls = [name for name in nulls if name in _nullable(dataclass_types)]
-        given |= {known[_normal(key)].dest for key, value in values.items() if value is not None} | set(nulls)
-        try:
-            namespace, rest = parser.parse_known_args(tokens, namespace)
-        except CommandError as error:
-            raise CommandError(f"{config}: {error}") from None
-        if rest:
-            raise CommandError(f"{config}: {_stray(rest)}")
-        for name in nulls:
-            setattr(namespace, name, None)
+    parser = make_parser(dataclass_types)
+    known, namespace = option_names(parser), argparse.Namespace()
+    of_file = [] if config is None else _tokens_of(config, known)
+    try:
+        namespace, rest = parser.parse_known_args(of_file, namespace)
+        _refuse_stray(rest)
+    except CommandError as error:
+        raise CommandError(f"{config}: {error}") from None
     # argparse keeps values already in the namespace unless a flag sets them, so flags win
-    namespace, rest = parser.parse_known_args(list(flags), namespace)
-    if rest:
-        raise _stray(rest)
-    given |= {known[_normal(t.split("=", 1)[0])].dest for t in flags if t.startswith("--") and len(t) > 2}
-    return tuple(_build(kind, namespace, given) for kind in dataclass_types), given
+    namespace, words = parser.parse_known_args(_checked(flags, known, most), namespace)
+    _refuse_stray([word for place, word in enumerate(words) if place >= most or word.startswith("-")])
+    given = {known[_normal(token)].dest for token in (*of_file, *flags) if _is_flag(token)}
+    return Asked(tuple(_build(kind, namespace, given) for kind in dataclass_types), given, words)
+
+
+def _refuse_stray(values: Sequence[str]) -> None:
+    if values:
+        raise CommandError(f"values without an option: {' '.join(map(repr, values))}")
 
 
 def _build(kind: type, namespace: argparse.Namespace, given: set[str]) -> Any:
-    values = {f.name: getattr(namespace, f.name) for f in dataclasses.fields(kind) if f.init and f.name in namespace}
+    values = {f.name: getattr(namespace, f.name) for f in dataclasses.fields(kind) if f.init}
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             return kind(**values)
@@ -204,129 +206,65 @@ def _naming(message: str, values: Mapping[str, Any]) -> str:
     return f"{', '.join(sorted(repeated or values))}: {message}"
 
 
-class Asked(NamedTuple):
-    """A parsed command line: positional words, the filled dataclasses, the given options."""
-
-    words: list[str]
-    options: tuple[Any, ...]
-    given: set[str]
-
-
-def read_command(
+def as_command(
     usage: str,
-    about: str | None,
-    groups: Sequence[type],
-    arguments: Sequence[str],
-    words: int = 0,
+    *groups: type,
+    words: tuple[int, int] = (0, 0),
     config: bool = False,
-    inherited: type | None = None,
     first: Mapping[str, str] | None = None,
-) -> Asked | None:
-    """Parse the tokens of a command; None if they ask for help, which is then printed.
+) -> Callable[[Callable[[Asked], T]], Callable[[Sequence[str]], T | None]]:
+    """A decorator: a function of what was `Asked` becomes a command of tokens, whose help is its module's docstring.
 
     Args:
+        usage: the usage line; its second word is the command.
+        groups: dataclasses whose fields are the options.
+        words: the fewest and the most positional words, such as the name of a model.
+        config: one positional word may come first: a configuration file.
         first: the options that ``--help`` shows, with a few words about each; all others are shown by ``--help all``.
-        usage, about, inherited: see `show_options`.
-        groups: dataclasses whose fields are the options.
-        arguments: the tokens.
-        words: maximum number of positional words, such as the name of a model.
-        config: the only positional word is a configuration file, which comes first.
 
-    Raises:
-        CommandError: see `parse`; also for too many words.
+    The command raises `CommandError`: see `parse`; also for too few words. It returns None if it printed its help.
     """
-    if any(token in ("-h", "--help") for token in arguments) or (words and not arguments):
-        if first and "all" not in arguments:
-            show_first(usage, about, first)
-        else:
-            show_options(usage, about, groups, inherited)
-        return None
-    if not arguments:
-        return Asked([], *parse(groups, []))
-    parser = make_parser(groups)
-    start = 0 if arguments[0].startswith("--") else 1  # a file only in front: after a flag it would be its value
-    found, flags = (
-        (list(arguments[:start]), list(arguments[start:])) if config else _split(arguments, option_names(parser), words)
-    )
-    return Asked(found, *parse(groups, flags, found[0] if found and config else None, parser))
+    name = usage.split()[1]
+
+    def declare(body: Callable[[Asked], T]) -> Callable[[Sequence[str]], T | None]:
+        about = str(sys.modules[body.__module__].__doc__ or "").strip().split("\n\n")[0]
+
+        @functools.wraps(body)
+        def run(arguments: Sequence[str]) -> T | None:
+            alone = not arguments and (words[0] or config)  # nothing that the command could do
+            if alone or any(token in ("-h", "--help") for token in arguments):
+                show_help(usage, about, groups, None if "all" in arguments else first)
+                return None
+            if not arguments:  # without Transformers, whose import takes a second
+                return body(Asked(tuple(kind() for kind in groups), set(), []))
+            if config and not arguments[0].startswith("--"):  # in front alone: after a flag it would be its value
+                asked = parse(groups, arguments[1:], arguments[0])
+            else:
+                asked = parse(groups, arguments, most=words[1])
+            if len(asked.words) < words[0]:
+                needed = "a model first" if words[0] == 1 else "two arguments"
+                raise CommandError(f"{name} needs {needed}: {usage} (see mpoe {name} --help)")
+            return body(asked._replace(typed=shlex.join(["mpoe", name, *arguments])))
+
+        return run
+
+    return declare
 
 
-def _split(tokens: Sequence[str], known: Mapping[str, argparse.Action], most: int) -> tuple[list[str], list[str]]:
-    """The positional words, at most ``most``, and all other tokens."""
-    _check_flags(tokens, known)
-    words: list[str] = []
-    flags: list[str] = []
-    action, room = None, 0.0  # the last option, and how many more values it may take
-    for token in tokens:
-        if token.startswith("--"):
-            action = known.get(_normal(token.split("=", 1)[0]))
-            room = _ROOM.get(action.nargs, 0) if action and "=" not in token else 0
-        elif room and (action is None or action.nargs != "?" or token.lower() in _TRUTHS or len(words) == most):
-            room -= 1
-        else:
-            words.append(token)
-            room = 0
-            continue
-        flags.append(token)
-    stray = [word for index, word in enumerate(words) if index >= most or word.startswith("-")]
-    if stray:
-        raise _stray(stray)
-    return words, flags
-
-
-def _stray(values: Sequence[str]) -> CommandError:
-    return CommandError(f"values without an option: {' '.join(map(repr, values))}")
-
-
-# ------------------------------------------------------------------- what --help prints
-
-
-def _default(field: dataclasses.Field[Any]) -> str:
-    if field.default is not dataclasses.MISSING:
-        return "" if field.default is None else str(field.default)
-    if field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
-        return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return ""
-
-
-def show_first(usage: str, about: str | None, options: Mapping[str, str]) -> None:
-    """Print the few options that matter at first, one line each."""
-    width = max(map(len, options)) + 2
-    lines = [f"Usage: {usage}", "", *(about or "").strip().split("\n\n")[:1], ""]
-    lines += [f"  --{name:{width}}{words}" for name, words in options.items()]
-    command = " ".join(usage.split()[:2])
-    print("\n".join([*lines, "", f"All others, with their defaults: {command} --help all"]))
-
-
-def show_options(usage: str, about: str | None, groups: Sequence[type], inherited: type | None = None) -> None:
-    """Print the options of a command.
-
-    Args:
-        usage: the usage line.
-        about: what the command does; its first paragraph is shown.
-        groups: dataclasses whose fields are the options.
-        inherited: a base class whose fields (the Hugging Face Trainer's) are listed by name only.
-    """
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console()
-    console.print(f"[bold]Usage:[/bold] {escape(usage)}\n")
-    if about:
-        console.print(escape(about.strip().split("\n\n")[0]) + "\n")
-    console.print("Options are spelled --like_this or --like-this.\n")
-    names_of_base = {f.name for f in dataclasses.fields(inherited)} if inherited else set()
-    for group in groups:
-        table = Table("option", "default", "meaning", title=getattr(group, "_argument_group_name", group.__name__))
-        table.columns[0].no_wrap = True
-        for field in dataclasses.fields(group):
-            own = field.name not in names_of_base or "aliases" in field.metadata
-            if field.init and own:
-                aliases = [a for a in field.metadata.get("aliases", []) if "-" not in a[2:]]
-                label = ", ".join([f"--{field.name}", *aliases])
-                table.add_row(escape(label), escape(_default(field)), escape(str(field.metadata.get("help", ""))))
-        console.print(table)
-    if inherited:
-        console.print(f"And every option of {inherited.__name__}: {', '.join(sorted(names_of_base))}", highlight=False)
+def show_help(usage: str, about: str, groups: Sequence[type], first: Mapping[str, str] | None) -> None:
+    """Print the options ``first``, a line each, or all; those that the groups inherit from Transformers by name."""
+    if first:
+        width = max(map(len, first)) + 2
+        print("\n".join([f"Usage: {usage}", "", about, "", *(f"  --{n:{width}}{words}" for n, words in first.items())]))
+        print(f"\nAll others, with their defaults: {' '.join(usage.split()[:2])} --help all")
+        return
+    declared: dict[bool, set[str]] = {True: set(), False: set()}  # by Transformers, and here
+    for base in (base for kind in groups for base in kind.__mro__):
+        declared[base.__module__.startswith("transformers.")] |= set(vars(base).get("__annotations__", ()))
+    inherited = sorted(declared[True] - declared[False])
+    more = f"And every option of transformers.TrainingArguments: {', '.join(inherited)}" if inherited else ""
+    spelling = "Options are spelled --like_this or --like-this."
+    parser = make_parser(groups, usage=usage, description=f"{about} {spelling}", epilog=more)
+    for action in parser._actions:
+        action.help = argparse.SUPPRESS if action.dest in inherited else action.help
+    parser.print_help()

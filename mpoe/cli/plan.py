@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from mpoe.cli.errors import CommandError
 from mpoe.cli.options import ExpertOptions
-from mpoe.cli.parsing import option, read_command
+from mpoe.cli.parsing import Asked, as_command, option
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.config.shapes import NEURONS
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
+    from mpoe.cli.report import Table
     from mpoe.estimation.costs import Usage
     from mpoe.estimation.inventory import Inventory
 
@@ -44,57 +43,36 @@ class PlanOptions:
     mask_central: bool = option(False, "training: a step in which the gradient mask spares the central cores")
     json: str | None = option(None, "also write everything, layer by layer, to this file")
 
-
-def command(arguments: Sequence[str]) -> None:
-    """Run the command on its tokens."""
-    usage = "mpoe plan MODEL_OR_CONFIG [--flag value ...]"
-    asked = read_command(usage, __doc__, [PlanOptions, ExpertOptions], arguments, words=1)
-    if asked is None:
-        return
-    words, (plan, experts), given = asked
-    if not words:
-        raise CommandError(f"plan needs a model first: {usage}")
-    run(words[0], plan, experts, given)
+    def __post_init__(self) -> None:
+        if self.training and self.inference:
+            raise ValueError("--training and --inference exclude each other")
+        for name in ("tokens", "decoder_tokens"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
+        if self.mask_central and self.inference:
+            raise ValueError("mask_central concerns training; it cannot be given with --inference")
 
 
-def run(model: str, options: PlanOptions, experts: ExpertOptions, given: set[str]) -> dict[str, Any]:
-    """Plan; print a table and return (and write) everything as JSON-able values."""
-    from rich.console import Console
-    from rich.markup import escape
-
+@as_command("mpoe plan MODEL_OR_CONFIG [--flag value ...]", PlanOptions, ExpertOptions, words=(1, 1))
+def command(asked: Asked) -> None:
+    """Print the table, and write everything as JSON if asked."""
     from mpoe.cli.files import check_writable_file, write_json
     from mpoe.estimation.costs import model_costs
 
+    (options, experts), (name,) = asked.options, asked.words
     if options.json is not None:
         check_writable_file("json", Path(options.json))
-    _check(options)
-    inventory = _inventory(model, experts)
+    inventory = _inventory(name, experts)
     usage = _usage(inventory, options)
-    costs = model_costs(inventory, _config(inventory, experts, given), usage)
+    costs = model_costs(inventory, _config(inventory, experts, asked.given), usage)
     values = {"schema": SCHEMA, "model": inventory.values(), "work": usage.values(), "kind": "plan", **costs}
-    console = Console()
-    wide = console if console.is_terminal else Console(width=max(WIDTH, console.width))
-    for line in (escape(_head(inventory, usage)), _plan_table(values), *map(escape, _plan_notes(values))):
-        wide.print(line, highlight=False)
+    _table(values, [_head(inventory, usage), *_notes(values)]).show(WIDTH)
     if options.json is not None:
         write_json(Path(options.json), values)
         print(f"written to {options.json}")
-    return values
 
 
 # ------------------------------------------------------------- what is asked
-
-
-def _check(options: PlanOptions) -> None:
-    """Refuse invalid values before heavy imports."""
-    if options.training and options.inference:
-        raise CommandError("--training and --inference exclude each other")
-    for name in ("tokens", "decoder_tokens"):
-        value = getattr(options, name)
-        if value is not None and value < 0:
-            raise CommandError(f"{name} must be at least 0; got {value}")
-    if options.mask_central and options.inference:
-        raise CommandError("mask_central concerns training; it cannot be given with --inference")
 
 
 def _inventory(model: str, experts: ExpertOptions) -> Inventory:
@@ -184,37 +162,33 @@ def _cells(cost: dict[str, Any], training: bool) -> list[str]:
     ]
 
 
-def _plan_table(values: dict[str, Any]) -> Table:
+def _table(values: dict[str, Any], words: Sequence[str]) -> Table:
     """Every kind of layer, all of them, and the whole model, in the three designs."""
-    from rich import box
-    from rich.table import Table
+    from mpoe.cli.report import Table
 
     config, training, totals = values["config"], values["work"]["training"], values["totals"]
     shape = config["shape"] if isinstance(config["shape"], str) else "given"
     title = f"{config['num_experts']:,} experts, top-{config['router']['top_k']}, shape {shape}"
-    table = Table(title=title, title_justify="left", box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("part", "design", "parameters", "weights", *["state"][:training], "temporary", "FLOP", "x dense"):
-        table.add_column(name, justify="left" if name in ("part", "design") else "right", no_wrap=True)
+    header = ["part", "design", "parameters", "weights", *["state"][:training], "temporary", "FLOP", "x dense"]
+    rows: list[list[str]] = []
 
     def add(part: str, found: dict[str, Any], second: str = "") -> None:
-        for design, words in zip(NAMES, (part, second, ""), strict=True):
-            table.add_row(words, NAMES[design], *_cells(found[design], training))
-        table.add_section()
+        for design, first in zip(NAMES, (part, second, ""), strict=True):
+            rows.append([first, NAMES[design], *_cells(found[design], training)])
 
     for layer in values["layers"]:
         stream = " and ".join(name for name in layer["streams"] if name != "main")
         for matrix in layer["matrices"]:
             by = dict.fromkeys(filter(None, (matrix["strategy"], matrix["backward_strategy"])))
-            part = f"{stream} {matrix['kind']} {matrix['in_features']}x{matrix['out_features']}".strip()
-            add(part, matrix, f"  by {' / '.join(by)}")
+            sizes = f"{matrix['in_features']}x{matrix['out_features']}"
+            add(f"{stream} {matrix['kind']}".strip(), matrix, f"  {sizes} by {' / '.join(by)}")
     add(f"{sum(layer['count'] for layer in values['layers'])} feed-forward layers", totals["feed_forward"])
-    table.add_row("rest of the model", "all", *_cells(totals["rest"], training))
-    table.add_section()
+    rows.append(["rest of the model", "all", *_cells(totals["rest"], training)])
     add("whole model", totals["whole"])
-    return table
+    return Table(header, rows, title, "\n".join(words))
 
 
-def _plan_notes(values: dict[str, Any]) -> list[str]:
+def _notes(values: dict[str, Any]) -> list[str]:
     training, dtype = values["work"]["training"], values["work"]["dtype"]
     state = "state: with gradients and AdamW, float32 (16 bytes per parameter). " if training else ""
     lossless = all(matrix["lossless"] for layer in values["layers"] for matrix in layer["matrices"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpoe.cli.errors import CommandError, close_matches
+from mpoe.data.mappings import read_mapping
 from mpoe.models.table import CAUSAL, ENCODER, MODEL_TYPES, SEQ2SEQ, TABLE, TYPE_PREFIX
 
 if TYPE_CHECKING:
@@ -47,18 +48,18 @@ def find(name: str) -> Source:
     """Locate a model and read its family from its configuration, without loading weights.
 
     Raises:
-        CommandError: nothing of that name, a folder without a model, or an unsupported family.
+        ValueError: nothing of that name, a folder without a model, a broken configuration, or an unsupported family.
     """
     if name in STAND_INS:
         from mpoe.data.embedded import stand_in_path
 
         return Source(str(stand_in_path(name)), name)
     folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise CommandError(f"model: {folder} holds no config.json, so it is not a saved model")
     if folder.exists() and not folder.is_dir():
         raise CommandError(f"model must be a folder, a hub name, t5 or gpt2; {folder} is a file")
-    values = _config_values(name, is_folder=folder.is_dir())
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise CommandError(f"model: {folder} holds no config.json, so it is not a saved model")
+    values = read_mapping(folder / "config.json", "configuration") if folder.is_dir() else _values_on_the_hub(name)
     model_type = str(values.get("model_type", "unknown"))
     if model_type not in (*TABLE, *MODEL_TYPES):
         raise CommandError(
@@ -69,23 +70,21 @@ def find(name: str) -> Source:
     return Source(name, model_type, str(names[0]) if isinstance(names, list) and names else "")
 
 
-def _config_values(name: str, is_folder: bool) -> dict[str, Any]:
+def _values_on_the_hub(name: str) -> dict[str, Any]:
     from transformers import PreTrainedConfig
 
-    if not is_folder and (name.startswith((".", "/", "~")) or name.count("/") > 1 or _beside(name)):
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or _beside(name):
         raise CommandError(f"model: no such folder: {name}{close_matches(Path(name).name, _beside(name))}")
     try:
-        values, _ = PreTrainedConfig.get_config_dict(name, local_files_only=not is_folder and not _hub_answers())
+        values, _ = PreTrainedConfig.get_config_dict(name, local_files_only=not _hub_answers())
+        return dict(values)
     except (OSError, ValueError) as error:
-        if is_folder:
-            raise CommandError(f"model: {Path(name) / 'config.json'} is not readable: {error}") from error
         hint = close_matches(name, [*STAND_INS, *(path.name for path in Path().iterdir() if path.is_dir())])
         reason = str(error).strip().partition("\n")[0]
-        known = f"no built-in model ({', '.join(STAND_INS)})"
         raise CommandError(
-            f"model: {name!r} is not a folder here, {known}, and the hub did not give it ({reason}){hint}"
+            f"model: {name!r} is not a folder here, no built-in model ({', '.join(STAND_INS)}), and the hub did not "
+            f"give it ({reason}){hint}"
         ) from error
-    return dict(values)
 
 
 def _beside(name: str) -> list[str]:

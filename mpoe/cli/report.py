@@ -1,59 +1,69 @@
-"""Tables on the terminal and in HTML, and the one style of all reports: a report is one self-contained file."""
+"""Tables on the terminal and in HTML, plots, and the one style of all reports: a report is one self-contained file."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Collection, Iterable, Sequence
+import colorsys
+import io
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment
 from markupsafe import Markup
 
-from mpoe.cli import plots
 from mpoe.cli.files import write_text
 
-# Tables and wide figures scroll inside their box, so the page itself never scrolls sideways on a phone.
+if TYPE_CHECKING:
+    from mpoe.inspection.growth import Growth
+    from mpoe.inspection.routes import Route
+    from mpoe.inspection.spectra import BondSpectrum
+
+# Tables and figures scroll inside their box, so the page itself never scrolls sideways on a phone.
 _STYLE = """
-:root { --ink: #222; --soft: #555; --line: #ddd; --accent: #0072B2; --held: #e3f4e6; --failed: #fbe5e1; }
-* { box-sizing: border-box; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: var(--ink);
-  -webkit-text-size-adjust: 100%; }
-h1, h2, h4, p, code { overflow-wrap: anywhere; } h1 { font-size: 1.7rem; line-height: 1.25; }
+:root { --soft: #555; --line: #ddd; --accent: #0072B2; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1, h2, p, code { overflow-wrap: anywhere; } h1 { font-size: 1.6rem; line-height: 1.25; }
 h2 { margin-top: 2.2rem; border-bottom: 2px solid var(--accent); padding-bottom: .2rem; font-size: 1.25rem; }
-.scroll { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { font-weight: 600; text-align: right; } td { text-align: right; font-variant-numeric: tabular-nums; }
-td:first-child, th:first-child, .text td, .text th { text-align: left; } .text td { overflow-wrap: anywhere; }
-.text td:first-child { overflow-wrap: normal; } .facts td:first-child { color: var(--soft); white-space: nowrap; }
-.last td:last-child, .last th:last-child, .scores td:nth-child(2), .scores th:nth-child(2) { text-align: left; }
-.best { white-space: nowrap; font-weight: 600; background: var(--held); }
-code, pre { font: .9em ui-monospace, monospace; }
+.scroll, figure { overflow-x: auto; margin: 1rem 0; } img { max-width: 100%; }
+table { border-collapse: collapse; } th { font-weight: 600; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top; text-align: right; }
+td:first-child, th:first-child, .text td, .text th { text-align: left; }
+.text td:last-child { overflow-wrap: anywhere; }
+.best { white-space: nowrap; font-weight: 600; background: #e3f4e6; }
+.routes td { padding: .12rem .3rem; text-align: center; white-space: pre; border: 1px solid #fff; }
+.routes th { padding: .12rem .5rem; font-weight: 400; text-align: left; white-space: nowrap; color: var(--soft); }
+.legend span, .tokens span { padding: 0 .25em; } .tokens { white-space: pre-wrap; line-height: 1.7; }
 pre { background: #f5f5f5; padding: .6rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-.failed { padding: .6rem 1rem; background: var(--failed); } .note { color: var(--soft); font-size: .93em; }
-figure { margin: 1rem 0; overflow-x: auto; } svg, img { max-width: 100%; height: auto; }
-svg text { font-family: system-ui, sans-serif !important; }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 1rem; }
-.panels figure { margin: 0; } .panels svg { width: 100%; } summary { cursor: pointer; color: var(--accent); }
-@media (max-width: 640px) {
-  body { margin: 1rem auto; padding: 0 .9rem; font-size: 14px; } h1 { font-size: 1.35rem; } h2 { margin-top: 1.6rem; }
-  th, td { padding: .25rem .4rem; } .runs th { overflow-wrap: anywhere; min-width: 5.5em; }
-  .wide img, .wide svg { max-width: none; width: 640px; }
-}
-@media print {
-  body { max-width: none; margin: 0; padding: 0; font-size: 9.5pt; } .scroll, figure { overflow: visible; }
-  tr, figure, pre { break-inside: avoid; } * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-}
+.failed { padding: .6rem 1rem; background: #fbe5e1; } .note { color: var(--soft); font-size: .93em; }
+summary { cursor: pointer; color: var(--accent); }
+@media (max-width: 640px) { body { font-size: 14px; } img { max-width: none; width: 640px; } }
+@media print { .scroll, figure { overflow: visible; } tr, figure, pre { break-inside: avoid; } }
 """
 _HTML = Environment(autoescape=True)
+_HTML.globals["zip"] = zip
 _TABLE = _HTML.from_string(
     '<div class="scroll"><table class="{{ kind }}">'
     "{% if header|select|list %}<thead><tr>{% for cell in header %}<th>{{ cell }}</th>{% endfor %}</tr></thead>"
     "{% endif %}<tbody>{% for row in rows %}{% set place = loop.index0 %}<tr>{% for cell in row %}"
     "<td{% if (place, loop.index0) in best %} class=best{% endif %}>{{ cell }}</td>{% endfor %}</tr>{% endfor %}"
     "</tbody></table></div>"
+)
+_LEGEND = _HTML.from_string(
+    '<p class="legend">Experts: {% for colour, name in experts %}'
+    '<span style="background:{{ colour }}">{{ name }}</span> {% endfor %}</p>'
+)
+_ROUTES = _HTML.from_string(
+    "{{ legend }}{% for text, routes in texts %}<p><b>{{ text }}</b></p>{% for route in routes %}"
+    '<p>{{ "" if route.stream == "main" else route.stream }} tokens</p><div class="scroll"><table class="routes">'
+    "<tr><th></th>{% for token in route.tokens %}<td>{{ token }}</td>{% endfor %}</tr>"
+    "{% for layer, experts, shares in zip(route.layers, route.experts, route.probabilities) %}"
+    "<tr><th>{{ short(layer) }}</th>{% for own, p in zip(experts, shares) %}"
+    '<td style="background:{{ colours[own[0]] }}" title="{% for k in range(own|length) %}{{ ", " if k }}'
+    'expert {{ own[k] }}: p = {{ "%.2f"|format(p[k]) }}{% endfor %}">{{ own|join("+") }}</td>{% endfor %}</tr>'
+    "{% endfor %}</table></div>{% endfor %}{% endfor %}"
 )
 _PAGE = _HTML.from_string(
     '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -71,7 +81,7 @@ class Table:
         rows: the cells.
         title: heading.
         words: how to read it.
-        kind: classes in HTML: ``text`` (left-aligned), ``facts``, ``last``, ``scores``, ``runs``.
+        kind: ``text`` is left-aligned; otherwise all columns but the first are numbers.
         best: (row, column) of highlighted cells; a star marks them, because a pipe has no colours.
     """
 
@@ -98,8 +108,8 @@ class Table:
         if not console.is_terminal and least_width:
             console = Console(width=max(console.width, least_width))
         drawn = Drawn(title=Text(self.title) if self.title else None, show_header=any(self.header))
-        for name in self.header:
-            drawn.add_column(Text(name))
+        for place, name in enumerate(self.header):
+            drawn.add_column(Text(name), justify="right" if place and self.kind != "text" else "left")
         for row in self._marked():
             drawn.add_row(*map(Text, row))
         console.print(drawn)
@@ -112,37 +122,229 @@ class Table:
 
     def section(self) -> Markup:
         """The table under its title, with how to read it."""
-        return Markup("<h2>{}</h2>{}{}").format(self.title, self.html(), note(self.words) if self.words else "")
+        return section(self.title, self.html(), note=self.words)
 
 
-def facts(rows: Iterable[Sequence[str]]) -> Markup:
-    """Names and values, without a header."""
-    return Table((), list(rows), kind="text facts").html()
+def section(title: str, *parts: Any, note: str = "") -> Markup:
+    """``parts``, `Markup` or texts, under a heading; ``note`` explains them."""
+    below = Markup('<p class="note">{}</p>').format(note) if note else ""
+    return Markup("<h2>{}</h2>{}{}").format(title, Markup("").join(parts), below)
 
 
-def note(text: str) -> Markup:
-    """A paragraph that explains the part above it."""
-    return Markup('<p class="note">{}</p>').format(text)
+def picture(figure: Any, alt: str) -> Markup:
+    """A figure of matplotlib, or its PNG file, inside the page."""
+    data = base64.b64encode(figure if isinstance(figure, bytes) else png(figure)).decode()
+    return Markup('<figure><img alt="{}" src="data:image/png;base64,{}"></figure>').format(alt, data)
 
 
-def image(name: str, png: bytes, alt: str) -> Markup:
-    """A PNG inside the page; on a phone it scrolls sideways instead of shrinking until it is illegible."""
-    data = base64.b64encode(png).decode()
-    drawn = Markup('<figure class="wide"><img id="{}" alt="{}" src="data:image/png;base64,{}"></figure>')
-    return drawn.format(name, alt, data)
+def write_page(file: Path, title: str, parts: Iterable[Any]) -> None:
+    """Write a page of ``parts``, `Markup` or texts, under its title."""
+    heading = Markup("<h1>{}</h1>").format(title)
+    write_text(file, _PAGE.render(title=title, style=Markup(_STYLE), parts=[heading, *parts]))
 
 
-def figures(draw: Callable[[], Iterable[str]]) -> Markup:
-    """The drawings, side by side if there is room; or how to get them if matplotlib is not installed."""
-    if not plots.have_matplotlib():
-        return Markup('<p class="note">Plots need matplotlib: <code>pip install "mpoe[report]"</code>.</p>')
-    return Markup('<div class="panels">{}</div>').format(Markup("").join(map(_figure, draw())))
+# ------------------------------------------------------------------- tokens and their experts
 
 
-def _figure(svg: str) -> Markup:
-    return Markup("<figure>{}</figure>").format(Markup(svg))
+def expert_colours(num_experts: int) -> list[str]:
+    """Light backgrounds for black text; consecutive experts have very different hues."""
+    found = []
+    for expert in range(num_experts):
+        hue = (expert * 0.618034) % 1.0 if num_experts > 12 else expert / num_experts
+        rgb = colorsys.hls_to_rgb(hue, (0.78, 0.86)[expert % 2], 0.75)
+        found.append("#" + "".join(f"{round(255 * part):02x}" for part in rgb))
+    return found
 
 
-def write_page(file: Path, title: str, parts: Iterable[Any], style: str = "") -> None:
-    """Write a page of ``parts``, `Markup` or texts; ``style`` comes after the common style."""
-    write_text(file, _PAGE.render(title=title, style=Markup(_STYLE + style), parts=parts))
+def legend(names: Sequence[str]) -> Markup:
+    """The colours of the first 64 experts."""
+    return Markup(_LEGEND.render(experts=list(zip(expert_colours(len(names)), names, strict=True))[:64]))
+
+
+def routes_html(texts: Sequence[tuple[str, Sequence[Route]]], names: Sequence[str]) -> Markup:
+    """Which expert took which token: a column for each token, a row for each layer; ``names`` of the experts."""
+    from mpoe.models.report import short_name
+
+    shown = {"legend": legend(names), "texts": texts, "colours": expert_colours(len(names)), "short": short_name}
+    return Markup(_ROUTES.render(**shown))
+
+
+# ----------------------------------------------------------------- plots, as figures of matplotlib
+
+# Told apart by colour-blind readers too (Okabe and Ito).
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")
+_READABLE = 20  # columns up to which cells of a heat map carry their number
+_STEEP = 0.05  # spectra that fall below this fraction of the largest value are drawn on a logarithmic axis
+
+Records = Sequence[Mapping[str, Any]]  # of a run's ``metrics.jsonl``
+Curve = Sequence[tuple[float, float]]  # (step, value)
+# A spectrum per name of a weight, grouped by the projections' kind.
+Spectra = Mapping[str, Mapping[str, Sequence["BondSpectrum"]]]
+
+
+def _new(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """A figure of so many inches, and its axes ``[rows, columns]``."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=144, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def png(figure: Any) -> bytes:
+    """The figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _heat_map(
+    axes: Any, values: Sequence[Sequence[float]], names: Sequence[str], high: float, label: str, **texts: str
+) -> None:
+    """Values [rows][columns] from 0 to ``high`` as shades; a row for each name, numbers where they can be read."""
+    image = axes.imshow(values, aspect="auto", cmap="Blues", vmin=0.0, vmax=high)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    for (row, line), column in itertools.product(enumerate(values), range(len(values[0]))):
+        if len(line) <= _READABLE:
+            colour = "white" if line[column] > 0.6 * high else "black"
+            axes.text(column, row, f"{line[column]:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    axes.figure.colorbar(image, ax=axes, label=label)
+    axes.set(**texts)
+
+
+def validation_losses(records: Records) -> dict[str, Curve]:
+    """Curves by task; ``validation`` for a loss over all of them."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for record in records:
+        for key, value in record.items():
+            if key.startswith("eval_") and key.endswith("loss") and value is not None:
+                name = key.removeprefix("eval_").removesuffix("loss").strip("_") or "validation"
+                found.setdefault(name, []).append((record["step"], value))
+    return dict(found)
+
+
+def _curve(records: Records, *keys: str) -> Curve:
+    """(step, value) of the records that have the first of the ``keys`` that any has."""
+    curves = ([(r["step"], r[key]) for r in records if r.get(key) is not None and "step" in r] for key in keys)
+    return next(filter(None, curves), [])
+
+
+def _lines(axes: Any, title: str, curves: Mapping[str, Curve], dots: Iterable[str] = (), ylabel: str = "") -> None:
+    """Curves by name: those of ``dots`` with a dot for each value, the others as running means over pale raw values."""
+    for (name, points), colour in zip(curves.items(), itertools.cycle(COLOURS)):
+        steps, values = [step for step, _ in points], [value for _, value in points]
+        marked = name in dots
+        if not marked:
+            axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
+            width = max(1, len(values) // 12)
+            parts = [values[max(0, end - width) : end] for end in range(1, len(values) + 1)]
+            values = [sum(part) / len(part) for part in parts]
+        axes.plot(steps, values, color=colour, label=name, marker="o" if marked else None, markersize=3)
+    axes.set(xlabel="optimizer step", ylabel=ylabel, title=title)
+    axes.grid(alpha=0.25)
+    if curves:
+        axes.legend(fontsize=8)
+
+
+def training_curves(records: Records) -> Any:
+    """Task loss of a run and, for a mixture, balancing loss and expert load, side by side."""
+    validation = validation_losses(records)
+    labels = {
+        "expert_entropy": "entropy / ln E, mean over layers",
+        "expert_max_share": "largest share, worst layer",
+        "expert_min_share": "smallest share, worst layer",
+    }
+    panels = {
+        "Task loss": {"training": _curve(records, "task_loss", "loss"), **validation},
+        "Balancing loss": {"weighted, all layers": _curve(records, "aux_loss")},
+        "Expert load": {label: _curve(records, key) for key, label in labels.items()},
+    }
+    drawn = {title: own for title, lines in panels.items() if (own := {n: line for n, line in lines.items() if line})}
+    figure, grid = _new(3.8 * max(1, len(drawn)), 3.1, 1, max(1, len(drawn)))
+    for axes, (title, lines) in zip(grid[0], drawn.items(), strict=False):
+        _lines(axes, title, lines, validation)
+        if title == "Expert load":
+            axes.set_ylim(0, 1.02)
+    return figure
+
+
+def run_curves(runs: Mapping[str, Records]) -> Any:
+    """Training and validation losses of runs by name, side by side."""
+    validation = {
+        name if task == "validation" else f"{name}, {task}": points
+        for name, records in runs.items()
+        for task, points in validation_losses(records).items()
+    }
+    figure, grid = _new(9.5, 3.4, 1, 2)
+    training = {name: _curve(records, "task_loss", "loss") for name, records in runs.items()}
+    _lines(grid[0, 0], "Training: task loss", training, ylabel="loss")
+    _lines(grid[0, 1], "Validation loss", validation, validation, "loss")
+    return figure
+
+
+def growth(totals: Growth, own: int) -> Any:
+    """Parameters of the whole model against the number of experts; ``own`` is the model's."""
+    from matplotlib.ticker import LogLocator
+
+    figure, ((axes,),) = _new(7.0, 3.6)
+    curves = {"dense experts (Switch)": (totals.switch, COLOURS[1]), "MPO experts": (totals.mpoe, COLOURS[0])}
+    for name, (values, colour) in curves.items():
+        if values:
+            axes.plot(totals.experts, [v / 1e6 for v in values], marker="o", color=colour, label=name)
+    axes.axhline(totals.dense / 1e6, color=COLOURS[6], linestyle="--", label="dense model")
+    axes.axvline(own, color="grey", linestyle=":", label="this model")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(totals.experts, [str(count) for count in totals.experts])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+    axes.set(xlabel="experts", ylabel="millions of parameters", title="Parameters against experts")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def load_map(load: Sequence[Sequence[float]], names: Sequence[str]) -> Any:
+    """Share of its tokens that each layer of ``names`` gave to each expert, ``load [layers][E]``, in per cent."""
+    shares = [[100 * count / (sum(layer) or 1.0) for count in layer] for layer in load]
+    experts = len(shares[0])
+    figure, ((axes,),) = _new(8.0, 1.4 + 0.28 * len(load))
+    title = f"Expert load (even would be {100 / experts:.3g}% each)"
+    _heat_map(axes, shares, names, max(map(max, shares)), "% of the layer's tokens", xlabel="expert", title=title)
+    axes.set_xticks(range(0, experts, max(1, experts // 16)))
+    return figure
+
+
+def spectrum_lines(spectra: Spectra) -> Any:
+    """Singular values across each bond, relative to the largest, mean over experts: a line for each layer; in the title
+    the effective rank, mean over the layers."""
+    from matplotlib import colormaps
+
+    columns = max(len(bonds) for weights in spectra.values() for bonds in weights.values())
+    figure, grid = _new(2.0 + 2.6 * columns, 0.8 + 2.3 * len(spectra), len(spectra), columns)
+    for row, (kind, weights) in zip(grid, spectra.items(), strict=True):
+        shades = colormaps["viridis"].resampled(max(2, len(weights)))
+        for depth, (name, bonds) in enumerate(weights.items()):
+            for axes, bond in zip(row, bonds, strict=False):
+                values = bond.singular_values / bond.singular_values[:, :1].clamp_min(1e-300)
+                line = values.mean(0).clamp_min(1e-6).tolist()
+                axes.plot(range(1, len(line) + 1), line, color=shades(depth), linewidth=1.1, label=name)
+        for index, axes in enumerate(row):
+            if not axes.has_data():
+                axes.set_axis_off()  # a chain with fewer bonds than others
+                continue
+            used = [bonds[index].used for bonds in weights.values() if index < len(bonds)]
+            rank = f"effective rank {100 * sum(used) / len(used):.0f}% of d"
+            axes.set(title=f"{kind}, bond {index + 1}\n{rank}", xlabel="singular value number")
+            axes.title.set_fontsize(9)
+            if axes.dataLim.y0 < _STEEP:
+                axes.set_yscale("log")
+            else:
+                axes.set_ylim(0.0, 1.05)
+            axes.grid(alpha=0.25)
+        row[0].set_ylabel("relative to the largest")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    if len(labels) > 8:  # the first and last ones show the direction of the colours
+        handles, labels = [handles[0], handles[-1]], [labels[0], labels[-1]]
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8, title="layer")
+    return figure

@@ -1,9 +1,8 @@
-"""Training runs read from their folders: settings, logs and results; the report of one; its data for other commands."""
+"""Training runs read from their folders: settings, logs and results, and the data for other commands."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +59,37 @@ class RunFolder:
         return f"{count} experts, {shape}" if count is not None else ""
 
 
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What the run in ``folder`` was started with; None if it holds no run.
+
+    Raises:
+        CommandError: ``run.json`` cannot be read.
+    """
+    file = folder / RUN_FILE
+    try:
+        return dict(json.loads(file.read_text())["config"]) if file.is_file() else None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CommandError(f"{file} does not describe a run: {error}") from None
+
+
+def model_of_experiment(folder: str) -> str:
+    """The final model of a run, or its last complete checkpoint if the run has not finished.
+
+    Raises: CommandError: no such folder, or it has neither.
+    """
+    from mpoe.training import find_last_checkpoint
+
+    path = Path(folder)
+    if not path.is_dir():
+        raise CommandError(f"load_experiment must be the folder of an earlier run; got {folder!r}")
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        return str(path)
+    checkpoint = find_last_checkpoint(path)
+    if checkpoint is None:
+        raise CommandError(f"load_experiment: {folder} holds neither a model nor a complete checkpoint")
+    return str(checkpoint)
+
+
 def read_run(path: str, name: str = "") -> RunFolder:
     """The run in folder ``path``.
 
@@ -67,16 +97,16 @@ def read_run(path: str, name: str = "") -> RunFolder:
         CommandError: not the folder of a run, or a file in it that cannot be read.
     """
     folder = Path(path)
-    if not (folder / RUN_FILE).is_file():
+    record = read_record(folder)
+    if record is None:
         raise CommandError(f"{path} is not the folder of a run: it holds no {RUN_FILE}")
     try:
-        settings = dict(flatten(json.loads((folder / RUN_FILE).read_text())["config"]))
         ended = (folder / RESULTS_FILE).is_file()
         results = dict(json.loads((folder / RESULTS_FILE).read_text())) if ended else {}
         records = read_metrics(folder) if (folder / METRICS_FILE).is_file() else []
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CommandError(f"{path} holds a run that cannot be read: {error}") from None
-    return RunFolder(name or folder.name or path, settings, results, records)
+    return RunFolder(name or folder.name or path, dict(flatten(record)), results, records)
 
 
 def mixture_of(model: Any) -> str:
@@ -110,12 +140,7 @@ def data_of_run(
     Raises:
         CommandError: ``run.json`` cannot be read.
     """
-    places = (folder / RUN_FILE for folder in (Path(model_dir), Path(model_dir).resolve().parent))
-    file = next(filter(Path.is_file, places), None)
-    try:
-        run = {} if file is None else dict(json.loads(file.read_text())["config"])
-    except (ValueError, LookupError, TypeError) as error:
-        raise CommandError(f"{file} does not describe a run: {error}") from None
+    run = read_record(Path(model_dir)) or read_record(Path(model_dir).resolve().parent) or {}
     kept = run.get("data", {})
     names = {f.name for f in fields(DataOptions) if f.name not in flags} & set(kept)
     if flags & SOURCES:
@@ -138,94 +163,3 @@ def _descriptions(run: dict[str, Any]) -> dict[str, TaskSpec] | None:
         return {name: TaskSpec.from_mapping(name, values) for name, values in kept.items()} if kept else None
     except (AttributeError, TypeError, ValueError) as error:
         raise CommandError(f"described in run.json does not describe tasks: {error}") from None
-
-
-# ------------------------------------------------------------------------ the report of a run
-
-_CURVES = (
-    "From metrics.jsonl. Pale lines are the raw values, the others running means; dots are evaluations. Task loss is "
-    "in nats per target token, without the balancing loss. Entropy / ln E is 1 where experts get equal shares."
-)
-_LOAD = (
-    "A row for each mixture layer, a column for each expert: the share of the layer's tokens that the router gave it "
-    "in the last logged steps. An expert near 0 learns nothing; balance_loss_weight spreads tokens."
-)
-_SPLITS = ("train", "seen", "validation")
-_DATA = "Items, or blocks of tokens of language modelling. Seen: items of all optimizer steps together."
-_SETTINGS = "The batch size, and what the command or its file named; every other one, with its value here, is below."
-
-
-def write_run_report(file: Path, run: RunFolder, scores: Any, given: frozenset[str]) -> None:
-    """Write the report of a finished run.
-
-    Args:
-        file: where to.
-        run: the run.
-        scores: the `mpoe.cli.report.Table` of its scores.
-        given: names of the options that were set.
-    """
-    from markupsafe import Markup
-
-    from mpoe.cli import plots
-    from mpoe.cli.report import Table, facts, figures, note, write_page
-
-    results = run.results
-    data = [(task, *(f"{counts.get(s, 0):,}" for s in _SPLITS)) for task, counts in results.get("data", {}).items()]
-    sizes = [(kind, f"{n:,}", PARAMETERS.get(kind, "")) for kind, n in results["parameters"].items() if n]
-    above = ("command", "learning_rate_from")
-    rows = [(n, "-" if v is None else str(v)) for n, v in sorted(run.settings.items()) if n not in above]
-    shown = {*given, "train_batch_size"}  # the global one, by which a run is kept in its record
-    own = Table(
-        ("setting", "value"), [r for r in rows if r[0].rpartition(".")[2] in shown], "Settings", _SETTINGS, "text"
-    )
-    more = Markup("<details><summary>All {} settings</summary>{}</details>")
-    title = Markup("<h1>{}: {} after {:,} steps</h1>").format(run.name, run.mixture, results["steps"])
-    parts = [
-        title,
-        Markup("<pre>{}</pre>").format(run.settings.get("command", "")),
-        facts(_facts(run)),
-        scores.section(),
-        *(Markup('<p class="failed">{}</p>').format(remark) for remark in results.get("remarks", ())),
-        Markup("<h2>Training</h2>"),
-        figures(lambda: (plots.svg(paint, *plots.PANEL) for paint in plots.training_panels(run.records))),
-        note(_CURVES),
-        *_load(run),
-        Table(("task", *_SPLITS), data, "Data", _DATA).section(),
-        Table(("kind", "parameters", "what they are"), sizes, "Parameters", kind="last").section(),
-        own.section(),
-        more.format(len(rows), Table(("setting", "value"), rows, kind="text").html()),
-    ]
-    write_page(file, f"mpoe run: {run.name}", parts)
-
-
-def _load(run: RunFolder) -> list[Any]:
-    """The heat map of the last logged expert load, with the layers' names."""
-    from markupsafe import Markup
-
-    from mpoe.cli import plots
-    from mpoe.cli.report import note
-
-    loads = [record["expert_load"]["share"] for record in run.records if record.get("expert_load")]
-    if not loads or not plots.have_matplotlib():
-        return []
-    names = run.results.get("layers") or list(map(str, range(len(loads[-1]))))
-    shown = {name: layer for name, layer in zip(names, loads[-1], strict=False) if layer}
-    experts = len(next(iter(shown.values())))
-    drawing = plots.svg(
-        plots.load_map(list(shown.values()), list(shown)), min(8.0, 1.8 + 0.36 * experts), 1.4 + 0.28 * len(shown)
-    )
-    kind = "wide" if experts > 8 else ""  # only few experts fit on a phone
-    figure = Markup('<figure class="{}">{}</figure>').format(kind, Markup(drawing))
-    return [Markup("<h2>Expert load</h2>"), note(_LOAD), figure]
-
-
-def _facts(run: RunFolder) -> Iterator[Sequence[str]]:
-    results, settings = run.results, run.settings
-    batch = settings.get("training.train_batch_size", 0) * settings.get("training.gradient_accumulation_steps", 1)
-    yield "started from", str(results["model"])
-    yield "class", results["class"]
-    yield "feed-forward layers", run.mixture
-    yield "learning rate", f"{settings['training.learning_rate']:g}: {settings.get('learning_rate_from', 'as given')}"
-    yield "length", f"{results['steps']:,} optimizer steps of {batch} items"
-    yield "time", f"{results['seconds']:.0f} seconds of training since it was last started"
-    yield "made with", ", ".join(f"{name} {version}" for name, version in results.get("made_with", {}).items())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ
@@ -13,6 +12,7 @@ if TYPE_CHECKING:
     from mpoe.data.task import Task
 
 Items = Sequence[dict[str, list[int]]]
+Scores = Mapping[str, Mapping[str, float]]  # by task and metric
 
 
 def encode_task(
@@ -55,68 +55,71 @@ def expert_load(model: Any, items: Items, pad_token_id: int, batch_size: int = 6
     return [] if load is None else load.tolist()
 
 
-SCORE_HEADER = ("task", "metric", "value", "baseline", "items")
 SCORE_NOTE = (
     "baseline: one answer for all items, the most frequent one or the mean; of perplexity, every token guessed by its "
-    "frequency. Perplexity and loss are per token of the model's tokenizer: those of two tokenizers do not compare."
+    "frequency. Perplexity and loss (in nats) are per token of the model's tokenizer: those of two tokenizers do not "
+    "compare."
 )
-_LABELS = {"perplexity": "perplexity per token", "loss": "loss, nats per token"}
+_LOWER_IS_BETTER = ("perplexity", "loss")
 
 
-@dataclass(frozen=True)
-class TaskScores:
-    """Scores of several tasks.
+def evaluate_tasks(
+    model: Any, tokenizer: Any, tasks: Sequence[Task], split: str, batch_size: int = 128
+) -> dict[str, Any]:
+    """Scores of every task by name, as results hold them.
 
-    Attributes:
-        scores: by task; the first entry of each is the metric it is judged by, and ``items`` come last.
-        baselines: by task, the metrics of an answer that ignores the input (`mpoe.data.predict.baseline_scores`).
-        remarks: comments on the numbers, one sentence each.
+    Returns:
+        ``scores``: by task; the first entry of each is the metric it is judged by, and ``items`` come last. ``mean``:
+        of the first metric of each, over tasks. ``baselines``: by task, the metrics of an answer that ignores the input
+        (`mpoe.data.predict.baseline_scores`). ``remarks``: comments on the numbers, one sentence each.
     """
-
-    scores: dict[str, dict[str, float]]
-    baselines: dict[str, dict[str, float]]
-    remarks: list[str]
-
-    def table(self, title: str) -> Table:
-        """The scores as a table; with several tasks, their average comes last."""
-        from mpoe.cli.report import Table
-        from mpoe.data.tasks import average_score
-
-        rows = []
-        for task, values in self.scores.items():
-            for name, value in values.items():
-                baseline = self.baselines[task].get(name)
-                shown = "-" if baseline is None else f"{baseline:.4f}"
-                if name != "items":
-                    rows.append((task, _LABELS.get(name, name), f"{value:.4f}", shown, str(values["items"])))
-        if len(self.scores) > 1:
-            total = sum(int(values["items"]) for values in self.scores.values())
-            mean, constant = (f"{average_score(each):.4f}" for each in (self.scores, self.baselines))
-            rows.append(("average over tasks", "first of each", mean, constant, str(total)))
-        return Table(SCORE_HEADER, rows, title, SCORE_NOTE, "scores")
-
-    def show(self, title: str) -> None:
-        """Print the table, and the remarks."""
-        self.table(title).show()
-        for remark in self.remarks:
-            print(f"note: {remark}")
-
-
-def evaluate_tasks(model: Any, tokenizer: Any, tasks: Sequence[Task], split: str, batch_size: int = 128) -> TaskScores:
-    """Scores of every task by name, with their baselines."""
     from mpoe.data.predict import evaluate_beside_baseline
+    from mpoe.data.tasks import average_score
 
-    results = TaskScores({}, {}, [])
+    scores, baselines, remarks = {}, {}, []
     for task in tasks:
         found = evaluate_beside_baseline(model, tokenizer, task, split, batch_size=batch_size)
-        results.scores[task.name] = {**found.scores, "items": len(task.examples(split))}
-        results.baselines[task.name] = found.baseline
+        scores[task.name] = {**found.scores, "items": len(task.examples(split))}
+        baselines[task.name] = found.baseline
         metric = task.main_metric
         value, constant = found.scores[metric], found.baseline[metric]
         if found.collapse:
-            results.remarks.append(f"{task.name}: {found.collapse}")
-        elif value >= constant if metric == "perplexity" else value <= constant:
-            results.remarks.append(
-                f"{task.name}: {metric} {value:.4g} is not better than the baseline's {constant:.4g}"
-            )
-    return results
+            remarks.append(f"{task.name}: {found.collapse}")
+        elif value >= constant if metric in _LOWER_IS_BETTER else value <= constant:
+            remarks.append(f"{task.name}: {metric} {value:.4g} is not better than the baseline's {constant:.4g}")
+    return {"scores": scores, "mean": average_score(scores), "baselines": baselines, "remarks": remarks}
+
+
+def metrics_of(columns: Iterable[Scores]) -> list[tuple[str, str]]:
+    """(task, metric) of all scores, in order."""
+    pairs = ((task, metric) for scores in columns for task, own in scores.items() for metric in own)
+    return [pair for pair in dict.fromkeys(pairs) if pair[1] != "items"]
+
+
+def score_table(columns: Mapping[str, Scores], baselines: Scores, title: str, words: str = SCORE_NOTE) -> Table:
+    """Scores side by side and the baselines'; the best of a row is marked, the average over several tasks is last."""
+    from mpoe.cli.report import Table
+    from mpoe.data.tasks import average_score
+
+    rows: list[list[str]] = []
+    best: set[tuple[int, int]] = set()
+    for task, metric in metrics_of(columns.values()):
+        values = [scores.get(task, {}).get(metric) for scores in columns.values()]
+        there = [value for value in values if value is not None]
+        winner = (min if metric in _LOWER_IS_BETTER else max)(there)
+        if min(there) < max(there):
+            best |= {(len(rows), column) for column, value in enumerate(values, start=1) if value == winner}
+        shown = ("-" if value is None else f"{value:.4f}" for value in [*values, baselines.get(task, {}).get(metric)])
+        rows.append([f"{task}: {metric}", *shown])
+    if len(baselines) > 1:
+        means = (f"{average_score(each):.4f}" if each else "-" for each in (*columns.values(), baselines))
+        rows.append(["average over tasks, of the first of each", *means])
+    return Table(["", *columns, "baseline"], rows, title, words, best=best)
+
+
+def show_scores(found: Mapping[str, Any], title: str) -> None:
+    """Print what `evaluate_tasks` returned."""
+    items = ", ".join(f"{own['items']:,} of {task}" for task, own in found["scores"].items())
+    score_table({"value": found["scores"]}, found["baselines"], title, f"Items: {items}. {SCORE_NOTE}").show()
+    for remark in found["remarks"]:
+        print(f"note: {remark}")

@@ -32,6 +32,9 @@ _HINTS = {SEQ2SEQ: "--model t5", CAUSAL: "--model gpt2", ENCODER: "a BERT"}
 # options that say how to read a folder's columns, in place of a description
 DETECTION = ("kind", "text_columns", "label_column", "label_words", "column_names")
 
+LENGTHS = ("max_source_length", "max_target_length")
+SIZES = ("n_train", "n_val", "n_test")
+
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -72,81 +75,57 @@ class DataOptions:
         for name in ("tasks", "eval_tasks", "task_file", "text_columns", "column_names", "metrics"):
             values = getattr(self, name)
             setattr(self, name, [part.strip() for v in values for part in str(v).split(",") if part.strip()])
-        for name in ("max_source_length", "max_target_length"):
+        for name in LENGTHS:
             value = getattr(self, name)
             if value is not None and value < 2:
                 raise ValueError(f"{name} must be at least 2; got {value}")
+        if isinstance(self.label_words, str):  # a mapping in the record of a run
+            words = read_json_option("label_words", self.label_words)
+            if not isinstance(words, dict):
+                raise CommandError(f"label_words must be a JSON object, label -> word; got {self.label_words}")
+            self.label_words = words  # type: ignore[assignment]
 
-
-def _label_words(text: str | None) -> dict[str, str] | None:
-    if text is None:
-        return None
-    words = read_json_option("label_words", text)
-    if not isinstance(words, dict):
-        raise CommandError(f"label_words must be a JSON object, label -> word; got {text}")
-    return words
+    def of(self, *names: str) -> dict[str, Any]:
+        """Those of the options that are set."""
+        values = ((name, getattr(self, name)) for name in names)
+        return {name: value for name, value in values if value is not None and value is not False and value != []}
 
 
 def _as_detected(folder: Path, name: str | None, options: DataOptions, data_seed: int) -> Task:
     """The task in a folder without a description, split and subsampled as requested."""
-    from mpoe.data.local import holds_train_alone, load_task_from_folder
+    from mpoe.data.detect import load_task_from_folder
+    from mpoe.data.tables import find_files
 
-    if holds_train_alone(folder):
-        print(f"{folder} holds a train file alone: a tenth of its items, at most 1,000, is held out for validation")
-    return load_task_from_folder(
-        folder,
-        name,
-        column_names=options.column_names or None,
-        split_validation_test=options.split_validation_test,
-        n_train=options.n_train,
-        n_val=options.n_val,
-        n_test=options.n_test,
-        data_seed=data_seed,
-        **_lengths(options),
-        **_detection(options),
-    )
+    if "validation" not in find_files(folder):
+        print(f"{folder} holds no validation file: a tenth of the training items, at most 1,000, is held out for it")
+    asked = options.of(*DETECTION, "metrics", *LENGTHS, "split_validation_test", *SIZES)
+    return load_task_from_folder(folder, name, data_seed=data_seed, **asked)
 
 
 def _from_hub(data_dir: str, options: DataOptions) -> Task:
     """The data set on the hub that ``data_dir`` names instead of a folder."""
-    from mpoe.data.hub import detect_hub_task
-    from mpoe.data.local import task_name
+    from mpoe.data.detect import detect_hub_task, task_name
 
     if not _HUB_NAME.fullmatch(data_dir) or Path(data_dir).parts[0] in (path.name for path in Path().iterdir()):
         raise CommandError(
             f"data_dir must be an existing folder, or owner/name on the hub; there is no folder {data_dir!r}"
         )
+    asked = options.of("kind", "text_columns", "label_column", "label_words", "metrics")
     try:
-        return detect_hub_task(data_dir, task_name(data_dir.rpartition("/")[2]), **_detection(options))
+        return detect_hub_task(data_dir, task_name(data_dir.rpartition("/")[2]), **asked)
     except ValueError as error:
         raise CommandError(f"data_dir: there is no folder {data_dir!r} here; on the hub: {error}") from error
-
-
-def _detection(options: DataOptions) -> dict[str, Any]:
-    """The given settings of the columns; None = to be detected."""
-    return {
-        "kind": options.kind,
-        "text_columns": options.text_columns or None,
-        "label_column": options.label_column,
-        "label_words": _label_words(options.label_words),
-        "metrics": options.metrics or None,
-    }
-
-
-def _lengths(options: DataOptions) -> dict[str, Any]:
-    values = {name: getattr(options, name) for name in ("max_source_length", "max_target_length")}
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def _adjusted(task: Task, options: DataOptions, data_seed: int) -> Task:
     """``task`` with the requested lengths, metrics, splits and sizes."""
     from mpoe.data.splits import with_subsets, with_validation_test_split
 
-    changes: dict[str, Any] = {**_lengths(options), **({"metrics": tuple(options.metrics)} if options.metrics else {})}
+    changes = {**options.of(*LENGTHS), **({"metrics": tuple(options.metrics)} if options.metrics else {})}
     task = dataclasses.replace(task, **changes)
     if options.split_validation_test:
         task = with_validation_test_split(task, data_seed)
-    if (options.n_train, options.n_val, options.n_test) != (None, None, None):
+    if options.of(*SIZES):
         task = with_subsets(task, options.n_train, options.n_val, options.n_test, data_seed)
     return task
 
@@ -154,10 +133,10 @@ def _adjusted(task: Task, options: DataOptions, data_seed: int) -> Task:
 def _one_task(name: str, options: DataOptions, described: Mapping[str, TaskSpec], data_seed: int) -> Task:
     """The task called ``name``: a folder in ``data_dir``, read by its description or by detection; else a task by name.
     The empty name means ``data_dir`` itself."""
-    from mpoe.data.local import task_name
+    from mpoe.data.detect import task_name
     from mpoe.data.tasks import find_spec, get_task, load_task, task_names
 
-    detection = [option for option in DETECTION if getattr(options, option)]
+    detection = list(options.of(*DETECTION))
     spec = described.get(name) or find_spec(name)
     folder = _folder_of(name, spec, options)
     if folder is not None and (spec is None or detection):

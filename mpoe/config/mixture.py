@@ -22,12 +22,12 @@ from mpoe.config.shapes import (
     HIDDEN,
     KEPT_SHAPES,
     KINDS,
+    LARGEST_BLOCK,
     NEURONS,
     SEPARABLE,
     check_sizes,
     checked_patterns,
     checked_shape,
-    hidden_block,
     hidden_shape,
     named_shape,
     pattern_matches,
@@ -261,12 +261,17 @@ class MPOEConfig:
                 )
 
     def hidden_block(self, hidden_features: int) -> int:
-        """Size of the hidden-side blocks in a hidden layer of this size.
+        """Size b of the hidden-side blocks in a hidden layer of this size: ``block_size``, or its largest divisor that
+        is at most 64.
 
         Raises:
             ValueError: ``block_size`` does not divide it.
         """
-        return hidden_block(hidden_features, self.block_size)
+        if self.block_size is None:
+            return next(b for b in range(min(LARGEST_BLOCK, hidden_features), 0, -1) if hidden_features % b == 0)
+        if hidden_features % self.block_size:
+            raise ValueError(f"block_size must divide the hidden size {hidden_features}; got {self.block_size}")
+        return self.block_size
 
     def _check_targets(self) -> None:
         targets = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules

@@ -98,24 +98,9 @@ def named_shape(name: str, in_features: int, out_features: int, max_bond: int | 
     """The shape called ``name`` for a weight ``[in_features, out_features]``."""
     from mpoe_kernels import MPOShape
 
-    if name == "paper":
-        return MPOShape.paper(in_features, out_features, max_bond=max_bond)
-    if name == "light":
-        return MPOShape.light(in_features, out_features, light_p, max_bond=max_bond)
-    return MPOShape.separable(in_features, out_features, max_bond=max_bond)
-
-
-def hidden_block(hidden_features: int, block_size: int | None) -> int:
-    """Size b of the hidden-side blocks: ``block_size``, or the largest divisor of F that is at most 64.
-
-    Raises:
-        ValueError: a size that does not divide ``hidden_features``.
-    """
-    if block_size is None:
-        return next(b for b in range(min(LARGEST_BLOCK, hidden_features), 0, -1) if hidden_features % b == 0)
-    if hidden_features % block_size:
-        raise ValueError(f"block_size must divide the hidden size {hidden_features}; got {block_size}")
-    return block_size
+    sizes = (in_features, out_features, light_p) if name == "light" else (in_features, out_features)
+    shape: MPOShape = getattr(MPOShape, name)(*sizes, max_bond=max_bond)
+    return shape
 
 
 def hidden_shape(kind: str, in_features: int, out_features: int, block: int) -> MPOShape:

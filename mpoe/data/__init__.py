@@ -4,10 +4,10 @@ Importing this package does not import transformers.
 """
 
 from mpoe.data.collate import PaddingCollator
+from mpoe.data.detect import load_task_from_folder
 from mpoe.data.documentation import DocRecord, Documentation, load_documentation
 from mpoe.data.embedded import load_stand_in, stand_in_path
 from mpoe.data.encode import encode_language_modeling, encode_text_to_text
-from mpoe.data.local import LocalTask, load_task_from_folder
 from mpoe.data.metrics import METRICS, get_metric, perplexity
 from mpoe.data.predict import (
     Evaluation,
@@ -42,7 +42,6 @@ __all__ = [
     "Evaluation",
     "Example",
     "HubData",
-    "LocalTask",
     "MultiTaskBatchSampler",
     "PaddingCollator",
     "Task",

@@ -7,8 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 IGNORED_LABEL = -100
+
+
+def pad(rows: Sequence[list[int]], value: int, side: str = "right", multiple: int = 1) -> Tensor:
+    """Lists of integers as one int64 tensor [B, S], filled with ``value`` up to a multiple of ``multiple``."""
+    tensors = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
+    padded = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
+    return torch.nn.functional.pad(padded, (0, -padded.shape[1] % multiple), value=value)
 
 
 @dataclass(frozen=True)
@@ -28,19 +36,14 @@ class PaddingCollator:
         if self.pad_to_multiple_of < 1:
             raise ValueError(f"pad_to_multiple_of must be >= 1; got {self.pad_to_multiple_of}")
 
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Items -> int64 tensors ``input_ids`` [B, S], ``attention_mask`` [B, S], ``labels`` [B, L] or [B]."""
         if not items:
             raise ValueError("a batch needs at least one item; got none")
         fill = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED_LABEL}
-        return {key: self._pad([item[key] for item in items], value) for key, value in fill.items() if key in items[0]}
-
-    def _pad(self, rows: list[Any], value: int) -> torch.Tensor:
-        if not isinstance(rows[0], list):
-            return torch.tensor(rows)  # int64 classes or float32 numbers
-        longest = max(len(row) for row in rows)
-        width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        out = torch.full((len(rows), width), value, dtype=torch.int64)
-        for row, ids in zip(out, rows, strict=True):
-            row[: len(ids)] = torch.as_tensor(ids, dtype=torch.int64)
-        return out
+        batch = {}
+        for key in fill.keys() & items[0].keys():
+            rows = [item[key] for item in items]
+            lists = isinstance(rows[0], list)  # or int64 classes, or float32 numbers
+            batch[key] = pad(rows, fill[key], multiple=self.pad_to_multiple_of) if lists else torch.tensor(rows)
+        return batch

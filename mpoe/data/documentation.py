@@ -97,17 +97,6 @@ def split_of(package: str, path: str) -> str:
     return "validation" if position < TEST_SHARE + VALIDATION_SHARE else "train"
 
 
-def standard_library_path() -> Path:
-    """Folder of the running Python's standard library."""
-    return Path(sysconfig.get_path("stdlib"))
-
-
-def numpy_path() -> Path | None:
-    """Folder of the installed numpy, found without importing it; None where it is absent."""
-    spec = importlib.util.find_spec("numpy")
-    return Path(spec.origin).parent if spec is not None and spec.origin else None
-
-
 @functools.lru_cache(maxsize=1)
 def load_documentation() -> Documentation:
     """Read the whole corpus (about 2 seconds on one core; kept for the life of the process).
@@ -119,22 +108,18 @@ def load_documentation() -> Documentation:
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return Documentation(deduplicate(_read_everything()))
+        standard_library = Path(sysconfig.get_path("stdlib"))
+        records = list(read_package(standard_library, prefix=""))
+        if not records:
+            raise FileNotFoundError(f"no documented Python source files found in {standard_library}")
+        records += read_topics(standard_library / "pydoc_data" / "topics.py")
+        numpy = importlib.util.find_spec("numpy")  # without importing it
+        if numpy is not None and numpy.origin:
+            records += read_package(Path(numpy.origin).parent, prefix="numpy")
+        return Documentation(deduplicate(records))
     finally:
         if collecting:
             gc.enable()
-
-
-def _read_everything() -> Iterator[DocRecord]:
-    standard_library = standard_library_path()
-    records = list(read_package(standard_library, prefix=""))
-    if not records:
-        raise FileNotFoundError(f"no documented Python source files found in {standard_library}")
-    yield from records
-    yield from read_topics(standard_library / "pydoc_data" / "topics.py")
-    numpy_folder = numpy_path()
-    if numpy_folder is not None:
-        yield from read_package(numpy_folder, prefix="numpy")
 
 
 def deduplicate(records: Iterable[DocRecord]) -> tuple[DocRecord, ...]:

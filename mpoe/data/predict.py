@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mpoe.data.collate import IGNORED_LABEL, PaddingCollator
-from mpoe.data.encode import (
-    encode_language_modeling,
-    encode_responses,
-    encode_text_to_text,
-    prompt_ids,
-)
+from mpoe.data.collate import IGNORED_LABEL, PaddingCollator, pad
+from mpoe.data.encode import encode_language_modeling, encode_responses, encode_text_to_text, prompt_ids
 from mpoe.data.metrics import perplexity
 from mpoe.data.task import Example, Task
 
@@ -38,37 +34,39 @@ def generate_texts(
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(f"max_new_tokens and batch_size must be >= 1; got {max_new_tokens} and {batch_size}")
     decodes = _is_decoder(model)
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
     if decodes:
-        encoded = [prompt_ids(e, tokenizer)[-max_source_length:] for e in examples]
+        rows = [prompt_ids(e, tokenizer)[-max_source_length:] for e in examples]
+        options["pad_token_id"] = tokenizer.pad_token_id
     else:
-        plain = encode_text_to_text([Example(e.source) for e in examples], tokenizer, max_source_length)
-        encoded = [item["input_ids"] for item in plain]
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    answers = [""] * len(encoded)
+        sources = [Example(e.source) for e in examples]
+        rows = [item["input_ids"] for item in encode_text_to_text(sources, tokenizer, max_source_length)]
+
+    def answer(inputs: dict[str, Tensor]) -> list[str]:
+        ids = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] if decodes else 0 :]
+        return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    return _by_length(model, rows, tokenizer.pad_token_id, batch_size, answer, "left" if decodes else "right")
+
+
+def _by_length(
+    model: Any, rows: Sequence[list[int]], pad_id: int, batch_size: int, answer: Callable, side: str = "right"
+) -> list[str]:
+    """``answer`` (inputs -> texts) to batches of token ids of similar lengths; the texts in the order of ``rows``.
+
+    A decoder continues at the end, so its inputs are padded on the left ``side``.
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    texts = [""] * len(rows)
     with evaluation_mode(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            ids, mask = _padded([encoded[i] for i in chosen], tokenizer.pad_token_id, left=decodes)
-            ids = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                **({"pad_token_id": tokenizer.pad_token_id} if decodes else {}),
-            )[:, ids.shape[1] if decodes else 0 :]
-            for i, text in zip(chosen, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
-                answers[i] = text.strip()
-    return answers
-
-
-def _padded(rows: Sequence[list[int]], pad: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids ``[B, S]`` and their attention mask; a decoder continues at the end, so it is padded on the left."""
-    width = max(map(len, rows))
-    gaps = [[pad] * (width - len(row)) for row in rows]
-    ids = torch.tensor([gap + row if left else row + gap for row, gap in zip(rows, gaps, strict=True)])
-    places, used = torch.arange(width), torch.tensor([[len(row)] for row in rows])
-    return ids, (places >= width - used if left else places < used).long()
+            ids = pad([rows[i] for i in chosen], pad_id, side)
+            mask = pad([[1] * len(rows[i]) for i in chosen], 0, side)
+            inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+            for i, text in zip(chosen, answer(inputs), strict=True):
+                texts[i] = text
+    return texts
 
 
 def _is_decoder(model: Any) -> bool:
@@ -88,13 +86,12 @@ def classify(
     """The labels, or the numbers as texts, that an encoder's head gives N items."""
     labels = [] if model.config.problem_type == "regression" else list(model.config.id2label.values())
     rows = tokenizer([e.source for e in examples], truncation=True, max_length=max_source_length)["input_ids"]
-    answers = []
-    with evaluation_mode(model):
-        for start in range(0, len(rows), batch_size):
-            ids, mask = _padded(rows[start : start + batch_size], tokenizer.pad_token_id, left=False)
-            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits.float().cpu()
-            answers += [labels[int(row.argmax())] if labels else repr(float(row[0])) for row in logits]
-    return answers
+
+    def answer(inputs: dict[str, Tensor]) -> list[str]:
+        logits = model(**inputs).logits.float().cpu()
+        return [labels[int(row.argmax())] if labels else repr(float(row[0])) for row in logits]
+
+    return _by_length(model, rows, tokenizer.pad_token_id, batch_size, answer)
 
 
 @torch.inference_mode()

@@ -1,13 +1,13 @@
 """Multi-task sampling: one task per optimizer step, p ~ size^(1/temperature), the same on all ranks and resumable.
 
-There is no hidden state: every step follows from the seed and the step's number.
+There is no hidden state: every step follows from the seed and the step's number. (`datasets.interleave_datasets` draws
+a task per item, which would mix tasks within a step.)
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 
 import numpy as np
 
@@ -34,23 +34,19 @@ class TemperatureSampler:
         self.temperature = temperature
         self.seed = seed
         # Relative to the largest size, so that no power overflows.
-        powers = (np.asarray(self.sizes, dtype=np.float64) / max(self.sizes)) ** (
-            0.0 if math.isinf(temperature) else 1.0 / temperature
-        )
-        self._cumulative = np.cumsum(powers / powers.sum())
+        powers = (np.asarray(self.sizes, dtype=np.float64) / max(self.sizes)) ** (1.0 / temperature)
+        self._shares = powers / powers.sum()
 
     @property
     def probabilities(self) -> dict[str, float]:
         """Probability of each task."""
-        return dict(zip(self.names, np.diff(self._cumulative, prepend=0.0).tolist(), strict=True))
+        return dict(zip(self.names, self._shares.tolist(), strict=True))
 
     def indices(self, start: int, stop: int) -> np.ndarray:
         """Task indices of the steps start..stop-1, int64 [stop - start]."""
         if not 0 <= start <= stop:
             raise ValueError(f"start and stop must satisfy 0 <= start <= stop; got {start}, {stop}")
-        draws = np.random.Generator(np.random.Philox(key=_key(self.seed, "task"))).random(stop)[start:]
-        found = np.searchsorted(self._cumulative, draws, side="right")
-        return np.minimum(found, len(self.names) - 1).astype(np.int64)
+        return _generator(self.seed).choice(len(self.names), size=stop, p=self._shares)[start:]
 
     def task_at(self, step: int) -> str:
         """Name of the task of optimizer step ``step`` (from 0)."""
@@ -95,7 +91,6 @@ class MultiTaskBatchSampler:
         self.tasks = TemperatureSampler(sizes, temperature, seed)
         self.batch_size, self.num_steps, self.accumulation = batch_size, num_steps, accumulation
         self.rank, self.world_size = rank, world_size
-        self._first_index = dict(zip(self.tasks.names, np.cumsum((0, *self.tasks.sizes[:-1])).tolist(), strict=True))
         self.set_step(start_step)
 
     def set_step(self, step: int) -> None:
@@ -110,30 +105,23 @@ class MultiTaskBatchSampler:
 
     def __iter__(self) -> Iterator[list[int]]:
         draws = self.tasks.indices(0, self.num_steps)
-        visits = np.bincount(draws[: self.step], minlength=len(self.tasks.names))
-        permutations: dict[tuple[int, int], np.ndarray] = {}
-        for step in range(self.step, self.num_steps):
-            task = int(draws[step])
+        visits = np.bincount(draws[: self.step], minlength=len(self.tasks.names)).tolist()
+        sizes = self.tasks.sizes
+        firsts = np.cumsum((0, *sizes[:-1])).tolist()
+
+        @lru_cache(maxsize=2 * len(sizes))  # a batch may reach from one pass into the next
+        def order(task: int, turn: int) -> np.ndarray:
+            return firsts[task] + _generator(self.tasks.seed, task + 1, turn).permutation(sizes[task])
+
+        for task in draws[self.step :].tolist():
             for micro in range(self.accumulation):
-                batch = int(visits[task]) * self.accumulation + micro
+                batch = visits[task] * self.accumulation + micro
                 start = (batch * self.world_size + self.rank) * self.batch_size
-                yield self._items(task, start, permutations)
+                places = (divmod(place, sizes[task]) for place in range(start, start + self.batch_size))
+                yield [int(order(task, turn)[place]) for turn, place in places]
             visits[task] += 1
 
-    def _items(self, task: int, start: int, permutations: dict[tuple[int, int], np.ndarray]) -> list[int]:
-        """Items start..start+batch_size-1 of the endless sequence of shuffled passes over one task."""
-        size, name = self.tasks.sizes[task], self.tasks.names[task]
-        items = []
-        for position in range(start, start + self.batch_size):
-            turn, place = divmod(position, size)
-            if (task, turn) not in permutations:
-                permutations.pop((task, turn - 2), None)
-                key = _key(self.tasks.seed, f"order:{name}:{turn}")
-                permutations[task, turn] = np.random.Generator(np.random.Philox(key=key)).permutation(size)
-            items.append(self._first_index[name] + int(permutations[task, turn][place]))
-        return items
 
-
-def _key(seed: int, purpose: str) -> int:
-    """128-bit Philox key that differs by seed and purpose."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{purpose}".encode(), digest_size=16).digest(), "little")
+def _generator(*seed: int) -> np.random.Generator:
+    """Random numbers by ``seed``, the same on every machine. Zeros at the end of ``seed`` change nothing."""
+    return np.random.Generator(np.random.PCG64(seed))

@@ -148,30 +148,29 @@ class TaskSpec:
             cells = {**{self.renamed_columns.get(c, c): value for c, value in cells.items()}, **cells}
         if self.columns == (MESSAGES,):
             return _conversation(cells, where)
-        label = self._answer(cells, where)
-        if label is None:
-            return None
+        label, number = "", None
+        if self.kind != "language_modeling":
+            label = read_cell(cells, self.label_column, where, f"label_column of task {self.name}")
+        target = label
+        if self.kind == "regression":
+            if not is_number(label):
+                raise ValueError(f"{where}: expected a finite number; got {label!r}")
+            number = float(label)
+            target = regression_text(number)
+        if self.kind == "classification":
+            if label not in self.label_words:
+                known = ", ".join(list(self.label_words)[:10])
+                raise ValueError(
+                    f"{where}: label_words of task {self.name} must have a word for {label!r}, which is in column "
+                    f"{self.label_column!r}; it has words for {known}"
+                )
+            word = self.label_words[label]
+            if word is None:
+                return None
+            target = word
         asker = f"template of task {self.name}"
         source = _COLUMN.sub(lambda match: read_cell(cells, match[1], where, asker), self.template)
-        number = float(read_cell(cells, self.label_column, where, "")) if self.kind == "regression" else None
-        return Example(source, label, number) if source.strip() else None
-
-    def _answer(self, cells: Cells, where: str) -> str | None:
-        """What the model should write for a row; None if the row is to be left out."""
-        if self.kind == "language_modeling":
-            return ""
-        label = read_cell(cells, self.label_column, where, f"label_column of task {self.name}")
-        if self.kind == "regression":
-            return regression_text(_number(label, where))
-        if self.kind == "generation":
-            return label
-        if label not in self.label_words:
-            known = ", ".join(list(self.label_words)[:10])
-            raise ValueError(
-                f"{where}: label_words of task {self.name} must have a word for {label!r}, which is in column "
-                f"{self.label_column!r}; it has words for {known}"
-            )
-        return self.label_words[label]
+        return Example(source, target, number) if source.strip() else None
 
     def _words(self) -> dict[str, str | None]:
         where = f"a label in label_words of task {self.name}"
@@ -261,28 +260,21 @@ def regression_text(value: float) -> str:
     return f"{round(value * 5) / 5 + 0.0:.1f}"
 
 
-def _number(text: str, where: str) -> float:
-    if not is_number(text):
-        raise ValueError(f"{where}: expected a finite number; got {text!r}")
-    return float(text)
+# type of a field's default -> types that its value may have, in words
+_TYPES: dict[type, tuple[Any, str]] = {
+    bool: (bool, "true or false"),
+    int: (int, "a whole number"),
+    str: (str, "a text"),
+    tuple: (list | tuple, "a list of texts"),
+}
 
 
 def _check_type(task: str, name: str, value: Any, default: Any) -> None:
-    """Check that a field's value has the type of its default: text, boolean, integer, list, mapping."""
-    if name == "hub":
-        return
-    if isinstance(default, bool):
-        fits, expected = isinstance(value, bool), "true or false"
-    elif isinstance(default, int):
-        fits, expected = isinstance(value, int) and not isinstance(value, bool), "a whole number"
-    elif isinstance(default, tuple):
-        texts = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
-        fits, expected = texts, "a list of texts"
-    elif isinstance(default, str) or name == "name":
-        fits, expected = isinstance(value, str), "a text"
-    else:
-        fits, expected = isinstance(value, Mapping), "a mapping"
-    if not fits:
+    kind, expected = _TYPES.get(str if name == "name" else type(default), (Mapping, "a mapping"))
+    fits = isinstance(value, kind) and (isinstance(value, bool) is (kind is bool))
+    if expected == "a list of texts":
+        fits = fits and all(isinstance(item, str) for item in value)
+    if not fits and name != "hub":
         raise TypeError(f"{name} of task {task} must be {expected}; got {value!r}")
 
 

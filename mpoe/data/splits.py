@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -27,34 +26,36 @@ def split_validation_test(
     Raises:
         ValueError: fewer than two different items that are not in ``train``.
     """
-    groups = _groups(items, train, key or _source_key)
-    if len(groups) < 2:
-        raise ValueError(f"{name} must hold at least two different items that are not in train; got {len(groups)}")
-    # At most half of the items, at least one group.
-    return _part(items, groups, max(1, len(items) // 2), f"split-validation-test-{seed}")
-
-
-def _groups(items: Sequence[Any], train: Iterable[Any], key: Callable[[Any], object]) -> list[list[int]]:
-    """Positions of items of one key each, without the keys that occur in ``train``."""
+    key = key or _source_key
     known = {key(item) for item in train}
-    groups: dict[object, list[int]] = {}
-    for index, item in enumerate(items):
-        groups.setdefault(key(item), []).append(index)
-    return [group for name, group in groups.items() if name not in known]
+    return _divide(items, [key(item) for item in items], known, 0.5, None, seed, name)
 
 
-def _part(
-    items: Sequence[Any], groups: list[list[int]], wanted: int, seed: str
+def _divide(
+    items: Sequence[Any],
+    keys: Sequence[object],
+    known: set[object],
+    share: float,
+    most: int | None,
+    seed: int,
+    name: str,
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """(the rest, about ``wanted`` items): whole groups drawn by ``seed``, at least one, but not all."""
-    random.Random(seed).shuffle(groups)
-    taken: set[int] = set()
-    for group in groups[:-1]:
-        if not taken or len(taken) + len(group) <= wanted:
-            taken.update(group)
+    """(the rest, a share of the keys' items, of at most ``most`` keys): all items of a key go together, those of
+    ``known`` to the rest."""
+    from sklearn.model_selection import GroupShuffleSplit
+
+    numbers: dict[object, int] = {}
+    free = [index for index, key in enumerate(keys) if key not in known]
+    groups = [numbers.setdefault(keys[index], len(numbers)) for index in free]
+    if len(numbers) < 2:
+        rest = " that are not in train" if known else ""
+        raise ValueError(f"{name} must hold at least two different items{rest}; got {len(numbers)}")
+    size = max(1, min(int(share * len(numbers)), most or len(numbers)))
+    _, chosen = next(GroupShuffleSplit(1, test_size=size, random_state=seed).split(free, groups=groups))
+    taken = {free[place] for place in chosen}
     return (
         tuple(item for index, item in enumerate(items) if index not in taken),
-        tuple(items[index] for index in sorted(taken)),
+        tuple(item for index, item in enumerate(items) if index in taken),
     )
 
 
@@ -76,8 +77,8 @@ def with_validation_from_train(task: Task, needed: Callable[[], bool] = lambda: 
     """``task`` whose validation items are taken out of its training items: a tenth of them, at most a thousand.
 
     For data without a validation split; ``needed`` decides this when an item is first requested. Items with the same
-    source text stay together. The choice is the same for every seed, so training never sees an item that a later
-    evaluation uses.
+    source text count once and stay together. The choice is the same for every seed, so training never sees an item
+    that a later evaluation uses.
 
     Raises:
         ValueError: (on reading) fewer than two different training items.
@@ -88,16 +89,12 @@ def with_validation_from_train(task: Task, needed: Callable[[], bool] = lambda: 
         items = task.examples("train")
         if not needed():
             return {"train": items}
-        groups = _groups(items, (), _source_key)
-        if len(groups) < 2:
-            raise ValueError(f"train of task {task.name} must hold two different items at least; got {len(groups)}")
-        train, validation = _part(items, groups, max(1, min(1000, len(items) // 10)), "validation-from-train")
+        keys = [_source_key(item) for item in items]
+        train, validation = _divide(items, keys, set(), 0.1, 1000, 0, f"train of task {task.name}")
         return {"train": train, "validation": validation}
 
     def rows(split: str) -> Sequence[Example]:
-        if split == "test":
-            return task.examples("test")
-        return parts().get(split) or task.examples(split)
+        return (parts().get(split) if split != "test" else None) or task.examples(split)
 
     return dataclasses.replace(task, rows=rows, to_text=None)
 
@@ -110,15 +107,13 @@ def with_subsets(
     Raises:
         ValueError: a number below 1.
     """
-    sizes = {"train": n_train, "validation": n_val, "test": n_test}
     for argument, size in (("n_train", n_train), ("n_val", n_val), ("n_test", n_test)):
         if size is not None and size < 1:
             raise ValueError(f"{argument} must be >= 1 or unset; got {size}")
-
-    def rows(split: str) -> Sequence[Example]:
-        return subset(task.examples(split), sizes[split], data_seed)
-
-    return dataclasses.replace(task, rows=rows, to_text=None)
+    sizes = {"train": n_train, "validation": n_val, "test": n_test}
+    return dataclasses.replace(
+        task, rows=lambda split: subset(task.examples(split), sizes[split], data_seed), to_text=None
+    )
 
 
 def _source_key(item: Any) -> object:

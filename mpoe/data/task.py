@@ -13,15 +13,6 @@ from mpoe.data.mappings import lookup
 from mpoe.data.metrics import METRICS, get_metric
 
 KINDS = ("classification", "regression", "generation", "language_modeling")
-LABEL_METRICS = frozenset({"accuracy", "f1", "macro_f1", "matthews"})
-NUMBER_METRICS = frozenset({"pearson", "spearman"})
-TEXT_METRICS = frozenset({"token_f1", "exact_match", "bleu", "rouge1", "rouge2", "rouge_l"})
-ALLOWED_METRICS = {
-    "classification": LABEL_METRICS,
-    "regression": NUMBER_METRICS,
-    "generation": TEXT_METRICS,
-    "language_modeling": frozenset({"perplexity"}),
-}
 
 
 @dataclass(frozen=True)
@@ -65,10 +56,9 @@ class Task:
             raise ValueError(f"kind of task {self.name} must be one of {', '.join(KINDS)}; got {self.kind!r}")
         if self.kind == "classification" and (len(self.labels) < 2 or len(set(self.labels)) != len(self.labels)):
             raise ValueError(f"labels of task {self.name} must be at least two different words; got {self.labels!r}")
-        allowed = ALLOWED_METRICS[self.kind]
+        allowed = {name for name, metric in METRICS.items() if metric.kind == self.kind} or {"perplexity"}
         for metric in self.metrics:
-            if metric != "perplexity":
-                lookup(METRICS, metric, "metric")
+            lookup({**METRICS, "perplexity": None}, metric, "metric")
             if metric not in allowed:
                 raise ValueError(
                     f"metrics of a {self.kind} task must be among {sorted(allowed)}; got {metric!r} for {self.name}"
@@ -87,8 +77,11 @@ class Task:
     def examples(self, split: str, n: int | None = None, seed: int = 0) -> tuple[Example, ...]:
         """Items of train, validation or test; with ``n``, a random subset of that many (all if there are fewer)."""
         check_split(split)
-        to_text = self.to_text or _as_example
-        return subset(tuple(to_text(row) for row in self.rows(split)), n, seed)
+        rows = tuple(row if self.to_text is None else self.to_text(row) for row in self.rows(split))
+        odd = next((row for row in rows if not isinstance(row, Example)), None)
+        if odd is not None:
+            raise TypeError(f"rows must be Example, or to_text make them so; got {type(odd).__name__}")
+        return subset(rows, n, seed)
 
     def train(self) -> tuple[Example, ...]:
         """Training items."""
@@ -143,12 +136,6 @@ def subset(items: Sequence, n: int | None, seed: int = 0) -> tuple:
     order = list(range(len(items)))
     random.Random(f"subset-{seed}").shuffle(order)
     return tuple(items[i] for i in order[:n])
-
-
-def _as_example(row: Any) -> Example:
-    if not isinstance(row, Example):
-        raise TypeError(f"rows must be Example when the task has no to_text; got {type(row).__name__}")
-    return row
 
 
 def _number(text: str) -> float:

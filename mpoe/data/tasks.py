@@ -29,12 +29,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mpoe.data.doc_tasks import EMBEDDED_TASKS
-from mpoe.data.hub import load_hub_task
-from mpoe.data.local import load_described_task
 from mpoe.data.mappings import lookup, read_mapping
 from mpoe.data.metrics import get_metric
 from mpoe.data.spec import TaskSpec
-from mpoe.data.splits import with_validation_from_train
+from mpoe.data.tables import HubTables, find_files, make_task, read_folder, read_table
 from mpoe.data.task import Task
 
 STANDARD = Path(__file__).resolve().parent / "standard"
@@ -119,7 +117,7 @@ def load_task(spec: TaskSpec, data_dir: str | Path | None = None) -> Task:
     """The task that ``spec`` describes, from the folder ``data_dir``, its own folder, or the hub.
 
     Where there are no validation items they are taken out of the training items
-    (:func:`mpoe.data.splits.with_validation_from_train`).
+    (:func:`mpoe.data.with_validation_from_train`).
 
     Raises:
         ValueError: it has no data, or what is read does not fit.
@@ -127,13 +125,15 @@ def load_task(spec: TaskSpec, data_dir: str | Path | None = None) -> Task:
     """
     folder = data_dir or spec.data_dir
     if folder:
-        task = load_described_task(spec, folder)
-        return _with_packages(task if "validation" in task.files else with_validation_from_train(task))
+        files = find_files(folder, needs_test=not spec.hidden_test)
+        tables = {split: read_table(path, spec.column_names, spec.skip_malformed) for split, path in files.items()}
+        return _with_packages(read_folder(spec, tables, folder))
     if spec.hub_data is None:
         raise ValueError(
             f"task {spec.name} comes without data: give data_dir, a folder that holds a folder {spec.name}"
         )
-    return _with_packages(load_hub_task(spec))
+    source = f"hub data set {spec.hub_data.path} of task {spec.name}"
+    return _with_packages(make_task(spec, HubTables(spec.hub_data, spec.name), source))
 
 
 def task_names() -> tuple[str, ...]:

@@ -15,7 +15,7 @@ Tokens are those of one device in a step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,10 +68,6 @@ class Cost:
         temporary = max(self.temporary_bytes, other.temporary_bytes)
         return Cost(self.parameters + other.parameters, self.flops + other.flops, temporary)
 
-    def times(self, count: int) -> Cost:
-        """``count`` such parts, one after the other."""
-        return Cost(self.parameters * count, self.flops * count, self.temporary_bytes)
-
     def values(self, usage: Usage, dense: Cost | None = None) -> dict[str, Any]:
         """For JSON: with the bytes of weights and of the training's state, and FLOPs relative to those of ``dense``."""
         return {
@@ -85,11 +81,9 @@ class Cost:
 Costs = Mapping[str, Cost]  # by design
 
 
-def _sum(parts: Iterable[Costs]) -> dict[str, Cost]:
-    total = dict.fromkeys(DESIGNS, Cost())
-    for part in parts:
-        total = {design: total[design] + part[design] for design in DESIGNS}
-    return total
+def _sum(parts: Iterable[Costs]) -> Costs:
+    parts = list(parts)
+    return {design: sum((part[design] for part in parts), Cost()) for design in DESIGNS}
 
 
 def _values(costs: Costs, usage: Usage) -> dict[str, Any]:
@@ -113,40 +107,30 @@ def model_costs(inventory: Inventory, config: MPOEConfig, usage: Usage) -> dict[
     groups: dict[tuple[object, ...], list[Layer]] = {}
     for layer in inventory.layers:
         groups.setdefault((layer.matrices, layer.has_bias, usage.tokens[layer.stream]), []).append(layer)
-    found = [_layer_costs(alike, config, usage) for alike in groups.values()]
-    parts = zip(found, groups.values(), strict=True)
-    experts = _sum({d: c.times(len(alike)) for d, c in own.items()} for (_, own), alike in parts)
+    layers, every = [], []
+    for alike in groups.values():
+        first, tokens = alike[0], usage.tokens[alike[0].stream]
+        matrices = [_matrix_costs(m, config, usage, tokens, first.has_bias) for m in first.matrices]
+        elements = first.model_size * config.num_experts
+        router = Cost(elements, 2 * tokens * elements * usage.passes)
+        costs = _sum([*(own for _, own in matrices), {"mpoe": router, "switch": router, "dense": Cost()}])
+        every += [costs] * len(alike)
+        values = {"names": [layer.name for layer in alike], "count": len(alike), "tokens": tokens}
+        values |= {"streams": list(dict.fromkeys(layer.stream for layer in alike)), "router": router.values(usage)}
+        layers.append({**values, "matrices": [own for own, _ in matrices], **_values(costs, usage)})
+    experts = _sum(every)
     maps = sum(count * 2 * usage.tokens[s] * rows * columns for (s, rows, columns), count in inventory.rest.items())
     rest = Cost(inventory.parameters - inventory.ffn_elements, maps * usage.passes)
     whole = {design: cost + rest for design, cost in experts.items()}
     totals = {"feed_forward": _values(experts, usage), "rest": rest.values(usage), "whole": _values(whole, usage)}
-    return {"config": config.to_dict(), "layers": [values for values, _ in found], "totals": totals}
-
-
-def _layer_costs(alike: Sequence[Layer], config: MPOEConfig, usage: Usage) -> tuple[dict[str, Any], dict[str, Cost]]:
-    """Of one of several equal layers: values for JSON, and the costs by design."""
-    first = alike[0]
-    tokens = usage.tokens[first.stream]
-    matrices = [_matrix_costs(m, config, usage, tokens, first.has_bias) for m in first.matrices]
-    elements = first.model_size * config.num_experts
-    router = Cost(elements, 2 * tokens * elements * usage.passes)
-    costs = _sum([*(own for _, own in matrices), {"mpoe": router, "switch": router, "dense": Cost()}])
-    values = {
-        "names": [layer.name for layer in alike],
-        "count": len(alike),
-        "streams": list(dict.fromkeys(layer.stream for layer in alike)),
-        "tokens": tokens,
-        "matrices": [own for own, _ in matrices],
-        "router": router.values(usage),
-        **_values(costs, usage),
-    }
-    return values, costs
+    return {"config": config.to_dict(), "layers": layers, "totals": totals}
 
 
 def _matrix_costs(
     matrix: Matrix, config: MPOEConfig, usage: Usage, tokens: int, has_bias: bool
-) -> tuple[dict[str, Any], dict[str, Cost]]:
-    """Of one projection on ``tokens`` tokens; ``has_bias``: of the network's first projection."""
+) -> tuple[dict[str, Any], Costs]:
+    """Of one projection on ``tokens`` tokens, for JSON and by design; ``has_bias``: of the network's first
+    projection."""
     experts, slots = config.num_experts, tokens * config.top_k
     dense = Cost(matrix.elements, 2 * tokens * matrix.elements * usage.passes)
     switch = Cost(experts * matrix.elements, 2 * slots * matrix.elements * usage.passes)
@@ -166,23 +150,12 @@ def _matrix_costs(
         if config.latent is not None and matrix.kind != "gate_proj":
             mpoe += Cost(size * row, 2 * tokens * size * row * usage.passes)
     else:
-        routing: dict[str, Any] = {
-            "top_k": config.top_k,
-            "training": usage.training,
-            "mask_central": usage.mask_central,
-        }
-        plan = plan_contraction(shape, experts, tokens, usage.dtype, **routing)
+        routing = {"top_k": config.top_k, "training": usage.training, "mask_central": usage.mask_central}
+        plan = plan_contraction(shape, experts, tokens, usage.dtype, **routing)  # type: ignore[arg-type]
         strategy, backward = plan.strategy, plan.backward_strategy
         mpoe = Cost(shape.parameters(experts), plan.flops, plan.temporary_bytes)
     costs = {"mpoe": mpoe, "switch": switch, "dense": dense}
-    values = {
-        "kind": matrix.kind,
-        "in_features": matrix.rows,
-        "out_features": matrix.columns,
-        "shape": None if shape is None else shape.to_dict(),
-        "lossless": shape is None or shape.is_full,
-        "strategy": strategy,
-        "backward_strategy": backward,
-        **_values(costs, usage),
-    }
-    return values, costs
+    values = {"kind": matrix.kind, "in_features": matrix.rows, "out_features": matrix.columns}
+    values |= {"shape": None if shape is None else shape.to_dict(), "lossless": shape is None or shape.is_full}
+    values |= {"strategy": strategy, "backward_strategy": backward}
+    return {**values, **_values(costs, usage)}, costs

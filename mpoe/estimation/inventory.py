@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -46,10 +47,6 @@ class Layer:
     def model_size(self) -> int:
         return self.matrices[0].rows
 
-    @property
-    def elements(self) -> int:
-        return sum(matrix.elements for matrix in self.matrices)
-
 
 @dataclass(frozen=True)
 class Inventory:
@@ -83,7 +80,7 @@ class Inventory:
     @property
     def ffn_elements(self) -> int:
         """Weights of the layers that would be converted."""
-        return sum(layer.elements for layer in self.layers)
+        return sum(matrix.elements for layer in self.layers for matrix in layer.matrices)
 
     def values(self) -> dict[str, Any]:
         """For JSON."""
@@ -95,10 +92,10 @@ class Inventory:
 # configurations; everything else is the default of the model's Hugging Face configuration class.
 
 
-def _t5(d_model: int, d_ff: int, num_layers: int, num_heads: int, d_kv: int = 64) -> dict[str, Any]:
+def _t5(d_model: int, d_ff: int, num_layers: int, num_heads: int, **more: Any) -> dict[str, Any]:
     """Raffel et al., JMLR 2020, section 3.2 and 3.7: ReLU, embeddings tied to the head."""
-    sizes = {"d_model": d_model, "d_ff": d_ff, "d_kv": d_kv, "num_layers": num_layers, "num_heads": num_heads}
-    return {"model_type": "t5", "vocab_size": 32128, **sizes}
+    sizes = {"d_model": d_model, "d_ff": d_ff, "d_kv": 64, "num_layers": num_layers, "num_heads": num_heads}
+    return {"model_type": "t5", "vocab_size": 32128, **sizes, **more}
 
 
 def _gpt2(n_embd: int, n_layer: int, n_head: int) -> dict[str, Any]:
@@ -112,50 +109,31 @@ def _bert(hidden_size: int, num_layers: int, num_heads: int, vocab_size: int = 3
     return {"model_type": "bert", "vocab_size": vocab_size, "num_attention_heads": num_heads, **sizes}
 
 
-_GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}  # of T5 v1.1 and Flan
-_V1_1 = {
-    "small": {**_t5(512, 1024, 8, 6), **_GATED},
-    "base": {**_t5(768, 2048, 12, 12), **_GATED},
-    "large": {**_t5(1024, 2816, 24, 16), **_GATED},
-    "xl": {**_t5(2048, 5120, 24, 32), **_GATED},
-    "xxl": {**_t5(4096, 10240, 24, 64), **_GATED},
-}
+_V1_1 = {"small": (512, 1024, 8, 6), "base": (768, 2048, 12, 12), "large": (1024, 2816, 24, 16)}
+_V1_1 |= {"xl": (2048, 5120, 24, 32), "xxl": (4096, 10240, 24, 64)}
+_GATED: dict[str, Any] = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}  # of T5 v1.1 and Flan
 KNOWN_SIZES: dict[str, dict[str, Any]] = {
     "t5-small": _t5(512, 2048, 6, 8),
     "t5-base": _t5(768, 3072, 12, 12),
     "t5-large": _t5(1024, 4096, 24, 16),
     "t5-3b": _t5(1024, 16384, 24, 32, d_kv=128),
     "t5-11b": _t5(1024, 65536, 24, 128, d_kv=128),
-    **{f"t5-v1_1-{size}": values for size, values in _V1_1.items()},
-    **{f"flan-t5-{size}": values for size, values in _V1_1.items()},
+    **{f"{kind}-{name}": _t5(*sizes, **_GATED) for kind in ("t5-v1_1", "flan-t5") for name, sizes in _V1_1.items()},
     "gpt2": _gpt2(768, 12, 12),
     "gpt2-medium": _gpt2(1024, 24, 16),
     "gpt2-large": _gpt2(1280, 36, 20),
     "gpt2-xl": _gpt2(1600, 48, 25),
-    "bert-base-uncased": _bert(768, 12, 12),
-    "bert-large-uncased": _bert(1024, 24, 16),
     "bert-base-cased": _bert(768, 12, 12, 28996),
     "bert-large-cased": _bert(1024, 24, 16, 28996),
-    "bert-base": _bert(768, 12, 12),
-    "bert-large": _bert(1024, 24, 16),
+    **{f"bert-base{case}": _bert(768, 12, 12) for case in ("", "-uncased")},
+    **{f"bert-large{case}": _bert(1024, 24, 16) for case in ("", "-uncased")},
 }
 # Hub organisations whose models of these names are exactly these sizes.
 ORGANISATIONS = ("", "google", "google-t5", "google-bert", "openai-community")
 
 
-def _cached_values(name: str) -> dict[str, Any] | None:
-    """Configuration of a previously downloaded hub model; never uses the network."""
-    from transformers import PreTrainedConfig
-
-    try:
-        values, _ = PreTrainedConfig.get_config_dict(name, local_files_only=True)
-    except (OSError, ValueError):
-        return None
-    return values or None
-
-
 def read_values(name: str) -> tuple[dict[str, Any], str]:
-    """Configuration values of a model and where they came from.
+    """Configuration values of a model and where they came from; the network is never used.
 
     Args:
         name: a folder with a ``config.json``, a ``.json`` file, a well-known size (``t5-11b``,
@@ -164,25 +142,25 @@ def read_values(name: str) -> tuple[dict[str, Any], str]:
     Raises:
         ValueError: nothing of that name; the message suggests the closest known ones.
     """
+    from transformers import PreTrainedConfig
+
     if not name:
         raise ValueError("model must be a folder, a config.json or a well-known size; got an empty name")
     path = Path(name)
-    if path.is_dir():
-        file = path / "config.json"
-        if not file.is_file():
-            raise ValueError(f"model: {path} holds no config.json, so it is not a saved model")
+    file = path / "config.json" if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        raise ValueError(f"model: {path} holds no config.json, so it is not a saved model")
+    if file.is_file():
         return read_mapping(file, "configuration"), str(file)
-    if path.is_file():
-        return read_mapping(path, "configuration"), str(path)
     organisation, _, last = name.lower().rpartition("/")
     if organisation in ORGANISATIONS and last in KNOWN_SIZES:  # t5-base and google-t5/T5-Base name the same
         return dict(KNOWN_SIZES[last]), "published sizes"
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".json")
-    cached = None if looks_local else _cached_values(name)
-    if cached is not None:
-        return cached, "the local hub cache"
-    if looks_local:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".json"):
         raise ValueError(f"model: no such file or folder: {name}")
+    with contextlib.suppress(OSError, ValueError):
+        values, _ = PreTrainedConfig.get_config_dict(name, local_files_only=True)
+        if values:
+            return values, "the local hub cache"
     close = get_close_matches(last, KNOWN_SIZES, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
     raise ValueError(

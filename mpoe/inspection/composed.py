@@ -70,13 +70,6 @@ def token_losses(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
     return torch.cat(found)
 
 
-@torch.inference_mode()
-def _shares(mixture: Any, batches: Batches) -> list[float]:
-    """Of the choices of all routers, by expert."""
-    loads = torch.stack([mixture(**batch).expert_load.sum(0) for batch in batches]).sum(0)
-    return [float(share) for share in loads / loads.sum()]
-
-
 def composed_worth(mixture: Any, classes: Sequence[Statistics], batches: Batches) -> Worth:
     """Compare a composed mixture with each of its experts alone and with the mixtures that lack one.
 
@@ -96,6 +89,8 @@ def composed_worth(mixture: Any, classes: Sequence[Statistics], batches: Batches
             f"statistics are of {len(classes)}"
         )
     own = token_losses(mixture, batches)
+    with torch.inference_mode():
+        loads = torch.stack([mixture(**batch).expert_load.sum(0) for batch in batches]).sum(0)
     alone, removed = [], []
     for number in range(len(names)):
         with forced(mixture, number):
@@ -109,7 +104,7 @@ def composed_worth(mixture: Any, classes: Sequence[Statistics], batches: Batches
         len(own),
         float(own.mean()),
         float(best.values.mean()),
-        _shares(mixture, batches),
+        (loads / loads.sum()).tolist(),
         [float(each.mean()) for each in alone],
         removed,
         best.indices.tolist(),

@@ -41,21 +41,18 @@ def parameter_growth(model: nn.Module, experts: Sequence[int] = EXPERTS) -> Grow
     layers = [module for module in model.modules() if isinstance(module, RoutedFeedForward)]
     if not layers:
         raise ValueError(f"parameter_growth needs a model with mixtures of experts; {type(model).__name__} has none")
-    own = layers[0].num_experts
-    grouped = [layer for layer in layers if isinstance(layer, MPOEFeedForward)]
-    kept = [layer for layer in layers if isinstance(layer, KeptFeedForward)]
-    projections = [projection for layer in grouped for projection in layer.experts.projections().values()]
-    full = sum(projection.in_features * projection.out_features for projection in projections)
-    full += sum(weight.numel() for layer in kept for weight in layer.dense_parameters().values())
+    own, cores, full, auxiliary = layers[0].num_experts, False, 0, 0
+    for layer in layers:
+        if isinstance(layer, KeptFeedForward):
+            cores, auxiliary = True, auxiliary + layer.own_parameters() // own
+            full += sum(weight.numel() for weight in layer.dense_parameters().values())
+        elif isinstance(layer, MPOEFeedForward):
+            for projection in layer.experts.projections().values():
+                full += projection.in_features * projection.out_features
+                if isinstance(projection, MPOCores):
+                    cores, auxiliary = True, auxiliary + sum(core.numel() for core in projection.auxiliary) // own
     router = sum(layer.router.in_features for layer in layers if layer.router is not None)
-    cores = [projection for projection in projections if isinstance(projection, MPOCores)]
-    auxiliary = sum(core.numel() for chain in cores for core in chain.auxiliary) // own
-    auxiliary += sum(layer.own_parameters() for layer in kept) // own
-    report = parameter_report(model)
-    counts = sorted({*experts, own})
-    return Growth(
-        counts,
-        [report["total"] + (count - own) * (auxiliary + router) for count in counts] if cores or kept else [],
-        [report["switch_total"] + (count - own) * (full + router) for count in counts],
-        report["dense_total"],
-    )
+    report, counts = parameter_report(model), sorted({*experts, own})
+    mpoe = [report["total"] + (count - own) * (auxiliary + router) for count in counts] if cores else []
+    switch = [report["switch_total"] + (count - own) * (full + router) for count in counts]
+    return Growth(counts, mpoe, switch, report["dense_total"])

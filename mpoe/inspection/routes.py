@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mpoe.models.report import routed_layers
 
@@ -58,22 +57,17 @@ def route_text(model: Any, tokenizer: Any, text: str, max_new_tokens: int = 24) 
         own = [k for k, (_, layer) in enumerate(layers) if layer.stream == stream]
         if not own:
             continue
-        top = [_best(logits[k], layers[k][1].router.top_k) for k in own]  # type: ignore[union-attr]
+        best = [torch.softmax(logits[k].float(), -1).topk(layers[k][1].router.top_k) for k in own]  # type: ignore[union-attr]
         found.append(
             Route(
                 stream,
                 [_as_text(tokenizer, token) for token in stream_ids.tolist()],
                 [layers[k][0] for k in own],
-                [index.tolist() for index, _ in top],
-                [probability.tolist() for _, probability in top],
+                [each.indices.tolist() for each in best],
+                [each.values.tolist() for each in best],
             )
         )
     return found
-
-
-def _best(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    probability, index = torch.softmax(logits.float(), -1).topk(top_k, -1)
-    return index, probability
 
 
 def _as_text(tokenizer: Any, token: int) -> str:

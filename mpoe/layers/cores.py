@@ -39,7 +39,6 @@ class MPOCores(FromInitialValues):
         central_masked: while True (the gradient mask), `blocks` returns the central core detached, so its gradient is
             not even computed.
         rate_ratios: RMS(core) / RMS(weight) for every core in chain order; per-core learning rates use it.
-        local_errors: for every inner bond, the truncation error of the last `load_weight_`; empty before.
     """
 
     def __init__(
@@ -60,7 +59,6 @@ class MPOCores(FromInitialValues):
         check_placement(device, dtype)
         self.shape, self.num_experts, self.init_std = shape, num_experts, init_std
         self.central_masked = False
-        self.local_errors: tuple[float, ...] = ()
         self.rate_ratios = self._expected_rate_ratios()
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.central = nn.Parameter(torch.empty(shape.core_shapes[shape.central], **options))
@@ -168,7 +166,6 @@ class MPOCores(FromInitialValues):
         work = work if work.dtype == torch.float64 else work.float()
         result = decompose_with_errors(work, self.shape, gauge)
         self.set_cores_(result.cores)
-        self.local_errors = result.local_errors
         self.rate_ratios = rate_ratios(result.cores, work)
         return result
 
@@ -184,7 +181,6 @@ class MPOCores(FromInitialValues):
         """
         result = decompose_shared(weights, self.shape)
         self.set_cores_(result.cores)
-        self.local_errors = result.local_errors
         self.rate_ratios = rate_ratios(result.cores, weights)
         return result
 

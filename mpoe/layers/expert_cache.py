@@ -9,15 +9,18 @@ trace). Modules hold none of it, so copies and pickles do not either.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import lru_cache
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mpoe.layers.cores import MPOCores
-from mpoe_kernels import MPOBlocks, MPOShape, expert_weights, plan_contraction
+from mpoe_kernels import MPOBlocks, MPOShape, Routing, expert_weights, plan_contraction
+from mpoe_kernels.mixture import Slots
 
 # Full weights are used if the cores need more than WORTH times as many FLOPs as the full weights' product and the
 # reading of these, which counts as READ FLOPs for each number. Less does not justify the memory; separable shapes never
@@ -49,17 +52,11 @@ def full_weights_pay(shapes: tuple[MPOShape, ...], experts: int, slots: int, dty
     return by_cores > WORTH * (2 * slots + READ * experts) * elements
 
 
-def _full_weight(blocks: MPOBlocks, expert: int, dtype: torch.dtype) -> Tensor:
-    """``W_e [I, F]``, rounded to ``dtype`` once, contiguous along its longer axis.
-
-    Products with one row then read it in long runs.
-    """
-    # Half precision rebuilds in float32: a half-precision intermediate would be rounded twice.
+def _full_weight(blocks: MPOBlocks, expert: int) -> Tensor:
+    """``W_e [I, F]``, in float32 for half precision, in which an intermediate would be rounded twice."""
     work = torch.promote_types(blocks.central.dtype, torch.float32)
     left, central, right = (block.to(work) for block in (blocks.left[[expert]], blocks.central, blocks.right[[expert]]))
-    own = MPOBlocks(left, central, right, blocks.in_features, blocks.out_features)
-    weight = expert_weights(own)[0].to(dtype)
-    return weight.contiguous() if own.in_features <= own.out_features else weight.t().contiguous().t()
+    return expert_weights(MPOBlocks(left, central, right, blocks.in_features, blocks.out_features))[0]
 
 
 def _own_bytes(blocks: Mapping[str, MPOBlocks], cores: Sequence[Tensor]) -> int:
@@ -69,8 +66,16 @@ def _own_bytes(blocks: Mapping[str, MPOBlocks], cores: Sequence[Tensor]) -> int:
     return sum(side.nbytes for side in sides if side.untyped_storage().data_ptr() not in views)
 
 
+def _no_weights(cores: MPOCores, dtype: torch.dtype) -> Tensor:
+    """Room for ``[E, I, F]``, contiguous along the longer axis: products with one row then read it in long runs."""
+    experts, rows, columns = cores.num_experts, cores.in_features, cores.out_features
+    if rows <= columns:
+        return torch.zeros(experts, rows, columns, dtype=dtype)
+    return torch.zeros(experts, columns, rows, dtype=dtype).mT
+
+
 class KeptExperts:
-    """What a cache keeps of one layer: its blocks, and full weights for all its experts or for none.
+    """What a cache keeps of one layer: its blocks, and dense experts for all its experts or for none.
 
     A mixed pass, with full weights for some experts and cores for the rest, takes longer than one with only cores. Room
     for all of them is reserved at once; each is built when it is first needed.
@@ -79,44 +84,58 @@ class KeptExperts:
         blocks: the folded chains, by kind of projection.
     """
 
-    def __init__(self, cache: ExpertCache, blocks: Mapping[str, MPOBlocks]) -> None:
-        self._cache, self.blocks = cache, blocks
+    def __init__(self, cache: ExpertCache, layer: Any, blocks: Mapping[str, MPOBlocks]) -> None:
+        self._cache, self._layer, self.blocks = cache, layer, blocks
         self._passes, self._is_refused = 0, False
-        self._dtype: torch.dtype | None = None
-        self._full: dict[int, dict[str, Tensor]] = {}
+        self._dense: Any = None
+        self._built: set[int] = set()
 
-    def refuses(self, dtype: torch.dtype) -> bool:
-        """Whether it is already known that there will be no full weights in ``dtype``."""
-        return self._is_refused or self._dtype not in (None, dtype)
-
-    def has_room(self, dtype: torch.dtype) -> bool:
-        """Whether full weights in ``dtype`` are kept; decided once, after `PATIENCE` passes that asked."""
-        if self._dtype is None and not self._is_refused:
+    def has_dense(self, slots: int, dtype: torch.dtype) -> bool:
+        """Whether a pass with so many slots in ``dtype`` has dense experts; decided once, after `PATIENCE` passes in
+        which they pay."""
+        if self._is_refused or not self._layer.full_weights_pay(slots, dtype):
+            return False
+        if self._dense is None:
             self._passes += 1
             if self._passes <= PATIENCE:
                 return False
             elements = sum(chain.in_features * chain.out_features * len(chain.left) for chain in self.blocks.values())
-            if self._cache.reserves(elements * dtype.itemsize):
-                self._dtype = dtype
-            else:
-                self._is_refused = True
-        return self._dtype == dtype
+            self._is_refused = not self._cache.reserves(elements * dtype.itemsize)
+            if self._is_refused:
+                return False
+            self._dense = self._layer.as_dense(lambda cores: _no_weights(cores, dtype))
+        return bool(self._dense.dtype == dtype)
 
-    def weights(self, expert: int) -> dict[str, Tensor]:
-        """An expert's weights ``[I, F]`` by kind of projection, after `has_room`; built at the first call."""
-        full = self._full.get(expert)
-        if full is None:
-            assert self._dtype is not None, "has_room was asked"
-            dtype = self._dtype
-            with torch.autocast("cpu", enabled=False):
-                full = {kind: _full_weight(chain, expert, dtype) for kind, chain in self.blocks.items()}
-            self._full[expert] = full
-        return full
+    def rows(self, x: Tensor, slots: Routing | Slots) -> Tensor:
+        """Rows ``[N, I]`` of tokens ``x [T, I]`` in slot order, after `has_dense`.
+
+        One expert after the other: a grouped product would read the weights of all.
+        """
+        dense, tokens = self._dense, slots.token_of_slot
+        x = x.to(dense.dtype)
+        y = x.new_zeros(len(tokens), x.shape[1])
+        with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
+            for expert, (start, stop) in enumerate(pairwise(slots.expert_offsets.tolist())):
+                if start == stop:
+                    continue
+                if expert not in self._built:
+                    self._build(expert)
+                rows: Tensor = dense.expert(expert, x[tokens[start:stop]])
+                if len(rows) == len(y):
+                    return rows
+                y[start:stop] = rows
+        return y
+
+    @torch.no_grad()
+    def _build(self, expert: int) -> None:
+        for kind, chain in self.blocks.items():
+            self._dense.projections()[kind].weight[expert] = _full_weight(chain, expert)
+        self._built.add(expert)
 
     @property
     def built(self) -> int:
-        """Number of experts whose full weights are kept."""
-        return len(self._full)
+        """Number of experts whose full weights are there."""
+        return len(self._built)
 
 
 class ExpertCache:
@@ -153,20 +172,21 @@ class ExpertCache:
         self.reserved += wanted if fits else 0
         return fits
 
-    def of(self, layer: nn.Module, projections: Mapping[str, MPOCores]) -> KeptExperts | None:
-        """What is kept of a layer; None if it is not served, or without room for its blocks."""
+    def of(self, layer: Any) -> KeptExperts | None:
+        """What is kept of an `MPOExperts`; None if it is not served, or without room for its blocks."""
         if layer not in self._served:
             return None
         if layer not in self.layers:
-            blocks = {kind: cores.blocks() for kind, cores in projections.items()}
-            cores = [core for each in projections.values() for core in each.cores()]
-            self.layers[layer] = KeptExperts(self, blocks) if self.reserves(_own_bytes(blocks, cores)) else None
+            blocks = {kind: cores.blocks() for kind, cores in layer.projections().items()}
+            cores = [core for each in layer.projections().values() for core in each.cores()]
+            fits = self.reserves(_own_bytes(blocks, cores))
+            self.layers[layer] = KeptExperts(self, layer, blocks) if fits else None
         return self.layers[layer]
 
 
-def kept_experts(layer: nn.Module, projections: Mapping[str, MPOCores]) -> KeptExperts | None:
+def kept_experts(layer: nn.Module) -> KeptExperts | None:
     """What the `generate` of this thread keeps of a layer; compiled graphs and passes with gradients use its cores."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
     cache = _in_use.get()
-    return None if cache is None else cache.of(layer, projections)
+    return None if cache is None else cache.of(layer)

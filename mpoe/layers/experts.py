@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
-from itertools import pairwise
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from mpoe.layers.cores import MPOCores
 from mpoe.layers.dense import ExpertWeights
 from mpoe.layers.expert_cache import KeptExperts, full_weights_pay, kept_experts
 from mpoe.layers.router import RouterOutput, TopKRouter
-from mpoe_kernels import MPOBlocks, MPOShape, Routing, combine, dispatch, mpo_ffn, route
+from mpoe_kernels import MPOShape, Routing, combine, dispatch, mpo_ffn, route
 from mpoe_kernels.mixture import Chains, Rule, Slots, native_combine, native_slots, plain_ffn, routed_ffn
 
 
@@ -93,12 +91,22 @@ class MPOExperts(_Network):
         dtype: torch.dtype = self.up.central.dtype
         return dtype
 
-    def full_weights_may_pay(self, slots: int) -> bool:
-        """Whether full weights need much less work for this many slots, shared by any number of experts."""
-        return any(self._full_weights_pay(n, slots, self.dtype) for n in range(1, min(slots, self.num_experts) + 1))
+    def full_weights_pay(self, slots: int, dtype: torch.dtype) -> bool:
+        """Whether full weights need much less work for this many slots, of as many experts as there may be."""
+        shapes = tuple(cores.shape for cores in self.projections().values())
+        return slots > 0 and full_weights_pay(shapes, min(slots, self.num_experts), slots, dtype)
 
-    def _full_weights_pay(self, experts: int, slots: int, dtype: torch.dtype) -> bool:
-        return full_weights_pay(tuple(cores.shape for cores in self.projections().values()), experts, slots, dtype)
+    def as_dense(self, weight_of: Callable[[MPOCores], Tensor]) -> DenseExperts:
+        """Dense experts with the same biases, and these weights ``[E, in, out]`` of every projection."""
+        size = (self.up.in_features, self.up.out_features, self.num_experts)
+        std = {kind: cores.init_std for kind, cores in self.projections().items()}
+        dense = DenseExperts(*size, self.activation, self.up.bias is not None, self.is_gated, std, device="meta")
+        for kind, cores in self.projections().items():
+            weights: ExpertWeights = dense.projections()[kind]
+            weights.weight = nn.Parameter(weight_of(cores))
+            if cores.bias is not None:
+                weights.bias = nn.Parameter(cores.bias.detach().clone())
+        return dense.train(self.training)
 
     # --------------------------------------------------------------- forward
 
@@ -107,20 +115,20 @@ class MPOExperts(_Network):
 
         ``dropout`` is the rate between the projections; pass it in training only.
         """
-        kept = kept_experts(self, self.projections())
+        kept = kept_experts(self)
         if kept is not None and dropout == 0.0 and x.device.type == "cpu":
             autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
-            rows = self._by_full_weights(kept, torch.get_autocast_dtype("cpu") if autocast else x.dtype, x, routing)
-            if rows is not None:
-                return combine(rows, routing, top_k_weights, backend=self.backend)
-        blocks = self._blocks(kept)
+            dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+            if kept.has_dense(routing.token_of_slot.shape[0], dtype):
+                return combine(kept.rows(x, routing), routing, top_k_weights, backend=self.backend)
+        chains = self._chains(kept)
         return mpo_ffn(
             x,
             routing,
             top_k_weights,
-            blocks["up"],
-            blocks["down"],
-            gate_proj=blocks.get("gate_proj"),
+            chains.up,
+            chains.down,
+            gate_proj=chains.gate,
             up_bias=self.up.bias,
             down_bias=self.down.bias,
             activation=self.activation,
@@ -144,63 +152,29 @@ class MPOExperts(_Network):
             or not router.can_gate_natively(x, token_mask, *tensors)
         ):
             return None
-        kept = kept_experts(self, self.projections())
+        kept = kept_experts(self)
+        has_dense = kept is not None and kept.has_dense(x.shape[0] * router.top_k, x.dtype)
         rule = Rule(router.top_k, router.config.is_scale_prob, router.capacity(x.shape[0]))
-        may_use_weights = (
-            kept is not None and not kept.refuses(x.dtype) and self.full_weights_may_pay(x.shape[0] * router.top_k)
-        )
         chains = self._chains(kept)
-        if not (may_use_weights or shows_decision):
-            y = routed_ffn(x, router.weight, rule, chains, token_mask, self.backend)
-            if y is not None:
-                return y, None
+        y = (
+            None
+            if shows_decision or has_dense
+            else routed_ffn(x, router.weight, rule, chains, token_mask, self.backend)
+        )
+        if y is not None:
+            return y, None
         gating, slots = native_slots(x, router.weight, rule, token_mask)
-        rows = self._by_full_weights(kept, x.dtype, x, slots) if may_use_weights and kept is not None else None
-        if rows is not None:
-            y = native_combine(rows, slots, gating.top_k_weights)
+        if has_dense and kept is not None:
+            y = native_combine(kept.rows(x, slots), slots, gating.top_k_weights)
         else:
             y = plain_ffn(x, slots, gating.top_k_weights, chains, self.backend)
         return y, (RouterOutput(*gating), slots)
 
     def _chains(self, kept: KeptExperts | None) -> Chains:
-        blocks = self._blocks(kept)
+        """The folded chains."""
+        blocks = {kind: cores.blocks() for kind, cores in self.projections().items()} if kept is None else kept.blocks
         up, down, gate = blocks["up"], blocks["down"], blocks.get("gate_proj")
         return Chains(up, down, gate, self.up.bias, self.down.bias, self.activation)
-
-    def _blocks(self, kept: KeptExperts | None) -> Mapping[str, MPOBlocks]:
-        """The folded chains by kind."""
-        return {kind: cores.blocks() for kind, cores in self.projections().items()} if kept is None else kept.blocks
-
-    def _by_full_weights(
-        self, kept: KeptExperts, dtype: torch.dtype, x: Tensor, slots: Routing | Slots
-    ) -> Tensor | None:
-        """Rows ``[N, I]`` in slot order, computed with full weights if these pay and all experts' fit; else None."""
-        if kept.refuses(dtype):
-            return None
-        offsets = slots.expert_offsets.tolist()
-        spans = {expert: span for expert, span in enumerate(pairwise(offsets)) if span[1] > span[0]}
-        if not (spans and self._full_weights_pay(len(spans), offsets[-1], dtype) and kept.has_room(dtype)):
-            return None
-        tokens = slots.token_of_slot
-        if len(spans) == 1 and offsets[-1] == tokens.shape[0]:
-            rows = x if x.shape[0] == tokens.shape[0] == 1 else x[tokens]
-            return self._expert(rows.to(dtype), kept.weights(next(iter(spans))))
-        y = x.new_zeros(tokens.shape[0], self.down.out_features, dtype=dtype)
-        for expert, (start, stop) in spans.items():
-            y[start:stop] = self._expert(x[tokens[start:stop]].to(dtype), kept.weights(expert))
-        return y
-
-    def _expert(self, rows: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """One expert on its rows ``[n, I] -> [n, I]``."""
-        act = ACTIVATIONS[self.activation]
-        with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
-            hidden = _affine(rows, weights["up"], self.up.bias)
-            hidden = act(hidden) if self.gate_proj is None else act(rows @ weights["gate_proj"]) * hidden
-            return _affine(hidden, weights["down"], self.down.bias)
-
-
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x @ weight if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
 
 
 class MixtureExperts(MPOExperts):
@@ -274,3 +248,14 @@ class DenseExperts(_Network):
         if dropout > 0.0:
             hidden = nn.functional.dropout(hidden, dropout)
         return combine(self.down(hidden, offsets), routing, top_k_weights)
+
+    def expert(self, number: int, rows: Tensor) -> Tensor:
+        """One expert on its rows ``[n, I] -> [n, I]``."""
+        act, hidden = ACTIVATIONS[self.activation], _affine(rows, self.up, number)
+        hidden = act(hidden) if self.gate_proj is None else act(_affine(rows, self.gate_proj, number)) * hidden
+        return _affine(hidden, self.down, number)
+
+
+def _affine(x: Tensor, weights: ExpertWeights, expert: int) -> Tensor:
+    bias, weight = weights.bias, weights.weight[expert]
+    return x @ weight if bias is None else torch.addmm(bias.to(x.dtype), x, weight)

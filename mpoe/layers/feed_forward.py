@@ -187,11 +187,11 @@ class MPOEFeedForward(RoutedFeedForward):
         if isinstance(config, MPOEConfig) and config.is_hidden:
             from mpoe.layers.hidden import HiddenMixture  # which is made of this class
 
-            options = {"dropout": dropout, "output_dropout": output_dropout, "stream": stream}
-            options |= {"activation": activation, "device": device, "dtype": dtype}
+            options: Any = {"activation": activation, "gated": gated, "bias": bias, "init_std": init_std}
+            options |= {"dropout": dropout, "output_dropout": output_dropout, "stream": stream}
             made: Any = self
             made.__class__ = HiddenMixture
-            made.build(in_features, hidden_features, config, gated, bias, init_std or {}, **options)
+            made.build(in_features, hidden_features, config, device=device, dtype=dtype, **options)
             return
         super().__init__(in_features, hidden_features, config, dropout, output_dropout, stream, device)
         if config.expert_type == "mpo":

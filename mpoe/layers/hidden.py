@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -161,20 +160,15 @@ class HiddenExperts(FromInitialValues):
         )
 
     def routed(
-        self, router: nn.Module, x: Tensor, u: Tensor, u_gate: Tensor | None = None, overwrites: bool = False
+        self, router: TopKRouter, x: Tensor, u: Tensor, u_gate: Tensor | None = None, overwrites: bool = False
     ) -> tuple[Tensor, RouterOutput] | None:
         """Route tokens ``x [T, I]`` and compute their experts; returns the result and the router's decision.
 
-        One native call replaces both forwards. Returns None if either module is observed, or with gradients, autocast,
-        a mesh or another backend. ``overwrites``: nobody needs ``u`` any more, the result may take its place.
+        One native call replaces both forwards, see `RoutedFeedForward.skips_ops`. Returns None with autocast, a mesh or
+        another backend. ``overwrites``: nobody needs ``u`` any more, the result may take its place.
         """
         blocks: dict[str, Any] = self.auxiliary._parameters
-        if (
-            self._mesh is not None
-            or type(router) is not TopKRouter
-            or is_observed(router, self)
-            or not router.can_gate_natively(x, u, u_gate, *blocks.values(), self.bias)
-        ):
+        if self._mesh is not None or not router.can_gate_natively(x, u, u_gate, *blocks.values(), self.bias):
             return None
         raw, activation = router.config.is_scale_prob, ACTIVATIONS[self.activation]
         found = routed(x, router.weight, router.top_k, raw, u, blocks, self.bias, u_gate, activation, overwrites)
@@ -190,39 +184,16 @@ class HiddenFeedForward(KeptFeedForward):
     Only this module's forward is new. If the down projection is in another module (BERT), the result is that
     projection's input.
 
-    Args:
-        config: `MPOEConfig` with ``shape="hidden"``.
-        activation: see `ACTIVATIONS`.
-        others: as in `KeptFeedForward`.
+    Arguments as of `KeptFeedForward`, with ``config.shape="hidden"``.
     """
 
     shape = "hidden"
 
-    def __init__(
-        self,
-        in_features: int,
-        hidden_features: int,
-        config: MPOEConfig,
-        *,
-        names: Mapping[str, str],
-        activation: str = "relu",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **others: Any,
-    ) -> None:
-        super().__init__(in_features, hidden_features, config, names=names, device=device, **others)
-        self.experts = HiddenExperts(
-            hidden_features,
-            config.num_experts,
-            config.hidden_block(hidden_features),
-            config.block_per_group,
-            activation,
-            "gate_proj" in names,
-            config.expert_bias,
-            config.backend,
-            device=device,
-            dtype=dtype,
-        )
+    def new_experts(self, config: MPOEConfig, bias: bool, init_std: float | None, options: dict[str, Any]) -> nn.Module:
+        """`HiddenExperts`."""
+        size = config.hidden_block(self.hidden_features)
+        sizes = (self.hidden_features, config.num_experts, size, config.block_per_group)
+        return HiddenExperts(*sizes, bias=config.expert_bias, **options)
 
     def relative_flops(self, top_k: int) -> float:
         """1 + k b / I."""
@@ -250,7 +221,7 @@ class HiddenFeedForward(KeptFeedForward):
         # Multiply in the same shape as the dense model, so that the result is bit-identical. Nothing holds u while the
         # next product runs, so its memory is reused.
         shaped = hidden_states if token_mask is None else x.view(hidden_states.shape)
-        if token_mask is None and not torch.is_grad_enabled() and not self._drops():
+        if token_mask is None and self.skips_ops(HiddenExperts):
             o = self._routed(x, *self._hidden(shaped))
         else:
             gates, index = self._decision(x, token_mask)
@@ -269,7 +240,7 @@ class HiddenFeedForward(KeptFeedForward):
     def _routed(self, x: Tensor, u: Tensor, u_gate: Tensor | None) -> Tensor:
         """Like `_between`, for tokens ``x [T, I]`` that are not routed yet; without gradients."""
         overwrites = _returns_new_memory(getattr(self, self.names["up"]))
-        found = None if self.router is None else self.experts.routed(self.router, x, u, u_gate, overwrites)
+        found = self.experts.routed(self.router, x, u, u_gate, overwrites)
         if found is None:
             return self._between(u, u_gate, *self._decision(x, None))
         self.record(found[1], None)
@@ -293,17 +264,14 @@ class HiddenFeedForward(KeptFeedForward):
         flat = [None if value is None else value.reshape(-1, value.shape[-1]) for value in (u, u_gate)]
         assert flat[0] is not None
         o = self.experts(flat[0], gates, index, flat[1]).view(u.shape)
-        return nn.functional.dropout(o, self.expert_dropout) if self._drops() else o
-
-    def _drops(self) -> bool:
-        """Whether dropout between the projections is active."""
-        return self.training and self.expert_dropout > 0.0
+        return nn.functional.dropout(o, self.expert_dropout) if self.training and self.expert_dropout else o
 
     @torch.no_grad()
-    def expert_weights(self, kind: str) -> Tensor:
-        """Every expert's full weight ``[E, I, F]`` (``down``: ``[E, F, I]``): for export and inspection."""
+    def expert_weights(self, kind: str, rows: Tensor | None = None) -> Tensor:
+        """Every expert's full weight ``[E, I, F]`` (``down``: ``[E, F, I]``), or what its blocks make of other rows
+        ``[n, F]`` of an up or gate projection: for export and inspection."""
         core = self.experts.auxiliary[{"up": "right", "gate_proj": "right_gate", "down": "left"}[kind]]
-        weight = self.central_weight(kind).to(core.dtype)
+        weight = (self.central_weight(kind) if rows is None else rows).to(core.dtype)
         groups, size = self.hidden_features // self.experts.block_size, self.experts.block_size
         own = core.expand(-1, groups, -1, -1)
         if kind == "down":
@@ -314,24 +282,15 @@ class HiddenFeedForward(KeptFeedForward):
 class HiddenMixture(HiddenFeedForward, MPOEFeedForward):
     """An `MPOEFeedForward` of the shape "hidden": hidden-side experts between projections of its own."""
 
-    def build(
-        self,
-        in_features: int,
-        hidden_features: int,
-        config: MPOEConfig,
-        gated: bool,
-        bias: bool,
-        init_std: Mapping[str, float],
-        **options: Any,
-    ) -> None:
+    def build(self, in_features: int, hidden_features: int, config: MPOEConfig, **options: Any) -> None:
         """Construct it; arguments as of `MPOEFeedForward`."""
-        sizes = sizes_by_kind(in_features, hidden_features, gated)
-        HiddenFeedForward.__init__(
-            self, in_features, hidden_features, config, names={kind: kind for kind in sizes}, **options
-        )
-        placed = {name: options[name] for name in ("device", "dtype")}
-        projections = {k: nn.Linear(*size, bias=bias and k != "gate_proj", **placed) for k, size in sizes.items()}
-        for kind, std in init_std.items():
+        sizes = sizes_by_kind(in_features, hidden_features, options["gated"])
+        names = {kind: kind for kind in sizes}
+        HiddenFeedForward.__init__(self, in_features, hidden_features, config, names=names, **options)
+        placed: dict[str, Any] = {name: options[name] for name in ("device", "dtype")}
+        biased = {kind: options["bias"] and kind != "gate_proj" for kind in sizes}
+        projections = {kind: nn.Linear(*size, bias=biased[kind], **placed) for kind, size in sizes.items()}
+        for kind, std in (options["init_std"] or {}).items():
             nn.init.normal_(projections[kind].weight, std=std)
         self.adopt(projections)
         if config.auxiliary_noise:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ class KeptFeedForward(RoutedFeedForward):
         names: attribute of each projection by kind: ``up``, ``gate_proj`` if gated, ``down``; without those that are in
             another module.
         columns: if two kinds share one projection, which of its outputs belong to each.
-        dropout, output_dropout, stream: as in `MPOEFeedForward`.
+        others: as in `MPOEFeedForward`; ``gated`` also if `names` has a gate.
 
     Attributes:
         shape: name of the shape in `MPOEConfig`.
@@ -40,16 +41,33 @@ class KeptFeedForward(RoutedFeedForward):
         *,
         names: Mapping[str, str],
         columns: Mapping[str, slice] | None = None,
+        activation: str = "relu",
+        gated: bool = False,
+        bias: bool = False,
         dropout: float = 0.0,
         output_dropout: float = 0.0,
         stream: str = "main",
+        init_std: Mapping[str, float] | None = None,
         device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         sizes = (in_features, hidden_features)  # `super` would be another class in a `HiddenMixture`
         RoutedFeedForward.__init__(self, *sizes, config, dropout, output_dropout, stream, device)
         self.names, self.columns = dict(names), dict(columns or {})
         self._projections: dict[str, nn.Module] = {}
         self._central_masked = False
+        options = {"activation": activation, "gated": gated or "gate_proj" in names, "backend": config.backend}
+        options |= {"device": device, "dtype": dtype}
+        self.experts = self.new_experts(config, bias, (init_std or {}).get("up"), options)
+
+    def new_experts(self, config: MPOEConfig, bias: bool, init_std: float | None, options: dict[str, Any]) -> nn.Module:
+        """Experts for a network of these sizes, whose projections have biases or not.
+
+        Args:
+            init_std: of the dense neurons' weights, if it is known.
+            options: arguments of the constructors of all experts.
+        """
+        raise NotImplementedError
 
     def adopt(self, projections: Mapping[str, nn.Module]) -> None:
         """Take over the dense projections, by kind; those that are not in `names` stay where they are."""

@@ -15,7 +15,8 @@ def float32_logits(x: Tensor, weight: Tensor, backend: str | None = None) -> Ten
     """``x [T, I] weight^T [I, E]`` in float32 arithmetic, ``[T, E]``, whatever the dtypes.
 
     The backward saves x itself instead of a float32 copy. The forward makes no copy either on a GPU, where products of
-    two 16-bit numbers are exact in float32, in which tensor cores accumulate them, nor in the native kernels.
+    two 16-bit numbers are exact in float32, in which tensor cores accumulate them, nor in the native kernels; nor does
+    the backward on a GPU for bfloat16.
     ``backend``: name of a kernel backend, or ``None``.
     """
     if x.dtype == torch.float32:
@@ -26,10 +27,14 @@ def float32_logits(x: Tensor, weight: Tensor, backend: str | None = None) -> Ten
     return _logits(x, weight, backend)
 
 
+def _on_gpu(x: Tensor) -> bool:
+    return x.device.type == "cuda"
+
+
 def _logits(x: Tensor, weight: Tensor, backend: str | None) -> Tensor:
     if can_route_natively(x, weight, backend):
         return native_logits(x, weight)
-    logits = logits_of_low_precision(x, weight) if x.device.type == "cuda" else None
+    logits = logits_of_low_precision(x, weight) if _on_gpu(x) else None
     return F.linear(x.float(), weight.float()) if logits is None else logits
 
 
@@ -70,5 +75,9 @@ class _Logits(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         need_x, need_weight, _ = ctx.needs_input_grad
         dx = (grad @ weight.float()).to(x.dtype) if need_x else None
-        dweight = (grad.t() @ x.float()).to(weight.dtype) if need_weight else None
-        return dx, dweight, None
+        if not need_weight:
+            return dx, None, None
+        if _on_gpu(x) and x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+            parts = torch.bmm(bfloat16_parts(grad).mT, x.expand(3, *x.shape), out_dtype=torch.float32)
+            return dx, parts.sum(0).to(weight.dtype), None
+        return dx, (grad.t() @ x.float()).to(weight.dtype), None

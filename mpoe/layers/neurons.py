@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -154,26 +155,14 @@ class NeuronExperts(FromInitialValues):
     @torch.no_grad()
     def merged(self) -> NeuronExperts:
         """The same experts without a latent size: ``a_e <- P a_e``, ``b_e <- b_e Q``, exact up to rounding."""
-        size = (self.in_features, self.num_experts, self.neurons, None, self.activation)
-        whole = NeuronExperts(
-            *size,
-            self.gate_proj is not None,
-            self.bias is not None,
-            self.backend,
-            init_std=self.init_std,
-            device=self.down.device,
-            dtype=self.dtype,
-        )
-        own = dict(self.named_parameters())
-        for name, parameter in whole.named_parameters():
-            value = own[name]
-            if name in ("up", "gate_proj") and self.latent_in is not None:
-                value = value @ self.latent_in.t()  # type: ignore[assignment]
-            elif name == "down" and self.latent_out is not None:
-                value = value @ self.latent_out  # type: ignore[assignment]
-            parameter.copy_(value)
-            parameter.requires_grad_(own[name].requires_grad)
-        return whole.train(self.training)
+        whole = copy.deepcopy(self)
+        if self.latent_in is not None and self.latent_out is not None:
+            sides = {"up": self.latent_in.t(), "gate_proj": self.latent_in.t(), "down": self.latent_out}
+            for name, side in sides.items():
+                own: nn.Parameter | None = getattr(self, name)
+                setattr(whole, name, None if own is None else nn.Parameter(own @ side, own.requires_grad))
+            whole.latent = whole.latent_in = whole.latent_out = None
+        return whole
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, neurons={self.neurons}, latent={self.latent}"
@@ -186,62 +175,28 @@ class NeuronFeedForward(KeptFeedForward):
     attributes. Its forward is still the dense module's, so whatever works on that works here.
 
     Args:
-        config: `MPOEConfig` with ``shape="neurons"``.
-        activation: see `ACTIVATIONS`.
-        bias: the experts have biases.
         adds_input: the dense module is not the network itself but the one that ends it, called with its input too, and
             adds that (BERT): ``forward(hidden, x)``.
-        init_std: see `NeuronExperts`.
-        others: as in `KeptFeedForward`; ``output_dropout``: of the dense module's result.
+        dropout: not used, as the dense network applies its own.
+        output_dropout: of the dense module's result.
+        others: as in `KeptFeedForward`, with ``config.shape="neurons"``.
     """
 
     shape = "neurons"
     dense_class: type[nn.Module] | None = None
 
     def __init__(
-        self,
-        in_features: int,
-        hidden_features: int,
-        config: MPOEConfig,
-        *,
-        names: Mapping[str, str],
-        columns: Mapping[str, slice] | None = None,
-        activation: str = "relu",
-        gated: bool = False,
-        bias: bool = False,
-        adds_input: bool = False,
-        output_dropout: float = 0.0,
-        stream: str = "main",
-        init_std: float | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, *others: Any, adds_input: bool = False, dropout: float = 0.0, output_dropout: float = 0.0, **options: Any
     ) -> None:
-        super().__init__(
-            in_features,
-            hidden_features,
-            config,
-            names=names,
-            columns=columns,
-            dropout=0.0,  # the dense network applies its own
-            output_dropout=0.0,
-            stream=stream,
-            device=device,
-        )
+        super().__init__(*others, **options)
         del self.dropout  # the dense module's may have this name
         self.output_dropout, self.adds_input = output_dropout, adds_input
-        self.experts = NeuronExperts(
-            in_features,
-            config.num_experts,
-            config.neurons,  # type: ignore[arg-type]  # settled at construction
-            config.latent,
-            activation,
-            gated,
-            bias or config.expert_bias,
-            config.backend,
-            init_std=init_std,
-            device=device,
-            dtype=dtype,
-        )
+
+    def new_experts(self, config: MPOEConfig, bias: bool, init_std: float | None, options: dict[str, Any]) -> nn.Module:
+        """`NeuronExperts`."""
+        assert config.neurons is not None  # settled at construction
+        sizes = (self.in_features, config.num_experts, config.neurons, config.latent)
+        return NeuronExperts(*sizes, bias=bias or config.expert_bias, init_std=init_std, **options)
 
     def around(self, dense: nn.Module, projections: Mapping[str, nn.Module]) -> None:
         """Become ``dense``, with the experts added. It must not be used any more.

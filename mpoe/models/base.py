@@ -7,10 +7,10 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mpoe.config import MPOEConfig
@@ -88,14 +88,7 @@ def auxiliary_loss(records: list[RouterRecord], balance_weight: float, z_weight:
     return total
 
 
-# For the type checker the mixin is a model; at run time it is a plain class before the dense class in the bases.
-if TYPE_CHECKING:
-    _Model = PreTrainedModel
-else:
-    _Model = object
-
-
-class MPOEModelMixin(OthersMixin, _Model):
+class MPOEModelMixin(OthersMixin):
     """Mixture-of-experts part of a model; put it before the dense class in the bases."""
 
     # Set for every class by `mpoe.models.classes`.
@@ -214,6 +207,10 @@ class MPOEModelMixin(OthersMixin, _Model):
         Labels are not used here: a causal model's prompt has labels of -100 but is not padding.
         """
         return {"main": last_tokens(kwargs.get("attention_mask"), kwargs, "input_ids", "inputs_embeds")}
+
+    def generation_masks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor | None]:
+        """Token masks ``[B, S]`` by stream of what `generate` runs apart from the model's forward."""
+        return {}
 
     def _routed_forward(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The dense parent's ``forward`` inside a routing context, with the auxiliary loss added."""
@@ -339,11 +336,11 @@ class MPOEModelMixin(OthersMixin, _Model):
         Raises:
             ValueError: a model without MPO weights.
         """
-        self._set_central(False)
+        self._set_parts("central", False)
 
     def unfreeze_central(self) -> None:
         """Train the central cores again; raises the errors of `freeze_central`."""
-        self._set_central(True)
+        self._set_parts("central", True)
 
     def freeze_router(self, frozen: bool = True) -> None:
         """Stop training the routers; ``False`` trains them again.
@@ -361,18 +358,18 @@ class MPOEModelMixin(OthersMixin, _Model):
         """
         self._set_parts("experts", not frozen)
 
-    def _set_parts(self, part: str, trained: bool) -> None:
+    def _parts(self, part: str) -> list[nn.Module | nn.Parameter]:
+        """What is central, the routers or the experts."""
+        if part == "central":
+            modules: list[Any] = [*(cores for _, cores in mpo_modules(self)), *kept_modules(self).values()]
+            return [weight for module in modules for weight in module.central_parameters().values()]
         layers = [module for module in self.modules() if isinstance(module, RoutedFeedForward)]
-        parts = [found for layer in layers if (found := getattr(layer, part)) is not None]
-        if not parts:
-            raise ValueError(f"there is no {part} to freeze: {type(self).__name__} has none")
-        for found in parts:
-            found.requires_grad_(trained)
+        return [found for layer in layers if (found := getattr(layer, part)) is not None]
 
-    def _set_central(self, trained: bool) -> None:
-        modules: list[Any] = [*(cores for _, cores in mpo_modules(self)), *kept_modules(self).values()]
-        if not modules:
-            raise ValueError(f"there are no central cores to freeze: {type(self).__name__} has no MPO weights")
-        for cores in modules:
-            for weight in cores.central_parameters().values():
-                weight.requires_grad_(trained)
+    def _set_parts(self, part: str, trained: bool) -> None:
+        found = self._parts(part)
+        if not found:
+            missing = "are no central cores" if part == "central" else f"is no {part}"
+            raise ValueError(f"there {missing} to freeze: {type(self).__name__} has none")
+        for each in found:
+            each.requires_grad_(trained)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mpoe.config import MPOEConfig
+from mpoe.layers.cores import MPOCores
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.classes import class_named
-from mpoe.models.convert import adopt_class, one_at_a_time
-from mpoe.models.find import find_sites
+from mpoe.models.convert import one_at_a_time
 from mpoe.models.report import mpo_modules
-from mpoe.models.sites import install_empty
 from mpoe.models.table import MODEL_TYPES, TABLE
 from mpoe.models.weight_files import (
     BASE_FILE,
     ONLY_FILE,
-    check_floating,
     check_repeats,
     check_shapes,
     declared_shapes,
@@ -70,18 +67,6 @@ def parsed_mpoe(values: dict[str, Any], folder: Path) -> MPOEConfig:
         raise ValueError(f"{folder / 'config.json'} must hold a valid field 'mpoe'; {error}") from error
 
 
-def _check_whole(folder: Path, values: dict[str, Any], cls: type[Any]) -> None:
-    """Refuse a folder whose weights are damaged or do not match its configuration, before memory is allocated."""
-    files = weight_files(folder)
-    shapes = declared_shapes(files)
-    check_repeats(values, shapes, folder / "config.json")
-    parsed_mpoe(values, folder)
-    with _refusing(folder, cls), torch.device("meta"):
-        skeleton = cls(cls.config_class.from_dict(values))
-    check_shapes(skeleton, shapes, folder)
-    check_floating(skeleton, files)
-
-
 @contextlib.contextmanager
 def _refusing(folder: Path, cls: type[Any]) -> Iterator[None]:
     """Turn any error that Transformers' constructors raise on unchecked fields into a ValueError."""
@@ -97,10 +82,12 @@ def _refusing(folder: Path, cls: type[Any]) -> Iterator[None]:
 def load_mpoe(path: str | Path, base: Any = None, **kwargs: Any) -> Any:
     """Load a model saved with ``save_pretrained``, or MPOE parameters saved with `save_mpoe_only`.
 
+    A folder whose weights are damaged or do not match its configuration is refused before memory is allocated.
+
     Args:
         path: folder. Only safetensors and JSON are read.
         base: for MPOE-only saves, the dense model they were made from (or its folder).
-        kwargs: passed to ``from_pretrained``, e.g. ``dtype``; MPOE-only saves take ``dtype`` alone.
+        kwargs: passed to ``from_pretrained``, e.g. ``dtype``.
 
     Returns:
         A model of the saved class, in eval mode.
@@ -114,29 +101,43 @@ def load_mpoe(path: str | Path, base: Any = None, **kwargs: Any) -> Any:
         raise TypeError(f"path must be the folder of a saved model; got {type(path).__name__} {path!r}")
     folder = Path(path)
     values, cls = read_mpoe_config(folder)
-    if (folder / ONLY_FILE).is_file():
-        unknown = sorted(set(kwargs) - {"dtype"})
-        if unknown:
-            raise ValueError(f"{folder} holds MPOE parameters only; load_mpoe takes dtype for it, got {unknown}")
-        model = _load_only(folder, values, cls, base)
-        return model.to(kwargs["dtype"]) if kwargs.get("dtype") is not None else model
-    if base is not None:
+    is_only = (folder / ONLY_FILE).is_file()
+    if base is not None and not is_only:
         raise ValueError(f"base is for MPOE-only saves; {folder} holds a whole model")
-    _check_whole(folder, values, cls)
+    files = [folder / ONLY_FILE] if is_only else weight_files(folder)
+    theirs, digest = _base_of(folder, cls, base) if is_only else ({}, "")
+    shapes = declared_shapes(files)
+    check_repeats(values, len(shapes) + len(theirs), folder / "config.json")
+    mpoe = parsed_mpoe(values, folder)
+    with _refusing(folder, cls), torch.device("meta"):
+        skeleton = cls(cls.config_class.from_dict(values))
+    if is_only:
+        given = _joined(skeleton, files, theirs, digest)
+        set_rate_ratios(dict(mpo_modules(skeleton)), mpoe.rate_ratios, folder)
+        config = cls.config_class.from_dict(values)
+        source: dict[str, Any] = {"pretrained_model_name_or_path": None, "config": config, "state_dict": given}
+    else:
+        check_shapes(skeleton, shapes, folder)
+        declared_shapes(files, skeleton)
+        source = {"pretrained_model_name_or_path": folder, "use_safetensors": True}
     with _refusing(folder, cls):
-        model, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **kwargs)
+        model, info = cls.from_pretrained(**source, output_loading_info=True, **kwargs)
+    labels = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "of another shape"}
     problems = [
-        f"{label}: {', '.join(map(str, sorted(info[key])[:5]))}"
-        for key, label in (
-            ("missing_keys", "missing"),
-            ("unexpected_keys", "unexpected"),
-            ("mismatched_keys", "of another shape"),
-        )
-        if info.get(key)
+        f"{label}: {', '.join(map(str, sorted(info[key])[:5]))}" for key, label in labels.items() if info.get(key)
     ]
     if problems:
         raise ValueError(f"the weights in {folder} must match its config.json; {'; '.join(problems)}")
     return model
+
+
+def set_rate_ratios(modules: Mapping[str, MPOCores], ratios: Mapping[str, Any], folder: Path) -> None:
+    """Give MPO weights the rate ratios that a folder's configuration has under their names; ValueError without them."""
+    for name, cores in modules.items():
+        if len(ratios.get(name, ())) != len(cores.rate_ratios):
+            raise ValueError(f"rate_ratios in {folder / 'config.json'} must have one number for every core of {name}")
+    for name, cores in modules.items():
+        cores.rate_ratios = tuple(ratios[name])
 
 
 # ------------------------------------------------------------- MPOE-only saves
@@ -145,10 +146,6 @@ def load_mpoe(path: str | Path, base: Any = None, **kwargs: Any) -> Any:
 def _is_mpoe(name: str) -> bool:
     parts = name.split(".")
     return "experts" in parts or "router" in parts or "cores" in parts
-
-
-def _own(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in model.state_dict().items() if _is_mpoe(name)}
 
 
 def _rest(model: nn.Module) -> dict[str, Tensor]:
@@ -193,7 +190,7 @@ def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
         raise ValueError(f"path must not hold a whole model; {folder} has {', '.join(whole)}")
     module.write_rate_ratios()
     module.config.architectures = [type(module).__name__]
-    own = {n: value.contiguous().cpu() for n, value in _own(module).items()}
+    own = {n: value.contiguous().cpu() for n, value in module.state_dict().items() if _is_mpoe(n)}
     identity = {"base": name, "class": type(dense).__name__, "sha256": tensors_hash(rest)}
     folder.mkdir(parents=True, exist_ok=True)
     # Written elsewhere and moved into place, the config last: an interrupted save leaves nothing that looks like a
@@ -221,7 +218,8 @@ def _base_model(base: Any, cls: type[Any]) -> tuple[PreTrainedModel, str]:
     return base, str(getattr(base.config, "_name_or_path", "") or "")
 
 
-def _load_only(folder: Path, values: dict[str, Any], cls: type[Any], base: Any) -> Any:
+def _base_of(folder: Path, cls: type[Any], base: Any) -> tuple[dict[str, Tensor], str]:
+    """The dense model's parameters, and the hash that an MPOE-only save has of those that it needs."""
     if not (folder / BASE_FILE).is_file():
         raise ValueError(f"an MPOE-only save must hold {BASE_FILE}; {folder} has none")
     identity = read_json(folder / BASE_FILE)
@@ -230,26 +228,17 @@ def _load_only(folder: Path, values: dict[str, Any], cls: type[Any], base: Any) 
             f"{folder} holds MPOE parameters only; give the dense model they belong to as base "
             f"(saved from {identity.get('base') or identity.get('class')!r})"
         )
-    parsed, files = parsed_mpoe(values, folder), [folder / ONLY_FILE]
-    dense, _ = _base_model(base, cls)
-    with torch.device("meta"):
-        skeleton = type(dense)(dense.config)
-    # Without memory: a damaged config may ask for more than is available.
-    install_empty(skeleton, find_sites(skeleton, parsed), parsed)
-    shapes, expected = declared_shapes(files), {name: tuple(value.shape) for name, value in _own(skeleton).items()}
-    if shapes != expected:
-        odd = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))[:5]
+    return _base_model(base, cls)[0].state_dict(), str(identity.get("sha256"))
+
+
+def _joined(skeleton: nn.Module, files: list[Path], theirs: dict[str, Tensor], digest: str) -> dict[str, Tensor]:
+    """All parameters of an MPOE-only save's model: those in its file, and copies of the base's."""
+    own = {name: tuple(value.shape) for name, value in skeleton.state_dict().items() if _is_mpoe(name)}
+    shapes = declared_shapes(files, skeleton)
+    if shapes != own:
+        odd = sorted(name for name in {*shapes, *own} if shapes.get(name) != own.get(name))[:5]
         raise ValueError(f"{files[0]} must hold the parameters its config names; differing: {odd}")
-    check_floating(skeleton, files)
-    model = copy.deepcopy(dense)
-    install_empty(model, find_sites(model, parsed), parsed)
-    if tensors_hash(_rest(model)) != identity.get("sha256"):
-        raise ValueError(f"base must be the model that {folder} was saved from; its weights differ (SHA-256)")
-    adopt_class(model, cls, parsed)
-    model.config.conversion_errors = values.get("conversion_errors")
-    for name, cores in mpo_modules(model):
-        if len(parsed.rate_ratios.get(name, ())) != len(cores.rate_ratios):
-            raise ValueError(f"rate_ratios in {folder / 'config.json'} must have one number for every core of {name}")
-        cores.rate_ratios = tuple(parsed.rate_ratios[name])
-    model.load_state_dict(read_tensors(files), strict=False)
-    return model.eval()
+    rest = {name: theirs[name].clone() for name in _rest(skeleton) if name in theirs}
+    if tensors_hash(rest) != digest:
+        raise ValueError(f"base must be the model that {files[0].parent} was saved from; its weights differ (SHA-256)")
+    return {**rest, **read_tensors(files)}

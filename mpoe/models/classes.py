@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import transformers
@@ -21,7 +21,7 @@ from mpoe.models.base import MPOEModelMixin
 from mpoe.models.decoding import MPOESeq2SeqMixin, kept_while_generating
 from mpoe.models.mixtures import MixtureMixin
 from mpoe.models.outputs import ROUTING_FIELDS, output_of
-from mpoe.models.table import CAUSAL, CLASS_PREFIX, ENCODER, SEQ2SEQ, TABLE, TYPE_PREFIX, Row
+from mpoe.models.table import CAUSAL, CLASS_PREFIX, ENCODER, SEQ2SEQ, TABLE, TYPE_PREFIX
 
 # Auto class -> Transformers' table of its classes
 HEADS = {
@@ -151,8 +151,8 @@ def make_class(
         super(made, self).__init__(*args, **kwargs)
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        context = Entered(RoutingContext({}, None, is_generating=True))
-        with context, kept_while_generating(self, self._expert_cache_bytes):
+        context = RoutingContext(self.generation_masks(args, kwargs), None, is_generating=True)
+        with Entered(context), kept_while_generating(self, self._expert_cache_bytes):
             return super(made, self).generate(*args, **kwargs)
 
     namespace = {
@@ -184,51 +184,42 @@ def make_class(
     return made
 
 
-def _mixin(row: Row) -> type[Any]:
-    if row.is_mixture:
-        return MixtureMixin
-    return MPOESeq2SeqMixin if row.style == SEQ2SEQ else MPOEModelMixin
+def _made(
+    dense_of: Mapping[str, Any], config: type[PreTrainedConfig], model_type: str, mixin: type[Any]
+) -> dict[type[PreTrainedModel], type[Any]]:
+    """Dense class -> MPOE class, registered with Transformers' Auto classes, for the dense class of each Auto class."""
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    autos = {auto: f"{CLASS_PREFIX}{dense.__name__}" for auto, dense in dense_of.items() if auto}
+    made: dict[type[PreTrainedModel], type[Any]] = {}
+    for auto, dense in dense_of.items():
+        if dense not in made:
+            made[dense] = make_class(dense, config, model_type, mixin, autos)
+        if auto:
+            getattr(transformers, auto).register(config, made[dense], exist_ok=True)
+    return made
 
 
 @functools.cache
 def classes_of(model_type: str) -> dict[type[PreTrainedModel], type[Any]]:
-    """Dense class -> MPOE class, for every head of a family in `TABLE`; registered with Transformers' Auto classes."""
+    """Dense class -> MPOE class, for every head of a family in `TABLE`."""
     row = TABLE[model_type]
-    names = dense_names(model_type)
-    autos = {auto: f"{CLASS_PREFIX}{dense}" for auto, dense in names.items()}
+    mixin = MixtureMixin if row.is_mixture else MPOESeq2SeqMixin if row.style == SEQ2SEQ else MPOEModelMixin
     config = config_class_for(getattr(transformers, _config_name(model_type)), MODULE, routed=not row.is_mixture)
-    AutoConfig.register(config.model_type, config, exist_ok=True)
-    made: dict[type[PreTrainedModel], type[Any]] = {}
-    for auto, dense_name in names.items():
-        dense = getattr(transformers, dense_name)
-        if dense not in made:
-            made[dense] = make_class(dense, config, model_type, _mixin(row), autos)
-        getattr(transformers, auto).register(config, made[dense], exist_ok=True)
-    return made
+    dense_of = {auto: getattr(transformers, name) for auto, name in dense_names(model_type).items()}
+    return _made(dense_of, config, model_type, mixin)
 
 
 @functools.cache
 def foreign_class(dense: Any) -> type[Any]:
     """The MPOE class of a dense class whose family is not in `TABLE`."""
-    config = config_class_for(dense.config_class, MODULE)
-    AutoConfig.register(config.model_type, config, exist_ok=True)
     head = next((auto for auto, table in HEADS.items() if dense.__name__ in getattr(modeling_auto, table).values()), "")
-    name = f"{CLASS_PREFIX}{dense.__name__}"
-    autos = {head: name} if head else {}
-    made = make_class(dense, config, dense.config_class.model_type, MPOEModelMixin, autos)
-    if head:
-        getattr(transformers, head).register(config, made, exist_ok=True)
-    return made
+    config = config_class_for(dense.config_class, MODULE)
+    return _made({head: dense}, config, dense.config_class.model_type, MPOEModelMixin)[dense]
 
 
 def default_class(model_type: str) -> str:
     """Name of a family's dense class if no head is specified."""
     return dense_names(model_type)[STYLE_HEADS[TABLE[model_type].style]]
-
-
-def _names_of(model_type: str) -> Iterator[str]:
-    yield _config_name(model_type)
-    yield from dense_names(model_type).values()
 
 
 def class_named(name: str) -> type[Any] | None:
@@ -237,11 +228,10 @@ def class_named(name: str) -> type[Any] | None:
     if dense == name:
         return None
     for model_type in TABLE:
-        if dense in _names_of(model_type):
-            made = classes_of(model_type)
-            if dense == _config_name(model_type):
-                return next(iter(made.values())).config_class
-            return next(cls for cls in made.values() if cls.__name__ == name)
+        is_config = dense == _config_name(model_type)
+        if is_config or dense in dense_names(model_type).values():
+            found = classes_of(model_type).values()
+            return next(cls.config_class if is_config else cls for cls in found if is_config or cls.__name__ == name)
     return _foreign_named(dense)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from mpoe.config.checks import check_choice
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.feed_forward import RoutedFeedForward
 from mpoe.models.base import MPOEModelMixin
-from mpoe.models.checkpoint import parsed_mpoe, read_mpoe_config
-from mpoe.models.weight_files import ONLY_FILE, check_floating, declared_shapes, read_tensors, weight_files
+from mpoe.models.checkpoint import parsed_mpoe, read_mpoe_config, set_rate_ratios
+from mpoe.models.report import mpo_modules
+from mpoe.models.weight_files import ONLY_FILE, declared_shapes, read_tensors, weight_files
 
 COMPONENTS = ("word_embed", "mlp", "attention", "pooler")
 _ALIASES = {"ffn": "mlp", "embedding": "word_embed", "embeddings": "word_embed"}
@@ -44,10 +45,7 @@ def parse_components(text: str | None, option: str = "update_mpo_layer") -> tupl
     names = [part.strip().lower() for part in text.split(",") if part.strip()]
     names = [_ALIASES.get(name, name) for name in names]
     for name in names:
-        if name not in COMPONENTS:
-            close = difflib.get_close_matches(name, [*COMPONENTS, *_ALIASES], n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise ValueError(f"{option} must list components among {', '.join(COMPONENTS)}; got {name!r}{hint}")
+        check_choice(option, name, COMPONENTS)
     if not names:
         raise ValueError(f"{option} must name at least one of {', '.join(COMPONENTS)}; got {text!r}")
     return tuple(dict.fromkeys(names))
@@ -93,7 +91,7 @@ def load_layers(model: Any, path: str | Path, components: Sequence[str]) -> list
     if missing:
         raise ValueError(f"components must be in MPO form in the model; {', '.join(missing)} is not")
     files = [folder / ONLY_FILE] if (folder / ONLY_FILE).is_file() else weight_files(folder)
-    shapes = declared_shapes(files)
+    shapes = declared_shapes(files, model)
     for name, module in modules:
         for part, parameter in module.named_parameters():
             key = f"{name}.{part}"
@@ -101,18 +99,10 @@ def load_layers(model: Any, path: str | Path, components: Sequence[str]) -> list
                 raise ValueError(f"{folder} must hold {key}; it does not (is it a checkpoint of another model?)")
             if shapes[key] != parameter.shape:
                 raise ValueError(f"{key} must be {list(parameter.shape)}; {folder} has {list(shapes[key])}")
-        for inner, cores in module.named_modules():
-            key = f"{name}.{inner}".rstrip(".")
-            if isinstance(cores, MPOCores) and len(ratios.get(key, ())) != len(cores.rate_ratios):
-                raise ValueError(
-                    f"rate_ratios in {folder / 'config.json'} must have one number for every core of {key}"
-                )
-    check_floating(model, files)
     tensors = read_tensors(files)
+    loaded = tuple(name for name, _ in modules)
+    set_rate_ratios({n: cores for n, cores in mpo_modules(model) if n.startswith(loaded)}, ratios, folder)
     for name, module in modules:
         for part, parameter in module.named_parameters():
             parameter.copy_(tensors[f"{name}.{part}"])
-        for inner, cores in module.named_modules():
-            if isinstance(cores, MPOCores):
-                cores.rate_ratios = tuple(ratios[f"{name}.{inner}".rstrip(".")])
-    return [name for name, _ in modules]
+    return list(loaded)

@@ -15,20 +15,18 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mpoe.config import MPOEConfig
-from mpoe.layers.dense import ExpertWeights
-from mpoe.layers.experts import DenseExperts, MPOExperts
+from mpoe.layers.experts import MPOExperts
 from mpoe.layers.feed_forward import MPOEFeedForward
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.classes import classes_of, foreign_class
 from mpoe.models.export import as_stock
-from mpoe.models.families import checked_sites, family_for
 from mpoe.models.find import find_sites
-from mpoe.models.kept import fill_merged, hidden_modules, merged_config, neuron_modules, set_mpoe_config
+from mpoe.models.kept import fill_merged, has_own_biases, hidden_modules, neuron_modules, set_mpoe_config
 from mpoe.models.mixtures import MixtureMixin, with_stock_experts
 from mpoe.models.report import mpo_modules, parameter_report
 from mpoe.models.sites import EmbeddingSite, FFNSite, Report
 from mpoe.models.stock_experts import AnySite, checked_for
-from mpoe.models.table import TABLE
+from mpoe.models.table import TABLE, checked_sites, family_for
 from mpoe_kernels import SharedDecomposition, backend_reasons
 
 SMALL_ERROR = 1e-3  # error of existing experts below which there is no warning
@@ -182,7 +180,7 @@ def convert_to_mpoe(
         config: `MPOEConfig`; default ``MPOEConfig()``.
         inplace: convert ``model`` itself (its class and config change) instead of a copy.
         sites: for a model outside the table, how its feed-forward networks are built: the fields of
-            `mpoe.models.families.Sites`, e.g. ``{"holder": "layers.*.mlp", "up": "up_proj", "gate_proj":
+            `mpoe.models.table.FFN`, e.g. ``{"holder": "layers.*.mlp", "up": "up_proj", "gate_proj":
             "gate_proj", "down": "down_proj", "activation": "silu"}``. They are saved with the model.
 
     Returns:
@@ -290,9 +288,10 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
         return _with_config(with_stock_experts(merged), dataclasses.replace(mpoe, existing_experts="keep"))
     for module in merged.modules():
         if isinstance(module, MPOEFeedForward) and isinstance(module.experts, MPOExperts):
-            module.experts = _dense_experts(module.experts)
+            module.experts = module.experts.as_dense(lambda cores: cores.dense_weights().contiguous())
     layers = hidden_modules(merged)
-    config = merged_config(mpoe, layers)
+    own = has_own_biases(layers.values())
+    config = dataclasses.replace(mpoe, expert_type="dense", expert_bias=own, rate_ratios={})
     for site in find_sites(merged, config) if layers else ():
         if site.name in layers:
             assert isinstance(site, FFNSite)
@@ -307,23 +306,3 @@ def _with_config(merged: Any, config: MPOEConfig) -> Any:
     config.rate_ratios = {name: list(cores.rate_ratios) for name, cores in mpo_modules(merged)}
     set_mpoe_config(merged, config)
     return merged
-
-
-def _dense_experts(experts: MPOExperts) -> DenseExperts:
-    up = experts.up
-    dense = DenseExperts(
-        up.in_features,
-        up.out_features,
-        experts.num_experts,
-        experts.activation,
-        up.bias is not None,
-        experts.is_gated,
-        {kind: cores.init_std for kind, cores in experts.projections().items()},
-        device="meta",
-    )
-    for kind, cores in experts.projections().items():
-        weights: ExpertWeights = dense.projections()[kind]
-        weights.weight = nn.Parameter(cores.dense_weights().contiguous())
-        if cores.bias is not None:
-            weights.bias = nn.Parameter(cores.bias.clone())
-    return dense.train(experts.training)

@@ -3,17 +3,14 @@ take; and the token masks of both sides of an encoder-decoder model."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
 from transformers.utils import logging
 
-from mpoe.layers.context import Entered, RoutingContext
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.expert_cache import ExpertCache
 from mpoe.layers.experts import MPOExperts
@@ -56,17 +53,14 @@ def kept_while_generating(model: nn.Module, max_bytes: int | None) -> Iterator[E
         model: of which `generate` is called.
         max_bytes: bound; ``None``: `decoding_bytes`, on a CPU; 0: no cache.
     """
-    layers = [module for module in model.modules() if isinstance(module, MPOExperts)]
-    layers = (
-        [] if torch.compiler.is_compiling() else [layer for layer in layers if _may_cache(layer, max_bytes is not None)]
-    )
+    experts = (module for module in model.modules() if isinstance(module, MPOExperts))
+    layers = [] if torch.compiler.is_compiling() else [e for e in experts if _may_cache(e, max_bytes is not None)]
     bound = decoding_bytes(layers) if max_bytes is None else max_bytes
-    if bound == 0 or not layers or torch.compiler.is_compiling():
+    if bound == 0 or not layers:
         yield None
         return
-    if max_bytes is None and any(
-        layer.full_weights_may_pay(layer.num_experts) for layer in layers
-    ):  # other blocks are views of cores
+    # other blocks are views of cores
+    if max_bytes is None and any(layer.full_weights_pay(layer.num_experts, layer.dtype) for layer in layers):
         logger.info_once(
             f"generate keeps rebuilt weights of experts in up to {bound / 1e6:.1f} MB, the size of the dense layers, "
             "until it returns; model.cache_experts(max_bytes) sets another limit, model.cache_experts(0) keeps nothing"
@@ -95,9 +89,10 @@ class MPOESeq2SeqMixin(MPOEModelMixin):
             decoder = last_tokens(decoder_mask, kwargs, "decoder_input_ids", "decoder_inputs_embeds")
         return {"encoder": main, "decoder": decoder}
 
-    @functools.wraps(GenerationMixin.generate)
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, which runs the encoder separately: it must also see which tokens are padding."""
+    def generation_masks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor | None]:
+        """Transformers runs the encoder separately: it must also see which tokens are padding."""
+        if "decoder_input_ids" not in self._forward_names:
+            return {}
         mask = kwargs.get("attention_mask")
         if mask is None:
             ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
@@ -107,7 +102,4 @@ class MPOESeq2SeqMixin(MPOEModelMixin):
             # As in Transformers: if padding and end of text are the same token, they cannot be told apart.
             if isinstance(ids, Tensor) and ids.dim() == 2 and pad is not None and pad not in ends:
                 mask = ids.ne(pad)
-        main = last_tokens(mask, {}, "", "")
-        masks = {"encoder": main} if "decoder_input_ids" in self._forward_names else {}
-        with Entered(RoutingContext(masks, None, is_generating=True)):
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        return {"encoder": last_tokens(mask, {}, "", "")}

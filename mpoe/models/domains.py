@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe.models import report
 
 LEARNING_RATE = 1e-3
+RouterOfLayer = TypeVar("RouterOfLayer", bound=TopKRouter)
 
 
 def routed_layers(mixture: nn.Module) -> dict[str, RoutedFeedForward]:
@@ -94,39 +95,36 @@ def _without(router: TopKRouter, expert: int, weight: Tensor) -> TopKRouter:
 
 
 @contextmanager
-def _routed_by(mixture: nn.Module, routers: Mapping[str, TopKRouter]) -> Iterator[None]:
-    layers = routed_layers(mixture)
-    own = {name: layer.router for name, layer in layers.items()}
+def _routed_by(
+    mixture: nn.Module, made: Callable[[str, TopKRouter], RouterOfLayer]
+) -> Iterator[dict[str, RouterOfLayer]]:
+    """Other routers, made of a layer's name and its own; gives them by name meanwhile."""
+    own: dict[str, Any] = {name: layer.router for name, layer in routed_layers(mixture).items()}
+    routers = {name: made(name, router) for name, router in own.items()}
     try:
-        for name, layer in layers.items():
-            layer.router = routers[name].eval()
-        yield
-    finally:
-        for name, layer in layers.items():
-            layer.router = own[name]
-
-
-@contextmanager
-def forced(mixture: nn.Module, expert: int) -> Iterator[dict[str, Forced]]:
-    """Every token goes to one expert of every layer, with gate 1; gives the layers' routers meanwhile."""
-    routers = {name: Forced(layer.router, expert) for name, layer in routed_layers(mixture).items() if layer.router}
-    with _routed_by(mixture, routers):
+        for name, router in routers.items():
+            mixture.get_submodule(name).router = router.eval()
         yield routers
+    finally:
+        for name, router in own.items():
+            mixture.get_submodule(name).router = router
 
 
-@contextmanager
-def without(mixture: nn.Module, expert: int, weights: Mapping[str, Tensor]) -> Iterator[None]:
+def forced(mixture: nn.Module, expert: int) -> AbstractContextManager[dict[str, Forced]]:
+    """Every token goes to one expert of every layer, with gate 1; gives the layers' routers meanwhile."""
+    return _routed_by(mixture, lambda _, router: Forced(router, expert))
+
+
+def without(
+    mixture: nn.Module, expert: int, weights: Mapping[str, Tensor]
+) -> AbstractContextManager[dict[str, TopKRouter]]:
     """No token goes to one expert; ``weights [E - 1, I]`` by layer are the routers of the others."""
-    layers = routed_layers(mixture)
-    with _routed_by(mixture, {n: _without(layer.router, expert, weights[n]) for n, layer in layers.items()}):  # type: ignore[arg-type]
-        yield
+    return _routed_by(mixture, lambda name, router: _without(router, expert, weights[name]))
 
 
-def _device(mixture: nn.Module) -> torch.device:
-    return next(mixture.parameters()).device
-
-
-def _on(device: torch.device, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def on_device_of(mixture: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch where the model's parameters are."""
+    device = next(mixture.parameters()).device
     return {name: value.to(device) for name, value in batch.items()}
 
 
@@ -149,15 +147,14 @@ def collect(
     for number, batches in enumerate(examples, first):
         with forced(mixture, number) as routers:
             for batch in batches:
-                mixture(**_on(_device(mixture), batch))
+                mixture(**on_device_of(mixture, batch))
         for name, router in routers.items():
             sums = router.moments
             if not sums.tokens:
                 raise ValueError(f"examples must hold tokens for every domain; those of number {number} hold none")
-            outer, mean = sums.outer / sums.tokens, sums.sum[None] / sums.tokens
-            outer_key, mean_key = f"{name}.outer", f"{name}.mean"
-            found[outer_key] = outer + found[outer_key] if outer_key in found else outer
-            found[mean_key] = torch.cat([found[mean_key], mean]) if mean_key in found else mean
+            outer, mean = f"{name}.outer", f"{name}.mean"
+            found[outer] = sums.outer / sums.tokens + found.get(outer, 0)
+            found[mean] = torch.cat([*([found[mean]] if mean in found else []), sums.sum[None] / sums.tokens])
     return found
 
 
@@ -184,8 +181,7 @@ def train_routers(
     Returns:
         The loss of every step; a step uses one batch of each domain.
     """
-    routers = [layer.router for layer in routed_layers(mixture).values()]
-    weights = [router.weight for router in routers if router is not None]
+    weights = [layer.router.weight for layer in routed_layers(mixture).values() if layer.router is not None]
     was = [(p, p.requires_grad) for p in mixture.parameters()]
     for p, _ in was:
         p.requires_grad_(any(p is weight for weight in weights))
@@ -194,10 +190,9 @@ def train_routers(
     losses = []
     with torch.enable_grad():
         for _ in range(steps):
-            total = torch.zeros((), device=_device(mixture))
-            for number, batches in enumerate(domains, first):
-                total = total + _domain_loss(mixture, _on(_device(mixture), next(batches)), number)
+            parts = [_domain_loss(mixture, next(batches), number) for number, batches in enumerate(domains, first)]
             optimizer.zero_grad()
+            total = torch.stack(parts).sum()
             total.backward()
             optimizer.step()
             losses.append(float(total.detach()))
@@ -207,6 +202,7 @@ def train_routers(
 
 
 def _domain_loss(mixture: Any, batch: Mapping[str, Tensor], domain: int) -> Tensor:
+    batch = on_device_of(mixture, batch)
     out = mixture(**batch, return_dict=True, output_router_logits=True)
     mask = batch.get("attention_mask")
     own = []

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,13 +85,6 @@ def base_identity(model: Any) -> str:
     return tensors_hash({name: value for name, value in model.state_dict().items() if not name.startswith(own)})
 
 
-def dense_identity(model: Any) -> str:
-    """`base_identity` of a dense model with finite weights; ValueError for others."""
-    converted_class(model)
-    check_finite(model)
-    return base_identity(model)
-
-
 def vocabulary_identity(tokenizer: Any) -> str:
     """SHA-256 of a tokenizer's vocabulary.
 
@@ -103,29 +96,8 @@ def vocabulary_identity(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
-def check_base(base: Any, identity: str, expert: Expert) -> None:
-    """Refuse an expert of another base than the one of this identity (ValueError)."""
-    if expert.facts.get("base") != identity:
-        raise ValueError(
-            f"expert {expert.name!r} must be of this base; it was trained beside {expert.facts.get('base_name')!r} "
-            f"({expert.facts.get('model')}), whose weights are not bit for bit those of this {type(base).__name__} "
-            f"in {getattr(base, 'dtype', None)}"
-        )
-
-
 def _values(experts: NeuronExperts) -> dict[str, Tensor]:
     return {name: parameter.detach()[0] for name, parameter in experts.named_parameters()}
-
-
-def check_weights(expert: Expert, wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse weights of other names or shapes, and NaN (ValueError)."""
-    found = {name: tuple(value.shape) for name, value in expert.weights.items()}
-    if found != wanted:
-        odd = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))[0]
-        raise ValueError(f"expert {expert.name!r} must have {odd} {wanted.get(odd)}; it has {found.get(odd)}")
-    bad = sorted(name for name, value in expert.weights.items() if not bool(torch.isfinite(value).all()))
-    if bad:
-        raise ValueError(f"expert {expert.name!r} must have finite weights; NaN or Inf in {bad[0]}")
 
 
 def places_for_neurons(model: Any) -> list[FFNSite]:
@@ -133,19 +105,33 @@ def places_for_neurons(model: Any) -> list[FFNSite]:
     return dense_networks(model, MPOEConfig(moe_type="none", shape="neurons"))
 
 
-def expected_weights(model: Any, neurons: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights of an expert of ``neurons`` beside a dense model, by name."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for site in places_for_neurons(model):
-        shapes |= {f"{site.place}.{kind}": (neurons, site.weight("up").shape[0]) for kind in site.dense}
-        if site.bias("up") is not None:
-            shapes[f"{site.place}.bias"] = (neurons,)
-    return shapes
+def experts_of(base: Any, experts: Iterable[Any]) -> list[Expert]:
+    """Experts, or those in files, that were trained beside a dense model.
 
-
-def opened(expert: Any) -> Expert:
-    """An expert, or the one in a file."""
-    return expert if isinstance(expert, Expert) else load_expert(expert)
+    Raises:
+        TypeError, ValueError: as `load_expert`; a base that is no known dense model or not finite; an expert of another
+            base, or with weights of other names or shapes.
+    """
+    found = [expert if isinstance(expert, Expert) else load_expert(expert) for expert in experts]
+    converted_class(base)
+    check_finite(base)
+    identity, networks = base_identity(base), places_for_neurons(base)
+    for expert in found:
+        if expert.facts["base"] != identity:
+            raise ValueError(
+                f"expert {expert.name!r} must be of this base; it was trained beside {expert.facts['base_name']!r} "
+                f"({expert.facts['model']}), whose weights are not bit for bit those of this {type(base).__name__} "
+                f"in {base.dtype}"
+            )
+        wanted: dict[str, tuple[int, ...]] = {}
+        for site in networks:
+            wanted |= {f"{site.place}.{kind}": (expert.neurons, site.weight("up").shape[0]) for kind in site.dense}
+            wanted |= {} if site.bias("up") is None else {f"{site.place}.bias": (expert.neurons,)}
+        shapes = {name: tuple(value.shape) for name, value in expert.weights.items()}
+        if shapes != wanted:
+            odd = sorted(name for name in {*shapes, *wanted} if shapes.get(name) != wanted.get(name))[0]
+            raise ValueError(f"expert {expert.name!r} must have {odd} {wanted.get(odd)}; it has {shapes.get(odd)}")
+    return found
 
 
 @torch.no_grad()
@@ -164,11 +150,9 @@ def start_expert(model: Any, neurons: int = 64, *, expert: Any = None, inplace: 
     Raises:
         TypeError, ValueError: as `convert_to_mpoe` and `load_expert`; an expert of another base.
     """
-    expert = None if expert is None else opened(expert)
     if expert is not None:
-        check_base(model, dense_identity(model), expert)
+        (expert,) = experts_of(model, [expert])
         neurons = expert.neurons
-        check_weights(expert, expected_weights(model, neurons))
     started = convert_to_mpoe(model, MPOEConfig(moe_type="none", shape="neurons", neurons=neurons), inplace=inplace)
     started.requires_grad_(False)
     for layer, module in neuron_modules(started).items():
@@ -254,10 +238,10 @@ def write_expert(expert: Expert, file: Path) -> None:
         text = json.dumps(expert.facts, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise TypeError(f"training must hold what JSON can; {error}") from error
-    tensors = {f"weights.{name}": value for name, value in expert.weights.items()}
-    tensors |= {f"statistics.{name}": value for name, value in expert.statistics.items()}
     tensors = {
-        name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()
+        f"{kind}.{name}": value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for kind, held in (("weights", expert.weights), ("statistics", expert.statistics))
+        for name, value in held.items()
     }
     with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=file.parent) as aside:
         staged = Path(aside) / "expert"
@@ -291,13 +275,13 @@ def load_expert(path: str | Path) -> Expert:
     if not facts.keys() >= FACTS or not isinstance(facts["neurons"], int):
         raise ValueError(f"{file} must hold the facts {', '.join(sorted(FACTS))}; got {', '.join(facts)}")
     facts["name"] = file.stem
-    own = {
-        kind: {name.removeprefix(kind): value for name, value in tensors.items() if name.startswith(kind)}
-        for kind in ("weights.", "statistics.")
-    }
-    expert = Expert(facts, own["weights."], own["statistics."])
-    check_weights(expert, {name: tuple(value.shape) for name, value in expert.weights.items()})
-    return expert
+    parts: dict[str, dict[str, Tensor]] = {"weights": {}, "statistics": {}}
+    for name, value in tensors.items():
+        kind, _, rest = name.partition(".")
+        parts.get(kind, {})[rest] = value
+        if kind == "weights" and not bool(torch.isfinite(value).all()):
+            raise ValueError(f"expert {facts['name']!r} must have finite weights; NaN or Inf in {rest}")
+    return Expert(facts, **parts)
 
 
 @torch.no_grad()
@@ -313,15 +297,11 @@ def merge_expert(model: Any, expert: Any, *, weight: float = 1.0) -> Any:
         TypeError, ValueError: as `load_expert`; no expert, a model outside the table of dense families, or of another
             base, a weight that is no finite number.
     """
-    found = [opened(each) for each in (expert if isinstance(expert, (list, tuple)) else [expert])]
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
         raise ValueError(f"weight must be a finite number; got {weight!r}")
+    found = experts_of(model, expert if isinstance(expert, (list, tuple)) else [expert])
     if not found:
         raise ValueError("expert must be at least one; got an empty list")
-    identity = dense_identity(model)
-    for each in found:
-        check_base(model, identity, each)
-        check_weights(each, expected_weights(model, each.neurons))
     hidden = places_for_neurons(model)[0].weight("up").shape[1]
     merged = widened(model, hidden + sum(each.neurons for each in found))
     for site in places_for_neurons(merged):
@@ -337,11 +317,6 @@ def merge_expert(model: Any, expert: Any, *, weight: float = 1.0) -> Any:
     if merged.can_generate():
         merged.generation_config = model.generation_config
     return merged
-
-
-def _row(file: Path, expert: Expert) -> str:
-    facts = expert.facts
-    return f"| {file.name} | {facts['base_name'] or facts['model']} | {expert.neurons} | `{facts['base'][:16]}` |"
 
 
 def push_expert(path: str | Path, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
@@ -364,11 +339,14 @@ def push_expert(path: str | Path, repo_id: str, *, private: bool | None = None, 
     files = sorted(place.glob("*.expert")) if place.is_dir() else [place]
     if not files:
         raise ValueError(f"path must be an expert's file or a folder with some; {place} holds no *.expert")
-    rows = "\n".join(_row(file, load_expert(file)) for file in files)
+    rows = []
+    for file, expert in ((file, load_expert(file)) for file in files):
+        base = expert.facts["base_name"] or expert.facts["model"]
+        rows.append(f"| {file.name} | {base} | {expert.neurons} | `{expert.facts['base'][:16]}` |")
     api: Any = HfApi(token=token)
     repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     contents: dict[str, Any] = {file.name: file for file in files}
-    contents["README.md"] = _CARD.format(rows=rows).encode()
+    contents["README.md"] = _CARD.format(rows="\n".join(rows)).encode()
     operations = [CommitOperationAdd(name, value) for name, value in contents.items()]
     message = f"Experts {', '.join(file.stem for file in files)}"
     return str(api.create_commit(repository, operations, commit_message=message).commit_url)

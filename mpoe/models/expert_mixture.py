@@ -14,18 +14,7 @@ from torch import Tensor
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.data.documentation import load_documentation
 from mpoe.models.convert import convert_to_mpoe
-from mpoe.models.expert_files import (
-    Expert,
-    check_base,
-    check_weights,
-    dense_identity,
-    expected_weights,
-    load_expert,
-    opened,
-    start_expert,
-    vocabulary_identity,
-    write_expert,
-)
+from mpoe.models.expert_files import Expert, experts_of, load_expert, start_expert, vocabulary_identity, write_expert
 from mpoe.models.expert_router import Statistics, check_statistics, collect_statistics, router_weight
 from mpoe.models.kept import neuron_modules
 from mpoe.models.weight_files import read_json, read_tensors, tensors_hash
@@ -55,48 +44,46 @@ def documentation_batches(model: Any, tokenizer: Any) -> list[dict[str, Tensor]]
 
 
 def _checked(base: Any, experts: Any, tokenizer: Any, texts: Mapping[str, Any]) -> list[Expert]:
+    """The experts, with statistics from ``texts`` where there are some."""
     if isinstance(experts, (str, bytes)) or not isinstance(experts, Sequence) or not experts:
         raise ValueError(f"experts must be a list of at least one expert; got {experts!r}")
-    found = [opened(expert) for expert in experts]
-    identity = dense_identity(base)
+    found = experts_of(base, experts)
     known: set[str] = set()
-    names: set[str] = set()
+    names = {NONE}
     vocabularies = {} if tokenizer is None else {vocabulary_identity(tokenizer): "the tokenizer"}
     for expert in found:
-        check_base(base, identity, expert)
         own = tensors_hash(expert.weights)
         if own in known:
             raise ValueError(f"experts must differ; {expert.name!r} is there twice")
-        if expert.name in names | {NONE}:
+        if expert.name in names:
             raise ValueError(
                 f"experts must have names of their own, not {NONE!r}; got {expert.name!r} (rename its file)"
             )
-        known.add(own)
-        names.add(expert.name)
         if not expert.statistics and expert.name not in texts:
             raise ValueError(f"expert {expert.name!r} must hold statistics (see collect_statistics); it has none")
+        known.add(own)
+        names.add(expert.name)
         if expert.facts["tokenizer"] is not None:
             vocabularies.setdefault(expert.facts["tokenizer"], f"expert {expert.name!r}")
     if len(vocabularies) > 1:
         odd = " and ".join(vocabularies.values())
         raise ValueError(f"experts must be of one tokenizer; the vocabularies of {odd} differ")
-    return found
-
-
-def _refined(base: Any, experts: list[Expert], texts: Mapping[str, Any]) -> list[Expert]:
-    """The experts with statistics from ``texts`` where there are some."""
-    unknown = sorted(set(texts) - {expert.name for expert in experts})
+    unknown = sorted(set(texts) - names | set(texts) & {NONE})
     if unknown:
-        known = ", ".join(expert.name for expert in experts)
-        raise ValueError(f"texts must be by names of experts, {known}; got {unknown[0]!r}")
-    found = []
-    for expert in experts:
-        if expert.name in texts:
-            model = start_expert(base, expert=expert)
-            rank = min(BACKGROUND_RANK, *(layer.in_features for layer in neuron_modules(model).values()))
-            expert = dataclasses.replace(expert, statistics=collect_statistics(model, texts[expert.name], rank))
-        found.append(expert)
-    return found
+        raise ValueError(f"texts must be by names of experts, {', '.join(e.name for e in found)}; got {unknown[0]!r}")
+    return [
+        dataclasses.replace(expert, statistics=_statistics(base, texts[expert.name], expert))
+        if expert.name in texts
+        else expert
+        for expert in found
+    ]
+
+
+def _statistics(base: Any, batches: Any, expert: Expert | None) -> dict[str, Tensor]:
+    """Statistics of texts at hand, as exact as `BACKGROUND_RANK` allows, beside an expert or for *none*."""
+    model = start_expert(base, 1, expert=expert)
+    rank = min(BACKGROUND_RANK, *(layer.in_features for layer in neuron_modules(model).values()))
+    return collect_statistics(model, batches, rank)
 
 
 @torch.no_grad()
@@ -137,7 +124,7 @@ def compose_experts(
             base or tokenizer or without statistics; no background and no tokenizer; ``top_k`` larger than the number of
             experts; texts of an expert that is not there.
     """
-    found = _refined(base, _checked(base, experts, tokenizer, texts or {}), texts or {})
+    found = _checked(base, experts, tokenizer, texts or {})
     number = len(found) + bool(none)
     routing = RouterConfig(top_k=top_k, routed_scaling_factor=1.0, balance_loss_weight=0.0)
     neurons = max(expert.neurons for expert in found)
@@ -150,14 +137,12 @@ def compose_experts(
     layers = neuron_modules(mixture)
     sizes = {name: layer.in_features for name, layer in layers.items()}
     for expert in found:
-        check_weights(expert, expected_weights(base, expert.neurons))
         check_statistics(expert.statistics, sizes, f"the statistics of expert {expert.name!r}")
     classes: list[Statistics] = [expert.statistics for expert in found]
     mixture.background_statistics = None
     if none:
         if not isinstance(background, Mapping):
-            rank = min(BACKGROUND_RANK, *sizes.values())
-            background = collect_statistics(start_expert(base, 1), background, rank)  # type: ignore[arg-type]
+            background = _statistics(base, background, None)
         check_statistics(background, sizes, "background")
         mixture.background_statistics = dict(background)
         classes.append(background)

@@ -9,7 +9,6 @@ projections. Exports that would not be exact are refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from mpoe.layers.dense import ExpertWeights
 from mpoe.layers.feed_forward import MPOEFeedForward
 from mpoe.layers.neurons import NeuronFeedForward
 from mpoe.models.mixtures import MixtureMixin, dense_config
@@ -36,49 +34,31 @@ class Target:
     """A class of Transformers that a mixture can become.
 
     Attributes:
+        name: of its classes, before ``Config`` and ``ForCausalLM``.
         families: dense families of which it is the mixture.
-        config, model: names of its classes.
         experts, inner: its configuration's fields for the number of experts and the size of their hidden layer.
         renormalises: whether the gates of a token always sum to 1.
         shared: its configuration's field for the size of the dense network beside the experts, of which they are
             neurons; ``None`` = every expert is a whole network.
     """
 
+    name: str
     families: tuple[str, ...]
-    config: str
-    model: str
     experts: str
     inner: str
     renormalises: bool
     shared: str | None = None
 
 
+_SHARED = "shared_intermediate_size", "shared_expert_intermediate_size"
 TARGETS = {
-    "mixtral": Target(
-        ("llama", "mistral"), "MixtralConfig", "MixtralForCausalLM", "num_local_experts", "intermediate_size", True
-    ),
-    "qwen3_moe": Target(
-        ("qwen3",), "Qwen3MoeConfig", "Qwen3MoeForCausalLM", "num_experts", "moe_intermediate_size", False
-    ),
-    "olmoe": Target((), "OlmoeConfig", "OlmoeForCausalLM", "num_experts", "intermediate_size", False),
+    "mixtral": Target("Mixtral", ("llama", "mistral"), "num_local_experts", "intermediate_size", True),
+    "qwen3_moe": Target("Qwen3Moe", ("qwen3",), "num_experts", "moe_intermediate_size", False),
+    "olmoe": Target("Olmoe", (), "num_experts", "intermediate_size", False),
     "granitemoeshared": Target(
-        ("llama", "mistral", "smollm3"),
-        "GraniteMoeSharedConfig",
-        "GraniteMoeSharedForCausalLM",
-        "num_local_experts",
-        "intermediate_size",
-        True,
-        "shared_intermediate_size",
+        "GraniteMoeShared", ("llama", "mistral", "smollm3"), "num_local_experts", "intermediate_size", True, _SHARED[0]
     ),
-    "qwen2_moe": Target(
-        ("qwen2",),
-        "Qwen2MoeConfig",
-        "Qwen2MoeForCausalLM",
-        "num_experts",
-        "moe_intermediate_size",
-        True,
-        "shared_expert_intermediate_size",
-    ),
+    "qwen2_moe": Target("Qwen2Moe", ("qwen2",), "num_experts", "moe_intermediate_size", True, _SHARED[1]),
 }
 QWEN3_NEURONS = (
     ", beside which no stock class has experts of neurons (HunYuanMoE normalises heads after their rotation, Dots1 and "
@@ -123,19 +103,14 @@ def _reasons(model: Any, to: str) -> list[str]:
         f"only the feed-forward networks may be in MPO form; target_modules is {list(mpoe.targets)}": set(mpoe.targets)
         != {"ffn"},
     }
-    checks |= _neuron_checks(config, neurons) if neurons else _whole_checks(config, whole)
+    if neurons:
+        checks |= _neuron_checks(config, neurons)
+    else:
+        biased = any(weights.bias is not None for layer in whole for weights in layer.experts.projections().values())
+        named = any(getattr(config, name, False) for name in ("mlp_bias", "attention_bias"))
+        checks["its projections have no biases"] = biased or named
+        checks["its layers attend alike; use_sliding_window is on"] = getattr(config, "use_sliding_window", False)
     return [f"{to}: {reason}" for reason, holds in checks.items() if holds]
-
-
-def _whole_checks(config: Any, layers: list[MPOEFeedForward]) -> dict[str, bool]:
-    """What the classes whose experts are whole networks ask besides -> whether that is missing."""
-    return {
-        "its projections have no biases": any(
-            weights.bias is not None for layer in layers for weights in layer.experts.projections().values()
-        )
-        or any(getattr(config, name, False) for name in ("mlp_bias", "attention_bias")),
-        "its layers attend alike; use_sliding_window is on": bool(getattr(config, "use_sliding_window", False)),
-    }
 
 
 def _target_config(model: Any, to: str) -> Any:
@@ -152,36 +127,40 @@ def _target_config(model: Any, to: str) -> Any:
     }
     if target.shared is not None:
         values |= {target.inner: neurons, target.shared: config.intermediate_size}
-        return getattr(transformers, target.config)(**values, **_neuron_values(model, to, head))
+        values |= _neuron_values(model, to, head)
+        return getattr(transformers, f"{target.name}Config")(**values)
     values["sliding_window"] = getattr(config, "sliding_window", None)
     if not target.renormalises:
         values["norm_topk_prob"] = not mpoe.router.is_scale_prob
-    return getattr(transformers, target.config)(**values)
+    return getattr(transformers, f"{target.name}Config")(**values)
 
 
 def _renamed(merged: Any, to: str) -> dict[str, Tensor]:
     """The state of a model with dense experts, or with neurons, under the names of Transformers' mixtures."""
-    kinds = (MPOEFeedForward, NeuronFeedForward)
-    layers: Mapping[str, Any] = {n: m for n, m in merged.named_modules() if isinstance(m, kinds)}
-    inside = tuple(f"{name}." for name in layers)
-    state = {name: value for name, value in merged.state_dict().items() if not name.startswith(inside)}
-    for name, layer in layers.items():
-        state |= _neuron_tensors(name, layer, to) if isinstance(layer, NeuronFeedForward) else _whole(name, layer)
+    state: dict[str, Tensor] = merged.state_dict()
+    for name, layer in merged.named_modules():
+        if isinstance(layer, (MPOEFeedForward, NeuronFeedForward)):
+            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
+            state |= _neuron_tensors(name, layer, to) if isinstance(layer, NeuronFeedForward) else _whole(name, layer)
     return state
 
 
-def _whole(name: str, layer: Any) -> dict[str, Tensor]:
-    weights: dict[str, ExpertWeights] = layer.experts.projections()
-    up, gate, down = (weights[kind].weight for kind in ("up", "gate_proj", "down"))
+def _whole(name: str, layer: MPOEFeedForward) -> dict[str, Tensor]:
+    up, gate, down = (layer.experts.projections()[kind].weight for kind in ("up", "gate_proj", "down"))
+    router: Any = layer.router
     return {
-        f"{name}.gate.weight": layer.router.weight.to(up.dtype),
+        f"{name}.gate.weight": router.weight.to(up.dtype),
         f"{name}.experts.gate_up_proj": torch.cat([gate, up], -1).transpose(1, 2).contiguous(),
         f"{name}.experts.down_proj": down.transpose(1, 2).contiguous(),
     }
 
 
 def _stock_class(model: Any, to: str) -> Any:
-    return model.dense_class if isinstance(model, MixtureMixin) else getattr(transformers, TARGETS[to].model)
+    return (
+        model.dense_class
+        if isinstance(model, MixtureMixin)
+        else getattr(transformers, f"{TARGETS[to].name}ForCausalLM")
+    )
 
 
 @torch.no_grad()

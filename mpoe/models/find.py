@@ -13,64 +13,51 @@ from mpoe.config import MPOEConfig
 from mpoe.config.shapes import pattern_matches
 from mpoe.layers.activations import check_activation
 from mpoe.layers.mpo_linear import linear_weight
-from mpoe.models.families import FFN, Family, family_for, name_pattern
 from mpoe.models.sites import EmbeddingSite, FFNSite, LinearSite
 from mpoe.models.stock_experts import AnySite, expert_sites
-from mpoe.models.table import TYPE_PREFIX
+from mpoe.models.table import FFN, TYPE_PREFIX, Family, family_for, name_pattern
 
 
-def _child(module: nn.Module, name: str) -> nn.Module | None:
-    for part in filter(None, name.split(".")):
-        module = getattr(module, part, None)  # type: ignore[assignment]
-        if module is None:
-            return None
-    return module
-
-
-def _dense_parts(holder: nn.Module, ffn: FFN) -> dict[str, str]:
-    """Names, inside ``holder``, of the projections by kind; empty if its structure is different."""
-    kinds = {"up": ffn.up, "down": ffn.down}
-    if ffn.gate_proj is not None:
-        kinds["gate_proj"] = ffn.gate_proj
-    kinds.update(dict.fromkeys(ffn.fused, ffn.up))
-    return kinds if all(_child(holder, name) is not None for name in kinds.values()) else {}
+def _dense_parts(holder: nn.Module, ffn: FFN) -> dict[str, nn.Module]:
+    """The projections inside ``holder`` by kind; empty if its structure is different."""
+    try:
+        return {kind: holder.get_submodule(name) for kind, name in ffn.kinds().items()}
+    except AttributeError:
+        return {}
 
 
 def _ffn_sites(model: Any, family: Family) -> Iterator[FFNSite]:
     patterns = [(ffn, name_pattern(ffn.holder)) for ffn in family.ffn]
-    for name, module in model.named_modules():
+    up_std, down_std = family.init_std(model.config)
+    for name, holder in model.named_modules():
         found = ((ffn, match) for ffn, pattern in patterns if (match := pattern.match(name)) is not None)
-        ffn, match = next(((ffn, match) for ffn, match in found if _dense_parts(module, ffn)), (None, None))
-        if ffn is not None and match is not None:
-            yield _ffn_site(name, int(match["layer"]), module, ffn, family, model.config)
-
-
-def _ffn_site(name: str, layer: int, holder: nn.Module, ffn: FFN, family: Family, model_config: Any) -> FFNSite:
-    kinds = _dense_parts(holder, ffn)
-    dense = {kind: holder.get_submodule(n) for kind, n in kinds.items()}
-    if "gate_proj" in dense and getattr(dense["gate_proj"], "bias", None) is not None:
-        raise ValueError(f"{name}.{kinds['gate_proj']} must have no bias: the gates of experts have none")
-    up_std, down_std = family.init_std(model_config)
-    width = linear_weight(dense["up"]).shape[1] // max(len(ffn.fused), 1)
-    return FFNSite(
-        name=f"{name}.{ffn.place}" if ffn.place else name,
-        stream=ffn.stream,
-        layer=layer,
-        dense=dense,
-        prefixes={kind: f"{name}.{n}" for kind, n in kinds.items()},
-        options={
-            "activation": check_activation(family.activation(model_config)),
-            "gated": "gate_proj" in kinds,
-            "bias": getattr(dense["up"], "bias", None) is not None,
-            "dropout": float(family.dropout(model_config)),
-            "output_dropout": float(family.output_dropout(model_config)),
-            "init_std": {"up": up_std, "gate_proj": up_std, "down": down_std},
-        },
-        columns={kind: slice(place * width, (place + 1) * width) for place, kind in enumerate(ffn.fused)},
-        emptied=tuple(f"{name}.{part}" for part in ffn.emptied),
-        zeroed=tuple((name, attribute) for attribute in ffn.zeroed if hasattr(holder, attribute)),
-        sums=f"{name}.{ffn.sums}" if ffn.sums else "",
-    )
+        ffn, match, dense = next(
+            ((ffn, m, parts) for ffn, m in found if (parts := _dense_parts(holder, ffn))), (None,) * 3
+        )
+        if ffn is None or match is None or dense is None:
+            continue
+        if getattr(dense.get("gate_proj"), "bias", None) is not None:
+            raise ValueError(f"{name}.{ffn.kinds()['gate_proj']} must have no bias: the gates of experts have none")
+        width = linear_weight(dense["up"]).shape[1] // max(len(ffn.fused), 1)
+        settings = ffn.settings(model.config)
+        check_activation(settings["activation"])
+        yield FFNSite(
+            name=f"{name}.{ffn.place}" if ffn.place else name,
+            stream=ffn.stream,
+            layer=int(match["layer"]),
+            dense=dense,
+            prefixes={kind: f"{name}.{part}" for kind, part in ffn.kinds().items()},
+            options={
+                **settings,
+                "gated": "gate_proj" in dense,
+                "bias": getattr(dense["up"], "bias", None) is not None,
+                "init_std": {"up": up_std, "gate_proj": up_std, "down": down_std},
+            },
+            columns={kind: slice(place * width, (place + 1) * width) for place, kind in enumerate(ffn.fused)},
+            emptied=tuple(f"{name}.{part}" for part in ffn.emptied),
+            zeroed=tuple((name, attribute) for attribute in ffn.zeroed if hasattr(holder, attribute)),
+            sums=f"{name}.{ffn.sums}" if ffn.sums else "",
+        )
 
 
 def _linear_sites(model: nn.Module, family: Family, config: MPOEConfig) -> Iterator[LinearSite]:
@@ -79,9 +66,9 @@ def _linear_sites(model: nn.Module, family: Family, config: MPOEConfig) -> Itera
     for name, module in model.named_modules():
         match = next(filter(None, (pattern.match(name) for pattern in attention)), None)
         if match is not None:
-            yield LinearSite("attention", name, int(match["layer"]), module)
+            yield LinearSite(name, int(match["layer"]), module, "attention")
         elif pooler is not None and pooler.match(name):
-            yield LinearSite("pooler", name, None, module)
+            yield LinearSite(name, None, module, "pooler")
 
 
 def _embedding_site(model: Any) -> EmbeddingSite | None:
@@ -101,7 +88,7 @@ def _embedding_site(model: Any) -> EmbeddingSite | None:
     head = next((n for n in targets if n not in views), None)
     # T5 draws its table with standard deviation 1 (times a factor), the others with their initializer_range.
     std = getattr(model.config, "initializer_factor", getattr(model.config, "initializer_range", 1.0))
-    return EmbeddingSite("embedding", name, None, table, views, head, float(std))
+    return EmbeddingSite(name, None, table, "embedding", views, head, float(std))
 
 
 def _excluded(pattern: str, name: str) -> bool:
@@ -109,25 +96,30 @@ def _excluded(pattern: str, name: str) -> bool:
 
 
 def _select(sites: list[AnySite], config: MPOEConfig) -> list[AnySite]:
-    names = [site.name for site in sites]
+    names, layers = [site.name for site in sites], config.layers_to_transform
     for field, fits in (("exclude_modules", _excluded), ("shape_pattern", pattern_matches)):
         for pattern in getattr(config, field):
             if not any(fits(pattern, name) for name in names):
                 close = get_close_matches(pattern, names, n=3, cutoff=0.3)
                 hint = f"; close matches: {', '.join(close)}" if close else ""
                 raise ValueError(f"{field} names {pattern!r}, which is none of the {len(names)} targets{hint}")
-    layers = config.layers_to_transform
     known = sorted({site.layer for site in sites if site.layer is not None})
     for index in layers or []:
         if index not in known:
             wanted = f"layer indices {known[0]}..{known[-1]}" if known else "nothing: no target lies in a layer"
             raise ValueError(f"layers_to_transform must hold {wanted}; got {index}")
-    return [
+    chosen = [
         site
         for site in sites
         if not any(_excluded(pattern, site.name) for pattern in config.exclude_modules)
         and (layers is None or site.layer is None or site.layer in layers)
     ]
+    if not chosen:
+        raise ValueError(
+            "nothing is left to convert: layers_to_transform and exclude_modules leave out every module; got "
+            f"layers_to_transform={layers}, exclude_modules={config.exclude_modules}"
+        )
+    return chosen
 
 
 def find_sites(model: Any, config: MPOEConfig, family: Family | None = None) -> list[AnySite]:
@@ -153,17 +145,12 @@ def find_sites(model: Any, config: MPOEConfig, family: Family | None = None) -> 
         return []
     if not sites:
         raise ValueError(f"{type(model).__name__} has no dense {' or '.join(config.targets)} modules to convert")
-    chosen = _select(sites, config)
-    if not chosen:
-        raise ValueError(
-            "nothing is left to convert: layers_to_transform and exclude_modules leave out every module; got "
-            f"layers_to_transform={config.layers_to_transform}, exclude_modules={config.exclude_modules}"
-        )
-    for place, site in enumerate(chosen):
-        own = config.for_experts(site.name) if isinstance(site, FFNSite) else None
-        if isinstance(site, FFNSite) and own is not None and own.keeps_network:
-            chosen[place] = dataclasses.replace(site, keeps=own.shape)
-    return chosen
+    return [
+        dataclasses.replace(site, keeps=own.shape)
+        if isinstance(site, FFNSite) and (own := config.for_experts(site.name)).keeps_network
+        else site
+        for site in _select(sites, config)
+    ]
 
 
 def dense_networks(model: Any, config: MPOEConfig | None = None) -> list[FFNSite]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from mpoe.config import MPOEConfig
-from mpoe.layers.experts import DenseExperts
 from mpoe.layers.feed_forward import MPOEFeedForward
 from mpoe.layers.hidden import HiddenFeedForward
 from mpoe.layers.kept import KeptFeedForward
@@ -32,39 +32,28 @@ def neuron_modules(model: nn.Module) -> dict[str, NeuronFeedForward]:
     return {name: module for name, module in kept_modules(model).items() if isinstance(module, NeuronFeedForward)}
 
 
-def merged_config(config: MPOEConfig, layers: dict[str, HiddenFeedForward]) -> MPOEConfig:
-    """Configuration of the dense experts that such layers merge into.
-
-    A bias before the activation passes through an expert's block, so every expert gets its own bias.
-    """
-    own = any(
-        module.experts.bias is not None or getattr(module.projections()["up"], "bias", None) is not None
-        for module in layers.values()
-    )
-    return dataclasses.replace(config, expert_type="dense", expert_bias=own, rate_ratios={})
+def has_own_biases(layers: Iterable[HiddenFeedForward]) -> bool:
+    """Whether the dense experts that such layers merge into need a bias each: one before the activation passes through
+    an expert's block."""
+    biases = ((layer.experts.bias, getattr(layer.projections()["up"], "bias", None)) for layer in layers)
+    return any(bias is not None for both in biases for bias in both)
 
 
 @torch.no_grad()
 def fill_merged(merged: MPOEFeedForward, layer: HiddenFeedForward) -> None:
     """Set dense experts to the weights that the hidden-side blocks of ``layer`` are equivalent to."""
-    assert isinstance(merged.experts, DenseExperts)
     if merged.router is not None and layer.router is not None:
         merged.router.load_state_dict(layer.router.state_dict())
     experts, dense = layer.experts, layer.projections()
     for kind, weights in merged.experts.projections().items():
         weights.weight.copy_(layer.expert_weights(kind))
-        if weights.bias is None:
-            continue
-        value: Any = getattr(dense[kind], "bias", None)
-        value = weights.bias.new_zeros(weights.out_features) if value is None else value
-        if weights.bias.dim() == 2:  # before the experts' blocks
-            core = experts.auxiliary["right" if kind == "up" else "right_gate"]
-            groups = layer.hidden_features // experts.block_size
-            own = core.expand(-1, groups, -1, -1)
-            value = torch.einsum("ga,egab->egb", value.to(core.dtype).view(groups, -1), own).flatten(1)
-            before_activation = kind == ("gate_proj" if experts.is_gated else "up")
-            value = value if experts.bias is None or not before_activation else value + experts.bias
-        weights.bias.copy_(value)
+        bias: Any = getattr(dense[kind], "bias", None)
+        if weights.bias is not None:
+            weights.bias.copy_(torch.zeros_like(weights.bias) if bias is None else bias)
+        if weights.bias is not None and weights.bias.dim() == 2:  # before the experts' blocks
+            weights.bias.copy_(layer.expert_weights(kind, weights.bias[:1])[:, 0])
+            if experts.bias is not None and kind == ("gate_proj" if experts.is_gated else "up"):
+                weights.bias.add_(experts.bias)
 
 
 def set_mpoe_config(model: Any, config: MPOEConfig) -> None:

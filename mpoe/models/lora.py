@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from mpoe.layers.cores import MPOCores
-from mpoe_kernels import MPOBlocks, expert_weights, fold
 
 try:
     from peft import LoraConfig
@@ -53,12 +52,6 @@ def lora_on_cores(config: LoraConfig) -> LoraConfig:
     return config
 
 
-def _rows_and_columns(core: Tensor) -> tuple[int, int]:
-    """Sizes of a core ``[..., d, i, j, d']`` as a matrix ``[d i, j d']``."""
-    d, i, j, d_next = core.shape[-4:]
-    return d * i, j * d_next
-
-
 class LoraCores(nn.Module, LoraLayer):
     """`MPOCores` with low-rank additions to its cores; replaces the `MPOCores` in the experts.
 
@@ -88,10 +81,6 @@ class LoraCores(nn.Module, LoraLayer):
                 raise
             return getattr(self.base_layer, name)
 
-    def _core_names(self) -> list[str]:
-        base: Any = self.get_base_layer()
-        return base.core_names()
-
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features
 
@@ -103,8 +92,9 @@ class LoraCores(nn.Module, LoraLayer):
         down, up = nn.ParameterDict(), nn.ParameterDict()
         for name in base.core_names():
             core = base.get_parameter(name)
-            rows, columns = _rows_and_columns(core)
-            rank, experts = min(r, rows, columns), core.shape[:-4]
+            *experts, d, i, j, d_next = core.shape  # as a matrix [d i, j d']
+            rows, columns = d * i, j * d_next
+            rank = min(r, rows, columns)
             a = core.new_empty(*experts, rank, columns)
             bound = 1 / math.sqrt(columns)
             key = name.replace(".", "_")
@@ -140,14 +130,7 @@ class LoraCores(nn.Module, LoraLayer):
                 cores = [core + self.delta(adapter, name) for core, name in zip(cores, base.core_names(), strict=True)]
         return cores
 
-    def blocks(self) -> MPOBlocks:
-        """As `MPOCores.blocks`, of these cores."""
-        base: Any = self.get_base_layer()
-        return fold(self.cores(), base.shape.central, base.shape, base.num_experts)
-
-    def dense_weights(self) -> Tensor:
-        """As `MPOCores.dense_weights`, of these cores."""
-        return expert_weights(self.blocks())
+    blocks, dense_weights = MPOCores.blocks, MPOCores.dense_weights  # of these cores
 
     # -------------------------------------------------------------- merging
 
@@ -166,7 +149,7 @@ class LoraCores(nn.Module, LoraLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if safe_merge:
             for adapter in names:
-                for core in self._core_names():
+                for core in self.core_names():
                     if not bool(torch.isfinite(self.delta(adapter, core)).all()):
                         raise ValueError(
                             f"adapter {adapter} must be finite to be merged; its addition to {core} is not"

@@ -18,7 +18,8 @@ from mpoe.models.stock_experts import expert_modules, router_modules, stock_weig
 class MixtureMixin(MPOEModelMixin):
     """A mixture of Transformers. Router, auxiliary loss and outputs are those of its own class."""
 
-    _keep_in_fp32_modules_strict = []  # noqa: RUF012 - declared so by Transformers; its routers may have a dtype of their own
+    # Its routers may have a dtype of their own.
+    _keep_in_fp32_modules_strict = []  # noqa: RUF012 - declared so by Transformers
 
     def _routed_forward(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return forward(*args, **kwargs)
@@ -43,11 +44,11 @@ class MixtureMixin(MPOEModelMixin):
             model._ep_plan = {}
             model._tp_plan = {key: how for key, how in model._tp_plan.items() if not ends & set(key.split("."))}
 
-    def _set_parts(self, part: str, trained: bool) -> None:
+    def _parts(self, part: str) -> list[nn.Module | nn.Parameter]:
         model: Any = self
-        found = router_modules(model) if part == "router" else (module for _, module in expert_modules(model))
-        for module in found:
-            module.requires_grad_(trained)
+        if part == "central":
+            return super()._parts(part)
+        return list(router_modules(model)) if part == "router" else [module for _, module in expert_modules(model)]
 
 
 def dense_config(model: Any) -> Any:

@@ -43,16 +43,14 @@ _CORE = re.compile(
     rf"(?P<linear>{_FFN}\.(?:SelfAttention|EncDecAttention)\.[qkvo])|shared)_mpo(?:\.tensor_set)?\.(?P<core>\d+)"
 )
 _FULL = re.compile(
-    rf"(?P<ffn>{_FFN})\.(?:sffn\.experts\.(?P<expert>\d+)\.(?P<kind>w[io])\.weight|moe_layer\.experts\.(?P<of_moe>w[12]))"
+    rf"(?P<ffn>{_FFN})\.(?:sffn\.experts\.(?P<expert>\d+)\.(?=w[io]\.)|moe_layer\.experts\.(?=w[12]$))"
+    r"(?P<kind>w[io12])(?:\.weight)?"
 )
 _ROUTER = re.compile(rf"(?P<ffn>{_FFN})\.(?:sffn\.switch\.(?P<part>weight|bias)|moe_layer\.gate\.w_gating)")
 # the same table again, under the names of modules that share it, and the biases of moe_type moe
 _COPIES = re.compile(r"(?:(?:encoder|decoder)\.embed_tokens|lm_head_mpo)\.tensor_set\.\d+")
 _BIAS = re.compile(rf"{_FFN}\.moe_layer\.experts\.b[12]")
 _KINDS = {"wi": "up", "w1": "up", "wo": "down", "w2": "down"}
-
-# our module -> index of core -> experts' cores, ours in the order [E or nothing, d, in_k, out_k, d']
-Chains = dict[str, dict[int, Any]]
 
 
 def _read(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -80,88 +78,62 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(tensors)
 
 
-def _expert_name(ffn: str, kind: str) -> str:
-    return f"{ffn}.DenseReluDense.experts.{_KINDS[kind]}"
-
-
-def _joined(name: str, core: int, parts: dict[int, Tensor], count: int) -> Tensor:
-    """The cores of all experts, of which the central one must be the same."""
+def _joined(name: str, place: int, parts: dict[int, Tensor], count: int) -> Tensor:
+    """The tensors of all experts, of which the central core must be the same."""
     missing = sorted(set(range(count)) - set(parts))
     if missing:
-        raise ValueError(
-            f"the checkpoint must hold every core of {name}; core {core} of expert {missing[0]} is not there"
-        )
-    ordered = [parts[e] for e in range(count)]
-    if core != CENTRAL:
-        return torch.stack(ordered)
-    if not all(torch.equal(part, ordered[0]) for part in ordered):
+        what = f"every core of {name}; core {place}" if place >= 0 else f"every expert of {name}; that"
+        raise ValueError(f"the checkpoint must hold {what} of expert {missing[0]} is not there")
+    if place != CENTRAL:
+        return torch.stack([parts[e] for e in range(count)])
+    if not all(torch.equal(part, parts[0]) for part in parts.values()):
         raise ValueError(f"the experts of {name} must share their central core; they differ")
-    return ordered[0]
+    return parts[0]
 
 
 class _Checkpoint:
-    """Tensors of the original, by kind.
+    """Tensors of the original by names of our modules and parameters.
 
-    ``chains``, ``dense`` (experts without MPO, [E, in, out]), ``routers`` [E, in] and ``biases`` by names of our
-    modules; ``rest``: parameters with the same name in both.
+    Attributes:
+        chains: module -> index of core -> experts' cores, in our order ``[E or nothing, d, in_k, out_k, d']``.
+        parameters: routers ``[E, in]``, experts without MPO ``[E, in, out]``, and what has the same name in both.
+        biases: of the original's routers, and of its experts of moe_type moe.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.chains: Chains = {}
-        self.dense: dict[str, Any] = {}
-        self.routers: dict[str, Tensor] = {}
+        self.chains: dict[str, dict[int, Tensor]] = {}
+        self.parameters: dict[str, Tensor] = {}
         self.biases: dict[str, Tensor] = {}
-        self.rest: dict[str, Tensor] = {}
-        self.moe_type = "none"
+        self.moe_type, self.num_experts = "none", 1
+        parts: dict[tuple[str, int], dict[int, Tensor]] = {}  # (module, core or -1) -> expert or -1 -> tensor
         for key, tensor in tensors.items():
-            core, full, router = (pattern.fullmatch(key) for pattern in (_CORE, _FULL, _ROUTER))
-            if core or full:
+            found, router = _CORE.fullmatch(key) or _FULL.fullmatch(key), _ROUTER.fullmatch(key)
+            if found:
                 self.moe_type = "switch" if ".sffn." in key else "moe" if ".moe_layer." in key else self.moe_type
-            if core:
-                self._add_core(core, tensor)
-            elif full:
-                name = _expert_name(full["ffn"], full["kind"] or full["of_moe"])
-                if full["expert"] is None:
-                    self.dense[name] = tensor
-                else:
-                    self.dense.setdefault(name, {})[int(full["expert"])] = tensor.T
+                part = {name: value for name, value in found.groupdict().items() if value is not None}
+                place, expert = int(part.get("core", -1)), int(part.get("expert", -1))
+                name = f"{part.get('linear', 'shared')}.cores"
+                if "ffn" in part:
+                    name = f"{part['ffn']}.DenseReluDense.experts.{_KINDS[part['kind']]}"
+                if name != "shared.cores" and (place, expert) != (-1, -1):  # moe_type moe has matrices as ours
+                    tensor = tensor.T if place < 0 else tensor.transpose(-2, -3)
+                parts.setdefault((name, place), {})[expert] = tensor
             elif router and router["part"] != "bias":
-                self.routers[f"{router['ffn']}.DenseReluDense.router.weight"] = tensor if router["part"] else tensor.T
+                name = f"{router['ffn']}.DenseReluDense.router.weight"
+                self.parameters[name] = tensor if router["part"] else tensor.T
             elif router or _BIAS.fullmatch(key):
                 self.biases[key] = tensor
             elif not _COPIES.fullmatch(key):
-                self.rest[key] = tensor
-        parts = [each for chain in self.chains.values() for each in chain.values() if isinstance(each, dict)]
-        count = 1 + max((expert for each in parts for expert in each), default=0)
-        for name, chain in self.chains.items():
-            for core_index, each in chain.items():
-                chain[core_index] = _joined(name, core_index, each, count) if isinstance(each, dict) else each
-        # Besides its cores the original may keep the matrix that they were computed from.
-        self.dense = {
-            name: torch.stack([weight[e] for e in sorted(weight)]) if isinstance(weight, dict) else weight
-            for name, weight in self.dense.items()
-            if name not in self.chains
-        }
-
-    def _add_core(self, match: re.Match[str], tensor: Tensor) -> None:
-        place = int(match["core"])
-        if match["ffn"]:
-            chain = self.chains.setdefault(_expert_name(match["ffn"], match["kind"]), {})
-        else:
-            chain = self.chains.setdefault(f"{match['linear'] or 'shared'}.cores", {})
-        value = tensor.transpose(-2, -3) if match["ffn"] or match["linear"] else tensor
-        if match["expert"] is None:
-            chain[place] = value
-        else:
-            chain.setdefault(place, {})[int(match["expert"])] = value
-
-    def num_experts(self) -> int:
-        for weight in self.dense.values():
-            return weight.shape[0]
-        for name, chain in self.chains.items():
-            if ".experts." in name and chain[0].dim() == 5:
-                return chain[0].shape[0]
-        return 1
+                self.parameters[key] = tensor
+        count = 1 + max((expert for experts in parts.values() for expert in experts), default=0)
+        for (name, place), experts in parts.items():
+            value = experts[-1] if -1 in experts else _joined(name, place, experts, count)
+            if place >= 0:
+                self.chains.setdefault(name, {})[place] = value
+            elif (name, 0) not in parts:  # besides its cores the original may keep the matrix that they came from
+                self.parameters[f"{name}.weight"] = value
+            if ".experts." in name and value.dim() == (3 if place < 0 else 5):
+                self.num_experts = value.shape[0]
 
     def shape(self, name: str, in_features: int, out_features: int) -> MPOShape:
         """Shape of a chain, with factors and bonds read from the cores."""
@@ -176,10 +148,12 @@ class _Checkpoint:
 
 def _config(checkpoint: _Checkpoint, base: Any) -> MPOEConfig:
     names = list(checkpoint.chains)
+    dense = [name for name in checkpoint.parameters if _is_expert(name)]
+    held = [*names, *dense]
     targets = [
         target
         for target, mark in (("ffn", ".experts."), ("attention", "Attention."), ("embedding", "shared."))
-        if any(mark in name for name in [*names, *checkpoint.dense])
+        if any(mark in name for name in held)
     ]
     if not targets:
         raise ValueError(
@@ -188,22 +162,22 @@ def _config(checkpoint: _Checkpoint, base: Any) -> MPOEConfig:
     every = MPOEConfig(shape="separable", target_modules=targets)
     patterns: dict[str, Any] = {}
     for site in find_sites(base, every):
-        if isinstance(site, FFNSite) and f"{site.name}.experts.up" in checkpoint.dense:
+        if isinstance(site, FFNSite) and f"{site.name}.experts.up.weight" in dense:
             continue
         if isinstance(site, FFNSite) and f"{site.name}.experts.up" in names:
             shapes = {k: checkpoint.shape(f"{site.name}.experts.{k}", *site.weight(k).shape) for k in ("up", "down")}
             patterns[re.escape(site.name)] = shapes
         elif isinstance(site, (LinearSite, EmbeddingSite)) and f"{site.name}.cores" in names:
-            patterns[re.escape(site.name)] = checkpoint.shape(f"{site.name}.cores", *site.sizes)
+            patterns[re.escape(site.name)] = checkpoint.shape(f"{site.name}.cores", *site.weight.shape)
         else:
             raise ValueError(f"the checkpoint must hold the cores of {site.name}, as it does of its like; it does not")
     return MPOEConfig(
         moe_type=checkpoint.moe_type,
-        num_experts=checkpoint.num_experts(),
+        num_experts=checkpoint.num_experts,
         shape="separable",
         shape_pattern=patterns,
         target_modules=targets,
-        expert_type="dense" if checkpoint.dense else "mpo",
+        expert_type="dense" if dense else "mpo",
     )
 
 
@@ -241,7 +215,7 @@ def import_original(source: str | Path | Mapping[str, Tensor], base: Any) -> Any
         cores.set_cores_(found)
         first = [core[0] if core.dim() == 5 else core for core in found]
         cores.rate_ratios = rate_ratios(first, reconstruct(first)[: cores.in_features, : cores.out_features])
-    _load_dense(model, checkpoint)
+    _load(model, checkpoint.parameters)
     config.rate_ratios = {name: list(cores.rate_ratios) for name, cores in cores_of.items()}
     adopt_class(model, converted_class(base), config)
     lost = [name for name, bias in checkpoint.biases.items() if bool(bias.any())]
@@ -252,12 +226,11 @@ def import_original(source: str | Path | Mapping[str, Tensor], base: Any) -> Any
     return model.eval()
 
 
-def _load_dense(model: Any, checkpoint: _Checkpoint) -> None:
-    """Load routers, and parameters with the same name on both sides."""
+def _load(model: Any, parameters: Mapping[str, Tensor]) -> None:
+    """Load routers, experts without MPO, and what has the same name on both sides."""
     own = dict(model.named_parameters(remove_duplicate=False))
     obsolete = model._keys_to_ignore_on_load_unexpected or []
-    experts = {f"{name}.weight": weight for name, weight in checkpoint.dense.items()}
-    for name, value in {**checkpoint.routers, **experts, **checkpoint.rest}.items():
+    for name, value in parameters.items():
         if any(re.search(pattern, name) for pattern in obsolete):
             continue
         if name not in own:
@@ -265,11 +238,12 @@ def _load_dense(model: Any, checkpoint: _Checkpoint) -> None:
         if own[name].shape != value.shape:
             raise ValueError(f"{name} must be {list(own[name].shape)}; the checkpoint has {list(value.shape)}")
         own[name].copy_(value)
-    routers = {name for name in own if name.endswith(".router.weight")}
-    if routers != set(checkpoint.routers):
-        raise ValueError(
-            f"the checkpoint must hold every router; missing {sorted(routers - set(checkpoint.routers))[:3]}"
-        )
-    missing = {name for name in own if re.search(r"\.experts\.\w+\.weight$", name)} - set(experts)
-    if missing:
-        raise ValueError(f"the checkpoint must hold every expert; missing {sorted(missing)[:3]}")
+    needed = {name for name in own if name.endswith(".router.weight") or _is_expert(name)}
+    if not needed <= parameters.keys():
+        missing = sorted(needed - parameters.keys())[:3]
+        raise ValueError(f"the checkpoint must hold every router and every expert; missing {missing}")
+
+
+def _is_expert(name: str) -> bool:
+    """Whether it is the name of experts' matrices."""
+    return re.search(r"\.experts\.\w+\.weight$", name) is not None

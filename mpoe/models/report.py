@@ -12,7 +12,7 @@ from torch import nn
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.dense import ExpertWeights
 from mpoe.layers.experts import MixtureExperts
-from mpoe.layers.feed_forward import MPOEFeedForward, RoutedFeedForward
+from mpoe.layers.feed_forward import RoutedFeedForward
 from mpoe.layers.kept import KeptFeedForward
 from mpoe.models.stock_experts import is_stock_experts
 from mpoe_kernels import ContractionPlan, plan_contraction
@@ -95,22 +95,16 @@ def parameter_report(model: nn.Module) -> dict[str, int]:
         trainable += parameter.numel() if parameter.requires_grad else 0
     total = sum(report.values())
     dense, switch = report["rest"], report["rest"] + report["router"]
-    in_feed_forward = set()
     for name, module in model.named_modules():
-        elements, before, experts = 0, 1, 1  # numbers of a whole network, how many there were, how many there are
+        elements, before, experts = 0, 1, 1  # numbers of a whole matrix, how many there were, how many there are
         if isinstance(module, KeptFeedForward):
             elements, experts = sum(weight.numel() for weight in module.dense_parameters().values()), module.num_experts
-        elif isinstance(module, (MPOEFeedForward, MixtureExperts)):
-            is_mixture = isinstance(module, MixtureExperts)  # the model had as many experts before
-            held: Any = module if is_mixture else module.experts
-            projections = held.projections()
-            in_feed_forward |= {f"{name}.{kind}" if is_mixture else f"{name}.experts.{kind}" for kind in projections}
-            elements = sum(each.in_features * each.out_features for each in projections.values())
-            before, experts = (module.num_experts if is_mixture else 1), module.num_experts
+        elif isinstance(module, (MPOCores, ExpertWeights)):
+            elements, experts = module.in_features * module.out_features, module.num_experts
+            holder = model.get_submodule(name.removesuffix(".base_layer").rpartition(".")[0])  # PEFT's name
+            before = experts if isinstance(holder, MixtureExperts) else 1  # the model had as many
         elif is_stock_experts(module):
             elements = sum(parameter.numel() for parameter in module.parameters())
-        elif isinstance(module, MPOCores) and name.removesuffix(".base_layer") not in in_feed_forward:  # PEFT's name
-            elements = module.in_features * module.out_features
         dense, switch = dense + before * elements, switch + experts * elements
     return {**report, "total": total, "trainable": trainable, "dense_total": dense, "switch_total": switch}
 
@@ -145,53 +139,34 @@ class WeightSummary:
         cores: that module; its shape or sizes.
         error: relative error bound of the conversion; ``None`` if it is not in the model's config.
         plan: how a forward pass contracts a weight with the fewest FLOPs; ``None`` for a network.
-        top_k: experts per token.
+        built: sizes, factors and bonds, in words, or what a network has instead.
+        cost: name of the order of contraction, or of the shape, and FLOPs relative to the dense layer's.
     """
 
     name: str
     cores: MPOCores | KeptFeedForward
     error: float | None
     plan: ContractionPlan | None
-    top_k: int
-
-    @property
-    def central_parameters(self) -> int:
-        return sum(weight.numel() for weight in self.cores.central_parameters().values())
-
-    @property
-    def auxiliary_parameters(self) -> int:
-        """Of all experts together."""
-        return self.cores.own_parameters()
+    built: tuple[str, str, str]
+    cost: tuple[str, float]
 
     def cells(self) -> tuple[str, ...]:
         """What stands under `HEADER`."""
-        if isinstance(self.cores, MPOCores):
-            shape = self.cores.shape
-            sizes = f"{shape.in_features}x{shape.out_features}"
-            factors = f"{'·'.join(map(str, shape.in_factors))} x {'·'.join(map(str, shape.out_factors))}"
-            built = factors, " ".join(map(str, shape.bond_dims[1:-1]))
-        else:
-            sizes, built = f"{self.cores.in_features}x{self.cores.hidden_features}", self.cores.described()
-        if self.plan is not None:
-            strategy, ratio = self.plan.strategy, self.plan.x_dense
-        else:
-            assert isinstance(self.cores, KeptFeedForward)
-            strategy, ratio = self.cores.shape, self.cores.relative_flops(self.top_k)
+        central = sum(weight.numel() for weight in self.cores.central_parameters().values())
         experts = self.cores.num_experts
-        per_expert = f"{self.auxiliary_parameters // experts:,}"
+        per_expert = f"{self.cores.own_parameters() // experts:,}"
         return (
             short_name(self.name),
-            sizes,
-            *built,
-            f"{self.central_parameters:,}",
+            *self.built,
+            f"{central:,}",
             per_expert if experts == 1 and self.plan is not None else f"{experts} x {per_expert}",
             "-" if self.error is None else f"{self.error:.1e}" if self.error else "0",
-            strategy,
-            f"{ratio:.2f}",
+            self.cost[0],
+            f"{self.cost[1]:.2f}",
         )
 
 
-def summarize(model: nn.Module, num_tokens: int, top_k: int = 1) -> list[WeightSummary]:
+def summarize(model: Any, num_tokens: int, top_k: int = 1) -> list[WeightSummary]:
     """A row for every MPO weight and for every network that keeps its projections, in the model's order.
 
     Args:
@@ -202,23 +177,23 @@ def summarize(model: nn.Module, num_tokens: int, top_k: int = 1) -> list[WeightS
     Raises:
         TypeError, ValueError: ``num_tokens`` is not a count.
     """
+    told = getattr(model.config, "conversion_errors", None)
+    errors: dict[str, Any] = told if isinstance(told, dict) else {}
     rows = []
     for name, module in model.named_modules():
-        if isinstance(module, KeptFeedForward):
-            rows.append(WeightSummary(name, module, 0.0, None, top_k))  # nothing is decomposed
+        if isinstance(module, KeptFeedForward):  # nothing is decomposed
+            sizes = f"{module.in_features}x{module.hidden_features}"
+            cost = module.shape, module.relative_flops(top_k)
+            rows.append(WeightSummary(name, module, 0.0, None, (sizes, *module.described()), cost))
         elif isinstance(module, MPOCores):
-            per_token = 1 if module.num_experts == 1 else top_k
-            plan = plan_contraction(module.shape, module.num_experts, num_tokens, module.central.dtype, top_k=per_token)
-            rows.append(WeightSummary(name, module, _conversion_error(model, name), plan, per_token))
+            shape, per_token = module.shape, 1 if module.num_experts == 1 else top_k
+            plan = plan_contraction(shape, module.num_experts, num_tokens, module.central.dtype, top_k=per_token)
+            error = next((errors[key] for key in names_in_checkpoints(model, name) if key in errors), None)
+            error = float(error) if isinstance(error, (int, float)) else None
+            factors = " x ".join("·".join(map(str, side)) for side in (shape.in_factors, shape.out_factors))
+            built = f"{shape.in_features}x{shape.out_features}", factors, " ".join(map(str, shape.bond_dims[1:-1]))
+            rows.append(WeightSummary(name, module, error, plan, built, (plan.strategy, plan.x_dense)))
     return rows
-
-
-def _conversion_error(model: Any, name: str) -> float | None:
-    """The conversion error of a weight from the model's config, if it has one."""
-    errors = getattr(model.config, "conversion_errors", None)
-    known = errors if isinstance(errors, dict) else {}
-    found = next((known[key] for key in names_in_checkpoints(model, name) if key in known), None)
-    return float(found) if isinstance(found, (int, float)) else None
 
 
 def print_summary(rows: Sequence[WeightSummary], num_tokens: int) -> None:

@@ -17,7 +17,7 @@ from mpoe.layers.kept import KeptFeedForward
 from mpoe.layers.mpo_embedding import MPOEmbedding, SharedEmbedding, TiedHead
 from mpoe.layers.mpo_linear import MPOLinear, linear_weight
 from mpoe.layers.neurons import START_NOISE, NeuronFeedForward
-from mpoe_kernels import Decomposition, SharedDecomposition
+from mpoe_kernels import Decomposition, MPOShape, SharedDecomposition
 
 Report = dict[str, Decomposition | SharedDecomposition]
 
@@ -111,20 +111,14 @@ class FFNSite:
 
     def build(self, config: MPOEConfig) -> RoutedFeedForward:
         """The layer, of these sizes, device and dtype, whose weights the caller fills or initialises."""
-        up, given = self.weight("up"), self.options
-        sized: Any = (*up.shape, config.for_experts(self.name))
-        options: dict[str, Any] = {"stream": self.stream, "device": "meta", "dtype": up.dtype}
-        made: RoutedFeedForward
-        if not self.keeps:
-            made = MPOEFeedForward(*sized, **{**options, **given})
-        else:
+        up = self.weight("up")
+        options: dict[str, Any] = {**self.options, "stream": self.stream, "device": "meta", "dtype": up.dtype}
+        kind: Any = MPOEFeedForward
+        if self.keeps:
+            kind = HiddenFeedForward if self.keeps == HIDDEN else NeuronFeedForward
             options |= {"names": self.inside, "columns": self.columns}
-            options |= {key: given[key] for key in ("activation", "output_dropout")}
-            if self.keeps == HIDDEN:
-                made = HiddenFeedForward(*sized, dropout=given["dropout"], **options)
-            else:
-                options |= {"gated": given["gated"], "bias": given["bias"], "adds_input": bool(self.sums)}
-                made = NeuronFeedForward(*sized, init_std=given.get("init_std", {}).get("up"), **options)
+            options |= {"adds_input": bool(self.sums)} if self.keeps == NEURONS else {}
+        made: RoutedFeedForward = kind(*up.shape, config.for_experts(self.name), **options)
         return made.to_empty(device=up.device)
 
     def load(self, module: Any, config: MPOEConfig) -> Report:
@@ -180,55 +174,62 @@ class FFNSite:
 
 
 @dataclass(frozen=True)
-class MatrixSite:
-    """A dense module of one matrix, of ``component`` attention, pooler or embedding.
+class ModuleSite:
+    """A module that another one takes the place of.
 
     Attributes:
-        component, name: which; ``dense``: the module.
+        name: of the module ``dense``.
         layer: index of its layer, if it is in one.
     """
 
-    component: str
     name: str
     layer: int | None
     dense: Any
 
     @property
     def replaced(self) -> list[nn.Module]:
+        """Modules that are replaced."""
         return [self.dense]
 
+    def install(self, model: nn.Module, module: Any, config: MPOEConfig) -> None:
+        """Put ``module`` in place of the dense one."""
+        set_module(model, self.name, module)
+
+
+@dataclass(frozen=True)
+class MatrixSite(ModuleSite):
+    """A dense module of one matrix, of ``component`` attention, pooler or embedding."""
+
+    component: str
+
     @property
-    def sizes(self) -> tuple[int, int]:
-        """``(in_features, out_features)``; vocabulary and model size of a table."""
-        weight = self.dense.weight if isinstance(self.dense, nn.Embedding) else linear_weight(self.dense)
-        return weight.shape[0], weight.shape[1]
+    def weight(self) -> Tensor:
+        """``[in_features, out_features]``; a table is ``[vocabulary, model size]``."""
+        return self.dense.weight if isinstance(self.dense, nn.Embedding) else linear_weight(self.dense)
+
+    def shape(self, config: MPOEConfig) -> MPOShape:
+        """Its shape in MPO form; ValueError for one of other sizes."""
+        return config.linear_shape(self.component, self.name, *self.weight.shape)
 
     def check(self, config: MPOEConfig) -> None:
         """Refuse shapes of other sizes."""
-        config.linear_shape(self.component, self.name, *self.sizes)
+        self.shape(config)
+
+    def load(self, module: Any, config: MPOEConfig) -> Report:
+        """Give ``module`` the decomposed weight, and the bias if there is one."""
+        if module.cores.bias is not None:
+            module.cores.bias.copy_(self.dense.bias)
+        return {f"{self.name}.cores": module.cores.load_weight_(self.weight, config.gauge)}
 
 
 class LinearSite(MatrixSite):
     """A dense projection, which becomes an `MPOLinear`."""
 
     def build(self, config: MPOEConfig) -> MPOLinear:
-        weight = linear_weight(self.dense)
-        return MPOLinear(
-            config.linear_shape(self.component, self.name, *self.sizes),
-            bias=getattr(self.dense, "bias", None) is not None,
-            backend=config.backend,
-            init_std=float(weight.shape[0]) ** -0.5,
-            device="meta",
-            dtype=weight.dtype,
-        ).to_empty(device=weight.device)
-
-    def load(self, module: MPOLinear, config: MPOEConfig) -> Report:
-        if module.cores.bias is not None:
-            module.cores.bias.copy_(self.dense.bias)
-        return {f"{self.name}.cores": module.cores.load_weight_(linear_weight(self.dense), config.gauge)}
-
-    def install(self, model: nn.Module, module: MPOLinear, config: MPOEConfig) -> None:
-        set_module(model, self.name, module)
+        bias, weight = getattr(self.dense, "bias", None) is not None, self.weight
+        options: dict[str, Any] = {"init_std": float(weight.shape[0]) ** -0.5, "device": "meta", "dtype": weight.dtype}
+        made = MPOLinear(self.shape(config), bias=bias, backend=config.backend, **options)
+        return made.to_empty(device=weight.device)
 
 
 @dataclass(frozen=True)
@@ -246,13 +247,9 @@ class EmbeddingSite(MatrixSite):
     init_std: float
 
     def build(self, config: MPOEConfig) -> MPOEmbedding:
-        weight = self.dense.weight
-        shape = config.linear_shape("embedding", self.name, *self.sizes)
-        options: dict[str, Any] = {"init_std": self.init_std, "device": "meta", "dtype": weight.dtype}
-        return MPOEmbedding(shape, self.dense.padding_idx, config.backend, **options).to_empty(device=weight.device)
-
-    def load(self, module: MPOEmbedding, config: MPOEConfig) -> Report:
-        return {f"{self.name}.cores": module.cores.load_weight_(self.dense.weight, config.gauge)}
+        options: dict[str, Any] = {"init_std": self.init_std, "device": "meta", "dtype": self.weight.dtype}
+        made = MPOEmbedding(self.shape(config), self.dense.padding_idx, config.backend, **options)
+        return made.to_empty(device=self.weight.device)
 
     def is_tied(self, model: nn.Module) -> bool:
         """Whether the head's weight is the table itself.
@@ -265,7 +262,7 @@ class EmbeddingSite(MatrixSite):
                 raise ValueError(f"{view} must share the table of {self.name} for an MPO embedding; it has its own")
         return self.head is None or model.get_submodule(self.head).weight is self.dense.weight
 
-    def install(self, model: Any, module: MPOEmbedding, config: MPOEConfig) -> None:
+    def install(self, model: Any, module: Any, config: MPOEConfig) -> None:
         """Install ``module`` and the modules that share it; Transformers must no longer tie weights to the table."""
         set_module(model, self.name, module)
         for view in self.views:

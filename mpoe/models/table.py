@@ -1,48 +1,254 @@
-"""The model families that conversion knows, one row each. Nothing here imports more than typing."""
+"""The model families that conversion knows, and how each builds its layers. Nothing here imports torch."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mpoe.config.checks import check_fields
 
 SEQ2SEQ, CAUSAL, ENCODER = "seq2seq", "causal", "encoder"
+# prefix of a converted model's `model_type` and of its class name
+TYPE_PREFIX, CLASS_PREFIX = "mpoe_", "MPOE"
 
 
-class Row(NamedTuple):
-    """A family.
+def name_pattern(glob: str) -> re.Pattern[str]:
+    """Regular expression for module names, with or without a prefix.
+
+    The first ``*`` is the layer's index (group ``layer``), later ones any number; ``{a,b}`` is a or b.
+    """
+    text = re.escape(glob).replace(r"\{", "(?:").replace(r"\}", ")").replace(",", "|")
+    text = text.replace(r"\*", r"(?P<layer>\d+)", 1).replace(r"\*", r"\d+")
+    return re.compile(rf"^(?:.*\.)?{text}$")
+
+
+def _of_any_name(config: Any, *names: str, default: Any = None) -> Any:
+    """The value of the first of these fields that a configuration has: families call the same thing differently."""
+    return next((getattr(config, name) for name in names if getattr(config, name, None) is not None), default)
+
+
+@dataclass(frozen=True)
+class FFN:
+    """One way to build a feed-forward network: names of its parts, and settings; also the argument ``sites`` of
+    `convert_to_mpoe`.
 
     Attributes:
-        layers: how its layers are built, a name in `mpoe.models.families`.
-        style: how the command line trains and evaluates it: ``"seq2seq"``, ``"causal"`` or ``"encoder"``.
+        holder: names of the modules that hold one, for `name_pattern`.
+        up, down, gate_proj: dense projections inside the holder. Orientation follows from their type: `nn.Linear`
+            holds ``[out, in]``, `Conv1D` ``[in, out]``.
+        fused: kinds whose weights are concatenated along the outputs of ``up``, in order, e.g. ``("gate_proj", "up")``.
+        place: name, inside the holder, of the module that an `MPOEFeedForward` replaces; empty = the holder itself.
+        emptied: modules inside the holder whose work the experts do; they become identities.
+        zeroed: attributes of the holder that are set to 0: a dropout that the experts apply, a chunk size.
+        sums: name, inside the holder, of the module that ends a network that is not a module of its own: it holds
+            ``down`` and is called with what ``up`` gave and the network's input, which it adds.
+        stream: the tokens that it processes: ``"main"``, ``"encoder"`` or ``"decoder"``.
+        activation: name of the activation between the projections, see `mpoe.layers.activations`; of a known family
+            the model's configuration names it.
+        dropout: rate between the projections; ``None`` = that of the model's configuration.
+        output_dropout: rate that the dense network applies to its result inside the holder, or the configuration's
+            field of it.
     """
 
-    layers: str
+    holder: str
+    up: str
+    down: str
+    gate_proj: str | None = None
+    fused: tuple[str, ...] = ()
+    place: str = ""
+    emptied: tuple[str, ...] = ()
+    zeroed: tuple[str, ...] = ()
+    sums: str = ""
+    stream: str = "main"
+    activation: str = ""
+    dropout: float | None = None
+    output_dropout: float | str = 0.0
+
+    def kinds(self) -> dict[str, str]:
+        """Names of the projections by kind."""
+        gate = {} if self.gate_proj is None else {"gate_proj": self.gate_proj}
+        return {"up": self.up, "down": self.down, **gate, **dict.fromkeys(self.fused, self.up)}
+
+    def settings(self, config: Any) -> dict[str, Any]:
+        """Activation and rates in a model of this configuration."""
+        activations = ("dense_act_fn", "hidden_activation", "activation_function", "hidden_act")
+        dropout, last = self.dropout, self.output_dropout
+        if dropout is None:
+            dropout = _of_any_name(config, "activation_dropout", "mlp_dropout", "dropout_rate", default=0.0)
+        return {
+            "activation": self.activation or _of_any_name(config, *activations),
+            "dropout": float(dropout),
+            "output_dropout": float(getattr(config, last) if isinstance(last, str) else last),
+        }
+
+
+def _init_std(config: Any) -> tuple[float, float]:
+    std = float(_of_any_name(config, "init_std", "initializer_range", default=0.02))
+    return std, std
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models that build their layers alike.
+
+    Attributes:
+        models: Hugging Face `model_type`s of the dense models.
+        style: how the command line trains and evaluates them: ``"seq2seq"``, ``"causal"`` or ``"encoder"``.
+        ffn: their feed-forward networks; the first one that matches a module is used. Mixtures have none: they keep
+            routers, shared experts and dense layers, and `mpoe.models.stock_experts` converts their experts.
+        attention: names of attention projections, for `name_pattern`.
+        pooler: name of the pooler's projection, if there is one.
+        init_std: standard deviations of up and down projections, by the model's configuration.
+    """
+
+    models: str
     style: str
+    ffn: tuple[FFN, ...]
+    attention: tuple[str, ...] = ()
+    pooler: str | None = None
+    init_std: Callable[[Any], tuple[float, float]] = _init_std
 
     @property
     def is_mixture(self) -> bool:
-        """Whether models of the family have experts before any conversion."""
-        return self.layers == "mixture"
+        """Whether its models have experts before any conversion, without dense networks to convert."""
+        return not self.ffn
+
+    @property
+    def takes_blocks(self) -> bool:
+        """Whether its models support experts of the shape "hidden" between their projections."""
+        return bool(self.ffn) and all(not ffn.place or ffn.up.startswith(f"{ffn.place}.") for ffn in self.ffn)
 
 
-_ROWS = {
-    Row("t5", SEQ2SEQ): "t5 mt5 umt5",
-    Row("bart", SEQ2SEQ): "bart",
-    Row("gpt2", CAUSAL): "gpt2",
-    Row("gpt_neox", CAUSAL): "gpt_neox",
-    Row("opt", CAUSAL): "opt",
-    Row("llama", CAUSAL): "llama mistral qwen2 qwen3 olmo2 smollm3 gemma2 gemma3_text phi3",
-    Row("bert", ENCODER): "bert roberta deberta-v2",
-    Row("modernbert", ENCODER): "modernbert",
-    Row("vit", ENCODER): "vit",
-    Row("mixture", CAUSAL): (
-        "mixtral olmoe flex_olmo qwen2_moe qwen3_moe deepseek_v2 deepseek_v3 glm4_moe dots1 ernie4_5_moe granitemoe "
-        "hunyuan_v1_moe minimax phimoe"
+def _t5(stream: str) -> tuple[FFN, ...]:
+    plain = FFN(f"{stream}.block.*.layer.*.DenseReluDense", up="wi", down="wo", stream=stream)
+    return plain, replace(plain, up="wi_1", gate_proj="wi_0")
+
+
+# layers that hold the projections themselves
+_HELD = FFN("decoder.layers.*", "fc1", "fc2", place="fc1", emptied=("activation_fn", "fc2"))
+_BART = replace(_HELD, zeroed=("activation_dropout",), stream="decoder")
+# older ViTs, and BERT: two modules, the second of which adds the network's input
+_INTERMEDIATE = FFN(
+    "{layer,layers}.*",
+    up="intermediate.dense",
+    down="output.dense",
+    place="intermediate",
+    emptied=("output.dense",),
+    zeroed=("chunk_size_feed_forward",),
+)
+_GATE_AND_UP = ("gate_proj", "up")
+_FAMILIES = (
+    Family(
+        "t5 mt5 umt5",
+        SEQ2SEQ,
+        ffn=(*_t5("encoder"), *_t5("decoder")),
+        attention=("{encoder,decoder}.block.*.layer.*.{SelfAttention,EncDecAttention}.{q,k,v,o}",),
+        init_std=lambda config: (
+            config.initializer_factor * config.d_model**-0.5,
+            config.initializer_factor * config.d_ff**-0.5,
+        ),
     ),
-}
-# Hugging Face `model_type` of the dense model -> its row
-TABLE = {model_type: row for row, names in _ROWS.items() for model_type in names.split()}
-# the families among them without their own experts
-DENSE = tuple(model_type for model_type, row in TABLE.items() if not row.is_mixture)
-# prefix of a converted model's `model_type` and of its class name
-TYPE_PREFIX, CLASS_PREFIX = "mpoe_", "MPOE"
+    Family(
+        "bart",
+        SEQ2SEQ,
+        ffn=(replace(_BART, holder="encoder.layers.*", stream="encoder"), _BART),
+        attention=("{encoder,decoder}.layers.*.{self_attn,encoder_attn}.{q_proj,k_proj,v_proj,out_proj}",),
+    ),
+    Family(
+        "gpt2",
+        CAUSAL,
+        ffn=(FFN("h.*.mlp", up="c_fc", down="c_proj", output_dropout="resid_pdrop"),),
+        attention=("h.*.{attn,crossattention}.{c_attn,q_attn,c_proj}",),
+        init_std=lambda config: (config.initializer_range, config.initializer_range / (2 * config.n_layer) ** 0.5),
+    ),
+    Family(
+        "gpt_neox",
+        CAUSAL,
+        ffn=(FFN("layers.*.mlp", up="dense_h_to_4h", down="dense_4h_to_h"),),
+        attention=("layers.*.attention.{query_key_value,dense}",),
+    ),
+    Family("opt", CAUSAL, ffn=(_HELD,), attention=("decoder.layers.*.self_attn.{q_proj,k_proj,v_proj,out_proj}",)),
+    Family(
+        "llama mistral qwen2 qwen3 olmo2 smollm3 gemma2 gemma3_text phi3",
+        CAUSAL,
+        ffn=(
+            FFN("layers.*.mlp", up="up_proj", gate_proj="gate_proj", down="down_proj"),
+            FFN("layers.*.mlp", up="gate_up_proj", down="down_proj", fused=_GATE_AND_UP),  # Phi-3
+        ),
+        attention=("layers.*.self_attn.{q,k,v,o,qkv}_proj",),
+    ),
+    Family(
+        "bert roberta deberta-v2",
+        ENCODER,
+        ffn=(replace(_INTERMEDIATE, holder="encoder.layer.*", sums="output"),),
+        attention=(
+            "encoder.layer.*.{attention,crossattention}.{self.query,self.key,self.value,output.dense}",
+            "encoder.layer.*.attention.{self.query_proj,self.key_proj,self.value_proj}",  # DeBERTa
+        ),
+        pooler="pooler.dense",
+    ),
+    Family(
+        "modernbert",
+        ENCODER,
+        ffn=(FFN("layers.*.mlp", up="Wi", down="Wo", fused=_GATE_AND_UP),),
+        attention=("layers.*.attn.{Wqkv,Wo}",),
+    ),
+    Family(
+        "vit",
+        ENCODER,
+        ffn=(FFN("{layer,layers}.*.mlp", up="fc1", down="fc2"), _INTERMEDIATE),  # newer and older versions
+        attention=(
+            "{layer,layers}.*.attention.{q_proj,k_proj,v_proj,o_proj,out_proj}",
+            "{layer,layers}.*.attention.{attention.query,attention.key,attention.value,output.dense}",
+        ),
+        pooler="pooler.dense",
+    ),
+    Family(
+        "mixtral olmoe flex_olmo qwen2_moe qwen3_moe deepseek_v2 deepseek_v3 glm4_moe dots1 ernie4_5_moe granitemoe "
+        "hunyuan_v1_moe minimax phimoe",
+        CAUSAL,
+        ffn=(),
+        attention=("layers.*.self_attn.{q,k,v,o}_proj",),
+    ),
+)
+# Hugging Face `model_type` of the dense model -> its family
+TABLE = {model_type: family for family in _FAMILIES for model_type in family.models.split()}
+# the models among them without their own experts
+DENSE = tuple(model_type for model_type, family in TABLE.items() if not family.is_mixture)
 MODEL_TYPES = tuple(TYPE_PREFIX + model_type for model_type in TABLE)
+
+
+def family_for(sites: Mapping[str, Any] | None, model_type: str) -> Family:
+    """The family that checked ``sites`` describe, or that of ``model_type`` if they are None."""
+    if sites is None:
+        return TABLE[model_type]
+    values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in sites.items()}
+    return Family(model_type, CAUSAL, (FFN(**{"dropout": 0.0, **values}),))
+
+
+def checked_sites(sites: Any) -> dict[str, Any]:
+    """``sites`` as a JSON-able dict.
+
+    Raises:
+        TypeError: not a mapping, or fields of other types.
+        ValueError: an unknown field, a holder without ``*``.
+    """
+    if not isinstance(sites, Mapping):
+        wanted = "a mapping with 'holder', 'up', 'down', 'activation'"
+        raise TypeError(f"sites must be {wanted}; got {type(sites).__name__}")
+    check_fields(FFN, sites, "sites")
+    missing = [name for name in ("holder", "up", "down", "activation") if not sites.get(name)]
+    if missing:
+        raise ValueError(f"sites must name 'holder', 'up', 'down' and 'activation'; {', '.join(missing)} is missing")
+    for name in ("holder", "up", "down", "gate_proj", "place", "sums", "stream"):
+        if not isinstance(sites.get(name) or "", str):
+            raise TypeError(f"sites[{name!r}] must be a name; got {sites[name]!r}")
+    for name in ("fused", "emptied", "zeroed"):
+        given = sites.get(name, ())
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise TypeError(f"sites[{name!r}] must be a list of names; got {given!r}")
+    if "*" not in sites["holder"]:
+        raise ValueError(f"sites['holder'] must hold a * for the number of the layer; got {sites['holder']!r}")
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in sites.items()}

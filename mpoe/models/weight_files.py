@@ -76,41 +76,30 @@ def check_weight_files(folder: Path, model: Any = None) -> None:
     """Refuse damaged safetensors files, an index that names files elsewhere, and integers where ``model`` has none
     (ValueError); other files are not opened."""
     if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
-        files = weight_files(folder)
-        declared_shapes(files)
-        if model is not None:
-            check_floating(model, files)
+        declared_shapes(weight_files(folder), model)
 
 
-def declared_shapes(files: Sequence[Path]) -> Shapes:
+def declared_shapes(files: Sequence[Path], model: Any = None) -> Shapes:
     """Shapes by name from the headers of safetensors files; no tensor is read.
 
     Raises:
-        ValueError: a file that is not a safetensors file, is truncated, or whose header contradicts its length.
+        ValueError: a file that is not a safetensors file, is truncated, or whose header contradicts its length; one
+            that declares integers where ``model`` has floating-point parameters, as they would become weights.
     """
+    floating = set() if model is None else {n for n, value in model.state_dict().items() if value.is_floating_point()}
     shapes: Shapes = {}
     for file in files:
         try:
             with safe_open(file, framework="np") as opened:  # torch would reserve the file in memory
-                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+                shapes |= {name: tuple(each.get_shape()) for name, each in slices.items()}
+                dtypes = {name: str(slices[name].get_dtype()) for name in sorted(floating & slices.keys())}
         except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"{file} must be a whole safetensors file; {error}") from error
+        for name, dtype in dtypes.items():
+            if not dtype.startswith(("F", "BF")):
+                raise ValueError(f"{name} must hold floating-point numbers; the header of {file} says {dtype}")
     return shapes
-
-
-def check_floating(model: Any, files: Sequence[Path]) -> None:
-    """Refuse files that declare integers where ``model`` has floating-point parameters: they would become weights.
-
-    Raises:
-        ValueError: naming the tensor, its file and what the header says.
-    """
-    names = {name for name, value in model.state_dict().items() if value.is_floating_point()}
-    for file in files:
-        with safe_open(file, framework="np") as opened:
-            for name in sorted(names.intersection(opened.keys())):
-                dtype = opened.get_slice(name).get_dtype()
-                if not str(dtype).startswith(("F", "BF")):
-                    raise ValueError(f"{name} must hold floating-point numbers; the header of {file} says {dtype}")
 
 
 def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
@@ -133,12 +122,12 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def check_repeats(values: Mapping[str, Any], shapes: Shapes, file: Path) -> None:
+def check_repeats(values: Mapping[str, Any], tensors: int, file: Path) -> None:
     """Refuse a configuration with more layers than its weights have tensors (ValueError)."""
     for name in _REPEATS:
         count = values.get(name)
-        if isinstance(count, int) and count > len(shapes):
-            raise ValueError(f"{name} in {file} must fit the weights beside it, {len(shapes)} tensors; got {count}")
+        if isinstance(count, int) and count > tensors:
+            raise ValueError(f"{name} in {file} must fit the weights beside it, {tensors} tensors; got {count}")
 
 
 def check_shapes(model: Any, shapes: Shapes, folder: Path) -> None:

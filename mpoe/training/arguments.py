@@ -107,16 +107,8 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
             setattr(self, name, _positive(getattr(self, name), name, optional=True))
         for name in ("router_lr_scale", "dense_expert_lr_scale"):
             setattr(self, name, _positive(getattr(self, name), name))
-        switches = (
-            "scale_core_lr",
-            "adapter",
-            "tensor_learn",
-            "global_router_losses",
-            "log_core_norms",
-            "log_expert_load",
-        )
-        for name in (*switches, "allow_non_finite"):
-            if not isinstance(getattr(self, name), bool):
+        for name, kind in MPOETrainingArguments.__annotations__.items():
+            if kind == "bool" and not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false; got {getattr(self, name)!r}")
         if self.output_dir is not None and not isinstance(self.output_dir, (str, os.PathLike)):
             raise TypeError(f"output_dir must be a path; got {self.output_dir!r}")

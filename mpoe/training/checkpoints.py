@@ -8,15 +8,18 @@ resumes from the newest checkpoint whose contents are intact.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mpoe.models.weight_files import first_line
 from mpoe_kernels.contract import autotune
 
 MANIFEST = "mpoe_checkpoint.json"
@@ -77,6 +80,24 @@ def damaged_files(checkpoint: str | Path) -> list[str]:
     sums = record.get("crc32", {})
     # Only files whose size was checked: any other name could be of a device that never ends.
     return [name for name in record.get("files", {}) if name in sums and _crc32(checkpoint / name) != sums[name]]
+
+
+def check_whole(checkpoint: str | Path) -> None:
+    """Refuse a checkpoint that is not as it was written: ValueError that names the files."""
+    if (Path(checkpoint) / MANIFEST).exists() and not is_complete(checkpoint):
+        raise ValueError(f"checkpoint {checkpoint} is incomplete: files are missing or cut short")
+    if damaged := damaged_files(checkpoint):
+        raise ValueError(f"checkpoint {checkpoint} is damaged: {', '.join(damaged)} changed")
+
+
+@contextlib.contextmanager
+def reading(checkpoint: str | Path | None) -> Iterator[None]:
+    """torch.load with weights_only refuses files that could run code, and raises many kinds of errors for invalid
+    ones: ValueError instead."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"checkpoint {checkpoint} cannot be read: {first_line(error)}") from error
 
 
 def choices_of(checkpoint: str | Path) -> dict[str, str]:

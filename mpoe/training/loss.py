@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-IGNORED_LABEL = -100
+from mpoe.data.collate import IGNORED_LABEL
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,11 @@ class MetricsFile:
         """Append one record, stamped with the time (seconds since the epoch)."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps(_clean({**record, "time": round(time.time(), 3)}))
-        with self.path.open("ab") as file:
-            if file.tell() and not _ends_with_newline(self.path):
-                file.write(b"\n")  # a killed process left half a line: start a new line
+        with self.path.open("a+b") as file:
+            if file.tell():
+                file.seek(-1, 2)
+                if file.read() != b"\n":
+                    file.write(b"\n")  # a killed process left half a line: start a new line
             file.write(line.encode() + b"\n")
 
 
@@ -47,12 +49,6 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             records = [earlier for earlier in records if earlier.get("step", 0) <= record["step"]]
         records.append(record)
     return records
-
-
-def _ends_with_newline(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, 2)
-        return file.read(1) == b"\n"
 
 
 def _clean(value: Any) -> Any:

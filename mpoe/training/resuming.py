@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +12,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from mpoe.models.weight_files import check_weight_files, first_line
+from mpoe.models.weight_files import check_weight_files
 from mpoe.training import checkpoints
 from mpoe.training.output_dir import differing_keys
 from mpoe_kernels.contract import autotune
@@ -44,11 +42,7 @@ def checkpoint_to_resume(asked: str | Path | bool | None, run_dir: Path, model: 
         folder = found
     else:
         folder = Path(str(asked))
-        if (folder / checkpoints.MANIFEST).exists() and not checkpoints.is_complete(folder):
-            raise ValueError(f"checkpoint {folder} is incomplete: files are missing or cut short")
-        damaged = checkpoints.damaged_files(folder)
-        if damaged:
-            raise ValueError(f"checkpoint {folder} is damaged: {', '.join(damaged)} changed")
+        checkpoints.check_whole(folder)
     check_weight_files(folder, model)
     if getattr(model, "config", None) is not None:
         _check_same_model(folder, model.config)
@@ -84,16 +78,6 @@ def go_on_with_choices(checkpoint: str | None, arguments: TrainingArguments) -> 
     autotune.adopt(found[0])
 
 
-@contextlib.contextmanager
-def reading(checkpoint: str | None) -> Iterator[None]:
-    """torch.load with weights_only refuses files that could run code, and raises many kinds of errors for invalid
-    ones."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"checkpoint {checkpoint} cannot be read: {first_line(error)}") from error
-
-
 class CheckpointMixin(_Base):
     """A Hugging Face Trainer whose checkpoints are complete or absent (see `mpoe.training.checkpoints`).
 
@@ -117,11 +101,11 @@ class CheckpointMixin(_Base):
                 raise ValueError(f"the checkpoint {problem} weights of this model: {', '.join(sorted(names)[:5])}")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with reading(checkpoint):
+        with checkpoints.reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with reading(checkpoint):
+        with checkpoints.reading(checkpoint):
             super()._load_rng_state(checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,51 +62,33 @@ class RunLog:
         return means, counts
 
 
-@dataclass(frozen=True)
-class ExpertLoad:
-    """How evenly each layer's router distributed its tokens.
+def load_shares(counts: Tensor) -> list[list[float] | None]:
+    """``[layers][E]``: every expert's share of its layer's tokens; None for a layer that saw no token.
 
-    All fields have one entry per layer; a layer that saw no token has None.
+    Args:
+        counts: tokens per expert, integers ``[layers, E]``.
     """
+    rows = counts.double().cpu()
+    return [[round(v, 6) for v in (row / row.sum()).tolist()] if row.any() else None for row in rows]
 
-    share: list[list[float] | None]  # [layers][E], sums to 1
-    min_share: list[float | None]
-    max_share: list[float | None]
-    variation: list[float | None]  # coefficient of variation over experts: 0 = even, sqrt(E - 1) = one expert takes all
-    entropy: list[float | None]  # relative to log E: 1 = even, 0 = one expert takes all
 
-    @classmethod
-    def from_counts(cls, counts: Tensor) -> ExpertLoad:
-        """From tokens per expert, `counts [layers, E]` (integers)."""
-        if counts.ndim != 2:
-            raise ValueError(f"counts must be [layers, E]; got {tuple(counts.shape)}")
-        experts = counts.shape[1]
-        columns: list[list[Any]] = [[] for _ in range(5)]
-        for row in counts.double().cpu():
-            values: list[Any] = [None] * 5
-            if row.sum() > 0:
-                p = row / row.sum()
-                entropy = float(-torch.xlogy(p, p).sum()) / math.log(experts) if experts > 1 else 1.0
-                spread = (p.std(correction=0) * experts).item()
-                values = [[round(v, 6) for v in p.tolist()], p.min().item(), p.max().item(), spread, entropy]
-            for column, value in zip(columns, values, strict=True):
-                column.append(value)
-        return cls(*columns)
-
-    def summary(self) -> dict[str, float]:
-        """Scalars for a log line: the worst layer's extremes, the layers' mean entropy and variation."""
-        low, high, entropy, variation = (
-            [value for value in column if value is not None]
-            for column in (self.min_share, self.max_share, self.entropy, self.variation)
-        )
-        if not entropy:
-            return {}
-        return {
-            "expert_min_share": min(low),
-            "expert_max_share": max(high),
-            "expert_entropy": sum(entropy) / len(entropy),
-            "expert_variation": sum(variation) / len(variation),
-        }
+def load_summary(counts: Tensor) -> dict[str, float]:
+    """Scalars for a log line of tokens per expert ``[layers, E]``: the worst layer's extremes, and the layers' mean
+    entropy (relative to log E: 1 = even, 0 = one expert takes all) and coefficient of variation (0 = even, sqrt(E - 1)
+    = one expert takes all). Layers that saw no token are left out."""
+    rows = counts.double().cpu()
+    share = rows[rows.sum(1) > 0]
+    if not len(share):
+        return {}
+    share = share / share.sum(1, keepdim=True)
+    experts = share.shape[1]
+    entropy = -torch.xlogy(share, share).sum(1) / math.log(experts) if experts > 1 else torch.ones(len(share))
+    return {
+        "expert_min_share": float(share.min()),
+        "expert_max_share": float(share.max()),
+        "expert_entropy": float(entropy.mean()),
+        "expert_variation": float(share.std(1, correction=0).mean()) * experts,
+    }
 
 
 class LoadWatch:

@@ -31,7 +31,7 @@ from mpoe.training.param_groups import build_param_groups, keep_state
 from mpoe.training.rates import rate_advice
 from mpoe.training.resuming import CheckpointMixin, checkpoint_to_resume, go_on_with_choices
 from mpoe.training.run_lock import hold
-from mpoe.training.statistics import ExpertLoad, LoadWatch, RunLog, core_grad_norms, expert_load_of
+from mpoe.training.statistics import LoadWatch, RunLog, core_grad_norms, expert_load_of, load_shares, load_summary
 
 # Everything that models return besides the logits; it does not belong in an evaluation's predictions.
 _NOT_PREDICTIONS = (
@@ -48,10 +48,6 @@ _NOT_PREDICTIONS = (
     *("encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions", "cross_attentions"),
     *("decoder_hidden_states", "decoder_attentions"),
 )
-
-
-def _is_speed(metric: str) -> bool:
-    return metric.endswith(("_runtime", "_per_second"))
 
 
 class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
@@ -339,9 +335,8 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         if counts is None:
             return {}
         self._advise(self._load_watch.add(counts, self.state.global_step))
-        load = ExpertLoad.from_counts(counts)
-        logs.update(load.summary())
-        return {"expert_load": vars(load)}
+        logs.update(load_summary(counts))
+        return {"expert_load": {"share": load_shares(counts)}}
 
     def _advise(self, sentences: list[str]) -> None:
         if self.is_world_process_zero():
@@ -365,7 +360,8 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
             evaluations = [record for record in self.state.log_history if "eval_loss" in record]
-            metrics = {name: value for name, value in (evaluations or [{}])[-1].items() if not _is_speed(name)}
+            last = (evaluations or [{}])[-1].items()
+            metrics = {name: value for name, value in last if not name.endswith(("_runtime", "_per_second"))}
             write_card(self.model, str(self.args.output_dir), metrics)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -202,15 +202,18 @@ def backward_program(dims: BlockDims, strategy: str, need: Need, kept: bool) -> 
     used = {operand for k, operand in enumerate(order) if before_needed[k] or k < recomputed}
     values = _read_values(merges, used, wanted)
     products = [Product(MERGE, *merge) for merge in merges if merge[0] in values]
-    for k in range(recomputed):
-        products.append(Product(ROWS, _rows_name(k + 1, count), _rows_name(k, count), order[k]))
+    again = [Product(ROWS, _rows_name(k + 1, count), _rows_name(k, count), order[k]) for k in range(recomputed)]
+    # The rows that only C's gradient reads come last, beside what else reads x and L.
+    late = again if kept else []
+    products += [] if kept else again
     for k in reversed(range(count)):
         after, before = f"d {_rows_name(k + 1, count)}", _rows_name(k, count)
         # Towards x first: then nobody reads the value of a built operand, whose gradient takes its memory.
         if before_needed[k]:
             products.append(Product(ROWS, f"d {before}", after, order[k]))
         if order[k] in wanted:
-            products.append(Product(GRADIENT, f"d {order[k]}", before, after))
+            (late if late and k == 1 else products).append(Product(GRADIENT, f"d {order[k]}", before, after))
+    products += late
     products += _merge_gradients(merges, wanted)
     return Program(strategy, "backward", order, _with_last_reads(products), _axes_of(order))
 

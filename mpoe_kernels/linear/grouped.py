@@ -8,52 +8,35 @@ experts at a time as `experts_at_once` allows. It also runs on CPUs, in tests.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpoe_kernels.backends import Candidate, kernel_for, lazily
-from mpoe_kernels.contract.orders import INDICES, BlockDims, applications
+from mpoe_kernels.contract.orders import applications
 from mpoe_kernels.contract.plan import Contraction
-from mpoe_kernels.contract.program import KEPT, Product, Program, program_of, run
-from mpoe_kernels.linear.eager.activation import ACTIVATION, ACTIVATION_GRADIENT
-from mpoe_kernels.linear.triton.fused_tiles import fused_reasons
-from mpoe_kernels.routing.op import DispatchBackwardCall
-from mpoe_kernels.triton import architecture
+from mpoe_kernels.contract.program import KEPT, ROWS, Product, Program, program_of, run, value_of
+from mpoe_kernels.linear.eager.activation import ACTIVATION
+from mpoe_kernels.linear.gradients import (
+    Backward,
+    Forward,
+    Gradients,
+    Slots,
+    around_gradients,
+    experts_at_once,
+    float32_mm,
+)
 
 if TYPE_CHECKING:
     from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 
-Forward = tuple[Tensor, Tensor, Tensor]
-Backward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+ON_CHIP = "rebuild on chip"  # name of a candidate whose weights stay on chip
 Axes = tuple[str, ...]
-MOST_EXPERTS = 4096  # every program of Triton's scans the offsets at once
-ON_CHIP = "rebuild on chip"  # name of the candidate whose weights stay on chip
-_FUSED = lazily("mpoe_kernels.linear.triton.fused_launch", "forward", "backward")
 LARGEST_INDEX = 2**31 - 1  # rows and columns are counted in 32 bits, addresses in 64
-
-
-def candidates(plan: Contraction) -> list[Candidate]:
-    """Triton's: with weights that stay on chip where their bonds allow, and product by product."""
-    found = [Candidate("triton", plan.strategy, plan.strategy, getattr(BY_PRODUCTS, plan.phase))]
-    target = architecture.target_of(torch.device(plan.device))
-    if plan.strategy == "rebuild" and not fused_reasons(plan.dims, plan.dtype, target):
-        found.insert(0, Candidate("triton", ON_CHIP, plan.strategy, getattr(_FUSED, plan.phase)))
-    return found
-
-
-def contraction_reasons(plan: Contraction) -> list[str]:
-    """Why the Triton kernels cannot compute a contraction."""
-    reasons = []
-    if plan.num_experts > MOST_EXPERTS:
-        reasons.append(f"it takes at most {MOST_EXPERTS} experts; got {plan.num_experts}")
-    return [*reasons, *counting_reasons(plan)]
+LARGEST_SHARED = 64  # side of a block that one program of Triton's holds beside its gradient
 
 
 def counting_reasons(plan: Contraction) -> list[str]:
@@ -65,41 +48,6 @@ def counting_reasons(plan: Contraction) -> list[str]:
     if plan.dims.weight_elements > LARGEST_INDEX:
         reasons.append(f"a weight of {plan.dims.weight_elements} elements is too large; at most {LARGEST_INDEX}")
     return reasons
-
-
-def experts_at_once(dims: BlockDims, built: tuple[str, ...], experts: int, copies: int = 2) -> int:
-    """Experts whose weights are built together: what is built, and by default once more in the order in which it is
-    multiplied, takes at most a quarter of the dense experts' memory, or two weights if that is more."""
-    if not built:
-        return max(experts, 1)
-    largest = max(dims.elements(INDICES[name]) for name in built)
-    return max(1, max(2, experts // 4) * dims.weight_elements // (copies * largest))
-
-
-@dataclass(frozen=True)
-class Slots:
-    """The slots of some experts.
-
-    Attributes:
-        offsets: ``[E + 1]``; expert e owns ``[offsets[e], offsets[e + 1])``.
-        count: N.
-        is_part: there are experts before or after them.
-    """
-
-    offsets: Tensor
-    count: int
-    is_part: bool = False
-
-    @property
-    def busy(self) -> Tensor:
-        """Which experts have slots, ``[E]``."""
-        return self.offsets[1:] > self.offsets[:-1]
-
-    @property
-    def owned(self) -> Tensor:
-        """Which slots an expert owns, ``[N]``."""
-        number = torch.arange(self.count, device=self.offsets.device)
-        return (number >= self.offsets[0]) & (number < self.offsets[-1])
 
 
 class Grouped(Protocol):
@@ -135,19 +83,17 @@ class Grouped(Protocol):
         """``out[e] = sum of rows[row_index[s]]^T grads[s]`` over the expert's slots and p, ``[E, k, m]``; zero for an
         expert without slots. ``grads``: ``[N, p, m]``."""
 
+    # None, or: from one reading, what `blocks` gives, and into ``found [N, p, k]`` the gradients of the rows; into
+    # ``again [N, p, m]`` what `rows` gives. Of blocks with sides of `LARGEST_SHARED` at most. With an activation,
+    # ``grads`` are those of its output. Arguments: rows, row_index, blocks, grads, slots, found, again, activation.
+    both: Any
+
 
 def finished(call: ForwardCall, z: Tensor, owned: Tensor) -> tuple[Tensor, Tensor | None]:
     """y, and z with the bias if it is saved, from the products ``[N, F]``, which are zero where not ``owned``."""
     if call.bias is not None:
         z = torch.where(owned[:, None], z + call.bias, 0)
     return ACTIVATION[call.activation](z), z if call.saves_z else None
-
-
-def float32_mm(first: Tensor, second: Tensor) -> Tensor:
-    """The product, accumulated and returned in float32."""
-    if first.dtype == torch.float32:
-        return first @ second
-    return torch.mm(first, second, out_dtype=torch.float32) if first.is_cuda else first.float() @ second.float()
 
 
 def _split(axes: Axes, other: Axes) -> tuple[Axes, Axes]:
@@ -185,10 +131,11 @@ class Pass:
         call: the call.
         program: what is computed.
         grouped: the grouped products.
-        rows: rows that are given, by name.
+        rows: rows that are given, by name; ``d y`` before the activation if `late`.
         found: what is wanted, of every chunk of experts; all of them write to the same rows.
         finished: y after bias and activation, and before, if its product did that.
         memory: wanted rows that one chunk after another writes, by name.
+        shared: results of products that were computed with an earlier one, by name.
     """
 
     call: ForwardCall | BackwardCall
@@ -198,6 +145,25 @@ class Pass:
     found: dict[str, list[Tensor]] = field(default_factory=dict)
     finished: tuple[Tensor, Tensor | None] | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
+    shared: dict[str, Named] = field(default_factory=dict)
+
+    def shares(self, product: Product) -> bool:
+        """Whether one launch gives gradients of rows that are given and of the block that multiplied them."""
+        program, before, block = self.program, value_of(product.result), product.second
+        if product.result == before or before not in self.rows or block == "C" or program.built:
+            return False
+        if self.call.x.element_size() != 2:  # without tensor cores, the kernel spills registers
+            return False
+        sides = [_split(program.axes[block], program.axes[name])[1] for name in (before, product.first)]
+        largest = max(math.prod(getattr(self.call.dims, axis) for axis in side) for side in sides)
+        wanted = any(each.result == f"d {block}" for each in program.products)
+        return wanted and largest <= LARGEST_SHARED and self.grouped.both is not None
+
+    @property
+    def late(self) -> bool:
+        """Whether a product that `shares` applies the activation's gradient, whose input it computes again."""
+        last = [each for each in self.program.products if each.first == "d y" and each.kind == ROWS]
+        return self.call.bias is None and any(map(self.shares, last))
 
     def chunks(self) -> Iterator[Chunk]:
         """Ranges of experts whose built weights are alive together."""
@@ -272,6 +238,10 @@ class Chunk:
         return Named(torch.where(self.slots.owned.view(-1, *[1] * len(rows.axes)), data, 0), rows.axes)
 
     def rows(self, product: Product, rows: Named, operand: Named) -> Named:
+        if product.result in self.whole.shared:
+            return self.whole.shared.pop(product.result)
+        if self.whole.shares(product):
+            return self._both(product, rows, operand)
         kept, met = _split(rows.axes, operand.axes)
         new = _split(self.whole.program.axes[product.result], operand.axes)[1]
         if product.second == "C":
@@ -282,8 +252,7 @@ class Chunk:
         matrix, blocks, out = rows.matrices(kept, met), operand.matrices(met, new), None
         if self.slots.is_part:
             out = self.whole.rows_of_parts(product.result, matrix, self.slots.count, matrix.shape[1], blocks.shape[2])
-        order = self._order(product.result)
-        turned = not self._follows((*kept, *new), order) and self._follows((*new, *kept), order)
+        order, turned = self._order(product.result), self._turned(product.result, kept, new)
         last = self._finishing(product, (*new, *kept) if turned else (*kept, *new))
         found, pre = self.whole.grouped.rows(matrix, rows.row_index, blocks, self.slots, last, out, turned)
         result = self._named(found, (*kept, *new))
@@ -291,6 +260,33 @@ class Chunk:
             z = pre if pre is None else self._named(pre, result.axes).arranged(order).flatten(1)
             self.whole.finished = result.arranged(order).flatten(1), z
         return self.whole.keep(product.result, result)
+
+    def _both(self, product: Product, grads: Named, operand: Named) -> Named:
+        """The gradient of rows. That of the block, and the rows after it if they are read, wait for their turn."""
+        name, after, block = value_of(product.result), value_of(product.first), product.second
+        before, shared = self.given(name), self.whole.shared
+        kept, met = _split(before.axes, operand.axes)
+        new = _split(self.whole.program.axes[after], operand.axes)[1]
+        rows, blocks, of_rows = before.matrices(kept, met), operand.matrices(met, new), grads.matrices(kept, new)
+
+        def memory(result: str, last: Axes) -> Tensor:
+            n, p, m = self.slots.count, of_rows.shape[1], math.prod(getattr(self.whole.call.dims, a) for a in last)
+            turned = self._turned(result, kept, last)
+            return rows.new_empty(n, m, p).transpose(1, 2) if turned else rows.new_empty(n, p, m)
+
+        found, again = memory(product.result, met), None
+        if any(each.result == after for each in self.whole.program.products):
+            again = memory(after, new)
+            shared[after] = self._named(again, (*kept, *new))
+        activation = self.whole.call.activation if after == "y" and self.whole.late else "none"
+        given = rows, before.row_index, blocks, of_rows, self.slots, found, again, activation
+        shared[f"d {block}"] = self._named(self.whole.grouped.both(*given), (*met, *new))
+        return self.whole.keep(product.result, self._named(found, (*kept, *met)))
+
+    def _turned(self, result: str, kept: Axes, new: Axes) -> bool:
+        """Whether rows of a result had better be in memory with the axes that are new before those that are kept."""
+        order = self._order(result)
+        return not self._follows((*kept, *new), order) and self._follows((*new, *kept), order)
 
     def _order(self, result: str) -> Axes:
         """In which the rows of a result are wanted, or read: by the shared product, which then need not copy C."""
@@ -308,6 +304,8 @@ class Chunk:
         return call if is_whole and dims.out_features == dims.jL * dims.jC * dims.jR else None
 
     def gradient(self, product: Product, rows: Named, grads: Named) -> Named:
+        if product.result in self.whole.shared:
+            return self.whole.keep(product.result, self.whole.shared.pop(product.result))
         axes = self.whole.program.axes[product.result]
         shared, m = _split(rows.axes, axes)
         n = _split(grads.axes, axes)[1]
@@ -357,62 +355,16 @@ def forward(call: ForwardCall, grouped: Grouped) -> Forward:
 
 def backward(call: BackwardCall, grouped: Grouped) -> Backward:
     """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
+    dims, need, h = call.dims, call.need_of_plan, call.saved_h
+    program = program_of(dims, call.strategy, "backward", need, kept=h is not None)
+    rows = {"x": call.x, **({} if h is None else {KEPT: h.view(call.slots, -1)})}
+    wanted = [name for name, needed in zip(("d x", "d L", "d C", "d R"), need, strict=True) if needed]
+    whole = Pass(call, program, grouped, rows, {name: [] for name in wanted})
 
     def gradients(dz: Tensor) -> Gradients:
-        dims, need, h = call.dims, call.need_of_plan, call.saved_h
-        program = program_of(dims, call.strategy, "backward", need, kept=h is not None)
-        rows = {"x": call.x, "d y": dz, **({} if h is None else {KEPT: h.view(call.slots, -1)})}
-        wanted = [name for name, needed in zip(("d x", "d L", "d C", "d R"), need, strict=True) if needed]
-        whole = Pass(call, program, grouped, rows, {name: [] for name in wanted})
+        rows["d y"] = dz
         run(program, whole.chunks())
         dx = whole.result("d x", call.in_features) if need[0] else None
         return dx, whole.block("L", call.left), whole.block("C", call.central), whole.block("R", call.right)
 
-    return around_gradients(call, gradients)
-
-
-_TRITON: Any = lazily("mpoe_kernels.linear.triton.grouped", "rows", "blocks")
-# Every strategy, product by product, with Triton's grouped products.
-BY_PRODUCTS = SimpleNamespace(
-    forward=lambda call: forward(prepared(call), _TRITON),
-    backward=lambda call: backward(prepared(call), _TRITON),
-)
-
-
-def around_gradients(call: BackwardCall, gradients: Callable[[Tensor], Gradients]) -> Backward:
-    """Gradients of bias and activation, and of x by its own rows.
-
-    Args:
-        call: of the op.
-        gradients: dz ``[N, F]`` -> those of slots ``[N, I]``, left, central, right; None where not needed.
-    """
-    dz, dbias = ACTIVATION_GRADIENT[call.activation](call.grad, call.saved), None
-    if call.need[4]:
-        owned = Slots(call.expert_offsets, call.slots).owned
-        dbias = torch.where(owned[:, None], dz, 0).sum(0, dtype=torch.float32).to(dz.dtype)
-    dx, dleft, dcentral, dright = gradients(dz) if any(call.need_of_plan) else (None,) * 4
-    if dx is not None and call.row_index is not None:
-        if call.slot_of_token is None:  # by sorting: atomics would add in any order
-            dx = dx.new_zeros(call.x.shape).index_put_((call.row_index,), dx, accumulate=True)
-        else:
-            sum_rows = kernel_for("dispatch_backward", dx.device, dx.dtype, call.backend)
-            dx = sum_rows(DispatchBackwardCall(dx, call.slot_of_token, call.backend))
-    results = [dz.new_empty(0) if part is None else part.contiguous() for part in (dx, dleft, dcentral, dright, dbias)]
-    return results[0], results[1], results[2], results[3], results[4]
-
-
-Call = TypeVar("Call", "ForwardCall", "BackwardCall")
-_DENSE = ("expert_offsets", "bias", "row_index", "slot_of_token", "out_index", "gates", "grad", "h", "saved")
-
-
-def prepared(call: Call, *more: str) -> Call:
-    """The call with dense tensors except for x and the blocks, as far as ``more`` does not name them; the columns of x
-    are contiguous."""
-    changed: dict[str, Any] = {}
-    for name in (*_DENSE, *more):
-        tensor = getattr(call, name, None)
-        if tensor is not None and not tensor.is_contiguous():
-            changed[name] = tensor.contiguous()
-    if call.x.stride(1) != 1 and call.x.shape[1] != 1:
-        changed["x"] = call.x.contiguous()
-    return replace(call, **changed) if changed else call
+    return around_gradients(call, gradients, whole.late)

@@ -22,9 +22,10 @@ from mpoe_kernels.checks import (
 from mpoe_kernels.contract import ALL_GRADIENTS, STRATEGIES
 from mpoe_kernels.contract.autotune import chosen_for
 from mpoe_kernels.contract.orders import BlockDims
-from mpoe_kernels.cuda_library import CUDA_OPS, shared_memory
+from mpoe_kernels.cuda_library import CUDA_OPS
 from mpoe_kernels.define import define_op, requested_backend
-from mpoe_kernels.linear import eager, grouped, native
+from mpoe_kernels.linear import eager, native
+from mpoe_kernels.linear import triton as on_triton
 from mpoe_kernels.linear.cuda import LinearKernels
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.routing.op import CombineCall
@@ -42,12 +43,12 @@ ACTIVATIONS = {
     "swish": "silu",
 }
 CHOICES = (*STRATEGIES, "auto")
-_CUDA = LinearKernels(CUDA_OPS, shared_memory)
+_CUDA = LinearKernels(CUDA_OPS)
 # Backend -> how it computes a contraction, and the reasons why it cannot.
 CANDIDATES = {
     "native": (native.candidates, native.contraction_reasons),
     "eager": (eager.candidates, no_reasons),
-    "triton": (grouped.candidates, grouped.contraction_reasons),
+    "triton": (on_triton.candidates, on_triton.contraction_reasons),
     "cuda": (_CUDA.candidates, _CUDA.contraction_reasons),
 }
 for _name, (_candidates, _reasons) in CANDIDATES.items():

@@ -107,7 +107,7 @@ def _check_cores(cores: Sequence[Tensor], central: int) -> None:
 def _fold_left(cores: Sequence[Tensor], experts: int, like: Tensor) -> Tensor:
     if not cores:
         return like.new_ones(experts, 1, 1, 1)
-    block = cores[0].expand(experts, *cores[0].shape[-4:])[:, 0]  # [E, i, j, d]
+    block = cores[0].expand(experts, *cores[0].shape[-4:]).squeeze(1)  # [E, i, j, d]
     for core in cores[1:]:
         d, i, j, d_next = core.shape[-4:]
         _, rows, columns, _ = block.shape
@@ -121,7 +121,7 @@ def _fold_left(cores: Sequence[Tensor], experts: int, like: Tensor) -> Tensor:
 def _fold_right(cores: Sequence[Tensor], experts: int, like: Tensor) -> Tensor:
     if not cores:
         return like.new_ones(experts, 1, 1, 1)
-    block = cores[-1].expand(experts, *cores[-1].shape[-4:])[..., 0]  # [E, d, i, j]
+    block = cores[-1].expand(experts, *cores[-1].shape[-4:]).squeeze(-1)  # [E, d, i, j]
     for core in reversed(cores[:-1]):
         d, i, j, d_next = core.shape[-4:]
         _, _, rows, columns = block.shape

@@ -20,6 +20,7 @@ GATED = 2048  # logits of one program
 SORT_BLOCK = 1024  # pairs that it reads at once
 CHUNK, PART = 32, 128  # blocks and keys whose counts a program of the prefix holds at once
 ROWS = {"BM": 16, "BN": 128, "num_warps": 4}
+SUMMED = {"BM": 4, "BN": 512, "num_warps": 4}  # where a program sums over a row
 
 
 def sort_pairs(
@@ -34,7 +35,7 @@ def sort_pairs(
     slot_of_token = index.new_empty(tokens, top_k, dtype=torch.int64)
     if pairs == 0:
         return offsets.zero_(), token_of_slot, slot_of_token
-    mask = index if token_mask is None else token_mask.contiguous().view(torch.uint8)
+    mask = None if token_mask is None else token_mask.contiguous().view(torch.uint8)
     sizes: dict[str, Any] = {"EXPERTS": num_experts, "TOP_K": top_k, "BINS": power_of_two(num_experts + 2)}
     if pairs <= FEW:
         start(
@@ -47,7 +48,6 @@ def sort_pairs(
             slot_of_token=slot_of_token,
             tokens=tokens,
             capacity=capacity or 0,
-            HAS_MASK=token_mask is not None,
             HAS_CAPACITY=capacity is not None,
             BLOCK=max(16, power_of_two(pairs)),
             num_warps=8,
@@ -57,7 +57,6 @@ def sort_pairs(
     blocks = cdiv(pairs, BLOCK)
     counts = index.new_empty(blocks + 1, sizes["BINS"], dtype=torch.int32)
     common: dict[str, Any] = {**sizes, "tokens": tokens, "BLOCK": BLOCK, "num_warps": 4}
-    has_mask = token_mask is not None
 
     def count(by_choice: bool) -> None:
         start(
@@ -66,7 +65,6 @@ def sort_pairs(
             index=index,
             mask=mask,
             counts=counts,
-            HAS_MASK=has_mask,
             BY_CHOICE=by_choice,
             **common,
         )
@@ -88,10 +86,9 @@ def sort_pairs(
             counts=counts,
             keys=keys,
             capacity=capacity,
-            HAS_MASK=has_mask,
             **common,
         )
-        index, has_mask = keys, False
+        index, mask = keys, None
     count(by_choice=False)
     start(
         kernels.scatter_kernel,
@@ -102,7 +99,6 @@ def sort_pairs(
         offsets=offsets,
         token_of_slot=token_of_slot,
         slot_of_token=slot_of_token,
-        HAS_MASK=has_mask,
         **common,
     )
     return offsets, token_of_slot, slot_of_token
@@ -233,12 +229,11 @@ def collect_rows(rows: Tensor, slot_of_token: Tensor, weights: Tensor | None = N
         _grid(tokens, rows.shape[1]),
         rows=rows.contiguous(),
         slot_of_token=slot_of_token.contiguous(),
-        weights=rows if weights is None else weights.contiguous(),
+        weights=None if weights is None else weights.contiguous(),
         out=out,
         tokens=tokens,
         F=rows.shape[1],
         TOP_K=top_k,
-        HAS_WEIGHTS=weights is not None,
         **ROWS,
     )
     return out
@@ -261,39 +256,24 @@ def combine(call: CombineCall) -> Tensor:
 
 
 def combine_backward(call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
-    """Gradients of rows and gates, each by a launch."""
-    y_sorted, token_of_slot, top_k_weights = call.y_sorted, call.token_of_slot, call.top_k_weights
-    grad, slot_of_token = call.grad.contiguous(), call.slot_of_token.contiguous()
-    tokens, top_k = slot_of_token.shape
+    """Gradients of rows and gates. One launch."""
+    y_sorted, grad, weights = call.y_sorted, call.grad.contiguous(), call.top_k_weights
     slots, columns = y_sorted.shape
-    dy, dweights = grad.new_empty(0), top_k_weights.new_empty(0)
-    if call.need_y:
-        dy = grad.new_empty(slots, columns)
-        start(
-            kernels.spread_kernel,
-            _grid(slots, columns),
-            grad=grad,
-            token_of_slot=token_of_slot,
-            slot_of_token=slot_of_token,
-            weights=top_k_weights.contiguous(),
-            dy=dy,
-            slots=slots,
-            F=columns,
-            TOP_K=top_k,
-            **ROWS,
-        )
-    if call.need_weights:
-        dweights = top_k_weights.new_empty(tokens, top_k)
-        start(
-            kernels.weight_gradient_kernel,
-            (cdiv(tokens, ROWS["BM"]), top_k),
-            grad=grad,
-            rows=y_sorted.contiguous(),
-            slot_of_token=slot_of_token,
-            dweights=dweights,
-            tokens=tokens,
-            F=columns,
-            TOP_K=top_k,
-            **ROWS,
-        )
+    dy = grad.new_empty(y_sorted.shape if call.need_y else 0)
+    dweights = weights.new_zeros(weights.shape if call.need_weights else 0)
+    start(
+        kernels.combine_backward_kernel,
+        (cdiv(slots, SUMMED["BM"]),),
+        grad=grad,
+        rows=y_sorted.contiguous(),
+        token_of_slot=call.token_of_slot,
+        slot_of_token=call.slot_of_token.contiguous(),
+        weights=weights.contiguous(),
+        dy=dy if call.need_y else None,
+        dweights=dweights if call.need_weights else None,
+        slots=slots,
+        F=columns,
+        TOP_K=weights.shape[1],
+        **SUMMED,
+    )
     return dy, dweights

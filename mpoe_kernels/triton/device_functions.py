@@ -26,6 +26,27 @@ def pick(values, position):
 
 
 @triton.jit
+def part_ends(offsets, slots, size, P: tl.constexpr, EXPERTS: tl.constexpr, SCAN: tl.constexpr, CLEAR: tl.constexpr):
+    """Segments and where their parts of at most ``size`` rows end, counted over all segments, ``[SCAN]`` each; the
+    empty slots are a segment if ``CLEAR``."""
+    start, stop = segments(offsets, slots, EXPERTS, SCAN)
+    wanted = tl.arange(0, SCAN) < (EXPERTS + 1 if CLEAR else EXPERTS)
+    return start, stop, tl.cumsum(tl.where(wanted, ((stop - start) * P + size - 1) // size, 0), 0)
+
+
+@triton.jit
+def part_of_rows(
+    offsets, part, slots, size, P: tl.constexpr, EXPERTS: tl.constexpr, SCAN: tl.constexpr, CLEAR: tl.constexpr
+):
+    """``(e, lo, first, rows)``: a part's expert, the expert's first slot, the part's first row of its rows, and their
+    number: none past the last part."""
+    start, stop, ends = part_ends(offsets, slots, size, P, EXPERTS, SCAN, CLEAR)
+    e = tl.sum((ends <= part).to(tl.int32))
+    lo = pick(start, e)
+    return e, lo, (part - tl.max(tl.where(ends <= part, ends, 0))) * size, (pick(stop, e) - lo) * P
+
+
+@triton.jit
 def expert_tile(offsets, tile, TOP_K: tl.constexpr, EXPERTS: tl.constexpr, SCAN: tl.constexpr, BM: tl.constexpr):
     """``(choice, expert, place, used)`` of a tile of slots, see `routing.triton.SortedSlots`: of at most ``BM`` tokens
     whose choice this is; their slots ``[BM]``, and which of them are the expert's.
@@ -118,20 +139,20 @@ def activate(z, NAME: tl.constexpr):
 
 
 @triton.jit
-def activation_slope(saved, NAME: tl.constexpr):
-    """Derivative of the activation; ``saved`` is the output for relu and the pre-activation for the others."""
+def through_activation(grad, z, NAME: tl.constexpr):
+    """Gradient of the pre-activation ``z`` from that of the activation; of relu also by the output."""
     if NAME == "relu":
-        slope = tl.where(saved > 0, 1.0, 0.0)
+        grad = tl.where(z <= 0, 0.0, grad)
     elif NAME == "gelu":
-        slope = 0.5 * (1.0 + tl.erf(saved * 0.7071067811865476))
-        slope += saved * 0.3989422804014327 * tl.exp(-0.5 * saved * saved)
+        slope = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+        grad *= slope + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
     elif NAME == "gelu_tanh":
-        s = tl.sigmoid(1.5957691216057308 * (saved + 0.044715 * saved * saved * saved))
-        slope = s + saved * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * saved * saved)
-    else:
-        s = tl.sigmoid(saved)
-        slope = s * (1.0 + saved * (1.0 - s))
-    return slope
+        s = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+        grad *= s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+    elif NAME == "silu":
+        s = tl.sigmoid(z)
+        grad *= s * (1.0 + z * (1.0 - s))
+    return grad
 
 
 @triton.jit
@@ -140,8 +161,7 @@ def slopes(dh, value, z, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
     dz = dh
     if GATED:
         dz = dh * value
-    if ACTIVATION != "none":
-        dz = dz * activation_slope(z, ACTIVATION)
+    dz = through_activation(dz, z, ACTIVATION)
     dvalue = dz
     if GATED:
         dvalue = dh * activate(z, ACTIVATION)

@@ -133,11 +133,15 @@ def test_mixtures_around_a_dense_network() -> None:
 def test_whole_models() -> None:
     results = run_suite("models", threads=1, clock="cpu", scale="tiny")
     assert results["failures"] == []
-    step, *calls = results["sections"]
-    assert [section["key"] for section in calls] == ["generate"] * 2
-    assert {"mpoe T5 neurons", "mpoe T5 hidden", "mpoe T5 separable"} < {row["name"] for row in step["rows"]}
-    for section in calls:
-        assert all(row["forward"]["x"] > 0 and "train" not in row for row in section["rows"])
+    keys = [section["key"] for section in results["sections"]]
+    assert keys == ["train_step", "generate", "generate", "train_step", "generate"]
+    for section in results["sections"]:
+        assert all(row["forward"]["x"] > 0 for row in section["rows"])
+        assert all(("train" in row) == (section["key"] == "train_step") for row in section["rows"])
+    names = {row["name"] for section in results["sections"] for row in section["rows"]}
+    assert {
+        f"mpoe {model} {shape}" for model in ("T5", "Llama") for shape in ("neurons", "hidden", "separable")
+    } < names
 
 
 def test_the_planner_suite_judges_all_cases() -> None:
@@ -165,7 +169,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--suite", "slow"], "suite must be one of quick, full, planner, targets, layers, models, gpu; got 'slow'"),
+        (["--suite", "slow"], "suite must be one of quick, planner, targets, layers, models, gpu; got 'slow'"),
         (["--device", "tpu"], "device must be one of cpu, cuda; got 'tpu'"),
         (["--threads", 0], f"threads must be between 1 and {CORES}"),
         (["--threads", CORES + 1], f"threads must be between 1 and {CORES}"),

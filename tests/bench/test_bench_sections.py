@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from mpoe_bench import test_choice, test_speed
 from mpoe_bench.contender import NOT_HERE, Comparison, Contender, UnavailableError, checked
-from mpoe_bench.peers import PEERS, peer_builds
+from mpoe_bench.peers import PEERS, gpu, peer_builds
 from mpoe_bench.problem import FFNCase, Problems
 from mpoe_bench.run import run_suite
 from mpoe_bench.suites.ffn import LIMIT, dense_limit, mpoe_builds
@@ -153,12 +154,9 @@ def test_every_peer_computes_the_truth(shape: str, load: str) -> None:
     shared = Problems(case)
     for name, kind, build in peer_builds(CPU_PEERS, shape):
         row = checked(name, kind, build, shared)[1]
-        if row["name"].startswith("einsum of the cores") and "opt_einsum" in (row["reason"] or ""):
-            assert row["reason"].startswith(NOT_HERE)
-        else:
-            assert row["reason"] is None
-            assert row["errors"].keys() >= {"y", "dx"}
-            assert len(row["errors"]) > 3  # and the weights' gradients
+        assert row["reason"] is None
+        assert row["errors"].keys() >= {"y", "dx"}
+        assert len(row["errors"]) > 3  # and the weights' gradients
 
 
 def test_masked_contenders_have_no_central_gradient() -> None:
@@ -171,3 +169,16 @@ def test_masked_contenders_have_no_central_gradient() -> None:
     assert f"d_up.{central}" not in found
     assert f"d_up.{(central + 1) % 3}" in found
     assert truth.faults(found) == []
+
+
+@pytest.mark.parametrize("peer", GPU_PEERS)
+def test_peers_of_gpus_say_why_they_are_absent(peer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ((name, kind, build),) = peer_builds((peer,), "separable")
+    reason = checked(name, kind, build, Problems(CASE))[1]["reason"]
+    assert reason.startswith(NOT_HERE)
+    package = reason.removeprefix(f"{NOT_HERE}: ").removesuffix(" runs on CUDA devices only")
+    monkeypatch.setattr(gpu, "DEVICES", ("cpu",))
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not there
+    reason = checked(name, kind, build, Problems(CASE))[1]["reason"]
+    assert reason.startswith(NOT_HERE)
+    assert package in reason

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from mpoe_bench.tables import target_table
-from mpoe_bench.targets import EAGER_TARGETS, KERNEL_TARGETS, check_targets
+from mpoe_bench.targets import check_targets
 
 
 def timing(x: float) -> dict:
@@ -115,19 +114,3 @@ def test_planner() -> None:
 
     assert not reached(43)  # less than 90%
     assert reached(44)
-
-
-def test_table() -> None:
-    lines = check_targets([section("float32", [ours("separable", "auto", 1.0, 9.0)])])
-    table = target_table(lines)
-    assert table.title == "targets: 1 of 2 reached"
-    assert [cells[-1] for cells in table.rows] == ["yes", "NO"]
-    assert [cells[4] for cells in table.rows] == ["-", "-"]  # bfloat16 was not measured
-    both = target_table([*lines, *({**line, "backend": "eager"} for line in lines)])
-    assert both.title == "targets: 2 of 4 reached"
-    assert [cells[1] for cells in both.rows] == ["auto", "auto", "eager", "eager"]
-
-
-def test_the_lists_are_those_of_the_design() -> None:
-    assert {(t.shape, t.experts, t.tokens) for t in KERNEL_TARGETS} >= {("light_64", 8, 2048), ("paper_32", 64, 64)}
-    assert all(t.tokens == 2048 for t in EAGER_TARGETS)

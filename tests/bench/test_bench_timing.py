@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from mpoe_bench import memory as measuring
-from mpoe_bench.memory import Memory, peak_memory, resident_peak
+from mpoe_bench.memory import Memory, peak_memory
 from mpoe_bench.plugin import Budget, facts_of, in_turn
 
 
@@ -94,21 +92,3 @@ def test_resident_memory_sees_what_torch_does_not_allocate() -> None:
     assert memory.resident == pytest.approx(2 * count, rel=0.2)
     assert memory.temporary == memory.resident - memory.kept
     assert Memory(peak=5, kept=2, resident=None).temporary == 3
-
-
-def test_where_the_system_reports_no_memory_the_function_runs_all_the_same(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(measuring, "_CLEAR_REFS", tmp_path / "missing" / "clear_refs")
-    calls: list[int] = []
-    assert resident_peak(lambda: calls.append(1)) is None
-    assert calls == [1]
-
-
-@pytest.mark.parametrize("error", [OSError, AttributeError])
-def test_errors_of_the_measured_function_come_through(error: type[Exception]) -> None:
-    def fails() -> None:
-        raise error("its own")
-
-    with pytest.raises(error, match="its own"):
-        resident_peak(fails)

@@ -14,6 +14,17 @@ def write_rows(file: Path, rows: list[dict]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def write_sentiment(folder: Path) -> Path:
+    """A tiny two-class task."""
+    folder.mkdir()
+    for split, size in (("train", 24), ("validation", 8), ("test", 8)):
+        rows = [
+            {"sentence": f"the film number {i} is {'good' if i % 2 else 'bad'}", "label": i % 2} for i in range(size)
+        ]
+        write_rows(folder / f"{split}.jsonl", rows)
+    return folder
+
+
 def write_described(data_dir: Path, spec: TaskSpec) -> Path:
     """A folder ``spec.name`` in ``data_dir`` with a few rows that the description fits."""
     folder = data_dir / spec.name

@@ -8,16 +8,15 @@ from typing import NamedTuple
 
 import pytest
 
-from mpoe.cli import plots
+from mpoe.cli import report
 from mpoe.cli.main import main
 
-from .cli_data import write_rows
+from .cli_data import write_sentiment
 
 
 class Answer(NamedTuple):
-    """What a run of the command line left: exit code, stdout, stderr."""
+    """What a run of the command line printed."""
 
-    code: int
     out: str
     err: str
 
@@ -34,28 +33,21 @@ def drawn() -> None:
 def _plots_are_painted_but_not_rendered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rendering those of a report takes as long as a short training."""
 
-    def svg(paint: plots.Paint, width: float = 7.0, height: float = 3.4) -> str:
-        paint(plots.new_figure(width, height)[1][0, 0])
-        return "<svg></svg>"
-
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr(plots, "svg", svg)
+        monkeypatch.setattr(report, "png", lambda figure: b"")
 
 
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str]) -> Run:
-    """``cli("info", "--json")`` runs `mpoe info --json`; a defect's traceback fails the test."""
+    """``cli("info", "--json")`` runs `mpoe info --json`; an exit code other than ``code`` fails the test."""
 
-    def run(*arguments: object) -> Answer:
+    def run(*arguments: object, code: int = 0) -> Answer:
         capsys.readouterr()
-        code: object = 0
-        try:
+        with pytest.raises(SystemExit) as ended:
             main([str(a) for a in arguments])
-        except SystemExit as exit_info:
-            code = exit_info.code
         out, err = capsys.readouterr()
-        assert code != 1, f"a defect, not a refusal:\n{err}"
-        return Answer(int(str(code or 0)), out, err)
+        assert int(str(ended.value.code or 0)) == code, err
+        return Answer(out, err)
 
     return run
 
@@ -65,8 +57,7 @@ def refused(cli: Run) -> Callable[..., str]:
     """Run what must be refused: exit code 2, one line on stderr and no traceback; returns the line."""
 
     def run(*arguments: object) -> str:
-        answer = cli(*arguments)
-        assert answer.code == 2, answer
+        answer = cli(*arguments, code=2)
         lines = [line for line in answer.err.splitlines() if line.startswith("mpoe: error: ")]
         assert len(lines) == 1, answer.err
         assert "Traceback" not in answer.err
@@ -78,14 +69,7 @@ def refused(cli: Run) -> Callable[..., str]:
 @pytest.fixture
 def sentiment(tmp_path: Path) -> Path:
     """A folder with a tiny two-class task."""
-    folder = tmp_path / "sentiment"
-    folder.mkdir()
-    for split, size in (("train", 24), ("validation", 8), ("test", 8)):
-        rows = [
-            {"sentence": f"the film number {i} is {'good' if i % 2 else 'bad'}", "label": i % 2} for i in range(size)
-        ]
-        write_rows(folder / f"{split}.jsonl", rows)
-    return folder
+    return write_sentiment(tmp_path / "sentiment")
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def test_a_trained_router(folder):
     ("arguments", "words"),
     [
         ([BASE], "at least one expert"),
-        ([BASE, BASE], "compose needs --output_dir"),
+        ([BASE, BASE, "--texts", "{}/t0.txt"], "compose needs --output_dir"),
         ([BASE, BASE, "--output_dir", "{}/x", "--max_length", "1"], "max_length must be at least 2"),
         ([BASE, BASE, BASE, "--output_dir", "{}/x", "--add", "{}/two"], "add takes one fine-tune at a time; got 2"),
         ([BASE, BASE, "--output_dir", "{}/x"], "texts must name a file for each of 1 fine-tunes; got 0"),
@@ -82,7 +82,7 @@ def test_a_trained_router(folder):
         ([BASE, BASE, "--output_dir", "{}/ft0", "--texts", "{}/t0.txt"], "holds a model; give --overwrite"),
         (["t5", "t5", "--output_dir", "{}/x", "--texts", "{}/t0.txt"], "takes dense causal language models"),
         ([BASE, "{}/ft9", "--output_dir", "{}/x", "--texts", "{}/t0.txt"], "no such folder"),
-        ([BASE, BASE, "--output_dir", "{}/x", "--texts", "{}/bad.txt"], "is not UTF-8"),
+        ([BASE, BASE, "--output_dir", "{}/x", "--texts", "{}/bad.txt"], "must be UTF-8 text"),
         ([BASE, BASE, "--output_dir", "{}/x", "--texts", "{}/short.txt"], "must hold at least 128 tokens"),
         (
             [BASE, BASE, "--output_dir", "{}/x", "--texts", "{}/t0.txt", "--add", "{}/ft0"],
@@ -96,7 +96,7 @@ def test_what_is_refused(folder, arguments, words):
     (folder / "short.txt").write_text("word")
     (folder / "odd").mkdir(exist_ok=True)
     (folder / "odd" / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["nothing"], "r": 2}')
-    with pytest.raises(CommandError) as caught:
+    with pytest.raises(ValueError) as caught:
         command.command([argument.replace("{}", str(folder)) for argument in arguments])
     assert words in str(caught.value)
     assert not (folder / "x" / "config.json").exists()

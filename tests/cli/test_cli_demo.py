@@ -20,7 +20,7 @@ def test_a_short_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     )
     run(["demo", "--compare", "--steps", "1", "--output_dir", str(tmp_path / "demo")])
     out = capsys.readouterr().out
-    assert "FLOPs of its feed-forward layers, x dense" in out
+    assert "mpoe plan t5-base" in out
     page = (tmp_path / "demo" / "report.html").read_text()
     runs = json.loads((tmp_path / "demo" / "compare.json").read_text())
     assert [each["name"] for each in runs] == ["dense", "wider", "switch", "hidden", "separable"]
@@ -29,13 +29,6 @@ def test_a_short_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert total["dense"] < total["hidden"] < total["switch"]
     assert abs(total["wider"] - total["hidden"]) < 0.01 * total["dense"]
     assert all(f"<th>{name}</th>" in page for name in total)
-
-
-def test_size_and_price_of_the_large_model() -> None:
-    table = demo.size_and_price("t5")
-    assert list(table.header) == ["", "dense", "switch", "hidden", "separable"]
-    assert table.rows[0][1:] == ["223", "1,016", "299", "250"]
-    assert [float(each) for each in table.rows[1][1:]] == pytest.approx([1.0, 1.0, 1.2, 1.2], abs=0.02)
 
 
 def test_a_short_demo_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -51,7 +44,7 @@ def test_a_short_demo_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert {expert for _, expert in results["picture"]} <= {0, 1, 2, 3}
     assert [expert.name for expert in kept_experts(tmp_path / "demo" / "model")[0]] == ["law", "code", "names"]
     page = (tmp_path / "demo" / "report.html").read_text()
-    assert page.count("<span style=") == len(results["picture"]) + 4
+    assert page.count("<span style=") == len(results["picture"]) + 4  # and the legend
     out = capsys.readouterr().out
     assert "own expert" in out
     assert "Forgetting" in out

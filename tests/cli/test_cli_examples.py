@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mpoe.cli import plots
 from mpoe.data.tasks import find_spec, read_task_file
 
 from .cli_data import write_described
@@ -71,15 +70,13 @@ def test_configurations(cli, sentiment: Path, prose: Path, tmp_path: Path, file:
     data = {"train_t5_movie_sentiment": sentiment, "train_gpt2_austen": prose}.get(file.stem)
     if data is None:
         data = described(tmp_path / "data", tasks) if tasks else wikitext(tmp_path / "data")
-    answer = cli("train", file, "--data_dir", data, "--output_dir", tmp_path / "run", *FLAGS)
-    assert answer.code == 0, answer.err
+    cli("train", file, "--data_dir", data, "--output_dir", tmp_path / "run", *FLAGS)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert list(results["validation"]) == (tasks or [data.name])
     report = (tmp_path / "run" / "report.html").read_text()
-    assert all(f"<td>{task}</td>" in report for task in results["validation"])
+    assert all(f"<td>{task}: " in report for task in results["validation"])
     assert ("average over tasks" in report) == (len(tasks) > 1)
-    # Loss with validation loss, balancing loss, expert load over time and by layer.
-    assert report.count("<svg") == (4 if plots.have_matplotlib() else 0)
+    assert report.count("<img") == 2  # curves, and the expert load by layer
 
 
 @pytest.mark.parametrize("name", ["finetune.sh", "finetune_single_task.sh"])
@@ -90,8 +87,7 @@ def test_scripts_of_the_original_are_one_line(cli, tmp_path: Path, name: str) ->
     assert (program, more) == ("mpoe", "$@")
     tasks = arguments[arguments.index("--tasks") + 1].split(",")
     data = described(tmp_path / "data", tasks)
-    answer = cli(*arguments, "--data_dir", data, *FLAGS, "--output_dir", tmp_path / "run")
-    assert answer.code == 0, answer.err
+    cli(*arguments, "--data_dir", data, *FLAGS, "--output_dir", tmp_path / "run")
     assert list(json.loads((tmp_path / "run" / "results.json").read_text())["validation"]) == tasks
 
 
@@ -102,7 +98,6 @@ def test_tasks_of_a_file(cli, refused, tmp_path: Path) -> None:
     data = ["--task_file", file, "--data_dir", tmp_path / "data"]
     train = ["train", "--model", "t5", *data, *FLAGS, "--max_steps", 4, "--save_steps", 1, "--save_total_limit", 4]
     answer = cli(*train, "--output_dir", tmp_path / "run")
-    assert answer.code == 0, answer.err
     assert "average over tasks" in answer.out
 
     # interrupted after two steps and resumed: the same tasks and items, so the same weights
@@ -113,7 +108,6 @@ def test_tasks_of_a_file(cli, refused, tmp_path: Path) -> None:
     for name in ("model.safetensors", "results.json", "report.html"):
         (torn / name).unlink()
     answer = cli(*train, "--output_dir", torn, "--resume")
-    assert answer.code == 0, answer.err
     assert "resuming from checkpoint-2" in answer.out
     assert (torn / "model.safetensors").read_bytes() == (tmp_path / "run" / "model.safetensors").read_bytes()
     assert (torn / "report.html").is_file()
@@ -123,7 +117,6 @@ def test_tasks_of_a_file(cli, refused, tmp_path: Path) -> None:
 
     scores = tmp_path / "scores.json"
     answer = cli("evaluate", tmp_path / "run", *data, "--tasks", "review", "--split", "test", "--output_file", scores)
-    assert answer.code == 0, answer.err
     found = json.loads(scores.read_text())
     assert found["scores"]["review"]["items"] == 4
     assert found["mean"] == found["scores"]["review"]["accuracy"]
@@ -135,7 +128,7 @@ def test_tasks_of_a_file(cli, refused, tmp_path: Path) -> None:
     run_file.write_text(run_file.read_text().replace(str(file), str(kept)))
     kept.write_text("review: {template: '{sentence}', label_words: {0: same, 1: same}}")
     again = ["evaluate", tmp_path / "run", "--split", "test", "--output_file", scores]
-    assert cli(*again).code == 0
+    cli(*again)
     assert json.loads(scores.read_text())["scores"]["review"] == found["scores"]["review"]
     assert "label_words of task review must give at least two different words" in refused(*again, "--task_file", kept)
     assert "label_words" in refused(*train, "--output_dir", tmp_path / "run", "--resume", "--task_file", kept)

@@ -6,6 +6,9 @@ import json
 import subprocess
 import sys
 
+from mpoe_kernels import backend_reasons
+from mpoe_kernels.version import __version__
+
 
 def test_help_lists_the_commands_without_importing_torch() -> None:
     code = (
@@ -19,34 +22,15 @@ def test_help_lists_the_commands_without_importing_torch() -> None:
         assert command in answer.stdout
 
 
-def test_version(cli) -> None:
-    from mpoe_kernels.version import __version__
-
+def test_info_shows_versions_and_backends(cli) -> None:
     assert cli("--version").out == f"mpoe {__version__}\n"
-
-
-def test_info_alone_shows_the_backends(cli) -> None:
     answer = cli("info")
-    assert answer.code == 0, answer.err
     assert "eager" in answer.out
     assert "Usage" not in answer.out
-
-
-def test_info_json(cli) -> None:
-    import torch
-
-    from mpoe_kernels import backend_reasons
-
     facts = json.loads(cli("info", "--json").out)
-    assert facts["packages"]["torch"] == torch.__version__.split("+")[0] or facts["packages"]["torch"]
+    assert facts["packages"]["torch"]
     assert facts["backends"] == backend_reasons()
     assert facts["cores"] >= 1
-
-
-def test_unknown_command_is_refused(cli) -> None:
-    answer = cli("trian")
-    assert answer.code == 2
-    assert "train" in answer.err
 
 
 def test_the_package_runs_as_a_module() -> None:

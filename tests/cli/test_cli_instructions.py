@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,45 +18,20 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-FLAGS = [
-    "--per_device_train_batch_size",
-    4,
-    "--max_steps",
-    30,
-    "--num_experts",
-    2,
-    "--learning_rate",
-    3e-3,
-    "--use_cpu",
-]
+FLAGS = ["--per_device_train_batch_size", 4, "--max_steps", 30, "--num_experts", 2, "--learning_rate", 3e-3]
+FLAGS += ["--use_cpu"]
 
 
-def pairs(folder: Path) -> Path:
+def data(folder: Path, rows: Callable[[str], dict]) -> Path:
     folder.mkdir()
     for split in ("train", "validation"):
-        rows = [{"prompt": f"say {word}", "response": word} for word in ("list", "return", "value")]
-        write_rows(folder / f"{split}.jsonl", rows)
+        write_rows(folder / f"{split}.jsonl", [rows(word) for word in ("list", "return", "value")])
     return folder
 
 
-def chats(folder: Path) -> Path:
-    folder.mkdir()
-    for split in ("train", "validation"):
-        rows = []
-        for word in ("list", "return", "value"):
-            turns = [("user", f"say {word}"), ("assistant", word), ("user", "again"), ("assistant", word)]
-            rows.append({"messages": [{"role": role, "content": text} for role, text in turns]})
-        write_rows(folder / f"{split}.jsonl", rows)
-    return folder
-
-
-def with_template(folder: Path, template: str | None) -> Path:
-    """The stand-in for GPT-2 with a chat template."""
-    model, tokenizer = load_stand_in("gpt2")
-    tokenizer.chat_template = template
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def chat(word: str) -> dict:
+    turns = [("user", f"say {word}"), ("assistant", word), ("user", "again"), ("assistant", word)]
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
 
 
 def texts(item: dict, tokenizer) -> tuple[str, str]:
@@ -65,7 +41,7 @@ def texts(item: dict, tokenizer) -> tuple[str, str]:
 
 
 def test_pairs(cli, tmp_path: Path) -> None:
-    task = load_task_from_folder(pairs(tmp_path / "pairs"))
+    task = load_task_from_folder(data(tmp_path / "pairs", lambda word: {"prompt": f"say {word}", "response": word}))
     assert (task.kind, task.max_source_length, task.max_target_length) == ("generation", 512, 256)
     assert task.train()[0] == Example("say list", "list")
     _, tokenizer = load_stand_in("gpt2")
@@ -74,31 +50,29 @@ def test_pairs(cli, tmp_path: Path) -> None:
     cut = encode_responses([Example("say " * 50, "list " * 50)], tokenizer, 8, 4)[0]
     assert len(cut["input_ids"]) == 12
     assert [label == -100 for label in cut["labels"]] == [True] * 8 + [False] * 4
-    data = ["--data_dir", tmp_path / "pairs"]
-    answer = cli("train", "--model", "gpt2", *data, *FLAGS, "--output_dir", tmp_path / "run")
-    assert answer.code == 0, answer.err
+    flags = ["--data_dir", tmp_path / "pairs"]
+    cli("train", "--model", "gpt2", *flags, *FLAGS, "--output_dir", tmp_path / "run")
     scores = json.loads((tmp_path / "run" / "results.json").read_text())["validation"]["pairs"]
     assert scores["exact_match"] == 1.0
     assert scores["loss"] < 0.5
-    answer = cli("train", "--model", "t5", *data, "--max_steps", 1, "--output_dir", tmp_path / "t5")
-    assert answer.code == 0, answer.err
+    cli("train", "--model", "t5", *flags, "--max_steps", 1, "--output_dir", tmp_path / "t5")
 
 
 def test_conversations(cli, refused, tmp_path: Path) -> None:
-    data = chats(tmp_path / "chats")
-    model = with_template(tmp_path / "model", TEMPLATE)
-    _, tokenizer = load_stand_in("gpt2")
+    chats = data(tmp_path / "chats", chat)
+    model, tokenizer = load_stand_in("gpt2")
     tokenizer.chat_template = TEMPLATE
-    example = load_task_from_folder(data).train()[0]
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    example = load_task_from_folder(chats).train()[0]
     assert (example.source, example.target) == ("user: say list\nassistant: list\nuser: again", "list")
     whole, counted = texts(encode_responses([example], tokenizer)[0], tokenizer)
     end = tokenizer.eos_token
     assert whole == f"<user>say list{end}<assistant>list{end}<user>again{end}<assistant>list{end}"
     assert counted == f"list{end}list{end}"
-    answer = cli("train", "--model", model, "--data_dir", data, *FLAGS, "--output_dir", tmp_path / "run")
-    assert answer.code == 0, answer.err
+    cli("train", "--model", tmp_path / "model", "--data_dir", chats, *FLAGS, "--output_dir", tmp_path / "run")
     assert json.loads((tmp_path / "run" / "results.json").read_text())["validation"]["chats"]["exact_match"] == 1.0
-    flags = ["--data_dir", data, "--output_dir", tmp_path / "none"]
+    flags = ["--data_dir", chats, "--output_dir", tmp_path / "none"]
     assert "messages need a tokenizer with a chat template" in refused("train", "--model", "gpt2", *flags)
     tokenizer.chat_template = "{{ messages | length }} {% for m in messages %}{{ m.content }}{% endfor %}"
     with pytest.raises(ValueError, match="must continue a prompt with the response; it rewrites it"):

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from mpoe.cli.errors import CommandError
-from mpoe.cli.options import ArmOptions, ExpertOptions, ModelOptions
-from mpoe.cli.parsing import Asked, make_parser, option, option_names, parse, read_command, read_config
-from mpoe.cli.tasks import DataOptions
-from mpoe.cli.train import RunOptions
-from mpoe.training import MPOETrainingArguments
+from mpoe.cli.parsing import Asked, as_command, make_parser, option, option_names, parse
+from mpoe.cli.train import GROUPS
 
 
 @dataclass
@@ -42,29 +40,25 @@ def write(folder: Path, name: str, text: str) -> Path:
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
     file = write(tmp_path, "c.yaml", "rate: 5e-5\nsteps: 3\nlong_name: from file\n")
-    (first, second), given = parse([First, Second], ["--steps", "4"], file)
+    (first, second), given, *_ = parse([First, Second], ["--steps", "4"], file)
     assert (first.rate, first.steps, second.long_name) == (5e-5, 4, "from file")
     assert given == {"rate", "steps", "long_name"}
 
 
 def test_dashes_and_underscores_and_aliases_name_the_same_option() -> None:
     for flags in (["--long_name", "a"], ["--long-name=a"], ["--other_name", "a"]):
-        (second,), given = parse([Second], flags)
-        assert second.long_name == "a"
-        assert given == {"long_name"}
+        (second,), given, *_ = parse([Second], flags)
+        assert (second.long_name, given) == ("a", {"long_name"})
 
 
-def test_lists_booleans_and_null_from_a_file(tmp_path: Path) -> None:
+def test_lists_and_booleans_from_a_file_and_what_is_empty_there(tmp_path: Path) -> None:
     file = write(tmp_path, "c.json", '{"tasks": ["a", "b"], "fast": true, "careful": false, "limit": null}')
-    (first,), _ = parse([First], [], file)
-    assert (first.tasks, first.fast, first.careful, first.limit) == (["a", "b"], True, False, None)
-    (first,), _ = parse([First], ["--tasks", "c", "--limit", "2", "--no_fast" if False else "--careful"], file)
+    (first,), *_ = parse([First], [], file)
+    assert (first.tasks, first.fast, first.careful, first.limit) == (["a", "b"], True, False, 7)
+    (first,), *_ = parse([First], ["--tasks", "c", "--limit", "2", "--careful"], file)
     assert (first.tasks, first.limit, first.careful) == (["c"], 2, True)
-
-
-def test_unknown_flag_is_refused_with_close_matches() -> None:
-    with pytest.raises(CommandError, match=r"unknown option '--stepz'; did you mean '--steps'"):
-        parse([First], ["--stepz", "3"])
+    file = write(tmp_path, "c.yaml", "rate:\nsteps:\ntasks:\nfast:\nlong_name:\nlimit:\n")
+    assert parse([First, Second], ["--steps", "4"], file)[:2] == ((First(steps=4), Second()), {"steps"})
 
 
 def test_help_of_train_shows_what_matters_first(cli, refused) -> None:
@@ -73,28 +67,36 @@ def test_help_of_train_shows_what_matters_first(cli, refused) -> None:
     assert len(lines) < 40
     assert max(map(len, lines)) <= 110
     names = [line.split()[0] for line in lines if line.startswith("  --")]
-    groups = [RunOptions, ArmOptions, ModelOptions, DataOptions, ExpertOptions, MPOETrainingArguments]
-    known = option_names(make_parser(groups))
-    assert {name.removeprefix("--") for name in names} <= set(known)
+    assert {name.removeprefix("--") for name in names} <= set(option_names(make_parser(GROUPS)))
     assert "mpoe train --help all" in short
     assert all(f"--{name}" in full for name in ("linear_trunc", "temperature", "gauge", "load_experiment"))
+    assert "warmup_steps" in full  # of the Trainer's own, the names
     assert "did you mean '--per_device_train_batch_size'?" in refused("train", "--batch_size", "4")
 
 
-def test_prefixes_are_not_taken_for_the_option() -> None:
-    with pytest.raises(CommandError, match="unknown option '--step'"):
-        parse([First], ["--step", "3"])
-
-
-def test_unknown_key_is_refused_naming_the_file(tmp_path: Path) -> None:
-    file = write(tmp_path, "c.yaml", "lon_name: a\n")
-    with pytest.raises(CommandError, match=r"c\.yaml: unknown option 'lon_name'; did you mean 'long_name'"):
-        parse([First, Second], [], file)
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--stepz", "3"], r"^unknown option '--stepz'; did you mean '--steps'"),
+        (["--step", "3"], "unknown option '--step'"),  # a prefix is not taken for the option
+        (["--steps", "few"], r"^argument --steps: invalid int value: 'few'"),
+        (["--steps", "0"], "steps must be at least 1; got 0"),
+        (["stray", ""], r"^values without an option: 'stray' ''$"),
+        *(([f"--{name}=--"], rf"^--{name} must have a value; got '--'$") for name in ("rate", "tasks", "fast")),
+    ],
+)
+def test_flags_that_are_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(CommandError, match=message):
+        parse([First], flags)
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
+        ("c.yaml", "lon_name: a\n", r"c\.yaml: unknown option 'lon_name'; did you mean 'long_name'"),
+        ("c.yaml", "steps: many\n", r"c\.yaml: argument --steps: invalid int value: 'many'"),
+        ("c.yaml", "tasks: []\n", r"c\.yaml: option 'tasks' needs at least one value; got an empty list"),
+        ("c.yaml", "tasks: [a, -x]\n", r"c\.yaml: values without an option: '-x'"),
         ("c.json", '{"steps": 3,\n "rate": }', r"c\.json, line 2, column 10: bad JSON"),
         ("c.yaml", "steps: 3\nrate: [1, 2\nfast: true\n", r"c\.yaml, line 3, column 5: bad YAML"),
         ("c.yaml", "- a\n- b\n", "expected a mapping of names to values; got list"),
@@ -103,51 +105,11 @@ def test_unknown_key_is_refused_naming_the_file(tmp_path: Path) -> None:
         ("c.toml", "", r"must be a \.json, \.yaml or \.yml file"),
     ],
 )
-def test_bad_files_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_files_that_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
     with pytest.raises(CommandError, match=message):
-        read_config(write(tmp_path, name, text))
-
-
-def test_missing_file_is_refused(tmp_path: Path) -> None:
+        parse([First, Second], [], write(tmp_path, name, text))
     with pytest.raises(CommandError, match="configuration file not found"):
-        read_config(tmp_path / "absent.yaml")
-
-
-def test_wrong_kind_of_value_names_where_it_came_from(tmp_path: Path) -> None:
-    file = write(tmp_path, "c.yaml", "steps: many\n")
-    with pytest.raises(CommandError, match=r"c\.yaml: argument --steps: invalid int value: 'many'"):
-        parse([First], [], file)
-    with pytest.raises(CommandError, match=r"^argument --steps: invalid int value: 'few'"):
-        parse([First], ["--steps", "few"])
-
-
-def test_what_a_dataclass_refuses_and_stray_values() -> None:
-    with pytest.raises(CommandError, match="steps must be at least 1; got 0"):
-        parse([First], ["--steps", "0"])
-    with pytest.raises(CommandError, match=r"^values without an option: 'stray' ''$"):
-        parse([First], ["stray", ""])
-    for flag in option_names(make_parser([First])):
-        with pytest.raises(CommandError, match=rf"^--{flag} must have a value; got '--'$"):
-            parse([First], [f"--{flag}=--"])
-
-
-def test_lists_of_a_file_that_are_none(tmp_path: Path) -> None:
-    file = write(tmp_path, "c.yaml", "tasks: []\n")
-    with pytest.raises(CommandError, match=r"c\.yaml: option 'tasks' needs at least one value; got an empty list"):
-        parse([First, Second], [], file)
-    file = write(tmp_path, "c.yaml", "tasks: [a, -x]\n")
-    with pytest.raises(CommandError, match=r"c\.yaml: values without an option: '-x'"):
-        parse([First, Second], [], file)
-
-
-def test_empty_values_of_a_file_are_not_given_unless_the_field_may_be_none(tmp_path: Path) -> None:
-    file = write(tmp_path, "c.yaml", "rate:\nsteps:\ntasks:\nfast:\nlong_name:\nlimit:\n")
-    (first, second), given = parse([First, Second], [], file)
-    assert first == First(limit=None)
-    assert second == Second()
-    assert given == {"limit"}
-    (first,), given = parse([First], ["--steps", "4"], write(tmp_path, "d.yaml", "steps:\n"))
-    assert (first.steps, given) == (4, {"steps"})
+        parse([First, Second], [], tmp_path / "absent.yaml")
 
 
 @dataclass
@@ -160,9 +122,15 @@ class Third:
     rate: float = option(0.5, "of learning", "learning_rate")
 
 
-def read(*tokens: str, words: int = 1) -> Asked:
-    asked = read_command("mpoe x MODEL", "About it.\n\nMore.", [Third], tokens, words)
-    assert asked is not None
+@as_command("mpoe x MODEL", Third, words=(1, 1))
+def read(asked: Asked) -> Asked:
+    """Return what was asked."""
+    return asked
+
+
+@as_command("mpoe y", Third, config=True)
+def read_file(asked: Asked) -> Asked:
+    """Return what was asked."""
     return asked
 
 
@@ -176,41 +144,37 @@ def read(*tokens: str, words: int = 1) -> Asked:
     ],
 )
 def test_a_model_may_stand_anywhere(tokens: tuple[str, ...]) -> None:
-    asked = read(*tokens)
-    assert asked.words == ["m"]
-    assert asked.options == (Third(["a", "b"], True),)
-    assert asked.given == {"prompt", "fast"}
+    typed = shlex.join(["mpoe", "x", *tokens])
+    assert read(tokens) == Asked((Third(["a", "b"], True),), {"prompt", "fast"}, ["m"], typed)
 
 
 def test_lists_take_what_follows_and_surplus_words_are_refused() -> None:
-    asked = read("m", "--items", "1", "2", "--learning-rate", "1e-3")
+    asked = read(["m", "--items", "1", "2", "--learning-rate", "1e-3"])
+    assert asked is not None
     assert asked.options == (Third(items=[1, 2], rate=1e-3),)
-    assert read("--items", "3").words == []
     for tokens in (("m", "n"), ("--fast", "m", "n"), ("m", "--rate", "1", "n")):
         with pytest.raises(CommandError, match="values without an option: 'n'"):
-            read(*tokens)
+            read(tokens)
     with pytest.raises(CommandError, match="argument --prompt: expected one argument"):
-        read("m", "--prompt")
+        read(["m", "--prompt"])
+    with pytest.raises(CommandError, match=r"^x needs a model first: mpoe x MODEL \(see mpoe x --help\)$"):
+        read(["--items", "3"])
 
 
 def test_a_configuration_file_comes_first(tmp_path: Path) -> None:
     file = write(tmp_path, "c.yaml", "rate: 0.25\nprompt: a\n")
-    asked = read_command("mpoe x", None, [Third], [str(file), "--fast"], 1, config=True)
+    asked = read_file([str(file), "--fast"])
     assert asked is not None
-    assert asked.options == (Third(["a"], True, rate=0.25),)
-    assert asked.given == {"prompt", "fast", "rate"}
+    assert asked[:2] == ((Third(["a"], True, rate=0.25),), {"prompt", "fast", "rate"})
     with pytest.raises(CommandError, match="argument --fast: Truthy value expected: got maybe"):
-        read_command("mpoe x", None, [Third], ["--fast", "maybe"], 1, config=True)
+        read_file(["--fast", "maybe"])
 
 
 def test_help_is_printed_wherever_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     for tokens in (["-h"], ["m", "--fast", "--help"], []):
-        assert read_command("mpoe x MODEL", "About it.\n\nMore.", [Third], tokens, 1) is None
+        assert read(tokens) is None
         out = capsys.readouterr().out
-        assert "mpoe x MODEL" in out
-        assert "About it." in out
-        assert "More." not in out
-        assert "--rate, --learning_rate" in out
-        assert "hurry" in out
-    asked = read_command("mpoe x", None, [Third], [])  # a command that takes no words runs
-    assert asked == Asked([], (Third(),), set())
+        for words in ("mpoe x MODEL", "Configuration files and flags", "--rate, --learning_rate", "hurry"):
+            assert words in out  # the second one is this module's docstring
+    anything = as_command("mpoe z", Third)(lambda asked: asked.options)  # a command that takes no words runs
+    assert anything([]) == (Third(),)

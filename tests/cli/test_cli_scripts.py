@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import json
 import runpy
@@ -16,7 +15,6 @@ import notebooks
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-IN_CELLS = ("convert_and_look.py", "choose_a_shape.py", "fine_tune_and_compare.py", "several_domains.py")
 
 
 @pytest.fixture
@@ -109,16 +107,3 @@ def test_notebooks_run(name: str, lacks, tmp_path: Path) -> None:
     made = notebooks.run(notebooks.notebook(name), tmp_path)
     assert all(cell["execution_count"] for cell in made.cells if cell.cell_type == "code")
     assert [o for cell in made.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
-
-
-@pytest.mark.parametrize("name", IN_CELLS)
-def test_cells(name: str) -> None:
-    """Every cell begins with a mark, text cells hold comments alone, and code and text alternate."""
-    text = (EXAMPLES / name).read_text(encoding="utf-8")
-    cells = text.split("# %%")
-    assert cells[0] == ""
-    words = [cell for cell in cells[1:] if cell.startswith(" [markdown]")]
-    assert len(words) >= 5
-    assert words[0].splitlines()[1].startswith("# # ")
-    for cell in words:
-        assert not ast.parse(cell.partition("\n")[2]).body, "a text cell holds code"

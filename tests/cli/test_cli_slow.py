@@ -1,90 +1,25 @@
-"""Minutes rather than seconds: real data sets, kill -9 and resume, and the demo's claim."""
+"""Minutes rather than seconds: what the README trains, and what the demos claim."""
 
 from __future__ import annotations
 
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
-
-from mpoe.training import find_last_checkpoint, read_metrics
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-CASES = [("train_t5_movie_sentiment.yaml", "movie_sentiment"), ("train_gpt2_austen.yaml", "austen")]
 slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 
 
-def mpoe(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "mpoe.cli.main", *map(str, arguments)]
-
-
 def complete(*arguments: object) -> str:
-    answer = subprocess.run(mpoe(*arguments), capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "mpoe", *map(str, arguments)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     return answer.stdout
-
-
-@pytest.mark.parametrize(
-    ("config", "data"), [pytest.param(*CASES[0], marks=slow), pytest.param(*CASES[1], marks=exhaustive)]
-)
-def test_real_data_killed_and_resumed_to_the_same_weights(
-    shared_data: Path, tmp_path: Path, config: str, data: str
-) -> None:
-    steps, every = 40, 10
-    flags = ["train", EXAMPLES / config, "--data_dir", shared_data / data, "--max_steps", steps]
-    flags += ["--save_steps", every, "--eval_steps", 20, "--logging_steps", 5, "--n_val", 64, "--disable_tqdm", "true"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    out = complete(*flags, "--output_dir", whole)
-    assert "validation after 40 steps" in out
-
-    process = subprocess.Popen(
-        mpoe(*flags, "--output_dir", killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 300
-    while not (killed / f"checkpoint-{2 * every}").is_dir():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert find_last_checkpoint(killed) is not None
-    assert not (killed / "results.json").exists()
-
-    assert "resuming from checkpoint-" in complete(*flags, "--output_dir", killed, "--resume")
-    one, two = (load_file(folder / "model.safetensors") for folder in (whole, killed))
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
-
-    # the run logged, evaluated and learned something
-    losses = {folder: [r["loss"] for r in read_metrics(folder) if "loss" in r] for folder in (whole, killed)}
-    assert losses[whole] == losses[killed]
-    assert losses[whole][-1] < losses[whole][0]
-    assert [r["step"] for r in read_metrics(whole) if "eval_loss" in r] == [20, 40]
-    first, second = (json.loads((f / "results.json").read_text())["validation"] for f in (whole, killed))
-    assert first == second
-
-
-@exhaustive
-def test_t5_learns_movie_sentiment(shared_data: Path, tmp_path: Path) -> None:
-    flags = ["train", EXAMPLES / CASES[0][0], "--data_dir", shared_data / "movie_sentiment", "--max_steps", 250]
-    complete(
-        *flags, "--eval_steps", 125, "--save_steps", 125, "--output_dir", tmp_path / "run", "--disable_tqdm", "true"
-    )
-    out = tmp_path / "scores.json"
-    data = ["--data_dir", shared_data / "movie_sentiment", "--label_words", '{"0": "bad", "1": "good"}']
-    lengths = ["--max_source_length", 64, "--max_target_length", 4]
-    complete("evaluate", tmp_path / "run", *data, *lengths, "--split", "test", "--output_file", out)
-    score = json.loads(out.read_text())["scores"]["movie_sentiment"]
-    assert score["items"] == 1020 or score["items"] > 900
-    assert score["accuracy"] > 0.55
 
 
 @pytest.mark.parametrize(
@@ -122,7 +57,6 @@ def test_demo(tmp_path: Path) -> None:
     assert min(results["kept"].values()) > 0.4
     lost = {column: value - losses["documentation"]["base"] for column, value in losses["documentation"].items()}
     assert lost["composed"] < 0.7 * lost["own"]
-    assert results["worth"]["oracle"] < results["worth"]["loss"]
     assert {path.name for path in (folder / "experts").iterdir()} == {f"{n}.expert" for n in ("law", "code", "names")}
     assert results["seconds"] < 600  # three minutes on two cores that are free
 
@@ -130,7 +64,7 @@ def test_demo(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [pytest.param("t5", marks=slow), pytest.param("gpt2", marks=exhaustive)])
 def test_comparison(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "demo"
-    out = complete("demo", "--compare", "--output_dir", folder, "--model", kind)
+    complete("demo", "--compare", "--output_dir", folder, "--model", kind)
     runs = {each["name"]: each["results"] for each in json.loads((folder / "compare.json").read_text())}
     assert list(runs) == ["dense", "wider", "switch", "hidden", "separable"]
     scores = {name: results["mean_validation"] for name, results in runs.items()}
@@ -145,6 +79,5 @@ def test_comparison(tmp_path: Path, kind: str) -> None:
     else:  # perplexity
         assert scores["hidden"] < 1.02 * scores["switch"]
     assert not any(results["remarks"] for results in runs.values())
-    assert "t5-base, so converted" in out or kind == "gpt2"
-    assert "<svg" in (folder / "report.html").read_text()
+    assert "data:image/png" in (folder / "report.html").read_text()
     assert sum(results["seconds"] for results in runs.values()) < 600

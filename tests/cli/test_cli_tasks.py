@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +12,7 @@ import pytest
 
 from mpoe.cli.errors import CommandError
 from mpoe.cli.runs import data_of_run
-from mpoe.cli.scoring import TaskScores
+from mpoe.cli.scoring import score_table
 from mpoe.cli.tasks import DataOptions, resolve
 from mpoe.data.task import Example
 from mpoe.data.tasks import find_spec
@@ -27,8 +28,8 @@ def described(data_dir: Path, *names: str) -> Path:
     return data_dir
 
 
-def tasks(names: list[str], style: str = "seq2seq", seed: int = 0, **options: object) -> list:
-    return resolve(names, DataOptions(**options), style, seed)  # type: ignore[arg-type]
+def tasks(names: list[str], style: str = "seq2seq", **options: object) -> list:
+    return resolve(names, DataOptions(**options), style)  # type: ignore[arg-type]
 
 
 def test_folders_of_known_tasks_are_read_as_described(tmp_path: Path) -> None:
@@ -43,14 +44,21 @@ def test_folders_of_known_tasks_are_read_as_described(tmp_path: Path) -> None:
     assert rte.train()[0].source == "RTE sentence1: sentence1 0 of train"
 
 
+def test_folders_of_one_last_name_are_two_tasks(sentiment: Path, tmp_path: Path) -> None:
+    for language in ("en", "fr"):
+        shutil.copytree(sentiment, tmp_path / language / "s")
+    one, two = tasks(["en/s", "fr/s/"], data_dir=str(tmp_path))
+    assert (one.name, two.name) == ("en_s", "fr_s")
+    assert two.train()[0].source.startswith("fr_s sentence: ")
+
+
 def test_lengths_splits_and_sizes_apply_to_described_tasks(tmp_path: Path) -> None:
     data = described(tmp_path, "rte")
     (rte,) = tasks(["rte"], data_dir=str(data), split_validation_test=True, n_train=3, max_target_length=2)
-    sizes = [len(rte.examples(split)) for split in ("train", "validation", "test")]
-    assert sizes == [3, 4, 4]
+    assert [len(rte.examples(split)) for split in ("train", "validation", "test")] == [3, 4, 4]
     assert not {e.source for e in rte.validation()} & {e.source for e in rte.test()}
     assert rte.max_target_length == 2
-    with pytest.raises(ValueError, match="has no test file; use split_validation_test"):
+    with pytest.raises(ValueError, match="test labels of task rte are not public; use split_validation_test"):
         tasks(["rte"], data_dir=str(data))[0].test()
 
 
@@ -61,80 +69,62 @@ def test_task_files(tmp_path: Path) -> None:
     (tmp_path / "imdb").rename(tmp_path / "elsewhere")
     (imdb,) = tasks([], task_file=[str(file)])
     assert imdb.train()[1].source == "mine: text 1 of train"  # a file's task wins over a known one
-    file.write_text("imdb: {template: 'mine: {txt}', label_words: {0: bad, 1: good}, data_dir: elsewhere}\n")
-    with pytest.raises(
-        ValueError, match=r"column 'txt' is missing \(did you mean text\?\), which template of task imdb"
-    ):
-        tasks([], task_file=[str(file)])
 
 
 @pytest.mark.parametrize(
     ("names", "options", "message"),
     [
-        (
-            ["rtf"],
-            {"data_dir": "."},
-            r"data_dir \. has no folder 'rtf', nor is there a task of that name; did you .*rte",
-        ),
+        (["rtf"], {"data_dir": "."}, r"data_dir \. has no folder 'rtf', nor is there a task of that name; did .*rte"),
         (["doc_kind"], {"text_columns": ["a"]}, "text_columns says how a folder is read; task doc_kind has none"),
-        (["movie_sentiment"], {}, "task movie_sentiment comes without data: give data_dir"),
         (["doc_kind"], {"metrics": ["pearson"]}, "metrics of a classification task must be among .*got 'pearson'"),
-        ([], {"task_file": ["absent.yaml"]}, "task file not found: absent.yaml"),
+        (["doc_lm"], {}, r"doc_lm is language_modeling; a T5 does .*use --model gpt2"),
+        *(
+            ([], {"data_dir": absent}, f"data_dir must be an existing folder, .*; there is no folder '{absent}'")
+            for absent in ("nowhere", "here/absent", "./absent")
+        ),
     ],
 )
 def test_refusals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, names: list, options: dict, message: str) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
     with pytest.raises(ValueError, match=message):
         tasks(names, **options)
 
 
-def test_a_data_set_of_the_hub_in_the_place_of_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def offline(*_: object, **__: object) -> dict:
+    raise ConnectionError("Couldn't reach it")
+
+
+def test_a_data_set_of_the_hub_in_the_place_of_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"sentence": f"sentence {i}", "label": i % 2} for i in range(20)]
     datasets = ModuleType("datasets")
     datasets.load_dataset = lambda path, *_, **__: {"train": rows, "test": rows[:2]}  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", datasets)
     (task,) = tasks([], data_dir="someone/some.reviews", label_words='{"0": "bad", "1": "good"}', n_train=3)
     assert (task.name, task.labels) == ("some_reviews", ("bad", "good"))
-    assert len(task.train()) == 3
-    assert len(task.validation()) == 2
+    assert [len(task.examples(split)) for split in ("train", "validation")] == [3, 2]
     assert task.test()[1] == Example("some_reviews sentence: sentence 1", "good")
-    monkeypatch.setitem(sys.modules, "datasets", None)
+    datasets.load_dataset = offline  # type: ignore[attr-defined]
     with pytest.raises(
-        ValueError,
-        match=r"no folder 'someone/other' here; on the hub: task other is on the hub .*pip install 'mpoe\[hub\]'",
+        ValueError, match=r"no folder 'someone/other' here; on the hub: task other: the hub did not give"
     ):
         tasks([], data_dir="someone/other")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "here").mkdir()
-    for absent in ("nowhere", "here/absent", "./absent", str(tmp_path / "absent")):
-        with pytest.raises(
-            CommandError, match=f"data_dir must be an existing folder, .*; there is no folder '{absent}'"
-        ):
-            tasks([], data_dir=absent)
-
-
-def test_kinds_must_suit_the_model(tmp_path: Path) -> None:
-    data = described(tmp_path, "rte", "wikitext-2")
-    with pytest.raises(CommandError, match=r"wikitext-2 is language_modeling; a T5 does .*use --model gpt2"):
-        tasks(["wikitext-2"], data_dir=str(data))
-    with pytest.raises(CommandError, match=r"task rte is classification; a GPT-2 does .*\(use --model t5 or a BERT"):
-        tasks(["rte"], style="causal", data_dir=str(data))
-    assert tasks(["wikitext-2"], style="causal", data_dir=str(data))[0].train()[0].source == "text 0 of train"
 
 
 def test_average_is_over_tasks_in_the_table() -> None:
-    one = {"a": {"accuracy": 1.0, "f1": 0.0, "items": 3}}
-    constant = {"a": {"accuracy": 0.5, "f1": 0.25}}
-    rows = [("a", "accuracy", "1.0000", "0.5000", "3"), ("a", "f1", "0.0000", "0.2500", "3")]
-    assert TaskScores(one, constant, []).table("").rows == rows
+    one, constant = {"a": {"accuracy": 1.0, "f1": 0.0, "items": 3}}, {"a": {"accuracy": 0.5, "f1": 0.25}}
+    rows = [["a: accuracy", "1.0000", "0.5000"], ["a: f1", "0.0000", "0.2500"]]
+    assert score_table({"value": one}, constant, "").rows == rows
     two, both = {**one, "b": {"pearson": 0.5, "items": 4}}, {**constant, "b": {"pearson": 0.0}}
-    last = ("average over tasks", "first of each", "0.7500", "0.2500", "7")
-    assert TaskScores(two, both, []).table("").rows[-1] == last
-    running = TaskScores({"c": {"perplexity": 8.0, "loss": 2.0, "items": 1}}, {"c": {"perplexity": 9.0}}, [])
-    assert [row[1:4] for row in running.table("").rows] == [
-        ("perplexity per token", "8.0000", "9.0000"),
-        ("loss, nats per token", "2.0000", "-"),
+    assert score_table({"value": two}, both, "").rows[-1][1:] == ["0.7500", "0.2500"]
+    running = {"c": {"perplexity": 8.0, "loss": 2.0, "items": 1}}
+    other = {"c": {"perplexity": 7.0, "loss": 2.0, "items": 1}}
+    table = score_table({"one": running, "other": other, "unfinished": {}}, {"c": {"perplexity": 9.0}}, "")
+    assert table.rows == [
+        ["c: perplexity", "8.0000", "7.0000", "-", "9.0000"],
+        ["c: loss", "2.0000", "2.0000", "-", "-"],
     ]
+    assert table.best == {(0, 2)}  # lower is better; a tie has no best
 
 
 def as_trained(folder: Path, run: dict, data: DataOptions | None = None, *flags: str) -> tuple:
@@ -153,9 +143,6 @@ def test_evaluation_divides_the_data_as_the_run_did(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(CommandError, match=r"run\.json does not describe a run"):
         data_of_run(str(checkpoint), DataOptions(), set())
-
-
-def test_a_run_with_descriptions_that_are_none_is_refused(tmp_path: Path) -> None:
     for described in (["review"], {"review": {"template": "no column"}}, {"review": 3}):
         with pytest.raises(CommandError, match=r"described in run\.json does not describe tasks"):
             as_trained(tmp_path, {"described": described})

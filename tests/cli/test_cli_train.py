@@ -12,8 +12,11 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mpoe import MPOEConfig, convert_to_mpoe
-from mpoe.data.embedded import load_stand_in, stand_in_path
+from mpoe.cli.main import run
+from mpoe.data.embedded import load_stand_in
 from mpoe.training import read_metrics
+
+from .cli_data import write_sentiment
 
 BASE = ["--max_steps", 3, "--per_device_train_batch_size", 4, "--learning_rate", 1e-3, "--num_experts", 2]
 BASE += ["--save_steps", 1, "--save_total_limit", 5, "--disable_tqdm", "true", "--use_cpu"]
@@ -24,12 +27,21 @@ def same_weights(first: Path, second: Path) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[list, Path]:
+    """Flags of a run, and its folder."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = write_sentiment(folder / "sentiment")
+    flags = ["train", "--model", "t5", "--data_dir", data, *BASE, "--gradient_mask_prob", 0.5]
+    run([str(flag) for flag in (*flags, "--output_dir", folder / "run")])
+    return flags, folder / "run"
+
+
 @pytest.fixture
-def t5_run(cli, sentiment: Path, tmp_path: Path) -> tuple[list, Path]:
-    flags = ["train", "--model", "t5", "--data_dir", sentiment, *BASE, "--gradient_mask_prob", 0.5]
-    answer = cli(*flags, "--output_dir", tmp_path / "run")
-    assert answer.code == 0, answer.err
-    return flags, tmp_path / "run"
+def t5_run(trained, tmp_path: Path) -> tuple[list, Path]:
+    """The same with a folder of the test's own."""
+    shutil.copytree(trained[1], tmp_path / "run")
+    return trained[0], tmp_path / "run"
 
 
 def test_t5_run_leaves_metrics_results_and_a_model_that_loads(cli, t5_run, tmp_path: Path) -> None:
@@ -48,11 +60,9 @@ def test_t5_run_leaves_metrics_results_and_a_model_that_loads(cli, t5_run, tmp_p
 
     scores = tmp_path / "scores.json"
     answer = cli("evaluate", run, "--split", "validation", "--output_file", scores)
-    assert answer.code == 0, answer.err
     assert json.loads(scores.read_text())["scores"] == results["validation"]
 
     answer = cli("generate", run, "--prompt", "sentiment sentence: good", "--max_new_tokens", 4)
-    assert answer.code == 0, answer.err
     assert answer.out.count("\n") == 1
 
 
@@ -73,31 +83,23 @@ def test_resumed_run_ends_in_the_same_weights(cli, refused, t5_run, tmp_path: Pa
     )
     assert "num_experts: was 2, now 4" in refused(*flags, "--output_dir", torn, "--resume", "--num_experts", 4)
     answer = cli(*flags, "--output_dir", torn, "--resume")
-    assert answer.code == 0, answer.err
     assert "resuming from checkpoint-1" in answer.out
     assert same_weights(run, torn)
 
 
-def test_overwrite_replaces_the_run_and_nothing_else(cli, t5_run) -> None:
-    flags, run = t5_run
-    for name in ("notes.txt", "README.md"):
-        (run / name).write_text("mine")
-    answer = cli(*flags, "--output_dir", run, "--overwrite", "--max_steps", 1)
-    assert answer.code == 0, answer.err
-    assert [(run / name).read_text() for name in ("notes.txt", "README.md")] == ["mine", "mine"]
-    assert sorted(p.name for p in run.glob("checkpoint-*")) == ["checkpoint-1"]
-    assert json.loads((run / "results.json").read_text())["steps"] == 1
-
-
-def test_finished_run_is_refused_resumed_and_leaves_no_staging(cli, refused, t5_run) -> None:
+def test_finished_run_is_refused_resumed_and_overwritten(cli, refused, t5_run) -> None:
     flags, run = t5_run
     assert "holds another run" in refused(*flags, "--output_dir", run)
     before = (run / "model.safetensors").read_bytes()
-    answer = cli(*flags, "--output_dir", run, "--resume")
-    assert answer.code == 0, answer.err
-    assert "resuming from checkpoint-3" in answer.out
+    assert "resuming from checkpoint-3" in cli(*flags, "--output_dir", run, "--resume").out
     assert (run / "model.safetensors").read_bytes() == before
-    assert not [path.name for path in run.iterdir() if path.name.startswith(".")]
+    assert not [path.name for path in run.iterdir() if path.name.startswith(".")]  # no staging
+    for name in ("notes.txt", "README.md"):
+        (run / name).write_text("mine")
+    cli(*flags, "--output_dir", run, "--overwrite", "--max_steps", 1)
+    assert [(run / name).read_text() for name in ("notes.txt", "README.md")] == ["mine", "mine"]
+    assert sorted(p.name for p in run.glob("checkpoint-*")) == ["checkpoint-1"]
+    assert json.loads((run / "results.json").read_text())["steps"] == 1
 
 
 def test_gpt2_from_a_yaml_file_with_flags_on_top(cli, prose: Path, tmp_path: Path) -> None:
@@ -105,8 +107,7 @@ def test_gpt2_from_a_yaml_file_with_flags_on_top(cli, prose: Path, tmp_path: Pat
         f"model: gpt2\ndata_dir: {prose}\noutput_dir: {tmp_path / 'run'}\nmax_source_length: 16\nshape: light\n"
         "num_experts: 4\nmax_steps: 9\nlearning_rate: 5e-4\nper_device_train_batch_size: 4\nuse_cpu: true\n"
     )
-    answer = cli("train", tmp_path / "gpt2.yaml", "--max-steps", 2, "--num_experts", 2)
-    assert answer.code == 0, answer.err
+    cli("train", tmp_path / "gpt2.yaml", "--max-steps", 2, "--num_experts", 2)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["class"] == "MPOEGPT2LMHeadModel"
     assert results["steps"] == 2
@@ -115,26 +116,20 @@ def test_gpt2_from_a_yaml_file_with_flags_on_top(cli, prose: Path, tmp_path: Pat
     assert (config["num_experts"], config["shape"]) == (2, "light")
 
 
-@pytest.mark.parametrize("kind", [["--moe_type", "none", "--mpo_layers", "nompo"], ["--expert_type", "dense"]])
-def test_the_baselines_train_too(cli, sentiment: Path, tmp_path: Path, kind: list) -> None:
+def test_the_originals_baseline_trains_too(cli, sentiment: Path, tmp_path: Path) -> None:
     flags = ["train", "--model", "t5", "--data_dir", sentiment, "--output_dir", tmp_path / "run", "--max_steps", 1]
-    answer = cli(*flags, "--per_device_train_batch_size", 4, *kind)
-    assert answer.code == 0, answer.err
+    answer = cli(*flags, "--per_device_train_batch_size", 4, "--moe_type", "none", "--mpo_layers", "nompo")
     run = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
     assert run["training"]["learning_rate"] == 1e-3
     assert f"learning_rate 0.001: {run['learning_rate_from']}" in answer.out
     assert run["command"].startswith("mpoe train --model t5 ")
-    dense = kind[0] == "--moe_type"
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["class"] == ("T5ForConditionalGeneration" if dense else "MPOET5ForConditionalGeneration")
-    assert dense or results["parameters"]["expert"] > 0
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["class"] == "T5ForConditionalGeneration"
 
 
 @pytest.mark.parametrize("baseline", ["dense", "wider", "switch"])
 def test_named_baselines(cli, refused, sentiment: Path, tmp_path: Path, baseline: str) -> None:
     flags = ["train", "--model", "t5", "--data_dir", sentiment, *BASE, "--max_steps", 1, "--baseline", baseline]
-    answer = cli(*flags, "--output_dir", tmp_path / "run")
-    assert answer.code == 0, answer.err
+    cli(*flags, "--output_dir", tmp_path / "run")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     dense, _ = load_stand_in("t5")
     mixture = convert_to_mpoe(dense, MPOEConfig(num_experts=2)).parameter_report()
@@ -144,8 +139,7 @@ def test_named_baselines(cli, refused, sentiment: Path, tmp_path: Path, baseline
         assert total == pytest.approx(mixture["total"], rel=2e-3)
     else:
         assert total == (mixture["dense_total"] if baseline == "dense" else results["parameters"]["switch_total"])
-    answer = cli(*flags, "--output_dir", tmp_path / "run", "--resume")
-    assert answer.code == 0, answer.err
+    cli(*flags, "--output_dir", tmp_path / "run", "--resume")
     if baseline == "switch":
         again = ["train", "--model", tmp_path / "run", "--baseline", "dense", "--output_dir", tmp_path / "again"]
         assert "is converted already (mpoe_t5): baseline cannot be changed any more" in refused(*again)
@@ -156,36 +150,27 @@ def test_convert_shows_errors_and_parameters_and_train_takes_the_result(
 ) -> None:
     out = tmp_path / "converted"
     answer = cli("convert", "t5", out, "--num_experts", 4, "--max-bond", 8)
-    assert answer.code == 0, answer.err
-    assert "relative error" in answer.out
-    shutil.copytree(stand_in_path("t5"), tmp_path / "dense")
+    assert "error: of the conversion" in answer.out
     assert "auxiliary" in answer.out
-    assert "holds a model" in refused("convert", "t5", out)
-    assert "is converted already" in refused("convert", out, tmp_path / "again")
     same = ["train", "--model", out, "--data_dir", sentiment, "--output_dir", out, "--overwrite"]
     assert "output_dir must be another folder than the model's" in refused(*same)
-    assert "OUT must be another folder than IN" in refused("convert", out.parent / "dense", out.parent / "dense")
     flags = ["train", "--model", out, "--data_dir", sentiment, "--output_dir", tmp_path / "run", "--max_steps", 1]
     assert "num_experts cannot be changed any more" in refused(*flags, "--num_experts", 8)
     answer = cli(*flags, "--per_device_train_batch_size", 4)
-    assert answer.code == 0, answer.err
 
 
 def test_neurons_are_converted_trained_continued_and_inspected(cli, sentiment: Path, tmp_path: Path) -> None:
     shape = ["--shape", "neurons", "--neurons", 8, "--latent", 16, "--num_experts", 4]
-    answer = cli("convert", "t5", tmp_path / "converted", *shape)
-    assert answer.code == 0, answer.err
+    cli("convert", "t5", tmp_path / "converted", *shape)
     router = ["--scoring_func", "sigmoid", "--bias_update_rate", 0.001]
     flags = ["train", "--model", "t5", "--data_dir", sentiment, "--output_dir", tmp_path / "run", *shape, *router]
     flags += ["--per_device_train_batch_size", 4, "--save_steps", 1, "--save_strategy", "steps"]
     for more in (["--max_steps", 2], ["--max_steps", 2, "--resume"]):
-        answer = cli(*flags, *more)
-        assert answer.code == 0, answer.err
+        cli(*flags, *more)
     found = json.loads((tmp_path / "run" / "config.json").read_text())["mpoe"]
     assert (found["shape"], found["neurons"], found["latent"], found["router"]["top_k"]) == ("neurons", 8, 16, 2)
     assert found["router"]["routed_scaling_factor"] == 2.0
-    answer = cli("inspect", tmp_path / "run", "--output_dir", tmp_path / "seen")
-    assert answer.code == 0, answer.err
+    cli("inspect", tmp_path / "run", "--output_dir", tmp_path / "seen")
     assert "8 neurons" in (tmp_path / "seen" / "report.html").read_text()
 
 
@@ -193,10 +178,8 @@ def test_a_model_without_a_tokenizer_is_converted_and_exported(cli, tmp_path: Pa
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(vocab_size=40, num_key_value_heads=2, **sizes)).save_pretrained(tmp_path / "llama")
     answer = cli("convert", tmp_path / "llama", tmp_path / "mixture", "--num_experts", 2)
-    assert answer.code == 0, answer.err
     assert "llama holds no tokenizer, so none is saved with the result" in answer.out
     answer = cli("export", tmp_path / "mixture", tmp_path / "mixtral", "--to", "mixtral")
-    assert answer.code == 0, answer.err
     assert "mixture holds no tokenizer" in answer.out
     assert (tmp_path / "mixtral" / "model.safetensors").is_file()
 
@@ -207,19 +190,18 @@ def test_a_train_file_alone_is_enough(cli, sentiment: Path, tmp_path: Path) -> N
     flags = ["train", "--model", "t5", "--data_dir", sentiment, *BASE, "--max_steps", 1]
     answer = cli(*flags, "--output_dir", tmp_path / "run")
     assert answer.code == 0, answer.err
-    assert "holds a train file alone: a tenth of its items, at most 1,000, is held out" in answer.out
+    assert "holds no validation file: a tenth of the training items, at most 1,000, is held out" in answer.out
     assert json.loads((tmp_path / "run" / "results.json").read_text())["validation"]["sentiment"]["items"] == 2
-    own = (tmp_path / "run" / "report.html").read_text().split("<h2>Settings</h2>")[1].split("<details>")[0]
-    assert "<td>training.train_batch_size</td><td>4</td>" in own
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "<td>items of a step</td><td>4</td>" in report
+    assert "<td>training.train_batch_size</td><td>4</td>" in report.split("<details>")[1]
 
 
 def test_generate_from_a_file_with_the_dense_stand_ins(cli, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("Return the\n\nA list of\n")
     answer = cli("generate", "gpt2", "--file", tmp_path / "prompts.txt", "--max_new_tokens", 3)
-    assert answer.code == 0, answer.err
-    first, second = answer.out.splitlines()[0], answer.out.splitlines()[-1]
-    assert first.startswith("Return the")
-    assert "A list of" in answer.out, second
+    assert answer.out.startswith("Return the")
+    assert "A list of" in answer.out
 
 
 def test_several_tasks_one_per_step_at_any_accumulation() -> None:
@@ -251,6 +233,5 @@ def test_a_diverged_run_publishes_nothing(cli, refused, sentiment: Path, tmp_pat
     left = {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith("checkpoint-")}
     assert left == {"run.json", "metrics.jsonl"}  # no model, no results, no report
 
-    answer = cli(*flags, "--max_steps", 3, "--output_dir", tmp_path / "allowed", "--allow_non_finite")
-    assert answer.code == 0, answer.err
+    cli(*flags, "--max_steps", 3, "--output_dir", tmp_path / "allowed", "--allow_non_finite")
     assert (tmp_path / "allowed" / "results.json").exists()

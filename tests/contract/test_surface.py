@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -70,7 +69,12 @@ _EXACT = (
     "a plan ranks by FLOPs; it holds exact numbers, the same on every device, and is made by plan_contraction alone"
 )
 _KEPT = "full weights are kept inside `generate` alone: model.cache_experts(max_bytes=...) sets the limit"
+_METRICS = EARLIER["names"]["mpoe.data.METRICS"]["keys"]
 DELIBERATE |= {
+    "mpoe.data.LocalTask is gone": "a task of files is a Task; nothing needed its folder",
+    f"mpoe.data.METRICS: keys was {_METRICS!r}, is {[name for name in _METRICS if name != 'roc_auc']!r}": (
+        "no kind of task could use roc_auc; sklearn.metrics.roc_auc_score"
+    ),
     **{
         f"mpoe.layers.{what} is gone": _KEPT
         for what in ("ExpertCache", "ExpertCacheReport", "MPOExperts: members: cache_experts")
@@ -95,18 +99,3 @@ DELIBERATE |= {
 def test_nothing_is_gone(kind: str, today: Any) -> None:
     found = missing(EARLIER[kind], today())
     assert sorted(set(found) - set(DELIBERATE)) == []
-
-
-def test_what_goes_is_noticed() -> None:
-    today = copy.deepcopy(EARLIER)
-    del today["options"]["train"]["--num-experts"]
-    today["options"]["bench"]["--clock"]["default"] = "cpu"
-    del today["names"]["mpoe.convert_to_mpoe"]
-    parameters = today["names"]["mpoe_kernels.mpo_linear"]["parameters"]
-    today["names"]["mpoe_kernels.mpo_linear"]["parameters"] = {"new": "POSITIONAL_OR_KEYWORD None", **parameters}
-    assert missing(EARLIER, today) == [
-        "names: mpoe.convert_to_mpoe is gone",
-        "names: mpoe_kernels.mpo_linear: parameters: other arguments by position",
-        "options: train: --num-experts is gone",
-        "options: bench: --clock: default was 'wall', is 'cpu'",
-    ]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.linear_problem import LinearProblem
 
-from .emulation import Linear, Way
+from .emulation import Linear
 
 ALL = [True] * 5
 
@@ -27,8 +27,8 @@ class Case(LinearProblem):
             self.tf32,
         )  # fmt: skip
 
-    def run(self, strategy: Way, backward_strategy: Way | None = None, need: list[bool] = ALL) -> list[Tensor]:
+    def run(self, strategy: str, backward_strategy: str | None = None, need: list[bool] = ALL) -> list[Tensor]:
         """The result and its gradients; gradients that are not needed are None."""
-        y, h, z = self.linear.forward(strategy)
+        y, h, z = self.linear.forward()
         saved = y if self.activation == "relu" else z
-        return [y, *self.linear.backward(backward_strategy or strategy, self.grad, h, saved, need, self.slot_of_token)]
+        return [y, *self.linear.backward(self.grad, h, saved, need, self.slot_of_token)]

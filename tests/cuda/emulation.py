@@ -6,7 +6,7 @@ import ctypes
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from itertools import product
@@ -20,11 +20,9 @@ from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.cuda_library import RefusingOps
 from mpoe_kernels.hidden_experts.cuda import HiddenKernels
 from mpoe_kernels.linear.cuda import LinearKernels
-from mpoe_kernels.linear.cuda.panels import Panel
 from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 from mpoe_kernels.neurons.cuda import NeuronKernels
 from mpoe_kernels.routing.cuda import RoutingKernels
-from mpoe_kernels.triton.architecture import SHARED_MEMORY
 from tests.assertions import poisoned_memory
 from tests.emulator import cuda_emulate
 
@@ -90,7 +88,6 @@ class Emulator:
     def __init__(self, path: str) -> None:
         self._library, self._path = ctypes.CDLL(path), path
         self._library.emu_launched.restype = ctypes.c_uint64
-        self._library.emu_panel_bytes.restype = ctypes.c_size_t
 
     def configure(self, order: str = "ascending", copies: str = "lazy", seed: int = 0) -> None:
         """Set which ready thread runs next (blocks likewise), and whether cp.async copies at the wait or at issue."""
@@ -130,11 +127,6 @@ class Emulator:
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
         return {int(place, 16): short_name(name) for place, _, name in (line.split(" ", 2) for line in lines)}
 
-    def panel_bytes(self, dtype: int, dims: Sequence[int], transposed: bool, panel: Panel) -> int:
-        """Shared memory per block of the panel kernel; 0: no such shape."""
-        sizes, kept = ((ctypes.c_int * len(words))(*words) for words in (dims, panel.sizes))
-        return self._library.emu_panel_bytes(dtype, sizes, transposed, kept, panel.left_first)
-
 
 @lru_cache(maxsize=1)
 def library() -> Emulator:
@@ -173,18 +165,7 @@ def stats() -> dict[str, int]:
     return library().counters()
 
 
-def panel_bytes(dims: BlockDims, dtype: torch.dtype, transposed: bool, panel: Panel) -> int:
-    """Shared memory that the panel kernel takes."""
-    return library().panel_bytes(DTYPES[dtype], list(dims), transposed, panel)
-
-
-Way = str | Panel  # how to compute a product: "rebuild" with the best panel, or with this one
-KERNELS = LinearKernels(REFUSING, lambda _: SHARED_MEMORY["sm_90"], "emulated")
-
-
-def panel_of(way: Way) -> Panel | None:
-    """The panel of a way; None: the best one."""
-    return way if isinstance(way, Panel) else None
+KERNELS = LinearKernels(REFUSING, "emulated")
 
 
 @contextmanager
@@ -209,16 +190,15 @@ class Linear:
         self.activation, self.tf32 = activation, tf32
         self.common = (x, *blocks, offsets, bias, row_index, in_features, out_features, activation)
 
-    def forward(self, way: Way, save: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def forward(self, save: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """``y``, and what the backward reads: nothing in place of rows, and the pre-activation."""
         call = ForwardCall(*self.common, "rebuild", "emulated", save)
         with poisoned_memory(), tf32_allowed(self.tf32):
-            y, _, z = KERNELS.forward(call, panel_of(way))
+            y, _, z = KERNELS.forward(call)
         return y, None, z if call.saves_z else None
 
     def backward(
         self,
-        way: Way,
         grad: Tensor,
         h: Tensor | None,
         saved: Tensor | None,
@@ -230,5 +210,5 @@ class Linear:
         kept = (nothing if h is None else h, nothing if saved is None else saved)
         call = BackwardCall(*self.common, "rebuild", "eager", grad, *kept, need, slot_of_token)  # rows by token: eager
         with poisoned_memory(), tf32_allowed(self.tf32):
-            found = KERNELS.backward(call, panel_of(way))
+            found = KERNELS.backward(call)
         return [result if needed else None for result, needed in zip(found, need, strict=True)]

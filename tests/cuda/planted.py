@@ -1,7 +1,4 @@
-"""Bugs for the emulator and the sanitizers to find; each is a textual change to one kernel source.
-
-``PYTHONPATH=tools python -m tests.cuda.planted`` writes their table into docs/kernels_cuda.md.
-"""
+"""Bugs for the emulator and the sanitizers to find; each is a textual change to one kernel source."""
 
 from __future__ import annotations
 
@@ -83,11 +80,11 @@ BUGS = (
         ("values: eager", "thread"),
     ),
     Bug(
-        "one_step_too_many",
-        "the bound of the inner index is off by one",
-        "cuda/block_gemm.cuh",
-        "if (mn < mn_end_ && k < k_end_) {",
-        "if (mn < mn_end_ && k <= k_end_) {",
+        "line_too_many",
+        "one line past an operand's last one is copied",
+        "cuda/linear/gradient.cuh",
+        "[&](int s) { return s < rows ? from[s] : -1; }",
+        "[&](int s) { return s <= rows ? from[s] : -1; }",
         "linear",
         ("values",),
     ),
@@ -103,29 +100,11 @@ BUGS = (
     Bug(
         "row_too_many",
         "a block stores one row past its expert's",
-        "cuda/linear/panel.cuh",
-        "if (row >= rows) return;",
-        "if (row > rows) return;",
+        "cuda/block_gemm.cuh",
+        "if (row >= rows || column >= columns) continue;\n    f(row",
+        "if (row > rows || column >= columns) continue;\n    f(row",
         "linear",
         ("address",),
-    ),
-    Bug(
-        "stages_overwritten",
-        "results are laid out in shared memory while other warps still read the last stage",
-        "cuda/linear/gradient.cuh",
-        "  __syncthreads();  // nobody reads the stages\n",
-        "",
-        "linear",
-        ("thread",),
-    ),
-    Bug(
-        "strip_overwritten",
-        "a warp lays out its next rows before all lanes have read the ones before",
-        "cuda/block_gemm.cuh",
-        "      __syncwarp();  // the strip is free\n",
-        "",
-        "linear",
-        ("values", "thread"),
     ),
     Bug(
         "group_before",
@@ -155,11 +134,11 @@ BUGS = (
         ("values",),
     ),
     Bug(
-        "panel_not_completed",
-        "rows that complete the last step of a panel keep what shared memory held",
-        "cuda/linear/panel.cuh",
-        "for (int i = p.depth * p.panel_stride + threadIdx.x; i < p.panel_rows",
-        "for (int i = p.panel_rows * p.panel_stride + threadIdx.x; i < p.panel_rows",
+        "weight_not_completed",
+        "what only completes the tile of a weight keeps what shared memory held",
+        "cuda/linear/rebuilt.cuh",
+        "for (int i = thread; i < kDepth * Tiles::kWeightStride;",
+        "for (int i = kDepth * Tiles::kWeightStride; i < kDepth * Tiles::kWeightStride;",
         "linear",
         ("values",),
     ),
@@ -167,26 +146,26 @@ BUGS = (
         "tile_not_completed",
         "what only completes the tile of a weight's gradient keeps what shared memory held",
         "cuda/linear/gradient.cuh",
-        "for (int i = threadIdx.x; i < TileT::kM * kStride;",
-        "for (int i = TileT::kM * kStride; i < TileT::kM * kStride;",
+        "for (int i = thread; i < kSide * Tiles::kStride;",
+        "for (int i = kSide * Tiles::kStride; i < kSide * Tiles::kStride;",
         "linear",
         ("values",),
     ),
     Bug(
         "part_forgotten",
-        "the last of the central indices of a part is left out",
+        "the last tile of a part is left out",
         "cuda/linear/gradient.cuh",
-        "step < last_centre * inner; ++step",
-        "step + 1 < last_centre * inner; ++step",
+        "begin < end && step < last; ++step",
+        "begin < end && step + 1 < last; ++step",
         "linear",
         ("values",),
     ),
     Bug(
         "misaligned",
         "16 bytes at a time from addresses that are not multiples of 16",
-        "cuda/named.h",
-        "tensor.outer % step == 0 && aligned(tensor.data);",
-        "tensor.outer % step == 0;",
+        "cuda/dispatch.h",
+        "reinterpret_cast<std::uintptr_t>(array) % 16 == 0;",
+        "reinterpret_cast<std::uintptr_t>(array) % 2 == 0;",
         "linear",
         ("error: address is not 16-byte aligned",),
     ),
@@ -212,8 +191,8 @@ BUGS = (
         "no_barrier_in_ranks",
         "counts of the warps are added before all have written theirs",
         "cuda/routing/routing.cuh",
-        "counts[warp * bins + bin] = __popc(same);\n  __syncthreads();\n",
-        "counts[warp * bins + bin] = __popc(same);\n",
+        "static_cast<uint8_t>(__popc(same));\n  __syncthreads();\n",
+        "static_cast<uint8_t>(__popc(same));\n",
         "routing",
         ("values: descending", "thread"),
     ),
@@ -228,10 +207,10 @@ BUGS = (
     ),
     Bug(
         "past_shared_memory",
-        "the last key lies behind the block's shared memory",
+        "the last counts lie behind the block's shared memory",
         "cuda/routing/routing.cuh",
-        "  int* keys = counts + kRouteWarps * bins;\n",
-        "  int* keys = counts + kRouteWarps * bins + 1;\n",
+        "reinterpret_cast<uint8_t*>(keys + pairs);",
+        "reinterpret_cast<uint8_t*>(keys + pairs + 1);",
         "routing",
         ("error: dynamic shared memory was written past its end", "address"),
     ),
@@ -276,7 +255,7 @@ BUGS = (
     Bug(
         "tile_overwrites_stages",
         "a tile is laid out in shared memory while other warps still read the last stage",
-        "cuda/experts/lines.cuh",
+        "cuda/block_gemm.cuh",
         "  __syncthreads();  // nobody reads the buffer\n",
         "",
         "experts",
@@ -294,11 +273,29 @@ BUGS = (
     Bug(
         "neighbour_expert",
         "a tile of slots goes on into those of the next expert",
-        "cuda/experts/rows.cuh",
-        "rows = p.offsets[expert + 1] - begin;",
-        "rows = p.offsets[p.experts] - begin;",
+        "cuda/experts/slots.cuh",
+        "rows = p.end(choice, expert) - begin;",
+        "rows = (choice + 1) * p.tokens - begin;",
         "experts",
         ("values: descending",),
+    ),
+    Bug(
+        "out_of_turn",
+        "tiles are taken in the order of their blocks' numbers, not in that in which blocks begin",
+        "cuda/experts/slots.cuh",
+        "shared().taken = dev::ticket(p.turns + group, tile);",
+        "shared().taken = tile;",
+        "experts",
+        ("error: for one that has not run",),
+    ),
+    Bug(
+        "choice_overwritten",
+        "a later choice stores its rows instead of adding them",
+        "cuda/experts/slots.cuh",
+        "const bool later = choice > 0,",
+        "const bool later = choice > 1,",
+        "experts",
+        ("values",),
     ),
     Bug(
         "past_the_weight",
@@ -313,24 +310,9 @@ BUGS = (
         "share_forgotten",
         "the gradients of the last share of the groups are not added",
         "cuda/experts/weights.cuh",
-        "for (int j = 0; j < p.count && place >= 0; ++j) sum",
-        "for (int j = 0; j + 1 < p.count && place >= 0; ++j) sum",
+        "for (int j = 0; j < p.count; ++j) sum",
+        "for (int j = 0; j + 1 < p.count; ++j) sum",
         "experts",
         ("values",),
     ),
 )
-
-
-def table() -> str:
-    """The bugs as a Markdown table."""
-    lines = ["| bug | file | what is wrong | found by |", "|---|---|---|---|"]
-    for bug in BUGS:
-        found_by = ", ".join(lane.removesuffix(": ") for lane in bug.found_by)
-        lines.append(f"| {bug.name} | `{bug.file}` | {bug.what} | {found_by} |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    from documents import write_between
-
-    write_between(Path(__file__).resolve().parents[2] / "docs" / "kernels_cuda.md", "planted", table())

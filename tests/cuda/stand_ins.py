@@ -20,7 +20,7 @@ from .emulation import OPS, Launched, library, limits
 
 # Blocks of a launch that run. Sorting must be whole, which takes up to 128 for 65,536 pairs; those of products with
 # rebuilt weights take long.
-BLOCKS = {"panel_product": 32, "weight_gradient_product": 32}
+BLOCKS = {"rebuilt_product": 8, "weight_gradient_product": 8}
 MOST_BLOCKS = 128
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 

@@ -191,11 +191,11 @@ def test_launches() -> None:
         HIDDEN.forward(of.call()) if need is None else HIDDEN.backward(of.backward_call(need))
         return stats()["launches"]
 
-    assert launches(problem, None) == 3
-    assert launches(HiddenProblem(tokens=600, groups=1, dtype=torch.float32), None) == 5
-    assert launches(problem, ALL) == 7
-    assert launches(whole, [True, False, True, True, True, True, True]) == 4  # nothing to add up
-    assert launches(problem, [True, False, False, False, False, True, False]) == 4
+    assert launches(problem, None) == 2
+    assert launches(HiddenProblem(tokens=600, groups=1, dtype=torch.float32), None) == 4
+    assert launches(problem, ALL) == 5
+    assert launches(whole, [True, False, True, True, True, True, True]) == 3  # nothing to add up
+    assert launches(problem, [True, False, False, False, False, True, False]) == 2
     assert launches(problem, [False] * len(HiddenProblem.NAMES)) == 0
 
 
@@ -252,23 +252,4 @@ def test_a_device_with_too_little_shared_memory() -> None:
     ):
         HIDDEN.forward(problem.call())
     with limits(shared_bytes=48 << 10):
-        HIDDEN.forward(problem.call())
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("left", torch.ones(4, 1, 4, 4), r"down must be \[5, 1, 4, 4\] of the dtype of x"),
-        ("left", torch.ones(5, 4, 4), "up and down 4; got 2, 4 and 3"),
-        ("left", torch.ones(5, 1, 4, 0), "must not have an axis of size 0"),
-        ("right", torch.ones(5, 2, 4, 4), "up must have one weight, or one for each group"),
-        ("bias", torch.ones(5, 11), r"bias must be \[5, 12\]"),
-        ("gates", torch.ones(7, 3), r"gates and top_k_index must be \[7, K\]"),
-        ("u_gate", torch.ones(7, 12), "x_gate must be given with up_gate"),
-    ],
-)
-def test_wrong_sizes_are_refused(name: str, value: Tensor, message: str) -> None:
-    problem = HiddenProblem(dtype=torch.float32)
-    problem.inputs[name] = value
-    with pytest.raises(REFUSED, match=message):
         HIDDEN.forward(problem.call())

@@ -10,12 +10,11 @@ from mpoe_bench.cases import relative_error
 
 from mpoe_kernels import MPOShape
 from mpoe_kernels.linear import grouped
-from mpoe_kernels.linear.cuda.panels import gradient_tile
 from tests.cases import SMALL_SHAPES, pairwise
 from tests.linear_scenarios import LinearScenarios
 
 from .emulated_linear import ALL, Case
-from .emulation import OPS, REFUSED, SCHEDULE_PARTS, schedule, stats
+from .emulation import SCHEDULE_PARTS, schedule, stats
 
 IN_BFLOAT16 = ("paper", "light", "separable", "padded", "uneven_bonds")
 MASKED = [True, True, False, True, True]
@@ -24,6 +23,8 @@ WIDE = {
     "light": MPOShape((8, 2, 8), (4, 3, 8)),
     "bond_24": MPOShape((16, 8), (8, 16), max_bond=24, central=1),
     "separable": MPOShape((16, 16, 1), (1, 16, 16)),
+    "bond_72": MPOShape((16, 8), (16, 8), max_bond=72, central=1),  # more than are summed at once
+    "runs": MPOShape((2, 2, 80), (2, 2, 96), max_bond=16, central=1),  # digits of right in several tiles
 }
 
 
@@ -69,9 +70,10 @@ def test_random_schedule() -> None:
             Case(SMALL_SHAPES["light"], torch.bfloat16).check("rebuild")
 
 
-def test_large_tiles() -> None:
-    """One block computes 128 x 128 results."""
-    shape = MPOShape((16, 16), (16, 16), max_bond=32, central=1)
+@pytest.mark.parametrize("columns", [64, 128])
+def test_rows_in_several_tiles(columns: int) -> None:
+    """One block computes 128 rows and either number of columns."""
+    shape = MPOShape((16, 16), (16, columns // 8), max_bond=32, central=1)
     case = Case(shape, torch.bfloat16, tokens=150, experts=1, top_k=1, capacity=None, activation="none")
     case.check("rebuild")
 
@@ -99,9 +101,9 @@ def test_launches() -> None:
     """Forward one, whatever follows the product or is saved; backward one for x, left and central, and right each."""
     case = Case(WIDE["light"], experts=2, activation="gelu", gathered=False)
     stats()
-    _, h, z = case.linear.forward("rebuild")
+    _, h, z = case.linear.forward()
     assert stats()["launches"] == 1
-    case.linear.backward("rebuild", case.grad, h, z, ALL)
+    case.linear.backward(case.grad, h, z, ALL)
     assert stats()["launches"] == 3
 
 
@@ -115,10 +117,10 @@ def test_a_nan_row_stays_its_token_s() -> None:
     case = Case(SMALL_SHAPES["paper"], tokens=9, experts=2, top_k=1, capacity=None, activation="silu")
     case.linear.x[3] = torch.nan
     slot = int(case.slot_of_token[3, 0])
-    y, h, z = case.linear.forward("rebuild")
+    y, h, z = case.linear.forward()
     assert y[slot].isnan().all()
     assert y[[s for s in range(9) if s != slot]].isfinite().all()
-    dx = case.linear.backward("rebuild", case.grad, h, z, [True, *[False] * 4], case.slot_of_token)[0]
+    dx = case.linear.backward(case.grad, h, z, [True, *[False] * 4], case.slot_of_token)[0]
     assert dx[[t for t in range(9) if t != 3]].isfinite().all()
 
 
@@ -138,47 +140,6 @@ def test_tf32_is_less_exact_and_only_on_demand() -> None:
         errors.append(relative_error(case.run("rebuild")[0], case.reference(torch.float64)[0]))
     assert errors[0] < 1e-6
     assert 1e-5 < errors[1] < 2e-3
-
-
-def gradient(case: Case, **changed: object) -> None:
-    d, like = case.linear.dims, case.linear.x
-    experts, slots = case.blocks[0].shape[0], case.grad.shape[0]
-    arguments = {
-        "x": like,
-        "dz": like.new_zeros(slots, d.out_features),
-        "other": case.blocks[2],
-        "out": like.new_empty(experts, d.iL, d.jL, d.iC, d.jC, d.b),
-        "offsets": case.routing.expert_offsets,
-        "row_index": case.row_index,
-        "sizes": d[:8],
-        "tile": gradient_tile(d),
-    }
-    OPS.weight_gradient_product(*{**arguments, **changed}.values(), False, False)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"sizes": (1,) * 7}, "8 axes; got 7"),
-        ({"tile": (1, 1, 1)}, "4 sizes; got 3"),
-        ({"tile": (0, 1, 1, 1)}, "a tile of 0 indices does not divide"),
-        ({"dz": torch.zeros(1, 12)}, "and dz"),
-        ({"other": torch.zeros(3)}, "other and out must be dense"),
-        ({"out": torch.zeros(3, dtype=torch.float64)}, "other and out must be dense"),
-    ],
-    ids=str,
-)
-def test_gradients_of_wrong_arguments_are_refused(change: dict[str, object], message: str) -> None:
-    case = Case(SMALL_SHAPES["light"], tokens=4)
-    gradient(case)
-    with pytest.raises(REFUSED, match=message):
-        gradient(case, **change)
-
-
-def test_tiles_that_are_too_large_are_refused() -> None:
-    case = Case(MPOShape((16, 1, 8), (1, 1, 1), central=1), tokens=4)
-    with pytest.raises(REFUSED, match="a tile of 128 rows or columns; the kernel takes 64"):
-        gradient(case, tile=(16, 1, 8, 1))
 
 
 @settings(max_examples=25)

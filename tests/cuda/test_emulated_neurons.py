@@ -109,14 +109,15 @@ def test_indices_out_of_range_are_no_expert() -> None:
         assert torch.equal(value, expected[name]), name
 
 
-def test_the_forward_takes_three_launches() -> None:
-    """Few pairs are sorted by one launch; then the neurons, then the sums of tokens."""
+def test_the_forward_takes_two_launches() -> None:
+    """Few pairs are sorted by one launch; then the neurons, which add up each token's choices."""
     problem = NeuronProblem(tokens=40, gated=True, with_bias=True, dtype=torch.bfloat16)
     stats()
     with torch.no_grad():
-        neuron_experts(**problem.inputs, top_k_index=problem.index, activation="gelu", backend="emulated")  # type: ignore[arg-type]
+        arguments: dict[str, Any] = {**problem.inputs, "top_k_index": problem.index, "activation": "gelu"}
+        neuron_experts(**arguments, backend="emulated")
     found = stats()
-    assert found["launches"] == 3
+    assert found["launches"] == 2
     assert found["mma"] > 0
 
 
@@ -139,17 +140,21 @@ def test_random_problems(data: st.DataObject) -> None:
     ).check("emulated", 3)
 
 
+def test_more_experts_than_choices_can_be_sorted_by_are_refused() -> None:
+    problem = NeuronProblem(tokens=1, top_k=4, experts=3000, width=1, out=1, neurons=1, dtype=torch.float32)
+    with pytest.raises(REFUSED, match="routing takes at most 2999 experts; got 3000"):
+        NEURONS.ops.experts(*_raw(problem))
+
+
 def test_more_neurons_are_a_reason_and_refused_by_the_kernels() -> None:
     reason = NEURONS.reasons(Request("neuron_experts", "cuda", torch.float32, {"neurons": MOST_UNITS + 1}))
     assert reason == ["it computes neuron_experts with at most 512 neurons of an expert, not with 513"]
     assert NEURONS.reasons(Request("neuron_experts", "cuda", torch.float32, {"neurons": MOST_UNITS})) == []
     problem = NeuronProblem(tokens=2, neurons=MOST_UNITS, dtype=torch.float32)
     problem.check("emulated")
-    with pytest.raises(REFUSED, match="bias must be"):
-        NEURONS.ops.experts(*_raw(problem, torch.ones(5, 3)))
 
 
-def _raw(problem: NeuronProblem, bias: torch.Tensor) -> tuple[Any, ...]:
+def _raw(problem: NeuronProblem) -> tuple[Any, ...]:
     own = problem.inputs
     up, down = (value[:, None] for value in (own["up"], own["down"]) if value is not None)
-    return own["x"], own["gates"], problem.index, up, down, bias, None, None, True, "gelu", False
+    return own["x"], own["gates"], problem.index, up, down, None, None, None, True, "gelu", False

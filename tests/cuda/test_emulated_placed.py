@@ -1,4 +1,4 @@
-"""Result rows written to other places, times their gates, by the panel kernel."""
+"""Result rows written to other places, times their gates, by the kernel of the fused contraction."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoe_kernels.linear.cuda.panels import Panel
 from mpoe_kernels.linear.op import ForwardCall
 from tests.assertions import poisoned_memory
 from tests.cases import SMALL_SHAPES
 
 from .emulated_linear import Case
-from .emulation import KERNELS, REFUSED
-
-WAYS = {"best panel": None, "small panels": Panel(1, 1, 1, True, 0)}
+from .emulation import KERNELS
 
 
 def case_of(dtype: torch.dtype = torch.bfloat16, activation: str = "gelu") -> Case:
@@ -23,30 +20,22 @@ def case_of(dtype: torch.dtype = torch.bfloat16, activation: str = "gelu") -> Ca
     )
 
 
-def forward(case: Case, way: str, out_index: Tensor | None = None, gates: Tensor | None = None) -> Tensor:
+def forward(case: Case, out_index: Tensor | None = None, gates: Tensor | None = None) -> Tensor:
     call = ForwardCall(*case.linear.common, "rebuild", "emulated", False, case.slot_of_token, out_index, gates)
     with poisoned_memory():
-        return KERNELS.forward(call, WAYS[way])[0]
+        return KERNELS.forward(call)[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("way", WAYS)
-def test_the_same_bits_elsewhere(way: str, dtype: torch.dtype) -> None:
+def test_the_same_bits_elsewhere(dtype: torch.dtype) -> None:
     """The gate multiplies the rounded result; rows of slots without an expert are zero, whatever their gates."""
     case = case_of(dtype)
-    y = forward(case, way)
+    y = forward(case)
     filled = int(case.routing.expert_offsets[-1])
     assert 0 < filled < 13
     out_index, gates = torch.randperm(13), torch.rand(13) + 0.5
     gates[out_index[filled:]] = float("nan")
-    placed = forward(case, way, out_index, gates)
+    placed = forward(case, out_index, gates)
     wanted = (y.float() * gates[out_index][:, None]).to(dtype)
     wanted[filled:] = 0
     assert torch.equal(placed[out_index], wanted)
-
-
-def test_what_is_no_place_or_no_gate_is_refused() -> None:
-    case, places, gates = case_of(), torch.arange(13), torch.ones(13)
-    for bad in ((places[1:], gates), (places, gates[1:]), (places, gates.double()), (places.int(), gates)):
-        with pytest.raises(REFUSED, match=r"out_index must be \[13\]|gates must be dense float32 \[13\]|dense int64"):
-            forward(case, "best panel", *bad)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from mpoe.data.detect import load_task_from_folder
 from mpoe.data.documentation import SPLITS
-from mpoe.data.files import read_paragraphs, read_table
-from mpoe.data.local import LocalTask, load_task_from_folder
 from mpoe.data.spec import regression_text
+from mpoe.data.tables import read_table
 from mpoe.data.task import Example
 
 ROWS = [{"idx": i, "sentence": f"sentence {i}", "label": i % 2} for i in range(6)]
@@ -44,27 +44,20 @@ def test_formats_give_the_same_task(tmp_path, suffix):
     for stem in ("train", "dev", "test"):
         write(tmp_path / "my.task" / f"{stem}{suffix}", "\ufeff" + text)
     task = load_task_from_folder(tmp_path / "my.task")
-    assert isinstance(task, LocalTask)
-    assert (task.name, task.kind, task.labels, task.spec.columns) == (
-        "my_task",
-        "classification",
-        ("0", "1"),
-        ("sentence",),
-    )
+    assert (task.name, task.kind, task.labels) == ("my_task", "classification", ("0", "1"))
     assert task.metrics == ("accuracy", "f1", "matthews")
     assert task.validation()[1] == Example("my_task sentence: sentence 1", "1")
-    assert task.files["validation"].name == f"dev{suffix}"
 
 
 def test_quotes_are_plain_in_tsv_and_structure_in_csv(tmp_path):
-    tsv = write(tmp_path / "a.tsv", 'text\tlabel\nsay "hi\t1\n')
-    assert read_table(tsv)[0].values == {"text": 'say "hi', "label": "1"}
-    csv = write(tmp_path / "a.csv", 'text,label\n"two\nlines, one cell",1\nnext,0\n')
-    rows = read_table(csv)
-    assert rows[0].values["text"] == "two\nlines, one cell"
-    assert [row.line for row in rows] == [3, 4]
-    headless = read_table(write(tmp_path / "b.tsv", "1\tgood\n0\tbad\n"), column_names=["label", "text"])
-    assert [row.values["text"] for row in headless] == ["good", "bad"]
+    tsv = write(tmp_path / "a.tsv", 'text\tlabel\nsay "hi\t01\n')
+    assert read_table(tsv) == [({"text": 'say "hi', "label": "01"}, f"{tsv}, line 2")]
+    csv = write(tmp_path / "a.csv", 'text,label\n"two\nlines, one cell",null\n\nnext,0\n')
+    (first, place), (_, last) = read_table(csv)
+    assert first == {"text": "two\nlines, one cell", "label": "null"}  # as written
+    assert (place, last) == (f"{csv}, line 3", f"{csv}, line 5")
+    headless = read_table(write(tmp_path / "b.tsv", "1\tgood\n0\tbad\n"), ["label", "text"])
+    assert [cells["text"] for cells, _ in headless] == ["good", "bad"]
 
 
 def test_labels_words_and_numbers(tmp_path):
@@ -95,16 +88,19 @@ def test_regression_is_rounded_to_fifths(tmp_path):
     assert regression_text(-0.3) == "-0.4"
 
 
+def paragraphs(path: Path, text: str) -> list[str]:
+    return [cells["text"] for cells, _ in read_table(write(path, text))]
+
+
 def test_text_files_are_language_modelling(tmp_path):
-    lines = write(tmp_path / "lines.txt", "one\ntwo\n\n")
-    assert read_paragraphs(lines) == ["one", "two"]
-    assert read_paragraphs(write(tmp_path / "p.txt.gz", "one\nmore\n\n\ntwo\n")) == ["one more", "two"]
+    assert paragraphs(tmp_path / "lines.txt", "one\ntwo\n\n") == ["one", "two"]
+    assert paragraphs(tmp_path / "p.txt.gz", "one\nmore\n\n\ntwo\n") == ["one more", "two"]
     for split in ("train", "validation"):
         write(tmp_path / "lm" / f"{split}.txt.gz", "one\ntwo\n")
     task = load_task_from_folder(tmp_path / "lm")
     assert (task.kind, task.metrics) == ("language_modeling", ("perplexity",))
     assert task.train() == (Example("one"), Example("two"))
-    with pytest.raises(ValueError, match=r"has no test file; use split_validation_test"):
+    with pytest.raises(ValueError, match=r"data_dir .*lm has no test split; use split_validation_test"):
         task.test()
     with pytest.raises(ValueError, match=r"kind must be language_modeling for \.txt"):
         load_task_from_folder(tmp_path / "lm", kind="regression")
@@ -127,7 +123,7 @@ GOOD = jsonl(ROWS)
 @pytest.mark.parametrize(
     ("train", "message"),
     [
-        (GOOD + '{"sentence": "x", "label": \n', r"train\.jsonl, line 7: malformed JSON: .* at column"),
+        (GOOD + '{"sentence": "x", "label": \n', r"train\.jsonl, line 7: malformed JSON: .* at column 27"),
         (GOOD + "[1, 2]\n", r"train\.jsonl, line 7: expected one JSON object per line; got a list"),
         (
             GOOD + '\n{"sentense": "x", "label": 1}\n',
@@ -135,11 +131,17 @@ GOOD = jsonl(ROWS)
         ),
         (GOOD + '{"sentence": "x", "label": null}\n', r"line 7: column 'label' must hold a text or a number; got None"),
         (GOOD + '{"sentence": {"a": 1}, "label": 1}\n', r"line 7: column 'sentence' must hold a text or a number"),
+        (
+            GOOD + '{"sentence": "x", "lable": 1}\n',
+            r"column 'label' is missing .*which label_column of task .* asks for; got",
+        ),
         ('{"sentence": "x", "value": 1}\n', r"train\.jsonl, line 1: no label column among sentence, value"),
         ('{"words": 3, "label": 1}\n', r"train\.jsonl, line 1: no text column among words, label"),
-        ('{"sentence": "x", "label": 1}\n', r"train\.jsonl: classification needs at least two different labels; got 1"),
-        ("", r"train\.jsonl: the file is empty"),
-        ("\n \n", r"train\.jsonl: the file is empty"),
+        (
+            '{"sentence": "x", "label": 1}\n',
+            r"train\.jsonl, line 1: classification needs at least two different labels; got 1",
+        ),
+        ("\n \n", r"train\.jsonl: expected at least one row; got none"),
     ],
 )
 def test_bad_json_lines_are_refused_with_file_and_line(tmp_path, train, message):
@@ -162,30 +164,27 @@ def test_bad_rows_of_other_splits_are_refused_too(tmp_path):
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', r"a\.jsonl, line 2: expected UTF-8"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', r"a\.jsonl: expected UTF-8 text; .* byte 0xe9"),
         ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", r"a\.jsonl, line 1: malformed JSON: Exceeds the limit"),
-        ("a.csv", "text,label\nx,1\n".encode("utf-16"), r"a\.csv, line 1: expected UTF-8; got UTF-16"),
-        ("a.csv", b"text,label\nx,1\nx,y,1\n", r"a\.csv, line 3: expected 2 columns \(text, label\); got 3"),
+        ("a.csv", "text,label\nx,1\n".encode("utf-16"), r"a\.csv: expected UTF-8 text"),
+        ("a.csv", b"text,label\nx,y,1\n", r"a\.csv, line 2: expected 2 columns \(text, label\); got 3"),
+        ("a.csv", b"text,label\nx,1\nx\n", r"a\.csv, line 3: expected 2 columns \(text, label\); got 1"),
         ("a.csv", b'text,label\n"x"y,1\n', r"a\.csv, line 2: malformed csv"),
         ("a.tsv", b"text\ttext\nx\t1\n", r"a\.tsv, line 1: column names must differ"),
-        ("a.tsv", b"text\tlabel\n", r"a\.tsv: the file has a header but no rows"),
-        ("a.parquet", b"PAR1", r"a\.parquet: expected a file named \.jsonl"),
+        ("a.tsv", b"text\tlabel\n", r"a\.tsv: expected at least one row; got none"),
+        ("a.jsonl.gz", b"plain text", r"a\.jsonl\.gz: cannot be read: Not a gzipped file"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=message):
-        read_table(write(tmp_path / name, data))
+        read_table(tmp_path / name)
 
 
-def test_broken_gzip_and_missing_file(tmp_path):
+def test_half_a_gzip_file(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(GOOD.encode() * 200)[:60])
     with pytest.raises(ValueError, match=r"a\.jsonl\.gz: cannot be read"):
         read_table(tmp_path / "a.jsonl.gz")
-    (tmp_path / "b.csv.gz").write_bytes(b"plain text")
-    with pytest.raises(ValueError, match=r"b\.csv\.gz: cannot be read"):
-        read_table(tmp_path / "b.csv.gz")
-    with pytest.raises(ValueError, match=r"c\.csv: cannot be read"):
-        read_table(tmp_path / "c.csv")
 
 
 def test_bad_folders_and_arguments_are_refused(tmp_path):
@@ -199,7 +198,7 @@ def test_bad_folders_and_arguments_are_refused(tmp_path):
     assert not {e.source for e in alone.train()} & {e.source for e in alone.validation()}
     write(tmp_path / "dev.jsonl", GOOD)
     load_task_from_folder(tmp_path)
-    with pytest.raises(ValueError, match="kind must be one of"):
+    with pytest.raises(ValueError, match=r"kind of task .* must be one of"):
         load_task_from_folder(tmp_path, kind="ranking")
     with pytest.raises(ValueError, match=r"train\.jsonl, line 1: column 'labl' is missing \(did you mean label"):
         load_task_from_folder(tmp_path, label_column="labl")

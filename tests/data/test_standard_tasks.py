@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from mpoe.data.hub import _load, detect_hub_task, load_hub_task
-from mpoe.data.spec import HubData, TaskSpec
+from mpoe.data.detect import detect_hub_task
+from mpoe.data.spec import HubData
 from mpoe.data.task import Example
 from mpoe.data.tasks import STANDARD, find_spec, get_task, load_task, standard_specs
 
@@ -58,7 +58,6 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Loader], None]:
     """Put a function in the place of ``datasets.load_dataset``."""
 
     def put(load: Loader) -> None:
-        _load.cache_clear()
         module = ModuleType("datasets")
         module.load_dataset = load  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "datasets", module)
@@ -149,7 +148,7 @@ def test_from_the_official_glue_folder(tmp_path: Path, name: str) -> None:
     assert task.validation() == task.train()
 
 
-def test_labels_in_words_and_broken_lines(tmp_path: Path) -> None:
+def test_labels_that_are_true_and_false(tmp_path: Path) -> None:
     rows = [
         {"question": "is it", "passage": "It is.", "label": True, "idx": 0},
         {"question": "is it", "passage": "It is not.", "label": False, "idx": 1},
@@ -159,15 +158,9 @@ def test_labels_in_words_and_broken_lines(tmp_path: Path) -> None:
     boolq = find_spec("superglue-boolq")
     assert boolq is not None
     assert [example.target for example in load_task(boolq, tmp_path).train()] == ["yes", "no"]
-    qqp = find_spec("qqp")
-    assert qqp is not None
-    with (write_glue(tmp_path, "qqp") / "train.tsv").open("a") as file:
-        file.write("9\t9\ta line that ends early\n")
-    with pytest.warns(UserWarning, match="left out 1 lines"):
-        assert len(load_task(qqp, tmp_path / "QQP").train()) == 2
 
 
-def test_what_the_hub_does_not_give(hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_hub_does_not_give(hub) -> None:
     def offline(*_: object, **__: object) -> dict:
         raise ConnectionError("Couldn't reach it")
 
@@ -177,20 +170,15 @@ def test_what_the_hub_does_not_give(hub, monkeypatch: pytest.MonkeyPatch) -> Non
     ):
         get_task("rte").train()
     hub(lambda *_, **__: {"dev": []})
-    with pytest.raises(ValueError, match=r"hub data set nyu-mll/glue of task mnli has no train split; got \['dev'\]"):
-        get_task("mnli").train()
-    with pytest.raises(ValueError, match=r"hub data set someone/set must have a train split; got \['dev'\]"):
-        detect_hub_task("someone/set", "set")
-    with pytest.raises(ValueError, match="hub of task t must name a data set; got nothing"):
-        load_hub_task(TaskSpec("t", "{a}", kind="generation"))
-    _load.cache_clear()
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"needs the package datasets: pip install 'mpoe\[hub\]'; or give data_dir"):
-        get_task("rte").train()
+    for read in (lambda: get_task("mnli").train(), lambda: detect_hub_task("nyu-mll/glue", "set")):
+        with pytest.raises(ValueError, match=r"hub data set nyu-mll/glue must have a train split; got dev"):
+            read()
+    rows = [{"text": f"text {i}", "coarse_label": i % 6} for i in range(24)]
+    hub(lambda *_, **__: {"train": rows})
+    with pytest.raises(ValueError, match="hub data set CogComp/trec of task trec has no test split; use split_"):
+        get_task("trec").test()
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("datasets_package")
 def test_the_datasets_package_itself_reads_such_a_repository(tmp_path: Path) -> None:
     for folder in ("boolq", "cb"):  # as the hub lays out a converted data set: a folder per configuration
         (tmp_path / "set" / folder).mkdir(parents=True)

@@ -1,38 +1,13 @@
-// How tests/cuda/emulation.py controls the emulator, through ctypes: schedules, limits of the device, counters, and the
-// memory that blocks need. The kernels themselves are the ops of bindings.cpp, compiled into the same library.
+// How tests/cuda/emulation.py controls the emulator, through ctypes: schedules, limits of the device and counters.
+// The kernels themselves are the ops of bindings.cpp, compiled into the same library.
 #include <dlfcn.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <stdexcept>
 
-#include "cuda/linear/panel.h"
+#include "cuda/device.cuh"
 
 #define EMU_EXPORT extern "C" __attribute__((visibility("default")))
-
-namespace {
-
-using namespace mpoe::cuda;
-
-// sizes: iL jL a iC jC b iR jR, in_features, out_features.
-Dims dims_of(const int* sizes) {
-  Dims dims;
-  std::copy_n(sizes, kAxes, dims.size);
-  dims.in_features = sizes[kAxes];
-  dims.out_features = sizes[kAxes + 1];
-  return dims;
-}
-
-template <typename Bytes>
-std::size_t or_zero(const Bytes& bytes) {
-  try {
-    return bytes();
-  } catch (const std::invalid_argument&) {  // must not propagate into C
-    return 0;
-  }
-}
-
-}  // namespace
 
 // Which ready thread runs next (blocks in the same order), a value of emu::Order; whether cp.async copies at the wait
 // or at issue.
@@ -78,14 +53,4 @@ EMU_EXPORT std::uint64_t emu_launched(std::uint64_t* numbers, std::uint64_t most
   const std::uint64_t count = log.size();
   log.clear();
   return count;
-}
-
-// Shared memory of a block of the panel kernel; 0: no such shape. shape: left, centre, right.
-EMU_EXPORT std::size_t emu_panel_bytes(int dtype, const int* sizes, int transposed, const int* shape, int left_first) {
-  PanelProduct product;
-  product.dtype = static_cast<mpoe::Dtype>(dtype);
-  product.dims = dims_of(sizes);
-  product.transposed = transposed;
-  product.shape = {shape[0], shape[1], shape[2], left_first != 0};
-  return or_zero([&] { return panel_bytes(product); });
 }

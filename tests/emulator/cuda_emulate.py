@@ -37,7 +37,7 @@ PROBE = [EMULATOR, EMULATION / "probe_main.cpp"]
 _COMMON = [EMULATOR, CSRC / "common" / "cpu_features.cpp"]
 SWEEPS = {
     "linear": [
-        *(CUDA / "linear" / f"{name}.cu" for name in ("panel", "gradient", "bfloat16")),
+        *(CUDA / "linear" / f"{name}.cu" for name in ("linear", "bfloat16", "float")),
         *(*_COMMON, TESTS / "native" / "cpp" / "truth.cpp", EMULATION / "sweep_linear.cpp"),
     ],
     "routing": [CUDA / "routing" / "routing.cu", *_COMMON, EMULATION / "sweep_routing.cpp"],

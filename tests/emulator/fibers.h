@@ -65,7 +65,7 @@ enum class State : std::uint8_t { kReady, kBarrier, kWarp, kDone };
 struct AsyncCopy {
   void* to;
   const void* from;
-  int bytes;
+  bool there;  // otherwise zeros are written
 };
 struct Block;
 struct Fiber {

@@ -38,7 +38,7 @@ __global__ void ldmatrix(const uint32_t* in, uint32_t* out) {
   __syncthreads();
   uint32_t r[4];
   // Lanes pass rows in an order that is not memory's.
-  const void* row = rows + (lane * 5 % 32) * 4;
+  const dev::Shared row = dev::shared_address(rows + (lane * 5 % 32) * 4);
   if (kTransposed) {
     dev::ldmatrix_x4_trans(r, row);
   } else {
@@ -47,12 +47,12 @@ __global__ void ldmatrix(const uint32_t* in, uint32_t* out) {
   for (int i = 0; i < 4; ++i) out[lane * 4 + i] = r[i];
 }
 
-// The first lane / 2 bytes of 16, rounded down to an even number; the rest becomes zero.
+// Every third lane's copy becomes zeros.
 __global__ void cp_async(const uint32_t* in, uint32_t* out) {
   DYN_SHARED(uint32_t, stage);
   const int lane = threadIdx.x;
   for (int i = 0; i < 4; ++i) stage[lane * 4 + i] = 0xffffffffu;
-  dev::cp_async16(stage + lane * 4, in + lane * 4, lane / 2 / 2 * 2);
+  dev::cp_async16(dev::shared_address(stage + lane * 4), in + lane * 4, lane % 3 != 0);
   dev::cp_async_commit();
   dev::cp_async_wait<0>();
   __syncthreads();

@@ -44,7 +44,8 @@ inline __global__ void pipeline(const int* in, int* out, int steps, bool mistake
   DYN_SHARED(int, stages);  // [2][4 * threads]
   const int width = 4 * static_cast<int>(blockDim.x), mine = 4 * static_cast<int>(threadIdx.x);
   const auto load = [&](int step) {
-    if (step < steps) dev::cp_async16(stages + step % 2 * width + mine, in + step * width + mine, 16);
+    const dev::Shared to = dev::shared_address(stages + step % 2 * width + mine);
+    if (step < steps) dev::cp_async16(to, in + step * width + mine, true);
     dev::cp_async_commit();
   };
   load(0);
@@ -83,7 +84,7 @@ inline __global__ void vote(const int* in, int* out, int, bool mistake) {
 inline __global__ void aligned(const int* in, int* out, int, bool mistake) {
   DYN_SHARED(int, values);
   const int mine = 4 * static_cast<int>(threadIdx.x);
-  dev::cp_async16(values + mine, in + mine + (mistake ? 1 : 0), 16);
+  dev::cp_async16(dev::shared_address(values + mine), in + mine + (mistake ? 1 : 0), true);
   dev::cp_async_commit();
   dev::cp_async_wait<0>();
   for (int k = 0; k < 4; ++k) out[mine + k] = values[mine + k];
@@ -133,7 +134,7 @@ inline __global__ void padded(const int*, int* out, int, bool mistake) {
   __syncwarp();
   for (int k = 0; k < 64; k += 16) {
     Fragments<T>::A a;
-    Fragments<T>::load_a<true>(a, tile, stride, 0, k, lane);
+    Fragments<T>::load_a<true>(a, mpoe::cuda::InShared<T>(tile), stride, 0, k, lane);
     out[k / 16 * 32 + lane] = static_cast<int>(a.r[0]);
   }
 }

@@ -95,9 +95,12 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const std::uint32_t (&a)[4], const s
       where);
 }
 
+using Shared = std::uintptr_t;
+inline Shared shared_address(const void* p) { return reinterpret_cast<Shared>(p); }
+
 template <bool kTransposed>
-void ldmatrix_twin(std::uint32_t (&r)[4], const void* row, const emu::Location& where) {
-  if (reinterpret_cast<std::uintptr_t>(row) & 15) {
+void ldmatrix_twin(std::uint32_t (&r)[4], Shared row, const emu::Location& where) {
+  if (row & 15) {
     emu::fail("ldmatrix at " + emu::line_of(where) + ": row address is not 16-byte aligned");
   }
   struct Slot {
@@ -105,9 +108,9 @@ void ldmatrix_twin(std::uint32_t (&r)[4], const void* row, const emu::Location& 
     std::uintptr_t address;
     std::uint32_t* out;
   } slot;
-  slot.address = reinterpret_cast<std::uintptr_t>(row);
+  slot.address = row;
   slot.out = r;
-  for (int i = 0; i < 8; ++i) slot.values[i] = static_cast<const std::uint16_t*>(row)[i];  // read here for sanitizers
+  for (int i = 0; i < 8; ++i) slot.values[i] = reinterpret_cast<const std::uint16_t*>(row)[i];  // read here for sanitizers
   emu::collective(
       kTransposed ? "ldmatrix.trans" : "ldmatrix", 0xffffffffu, slot,
       [](void** slots) {
@@ -132,23 +135,23 @@ void ldmatrix_twin(std::uint32_t (&r)[4], const void* row, const emu::Location& 
       },
       where);
 }
-inline void ldmatrix_x4(std::uint32_t (&r)[4], const void* row, emu::Location where = emu::Location::current()) {
+inline void ldmatrix_x4(std::uint32_t (&r)[4], Shared row, emu::Location where = emu::Location::current()) {
   ldmatrix_twin<false>(r, row, where);
 }
-inline void ldmatrix_x4_trans(std::uint32_t (&r)[4], const void* row, emu::Location where = emu::Location::current()) {
+inline void ldmatrix_x4_trans(std::uint32_t (&r)[4], Shared row, emu::Location where = emu::Location::current()) {
   ldmatrix_twin<true>(r, row, where);
 }
 
 inline void do_copy(const emu::AsyncCopy& copy) {  // element by element, so that sanitizers see every access
   auto* to = static_cast<std::uint16_t*>(copy.to);
   const auto* from = static_cast<const std::uint16_t*>(copy.from);
-  for (int i = 0; i < 8; ++i) to[i] = i * 2 < copy.bytes ? from[i] : std::uint16_t(0);
+  for (int i = 0; i < 8; ++i) to[i] = copy.there ? from[i] : std::uint16_t(0);
 }
-inline void cp_async16(void* shared, const void* global, int bytes, emu::Location where = emu::Location::current()) {
-  if ((reinterpret_cast<std::uintptr_t>(shared) | reinterpret_cast<std::uintptr_t>(global)) & 15) {
+inline void cp_async16(Shared shared, const void* global, bool there, emu::Location where = emu::Location::current()) {
+  if ((shared | reinterpret_cast<std::uintptr_t>(global)) & 15) {
     emu::fail("cp.async at " + emu::line_of(where) + ": address is not 16-byte aligned");
   }
-  const emu::AsyncCopy copy{shared, global, bytes};
+  const emu::AsyncCopy copy{reinterpret_cast<void*>(shared), global, there};
   {
     emu::Quiet quiet;
     ++emu::stats().cp_async;
@@ -177,6 +180,15 @@ void cp_async_wait() {
       fiber.groups.erase(fiber.groups.begin());
     }
     for (const auto& copy : group) do_copy(copy);
+  }
+}
+
+inline int ticket(int* counter, int own) { return emu::config().most_blocks ? own : atomicAdd(counter, 1); }
+inline void signal(int* counter, int value) { atomicAdd(counter, value); }
+// Blocks run one after the other: one that has to wait never ends.
+inline void wait_for(const int* counter, int least, emu::Location where = emu::Location::current()) {
+  if (!emu::config().most_blocks && *counter < least) {
+    emu::fail("a block waits at " + emu::line_of(where) + " for one that has not run");
   }
 }
 

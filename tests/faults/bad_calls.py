@@ -177,7 +177,7 @@ def judge(child: Child, name: str, seed: int, outcome: Outcome) -> None:
         outcome.problems.append(f"{lines[0] if lines else name}: {word}: {' | '.join(lines[-2:])[-400:]}")
 
 
-def run_calls(count: int, seed: int, folder: Path, say: Callable[[str], None] = lambda _: None) -> Outcome:
+def run_calls(count: int, seed: int, folder: Path) -> Outcome:
     """Make ``count`` bad calls, each in a child of its own."""
     draw, outcome = random.Random(f"bad calls {seed}"), Outcome()
     folder.mkdir(parents=True, exist_ok=True)
@@ -194,8 +194,6 @@ def run_calls(count: int, seed: int, folder: Path, say: Callable[[str], None] = 
             going.append((fork(work, folder / f"{made}.log"), name, number))
             if len(going) == AT_ONCE:
                 judge(*going.pop(0), outcome)
-            if made % 100 == 99:
-                say(f"{made + 1} of {count} calls, {len(outcome.problems)} problems")
         for each in going:
             judge(*each, outcome)
     finally:

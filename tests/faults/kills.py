@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,7 +48,7 @@ class Tally:
     problems: list[str] = field(default_factory=list)
 
 
-def kill_runs(kills: int, seed: int, folder: Path, say: Callable[[str], None] = lambda _: None) -> Tally:
+def kill_runs(kills: int, seed: int, folder: Path) -> Tally:
     """Kill ``kills`` processes, spread over as many runs as that takes; every run is then let through to its end."""
     draw, tally = random.Random(seed), Tally()
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +75,6 @@ def kill_runs(kills: int, seed: int, folder: Path, say: Callable[[str], None] = 
             tally.problems.append(f"{run.name}: cannot go on: {(folder / f'{run.name}.log').read_text()[-500:]}")
         tally.problems += [f"{run.name}: {problem}" for problem in what_differs(run, expected)]
         tally.runs += 1
-        say(f"{tally.kills} of {kills} processes killed, {len(tally.problems)} problems")
     return tally
 
 

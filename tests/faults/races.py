@@ -184,13 +184,11 @@ def judge(folder: Path, children: list[Child], tally: Tally, alone: bool) -> Non
         tally.problems.append(f"{folder.name}: {LOCK_FILE} was left behind")
 
 
-def race(races: int, seed: int, folder: Path, say: Callable[[str], None] = lambda _: None) -> Tally:
+def race(races: int, seed: int, folder: Path) -> Tally:
     """Run so many races: four of ten double starts, four resumes of a live run, two of Trainers."""
     draw, tally = random.Random(seed), Tally()
     kinds = [double_start, resume_of_live, double_start, resume_of_live, double_training]
     for number in range(races):
         kinds[number % len(kinds)](folder / f"race-{number}", draw, tally)
         tally.races += 1
-        if tally.races % 20 == 0:
-            say(f"{tally.races} of {races} races, {len(tally.problems)} problems")
     return tally

@@ -27,14 +27,11 @@ SHAPES = {
 
 
 def unfolding(weight: torch.Tensor, shape: MPOShape, bond: int) -> torch.Tensor:
-    """The matrix ``[i_1 j_1 .. i_k j_k, the rest]``, by plain reshapes of a padded weight."""
-    full = weight.new_zeros(shape.padded_in, shape.padded_out)
-    full[: weight.shape[0], : weight.shape[1]] = weight
+    """The matrix ``[i_1 j_1 .. i_k j_k, the rest]`` of a weight, by plain reshapes."""
     n = shape.num_cores
-    tensor = full.reshape(*shape.in_factors, *shape.out_factors)
+    tensor = weight.reshape(*shape.in_factors, *shape.out_factors)
     tensor = tensor.permute([axis for k in range(n) for axis in (k, n + k)])
-    rows = math.prod(shape.in_factors[:bond]) * math.prod(shape.out_factors[:bond])
-    return tensor.reshape(rows, -1)
+    return tensor.reshape(math.prod(shape.in_factors[:bond]) * math.prod(shape.out_factors[:bond]), -1)
 
 
 def full_weights(cores: MPOCores) -> torch.Tensor:
@@ -63,20 +60,15 @@ def test_spectra_are_singular_values_of_the_unfoldings(name: str) -> None:
 
 def test_entropy_counts_the_directions_in_use() -> None:
     cores = MPOCores(MPOShape((4, 4), (4, 4), central=0), 1, dtype=torch.float64)
-    weight = torch.zeros(16, 16, dtype=torch.float64)
     left, right = torch.linalg.qr(torch.randn(2, 16, 16, dtype=torch.float64))[0]
     tensor = torch.einsum("pk,qk->pq", left[:, :5], right[:, :5])  # 5 equal singular values across the bond
-    weight = tensor.reshape(4, 4, 4, 4).permute(0, 2, 1, 3).reshape(16, 16)
-    cores.load_weight_(weight)
+    cores.load_weight_(tensor.reshape(4, 4, 4, 4).permute(0, 2, 1, 3).reshape(16, 16))
     (bond,) = bond_spectra(cores)
     assert bond.effective_rank.item() == pytest.approx(5)
     assert bond.used == pytest.approx(5 / 16)
     cores.load_weight_(torch.zeros(16, 16, dtype=torch.float64))
     assert bond_spectra(cores)[0].entropy.item() == 0.0
-
-
-def test_a_chain_of_one_core_has_no_bonds() -> None:
-    assert bond_spectra(MPOCores(MPOShape((12,), (8,)), 2)) == []
+    assert bond_spectra(MPOCores(MPOShape((12,), (8,)), 2)) == []  # a chain of one core has no bonds
 
 
 @pytest.mark.parametrize(("kind", "top_k"), [("t5", 1), ("gpt2", 2)])
@@ -91,22 +83,16 @@ def test_routes_are_the_routers_choices(kind: str, top_k: int) -> None:
     seen: dict[str, torch.Tensor] = {}
     for name, layer in layers:
         layer.router.register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out.top_k_index}))
-    ids = tokenizer([text], return_tensors="pt").input_ids
     first = routes[0]
     assert "".join(first.tokens).replace("</s>", "").strip() == text
     extra = {"decoder_input_ids": torch.zeros(1, 1, dtype=torch.long)} if kind == "t5" else {}
     with torch.no_grad():
-        model(input_ids=ids, **extra)
+        model(input_ids=tokenizer([text], return_tensors="pt").input_ids, **extra)
     for name, experts, probabilities in zip(first.layers, first.experts, first.probabilities, strict=True):
         assert experts == seen[name].tolist()
         assert all(len(p) == top_k and p == sorted(p, reverse=True) and 0 < sum(p) <= 1 + 1e-6 for p in probabilities)
-
-
-def test_a_text_without_tokens_is_refused() -> None:
-    dense, tokenizer = load_stand_in("gpt2")
-    model = convert_to_mpoe(dense, MPOEConfig(num_experts=2, shape="separable"))
     with pytest.raises(ValueError, match="text must hold at least one token; got ''"):
-        route_text(model, tokenizer, "")
+        route_text(model, load_stand_in("gpt2")[1], "")
 
 
 @pytest.mark.parametrize("expert_type", ["mpo", "dense"])
@@ -114,18 +100,15 @@ def test_totals_are_those_of_converted_models(expert_type: str) -> None:
     dense = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_embd=24, n_layer=2, n_head=2, n_positions=8))
 
     def converted(experts: int, kind: str):
-        config = MPOEConfig(
-            num_experts=experts, expert_type=kind, target_modules=["ffn", "attention"], shape="separable"
-        )
+        targets = ["ffn", "attention"]
+        config = MPOEConfig(num_experts=experts, expert_type=kind, target_modules=targets, shape="separable")
         return convert_to_mpoe(dense, config)
 
-    def totals(kind: str, field: str) -> list[int]:
-        return [converted(experts, kind).parameter_report()[field] for experts in (2, 4, 8)]
-
+    reports = [converted(experts, "mpo").parameter_report() for experts in (2, 4, 8)]
     growth = parameter_growth(converted(4, expert_type), experts=(2, 8))
     assert growth.experts == [2, 4, 8]
-    assert [growth.dense] * 3 == totals("mpo", "dense_total")
-    assert growth.switch == totals("mpo", "switch_total")
-    assert growth.mpoe == (totals("mpo", "total") if expert_type == "mpo" else [])
+    assert [growth.dense] * 3 == [report["dense_total"] for report in reports]
+    assert growth.switch == [report["switch_total"] for report in reports]
+    assert growth.mpoe == ([report["total"] for report in reports] if expert_type == "mpo" else [])
     with pytest.raises(ValueError, match="GPT2LMHeadModel has none"):
         parameter_growth(dense)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -32,10 +28,6 @@ from mpoe_kernels import (
     route,
     use_backend,
 )
-from mpoe_kernels.linear.native import linear_forward
-from mpoe_kernels.linear.op import ForwardCall
-from mpoe_kernels.routing import native as native_routing
-from mpoe_kernels.routing.op import RouteCall
 
 SHAPE = MPOShape((2, 3), (3, 2))
 CORES = [torch.ones(1, 2, 3, 6), torch.ones(6, 3, 2, 1)]
@@ -65,34 +57,6 @@ def test_blocks_without_elements(name: str, axis: int) -> None:
     sizes[name][axis] = 0
     with pytest.raises(ValueError, match=f"{name} must have no axis of size 0"):
         MPOBlocks(*(torch.ones(s) for s in sizes.values()), 1, 1)
-
-
-@pytest.fixture
-def native_library() -> None:
-    reasons = backend_reasons()["native"]
-    if reasons:
-        pytest.skip("; ".join(reasons))
-
-
-@pytest.mark.parametrize("sizes", [(0, 2, 3, 4), (1, 0, 3, 4), (1, 2, 0, 4), (1, 2, 3, 0)])
-def test_native_kernels_refuse_blocks_without_elements(native_library: None, sizes: tuple[int, ...]) -> None:
-    left = torch.ones(sizes)
-    central, right = torch.ones(sizes[3], 1, 1, 1), torch.ones(sizes[0], 1, 1, 1)
-    where = torch.zeros(sizes[0] + 1, dtype=torch.int32)
-    call = ForwardCall(
-        *(torch.ones(3, 2), left, central, right, where, None, None, 2, 3, "none", "rebuild", "native"), save=False
-    )
-    with pytest.raises(ValueError, match=r"^blocks must not have an axis of size 0$"):
-        linear_forward(call)
-
-
-def test_native_refusals_have_no_path(native_library: None) -> None:
-    blocks = fold(CORES, 1)
-    with pytest.raises(ValueError, match=r"^expert_offsets must start at 0, not fall, and end at 3 at most; got 5$"):
-        grouped_mpo_linear(torch.ones(3, 6), blocks, offsets(0, 5), backend="native")
-    for experts, index in ((0, torch.zeros(2, 1).long()), (2, torch.zeros(2, 0).long())):
-        with pytest.raises(ValueError, match=r"^(num_experts|top_k_index) must be"):
-            native_routing.route(RouteCall(index, experts, None, None, "native"))
 
 
 @pytest.mark.parametrize("values", [(1, 3, 5), (0, -1, 3), (0, 3, 2), (0, 2, 6), (-1, 2, 3)])
@@ -308,20 +272,6 @@ def test_decompose_under_autocast() -> None:
     with torch.autocast("cpu"):
         cores = decompose(weight, SHAPE)
     assert all(torch.equal(a, b) for a, b in zip(cores, decompose(weight, SHAPE), strict=True))
-
-
-# ------------------------------------------------------------- the machine
-
-LINEAR = "import torch; from mpoe_kernels import *; mpo_linear(torch.ones(2, 6), fold([torch.ones(1, 6, 6, 1)]))"
-
-
-def test_no_home(tmp_path: Path) -> None:
-    """No HOME and an unknown user, as in a container: choices are kept in the temporary folder."""
-    program = f"import os, pwd\npwd.getpwuid = lambda uid: (_ for _ in ()).throw(KeyError(uid))\n{LINEAR}"
-    environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME", "MPOE_AUTOTUNE")}
-    environment["TMPDIR"] = str(tmp_path)
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=120)
-    assert (tmp_path / "mpoe" / "choices.json").is_file()
 
 
 def test_blocks_of_another_kind_and_layout() -> None:

@@ -13,47 +13,8 @@ import torch
 
 from mpoe_kernels import backend_reasons, info
 from mpoe_kernels.contract.kept import processor_name
-from mpoe_kernels.native_library import INFO_KEYS, LIBRARY, NATIVE_LIBRARY
-
-FORKS = """
-import os, runpy, sys
-import torch
-for before, words in {calls}:
-    sys.stdout.flush()
-    child = os.fork()
-    if not child:
-        exec(before)
-        sys.argv = ["info", *words]
-        runpy.run_module("mpoe_kernels.info", run_name="__main__")
-        sys.stdout.flush()
-        os._exit(0)
-    if os.waitpid(child, 0)[1]:
-        sys.exit(f"failed: {{before}} {{words}}")
-    print("{end}")
-"""
-
-
-def run_module(*calls: tuple[str, list[str]]) -> list[str]:
-    """The command's outputs, one fork per (code to run first, arguments); torch is imported only once."""
-    end = "=" * 20
-    code = FORKS.format(calls=list(calls), end=end)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split(f"{end}\n")[:-1]
-
-
-@pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[Path]]:
-    """The output as JSON, as text, without Triton, and of copies without a native library, which lie in the folders."""
-    package, folder = Path(info.__file__).parent, tmp_path_factory.mktemp("copies")
-    folders = [folder / name for name in ("absent", "not_built", "broken")]
-    for each in folders:
-        ignored = shutil.ignore_patterns("*.so", "_native_missing.txt", "__pycache__")
-        shutil.copytree(package, each / package.name, ignore=ignored)
-    (folders[1] / package.name / "_native_missing.txt").write_text("no compiler was found\n")
-    (folders[2] / package.name / LIBRARY).write_text("not a library")
-    copies = [(f"sys.path.insert(0, {str(each)!r})", []) for each in folders]
-    return run_module(("", ["--json"]), ("", []), ("sys.modules['triton'] = None", []), *copies), folders
+from mpoe_kernels.native_library import INFO_KEYS, NATIVE_LIBRARY
+from mpoe_kernels.triton import architecture
 
 
 def test_facts_are_those_of_this_process() -> None:
@@ -100,33 +61,27 @@ def test_native_summary() -> None:
     assert info.native_summary({**built, "isa_used": "avx2"}).endswith("avx2 in use (MPOE_CPU_ISA)")
 
 
-def test_command_as_json_and_text(outputs) -> None:
-    as_json, text = outputs[0][:2]
-    facts = json.loads(as_json)
+def test_command_as_json_and_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    info.main(["--json"])
+    facts = json.loads(capsys.readouterr().out)
     assert facts["mpoe"] == info.__version__
     assert set(facts["backends"]) == set(backend_reasons())
+    monkeypatch.setattr(architecture, "triton_installed", lambda: False)
+    architecture.triton_reasons.cache_clear()
+    info.main([])
+    architecture.triton_reasons.cache_clear()
+    text = capsys.readouterr().out
     assert facts["mpoe"] in text
-
-
-def lines_of(backend: str, text: str) -> tuple[str, str]:
-    """A backend's answer and first reason in the text."""
-    text = text.partition("kernel backends")[2]
-    answer, reason = text[text.index(f"  {backend} ") :].splitlines()[:2]
-    return answer.split()[1], reason.strip()
-
-
-def test_without_triton(outputs) -> None:
-    answer, reason = lines_of("triton", outputs[0][2])
-    assert answer == "no"
+    answer, reason = text[text.index("  triton          ", text.index("kernel backends")) :].splitlines()[:2]
+    assert answer.endswith("no")
     assert "triton" in reason.lower()
 
 
-def test_without_compiled_kernels(outputs) -> None:
-    absent, not_built, broken = outputs[0][3:]
-    answer, reason = lines_of("native", absent)
-    assert answer == "no"
-    assert reason.startswith(f"{LIBRARY} is not in")
-    assert lines_of("native", not_built) == ("no", "it was not built: no compiler was found")
-    answer, reason = lines_of("native", broken)
-    assert answer == "no"
-    assert reason.startswith(f"{outputs[1][2]}/")
+def test_without_a_library_it_is_said_why_and_the_rest_is_told(tmp_path: Path) -> None:
+    """A copy of the package without compiled kernels."""
+    package = Path(info.__file__).parent
+    shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (tmp_path / package.name / "_native_missing.txt").write_text("no compiler was found\n")
+    command = [sys.executable, "-m", "mpoe_kernels.info"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "  native          no\n                  it was not built: no compiler was found\n" in done.stdout

@@ -107,3 +107,18 @@ def test_the_place_of_the_file(home: str, expected: str, monkeypatch: pytest.Mon
     monkeypatch.setenv("XDG_CACHE_HOME", home)
     monkeypatch.setenv("HOME", "/home/of/user")
     assert kept.choices_file() == Path(expected) / "mpoe" / "choices.json"
+
+
+def test_without_a_home_and_a_user_choices_lie_in_the_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container."""
+
+    def nobody(number: int) -> None:
+        raise KeyError(number)
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert kept.choices_file() == tmp_path / "mpoe" / "choices.json"

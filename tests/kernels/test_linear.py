@@ -1,8 +1,13 @@
-"""grouped_mpo_linear on every backend and strategy, against the float64 reference."""
+"""grouped_mpo_linear on every backend, strategy, dtype and layout of memory, against the float64 reference."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
 
 import pytest
 import torch
@@ -14,13 +19,16 @@ from torch.autograd import gradcheck
 from torch.library import opcheck
 
 from mpoe_kernels import MPOBlocks, MPOShape, grouped_mpo_linear, route
+from mpoe_kernels.contract import BlockDims
+from mpoe_kernels.native_library import NATIVE_LIBRARY
 from mpoe_kernels.reference import grouped_mpo_linear_reference, weight_reference
-from tests.assertions import assert_calibrated, poisoned_memory, torch_threads
-from tests.cases import SMALL_SHAPES
+from tests.assertions import poisoned_memory, torch_threads
+from tests.cases import SMALL_SHAPES, pairwise
+from tests.linear_problem import NAMES, LinearProblem
 
 from .backend_cases import (
+    BACKENDS,
     LAYOUTS,
-    cast,
     choices_of,
     leaves,
     on_every_backend,
@@ -32,12 +40,49 @@ from .backend_cases import (
 
 ALL_UTILS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 FEW_UTILS = ("test_schema", "test_faketensor")
-NAMES = ("y", "dx", "dleft", "dcentral", "dright", "dbias")
+BOTH = (torch.float32, torch.bfloat16)
 # Several panels, tiles and k steps, with remainders everywhere.
-MEDIUM_SHAPES = {
+MEDIUM = {
     "medium": MPOShape((6, 5, 4), (4, 6, 7), max_bond=20, in_features=117, out_features=165),
     "medium_separable": MPOShape((40, 9, 1), (1, 7, 36), max_bond=(24, 30), in_features=357, out_features=249),
     "medium_mirrored": MPOShape((40, 9, 1), (1, 7, 36), max_bond=(24, 30)).mirrored(),
+}
+# For native kernels: several blocks in k and in n, with a smaller last one; bonds that do not fill a granule; both
+# orders of half_left; for separable several pieces of k and column strips, and odd bonds, which bfloat16 pads.
+LARGER = {
+    "many_blocks": MPOShape((16, 9, 16), (16, 7, 16), max_bond=40),
+    "many_blocks_mirrored": MPOShape((16, 7, 24), (16, 9, 16), max_bond=40),
+    "wide_left": MPOShape((24, 3, 4), (16, 5, 2), max_bond=33),
+    "wide_right": MPOShape((4, 3, 24), (4, 5, 24), max_bond=33),
+    "cropped": MPOShape((6, 5, 4), (4, 6, 7), max_bond=20, in_features=101, out_features=123),
+    "cropped_right_first": MPOShape((4, 5, 6), (7, 6, 4), max_bond=20, in_features=101, out_features=123),
+    "few_rows": MPOShape((4, 9, 3), (4, 37, 8), max_bond=(11, 13)),
+    "few_rows_central_first": MPOShape((2, 60, 4), (4, 4, 8), max_bond=8),
+    "even": MPOShape((48, 11, 1), (1, 37, 40), max_bond=(40, 36)),
+    "mirrored": MPOShape((48, 11, 1), (1, 37, 40), max_bond=(40, 36)).mirrored(),
+    "odd": MPOShape((17, 9, 1), (1, 5, 21), max_bond=(15, 19)),
+    "long_sums": MPOShape((48, 31, 1), (1, 5, 24), max_bond=(40, 36)),
+    "longest_sums": MPOShape((64, 256, 1), (1, 3, 8)),  # the central step sums 16,384 products
+    "many_rows": MPOShape((5, 4, 1), (1, 3, 6), max_bond=(5, 6)),
+}
+# A chain packs central piece by piece for up to 64 rows, in a backward 128: 12 of each slot, or 8 if it is first; after
+# left, for 481 columns, it has to be fewer rows. Separable packs central as a whole above 128 slots (64 in a backward),
+# and sums its gradient over 1,024 rows at a time.
+NATIVE_SIZES = [
+    *((name, 70) for name in LARGER),
+    *((name, tokens) for name in ("few_rows", "few_rows_central_first") for tokens in (1, 2, 3, 8, 11, 40, 41)),
+    *((name, tokens) for name in ("even", "odd") for tokens in (1, 2, 3, 8, 64, 65, 128, 129, 400)),
+    *(("long_sums", slots) for slots in (8, 17, 24, 33, 48, 100)),
+    *(("longest_sums", 3), ("longest_sums", 148), ("many_rows", 2061)),
+]
+# One shape for each order of contracting x with the three blocks: initials of left, central and right.
+CHAIN_ORDERS = {
+    "LCR": ((2, 2, 2), (2, 2, 3)),
+    "RCL": ((2, 2, 2), (3, 2, 2)),
+    "CLR": ((2, 12, 2), (2, 2, 2)),
+    "CRL": ((2, 12, 2), (3, 2, 2)),
+    "RLC": ((3, 2, 5), (2, 8, 2)),
+    "LRC": ((3, 2, 3), (2, 8, 2)),
 }
 
 
@@ -48,94 +93,70 @@ def cpu_dtypes(backend: str) -> list[torch.dtype]:
     return [dtype for dtype in dtypes if any(strategies_of(backend, shape, dtype) for shape in shapes)]
 
 
-class Run:
-    """One product and its gradients, from rounded inputs, by a kernel or by the reference."""
+@dataclass
+class Product(LinearProblem):
+    """One product by the public op; every strategy is compared with one reference.
 
-    def __init__(
-        self,
-        shape: MPOShape,
-        dtype: torch.dtype,
-        *,
-        tokens: int = 9,
-        experts: int = 3,
-        top_k: int = 2,
-        kind: str = "zipf",
-        capacity: int | None = None,
-        activation: str | None = "gelu",
-        with_bias: bool = True,
-        gathered: bool = True,
-        mask: Tensor | None = None,
-    ) -> None:
-        index = expert_choice(kind, tokens, experts, min(top_k, experts))
-        self.routing = route(index, experts, capacity, mask)
-        self.dtype, self.activation = dtype, activation
-        slots = self.routing.token_of_slot.shape[0]
-        self.row_index = self.routing.token_of_slot if gathered else None
-        self.x = torch.randn(tokens if gathered else slots, shape.in_features).to(dtype)
-        self.bias = torch.randn(shape.out_features).to(dtype) if with_bias else None
-        self.blocks = random_blocks(shape, experts, dtype)
-        self.grad = torch.randn(slots, shape.out_features).to(dtype)
-        if activation == "relu":  # its gradient jumps at zero: rounding must not decide which side a value is on
-            blocks, bias = cast(self.blocks, torch.float64), None if self.bias is None else self.bias.double()
-            z = grouped_mpo_linear_reference(
-                self.x.double(), blocks, self.routing.expert_offsets, bias, row_index=self.row_index
-            )
-            self.grad = self.grad * (z.detach().abs() > 0.1)
+    Attributes:
+        backend: that computes it.
+        layout: of its tensors in memory, see `LAYOUTS`.
+    """
 
-    def __call__(
-        self,
-        function: Callable[..., Tensor],
-        dtype: torch.dtype,
-        layout: Callable[[Tensor], Tensor] = LAYOUTS["dense"],
-        **options: object,
-    ) -> list[Tensor]:
-        x = layout(self.x.to(dtype)).detach().requires_grad_()
-        bias = None if self.bias is None else layout(self.bias.to(dtype)).detach().requires_grad_()
-        blocks = cast(self.blocks, dtype, layout)
-        offsets, activation = self.routing.expert_offsets, self.activation
-        y = function(x, blocks, offsets, bias, row_index=self.row_index, activation=activation, **options)
-        inputs = [x, *leaves(blocks)] + ([] if bias is None else [bias])
-        if y.requires_grad:  # without rows, the reference depends on no input
-            grads = torch.autograd.grad(y, inputs, layout(self.grad.to(dtype)).detach(), allow_unused=True)
-        else:
-            grads = (None,) * len(inputs)
-        return [y, *(torch.zeros_like(i) if g is None else g for i, g in zip(inputs, grads, strict=True))]
+    capacity: int | None = None
+    backend: str = "eager"
+    layout: str = "dense"
+    known: dict[tuple[torch.dtype, str | None], list[Tensor]] = field(default_factory=dict)
 
-    def check(self, backend: str, strategy: str, layout: str = "dense") -> None:
+    @property
+    def inputs(self) -> list[Tensor]:
+        """x, left, central, right and, if there is one, the bias."""
+        return [self.x, *self.blocks, *([] if self.bias is None else [self.bias])]
+
+    def call(self, inputs: Sequence[Tensor], strategy: str) -> Tensor:
+        x, left, central, right, *bias = inputs
+        return grouped_mpo_linear(
+            x,
+            MPOBlocks(left, central, right, *self.sizes),
+            self.routing.expert_offsets,
+            *bias,
+            row_index=self.row_index,
+            activation=self.activation,
+            strategy=strategy,
+            backend=self.backend,
+        )
+
+    def run(self, strategy: str, backward_strategy: str | None = None) -> list[Tensor]:
+        place = LAYOUTS[self.layout]
+        inputs = [place(t).detach().requires_grad_() for t in self.inputs]
         with poisoned_memory():
-            actual = self(grouped_mpo_linear, self.dtype, LAYOUTS[layout], backend=backend, strategy=strategy)
-        truth = self(grouped_mpo_linear_reference, torch.float64)
-        same = self(grouped_mpo_linear_reference, self.dtype)
-        for label, a, t, s in zip(NAMES, actual, truth, same, strict=False):
-            if self.dtype == torch.float64:  # the truth has the same rounding
-                assert relative_error(a, t) < 1e-13, f"{label} ({strategy})"
-            else:
-                assert_calibrated(a, t, s, f"{label} ({strategy})")
-        assert bool((actual[0][int(self.routing.expert_offsets[-1]) :] == 0).all())
+            y = self.call(inputs, strategy)
+            grads = torch.autograd.grad(y, inputs, place(self.grad).detach(), allow_unused=True, materialize_grads=True)
+        return [y, *grads]
+
+    def reference(self, dtype: torch.dtype, activation: str | None = None) -> list[Tensor]:
+        if (dtype, activation) not in self.known:
+            self.known[dtype, activation] = super().reference(dtype, activation)
+        return self.known[dtype, activation]
 
 
 @on_every_backend
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from(list(SMALL_SHAPES)),
-    st.integers(0, 12),
-    st.integers(1, 5),
-    st.integers(1, 2),
-    st.sampled_from(["uniform", "zipf", "all_to_one", "some_idle"]),
-    st.sampled_from([None, "relu", "gelu", "gelu_new", "silu"]),
-    st.integers(0, 2**31),
-    st.data(),
+    shape=st.sampled_from(list(SMALL_SHAPES.values()))
+    | st.builds(
+        lambda factors, bond: MPOShape(*zip(*factors, strict=True), max_bond=bond),
+        st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=3),
+        st.none() | st.integers(1, 24),
+    ),
+    tokens=st.integers(0, 20),
+    kind=st.sampled_from(["uniform", "zipf", "all_to_one", "some_idle"]),
+    activation=st.sampled_from(["none", "relu", "gelu", "gelu_new", "silu"]),
+    capacity=st.none() | st.integers(1, 5),
+    seed=st.integers(0, 2**31),
+    data=st.data(),
 )
-def test_forward_and_backward_against_reference(
-    backend: str,
-    name: str,
-    tokens: int,
-    experts: int,
-    top_k: int,
-    kind: str,
-    activation: str | None,
-    seed: int,
-    data: st.DataObject,
+def test_random_problems(
+    backend: str, shape: MPOShape, tokens: int, seed: int, data: st.DataObject, **options: object
 ) -> None:
     require(backend)
     torch.manual_seed(seed)
@@ -143,91 +164,126 @@ def test_forward_and_backward_against_reference(
     if not dtypes:
         pytest.skip(f"backend {backend} has no kernel for grouped_mpo_linear")
     dtype = data.draw(st.sampled_from(dtypes))
-    choices = choices_of(backend, SMALL_SHAPES[name], dtype)
+    choices = choices_of(backend, shape, dtype)
     assume(choices)
-    run = Run(
-        SMALL_SHAPES[name],
+    product = Product(
+        shape,
         dtype,
-        tokens=tokens,
-        experts=experts,
-        top_k=top_k,
-        kind=kind,
-        activation=activation,
-        capacity=data.draw(st.none() | st.integers(1, 5)),
+        tokens,
+        experts=data.draw(st.integers(1, 5)),
+        top_k=data.draw(st.integers(1, 2)),
         with_bias=data.draw(st.booleans()),
         gathered=data.draw(st.booleans()),
         mask=torch.rand(tokens) > 0.2 if data.draw(st.booleans()) else None,
+        backend=backend,
+        layout=data.draw(st.sampled_from(list(LAYOUTS))),
+        **options,  # type: ignore[arg-type]
     )
-    run.check(backend, data.draw(st.sampled_from(choices)), data.draw(st.sampled_from(list(LAYOUTS))))
+    product.check(data.draw(st.sampled_from(choices)))
 
 
 @on_every_backend
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", MEDIUM_SHAPES)
+@pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize("name", MEDIUM)
 def test_sizes_beyond_one_tile(backend: str, name: str, dtype: torch.dtype) -> None:
     """More rows than a tile, more columns than a panel, and remainders of both; an idle and a one-row expert."""
-    for strategy in require_strategies(backend, MEDIUM_SHAPES[name], dtype):
-        run = Run(MEDIUM_SHAPES[name], dtype, tokens=83, experts=4, top_k=1, kind="some_idle", activation="silu")
-        run.check(backend, strategy)
-        Run(MEDIUM_SHAPES[name], dtype, tokens=1, experts=4, top_k=1, activation="relu").check(backend, strategy)
+    strategies = require_strategies(backend, MEDIUM[name], dtype)
+    for options in ({"tokens": 83, "kind": "some_idle", "activation": "silu"}, {"tokens": 1, "activation": "relu"}):
+        product = Product(MEDIUM[name], dtype, experts=4, top_k=1, backend=backend, **options)  # type: ignore[arg-type]
+        for strategy in strategies:
+            product.check(strategy)
+
+
+@pytest.mark.parametrize(("size", "dtype"), pairwise(NATIVE_SIZES, BOTH))
+def test_blocks_and_pieces_of_native_kernels(size: tuple[str, int], dtype: torch.dtype) -> None:
+    name, tokens = size
+    kind, activation = ("some_idle", "silu") if tokens == 70 else ("zipf", "gelu")
+    product = Product(LARGER[name], dtype, tokens, 4, 1, kind, activation=activation, backend="native")
+    # All of one sign, otherwise the bias gradient may be a small difference of large numbers.
+    product.grad = product.grad.abs() + 0.5
+    for strategy in require_strategies("native", LARGER[name], dtype):
+        product.check(strategy)
 
 
 @on_every_backend
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("order", "dtype"), pairwise(list(CHAIN_ORDERS), BOTH))
+def test_every_chain_order(backend: str, order: str, dtype: torch.dtype) -> None:
+    shape = MPOShape(*CHAIN_ORDERS[order], max_bond=5)
+    if "chain" not in require_strategies(backend, shape, dtype):
+        pytest.skip(f"backend {backend} has no chain")
+    assert BlockDims.of_shape(shape).chain_order == tuple(order)
+    Product(shape, dtype, 21, top_k=1, backend=backend).check("chain")
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", BOTH)
 @pytest.mark.parametrize("name", ["medium", "medium_separable"])
 def test_odd_alignment_and_strides_change_no_bit(backend: str, name: str, dtype: torch.dtype) -> None:
-    for strategy in require_strategies(backend, MEDIUM_SHAPES[name], dtype):
-        run = Run(MEDIUM_SHAPES[name], dtype, tokens=20)
-        options = {"backend": backend, "strategy": strategy}
-        with poisoned_memory():
-            dense = run(grouped_mpo_linear, dtype, **options)
-            for layout in ("unaligned", "strided"):
-                moved = run(grouped_mpo_linear, dtype, LAYOUTS[layout], **options)
-                for label, a, b in zip(NAMES, dense, moved, strict=True):
-                    if backend == "native":
-                        assert torch.equal(a, b), f"{label} ({strategy}, {layout})"
-                    else:  # torch's own products may round differently there
-                        assert relative_error(a, b) < 8 * torch.finfo(dtype).eps, f"{label} ({strategy}, {layout})"
+    product = Product(MEDIUM[name], dtype, 20, backend=backend)
+    for strategy in require_strategies(backend, MEDIUM[name], dtype):
+        product.layout = "dense"
+        dense = product.run(strategy)
+        for product.layout in ("unaligned", "strided"):
+            for label, a, b in zip(NAMES, dense, product.run(strategy), strict=True):
+                if backend == "native":
+                    assert torch.equal(a, b), f"{label} ({strategy}, {product.layout})"
+                else:  # torch's own products may round differently there
+                    assert relative_error(a, b) < 8 * torch.finfo(dtype).eps, f"{label} ({strategy}, {product.layout})"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", MEDIUM_SHAPES)
-def test_native_bits_do_not_depend_on_threads(name: str, dtype: torch.dtype) -> None:
-    for strategy in require_strategies("native", MEDIUM_SHAPES[name], dtype):
-        run = Run(MEDIUM_SHAPES[name], dtype, tokens=250, experts=5, kind="zipf", activation="gelu_new")
+@pytest.mark.parametrize(
+    ("shape", "tokens", "experts", "dtype"),
+    pairwise(
+        [MEDIUM["medium_mirrored"], *(LARGER[name] for name in ("many_blocks", "cropped", "few_rows", "even"))],
+        (1, 50),
+        (1, 5),  # with few experts, one expert's rows of dleft and dright are shared out
+        BOTH,
+    ),
+)
+def test_native_bits_do_not_depend_on_threads(shape: MPOShape, tokens: int, experts: int, dtype: torch.dtype) -> None:
+    product = Product(shape, dtype, tokens, experts=experts, activation="gelu_new", backend="native")
+    for strategy in require_strategies("native", shape, dtype):
         results = []
-        for threads in (1, 2, 4):
+        for threads in (1, 2, 3):
             with torch_threads(threads):
-                results.append(run(grouped_mpo_linear, dtype, backend="native", strategy=strategy))
+                results.append(product.run(strategy))
         for other in results[1:]:
             for label, a, b in zip(NAMES, results[0], other, strict=True):
                 assert torch.equal(a, b), f"{label} ({strategy})"
 
 
+SOME = [set(each) for count in (1, 2, 4) for each in combinations(range(5), count)]
+ALONE = [(backend, name, needed) for backend in BACKENDS for name in ("light", "separable") for needed in SOME]
+ALONE += [("native", name, needed) for name in ("many_blocks", "even") for needed in SOME if len(needed) != 2]
+
+
+@pytest.mark.parametrize(("backend", "name", "needed"), ALONE, ids=str)
+def test_some_gradients_alone(backend: str, name: str, needed: set[int]) -> None:
+    """They have the bits that they have if all are wanted; without any, y has the same bits."""
+    shape = (SMALL_SHAPES | LARGER)[name]
+    product = Product(shape, tokens=5, experts=2, top_k=1, gathered=False, backend=backend)
+    for strategy in require_strategies(backend, product.shape, torch.float32):
+        y, *every = product.run(strategy)
+        given = [t.detach().requires_grad_(place in needed) for place, t in enumerate(product.inputs)]
+        wanted = [t for t in given if t.requires_grad]
+        with poisoned_memory():
+            found = torch.autograd.grad(product.call(given, strategy), wanted, product.grad)
+        for place, gradient in zip(sorted(needed), found, strict=True):
+            # Of a bias alone plain PyTorch sums all rows at once, not expert by expert.
+            same = torch.allclose if backend == "eager" and needed == {4} else torch.equal
+            assert same(gradient, every[place]), f"{NAMES[place + 1]} ({strategy})"
+        with torch.no_grad():
+            assert torch.equal(product.call(given, strategy), y)
+
+
 @pytest.mark.parametrize("name", ["paper_bond_4", "separable", "padded", "one_core"])
-@pytest.mark.parametrize("activation", [None, "gelu"])
-def test_gradcheck(name: str, activation: str | None) -> None:
-    """By finite differences, if the backend has float64; the other dtypes are compared with float64 above."""
-    shape = SMALL_SHAPES[name]
-    routing = route(torch.tensor([[0, 1], [1, 2], [1, 0]]), 3, capacity=2)
-    bias = torch.randn(shape.out_features, dtype=torch.float64, requires_grad=True)
-    x = torch.randn(3, shape.in_features, dtype=torch.float64, requires_grad=True)
-    blocks = random_blocks(shape, 3, requires_grad=True)
-    for strategy in require_strategies("eager", shape, torch.float64):
-
-        def function(x, left, central, right, bias, strategy=strategy):
-            return grouped_mpo_linear(
-                x,
-                MPOBlocks(left, central, right, shape.in_features, shape.out_features),
-                routing.expert_offsets,
-                bias,
-                row_index=routing.token_of_slot,
-                activation=activation,
-                strategy=strategy,
-                backend="eager",
-            )
-
-        assert gradcheck(function, (x, *leaves(blocks), bias), fast_mode=True)
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_gradcheck(name: str, activation: str) -> None:
+    """By finite differences; other backends and dtypes are compared with float64 above."""
+    product = Product(SMALL_SHAPES[name], torch.float64, 3, capacity=2, activation=activation)
+    inputs = [t.requires_grad_() for t in product.inputs]
+    for strategy in require_strategies("eager", product.shape, torch.float64):
+        assert gradcheck(lambda *given, s=strategy: product.call(given, s), inputs, fast_mode=True)
 
 
 @on_every_backend
@@ -242,10 +298,9 @@ def test_opcheck(backend: str, name: str) -> None:
     op = torch.ops.mpoe.grouped_mpo_linear.default
     for strategy in choices_of(backend, shape, torch.float32):
         arguments = (x, *leaves(blocks), routing.expert_offsets, torch.randn(sizes[1]), routing.token_of_slot, *sizes)
-        # Autograd and AOT dispatch take most of the time and do not depend on sizes: only two shapes test them.
-        utils = ALL_UTILS if name in ("paper", "separable") else FEW_UTILS
-        for activation in ("none", "relu", "gelu") if strategy == "auto" else ("gelu",):
-            opcheck(op, (*arguments, activation, strategy, backend, True), test_utils=utils)
+        # Autograd and AOT dispatch take most of the time and depend on neither sizes nor strategies.
+        utils = ALL_UTILS if name in ("paper", "separable") and strategy == "auto" else FEW_UTILS
+        opcheck(op, (*arguments, "gelu", strategy, backend, True), test_utils=utils)
         without = (x, *leaves(blocks), routing.expert_offsets, None, None, *sizes, "silu", strategy, backend, False)
         opcheck(op, without, test_utils=FEW_UTILS)
 
@@ -259,7 +314,8 @@ def test_opcheck_backward(backend: str, name: str) -> None:
     x, grad = torch.randn(6, shape.in_features), torch.randn(6, shape.out_features)
     bias, empty = torch.zeros(shape.out_features), torch.empty(0)
     h = torch.randn(6 * central.shape[2], central.shape[3])
-    for strategy in require_strategies(backend, shape, torch.float32):
+    strategies = require_strategies(backend, shape, torch.float32)
+    for strategy in strategies:
         everything = [True] * 5
         for need in (everything, [True, False, False, False, False], [False, True, False, True, True]):
             opcheck(
@@ -267,28 +323,8 @@ def test_opcheck_backward(backend: str, name: str) -> None:
                 (x, left, central, right, routing.expert_offsets, bias, routing.token_of_slot)
                 + (shape.in_features, shape.out_features, "none", strategy, backend)
                 + (grad, h if strategy == "separable" else empty, empty, need),
-                test_utils=ALL_UTILS if need is everything else FEW_UTILS,
+                test_utils=ALL_UTILS if need is everything and strategy == strategies[-1] else FEW_UTILS,
             )
-
-
-@on_every_backend
-@pytest.mark.parametrize("name", ["light", "separable"])
-@pytest.mark.parametrize("needed", range(5))
-def test_each_gradient_alone(backend: str, needed: int, name: str) -> None:
-    """One gradient requested alone equals the same gradient when all are requested, for every strategy."""
-    shape, dtype = SMALL_SHAPES[name], torch.float32
-    blocks = random_blocks(shape, 2, dtype)
-    inputs = [torch.randn(5, shape.in_features), *leaves(blocks), torch.randn(shape.out_features)]
-    for strategy in require_strategies(backend, shape, dtype):
-
-        def gradient(which: set[int], strategy=strategy) -> list[Tensor]:
-            tensors = [t.detach().clone().requires_grad_(k in which) for k, t in enumerate(inputs)]
-            x, left, central, right, bias = tensors
-            own = MPOBlocks(left, central, right, shape.in_features, shape.out_features)
-            y = grouped_mpo_linear(x, own, torch.tensor([0, 3, 4]), bias, strategy=strategy, backend=backend)
-            return list(torch.autograd.grad(y.square().sum(), [tensors[k] for k in sorted(which)]))
-
-        assert torch.equal(gradient({needed})[0], gradient(set(range(5)))[needed])
 
 
 @on_every_backend
@@ -327,3 +363,21 @@ def test_compiles_into_one_graph(backend: str, name: str) -> None:
         inputs = [x, *leaves(blocks)]
         pairs = zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (got, expected)), strict=True)
         assert all(torch.allclose(a, b) for a, b in pairs)
+
+
+ISAS = ("generic", "avx2", "avx512", "avx512bf16", "amx")
+
+
+# tools/native_sanitizers.sh also runs these kernels with every instruction set under sanitizers.
+@pytest.mark.parametrize(
+    "isa", [pytest.param(isa, marks=pytest.mark.slow if isa == "avx2" else pytest.mark.exhaustive) for isa in ISAS]
+)
+def test_every_instruction_set_of_this_machine(isa: str) -> None:
+    require("native")
+    best = NATIVE_LIBRARY.info["isa_detected"]  # what the tests use anyway
+    if ISAS.index(isa) >= ISAS.index(best):
+        pytest.skip(f"this machine's best is {best}")
+    environment = os.environ | {"MPOE_CPU_ISA": isa}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "native and not graph"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]

@@ -10,10 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mpoe_bench.cases import WORKLOAD_SHAPES, random_blocks, workload_shape
-from torch.utils._python_dispatch import TorchDispatchMode
+from mpoe_bench.cases import workload_shape
 
-from mpoe_kernels import MPOShape, grouped_mpo_linear, plan_contraction
+from mpoe_kernels import MPOShape, plan_contraction
 from mpoe_kernels.contract import (
     ALL_GRADIENTS,
     STRATEGIES,
@@ -23,10 +22,10 @@ from mpoe_kernels.contract import (
     expected_busy_experts,
 )
 from mpoe_kernels.contract.orders import MOVE_FLOPS, SEPARABLE_ORDER, applications, order_flops
-from mpoe_kernels.contract.plan import candidate_strategies
 from tests.cases import SMALL_SHAPES
 
-SHAPES = {**SMALL_SHAPES, **{name: workload_shape(name, 768, 3072) for name in WORKLOAD_SHAPES}}
+NAMES = ("paper_full", "paper_128", "paper_64", "paper_32", "paper_16", "light_64", "separable")
+SHAPES = {**SMALL_SHAPES, **{name: workload_shape(name, 768, 3072) for name in NAMES}}
 ROWS = (1, 2, 8, 32, 100, 512, 4096)
 
 
@@ -112,19 +111,6 @@ def test_any_plan_ranks_by_flops_and_shows_every_strategy(**arguments) -> None:
         assert flops == sorted(flops)
         for c in ranked:
             assert f"  {c.strategy} " in str(plan)
-
-
-@settings(max_examples=60, deadline=None)
-@given(shapes(), st.integers(1, 70), st.integers(0, 4096), st.sampled_from(["forward", "backward"]), st.booleans())
-def test_temporary_weights_stay_within_two_experts(
-    shape: MPOShape, experts: int, slots: int, phase: str, mask: bool
-) -> None:
-    dims = dims_of(shape)
-    found = contractions(dims, experts, slots, torch.bfloat16, phase, (True, True, not mask, True))
-    assert found, "a chain takes no temporary weights"
-    for candidate in found:
-        assert candidate.temporary_bytes <= 2 * dims.weight_elements * 2
-        assert candidate.flops >= 0
 
 
 # Every einsum of a strategy, written by hand: n = an expert's slots; i j = left, p q = central, u v = right indices.
@@ -220,31 +206,12 @@ def test_masked_and_partial_backwards_leave_out_what_is_not_needed() -> None:
         assert (nothing.flops, nothing.program.products) == (0, ())
 
 
-def test_flops_of_slots_and_experts_are_proportional() -> None:
-    dims = dims_of(SHAPES["paper_32"])
-    for strategy in candidate_strategies(dims):
-        one, two = (contraction(strategy, dims, e, e * 512, torch.float32, "backward") for e in (1, 2))
-        assert two.flops == 2 * one.flops
-
-
 def test_expected_busy_experts() -> None:
     assert expected_busy_experts(8, 0) == 0
     assert expected_busy_experts(8, 1) == 1
     assert expected_busy_experts(1, 5) == 1
     assert expected_busy_experts(64, 64) == 41  # 64 (1 - (63/64)^64) = 40.6
     assert expected_busy_experts(8, 10_000) == 8
-
-
-class NoOps(TorchDispatchMode):
-    """Fails on any tensor op."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        raise AssertionError(f"planning ran {func}")
-
-
-def test_planning_runs_no_tensor_op() -> None:
-    with NoOps():
-        assert str(plan_contraction(SHAPES["paper_16"], 1024, 54_321, torch.bfloat16, top_k=2, training=True))
 
 
 @pytest.mark.parametrize("shape", [SHAPES["paper_full"], SHAPES["separable"], SMALL_SHAPES["one_core"]])
@@ -274,24 +241,6 @@ def test_bonds_larger_than_needed_are_refused_for_memory() -> None:
     names = {c.strategy for c in contractions(dims, 2, 8, torch.float32, "forward")}
     assert "half_left" not in names
     assert "chain" in names, "there is always one without temporary weights"
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_choosing_inside_a_compiled_graph(dynamic: bool) -> None:
-    """One graph for any number of rows; the choice is made at run time, per call and phase."""
-    shape = SMALL_SHAPES["paper_bond_4"]
-    blocks = random_blocks(shape, 2, torch.float32, requires_grad=True)
-
-    def function(x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        return grouped_mpo_linear(x, blocks, offsets)
-
-    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for rows in (1, 40):
-        x, offsets = torch.ones(rows, shape.in_features), torch.tensor([0, rows // 2, rows], dtype=torch.int32)
-        expected = torch.autograd.grad(function(x, offsets).sum(), [blocks.left, blocks.central, blocks.right])
-        actual = torch.autograd.grad(compiled(x, offsets).sum(), [blocks.left, blocks.central, blocks.right])
-        for a, b in zip(actual, expected, strict=True):
-            torch.testing.assert_close(a, b)
 
 
 def test_contractions_name_what_is_wrong() -> None:

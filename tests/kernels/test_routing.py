@@ -168,19 +168,6 @@ def test_gradients(backend: str) -> None:
 
 
 @on_every_backend
-def test_combine_only_computes_needed_gradients(backend: str) -> None:
-    require(backend)
-    routing, _ = example_routing()
-    y = torch.randn(18, 3, requires_grad=True)
-    weights = torch.rand(9, 2)
-    combine(y, routing, weights, backend=backend).sum().backward()
-    assert y.grad is not None
-    weights.requires_grad_()
-    combine(y.detach(), routing, weights, backend=backend).sum().backward()
-    assert weights.grad is not None
-
-
-@on_every_backend
 def test_opcheck(backend: str) -> None:
     require(backend)
     routing, _ = example_routing()
@@ -263,26 +250,3 @@ def test_type_refusals() -> None:
         route(torch.zeros(3, 1), 2)
     with pytest.raises(TypeError, match="routing must be a Routing"):
         dispatch(torch.zeros(3, 1), None)  # type: ignore[arg-type]
-
-
-@on_every_backend
-def test_nothing_to_route_has_gradients_too(backend: str) -> None:
-    require(backend)
-    routing = route(torch.zeros(0, 2, dtype=torch.int64), 3, backend=backend)
-    x = torch.zeros(0, 4, requires_grad=True)
-    weights = torch.zeros(0, 2, requires_grad=True)
-    combine(dispatch(x, routing, backend=backend), routing, weights, backend=backend).sum().backward()
-    assert x.grad is not None
-    assert x.grad.shape == (0, 4)
-    assert weights.grad is not None
-    assert weights.grad.shape == (0, 2)
-
-
-@on_every_backend
-def test_nan_weights_of_dropped_pairs_stay_out(backend: str) -> None:
-    require(backend)
-    routing, mask = example_routing()
-    weights = torch.rand(9, 2, requires_grad=True)
-    poisoned = torch.where(mask[:, None], weights, float("nan"))
-    y = combine(torch.ones(18, 3), routing, poisoned, backend=backend)
-    assert bool(torch.isfinite(y).all())

@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from mpoe_kernels import cuda_library
-from mpoe_kernels.contract import BlockDims, contraction
+from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.contract.autotune import _key
 from mpoe_kernels.contract.ranking import Problem
-from mpoe_kernels.linear.cuda import LinearKernels
 from mpoe_kernels.triton import architecture
 
 NAMES = ("NVIDIA A100-SXM4-80GB", "NVIDIA B200")
@@ -60,7 +58,6 @@ def gpus(monkeypatch: pytest.MonkeyPatch):
 def test_shared_memory(gpus: None) -> None:
     assert architecture.target_of(torch.device("cuda:0")) == ("sm_80", 163 << 10, 108)
     assert architecture.target_of(torch.device("cuda:1")) == ("sm_100", 227 << 10, 148)
-    assert [cuda_library.shared_memory(f"cuda:{index}") for index in (0, 1)] == [163 << 10, 227 << 10]
 
 
 def test_a_choice_is_kept_for_its_card_alone(gpus: None) -> None:
@@ -79,18 +76,6 @@ class OnSecondGpu(torch.Tensor):
 
 def on_gpu(*size: int) -> torch.Tensor:
     return torch.empty(size, dtype=torch.bfloat16).as_subclass(OnSecondGpu)
-
-
-def test_the_form_of_a_cuda_kernel(gpus: None) -> None:
-    asked = []
-
-    def shared_memory(device: str) -> int:
-        asked.append(device)
-        return 227 << 10
-
-    plan = contraction("rebuild", DIMS, 2, 3, torch.bfloat16, "forward", device="cuda:1")
-    LinearKernels(SimpleNamespace(), shared_memory).contraction_reasons(plan)
-    assert asked == ["cuda:1"]
 
 
 class Kernel:

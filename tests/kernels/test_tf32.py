@@ -69,11 +69,11 @@ def test_cuda_follows(allowed: bool, dtype: torch.dtype) -> None:
     class Ops:
         """Every op notes its schema's argument ``tf32``."""
 
-        def panel_product(self, *arguments: object) -> None:
-            told.append(arguments[15])
+        def rebuilt_product(self, *arguments: object) -> None:
+            told.append(arguments[11])
 
         def weight_gradient_product(self, *arguments: object) -> None:
-            told.append(arguments[9])
+            told.append(arguments[7])
 
     made = random_blocks(shape, 2)
     common = (
@@ -83,7 +83,7 @@ def test_cuda_follows(allowed: bool, dtype: torch.dtype) -> None:
         *(shape.in_features, shape.out_features, "none", "rebuild", "cuda"),
     )
     grad, nothing = torch.zeros(3, shape.out_features, dtype=dtype), torch.zeros(0)
-    kernels = LinearKernels(Ops(), lambda _: 1 << 20)
+    kernels = LinearKernels(Ops())
     kernels.forward(ForwardCall(*common, False))
     kernels.backward(BackwardCall(*common, grad, nothing, nothing, [True] * 5))
     assert len(told) >= 4

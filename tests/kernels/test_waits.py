@@ -105,7 +105,7 @@ class NothingIsRead(TorchDispatchMode):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_calls_read_no_numbers(strategy: str, gather: bool) -> None:
     """With library products in place of grouped ones, which on a CPU do read their offsets."""
-    problem = Product("separable" if strategy == "separable" else "padded", torch.float32, gather, "gelu")
-    problem.x = problem.x[:, : SMALL_SHAPES["padded" if strategy != "separable" else "separable"].in_features]
+    shape = SMALL_SHAPES["separable" if strategy == "separable" else "padded"]
+    problem = Product(shape, gathered=gather, activation="gelu")
     with NothingIsRead():
         problem.results(strategy)

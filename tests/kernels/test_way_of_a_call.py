@@ -138,9 +138,3 @@ def test_the_page_names_files_that_a_call_passes() -> None:
         run()
         walk, _ = walked(run)
     assert named == set(walk.files)
-
-
-def test_a_return_is_a_new_function_in_a_file_that_was_left() -> None:
-    walk = Walk()
-    walk.steps = ["a", "b", "a", "c"]
-    assert (walk.files, walk.returns) == (["a", "b", "c"], 1)

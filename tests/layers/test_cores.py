@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mpoe.layers import MPOCores, MPOEmbedding, MPOLinear
-from mpoe_kernels import MPOShape
+from mpoe_kernels import MPOShape, fold
 
 SHAPES = [
     MPOShape.paper(24, 48),
@@ -32,10 +34,12 @@ def test_load_weight_copies_to_every_expert_and_measures(shape, gauge):
     result = cores.load_weight_(weight, gauge)
     torch.testing.assert_close(cores.dense_weights(), weight.expand(3, 24, 48), rtol=1e-4, atol=1e-5)
     assert result.relative_error_bound < 1e-5
-    assert len(cores.local_errors) == shape.num_cores - 1
+    assert len(result.local_errors) == shape.num_cores - 1
     for ratio, name in zip(cores.rate_ratios, cores.core_names(), strict=True):
         assert ratio == pytest.approx(rms(cores.get_parameter(name)) / rms(weight), rel=1e-4)
     assert cores.core_names()[shape.central] == "central"
+    cores.add_noise_(0.1)
+    assert not torch.allclose(*cores.dense_weights()[:2])
 
 
 def test_zero_weight_is_finite():
@@ -52,14 +56,6 @@ def test_random_weights_have_the_wanted_scale_and_expected_ratios(shape):
     for ratio, name in zip(cores.rate_ratios, cores.core_names(), strict=True):
         assert ratio == pytest.approx(rms(cores.get_parameter(name)) / 0.05, rel=0.2)
     assert torch.equal(cores.bias, torch.zeros(48))
-    weights = cores.dense_weights()
-    assert not torch.allclose(weights[0], weights[1])
-
-
-def test_noise_makes_experts_differ():
-    cores = MPOCores(SHAPES[2], 2)
-    cores.load_weight_(torch.randn(24, 48))
-    cores.add_noise_(0.1)
     weights = cores.dense_weights()
     assert not torch.allclose(weights[0], weights[1])
 
@@ -104,18 +100,67 @@ def test_padding_row_gets_no_gradient():
         MPOEmbedding(MPOShape.automatic(30, 8, 3), padding_idx=30)
 
 
-def test_bad_input():
-    with pytest.raises(TypeError, match="shape must be an MPOShape"):
-        MPOCores((2, 3), 2)
-    with pytest.raises(ValueError, match="num_experts"):
-        MPOCores(SHAPES[0], 0)
-    with pytest.raises(TypeError, match="Linear or a Conv1D"):
-        MPOLinear.from_linear(nn.ReLU())
-    with pytest.raises(TypeError, match=r"nn\.Embedding"):
-        MPOEmbedding.from_embedding(nn.Linear(2, 2))
-
-
 def test_a_chain_without_auxiliary_cores_still_has_all_experts() -> None:
     cores = MPOCores(MPOShape((6,), (5,)), 4)
     assert cores.blocks().num_experts == 4
     assert cores.dense_weights().shape == (4, 6, 5)
+
+
+# ------------------------------------------------------------- MPOLinear as nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [((12, 6), {}), ((12, 6, False), {}), ((12,), {"out_features": 6}), ((), {"in_features": 12, "out_features": 6})],
+)
+def test_called_as_nn_linear(values: tuple, named: dict) -> None:
+    layer, like = MPOLinear(*values, **named), nn.Linear(*values, **named)
+    x = torch.randn(2, 3, 12)
+    assert (layer.in_features, layer.out_features) == (like.in_features, like.out_features)
+    assert layer.weight.shape == like.weight.shape
+    assert (layer.bias is None) == (like.bias is None)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_random_weights_are_as_large_as_those_of_nn_linear() -> None:
+    layer, like = MPOLinear(64, 128), nn.Linear(64, 128)
+    assert layer.weight.std().item() == pytest.approx(like.weight.std().item(), rel=0.1)
+    assert MPOLinear(64, 128, init_std=0.01).weight.std().item() == pytest.approx(0.01, rel=0.1)
+    assert MPOLinear(8, 4, dtype=torch.float64).weight.dtype == torch.float64
+
+
+def test_by_shape() -> None:
+    shape = MPOShape.paper(12, 6)
+    for layer in (MPOLinear(shape, bias=False), MPOLinear(shape=shape, bias=False)):
+        assert layer.bias is None
+        assert layer.cores.shape == shape
+
+
+def test_tools_show_every_argument() -> None:
+    names = ["in_features", "out_features", "bias", "backend", "init_std", "shape", "device", "dtype"]
+    assert list(inspect.signature(MPOLinear).parameters) == names
+    assert list(inspect.signature(MPOLinear.__init__).parameters)[1:] == names
+
+
+@pytest.mark.parametrize(
+    ("values", "named", "error", "message"),
+    [
+        ((12,), {}, TypeError, r"takes in_features and out_features, .* got in_features 12, out_features None"),
+        ((12, 6), {"biass": True}, TypeError, "unexpected keyword argument 'biass'"),
+        ((), {}, TypeError, "got in_features None, out_features None, shape None"),
+        ((MPOShape.paper(12, 6), False), {}, TypeError, r"or a shape alone \(then bias goes by name\)"),
+        ((12, 6), {"shape": MPOShape.paper(12, 6)}, TypeError, "or a shape alone"),
+        ((0, 6), {}, ValueError, "in_features must be at least 1"),
+        ((12, True), {}, TypeError, "out_features must be an integer"),
+        (("12",), {}, TypeError, "shape must be an MPOShape"),
+    ],
+)
+def test_what_is_neither(values: tuple, named: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        MPOLinear(*values, **named)
+
+
+def test_fold_says_where_a_shape_goes() -> None:
+    layer = MPOLinear(12, 6)
+    with pytest.raises(TypeError, match=r"which goes by name: fold\(cores, shape=shape\)"):
+        fold(layer.cores.cores(), layer.cores.shape)  # type: ignore[arg-type]

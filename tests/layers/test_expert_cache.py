@@ -80,9 +80,6 @@ def test_same_results(shape: str, gated: bool, dtype: torch.dtype) -> None:
             assert relative_error(found, plain(ffn, x, mask)) < 8 * torch.finfo(dtype).eps
         assert built(cache) > 0
         assert cache.reserved >= 5 * bytes_of_an_expert(ffn, dtype)
-        held = cache.layers[ffn.experts]
-        for kind, weight in held.weights(2).items():  # one row reads its longer axis at once
-            assert (weight.t() if kind == "down" else weight).is_contiguous()
 
 
 @pytest.mark.usefixtures("always")
@@ -111,7 +108,7 @@ def test_a_layer_has_full_weights_for_all_its_experts_or_for_none(short: int) ->
             x = torch.randn(30, 24)
             found, want = ffn(x), plain(ffn, x)
             torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
-            assert torch.equal(found, want) == bool(short)
+            assert not short or torch.equal(found, want)
         assert built(cache) == (0 if short else 5)
         assert cache.reserved == bound - short * (5 * bytes_of_an_expert(ffn) - 1)
 
@@ -162,26 +159,21 @@ def test_it_ends_where_the_block_fails_and_gives_way_to_another() -> None:
 
 
 @pytest.mark.usefixtures("always")
-def test_a_pass_with_gradients_uses_the_cores() -> None:
-    ffn, x = feed_forward(), torch.randn(9, 24)
-    want = torch.autograd.grad(ffn(x).square().sum(), list(ffn.parameters()))
-    with kept(ffn) as cache:
-        with torch.enable_grad():
-            found = torch.autograd.grad(ffn(x).square().sum(), list(ffn.parameters()))
-        assert cache.layers == {}
-    assert all(map(torch.equal, found, want))
-
-
-@pytest.mark.usefixtures("always")
-def test_dropout_runs_by_the_cores() -> None:
+def test_training_uses_the_cores() -> None:
     ffn, x = feed_forward(dropout=0.5).train(), torch.randn(9, 24)
-    with kept(ffn) as cache:
+
+    def run(grad: bool) -> list[Tensor]:
         torch.manual_seed(3)
-        found = ffn(x)
+        with torch.set_grad_enabled(grad):
+            y = ffn(x)
+            return [y, *(torch.autograd.grad(y.square().sum(), list(ffn.parameters())) if grad else ())]
+
+    with kept(ffn) as cache:
+        found = run(True)
+        assert cache.layers == {}
+        found += run(False)
         assert built(cache) == 0
-    torch.manual_seed(3)
-    with torch.no_grad():
-        assert torch.equal(found, ffn(x))
+    assert all(map(torch.equal, found, run(True) + run(False)))
 
 
 @pytest.mark.usefixtures("always")

@@ -9,7 +9,6 @@ import warnings
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
@@ -164,21 +163,11 @@ def test_compiles_fullgraph_inside_and_outside_a_context(expert_type):
     assert torch.equal(compiled_load, load)
     compiled_y.sum().backward()
     assert ffn.router.weight.grad is not None
-    assert current_routing() is None
-
-
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch 2.11 compiles whole models, not a layer inside a call")
-@pytest.mark.parametrize("expert_type", ["mpo", "dense"])
-def test_compiled_layer_inside_a_context(expert_type):
-    if expert_type == "dense" and torch.__version__ < "2.15":
-        pytest.skip("the baseline's F.grouped_mm compiles in bfloat16 only before torch 2.15")
-    ffn = feed_forward(gated=True, bias=False, expert_type=expert_type, router=RouterConfig(top_k=2))
-    x = torch.randn(2, 5, 24)
-    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]]).bool()
-    layer = torch.compile(ffn, backend="aot_eager", fullgraph=True)
-    with routing_context({"main": mask}) as routing:
-        torch.testing.assert_close(layer(x), ffn(x))
-    assert len(routing.records) == 2
+    if torch.__version__ >= "2.13":  # torch 2.11 compiles whole models, not a layer inside a call
+        layer = torch.compile(ffn, backend="aot_eager", fullgraph=True)
+        with routing_context({"main": mask}) as routing:
+            torch.testing.assert_close(layer(x), y)
+        assert len(routing.records) == 1
     assert current_routing() is None
 
 
@@ -206,24 +195,12 @@ def test_bad_input():
         MPOExperts({"up": MPOShape.paper(4, 8), "down": MPOShape.paper(4, 8)}, 2)
 
 
-def test_activation_table_is_what_torch_computes():
-    x = torch.randn(5)
-    assert torch.equal(ACTIVATIONS["swish"](x), F.silu(x))
-    assert torch.equal(ACTIVATIONS["gelu_new"](x), F.gelu(x, approximate="tanh"))
-
-
 @pytest.mark.parametrize("expert_type", ["mpo", "dense"])
-def test_no_tokens_have_gradients_too(expert_type: str) -> None:
+def test_no_tokens_have_gradients_too_and_padding_none(expert_type: str) -> None:
     layer = MPOEFeedForward(12, 20, MPOEConfig(num_experts=3, expert_type=expert_type, shape="separable")).train()
     x = torch.zeros(2, 0, 12, requires_grad=True)
     layer(x).sum().backward()
-    assert x.grad is not None
     assert x.grad.shape == x.shape
-
-
-@pytest.mark.parametrize("expert_type", ["mpo", "dense"])
-def test_nan_in_padding_reaches_nothing(expert_type: str) -> None:
-    layer = MPOEFeedForward(12, 20, MPOEConfig(num_experts=3, expert_type=expert_type, shape="separable")).train()
     x = torch.randn(1, 4, 12)
     x[0, 3] = float("nan")
     y = layer(x, torch.tensor([[True, True, True, False]]))

@@ -1,4 +1,4 @@
-"""Experts of their own hidden neurons: the formula, padding, dropout, dtypes; gates of every kind."""
+"""Experts of their own hidden neurons: the formula, padding, dropout, dtypes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mpoe import MPOEConfig, RouterConfig
-from mpoe.layers import ACTIVATIONS, NeuronExperts, NeuronFeedForward, TopKRouter, routing_context
+from mpoe.layers import ACTIVATIONS, NeuronExperts, NeuronFeedForward, routing_context
 
 I, F, E, M = 12, 20, 5, 3
 
@@ -202,43 +202,3 @@ def test_no_token_and_one_token() -> None:
         assert module(torch.randn(0, I)).shape == (0, I)
         x = torch.randn(3, I)
         assert torch.allclose(torch.cat([module(row[None]) for row in x]), module(x), atol=1e-5)
-
-
-# --------------------------------------------------------------------- gates
-
-
-def router(top_k: int = 2, **options) -> TopKRouter:
-    torch.manual_seed(0)
-    return TopKRouter(I, E, RouterConfig(top_k=top_k, init_scale=10.0, **options))
-
-
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("top_k", [1, 2, E])
-def test_gates(score: str, top_k: int, grad: bool) -> None:
-    x = torch.randn(7, I)
-    with torch.set_grad_enabled(grad):
-        raw = router(top_k, scoring_func=score, is_scale_prob=True)(x)
-        scores = raw.logits.softmax(-1) if score == "softmax" else raw.logits.sigmoid()
-        value, index = scores.topk(top_k, -1)
-        assert torch.equal(raw.top_k_index, index)
-        assert torch.allclose(raw.top_k_weights, value)
-        summed = router(top_k, scoring_func=score)(x)
-        assert torch.allclose(summed.top_k_weights, value / value.sum(-1, keepdim=True))
-        scaled = router(top_k, scoring_func=score, routed_scaling_factor=2.5)(x)
-        assert torch.allclose(scaled.top_k_weights, 2.5 * summed.top_k_weights)
-
-
-def test_a_correction_bias_chooses_and_does_not_weigh() -> None:
-    module = router(2, scoring_func="sigmoid", is_scale_prob=True, bias_update_rate=0.1)
-    x = torch.randn(7, I)
-    assert module.state_dict().keys() == {"weight", "e_score_correction_bias"}
-    plain = module(x)
-    module.e_score_correction_bias[3] = 2.0  # more than any score
-    found = module(x)
-    assert bool((found.top_k_index[:, 0] == 3).all())
-    assert torch.allclose(found.top_k_weights, found.logits.sigmoid().gather(1, found.top_k_index))
-    assert torch.equal(found.logits, plain.logits)
-    found.top_k_weights.sum().backward()
-    assert module.e_score_correction_bias.grad is None
-    assert router(2).e_score_correction_bias is None

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mpoe.config import RouterConfig
 from mpoe.layers import TopKRouter, load_balancing_loss, router_z_loss
 from mpoe.layers.losses import count_choices
+from mpoe_kernels import available_backends, use_backend
 
 
 def test_top1_gate_is_one_with_the_gradient_of_log_p():
@@ -22,34 +25,29 @@ def test_top1_gate_is_one_with_the_gradient_of_log_p():
     torch.testing.assert_close(got, router.weight.grad)
 
 
-def test_top_k_weights_sum_to_one_and_raw_probabilities():
-    x = torch.randn(9, 6)
-    out = TopKRouter(6, 4, RouterConfig(top_k=3))(x)
-    torch.testing.assert_close(out.top_k_weights.sum(-1), torch.ones(9))
-    assert (out.top_k_weights[:, :-1] >= out.top_k_weights[:, 1:]).all()
-    raw = TopKRouter(6, 4, RouterConfig(top_k=2, is_scale_prob=True))
-    out = raw(x)
-    probabilities = torch.softmax(x @ raw.weight.T, -1)
-    torch.testing.assert_close(out.top_k_weights, probabilities.gather(-1, out.top_k_index))
-    assert torch.equal(out.top_k_index, probabilities.topk(2).indices)
-
-
 @pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("raw", [True, False])
 @pytest.mark.parametrize("corrected", [True, False])
-@pytest.mark.parametrize("factor", [None, 0.5, 2.5])
+@pytest.mark.parametrize("factor", [None, 2.5])
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
-def test_scores_scales_and_corrections_by_hand(scoring, factor, corrected, recorded):
-    config = RouterConfig(top_k=2, scoring_func=scoring, routed_scaling_factor=factor, bias_update_rate=0.1 * corrected)
+def test_scores_scales_and_corrections_by_hand(scoring, factor, corrected, raw, recorded):
+    settings = {"is_scale_prob": raw, "bias_update_rate": 0.1 * corrected}
+    config = RouterConfig(top_k=2, scoring_func=scoring, routed_scaling_factor=factor, **settings)
     router, x = TopKRouter(in_features=6, num_experts=4, config=config), torch.randn(9, 6)
     correction = torch.tensor([0.0, 0.9, 0.0, -0.9]) if corrected else torch.zeros(4)
+    assert (
+        (router.e_score_correction_bias is not None) == ("e_score_correction_bias" in router.state_dict()) == corrected
+    )
     if corrected:
         router.e_score_correction_bias.copy_(correction)
     with torch.set_grad_enabled(recorded):
         found = router(x)
+    torch.testing.assert_close(found.logits, x @ router.weight.T)
     scores = found.logits.sigmoid() if scoring == "sigmoid" else found.logits.softmax(-1)
     assert torch.equal(found.top_k_index, (scores + correction).topk(2).indices)
     chosen = scores.gather(-1, found.top_k_index)
-    torch.testing.assert_close(found.top_k_weights, chosen / chosen.sum(-1, keepdim=True) * (factor or 1.0))
+    wanted = chosen if raw else chosen / chosen.sum(-1, keepdim=True)
+    torch.testing.assert_close(found.top_k_weights, wanted * (factor or 1.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -60,22 +58,10 @@ def test_router_computes_in_float32_under_autocast(dtype):
         out = router(x)
     assert out.logits.dtype == out.top_k_weights.dtype == torch.float32
     torch.testing.assert_close(out.logits, x.float() @ router.weight.T)
+    assert router.bfloat16()(x.bfloat16()).logits.dtype == torch.float32
 
 
-def test_half_precision_parameters_still_route_in_float32():
-    router = TopKRouter(64, 4).bfloat16()
-    assert router(torch.randn(3, 64).bfloat16()).logits.dtype == torch.float32
-
-
-def test_jitter_only_in_training():
-    router = TopKRouter(6, 4, RouterConfig(jitter=0.2))
-    x = torch.randn(9, 6)
-    assert not torch.equal(router(x).logits, router(x).logits)
-    router.eval()
-    assert torch.equal(router(x).logits, x @ router.weight.T)
-
-
-def test_jitter_is_as_wide_as_it_says_on_both_sides():
+def test_jitter_is_as_wide_as_it_says_in_training_alone():
     router = TopKRouter(8, 8, RouterConfig(jitter=0.25))
     with torch.no_grad():
         router.weight.copy_(torch.eye(8))  # the logits are the input including its noise
@@ -83,6 +69,7 @@ def test_jitter_is_as_wide_as_it_says_on_both_sides():
     assert 0.75 <= float(noise.min()) < 0.76
     assert 1.24 < float(noise.max()) <= 1.25
     assert float(noise.mean()) == pytest.approx(1.0, abs=5e-3)  # of 32,000: 6 standard errors
+    assert torch.equal(router.eval()(torch.ones(3, 8)).logits, torch.ones(3, 8))
 
 
 def test_a_capacity_beyond_all_slots_is_none():
@@ -134,11 +121,7 @@ def test_balancing_loss_is_one_when_balanced_and_e_when_collapsed():
     assert float(even) == pytest.approx(1.0)
     collapsed = load_balancing_loss(torch.tensor([[50.0, 0, 0, 0]] * 8), torch.zeros(8, 1, dtype=torch.long))
     assert float(collapsed) == pytest.approx(4.0)
-
-
-def test_top2_fractions_sum_to_one():
-    loss = load_balancing_loss(torch.zeros(6, 3), torch.tensor([[0, 1]] * 6))
-    assert float(loss) == pytest.approx(1.0)
+    assert float(load_balancing_loss(torch.zeros(6, 3), torch.tensor([[0, 1]] * 6))) == pytest.approx(1.0)  # top-2
 
 
 def test_layers_are_independent():
@@ -164,10 +147,6 @@ def test_no_valid_token_gives_zero():
 
 
 def test_bad_shapes():
-    with pytest.raises(ValueError, match=r"x must be \[T, I\] with I = 6; got \[2, 5\]"):
-        TopKRouter(6, 4)(torch.randn(2, 5))
-    with pytest.raises(ValueError, match="top_k must be at most"):
-        TopKRouter(6, 2, RouterConfig(top_k=3))
     with pytest.raises(ValueError, match="token_mask"):
         router_z_loss(torch.randn(4, 3), torch.ones(3).bool())
     with pytest.raises(ValueError, match="top_k_index"):
@@ -207,3 +186,77 @@ def test_what_padding_holds_changes_no_loss_and_no_gradient(bad, loss):
     assert torch.equal(gradients[0][1], gradients[1][1])
     assert gradients[1][1][mask].abs().sum() > 0
     assert gradients[1][1][~mask].abs().sum() == 0
+
+
+# ------------------------------------------------------------- one native call without gradients
+
+
+NATIVE = pytest.mark.skipif("native" not in available_backends(), reason="the native kernels are not built")
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@NATIVE
+@given(
+    sizes=st.tuples(st.integers(0, 20), st.integers(1, 140), st.integers(1, 40)),
+    top_k=st.integers(1, 8),
+    raw=st.booleans(),
+    dtypes=st.tuples(st.sampled_from([F32, BF16, F16]), st.sampled_from([F32, BF16])),
+    seed=st.integers(0, 99),
+)
+def test_a_router_decides_as_pytorch_does(sizes, top_k, raw, dtypes, seed) -> None:
+    torch.manual_seed(seed)
+    tokens, features, experts = sizes
+    config = RouterConfig(top_k=min(top_k, experts), is_scale_prob=raw, init_scale=4.0)
+    router, x = TopKRouter(features, experts, config, dtype=dtypes[1]), torch.randn(tokens, features).to(dtypes[0])
+    with torch.no_grad():
+        assert router.can_gate_natively(x)
+        found = router(x)
+    with use_backend("eager"):
+        wanted = router(x)
+    torch.testing.assert_close(found.logits, wanted.logits.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.top_k_weights, wanted.top_k_weights.detach(), rtol=1e-5, atol=1e-6)
+    chosen, theirs = found.logits.gather(-1, found.top_k_index), wanted.logits.gather(-1, wanted.top_k_index)
+    torch.testing.assert_close(chosen, theirs.detach(), rtol=1e-5, atol=1e-5)
+    assert all(len(set(row)) == len(row) for row in found.top_k_index.tolist())
+
+
+@torch.no_grad()
+def test_equal_and_infinite_logits() -> None:
+    found = TopKRouter(5, 6, RouterConfig(top_k=3, init_scale=0.0))(torch.randn(4, 5))
+    assert found.top_k_index.tolist() == [[0, 1, 2]] * 4  # the first of equals
+    torch.testing.assert_close(found.top_k_weights, torch.full((4, 3), 1 / 3))
+    router = TopKRouter(1, 3, RouterConfig(top_k=2))
+    router.weight.copy_(torch.tensor([[-float("inf")], [1.0], [-float("inf")]]))
+    found = router(torch.ones(1, 1))
+    assert (found.top_k_index.tolist(), found.top_k_weights.tolist()) == ([[1, 0]], [[1.0, 0.0]])
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("top_k", [1, 3])
+@torch.no_grad()
+def test_what_is_not_a_number_reaches_the_gates(raw: bool, bad: float, top_k: int) -> None:
+    router = TopKRouter(3, 4, RouterConfig(top_k=top_k, is_scale_prob=raw))
+    router.weight.fill_(1.0)
+    found = router(torch.tensor([[1.0, 1.0, 1.0], [bad, 1.0, 1.0]]))
+    assert found.top_k_weights.isnan().all(1).tolist() == found.top_k_weights.isnan().any(1).tolist() == [False, True]
+    assert ((found.top_k_index >= 0) & (found.top_k_index < 4)).all()
+
+
+@NATIVE
+def test_routers_that_take_pytorch_ops() -> None:
+    router, x = TopKRouter(6, 4), torch.randn(3, 6)
+    assert not router.can_gate_natively(x)  # its weight needs a gradient
+    with torch.no_grad():
+        assert router.can_gate_natively(x)
+        assert TopKRouter(6, 4, backend="native").can_gate_natively(x)
+        jittery = TopKRouter(6, 4, RouterConfig(jitter=0.1))
+        assert not jittery.can_gate_natively(x)
+        assert jittery.eval().can_gate_natively(x)
+        others = (TopKRouter(6, 4, backend="eager"), TopKRouter(6, 4, RouterConfig.gshard()))
+        assert not any(other.can_gate_natively(x) for other in others)
+        assert not any(router.can_gate_natively(odd) for odd in (x.double(), x.to("meta")))
+        with use_backend("eager"):
+            assert not router.can_gate_natively(x)
+        with torch.profiler.profile():
+            assert not router.can_gate_natively(x)

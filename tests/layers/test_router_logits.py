@@ -148,9 +148,15 @@ def test_three_parts_are_the_weight():
 
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_what_a_gpu_computes_is_as_exact_as_float32(weight_dtype, monkeypatch):
-    """The CPU simulates the GPU's product of bfloat16 into float32."""
-    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype))
-    x, weight = (t.detach() for t in problem(torch.bfloat16, weight_dtype))
-    torch.testing.assert_close(
-        logits_of_low_precision(x, weight).double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-5
-    )
+    """The CPU simulates the GPU's products of bfloat16 in float32."""
+
+    for name in ("mm", "bmm"):
+        monkeypatch.setattr(torch, name, lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype))
+    x, weight = problem(torch.bfloat16, weight_dtype)
+    grad = torch.randn(TOKENS, EXPERTS)
+    wanted = x.double() @ weight.double().T
+    (of_weight,) = torch.autograd.grad(wanted, weight, grad.double())
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+    close(logits_of_low_precision(x, weight).double(), wanted)
+    monkeypatch.setattr(logits_module, "_on_gpu", lambda _: True)
+    close(torch.autograd.grad(float32_logits(x, weight, "eager"), weight, grad)[0], of_weight)

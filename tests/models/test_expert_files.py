@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
@@ -18,7 +20,8 @@ from mpoe import (
     save_expert,
     start_expert,
 )
-from mpoe.models.expert_files import base_identity, expected_weights
+from mpoe.models import push_expert
+from mpoe.models.expert_files import base_identity
 from mpoe.models.expert_mixture import documentation_batches
 from mpoe.models.expert_router import _second_moment
 from mpoe.models.kept import neuron_modules
@@ -202,7 +205,50 @@ def test_the_packaged_text_is_the_background(domains: SimpleNamespace) -> None:
     assert t5["labels"] is t5["input_ids"]
 
 
-def test_shapes_are_those_of_the_model() -> None:
-    shapes = expected_weights(dense_model("gpt2"), 3)
-    assert shapes["transformer.h.0.mlp.up"] == shapes["transformer.h.0.mlp.down"] == (3, 24)
-    assert shapes["transformer.h.0.mlp.bias"] == (3,)
+# ------------------------------------------------------------------ the hub, whose client notes what it is asked
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    found: list[Any] = []
+
+    class Api:
+        def __init__(self, token: str | None = None) -> None:
+            found.append(token)
+
+        def create_repo(self, repo_id: str, **options: Any) -> Any:
+            found.append((repo_id, options))
+            return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+        def create_commit(self, repo_id: str, operations: list[Any], commit_message: str) -> Any:
+            found.append((repo_id, {each.path_in_repo: each.path_or_fileobj for each in operations}, commit_message))
+            return SimpleNamespace(commit_url="https://hub/commit/1")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    return found
+
+
+def test_a_folder_of_experts_is_one_commit(domains: SimpleNamespace, asked: list[Any]) -> None:
+    folder = domains.files[0].parent
+    (folder / "notes.txt").write_text("not an expert")
+    assert push_expert(folder, "experts", private=True, token="t") == "https://hub/commit/1"
+    token, (repository, options), (target, files, message) = asked
+    assert (token, repository, target) == ("t", "experts", "me/experts")
+    assert options == {"private": True, "exist_ok": True}
+    assert list(files) == ["domain0.expert", "domain1.expert", "README.md"]
+    card = files["README.md"].decode()
+    assert "library_name: mpoe" in card
+    assert "| domain1.expert | LlamaForCausalLM | 32 |" in card
+    assert message == "Experts domain0, domain1"
+    push_expert(domains.files[1], "experts")
+    assert list(asked[-1][1]) == ["domain1.expert", "README.md"]
+
+
+def test_nothing_is_sent_of_a_damaged_file(domains: SimpleNamespace, asked: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "a.expert").write_bytes(domains.files[0].read_bytes()[:-9])
+    with pytest.raises(ValueError, match="whole safetensors file"):
+        push_expert(tmp_path, "experts")
+    (tmp_path / "a.expert").unlink()
+    with pytest.raises(ValueError, match=r"holds no \*.expert"):
+        push_expert(tmp_path, "experts")
+    assert not asked

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import os
 import subprocess
 import sys
 
@@ -10,29 +10,50 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, merge_experts
+from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, merge_experts, merge_latent
 from mpoe.cli import export as command
-from mpoe.models.export import check_export
+from mpoe.cli.errors import CommandError
+from mpoe.cli.main import main
+from mpoe.data.embedded import load_stand_in
+from mpoe.models.export import as_stock, check_export, server_notes
+from mpoe.models.kept import neuron_modules
 
 from .tiny_families import tiny_model
 
 IDS = torch.randint(2, 60, (3, 17), generator=torch.Generator().manual_seed(3))
-NAMES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+MIXTRAL, QWEN3, GRANITE, QWEN = "mixtral", "qwen3_moe", "granitemoeshared", "qwen2_moe"
+CAUSAL = {"llama": "Llama", "mistral": "Mistral", "smollm3": "SmolLM3", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+NAMES = {**{name: f"{own}ForCausalLM" for name, own in CAUSAL.items()}, "gpt2": "GPT2LMHeadModel"}
+STOCK = {MIXTRAL: "Mixtral", QWEN3: "Qwen3Moe", GRANITE: "GraniteMoeShared", QWEN: "Qwen2Moe"}
+CLASSES = {to: f"{name}ForCausalLM" for to, name in STOCK.items()}
+RAW, SIGMOID = RouterConfig(top_k=2, is_scale_prob=True), RouterConfig(top_k=2, scoring_func="sigmoid")
+TOP = {k: RouterConfig(top_k=k) for k in (1, 2, 3, 4)}
 
 
 @torch.no_grad()
-def mixture(model_type="llama", **config):
-    """A mixture whose experts and routers differ."""
+def mixture(model_type="llama", changes=None, **config):
+    """A model whose experts and routers differ and matter; ``changes``: of the dense configuration."""
+    config = {"num_experts": 4, "shape": "separable", "router": TOP[2], **config}
+    changes = changes or {}
+    if config["shape"] == "neurons":
+        config = {"neurons": 8, **config}
+        changes = {"sliding_window": None, **changes} if model_type == "mistral" else changes
+    model = convert_to_mpoe(tiny_model(model_type, NAMES[model_type], **changes), MPOEConfig(**config)).eval()
     torch.manual_seed(4)
-    config = {"num_experts": 4, "shape": "separable", "router": RouterConfig(top_k=2), **config}
-    model = convert_to_mpoe(tiny_model(model_type, NAMES[model_type]), MPOEConfig(**config)).eval()
     for name, parameter in model.named_parameters():
         if ".router." in name:
             parameter.normal_()
         elif ".experts." in name and "central" not in name:
             parameter.add_(0.05 * torch.randn_like(parameter))
+    for layer in neuron_modules(model).values():
+        nn.init.normal_(layer.experts.down, std=0.4)
     return model
+
+
+def neurons(model_type="llama", changes=None, **config):
+    return mixture(model_type, changes, **{"shape": "neurons", **config})
 
 
 def difference(one, other):
@@ -40,35 +61,101 @@ def difference(one, other):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "to", "options"),
+    ("model_type", "to", "changes", "options"),
     [
-        ("llama", "mixtral", {}),
-        ("llama", "mixtral", {"router": RouterConfig(top_k=1)}),
-        ("llama", "mixtral", {"expert_type": "dense"}),
-        ("llama", "mixtral", {"shape": "hidden"}),
-        ("mistral", "mixtral", {"shape": "paper"}),
-        ("qwen3", "qwen3_moe", {}),
-        ("qwen3", "qwen3_moe", {"router": RouterConfig(top_k=2, is_scale_prob=True)}),
+        ("llama", MIXTRAL, {}, {}),
+        ("llama", MIXTRAL, {"head_dim": 12}, {"router": TOP[1]}),
+        ("llama", MIXTRAL, {}, {"expert_type": "dense"}),
+        ("llama", MIXTRAL, {}, {"shape": "hidden"}),
+        ("mistral", MIXTRAL, {"sliding_window": 4}, {"shape": "paper"}),
+        ("mistral", MIXTRAL, {"sliding_window": None}, {}),
+        ("qwen3", QWEN3, {"head_dim": 6}, {}),
+        ("qwen3", QWEN3, {}, {"router": RAW}),
+        ("llama", GRANITE, {}, {"shape": "neurons"}),
+        ("llama", GRANITE, {"tie_word_embeddings": True, "head_dim": 12}, {"shape": "neurons", "router": TOP[1]}),
+        ("llama", GRANITE, {"attention_bias": True, "hidden_act": "gelu"}, {"shape": "neurons", "router": TOP[4]}),
+        ("llama", GRANITE, {}, {"shape": "neurons", "latent": 6}),
+        (
+            "llama",
+            GRANITE,
+            {},
+            {"shape": "neurons", "router": RouterConfig(top_k=3, routed_scaling_factor=0.7)},
+        ),
+        ("mistral", GRANITE, {}, {"shape": "neurons"}),
+        ("smollm3", GRANITE, {"no_rope_layers": [1, 1]}, {"shape": "neurons"}),
+        ("qwen2", QWEN, {}, {"shape": "neurons"}),
+        ("qwen2", QWEN, {"tie_word_embeddings": True}, {"shape": "neurons", "latent": 6, "router": TOP[3]}),
     ],
+    ids=str,
 )
 @torch.no_grad()
-def test_the_stock_class_computes_the_same(model_type, to, options):
-    model = mixture(model_type, **options)
+def test_the_stock_class_computes_the_same(model_type, to, changes, options, tmp_path):
+    """Heads that are not the width's share, and windows shorter than the text, among them."""
+    model = mixture(model_type, changes, **options)
+    want = model(IDS).logits
+    assert difference(tiny_model(model_type, NAMES[model_type], **changes)(IDS).logits, want) > 0.01
     stock = merge_experts(model, as_=to)
-    assert type(stock).__module__.startswith("transformers.")
-    assert difference(stock(IDS).logits, model(IDS).logits) <= 1e-5
+    assert (type(stock).__name__, type(stock).__module__.partition(".")[0]) == (CLASSES[to], "transformers")
+    stock.save_pretrained(tmp_path)
+    again = type(stock).from_pretrained(tmp_path)
+    assert difference(again(IDS).logits, want) <= 1e-5
+    assert all(getattr(again.config, name) == value for name, value in changes.items() if name != "no_rope_layers")
+    chosen, own = (m(IDS, output_router_logits=True).router_logits for m in (again, model))
+    for logits, ours in zip(chosen, own, strict=True):
+        k = model.mpoe_config.top_k
+        assert torch.equal(logits.view(-1, 4).topk(k).indices, ours.view(-1, 4).topk(k).indices)
     greedy = {"max_new_tokens": 8, "do_sample": False}
-    assert torch.equal(stock.generate(IDS[:1], **greedy), model.generate(IDS[:1], **greedy))
-    with torch.no_grad():
-        stock.model.embed_tokens.weight.zero_()
-    assert model.model.embed_tokens.weight.abs().sum() > 0
+    assert torch.equal(again.generate(IDS[:1], **greedy), model.generate(IDS[:1], **greedy))
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == model.config.tie_word_embeddings
+    for parameter in stock.parameters():  # nothing is shared
+        parameter.zero_()
+    assert torch.equal(model(IDS).logits, want)
 
+
+@torch.no_grad()
+def test_latent_spaces_merge_and_dtypes_become_one():
+    model = neurons(latent=6)
+    one, other = merge_experts(model, as_=GRANITE), merge_experts(merge_latent(model), as_=GRANITE)
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+    for experts in (torch.float32, torch.bfloat16):
+        half = neurons("qwen2").to(torch.bfloat16)
+        for layer in neuron_modules(half).values():
+            layer.experts.to(experts)
+        stock = merge_experts(half, as_=QWEN)
+        assert {parameter.dtype for parameter in stock.parameters()} == {torch.bfloat16}
+        assert torch.isfinite(stock(IDS).logits).all()
+
+
+def test_the_file_is_the_one_that_servers_read(tmp_path):
+    """Names of the published checkpoints, multipliers that change nothing, and no constant of the gates."""
+    model = neurons()
+    stock = merge_experts(model, as_=GRANITE)
+    stock.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    names = {name for name in saved if ".layers.1." in name and "self_attn" not in name}
+    moe = ("input_linear.weight", "output_linear.weight", "router.layer.weight")
+    assert {name.rpartition("layers.1.")[2] for name in names} == {
+        *("input_layernorm.weight", "post_attention_layernorm.weight"),
+        *("shared_mlp.input_linear.weight", "shared_mlp.output_linear.weight"),
+        *(f"block_sparse_moe.{name}" for name in moe),
+    }
+    config = stock.config
+    assert config.attention_multiplier == model.config.head_dim**-0.5
+    assert (config.embedding_multiplier, config.logits_scaling, config.residual_multiplier) == (1.0, 1.0, 1.0)
+    assert (config.intermediate_size, config.shared_intermediate_size, config.num_local_experts) == (8, 48, 4)
+    layer = next(iter(neuron_modules(model).values()))
+    own = stock.model.layers[0].block_sparse_moe.experts.down_proj
+    assert torch.equal(own, 2 * layer.experts.down.transpose(1, 2))  # gates times k = 2
+
+
+# ------------------------------------------------------------- the command
 
 OPENED = """
 import sys, torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+AutoTokenizer.from_pretrained(sys.argv[1])
 ids = torch.tensor([int(i) for i in sys.argv[3].split(",")])[None]
 with torch.no_grad():
     logits = model(ids).logits
@@ -79,121 +166,45 @@ print(type(model).__name__)
 """
 
 
-@pytest.mark.slow
-def test_the_command_writes_what_opens_without_mpoe(tmp_path, monkeypatch, capsys):
-    model = mixture()
-    model.save_pretrained(tmp_path / "in")
-    monkeypatch.setattr("mpoe.cli.pretrained.load_tokenizer", lambda source: _Tokenizer())
-    command.command([str(tmp_path / "in"), str(tmp_path / "out"), "--to", "mixtral", "--max_shard_size", "40KB"])
-    assert "a MixtralForCausalLM whose logits differ by" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("model_type", "to", "options"),
+    [
+        ("llama", GRANITE, {"shape": "neurons", "latent": 6}),
+        pytest.param("llama", MIXTRAL, {}, marks=pytest.mark.slow),
+        pytest.param("mistral", GRANITE, {"shape": "neurons"}, marks=pytest.mark.slow),
+        pytest.param("qwen2", QWEN, {"shape": "neurons"}, marks=pytest.mark.slow),
+    ],
+)
+def test_the_command_writes_what_opens_without_mpoe(model_type, to, options, tmp_path, capsys):
+    mixture(model_type, {"vocab_size": 512}, **options).save_pretrained(tmp_path / "in")
+    load_stand_in("gpt2")[1].save_pretrained(tmp_path / "in")
+    command.command([str(tmp_path / "in"), str(tmp_path / "out"), "--to", to, "--max_shard_size", "40KB"])
+    answer = capsys.readouterr().out
+    assert f"a {CLASSES[to]} whose logits differ by" in answer
+    assert ("note: llama.cpp divides 0 by 0" in answer) == (to == QWEN)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     ids = ",".join(map(str, IDS[0].tolist()))
     arguments = [sys.executable, "-c", OPENED, str(tmp_path / "out"), str(tmp_path / "result.safetensors"), ids]
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, env=_without_mpoe(), check=False)
-    assert done.stdout.strip() == "MixtralForCausalLM", done.stderr
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, env=alone, check=False)
+    assert done.stdout.strip() == CLASSES[to], done.stderr
     result, ours = load_file(tmp_path / "result.safetensors"), load_mpoe(tmp_path / "in")
     with torch.no_grad():
         assert difference(result["logits"], ours(IDS[:1]).logits) <= 1e-5
     assert torch.equal(result["tokens"], ours.generate(IDS[:1], max_new_tokens=8, do_sample=False))
 
 
-def _without_mpoe():
-    import os
-
-    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-
-
-class _Tokenizer:
-    def save_pretrained(self, folder):
-        """Saves nothing: the tiny models have no tokenizer."""
-
-
-@pytest.mark.parametrize(
-    ("model_type", "to", "options", "words"),
-    [
-        ("llama", "gpt2_moe", {}, "as_ must be one of 'mixtral', 'qwen3_moe', 'olmoe', 'granite"),
-        ("llama", "qwen3_moe", {}, "qwen3_moe is the mixture of a qwen3; this is a llama"),
-        ("llama", "olmoe", {}, "only an OLMoE can become one; this is a llama"),
-        ("llama", "mixtral", {"router": RouterConfig(top_k=2, is_scale_prob=True)}, "its gates sum to 1"),
-        ("llama", "mixtral", {"router": RouterConfig(eval_capacity_factor=2.0)}, "no capacity"),
-        ("llama", "mixtral", {"moe_type": "moe", "router": RouterConfig.gshard()}, "no second-expert policies"),
-        ("llama", "mixtral", {"moe_type": "none", "router": None}, "it has a router; moe_type is 'none'"),
-        ("llama", "mixtral", {"layers_to_transform": [1]}, "every layer is a mixture"),
-        ("llama", "mixtral", {"target_modules": ["ffn", "attention"]}, "only the feed-forward networks may be"),
-    ],
-)
-def test_what_would_not_be_exact_is_refused(model_type, to, options, words):
-    with pytest.raises(ValueError) as caught:
-        merge_experts(mixture(model_type, **options), as_=to)
-    assert words in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "to", "changes"),
-    [
-        ("llama", "mixtral", {"head_dim": 12}),
-        ("qwen3", "qwen3_moe", {"head_dim": 6}),
-        ("mistral", "mixtral", {"sliding_window": 4}),
-        ("mistral", "mixtral", {"sliding_window": None}),
-    ],
-    ids=str,
-)
-@torch.no_grad()
-def test_heads_and_windows_are_the_models(model_type, to, changes):
-    """Heads that are not the width's share, and windows shorter than the text."""
-    config = copy.deepcopy(tiny_model(model_type, NAMES[model_type]).config)
-    config.update(changes)
-    torch.manual_seed(1)
-    dense = getattr(transformers, NAMES[model_type])(config)
-    model = convert_to_mpoe(dense, MPOEConfig(num_experts=2, shape="separable", router=RouterConfig(top_k=2))).eval()
-    stock = merge_experts(model, as_=to).eval()
-    for name, value in changes.items():
-        assert getattr(stock.config, name) == value
-    assert difference(stock(IDS).logits, model(IDS).logits) <= 1e-5
-
-
-def test_layers_that_attend_differently_are_refused():
-    model = mixture("qwen3")
-    model.config.use_sliding_window = True
-    with pytest.raises(ValueError, match="its layers attend alike; use_sliding_window is on"):
-        merge_experts(model, as_="qwen3_moe")
-
-
-@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
-def test_how_far_logits_may_differ(dtype, allowed, tmp_path, monkeypatch):
-    model = mixture().to(dtype)
-    merge_experts(model, as_="mixtral").save_pretrained(tmp_path)
-    own = model.forward
-    for factor in (0.5, 2.0):
-        shift = factor * allowed
-
-        def shifted(*values, shift=shift, **named):
-            found = own(*values, **named)
-            found.logits = found.logits.double() * (1 + shift)
-            return found
-
-        monkeypatch.setattr(model, "forward", shifted)
-        if factor < 1:
-            assert check_export(model, tmp_path, "mixtral") < allowed
-        else:
-            with pytest.raises(ValueError, match="its logits differ by"):
-                check_export(model, tmp_path, "mixtral")
-
-
-def test_a_wrong_export_is_noticed(tmp_path):
-    model = mixture()
-    merge_experts(model, as_="mixtral").save_pretrained(tmp_path)
-    assert check_export(model, tmp_path, "mixtral") <= 1e-5
-    tensors = load_file(tmp_path / "model.safetensors")
-    name = next(n for n in tensors if n.endswith("gate.weight"))
-    save_file({**tensors, name: -tensors[name]}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="the exported model must compute the same; its logits differ by"):
-        check_export(model, tmp_path, "mixtral")
+@pytest.mark.parametrize(("to", "words"), [(GRANITE, "its experts have no biases"), (MIXTRAL, "as those of granite")])
+def test_a_refusal_writes_nothing(to, words, tmp_path, capsys):
+    neurons(expert_bias=True).save_pretrained(tmp_path / "in")
+    with pytest.raises(SystemExit) as caught:
+        main(["export", str(tmp_path / "in"), str(tmp_path / "out"), "--to", to])
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_refuses(tmp_path):
-    from mpoe.cli.errors import CommandError
-
     with pytest.raises(CommandError, match="export needs two arguments"):
         command.command(["in"])
     tiny_model("llama", "LlamaForCausalLM").save_pretrained(tmp_path / "dense")
@@ -202,3 +213,105 @@ def test_the_command_refuses(tmp_path):
     mixture().save_pretrained(tmp_path / "mixture")
     with pytest.raises(CommandError, match="holds a model; give --overwrite"):
         command.command([str(tmp_path / "mixture"), str(tmp_path / "dense")])
+
+
+# ------------------------------------------------------------- what is not exact
+
+PARTS = {"target_modules": ["ffn", "attention"]}
+NONE = {"moe_type": "none", "router": None}
+WHOLE = {"shape": "separable"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "to", "changes", "options", "words"),
+    [
+        ("llama", "gpt2_moe", {}, WHOLE, "as_ must be one of 'mixtral', 'qwen3_moe', 'olmoe', 'granite"),
+        ("llama", QWEN3, {}, WHOLE, "qwen3_moe is the mixture of a qwen3; this is a llama"),
+        ("llama", "olmoe", {}, WHOLE, "only an OLMoE can become one; this is a llama"),
+        ("llama", MIXTRAL, {}, {**WHOLE, "router": RAW}, "its gates sum to 1"),
+        ("llama", MIXTRAL, {}, {**WHOLE, "router": SIGMOID}, "its gates are a softmax"),
+        ("llama", MIXTRAL, {}, {**WHOLE, "router": RouterConfig(eval_capacity_factor=2.0)}, "no capacity"),
+        ("llama", MIXTRAL, {}, {**WHOLE, "moe_type": "moe", "router": RouterConfig.gshard()}, "no second-expert"),
+        ("llama", MIXTRAL, {}, {**WHOLE, **NONE}, "it has a router; moe_type is 'none'"),
+        ("llama", MIXTRAL, {}, {**WHOLE, "layers_to_transform": [1]}, "every layer is a mixture"),
+        ("llama", MIXTRAL, {}, {**WHOLE, **PARTS}, "only the feed-forward networks may be"),
+        ("qwen3", QWEN3, {"use_sliding_window": True}, WHOLE, "its layers attend alike; use_sliding_window is on"),
+        ("llama", GRANITE, {}, WHOLE, "its experts are neurons beside a dense"),
+        ("qwen2", GRANITE, {}, {}, "granitemoeshared is the mixture of a llama or mistral or smollm3; this is a qwen2"),
+        ("llama", QWEN, {}, {}, "qwen2_moe is the mixture of a qwen2; this is a llama"),
+        ("qwen3", QWEN, {}, {}, "qwen2_moe is the mixture of a qwen2; this is a qwen3, beside which no stock class"),
+        ("gpt2", GRANITE, {}, {}, "this is a gpt2"),
+        ("llama", MIXTRAL, {}, {}, "as those of granitemoeshared or qwen2_moe are"),
+        ("llama", GRANITE, {}, {"router": RAW}, "its gates sum to 1"),
+        ("llama", GRANITE, {}, {"router": SIGMOID}, "its gates are a softmax; scoring_func is 'sigmoid'"),
+        ("llama", GRANITE, {}, {"router": RouterConfig(top_k=2, bias_update_rate=0.001)}, "no bias of the scores"),
+        ("llama", GRANITE, {}, {"expert_bias": True}, "its experts have no biases (expert_bias)"),
+        ("llama", GRANITE, {"mlp_bias": True}, {}, "gate_proj must have no bias"),
+        ("llama", GRANITE, {}, NONE, "it has a router; moe_type is 'none'"),
+        ("llama", GRANITE, {}, {"layers_to_transform": [1]}, "every layer is a mixture"),
+        ("llama", GRANITE, {}, PARTS, "only the feed-forward networks may be"),
+        ("mistral", GRANITE, {"sliding_window": 4}, {}, "its attention has no sliding windows; sliding_window is 4"),
+        ("qwen2", QWEN, {"use_sliding_window": True}, {}, "its attention has no sliding windows"),
+        ("smollm3", GRANITE, {"no_rope_layers": [1, 0]}, {}, "no_rope_layers leaves some without"),
+    ],
+)
+def test_what_would_not_be_exact_is_refused(model_type, to, changes, options, words):
+    with pytest.raises(ValueError) as caught:
+        merge_experts(neurons(model_type, changes, **options), as_=to)
+    assert words in str(caught.value)
+
+
+def test_projections_that_are_no_plain_linear_layers():
+    peft = pytest.importorskip("peft")
+    model = neurons()
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["up_proj"]))
+    with pytest.raises(ValueError, match=r"projections are nn\.Linear without biases; merge adapters or dequantise"):
+        as_stock(model, GRANITE)
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_how_far_logits_may_differ(dtype, allowed, tmp_path, monkeypatch):
+    model = mixture().to(dtype)
+    merge_experts(model, as_=MIXTRAL).save_pretrained(tmp_path)
+    own = model.forward
+    for factor in (0.5, 2.0):
+
+        def shifted(*values, shift=factor * allowed, **named):
+            found = own(*values, **named)
+            found.logits = found.logits.double() * (1 + shift)
+            return found
+
+        monkeypatch.setattr(model, "forward", shifted)
+        if factor < 1:
+            assert check_export(model, tmp_path, MIXTRAL) < allowed
+        else:
+            with pytest.raises(ValueError, match="the exported model must compute the same; its logits differ by"):
+                check_export(model, tmp_path, MIXTRAL)
+
+
+def test_a_wrong_export_is_noticed(tmp_path):
+    model = mixture()
+    merge_experts(model, as_=MIXTRAL).save_pretrained(tmp_path)
+    assert check_export(model, tmp_path, MIXTRAL) <= 1e-5
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(n for n in tensors if n.endswith("gate.weight"))
+    save_file({**tensors, name: -tensors[name]}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="its logits differ by"):
+        check_export(model, tmp_path, MIXTRAL)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        ({"head_dim": 12}, "llama.cpp and vLLM expect heads of 6 (hidden_size / num_attention_heads) for this class"),
+        ({"attention_bias": True}, "vLLM's class has no biases in attention"),
+        ({"hidden_act": "gelu"}, "vLLM's class computes silu; this model has gelu"),
+    ],
+)
+def test_servers_that_compute_something_else_are_named(changes, words):
+    notes = server_notes(GRANITE, merge_experts(neurons("llama", changes), as_=GRANITE).config)
+    assert len(notes) == (words is not None)
+    assert words is None or notes[0].startswith(words)
+    assert server_notes(MIXTRAL, None) == []
+    assert server_notes(QWEN, transformers.Qwen2MoeConfig()) == []  # one that was a Qwen2-MoE before its conversion

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 from transformers.models.distilbert import DistilBertConfig, DistilBertModel
 
-from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, merge_experts
-from mpoe.layers import MPOEFeedForward, MPOLinear
+from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, merge_experts
+from mpoe.layers import MPOEFeedForward
 from mpoe.models import mpo_modules
 from mpoe_kernels import MPOShape
 from tests.cases import pairwise
@@ -33,18 +33,6 @@ def test_full_bonds_change_nothing(family, shape, gauge):
     if "loss" in before:
         torch.testing.assert_close(after.task_loss, before.loss, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(after.loss, after.task_loss + after.aux_loss)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_top2_and_dense_experts_change_nothing_either(family):
-    model, inputs = dense_model(family), batch(family)
-    for config in (
-        MPOEConfig(num_experts=4, router=RouterConfig(top_k=2), shape="separable"),
-        MPOEConfig(expert_type="dense"),
-    ):
-        converted = convert_to_mpoe(model, config)
-        assert relative_difference(family, model(**inputs), converted(**inputs), inputs) <= 1e-5
 
 
 @pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
@@ -137,22 +125,6 @@ def test_layers_and_exclusions():
         convert_to_mpoe(model, MPOEConfig(layers_to_transform=[7], shape="separable"))
 
 
-@pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
-@torch.no_grad()
-def test_attention_projections(family):
-    model, inputs = dense_model(family), batch(family)
-    converted = convert_to_mpoe(
-        model, MPOEConfig(num_experts=2, target_modules=["ffn", "attention"], shape="separable")
-    )
-    count = {"t5": 2 * 4 + 8, "gpt2": 2 * 2, "bert": 2 * 4}[family]
-    assert len([m for m in converted.modules() if isinstance(m, MPOLinear)]) == count
-    assert relative_difference(family, model(**inputs), converted(**inputs), inputs) <= 1e-5
-    only = convert_to_mpoe(model, MPOEConfig(target_modules="attention", shape="separable"))
-    out = only(**inputs)
-    assert relative_difference(family, model(**inputs), out, inputs) <= 1e-5
-    assert "aux_loss" not in out
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_merged_experts_compute_the_same(family, converted):
@@ -182,8 +154,6 @@ def test_refusals_come_before_any_work():
         convert_to_mpoe(dense_model("gpt2"), {"num_experts": 2})
     with pytest.raises(ValueError, match="an MPOE model already"):
         convert_to_mpoe(convert_to_mpoe(dense_model("gpt2")))
-    with pytest.raises(TypeError, match="model must be an MPOE model"):
-        merge_experts(dense_model("gpt2"))
     shapes = {"up": MPOShape.paper(24, 40), "down": MPOShape.paper(40, 24)}
     with pytest.raises(ValueError, match=r"transformer\.h\.0\.mlp\.c_fc.*\[24, 96\]"):
         convert_to_mpoe(dense_model("gpt2"), MPOEConfig(shape=shapes))
@@ -198,3 +168,31 @@ def test_scale_decoder_outputs_survives():
         assert converted.config.scale_decoder_outputs is tied
         assert converted.decoder.config.is_decoder is True
         assert converted.decoder.config.num_layers == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "egaer"}, r"backend must be one of \['auto', 'eager'.*got 'egaer'"),
+        ({"layers_to_transform": []}, "nothing is left to convert"),
+    ],
+)
+def test_refused_before_any_work(options: dict, message: str) -> None:
+    dense = FAMILIES["t5"]()
+    with pytest.raises(ValueError, match=message):
+        convert_to_mpoe(dense, MPOEConfig(num_experts=2, **options))
+
+
+def test_float16_t5_is_warned_about() -> None:
+    with pytest.warns(UserWarning, match="Prefer bfloat16"):
+        convert_to_mpoe(FAMILIES["t5"]().half(), MPOEConfig(num_experts=2, shape="separable"))
+
+
+def test_a_model_without_weights_and_a_path_that_is_none_are_refused():
+    with torch.device("meta"):
+        model = FAMILIES["gpt2"]()
+    with pytest.raises(ValueError, match=r"model must hold weights; .* is on the device meta"):
+        convert_to_mpoe(model)
+    for path in (None, 3):
+        with pytest.raises(TypeError, match="path must be the folder of a saved model; got"):
+            load_mpoe(path)

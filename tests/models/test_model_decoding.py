@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from mpoe import load_mpoe
 from mpoe.layers import MPOEFeedForward, MPOExperts, current_routing, routing_context
 from mpoe.layers.expert_cache import PATIENCE, ExpertCache
+from mpoe.models import MPOELlamaModel
 from mpoe.models.decoding import decoding_bytes, kept_while_generating
 from tests.cases import pairwise
 
@@ -155,8 +156,9 @@ def test_zero_turns_it_off_and_none_on_again(converted, made):
     model.cache_experts(None)
     model.generate(**call("gpt2"))
     assert len(made) == 1
-    with pytest.raises(TypeError, match="max_bytes must be an integer"):
-        model.cache_experts(False)
+    for value, error in ((-5, ValueError), (1.5, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="max_bytes must be "):
+            model.cache_experts(value)
 
 
 @pytest.mark.usefixtures("always")
@@ -203,46 +205,37 @@ def test_gone_where_generate_fails(converted, made):
         assert current_routing() is outer
 
 
-@pytest.mark.parametrize(("value", "error"), [(-5, ValueError), (1.5, TypeError), (True, TypeError)])
-def test_limits_that_are_none(value, error, converted):
-    with pytest.raises(error, match="max_bytes must be "):
-        converted("gpt2").cache_experts(value)
-    with pytest.raises(ValueError, match="MPO experts; MPOEGPT2LMHeadModel has none"):
-        converted("gpt2", expert_type="dense").cache_experts(10**9)
-
-
-@pytest.mark.usefixtures("always")
-def test_said_once(converted, caplog):
-    transformers_logging.info_once.cache_clear()
-    model = converted("gpt2", **LIGHT)
-    with caplog.at_level(logging.INFO, LOG):
-        for _ in range(2):
-            model.generate(**call("gpt2"))
-    (record,) = [record for record in caplog.records if record.name == LOG]
-    assert f"up to {decoding_bytes(experts(model)) / 1e6:.1f} MB" in record.message
-    assert "cache_experts(0)" in record.message
-
-
 @pytest.mark.parametrize(
-    ("config", "holds_blocks"),
+    ("config", "holds_blocks", "pays"),
     [
-        ({"shape": "hidden"}, False),
-        ({"expert_type": "dense"}, False),
-        ({"shape": "separable"}, True),
-        (LIGHT, True),
+        (LIGHT, True, True),
+        (LIGHT, True, False),
+        ({"shape": "separable"}, True, False),
+        ({"shape": "hidden"}, False, False),
+        ({"shape": "neurons"}, False, False),
+        ({"expert_type": "dense"}, False, False),
     ],
     ids=str,
 )
-def test_no_memory_where_nothing_is_gained(config, holds_blocks, converted, made, caplog):
+def test_memory_is_taken_and_said_once_where_something_is_gained(
+    config, holds_blocks, pays, converted, made, caplog, monkeypatch
+):
     """Hidden-side and dense experts have nothing to cache; separable ones, and models this small, only views of their
     cores, of which the log says nothing."""
+    if pays:
+        monkeypatch.setattr("mpoe.layers.expert_cache.PATIENCE", 2)
+        monkeypatch.setattr("mpoe.layers.experts.full_weights_pay", lambda *_: True)
     transformers_logging.info_once.cache_clear()
     model = converted("gpt2", **config)
     with caplog.at_level(logging.INFO, LOG):
-        model.generate(**call("gpt2"))
-    assert len(made) == holds_blocks
-    assert all(cache.reserved == built(cache) == 0 for cache in made)
-    assert [record for record in caplog.records if record.name == LOG] == []
+        for _ in range(2):
+            model.generate(**call("gpt2"))
+    assert len(made) == 2 * holds_blocks
+    assert all((cache.reserved > 0) == (built(cache) > 0) == pays for cache in made)
+    records = [record.message for record in caplog.records if record.name == LOG]
+    assert len(records) == pays
+    assert not pays or f"up to {decoding_bytes(experts(model)) / 1e6:.1f} MB" in records[0]
+    assert not pays or "cache_experts(0)" in records[0]
 
 
 @pytest.mark.parametrize("family", ["t5", "gpt2", "llama"])
@@ -303,6 +296,9 @@ def test_the_bound_is_the_dense_layers_and_never_more_than_dense_experts(dtype, 
 
 def test_only_models_that_generate_have_it(converted):
     assert not hasattr(converted("bert"), "generate")
-    made = type(converted("gpt2"))
-    assert made.generate is not GenerationMixin.generate
-    assert made.generate.__wrapped__ is GenerationMixin.generate
+    for family in ("gpt2", "t5", "llama"):
+        made = type(converted(family))
+        assert GenerationMixin in made.__bases__
+        assert made.generate is not GenerationMixin.generate
+        assert made.generate.__wrapped__ is GenerationMixin.generate
+    assert not issubclass(MPOELlamaModel, GenerationMixin)

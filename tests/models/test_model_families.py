@@ -8,7 +8,6 @@ import transformers
 
 from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe
 from mpoe.layers import HiddenFeedForward, MPOEFeedForward
-from mpoe.models.families import family_of
 from mpoe.models.table import DENSE, TABLE
 
 from .tiny_families import GENERATED, first_result, text_rows, tiny_batch, tiny_model
@@ -16,7 +15,7 @@ from .tiny_families import GENERATED, first_result, text_rows, tiny_batch, tiny_
 SHAPES = ("separable", "paper", "light")
 IDS = [f"{model_type}-{name}" for model_type, _, name in GENERATED]
 # By default one shape per class; of families with the same structure, the first and the others' language models.
-FIRST = {TABLE[t].layers: t for t in reversed(DENSE)}
+FIRST = {TABLE[t].models: t for t in reversed(DENSE)}
 
 
 def slice_of(cases):
@@ -41,7 +40,7 @@ def test_converts_by_default(model_type, tmp_path):
     expected = text_rows(first_result(model(**inputs)), inputs)
     converted = convert_to_mpoe(model, MPOEConfig(num_experts=3))
     without = model_type in WITHOUT_BLOCKS
-    assert family_of(model_type).takes_blocks is not without
+    assert TABLE[model_type].takes_blocks is not without
     kind = MPOEFeedForward if without else HiddenFeedForward
     assert any(isinstance(module, kind) for module in converted.modules())
     config = converted.mpoe_config

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -113,17 +116,19 @@ def test_generation_does_not_route_padding_in_the_encoder(converted):
     assert torch.equal(scores[0], scores[1])
 
 
-@pytest.mark.parametrize("family", ["t5", "gpt2", "bert_classifier"])
-def test_checkpointing_gives_the_same_gradients(family, converted):
-    model, inputs = (
-        converted(family, router=RouterConfig(z_loss_weight=1e-2, capacity_factor=1.5)).train(),
-        batch(family),
-    )
+@pytest.mark.parametrize(
+    ("family", "reentrant"), [("t5", False), ("gpt2", False), ("bert_classifier", False), ("gpt2", True)]
+)
+def test_checkpointing_gives_the_same_gradients(family, reentrant, converted):
+    """A reentrant one is replaced, with a warning."""
+    model, inputs = converted(family, router=RouterConfig(z_loss_weight=1e-2, capacity_factor=1.5)), batch(family)
+    model.train()
     plain = model(**inputs)
     plain.loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    model.activation_checkpointing_enable()
+    with pytest.warns(UserWarning, match="use_reentrant=False") if reentrant else nullcontext():
+        model.activation_checkpointing_enable({"use_reentrant": True} if reentrant else None)
     out = model(**inputs)
     out.loss.backward()
     assert torch.equal(out.expert_load, plain.expert_load)
@@ -133,22 +138,7 @@ def test_checkpointing_gives_the_same_gradients(family, converted):
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_reentrant_checkpointing_is_replaced_with_a_warning(converted):
-    model, inputs = converted("gpt2").train(), batch("gpt2")
-    model(**inputs).loss.backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    with pytest.warns(UserWarning, match="use_reentrant=False"):
-        model.activation_checkpointing_enable({"use_reentrant": True})
-    model(**inputs).loss.backward()
-    for name, p in model.named_parameters():
-        if name in expected:
-            torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
-
-
 def test_a_users_checkpoint_contexts_run_too(converted):
-    from contextlib import nullcontext
-
     entered = []
 
     def contexts():
@@ -161,25 +151,60 @@ def test_a_users_checkpoint_contexts_run_too(converted):
     assert len(entered) == 2
 
 
+@pytest.fixture
+def inductor(tmp_path, monkeypatch, lacks):
+    """A separate compiler cache, independent of earlier runs."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        lacks("inductor needs a C++ compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gpt2", "t5", "bert_classifier"])
-def test_whole_model_compiles_fullgraph(family, converted):
+@pytest.mark.usefixtures("inductor")
+@pytest.mark.parametrize(
+    ("family", "backend"),
+    [
+        *(("gpt2", "aot_eager"), ("t5", "aot_eager"), ("bert_classifier", "aot_eager"), ("t5", "inductor")),
+        pytest.param("gpt2", "inductor", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_training_steps_compile_fullgraph(family, backend, converted):
     model, inputs = converted(family), batch(family)
-    expected = model(**inputs)
-    out = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs)
-    torch.testing.assert_close(out.loss, expected.loss)
-    assert torch.equal(out.expert_load, expected.expert_load)
-
-
-@pytest.mark.slow
-def test_a_training_step_compiles_fullgraph(converted):
-    """T5 and the inductor backend are in test_model_inductor.py."""
-    model, inputs = converted("gpt2").train(), batch("gpt2")
+    model.train(family != "bert_classifier")  # which drops at random
     twin = copy.deepcopy(model)
-    model(**inputs).loss.backward()
-    torch.compile(twin, backend="aot_eager", fullgraph=True)(**inputs).loss.backward()
-    for (name, eager), compiled in zip(model.named_parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(compiled.grad, eager.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    compiled = torch.compile(twin, backend=backend, fullgraph=True)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=1e-2) for m in (model, twin)]
+    for _ in range(2):
+        expected, found = model(**inputs), compiled(**inputs)
+        torch.testing.assert_close(found.loss, expected.loss, rtol=1e-4, atol=1e-4)
+        assert torch.equal(found.expert_load, expected.expert_load)
+        for output in (expected, found):
+            output.loss.backward()
+        for (name, eager), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(other.grad, eager.grad, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("inductor")
+@pytest.mark.parametrize(("family", "shape"), [("t5", "separable"), ("gpt2", "paper")])
+def test_decoding_steps_compile(family, shape, converted):
+    """With a cache of fixed size, one graph serves every step after the first."""
+    model = converted(family, shape=shape)
+    mask = MASK if family == "t5" else MASK.flip(1)
+    call = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "cache_implementation": "static"}
+    call |= {"inputs": batch(family, labels=False)["input_ids"], "output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(**call)
+    model.forward = torch.compile(model.forward, fullgraph=True)
+    found = model.generate(**call)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 BASE = {"vocab_size": 32128, "d_model": 768, "d_ff": 3072, "d_kv": 64, "num_layers": 12, "num_heads": 12}
@@ -253,11 +278,6 @@ def test_concurrent_calls_keep_their_masks_apart(converted):
         torch.testing.assert_close(results[k].logits, expected.logits)
 
 
-def test_trainer_ignores_our_fields_when_it_gathers_predictions(converted):
-    ignored = converted("t5").config.keys_to_ignore_at_inference
-    assert {"aux_loss", "task_loss", "router_logits", "expert_load", "cache"} <= set(ignored)
-
-
 @torch.no_grad()
 def test_dense_experts_from_scratch_train_and_differ(converted):
     config = converted("gpt2", expert_type="dense").config
@@ -266,3 +286,27 @@ def test_dense_experts_from_scratch_train_and_differ(converted):
     assert float(weight.std()) == pytest.approx(0.02, rel=0.1)
     assert not torch.equal(weight[0], weight[1])
     assert model(**batch("gpt2")).aux_loss > 0
+    ignored = set(config.keys_to_ignore_at_inference)  # when the Trainer gathers predictions
+    assert {"aux_loss", "task_loss", "router_logits", "expert_load", "cache"} <= ignored
+
+
+def test_ignored_labels_inside_a_target_are_not_padding(converted) -> None:
+    dense, model = dense_model("t5"), converted("t5")
+    ids, labels = torch.randint(2, 60, (2, 7)), torch.randint(2, 60, (2, 6))
+    labels[:, 2] = -100
+    labels[1, 4:] = -100  # this is padding
+    with torch.no_grad():
+        expected, got = dense(input_ids=ids, labels=labels), model(input_ids=ids, labels=labels)
+    kept = labels.ne(-100)
+    assert torch.allclose(got.logits[kept], expected.logits[kept], atol=1e-5)
+    assert int(got.expert_load[-1].sum()) == 6 + 4
+
+
+def test_generate_when_padding_is_the_end_token(converted) -> None:
+    dense, model = dense_model("t5"), converted("t5")
+    ids = torch.randint(2, 60, (1, 7))
+    ids[0, 3] = 1
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 1, "eos_token_id": 1}
+    for m in (dense, model):
+        m.generation_config.pad_token_id = m.generation_config.eos_token_id = 1
+    assert torch.equal(model.generate(ids, **options), dense.generate(ids, **options))

@@ -12,7 +12,6 @@ from transformers import BartConfig, BartForConditionalGeneration, OPTConfig, OP
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, save_mpoe_only
 from mpoe.inspection.growth import parameter_growth
 from mpoe.models.card import model_card
-from mpoe.models.decoding import kept_while_generating
 from mpoe.models.kept import kept_modules
 from mpoe.models.report import HEADER, parameter_kind, routed_layers, summarize
 from mpoe.models.sites import FFNSite
@@ -184,16 +183,6 @@ def test_reports(kind: str, family: str, capsys: pytest.CaptureFixture) -> None:
     assert growth.switch[0] == report["switch_total"]
     assert growth.mpoe[1] - growth.mpoe[0] == report["auxiliary"] + report["router"]
     assert [name for name, _ in routed_layers(model)] == list(layers)
-
-
-@every_kind
-def test_a_cache_of_experts_has_nothing_to_keep(kind: str) -> None:
-    model = convert_to_mpoe(dense("gpt2"), config(kind))
-    want = logits(model, "gpt2")
-    model.cache_experts(1 << 20)
-    assert torch.equal(logits(model, "gpt2"), want)
-    with kept_while_generating(model, 1 << 20) as cache:
-        assert cache is None
 
 
 @every_kind

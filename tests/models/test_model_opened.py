@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import GenerationMixin, dynamic_module_utils
+from transformers import dynamic_module_utils
 
 import mpoe
-from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe
+from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, save_mpoe_only
 from mpoe.layers import MPOEFeedForward, MPOLinear
 from mpoe.models import MPOELlamaForCausalLM, MPOELlamaModel
 from mpoe.models.outputs import ROUTING_FIELDS
@@ -91,21 +91,14 @@ def test_base_model_of_a_model_with_a_head(converted, tmp_path):
 @pytest.mark.parametrize("part", ["router", "experts"])
 def test_parts_that_are_frozen_have_no_gradient(part, converted):
     model, inputs = converted("llama"), batch("llama")
-    freeze = getattr(model, f"freeze_{part}")
-    freeze()
+    getattr(model, f"freeze_{part}")()
     model(**inputs).loss.backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == (f".{part}." in name), name
-    freeze(False)
+    getattr(model, f"freeze_{part}")(False)
     assert all(parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(ValueError, match=f"there is no {part} to freeze: MPOELlamaForCausalLM has none"):
         getattr(converted("llama", target_modules="attention"), f"freeze_{part}")()
-
-
-def test_classes_that_generate_say_so(converted):
-    assert GenerationMixin in MPOELlamaForCausalLM.__bases__
-    assert GenerationMixin in type(converted("t5")).__bases__
-    assert not issubclass(MPOELlamaModel, GenerationMixin)
 
 
 def test_the_tensor_parallel_plan_names_only_what_is_there(converted):
@@ -191,6 +184,10 @@ def test_sites_convert_a_model_outside_the_table(tmp_path, monkeypatch):
     again = load_mpoe(tmp_path)
     assert type(again).__name__ == "MPOEGraniteForCausalLM"
     assert torch.equal(again(**inputs).logits, converted(**inputs).logits)
+    beside = convert_to_mpoe(model, MPOEConfig(num_experts=2, shape="neurons"), sites=LLAMA_SITES)
+    assert torch.equal(beside(**inputs).logits, model(**inputs).logits)
+    save_mpoe_only(converted, tmp_path / "only", model)
+    assert torch.equal(load_mpoe(tmp_path / "only", model)(**inputs).logits, converted(**inputs).logits)
     # In this process, with its own folder for remote code; a program without mpoe is tested above, with a Llama.
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])

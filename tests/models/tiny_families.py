@@ -107,7 +107,7 @@ def tiny_batch(model, model_type):
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
     ids[1, 6:] = 0
-    if "Sequence" in type(model).__name__ and TABLE[model_type].layers in ("t5", "bart"):
+    if "Sequence" in type(model).__name__ and TABLE[model_type].style == "seq2seq":
         ids[:, -1] = 1  # these heads read the end-of-text token
         mask = torch.ones_like(ids)
     inputs = {"input_ids": ids, "attention_mask": mask}

@@ -53,14 +53,3 @@ def test_what_the_allocator_finds(guard: Path, size: int, alignment: int, access
     environment = os.environ | {"LD_PRELOAD": str(guard), "MPOE_GUARD_ALIGN": str(alignment)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stderr
-
-
-@pytest.mark.slow
-def test_a_slice_of_the_native_tests(native_library: None, guard: Path) -> None:
-    """tools/native_guard.sh runs all of them."""
-    environment = os.environ | {"MPOE_GUARD_LIBRARY": str(guard), "PYTHON": sys.executable, "MPOE_GUARD_ALIGN": "4"}
-    chosen = "apart or int64 or (few_and_many and odd and 15) or (test_many_blocks and cropped)"
-    command = [SCRIPT, "-x", "tests/native", "-k", chosen]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert int(done.stdout.rsplit(" passed", 1)[0].split()[-1]) >= 10

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import permutations
 from typing import Any
@@ -53,13 +53,12 @@ def forward_call(**changes: Any) -> ForwardCall:
     return replace(call, **changes)
 
 
-def backward_call(**changes: Any) -> BackwardCall:
+def backward_call() -> BackwardCall:
     shared = ForwardCall.__dataclass_fields__.keys() & BackwardCall.__dataclass_fields__.keys()
     given = {name: getattr(forward_call(), name) for name in shared}
     slots, bond = 3, given["right"].shape[1]
     rows = torch.randn(slots, SHAPE.out_features)
-    own = {"grad": rows, "h": torch.randn(slots * 5, bond), "saved": rows, "need": [True] * 4 + [False]}
-    return BackwardCall(**{**given, **own, **changes})
+    return BackwardCall(**given, grad=rows, h=torch.randn(slots * 5, bond), saved=rows, need=[True] * 4 + [False])
 
 
 def plain(error: pytest.ExceptionInfo[ValueError]) -> None:
@@ -68,66 +67,116 @@ def plain(error: pytest.ExceptionInfo[ValueError]) -> None:
     assert ".cpp" not in str(error.value)
 
 
+def offsets(*values: int) -> Tensor:
+    return torch.tensor(values)
+
+
 META = torch.empty(3, SHAPE.in_features, device="meta")
+OTHER = random_blocks(MPOShape((2, 3, 2), (2, 5, 2), max_bond=3), 2, torch.float32)
+NOT_SEPARABLE = {"left": OTHER.left, "central": OTHER.central, "right": OTHER.right, "out_features": 20}
+DOUBLE = {name: getattr(forward_call(), name).double() for name in ("x", "left", "central", "right")}
+ROUTING = route(torch.tensor([[0], [1], [0]]), 2)
+ROWS, ONES, CHOSEN = torch.randn(3, 4), torch.ones(3, 1), torch.zeros(3, 1).long()
+GIVEN = (ROUTING.expert_offsets, ROUTING.token_of_slot, ROUTING.slot_of_token)
+CORE, WEIGHTS = torch.ones(2, 1, 2, 2), torch.ones(2, 5, 4)
+# A kernel and a call that it takes; below, what of the call is exchanged, and what the kernel says.
+KERNELS: dict[str, tuple[Callable[[Any], Any], Any]] = {
+    "forward": (linear_forward, forward_call()),
+    "backward": (linear_backward, backward_call()),
+    "route": (routing.route, RouteCall(CHOSEN, 2, None, None, "native")),
+    "dispatch": (routing.dispatch, DispatchCall(ROWS, *GIVEN, "native")),
+    "dispatch back": (routing.dispatch_backward, DispatchBackwardCall(ROWS, GIVEN[2], "native")),
+    "combine": (routing.combine, CombineCall(ROWS, *GIVEN, ONES, "native")),
+    "combine back": (
+        routing.combine_backward,
+        CombineBackwardCall(ROWS, ROWS, *GIVEN[1:], ONES, True, True, "native"),
+    ),
+    "hidden": (hidden_forward, HiddenCall(ROWS, ONES, CHOSEN, CORE, CORE, None, None, None, "relu", "native")),
+    "neurons": (neurons_forward, NeuronCall(ROWS, ONES, CHOSEN, WEIGHTS, WEIGHTS, None, None, "relu", "native")),
+}
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("forward", {"x": META}, r"x must be on the CPU; got float32 \[3, 12\] on meta"),
+    ("forward", {"x": torch.zeros(3, 13)}, r"x must be \[T, 12\]; got float32 \[3, 13\]"),
+    ("forward", {"left": torch.zeros(2, 4, 1)}, "left, central and right must have 4 axes; got 3, 4, 4"),
+    ("forward", {"left": torch.zeros(2, 4, 1, 9)}, r"blocks must be left \[E, iL, jL, a\]"),
+    ("forward", {"central": torch.zeros(3, 3, 5, 3).double()}, "central must have the dtype of x"),
+    ("forward", {"right": torch.zeros(3, 3, 1, 2)}, "blocks must be left"),
+    ("forward", {"out_features": 11}, "blocks are smaller than the weight: they give 12 x 10, wanted are 12 x 11"),
+    ("forward", {"out_features": 0}, "in_features and out_features must be positive"),
+    ("forward", {"activation": "tanh"}, "unknown activation tanh"),
+    ("forward", {"strategy": "guess"}, "no native kernel for strategy guess"),
+    ("forward", NOT_SEPARABLE, "strategy separable needs blocks with jL = iR = 1"),
+    ("forward", DOUBLE, "x must be float32 or bfloat16; got float64"),
+    (
+        "forward",
+        {name: value.long() for name, value in DOUBLE.items()},
+        r"dtype must be float32, bfloat16, float16 or float64; got torch\.int64",
+    ),
+    ("forward", {"expert_offsets": offsets(0, 1, 2, 3)}, r"expert_offsets must be \[3\]; got int64 \[4\]"),
+    ("forward", {"expert_offsets": offsets(0, 1, 3)[None]}, r"expert_offsets must be \[E \+ 1\]; got int64 \[1, 3\]"),
+    ("forward", {"expert_offsets": offsets(0, 1, 4)}, "must start at 0, not fall, and end at 3 at most; got 4"),
+    ("forward", {"expert_offsets": offsets(0, 2, 1)}, "must start at 0, not fall, and end at 3 at most; got 1"),
+    ("forward", {"expert_offsets": offsets(1, 2, 3)}, "expert_offsets must start at 0, not fall"),
+    ("forward", {"expert_offsets": offsets(-1, 2, 3)}, "expert_offsets must start at 0, not fall"),
+    ("forward", {"row_index": offsets(0, 1, 3)}, r"row_index must lie in 0\.\.2; got 3"),
+    ("forward", {"row_index": offsets(0, 1, 2)[None]}, "row_index must have 1 axes; got"),
+    ("forward", {"bias": torch.zeros(4)}, r"bias must be float32 \[10\]; got float32 \[4\]"),
+    ("forward", {"bias": torch.zeros(10).double()}, r"bias must be float32 \[10\]; got float64 \[10\]"),
+    ("backward", {"grad": torch.zeros(2, 10)}, r"grad must be float32 \[3, 10\]; got float32 \[2, 10\]"),
+    ("backward", {"grad": torch.zeros(3, 10).double()}, r"grad must be float32 \[3, 10\]; got float64 \[3, 10\]"),
+    ("backward", {"activation": "gelu", "saved": torch.zeros(3, 9)}, r"saved must be float32 \[3, 10\]; got"),
+    ("backward", {"h": torch.zeros(3, 3)}, r"h must be float32 \[15, 2\]; got float32 \[3, 3\]"),
+    ("backward", {"expert_offsets": offsets(0, 1, 4)}, "must start at 0, not fall, and end at 3 at most; got 4"),
+    ("route", {"top_k_index": CHOSEN[:, 0]}, "top_k_index must have 2 axes"),
+    ("route", {"top_k_index": CHOSEN[:, :0]}, r"with K >= 1; got \[3, 0\]"),
+    ("route", {"token_mask": ONES[:, 0]}, r"token_mask must be bool \[3\]"),
+    ("route", {"num_experts": 0}, "num_experts must be"),
+    ("dispatch", {"x": ROWS[0]}, r"x must have 2 axes; got float32 \[4\]"),
+    ("dispatch", {"x": META}, "x must be on the CPU"),
+    ("dispatch", {"expert_offsets": offsets(0, 4, 3)}, "expert_offsets must start at 0, not fall"),
+    ("dispatch back", {"grad": ROWS[0]}, r"grad must have 2 axes; got float32 \[4\]"),
+    ("dispatch back", {"grad": ROWS.long()}, "grad must be float32, float64, bfloat16 or float16; got int64"),
+    ("combine", {"top_k_weights": torch.ones(3, 2)}, r"top_k_weights must be \[3, 1\]; got float32 \[3, 2\]"),
+    ("combine back", {"grad": ROWS[:2]}, r"grad must be float32 \[3, 4\]; got"),
+    ("combine back", {"grad": ROWS.double()}, r"grad must be float32 \[3, 4\]; got"),
+    ("hidden", {"u": ROWS[0]}, r"u must have 2 axes and right 4; got float32 \[4\]"),
+    ("hidden", {"u": ROWS[:, :3]}, "right must have blocks that divide 3"),
+    ("hidden", {"u_gate": ROWS}, "right_gate must be given with u_gate"),
+    ("hidden", {"gates": ONES[:2]}, r"gates and top_k_index must be \[T, K\] with T = 3"),
+    ("hidden", {"left": CORE[:1]}, r"left must be float32 \[2, 1, 2, 2\]; got"),
+    ("hidden", {"top_k_index": CHOSEN + 2}, r"top_k_index must lie in -1\.\.1; got 2"),
+    ("hidden", {"activation": "tanh"}, "unknown activation tanh"),
+    ("neurons", {"x": ROWS[0]}, r"x must have 2 axes, up and down 3; got"),
+    ("neurons", {"gates": ONES[:2]}, r"gates and top_k_index must be \[T, K\] with T = 3"),
+    ("neurons", {"down": WEIGHTS[:1]}, r"down must be float32 \[2, 5, 4\]; got"),
+    ("neurons", {"bias": ONES}, r"bias must be float32 \[2, 5\]; got"),
+    ("neurons", {"top_k_index": CHOSEN + 2}, r"top_k_index must lie in -1\.\.1; got 2"),
+    ("neurons", {"activation": "tanh"}, "unknown activation tanh"),
+    (
+        "neurons",
+        {"x": ROWS.double(), "up": WEIGHTS.double(), "down": WEIGHTS.double()},
+        "x must be float32 or bfloat16; got float64",
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"x": META}, r"x must be on the CPU; got float32 \[3, 12\] on meta"),
-        ({"x": torch.zeros(3, 13)}, r"x must be \[T, 12\]; got float32 \[3, 13\]"),
-        ({"left": torch.zeros(2, 4, 1)}, "left, central and right must have 4 axes; got 3, 4, 4"),
-        ({"left": torch.zeros(2, 4, 1, 9)}, r"blocks must be left \[E, iL, jL, a\]"),
-        ({"central": torch.zeros(3, 3, 5, 3).double()}, "central must have the dtype of x"),
-        ({"right": torch.zeros(3, 3, 1, 2)}, r"blocks must be left"),
-        (
-            {"in_features": 12, "out_features": 11},
-            "blocks are smaller than the weight: they give 12 x 10, wanted are 12 x 11",
-        ),
-        ({"out_features": 0}, "in_features and out_features must be positive"),
-        ({"activation": "tanh"}, "unknown activation tanh"),
-        ({"strategy": "guess"}, "no native kernel for strategy guess"),
-        ({"expert_offsets": torch.tensor([0, 1, 2, 3])}, r"expert_offsets must be \[3\]; got int64 \[4\]"),
-        ({"expert_offsets": torch.tensor([[0, 1, 3]])}, r"expert_offsets must be \[E \+ 1\]; got int64 \[1, 3\]"),
-        (
-            {"expert_offsets": torch.tensor([0, 1, 4])},
-            "expert_offsets must start at 0, not fall, and end at 3 at most; got 4",
-        ),
-        (
-            {"expert_offsets": torch.tensor([0, 2, 1])},
-            "expert_offsets must start at 0, not fall, and end at 3 at most; got 1",
-        ),
-        ({"expert_offsets": torch.tensor([1, 2, 3])}, "expert_offsets must start at 0, not fall"),
-        ({"expert_offsets": torch.tensor([-1, 2, 3])}, "expert_offsets must start at 0, not fall"),
-        ({"row_index": torch.tensor([0, 1, 3])}, r"row_index must lie in 0\.\.2; got 3"),
-        ({"row_index": torch.tensor([[0, 1, 2]])}, "row_index must have 1 axes; got"),
-        ({"bias": torch.zeros(4)}, r"bias must be float32 \[10\]; got float32 \[4\]"),
-        ({"bias": torch.zeros(10).double()}, r"bias must be float32 \[10\]; got float64 \[10\]"),
-    ],
-)
-def test_a_forward_is_refused_plainly(changes: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize("number", range(len(REFUSED)))
+def test_refused_plainly(number: int) -> None:
+    name, changes, message = REFUSED[number]
+    kernel, call = KERNELS[name]
+    kernel(call)
     with pytest.raises(ValueError, match=message) as error:
-        linear_forward(forward_call(**changes))
+        kernel(replace(call, **changes))
     plain(error)
 
 
-def test_only_the_dtypes_with_kernels_compute() -> None:
-    call = forward_call()
-    double = {name: getattr(call, name).double() for name in ("x", "left", "central", "right")}
-    with pytest.raises(ValueError, match="x must be float32 or bfloat16; got float64") as error:
-        linear_forward(replace(call, **double))
-    plain(error)
-    whole = {name: value.long() for name, value in double.items()}
-    with pytest.raises(ValueError, match=r"dtype must be float32, bfloat16, float16 or float64; got torch\.int64"):
-        linear_forward(replace(call, **whole))
-
-
-def test_separable_asks_for_its_shape() -> None:
-    shape = MPOShape((2, 3, 2), (2, 5, 2), max_bond=3)
-    blocks = random_blocks(shape, 2, torch.float32)
-    changes = {"left": blocks.left, "central": blocks.central, "right": blocks.right, "out_features": 20}
-    with pytest.raises(ValueError, match="strategy separable needs blocks with jL = iR = 1"):
-        linear_forward(forward_call(**changes))
+@pytest.mark.parametrize("sizes", [(0, 2, 3, 4), (1, 0, 3, 4), (1, 2, 0, 4), (1, 2, 3, 0)])
+def test_blocks_without_elements(sizes: tuple[int, ...]) -> None:
+    none = {"left": torch.ones(sizes), "central": torch.ones(sizes[3], 1, 1, 1), "right": torch.ones(sizes[0], 1, 1, 1)}
+    where = {"expert_offsets": torch.zeros(sizes[0] + 1, dtype=torch.int32), "row_index": None}
+    call = forward_call(**none, **where, x=torch.ones(3, 2), in_features=2, out_features=3, strategy="rebuild")
+    with pytest.raises(ValueError, match=r"^blocks must not have an axis of size 0$"):
+        linear_forward(call)
 
 
 @pytest.fixture
@@ -174,26 +223,6 @@ def test_a_chain_takes_the_order_that_it_is_given(order: tuple, monkeypatch: pyt
     assert torch.equal(y, planned) == (order == was)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"grad": torch.zeros(2, 10)}, r"grad must be float32 \[3, 10\]; got float32 \[2, 10\]"),
-        ({"grad": torch.zeros(3, 10).double()}, r"grad must be float32 \[3, 10\]; got float64 \[3, 10\]"),
-        ({"activation": "gelu", "saved": torch.zeros(3, 9)}, r"saved must be float32 \[3, 10\]; got"),
-        ({"h": torch.zeros(3, 3)}, r"h must be float32 \[15, 2\]; got float32 \[3, 3\]"),
-        (
-            {"expert_offsets": torch.tensor([0, 1, 4])},
-            "expert_offsets must start at 0, not fall, and end at 3 at most; got 4",
-        ),
-    ],
-)
-def test_a_backward_is_refused_plainly(changes: dict[str, Any], message: str) -> None:
-    linear_backward(backward_call())
-    with pytest.raises(ValueError, match=message) as error:
-        linear_backward(backward_call(**changes))
-    plain(error)
-
-
 def test_without_row_index_slots_are_rows() -> None:
     call = forward_call()
     there = replace(call, x=call.x[call.row_index], row_index=None)
@@ -211,101 +240,6 @@ def test_what_lies_apart_is_brought_together() -> None:
 
 def apart_of(tensor: Tensor) -> Tensor:
     return torch.stack([tensor, tensor], dim=-1)[..., 0]
-
-
-ROUTING = route(torch.tensor([[0], [1], [0]]), 2)
-ROWS, ONES = torch.randn(3, 4), torch.ones(3, 1)
-GIVEN = (ROUTING.expert_offsets, ROUTING.token_of_slot, ROUTING.slot_of_token)
-
-
-@pytest.mark.parametrize(
-    ("kernel", "call", "message"),
-    [
-        (
-            routing.route,
-            RouteCall(torch.zeros(3, dtype=torch.int64), 2, None, None, "native"),
-            "top_k_index must have 2 axes",
-        ),
-        (
-            routing.route,
-            RouteCall(torch.zeros(3, 0, dtype=torch.int64), 2, None, None, "native"),
-            r"with K >= 1; got \[3, 0\]",
-        ),
-        (
-            routing.route,
-            RouteCall(torch.zeros(3, 1, dtype=torch.int64), 2, None, torch.ones(3), "native"),
-            r"token_mask must be bool \[3\]",
-        ),
-        (routing.dispatch, DispatchCall(torch.zeros(3), *GIVEN, "native"), r"x must have 2 axes; got float32 \[3\]"),
-        (routing.dispatch, DispatchCall(META, *GIVEN, "native"), "x must be on the CPU"),
-        (
-            routing.dispatch,
-            DispatchCall(ROWS, torch.tensor([0, 4, 3]), *GIVEN[1:], "native"),
-            "expert_offsets must start at 0, not fall",
-        ),
-        (
-            routing.dispatch_backward,
-            DispatchBackwardCall(torch.zeros(3), GIVEN[2], "native"),
-            r"grad must have 2 axes; got float32 \[3\]",
-        ),
-        (
-            routing.dispatch_backward,
-            DispatchBackwardCall(ROWS.long(), GIVEN[2], "native"),
-            "grad must be float32, float64, bfloat16 or float16; got int64",
-        ),
-        (
-            routing.combine,
-            CombineCall(ROWS, *GIVEN, torch.ones(3, 2), "native"),
-            r"top_k_weights must be \[3, 1\]; got float32 \[3, 2\]",
-        ),
-        (
-            routing.combine_backward,
-            CombineBackwardCall(ROWS[:2], ROWS, *GIVEN[1:], ONES, True, True, "native"),
-            r"grad must be float32 \[3, 4\]; got",
-        ),
-        (
-            routing.combine_backward,
-            CombineBackwardCall(ROWS.double(), ROWS, *GIVEN[1:], ONES, True, True, "native"),
-            r"grad must be float32 \[3, 4\]; got",
-        ),
-    ],
-)
-def test_routing_is_refused_plainly(kernel: Any, call: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
-        kernel(call)
-    plain(error)
-
-
-U, GATES, EXPERT, CORE = (
-    torch.randn(3, 4),
-    torch.ones(3, 1),
-    torch.zeros(3, 1, dtype=torch.int64),
-    torch.ones(2, 1, 2, 2),
-)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            (U[0], GATES, EXPERT, CORE, CORE, None, None, None, "relu"),
-            r"u must have 2 axes and right 4; got float32 \[4\]",
-        ),
-        ((U, GATES, EXPERT, CORE, CORE, None, U, None, "relu"), "right_gate must be given with u_gate"),
-        (
-            (U, GATES[:2], EXPERT, CORE, CORE, None, None, None, "relu"),
-            r"gates and top_k_index must be \[T, K\] with T = 3",
-        ),
-        ((U, GATES, EXPERT, CORE, CORE[:1], None, None, None, "relu"), r"left must be float32 \[2, 1, 2, 2\]; got"),
-        ((U, GATES, EXPERT + 2, CORE, CORE, None, None, None, "relu"), r"top_k_index must lie in -1\.\.1; got 2"),
-        ((U[:, :3], GATES, EXPERT, CORE, CORE, None, None, None, "relu"), "right must have blocks that divide 3"),
-        ((U, GATES, EXPERT, CORE, CORE, None, None, None, "tanh"), "unknown activation tanh"),
-    ],
-)
-def test_hidden_experts_are_refused_plainly(arguments: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
-        hidden_forward(HiddenCall(*arguments, "native"))
-    plain(error)
 
 
 def test_no_memory_is_a_memory_error() -> None:
@@ -346,32 +280,3 @@ def test_addresses_are_integers() -> None:
     for wrong in (1.0, -1, "1", 1 << 64):
         with pytest.raises(TypeError, match="incompatible function arguments"):
             NATIVE_LIBRARY.functions.combine("float32", (0, 1, 0, 1), wrong, None, None, None)
-
-
-X, GATES, EXPERT, WEIGHTS = torch.ones(3, 4), torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.long), torch.ones(2, 5, 4)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            (X[0], GATES, EXPERT, WEIGHTS, WEIGHTS, None, None, "relu"),
-            r"x must have 2 axes, up and down 3; got",
-        ),
-        (
-            (X, GATES[:2], EXPERT, WEIGHTS, WEIGHTS, None, None, "relu"),
-            r"gates and top_k_index must be \[T, K\] with T = 3",
-        ),
-        ((X, GATES, EXPERT, WEIGHTS, WEIGHTS[:1], None, None, "relu"), r"down must be float32 \[2, 5, 4\]; got"),
-        ((X, GATES, EXPERT, WEIGHTS, WEIGHTS, GATES, None, "relu"), r"bias must be float32 \[2, 5\]; got"),
-        ((X, GATES, EXPERT + 2, WEIGHTS, WEIGHTS, None, None, "relu"), r"top_k_index must lie in -1\.\.1; got 2"),
-        ((X, GATES, EXPERT, WEIGHTS, WEIGHTS, None, None, "tanh"), "unknown activation tanh"),
-        (
-            (X.double(), GATES, EXPERT, WEIGHTS.double(), WEIGHTS.double(), None, None, "relu"),
-            "x must be float32 or bfloat16; got float64",
-        ),
-    ],
-)
-def test_neuron_experts_are_refused_plainly(arguments: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        neurons_forward(NeuronCall(*arguments, "native"))

@@ -62,18 +62,6 @@ def test_masked_step_leaves_centrals_and_their_adam_state_bitwise_unchanged(shap
     assert not any(torch.equal(old, p) for old, p in zip(before_centrals, model.centrals(), strict=False))
 
 
-def test_unmasked_zero_gradient_would_move_the_core() -> None:
-    """Why a gradient of zeros is not enough: this test fails if Adam ever ignored zero gradients."""
-    model = Toy()
-    optimizer = adamw(model)
-    train_step(model, optimizer)
-    before = model.centrals()[0].detach().clone()
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    assert not torch.equal(before, model.centrals()[0])
-
-
 def test_gradient_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Toy()
     mask = GradientMask(model, 1.0)

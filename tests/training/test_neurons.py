@@ -90,18 +90,6 @@ def test_loads_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         make_trainer(tmp_path, "gpt2", model, max_steps=1).train()
 
 
-def test_a_run_continues(tmp_path: Path) -> None:
-    """The bias of the routers is saved with the weights."""
-    config = {**NEURONS, "router": BALANCED}
-    options = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps"}
-    whole = make_trainer(tmp_path / "whole", "gpt2", mpoe_model("gpt2", **config), **options)
-    whole.train()
-    again = make_trainer(tmp_path / "whole", "gpt2", mpoe_model("gpt2", seed=5, **config), **options)
-    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(again.model.state_dict()[name], value), name
-
-
 @pytest.mark.parametrize("latent", [None, 8])
 def test_the_dense_networks_moments_survive_conversion(latent: int | None, tmp_path: Path) -> None:
     """A run of the dense model, converted, goes on with AdamW's moments and steps; only what is new starts anew."""

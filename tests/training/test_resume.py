@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -136,32 +134,6 @@ def test_best_checkpoint_is_kept_and_loaded(tmp_path: Path) -> None:
     for folder in ("checkpoint-6", "checkpoint-12"):
         state = json.loads((tmp_path / folder / "trainer_state.json").read_text())
         assert state["best_model_checkpoint"] == str(best)
-
-
-def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tests.training.tiny", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
-
-
-@pytest.mark.parametrize(
-    ("family", "kill_at", "last"),
-    [
-        pytest.param("t5", "step-8", 6, marks=pytest.mark.exhaustive),
-        pytest.param("gpt2", "save-6", 3, marks=pytest.mark.slow),  # in the middle of writing: the harder one
-    ],
-)
-def test_kill_9_and_resume(tmp_path: Path, family: str, kill_at: str, last: int) -> None:
-    """Killed after a step, and in the middle of writing a checkpoint."""
-    straight = run(tmp_path / "straight", family, 12, "never")
-    assert straight.returncode == 0, straight.stderr
-    killed = run(tmp_path / "run", family, 12, kill_at)
-    assert killed.returncode == -9
-    assert find_last_checkpoint(tmp_path / "run") == tmp_path / "run" / f"checkpoint-{last}"
-    resumed = run(tmp_path / "run", family, 12, "never", "resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert_identical(torch.load(tmp_path / "straight" / "final.pt"), torch.load(tmp_path / "run" / "final.pt"))
-    steps = [record["step"] for record in read_metrics(tmp_path / "run") if "loss" in record]
-    assert steps == list(range(1, 13))
 
 
 @pytest.mark.parametrize(

@@ -8,31 +8,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from mpoe_bench.contender import Build, Contender
-from mpoe_bench.peers import cores, dense_experts, gpu
+from mpoe_bench.peers import dense_experts, gpu, original
 from mpoe_bench.problem import Problem, Problems, Truth
+from mpoe_bench.targets import GROUPED, LOOP, ORIGINAL
 
 PEERS: dict[str, Callable[[Problem], Contender]] = {
-    "dense experts, loop": dense_experts.loop,
-    "dense experts, grouped_mm": dense_experts.grouped_mm,
+    LOOP: dense_experts.loop,
+    GROUPED: dense_experts.grouped_mm,
     "dense experts, one-hot einsum": dense_experts.one_hot,
     "transformers Switch": dense_experts.switch,
-    "original: rebuild all": cores.rebuild_all,
-    "einsum of the cores": cores.einsum_of_cores,
+    ORIGINAL: original.rebuild_all,
     "ScatterMoE": gpu.scattermoe,
     "SonicMoE": gpu.sonicmoe,
     "QuACK grouped GEMM": gpu.quack,
     "Liger SwiGLU as ReLU, 1.5x FLOPs": gpu.liger,
 }
-# Peers that work on the cores, so their speed depends on the kind of shape; that of the others does not.
-OF_CORES = ("original: rebuild all", "einsum of the cores")
 
 
 def peer_builds(peers: Sequence[str], shape: str) -> Iterator[tuple[str, str, Build]]:
-    """(name, kind, builder) of the named peers; names of peers that work on cores include the shape."""
+    """(name, kind, builder) of the named peers; the original works on the cores of a shape, which its name tells."""
     for peer in peers:
 
         def build(problems: Problems, peer: str = peer) -> tuple[Contender, Truth]:
             problem = problems.of(shape)
             return PEERS[peer](problem), problem.truth
 
-        yield f"{peer} ({shape})" if peer in OF_CORES else peer, "peer", build
+        yield f"{peer} ({shape})" if peer == ORIGINAL else peer, "peer", build

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mpoe.data.files import find_split_file, read_paragraphs, read_table
+from mpoe.data.tables import TEXT_COLUMN, find_files, read_table
 from mpoe.data.tasks import get_task
 
 BLOCK = 128  # bytes
@@ -17,7 +17,7 @@ BATCH = 16  # blocks per step
 HELD_OUT = 64  # blocks of every domain to validate on, and to test on
 # Domain -> folder of its texts, and the columns that hold them. Documentation comes with Python.
 DOMAINS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "novels": ("austen", ()),
+    "novels": ("austen", (TEXT_COLUMN,)),
     "documentation": ("", ()),
     "messages": ("sms_spam", ("sentence",)),
     "reviews": ("movie_sentiment", ("sentence",)),
@@ -35,13 +35,10 @@ def domain_texts(folder: Path, domain: str, split: str) -> list[str]:
     name, columns = DOMAINS[domain]
     if not name:
         return [example.source for example in get_task("doc_lm").examples(split)]
-    file = find_split_file(folder / name, split) if (folder / name).is_dir() else None
+    file = find_files(folder / name).get(split) if (folder / name).is_dir() else None
     if file is None:
         raise FileNotFoundError(f"data_dir must hold {name}/{split}.* for the domain {domain}; {folder} does not")
-    if not columns:
-        return read_paragraphs(file)
-    rows = read_table(file)
-    return [str(row.values[column]) for row in rows for column in columns]
+    return [str(cells[column]) for cells, _ in read_table(file) for column in columns]
 
 
 def byte_blocks(texts: Sequence[str], block: int = BLOCK) -> Tensor:

@@ -13,6 +13,7 @@ from mpoe.layers import MPOExperts
 from mpoe_bench.contender import Build, Comparison, Contender, size_facts
 from mpoe_bench.peers import peer_builds
 from mpoe_bench.problem import Batch, FFNCase, Problem, Problems, Truth, grad_of, probe, without_kinks
+from mpoe_bench.targets import ORIGINAL
 from mpoe_kernels import route
 
 LIMIT = "dense FFN"
@@ -112,7 +113,7 @@ def ffn_comparison(
     backends: Sequence[str],
     *,
     peers: Sequence[str] = (),
-    core_peers: Sequence[tuple[str, str]] = (),
+    original: Sequence[str] = (),
     masked: Sequence[str] = (),
     key: str = "ffn",
 ) -> Comparison:
@@ -123,7 +124,7 @@ def ffn_comparison(
         shapes: names of MPO shapes, each measured on every backend.
         backends: backends whose contenders take part.
         peers: peers whose speed does not depend on a shape; they get the weights of the first shape.
-        core_peers: (peer, shape) pairs, for peers that work on cores.
+        original: shapes on which the original's algorithm takes part.
         masked: shapes measured again with the central gradient masked.
         key: the section's key in the results.
     """
@@ -133,8 +134,8 @@ def ffn_comparison(
     for name in masked if case.train else ():
         builds += mpoe_builds(name, backends, masked=True)
     builds += peer_builds(peers, shapes[0])
-    for peer, shape in core_peers:
-        builds += peer_builds((peer,), shape)
+    for shape in original:
+        builds += peer_builds((ORIGINAL,), shape)
     phases = ("forward", "train") if case.train else ("forward",)
     title = f"{'decode' if key == 'decode' else 'FFN'} {case.title}"
     return Comparison(key, title, partial(Problems, case), builds, LIMIT, case.tokens, case.facts(), phases)

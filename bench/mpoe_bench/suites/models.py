@@ -1,4 +1,4 @@
-"""Whole models: an AdamW step, and `generate`, of a T5 that is dense, has dense experts, or experts of each shape."""
+"""Whole models: an AdamW step, and `generate`, of a T5 or a Llama: dense, as a Switch, or with experts of a shape."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from mpoe.models import convert_to_mpoe
 from mpoe_bench.contender import Build, Comparison, Contender, size_facts
 from mpoe_bench.problem import Truth
 
-DENSE = "dense T5"
-
 
 class Step:
     """One model with its optimizer; ``step`` runs a whole step, ``logits`` returns the batch's logits."""
@@ -26,7 +24,7 @@ class Step:
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
     def logits(self) -> Tensor:
-        return self.model(input_ids=self.ids, decoder_input_ids=self.ids).logits
+        return logits_of(self.model, self.ids)
 
     def generate(self) -> Tensor:
         count = {"min_new_tokens": self.new_tokens, "max_new_tokens": self.new_tokens}
@@ -49,21 +47,24 @@ SHAPES: dict[str, dict[str, Any]] = {  # lossless, so that every model must comp
 }
 
 
-def dense_t5(sizes: tuple[int, int], layers: int, dtype: torch.dtype) -> Any:
-    """A T5 with random weights: model and hidden size, layers in the encoder and in the decoder."""
+def logits_of(model: Any, ids: Tensor) -> Tensor:
+    """Of an encoder and decoder, both on the same tokens, or of a decoder."""
+    return model(input_ids=ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})).logits
+
+
+def dense_model(name: str, sizes: tuple[int, int], layers: int, dtype: torch.dtype) -> Any:
+    """``T5`` or ``Llama`` with random weights: model and hidden size, layers (of T5 in the encoder and the decoder)."""
     import transformers
 
-    config = transformers.T5Config(
-        d_model=sizes[0],
-        d_ff=sizes[1],
-        d_kv=max(8, sizes[0] // 12),
-        num_heads=12 if sizes[0] >= 96 else 2,
-        num_layers=layers,
-        vocab_size=512,
-        decoder_start_token_id=0,
-    )
     torch.manual_seed(0)
-    return transformers.T5ForConditionalGeneration(config).to(dtype).eval()
+    heads = 12 if sizes[0] >= 96 else 2
+    if name == "T5":
+        widths = {"d_model": sizes[0], "d_ff": sizes[1], "d_kv": max(8, sizes[0] // 12), "num_heads": heads}
+        config: Any = transformers.T5Config(**widths, num_layers=layers, vocab_size=512, decoder_start_token_id=0)
+        return transformers.T5ForConditionalGeneration(config).to(dtype).eval()
+    widths = {"hidden_size": sizes[0], "intermediate_size": sizes[1], "num_attention_heads": heads}
+    config = transformers.LlamaConfig(**widths, num_hidden_layers=layers, vocab_size=512, pad_token_id=0)
+    return transformers.LlamaForCausalLM(config).to(dtype).eval()
 
 
 def model_comparison(
@@ -75,29 +76,30 @@ def model_comparison(
     device: str,
     layers: int = 1,
     dtype: torch.dtype = torch.float32,
+    name: str = "T5",
 ) -> Comparison:
-    """A T5's train steps, or the tokens that it generates.
+    """A model's train steps, or the tokens that it generates.
 
     Args:
-        key: ``"train_step"``: an AdamW step; ``"generate"``: a greedy call, the encoder's pass included, alone.
+        key: ``"train_step"``: an AdamW step; ``"generate"``: a greedy call, the prompt's pass included, alone.
         shape_names: of `SHAPES`.
         sizes: model and hidden size.
         experts: E.
         tokens: batch and sequence length; of `generate`, batch and new tokens.
         device: where to run.
-        layers: in the encoder and in the decoder.
+        layers, name: see `dense_model`.
         dtype: of the weights.
     """
     generates = key == "generate"
 
     def context() -> tuple[Any, Tensor, Truth]:
-        dense = dense_t5(sizes, layers, dtype)
+        dense = dense_model(name, sizes, layers, dtype)
         ids = torch.randint(2, 512, (tokens[0], 16) if generates else tokens, device=device)
 
         @torch.no_grad()
         def results(dtype: torch.dtype) -> dict[str, Tensor]:
             model = copy.deepcopy(dense).to(device, dtype)
-            return {"y": model(input_ids=ids, decoder_input_ids=ids).logits.cpu()}
+            return {"y": logits_of(model, ids).cpu()}
 
         return dense, ids, Truth.of(results, dtype)
 
@@ -112,13 +114,17 @@ def model_comparison(
         return Contender(step.logits, leaves=tuple(model.parameters()), facts=facts, **run), truth
 
     builds: list[tuple[str, str, Build]] = [
-        (DENSE, "limit", partial(build, shape="dense", fields=None)),
-        ("T5 with dense experts (Switch)", "peer", partial(build, shape="Switch", fields={"expert_type": "dense"})),
-        *((f"mpoe T5 {name}", "mpoe", partial(build, shape=name, fields=SHAPES[name])) for name in shape_names),
+        (f"dense {name}", "limit", partial(build, shape="dense", fields=None)),
+        (
+            f"{name} with dense experts (Switch)",
+            "peer",
+            partial(build, shape="Switch", fields={"expert_type": "dense"}),
+        ),
+        *((f"mpoe {name} {each}", "mpoe", partial(build, shape=each, fields=SHAPES[each])) for each in shape_names),
     ]
     count, dtype_name = tokens[0] * tokens[1], str(dtype).split(".")[-1]
     what = f"generate: {tokens[0]} x {tokens[1]} new tokens" if generates else f"train step: {count} tokens, AdamW"
-    title = f"{what}, T5 {layers}+{layers} layers {sizes[0]}x{sizes[1]} E={experts} {dtype_name}"
+    title = f"{what}, {name} {layers} layers {sizes[0]}x{sizes[1]} E={experts} {dtype_name}"
     facts = {"experts": experts, "tokens": count, "model": sizes[0], "hidden": sizes[1], "dtype": dtype_name}
     phases = ("forward",) if generates else ("forward", "train")
-    return Comparison(key, title, context, builds, DENSE, count, facts, phases)
+    return Comparison(key, title, context, builds, f"dense {name}", count, facts, phases)

@@ -8,20 +8,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mpoe_bench.cases import JUDGED_WORKLOADS, WORKLOAD_LOADS, WORKLOAD_SHAPES, WORKLOAD_SIZES, Workload
+from mpoe_bench.cases import JUDGED_WORKLOADS, Workload
 from mpoe_bench.contender import Comparison
-from mpoe_bench.peers import OF_CORES
 from mpoe_bench.problem import FFNCase
 from mpoe_bench.suites.ffn import ffn_comparison
-from mpoe_bench.suites.gpu import ORIGINAL, gpu_comparisons
 from mpoe_bench.suites.layers import LAYERS, layers_comparison
 from mpoe_bench.suites.models import SHAPES, model_comparison
 from mpoe_bench.suites.ops import embedding_comparison, linear_comparison, routing_comparison
 from mpoe_bench.suites.scale import DENSE_PEERS, GPU_PEERS, Scale
+from mpoe_bench.targets import GROUPED, LOOP
 from mpoe_kernels.backends import AUTO
 
-LOOP = "dense experts, loop"
-SUITES = ("quick", "full", "planner", "targets", "layers", "models", "gpu")
+SUITES = ("quick", "planner", "targets", "layers", "models", "gpu")
 # Quick to measure, with every shape and nearly every size; the planner suite takes all cases.
 QUICK_JUDGED = (3, 12, 22, 30, 35, 42, 46)
 HALVES = (torch.float32, torch.bfloat16)
@@ -29,15 +27,13 @@ HALVES = (torch.float32, torch.bfloat16)
 
 def comparisons_of(suite: str, scale: Scale, device: str, backends: tuple[str, ...]) -> Iterator[Comparison]:
     """The comparisons of a suite, in order; none of the suite ``planner``."""
-    if suite == "gpu":
-        return gpu_comparisons(scale, device, backends)
     plan = _Plan(scale, device, backends)
     return iter(()) if suite == "planner" else getattr(plan, suite)()
 
 
 def judged_of(suite: str, scale: Scale, device: str, backends: tuple[str, ...]) -> list[tuple[str, Workload]]:
     """The cases that the choice is judged on, and whose choice: auto's if auto is measured, else each backend's own."""
-    if device != "cpu" or suite not in ("quick", "planner", "full"):
+    if device != "cpu" or suite not in ("quick", "planner"):
         return []
     whose = (AUTO,) if AUTO in backends else backends
     cases = JUDGED_WORKLOADS
@@ -80,16 +76,12 @@ class _Plan(NamedTuple):
 
     def quick(self) -> Iterator[Comparison]:
         paper, bond_32, light = (self.scale.shape(name) for name in ("paper_64", "paper_32", "light_64"))
-        original = ((ORIGINAL, paper), (ORIGINAL, "paper_full"))
         shapes = ("separable", light, paper, "paper_full")
-        yield self.ffn(self.many, shapes, peers=self.peers, masked=("separable",), core_peers=original)
-        half, peers = replace(self.many, dtype=torch.bfloat16), (LOOP, "dense experts, grouped_mm")
-        yield self.ffn(half, ("separable", paper), peers=peers, core_peers=original[:1])
+        yield self.ffn(self.many, shapes, peers=self.peers, masked=("separable",), original=(paper, "paper_full"))
+        half, peers = replace(self.many, dtype=torch.bfloat16), (LOOP, GROUPED)
+        yield self.ffn(half, ("separable", paper), peers=peers, original=(paper,))
         small = ("separable", paper, bond_32, "paper_16")
-        yield self.ffn(self.few, small, peers=self.peers, core_peers=((ORIGINAL, "paper_16"),))
-        tensors = replace(self.few, experts=self.scale.few_experts, tokens=4 * self.scale.few_tokens)
-        of_cores = tuple((peer, "paper_16") for peer in OF_CORES)
-        yield self.ffn(tensors, ("separable", "paper_16"), peers=(LOOP,), core_peers=of_cores)
+        yield self.ffn(self.few, small, peers=self.peers, original=("paper_16",))
         yield from self.decode(("separable", "paper_16"))
         yield from self.ops(("separable", paper))
         yield self.train_step(("neurons", "hidden", "separable"))
@@ -99,11 +91,11 @@ class _Plan(NamedTuple):
         """Only what the targets need, in both dtypes."""
         scale = self.scale
         paper, bond_32, light = (scale.shape(name) for name in ("paper_64", "paper_32", "light_64"))
-        original, masked = ((ORIGINAL, paper), (ORIGINAL, "paper_full")), ("separable", paper, "paper_full")
+        masked = ("separable", paper, "paper_full")
         shapes = ("separable", light, paper, "paper_full")
         for dtype in HALVES:
             many, few = replace(self.many, dtype=dtype), replace(self.few, dtype=dtype)
-            yield self.ffn(many, shapes, peers=(LOOP,), core_peers=original, masked=masked)
+            yield self.ffn(many, shapes, peers=(LOOP,), original=(paper, "paper_full"), masked=masked)
             yield self.ffn(replace(many, experts=scale.many_experts), ("separable",))
             yield self.ffn(few, ("separable", paper, bond_32, "paper_16"), peers=(LOOP,))
 
@@ -139,42 +131,41 @@ class _Plan(NamedTuple):
         return model_comparison("train_step", shapes, self.sizes, scale.few_experts, scale.step_tokens, self.device)
 
     def models(self) -> Iterator[Comparison]:
-        """A T5 of base size in bfloat16: an AdamW step, and `generate` one token at a time and in batches."""
+        """In bfloat16, with layers of T5-base's size: an AdamW step, and `generate` alone and in batches."""
         scale, where = self.scale, (self.sizes, self.scale.few_experts)
         step, depth = ((8, 256), LAYERS) if scale.judged else (scale.step_tokens, 1)
-        few = ("neurons", "hidden", "separable")
-        yield model_comparison("train_step", few, *where, step, self.device, depth, torch.bfloat16)
-        for batch in (1, 8):
-            new = (batch, 24 if scale.judged else 3)
-            yield model_comparison("generate", tuple(SHAPES), *where, new, self.device, 4, torch.bfloat16)
+        few, few_layers = ("neurons", "hidden", "separable"), min(4, depth)
+        for name in ("T5", "Llama"):
+            yield model_comparison("train_step", few, *where, step, self.device, depth, torch.bfloat16, name)
+            for batch in (1, 8) if name == "T5" else (8,):
+                new, shapes = (batch, 24 if scale.judged else 3), tuple(SHAPES) if name == "T5" else few
+                yield model_comparison("generate", shapes, *where, new, self.device, few_layers, torch.bfloat16, name)
 
-    def full(self) -> Iterator[Comparison]:
-        scale, many = self.scale, self.many
-        shapes = tuple(dict.fromkeys(scale.shape(shape) for shape in WORKLOAD_SHAPES))
-        paper, light = scale.shape("paper_64"), scale.shape("light_64")
-        original = ((ORIGINAL, paper), (ORIGINAL, "paper_full"))
-        for dtype in HALVES:
-            masked = ("separable", paper, "paper_full") if dtype == torch.float32 else ()
-            for case in (many, self.few):
-                own = {"masked": masked} if case.train else {}
-                yield self.ffn(replace(case, dtype=dtype), shapes, peers=self.peers, core_peers=original, **own)
-        tokens = sorted({1, 8, scale.few_tokens, scale.many_tokens // 4, scale.many_tokens})
-        tokens += [4096, 32768] if self.device == "cuda" else []
-        curve = ("separable", light, "paper_full", paper, "paper_16")
-        for experts in (scale.few_experts, 2 * scale.few_experts, scale.many_experts):
-            for count in tokens:
-                case = replace(many, experts=experts, tokens=count)
-                if case not in (many, self.few):  # measured above
-                    yield self.ffn(case, curve, peers=(LOOP, "dense experts, grouped_mm"))
-        for load in WORKLOAD_LOADS[1:]:
-            yield self.ffn(replace(many, load=load), ("separable", paper), peers=self.peers)
-        sizes = WORKLOAD_SIZES[1] if scale.judged else (64, 128)
-        large = replace(many, model=sizes[0], hidden=sizes[1])
-        yield self.ffn(large, ("separable", light, paper, "paper_full"), peers=(LOOP,))
-        of_cores = tuple((peer, shape) for shape in (paper, "paper_16") for peer in OF_CORES)
-        yield self.ffn(replace(many, tokens=4 * scale.few_tokens), (paper, "paper_16"), core_peers=of_cores)
-        yield from self.decode(curve)
-        yield from self.ops(("separable", light, paper, "paper_full"))
-        yield self.train_step(tuple(SHAPES))
-        yield from self.layers()
-        yield from self.models()
+    def gpu(self) -> Iterator[Comparison]:
+        """A few minutes on a GPU in bfloat16, cases with a target first; decoding is timed as CUDA graphs too."""
+        scale, paper = self.scale, self.scale.shape("paper_64")
+        names = ("separable", "paper_full", "paper_64", "paper_32", "paper_16", "light_64")
+        every = tuple(scale.shape(name) for name in names)
+        small, middle, large = scale.few_tokens, 4096, 32768
+        if not scale.judged:
+            middle, large = scale.many_tokens, 2 * scale.many_tokens
+        few, many = scale.few_experts, scale.many_experts
+
+        def ffn(
+            experts: int, tokens: int, shapes: Sequence[str] = every, train: bool = True, **more: Any
+        ) -> Comparison:
+            case = replace(self.many, experts=experts, tokens=tokens, train=train, dtype=torch.bfloat16)
+            return self.ffn(case, shapes, **{"peers": self.peers, **more})
+
+        yield ffn(many, small, train=False, original=(paper,))
+        yield ffn(few, middle, original=(paper,), masked=(paper,))
+        yield ffn(many, middle)
+        yield ffn(few, large, ("separable", "paper_full", paper))
+        yield ffn(many, large, ("separable", paper))
+        decode = (GROUPED, *(("QuACK grouped GEMM", "SonicMoE") if self.device == "cuda" else ()))
+        for tokens in (1, 8):
+            yield ffn(many, tokens, train=False, peers=decode, key="decode")
+        yield ffn(few, small, train=False)
+        yield self.ffn(replace(self.many, tokens=middle), ("separable", paper), peers=(LOOP,))
+        for top_k in (1, 2):
+            yield routing_comparison(scale.model, many, middle, top_k, self.device)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mpoe_bench.targets import GROUPED, LOOP
+
 DENSE_PEERS = (
-    "dense experts, loop",
-    "dense experts, grouped_mm",
+    LOOP,
+    GROUPED,
     "dense experts, one-hot einsum",
     "transformers Switch",
 )
@@ -46,7 +48,7 @@ SCALES = {
     "real": Scale(),
     "tiny": Scale(
         *(48, 96, 32, 8, 4, 8),
-        shapes=(("light_64", "light_8"), ("paper_128", "paper_12"), ("paper_64", "paper_6"), ("paper_32", "paper_4")),
+        shapes=(("light_64", "light_8"), ("paper_64", "paper_6"), ("paper_32", "paper_4")),
         step_tokens=(2, 8),
         vocabulary=64,
         judged=False,

@@ -197,18 +197,9 @@ void finish(
     const float* tile, int64_t rows, void* out, const int64_t* row_offset, int64_t stride, const ColumnMap& columns,
     const Finish& finish) {
   T* target = static_cast<T*>(out);
-  switch (finish.activation) {
-    case Activation::kNone:
-      return finish_as<T, Activation::kNone>(tile, rows, target, row_offset, stride, columns, finish);
-    case Activation::kRelu:
-      return finish_as<T, Activation::kRelu>(tile, rows, target, row_offset, stride, columns, finish);
-    case Activation::kGelu:
-      return finish_as<T, Activation::kGelu>(tile, rows, target, row_offset, stride, columns, finish);
-    case Activation::kGeluTanh:
-      return finish_as<T, Activation::kGeluTanh>(tile, rows, target, row_offset, stride, columns, finish);
-    case Activation::kSilu:
-      return finish_as<T, Activation::kSilu>(tile, rows, target, row_offset, stride, columns, finish);
-  }
+  with_activation(finish.activation, [&](auto kind) {
+    finish_as<T, decltype(kind)::value>(tile, rows, target, row_offset, stride, columns, finish);
+  });
 }
 
 // Units of a tile's row, in the order of the panel.
@@ -258,13 +249,8 @@ void activation_backward(Activation activation, const void* grad, const void* sa
   const T* g = static_cast<const T*>(grad);
   const T* s = static_cast<const T*>(saved);
   T* out = static_cast<T*>(dz);
-  switch (activation) {
-    case Activation::kNone: std::memcpy(out, g, count * sizeof(T)); return;
-    case Activation::kRelu: return backward_as<T, Activation::kRelu>(g, s, out, count);
-    case Activation::kGelu: return backward_as<T, Activation::kGelu>(g, s, out, count);
-    case Activation::kGeluTanh: return backward_as<T, Activation::kGeluTanh>(g, s, out, count);
-    case Activation::kSilu: return backward_as<T, Activation::kSilu>(g, s, out, count);
-  }
+  if (activation == Activation::kNone) return void(std::memcpy(out, g, count * sizeof(T)));
+  with_activation(activation, [&](auto kind) { backward_as<T, decltype(kind)::value>(g, s, out, count); });
 }
 
 template <class T>

@@ -1,9 +1,6 @@
 #include "cpu/gemm/gemm.h"
 
 #include "common/cpu_features.h"
-#if defined(__x86_64__)
-#include "cpu/gemm/gemm_amx.h"
-#endif
 
 namespace mpoe {
 

@@ -100,6 +100,13 @@ extern const GemmKernels kGemmGeneric[2];
 extern const GemmKernels kGemmAvx2[2];
 extern const GemmKernels kGemmAvx512[2];
 extern const GemmKernels kGemmAvx512Bf16[2];
+// For bfloat16, up to 32 rows, and only if active_isa() is kAmx.
+void amx_multiply_rows(
+    std::int64_t rows, std::int64_t units, const void* a, std::int64_t a_stride, const void* panel, float* tile,
+    std::int64_t tile_stride, bool accumulate);
+void amx_multiply_columns(
+    std::int64_t rows, std::int64_t units, const void* a, const void* panel, float* tile, std::int64_t tile_stride,
+    bool accumulate);
 
 // The kernels of the instruction set in use; kFloat32 or kBFloat16.
 const GemmKernels& gemm_kernels(Dtype dtype);

@@ -2,7 +2,6 @@
 // units of a packed panel already are two such B, and rows read in place are A. Two by two of them make 32 x 32.
 // AVX512-BF16 does short sums and the remainders of others: starting tiles takes as long as 300 of its instructions.
 // The choice depends only on units, since the number of rows at a time may depend on the number of threads.
-#include "cpu/gemm/gemm_amx.h"
 
 #include <immintrin.h>
 

@@ -88,5 +88,21 @@ inline Floats deactivate(Floats grad, Floats saved) {
   return grad;
 }
 
+// Calls f with the activation as a constant, a Kind.
+template <Activation kind>
+struct Kind {
+  static constexpr Activation value = kind;
+};
+template <class F>
+void with_activation(Activation activation, const F& f) {
+  switch (activation) {
+    case Activation::kNone: return f(Kind<Activation::kNone>{});
+    case Activation::kRelu: return f(Kind<Activation::kRelu>{});
+    case Activation::kGelu: return f(Kind<Activation::kGelu>{});
+    case Activation::kGeluTanh: return f(Kind<Activation::kGeluTanh>{});
+    case Activation::kSilu: return f(Kind<Activation::kSilu>{});
+  }
+}
+
 }  // namespace
 }  // namespace mpoe

@@ -99,25 +99,4 @@ class OuterSum {
   Buffer<T> a_, b_;
 };
 
-// The same, rounded once.
-template <class T>
-class OuterProduct {
- public:
-  OuterProduct(const GemmKernels& gemm, std::int64_t m, std::int64_t n)
-      : gemm_(gemm), m_(m), n_(n), product_(gemm, m, n), sum_(m * product_.stride()) {}
-
-  // out [m, n]
-  void operator()(
-      std::int64_t rows, const T* a, std::int64_t a_stride, const T* b, std::int64_t b_stride, T* out) {
-    product_(rows, a, a_stride, b, b_stride, sum_.get(), false);
-    for (std::int64_t i = 0; i < m_; ++i) gemm_.round_row(sum_.get() + i * product_.stride(), out + i * n_, n_);
-  }
-
- private:
-  const GemmKernels& gemm_;
-  const std::int64_t m_, n_;
-  OuterSum<T> product_;
-  Buffer<float> sum_;
-};
-
 }  // namespace mpoe

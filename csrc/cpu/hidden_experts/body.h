@@ -38,7 +38,8 @@ void product(const GemmKernels& gemm, const Sizes& s, const T* a, int64_t rows, 
   }
 }
 
-// `vectors` of one row of that product, from an unpacked block [b, b] on. Not inlined: tools/hot_loops.py finds it.
+// `vectors` of one row of that product, from an unpacked block [b, b] on. Not inlined: tests/native/hot_loops.py finds
+// it.
 template <class T, int vectors>
 [[gnu::noinline]] void few_columns(const Sizes& s, const T* row, const T* block, float* out) {
   Floats sum[vectors] = {};
@@ -109,22 +110,6 @@ void activate_rows(const Sizes& s, int64_t rows, const float* z, const float* fa
       if (factor != nullptr) value = value * load_floats(factor + r * s.wide + c);
       store_floats(h + r * s.stride + c, value);
     }
-}
-
-// f(constant of the activation)
-template <Activation kind>
-struct Kind {
-  static constexpr Activation value = kind;
-};
-template <class F>
-void with_activation(Activation activation, const F& f) {
-  switch (activation) {
-    case Activation::kNone: return f(Kind<Activation::kNone>{});
-    case Activation::kRelu: return f(Kind<Activation::kRelu>{});
-    case Activation::kGelu: return f(Kind<Activation::kGelu>{});
-    case Activation::kGeluTanh: return f(Kind<Activation::kGeluTanh>{});
-    case Activation::kSilu: return f(Kind<Activation::kSilu>{});
-  }
 }
 
 // z += the expert's bias for each row's group
@@ -362,17 +347,11 @@ void backward(
   });
 }
 
-void add(const float* from, float* to, int64_t count) {
-  int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) store_floats(to + i, load_floats(to + i) + load_floats(from + i));
-  for (; i < count; ++i) to[i] += from[i];
-}
-
 }  // namespace
 
 const HiddenKernels MPOE_HIDDEN[2] = {
-    {forward<float>, backward<float>, add},
-    {forward<BFloat16>, backward<BFloat16>, add},
+    {forward<float>, backward<float>},
+    {forward<BFloat16>, backward<BFloat16>},
 };
 
 }  // namespace mpoe

@@ -7,6 +7,7 @@
 #include "common/buffer.h"
 #include "common/cpu_features.h"
 #include "common/parallel.h"
+#include "cpu/routing/routing.h"
 
 namespace mpoe {
 namespace {
@@ -33,23 +34,13 @@ struct Sorted {
         used.get(), true,                offsets.get(), together(in, parts)};
     std::fill_n(used.get(), in.experts, std::uint8_t{0});
     std::int64_t filled = 0;
-    std::vector<std::int64_t> next(in.experts), latest(in.tokens, -1);  // latest: position of a token's last slot
+    std::vector<std::int64_t> latest(in.tokens, -1);  // position of a token's last slot
     for (std::int64_t tile = 0; tile < view.tiles; ++tile) {
       const std::int64_t first = tile * view.tile_tokens * in.top_k;
       const std::int64_t last = std::min(in.tokens, (tile + 1) * view.tile_tokens) * in.top_k;
       std::int64_t* offset = offsets.get() + tile * (in.experts + 1);
-      std::fill(next.begin(), next.end(), 0);
-      for (std::int64_t s = first; s < last; ++s)
-        if (in.index[s] >= 0) ++next[in.index[s]];
-      for (std::int64_t e = 0; e < in.experts; ++e) {
-        offset[e] = filled;
-        filled += next[e];
-        used.get()[e] |= next[e] > 0;
-        next[e] = offset[e];
-      }
-      offset[in.experts] = filled;
-      for (std::int64_t s = first; s < last; ++s)
-        if (in.index[s] >= 0) slots.get()[next[in.index[s]]++] = s;
+      filled = sort_pairs(in.index, {first, last}, in.experts, filled, offset, slots.get());
+      for (std::int64_t e = 0; e < in.experts; ++e) used.get()[e] |= offset[e + 1] > offset[e];
       for (std::int64_t p = offset[0]; p < filled; ++p) {
         const std::int64_t token = slots.get()[p] / in.top_k;
         owners.get()[p] = token;
@@ -95,22 +86,6 @@ HiddenPart part_of(const HiddenExperts& in, std::int64_t p, std::int64_t parts, 
   return {in.groups() * p / parts, in.groups() * (p + 1) / parts, scratch, nullptr, slot_gates};
 }
 
-// f(expert) for each expert with slots, on several threads.
-template <class F>
-void for_each_used(const HiddenExperts& in, const HiddenSlots& sorted, const F& f) {
-  parallel_for(0, in.experts, 1, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t e = begin; e < end; ++e)
-      if (sorted.used[e]) f(e);
-  });
-}
-
-// Parts of the groups where sums over all groups are needed. Every part has sums of all experts' cores to clear and to
-// add up, so each gets at least 32 rows per expert.
-std::int64_t parts_of_sums(const HiddenExperts& in) {
-  const std::int64_t rows = in.tokens * in.top_k * in.groups();
-  return std::clamp<std::int64_t>(rows / (32 * in.experts), 1, std::min<std::int64_t>(in.groups(), 8));
-}
-
 }  // namespace
 
 void hidden_experts(const HiddenExperts& in, void* out) {
@@ -131,7 +106,11 @@ void hidden_experts_backward(const HiddenExperts& in, const void* grad, const Hi
   const std::int64_t square = in.block * in.block, kinds = in.u_gate == nullptr ? 2 : 3;
   const std::int64_t pairs = in.tokens * in.top_k, groups = in.groups(), cores = in.experts * kinds * square;
   const bool shared = in.own_groups == 1;
-  const std::int64_t parts = shared ? parts_of_sums(in) : std::min<std::int64_t>(groups, 2 * num_threads());
+  const auto add = gemm_kernels(Dtype::kFloat32).add_row;
+  // A part that has sums of all experts' cores, to clear and to add up, gets at least 32 rows per expert.
+  const std::int64_t most = std::min<std::int64_t>(groups, shared ? 8 : 2 * num_threads());
+  const std::int64_t parts =
+      shared ? std::clamp<std::int64_t>(pairs * groups / (32 * in.experts), 1, most) : most;
   const Sorted sorted(in, parts);
   const std::int64_t size = scratch_floats(in, sorted.view, true);
   Buffer<float> slot_gates = zeros<float>(out.dgates == nullptr ? 0 : groups * pairs);
@@ -154,9 +133,10 @@ void hidden_experts_backward(const HiddenExperts& in, const void* grad, const Hi
       parallel_for(first, last, 1, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t p = begin; p < end; ++p) run(p, scratch + (p - first) * size, sums_of(p));
       });
-      for_each_used(in, sorted.view, [&](std::int64_t e) {
-        for (std::int64_t p = added; p < last; ++p)
-          kernels.add(sums_of(p) + e * kinds * square, total + e * kinds * square, kinds * square);
+      parallel_for(0, in.experts, 1, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t e = begin; e < end; ++e)
+          for (std::int64_t p = added; sorted.view.used[e] && p < last; ++p)
+            add(sums_of(p) + e * kinds * square, total + e * kinds * square, kinds * square);
       });
     }
     void* const results[] = {out.dright, out.dleft, out.dright_gate};

@@ -87,7 +87,6 @@ struct HiddenKernels {
   void (*backward)(
       const GemmKernels&, const HiddenExperts&, const HiddenSlots&, const HiddenPart&, const void* grad,
       const HiddenExpertsGradients&);
-  void (*add)(const float* from, float* to, std::int64_t count);  // to += from
 };
 
 // Indexed by is_bfloat16.

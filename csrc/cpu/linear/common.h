@@ -53,4 +53,12 @@ inline void zero_rows(void* out, std::int64_t first, std::int64_t last, std::int
     std::memset(static_cast<char*>(out) + first * row_bytes, 0, static_cast<std::size_t>((last - first) * row_bytes));
 }
 
+// Zeros the rows of the results that no expert owns; whether there are others.
+template <class T>
+inline bool zero_the_rest(const LinearForward& in) {
+  for (void* rows : {in.y, in.saved}) zero_rows(rows, in.filled(), in.slots, in.dims.out_features * sizeof(T));
+  zero_rows(in.h, in.filled(), in.slots, in.dims.jC * in.dims.b * sizeof(T));
+  return in.filled() > 0;
+}
+
 }  // namespace mpoe

@@ -6,8 +6,7 @@ namespace {
 template <class T>
 void forward(const GemmKernels& gemm, const LinearForward& in) {
   const BlockDims& d = in.dims;
-  zero_rows(in.y, in.filled(), in.slots, d.out_features * sizeof(T));
-  zero_rows(in.saved, in.filled(), in.slots, d.out_features * sizeof(T));
+  if (!zero_the_rest<T>(in)) return;
   std::vector<std::int64_t> busy;
   std::int64_t most = 0;
   for (std::int64_t e = 0; e < in.experts; ++e) {
@@ -15,7 +14,6 @@ void forward(const GemmKernels& gemm, const LinearForward& in) {
     if (count > 0) busy.push_back(e);
     most = std::max(most, count);
   }
-  if (busy.empty()) return;
   const HalfPlan plan(gemm, d, in.order.half_first);
   const Buffer<T> central = pack_central<T>(gemm, d, in.central, plan);
   parallel_for(0, static_cast<std::int64_t>(busy.size()), 1, [&](std::int64_t begin, std::int64_t end) {
@@ -32,9 +30,7 @@ void forward(const GemmKernels& gemm, const LinearForward& in) {
 }  // namespace
 
 void half_left_forward(const LinearForward& in) {
-  with_element_type(in.dtype, [&](const GemmKernels& gemm, auto element) {
-    forward<decltype(element)>(gemm, in);
-  });
+  with_element_type(in.dtype, [&]<class T>(const GemmKernels& gemm, T) { forward<T>(gemm, in); });
 }
 
 }  // namespace mpoe

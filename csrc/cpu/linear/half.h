@@ -24,6 +24,16 @@ struct HalfPlan {
   HalfPlan(const GemmKernels& gemm, const BlockDims& d, bool half_first)
       : b(round_up(d.b, kGranule)), central_panels(ceil_divide(d.jC * b, kPanel)),
         a_units(ceil_divide(d.a, gemm.unit)), half_first(half_first) {}
+
+  // Places of the panels' columns (jC b) where the rows b of different jC are `stride` elements apart.
+  std::vector<ColumnMap> columns(const BlockDims& d, std::int64_t stride) const {
+    std::vector<ColumnMap> maps;
+    for (std::int64_t p = 0; p < central_panels; ++p) {
+      maps.push_back(side_columns({1, d.jC, b, d.jC * b}, {0, d.jC}, p));
+      for (std::int64_t& offset : maps.back().offset) offset = offset / b * stride + offset % b;
+    }
+    return maps;
+  }
 };
 
 // panels [iC, central_panels, a in units, 32] of central, shared by all experts. `exchanged`: `d` has iC and jC
@@ -62,12 +72,7 @@ class HalfFirst {
     x_ = zeros<T>(rows_ * d_.iR * x_stride_);
     u_ = Buffer<T>(rows_ * chunk_ * d_.jC * u_stride_);
     if (d_.padded_in() != d_.in_features) whole_.resize(d_.padded_in());
-    for (std::int64_t p = 0; p < plan.central_panels; ++p) {
-      ColumnMap map = side_columns({1, d_.jC, plan.b, d_.jC * plan.b}, {0, d_.jC}, p);
-      for (std::int64_t g = 0; g < kPanel / kGranule; ++g)
-        map.offset[g] = map.offset[g] / plan.b * u_stride_ + map.offset[g] % plan.b;
-      u_columns_.push_back(map);
-    }
+    u_columns_ = plan.columns(d_, u_stride_);
   }
 
   void run(std::int64_t expert) {
@@ -264,12 +269,7 @@ class RightFirst {
         }
     for (std::int64_t i = 0; i < chunk_; ++i)
       for (std::int64_t j = 0; j < d_.jL; ++j) half_row_.push_back(j * d_.jC * half_stride_ + i * d_.iC * plan_.b);
-    for (std::int64_t p = 0; p < plan_.central_panels; ++p) {
-      ColumnMap map = side_columns({1, d_.jC, plan_.b, d_.jC * plan_.b}, {0, d_.jC}, p);
-      for (std::int64_t g = 0; g < kPanel / kGranule; ++g)
-        map.offset[g] = map.offset[g] / plan_.b * half_stride_ + map.offset[g] % plan_.b;
-      half_columns_.push_back(map);
-    }
+    half_columns_ = plan_.columns(d_, half_stride_);
     for (std::int64_t row = 0; row < d_.jL * d_.jC; ++row) y_row_.push_back(row * d_.jR);
   }
 

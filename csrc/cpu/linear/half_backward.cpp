@@ -241,9 +241,7 @@ class Backward {
 }  // namespace
 
 void half_left_backward(const LinearBackward& in) {
-  with_element_type(in.dtype, [&](const GemmKernels& gemm, auto element) {
-    Backward<decltype(element)>(gemm, in).run();
-  });
+  with_element_type(in.dtype, [&]<class T>(const GemmKernels& gemm, T) { Backward<T>(gemm, in).run(); });
 }
 
 }  // namespace mpoe

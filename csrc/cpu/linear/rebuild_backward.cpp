@@ -58,12 +58,10 @@ class Backward {
   Backward(const GemmKernels& gemm, const LinearBackward& in)
       : gemm_(gemm), in_(in), plan_(gemm, in.dims, true, sizeof(T)), sizes_(gemm, in.dims, plan_), gradients_(in),
         rows_(gemm, in, plan_, sizes_, most_rows(in)) {
-    const std::int64_t blocks = plan_.n_blocks(), central = blocks * plan_.k_blocks() * sizes_.central_sums;
+    const std::int64_t blocks = plan_.n_blocks();
     if (rows_.wanted.left) sums_.left = Buffer<float>(blocks * sizes_.left_sums);
     if (rows_.wanted.right) sums_.right = Buffer<float>(blocks * sizes_.right_sums);
-    if (!rows_.wanted.central) return;
-    sums_.central = Buffer<float>(central);
-    std::fill_n(sums_.central.get(), central, 0.0f);
+    if (rows_.wanted.central) sums_.central = zeros<float>(blocks * plan_.k_blocks() * sizes_.central_sums);
   }
 
   void run() {
@@ -123,9 +121,7 @@ class Backward {
 }  // namespace
 
 void rebuild_backward(const LinearBackward& in) {
-  with_element_type(in.dtype, [&](const GemmKernels& gemm, auto element) {
-    Backward<decltype(element)>(gemm, in).run();
-  });
+  with_element_type(in.dtype, [&]<class T>(const GemmKernels& gemm, T) { Backward<T>(gemm, in).run(); });
 }
 
 }  // namespace mpoe

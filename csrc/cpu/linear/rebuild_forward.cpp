@@ -15,12 +15,9 @@ class ForwardWorker {
       std::int64_t most_rows)
       : gemm_(gemm), in_(in), plan_(plan), central_(central), blocks_(gemm, in.dims, plan),
         rows_(plan.k_blocks() * most_rows * plan.x_row), half_(plan.n_left * plan.k.L * plan.half_row),
-        slab_(plan.slab_size()),
+        slab_(zeros<T>(plan.slab_size())),
         sums_((plan.k_blocks() > 1 ? most_rows : kMaxRows) * plan.most_panels() * kPanel),
-        bias_(plan.most_panels() * kPanel, 0.0f), columns_(plan.most_panels()) {
-    // Columns that no granule fills are multiplied too, and their results discarded.
-    std::fill_n(slab_.get(), plan.slab_size(), T{});
-  }
+        bias_(plan.most_panels() * kPanel, 0.0f), columns_(plan.most_panels()) {}
 
   void run(std::int64_t expert, std::int64_t block) {
     const std::int64_t first = in_.offsets[expert], count = in_.offsets[expert + 1] - first;
@@ -83,7 +80,8 @@ class ForwardWorker {
   const RebuildPlan& plan_;
   const T* central_;
   ExpertBlocks<T> blocks_;
-  Buffer<T> rows_, half_, slab_;
+  Buffer<T> rows_, half_;
+  Buffer<T> slab_;  // columns that no granule fills are zero: multiplied too, their results are discarded
   Buffer<float> sums_;
   std::vector<float> bias_;
   std::vector<ColumnMap> columns_;
@@ -128,10 +126,7 @@ struct Tasks {
 
 template <class T>
 void forward(const GemmKernels& gemm, const LinearForward& in) {
-  const std::int64_t row_bytes = in.dims.out_features * sizeof(T);
-  zero_rows(in.y, in.filled(), in.slots, row_bytes);
-  zero_rows(in.saved, in.filled(), in.slots, row_bytes);
-  if (in.filled() == 0) return;
+  if (!zero_the_rest<T>(in)) return;
   const RebuildPlan plan(gemm, in.dims, false, sizeof(T));
   const Tasks tasks(in, plan);
   const Buffer<T> central = pack_whole_central<T>(gemm, in, plan);
@@ -148,9 +143,7 @@ void forward(const GemmKernels& gemm, const LinearForward& in) {
 }  // namespace
 
 void rebuild_forward(const LinearForward& in) {
-  with_element_type(in.dtype, [&](const GemmKernels& gemm, auto element) {
-    forward<decltype(element)>(gemm, in);
-  });
+  with_element_type(in.dtype, [&]<class T>(const GemmKernels& gemm, T) { forward<T>(gemm, in); });
 }
 
 }  // namespace mpoe

@@ -22,13 +22,11 @@ class GradientWorker {
     const BlockDims& d = in_.dims;
     const std::int64_t unit = gemm_.unit, panel = sizes_.pairs * sizes_.left_units * kPanel * unit;
     if (wanted_.x) {
-      slab_ = Buffer<T>(plan_.slab_size());
-      std::fill_n(slab_.get(), plan_.slab_size(), T{});  // columns that no granule fills
+      slab_ = zeros<T>(plan_.slab_size());  // columns that no granule fills
       dx_sums_ = Buffer<float>((plan_.k_blocks() > 1 ? most_rows : kMaxRows) * plan_.most_panels() * kPanel);
     }
     if (!wanted_.weight()) return;
-    weight_ = Buffer<T>(plan_.left_rows * sizes_.weight_row);
-    std::fill_n(weight_.get(), plan_.left_rows * sizes_.weight_row, T{});  // padding of the rows
+    weight_ = zeros<T>(plan_.left_rows * sizes_.weight_row);  // padding of the rows
     if (wanted_.right) {
       half_panels_ = Buffer<T>(plan_.b_panels * panel);
       weight_panels_ = Buffer<T>(sizes_.right_panels * panel);

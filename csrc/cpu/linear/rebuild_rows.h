@@ -56,8 +56,7 @@ struct ExpertRows {
     x_panels = Buffer<T>(d.iC * sizes.x_panels * column);
     x_rows = Buffer<T>(d.iC * most * d.iL * d.iR);
     right_turned = Buffer<T>(plan.b_panels * sizes.right_units * kPanel * gemm.unit);
-    left_turned = Buffer<T>(d.a * sizes.left_turned_row);
-    std::fill_n(left_turned.get(), d.a * sizes.left_turned_row, T{});
+    left_turned = zeros<T>(d.a * sizes.left_turned_row);
   }
 
   // `dz`: of all slots.

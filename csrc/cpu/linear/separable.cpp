@@ -2,62 +2,6 @@
 
 namespace mpoe {
 
-template <class T>
-void transpose_rows(
-    const GemmKernels& gemm, const LinearInputs& in, const SeparableSizes& sizes, Span slots, T* xs) {
-  const BlockDims& d = in.dims;
-  std::vector<T> whole;  // a row with its padding, if there is any
-  if (d.padded_in() != d.in_features) whole.resize(d.padded_in());
-  for (std::int64_t s = slots.first; s < slots.last; ++s) {
-    const T* row = row_of<T>(in, s);
-    T* out = xs + (s - slots.first) * sizes.x_row;
-    if (!whole.empty()) {
-      std::memcpy(static_cast<void*>(whole.data()), row, d.in_features * sizeof(T));
-      row = whole.data();
-    }
-    if (sizes.left_k != d.iL) std::memset(static_cast<void*>(out), 0, sizes.x_row * sizeof(T));
-    gemm.transpose(row, d.iC, d.iL, d.iC, out, sizes.left_k);
-  }
-}
-
-template <class T>
-void left_step(
-    const GemmKernels& gemm, const LinearInputs& in, const SeparableSizes& sizes, Span block, T* xs, T* t) {
-  const BlockDims& d = in.dims;
-  Buffer<T> panels(round_up(d.a, kPanel) * sizes.left_k);
-  Buffer<T> scratch(xs == nullptr ? (block.last - block.first) * sizes.x_row : 0);
-  for_each_expert(in, block, [&](std::int64_t expert, Span slots) {
-    const std::int64_t offset = slots.first - block.first, count = slots.last - slots.first;
-    T* rows = (xs == nullptr ? scratch.get() : xs) + offset * sizes.x_row;
-    transpose_rows(gemm, in, sizes, slots, rows);
-    gemm.pack(
-        panels.get(), sizes.left_k / gemm.unit, static_cast<const T*>(in.left) + expert * d.iL * d.a, d.a, d.iL, d.a);
-    T* out = t + offset * sizes.t_row;
-    multiply_all(
-        gemm, count * d.iC, sizes.left_k, rows, sizes.left_k, panels.get(), sizes.a,
-        [&](std::int64_t first, std::int64_t tile_rows, std::int64_t c, const float* tile) {
-          std::int64_t row_offset[kMaxRows];
-          for (std::int64_t r = 0; r < tile_rows; ++r)
-            row_offset[r] = (first + r) / d.iC * sizes.t_row + (first + r) % d.iC * sizes.a;
-          // A padding column of zeros is written too.
-          gemm.finish(tile, tile_rows, out, row_offset, 0, consecutive(c, sizes.a), Finish{});
-        });
-  });
-}
-
-template <class T>
-void left_step_of_few(
-    const GemmKernels& gemm, const LinearInputs& in, const SeparableSizes& sizes, Span block, T* xs, T* t,
-    std::int64_t t_row) {
-  const BlockDims& d = in.dims;
-  Buffer<T> rows((block.last - block.first) * sizes.t_row);
-  left_step<T>(gemm, in, sizes, block, xs, rows.get());
-  for (std::int64_t s = 0; s < block.last - block.first; ++s, t += t_row) {
-    gemm.transpose(rows.get() + s * sizes.t_row, sizes.a, d.iC, d.a, t, d.iC);
-    if (d.a * d.iC % gemm.unit != 0) t[d.a * d.iC] = T{};
-  }
-}
-
 namespace {
 
 // Panels of central, b / 32 for every jC: rows of B are (iC, a), columns (jC, b).
@@ -83,8 +27,7 @@ struct BiasRows {
   explicit BiasRows(const LinearForward& in) : row(round_up(in.dims.jR, kPanel)) {
     const BlockDims& d = in.dims;
     if (in.bias == nullptr) return;
-    values = Buffer<float>(d.jC * row);
-    std::fill_n(values.get(), d.jC * row, 0.0f);
+    values = zeros<float>(d.jC * row);
     for (std::int64_t f = 0; f < d.out_features; ++f)
       values.get()[f / d.jR * row + f % d.jR] = load(static_cast<const T*>(in.bias)[f]);
   }
@@ -253,11 +196,7 @@ void forward(const GemmKernels& gemm, const LinearForward& in) {
   const BlockDims& d = in.dims;
   const SeparableSizes sizes(gemm, d);
   const std::int64_t filled = in.filled();
-  const std::int64_t y_bytes = d.out_features * sizeof(T);
-  zero_rows(in.y, filled, in.slots, y_bytes);
-  zero_rows(in.saved, filled, in.slots, y_bytes);
-  zero_rows(in.h, filled, in.slots, d.jC * d.b * sizeof(T));
-  if (filled == 0) return;
+  if (!zero_the_rest<T>(in)) return;
   if (are_few(gemm, in, kFewSlots)) return forward_of_few<T>(gemm, in, sizes);
   Buffer<T> central_panels(sizes.h_k * sizes.t_k);
   pack_central(gemm, d, sizes, static_cast<const T*>(in.central), central_panels.get());
@@ -292,23 +231,8 @@ void forward(const GemmKernels& gemm, const LinearForward& in) {
 
 }  // namespace
 
-template void transpose_rows<float>(
-    const GemmKernels&, const LinearInputs&, const SeparableSizes&, Span, float*);
-template void transpose_rows<BFloat16>(
-    const GemmKernels&, const LinearInputs&, const SeparableSizes&, Span, BFloat16*);
-template void left_step<float>(
-    const GemmKernels&, const LinearInputs&, const SeparableSizes&, Span, float*, float*);
-template void left_step<BFloat16>(
-    const GemmKernels&, const LinearInputs&, const SeparableSizes&, Span, BFloat16*, BFloat16*);
-template void left_step_of_few<float>(
-    const GemmKernels&, const LinearInputs&, const SeparableSizes&, Span, float*, float*, std::int64_t);
-template void left_step_of_few<BFloat16>(
-    const GemmKernels&, const LinearInputs&, const SeparableSizes&, Span, BFloat16*, BFloat16*, std::int64_t);
-
 void separable_forward(const LinearForward& in) {
-  with_element_type(in.dtype, [&](const GemmKernels& gemm, auto element) {
-    forward<decltype(element)>(gemm, in);
-  });
+  with_element_type(in.dtype, [&]<class T>(const GemmKernels& gemm, T) { forward<T>(gemm, in); });
 }
 
 }  // namespace mpoe

@@ -33,13 +33,48 @@ inline std::vector<Span> slot_blocks(std::int64_t slots, std::int64_t row_bytes)
 // xs[s - slots.first] = x row of slot s as [iC, left_k], zero where padded.
 template <class T>
 void transpose_rows(
-    const GemmKernels& gemm, const LinearInputs& in, const SeparableSizes& sizes, Span slots, T* xs);
+    const GemmKernels& gemm, const LinearInputs& in, const SeparableSizes& sizes, Span slots, T* xs) {
+  const BlockDims& d = in.dims;
+  std::vector<T> whole;  // a row with its padding, if there is any
+  if (d.padded_in() != d.in_features) whole.resize(d.padded_in());
+  for (std::int64_t s = slots.first; s < slots.last; ++s) {
+    const T* row = row_of<T>(in, s);
+    T* out = xs + (s - slots.first) * sizes.x_row;
+    if (!whole.empty()) {
+      std::memcpy(static_cast<void*>(whole.data()), row, d.in_features * sizeof(T));
+      row = whole.data();
+    }
+    if (sizes.left_k != d.iL) std::memset(static_cast<void*>(out), 0, sizes.x_row * sizeof(T));
+    gemm.transpose(row, d.iC, d.iL, d.iC, out, sizes.left_k);
+  }
+}
 
 // t[s - block.first] = left_e applied to the row of slot s, for the slots of `block`. Keeps the transposed rows in
 // xs [block, x_row] if that is given.
 template <class T>
 void left_step(
-    const GemmKernels& gemm, const LinearInputs& in, const SeparableSizes& sizes, Span block, T* xs, T* t);
+    const GemmKernels& gemm, const LinearInputs& in, const SeparableSizes& sizes, Span block, T* xs, T* t) {
+  const BlockDims& d = in.dims;
+  Buffer<T> panels(round_up(d.a, kPanel) * sizes.left_k);
+  Buffer<T> scratch(xs == nullptr ? (block.last - block.first) * sizes.x_row : 0);
+  for_each_expert(in, block, [&](std::int64_t expert, Span slots) {
+    const std::int64_t offset = slots.first - block.first, count = slots.last - slots.first;
+    T* rows = (xs == nullptr ? scratch.get() : xs) + offset * sizes.x_row;
+    transpose_rows(gemm, in, sizes, slots, rows);
+    gemm.pack(
+        panels.get(), sizes.left_k / gemm.unit, static_cast<const T*>(in.left) + expert * d.iL * d.a, d.a, d.iL, d.a);
+    T* out = t + offset * sizes.t_row;
+    multiply_all(
+        gemm, count * d.iC, sizes.left_k, rows, sizes.left_k, panels.get(), sizes.a,
+        [&](std::int64_t first, std::int64_t tile_rows, std::int64_t c, const float* tile) {
+          std::int64_t row_offset[kMaxRows];
+          for (std::int64_t r = 0; r < tile_rows; ++r)
+            row_offset[r] = (first + r) / d.iC * sizes.t_row + (first + r) % d.iC * sizes.a;
+          // A padding column of zeros is written too.
+          gemm.finish(tile, tile_rows, out, row_offset, 0, consecutive(c, sizes.a), Finish{});
+        });
+  });
+}
 
 // Few slots: central is read in memory order, and panels of it are never written to memory. With one slot, that traffic
 // would take all the time. Rows t of the slots, and their gradients, are then in the order of central's rows, (a, iC).
@@ -55,6 +90,14 @@ inline bool are_few(const GemmKernels& gemm, const LinearInputs& in, std::int64_
 template <class T>
 void left_step_of_few(
     const GemmKernels& gemm, const LinearInputs& in, const SeparableSizes& sizes, Span block, T* xs, T* t,
-    std::int64_t t_row);
+    std::int64_t t_row) {
+  const BlockDims& d = in.dims;
+  Buffer<T> rows((block.last - block.first) * sizes.t_row);
+  left_step<T>(gemm, in, sizes, block, xs, rows.get());
+  for (std::int64_t s = 0; s < block.last - block.first; ++s, t += t_row) {
+    gemm.transpose(rows.get() + s * sizes.t_row, sizes.a, d.iC, d.a, t, d.iC);
+    if (d.a * d.iC % gemm.unit != 0) t[d.a * d.iC] = T{};
+  }
+}
 
 }  // namespace mpoe

@@ -221,9 +221,12 @@ class Backward {
         const std::int64_t e = task / cuts, first_m = task % cuts * part_m;
         const std::int64_t first = in_.offsets[e] * per_slot, rows = in_.offsets[e + 1] * per_slot - first;
         if (rows == 0) continue;
-        OuterProduct<T> product(gemm_, std::min(part_m, m - first_m), n);
-        product(rows, a + first * a_stride + first_m, a_stride, b + first * b_stride, b_stride,
-                out + (e * m + first_m) * n);
+        const std::int64_t own_m = std::min(part_m, m - first_m);
+        OuterSum<T> product(gemm_, own_m, n);
+        Buffer<float> sum(own_m * product.stride());
+        product(rows, a + first * a_stride + first_m, a_stride, b + first * b_stride, b_stride, sum.get(), false);
+        for (std::int64_t i = 0; i < own_m; ++i)
+          gemm_.round_row(sum.get() + i * product.stride(), out + (e * m + first_m + i) * n, n);
       }
     });
   }
@@ -291,9 +294,7 @@ class Backward {
 }  // namespace
 
 void separable_backward(const LinearBackward& in) {
-  with_element_type(in.dtype, [&](const GemmKernels& gemm, auto element) {
-    Backward<decltype(element)>(gemm, in).run();
-  });
+  with_element_type(in.dtype, [&]<class T>(const GemmKernels& gemm, T) { Backward<T>(gemm, in).run(); });
 }
 
 }  // namespace mpoe

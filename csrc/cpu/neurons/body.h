@@ -112,30 +112,20 @@ void add_products(
   for (; j < neurons; ++j) add(std::integral_constant<int, 1>{}, j);
 }
 
-template <class T, template <class, Activation> class Function>
-void for_kind(Activation activation, const NeuronTile& tile) {
-  switch (activation) {
-    case Activation::kNone: return Function<T, Activation::kNone>::run(tile);
-    case Activation::kRelu: return Function<T, Activation::kRelu>::run(tile);
-    case Activation::kGelu: return Function<T, Activation::kGelu>::run(tile);
-    case Activation::kGeluTanh: return Function<T, Activation::kGeluTanh>::run(tile);
-    case Activation::kSilu: return Function<T, Activation::kSilu>::run(tile);
-  }
+template <class T>
+void activate_as(Activation activation, const NeuronTile& tile) {
+  with_activation(activation, [&](auto kind) { activate_tile<T, decltype(kind)::value>(tile); });
 }
-template <class T, Activation kind>
-struct Activate {
-  static void run(const NeuronTile& tile) { activate_tile<T, kind>(tile); }
-};
-template <class T, Activation kind>
-struct TurnBack {
-  static void run(const NeuronTile& tile) { turn_back_tile<T, kind>(tile); }
-};
+template <class T>
+void turn_back_as(Activation activation, const NeuronTile& tile) {
+  with_activation(activation, [&](auto kind) { turn_back_tile<T, decltype(kind)::value>(tile); });
+}
 
 }  // namespace
 
 const NeuronKernels MPOE_NEURONS[2] = {
-    {for_kind<float, Activate>, for_kind<float, TurnBack>, add_rows, add_products<float>},
-    {for_kind<BFloat16, Activate>, for_kind<BFloat16, TurnBack>, add_rows, add_products<BFloat16>},
+    {activate_as<float>, turn_back_as<float>, add_rows, add_products<float>},
+    {activate_as<BFloat16>, turn_back_as<BFloat16>, add_rows, add_products<BFloat16>},
 };
 
 }  // namespace mpoe

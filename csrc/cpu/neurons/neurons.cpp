@@ -6,8 +6,9 @@
 
 #include "common/buffer.h"
 #include "common/cpu_features.h"
+#include "common/parallel.h"
 #include "cpu/gemm/multiply.h"
-#include "cpu/neurons/slots.h"
+#include "cpu/routing/routing.h"
 
 namespace mpoe {
 namespace {
@@ -22,6 +23,22 @@ constexpr int64_t kHiddenElements = 1 << 23;  // of h that the forward keeps at 
 const NeuronKernels& neuron_kernels(Dtype dtype) {
   return MPOE_TABLE_IN_USE(kNeurons)[dtype == Dtype::kBFloat16 ? 1 : 0];
 }
+
+// The slots that have an expert, by expert and token.
+struct SortedSlots {
+  std::vector<int64_t> slots, owners;  // t * K + k, and t
+  std::vector<int64_t> offsets;        // [E + 1]
+  std::vector<int64_t> used;           // experts with slots
+
+  explicit SortedSlots(const NeuronExperts& in) : slots(in.tokens * in.top_k), offsets(in.experts + 1) {
+    slots.resize(sort_pairs(in.index, {0, in.tokens * in.top_k}, in.experts, 0, offsets.data(), slots.data()));
+    for (const int64_t slot : slots) owners.push_back(slot / in.top_k);
+    for (int64_t e = 0; e < in.experts; ++e)
+      if (rows(e) > 0) used.push_back(e);
+  }
+  int64_t count() const { return static_cast<int64_t>(slots.size()); }
+  int64_t rows(int64_t e) const { return offsets[e + 1] - offsets[e]; }
+};
 
 // Some neurons of one expert, whole panels but for the last.
 struct Part {

@@ -12,16 +12,8 @@
 
 namespace mpoe {
 
-const RowFunctions& row_functions(Dtype dtype) {
-#if defined(__x86_64__)
-  static const RowFunctions* const table = active_isa() >= Isa::kAvx512 ? kRowsAvx512
-                                           : active_isa() >= Isa::kAvx2 ? kRowsAvx2
-                                                                        : kRowsGeneric;
-#else
-  static const RowFunctions* const table = kRowsGeneric;
-#endif
-  return table[static_cast<int>(dtype)];
-}
+#define kRowsAvx512Bf16 kRowsAvx512  // has no instructions for rows
+const RowFunctions& row_functions(Dtype dtype) { return MPOE_TABLE_IN_USE(kRows)[static_cast<int>(dtype)]; }
 
 namespace {
 
@@ -78,6 +70,23 @@ std::int64_t first_outside(const std::int64_t* values, std::int64_t count, std::
   for (std::int64_t i = 0; i < count; ++i) fine &= values[i] >= low && values[i] <= high;
   if (fine) return -1;
   return std::find_if(values, values + count, [=](std::int64_t v) { return v < low || v > high; }) - values;
+}
+
+std::int64_t sort_pairs(
+    const std::int64_t* index, Span pairs, std::int64_t experts, std::int64_t filled, std::int64_t* offsets,
+    std::int64_t* slots) {
+  std::vector<std::int64_t> next(experts);
+  for (std::int64_t s = pairs.first; s < pairs.last; ++s)
+    if (index[s] >= 0) ++next[index[s]];
+  for (std::int64_t e = 0; e < experts; ++e) {
+    offsets[e] = filled;
+    filled += next[e];
+    next[e] = offsets[e];
+  }
+  offsets[experts] = filled;
+  for (std::int64_t s = pairs.first; s < pairs.last; ++s)
+    if (index[s] >= 0) slots[next[index[s]]++] = s;
+  return filled;
 }
 
 void route(const Route& a) {

@@ -6,11 +6,18 @@
 #include <cstdint>
 
 #include "common/types.h"
+#include "cpu/gemm/gemm.h"
 
 namespace mpoe {
 
 // Position of the first value outside [low, high], or -1.
 std::int64_t first_outside(const std::int64_t* values, std::int64_t count, std::int64_t low, std::int64_t high);
+
+// Sorts the pairs t * K + k of a range that have an expert, index >= 0, by expert: writes slots [filled..) and the
+// experts' offsets [E + 1] in them; returns the last offset.
+std::int64_t sort_pairs(
+    const std::int64_t* index, Span pairs, std::int64_t experts, std::int64_t filled, std::int64_t* offsets,
+    std::int64_t* slots);
 
 struct Route {
   const std::int64_t* index;  // [T, K], each in 0..E-1

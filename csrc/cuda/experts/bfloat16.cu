@@ -2,6 +2,6 @@
 
 namespace mpoe::cuda {
 
-void experts_bfloat16(const ExpertsLaunches& p, cudaStream_t stream) { launch_experts<dev::bf16>(p, stream); }
+template void launch<dev::bf16>(const ExpertsLaunches&, cudaStream_t);
 
 }  // namespace mpoe::cuda

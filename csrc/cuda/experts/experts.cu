@@ -1,122 +1,92 @@
 #include "cuda/experts/experts.h"
 
 #include <algorithm>
-#include <cstddef>
 #include <stdexcept>
 #include <string>
 
-#include "cuda/experts/launch.h"
+#include "cuda/experts/weights.cuh"
 #include "cuda/routing/routing.h"
 
 namespace mpoe::cuda {
 namespace {
 
-// Scratch memory of one call as a stack. The same code runs once without memory to measure how much it needs.
-class Workspace {
- public:
-  // Without memory: nothing may be launched; only `peak` is wanted.
-  Workspace() = default;
-  explicit Workspace(void* base) : base_(static_cast<char*>(base)), measuring_(false) {}
-
-  std::size_t peak() const { return peak_; }
-
-  void* take(std::size_t bytes) {
-    const std::size_t at = used_;
-    used_ += (bytes + 255) / 256 * 256;
-    if (used_ > peak_) peak_ = used_;
-    // While measuring: some aligned address that nothing reads.
-    return measuring_ ? reinterpret_cast<void*>(at + 256) : base_ + at;
-  }
-
- private:
-  char* base_ = nullptr;
-  bool measuring_ = true;
-  std::size_t used_ = 0, peak_ = 0;
-};
-
-// What a call launches, with its scratch memory. Slots are sorted first.
+// What a call launches, with its memory. Slots are sorted first.
 struct Call {
   ExpertsLaunches p;
   Route route;
-  void* route_memory = nullptr;
 
-  Call(const ExpertsInputs& in, const void* grad, Workspace& workspace) : workspace_(workspace) {
+  Call(const ExpertsInputs& in, const void* grad, const Memory& memory) : memory_(memory) {
     static_cast<ExpertsInputs&>(p) = in;
     if (in.units < 1 || in.units > kMostUnits) {
       throw std::invalid_argument("the kernels take 1 to " + std::to_string(kMostUnits) +
                                   " hidden units of an expert in a group; got " + std::to_string(in.units));
     }
-    const int64_t slots = p.slots(), partly = std::min<int64_t>(slots, in.experts);  // tiles with less than 64 slots
-    const int64_t tiles = std::min(slots, slots / kExpertsRows + partly);
-    if (slots >= 1 << 30 || tiles * in.groups >= 1 << 30) {
+    const int64_t slots = p.slots(), partly = std::min(in.tokens, in.experts + 1);  // tiles with less than 64 slots
+    const int64_t tiles = in.tokens / kExpertsRows + partly;
+    if (slots >= 1 << 30 || tiles * in.top_k * in.groups >= 1 << 30) {
       throw std::invalid_argument("the kernels count pairs of token and choice, and tiles of them, to 2^30");
     }
     if (in.by_unit) p.x_gate = in.x;
     p.tiles = static_cast<int>(tiles);
     const int chunk = 16 / static_cast<int>(size_of(in.dtype));
     p.padded = (in.units + chunk - 1) / chunk * chunk;
-    const auto whole = [&](int width, std::initializer_list<const void*> arrays) {
-      bool are = width % chunk == 0;
-      for (const void* array : arrays) are = are && reinterpret_cast<std::uintptr_t>(array) % 16 == 0;
-      return are;
-    };
-    p.vector_in = whole(in.width, {in.x, p.x_gate, in.up, in.up_gate}) && (in.by_unit || in.units % chunk == 0);
-    p.vector_out = whole(in.columns, {in.down, grad});
+    p.vector_in = whole(chunk, {in.width, in.by_unit ? 0 : in.units}, {in.x, p.x_gate, in.up, in.up_gate});
+    p.vector_out = whole(chunk, {in.columns}, {in.down, grad});
     route.index = in.index;
     route.tokens = in.tokens;
     route.top_k = in.top_k;
     route.experts = in.experts;
-    p.offsets = route.offsets = take<int>(in.experts + 1);
-    p.token_of_slot = route.token_of_slot = take<int64_t>(slots);
-    p.slot_of_token = route.slot_of_token = take<int64_t>(slots);
-    route_memory = workspace.take(route_workspace_bytes(route));
+    p.offsets = route.offsets = take<int>(int64_t(in.top_k) * (in.experts + 1));
+    p.pair_of_slot = route.pair_of_slot = take<int>(slots);
+    route.cleared_size = 2 * in.groups;
+    p.turns = route.cleared = take<int>(route.cleared_size);
   }
 
   void run(cudaStream_t stream) const {
-    mpoe::cuda::route(route, route_memory, stream);
-    switch (p.dtype) {
-      case Dtype::kFloat32: return p.tf32 ? experts_tf32(p, stream) : experts_float(p, stream);
-      case Dtype::kBFloat16: return experts_bfloat16(p, stream);
-      case Dtype::kFloat16: return experts_float16(p, stream);
-      default: throw std::invalid_argument("CUDA kernels take float32, bfloat16 and float16");
-    }
-  }
-  // Every token's rows, added up in the order of its choices.
-  void collect(const void* rows, const float* gates, void* out, int width, cudaStream_t stream) const {
-    if (out) combine(p.dtype, rows, p.slot_of_token, gates, out, p.tokens, p.top_k, p.groups * width, stream);
+    mpoe::cuda::route(route, memory_, stream);
+    with_product_type(p.dtype, p.tf32, [&](auto zero) { launch<decltype(zero)>(p, stream); });
   }
 
   template <class T>
   T* take(int64_t count) {
-    return static_cast<T*>(workspace_.take(static_cast<std::size_t>(count) * sizeof(T)));
+    return mpoe::cuda::take<T>(memory_, count);
   }
-  void* take_rows(int width) {
-    return workspace_.take(static_cast<std::size_t>(p.slots() * p.groups * width * size_of(p.dtype)));
+  void* take_rows(int width) { return take<char>(p.slots() * p.groups * width * size_of(p.dtype)); }
+  // Of more than two choices: every sum in a 16-bit type rounds.
+  float* take_sums(const void* out, int width) {
+    const bool are = out && p.top_k > 2 && size_of(p.dtype) == 2;
+    return are ? take<float>(int64_t(p.tokens) * p.groups * width) : nullptr;
   }
 
  private:
-  Workspace& workspace_;
+  const Memory& memory_;
 };
 
-Call forward_call(const ExpertsForward& in, Workspace& workspace) {
-  Call call(in, nullptr, workspace);
-  call.p.rows = call.take_rows(in.columns);
-  return call;
+}  // namespace
+
+void experts_forward(const ExpertsForward& in, const Memory& memory, cudaStream_t stream) {
+  Call call(in, nullptr, memory);
+  call.p.out = in.out;
+  call.p.sums = call.take_sums(in.out, in.columns);
+  call.run(stream);
 }
 
-Call backward_call(const ExpertsBackward& in, Workspace& workspace) {
-  Call call(in, in.grad, workspace);
+void experts_backward(const ExpertsBackward& in, const Memory& memory, cudaStream_t stream) {
+  Call call(in, in.grad, memory);
   ExpertsLaunches& p = call.p;
   p.is_backward = true;
   p.grad = in.grad;
   if (in.ddown) p.h = call.take_rows(p.padded);
   p.dvalue = call.take_rows(p.padded);
   if (p.gated()) p.dz = call.take_rows(p.padded);
-  if (in.dx) p.dx_rows = call.take_rows(in.width);
-  if (in.dx_gate) p.dx_gate_rows = call.take_rows(in.width);
-  if (in.dgates) {
+  p.out = in.dx;
+  p.out_gate = in.dx_gate;
+  p.sums = call.take_sums(in.dx, in.width);
+  p.sums_gate = call.take_sums(in.dx_gate, in.width);
+  p.gate_parts = in.dgates;
+  if (in.dgates && p.groups > 1) {
     p.gate_parts = call.take<float>(p.groups * p.slots());
-    p.sums.of[3] = {p.gate_parts, p.slot_of_token, in.dgates, p.slots(), p.groups, true};
+    p.parts.of[3] = {p.gate_parts, in.dgates, p.slots(), p.groups, true};
   }
   p.dbias = in.dbias;
   WeightGradients& all = p.weights;
@@ -137,7 +107,7 @@ Call backward_call(const ExpertsBackward& in, Workspace& workspace) {
     if (!all.partial) return;
     const int64_t size = int64_t(p.experts) * a.width * b.width;
     float* const parts = call.take<float>(all.shares * size);
-    p.sums.of[own] = {parts, nullptr, out, size, all.shares, false};
+    p.parts.of[own] = {parts, out, size, all.shares, false};
     all.of[own].out = parts;
   };
   const auto inputs = [&](const void* x) { return SummedLines{x, in.width, in.width, true, p.vector_in}; };
@@ -148,35 +118,7 @@ Call backward_call(const ExpertsBackward& in, Workspace& workspace) {
   place_up(in.dup, p.x, p.dvalue);
   place_up(in.dup_gate, p.x_gate, p.dz);
   place(in.ddown, units(p.h), SummedLines{in.grad, in.columns, in.columns, true, p.vector_out});
-  return call;
-}
-
-}  // namespace
-
-std::size_t workspace_bytes(const ExpertsForward& arguments) {
-  Workspace measuring;
-  forward_call(arguments, measuring);
-  return measuring.peak();
-}
-std::size_t workspace_bytes(const ExpertsBackward& arguments) {
-  Workspace measuring;
-  backward_call(arguments, measuring);
-  return measuring.peak();
-}
-
-void experts_forward(const ExpertsForward& in, void* memory, cudaStream_t stream) {
-  Workspace workspace(memory);
-  const Call call = forward_call(in, workspace);
   call.run(stream);
-  call.collect(call.p.rows, in.gates, in.out, in.columns, stream);
-}
-
-void experts_backward(const ExpertsBackward& in, void* memory, cudaStream_t stream) {
-  Workspace workspace(memory);
-  const Call call = backward_call(in, workspace);
-  call.run(stream);
-  call.collect(call.p.dx_rows, nullptr, in.dx, in.width, stream);
-  call.collect(call.p.dx_gate_rows, nullptr, in.dx_gate, in.width, stream);
 }
 
 }  // namespace mpoe::cuda

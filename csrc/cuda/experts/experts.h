@@ -7,8 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "common/types.h"
-#include "cuda/device.cuh"
+#include "cuda/dispatch.h"
 
 namespace mpoe::cuda {
 
@@ -39,14 +38,10 @@ struct ExpertsBackward : ExpertsInputs {
   float* dgates = nullptr;  // [T, K]
 };
 
-// Bytes of scratch memory, aligned to 256.
-std::size_t workspace_bytes(const ExpertsForward& arguments);
-std::size_t workspace_bytes(const ExpertsBackward& arguments);
-
-// Slots are sorted by expert (one launch, or three); blocks of threads compute tiles of slots of one expert; then every
-// token collects its slots in the order of its choices. Backward: a launch more for weights, for biases and for sums of
+// Slots are sorted by choice and expert (one launch, or three); blocks of threads compute tiles of slots of one expert,
+// and add to a token's row in the order of its choices. Backward: a launch more for weights, for biases and for sums of
 // parts. Throw std::invalid_argument for sizes that the kernels do not take.
-void experts_forward(const ExpertsForward& arguments, void* workspace, cudaStream_t stream);
-void experts_backward(const ExpertsBackward& arguments, void* workspace, cudaStream_t stream);
+void experts_forward(const ExpertsForward& arguments, const Memory& memory, cudaStream_t stream);
+void experts_backward(const ExpertsBackward& arguments, const Memory& memory, cudaStream_t stream);
 
 }  // namespace mpoe::cuda

@@ -2,6 +2,6 @@
 
 namespace mpoe::cuda {
 
-void experts_float(const ExpertsLaunches& p, cudaStream_t stream) { launch_experts<float>(p, stream); }
+template void launch<float>(const ExpertsLaunches&, cudaStream_t);
 
 }  // namespace mpoe::cuda

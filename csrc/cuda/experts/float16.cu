@@ -2,6 +2,6 @@
 
 namespace mpoe::cuda {
 
-void experts_float16(const ExpertsLaunches& p, cudaStream_t stream) { launch_experts<dev::fp16>(p, stream); }
+template void launch<dev::fp16>(const ExpertsLaunches&, cudaStream_t);
 
 }  // namespace mpoe::cuda

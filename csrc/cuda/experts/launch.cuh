@@ -4,37 +4,41 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/experts/launch.h"
 #include "cuda/experts/rows.cuh"
+#include "cuda/experts/weights.cuh"
 
 namespace mpoe::cuda {
 
-template <class T, bool kByUnit>
+template <class T, bool kByUnit, bool kGated>
 void launch_rows(const ExpertsLaunches& p, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(p.groups * p.tiles)), block(kExpertsThreads);
+  const dim3 grid(static_cast<unsigned>(p.groups * p.top_k * p.tiles)), block(kExpertsThreads);
   const std::size_t stages = stage_elements<T>() * sizeof(T);
   const ExpertsArguments& arguments = p;
   if (p.is_backward) {
-    LAUNCH((experts_rows_kernel<T, kByUnit>), grid, block, stages, stream, arguments);
+    LAUNCH((experts_rows_kernel<T, kByUnit, kGated>), grid, block, stages, stream, arguments);
     return check_launch("experts_rows");
   }
   const int h_stride = padded_stride<T>((p.units + kExpertsRows - 1) / kExpertsRows * kExpertsRows, true);
   const std::size_t bytes = stages + static_cast<std::size_t>(kExpertsRows * h_stride) * sizeof(T);
-  const std::size_t limit = dev::limits().shared_bytes, own = sizeof(int) * kExpertsRows;
+  const std::size_t limit = dev::limits().shared_bytes, own = sizeof(SlotTile::Shared);
   if (bytes + own > limit) {
     throw std::invalid_argument("experts of " + std::to_string(p.units) + " hidden units need " +
                                 std::to_string(bytes + own) + " bytes of shared memory; the device has " +
                                 std::to_string(limit));
   }
-  LAUNCH((experts_forward_kernel<T, kByUnit>), grid, block, bytes, stream, arguments, h_stride);
+  LAUNCH((experts_forward_kernel<T, kByUnit, kGated>), grid, block, bytes, stream, arguments, h_stride);
   check_launch("experts_forward");
 }
 
 template <class T>
-void launch_experts(const ExpertsLaunches& p, cudaStream_t stream) {
+void launch(const ExpertsLaunches& p, cudaStream_t stream) {
   const ExpertsArguments& arguments = p;
   const unsigned experts = static_cast<unsigned>(p.experts);
-  if (p.tiles > 0) p.by_unit ? launch_rows<T, true>(p, stream) : launch_rows<T, false>(p, stream);
+  if (p.gated()) {
+    p.by_unit ? launch_rows<T, true, true>(p, stream) : launch_rows<T, false, true>(p, stream);
+  } else {
+    p.by_unit ? launch_rows<T, true, false>(p, stream) : launch_rows<T, false, false>(p, stream);
+  }
   if (p.weights.tiles > 0) {
     LAUNCH(experts_weights_kernel<T>,
            dim3(experts * static_cast<unsigned>(p.own * p.weights.tiles), 3, static_cast<unsigned>(p.weights.shares)),
@@ -48,10 +52,10 @@ void launch_experts(const ExpertsLaunches& p, cudaStream_t stream) {
     check_launch("experts_bias");
   }
   int64_t largest = 0;
-  for (const PartsSum& sum : p.sums.of) largest = std::max(largest, sum.size);
+  for (const PartsSum& sum : p.parts.of) largest = std::max(largest, sum.size);
   if (largest == 0) return;
   LAUNCH(parts_sums_kernel<T>, dim3(static_cast<unsigned>((largest + kExpertsThreads - 1) / kExpertsThreads), 4),
-         dim3(kExpertsThreads), 0, stream, p.sums);
+         dim3(kExpertsThreads), 0, stream, p.parts);
   check_launch("parts_sums");
 }
 

@@ -1,60 +1,27 @@
 // Tiles of slots of one expert: the result, and the gradients of x and the gates. Rows of a tile meet only in sums over
 // slots, of weights' gradients: an Inf or NaN stays with its token and its experts.
 #pragma once
-#include "cuda/experts/lines.cuh"
+#include "cuda/experts/slots.cuh"
 
 namespace mpoe::cuda {
 
-// The slots of a block's tile, and their tokens in shared memory.
-struct SlotTile {
-  int group, expert, begin, rows;  // rows = 0: no tile
-
-  __device__ __forceinline__ SlotTile(const ExpertsArguments& p, int* tokens) : group(blockIdx.x / p.tiles) {
-    int tile = blockIdx.x - group * p.tiles;
-    expert = group_of_tile(tile, p.experts, [&](int e) {
-      return (p.offsets[e + 1] - p.offsets[e] + kExpertsRows - 1) / kExpertsRows;
-    });
-    rows = 0;
-    if (expert == p.experts) return;
-    begin = p.offsets[expert] + tile * kExpertsRows;
-    rows = p.offsets[expert + 1] - begin;
-    rows = rows < kExpertsRows ? rows : kExpertsRows;
-    const int row = threadIdx.x;
-    if (row < rows) tokens[row] = static_cast<int>(p.token_of_slot[begin + row]);
-    __syncthreads();  // tokens are known
-  }
-};
-
-// The operand of the tile's rows of `data` [T, G width], and of the columns of one group.
-template <class T>
-__device__ __forceinline__ auto rows_of_tokens(const SlotTile& s, const int* tokens, const void* data, int groups,
-                                               int width, bool vector) {
-  const T* const from = static_cast<const T*>(data) + int64_t(s.group) * width;
-  const int64_t stride = int64_t(groups) * width;
-  return lines_at<T, true>(s.rows, width, vector, [=](int row) { return from + tokens[row] * stride; });
-}
-
-// `value` = x up for units from `first` on, and `z` = what is activated, which without a gate is `value` plus the bias.
-template <class T, bool kByUnit>
-__device__ __forceinline__ void pre_activation(const ExpertsArguments& p, const SlotTile& s, const int* tokens,
-                                               int first, T* stages, Accumulator<ExpertsTile<T>>& value,
-                                               Accumulator<ExpertsTile<T>>& z) {
+// For units from `first` on, `z` = what is activated, x up plus the bias; of gated ones z is x_gate up_gate plus the
+// bias, and `value` = x up.
+template <class T, bool kByUnit, bool kGated>
+__device__ __forceinline__ void pre_activation(const ExpertsArguments& p, const SlotTile& s, int first, T* stages,
+                                               Accumulator<ExpertsTile<T>>& value, Accumulator<ExpertsTile<T>>& z) {
   using TileT = ExpertsTile<T>;
   const int columns = p.units - first;
   const auto multiply = [&](Accumulator<TileT>& sum, const void* rows, const void* up) {
     const int64_t at = p.weight(s.expert, s.group, p.units * p.width) + int64_t(first) * (kByUnit ? p.width : 1);
-    const auto a = rows_of_tokens<T>(s, tokens, rows, p.groups, p.width, p.vector_in);
-    const auto b = lines_from<T, kByUnit>(up, at, kByUnit ? p.width : p.units, kByUnit ? columns : p.width,
-                                          kByUnit ? p.width : columns, p.vector_in);
+    const auto a = s.lines<T>(rows, p.groups, p.width, p.vector_in);
+    const auto b = expert_lines<T, kByUnit>(up, at, kByUnit ? p.width : p.units, kByUnit ? columns : p.width,
+                                            kByUnit ? p.width : columns, p.vector_in);
     sum.clear();
-    block_gemm<T, TileT, true, kByUnit>(sum, a, b, 0, p.width, s.rows, columns, stages);
+    block_gemm<T, TileT, true, kByUnit>(sum, a, b, p.width, s.rows, columns, stages);
   };
-  multiply(value, p.x, p.up);
-  if (p.gated()) {
-    multiply(z, p.x_gate, p.up_gate);
-  } else {
-    z = value;
-  }
+  if (kGated) multiply(value, p.x, p.up);
+  kGated ? multiply(z, p.x_gate, p.up_gate) : multiply(z, p.x, p.up);
   if (!p.bias) return;
   const T* const bias = static_cast<const T*>(p.bias) + (int64_t(s.expert) * p.groups + s.group) * p.units + first;
   z.for_each([&](int, int column, float& sum) {
@@ -62,91 +29,89 @@ __device__ __forceinline__ void pre_activation(const ExpertsArguments& p, const 
   });
 }
 
-// Grid: groups times tiles. Shared: stages, then hidden units [64][h_stride].
-template <class T, bool kByUnit>
+// Grid: groups times choices times tiles. Shared: stages, then hidden units [64][h_stride].
+template <class T, bool kByUnit, bool kGated>
 __global__ void __launch_bounds__(kExpertsThreads)
     experts_forward_kernel(const __grid_constant__ ExpertsArguments p, int h_stride) {
   using TileT = ExpertsTile<T>;
   DYN_SHARED(T, stages);
-  SHARED_ARRAY(int, tokens, kExpertsRows);
   T* const h = stages + stage_elements<T>();
-  const SlotTile s(p, tokens);
+  const SlotTile s(p);
   if (s.rows == 0) return;
-  for (int first = 0; first < p.units; first += TileT::kN) {
+  for (int first = 0; s.owned && first < p.units; first += TileT::kN) {
     Accumulator<TileT> value, z;
-    pre_activation<T, kByUnit>(p, s, tokens, first, stages, value, z);
+    pre_activation<T, kByUnit, kGated>(p, s, first, stages, value, z);
     with_activation(p.activation, [&](auto activation) {
       z.for_each([&](int, int, float& sum) { sum = activate(activation.value, sum); });
     });
-    if (p.gated()) z.multiply(value);
+    if (kGated) z.multiply(value);
     z.for_each_pair([&](int row, int column, float v0, float v1) {
       *reinterpret_cast<dev::Pack<T, 2>*>(h + row * h_stride + first + column) = {
           {dev::from_float<T>(v0), dev::from_float<T>(v1)}};
     });
   }
-  const int64_t at = p.weight(s.expert, s.group, p.units * p.columns), stride = int64_t(p.groups) * p.columns;
+  const int64_t at = p.weight(s.expert, s.group, p.units * p.columns);
+  s.wait(p);
   for (int first = 0; first < p.columns; first += TileT::kN) {
     const int columns = p.columns - first;
-    const Resident<T, true> a{h, h_stride};  // whole at the barrier with which the product begins
-    const auto b = lines_from<T, false>(p.down, at + first, p.columns, p.units, columns, p.vector_out);
     Accumulator<TileT> sum;
     sum.clear();
-    block_gemm<T, TileT, true, false>(sum, a, b, 0, p.units, s.rows, columns, stages);
-    T* const to = static_cast<T*>(p.rows) + s.begin * stride + int64_t(s.group) * p.columns + first;
-    store_tile<T>(sum, stages, s.rows, columns, p.vector_out, [&](int row) { return to + row * stride; });
+    if (s.owned) {
+      const Resident<T, true> a(h, h_stride);  // whole at the barrier with which the product begins
+      const auto b = expert_lines<T, false>(p.down, at + first, p.columns, p.units, columns, p.vector_out);
+      block_gemm<T, TileT, true, false>(sum, a, b, p.units, s.rows, columns, stages);
+      sum.for_each([&](int row, int, float& value) { value *= s.shared().gates[row]; });
+    }
+    s.add<T>(p, sum, stages, p.out, p.sums, p.columns, first, p.vector_out);
   }
+  s.finish(p);
 }
 
-// Grid: groups times tiles. Shared: stages.
-template <class T, bool kByUnit>
+// Grid: groups times choices times tiles. Shared: stages.
+template <class T, bool kByUnit, bool kGated>
 __global__ void __launch_bounds__(kExpertsThreads) experts_rows_kernel(const __grid_constant__ ExpertsArguments p) {
   using TileT = ExpertsTile<T>;
   DYN_SHARED(T, stages);
-  SHARED_ARRAY(int, tokens, kExpertsRows);
-  SHARED_ARRAY(float, gates, kExpertsRows);
   SHARED_ARRAY(float, parts, TileT::kWarpsN * kExpertsRows);
-  const SlotTile s(p, tokens);
+  const SlotTile s(p);
   if (s.rows == 0) return;
-  const int own_row = threadIdx.x;
-  if (own_row < s.rows) {
-    const int64_t pair = int64_t(tokens[own_row]) * p.top_k;
-    for (int k = 0; k < p.top_k; ++k) {
-      if (p.slot_of_token[pair + k] == s.begin + own_row) gates[own_row] = p.gates[pair + k];
-    }
-  }
   const int64_t h_stride = int64_t(p.groups) * p.padded, h_first = s.begin * h_stride + int64_t(s.group) * p.padded;
   float dots[TileT::kRowTiles][2] = {};  // of rows: gradients of their gates
-  for (int first = 0; first < p.units; first += TileT::kN) {
+  ROLLED
+  for (int first = 0; s.owned && first < p.units; first += TileT::kN) {
     const int columns = p.units - first;
     Accumulator<TileT> value, z, dh;
-    pre_activation<T, kByUnit>(p, s, tokens, first, stages, value, z);  // whose barriers publish the gates
-    const auto a = rows_of_tokens<T>(s, tokens, p.grad, p.groups, p.columns, p.vector_out);
+    pre_activation<T, kByUnit, kGated>(p, s, first, stages, value, z);
+    const auto a = s.lines<T>(p.grad, p.groups, p.columns, p.vector_out);
     const int64_t at = p.weight(s.expert, s.group, p.units * p.columns) + int64_t(first) * p.columns;
-    const auto b = lines_from<T, true>(p.down, at, p.columns, columns, p.columns, p.vector_out);
+    const auto b = expert_lines<T, true>(p.down, at, p.columns, columns, p.columns, p.vector_out);
     dh.clear();
-    block_gemm<T, TileT, true, true>(dh, a, b, 0, p.columns, s.rows, columns, stages);
+    block_gemm<T, TileT, true, true>(dh, a, b, p.columns, s.rows, columns, stages);
     with_activation(p.activation, [&](auto activation) {
       z.for_each_place([&](int row, int, int i, int j, int e) {
-        const float gate = row < s.rows ? gates[row] : 0.f;
+        const float gate = s.shared().gates[row];
         const float at_z = z.v[i][j][e], act = activate(activation.value, at_z);
         const float slope = activation_slope(activation.value, at_z);
-        const float own = p.gated() ? value.v[i][j][e] : 1.f, gradient = gate * dh.v[i][j][e];
+        const float own = kGated ? value.v[i][j][e] : 1.f, gradient = gate * dh.v[i][j][e];
         dots[i][e / 2] += act * own * dh.v[i][j][e];
         z.v[i][j][e] = gate * act * own;
         dh.v[i][j][e] = gradient * own * slope;
-        value.v[i][j][e] = p.gated() ? gradient * act : dh.v[i][j][e];
+        if (kGated) value.v[i][j][e] = gradient * act;
       });
     });
     const auto store = [&](const Accumulator<TileT>& tile, void* to) {
       T* const line = static_cast<T*>(to) + h_first + first;
-      store_tile<T>(tile, stages, s.rows, p.padded - first, true, [&](int row) { return line + row * h_stride; });
+      for_each_run(tile, stages, s.rows, p.padded - first, [&](int row, int column, const T* run) {
+        using Run16 = dev::Pack<T, 16 / static_cast<int>(sizeof(T))>;
+        *reinterpret_cast<Run16*>(line + row * h_stride + column) = *reinterpret_cast<const Run16*>(run);
+      });
     };
     if (p.h) store(z, p.h);
-    store(value, p.dvalue);
-    if (p.gated()) store(dh, p.dz);
+    store(kGated ? value : dh, p.dvalue);
+    if (kGated) store(dh, p.dz);
   }
   if (p.gate_parts) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, own = threadIdx.x;
     UNROLL
     for (int i = 0; i < 2 * TileT::kRowTiles; ++i) {
       float sum = dots[i / 2][i % 2];
@@ -156,36 +121,36 @@ __global__ void __launch_bounds__(kExpertsThreads) experts_rows_kernel(const __g
       if ((lane & 3) == 0) parts[warp % TileT::kWarpsN * kExpertsRows + row] = sum;
     }
     __syncthreads();  // parts are whole
-    if (own_row < s.rows) {
-      p.gate_parts[s.group * p.slots() + s.begin + own_row] = parts[own_row] + parts[kExpertsRows + own_row];
-    }
+    const int64_t at = s.group * p.slots();
+    if (own < s.rows) p.gate_parts[at + s.shared().pairs[own]] = parts[own] + parts[kExpertsRows + own];
   }
-  const int64_t at = p.weight(s.expert, s.group, p.units * p.width), stride = int64_t(p.groups) * p.width;
+  const int64_t at = p.weight(s.expert, s.group, p.units * p.width);
   const auto back = [&](Accumulator<TileT>& sum, const void* d, const void* up, int first) {
-    const auto a = lines_from<T, true>(d, h_first, static_cast<int>(h_stride), s.rows, p.units, true);
+    if (!s.owned) return;
+    const auto a = expert_lines<T, true>(d, h_first, static_cast<int>(h_stride), s.rows, p.units, true);
     const int left = p.width - first, lines = kByUnit ? p.units : left, columns = kByUnit ? left : p.units;
-    const auto b = lines_from<T, !kByUnit>(up, at + int64_t(first) * (kByUnit ? 1 : p.units),
-                                           kByUnit ? p.width : p.units, lines, columns, p.vector_in);
-    block_gemm<T, TileT, true, !kByUnit>(sum, a, b, 0, p.units, s.rows, p.width - first, stages);
+    const auto b = expert_lines<T, !kByUnit>(up, at + int64_t(first) * (kByUnit ? 1 : p.units),
+                                             kByUnit ? p.width : p.units, lines, columns, p.vector_in);
+    block_gemm<T, TileT, true, !kByUnit>(sum, a, b, p.units, s.rows, p.width - first, stages);
   };
-  const auto store = [&](const Accumulator<TileT>& sum, void* rows, int first) {
-    T* const to = static_cast<T*>(rows) + s.begin * stride + int64_t(s.group) * p.width + first;
-    store_tile<T>(sum, stages, s.rows, p.width - first, p.vector_in, [&](int row) { return to + row * stride; });
-  };
+  if (!p.out && !p.out_gate) return;
+  s.wait(p);
+  ROLLED
   for (int first = 0; first < p.width; first += TileT::kN) {
     Accumulator<TileT> sum;
-    if (p.dx_rows) {
+    if (p.out) {
       sum.clear();
       back(sum, p.dvalue, p.up, first);
-      if (kByUnit && p.gated()) back(sum, p.dz, p.up_gate, first);
-      store(sum, p.dx_rows, first);
+      if (kByUnit && kGated) back(sum, p.dz, p.up_gate, first);
+      s.add<T>(p, sum, stages, p.out, p.sums, p.width, first, p.vector_in);
     }
-    if (p.dx_gate_rows) {
+    if (!kByUnit && kGated && p.out_gate) {
       sum.clear();
       back(sum, p.dz, p.up_gate, first);
-      store(sum, p.dx_gate_rows, first);
+      s.add<T>(p, sum, stages, p.out_gate, p.sums_gate, p.width, first, p.vector_in);
     }
   }
+  s.finish(p);
 }
 
 }  // namespace mpoe::cuda

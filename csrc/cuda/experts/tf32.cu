@@ -2,6 +2,6 @@
 
 namespace mpoe::cuda {
 
-void experts_tf32(const ExpertsLaunches& p, cudaStream_t stream) { launch_experts<dev::tf32>(p, stream); }
+template void launch<dev::tf32>(const ExpertsLaunches&, cudaStream_t);
 
 }  // namespace mpoe::cuda

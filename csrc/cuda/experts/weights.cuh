@@ -1,6 +1,6 @@
 // Gradients of weights and biases: sums over an expert's slots, in their order. Also the sums of parts.
 #pragma once
-#include "cuda/experts/lines.cuh"
+#include "cuda/experts/slots.cuh"
 
 namespace mpoe::cuda {
 
@@ -28,6 +28,7 @@ __global__ void __launch_bounds__(kExpertsThreads)
     experts_weights_kernel(const __grid_constant__ ExpertsArguments p, const __grid_constant__ WeightGradients all) {
   using TileT = ExpertsTile<T>;
   DYN_SHARED(T, stages);
+  SHARED_ARRAY(int, slots, kSlotsAtOnce);
   SHARED_ARRAY(int, tokens, kSlotsAtOnce);
   const WeightGradient& own = all.of[blockIdx.y];
   if (!own.out) return;
@@ -36,26 +37,33 @@ __global__ void __launch_bounds__(kExpertsThreads)
   const int i = tile / across * TileT::kM, j = tile % across * TileT::kN;
   if (i >= own.a.width) return;
   const int expert = weight / p.own, share = blockIdx.z;
-  const int begin = p.offsets[expert], end = p.offsets[expert + 1];
   const int first = p.own > 1 ? weight - expert * p.own : share * all.share;
   const int last = p.own > 1 ? first + 1 : first + all.share < p.groups ? first + all.share : p.groups;
   Accumulator<TileT> sum;
   sum.clear();
-  for (int slot = begin; slot < end; slot += kSlotsAtOnce) {
-    const int slots = end - slot < kSlotsAtOnce ? end - slot : kSlotsAtOnce;
-    __syncthreads();  // nobody reads the tokens before
-    for (int s = threadIdx.x; s < slots; s += kExpertsThreads) tokens[s] = static_cast<int>(p.token_of_slot[slot + s]);
-    __syncthreads();  // tokens are known
+  int count = 1;  // of the expert's slots
+  for (int done = 0; done < count; done += kSlotsAtOnce) {
+    __syncthreads();  // nobody reads the slots before
+    count = 0;
+    for (int choice = 0; choice < p.top_k; ++choice) {
+      const int begin = p.begin(choice, expert), end = p.end(choice, expert), shift = count - begin - done;
+      for (int s = begin + threadIdx.x; s < end; s += kExpertsThreads) {
+        if (s + shift < 0 || s + shift >= kSlotsAtOnce) continue;
+        slots[s + shift] = s;
+        tokens[s + shift] = p.pair_of_slot[s] / p.top_k;
+      }
+      count += end - begin;
+    }
+    const int here = count - done < kSlotsAtOnce ? count - done : kSlotsAtOnce;
+    __syncthreads();  // slots are known
     for (int group = first; group < last; ++group) {
       const auto operand = [&](const SummedLines& lines, int from) {
-        const T* const data = static_cast<const T*>(lines.data) + int64_t(group) * lines.step + from;
         const int64_t stride = int64_t(p.groups) * lines.step;
-        const int* const rows = lines.by_token ? tokens : nullptr;
-        return lines_at<T, false>(slots, lines.width - from, lines.vector, [=](int s) {
-          return data + (rows ? rows[s] : slot + s) * stride;
-        });
+        const int* const rows = lines.by_token ? tokens : slots;
+        return expert_lines<T, false>(lines.data, int64_t(group) * lines.step + from, lines.width - from, lines.vector,
+                                      [=](int s) { return s < here ? rows[s] * stride : -1; });
       };
-      block_gemm<T, TileT, false, false>(sum, operand(own.a, i), operand(own.b, j), 0, slots, own.a.width - i,
+      block_gemm<T, TileT, false, false>(sum, operand(own.a, i), operand(own.b, j), here, own.a.width - i,
                                          own.b.width - j, stages);
     }
   }
@@ -81,12 +89,14 @@ __global__ void __launch_bounds__(kExpertsThreads)
   const int expert = blockIdx.x, unit = blockIdx.y * 32 + (threadIdx.x & 31), units = p.groups * p.units;
   const T* const from = static_cast<const T*>(d) + unit / p.units * p.padded + unit % p.units;
   float sum = 0.f;
-  const int end = unit < units ? p.offsets[expert + 1] : 0;
-  for (int slot = p.offsets[expert] + (threadIdx.x >> 5); slot < end; slot += kTogether * kAhead) {
-    UNROLL
-    for (int k = 0; k < kAhead; ++k) {
-      const int own = slot + k * kTogether;
-      if (own < end) sum += dev::to_float(from[int64_t(own) * p.groups * p.padded]);
+  for (int choice = 0; choice < p.top_k; ++choice) {
+    const int end = unit < units ? p.end(choice, expert) : 0;
+    for (int slot = p.begin(choice, expert) + (threadIdx.x >> 5); slot < end; slot += kTogether * kAhead) {
+      UNROLL
+      for (int k = 0; k < kAhead; ++k) {
+        const int own = slot + k * kTogether;
+        if (own < end) sum += dev::to_float(from[int64_t(own) * p.groups * p.padded]);
+      }
     }
   }
   parts[threadIdx.x] = sum;
@@ -96,10 +106,9 @@ __global__ void __launch_bounds__(kExpertsThreads)
   static_cast<T*>(dbias)[int64_t(expert) * units + unit] = dev::from_float<T>(sum);
 }
 
-// out[i] = sum over j of parts[j, place[i]], in the order of j; place null: i; a negative place: 0.
+// out[i] = sum over j of parts[j, i], in the order of j.
 struct PartsSum {
   const float* parts = nullptr;  // [count, size]
-  const int64_t* place = nullptr;
   void* out = nullptr;
   int64_t size = 0;
   int count = 0;
@@ -114,14 +123,23 @@ __global__ void __launch_bounds__(kExpertsThreads) parts_sums_kernel(const __gri
   const PartsSum& p = sums.of[blockIdx.y];
   const int64_t i = int64_t(blockIdx.x) * kExpertsThreads + threadIdx.x;
   if (i >= p.size) return;
-  const int64_t place = p.place ? p.place[i] : i;
   float sum = 0.f;
-  for (int j = 0; j < p.count && place >= 0; ++j) sum += p.parts[j * p.size + place];
+  for (int j = 0; j < p.count; ++j) sum += p.parts[j * p.size + i];
   if (p.as_float) {
     static_cast<float*>(p.out)[i] = sum;
   } else {
     static_cast<T*>(p.out)[i] = dev::from_float<T>(sum);
   }
 }
+
+struct ExpertsLaunches : ExpertsArguments {
+  bool is_backward = false;
+  WeightGradients weights;
+  void* dbias = nullptr;
+  PartsSums parts;
+};
+// The tiles of the forward, or the gradients whose pointers are set; compiled in a file per type.
+template <class T>
+void launch(const ExpertsLaunches& p, cudaStream_t stream);
 
 }  // namespace mpoe::cuda

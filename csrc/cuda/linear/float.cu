@@ -2,11 +2,7 @@
 
 namespace mpoe::cuda {
 
-void launch_panel_float(const PanelArguments& p, const PanelLaunch& launch, cudaStream_t stream) {
-  launch_panel<float>(p, launch, stream);
-}
-void launch_gradient_float(const GradientArguments& p, dim3 grid, bool of_right, cudaStream_t stream) {
-  launch_gradient<float>(p, grid, of_right, stream);
-}
+template void launch<float>(const RebuiltArguments&, int, cudaStream_t);
+template void launch<float>(const GradientArguments&, dim3, cudaStream_t);
 
 }  // namespace mpoe::cuda

@@ -1,91 +1,129 @@
 // Gradients of the blocks, without a weight gradient in memory: the gradient x^T dz of a tile of an expert's weight is
 // computed in registers, regrouped in shared memory and multiplied at once,
 //
-//   out[outer, bond] = sum dw[outer, inner] other[inner, bond]    over `inner` and a part of the central indices
+//   out[outer, b] = sum of dw[outer, inner] other[inner, b]    over `inner` and, of right, a part of the tiles
 //
-// `outer` are indices of left, `inner` those of right, and `other` is right; or the other way round, and `other` is left
-// times central. No atomics, the same bits on every run.
+// `outer` are pairs of digits of left and central (iL, jL), `inner` those of right, and `other` is right; or the other
+// way round, and `other` is left times central. No atomics, the same bits on every run.
 #pragma once
-#include "cuda/linear/epilogue.cuh"
+#include "cuda/linear/digits.cuh"
+#include "cuda/linear/linear.h"
 
 namespace mpoe::cuda {
 
-// How far one step along an axis of tiles moves each tensor, in elements.
-struct TileAxis {
-  int count = 1;
-  int x = 0, dz = 0, other = 0, out = 0;
-};
+constexpr int kSide = 64;             // of the tiles
+constexpr int kRowsAtOnce = 1024;  // whose places are looked up together
 
 struct GradientArguments {
-  Operand x, dz, other;    // mn: indices of a tile, or the bond; k: slots, or `inner`
-  Output out;              // m: `outer`, n: bond
-  int64_t part_stride = 0;  // of out
-  IndexMap x_at, dz_at;    // places of a tile's indices of x and dz in the regrouped tile
-  TileAxis outer[2], inner[2], centre[2];  // the indices on the side of x, and on that of dz
-  int m = 0, n = 0, outer_size = 0, inner_size = 0, bond = 0;  // of a tile; all of the bond
-  const int* offsets = nullptr;                               // [E + 1]
+  Digits i, j;
+  bool vector_x = false, vector_dz = false, vector_b = false;
+  int share = 1;  // tiles of a part
+  GradientProduct of;
 };
 
-// Grid: (tiles of outer and of the bond, parts of the central indices, experts).
-template <class T, class TileT, bool kMajorOther>
-__global__ void __launch_bounds__(TileT::kThreads, 1) gradient_kernel(const __grid_constant__ GradientArguments p) {
-  using X = Staged<T, TileT, TileT::kM, false>;
-  using Dz = Staged<T, TileT, TileT::kN, false>;
-  using Other = Staged<T, TileT, TileT::kN, kMajorOther>;
-  constexpr int kStride = padded_stride<T>(TileT::kN, true);
+template <class T>
+struct GradientTiles {
+  using Out = Tile<T, kSide, kSide, 32, 32>;
+  static constexpr int kStride = padded_stride<T>(kSide, true);
+  static constexpr int kElements = kSide * kStride + kStages * 2 * Out::kK * padded_stride<T>(kSide, false);
+};
+
+// Grid: (tiles of outer and of b, parts, experts).
+template <class T>
+__global__ void __launch_bounds__(GradientTiles<T>::Out::kThreads)
+    gradient_kernel(const __grid_constant__ GradientArguments p) {
+  using Tiles = GradientTiles<T>;
+  using TileT = typename Tiles::Out;
   DYN_SHARED(T, tile);
-  T* const stages = tile + TileT::kM * kStride;
-  const int expert = blockIdx.z, begin = p.offsets[expert], end = p.offsets[expert + 1];
-  TileAxis at;
-  const auto move = [&](const TileAxis& axis, int index) {
-    at.x += index * axis.x;
-    at.dz += index * axis.dz;
-    at.other += index * axis.other;
-    at.out += index * axis.out;
+  SHARED_ARRAY(int64_t, from, kRowsAtOnce);
+  T* const stages = tile + kSide * Tiles::kStride;
+  const GradientProduct& of = p.of;
+  const int expert = blockIdx.z, begin = of.offsets[expert], end = of.offsets[expert + 1], thread = threadIdx.x;
+  const int bond_tiles = (of.b + kSide - 1) / kSide;
+  const int bond = blockIdx.x % bond_tiles * kSide, outer = blockIdx.x / bond_tiles;
+  const bool of_right = of.of_right;
+  const int left_of_j = p.j.left_tiles(), right_of_j = p.j.right_tiles();
+  const int inner = of_right ? p.i.left_tiles() * left_of_j : p.i.right_tiles() * right_of_j;
+  const int inner_lines = of_right ? p.i.units * p.j.units : p.i.run_length() * p.j.run_length();
+  const int first = p.share * static_cast<int>(blockIdx.y), last = first + p.share < inner ? first + p.share : inner;
+  const auto tiles_of = [&](int step) {  // of i and of j
+    const DigitPair left(of_right ? step : outer, left_of_j), right(of_right ? outer : step, right_of_j);
+    struct Pair {
+      DigitTile i, j;
+    };
+    return Pair{DigitTile(p.i, left.x, right.x), DigitTile(p.j, left.y, right.y)};
   };
-  const int bond_tiles = (p.bond + TileT::kN - 1) / TileT::kN;
-  const int bond = blockIdx.x % bond_tiles * TileT::kN, outer = blockIdx.x / bond_tiles;
-  move(p.outer[0], outer / p.outer[1].count);
-  move(p.outer[1], outer % p.outer[1].count);
-  const TileAxis first = at;
-  const int centres = p.centre[0].count * p.centre[1].count, parts = static_cast<int>(gridDim.y);
-  const int share = (centres + parts - 1) / parts, inner = p.inner[0].count * p.inner[1].count;
-  const int first_centre = share * static_cast<int>(blockIdx.y);
-  const int last_centre = first_centre + share < centres ? first_centre + share : centres;
+  // Elements before a line of half or of right, of all experts; negative: it is not in the tile.
+  const auto line_of_left = [&](const DigitTile& i, const DigitTile& j, int line) -> int64_t {
+    const DigitPair own(line, p.j.units);
+    if (own.x >= i.units || own.y >= j.units) return -1;
+    const int64_t left = (int64_t(expert) * of.i[0] + i.left + own.x) * of.j[0] + j.left + own.y;
+    return ((left * of.i[1] + i.centre) * of.j[1] + j.centre) * of.b;
+  };
+  const auto line_of_right = [&](const DigitTile& i, const DigitTile& j, int line) -> int64_t {
+    const DigitPair own(line, p.j.run_length());
+    if (own.x >= i.run || own.y >= j.run) return -1;
+    return ((int64_t(expert) * of.i[2] + i.right + own.x) * of.j[2] + j.right + own.y) * of.b;
+  };
+  // (iL, iR) and (jL, jR) -> outer and inner
+  const auto place = [&](const Digits& digits, int column, int of_left, int of_run) {
+    const DigitPair own(column, digits.run_length());
+    const int left = own.x * of_left, right = own.y * of_run;
+    if (own.x >= digits.units) return kNowhere;
+    return of_right ? right * Tiles::kStride + left : left * Tiles::kStride + right;
+  };
+  const Places<TileT> places([&](int row) { return place(p.i, row, p.j.units, p.j.run_length()); },
+                             [&](int column) { return place(p.j, column, 1, 1); });
+  for (int i = thread; i < kSide * Tiles::kStride; i += TileT::kThreads) {
+    tile[i] = dev::from_float<T>(0.f);  // what only completes a tile
+  }
 
   Accumulator<TileT> sum;
   sum.clear();
-  for (int i = threadIdx.x; i < TileT::kM * kStride; i += TileT::kThreads) {
-    tile[i] = dev::from_float<T>(0.f);  // what only completes a tile
-  }
-  for (int step = first_centre * inner; begin < end && step < last_centre * inner; ++step) {
-    at = first;
-    move(p.centre[0], step / inner / p.centre[1].count);
-    move(p.centre[1], step / inner % p.centre[1].count);
-    move(p.inner[0], step % inner / p.inner[1].count);
-    move(p.inner[1], step % inner % p.inner[1].count);
+  ROLLED
+  for (int step = first; begin < end && step < last; ++step) {
+    const auto [i, j] = tiles_of(step);
     Accumulator<TileT> dw;
     dw.clear();
-    const X x(p.x, at.x, 0, p.m, end);
-    const Dz dz(p.dz, at.dz, 0, p.n, end);
-    block_gemm<T, TileT, false, false>(dw, x, dz, begin, end, p.m, p.n, stages);
+    ROLLED
+    for (int slot = begin; slot < end; slot += kRowsAtOnce) {
+      const int rows = end - slot < kRowsAtOnce ? end - slot : kRowsAtOnce;
+      if (step == first || end - begin > kRowsAtOnce) {
+        __syncthreads();  // nobody reads the rows before
+        for (int s = thread; s < rows; s += TileT::kThreads) {
+          from[s] = (of.row_index ? of.row_index[slot + s] : slot + s) * of.in_features;
+        }
+        __syncthreads();  // rows are known
+      }
+      const auto x = lines_at<T, TileT, kSide, false>(
+          of.x, i.first(), [&](int s) { return s < rows ? from[s] : -1; }, i, p.vector_x);
+      const auto dz = lines_at<T, TileT, kSide, false>(
+          of.dz, j.first(), [&](int s) { return s < rows ? int64_t(slot + s) * of.out_features : -1; }, j, p.vector_dz);
+      block_gemm<T, TileT, false, false>(dw, x, dz, rows, p.i.units * p.i.run_length(),
+                                         p.j.units * p.j.run_length(), stages);
+    }
     // Nobody reads the tile: the product has begun with a barrier.
-    dw.for_each_pair([&](int row, int column, float v0, float v1) {
-      if (row >= p.m) return;
-      const int at_row = p.x_at.at(row).inner;
-      if (column < p.n) tile[at_row + p.dz_at.at(column).inner] = dev::from_float<T>(v0);
-      if (column + 1 < p.n) tile[at_row + p.dz_at.at(column + 1).inner] = dev::from_float<T>(v1);
-    });
-    const Resident<T, true> regrouped{tile, kStride};
-    const Other other(p.other, p.other.expert_stride * expert + at.other, bond, p.bond, p.inner_size);
-    block_gemm<T, TileT, true, kMajorOther>(sum, regrouped, other, 0, p.inner_size, p.outer_size, p.bond - bond, stages);
+    places.store(dw, tile, !of_right && p.j.run_length() % 2 == 0);
+    const auto other = lines_at<T, TileT, kSide, false>(
+        of.other, bond, [&](int line) { return of_right ? line_of_left(i, j, line) : line_of_right(i, j, line); },
+        Adjacent{of.b - bond}, p.vector_b);
+    block_gemm<T, TileT, true, false>(sum, Resident<T, true>(tile, Tiles::kStride), other, inner_lines, kSide,
+                                      of.b - bond, stages);
   }
-  __syncthreads();  // nobody reads the stages
-  const ColumnPair own(p.out, 0, bond + sum.own_column(), p.bond);
-  const int64_t base = p.out.expert_stride * expert + p.part_stride * blockIdx.y + first.out;
-  sum.for_each_row(reinterpret_cast<float*>(stages), [&](int row, float v0, float v1) {
-    if (row < p.outer_size) store_pair<T>(p.out, base, p.out.m.at(row).inner, own, v0, v1, true, 1.f);
+  const auto [i, j] = tiles_of(0);
+  const int64_t part = int64_t(of.experts) * of.i[2] * of.j[2] * of.b * blockIdx.y;
+  sum.for_each([&](int row, int column, float& value) {
+    const int64_t line = of_right ? line_of_right(i, j, row) : line_of_left(i, j, row);
+    if (line < 0 || bond + column >= of.b) return;
+    if (of_right) {
+      static_cast<float*>(of.out)[part + line + bond + column] = value;
+    } else {
+      static_cast<T*>(of.out)[line + bond + column] = dev::from_float<T>(value);
+    }
   });
 }
+
+template <class T>
+void launch(const GradientArguments& p, dim3 grid, cudaStream_t stream);
 
 }  // namespace mpoe::cuda

@@ -2,11 +2,7 @@
 
 namespace mpoe::cuda {
 
-void launch_panel_tf32(const PanelArguments& p, const PanelLaunch& launch, cudaStream_t stream) {
-  launch_panel<dev::tf32>(p, launch, stream);
-}
-void launch_gradient_tf32(const GradientArguments& p, dim3 grid, bool of_right, cudaStream_t stream) {
-  launch_gradient<dev::tf32>(p, grid, of_right, stream);
-}
+template void launch<dev::tf32>(const RebuiltArguments&, int, cudaStream_t);
+template void launch<dev::tf32>(const GradientArguments&, dim3, cudaStream_t);
 
 }  // namespace mpoe::cuda

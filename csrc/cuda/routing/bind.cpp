@@ -1,6 +1,8 @@
-// gate, route, dispatch, combine and their gradients: checks, allocation, and the launches of routing.h.
+// gate, route, dispatch, combine and their gradients: allocation, and the launches of routing.h. The ops of
+// mpoe_kernels/routing have checked their arguments.
 #include "cuda/bind.h"
 
+#include <algorithm>
 #include <tuple>
 
 #include "cuda/routing/routing.h"
@@ -11,88 +13,65 @@ namespace {
 // Weights and index [T, K] of the most probable experts.
 std::tuple<Tensor, Tensor> gate_op(const Tensor& logits, int64_t top_k, bool renormalize) {
   const OnDevice device(logits);
-  MPOE_CHECK(logits.dim() == 2, "logits must have 2 axes; got ", logits.dim());
   const Tensor in = dense(logits);
   const int64_t tokens = in.size(0), experts = in.size(1);
-  MPOE_CHECK(top_k >= 1 && top_k <= experts, "top_k must lie in 1..", experts, "; got ", top_k);
   Tensor weights = torch::stable::new_empty(in, {tokens, top_k}, ScalarType::Float);
   Tensor index = torch::stable::new_empty(in, {tokens, top_k}, ScalarType::Long);
-  gate(kernel_dtype(in, "logits"), in.const_data_ptr(), weights.mutable_data_ptr<float>(),
+  gate(kernel_dtype(in), in.const_data_ptr(), weights.mutable_data_ptr<float>(),
        index.mutable_data_ptr<int64_t>(), counted(tokens, "the number of tokens"),
        counted(experts, "the number of experts"), counted(top_k, "top_k"), renormalize, device.stream());
   return {weights, index};
 }
 
 std::tuple<Tensor, Tensor, Tensor> route_op(const Tensor& top_k_index, int64_t num_experts,
-                                            std::optional<int64_t> capacity, const std::optional<Tensor>& token_mask) {
+                                            std::optional<int64_t> capacity, const Optional& token_mask) {
   const OnDevice device(top_k_index);
-  const Tensor index = dense_index(top_k_index, 2, "top_k_index");
+  const Tensor index = dense_index(top_k_index);
   const int64_t tokens = index.size(0), top_k = index.size(1);
-  std::optional<Tensor> mask;
-  if (token_mask.has_value()) {
-    check_same_device({&index, &*token_mask});
-    MPOE_CHECK(
-        token_mask->scalar_type() == ScalarType::Bool && token_mask->dim() == 1 && token_mask->size(0) == tokens,
-        "token_mask must be bool [", tokens, "]");
-    mask = dense(*token_mask);
-  }
-  MPOE_CHECK(top_k > 0, "top_k_index must be [T, K] with K >= 1; got [", tokens, ", 0]");
-  MPOE_CHECK(num_experts > 0, "num_experts must be at least 1; got ", num_experts);
+  const Optional mask = dense(token_mask);
   Tensor offsets = torch::stable::new_empty(index, {num_experts + 1}, ScalarType::Int);
   Tensor token_of_slot = torch::stable::new_empty(index, {tokens * top_k});
   Tensor slot_of_token = torch::stable::new_empty(index, {tokens, top_k});
   Route in;
   in.index = index.const_data_ptr<int64_t>();
-  in.token_mask = mask.has_value() ? mask->const_data_ptr<bool>() : nullptr;
+  in.token_mask = data_of<bool>(mask);
   in.tokens = counted(tokens, "the number of tokens");
   in.top_k = counted(top_k, "top_k");
   in.experts = counted(num_experts, "the number of experts");
   // A capacity above the number of pairs drops none; the launcher takes at most 2^31 - 1.
-  in.capacity = capacity.has_value() ? counted(*capacity < tokens * top_k ? *capacity : tokens * top_k, "capacity") : -1;
+  in.capacity = -1;
+  if (capacity.has_value()) in.capacity = counted(std::min(*capacity, tokens * top_k), "capacity");
   in.offsets = offsets.mutable_data_ptr<int>();
   in.token_of_slot = token_of_slot.mutable_data_ptr<int64_t>();
   in.slot_of_token = slot_of_token.mutable_data_ptr<int64_t>();
-  const Scratch scratch(index, route_workspace_bytes(in));
-  route(in, scratch.data(), device.stream());
+  Scratch scratch(index);
+  route(in, scratch.memory(), device.stream());
   return {offsets, token_of_slot, slot_of_token};
 }
 
 Tensor dispatch_op(const Tensor& x, const Tensor& expert_offsets, const Tensor& token_of_slot) {
   const OnDevice device(x);
-  MPOE_CHECK(x.dim() == 2, "x must have 2 axes; got ", x.dim());
   const Tensor source = x.stride(1) == 1 || x.size(1) == 1 ? x : dense(x);  // rows may have gaps, or even overlap
-  const Tensor index = dense_index(token_of_slot, 1, "token_of_slot");
+  const Tensor index = dense_index(token_of_slot);
   const Tensor offsets = dense(cast(expert_offsets, ScalarType::Int));
-  check_same_device({&source, &index, &offsets});
-  MPOE_CHECK(offsets.dim() == 1 && offsets.size(0) > 0, "expert_offsets must be [E + 1]");
   Tensor out = torch::stable::new_empty(x, {index.size(0), x.size(1)});
-  dispatch(kernel_dtype(x, "x"), source.const_data_ptr(), source.stride(0), index.const_data_ptr<int64_t>(),
+  dispatch(kernel_dtype(x), source.const_data_ptr(), source.stride(0), index.const_data_ptr<int64_t>(),
            offsets.const_data_ptr<int>() + offsets.size(0) - 1, out.mutable_data_ptr(),
            counted(index.size(0), "the number of slots"), counted(x.size(1), "columns"), device.stream());
   return out;
 }
 
-Tensor dense_gates(const Tensor& gates, const Tensor& index) {
-  MPOE_CHECK(
-      gates.dim() == 2 && gates.size(0) == index.size(0) && gates.size(1) == index.size(1),
-      "top_k_weights must be [", index.size(0), ", ", index.size(1), "]");
-  check_same_device({&index, &gates});
-  return dense(cast(gates, ScalarType::Float));
-}
+Tensor dense_gates(const Tensor& gates) { return dense(cast(gates, ScalarType::Float)); }
 
 // Without gates, all are 1: this is dispatch's gradient.
-Tensor combine_op(const Tensor& y_sorted, const Tensor& slot_of_token, const std::optional<Tensor>& top_k_weights) {
+Tensor combine_op(const Tensor& y_sorted, const Tensor& slot_of_token, const Optional& top_k_weights) {
   const OnDevice device(y_sorted);
-  MPOE_CHECK(y_sorted.dim() == 2, "y_sorted must have 2 axes; got ", y_sorted.dim());
-  const Tensor rows = dense(y_sorted), index = dense_index(slot_of_token, 2, "slot_of_token");
-  check_same_device({&rows, &index});
-  std::optional<Tensor> gates;
-  if (top_k_weights.has_value()) gates = dense_gates(*top_k_weights, index);
+  const Tensor rows = dense(y_sorted), index = dense_index(slot_of_token);
+  const Optional gates = top_k_weights.has_value() ? Optional(dense_gates(*top_k_weights)) : std::nullopt;
   Tensor y = torch::stable::new_empty(rows, {index.size(0), rows.size(1)});
-  combine(kernel_dtype(rows, "y_sorted"), rows.const_data_ptr(), index.const_data_ptr<int64_t>(),
-          gates.has_value() ? gates->const_data_ptr<float>() : nullptr, y.mutable_data_ptr(),
-          counted(index.size(0), "the number of tokens"), counted(index.size(1), "top_k"),
-          counted(rows.size(1), "columns"), device.stream());
+  combine(kernel_dtype(rows), rows.const_data_ptr(), index.const_data_ptr<int64_t>(),
+          data_of<float>(gates), y.mutable_data_ptr(), counted(index.size(0), "the number of tokens"),
+          counted(index.size(1), "top_k"), counted(rows.size(1), "columns"), device.stream());
   return y;
 }
 
@@ -100,18 +79,12 @@ std::tuple<Tensor, Tensor> combine_backward_op(
     const Tensor& grad, const Tensor& y_sorted, const Tensor& token_of_slot, const Tensor& slot_of_token,
     const Tensor& top_k_weights, bool need_y, bool need_weights) {
   const OnDevice device(grad);
-  const Tensor rows = dense(y_sorted), outer = dense(grad), tokens = dense_index(token_of_slot, 1, "token_of_slot");
-  const Tensor index = dense_index(slot_of_token, 2, "slot_of_token");
-  check_same_device({&outer, &rows, &tokens, &index});
-  MPOE_CHECK(grad.scalar_type() == y_sorted.scalar_type(), "grad must have the dtype of y_sorted");
-  MPOE_CHECK(rows.dim() == 2 && tokens.size(0) == rows.size(0), "y_sorted must be [", tokens.size(0), ", F]");
-  MPOE_CHECK(
-      outer.dim() == 2 && outer.size(1) == rows.size(1) && outer.size(0) == index.size(0), "grad must be [",
-      index.size(0), ", ", rows.size(1), "]");
-  const Tensor gates = dense_gates(top_k_weights, index);
+  const Tensor rows = dense(y_sorted), outer = dense(grad), tokens = dense_index(token_of_slot);
+  const Tensor index = dense_index(slot_of_token);
+  const Tensor gates = dense_gates(top_k_weights);
   Tensor drows = torch::stable::new_empty(rows, {need_y ? rows.size(0) : 0, rows.size(1)});
   Tensor dgates = torch::stable::new_empty(gates, {need_weights ? index.size(0) : 0, index.size(1)});
-  combine_backward(kernel_dtype(rows, "y_sorted"), outer.const_data_ptr(), rows.const_data_ptr(),
+  combine_backward(kernel_dtype(rows), outer.const_data_ptr(), rows.const_data_ptr(),
                    tokens.const_data_ptr<int64_t>(), index.const_data_ptr<int64_t>(), gates.const_data_ptr<float>(),
                    need_y ? drows.mutable_data_ptr() : nullptr,
                    need_weights ? dgates.mutable_data_ptr<float>() : nullptr,

@@ -1,6 +1,5 @@
 #include "cuda/routing/routing.h"
 
-#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -10,20 +9,9 @@
 namespace mpoe::cuda {
 namespace {
 
-// Calls f(T{}) with the element type.
-template <class F>
-void with_type(Dtype dtype, F&& f) {
-  switch (dtype) {
-    case Dtype::kFloat32: return f(float{});
-    case Dtype::kBFloat16: return f(dev::bf16{});
-    case Dtype::kFloat16: return f(dev::fp16{});
-    default: throw std::invalid_argument("CUDA kernels take float32, bfloat16 and float16");
-  }
-}
-
 unsigned blocks_of(int64_t extent, int block) { return static_cast<unsigned>((extent + block - 1) / block); }
 
-SortArguments sort_of(const Route& p, void* workspace) {
+SortArguments sort_of(const Route& p) {
   SortArguments s;
   s.index = p.index;
   s.mask = p.token_mask;
@@ -34,7 +22,9 @@ SortArguments sort_of(const Route& p, void* workspace) {
   s.offsets = p.offsets;
   s.token_of_slot = p.token_of_slot;
   s.slot_of_token = p.slot_of_token;
-  s.counts = static_cast<int*>(workspace);
+  s.pair_of_slot = p.pair_of_slot;
+  s.cleared = p.cleared;
+  s.cleared_size = p.cleared_size;
   return s;
 }
 
@@ -43,9 +33,7 @@ template <class F>
 void with_packs(Dtype dtype, int64_t row_elements, std::initializer_list<const void*> arrays, F&& f) {
   with_type(dtype, [&](auto zero) {
     constexpr int kPer = 16 / static_cast<int>(sizeof(zero));
-    bool wide = row_elements % kPer == 0;
-    for (const void* array : arrays) wide = wide && reinterpret_cast<std::uintptr_t>(array) % 16 == 0;
-    if (wide) {
+    if (whole(kPer, {static_cast<int>(row_elements % kPer)}, arrays)) {
       f(zero, std::integral_constant<int, kPer>{});
     } else {
       f(zero, std::integral_constant<int, 1>{});
@@ -66,28 +54,23 @@ void gate(Dtype dtype, const void* logits, float* weights, int64_t* index, int t
   check_launch("gate");
 }
 
-std::size_t route_workspace_bytes(const Route& p) {
-  const int64_t pairs = int64_t(p.tokens) * p.top_k;
-  if (pairs <= kFewPairs) return 0;
-  const int64_t counts = int64_t(blocks_of(pairs, kPairsPerBlock)) * (p.experts + 1);
-  return static_cast<std::size_t>(counts + (p.capacity >= 0 ? pairs : 0)) * sizeof(int);
-}
-
-void route(const Route& p, void* workspace, cudaStream_t stream) {
-  if (p.experts > kMostExperts) {
-    throw std::invalid_argument("routing takes at most " + std::to_string(kMostExperts) + " experts; got " +
+void route(const Route& p, const Memory& memory, cudaStream_t stream) {
+  const int choices = p.pair_of_slot ? p.top_k : 1;
+  if ((int64_t(p.experts) + 1) * choices > kMostBins) {
+    throw std::invalid_argument("routing takes at most " + std::to_string(kMostBins / choices - 1) + " experts; got " +
                                 std::to_string(p.experts));
   }
   const int64_t pairs = int64_t(p.tokens) * p.top_k;
   if (pairs >= 1 << 30) throw std::invalid_argument("routing counts to 2^30 pairs of token and choice");
-  SortArguments s = sort_of(p, workspace);
-  const std::size_t bins = static_cast<std::size_t>(p.experts) + 1, ranks = bins * (1 + kRouteWarps) * sizeof(int);
+  SortArguments s = sort_of(p);
+  const std::size_t bins = static_cast<std::size_t>(s.bins()), ranks = bins * (sizeof(int) + kRouteWarps);
   if (pairs <= kFewPairs) {
-    LAUNCH(route_few_kernel, dim3(1), dim3(kRouteThreads), ranks + static_cast<std::size_t>(pairs) * sizeof(int), stream,
-           s);
+    const std::size_t shared = ranks + static_cast<std::size_t>(pairs) * sizeof(int);
+    LAUNCH(route_few_kernel, dim3(1), dim3(kRouteThreads), shared, stream, s);
     return check_launch("route");
   }
   const unsigned blocks = blocks_of(pairs, kPairsPerBlock);
+  s.counts = take<int>(memory, int64_t(blocks) * s.bins());
   const auto pass = [&](bool by_choice) {
     s.by_choice = by_choice;
     LAUNCH(histogram_kernel, dim3(blocks), dim3(kRouteThreads), bins * sizeof(int), stream, s);
@@ -96,7 +79,7 @@ void route(const Route& p, void* workspace, cudaStream_t stream) {
     check_launch("route");
   };
   if (p.capacity >= 0) {
-    s.keys = s.counts + int64_t(blocks) * static_cast<int64_t>(bins);
+    s.keys = take<int>(memory, pairs);
     pass(true);
   }
   pass(false);
@@ -128,8 +111,8 @@ void combine(Dtype dtype, const void* rows, const int64_t* slot_of_token, const 
 }
 
 void combine_backward(Dtype dtype, const void* grad, const void* rows, const int64_t* token_of_slot,
-                      const int64_t* slot_of_token, const float* gates, void* drows, float* dgates, int slots, int top_k,
-                      int columns, cudaStream_t stream) {
+                      const int64_t* slot_of_token, const float* gates, void* drows, float* dgates, int slots,
+                      int top_k, int columns, cudaStream_t stream) {
   if (slots == 0) return;
   with_packs(dtype, columns, {grad, dgates ? rows : nullptr, drows}, [&](auto zero, auto per) {
     using T = decltype(zero);

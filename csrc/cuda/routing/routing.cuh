@@ -92,14 +92,17 @@ struct SortArguments {
   const bool* mask = nullptr;      // [T] or null; false: not routed
   int tokens = 0, top_k = 0, experts = 0, capacity = -1;  // negative: no limit
   int* keys = nullptr;        // [N] bins after dropping; null: none are dropped
-  int* counts = nullptr;      // [blocks, E + 1]
+  int* counts = nullptr;      // [blocks, bins]
   int* offsets = nullptr;     // [E + 1]
   int64_t* token_of_slot = nullptr;  // [N]
   int64_t* slot_of_token = nullptr;  // [T, K]
+  int* pair_of_slot = nullptr;       // see Route, as the next ones
+  int* cleared = nullptr;
+  int cleared_size = 0;
   bool by_choice = false;  // counts pairs with first choices first, to find out which are dropped
 
   __device__ __forceinline__ int pairs() const { return tokens * top_k; }
-  __device__ __forceinline__ int bins() const { return experts + 1; }
+  __host__ __device__ int bins() const { return (pair_of_slot ? top_k : 1) * (experts + 1); }
   // The pair [token, choice] that is the i-th to be served.
   __device__ __forceinline__ int pair(int i, bool choices_first) const {
     return choices_first ? i % tokens * top_k + i / tokens : i;
@@ -107,17 +110,19 @@ struct SortArguments {
   __device__ __forceinline__ int given_bin(int pair) const {
     if (mask && !mask[pair / top_k]) return experts;
     const int64_t expert = index[pair];
-    return expert >= 0 && expert < experts ? static_cast<int>(expert) : experts;
+    const int found = expert >= 0 && expert < experts ? static_cast<int>(expert) : experts;
+    return pair_of_slot ? pair % top_k * (experts + 1) + found : found;
   }
 };
 
 // Ranks of the block's 128 pairs among all of the same bin seen so far. `seen` [bins] counts them, `counts` [warps,
-// bins] is zero before and after. Threads without a pair pass bin -1. Every thread of the block must call it.
-__device__ __forceinline__ int rank_of(int bin, int bins, int* seen, int* counts) {
+// bins], each at most 32, is zero before and after. Threads without a pair pass bin -1. Every thread of the block must
+// call it.
+__device__ __forceinline__ int rank_of(int bin, int bins, int* seen, uint8_t* counts) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const unsigned same = __match_any_sync(dev::kFullWarp, bin);
   const int before = __popc(same & ((1u << lane) - 1u));
-  if (bin >= 0 && before == 0) counts[warp * bins + bin] = __popc(same);
+  if (bin >= 0 && before == 0) counts[warp * bins + bin] = static_cast<uint8_t>(__popc(same));
   __syncthreads();
   int rank = before;
   if (bin >= 0) {
@@ -134,7 +139,8 @@ __device__ __forceinline__ int rank_of(int bin, int bins, int* seen, int* counts
   __syncthreads();
   return rank;
 }
-__device__ __forceinline__ void clear(int* values, int count) {
+template <class T>
+__device__ __forceinline__ void clear(T* values, int count) {
   for (int i = threadIdx.x; i < count; i += kRouteThreads) values[i] = 0;
 }
 
@@ -144,29 +150,30 @@ __device__ __forceinline__ void warp_prefix(int* values, int count) {
   int carried = 0;
   for (int first = 0; first < count; first += 32) {
     const int i = first + lane, own = i < count ? values[i] : 0;
-    int sum = own;
-    UNROLL
-    for (int step = 1; step < 32; step <<= 1) {
-      const int left = __shfl_up_sync(dev::kFullWarp, sum, static_cast<unsigned>(step));
-      if (lane >= step) sum += left;
-    }
+    const int sum = dev::sum_up_to(own);
     if (i < count) values[i] = carried + sum - own;
     carried += __shfl_sync(dev::kFullWarp, sum, 31);
   }
 }
 
 __device__ __forceinline__ void place(const SortArguments& p, int pair, int bin, int slot) {
-  p.token_of_slot[slot] = pair / p.top_k;
-  p.slot_of_token[pair] = bin < p.experts ? slot : -1;
+  if (p.pair_of_slot) {
+    p.pair_of_slot[slot] = pair;
+  } else {
+    p.token_of_slot[slot] = pair / p.top_k;
+    p.slot_of_token[pair] = bin < p.experts ? slot : -1;
+  }
 }
 
-// Everything in one block. Shared: seen [bins], counts [warps, bins], keys [N].
+// Everything in one block. Shared: seen [bins], keys [N], counts [warps, bins].
 static __global__ void __launch_bounds__(kRouteThreads) route_few_kernel(const SortArguments p) {
   DYN_SHARED(int, seen);
   const int bins = p.bins(), pairs = p.pairs();
-  int* counts = seen + bins;
-  int* keys = counts + kRouteWarps * bins;
-  clear(seen, bins * (1 + kRouteWarps));
+  int* keys = seen + bins;
+  uint8_t* counts = reinterpret_cast<uint8_t*>(keys + pairs);
+  clear(seen, bins);
+  clear(counts, kRouteWarps * bins);
+  clear(p.cleared, p.cleared_size);
   __syncthreads();
   for (int first = 0; first < pairs; first += kRouteThreads) {  // which are dropped
     const int i = first + static_cast<int>(threadIdx.x);
@@ -212,6 +219,7 @@ static __global__ void __launch_bounds__(kRouteThreads) prefix_kernel(const Sort
   DYN_SHARED(int, total);
   constexpr int kAhead = 8;  // loads in flight at once
   const int bins = p.bins();
+  clear(p.cleared, p.cleared_size);
   for (int b = threadIdx.x; b < bins; b += kRouteThreads) {
     int sum = 0;
     for (int first = 0; first < blocks; first += kAhead) {
@@ -237,7 +245,7 @@ static __global__ void __launch_bounds__(kRouteThreads) prefix_kernel(const Sort
 static __global__ void __launch_bounds__(kRouteThreads) scatter_kernel(const SortArguments p) {
   DYN_SHARED(int, seen);
   const int bins = p.bins(), first = blockIdx.x * kPairsPerBlock;
-  int* counts = seen + bins;
+  uint8_t* counts = reinterpret_cast<uint8_t*>(seen + bins);
   clear(counts, kRouteWarps * bins);
   for (int b = threadIdx.x; b < bins; b += kRouteThreads) {
     seen[b] = p.counts[int64_t(blockIdx.x) * bins + b] + (p.by_choice ? 0 : p.offsets[b]);
@@ -263,7 +271,8 @@ static __global__ void __launch_bounds__(kRouteThreads) scatter_kernel(const Sor
 // out[s] = x[token_of_slot[s]] for the filled slots, else 0. Grid: (slots, column blocks).
 template <class T, int kPer>
 __global__ void __launch_bounds__(kRouteThreads)
-    dispatch_kernel(const T* x, int64_t x_stride, const int64_t* token_of_slot, const int* filled, T* out, int columns) {
+    dispatch_kernel(const T* x, int64_t x_stride, const int64_t* token_of_slot, const int* filled, T* out,
+                    int columns) {
   const int slot = blockIdx.x, column = (blockIdx.y * kRouteThreads + threadIdx.x) * kPer;
   if (column >= columns) return;
   dev::Pack<T, kPer> pack{};

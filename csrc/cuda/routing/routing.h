@@ -4,12 +4,11 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "common/types.h"
-#include "cuda/device.cuh"
+#include "cuda/dispatch.h"
 
 namespace mpoe::cuda {
 
-constexpr int kMostExperts = 4096;  // their counts must fit into shared memory
+constexpr int kMostBins = 12000;  // of pairs, one more than experts: their counts must fit into shared memory
 
 // Softmax and top-k of logits [T, E] in float32: index [T, K] (most probable first, among equals the smaller number),
 // weights [T, K] (renormalized: they sum to 1).
@@ -24,10 +23,14 @@ struct Route {
   int* offsets = nullptr;            // [E + 1]
   int64_t* token_of_slot = nullptr;  // [N]; masked and dropped pairs come last
   int64_t* slot_of_token = nullptr;  // [T, K]; -1: masked or dropped
+  // If not null: pairs are sorted by choice, then by expert; offsets [K (E + 1)], those without an expert being expert
+  // E's, and neither token_of_slot nor slot_of_token are written. Takes no capacity.
+  int* pair_of_slot = nullptr;  // [N]
+  int* cleared = nullptr;       // `cleared_size` numbers that become zero
+  int cleared_size = 0;
 };
 // Stable counting sort by expert; one launch for few pairs, else three, six with a capacity.
-std::size_t route_workspace_bytes(const Route& arguments);
-void route(const Route& arguments, void* workspace, cudaStream_t stream);
+void route(const Route& arguments, const Memory& memory, cudaStream_t stream);
 
 // x [T, I] of rows `x_stride` elements apart, out [N, I]; slots from offsets[E] = *filled on become zero.
 void dispatch(Dtype dtype, const void* x, int64_t x_stride, const int64_t* token_of_slot, const int* filled, void* out,
@@ -39,7 +42,7 @@ void combine(Dtype dtype, const void* rows, const int64_t* slot_of_token, const 
 
 // grad [T, F], rows [N, F] (read only for dgates), drows [N, F] or null, dgates [T, K] or null.
 void combine_backward(Dtype dtype, const void* grad, const void* rows, const int64_t* token_of_slot,
-                      const int64_t* slot_of_token, const float* gates, void* drows, float* dgates, int slots, int top_k,
-                      int columns, cudaStream_t stream);
+                      const int64_t* slot_of_token, const float* gates, void* drows, float* dgates, int slots,
+                      int top_k, int columns, cudaStream_t stream);
 
 }  // namespace mpoe::cuda

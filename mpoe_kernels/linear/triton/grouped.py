@@ -4,35 +4,40 @@ PyTorch has such a kernel for bfloat16 on some GPUs only, and everywhere else re
 are also gathered, and blocks read in any layout, as they are loaded. One program computes one tile of one expert:
 
     rows: grid (tiles of rows, tiles of columns), ``out[s, p, n] = sum_k a[row_index[s], p, k] b[e, k, n]``
-    blocks: grid (tiles, parts of the rows, experts), ``out[e, m, n] = sum_{s, p} a[row_index[s], p, m] g[s, p, n]``
+    blocks: grid (tiles, experts or parts of their rows), ``out[e, m, n] = sum_{s, p} a[row_index[s], p, m] g[s, p, n]``
+    both: as blocks, with ``da[s, p, m] = sum_n g[s, p, n] b[e, m, n]`` from the same reading of g
 
-Sums run in a fixed order: partial ones are stored and added by another launch. Tiles follow from sizes and the card; of
-two that fit, `rows` takes the faster where something may be timed. Each is compiled ahead of time by
+Sums run in a fixed order: those of parts are stored and added by another launch. Tiles follow from sizes and the card;
+of two that fit, `rows` takes the faster where something may be timed. Each is compiled ahead of time by
 ``tools/gpu_compile.py``.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mpoe_kernels.linear.grouped import Slots
+from mpoe_kernels.linear.gradients import Slots
 from mpoe_kernels.linear.op import ForwardCall
 from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.architecture import INTERPRETER
-from mpoe_kernels.triton.device_functions import activate, pick, segments
+from mpoe_kernels.triton.device_functions import activate, part_ends, part_of_rows, pick, through_activation
 from mpoe_kernels.triton.start import Tile, cdiv, power_of_two, precision, start, start_best
 
-MOST_PARTS = 32
 LEAST_STEPS = 8  # inner steps of a part, so that it can prefetch and is worth the sum that follows
-
+SUM_BLOCK = 256  # elements of a block that one program adds
 
 # The widest problem's first; the same for both kernels, ``rows`` and ``blocks``.
 _NVIDIA = (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(32, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3))
 _AMD = tuple(tile._replace(inner=32, stages=2) for tile in _NVIDIA)
 TILES = {"sm_80": _NVIDIA, "sm_90": _NVIDIA, "sm_100": _NVIDIA, "gfx942": _AMD}
+# Of `both`: the whole block, and rows at once.
+BOTH_TILES = {"sm_80": Tile(64, 64, 32, 4, 3), "gfx942": Tile(64, 64, 32, 4, 2), INTERPRETER: Tile(64, 64, 64, 4, 1)}
+BOTH_TILES |= dict.fromkeys(("sm_90", "sm_100"), Tile(64, 64, 128, 8, 3))
 # Without a GPU, kernels run in the interpreter, where small tiles would only add steps.
 TILES[INTERPRETER] = (Tile(64, 64, 64, 4, 1),)
 
@@ -80,21 +85,16 @@ def grouped_rows_kernel(
     a,  # [.., P, K]
     b,  # [EXPERTS, K, N]
     out,  # [slots, P, N]
-    bias,  # [P N]
-    pre,  # pre-activation, as out
-    row_index,  # row of ``a`` that a slot reads
-    out_index,  # row of ``out`` that a slot gives, if PLACED
-    gates,  # of the rows of ``out``, if PLACED
+    bias,  # [P N] or None
+    pre,  # pre-activation, as out, or None
+    row_index,  # row of ``a`` that a slot reads, or None: its own
+    out_index,  # row of ``out`` that a slot gives, or None
+    gates,  # of the rows of ``out``, with out_index
     offsets,  # [EXPERTS + 1]
     slots,
-    A_SLOT: tl.constexpr,
-    A_P: tl.constexpr,
-    A_K: tl.constexpr,
-    B_EXPERT: tl.constexpr,
-    B_K: tl.constexpr,
-    B_N: tl.constexpr,
-    OUT_P: tl.constexpr,  # strides of ``out``, whose rows are dense, and of ``bias``
-    OUT_N: tl.constexpr,
+    A: tl.constexpr,  # strides
+    B: tl.constexpr,
+    OUT: tl.constexpr,  # of ``out``, whose rows are dense, and of ``bias``
     P: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
@@ -102,34 +102,25 @@ def grouped_rows_kernel(
     EXPERTS: tl.constexpr,
     SCAN: tl.constexpr,
     CLEAR: tl.constexpr,  # clear the slots after the last expert's
-    HAS_INDEX: tl.constexpr,
-    PLACED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    SAVE_PRE: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    start, stop = segments(offsets, slots, EXPERTS, SCAN)
-    wanted = tl.arange(0, SCAN) < (EXPERTS + 1 if CLEAR else EXPERTS)
-    ends = tl.cumsum(tl.where(wanted, ((stop - start) * P + BM - 1) // BM, 0), 0)
-    tile = tl.program_id(0)
-    if tile >= tl.max(ends):
+    e, lo, first, rows = part_of_rows(offsets, tl.program_id(0), slots, BM, P, EXPERTS, SCAN, CLEAR)
+    if first >= rows:
         return
-    e = tl.sum((ends <= tile).to(tl.int32))
-    lo = pick(start, e)
-    r = (tile - tl.max(tl.where(ends <= tile, ends, 0))) * BM + tl.arange(0, BM)
-    inside = r < (pick(stop, e) - lo) * P
+    r = first + tl.arange(0, BM)
+    inside = r < rows
     slot = (lo + r // P).to(tl.int64)
     source = slot
-    if HAS_INDEX:
+    if row_index is not None:
         source = tl.load(row_index + slot, mask=inside, other=0).to(tl.int64)
         source = tl.max_constancy(source, (SAME,))  # so that neighbouring rows are loaded together
     n = tl.program_id(1) * BN + tl.arange(0, BN)
-    a_rows = a + (source * A_SLOT + (r % P) * A_P)[:, None]
-    b_columns = b + e.to(tl.int64) * B_EXPERT + (n * B_N)[None, :]
+    a_rows = a + (source * A[0] + (r % P) * A[1])[:, None]
+    b_columns = b + e.to(tl.int64) * B[0] + (n * B[2])[None, :]
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for k0 in tl.range(0, tl.where(e == EXPERTS, 0, K), BK):
         k = k0 + tl.arange(0, BK)
@@ -138,17 +129,17 @@ def grouped_rows_kernel(
         if K % BK != 0:
             a_mask = a_mask & (k < K)[None, :]
             b_mask = b_mask & (k < K)[:, None]
-        at = tl.load(a_rows + (k * A_K)[None, :], mask=a_mask, other=0.0)
-        bt = tl.load(b_columns + (k * B_K)[:, None], mask=b_mask, other=0.0)
+        at = tl.load(a_rows + (k * A[2])[None, :], mask=a_mask, other=0.0)
+        bt = tl.load(b_columns + (k * B[1])[:, None], mask=b_mask, other=0.0)
         acc = tl.dot(at, bt, acc, input_precision=PRECISION)
     mask = inside[:, None] & (n < N)[None, :]
-    column = (r % P)[:, None] * OUT_P + n[None, :] * OUT_N
-    if HAS_BIAS:  # empty slots stay zero
+    column = (r % P)[:, None] * OUT[1] + n[None, :] * OUT[2]
+    if bias is not None:  # empty slots stay zero
         acc += tl.where(e == EXPERTS, 0.0, tl.load(bias + column, mask=mask, other=0.0).to(tl.float32))
-    if SAVE_PRE:
+    if pre is not None:
         tl.store(pre + slot[:, None] * (P * N) + column, acc.to(pre.dtype.element_ty), mask=mask)
     value = activate(acc, ACTIVATION).to(out.dtype.element_ty)
-    if PLACED:
+    if out_index is not None:
         slot = tl.load(out_index + slot, mask=inside, other=0).to(tl.int64)
         gate = tl.load(gates + slot, mask=inside, other=0.0)[:, None]
         value = tl.where(e == EXPERTS, 0.0, value.to(tl.float32) * gate).to(out.dtype.element_ty)
@@ -158,20 +149,27 @@ def grouped_rows_kernel(
 @triton.jit
 def grouped_blocks_kernel(
     a,  # [.., P, M]
-    g,  # [slots, P, N]
-    out,  # [experts, M, N], or float32 [parts, experts, M, N]
-    row_index,  # row of ``a`` that a slot reads
-    offsets,  # [experts + 1]
-    A_SLOT: tl.constexpr,
-    A_P: tl.constexpr,
-    A_M: tl.constexpr,
-    G_SLOT: tl.constexpr,
-    G_P: tl.constexpr,
-    G_N: tl.constexpr,
+    g,  # [slots, P, N]; of the activation, if there is one, whose input is ``a b``
+    b,  # [EXPERTS, M, N] or None
+    out,  # [EXPERTS, M, N], or float32 [parts, M, N]
+    da,  # [slots, P, M], with b
+    again,  # [slots, P, N]: ``a b``, or None
+    row_index,  # row of ``a`` that a slot reads, or None: its own
+    offsets,  # [EXPERTS + 1]
+    slots,
+    size,  # rows of a part
+    A: tl.constexpr,  # strides
+    G: tl.constexpr,
+    B: tl.constexpr,
+    DA: tl.constexpr,  # of ``da`` and ``again``, whose rows are dense
+    RE: tl.constexpr,
     P: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    SCAN: tl.constexpr,
+    IN_PARTS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -180,27 +178,75 @@ def grouped_blocks_kernel(
     n_tiles: tl.constexpr = (N + BN - 1) // BN
     m = (tl.program_id(0) // n_tiles) * BM + tl.arange(0, BM)
     n = (tl.program_id(0) % n_tiles) * BN + tl.arange(0, BN)
-    e = tl.program_id(2)
-    lo = tl.load(offsets + e).to(tl.int32)
-    rows = (tl.load(offsets + e + 1).to(tl.int32) - lo) * P
-    share = tl.cdiv(tl.cdiv(rows, tl.num_programs(1)), BK) * BK  # whole steps
-    first = tl.program_id(1) * share
+    if IN_PARTS:
+        e, lo, first, rows = part_of_rows(offsets, tl.program_id(1), slots, size, P, EXPERTS, SCAN, b is not None)
+        if first >= rows:
+            return
+        last = tl.minimum(first + size, rows)
+    else:
+        e = tl.program_id(1)
+        lo = tl.load(offsets + e).to(tl.int32)
+        rows = (tl.load(offsets + e + 1).to(tl.int32) - lo) * P
+        first = 0
+        last = rows
+    if b is not None:
+        at_b = e.to(tl.int64) * B[0] + m[:, None] * B[1] + n[None, :] * B[2]
+        bt = tl.load(b + at_b, mask=(m < M)[:, None] & (n < tl.where(e < EXPERTS, N, 0))[None, :], other=0.0)
     acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for r0 in tl.range(first, tl.minimum(first + share, rows), BK):
+    for r0 in tl.range(first, last, BK):
         r = r0 + tl.arange(0, BK)
         inside = r < rows
         slot = (lo + r // P).to(tl.int64)
         source = slot
-        if HAS_INDEX:
+        if row_index is not None:
             source = tl.load(row_index + slot, mask=inside, other=0).to(tl.int64)
-        a_at = (source * A_SLOT + (r % P) * A_P)[None, :] + (m * A_M)[:, None]
-        g_at = (slot * G_SLOT + (r % P) * G_P)[:, None] + (n * G_N)[None, :]
-        at = tl.load(a + a_at, mask=(m < M)[:, None] & inside[None, :], other=0.0)
-        gt = tl.load(g + g_at, mask=inside[:, None] & (n < N)[None, :], other=0.0)
+        owned = inside
+        if b is not None:  # empty slots give zeros
+            owned = r < tl.where(e < EXPERTS, rows, 0)
+        a_at = (source * A[0] + (r % P) * A[1])[None, :] + (m * A[2])[:, None]
+        g_at = (slot * G[0] + (r % P) * G[1])[:, None] + (n * G[2])[None, :]
+        at = tl.load(a + a_at, mask=(m < M)[:, None] & owned[None, :], other=0.0)
+        gt = tl.load(g + g_at, mask=owned[:, None] & (n < N)[None, :], other=0.0)
+        if again is not None or ACTIVATION != "none":
+            z = tl.dot(tl.trans(at), bt, input_precision=PRECISION)
+        if again is not None:
+            again_at = slot[:, None] * (P * N) + (r % P)[:, None] * RE[1] + (n * RE[2])[None, :]
+            tl.store(again + again_at, z.to(again.dtype.element_ty), mask=inside[:, None] & (n < N)[None, :])
+        if ACTIVATION != "none":
+            gt = through_activation(gt.to(tl.float32), z, ACTIVATION).to(g.dtype.element_ty)
+        if b is not None:
+            da_at = slot[:, None] * (P * M) + (r % P)[:, None] * DA[1] + (m * DA[2])[None, :]
+            found = tl.dot(gt, tl.trans(bt), input_precision=PRECISION)
+            tl.store(da + da_at, found.to(da.dtype.element_ty), mask=inside[:, None] & (m < M)[None, :])
         acc = tl.dot(at, gt, acc, input_precision=PRECISION)
-    to = (tl.program_id(1) * tl.num_programs(2) + e).to(tl.int64) * (M * N)
-    at_out = to + m[:, None] * N + n[None, :]
+    at_out = tl.program_id(1).to(tl.int64) * (M * N) + m[:, None] * N + n[None, :]
     tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def grouped_sum_kernel(
+    parts,  # float32 [parts, SIZE]
+    out,  # [EXPERTS, SIZE]
+    offsets,  # [EXPERTS + 1]
+    slots,
+    size,  # rows of a part
+    P: tl.constexpr,
+    SIZE: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    SCAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid ``(blocks of the elements, EXPERTS)``: an expert's parts in order; zero without any."""
+    e = tl.program_id(1)
+    _start, _stop, ends = part_ends(offsets, slots, size, P, EXPERTS, SCAN, False)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    first = pick(ends, e - 1)
+    found = parts + first.to(tl.int64) * SIZE + at
+    for _part in tl.range(first, pick(ends, e)):
+        total += tl.load(found, mask=at < SIZE, other=0.0)
+        found += SIZE
+    tl.store(out + e.to(tl.int64) * SIZE + at, total.to(out.dtype.element_ty), mask=at < SIZE)
 
 
 def _loadable(rows: Tensor) -> Tensor:
@@ -237,21 +283,16 @@ def rows(
         a=a,
         b=blocks,
         out=out,
-        bias=out if bias is None else bias,
-        pre=out if pre is None else pre,
-        row_index=out if row_index is None else row_index,
-        out_index=out if out_index is None else out_index,
-        gates=out if gates is None else gates,
+        bias=bias,
+        pre=pre,
+        row_index=row_index,
+        out_index=out_index,
+        gates=gates,
         offsets=slots.offsets,
         slots=slots.count,
-        A_SLOT=a.stride(0),
-        A_P=a.stride(1),
-        A_K=a.stride(2),
-        B_EXPERT=blocks.stride(0),
-        B_K=blocks.stride(1),
-        B_N=blocks.stride(2),
-        OUT_P=out.stride(1),
-        OUT_N=out.stride(2),
+        A=a.stride(),
+        B=blocks.stride(),
+        OUT=out.stride(),
         P=p,
         K=k,
         N=n,
@@ -259,52 +300,83 @@ def rows(
         EXPERTS=experts,
         SCAN=power_of_two(experts + 1),
         CLEAR=not slots.is_part,
-        HAS_INDEX=row_index is not None,
-        PLACED=out_index is not None,
-        HAS_BIAS=bias is not None,
         ACTIVATION="none" if last is None else last.activation,
-        SAVE_PRE=pre is not None,
         PRECISION=precision(a.dtype),
     )
     return out, pre
 
 
 def blocks(rows: Tensor, row_index: Tensor | None, grads: Tensor, slots: Slots) -> Tensor:
-    """See `mpoe_kernels.linear.grouped.Grouped`. One launch, and a sum if there are parts."""
-    a, g, (_, p, m), n = _loadable(rows), _loadable(grads), rows.shape, grads.shape[2]
-    experts, inner = slots.offsets.shape[0] - 1, slots.count * p / max(slots.offsets.shape[0] - 1, 1)
+    """See `mpoe_kernels.linear.grouped.Grouped`. One launch, and one for the sum if there are parts."""
+    a, g, m, n = _loadable(rows), _loadable(grads), rows.shape[2], grads.shape[2]
+    inner = slots.count * rows.shape[1] / max(slots.offsets.shape[0] - 1, 1)
     tile = tiles_of(a, m, n, inner, _interleaved(a) or _interleaved(g))[0]  # its parts are memory, so nothing is timed
-    tiles = cdiv(m, tile.rows) * cdiv(n, tile.columns)
-    parts = parts_of(a.device, experts * tiles, int(inner / (LEAST_STEPS * tile.inner)))
-    dtype = a.dtype if parts == 1 else torch.float32
-    out = torch.empty(parts, experts, m, n, dtype=dtype, device=a.device)
+    return _blocks(a, row_index, g, slots, tile)
+
+
+def both(
+    rows: Tensor,
+    row_index: Tensor | None,
+    blocks: Tensor,
+    grads: Tensor,
+    slots: Slots,
+    da: Tensor,
+    again: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """See `mpoe_kernels.linear.grouped.Grouped`. One launch, and one for the sum of parts."""
+    tile = BOTH_TILES[architecture.target_of(rows.device).architecture]
+    tile = tile._replace(rows=_side(blocks.shape[1]), columns=_side(blocks.shape[2]))
+    return _blocks(_loadable(rows), row_index, _loadable(grads), slots, tile, blocks, da, again, activation)
+
+
+def _blocks(
+    a: Tensor,
+    row_index: Tensor | None,
+    g: Tensor,
+    slots: Slots,
+    tile: Tile,
+    b: Tensor | None = None,
+    da: Tensor | None = None,
+    again: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    (_, p, m), n, experts = a.shape, g.shape[2], slots.offsets.shape[0] - 1
+    tiles, rows = cdiv(m, tile.rows) * cdiv(n, tile.columns), slots.count * p
+    programs = architecture.target_of(a.device).multiprocessors
+    if b is None:  # what more parts would save, their sum would take
+        programs = cdiv(programs, 2)
+    size = max(LEAST_STEPS, cdiv(rows * tiles, programs * tile.inner)) * tile.inner
+    in_parts = b is not None or (tiles * experts <= programs and rows > size * experts)
+    out = found = a.new_empty(experts, m, n)
+    if in_parts:
+        found = a.new_empty(cdiv(rows, size) + experts + (b is not None), m, n, dtype=torch.float32)
+    where: dict[str, Any] = {"offsets": slots.offsets, "slots": slots.count, "size": size, "P": p}
+    where |= {"EXPERTS": experts, "SCAN": power_of_two(experts + 1)}
     start(
         grouped_blocks_kernel,
-        (tiles, parts, experts),
+        (tiles, found.shape[0]),
         a=a,
         g=g,
-        out=out,
-        row_index=out if row_index is None else row_index,
-        offsets=slots.offsets,
-        A_SLOT=a.stride(0),
-        A_P=a.stride(1),
-        A_M=a.stride(2),
-        G_SLOT=g.stride(0),
-        G_P=g.stride(1),
-        G_N=g.stride(2),
-        P=p,
+        b=b,
+        out=found,
+        da=da,
+        again=again,
+        row_index=row_index,
+        A=a.stride(),
+        G=g.stride(),
+        B=None if b is None else b.stride(),
+        DA=None if da is None else da.stride(),
+        RE=None if again is None else again.stride(),
         M=m,
         N=n,
-        HAS_INDEX=row_index is not None,
+        IN_PARTS=in_parts,
+        ACTIVATION=activation,
         PRECISION=precision(a.dtype),
+        **where,
         **tile.options,
     )
-    return out[0] if parts == 1 else out.sum(0).to(a.dtype)
-
-
-def parts_of(device: torch.device, programs: int, most: int) -> int:
-    """Parts of a sum, a power of two: enough programs for half of the multiprocessors."""
-    units, parts = architecture.target_of(device).multiprocessors, 1
-    while 2 * programs * parts <= units and 2 * parts <= min(most, MOST_PARTS):
-        parts *= 2
-    return parts
+    if in_parts:
+        grid = cdiv(m * n, SUM_BLOCK), experts
+        start(grouped_sum_kernel, grid, parts=found, out=out, SIZE=m * n, BLOCK=SUM_BLOCK, num_warps=4, **where)
+    return out

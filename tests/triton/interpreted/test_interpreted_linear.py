@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from mpoe_kernels.linear.triton import grouped
 from mpoe_kernels.linear.triton.grouped import Tile
 from mpoe_kernels.reference import grouped_mpo_linear_reference, mpo_ffn_reference
 from mpoe_kernels.testing.launches import recorded
+from mpoe_kernels.triton import architecture
+from mpoe_kernels.triton.architecture import NO_LIMIT, Target
 from tests.assertions import assert_calibrated
 from tests.cases import SMALL_SHAPES
 from tests.linear_problem import NAMES, planned_strategies
@@ -98,26 +101,64 @@ def test_masked_backward_computes_less() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "strategy", "parts"),
+    ("name", "strategy", "activation"),
     [
-        pytest.param("light", "rebuild", 2, marks=pytest.mark.exhaustive),
-        ("light", "chain", 5),
-        ("separable", "separable", 2),
-        ("separable_mirrored", "separable", 1),
-        pytest.param("padded", "half_right", 2, marks=pytest.mark.exhaustive),
-        pytest.param("paper", "rebuild", 5, marks=pytest.mark.exhaustive),
+        pytest.param("light", "rebuild", "gelu", marks=pytest.mark.exhaustive),
+        ("light", "chain", "relu"),
+        ("separable", "separable", "relu"),
+        ("separable_mirrored", "separable", "silu"),
+        pytest.param("separable", "separable", "gelu_tanh", marks=pytest.mark.slow),
+        pytest.param("padded", "half_right", "gelu", marks=pytest.mark.exhaustive),
+        pytest.param("paper", "rebuild", "gelu", marks=pytest.mark.exhaustive),
     ],
 )
 def test_many_small_tiles_and_partial_sums(
-    name: str, strategy: str, parts: int, monkeypatch: pytest.MonkeyPatch
+    name: str, strategy: str, activation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More parts than some experts have rows; idle experts; the same bits every time."""
-    monkeypatch.setattr(grouped, "shipped_tiles", lambda *_: (Tile(16, 16, 16, 1, 1),))
-    monkeypatch.setattr(grouped, "parts_of", lambda *_: parts)
-    case = Case(SMALL_SHAPES[name], torch.bfloat16, tokens=5, experts=3, capacity=3)
+    """Several parts of an expert's rows; idle experts; the same bits every time."""
+    tile = Tile(16, 16, 16, 1, 1)
+    monkeypatch.setattr(grouped, "shipped_tiles", lambda *_: (tile,))
+    monkeypatch.setattr(grouped, "BOTH_TILES", {"interpreter": tile})
+    monkeypatch.setattr(grouped, "LEAST_STEPS", 1)
+    monkeypatch.setattr(architecture, "target_of", lambda _: Target("interpreter", NO_LIMIT, 132))
+    case = Case(SMALL_SHAPES[name], torch.bfloat16, 23, 3, capacity=19, with_bias=False, activation=activation)
     case.check(strategy)
     for first, second in zip(case.run(strategy), case.run(strategy), strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh", "silu"])
+def test_one_reading_of_rows_gives_both_gradients(activation: str, dtype: torch.dtype) -> None:
+    """Experts without slots, slots without an expert."""
+    given: dict[str, Any] = {"tokens": 11, "experts": 5, "kind": "some_idle", "capacity": 6}
+    case = Case(SMALL_SHAPES["separable"], dtype, **given, with_bias=False, activation=activation)
+    assert 0 < case.filled < 22
+    assert not case.routing.expert_load.all()
+    case.check("separable")
+    y, h, z = case.forward("separable")
+    with recorded("sm_90") as started:
+        case.backward("separable", y, h, z, [True] * 4 + [False])
+    shared = [one.arguments for one in started if one.arguments.get("da") is not None]
+    assert [(one["ACTIVATION"], one["again"] is not None) for one in shared] == [(activation, False), ("none", True)]
+
+
+@pytest.mark.parametrize("name", ["separable", "separable_mirrored"])
+def test_a_nan_row_spoils_no_other_row_and_no_other_expert_s_block(name: str) -> None:
+    case = Case(SMALL_SHAPES[name], torch.bfloat16, 9, 2, 1, "uniform", None, activation="relu", with_bias=False)
+    token, (owner, other) = 3, (0, 1)
+    slot = int(case.slot_of_token[token, 0])
+    if slot >= int(case.routing.expert_offsets[1]):
+        owner, other = other, owner
+    clean = case.run("separable")
+    case.x[token] = torch.nan
+    _, dx, dleft, dcentral, dright = case.run("separable")
+    others = torch.arange(9) != token
+    assert torch.equal(dx[others], clean[1][others])
+    for found, wanted in ((dleft, clean[2]), (dright, clean[4])):
+        assert torch.equal(found[other], wanted[other])
+        assert found[owner].isnan().any()
+    assert dcentral.isnan().any()
 
 
 @pytest.mark.parametrize("strategy", strategies_of(SMALL_SHAPES["paper"]))

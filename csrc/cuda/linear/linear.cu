@@ -1,0 +1,105 @@
+#include "cuda/linear/linear.h"
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+#include "cuda/dispatch.h"
+#include "cuda/linear/gradient.cuh"
+#include "cuda/linear/rebuilt.cuh"
+
+namespace mpoe::cuda {
+namespace {
+
+// Tiles of at most `rows` columns of k and `columns` of n, with at most `most_units` pairs of digits of left and
+// `most_run` of right: the fewest. A tile whose runs are not whole chunks of 16 bytes counts three times: its elements
+// are copied one by one.
+int64_t choose(Digits& k, Digits& n, int rows, int columns, int most_units, int most_run, int chunk) {
+  int64_t least = std::numeric_limits<int64_t>::max();
+  const Digits all_k = k, all_n = n;
+  const auto runs = [](const Digits& digits, int most, auto&& use) {
+    if (digits.size[2] <= most) use(digits.size[2]);
+    for (int run = 1; run < digits.size[2] && run <= most; run *= 2) use(run);
+  };
+  runs(all_k, rows, [&](int run_k) {
+    runs(all_n, columns, [&](int run_n) {
+      if (run_k * run_n > most_run) return;
+      for (int units = std::min(all_k.size[0], rows / run_k); units > 0; units /= 2) {
+        Digits own_k = all_k, own_n = all_n;
+        own_k.units = units;
+        own_k.run = FastDiv(static_cast<uint32_t>(run_k));
+        own_n.units = std::min({all_n.size[0], columns / run_n, most_units / units});
+        own_n.run = FastDiv(static_cast<uint32_t>(run_n));
+        if (own_n.units < 1) continue;
+        const int64_t of_k = int64_t(own_k.left_tiles()) * own_k.right_tiles() * (run_k % chunk ? 3 : 1);
+        const int64_t cost = of_k * own_n.left_tiles() * own_n.right_tiles() * (run_n % chunk ? 3 : 1);
+        if (cost >= least) continue;
+        least = cost;
+        k = own_k;
+        n = own_n;
+      }
+    });
+  });
+  return least;
+}
+
+// Whether what a tile has of rows can be moved 16 bytes at a time.
+bool whole_tiles(int chunk, const Digits& digits, std::initializer_list<const void*> arrays) {
+  return whole(chunk, {digits.columns, digits.size[2], digits.run_length()}, arrays);
+}
+
+}  // namespace
+
+void rebuilt_product(const RebuiltProduct& product, cudaStream_t stream) {
+  if (product.slots == 0) return;
+  const bool transposed = product.transposed;
+  const int chunk = 16 / static_cast<int>(size_of(product.dtype)), a = product.a, b = product.b;
+  RebuiltArguments p;
+  p.of = product;
+  p.k = Digits(product.i, product.in_features);
+  p.n = Digits(product.j, product.out_features);
+  if (transposed) std::swap(p.k, p.n);
+  const auto steps = [&](int& of_k, int& of_n, int size_j, int step) {
+    of_k = transposed ? step : size_j * step;
+    of_n = transposed ? size_j * step : step;
+  };
+  steps(p.left_k, p.left_n, product.j[0], a);
+  steps(p.central_k, p.central_n, product.j[1], b);
+  steps(p.right_k, p.right_n, product.j[2], b);
+  int columns = 64;
+  Digits wide_k = p.k, wide_n = p.n;
+  const int64_t narrow = choose(p.k, p.n, kDepth, 64, kDepth, 64, chunk);
+  // Twice the columns in less than twice the time.
+  if (chunk == 8 && 3 * choose(wide_k, wide_n, kDepth, 128, kDepth, 128, chunk) < 2 * narrow) {
+    columns = 128;
+    p.k = wide_k;
+    p.n = wide_n;
+  }
+  p.vector_rows = whole_tiles(chunk, p.k, {product.rows});
+  p.vector_out = whole_tiles(chunk, p.n, {product.out, product.epilogue.pre_activation});
+  p.vector_a = whole(chunk, {a}, {product.left});
+  p.vector_b = whole(chunk, {b}, {product.central, product.right});
+  p.pairs = p.n.run_length() % 2 == 0;
+  with_product_type(product.dtype, product.tf32, [&](auto zero) { launch<decltype(zero)>(p, columns, stream); });
+}
+
+void gradient_product(const GradientProduct& product, cudaStream_t stream) {
+  const int chunk = 16 / static_cast<int>(size_of(product.dtype));
+  GradientArguments p;
+  p.of = product;
+  p.i = Digits(product.i, product.in_features);
+  p.j = Digits(product.j, product.out_features);
+  choose(p.i, p.j, kSide, kSide, kSide, kSide, chunk);
+  p.vector_x = whole_tiles(chunk, p.i, {product.x});
+  p.vector_dz = whole_tiles(chunk, p.j, {product.dz});
+  p.vector_b = whole(chunk, {product.b}, {product.other});
+  const int left = p.i.left_tiles() * p.j.left_tiles(), right = p.i.right_tiles() * p.j.right_tiles();
+  const int outer = product.of_right ? right : left, inner = product.of_right ? left : right;
+  p.share = (inner + product.parts - 1) / product.parts;
+  const int bond_tiles = (product.b + kSide - 1) / kSide;
+  const dim3 grid(static_cast<unsigned>(outer * bond_tiles), static_cast<unsigned>(product.parts),
+                  static_cast<unsigned>(product.experts));
+  with_product_type(product.dtype, product.tf32, [&](auto zero) { launch<decltype(zero)>(p, grid, stream); });
+}
+
+}  // namespace mpoe::cuda

@@ -1,0 +1,220 @@
+"""The rows of a task's splits, each with its place, for messages: from files in a folder or the Hugging Face hub.
+
+Cells of files stay as they are written. The readers of ``datasets``, which reads the hub, would change some: of a csv
+file with a cell too many they make the first column an index, and cells that a line lacks become empty; texts of a
+json file that look like dates become dates.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import gzip
+import json
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpoe.data.documentation import SPLITS
+from mpoe.data.spec import Cells, HubData, TaskSpec
+from mpoe.data.splits import with_validation_from_train
+from mpoe.data.task import Example, Task
+
+Table = Sequence[tuple[Cells, str]]  # rows, each with its place
+TEXT_COLUMN = "text"  # the only column of a text file
+TEXT_SUFFIXES = (".txt", ".raw", ".tokens")  # the last two are WikiText's: wiki.train.raw, wiki.train.tokens
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", *TEXT_SUFFIXES)
+SPLIT_STEMS = {
+    "train": "train",
+    "test": "test",
+    **dict.fromkeys(("validation", "valid", "val", "dev", "dev_matched", "validation_matched"), "validation"),
+}
+
+
+def file_format(path: Path) -> str:
+    """Suffix that says how to read ``path``, without .gz; "" if unknown."""
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    return suffix if suffix in SUFFIXES else ""
+
+
+def find_files(data_dir: str | Path, needs_test: bool = True) -> dict[str, Path]:
+    """The file of each split in a folder: train, validation (or valid, val, dev) and test with a known suffix, also
+    with .gz and with WikiText's prefix ``wiki.``. A test file is looked for where ``needs_test``.
+
+    Raises:
+        ValueError: there is no such folder, it holds no train file, or several files of one split.
+    """
+    folder = Path(data_dir)
+    if not folder.is_dir():
+        raise ValueError(f"data_dir must be an existing folder; got {str(data_dir)!r}")
+    there = sorted(path for path in folder.iterdir() if path.is_file())
+    files: dict[str, Path] = {}
+    for path in filter(file_format, there):
+        stem = path.name.removesuffix(".gz").removesuffix(file_format(path)).removeprefix("wiki.")
+        split = SPLIT_STEMS.get(stem, "")
+        if split in files:
+            raise ValueError(f"data_dir {folder} must hold one {split} file; got {files[split].name}, {path.name}")
+        if split and (needs_test or split != "test"):
+            files[split] = path
+    if "train" not in files:
+        names = ", ".join(path.name for path in there[:8]) or "nothing"
+        raise ValueError(
+            f"data_dir {folder} must hold a train file (train with {', '.join(SUFFIXES)}, also .gz); got {names}"
+        )
+    return {split: files[split] for split in SPLITS if split in files}
+
+
+def read_table(path: Path, column_names: Sequence[str] = (), skip_malformed: bool = False) -> Table:
+    """Rows of a .jsonl, .csv, .tsv or text file (UTF-8, also with .gz).
+
+    ``column_names`` names the columns of a csv or tsv file whose first line holds none of them. Blank lines are
+    skipped, and with ``skip_malformed`` lines with too many or too few columns too (a warning counts them). A .tsv
+    file has no quoting (as in GLUE), a .csv file has. Rows of a text file are paragraphs, or lines where no line is
+    blank.
+
+    Raises:
+        ValueError: a file that cannot be read or is empty, or a malformed line, which the message names.
+    """
+    try:
+        opened: Any = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+            if file_format(path) in TEXT_SUFFIXES:
+                rows = list(_paragraphs(path, file))
+            elif file_format(path).startswith(".json"):
+                rows = list(_json_rows(path, file))
+            else:
+                rows = list(_csv_rows(path, file, column_names, skip_malformed))
+    except UnicodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text; {error}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    if not rows:
+        raise ValueError(f"{path}: expected at least one row; got none")
+    return rows
+
+
+def _paragraphs(path: Path, lines: Iterable[str]) -> Iterator[tuple[Cells, str]]:
+    text = "\n".join(line.strip() for line in lines).strip()
+    parts = text.split("\n\n") if "\n\n" in text else text.split("\n")
+    for number, part in enumerate(filter(None, map(str.strip, parts)), start=1):
+        yield {TEXT_COLUMN: " ".join(part.split("\n"))}, f"{path}, paragraph {number}"
+
+
+def _json_rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[Cells, str]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            cells = json.loads(line.rstrip())
+        except (ValueError, RecursionError) as error:  # also a number too long, or brackets nested too deeply
+            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise ValueError(f"{place}: malformed JSON: {reason}") from error
+        if not isinstance(cells, dict):
+            raise ValueError(f"{place}: expected one JSON object per line; got a {type(cells).__name__}")
+        yield cells, place
+
+
+def _csv_rows(
+    path: Path, lines: Iterable[str], column_names: Sequence[str], skip_malformed: bool
+) -> Iterator[tuple[Cells, str]]:
+    plain: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    reader = csv.reader(lines, strict=True, **plain if file_format(path) == ".tsv" else {})
+    columns: list[str] = []
+    skipped = 0
+    try:
+        for cells in reader:
+            if len(cells) < 2 and not "".join(cells).strip():
+                continue
+            if not columns:
+                columns = [cell.strip() for cell in cells]
+                headless = bool(column_names) and set(columns).isdisjoint(column_names)
+                columns = list(column_names) if headless else columns
+                if len(set(columns)) != len(columns):
+                    raise ValueError(f"{path}, line {reader.line_num}: column names must differ; got {columns}")
+                if not headless:
+                    continue
+            if len(cells) == len(columns):
+                yield dict(zip(columns, cells, strict=True)), f"{path}, line {reader.line_num}"
+            elif skip_malformed:
+                skipped += 1
+            else:
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: expected {len(columns)} columns ({', '.join(columns)}); "
+                    f"got {len(cells)}"
+                )
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: malformed csv: {error}") from error
+    if skipped:
+        warnings.warn(f"{path}: left out {skipped} lines with a wrong number of columns", stacklevel=2)
+
+
+class HubTables(Mapping[str, Table]):
+    """The splits of a data set on the hub, under our names; the data set is loaded when one is first asked for.
+
+    Raises:
+        ValueError: (then) the data set cannot be loaded.
+    """
+
+    def __init__(self, hub: HubData, task: str) -> None:
+        self.hub, self.task = hub, task
+
+    @functools.cached_property
+    def splits(self) -> dict[str, Any]:
+        """Our name -> the split's rows."""
+        from datasets import load_dataset
+
+        hub = self.hub
+        try:
+            found = load_dataset(hub.path, hub.config, data_dir=hub.folder, revision=hub.revision)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"task {self.task}: the hub did not give {hub.path} ({reason}); give data_dir, a folder that holds a "
+                f"folder {self.task} of local files"
+            ) from error
+        theirs = {split: hub.splits.get(split, split) for split in SPLITS}
+        ours = {split: found[name] for split, name in theirs.items() if name in found}
+        if "train" not in ours:
+            raise ValueError(f"hub data set {hub.path} must have a train split; got {', '.join(found)}")
+        return ours
+
+    def __getitem__(self, split: str) -> Table:
+        return [(row, f"{self.hub.path}, {split}, row {index}") for index, row in enumerate(self.splits[split])]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.splits)
+
+    def __len__(self) -> int:
+        return len(self.splits)
+
+
+def make_task(spec: TaskSpec, tables: Mapping[str, Table], source: str) -> Task:
+    """The task of the rows that ``spec`` describes; without validation rows they are taken out of the training ones.
+
+    Rows become items when a split is first asked for. ``source``: what holds the tables, for messages.
+
+    Raises:
+        ValueError: (then) there is no such split, its labels are not public, or a row does not fit.
+    """
+
+    @functools.cache
+    def rows(split: str) -> tuple[Example, ...]:
+        if split == "test" and spec.hidden_test:
+            raise ValueError(f"the test labels of task {spec.name} are not public; use split_validation_test")
+        if split not in tables:
+            raise ValueError(f"{source} has no {split} split; use split_validation_test or add one")
+        return spec.examples(tables[split])
+
+    task = Task(**spec.task_fields(), rows=rows)
+    return with_validation_from_train(task, lambda: "validation" not in tables)
+
+
+def read_folder(spec: TaskSpec, tables: Mapping[str, Table], folder: Path | str) -> Task:
+    """`make_task` for the files of a folder, every row of which is checked now, before anything is trained."""
+    task = make_task(spec, tables, f"data_dir {folder}")
+    for split in tables:
+        task.examples(split)
+    return task

@@ -1,0 +1,123 @@
+"""Grouped MPO linear by the kernels of csrc/cuda/linear: the fused contraction, whose weights never leave the chip.
+
+Forward: one launch. Backward: one of the same kernel for x, one of the gradient kernel for left and central, one for
+right, with a library product each. Other strategies are library products, which are backend eager's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from mpoe_kernels.backends import Candidate
+from mpoe_kernels.contract import Contraction, may_round_to_tf32
+from mpoe_kernels.linear.gradients import (
+    Backward,
+    Forward,
+    Gradients,
+    Slots,
+    around_gradients,
+    block_gradients,
+    prepared,
+)
+from mpoe_kernels.linear.grouped import ON_CHIP, counting_reasons
+
+if TYPE_CHECKING:
+    from mpoe_kernels.linear.op import BackwardCall, ForwardCall
+
+Call = TypeVar("Call", "ForwardCall", "BackwardCall")
+BLOCKS_WANTED = 256  # of a launch whose sum can be divided, whatever the card
+
+
+def _prepared(call: Call) -> Call:
+    """The kernels read dense tensors and count slots in 32 bits."""
+    if call.expert_offsets.dtype != torch.int32:
+        call = replace(call, expert_offsets=call.expert_offsets.to(torch.int32))
+    return prepared(call, "x", "left", "central", "right")
+
+
+def _by_bond(right: Tensor) -> Tensor:
+    """``[E, b, iR, jR] -> [E, iR, jR, b]``: the kernels read runs of bonds."""
+    return right.permute(0, 2, 3, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class LinearKernels:
+    """The two kernels of the op.
+
+    Attributes:
+        ops: namespace of the compiled ops.
+        name: of the backend.
+    """
+
+    ops: Any
+    name: str = "cuda"
+
+    def contraction_reasons(self, plan: Contraction) -> list[str]:
+        """Why the kernels cannot compute a contraction."""
+        if plan.strategy != "rebuild":
+            return [f"it has a kernel for the strategy 'rebuild' only, not for {plan.strategy!r}"]
+        return counting_reasons(plan)
+
+    def candidates(self, plan: Contraction) -> list[Candidate]:
+        """The only one."""
+        return [Candidate(self.name, ON_CHIP, plan.strategy, getattr(self, plan.phase))]
+
+    def forward(self, call: ForwardCall) -> Forward:
+        """``(y, h, z)``, see `ForwardCall`."""
+        call = _prepared(call)
+        y = call.x.new_empty(call.slots, call.out_features)
+        pre = torch.empty_like(y) if call.saves_z else None
+        around = call.row_index, call.bias, call.activation, pre
+        self._product(call, call.x, y, around, False, (call.out_index, call.gates))
+        return y, y.new_empty(0), y.new_empty(0) if pre is None else pre
+
+    def backward(self, call: BackwardCall) -> Backward:
+        """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
+        call = _prepared(call)
+
+        def gradients(dz: Tensor) -> Gradients:
+            dx = dz.new_empty(call.slots, call.in_features) if call.need[0] else None
+            if dx is not None:
+                self._product(call, dz.contiguous(), dx, (None, None, "none", None), True, (None, None))
+            return dx, *block_gradients(call, dz.contiguous(), self._weight_gradient_times)
+
+        return around_gradients(call, gradients)
+
+    def _product(
+        self,
+        call: ForwardCall | BackwardCall,
+        rows: Tensor,
+        out: Tensor,
+        around: tuple[Tensor | None, Tensor | None, str, Tensor | None],
+        transposed: bool,
+        placed: tuple[Tensor | None, Tensor | None],
+    ) -> None:
+        """Product of rows and W, or its transpose, which is rebuilt in shared memory tile by tile.
+
+        ``around``: row_index, bias, activation and pre-activation; ``placed``: out_index and gates of a `ForwardCall`.
+        """
+        blocks = call.left, call.central, _by_bond(call.right)
+        tf32 = may_round_to_tf32(rows.dtype)
+        self.ops.rebuilt_product(rows, *blocks, out, call.expert_offsets, *around, transposed, tf32, *placed)
+
+    def _weight_gradient_times(
+        self, call: BackwardCall, dz: Tensor, other: Tensor, of_right: bool, slots: Slots
+    ) -> Tensor:
+        """See `mpoe_kernels.linear.gradients.block_gradients`. One launch."""
+        d, experts = call.dims, other.shape[0]
+        if of_right:
+            parts = max(1, min(d.iC * d.jC, BLOCKS_WANTED // experts))
+            other = other.contiguous()
+            out = torch.empty(parts, experts, d.iR, d.jR, d.b, dtype=torch.float32, device=dz.device)
+        else:
+            other = _by_bond(other)
+            out = dz.new_empty(experts, d.iL, d.jL, d.iC, d.jC, d.b)
+        self.ops.weight_gradient_product(
+            *(call.x, dz, other, out, slots.offsets.contiguous(), call.row_index),
+            *(of_right, may_round_to_tf32(dz.dtype)),
+        )
+        return out.sum(0).permute(0, 3, 1, 2) if of_right else out

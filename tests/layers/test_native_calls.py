@@ -1,0 +1,406 @@
+"""Layers without gradients: native calls in place of the ops of router and experts, with the same results."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from mpoe.config import MPOEConfig, RouterConfig
+from mpoe.layers import HiddenFeedForward, MPOEFeedForward, NeuronFeedForward, hidden
+from mpoe.layers.context import routing_context
+from mpoe.layers.expert_cache import ExpertCache
+from mpoe_kernels import available_backends, mixture, use_backend
+
+pytestmark = pytest.mark.skipif("native" not in available_backends(), reason="the native kernels are not built")
+F32, BF16 = torch.float32, torch.bfloat16
+I, F, E = 12, 40, 5
+every_kind = pytest.mark.parametrize("kind", ["separable", "hidden", "neurons"])
+
+
+class Dense(nn.Module):
+    """A dense network, for experts beside or between its projections."""
+
+    def __init__(self, gated: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(I, F, dtype=dtype), nn.Linear(F, I, dtype=dtype)
+        self.gate = nn.Linear(I, F, dtype=dtype) if gated else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu())
+
+
+def made(kind: str = "separable", gated: bool = False, bias: bool = False, dtype=F32, options=None, **router) -> Any:
+    """5 experts that contribute, in eval mode; ``options``: of the `MPOEConfig`."""
+    torch.manual_seed(0)
+    own = {"hidden": {"block_size": 8, "expert_bias": bias}, "neurons": {"neurons": 7, "expert_bias": bias}}
+    settings = RouterConfig(**{"init_scale": 4.0, "top_k": 2, **router})
+    config = MPOEConfig(shape=kind, num_experts=E, router=settings, **{**own.get(kind, {}), **(options or {})})
+    activation = "silu" if gated else "gelu"
+    if kind not in own:
+        layer: Any = MPOEFeedForward(I, F, config, activation=activation, gated=gated, bias=bias, dtype=dtype)
+    else:
+        dense, names = Dense(gated, dtype), {"up": "up", "down": "down"} | ({"gate_proj": "gate"} if gated else {})
+        class_ = HiddenFeedForward if kind == "hidden" else NeuronFeedForward
+        layer = class_(I, F, config, names=names, activation=activation, gated=gated, dtype=dtype)
+        (layer.adopt if kind == "hidden" else lambda parts: layer.around(dense, parts))(
+            {each: getattr(dense, name) for each, name in names.items()}
+        )
+    for parameter in layer.experts.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return layer.eval()
+
+
+def by_ops(layer: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What the ops compute: a hook is a reason to take them."""
+    handle = layer.experts.register_forward_hook(lambda *_: None)
+    try:
+        return layer(x, token_mask=mask)
+    finally:
+        handle.remove()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The native functions that computed something."""
+    seen: list[str] = []
+
+    def watched(module: str, name: str, own: Any) -> None:
+        def call(*arguments: Any) -> Any:
+            found = own(*arguments)
+            seen.extend([name] * (found is not None))
+            return found
+
+        monkeypatch.setattr(f"mpoe.layers.{module}.{name}", call)
+
+    watched("experts", "routed_ffn", mixture.routed_ffn)
+    watched("experts", "plain_ffn", mixture.plain_ffn)
+    watched("neurons", "routed_neurons", mixture.routed_neurons)
+    watched("hidden", "routed", hidden.routed)
+    return seen
+
+
+OF_KIND = {"separable": "routed_ffn", "hidden": "routed", "neurons": "routed_neurons"}
+
+# ------------------------------------------------------------- with experts
+
+
+@given(
+    kind=st.sampled_from(["separable", "light", "paper", "hidden", "neurons"]),
+    tokens=st.integers(0, 40),
+    gated=st.booleans(),
+    bias=st.booleans(),
+    dtype=st.sampled_from([F32, BF16]),
+    router=st.fixed_dictionaries({"top_k": st.integers(1, 5), "is_scale_prob": st.booleans()}),
+    capacity=st.sampled_from([None, 0.5]),
+    variant=st.booleans(),
+    masks=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_the_same_bits_as_the_ops(kind, tokens, gated, bias, dtype, router, capacity, variant, masks, seed) -> None:
+    """``variant``: shared blocks of hidden-side experts, neurons in a latent space."""
+    options = {"hidden": {"block_per_group": not variant}, "neurons": {"latent": 6 if variant else None}}.get(kind, {})
+    if kind == "neurons":
+        router = {**router, "routed_scaling_factor": 1.5 if variant else None}
+    elif kind != "hidden":
+        router = {**router, "eval_capacity_factor": capacity, "min_capacity": 1}
+    layer = made(kind, gated, bias, dtype, options, **router)
+    torch.manual_seed(seed)
+    x, mask = torch.randn(tokens, I).to(dtype), torch.rand(tokens) < 0.7 if masks else None
+    with torch.no_grad():
+        want = by_ops(layer, x, mask)
+        if kind == "hidden":
+            close = 1e-5 if dtype == F32 else 3e-2
+            torch.testing.assert_close(layer(x, mask), want, rtol=close, atol=close)
+            return
+        assert torch.equal(layer(x, token_mask=mask), want)
+        with ExpertCache(10**9, [layer.experts]).in_use():
+            for _ in range(3):
+                assert torch.equal(layer(x, token_mask=mask), want)
+
+
+@every_kind
+def test_what_runs(kind: str, calls: list[str]) -> None:
+    layer, x = made(kind), torch.randn(3, I)
+    with torch.no_grad():
+        for rows in (x, x, x[:1]):
+            layer(rows)
+        assert calls == [OF_KIND[kind]] * 3
+        with routing_context(record=False):
+            layer(x)
+        assert calls.pop() == OF_KIND[kind]
+        with routing_context():
+            layer(x)
+        shown = {"separable": ["plain_ffn"], "hidden": ["routed"], "neurons": []}[
+            kind
+        ]  # the router's decision is shown
+        assert calls[3:] == shown
+        if kind != "separable":
+            calls.clear()
+            layer(x[:0])
+            assert len(calls) == (kind == "neurons")
+
+
+@every_kind
+@pytest.mark.parametrize("masked", [False, True])
+def test_records_are_those_of_the_ops(kind: str, masked: bool) -> None:
+    layer, x = made(kind), torch.randn(7, I)
+    mask = torch.tensor([True] * 5 + [False] * 2) if masked else None
+    with torch.no_grad():
+        with routing_context() as own:
+            layer(x, token_mask=mask)
+        with routing_context() as ops:
+            by_ops(layer, x, mask)
+    (one,), (other,) = own.records, ops.records
+    assert (one.token_mask is None) == (other.token_mask is None) == (not masked)
+    for name in ("logits", "top_k_index", "expert_load"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+HOOKS = {
+    "forward": lambda module: module.register_forward_hook(lambda *_: None),
+    "forward pre": lambda module: module.register_forward_pre_hook(lambda *_: None),
+    "backward": lambda module: module.register_full_backward_hook(lambda *_: None),
+    "backward pre": lambda module: module.register_full_backward_pre_hook(lambda *_: None),
+    "of every module": lambda module: nn.modules.module.register_module_forward_hook(lambda *_: None),
+}
+
+
+@every_kind
+def test_whoever_observes_a_part_gets_the_ops(calls: list[str], kind: str) -> None:
+    layer, x = made(kind), torch.randn(3, I)
+    with torch.no_grad():
+        for part in (layer.router, layer.experts):
+            for hook in HOOKS.values():
+                handle = hook(part)
+                try:
+                    layer(x)
+                finally:
+                    handle.remove()
+            own = part.forward
+            part.forward = lambda *values, own=own: own(*values)
+            layer(x)
+            del part.forward
+        assert calls == []
+        layer(x)
+        assert calls == [OF_KIND[kind]]
+
+
+@every_kind
+def test_who_else_has_a_part_in_a_call_gets_the_ops(calls: list[str], kind: str) -> None:
+    layer, x = made(kind), torch.randn(3, I)
+    layer(x).sum().backward()
+    assert layer.router.weight.grad is not None
+    with torch.no_grad():
+        with use_backend("eager"):
+            layer(x)
+        with torch.autocast("cpu", dtype=BF16):
+            layer(x)
+        layer.train()(x)
+        torch.compile(layer.eval(), backend="eager", fullgraph=True)(x)
+        if kind == "neurons":
+            made(kind, scoring_func="sigmoid")(x)
+        layer.double()(x.double())
+        assert calls == []
+        if kind == "hidden":
+            mask = torch.tensor([True, False, True])
+            assert layer.float()(x, mask)[1].eq(0).all()
+            layer.train().expert_dropout = 0.5
+            assert not torch.equal(layer(x), layer(x))
+            assert calls == []
+
+
+def test_another_backend_for_a_projection_gets_the_ops(calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x, chosen = made(), torch.randn(3, I), mixture.chosen_for
+
+    def eager_for_down(op: str, call: Any, *rest: Any) -> Any:
+        if call.out_features == I:
+            call.backend = "eager"
+        return chosen(op, call, *rest)
+
+    monkeypatch.setattr(mixture, "chosen_for", eager_for_down)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), by_ops(layer, x))
+    assert calls == ["plain_ffn"]
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 300])
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_result_takes_the_place_of_what_nobody_needs(gated: bool, tokens: int) -> None:
+    """Of a plain projection's rows; those that a hook, another module's result or a caller might hold stay."""
+    layer, x, kept = made("hidden", gated), torch.randn(tokens, I), []
+    own = layer.experts.routed
+    layer.experts.routed = lambda *arguments: kept.append((arguments[2], own(*arguments))) or kept[-1][1]
+    with torch.no_grad():
+        want = layer(x)
+        u, (o, _) = kept.pop()
+        assert o.data_ptr() == u.data_ptr()
+        handle = layer.up.register_forward_hook(lambda *_: None)
+        before = layer.up(x)
+        torch.testing.assert_close(layer(x), want)
+        assert torch.equal(kept.pop()[0], before)
+        handle.remove()
+        layer.up = nn.Sequential(layer.up)
+        torch.testing.assert_close(layer(x), want)
+        assert torch.equal(kept.pop()[0], before)
+
+
+# ------------------------------------------------------------- what does not fit
+
+
+def spoiled(**blocks: Tensor) -> Any:
+    layer = made("hidden")
+    layer.experts.auxiliary.update({name: nn.Parameter(block) for name, block in blocks.items()})
+    return layer
+
+
+def with_part(kind: str, name: str, value: Any) -> Any:
+    layer = made(kind, bias=True)
+    parent, _, last = name.rpartition(".")
+    setattr(layer.get_submodule(parent), last, value)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "error", "message"),
+    [
+        (lambda: spoiled(left=torch.zeros(E, 5, 8, 8, dtype=BF16)), TypeError, "left must have the dtype of u"),
+        (lambda: spoiled(left=torch.zeros(E, 5, 4, 4)), ValueError, "left must be"),
+        (lambda: spoiled(left=torch.zeros(E, 1, 16, 20)), ValueError, "left must be"),  # as many numbers
+        (lambda: spoiled(right=torch.zeros(25, 8, 8)), (TypeError, ValueError), "right must be|left must be"),
+        (lambda: with_part("hidden", "up", nn.Linear(I, 24)), ValueError, "right must be"),
+        (lambda: with_part("hidden", "router.weight", nn.Parameter(torch.zeros(E, 7))), RuntimeError, "multiplied"),
+        (lambda: with_part("separable", "experts.up.bias", nn.Parameter(torch.zeros(39))), ValueError, "bias"),
+        (lambda: with_part("separable", "experts.up.bias", nn.Parameter(torch.zeros(F).to(BF16))), TypeError, "bias"),
+        (
+            lambda: with_part("separable", "router.weight", nn.Parameter(torch.zeros(6, I))),
+            ValueError,
+            "expert_offsets",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_as_by_the_ops(calls, layer, error, message: str) -> None:
+    with torch.no_grad(), pytest.raises(error, match=message):
+        layer()(torch.randn(3, I))
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": torch.ones(2, 12)}, r"x must be float32 \[3, 12\]; got"),
+        ({"weight": torch.ones(4, 12)}, r"weight must be float32 \[5, 12\]; got"),
+        ({"rows": torch.ones(3, 11)}, r"up must be float32 \[5, 7, 11\]; got"),
+        ({"rule": mixture.Rule(6, False, None)}, r"top_k must lie in 1\.\.5; got 6"),
+    ],
+)
+def test_neurons_that_do_not_fit(changed: dict[str, Any], message: str) -> None:
+    x, up = torch.ones(3, 12), torch.ones(5, 7, 12)
+    given = {"x": x, "weight": torch.ones(5, 12), "rule": mixture.Rule(2, False, None), "scale": 1.0, "rows": x}
+    given |= {"neurons": mixture.Neurons(up, up, None, None, "relu"), "token_mask": None}
+    with pytest.raises(ValueError, match=message):
+        mixture.routed_neurons(**(given | changed))
+
+
+# ------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_changed_cores_and_biases_are_seen(calls, bias: bool) -> None:
+    layer, x = made(bias=bias), torch.randn(3, I)
+    for parameter in (*layer.experts.parameters(), layer.router.weight):
+        parameter.add_(0.1)
+        layer(x)
+        assert torch.equal(layer(x), by_ops(layer, x))
+    if bias:
+        layer.experts.down.bias = nn.Parameter(torch.ones(I))
+        layer.experts.up.bias.data = torch.randn(2 * F)[::2]
+        assert torch.equal(layer(x), by_ops(layer, x))
+    layer.experts.activation = "relu"
+    layer.router.weight.data = layer.router.weight.data.t().contiguous().t()
+    assert torch.equal(layer(x.t().contiguous().t()), by_ops(layer, x))
+    assert set(calls) == {"routed_ffn"}
+
+
+def moved(layer: Any) -> None:
+    """Other memory under the same tensors, as a sharded layer's parameters get it before a pass."""
+    for parameter in layer.experts.parameters():
+        storage, values = parameter.untyped_storage(), parameter.detach().clone()
+        size = storage.nbytes()
+        storage.resize_(0)
+        storage.resize_(size)
+        parameter.copy_(values)
+
+
+WAYS = {
+    "shared": lambda layer: [parameter.share_memory_() for parameter in layer.parameters()],
+    "pickled": ForkingPickler.dumps,  # what a queue of torch.multiprocessing does
+    "moved": moved,
+}
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+@torch.no_grad()
+def test_memory_that_moves_between_calls_is_followed(calls, way: str, gated: bool) -> None:
+    layer, x = made(gated=gated, bias=True), torch.randn(3, I)
+    wanted = by_ops(layer, x)
+    for _ in range(3):
+        layer(x)
+    WAYS[way](layer)
+    filler = [torch.full((n,), torch.nan) for n in range(1, 2000)]  # takes freed memory
+    for _ in range(3):
+        assert torch.equal(layer(x), wanted)
+    assert set(calls) == {"routed_ffn"}
+    assert len(filler) == 1999
+
+
+@torch.no_grad()
+def test_freed_memory_is_refused(calls) -> None:
+    layer, x = made(bias=True), torch.randn(3, I)
+    for _ in range(3):
+        layer(x)
+    for parameter in layer.experts.parameters():  # as a sharded layer's between its passes
+        parameter.untyped_storage().resize_(0)
+    with pytest.raises((ValueError, RuntimeError), match=r"must hold its values|setStorage: .* out of bounds"):
+        layer(x)
+
+
+@torch.no_grad()
+def test_numbers_yet_to_be_negated_are() -> None:
+    layer, x = made(), torch.randn(3, I)
+    mask = torch.tensor([True, False, True])
+    wanted = by_ops(layer, x, mask)
+    assert torch.equal(layer(torch._neg_view(-x), mask), wanted)
+    for cores in (layer.experts.up, layer.experts.down):
+        cores.central.data = torch._neg_view(-cores.central.data)
+    assert torch.equal(layer(x, mask), wanted)
+    layer.router.weight.data = torch._neg_view(-layer.router.weight.data)
+    torch.testing.assert_close(layer(x, mask), wanted)  # PyTorch's router, whose sums round otherwise
+
+
+def test_threads_share_a_layer() -> None:
+    layer = made(gated=True)
+    inputs = [torch.randn(4, I) for _ in range(8)]
+    with torch.no_grad():
+        wanted = [by_ops(layer, x) for x in inputs]
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        with torch.no_grad():
+            wrong.extend(number for _ in range(50) if not torch.equal(layer(inputs[number]), wanted[number]))
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.contract import BlockDims
-from mpoe_kernels.contract.orders import INDICES
 from mpoe_kernels.linear.eager.rows import accumulator
 
 if TYPE_CHECKING:
@@ -31,8 +30,9 @@ class Weights:
     """
 
     def __init__(self, like: Tensor, dims: BlockDims) -> None:
-        self.dims, half = dims, INDICES["LC" if dims.left_first else "CR"]
-        self._memory = like.new_empty(2, max(dims.weight_elements, dims.elements(half)))
+        self.dims, core = dims, dims.iC * dims.jC
+        half = dims.iL * dims.jL * core * dims.b if dims.left_first else dims.a * core * dims.iR * dims.jR
+        self._memory = like.new_empty(2, max(dims.weight_elements, half))
 
     def _product(self, place: int, first: Tensor, second: Tensor) -> Tensor:
         shape = first.shape[0], second.shape[1]

@@ -82,6 +82,7 @@ class BlockDims(NamedTuple):
         return self.iL * self.jL * self.iC * self.jC * self.iR * self.jR
 
     @property
+    @lru_cache  # noqa: B019 (of few sizes, no larger than their key; every call that rebuilds asks)
     def left_first(self) -> bool:
         """Whether rebuilding should contract left with central before right (because that is cheaper)."""
         return _rebuild_flops(self, True) <= _rebuild_flops(self, False)

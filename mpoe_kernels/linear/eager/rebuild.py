@@ -32,7 +32,8 @@ class Weights:
     def __init__(self, like: Tensor, dims: BlockDims) -> None:
         self.dims, core = dims, dims.iC * dims.jC
         half = dims.iL * dims.jL * core * dims.b if dims.left_first else dims.a * core * dims.iR * dims.jR
-        self._memory = like.new_empty(2, max(dims.weight_elements, half))
+        self._size = dims.iL * dims.jL * core * dims.iR * dims.jR
+        self._memory = like.new_empty(2, max(self._size, half))
 
     def _product(self, place: int, first: Tensor, second: Tensor) -> Tensor:
         shape = first.shape[0], second.shape[1]
@@ -41,7 +42,7 @@ class Weights:
     def _orders(self) -> tuple[Tensor, Tensor]:
         """One place as a weight, the other as one in block order, both ``[iL, iC, iR, jL, jC, jR]``."""
         d = self.dims
-        own, blocks = self._memory[:, : d.weight_elements]
+        own, blocks = self._memory[:, : self._size]
         blocks = blocks.view(d.iL, d.jL, d.iC, d.jC, d.iR, d.jR).permute(0, 2, 4, 1, 3, 5)
         return own.view(blocks.shape), blocks
 
@@ -77,7 +78,7 @@ class Weights:
         own, blocks = self._orders()
         blocks.copy_(own)
         left, right, shape = left.reshape(-1, d.a), right.reshape(d.b, -1), central.shape
-        whole = self._memory[1, : d.weight_elements].view(len(left), -1)
+        whole = self._memory[1, : self._size].view(len(left), -1)
         dleft = dcentral = dright = None
         if d.left_first:
             whole, central = whole.view(-1, d.iR * d.jR), central.reshape(d.a, -1)

@@ -94,10 +94,10 @@ class DataOptions:
 def _as_detected(folder: Path, name: str | None, options: DataOptions, data_seed: int) -> Task:
     """The task in a folder without a description, split and subsampled as requested."""
     from mpoe.data.detect import load_task_from_folder
-    from mpoe.data.tables import holds_train_alone
+    from mpoe.data.tables import find_files
 
-    if holds_train_alone(folder):
-        print(f"{folder} holds a train file alone: a tenth of its items, at most 1,000, is held out for validation")
+    if "validation" not in find_files(folder):
+        print(f"{folder} holds no validation file: a tenth of the training items, at most 1,000, is held out for it")
     asked = options.of(*DETECTION, "metrics", *LENGTHS, "split_validation_test", *SIZES)
     return load_task_from_folder(folder, name, data_seed=data_seed, **asked)
 

@@ -66,11 +66,6 @@ def find_files(data_dir: str | Path, needs_test: bool = True) -> dict[str, Path]
     return {split: files[split] for split in SPLITS if split in files}
 
 
-def holds_train_alone(data_dir: str | Path) -> bool:
-    """Whether there is nothing to evaluate on."""
-    return set(find_files(data_dir)) == {"train"}
-
-
 def read_table(path: Path, column_names: Sequence[str] = (), skip_malformed: bool = False) -> Table:
     """Rows of a .jsonl, .csv, .tsv or text file (UTF-8, also with .gz).
 

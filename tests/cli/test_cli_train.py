@@ -189,7 +189,7 @@ def test_a_train_file_alone_is_enough(cli, sentiment: Path, tmp_path: Path) -> N
         (sentiment / f"{split}.jsonl").unlink()
     flags = ["train", "--model", "t5", "--data_dir", sentiment, *BASE, "--max_steps", 1]
     answer = cli(*flags, "--output_dir", tmp_path / "run")
-    assert "holds a train file alone: a tenth of its items, at most 1,000, is held out" in answer.out
+    assert "holds no validation file: a tenth of the training items, at most 1,000, is held out" in answer.out
     assert json.loads((tmp_path / "run" / "results.json").read_text())["validation"]["sentiment"]["items"] == 2
     report = (tmp_path / "run" / "report.html").read_text()
     assert "<td>items of a step</td><td>4</td>" in report

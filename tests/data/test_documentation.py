@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import sys
-import time
 
 import pytest
 
@@ -109,12 +107,3 @@ def test_moved_modules_keep_their_split():
     old = next(read_module(ast.parse('def f():\n  "text"'), "pathlib"))
     new = next(read_module(ast.parse('def f():\n  "text"'), "pathlib.local"))
     assert old.split == new.split
-
-
-def test_reading_is_quick_and_imports_nothing_documented():
-    modules, start = set(sys.modules), time.process_time()
-    load_documentation.__wrapped__()
-    seconds = time.process_time() - start
-    assert seconds < 8.0, f"reading took {seconds} s of processor time"
-    assert not set(sys.modules) - modules
-    assert not {"tkinter", "turtle", "mailbox"} & set(sys.modules)

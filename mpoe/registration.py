@@ -59,14 +59,6 @@ _AFTER_IMPORT: dict[str, Callable[[Any], None]] = {
 }
 
 
-def _followed(execute: Callable[[ModuleType], None], after: Callable[[Any], None]) -> Callable[[ModuleType], None]:
-    def both(module: ModuleType) -> None:
-        execute(module)
-        after(module)
-
-    return both
-
-
 class _Finder(MetaPathFinder):
     """Waits for the import of some modules, once each."""
 
@@ -82,7 +74,13 @@ class _Finder(MetaPathFinder):
         spec = importlib.util.find_spec(fullname)
         loader: Any = None if spec is None else spec.loader
         if loader is not None:
-            loader.exec_module = _followed(loader.exec_module, after)
+            execute = loader.exec_module
+
+            def both(module: ModuleType) -> None:
+                execute(module)
+                after(module)
+
+            loader.exec_module = both
         return spec
 
 

@@ -108,6 +108,8 @@ def _type_of(name: str, value: Any) -> tuple[str, bool]:
     """Triton's type of a run-time argument, and whether it is known to be a multiple of 16."""
     if isinstance(value, torch.Tensor):
         return f"*{_TYPES[value.dtype]}", value.storage_offset() * value.element_size() % 16 == 0
+    if value is None:
+        return "constexpr", False
     if isinstance(value, int) and not isinstance(value, bool):
         return ("constexpr", False) if value == 1 else ("i32" if abs(value) < 2**31 else "i64", value % 16 == 0)
     if isinstance(value, float):

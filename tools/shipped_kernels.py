@@ -36,7 +36,9 @@ from mpoe_kernels import (
 )
 from mpoe_kernels.contract import BlockDims, autotune, contractions
 from mpoe_kernels.linear import gradients, grouped
+from mpoe_kernels.linear import triton as linear_triton
 from mpoe_kernels.linear.ffn import placed_mpo_linear
+from mpoe_kernels.linear.triton import MOST_EXPERTS
 from mpoe_kernels.routing import triton as routing
 from mpoe_kernels.testing.launches import Launch, recorded
 
@@ -204,7 +206,7 @@ def run_linear(
     where = Routing(_integers(experts + 1, dtype=torch.int32), _integers(tokens), _integers(tokens, 1))
     rows, offsets = _leaf(tokens, shape.in_features, dtype=dtype), where.expert_offsets
     options: dict[str, Any] = {"strategy": strategy, "activation": activation, "row_index": where.token_of_slot}
-    with nullcontext() if on_chip else patch.object(grouped, "fused_reasons", lambda *_: ["product by product"]):
+    with nullcontext() if on_chip else patch.object(linear_triton, "fused_reasons", lambda *_: ["product by product"]):
         _called(grouped_mpo_linear, rows, blocks, offsets, bias, **options)
         with torch.no_grad():
             gates = _leaf(tokens, 1, dtype=torch.float32)
@@ -248,7 +250,7 @@ def _routing(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
     """At every power of two of pairs that one program sorts, and beyond."""
     loads = sizes.experts[:1] if few else sizes.experts
     tokens_of = {1: (4096, *(1 << bit for bit in range(4, routing.FEW.bit_length()))), 2: TOKENS, 8: TOKENS}
-    for experts, (top_k, counts), limited in product((*loads, grouped.MOST_EXPERTS), tokens_of.items(), (False, True)):
+    for experts, (top_k, counts), limited in product((*loads, MOST_EXPERTS), tokens_of.items(), (False, True)):
         for tokens in counts:
             work = partial(run_routing, experts, tokens, top_k, sizes.model, dtype, limited)
             yield Problem(f"routing E={experts} T={tokens} K={top_k}{' limited' * limited}", work)

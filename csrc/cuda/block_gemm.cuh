@@ -225,20 +225,18 @@ __device__ __forceinline__ void block_gemm(Accumulator<TileT>& acc, const A& a, 
     UNROLL
     for (int k = 0; k < TileT::kK; k += F::kStep) {
       typename F::A fa[TileT::kRowTiles];
-      typename F::B fb[TileT::kColumnTiles];
       UNROLL
       for (int i = 0; i < TileT::kRowTiles; ++i) {
         F::template load_a<kMajorA>(fa[i], tile_a, a.stride(), row + i * 16, k, lane);
       }
       UNROLL
       for (int j = 0; j < TileT::kColumnTiles; j += 2) {
-        F::template load_b<kMajorB>(fb[j], fb[j + 1], tile_b, b.stride(), column + j * 8, k, lane);
-      }
-      UNROLL
-      for (int i = 0; i < TileT::kRowTiles; ++i) {
+        typename F::B fb[2];
+        F::template load_b<kMajorB>(fb[0], fb[1], tile_b, b.stride(), column + j * 8, k, lane);
         UNROLL
-        for (int j = 0; j < TileT::kColumnTiles; ++j) {
-          F::multiply(sums.v[i][j], fa[i], fb[j]);
+        for (int i = 0; i < TileT::kRowTiles; ++i) {
+          F::multiply(sums.v[i][j], fa[i], fb[0]);
+          F::multiply(sums.v[i][j + 1], fa[i], fb[1]);
         }
       }
     }

@@ -81,10 +81,7 @@ class ExpertWeights(FromInitialValues):
     Attributes:
         weight: ``[E, I, F]``.
         bias: ``[F]``, shared by the experts, ``[E, F]`` with ``own_bias``, or ``None``.
-        implementation: see `grouped_dense_linear`; ``None`` = that of the call in progress.
     """
-
-    implementation: str | None = None
 
     def __init__(
         self,
@@ -126,10 +123,10 @@ class ExpertWeights(FromInitialValues):
         return self.weight
 
     def forward(self, x: Tensor, expert_offsets: Tensor) -> Tensor:
-        """`grouped_dense_linear` of ``x [N, I]`` -> ``[N, F]``; PEFT's adapters of the weight act here."""
-        call, implementation = current_routing(), self.implementation
-        if implementation is None and call is not None:
-            implementation = call.experts_implementation
+        """`grouped_dense_linear` of ``x [N, I]`` -> ``[N, F]``, with the implementation of the call in progress; PEFT's
+        adapters of the weight act here."""
+        call = current_routing()
+        implementation = None if call is None else call.experts_implementation
         return grouped_dense_linear(x, self.weight, expert_offsets, self.bias, implementation)
 
     def extra_repr(self) -> str:

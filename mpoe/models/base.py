@@ -7,7 +7,7 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -88,14 +88,7 @@ def auxiliary_loss(records: list[RouterRecord], balance_weight: float, z_weight:
     return total
 
 
-# For the type checker the mixin is a model; at run time it is a plain class before the dense class in the bases.
-if TYPE_CHECKING:
-    _Model = PreTrainedModel
-else:
-    _Model = object
-
-
-class MPOEModelMixin(OthersMixin, _Model):
+class MPOEModelMixin(OthersMixin):
     """Mixture-of-experts part of a model; put it before the dense class in the bases."""
 
     # Set for every class by `mpoe.models.classes`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mpoe.config.checks import check_choice
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.feed_forward import RoutedFeedForward
 from mpoe.models.base import MPOEModelMixin
@@ -45,10 +45,7 @@ def parse_components(text: str | None, option: str = "update_mpo_layer") -> tupl
     names = [part.strip().lower() for part in text.split(",") if part.strip()]
     names = [_ALIASES.get(name, name) for name in names]
     for name in names:
-        if name not in COMPONENTS:
-            close = difflib.get_close_matches(name, [*COMPONENTS, *_ALIASES], n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise ValueError(f"{option} must list components among {', '.join(COMPONENTS)}; got {name!r}{hint}")
+        check_choice(option, name, COMPONENTS)
     if not names:
         raise ValueError(f"{option} must name at least one of {', '.join(COMPONENTS)}; got {text!r}")
     return tuple(dict.fromkeys(names))

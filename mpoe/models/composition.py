@@ -74,23 +74,33 @@ def _outside(mixture: Any, base: Any, numbered: Mapping[int, Any]) -> dict[int, 
     found = {}
     for number, model in numbered.items():
         own = {name: p for name, p in model.named_parameters() if name in kept and kept[name].shape == p.shape}
-        parts = [
-            [p - kept[name] for name, p in own.items()],
-            [p - start[name] for name, p in own.items()],
-            own.values(),
-        ]
-        missed, changed, size = (float(sum(t.double().square().sum() for t in part)) ** 0.5 for part in parts)
+        missed, changed, size = (
+            float(sum(t.double().square().sum() for t in part)) ** 0.5
+            for part in ([p - kept[n] for n, p in own.items()], [p - start[n] for n, p in own.items()], own.values())
+        )
         found[number] = missed / (changed or size or 1.0)
     return found
 
 
-def _route(mixture: Any, examples: Batches, first: int, router: str, steps: int, ridge: float) -> None:
-    """Collect the statistics of the domains from ``first`` on, and set the routers."""
-    statistics = getattr(mixture, "router_statistics", None)
-    mixture.router_statistics = collect(mixture, examples, first, statistics)
-    solve_routers(mixture, mixture.router_statistics, ridge)
-    if router == "train":
-        train_routers(mixture, examples, first, steps)
+def _finish(
+    mixture: Any, base: Any, numbered: Mapping[int, Any], examples: Batches | None, how: tuple[str, int, float]
+) -> Any:
+    """Set the experts of these numbers to the networks of their fine-tunes, and the routers by examples of these."""
+    for number, model in numbered.items():
+        for site in dense_networks(model, mixture.mpoe_config):
+            for kind, weights in mixture.get_submodule(site.name).experts.projections().items():
+                weights.weight[number] = site.weight(kind)
+                bias = site.bias(kind)
+                if bias is not None:
+                    weights.bias[number] = bias
+    mixture.composition_report = _outside(mixture, base, numbered)
+    if examples is not None:
+        first, (router, steps, ridge) = min(numbered), how
+        mixture.router_statistics = collect(mixture, examples, first, getattr(mixture, "router_statistics", None))
+        solve_routers(mixture, mixture.router_statistics, ridge)
+        if router == "train":
+            train_routers(mixture, examples, first, steps)
+    return mixture
 
 
 def _check_router(router: str, steps: int, ridge: float, examples: Batches | None, experts: int) -> None:
@@ -145,23 +155,7 @@ def compose(
     config = _exact_config(base, len(fine_tunes), routing)
     _check_router(router, steps, ridge, examples, len(fine_tunes))
     mixture = convert_to_mpoe(_mean_model(base, fine_tunes), config, inplace=True).eval()
-    numbered = dict(enumerate(fine_tunes))
-    _fill(mixture, numbered)
-    mixture.composition_report = _outside(mixture, base, numbered)
-    if examples is not None:
-        _route(mixture, examples, 0, router, steps, ridge)
-    return mixture
-
-
-def _fill(mixture: Any, numbered: Mapping[int, Any]) -> None:
-    """Set the experts of these numbers to the networks of their fine-tunes."""
-    for number, model in numbered.items():
-        for site in dense_networks(model, mixture.mpoe_config):
-            for kind, weights in mixture.get_submodule(site.name).experts.projections().items():
-                weights.weight[number] = site.weight(kind)
-                bias = site.bias(kind)
-                if bias is not None:
-                    weights.bias[number] = bias
+    return _finish(mixture, base, dict(enumerate(fine_tunes)), examples, (router, steps, ridge))
 
 
 @torch.no_grad()
@@ -210,9 +204,7 @@ def add_expert(
             value.copy_(source[name])
         else:
             value[:old] = source[name]
-    _fill(grown, {old: fine_tune})
-    grown.composition_report = _outside(grown, base, {old: fine_tune})
     if examples is not None:
         grown.router_statistics = statistics
-        _route(grown, [examples], old, router, steps, ridge)
-    return grown
+    own = None if examples is None else [examples]
+    return _finish(grown, base, {old: fine_tune}, own, (router, steps, ridge))

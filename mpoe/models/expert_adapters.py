@@ -66,13 +66,13 @@ def check_adapter(base: Any, folder: str | Path) -> int:
     return max(1, round(sum(adapted.values()) / each))
 
 
-def _loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten())
-
-
 @torch.no_grad()
 def _mean_loss(model: Any, batches: Batches) -> float:
-    return float(torch.stack([_loss(model(input_ids=each["input_ids"]).logits, each) for each in batches]).mean())
+    losses = []
+    for each in batches:
+        logits, labels = model(input_ids=each["input_ids"]).logits[:, :-1], each["labels"][:, 1:]
+        losses.append(F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()))
+    return float(torch.stack(losses).mean())
 
 
 def fit_adapter(

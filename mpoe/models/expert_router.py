@@ -24,6 +24,7 @@ from mpoe.models.domains import Moments, discriminant
 from mpoe.models.kept import neuron_modules
 
 Statistics = Mapping[str, Tensor]
+PARTS = ("mean", "rest", "vectors", "values")
 # A tenth of an expert's bytes is what its statistics may have.
 SHARE = 0.1
 RIDGE = 1e-3  # relative to the mean square of a number of the router's input
@@ -38,8 +39,8 @@ def _sketch(moments: Moments, rank: int) -> dict[str, Tensor]:
     values, vectors = values[first:].clamp_min(0).float(), vectors[:, first:].mT.half()
     told = (values[:, None].double() * vectors.double().square()).sum(0)
     rest = (covariance.diagonal() - told).clamp_min(0)
-    parts = {"mean": mean.float(), "rest": rest.float(), "vectors": vectors, "values": values}
-    return {name: part.contiguous().cpu() for name, part in parts.items()}
+    parts = (mean.float(), rest.float(), vectors, values)
+    return {name: part.contiguous().cpu() for name, part in zip(PARTS, parts, strict=True)}
 
 
 def _rank(layer: NeuronFeedForward) -> int:
@@ -114,7 +115,7 @@ def check_statistics(statistics: Statistics, sizes: Mapping[str, int], whose: st
     """Refuse statistics that are not those of layers of these sizes, by name (TypeError, ValueError)."""
     if not isinstance(statistics, Mapping):
         raise TypeError(f"{whose} must be a mapping (see collect_statistics); got {type(statistics).__name__}")
-    wanted = {f"{layer}.{part}" for layer in sizes for part in ("mean", "rest", "vectors", "values")}
+    wanted = {f"{layer}.{part}" for layer in sizes for part in PARTS}
     if wanted != set(statistics):
         odd = sorted(map(str, wanted.symmetric_difference(statistics)))[0]
         raise ValueError(f"{whose} must hold mean, rest, vectors and values of every layer and nothing else; see {odd}")
@@ -128,9 +129,7 @@ def check_statistics(statistics: Statistics, sizes: Mapping[str, int], whose: st
 
 
 def _second_moment(statistics: Statistics, layer: str) -> Tensor:
-    mean, rest, vectors, values = (
-        statistics[f"{layer}.{part}"].double() for part in ("mean", "rest", "vectors", "values")
-    )
+    mean, rest, vectors, values = (statistics[f"{layer}.{part}"].double() for part in PARTS)
     return torch.outer(mean, mean) + torch.diag(rest) + vectors.mT @ (values[:, None] * vectors)
 
 

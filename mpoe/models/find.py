@@ -66,9 +66,9 @@ def _linear_sites(model: nn.Module, family: Family, config: MPOEConfig) -> Itera
     for name, module in model.named_modules():
         match = next(filter(None, (pattern.match(name) for pattern in attention)), None)
         if match is not None:
-            yield LinearSite("attention", name, int(match["layer"]), module)
+            yield LinearSite(name, int(match["layer"]), module, "attention")
         elif pooler is not None and pooler.match(name):
-            yield LinearSite("pooler", name, None, module)
+            yield LinearSite(name, None, module, "pooler")
 
 
 def _embedding_site(model: Any) -> EmbeddingSite | None:
@@ -88,7 +88,7 @@ def _embedding_site(model: Any) -> EmbeddingSite | None:
     head = next((n for n in targets if n not in views), None)
     # T5 draws its table with standard deviation 1 (times a factor), the others with their initializer_range.
     std = getattr(model.config, "initializer_factor", getattr(model.config, "initializer_range", 1.0))
-    return EmbeddingSite("embedding", name, None, table, views, head, float(std))
+    return EmbeddingSite(name, None, table, "embedding", views, head, float(std))
 
 
 def _excluded(pattern: str, name: str) -> bool:

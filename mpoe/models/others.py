@@ -71,6 +71,7 @@ def warn_of_quantiser(model: Any, method: str) -> None:
         )
 
 
+# For the type checker the mixin is a model; at run time it is a plain class before the dense class in the bases.
 if TYPE_CHECKING:
     _Model = PreTrainedModel
 else:

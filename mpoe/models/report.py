@@ -139,49 +139,30 @@ class WeightSummary:
         cores: that module; its shape or sizes.
         error: relative error bound of the conversion; ``None`` if it is not in the model's config.
         plan: how a forward pass contracts a weight with the fewest FLOPs; ``None`` for a network.
-        top_k: experts per token.
+        built: sizes, factors and bonds, in words, or what a network has instead.
+        cost: name of the order of contraction, or of the shape, and FLOPs relative to the dense layer's.
     """
 
     name: str
     cores: MPOCores | KeptFeedForward
     error: float | None
     plan: ContractionPlan | None
-    top_k: int
-
-    @property
-    def central_parameters(self) -> int:
-        return sum(weight.numel() for weight in self.cores.central_parameters().values())
-
-    @property
-    def auxiliary_parameters(self) -> int:
-        """Of all experts together."""
-        return self.cores.own_parameters()
+    built: tuple[str, str, str]
+    cost: tuple[str, float]
 
     def cells(self) -> tuple[str, ...]:
         """What stands under `HEADER`."""
-        if isinstance(self.cores, MPOCores):
-            shape = self.cores.shape
-            sizes = f"{shape.in_features}x{shape.out_features}"
-            factors = f"{'·'.join(map(str, shape.in_factors))} x {'·'.join(map(str, shape.out_factors))}"
-            built = factors, " ".join(map(str, shape.bond_dims[1:-1]))
-        else:
-            sizes, built = f"{self.cores.in_features}x{self.cores.hidden_features}", self.cores.described()
-        if self.plan is not None:
-            strategy, ratio = self.plan.strategy, self.plan.x_dense
-        else:
-            assert isinstance(self.cores, KeptFeedForward)
-            strategy, ratio = self.cores.shape, self.cores.relative_flops(self.top_k)
+        central = sum(weight.numel() for weight in self.cores.central_parameters().values())
         experts = self.cores.num_experts
-        per_expert = f"{self.auxiliary_parameters // experts:,}"
+        per_expert = f"{self.cores.own_parameters() // experts:,}"
         return (
             short_name(self.name),
-            sizes,
-            *built,
-            f"{self.central_parameters:,}",
+            *self.built,
+            f"{central:,}",
             per_expert if experts == 1 and self.plan is not None else f"{experts} x {per_expert}",
             "-" if self.error is None else f"{self.error:.1e}" if self.error else "0",
-            strategy,
-            f"{ratio:.2f}",
+            self.cost[0],
+            f"{self.cost[1]:.2f}",
         )
 
 
@@ -200,14 +181,18 @@ def summarize(model: Any, num_tokens: int, top_k: int = 1) -> list[WeightSummary
     errors: dict[str, Any] = told if isinstance(told, dict) else {}
     rows = []
     for name, module in model.named_modules():
-        if isinstance(module, KeptFeedForward):
-            rows.append(WeightSummary(name, module, 0.0, None, top_k))  # nothing is decomposed
+        if isinstance(module, KeptFeedForward):  # nothing is decomposed
+            sizes = f"{module.in_features}x{module.hidden_features}"
+            cost = module.shape, module.relative_flops(top_k)
+            rows.append(WeightSummary(name, module, 0.0, None, (sizes, *module.described()), cost))
         elif isinstance(module, MPOCores):
-            per_token = 1 if module.num_experts == 1 else top_k
-            plan = plan_contraction(module.shape, module.num_experts, num_tokens, module.central.dtype, top_k=per_token)
+            shape, per_token = module.shape, 1 if module.num_experts == 1 else top_k
+            plan = plan_contraction(shape, module.num_experts, num_tokens, module.central.dtype, top_k=per_token)
             error = next((errors[key] for key in names_in_checkpoints(model, name) if key in errors), None)
             error = float(error) if isinstance(error, (int, float)) else None
-            rows.append(WeightSummary(name, module, error, plan, per_token))
+            factors = " x ".join("·".join(map(str, side)) for side in (shape.in_factors, shape.out_factors))
+            built = f"{shape.in_features}x{shape.out_features}", factors, " ".join(map(str, shape.bond_dims[1:-1]))
+            rows.append(WeightSummary(name, module, error, plan, built, (plan.strategy, plan.x_dense)))
     return rows
 
 

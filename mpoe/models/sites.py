@@ -174,22 +174,33 @@ class FFNSite:
 
 
 @dataclass(frozen=True)
-class MatrixSite:
-    """A dense module of one matrix, of ``component`` attention, pooler or embedding.
+class ModuleSite:
+    """A module that another one takes the place of.
 
     Attributes:
-        component, name: which; ``dense``: the module.
+        name: of the module ``dense``.
         layer: index of its layer, if it is in one.
     """
 
-    component: str
     name: str
     layer: int | None
     dense: Any
 
     @property
     def replaced(self) -> list[nn.Module]:
+        """Modules that are replaced."""
         return [self.dense]
+
+    def install(self, model: nn.Module, module: Any, config: MPOEConfig) -> None:
+        """Put ``module`` in place of the dense one."""
+        set_module(model, self.name, module)
+
+
+@dataclass(frozen=True)
+class MatrixSite(ModuleSite):
+    """A dense module of one matrix, of ``component`` attention, pooler or embedding."""
+
+    component: str
 
     @property
     def weight(self) -> Tensor:
@@ -209,10 +220,6 @@ class MatrixSite:
         if module.cores.bias is not None:
             module.cores.bias.copy_(self.dense.bias)
         return {f"{self.name}.cores": module.cores.load_weight_(self.weight, config.gauge)}
-
-    def install(self, model: nn.Module, module: Any, config: MPOEConfig) -> None:
-        """Put ``module`` in place of the dense one."""
-        set_module(model, self.name, module)
 
 
 class LinearSite(MatrixSite):

@@ -19,7 +19,7 @@ from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.config.shapes import KINDS
 from mpoe.layers.activations import check_activation
 from mpoe.layers.experts import MixtureExperts
-from mpoe.models.sites import EmbeddingSite, FFNSite, LinearSite, Report, set_module
+from mpoe.models.sites import EmbeddingSite, FFNSite, LinearSite, ModuleSite, Report
 from mpoe.models.table import Family
 
 
@@ -61,25 +61,14 @@ def _why_not(module: Any) -> str | None:
 
 
 @dataclass(frozen=True)
-class ExpertsSite:
+class ExpertsSite(ModuleSite):
     """The experts of one layer of a mixture, which become `MixtureExperts`.
 
     Attributes:
-        name: of the module that holds them.
-        layer: index of the layer.
-        dense: that module.
         options: keyword arguments of `MixtureExperts`.
     """
 
-    name: str
-    layer: int | None
-    dense: Any
     options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def replaced(self) -> list[nn.Module]:
-        """Modules that are replaced."""
-        return [self.dense]
 
     def weights(self, kind: str) -> Tensor:
         """Weights ``[E, in, out]`` of one kind of projection."""
@@ -119,10 +108,6 @@ class ExpertsSite:
             for kind, cores in module.projections().items()
         }
 
-    def install(self, model: nn.Module, module: MixtureExperts, config: MPOEConfig) -> None:
-        """Put ``module`` in place of the experts."""
-        set_module(model, self.name, module)
-
 
 AnySite = FFNSite | LinearSite | EmbeddingSite | ExpertsSite
 
@@ -161,14 +146,9 @@ def checked_for(model: nn.Module, family: Family, config: MPOEConfig) -> MPOECon
         raise ValueError(f"{type(model).__name__} must have layers with experts; this one has none")
     config = config.with_cores()
     default, number = MPOEConfig(shape=config.shape), int(experts.down_proj.shape[0])
-    given = {
-        "moe_type": (config.moe_type, (default.moe_type,)),
-        "num_experts": (config.num_experts, (default.num_experts, number)),
-        "expert_type": (config.expert_type, (default.expert_type,)),
-        "router": (config.router, (default.router,)),
-    }
-    for name, (value, allowed) in given.items():
-        if value not in allowed:
+    for name in ("moe_type", "num_experts", "expert_type", "router"):
+        value = getattr(config, name)
+        if value != getattr(default, name) and (name, value) != ("num_experts", number):
             raise ValueError(
                 f"{name} must be left out for {type(model).__name__}, which has {number} experts and a router of its "
                 f"own; got {value!r}"

@@ -2,27 +2,30 @@
 continue.
 
 Parameters are gathered one at a time, and only the first rank keeps their state; on loading every rank reads its own
-shard. (`torch.distributed.checkpoint` would give parameters that were never trained, such as masked central cores, a
-state on loading, and with it another bias correction of Adam's.)
+shard. Tensors are safetensors, the rest is JSON.
 """
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mpoe.config.checks import check_integer
+from mpoe.models.weight_files import declared_shapes, read_json
 from mpoe.training import checkpoints
 from mpoe.training.sharding import check_sharded, save_sharded
 
-OPTIMIZER = "optimizer.pt"
-_SETTINGS = (bool, int, float, str, list, tuple, Tensor, type(None))  # that `torch.load` reads with weights_only
+TENSORS, SETTINGS = "optimizer.safetensors", "optimizer.json"
 
 
 def save_sharded_checkpoint(
@@ -44,8 +47,8 @@ def save_sharded_checkpoint(
         The checkpoint's folder.
 
     Raises:
-        TypeError: a model that is not sharded; a step that is not an integer; an optimizer setting that is neither a
-            number nor a text, tensor or list.
+        TypeError: a model that is not sharded; a step that is not an integer; an optimizer setting that JSON cannot
+            hold.
         ValueError: an optimizer parameter that does not belong to the model.
     """
     check_sharded(model)
@@ -54,9 +57,15 @@ def save_sharded_checkpoint(
     if dist.get_rank() == 0:
         checkpoints.clean_leftovers(folder)
     save_sharded(model, staged)
-    groups, states = _whole(model, optimizer)
+    groups = [
+        {**group, "params": names}
+        for group, names in zip(optimizer.param_groups, _names(model, optimizer), strict=True)
+    ]
+    tensors, numbers = _gathered(_states(model, optimizer))
+    settings = json.dumps({"groups": groups, "numbers": numbers}, indent=1, default=_as_number)
     if dist.get_rank() == 0:
-        torch.save({"groups": groups, "states": states}, staged / OPTIMIZER)
+        (staged / SETTINGS).write_text(settings, encoding="utf-8")
+        save_file(tensors, staged / TENSORS)
         checkpoints.publish(staged, folder)
         checkpoints.staging_root(folder).rmdir()
         checkpoints.rotate(folder, limit)
@@ -82,25 +91,37 @@ def load_sharded_optimizer(model: Any, optimizer: torch.optim.Optimizer, checkpo
         raise TypeError(f"checkpoint must be the folder of one; got {type(checkpoint).__name__} {checkpoint!r}")
     folder = Path(checkpoint)
     step = checkpoints.step_of(folder)
-    if not (folder / OPTIMIZER).is_file():
+    if not (folder / SETTINGS).is_file():
         raise ValueError(f"checkpoint must be a whole folder written by save_sharded_checkpoint; got {folder}")
     checkpoints.check_whole(folder)
-    with checkpoints.reading(folder):
-        saved = torch.load(folder / OPTIMIZER, weights_only=True, mmap=True)
-        groups, states = list(saved["groups"]), dict(saved["states"])
-    names = _names(model, optimizer)
-    if [group["params"] for group in groups] != names:
-        raise ValueError(f"optimizer must have the groups of parameters of {folder / OPTIMIZER}; they differ")
-    state: dict[int, dict[str, Any]] = {}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number, name in enumerate(name for group in names for name in group):
-        if name in states:
-            values = states[name].items()
-            state[number] = {key: _like(parameters[number], value, f"{name}:{key}") for key, value in values}
-    numbers = [group["params"] for group in optimizer.state_dict()["param_groups"]]
-    groups = [{**group, "params": own} for group, own in zip(groups, numbers, strict=True)]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    try:
+        optimizer.load_state_dict(_read(folder, model, optimizer))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder} must hold an optimizer's state of save_sharded_checkpoint; {error!r}") from error
     return step
+
+
+def _read(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A state dict of ``optimizer``, with this rank's part of every tensor."""
+    saved, names = read_json(folder / SETTINGS), _names(model, optimizer)
+    if [group["params"] for group in saved["groups"]] != names:
+        raise ValueError(f"optimizer must have the groups of parameters that {folder / SETTINGS} lists; they differ")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbered = {name: number for number, name in enumerate(name for group in names for name in group)}
+    state: dict[int, dict[str, Any]] = {}
+    for name, values in saved["numbers"].items():
+        state.setdefault(numbered[name], {}).update(values)
+    with safe_open(folder / TENSORS, framework="pt") as file:
+        for key, shape in declared_shapes([folder / TENSORS]).items():
+            name, _, value = key.rpartition(":")
+            parameter = parameters[numbered[name]]
+            if shape not in ((), tuple(parameter.shape)):
+                raise ValueError(f"{key} in {folder / TENSORS} must have the shape of its parameter; got {list(shape)}")
+            state.setdefault(numbered[name], {})[value] = _like(parameter, file.get_tensor(key))
+    groups: list[dict[str, Any]] = optimizer.state_dict()["param_groups"]
+    for group, values in zip(groups, saved["groups"], strict=True):
+        group |= {name: _setting(group.get(name), value) for name, value in values.items() if name != "params"}
+    return {"state": state, "param_groups": groups}
 
 
 def _names(model: Any, optimizer: torch.optim.Optimizer) -> list[list[str]]:
@@ -112,37 +133,47 @@ def _names(model: Any, optimizer: torch.optim.Optimizer) -> list[list[str]]:
         raise ValueError("optimizer must be over the parameters of model alone; make it after shard_model") from None
 
 
-def _whole(model: Any, optimizer: torch.optim.Optimizer) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """The groups with the names of their parameters, and by name the parameters' state: on the first rank whole tensors
-    on the CPU, on the others none."""
+def _states(model: Any, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, str, Any]]:
+    """Parameter, name and value of all optimizer state, in the same order on every rank."""
+    names = [name for group in _names(model, optimizer) for name in group]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for name, parameter in zip(names, parameters, strict=True):
+        # A parameter that has not been trained yet, such as a masked central core, has no state.
+        for key, value in sorted(optimizer.state.get(parameter, {}).items()):
+            yield name, key, value
+
+
+def _gathered(states: Iterator[tuple[str, str, Any]]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """Whole tensors on the CPU (only on the first rank), and values that are not tensors."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, Any]] = {}
     first = dist.get_rank() == 0
-    groups: list[dict[str, Any]] = []
-    states: dict[str, dict[str, Any]] = {}
-    for group, names in zip(optimizer.param_groups, _names(model, optimizer), strict=True):
-        groups.append({**group, "params": names})
-        odd = next((value for value in group.values() if not isinstance(value, _SETTINGS)), None)
-        if odd is not None:
-            raise TypeError(
-                f"settings of optimizer must be numbers, texts, tensors or lists of them; got {type(odd).__name__}"
-            )
-        for name, parameter in zip(names, group["params"], strict=True):
-            # A parameter that has not been trained yet, such as a masked central core, has no state.
-            for key, value in sorted(optimizer.state.get(parameter, {}).items()):
-                whole = value.full_tensor() if isinstance(value, DTensor) else value  # all ranks take part
-                if first:
-                    states.setdefault(name, {})[key] = whole.detach().cpu() if isinstance(whole, Tensor) else whole
-    return groups, states
+    for name, key, value in states:
+        whole = value.full_tensor() if isinstance(value, DTensor) else value  # all ranks take part
+        if not isinstance(whole, Tensor):
+            numbers.setdefault(name, {})[key] = whole
+        elif first:
+            tensors[f"{name}:{key}"] = whole.detach().contiguous().cpu().clone()
+    return tensors, numbers
 
 
-def _like(parameter: Tensor, whole: Any, what: str) -> Any:
+def _as_number(value: Any) -> Any:
+    """For JSON: an optimizer may keep its rate in a tensor."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    raise TypeError(f"settings of optimizer must be numbers, texts or lists of them; got {type(value).__name__}")
+
+
+def _setting(now: Any, saved: Any) -> Any:
+    """Convert a value from JSON to the optimizer's current type: JSON has neither tuples nor tensors."""
+    if isinstance(now, Tensor):
+        return torch.full_like(now, saved)
+    return tuple(saved) if isinstance(saved, list) else saved
+
+
+def _like(parameter: Tensor, whole: Tensor) -> Tensor:
     """``whole`` sharded like its parameter; a step count is unchanged."""
-    if not isinstance(whole, Tensor) or not whole.shape:
-        return whole
-    if whole.shape != parameter.shape:
-        raise ValueError(
-            f"{what} must have the shape of its parameter, {list(parameter.shape)}; got {list(whole.shape)}"
-        )
-    if not isinstance(parameter, DTensor):
+    if not isinstance(parameter, DTensor) or whole.shape != parameter.shape:
         return whole
     here = whole.to(parameter.device)
     return distribute_tensor(here, parameter.device_mesh, parameter.placements, src_data_rank=None)

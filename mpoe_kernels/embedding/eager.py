@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.contract import BlockDims
-from mpoe_kernels.linear.eager.rebuild import in_natural_order
+from mpoe_kernels.linear.eager.rebuild import Weights
 from mpoe_kernels.linear.eager.rows import grouped_mm, grouped_outer
 
 if TYPE_CHECKING:
@@ -85,46 +85,6 @@ def _slices(central: Tensor, right: Tensor, dims: BlockDims, pairs: bool) -> Ten
     return both.permute(1, 3, 0, 2, 4).reshape(d.iC * d.iR, d.a, d.jC * d.jR)
 
 
-def _rebuilt_table(left: Tensor, central: Tensor, right: Tensor, dims: BlockDims) -> Tensor:
-    """The table ``[I, F]`` from ``left [iL, jL, a]``, ``central [a, iC, jC, b]``, ``right [b, iR, jR]``."""
-    if dims.left_first:
-        half = left.reshape(-1, dims.a) @ central.reshape(dims.a, -1)
-        full = half.view(-1, dims.b) @ right.reshape(dims.b, -1)
-    else:
-        half = central.reshape(-1, dims.b) @ right.reshape(dims.b, -1)
-        full = left.reshape(-1, dims.a) @ half.view(dims.a, -1)
-    del half
-    padded = in_natural_order(full, dims).reshape(dims.iL * dims.iC * dims.iR, dims.jL * dims.jC * dims.jR)
-    return padded[: dims.in_features, : dims.out_features]
-
-
-def _block_order(dweight: Tensor, dims: BlockDims) -> Tensor:
-    """``[I, F] -> [(iL jL iC jC), (iR jR)]``, the order in which the blocks multiply."""
-    padded_in, padded_out = dims.iL * dims.iC * dims.iR, dims.jL * dims.jC * dims.jR
-    if (padded_in, padded_out) != (dims.in_features, dims.out_features):
-        dweight = torch.nn.functional.pad(dweight, (0, padded_out - dims.out_features, 0, padded_in - dims.in_features))
-    ordered = dweight.view(dims.iL, dims.iC, dims.iR, dims.jL, dims.jC, dims.jR).permute(0, 3, 1, 4, 2, 5)
-    return ordered.reshape(-1, dims.iR * dims.jR)
-
-
-def _projected(
-    ordered: Tensor, left: Tensor, central: Tensor, right: Tensor, dims: BlockDims
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the blocks from that of the table: ``dleft``, ``dcentral``, ``dright``.
-
-    Args:
-        ordered: the table's gradient as `_block_order` returns it. Right is contracted first, so the two remaining
-            products are small.
-    """
-    left_matrix, central_matrix = left.reshape(-1, dims.a), central.reshape(dims.a, -1)
-    half = (left_matrix @ central_matrix).view(-1, dims.b)
-    dright = (half.T @ ordered).view(dims.b, dims.iR, dims.jR)
-    del half  # as large as the weight itself at full bonds
-    dhalf = (ordered @ right.reshape(dims.b, -1).T).view(dims.iL * dims.jL, -1)  # [(iL jL), (iC jC b)]
-    dleft = (dhalf @ central_matrix.T).view(dims.iL, dims.jL, dims.a)
-    return dleft, (left_matrix.T @ dhalf).view(central.shape), dright
-
-
 def forward(call: EmbeddingCall) -> Tensor:
     """Computed in the cheapest way."""
     ids, left, central, right = call.ids, call.left[0], call.central, call.right[0]
@@ -136,7 +96,7 @@ def forward(call: EmbeddingCall) -> Tensor:
             raise IndexError(f"ids must lie in 0..{bound}; got {low if low < 0 else high}")
     way = _way(dims, ids.numel(), ids.device.type)
     if way == "rebuild":
-        return _rebuilt_table(left, central, right, dims).index_select(0, ids)
+        return Weights(left, dims).weight(left, central, right).index_select(0, ids)
     slices = _slices(central, right, dims, way == "pairs")
     y = left.new_empty(ids.numel(), dims.jL * dims.jC * dims.jR)
     for part in _parts(ids, dims, way == "pairs"):
@@ -149,20 +109,22 @@ def forward(call: EmbeddingCall) -> Tensor:
 
 def backward(call: EmbeddingBackwardCall) -> tuple[Tensor, ...]:
     """Those that are needed of all gradients."""
-    gradients = zip(_gradients(call), call.need, strict=True)
-    return tuple(gradient if needed else gradient.new_empty(0) for gradient, needed in gradients)
+    found = zip((call.left, call.central, call.right), _gradients(call), call.need, strict=True)
+    return tuple(
+        gradient.reshape(like.shape) if needed and gradient is not None else like.new_empty(0)
+        for like, gradient, needed in found
+    )
 
 
-def _gradients(call: EmbeddingBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Computed in the same way as the forward."""
+def _gradients(call: EmbeddingBackwardCall) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Computed in the same way as the forward, for one expert."""
     grad, ids, left, central, right = call.grad, call.ids, call.left[0], call.central, call.right[0]
     dims = BlockDims.of_blocks(call.left, central, call.right, call.num_embeddings, call.embedding_dim)
     way = _way(dims, ids.numel(), ids.device.type)
     if way == "rebuild":
-        dtable = grad.new_zeros(call.num_embeddings, call.embedding_dim).index_add_(0, ids, grad)
-        ordered = _block_order(dtable, dims)
-        dleft, dcentral, dright = _projected(ordered, left, central, right, dims)
-        return dleft.unsqueeze(0), dcentral, dright.unsqueeze(0)
+        table = Weights(left, dims)
+        table.gradient().zero_().index_add_(0, ids, grad)
+        return table.of_blocks(left, central, right, call.need)
     padded = torch.nn.functional.pad(grad, (0, dims.jL * dims.jC * dims.jR - call.embedding_dim))
     slices = _slices(central, right, dims, way == "pairs")
     dleft, dslices = torch.zeros_like(left), torch.zeros_like(slices)
@@ -182,9 +144,9 @@ def _gradients(call: EmbeddingBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
         dleft.index_add_(0, part.left_digit, drows_left.view(-1, *left.shape[1:]))
     if way == "gather":
         dcentral = dslices.view(dims.iC, dims.a, dims.jC, dims.b).transpose(0, 1)
-        return dleft.unsqueeze(0), dcentral.contiguous(), dright_by_digit.transpose(0, 1).unsqueeze(0).contiguous()
+        return dleft, dcentral.contiguous(), dright_by_digit.transpose(0, 1).contiguous()
     # [(a iC jC), (iR jR)], like the product of the two blocks.
     dboth = dslices.view(dims.iC, dims.iR, dims.a, dims.jC, dims.jR).permute(2, 0, 3, 1, 4)
     dboth = dboth.reshape(-1, dims.iR * dims.jR)
     dcentral, dright = dboth @ right.reshape(dims.b, -1).T, central.reshape(-1, dims.b).T @ dboth
-    return dleft.unsqueeze(0), dcentral.view(central.shape), dright.view(1, *right.shape)
+    return dleft, dcentral, dright

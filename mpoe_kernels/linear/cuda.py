@@ -14,17 +14,16 @@ from torch import Tensor
 
 from mpoe_kernels.backends import Candidate
 from mpoe_kernels.contract import Contraction, may_round_to_tf32
-from mpoe_kernels.linear.gradients import block_gradients
-from mpoe_kernels.linear.grouped import (
-    ON_CHIP,
+from mpoe_kernels.linear.gradients import (
     Backward,
     Forward,
     Gradients,
     Slots,
     around_gradients,
-    counting_reasons,
+    block_gradients,
     prepared,
 )
+from mpoe_kernels.linear.grouped import ON_CHIP, counting_reasons
 
 if TYPE_CHECKING:
     from mpoe_kernels.linear.op import BackwardCall, ForwardCall

@@ -1,17 +1,111 @@
-"""Gradients of the blocks by kernels that keep the gradient of a weight on chip, for Triton and CUDA."""
+"""What surrounds the products of a linear op on a GPU, for Triton, CUDA and PyTorch's grouped products.
+
+Slots of some experts, gradients of bias and activation, and blocks' gradients by kernels that keep the gradient of a
+weight on chip.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from mpoe_kernels.linear.grouped import Slots, experts_at_once, float32_mm
+from mpoe_kernels.backends import kernel_for
+from mpoe_kernels.contract.orders import INDICES, BlockDims
+from mpoe_kernels.linear.eager.activation import ACTIVATION_GRADIENT
+from mpoe_kernels.routing.op import DispatchBackwardCall
 
 if TYPE_CHECKING:
-    from mpoe_kernels.linear.op import BackwardCall
+    from mpoe_kernels.linear.op import BackwardCall, ForwardCall
+
+Forward = tuple[Tensor, Tensor, Tensor]
+Backward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def experts_at_once(dims: BlockDims, built: tuple[str, ...], experts: int, copies: int = 2) -> int:
+    """Experts whose weights are built together: what is built, and by default once more in the order in which it is
+    multiplied, takes at most a quarter of the dense experts' memory, or two weights if that is more."""
+    if not built:
+        return max(experts, 1)
+    largest = max(dims.elements(INDICES[name]) for name in built)
+    return max(1, max(2, experts // 4) * dims.weight_elements // (copies * largest))
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The slots of some experts.
+
+    Attributes:
+        offsets: ``[E + 1]``; expert e owns ``[offsets[e], offsets[e + 1])``.
+        count: N.
+        is_part: there are experts before or after them.
+    """
+
+    offsets: Tensor
+    count: int
+    is_part: bool = False
+
+    @property
+    def busy(self) -> Tensor:
+        """Which experts have slots, ``[E]``."""
+        return self.offsets[1:] > self.offsets[:-1]
+
+    @property
+    def owned(self) -> Tensor:
+        """Which slots an expert owns, ``[N]``."""
+        number = torch.arange(self.count, device=self.offsets.device)
+        return (number >= self.offsets[0]) & (number < self.offsets[-1])
+
+
+def float32_mm(first: Tensor, second: Tensor) -> Tensor:
+    """The product, accumulated and returned in float32."""
+    if first.dtype == torch.float32:
+        return first @ second
+    return torch.mm(first, second, out_dtype=torch.float32) if first.is_cuda else first.float() @ second.float()
+
+
+def around_gradients(call: BackwardCall, gradients: Callable[[Tensor], Gradients], activates: bool = False) -> Backward:
+    """Gradients of bias and activation, and of x by its own rows.
+
+    Args:
+        call: of the op.
+        gradients: dz ``[N, F]`` -> those of slots ``[N, I]``, left, central, right; None where not needed.
+        activates: it applies the activation's itself.
+    """
+    dz, dbias = ACTIVATION_GRADIENT["none" if activates else call.activation](call.grad, call.saved), None
+    if call.need[4]:
+        owned = Slots(call.expert_offsets, call.slots).owned
+        dbias = torch.where(owned[:, None], dz, 0).sum(0, dtype=torch.float32).to(dz.dtype)
+    dx, dleft, dcentral, dright = gradients(dz) if any(call.need_of_plan) else (None,) * 4
+    if dx is not None and call.row_index is not None:
+        if call.slot_of_token is None:  # by sorting: atomics would add in any order
+            dx = dx.new_zeros(call.x.shape).index_put_((call.row_index,), dx, accumulate=True)
+        else:
+            sum_rows = kernel_for("dispatch_backward", dx.device, dx.dtype, call.backend)
+            dx = sum_rows(DispatchBackwardCall(dx, call.slot_of_token, call.backend))
+    results = [dz.new_empty(0) if part is None else part.contiguous() for part in (dx, dleft, dcentral, dright, dbias)]
+    return results[0], results[1], results[2], results[3], results[4]
+
+
+Call = TypeVar("Call", "ForwardCall", "BackwardCall")
+_DENSE = ("expert_offsets", "bias", "row_index", "slot_of_token", "out_index", "gates", "grad", "h", "saved")
+
+
+def prepared(call: Call, *more: str) -> Call:
+    """The call with dense tensors except for x and the blocks, as far as ``more`` does not name them; the columns of x
+    are contiguous."""
+    changed: dict[str, Any] = {}
+    for name in (*_DENSE, *more):
+        tensor = getattr(call, name, None)
+        if tensor is not None and not tensor.is_contiguous():
+            changed[name] = tensor.contiguous()
+    if call.x.stride(1) != 1 and call.x.shape[1] != 1:
+        changed["x"] = call.x.contiguous()
+    return replace(call, **changed) if changed else call
 
 
 def block_gradients(

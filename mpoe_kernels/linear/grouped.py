@@ -8,53 +8,35 @@ experts at a time as `experts_at_once` allows. It also runs on CPUs, in tests.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpoe_kernels.backends import Candidate, kernel_for, lazily
-from mpoe_kernels.contract.orders import INDICES, BlockDims, applications
+from mpoe_kernels.contract.orders import applications
 from mpoe_kernels.contract.plan import Contraction
 from mpoe_kernels.contract.program import KEPT, ROWS, Product, Program, program_of, run, value_of
-from mpoe_kernels.linear.eager.activation import ACTIVATION, ACTIVATION_GRADIENT
-from mpoe_kernels.linear.triton.fused_tiles import fused_reasons
-from mpoe_kernels.routing.op import DispatchBackwardCall
-from mpoe_kernels.triton import architecture
+from mpoe_kernels.linear.eager.activation import ACTIVATION
+from mpoe_kernels.linear.gradients import (
+    Backward,
+    Forward,
+    Gradients,
+    Slots,
+    around_gradients,
+    experts_at_once,
+    float32_mm,
+)
 
 if TYPE_CHECKING:
     from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 
-Forward = tuple[Tensor, Tensor, Tensor]
-Backward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+ON_CHIP = "rebuild on chip"  # name of a candidate whose weights stay on chip
 Axes = tuple[str, ...]
-MOST_EXPERTS = 4096  # every program of Triton's scans the offsets at once
-ON_CHIP = "rebuild on chip"  # name of the candidate whose weights stay on chip
-_FUSED = lazily("mpoe_kernels.linear.triton.fused_launch", "forward", "backward")
-LARGEST_SHARED = 64  # side of a block that one program of Triton's holds beside its gradient
 LARGEST_INDEX = 2**31 - 1  # rows and columns are counted in 32 bits, addresses in 64
-
-
-def candidates(plan: Contraction) -> list[Candidate]:
-    """Triton's: with weights that stay on chip where their bonds allow, and product by product."""
-    found = [Candidate("triton", plan.strategy, plan.strategy, getattr(BY_PRODUCTS, plan.phase))]
-    target = architecture.target_of(torch.device(plan.device))
-    if plan.strategy == "rebuild" and not fused_reasons(plan.dims, plan.dtype, target):
-        found.insert(0, Candidate("triton", ON_CHIP, plan.strategy, getattr(_FUSED, plan.phase)))
-    return found
-
-
-def contraction_reasons(plan: Contraction) -> list[str]:
-    """Why the Triton kernels cannot compute a contraction."""
-    reasons = []
-    if plan.num_experts > MOST_EXPERTS:
-        reasons.append(f"it takes at most {MOST_EXPERTS} experts; got {plan.num_experts}")
-    return [*reasons, *counting_reasons(plan)]
+LARGEST_SHARED = 64  # side of a block that one program of Triton's holds beside its gradient
 
 
 def counting_reasons(plan: Contraction) -> list[str]:
@@ -66,41 +48,6 @@ def counting_reasons(plan: Contraction) -> list[str]:
     if plan.dims.weight_elements > LARGEST_INDEX:
         reasons.append(f"a weight of {plan.dims.weight_elements} elements is too large; at most {LARGEST_INDEX}")
     return reasons
-
-
-def experts_at_once(dims: BlockDims, built: tuple[str, ...], experts: int, copies: int = 2) -> int:
-    """Experts whose weights are built together: what is built, and by default once more in the order in which it is
-    multiplied, takes at most a quarter of the dense experts' memory, or two weights if that is more."""
-    if not built:
-        return max(experts, 1)
-    largest = max(dims.elements(INDICES[name]) for name in built)
-    return max(1, max(2, experts // 4) * dims.weight_elements // (copies * largest))
-
-
-@dataclass(frozen=True)
-class Slots:
-    """The slots of some experts.
-
-    Attributes:
-        offsets: ``[E + 1]``; expert e owns ``[offsets[e], offsets[e + 1])``.
-        count: N.
-        is_part: there are experts before or after them.
-    """
-
-    offsets: Tensor
-    count: int
-    is_part: bool = False
-
-    @property
-    def busy(self) -> Tensor:
-        """Which experts have slots, ``[E]``."""
-        return self.offsets[1:] > self.offsets[:-1]
-
-    @property
-    def owned(self) -> Tensor:
-        """Which slots an expert owns, ``[N]``."""
-        number = torch.arange(self.count, device=self.offsets.device)
-        return (number >= self.offsets[0]) & (number < self.offsets[-1])
 
 
 class Grouped(Protocol):
@@ -136,7 +83,7 @@ class Grouped(Protocol):
         """``out[e] = sum of rows[row_index[s]]^T grads[s]`` over the expert's slots and p, ``[E, k, m]``; zero for an
         expert without slots. ``grads``: ``[N, p, m]``."""
 
-    # Optional: from one reading, what `blocks` gives, and into ``found [N, p, k]`` the gradients of the rows; into
+    # None, or: from one reading, what `blocks` gives, and into ``found [N, p, k]`` the gradients of the rows; into
     # ``again [N, p, m]`` what `rows` gives. Of blocks with sides of `LARGEST_SHARED` at most. With an activation,
     # ``grads`` are those of its output. Arguments: rows, row_index, blocks, grads, slots, found, again, activation.
     both: Any
@@ -147,13 +94,6 @@ def finished(call: ForwardCall, z: Tensor, owned: Tensor) -> tuple[Tensor, Tenso
     if call.bias is not None:
         z = torch.where(owned[:, None], z + call.bias, 0)
     return ACTIVATION[call.activation](z), z if call.saves_z else None
-
-
-def float32_mm(first: Tensor, second: Tensor) -> Tensor:
-    """The product, accumulated and returned in float32."""
-    if first.dtype == torch.float32:
-        return first @ second
-    return torch.mm(first, second, out_dtype=torch.float32) if first.is_cuda else first.float() @ second.float()
 
 
 def _split(axes: Axes, other: Axes) -> tuple[Axes, Axes]:
@@ -217,7 +157,7 @@ class Pass:
         sides = [_split(program.axes[block], program.axes[name])[1] for name in (before, product.first)]
         largest = max(math.prod(getattr(self.call.dims, axis) for axis in side) for side in sides)
         wanted = any(each.result == f"d {block}" for each in program.products)
-        return wanted and largest <= LARGEST_SHARED and hasattr(self.grouped, "both")
+        return wanted and largest <= LARGEST_SHARED and self.grouped.both is not None
 
     @property
     def late(self) -> bool:
@@ -428,51 +368,3 @@ def backward(call: BackwardCall, grouped: Grouped) -> Backward:
         return dx, whole.block("L", call.left), whole.block("C", call.central), whole.block("R", call.right)
 
     return around_gradients(call, gradients, whole.late)
-
-
-_TRITON: Any = lazily("mpoe_kernels.linear.triton.grouped", "rows", "blocks", "both")
-# Every strategy, product by product, with Triton's grouped products.
-BY_PRODUCTS = SimpleNamespace(
-    forward=lambda call: forward(prepared(call), _TRITON),
-    backward=lambda call: backward(prepared(call), _TRITON),
-)
-
-
-def around_gradients(call: BackwardCall, gradients: Callable[[Tensor], Gradients], activates: bool = False) -> Backward:
-    """Gradients of bias and activation, and of x by its own rows.
-
-    Args:
-        call: of the op.
-        gradients: dz ``[N, F]`` -> those of slots ``[N, I]``, left, central, right; None where not needed.
-        activates: it applies the activation's itself.
-    """
-    dz, dbias = ACTIVATION_GRADIENT["none" if activates else call.activation](call.grad, call.saved), None
-    if call.need[4]:
-        owned = Slots(call.expert_offsets, call.slots).owned
-        dbias = torch.where(owned[:, None], dz, 0).sum(0, dtype=torch.float32).to(dz.dtype)
-    dx, dleft, dcentral, dright = gradients(dz) if any(call.need_of_plan) else (None,) * 4
-    if dx is not None and call.row_index is not None:
-        if call.slot_of_token is None:  # by sorting: atomics would add in any order
-            dx = dx.new_zeros(call.x.shape).index_put_((call.row_index,), dx, accumulate=True)
-        else:
-            sum_rows = kernel_for("dispatch_backward", dx.device, dx.dtype, call.backend)
-            dx = sum_rows(DispatchBackwardCall(dx, call.slot_of_token, call.backend))
-    results = [dz.new_empty(0) if part is None else part.contiguous() for part in (dx, dleft, dcentral, dright, dbias)]
-    return results[0], results[1], results[2], results[3], results[4]
-
-
-Call = TypeVar("Call", "ForwardCall", "BackwardCall")
-_DENSE = ("expert_offsets", "bias", "row_index", "slot_of_token", "out_index", "gates", "grad", "h", "saved")
-
-
-def prepared(call: Call, *more: str) -> Call:
-    """The call with dense tensors except for x and the blocks, as far as ``more`` does not name them; the columns of x
-    are contiguous."""
-    changed: dict[str, Any] = {}
-    for name in (*_DENSE, *more):
-        tensor = getattr(call, name, None)
-        if tensor is not None and not tensor.is_contiguous():
-            changed[name] = tensor.contiguous()
-    if call.x.stride(1) != 1 and call.x.shape[1] != 1:
-        changed["x"] = call.x.contiguous()
-    return replace(call, **changed) if changed else call

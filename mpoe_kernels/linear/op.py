@@ -24,7 +24,8 @@ from mpoe_kernels.contract.autotune import chosen_for
 from mpoe_kernels.contract.orders import BlockDims
 from mpoe_kernels.cuda_library import CUDA_OPS
 from mpoe_kernels.define import define_op, requested_backend
-from mpoe_kernels.linear import eager, grouped, native
+from mpoe_kernels.linear import eager, native
+from mpoe_kernels.linear import triton as on_triton
 from mpoe_kernels.linear.cuda import LinearKernels
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.routing.op import CombineCall
@@ -47,7 +48,7 @@ _CUDA = LinearKernels(CUDA_OPS)
 CANDIDATES = {
     "native": (native.candidates, native.contraction_reasons),
     "eager": (eager.candidates, no_reasons),
-    "triton": (grouped.candidates, grouped.contraction_reasons),
+    "triton": (on_triton.candidates, on_triton.contraction_reasons),
     "cuda": (_CUDA.candidates, _CUDA.contraction_reasons),
 }
 for _name, (_candidates, _reasons) in CANDIDATES.items():

@@ -35,7 +35,7 @@ def sort_pairs(
     slot_of_token = index.new_empty(tokens, top_k, dtype=torch.int64)
     if pairs == 0:
         return offsets.zero_(), token_of_slot, slot_of_token
-    mask = index if token_mask is None else token_mask.contiguous().view(torch.uint8)
+    mask = None if token_mask is None else token_mask.contiguous().view(torch.uint8)
     sizes: dict[str, Any] = {"EXPERTS": num_experts, "TOP_K": top_k, "BINS": power_of_two(num_experts + 2)}
     if pairs <= FEW:
         start(
@@ -48,7 +48,6 @@ def sort_pairs(
             slot_of_token=slot_of_token,
             tokens=tokens,
             capacity=capacity or 0,
-            HAS_MASK=token_mask is not None,
             HAS_CAPACITY=capacity is not None,
             BLOCK=max(16, power_of_two(pairs)),
             num_warps=8,
@@ -58,7 +57,6 @@ def sort_pairs(
     blocks = cdiv(pairs, BLOCK)
     counts = index.new_empty(blocks + 1, sizes["BINS"], dtype=torch.int32)
     common: dict[str, Any] = {**sizes, "tokens": tokens, "BLOCK": BLOCK, "num_warps": 4}
-    has_mask = token_mask is not None
 
     def count(by_choice: bool) -> None:
         start(
@@ -67,7 +65,6 @@ def sort_pairs(
             index=index,
             mask=mask,
             counts=counts,
-            HAS_MASK=has_mask,
             BY_CHOICE=by_choice,
             **common,
         )
@@ -89,10 +86,9 @@ def sort_pairs(
             counts=counts,
             keys=keys,
             capacity=capacity,
-            HAS_MASK=has_mask,
             **common,
         )
-        index, has_mask = keys, False
+        index, mask = keys, None
     count(by_choice=False)
     start(
         kernels.scatter_kernel,
@@ -103,7 +99,6 @@ def sort_pairs(
         offsets=offsets,
         token_of_slot=token_of_slot,
         slot_of_token=slot_of_token,
-        HAS_MASK=has_mask,
         **common,
     )
     return offsets, token_of_slot, slot_of_token
@@ -234,12 +229,11 @@ def collect_rows(rows: Tensor, slot_of_token: Tensor, weights: Tensor | None = N
         _grid(tokens, rows.shape[1]),
         rows=rows.contiguous(),
         slot_of_token=slot_of_token.contiguous(),
-        weights=rows if weights is None else weights.contiguous(),
+        weights=None if weights is None else weights.contiguous(),
         out=out,
         tokens=tokens,
         F=rows.shape[1],
         TOP_K=top_k,
-        HAS_WEIGHTS=weights is not None,
         **ROWS,
     )
     return out
@@ -275,13 +269,11 @@ def combine_backward(call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
         token_of_slot=call.token_of_slot,
         slot_of_token=call.slot_of_token.contiguous(),
         weights=weights.contiguous(),
-        dy=dy,
-        dweights=dweights,
+        dy=dy if call.need_y else None,
+        dweights=dweights if call.need_weights else None,
         slots=slots,
         F=columns,
         TOP_K=weights.shape[1],
-        NEED_Y=call.need_y,
-        NEED_WEIGHTS=call.need_weights,
         **SUMMED,
     )
     return dy, dweights

@@ -54,11 +54,11 @@ def gate_kernel(
 
 
 @triton.jit
-def pair_key(pair, inside, index, mask, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, HAS_MASK: tl.constexpr):
+def pair_key(pair, inside, index, mask, EXPERTS: tl.constexpr, TOP_K: tl.constexpr):
     """Expert of a pair, ``EXPERTS`` if it has none or its token is masked, ``EXPERTS + 1`` outside."""
     found = tl.load(index + pair, mask=inside, other=0)
     key = tl.where((found >= 0) & (found < EXPERTS), found, EXPERTS).to(tl.int32)
-    if HAS_MASK:
+    if mask is not None:
         key = tl.where(tl.load(mask + pair // TOP_K, mask=inside, other=0) != 0, key, EXPERTS)
     return tl.where(inside, key, EXPERTS + 1)
 
@@ -74,12 +74,11 @@ def pair_at(position, tokens, TOP_K: tl.constexpr, BY_CHOICE: tl.constexpr):
 @triton.jit
 def histogram_kernel(
     index,  # [T, K], or keys of the pairs
-    mask,  # [T]
+    mask,  # [T] or None
     counts,  # [blocks, BINS]
     tokens,
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
-    HAS_MASK: tl.constexpr,
     BY_CHOICE: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -88,7 +87,7 @@ def histogram_kernel(
     position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = position < tokens * TOP_K
     pair = pair_at(position, tokens, TOP_K, BY_CHOICE)
-    key = pair_key(pair, inside, index, mask, EXPERTS, TOP_K, HAS_MASK)
+    key = pair_key(pair, inside, index, mask, EXPERTS, TOP_K)
     tl.store(counts + tl.program_id(0) * BINS + tl.arange(0, BINS), tl.histogram(key, BINS))
 
 
@@ -141,7 +140,6 @@ def drop_kernel(
     capacity,
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
-    HAS_MASK: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -150,7 +148,7 @@ def drop_kernel(
     position = tl.program_id(0) * BLOCK + here
     inside = position < tokens * TOP_K
     pair = pair_at(position, tokens, TOP_K, True)
-    key = pair_key(pair, inside, index, mask, EXPERTS, TOP_K, HAS_MASK)
+    key = pair_key(pair, inside, index, mask, EXPERTS, TOP_K)
     rank = stable_rank(key, here)
     rank += tl.load(counts + tl.program_id(0) * BINS + key)
     tl.store(keys + pair, tl.where(rank >= capacity, EXPERTS, key), mask=inside)
@@ -174,7 +172,6 @@ def scatter_kernel(
     tokens,
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
-    HAS_MASK: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -182,7 +179,7 @@ def scatter_kernel(
     here = tl.arange(0, BLOCK)
     pair = tl.program_id(0) * BLOCK + here
     inside = pair < tokens * TOP_K
-    key = pair_key(pair, inside, index, mask, EXPERTS, TOP_K, HAS_MASK)
+    key = pair_key(pair, inside, index, mask, EXPERTS, TOP_K)
     slot = stable_rank(key, here)
     slot += tl.load(counts + tl.program_id(0) * BINS + key)
     slot += tl.load(offsets + key, mask=inside, other=0)
@@ -201,7 +198,6 @@ def route_few_kernel(
     capacity,
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
-    HAS_MASK: tl.constexpr,
     HAS_CAPACITY: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -209,7 +205,7 @@ def route_few_kernel(
     """Grid ``(1,)``: the whole of `route` for at most ``BLOCK`` pairs."""
     pair = tl.arange(0, BLOCK)
     inside = pair < tokens * TOP_K
-    key = pair_key(pair, inside, index, mask, EXPERTS, TOP_K, HAS_MASK)
+    key = pair_key(pair, inside, index, mask, EXPERTS, TOP_K)
     if HAS_CAPACITY:
         turn = (pair % TOP_K) * tokens + pair // TOP_K
         rank = stable_rank(key, turn)
@@ -283,12 +279,11 @@ def dispatch_kernel(
 def collect_kernel(
     rows,  # [N, F]
     slot_of_token,  # [T, K]
-    weights,  # [T, K]
+    weights,  # [T, K] or None
     out,  # [T, F]
     tokens,
     F,
     TOP_K: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -300,7 +295,7 @@ def collect_kernel(
         slot = tl.load(slot_of_token + token * TOP_K + choice, mask=token < tokens, other=-1)
         kept = (slot >= 0)[:, None] & (column < F)[None, :]
         value = tl.load(rows + slot[:, None] * F + column[None, :], mask=kept, other=0.0).to(tl.float32)
-        if HAS_WEIGHTS:
+        if weights is not None:
             weight = tl.load(weights + token * TOP_K + choice, mask=slot >= 0, other=0.0).to(tl.float32)
             value = value * weight[:, None]
         total += value
@@ -315,13 +310,11 @@ def combine_backward_kernel(
     token_of_slot,
     slot_of_token,
     weights,  # [T, K]
-    dy,  # [N, F]
-    dweights,  # [T, K], zeros
+    dy,  # [N, F] or None
+    dweights,  # [T, K], zeros, or None
     slots,
     F,
     TOP_K: tl.constexpr,
-    NEED_Y: tl.constexpr,
-    NEED_WEIGHTS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -344,10 +337,10 @@ def combine_backward_kernel(
         kept = owned[:, None] & (column < F)[None, :]
         at_row = slot.to(tl.int64)[:, None] * F + column[None, :]
         g = tl.load(grad + token[:, None] * F + column[None, :], mask=kept, other=0.0).to(tl.float32)
-        if NEED_WEIGHTS:
+        if dweights is not None:
             total += tl.sum(g * tl.load(rows + at_row, mask=kept, other=0.0).to(tl.float32), 1)
-        if NEED_Y:
+        if dy is not None:
             inside = (slot < slots)[:, None] & (column < F)[None, :]
             tl.store(dy + at_row, (g * weight[:, None]).to(dy.dtype.element_ty), mask=inside)
-    if NEED_WEIGHTS:
+    if dweights is not None:
         tl.store(dweights + pair, total.to(dweights.dtype.element_ty), mask=owned)

@@ -26,6 +26,27 @@ def pick(values, position):
 
 
 @triton.jit
+def part_ends(offsets, slots, size, P: tl.constexpr, EXPERTS: tl.constexpr, SCAN: tl.constexpr, CLEAR: tl.constexpr):
+    """Segments and where their parts of at most ``size`` rows end, counted over all segments, ``[SCAN]`` each; the
+    empty slots are a segment if ``CLEAR``."""
+    start, stop = segments(offsets, slots, EXPERTS, SCAN)
+    wanted = tl.arange(0, SCAN) < (EXPERTS + 1 if CLEAR else EXPERTS)
+    return start, stop, tl.cumsum(tl.where(wanted, ((stop - start) * P + size - 1) // size, 0), 0)
+
+
+@triton.jit
+def part_of_rows(
+    offsets, part, slots, size, P: tl.constexpr, EXPERTS: tl.constexpr, SCAN: tl.constexpr, CLEAR: tl.constexpr
+):
+    """``(e, lo, first, rows)``: a part's expert, the expert's first slot, the part's first row of its rows, and their
+    number: none past the last part."""
+    start, stop, ends = part_ends(offsets, slots, size, P, EXPERTS, SCAN, CLEAR)
+    e = tl.sum((ends <= part).to(tl.int32))
+    lo = pick(start, e)
+    return e, lo, (part - tl.max(tl.where(ends <= part, ends, 0))) * size, (pick(stop, e) - lo) * P
+
+
+@triton.jit
 def expert_tile(offsets, tile, TOP_K: tl.constexpr, EXPERTS: tl.constexpr, SCAN: tl.constexpr, BM: tl.constexpr):
     """``(choice, expert, place, used)`` of a tile of slots, see `routing.triton.SortedSlots`: of at most ``BM`` tokens
     whose choice this is; their slots ``[BM]``, and which of them are the expert's.

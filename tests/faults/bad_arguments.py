@@ -17,7 +17,7 @@ import mpoe
 import mpoe_kernels
 from mpoe_kernels import MPOShape, fold, route
 from mpoe_kernels.signatures import ARGUMENTS
-from tests.kernels.raw_calls import calls, run
+from tests.kernels.problems import calls, run
 from tests.training.tiny import dense_model, mpoe_model
 
 from . import fuzz

@@ -243,23 +243,6 @@ def test_pieces_are_bounded(tokens: int, rows: int, monkeypatch: pytest.MonkeyPa
 
 @on_every_backend
 @of_each_op
-@pytest.mark.parametrize("experts", [2, 40])
-def test_rows_without_an_expert_may_hold_anything(backend: str, op: str, experts: int) -> None:
-    require(backend, op, torch.float32)
-    problem = problem_of(op, tokens=40, experts=experts, dtype=torch.float32, none_share=0.0, with_bias=True)
-    nobody = [0, 3, 4, 5]
-    problem.index[nobody] = -1
-    clean = problem.run(problem.OP, torch.float32, backend=backend)
-    for rows in (problem.inputs[problem.NAMES[0]], problem.inputs["gates"], problem.grad):
-        rows[nobody] = float("nan")
-    dirty = problem.run(problem.OP, torch.float32, backend=backend)
-    for name, value in dirty.items():
-        assert torch.equal(value, clean[name]), name
-    assert not dirty["o"][nobody].any()
-
-
-@on_every_backend
-@of_each_op
 def test_an_expert_chosen_twice_counts_with_both_gates(backend: str, op: str) -> None:
     require(backend, op, torch.float32)
     problem = problem_of(op, experts=9, dtype=torch.float32)

@@ -140,7 +140,7 @@ class Product(LinearProblem):
 
 
 @on_every_backend
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     shape=st.sampled_from(list(SMALL_SHAPES.values()))
     | st.builds(

@@ -250,13 +250,3 @@ def test_type_refusals() -> None:
         route(torch.zeros(3, 1), 2)
     with pytest.raises(TypeError, match="routing must be a Routing"):
         dispatch(torch.zeros(3, 1), None)  # type: ignore[arg-type]
-
-
-@on_every_backend
-def test_nan_weights_of_dropped_pairs_stay_out(backend: str) -> None:
-    require(backend)
-    routing, mask = example_routing()
-    weights = torch.rand(9, 2, requires_grad=True)
-    poisoned = torch.where(mask[:, None], weights, float("nan"))
-    y = combine(torch.ones(18, 3), routing, poisoned, backend=backend)
-    assert bool(torch.isfinite(y).all())

@@ -14,7 +14,7 @@ from mpoe_kernels import BackendError
 from mpoe_kernels.signatures import ARGUMENTS, MOST_EXPERTS
 
 from .backend_cases import on_every_backend
-from .raw_calls import EXPERTS, TOKENS, TOP_K, calls, run
+from .problems import EXPERTS, TOKENS, TOP_K, calls, run
 
 EXCHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "complex": lambda t: t.to(torch.complex64),
@@ -80,7 +80,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("grouped_mpo_linear_backward", {"need": [True]}, "need must name every gradient, 5; got"),
     ("hidden_experts_backward", {"need": [True]}, "need must name every gradient, 7; got"),
     ("neuron_experts_backward", {"need": [True]}, "need must name every gradient, 6; got"),
-    ("neuron_experts", {"down": torch.randn(EXPERTS, 4, 9)}, r"down must be of x's dtype \[E, m, F\], E = 3, m = 3"),
+    ("neuron_experts", {"down": torch.randn(EXPERTS, 5, 9)}, r"down must be of x's dtype \[E, m, F\], E = 3, m = 4"),
     ("hidden_experts", {"u_gate": None}, "u_gate and right_gate must be given together"),
     ("hidden_experts", {"activation": "gelu_pytorch"}, "activation must be one of"),
     (
@@ -107,7 +107,7 @@ def test_other_arguments(number: int, backend: str) -> None:
 
 @pytest.mark.parametrize("missing", ["gates", "slot_of_token"])
 def test_rows_are_placed_with_gates_and_slots(missing: str) -> None:
-    fitting = calls("eager")["grouped_mpo_linear"]
+    fitting = {**calls("eager")["grouped_mpo_linear"], "save": False}
     rows = TOKENS * TOP_K
     more = {"slot_of_token": torch.arange(rows)[:, None], "out_index": torch.arange(rows), "gates": torch.ones(rows)}
     run("grouped_mpo_linear", {**fitting, **more})

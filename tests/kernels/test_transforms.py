@@ -2,85 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from mpoe_bench.cases import expert_choice, random_blocks
+from mpoe_bench.cases import random_blocks
 from torch import Tensor, func, nn
 from torch.autograd import forward_ad
 
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.layers import MPOEFeedForward, MPOLinear
 from mpoe_kernels import (
-    MPOBlocks,
-    combine,
     decompose,
     decompose_shared,
-    dispatch,
     expert_weights,
-    grouped_mpo_linear,
-    hidden_experts,
-    mpo_embedding,
-    mpo_ffn,
-    mpo_linear,
-    neuron_experts,
-    route,
     use_backend,
 )
-from tests.cases import SMALL_SHAPES
 
 from .backend_cases import on_every_backend, require
-
-SHAPE = SMALL_SHAPES["separable"]
-TOKENS, EXPERTS = 5, 3
-Function = Callable[..., Tensor]
-
-
-def given(blocks: MPOBlocks, left: Tensor, central: Tensor) -> MPOBlocks:
-    return MPOBlocks(left, central, blocks.right, blocks.in_features, blocks.out_features)
+from .problems import SHAPE, TOKENS, Function
+from .problems import problems as of_ops
 
 
 def problems() -> dict[str, tuple[Function, tuple[Tensor, ...]]]:
     """Functions of every op and layer, of floating tensors, and those."""
-    index = expert_choice("zipf", TOKENS, EXPERTS, 2)
-    routing = route(index, EXPERTS)
-    gates = torch.rand(TOKENS, 2)
-    one, up, gate = (random_blocks(SHAPE, experts, torch.float32) for experts in (1, EXPERTS, EXPERTS))
-    down = random_blocks(SHAPE.mirrored(), EXPERTS, torch.float32)
-    x, bias = torch.randn(TOKENS, SHAPE.in_features), torch.randn(SHAPE.out_features)
-    wide = torch.randn(TOKENS, 12)
-    offsets, rows = routing.expert_offsets, routing.token_of_slot
-    ids = torch.tensor([0, 3, 3, 7, 1])
-
-    def grouped(x: Tensor, left: Tensor, central: Tensor, bias: Tensor) -> Tensor:
-        return grouped_mpo_linear(x, given(up, left, central), offsets, bias, row_index=rows, activation="gelu")
-
-    def ffn(x: Tensor, gates: Tensor, left: Tensor, central: Tensor) -> Tensor:
-        return mpo_ffn(x, routing, gates, given(up, left, central), down, gate_proj=gate, activation="silu")
-
-    def experts(u: Tensor, gates: Tensor, right: Tensor, left: Tensor, bias: Tensor) -> Tensor:
-        return hidden_experts(u, gates, index, right, left, bias, activation="gelu")
-
-    def neurons(x: Tensor, gates: Tensor, up: Tensor, down: Tensor, bias: Tensor, gate_up: Tensor) -> Tensor:
-        return neuron_experts(x, gates, index, up, down, bias, activation="silu", gate_up=gate_up)
-
-    own = torch.randn(EXPERTS, 4, 12)
-    side = torch.randn(EXPERTS, 3, 3)
-    found: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
-        "grouped_mpo_linear": (grouped, (x, up.left, up.central, bias)),
-        "mpo_linear": (lambda x, *b: mpo_linear(x, given(one, *b)), (x, one.left, one.central)),
-        "mpo_ffn": (ffn, (x, gates, up.left, up.central)),
-        "hidden_experts": (experts, (wide, gates, side, side.clone(), torch.randn(EXPERTS, 12))),
-        "neuron_experts": (
-            neurons,
-            (wide, gates, own, torch.randn(EXPERTS, 4, 7), torch.randn(EXPERTS, 4), own.clone()),
-        ),
-        "dispatch": (lambda x: dispatch(x, routing), (x,)),
-        "combine": (lambda y, gates: combine(y, routing, gates), (torch.randn(TOKENS * 2, 4), gates)),
-        "mpo_embedding": (lambda *b: mpo_embedding(ids, given(one, *b)), (one.left, one.central)),
-        "MPOLinear": of_module(MPOLinear(12, 8), torch.randn(TOKENS, 12)),
-    }
+    found = of_ops()
+    found["MPOLinear"] = of_module(MPOLinear(12, 8), torch.randn(TOKENS, 12))
     for kind, config in {
         "paper": MPOEConfig(num_experts=3, shape="paper", router=RouterConfig(top_k=2)),
         "separable": MPOEConfig(num_experts=3, shape="separable"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 import threading
 from contextlib import nullcontext
 
@@ -149,25 +151,60 @@ def test_a_users_checkpoint_contexts_run_too(converted):
     assert len(entered) == 2
 
 
+@pytest.fixture
+def inductor(tmp_path, monkeypatch, lacks):
+    """A separate compiler cache, independent of earlier runs."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        lacks("inductor needs a C++ compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gpt2", "t5", "bert_classifier"])
-def test_whole_model_compiles_fullgraph(family, converted):
+@pytest.mark.usefixtures("inductor")
+@pytest.mark.parametrize(
+    ("family", "backend"),
+    [
+        *(("gpt2", "aot_eager"), ("t5", "aot_eager"), ("bert_classifier", "aot_eager"), ("t5", "inductor")),
+        pytest.param("gpt2", "inductor", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_training_steps_compile_fullgraph(family, backend, converted):
     model, inputs = converted(family), batch(family)
-    expected = model(**inputs)
-    out = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs)
-    torch.testing.assert_close(out.loss, expected.loss)
-    assert torch.equal(out.expert_load, expected.expert_load)
-
-
-@pytest.mark.slow
-def test_a_training_step_compiles_fullgraph(converted):
-    """T5 and the inductor backend are in test_model_inductor.py."""
-    model, inputs = converted("gpt2").train(), batch("gpt2")
+    model.train(family != "bert_classifier")  # which drops at random
     twin = copy.deepcopy(model)
-    model(**inputs).loss.backward()
-    torch.compile(twin, backend="aot_eager", fullgraph=True)(**inputs).loss.backward()
-    for (name, eager), compiled in zip(model.named_parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(compiled.grad, eager.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    compiled = torch.compile(twin, backend=backend, fullgraph=True)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=1e-2) for m in (model, twin)]
+    for _ in range(2):
+        expected, found = model(**inputs), compiled(**inputs)
+        torch.testing.assert_close(found.loss, expected.loss, rtol=1e-4, atol=1e-4)
+        assert torch.equal(found.expert_load, expected.expert_load)
+        for output in (expected, found):
+            output.loss.backward()
+        for (name, eager), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(other.grad, eager.grad, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("inductor")
+@pytest.mark.parametrize(("family", "shape"), [("t5", "separable"), ("gpt2", "paper")])
+def test_decoding_steps_compile(family, shape, converted):
+    """With a cache of fixed size, one graph serves every step after the first."""
+    model = converted(family, shape=shape)
+    mask = MASK if family == "t5" else MASK.flip(1)
+    call = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "cache_implementation": "static"}
+    call |= {"inputs": batch(family, labels=False)["input_ids"], "output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(**call)
+    model.forward = torch.compile(model.forward, fullgraph=True)
+    found = model.generate(**call)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 BASE = {"vocab_size": 32128, "d_model": 768, "d_ff": 3072, "d_kv": 64, "num_layers": 12, "num_heads": 12}

@@ -23,8 +23,8 @@ def test_a_row_for_every_weight(converted):
         assert (row.plan.num_experts, row.plan.num_tokens) == (row.cores.num_experts, 100)
         assert row.error == model.conversion_report[row.name]["relative_error_bound"]
     report = model.parameter_report()
-    assert sum(row.central_parameters for row in rows) == report["central"]
-    assert sum(row.auxiliary_parameters for row in rows) == report["auxiliary"]
+    assert sum(row.cores.central.numel() for row in rows) == report["central"]
+    assert sum(row.cores.own_parameters() for row in rows) == report["auxiliary"]
 
 
 def test_the_table_is_printed_whole(converted, capsys, monkeypatch):

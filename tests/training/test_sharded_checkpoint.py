@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from mpoe import shard_model
 from mpoe.training import find_last_checkpoint, load_sharded_optimizer, save_sharded_checkpoint
 from mpoe.training.checkpoints import MANIFEST
-from mpoe.training.sharded_checkpoint import OPTIMIZER
 
 from .ranks import torchrun
 from .ranks_sharded import SAVED, STEPS, loop
 from .tiny import mpoe_model
+
+
+def seal(checkpoint: Path) -> None:
+    """Make a changed checkpoint look as if it had been written so."""
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    for name in manifest["files"]:
+        content = (checkpoint / name).read_bytes()
+        manifest["files"][name], manifest["crc32"][name] = len(content), zlib.crc32(content)
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
 
 
 @pytest.fixture
@@ -34,10 +45,11 @@ def test_one_rank_goes_on(alone: None, tmp_path: Path) -> None:
     assert loop(tmp_path) == pytest.approx(straight[SAVED:], rel=1e-6)
     assert find_last_checkpoint(tmp_path) == tmp_path / f"checkpoint-{SAVED}"
     assert not list(tmp_path.glob(".incomplete*"))
-    kept = torch.load(tmp_path / f"checkpoint-{SAVED}" / OPTIMIZER, weights_only=True)
-    parameters = {name for group in kept["groups"] for name in group["params"]}
+    kept = load_file(tmp_path / f"checkpoint-{SAVED}" / "optimizer.safetensors")
+    state = json.loads((tmp_path / f"checkpoint-{SAVED}" / "optimizer.json").read_text())
+    parameters = {name for group in state["groups"] for name in group["params"]}
     # Both steps were masked: a central core has no momentum yet, and must not get any.
-    assert set(kept["states"]) == {name for name in parameters if "central" not in name}
+    assert {name.rpartition(":")[0] for name in kept} == {name for name in parameters if "central" not in name}
 
 
 def test_settings_come_back_as_they_were(alone: None, tmp_path: Path) -> None:
@@ -59,7 +71,7 @@ def test_what_does_not_fit_is_refused(alone: None, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="make it after shard_model"):
         save_sharded_checkpoint(model, torch.optim.AdamW(mpoe_model("t5").parameters()), tmp_path, 3)
     optimizer.param_groups[0]["odd"] = object()
-    with pytest.raises(TypeError, match=r"settings of optimizer must be numbers, .* got object"):
+    with pytest.raises(TypeError, match="settings of optimizer must be numbers, texts or lists of them; got object"):
         save_sharded_checkpoint(model, optimizer, tmp_path, 3)
     del optimizer.param_groups[0]["odd"]
     assert find_last_checkpoint(tmp_path) is None
@@ -70,20 +82,26 @@ def test_what_does_not_fit_is_refused(alone: None, tmp_path: Path) -> None:
         load_sharded_optimizer(model, torch.optim.AdamW(groups), checkpoint)
     with pytest.raises(ValueError, match="written by save_sharded_checkpoint"):
         load_sharded_optimizer(model, optimizer, tmp_path / "checkpoint-9")
-    file = checkpoint / OPTIMIZER
-    saved = torch.load(file, weights_only=True)
-    data = file.read_bytes()
-    for spoilt, message in ((data[:-1], "is incomplete"), (data[:-1] + b"x", "is damaged: optimizer.pt changed")):
-        file.write_bytes(spoilt)
-        with pytest.raises(ValueError, match=f"checkpoint .*checkpoint-3 {message}"):
+    tensors, settings = checkpoint / "optimizer.safetensors", checkpoint / "optimizer.json"
+    text = settings.read_text()
+    settings.write_text(text.swapcase())  # of the same size
+    with pytest.raises(ValueError, match=r"checkpoint .*checkpoint-3 is damaged: optimizer\.json changed"):
+        load_sharded_optimizer(model, optimizer, checkpoint)
+    settings.write_text(text)
+    damages = {
+        r"shared\.weight:exp_avg in .* must have the shape of its parameter; got \[3\]": lambda: save_file(
+            {"shared.weight:exp_avg": torch.ones(3)}, tensors
+        ),
+        "must hold an optimizer's state .*'absent'": lambda: save_file({"absent:exp_avg": torch.ones(3)}, tensors),
+        "must hold an optimizer's state .*'groups'": lambda: settings.write_text("{}"),
+    }
+    for message, damage in damages.items():
+        damage()
+        with pytest.raises(ValueError, match=r"is damaged|is incomplete"):
             load_sharded_optimizer(model, optimizer, checkpoint)
-    torch.save({**saved, "states": {"shared.weight": {"exp_avg": torch.ones(3)}}}, file)
-    (checkpoint / MANIFEST).unlink()  # as if it had been written so
-    with pytest.raises(ValueError, match=r"shared\.weight:exp_avg must have the shape of its parameter, .*; got \[3\]"):
-        load_sharded_optimizer(model, optimizer, checkpoint)
-    torch.save({"a": 1}, file)
-    with pytest.raises(ValueError, match="checkpoint-3 cannot be read: 'groups'"):
-        load_sharded_optimizer(model, optimizer, checkpoint)
+        seal(checkpoint)
+        with pytest.raises(ValueError, match=message):
+            load_sharded_optimizer(model, optimizer, checkpoint)
 
 
 @pytest.mark.slow

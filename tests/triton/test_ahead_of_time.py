@@ -21,8 +21,7 @@ from gpu_compile import Binary, Job, compiled, job_of
 
 import mpoe_kernels
 from mpoe_kernels.hidden_experts import triton as hidden
-from mpoe_kernels.linear.grouped import MOST_EXPERTS
-from mpoe_kernels.linear.triton import grouped
+from mpoe_kernels.linear.triton import MOST_EXPERTS, grouped
 from mpoe_kernels.neurons import triton as neurons
 from mpoe_kernels.routing import triton as routing
 from mpoe_kernels.testing.launches import Launch, recorded

@@ -131,3 +131,23 @@ def test_what_no_kernel_is_made_for() -> None:
     sides = Sides((8, 8, 8), (8, 8, 8), 10_000, 10_000)
     with recorded("sm_80"), pytest.raises(ValueError, match=r"no tile of the fused kernels fits .*a=10000.* on sm_80"):
         fused_choice(torch.empty(1, device="meta"), sides, 1.0, "rows")
+
+
+@pytest.mark.usefixtures("with_triton")
+def test_what_triton_finds_out_too_late_is_said_in_our_words() -> None:
+    from triton.runtime.errors import OutOfResources
+
+    from mpoe_kernels.triton.start import start
+
+    class TooLarge:
+        __name__ = "grouped_rows_kernel"
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(**arguments: object) -> None:
+                raise OutOfResources(262144, 101376, "shared memory")
+
+            return launch
+
+    message = r"grouped_rows_kernel with {'BM': 64}: it needs 262144 of shared memory; .* 101376"
+    with pytest.raises(BackendError, match=message):
+        start(TooLarge(), (1,), BM=64)

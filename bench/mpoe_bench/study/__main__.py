@@ -7,7 +7,8 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +69,15 @@ def write_text(file: Path, text: str) -> None:
     os.replace(scratch, file)
 
 
-def save(study_file: Path, study: Study, run: Run, record: dict[str, Any]) -> None:
+def store(study_file: Path, key: str, record: dict[str, Any], table: Callable[[Records], str]) -> None:
     """Add a record to the study's JSON and rewrite the table; two processes wait for each other."""
     file = study_file.with_suffix(".json")
     with study_file.open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         records = records_in(file)
-        records.setdefault(run.key, record)
+        records.setdefault(key, record)
         write_text(file, json.dumps({"study": study_file.name, "runs": records}, indent=1) + "\n")
-        write_text(study_file.with_suffix(".md"), study_table(study, records))
+        write_text(study_file.with_suffix(".md"), table(records))
 
 
 def main(argv: list[str]) -> int:
@@ -105,7 +106,7 @@ def main(argv: list[str]) -> int:
         if run is None or run.key in records:
             return 0
         record = run_once(study, run, data, starts)
-        save(file, study, run, record)
+        store(file, run.key, record, partial(study_table, study))
         print(f"{run.key}: validation {record['validation']:.4f}, {record.get('cpu_seconds', 0):.0f} CPU s", flush=True)
 
 

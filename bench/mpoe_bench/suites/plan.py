@@ -12,7 +12,6 @@ from mpoe_bench.cases import JUDGED_WORKLOADS, Workload
 from mpoe_bench.contender import Comparison
 from mpoe_bench.problem import FFNCase
 from mpoe_bench.suites.ffn import ffn_comparison
-from mpoe_bench.suites.gpu import gpu_comparisons
 from mpoe_bench.suites.layers import LAYERS, layers_comparison
 from mpoe_bench.suites.models import SHAPES, model_comparison
 from mpoe_bench.suites.ops import embedding_comparison, linear_comparison, routing_comparison
@@ -28,8 +27,6 @@ HALVES = (torch.float32, torch.bfloat16)
 
 def comparisons_of(suite: str, scale: Scale, device: str, backends: tuple[str, ...]) -> Iterator[Comparison]:
     """The comparisons of a suite, in order; none of the suite ``planner``."""
-    if suite == "gpu":
-        return gpu_comparisons(scale, device, backends)
     plan = _Plan(scale, device, backends)
     return iter(()) if suite == "planner" else getattr(plan, suite)()
 
@@ -143,3 +140,32 @@ class _Plan(NamedTuple):
             for batch in (1, 8) if name == "T5" else (8,):
                 new, shapes = (batch, 24 if scale.judged else 3), tuple(SHAPES) if name == "T5" else few
                 yield model_comparison("generate", shapes, *where, new, self.device, few_layers, torch.bfloat16, name)
+
+    def gpu(self) -> Iterator[Comparison]:
+        """A few minutes on a GPU in bfloat16, cases with a target first; decoding is timed as CUDA graphs too."""
+        scale, paper = self.scale, self.scale.shape("paper_64")
+        names = ("separable", "paper_full", "paper_64", "paper_32", "paper_16", "light_64")
+        every = tuple(scale.shape(name) for name in names)
+        small, middle, large = scale.few_tokens, 4096, 32768
+        if not scale.judged:
+            middle, large = scale.many_tokens, 2 * scale.many_tokens
+        few, many = scale.few_experts, scale.many_experts
+
+        def ffn(
+            experts: int, tokens: int, shapes: Sequence[str] = every, train: bool = True, **more: Any
+        ) -> Comparison:
+            case = replace(self.many, experts=experts, tokens=tokens, train=train, dtype=torch.bfloat16)
+            return self.ffn(case, shapes, **{"peers": self.peers, **more})
+
+        yield ffn(many, small, train=False, original=(paper,))
+        yield ffn(few, middle, original=(paper,), masked=(paper,))
+        yield ffn(many, middle)
+        yield ffn(few, large, ("separable", "paper_full", paper))
+        yield ffn(many, large, ("separable", paper))
+        decode = (GROUPED, *(("QuACK grouped GEMM", "SonicMoE") if self.device == "cuda" else ()))
+        for tokens in (1, 8):
+            yield ffn(many, tokens, train=False, peers=decode, key="decode")
+        yield ffn(few, small, train=False)
+        yield self.ffn(replace(self.many, tokens=middle), ("separable", paper), peers=(LOOP,))
+        for top_k in (1, 2):
+            yield routing_comparison(scale.model, many, middle, top_k, self.device)

@@ -24,7 +24,7 @@ struct WeightGradients {
 
 // Grid: (weights times tiles, three kinds, shares). Shared: stages.
 template <class T>
-__global__ void __launch_bounds__(kExpertsThreads)
+__global__ void __launch_bounds__(kExpertsThreads, 4)
     experts_weights_kernel(const __grid_constant__ ExpertsArguments p, const __grid_constant__ WeightGradients all) {
   using TileT = ExpertsTile<T>;
   DYN_SHARED(T, stages);

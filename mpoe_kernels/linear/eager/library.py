@@ -8,12 +8,15 @@ from torch import Tensor
 
 from mpoe_kernels.contract import Contraction
 from mpoe_kernels.linear import grouped
-from mpoe_kernels.linear.grouped import Backward, Forward, Slots, finished
+from mpoe_kernels.linear.gradients import Backward, Forward, Slots
+from mpoe_kernels.linear.grouped import finished
 from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 
 
 class Library:
     """See `mpoe_kernels.linear.grouped.Grouped`; by `torch.nn.functional.grouped_mm`."""
+
+    both = None
 
     def rows(
         self,

@@ -326,21 +326,12 @@ def accumulator(like: Tensor) -> Tensor:
     return torch.zeros(like.shape, dtype=dtype, device=like.device)
 
 
-def accumulate_mm(total: Tensor, first: Tensor, second: Tensor, scratch: Tensor | None = None) -> None:
-    """``total += first @ second`` for an `accumulator`.
-
-    In low precision the product is computed in ``scratch`` (any shape), as many columns at a time as fit.
-    """
+def accumulate_mm(total: Tensor, first: Tensor, second: Tensor) -> None:
+    """``total += first @ second`` for an `accumulator`."""
     if total.dtype == first.dtype:
         total.addmm_(first, second)
-    elif scratch is None or scratch.numel() < total.shape[0]:
-        total += first @ second
     else:
-        step = scratch.numel() // total.shape[0]
-        for start in range(0, total.shape[1], step):
-            columns = second[:, start : start + step]
-            room = scratch[: total.shape[0] * columns.shape[1]].view(total.shape[0], -1)
-            total[:, start : start + step] += torch.mm(first, columns, out=room)
+        total += first @ second
 
 
 def grouped_mm(rows: Tensor, weights: list[Tensor], counts: list[int], out: Tensor | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mpoe_kernels.triton.device_functions import activate, pick, segments
+from mpoe_kernels.triton.device_functions import activate, part_of_rows
 
 
 @triton.jit
@@ -59,11 +59,11 @@ def fused_kernel(
     central,
     right,  # [E, ...]
     out,  # [slots, N]
-    bias,  # [N]
-    pre,  # pre-activation, as out
-    row_index,  # row of ``x`` that a slot reads
-    out_index,  # row of ``out`` that a slot gives, if PLACED
-    gates,  # [slots], factors of the rows of ``out``, if PLACED
+    bias,  # [N] or None
+    pre,  # pre-activation, as out, or None
+    row_index,  # row of ``x`` that a slot reads, or None: its own
+    out_index,  # row of ``out`` that a slot gives, or None
+    gates,  # [slots], factors of the rows of ``out``, with out_index
     offsets,  # [EXPERTS + 1]
     slots,
     X_SLOT: tl.constexpr,
@@ -79,11 +79,7 @@ def fused_kernel(
     OUT_LIMIT: tl.constexpr,
     EXPERTS: tl.constexpr,
     SCAN: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    SAVE_PRE: tl.constexpr,
-    PLACED: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     KL: tl.constexpr,  # extents of a tile: of the left and right digit of k and n
@@ -97,18 +93,14 @@ def fused_kernel(
     """Grid: at least ``row tiles * column tiles`` programs. Limits crop padded columns of x and out (0: none)."""
     right_tiles: tl.constexpr = (N_SIZES[2] + NR - 1) // NR
     n_tiles: tl.constexpr = ((N_SIZES[0] + NL - 1) // NL) * N_SIZES[1] * right_tiles
-    row_tile = tl.program_id(0) // n_tiles
-    segment = tl.arange(0, SCAN)
-    start, stop = segments(offsets, slots, EXPERTS, SCAN)
-    ends = tl.cumsum(tl.where(segment <= EXPERTS, (stop - start + BM - 1) // BM, 0), 0)
-    if row_tile >= tl.max(ends):
+    e, lo, first, rows = part_of_rows(offsets, tl.program_id(0) // n_tiles, slots, BM, 1, EXPERTS, SCAN, True)
+    if first >= rows:
         return
-    e = tl.sum((ends <= row_tile).to(tl.int32))
-    r = pick(start, e) + (row_tile - tl.max(tl.where(ends <= row_tile, ends, 0))) * BM + tl.arange(0, BM)
-    inside = r < pick(stop, e)
-    slot = r.to(tl.int64)
+    r = first + tl.arange(0, BM)
+    inside = r < rows
+    slot = (lo + r).to(tl.int64)
     source = slot
-    if HAS_INDEX:
+    if row_index is not None:
         source = tl.load(row_index + slot, mask=inside, other=0).to(tl.int64)
 
     n_tile = tl.program_id(0) % n_tiles
@@ -165,18 +157,18 @@ def fused_kernel(
     if OUT_LIMIT > 0:
         n_inside = n_inside & (column < OUT_LIMIT)
     mask = inside[:, None] & n_inside[None, :]
-    if HAS_BIAS:
+    if bias is not None:
         acc += tl.load(bias + column, mask=n_inside, other=0.0).to(tl.float32)[None, :]
     to = slot
-    if PLACED:
+    if out_index is not None:
         to = tl.load(out_index + slot, mask=inside, other=0).to(tl.int64)
     at_out = to[:, None] * OUT_SLOT + column[None, :]
-    if SAVE_PRE:
+    if pre is not None:
         tl.store(pre + at_out, acc.to(pre.dtype.element_ty), mask=mask)
     acc = activate(acc, ACTIVATION)
-    if PLACED:  # the gate multiplies the rounded value, as in `combine`
+    if out_index is not None:  # the gate multiplies the rounded value, as in `combine`
         gate = tl.load(gates + to, mask=inside, other=0.0).to(tl.float32)
         acc = acc.to(out.dtype.element_ty).to(tl.float32) * gate[:, None]
-    if HAS_BIAS or PLACED:
+    if bias is not None or out_index is not None:
         acc = tl.where(e == EXPERTS, 0.0, acc)  # empty slots are zero, regardless of bias and gate
     tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=mask)

@@ -55,7 +55,6 @@ def weight_gradient(
     GRAD_SLOT: tl.constexpr,
     X_LIMIT: tl.constexpr,
     GRAD_LIMIT: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
     PRECISION: tl.constexpr,
     BT: tl.constexpr,
     KL: tl.constexpr,
@@ -73,7 +72,7 @@ def weight_gradient(
         inside = r < hi
         slot = r.to(tl.int64)
         source = slot
-        if HAS_INDEX:
+        if row_index is not None:
             source = tl.load(row_index + slot, mask=inside, other=0).to(tl.int64)
         xt = load_rows(x + source * X_SLOT, inside, x_column, kl0, kr0, K_SIZES, X_LIMIT, KL, KR)
         gt = load_rows(grad + slot * GRAD_SLOT, inside, grad_column, nl0, nr0, N_SIZES, GRAD_LIMIT, NL, NR)
@@ -101,7 +100,6 @@ def gradient_kernel(
     N_SIZES: tl.constexpr,
     X_LIMIT: tl.constexpr,
     GRAD_LIMIT: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
     PRECISION: tl.constexpr,
     BT: tl.constexpr,
     KL: tl.constexpr,
@@ -144,7 +142,7 @@ def gradient_kernel(
         nr0 = (right % right_n_tiles) * NR
         dw = weight_gradient(
             x, grad, row_index, lo, hi, kl0, kc, kr0, nl0, nc, nr0, K_SIZES, N_SIZES,
-            X_SLOT, GRAD_SLOT, X_LIMIT, GRAD_LIMIT, HAS_INDEX, PRECISION, BT, KL, NL, KR, NR, STAGES,
+            X_SLOT, GRAD_SLOT, X_LIMIT, GRAD_LIMIT, PRECISION, BT, KL, NL, KR, NR, STAGES,
         )  # fmt: skip
         k = (kl0 if OF_RIGHT else kr0) + position // SUM_N
         n = (nl0 if OF_RIGHT else nr0) + position % SUM_N

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpoe_kernels.linear.gradients import block_gradients
-from mpoe_kernels.linear.grouped import (
+from mpoe_kernels.linear.gradients import (
     Backward,
     Forward,
     Gradients,
     Slots,
     around_gradients,
+    block_gradients,
     prepared,
 )
 from mpoe_kernels.linear.op import BackwardCall, ForwardCall, LinearCall
@@ -108,11 +108,11 @@ def rows_times_weight(call: ForwardCall | BackwardCall, rows: Tensor, out: Tenso
         central=call.central,
         right=call.right,
         out=out,
-        bias=out if bias is None else bias,
-        pre=out if pre is None else pre,
-        row_index=out if row_index is None else row_index,
-        out_index=out if out_index is None else out_index,
-        gates=out if gates is None else gates,
+        bias=bias,
+        pre=pre,
+        row_index=row_index,
+        out_index=out_index,
+        gates=gates,
         offsets=call.expert_offsets,
         slots=slots,
         X_SLOT=rows.stride(0),
@@ -121,11 +121,7 @@ def rows_times_weight(call: ForwardCall | BackwardCall, rows: Tensor, out: Tenso
         OUT_LIMIT=_limit(sides.n, out.shape[1]),
         EXPERTS=experts,
         SCAN=power_of_two(experts + 1),
-        HAS_INDEX=row_index is not None,
-        HAS_BIAS=bias is not None,
         ACTIVATION=activation,
-        SAVE_PRE=pre is not None,
-        PLACED=out_index is not None,
         A=sides.a,
         B=sides.b,
         DA=filled_up(sides.a),
@@ -158,7 +154,7 @@ def weight_gradient_times(call: BackwardCall, grad: Tensor, other: Tensor, of_ri
         grad=grad,
         other=other,
         out=out,
-        row_index=grad if row_index is None else row_index,
+        row_index=row_index,
         offsets=slots.offsets,
         X_SLOT=x.stride(0),
         GRAD_SLOT=grad.stride(0),
@@ -169,7 +165,6 @@ def weight_gradient_times(call: BackwardCall, grad: Tensor, other: Tensor, of_ri
         BOND=d.b,
         X_LIMIT=_limit(sides.k, call.in_features),
         GRAD_LIMIT=_limit(sides.n, call.out_features),
-        HAS_INDEX=row_index is not None,
         BT=tile.m,
         **_common(sides, x.dtype),
         **_options(tile, extents),

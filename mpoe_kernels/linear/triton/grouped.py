@@ -21,11 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mpoe_kernels.linear.grouped import Slots
+from mpoe_kernels.linear.gradients import Slots
 from mpoe_kernels.linear.op import ForwardCall
 from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.architecture import INTERPRETER
-from mpoe_kernels.triton.device_functions import activate, pick, segments, through_activation
+from mpoe_kernels.triton.device_functions import activate, part_ends, part_of_rows, pick, through_activation
 from mpoe_kernels.triton.start import Tile, cdiv, power_of_two, precision, start, start_best
 
 LEAST_STEPS = 8  # inner steps of a part, so that it can prefetch and is worth the sum that follows
@@ -81,36 +81,15 @@ def _side(size: float) -> int:
 
 
 @triton.jit
-def part_ends(offsets, slots, size, P: tl.constexpr, EXPERTS: tl.constexpr, SCAN: tl.constexpr, CLEAR: tl.constexpr):
-    """Segments and where their parts of at most ``size`` rows end, counted over all segments, ``[SCAN]`` each; the
-    empty slots are a segment if ``CLEAR``."""
-    start, stop = segments(offsets, slots, EXPERTS, SCAN)
-    wanted = tl.arange(0, SCAN) < (EXPERTS + 1 if CLEAR else EXPERTS)
-    return start, stop, tl.cumsum(tl.where(wanted, ((stop - start) * P + size - 1) // size, 0), 0)
-
-
-@triton.jit
-def part_of_rows(
-    offsets, part, slots, size, P: tl.constexpr, EXPERTS: tl.constexpr, SCAN: tl.constexpr, CLEAR: tl.constexpr
-):
-    """``(e, lo, first, rows)``: a part's expert, the expert's first slot, the part's first row of its rows, and their
-    number: none past the last part."""
-    start, stop, ends = part_ends(offsets, slots, size, P, EXPERTS, SCAN, CLEAR)
-    e = tl.sum((ends <= part).to(tl.int32))
-    lo = pick(start, e)
-    return e, lo, (part - tl.max(tl.where(ends <= part, ends, 0))) * size, (pick(stop, e) - lo) * P
-
-
-@triton.jit
 def grouped_rows_kernel(
     a,  # [.., P, K]
     b,  # [EXPERTS, K, N]
     out,  # [slots, P, N]
-    bias,  # [P N]
-    pre,  # pre-activation, as out
-    row_index,  # row of ``a`` that a slot reads
-    out_index,  # row of ``out`` that a slot gives, if PLACED
-    gates,  # of the rows of ``out``, if PLACED
+    bias,  # [P N] or None
+    pre,  # pre-activation, as out, or None
+    row_index,  # row of ``a`` that a slot reads, or None: its own
+    out_index,  # row of ``out`` that a slot gives, or None
+    gates,  # of the rows of ``out``, with out_index
     offsets,  # [EXPERTS + 1]
     slots,
     A: tl.constexpr,  # strides
@@ -123,11 +102,7 @@ def grouped_rows_kernel(
     EXPERTS: tl.constexpr,
     SCAN: tl.constexpr,
     CLEAR: tl.constexpr,  # clear the slots after the last expert's
-    HAS_INDEX: tl.constexpr,
-    PLACED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    SAVE_PRE: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -140,7 +115,7 @@ def grouped_rows_kernel(
     inside = r < rows
     slot = (lo + r // P).to(tl.int64)
     source = slot
-    if HAS_INDEX:
+    if row_index is not None:
         source = tl.load(row_index + slot, mask=inside, other=0).to(tl.int64)
         source = tl.max_constancy(source, (SAME,))  # so that neighbouring rows are loaded together
     n = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -159,12 +134,12 @@ def grouped_rows_kernel(
         acc = tl.dot(at, bt, acc, input_precision=PRECISION)
     mask = inside[:, None] & (n < N)[None, :]
     column = (r % P)[:, None] * OUT[1] + n[None, :] * OUT[2]
-    if HAS_BIAS:  # empty slots stay zero
+    if bias is not None:  # empty slots stay zero
         acc += tl.where(e == EXPERTS, 0.0, tl.load(bias + column, mask=mask, other=0.0).to(tl.float32))
-    if SAVE_PRE:
+    if pre is not None:
         tl.store(pre + slot[:, None] * (P * N) + column, acc.to(pre.dtype.element_ty), mask=mask)
     value = activate(acc, ACTIVATION).to(out.dtype.element_ty)
-    if PLACED:
+    if out_index is not None:
         slot = tl.load(out_index + slot, mask=inside, other=0).to(tl.int64)
         gate = tl.load(gates + slot, mask=inside, other=0.0)[:, None]
         value = tl.where(e == EXPERTS, 0.0, value.to(tl.float32) * gate).to(out.dtype.element_ty)
@@ -175,11 +150,11 @@ def grouped_rows_kernel(
 def grouped_blocks_kernel(
     a,  # [.., P, M]
     g,  # [slots, P, N]; of the activation, if there is one, whose input is ``a b``
-    b,  # [EXPERTS, M, N], if ROWS
+    b,  # [EXPERTS, M, N] or None
     out,  # [EXPERTS, M, N], or float32 [parts, M, N]
-    da,  # [slots, P, M], if ROWS
-    again,  # [slots, P, N]: ``a b``, if AGAIN
-    row_index,  # row of ``a`` that a slot reads
+    da,  # [slots, P, M], with b
+    again,  # [slots, P, N]: ``a b``, or None
+    row_index,  # row of ``a`` that a slot reads, or None: its own
     offsets,  # [EXPERTS + 1]
     slots,
     size,  # rows of a part
@@ -194,9 +169,6 @@ def grouped_blocks_kernel(
     EXPERTS: tl.constexpr,
     SCAN: tl.constexpr,
     IN_PARTS: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    ROWS: tl.constexpr,
-    AGAIN: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -207,7 +179,7 @@ def grouped_blocks_kernel(
     m = (tl.program_id(0) // n_tiles) * BM + tl.arange(0, BM)
     n = (tl.program_id(0) % n_tiles) * BN + tl.arange(0, BN)
     if IN_PARTS:
-        e, lo, first, rows = part_of_rows(offsets, tl.program_id(1), slots, size, P, EXPERTS, SCAN, ROWS)
+        e, lo, first, rows = part_of_rows(offsets, tl.program_id(1), slots, size, P, EXPERTS, SCAN, b is not None)
         if first >= rows:
             return
         last = tl.minimum(first + size, rows)
@@ -217,7 +189,7 @@ def grouped_blocks_kernel(
         rows = (tl.load(offsets + e + 1).to(tl.int32) - lo) * P
         first = 0
         last = rows
-    if ROWS:
+    if b is not None:
         at_b = e.to(tl.int64) * B[0] + m[:, None] * B[1] + n[None, :] * B[2]
         bt = tl.load(b + at_b, mask=(m < M)[:, None] & (n < tl.where(e < EXPERTS, N, 0))[None, :], other=0.0)
     acc = tl.zeros((BM, BN), dtype=tl.float32)
@@ -226,23 +198,23 @@ def grouped_blocks_kernel(
         inside = r < rows
         slot = (lo + r // P).to(tl.int64)
         source = slot
-        if HAS_INDEX:
+        if row_index is not None:
             source = tl.load(row_index + slot, mask=inside, other=0).to(tl.int64)
         owned = inside
-        if ROWS:  # empty slots give zeros
+        if b is not None:  # empty slots give zeros
             owned = r < tl.where(e < EXPERTS, rows, 0)
         a_at = (source * A[0] + (r % P) * A[1])[None, :] + (m * A[2])[:, None]
         g_at = (slot * G[0] + (r % P) * G[1])[:, None] + (n * G[2])[None, :]
         at = tl.load(a + a_at, mask=(m < M)[:, None] & owned[None, :], other=0.0)
         gt = tl.load(g + g_at, mask=owned[:, None] & (n < N)[None, :], other=0.0)
-        if AGAIN or ACTIVATION != "none":
+        if again is not None or ACTIVATION != "none":
             z = tl.dot(tl.trans(at), bt, input_precision=PRECISION)
-        if AGAIN:
+        if again is not None:
             again_at = slot[:, None] * (P * N) + (r % P)[:, None] * RE[1] + (n * RE[2])[None, :]
             tl.store(again + again_at, z.to(again.dtype.element_ty), mask=inside[:, None] & (n < N)[None, :])
         if ACTIVATION != "none":
             gt = through_activation(gt.to(tl.float32), z, ACTIVATION).to(g.dtype.element_ty)
-        if ROWS:
+        if b is not None:
             da_at = slot[:, None] * (P * M) + (r % P)[:, None] * DA[1] + (m * DA[2])[None, :]
             found = tl.dot(gt, tl.trans(bt), input_precision=PRECISION)
             tl.store(da + da_at, found.to(da.dtype.element_ty), mask=inside[:, None] & (m < M)[None, :])
@@ -311,11 +283,11 @@ def rows(
         a=a,
         b=blocks,
         out=out,
-        bias=out if bias is None else bias,
-        pre=out if pre is None else pre,
-        row_index=out if row_index is None else row_index,
-        out_index=out if out_index is None else out_index,
-        gates=out if gates is None else gates,
+        bias=bias,
+        pre=pre,
+        row_index=row_index,
+        out_index=out_index,
+        gates=gates,
         offsets=slots.offsets,
         slots=slots.count,
         A=a.stride(),
@@ -328,11 +300,7 @@ def rows(
         EXPERTS=experts,
         SCAN=power_of_two(experts + 1),
         CLEAR=not slots.is_part,
-        HAS_INDEX=row_index is not None,
-        PLACED=out_index is not None,
-        HAS_BIAS=bias is not None,
         ACTIVATION="none" if last is None else last.activation,
-        SAVE_PRE=pre is not None,
         PRECISION=precision(a.dtype),
     )
     return out, pre
@@ -390,22 +358,19 @@ def _blocks(
         (tiles, found.shape[0]),
         a=a,
         g=g,
-        b=a if b is None else b,
+        b=b,
         out=found,
-        da=a if da is None else da,
-        again=a if again is None else again,
-        row_index=a if row_index is None else row_index,
+        da=da,
+        again=again,
+        row_index=row_index,
         A=a.stride(),
         G=g.stride(),
-        B=a.stride() if b is None else b.stride(),
-        DA=a.stride() if da is None else da.stride(),
-        RE=a.stride() if again is None else again.stride(),
+        B=None if b is None else b.stride(),
+        DA=None if da is None else da.stride(),
+        RE=None if again is None else again.stride(),
         M=m,
         N=n,
         IN_PARTS=in_parts,
-        HAS_INDEX=row_index is not None,
-        ROWS=b is not None,
-        AGAIN=again is not None,
         ACTIVATION=activation,
         PRECISION=precision(a.dtype),
         **where,

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from mpoe_kernels import MPOShape
-from mpoe_kernels.linear.grouped import BY_PRODUCTS, ON_CHIP
+from mpoe_kernels.linear.grouped import ON_CHIP
 from mpoe_kernels.linear.op import BackwardCall, ForwardCall
-from mpoe_kernels.linear.triton import fused_launch
+from mpoe_kernels.linear.triton import BY_PRODUCTS, fused_launch
 from tests.assertions import poisoned_memory
 from tests.linear_problem import LinearProblem, planned_strategies
 

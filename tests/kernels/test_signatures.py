@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -51,12 +52,13 @@ def test_every_tensor_of_every_op(op: str, backend: str) -> None:
 
 @pytest.mark.parametrize("op", ARGUMENTS)
 def test_a_missing_tensor(op: str) -> None:
-    """PyTorch's dispatcher lets None through where a schema wants a tensor."""
+    """PyTorch's dispatcher lets None through where a schema wants a tensor, also to the fake of meta tensors."""
     fitting = calls("auto")[op]
     wanted = [a.name for a in getattr(torch.ops.mpoe, op).default._schema.arguments if str(a.type) == "Tensor"]
-    for name in wanted:
+    on_meta = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in fitting.items()}
+    for name, given in product(wanted, (fitting, on_meta)):
         with pytest.raises(TypeError, match=f"{name} must be a tensor; got NoneType None"):
-            run(op, {**fitting, name: None})
+            run(op, {**given, name: None})
 
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [

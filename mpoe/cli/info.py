@@ -49,9 +49,9 @@ def show(facts: dict[str, Any]) -> None:
     from mpoe.cli.report import Table
     from mpoe_kernels.info import rows
 
-    Table((), list(rows(facts)), f"mpoe {facts['mpoe']}").show()
+    Table((), list(rows(facts)), f"mpoe {facts['mpoe']}", kind="text").show()
     backends = [(name, "no" if reasons else "yes", "; ".join(reasons)) for name, reasons in facts["backends"].items()]
-    Table(("backend", "runs here", "why not"), backends, "Kernel backends").show()
+    Table(("backend", "runs here", "why not"), backends, "Kernel backends", kind="text").show()
 
 
 def collect_experts(names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:

@@ -31,7 +31,7 @@ __device__ __forceinline__ void pre_activation(const ExpertsArguments& p, const 
 
 // Grid: groups times choices times tiles. Shared: stages, then hidden units [64][h_stride].
 template <class T, bool kByUnit, bool kGated>
-__global__ void __launch_bounds__(kExpertsThreads)
+__global__ void __launch_bounds__(kExpertsThreads, sizeof(T) == 2 ? 4 : 2)
     experts_forward_kernel(const __grid_constant__ ExpertsArguments p, int h_stride) {
   using TileT = ExpertsTile<T>;
   DYN_SHARED(T, stages);

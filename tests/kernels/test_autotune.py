@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mpoe.config import MPOEConfig
 from mpoe.layers import MPOEFeedForward
-from mpoe_kernels import BackendError, MPOShape, backends, grouped_mpo_linear
+from mpoe_kernels import BackendError, backends, grouped_mpo_linear
 from mpoe_kernels.backends import Backend, Candidate
 from mpoe_kernels.contract import STRATEGIES, BlockDims, Contraction, autotune, kept
 from mpoe_kernels.contract.autotune import adopt, choices, resolve_contraction

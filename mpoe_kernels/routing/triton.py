@@ -35,72 +35,47 @@ def sort_pairs(
     slot_of_token = index.new_empty(tokens, top_k, dtype=torch.int64)
     if pairs == 0:
         return offsets.zero_(), token_of_slot, slot_of_token
-    mask = None if token_mask is None else token_mask.contiguous().view(torch.uint8)
-    sizes: dict[str, Any] = {"EXPERTS": num_experts, "TOP_K": top_k, "BINS": power_of_two(num_experts + 2)}
+    given: dict[str, Any] = {
+        "index": index,
+        "mask": None if token_mask is None else token_mask.contiguous().view(torch.uint8),
+        "tokens": tokens,
+        "EXPERTS": num_experts,
+        "TOP_K": top_k,
+        "BINS": power_of_two(num_experts + 2),
+    }
+    found = {"offsets": offsets, "token_of_slot": token_of_slot, "slot_of_token": slot_of_token}
     if pairs <= FEW:
         start(
             kernels.route_few_kernel,
             (1,),
-            index=index,
-            mask=mask,
-            offsets=offsets,
-            token_of_slot=token_of_slot,
-            slot_of_token=slot_of_token,
-            tokens=tokens,
             capacity=capacity or 0,
             HAS_CAPACITY=capacity is not None,
             BLOCK=max(16, power_of_two(pairs)),
             num_warps=8,
-            **sizes,
+            **given,
+            **found,
         )
         return offsets, token_of_slot, slot_of_token
-    blocks = cdiv(pairs, BLOCK)
-    counts = index.new_empty(blocks + 1, sizes["BINS"], dtype=torch.int32)
-    common: dict[str, Any] = {**sizes, "tokens": tokens, "BLOCK": BLOCK, "num_warps": 4}
+    blocks, bins = cdiv(pairs, BLOCK), given["BINS"]
+    counts = index.new_empty(blocks + 1, bins, dtype=torch.int32)
+    given |= {"counts": counts, "BLOCK": BLOCK, "num_warps": 4}
 
     def count(by_choice: bool) -> None:
-        start(
-            kernels.histogram_kernel,
-            (blocks,),
-            index=index,
-            mask=mask,
-            counts=counts,
-            BY_CHOICE=by_choice,
-            **common,
-        )
-        keys = {"EXPERTS": num_experts, "BINS": sizes["BINS"], "num_warps": 4}
-        part = min(PART, sizes["BINS"])
+        start(kernels.histogram_kernel, (blocks,), BY_CHOICE=by_choice, **given)
+        keys = {"EXPERTS": num_experts, "BINS": bins, "num_warps": 4}
+        part = min(PART, bins)
         prefix = {"counts": counts, "offsets": offsets, "blocks": blocks, "PART": part, "CHUNK": CHUNK}
-        start(kernels.prefix_kernel, (sizes["BINS"] // part,), **prefix, **keys)
-        if part < sizes["BINS"]:
+        start(kernels.prefix_kernel, (bins // part,), **prefix, **keys)
+        if part < bins:
             start(kernels.offsets_kernel, (1,), totals=counts[blocks], offsets=offsets, **keys)
 
     if capacity is not None:
         count(by_choice=True)
         keys = index.new_empty(pairs, dtype=torch.int32)
-        start(
-            kernels.drop_kernel,
-            (blocks,),
-            index=index,
-            mask=mask,
-            counts=counts,
-            keys=keys,
-            capacity=capacity,
-            **common,
-        )
-        index, mask = keys, None
+        start(kernels.drop_kernel, (blocks,), keys=keys, capacity=capacity, **given)
+        given |= {"index": keys, "mask": None}
     count(by_choice=False)
-    start(
-        kernels.scatter_kernel,
-        (blocks,),
-        index=index,
-        mask=mask,
-        counts=counts,
-        offsets=offsets,
-        token_of_slot=token_of_slot,
-        slot_of_token=slot_of_token,
-        **common,
-    )
+    start(kernels.scatter_kernel, (blocks,), **given, **found)
     return offsets, token_of_slot, slot_of_token
 
 

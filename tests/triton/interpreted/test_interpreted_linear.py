@@ -57,11 +57,18 @@ class TestScenarios(LinearScenarios):
     strategies = staticmethod(strategies_of)
 
 
-@pytest.mark.parametrize("name", [pytest.param("light", marks=pytest.mark.exhaustive), "separable"])
-def test_each_gradient_alone_and_the_masked_central_core(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param("light", torch.float32, marks=pytest.mark.exhaustive),
+        ("separable", torch.float32),
+        ("separable", torch.bfloat16),
+    ],
+)
+def test_each_gradient_alone_and_the_masked_central_core(name: str, dtype: torch.dtype) -> None:
     """Against float64, not bit for bit: other products run than for all gradients, in other tiles."""
     shape = SMALL_SHAPES[name]
-    case = Case(shape, tokens=3, experts=2, capacity=2)
+    case = Case(shape, dtype, tokens=3, experts=2, capacity=2)
     truth, same = case.reference(torch.float64)[1:], case.reference(case.dtype)[1:]
     for strategy in strategies_of(shape):
         y, h, z = case.forward(strategy)

@@ -85,15 +85,19 @@ def _slices(central: Tensor, right: Tensor, dims: BlockDims, pairs: bool) -> Ten
     return both.permute(1, 3, 0, 2, 4).reshape(d.iC * d.iR, d.a, d.jC * d.jR)
 
 
+def _check_ids(call: EmbeddingCall | EmbeddingBackwardCall) -> None:
+    """On CPUs: elsewhere the check would wait for the device."""
+    if call.ids.is_cpu and call.ids.numel():
+        low, high = (int(v) for v in call.ids.aminmax())
+        if low < 0 or high >= call.num_embeddings:
+            raise IndexError(f"ids must lie in 0..{call.num_embeddings - 1}; got {low if low < 0 else high}")
+
+
 def forward(call: EmbeddingCall) -> Tensor:
     """Computed in the cheapest way."""
     ids, left, central, right = call.ids, call.left[0], call.central, call.right[0]
     dims = BlockDims.of_blocks(call.left, central, call.right, call.num_embeddings, call.embedding_dim)
-    if ids.is_cpu and ids.numel():  # elsewhere the check would wait for the device
-        low, high = (int(v) for v in ids.aminmax())
-        if low < 0 or high >= call.num_embeddings:
-            bound = call.num_embeddings - 1
-            raise IndexError(f"ids must lie in 0..{bound}; got {low if low < 0 else high}")
+    _check_ids(call)
     way = _way(dims, ids.numel(), ids.device.type)
     if way == "rebuild":
         return Weights(left, dims).weight(left, central, right).index_select(0, ids)
@@ -109,6 +113,7 @@ def forward(call: EmbeddingCall) -> Tensor:
 
 def backward(call: EmbeddingBackwardCall) -> tuple[Tensor, ...]:
     """Those that are needed of all gradients."""
+    _check_ids(call)
     found = zip((call.left, call.central, call.right), _gradients(call), call.need, strict=True)
     return tuple(
         gradient.reshape(like.shape) if needed and gradient is not None else like.new_empty(0)

@@ -95,6 +95,10 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         {"left": torch.randn(1, 2, 2, 3000)},
         r"central must be of left's dtype \[a, iC, jC, b\], a = 3000",
     ),
+    *(
+        (op, {"ids": torch.tensor([0, 0, 0, 0, 2**30])}, r"ids must lie in 0\.\.\d+; got 1073741824")
+        for op in ("mpo_embedding", "mpo_embedding_backward")
+    ),
     ("mpo_embedding", {"num_embeddings": 10**6}, r"V must be at most iL\*iC\*iR = 12; got 1000000"),
 ]
 
@@ -103,7 +107,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
 @pytest.mark.parametrize("number", range(len(WRONG)))
 def test_other_arguments(number: int, backend: str) -> None:
     op, changes, message = WRONG[number]
-    with pytest.raises((TypeError, ValueError, BackendError), match=message):
+    with pytest.raises((TypeError, ValueError, IndexError, BackendError), match=message):
         run(op, {**calls(backend)[op], **changes})
 
 

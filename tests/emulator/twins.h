@@ -110,7 +110,7 @@ void ldmatrix_twin(std::uint32_t (&r)[4], Shared row, const emu::Location& where
   } slot;
   slot.address = row;
   slot.out = r;
-  for (int i = 0; i < 8; ++i) slot.values[i] = reinterpret_cast<const std::uint16_t*>(row)[i];  // read here for sanitizers
+  for (int i = 0; i < 8; ++i) slot.values[i] = reinterpret_cast<const std::uint16_t*>(row)[i];  // for sanitizers
   emu::collective(
       kTransposed ? "ldmatrix.trans" : "ldmatrix", 0xffffffffu, slot,
       [](void** slots) {

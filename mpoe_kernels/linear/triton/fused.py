@@ -2,7 +2,7 @@
 
 ``out[slot, n] = sum_k x[row(slot), k] * W_e[k, n]``, where the tile of ``W_e`` for a step is computed from the expert's
 blocks in the same step and never leaves the multiprocessor. With one value of the central digits (iC, jC) it is
-``(left[rows, a] · central[a, b]) · right[b, columns]``: its rows pair digits of iL and jL, its columns digits of iR and
+``(left[rows, a] @ central[a, b]) @ right[b, columns]``: its rows pair digits of iL and jL, its columns digits of iR and
 jR. Regrouping the digits turns that product into a tile of W.
 
 The order of digits inside rows and columns is free, since rows of left and columns of right may be loaded in any order.

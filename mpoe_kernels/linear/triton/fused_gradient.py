@@ -1,7 +1,7 @@
 """Gradients of the blocks from the rows, without a weight gradient in memory.
 
-The gradient of a tile of ``W_e`` is ``x^T · grad`` over the slots of e. It is computed on chip, regrouped into ``[rows,
-columns]`` (see `fused`) and multiplied immediately: by right, which gives the gradient of left · central, and by left ·
+The gradient of a tile of ``W_e`` is ``x^T @ grad`` over the slots of e. It is computed on chip, regrouped into ``[rows,
+columns]`` (see `fused`) and multiplied immediately: by right, which gives the gradient of left @ central, and by left ·
 central, which gives that of right. Those of left and central are library products with the former. Every result is
 written by one program or is a sum of a few partial ones, which the host adds: there are no atomics, and results are
 bit-identical every time.
@@ -85,7 +85,7 @@ def weight_gradient(
 def gradient_kernel(
     x,  # [rows, K]
     grad,  # [slots, N]
-    other,  # right, or left · central
+    other,  # right, or left @ central
     out,
     row_index,
     offsets,
@@ -109,7 +109,7 @@ def gradient_kernel(
     DB: tl.constexpr,  # the bond, filled up to what a tensor core takes
     STAGES: tl.constexpr,
 ):
-    """Grid (tiles of the digits of left, or OF_RIGHT, parts of the central digits, experts): ``dW · other`` summed over
+    """Grid (tiles of the digits of left, or OF_RIGHT, parts of the central digits, experts): ``dW @ other`` summed over
     a part of the central digits and over the digits of the other side."""
     left_n_tiles: tl.constexpr = (N_SIZES[0] + NL - 1) // NL
     left_tiles: tl.constexpr = ((K_SIZES[0] + KL - 1) // KL) * left_n_tiles

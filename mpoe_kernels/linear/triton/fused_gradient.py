@@ -1,8 +1,8 @@
 """Gradients of the blocks from the rows, without a weight gradient in memory.
 
 The gradient of a tile of ``W_e`` is ``x^T @ grad`` over the slots of e. It is computed on chip, regrouped into ``[rows,
-columns]`` (see `fused`) and multiplied immediately: by right, which gives the gradient of left @ central, and by left ·
-central, which gives that of right. Those of left and central are library products with the former. Every result is
+columns]`` (see `fused`) and multiplied immediately: by right, which gives the gradient of left @ central, and by left
+@ central, which gives that of right. Those of left and central are library products with the former. Every result is
 written by one program or is a sum of a few partial ones, which the host adds: there are no atomics, and results are
 bit-identical every time.
 """

@@ -223,11 +223,11 @@ class NeuronFeedForward(KeptFeedForward):
         Raises:
             ValueError: sizes that do not fit.
         """
-        dense: Any = super()
         if self.adds_input:
             x, *others_left = others
-            return dense.forward(hidden_states, x + self._added(x, token_mask, x), *others_left)
-        y: Tensor = dense.forward(hidden_states, *others)
+            added = x + self._added(x, token_mask, x)
+            return super().forward(hidden_states, added, *others_left)
+        y: Tensor = super().forward(hidden_states, *others)
         return y + self._added(hidden_states, token_mask, y)
 
     def _added(self, hidden_states: Tensor, token_mask: Tensor | None, like: Tensor) -> Tensor:

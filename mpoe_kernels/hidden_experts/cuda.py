@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mpoe_kernels.hidden_experts.op import HiddenBackwardCall, HiddenCall
 
 MOST_UNITS = 512  # kMostUnits
+MOST_BINS = 12_000  # kMostBins
 
 
 @dataclass(frozen=True)
@@ -41,5 +42,13 @@ class HiddenKernels:
         """Why the kernels cannot run a request (empty: they can)."""
         block = request.sizes.get("block", 0)
         if block <= MOST_UNITS:
-            return []
+            return unsorted(request)
         return [f"it computes hidden_experts with blocks of at most {MOST_UNITS} hidden units, not of {block}"]
+
+
+def unsorted(request: Request) -> list[str]:
+    """Why the choices cannot be sorted, whose counts must fit into shared memory (empty: they can)."""
+    experts, choices = (request.sizes.get(name, 0) for name in ("experts", "choices"))
+    if (experts + 1) * choices <= MOST_BINS:
+        return []
+    return [f"it sorts at most {MOST_BINS:,} choices x (experts + 1), not {choices} x {experts + 1:,}"]

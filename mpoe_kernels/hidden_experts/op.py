@@ -120,7 +120,7 @@ _forward = define_differentiable(
     "hidden_experts",
     HiddenCall,
     HiddenBackwardCall,
-    {op: backend_kernel(op, "u", block=("right", -1)) for op in FUNCTIONS},
+    {op: backend_kernel(op, "u", block=("right", -1), experts=("right", 0), choices=("gates", 1)) for op in FUNCTIONS},
     _fake,
     autocast=("u", "right", "left", "bias", "u_gate", "right_gate"),  # gates keep the router's float32
 )

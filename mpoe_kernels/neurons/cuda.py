@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mpoe_kernels.backends import Request
 from mpoe_kernels.contract import may_round_to_tf32
-from mpoe_kernels.hidden_experts.cuda import MOST_UNITS
+from mpoe_kernels.hidden_experts.cuda import MOST_UNITS, unsorted
 
 if TYPE_CHECKING:
     from mpoe_kernels.neurons.op import NeuronBackwardCall, NeuronCall
@@ -49,5 +49,5 @@ class NeuronKernels:
         """Why the kernels cannot run a request (empty: they can)."""
         neurons = request.sizes.get("neurons", 0)
         if neurons <= MOST_UNITS:
-            return []
+            return unsorted(request)
         return [f"it computes neuron_experts with at most {MOST_UNITS} neurons of an expert, not with {neurons}"]

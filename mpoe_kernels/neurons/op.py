@@ -88,7 +88,7 @@ _forward = define_differentiable(
     "neuron_experts",
     NeuronCall,
     NeuronBackwardCall,
-    {op: backend_kernel(op, "x", neurons=("up", 1)) for op in FUNCTIONS},
+    {op: backend_kernel(op, "x", neurons=("up", 1), experts=("up", 0), choices=("gates", 1)) for op in FUNCTIONS},
     _fake,
     autocast=("x", "up", "down", "bias", "gate_up"),  # gates keep the router's float32
 )

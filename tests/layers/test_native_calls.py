@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -392,15 +392,10 @@ def test_threads_share_a_layer() -> None:
     inputs = [torch.randn(4, I) for _ in range(8)]
     with torch.no_grad():
         wanted = [by_ops(layer, x) for x in inputs]
-    wrong: list[int] = []
 
-    def work(number: int) -> None:
+    def is_right(number: int) -> bool:
         with torch.no_grad():
-            wrong.extend(number for _ in range(50) if not torch.equal(layer(inputs[number]), wanted[number]))
+            return all(torch.equal(layer(inputs[number]), wanted[number]) for _ in range(50))
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(is_right, range(8)))

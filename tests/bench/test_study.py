@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from mpoe_bench.study import language, models
-from mpoe_bench.study.__main__ import main, named_run, records_in, waiting
+from mpoe_bench.study import composed_table, language, models
+from mpoe_bench.study.__main__ import main, open_study, records_in
 from mpoe_bench.study.language import batches, byte_blocks, domain_texts, read_blocks
 from mpoe_bench.study.models import LAYERS, costs, dense_hidden, dense_model, steps_of
 from mpoe_bench.study.plan import Arm, Corner, Run, Study, read_study
@@ -95,7 +95,7 @@ def test_a_study_runs_what_is_missing_and_nothing_twice(study_file: Path, data: 
     records = records_in(results)
     study = read_study(study_file)
     assert records[first] == before
-    assert not list(waiting(study, records))
+    assert not open_study(study_file).waiting(records)
     # Two candidates of every arm, and the second seed of the chosen one; at the longer corner both seeds.
     assert len(records) == 3 * 2 + 2 + 2 * 2
     rate = chosen_rate(study, 16, "neurons", records)
@@ -144,13 +144,15 @@ def test_files_that_make_no_sense_are_refused(study_file: Path, change: tuple[st
     assert words in capsys.readouterr().err
 
 
-def test_unknown_runs_and_absent_data_are_refused(study_file: Path, tiny_data: Path, capsys) -> None:
-    with pytest.raises(ValueError, match=r"run must be one of the study's, as .*; got '16/5 dense"):
-        named_run(read_study(study_file), "16/5 dense 0.004 0")
+def test_unknown_runs_and_absent_data_are_refused(study_file: Path, data: Path, monkeypatch, capsys) -> None:
+    assert main([str(study_file), "--data_dir", str(data), "--run", "16/5 dense 0.004 0"]) == 2
+    wanted = "run must be one that waits, as '16/4 neurons 0.004 0'; got '16/5 dense 0.004 0'"
+    assert wanted in capsys.readouterr().err
     assert main([str(study_file)]) == 2
     assert "data_dir must name the folder of the texts" in capsys.readouterr().err
+    monkeypatch.undo()
     with pytest.raises(FileNotFoundError, match="must hold austen/train"):
-        domain_texts(tiny_data, "novels", "train")
+        domain_texts(data, "novels", "train")
 
 
 def test_sizes_of_the_study_of_neurons() -> None:
@@ -237,3 +239,38 @@ def test_a_study_is_a_value(study_file: Path) -> None:
     study = read_study(study_file)
     assert isinstance(study, Study)
     assert study.corners() == {Corner(16, 4): ["neurons", "dense"], Corner(16, 8): ["neurons", "large"]}
+
+
+COMPOSED = NEURONS.with_name("composed.toml")
+
+
+def test_runs_of_composed_experts_wait_for_their_rates(tmp_path: Path, capsys) -> None:
+    file = tmp_path / "composed.toml"
+    file.write_text(COMPOSED.read_text())
+    study = open_study(file)
+    first = study.waiting({})
+    assert first[:2] == ["base", "neurons novels 80 0.003 0"]
+    assert len(first) == 1 + 2 * 3 * 4
+    records = {key: {"validation": 1.0, "test": 1.0, "documentation": 1.0, "sources": 1.0} for key in first}
+    records["base"] |= dict.fromkeys((*study.plan.domains, *study.plan.probes), 2.0)
+    records["lora novels 80 0.012 0"]["validation"] = 0.9
+    assert (study.plan.rate("neurons", records), study.plan.rate("lora", records)) == (0.003, 0.012)
+    then = study.waiting(records)
+    assert then[:4] == ["composed 0", "merges", "variants", "request_router"]
+    assert "lora novels 80 0.012 2" in then
+    assert then[-2:] == ["tenants", "answers"]
+    text = study.table(records)
+    assert text.count("| waits |") == 10
+    assert "| own neurons, label given | 1.000 | 1.000 |" in text
+    assert main([str(file)]) == 2
+    assert "data_dir must be given for experts that are composed; got none" in capsys.readouterr().err
+
+
+def test_success_of_composed_experts() -> None:
+    plan = open_study(COMPOSED).plan
+    curve = [(1, 0.1, 0.01), (2, 0.2, 0.03)]
+    assert composed_table._at(curve, 0.15) == pytest.approx(0.02)
+    assert composed_table._at(curve, 0.3) is None
+    lines = composed_table.success(plan, {})
+    assert len(lines) == 10
+    assert not any(told for _, told, _ in lines)

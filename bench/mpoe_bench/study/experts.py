@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from mpoe.models import collect_statistics, save_expert, start_expert
-from mpoe_bench.study.training import BETAS, CLIP, schedule
+from mpoe_bench.study.training import BETAS, train_steps
 
 BATCH = 4
 SAMPLED = 256  # pieces for an expert's statistics
@@ -32,19 +32,15 @@ def with_lora(base: Any, rank: int) -> Any:
 
 
 def train(model: Any, batches: Sequence[Tensor], rate: float) -> None:
-    """AdamW on what is trainable, linear warm-up and a cosine to zero."""
+    """AdamW on what is trainable.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     adam = torch.optim.AdamW(parameters, lr=rate, betas=BETAS, weight_decay=0.0, fused=True)
-    model.train()
-    for step, ids in enumerate(batches):
-        for group in adam.param_groups:
-            group["lr"] = rate * schedule(step, len(batches))
-        with autocast():
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, CLIP)
-        adam.step()
-        adam.zero_grad()
+    adam.param_groups[0]["full"] = rate
+    train_steps(model.train(), adam, len(batches), enumerate(batches), autocast)
     model.eval()
 
 

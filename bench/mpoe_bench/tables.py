@@ -12,7 +12,7 @@ HOW_TO_READ = (
     "rounds, in brackets its 10th and 90th percentile. Floor: the fewest FLOPs of any strategy over the dense FFN's. "
     "Peak: the most memory that one call held above what was allocated before it (temporaries, saved activations, "
     "results, gradients), measured. Error: relative L2 error against float64, of the result and the worst of the "
-    "gradients; whatever is wrong has no times."
+    "gradients; whatever is wrong has no times. Layers are timed with their routers."
 )
 
 

@@ -49,7 +49,7 @@ def test_what_is_printed_has_the_tables(quick) -> None:
         "dense experts, loop",
         "transformers Switch 8, 1",
         "x best",
-        "router included",
+        "with their routers",
     )
     for found in (*words, "original: rebuild all (paper_full)", "in seconds", "more in the report", "report.md"):
         assert found in quick.out

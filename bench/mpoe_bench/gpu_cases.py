@@ -65,7 +65,7 @@ class Case:
         activation: str = "relu",
         dtype: torch.dtype = torch.bfloat16,
     ) -> nn.Module:
-        """With random weights, those that start at 0 included, so that every gradient is one of numbers."""
+        """With random weights, also of experts that start adding nothing, so that every gradient is one of numbers."""
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
         config = MPOEConfig(
             num_experts=self.experts,
@@ -80,10 +80,13 @@ class Case:
             names = {"up": "up", "down": "down"}
             made = NeuronFeedForward(*sizes, config, names=names, activation=activation, **placed)
             made.around(dense, {"up": dense.up, "down": dense.down})
-            nn.init.normal_(made.experts.down, std=0.02)
-            layer: nn.Module = made
+            layer: Any = made
         else:
             layer = MPOEFeedForward(*sizes, config, activation=activation, **placed)
+        if self.shape in ("neurons", "hidden"):
+            with torch.no_grad():
+                for core in layer.experts.own_cores:
+                    core.add_(0.02 * torch.randn_like(core))
         for name, parameter in layer.named_parameters():
             parameter.requires_grad_(not (self.masked and "central" in name))
         return layer

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mpoe_bench.study import composed_table, language, models
+from mpoe_bench.study import composed, composed_table, language, models, texts
 from mpoe_bench.study.__main__ import main, open_study, records_in
 from mpoe_bench.study.language import batches, byte_blocks, domain_texts, read_blocks
 from mpoe_bench.study.models import LAYERS, costs, dense_hidden, dense_model, steps_of
@@ -16,6 +16,9 @@ from mpoe_bench.study.plan import Arm, Corner, Run, Study, read_study
 from mpoe_bench.study.routers import mutual_information, router_facts
 from mpoe_bench.study.table import Spread, chosen_rate, gain, success
 from mpoe_bench.study.training import run_once, schedule
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mpoe.data.embedded import load_stand_in
 
 NEURONS = Path(__file__).resolve().parents[2] / "bench" / "studies" / "neurons.toml"
 TINY = """
@@ -274,3 +277,60 @@ def test_success_of_composed_experts() -> None:
     lines = composed_table.success(plan, {})
     assert len(lines) == 10
     assert not any(told for _, told, _ in lines)
+
+
+@pytest.fixture
+def tiny_composition(tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Words of a command: two domains and two tenants, on a Llama of two layers."""
+    for module in (texts, composed):
+        monkeypatch.setattr(module, "LENGTH", 16)
+    for name, value in (("HELD_OUT", 4), ("REQUESTS", 1)):
+        monkeypatch.setattr(texts, name, value)
+    monkeypatch.setattr(composed, "PROMPTS", composed.PROMPTS[:1])
+    tokenizer = load_stand_in("gpt2")[1]
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **sizes)
+    for part in (LlamaForCausalLM(config), tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    plan = COMPOSED.read_text()
+    for old, new in (
+        ("steps = 80", "steps = 2"),
+        ("[20, 40, 160]", "[1]"),
+        ("[0.003, 0.006, 0.012]", "[0.003]"),
+        ("[0, 1, 2]", "[0, 1]"),
+        ('["novels", "messages", "reviews", "usage examples"]', '["messages", "reviews"]'),
+        ('["numpy", "sympy", "matplotlib", "torch", "transformers", "sklearn"]', '["jinja2", "safetensors"]'),
+        ("neurons = 59", "neurons = 4"),
+        ("rank = 16", "rank = 2"),
+    ):
+        assert old in plan
+        plan = plan.replace(old, new)
+    (tmp_path / "tiny.toml").write_text(plan)
+    folders = {"model": tmp_path / "base", "data_dir": tiny_data, "work_dir": tmp_path / "experts"}
+    return [str(tmp_path / "tiny.toml"), *(word for name, at in folders.items() for word in (f"--{name}", str(at)))]
+
+
+@pytest.mark.slow
+def test_a_study_of_composed_experts_from_its_first_run_to_its_table(tiny_composition: list[str]) -> None:
+    file = Path(tiny_composition[0])
+    assert main([*tiny_composition, "--run", "base"]) == 0
+    assert list(records_in(file.with_suffix(".json"))) == ["base"]
+    assert main(tiny_composition) == 0
+    records = records_in(file.with_suffix(".json"))
+    assert not open_study(file).waiting(records)
+    texts_of = {"messages", "reviews", "documentation", "sources", "requests", "cpu_seconds"}
+    assert records["composed 1"].keys() == texts_of
+    assert len(records["composed 1"]["requests"]) == 2
+    assert records["merges"].keys() >= {"mean of LoRAs", "TIES of LoRAs", "DARE of LoRAs", "the same routers, LoRA"}
+    assert records["variants"].keys() >= {"means alone", "with texts", "top-1"}
+    oracle, one = (records["request_router"][f"{name}, neurons"] for name in ("oracle", "request router"))
+    assert oracle["messages"] <= one["messages"]
+    assert records["one_adapter"].keys() >= {"LoRA, domains in turn", "LoRA, all at once"}
+    assert records["tenants"]["4"].keys() >= {"messages", "reviews", "jinja2", "safetensors"}
+    assert records["tenants"]["best wrong expert"].keys() == {"messages", "reviews", "jinja2", "safetensors"}
+    assert 0 <= records["answers"]["equal at the start"] <= 1
+    table = file.with_suffix(".md").read_text()
+    assert table.count("| waits |") <= 1  # two lengths may have no gain in common
+    assert "| 4 | " in table

@@ -93,7 +93,8 @@ def adapters(base: Any, places: Mapping[str, Path]) -> Any:
 def merged_adapter(model: Any, names: Sequence[str], how: str, weight: float, density: float | None = None) -> Any:
     """``model`` with the merged adapter active: "cat" (a weighted sum), "ties_svd" or "dare_ties_svd"."""
     torch.manual_seed(0)  # DARE drops at random
-    weights, rank = [weight] * len(names), None if how == "cat" else 64
+    rank = None if how == "cat" else sum(model.peft_config[name].r for name in names)  # as large as all together
+    weights = [weight] * len(names)
     model.add_weighted_adapter(list(names), weights, "merged", combination_type=how, density=density, svd_rank=rank)
     model.set_adapter("merged")
     return model

@@ -154,7 +154,7 @@ def check_targets(sections: Sequence[Mapping[str, Any]], device: str = "cpu") ->
     lines: dict[tuple[str, str], dict[str, Any]] = {}
 
     def add(what: str, backend: str, wanted: str, dtype: str, found: str, reached: bool | None) -> None:
-        made = {"what": what, "backend": backend, "wanted": wanted, "found": {}, "reached": reached}
+        made: dict[str, Any] = {"what": what, "backend": backend, "wanted": wanted, "found": {}, "reached": reached}
         line = lines.setdefault((what, backend), made)
         if dtype not in line["found"]:
             line["found"][dtype] = found

@@ -6,7 +6,6 @@ tokens pass through one layer, whose weights stay in the processor's caches, or 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
@@ -136,7 +135,9 @@ def _built(
     grad_y = grad_y if layer.trains else None
 
     def results(dtype: torch.dtype) -> dict[str, Tensor]:
-        own, leaf = copy.deepcopy(plain).to(dtype), x.detach()
+        own = plain.double() if dtype == torch.float64 else plain  # routers stay in float32 beside 16 bits
+        own.zero_grad()
+        leaf = x.detach()
         if x.is_floating_point():
             leaf = leaf.to(dtype).requires_grad_(grad_y is not None)
         y = own(leaf)

@@ -58,7 +58,8 @@ part() { # NAME SECONDS COMMAND...: once, for so long at most
     [ "$result" != WRONG ] || exit 1
 }
 
-tiny=$([ "$device" = cuda ] || echo "--scale tiny --threads 1 --minutes .2 --backend eager")
+tiny='' short=''
+[ "$device" = cuda ] || tiny="--scale tiny --threads 1 --backend eager" short="--minutes .3"
 bench() { # NAME SECONDS OPTIONS...
     part "$1" "$2" "$python" -m mpoe bench --device "$device" --overwrite --out "$out/$1" "${@:3}" $tiny
 }
@@ -74,14 +75,14 @@ if [ -z "$plan" ]; then
     mkdir -p "$out"
     [ -e "$out/visit.md" ] || printf '| part | result | s | last line |\n|---|---|---:|---|\n' >"$out/visit.md"
 fi
-bench smoke-triton 180 --suite layers --backend triton
+bench smoke-triton 180 --suite layers --backend triton $short
 part machine 30 "$python" -m mpoe_kernels.info
 if [ "$device" = cuda ]; then
     part card 30 nvidia-smi
     architecture=$("$python" -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())" 2>/dev/null)
     part build 600 env MPOE_BUILD=cuda TORCH_CUDA_ARCH_LIST="${architecture/9.0/9.0a}" "$python" setup.py -q build_ext --inplace
 fi
-bench smoke-cuda 120 --suite layers --backend cuda
+bench smoke-cuda 120 --suite layers --backend cuda $short
 tests instructions 90 tests/device/test_device_instructions.py
 # What people use first: hidden-side experts and neurons, in bfloat16 before float32; then the linear ops.
 experts=tests/device/test_device_experts.py ops=tests/device/test_device_ops.py
@@ -98,7 +99,7 @@ done
 for tool in memcheck racecheck; do
     tests $tool 240 "$checked" compute-sanitizer --tool $tool --error-exitcode 9
 done
-bench targets 300 --suite layers --backend auto
+bench targets 300 --suite layers --backend auto $short
 tests graphs 180 tests/device/test_device_graphs.py
 bench models 300 --suite models
 # The first launch of each: of neurons, hidden-side experts, the fused chain and a separable product.
@@ -110,5 +111,5 @@ tests linear-float32 180 "$ops -k float32"
 install='for name; do "$0" -m pip install -q --no-deps --target build/peers "$name" || echo "$name was not installed"; done'
 [ "$device" = cpu ] || part libraries 120 bash -c "$install" "$python" liger-kernel quack-kernels \
     git+https://github.com/{Dao-AILab/sonic-moe,shawntan/scattermoe}
-bench peers 480 --suite gpu
+bench peers 480 --suite gpu $short
 [ -n "$plan" ] || echo "$out.tar.gz"

@@ -155,12 +155,12 @@ class _Plan(NamedTuple):
             yield from (self.gpu_layers(model, TOKENS) for model in (768, 4096))
             return
         scale, depth = self.scale, LAYERS if self.scale.judged else 2
+        if not scale.judged:
+            yield self.gpu_layers(32, 64)
         for dtype in HALVES:
             for tokens, count in ((scale.many_tokens, 1), (scale.few_tokens, depth), (1, depth)):
                 yield self.mixtures(scale.model, tokens, count, dtype)
             yield self.mixtures(2048 if scale.judged else 64, scale.many_tokens, 1, dtype, chosen="neurons 64")
-        if not scale.judged:
-            yield self.gpu_layers(32, 64)
 
     def model(self, key: str, shapes: Sequence[str], tokens: tuple[int, int], *options: Any) -> Comparison:
         sizes = self.scale.model, 4 * self.scale.model

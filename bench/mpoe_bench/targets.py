@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mpoe_bench.gpu_cases import TOKENS, cases
+
 PHASES = {"forward": "forward", "train": "forward + backward"}
 DTYPES = ("float32", "bfloat16")
 LOOP, ORIGINAL = "dense experts, loop", "original: rebuild all"
@@ -75,6 +77,7 @@ GPU_TARGETS = (
     *(Target("separable", experts, tokens, 1.35) for experts in (8, 64) for tokens in (4096, 32768)),
     Target("paper_32", 64, 64, 3.0, None, GROUPED),
     Target("paper_full", 8, 32768, 1 / 1.3, None, GROUPED),
+    *(Target(case.name, 1, TOKENS, *case.limits, key="layers", sizes=(case.model, 4 * case.model)) for case in cases()),
 )
 
 
@@ -99,9 +102,10 @@ def _row(section: Mapping[str, Any], phase: str, **wanted: Any) -> Mapping[str, 
 
 
 def _cases(sections: Sequence[Mapping[str, Any]], target: Target) -> dict[str, Mapping[str, Any]]:
-    """By dtype, the first section of a target's case: T5-base's sizes, and uniform load."""
-    wanted: dict[str, Any] = {"tokens": target.tokens, "model": target.sizes[0], "hidden": target.sizes[1]}
-    wanted |= {"experts": target.experts, "load": "uniform"} if target.key == "ffn" else {"layers": target.experts}
+    """By dtype, the first section of a target's case."""
+    number = "experts" if target.key == "ffn" else "layers"
+    wanted: dict[str, Any] = {"tokens": target.tokens, number: target.experts}
+    wanted |= {"model": target.sizes[0], "hidden": target.sizes[1]}
     found: dict[str, Mapping[str, Any]] = {}
     for section in sections:
         if section["key"] == target.key and all(section["case"][key] == value for key, value in wanted.items()):
@@ -134,32 +138,27 @@ def _target_lines(sections: Sequence[Mapping[str, Any]], target: Target, backend
             yield _line(f"{what}, against {target.peer}", backend, wanted, texts, reached)
 
 
-def _section_lines(section: Mapping[str, Any], backend: str) -> Iterator[dict[str, Any]]:
-    """Masked against unmasked training, and the memory of training, in every case of feed-forward layers."""
+def _section_lines(section: Mapping[str, Any], backend: str, device: str) -> Iterator[dict[str, Any]]:
+    """Masked against unmasked training, and the memory of training."""
     case, rows = section["case"], [row for row in section["rows"] if row.get("backend") == backend]
-    if section["key"] == "layers" and case["layers"] == 1:
-        needs = {row["name"]: row["memory"]["train"]["temporary"] for row in section["rows"] if row.get("memory")}
-        dense = next(needs[row["name"]] for row in section["rows"] if row["kind"] == "limit")
-        for row in (row for row in rows if row["name"] in needs):
-            ratio = needs[row["name"]] / dense
+    memory = {row["name"]: row["memory"]["train"] for row in section["rows"] if "train" in row.get("memory", {})}
+    dense = next((row["name"] for row in section["rows"] if row["kind"] == "limit"), None)
+    loop = next((row for row in section["rows"] if row["name"] == LOOP and LOOP in memory), None)
+    for row in rows:
+        needs, what = memory.get(row["name"]), f"{row.get('shape')}, E={case.get('experts')} T={case.get('tokens')}"
+        whole = _row(section, "train", kind="mpoe", shape=row.get("shape"), backend=backend, masked=False)
+        if section["key"] == "layers" and device == "cpu" and needs and dense in memory:
+            ratio = (needs["peak"] - needs["kept"]) / (memory[dense]["peak"] - memory[dense]["kept"])
             what = f"{row['shape']} {case['model']}x{case['hidden']}, memory of forward + backward"
             found = {case["dtype"]: f"{ratio:.2f}"}
             yield _line(what, backend, f"<= {MOST_MEMORY:g} x dense", found, ratio <= MOST_MEMORY)
-    if section["key"] != "ffn":
-        return
-    loop = next((row for row in section["rows"] if row["name"] == LOOP and row.get("memory")), None)
-    for row in rows:
-        what = f"{row['shape']}, E={case['experts']} T={case['tokens']}"
-        whole = _row(section, "train", kind="mpoe", shape=row["shape"], backend=backend, masked=False)
-        if row.get("masked") and row.get("train") and whole is not None:
+        elif section["key"] == "ffn" and row.get("masked") and row.get("train") and whole is not None:
             x, without = row["train"]["x"], whole["train"]["x"]
             what += f", {PHASES['train']}, central masked"
             yield _line(what, backend, "less than unmasked", {case["dtype"]: f"{x:.2f} of {without:.2f}"}, x < without)
-        elif not row.get("masked") and row.get("memory") and loop is not None and case["experts"] >= 4:
-            if "train" not in loop["memory"]:
-                continue
+        elif section["key"] == "ffn" and not row.get("masked") and needs and loop is not None and case["experts"] >= 4:
             what += f", weights + peak of {PHASES['train']}"
-            peak, most = (each["memory"]["train"]["peak"] + each["weight_bytes"] for each in (row, loop))
+            peak, most = (memory[each["name"]]["peak"] + each["weight_bytes"] for each in (row, loop))
             found = {case["dtype"]: f"{peak / 2**20:.0f} of {most / 2**20:.0f} MiB"}
             yield _line(what, backend, "below dense experts'", found, peak < most)
 
@@ -173,7 +172,9 @@ def check_targets(sections: Sequence[Mapping[str, Any]], device: str = "cpu") ->
     lines: list[dict[str, Any]] = []
     for backend in backends:
         lines += [line for target in targets_of(backend, device) for line in _target_lines(sections, target, backend)]
-        lines += [line for section in sections if "case" in section for line in _section_lines(section, backend)]
+        lines += [
+            line for section in sections if "case" in section for line in _section_lines(section, backend, device)
+        ]
     for section in sections:
         if section["key"] == "planner":
             within, count = sum(row["ratio"] <= TOLERANCE for row in section["rows"]), len(section["rows"])

@@ -43,6 +43,7 @@ from cosmic_ray.work_item import MutationSpec
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
 SAME = ("_Eq_Is", "_NotEq_IsNot")  # operators: of interned strings and small numbers both mean the same
+IGNORED = ("strict", "stacklevel")  # arguments: of `zip`, where it holds; of warnings
 SHORTEST_LIMIT, TIMES = 60.0, 10.0  # seconds; and of what the tests take without a mutation
 
 
@@ -76,16 +77,21 @@ def read_areas(path: Path) -> list[Area]:
 
 
 def mutants_of(area: Area) -> Iterator[Mutant]:
-    """What cosmic-ray's operators can change in the area's files, in an order that looks random."""
+    """What cosmic-ray's operators can change in the area's files, in an order that looks random and that other files'
+    changes keep."""
     paths = sorted(path for glob in area.files for path in ROOT.glob(glob))
     with use_db(":memory:") as database:
         init(paths, database, {})
         found = [change for item in database.work_items for change in item.mutations]
-    found.sort(key=lambda change: (str(change.module_path), change.operator_name, change.occurrence))
-    for change in random.Random(area.name).sample(found, len(found)):
+    found.sort(key=_place_in_order)
+    for change in found:
         mutant = mutant_at(area, change)
         if mutant is not None:
             yield mutant
+
+
+def _place_in_order(change: MutationSpec) -> float:
+    return random.Random(f"{change.module_path.relative_to(ROOT)} {change.operator_name} {change.occurrence}").random()
 
 
 def mutant_at(area: Area, change: MutationSpec) -> Mutant | None:
@@ -103,7 +109,8 @@ def mutant_at(area: Area, change: MutationSpec) -> Mutant | None:
 
 
 def _meaning(text: str) -> str | None:
-    """What a file does, without annotations; None if it is no Python."""
+    """What a file does, without annotations and what `IGNORED` names; None if it is no Python, or asks which text comes
+    first, which is no slip of a writer."""
     try:
         tree = ast.parse(text)
     except SyntaxError:
@@ -115,6 +122,12 @@ def _meaning(text: str) -> str | None:
             node.annotation = None
         elif isinstance(node, ast.AnnAssign):
             node.annotation = ast.Constant(value=None)
+        elif isinstance(node, ast.keyword) and node.arg in IGNORED:
+            node.value = ast.Constant(value=None)
+        elif isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Lt | ast.LtE | ast.Gt | ast.GtE):
+            beside = node.comparators[0]
+            if isinstance(beside, ast.Constant) and isinstance(beside.value, str):
+                return None
     return ast.dump(tree)
 
 

@@ -43,19 +43,22 @@ from cosmic_ray.work_item import MutationSpec
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
 SAME = ("_Eq_Is", "_NotEq_IsNot")  # operators: of interned strings and small numbers both mean the same
-IGNORED = ("strict", "stacklevel")  # arguments: of `zip`, where it holds; of warnings
+IGNORED = ("strict", "stacklevel", "maxsize")  # arguments: of `zip`, where it holds; of warnings; of caches
 SHORTEST_LIMIT, TIMES = 60.0, 10.0  # seconds; and of what the tests take without a mutation
 
 
 @dataclass(frozen=True)
 class Area:
-    """``files``: globs of what is changed; ``tests``: arguments of pytest that must see it; ``survivors``: known ones,
-    by `Mutant.name`, with the reasons."""
+    """``files``: globs of what is changed; ``tests``: arguments of pytest that must see it; ``survivors``: how the
+    names of known ones begin, with the reasons."""
 
     name: str
     files: list[str]
     tests: list[str]
     survivors: dict[str, str]
+
+    def knows(self, name: str) -> bool:
+        return name.startswith(tuple(self.survivors))
 
 
 @dataclass(frozen=True)
@@ -274,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
         copy_of_tree(folder)
         for mutant in sorted(chosen, key=lambda mutant: mutant.area.name):
             area = mutant.area
-            if mutant.name in outcomes or mutant.name in area.survivors:
+            if mutant.name in outcomes or area.knows(mutant.name):
                 continue
             if area.name not in reached:
                 reached[area.name] = Reach(area, folder)
@@ -282,7 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{outcomes[mutant.name]:9} {mutant.name}", flush=True)
             results.with_suffix(".new").write_text(json.dumps(outcomes, indent=1))
             os.replace(results.with_suffix(".new"), results)
-    known = [m for m in chosen if m.name in m.area.survivors]
+    known = [m for m in chosen if m.area.knows(m.name)]
     survived = [m for m in chosen if outcomes.get(m.name) in ("passed", "unreached") and m not in known]
     total, missed = Counter(m.area.name for m in chosen), Counter(m.area.name for m in (*survived, *known))
     for name, count in total.items():

@@ -12,7 +12,7 @@ from torch import nn
 
 from mpoe.config import MPOEConfig
 from mpoe.layers import MPOEFeedForward, MPOLinear
-from mpoe.models.kept import kept_modules
+from mpoe.models.kept import hidden_modules
 from mpoe.models.report import mpo_modules
 from mpoe.training import MPOETrainingArguments, build_param_groups, describe_param_groups, freeze_cores
 from mpoe.training.freezing import chain_parameters, component_of
@@ -183,23 +183,10 @@ def test_attention_biases_of_t5_are_not_decayed(tmp_path: Path) -> None:
     assert found[id(model.get_input_embeddings().weight)][1] == 0.1
 
 
-@pytest.mark.parametrize(
-    ("options", "scales", "own", "shared"),
-    [
-        ({"shape": "hidden"}, {"auxiliary_lr_scale": 3, "central_lr_scale": 5}, 3, 1),
-        ({"shape": "hidden"}, {}, 0.5, 1),
-        ({"shape": "neurons", "neurons": 8, "latent": 4}, {}, 1, 1),
-        ({"shape": "neurons", "neurons": 8, "latent": 4}, {"auxiliary_lr_scale": 3, "central_lr_scale": 5}, 3, 5),
-    ],
-)
-def test_rates_of_experts_beside_or_between_dense_projections(
-    tmp_path: Path, options: dict[str, Any], scales: dict[str, float], own: float, shared: float
-) -> None:
-    model = mpoe_model("gpt2", **options)
-    found = rates(build_param_groups(model, arguments(tmp_path, mpo_lr=2e-4, **scales)))
-    layers = kept_modules(model).values()
-    cores = [p for layer in layers for p in layer.experts.own_cores]
-    common = [p for layer in layers for p in layer.shared_parameters().values()]
-    for parameters, scale, kind in ((cores, own, "auxiliary"), (common, shared, "central")):
-        assert parameters
-        assert {(found[id(p)][0], found[id(p)][2]) for p in parameters} == {(2e-4 * scale, kind)}
+def test_blocks_of_hidden_experts_train_at_the_auxiliary_rate(tmp_path: Path) -> None:
+    model = mpoe_model("gpt2", shape="hidden")
+    found = rates(build_param_groups(model, arguments(tmp_path, mpo_lr=2e-4, auxiliary_lr_scale=3)))
+    blocks = [p for layer in hidden_modules(model).values() for p in layer.experts.auxiliary.values()]
+    assert blocks
+    assert {found[id(block)][0] for block in blocks} == {2e-4 * 3}
+    assert {found[id(block)][2] for block in blocks} == {"auxiliary"}

@@ -206,6 +206,7 @@ def test_no_token_and_one_token() -> None:
 
 @pytest.mark.parametrize("latent", [None, 16])
 @pytest.mark.parametrize("std", [None, 0.3])
+@torch.no_grad()
 def test_random_neurons_have_the_scale_of_dense_ones(latent: int | None, std: float | None) -> None:
     own = NeuronExperts(64, 8, 32, latent, gated=True, bias=True, init_std=std)
     x = torch.randn(500, 64)

@@ -16,6 +16,7 @@ SHAPE = MPOShape((2, 4), (3, 4))
     ("call", "kind", "words"),
     [
         (lambda: TopKRouter(1.5, 4), TypeError, "in_features must be an integer; got float 1.5"),
+        (lambda: TopKRouter(0, 4), ValueError, "in_features must be at least 1; got 0"),
         (lambda: TopKRouter(8, 0), ValueError, "num_experts must be at least 1; got 0"),
         (lambda: TopKRouter(8, 4, {"top_k": 1}), TypeError, "config must be a RouterConfig; got dict"),
         (lambda: TopKRouter(8, 4, device=3), TypeError, "device must be a torch.device or its name; got int 3"),
@@ -29,6 +30,7 @@ SHAPE = MPOShape((2, 4), (3, 4))
         (lambda: MPOEFeedForward(8, 16, "x"), TypeError, "config must be an MPOEConfig; got str 'x'"),
         (lambda: MPOEFeedForward(8, None), TypeError, "hidden_features must be an integer; got NoneType"),
         (lambda: TopKRouter(8, 4)([1.0]), TypeError, r"x must be a tensor \[T, I\]; got list"),
+        (lambda: TopKRouter(8, 4)(torch.ones(8)), ValueError, r"x must be \[T, I\] with I = 8; got \[8\]"),
         (lambda: MPOEFeedForward(8, 16)([1.0]), TypeError, r"hidden_states must be a tensor \[..., I\]; got list"),
         (lambda: MPOEFeedForward(8, 16)(torch.ones(2, 8).long()), TypeError, "must hold floating-point numbers; got"),
         (lambda: MPOEFeedForward(8, 16)(torch.ones(())), ValueError, r"hidden_states must be \[..., 8\]; got \[\]"),

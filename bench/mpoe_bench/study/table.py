@@ -76,8 +76,8 @@ def gain(study: Study, corner: Corner, arm: str, beside: str, records: Records) 
 
 def corner_table(study: Study, corner: Corner, arms: Sequence[str], records: Records) -> list[str]:
     """One row for every arm of a corner, also of those that wait."""
-    header = ("arm", "rate", "seeds", "steps", "FFN weights, x dense", "with router and biases", "FFN FLOPs, x dense")
-    header += ("test loss", f"gain over {study.arms[study.reference].name}", "CPU s")
+    header = ["arm", "rate", "seeds", "steps", "FFN weights, x dense", "with router and biases", "FFN FLOPs, x dense"]
+    header += ["test loss", f"gain over {study.arms[study.reference].name}", "CPU s"]
     rows: list[Sequence[str]] = []
     for arm in arms:
         done = list(finished(study, corner, arm, records).values())

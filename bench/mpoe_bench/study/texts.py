@@ -93,7 +93,9 @@ def _sources() -> list[str]:
 
 
 def _halfway(test: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    half, names, requests, first = LENGTH // 2, list(test), [], []
+    half, names = LENGTH // 2, list(test)
+    requests: list[Tensor] = []
+    first: list[int] = []
     for a, one in enumerate(names):
         for other in names:
             if one != other:

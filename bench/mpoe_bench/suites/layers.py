@@ -6,9 +6,9 @@ tokens pass through one layer, whose weights stay in the processor's caches, or 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -45,11 +45,18 @@ class Layer(NamedTuple):
     trains: bool = True
 
 
+def on(backend: str, make: Callable[[str], nn.Module]) -> Callable[[], tuple[nn.Module, nn.Module]]:
+    """What `Layer.make` returns for a module that takes a backend."""
+    return lambda: (make(backend), make("eager"))
+
+
+def twice(make: Callable[[], nn.Module]) -> Callable[[], tuple[nn.Module, nn.Module]]:
+    """The same for one that is plain PyTorch itself."""
+    return lambda: (make(), make())
+
+
 def case_layer(label: str, shape: str, case: Case, backend: str, tokens: int, device: str, dtype: torch.dtype) -> Layer:
     """Experts of ours on a backend; ``shape`` is that of its row."""
-
-    def make() -> tuple[nn.Module, nn.Module]:
-        return tuple(case.layer(device, each, dtype=dtype) for each in (backend, "eager"))  # type: ignore[return-value]
 
     def facts(layer: Any) -> dict[str, Any]:
         """The floor: fewest FLOPs of any strategy, router in, relative to the dense network's, by phase."""
@@ -65,7 +72,7 @@ def case_layer(label: str, shape: str, case: Case, backend: str, tokens: int, de
                 floor[phase] = sum(plan.flops for plan in plans) / sum(plan.dense_flops for plan in plans) + router
         return {"shape": shape, "backend": backend, "masked": case.masked, "floor": floor}
 
-    return Layer(f"{label} [{backend}]", "mpoe", make, facts)
+    return Layer(f"{label} [{backend}]", "mpoe", on(backend, partial(case.layer, device, dtype=dtype)), facts)
 
 
 def mixtures(model: int) -> dict[str, Case]:
@@ -113,12 +120,7 @@ def original_layer(shape: str, model: int, experts: int, device: str, dtype: tor
 
 def stock(name: str, model: int, tokens: int, device: str, dtype: torch.dtype) -> Layer:
     """One of `STOCK_LAYERS`."""
-
-    def make() -> tuple[nn.Module, nn.Module]:
-        own, plain = (stock_layer(name, model, 4 * model, tokens, dtype).to(device) for _ in range(2))
-        return own, plain
-
-    return Layer(name, "peer", make)
+    return Layer(name, "peer", twice(lambda: stock_layer(name, model, 4 * model, tokens, dtype).to(device)))
 
 
 def _built(
@@ -133,7 +135,9 @@ def _built(
     grad_y = grad_y if layer.trains else None
 
     def results(dtype: torch.dtype) -> dict[str, Tensor]:
-        own, leaf = copy.deepcopy(plain).to(dtype), x.detach()
+        own = plain.double() if dtype == torch.float64 else plain  # routers stay in float32 beside 16 bits
+        own.zero_grad()
+        leaf = x.detach()
         if x.is_floating_point():
             leaf = leaf.to(dtype).requires_grad_(grad_y is not None)
         y = own(leaf)
@@ -183,10 +187,7 @@ def layers_comparison(
         x, grad_y = (torch.randn(tokens, model).to(device, dtype) for _ in range(2))
         return x.requires_grad_(train), grad_y if train else None
 
-    def dense() -> tuple[nn.Module, nn.Module]:
-        own, plain = (Dense(model, "relu", device=device, dtype=dtype) for _ in range(2))
-        return own, plain
-
+    dense = twice(partial(Dense, model, "relu", device=device, dtype=dtype))
     several = f", {count} of them" if count > 1 else ""
     known = {"model": model, "hidden": 4 * model, "tokens": tokens, "layers": count, "dtype": dtype_name(dtype)}
     return Comparison(
@@ -225,20 +226,10 @@ def part_comparisons(
         (nn.Embedding, MPOEmbedding, tables, (vocabulary, model), ids),
     )
     for plain, ours, made, sizes, context in kinds:
-
-        def of_shape(shape: MPOShape, backend: str, ours: Any = ours) -> tuple[nn.Module, nn.Module]:
-            own, same = (ours(shape=shape, backend=each, device=device) for each in (backend, "eager"))
-            return own, same
-
-        def stock(plain: Any = plain, sizes: tuple[int, int] = sizes) -> tuple[nn.Module, nn.Module]:
-            return plain(*sizes, device=device), plain(*sizes, device=device)
-
-        layers = [Layer(f"nn.{plain.__name__}", "limit", stock)]
-        for name, shape in made.items():
-            for backend in backends:
-                facts = {"backend": backend}
-                make = partial(of_shape, shape, backend)
-                layers.append(Layer(f"{ours.__name__} {name} [{backend}]", "mpoe", make, lambda _, f=facts: f))
+        layers = [Layer(f"nn.{plain.__name__}", "limit", twice(partial(plain, *sizes, device=device)))]
+        for (name, shape), backend in product(made.items(), backends):
+            make = on(backend, lambda each, ours=ours, shape=shape: ours(shape=shape, backend=each, device=device))
+            layers.append(Layer(f"{ours.__name__} {name} [{backend}]", "mpoe", make))
         title = f"{ours.__name__} {sizes[0]}x{sizes[1]} T={tokens}"
         builds = _builds(layers, 1, torch.float32)
         yield Comparison("op", title, context, builds, layers[0].name, tokens, {"tokens": tokens})

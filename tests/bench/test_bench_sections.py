@@ -184,9 +184,9 @@ def test_every_peer_computes_the_truth(dtype: torch.dtype) -> None:
 
 
 def test_gated_peers_are_swiglu_of_as_many_weights() -> None:
-    layer = DENSE_PEERS["dense experts, loop"]._replace(options={"gated": True})
-    _, gated = layer.layers((MODEL, 4 * MODEL, EXPERTS), *WHERE)
-    _, plain = DENSE_PEERS["dense experts, loop"].layers((MODEL, 4 * MODEL, EXPERTS), *WHERE)
+    loop = DENSE_PEERS["dense experts, loop"]
+    where = (MODEL, 4 * MODEL, EXPERTS), *WHERE, True
+    gated, plain = loop._replace(options={"gated": True}).layer(*where), loop.layer(*where)
     assert [sum(p.numel() for p in each.parameters()) for each in (gated, plain)] == [2 * 3 * 24 * 96 + 72] * 2
     x = torch.randn(TOKENS, MODEL)
     gates, index = gated.router(x).softmax(-1).max(-1)

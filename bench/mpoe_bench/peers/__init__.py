@@ -26,12 +26,12 @@ class Peer(NamedTuple):
     options: dict[str, bool] = {}  # noqa: RUF012
     trains: bool = True
 
-    def layers(self, sizes: tuple[int, int, int], device: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-        """The layer, and one that computes the same in a plain loop."""
-        options: dict[str, Any] = {**self.options, "device": device, "dtype": dtype}
-        plain = loop(swiglu if self.options.get("gated") else relu)
-        computes = self.compute(sizes, device, dtype), plain
-        return DenseExpertsLayer(sizes, computes[0], **options), DenseExpertsLayer(sizes, computes[1], **options)
+    def layer(self, sizes: tuple[int, int, int], device: str, dtype: torch.dtype, plain: bool) -> nn.Module:
+        """The layer, or one that computes the same in a plain loop."""
+        gated = self.options.get("gated", False)
+        compute = loop(swiglu if gated else relu) if plain else self.compute(sizes, device, dtype)
+        placed: dict[str, Any] = {"device": device, "dtype": dtype}
+        return DenseExpertsLayer(sizes, compute, **self.options, **placed)
 
 
 DENSE_PEERS = {

@@ -124,7 +124,7 @@ class OriginalLayer(nn.Module):
     Autograd keeps all of this for the backward pass. With ``plain`` the layer computes itself.
     """
 
-    def __init__(self, layer: Any, plain: bool = False) -> None:
+    def __init__(self, layer: Any, plain: bool) -> None:
         super().__init__()
         self.layer, self.plain = layer, plain
 

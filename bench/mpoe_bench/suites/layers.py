@@ -33,26 +33,21 @@ class Layer(NamedTuple):
 
     Attributes:
         name, kind: see `Comparison`.
-        make: the module, and one with parameters of the same names that computes the same in plain PyTorch.
+        make: the module; of True, one with parameters of the same names that computes the same in plain PyTorch.
         facts: for its row, from the module.
         trains: whether it has a backward pass.
     """
 
     name: str
     kind: str
-    make: Callable[[], tuple[nn.Module, nn.Module]]
+    make: Callable[[bool], nn.Module]
     facts: Callable[[Any], Mapping[str, Any]] = lambda _: {}
     trains: bool = True
 
 
-def on(backend: str, make: Callable[[str], nn.Module]) -> Callable[[], tuple[nn.Module, nn.Module]]:
-    """What `Layer.make` returns for a module that takes a backend."""
-    return lambda: (make(backend), make("eager"))
-
-
-def twice(make: Callable[[], nn.Module]) -> Callable[[], tuple[nn.Module, nn.Module]]:
-    """The same for one that is plain PyTorch itself."""
-    return lambda: (make(), make())
+def on(backend: str, make: Callable[[str], nn.Module]) -> Callable[[bool], nn.Module]:
+    """`Layer.make` of what takes a backend."""
+    return lambda plain: make("eager" if plain else backend)
 
 
 def case_layer(label: str, shape: str, case: Case, backend: str, tokens: int, device: str, dtype: torch.dtype) -> Layer:
@@ -105,22 +100,19 @@ def peer_layers(names: Sequence[str], model: int, experts: int, device: str, dty
     """Those of `PEERS`."""
     sizes = model, 4 * model, experts
     for name in names:
-        yield Layer(name, "peer", partial(PEERS[name].layers, sizes, device, dtype), trains=PEERS[name].trains)
+        yield Layer(name, "peer", partial(PEERS[name].layer, sizes, device, dtype), trains=PEERS[name].trains)
 
 
 def original_layer(shape: str, model: int, experts: int, device: str, dtype: torch.dtype) -> Layer:
     """The original's algorithm on a shape, which its name tells."""
-
-    def make() -> tuple[nn.Module, nn.Module]:
-        own, plain = (named_case(shape, model, experts).layer(device, "eager", dtype=dtype) for _ in range(2))
-        return OriginalLayer(own), OriginalLayer(plain, plain=True)
-
-    return Layer(f"{ORIGINAL} ({shape})", "peer", make)
+    case = named_case(shape, model, experts)
+    make = partial(case.layer, device, "eager", dtype=dtype)
+    return Layer(f"{ORIGINAL} ({shape})", "peer", lambda plain: OriginalLayer(make(), plain))
 
 
 def stock(name: str, model: int, tokens: int, device: str, dtype: torch.dtype) -> Layer:
     """One of `STOCK_LAYERS`."""
-    return Layer(name, "peer", twice(lambda: stock_layer(name, model, 4 * model, tokens, dtype).to(device)))
+    return Layer(name, "peer", lambda _: stock_layer(name, model, 4 * model, tokens, dtype).to(device))
 
 
 def _built(
@@ -128,9 +120,8 @@ def _built(
 ) -> tuple[Contender, Truth]:
     x, grad_y = shared
     torch.manual_seed(1)
-    training = grad_y is not None
-    made = [layer.make() for _ in range(count)]
-    module, plain = made[0][0].train(training), made[0][1].train(training)
+    modules = nn.Sequential(*(layer.make(False) for _ in range(count))).train(grad_y is not None)
+    module, plain = modules[0], layer.make(True).train(grad_y is not None)
     plain.load_state_dict(module.state_dict())
     grad_y = grad_y if layer.trains else None
 
@@ -147,11 +138,10 @@ def _built(
         return {"y": y, **gradients_of({"x": leaf, **dict(own.named_parameters())})}
 
     leaves = {"x": x, **dict(module.named_parameters())}
-    facts = size_facts(count * sum(p.numel() for p in module.parameters()), dtype) | dict(layer.facts(module))
+    facts = size_facts(sum(p.numel() for p in modules.parameters()), dtype) | dict(layer.facts(module))
     contender = Contender(lambda: module(x), grad_y, tuple(leaves.values()), partial(gradients_of, leaves), facts)
     if count > 1:
-        whole = nn.Sequential(*(each for each, _ in made))
-        contender.timed = lambda: whole(x)
+        contender.timed = lambda: modules(x)
     return contender, Truth.of(results, dtype)
 
 
@@ -187,14 +177,15 @@ def layers_comparison(
         x, grad_y = (torch.randn(tokens, model).to(device, dtype) for _ in range(2))
         return x.requires_grad_(train), grad_y if train else None
 
-    dense = twice(partial(Dense, model, "relu", device=device, dtype=dtype))
     several = f", {count} of them" if count > 1 else ""
     known = {"model": model, "hidden": 4 * model, "tokens": tokens, "layers": count, "dtype": dtype_name(dtype)}
     return Comparison(
         key,
         f"{title} {model}x{4 * model} T={tokens} {dtype_name(dtype)}{several}",
         context,
-        _builds([Layer(LIMIT, "limit", dense), *layers], count, dtype),
+        _builds(
+            [Layer(LIMIT, "limit", lambda _: Dense(model, "relu", device=device, dtype=dtype)), *layers], count, dtype
+        ),
         LIMIT,
         tokens,
         known | facts,
@@ -226,7 +217,8 @@ def part_comparisons(
         (nn.Embedding, MPOEmbedding, tables, (vocabulary, model), ids),
     )
     for plain, ours, made, sizes, context in kinds:
-        layers = [Layer(f"nn.{plain.__name__}", "limit", twice(partial(plain, *sizes, device=device)))]
+        stock = partial(plain, *sizes, device=device)
+        layers = [Layer(f"nn.{plain.__name__}", "limit", lambda _, stock=stock: stock())]
         for (name, shape), backend in product(made.items(), backends):
             make = on(backend, lambda each, ours=ours, shape=shape: ours(shape=shape, backend=each, device=device))
             layers.append(Layer(f"{ours.__name__} {name} [{backend}]", "mpoe", make))

@@ -14,29 +14,6 @@ from mpoe.config import MPOEConfig
 from mpoe.models import convert_to_mpoe
 from mpoe_bench.contender import Build, Comparison, Contender, Truth, dtype_name, size_facts
 
-
-class Step:
-    """One model with its optimizer; ``step`` runs a whole step, ``logits`` returns the batch's logits."""
-
-    def __init__(self, model: Any, ids: Tensor, new_tokens: int = 0) -> None:
-        self.model, self.ids, self.new_tokens = model.eval(), ids, new_tokens  # no dropout: all do the same work
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-
-    def logits(self) -> Tensor:
-        return logits_of(self.model, self.ids)
-
-    def generate(self) -> Tensor:
-        count = {"min_new_tokens": self.new_tokens, "max_new_tokens": self.new_tokens}
-        return self.model.generate(self.ids, do_sample=False, **count)
-
-    def step(self) -> Tensor:
-        self.optimizer.zero_grad()
-        loss = self.model(input_ids=self.ids, labels=self.ids).loss
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
-
-
 SHAPES: dict[str, dict[str, Any]] = {  # lossless, so that every model must compute what the dense one does
     "neurons": {"shape": "neurons"},
     "hidden": {"shape": "hidden"},
@@ -107,10 +84,20 @@ def model_comparison(
         model = copy.deepcopy(dense)
         if fields is not None:
             model = convert_to_mpoe(model, MPOEConfig(num_experts=experts, **fields), inplace=True)
-        step = Step(model.to(device), ids, tokens[1] if generates else 0)
+        model = model.to(device).eval()  # no dropout: all do the same work
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        length = {"min_new_tokens": tokens[1], "max_new_tokens": tokens[1]}
+
+        def step() -> Tensor:
+            optimizer.zero_grad()
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
         facts = size_facts(sum(p.numel() for p in model.parameters()), dtype) | ({"shape": shape} if fields else {})
-        run = {"timed": step.generate} if generates else {"step": step.step}
-        return Contender(step.logits, leaves=tuple(model.parameters()), facts=facts, **run), truth
+        run = {"timed": partial(model.generate, ids, do_sample=False, **length)} if generates else {"step": step}
+        return Contender(partial(logits_of, model, ids), leaves=tuple(model.parameters()), facts=facts, **run), truth
 
     builds: list[tuple[str, str, Build]] = [
         (f"dense {name}", "limit", partial(build, shape="dense", fields=None)),

@@ -12,7 +12,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mpoe.cli.errors import CommandError
 from mpoe.cli.files import check_output, model_folder
@@ -31,8 +31,6 @@ AT_ONCE = 8  # pieces of a batch
 @dataclasses.dataclass
 class ComposeOptions:
     """Options of `compose`."""
-
-    _argument_group_name = "run"
 
     output_dir: str | None = option(None, "folder of the mixture")
     texts: list[str] = option(
@@ -54,10 +52,7 @@ class ComposeOptions:
     steps: int = option(200, "steps of --router train, and of fitting an adapter")
     overwrite: bool = option(False, "replace a model in output_dir")
 
-    def __post_init__(self) -> None:
-        for name, least in {"max_texts": 2, "max_length": 2, "steps": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
+    LEAST: ClassVar[dict[str, int]] = {"max_texts": 2, "max_length": 2, "steps": 1}
 
 
 @as_command(USAGE, ComposeOptions, words=(1, MOST))

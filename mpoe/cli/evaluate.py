@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from mpoe.cli.errors import CommandError
 from mpoe.cli.files import check_writable_file, write_json
@@ -19,8 +20,6 @@ from mpoe.cli.tasks import DataOptions, resolve
 class EvaluateOptions:
     """Options that only `evaluate` has."""
 
-    _argument_group_name = "evaluation"
-
     split: str = option("test", "train, validation or test")
     batch_size: int = option(128, "items per batch", "per_device_eval_batch_size")
     data_seed: int | None = option(None, "seed of subsets and of split_validation_test; default: that of the run, or 0")
@@ -29,9 +28,7 @@ class EvaluateOptions:
     )
     output_file: str | None = option(None, "also write the scores here, as JSON")
 
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {self.batch_size}")
+    LEAST: ClassVar[dict[str, int]] = {"batch_size": 1}
 
 
 @as_command("mpoe evaluate MODEL_DIR [--flag value ...]", EvaluateOptions, DataOptions, words=(0, 1))

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mpoe.cli.errors import CommandError
 from mpoe.cli.parsing import Asked, as_command, option
+from mpoe.config.checks import check_seed
 
 
 @dataclass
 class GenerateOptions:
     """What to generate, and how."""
-
-    _argument_group_name = "generation"
 
     prompt: list[str] = option([], "text to continue; may be repeated", action="append")
     file: Path | None = option(None, "text file with one prompt per line")
@@ -25,12 +24,9 @@ class GenerateOptions:
     temperature: float = option(1.0, "of sampling")
     seed: int = option(0, "of sampling")
 
-    def __post_init__(self) -> None:
-        from mpoe.config.checks import check_seed
+    LEAST: ClassVar[dict[str, int]] = {"max_new_tokens": 1, "num_beams": 1}
 
-        for name in ("max_new_tokens", "num_beams"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+    def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise ValueError(f"temperature must be greater than 0; got {self.temperature}")
         check_seed("seed", self.seed)

@@ -21,8 +21,6 @@ PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy", "safetenso
 class InfoOptions:
     """How to show the facts."""
 
-    _argument_group_name = "output"
-
     json: bool = option(False, "print JSON instead of tables")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mpoe.cli.errors import CommandError
 from mpoe.cli.files import MODEL_OR_RUN, REPORT_FILE, check_output, write_json
@@ -18,11 +18,11 @@ from mpoe.cli.parsing import Asked, as_command, option
 from mpoe.cli.runs import data_of_run
 from mpoe.cli.tasks import DataOptions, resolve
 from mpoe.models.table import ENCODER, SEQ2SEQ
-from mpoe.training.metrics_file import METRICS_FILE, read_metrics
+from mpoe.training.output_dir import METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:
     from mpoe.data.task import Task
-    from mpoe.inspection.composed import Worth
+    from mpoe.inspection import Worth
 
 NUMBERS_FILE = "inspect.json"
 PLOTS = ("expert_load", "bond_spectra", "parameters", "training")
@@ -61,8 +61,6 @@ _WORDS = {
 class InspectOptions:
     """Options that only `inspect` has."""
 
-    _argument_group_name = "inspection"
-
     text: list[str] = option([], "sentences whose tokens are followed; default: the first two items of the data")
     output_dir: str = option("mpoe_inspect", "folder for report.html, plots and inspect.json")
     overwrite: bool = option(False, "replace the report in the output folder")
@@ -70,12 +68,11 @@ class InspectOptions:
     num_items: int = option(256, "at most so many of them")
     num_tokens: int = option(2048, "tokens of the pass that plans are for")
 
+    LEAST: ClassVar[dict[str, int]] = {"num_items": 1, "num_tokens": 1}
+
     def __post_init__(self) -> None:
         if any(not text.strip() for text in self.text):
             raise ValueError("text must hold words; got an empty one")
-        for name in ("num_items", "num_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
 
 
 @as_command("mpoe inspect MODEL [--flag value ...]", InspectOptions, DataOptions, words=(1, 1))
@@ -124,7 +121,7 @@ def _items(style: str, options: InspectOptions, tasks: Sequence[Task], tokenizer
 def _worth(folder: Path, model: Any, tokenizer: Any, items: list[dict[str, Any]], texts: Sequence[str]) -> Worth | None:
     """What the experts of a composed mixture are worth on ``texts``, or on the items; None for other models."""
     from mpoe.data.collate import PaddingCollator
-    from mpoe.inspection.composed import composed_worth
+    from mpoe.inspection import composed_worth
     from mpoe.models.expert_mixture import EXPERTS_FOLDER, kept_experts
 
     if not (folder / EXPERTS_FOLDER).is_dir():
@@ -147,7 +144,7 @@ def worth_rows(worth: Worth) -> list[list[str]]:
 
 def _spectra(weights: Sequence[Any]) -> dict[str, dict[str, list[Any]]]:
     """Bonds of MPO weights by kind (up, down, an attention projection's name, ...) and layer."""
-    from mpoe.inspection.spectra import bond_spectra
+    from mpoe.inspection import bond_spectra
     from mpoe.layers.cores import MPOCores
     from mpoe.models.report import short_name
 
@@ -173,13 +170,13 @@ def _report(
     """Look into the model section by section, then write everything."""
     from mpoe.cli import report
     from mpoe.cli.scoring import expert_load
-    from mpoe.inspection.growth import parameter_growth
-    from mpoe.inspection.routes import route_text
+    from mpoe.inspection import parameter_growth, route_text
+    from mpoe.models.card import facts
     from mpoe.models.report import HEADER, LEGEND, routed_layers, short_name, summarize
 
     config, parameters = model.mpoe_config, model.parameter_report()
     layers = [short_name(layer) for layer, _ in routed_layers(model)]
-    parts, drawn = [report.Table((), list(_facts(model, bool(layers))), kind="text").html()], {}
+    parts, drawn = [report.Table((), list(facts(model).items()), kind="text").html()], {}
     numbers: dict[str, Any] = {"model": name, "parameters": parameters, "layers": layers, "counted_on": counted}
 
     def add(heading: str, *found: Any, words: object = "", **figures: Any) -> None:
@@ -233,19 +230,3 @@ def _report(
         (folder / f"{plot}.png").write_bytes(data)
     write_json(folder / NUMBERS_FILE, numbers)
     report.write_page(folder / REPORT_FILE, f"mpoe inspect: {name}", parts)
-
-
-def _facts(model: Any, routed: bool) -> list[tuple[str, str]]:
-    """A short description of the model."""
-    report, config = model.parameter_report(), model.mpoe_config
-    shape = config.shape if isinstance(config.shape, str) else "given"
-    experts = f"{config.num_experts} {config.expert_type} experts, top-{config.top_k}"
-    kinds = [f"{key} {report[key]:,}" for key in ("central", "auxiliary", "expert", "router", "rest") if report[key]]
-    total, dense, switch = report["total"], report["dense_total"], report["switch_total"]
-    return [
-        ("model", f"{type(model).__name__}, {total:,} parameters"),
-        ("mixture", f"moe_type {config.moe_type}: {experts}, shape {shape}" if routed else "no routers"),
-        ("parameters", ", ".join(kinds)),
-        ("as a dense model", f"{dense:,}; this one is {total / dense:.2f} times as large"),
-        ("with dense experts", f"{switch:,}, {switch / total:.2f} times as many as here"),
-    ]

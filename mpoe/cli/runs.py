@@ -11,8 +11,7 @@ from mpoe.cli.errors import CommandError
 from mpoe.cli.files import RESULTS_FILE
 from mpoe.cli.options import BASELINES
 from mpoe.cli.tasks import DataOptions
-from mpoe.training.metrics_file import METRICS_FILE, read_metrics
-from mpoe.training.output_dir import RUN_FILE, flatten
+from mpoe.training.output_dir import METRICS_FILE, RUN_FILE, flatten, read_metrics
 
 if TYPE_CHECKING:
     from mpoe.data.spec import TaskSpec

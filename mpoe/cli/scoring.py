@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mpoe.cli.report import Table
     from mpoe.data.task import Task
 
+AT_ONCE = 64  # items of a batch whose expert load is counted
 Items = Sequence[dict[str, list[int]]]
 Scores = Mapping[str, Mapping[str, float]]  # by task and metric
 
@@ -36,7 +37,7 @@ def encode_task(
     return encode(examples[:limit], tokenizer, task.max_source_length, task.max_target_length)
 
 
-def expert_load(model: Any, items: Items, pad_token_id: int, batch_size: int = 64) -> list[list[int]]:
+def expert_load(model: Any, items: Items, pad_token_id: int) -> list[list[int]]:
     """Tokens per expert on teacher-forced items, [layers][E]; empty for a dense model. Padding is not counted."""
     import torch
 
@@ -46,8 +47,8 @@ def expert_load(model: Any, items: Items, pad_token_id: int, batch_size: int = 6
     collate = PaddingCollator(pad_token_id)
     load: torch.Tensor | None = None
     with torch.inference_mode(), evaluation_mode(model):
-        for start in range(0, len(items), batch_size):
-            batch = {k: v.to(model.device) for k, v in collate(items[start : start + batch_size]).items()}
+        for start in range(0, len(items), AT_ONCE):
+            batch = {k: v.to(model.device) for k, v in collate(items[start : start + AT_ONCE]).items()}
             part = getattr(model(**batch), "expert_load", None)
             if part is None:
                 return []

@@ -88,7 +88,7 @@ def settle_rate(plan: Plan, source: Source, config: MPOEConfig | None) -> str:
 
 def search_rate(trainer: Any, items: Any) -> str:
     """Set the trainer's learning rate to the best that a short search on ``items`` finds; returns how it was found."""
-    from mpoe.training.rate_search import STEPS, find_rate
+    from mpoe.training.rates import STEPS, find_rate
 
     arguments = trainer.args
     arguments.learning_rate, losses = find_rate(trainer, items, arguments.learning_rate)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mpoe.cli.errors import CommandError, close_matches
 from mpoe.cli.options import read_json_option
@@ -42,8 +42,6 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 class DataOptions:
     """The source of the items."""
 
-    _argument_group_name = "data"
-
     data_dir: str | None = option(
         None,
         "folder with train, validation, test files (.jsonl .csv .tsv .txt, also .gz), or a data set on the hub; "
@@ -70,15 +68,13 @@ class DataOptions:
     n_val: int | None = option(None, "the same for validation")
     n_test: int | None = option(None, "the same for test")
 
+    LEAST: ClassVar[dict[str, int]] = dict.fromkeys(LENGTHS, 2)
+
     def __post_init__(self) -> None:
         # lists may also be comma-separated, as in the original's configurations
         for name in ("tasks", "eval_tasks", "task_file", "text_columns", "column_names", "metrics"):
             values = getattr(self, name)
             setattr(self, name, [part.strip() for v in values for part in str(v).split(",") if part.strip()])
-        for name in LENGTHS:
-            value = getattr(self, name)
-            if value is not None and value < 2:
-                raise ValueError(f"{name} must be at least 2; got {value}")
         if isinstance(self.label_words, str):  # a mapping in the record of a run
             words = read_json_option("label_words", self.label_words)
             if not isinstance(words, dict):
@@ -93,8 +89,8 @@ class DataOptions:
 
 def _as_detected(folder: Path, name: str | None, options: DataOptions, data_seed: int) -> Task:
     """The task in a folder without a description, split and subsampled as requested."""
-    from mpoe.data.detect import load_task_from_folder
     from mpoe.data.tables import find_files
+    from mpoe.data.tasks import load_task_from_folder
 
     if "validation" not in find_files(folder):
         print(f"{folder} holds no validation file: a tenth of the training items, at most 1,000, is held out for it")
@@ -104,7 +100,7 @@ def _as_detected(folder: Path, name: str | None, options: DataOptions, data_seed
 
 def _from_hub(data_dir: str, options: DataOptions) -> Task:
     """The data set on the hub that ``data_dir`` names instead of a folder."""
-    from mpoe.data.detect import detect_hub_task, task_name
+    from mpoe.data.tasks import detect_hub_task, task_name
 
     if not _HUB_NAME.fullmatch(data_dir) or Path(data_dir).parts[0] in (path.name for path in Path().iterdir()):
         raise CommandError(
@@ -133,8 +129,7 @@ def _adjusted(task: Task, options: DataOptions, data_seed: int) -> Task:
 def _one_task(name: str, options: DataOptions, described: Mapping[str, TaskSpec], data_seed: int) -> Task:
     """The task called ``name``: a folder in ``data_dir``, read by its description or by detection; else a task by name.
     The empty name means ``data_dir`` itself."""
-    from mpoe.data.detect import task_name
-    from mpoe.data.tasks import find_spec, get_task, load_task, task_names
+    from mpoe.data.tasks import find_spec, get_task, load_task, task_name, task_names
 
     detection = list(options.of(*DETECTION))
     spec = described.get(name) or find_spec(name)

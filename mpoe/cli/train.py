@@ -252,8 +252,11 @@ def make_trainer(
     model: Any, tokenizer: Any, items: Any, validation: dict[str, list[Any]], arguments: MPOETrainingArguments
 ) -> Any:
     """An `MPOETrainer` over the items; it has its metrics and checkpoints in ``output_dir``."""
+    from transformers import PrinterCallback, ProgressCallback
+
     from mpoe.data.collate import PaddingCollator
     from mpoe.training import MPOETrainer
+    from mpoe.training.callbacks import LogLineCallback
 
     trainer = MPOETrainer(
         model=model,
@@ -263,7 +266,9 @@ def make_trainer(
         data_collator=PaddingCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
-    show_progress(trainer)
+    for shown in (ProgressCallback, PrinterCallback):  # a line for each log call, in place of bars and dictionaries
+        trainer.remove_callback(shown)
+    trainer.add_callback(LogLineCallback(partial(print, flush=True)))
     return trainer
 
 
@@ -284,20 +289,6 @@ def settings_of(plan: Plan, described: Mapping[str, TaskSpec]) -> dict[str, Any]
         "experts": dataclasses.asdict(plan.experts),
         "training": training,
     }
-
-
-# ------------------------------------------------------------------ what is shown while a run goes on
-
-
-def show_progress(trainer: Any) -> None:
-    """Print a line for each log call, in place of bars and dictionaries."""
-    from transformers import PrinterCallback, ProgressCallback
-
-    from mpoe.training.callbacks import LogLineCallback
-
-    for shown in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(shown)
-    trainer.add_callback(LogLineCallback(partial(print, flush=True)))
 
 
 @contextlib.contextmanager

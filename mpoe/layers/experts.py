@@ -6,15 +6,41 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpoe.layers.activations import ACTIVATIONS, check_activation
+from mpoe.config.checks import check_choice
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.dense import ExpertWeights
 from mpoe.layers.expert_cache import KeptExperts, full_weights_pay, kept_experts
 from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe_kernels import MPOShape, Routing, combine, dispatch, mpo_ffn, route
 from mpoe_kernels.mixture import Chains, Rule, Slots, native_combine, native_slots, plain_ffn, routed_ffn
+
+
+def _gelu_tanh(z: Tensor) -> Tensor:
+    return F.gelu(z, approximate="tanh")
+
+
+# `mpoe_kernels.grouped_mpo_linear` supports every name too, and fuses it.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "silu": F.silu,
+    "swish": F.silu,
+}
+
+
+def check_activation(name: object) -> str:
+    """Return ``name`` if experts can compute it.
+
+    Raises:
+        ValueError: an unknown activation; the message suggests similar names.
+    """
+    check_choice("activation", name, tuple(ACTIVATIONS))
+    return str(name)
 
 
 class _Network(nn.Module):

@@ -231,25 +231,18 @@ class MPOEFeedForward(RoutedFeedForward):
             ValueError: sizes that do not fit, tensors that are not dense.
         """
         x, token_mask = self.tokens(hidden_states, token_mask)
-        y = self._by_native_calls(x, token_mask)
-        if y is not None:
-            return self.dropped(y).view(hidden_states.shape)
+        if self.skips_ops(MPOExperts):
+            call = current_routing()
+            found = self.experts.routed(self.router, x, token_mask, call is not None and call.records is not None)
+            if found is not None:
+                if found[1] is not None:
+                    self.record(found[1][0], token_mask, found[1][1].expert_offsets)
+                return self.dropped(found[0]).view(hidden_states.shape)
         routing, gates = self._route(x, token_mask)
         if x.dtype != self.experts.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.experts.dtype)
         rate = self.expert_dropout if self.training else 0.0
         return self.dropped(self.experts(x, routing, gates, rate)).view(hidden_states.shape)
-
-    def _by_native_calls(self, x: Tensor, token_mask: Tensor | None) -> Tensor | None:
-        """Tokens ``x [T, I]`` without gradients, if nobody observes the parts; else None."""
-        if not self.skips_ops(MPOExperts):
-            return None
-        call = current_routing()
-        found = self.experts.routed(self.router, x, token_mask, call is not None and call.records is not None)
-        y, decided = found or (None, None)
-        if decided is not None:
-            self.record(decided[0], token_mask, decided[1].expert_offsets)
-        return y
 
     def _route(self, x: Tensor, token_mask: Tensor | None) -> tuple[Routing, Tensor]:
         """Slots and gates ``[T, K]`` of tokens ``x [T, I]``; stores the router's record."""

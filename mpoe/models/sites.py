@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from mpoe.config import MPOEConfig
 from mpoe.config.shapes import HIDDEN, NEURONS
 from mpoe.layers.cores import MPOCores
+from mpoe.layers.drop_in import MPOEmbedding, MPOLinear, SharedEmbedding, TiedHead, linear_weight
 from mpoe.layers.feed_forward import MPOEFeedForward, RoutedFeedForward
 from mpoe.layers.hidden import HiddenFeedForward
 from mpoe.layers.kept import KeptFeedForward
-from mpoe.layers.mpo_embedding import MPOEmbedding, SharedEmbedding, TiedHead
-from mpoe.layers.mpo_linear import MPOLinear, linear_weight
 from mpoe.layers.neurons import START_NOISE, NeuronFeedForward
 from mpoe_kernels import Decomposition, MPOShape, SharedDecomposition
 

@@ -14,7 +14,7 @@ import torch
 from transformers import Seq2SeqTrainingArguments
 
 from mpoe.config.checks import check_seed
-from mpoe.models.components import COMPONENTS, parse_components
+from mpoe.models.checkpoint import COMPONENTS, parse_components
 from mpoe.training.freezing import parse_core_indices
 from mpoe.training.gradient_mask import check_probability
 

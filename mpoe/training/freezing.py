@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from mpoe.layers.cores import MPOCores
 from mpoe.layers.feed_forward import RoutedFeedForward
-from mpoe.models.components import component_of, parse_components
+from mpoe.models.checkpoint import component_of, parse_components
 from mpoe.models.report import mpo_modules
-from mpoe.models.stock_experts import expert_modules
-
-
-def chain_parameters(cores: MPOCores) -> list[nn.Parameter]:
-    """The cores in chain order: auxiliary `[E, d, i, j, d']`, and `[d, i, j, d']` at index `shape.central`."""
-    chain = list(cores.auxiliary)
-    chain.insert(cores.shape.central, cores.central)
-    return chain
+from mpoe.models.stock_experts import expert_modules, router_modules
 
 
 def parse_core_indices(text: str | None) -> tuple[int, ...]:
@@ -48,9 +40,7 @@ def freeze_all_but_experts(model: nn.Module) -> int:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module; got {type(model).__name__} {model!r}")
     parts = [part for m in model.modules() if isinstance(m, RoutedFeedForward) for part in (m.router, m.experts)]
-    for name, experts in expert_modules(model):
-        children = dict(model.get_submodule(name.rpartition(".")[0]).named_children())
-        parts += [experts, children.get("gate", children.get("router"))]
+    parts += [*(experts for _, experts in expert_modules(model)), *router_modules(model)]
     if not parts:
         raise ValueError(f"model must have experts (see convert_to_mpoe); {type(model).__name__} has none")
     model.requires_grad_(False)
@@ -104,7 +94,7 @@ def freeze_cores(
     counts = {"frozen": 0, "trained": 0}
     for name, cores in modules:
         trained = components is None or component_of(name) in components
-        for index, parameter in enumerate(chain_parameters(cores)):
+        for index, parameter in enumerate(cores.chain()):
             frozen = not trained or index in indices or (tensor_learn and index == cores.shape.central)
             if frozen:
                 parameter.requires_grad_(False)

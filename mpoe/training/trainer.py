@@ -21,31 +21,29 @@ from mpoe.models.report import routed_layers, short_name
 from mpoe.training import checkpoints
 from mpoe.training.arguments import MPOETrainingArguments
 from mpoe.training.callbacks import GradientMaskCallback
-from mpoe.training.correction_bias import CorrectionBias
 from mpoe.training.divergence import DivergenceError, DivergenceGuard, check_weights
 from mpoe.training.freezing import freeze_all_but_experts, freeze_cores
 from mpoe.training.gradient_mask import GradientMask
 from mpoe.training.loss import LossParts, count_targets, shifts_labels, split_loss, step_share
-from mpoe.training.metrics_file import MetricsFile
+from mpoe.training.output_dir import MetricsFile
 from mpoe.training.param_groups import build_param_groups, keep_state
 from mpoe.training.rates import rate_advice
 from mpoe.training.resuming import CheckpointMixin, checkpoint_to_resume, go_on_with_choices
 from mpoe.training.run_lock import hold
-from mpoe.training.statistics import LoadWatch, RunLog, core_grad_norms, expert_load_of, load_shares, load_summary
+from mpoe.training.statistics import (
+    CorrectionBias,
+    LoadWatch,
+    RunLog,
+    core_grad_norms,
+    expert_load_of,
+    load_shares,
+    load_summary,
+)
 
 # Everything that models return besides the logits; it does not belong in an evaluation's predictions.
 _NOT_PREDICTIONS = (
-    *(
-        "task_loss",
-        "aux_loss",
-        "router_logits",
-        "expert_load",
-        "cache",
-        "past_key_values",
-        "hidden_states",
-        "attentions",
-    ),
-    *("encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions", "cross_attentions"),
+    *("task_loss", "aux_loss", "router_logits", "expert_load", "cache", "past_key_values", "hidden_states"),
+    *("attentions", "encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions", "cross_attentions"),
     *("decoder_hidden_states", "decoder_attentions"),
 )
 
@@ -244,7 +242,8 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
             step_targets = torch.as_tensor(num_items_in_batch, device=targets.device)
             ranks = self.args.world_size if self.args.average_tokens_across_devices else 1
             parts = step_share(parts, targets, step_targets, micro_batches, ranks)
-        self._note_training(parts, outputs, micro_batches)
+        self._correction_bias.note(outputs)
+        self._log.note(parts, expert_load_of(outputs) if self.args.log_expert_load else None, micro_batches)
         return (parts.total, outputs) if return_outputs else parts.total
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
@@ -342,10 +341,6 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         if self.is_world_process_zero():
             for sentence in sentences:
                 warnings.warn(sentence, stacklevel=3)
-
-    def _note_training(self, parts: LossParts, outputs: Any, micro_batches: int) -> None:
-        self._correction_bias.note(outputs)
-        self._log.note(parts, expert_load_of(outputs) if self.args.log_expert_load else None, micro_batches)
 
     def _logs_after_this_step(self) -> bool:
         step = self.state.global_step + 1

@@ -93,16 +93,12 @@ class MPOExperts(_Network):
         self.activation = check_activation(activation)
         self.num_experts, self.backend = num_experts, backend
         up, down, gate = shapes["up"], shapes["down"], shapes.get("gate_proj")
-        if (down.in_features, down.out_features) != (up.out_features, up.in_features):
-            raise ValueError(
-                f"the down shape must be [{up.out_features}, {up.in_features}], the way back of up; "
-                f"got [{down.in_features}, {down.out_features}]"
-            )
-        if gate is not None and (gate.in_features, gate.out_features) != (up.in_features, up.out_features):
-            raise ValueError(
-                f"the gate_proj shape must be [{up.in_features}, {up.out_features}] like up; "
-                f"got [{gate.in_features}, {gate.out_features}]"
-            )
+        size = [up.in_features, up.out_features]
+        for kind, wanted, why in (("down", size[::-1], ", the way back of up"), ("gate_proj", size, " like up")):
+            given = shapes.get(kind)
+            if given is not None and [given.in_features, given.out_features] != wanted:
+                got = [given.in_features, given.out_features]
+                raise ValueError(f"the {kind} shape must be {wanted}{why}; got {got}")
         std = dict(init_std or {})
 
         def cores(kind: str, shape: MPOShape, with_bias: bool) -> MPOCores:

@@ -187,33 +187,22 @@ class MPOEFeedForward(RoutedFeedForward):
         if isinstance(config, MPOEConfig) and config.is_hidden:
             from mpoe.layers.hidden import HiddenMixture  # which is made of this class
 
-            options: Any = {"activation": activation, "gated": gated, "bias": bias, "init_std": init_std}
-            options |= {"dropout": dropout, "output_dropout": output_dropout, "stream": stream}
+            more: Any = {"activation": activation, "gated": gated, "bias": bias, "init_std": init_std}
+            more |= {"dropout": dropout, "output_dropout": output_dropout, "stream": stream}
             made: Any = self
             made.__class__ = HiddenMixture
-            made.build(in_features, hidden_features, config, device=device, dtype=dtype, **options)
+            made.build(in_features, hidden_features, config, device=device, dtype=dtype, **more)
             return
         super().__init__(in_features, hidden_features, config, dropout, output_dropout, stream, device)
+        sizes, experts = (in_features, hidden_features), config.num_experts
+        options: Any = {"activation": activation, "bias": bias, "init_std": init_std, "device": device, "dtype": dtype}
         if config.expert_type == "mpo":
-            sizes = sizes_by_kind(in_features, hidden_features, gated)
-            shapes = {kind: config.shape_for(kind, *size) for kind, size in sizes.items()}
-            self.experts = MPOExperts(
-                shapes, config.num_experts, activation, bias, init_std, config.backend, device=device, dtype=dtype
-            )
+            kinds = sizes_by_kind(*sizes, gated).items()
+            shapes = {kind: config.shape_for(kind, *size) for kind, size in kinds}
+            self.experts = MPOExperts(shapes, experts, backend=config.backend, **options)
         else:
-            self.experts = DenseExperts(
-                in_features,
-                hidden_features,
-                config.num_experts,
-                activation,
-                bias,
-                gated,
-                init_std,
-                own_bias=config.expert_bias,
-                own_output_bias=config.expert_output_bias,
-                device=device,
-                dtype=dtype,
-            )
+            own: Any = {"own_bias": config.expert_bias, "own_output_bias": config.expert_output_bias}
+            self.experts = DenseExperts(*sizes, experts, gated=gated, **own, **options)
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Route every token and compute its experts.

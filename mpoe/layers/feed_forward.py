@@ -194,15 +194,15 @@ class MPOEFeedForward(RoutedFeedForward):
             made.build(in_features, hidden_features, config, device=device, dtype=dtype, **more)
             return
         super().__init__(in_features, hidden_features, config, dropout, output_dropout, stream, device)
-        sizes, experts = (in_features, hidden_features), config.num_experts
+        experts = config.num_experts
         options: Any = {"activation": activation, "bias": bias, "init_std": init_std, "device": device, "dtype": dtype}
         if config.expert_type == "mpo":
-            kinds = sizes_by_kind(*sizes, gated).items()
+            kinds = sizes_by_kind(in_features, hidden_features, gated).items()
             shapes = {kind: config.shape_for(kind, *size) for kind, size in kinds}
             self.experts = MPOExperts(shapes, experts, backend=config.backend, **options)
         else:
             own: Any = {"own_bias": config.expert_bias, "own_output_bias": config.expert_output_bias}
-            self.experts = DenseExperts(*sizes, experts, gated=gated, **own, **options)
+            self.experts = DenseExperts(in_features, hidden_features, experts, gated=gated, **own, **options)
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Route every token and compute its experts.

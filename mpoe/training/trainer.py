@@ -242,8 +242,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
             step_targets = torch.as_tensor(num_items_in_batch, device=targets.device)
             ranks = self.args.world_size if self.args.average_tokens_across_devices else 1
             parts = step_share(parts, targets, step_targets, micro_batches, ranks)
-        self._correction_bias.note(outputs)
-        self._log.note(parts, expert_load_of(outputs) if self.args.log_expert_load else None, micro_batches)
+        self._note_training(parts, outputs, micro_batches)
         return (parts.total, outputs) if return_outputs else parts.total
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
@@ -341,6 +340,10 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         if self.is_world_process_zero():
             for sentence in sentences:
                 warnings.warn(sentence, stacklevel=3)
+
+    def _note_training(self, parts: LossParts, outputs: Any, micro_batches: int) -> None:
+        self._correction_bias.note(outputs)
+        self._log.note(parts, expert_load_of(outputs) if self.args.log_expert_load else None, micro_batches)
 
     def _logs_after_this_step(self) -> bool:
         step = self.state.global_step + 1

@@ -10,17 +10,18 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from markupsafe import Markup
+
+from mpoe.cli import report
 from mpoe.cli.errors import CommandError
 from mpoe.cli.files import MODEL_OR_RUN, REPORT_FILE, check_output, write_json
 from mpoe.cli.parsing import Asked, as_command, option
+from mpoe.cli.report import Table
 from mpoe.cli.runs import PARAMETERS, RunFolder, read_run
 from mpoe.cli.scoring import metrics_of, score_table
 from mpoe.training.output_dir import is_neutral
-
-if TYPE_CHECKING:
-    from mpoe.cli.report import Table
 
 MOST_RUNS = 12
 NUMBERS_FILE = "compare.json"
@@ -78,10 +79,6 @@ def run(paths: Sequence[str], options: CompareOptions) -> None:
 
 def write_report(file: Path, runs: Sequence[RunFolder]) -> list[Table]:
     """Write the report of runs side by side, or that of one run; returns its tables."""
-    from markupsafe import Markup
-
-    from mpoe.cli import report
-
     (scores, *tables), (one, *others) = _tables(runs), runs
     commands = (Markup("<pre>{}: {}</pre>").format(run.name, run.settings.get("command", _NONE)) for run in runs)
     remarks = (f"{run.name}: {remark}" for run in runs for remark in run.results.get("remarks", ()))
@@ -101,9 +98,7 @@ def write_report(file: Path, runs: Sequence[RunFolder]) -> list[Table]:
     parts += [table.section() for table in tables]
     settings = [(key, *(str(run.settings.get(key, _NONE)) for run in runs)) for key in _settings(runs)]
     more = Markup("<details><summary>All {} settings</summary>{}</details>")
-    parts.append(
-        more.format(len(settings), report.Table(["", *(run.name for run in runs)], settings, kind="text").html())
-    )
+    parts.append(more.format(len(settings), Table(["", *(run.name for run in runs)], settings, kind="text").html()))
     report.write_page(file, title, parts)
     return [scores, *tables]
 
@@ -121,8 +116,6 @@ def _names(paths: Sequence[str], names: Sequence[str]) -> list[str]:
 
 def _tables(runs: Sequence[RunFolder]) -> list[Table]:
     """Scores come first."""
-    from mpoe.cli.report import Table
-
     header = ["", *(run.name for run in runs)]
     kinds = [key for key in PARAMETERS if any(run.results.get("parameters", {}).get(key) for run in runs)]
     meanings = "; ".join(f"{kind}: {PARAMETERS[kind]}" for kind in kinds)

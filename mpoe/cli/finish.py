@@ -8,12 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+import transformers
+
+from mpoe.cli.compare import write_report
 from mpoe.cli.files import REPORT_FILE, RESULTS_FILE, publish_model, staging_folder, write_json
+from mpoe.cli.options import RunOptions
+from mpoe.cli.runs import mixture_of, read_run
+from mpoe.cli.scoring import evaluate_tasks, show_scores
+from mpoe.data.task import Task
+from mpoe.models.report import routed_layers, short_name
+from mpoe_kernels.version import __version__
 
 if TYPE_CHECKING:
-    from mpoe.cli.options import RunOptions
     from mpoe.cli.train import Plan
-    from mpoe.data.task import Task
 
 ITEMS, AT_ONCE = 512, 8  # training items that the statistics of an expert's router come from, and of one batch
 
@@ -30,16 +38,8 @@ def finish(
         start: the model that the run started from.
         sizes: of the data, for the record.
     """
-    import torch
-    import transformers
-
-    from mpoe.cli.compare import write_report
-    from mpoe.cli.runs import mixture_of, read_run
-    from mpoe.cli.scoring import evaluate_tasks, show_scores
     from mpoe.models.base import MPOEModelMixin
     from mpoe.models.card import write_card
-    from mpoe.models.report import routed_layers, short_name
-    from mpoe_kernels.version import __version__
 
     arguments, model, folder = plan.arguments, trainer.model, Path(str(plan.arguments.output_dir))
     trainer.save_model(str(staging_folder(folder)))  # every process takes part in it
@@ -84,8 +84,6 @@ def finish(
 
 def _peak_of_process() -> dict[str, Any]:
     """Peak memory so far in bytes: of torch on the GPU, or of the whole process on the CPU."""
-    import torch
-
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return {"device": torch.cuda.get_device_name(), "peak_bytes": torch.cuda.max_memory_allocated()}
     try:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mpoe.cli.errors import CommandError
 from mpoe.cli.files import RESULTS_FILE
 from mpoe.cli.options import BASELINES
 from mpoe.cli.tasks import DataOptions
+from mpoe.data.spec import TaskSpec
+from mpoe.training import find_last_checkpoint
 from mpoe.training.output_dir import METRICS_FILE, RUN_FILE, flatten, read_metrics
-
-if TYPE_CHECKING:
-    from mpoe.data.spec import TaskSpec
 
 # Kinds of `model.parameter_report()` in the order of reports, and their descriptions.
 PARAMETERS = {
@@ -76,8 +75,6 @@ def model_of_experiment(folder: str) -> str:
 
     Raises: CommandError: no such folder, or it has neither.
     """
-    from mpoe.training import find_last_checkpoint
-
     path = Path(folder)
     if not path.is_dir():
         raise CommandError(f"load_experiment must be the folder of an earlier run; got {folder!r}")
@@ -155,8 +152,6 @@ def data_of_run(
 
 def _descriptions(run: dict[str, Any]) -> dict[str, TaskSpec] | None:
     """The tasks of the run's ``task_file`` at that time; None if the run saved none."""
-    from mpoe.data.spec import TaskSpec
-
     kept = run.get("described")
     try:
         return {name: TaskSpec.from_mapping(name, values) for name, values in kept.items()} if kept else None

@@ -8,16 +8,26 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from mpoe.cli.errors import CommandError, close_matches
 from mpoe.cli.options import read_json_option
 from mpoe.cli.parsing import option
+from mpoe.data.spec import TaskSpec
+from mpoe.data.splits import with_subsets, with_validation_test_split
+from mpoe.data.tables import find_files
+from mpoe.data.task import Task
+from mpoe.data.tasks import (
+    detect_hub_task,
+    find_spec,
+    get_task,
+    load_task,
+    load_task_from_folder,
+    read_task_file,
+    task_name,
+    task_names,
+)
 from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ
-
-if TYPE_CHECKING:
-    from mpoe.data.spec import TaskSpec
-    from mpoe.data.task import Task
 
 DEFAULT_TASKS = {SEQ2SEQ: ("doc_module", "doc_kind", "doc_name"), CAUSAL: ("doc_lm",), ENCODER: ("doc_module",)}
 # style of a model -> the kinds of task it does
@@ -89,9 +99,6 @@ class DataOptions:
 
 def _as_detected(folder: Path, name: str | None, options: DataOptions, data_seed: int) -> Task:
     """The task in a folder without a description, split and subsampled as requested."""
-    from mpoe.data.tables import find_files
-    from mpoe.data.tasks import load_task_from_folder
-
     if "validation" not in find_files(folder):
         print(f"{folder} holds no validation file: a tenth of the training items, at most 1,000, is held out for it")
     asked = options.of(*DETECTION, "metrics", *LENGTHS, "split_validation_test", *SIZES)
@@ -100,8 +107,6 @@ def _as_detected(folder: Path, name: str | None, options: DataOptions, data_seed
 
 def _from_hub(data_dir: str, options: DataOptions) -> Task:
     """The data set on the hub that ``data_dir`` names instead of a folder."""
-    from mpoe.data.tasks import detect_hub_task, task_name
-
     if not _HUB_NAME.fullmatch(data_dir) or Path(data_dir).parts[0] in (path.name for path in Path().iterdir()):
         raise CommandError(
             f"data_dir must be an existing folder, or owner/name on the hub; there is no folder {data_dir!r}"
@@ -115,8 +120,6 @@ def _from_hub(data_dir: str, options: DataOptions) -> Task:
 
 def _adjusted(task: Task, options: DataOptions, data_seed: int) -> Task:
     """``task`` with the requested lengths, metrics, splits and sizes."""
-    from mpoe.data.splits import with_subsets, with_validation_test_split
-
     changes = {**options.of(*LENGTHS), **({"metrics": tuple(options.metrics)} if options.metrics else {})}
     task = dataclasses.replace(task, **changes)
     if options.split_validation_test:
@@ -129,8 +132,6 @@ def _adjusted(task: Task, options: DataOptions, data_seed: int) -> Task:
 def _one_task(name: str, options: DataOptions, described: Mapping[str, TaskSpec], data_seed: int) -> Task:
     """The task called ``name``: a folder in ``data_dir``, read by its description or by detection; else a task by name.
     The empty name means ``data_dir`` itself."""
-    from mpoe.data.tasks import find_spec, get_task, load_task, task_name, task_names
-
     detection = list(options.of(*DETECTION))
     spec = described.get(name) or find_spec(name)
     folder = _folder_of(name, spec, options)
@@ -167,8 +168,6 @@ def read_descriptions(files: Sequence[str]) -> dict[str, TaskSpec]:
     Raises:
         ValueError: as `mpoe.data.read_task_file`, and two files that describe one task.
     """
-    from mpoe.data.tasks import read_task_file
-
     described: dict[str, TaskSpec] = {}
     for file in files:
         specs = read_task_file(file)

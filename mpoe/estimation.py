@@ -124,24 +124,6 @@ def read_values(name: str) -> tuple[dict[str, Any], str]:
     )
 
 
-def _model_config(values: Mapping[str, Any], name: str) -> tuple[Any, str, MPOEConfig | None]:
-    """Dense configuration, name of the class to build, and the MPOE configuration of a converted model."""
-    values = dict(values)
-    family = known_type(name, values).removeprefix(TYPE_PREFIX)
-    values.pop("model_type")
-    if TABLE[family].is_mixture:
-        raise ValueError(f"model {name!r} must be a dense model to be planned; {family} is a mixture already")
-    mpoe = values.pop("mpoe", None)
-    named = [str(a).removeprefix(CLASS_PREFIX) for a in values.pop("architectures", None) or []]
-    known = set(dense_names(family).values())
-    class_name = next((a for a in named if a in known), default_class(family))
-    try:
-        config = AutoConfig.for_model(family, **values)
-    except Exception as error:  # configuration classes raise many types of errors
-        raise ValueError(f"model: the configuration of {name!r} is not a valid {family} one: {error}") from error
-    return config, class_name, None if mpoe is None else MPOEConfig.from_dict(mpoe)
-
-
 def _stream(name: str) -> str:
     """The stream of a module's tokens; cross-attention reads its keys and values from the encoder."""
     cross = (".EncDecAttention.k", ".EncDecAttention.v", ".encoder_attn.k_proj", ".encoder_attn.v_proj")
@@ -202,7 +184,18 @@ def take_inventory(
         ValueError: no such model, an unknown family, a broken configuration, exclusions that match nothing.
     """
     values, source = read_values(name)
-    config, class_name, mpoe = _model_config(values, name)
+    family = known_type(name, values).removeprefix(TYPE_PREFIX)
+    if TABLE[family].is_mixture:
+        raise ValueError(f"model {name!r} must be a dense model to be planned; {family} is a mixture already")
+    fields = {key: value for key, value in values.items() if key not in ("model_type", "mpoe", "architectures")}
+    named = [str(each).removeprefix(CLASS_PREFIX) for each in values.get("architectures") or []]
+    known = set(dense_names(family).values())
+    class_name = next((each for each in named if each in known), default_class(family))
+    try:
+        config = AutoConfig.for_model(family, **fields)
+    except Exception as error:  # configuration classes raise many types of errors
+        raise ValueError(f"model: the configuration of {name!r} is not a valid {family} one: {error}") from error
+    mpoe = None if values.get("mpoe") is None else MPOEConfig.from_dict(values["mpoe"])
     try:
         with torch.device("meta"):
             model: Any = getattr(transformers, class_name)(config)
@@ -214,7 +207,7 @@ def take_inventory(
     rest: Counter[tuple[str, int, int]] = Counter()
     for place, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)) and id(module) not in converted and "pooler" not in place:
-            stream = _stream(place) if TABLE[config.model_type].style == SEQ2SEQ else "main"
+            stream = _stream(place) if TABLE[family].style == SEQ2SEQ else "main"
             rest[(stream, *linear_weight(module).shape)] += 1
     parameters = sum(p.numel() for p in model.parameters()) + _head_of_its_own(model, values)
     return Inventory(name, source, class_name, parameters, sites, rest, mpoe)

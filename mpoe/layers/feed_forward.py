@@ -49,15 +49,7 @@ def _say_that_nothing_balances() -> None:
 class RoutedFeedForward(nn.Module):
     """The common part of mixtures of every shape: the router, the call's token mask, the router's record.
 
-    Subclasses add ``experts``.
-
-    Args:
-        in_features: model size I.
-        hidden_features: size of the experts' hidden layer.
-        config: `MPOEConfig`.
-        dropout: rate between the projections, unless ``config.router.expert_dropout`` replaces it.
-        output_dropout: rate on the result.
-        stream: which of the call's token masks this layer reads: ``"main"``, ``"encoder"`` or ``"decoder"``.
+    Subclasses add ``experts``. Arguments as of `MPOEFeedForward`.
     """
 
     experts: Any

@@ -139,11 +139,8 @@ class FFNSite:
             experts.reset_parameters()
             if experts.latent is None:
                 experts.copy_neurons_(weights, self.bias("up"), config.auxiliary_noise or START_NOISE)
-        return {} if self.keeps else self._load_whole(experts.projections(), config)
-
-    def _load_whole(self, projections: dict[str, Any], config: MPOEConfig) -> Report:
         report: Report = {}
-        for kind, projection in projections.items():
+        for kind, projection in () if self.keeps else experts.projections().items():
             if isinstance(projection, MPOCores):
                 report[f"{self.name}.experts.{kind}"] = projection.load_weight_(self.weight(kind), config.gauge)
                 if config.auxiliary_noise:

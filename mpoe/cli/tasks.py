@@ -134,7 +134,10 @@ def _one_task(name: str, options: DataOptions, described: Mapping[str, TaskSpec]
     The empty name means ``data_dir`` itself."""
     detection = list(options.of(*DETECTION))
     spec = described.get(name) or find_spec(name)
-    folder = _folder_of(name, spec, options)
+    folder = None  # of the task's files in data_dir: its name, or the usual name of its folder
+    if options.data_dir is not None:
+        entries = [name, spec.folder] if spec is not None and spec.folder else [name]
+        folder = next(filter(Path.is_dir, (Path(options.data_dir) / entry for entry in entries)), None)
     if folder is not None and (spec is None or detection):
         # en/s and fr/s are two tasks, en_s and fr_s
         return _as_detected(folder, task_name(os.path.normpath(name)) if name else None, options, data_seed)
@@ -151,15 +154,6 @@ def _one_task(name: str, options: DataOptions, described: Mapping[str, TaskSpec]
             f"{close_matches(name, known)}; known: {', '.join(known)}"
         )
     return _adjusted(get_task(name), options, data_seed)
-
-
-def _folder_of(name: str, spec: TaskSpec | None, options: DataOptions) -> Path | None:
-    """The folder of a task's files in ``data_dir``: its name, or the usual name of its folder."""
-    if options.data_dir is None:
-        return None
-    names = [name, spec.folder] if spec is not None and spec.folder else [name]
-    folders = (Path(options.data_dir) / entry for entry in names)
-    return next((folder for folder in folders if folder.is_dir()), None)
 
 
 def read_descriptions(files: Sequence[str]) -> dict[str, TaskSpec]:

@@ -10,6 +10,7 @@ Training and held-out items never share an object (the corpus is split by a hash
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -54,12 +55,8 @@ MAX_PER_KIND = {"train": 1400, "validation": 120, "test": 320}
 
 def family_of(module: str) -> str | None:
     """Family of a module by its longest known dotted prefix; None outside all families."""
-    parts = module.split(".")
-    for length in range(len(parts), 0, -1):
-        family = FAMILY_OF.get(".".join(parts[:length]))
-        if family is not None:
-            return family
-    return None
+    prefixes = itertools.accumulate(module.split("."), "{}.{}".format)
+    return next((FAMILY_OF[prefix] for prefix in reversed(list(prefixes)) if prefix in FAMILY_OF), None)
 
 
 def mask_names(text: str, names: Iterable[str]) -> str:

@@ -187,6 +187,4 @@ def _positive(value: object, name: str, optional: bool = False) -> float | None:
 def _as_text(value: object) -> str | None:
     if value is None or isinstance(value, str):
         return value
-    if isinstance(value, Iterable):
-        return ",".join(str(item) for item in value)
-    return str(value)
+    return ",".join(map(str, value)) if isinstance(value, Iterable) else str(value)

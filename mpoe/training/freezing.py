@@ -14,15 +14,12 @@ def parse_core_indices(text: str | None) -> tuple[int, ...]:
     """'1,2,3' -> (1, 2, 3); None means none. Raises ValueError on anything but non-negative integers."""
     if text is None:
         return ()
-    indices = []
-    for part in text.split(","):
-        if not part.strip().isdecimal():
-            raise ValueError(
-                f"train_AT_index must be comma-separated core indices, counted from 0, such as '2' or '1,2,3';"
-                f" got {text!r}"
-            )
-        indices.append(int(part))
-    return tuple(sorted(set(indices)))
+    parts = [part.strip() for part in text.split(",")]
+    if not all(map(str.isdecimal, parts)):
+        raise ValueError(
+            f"train_AT_index must be comma-separated core indices, counted from 0, such as '2' or '1,2,3'; got {text!r}"
+        )
+    return tuple(sorted(set(map(int, parts))))
 
 
 def freeze_all_but_experts(model: nn.Module) -> int:

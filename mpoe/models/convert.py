@@ -291,10 +291,8 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
             module.experts = module.experts.as_dense(lambda cores: cores.dense_weights().contiguous())
     layers = hidden_modules(merged)
     # A bias before the activation passes through an expert's block, so every dense expert needs its own.
-    biases = [
-        b for layer in layers.values() for b in (layer.experts.bias, getattr(layer.projections()["up"], "bias", None))
-    ]
-    own = any(bias is not None for bias in biases)
+    biases = [(layer.experts.bias, getattr(layer.projections()["up"], "bias", None)) for layer in layers.values()]
+    own = any(bias is not None for both in biases for bias in both)
     config = dataclasses.replace(mpoe, expert_type="dense", expert_bias=own, rate_ratios={})
     for site in find_sites(merged, config) if layers else ():
         if site.name in layers:

@@ -32,33 +32,23 @@ class GenerateOptions:
         check_seed("seed", self.seed)
 
 
-def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
-    """Prompts given on the command line, then those of the file (one per non-empty line).
-
-    Raises:
-        ValueError: no prompts, an empty prompt, no such file, or a file that is not UTF-8.
-    """
-    from mpoe.data.mappings import read_utf8
-
-    if any(not prompt.strip() for prompt in prompts):
-        raise CommandError("--prompt must hold some text; got an empty one")
-    if file is not None:
-        if not file.is_file():
-            raise CommandError(f"--file: no such file: {file}")
-        prompts = [*prompts, *(line for line in read_utf8("--file", file).splitlines() if line.strip())]
-    if not prompts:
-        raise CommandError("generate needs a prompt: --prompt TEXT (may be repeated) or --file FILE")
-    return prompts
-
-
 @as_command("mpoe generate MODEL_DIR --prompt TEXT [--flag value ...]", GenerateOptions, words=(1, 1))
 def command(asked: Asked) -> None:
     """Print the model's text for every prompt; that of a language model begins with it."""
     (options,), (name,) = asked.options, asked.words
-    prompts = read_prompts(options.prompt, options.file)
     from mpoe.cli.pretrained import find, load_model, load_tokenizer
+    from mpoe.data.mappings import read_utf8
     from mpoe.models.table import ENCODER
 
+    prompts: list[str] = options.prompt  # then those of the file, one per non-empty line
+    if any(not prompt.strip() for prompt in prompts):
+        raise CommandError("--prompt must hold some text; got an empty one")
+    if options.file is not None:
+        if not options.file.is_file():
+            raise CommandError(f"--file: no such file: {options.file}")
+        prompts = [*prompts, *(line for line in read_utf8("--file", options.file).splitlines() if line.strip())]
+    if not prompts:
+        raise CommandError("generate needs a prompt: --prompt TEXT (may be repeated) or --file FILE")
     source = find(name)
     if source.style == ENCODER:
         raise CommandError(f"{name} is an encoder ({source.model_type}): it cannot generate text")

@@ -112,10 +112,8 @@ def mixture_of(model: Any) -> str:
         return "dense"
     if config.moe_type == "none":
         return f"no router, modules {', '.join(config.targets)}"
-    if config.expert_type == "dense":
-        experts = "dense experts"
-    else:
-        experts = f"MPO experts, shape {config.shape if isinstance(config.shape, str) else 'own'}"
+    shape = config.shape if isinstance(config.shape, str) else "own"
+    experts = "dense experts" if config.expert_type == "dense" else f"MPO experts, shape {shape}"
     return f"{config.num_experts} {experts}, top-{config.top_k}"
 
 

@@ -59,7 +59,12 @@ class ComposeOptions:
 def command(asked: Asked) -> None:
     """Compose the experts or fine-tunes of the base, and save the mixture or the merged network."""
     (options,), (base, *names) = asked.options, asked.words
-    of_experts = _of_experts(names, options)
+    # About experts: it names files of some, or a mixture of them, or the neurons of adapters.
+    of_experts = options.neurons is not None or any(name.endswith(".expert") for name in names)
+    if options.add is not None and not of_experts:
+        from mpoe.models.expert_mixture import EXPERTS_FOLDER
+
+        of_experts = (Path(options.add) / EXPERTS_FOLDER).is_dir()
     (_check_experts if of_experts else _check_fine_tunes)(names, options)
     absent = [text for text in options.texts if not Path(text).is_file()]
     if absent:
@@ -79,15 +84,6 @@ def command(asked: Asked) -> None:
             "(mpoe.compose in Python takes batches of any model)"
         )
     (compose_experts if of_experts else compose_fine_tunes)(source, names, options, out)
-
-
-def _of_experts(names: Sequence[str], options: ComposeOptions) -> bool:
-    """Whether a command is about experts: it names files of some, or a mixture of them, or the neurons of adapters."""
-    if any(name.endswith(".expert") for name in names) or options.neurons is not None:
-        return True
-    from mpoe.models.expert_mixture import EXPERTS_FOLDER
-
-    return options.add is not None and (Path(options.add) / EXPERTS_FOLDER).is_dir()
 
 
 def load_fine_tune(name: str, base: Any) -> Any:

@@ -95,7 +95,12 @@ def run(plan: Plan) -> dict[str, Any]:
         ValueError, TypeError: settings that do not fit together, before anything is written.
     """
     arguments, data = plan.arguments, plan.data
-    folder = _output_folder(plan)
+    if "output_dir" not in plan.given or not arguments.output_dir:
+        raise CommandError("train needs --output_dir: the folder for checkpoints, metrics and the final model")
+    folder = check_folder("output_dir", Path(arguments.output_dir))
+    if plan.run.find_rate and "learning_rate" in plan.given:
+        raise CommandError("find_rate looks for the learning rate; give --find_rate or --learning_rate, not both")
+    _check_folder(plan)
     start = _start_of(plan)
     source = pretrained.find(start)
     if plan.run.expert is not None:
@@ -151,16 +156,6 @@ def run(plan: Plan) -> dict[str, Any]:
         if plan.run.expert is not None and trainer.is_world_process_zero():
             save_trained(trainer, tokenizer, items.dataset, plan)
         return results
-
-
-def _output_folder(plan: Plan) -> Path:
-    if "output_dir" not in plan.given or not plan.arguments.output_dir:
-        raise CommandError("train needs --output_dir: the folder for checkpoints, metrics and the final model")
-    folder = check_folder("output_dir", Path(plan.arguments.output_dir))
-    if plan.run.find_rate and "learning_rate" in plan.given:
-        raise CommandError("find_rate looks for the learning rate; give --find_rate or --learning_rate, not both")
-    _check_folder(plan)
-    return folder
 
 
 def _check_folder(plan: Plan, settings: dict[str, Any] | None = None) -> None:

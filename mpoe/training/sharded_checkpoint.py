@@ -114,7 +114,11 @@ def _read(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[st
             parameter = parameters[numbered[name]]
             if shape not in ((), tuple(parameter.shape)):
                 raise ValueError(f"{key} in {folder / TENSORS} must have the shape of its parameter; got {list(shape)}")
-            state.setdefault(numbered[name], {})[value] = _like(parameter, file.get_tensor(key))
+            whole = file.get_tensor(key)
+            if isinstance(parameter, DTensor) and whole.shape == parameter.shape:  # not a step count
+                here, mesh = whole.to(parameter.device), parameter.device_mesh
+                whole = distribute_tensor(here, mesh, parameter.placements, src_data_rank=None)
+            state.setdefault(numbered[name], {})[value] = whole
     groups: list[dict[str, Any]] = optimizer.state_dict()["param_groups"]
     for group, values in zip(groups, saved["groups"], strict=True):
         group |= {name: _setting(group.get(name), value) for name, value in values.items() if name != "params"}
@@ -161,11 +165,3 @@ def _setting(now: Any, saved: Any) -> Any:
     if isinstance(now, Tensor):
         return torch.full_like(now, saved)
     return tuple(saved) if isinstance(saved, list) else saved
-
-
-def _like(parameter: Tensor, whole: Tensor) -> Tensor:
-    """``whole`` sharded like its parameter; a step count is unchanged."""
-    if not isinstance(parameter, DTensor) or whole.shape != parameter.shape:
-        return whole
-    here = whole.to(parameter.device)
-    return distribute_tensor(here, parameter.device_mesh, parameter.placements, src_data_rank=None)

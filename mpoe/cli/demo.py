@@ -180,7 +180,7 @@ def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
         "seed": seed,
         "experts": mixture.config.mpoe_experts,
         "losses": losses,
-        "kept": {n: (o["base"] - o["composed"]) / (o["base"] - o["own"]) for n, o in losses.items() if n != FOREIGN},
+        "kept": kept(losses),
         "picture": [(token, n.most_common(1)[0][0]) for token, n in zip(route.tokens, chosen, strict=True)],
         "megabytes": {file.name: file.stat().st_size / 1e6 for file in files},
         "seconds": time.perf_counter() - start,
@@ -209,6 +209,12 @@ def _train(base: Any, pieces: Any, steps: int, seed: int) -> Any:
         optimizer.zero_grad()
         schedule.step()
     return model.eval()
+
+
+def kept(losses: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Share of its own expert's gain that the mixture keeps, by domain."""
+    domains = {name: own for name, own in losses.items() if name != FOREIGN}
+    return {n: (own["base"] - own["composed"]) / (own["base"] - own["own"]) for n, own in domains.items()}
 
 
 def conclusions(results: Mapping[str, Any]) -> list[str]:

@@ -103,11 +103,11 @@ def token_losses(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
     Raises:
         ValueError: batches without labels, or none that counts.
     """
-    found, device = [], next(model.parameters()).device
+    found = []
     for batch in batches:
         if "labels" not in batch:
             raise ValueError(f"batches must hold labels; got {', '.join(batch)}")
-        moved = {name: value.to(device) for name, value in batch.items()}
+        moved = {name: value.to(model.device) for name, value in batch.items()}
         labels = moved.pop("labels")[:, 1:] if _is_decoder(model) else moved["labels"]
         logits = model(**moved).logits
         logits, counted = logits[:, :-1] if _is_decoder(model) else logits, labels != IGNORED_LABEL

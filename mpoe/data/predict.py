@@ -103,14 +103,15 @@ def token_losses(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
     Raises:
         ValueError: batches without labels, or none that counts.
     """
+    decodes = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     found = []
     for batch in batches:
         if "labels" not in batch:
             raise ValueError(f"batches must hold labels; got {', '.join(batch)}")
         moved = {name: value.to(model.device) for name, value in batch.items()}
-        labels = moved.pop("labels")[:, 1:] if _is_decoder(model) else moved["labels"]
+        labels = moved.pop("labels")[:, 1:] if decodes else moved["labels"]
         logits = model(**moved).logits
-        logits, counted = logits[:, :-1] if _is_decoder(model) else logits, labels != IGNORED_LABEL
+        logits, counted = logits[:, :-1] if decodes else logits, labels != IGNORED_LABEL
         found.append(torch.nn.functional.cross_entropy(logits[counted].float(), labels[counted], reduction="none"))
     if not sum(map(len, found)):
         raise ValueError("batches must hold tokens to predict; got none")

@@ -20,8 +20,7 @@ from mpoe.data.metrics import METRICS
 from mpoe.data.sampler import MultiTaskBatchSampler, TemperatureSampler
 from mpoe.data.splits import with_validation_from_train
 from mpoe.data.task import Example, Task
-from mpoe.estimation.costs import Usage, model_costs
-from mpoe.estimation.inventory import read_values, take_inventory
+from mpoe.estimation import Usage, model_costs, read_values, take_inventory
 from mpoe.layers import DenseExperts, MPOEmbedding, MPOExperts, MPOLinear, TopKRouter, load_balancing_loss
 from mpoe.layers.cores import MPOCores
 from mpoe.models import load_layers

@@ -15,8 +15,7 @@ import torch
 
 from mpoe import MPOEConfig, load_mpoe
 from mpoe.cli.plan import count, scaled
-from mpoe.estimation.costs import Usage, model_costs
-from mpoe.estimation.inventory import take_inventory
+from mpoe.estimation import Usage, model_costs, take_inventory
 
 from .cli_documents import LAUNCH, blocks
 

@@ -10,9 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from mpoe import MPOEConfig, convert_to_mpoe
 from mpoe.data.embedded import load_stand_in
-from mpoe.inspection.growth import parameter_growth
-from mpoe.inspection.routes import route_text
-from mpoe.inspection.spectra import bond_spectra
+from mpoe.inspection import bond_spectra, parameter_growth, route_text
 from mpoe.layers.cores import MPOCores
 from mpoe.models.report import routed_layers
 from mpoe_kernels import MPOShape

@@ -21,9 +21,9 @@ from mpoe import (
     start_expert,
 )
 from mpoe.models import push_expert
+from mpoe.models.domains import _second_moment
 from mpoe.models.expert_files import base_identity
 from mpoe.models.expert_mixture import documentation_batches
-from mpoe.models.expert_router import _second_moment
 from mpoe.models.kept import neuron_modules
 
 from .domain_experts import M, domain, loss, stirred, tokenizer

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mpoe import compose_experts, load_expert, merge_expert, start_expert
-from mpoe.inspection.composed import composed_worth, token_losses
+from mpoe.data.predict import token_losses
+from mpoe.inspection import composed_worth
 from mpoe.models.domains import train_routers
 from mpoe.models.expert_files import made_expert
 from mpoe.models.kept import neuron_modules

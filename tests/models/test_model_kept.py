@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration, OPTConfig, OPTForCausalLM
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, save_mpoe_only
-from mpoe.inspection.growth import parameter_growth
+from mpoe.inspection import parameter_growth
 from mpoe.models.card import model_card
 from mpoe.models.kept import kept_modules
 from mpoe.models.report import HEADER, parameter_kind, routed_layers, summarize

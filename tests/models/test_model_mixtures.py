@@ -9,7 +9,7 @@ from torch import nn
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, merge_experts
 from mpoe.cli import export as command
-from mpoe.estimation.inventory import take_inventory
+from mpoe.estimation import take_inventory
 from mpoe.layers import MixtureExperts, MPOLinear
 from mpoe.models.stock_experts import expert_modules, router_modules
 from mpoe.models.table import TABLE

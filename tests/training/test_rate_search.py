@@ -11,7 +11,7 @@ import torch
 from mpoe import MPOEConfig, convert_to_mpoe
 from mpoe.data import PaddingCollator, encode_language_modeling, get_task, load_stand_in
 from mpoe.training import MPOETrainer, MPOETrainingArguments
-from mpoe.training.rate_search import _search, find_rate
+from mpoe.training.rates import _search, find_rate
 
 
 def test_finds_the_same_rate_twice_and_leaves_everything_as_it_was(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from mpoe.cli.tasks import DataOptions, resolve
 from mpoe.cli.train import take_layers
 from mpoe.layers import DenseExperts, MPOEFeedForward
 from mpoe.models import convert_to_mpoe, mpo_modules
-from mpoe.models.components import component_of
+from mpoe.models.checkpoint import component_of
 from mpoe.training import MPOETrainingArguments, freeze_cores
 
 from .small_data import write_task

@@ -1,4 +1,5 @@
-"""`MPOEmbedding`: a drop-in for `nn.Embedding` whose table is an MPO, and modules that use the same table."""
+"""Drop-ins in MPO form: `MPOLinear` for `nn.Linear` and GPT-2's `Conv1D`, `MPOEmbedding` for `nn.Embedding`, and
+modules that use the same table."""
 
 from __future__ import annotations
 
@@ -8,6 +9,117 @@ from torch import Tensor, nn
 from mpoe.config.checks import check_integer
 from mpoe.layers.cores import MPOCores
 from mpoe_kernels import MPOBlocks, MPOShape, mpo_embedding, mpo_linear
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, recognised by its attributes: layers do not import transformers."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def linear_weight(module: nn.Module) -> Tensor:
+    """Weight ``[in, out]`` of an `nn.Linear` (transposed view) or a `Conv1D` (unchanged).
+
+    Raises:
+        TypeError: a module that is neither.
+    """
+    if isinstance(module, nn.Linear):
+        return module.weight.T
+    if is_conv1d(module):
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+    raise TypeError(f"expected an nn.Linear or a Conv1D; got {type(module).__name__}")
+
+
+class MPOLinear(nn.Module):
+    """``y = x @ W + bias`` with W ``[in_features, out_features]`` in MPO form.
+
+    ``MPOLinear(in_features, out_features, ...)`` as `nn.Linear`: the paper's factors at full bonds, and random weights
+    of `nn.Linear`'s standard deviation, ``1 / sqrt(3 in_features)``; or ``MPOLinear(shape)``.
+
+    Args:
+        in_features: size of the input, or an `MPOShape`.
+        out_features: size of the output; not with a shape.
+        bias: whether there is a bias.
+        backend: name of a kernel backend, or ``None``.
+        init_std: of the weight's entries; default: see above, .02 with a shape.
+        shape: `MPOShape` of the weight, in place of the sizes.
+
+    Raises:
+        TypeError: neither sizes nor a shape, or both.
+    """
+
+    def __init__(
+        self,
+        in_features: int | MPOShape | None = None,
+        out_features: int | None = None,
+        bias: bool = True,
+        backend: str | None = None,
+        init_std: float | None = None,
+        *,
+        shape: MPOShape | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if shape is None and not isinstance(in_features, int):
+            in_features, shape = None, in_features
+        if (shape is None) == (in_features is None) or (out_features is None) != (shape is not None):
+            raise TypeError(
+                "MPOLinear takes in_features and out_features, as nn.Linear does, or a shape alone (then bias goes by "
+                f"name); got in_features {in_features!r}, out_features {out_features!r}, shape {shape!r}"
+            )
+        if shape is None:
+            assert isinstance(in_features, int)
+            assert out_features is not None
+            shape = MPOShape.paper(in_features, out_features)
+            init_std = (3 * in_features) ** -0.5 if init_std is None else init_std
+        self.cores = MPOCores(shape, 1, bias, 0.02 if init_std is None else init_std, device=device, dtype=dtype)
+        self.backend = backend
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        shape: MPOShape | None = None,
+        gauge: str = "symmetric",
+        backend: str | None = None,
+    ) -> MPOLinear:
+        """Decompose an `nn.Linear` or `Conv1D`; ``shape=None`` takes the paper's factors at full bonds (lossless)."""
+        weight = linear_weight(linear)
+        rows, columns = weight.shape
+        shape = MPOShape.paper(rows, columns) if shape is None else shape
+        bias = getattr(linear, "bias", None)
+        module = cls(shape, None, bias is not None, backend, device=weight.device, dtype=weight.dtype)
+        module.cores.load_weight_(weight, gauge)
+        if bias is not None:
+            with torch.no_grad():
+                module.cores.bias.copy_(bias)  # type: ignore[union-attr]
+        return module.train(linear.training)
+
+    @property
+    def in_features(self) -> int:
+        return self.cores.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.cores.out_features
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.cores.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight ``[out, in]`` rebuilt (a temporary, oriented like `nn.Linear.weight`); for inspection."""
+        return self.cores.dense_weights()[0].T
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features] -> [..., out_features]``."""
+        return mpo_linear(x, self.cores.blocks(), self.cores.bias, backend=self.backend)
+
+
+# ------------------------------------------------------------- embeddings
 
 
 class MPOEmbedding(nn.Module):

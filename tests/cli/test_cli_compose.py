@@ -134,7 +134,7 @@ def test_one_more_and_one_fewer(folder: Path, capsys: pytest.CaptureFixture[str]
         ([], "at least one expert"),
         ([BASE, "--texts", "{}/t0.txt"], "compose needs --output_dir"),
         ([BASE, "--output_dir", "{}/x", "--max_length", "1"], "max_length must be at least 2"),
-        ([BASE, BASE, "--output_dir", "{}/x", "--add", "{}/two"], "add takes one fine-tune at a time; got 2"),
+        ([BASE, BASE, "--output_dir", "{}/x", "--add", "{}/absent"], "add takes one fine-tune at a time; got 2"),
         ([BASE, "--output_dir", "{}/x"], "texts must name a file for each of 1 fine-tunes; got 0"),
         ([BASE, "--output_dir", "{}/x", "--texts", "{}/none"], "texts: no such file"),
         ([BASE, "--output_dir", "{}/ft0", "--texts", "{}/t0.txt"], "holds a model; give --overwrite"),

@@ -221,6 +221,19 @@ def test_what_fails_when_it_is_timed_does_not_run() -> None:
     assert found[1] < 1
 
 
+@pytest.mark.parametrize(("slots", "strategies"), [(64, 2), (4096, 1)])
+def test_what_holds_too_much_memory_is_not_timed(
+    slots: int, strategies: int, seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[int] = []
+    monkeypatch.setattr(autotune, "_seconds", lambda runs, device: timed.append(len(runs)) or [1.0] * len(runs))
+    problem = PROBLEM._replace(slots=slots)
+    resolve_contraction(problem)
+    held = [plan.temporary_bytes + plan.activation_bytes for plan in problem.plans()[:2]]
+    assert timed == [2 * strategies]
+    assert (held[1] > autotune.MOST_BYTES > held[0]) == (strategies == 1)
+
+
 @pytest.mark.parametrize(("experts", "slots"), [(8, 64), (64, 8), (48, 1024), (4, 4096), (1, 100_000), (1, 1)])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_timed_call_is_short(experts: int, slots: int, threads: int) -> None:

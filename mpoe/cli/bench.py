@@ -38,7 +38,7 @@ class BenchOptions:
     device: str = option("cpu", "cpu or cuda")
     backend: str | None = option(None, "auto, all, or names with commas; default: auto and eager")
     out: Path = option(Path("bench_results"), "folder for report.md and results.json")
-    threads: int | None = option(None, "torch threads, pinned; default: every usable processor")
+    threads: int | None = option(None, "torch threads; default: every usable processor")
     clock: str = option("wall", "wall, or cpu: CPU time of one thread, for machines that others use too")
     scale: str = option("real", "real, or tiny: everything once on sizes of a test, in seconds")
     wide: bool = option(False, "all columns, however narrow the terminal")

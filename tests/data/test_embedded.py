@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
-import itertools
 import json
 import socket
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -125,18 +121,6 @@ def test_moved_modules_keep_their_split():
     assert old.split == new.split
 
 
-SCRIPT = Path(__file__).parents[2] / "tools" / "make_stand_ins.py"
-
-
-@pytest.fixture(scope="module")
-def script():
-    """tools/make_stand_ins.py as a module."""
-    spec = importlib.util.spec_from_file_location("make_stand_ins", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("kind", sorted(STAND_INS))
 def test_folder_is_small_and_complete(kind):
     folder = stand_in_path(kind)
@@ -209,21 +193,3 @@ def test_t5_names_held_out_objects_better_than_any_common_word():
     constant = max(task.score([word] * len(answers), answers)["token_f1"] for word, _ in words.most_common(10))
     # Measured .080 against .033: better than guessing, far from good.
     assert evaluate_task(model, tokenizer, task, "test")["token_f1"] > 1.5 * constant
-
-
-@pytest.mark.slow
-def test_the_script_that_made_them_learns(script, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "t6"])
-    with pytest.raises(SystemExit):
-        script.main()
-    assert "kinds must be among t5, gpt2; got t6" in capsys.readouterr().err
-
-    _, tokenizer = load_stand_in("t5")
-    torch.manual_seed(0)
-    model = script.t5_model(len(tokenizer))
-    batches = itertools.cycle(list(itertools.islice(script.t5_batches(tokenizer, 4, 0), 1)))
-    first = script.pretrain(model, batches, 1, 1e-3)
-    assert script.pretrain(model, batches, 12, 3e-3) < first
-    texts = {e.source for e in script.package_examples()}
-    assert texts
-    assert {r.split for r in script.train_records()} == {"train"}

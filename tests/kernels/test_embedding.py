@@ -8,10 +8,12 @@ import pytest
 import torch
 from mpoe_bench.cases import random_blocks, relative_error
 from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 from mpoe_kernels import MPOShape, mpo_embedding
 from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.embedding import eager
+from mpoe_kernels.embedding.op import EmbeddingCall
 from mpoe_kernels.reference import mpo_embedding_reference
 from tests.assertions import assert_calibrated, poisoned_memory
 from tests.cases import SMALL_SHAPES
@@ -57,7 +59,7 @@ def test_against_reference(
 @pytest.mark.parametrize("bad", [-1, 11])
 def test_embedding_refuses_ids_outside_the_table(rows: int, bad: int) -> None:
     ids = torch.full((rows,), bad)
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match=rf"ids must lie in 0\.\.10; got {bad}"):
         mpo_embedding(ids, random_blocks(SMALL_SHAPES["padded"], 1))
 
 
@@ -74,6 +76,24 @@ def test_opcheck() -> None:
     detached = tuple(t.detach() for t in (left, central, right))
     backward = (ids, *detached, 12, 12, "auto", torch.randn(4, 12), [True, False, True])
     opcheck(torch.ops.mpoe.mpo_embedding_backward.default, backward)
+
+
+@pytest.mark.parametrize("name", ["light", "padded", "one_core", "centre_last", "seven_cores", "separable"])
+@pytest.mark.parametrize("rows", [1, 3, 10, 40, 400])
+def test_the_way_with_the_fewest_flops(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that copy no more than rebuilding."""
+    shape = SMALL_SHAPES[name]
+    blocks, dims = random_blocks(shape, 1), BlockDims.of_shape(shape)
+    ids = torch.arange(rows) % shape.in_features
+    call = EmbeddingCall(ids, *leaves(blocks), shape.in_features, shape.out_features, "auto")
+    copied = {"rebuild": 0, "gather": rows * dims.b * dims.jR, "pairs": rows * dims.jL * dims.jC * dims.jR}
+    chosen, flops = eager._way(dims, rows), {}
+    for way in [way for way, elements in copied.items() if elements <= 2 * dims.weight_elements]:
+        monkeypatch.setattr(eager, "_way", lambda *_, way=way: way)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            eager.forward(call)
+        flops[way] = counter.get_total_flops()
+    assert flops[chosen] == min(flops.values())
 
 
 @pytest.mark.parametrize(

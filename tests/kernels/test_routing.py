@@ -194,6 +194,10 @@ def test_eager_kernels_do_not_synchronise_with_the_host() -> None:
     ("call", "message"),
     [
         (lambda: route(torch.zeros(3, dtype=torch.int64), 2), r"top_k_index must be \[T, K\]"),
+        (
+            lambda: route(torch.zeros(1 << 16, 1 << 15, dtype=torch.int64, device="meta"), 2),
+            r"T \* K <= 2147483647; got int64 \[65536, 32768\]",
+        ),
         (lambda: route(torch.zeros(3, 1, dtype=torch.int64), 0), "num_experts must be at least 1; got 0"),
         (lambda: route(torch.zeros(3, 1, dtype=torch.int64), 2, capacity=0), "capacity must be at least 1; got 0"),
         (

@@ -202,3 +202,19 @@ def test_no_token_and_one_token() -> None:
         assert module(torch.randn(0, I)).shape == (0, I)
         x = torch.randn(3, I)
         assert torch.allclose(torch.cat([module(row[None]) for row in x]), module(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("latent", [None, 16])
+@pytest.mark.parametrize("std", [None, 0.3])
+@torch.no_grad()
+def test_random_neurons_have_the_scale_of_dense_ones(latent: int | None, std: float | None) -> None:
+    own = NeuronExperts(64, 8, 32, latent, gated=True, bias=True, init_std=std)
+    x = torch.randn(500, 64)
+    z = x if latent is None else x @ own.latent_in
+    wanted = (std or 64**-0.5) * 64**0.5  # of x times a dense neuron
+    for rows in (own.up, own.gate_proj):
+        assert float((z @ rows.flatten(0, 1).t()).std()) == pytest.approx(wanted, rel=0.1)
+    assert not own.down.any()
+    assert not own.bias.any()
+    if latent is not None:
+        assert float(own.latent_out.std()) == pytest.approx(0.25, rel=0.1)  # of 16 numbers

@@ -108,6 +108,8 @@ def test_noise_dropout_and_padding() -> None:
     assert bool(torch.isfinite(y).all())
     noisy = convert_to_mpoe(dense("gpt2"), config("hidden", auxiliary_noise=0.1))
     assert not torch.equal(logits(noisy, "gpt2"), logits(dense("gpt2"), "gpt2"))
+    for blocks in next(iter(hidden_modules(noisy).values())).experts.own_cores:
+        assert float((blocks - torch.eye(8)).square().mean().sqrt()) == pytest.approx(0.1 / 8**0.5, rel=0.2)
     layer.expert_dropout = 0.5
     assert not torch.equal(layer.train()(x, mask), y)
 

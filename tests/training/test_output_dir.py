@@ -118,10 +118,11 @@ def test_failed_publication_leaves_the_old_checkpoint(tmp_path: Path, monkeypatc
 def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in (9, 10, 11, 100):
         make_checkpoint(tmp_path, step)
-    checkpoints.rotate(tmp_path, None)
+    for limit in (None, 0, -1):
+        checkpoints.rotate(tmp_path, limit)
     assert len(checkpoints.list_checkpoints(tmp_path)) == 4
-    checkpoints.rotate(tmp_path, 2, keep=tmp_path / "checkpoint-9")
-    assert [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(tmp_path)] == [9, 100]
+    checkpoints.rotate(tmp_path, 2, keep=tmp_path / "checkpoint-11")
+    assert [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(tmp_path)] == [11, 100]
     checkpoints.rotate(tmp_path, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-100"]
 

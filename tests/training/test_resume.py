@@ -201,6 +201,7 @@ def test_a_tied_weight_is_not_missing_and_an_absent_one_is_refused(
     (checkpoint / MANIFEST).unlink()  # as if somebody else had written it
     for changed, message in (
         ({name: value for name, value in weights.items() if name != "shared.weight"}, "lacks .*lm_head.weight, shared"),
+        ({"shared.weight": weights["shared.weight"]}, r"lacks weights of this model: (\S+, ){4}[^ ,]+$"),
         (weights | {"more": weights["shared.weight"].clone()}, "has too many weights of this model: more"),
     ):
         save_file(changed, checkpoint / "model.safetensors", metadata={"format": "pt"})

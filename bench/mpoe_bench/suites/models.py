@@ -12,8 +12,7 @@ from torch import Tensor
 
 from mpoe.config import MPOEConfig
 from mpoe.models import convert_to_mpoe
-from mpoe_bench.contender import Build, Comparison, Contender, size_facts
-from mpoe_bench.problem import Truth
+from mpoe_bench.contender import Build, Comparison, Contender, Truth, dtype_name, size_facts
 
 
 class Step:
@@ -122,9 +121,9 @@ def model_comparison(
         ),
         *((f"mpoe {name} {each}", "mpoe", partial(build, shape=each, fields=SHAPES[each])) for each in shape_names),
     ]
-    count, dtype_name = tokens[0] * tokens[1], str(dtype).split(".")[-1]
+    count = tokens[0] * tokens[1]
     what = f"generate: {tokens[0]} x {tokens[1]} new tokens" if generates else f"train step: {count} tokens, AdamW"
-    title = f"{what}, {name} {layers} layers {sizes[0]}x{sizes[1]} E={experts} {dtype_name}"
-    facts = {"experts": experts, "tokens": count, "model": sizes[0], "hidden": sizes[1], "dtype": dtype_name}
+    title = f"{what}, {name} {layers} layers {sizes[0]}x{sizes[1]} E={experts} {dtype_name(dtype)}"
+    facts = {"experts": experts, "tokens": count, "model": sizes[0], "hidden": sizes[1], "dtype": dtype_name(dtype)}
     phases = ("forward",) if generates else ("forward", "train")
     return Comparison(key, title, context, builds, f"dense {name}", count, facts, phases)

@@ -1,4 +1,4 @@
-"""Pieces of text of the study: domains, probes, a background, requests that change their domain halfway."""
+"""Texts of experts that are composed: domains, probes, a background, requests that change their domain halfway."""
 
 from __future__ import annotations
 
@@ -22,25 +22,30 @@ LICENSED = ("numpy", "matplotlib", "scikit-learn", "torch")  # packages whose li
 PROBES = {"documentation": "documentation", "sources": ""}
 
 
+Split = tuple[Tensor, Tensor, Tensor]  # train, validation, test
+
+
 @dataclass(frozen=True)
 class Texts:
     """Token ids, int64 ``[N, LENGTH]``.
 
     Attributes:
-        train, validation, test: by domain.
+        splits: by domain.
         probes: by name.
         background: of no domain.
         halfway: requests; the first half of each is of the domain ``first``, the second of another one.
-        first: numbers of domains, in the order of ``test``, ``[N]``.
+        first: numbers of domains, in the order of ``splits``, ``[N]``.
     """
 
-    train: Mapping[str, Tensor]
-    validation: Mapping[str, Tensor]
-    test: Mapping[str, Tensor]
+    splits: Mapping[str, Split]
     probes: Mapping[str, Tensor]
     background: Tensor
     halfway: Tensor
     first: Tensor
+
+    @property
+    def test(self) -> dict[str, Tensor]:
+        return {domain: test for domain, (_, _, test) in self.splits.items()}
 
 
 def pieces(tokenizer: Any, texts: Sequence[str], most: int | None = None) -> Tensor:
@@ -64,7 +69,7 @@ def docstrings(package: str) -> Iterator[str]:
                     yield found
 
 
-def tenant_texts(tokenizer: Any, package: str) -> tuple[Tensor, Tensor, Tensor]:
+def tenant_texts(tokenizer: Any, package: str) -> Split:
     """Train, validation and test of a package's docstrings, cut where a docstring ends."""
     found: list[str] = []
     for text in docstrings(package):
@@ -88,7 +93,9 @@ def _sources() -> list[str]:
 
 
 def _halfway(test: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    half, names, requests, first = LENGTH // 2, list(test), [], []
+    half, names = LENGTH // 2, list(test)
+    requests: list[Tensor] = []
+    first: list[int] = []
     for a, one in enumerate(names):
         for other in names:
             if one != other:
@@ -109,15 +116,14 @@ def read_texts(tokenizer: Any, folder: Path, domains: Sequence[str], probes: Seq
     for name, known in (*((d, DOMAINS) for d in domains), *((p, PROBES) for p in probes)):
         if name not in known:
             raise ValueError(f"domains and probes must be among {', '.join(known)}; got {name!r}")
-    train, validation, test = (
-        {
-            domain: pieces(tokenizer, domain_texts(folder, domain, split), None if split == "train" else HELD_OUT)
-            for domain in domains
-        }
-        for split in ("train", "validation", "test")
-    )
+    splits: dict[str, Split] = {}
+    for domain in domains:
+        train, *held_out = (domain_texts(folder, domain, split) for split in ("train", "validation", "test"))
+        validation, test = (pieces(tokenizer, some, HELD_OUT) for some in held_out)
+        splits[domain] = pieces(tokenizer, train), validation, test
     probed = {
         name: pieces(tokenizer, domain_texts(folder, PROBES[name], "test") if PROBES[name] else _sources(), HELD_OUT)
         for name in probes
     }
-    return Texts(train, validation, test, probed, pieces(tokenizer, _licences(), 256), *_halfway(test))
+    halfway = _halfway({domain: test for domain, (_, _, test) in splits.items()})
+    return Texts(splits, probed, pieces(tokenizer, _licences(), 256), *halfway)

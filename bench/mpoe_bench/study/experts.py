@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from mpoe.models import collect_statistics, save_expert, start_expert
-from mpoe_bench.study.training import BETAS, CLIP, schedule
+from mpoe_bench.study.training import BETAS, train_steps
 
 BATCH = 4
 SAMPLED = 256  # pieces for an expert's statistics
@@ -32,19 +32,15 @@ def with_lora(base: Any, rank: int) -> Any:
 
 
 def train(model: Any, batches: Sequence[Tensor], rate: float) -> None:
-    """AdamW on what is trainable, linear warm-up and a cosine to zero."""
+    """AdamW on what is trainable.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     adam = torch.optim.AdamW(parameters, lr=rate, betas=BETAS, weight_decay=0.0, fused=True)
-    model.train()
-    for step, ids in enumerate(batches):
-        for group in adam.param_groups:
-            group["lr"] = rate * schedule(step, len(batches))
-        with autocast():
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, CLIP)
-        adam.step()
-        adam.zero_grad()
+    adam.param_groups[0]["full"] = rate
+    train_steps(model.train(), adam, len(batches), enumerate(batches), autocast)
     model.eval()
 
 
@@ -97,7 +93,8 @@ def adapters(base: Any, places: Mapping[str, Path]) -> Any:
 def merged_adapter(model: Any, names: Sequence[str], how: str, weight: float, density: float | None = None) -> Any:
     """``model`` with the merged adapter active: "cat" (a weighted sum), "ties_svd" or "dare_ties_svd"."""
     torch.manual_seed(0)  # DARE drops at random
-    weights, rank = [weight] * len(names), None if how == "cat" else 64
+    rank = None if how == "cat" else sum(model.peft_config[name].r for name in names)  # as large as all together
+    weights = [weight] * len(names)
     model.add_weighted_adapter(list(names), weights, "merged", combination_type=how, density=density, svd_rank=rank)
     model.set_adapter("merged")
     return model

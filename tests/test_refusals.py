@@ -223,6 +223,8 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: MPOEFeedForward(8, None), TypeError, "hidden_features must be an integer; got NoneType"),
     (lambda: TopKRouter(8, 4)([1.0]), TypeError, r"x must be a tensor \[T, I\]; got list"),
     (lambda: TopKRouter(8, 4)(torch.ones(8)), ValueError, r"x must be \[T, I\] with I = 8; got \[8\]"),
+    (lambda: TopKRouter(8, 4)(torch.ones(2, 7)), ValueError, r"x must be \[T, I\] with I = 8; got \[2, 7\]"),
+    (lambda: TopKRouter(8, 4)(torch.ones(2, 9)), ValueError, r"x must be \[T, I\] with I = 8; got \[2, 9\]"),
     (lambda: MPOEFeedForward(8, 16)([1.0]), TypeError, r"hidden_states must be a tensor \[..., I\]; got list"),
     (lambda: MPOEFeedForward(8, 16)(torch.ones(2, 8).long()), TypeError, "must hold floating-point numbers; got"),
     (lambda: MPOEFeedForward(8, 16)(torch.ones(())), ValueError, r"hidden_states must be \[..., 8\]; got \[\]"),

@@ -139,7 +139,7 @@ def detect_spec(
     if not label and not running:
         raise ValueError(
             f"{where}: no label column among {', '.join(columns)}; expected one of {', '.join(LABEL_COLUMNS)}, "
-            "or give label_column"
+            "or give label_column (--label_column NAME)"
         )
     texts = text_columns or [c for c in columns if c != label and _is_text(c, first[c])]
     if not texts:

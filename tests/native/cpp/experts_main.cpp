@@ -98,8 +98,8 @@ std::vector<Values> truth_of(const NeuronCase& c, const NeuronArrays& in) {
       if (!c.gated) z = value;
       if (c.bias) z += in.bias.get(neuron);
       for (std::int64_t i = 0; i < c.out; ++i) dh += in.grad.get(o + i) * in.down.get(neuron * c.out + i);
-      const double act = c.gated ? z * check::sigmoid(z) : std::max(z, 0.0);
-      const double s = check::sigmoid(z), slope = c.gated ? s * (1 + z * (1 - s)) : static_cast<double>(z > 0);
+      const double share = check::sigmoid(z), act = c.gated ? z * share : std::max(z, 0.0);
+      const double slope = c.gated ? share * (1 + z * (1 - share)) : static_cast<double>(z > 0);
       const double h = c.gated ? act * value : act, dz = gate * dh * slope * (c.gated ? value : 1);
       const double dvalue = c.gated ? gate * dh * act : dz;
       dgates[s] += h * dh;

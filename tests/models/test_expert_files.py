@@ -27,8 +27,17 @@ from mpoe.models.expert_mixture import documentation_batches
 from mpoe.models.kept import neuron_modules
 
 from .domain_experts import M, domain, loss, stirred, tokenizer
-from .small_models import FAMILIES, batch, dense_model, result, valid_rows
-from .tiny_families import first_result, text_rows, tiny_batch, tiny_model
+from .tiny_models import (
+    FAMILIES,
+    batch,
+    dense_model,
+    first_result,
+    result,
+    text_rows,
+    tiny_batch,
+    tiny_model,
+    valid_rows,
+)
 
 # ------------------------------------------------------------------ training
 

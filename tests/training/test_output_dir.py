@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from pathlib import Path
 
@@ -139,13 +138,6 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monk
     assert checkpoints.MANIFEST in before
     assert before[-1] == final.name
     assert {path.name for path in final.iterdir()} <= set(before)
-
-
-@pytest.mark.parametrize("record", [[], 5, {"files": []}, {"files": {}, "crc32": "none"}])
-def test_a_manifest_of_another_form_is_no_checkpoint(tmp_path: Path, record: object) -> None:
-    checkpoint = make_checkpoint(tmp_path, 5)
-    (checkpoint / checkpoints.MANIFEST).write_text(json.dumps(record))
-    assert not checkpoints.is_complete(checkpoint)
 
 
 def test_metrics_survive_a_torn_line_and_drop_repeated_steps(tmp_path: Path) -> None:

@@ -18,8 +18,7 @@ from mpoe.training import MPOETrainingArguments, build_param_groups, describe_pa
 from mpoe.training.freezing import component_of
 from mpoe_kernels import MPOShape
 
-from .tiny import mpoe_model
-from .toy import Toy
+from .tiny import Toy, mpoe_model
 
 
 def arguments(tmp_path: Path, **kwargs: Any) -> MPOETrainingArguments:

@@ -1,4 +1,4 @@
-"""A tiny random model of every family and head that conversion supports, and a batch for it."""
+"""Tiny random models of every family and head that conversion supports, and batches for them."""
 
 from __future__ import annotations
 
@@ -126,3 +126,72 @@ def text_rows(tensor, inputs):
     mask = inputs.get("attention_mask")
     per_token = mask is not None and tensor.shape[:2] == mask.shape
     return tensor[mask.bool()] if per_token else tensor
+
+
+# ------------------------------------------------------------- a few of them with labels
+
+# name -> family, dense class, and what it has beside `tiny_config`: nothing is dropped at random
+NO_DROPOUT = {
+    "t5": {"dropout_rate": 0.0},
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+}
+_T5 = ("t5", "T5ForConditionalGeneration")
+FAMILIES = {
+    "t5": (*_T5, {**NO_DROPOUT["t5"], "num_decoder_layers": 1}),
+    "t5_gated": (
+        *_T5,
+        {**NO_DROPOUT["t5"], "num_decoder_layers": 1, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
+    "gpt2": ("gpt2", "GPT2LMHeadModel", NO_DROPOUT["gpt2"]),
+    "bert": ("bert", "BertModel", NO_DROPOUT["bert"]),
+    "bert_classifier": ("bert", "BertForSequenceClassification", NO_DROPOUT["bert"]),
+    "bert_mlm": ("bert", "BertForMaskedLM", NO_DROPOUT["bert"]),
+    "llama": ("llama", "LlamaForCausalLM", {"tie_word_embeddings": True}),
+    "gpt2_base": ("gpt2", "GPT2Model", NO_DROPOUT["gpt2"]),
+}
+MASK = torch.tensor([[1] * 8, [1] * 5 + [0] * 3, [1] * 3 + [0] * 5])
+
+
+def dense_model(family):
+    """A model of `FAMILIES`."""
+    model_type, name, changes = FAMILIES[family]
+    return tiny_model(model_type, name, **changes)
+
+
+def batch(family, labels=True):
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(2, 60, MASK.shape, generator=generator)
+    inputs = {"input_ids": ids, "attention_mask": MASK}
+    if family == "bert_classifier" and labels:
+        inputs["labels"] = torch.tensor([0, 2, 1])
+    elif family.startswith("t5"):
+        target = torch.randint(2, 60, (3, 6), generator=generator)
+        target[1, 4:] = -100
+        if labels:
+            inputs["labels"] = target
+        else:
+            inputs["decoder_input_ids"] = target.clamp_min(0)
+    elif family in ("gpt2", "llama", "bert_mlm") and labels:
+        inputs["labels"] = ids.masked_fill(MASK == 0, -100)
+    return inputs
+
+
+def result(output):
+    """Logits, or the hidden states of a model without a head."""
+    return output["logits"] if "logits" in output else output["last_hidden_state"]
+
+
+def valid_rows(family, tensor, inputs):
+    """The positions of a result that are not padding."""
+    if family == "bert_classifier":
+        return tensor
+    if family.startswith("t5"):
+        return tensor[inputs["labels"] != -100] if "labels" in inputs else tensor
+    return tensor[inputs["attention_mask"].bool()]
+
+
+def relative_difference(family, one, other, inputs):
+    """The largest difference between two outputs' rows that are not padding, relative to the largest number."""
+    a, b = (valid_rows(family, result(output), inputs) for output in (one, other))
+    return float((a - b).abs().max() / a.abs().max())

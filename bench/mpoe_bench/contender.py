@@ -186,12 +186,12 @@ def check_and_weigh(contender: Contender, truth: Truth, device: str) -> dict[str
         A row whose ``reason`` is ``None`` if every result agrees with the truth, else what is wrong.
     """
     memory, results = {}, {}
+    contender.forward()  # a first call may time how it computes, which is no part of its memory
     memory["forward"], results["y"] = peak_memory(contender.forward, device)
     if contender.trains:
-        if contender.step is not None:
-            contender.step()  # the first step creates the optimizer's state
-            contender.release()
-        memory["train"], _ = peak_memory(contender.train, device)
+        (contender.step or contender.train)()  # the same; and the first step creates the optimizer's state
+        contender.release()
+        memory["train"], _ = peak_memory(contender.train, device, resident=True)
         results |= contender.gradients()
     faults, errors = truth.faults(results), truth.errors(results)
     contender.release()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mpoe_bench.memory import peak_memory
+from mpoe_bench.memory import peak_memory, resident_peak
 from mpoe_bench.plugin import Budget, facts_of, in_turn
 
 
@@ -75,3 +75,16 @@ def test_peak_counts_temporaries_and_kept_counts_the_result() -> None:
     assert result.numel() == size // 2
     assert memory.peak == pytest.approx(8 * size, rel=0.01)  # first and second
     assert memory.kept == pytest.approx(2 * size, rel=0.01)
+
+
+def test_resident_memory_sees_what_torch_does_not_allocate() -> None:
+    count = 32 << 20
+
+    def work() -> int:
+        return sum(bytearray(b"\1" * count)[:: 1 << 20])  # two copies, from the system's allocator
+
+    work()
+    if resident_peak(work) is None:
+        pytest.skip("this system does not tell a process's peak of resident memory")
+    assert peak_memory(work)[0].peak < count / 4
+    assert peak_memory(work, resident=True)[0].peak == pytest.approx(2 * count, rel=0.2)

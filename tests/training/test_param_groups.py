@@ -104,6 +104,7 @@ def test_table(tmp_path: Path) -> None:
     assert table.splitlines()[0].split() == ["kind", "tensors", "parameters", "rate", "RMS", "ratio", "decay"]
     kinds = [line.split()[0] for line in table.splitlines()[1:]]
     assert kinds == ["rest", "rest", "router", "central", "auxiliary"]
+    assert [line.split()[-1] for line in table.splitlines()[1:3]] == ["0.1", "0"]
     assert len(describe_param_groups(groups, every_group=True).splitlines()) == len(groups) + 1
 
 

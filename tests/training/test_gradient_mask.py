@@ -135,7 +135,7 @@ def test_draws_are_a_pure_function_of_seed_and_step() -> None:
     assert 0 <= mask_draw(-1, 0) < 1
     # Pinned: a change of the stream would make resumed runs disagree with themselves.
     assert mask_draw(0, 0) == 0.06080617801273447
-    assert mask_draw(7, 3) == mask_draw(2**64 + 7, 3) == 0.3217560879586939
+    assert mask_draw(1234567, 3) == mask_draw(2**64 + 1234567, 3) == 0.6831252126694477
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 0.9, 1.0])

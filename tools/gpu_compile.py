@@ -107,7 +107,7 @@ def job_of(launch: Launch, architecture: str) -> Job:
 def _type_of(name: str, value: Any) -> tuple[str, bool]:
     """Triton's type of a run-time argument, and whether it is known to be a multiple of 16."""
     if isinstance(value, torch.Tensor):
-        return f"*{_TYPES[value.dtype]}", value.storage_offset() * value.element_size() % 16 == 0
+        return f"*{_TYPES[value.dtype]}", int(value.storage_offset()) * value.element_size() % 16 == 0
     if value is None:
         return "constexpr", False
     if isinstance(value, int) and not isinstance(value, bool):
@@ -151,8 +151,9 @@ def _by_triton(job: Job) -> Binary:
     code = built.asm["amdgcn"]
     # Scalar registers spill into vector registers, not into memory.
     names = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
-    sizes = [int(re.findall(rf"\.{field}:\s+(\d+)", code)[0]) for field in names]
-    return Binary(*sizes, built.metadata.shared, tensor_memory, len(MATRIX["hip"].findall(code)), wants)
+    used, spilled, local = (int(re.findall(rf"\.{field}:\s+(\d+)", code)[0]) for field in names)
+    matrix = len(MATRIX["hip"].findall(code))
+    return Binary(used, spilled, local, built.metadata.shared, tensor_memory, matrix, wants)
 
 
 def _by_nvcc(job: Job) -> dict[str, Binary]:

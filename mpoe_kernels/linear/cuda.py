@@ -14,15 +14,7 @@ from torch import Tensor
 
 from mpoe_kernels.backends import Candidate
 from mpoe_kernels.contract import Contraction, may_round_to_tf32
-from mpoe_kernels.linear.gradients import (
-    Backward,
-    Forward,
-    Gradients,
-    Slots,
-    around_gradients,
-    block_gradients,
-    prepared,
-)
+from mpoe_kernels.linear.gradients import Backward, Forward, Slots, fused_backward, fused_forward, prepared
 from mpoe_kernels.linear.grouped import ON_CHIP, counting_reasons
 
 if TYPE_CHECKING:
@@ -68,41 +60,19 @@ class LinearKernels:
 
     def forward(self, call: ForwardCall) -> Forward:
         """``(y, h, z)``, see `ForwardCall`."""
-        call = _prepared(call)
-        y = call.x.new_empty(call.slots, call.out_features)
-        pre = torch.empty_like(y) if call.saves_z else None
-        around = call.row_index, call.bias, call.activation, pre
-        self._product(call, call.x, y, around, False, (call.out_index, call.gates))
-        return y, y.new_empty(0), y.new_empty(0) if pre is None else pre
+        return fused_forward(_prepared(call), self._product)
 
     def backward(self, call: BackwardCall) -> Backward:
         """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
-        call = _prepared(call)
-
-        def gradients(dz: Tensor) -> Gradients:
-            dx = dz.new_empty(call.slots, call.in_features) if call.need[0] else None
-            if dx is not None:
-                self._product(call, dz.contiguous(), dx, (None, None, "none", None), True, (None, None))
-            return dx, *block_gradients(call, dz.contiguous(), self._weight_gradient_times)
-
-        return around_gradients(call, gradients)
+        return fused_backward(_prepared(call), self._product, self._weight_gradient_times)
 
     def _product(
-        self,
-        call: ForwardCall | BackwardCall,
-        rows: Tensor,
-        out: Tensor,
-        around: tuple[Tensor | None, Tensor | None, str, Tensor | None],
-        transposed: bool,
-        placed: tuple[Tensor | None, Tensor | None],
+        self, call: ForwardCall | BackwardCall, rows: Tensor, out: Tensor, pre: Tensor | None, transposed: bool
     ) -> None:
-        """Product of rows and W, or its transpose, which is rebuilt in shared memory tile by tile.
-
-        ``around``: row_index, bias, activation and pre-activation; ``placed``: out_index and gates of a `ForwardCall`.
-        """
-        blocks = call.left, call.central, _by_bond(call.right)
-        tf32 = may_round_to_tf32(rows.dtype)
-        self.ops.rebuilt_product(rows, *blocks, out, call.expert_offsets, *around, transposed, tf32, *placed)
+        """See `mpoe_kernels.linear.gradients.Product`."""
+        blocks, (row_index, bias, activation, *placed) = (call.left, call.central, _by_bond(call.right)), call.around
+        given = rows, *blocks, out, call.expert_offsets, row_index, bias, activation, pre
+        self.ops.rebuilt_product(*given, transposed, may_round_to_tf32(rows.dtype), *placed)
 
     def _weight_gradient_times(
         self, call: BackwardCall, dz: Tensor, other: Tensor, of_right: bool, slots: Slots

@@ -108,9 +108,34 @@ def prepared(call: Call, *more: str) -> Call:
     return replace(call, **changed) if changed else call
 
 
-def block_gradients(
-    call: BackwardCall, dz: Tensor, times: Callable[[BackwardCall, Tensor, Tensor, bool, Slots], Tensor]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+# A kernel that multiplies rows by weights that it rebuilds on chip: call, rows, what it writes to, the pre-activation
+# or None, and whether by the transposed weights.
+Product = Callable[[Any, Tensor, Tensor, Tensor | None, bool], None]
+# See `block_gradients`.
+Times = Callable[["BackwardCall", Tensor, Tensor, bool, Slots], Tensor]
+
+
+def fused_forward(call: ForwardCall, product: Product) -> Forward:
+    """``(y, h, z)``, see `ForwardCall`. One launch."""
+    y = call.x.new_empty(call.slots, call.out_features)
+    pre = torch.empty_like(y) if call.saves_z else None
+    product(call, call.x, y, pre, False)
+    return y, y.new_empty(0), y.new_empty(0) if pre is None else pre
+
+
+def fused_backward(call: BackwardCall, product: Product, times: Times) -> Backward:
+    """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
+
+    def gradients(dz: Tensor) -> Gradients:
+        dx = dz.new_empty(call.slots, call.in_features) if call.need[0] else None
+        if dx is not None:
+            product(call, dz, dx, None, True)
+        return dx, *block_gradients(call, dz, times)
+
+    return around_gradients(call, gradients)
+
+
+def block_gradients(call: BackwardCall, dz: Tensor, times: Times) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of left, central and right that are needed, by a kernel that keeps the gradient of a weight on chip.
 
     It multiplies ``dW_e = x^T dz`` by right, which gives the gradient of left · central, or by left · central, which

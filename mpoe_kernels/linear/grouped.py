@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -50,43 +50,63 @@ def counting_reasons(plan: Contraction) -> list[str]:
     return reasons
 
 
+class RowsProduct(NamedTuple):
+    """``out[s] = rows[row_index[s]] blocks[e]``; zero for slots after the last expert's, undefined for those of experts
+    that are not among these.
+
+    Attributes:
+        rows: ``[T or N, p, k]`` of any strides.
+        row_index: ``[N]``, or None: slot s reads row s.
+        blocks: ``[E, k, m]`` of any strides.
+        slots: of these experts.
+        last: the call whose bias, activation and ``out_index`` are applied, or None.
+        out: dense ``[N, p, m]`` to write these experts' rows to, or None: new memory.
+        turned: rows are read in the order ``[N, m, p]``, and new memory had better have it.
+    """
+
+    rows: Tensor
+    row_index: Tensor | None
+    blocks: Tensor
+    slots: Slots
+    last: ForwardCall | None = None
+    out: Tensor | None = None
+    turned: bool = False
+
+
+class BlocksProduct(NamedTuple):
+    """``out[e] = sum of rows[row_index[s]]^T grads[s]`` over the expert's slots and p, ``[E, k, m]``; zeros for an
+    expert without slots.
+
+    Attributes:
+        rows, row_index, slots: see `RowsProduct`.
+        grads: ``[N, p, m]``; with an activation, of its output.
+        blocks: None, or from the same reading, where `Grouped.shares`, the gradients of the rows go into ``drows``, and
+            ``rows blocks`` into ``again``. Their sides are `LARGEST_SHARED` at most.
+        drows: ``[N, p, k]``, with blocks.
+        again: ``[N, p, m]``, or None.
+        activation: of ``rows blocks``.
+    """
+
+    rows: Tensor
+    row_index: Tensor | None
+    grads: Tensor
+    slots: Slots
+    blocks: Tensor | None = None
+    drows: Tensor | None = None
+    again: Tensor | None = None
+    activation: str = "none"
+
+
 class Grouped(Protocol):
     """The two products of rows with blocks that every expert has for itself: the library's, or Triton's."""
 
-    def rows(
-        self,
-        rows: Tensor,
-        row_index: Tensor | None,
-        blocks: Tensor,
-        slots: Slots,
-        last: ForwardCall | None = None,
-        out: Tensor | None = None,
-        turned: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """``out[s] = rows[row_index[s]] blocks[e]``; zero for slots after the last expert's, undefined for those of
-        experts that are not among these.
+    shares: bool  # `blocks` takes blocks too
 
-        Args:
-            rows: ``[T or N, p, k]`` of any strides.
-            row_index: ``[N]``, or None: slot s reads row s.
-            blocks: ``[E, k, m]`` of any strides.
-            slots: of these experts.
-            last: the call whose bias, activation and ``out_index`` are applied, or None.
-            out: dense ``[N, p, m]`` to write these experts' rows to, or None: new memory.
-            turned: rows are read in the order ``[N, m, p]``, and new memory had better have it.
+    def rows(self, given: RowsProduct) -> tuple[Tensor, Tensor | None]:
+        """``[N, p, m]``, and the same before the activation if ``last`` saves it."""
 
-        Returns:
-            ``[N, p, m]``, and the same before the activation if ``last`` saves it.
-        """
-
-    def blocks(self, rows: Tensor, row_index: Tensor | None, grads: Tensor, slots: Slots) -> Tensor:
-        """``out[e] = sum of rows[row_index[s]]^T grads[s]`` over the expert's slots and p, ``[E, k, m]``; zero for an
-        expert without slots. ``grads``: ``[N, p, m]``."""
-
-    # None, or: from one reading, what `blocks` gives, and into ``found [N, p, k]`` the gradients of the rows; into
-    # ``again [N, p, m]`` what `rows` gives. Of blocks with sides of `LARGEST_SHARED` at most. With an activation,
-    # ``grads`` are those of its output. Arguments: rows, row_index, blocks, grads, slots, found, again, activation.
-    both: Any
+    def blocks(self, given: BlocksProduct) -> Tensor:
+        """``[E, k, m]``."""
 
 
 def finished(call: ForwardCall, z: Tensor, owned: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -157,7 +177,7 @@ class Pass:
         sides = [_split(program.axes[block], program.axes[name])[1] for name in (before, product.first)]
         largest = max(math.prod(getattr(self.call.dims, axis) for axis in side) for side in sides)
         wanted = any(each.result == f"d {block}" for each in program.products)
-        return wanted and largest <= LARGEST_SHARED and self.grouped.both is not None
+        return wanted and largest <= LARGEST_SHARED and self.grouped.shares
 
     @property
     def late(self) -> bool:
@@ -254,7 +274,8 @@ class Chunk:
             out = self.whole.rows_of_parts(product.result, matrix, self.slots.count, matrix.shape[1], blocks.shape[2])
         order, turned = self._order(product.result), self._turned(product.result, kept, new)
         last = self._finishing(product, (*new, *kept) if turned else (*kept, *new))
-        found, pre = self.whole.grouped.rows(matrix, rows.row_index, blocks, self.slots, last, out, turned)
+        given = RowsProduct(matrix, rows.row_index, blocks, self.slots, last, out, turned)
+        found, pre = self.whole.grouped.rows(given)
         result = self._named(found, (*kept, *new))
         if last is not None:
             z = pre if pre is None else self._named(pre, result.axes).arranged(order).flatten(1)
@@ -279,8 +300,8 @@ class Chunk:
             again = memory(after, new)
             shared[after] = self._named(again, (*kept, *new))
         activation = self.whole.call.activation if after == "y" and self.whole.late else "none"
-        given = rows, before.row_index, blocks, of_rows, self.slots, found, again, activation
-        shared[f"d {block}"] = self._named(self.whole.grouped.both(*given), (*met, *new))
+        given = BlocksProduct(rows, before.row_index, of_rows, self.slots, blocks, found, again, activation)
+        shared[f"d {block}"] = self._named(self.whole.grouped.blocks(given), (*met, *new))
         return self.whole.keep(product.result, self._named(found, (*kept, *met)))
 
     def _turned(self, result: str, kept: Axes, new: Axes) -> bool:
@@ -316,7 +337,7 @@ class Chunk:
             found = (float32_mm(a.T, g) if self.slots.is_part else a.T @ g).unsqueeze(0)
         else:
             before, after = rows.matrices(shared, m), grads.matrices(shared, n)
-            found = self.whole.grouped.blocks(before, rows.row_index, after, self.slots)
+            found = self.whole.grouped.blocks(BlocksProduct(before, rows.row_index, after, self.slots))
         return self.whole.keep(product.result, self._named(found, (*m, *n)))
 
     def merge(self, product: Product, first: Named, second: Named) -> Named:

@@ -132,6 +132,11 @@ class ForwardCall(LinearCall):
         return self.save and is_separable and (self.backend == AUTO or BACKENDS[self.backend].keeps_rows)
 
     @property
+    def around(self) -> tuple[Tensor | None, Tensor | None, str, Tensor | None, Tensor | None]:
+        """What surrounds the product of rows and weights: row_index, bias, activation, out_index, gates."""
+        return self.row_index, self.bias, self.activation, self.out_index, self.gates
+
+    @property
     def saves_z(self) -> bool:
         """Whether z, the pre-activation ``[N, F]``, is saved: the gradient of relu reads y; without an activation
         neither is read."""
@@ -152,6 +157,7 @@ class BackwardCall(LinearCall):
     saved: Tensor
     need: list[bool]
     slot_of_token: Tensor | None = None
+    around = None, None, "none", None, None  # see `ForwardCall`
 
     @property
     def need_of_plan(self) -> tuple[bool, bool, bool, bool]:

@@ -9,25 +9,17 @@ from torch import Tensor
 from mpoe_kernels.contract import Contraction
 from mpoe_kernels.linear import grouped
 from mpoe_kernels.linear.gradients import Backward, Forward, Slots
-from mpoe_kernels.linear.grouped import finished
+from mpoe_kernels.linear.grouped import BlocksProduct, RowsProduct, finished
 from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 
 
 class Library:
     """See `mpoe_kernels.linear.grouped.Grouped`; by `torch.nn.functional.grouped_mm`."""
 
-    both = None
+    shares = False
 
-    def rows(
-        self,
-        rows: Tensor,
-        row_index: Tensor | None,
-        blocks: Tensor,
-        slots: Slots,
-        last: ForwardCall | None = None,
-        out: Tensor | None = None,
-        turned: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    def rows(self, given: RowsProduct) -> tuple[Tensor, Tensor | None]:
+        rows, row_index, blocks, slots, last, out, turned = given
         (_, p, k), m = rows.shape, blocks.shape[2]
         a = _front(rows, row_index, slots).reshape(slots.count * p, k)
         found = F.grouped_mm(_aligned(a, 1), _aligned(blocks, 1, 2), offs=_ends(slots) * p)[:, :m]
@@ -41,7 +33,8 @@ class Library:
         y, z = finished(last, found.flatten(1), slots.owned)
         return y.view(found.shape).permute(order), None if z is None else z.view(found.shape).permute(order)
 
-    def blocks(self, rows: Tensor, row_index: Tensor | None, grads: Tensor, slots: Slots) -> Tensor:
+    def blocks(self, given: BlocksProduct) -> Tensor:
+        rows, row_index, grads, slots, *_ = given
         a = _front(rows, row_index, slots).flatten(0, 1)
         g = _front(grads, None, slots).flatten(0, 1)
         found = F.grouped_mm(_aligned(a, 1).T, _aligned(g, 1), offs=_ends(slots) * rows.shape[1])

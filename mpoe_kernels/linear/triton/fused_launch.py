@@ -13,15 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpoe_kernels.linear.gradients import (
-    Backward,
-    Forward,
-    Gradients,
-    Slots,
-    around_gradients,
-    block_gradients,
-    prepared,
-)
+from mpoe_kernels.linear.gradients import Backward, Forward, Slots, fused_backward, fused_forward, prepared
 from mpoe_kernels.linear.op import BackwardCall, ForwardCall, LinearCall
 from mpoe_kernels.linear.triton.fused import fused_kernel
 from mpoe_kernels.linear.triton.fused_gradient import gradient_kernel
@@ -34,24 +26,12 @@ MOST_PARTS = 32
 
 def forward(call: ForwardCall) -> Forward:
     """``(y, h, z)``, see `ForwardCall`."""
-    call = prepared(call)
-    y = call.x.new_empty(call.slots, call.out_features)
-    pre = torch.empty_like(y) if call.saves_z else None
-    rows_times_weight(call, call.x, y, pre)
-    return y, y.new_empty(0), y.new_empty(0) if pre is None else pre
+    return fused_forward(prepared(call), rows_times_weight)
 
 
 def backward(call: BackwardCall) -> Backward:
     """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`."""
-    call = prepared(call)
-
-    def gradients(dz: Tensor) -> Gradients:
-        dx = dz.new_empty(call.slots, call.in_features) if call.need[0] else None
-        if dx is not None:
-            rows_times_weight(call, dz, dx)
-        return dx, *block_gradients(call, dz, weight_gradient_times)
-
-    return around_gradients(call, gradients)
+    return fused_backward(prepared(call), rows_times_weight, weight_gradient_times)
 
 
 def _strides(call: LinearCall, transposed: bool = False) -> dict[str, tuple[int, ...]]:
@@ -79,20 +59,13 @@ def _limit(digits: tuple[int, int, int], true_columns: int) -> int:
     return true_columns if true_columns != math.prod(digits) else 0
 
 
-def rows_times_weight(call: ForwardCall | BackwardCall, rows: Tensor, out: Tensor, pre: Tensor | None = None) -> None:
-    """Forward: ``out[s] = activation(rows[row_index[s]] W_e + bias)``; backward: ``out = rows W_e^T``. One launch.
-
-    Args:
-        call: the call that provides the weights.
-        rows, out: ``[.., columns]`` of contiguous columns; empty slots of ``out`` become zero.
-        pre: receives the pre-activation.
-    """
-    slots, experts, transposed = out.shape[0], call.num_experts, isinstance(call, BackwardCall)
-    row_index, bias, activation, out_index, gates = (
-        (None, None, "none", None, None)
-        if isinstance(call, BackwardCall)
-        else (call.row_index, call.bias, call.activation, call.out_index, call.gates)
-    )
+def rows_times_weight(
+    call: ForwardCall | BackwardCall, rows: Tensor, out: Tensor, pre: Tensor | None, transposed: bool
+) -> None:
+    """See `mpoe_kernels.linear.gradients.Product`: ``out[s] = activation(rows[row_index[s]] W_e + bias)``, or ``rows
+    W_e^T``. One launch. Columns are contiguous; empty slots of ``out`` become zero."""
+    slots, experts = out.shape[0], call.num_experts
+    row_index, bias, activation, out_index, gates = call.around
     sides = Sides.of(call.dims, transposed)
 
     def grid(way: Mapping[str, int]) -> tuple[int]:

@@ -21,8 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mpoe_kernels.linear.gradients import Slots
-from mpoe_kernels.linear.op import ForwardCall
+from mpoe_kernels.linear.grouped import BlocksProduct, RowsProduct
 from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.architecture import INTERPRETER
 from mpoe_kernels.triton.device_functions import activate, part_ends, part_of_rows, pick, through_activation
@@ -261,16 +260,9 @@ def _interleaved(rows: Tensor) -> bool:
     return rows.stride(1) == 1 and 1 < rows.shape[1] == rows.stride(2) < 8
 
 
-def rows(
-    rows: Tensor,
-    row_index: Tensor | None,
-    blocks: Tensor,
-    slots: Slots,
-    last: ForwardCall | None = None,
-    out: Tensor | None = None,
-    turned: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+def rows(given: RowsProduct) -> tuple[Tensor, Tensor | None]:
     """See `mpoe_kernels.linear.grouped.Grouped`. One launch."""
+    rows, row_index, blocks, slots, last, out, turned = given
     a, (experts, k, n), p = _loadable(rows), blocks.shape, rows.shape[1]
     if out is None:
         out = a.new_empty(slots.count, n, p).transpose(1, 2) if turned else a.new_empty(slots.count, p, n)
@@ -306,46 +298,19 @@ def rows(
     return out, pre
 
 
-def blocks(rows: Tensor, row_index: Tensor | None, grads: Tensor, slots: Slots) -> Tensor:
+def blocks(given: BlocksProduct) -> Tensor:
     """See `mpoe_kernels.linear.grouped.Grouped`. One launch, and one for the sum if there are parts."""
-    a, g, m, n = _loadable(rows), _loadable(grads), rows.shape[2], grads.shape[2]
-    inner = slots.count * rows.shape[1] / max(slots.offsets.shape[0] - 1, 1)
-    tile = tiles_of(a, m, n, inner, _interleaved(a) or _interleaved(g))[0]  # its parts are memory, so nothing is timed
-    return _blocks(a, row_index, g, slots, tile)
-
-
-def both(
-    rows: Tensor,
-    row_index: Tensor | None,
-    blocks: Tensor,
-    grads: Tensor,
-    slots: Slots,
-    da: Tensor,
-    again: Tensor | None = None,
-    activation: str = "none",
-) -> Tensor:
-    """See `mpoe_kernels.linear.grouped.Grouped`. One launch, and one for the sum of parts."""
-    tile = BOTH_TILES[architecture.target_of(rows.device).architecture]
-    tile = tile._replace(rows=_side(blocks.shape[1]), columns=_side(blocks.shape[2]))
-    return _blocks(_loadable(rows), row_index, _loadable(grads), slots, tile, blocks, da, again, activation)
-
-
-def _blocks(
-    a: Tensor,
-    row_index: Tensor | None,
-    g: Tensor,
-    slots: Slots,
-    tile: Tile,
-    b: Tensor | None = None,
-    da: Tensor | None = None,
-    again: Tensor | None = None,
-    activation: str = "none",
-) -> Tensor:
+    a, g, b, slots = _loadable(given.rows), _loadable(given.grads), given.blocks, given.slots
     (_, p, m), n, experts = a.shape, g.shape[2], slots.offsets.shape[0] - 1
-    tiles, rows = cdiv(m, tile.rows) * cdiv(n, tile.columns), slots.count * p
-    programs = architecture.target_of(a.device).multiprocessors
+    target, rows = architecture.target_of(a.device), slots.count * p
+    programs = target.multiprocessors
     if b is None:  # what more parts would save, their sum would take
         programs = cdiv(programs, 2)
+        # Its parts are memory, so nothing is timed.
+        tile = tiles_of(a, m, n, rows / max(experts, 1), _interleaved(a) or _interleaved(g))[0]
+    else:
+        tile = BOTH_TILES[target.architecture]._replace(rows=_side(m), columns=_side(n))
+    tiles = cdiv(m, tile.rows) * cdiv(n, tile.columns)
     size = max(LEAST_STEPS, cdiv(rows * tiles, programs * tile.inner)) * tile.inner
     in_parts = b is not None or (tiles * experts <= programs and rows > size * experts)
     out = found = a.new_empty(experts, m, n)
@@ -360,18 +325,18 @@ def _blocks(
         g=g,
         b=b,
         out=found,
-        da=da,
-        again=again,
-        row_index=row_index,
+        da=given.drows,
+        again=given.again,
+        row_index=given.row_index,
         A=a.stride(),
         G=g.stride(),
         B=None if b is None else b.stride(),
-        DA=None if da is None else da.stride(),
-        RE=None if again is None else again.stride(),
+        DA=None if given.drows is None else given.drows.stride(),
+        RE=None if given.again is None else given.again.stride(),
         M=m,
         N=n,
         IN_PARTS=in_parts,
-        ACTIVATION=activation,
+        ACTIVATION=given.activation,
         PRECISION=precision(a.dtype),
         **where,
         **tile.options,

@@ -43,7 +43,7 @@ from cosmic_ray.work_item import MutationSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-SAME = ("_Eq_Is", "_NotEq_IsNot")  # operators: of interned strings and small numbers both mean the same
+SAME = ("_Eq_Is", "_NotEq_IsNot", "_Is_Eq", "_IsNot_NotEq")  # operators: of short strings, numbers, classes and None
 ORDER_OF_TEXTS = r'[<>]=? "'  # in place of == "...": no slip of a writer
 IGNORED = ("strict", "stacklevel", "maxsize")  # arguments: of `zip`, where it holds; of warnings; of caches
 SHORTEST_LIMIT, TIMES = 60.0, 10.0  # seconds; and of what the tests take without a mutation

@@ -126,14 +126,13 @@ def _core_rates(model: nn.Module, args: MPOETrainingArguments) -> dict[int, tupl
     for layer in kept_modules(model).values():
         # Blocks start as identities, regardless of the scale of the weights around them. Neurons have the scale of a
         # dense network's and took its rate in our trials; a scale is then only what was asked for.
-        own_scale, shared_scale = auxiliary_scale, 1.0
+        own_scale, shared_scale = auxiliary_scale, args.central_lr_scale
         if layer.shape == NEURONS:
             own_scale = 1.0 if args.auxiliary_lr_scale is None else args.auxiliary_lr_scale
-            shared_scale = 1.0 if args.central_lr_scale is None else args.central_lr_scale
         for parameter in layer.experts.own_cores:
             rates[id(parameter)] = ("auxiliary", 1.0, args.core_lr * own_scale)
         for parameter in layer.shared_parameters().values():
-            rates[id(parameter)] = ("central", 1.0, args.core_lr * shared_scale)
+            rates[id(parameter)] = ("central", 1.0, args.core_lr * (1.0 if shared_scale is None else shared_scale))
     return rates
 
 

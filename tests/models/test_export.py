@@ -113,6 +113,14 @@ def test_the_stock_class_computes_the_same(model_type, to, changes, options, tmp
 
 
 @torch.no_grad()
+def test_a_family_whose_configuration_has_no_size_of_heads():
+    model = neurons("smollm3", {"no_rope_layers": [1, 1]})
+    want = model(IDS).logits
+    del model.config.head_dim
+    assert difference(merge_experts(model, as_=GRANITE)(IDS).logits, want) <= 1e-5
+
+
+@torch.no_grad()
 def test_latent_spaces_merge_and_dtypes_become_one():
     model = neurons(latent=6)
     one, other = merge_experts(model, as_=GRANITE), merge_experts(merge_latent(model), as_=GRANITE)

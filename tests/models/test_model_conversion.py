@@ -232,6 +232,7 @@ def test_new_units_learn_from_the_first_step_on(kind: str) -> None:
     dense, _ = load_stand_in(kind)
     size = dense.config.d_ff if kind == "t5" else 4 * dense.config.n_embd
     wide = widened(dense, size + 24)
+    assert getattr(wide, "loss_type", None) == getattr(dense, "loss_type", None)  # without it GPT-2 warns
     tokens = torch.randint(0, 100, (2, 9))
     wide(tokens, labels=tokens).loss.backward()
     (name,) = [n for n, _ in wide.named_parameters() if n.endswith(("wo.weight", "mlp.c_proj.weight"))][:1]

@@ -6,11 +6,13 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mpoe.training import checkpoints
+from mpoe.training.resuming import go_on_with_choices
 from mpoe_kernels.contract import autotune
 
 from .ranks import torchrun
@@ -64,6 +66,14 @@ def test_a_resumed_run_goes_on_with_its_choices_bit_for_bit(machine: Machine, tm
     machine(LAST)
     assert not same(train(tmp_path / "new", 6), whole), "a new run chooses for the machine it is on"
     assert not set(autotune.choices().items()) & set(chosen.items())
+
+
+def test_one_process_takes_nothing_but_the_checkpoints_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[dict[str, str]] = []
+    monkeypatch.setattr(autotune, "choices", lambda: {"some": "eager chain"})
+    monkeypatch.setattr(autotune, "adopt", taken.append)
+    go_on_with_choices(None, SimpleNamespace(world_size=1))  # type: ignore[arg-type]
+    assert taken == [{}]
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,15 @@ def test_failed_publication_leaves_the_old_checkpoint(tmp_path: Path, monkeypatc
     assert find_last_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
 
 
+def test_a_file_that_grew_is_not_the_one_that_was_written(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 5)
+    file = next(path for path in (tmp_path / "checkpoint-5").iterdir() if path.name != checkpoints.MANIFEST)
+    assert checkpoints.is_complete(file.parent)
+    with file.open("ab") as grown:
+        grown.write(b"x")
+    assert not checkpoints.is_complete(file.parent)
+
+
 def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in (9, 10, 11, 100):
         make_checkpoint(tmp_path, step)

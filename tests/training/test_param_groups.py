@@ -88,7 +88,9 @@ def test_every_parameter_once_and_kinds(tmp_path: Path) -> None:
 
 def test_dense_experts_have_their_own_rate(tmp_path: Path) -> None:
     model = Toy(expert_type="dense")
+    model.other = nn.Parameter(torch.ones(2, 2, 2))
     found = rates(build_param_groups(model, arguments(tmp_path, dense_expert_lr_scale=0.3)))
+    assert found[id(model.other)] == (1e-3, 0.1, "rest")
     weights = [p for n, p in model.named_parameters() if ".experts." in n and p.ndim == 3]
     assert len(weights) == 4
     for parameter in weights:
@@ -101,15 +103,17 @@ def test_table(tmp_path: Path) -> None:
     assert table.splitlines()[0].split() == ["kind", "tensors", "parameters", "rate", "RMS", "ratio", "decay"]
     kinds = [line.split()[0] for line in table.splitlines()[1:]]
     assert kinds == ["rest", "rest", "router", "central", "auxiliary"]
+    assert [line.split()[-1] for line in table.splitlines()[1:3]] == ["0.1", "0"]
     assert len(describe_param_groups(groups, every_group=True).splitlines()) == len(groups) + 1
 
 
 def test_zero_weight_trains_at_the_unscaled_rate_with_a_warning(tmp_path: Path) -> None:
     model = Toy()
-    model.layers[0].experts.up.rate_ratios = (1.0, 0.0, float("nan"))
+    model.layers[0].experts.up.rate_ratios = (0.5, 0.0, float("nan"))
     with pytest.warns(UserWarning, match=r"layers\.0\.experts\.up has unusable rate ratios"):
         found = rates(build_param_groups(model, arguments(tmp_path)))
     assert found[id(model.layers[0].experts.up.central)][0] == pytest.approx(0.35e-3)
+    assert found[id(model.layers[0].experts.up.auxiliary[0])][0] == pytest.approx(0.25e-3)
     model.layers[0].experts.up.rate_ratios = (1.0,)
     with pytest.raises(ValueError, match="must hold 3 numbers, one per core; got 1"):
         build_param_groups(model, arguments(tmp_path))

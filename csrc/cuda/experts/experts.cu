@@ -47,7 +47,18 @@ struct Call {
     mpoe::cuda::route(route, memory_, stream);
     for (; p.first_group < p.groups; p.first_group += p.slice, p.weights.first_share += p.weights.shares) {
       p.slice = std::min(p.slice, p.groups - p.first_group);
-      with_product_type(p.dtype, p.tf32, [&](auto zero) { launch<decltype(zero)>(p, stream); });
+      ExpertsLaunches own = p;
+      const int64_t before = int64_t(p.first_group) * p.padded * static_cast<int64_t>(size_of(p.dtype));
+      for (void** rows : {&own.h, &own.dvalue, &own.dz}) {
+        if (*rows) *rows = static_cast<char*>(*rows) - before;
+      }
+      for (WeightGradient& weight : own.weights.of) {
+        for (SummedLines* lines : {&weight.a, &weight.b}) {
+          lines->stride = int64_t(lines->by_token ? p.groups : p.slice) * lines->step;
+          if (weight.out && !lines->by_token) lines->data = static_cast<const char*>(lines->data) - before;
+        }
+      }
+      with_product_type(p.dtype, p.tf32, [&](auto zero) { launch<decltype(zero)>(own, stream); });
     }
   }
 

@@ -21,7 +21,7 @@ struct ExpertsArguments : ExpertsInputs {
   int* turns = nullptr;        // [2, G]: tiles that have begun, slots whose rows are written
   void *out = nullptr, *out_gate = nullptr;        // [T, G columns], or gradients of x, x_gate [T, G width] or null
   float *sums = nullptr, *sums_gate = nullptr;     // instead of `out` until the last of more than two choices
-  // Backward, by slot, of the launch's groups. h: hidden units times gates; dvalue, dz: gradients of x up and, if gated,
+  // Backward, by slot, as if from group 0 on. h: hidden units times gates; dvalue, dz: gradients of x up and, if gated,
   // of what is activated.
   const void* grad = nullptr;
   void *h = nullptr, *dvalue = nullptr, *dz = nullptr;  // [N, slice padded]; h null: not needed
@@ -83,9 +83,9 @@ struct SlotTile {
 
   __device__ __forceinline__ explicit SlotTile(const ExpertsArguments& p) {
     const int tiles = p.tiles * p.top_k, row = threadIdx.x;
-    const int in_slice = blockIdx.x / tiles;
-    group = p.first_group + in_slice;
-    int tile = blockIdx.x - in_slice * tiles;
+    group = blockIdx.x / tiles;
+    int tile = blockIdx.x - group * tiles;
+    group += p.first_group;
     if (p.top_k > 1) {
       if (row == 0) shared().taken = dev::ticket(p.turns + group, tile);
       __syncthreads();  // the tile is known

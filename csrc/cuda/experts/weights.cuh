@@ -9,6 +9,7 @@ struct SummedLines {
   const void* data = nullptr;
   int width = 0, step = 0;  // elements of a group; from one group to the next
   bool by_token = false, vector = true;
+  int64_t stride = 0;  // from one line to the next
 };
 // out[e, g, i, j] = sum over slots s of e of a[s, g, i] b[s, g, j]; with shared weights summed over g too.
 struct WeightGradient {
@@ -25,7 +26,7 @@ struct WeightGradients {
 
 // Grid: (weights times tiles, three kinds, shares). Shared: stages.
 template <class T>
-__global__ void __launch_bounds__(kExpertsThreads, 4)
+__global__ void __launch_bounds__(kExpertsThreads, sizeof(T) == 2 ? 4 : 2)
     experts_weights_kernel(const __grid_constant__ ExpertsArguments p, const __grid_constant__ WeightGradients all) {
   using TileT = ExpertsTile<T>;
   DYN_SHARED(T, stages);
@@ -38,8 +39,8 @@ __global__ void __launch_bounds__(kExpertsThreads, 4)
   const int i = tile / across * TileT::kM, j = tile % across * TileT::kN;
   if (i >= own.a.width) return;
   const int own_groups = p.own > 1 ? p.slice : 1, expert = weight / own_groups, share = blockIdx.z;
-  const int first = p.own > 1 ? weight - expert * own_groups : share * all.share;  // in the slice
-  const int last = p.own > 1 ? first + 1 : first + all.share < p.slice ? first + all.share : p.slice;
+  const int first = p.first_group + (p.own > 1 ? weight - expert * own_groups : share * all.share);
+  const int end = p.first_group + p.slice, most = first + (p.own > 1 ? 1 : all.share), last = most < end ? most : end;
   Accumulator<TileT> sum;
   sum.clear();
   int count = 1;  // of the expert's slots
@@ -59,18 +60,16 @@ __global__ void __launch_bounds__(kExpertsThreads, 4)
     __syncthreads();  // slots are known
     for (int group = first; group < last; ++group) {
       const auto operand = [&](const SummedLines& lines, int from) {
-        const int64_t stride = int64_t(lines.by_token ? p.groups : p.slice) * lines.step;
-        const int64_t at = int64_t(lines.by_token ? p.first_group + group : group) * lines.step + from;
         const int* const rows = lines.by_token ? tokens : slots;
-        return expert_lines<T, false>(lines.data, at, lines.width - from, lines.vector,
-                                      [=](int s) { return s < here ? rows[s] * stride : -1; });
+        return expert_lines<T, false>(lines.data, int64_t(group) * lines.step + from, lines.width - from, lines.vector,
+                                      [=, stride = lines.stride](int s) { return s < here ? rows[s] * stride : -1; });
       };
       block_gemm<T, TileT, false, false>(sum, operand(own.a, i), operand(own.b, j), here, own.a.width - i,
                                          own.b.width - j, stages);
     }
   }
   const int64_t number = all.partial ? int64_t(all.first_share + share) * p.experts + expert
-                                     : int64_t(expert) * p.own + (p.own > 1 ? p.first_group + first : 0);
+                                     : int64_t(expert) * p.own + (p.own > 1 ? first : 0);
   const int64_t at = (number * own.a.width + i) * own.b.width + j;
   sum.for_each([&](int row, int column, float& value) {
     if (i + row >= own.a.width || j + column >= own.b.width) return;
@@ -83,13 +82,14 @@ __global__ void __launch_bounds__(kExpertsThreads, 4)
   });
 }
 
-// dbias[e, unit] = sum of d [N, slice padded] over e's slots. Grid: (E, 32 of the slice's units each).
+// dbias[e, unit] = sum of d, see ExpertsArguments, over e's slots. Grid: (E, 32 of the slice's units each).
 template <class T>
 __global__ void __launch_bounds__(kExpertsThreads)
     experts_bias_kernel(const __grid_constant__ ExpertsArguments p, const void* d, void* dbias) {
   constexpr int kTogether = kExpertsThreads / 32, kAhead = 8;  // slots at once; loads in flight
   SHARED_ARRAY(float, parts, kExpertsThreads);
-  const int expert = blockIdx.x, unit = blockIdx.y * 32 + (threadIdx.x & 31), units = p.slice * p.units;
+  const int expert = blockIdx.x, unit = p.first_group * p.units + blockIdx.y * 32 + (threadIdx.x & 31);
+  const int units = (p.first_group + p.slice) * p.units;
   const T* const from = static_cast<const T*>(d) + unit / p.units * p.padded + unit % p.units;
   float sum = 0.f;
   for (int choice = 0; choice < p.top_k; ++choice) {
@@ -106,8 +106,7 @@ __global__ void __launch_bounds__(kExpertsThreads)
   __syncthreads();  // parts are whole
   if (threadIdx.x >= 32 || unit >= units) return;
   for (int other = 1; other < kTogether; ++other) sum += parts[other * 32 + threadIdx.x];
-  const int64_t at = (int64_t(expert) * p.groups + p.first_group) * p.units + unit;
-  static_cast<T*>(dbias)[at] = dev::from_float<T>(sum);
+  static_cast<T*>(dbias)[int64_t(expert) * p.groups * p.units + unit] = dev::from_float<T>(sum);
 }
 
 // out[i] = sum over j of parts[j, i], in the order of j.

@@ -51,14 +51,17 @@ part() { # NAME SECONDS COMMAND...: once, for so long at most
         *) result=failed ;;
     esac
     # Of a test that failed for another reason (a missing package), there is a line alone.
-    grep -qE "^E +(AssertionError|assert )|^WRONG|ERROR SUMMARY: [1-9]|RACECHECK SUMMARY: [1-9]" "$out/$name.log" && result=WRONG
+    grep -qE "^E +(AssertionError|assert )|wrong or failed: .*wrong result|ERROR SUMMARY: [1-9]|RACECHECK SUMMARY: [1-9]" "$out/$name.log" && result=WRONG
     last=$(grep -v '^[ =]*$' "$out/$name.log" | tail -n 1 | tr '|' '/' | cut -c 1-160)
     report "$name" "$result" $((SECONDS - began)) "$last"
     tar -czf "$out.tar.gz" -C "$(dirname "$out")" "$(basename "$out")"
     [ "$result" != WRONG ] || exit 1
 }
 
-visit() { part "$1" "$2" "$python" -m mpoe_bench.visit "${@:3}" --device "$device"; }
+tiny=$([ "$device" = cuda ] || echo "--scale tiny --threads 1 --minutes .2 --backend eager")
+bench() { # NAME SECONDS OPTIONS...
+    part "$1" "$2" "$python" -m mpoe bench --device "$device" --overwrite --out "$out/$1" "${@:3}" $tiny
+}
 
 tests() { # NAME SECONDS TESTS [CHECKER...]; without a checker, several processes compile the kernels
     local how=''
@@ -71,14 +74,14 @@ if [ -z "$plan" ]; then
     mkdir -p "$out"
     [ -e "$out/visit.md" ] || printf '| part | result | s | last line |\n|---|---|---:|---|\n' >"$out/visit.md"
 fi
-visit smoke-triton 180 smoke --backend triton
+bench smoke-triton 180 --suite layers --backend triton
 part machine 30 "$python" -m mpoe_kernels.info
 if [ "$device" = cuda ]; then
     part card 30 nvidia-smi
     architecture=$("$python" -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())" 2>/dev/null)
     part build 600 env MPOE_BUILD=cuda TORCH_CUDA_ARCH_LIST="${architecture/9.0/9.0a}" "$python" setup.py -q build_ext --inplace
 fi
-visit smoke-cuda 120 smoke --backend cuda
+bench smoke-cuda 120 --suite layers --backend cuda
 tests instructions 90 tests/device/test_device_instructions.py
 # What people use first: hidden-side experts and neurons, in bfloat16 before float32; then the linear ops.
 experts=tests/device/test_device_experts.py ops=tests/device/test_device_ops.py
@@ -95,18 +98,17 @@ done
 for tool in memcheck racecheck; do
     tests $tool 240 "$checked" compute-sanitizer --tool $tool --error-exitcode 9
 done
-visit targets 300 targets
+bench targets 300 --suite layers --backend auto
 tests graphs 180 tests/device/test_device_graphs.py
-tiny=$([ "$device" = cuda ] || echo "--scale tiny --threads 1")
-part models 300 "$python" -m mpoe bench --suite models --device "$device" --out "$out/models" $tiny
+bench models 300 --suite models
 # The first launch of each: of neurons, hidden-side experts, the fused chain and a separable product.
 part profile 180 ncu --set basic --filter-mode per-launch-config --launch-count 1 \
     --kernel-name 'regex:^(neurons_fused|hidden_rows|fused|grouped_rows)_kernel$' \
-    "$python" -m mpoe_bench.visit profile --device "$device"
+    "$python" -m mpoe_bench.gpu_cases
 tests experts-float32 180 "$experts -k float32"
 tests linear-float32 180 "$ops -k float32"
 install='for name; do "$0" -m pip install -q --no-deps --target build/peers "$name" || echo "$name was not installed"; done'
 [ "$device" = cpu ] || part libraries 120 bash -c "$install" "$python" liger-kernel quack-kernels \
     git+https://github.com/{Dao-AILab/sonic-moe,shawntan/scattermoe}
-part peers 480 "$python" -m mpoe bench --suite gpu --device "$device" --out "$out/peers" $tiny ${tiny:+--backend eager --minutes .05}
+bench peers 480 --suite gpu
 [ -n "$plan" ] || echo "$out.tar.gz"

@@ -15,9 +15,7 @@ import torch
 
 from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe, merge_experts
 from mpoe.data.embedded import load_stand_in
-from mpoe.inspection.growth import parameter_growth
-from mpoe.inspection.routes import route_text
-from mpoe.inspection.spectra import bond_spectra
+from mpoe.inspection import bond_spectra, parameter_growth, route_text
 from mpoe.models import mpo_modules
 
 torch.manual_seed(0)

@@ -37,29 +37,29 @@ if TYPE_CHECKING:
     from mpoe.layers import MPOLinear as MPOLinear
     from mpoe.layers import TopKRouter as TopKRouter
     from mpoe.layers import global_batch as global_batch
-    from mpoe.models import add_expert as add_expert
-    from mpoe.models import collect_statistics as collect_statistics
-    from mpoe.models import compose as compose
-    from mpoe.models import compose_experts as compose_experts
-    from mpoe.models import convert_to_mpoe as convert_to_mpoe
-    from mpoe.models import import_original as import_original
-    from mpoe.models import load_expert as load_expert
-    from mpoe.models import load_mpoe as load_mpoe
-    from mpoe.models import merge_expert as merge_expert
-    from mpoe.models import merge_experts as merge_experts
-    from mpoe.models import merge_latent as merge_latent
-    from mpoe.models import save_expert as save_expert
-    from mpoe.models import save_mpoe_only as save_mpoe_only
-    from mpoe.models import start_expert as start_expert
+    from mpoe.models.checkpoint import load_mpoe as load_mpoe
+    from mpoe.models.checkpoint import save_mpoe_only as save_mpoe_only
+    from mpoe.models.composition import add_expert as add_expert
+    from mpoe.models.composition import compose as compose
+    from mpoe.models.convert import convert_to_mpoe as convert_to_mpoe
+    from mpoe.models.convert import merge_experts as merge_experts
+    from mpoe.models.domains import collect_statistics as collect_statistics
+    from mpoe.models.expert_files import load_expert as load_expert
+    from mpoe.models.expert_files import merge_expert as merge_expert
+    from mpoe.models.expert_files import save_expert as save_expert
+    from mpoe.models.expert_files import start_expert as start_expert
+    from mpoe.models.expert_mixture import compose_experts as compose_experts
+    from mpoe.models.kept import merge_latent as merge_latent
     from mpoe.models.lora import lora_on_cores as lora_on_cores
-    from mpoe.training import MPOETrainer as MPOETrainer
-    from mpoe.training import MPOETrainingArguments as MPOETrainingArguments
-    from mpoe.training import freeze_all_but_experts as freeze_all_but_experts
-    from mpoe.training import load_sharded_optimizer as load_sharded_optimizer
-    from mpoe.training import save_sharded as save_sharded
-    from mpoe.training import save_sharded_checkpoint as save_sharded_checkpoint
-    from mpoe.training import shard_model as shard_model
+    from mpoe.models.original import import_original as import_original
+    from mpoe.training.arguments import MPOETrainingArguments as MPOETrainingArguments
     from mpoe.training.divergence import DivergenceError as DivergenceError
+    from mpoe.training.freezing import freeze_all_but_experts as freeze_all_but_experts
+    from mpoe.training.sharded_checkpoint import load_sharded_optimizer as load_sharded_optimizer
+    from mpoe.training.sharded_checkpoint import save_sharded_checkpoint as save_sharded_checkpoint
+    from mpoe.training.sharding import save_sharded as save_sharded
+    from mpoe.training.sharding import shard_model as shard_model
+    from mpoe.training.trainer import MPOETrainer as MPOETrainer
     from mpoe_kernels.version import __version__ as __version__
 
 _register()

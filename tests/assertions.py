@@ -1,13 +1,18 @@
-"""Assertions calibrated against PyTorch's own rounding, poisoned memory, and numbers of threads."""
+"""Assertions calibrated against PyTorch's own rounding, poisoned memory, and threads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from mpoe_bench.cases import relative_error
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def assert_calibrated(
@@ -51,9 +56,27 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def in_threads(count: int, work: Callable[[int], T]) -> list[T]:
+    """Results of ``work(0) .. work(count - 1)``, which begin at once, each in a thread of its own."""
+    barrier = threading.Barrier(count)
+
+    def run(number: int) -> T:
+        barrier.wait()
+        return work(number)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))
+
+
 @contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Fill everything that ``torch.empty`` and similar functions return with NaN (integers: their largest value)."""
+def poisoned_memory(device: torch.device | str = "cpu") -> Iterator[None]:
+    """Fill everything that ``torch.empty`` and similar functions return with NaN (integers: their largest value).
+
+    On a GPU nothing is filled: its libraries refuse the setting that this takes.
+    """
+    if torch.device(device).type != "cpu":
+        yield
+        return
     before = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)

@@ -1,21 +1,22 @@
-"""One grouped MPO product with its gradients: inputs, the reference, and the comparison of some kernels with it."""
+"""One grouped MPO product, or a network of them, with its gradients: inputs, and the comparison with the reference."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from mpoe_bench.cases import expert_choice, random_blocks, relative_error
 from torch import Tensor
 
+from mpoe_kernels import grouped_mpo_linear, mpo_ffn, use_backend
 from mpoe_kernels.contract import STRATEGIES
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.mpo.shape import MPOShape
-from mpoe_kernels.reference import grouped_mpo_linear_reference
+from mpoe_kernels.reference import grouped_mpo_linear_reference, mpo_ffn_reference
 from mpoe_kernels.routing.op import route
 
-from .assertions import assert_calibrated
+from .assertions import assert_calibrated, poisoned_memory
 
 NAMES = ("y", "dx", "dleft", "dcentral", "dright", "dbias")
 
@@ -33,6 +34,7 @@ class LinearProblem:
         shape, dtype, experts, activation: of the layer.
         tokens, top_k, kind, capacity, mask: of the routing, see `expert_choice`.
         with_bias, gathered: whether there is a bias; whether slots read rows of x through ``row_index``.
+        device: of the tensors.
     """
 
     shape: MPOShape
@@ -46,20 +48,24 @@ class LinearProblem:
     with_bias: bool = True
     gathered: bool = True
     mask: Tensor | None = None
+    device: torch.device | str = "cpu"
     x: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        index = expert_choice(self.kind, self.tokens, self.experts, min(self.top_k, self.experts))
+        index = expert_choice(self.kind, self.tokens, self.experts, min(self.top_k, self.experts)).to(self.device)
         self.routing = route(index, self.experts, self.capacity, self.mask, backend="eager")
         slots = self.routing.token_of_slot.shape[0]
         blocks = random_blocks(self.shape, self.experts)
-        self.blocks = [t.to(self.dtype) for t in (blocks.left, blocks.central, blocks.right)]
-        self.x = torch.randn(self.tokens if self.gathered else slots, self.shape.in_features).to(self.dtype)
-        self.bias = torch.randn(self.shape.out_features).to(self.dtype) if self.with_bias else None
-        self.grad = torch.randn(slots, self.shape.out_features).to(self.dtype)
+        self.blocks = [t.to(self.device, self.dtype) for t in (blocks.left, blocks.central, blocks.right)]
+        self.x = self._random(self.tokens if self.gathered else slots, self.shape.in_features)
+        self.bias = self._random(self.shape.out_features) if self.with_bias else None
+        self.grad = self._random(slots, self.shape.out_features)
         if self.activation == "relu":  # its gradient jumps at zero: rounding must not decide the side
             z = self.reference(torch.float64, activation="none")[0]
             self.grad = self.grad * (z.detach().abs() > 0.1)
+
+    def _random(self, *sizes: int) -> Tensor:
+        return torch.randn(sizes).to(self.device, self.dtype)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -91,7 +97,7 @@ class LinearProblem:
         Without a bias the gradient is that of a bias of zeros.
         """
         leaves = [t.to(dtype).requires_grad_() for t in (self.x, *self.blocks)]
-        bias = (torch.zeros(self.sizes[1]) if self.bias is None else self.bias).to(dtype).requires_grad_()
+        bias = (self.x.new_zeros(self.sizes[1]) if self.bias is None else self.bias).to(dtype).requires_grad_()
         x, left, central, right = leaves
         y = grouped_mpo_linear_reference(
             x,
@@ -119,3 +125,123 @@ class LinearProblem:
             else:
                 assert_calibrated(a, t, s, f"{name} ({strategy})", factor)
         assert bool((actual[0][self.filled :] == 0).all())
+
+
+# ------------------------------------------------------------------ blocks and memory layouts
+
+
+def leaves(blocks: MPOBlocks) -> list[Tensor]:
+    return [blocks.left, blocks.central, blocks.right]
+
+
+def cast(blocks: MPOBlocks, dtype: torch.dtype, place: Callable[[Tensor], Tensor] = lambda t: t) -> MPOBlocks:
+    left, central, right = (place(t.detach().to(dtype)).detach().requires_grad_() for t in leaves(blocks))
+    return MPOBlocks(left, central, right, blocks.in_features, blocks.out_features)
+
+
+def unaligned(tensor: Tensor) -> Tensor:
+    """The same values one element further in memory: aligned only to the element size."""
+    storage = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+    moved = storage[1:].view(tensor.shape)
+    moved.copy_(tensor.detach())
+    return moved.requires_grad_(tensor.requires_grad)
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """The same values in a tensor that is not contiguous along any axis."""
+    wide = torch.empty(*tensor.shape, 2, dtype=tensor.dtype)
+    moved = wide[..., 0]
+    moved.copy_(tensor.detach())
+    return moved.requires_grad_(tensor.requires_grad)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {"dense": lambda t: t, "unaligned": unaligned, "strided": strided}
+
+
+@dataclass
+class Product(LinearProblem):
+    """One product by the public op; every strategy is compared with one reference.
+
+    Attributes:
+        backend: that computes it.
+        layout: of its tensors in memory, see `LAYOUTS`.
+        inverse: whether the op is told which slots read a token.
+    """
+
+    capacity: int | None = None
+    backend: str = "eager"
+    layout: str = "dense"
+    inverse: bool = False
+    known: dict[tuple[torch.dtype, str | None], list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """x, left, central, right and, if there is one, the bias."""
+        return [self.x, *self.blocks, *([] if self.bias is None else [self.bias])]
+
+    def call(self, inputs: Sequence[Tensor], strategy: str) -> Tensor:
+        x, left, central, right, *bias = inputs
+        return grouped_mpo_linear(
+            x,
+            MPOBlocks(left, central, right, *self.sizes),
+            self.routing.expert_offsets,
+            *bias,
+            row_index=self.row_index,
+            slot_of_token=self.slot_of_token if self.inverse else None,
+            activation=self.activation,
+            strategy=strategy,
+            backend=self.backend,
+        )
+
+    def run(self, strategy: str, backward_strategy: str | None = None) -> list[Tensor]:
+        place = LAYOUTS[self.layout]
+        inputs = [place(t).detach().requires_grad_() for t in self.inputs]
+        with poisoned_memory(self.device):
+            y = self.call(inputs, strategy)
+            grads = torch.autograd.grad(y, inputs, place(self.grad).detach(), allow_unused=True, materialize_grads=True)
+        return [y, *grads]
+
+    def reference(self, dtype: torch.dtype, activation: str | None = None) -> list[Tensor]:
+        if (dtype, activation) not in self.known:
+            self.known[dtype, activation] = super().reference(dtype, activation)
+        return self.known[dtype, activation]
+
+
+# ------------------------------------------------------------------ networks
+
+
+def check_ffn(
+    backend: str,
+    shape: MPOShape,
+    dtype: torch.dtype,
+    gated: bool,
+    tokens: int = 11,
+    experts: int = 4,
+    device: torch.device | str = "cpu",
+) -> None:
+    """`mpo_ffn` and its gradients with dropped and masked tokens and idle experts, calibrated in the same dtype."""
+    index, mask = expert_choice("some_idle", tokens, experts, 2), torch.arange(tokens) % 4 != 1
+    routing = route(index.to(device), experts, capacity=tokens // 2, token_mask=mask.to(device))
+    shapes = (shape, shape.mirrored(), *([shape] if gated else []))
+    blocks = [random_blocks(each, experts, dtype) for each in shapes]
+    sizes = ((tokens, shape.in_features), (shape.out_features,), (shape.in_features,))
+    others = [torch.rand(tokens, 2), *(torch.randn(size) for size in sizes)]
+
+    def run(function: Callable[..., Tensor], run_dtype: torch.dtype) -> list[Tensor]:
+        up, down, *gate = (cast(block, run_dtype, lambda t: t.to(device)) for block in blocks)
+        inputs = [t.to(dtype).to(device, run_dtype).requires_grad_() for t in others]
+        options = {"gate_proj": gate[0] if gated else None, "up_bias": inputs[2], "down_bias": inputs[3]}
+        y = function(inputs[1], routing, inputs[0], up, down, activation="silu", **options)
+        of_blocks = [leaf for block in (up, down, *gate) for leaf in leaves(block)]
+        return [y, *torch.autograd.grad(y.square().sum(), [*inputs, *of_blocks])]
+
+    with use_backend(backend), poisoned_memory(device):
+        actual = run(mpo_ffn, dtype)
+    truth, same = run(mpo_ffn_reference, torch.float64), run(mpo_ffn_reference, dtype)
+    names = ["y", "dweights", "dx", "dup_bias", "ddown_bias"]
+    names += [f"d{kind}.{k}" for kind in ("up", "down", "gate")[: len(blocks)] for k in range(3)]
+    for name, a, t, s in zip(names, actual, truth, same, strict=True):
+        if dtype == torch.float64:  # the truth has the same rounding
+            assert relative_error(a, t) < 1e-13, name
+        else:
+            assert_calibrated(a, t, s, name, factor=3)

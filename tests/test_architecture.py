@@ -1,4 +1,4 @@
-"""The order of imports, the size of files, and what importing costs: the architecture, kept by tests."""
+"""The order of imports, the size of files, what importing costs; assertions of the tests, each of which can fail."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
+from mpoe_bench.cases import expert_choice, relative_error
+
+from tests.assertions import assert_calibrated, poisoned_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"mpoe_kernels": ".", "mpoe": ".", "mpoe_bench": "bench"}  # name -> folder that holds it
@@ -137,7 +141,7 @@ def test_no_circles() -> None:
 def test_files_of_tests_import_one_another_by_their_whole_names() -> None:
     """``from .tiny import`` or ``from tests.training.tiny import``: a bare name means another file to every folder."""
     bare = []
-    for folder in {path.parent for path in (ROOT / "tests").rglob("__init__.py")}:
+    for folder in {path.parent for path in (ROOT / "tests").rglob("*.py")}:
         own = {path.stem for path in folder.glob("*.py")}
         for path in folder.glob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
@@ -162,7 +166,7 @@ def test_files_fit_on_a_few_screens() -> None:
 def test_the_table_of_mutants_names_files_and_tests() -> None:
     for area in tomllib.loads((ROOT / "tools" / "mutants.toml").read_text()).values():
         assert all(list(ROOT.glob(each)) for each in area["files"]), area
-        assert all((ROOT / each).exists() for each in area["tests"]), area
+        assert all((ROOT / each.partition("::")[0]).exists() for each in area["tests"]), area
 
 
 def run_python(code: str) -> str:
@@ -199,3 +203,37 @@ def test_public_names() -> None:
     }
     assert [name for name in kernel_names if not hasattr(mpoe_kernels, name)] == []
     assert [name for name in names if not hasattr(mpoe, name)] == []
+
+
+def test_calibrated_assertion_catches_what_it_should() -> None:
+    truth = torch.randn(100, dtype=torch.float64)
+    single = truth.float()
+    assert_calibrated(single, truth, single)
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_calibrated(single * (1 + 1e-5), truth, single)
+    with pytest.raises(AssertionError, match="holds NaN"):
+        assert_calibrated(torch.full_like(single, float("nan")), truth, single)
+    with pytest.raises(AssertionError, match="expected shape"):
+        assert_calibrated(single[:3], truth, single)
+    with pytest.raises(AssertionError, match="expected dtype"):
+        assert_calibrated(single.double(), truth, single)
+
+
+def test_relative_error_of_a_zero_truth_is_absolute() -> None:
+    assert relative_error(torch.tensor([3.0, 4.0]), torch.zeros(2)) == 5.0
+
+
+def test_poisoned_memory_fills_and_restores() -> None:
+    with poisoned_memory():
+        assert bool(torch.empty(64).isnan().all())
+        assert bool(torch.ones(3).new_empty(64).isnan().all())
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_expert_choice_distributions() -> None:
+    assert set(expert_choice("all_to_one", 50, 4)[:, 0].tolist()) == {3}
+    assert set(expert_choice("some_idle", 200, 4)[:, 0].tolist()) == {0, 2}
+    zipf = torch.bincount(expert_choice("zipf", 4000, 4)[:, 0])
+    assert zipf[0] > zipf[3] * 2
+    with pytest.raises(ValueError, match="kind must be"):
+        expert_choice("normal", 3, 2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,26 +13,30 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, import_original, merge_experts, save_mpoe_only
-from mpoe.data.collate import PaddingCollator
-from mpoe.data.encode import check_length, check_tokenizer
 from mpoe.data.metrics import METRICS
-from mpoe.data.sampler import MultiTaskBatchSampler, TemperatureSampler
+from mpoe.data.sampler import TemperatureSampler
 from mpoe.data.splits import with_validation_from_train
 from mpoe.data.task import Example, Task
-from mpoe.estimation.costs import Usage, model_costs
-from mpoe.estimation.inventory import read_values, take_inventory
-from mpoe.layers import DenseExperts, MPOEmbedding, MPOExperts, MPOLinear, TopKRouter, load_balancing_loss
+from mpoe.estimation import Usage, model_costs, read_values, take_inventory
+from mpoe.layers import (
+    DenseExperts,
+    MPOEFeedForward,
+    MPOEmbedding,
+    MPOExperts,
+    MPOLinear,
+    TopKRouter,
+    load_balancing_loss,
+)
 from mpoe.layers.cores import MPOCores
 from mpoe.models import load_layers
 from mpoe.training.checkpoints import step_of
 from mpoe.training.freezing import freeze_all_but_experts, freeze_cores
-from mpoe.training.gradient_mask import GradientMask
 from mpoe.training.sharding import save_sharded, shard_model
 from mpoe_kernels import BackendError, MPOBlocks, MPOShape, fold, grouped_mpo_linear, mpo_embedding, mpo_linear
 from mpoe_kernels.backends import Request, select
 from mpoe_kernels.linear.reference import activation_reference
 
-SHAPE = MPOShape((2, 3), (3, 2))
+SHAPE, SMALL = MPOShape((2, 3), (3, 2)), MPOShape((2, 4), (3, 4))
 CORES = [torch.ones(1, 2, 3, 6), torch.ones(6, 3, 2, 1)]
 T5 = {"vocab_size": 20, "d_model": 8, "d_ff": 16, "d_kv": 4, "num_heads": 2, "num_layers": 1, "dropout_rate": 0.0}
 
@@ -85,173 +88,150 @@ def blocks(
     return MPOBlocks(torch.ones(left), torch.ones(4, 1, 1, 4), torch.ones(right), *sizes)
 
 
-CASES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
-    "router": (lambda: MPOEConfig(router="switch"), TypeError, "router must be a RouterConfig or its dict; got str"),
-    "targets": (lambda: MPOEConfig(target_modules=[]), TypeError, r"target_modules must be a name .*; got \[\]"),
-    "excluded": (lambda: MPOEConfig(exclude_modules="x"), TypeError, "exclude_modules must be a list .*; got 'x'"),
-    "excluded name": (lambda: MPOEConfig(exclude_modules=[3]), TypeError, r"exclude_modules must be a list .*\[3\]"),
-    "layers": (
+CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
+    (lambda: MPOEConfig(router="switch"), TypeError, "router must be a RouterConfig or its dict; got str"),
+    (lambda: MPOEConfig(target_modules=[]), TypeError, r"target_modules must be a name .*; got \[\]"),
+    (lambda: MPOEConfig(exclude_modules="x"), TypeError, "exclude_modules must be a list .*; got 'x'"),
+    (lambda: MPOEConfig(exclude_modules=[3]), TypeError, r"exclude_modules must be a list .*\[3\]"),
+    (
         lambda: MPOEConfig(layers_to_transform="0"),
         TypeError,
         "layers_to_transform must be a list .*; got '0'",
     ),
-    "shape": (lambda: MPOEConfig(shape={"up": SHAPE}), ValueError, r"shape must give .*; missing \['down'\]"),
-    "pattern": (lambda: MPOEConfig(shape_pattern={"(": 2}), ValueError, r"shape_pattern must hold regular .*'\('"),
-    "flag": (lambda: RouterConfig(is_scale_prob=1), TypeError, "is_scale_prob must be True or False; got int 1"),
-    "pad": (lambda: PaddingCollator(-1), ValueError, "pad_token_id must be a token id >= 0; got -1"),
-    "pad multiple": (lambda: PaddingCollator(0, 0), ValueError, "pad_to_multiple_of must be >= 1; got 0"),
-    "length": (lambda: check_length("block_size", 1), ValueError, "block_size must be an int >= 2; got 1"),
-    "tokenizer": (
-        lambda: check_tokenizer(SimpleNamespace(eos_token_id=1)),
-        ValueError,
-        "tokenizer must have pad_token_id",
-    ),
-    "size": (lambda: TemperatureSampler({"a": 0}), ValueError, r"sizes\['a'\] must be >= 1; got 0"),
-    "steps": (
+    (lambda: MPOEConfig(shape_pattern={"(": 2}), ValueError, r"shape_pattern must hold regular .*'\('"),
+    (lambda: RouterConfig(is_scale_prob=1), TypeError, "is_scale_prob must be True or False; got int 1"),
+    (
         lambda: TemperatureSampler({"a": 1}).indices(3, 2),
         ValueError,
         "start and stop must satisfy .*; got 3, 2",
     ),
-    "batch": (
-        lambda: MultiTaskBatchSampler({"a": 1}, batch_size=0, num_steps=1),
-        ValueError,
-        "batch_size must be >= 1; got 0",
-    ),
-    "logits": (
+    (
         lambda: load_balancing_loss(torch.ones(3), torch.ones(3, 1)),
         ValueError,
         r"logits must be .*; got \[3\]",
     ),
-    "padding index": (lambda: MPOEmbedding(SHAPE, 6), ValueError, "padding_idx must be within the 6 embeddings; got 6"),
-    "embedding": (
+    (
         lambda: MPOEmbedding.from_embedding(nn.Linear(2, 2)),
         TypeError,
         r"embedding must be an nn\.Embedding; got Linear",
     ),
-    "linear": (lambda: MPOLinear.from_linear(nn.ReLU()), TypeError, r"expected an nn\.Linear or a Conv1D; got ReLU"),
-    "router input": (lambda: TopKRouter(4, 2)(torch.ones(4)), ValueError, r"x must be \[T, I\] with I = 4; got \[4\]"),
-    "NaN": (lambda: convert_to_mpoe(not_finite()), ValueError, "model must hold finite weights; NaN or Inf in .*wte"),
-    "nothing": (
-        lambda: convert_to_mpoe(gpt2(), MPOEConfig(target_modules="pooler")),
-        ValueError,
-        "GPT2LMHeadModel has no dense pooler modules",
-    ),
-    "merged twice": (
-        lambda: merge_experts(merge_experts(convert_to_mpoe(gpt2()))),
-        ValueError,
-        "model must have MPO experts; got expert_type='dense'",
-    ),
-    "dense merged": (lambda: merge_experts(gpt2()), TypeError, "model must be an MPOE model .*; got GPT2LMHeadModel"),
-    "layers of dense": (lambda: load_layers(gpt2(), ".", ["mlp"]), TypeError, "model must be an MPOE model"),
-    "foreign original": (lambda: import_original({}, t5()), ValueError, "source must be a checkpoint of the original"),
-    "probability": (lambda: GradientMask(t5(), True), TypeError, "must be a number between 0 and 1; got True"),
-    "checkpoint": (lambda: step_of("checkpoint-x"), ValueError, "named checkpoint-<step>; got 'checkpoint-x'"),
-    "factors": (lambda: MPOShape(3, (2,)), TypeError, "in_factors must be a sequence of integers; got 3"),
-    "shape text": (lambda: MPOShape.from_dict("x"), TypeError, "an MPOShape is described by a mapping; got str 'x'"),
-    "shape keys": (lambda: MPOShape.from_dict({"a": 1}), ValueError, r"unknown: \['a'\], missing: \['in_factors'"),
-    "division": (lambda: MPOShape.separable(6, 8, left=5), ValueError, "left must divide in_features = 6; got 5"),
-    "core": (lambda: fold([torch.ones(2, 2), *CORES], 1), ValueError, r"cores\[0\] must be"),
-    "ids": (lambda: mpo_embedding(torch.ones(2), fold(CORES, 1)), TypeError, "ids must be an int32 or int64 tensor"),
-    "backend": (lambda: MPOEConfig(backend=3), TypeError, "backend must be a name or None; got int 3"),
-    "gating": (lambda: MPOEConfig(moe_type="moe", router=RouterConfig()), ValueError, "moe_type 'moe' needs a router"),
-    "top k": (
-        lambda: MPOEConfig(num_experts=1, router={"top_k": 2}),
-        ValueError,
-        "top_k must be at most num_experts = 1",
-    ),
-    "patterns": (lambda: MPOEConfig(shape_pattern=3), TypeError, "shape_pattern must be a mapping .*; got int"),
-    "ratios": (lambda: MPOEConfig(rate_ratios=3), TypeError, "rate_ratios must be a mapping; got int"),
-    "jitter": (lambda: RouterConfig(jitter="x"), TypeError, "jitter must be a number; got str 'x'"),
-    "router dict": (lambda: RouterConfig.from_dict(3), TypeError, "RouterConfig must be a mapping; got int 3"),
-    "cores shape": (lambda: MPOCores("x", 1), TypeError, "shape must be an MPOShape; got str"),
-    "no experts": (lambda: MPOCores(SHAPE, 0), ValueError, "num_experts must be at least 1; got 0"),
-    "no dense experts": (lambda: DenseExperts(4, 8, 0), ValueError, "num_experts must be at least 1; got 0"),
-    "router top k": (lambda: TopKRouter(4, 2, RouterConfig(top_k=3)), ValueError, "top_k must be at most .* 2; got 3"),
-    "cache of dense": (lambda: merged().cache_experts(5), ValueError, "cache_experts needs a model with MPO experts"),
-    "summary of dense": (lambda: merged().mpoe_summary(), ValueError, "mpoe_summary needs a model with MPO weights"),
-    "freezing of nothing": (
+    (lambda: MPOLinear.from_linear(nn.ReLU()), TypeError, r"expected an nn\.Linear or a Conv1D; got ReLU"),
+    (lambda: TopKRouter(4, 2)(torch.ones(4)), ValueError, r"x must be \[T, I\] with I = 4; got \[4\]"),
+    (lambda: merge_experts(gpt2()), TypeError, "model must be an MPOE model .*; got GPT2LMHeadModel"),
+    (lambda: load_layers(gpt2(), ".", ["mlp"]), TypeError, "model must be an MPOE model"),
+    (lambda: step_of("checkpoint-x"), ValueError, "named checkpoint-<step>; got 'checkpoint-x'"),
+    (lambda: MPOShape(3, (2,)), TypeError, "in_factors must be a sequence of integers; got 3"),
+    (lambda: MPOShape.from_dict("x"), TypeError, "an MPOShape is described by a mapping; got str 'x'"),
+    (lambda: fold([torch.ones(2, 2), *CORES], 1), ValueError, r"cores\[0\] must be"),
+    (lambda: mpo_embedding(torch.ones(2), fold(CORES, 1)), TypeError, "ids must be an int32 or int64 tensor"),
+    (lambda: MPOEConfig(backend=3), TypeError, "backend must be a name or None; got int 3"),
+    (lambda: MPOEConfig(shape_pattern=3), TypeError, "shape_pattern must be a mapping .*; got int"),
+    (lambda: RouterConfig(jitter="x"), TypeError, "jitter must be a number; got str 'x'"),
+    (lambda: RouterConfig.from_dict(3), TypeError, "RouterConfig must be a mapping; got int 3"),
+    (lambda: MPOCores("x", 1), TypeError, "shape must be an MPOShape; got str"),
+    (lambda: MPOCores(SHAPE, 0), ValueError, "num_experts must be at least 1; got 0"),
+    (lambda: DenseExperts(4, 8, 0), ValueError, "num_experts must be at least 1; got 0"),
+    (lambda: TopKRouter(4, 2, RouterConfig(top_k=3)), ValueError, "top_k must be at most .* 2; got 3"),
+    (lambda: merged().cache_experts(5), ValueError, "cache_experts needs a model with MPO experts"),
+    (
         lambda: freeze_all_but_experts(None),
         TypeError,
         "model must be a module; got NoneType",
     ),
-    "freezing of dense": (lambda: merged().freeze_central(), ValueError, "there are no central cores to freeze"),
-    "parts of dense": (lambda: save_mpoe_only(gpt2(), "x", gpt2()), TypeError, "model must be an MPOE model"),
-    "absent original": (
+    (lambda: save_mpoe_only(gpt2(), "x", gpt2()), TypeError, "model must be an MPOE model"),
+    (
         lambda: import_original("absent", t5()),
         ValueError,
         "source must be a checkpoint of the original",
     ),
-    "sharding dense": (lambda: shard_model(gpt2()), TypeError, "model must be an MPOE model .*; got GPT2LMHeadModel"),
-    "sharding alone": (lambda: shard_model(convert_to_mpoe(gpt2())), RuntimeError, "needs a process group"),
-    "central": (lambda: MPOShape((2,), (2,), None, "x"), TypeError, "central must be an integer; got 'x'"),
-    "bond": (lambda: MPOShape((2, 3), (3, 2), [1.5]), TypeError, r"max_bond must hold integers or None; got 1\.5"),
-    "true size": (lambda: MPOShape((2,), (2,), None, 0, "x"), TypeError, "in_features must be an integer; got 'x'"),
-    "paper size": (lambda: MPOShape.paper("x", 3), TypeError, "must be an integer; got 'x'"),
-    "paper zero": (lambda: MPOShape.paper(0, 3), ValueError, "must be at least 1; got 0"),
-    "central of fold": (lambda: fold(CORES, "x"), TypeError, "central must be an integer; got 'x'"),
-    "outer bonds": (lambda: fold([torch.ones(2, 2, 3, 6), CORES[1]], 1), ValueError, "outer bonds .* must be 1; got 2"),
-    "no blocks": (lambda: mpo_embedding(torch.zeros(2).long(), 3), TypeError, "blocks must be MPOBlocks .*; got int"),
-    "two tables": (lambda: mpo_embedding(torch.zeros(2).long(), two_experts()), ValueError, "one expert .*; got 2"),
-    "two experts": (
+    (lambda: MPOShape((2,), (2,), None, "x"), TypeError, "central must be an integer; got 'x'"),
+    (lambda: MPOShape((2, 3), (3, 2), [1.5]), TypeError, r"max_bond must hold integers or None; got 1\.5"),
+    (lambda: MPOShape((2,), (2,), None, 0, "x"), TypeError, "in_features must be an integer; got 'x'"),
+    (lambda: MPOShape.paper("x", 3), TypeError, "must be an integer; got 'x'"),
+    (lambda: MPOShape.paper(0, 3), ValueError, "must be at least 1; got 0"),
+    (lambda: fold(CORES, "x"), TypeError, "central must be an integer; got 'x'"),
+    (lambda: fold([torch.ones(2, 2, 3, 6), CORES[1]], 1), ValueError, "outer bonds .* must be 1; got 2"),
+    (lambda: mpo_embedding(torch.zeros(2).long(), 3), TypeError, "blocks must be MPOBlocks .*; got int"),
+    (lambda: mpo_embedding(torch.zeros(2).long(), two_experts()), ValueError, "one expert .*; got 2"),
+    (
         lambda: mpo_linear(torch.ones(3, 6), two_experts()),
         ValueError,
         "one expert for mpo_linear; got 2",
     ),
-    "id": (lambda: mpo_embedding(torch.tensor([9]), fold(CORES, 1)), IndexError, r"ids must lie in 0\.\.5; got 9"),
-    "bonds of left": (lambda: blocks(left=(1, 2, 3, 5)), ValueError, r"left .* must agree in a; got .*1, 2, 3, 5"),
-    "bonds of right": (lambda: blocks(right=(1, 5, 3, 2)), ValueError, r"right .* must agree in b; got .*1, 5, 3, 2"),
-    "experts of right": (
+    (lambda: blocks(left=(1, 2, 3, 5)), ValueError, r"left .* must agree in a; got .*1, 2, 3, 5"),
+    (lambda: blocks(right=(1, 5, 3, 2)), ValueError, r"right .* must agree in b; got .*1, 5, 3, 2"),
+    (
         lambda: blocks(right=(2, 4, 3, 2)),
         ValueError,
         "left and right must hold the same number of experts",
     ),
-    "no inputs": (lambda: blocks(sizes=(0, 12)), ValueError, r"in_features must lie between 1 and .* = 6; got 0"),
-    "outputs": (lambda: blocks(sizes=(6, 13)), ValueError, r"out_features must lie between 1 and .* = 6; got 13"),
-    "numbers of two axes": (
+    (lambda: blocks(sizes=(0, 12)), ValueError, r"in_features must lie between 1 and .* = 6; got 0"),
+    (lambda: blocks(sizes=(6, 13)), ValueError, r"out_features must lie between 1 and .* = 6; got 13"),
+    (
         lambda: METRICS["pearson"]([[1.0], [2.0]], [[1.0], [2.0]]),
         ValueError,
         r"predictions and references must be \[N\]; got \(2, 1\)",
     ),
-    "no model's name": (lambda: read_values(""), ValueError, "model must be a folder, .*; got an empty name"),
-    "a plain model": (
+    (lambda: read_values(""), ValueError, "model must be a folder, .*; got an empty name"),
+    (
         lambda: save_sharded(gpt2(), "x"),
         TypeError,
         "model must be sharded by shard_model; got a plain",
     ),
-    "no tensor": (
+    (
         lambda: grouped_mpo_linear(3, two_experts(), OFFSETS),
         TypeError,
         r"x must be a tensor \[T, I\]; got int 3",
     ),
-    "no op": (
+    (
         lambda: select(Request("mpo_dance", "cpu", torch.float32)),
         BackendError,
         "no backend can run mpo_dance .*eager: it has no kernel for mpo_da",
     ),
-    "workload": (lambda: workload_shape("paper_x", 6, 6), ValueError, "name must be 'separable', .*; got 'paper_x'"),
-    "gate": (
+    (lambda: workload_shape("paper_x", 6, 6), ValueError, "name must be 'separable', .*; got 'paper_x'"),
+    (
         lambda: MPOExperts({"up": SHAPE, "down": SHAPE, "gate_proj": MPOShape((2,), (3,))}, 2),
         ValueError,
         r"gate_proj shape must be \[6, 6\] like up; got \[2, 3\]",
     ),
-    "one item": (
+    (
         lambda: one_item().train(),
         ValueError,
         "train of task t must hold at least two different items; got 1",
     ),
-    "tokens": (
+    (
         lambda: model_costs(take_inventory("t5-base"), MPOEConfig(), workload()),
         ValueError,
         "tokens must be given for encoder, decoder; missing: decoder",
     ),
-    "sharded": (lambda: shard_model(sharded()), ValueError, "model must not be sharded already; it is"),
-    "reference": (lambda: activation_reference("tanh", CORES[0]), ValueError, "no reference for activation 'tanh'"),
-}
+    (lambda: shard_model(sharded()), ValueError, "model must not be sharded already; it is"),
+    (lambda: activation_reference("tanh", CORES[0]), ValueError, "no reference for activation 'tanh'"),
+    (lambda: TopKRouter(1.5, 4), TypeError, "in_features must be an integer; got float 1.5"),
+    (lambda: TopKRouter(0, 4), ValueError, "in_features must be at least 1; got 0"),
+    (lambda: TopKRouter(8, 0), ValueError, "num_experts must be at least 1; got 0"),
+    (lambda: TopKRouter(8, 4, {"top_k": 1}), TypeError, "config must be a RouterConfig; got dict"),
+    (lambda: TopKRouter(8, 4, device=3), TypeError, "device must be a torch.device or its name; got int 3"),
+    (lambda: TopKRouter(8, 4, device="moon"), ValueError, "device must be one that this machine has; got 'moon'"),
+    (lambda: TopKRouter(8, 4, dtype="x"), TypeError, "dtype must be a torch.dtype; got str 'x'"),
+    (lambda: MPOLinear(SMALL, dtype=torch.int64), ValueError, "dtype must be of floating-point numbers; got"),
+    (lambda: MPOLinear((2, 4)), TypeError, "shape must be an MPOShape; got tuple"),
+    (lambda: MPOLinear(SMALL, init_std="x"), TypeError, "init_std must be a number; got str"),
+    (lambda: MPOEmbedding(None, 1), TypeError, "shape must be an MPOShape; got NoneType"),
+    (lambda: MPOEmbedding(SMALL, 1.5), TypeError, "padding_idx must be an integer; got float 1.5"),
+    (lambda: MPOEFeedForward(8, 16, "x"), TypeError, "config must be an MPOEConfig; got str 'x'"),
+    (lambda: MPOEFeedForward(8, None), TypeError, "hidden_features must be an integer; got NoneType"),
+    (lambda: TopKRouter(8, 4)([1.0]), TypeError, r"x must be a tensor \[T, I\]; got list"),
+    (lambda: TopKRouter(8, 4)(torch.ones(8)), ValueError, r"x must be \[T, I\] with I = 8; got \[8\]"),
+    (lambda: TopKRouter(8, 4)(torch.ones(2, 7)), ValueError, r"x must be \[T, I\] with I = 8; got \[2, 7\]"),
+    (lambda: TopKRouter(8, 4)(torch.ones(2, 9)), ValueError, r"x must be \[T, I\] with I = 8; got \[2, 9\]"),
+    (lambda: MPOEFeedForward(8, 16)([1.0]), TypeError, r"hidden_states must be a tensor \[..., I\]; got list"),
+    (lambda: MPOEFeedForward(8, 16)(torch.ones(2, 8).long()), TypeError, "must hold floating-point numbers; got"),
+    (lambda: MPOEFeedForward(8, 16)(torch.ones(())), ValueError, r"hidden_states must be \[..., 8\]; got \[\]"),
+]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_refused(case: str) -> None:
-    call, kind, message = CASES[case]
+@pytest.mark.parametrize(("call", "kind", "message"), CASES, ids=[message for _, _, message in CASES])
+def test_refused(call: Callable[[], object], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         call()
 

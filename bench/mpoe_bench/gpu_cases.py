@@ -1,4 +1,7 @@
-"""Layers that a GPU must compute fast, with limits: tools/gpu_floors.py bounds them, `bench/gpu.sh` measures them."""
+"""Layers that a GPU must compute fast, with limits: tools/gpu_floors.py bounds them, `bench/gpu.sh` measures them.
+
+``python -m mpoe_bench.gpu_cases`` runs four of them once, forward and backward, for a profiler.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ class Dense(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """One layer in bfloat16.
+    """One layer with its router.
 
     Attributes:
         shape: of its experts, with ``options`` of `MPOEConfig`.
@@ -45,7 +48,7 @@ class Case:
     model: int
     experts: int
     top_k: int
-    limits: tuple[float | None, float | None]
+    limits: tuple[float | None, float | None] = (None, None)
     options: dict[str, Any] = field(default_factory=dict)
     masked: bool = False
 
@@ -55,9 +58,15 @@ class Case:
         words = [self.shape, *(f"{key} {value}" for key, value in self.options.items()), "masked" * self.masked]
         return f"{' '.join(filter(None, words))} d={self.model} E={self.experts} k={self.top_k}"
 
-    def layer(self, device: str, backend: str | None = None, activation: str = "relu") -> nn.Module:
-        """With random weights, those that start at 0 included, so that every gradient is one of numbers."""
-        placed = {"device": device, "dtype": torch.bfloat16}
+    def layer(
+        self,
+        device: str,
+        backend: str | None = None,
+        activation: str = "relu",
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> nn.Module:
+        """With random weights, also of experts that start adding nothing, so that every gradient is one of numbers."""
+        placed: dict[str, Any] = {"device": device, "dtype": dtype}
         config = MPOEConfig(
             num_experts=self.experts,
             shape=self.shape,
@@ -71,10 +80,13 @@ class Case:
             names = {"up": "up", "down": "down"}
             made = NeuronFeedForward(*sizes, config, names=names, activation=activation, **placed)
             made.around(dense, {"up": dense.up, "down": dense.down})
-            nn.init.normal_(made.experts.down, std=0.02)
-            layer: nn.Module = made
+            layer: Any = made
         else:
             layer = MPOEFeedForward(*sizes, config, activation=activation, **placed)
+        if self.shape in ("neurons", "hidden"):
+            with torch.no_grad():
+                for core in layer.experts.own_cores:
+                    core.add_(0.02 * torch.randn_like(core))
         for name, parameter in layer.named_parameters():
             parameter.requires_grad_(not (self.masked and "central" in name))
         return layer
@@ -92,3 +104,15 @@ def cases(models: tuple[int, ...] = (768, 4096)) -> Iterator[Case]:
         for masked in (False, True):
             yield Case("paper", model, 8, 1, (None, None), {"max_bond": bond}, masked)
         yield Case("light", model, 8, 1, (None, None), {"max_bond": bond})
+
+
+def main() -> None:
+    device, sizes = ("cuda", (TOKENS, 768)) if torch.cuda.is_available() else ("cpu", (64, 32))
+    for case in cases(sizes[1:]):
+        if case.experts == 8 and not case.masked:
+            case.layer(device)(torch.randn(sizes, device=device, dtype=torch.bfloat16)).sum().backward()
+            print(case.name, flush=True)
+
+
+if __name__ == "__main__":
+    main()

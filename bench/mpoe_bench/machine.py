@@ -1,26 +1,22 @@
-"""What a run may measure on this machine, and what readers must know of it; the pinning of threads."""
+"""What a run may measure on this machine, and what readers must know of it."""
 
 from __future__ import annotations
 
 import datetime
 import os
 import platform
-import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mpoe_bench.suites import SCALES, SUITES
-from mpoe_kernels import BackendError, __version__, available_backends, backend_reasons
+from mpoe_kernels import BackendError, available_backends, backend_reasons
 from mpoe_kernels.backends import AUTO, Request, select
-from mpoe_kernels.contract.kept import processor_name
-from mpoe_kernels.info import installed_version
-from mpoe_kernels.native_library import NATIVE_LIBRARY
+from mpoe_kernels.info import collect, usable_cores
 
 LIBRARIES = ("torch", "triton", "transformers", "numpy")
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -89,7 +85,7 @@ def check_options(
         raise ValueError("device must be cpu: torch finds no CUDA device here; got 'cuda'")
     if device == "cuda" and suite == "planner":
         raise ValueError("suite must not be planner on cuda: its cases are a CPU's; got 'planner'")
-    cores = len(usable_cores())
+    cores = usable_cores()
     if threads is None:  # products of tiny sizes gain nothing from a second thread, and waiting for it costs
         threads = 1 if scale == "tiny" else cores
     if not 1 <= threads <= cores:
@@ -100,39 +96,6 @@ def check_options(
         raise ValueError("clock 'cpu' counts the seconds of all threads together: it needs device cpu and threads 1")
     backends_to_measure(backend, suite)
     return threads
-
-
-def usable_cores() -> list[int]:
-    """The processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
-def _set_affinity(processors: Sequence[int]) -> None:
-    """Move every thread of this process, including OpenMP's pool."""
-    tasks = Path("/proc/self/task")
-    for task in tasks.iterdir() if tasks.is_dir() else ():
-        try:
-            os.sched_setaffinity(int(task.name), processors)
-        except OSError:  # the thread has ended in the meantime
-            continue
-
-
-@contextmanager
-def pinned(threads: int) -> Iterator[None]:
-    """Use ``threads`` torch threads, pinned to as many processors, the first usable ones; undone at the end."""
-    processors, before = usable_cores(), torch.get_num_threads()
-    torch.set_num_threads(threads)
-    movable = hasattr(os, "sched_setaffinity")
-    if movable:
-        _set_affinity(processors[:threads])
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-        if movable:
-            _set_affinity(processors)
 
 
 def revision() -> str | None:
@@ -150,24 +113,23 @@ def revision() -> str | None:
 
 
 def describe(device: str, threads: int, clock: str) -> dict[str, Any]:
-    """What readers must know to compare results."""
-    version = re.match(r"[\d.]*", platform.release())  # without a builder's suffix
+    """What readers must know to compare results; it names nobody's machine or folders."""
+    known = collect(LIBRARIES)
     return {
-        "processor": processor_name() or platform.machine(),
+        "processor": known["processor"] or platform.machine(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "device": device,
-        "cores": len(usable_cores()),
+        "cores": known["cores"],
         "threads": threads,
         "clock": {"wall": "wall time", "cpu": "CPU time of the process"}[clock],
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "native_isa": NATIVE_LIBRARY.info.get("isa_used"),
-        "system": f"{platform.system()} {version.group() if version else ''} {platform.machine()}",
-        "python": platform.python_version(),
-        "mpoe": __version__,
+        "isa": known["torch_isa"],
+        "native_isa": (known["native"] or {}).get("isa_used"),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": known["python"],
+        "mpoe": known["mpoe"],
         "revision": revision(),
-        "libraries": {name: installed_version(name) for name in LIBRARIES},
-        "backends": list(available_backends()),
-        "backends_missing": [name for name, reasons in backend_reasons().items() if reasons],
+        "libraries": known["packages"],
+        "backends": [name for name, reasons in known["backends"].items() if not reasons],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
     }

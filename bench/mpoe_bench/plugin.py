@@ -72,7 +72,8 @@ class Run:
         self.suite, self.scale, self.device = option("suite"), SCALES[option("scale")], option("device")
         self.backends = backends_to_measure(option("backend"), self.suite, self.device)
         self.timer = pkgutil.resolve_name(str(option("benchmark_timer")))
-        self.budget = BUDGETS.get(self.suite, Budget()) if self.scale.judged else TINY
+        kind = "gpu" if self.device == "cuda" else self.suite
+        self.budget = BUDGETS.get(kind, Budget()) if self.scale.judged else TINY
         minutes = option("minutes") or (GPU_MINUTES if self.suite == "gpu" else math.inf)
         self.deadline = time.monotonic() + 60 * minutes
         self.sections: list[dict[str, Any]] = []

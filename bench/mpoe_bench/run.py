@@ -12,8 +12,9 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 
-from mpoe_bench.machine import check_options, describe, pinned
+from mpoe_bench.machine import check_options, describe
 from mpoe_bench.plugin import RUN, Run
 
 SCHEMA = 2
@@ -57,7 +58,7 @@ def run_suite(
     Args:
         suite: one of `SUITES`.
         device: ``cpu`` or ``cuda``.
-        threads: torch threads, pinned; default: all usable processors.
+        threads: torch threads; default: all usable processors.
         clock: ``wall``, or ``cpu`` (this process's CPU time, for shared machines).
         scale: ``real``, or ``tiny`` sizes for tests.
         backend: see `mpoe_bench.machine.backends_to_measure`.
@@ -82,11 +83,15 @@ def run_suite(
     words += [f"--backend={backend}"] if backend is not None else []
     words += [f"--minutes={minutes}"] if minutes is not None else []
     words += ["--benchmark-timer=time.process_time"] if clock == "cpu" else []
-    machine, start = describe(device, threads, clock), time.perf_counter()
+    machine, start, before = describe(device, threads, clock), time.perf_counter(), torch.get_num_threads()
     watch, said = _Watch(on_section), io.StringIO()
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    with patch.dict(os.environ, clean, clear=True), pinned(threads), contextlib.redirect_stdout(said):
-        code = pytest.main(words, plugins=[watch])
+    torch.set_num_threads(threads)
+    try:
+        with patch.dict(os.environ, clean, clear=True), contextlib.redirect_stdout(said):
+            code = pytest.main(words, plugins=[watch])
+    finally:
+        torch.set_num_threads(before)
     if code == pytest.ExitCode.INTERRUPTED:
         raise KeyboardInterrupt
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):

@@ -12,7 +12,7 @@ HOW_TO_READ = (
     "rounds, in brackets its 10th and 90th percentile. Floor: the fewest FLOPs of any strategy over the dense FFN's. "
     "Peak: the most memory that one call held above what was allocated before it (temporaries, saved activations, "
     "results, gradients), measured. Error: relative L2 error against float64, of the result and the worst of the "
-    "gradients; whatever is wrong has no times. GB/s: the weights that a forward pass must read over its time."
+    "gradients; whatever is wrong has no times. Layers are timed with their routers."
 )
 
 
@@ -71,12 +71,6 @@ def _error(row: Mapping[str, Any], phase: str) -> str:
     return f"{max(errors):.0e}" if errors else "-"
 
 
-def _speed_of_reading(row: Mapping[str, Any]) -> str:
-    """Weights that a forward pass must read, over its time."""
-    known = row.get("read_bytes") and row.get("forward")
-    return f"{row['read_bytes'] / row['forward']['seconds'] / 1e9:.1f}" if known else "-"
-
-
 def timing_table(section: Mapping[str, Any]) -> TextTable:
     """A section's contenders: x baseline forward and forward + backward, floor, memory, error."""
     rows = [row for row in section["rows"] if not row.get("reason")]
@@ -94,8 +88,6 @@ def timing_table(section: Mapping[str, Any]) -> TextTable:
         columns[f"{names[phase]} x {base}"] = lambda row, phase=phase: ratio_text(row.get(phase))  # type: ignore[misc]
     if any(row.get("floor") for row in rows):
         columns["floor"] = lambda row: pair(_floor, row)
-    if any(row.get("read_bytes") and row.get("forward") for row in rows):
-        columns["GB/s"] = _speed_of_reading
     columns["peak MiB"] = lambda row: pair(_peak, row)
     spare = {
         "error": lambda row: pair(_error, row),

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mpoe_bench.gpu_cases import TOKENS, cases
+
 PHASES = {"forward": "forward", "train": "forward + backward"}
 DTYPES = ("float32", "bfloat16")
 LOOP, ORIGINAL = "dense experts, loop", "original: rebuild all"
@@ -75,6 +77,7 @@ GPU_TARGETS = (
     *(Target("separable", experts, tokens, 1.35) for experts in (8, 64) for tokens in (4096, 32768)),
     Target("paper_32", 64, 64, 3.0, None, GROUPED),
     Target("paper_full", 8, 32768, 1 / 1.3, None, GROUPED),
+    *(Target(case.name, 1, TOKENS, *case.limits, key="layers", sizes=(case.model, 4 * case.model)) for case in cases()),
 )
 
 
@@ -85,83 +88,62 @@ def targets_of(backend: str, device: str = "cpu") -> tuple[Target, ...]:
     return EAGER_TARGETS if backend == "eager" else (*KERNEL_TARGETS, *LAYER_TARGETS)
 
 
-def _line(what: str, backend: str, wanted: str, found: Mapping[str, str], reached: bool | None) -> dict[str, Any]:
-    """``found`` is by dtype; ``reached`` is ``None`` if the line is only reported."""
-    return {"what": what, "backend": backend, "wanted": wanted, "found": dict(found), "reached": reached}
+def _timed(section: Mapping[str, Any], phase: str, **wanted: Any) -> float | None:
+    """``x`` of the first row that was timed in a phase and has these values."""
+    rows = (row for row in section["rows"] if row.get(phase))
+    return next((row[phase]["x"] for row in rows if all(row.get(k, False) == v for k, v in wanted.items())), None)
 
 
-def _row(section: Mapping[str, Any], phase: str, **wanted: Any) -> Mapping[str, Any] | None:
-    """The first row that was timed in a phase and has these values."""
-    for row in section["rows"]:
-        if row.get(phase) and all(row.get(key, False) == value for key, value in wanted.items()):
-            return row
-    return None
+Judged = Iterator[tuple[str, str, str, bool | None]]  # what, wanted, found, reached (None: only reported)
 
 
-def _cases(sections: Sequence[Mapping[str, Any]], target: Target) -> dict[str, Mapping[str, Any]]:
-    """By dtype, the first section of a target's case: T5-base's sizes, and uniform load."""
-    wanted: dict[str, Any] = {"tokens": target.tokens, "model": target.sizes[0], "hidden": target.sizes[1]}
-    wanted |= {"experts": target.experts, "load": "uniform"} if target.key == "ffn" else {"layers": target.experts}
-    found: dict[str, Mapping[str, Any]] = {}
-    for section in sections:
-        if section["key"] == target.key and all(section["case"][key] == value for key, value in wanted.items()):
-            found.setdefault(section["case"]["dtype"], section)
-    return found
-
-
-def _target_lines(sections: Sequence[Mapping[str, Any]], target: Target, backend: str) -> Iterator[dict[str, Any]]:
-    cases = _cases(sections, target)
-    peer = f"{ORIGINAL} ({target.shape})" if target.peer == ORIGINAL else target.peer
-    for phase, words in PHASES.items():
-        limit = getattr(target, phase)
-        values = {}
-        for dtype, section in cases.items():
-            row = _row(section, phase, kind="mpoe", shape=target.shape, backend=backend, masked=False)
-            other = row if peer is None else _row(section, phase, name=peer)
-            if row is not None and other is not None:
-                values[dtype] = row[phase]["x"] if peer is None else other[phase]["x"] / row[phase]["x"]
-        if limit is None or not values:
+def _against_limits(section: Mapping[str, Any], row: Mapping[str, Any], device: str) -> Judged:
+    case = section["case"]
+    number = case.get("experts" if section["key"] == "ffn" else "layers")
+    sizes = case.get("model"), case.get("hidden")
+    found = section["key"], row.get("shape"), number, case["tokens"], sizes
+    for target in () if row.get("masked") else targets_of(row["backend"], device):
+        if (target.key, target.shape, target.experts, target.tokens, target.sizes) != found:
             continue
-        texts = {dtype: f"{value:.2f}" for dtype, value in values.items()}
-        number = "E" if target.key == "ffn" else "layers"
         wide = "" if target.sizes == Target.sizes else f" {target.sizes[0]}x{target.sizes[1]}"
-        what = f"{target.shape}{wide}, {number}={target.experts} T={target.tokens}, {words}"
-        if peer is None:
-            yield _line(what, backend, f"<= {limit:g} x dense", texts, max(values.values()) <= limit)
-        else:
-            wanted = f">= {limit:.3g} x faster" if limit else "reported"
-            reached = min(values.values()) >= limit if limit else None
-            yield _line(f"{what}, against {target.peer}", backend, wanted, texts, reached)
-
-
-def _section_lines(section: Mapping[str, Any], backend: str) -> Iterator[dict[str, Any]]:
-    """Masked against unmasked training, and the memory of training, in every case of feed-forward layers."""
-    case, rows = section["case"], [row for row in section["rows"] if row.get("backend") == backend]
-    if section["key"] == "layers" and case["layers"] == 1:
-        needs = {row["name"]: row["memory"]["train"]["temporary"] for row in section["rows"] if row.get("memory")}
-        dense = next(needs[row["name"]] for row in section["rows"] if row["kind"] == "limit")
-        for row in (row for row in rows if row["name"] in needs):
-            ratio = needs[row["name"]] / dense
-            what = f"{row['shape']} {case['model']}x{case['hidden']}, memory of forward + backward"
-            found = {case["dtype"]: f"{ratio:.2f}"}
-            yield _line(what, backend, f"<= {MOST_MEMORY:g} x dense", found, ratio <= MOST_MEMORY)
-    if section["key"] != "ffn":
-        return
-    loop = next((row for row in section["rows"] if row["name"] == LOOP and row.get("memory")), None)
-    for row in rows:
-        what = f"{row['shape']}, E={case['experts']} T={case['tokens']}"
-        whole = _row(section, "train", kind="mpoe", shape=row["shape"], backend=backend, masked=False)
-        if row.get("masked") and row.get("train") and whole is not None:
-            x, without = row["train"]["x"], whole["train"]["x"]
-            what += f", {PHASES['train']}, central masked"
-            yield _line(what, backend, "less than unmasked", {case["dtype"]: f"{x:.2f} of {without:.2f}"}, x < without)
-        elif not row.get("masked") and row.get("memory") and loop is not None and case["experts"] >= 4:
-            if "train" not in loop["memory"]:
+        what = f"{target.shape}{wide}, {'E' if target.key == 'ffn' else 'layers'}={number} T={target.tokens}"
+        peer = f"{ORIGINAL} ({target.shape})" if target.peer == ORIGINAL else target.peer
+        for phase, words in PHASES.items():
+            limit, x = getattr(target, phase), row[phase]["x"] if row.get(phase) else None
+            other = None if peer is None else _timed(section, phase, name=peer)
+            if limit is None or x is None:
                 continue
-            what += f", weights + peak of {PHASES['train']}"
-            peak, most = (each["memory"]["train"]["peak"] + each["weight_bytes"] for each in (row, loop))
-            found = {case["dtype"]: f"{peak / 2**20:.0f} of {most / 2**20:.0f} MiB"}
-            yield _line(what, backend, "below dense experts'", found, peak < most)
+            if peer is None:
+                yield f"{what}, {words}", f"<= {limit:g} x dense", f"{x:.2f}", x <= limit
+            elif other is not None:
+                wanted, ratio = f">= {limit:.3g} x faster" if limit else "reported", other / x
+                yield (
+                    f"{what}, {words}, against {target.peer}",
+                    wanted,
+                    f"{ratio:.2f}",
+                    ratio >= limit if limit else None,
+                )
+
+
+def _against_others(section: Mapping[str, Any], row: Mapping[str, Any], device: str) -> Judged:
+    """Masked against unmasked training, and the memory of training against the dense network's or dense experts'."""
+    case, key, words = section["case"], section["key"], PHASES["train"]
+    rows = {each["name"]: each for each in section["rows"] if "train" in (each.get("memory") or {})}
+    memory = {name: each["memory"]["train"] for name, each in rows.items()}
+    dense = next((name for name, each in rows.items() if each["kind"] == "limit"), None)
+    what, own = f"{row.get('shape')}, E={case.get('experts')} T={case['tokens']}, ", memory.get(row["name"])
+    whole = _timed(section, "train", kind="mpoe", shape=row.get("shape"), backend=row["backend"], masked=False)
+    if key == "layers" and device == "cpu" and own and dense:
+        ratio = (own["peak"] - own["kept"]) / (memory[dense]["peak"] - memory[dense]["kept"])
+        what = f"{row['shape']} {case['model']}x{case['hidden']}, memory of {words}"
+        yield what, f"<= {MOST_MEMORY:g} x dense", f"{ratio:.2f}", ratio <= MOST_MEMORY
+    elif key == "ffn" and row.get("masked") and row.get("train") and whole is not None:
+        x = row["train"]["x"]
+        yield f"{what}{words}, central masked", "less than unmasked", f"{x:.2f} of {whole:.2f}", x < whole
+    elif key == "ffn" and not row.get("masked") and own and LOOP in rows and case["experts"] >= 4:
+        needs = [memory[name]["peak"] + rows[name]["weight_bytes"] for name in (row["name"], LOOP)]
+        found = " of ".join(f"{need / 2**20:.0f}" for need in needs)
+        yield f"{what}weights + peak of {words}", "below dense experts'", f"{found} MiB", needs[0] < needs[1]
 
 
 def check_targets(sections: Sequence[Mapping[str, Any]], device: str = "cpu") -> list[dict[str, Any]]:
@@ -169,15 +151,23 @@ def check_targets(sections: Sequence[Mapping[str, Any]], device: str = "cpu") ->
 
     A target is reached if the worse of its dtypes reaches it.
     """
-    backends = dict.fromkeys(row["backend"] for section in sections for row in section["rows"] if row.get("backend"))
-    lines: list[dict[str, Any]] = []
-    for backend in backends:
-        lines += [line for target in targets_of(backend, device) for line in _target_lines(sections, target, backend)]
-        lines += [line for section in sections if "case" in section for line in _section_lines(section, backend)]
+    lines: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def add(what: str, backend: str, wanted: str, dtype: str, found: str, reached: bool | None) -> None:
+        made: dict[str, Any] = {"what": what, "backend": backend, "wanted": wanted, "found": {}, "reached": reached}
+        line = lines.setdefault((what, backend), made)
+        if dtype not in line["found"]:
+            line["found"][dtype] = found
+            line["reached"] = None if reached is None else reached and line["reached"]
+
     for section in sections:
         if section["key"] == "planner":
             within, count = sum(row["ratio"] <= TOLERANCE for row in section["rows"]), len(section["rows"])
             what, wanted = f"choice within {TOLERANCE} x the best measured", f">= {WANTED_SHARE:.0%} of cases"
-            found = {"both": f"{within} of {count}"}
-            lines.append(_line(what, section["backend"], wanted, found, within >= WANTED_SHARE * count))
-    return lines
+            add(what, section["backend"], wanted, "both", f"{within} of {count}", within >= WANTED_SHARE * count)
+            continue
+        for row in (row for row in section["rows"] if row.get("backend") and "dtype" in section["case"]):
+            for judge in (_against_limits, _against_others):
+                for what, wanted, found, reached in judge(section, row, device):
+                    add(what, row["backend"], wanted, section["case"]["dtype"], found, reached)
+    return sorted(lines.values(), key=lambda line: line["backend"])

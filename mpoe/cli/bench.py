@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mpoe.cli.errors import CommandError
-from mpoe.cli.files import RESULTS_FILE, check_output, write_json, write_text
+from mpoe.cli.files import RESULTS_FILE, check_output, write_json
 from mpoe.cli.parsing import Asked, as_command, option
 
 REPORT_FILE = "report.md"
@@ -32,13 +32,11 @@ def check_installed() -> None:
 class BenchOptions:
     """What to measure, and how."""
 
-    _argument_group_name = "bench"
-
     suite: str = option("quick", "quick (minutes), planner (its cases), targets, layers, models, gpu")
     device: str = option("cpu", "cpu or cuda")
     backend: str | None = option(None, "auto, all, or names with commas; default: auto and eager")
     out: Path = option(Path("bench_results"), "folder for report.md and results.json")
-    threads: int | None = option(None, "torch threads, pinned; default: every usable processor")
+    threads: int | None = option(None, "torch threads; default: every usable processor")
     clock: str = option("wall", "wall, or cpu: CPU time of one thread, for machines that others use too")
     scale: str = option("real", "real, or tiny: everything once on sizes of a test, in seconds")
     wide: bool = option(False, "all columns, however narrow the terminal")
@@ -72,6 +70,8 @@ def command(asked: Asked) -> dict[str, Any]:
 def _measure(options: BenchOptions) -> dict[str, Any]:
     from mpoe_bench.run import expected_time, run_suite
     from mpoe_bench.tables import HOW_TO_READ, machine_table, markdown_report, table_of, target_table, text_of
+
+    from mpoe.models.weight_files import write_text
 
     suite, out, terminal = options.suite, options.out, sys.stdout
     width = None if options.wide else shutil.get_terminal_size().columns if terminal.isatty() else PIPE_WIDTH

@@ -7,27 +7,26 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from markupsafe import Markup
+
+from mpoe.cli import report
 from mpoe.cli.errors import CommandError
 from mpoe.cli.files import MODEL_OR_RUN, REPORT_FILE, check_output, write_json
 from mpoe.cli.parsing import Asked, as_command, option
+from mpoe.cli.report import Table
 from mpoe.cli.runs import PARAMETERS, RunFolder, read_run
 from mpoe.cli.scoring import metrics_of, score_table
 from mpoe.training.output_dir import is_neutral
-
-if TYPE_CHECKING:
-    from mpoe.cli.report import Table
 
 MOST_RUNS = 12
 NUMBERS_FILE = "compare.json"
 _NONE = "-"
 _SEEDS = ("seed", "data_seed", "gradient_mask_seed")
-# 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)
 
 
 _SPLITS = ("train", "seen", "validation")
@@ -52,8 +51,6 @@ _SETTINGS = "Settings of run.json that are not the same in all runs and may chan
 @dataclass
 class CompareOptions:
     """Options that only `compare` has."""
-
-    _argument_group_name = "comparison"
 
     output_dir: str = option("mpoe_compare", "folder for report.html and compare.json")
     overwrite: bool = option(False, "replace the report in the output folder")
@@ -82,10 +79,6 @@ def run(paths: Sequence[str], options: CompareOptions) -> None:
 
 def write_report(file: Path, runs: Sequence[RunFolder]) -> list[Table]:
     """Write the report of runs side by side, or that of one run; returns its tables."""
-    from markupsafe import Markup
-
-    from mpoe.cli import report
-
     (scores, *tables), (one, *others) = _tables(runs), runs
     commands = (Markup("<pre>{}: {}</pre>").format(run.name, run.settings.get("command", _NONE)) for run in runs)
     remarks = (f"{run.name}: {remark}" for run in runs for remark in run.results.get("remarks", ()))
@@ -105,9 +98,7 @@ def write_report(file: Path, runs: Sequence[RunFolder]) -> list[Table]:
     parts += [table.section() for table in tables]
     settings = [(key, *(str(run.settings.get(key, _NONE)) for run in runs)) for key in _settings(runs)]
     more = Markup("<details><summary>All {} settings</summary>{}</details>")
-    parts.append(
-        more.format(len(settings), report.Table(["", *(run.name for run in runs)], settings, kind="text").html())
-    )
+    parts.append(more.format(len(settings), Table(["", *(run.name for run in runs)], settings, kind="text").html()))
     report.write_page(file, title, parts)
     return [scores, *tables]
 
@@ -125,8 +116,6 @@ def _names(paths: Sequence[str], names: Sequence[str]) -> list[str]:
 
 def _tables(runs: Sequence[RunFolder]) -> list[Table]:
     """Scores come first."""
-    from mpoe.cli.report import Table
-
     header = ["", *(run.name for run in runs)]
     kinds = [key for key in PARAMETERS if any(run.results.get("parameters", {}).get(key) for run in runs)]
     meanings = "; ".join(f"{kind}: {PARAMETERS[kind]}" for kind in kinds)
@@ -168,7 +157,8 @@ def _what(runs: Sequence[RunFolder]) -> list[list[str]]:
     """What the runs are, and how they went."""
 
     def per_step(run: RunFolder) -> str:
-        times = sorted(_times_of_steps(run.records))
+        logged = [(a, b) for a, b in itertools.pairwise(run.records) if "loss" in a and "loss" in b]
+        times = sorted((b["time"] - a["time"]) / (b["step"] - a["step"]) for a, b in logged if b["step"] > a["step"])
         return f"{times[len(times) // 2]:.3g}" if times else _NONE
 
     def last_loss(run: RunFolder) -> str:
@@ -201,13 +191,6 @@ def _what(runs: Sequence[RunFolder]) -> list[list[str]]:
     return [[name, *map(tell, runs)] for name, tell in rows.items()]
 
 
-def _times_of_steps(records: Sequence[dict[str, Any]]) -> Iterator[float]:
-    """Seconds per step between neighbouring log lines of training."""
-    for earlier, later in itertools.pairwise(records):
-        if "loss" in earlier and "loss" in later and later["step"] > earlier["step"]:
-            yield (later["time"] - earlier["time"]) / (later["step"] - earlier["step"])
-
-
 def arms_of(runs: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
     """Finished runs that differ in nothing but their seeds, by what their feed-forward layers are; where several arms
     have the same, the name of their first run is added."""
@@ -226,9 +209,11 @@ def arms_of(runs: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
 
 def mean_and_half_width(values: Sequence[float]) -> str:
     """The mean, and half the width of its 95% interval (Student's t) if there are several values."""
+    from scipy.stats import t
+
     if len(values) < 2:
         return f"{values[0]:.4f}" if values else _NONE
-    half = _T[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return f"{statistics.fmean(values):.4f} ± {half:.4f}"
 
 

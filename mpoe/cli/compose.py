@@ -12,7 +12,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mpoe.cli.errors import CommandError
 from mpoe.cli.files import check_output, model_folder
@@ -31,8 +31,6 @@ AT_ONCE = 8  # pieces of a batch
 @dataclasses.dataclass
 class ComposeOptions:
     """Options of `compose`."""
-
-    _argument_group_name = "run"
 
     output_dir: str | None = option(None, "folder of the mixture")
     texts: list[str] = option(
@@ -54,17 +52,19 @@ class ComposeOptions:
     steps: int = option(200, "steps of --router train, and of fitting an adapter")
     overwrite: bool = option(False, "replace a model in output_dir")
 
-    def __post_init__(self) -> None:
-        for name, least in {"max_texts": 2, "max_length": 2, "steps": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
+    LEAST: ClassVar[dict[str, int]] = {"max_texts": 2, "max_length": 2, "steps": 1}
 
 
 @as_command(USAGE, ComposeOptions, words=(1, MOST))
 def command(asked: Asked) -> None:
     """Compose the experts or fine-tunes of the base, and save the mixture or the merged network."""
     (options,), (base, *names) = asked.options, asked.words
-    of_experts = _of_experts(names, options)
+    # About experts: it names files of some, or a mixture of them, or the neurons of adapters.
+    of_experts = options.neurons is not None or any(name.endswith(".expert") for name in names)
+    if options.add is not None and not of_experts:
+        from mpoe.models.expert_mixture import EXPERTS_FOLDER
+
+        of_experts = (Path(options.add) / EXPERTS_FOLDER).is_dir()
     (_check_experts if of_experts else _check_fine_tunes)(names, options)
     absent = [text for text in options.texts if not Path(text).is_file()]
     if absent:
@@ -84,15 +84,6 @@ def command(asked: Asked) -> None:
             "(mpoe.compose in Python takes batches of any model)"
         )
     (compose_experts if of_experts else compose_fine_tunes)(source, names, options, out)
-
-
-def _of_experts(names: Sequence[str], options: ComposeOptions) -> bool:
-    """Whether a command is about experts: it names files of some, or a mixture of them, or the neurons of adapters."""
-    if any(name.endswith(".expert") for name in names) or options.neurons is not None:
-        return True
-    from mpoe.models.expert_mixture import EXPERTS_FOLDER
-
-    return options.add is not None and (Path(options.add) / EXPERTS_FOLDER).is_dir()
 
 
 def load_fine_tune(name: str, base: Any) -> Any:

@@ -17,8 +17,6 @@ from mpoe.cli.parsing import Asked, as_command, option
 class ConvertOptions:
     """Options that only `convert` has."""
 
-    _argument_group_name = "run"
-
     overwrite: bool = option(False, "replace a model in OUT")
     original_checkpoint: str | None = option(
         None, "pytorch_model.bin of the original implementation, or its folder; IN is the dense T5 it began with"

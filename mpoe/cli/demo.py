@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mpoe.cli.errors import CommandError
 from mpoe.cli.files import MODEL_OR_RUN, REPORT_FILE, RESULTS_FILE, check_output, model_folder, write_json
 from mpoe.cli.parsing import Asked, as_command, option
+from mpoe.config.checks import check_seed
 
 # Threads that spin while they wait for each other cost minutes on shared cores; torch reads this when it loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -26,8 +27,6 @@ MODEL_FOLDER = "model"
 class DemoOptions:
     """Options of the demo."""
 
-    _argument_group_name = "demo"
-
     output_dir: Path = option(Path("mpoe_demo"), "folder for report.html, results, and experts and model or the runs")
     compare: bool = option(False, "compare dense, wider, Switch and MPO experts")
     model: str = option(
@@ -37,12 +36,10 @@ class DemoOptions:
     seed: int = option(0, "of data order, routers and dropout")
     overwrite: bool = option(False, "replace the demo in the output folder")
 
-    def __post_init__(self) -> None:
-        from mpoe.config.checks import check_seed
+    LEAST: ClassVar[dict[str, int]] = {"steps": 1}
 
+    def __post_init__(self) -> None:
         check_seed("seed", self.seed)
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1; got {self.steps}")
 
 
 @as_command("mpoe demo [--flag value ...]", DemoOptions)
@@ -134,7 +131,8 @@ def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
     from mpoe.data.demo_texts import DOMAINS, domain_text
     from mpoe.data.documentation import load_documentation
     from mpoe.data.embedded import load_stand_in
-    from mpoe.inspection.composed import token_losses
+    from mpoe.data.predict import token_losses
+    from mpoe.inspection import route_text
     from mpoe.models import collect_statistics, compose_experts, merge_expert, save_expert
     from mpoe.models.expert_mixture import keep_experts
 
@@ -173,6 +171,8 @@ def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
     for text in held_out:
         losses[text] |= {"composed": loss(mixture, text), "merged": loss(merged, text)}
     shown = "\n".join(tokenizer.decode(held_out[name][0]["input_ids"][0][:SHOWN]) for name in DOMAINS)
+    (route,) = route_text(mixture, tokenizer, shown)  # a token's expert is the one that most layers sent it to first
+    chosen = [Counter(layer[place][0] for layer in route.experts) for place in range(len(route.tokens))]
     with model_folder(output_dir / MODEL_FOLDER, mixture, tokenizer) as staging:
         keep_experts(mixture, staging)
     results: dict[str, Any] = {
@@ -181,7 +181,7 @@ def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
         "experts": mixture.config.mpoe_experts,
         "losses": losses,
         "kept": kept(losses),
-        "picture": token_experts(mixture, tokenizer, shown),
+        "picture": [(token, n.most_common(1)[0][0]) for token, n in zip(route.tokens, chosen, strict=True)],
         "megabytes": {file.name: file.stat().st_size / 1e6 for file in files},
         "seconds": time.perf_counter() - start,
     }
@@ -209,15 +209,6 @@ def _train(base: Any, pieces: Any, steps: int, seed: int) -> Any:
         optimizer.zero_grad()
         schedule.step()
     return model.eval()
-
-
-def token_experts(mixture: Any, tokenizer: Any, text: str) -> list[tuple[str, int]]:
-    """Every token of a text with the expert that most layers sent it to first."""
-    from mpoe.inspection.routes import route_text
-
-    (route,) = route_text(mixture, tokenizer, text)
-    chosen = [Counter(layer[place][0] for layer in route.experts) for place in range(len(route.tokens))]
-    return [(token, counts.most_common(1)[0][0]) for token, counts in zip(route.tokens, chosen, strict=True)]
 
 
 def kept(losses: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 
 USER_ERROR = 2
 _PACKAGE_FOLDERS = tuple(str(Path(__file__).resolve().parents[2] / name) for name in ("mpoe", "mpoe_kernels"))
@@ -30,15 +29,6 @@ def close_matches(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(repr(m) for m in matches)}?" if matches else ""
 
 
-def _raised_in(trace: TracebackType | None) -> str:
-    """File of the innermost frame of a traceback."""
-    file = ""
-    while trace is not None:
-        file = trace.tb_frame.f_code.co_filename
-        trace = trace.tb_next
-    return file
-
-
 def is_on_purpose(error: BaseException) -> bool:
     """Whether the package raised ``error`` deliberately, as a message to the user.
 
@@ -50,7 +40,8 @@ def is_on_purpose(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
         return True
-    return isinstance(error, _ON_PURPOSE) and _raised_in(error.__traceback__).startswith(_PACKAGE_FOLDERS)
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return isinstance(error, _ON_PURPOSE) and bool(files) and files[-1].startswith(_PACKAGE_FOLDERS)
 
 
 def show(error: BaseException, debug: bool = False) -> int:

@@ -18,8 +18,6 @@ from mpoe.cli.parsing import Asked, as_command, option
 class ExportOptions:
     """Options of `export`."""
 
-    _argument_group_name = "run"
-
     to: str = option("mixtral", "class: mixtral, qwen3_moe or olmoe; of neurons: granitemoeshared or qwen2_moe; or hub")
     private: bool = option(False, "of --to hub: a repository that others cannot see")
     max_shard_size: str = option("5GB", "largest file of weights")

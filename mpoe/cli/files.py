@@ -19,18 +19,10 @@ MODEL_OR_RUN = ("config.json", "run.json")
 _STAGING = ".incomplete-model"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text under a temporary name, sync it to disk, then rename it."""
-    scratch = path.with_name(path.name + ".part")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
-
-
 def write_json(path: Path, values: Any) -> None:
-    """Write JSON with `write_text`."""
+    """Write JSON with `mpoe.models.weight_files.write_text`."""
+    from mpoe.models.weight_files import write_text
+
     write_text(path, json.dumps(values, indent=2, default=str) + "\n")
 
 

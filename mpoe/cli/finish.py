@@ -8,12 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+import transformers
+
+from mpoe.cli.compare import write_report
 from mpoe.cli.files import REPORT_FILE, RESULTS_FILE, publish_model, staging_folder, write_json
+from mpoe.cli.options import RunOptions
+from mpoe.cli.runs import mixture_of, read_run
+from mpoe.cli.scoring import evaluate_tasks, show_scores
+from mpoe.data.task import Task
+from mpoe.models.report import routed_layers, short_name
+from mpoe_kernels.version import __version__
 
 if TYPE_CHECKING:
-    from mpoe.cli.options import RunOptions
     from mpoe.cli.train import Plan
-    from mpoe.data.task import Task
 
 ITEMS, AT_ONCE = 512, 8  # training items that the statistics of an expert's router come from, and of one batch
 
@@ -30,12 +38,8 @@ def finish(
         start: the model that the run started from.
         sizes: of the data, for the record.
     """
-    from mpoe.cli.compare import write_report
-    from mpoe.cli.runs import mixture_of, read_run
-    from mpoe.cli.scoring import evaluate_tasks, show_scores
     from mpoe.models.base import MPOEModelMixin
     from mpoe.models.card import write_card
-    from mpoe.models.report import routed_layers, short_name
 
     arguments, model, folder = plan.arguments, trainer.model, Path(str(plan.arguments.output_dir))
     trainer.save_model(str(staging_folder(folder)))  # every process takes part in it
@@ -47,6 +51,10 @@ def finish(
     found = evaluate_tasks(model, tokenizer, tasks, "validation", arguments.per_device_eval_batch_size * 4)
     steps = trainer.state.global_step
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    report = getattr(model, "parameter_report", None)
+    versions = {"mpoe": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    name = torch.cuda.get_device_name(arguments.device) if arguments.device.type == "cuda" else None
+    threads = f"{arguments.device.type}, {torch.get_num_threads()} threads"
     batch = arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
     results: dict[str, Any] = {
         "model": start,
@@ -54,7 +62,7 @@ def finish(
         "mixture": mixture_of(model),
         "layers": [short_name(name) for name, _ in routed_layers(model)],
         "data": sizes,
-        "made_with": _made_with(arguments.device),
+        "made_with": {**versions, "python": platform.python_version(), "device": name or threads},
         "steps": steps,
         "seconds": round(seconds, 2),
         "train_loss": losses[-1] if losses else None,
@@ -62,7 +70,7 @@ def finish(
         "mean_validation": found["mean"],
         "baselines": found["baselines"],
         "remarks": found["remarks"],
-        "parameters": parameters_of(model),
+        "parameters": report() if report else {"total": sum(p.numel() for p in model.parameters())},
         **measured(plan.run, seconds, steps, batch),
     }
     write_json(folder / RESULTS_FILE, results)
@@ -74,30 +82,8 @@ def finish(
     return results
 
 
-def _made_with(device: Any) -> dict[str, str]:
-    """Versions, and the device of a run."""
-    import torch
-    import transformers
-
-    from mpoe_kernels.version import __version__
-
-    versions = {"mpoe": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    own = name or f"{device.type}, {torch.get_num_threads()} threads"
-    return {**versions, "python": platform.python_version(), "device": own}
-
-
-def parameters_of(model: Any) -> dict[str, int]:
-    """The parameter report of an MPOE model, or the total of a dense one."""
-    if hasattr(model, "parameter_report"):
-        return model.parameter_report()
-    return {"total": sum(p.numel() for p in model.parameters())}
-
-
 def _peak_of_process() -> dict[str, Any]:
     """Peak memory so far in bytes: of torch on the GPU, or of the whole process on the CPU."""
-    import torch
-
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return {"device": torch.cuda.get_device_name(), "peak_bytes": torch.cuda.max_memory_allocated()}
     try:

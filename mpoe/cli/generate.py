@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mpoe.cli.errors import CommandError
 from mpoe.cli.parsing import Asked, as_command, option
+from mpoe.config.checks import check_seed
 
 
 @dataclass
 class GenerateOptions:
     """What to generate, and how."""
-
-    _argument_group_name = "generation"
 
     prompt: list[str] = option([], "text to continue; may be repeated", action="append")
     file: Path | None = option(None, "text file with one prompt per line")
@@ -25,44 +24,31 @@ class GenerateOptions:
     temperature: float = option(1.0, "of sampling")
     seed: int = option(0, "of sampling")
 
-    def __post_init__(self) -> None:
-        from mpoe.config.checks import check_seed
+    LEAST: ClassVar[dict[str, int]] = {"max_new_tokens": 1, "num_beams": 1}
 
-        for name in ("max_new_tokens", "num_beams"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+    def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise ValueError(f"temperature must be greater than 0; got {self.temperature}")
         check_seed("seed", self.seed)
-
-
-def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
-    """Prompts given on the command line, then those of the file (one per non-empty line).
-
-    Raises:
-        ValueError: no prompts, an empty prompt, no such file, or a file that is not UTF-8.
-    """
-    from mpoe.data.mappings import read_utf8
-
-    if any(not prompt.strip() for prompt in prompts):
-        raise CommandError("--prompt must hold some text; got an empty one")
-    if file is not None:
-        if not file.is_file():
-            raise CommandError(f"--file: no such file: {file}")
-        prompts = [*prompts, *(line for line in read_utf8("--file", file).splitlines() if line.strip())]
-    if not prompts:
-        raise CommandError("generate needs a prompt: --prompt TEXT (may be repeated) or --file FILE")
-    return prompts
 
 
 @as_command("mpoe generate MODEL_DIR --prompt TEXT [--flag value ...]", GenerateOptions, words=(1, 1))
 def command(asked: Asked) -> None:
     """Print the model's text for every prompt; that of a language model begins with it."""
     (options,), (name,) = asked.options, asked.words
-    prompts = read_prompts(options.prompt, options.file)
     from mpoe.cli.pretrained import find, load_model, load_tokenizer
+    from mpoe.data.mappings import read_utf8
     from mpoe.models.table import ENCODER
 
+    prompts: list[str] = options.prompt  # then those of the file, one per non-empty line
+    if any(not prompt.strip() for prompt in prompts):
+        raise CommandError("--prompt must hold some text; got an empty one")
+    if options.file is not None:
+        if not options.file.is_file():
+            raise CommandError(f"--file: no such file: {options.file}")
+        prompts = [*prompts, *(line for line in read_utf8("--file", options.file).splitlines() if line.strip())]
+    if not prompts:
+        raise CommandError("generate needs a prompt: --prompt TEXT (may be repeated) or --file FILE")
     source = find(name)
     if source.style == ENCODER:
         raise CommandError(f"{name} is an encoder ({source.model_type}): it cannot generate text")

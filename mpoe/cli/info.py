@@ -21,20 +21,25 @@ PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy", "safetenso
 class InfoOptions:
     """How to show the facts."""
 
-    _argument_group_name = "output"
-
     json: bool = option(False, "print JSON instead of tables")
 
 
 @as_command("mpoe info [FILE ...] [--json]", InfoOptions, words=(0, MOST))
 def command(asked: Asked) -> None:
     """Show the facts of this machine, or of experts."""
+    from mpoe.cli.report import Table
+
     (options,), files = asked.options, asked.words
     found = collect_experts(files) if files else collect()
     if options.json:
         print(json.dumps(found, indent=2))
+    elif files:
+        for name, experts in found.items():
+            for each in experts:
+                rows = [(key, str(value)) for key, value in each.items() if key != "name"]
+                Table((), rows, f"{name}: {each['name']}", kind="text").show()
     else:
-        (show_experts if files else show)(found)
+        show(found)
 
 
 def collect() -> dict[str, Any]:
@@ -75,15 +80,3 @@ def collect_experts(names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
             parameters = sum(tensor.numel() for tensor in each.weights.values())
             found[name].append({**each.facts, "parameters": parameters, "bytes": sizes})
     return found
-
-
-def show_experts(found: dict[str, list[dict[str, Any]]]) -> None:
-    """Print the facts of `collect_experts`, a table for each expert."""
-    from mpoe.cli.report import Table
-
-    for name, experts in found.items():
-        for each in experts:
-            facts = {key: value for key, value in each.items() if key != "name"}
-            Table(
-                (), [(key, str(value)) for key, value in facts.items()], f"{name}: {each['name']}", kind="text"
-            ).show()

@@ -10,19 +10,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from mpoe.cli import pretrained, report
 from mpoe.cli.errors import CommandError
 from mpoe.cli.files import MODEL_OR_RUN, REPORT_FILE, check_output, write_json
 from mpoe.cli.parsing import Asked, as_command, option
 from mpoe.cli.runs import data_of_run
+from mpoe.cli.scoring import encode_task, expert_load
 from mpoe.cli.tasks import DataOptions, resolve
+from mpoe.data.collate import PaddingCollator
+from mpoe.data.task import Task
+from mpoe.layers.cores import MPOCores
 from mpoe.models.table import ENCODER, SEQ2SEQ
-from mpoe.training.metrics_file import METRICS_FILE, read_metrics
+from mpoe.training.output_dir import METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:
-    from mpoe.data.task import Task
-    from mpoe.inspection.composed import Worth
+    from mpoe.inspection import Worth
 
 NUMBERS_FILE = "inspect.json"
 PLOTS = ("expert_load", "bond_spectra", "parameters", "training")
@@ -61,8 +65,6 @@ _WORDS = {
 class InspectOptions:
     """Options that only `inspect` has."""
 
-    _argument_group_name = "inspection"
-
     text: list[str] = option([], "sentences whose tokens are followed; default: the first two items of the data")
     output_dir: str = option("mpoe_inspect", "folder for report.html, plots and inspect.json")
     overwrite: bool = option(False, "replace the report in the output folder")
@@ -70,12 +72,11 @@ class InspectOptions:
     num_items: int = option(256, "at most so many of them")
     num_tokens: int = option(2048, "tokens of the pass that plans are for")
 
+    LEAST: ClassVar[dict[str, int]] = {"num_items": 1, "num_tokens": 1}
+
     def __post_init__(self) -> None:
         if any(not text.strip() for text in self.text):
             raise ValueError("text must hold words; got an empty one")
-        for name in ("num_items", "num_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
 
 
 @as_command("mpoe inspect MODEL [--flag value ...]", InspectOptions, DataOptions, words=(1, 1))
@@ -85,19 +86,17 @@ def command(asked: Asked) -> None:
     data, seed, described = data_of_run(name, data, asked.given)
     folder = Path(options.output_dir)
     check_output("output_dir", folder, options.overwrite, "an earlier report", [REPORT_FILE], MODEL_OR_RUN)
-    from mpoe.cli.pretrained import find, load_model, load_tokenizer
-
-    source = find(name)
+    source = pretrained.find(name)
     if not source.is_mpoe:
         raise CommandError(
             f"{name} is a dense {source.model_type}; inspect looks into mixtures: mpoe convert {name} OUT, then "
             "mpoe inspect OUT"
         )
-    tokenizer = load_tokenizer(source)
+    tokenizer = pretrained.load_tokenizer(source)
     style = SEQ2SEQ if source.style == ENCODER else source.style
     tasks = resolve(data.eval_tasks or data.tasks, data, style, seed, described)
     items = _items(source.style, options, tasks, tokenizer)
-    model = load_model(source)
+    model = pretrained.load_model(source)
     counted = f"{len(items)} {options.split} items of {', '.join(task.name for task in tasks)}"
     print(f"{name}: counting {counted}, following tokens, reading bonds")
     worth = None if source.style == ENCODER else _worth(Path(name), model, tokenizer, items, options.text)
@@ -110,8 +109,6 @@ def command(asked: Asked) -> None:
 
 def _items(style: str, options: InspectOptions, tasks: Sequence[Task], tokenizer: Any) -> list[dict[str, Any]]:
     """Encoded items on which the expert load is counted; an encoder reads only the inputs."""
-    from mpoe.cli.scoring import encode_task
-
     share = -(-options.num_items // len(tasks))
     if style != ENCODER:
         return [item for task in tasks for item in encode_task(task, options.split, tokenizer, share, style)]
@@ -123,8 +120,7 @@ def _items(style: str, options: InspectOptions, tasks: Sequence[Task], tokenizer
 
 def _worth(folder: Path, model: Any, tokenizer: Any, items: list[dict[str, Any]], texts: Sequence[str]) -> Worth | None:
     """What the experts of a composed mixture are worth on ``texts``, or on the items; None for other models."""
-    from mpoe.data.collate import PaddingCollator
-    from mpoe.inspection.composed import composed_worth
+    from mpoe.inspection import composed_worth
     from mpoe.models.expert_mixture import EXPERTS_FOLDER, kept_experts
 
     if not (folder / EXPERTS_FOLDER).is_dir():
@@ -147,8 +143,7 @@ def worth_rows(worth: Worth) -> list[list[str]]:
 
 def _spectra(weights: Sequence[Any]) -> dict[str, dict[str, list[Any]]]:
     """Bonds of MPO weights by kind (up, down, an attention projection's name, ...) and layer."""
-    from mpoe.inspection.spectra import bond_spectra
-    from mpoe.layers.cores import MPOCores
+    from mpoe.inspection import bond_spectra
     from mpoe.models.report import short_name
 
     found: dict[str, dict[str, list[Any]]] = {}
@@ -171,15 +166,13 @@ def _report(
     worth: Worth | None,
 ) -> None:
     """Look into the model section by section, then write everything."""
-    from mpoe.cli import report
-    from mpoe.cli.scoring import expert_load
-    from mpoe.inspection.growth import parameter_growth
-    from mpoe.inspection.routes import route_text
+    from mpoe.inspection import parameter_growth, route_text
+    from mpoe.models.card import facts
     from mpoe.models.report import HEADER, LEGEND, routed_layers, short_name, summarize
 
     config, parameters = model.mpoe_config, model.parameter_report()
     layers = [short_name(layer) for layer, _ in routed_layers(model)]
-    parts, drawn = [report.Table((), list(_facts(model, bool(layers))), kind="text").html()], {}
+    parts, drawn = [report.Table((), list(facts(model).items()), kind="text").html()], {}
     numbers: dict[str, Any] = {"model": name, "parameters": parameters, "layers": layers, "counted_on": counted}
 
     def add(heading: str, *found: Any, words: object = "", **figures: Any) -> None:
@@ -233,19 +226,3 @@ def _report(
         (folder / f"{plot}.png").write_bytes(data)
     write_json(folder / NUMBERS_FILE, numbers)
     report.write_page(folder / REPORT_FILE, f"mpoe inspect: {name}", parts)
-
-
-def _facts(model: Any, routed: bool) -> list[tuple[str, str]]:
-    """A short description of the model."""
-    report, config = model.parameter_report(), model.mpoe_config
-    shape = config.shape if isinstance(config.shape, str) else "given"
-    experts = f"{config.num_experts} {config.expert_type} experts, top-{config.top_k}"
-    kinds = [f"{key} {report[key]:,}" for key in ("central", "auxiliary", "expert", "router", "rest") if report[key]]
-    total, dense, switch = report["total"], report["dense_total"], report["switch_total"]
-    return [
-        ("model", f"{type(model).__name__}, {total:,} parameters"),
-        ("mixture", f"moe_type {config.moe_type}: {experts}, shape {shape}" if routed else "no routers"),
-        ("parameters", ", ".join(kinds)),
-        ("as a dense model", f"{dense:,}; this one is {total / dense:.2f} times as large"),
-        ("with dense experts", f"{switch:,}, {switch / total:.2f} times as many as here"),
-    ]

@@ -31,7 +31,10 @@ def run(words: list[str]) -> None:
         CommandError: there is no such command, or the command refuses.
     """
     if not words or words[0] in ("-h", "--help"):
-        _show_commands()
+        print("Usage: mpoe [--version] [--help] [--debug] COMMAND ...\n")
+        print("Turn a pretrained T5, GPT-2, Llama or BERT into a parameter-efficient mixture of experts.\n")
+        print("\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items()))
+        print("\nmpoe COMMAND --help lists the options of a command.")
     elif words[0] == "--version":
         from mpoe_kernels.version import __version__
 
@@ -41,15 +44,6 @@ def run(words: list[str]) -> None:
     else:
         kind = "option" if words[0].startswith("-") else "command"
         raise CommandError(f"no such {kind} {words[0]!r}{close_matches(words[0], COMMANDS)} (see mpoe --help)")
-
-
-def _show_commands() -> None:
-    """Print the commands, each with a line about it."""
-    print("Usage: mpoe [--version] [--help] [--debug] COMMAND ...\n")
-    print("Turn a pretrained T5, GPT-2, Llama or BERT into a parameter-efficient mixture of experts.\n")
-    for name, text in COMMANDS.items():
-        print(f"  {name:10}{text}")
-    print("\nmpoe COMMAND --help lists the options of a command.")
 
 
 def main(arguments: list[str] | None = None) -> None:

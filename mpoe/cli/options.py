@@ -27,8 +27,6 @@ BASELINES = {DENSE: "dense", WIDER: "dense, wider", SWITCH: "dense experts"}
 class RunOptions:
     """What a training run starts from, and what becomes of it."""
 
-    _argument_group_name = "run"
-
     model: str = option(
         "t5", "t5 or gpt2 (the tiny pretrained stand-ins of the package), a folder, or a hub name", "model_name_or_path"
     )
@@ -59,7 +57,7 @@ class RunOptions:
     print_num_parameters: bool = option(False, "print the number of parameters by kind before training")
 
     def __post_init__(self) -> None:
-        from mpoe.models.components import parse_components
+        from mpoe.models.checkpoint import parse_components
 
         asked = [value for value in self.load_layer if value != "noload"]  # the original's scripts load nothing so
         self.load_layer = list(parse_components(",".join(asked), "load_layer") or ()) if asked else []
@@ -119,8 +117,6 @@ class ExpertOptions(_Fields):  # type: ignore[misc]
     Options left at None take the defaults of the moe_type and the shape. ``shape`` may also be JSON (kind ->
     MPOShape), as ``shape_pattern``.
     """
-
-    _argument_group_name = "experts"
 
     mpo_layers: list[str] = option(
         [],

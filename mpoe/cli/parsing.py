@@ -47,7 +47,7 @@ class Asked(NamedTuple):
 
 
 def option(default: Any, text: str, *aliases: str, **argparse_arguments: Any) -> Any:
-    """A dataclass field that is an option.
+    """A dataclass field that is an option; the class may have ``LEAST``, the smallest values of some by name.
 
     Args:
         default: its value if it is not given; a list is copied.
@@ -84,6 +84,9 @@ def make_parser(dataclass_types: Sequence[type], **texts: str) -> argparse.Argum
             raise CommandError(message)
 
     kinds: list[Any] = list(dataclass_types)
+    for kind in kinds:
+        if kind.__module__.startswith(__package__):  # the heading of its options: RunOptions are "run"
+            kind._argument_group_name = kind.__name__.removesuffix("Options").lower()
     parser = Parser(kinds, allow_abbrev=False, add_help=False, formatter_class=_Help, **texts)
     for action in parser._actions:
         if isinstance(action, argparse._AppendAction):
@@ -190,6 +193,9 @@ def _refuse_stray(values: Sequence[str]) -> None:
 
 def _build(kind: type, namespace: argparse.Namespace, given: set[str]) -> Any:
     values = {f.name: getattr(namespace, f.name) for f in dataclasses.fields(kind) if f.init}
+    for name, least in getattr(kind, "LEAST", {}).items():
+        if values[name] is not None and values[name] < least:
+            raise CommandError(f"{name} must be at least {least}; got {values[name]}")
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             return kind(**values)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mpoe.cli.errors import CommandError
 from mpoe.cli.options import ExpertOptions
@@ -19,8 +19,7 @@ from mpoe.config.shapes import NEURONS
 
 if TYPE_CHECKING:
     from mpoe.cli.report import Table
-    from mpoe.estimation.costs import Usage
-    from mpoe.estimation.inventory import Inventory
+    from mpoe.estimation import Inventory, Usage
 
 SCHEMA = 2
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -33,8 +32,6 @@ WIDTH = 110  # of a table, if that of the terminal is unknown, as in a pipe
 class PlanOptions:
     """The workload."""
 
-    _argument_group_name = "plan"
-
     tokens: int = option(2048, "tokens of one device in one step; of T5: in each of encoder and decoder")
     decoder_tokens: int | None = option(None, "T5: tokens of the decoder, when they are others")
     dtype: str = option("bf16", "fp32, bf16 or fp16: weights and activations in products", choices=list(DTYPES))
@@ -43,12 +40,11 @@ class PlanOptions:
     mask_central: bool = option(False, "training: a step in which the gradient mask spares the central cores")
     json: str | None = option(None, "also write everything, layer by layer, to this file")
 
+    LEAST: ClassVar[dict[str, int]] = {"tokens": 0, "decoder_tokens": 0}
+
     def __post_init__(self) -> None:
         if self.training and self.inference:
             raise ValueError("--training and --inference exclude each other")
-        for name in ("tokens", "decoder_tokens"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
         if self.mask_central and self.inference:
             raise ValueError("mask_central concerns training; it cannot be given with --inference")
 
@@ -56,33 +52,33 @@ class PlanOptions:
 @as_command("mpoe plan MODEL_OR_CONFIG [--flag value ...]", PlanOptions, ExpertOptions, words=(1, 1))
 def command(asked: Asked) -> None:
     """Print the table, and write everything as JSON if asked."""
+    import torch
+
     from mpoe.cli.files import check_writable_file, write_json
-    from mpoe.estimation.costs import model_costs
+    from mpoe.data.embedded import stand_in_path
+    from mpoe.estimation import Usage, model_costs, take_inventory
 
     (options, experts), (name,) = asked.options, asked.words
     if options.json is not None:
         check_writable_file("json", Path(options.json))
-    inventory = _inventory(name, experts)
-    usage = _usage(inventory, options)
+    if name == "t5" and not Path(name).exists():  # gpt2, the other stand-in's name, means the well-known size here
+        name = str(stand_in_path(name))
+    inventory = take_inventory(name, experts.exclude_modules, experts.layers_to_transform or None)
+    if options.decoder_tokens is not None and "decoder" not in inventory.streams:
+        raise CommandError(f"decoder_tokens needs a model with a decoder of its own; {inventory.name} has none")
+    tokens = dict.fromkeys((*inventory.streams, *(stream for stream, _, _ in inventory.rest)), options.tokens)
+    if options.decoder_tokens is not None:
+        tokens["decoder"] = options.decoder_tokens
+    usage = Usage(tokens, getattr(torch, DTYPES[options.dtype]), not options.inference, options.mask_central)
     costs = model_costs(inventory, _config(inventory, experts, asked.given), usage)
-    values = {"schema": SCHEMA, "model": inventory.values(), "work": usage.values(), "kind": "plan", **costs}
+    model = {key: getattr(inventory, key) for key in ("name", "source", "class_name", "parameters")}
+    model["feed_forward_layers"] = len(inventory.sites)
+    work = {**vars(usage), "dtype": str(usage.dtype).removeprefix("torch.")}
+    values = {"schema": SCHEMA, "model": model, "work": work, "kind": "plan", **costs}
     _table(values, [_head(inventory, usage), *_notes(values)]).show(WIDTH)
     if options.json is not None:
         write_json(Path(options.json), values)
         print(f"written to {options.json}")
-
-
-# ------------------------------------------------------------- what is asked
-
-
-def _inventory(model: str, experts: ExpertOptions) -> Inventory:
-    from mpoe.estimation.inventory import take_inventory
-
-    if model == "t5" and not Path(model).exists():  # gpt2, the other stand-in's name, means the well-known size here
-        from mpoe.data.embedded import stand_in_path
-
-        model = str(stand_in_path(model))
-    return take_inventory(model, experts.exclude_modules, experts.layers_to_transform or None)
 
 
 def _config(inventory: Inventory, experts: ExpertOptions, given: set[str]) -> MPOEConfig:
@@ -93,7 +89,7 @@ def _config(inventory: Inventory, experts: ExpertOptions, given: set[str]) -> MP
     asked = experts.build()
     if asked is None or asked.expert_type == "dense":
         raise CommandError("plan puts dense experts and the dense model beside MPO experts; got no MPO experts")
-    asked = asked if inventory.blocks_fit else asked.with_cores()
+    asked = asked.with_cores() if any(site.obstacle for site in inventory.sites) else asked
     if own is None:
         return asked
     changes = {field.name: getattr(asked, field.name) for field in fields(own) if field.name in given}
@@ -105,32 +101,15 @@ def _config(inventory: Inventory, experts: ExpertOptions, given: set[str]) -> MP
     return replace(own, **changes)
 
 
-def _usage(inventory: Inventory, options: PlanOptions) -> Usage:
-    import torch
-
-    from mpoe.estimation.costs import Usage
-
-    if options.decoder_tokens is not None and "decoder" not in inventory.streams:
-        raise CommandError(f"decoder_tokens needs a model with a decoder of its own; {inventory.name} has none")
-    tokens = dict.fromkeys((*inventory.streams, *(stream for stream, _, _ in inventory.rest)), options.tokens)
-    if options.decoder_tokens is not None:
-        tokens["decoder"] = options.decoder_tokens
-    return Usage(tokens, getattr(torch, DTYPES[options.dtype]), not options.inference, options.mask_central)
-
-
 # ------------------------------------------------------------- what is shown
 
 
-def _digits(value: float) -> str:
-    """Four significant digits, without an exponent."""
-    return f"{value:.1f}" if value >= 100 else f"{value:.2f}" if value >= 10 else f"{value:.3f}"
-
-
 def scaled(number: float, unit: str = "", billion: str = "G") -> str:
-    """``294.0 M``, ``1.176 GB``: powers of ten."""
+    """``294.0 M``, ``1.176 GB``: powers of ten, four significant digits."""
     for prefix, size in (("P", 1e15), ("T", 1e12), (billion, 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
-            return f"{_digits(number / size)} {prefix}{unit}"
+            value = number / size
+            return f"{value:.{1 if value >= 100 else 2 if value >= 10 else 3}f} {prefix}{unit}"
     return f"{number:.0f} {unit}".rstrip()
 
 

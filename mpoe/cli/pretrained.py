@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpoe.cli.errors import CommandError, close_matches
 from mpoe.data.mappings import read_mapping
-from mpoe.models.table import CAUSAL, ENCODER, MODEL_TYPES, SEQ2SEQ, TABLE, TYPE_PREFIX
+from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ, TABLE, TYPE_PREFIX, known_type
 
 if TYPE_CHECKING:
     from mpoe.data.task import Task
@@ -60,14 +60,8 @@ def find(name: str) -> Source:
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise CommandError(f"model: {folder} holds no config.json, so it is not a saved model")
     values = read_mapping(folder / "config.json", "configuration") if folder.is_dir() else _values_on_the_hub(name)
-    model_type = str(values.get("model_type", "unknown"))
-    if model_type not in (*TABLE, *MODEL_TYPES):
-        raise CommandError(
-            f"model {name!r} is of the family {model_type!r}, which mpoe does not know; it knows {', '.join(TABLE)} "
-            "(and models converted from them)"
-        )
     names = values.get("architectures")
-    return Source(name, model_type, str(names[0]) if isinstance(names, list) and names else "")
+    return Source(name, known_type(name, values), str(names[0]) if isinstance(names, list) and names else "")
 
 
 def _values_on_the_hub(name: str) -> dict[str, Any]:

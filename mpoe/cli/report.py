@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment
 from markupsafe import Markup
 
-from mpoe.cli.files import write_text
+from mpoe.models.weight_files import write_text
 
 if TYPE_CHECKING:
-    from mpoe.inspection.growth import Growth
-    from mpoe.inspection.routes import Route
-    from mpoe.inspection.spectra import BondSpectrum
+    from mpoe.inspection import BondSpectrum, Growth, Route
 
 # Tables and figures scroll inside their box, so the page itself never scrolls sideways on a phone.
 _STYLE = """
@@ -197,20 +195,6 @@ def png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _heat_map(
-    axes: Any, values: Sequence[Sequence[float]], names: Sequence[str], high: float, label: str, **texts: str
-) -> None:
-    """Values [rows][columns] from 0 to ``high`` as shades; a row for each name, numbers where they can be read."""
-    image = axes.imshow(values, aspect="auto", cmap="Blues", vmin=0.0, vmax=high)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    for (row, line), column in itertools.product(enumerate(values), range(len(values[0]))):
-        if len(line) <= _READABLE:
-            colour = "white" if line[column] > 0.6 * high else "black"
-            axes.text(column, row, f"{line[column]:.0f}", ha="center", va="center", fontsize=7, color=colour)
-    axes.figure.colorbar(image, ax=axes, label=label)
-    axes.set(**texts)
-
-
 def validation_losses(records: Records) -> dict[str, Curve]:
     """Curves by task; ``validation`` for a loss over all of them."""
     found: dict[str, list[tuple[float, float]]] = {}
@@ -305,12 +289,19 @@ def growth(totals: Growth, own: int) -> Any:
 
 
 def load_map(load: Sequence[Sequence[float]], names: Sequence[str]) -> Any:
-    """Share of its tokens that each layer of ``names`` gave to each expert, ``load [layers][E]``, in per cent."""
+    """Share of its tokens that each layer of ``names`` gave to each expert, ``load [layers][E]``, in per cent: a row
+    for each layer, with numbers where they can be read."""
     shares = [[100 * count / (sum(layer) or 1.0) for count in layer] for layer in load]
     experts = len(shares[0])
     figure, ((axes,),) = _new(8.0, 1.4 + 0.28 * len(load))
-    title = f"Expert load (even would be {100 / experts:.3g}% each)"
-    _heat_map(axes, shares, names, max(map(max, shares)), "% of the layer's tokens", xlabel="expert", title=title)
+    high = max(map(max, shares))
+    image = axes.imshow(shares, aspect="auto", cmap="Blues", vmin=0.0, vmax=high)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    for (row, line), column in itertools.product(enumerate(shares), range(experts if experts <= _READABLE else 0)):
+        colour = "white" if line[column] > 0.6 * high else "black"
+        axes.text(column, row, f"{line[column]:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    figure.colorbar(image, ax=axes, label="% of the layer's tokens")
+    axes.set(xlabel="expert", title=f"Expert load (even would be {100 / experts:.3g}% each)")
     axes.set_xticks(range(0, experts, max(1, experts // 16)))
     return figure
 

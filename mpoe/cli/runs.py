@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mpoe.cli.errors import CommandError
 from mpoe.cli.files import RESULTS_FILE
 from mpoe.cli.options import BASELINES
 from mpoe.cli.tasks import DataOptions
-from mpoe.training.metrics_file import METRICS_FILE, read_metrics
-from mpoe.training.output_dir import RUN_FILE, flatten
-
-if TYPE_CHECKING:
-    from mpoe.data.spec import TaskSpec
+from mpoe.data.spec import TaskSpec
+from mpoe.training import find_last_checkpoint
+from mpoe.training.output_dir import METRICS_FILE, RUN_FILE, flatten, read_metrics
 
 # Kinds of `model.parameter_report()` in the order of reports, and their descriptions.
 PARAMETERS = {
@@ -77,8 +75,6 @@ def model_of_experiment(folder: str) -> str:
 
     Raises: CommandError: no such folder, or it has neither.
     """
-    from mpoe.training import find_last_checkpoint
-
     path = Path(folder)
     if not path.is_dir():
         raise CommandError(f"load_experiment must be the folder of an earlier run; got {folder!r}")
@@ -116,10 +112,8 @@ def mixture_of(model: Any) -> str:
         return "dense"
     if config.moe_type == "none":
         return f"no router, modules {', '.join(config.targets)}"
-    if config.expert_type == "dense":
-        experts = "dense experts"
-    else:
-        experts = f"MPO experts, shape {config.shape if isinstance(config.shape, str) else 'own'}"
+    shape = config.shape if isinstance(config.shape, str) else "own"
+    experts = "dense experts" if config.expert_type == "dense" else f"MPO experts, shape {shape}"
     return f"{config.num_experts} {experts}, top-{config.top_k}"
 
 
@@ -156,8 +150,6 @@ def data_of_run(
 
 def _descriptions(run: dict[str, Any]) -> dict[str, TaskSpec] | None:
     """The tasks of the run's ``task_file`` at that time; None if the run saved none."""
-    from mpoe.data.spec import TaskSpec
-
     kept = run.get("described")
     try:
         return {name: TaskSpec.from_mapping(name, values) for name, values in kept.items()} if kept else None

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from mpoe.cli.report import Table
+from mpoe.data.collate import PaddingCollator
+from mpoe.data.encode import encode_labels, encode_language_modeling, encode_responses, encode_text_to_text
+from mpoe.data.predict import evaluate_beside_baseline, evaluation_mode
+from mpoe.data.task import Task
+from mpoe.data.tasks import average_score
 from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ
 
-if TYPE_CHECKING:
-    from mpoe.cli.report import Table
-    from mpoe.data.task import Task
-
+AT_ONCE = 64  # items of a batch whose expert load is counted
 Items = Sequence[dict[str, list[int]]]
 Scores = Mapping[str, Mapping[str, float]]  # by task and metric
 
@@ -25,8 +30,6 @@ def encode_task(
 ) -> list[dict[str, Any]]:
     """A task's items as token ids for a model of this ``style``; for language modelling blocks of
     ``max_source_length`` tokens. ``labels``: what an encoder's head tells apart, in its order."""
-    from mpoe.data.encode import encode_labels, encode_language_modeling, encode_responses, encode_text_to_text
-
     examples = task.examples(split)
     if task.kind == "language_modeling":
         return encode_language_modeling(examples, tokenizer, task.max_source_length)[:limit]
@@ -36,18 +39,13 @@ def encode_task(
     return encode(examples[:limit], tokenizer, task.max_source_length, task.max_target_length)
 
 
-def expert_load(model: Any, items: Items, pad_token_id: int, batch_size: int = 64) -> list[list[int]]:
+def expert_load(model: Any, items: Items, pad_token_id: int) -> list[list[int]]:
     """Tokens per expert on teacher-forced items, [layers][E]; empty for a dense model. Padding is not counted."""
-    import torch
-
-    from mpoe.data.collate import PaddingCollator
-    from mpoe.data.predict import evaluation_mode
-
     collate = PaddingCollator(pad_token_id)
     load: torch.Tensor | None = None
     with torch.inference_mode(), evaluation_mode(model):
-        for start in range(0, len(items), batch_size):
-            batch = {k: v.to(model.device) for k, v in collate(items[start : start + batch_size]).items()}
+        for start in range(0, len(items), AT_ONCE):
+            batch = {k: v.to(model.device) for k, v in collate(items[start : start + AT_ONCE]).items()}
             part = getattr(model(**batch), "expert_load", None)
             if part is None:
                 return []
@@ -73,9 +71,6 @@ def evaluate_tasks(
         of the first metric of each, over tasks. ``baselines``: by task, the metrics of an answer that ignores the input
         (`mpoe.data.predict.baseline_scores`). ``remarks``: comments on the numbers, one sentence each.
     """
-    from mpoe.data.predict import evaluate_beside_baseline
-    from mpoe.data.tasks import average_score
-
     scores, baselines, remarks = {}, {}, []
     for task in tasks:
         found = evaluate_beside_baseline(model, tokenizer, task, split, batch_size=batch_size)
@@ -98,9 +93,6 @@ def metrics_of(columns: Iterable[Scores]) -> list[tuple[str, str]]:
 
 def score_table(columns: Mapping[str, Scores], baselines: Scores, title: str, words: str = SCORE_NOTE) -> Table:
     """Scores side by side and the baselines'; the best of a row is marked, the average over several tasks is last."""
-    from mpoe.cli.report import Table
-    from mpoe.data.tasks import average_score
-
     rows: list[list[str]] = []
     best: set[tuple[int, int]] = set()
     for task, metric in metrics_of(columns.values()):

@@ -7,16 +7,22 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch.utils.data import Subset
+from transformers import AutoConfig
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
 from mpoe.cli.errors import CommandError
 from mpoe.cli.options import DENSE, SWITCH, WIDER
+from mpoe.cli.pretrained import Source
 from mpoe.cli.runs import read_record
 from mpoe.config import MPOEConfig
 from mpoe.config.shapes import SEPARABLE
+from mpoe.data.sampler import MultiTaskBatchSampler
+from mpoe.models.table import TABLE
+from mpoe.training import MPOETrainingArguments, rates
 
 if TYPE_CHECKING:
-    from mpoe.cli.pretrained import Source
     from mpoe.cli.train import Plan
-    from mpoe.training import MPOETrainingArguments
 
 _OF_CORES = {"tensor_learn", "train_AT_index", "update_mpo_layer"}  # training options that only MPO cores have
 MOST_ITEMS = 200_000_000  # per run; their order is drawn beforehand and kept in memory
@@ -28,8 +34,6 @@ def settle_experts(plan: Plan, source: Source) -> MPOEConfig | None:
     Without a shape the experts are `MPOEConfig`'s default if the model supports it. Afterwards ``plan.experts`` holds
     the choice, like the record of the run.
     """
-    from mpoe.models.table import TABLE
-
     experts = plan.experts
     if plan.run.baseline == DENSE:
         return None
@@ -60,10 +64,6 @@ def settle_rate(plan: Plan, source: Source, config: MPOEConfig | None) -> str:
         source: the model it starts from.
         config: of the conversion; None for a dense model.
     """
-    from transformers import AutoConfig
-
-    from mpoe.training.rates import kind_of, recommended_rate
-
     arguments = plan.arguments
     if "learning_rate" in plan.given:
         return "as given"
@@ -79,7 +79,9 @@ def settle_rate(plan: Plan, source: Source, config: MPOEConfig | None) -> str:
         config = MPOEConfig.from_dict(values.mpoe)
     elif plan.run.baseline == WIDER:
         config = None
-    rate, reason = recommended_rate(source.model_type, int(values.hidden_size), arguments.regime, kind_of(config))
+    rate, reason = rates.recommended_rate(
+        source.model_type, int(values.hidden_size), arguments.regime, rates.kind_of(config)
+    )
     arguments.learning_rate, why = rate, f"what to start from with {reason}"
     if arguments.process_index == 0 and not plan.run.find_rate:
         print(f"learning_rate {rate:g}: {why} (--learning_rate or --find_rate)")
@@ -88,12 +90,10 @@ def settle_rate(plan: Plan, source: Source, config: MPOEConfig | None) -> str:
 
 def search_rate(trainer: Any, items: Any) -> str:
     """Set the trainer's learning rate to the best that a short search on ``items`` finds; returns how it was found."""
-    from mpoe.training.rate_search import STEPS, find_rate
-
     arguments = trainer.args
-    arguments.learning_rate, losses = find_rate(trainer, items, arguments.learning_rate)
+    arguments.learning_rate, losses = rates.find_rate(trainer, items, arguments.learning_rate)
     tried = ", ".join(f"{rate:g} ({loss:.4f})" for rate, loss in losses.items())
-    why = f"the least loss on held-out training items after {STEPS} steps of each: {tried}"
+    why = f"the least loss on held-out training items after {rates.STEPS} steps of each: {tried}"
     print(f"learning_rate {arguments.learning_rate:g}: {why}")
     return why
 
@@ -108,10 +108,6 @@ def order_items(
     The Trainer reads them one after the other. In this order the micro-batches of a step follow each other, rank by
     rank, so accumulation and several processes also see one task per step.
     """
-    from torch.utils.data import Subset
-
-    from mpoe.data.sampler import MultiTaskBatchSampler
-
     accumulation, ranks = arguments.gradient_accumulation_steps, arguments.world_size
     batch = arguments.per_device_train_batch_size * ranks
     sizes = {name: len(pool) for name, pool in pools.items()}
@@ -134,8 +130,6 @@ def set_intervals(arguments: MPOETrainingArguments, per_epoch: int, given: froze
 
     The run is one long pass for the Trainer, so "epoch" is converted to steps here.
     """
-    from transformers.trainer_utils import IntervalStrategy, SaveStrategy
-
     quarter = max(1, math.ceil(arguments.max_steps / 4))
     if "dataloader_pin_memory" not in given and arguments.device.type == "cpu":
         arguments.dataloader_pin_memory = False  # otherwise torch warns at every loader

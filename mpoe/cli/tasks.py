@@ -8,16 +8,26 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 from mpoe.cli.errors import CommandError, close_matches
 from mpoe.cli.options import read_json_option
 from mpoe.cli.parsing import option
+from mpoe.data.spec import TaskSpec
+from mpoe.data.splits import with_subsets, with_validation_test_split
+from mpoe.data.tables import find_files
+from mpoe.data.task import Task
+from mpoe.data.tasks import (
+    detect_hub_task,
+    find_spec,
+    get_task,
+    load_task,
+    load_task_from_folder,
+    read_task_file,
+    task_name,
+    task_names,
+)
 from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ
-
-if TYPE_CHECKING:
-    from mpoe.data.spec import TaskSpec
-    from mpoe.data.task import Task
 
 DEFAULT_TASKS = {SEQ2SEQ: ("doc_module", "doc_kind", "doc_name"), CAUSAL: ("doc_lm",), ENCODER: ("doc_module",)}
 # style of a model -> the kinds of task it does
@@ -41,8 +51,6 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 @dataclass
 class DataOptions:
     """The source of the items."""
-
-    _argument_group_name = "data"
 
     data_dir: str | None = option(
         None,
@@ -70,15 +78,13 @@ class DataOptions:
     n_val: int | None = option(None, "the same for validation")
     n_test: int | None = option(None, "the same for test")
 
+    LEAST: ClassVar[dict[str, int]] = dict.fromkeys(LENGTHS, 2)
+
     def __post_init__(self) -> None:
         # lists may also be comma-separated, as in the original's configurations
         for name in ("tasks", "eval_tasks", "task_file", "text_columns", "column_names", "metrics"):
             values = getattr(self, name)
             setattr(self, name, [part.strip() for v in values for part in str(v).split(",") if part.strip()])
-        for name in LENGTHS:
-            value = getattr(self, name)
-            if value is not None and value < 2:
-                raise ValueError(f"{name} must be at least 2; got {value}")
         if isinstance(self.label_words, str):  # a mapping in the record of a run
             words = read_json_option("label_words", self.label_words)
             if not isinstance(words, dict):
@@ -93,9 +99,6 @@ class DataOptions:
 
 def _as_detected(folder: Path, name: str | None, options: DataOptions, data_seed: int) -> Task:
     """The task in a folder without a description, split and subsampled as requested."""
-    from mpoe.data.detect import load_task_from_folder
-    from mpoe.data.tables import find_files
-
     if "validation" not in find_files(folder):
         print(f"{folder} holds no validation file: a tenth of the training items, at most 1,000, is held out for it")
     asked = options.of(*DETECTION, "metrics", *LENGTHS, "split_validation_test", *SIZES)
@@ -104,8 +107,6 @@ def _as_detected(folder: Path, name: str | None, options: DataOptions, data_seed
 
 def _from_hub(data_dir: str, options: DataOptions) -> Task:
     """The data set on the hub that ``data_dir`` names instead of a folder."""
-    from mpoe.data.detect import detect_hub_task, task_name
-
     if not _HUB_NAME.fullmatch(data_dir) or Path(data_dir).parts[0] in (path.name for path in Path().iterdir()):
         raise CommandError(
             f"data_dir must be an existing folder, or owner/name on the hub; there is no folder {data_dir!r}"
@@ -119,8 +120,6 @@ def _from_hub(data_dir: str, options: DataOptions) -> Task:
 
 def _adjusted(task: Task, options: DataOptions, data_seed: int) -> Task:
     """``task`` with the requested lengths, metrics, splits and sizes."""
-    from mpoe.data.splits import with_subsets, with_validation_test_split
-
     changes = {**options.of(*LENGTHS), **({"metrics": tuple(options.metrics)} if options.metrics else {})}
     task = dataclasses.replace(task, **changes)
     if options.split_validation_test:
@@ -133,12 +132,12 @@ def _adjusted(task: Task, options: DataOptions, data_seed: int) -> Task:
 def _one_task(name: str, options: DataOptions, described: Mapping[str, TaskSpec], data_seed: int) -> Task:
     """The task called ``name``: a folder in ``data_dir``, read by its description or by detection; else a task by name.
     The empty name means ``data_dir`` itself."""
-    from mpoe.data.detect import task_name
-    from mpoe.data.tasks import find_spec, get_task, load_task, task_names
-
     detection = list(options.of(*DETECTION))
     spec = described.get(name) or find_spec(name)
-    folder = _folder_of(name, spec, options)
+    folder = None  # of the task's files in data_dir: its name, or the usual name of its folder
+    if options.data_dir is not None:
+        entries = [name, spec.folder] if spec is not None and spec.folder else [name]
+        folder = next(filter(Path.is_dir, (Path(options.data_dir) / entry for entry in entries)), None)
     if folder is not None and (spec is None or detection):
         # en/s and fr/s are two tasks, en_s and fr_s
         return _as_detected(folder, task_name(os.path.normpath(name)) if name else None, options, data_seed)
@@ -157,23 +156,12 @@ def _one_task(name: str, options: DataOptions, described: Mapping[str, TaskSpec]
     return _adjusted(get_task(name), options, data_seed)
 
 
-def _folder_of(name: str, spec: TaskSpec | None, options: DataOptions) -> Path | None:
-    """The folder of a task's files in ``data_dir``: its name, or the usual name of its folder."""
-    if options.data_dir is None:
-        return None
-    names = [name, spec.folder] if spec is not None and spec.folder else [name]
-    folders = (Path(options.data_dir) / entry for entry in names)
-    return next((folder for folder in folders if folder.is_dir()), None)
-
-
 def read_descriptions(files: Sequence[str]) -> dict[str, TaskSpec]:
     """The tasks that ``task_file`` describes, by name.
 
     Raises:
         ValueError: as `mpoe.data.read_task_file`, and two files that describe one task.
     """
-    from mpoe.data.tasks import read_task_file
-
     described: dict[str, TaskSpec] = {}
     for file in files:
         specs = read_task_file(file)

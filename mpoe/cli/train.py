@@ -13,20 +13,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from transformers import PrinterCallback, ProgressCallback, set_seed
+
+from mpoe.cli import pretrained
 from mpoe.cli.errors import CommandError
 from mpoe.cli.finish import finish, save_trained
 from mpoe.cli.options import WIDER, ExpertOptions, RunOptions
 from mpoe.cli.parsing import Asked, as_command
+from mpoe.cli.pretrained import Source
 from mpoe.cli.runs import model_of_experiment
+from mpoe.cli.scoring import encode_task
 from mpoe.cli.settle import order_items, search_rate, set_intervals, settle_experts, settle_rate
-from mpoe.cli.tasks import DataOptions
-from mpoe.training import MPOETrainingArguments, find_last_checkpoint
-
-if TYPE_CHECKING:
-    from mpoe.cli.pretrained import Source
-    from mpoe.data.spec import TaskSpec
+from mpoe.cli.tasks import DataOptions, read_descriptions, resolve
+from mpoe.data.collate import PaddingCollator
+from mpoe.data.spec import TaskSpec
+from mpoe.models.table import ENCODER
+from mpoe.training import MPOETrainingArguments, find_last_checkpoint, prepare_output_dir
+from mpoe.training.callbacks import LogLineCallback
+from mpoe.training.output_dir import check_folder, check_output_dir
+from mpoe.training.run_lock import hold
 
 # what `mpoe train --help` shows
 FIRST = {
@@ -87,17 +94,15 @@ def run(plan: Plan) -> dict[str, Any]:
     Raises:
         ValueError, TypeError: settings that do not fit together, before anything is written.
     """
-    from mpoe.cli.pretrained import find, labels_for, load_tokenizer
-    from mpoe.cli.scoring import encode_task
-    from mpoe.cli.tasks import read_descriptions, resolve
-    from mpoe.models.table import ENCODER
-    from mpoe.training import prepare_output_dir
-    from mpoe.training.run_lock import hold
-
     arguments, data = plan.arguments, plan.data
-    folder = _output_folder(plan)
+    if "output_dir" not in plan.given or not arguments.output_dir:
+        raise CommandError("train needs --output_dir: the folder for checkpoints, metrics and the final model")
+    folder = check_folder("output_dir", Path(arguments.output_dir))
+    if plan.run.find_rate and "learning_rate" in plan.given:
+        raise CommandError("find_rate looks for the learning rate; give --find_rate or --learning_rate, not both")
+    _check_folder(plan)
     start = _start_of(plan)
-    source = find(start)
+    source = pretrained.find(start)
     if plan.run.expert is not None:
         _settle_expert(plan, source)
     config = settle_experts(plan, source)
@@ -116,8 +121,8 @@ def run(plan: Plan) -> dict[str, Any]:
     for split, owners in (("train", tasks), ("validation", eval_tasks)):
         for task in owners:
             task.examples(split)  # a missing split is refused before the model is loaded
-    tokenizer = load_tokenizer(source)
-    labels = labels_for(source, tasks[0]) if source.style == ENCODER else None
+    tokenizer = pretrained.load_tokenizer(source)
+    labels = pretrained.labels_for(source, tasks[0]) if source.style == ENCODER else None
     encode = partial(encode_task, tokenizer=tokenizer, style=source.style, labels=labels or ())
     pools = {task.name: encode(task, "train") for task in tasks}
     items, per_epoch = order_items(pools, arguments, data.temperature, data_seed)
@@ -153,22 +158,8 @@ def run(plan: Plan) -> dict[str, Any]:
         return results
 
 
-def _output_folder(plan: Plan) -> Path:
-    from mpoe.training.output_dir import check_folder
-
-    if "output_dir" not in plan.given or not plan.arguments.output_dir:
-        raise CommandError("train needs --output_dir: the folder for checkpoints, metrics and the final model")
-    folder = check_folder("output_dir", Path(plan.arguments.output_dir))
-    if plan.run.find_rate and "learning_rate" in plan.given:
-        raise CommandError("find_rate looks for the learning rate; give --find_rate or --learning_rate, not both")
-    _check_folder(plan)
-    return folder
-
-
 def _check_folder(plan: Plan, settings: dict[str, Any] | None = None) -> None:
     """Refuse a folder with another run or nothing to resume; with ``settings``, also a run with other settings."""
-    from mpoe.training.output_dir import check_output_dir
-
     if plan.arguments.process_index == 0:  # a slower process may check after the first one has claimed the folder
         check_output_dir(plan.arguments.output_dir, plan.run.overwrite, plan.run.resume, settings)
 
@@ -190,8 +181,6 @@ def _start_of(plan: Plan) -> str:
 
 def _settle_expert(plan: Plan, source: Source) -> None:
     """Set what a run with --expert needs: one expert of neurons, everything else frozen."""
-    from mpoe.models.table import ENCODER
-
     name = plan.run.expert
     if not name or Path(name).name != name:
         raise CommandError(f"expert must be a name, which the file has too; got {name!r}")
@@ -205,14 +194,11 @@ def _settle_expert(plan: Plan, source: Source) -> None:
 
 def _prepare_model(source: Source, config: Any, plan: Plan, labels: Sequence[str] | None) -> Any:
     """The model to train: converted, unless it already is or stays dense; an encoder with a head for ``labels``."""
-    from transformers import set_seed
-
-    from mpoe.cli.pretrained import load_model
     from mpoe.models import convert_to_mpoe
     from mpoe.models.widen import hidden_size_as_mixture, widened
 
     set_seed(plan.arguments.seed)  # for a new head
-    model = load_model(source, labels)
+    model = pretrained.load_model(source, labels)
     if config is not None and plan.run.baseline == WIDER:
         hidden = hidden_size_as_mixture(model, config)
         model = widened(model, hidden)
@@ -252,7 +238,6 @@ def make_trainer(
     model: Any, tokenizer: Any, items: Any, validation: dict[str, list[Any]], arguments: MPOETrainingArguments
 ) -> Any:
     """An `MPOETrainer` over the items; it has its metrics and checkpoints in ``output_dir``."""
-    from mpoe.data.collate import PaddingCollator
     from mpoe.training import MPOETrainer
 
     trainer = MPOETrainer(
@@ -263,7 +248,9 @@ def make_trainer(
         data_collator=PaddingCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
-    show_progress(trainer)
+    for shown in (ProgressCallback, PrinterCallback):  # a line for each log call, in place of bars and dictionaries
+        trainer.remove_callback(shown)
+    trainer.add_callback(LogLineCallback(partial(print, flush=True)))
     return trainer
 
 
@@ -284,20 +271,6 @@ def settings_of(plan: Plan, described: Mapping[str, TaskSpec]) -> dict[str, Any]
         "experts": dataclasses.asdict(plan.experts),
         "training": training,
     }
-
-
-# ------------------------------------------------------------------ what is shown while a run goes on
-
-
-def show_progress(trainer: Any) -> None:
-    """Print a line for each log call, in place of bars and dictionaries."""
-    from transformers import PrinterCallback, ProgressCallback
-
-    from mpoe.training.callbacks import LogLineCallback
-
-    for shown in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(shown)
-    trainer.add_callback(LogLineCallback(partial(print, flush=True)))
 
 
 @contextlib.contextmanager

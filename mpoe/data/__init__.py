@@ -3,72 +3,42 @@
 Importing this package does not import transformers.
 """
 
-from mpoe.data.collate import PaddingCollator
-from mpoe.data.detect import load_task_from_folder
-from mpoe.data.documentation import DocRecord, Documentation, load_documentation
-from mpoe.data.embedded import load_stand_in, stand_in_path
-from mpoe.data.encode import encode_language_modeling, encode_text_to_text
-from mpoe.data.metrics import METRICS, get_metric, perplexity
-from mpoe.data.predict import (
-    Evaluation,
-    evaluate_beside_baseline,
-    evaluate_task,
-    generate_texts,
-    language_modeling_loss,
-)
-from mpoe.data.sampler import MultiTaskBatchSampler, TemperatureSampler
-from mpoe.data.spec import HubData, TaskSpec
-from mpoe.data.splits import (
-    split_validation_test,
-    with_subsets,
-    with_validation_from_train,
-    with_validation_test_split,
-)
-from mpoe.data.task import Example, Task, subset
-from mpoe.data.tasks import (
-    average_score,
-    find_spec,
-    get_task,
-    load_task,
-    read_task_file,
-    register_task,
-    task_names,
-)
+from types import ModuleType as _Module
 
-__all__ = [
-    "METRICS",
-    "DocRecord",
-    "Documentation",
-    "Evaluation",
-    "Example",
-    "HubData",
-    "MultiTaskBatchSampler",
-    "PaddingCollator",
-    "Task",
-    "TaskSpec",
-    "TemperatureSampler",
-    "average_score",
-    "encode_language_modeling",
-    "encode_text_to_text",
-    "evaluate_beside_baseline",
-    "evaluate_task",
-    "find_spec",
-    "generate_texts",
-    "get_metric",
-    "get_task",
-    "language_modeling_loss",
-    "load_documentation",
-    "load_stand_in",
-    "load_task",
-    "load_task_from_folder",
-    "perplexity",
-    "read_task_file",
-    "register_task",
-    "split_validation_test",
-    "stand_in_path",
-    "subset",
-    "task_names",
-    "with_subsets",
-    "with_validation_from_train",
-    "with_validation_test_split",
-]
+from mpoe.data.collate import PaddingCollator as PaddingCollator
+from mpoe.data.documentation import DocRecord as DocRecord
+from mpoe.data.documentation import Documentation as Documentation
+from mpoe.data.documentation import load_documentation as load_documentation
+from mpoe.data.embedded import load_stand_in as load_stand_in
+from mpoe.data.embedded import stand_in_path as stand_in_path
+from mpoe.data.encode import encode_language_modeling as encode_language_modeling
+from mpoe.data.encode import encode_text_to_text as encode_text_to_text
+from mpoe.data.metrics import METRICS as METRICS
+from mpoe.data.metrics import get_metric as get_metric
+from mpoe.data.metrics import perplexity as perplexity
+from mpoe.data.predict import Evaluation as Evaluation
+from mpoe.data.predict import evaluate_beside_baseline as evaluate_beside_baseline
+from mpoe.data.predict import evaluate_task as evaluate_task
+from mpoe.data.predict import generate_texts as generate_texts
+from mpoe.data.predict import language_modeling_loss as language_modeling_loss
+from mpoe.data.sampler import MultiTaskBatchSampler as MultiTaskBatchSampler
+from mpoe.data.sampler import TemperatureSampler as TemperatureSampler
+from mpoe.data.spec import HubData as HubData
+from mpoe.data.spec import TaskSpec as TaskSpec
+from mpoe.data.splits import split_validation_test as split_validation_test
+from mpoe.data.splits import with_subsets as with_subsets
+from mpoe.data.splits import with_validation_from_train as with_validation_from_train
+from mpoe.data.splits import with_validation_test_split as with_validation_test_split
+from mpoe.data.task import Example as Example
+from mpoe.data.task import Task as Task
+from mpoe.data.task import subset as subset
+from mpoe.data.tasks import average_score as average_score
+from mpoe.data.tasks import find_spec as find_spec
+from mpoe.data.tasks import get_task as get_task
+from mpoe.data.tasks import load_task as load_task
+from mpoe.data.tasks import load_task_from_folder as load_task_from_folder
+from mpoe.data.tasks import read_task_file as read_task_file
+from mpoe.data.tasks import register_task as register_task
+from mpoe.data.tasks import task_names as task_names
+
+__all__ = [name for name, value in globals().items() if name[0] != "_" and not isinstance(value, _Module)]

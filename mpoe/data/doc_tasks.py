@@ -10,13 +10,14 @@ Training and held-out items never share an object (the corpus is split by a hash
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from mpoe.data.documentation import (
     SPLITS,
     DocRecord,
-    check_split,
     load_documentation,
     name_words,
     prose_sentences,
@@ -54,12 +55,8 @@ MAX_PER_KIND = {"train": 1400, "validation": 120, "test": 320}
 
 def family_of(module: str) -> str | None:
     """Family of a module by its longest known dotted prefix; None outside all families."""
-    parts = module.split(".")
-    for length in range(len(parts), 0, -1):
-        family = FAMILY_OF.get(".".join(parts[:length]))
-        if family is not None:
-            return family
-    return None
+    prefixes = itertools.accumulate(module.split("."), "{}.{}".format)
+    return next((FAMILY_OF[prefix] for prefix in reversed(list(prefixes)) if prefix in FAMILY_OF), None)
 
 
 def mask_names(text: str, names: Iterable[str]) -> str:
@@ -141,42 +138,36 @@ def limit_labels(examples: Iterable[Example], limit: int) -> Iterator[Example]:
             yield example
 
 
-def lm_rows(split: str) -> tuple[Example, ...]:
-    """doc_lm texts: every docstring of the split, preceded by the name it documents."""
-    return tuple(Example(f"{r.name}\n{r.text}\n") for r in load_documentation().split(check_split(split)))
+_CLASSES: dict[str, Any] = {"metrics": ("accuracy", "macro_f1"), "max_target_length": 4}
+_ABOUT: dict[str, dict[str, Any]] = {
+    "doc_module": {
+        "labels": tuple(FAMILIES),
+        "description": "a sentence of Python documentation -> the family of modules it belongs to (12 classes)",
+        **_CLASSES,
+    },
+    "doc_kind": {
+        "labels": KIND_LABELS,
+        "description": "the first sentence of a docstring -> function, method, class or exception",
+        **_CLASSES,
+    },
+    "doc_name": {
+        "kind": "generation",
+        "metrics": ("token_f1", "exact_match"),
+        "max_target_length": 12,
+        "description": "the beginning of a docstring -> the words of the name it documents",
+    },
+}
+
+
+def _rows(name: str, split: str) -> tuple[Example, ...]:
+    return task_items(name)[split]
 
 
 EMBEDDED_TASKS = (
-    Task(
-        name="doc_module",
-        rows=lambda split: task_items("doc_module")[split],
-        labels=tuple(FAMILIES),
-        metrics=("accuracy", "macro_f1"),
-        max_source_length=64,
-        max_target_length=4,
-        description="a sentence of Python documentation -> the family of modules it belongs to (12 classes)",
-    ),
-    Task(
-        name="doc_kind",
-        rows=lambda split: task_items("doc_kind")[split],
-        labels=KIND_LABELS,
-        metrics=("accuracy", "macro_f1"),
-        max_source_length=64,
-        max_target_length=4,
-        description="the first sentence of a docstring -> function, method, class or exception",
-    ),
-    Task(
-        name="doc_name",
-        rows=lambda split: task_items("doc_name")[split],
-        kind="generation",
-        metrics=("token_f1", "exact_match"),
-        max_source_length=64,
-        max_target_length=12,
-        description="the beginning of a docstring -> the words of the name it documents",
-    ),
-    Task(
+    *(Task(name, functools.partial(_rows, name), max_source_length=64, **about) for name, about in _ABOUT.items()),
+    Task(  # every docstring, preceded by the name it documents
         name="doc_lm",
-        rows=lm_rows,
+        rows=lambda split: (Example(f"{r.name}\n{r.text}\n") for r in load_documentation().split(split)),
         kind="language_modeling",
         metrics=("perplexity",),
         max_source_length=128,

@@ -1,7 +1,7 @@
-"""The stand-in checkpoints: a tiny T5 and a tiny GPT-2 that ``tools/make_stand_ins.py`` trained on documentation.
+"""The stand-in checkpoints: a tiny T5 and a tiny GPT-2, trained on documentation.
 
-They were trained on the training split of :mod:`mpoe.data.documentation` only. With them the demo and the tests run
-without a download; they are not a substitute for real pretrained weights.
+They saw the training split of :mod:`mpoe.data.documentation` only; ``stand_ins/README.md`` tells how they were made.
+With them the demo and the tests run without a download; they are not a substitute for real pretrained weights.
 """
 
 from __future__ import annotations

@@ -121,22 +121,18 @@ def encode_responses(
     """
     found = []
     for example in examples:
-        ids, labels = (_conversation if example.messages else _pair)(
-            example, tokenizer, max_source_length, max_target_length
-        )
+        if example.messages:
+            ids, labels = _conversation(example, tokenizer, max_source_length + max_target_length)
+        else:
+            prompt = prompt_ids(example, tokenizer)[-max_source_length:]
+            response = [*tokenizer(example.target, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            ids = prompt + response[:max_target_length]
+            labels = [IGNORED_LABEL] * len(prompt) + response[:max_target_length]
         found.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
     return found
 
 
-def _pair(example: Example, tokenizer: Any, most: int, most_written: int) -> tuple[list[int], list[int]]:
-    prompt = prompt_ids(example, tokenizer)[-most:]
-    response = [*tokenizer(example.target, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id][
-        :most_written
-    ]
-    return prompt + response, [IGNORED_LABEL] * len(prompt) + response
-
-
-def _conversation(example: Example, tokenizer: Any, most: int, most_written: int) -> tuple[list[int], list[int]]:
+def _conversation(example: Example, tokenizer: Any, most: int) -> tuple[list[int], list[int]]:
     ids = _chat_ids(example.messages, tokenizer)
     labels = [IGNORED_LABEL] * len(ids)
     for place, (role, _) in enumerate(example.messages):
@@ -149,7 +145,7 @@ def _conversation(example: Example, tokenizer: Any, most: int, most_written: int
         raise ValueError(
             f"the chat template of {type(tokenizer).__name__} must continue a prompt with the response; it rewrites it"
         )
-    return ids[-(most + most_written) :], labels[-(most + most_written) :]
+    return ids[-most:], labels[-most:]
 
 
 def _chat_ids(messages: Sequence[tuple[str, str]], tokenizer: Any, **options: Any) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -95,26 +95,41 @@ def classify(
 
 
 @torch.inference_mode()
+def token_losses(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
+    """Losses in nats of the tokens that ``labels`` name, in order: those of decoders are predicted one place before.
+
+    They are computed from the logits, so auxiliary losses of a mixture model are not part of them.
+
+    Raises:
+        ValueError: batches without labels, or none that counts.
+    """
+    decodes = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    found = []
+    for batch in batches:
+        if "labels" not in batch:
+            raise ValueError(f"batches must hold labels; got {', '.join(batch)}")
+        moved = {name: value.to(model.device) for name, value in batch.items()}
+        labels = moved.pop("labels")[:, 1:] if decodes else moved["labels"]
+        logits = model(**moved).logits
+        logits, counted = logits[:, :-1] if decodes else logits, labels != IGNORED_LABEL
+        found.append(torch.nn.functional.cross_entropy(logits[counted].float(), labels[counted], reduction="none"))
+    if not sum(map(len, found)):
+        raise ValueError("batches must hold tokens to predict; got none")
+    return torch.cat(found)
+
+
 def language_modeling_loss(
     model: Any, blocks: Sequence[dict[str, list[int]]], batch_size: int = 32
 ) -> tuple[float, int]:
     """(mean loss in nats per predicted token, number of predicted tokens) of a causal model on encoded blocks or
-    responses (labels of -100 are not predicted).
-
-    The loss is computed from the logits, so auxiliary losses of a mixture model are not part of it.
-    """
+    responses (labels of -100 are not predicted), see `token_losses`."""
     if not blocks:
         raise ValueError("blocks must hold at least one block; got none")
-    total, count = 0.0, 0
     collate = PaddingCollator(0)  # padding is not attended to, whatever its id
     with evaluation_mode(model):
-        for start in range(0, len(blocks), batch_size):
-            batch = {key: value.to(model.device) for key, value in collate(blocks[start : start + batch_size]).items()}
-            targets = batch.pop("labels")[:, 1:].flatten()
-            logits = model(**batch).logits[:, :-1]
-            total += float(torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets, reduction="sum"))
-            count += int(targets.ne(IGNORED_LABEL).sum())
-    return total / count, count
+        starts = range(0, len(blocks), batch_size)
+        losses = token_losses(model, (collate(blocks[start : start + batch_size]) for start in starts))
+    return float(losses.double().mean()), len(losses)
 
 
 @dataclass(frozen=True)

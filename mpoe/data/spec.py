@@ -87,7 +87,8 @@ class TaskSpec:
             _check_type(self.name, check.name, getattr(self, check.name), check.default)
         self._settle("kind", self.kind or ("classification" if self.label_words else ""))
         self._settle("label_words", self._words())
-        self._settle("metrics", tuple(self.metrics) or self._default_metrics())
+        of_labels = ("accuracy", "f1" if len(self.labels) == 2 else "macro_f1", "matthews")
+        self._settle("metrics", tuple(self.metrics) or DEFAULT_METRICS.get(self.kind, of_labels))
         self._settle("column_names", tuple(self.column_names))
         self._settle("hub", _hub(self.name, self.hub))
         if not self.columns or "{" in _COLUMN.sub("", self.template) or "}" in _COLUMN.sub("", self.template):
@@ -188,9 +189,6 @@ class TaskSpec:
                 f"got {words or 'none'}"
             )
         return words
-
-    def _default_metrics(self) -> tuple[str, ...]:
-        return DEFAULT_METRICS.get(self.kind, ("accuracy", "f1" if len(self.labels) == 2 else "macro_f1", "matthews"))
 
     def _settle(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

@@ -90,6 +90,12 @@ class MPOCores(FromInitialValues):
         cores.insert(self.shape.central, central)
         return cores
 
+    def chain(self) -> list[nn.Parameter]:
+        """The parameters of the cores in chain order."""
+        chain: list[nn.Parameter] = list(self.auxiliary)
+        chain.insert(self.shape.central, self.central)
+        return chain
+
     def central_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that all experts share, by name."""
         return {"central": self.central}
@@ -187,9 +193,8 @@ class MPOCores(FromInitialValues):
     @torch.no_grad()
     def set_cores_(self, cores: Sequence[Tensor]) -> None:
         """Copy a chain of cores ``[d, i, j, d']`` into every expert; cores ``[E, d, i, j, d']`` hold one per expert."""
-        for name, core in zip(self.core_names(), cores, strict=True):
-            parameter = self.get_parameter(name)
-            parameter.copy_(core if name == "central" else core.expand_as(parameter))
+        for parameter, core in zip(self.chain(), cores, strict=True):
+            parameter.copy_(core.expand_as(parameter))
 
     @torch.no_grad()
     def add_noise_(self, relative: float) -> None:

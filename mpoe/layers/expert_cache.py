@@ -52,20 +52,6 @@ def full_weights_pay(shapes: tuple[MPOShape, ...], experts: int, slots: int, dty
     return by_cores > WORTH * (2 * slots + READ * experts) * elements
 
 
-def _full_weight(blocks: MPOBlocks, expert: int) -> Tensor:
-    """``W_e [I, F]``, in float32 for half precision, in which an intermediate would be rounded twice."""
-    work = torch.promote_types(blocks.central.dtype, torch.float32)
-    left, central, right = (block.to(work) for block in (blocks.left[[expert]], blocks.central, blocks.right[[expert]]))
-    return expert_weights(MPOBlocks(left, central, right, blocks.in_features, blocks.out_features))[0]
-
-
-def _own_bytes(blocks: Mapping[str, MPOBlocks], cores: Sequence[Tensor]) -> int:
-    """Memory of the folded sides that are not views of the cores."""
-    views = {core.untyped_storage().data_ptr() for core in cores}
-    sides = [side for chain in blocks.values() for side in (chain.left, chain.right)]
-    return sum(side.nbytes for side in sides if side.untyped_storage().data_ptr() not in views)
-
-
 def _no_weights(cores: MPOCores, dtype: torch.dtype) -> Tensor:
     """Room for ``[E, I, F]``, contiguous along the longer axis: products with one row then read it in long runs."""
     experts, rows, columns = cores.num_experts, cores.in_features, cores.out_features
@@ -129,7 +115,11 @@ class KeptExperts:
     @torch.no_grad()
     def _build(self, expert: int) -> None:
         for kind, chain in self.blocks.items():
-            self._dense.projections()[kind].weight[expert] = _full_weight(chain, expert)
+            # In float32 for half precision, in which an intermediate would be rounded twice.
+            work = torch.promote_types(chain.central.dtype, torch.float32)
+            left, centre, right = (b.to(work) for b in (chain.left[[expert]], chain.central, chain.right[[expert]]))
+            whole = expert_weights(MPOBlocks(left, centre, right, chain.in_features, chain.out_features))
+            self._dense.projections()[kind].weight[expert] = whole[0]
         self._built.add(expert)
 
     @property
@@ -179,7 +169,9 @@ class ExpertCache:
         if layer not in self.layers:
             blocks = {kind: cores.blocks() for kind, cores in layer.projections().items()}
             cores = [core for each in layer.projections().values() for core in each.cores()]
-            fits = self.reserves(_own_bytes(blocks, cores))
+            views = {core.untyped_storage().data_ptr() for core in cores}
+            sides = [side for chain in blocks.values() for side in (chain.left, chain.right)]
+            fits = self.reserves(sum(s.nbytes for s in sides if s.untyped_storage().data_ptr() not in views))
             self.layers[layer] = KeptExperts(self, layer, blocks) if fits else None
         return self.layers[layer]
 

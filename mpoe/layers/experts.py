@@ -6,15 +6,41 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpoe.layers.activations import ACTIVATIONS, check_activation
+from mpoe.config.checks import check_choice
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.dense import ExpertWeights
 from mpoe.layers.expert_cache import KeptExperts, full_weights_pay, kept_experts
 from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe_kernels import MPOShape, Routing, combine, dispatch, mpo_ffn, route
 from mpoe_kernels.mixture import Chains, Rule, Slots, native_combine, native_slots, plain_ffn, routed_ffn
+
+
+def _gelu_tanh(z: Tensor) -> Tensor:
+    return F.gelu(z, approximate="tanh")
+
+
+# `mpoe_kernels.grouped_mpo_linear` supports every name too, and fuses it.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "silu": F.silu,
+    "swish": F.silu,
+}
+
+
+def check_activation(name: object) -> str:
+    """Return ``name`` if experts can compute it.
+
+    Raises:
+        ValueError: an unknown activation; the message suggests similar names.
+    """
+    check_choice("activation", name, tuple(ACTIVATIONS))
+    return str(name)
 
 
 class _Network(nn.Module):
@@ -67,16 +93,12 @@ class MPOExperts(_Network):
         self.activation = check_activation(activation)
         self.num_experts, self.backend = num_experts, backend
         up, down, gate = shapes["up"], shapes["down"], shapes.get("gate_proj")
-        if (down.in_features, down.out_features) != (up.out_features, up.in_features):
-            raise ValueError(
-                f"the down shape must be [{up.out_features}, {up.in_features}], the way back of up; "
-                f"got [{down.in_features}, {down.out_features}]"
-            )
-        if gate is not None and (gate.in_features, gate.out_features) != (up.in_features, up.out_features):
-            raise ValueError(
-                f"the gate_proj shape must be [{up.in_features}, {up.out_features}] like up; "
-                f"got [{gate.in_features}, {gate.out_features}]"
-            )
+        size = [up.in_features, up.out_features]
+        for kind, wanted, why in (("down", size[::-1], ", the way back of up"), ("gate_proj", size, " like up")):
+            given = shapes.get(kind)
+            if given is not None and [given.in_features, given.out_features] != wanted:
+                got = [given.in_features, given.out_features]
+                raise ValueError(f"the {kind} shape must be {wanted}{why}; got {got}")
         std = dict(init_std or {})
 
         def cores(kind: str, shape: MPOShape, with_bias: bool) -> MPOCores:

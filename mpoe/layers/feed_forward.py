@@ -49,15 +49,7 @@ def _say_that_nothing_balances() -> None:
 class RoutedFeedForward(nn.Module):
     """The common part of mixtures of every shape: the router, the call's token mask, the router's record.
 
-    Subclasses add ``experts``.
-
-    Args:
-        in_features: model size I.
-        hidden_features: size of the experts' hidden layer.
-        config: `MPOEConfig`.
-        dropout: rate between the projections, unless ``config.router.expert_dropout`` replaces it.
-        output_dropout: rate on the result.
-        stream: which of the call's token masks this layer reads: ``"main"``, ``"encoder"`` or ``"decoder"``.
+    Subclasses add ``experts``. Arguments as of `MPOEFeedForward`.
     """
 
     experts: Any
@@ -187,33 +179,22 @@ class MPOEFeedForward(RoutedFeedForward):
         if isinstance(config, MPOEConfig) and config.is_hidden:
             from mpoe.layers.hidden import HiddenMixture  # which is made of this class
 
-            options: Any = {"activation": activation, "gated": gated, "bias": bias, "init_std": init_std}
-            options |= {"dropout": dropout, "output_dropout": output_dropout, "stream": stream}
+            more: Any = {"activation": activation, "gated": gated, "bias": bias, "init_std": init_std}
+            more |= {"dropout": dropout, "output_dropout": output_dropout, "stream": stream}
             made: Any = self
             made.__class__ = HiddenMixture
-            made.build(in_features, hidden_features, config, device=device, dtype=dtype, **options)
+            made.build(in_features, hidden_features, config, device=device, dtype=dtype, **more)
             return
         super().__init__(in_features, hidden_features, config, dropout, output_dropout, stream, device)
+        experts = config.num_experts
+        options: Any = {"activation": activation, "bias": bias, "init_std": init_std, "device": device, "dtype": dtype}
         if config.expert_type == "mpo":
-            sizes = sizes_by_kind(in_features, hidden_features, gated)
-            shapes = {kind: config.shape_for(kind, *size) for kind, size in sizes.items()}
-            self.experts = MPOExperts(
-                shapes, config.num_experts, activation, bias, init_std, config.backend, device=device, dtype=dtype
-            )
+            kinds = sizes_by_kind(in_features, hidden_features, gated).items()
+            shapes = {kind: config.shape_for(kind, *size) for kind, size in kinds}
+            self.experts = MPOExperts(shapes, experts, backend=config.backend, **options)
         else:
-            self.experts = DenseExperts(
-                in_features,
-                hidden_features,
-                config.num_experts,
-                activation,
-                bias,
-                gated,
-                init_std,
-                own_bias=config.expert_bias,
-                own_output_bias=config.expert_output_bias,
-                device=device,
-                dtype=dtype,
-            )
+            own: Any = {"own_bias": config.expert_bias, "own_output_bias": config.expert_output_bias}
+            self.experts = DenseExperts(in_features, hidden_features, experts, gated=gated, **own, **options)
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Route every token and compute its experts.
@@ -231,25 +212,18 @@ class MPOEFeedForward(RoutedFeedForward):
             ValueError: sizes that do not fit, tensors that are not dense.
         """
         x, token_mask = self.tokens(hidden_states, token_mask)
-        y = self._by_native_calls(x, token_mask)
-        if y is not None:
-            return self.dropped(y).view(hidden_states.shape)
+        if self.skips_ops(MPOExperts):
+            call = current_routing()
+            found = self.experts.routed(self.router, x, token_mask, call is not None and call.records is not None)
+            if found is not None:
+                if found[1] is not None:
+                    self.record(found[1][0], token_mask, found[1][1].expert_offsets)
+                return self.dropped(found[0]).view(hidden_states.shape)
         routing, gates = self._route(x, token_mask)
         if x.dtype != self.experts.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.experts.dtype)
         rate = self.expert_dropout if self.training else 0.0
         return self.dropped(self.experts(x, routing, gates, rate)).view(hidden_states.shape)
-
-    def _by_native_calls(self, x: Tensor, token_mask: Tensor | None) -> Tensor | None:
-        """Tokens ``x [T, I]`` without gradients, if nobody observes the parts; else None."""
-        if not self.skips_ops(MPOExperts):
-            return None
-        call = current_routing()
-        found = self.experts.routed(self.router, x, token_mask, call is not None and call.records is not None)
-        y, decided = found or (None, None)
-        if decided is not None:
-            self.record(decided[0], token_mask, decided[1].expert_offsets)
-        return y
 
     def _route(self, x: Tensor, token_mask: Tensor | None) -> tuple[Routing, Tensor]:
         """Slots and gates ``[T, K]`` of tokens ``x [T, I]``; stores the router's record."""

@@ -8,18 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig
-from mpoe.layers.activations import check_activation
+from mpoe.layers.drop_in import is_conv1d
+from mpoe.layers.experts import check_activation
 from mpoe.layers.feed_forward import MPOEFeedForward, is_observed, sizes_by_kind
 from mpoe.layers.initial import FromInitialValues
 from mpoe.layers.kept import KeptFeedForward
-from mpoe.layers.mpo_linear import is_conv1d
 from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe_kernels.hidden_experts import ACTIVATIONS, hidden_experts, routed
-
-
-def _returns_new_memory(module: nn.Module) -> bool:
-    """Whether nobody but its caller has a module's result: of no other kind of module is this known."""
-    return (type(module) is nn.Linear or is_conv1d(module)) and not is_observed(module)
 
 
 class _SumOfGradients(torch.autograd.Function):
@@ -239,7 +234,8 @@ class HiddenFeedForward(KeptFeedForward):
 
     def _routed(self, x: Tensor, u: Tensor, u_gate: Tensor | None) -> Tensor:
         """Like `_between`, for tokens ``x [T, I]`` that are not routed yet; without gradients."""
-        overwrites = _returns_new_memory(getattr(self, self.names["up"]))
+        up = getattr(self, self.names["up"])  # of no other kind of module is it known that nobody else has its result
+        overwrites = (type(up) is nn.Linear or is_conv1d(up)) and not is_observed(up)
         found = self.experts.routed(self.router, x, u, u_gate, overwrites)
         if found is None:
             return self._between(u, u_gate, *self._decision(x, None))

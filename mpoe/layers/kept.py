@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig
+from mpoe.layers.drop_in import linear_weight
 from mpoe.layers.feed_forward import RoutedFeedForward
-from mpoe.layers.mpo_linear import linear_weight
 
 
 class KeptFeedForward(RoutedFeedForward):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig
-from mpoe.layers.activations import check_activation
 from mpoe.layers.context import current_routing
+from mpoe.layers.experts import check_activation
 from mpoe.layers.initial import FromInitialValues
 from mpoe.layers.kept import KeptFeedForward
 from mpoe.layers.router import TopKRouter
@@ -233,9 +233,11 @@ class NeuronFeedForward(KeptFeedForward):
     def _added(self, hidden_states: Tensor, token_mask: Tensor | None, like: Tensor) -> Tensor:
         """The experts' results for tokens ``[..., I]``, in the dtype of ``like``."""
         x, token_mask = self.tokens(hidden_states, token_mask)
-        o = self._by_native_call(x, token_mask)
-        if o is not None:
-            return o.view(hidden_states.shape).to(like.dtype)
+        call = current_routing()
+        if self.skips_ops(NeuronExperts) and (call is None or call.records is None):  # nobody observes or records
+            found: Tensor | None = self.experts.routed(self.router, x, token_mask)
+            if found is not None:
+                return found.view(hidden_states.shape).to(like.dtype)
         gates, index = self._decision(x, token_mask)
         if x.dtype != self.experts.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.experts.dtype)
@@ -244,15 +246,6 @@ class NeuronFeedForward(KeptFeedForward):
             if self.training and rate:
                 o = nn.functional.dropout(o, rate)
         return o.view(hidden_states.shape).to(like.dtype)
-
-    def _by_native_call(self, x: Tensor, token_mask: Tensor | None) -> Tensor | None:
-        """The experts' results for tokens ``x [T, I]`` without gradients, if nobody observes the parts or records what
-        the router decides; else None."""
-        call = current_routing()
-        if not self.skips_ops(NeuronExperts) or (call is not None and call.records is not None):
-            return None
-        found: Tensor | None = self.experts.routed(self.router, x, token_mask)
-        return found
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """P and Q, if there are any."""

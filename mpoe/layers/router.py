@@ -163,7 +163,7 @@ class TopKRouter(FromInitialValues):
         return 1.0 if factor is None else factor
 
     def _scaled(self, gates: Tensor) -> Tensor:
-        return gates if self.scale == 1.0 else gates * self.scale
+        return gates if self.config.routed_scaling_factor is None else gates * self.scale
 
     def can_gate_natively(self, x: Tensor, *others: Tensor | None) -> bool:
         """Whether one native call can do the gating, see `mpoe_kernels.routing.gating`; ``others`` are its other

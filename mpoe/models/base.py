@@ -22,12 +22,11 @@ from mpoe.layers.context import (
     checkpoint_arguments,
     current_routing,
 )
+from mpoe.layers.drop_in import MPOEmbedding, MPOLinear
 from mpoe.layers.experts import MPOExperts
 from mpoe.layers.feed_forward import RoutedFeedForward
 from mpoe.layers.initial import FromInitialValues
 from mpoe.layers.losses import count_choices, load_balancing_loss, router_z_loss, sum_over_ranks
-from mpoe.layers.mpo_embedding import MPOEmbedding
-from mpoe.layers.mpo_linear import MPOLinear
 from mpoe.models.find import find_sites
 from mpoe.models.kept import kept_modules
 from mpoe.models.others import OthersMixin

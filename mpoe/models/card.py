@@ -7,7 +7,6 @@ checksum still matches is replaced.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from mpoe.models.kept import kept_modules
 from mpoe.models.report import mpo_modules, parameter_report
+from mpoe.models.weight_files import write_text
 
 CARD_FILE = "README.md"
 _SEAL = re.compile(r"<!-- mpoe card ([0-9a-f]{16}) -->\n\Z")
@@ -31,15 +31,33 @@ def model_card(model: Any, metrics: Mapping[str, Any] | None = None) -> str:
         model: an MPOE model.
         metrics: name -> number; nested mappings get dotted names, other values are left out.
     """
-    config, report = model.mpoe_config, parameter_report(model)
     base = base_name(model)
-    experts = f"{config.num_experts}, top-{config.top_k}" if config.moe_type != "none" else "1, no router"
-    has_mpo = bool(report["central"])
-    shared = f" All experts of a layer share the central core of a matrix product operator ({_PAPER})."
-    kind = "matrix product operators" if config.expert_type == "mpo" and has_mpo else "full matrices"
+    has_mpo = parameter_report(model)["central"]
+    shared = f" All experts of a layer share the central core of a matrix product operator ({_PAPER})." * bool(has_mpo)
+    metadata = ["---", "library_name: transformers", "tags:", "- mpoe", "- mixture-of-experts"]
+    parts = [
+        "\n".join([*metadata, *([f"base_model: {base}"] if base else []), "---"]),
+        f"# {type(model).__name__.removeprefix('FSDP')}",
+        f"A Transformers model whose feed-forward networks are mixtures of experts.{shared}",
+        _table("property", facts(model)),
+        "## Use",
+        "```python\nfrom mpoe import load_mpoe\n\nmodel = load_mpoe(folder)  # the folder of this file\n```",
+    ]
+    numbers = dict(_flatten(metrics or {}))
+    if numbers:
+        parts += ["## Results", _table("metric", {name: f"{value:.4g}" for name, value in numbers.items()})]
+    text = "\n\n".join(parts) + "\n"
+    return f"{text}\n<!-- mpoe card {_checksum(text)} -->\n"
+
+
+def facts(model: Any) -> dict[str, str]:
+    """What an MPOE model is, in words and numbers by name."""
+    config, report, base = model.mpoe_config, parameter_report(model), base_name(model)
+    experts = f"{config.num_experts}, top-{config.top_k}" if config.moe_type != "none" else "1, no routers"
+    kind = "matrix product operators" if config.expert_type == "mpo" and report["central"] else "full matrices"
     shapes = [str(cores.shape) for _, cores in mpo_modules(model)]
     shapes += [f"{layer.shape}, {layer.experts.extra_repr()}" for layer in kept_modules(model).values()]
-    rows = {
+    return {
         "base model": f"`{base}`" if base else "not recorded",
         "experts": f"{experts}; {kind}",
         "mixture": f"`moe_type={config.moe_type}`, modules {', '.join(config.targets)}",
@@ -49,20 +67,6 @@ def model_card(model: Any, metrics: Mapping[str, Any] | None = None) -> str:
         "dense model": f"{report['dense_total']:,} parameters",
         "as many dense experts": f"{report['switch_total']:,} parameters",
     }
-    metadata = ["---", "library_name: transformers", "tags:", "- mpoe", "- mixture-of-experts"]
-    parts = [
-        "\n".join([*metadata, *([f"base_model: {base}"] if base else []), "---"]),
-        f"# {type(model).__name__.removeprefix('FSDP')}",
-        f"A Transformers model whose feed-forward networks are mixtures of experts.{shared if has_mpo else ''}",
-        _table("property", rows),
-        "## Use",
-        "```python\nfrom mpoe import load_mpoe\n\nmodel = load_mpoe(folder)  # the folder of this file\n```",
-    ]
-    numbers = dict(_flatten(metrics or {}))
-    if numbers:
-        parts += ["## Results", _table("metric", {name: f"{value:.4g}" for name, value in numbers.items()})]
-    text = "\n\n".join(parts) + "\n"
-    return f"{text}\n<!-- mpoe card {_checksum(text)} -->\n"
 
 
 def may_write_card(file: Path) -> bool:
@@ -80,9 +84,7 @@ def write_card(model: Any, folder: str | Path, metrics: Mapping[str, Any] | None
     file = Path(folder) / CARD_FILE
     if not may_write_card(file):
         return False
-    scratch = file.with_name(f".incomplete-{file.name}")
-    scratch.write_text(model_card(model, metrics), encoding="utf-8")
-    os.replace(scratch, file)
+    write_text(file, model_card(model, metrics))
     return True
 
 

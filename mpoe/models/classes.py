@@ -230,18 +230,10 @@ def class_named(name: str) -> type[Any] | None:
     for model_type in TABLE:
         is_config = dense == _config_name(model_type)
         if is_config or dense in dense_names(model_type).values():
-            found = classes_of(model_type).values()
-            return next(cls.config_class if is_config else cls for cls in found if is_config or cls.__name__ == name)
-    return _foreign_named(dense)
-
-
-def _foreign_named(dense: str) -> type[Any] | None:
-    """The class, or its configuration, of a Transformers model outside `TABLE` (converted with ``sites``)."""
-    found = getattr(transformers, dense, None)
-    if not inspect.isclass(found):
-        return None
-    if issubclass(found, PreTrainedConfig):
+            made = classes_of(model_type).values()
+            return next(cls.config_class if is_config else cls for cls in made if is_config or cls.__name__ == name)
+    found = getattr(transformers, dense, None)  # of a Transformers model outside `TABLE`, converted with ``sites``
+    if inspect.isclass(found) and issubclass(found, PreTrainedConfig):
         return config_class_for(found, MODULE)
-    is_model: bool = issubclass(found, PreTrainedModel)
     known: Any = found
-    return foreign_class(known) if is_model else None
+    return foreign_class(known) if inspect.isclass(found) and issubclass(found, PreTrainedModel) else None

@@ -21,7 +21,7 @@ from mpoe.models.base import MPOEModelMixin
 from mpoe.models.classes import classes_of, foreign_class
 from mpoe.models.export import as_stock
 from mpoe.models.find import find_sites
-from mpoe.models.kept import fill_merged, has_own_biases, hidden_modules, neuron_modules, set_mpoe_config
+from mpoe.models.kept import fill_merged, hidden_modules, neuron_modules, set_mpoe_config
 from mpoe.models.mixtures import MixtureMixin, with_stock_experts
 from mpoe.models.report import mpo_modules, parameter_report
 from mpoe.models.sites import EmbeddingSite, FFNSite, Report
@@ -290,7 +290,9 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
         if isinstance(module, MPOEFeedForward) and isinstance(module.experts, MPOExperts):
             module.experts = module.experts.as_dense(lambda cores: cores.dense_weights().contiguous())
     layers = hidden_modules(merged)
-    own = has_own_biases(layers.values())
+    # A bias before the activation passes through an expert's block, so every dense expert needs its own.
+    biases = [(layer.experts.bias, getattr(layer.projections()["up"], "bias", None)) for layer in layers.values()]
+    own = any(bias is not None for both in biases for bias in both)
     config = dataclasses.replace(mpoe, expert_type="dense", expert_bias=own, rate_ratios={})
     for site in find_sites(merged, config) if layers else ():
         if site.name in layers:

@@ -25,7 +25,7 @@ def _may_cache(layer: MPOExperts, on_gpus: bool) -> bool:
     if layer.training or any(type(cores) is not MPOCores for cores in projections):
         return False
     devices = ("cpu", "cuda") if on_gpus else ("cpu",)
-    weights = [core for cores in projections for core in cores.cores()]
+    weights = (core for cores in projections for core in cores.cores())
     return all(type(weight) is nn.Parameter and weight.device.type in devices for weight in weights)
 
 

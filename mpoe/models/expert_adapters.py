@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mpoe.data.predict import token_losses
+from mpoe.models.domains import collect_statistics
 from mpoe.models.expert_files import Expert, made_expert, places_for_neurons, start_expert
-from mpoe.models.expert_router import collect_statistics
 from mpoe.models.weight_files import declared_shapes
 
 LEAST_KEPT = 0.8  # of the adapter's gain over the base on texts that the fit did not see
@@ -66,15 +67,6 @@ def check_adapter(base: Any, folder: str | Path) -> int:
     return max(1, round(sum(adapted.values()) / each))
 
 
-@torch.no_grad()
-def _mean_loss(model: Any, batches: Batches) -> float:
-    losses = []
-    for each in batches:
-        logits, labels = model(input_ids=each["input_ids"]).logits[:, :-1], each["labels"][:, 1:]
-        losses.append(F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()))
-    return float(torch.stack(losses).mean())
-
-
 def fit_adapter(
     base: Any,
     adapted: Any,
@@ -108,7 +100,10 @@ def fit_adapter(
         raise ValueError(f"batches must be at least two, of which one is held out; got {len(batches)}")
     held_out = batches[::HELD_OUT]
     fitted = [batch for place, batch in enumerate(batches) if place % HELD_OUT]
-    losses = {"base": _mean_loss(base, held_out), "adapter": _mean_loss(adapted, held_out)}
+    losses = {
+        "base": float(token_losses(base, held_out).mean()),
+        "adapter": float(token_losses(adapted, held_out).mean()),
+    }
     gain = losses["base"] - losses["adapter"]
     if not gain > 0:
         raise ValueError(
@@ -128,7 +123,7 @@ def fit_adapter(
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    losses["expert"] = _mean_loss(model, held_out)
+    losses["expert"] = float(token_losses(model, held_out).mean())
     kept = (losses["base"] - losses["expert"]) / gain
     if not kept >= LEAST_KEPT:
         raise ValueError(

@@ -14,8 +14,8 @@ from torch import Tensor
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.data.documentation import load_documentation
 from mpoe.models.convert import convert_to_mpoe
+from mpoe.models.domains import Statistics, check_statistics, collect_statistics, router_weight
 from mpoe.models.expert_files import Expert, experts_of, load_expert, start_expert, vocabulary_identity, write_expert
-from mpoe.models.expert_router import Statistics, check_statistics, collect_statistics, router_weight
 from mpoe.models.kept import neuron_modules
 from mpoe.models.weight_files import read_json, read_tensors, tensors_hash
 
@@ -99,7 +99,7 @@ def compose_experts(
 ) -> Any:
     """Combine experts of one base into a mixture whose routers are solved from the statistics in their files.
 
-    A router's logits are a linear discriminant (`mpoe.models.expert_router.router_weight`), its gates sum to 1. The
+    A router's logits are a linear discriminant (`mpoe.models.domains.router_weight`), its gates sum to 1. The
     last expert is *none*, which adds nothing: tokens that are more like the background than like any domain stay as in
     the base. The result depends on ``base``, the experts in their order, ``background`` and the options alone, so a
     mixture with one expert more or fewer is composed in the same way, with the ``background_statistics`` of this one.

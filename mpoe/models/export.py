@@ -135,17 +135,8 @@ def _target_config(model: Any, to: str) -> Any:
     return getattr(transformers, f"{target.name}Config")(**values)
 
 
-def _renamed(merged: Any, to: str) -> dict[str, Tensor]:
-    """The state of a model with dense experts, or with neurons, under the names of Transformers' mixtures."""
-    state: dict[str, Tensor] = merged.state_dict()
-    for name, layer in merged.named_modules():
-        if isinstance(layer, (MPOEFeedForward, NeuronFeedForward)):
-            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
-            state |= _neuron_tensors(name, layer, to) if isinstance(layer, NeuronFeedForward) else _whole(name, layer)
-    return state
-
-
 def _whole(name: str, layer: MPOEFeedForward) -> dict[str, Tensor]:
+    """The weights of ``layer``, called ``name`` in its model, under the names of Transformers' mixtures."""
     up, gate, down = (layer.experts.projections()[kind].weight for kind in ("up", "gate_proj", "down"))
     router: Any = layer.router
     return {
@@ -180,7 +171,11 @@ def as_stock(merged: Any, to: str) -> Any:
         raise ValueError(f"the model cannot be exported exactly: {'; '.join(reasons)}")
     is_mixture = isinstance(merged, MixtureMixin)
     stock = _stock_class(merged, to)(dense_config(merged) if is_mixture else _target_config(merged, to))
-    state = merged.state_dict() if is_mixture else _renamed(merged, to)
+    state: dict[str, Tensor] = merged.state_dict()
+    for name, layer in () if is_mixture else merged.named_modules():
+        if isinstance(layer, (MPOEFeedForward, NeuronFeedForward)):
+            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
+            state |= _neuron_tensors(name, layer, to) if isinstance(layer, NeuronFeedForward) else _whole(name, layer)
     stock.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)  # nothing is shared
     stock.tie_weights()
     if merged.can_generate():

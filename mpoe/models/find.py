@@ -11,8 +11,8 @@ from torch import nn
 
 from mpoe.config import MPOEConfig
 from mpoe.config.shapes import pattern_matches
-from mpoe.layers.activations import check_activation
-from mpoe.layers.mpo_linear import linear_weight
+from mpoe.layers.drop_in import linear_weight
+from mpoe.layers.experts import check_activation
 from mpoe.models.sites import EmbeddingSite, FFNSite, LinearSite
 from mpoe.models.stock_experts import AnySite, expert_sites
 from mpoe.models.table import FFN, TYPE_PREFIX, Family, family_for, name_pattern

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,13 +29,6 @@ def hidden_modules(model: nn.Module) -> dict[str, HiddenFeedForward]:
 def neuron_modules(model: nn.Module) -> dict[str, NeuronFeedForward]:
     """Every `NeuronFeedForward` of a model by name."""
     return {name: module for name, module in kept_modules(model).items() if isinstance(module, NeuronFeedForward)}
-
-
-def has_own_biases(layers: Iterable[HiddenFeedForward]) -> bool:
-    """Whether the dense experts that such layers merge into need a bias each: one before the activation passes through
-    an expert's block."""
-    biases = ((layer.experts.bias, getattr(layer.projections()["up"], "bias", None)) for layer in layers)
-    return any(bias is not None for both in biases for bias in both)
 
 
 @torch.no_grad()

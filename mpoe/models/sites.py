@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from mpoe.config import MPOEConfig
 from mpoe.config.shapes import HIDDEN, NEURONS
 from mpoe.layers.cores import MPOCores
+from mpoe.layers.drop_in import MPOEmbedding, MPOLinear, SharedEmbedding, TiedHead, linear_weight
 from mpoe.layers.feed_forward import MPOEFeedForward, RoutedFeedForward
 from mpoe.layers.hidden import HiddenFeedForward
 from mpoe.layers.kept import KeptFeedForward
-from mpoe.layers.mpo_embedding import MPOEmbedding, SharedEmbedding, TiedHead
-from mpoe.layers.mpo_linear import MPOLinear, linear_weight
 from mpoe.layers.neurons import START_NOISE, NeuronFeedForward
 from mpoe_kernels import Decomposition, MPOShape, SharedDecomposition
 
@@ -140,11 +139,8 @@ class FFNSite:
             experts.reset_parameters()
             if experts.latent is None:
                 experts.copy_neurons_(weights, self.bias("up"), config.auxiliary_noise or START_NOISE)
-        return {} if self.keeps else self._load_whole(experts.projections(), config)
-
-    def _load_whole(self, projections: dict[str, Any], config: MPOEConfig) -> Report:
         report: Report = {}
-        for kind, projection in projections.items():
+        for kind, projection in () if self.keeps else experts.projections().items():
             if isinstance(projection, MPOCores):
                 report[f"{self.name}.experts.{kind}"] = projection.load_weight_(self.weight(kind), config.gauge)
                 if config.auxiliary_noise:

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.config.shapes import KINDS
-from mpoe.layers.activations import check_activation
-from mpoe.layers.experts import MixtureExperts
+from mpoe.layers.experts import MixtureExperts, check_activation
 from mpoe.models.sites import EmbeddingSite, FFNSite, LinearSite, ModuleSite, Report
 from mpoe.models.table import Family
 

@@ -45,7 +45,7 @@ class FFN:
         sums: name, inside the holder, of the module that ends a network that is not a module of its own: it holds
             ``down`` and is called with what ``up`` gave and the network's input, which it adds.
         stream: the tokens that it processes: ``"main"``, ``"encoder"`` or ``"decoder"``.
-        activation: name of the activation between the projections, see `mpoe.layers.activations`; of a known family
+        activation: name of the activation between the projections, see `mpoe.layers.experts`; of a known family
             the model's configuration names it.
         dropout: rate between the projections; ``None`` = that of the model's configuration.
         output_dropout: rate that the dense network applies to its result inside the holder, or the configuration's
@@ -218,6 +218,21 @@ TABLE = {model_type: family for family in _FAMILIES for model_type in family.mod
 # the models among them without their own experts
 DENSE = tuple(model_type for model_type, family in TABLE.items() if not family.is_mixture)
 MODEL_TYPES = tuple(TYPE_PREFIX + model_type for model_type in TABLE)
+
+
+def known_type(name: str, values: Mapping[str, Any]) -> str:
+    """The ``model_type`` in a configuration of the model ``name``, if it is in the table, converted or not.
+
+    Raises:
+        ValueError: it is another.
+    """
+    model_type = str(values.get("model_type", "unknown"))
+    if model_type not in (*TABLE, *MODEL_TYPES):
+        raise ValueError(
+            f"model {name!r} is of the family {model_type!r}, which mpoe does not know; it knows {', '.join(TABLE)} "
+            "(and models converted from them)"
+        )
+    return model_type
 
 
 def family_for(sites: Mapping[str, Any] | None, model_type: str) -> Family:

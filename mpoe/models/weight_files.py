@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -41,6 +42,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object; got {type(values).__name__}")
     return values
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text under a temporary name, sync it to disk, then rename it."""
+    scratch = path.with_name(f".incomplete-{path.name}")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
 
 
 def first_line(error: Exception) -> str:

@@ -24,12 +24,12 @@ _HOMES = {
     "prepare_output_dir": "output_dir",
     "load_sharded_optimizer": "sharded_checkpoint",
     "rank_share": "loss",
-    "read_metrics": "metrics_file",
+    "read_metrics": "output_dir",
     "save_sharded": "sharding",
     "save_sharded_checkpoint": "sharded_checkpoint",
     "shard_model": "sharding",
-    "split_hidden_experts": "tensor_parallel",
-    "update_correction_bias": "correction_bias",
+    "split_hidden_experts": "sharding",
+    "update_correction_bias": "statistics",
 }
 __all__ = sorted(_HOMES)
 

@@ -14,7 +14,7 @@ import torch
 from transformers import Seq2SeqTrainingArguments
 
 from mpoe.config.checks import check_seed
-from mpoe.models.components import COMPONENTS, parse_components
+from mpoe.models.checkpoint import COMPONENTS, parse_components
 from mpoe.training.freezing import parse_core_indices
 from mpoe.training.gradient_mask import check_probability
 
@@ -187,6 +187,4 @@ def _positive(value: object, name: str, optional: bool = False) -> float | None:
 def _as_text(value: object) -> str | None:
     if value is None or isinstance(value, str):
         return value
-    if isinstance(value, Iterable):
-        return ",".join(str(item) for item in value)
-    return str(value)
+    return ",".join(map(str, value)) if isinstance(value, Iterable) else str(value)

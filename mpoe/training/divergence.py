@@ -104,9 +104,7 @@ class DivergenceGuard(TrainerCallback):
 def check_weights(model: nn.Module, step: int, run_dir: str | Path) -> None:
     """Raise `DivergenceError` if a parameter is not finite; reads all parameters."""
     for name, parameter in model.named_parameters():
-        if parameter.numel() and parameter.is_floating_point() and not _largest(parameter.detach()) < math.inf:
-            raise DivergenceError(f"the weights are not finite ({name})", step, run_dir)
-
-
-def _largest(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, ord=math.inf))  # NaN if there is one; without a temporary
+        if parameter.numel() and parameter.is_floating_point():
+            largest = torch.linalg.vector_norm(parameter.detach(), ord=math.inf)  # NaN if there is one; no temporary
+            if not float(largest) < math.inf:
+                raise DivergenceError(f"the weights are not finite ({name})", step, run_dir)

@@ -4,33 +4,22 @@ from __future__ import annotations
 
 from torch import nn
 
-from mpoe.layers.cores import MPOCores
 from mpoe.layers.feed_forward import RoutedFeedForward
-from mpoe.models.components import component_of, parse_components
+from mpoe.models.checkpoint import component_of, parse_components
 from mpoe.models.report import mpo_modules
-from mpoe.models.stock_experts import expert_modules
-
-
-def chain_parameters(cores: MPOCores) -> list[nn.Parameter]:
-    """The cores in chain order: auxiliary `[E, d, i, j, d']`, and `[d, i, j, d']` at index `shape.central`."""
-    chain = list(cores.auxiliary)
-    chain.insert(cores.shape.central, cores.central)
-    return chain
+from mpoe.models.stock_experts import expert_modules, router_modules
 
 
 def parse_core_indices(text: str | None) -> tuple[int, ...]:
     """'1,2,3' -> (1, 2, 3); None means none. Raises ValueError on anything but non-negative integers."""
     if text is None:
         return ()
-    indices = []
-    for part in text.split(","):
-        if not part.strip().isdecimal():
-            raise ValueError(
-                f"train_AT_index must be comma-separated core indices, counted from 0, such as '2' or '1,2,3';"
-                f" got {text!r}"
-            )
-        indices.append(int(part))
-    return tuple(sorted(set(indices)))
+    parts = [part.strip() for part in text.split(",")]
+    if not all(map(str.isdecimal, parts)):
+        raise ValueError(
+            f"train_AT_index must be comma-separated core indices, counted from 0, such as '2' or '1,2,3'; got {text!r}"
+        )
+    return tuple(sorted(set(map(int, parts))))
 
 
 def freeze_all_but_experts(model: nn.Module) -> int:
@@ -48,9 +37,7 @@ def freeze_all_but_experts(model: nn.Module) -> int:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module; got {type(model).__name__} {model!r}")
     parts = [part for m in model.modules() if isinstance(m, RoutedFeedForward) for part in (m.router, m.experts)]
-    for name, experts in expert_modules(model):
-        children = dict(model.get_submodule(name.rpartition(".")[0]).named_children())
-        parts += [experts, children.get("gate", children.get("router"))]
+    parts += [*(experts for _, experts in expert_modules(model)), *router_modules(model)]
     if not parts:
         raise ValueError(f"model must have experts (see convert_to_mpoe); {type(model).__name__} has none")
     model.requires_grad_(False)
@@ -104,7 +91,7 @@ def freeze_cores(
     counts = {"frozen": 0, "trained": 0}
     for name, cores in modules:
         trained = components is None or component_of(name) in components
-        for index, parameter in enumerate(chain_parameters(cores)):
+        for index, parameter in enumerate(cores.chain()):
             frozen = not trained or index in indices or (tensor_learn and index == cores.shape.central)
             if frozen:
                 parameter.requires_grad_(False)

@@ -46,14 +46,15 @@ def mask_draw(seed: int, step: int) -> float:
     return float(int(generator.random_raw()) >> 11) * 2.0**-53
 
 
-def check_probability(value: object, name: str = "gradient_mask_prob") -> float:
+def check_probability(value: object) -> float:
     """`value` as a float in [0, 1]; raises TypeError or ValueError that names the argument."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number between 0 and 1; got {value!r}")
+        raise TypeError(f"gradient_mask_prob must be a number between 0 and 1; got {value!r}")
     probability = float(value)
     if math.isnan(probability) or not 0.0 <= probability <= 1.0:
         raise ValueError(
-            f"{name} must be between 0 and 1 (the share of steps that leave central cores alone); got {value}"
+            "gradient_mask_prob must be between 0 and 1 (the share of steps that leave central cores alone); got "
+            f"{value}"
         )
     return probability
 

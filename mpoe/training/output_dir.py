@@ -1,36 +1,29 @@
-"""Guards the output folder: one run per folder, and a run is resumed only with its own configuration."""
+"""Guards the output folder: one run per folder, and a run is resumed only with its own configuration; and
+`metrics.jsonl`: one JSON object per log call, appended and flushed, readable after any crash."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mpoe.models.weight_files import write_text
 from mpoe.training.checkpoints import clean_leftovers, delete, find_last_checkpoint
-from mpoe.training.metrics_file import METRICS_FILE
 from mpoe.training.run_lock import check_free, hold
 
-RUN_FILE = "run.json"
+RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
 
 # These do not change what a run computes, so a resumed run may change them.
 NEUTRAL_KEYS = frozenset(
     {
-        *(
-            "output_dir",
-            "overwrite",
-            "resume",
-            "overwrite_output_dir",
-            "resume_from_checkpoint",
-            "run_name",
-            "report_to",
-            *("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
-            "task_file",  # its contents are kept instead
-            "command",
-            "learning_rate_from",
-        ),
+        *("output_dir", "overwrite", "resume", "overwrite_output_dir", "resume_from_checkpoint", "run_name"),
+        *("report_to", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+        *("command", "learning_rate_from", "task_file"),  # the contents of the last are kept instead
         *("logging_steps", "logging_strategy", "logging_first_step", "log_level", "log_level_replica", "disable_tqdm"),
         *("log_core_norms", "log_expert_load", "log_on_each_node", "local_rank", "save_total_limit", "push_to_hub"),
         *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "skip_memory_metrics"),
@@ -87,8 +80,14 @@ def prepare_output_dir(
             clean_leftovers(folder)
             return find_last_checkpoint(folder)
         if overwrite and (holds_run(folder) or holds_model(folder)):
-            _delete_run(folder)
-        _write_run_file(folder, config)
+            clean_leftovers(folder)
+            for path in _checkpoint_folders(folder):
+                delete(path)
+            weights = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
+            for path in [*(folder / name for name in _RUN_FILES), *weights]:
+                path.unlink(missing_ok=True)
+        # In its own order, which matters for label words.
+        write_text(folder / RUN_FILE, json.dumps({"config": config}, indent=1))
     return None
 
 
@@ -185,24 +184,6 @@ def _checkpoint_folders(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]
 
 
-def _delete_run(folder: Path) -> None:
-    clean_leftovers(folder)
-    for path in _checkpoint_folders(folder):
-        delete(path)
-    weights = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
-    for path in [*(folder / name for name in _RUN_FILES), *weights]:
-        path.unlink(missing_ok=True)
-
-
-def _write_run_file(folder: Path, config: dict[str, Any]) -> None:
-    staged = folder / f".{RUN_FILE}.incomplete"
-    with staged.open("w") as file:
-        json.dump({"config": config}, file, indent=1)  # in its own order, which matters for label words
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staged, folder / RUN_FILE)
-
-
 def _jsonable(config: dict[str, Any]) -> dict[str, Any]:
     # Through JSON and back, so that values compare equal to those from a file on resume (tuples become lists).
     return json.loads(json.dumps(config, default=str))
@@ -220,3 +201,57 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def is_neutral(dotted: str, neutral_keys: frozenset[str] = NEUTRAL_KEYS) -> bool:
     """Whether a dotted name contains one of ``neutral_keys``: such a setting does not change what a run computes."""
     return any(part in neutral_keys for part in dotted.split("."))
+
+
+# ------------------------------------------------------------- metrics.jsonl
+
+
+class MetricsFile:
+    """Appends records to `folder/metrics.jsonl`; numbers that JSON cannot hold (NaN, infinity) are written as null."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder) / METRICS_FILE
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record, stamped with the time (seconds since the epoch)."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(_clean({**record, "time": round(time.time(), 3)}))
+        with self.path.open("a+b") as file:
+            if file.tell():
+                file.seek(-1, 2)
+                if file.read() != b"\n":
+                    file.write(b"\n")  # a killed process left half a line: start a new line
+            file.write(line.encode() + b"\n")
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a metrics file (or of the folder that holds one), in order.
+
+    Half-written lines are skipped. If a resumed run repeated records (those after the step at which it resumed), only
+    the later ones are kept.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / METRICS_FILE
+    records: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record.get("event") == "resume":
+            records = [earlier for earlier in records if earlier.get("step", 0) <= record["step"]]
+        records.append(record)
+    return records
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _clean(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_clean(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy scalars and arrays, torch tensors
+        return _clean(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

@@ -26,11 +26,9 @@ from mpoe.layers.experts import DenseExperts
 from mpoe.models.kept import kept_modules
 from mpoe.models.report import mpo_modules
 from mpoe.training.arguments import MPOETrainingArguments
-from mpoe.training.freezing import chain_parameters
 
 # Order of the groups; the first one's rate is what the Trainer logs as `learning_rate`.
 KINDS = ("rest", "router", "dense_expert", "central", "auxiliary")
-_NORM_WORDS = ("norm",)
 
 
 def build_param_groups(model: nn.Module, args: MPOETrainingArguments) -> list[dict[str, Any]]:
@@ -43,13 +41,10 @@ def build_param_groups(model: nn.Module, args: MPOETrainingArguments) -> list[di
         ValueError: nothing in the model requires a gradient.
     """
     cores = _core_rates(model, args)
-    dense_experts = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, DenseExperts)
-        for parameter in module.parameters()
-    }
-    undecayed = _norm_parameters(model)
+    modules = list(model.modules())
+    dense_experts = {id(p) for module in modules if isinstance(module, DenseExperts) for p in module.parameters()}
+    norms = [module for module in modules if "norm" in type(module).__name__.lower()]
+    undecayed = {id(p) for norm in norms for p in norm.parameters(recurse=False)}
     groups: dict[tuple, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -124,7 +119,7 @@ def _core_rates(model: nn.Module, args: MPOETrainingArguments) -> dict[int, tupl
     central_scale, auxiliary_scale = args.lr_scales
     rates: dict[int, tuple[str, float, float]] = {}
     for name, cores in mpo_modules(model):
-        for index, (parameter, ratio) in enumerate(zip(chain_parameters(cores), _ratios(name, cores), strict=True)):
+        for index, (parameter, ratio) in enumerate(zip(cores.chain(), _ratios(name, cores), strict=True)):
             kind, scale = ("central", central_scale) if index == cores.shape.central else ("auxiliary", auxiliary_scale)
             ratio = ratio if args.scale_core_lr else 1.0
             rates[id(parameter)] = (kind, ratio, args.core_lr * ratio * scale)
@@ -154,15 +149,6 @@ def _ratios(name: str, cores: MPOCores) -> tuple[float, ...]:
         warnings.warn(f"{name} has unusable rate ratios {ratios}: those cores train at the unscaled rate", stacklevel=2)
         ratios = tuple(ratio if ok else 1.0 for ratio, ok in zip(ratios, usable, strict=True))
     return ratios
-
-
-def _norm_parameters(model: nn.Module) -> set[int]:
-    return {
-        id(parameter)
-        for module in model.modules()
-        if any(word in type(module).__name__.lower() for word in _NORM_WORDS)
-        for parameter in module.parameters(recurse=False)
-    }
 
 
 def _span(values: Sequence[float]) -> str:

@@ -17,7 +17,6 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -42,13 +41,7 @@ class FolderInUseError(ValueError):
         )
 
 
-@dataclass
-class _Held:
-    descriptor: int
-    times: int
-
-
-_held: dict[Path, _Held] = {}  # this process's locks, by the folder's real path
+_held: dict[Path, list[int]] = {}  # this process's locks: the folder's real path -> descriptor, how often it is held
 _guard = threading.RLock()
 
 
@@ -66,24 +59,27 @@ def hold(folder: str | Path) -> Iterator[None]:
     real = path.resolve()
     with _guard:
         if real in _held:
-            _held[real].times += 1
-        else:
-            descriptor = _acquire(path, real / LOCK_FILE)
-            if descriptor is not None:
-                _held[real] = _Held(descriptor, 1)
+            _held[real][1] += 1
+        elif (acquired := _acquire(path, real / LOCK_FILE)) is not None:
+            _held[real] = [acquired, 1]
     try:
         yield
     except (OSError, SafetensorError) as error:
-        named = _naming(error, path)
-        if named is error:
+        # Errors on writing to an open file do not name it: add the folder.
+        if str(path) in str(error) or (isinstance(error, OSError) and error.errno not in _OF_THE_DISK):
             raise
-        raise named from error
+        said = f"output_dir {path} could not be written: {error}"
+        raise (OSError(error.errno, said) if isinstance(error, OSError) else OSError(said)) from error
     finally:
         with _guard:
             if real in _held:  # not in a forked child, and not where there are no locks
-                _held[real].times -= 1
-                if not _held[real].times:
-                    _release(real / LOCK_FILE, _held.pop(real).descriptor)
+                _held[real][1] -= 1
+                if not _held[real][1]:
+                    descriptor, _ = _held.pop(real)
+                    with contextlib.suppress(OSError):  # somebody may have deleted the folder, or made it read-only
+                        if _is_at(descriptor, real / LOCK_FILE):
+                            (real / LOCK_FILE).unlink()
+                    os.close(descriptor)
 
 
 def check_free(folder: str | Path) -> None:
@@ -97,14 +93,6 @@ def check_free(folder: str | Path) -> None:
             raise FolderInUseError(path, _holder(file))
 
 
-def _naming(error: OSError | SafetensorError, folder: Path) -> Exception:
-    """Add the folder to disk errors, because errors on writing to an open file do not name it."""
-    if str(folder) in str(error) or (isinstance(error, OSError) and error.errno not in _OF_THE_DISK):
-        return error
-    said = f"output_dir {folder} could not be written: {error}"
-    return OSError(error.errno, said) if isinstance(error, OSError) else OSError(said)
-
-
 def _acquire(folder: Path, file: Path) -> int | None:
     if fcntl is None:
         return None
@@ -115,7 +103,10 @@ def _acquire(folder: Path, file: Path) -> int | None:
             # A holder deletes the file when it ends: a lock on a deleted file locks nothing.
             if _try(descriptor, fcntl.LOCK_EX):
                 if _is_at(descriptor, file):
-                    _write_holder(descriptor)
+                    since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+                    record = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, json.dumps(record).encode(), 0)
                     return descriptor
             elif not _try(descriptor, fcntl.LOCK_SH) or time.monotonic() > end:
                 raise FolderInUseError(folder, _holder(file))
@@ -136,13 +127,6 @@ def _acquire(folder: Path, file: Path) -> int | None:
         time.sleep(random.uniform(0.001, 0.01))
 
 
-def _release(file: Path, descriptor: int) -> None:
-    with contextlib.suppress(OSError):  # somebody may have deleted the folder, or made it read-only
-        if _is_at(descriptor, file):
-            file.unlink()
-    os.close(descriptor)
-
-
 def _try(descriptor: int, kind: int) -> bool:
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
@@ -156,13 +140,6 @@ def _is_at(descriptor: int, file: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), file.stat())
     except FileNotFoundError:
         return False
-
-
-def _write_holder(descriptor: int) -> None:
-    since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    record = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(record).encode(), 0)
 
 
 def _holder(file: Path) -> str:
@@ -180,8 +157,8 @@ def _forget() -> None:
     """Called in a forked child: the locks belong to the parent and end only with it."""
     global _guard
     _guard = threading.RLock()
-    for held in _held.values():
-        os.close(held.descriptor)
+    for descriptor, _ in _held.values():
+        os.close(descriptor)
     _held.clear()
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +56,9 @@ def save_sharded_checkpoint(
     if dist.get_rank() == 0:
         checkpoints.clean_leftovers(folder)
     save_sharded(model, staged)
-    groups = [
-        {**group, "params": names}
-        for group, names in zip(optimizer.param_groups, _names(model, optimizer), strict=True)
-    ]
-    tensors, numbers = _gathered(_states(model, optimizer))
+    names = _names(model, optimizer)
+    groups = [{**group, "params": own} for group, own in zip(optimizer.param_groups, names, strict=True)]
+    tensors, numbers = _gathered(optimizer, names)
     settings = json.dumps({"groups": groups, "numbers": numbers}, indent=1, default=_as_number)
     if dist.get_rank() == 0:
         (staged / SETTINGS).write_text(settings, encoding="utf-8")
@@ -117,7 +114,11 @@ def _read(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[st
             parameter = parameters[numbered[name]]
             if shape not in ((), tuple(parameter.shape)):
                 raise ValueError(f"{key} in {folder / TENSORS} must have the shape of its parameter; got {list(shape)}")
-            state.setdefault(numbered[name], {})[value] = _like(parameter, file.get_tensor(key))
+            whole = file.get_tensor(key)
+            if isinstance(parameter, DTensor) and whole.shape == parameter.shape:  # not a step count
+                here, mesh = whole.to(parameter.device), parameter.device_mesh
+                whole = distribute_tensor(here, mesh, parameter.placements, src_data_rank=None)
+            state.setdefault(numbered[name], {})[value] = whole
     groups: list[dict[str, Any]] = optimizer.state_dict()["param_groups"]
     for group, values in zip(groups, saved["groups"], strict=True):
         group |= {name: _setting(group.get(name), value) for name, value in values.items() if name != "params"}
@@ -133,27 +134,22 @@ def _names(model: Any, optimizer: torch.optim.Optimizer) -> list[list[str]]:
         raise ValueError("optimizer must be over the parameters of model alone; make it after shard_model") from None
 
 
-def _states(model: Any, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, str, Any]]:
-    """Parameter, name and value of all optimizer state, in the same order on every rank."""
-    names = [name for group in _names(model, optimizer) for name in group]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for name, parameter in zip(names, parameters, strict=True):
-        # A parameter that has not been trained yet, such as a masked central core, has no state.
-        for key, value in sorted(optimizer.state.get(parameter, {}).items()):
-            yield name, key, value
-
-
-def _gathered(states: Iterator[tuple[str, str, Any]]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Whole tensors on the CPU (only on the first rank), and values that are not tensors."""
+def _gathered(
+    optimizer: torch.optim.Optimizer, names: list[list[str]]
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """All state, in the same order on every rank: whole tensors on the CPU (only on the first rank), and values that
+    are not tensors."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
-    first = dist.get_rank() == 0
-    for name, key, value in states:
-        whole = value.full_tensor() if isinstance(value, DTensor) else value  # all ranks take part
-        if not isinstance(whole, Tensor):
-            numbers.setdefault(name, {})[key] = whole
-        elif first:
-            tensors[f"{name}:{key}"] = whole.detach().contiguous().cpu().clone()
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    for name, parameter in zip((name for group in names for name in group), parameters, strict=True):
+        # A parameter that has not been trained yet, such as a masked central core, has no state.
+        for key, value in sorted(optimizer.state.get(parameter, {}).items()):
+            whole = value.full_tensor() if isinstance(value, DTensor) else value  # all ranks take part
+            if not isinstance(whole, Tensor):
+                numbers.setdefault(name, {})[key] = whole
+            elif dist.get_rank() == 0:
+                tensors[f"{name}:{key}"] = whole.detach().contiguous().cpu().clone()
     return tensors, numbers
 
 
@@ -169,11 +165,3 @@ def _setting(now: Any, saved: Any) -> Any:
     if isinstance(now, Tensor):
         return torch.full_like(now, saved)
     return tuple(saved) if isinstance(saved, list) else saved
-
-
-def _like(parameter: Tensor, whole: Tensor) -> Tensor:
-    """``whole`` sharded like its parameter; a step count is unchanged."""
-    if not isinstance(parameter, DTensor) or whole.shape != parameter.shape:
-        return whole
-    here = whole.to(parameter.device)
-    return distribute_tensor(here, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -3,12 +3,16 @@
 `torch.distributed.fsdp.fully_shard` makes every transformer block a unit: its parameters are gathered just before it
 runs and freed after it. The rest (embeddings, last norm, head) is another unit. Cores ``[E, d, i, j, d']`` are sharded
 along their first axis; kernels see whole cores, because they run inside a gathered block.
+
+Tensor parallelism is for experts on the hidden side: every rank computes some of the groups of hidden units. The dense
+projections are split with PyTorch's own styles, up projections by columns and the down projection by rows; the blocks
+are split with their groups. Groups are independent, so the layer's only communication is that of the dense network and,
+in the backward, the sums of the gates' and shared blocks' gradients.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +22,13 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from mpoe.layers.router import TopKRouter
 from mpoe.models.base import MPOEModelMixin
+from mpoe.models.kept import hidden_modules
+
+_STYLES = {"up": ColwiseParallel, "gate_proj": ColwiseParallel, "down": RowwiseParallel}
 
 
 def shard_model(model: Any, mesh: DeviceMesh | None = None, dtype: torch.dtype | None = None) -> Any:
@@ -59,7 +67,9 @@ def shard_model(model: Any, mesh: DeviceMesh | None = None, dtype: torch.dtype |
         for router in [part for part in module.modules() if isinstance(part, TopKRouter)]:
             fully_shard(router, **options)
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for block in list(_blocks(module)):
+    names = set(module._no_split_modules)  # the transformer blocks, which Transformers itself never splits
+    lists = [holder for holder in module.modules() if isinstance(holder, nn.ModuleList)]
+    for block in [block for holder in lists for block in holder if type(block).__name__ in names]:
         fully_shard(block, **options)
     return fully_shard(module, **options)
 
@@ -68,14 +78,6 @@ def check_sharded(model: object) -> None:
     """Raise TypeError unless `shard_model` has sharded ``model``."""
     if not isinstance(model, FSDPModule):
         raise TypeError(f"model must be sharded by shard_model; got a plain {type(model).__name__}")
-
-
-def _blocks(model: Any) -> Iterator[nn.Module]:
-    """The transformer blocks: modules in module lists that Transformers itself never splits."""
-    names = set(model._no_split_modules)
-    for holder in model.modules():
-        if isinstance(holder, nn.ModuleList):
-            yield from (block for block in holder if type(block).__name__ in names)
 
 
 def save_sharded(model: Any, folder: str | Path) -> None:
@@ -93,3 +95,43 @@ def save_sharded(model: Any, folder: str | Path) -> None:
     if dist.get_rank() == 0:
         module.save_pretrained(folder, state_dict=state)
     dist.barrier()
+
+
+def split_hidden_experts(model: Any, mesh: DeviceMesh) -> Any:
+    """Split every feed-forward network with experts on the hidden side over the ranks of a mesh, in place.
+
+    All ranks must call it with the same weights and pass the same batches to the model. Projections and blocks become
+    DTensors; routers and all other parameters are replicated. Create the optimizer afterwards; one with both kinds of
+    parameters needs ``foreach=False``.
+
+    Args:
+        model: from `convert_to_mpoe` or `load_mpoe`, with ``MPOEConfig(shape="hidden")``.
+        mesh: one-dimensional.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: a mesh of several dimensions; no such network; a number of groups that is not divisible by the
+            number of ranks; a fused projection, or one that is not an ``nn.Linear``, which PyTorch's styles need. The
+            model is then unchanged.
+    """
+    if mesh.ndim != 1:
+        raise ValueError(f"mesh must be one-dimensional; got {mesh.ndim} dimensions")
+    layers = hidden_modules(model)
+    if not layers:
+        raise ValueError('model must have experts on the hidden side (MPOEConfig(shape="hidden")); it has none')
+    for name, layer in layers.items():
+        groups = layer.hidden_features // layer.experts.block_size
+        if groups % mesh.size():
+            raise ValueError(f"{name} has {groups} groups of hidden units, which {mesh.size()} ranks do not divide")
+        if layer.columns:
+            raise ValueError(f"{name}: up and gate_proj share one projection, whose halves the ranks would mix")
+        for kind, module in layer.projections().items():
+            if not isinstance(module, nn.Linear):
+                raise ValueError(f"{name}: its {kind} projection must be an nn.Linear; got {type(module).__name__}")
+    for layer in layers.values():
+        for kind, module in layer.projections().items():
+            parallelize_module(module, mesh, _STYLES[kind]())
+        layer.experts.split(mesh)
+    return model

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mpoe.models.kept import kept_modules
-from mpoe.models.report import mpo_modules
-from mpoe.training.freezing import chain_parameters
+from mpoe.models.report import mpo_modules, routed_layers
 from mpoe.training.loss import LossParts
 
 # Sums or averages a tensor over all processes, as `Accelerator.reduce` does.
@@ -145,7 +144,7 @@ def core_grad_norms(model: nn.Module) -> dict[str, float]:
     """L2 norms of the gradients of all central and of all auxiliary cores; kinds without gradients are left out."""
     gradients: dict[str, list[Tensor]] = {"central": [], "auxiliary": []}
     for _, cores in mpo_modules(model):
-        for index, parameter in enumerate(chain_parameters(cores)):
+        for index, parameter in enumerate(cores.chain()):
             if parameter.grad is not None:
                 gradients["central" if index == cores.shape.central else "auxiliary"].append(parameter.grad.detach())
     for layer in kept_modules(model).values():
@@ -157,3 +156,66 @@ def core_grad_norms(model: nn.Module) -> dict[str, float]:
         for kind, tensors in gradients.items()
         if tensors
     }
+
+
+# ------------------------------------------------------------- balance without a loss
+
+
+@torch.no_grad()
+def update_correction_bias(model: nn.Module, expert_load: Tensor) -> None:
+    """Raise ``e_score_correction_bias`` by the routers' ``bias_update_rate`` for experts with less than the mean load
+    of their layer, and lower it for those with more. Routers without the bias are skipped.
+
+    Balance without a loss: the bias only takes part in choosing experts (Wang et al., *Auxiliary-Loss-Free Load
+    Balancing Strategy for Mixture-of-Experts*, arXiv 2408.15664, algorithm 1; DeepSeek-V3, arXiv 2412.19437, section
+    2.1.2).
+
+    Call it once per optimizer step; `MPOETrainer` does.
+
+    Args:
+        model: an MPOE model.
+        expert_load: tokens of every expert in the step, ``[layers, E]``, as in the model's outputs; summed over
+            micro-batches and ranks.
+
+    Raises:
+        ValueError: a load of another size.
+    """
+    layers = [layer for _, layer in routed_layers(model)]
+    if expert_load.dim() != 2 or len(expert_load) != len(layers):
+        raise ValueError(f"expert_load must be [{len(layers)}, E], a row per layer; got {list(expert_load.shape)}")
+    for layer, load in zip(layers, expert_load.float(), strict=True):
+        router = layer.router
+        if router is not None and router.e_score_correction_bias is not None:
+            bias, rate = router.e_score_correction_bias, router.config.bias_update_rate
+            bias.add_(torch.sign(load.mean() - load).to(bias), alpha=rate)
+
+
+class CorrectionBias:
+    """Collects a step's expert load from the outputs of its micro-batches, if a router needs it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._needed = any(
+            layer.router is not None and layer.router.e_score_correction_bias is not None
+            for _, layer in routed_layers(model)
+        )
+        self._load: Tensor | None = None
+
+    def note(self, outputs: Any) -> None:
+        """Add a micro-batch.
+
+        Raises:
+            ValueError: the load is needed, and the outputs do not have it.
+        """
+        if not self._needed:
+            return
+        load = expert_load_of(outputs)
+        if load is None:
+            raise ValueError("bias_update_rate needs the model's expert_load; output_router_logits is False")
+        self._load = load if self._load is None else self._load + load
+
+    def step(self, reduce: Reduce) -> None:
+        """Update the routers at the end of an optimizer step's backward passes; ``reduce`` sums over processes."""
+        if self._load is not None:
+            update_correction_bias(self._model, reduce(self._load, "sum"))
+            self._load = None

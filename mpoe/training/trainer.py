@@ -21,31 +21,29 @@ from mpoe.models.report import routed_layers, short_name
 from mpoe.training import checkpoints
 from mpoe.training.arguments import MPOETrainingArguments
 from mpoe.training.callbacks import GradientMaskCallback
-from mpoe.training.correction_bias import CorrectionBias
 from mpoe.training.divergence import DivergenceError, DivergenceGuard, check_weights
 from mpoe.training.freezing import freeze_all_but_experts, freeze_cores
 from mpoe.training.gradient_mask import GradientMask
 from mpoe.training.loss import LossParts, count_targets, shifts_labels, split_loss, step_share
-from mpoe.training.metrics_file import MetricsFile
+from mpoe.training.output_dir import MetricsFile
 from mpoe.training.param_groups import build_param_groups, keep_state
 from mpoe.training.rates import rate_advice
 from mpoe.training.resuming import CheckpointMixin, checkpoint_to_resume, go_on_with_choices
 from mpoe.training.run_lock import hold
-from mpoe.training.statistics import LoadWatch, RunLog, core_grad_norms, expert_load_of, load_shares, load_summary
+from mpoe.training.statistics import (
+    CorrectionBias,
+    LoadWatch,
+    RunLog,
+    core_grad_norms,
+    expert_load_of,
+    load_shares,
+    load_summary,
+)
 
 # Everything that models return besides the logits; it does not belong in an evaluation's predictions.
 _NOT_PREDICTIONS = (
-    *(
-        "task_loss",
-        "aux_loss",
-        "router_logits",
-        "expert_load",
-        "cache",
-        "past_key_values",
-        "hidden_states",
-        "attentions",
-    ),
-    *("encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions", "cross_attentions"),
+    *("task_loss", "aux_loss", "router_logits", "expert_load", "cache", "past_key_values", "hidden_states"),
+    *("attentions", "encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions", "cross_attentions"),
     *("decoder_hidden_states", "decoder_attentions"),
 )
 

@@ -39,6 +39,7 @@ ROWS, FLOPS = {"cpu": 256, "cuda": 16384}, {"cpu": 2e9, "cuda": 2e12}
 SECONDS, MOST_ROUNDS = 0.2, 20  # of all interleaved repetitions together
 # A strategy of this many times the fewest FLOPs is not timed, a candidate this many times as slow is not repeated.
 MOST_FLOPS, HOPELESS = 8, 2.5
+MOST_BYTES = 1 << 28  # of rebuilt weights and rows of a timed candidate, unless the first of the ranking holds more
 _LOG = logging.getLogger(__name__)
 
 
@@ -184,8 +185,12 @@ def _seconds(runs: Sequence[Callable[[], object]], device: str) -> list[float]:
 
 def _fastest(problem: Problem, able: list[Candidate]) -> Candidate:
     """Times the shortlist. A time on fewer rows counts in proportion to the strategy's FLOPs."""
-    whole = {plan.strategy: plan.flops for plan in problem.plans()}
-    listed = [each for each in shortlist(able) if whole[each.strategy] <= MOST_FLOPS * whole[able[0].strategy]]
+    plans = {plan.strategy: plan for plan in problem.plans()}
+    whole = {name: plan.flops for name, plan in plans.items()}
+    held = {name: plan.temporary_bytes + plan.activation_bytes for name, plan in plans.items()}
+    first = able[0].strategy
+    flops, memory = MOST_FLOPS * whole[first], max(MOST_BYTES, held[first])
+    listed = [c for c in shortlist(able) if whole[c.strategy] <= flops and held[c.strategy] <= memory]
     if len(listed) == 1:
         return listed[0]
     experts, slots = _timed_sizes(problem)

@@ -89,8 +89,8 @@ def _add(total: Tensor, index: Tensor, values: Tensor) -> None:
 
 def _sizes(call: NeuronCall) -> tuple[int, int]:
     """Elements that one slot, and one block's expert, gather and compute."""
-    per_neuron = (call.x.shape[1] + call.down.shape[2]) * (2 if call.gate_up is not None else 1)
-    return call.x.shape[1] + call.down.shape[2] + 4 * call.up.shape[1], call.up.shape[1] * per_neuron
+    weights = sum(each[0].numel() for each in (call.up, call.down, call.gate_up) if each is not None)
+    return call.x.shape[1] + call.down.shape[2] + 4 * call.up.shape[1], weights
 
 
 class Hidden(NamedTuple):

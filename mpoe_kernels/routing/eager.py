@@ -33,7 +33,7 @@ def route(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
         order, offsets = _stable_order(by_choice, num_experts)
         rank = torch.empty_like(order)
         rank[order] = torch.arange(order.numel(), device=order.device)
-        starts = torch.cat([offsets, offsets[-1:]]).long()[by_choice.clamp(0, num_experts)]
+        starts = offsets.long()[by_choice.clamp(0, num_experts)]
         full = (rank - starts >= capacity).view(top_k, tokens).T
         keys = keys.masked_fill(full, num_experts)
     order, offsets = _stable_order(keys.reshape(-1), num_experts)

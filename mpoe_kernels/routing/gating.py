@@ -43,8 +43,7 @@ def can_route_natively(x: Tensor, weight: Tensor, backend: str | None = None, *o
     return (
         not torch.compiler.is_dynamo_compiling()
         and NATIVE_LIBRARY.functions is not None
-        and x.dim() == weight.dim() == 2
-        and x.shape[1] == weight.shape[1]
+        and x.shape[1:] == weight.shape[1:]
         and x.dtype in _DTYPES
         and weight.dtype in _DTYPES
         and x.is_cpu

@@ -59,7 +59,7 @@ class Routing:
     token_of_slot: Tensor
     slot_of_token: Tensor
     by_route: InitVar[bool] = False  # which `dataclasses.replace` does not copy
-    is_routed: bool = field(init=False, repr=False, compare=False)
+    is_routed: bool = field(init=False)
 
     def __post_init__(self, by_route: bool) -> None:
         object.__setattr__(self, "is_routed", by_route)

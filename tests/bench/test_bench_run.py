@@ -47,9 +47,9 @@ def test_what_is_printed_has_the_tables(quick) -> None:
         "floor",
         "peak MiB",
         "dense experts, loop",
-        "transformers Switch",
+        "transformers Switch 8, 1",
         "x best",
-        "router included",
+        "with their routers",
     )
     for found in (*words, "original: rebuild all (paper_full)", "in seconds", "more in the report", "report.md"):
         assert found in quick.out
@@ -121,11 +121,13 @@ def test_mixtures_around_a_dense_network() -> None:
     for section in results["sections"]:
         rows = {row["name"]: row for row in section["rows"]}
         model, hidden = section["case"]["model"], section["case"]["hidden"]
+        if model == 32:  # the layers that have limits on a GPU
+            assert all("train" in row for row in section["rows"])
+            continue
         neurons = rows[f"neurons 64 x {model // 12}, 8 [eager]"]
         assert neurons["floor"]["forward"] == pytest.approx(1 + 8 * (model // 12) / hidden + 64 / (2 * hidden))
         assert neurons["parameters"] > rows["dense FFN"]["parameters"]
         assert ("train" in neurons) == (section["case"]["layers"] == 1)
-        assert ("read_bytes" in neurons) == (section["case"]["layers"] > 1)
         assert neurons["forward"]["x"] > 0
 
 

@@ -10,29 +10,54 @@ import pytest
 import torch
 from mpoe_bench import test_choice, test_speed
 from mpoe_bench.contender import NOT_HERE, Comparison, Contender, UnavailableError, checked
-from mpoe_bench.peers import PEERS, gpu, peer_builds
-from mpoe_bench.problem import FFNCase, Problems
+from mpoe_bench.peers import DENSE_PEERS, GPU_PEERS, gpu
 from mpoe_bench.run import run_suite
-from mpoe_bench.suites.ffn import LIMIT, dense_limit, mpoe_builds
-from mpoe_bench.suites.scale import GPU_PEERS
+from mpoe_bench.suites.layers import (
+    LIMIT,
+    case_layer,
+    layers_comparison,
+    named_case,
+    original_layer,
+    peer_layers,
+    stock,
+)
 from mpoe_bench.tables import table_of
 
-CASE = FFNCase(24, 48, 3, 12)
+MODEL, EXPERTS, TOKENS = 24, 3, 12
+WHERE = ("cpu", torch.float32)
 Change = Callable[[Contender], Contender]
+
+
+def comparison_of(layers: list, dtype: torch.dtype = torch.float32) -> Comparison:
+    return layers_comparison("ffn", "FFN", layers, MODEL, TOKENS, dtype, "cpu", experts=EXPERTS)
+
+
+def ours(shape: str, masked: bool = False):
+    case = named_case(shape, MODEL, EXPERTS, masked)
+    return case_layer(f"mpoe {shape}", shape, case, "eager", TOKENS, *WHERE)
+
+
+def honest() -> Comparison:
+    """The dense FFN, MPO experts, and a peer."""
+    return comparison_of([ours("separable"), *peer_layers(("dense experts, loop",), MODEL, EXPERTS, *WHERE)])
 
 
 def builds_of(change: Change, kind: str = "peer", baseline: Change = lambda contender: contender) -> list:
     """The dense FFN, MPO experts, and a peer that ``change`` has changed."""
+    (limit, limits, dense), own, (_, _, peer) = honest().contenders
 
-    def sabotaged(shared: Problems):
-        problem = shared.of("separable")
-        return change(PEERS["dense experts, loop"](problem)), problem.truth
+    def changed(build, change: Change):
+        def made(shared):
+            contender, truth = build(shared)
+            return change(contender), truth
 
-    def limit(shared: Problems):
-        contender, truth = dense_limit(CASE, shared.batch)
-        return baseline(contender), truth
+        return made
 
-    return [(LIMIT, "limit", limit), *mpoe_builds("separable", ("eager",)), ("sabotaged", kind, sabotaged)]
+    return [(limit, limits, changed(dense, baseline)), own, ("sabotaged", kind, changed(peer, change))]
+
+
+def shared() -> tuple:
+    return honest().context()
 
 
 @pytest.fixture
@@ -40,7 +65,7 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> Callable[[list], dict]:
     """The results of a session that measures one comparison of these contenders."""
 
     def run(builds: list) -> dict:
-        comparison = Comparison("ffn", "t", lambda: Problems(CASE), builds, LIMIT, CASE.tokens, CASE.facts())
+        comparison = replace(honest(), title="t", contenders=builds)
         monkeypatch.setattr(test_speed, "comparisons_of", lambda *_: [comparison])
         monkeypatch.setattr(test_choice, "judged_of", lambda *_: [])
         return run_suite(threads=1, clock="cpu", scale="tiny", backend="eager")
@@ -106,7 +131,7 @@ def wrong_shape(contender: Contender) -> Contender:
 )
 def test_a_sabotaged_contender_has_no_speed(change, words: str) -> None:
     *_, (name, kind, build) = builds_of(change)
-    contender, row = checked(name, kind, build, Problems(CASE))
+    contender, row = checked(name, kind, build, shared())
     assert contender is None
     assert row["reason"].startswith("wrong result, not timed")
     assert words in row["reason"]
@@ -134,7 +159,7 @@ def test_absent_and_failing_contenders_say_why() -> None:
 
     for change, reason in ((absent, f"{NOT_HERE}: no such package"), (broken, "failed: MemoryError: out of it")):
         *_, (name, kind, build) = builds_of(change)
-        assert checked(name, kind, build, Problems(CASE))[1]["reason"] == reason
+        assert checked(name, kind, build, shared())[1]["reason"] == reason
 
 
 def test_a_wrong_baseline_is_no_baseline(measure) -> None:
@@ -143,42 +168,54 @@ def test_a_wrong_baseline_is_no_baseline(measure) -> None:
     assert not any("forward" in row for row in rows_of(results).values())
 
 
-# What runs on a CPU.
-CPU_PEERS = tuple(name for name in PEERS if name not in GPU_PEERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_peer_computes_the_truth(dtype: torch.dtype) -> None:
+    where = "cpu", dtype
+    layers = [
+        *peer_layers(tuple(DENSE_PEERS), MODEL, EXPERTS, *where),
+        *(original_layer(shape, MODEL, EXPERTS, *where) for shape in ("separable", "paper_4", "paper_full", "light_8")),
+        stock("transformers Switch 8, 1", MODEL, TOKENS, *where),
+    ]
+    comparison = comparison_of(layers, dtype)
+    for name, kind, build in comparison.contenders:
+        row = checked(name, kind, build, comparison.context())[1]
+        assert row["reason"] is None, row
+        assert row["errors"].keys() > {"y", "dx"}  # and the weights' gradients
 
 
-@pytest.mark.parametrize("shape", ["separable", "paper_4", "paper_full", "light_8"])
-@pytest.mark.parametrize("load", ["uniform", "all_to_one"])
-def test_every_peer_computes_the_truth(shape: str, load: str) -> None:
-    case = replace(CASE, load=load)
-    shared = Problems(case)
-    for name, kind, build in peer_builds(CPU_PEERS, shape):
-        row = checked(name, kind, build, shared)[1]
-        assert row["reason"] is None
-        assert row["errors"].keys() >= {"y", "dx"}
-        assert len(row["errors"]) > 3  # and the weights' gradients
+def test_gated_peers_are_swiglu_of_as_many_weights() -> None:
+    loop = DENSE_PEERS["dense experts, loop"]
+    where = (MODEL, 4 * MODEL, EXPERTS), *WHERE, True
+    gated, plain = loop._replace(options={"gated": True}).layer(*where), loop.layer(*where)
+    assert [sum(p.numel() for p in each.parameters()) for each in (gated, plain)] == [2 * 3 * 24 * 96 + 72] * 2
+    x = torch.randn(TOKENS, MODEL)
+    gates, index = gated.router(x).softmax(-1).max(-1)
+    for row in range(TOKENS):
+        up, down = gated.up[index[row]], gated.down[index[row]]
+        gate, linear = (up @ x[row]).chunk(2)
+        wanted = gates[row] * (down @ (torch.nn.functional.silu(gate) * linear))
+        assert torch.allclose(gated(x)[row], wanted, atol=1e-5)
 
 
 def test_masked_contenders_have_no_central_gradient() -> None:
-    shared = Problems(CASE)
-    problem = shared.of("separable")
-    contender, truth = next(mpoe_builds("separable", ("eager",), masked=True))[2](shared)
+    contender, truth = comparison_of([ours("separable", masked=True)]).contenders[1][2](shared())
     contender.train()
     found = contender.gradients()
-    central = problem.up_shape.central
-    assert f"d_up.{central}" not in found
-    assert f"d_up.{(central + 1) % 3}" in found
+    assert not [name for name in found if "central" in name]
+    assert [name for name in found if "auxiliary" in name]
     assert truth.faults(found) == []
 
 
 @pytest.mark.parametrize("peer", GPU_PEERS)
 def test_peers_of_gpus_say_why_they_are_absent(peer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ((name, kind, build),) = peer_builds((peer,), "separable")
-    reason = checked(name, kind, build, Problems(CASE))[1]["reason"]
-    assert reason.startswith(NOT_HERE)
-    package = reason.removeprefix(f"{NOT_HERE}: ").removesuffix(" runs on CUDA devices only")
+    def reason() -> str:
+        comparison = comparison_of(list(peer_layers((peer,), MODEL, EXPERTS, "cpu", torch.bfloat16)), torch.bfloat16)
+        return checked(*comparison.contenders[1], comparison.context())[1]["reason"]
+
+    elsewhere = reason()
+    assert elsewhere.startswith(NOT_HERE)
+    package = elsewhere.removeprefix(f"{NOT_HERE}: ").removesuffix(" runs on CUDA devices only")
     monkeypatch.setattr(gpu, "DEVICES", ("cpu",))
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not there
-    reason = checked(name, kind, build, Problems(CASE))[1]["reason"]
-    assert reason.startswith(NOT_HERE)
-    assert package in reason
+    assert reason().startswith(NOT_HERE)
+    assert package in reason()

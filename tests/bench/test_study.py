@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from mpoe_bench.study import language, models
-from mpoe_bench.study.__main__ import main, named_run, records_in, waiting
+from mpoe_bench.study import composed, composed_table, language, models, texts
+from mpoe_bench.study.__main__ import main, open_study, records_in
 from mpoe_bench.study.language import batches, byte_blocks, domain_texts, read_blocks
 from mpoe_bench.study.models import LAYERS, costs, dense_hidden, dense_model, steps_of
 from mpoe_bench.study.plan import Arm, Corner, Run, Study, read_study
 from mpoe_bench.study.routers import mutual_information, router_facts
 from mpoe_bench.study.table import Spread, chosen_rate, gain, success
 from mpoe_bench.study.training import run_once, schedule
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mpoe.data.embedded import load_stand_in
 
 NEURONS = Path(__file__).resolve().parents[2] / "bench" / "studies" / "neurons.toml"
 TINY = """
@@ -95,7 +98,7 @@ def test_a_study_runs_what_is_missing_and_nothing_twice(study_file: Path, data: 
     records = records_in(results)
     study = read_study(study_file)
     assert records[first] == before
-    assert not list(waiting(study, records))
+    assert not open_study(study_file).waiting(records)
     # Two candidates of every arm, and the second seed of the chosen one; at the longer corner both seeds.
     assert len(records) == 3 * 2 + 2 + 2 * 2
     rate = chosen_rate(study, 16, "neurons", records)
@@ -144,13 +147,15 @@ def test_files_that_make_no_sense_are_refused(study_file: Path, change: tuple[st
     assert words in capsys.readouterr().err
 
 
-def test_unknown_runs_and_absent_data_are_refused(study_file: Path, tiny_data: Path, capsys) -> None:
-    with pytest.raises(ValueError, match=r"run must be one of the study's, as .*; got '16/5 dense"):
-        named_run(read_study(study_file), "16/5 dense 0.004 0")
+def test_unknown_runs_and_absent_data_are_refused(study_file: Path, data: Path, monkeypatch, capsys) -> None:
+    assert main([str(study_file), "--data_dir", str(data), "--run", "16/5 dense 0.004 0"]) == 2
+    wanted = "run must be one that waits, as '16/4 neurons 0.004 0'; got '16/5 dense 0.004 0'"
+    assert wanted in capsys.readouterr().err
     assert main([str(study_file)]) == 2
     assert "data_dir must name the folder of the texts" in capsys.readouterr().err
+    monkeypatch.undo()
     with pytest.raises(FileNotFoundError, match="must hold austen/train"):
-        domain_texts(tiny_data, "novels", "train")
+        domain_texts(data, "novels", "train")
 
 
 def test_sizes_of_the_study_of_neurons() -> None:
@@ -237,3 +242,95 @@ def test_a_study_is_a_value(study_file: Path) -> None:
     study = read_study(study_file)
     assert isinstance(study, Study)
     assert study.corners() == {Corner(16, 4): ["neurons", "dense"], Corner(16, 8): ["neurons", "large"]}
+
+
+COMPOSED = NEURONS.with_name("composed.toml")
+
+
+def test_runs_of_composed_experts_wait_for_their_rates(tmp_path: Path, capsys) -> None:
+    file = tmp_path / "composed.toml"
+    file.write_text(COMPOSED.read_text())
+    study = open_study(file)
+    first = study.waiting({})
+    assert first[:2] == ["base", "neurons novels 80 0.003 0"]
+    assert len(first) == 1 + 2 * 3 * 4
+    records = {key: {"validation": 1.0, "test": 1.0, "documentation": 1.0, "sources": 1.0} for key in first}
+    records["base"] |= dict.fromkeys((*study.plan.domains, *study.plan.probes), 2.0)
+    records["lora novels 80 0.012 0"]["validation"] = 0.9
+    assert (study.plan.rate("neurons", records), study.plan.rate("lora", records)) == (0.003, 0.012)
+    then = study.waiting(records)
+    assert then[:4] == ["composed 0", "merges", "variants", "request_router"]
+    assert "lora novels 80 0.012 2" in then
+    assert then[-2:] == ["tenants", "answers"]
+    text = study.table(records)
+    assert text.count("| waits |") == 10
+    assert "| own neurons, label given | 1.000 | 1.000 |" in text
+    assert main([str(file)]) == 2
+    assert "data_dir must be given for experts that are composed; got none" in capsys.readouterr().err
+
+
+def test_success_of_composed_experts() -> None:
+    plan = open_study(COMPOSED).plan
+    curve = [(1, 0.1, 0.01), (2, 0.2, 0.03)]
+    assert composed_table._at(curve, 0.15) == pytest.approx(0.02)
+    assert composed_table._at(curve, 0.3) is None
+    lines = composed_table.success(plan, {})
+    assert len(lines) == 10
+    assert not any(told for _, told, _ in lines)
+
+
+@pytest.fixture
+def tiny_composition(tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Words of a command: two domains and two tenants, on a Llama of two layers."""
+    for module in (texts, composed):
+        monkeypatch.setattr(module, "LENGTH", 16)
+    for name, value in (("HELD_OUT", 4), ("REQUESTS", 1)):
+        monkeypatch.setattr(texts, name, value)
+    monkeypatch.setattr(composed, "PROMPTS", composed.PROMPTS[:1])
+    tokenizer = load_stand_in("gpt2")[1]
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **sizes)
+    for part in (LlamaForCausalLM(config), tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    plan = COMPOSED.read_text()
+    for old, new in (
+        ("steps = 80", "steps = 2"),
+        ("[20, 40, 160]", "[1]"),
+        ("[0.003, 0.006, 0.012]", "[0.003]"),
+        ("[0, 1, 2]", "[0, 1]"),
+        ('["novels", "messages", "reviews", "usage examples"]', '["messages", "reviews"]'),
+        ('["numpy", "sympy", "matplotlib", "torch", "transformers", "sklearn"]', '["jinja2", "safetensors"]'),
+        ("neurons = 59", "neurons = 4"),
+        ("rank = 16", "rank = 2"),
+    ):
+        assert old in plan
+        plan = plan.replace(old, new)
+    (tmp_path / "tiny.toml").write_text(plan)
+    folders = {"model": tmp_path / "base", "data_dir": tiny_data, "work_dir": tmp_path / "experts"}
+    return [str(tmp_path / "tiny.toml"), *(word for name, at in folders.items() for word in (f"--{name}", str(at)))]
+
+
+@pytest.mark.slow
+def test_a_study_of_composed_experts_from_its_first_run_to_its_table(tiny_composition: list[str]) -> None:
+    file = Path(tiny_composition[0])
+    assert main([*tiny_composition, "--run", "base"]) == 0
+    assert list(records_in(file.with_suffix(".json"))) == ["base"]
+    assert main(tiny_composition) == 0
+    records = records_in(file.with_suffix(".json"))
+    assert not open_study(file).waiting(records)
+    texts_of = {"messages", "reviews", "documentation", "sources", "requests", "cpu_seconds"}
+    assert records["composed 1"].keys() == texts_of
+    assert len(records["composed 1"]["requests"]) == 2
+    assert records["merges"].keys() >= {"mean of LoRAs", "TIES of LoRAs", "DARE of LoRAs", "the same routers, LoRA"}
+    assert records["variants"].keys() >= {"means alone", "with texts", "top-1"}
+    oracle, one = (records["request_router"][f"{name}, neurons"] for name in ("oracle", "request router"))
+    assert oracle["messages"] <= one["messages"]
+    assert records["one_adapter"].keys() >= {"LoRA, domains in turn", "LoRA, all at once"}
+    assert records["tenants"]["4"].keys() >= {"messages", "reviews", "jinja2", "safetensors"}
+    assert records["tenants"]["best wrong expert"].keys() == {"messages", "reviews", "jinja2", "safetensors"}
+    assert 0 <= records["answers"]["equal at the start"] <= 1
+    table = file.with_suffix(".md").read_text()
+    assert table.count("| waits |") <= 1  # two lengths may have no gain in common
+    assert "| 4 | " in table

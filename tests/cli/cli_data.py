@@ -16,7 +16,7 @@ def write_rows(file: Path, rows: list[dict]) -> None:
 
 def write_sentiment(folder: Path) -> Path:
     """A tiny two-class task."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for split, size in (("train", 24), ("validation", 8), ("test", 8)):
         rows = [
             {"sentence": f"the film number {i} is {'good' if i % 2 else 'bad'}", "label": i % 2} for i in range(size)

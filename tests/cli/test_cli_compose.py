@@ -1,26 +1,42 @@
-"""`mpoe compose`: models and LoRA adapters into one mixture, an expert more, and what is refused."""
+"""`mpoe compose`: fine-tunes, adapters or experts' files into one mixture, an expert more or fewer, and refusals."""
 
 from __future__ import annotations
 
 import copy
+import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from mpoe import load_mpoe
+from mpoe import collect_statistics, convert_to_mpoe, load_expert, load_mpoe, save_expert, start_expert
 from mpoe.cli import compose as command
+from mpoe.cli import train
 from mpoe.cli.errors import CommandError
+from mpoe.cli.main import run
 from mpoe.data.embedded import load_stand_in, stand_in_path
+from mpoe.models.expert_files import base_identity, vocabulary_identity, write_expert
+from mpoe.models.expert_mixture import kept_experts
+from mpoe.models.kept import neuron_modules
 
 BASE = str(stand_in_path("gpt2"))
 SMALL = ["--max_texts", "4", "--max_length", "16"]
 
 
+@pytest.fixture(autouse=True)
+def _short_background(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the packaged text."""
+    monkeypatch.setattr("mpoe.models.expert_mixture.PIECES", 8)
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Three fine-tunes of the tiny GPT-2, the last one a LoRA adapter, and a text for each."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the tiny GPT-2 two fine-tunes with their texts, and three experts; a text of no domain; what does not fit."""
     out = tmp_path_factory.mktemp("compose")
-    base, _ = load_stand_in("gpt2")
+    base, tokenizer = load_stand_in("gpt2")
     for number in range(2):
         model = copy.deepcopy(base)
         torch.manual_seed(number)
@@ -28,81 +44,297 @@ def folder(tmp_path_factory):
             if ".mlp." in name:
                 p.data += 0.02 * torch.randn_like(p)
         model.save_pretrained(out / f"ft{number}")
-    words = ("ship sea sail wave ", "list tuple dict set ", "rain snow wind sun ")
-    for number, text in enumerate(words):
+    for number, text in enumerate(("ship sea sail wave ", "list tuple dict set ", "rain snow wind sun ")):
         (out / f"t{number}.txt").write_text(text * 60)
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["c_fc"], init_lora_weights=False, fan_in_fan_out=True)
-    peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(out / "ft2")
+    for number, name in enumerate(("law", "med", "code")):
+        model = start_expert(base, 8 + number)
+        torch.manual_seed(number)
+        for layer in neuron_modules(model).values():
+            torch.nn.init.normal_(layer.experts.down, std=0.02)
+        ids = torch.randint(100 * number, 100 * number + 100, (4, 16))
+        statistics = collect_statistics(model, [{"input_ids": ids}])
+        save_expert(model, out / f"{name}.expert", statistics=statistics, tokenizer=tokenizer)
+    (out / "none.txt").write_text("ship sea sail wave " * 60)
+    (out / "bad").mkdir()
+    (out / "bad.txt").write_bytes(b"\xff\xfe\xfa")
+    (out / "short.txt").write_text("word")
+    (out / "odd").mkdir()
+    (out / "odd" / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["nothing"], "r": 2}')
     return out
 
 
-def paths(folder, kind, numbers):
-    return [str(folder / kind.format(n)) for n in numbers]
+@pytest.fixture(scope="module")
+def adapter(folder: Path) -> str:
+    """A LoRA adapter of the tiny GPT-2."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["c_fc"], init_lora_weights=False, fan_in_fan_out=True)
+    peft.get_peft_model(load_stand_in("gpt2")[0], config).save_pretrained(folder / "ft2")
+    return str(folder / "ft2")
 
 
-def test_two_fine_tunes_then_an_adapter_more(folder, capsys):
-    texts = ["--texts", *paths(folder, "t{}.txt", (0, 1))]
-    command.command([BASE, *paths(folder, "ft{}", (0, 1)), "--output_dir", str(folder / "two"), *texts, *SMALL])
+def compose(folder: Path, *words: str) -> None:
+    command.command([BASE, *(word.format(folder) for word in words)])
+
+
+def same(a: Path, b: Path) -> bool:
+    first, second = (load_file(folder / "model.safetensors") for folder in (a, b))
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_two_fine_tunes_then_an_adapter_more(folder: Path, adapter: str, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ["--texts", "{}/t0.txt", "{}/t1.txt", *SMALL]
+    compose(folder, "{}/ft0", "{}/ft1", "--output_dir", "{}/pair", *texts)
     printed = capsys.readouterr().out
-    assert "outside the experts" in printed
     # The folders' own names, however long the way there.
-    assert "ft0" in printed
-    assert "ft1" in printed
-    two = load_mpoe(folder / "two")
+    assert all(words in printed for words in ("outside the experts", "ft0", "ft1"))
+    two = load_mpoe(folder / "pair")
     assert two.mpoe_config.num_experts == 2
-    add = ["--add", str(folder / "two"), "--output_dir", str(folder / "three"), "--texts", str(folder / "t2.txt")]
-    command.command([BASE, str(folder / "ft2"), *add, *SMALL])
-    three = load_mpoe(folder / "three")
+    compose(folder, adapter, "--add", "{}/pair", "--output_dir", "{}/triple", "--texts", "{}/t2.txt", *SMALL)
+    three = load_mpoe(folder / "triple")
     base, _ = load_stand_in("gpt2")
-    merged = command.load_fine_tune(str(folder / "ft2"), base)
+    merged = command.load_fine_tune(adapter, base)
     experts = three.transformer.h[0].mlp.experts.up.weight
     assert torch.equal(experts[:2], two.transformer.h[0].mlp.experts.up.weight)
     assert torch.equal(experts[2], merged.transformer.h[0].mlp.c_fc.weight)
     assert not torch.equal(experts[2], base.transformer.h[0].mlp.c_fc.weight)
 
 
-def test_a_trained_router(folder):
-    texts = ["--texts", *paths(folder, "t{}.txt", (0, 1)), "--output_dir", str(folder / "trained")]
-    options = ["--router", "train", "--steps", "1", "--top_k", "2", *SMALL]
-    command.command([BASE, *paths(folder, "ft{}", (0, 1)), *texts, *options])
-    config = load_mpoe(folder / "trained").mpoe_config
+def test_a_trained_router(folder: Path) -> None:
+    options = ["--texts", "{}/t0.txt", "{}/t1.txt", "--router", "train", "--steps", "1", "--top_k", "2", *SMALL]
+    compose(folder, "{}/ft0", "{}/ft1", "--output_dir", "{}/trained_pair", *options)
+    config = load_mpoe(folder / "trained_pair").mpoe_config
     assert (config.expert_type, config.router.top_k) == ("dense", 2)
 
 
+def test_an_adapter_without_peft(adapter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(CommandError, match="needs PEFT"):
+        command.load_fine_tune(adapter, None)
+
+
+def test_one_more_and_one_fewer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = ["--background", "{}/none.txt", *SMALL]
+    compose(folder, "{}/law.expert", "{}/med.expert", "--output_dir", "{}/two", *text)
+    assert "law, med, none" in capsys.readouterr().out
+    compose(folder, "{}/code.expert", "--add", "{}/two", "--output_dir", "{}/three")
+    compose(folder, "{}/law.expert", "{}/med.expert", "{}/code.expert", "--output_dir", "{}/at_once", *text)
+    assert same(folder / "three", folder / "at_once")
+    compose(folder, "--add", "{}/three", "--remove", "code", "--output_dir", "{}/again")
+    assert same(folder / "two", folder / "again")
+    assert not same(folder / "two", folder / "three")
+    three = load_mpoe(folder / "three")
+    assert three.config.mpoe_experts == ["law", "med", "code", "none"]
+    assert (three.mpoe_config.num_experts, three.mpoe_config.neurons, three.mpoe_config.top_k) == (4, 10, 2)
+    assert [expert.name for expert in kept_experts(folder / "three")[0]] == ["law", "med", "code"]
+
+
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("words", "message"),
     [
-        ([BASE], "at least one expert"),
-        ([BASE, BASE, "--texts", "{}/t0.txt"], "compose needs --output_dir"),
-        ([BASE, BASE, "--output_dir", "{}/x", "--max_length", "1"], "max_length must be at least 2"),
-        ([BASE, BASE, BASE, "--output_dir", "{}/x", "--add", "{}/two"], "add takes one fine-tune at a time; got 2"),
-        ([BASE, BASE, "--output_dir", "{}/x"], "texts must name a file for each of 1 fine-tunes; got 0"),
-        ([BASE, BASE, "--output_dir", "{}/x", "--texts", "{}/none"], "texts: no such file"),
-        ([BASE, BASE, "--output_dir", "{}/ft0", "--texts", "{}/t0.txt"], "holds a model; give --overwrite"),
-        (["t5", "t5", "--output_dir", "{}/x", "--texts", "{}/t0.txt"], "takes dense causal language models"),
-        ([BASE, "{}/ft9", "--output_dir", "{}/x", "--texts", "{}/t0.txt"], "no such folder"),
-        ([BASE, BASE, "--output_dir", "{}/x", "--texts", "{}/bad.txt"], "must be UTF-8 text"),
-        ([BASE, BASE, "--output_dir", "{}/x", "--texts", "{}/short.txt"], "must hold at least 128 tokens"),
-        (
-            [BASE, BASE, "--output_dir", "{}/x", "--texts", "{}/t0.txt", "--add", "{}/ft0"],
-            "made by mpoe compose",
-        ),
-        ([BASE, "{}/odd", "--output_dir", "{}/x", "--texts", "{}/t0.txt"], "does not fit the base"),
+        ([], "at least one expert"),
+        ([BASE, "--texts", "{}/t0.txt"], "compose needs --output_dir"),
+        ([BASE, "--output_dir", "{}/x", "--max_length", "1"], "max_length must be at least 2"),
+        ([BASE, BASE, "--output_dir", "{}/x", "--add", "{}/absent"], "add takes one fine-tune at a time; got 2"),
+        ([BASE, "--output_dir", "{}/x"], "texts must name a file for each of 1 fine-tunes; got 0"),
+        ([BASE, "--output_dir", "{}/x", "--texts", "{}/none"], "texts: no such file"),
+        ([BASE, "--output_dir", "{}/ft0", "--texts", "{}/t0.txt"], "holds a model; give --overwrite"),
+        (["{}/ft9", "--output_dir", "{}/x", "--texts", "{}/t0.txt"], "no such folder"),
+        ([BASE, "--output_dir", "{}/x", "--texts", "{}/bad.txt"], "must be UTF-8 text"),
+        ([BASE, "--output_dir", "{}/x", "--texts", "{}/short.txt"], "must hold at least 128 tokens"),
+        ([BASE, "--output_dir", "{}/x", "--texts", "{}/t0.txt", "--add", "{}/ft0"], "made by mpoe compose"),
+        (["{}/odd", "--output_dir", "{}/x", "--texts", "{}/t0.txt"], "does not fit the base"),
+        (["{}/law.expert"], "compose needs --output_dir"),
+        (["{}/law.expert", "--texts", "{}/none.txt", "{}/none.txt"], "texts must name a file for each of 1 experts"),
+        (["{}/law.expert", "--texts", "{}/absent.txt"], "texts: no such file"),
+        (["{}/law.expert", "--router", "train"], "router train needs --texts for every expert"),
+        (["{}/law.expert", "--router", "best"], "argument --router: invalid choice: 'best'"),
+        (["{}/law.expert", "--neurons", "8"], "neurons must be at least 1, of experts fitted to adapters; got 8"),
+        (["{}/law.expert", "--steps", "0"], "steps must be at least 1; got 0"),
+        (["{}/law.expert", "{}/absent.expert"], "absent.expert is no file"),
+        (["{}/law.expert", "{}/bad"], "either fine-tunes or experts' files"),
+        (["{}/law.expert", "--remove", "law"], "remove needs --add MIXTURE"),
+        (["{}/law.expert", "--background", "{}/absent.txt", "--output_dir", "{}/x"], "background: no such file"),
+        (["{}/law.expert", "--add", "{}/bad", "--output_dir", "{}/x"], "a mixture that was composed of experts"),
+        (["{}/law.expert", "{}/law.expert", "--output_dir", "{}/x"], "'law' is there twice"),
+        (["{}/bad", "--background", "{}/none.txt"], "remove, merge and background are for experts' files"),
     ],
 )
-def test_what_is_refused(folder, arguments, words):
-    (folder / "bad.txt").write_bytes(b"\xff\xfe\xfa")
-    (folder / "short.txt").write_text("word")
-    (folder / "odd").mkdir(exist_ok=True)
-    (folder / "odd" / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["nothing"], "r": 2}')
-    with pytest.raises(ValueError) as caught:
-        command.command([argument.replace("{}", str(folder)) for argument in arguments])
-    assert words in str(caught.value)
+def test_refused(folder: Path, words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compose(folder, *words)
     assert not (folder / "x" / "config.json").exists()
 
 
-def test_an_adapter_without_peft(folder, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "peft", None)
-    with pytest.raises(CommandError, match="needs PEFT"):
-        command.load_fine_tune(str(folder / "ft2"), None)
+def test_names_that_are_refused(folder: Path) -> None:
+    with pytest.raises(CommandError, match="takes dense causal language models"):
+        command.command(["t5", "t5", "--output_dir", str(folder / "x"), "--texts", str(folder / "t0.txt")])
+    compose(folder, "{}/law.expert", "--output_dir", "{}/one", "--background", "{}/none.txt", *SMALL)
+    with pytest.raises(CommandError, match="remove must name experts of the mixture, law; got med"):
+        compose(folder, "--add", "{}/one", "--remove", "med", "--output_dir", "{}/x")
+    with pytest.raises(CommandError, match="one is a mixture"):
+        command.command([str(folder / "one"), str(folder / "law.expert"), "--output_dir", str(folder / "x")])
+    base, _ = load_stand_in("gpt2")
+    model = start_expert(base, 8)
+    (folder / "other").mkdir()
+    statistics = collect_statistics(model, [{"input_ids": torch.arange(16)[None]}])
+    save_expert(model, folder / "other" / "law.expert", statistics=statistics)
+    with pytest.raises(ValueError, match="must have names of their own"):
+        compose(folder, "{}/law.expert", "{}/other/law.expert", "--output_dir", "{}/x")
+
+
+def test_texts_a_trained_router_and_one_network(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files, texts = ["{}/law.expert", "{}/med.expert"], ["--texts", "{}/none.txt", "{}/none.txt"]
+    compose(folder, *files, "--output_dir", "{}/refined", *texts, *SMALL)
+    compose(folder, *files, "--output_dir", "{}/trained", *texts, *SMALL, "--router", "train", "--steps", "2")
+    compose(folder, *files, "--output_dir", "{}/plain")
+    assert not same(folder / "refined", folder / "plain")
+    assert not same(folder / "refined", folder / "trained")
+    capsys.readouterr()
+    compose(folder, *files, "--output_dir", "{}/merged", "--merge")
+    assert "every expert at weight 1/2" in capsys.readouterr().out
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    assert (type(merged).__name__, merged.config.n_inner) == ("GPT2LMHeadModel", 512 + 8 + 9)
+
+
+def test_what_a_file_expects_and_what_a_mixture_holds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compose(
+        folder, "{}/law.expert", "{}/code.expert", "--output_dir", "{}/listed", "--background", "{}/none.txt", *SMALL
+    )
+    law, mixture = str(folder / "law.expert"), str(folder / "listed")
+    capsys.readouterr()
+    assert not run(["info", law, mixture, "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert [each["name"] for each in told[mixture]] == ["law", "code"]
+    assert told[law] == told[mixture][:1]
+    assert (told[law][0]["neurons"], told[law][0]["parameters"]) == (8, 4 * 8 * (2 * 128 + 1))
+    assert not run(["info", law])
+    assert told[law][0]["base"][:12] in capsys.readouterr().out
+    with pytest.raises(CommandError, match="info takes experts' files and mixtures"):
+        run(["info", law, str(folder / "bad")])
+
+
+def test_upload(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = []
+
+    def push(path: str, repository: str, private: bool | None) -> str:
+        asked.append((path, repository, private))
+        return "https://hub/commit/1"
+
+    monkeypatch.setattr("mpoe.models.push_expert", push, raising=False)
+    assert not run(["export", str(folder / "law.expert"), "me/experts", "--to", "hub", "--private"])
+    assert asked == [(str(folder / "law.expert"), "me/experts", True)]
+    assert "uploaded to https://hub/commit/1" in capsys.readouterr().out
+
+
+def test_what_experts_are_worth(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compose(folder, "{}/law.expert", "{}/med.expert", "--output_dir", "{}/seen", "--background", "{}/none.txt", *SMALL)
+    words = ["--text", "Return the first item of the list.", "--num_items", "4"]
+    assert not run(["inspect", str(folder / "seen"), "--output_dir", str(tmp_path / "out"), *words])
+    numbers = json.loads((tmp_path / "out" / "inspect.json").read_text())["worth"]
+    assert numbers["names"] == ["law", "med", "none"]
+    assert numbers["oracle"] <= min(numbers["alone"])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "What each expert is worth" in page
+    assert "1 med</span>" in page
+    assert "more than the oracle" in capsys.readouterr().out
+
+
+def test_an_adapter_as_an_expert(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    peft = pytest.importorskip("peft")
+    base, tokenizer = load_stand_in("gpt2")
+    adapter = peft.LoraConfig(r=2, target_modules=["mlp.c_fc", "mlp.c_proj"], fan_in_fan_out=True)
+    model = peft.get_peft_model(base, adapter)
+    (tmp_path / "sea.txt").write_text("The sea was calm, and the ship went on its way to the islands. " * 40)
+    ids = torch.tensor(tokenizer((tmp_path / "sea.txt").read_text())["input_ids"][:256]).view(4, 64)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    for _ in range(12):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path / "sea")
+    words = ["--texts", str(tmp_path / "sea.txt"), "--max_texts", "20", "--max_length", "32"]
+    words += ["--steps", "60"]
+    command.command([BASE, str(tmp_path / "sea"), "--neurons", "16", "--output_dir", str(tmp_path / "mix"), *words])
+    assert "sea: 16 neurons keep" in capsys.readouterr().out
+    assert load_mpoe(tmp_path / "mix").config.mpoe_experts == ["sea", "none"]
+    (expert,) = kept_experts(tmp_path / "mix")[0]
+    assert expert.facts["training"]["kept"] >= 0.8
+    with pytest.raises(CommandError, match="is fitted on texts of its domain: give --texts"):
+        command.command([BASE, str(tmp_path / "sea"), "--neurons", "16", "--output_dir", str(tmp_path / "x")])
+    assert not (tmp_path / "x").exists()
+
+
+def test_faults_leave_nothing_behind(folder: Path, tmp_path: Path) -> None:
+    base, tokenizer = load_stand_in("gpt2")
+    expert = load_expert(folder / "law.expert")
+    compose(folder, "{}/med.expert", "--output_dir", "{}/of_med", "--background", "{}/none.txt", *SMALL)
+    tokenizer.add_tokens(["another"])
+    expert.facts["tokenizer"] = vocabulary_identity(tokenizer)
+    write_expert(expert, tmp_path / "tokenizer.expert")
+    with torch.no_grad():
+        base.transformer.h[0].mlp.c_fc.weight[0, 0] += 1e-3
+    save_expert(start_expert(base, 8), tmp_path / "base.expert", statistics=expert.statistics)
+    (tmp_path / "file.expert").write_bytes((folder / "law.expert").read_bytes()[:-100])
+    there = set(tmp_path.iterdir())
+    for kind, message in {
+        "base": "must be of this base",
+        "tokenizer": "experts must be of one tokenizer",
+        "file": "must be a whole safetensors file",
+    }.items():
+        for first in (["{}/med.expert"], ["--add", "{}/of_med"]):
+            with pytest.raises(ValueError, match=message):
+                compose(folder, str(tmp_path / f"{kind}.expert"), *first, "--output_dir", str(tmp_path / "mix"))
+            assert set(tmp_path.iterdir()) == there
+
+
+def test_a_changed_centre(folder: Path, tmp_path: Path) -> None:
+    """The base's folder now holds other weights than those the experts were trained beside."""
+    base, tokenizer = load_stand_in("gpt2")
+    with torch.no_grad():
+        base.transformer.h[2].mlp.c_proj.weight *= 1.01
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    for words in ([str(folder / "law.expert")], [str(folder / "law.expert"), "--merge"]):
+        with pytest.raises(ValueError, match="whose weights are not bit for bit those of this GPT2LMHeadModel"):
+            command.command([str(tmp_path / "base"), *words, "--output_dir", str(tmp_path / "mix")])
+    assert [place.name for place in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.fixture
+def novel(tmp_path: Path) -> Path:
+    """A folder with running text."""
+    (tmp_path / "novel").mkdir()
+    for split in ("train", "validation", "test"):
+        (tmp_path / "novel" / f"{split}.txt").write_text("The sea was calm, and the ship went on its way.\n" * 100)
+    return tmp_path / "novel"
+
+
+def test_from_texts_to_a_mixture(novel: Path, folder: Path, tmp_path: Path) -> None:
+    flags = ["--model", "gpt2", "--data_dir", str(novel), "--max_source_length", "32", "--max_steps", "2", "--use_cpu"]
+    flags += ["--learning_rate", "1e-2", "--weight_decay", "0.1", "--neurons", "16"]
+    assert not run(["train", *flags, "--expert", "a", "--output_dir", str(tmp_path / "a")])
+    expert = load_expert(tmp_path / "a" / "a.expert")
+    assert (expert.facts["training"]["steps"], expert.neurons) == (2, 16)
+    assert any(value.any() for name, value in expert.weights.items() if name.endswith("down"))
+    assert expert.facts["base"] == base_identity(load_stand_in("gpt2")[0])
+    files = [str(tmp_path / "a" / "a.expert"), str(folder / "law.expert")]
+    assert not run(["compose", BASE, *files, "--output_dir", str(tmp_path / "mix"), "--top_k", "1"])
+    mixture = load_mpoe(tmp_path / "mix")
+    assert (mixture.config.mpoe_experts, mixture.mpoe_config.top_k) == (["a", "law", "none"], 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--expert", "a/b"], "expert must be a name"),
+        (["--expert", "a", "--num_experts", "2"], "num_experts is for mixtures"),
+        (["--expert", "a", "--baseline", "dense"], "baseline is for mixtures"),
+        (["--expert", "a", "--model", "{}"], "expert needs a dense language model"),
+    ],
+)
+def test_training_that_is_refused(novel: Path, tmp_path: Path, words: list[str], message: str) -> None:
+    convert_to_mpoe(load_stand_in("gpt2")[0]).save_pretrained(tmp_path / "mixture")
+    words = [word.format(tmp_path / "mixture") for word in words]
+    with pytest.raises(CommandError, match=message):
+        train.command(["--data_dir", str(novel), "--output_dir", str(tmp_path / "run"), "--use_cpu", *words])
+    assert not (tmp_path / "run").exists()

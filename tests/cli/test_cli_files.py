@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mpoe.cli import files
+from mpoe.models import weight_files
 
 
 def save(folder: Path, text: str, *names: str) -> None:
@@ -67,12 +68,12 @@ def test_convert_that_fails_while_saving_leaves_no_model(cli, tmp_path: Path, mo
 
 def test_text_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "report.html"
-    files.write_text(file, "old")
+    weight_files.write_text(file, "old")
 
     def full(descriptor: int) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(weight_files.os, "fsync", full)
     with pytest.raises(OSError, match="disk full"):
-        files.write_text(file, "new")
+        weight_files.write_text(file, "new")
     assert file.read_text() == "old"

@@ -12,8 +12,7 @@ import torch
 from transformers import AutoConfig, GPT2LMHeadModel, T5ForConditionalGeneration
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe
-from mpoe.estimation.costs import Usage, model_costs
-from mpoe.estimation.inventory import take_inventory
+from mpoe.estimation import Usage, model_costs, take_inventory
 
 DESIGNS = ("mpoe", "switch", "dense")
 T5 = {"model_type": "t5", "d_model": 64, "d_ff": 128, "num_layers": 2, "num_heads": 2, "d_kv": 32, "vocab_size": 100}

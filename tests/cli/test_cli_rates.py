@@ -12,7 +12,7 @@ import mpoe.cli.train as train
 from mpoe.cli.errors import CommandError
 from mpoe.cli.pretrained import Source, find
 from mpoe.cli.settle import settle_experts, settle_rate
-from mpoe.training.rate_search import find_rate
+from mpoe.training.rates import find_rate
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_where_there_is_no_shape_to_speak_of(planned, capsys: pytest.CaptureFixt
 def test_a_rate_that_is_searched_for_is_recorded_and_kept(
     cli, refused, sentiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mpoe.training.rate_search.find_rate", partial(find_rate, steps=3))
+    monkeypatch.setattr("mpoe.training.rates.find_rate", partial(find_rate, steps=3))
     flags = ["train", "--model", "t5", "--data_dir", sentiment, "--max_steps", 1, "--num_experts", 2, "--use_cpu"]
     flags += ["--per_device_train_batch_size", 2, "--find_rate", "--output_dir", tmp_path / "run"]
     assert "give --find_rate or --learning_rate, not both" in refused(*flags, "--learning_rate", 1e-3)

@@ -1,4 +1,4 @@
-"""`mpoe train`: a tiny run from start to end, resumed, evaluated and used."""
+"""`mpoe train`: a tiny run from start to end, resumed, evaluated and used; adapters; going on from earlier runs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mpoe import MPOEConfig, convert_to_mpoe
+from mpoe import MPOEConfig, convert_to_mpoe, freeze_all_but_experts
+from mpoe.cli.evaluate import command as evaluate
 from mpoe.cli.main import run
-from mpoe.data.embedded import load_stand_in
+from mpoe.cli.train import command as train
+from mpoe.data.embedded import load_stand_in, stand_in_path
+from mpoe.models.report import parameter_kind
 from mpoe.training import read_metrics
 
+from ..models.tiny_models import tiny_model
 from .cli_data import write_sentiment
 
 BASE = ["--max_steps", 3, "--per_device_train_batch_size", 4, "--learning_rate", 1e-3, "--num_experts", 2]
@@ -234,3 +238,78 @@ def test_a_diverged_run_publishes_nothing(cli, refused, sentiment: Path, tmp_pat
 
     cli(*flags, "--max_steps", 3, "--output_dir", tmp_path / "allowed", "--allow_non_finite")
     assert (tmp_path / "allowed" / "results.json").exists()
+
+
+DENSE = {"expert_type": "dense"}
+
+
+@pytest.mark.parametrize("config", [{}, {"shape": "separable"}, {"shape": "paper", "target_modules": ["ffn"]}, DENSE])
+def test_what_trains(config: dict) -> None:
+    model = convert_to_mpoe(load_stand_in("gpt2")[0], MPOEConfig(num_experts=2, **config))
+    count = freeze_all_but_experts(model)
+    assert count == model.parameter_report()["trainable"] > 0
+    kinds = parameter_kind(model)
+    for name, parameter in model.named_parameters():
+        inside = {"experts", "router"} & set(name.split("."))
+        assert parameter.requires_grad == bool(inside), name
+        assert inside or kinds[name] in ("central", "rest"), name
+
+
+@pytest.mark.parametrize(("family", "name"), [("mixtral", "MixtralForCausalLM"), ("phimoe", "PhimoeForCausalLM")])
+@pytest.mark.parametrize("existing", ["keep", "mpo"])
+def test_of_a_mixture(family: str, name: str, existing: str) -> None:
+    dense = tiny_model(family, name)
+    config = MPOEConfig(num_experts=4, existing_experts="mpo")
+    model = convert_to_mpoe(dense, config) if existing == "mpo" else dense
+    assert freeze_all_but_experts(model)
+    trained = {part for n, p in model.named_parameters() if p.requires_grad for part in n.split(".")}
+    assert "experts" in trained
+    assert trained & {"gate", "router"}
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "self_attn" in n)
+
+
+def test_a_dense_model_has_none() -> None:
+    with pytest.raises(ValueError, match=r"model must have experts .*; GPT2LMHeadModel has none"):
+        freeze_all_but_experts(load_stand_in("gpt2")[0])
+
+
+def test_of_the_command(sentiment: Path, tmp_path: Path) -> None:
+    flags = ["--max_steps", "2", "--num_experts", "2", "--learning_rate", "1e-3", "--use_cpu", "--adapter"]
+    run(["train", "--model", "t5", "--data_dir", str(sentiment), *flags, "--output_dir", str(tmp_path / "run")])
+    before, after = (load_file(folder / "model.safetensors") for folder in (stand_in_path("t5"), tmp_path / "run"))
+    assert all(torch.equal(value, after[name]) for name, value in before.items() if name in after)
+    blocks = [value[0, 0] for name, value in after.items() if name.endswith("auxiliary.left")]
+    assert not any(torch.equal(block, torch.eye(len(block))) for block in blocks)
+    parameters = json.loads((tmp_path / "run" / "results.json").read_text())["parameters"]
+    assert parameters["trainable"] == parameters["auxiliary"] + parameters["router"]
+
+
+def test_runs_report_and_go_on_from_earlier_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one", "other"):
+        write_sentiment(tmp_path / "data" / name)
+    first, second = tmp_path / "first", tmp_path / "second"
+    data = ["--data_dir", tmp_path / "data", "--eval_tasks", "other", "--n_val", 4]
+    common = ["--per_device_train_batch_size", 4, "--max_steps", 1, "--use_cpu", "--disable_tqdm", "true"]
+    flags = [*data, "--tasks", "one", *common, "--num_experts", 2]
+    reports = ["--compute_time", "--compute_memory", "--print_num_parameters"]
+    train([str(flag) for flag in [*flags, *reports, "--output_dir", first]])
+    out = capsys.readouterr().out
+    assert all(words in out for words in ("trainable", "per step of 4 items", "most memory used"))
+    results = json.loads((first / "results.json").read_text())
+    assert set(results["validation"]) == {"other"}
+    assert results["time"]["seconds_per_step"] > 0
+    assert results["memory"]["peak_bytes"] > 0
+
+    (first / "config.json").rename(first / "config.away")  # as after a kill: no final model, but a checkpoint
+    go_on = [*data, "--tasks", "one", *common, "--load_experiment", first, "--learning_rate", 1e-12]
+    train([str(flag) for flag in [*go_on, "--output_dir", second]])
+    again = json.loads((second / "results.json").read_text())
+    assert again["model"] == str(first / "checkpoint-1")
+    assert again["class"] == "MPOET5ForConditionalGeneration"
+    evaluation = [r for r in read_metrics(second) if "eval_loss" in r][-1]
+    assert evaluation["eval_loss"] == pytest.approx(
+        [r for r in read_metrics(first) if "eval_loss" in r][-1]["eval_loss"]
+    )
+
+    flags = ["--load_experiment", second, "--split", "validation", *data]
+    assert evaluate([str(flag) for flag in flags]) == again["validation"]

@@ -1,20 +1,75 @@
-"""Every command and example of the pages in docs/ runs, and the pages know every public name."""
+"""Commands and examples of the README and of docs/ run, on small data; what pages list is what there is."""
 
 from __future__ import annotations
 
+import math
+import os
 import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import mpoe
 import mpoe.data
 import mpoe_kernels
+from mpoe import MPOEConfig, load_mpoe
+from mpoe.cli.plan import count, scaled
+from mpoe.data.embedded import stand_in_path
 from mpoe.data.tasks import standard_specs
+from mpoe.estimation import Usage, model_costs, take_inventory
 
-from .cli_documents import blocks, run_commands, run_python, write_files
+INSTALL = "python -m pip install"  # CI runs these as they stand
+LAUNCH = "torchrun"  # several processes: slow, below
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+def blocks(text: str, language: str) -> list[str]:
+    """Fenced blocks of a page; those under a `<!-- run: ... -->` mark belong to CI."""
+    found = re.findall(rf"(<!-- run: \w+ -->\n)?```{language}\n(.*?)```", text, flags=re.S)
+    return [block for mark, block in found if not mark]
+
+
+def run_commands(cli: Callable[..., Any], text: str) -> set[str]:
+    """Every `mpoe` command of a page, with small models and few steps; returns the names of those that ran."""
+    ran = set()
+    for line in "".join(blocks(text, "bash")).splitlines():
+        if not line.strip() or INSTALL in line or line.startswith(LAUNCH):
+            continue
+        program, command, *arguments = shlex.split(line, comments=True)
+        assert program == "mpoe", line
+        names = {"path/to/t5"} | ({"t5-base"} if command == "convert" else set())
+        arguments = [str(stand_in_path("t5")) if a in names else a for a in arguments]
+        if command == "train":
+            arguments[arguments.index("--max_steps") + 1] = "2"
+            arguments += ["--per_device_train_batch_size", "4", "--use_cpu"]
+        if command == "bench":
+            arguments += ["--scale", "tiny", "--overwrite", "--minutes", ".001"]  # tests/bench measures
+        cli(command, *arguments)
+        ran.add(command)
+    return ran
+
+
+def write_files(text: str, folder: Path) -> None:
+    """Every YAML block of a page, into the file that its first line names: ``# my_tasks.yaml``."""
+    for block in blocks(text, "yaml"):
+        (folder / block.split("\n", 1)[0].removeprefix("# ")).write_text(block, encoding="utf-8")
+
+
+def run_python(text: str) -> dict[str, Any]:
+    """The Python blocks of a page, one after the other in one namespace, on our tiny T5."""
+    names: dict[str, Any] = {}
+    for block in blocks(text, "python"):
+        exec(block.replace('"t5-base"', repr(str(stand_in_path("t5")))), names)
+    return names
+
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 
 
@@ -50,3 +105,148 @@ def test_every_public_name_is_described(page: str, package) -> None:
     # What converted models inherit, and what stands in modules of its own.
     elsewhere = {"MPOEModelMixin", "solve_routers", "split_hidden_experts", "update_correction_bias"}
     assert described - elsewhere == set(package.__all__) - {"__version__"}
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_commands(cli, sentiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sentiment.rename(tmp_path / "my_folder")
+    assert run_commands(cli, README) == {"train", "plan"}
+
+
+def test_links_lead_somewhere() -> None:
+    links = [target for target in re.findall(r"\]\(([^)]+)\)", README) if "://" not in target]
+    assert len(links) >= 10
+    assert all((ROOT / link).exists() for link in links)
+
+
+def test_one_screen_and_a_half() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 75
+    assert all(len(line) <= 120 for line in lines if not line.startswith("|"))
+
+
+def test_it_says_so_until_a_gpu_was_measured() -> None:
+    """`bench/gpu.sh` leaves a list of its parts beside its report."""
+    visits = list((ROOT / "bench" / "results").glob("*/visit.md"))
+    assert ("nothing was measured on a GPU yet" in " ".join(README.split())) == (not visits)
+
+
+def test_python_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_python(README)
+    assert (tmp_path / "my-mpoe-t5" / "model.safetensors").is_file()
+    assert "auxiliary" in capsys.readouterr().out
+
+
+def listed_folders() -> list[str]:
+    """Folders of the tree, as paths."""
+    tree = CONTRIBUTING.partition("<!-- tree:")[2].partition("```text\n")[2].partition("```")[0]
+    paths, package = [], ""
+    for line in tree.splitlines():
+        name = line.split()[0].rstrip("/")
+        package = package if line.startswith("  ") else name
+        paths.append(name if name == package else f"{package}/{name}")
+    return paths
+
+
+def test_the_tree_is_the_real_one() -> None:
+    listed = listed_folders()
+    for package in ("mpoe", "mpoe_kernels"):
+        inside = {f"{package}/{path.parent.name}" for path in (ROOT / package).glob("*/__init__.py")}
+        assert inside == {path for path in listed if path.startswith(f"{package}/")}
+    assert all((ROOT / path).is_dir() for path in listed)
+
+
+def test_the_tree_is_whole(lacks) -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    if not tracked:
+        lacks("not a checkout of git")
+    folders = {file.partition("/")[0] for file in tracked if "/" in file and not file.startswith(".")}
+    assert folders == {path for path in listed_folders() if "/" not in path}
+
+
+PAGE = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+LINES = [line for block in blocks(PAGE, "bash") for line in block.splitlines()]
+
+
+def all_reduce(size: float, nodes: int, gpus: int) -> tuple[float, float]:
+    """Bytes that a device sends inside its node and to other nodes, so that ``size`` bytes are summed over all."""
+    return 2 * (gpus - 1) / gpus * size, 2 * (nodes - 1) / nodes * size / gpus
+
+
+def sizes_of(experts: int, nodes: int, gpus: int = 8, tokens: int = 4096) -> dict[str, list[str]]:
+    """The table's cells by design, by the page's formulas from the parameters that `mpoe plan` counts."""
+    usage = Usage({"encoder": tokens, "decoder": tokens}, torch.bfloat16, training=True)
+    costs = model_costs(take_inventory("t5-large"), MPOEConfig(num_experts=experts, shape="separable"), usage)
+    whole = costs["totals"]["whole"]
+    mpoe, switch = whole["mpoe"]["parameters"], whole["switch"]["parameters"]
+    dense = costs["totals"]["feed_forward"]["dense"]["parameters"]
+    slower = 1 if nodes > 1 else 0  # the link between nodes, or inside the only one
+    group = math.gcd(experts, nodes * gpus)
+    own, rest = dense * (experts // group), switch - dense * experts
+    inside = min(group, gpus)
+    sent = 4 * 48 * tokens * 1024 * 2
+    exchanged = (inside - 1) / group * sent, (group - inside) / group * sent
+    replicas = max(1, gpus // group)
+    shared, replicated = (
+        all_reduce(4 * rest, nodes, gpus),
+        all_reduce(4 * own, nodes * gpus // group // replicas, replicas),
+    )
+    summed, ours = shared[slower] + replicated[slower], all_reduce(4 * mpoe, nodes, gpus)[slower]
+    even = max(0.0, (ours - summed) / exchanged[slower]) * tokens
+
+    def row(parameters: int, exchanged: float, gradients: float) -> list[str]:
+        return [count(parameters), scaled(16 * parameters, "B"), scaled(exchanged, "B"), scaled(gradients, "B")]
+
+    return {
+        "MPOE": [*row(mpoe, 0, ours), ""],
+        f"Switch over {group}": [*row(own + rest, exchanged[slower], summed), f"{even:,.0f}"],
+    }
+
+
+def test_the_table_is_what_its_formulas_give() -> None:
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if row[0] in ("64", "512")]
+    assert len(rows) == 7
+    for experts, devices, design, *cells in rows:
+        nodes = 512 if devices == "any" else int(devices.replace(",", "")) // 8
+        assert sizes_of(int(experts), nodes)[design] == cells
+
+
+def launch(folder: Path, example: bool) -> str:
+    """Run a launch line as it stands on the page, with few steps and small batches; returns what it printed."""
+    launches = [line for line in LINES if line.startswith(LAUNCH)]
+    assert sorted("examples/" in line for line in launches) == [False, True]
+    arguments = next(shlex.split(line)[1:] for line in launches if ("examples/" in line) == example)
+    if example:
+        arguments = [str(ROOT / a) if a.startswith("examples/") else a for a in arguments] + ["3"]
+    else:
+        arguments[arguments.index("--max_steps") + 1] = "2"
+        arguments += ["--per_device_train_batch_size", "4", "--use_cpu"]
+    answer = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert answer.returncode == 0, answer.stderr
+    saved = folder / next(a for a in arguments if a.startswith("runs/"))
+    assert type(load_mpoe(saved)).__name__ == "MPOET5ForConditionalGeneration"
+    return answer.stdout
+
+
+@pytest.mark.slow
+def test_the_launch_line_runs(sentiment: Path, tmp_path: Path) -> None:
+    sentiment.rename(tmp_path / "my_folder")
+    launch(tmp_path, example=False)
+    assert (tmp_path / "runs" / "two" / "results.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_launch_line_of_the_sharded_loop_runs(tmp_path: Path) -> None:
+    assert len(re.findall(r"step \d: loss \d", launch(tmp_path, example=True))) == 2

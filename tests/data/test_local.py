@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from mpoe.data.detect import load_task_from_folder
 from mpoe.data.documentation import SPLITS
 from mpoe.data.spec import regression_text
 from mpoe.data.tables import read_table
 from mpoe.data.task import Example
+from mpoe.data.tasks import load_task_from_folder
 
 ROWS = [{"idx": i, "sentence": f"sentence {i}", "label": i % 2} for i in range(6)]
 

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
-from mpoe.data.detect import detect_hub_task
 from mpoe.data.spec import HubData
 from mpoe.data.task import Example
-from mpoe.data.tasks import STANDARD, find_spec, get_task, load_task, standard_specs
+from mpoe.data.tasks import STANDARD, detect_hub_task, find_spec, get_task, load_task, standard_specs
 
 GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
 SUPERGLUE = ("superglue-boolq", "superglue-cb", "superglue-rte")

@@ -1,17 +1,28 @@
-"""Tasks: the embedded ones carry no leak, the registry refuses well, scores follow from texts."""
+"""Tasks: embedded ones carry no leak, the registry refuses well; what a few lines of YAML or Python describe."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from mpoe.data.doc_tasks import FAMILIES, MASK, TELLING, family_of, kind_items, mask_names, module_items, name_items
-from mpoe.data.documentation import DocRecord
+from mpoe.data.documentation import DocRecord, load_documentation
+from mpoe.data.spec import HubData, TaskSpec
 from mpoe.data.splits import split_validation_test, with_subsets, with_validation_test_split
 from mpoe.data.task import Example, Task, subset
-from mpoe.data.tasks import average_score, get_task, register_task, task_names
+from mpoe.data.tasks import (
+    average_score,
+    get_task,
+    load_task,
+    read_task_file,
+    register_task,
+    standard_specs,
+    task_names,
+)
 
 TEXT_TASKS = ("doc_kind", "doc_module", "doc_name")
 
@@ -33,7 +44,7 @@ def tiny_task(name: str = "tiny", **changes) -> Task:
 
 
 @pytest.mark.parametrize("name", TEXT_TASKS)
-def test_embedded_splits_share_no_source_text(documentation, name):
+def test_embedded_splits_share_no_source_text(name):
     task = get_task(name)
     train, validation, test = task.train(), task.validation(), task.test()
     sources = [{e.source.lower() for e in items} for items in (train, validation, test)]
@@ -45,19 +56,19 @@ def test_embedded_splits_share_no_source_text(documentation, name):
     assert task.train() == train
 
 
-def test_embedded_tasks_hold_out_over_two_thousand_items(documentation):
+def test_embedded_tasks_hold_out_over_two_thousand_items():
     assert sum(len(get_task(name).test()) for name in TEXT_TASKS) >= 2000
 
 
 @pytest.mark.parametrize("name", ["doc_kind", "doc_module"])
-def test_no_label_dominates_the_held_out_items(documentation, name):
+def test_no_label_dominates_the_held_out_items(name):
     counts = Counter(e.target for e in get_task(name).test())
     assert set(counts) <= set(get_task(name).labels)
     assert max(counts.values()) / sum(counts.values()) < 0.45
     assert len(counts) >= 4
 
 
-def test_doc_module_shows_no_name_of_its_module(documentation):
+def test_doc_module_shows_no_name_of_its_module():
     hidden = {word.lower() for word in TELLING}
     for example in get_task("doc_module").test():
         words = set(example.source.removeprefix("subject of: ").lower().replace(".", " ").split())
@@ -65,7 +76,8 @@ def test_doc_module_shows_no_name_of_its_module(documentation):
         assert example.target not in words
 
 
-def test_doc_lm_never_shows_a_held_out_object(documentation):
+def test_doc_lm_never_shows_a_held_out_object():
+    documentation = load_documentation()
     held_out = {r.name for r in documentation.split("test")}
     assert not any(e.source.split("\n", 1)[0] in held_out for e in get_task("doc_lm").train())
 
@@ -180,3 +192,187 @@ def test_test_half_of_validation_leaks_nothing():
     assert len(task.validation()) == len(task.test()) == 5
     assert not set(task.validation()) & set(task.test())
     assert len(task.train()) == 2
+
+
+YAML = """
+review:
+  template: "is this good? {sentence}"
+  label_words: {0: bad, 1: good, n: bad, "?": null}
+  metrics: [accuracy, f1]
+  data_dir: my_folder
+  max_target_length: 4
+grade:
+  template: "{title}: how good? {sentence}"
+  label_column: stars
+  kind: regression
+headline:
+  template: "shorten: {body}"
+  label_column: title
+  kind: generation
+  metrics: [rouge_l, bleu]
+prose: {template: "{text}", kind: language_modeling}
+"""
+
+
+def write(folder: Path, **splits: list[dict]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, rows in splits.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def rows(size: int) -> list[dict]:
+    return [{"sentence": f"sentence {i}", "label": i % 2} for i in range(size)]
+
+
+def test_yaml_and_python_describe_the_same(tmp_path: Path) -> None:
+    (tmp_path / "tasks.yaml").write_text(YAML)
+    specs = read_task_file(tmp_path / "tasks.yaml")
+    assert list(specs) == ["review", "grade", "headline", "prose"]
+    python = TaskSpec(
+        name="review",
+        template="is this good? {sentence}",
+        label_words={0: "bad", True: "good", "n": "bad", "?": None},
+        metrics=("accuracy", "f1"),
+        data_dir=str(tmp_path / "my_folder"),  # relative to the file, there
+        max_target_length=4,
+    )
+    assert specs["review"] == python
+    assert (python.kind, python.labels, python.columns) == ("classification", ("bad", "good"), ("sentence",))
+    (tmp_path / "tasks.json").write_text(json.dumps({"prose": {"template": "{text}", "kind": "language_modeling"}}))
+    assert read_task_file(tmp_path / "tasks.json")["prose"] == specs["prose"]
+    for spec in (*specs.values(), *standard_specs().values()):
+        again = TaskSpec.from_mapping(spec.name, json.loads(json.dumps(spec.to_mapping())))
+        assert again == spec
+        assert list(again.label_words.items()) == list(spec.label_words.items())  # their order tells the positive one
+
+    data = [*rows(4), {"sentence": "odd", "label": "?"}, {"sentence": "no", "label": "n"}]
+    write(tmp_path / "my_folder", train=data, dev=rows(2), test=rows(2))
+    task = load_task(python)
+    assert [example.target for example in task.train()] == ["bad", "good", "bad", "good", "bad"]
+    assert task.train()[0] == Example("is this good? sentence 0", "bad")
+    assert task.score(["good", "bad"], ["good", "good"]) == {"accuracy": 0.5, "f1": pytest.approx(2 / 3)}
+
+
+def test_every_kind_of_task(tmp_path: Path) -> None:
+    (tmp_path / "tasks.yaml").write_text(YAML)
+    specs = read_task_file(tmp_path / "tasks.yaml")
+    row = {"title": "A", "body": "b {c}", "sentence": "s", "stars": 3.51, "text": " t "}
+    assert specs["grade"].example(row, "row 1") == Example("A: how good? s", "3.6")
+    assert specs["headline"].example(row, "row 1") == Example("shorten: b {c}", "A")  # braces of the data stay
+    assert specs["prose"].example(row, "row 1") == Example("t")
+    assert specs["prose"].example({"text": " "}, "row 1") is None
+    assert (specs["grade"].metrics, specs["headline"].metrics) == (("pearson", "spearman"), ("rouge_l", "bleu"))
+
+
+def test_cells_may_hold_lists_and_mappings() -> None:
+    spec = TaskSpec("t", "{q} {c.text.1} {a.b}", label_column="t.en", kind="generation")
+    row = {"q": "which", "c": {"text": ["x", "y"]}, "a.b": "as it stands", "t": {"en": "yes"}}
+    assert spec.example(row, "row 0") == Example("which y as it stands", "yes")
+    for broken in ({**row, "c": {"text": ["x"]}}, {**row, "c": {"words": []}}, {**row, "c": "text"}):
+        with pytest.raises(ValueError, match=r"row 0: column 'c\.text\.1' is missing, which template of task t asks"):
+            spec.example(broken, "row 0")
+    with pytest.raises(ValueError, match="column 't' must hold a text or a number; got"):
+        TaskSpec("t", "{t}", kind="language_modeling").example(row, "row 0")
+
+
+def test_registered_in_a_few_lines(tmp_path: Path) -> None:
+    write(tmp_path / "data", train=rows(40), test=rows(4))
+    spec = TaskSpec("few_lines", "good? {sentence}", label_words={0: "no", 1: "yes"}, data_dir=str(tmp_path / "data"))
+    register_task(spec, replace=True)
+    task = get_task("few_lines")
+    validation = {example.source for example in task.validation()}  # no file of its own: out of the training items
+    assert len(validation) == 4
+    assert len(task.train()) == 36
+    assert not validation & {example.source for example in task.train()}
+    assert task.validation() == get_task("few_lines").validation()
+    with pytest.raises(ValueError, match="a task named 'rte' is registered already"):
+        register_task(TaskSpec("rte", "{a}", kind="language_modeling"))
+
+
+def test_headers_and_names_of_files_differ(tmp_path: Path) -> None:
+    folder = tmp_path / "task"
+    folder.mkdir()
+    (folder / "train.tsv").write_text('a\t1\tsay "hi\nb\t0\tsay\tho\tho\nc\t0\tsay ho\n')  # no header
+    (folder / "dev.tsv").write_text("id\tQuality\ttext\nd\t1\tyes\n")
+    fields = {"template": "{text}?", "label_words": {0: "no", 1: "yes"}, "renamed_columns": {"Quality": "label"}}
+    spec = TaskSpec.from_mapping("t", {**fields, "column_names": ["id", "label", "text"], "skip_malformed": True})
+    with pytest.warns(UserWarning, match=r"train\.tsv: left out 1 lines"):
+        task = load_task(spec, folder)
+    assert task.train() == (Example('say "hi?', "yes"), Example("say ho?", "no"))
+    assert task.validation() == (Example("yes?", "yes"),)
+    strict = TaskSpec.from_mapping("t", {**fields, "column_names": ["id", "label", "text"]})
+    with pytest.raises(ValueError, match=r"train\.tsv, line 2: expected 3 columns \(id, label, text\); got 5"):
+        load_task(strict, folder)
+
+
+def test_wikitext_folders(tmp_path: Path) -> None:
+    for split in ("train", "valid", "test"):
+        text = " \n = Title = \n \n The first paragraph . \n goes on \n \n = = Part = = \n \n Another . \n"
+        (tmp_path / f"wiki.{split}.raw").write_text(text)
+    spec = TaskSpec("wiki", "{text}", kind="language_modeling")
+    sources = [example.source for example in load_task(spec, tmp_path).validation()]
+    assert sources == ["= Title =", "The first paragraph . goes on", "= = Part = =", "Another ."]
+
+
+GOOD = {"template": "{a}", "label_words": {0: "no", 1: "yes"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"templat": "x"}, r"unknown field of task t 'templat': did you mean template"),
+        ({"template": "no column"}, "template of task t must name columns in braces.*got 'no column'"),
+        ({"template": "{a} {b"}, "template of task t must name columns in braces"),
+        ({"template": 3}, "template of task t must be a text; got 3"),
+        ({"metrics": ["acuracy"]}, "unknown metric 'acuracy': did you mean accuracy"),
+        ({"metrics": ["bleu"]}, "metrics of a classification task must be among .*got 'bleu' for t"),
+        ({"metrics": "f1"}, "metrics of task t must be a list of texts; got 'f1'"),
+        ({"label_words": {0: "no"}}, "label_words of task t must give at least two different words"),
+        ({"label_words": {0: False, 1: "yes"}}, r"label_words of task t must be texts; got False .*YAML reads yes, no"),
+        ({"label_words": {}}, "kind of task t must be one of classification.*got ''"),
+        ({"label_words": {}, "kind": "classification"}, "label_words of task t must give at least two .*got none"),
+        ({"label_words": ["no", "yes"]}, "label_words of task t must be a mapping"),
+        ({"kind": "ranking"}, "kind of task t must be one of classification.*got 'ranking'"),
+        ({"max_target_length": 0}, "max_target_length of task t must be >= 1; got 0"),
+        ({"max_target_length": "8"}, "max_target_length of task t must be a whole number; got '8'"),
+        ({"hidden_test": 1}, "hidden_test of task t must be true or false; got 1"),
+        ({"hub": {"config": "x"}}, "hub of task t must be a data set's name, or a mapping with its path"),
+        ({"hub": {"path": "x", "confg": "y"}}, "unknown field of hub of task t 'confg': did you mean config"),
+    ],
+)
+def test_refusals_name_field_and_file(tmp_path: Path, changes: dict, message: str) -> None:
+    (tmp_path / "tasks.json").write_text(json.dumps({"t": {**GOOD, **changes}}))
+    with pytest.raises(ValueError, match=r"tasks\.json: .*" + message):
+        read_task_file(tmp_path / "tasks.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("absent.yaml", None, "task file not found"),
+        ("t.txt", "a: 1", r"the task file must be a \.json, \.yaml or \.yml file"),
+        ("t.yaml", "", "expected at least one task; got none"),
+        ("t.yaml", "- a", "expected a mapping of names to values; got list"),
+        ("t.yaml", "a: 1", "task a must be a mapping of fields to values; got int"),
+        ("t.yaml", "a: {b", r"t\.yaml, line 1, column 6: bad YAML"),
+        ("t.yaml", "two words: {template: '{a}', kind: generation}", "name must be letters, digits"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_task_file(tmp_path / name)
+
+
+def test_tasks_without_data(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="task movie_sentiment comes without data: give data_dir, a folder that holds"):
+        get_task("movie_sentiment")
+    with pytest.raises(ValueError, match="data_dir must be an existing folder"):
+        load_task(TaskSpec("t", "{a}", kind="generation"), tmp_path / "absent")
+    hidden = TaskSpec("t", "{sentence}", label_words={0: "no", 1: "yes"}, hidden_test=True, hub="x")
+    assert hidden.hub == HubData("x")
+    write(tmp_path / "t", train=rows(2), dev=rows(2), test=[{"sentence": "no label here"}])
+    with pytest.raises(ValueError, match="test labels of task t are not public; use split_validation_test"):
+        load_task(hidden, tmp_path / "t").test()

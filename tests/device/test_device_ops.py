@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,12 +15,11 @@ from mpoe_kernels.backends import BACKENDS
 from mpoe_kernels.contract import BlockDims, contraction
 from mpoe_kernels.contract.program import PHASES
 from mpoe_kernels.linear.ffn import placed_mpo_linear
-from mpoe_kernels.reference import grouped_mpo_linear_reference, mpo_embedding_reference
+from mpoe_kernels.reference import mpo_embedding_reference
 from tests.assertions import assert_calibrated
 from tests.cases import SMALL_SHAPES
-from tests.linear_problem import planned_strategies
+from tests.linear_problem import Product, check_ffn, planned_strategies
 
-NAMES = ("y", "dx", "dleft", "dcentral", "dright", "dbias")
 # A shape of every kind: on tiles that are never full, and, large, on many full ones.
 LARGE = {"paper": MPOShape.paper(768, 3072, max_bond=32), "separable": MPOShape.separable(768, 3072)}
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -48,34 +46,11 @@ def strategies_of(backend: str, shape: MPOShape, dtype: torch.dtype, device: tor
 
 
 def check_linear(
-    backend: str, strategy: str, shape: MPOShape, dtype: torch.dtype, device: torch.device, **options
+    backend: str, strategy: str, shape: MPOShape, dtype: torch.dtype, device: torch.device, **options: Any
 ) -> None:
-    """Forward and backward with bias and ReLU; the reference in the same dtype sets what is allowed."""
-    tokens, experts = options.get("tokens", 37), options.get("experts", 5)
-    routing = make_routing(tokens, experts, options.get("kind", "zipf"), device, options.get("capacity"))
-    blocks = make_blocks(shape, experts, dtype, device)
-    x = torch.randn(tokens, shape.in_features, device=device).to(dtype)
-    bias = torch.randn(shape.out_features, device=device).to(dtype)
-
-    def run(function, kind: torch.dtype, grad: Tensor | None, activation: str | None, **more: Any) -> list[Tensor]:
-        leaves = [t.detach().to(kind).requires_grad_() for t in (x, blocks.left, blocks.central, blocks.right, bias)]
-        mine = MPOBlocks(*leaves[1:4], shape.in_features, shape.out_features)
-        if function is grouped_mpo_linear and options.get("inverse", True):
-            more["slot_of_token"] = routing.slot_of_token
-        rows = routing.token_of_slot
-        y = function(leaves[0], mine, routing.expert_offsets, leaves[4], row_index=rows, activation=activation, **more)
-        if grad is None or not y.requires_grad:  # the reference of no rows is a constant
-            return [y.detach(), *(torch.zeros_like(t) for t in leaves)]
-        grads = torch.autograd.grad(y, leaves, grad.to(kind), allow_unused=True)
-        return [y.detach(), *(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True))]
-
-    z = run(grouped_mpo_linear_reference, torch.float64, None, None)[0]
-    grad = torch.randn(z.shape, device=device).to(dtype) * (z.abs() > 0.1)  # rounding must not decide ReLU's side
-    truth = run(grouped_mpo_linear_reference, torch.float64, grad, "relu")
-    same = run(grouped_mpo_linear_reference, dtype, grad, "relu")
-    actual = run(grouped_mpo_linear, dtype, grad, "relu", backend=backend, strategy=strategy)
-    for name, found, exact, plain in zip(NAMES, actual, truth, same, strict=True):
-        assert_calibrated(found, exact, plain, f"{name} ({strategy})", 3)
+    """Forward and backward with bias and ReLU; the op is told which slots read a token."""
+    options = {"tokens": 37, "experts": 5, "top_k": 1, "activation": "relu", "inverse": True, **options}
+    Product(shape, dtype, backend=backend, device=device, **options).check(strategy, factor=3)
 
 
 @dtypes
@@ -169,56 +144,14 @@ def test_embedding(rows: int, device: torch.device) -> None:
         assert_calibrated(found, exact, plain, name, 3)
 
 
-# ------------------------------------------------------------------ both projections of a gated network
-
-GATED = ("y", "dx", "dbias", "dleft", "dcentral", "dright", "dgate_left", "dgate_central", "dgate_right")
-
-
-def check_gated(backend: str, shape: MPOShape, dtype: torch.dtype, device: torch.device) -> None:
-    """Forward and backward with bias and SiLU; some experts are idle, some slots empty."""
-    tokens, experts = 37 if shape in SMALL_SHAPES.values() else 300, 5
-    routing = make_routing(tokens, experts, "some_idle", device, capacity=tokens // 4)
-    blocks = [make_blocks(shape, experts, dtype, device) for _ in range(2)]
-    x = torch.randn(tokens, shape.in_features, device=device).to(dtype)
-    bias = torch.randn(shape.out_features, device=device).to(dtype)
-    inputs = [x, bias, *(t for each in blocks for t in (each.left, each.central, each.right))]
-    sizes = shape.in_features, shape.out_features
-    offsets, rows = routing.expert_offsets, routing.token_of_slot
-    grad = torch.randn(rows.shape[0], shape.out_features, device=device).to(dtype)
-
-    def ours(x: Tensor, bias: Tensor, *parts: Tensor) -> Tensor:
-        up, gate = MPOBlocks(*parts[:3], *sizes), MPOBlocks(*parts[3:], *sizes)
-        where = {"row_index": rows, "slot_of_token": routing.slot_of_token, "backend": backend}
-        factor = grouped_mpo_linear(x, gate, offsets, activation="silu", **where)
-        return factor * grouped_mpo_linear(x, up, offsets, bias, **where)
-
-    def reference(x: Tensor, bias: Tensor, *parts: Tensor) -> Tensor:
-        up, gate = MPOBlocks(*parts[:3], *sizes), MPOBlocks(*parts[3:], *sizes)
-        factor = grouped_mpo_linear_reference(x, gate, offsets, row_index=rows, activation="silu")
-        return factor * grouped_mpo_linear_reference(x, up, offsets, bias, row_index=rows)
-
-    def run(function: Callable[..., Tensor], kind: torch.dtype) -> list[Tensor]:
-        leaves = [t.detach().to(kind).requires_grad_() for t in inputs]
-        y = function(*leaves)
-        return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(kind))]
-
-    truth, same = run(reference, torch.float64), run(reference, dtype)
-    for name, found, exact, plain in zip(GATED, run(ours, dtype), truth, same, strict=True):
-        assert_calibrated(found, exact, plain, name, 3)
-
-
 @dtypes
-@pytest.mark.parametrize("name", ["light", "padded", "separable"])
-def test_gated_networks(able: str, name: str, dtype: torch.dtype, device: torch.device) -> None:
-    check_gated(able, SMALL_SHAPES[name], dtype, device)
-
-
-@dtypes
-@pytest.mark.parametrize("name", LARGE)
-def test_large_gated_networks(able: str, name: str, dtype: torch.dtype, device: torch.device) -> None:
-    if device.type == "cpu":
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("name", ["light", "padded", "separable", *LARGE])
+def test_networks(able: str, name: str, gated: bool, dtype: torch.dtype, device: torch.device) -> None:
+    if name in LARGE and device.type == "cpu":
         pytest.skip("tiles are full on a GPU alone; the other tests have the CPU's sizes")
-    check_gated(able, LARGE[name], dtype, device)
+    shape, tokens = (LARGE[name], 300) if name in LARGE else (SMALL_SHAPES[name], 37)
+    check_ffn(able, shape, dtype, gated, tokens, 5, device)
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

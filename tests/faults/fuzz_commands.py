@@ -159,7 +159,7 @@ def nearly(word: str, draw: random.Random) -> str:
 COMMANDS = ("train", "evaluate", "convert", "plan", "inspect", "generate", "demo", "bench", "info")
 WEIGHTS = (6, 3, 4, 4, 3, 2, 1, 2, 0.5)
 # Where work begins that an input cannot change any more, and where it begins to take long.
-WORK = ("mpoe.cli.pretrained.load_model", "mpoe.estimation.costs.model_costs")
+WORK = ("mpoe.cli.pretrained.load_model", "mpoe.estimation.model_costs")
 LONG_WORK = (
     "mpoe.training.MPOETrainer.train",
     "mpoe.cli.demo.train_experts",

@@ -16,7 +16,7 @@ from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe, save_mpoe_only
 from mpoe.cli.options import ExpertOptions, RunOptions
 from mpoe.cli.parsing import parse
 from mpoe.cli.tasks import DataOptions
-from mpoe.data.detect import load_task_from_folder
+from mpoe.data.tasks import load_task_from_folder
 from tests.training.tiny import dense_model, mpoe_model
 
 from .fuzz import Case, odd, spoil_bytes, spoil_values

@@ -1,12 +1,11 @@
-"""Training runs killed with SIGKILL at random moments: nothing lost, and the same weights in the end.
-
-A victim claims its folder, trains twelve steps of a tiny T5 with everything random switched on, saves a checkpoint
-every three, and saves its model as the command line does. A chain of victims is killed again and again until one ends.
-"""
+"""Runs killed with SIGKILL at random moments, disks that are full or read-only: what was saved stays whole."""
 
 from __future__ import annotations
 
+import os
 import random
+import re
+import resource
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from mpoe.cli.files import model_folder
+from mpoe.cli.main import main
 from mpoe.models import load_mpoe
 from mpoe.training import checkpoints, find_last_checkpoint, prepare_output_dir, read_metrics
 from mpoe.training.output_dir import RUN_FILE
 from tests.training.tiny import make_trainer, resume_options
 
-from .processes import Child, fork
+from .processes import Child, fork, limited_files, obey_permissions
 
 STEPS = 12
 RUN = {"steps": STEPS, "family": "t5"}
@@ -128,3 +128,45 @@ def what_differs(run: Path, expected: dict[str, torch.Tensor]) -> list[str]:
         problems.append(f"metrics hold the steps {steps}")
     left = [path.name for path in run.iterdir() if path.name.startswith(".")]
     return problems + [f"{name} was left behind" for name in left]
+
+
+def straight_run(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights of a run that nobody disturbs."""
+    if fork(lambda: victim(folder / "straight"), folder / "straight.log").wait():
+        raise RuntimeError((folder / "straight.log").read_text())
+    return load_file(folder / "straight" / "model.safetensors")
+
+
+def full_disk(folder: Path, size: int, expected: dict[str, torch.Tensor]) -> list[str]:
+    """Train where no file may grow beyond ``size`` bytes, then where it may; returns problems."""
+    run, log = folder / f"full-{size}", folder / f"full-{size}.log"
+
+    def starved() -> None:
+        torch.set_num_threads(1)
+        with limited_files(size):
+            victim(run)
+
+    problems = []
+    if fork(starved, log).wait() != 1 or not re.search(
+        r"^(OSError|safetensors_rust|.*SafetensorError)", log.read_text(), re.M
+    ):
+        problems.append(f"a full disk was not noticed as an OSError: {log.read_text()[-500:]}")
+    problems += what_is_wrong(run, None)
+    last = find_last_checkpoint(run)
+    if fork(lambda: victim(run), log).wait():
+        problems.append(f"no way on after {last}: {log.read_text()[-500:]}")
+    return problems + what_differs(run, expected)
+
+
+def command_says(arguments: list[str], log: Path, size: int | None = None, as_user: bool = False) -> tuple[int, str]:
+    """Exit code and output of the command line on a full disk, or without root's rights."""
+
+    def work() -> None:
+        torch.set_num_threads(1)
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        if as_user:
+            obey_permissions()
+        with limited_files(size or resource.RLIM_INFINITY):
+            main(arguments)
+
+    return fork(work, log).wait(), log.read_text()

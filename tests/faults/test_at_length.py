@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from . import bad_calls, disks, kills, memory, races
+from . import bad_calls, kills, memory, races
 from .test_fuzz import KINDS, quiet, tried
 
 __all__ = ["quiet"]
@@ -28,10 +28,10 @@ def test_two_hundred_races(tmp_path: Path) -> None:
 
 
 def test_six_full_disks(tmp_path: Path) -> None:
-    expected = disks.straight_run(tmp_path)
+    expected = kills.straight_run(tmp_path)
     room = (tmp_path / "straight" / "model.safetensors").stat().st_size
     for number in range(6):
-        assert disks.full_disk(tmp_path, 1 + number * (2 * room - 2) // 5, expected) == []
+        assert kills.full_disk(tmp_path, 1 + number * (2 * room - 2) // 5, expected) == []
 
 
 def test_two_thousand_bad_calls(tmp_path: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
+
+import mpoe_kernels
 
 from .bad_arguments import NOT_CALLED, make_paths, starts
 from .bad_calls import LIFE, LIVES, callable_names, public_names, run_calls, stray
@@ -36,3 +40,33 @@ def test_wrong_numbers_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.faults.life_cycles.by_eager", lambda layer, x: layer(x) + 1)
     with pytest.raises(WrongNumbers, match="top-"):
         live(0)
+
+
+# Axes that may have another, or a larger, size: tokens, where no other tensor has them; features that come out.
+FREE = {
+    "MPOBlocks": {f"{block} +1" for block in ("left 1", "left 2", "central 1", "central 2", "right 2", "right 3")},
+    "Routing": {"expert_offsets 0"},
+    "combine": {"y_sorted 1"},
+    "decompose_shared": {"weights 0"},
+    "dispatch": {"x 1"},
+    "grouped_mpo_linear": {"row_index 0 +1", "slot_of_token 1"},
+    "mpo_embedding": {"ids 0"},
+    "mpo_linear": {"x 0"},
+    "neuron_experts": {"down 2"},
+    "route": {"top_k_index 0", "top_k_index 1 +1"},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in starts(Path()) if name in mpoe_kernels.__all__])
+def test_every_size(name: str) -> None:
+    """Of every axis of every tensor that an op takes: one more or less is refused, by name."""
+    function, make = starts(Path())[name]
+    function(**make())
+    for argument, value in make().items():
+        shape = list(value.shape) if isinstance(value, torch.Tensor) else []
+        for axis, more in product(range(len(shape)), (-1, 1)):
+            if {f"{argument} {axis}", f"{argument} {axis} {more:+}"} & FREE.get(name, set()):
+                continue
+            wrong = value.new_zeros([size + more * (place == axis) for place, size in enumerate(shape)])
+            with pytest.raises((TypeError, ValueError), match=" must "):
+                function(**{**make(), argument: wrong})

@@ -2,20 +2,97 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import random
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers.utils import logging
 
-from . import fuzz_commands, fuzz_configs, fuzz_files
-from .fuzz import Case, what_became_of
+from mpoe import MPOEConfig, RouterConfig
+from mpoe_kernels import MPOShape
+
+from . import fuzz_commands, fuzz_files
+from .fuzz import Case, odd, some, spoil_values, what_became_of
+
+SHAPE = {"in_factors": [2, 3, 4], "out_factors": [4, 3, 4], "max_bond": 5}
+GOOD: dict[type, dict[str, Any]] = {
+    MPOEConfig: {
+        "moe_type": "switch",
+        "num_experts": 3,
+        "expert_type": "mpo",
+        "max_bond": 6,
+        "separable_left": 4,
+        "shape": {"up": SHAPE, "down": SHAPE},
+        "shape_pattern": {".*wo": 4, "shared": "paper"},
+        "light_p": 8,
+        "gauge": "orthogonal",
+        "auxiliary_noise": 0.1,
+        "router": {"top_k": 2},
+        "target_modules": ["ffn", "pooler"],
+        "exclude_modules": ["encoder"],
+        "layers_to_transform": [0, 2],
+        "attention_max_bond": 3,
+        "backend": "eager",
+        "rate_ratios": {"up": [1.0, 0.5]},
+        "tied_head": False,
+    },
+    RouterConfig: dataclasses.asdict(RouterConfig.gshard()),
+    MPOShape: {**SHAPE, "central": 1, "in_features": 23, "out_features": 47},
+}
+_INNER = [field.name for kind in (RouterConfig, MPOShape) for field in dataclasses.fields(kind)]
+_INNER += ["MPOEConfig", "RouterConfig", "MPOShape", "left", "right"]
+
+
+def configurations(draw: random.Random) -> Iterator[Case]:
+    """An endless stream."""
+    while True:
+        kind = draw.choice((MPOEConfig, MPOEConfig, RouterConfig, MPOShape))
+        names = [field.name for field in dataclasses.fields(kind)]
+        if draw.random() < 0.5:
+            values = {name: good_or_odd(kind, name, draw) for name in some(draw, names, 4)}
+            call = (
+                partial(construct, kind, values) if kind is not MPOShape else partial(read, kind, {**SHAPE, **values})
+            )
+        else:
+            values = spoil_values(GOOD[kind], draw)
+            if draw.random() < 0.5:
+                values = json.loads(json.dumps(values))
+            call = partial(read, kind, values)
+        # A shape or a router inside may be refused in its own words.
+        yield Case(f"{kind.__name__} {values!r:.300}", call, [*names, *_INNER])
+
+
+def good_or_odd(kind: type, name: str, draw: random.Random) -> Any:
+    return GOOD[kind][name] if name in GOOD[kind] and draw.random() < 0.6 else odd(draw)
+
+
+def construct(kind: type, values: dict[str, Any]) -> None:
+    use(kind(**values))
+
+
+def read(kind: Any, values: dict[str, Any]) -> None:
+    use(kind.from_dict(values))
+
+
+def use(made: Any) -> None:
+    """What was accepted survives a round trip through JSON, and gives shapes or says why not."""
+    again = type(made).from_dict(json.loads(json.dumps(made.to_dict())))
+    if again != made:
+        raise AssertionError(f"{made} is not what its JSON gives: {again}")
+    if isinstance(made, MPOEConfig):
+        made.shape_for("up", 24, 48)
+        made.shape_for("down", 48, 24)
+
 
 KINDS: dict[str, Callable[[random.Random, Path], Iterator[Case]]] = {
-    "configurations": lambda draw, folder: fuzz_configs.cases(draw),
+    "configurations": lambda draw, folder: configurations(draw),
     "command lines": fuzz_commands.cases,
     "data and configuration files": fuzz_files.data_files,
     "checkpoints": fuzz_files.checkpoints,

@@ -14,7 +14,8 @@ import pytest
 from mpoe.training import FolderInUseError, prepare_output_dir, run_lock
 from mpoe.training.run_lock import LOCK_FILE, check_free, hold
 
-from .disks import command_says
+from ..cli.cli_data import write_sentiment
+from .kills import command_says
 from .processes import Child, fork
 from .races import race
 
@@ -121,25 +122,9 @@ def test_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 def test_the_command_line_beside_a_run_that_is_going(tmp_path: Path) -> None:
-    rows = "\n".join(
-        json.dumps({"sentence": f"film {i} is {'good' if i % 2 else 'bad'}", "label": i % 2}) for i in range(16)
-    )
-    (tmp_path / "data").mkdir()
-    for split in ("train", "validation", "test"):
-        (tmp_path / "data" / f"{split}.jsonl").write_text(rows)
-    flags = [
-        "train",
-        "--model",
-        "t5",
-        "--data_dir",
-        tmp_path / "data",
-        "--output_dir",
-        tmp_path / "run",
-        "--num_experts",
-        2,
-    ]
-    flags += ["--per_device_train_batch_size", 2, "--use_cpu", "--save_steps", 5, "--disable_tqdm", "true"]
-    words = [str(word) for word in flags]
+    data, folder = write_sentiment(tmp_path / "data"), tmp_path / "run"
+    words = f"train --model t5 --data_dir {data} --output_dir {folder} --num_experts 2 --use_cpu".split()
+    words += ["--per_device_train_batch_size", "2", "--save_steps", "5", "--disable_tqdm", "true"]
 
     def run() -> None:
         command_says([*words, "--max_steps", "100000"], tmp_path / "live.log")

@@ -8,9 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from mpoe_bench.cases import random_cores
-from torch import Tensor
 
-from mpoe_kernels import BackendError, MPOBlocks, MPOShape, backend_reasons, backends, fold
+from mpoe_kernels import BackendError, MPOShape, backend_reasons, backends, fold
 from mpoe_kernels.backends import (
     CONTRACTIONS,
     Backend,
@@ -111,34 +110,3 @@ def choices_of(backend: str, shape: MPOShape, dtype: torch.dtype) -> list[str]:
     """
     found = strategies_of(backend, shape, dtype)
     return ["auto", *found] if found and (not shape.is_separable or "separable" in found) else found
-
-
-# ------------------------------------------------------------------ blocks and memory layouts
-
-
-def leaves(blocks: MPOBlocks) -> list[Tensor]:
-    return [blocks.left, blocks.central, blocks.right]
-
-
-def cast(blocks: MPOBlocks, dtype: torch.dtype, place: Callable[[Tensor], Tensor] = lambda t: t) -> MPOBlocks:
-    left, central, right = (place(t.detach().to(dtype)).detach().requires_grad_() for t in leaves(blocks))
-    return MPOBlocks(left, central, right, blocks.in_features, blocks.out_features)
-
-
-def unaligned(tensor: Tensor) -> Tensor:
-    """The same values one element further in memory: aligned only to the element size."""
-    storage = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
-    moved = storage[1:].view(tensor.shape)
-    moved.copy_(tensor.detach())
-    return moved.requires_grad_(tensor.requires_grad)
-
-
-def strided(tensor: Tensor) -> Tensor:
-    """The same values in a tensor that is not contiguous along any axis."""
-    wide = torch.empty(*tensor.shape, 2, dtype=tensor.dtype)
-    moved = wide[..., 0]
-    moved.copy_(tensor.detach())
-    return moved.requires_grad_(tensor.requires_grad)
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {"dense": lambda t: t, "unaligned": unaligned, "strided": strided}

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +18,7 @@ from mpoe_kernels.backends import Backend, Candidate
 from mpoe_kernels.contract import STRATEGIES, BlockDims, Contraction, autotune, kept
 from mpoe_kernels.contract.autotune import adopt, choices, resolve_contraction
 from mpoe_kernels.contract.ranking import Problem, rank, shortlist
-from tests.assertions import torch_threads
+from tests.assertions import in_threads, torch_threads
 from tests.cases import SMALL_SHAPES
 
 from .backend_cases import require
@@ -225,6 +221,19 @@ def test_what_fails_when_it_is_timed_does_not_run() -> None:
     assert found[1] < 1
 
 
+@pytest.mark.parametrize(("slots", "strategies"), [(64, 2), (4096, 1)])
+def test_what_holds_too_much_memory_is_not_timed(
+    slots: int, strategies: int, seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[int] = []
+    monkeypatch.setattr(autotune, "_seconds", lambda runs, device: timed.append(len(runs)) or [1.0] * len(runs))
+    problem = PROBLEM._replace(slots=slots)
+    resolve_contraction(problem)
+    held = [plan.temporary_bytes + plan.activation_bytes for plan in problem.plans()[:2]]
+    assert timed == [2 * strategies]
+    assert (held[1] > autotune.MOST_BYTES > held[0]) == (strategies == 1)
+
+
 @pytest.mark.parametrize(("experts", "slots"), [(8, 64), (64, 8), (48, 1024), (4, 4096), (1, 100_000), (1, 1)])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_timed_call_is_short(experts: int, slots: int, threads: int) -> None:
@@ -274,18 +283,8 @@ def test_two_threads_at_once(seconds: dict[str, float], monkeypatch: pytest.Monk
     timed: list[int] = []
     timing: Callable[..., list[float]] = autotune._seconds
     monkeypatch.setattr(autotune, "_seconds", lambda *given: (timed.append(1), timing(*given))[1])
-    barrier, found = threading.Barrier(4), []
-
-    def choose() -> None:
-        barrier.wait()
-        found.append(resolve_contraction(PROBLEM).backend)
-
-    threads = [threading.Thread(target=choose) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (found, timed) == (["second"] * 4, [1])
+    assert in_threads(4, lambda _: resolve_contraction(PROBLEM).backend) == ["second"] * 4
+    assert timed == [1]
 
 
 def test_no_backend(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,34 +293,7 @@ def test_no_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_contraction(PROBLEM)
 
 
-BITS = """
-import torch
-from mpoe_kernels import MPOShape, grouped_mpo_linear
-from mpoe_bench.cases import random_blocks
-torch.use_deterministic_algorithms(True)
-torch.manual_seed(0)
-shape = MPOShape.paper(64, 256)
-blocks = random_blocks(shape, 4, torch.float32, requires_grad=True)
-x = torch.randn(32, 64)
-y = grouped_mpo_linear(x, blocks, torch.tensor([0, 8, 8, 20, 32]))
-y.square().sum().backward()
-for t in (y, blocks.left.grad, blocks.central.grad, blocks.right.grad):
-    print(t.detach().numpy().tobytes().hex())
-"""
-
-
-def test_deterministic_bits_on_one_and_two_threads_in_two_processes(empty_cache: Path) -> None:
-    require("native")
-    found = []
-    for threads in ("1", "2"):
-        environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run([sys.executable, "-c", BITS], env=environment, capture_output=True, text=True, check=True)
-        found.append(done.stdout)
-    assert found[0] == found[1] != ""
-    assert not empty_cache.exists()
-
-
-def test_training_goes_on_with_another_number_of_threads() -> None:
+def test_training_goes_on_with_another_number_of_threads(empty_cache: Path) -> None:
     """Native kernels and a fixed plan: a run saved on one thread and resumed on two ends as it would have on one."""
     require("native")
     torch.manual_seed(0)
@@ -348,3 +320,4 @@ def test_training_goes_on_with_another_number_of_threads() -> None:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
     assert any(not torch.equal(value, start[name]) for name, value in whole.items())
+    assert not empty_cache.exists()

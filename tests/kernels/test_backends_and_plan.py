@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import threading
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
@@ -27,6 +26,7 @@ from mpoe_kernels import (
 from mpoe_kernels.cuda_library import RefusingOps
 from mpoe_kernels.define import requested_backend
 from mpoe_kernels.linear.op import ForwardCall
+from tests.assertions import in_threads
 from tests.cases import SMALL_SHAPES
 
 from .backend_cases import candidate_backend, eager_kernel
@@ -137,9 +137,7 @@ def test_a_backend_without_a_strategy_says_so(monkeypatch: pytest.MonkeyPatch) -
 def test_use_backend_holds_in_its_thread_alone() -> None:
     seen = []
     with use_backend("eager"):
-        thread = threading.Thread(target=lambda: seen.append(requested_backend(None)))
-        thread.start()
-        thread.join()
+        seen += in_threads(1, lambda _: requested_backend(None))
         with use_backend("auto"):
             seen.append(requested_backend(None))
         seen.append(requested_backend(None))

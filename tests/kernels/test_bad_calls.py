@@ -94,13 +94,16 @@ def test_slots_that_are_none(backend: str, slot: int) -> None:
         combine(rows, wrong, gates, backend=backend)
     with pytest.raises(ValueError, match="slot_of_token must lie in"):
         torch.ops.mpoe.dispatch_backward(torch.ones(4, 3), wrong.slot_of_token, backend)
-    with pytest.raises(ValueError, match="slot_of_token must lie in"):
-        torch.ops.mpoe.combine_backward(
-            *(torch.ones(2, 3), rows.detach(), wrong.token_of_slot, wrong.slot_of_token, gates, True, True, backend)
-        )
-    tokens = replace(routing, token_of_slot=torch.tensor([0, 1, -1, 1]))
-    with pytest.raises(ValueError, match=r"token_of_slot must lie in 0\.\.1; got -1"):
-        dispatch(torch.ones(2, 3), tokens, backend=backend)
+    for need_weights in (True, False):
+        with pytest.raises(ValueError, match="slot_of_token must lie in"):
+            torch.ops.mpoe.combine_backward(
+                *(torch.ones(2, 3), rows.detach(), wrong.token_of_slot, wrong.slot_of_token, gates),
+                *(True, need_weights, backend),
+            )
+    for token in (-1, 2):
+        tokens = replace(routing, token_of_slot=torch.tensor([0, 1, token, 1]))
+        with pytest.raises(ValueError, match=rf"token_of_slot must lie in 0\.\.1; got {token}"):
+            dispatch(torch.ones(2, 3), tokens, backend=backend)
 
 
 def test_tensors_on_two_devices() -> None:

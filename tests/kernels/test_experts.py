@@ -19,8 +19,9 @@ from mpoe_kernels.neurons import eager
 from tests.assertions import torch_threads
 from tests.cases import pairwise
 from tests.expert_problems import HiddenProblem, NeuronProblem
+from tests.linear_problem import LAYOUTS
 
-from .backend_cases import LAYOUTS, on_every_backend, require
+from .backend_cases import on_every_backend, require
 
 PROBLEMS: dict[str, type[Any]] = {"hidden_experts": HiddenProblem, "neuron_experts": NeuronProblem}
 # A tensor without rows has no address; one expert has several blocks of rows; more rows than are processed at once.
@@ -159,32 +160,6 @@ def test_opcheck(backend: str, op: str, gated: bool) -> None:
         opcheck(backward, (*detached, problem.grad, need))
 
 
-@pytest.mark.parametrize(
-    ("op", "options"),
-    [
-        ("hidden_experts", {}),
-        ("hidden_experts", {"gated": True}),
-        ("hidden_experts", {"per_group": True}),
-        ("hidden_experts", {"experts": 2}),
-        *(
-            ("neuron_experts", {"tokens": t, "gated": g, "experts": 2, "width": 3, "out": 2, "neurons": 3})
-            for t in (3, 12)  # blocks of one row, and of several
-            for g in (False, True)
-        ),
-    ],
-)
-def test_gradcheck(op: str, options: dict[str, Any]) -> None:
-    problem = problem_of(op, **{"tokens": 4, "with_bias": True, **options})
-    *inputs, activation, backend = problem.arguments()
-
-    def call(*floats: Tensor) -> Tensor:
-        rest = iter(floats)
-        full = [x if x is None or not x.is_floating_point() else next(rest) for x in inputs]
-        return raw(op)[0](*full, activation, backend)
-
-    torch.autograd.gradcheck(call, tuple(x for x in inputs if x is not None and x.is_floating_point()))
-
-
 @on_every_backend
 @pytest.mark.parametrize(("op", "needed"), [(op, name) for op, kind in PROBLEMS.items() for name in kind.NAMES])
 def test_one_gradient_alone(backend: str, op: str, needed: str) -> None:
@@ -249,15 +224,6 @@ def test_pieces_are_bounded(tokens: int, rows: int, monkeypatch: pytest.MonkeyPa
 
 @on_every_backend
 @of_each_op
-def test_an_expert_chosen_twice_counts_with_both_gates(backend: str, op: str) -> None:
-    require(backend, op, torch.float32)
-    problem = problem_of(op, experts=9, dtype=torch.float32)
-    problem.index[:, 1] = problem.index[:, 0]
-    problem.check(backend)
-
-
-@on_every_backend
-@of_each_op
 @pytest.mark.parametrize("layout", ["strided", "unaligned"])
 def test_other_layouts_of_memory(backend: str, op: str, layout: str) -> None:
     require(backend, op, torch.float32)
@@ -269,15 +235,6 @@ def test_other_layouts_of_memory(backend: str, op: str, layout: str) -> None:
             assert relative_error(value, dense[name]) < 1e-6, name
         else:
             assert torch.equal(value, dense[name]), name
-
-
-@of_each_op
-def test_one_graph(op: str) -> None:
-    problem = problem_of(op, gated=True, with_bias=True, dtype=torch.float32)
-    compiled = torch.compile(problem.OP, fullgraph=True, backend="aot_eager")
-    plain = problem.run(problem.OP, torch.float32)
-    for name, value in problem.run(compiled, torch.float32).items():
-        assert torch.equal(value, plain[name]), name
 
 
 @of_each_op

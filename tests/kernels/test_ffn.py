@@ -1,20 +1,23 @@
-"""mpo_ffn against the float64 reference, and compiled."""
+"""mpo_ffn against the float64 reference, and compiled; its last product, whose rows may go straight to their tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
-from mpoe_bench.cases import expert_choice, random_blocks, relative_error
+from mpoe_bench.cases import expert_choice, random_blocks
 from torch import Tensor
 
-from mpoe_kernels import MPOBlocks, mpo_ffn, route, use_backend
-from mpoe_kernels.reference import mpo_ffn_reference
-from tests.assertions import assert_calibrated, poisoned_memory
+from mpoe_kernels import MPOBlocks, Routing, combine, dispatch, grouped_mpo_linear, mpo_ffn, route
+from mpoe_kernels.backends import places_rows
+from mpoe_kernels.linear import ffn
+from mpoe_kernels.linear.ffn import placed_mpo_linear
+from tests.assertions import poisoned_memory
 from tests.cases import SMALL_SHAPES
+from tests.linear_problem import check_ffn, leaves
 
-from .backend_cases import cast, leaves, on_every_backend, require_strategies
+from .backend_cases import on_every_backend, require, require_strategies
 
 
 def test_ffn_dropout_drops_hidden_activations() -> None:
@@ -27,28 +30,29 @@ def test_ffn_dropout_drops_hidden_activations() -> None:
     assert bool((mpo_ffn(x, routing, weights, up, down, dropout=1.0) == 0).all())
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_compiled_ffn_fullgraph(gated: bool) -> None:
-    shape = SMALL_SHAPES["separable"]
+@on_every_backend
+@pytest.mark.parametrize("name", ["light", "separable"])
+def test_one_graph(backend: str, name: str) -> None:
+    """Of routing, a network and rows there and back, without a number that the host reads."""
+    shape = SMALL_SHAPES[name]
+    require_strategies(backend, shape, torch.float32)
     up, gate = (random_blocks(shape, 4, torch.float32, requires_grad=True) for _ in range(2))
     down = random_blocks(shape.mirrored(), 4, torch.float32, requires_grad=True)
-    gate_proj = gate if gated else None
+    gate_proj = gate if name == "light" else None
 
-    def ffn(x: Tensor, logits: Tensor) -> Tensor:
+    def mix(x: Tensor, logits: Tensor) -> Tensor:
         weights, index = logits.softmax(-1).topk(1)
-        return mpo_ffn(x, route(index, 4), weights, up, down, gate_proj=gate_proj, activation="gelu_new")
+        routing = route(index, 4, capacity=3, backend=backend)
+        y = mpo_ffn(x, routing, weights, up, down, gate_proj=gate_proj, activation="gelu_new", backend=backend)
+        return y + combine(dispatch(x, routing, backend=backend), routing, weights, backend=backend)
 
-    compiled = torch.compile(ffn, fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(mix, fullgraph=True, backend="aot_eager", dynamic=True)
     for tokens in (9, 5):
         x, logits = torch.randn(tokens, 12, requires_grad=True), torch.randn(tokens, 4, requires_grad=True)
-        inputs = [x, logits, *leaves(up), *leaves(down), *(leaves(gate) if gated else [])]
-        expected, got = ffn(x, logits), compiled(x, logits)
+        inputs = [x, logits, *leaves(up), *leaves(down), *([] if gate_proj is None else leaves(gate))]
+        expected, got = mix(x, logits), compiled(x, logits)
         assert torch.equal(got, expected)
-        pairs = zip(
-            torch.autograd.grad(got.square().sum(), inputs),
-            torch.autograd.grad(expected.square().sum(), inputs),
-            strict=True,
-        )
+        pairs = zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (got, expected)), strict=True)
         assert all(torch.allclose(a, b) for a, b in pairs)
 
 
@@ -56,35 +60,10 @@ def test_compiled_ffn_fullgraph(gated: bool) -> None:
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_ffn_on_every_backend(backend: str, dtype: torch.dtype, gated: bool) -> None:
-    """Dropped and masked tokens, idle experts: the network against the reference, calibrated in the same dtype."""
-    up_shape = SMALL_SHAPES["padded_separable"]
-    if "separable" not in require_strategies(backend, up_shape, dtype):
-        up_shape = SMALL_SHAPES["padded"]  # the CUDA kernels compute rebuilt weights only
-    routing = route(expert_choice("some_idle", 11, 4, 2), 4, capacity=5, token_mask=torch.arange(11) % 4 != 1)
-    shapes = (up_shape, up_shape.mirrored(), *([up_shape] if gated else []))
-    blocks = [random_blocks(shape, 4, dtype) for shape in shapes]
-    x, weights = torch.randn(11, up_shape.in_features).to(dtype), torch.rand(11, 2).to(dtype)
-    biases = [torch.randn(size).to(dtype) for size in (up_shape.out_features, up_shape.in_features)]
-
-    def run(function: Callable[..., Tensor], run_dtype: torch.dtype) -> list[Tensor]:
-        up, down, *gate = (cast(block, run_dtype) for block in blocks)
-        inputs = [t.to(run_dtype).requires_grad_() for t in (x, weights, *biases)]
-        options = {"gate_proj": gate[0] if gated else None, "up_bias": inputs[2], "down_bias": inputs[3]}
-        y = function(inputs[0], routing, inputs[1], up, down, activation="silu", **options)
-        of_blocks = [leaf for block in (up, down, *gate) for leaf in leaves(block)]
-        return [y, *torch.autograd.grad(y.square().sum(), [*inputs, *of_blocks])]
-
-    with use_backend(backend), poisoned_memory():
-        actual = run(mpo_ffn, dtype)
-    truth, same = run(mpo_ffn_reference, torch.float64), run(mpo_ffn_reference, dtype)
-    names = ["y", "dx", "dweights", "dup_bias", "ddown_bias"] + [
-        f"d{kind}.{k}" for kind in ("up", "down", "gate")[: len(blocks)] for k in range(3)
-    ]
-    for name, a, t, s in zip(names, actual, truth, same, strict=True):
-        if dtype == torch.float64:  # the truth has the same rounding
-            assert relative_error(a, t) < 1e-13, name
-        else:
-            assert_calibrated(a, t, s, name, factor=3)
+    shape = SMALL_SHAPES["padded_separable"]
+    if "separable" not in require_strategies(backend, shape, dtype):
+        shape = SMALL_SHAPES["padded"]  # the CUDA kernels compute rebuilt weights only
+    check_ffn(backend, shape, dtype, gated)
 
 
 def test_refusals_of_a_gate() -> None:
@@ -101,3 +80,116 @@ def test_refusals_of_a_gate() -> None:
         mpo_ffn(*given, up, down, gate_proj=gate, activation="tanh")
     with pytest.raises(TypeError, match=r"up and gate_proj must be MPOBlocks .*; got"):
         mpo_ffn(*given, up, down, gate_proj=gate.left)  # type: ignore[arg-type]
+
+
+TOKENS, EXPERTS = 13, 4
+MASK = torch.arange(TOKENS) % 5 != 1
+
+
+def routing_of(capacity: int | None = 3) -> Routing:
+    """Some tokens are masked, some are dropped, and one expert is idle."""
+    return route(expert_choice("some_idle", TOKENS, EXPERTS, 1), EXPERTS, capacity=capacity, token_mask=MASK)
+
+
+def gates_of(dtype: torch.dtype = torch.float32) -> Tensor:
+    gates = torch.rand(TOKENS, 1)
+    gates[~MASK] = float("nan")  # gates of tokens without a slot, whose rows must still be zero
+    return gates.to(dtype)
+
+
+@on_every_backend
+@pytest.mark.parametrize("capacity", [None, 1, 3])
+def test_every_token_has_one_slot(backend: str, capacity: int | None) -> None:
+    """Placing rows relies on this; masked and dropped tokens have one too, among the empty slots."""
+    require(backend)
+    index = expert_choice("zipf", TOKENS, EXPERTS, 1)
+    routing = route(index, EXPERTS, capacity=capacity, token_mask=MASK, backend=backend)
+    assert torch.equal(routing.token_of_slot.sort().values, torch.arange(TOKENS))
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["separable", "padded", "paper"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_bits_of_combine(name: str, backend: str, dtype: torch.dtype, biased: bool) -> None:
+    shape = SMALL_SHAPES[name]
+    able = require_strategies(backend, shape, dtype)
+    blocks, routing, gates = random_blocks(shape, EXPERTS, dtype), routing_of(), gates_of()
+    x, bias = torch.randn(TOKENS, shape.in_features).to(dtype), torch.randn(shape.out_features).to(dtype)
+    rows = x, blocks, routing.expert_offsets, bias if biased else None
+    for strategy in able:
+        with poisoned_memory():
+            placed = placed_mpo_linear(*rows, routing, gates, backend, strategy)
+        y = grouped_mpo_linear(*rows, backend=backend, strategy=strategy)
+        assert torch.equal(placed, combine(y, routing, gates, backend=backend))
+        assert not placed[routing.slot_of_token[:, 0] < 0].any()
+
+
+@on_every_backend
+@pytest.mark.parametrize("gate_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_network_without_gradients_places_its_rows(
+    backend: str, gate_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = SMALL_SHAPES["separable"]
+    require_strategies(backend, shape, torch.float32)
+    up, down = (random_blocks(s, EXPERTS, torch.float32) for s in (shape, shape.mirrored()))
+    routing, gates, x = routing_of(), gates_of(gate_dtype), torch.randn(TOKENS, shape.in_features)
+    placed: list[int] = []
+    once = ffn.placed_mpo_linear
+    monkeypatch.setattr(ffn, "placed_mpo_linear", lambda *arguments: placed.append(1) or once(*arguments))
+    y = mpo_ffn(x, routing, gates, up, down, backend=backend)
+    assert len(placed) == places_rows(backend)
+    monkeypatch.setattr(ffn, "places_rows", lambda _: False)
+    assert torch.equal(y, mpo_ffn(x, routing, gates, up, down, backend=backend))
+
+
+@pytest.mark.parametrize("case", ["two slots", "by hand", "gate", "block", "another device"])
+def test_when_rows_are_not_placed(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two slots, a token's result is a sum; gradients of gates need the rows before gating."""
+    monkeypatch.setattr(ffn, "places_rows", lambda _: case != "another device")
+    top_k = 2 if case == "two slots" else 1
+    routing = route(torch.zeros(3, top_k, dtype=torch.int64), 2)
+    routing = replace(routing) if case == "by hand" else routing
+    hidden, gates = torch.randn(3 * top_k, 12), torch.ones(3, top_k, requires_grad=case == "gate")
+    down = random_blocks(SMALL_SHAPES["separable"], 2, torch.float32, requires_grad=case == "block")
+    assert not ffn._may_place(hidden, down, None, routing, gates, None)
+    with torch.no_grad():
+        assert ffn._may_place(hidden, down, None, routing, gates, None) == (case in ("gate", "block"))
+
+
+@on_every_backend
+@pytest.mark.parametrize("how", ["by hand", "by replacing"])
+def test_a_routing_made_by_hand_is_combined(how: str, backend: str) -> None:
+    """If rows were placed, a routing with token 0 in every slot would leave the other tokens' rows unwritten."""
+    shape = SMALL_SHAPES["separable"]
+    require_strategies(backend, shape, torch.float32)
+    made, rows = routing_of(), torch.zeros(TOKENS, dtype=torch.int64)
+    if how == "by hand":
+        routing = Routing(made.expert_offsets, rows, made.slot_of_token)
+    else:
+        routing = replace(made, token_of_slot=rows)
+    assert (made.is_routed, routing.is_routed) == (True, False)
+    up, x = random_blocks(shape, EXPERTS, torch.float32), torch.randn(TOKENS, shape.in_features)
+    down, gates, offsets = random_blocks(shape.mirrored(), EXPERTS, torch.float32), gates_of(), routing.expert_offsets
+    with poisoned_memory():
+        y = mpo_ffn(x, routing, gates, up, down, backend=backend)
+    hidden = grouped_mpo_linear(x, up, offsets, row_index=rows, activation="relu", backend=backend)
+    assert torch.equal(y, combine(grouped_mpo_linear(hidden, down, offsets, backend=backend), routing, gates))
+
+
+def test_bad_gates_are_refused_in_the_words_of_combine() -> None:
+    shape = SMALL_SHAPES["separable"]
+    blocks, routing, x = random_blocks(shape, EXPERTS, torch.float32), routing_of(), torch.randn(TOKENS, 12)
+    rows = x, blocks, routing.expert_offsets, None, routing
+    for gates, error, message in (
+        (torch.ones(TOKENS, 2), ValueError, r"top_k_weights must be \[T, K\] = \[13, 1\]"),
+        (torch.ones(TOKENS, 1, dtype=torch.int64), TypeError, "top_k_weights must have a floating dtype"),
+        (torch.ones(TOKENS), ValueError, r"top_k_weights must be \[T, K\]; got"),
+        ([1.0] * TOKENS, (TypeError, ValueError), "top_k_weights must be a tensor"),
+    ):
+        with pytest.raises(error, match=message):
+            placed_mpo_linear(*rows, gates, None)
+        with pytest.raises(error, match=message):
+            combine(x, routing, gates)
+    with pytest.raises(ValueError, match=r"x must be \[N, I\] with N = 13"):
+        placed_mpo_linear(x[1:], *rows[1:], gates_of(), None)

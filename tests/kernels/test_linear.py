@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import combinations
 
 import pytest
@@ -14,8 +12,6 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from mpoe_bench.cases import expert_choice, random_blocks, relative_error
-from torch import Tensor
-from torch.autograd import gradcheck
 from torch.library import opcheck
 
 from mpoe_kernels import MPOBlocks, MPOShape, grouped_mpo_linear, route
@@ -24,18 +20,15 @@ from mpoe_kernels.native_library import NATIVE_LIBRARY
 from mpoe_kernels.reference import grouped_mpo_linear_reference, weight_reference
 from tests.assertions import poisoned_memory, torch_threads
 from tests.cases import SMALL_SHAPES, pairwise
-from tests.linear_problem import NAMES, LinearProblem
+from tests.linear_problem import LAYOUTS, NAMES, Product, leaves, strided
 
 from .backend_cases import (
     BACKENDS,
-    LAYOUTS,
     choices_of,
-    leaves,
     on_every_backend,
     require,
     require_strategies,
     strategies_of,
-    strided,
 )
 
 ALL_UTILS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -91,52 +84,6 @@ def cpu_dtypes(backend: str) -> list[torch.dtype]:
     shapes = (SMALL_SHAPES["light"], SMALL_SHAPES["separable"])
     dtypes = (torch.float64, torch.float32, torch.bfloat16)
     return [dtype for dtype in dtypes if any(strategies_of(backend, shape, dtype) for shape in shapes)]
-
-
-@dataclass
-class Product(LinearProblem):
-    """One product by the public op; every strategy is compared with one reference.
-
-    Attributes:
-        backend: that computes it.
-        layout: of its tensors in memory, see `LAYOUTS`.
-    """
-
-    capacity: int | None = None
-    backend: str = "eager"
-    layout: str = "dense"
-    known: dict[tuple[torch.dtype, str | None], list[Tensor]] = field(default_factory=dict)
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        """x, left, central, right and, if there is one, the bias."""
-        return [self.x, *self.blocks, *([] if self.bias is None else [self.bias])]
-
-    def call(self, inputs: Sequence[Tensor], strategy: str) -> Tensor:
-        x, left, central, right, *bias = inputs
-        return grouped_mpo_linear(
-            x,
-            MPOBlocks(left, central, right, *self.sizes),
-            self.routing.expert_offsets,
-            *bias,
-            row_index=self.row_index,
-            activation=self.activation,
-            strategy=strategy,
-            backend=self.backend,
-        )
-
-    def run(self, strategy: str, backward_strategy: str | None = None) -> list[Tensor]:
-        place = LAYOUTS[self.layout]
-        inputs = [place(t).detach().requires_grad_() for t in self.inputs]
-        with poisoned_memory():
-            y = self.call(inputs, strategy)
-            grads = torch.autograd.grad(y, inputs, place(self.grad).detach(), allow_unused=True, materialize_grads=True)
-        return [y, *grads]
-
-    def reference(self, dtype: torch.dtype, activation: str | None = None) -> list[Tensor]:
-        if (dtype, activation) not in self.known:
-            self.known[dtype, activation] = super().reference(dtype, activation)
-        return self.known[dtype, activation]
 
 
 @on_every_backend
@@ -276,14 +223,9 @@ def test_some_gradients_alone(backend: str, name: str, needed: set[int]) -> None
             assert torch.equal(product.call(given, strategy), y)
 
 
-@pytest.mark.parametrize("name", ["paper_bond_4", "separable", "padded", "one_core"])
-@pytest.mark.parametrize("activation", ["none", "gelu"])
-def test_gradcheck(name: str, activation: str) -> None:
-    """By finite differences; other backends and dtypes are compared with float64 above."""
-    product = Product(SMALL_SHAPES[name], torch.float64, 3, capacity=2, activation=activation)
-    inputs = [t.requires_grad_() for t in product.inputs]
-    for strategy in require_strategies("eager", product.shape, torch.float64):
-        assert gradcheck(lambda *given, s=strategy: product.call(given, s), inputs, fast_mode=True)
+def of_all(backend: str, *names: str) -> str:
+    """The one of these shapes for which all is checked: another for every backend."""
+    return names[BACKENDS.index(backend) % len(names)]
 
 
 @on_every_backend
@@ -299,7 +241,7 @@ def test_opcheck(backend: str, name: str) -> None:
     for strategy in choices_of(backend, shape, torch.float32):
         arguments = (x, *leaves(blocks), routing.expert_offsets, torch.randn(sizes[1]), routing.token_of_slot, *sizes)
         # Autograd and AOT dispatch take most of the time and depend on neither sizes nor strategies.
-        utils = ALL_UTILS if name in ("paper", "separable") and strategy == "auto" else FEW_UTILS
+        utils = ALL_UTILS if (name, strategy) == (of_all(backend, "paper", "separable"), "auto") else FEW_UTILS
         opcheck(op, (*arguments, "gelu", strategy, backend, True), test_utils=utils)
         without = (x, *leaves(blocks), routing.expert_offsets, None, None, *sizes, "silu", strategy, backend, False)
         opcheck(op, without, test_utils=FEW_UTILS)
@@ -315,6 +257,7 @@ def test_opcheck_backward(backend: str, name: str) -> None:
     bias, empty = torch.zeros(shape.out_features), torch.empty(0)
     h = torch.randn(6 * central.shape[2], central.shape[3])
     strategies = require_strategies(backend, shape, torch.float32)
+    whole = of_all(backend, "light", "separable"), strategies[-1]
     for strategy in strategies:
         everything = [True] * 5
         for need in (everything, [True, False, False, False, False], [False, True, False, True, True]):
@@ -323,7 +266,7 @@ def test_opcheck_backward(backend: str, name: str) -> None:
                 (x, left, central, right, routing.expert_offsets, bias, routing.token_of_slot)
                 + (shape.in_features, shape.out_features, "none", strategy, backend)
                 + (grad, h if strategy == "separable" else empty, empty, need),
-                test_utils=ALL_UTILS if need is everything and strategy == strategies[-1] else FEW_UTILS,
+                test_utils=ALL_UTILS if need is everything and (name, strategy) == whole else FEW_UTILS,
             )
 
 
@@ -345,26 +288,6 @@ def test_expanded_gradient_and_transposed_input(backend: str, name: str) -> None
         assert torch.allclose(leaf.grad[0], weight_reference(blocks, 0).sum(1), atol=1e-5)
 
 
-@on_every_backend
-@pytest.mark.parametrize("name", ["light", "separable"])
-def test_compiles_into_one_graph(backend: str, name: str) -> None:
-    shape = SMALL_SHAPES[name]
-    strategies = require_strategies(backend, shape, torch.float32)
-    blocks = random_blocks(shape, 3, torch.float32, requires_grad=True)
-
-    def product(x: Tensor, offsets: Tensor) -> Tensor:
-        return grouped_mpo_linear(x, blocks, offsets, activation="gelu", strategy=strategies[-1], backend=backend)
-
-    compiled = torch.compile(product, fullgraph=True, backend="aot_eager", dynamic=True)
-    for tokens in (9, 5):
-        x, offsets = torch.randn(tokens, shape.in_features, requires_grad=True), torch.tensor([0, 2, 2, tokens])
-        expected, got = product(x, offsets), compiled(x, offsets)
-        assert torch.equal(got, expected)
-        inputs = [x, *leaves(blocks)]
-        pairs = zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (got, expected)), strict=True)
-        assert all(torch.allclose(a, b) for a, b in pairs)
-
-
 ISAS = ("generic", "avx2", "avx512", "avx512bf16", "amx")
 
 
@@ -378,6 +301,6 @@ def test_every_instruction_set_of_this_machine(isa: str) -> None:
     if ISAS.index(isa) >= ISAS.index(best):
         pytest.skip(f"this machine's best is {best}")
     environment = os.environ | {"MPOE_CPU_ISA": isa}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "native and not graph"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "native"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]

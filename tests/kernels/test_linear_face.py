@@ -11,8 +11,9 @@ from mpoe_kernels import MPOBlocks, backends, grouped_mpo_linear, mpo_linear
 from mpoe_kernels.linear.op import ACTIVATIONS
 from mpoe_kernels.reference import grouped_mpo_linear_reference, weight_reference
 from tests.cases import SMALL_SHAPES
+from tests.linear_problem import leaves
 
-from .backend_cases import candidate_backend, eager_kernel, leaves, on_every_backend, require
+from .backend_cases import candidate_backend, eager_kernel, on_every_backend, require
 
 
 @pytest.mark.parametrize("name", ["paper", "separable"])

@@ -5,15 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mpoe_bench.cases import expert_choice
-from torch.autograd import gradcheck
 from torch.library import opcheck
 
 from mpoe_kernels import Routing, combine, dispatch, route, use_backend
 from mpoe_kernels.reference import combine_reference, dispatch_reference, route_reference
 from mpoe_kernels.routing.op import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 from tests.assertions import assert_calibrated, poisoned_memory, torch_threads
+from tests.linear_problem import LAYOUTS
 
-from .backend_cases import LAYOUTS, dtypes_of, on_every_backend, require
+from .backend_cases import dtypes_of, on_every_backend, require
 
 
 @on_every_backend
@@ -157,17 +157,6 @@ def check_poisoned_input() -> None:
 
 
 @on_every_backend
-def test_gradients(backend: str) -> None:
-    require(backend, "combine", torch.float64)
-    routing, _ = example_routing()
-    x = torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
-    weights = torch.rand(9, 2, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda t: dispatch(t, routing, backend=backend), (x,))
-    y = torch.randn(18, 3, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda t, w: combine(t, routing, w, backend=backend), (y, weights))
-
-
-@on_every_backend
 def test_opcheck(backend: str) -> None:
     require(backend)
     routing, _ = example_routing()
@@ -184,20 +173,6 @@ def test_opcheck(backend: str) -> None:
         torch.ops.mpoe.combine_backward.default,
         (x.detach(), y.detach(), *parts[1:], weights.detach(), True, True, backend),
     )
-
-
-@on_every_backend
-def test_fullgraph_compile_without_host_reads(backend: str) -> None:
-    require(backend)
-
-    def mix(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        routing = route(index, 4, capacity=3, backend=backend)
-        return combine(dispatch(x, routing, backend=backend) * 2, routing, weights, backend=backend)
-
-    x, index, weights = torch.randn(9, 3), torch.randint(0, 4, (9, 2)), torch.rand(9, 2)
-    compiled = torch.compile(mix, fullgraph=True, backend="aot_eager", dynamic=True)
-    assert torch.equal(compiled(x, index, weights), mix(x, index, weights))
-    assert torch.equal(compiled(x[:5], index[:5], weights[:5]), mix(x[:5], index[:5], weights[:5]))
 
 
 def test_eager_kernels_do_not_synchronise_with_the_host() -> None:
@@ -219,6 +194,10 @@ def test_eager_kernels_do_not_synchronise_with_the_host() -> None:
     ("call", "message"),
     [
         (lambda: route(torch.zeros(3, dtype=torch.int64), 2), r"top_k_index must be \[T, K\]"),
+        (
+            lambda: route(torch.zeros(1 << 16, 1 << 15, dtype=torch.int64, device="meta"), 2),
+            r"T \* K <= 2147483647; got int64 \[65536, 32768\]",
+        ),
         (lambda: route(torch.zeros(3, 1, dtype=torch.int64), 0), "num_experts must be at least 1; got 0"),
         (lambda: route(torch.zeros(3, 1, dtype=torch.int64), 2, capacity=0), "capacity must be at least 1; got 0"),
         (

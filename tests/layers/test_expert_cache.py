@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.layers import MPOEFeedForward
 from mpoe.layers.expert_cache import ExpertCache, full_weights_pay
 from mpoe_kernels import MPOShape
+from tests.assertions import in_threads
 
 PLENTY = 10**9
 
@@ -50,16 +50,12 @@ def built(cache: ExpertCache) -> int:
 
 def plain(ffn: MPOEFeedForward, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """The output in a thread that has no cache."""
-    found: list[Tensor] = []
 
-    def run() -> None:
-        with torch.no_grad():
-            found.append(ffn(x, mask))
+    @torch.no_grad()
+    def run(_: int) -> Tensor:
+        return ffn(x, mask)
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    return found[0]
+    return in_threads(1, run)[0]
 
 
 def bytes_of_an_expert(ffn: MPOEFeedForward, dtype: torch.dtype = torch.float32) -> int:

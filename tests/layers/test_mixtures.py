@@ -34,6 +34,11 @@ def test_second_choices_by_policy(policy):
         assert 0 < int(expected.sum()) < TOKENS
 
 
+def test_a_second_choice_at_the_threshold_is_dropped():
+    router = gshard(second_policy="threshold", second_threshold=0.5, init_scale=0.0)  # both gates are equal
+    assert not router(torch.randn(3, 6)).kept[:, 1].any()
+
+
 def test_random_policy_keeps_seconds_in_proportion_to_their_share():
     router, x = gshard(second_policy="random", second_threshold=0.8), torch.randn(1, 6).expand(20_000, 6)
     expected = float(shares(router, x[:1]).detach()) / 0.8

@@ -277,6 +277,7 @@ def with_part(kind: str, name: str, value: Any) -> Any:
         (lambda: spoiled(right=torch.zeros(25, 8, 8)), (TypeError, ValueError), "right must be|left must be"),
         (lambda: with_part("hidden", "up", nn.Linear(I, 24)), ValueError, "right must be"),
         (lambda: with_part("hidden", "router.weight", nn.Parameter(torch.zeros(E, 7))), RuntimeError, "multiplied"),
+        (lambda: with_part("hidden", "router.weight", nn.Parameter(torch.zeros(E, 13))), RuntimeError, "multiplied"),
         (lambda: with_part("separable", "experts.up.bias", nn.Parameter(torch.zeros(39))), ValueError, "bias"),
         (lambda: with_part("separable", "experts.up.bias", nn.Parameter(torch.zeros(F).to(BF16))), TypeError, "bias"),
         (
@@ -288,7 +289,7 @@ def with_part(kind: str, name: str, value: Any) -> Any:
 )
 def test_what_does_not_fit_is_refused_as_by_the_ops(calls, layer, error, message: str) -> None:
     with torch.no_grad(), pytest.raises(error, match=message):
-        layer()(torch.randn(3, I))
+        layer()(torch.randn(7, I))
     assert calls == []
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mpoe.config import RouterConfig
 from mpoe.layers import TopKRouter, load_balancing_loss, router_z_loss
-from mpoe.layers.losses import count_choices
+from mpoe.layers.losses import count_choices, global_batch, sum_over_ranks
 from mpoe_kernels import available_backends, use_backend
 
 
@@ -147,9 +147,12 @@ def test_no_valid_token_gives_zero():
 
 
 def test_bad_shapes():
+    for odd in (torch.randn(3), [1.0]):
+        with pytest.raises(ValueError, match=r"logits must be \[\.\.\., T, E\]; got (\[3\]|list)"):
+            router_z_loss(odd)
     with pytest.raises(ValueError, match="token_mask"):
         router_z_loss(torch.randn(4, 3), torch.ones(3).bool())
-    with pytest.raises(ValueError, match="top_k_index"):
+    with pytest.raises(ValueError, match=r"top_k_index .* leading axes \[4\]; got \[5, 1\]"):
         load_balancing_loss(torch.randn(4, 3), torch.zeros(5, 1, dtype=torch.long))
 
 
@@ -166,6 +169,12 @@ def test_losses_of_parts_with_the_choices_of_all_average_to_the_whole():
     torch.testing.assert_close(total, load_balancing_loss(logits, index, mask))
     local = [load_balancing_loss(logits[:, part], index[:, part], mask[part]) for part in (slice(0, 3), slice(3, 9))]
     assert not torch.allclose((local[0] * 2 + local[1] * 4) / 6, total, rtol=1e-3)
+
+
+def test_without_torch_distributed_a_global_batch_is_this_one():
+    counts = torch.tensor([3, 1])
+    with global_batch():
+        assert sum_over_ranks(counts) == (counts, 1)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

@@ -9,12 +9,12 @@ import pytest
 from mpoe import MPOEConfig, collect_statistics, convert_to_mpoe, save_expert
 
 from .domain_experts import domain, language_model, loss, tokenizer, trained
-from .small_models import dense_model
+from .tiny_models import dense_model
 
 
 @pytest.fixture
 def converted():
-    """Factory: a converted model of a family, see `small_models.FAMILIES`."""
+    """Factory: a converted model of a family, see `tiny_models.FAMILIES`."""
 
     def make(family, **config):
         return convert_to_mpoe(dense_model(family), MPOEConfig(**{"num_experts": 4, "shape": "separable", **config}))

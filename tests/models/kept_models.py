@@ -4,41 +4,33 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
 from mpoe import MPOEConfig, RouterConfig
 from mpoe.models.kept import hidden_modules, neuron_modules
 
-T5 = {"vocab_size": 40, "d_model": 16, "d_ff": 24, "d_kv": 8, "num_heads": 2, "num_layers": 1, "dropout_rate": 0.0}
+from .tiny_models import tiny_config
+
+T5 = {"d_model": 16, "d_ff": 24, "d_kv": 8, "num_heads": 2, "num_layers": 1, "dropout_rate": 0.0}
 LLAMA = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "resid_pdrop": 0.0}
-START = {"decoder_start_token_id": 0}
+GPT2 = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "resid_pdrop": 0.0}
+# name -> family, dense class, sizes
 MODELS = {
-    "t5": lambda: T5ForConditionalGeneration(T5Config(**T5, **START)),
-    "t5_gated": lambda: T5ForConditionalGeneration(T5Config(**T5, **START, feed_forward_proj="gated-gelu")),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2)),
-    "bert": lambda: BertForMaskedLM(BertConfig(**LLAMA)),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)),
-    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**LLAMA, num_key_value_heads=2, pad_token_id=0)),  # gate and up in one
+    "t5": ("t5", "T5ForConditionalGeneration", T5),
+    "t5_gated": ("t5", "T5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu"}),
+    "gpt2": ("gpt2", "GPT2LMHeadModel", GPT2),
+    "bert": ("bert", "BertForMaskedLM", LLAMA),
+    "llama": ("llama", "LlamaForCausalLM", {**LLAMA, "head_dim": 8}),
+    "phi3": ("phi3", "Phi3ForCausalLM", {**LLAMA, "head_dim": 8}),  # gate and up in one
 }
 every_family = pytest.mark.parametrize("family", MODELS)
 
 
 def dense(family: str) -> nn.Module:
     torch.manual_seed(0)
-    model = MODELS[family]().eval()
+    model_type, dense_class, sizes = MODELS[family]
+    model = getattr(transformers, dense_class)(tiny_config(model_type, **{"vocab_size": 40, **sizes})).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter, std=0.3)

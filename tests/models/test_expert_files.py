@@ -21,14 +21,23 @@ from mpoe import (
     start_expert,
 )
 from mpoe.models import push_expert
+from mpoe.models.domains import _second_moment
 from mpoe.models.expert_files import base_identity
 from mpoe.models.expert_mixture import documentation_batches
-from mpoe.models.expert_router import _second_moment
 from mpoe.models.kept import neuron_modules
 
 from .domain_experts import M, domain, loss, stirred, tokenizer
-from .small_models import FAMILIES, batch, dense_model, result, valid_rows
-from .tiny_families import first_result, text_rows, tiny_batch, tiny_model
+from .tiny_models import (
+    FAMILIES,
+    batch,
+    dense_model,
+    first_result,
+    result,
+    text_rows,
+    tiny_batch,
+    tiny_model,
+    valid_rows,
+)
 
 # ------------------------------------------------------------------ training
 

@@ -1,22 +1,39 @@
-"""What each expert of a composed mixture is worth; several experts merged; statistics and routers from texts."""
+"""What each expert is worth; several merged; routers from texts; LoRA adapters that become experts; refusals."""
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from mpoe import compose_experts, load_expert, merge_expert, start_expert
-from mpoe.inspection.composed import composed_worth, token_losses
+from mpoe import (
+    collect_statistics,
+    compose_experts,
+    convert_to_mpoe,
+    load_expert,
+    merge_expert,
+    save_expert,
+    start_expert,
+)
+from mpoe.config import MPOEConfig
+from mpoe.data.predict import token_losses
+from mpoe.inspection import composed_worth
 from mpoe.models.domains import train_routers
-from mpoe.models.expert_files import made_expert
+from mpoe.models.expert_adapters import check_adapter, fit_adapter, is_adapter
+from mpoe.models.expert_files import made_expert, write_expert
+from mpoe.models.expert_mixture import documentation_batches
 from mpoe.models.kept import neuron_modules
 
-from .domain_experts import M, domain, loss
-from .small_models import dense_model
+from .domain_experts import VOCABULARY, M, domain, language_model, loss, stirred, tokenizer
+from .tiny_models import dense_model, tiny_model
 
 
 @pytest.fixture
@@ -117,3 +134,225 @@ def test_routers_of_neurons_train(domains: SimpleNamespace) -> None:
     assert losses[-1] < losses[0]
     changed = {name for name, value in mixture.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {name for name in before if "router" in name}
+
+
+NETWORK = ["gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """An adapter of rank 4, trained on texts of domain 2: its folder and the model that it was merged into."""
+    peft = pytest.importorskip("peft")
+    folder, base = tmp_path_factory.mktemp("adapter") / "law", language_model()
+    torch.manual_seed(0)
+    model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, target_modules=NETWORK))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    for step in range(40):
+        for each in domain(2, seed=step % 8):
+            model(**each).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return SimpleNamespace(folder=folder, base=base, merged=model.merge_and_unload().eval())
+
+
+def texts(count: int = 5) -> list[dict[str, torch.Tensor]]:
+    return [each for seed in range(count) for each in domain(2, seed=40 + seed)]
+
+
+def test_neurons_keep_the_adapters_gain(adapter: SimpleNamespace) -> None:
+    assert is_adapter(adapter.folder)
+    # 4 (32 + 48) numbers for each of three matrices, beside 3 x 32 of a neuron.
+    assert check_adapter(adapter.base, adapter.folder) == 10
+    expert = fit_adapter(adapter.base, adapter.merged, texts(), "law", neurons=10, tokenizer=tokenizer())
+    facts = expert.facts["training"]
+    assert expert.name == "law"
+    assert facts["base"] - facts["adapter"] > 1.0
+    assert facts["kept"] == pytest.approx((facts["base"] - facts["expert"]) / (facts["base"] - facts["adapter"]))
+    own = loss(start_expert(adapter.base, expert=expert), 2)
+    assert own < loss(adapter.base, 2) - 0.8 * (loss(adapter.base, 2) - loss(adapter.merged, 2)) + 0.05
+    mixture = compose_experts(adapter.base, [expert], background=domain(1), tokenizer=tokenizer())
+    assert loss(mixture, 2) < own + 0.2
+
+
+def test_fits_that_are_refused(adapter: SimpleNamespace) -> None:
+    base, merged = adapter.base, adapter.merged
+    with pytest.raises(ValueError, match=r"'law' must keep 80% of its gain as 1 neurons; it keeps -?\d+%: base"):
+        fit_adapter(base, merged, texts(), "law", neurons=1, steps=2)
+    with pytest.raises(ValueError, match="'law' must be better than the base on its texts"):
+        fit_adapter(base, copy.deepcopy(base), texts(), "law", neurons=1)
+    with pytest.raises(ValueError, match="batches must be at least two, of which one is held out; got 1"):
+        fit_adapter(base, merged, texts()[:1], "law", neurons=1)
+
+
+def saved(base: Any, folder: Path, **config: Any) -> Path:
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, **config)).save_pretrained(folder)
+    return folder
+
+
+def test_adapters_that_are_refused(adapter: SimpleNamespace, tmp_path: Path) -> None:
+    attention = saved(adapter.base, tmp_path / "attention", target_modules=["q_proj", "up_proj"])
+    with pytest.raises(ValueError, match=r"feed-forward networks to become neurons; .*q_proj \(attention cannot"):
+        check_adapter(adapter.base, attention)
+    with pytest.raises(ValueError, match="must be a folder of PEFT's with safetensors"):
+        check_adapter(adapter.base, tmp_path)
+    trained = saved(adapter.base, tmp_path / "more", target_modules=NETWORK, modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match=r"must be a plain LoRA; .* is LORA and holds base_model\.model\.lm_head"):
+        check_adapter(adapter.base, trained)
+    other = saved(adapter.base, tmp_path / "other", target_modules=NETWORK)
+    facts = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**facts, "peft_type": "IA3"}))
+    with pytest.raises(ValueError, match=r"must be a plain LoRA; .* is IA3"):
+        check_adapter(adapter.base, other)
+    file = other / "adapter_model.safetensors"
+    save_file(load_file(file), file)
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="whole safetensors file"):
+        check_adapter(adapter.base, other)
+
+
+def test_other_bases_are_refused(domains: SimpleNamespace) -> None:
+    other = copy.deepcopy(domains.base)
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
+    for refused in (
+        lambda: start_expert(other, expert=domains.files[0]),
+        lambda: merge_expert(other, domains.files[0]),
+        lambda: compose_experts(other, domains.files, background=domains.background),
+        lambda: merge_expert(copy.deepcopy(domains.base).to(torch.bfloat16), domains.files[0]),
+    ):
+        with pytest.raises(ValueError, match=r"'domain0' must be of this base.*LlamaForCausalLM"):
+            refused()
+    with pytest.raises(ValueError, match="MPOE model already"):
+        merge_expert(start_expert(domains.base), domains.files[0])
+
+
+def test_compositions_that_are_refused(domains: SimpleNamespace, tmp_path: Path) -> None:
+    def compose(experts: Any, **options: Any) -> Any:
+        return compose_experts(domains.base, experts, **{"background": domains.background, **options})
+
+    with pytest.raises(ValueError, match="experts must differ; 'domain0' is there twice"):
+        compose([domains.files[0], domains.files[1], domains.files[0]])
+    for experts in ([], "ab", None):
+        with pytest.raises(ValueError, match="experts must be a list"):
+            compose(experts)
+    with pytest.raises(ValueError, match="one tokenizer; the vocabularies of the tokenizer and expert 'domain0'"):
+        compose(domains.files, tokenizer=tokenizer(7))
+    with pytest.raises(TypeError, match="tokenizer must be"):
+        compose(domains.files, tokenizer=3)
+    save_expert(stirred(start_expert(domains.base, 4)), tmp_path / "bare.expert")
+    with pytest.raises(ValueError, match="'bare' must hold statistics"):
+        compose([*domains.files, tmp_path / "bare.expert"])
+    with pytest.raises(ValueError, match="background must be batches or statistics, or tokenizer"):
+        compose(domains.files, background=None)
+    with pytest.raises(ValueError, match="top_k must be at most"):
+        compose(domains.files, top_k=4)
+    with pytest.raises(ValueError, match="background must hold mean"):
+        compose(domains.files, background={"x": torch.ones(2)})
+    with pytest.raises(ValueError, match="it does not make the model's tokens"):
+        documentation_batches(dense_model("gpt2"), lambda text: {"input_ids": [VOCABULARY] * 100})
+
+
+def test_damaged_files_are_refused(domains: SimpleNamespace, tmp_path: Path) -> None:
+    file, whole = tmp_path / "a.expert", domains.files[0].read_bytes()
+    file.write_bytes(whole[:-7])
+    with pytest.raises(ValueError, match="whole safetensors file"):
+        load_expert(file)
+    file.write_bytes(whole[:-7] + bytes([whole[-7] ^ 1]) + whole[-6:])
+    with pytest.raises(ValueError, match="damaged"):
+        load_expert(file)
+    file.write_bytes(whole.replace(b"LlamaForCausalLM", b"LlamaForCausalLN"))
+    with pytest.raises(ValueError, match="damaged"):
+        load_expert(file)
+    save_file({"x": torch.ones(2)}, file)
+    with pytest.raises(ValueError, match="another safetensors file"):
+        load_expert(file)
+    with pytest.raises(ValueError, match="is no file"):
+        load_expert(tmp_path)
+    with pytest.raises(TypeError, match="path must be an expert's file"):
+        load_expert(3)
+    expert = load_expert(domains.files[0])
+    expert.facts["format"] = 2
+    write_expert(expert, file)
+    with pytest.raises(ValueError, match=r"must be of format 1; got .*\"format\": 2"):
+        load_expert(file)
+    expert.facts["format"] = 1
+    del expert.facts["base"]
+    write_expert(expert, file)
+    with pytest.raises(ValueError, match="must hold the facts base, base_name"):
+        load_expert(file)
+    with safe_open(domains.files[0], framework="pt") as opened:
+        assert json.loads(opened.metadata()["expert"])["neurons"] == M
+
+
+def test_contents_that_do_not_fit_are_refused(domains: SimpleNamespace, tmp_path: Path) -> None:
+    expert, file = load_expert(domains.files[0]), tmp_path / "a.expert"
+    name = next(iter(expert.weights))
+    expert.weights[name] = expert.weights[name] * float("nan")
+    write_expert(expert, file)
+    with pytest.raises(ValueError, match="must have finite weights; NaN or Inf in"):
+        load_expert(file)
+    expert.weights[name] = torch.ones(3)
+    with pytest.raises(ValueError, match=r"must have .* \(32, 32\); it has \(3,\)"):
+        start_expert(domains.base, expert=expert)
+    expert = load_expert(domains.files[0])
+    mean = next(name for name in expert.statistics if name.endswith("mean"))
+    for odd in (torch.full_like(expert.statistics[mean], float("nan")), torch.ones(3)):
+        expert.statistics[mean] = odd
+        with pytest.raises(ValueError, match="the statistics of expert 'domain0' must hold finite numbers"):
+            compose_experts(domains.base, [expert], background=domains.background)
+
+
+def test_saves_that_are_refused(tmp_path: Path) -> None:
+    base = dense_model("llama")
+    model, file = start_expert(base, 8), tmp_path / "an.expert"
+    mixture = convert_to_mpoe(base, MPOEConfig(shape="neurons", neurons=4))
+    latent = convert_to_mpoe(base, MPOEConfig(moe_type="none", shape="neurons", neurons=4, latent=4))
+    for odd in (base, mixture, latent, convert_to_mpoe(base)):
+        with pytest.raises(TypeError, match="model must have one expert"):
+            save_expert(odd, file)
+    with pytest.raises(TypeError, match="path must be the path of a file"):
+        save_expert(model, 3)
+    for path in (tmp_path, tmp_path / "absent" / "an.expert"):
+        with pytest.raises(ValueError, match="path must be of a file in a folder that is there"):
+            save_expert(model, path)
+    with pytest.raises(TypeError, match="training must hold what JSON can"):
+        save_expert(model, file, training={"x": base})
+    with pytest.raises(TypeError, match="training must hold what JSON can"):
+        save_expert(model, file, training={"loss": float("nan")})
+    with pytest.raises(TypeError, match="training must be a mapping of facts; got int"):
+        save_expert(model, file, training=3)
+    with pytest.raises(TypeError, match="statistics must be a mapping"):
+        save_expert(model, file, statistics=[1])
+    with pytest.raises(TypeError, match="tokenizer must be a tokenizer"):
+        save_expert(model, file, tokenizer="a")
+    next(iter(neuron_modules(model).values())).experts.up.data[0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="finite weights"):
+        save_expert(model, file)
+    assert not list(tmp_path.iterdir())
+
+
+def test_statistics_that_are_refused() -> None:
+    base = dense_model("llama")
+    with pytest.raises(TypeError, match="model must have an expert"):
+        collect_statistics(base, [])
+    with pytest.raises(ValueError, match="shape 'neurons'"):
+        collect_statistics(convert_to_mpoe(base), [])
+    model = start_expert(base, 8)
+    for rank in (-1, 25, True, 1.5):
+        with pytest.raises(ValueError, match="rank must be an integer from 0 to the model size 24"):
+            collect_statistics(model, [], rank=rank)
+    with pytest.raises(ValueError, match="batches must hold tokens"):
+        collect_statistics(model, [])
+    for odd in (3, {"input_ids": [1, 2]}):
+        with pytest.raises(TypeError, match="batches must hold tensors by argument of the model"):
+            collect_statistics(model, [odd])
+    embeds = torch.full((1, 4, 24), float("nan"))
+    with pytest.raises(ValueError, match="finite inputs"):
+        collect_statistics(model, [{"inputs_embeds": embeds}])
+
+
+def test_networks_without_a_module_are_refused() -> None:
+    with pytest.raises(ValueError, match="shape 'neurons' needs"):
+        start_expert(tiny_model("opt", "OPTForCausalLM"))

@@ -20,7 +20,7 @@ from mpoe.data.embedded import load_stand_in
 from mpoe.models.export import as_stock, check_export, server_notes
 from mpoe.models.kept import neuron_modules
 
-from .tiny_families import tiny_model
+from .tiny_models import tiny_model
 
 IDS = torch.randint(2, 60, (3, 17), generator=torch.Generator().manual_seed(3))
 MIXTRAL, QWEN3, GRANITE, QWEN = "mixtral", "qwen3_moe", "granitemoeshared", "qwen2_moe"

@@ -24,7 +24,7 @@ from mpoe import RouterConfig, load_mpoe, save_mpoe_only
 from mpoe.models import MPOEBertModel, mpo_modules
 from mpoe.models.weight_files import check_shapes
 
-from .small_models import FAMILIES, batch, dense_model, result
+from .tiny_models import FAMILIES, batch, dense_model, result
 
 AUTO = {
     "t5": AutoModelForSeq2SeqLM,

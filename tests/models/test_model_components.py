@@ -11,7 +11,7 @@ from mpoe.layers import MPOEFeedForward, MPOLinear, TiedHead
 from mpoe.models import mpo_modules
 from mpoe_kernels import MPOShape
 
-from .small_models import FAMILIES, batch, dense_model, relative_difference, result
+from .tiny_models import FAMILIES, batch, dense_model, relative_difference, result
 
 ALL = ["ffn", "attention", "embedding", "pooler"]
 

@@ -10,7 +10,7 @@ import torch
 import mpoe
 from mpoe import MPOEConfig, RouterConfig, add_expert, compose, convert_to_mpoe, load_mpoe
 
-from .small_models import dense_model as dense
+from .tiny_models import dense_model as dense
 
 FAMILIES = ["llama", "gpt2", "t5", "bert"]
 

@@ -1,4 +1,4 @@
-"""Conversion keeps the results, leaves its input unchanged, and refuses what it cannot do."""
+"""Conversion keeps the results, leaves its input unchanged, and refuses what it cannot do; wider dense models."""
 
 from __future__ import annotations
 
@@ -7,16 +7,31 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import GPT2LMHeadModel
 from transformers.models.distilbert import DistilBertConfig, DistilBertModel
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, merge_experts
+from mpoe.data.embedded import load_stand_in
 from mpoe.layers import MPOEFeedForward
 from mpoe.models import mpo_modules
+from mpoe.models.table import DENSE
+from mpoe.models.widen import hidden_size_as_mixture, widened
 from mpoe_kernels import MPOShape
 from tests.cases import pairwise
 
-from .small_models import FAMILIES, GPT2, T5, batch, dense_model, relative_difference, result, valid_rows
+from .tiny_models import (
+    FAMILIES,
+    GENERATED,
+    batch,
+    dense_model,
+    first_result,
+    relative_difference,
+    result,
+    text_rows,
+    tiny_batch,
+    tiny_model,
+    valid_rows,
+)
 
 
 @pytest.mark.parametrize(
@@ -158,13 +173,13 @@ def test_refusals_come_before_any_work():
     with pytest.raises(ValueError, match=r"transformer\.h\.0\.mlp\.c_fc.*\[24, 96\]"):
         convert_to_mpoe(dense_model("gpt2"), MPOEConfig(shape=shapes))
     with pytest.raises(ValueError, match="did you mean 'gelu"):
-        convert_to_mpoe(GPT2LMHeadModel(GPT2Config(**GPT2, activation_function="quick_gelu")))
+        convert_to_mpoe(tiny_model("gpt2", "GPT2LMHeadModel", activation_function="quick_gelu"))
 
 
 def test_scale_decoder_outputs_survives():
     for tied in (True, False):
-        config = T5Config(**T5, tie_word_embeddings=tied)
-        converted = convert_to_mpoe(T5ForConditionalGeneration(config))
+        sizes = {"tie_word_embeddings": tied, "num_decoder_layers": 1}
+        converted = convert_to_mpoe(tiny_model("t5", "T5ForConditionalGeneration", **sizes))
         assert converted.config.scale_decoder_outputs is tied
         assert converted.decoder.config.is_decoder is True
         assert converted.decoder.config.num_layers == 1
@@ -178,21 +193,52 @@ def test_scale_decoder_outputs_survives():
     ],
 )
 def test_refused_before_any_work(options: dict, message: str) -> None:
-    dense = FAMILIES["t5"]()
     with pytest.raises(ValueError, match=message):
-        convert_to_mpoe(dense, MPOEConfig(num_experts=2, **options))
+        convert_to_mpoe(dense_model("t5"), MPOEConfig(num_experts=2, **options))
 
 
 def test_float16_t5_is_warned_about() -> None:
     with pytest.warns(UserWarning, match="Prefer bfloat16"):
-        convert_to_mpoe(FAMILIES["t5"]().half(), MPOEConfig(num_experts=2, shape="separable"))
+        convert_to_mpoe(dense_model("t5").half(), MPOEConfig(num_experts=2, shape="separable"))
 
 
 def test_a_model_without_weights_and_a_path_that_is_none_are_refused():
     with torch.device("meta"):
-        model = FAMILIES["gpt2"]()
+        model = dense_model("gpt2")
     with pytest.raises(ValueError, match=r"model must hold weights; .* is on the device meta"):
         convert_to_mpoe(model)
     for path in (None, 3):
         with pytest.raises(TypeError, match="path must be the folder of a saved model; got"):
             load_mpoe(path)
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_of_every_family(family: str) -> None:
+    name = next(name for model_type, _, name in GENERATED if model_type == family)
+    dense = tiny_model(family, name)
+    mixture = convert_to_mpoe(dense, MPOEConfig(num_experts=4))
+    hidden = hidden_size_as_mixture(dense, mixture.mpoe_config)
+    wide, less = widened(dense, hidden), widened(dense, hidden - 1)
+    size, smaller, wanted = (sum(p.numel() for p in model.parameters()) for model in (wide, less, mixture))
+    assert abs(size - wanted) <= (size - smaller) / 2
+    batch = tiny_batch(dense, family)
+    with torch.inference_mode():
+        first, second = (text_rows(first_result(model(**batch)), batch) for model in (wide, dense))
+    assert torch.allclose(first, second, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+def test_new_units_learn_from_the_first_step_on(kind: str) -> None:
+    dense, _ = load_stand_in(kind)
+    size = dense.config.d_ff if kind == "t5" else 4 * dense.config.n_embd
+    wide = widened(dense, size + 24)
+    tokens = torch.randint(0, 100, (2, 9))
+    wide(tokens, labels=tokens).loss.backward()
+    (name,) = [n for n, _ in wide.named_parameters() if n.endswith(("wo.weight", "mlp.c_proj.weight"))][:1]
+    grad = wide.get_parameter(name).grad
+    assert (grad[:, size:] if kind == "t5" else grad[size:]).abs().sum() > 0
+
+
+def test_a_mixture_cannot_be_widened() -> None:
+    with pytest.raises(ValueError, match=r"a wider model must be of t5, .*; got mixtral"):
+        hidden_size_as_mixture(tiny_model("mixtral", "MixtralForCausalLM"), MPOEConfig())

@@ -18,7 +18,7 @@ from mpoe.models import MPOELlamaModel
 from mpoe.models.decoding import decoding_bytes, kept_while_generating
 from tests.cases import pairwise
 
-from .small_models import GPT2, LLAMA, MASK, batch
+from .tiny_models import FAMILIES, MASK, batch
 
 LOG = "mpoe.models.decoding"
 LIGHT = {"shape": "light", "light_p": 4, "num_experts": 2}
@@ -27,8 +27,8 @@ LIGHT = {"shape": "light", "light_p": 4, "num_experts": 2}
 @pytest.fixture(autouse=True)
 def _deeper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough layers for the size of the dense ones to leave room for a layer of two experts."""
-    monkeypatch.setitem(GPT2, "n_layer", 4)
-    monkeypatch.setitem(LLAMA, "num_hidden_layers", 4)
+    for family, layers in (("gpt2", "n_layer"), ("llama", "num_hidden_layers")):
+        monkeypatch.setitem(FAMILIES[family][2], layers, 4)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Every family, head and shape: conversion does not change results, and a saved model loads as the same model."""
+"""Every family and head, as every kind of mixture: no result changes, and a saved model loads as the same model."""
 
 from __future__ import annotations
 
@@ -7,67 +7,63 @@ import torch
 import transformers
 
 from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe
-from mpoe.layers import HiddenFeedForward, MPOEFeedForward
+from mpoe.layers import HiddenFeedForward, MPOEFeedForward, NeuronFeedForward
 from mpoe.models.table import DENSE, TABLE
 
-from .tiny_families import GENERATED, first_result, text_rows, tiny_batch, tiny_model
+from .kept_models import stirred
+from .tiny_models import GENERATED, first_result, text_rows, tiny_batch, tiny_model
 
+# Families without a module for the feed-forward network, so that nothing can go beside or between the projections.
+WITHOUT_A_MODULE = ("bart", "opt")
 SHAPES = ("separable", "paper", "light")
-IDS = [f"{model_type}-{name}" for model_type, _, name in GENERATED]
-# By default one shape per class; of families with the same structure, the first and the others' language models.
-FIRST = {TABLE[t].models: t for t in reversed(DENSE)}
-
-
-def slice_of(cases):
-    for place, (case, identity) in enumerate(zip(cases, IDS, strict=True)):
-        for number, shape in enumerate(SHAPES):
-            usual = case[0] in FIRST.values() or case[1] in ("AutoModelForCausalLM", "AutoModelForMaskedLM")
-            default = usual and number == place % len(SHAPES)
-            yield pytest.param(*case, shape, id=f"{identity}-{shape}", marks=[] if default else [pytest.mark.slow])
-
-
-# Families without a module for the feed-forward network, so that blocks cannot go between the projections.
-WITHOUT_BLOCKS = ("bart", "opt")
 ONE_OF_EACH = {case[0]: case[2] for case in reversed(GENERATED)}
+# Of families with the same structure, the first.
+FIRST = {TABLE[t].models: t for t in reversed(DENSE)}.values()
 
 
-@pytest.mark.parametrize("model_type", ONE_OF_EACH)
-@torch.no_grad()
-def test_converts_by_default(model_type, tmp_path):
-    """Without a shape: hidden-side experts, two per token; where blocks do not fit, separable experts."""
-    model = tiny_model(model_type, ONE_OF_EACH[model_type])
-    inputs = tiny_batch(model, model_type)
-    expected = text_rows(first_result(model(**inputs)), inputs)
-    converted = convert_to_mpoe(model, MPOEConfig(num_experts=3))
-    without = model_type in WITHOUT_BLOCKS
-    assert TABLE[model_type].takes_blocks is not without
-    kind = MPOEFeedForward if without else HiddenFeedForward
-    assert any(isinstance(module, kind) for module in converted.modules())
-    config = converted.mpoe_config
-    assert (config.shape, config.top_k) == (("separable", 1) if without else ("hidden", 2))
-    output = converted(**inputs)
-    assert (text_rows(first_result(output), inputs) - expected).abs().max() <= 1e-5 * expected.abs().max()
-    converted.save_pretrained(tmp_path)
-    again = load_mpoe(tmp_path)
-    assert again.mpoe_config == config
-    assert torch.equal(first_result(again(**inputs)), first_result(output))
+def cases():
+    """By default one MPO shape and neurons per class, of families with the same structure those of the first and of the
+    others' language models; without a shape one class of each family."""
+    for place, case in enumerate(GENERATED):
+        model_type, auto, name = case
+        usual = model_type in FIRST or auto in ("AutoModelForCausalLM", "AutoModelForMaskedLM")
+        shapes = [*SHAPES, *(["neurons"] if model_type not in WITHOUT_A_MODULE else [])]
+        for shape in [*shapes, *([None] if ONE_OF_EACH[model_type] == name else [])]:
+            default = shape is None or (usual and shape in ("neurons", SHAPES[place % len(SHAPES)]))
+            marks = [] if default else [pytest.mark.slow]
+            yield pytest.param(*case, shape, id=f"{model_type}-{name}-{shape}", marks=marks)
 
 
-@pytest.mark.parametrize(("model_type", "auto", "name", "shape"), list(slice_of(GENERATED)))
+@pytest.mark.parametrize(("model_type", "auto", "name", "shape"), list(cases()))
 @torch.no_grad()
 def test_converts_exactly_and_reloads(model_type, auto, name, shape, tmp_path):
     model = tiny_model(model_type, name)
     inputs = tiny_batch(model, model_type)
-    expected = text_rows(first_result(model(**inputs)), inputs)
+    whole = first_result(model(**inputs))
+    expected = text_rows(whole, inputs)
     converted = convert_to_mpoe(model, MPOEConfig(num_experts=3, shape=shape))
     assert type(converted).__name__ == f"MPOE{name}"
-    assert any(isinstance(module, MPOEFeedForward) for module in converted.modules())
+    config, kind = converted.mpoe_config, MPOEFeedForward
+    if shape is None:  # hidden-side experts, two per token; where blocks do not fit, separable experts
+        without = model_type in WITHOUT_A_MODULE
+        assert TABLE[model_type].takes_blocks is not without
+        assert (config.shape, config.top_k) == (("separable", 1) if without else ("hidden", 2))
+        kind = MPOEFeedForward if without else HiddenFeedForward
+    elif shape == "neurons":
+        kind = NeuronFeedForward
+    assert any(isinstance(module, kind) for module in converted.modules())
     output = converted(**inputs)
-    found = text_rows(first_result(output), inputs)
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    if shape == "neurons":
+        assert torch.equal(first_result(output), whole)
+        output = stirred(converted)(**inputs)
+        assert not torch.equal(first_result(output), whole)
+    else:
+        found = text_rows(first_result(output), inputs)
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert output.expert_load.sum() > 0
     converted.save_pretrained(tmp_path)
     for again in (load_mpoe(tmp_path), getattr(transformers, auto).from_pretrained(tmp_path)):
         assert type(again) is type(converted)
+        assert again.mpoe_config == config
         assert torch.equal(first_result(again(**inputs)), first_result(output))
         assert list(again.state_dict()) == list(converted.state_dict())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-import threading
 from contextlib import nullcontext
 
 import pytest
@@ -15,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from mpoe import MPOEConfig, RouterConfig
 from mpoe.layers import load_balancing_loss, router_z_loss
 from mpoe.models import MPOEGPT2Config, MPOET5Config, parameter_kind
+from tests.assertions import in_threads
 
-from .small_models import FAMILIES, MASK, batch, dense_model, result, valid_rows
+from .tiny_models import FAMILIES, MASK, batch, dense_model, result, valid_rows
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -262,21 +262,14 @@ def test_concurrent_calls_keep_their_masks_apart(converted):
     model, inputs = converted("t5"), batch("t5")
     masks = [MASK, torch.ones_like(MASK), MASK.flip(0)]
     alone = [model(**{**inputs, "attention_mask": mask}) for mask in masks]
-    results, barrier = {}, threading.Barrier(3)
 
     def work(k):
-        barrier.wait()
-        for _ in range(5):
-            results[k] = model(**{**inputs, "attention_mask": masks[k]})
+        return [model(**{**inputs, "attention_mask": masks[k]}) for _ in range(5)]
 
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for k, expected in enumerate(alone):
-        assert torch.equal(results[k].expert_load, expected.expert_load)
-        torch.testing.assert_close(results[k].logits, expected.logits)
+    for results, expected in zip(in_threads(3, work), alone, strict=True):
+        for found in results:
+            assert torch.equal(found.expert_load, expected.expert_load)
+            torch.testing.assert_close(found.logits, expected.logits)
 
 
 @torch.no_grad()

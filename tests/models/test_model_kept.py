@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration, OPTConfig, OPTForCausalLM
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, save_mpoe_only
-from mpoe.inspection.growth import parameter_growth
+from mpoe.inspection import parameter_growth
 from mpoe.models.card import model_card
 from mpoe.models.kept import kept_modules
 from mpoe.models.report import HEADER, parameter_kind, routed_layers, summarize
@@ -21,6 +21,35 @@ from mpoe.training.gradient_mask import GradientMask
 from mpoe.training.statistics import core_grad_norms
 
 from .kept_models import KEPT, batch, config, dense, every_family, every_kind, logits, stirred
+
+RAW, SIGMOID = {"is_scale_prob": True}, {"scoring_func": "sigmoid", "bias_update_rate": 0.001}
+# Kind, experts per token, fields of the router and of the configuration; neurons change no bit, whatever the gates.
+STARTS = [
+    *(
+        ("hidden", top_k, {}, {"block_per_group": own, "backend": "eager"})
+        for top_k, own in ((1, True), (1, False), (2, True), (4, True))
+    ),
+    *(
+        (kind, top_k, gates, {})
+        for kind, top_k, gates in (
+            *(("neurons", 1, RAW), ("neurons", 2, {}), ("neurons", 4, SIGMOID), ("neurons", 2, RAW)),
+            *(("latent", 4, {}), ("latent", 2, {"routed_scaling_factor": 1.0}), ("latent", 1, SIGMOID)),
+        )
+    ),
+]
+
+
+@every_family
+@pytest.mark.parametrize(("kind", "top_k", "gates", "fields"), STARTS, ids=str)
+def test_conversion_keeps_the_dense_model(kind: str, top_k: int, gates: dict, fields: dict, family: str) -> None:
+    model = dense(family)
+    converted = convert_to_mpoe(model, config(kind, top_k, gates, **fields))
+    found, want = logits(converted, family), logits(model, family)
+    exact = kind != "hidden" or top_k == 1
+    assert torch.equal(found, want) if exact else (found - want).abs().max() <= 1e-5 * want.abs().max()
+    before, after = dict(model.named_parameters()), dict(converted.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert len(kept_modules(converted)) == (2 if family.startswith("t5") else 1)
 
 
 def layers_of(model: nn.Module) -> list:
@@ -175,7 +204,7 @@ def test_reports(kind: str, family: str, capsys: pytest.CaptureFixture) -> None:
     assert len(rows[0].cells()) == len(HEADER)
     assert rows[0].cells()[-2:] == (KEPT[kind]["shape"], f"{ratio:.2f}")
     model.mpoe_summary()
-    assert ("blocks, own" if kind == "hidden" else "8 neurons") in capsys.readouterr().out
+    assert (f" {f // 8} blocks, own" if kind == "hidden" else "8 neurons") in capsys.readouterr().out
     assert ("block_size=8" if kind == "hidden" else f"neurons=8, latent={latent}") in model_card(model)
     growth = parameter_growth(model, (4, 8))
     assert growth.mpoe[0] == report["total"]

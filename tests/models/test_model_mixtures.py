@@ -9,12 +9,12 @@ from torch import nn
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, merge_experts
 from mpoe.cli import export as command
-from mpoe.estimation.inventory import take_inventory
+from mpoe.estimation import take_inventory
 from mpoe.layers import MixtureExperts, MPOLinear
 from mpoe.models.stock_experts import expert_modules, router_modules
 from mpoe.models.table import TABLE
 
-from .tiny_families import EXPERTS, first_result, heads_of, text_rows, tiny_batch, tiny_model
+from .tiny_models import EXPERTS, first_result, heads_of, text_rows, tiny_batch, tiny_model
 
 MIXTURES = [model_type for model_type, row in TABLE.items() if row.is_mixture]
 DAILY = ("qwen2_moe", "deepseek_v3")

@@ -13,7 +13,7 @@ from mpoe import load_mpoe, merge_experts
 from mpoe.layers import MPOEFeedForward
 from mpoe.models import mpo_modules
 
-from .small_models import batch
+from .tiny_models import batch
 
 try:
     import peft

@@ -207,7 +207,7 @@ def test_a_chain_in_no_order(operands: tuple, message: str, monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("fresh_arguments")
-@pytest.mark.parametrize("order", permutations("LCR"), ids="".join)
+@pytest.mark.parametrize("order", list(permutations("LCR")), ids="".join)
 def test_a_chain_takes_the_order_that_it_is_given(order: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     """The planner decides; every other order has bits of its own."""
     shape = MPOShape((3, 4, 5), (5, 3, 4), max_bond=7)

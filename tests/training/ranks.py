@@ -1,4 +1,4 @@
-"""Runs that one process and two (gloo) must do alike; `main` is one rank's part of the whole list.
+"""Runs that one process and two (gloo) must do alike; `main` is one rank's part of the named ones.
 
 Every run goes through the same global batches: rank r of R takes rows r, r + R, ... of each, or the Trainer's share.
 """
@@ -6,6 +6,7 @@ Every run goes through the same global batches: rank r of R takes rows r, r + R,
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,10 +21,21 @@ from accelerate.utils import DistributedDataParallelKwargs
 from transformers import TrainerCallback
 
 from mpoe.layers import global_batch
+from mpoe.models import load_mpoe
 from mpoe.models.report import mpo_modules
-from mpoe.training import DivergenceError, GradientMask, rank_share, save_sharded, shard_model
+from mpoe.training import (
+    DivergenceError,
+    GradientMask,
+    build_param_groups,
+    find_last_checkpoint,
+    load_sharded_optimizer,
+    rank_share,
+    save_sharded,
+    save_sharded_checkpoint,
+    shard_model,
+)
 
-from .tiny import CHECKPOINTING, Rows, make_trainer, mpoe_model, weights
+from .tiny import CHECKPOINTING, Rows, arguments, make_trainer, mpoe_model, weights
 
 STEPS = 4
 BATCH = 8
@@ -175,6 +187,40 @@ def by_sharding(
     return result
 
 
+LOOP_STEPS, SAVED = 6, 2
+# Masks the first two steps: in the checkpoint after them the central cores have no optimizer state yet.
+LOOP_MASK = {"probability": 0.5, "seed": 0}
+
+
+def kept_loop(folder: Path, kill_after: int | None = None) -> list[float]:
+    """A sharded loop that keeps checkpoints: losses of the steps from the last one in the folder on, or of all."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    checkpoint = find_last_checkpoint(folder)
+    model = shard_model(load_mpoe(checkpoint).train() if checkpoint else mpoe_model("t5"))
+    optimizer = torch.optim.AdamW(build_param_groups(model, arguments("unused")))
+    start = load_sharded_optimizer(model, optimizer, checkpoint) if checkpoint else 0
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.8**step, last_epoch=start - 1)
+    mask, rows, losses = GradientMask(model, **LOOP_MASK), Rows("t5", rows=LOOP_STEPS * BATCH), []
+    for step in range(start, LOOP_STEPS):
+        batch = [rows[step * BATCH + i] for i in range(rank, BATCH, ranks)]
+        inputs = {name: torch.stack([row[name] for row in batch]) for name in batch[0]}
+        with mask.step(step), global_batch():
+            loss = rank_share(model(**inputs), inputs["labels"], model)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        losses.append(float(total) / ranks)
+        if step + 1 == SAVED:
+            save_sharded_checkpoint(model, optimizer, folder, step + 1)
+        if step + 1 == kill_after and rank == ranks - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return losses
+
+
 # name: (loop, family, MPOEConfig, options)
 RUNS: dict[str, tuple[Callable[..., dict[str, Any]], str, dict[str, Any], dict[str, Any]]] = {
     "trainer": (by_trainer, "t5", {}, {"save_strategy": "steps", "save_steps": 2}),
@@ -214,3 +260,30 @@ def torchrun(name: str, *arguments: Any, processes: int = 2, timeout: float = 30
         timeout=timeout,
         cwd=Path(__file__).parents[2],
     )
+
+
+def main() -> None:
+    """`torchrun -m tests.training.ranks FOLDER NAME ...` writes what came out of these runs into FOLDER.
+
+    ``loop`` and ``kill`` are `kept_loop`, which is killed in the second case.
+    """
+    folder, names = Path(sys.argv[1]), sys.argv[2:]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    if names == ["kill"]:
+        kept_loop(folder / "killed", kill_after=SAVED + 1)
+    if names == ["loop"]:
+        results: dict[str, Any] = {name: kept_loop(folder / name) for name in ("straight", "killed", "from one")}
+    else:
+        results = {name: run(name, folder / "two", 2) for name in names}
+    if (folder / "resume").is_dir():  # with a checkpoint of one process
+        results["resumed"] = by_trainer(folder / "resume", 2, "t5", {}, resume=True)
+        results["own router losses"] = by_trainer(folder / "own", 2, "t5", {}, global_router_losses=False)
+        results["diverged"] = diverged(folder / "diverged")
+    torch.save(results, folder / f"rank-{dist.get_rank()}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

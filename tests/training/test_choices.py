@@ -14,8 +14,7 @@ from mpoe.training import checkpoints
 from mpoe_kernels.contract import autotune
 
 from .ranks import torchrun
-from .tiny import make_trainer, resume_options, weights
-from .unlike_clocks import LAST, preferring
+from .tiny import LAST, make_trainer, preferring, resume_options, weights
 
 Machine = Callable[[int], None]
 
@@ -84,7 +83,7 @@ def test_checkpoints_without_choices_choose_anew(machine: Machine, tmp_path: Pat
 @pytest.mark.slow
 def test_ranks_whose_clocks_disagree_compute_the_same(tmp_path: Path) -> None:
     """Tensor parallelism: the same tokens, the same experts, the same bits. Data parallelism: one set of choices."""
-    answer = torchrun("ranks_choices", tmp_path)
+    answer = torchrun("ranks_models", "choices", tmp_path)
     assert answer.returncode == 0, answer.stdout
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
     assert first["chosen alone"].keys() == second["chosen alone"].keys()

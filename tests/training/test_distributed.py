@@ -1,4 +1,4 @@
-"""Two processes (gloo, by torchrun) do what one does: DDP by the Trainer and by Accelerate, and FSDP2."""
+"""Two processes (gloo, by torchrun) do what one does: DDP by the Trainer and by Accelerate, FSDP2, tensor parallel."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Phi3Config, Phi3ForCausalLM
 
-from mpoe import load_mpoe, shard_model
-from mpoe.training import find_last_checkpoint
+from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe, shard_model
+from mpoe.training import find_last_checkpoint, split_hidden_experts
 
-from .ranks import MORE_RUNS, RUNS, by_trainer, run, torchrun
+from .ranks import HIDDEN, MORE_RUNS, RUNS, by_trainer, run, torchrun
 from .tiny import Rows, arguments, dense_model, mpoe_model
 
 FIRST = "trainer"
@@ -52,7 +53,7 @@ def do_both(names: Iterable[str], folder: Path) -> list[dict[str, Any]]:
     one = {name: run(name, folder / "one", 1) for name in names}
     if FIRST in one:
         continue_from(folder / "one" / FIRST / "checkpoint-2", folder / "resume")
-    answer = torchrun("ranks_main", folder, *names)
+    answer = torchrun("ranks", folder, *names)
     assert answer.returncode == 0, answer.stdout
     ranks = [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
     for name in names:
@@ -124,3 +125,35 @@ def test_a_killed_rank_ends_the_run_and_the_run_continues(tmp_path: Path) -> Non
     assert resumed.returncode == 0, resumed.stdout
     expected, found = (torch.load(tmp_path / name / "final.pt") for name in ("straight", "run"))
     assert [name for name, value in expected.items() if not torch.equal(value, found[name])] == []
+
+
+@pytest.mark.slow
+def test_two_ranks_compute_what_one_does() -> None:
+    answer = torchrun("ranks_models", "hidden")
+    assert answer.returncode == 0, answer.stdout
+    assert answer.stdout.count("alike") == 2
+
+
+class Mesh:
+    """What is asked of a mesh before anything is split."""
+
+    def __init__(self, size: int, ndim: int = 1) -> None:
+        self.ndim, self._size = ndim, size
+
+    def size(self) -> int:
+        return self._size
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="mesh must be one-dimensional; got 2 dimensions"):
+        split_hidden_experts(mpoe_model("t5", **HIDDEN), Mesh(2, 2))
+    with pytest.raises(ValueError, match="must have experts on the hidden side"):
+        split_hidden_experts(mpoe_model("t5"), Mesh(2))
+    with pytest.raises(ValueError, match=r"has \d+ groups of hidden units, which 7 ranks do not divide"):
+        split_hidden_experts(mpoe_model("t5", **HIDDEN), Mesh(7))
+    with pytest.raises(ValueError, match=r"its up projection must be an nn\.Linear; got Conv1D"):
+        split_hidden_experts(mpoe_model("gpt2", **HIDDEN), Mesh(1))
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    joined = Phi3ForCausalLM(Phi3Config(**sizes, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0))
+    with pytest.raises(ValueError, match="up and gate_proj share one projection, whose halves the ranks would mix"):
+        split_hidden_experts(convert_to_mpoe(joined, MPOEConfig(num_experts=2)), Mesh(1))

@@ -127,6 +127,6 @@ def test_a_previous_optimizer_that_does_not_fit_is_refused(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_two_ranks_compute_what_one_does() -> None:
     """DDP, FSDP2, and tensor parallelism of the dense projections with PyTorch's own styles."""
-    answer = torchrun("ranks_tensor", "neurons")
+    answer = torchrun("ranks_models", "neurons")
     assert answer.returncode == 0, answer.stdout
     assert answer.stdout.count("alike") == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from pathlib import Path
 
@@ -13,8 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mpoe.training import checkpoints, find_last_checkpoint, prepare_output_dir, read_metrics
-from mpoe.training.metrics_file import MetricsFile
-from mpoe.training.output_dir import RUN_FILE, check_folder, check_output_dir, differing_keys
+from mpoe.training.output_dir import RUN_FILE, MetricsFile, check_folder, check_output_dir, differing_keys
 from mpoe.training.resuming import checkpoint_to_resume
 from mpoe.training.run_lock import hold
 from mpoe.training.statistics import load_shares, load_summary
@@ -119,10 +117,11 @@ def test_failed_publication_leaves_the_old_checkpoint(tmp_path: Path, monkeypatc
 def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in (9, 10, 11, 100):
         make_checkpoint(tmp_path, step)
-    checkpoints.rotate(tmp_path, None)
+    for limit in (None, 0, -1):
+        checkpoints.rotate(tmp_path, limit)
     assert len(checkpoints.list_checkpoints(tmp_path)) == 4
-    checkpoints.rotate(tmp_path, 2, keep=tmp_path / "checkpoint-9")
-    assert [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(tmp_path)] == [9, 100]
+    checkpoints.rotate(tmp_path, 2, keep=tmp_path / "checkpoint-11")
+    assert [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(tmp_path)] == [11, 100]
     checkpoints.rotate(tmp_path, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-100"]
 
@@ -139,13 +138,6 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monk
     assert checkpoints.MANIFEST in before
     assert before[-1] == final.name
     assert {path.name for path in final.iterdir()} <= set(before)
-
-
-@pytest.mark.parametrize("record", [[], 5, {"files": []}, {"files": {}, "crc32": "none"}])
-def test_a_manifest_of_another_form_is_no_checkpoint(tmp_path: Path, record: object) -> None:
-    checkpoint = make_checkpoint(tmp_path, 5)
-    (checkpoint / checkpoints.MANIFEST).write_text(json.dumps(record))
-    assert not checkpoints.is_complete(checkpoint)
 
 
 def test_metrics_survive_a_torn_line_and_drop_repeated_steps(tmp_path: Path) -> None:

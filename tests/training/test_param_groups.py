@@ -15,11 +15,10 @@ from mpoe.layers import MPOEFeedForward, MPOLinear
 from mpoe.models.kept import hidden_modules
 from mpoe.models.report import mpo_modules
 from mpoe.training import MPOETrainingArguments, build_param_groups, describe_param_groups, freeze_cores
-from mpoe.training.freezing import chain_parameters, component_of
+from mpoe.training.freezing import component_of
 from mpoe_kernels import MPOShape
 
-from .tiny import mpoe_model
-from .toy import Toy
+from .tiny import Toy, mpoe_model
 
 
 def arguments(tmp_path: Path, **kwargs: Any) -> MPOETrainingArguments:
@@ -57,7 +56,7 @@ def test_core_rates(
     found = rates(build_param_groups(model, arguments(tmp_path, **options)))
     for _, cores in mpo_modules(model):
         weight_rms = cores.dense_weights()[0].square().mean().sqrt().item()
-        for index, core in enumerate(chain_parameters(cores)):
+        for index, core in enumerate(cores.chain()):
             scale = central if index == cores.shape.central else auxiliary
             expected = base * core.square().mean().sqrt().item() / weight_rms * scale
             assert found[id(core)][0] == pytest.approx(expected, rel=1e-4)
@@ -66,7 +65,7 @@ def test_core_rates(
 def test_one_raw_rate_without_scaling(tmp_path: Path) -> None:
     model = pretrained_toy()
     found = rates(build_param_groups(model, arguments(tmp_path, scale_core_lr=False, mpo_lr=5e-4)))
-    cores = [core for _, module in mpo_modules(model) for core in chain_parameters(module)]
+    cores = [core for _, module in mpo_modules(model) for core in module.chain()]
     assert {found[id(core)][0] for core in cores} == {5e-4}
     half = rates(build_param_groups(model, arguments(tmp_path, scale_core_lr=False, central_lr_scale=0.5)))
     assert {half[id(core)][0] for core in model.centrals()} == {5e-4}

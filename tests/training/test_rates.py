@@ -1,18 +1,19 @@
-"""The rates that a run starts from."""
+"""The rates that a run starts from, and the search for one."""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mpoe import MPOEConfig
-from mpoe.training.rates import TRIED, kind_of, rate_advice, recommended_for, recommended_rate
+from mpoe.training.rates import TRIED, _search, find_rate, kind_of, rate_advice, recommended_for, recommended_rate
 from mpoe.training.statistics import WINDOW, LoadWatch
 
-from .tiny import arguments, dense_model, make_trainer, mpoe_model
+from .tiny import Rows, arguments, dense_model, make_trainer, mpoe_model
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -123,3 +124,34 @@ def test_the_trainer_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     texts = [str(warning.message) for warning in caught]
     assert any(text.startswith("learning_rate 1e-06 is 1/1,500 of") for text in texts)
     assert any(text.startswith("encoder.0.1: ") and "of 32 experts took no token in 2 steps" in text for text in texts)
+
+
+def test_finds_the_same_rate_twice_and_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    model = mpoe_model("gpt2", dropout=0.1, jitter=0.1)
+    items = [Rows("gpt2", rows=1)[0]] * 12
+    trainer = make_trainer(tmp_path, "gpt2", model, per_device_train_batch_size=4, learning_rate=7e-4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    numbers, mode = torch.get_rng_state(), model.training
+    found = find_rate(trainer, items, 1e-5, steps=3)
+    assert found == find_rate(trainer, items, 1e-5, steps=3)
+    rate, losses = found
+    assert rate == min(losses, key=lambda tried: losses[tried])
+    assert rate > 1e-5  # which hardly learns in three steps, so the search went upwards
+    assert len(losses) == 5
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(numbers, torch.get_rng_state())
+    assert (model.training, trainer.args.learning_rate) == (mode, 7e-4)
+
+
+def test_it_goes_on_while_the_best_is_at_an_end() -> None:
+    assert list(_search(lambda rate: abs(rate - 1e-3), 1e-3)) == [3e-4, 1e-3, 3e-3]
+    assert list(_search(lambda rate: -rate, 1e-3)) == [3e-4, 1e-3, 3e-3, 9e-3, 3e-2]
+    assert list(_search(lambda rate: rate, 1e-3)) == [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
+
+
+@pytest.mark.parametrize(("ranks", "items", "message"), [(2, 5, "one process; got 2"), (1, 1, "two training items")])
+def test_refusals(ranks: int, items: int, message: str) -> None:
+    trainer = SimpleNamespace(args=SimpleNamespace(world_size=ranks), model=None)
+    with pytest.raises(ValueError, match=message):
+        find_rate(trainer, [{}] * items, 1e-3)

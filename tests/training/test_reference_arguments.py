@@ -21,10 +21,10 @@ from mpoe.cli.tasks import DataOptions, resolve
 from mpoe.cli.train import take_layers
 from mpoe.layers import DenseExperts, MPOEFeedForward
 from mpoe.models import convert_to_mpoe, mpo_modules
-from mpoe.models.components import component_of
+from mpoe.models.checkpoint import component_of
 from mpoe.training import MPOETrainingArguments, freeze_cores
 
-from .small_data import write_task
+from ..cli.cli_data import write_sentiment
 from .tiny import dense_model
 
 GROUPS = [RunOptions, DataOptions, ExpertOptions, MPOETrainingArguments]
@@ -220,7 +220,7 @@ def _train_at_index(folder: Path) -> None:
 @argument("tasks", "eval_tasks")
 def _tasks(folder: Path) -> None:
     for name in ("one", "other", "third"):
-        write_task(folder / name)
+        write_sentiment(folder / name)
     flags = ("--data_dir", folder, "--tasks", "one", "third", "--eval_tasks", "other")
     assert [task.name for task in tasks(*flags)] == ["one", "third"]
     assert [task.name for task in tasks(*flags, field="eval_tasks")] == ["other"]

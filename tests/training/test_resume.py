@@ -1,4 +1,4 @@
-"""A killed or stopped run continues to the very weights of an uninterrupted one."""
+"""A killed or stopped run continues to the very weights of an uninterrupted one, of every kind of mixture."""
 
 from __future__ import annotations
 
@@ -16,9 +16,23 @@ from transformers import TrainerCallback
 from mpoe.training import checkpoints, find_last_checkpoint, read_metrics
 from mpoe.training.checkpoints import MANIFEST
 
-from .tiny import dense_model, make_trainer, mpoe_model, resume_options
+from .tiny import dense_model, make_trainer, mpoe_model, resume_options, weights
 
-FAMILIES = ["t5", "gpt2", "bert"]
+# The older name of activation checkpointing, which every Transformers 5 knows.
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+MIXTURES: dict[str, dict[str, Any]] = {
+    "switch": {},
+    "moe": {"moe_type": "moe", "router": {"jitter": 0.1}},
+    "moe_dense": {"moe_type": "moe", "expert_type": "dense", "router": None},
+    "none": {"moe_type": "none", "router": None},
+    "embedding": {"target_modules": ["ffn", "attention", "embedding"]},
+    # The bias of the routers is saved with the weights.
+    "neurons": {
+        "shape": "neurons",
+        "neurons": 8,
+        "router": {"top_k": 2, "scoring_func": "sigmoid", "bias_update_rate": 0.01, "balance_loss_weight": 0.0},
+    },
+}
 
 
 def final_state(trainer: Any) -> dict[str, torch.Tensor]:
@@ -31,22 +45,61 @@ def assert_identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
     assert not different
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_resume_is_bit_identical(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "family", "steps"),
+    [("switch", "t5", (3, 6, 9)), ("switch", "gpt2", (3,)), ("switch", "bert", (3,))]
+    + [(name, family, (3,)) for name, family in zip(list(MIXTURES)[1:], ["t5", "gpt2"] * 3, strict=False)],
+)
+def test_resume_is_bit_identical(tmp_path: Path, name: str, family: str, steps: tuple[int, ...]) -> None:
     """Epochs have six steps: checkpoint 3 lies inside the first, 6 at its end, 9 inside the second."""
-    straight = make_trainer(tmp_path / "straight", **resume_options(family, 12))
+    last = steps[-1] + 3
+
+    def made(folder: Path) -> Any:
+        model = mpoe_model(family, dropout=0.1, jitter=0.1, **MIXTURES[name])
+        options = resume_options(family, last) | {"model": model, "gradient_checkpointing": name != "switch"}
+        if not any(each.endswith(".central") for each, _ in model.named_parameters()):
+            options["gradient_mask_prob"] = 0.0
+        return make_trainer(folder, **options)
+
+    straight = made(tmp_path / "straight")
+    start = weights(straight.model)
     straight.train()
     expected = final_state(straight)
-    for step in (3, 6, 9):
+    assert all(torch.isfinite(value).all() for value in expected.values())
+    still = [key for key, value in weights(straight.model).items() if torch.equal(value, start[key])]
+    assert not [key for key in still if not key.endswith(".central")]
+    for step in steps:
         folder = tmp_path / f"from-{step}"
         shutil.copytree(tmp_path / "straight" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
         torch.manual_seed(step)  # whatever state the new process is in
-        resumed = make_trainer(folder, **resume_options(family, 12))
+        resumed = made(folder)
         resumed.train(resume_from_checkpoint=True)
-        assert resumed.state.global_step == 12
+        assert resumed.state.global_step == last
         assert_identical(expected, final_state(resumed))
         logged = [record["loss"] for record in straight.state.log_history if "loss" in record][step:]
         assert [record["loss"] for record in read_metrics(folder) if "loss" in record] == logged
+
+
+def test_crash_while_saving_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = make_trainer(tmp_path / "straight", **resume_options("t5", 6))
+    straight.train()
+    trainer = make_trainer(tmp_path / "run", **resume_options("t5", 6))
+    original = type(trainer)._save_rng_state
+
+    def fail(self: Any, output_dir: str) -> None:
+        if self.state.global_step == 6:
+            raise OSError("disk full")
+        original(self, output_dir)
+
+    monkeypatch.setattr(type(trainer), "_save_rng_state", fail)
+    with pytest.raises(OSError, match="disk full"):
+        trainer.train()
+    monkeypatch.undo()
+    assert find_last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-3"
+    resumed = make_trainer(tmp_path / "run", **resume_options("t5", 6))
+    resumed.train(resume_from_checkpoint=True)
+    assert_identical(final_state(straight), final_state(resumed))
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint-3", "checkpoint-6", "metrics.jsonl"}
 
 
 def test_resume_differs_without_the_saved_randomness(tmp_path: Path) -> None:
@@ -60,31 +113,6 @@ def test_resume_differs_without_the_saved_randomness(tmp_path: Path) -> None:
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     with pytest.raises(AssertionError):
         assert_identical(final_state(straight), final_state(resumed))
-
-
-def test_crash_while_saving_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    straight = make_trainer(tmp_path / "straight", **resume_options("t5", 9))
-    straight.train()
-
-    trainer = make_trainer(tmp_path / "run", **resume_options("t5", 9))
-    original = type(trainer)._save_rng_state
-
-    def fail(self: Any, output_dir: str) -> None:
-        if self.state.global_step == 6:
-            raise OSError("disk full")
-        original(self, output_dir)
-
-    monkeypatch.setattr(type(trainer), "_save_rng_state", fail)
-    with pytest.raises(OSError, match="disk full"):
-        trainer.train()
-    monkeypatch.undo()
-    assert find_last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-3"
-    resumed = make_trainer(tmp_path / "run", **resume_options("t5", 9))
-    resumed.train(resume_from_checkpoint=True)
-    assert_identical(final_state(straight), final_state(resumed))
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        *("checkpoint-3", "checkpoint-6", "checkpoint-9", "metrics.jsonl")
-    ]
 
 
 def test_run_that_died_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
@@ -173,6 +201,7 @@ def test_a_tied_weight_is_not_missing_and_an_absent_one_is_refused(
     (checkpoint / MANIFEST).unlink()  # as if somebody else had written it
     for changed, message in (
         ({name: value for name, value in weights.items() if name != "shared.weight"}, "lacks .*lm_head.weight, shared"),
+        ({"shared.weight": weights["shared.weight"]}, r"lacks weights of this model: (\S+, ){4}[^ ,]+$"),
         (weights | {"more": weights["shared.weight"].clone()}, "has too many weights of this model: more"),
     ):
         save_file(changed, checkpoint / "model.safetensors", metadata={"format": "pt"})

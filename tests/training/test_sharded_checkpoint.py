@@ -17,8 +17,8 @@ from mpoe import shard_model
 from mpoe.training import find_last_checkpoint, load_sharded_optimizer, save_sharded_checkpoint
 from mpoe.training.checkpoints import MANIFEST
 
-from .ranks import torchrun
-from .ranks_sharded import SAVED, STEPS, loop
+from .ranks import LOOP_STEPS, SAVED, torchrun
+from .ranks import kept_loop as loop
 from .tiny import mpoe_model
 
 
@@ -41,7 +41,7 @@ def alone(tmp_path: Path) -> Iterator[None]:
 
 def test_one_rank_goes_on(alone: None, tmp_path: Path) -> None:
     straight = loop(tmp_path)
-    assert len(straight) == STEPS
+    assert len(straight) == LOOP_STEPS
     assert loop(tmp_path) == pytest.approx(straight[SAVED:], rel=1e-6)
     assert find_last_checkpoint(tmp_path) == tmp_path / f"checkpoint-{SAVED}"
     assert not list(tmp_path.glob(".incomplete*"))
@@ -108,10 +108,10 @@ def test_what_does_not_fit_is_refused(alone: None, tmp_path: Path) -> None:
 def test_a_killed_loop_goes_on_with_any_number_of_ranks(alone: None, tmp_path: Path) -> None:
     one = loop(tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "from one")
-    killed = torchrun("ranks_sharded", tmp_path, "kill")
+    killed = torchrun("ranks", tmp_path, "kill")
     assert killed.returncode != 0
     assert "Signal 9 (SIGKILL)" in killed.stdout
-    answer = torchrun("ranks_sharded", tmp_path)
+    answer = torchrun("ranks", tmp_path, "loop")
     assert answer.returncode == 0, answer.stdout
     for rank in range(2):
         two = torch.load(tmp_path / f"rank-{rank}.pt")

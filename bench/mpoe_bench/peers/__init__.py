@@ -1,36 +1,48 @@
-"""The peers: other ways to compute a mixture of experts, reimplemented or called through their own packages.
-
-Every peer is a function ``(Problem) -> Contender``; one that cannot take part raises `UnavailableError`.
-"""
+"""The peers: other ways to compute a mixture of experts, reimplemented or called through their own packages."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from mpoe_bench.contender import Build, Contender
-from mpoe_bench.peers import dense_experts, gpu, original
-from mpoe_bench.problem import Problem, Problems, Truth
-from mpoe_bench.targets import GROUPED, LOOP, ORIGINAL
+import torch
+from torch import nn
 
-PEERS: dict[str, Callable[[Problem], Contender]] = {
-    LOOP: dense_experts.loop,
-    GROUPED: dense_experts.grouped_mm,
-    "dense experts, one-hot einsum": dense_experts.one_hot,
-    "transformers Switch": dense_experts.switch,
-    ORIGINAL: original.rebuild_all,
-    "ScatterMoE": gpu.scattermoe,
-    "SonicMoE": gpu.sonicmoe,
-    "QuACK grouped GEMM": gpu.quack,
-    "Liger SwiGLU as ReLU, 1.5x FLOPs": gpu.liger,
+from mpoe_bench.peers import dense_experts, gpu
+from mpoe_bench.peers.dense_experts import Compute, DenseExpertsLayer, loop, relu, swiglu
+from mpoe_bench.targets import GROUPED, LOOP
+
+
+class Peer(NamedTuple):
+    """What computes dense experts.
+
+    Attributes:
+        compute: of the sizes (model, hidden, experts), the device and the dtype; raises `UnavailableError`.
+        options: of `DenseExpertsLayer`.
+        trains: whether it has a backward pass.
+    """
+
+    compute: Callable[[tuple[int, int, int], str, torch.dtype], Compute]
+    options: dict[str, bool] = {}  # noqa: RUF012
+    trains: bool = True
+
+    def layer(self, sizes: tuple[int, int, int], device: str, dtype: torch.dtype, plain: bool) -> nn.Module:
+        """The layer, or one that computes the same in a plain loop."""
+        gated = self.options.get("gated", False)
+        compute = loop(swiglu if gated else relu) if plain else self.compute(sizes, device, dtype)
+        placed: dict[str, Any] = {"device": device, "dtype": dtype}
+        return DenseExpertsLayer(sizes, compute, **self.options, **placed)
+
+
+DENSE_PEERS = {
+    LOOP: Peer(lambda *_: loop(), {"apart": True}),
+    GROUPED: Peer(lambda *_: dense_experts.grouped_mm),
+    "dense experts, one-hot einsum": Peer(lambda *_: dense_experts.one_hot),
 }
-
-
-def peer_builds(peers: Sequence[str], shape: str) -> Iterator[tuple[str, str, Build]]:
-    """(name, kind, builder) of the named peers; the original works on the cores of a shape, which its name tells."""
-    for peer in peers:
-
-        def build(problems: Problems, peer: str = peer) -> tuple[Contender, Truth]:
-            problem = problems.of(shape)
-            return PEERS[peer](problem), problem.truth
-
-        yield f"{peer} ({shape})" if peer == ORIGINAL else peer, "peer", build
+GPU_PEERS = {
+    "ScatterMoE": Peer(gpu.scattermoe),
+    "SonicMoE": Peer(gpu.sonicmoe),
+    "QuACK grouped GEMM": Peer(gpu.quack, trains=False),
+    "Liger SwiGLU": Peer(gpu.liger, {"gated": True}),
+}
+PEERS = DENSE_PEERS | GPU_PEERS

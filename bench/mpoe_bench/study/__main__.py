@@ -7,54 +7,36 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mpoe_bench.study.language import read_blocks
-from mpoe_bench.study.plan import Run, Study, read_study
-from mpoe_bench.study.table import Records, runs_of, study_table
-from mpoe_bench.study.training import Trained, run_once
+from mpoe_bench.study.composed import ComposedStudy
+from mpoe_bench.study.plan import values_of
+from mpoe_bench.study.training import ArmsStudy
+
+Runner = ArmsStudy | ComposedStudy
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m mpoe_bench.study", description=__doc__)
     p.add_argument("study", type=Path, help="its file; results stand beside it as .json, the table as .md")
     p.add_argument("--data_dir", type=Path, help="folder with austen, sms_spam, movie_sentiment, word_in_context")
-    p.add_argument("--run", help="only this run, as in the JSON: 'MODEL/STEPS ARM RATE SEED'")
+    p.add_argument("--model", type=Path, help="of experts that are composed: folder of SmolLM2-135M-Instruct")
+    p.add_argument("--work_dir", type=Path, help="of experts that are composed: folder that keeps their files")
+    p.add_argument("--run", help="only this run, by its key, of those that --table names")
     p.add_argument("--table", action="store_true", help="run nothing; write the table and name what is missing")
     return p
 
 
-def waiting(study: Study, records: Records) -> Iterator[Run]:
-    """Runs that are missing and whose rate is known, in their order: of a stage first those that choose rates."""
-    for stage in study.stages:
-        for arm in stage.arms:
-            yield from (run for run in study.candidates(stage.model, arm) if run.key not in records)
-        for seed in study.seeds:
-            for arm in stage.arms:
-                runs = runs_of(study, stage.corner, arm, records)
-                yield from (run for run in runs if run.seed == seed and run.key not in records)
-
-
-def named_run(study: Study, key: str) -> Run:
-    """The run with this key.
+def open_study(file: Path) -> Runner:
+    """A study by its file.
 
     Raises:
-        ValueError: the study has none.
+        FileNotFoundError, ValueError: see `read_study`.
     """
-    seeds, every = study.seeds, []
-    for corner, arms in study.corners().items():
-        for arm in arms:
-            every += study.candidates(corner.model, arm)
-            every += [Run(corner, arm, rate, seed) for rate in study.rates[corner.model] for seed in seeds]
-    for run in every:
-        if run.key == key:
-            return run
-    raise ValueError(f"run must be one of the study's, as {every[0].key!r}; got {key!r}")
+    return (ArmsStudy if "arms" in values_of(file) else ComposedStudy)(file)
 
 
 def records_in(file: Path) -> dict[str, Any]:
@@ -69,7 +51,7 @@ def write_text(file: Path, text: str) -> None:
     os.replace(scratch, file)
 
 
-def store(study_file: Path, key: str, record: dict[str, Any], table: Callable[[Records], str]) -> None:
+def store(study_file: Path, key: str, record: dict[str, Any], runner: Runner) -> None:
     """Add a record to the study's JSON and rewrite the table; two processes wait for each other."""
     file = study_file.with_suffix(".json")
     with study_file.open() as lock:
@@ -77,7 +59,7 @@ def store(study_file: Path, key: str, record: dict[str, Any], table: Callable[[R
         records = records_in(file)
         records.setdefault(key, record)
         write_text(file, json.dumps({"study": study_file.name, "runs": records}, indent=1) + "\n")
-        write_text(study_file.with_suffix(".md"), table(records))
+        write_text(study_file.with_suffix(".md"), runner.table(records))
 
 
 def main(argv: list[str]) -> int:
@@ -86,28 +68,28 @@ def main(argv: list[str]) -> int:
     file: Path = arguments.study
     results = file.with_suffix(".json")
     try:
-        study = read_study(file)
-        asked = None if arguments.run is None else named_run(study, arguments.run)
+        runner = open_study(file)
         if arguments.table:
             records = records_in(results)
-            write_text(file.with_suffix(".md"), study_table(study, records))
-            print("\n".join(run.key for run in waiting(study, records)))
+            write_text(file.with_suffix(".md"), runner.table(records))
+            print("\n".join(runner.waiting(records)))
             return 0
-        if arguments.data_dir is None:
-            raise ValueError("data_dir must name the folder of the texts; got none")
-        data = read_blocks(arguments.data_dir)
+        runner.prepare(arguments)
+        while True:
+            records = records_in(results)
+            waiting = runner.waiting(records)
+            if not waiting or arguments.run in records:
+                return 0
+            key = arguments.run or waiting[0]
+            if key not in waiting:
+                raise ValueError(f"run must be one that waits, as {waiting[0]!r}; got {key!r}")
+            record = runner.make(key, records)
+            store(file, key, record, runner)
+            told = {name: value for name, value in record.items() if isinstance(value, float | int)}
+            print(f"{key}: {told}", flush=True)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    starts: dict[tuple[Any, ...], Trained] = {}
-    while True:
-        records = records_in(results)
-        run = asked or next(waiting(study, records), None)
-        if run is None or run.key in records:
-            return 0
-        record = run_once(study, run, data, starts)
-        store(file, run.key, record, partial(study_table, study))
-        print(f"{run.key}: validation {record['validation']:.4f}, {record.get('cpu_seconds', 0):.0f} CPU s", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -95,6 +96,12 @@ class Run:
     def key(self) -> str:
         return f"{self.corner} {self.arm} {self.rate:g} {self.seed}"
 
+    @classmethod
+    def of(cls, key: str) -> Run:
+        """The run with this key."""
+        corner, arm, rate, seed = key.split()
+        return cls(Corner(*map(int, corner.split("/"))), arm, float(rate), int(seed))
+
 
 @dataclass(frozen=True)
 class Study:
@@ -137,7 +144,7 @@ class Study:
         return [Run(Corner(model, self.rate_steps), arm, rate, self.seeds[0]) for rate in self.rates[model]]
 
 
-def _made(kind: type, where: str, values: dict[str, Any]) -> Any:
+def made(kind: type, where: str, values: dict[str, Any]) -> Any:
     """A dataclass from a file's values; lists become tuples.
 
     Raises:
@@ -153,19 +160,61 @@ def _made(kind: type, where: str, values: dict[str, Any]) -> Any:
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
+@dataclass(frozen=True)
+class Composition:
+    """What the file of a study of composed experts says; see bench/studies/composed.toml."""
+
+    title: str
+    question: str
+    seeds: tuple[int, ...]
+    rates: tuple[float, ...]
+    steps: int
+    lengths: tuple[int, ...]
+    domains: tuple[str, ...]
+    forgetting: str
+    probes: tuple[str, ...]
+    tenants: tuple[str, ...]
+    neurons: int
+    rank: int
+
+    def size(self, kind: str) -> int:
+        """Of an expert: neurons of a layer, or the rank of a LoRA."""
+        return self.neurons if kind == "neurons" else self.rank
+
+    def rate(self, kind: str, records: Mapping[str, Mapping[str, Any]]) -> float | None:
+        """Best on the validation texts of all domains, with the first seed; ``None`` while one is missing."""
+        keys = {
+            rate: [own_key(kind, domain, self.steps, rate, self.seeds[0]) for domain in self.domains]
+            for rate in self.rates
+        }
+        if any(key not in records for some in keys.values() for key in some):
+            return None
+        return min(keys, key=lambda rate: sum(records[key]["validation"] for key in keys[rate]))
+
+
+def own_key(kind: str, domain: str, steps: int, rate: float, seed: int) -> str:
+    """The key of an expert's run."""
+    return f"{kind} {domain} {steps} {rate:g} {seed}"
+
+
+def values_of(path: Path) -> dict[str, Any]:
+    """What a study's TOML file says."""
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
 def read_study(path: Path) -> Study:
-    """Read a study's TOML file.
+    """Read the file of a study with arms.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: names a field, arm or size that is unknown or missing.
     """
-    values = tomllib.loads(path.read_text(encoding="utf-8"))
+    values = values_of(path)
     values["rates"] = {int(model): tuple(rates) for model, rates in values.get("rates", {}).items()}
-    values["arms"] = {key: _made(Arm, f"arms.{key}", arm) for key, arm in values.get("arms", {}).items()}
-    values["stages"] = [_made(Stage, "stages", stage) for stage in values.get("stages", [])]
-    values["comparisons"] = [_made(Comparison, "comparisons", one) for one in values.get("comparisons", [])]
-    study: Study = _made(Study, "the study", values)
+    values["arms"] = {key: made(Arm, f"arms.{key}", arm) for key, arm in values.get("arms", {}).items()}
+    values["stages"] = [made(Stage, "stages", stage) for stage in values.get("stages", [])]
+    values["comparisons"] = [made(Comparison, "comparisons", one) for one in values.get("comparisons", [])]
+    study: Study = made(Study, "the study", values)
     named = [*(arm for stage in study.stages for arm in stage.arms), study.reference]
     named += [arm for one in study.comparisons for arm in (one.arm, one.beside)]
     named += [of for arm in study.arms.values() for of in (arm.flops_of, arm.size_of, arm.budget_of) if of]
@@ -176,3 +225,13 @@ def read_study(path: Path) -> Study:
         if stage.model not in study.rates:
             raise ValueError(f"rates must have candidates for the model's size {stage.model}; got {list(study.rates)}")
     return study
+
+
+def read_composition(path: Path) -> Composition:
+    """Read the file of a study of composed experts.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: names a field that is unknown or missing.
+    """
+    return made(Composition, "the study", values_of(path))

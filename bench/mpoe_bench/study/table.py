@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scipy.stats import t as student
+
 from mpoe_bench.study.plan import Comparison, Corner, Run, Study
 
-# Two-sided 95% quantiles of Student's t for 1, 2, ... degrees of freedom.
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 Records = Mapping[str, Mapping[str, Any]]  # a run's key -> its record
 
 
@@ -33,13 +33,19 @@ class Spread:
         """Whether a paired difference is more than the variation between seeds explains, at 95%."""
         if self.deviation is None:
             return "one seed"
-        if abs(self.mean) <= T_95[self.count - 2] * self.deviation / math.sqrt(self.count):
+        if abs(self.mean) <= student.ppf(0.975, self.count - 1) * self.deviation / math.sqrt(self.count):
             return "not significant"
         return "better" if self.mean > 0 else "worse"
 
     def text(self, sign: bool = False) -> str:
         number = f"{self.mean:{'+' if sign else ''}.4f}"
         return number if self.deviation is None else f"{number} ± {self.deviation:.4f}"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """A table's lines."""
+    first, *others = (f"| {' | '.join(map(str, cells))} |" for cells in (header, *rows))
+    return [first, f"|{'---|' * len(header)}", *others, ""]
 
 
 def chosen_rate(study: Study, model: int, arm: str, records: Records) -> float | None:
@@ -70,17 +76,13 @@ def gain(study: Study, corner: Corner, arm: str, beside: str, records: Records) 
 
 def corner_table(study: Study, corner: Corner, arms: Sequence[str], records: Records) -> list[str]:
     """One row for every arm of a corner, also of those that wait."""
-    lines = [
-        f"## Model of size {corner.model}, {corner.steps:,} steps",
-        "",
-        "| arm | rate | seeds | steps | FFN weights, x dense | with router and biases | FFN FLOPs, x dense |"
-        f" test loss | gain over {study.arms[study.reference].name} | CPU s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    header = ["arm", "rate", "seeds", "steps", "FFN weights, x dense", "with router and biases", "FFN FLOPs, x dense"]
+    header += ["test loss", f"gain over {study.arms[study.reference].name}", "CPU s"]
+    rows: list[Sequence[str]] = []
     for arm in arms:
         done = list(finished(study, corner, arm, records).values())
         if not done:
-            lines.append(f"| {study.arms[arm].name} | waits | 0 of {len(study.seeds)} | | | | | | | |")
+            rows.append((study.arms[arm].name, "waits", f"0 of {len(study.seeds)}", *[""] * 7))
             continue
         first = done[0]
         over = None if arm == study.reference else gain(study, corner, arm, study.reference, records)
@@ -94,28 +96,28 @@ def corner_table(study: Study, corner: Corner, arms: Sequence[str], records: Rec
             "-" if over is None else f"{over.text(sign=True)} ({over.verdict()})",
             f"{sum(record['cpu_seconds'] for record in done) / len(done):.0f}",
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, ""]
+        rows.append(cells)
+    return [f"## Model of size {corner.model}, {corner.steps:,} steps", "", *markdown(header, rows)]
 
 
 def comparison_table(study: Study, records: Records) -> list[str]:
     """Every comparison that was written down, and its result so far."""
-    tests = study.compared()
-    lines = [
+    rows, tests = [], study.compared()
+    for corner, one in tests:
+        found = gain(study, corner, one.arm, one.beside, records)
+        names = corner, study.arms[one.arm].name, study.arms[one.beside].name, "x" if one.must_win else ""
+        result = ("0", "", "waits")
+        if found is not None:
+            result = str(found.count), found.text(sign=True), judged(found, study)
+        rows.append((*names, *result))
+    return [
         "## Comparisons written down before the first run",
         "",
         f"{len(tests)} paired t-tests over seeds, at 95%: by chance alone, {0.05 * len(tests):.1f} of them would be"
         " significant. *Must win*: the study succeeds only if all of these are better.",
         "",
-        "| corner | arm | beside | must win | seeds | gain | |",
-        "|---|---|---|---|---|---|---|",
+        *markdown(("corner", "arm", "beside", "must win", "seeds", "gain", ""), rows),
     ]
-    for corner, one in tests:
-        found = gain(study, corner, one.arm, one.beside, records)
-        names = f"{corner} | {study.arms[one.arm].name} | {study.arms[one.beside].name} | {'x' if one.must_win else ''}"
-        result = "0 | | waits" if found is None else f"{found.count} | {found.text(sign=True)} | {judged(found, study)}"
-        lines.append(f"| {names} | {result} |")
-    return [*lines, ""]
 
 
 def judged(found: Spread, study: Study) -> str:
@@ -136,37 +138,35 @@ def success(study: Study, records: Records) -> str:
 
 def router_table(study: Study, records: Records) -> list[str]:
     """What the routers do, in the mean over finished seeds."""
-    names = ("entropy", "mass", "token", "domain", "use")
-    lines = [
+    names, rows = ("entropy", "mass", "token", "domain", "use"), []
+    for corner, arms in study.corners().items():
+        for arm in arms:
+            done = [r["router"] for r in finished(study, corner, arm, records).values() if r.get("router")]
+            if done:
+                means = (f"{sum(facts[name] for facts in done) / len(done):.3f}" for name in names)
+                rows.append((corner, study.arms[arm].name, *means))
+    return [
         "## Routers",
         "",
         "Entropy of a token's probabilities (0 decided, 1 undecided) and the mass of its chosen experts; how much the"
         " byte and the domain tell about the expert, less what chance tells; entropy of the shares of all tokens. All"
         " but the mass are relative to log E.",
         "",
-        f"| corner | arm | {' | '.join(names)} |",
-        f"|---|---|{'---|' * len(names)}",
+        *markdown(("corner", "arm", *names), rows),
     ]
-    for corner, arms in study.corners().items():
-        for arm in arms:
-            done = [r["router"] for r in finished(study, corner, arm, records).values() if r.get("router")]
-            if done:
-                means = " | ".join(f"{sum(facts[name] for facts in done) / len(done):.3f}" for name in names)
-                lines.append(f"| {corner} | {study.arms[arm].name} | {means} |")
-    return [*lines, ""]
 
 
 def rate_table(study: Study, records: Records) -> list[str]:
     """Validation losses of the candidates."""
     lines = ["## Rates", "", f"Validation loss after {study.rate_steps:,} steps, seed {study.seeds[0]}.", ""]
     for model, rates in study.rates.items():
-        lines += [f"| model of size {model} | {' | '.join(f'{rate:g}' for rate in rates)} |", "|---" * 4 + "|"]
+        rows = []
         for arm in study.arms:
-            runs = study.candidates(model, arm)
-            if any(run.key in records for run in runs):
-                losses = [f"{records[run.key]['validation']:.4f}" if run.key in records else "" for run in runs]
-                lines.append(f"| {study.arms[arm].name} | {' | '.join(losses)} |")
-        lines.append("")
+            keys = [run.key for run in study.candidates(model, arm)]
+            if any(key in records for key in keys):
+                losses = (f"{records[key]['validation']:.4f}" if key in records else "" for key in keys)
+                rows.append((study.arms[arm].name, *losses))
+        lines += markdown((f"model of size {model}", *(f"{rate:g}" for rate in rates)), rows)
     return lines
 
 

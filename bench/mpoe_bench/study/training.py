@@ -1,22 +1,26 @@
-"""Train one arm once: the same start, the same data in the same order for every arm of a seed."""
+"""A study with arms: the same start, the same data in the same order for every arm of a seed."""
 
 from __future__ import annotations
 
+import argparse
 import copy
 import itertools
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mpoe.training import MPOETrainingArguments, build_param_groups
-from mpoe_bench.study.language import BATCH, Blocks, batches
+from mpoe_bench.study.language import BATCH, Blocks, batches, read_blocks
 from mpoe_bench.study.models import convert, costs, dense_hidden, dense_model, steps_of
-from mpoe_bench.study.plan import Run, Study
+from mpoe_bench.study.plan import Run, Study, read_study
 from mpoe_bench.study.routers import router_facts
+from mpoe_bench.study.table import Records, runs_of, study_table
 
 WARMUP = 0.05  # share of the steps
 CLIP = 1.0
@@ -51,26 +55,33 @@ def optimiser(model: nn.Module, rate: float) -> torch.optim.AdamW:
 
 
 def train_steps(
-    model: nn.Module, run: Run, steps: int, numbered: Iterable[tuple[int, Tensor]]
+    model: nn.Module,
+    adam: torch.optim.Optimizer,
+    steps: int,
+    numbered: Iterable[tuple[int, Tensor]],
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> list[tuple[int, float]]:
-    """Train in some of the ``steps`` of a run, with an optimiser of their own; returns losses along the way.
+    """Train in some of the ``steps`` of a run; returns losses along the way.
+
+    A group's ``full`` is its highest rate. ``precision``: what the forward pass runs in.
 
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    adam, parameters = optimiser(model, run.rate), list(model.parameters())
+    parameters = list(model.parameters())
     history: list[tuple[int, float]] = []
     for step, ids in numbered:
         for group in adam.param_groups:
             group["lr"] = group["full"] * schedule(step, steps)
-        loss: Tensor = model(input_ids=ids, labels=ids).loss
+        with precision():
+            loss: Tensor = model(input_ids=ids, labels=ids).loss
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, CLIP)
         adam.step()
         adam.zero_grad()
         value = loss.item()
         if not math.isfinite(value):
-            raise FloatingPointError(f"the loss of {run.key} is {value} in step {step}")
+            raise FloatingPointError(f"is {value} in step {step}")
         if step % max(1, steps // 20) == 0:
             history.append((step, round(value, 4)))
     return history
@@ -96,7 +107,7 @@ def train(study: Study, run: Run, data: dict[str, Blocks], starts: dict[tuple[An
 
     def trained(model: Any, some: Iterable[tuple[int, Tensor]]) -> Trained:
         begin = time.process_time()
-        history = train_steps(model.train(), run, steps, some)
+        history = train_steps(model.train(), optimiser(model, run.rate), steps, some)
         return Trained(model, history, time.process_time() - begin)
 
     dense = dense_model(size, hidden, run.seed)
@@ -142,7 +153,7 @@ def run_once(study: Study, run: Run, data: dict[str, Blocks], starts: dict[tuple
     try:
         model, history, seconds = train(study, run, data, starts)
     except FloatingPointError as error:
-        return {"diverged": str(error), "validation": math.inf, "test": math.inf}
+        return {"diverged": f"the loss of {run.key} {error}", "validation": math.inf, "test": math.inf}
     model.eval()
     arm, size = study.arms[run.arm], run.corner.model
     validation, _ = evaluate(model, data["validation"], False)
@@ -163,3 +174,40 @@ def run_once(study: Study, run: Run, data: dict[str, Blocks], starts: dict[tuple
         "cpu_seconds": round(seconds, 1),
         "loss": history,
     }
+
+
+class ArmsStudy:
+    """Makes the runs of a study with arms."""
+
+    def __init__(self, file: Path) -> None:
+        self.study = read_study(file)
+        self.starts: dict[tuple[Any, ...], Trained] = {}
+
+    def waiting(self, records: Records) -> list[str]:
+        """Keys of runs that are missing and whose rate is known, in order: of a stage first those that choose rates."""
+        study, found = self.study, []
+        for stage in study.stages:
+            for arm in stage.arms:
+                found += [run.key for run in study.candidates(stage.model, arm)]
+            for seed in study.seeds:
+                for arm in stage.arms:
+                    runs = runs_of(study, stage.corner, arm, records)
+                    found += [run.key for run in runs if run.seed == seed]
+        return [key for key in dict.fromkeys(found) if key not in records]
+
+    def prepare(self, arguments: argparse.Namespace) -> None:
+        """Read what the runs need.
+
+        Raises:
+            FileNotFoundError, ValueError: an option is missing, or what it names.
+        """
+        if arguments.data_dir is None:
+            raise ValueError("data_dir must name the folder of the texts; got none")
+        self.data = read_blocks(arguments.data_dir)
+
+    def make(self, key: str, records: Records) -> dict[str, Any]:
+        """Make a run that waits; its record, JSON-able."""
+        return run_once(self.study, Run.of(key), self.data, self.starts)
+
+    def table(self, records: Records) -> str:
+        return study_table(self.study, records)

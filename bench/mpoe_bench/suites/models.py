@@ -12,31 +12,7 @@ from torch import Tensor
 
 from mpoe.config import MPOEConfig
 from mpoe.models import convert_to_mpoe
-from mpoe_bench.contender import Build, Comparison, Contender, size_facts
-from mpoe_bench.problem import Truth
-
-
-class Step:
-    """One model with its optimizer; ``step`` runs a whole step, ``logits`` returns the batch's logits."""
-
-    def __init__(self, model: Any, ids: Tensor, new_tokens: int = 0) -> None:
-        self.model, self.ids, self.new_tokens = model.eval(), ids, new_tokens  # no dropout: all do the same work
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-
-    def logits(self) -> Tensor:
-        return logits_of(self.model, self.ids)
-
-    def generate(self) -> Tensor:
-        count = {"min_new_tokens": self.new_tokens, "max_new_tokens": self.new_tokens}
-        return self.model.generate(self.ids, do_sample=False, **count)
-
-    def step(self) -> Tensor:
-        self.optimizer.zero_grad()
-        loss = self.model(input_ids=self.ids, labels=self.ids).loss
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
-
+from mpoe_bench.contender import Build, Comparison, Contender, Truth, dtype_name, size_facts
 
 SHAPES: dict[str, dict[str, Any]] = {  # lossless, so that every model must compute what the dense one does
     "neurons": {"shape": "neurons"},
@@ -108,10 +84,20 @@ def model_comparison(
         model = copy.deepcopy(dense)
         if fields is not None:
             model = convert_to_mpoe(model, MPOEConfig(num_experts=experts, **fields), inplace=True)
-        step = Step(model.to(device), ids, tokens[1] if generates else 0)
+        model = model.to(device).eval()  # no dropout: all do the same work
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        length = {"min_new_tokens": tokens[1], "max_new_tokens": tokens[1]}
+
+        def step() -> Tensor:
+            optimizer.zero_grad()
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
         facts = size_facts(sum(p.numel() for p in model.parameters()), dtype) | ({"shape": shape} if fields else {})
-        run = {"timed": step.generate} if generates else {"step": step.step}
-        return Contender(step.logits, leaves=tuple(model.parameters()), facts=facts, **run), truth
+        run = {"timed": partial(model.generate, ids, do_sample=False, **length)} if generates else {"step": step}
+        return Contender(partial(logits_of, model, ids), leaves=tuple(model.parameters()), facts=facts, **run), truth
 
     builds: list[tuple[str, str, Build]] = [
         (f"dense {name}", "limit", partial(build, shape="dense", fields=None)),
@@ -122,9 +108,9 @@ def model_comparison(
         ),
         *((f"mpoe {name} {each}", "mpoe", partial(build, shape=each, fields=SHAPES[each])) for each in shape_names),
     ]
-    count, dtype_name = tokens[0] * tokens[1], str(dtype).split(".")[-1]
+    count = tokens[0] * tokens[1]
     what = f"generate: {tokens[0]} x {tokens[1]} new tokens" if generates else f"train step: {count} tokens, AdamW"
-    title = f"{what}, {name} {layers} layers {sizes[0]}x{sizes[1]} E={experts} {dtype_name}"
-    facts = {"experts": experts, "tokens": count, "model": sizes[0], "hidden": sizes[1], "dtype": dtype_name}
+    title = f"{what}, {name} {layers} layers {sizes[0]}x{sizes[1]} E={experts} {dtype_name(dtype)}"
+    facts = {"experts": experts, "tokens": count, "model": sizes[0], "hidden": sizes[1], "dtype": dtype_name(dtype)}
     phases = ("forward",) if generates else ("forward", "train")
     return Comparison(key, title, context, builds, f"dense {name}", count, facts, phases)

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
 from mpoe_bench.cases import JUDGED_WORKLOADS, Workload
 from mpoe_bench.contender import Comparison
-from mpoe_bench.problem import FFNCase
-from mpoe_bench.suites.ffn import ffn_comparison
-from mpoe_bench.suites.layers import LAYERS, layers_comparison
+from mpoe_bench.gpu_cases import TOKENS, Case, cases
+from mpoe_bench.peers import DENSE_PEERS, GPU_PEERS
+from mpoe_bench.peers.stock_layers import STOCK_LAYERS
+from mpoe_bench.suites.layers import (
+    LAYERS,
+    Layer,
+    case_layer,
+    layers_comparison,
+    mixtures,
+    named_case,
+    original_layer,
+    part_comparisons,
+    peer_layers,
+    stock,
+)
 from mpoe_bench.suites.models import SHAPES, model_comparison
-from mpoe_bench.suites.ops import embedding_comparison, linear_comparison, routing_comparison
-from mpoe_bench.suites.scale import DENSE_PEERS, GPU_PEERS, Scale
+from mpoe_bench.suites.scale import Scale
 from mpoe_bench.targets import GROUPED, LOOP
 from mpoe_kernels.backends import AUTO
 
@@ -36,13 +46,13 @@ def judged_of(suite: str, scale: Scale, device: str, backends: tuple[str, ...]) 
     if device != "cpu" or suite not in ("quick", "planner"):
         return []
     whose = (AUTO,) if AUTO in backends else backends
-    cases = JUDGED_WORKLOADS
+    judged = JUDGED_WORKLOADS
     if not scale.judged:
         names = ("separable", "paper_4")
-        cases = tuple(Workload(n, 48, 96, 4, 16, torch.float32, train) for n in names for train in (False, True))
+        judged = tuple(Workload(n, 48, 96, 4, 16, torch.float32, train) for n in names for train in (False, True))
     elif suite == "quick":
-        whose, cases = whose[:1], tuple(cases[k] for k in QUICK_JUDGED)
-    return [(backend, case) for backend in whose for case in cases]
+        whose, judged = whose[:1], tuple(judged[k] for k in QUICK_JUDGED)
+    return [(backend, case) for backend in whose for case in judged]
 
 
 class _Plan(NamedTuple):
@@ -52,120 +62,135 @@ class _Plan(NamedTuple):
     device: str
     backends: tuple[str, ...]
 
-    @property
-    def sizes(self) -> tuple[int, int]:
-        return self.scale.model, self.scale.hidden
-
-    @property
-    def many(self) -> FFNCase:
-        """A training batch with few experts."""
-        return FFNCase(*self.sizes, self.scale.few_experts, self.scale.many_tokens, device=self.device)
-
-    @property
-    def few(self) -> FFNCase:
-        """A small batch with many experts, forward only."""
-        scale = self.scale
-        return FFNCase(*self.sizes, scale.many_experts, scale.few_tokens, train=False, device=self.device)
+    def ffn(
+        self,
+        shapes: Sequence[str],
+        experts: int,
+        tokens: int,
+        dtype: torch.dtype = torch.float32,
+        *,
+        train: bool = True,
+        peers: Sequence[str] = (),
+        original: Sequence[str] = (),
+        masked: Sequence[str] = (),
+        key: str = "ffn",
+    ) -> Comparison:
+        """MPO experts of several shapes, one per token, on every backend; ``masked`` again with the central gradient
+        masked; peers with dense experts, and the original's algorithm on some shapes."""
+        model, where = self.scale.model, (self.device, dtype)
+        layers: list[Layer] = []
+        for names, hidden in ((shapes, False), (masked if train else (), True)):
+            for real in names:
+                name = self.scale.shapes.get(real, real)
+                label, case = f"mpoe {name}{', central masked' * hidden}", named_case(name, model, experts, hidden)
+                layers += [case_layer(label, name, case, backend, tokens, *where) for backend in self.backends]
+        layers += peer_layers(peers, model, experts, *where)
+        layers += [original_layer(self.scale.shapes.get(n, n), model, experts, *where) for n in original]
+        title = f"{'decode' if key == 'decode' else 'FFN'} E={experts}"
+        return layers_comparison(key, title, layers, model, tokens, dtype, self.device, train=train, experts=experts)
 
     @property
     def peers(self) -> tuple[str, ...]:
         return (*DENSE_PEERS, *(GPU_PEERS if self.device == "cuda" else ()))
 
-    def ffn(self, case: FFNCase, shapes: Sequence[str], **options: Any) -> Comparison:
-        return ffn_comparison(case, shapes, self.backends, **options)
-
     def quick(self) -> Iterator[Comparison]:
-        paper, bond_32, light = (self.scale.shape(name) for name in ("paper_64", "paper_32", "light_64"))
-        shapes = ("separable", light, paper, "paper_full")
-        yield self.ffn(self.many, shapes, peers=self.peers, masked=("separable",), original=(paper, "paper_full"))
-        half, peers = replace(self.many, dtype=torch.bfloat16), (LOOP, GROUPED)
-        yield self.ffn(half, ("separable", paper), peers=peers, original=(paper,))
-        small = ("separable", paper, bond_32, "paper_16")
-        yield self.ffn(self.few, small, peers=self.peers, original=("paper_16",))
-        yield from self.decode(("separable", "paper_16"))
-        yield from self.ops(("separable", paper))
-        yield self.train_step(("neurons", "hidden", "separable"))
-        yield self.layer(self.sizes, self.scale.many_tokens, 1, torch.float32)
+        scale = self.scale
+        shapes, small = (
+            ("separable", "light_64", "paper_64", "paper_full"),
+            ("separable", "paper_64", "paper_32", "paper_16"),
+        )
+        few, many = (scale.few_experts, scale.many_tokens), (scale.many_experts, scale.few_tokens)
+        yield self.ffn(shapes, *few, peers=self.peers, masked=shapes[:1], original=shapes[2:])
+        half: dict[str, Any] = {"dtype": torch.bfloat16, "peers": (LOOP, GROUPED), "original": ("paper_64",)}
+        yield self.ffn(("separable", "paper_64"), *few, **half)
+        yield self.ffn(small, *many, train=False, peers=self.peers, original=("paper_16",))
+        for tokens in (1, 8):
+            yield self.ffn(
+                ("separable", "paper_16"), scale.few_experts, tokens, train=False, peers=(LOOP,), key="decode"
+            )
+        parts = [scale.shapes.get(name, name) for name in ("separable", "paper_64")]
+        yield from part_comparisons(
+            parts, scale.model, scale.vocabulary, scale.many_tokens // 4, self.device, self.backends
+        )
+        yield self.model("train_step", ("neurons", "hidden", "separable"), scale.step_tokens)
+        yield self.mixtures(scale.model, scale.many_tokens, 1, torch.float32)
 
     def targets(self) -> Iterator[Comparison]:
         """Only what the targets need, in both dtypes."""
-        scale = self.scale
-        paper, bond_32, light = (scale.shape(name) for name in ("paper_64", "paper_32", "light_64"))
-        masked = ("separable", paper, "paper_full")
-        shapes = ("separable", light, paper, "paper_full")
+        scale, shapes = self.scale, ("separable", "light_64", "paper_64", "paper_full")
+        masked, original = ("separable", "paper_64", "paper_full"), ("paper_64", "paper_full")
+        small = ("separable", "paper_64", "paper_32", "paper_16")
         for dtype in HALVES:
-            many, few = replace(self.many, dtype=dtype), replace(self.few, dtype=dtype)
-            yield self.ffn(many, shapes, peers=(LOOP,), original=(paper, "paper_full"), masked=masked)
-            yield self.ffn(replace(many, experts=scale.many_experts), ("separable",))
-            yield self.ffn(few, ("separable", paper, bond_32, "paper_16"), peers=(LOOP,))
+            few = scale.few_experts, scale.many_tokens, dtype
+            yield self.ffn(shapes, *few, peers=(LOOP,), original=original, masked=masked)
+            yield self.ffn(("separable",), scale.many_experts, scale.many_tokens, dtype)
+            yield self.ffn(small, scale.many_experts, scale.few_tokens, dtype, train=False, peers=(LOOP,))
 
-    def decode(self, shapes: tuple[str, ...]) -> Iterator[Comparison]:
-        for tokens in (1, 8):
-            case = replace(self.few, experts=self.scale.few_experts, tokens=tokens)
-            yield self.ffn(case, shapes, peers=(LOOP,), key="decode")
+    def mixtures(self, model: int, tokens: int, count: int, dtype: torch.dtype, chosen: str = "") -> Comparison:
+        """Those around a dense network, and stock layers, whose names hold ``chosen``."""
+        backends = self.backends if count == 1 else self.backends[:1]
+        found = self._cases(mixtures(model), backends, tokens, dtype, chosen)
+        found += [stock(name, model, tokens, self.device, dtype) for name in STOCK_LAYERS if chosen in name]
+        return layers_comparison("layers", "layers", found, model, tokens, dtype, self.device, count=count)
 
-    def ops(self, shapes: tuple[str, ...]) -> Iterator[Comparison]:
-        scale, device, tokens = self.scale, self.device, self.scale.many_tokens // 4
-        for experts in (1, scale.few_experts):
-            yield linear_comparison(shapes, self.sizes, experts, tokens, torch.float32, device, self.backends)
-        for top_k in (1, 2):
-            yield routing_comparison(scale.model, scale.few_experts, scale.many_tokens, top_k, device)
-        yield embedding_comparison(scale.vocabulary, scale.model, (64, 16), tokens, device, self.backends)
+    def gpu_layers(self, model: int, tokens: int) -> Comparison:
+        """What has limits on a GPU."""
+        dtype = torch.bfloat16
+        found = self._cases({case.name: case for case in cases((model,))}, self.backends, tokens, dtype)
+        return layers_comparison("layers", "layers", found, model, tokens, dtype, self.device)
 
-    def layer(
-        self, sizes: tuple[int, int], tokens: int, layers: int, dtype: torch.dtype, chosen: str = ""
-    ) -> Comparison:
-        return layers_comparison(sizes, tokens, layers, dtype, self.backends, self.device, chosen)
+    def _cases(
+        self, named: dict[str, Case], backends: Sequence[str], tokens: int, dtype: torch.dtype, chosen: str = ""
+    ) -> list[Layer]:
+        return [
+            case_layer(name, name, case, backend, tokens, self.device, dtype)
+            for name, case in named.items()
+            for backend in backends
+            if chosen in name
+        ]
 
     def layers(self) -> Iterator[Comparison]:
-        """Mixtures around a dense network: a training batch, and few tokens through as many layers as a model has."""
+        """A training batch, and few tokens through as many layers as a model has."""
+        if self.device == "cuda":
+            yield from (self.gpu_layers(model, TOKENS) for model in (768, 4096))
+            return
         scale, depth = self.scale, LAYERS if self.scale.judged else 2
         for dtype in HALVES:
-            for tokens, layers in ((scale.many_tokens, 1), (scale.few_tokens, depth), (1, depth)):
-                yield self.layer(self.sizes, tokens, layers, dtype)
-            large = (2048, 8192) if scale.judged else (64, 128)
-            yield self.layer(large, scale.many_tokens, 1, dtype, chosen="neurons 64")
+            for tokens, count in ((scale.many_tokens, 1), (scale.few_tokens, depth), (1, depth)):
+                yield self.mixtures(scale.model, tokens, count, dtype)
+            yield self.mixtures(2048 if scale.judged else 64, scale.many_tokens, 1, dtype, chosen="neurons 64")
+        if not scale.judged:
+            yield self.gpu_layers(32, 64)
 
-    def train_step(self, shapes: tuple[str, ...]) -> Comparison:
-        scale = self.scale
-        return model_comparison("train_step", shapes, self.sizes, scale.few_experts, scale.step_tokens, self.device)
+    def model(self, key: str, shapes: Sequence[str], tokens: tuple[int, int], *options: Any) -> Comparison:
+        sizes = self.scale.model, 4 * self.scale.model
+        return model_comparison(key, shapes, sizes, self.scale.few_experts, tokens, self.device, *options)
 
     def models(self) -> Iterator[Comparison]:
         """In bfloat16, with layers of T5-base's size: an AdamW step, and `generate` alone and in batches."""
-        scale, where = self.scale, (self.sizes, self.scale.few_experts)
-        step, depth = ((8, 256), LAYERS) if scale.judged else (scale.step_tokens, 1)
-        few, few_layers = ("neurons", "hidden", "separable"), min(4, depth)
+        step, depth, new = ((8, 256), LAYERS, 24) if self.scale.judged else (self.scale.step_tokens, 1, 3)
+        few = ("neurons", "hidden", "separable")
         for name in ("T5", "Llama"):
-            yield model_comparison("train_step", few, *where, step, self.device, depth, torch.bfloat16, name)
+            yield self.model("train_step", few, step, depth, torch.bfloat16, name)
             for batch in (1, 8) if name == "T5" else (8,):
-                new, shapes = (batch, 24 if scale.judged else 3), tuple(SHAPES) if name == "T5" else few
-                yield model_comparison("generate", shapes, *where, new, self.device, few_layers, torch.bfloat16, name)
+                shapes = tuple(SHAPES) if name == "T5" else few
+                yield self.model("generate", shapes, (batch, new), min(4, depth), torch.bfloat16, name)
 
     def gpu(self) -> Iterator[Comparison]:
         """A few minutes on a GPU in bfloat16, cases with a target first; decoding is timed as CUDA graphs too."""
-        scale, paper = self.scale, self.scale.shape("paper_64")
-        names = ("separable", "paper_full", "paper_64", "paper_32", "paper_16", "light_64")
-        every = tuple(scale.shape(name) for name in names)
-        small, middle, large = scale.few_tokens, 4096, 32768
+        scale, dtype, paper = self.scale, torch.bfloat16, "paper_64"
+        every = ("separable", "paper_full", paper, "paper_32", "paper_16", "light_64")
+        small, middle, large = scale.few_tokens, TOKENS, 32768
         if not scale.judged:
             middle, large = scale.many_tokens, 2 * scale.many_tokens
-        few, many = scale.few_experts, scale.many_experts
-
-        def ffn(
-            experts: int, tokens: int, shapes: Sequence[str] = every, train: bool = True, **more: Any
-        ) -> Comparison:
-            case = replace(self.many, experts=experts, tokens=tokens, train=train, dtype=torch.bfloat16)
-            return self.ffn(case, shapes, **{"peers": self.peers, **more})
-
-        yield ffn(many, small, train=False, original=(paper,))
-        yield ffn(few, middle, original=(paper,), masked=(paper,))
-        yield ffn(many, middle)
-        yield ffn(few, large, ("separable", "paper_full", paper))
-        yield ffn(many, large, ("separable", paper))
+        few, many, peers = scale.few_experts, scale.many_experts, {"peers": self.peers}
+        yield self.ffn(every, many, small, dtype, train=False, original=(paper,), **peers)
+        yield self.ffn(every, few, middle, dtype, original=(paper,), masked=(paper,), **peers)
+        yield self.ffn(every, many, middle, dtype, **peers)
+        yield self.ffn(("separable", "paper_full", paper), few, large, dtype, **peers)
+        yield self.ffn(("separable", paper), many, large, dtype, **peers)
         decode = (GROUPED, *(("QuACK grouped GEMM", "SonicMoE") if self.device == "cuda" else ()))
         for tokens in (1, 8):
-            yield ffn(many, tokens, train=False, peers=decode, key="decode")
-        yield ffn(few, small, train=False)
-        yield self.ffn(replace(self.many, tokens=middle), ("separable", paper), peers=(LOOP,))
-        for top_k in (1, 2):
-            yield routing_comparison(scale.model, many, middle, top_k, self.device)
+            yield self.ffn(every, many, tokens, dtype, train=False, peers=decode, key="decode")
+        yield self.ffn(every, few, small, dtype, train=False, **peers)
+        yield self.ffn(("separable", paper), few, middle, peers=(LOOP,))

@@ -65,7 +65,7 @@ def is_able(plan: Contraction) -> bool:
 def _front(rows: Tensor, row_index: Tensor | None, slots: Slots) -> Tensor:
     """Rows of the slots, those of the experts first."""
     if slots.is_part:
-        order = (torch.arange(slots.count, device=rows.device) + slots.offsets[0]) % max(slots.count, 1)
+        order = (torch.arange(slots.count, device=rows.device) + slots.offsets[0]) % slots.count
         row_index = order if row_index is None else row_index[order]
     return rows if row_index is None else rows.index_select(0, row_index)
 
@@ -74,7 +74,7 @@ def _back(rows: Tensor, slots: Slots) -> Tensor:
     """Undoes `_front`."""
     if not slots.is_part:
         return rows
-    order = (torch.arange(slots.count, device=rows.device) - slots.offsets[0]) % max(slots.count, 1)
+    order = (torch.arange(slots.count, device=rows.device) - slots.offsets[0]) % slots.count
     return rows.index_select(0, order)
 
 

@@ -117,10 +117,7 @@ class EagerChunk:
         if name == "C":
             return Named(self.whole.blocks["C"].unsqueeze(0), axes)
         if name in ("L", "R"):
-            stacked = self.whole.blocks[name]
-            if are_consecutive(self.experts):
-                return Named(select_experts(stacked, self.experts), axes)
-            return Named(stacked, axes, self.experts)
+            return Named(self.whole.blocks[name], axes, self.experts)
         if name == "x":
             x, index, slots = self.whole.call.x, self.whole.call.row_index, slice(self.start, self.stop)
             rows = x[slots] if index is None else x.index_select(0, index[slots])
@@ -192,12 +189,13 @@ class EagerChunk:
         grouped_outer(before, after, self.counts, [targets[e] for e in experts])
         return Named(stacked, axes)
 
-    def merge(self, product: Product, first: Named, second: Named) -> Named:
+    def merge(self, product: Product, first: Named, second: Named) -> Named | None:
         axes = self.whole.program.axes[product.result]
         first, second = first.alone(), second.alone()
         k, m, n = _split(first.axes, second.axes)[1], _split(axes, first.axes)[1], _split(axes, second.axes)[1]
         if product.result == "d C":
-            return self._merge_central(first.matrices(k, m), second.matrices(k, n))
+            self._merge_central(first.matrices(k, m), second.matrices(k, n))
+            return None  # nobody reads it
         p, q = first.matrices(m, k), second.matrices(k, n)
         # `torch.bmm`, whose algorithm, unlike `torch.matmul`'s, never depends on ``requires_grad``.
         found = p.flatten(0, 1) @ q[0] if len(q) == 1 else torch.bmm(p.expand(len(q), *p.shape[1:]), q)
@@ -207,16 +205,14 @@ class EagerChunk:
             store(target, self.experts, merged)
         return Named(merged, axes)
 
-    def _merge_central(self, p: Tensor, q: Tensor) -> Named:
+    def _merge_central(self, p: Tensor, q: Tensor) -> None:
         """``p^T q`` summed over the experts, into the sum over all chunks."""
-        total = self.whole.central_sum()
-        matrix = total.view(p.shape[2], q.shape[2])
+        matrix = self.whole.central_sum().view(p.shape[2], q.shape[2])
         if p.is_contiguous() and q.is_contiguous():
             accumulate_mm(matrix, p.flatten(0, 1).T, q.flatten(0, 1))
         else:
             for one, other in zip(p, q, strict=True):
                 accumulate_mm(matrix, one.T, other)
-        return Named(total.unsqueeze(0), self.whole.program.axes["C"])
 
 
 class Named:

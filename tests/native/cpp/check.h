@@ -144,6 +144,36 @@ inline void require_close(
   require(error <= allowed, what + ": relative error " + std::to_string(error));
 }
 
+// A result of a call: what it is near, and where its memory begins, see `Array`.
+struct Wanted {
+  std::string name;
+  Dtype dtype;
+  std::vector<double> truth;
+  double allowed;
+  std::int64_t shift = 0;
+};
+
+// `run` fills the results; with one thread they are near the truth, with three they have the same bits.
+template <class Run>
+void compare(const std::string& what, const std::vector<Wanted>& wanted, const Run& run) {
+  std::vector<Array> before;
+  for (const int threads : {1, 3}) {
+    set_threads(threads);
+    std::vector<Array> found;
+    for (const Wanted& each : wanted)
+      found.emplace_back(each.dtype, static_cast<std::int64_t>(each.truth.size()), each.shift);
+    run(found);
+    for (std::size_t k = 0; k < found.size(); ++k) {
+      const std::string name = what + ": " + wanted[k].name;
+      if (threads == 1)
+        require_close(found[k], wanted[k].truth, wanted[k].allowed, name);
+      else
+        require(found[k].same_bits(before[k]), name + ", other bits");
+    }
+    before = std::move(found);
+  }
+}
+
 inline const char* name_of(Dtype dtype) {
   constexpr const char* kNames[] = {"float32", "float64", "bfloat16", "float16"};
   return kNames[static_cast<int>(dtype)];

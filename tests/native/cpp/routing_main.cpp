@@ -1,5 +1,9 @@
-// Routing under sanitizers: sort, dispatch, combine and its gradients against loops, with 1 and 3 threads.
+// Routing and the router under sanitizers, against loops, with 1 and 3 threads: logits, choices and gates; sort,
+// dispatch, combine and its gradients.
+#include <cmath>
+
 #include "check.h"
+#include "cpu/router/router.h"
 #include "cpu/routing/routing.h"
 #include "sorted.h"
 
@@ -33,7 +37,8 @@ void check_rows(const Case& c, const Sorted& sorted, Dtype dtype, std::int64_t f
   const Array gates = Array::random(gate_dtype, slots, random);
   const std::int64_t filled = sorted.offsets.back(), width = features * size_of(dtype);
 
-  std::vector<double> dispatched(slots * features), mixed(c.tokens * features), drows(slots * features), dgates(slots);
+  std::vector<double> dispatched(slots * features), drows(slots * features), dgates(slots);
+  std::vector<double> mixed(c.tokens * features), summed(c.tokens * features);
   for (std::int64_t s = 0; s < filled; ++s)
     for (std::int64_t f = 0; f < features; ++f)
       dispatched[s * features + f] = x.get(sorted.token_of_slot[s] * apart + f);
@@ -41,6 +46,7 @@ void check_rows(const Case& c, const Sorted& sorted, Dtype dtype, std::int64_t f
     const std::int64_t s = sorted.slot_of_token[p], t = p / c.top_k;
     for (std::int64_t f = 0; s >= 0 && f < features; ++f) {
       mixed[t * features + f] += gates.get(p) * rows.get(s * features + f);
+      summed[t * features + f] += rows.get(s * features + f);
       drows[s * features + f] = gates.get(p) * grad.get(t * features + f);
       dgates[p] += rows.get(s * features + f) * grad.get(t * features + f);
     }
@@ -48,33 +54,20 @@ void check_rows(const Case& c, const Sorted& sorted, Dtype dtype, std::int64_t f
   const Combine arguments{
       .dtype = dtype, .tokens = c.tokens, .top_k = c.top_k, .slots = slots, .features = features,
       .slot_of_token = sorted.slot_of_token.data(), .gates = gates.data()};
-  std::vector<Array> before;
-  for (const int threads : {1, 3}) {
-    set_threads(threads);
-    std::vector<Array> found;
-    found.emplace_back(dtype, slots * features, shift);
+  const double allowed = check::tolerance(dtype);
+  const std::vector<check::Wanted> wanted{
+      {"dispatch", dtype, dispatched, 0, shift}, {"combine", dtype, mixed, allowed, shift},
+      {"drows", dtype, drows, allowed, shift},   {"dgates", gate_dtype, dgates, allowed, shift},
+      {"combine without gates", dtype, summed, allowed, shift}};
+  check::compare(what, wanted, [&](std::vector<Array>& found) {
     dispatch({.x = x.data(), .x_stride = apart * size_of(dtype), .width = width,
               .token_of_slot = sorted.token_of_slot.data(), .slots = slots, .filled = filled, .out = found[0].data()});
-    found.emplace_back(dtype, c.tokens * features, shift);
     combine(arguments, rows.data(), found[1].data());
-    found.emplace_back(dtype, slots * features, shift);
-    found.emplace_back(gate_dtype, slots, shift);
     combine_backward(arguments, grad.data(), rows.data(), found[2].data(), found[3].data());
     Combine ungated = arguments;
     ungated.gates = nullptr;
-    found.emplace_back(dtype, c.tokens * features, shift);
     combine(ungated, rows.data(), found[4].data());
-    if (threads == 1) {
-      const double allowed = check::tolerance(dtype);
-      check::require_close(found[0], dispatched, 0, what + ": dispatch");
-      check::require_close(found[1], mixed, allowed, what + ": combine");
-      check::require_close(found[2], drows, allowed, what + ": drows");
-      check::require_close(found[3], dgates, allowed, what + ": dgates");
-      before = std::move(found);
-      continue;
-    }
-    for (std::size_t k = 0; k < found.size(); ++k) require(found[k].same_bits(before[k]), what + ": other bits");
-  }
+  });
 }
 
 void check_case(const Case& c, int number) {
@@ -101,6 +94,62 @@ void check_case(const Case& c, int number) {
       if (c.tokens < 1000 || features == 33) check_rows(c, expected, dtype, features, random);
 }
 
+Router router_of(
+    const Array& x, const Array& weight, std::int64_t tokens, std::int64_t features, std::int64_t experts) {
+  return {.x_dtype = x.dtype(), .weight_dtype = weight.dtype(), .tokens = tokens, .features = features,
+          .experts = experts, .x = x.data(), .weight = weight.data()};
+}
+
+// Logits, choices and gates against loops in double precision; among equal logits the first expert comes first.
+void check_gating(std::int64_t tokens, std::int64_t features, std::int64_t experts, std::int64_t top_k, bool raw) {
+  const std::string what = "gating of " + std::to_string(tokens) + " tokens among " + std::to_string(experts);
+  check::Random random(static_cast<std::uint64_t>(tokens * 100 + experts));
+  for (const Dtype x_dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16})
+    for (const Dtype weight_dtype : {Dtype::kFloat32, Dtype::kBFloat16}) {
+      const Array x = Array::random(x_dtype, tokens * features, random);
+      const Array weight = Array::random(weight_dtype, experts * features, random);
+      std::vector<Array> before;
+      for (const int threads : {1, 3}) {
+        set_threads(threads);
+        Array logits(Dtype::kFloat32, tokens * experts), gates(Dtype::kFloat32, tokens * top_k);
+        Index index(tokens * top_k, -7);
+        gating({.router = router_of(x, weight, tokens, features, experts), .top_k = top_k, .raw = raw,
+                .logits = static_cast<float*>(logits.data()),
+                .index = index.data(), .gates = static_cast<float*>(gates.data())});
+        Index chosen_alone(tokens * top_k, -7);
+        best_experts(static_cast<const float*>(logits.data()), tokens, experts, top_k, chosen_alone.data());
+        std::vector<double> products(tokens * experts), shares(tokens * top_k);
+        for (std::int64_t t = 0; t < tokens; ++t) {
+          double all = 0, chosen = 0;
+          std::vector<char> taken(experts);
+          for (std::int64_t e = 0; e < experts; ++e) {
+            for (std::int64_t i = 0; i < features; ++i)
+              products[t * experts + e] += x.get(t * features + i) * weight.get(e * features + i);
+            all += std::exp(products[t * experts + e]);
+          }
+          for (std::int64_t k = 0; k < top_k; ++k) {
+            std::int64_t best = -1;
+            for (std::int64_t e = 0; e < experts; ++e)
+              if (!taken[e] && (best < 0 || logits.get(t * experts + e) > logits.get(t * experts + best))) best = e;
+            taken[best] = 1;
+            require(index[t * top_k + k] == best, what + ": experts");
+            require(chosen_alone[t * top_k + k] == best, what + ": experts of scores");
+            chosen += shares[t * top_k + k] = std::exp(products[t * experts + best]);
+          }
+          for (std::int64_t k = 0; k < top_k; ++k) shares[t * top_k + k] /= raw ? all : chosen;
+        }
+        check::require_close(logits, products, 1e-5, what + ": logits");
+        check::require_close(gates, shares, 1e-5, what + ": gates");
+        if (threads == 1) {
+          before.push_back(std::move(logits));
+          before.push_back(std::move(gates));
+          continue;
+        }
+        require(logits.same_bits(before[0]) && gates.same_bits(before[1]), what + ": other bits");
+      }
+    }
+}
+
 }  // namespace
 }  // namespace mpoe
 
@@ -108,5 +157,13 @@ int main() {
   if (!mpoe::check::isa_exists()) return 77;
   int number = 0;
   for (const auto& c : mpoe::kCases) mpoe::check_case(c, number++);
+  for (const bool raw : {false, true}) {
+    mpoe::check_gating(0, 5, 3, 1, raw);
+    mpoe::check_gating(1, 1, 1, 1, raw);
+    mpoe::check_gating(7, 33, 5, 2, raw);
+    mpoe::check_gating(40, 130, 9, 9, raw);
+    mpoe::check_gating(3, 700, 64, 8, raw);
+    mpoe::check_gating(260, 77, 40, 2, raw);
+  }
   return mpoe::check::finish("routing");
 }

@@ -1,1 +1,0 @@
-"""The study of experts that are trained apart and composed: `python -m mpoe_bench.composed`."""

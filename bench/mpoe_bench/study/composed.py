@@ -1,0 +1,268 @@
+"""A study of experts that are trained apart and composed: its plan, its runs, what each of them measures."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mpoe.models import compose_experts, load_expert
+from mpoe.models.domains import forced
+from mpoe_bench.study import experts
+from mpoe_bench.study.composed_table import composed_table
+from mpoe_bench.study.experts import drawn, losses
+from mpoe_bench.study.plan import own_key, read_composition
+from mpoe_bench.study.table import Records
+from mpoe_bench.study.texts import LENGTH, read_texts, tenant_texts
+
+KINDS = ("neurons", "lora")
+PROMPTS = (
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "Give me three names for a cat.",
+    "Explain in two sentences why the sky is blue.",
+    "Translate to Spanish: Good morning, my friend.",
+    "How do I boil an egg?",
+    "Name a prime number larger than 50 and say why it is prime.",
+    "Write a polite reply that declines an invitation.",
+)
+Made = Callable[[Records], dict[str, Any]]
+
+
+def mean(found: Tensor) -> float:
+    return round(float(found.mean()), 5)
+
+
+def by_request(found: Tensor) -> list[float]:
+    return [round(float(loss), 4) for loss in found.mean(1)]
+
+
+def batched(ids: Tensor) -> list[dict[str, Tensor]]:
+    return [{"input_ids": part} for part in ids.split(8)]
+
+
+class ComposedStudy:
+    """Makes the runs; its methods are those of `ArmsStudy`."""
+
+    def __init__(self, file: Path) -> None:
+        self.plan = read_composition(file)
+
+    def prepare(self, arguments: argparse.Namespace) -> None:
+        for name in ("data_dir", "model", "work_dir"):
+            if getattr(arguments, name) is None:
+                raise ValueError(f"{name} must be given for experts that are composed; got none")
+        self.folder: Path = arguments.work_dir
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model)
+        self.base: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+        self.base.generation_config.pad_token_id = self.tokenizer.eos_token_id
+        self.texts = read_texts(self.tokenizer, arguments.data_dir, self.plan.domains, self.plan.probes)
+
+    def waiting(self, records: Records) -> list[str]:
+        return [key for key, _ in self.runs(records) if key not in records]
+
+    def table(self, records: Records) -> str:
+        return composed_table(self.plan, records)
+
+    def make(self, key: str, records: Records) -> dict[str, Any]:
+        begin = time.process_time()
+        return dict(self.runs(records))[key](records) | {"cpu_seconds": round(time.process_time() - begin)}
+
+    def runs(self, records: Records) -> Iterator[tuple[str, Made]]:
+        """Every run whose rate is known, in its order."""
+        plan, first = self.plan, self.plan.seeds[0]
+
+        def own(kind: str, domain: str, steps: int, rate: float, seed: int) -> tuple[str, Made]:
+            return own_key(kind, domain, steps, rate, seed), lambda _: self.own(kind, domain, steps, rate, seed)
+
+        yield "base", lambda _: self.tests(self.base)
+        for kind in KINDS:
+            for rate in plan.rates:
+                yield from (own(kind, domain, plan.steps, rate, first) for domain in plan.domains)
+        rates = {kind: plan.rate(kind, records) for kind in KINDS}
+        if None in rates.values():
+            return
+        chosen: dict[str, float] = {kind: rate for kind, rate in rates.items() if rate is not None}
+        yield f"composed {first}", partial(self.composed_of_seed, seed=first)
+        for models in (self.merges, self.variants):
+            yield models.__name__, lambda records, models=models: self.each(models(records))
+        yield "request_router", self.request_router
+        for seed in plan.seeds[1:]:
+            for kind in KINDS:
+                yield from (own(kind, domain, plan.steps, chosen[kind], seed) for domain in plan.domains)
+            yield f"composed {seed}", partial(self.composed_of_seed, seed=seed)
+        for kind in KINDS:
+            yield from (own(kind, plan.forgetting, steps, chosen[kind], first) for steps in plan.lengths)
+        yield "one_adapter", lambda records: self.each(self.one_adapter(records))
+        yield from (own("neurons", tenant, plan.steps, chosen["neurons"], first) for tenant in plan.tenants)
+        yield from (("tenants", self.tenants), ("answers", self.answers))
+
+    # ------------------------------------------------------------ parts
+
+    def place(self, key: str) -> Path:
+        name = key.replace(" ", "-")
+        return self.folder / (f"{name}.expert" if key.startswith("neurons") else name)
+
+    def files(self, kind: str, records: Records, seed: int, names: Sequence[str] = ()) -> dict[str, Path]:
+        """Experts of a seed at the chosen rate; by default the domains'."""
+        rate = self.plan.rate(kind, records)
+        assert rate is not None
+        return {d: self.place(own_key(kind, d, self.plan.steps, rate, seed)) for d in names or self.plan.domains}
+
+    @cached_property
+    def background(self) -> Mapping[str, Tensor]:
+        """The base's statistics on texts of no domain."""
+        some = next(self.folder.glob("*.expert"))
+        return compose_experts(self.base, [some], background=batched(self.texts.background)).background_statistics
+
+    def composed(self, parts: Sequence[Any], **options: Any) -> Any:
+        """The mixture of experts or their files."""
+        return compose_experts(self.base, parts, **{"background": self.background, **options})
+
+    def first_mixture(self, records: Records) -> Any:
+        """Of the first seed's files."""
+        return self.composed(list(self.files("neurons", records, self.plan.seeds[0]).values()))
+
+    def tests(self, model: Any) -> dict[str, Any]:
+        """Losses on every domain's test text and the probes, and of every halfway request."""
+        shown = {**self.texts.test, **self.texts.probes}
+        found: dict[str, Any] = {name: mean(losses(model, ids)) for name, ids in shown.items()}
+        return found | {"requests": by_request(losses(model, self.texts.halfway))}
+
+    def each(self, models: Iterator[tuple[str, Any]]) -> dict[str, Any]:
+        """`tests` of each, by name."""
+        return {name: self.tests(model) for name, model in models}
+
+    # ------------------------------------------------------------ runs
+
+    def own(self, kind: str, domain: str, steps: int, rate: float, seed: int) -> dict[str, Any]:
+        """Train an expert for a domain (or a tenant) and keep its file."""
+        known = self.texts.splits.get(domain)
+        text, validation, test = known or tenant_texts(self.tokenizer, domain)
+        try:
+            model = experts.trained(kind, self.base, self.plan.size(kind), drawn([text], steps, seed), rate, seed)
+        except FloatingPointError as error:
+            return {"diverged": f"the loss {error}", "validation": math.inf, "test": math.inf}
+        experts.keep(model, self.place(own_key(kind, domain, steps, rate, seed)), text)
+        record = {"validation": mean(losses(model, validation)), "test": mean(losses(model, test))}
+        record |= {} if known else {"base": mean(losses(self.base, test))}
+        return record | {name: mean(losses(model, ids)) for name, ids in self.texts.probes.items()}
+
+    def composed_of_seed(self, records: Records, seed: int) -> dict[str, Any]:
+        """The mixture of a seed's files."""
+        return self.tests(self.composed(list(self.files("neurons", records, seed).values())))
+
+    def merges(self, records: Records) -> Iterator[tuple[str, Any]]:
+        """Mean, TIES and DARE of the LoRAs, by PEFT, their weight chosen on validation texts; LoRA under the mixture's
+        routers."""
+        files = self.files("lora", records, self.plan.seeds[0])
+
+        def merged(how: str, weight: float, density: float | None = None) -> Any:
+            return experts.merged_adapter(experts.adapters(self.base, files), list(files), how, weight, density)
+
+        def validation(model: Any) -> float:
+            return sum(mean(losses(model, ids)) for _, ids, _ in self.texts.splits.values())
+
+        yield "mean of LoRAs", merged("cat", 1 / len(files))
+        for name, how in (("TIES", "ties_svd"), ("DARE", "dare_ties_svd")):
+            yield f"{name} of LoRAs", min((merged(how, weight, 0.5) for weight in (0.3, 0.6, 1.0)), key=validation)
+        routed = experts.adapters(self.base, files), list(files), self.first_mixture(records)
+        yield "the same routers, LoRA", experts.routed_adapters(*routed)
+
+    def variants(self, records: Records) -> Iterator[tuple[str, Any]]:
+        """The first seed's mixture with other statistics or another number of experts per token."""
+        files, background = self.files("neurons", records, self.plan.seeds[0]), self.background
+        loaded = [load_expert(file) for file in files.values()]
+
+        def means_alone(statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            """The class's mean with the background's covariance."""
+            return {name: value if name.endswith(".mean") else background[name] for name, value in statistics.items()}
+
+        bare = [dataclasses.replace(e, statistics=means_alone(e.statistics)) for e in loaded]
+        seen = {e.name: batched(self.texts.splits[d][0][:256]) for e, d in zip(loaded, files, strict=True)}
+        yield "means alone", self.composed(bare)
+        yield "with texts", self.composed(loaded, texts=seen)
+        yield "top-1", self.composed(loaded, top_k=1)
+
+    def request_router(self, records: Records) -> dict[str, Any]:
+        """One expert or adapter for a whole request, by the routers' preference over all layers and its first half; and
+        the best one for every token (an oracle)."""
+        domains, mixture = self.plan.domains, self.first_mixture(records)
+        model = experts.adapters(self.base, self.files("lora", records, self.plan.seeds[0]))
+
+        @torch.inference_mode()
+        def chosen(ids: Tensor) -> Tensor:
+            logits = mixture(input_ids=ids[:, : LENGTH // 2], output_router_logits=True).router_logits
+            stacked = torch.stack([layer.view(len(ids), -1, layer.shape[-1]) for layer in logits])
+            return stacked.softmax(-1)[..., :-1].mean((0, 2)).argmax(-1)  # the last is none
+
+        found: dict[str, Any] = {"request router, LoRA": {}, "request router, neurons": {}, "oracle, neurons": {}}
+        right: dict[str, float] = {}
+        for text, ids in {**self.texts.test, **self.texts.probes, "requests": self.texts.halfway}.items():
+            told = by_request if text == "requests" else mean
+            picked = torch.cat([chosen(part) for part in ids.split(8)])
+            of: dict[str, list[Tensor]] = {"LoRA": [], "neurons": []}
+            for number, domain in enumerate(domains):
+                model.set_adapter(domain)
+                of["LoRA"].append(losses(model, ids))
+                with forced(mixture, number):
+                    of["neurons"].append(losses(mixture, ids))
+            for kind, each in of.items():
+                found[f"request router, {kind}"][text] = told(torch.stack(each)[picked, torch.arange(len(ids))])
+            found["oracle, neurons"][text] = told(torch.stack(of["neurons"]).min(0).values)
+            if text not in self.texts.probes:
+                wanted = self.texts.first if text == "requests" else torch.tensor(domains.index(text))
+                right[text] = round(float((picked == wanted).float().mean()), 3)
+        return found | {"request router is right": right}
+
+    def one_adapter(self, records: Records) -> Iterator[tuple[str, Any]]:
+        """One LoRA on the domains in turn, and one on all of them at once, each with as many steps as all experts."""
+        plan, texts = self.plan, [text for text, _, _ in self.texts.splits.values()]
+        rate, seed = plan.rate("lora", records), plan.seeds[0]
+        assert rate is not None
+        in_turn = [batch for text in texts for batch in drawn([text], plan.steps, seed)]
+        at_once = drawn(texts, plan.steps * len(texts), seed)
+        for name, batches in (("LoRA, domains in turn", in_turn), ("LoRA, all at once", at_once)):
+            yield name, experts.trained("lora", self.base, plan.rank, batches, rate, seed)
+
+    def tenants(self, records: Records) -> dict[str, Any]:
+        """Mixtures of 2, 4, ... experts: the mean share of their own experts' gain; the best of the others, always
+        on."""
+        every, test = [*self.plan.domains, *self.plan.tenants], dict(self.texts.test)
+        test |= {tenant: tenant_texts(self.tokenizer, tenant)[2] for tenant in self.plan.tenants}
+        files, found = self.files("neurons", records, self.plan.seeds[0], every), {}
+        for number in range(2, len(every) + 1, 2):
+            mixture = self.composed([files[domain] for domain in every[:number]])
+            shown = {domain: test[domain] for domain in every[:number]} | dict(self.texts.probes)
+            found[str(number)] = {name: mean(losses(mixture, ids)) for name, ids in shown.items()}
+        alone: dict[str, dict[str, float]] = {domain: {} for domain in every}
+        for number, expert in enumerate(every):
+            with forced(mixture, number):
+                for domain in every:
+                    alone[domain][expert] = mean(losses(mixture, test[domain])) if domain != expert else math.inf
+        return found | {"best wrong expert": {domain: min(losses.values()) for domain, losses in alone.items()}}
+
+    def answers(self, records: Records) -> dict[str, Any]:
+        """How much the mixture changes the base's own answers: nats per token, and greedy tokens that are equal."""
+        mixture = self.first_mixture(records)
+        told, equal, count = {"base": 0.0, "mixture": 0.0}, 0, 0
+        for prompt in PROMPTS:
+            chat = [{"role": "user", "content": prompt}]
+            ids = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+            with torch.inference_mode():
+                own, other = (m.generate(ids, max_new_tokens=48, do_sample=False) for m in (self.base, mixture))
+            for name, model in (("base", self.base), ("mixture", mixture)):
+                told[name] += float(losses(model, own)[:, ids.shape[1] - 1 :].sum())
+            same = own[0, : other.shape[1]] == other[0, : own.shape[1]]
+            equal += int(same[ids.shape[1] :].long().cumprod(0).sum())
+            count += own.shape[1] - ids.shape[1]
+        return {name: round(total / count, 4) for name, total in told.items()} | {"equal at the start": equal / count}

@@ -1,0 +1,280 @@
+"""Looking into an MPOE model: routes of its tokens, spectra of its bonds, parameters against experts; and what each
+expert of a composed mixture is worth on texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpoe.data.predict import token_losses
+from mpoe.layers.cores import MPOCores
+from mpoe.layers.feed_forward import RoutedFeedForward
+from mpoe.layers.kept import KeptFeedForward
+from mpoe.models.domains import Statistics, forced, router_weight, without
+from mpoe.models.expert_mixture import NONE
+from mpoe.models.report import parameter_report, routed_layers
+
+# ------------------------------------------------------------- which expert took which token
+
+
+@dataclass(frozen=True)
+class Route:
+    """The tokens of one stream (a T5's encoder or decoder) of one text.
+
+    Attributes:
+        stream: ``"encoder"``, ``"decoder"`` or ``"main"``.
+        tokens: as text, T of them.
+        layers: names of the MPOE layers that the tokens pass, in order.
+        experts: the chosen experts, best first, ``[layers][T][K]``.
+        probabilities: the router's probabilities of those experts, ``[layers][T][K]``.
+    """
+
+    stream: str
+    tokens: list[str]
+    layers: list[str]
+    experts: list[list[list[int]]]
+    probabilities: list[list[list[float]]]
+
+
+@torch.inference_mode()
+def route_text(model: Any, tokenizer: Any, text: str, max_new_tokens: int = 24) -> list[Route]:
+    """Routes of a text's tokens; an encoder-decoder first generates an answer, whose tokens are routed too.
+
+    Args:
+        model: an MPOE model in eval mode.
+        tokenizer: its tokenizer.
+        text: any text; parts that the tokenizer truncates are not shown.
+        max_new_tokens: length of an answer.
+
+    Raises:
+        ValueError: a text without tokens.
+    """
+    batch = tokenizer([text], return_tensors="pt", truncation=True, return_token_type_ids=False).to(model.device)
+    if not batch["input_ids"].shape[1]:
+        raise ValueError(f"text must hold at least one token; got {text!r}")
+    ids = {"main": batch["input_ids"][0]}
+    if model.config.is_encoder_decoder:
+        answer = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)[:, :-1]
+        batch["decoder_input_ids"] = answer
+        ids = {"encoder": batch["input_ids"][0], "decoder": answer[0]}
+    layers: Any = routed_layers(model)
+    found = []
+    logits = model(**batch).router_logits or ()
+    for stream, stream_ids in ids.items():
+        own = [k for k, (_, layer) in enumerate(layers) if layer.stream == stream]
+        if not own:
+            continue
+        best = [torch.softmax(logits[k].float(), -1).topk(layers[k][1].router.top_k) for k in own]
+        found.append(
+            Route(
+                stream,
+                [_as_text(tokenizer, token) for token in stream_ids.tolist()],
+                [layers[k][0] for k in own],
+                [each.indices.tolist() for each in best],
+                [each.values.tolist() for each in best],
+            )
+        )
+    return found
+
+
+def _as_text(tokenizer: Any, token: int) -> str:
+    """A token as its tokenizer decodes it, with spaces."""
+    piece = str(tokenizer.convert_ids_to_tokens(token))
+    return piece.replace("\u2581", " ").replace("\u0120", " ").replace("\u010a", "\\n")
+
+
+# ------------------------------------------------------------- how much each bond carries
+
+
+@dataclass(frozen=True)
+class BondSpectrum:
+    """One bond of every expert's matrix.
+
+    Attributes:
+        singular_values: descending, float64 ``[E, d]``.
+    """
+
+    singular_values: Tensor
+
+    @property
+    def dimension(self) -> int:
+        return self.singular_values.shape[1]
+
+    @property
+    def entropy(self) -> Tensor:
+        """Entanglement entropy ``-sum p ln p`` of ``p = s^2 / sum s^2``, in nats, ``[E]``; at most ``ln d``."""
+        squared = self.singular_values.square()
+        p = squared / squared.sum(-1, keepdim=True).clamp_min(torch.finfo(squared.dtype).tiny)
+        return -torch.xlogy(p, p).sum(-1)
+
+    @property
+    def effective_rank(self) -> Tensor:
+        """``exp(entropy)``, ``[E]``: how many of the d directions carry weight; d if all carry the same."""
+        return self.entropy.exp()
+
+    @property
+    def used(self) -> float:
+        """Effective rank as a fraction of the bond dimension, mean over experts: ``1/d`` to 1."""
+        return float(self.effective_rank.mean()) / self.dimension
+
+
+@torch.no_grad()
+def bond_spectra(cores: MPOCores) -> list[BondSpectrum]:
+    """Spectra at the inner bonds of a weight, in chain order (none for a chain of one core).
+
+    Args:
+        cores: of E experts.
+    """
+    per_expert = []
+    for expert in range(cores.num_experts):
+        own = (core[expert] if core.dim() == 5 else core for core in cores.cores())
+        per_expert.append(_chain_spectra([core.double().flatten(1, 2) for core in own]))
+    return [BondSpectrum(torch.stack(values)) for values in zip(*per_expert, strict=True)]
+
+
+def _chain_spectra(chain: list[Tensor]) -> list[Tensor]:
+    """Singular values at every inner bond, descending, of cores ``[d, i j, d']``.
+
+    Cutting the chain at a bond splits the matrix into ``L R`` with ``L [rows left of it, d]`` and ``R [d, columns]``;
+    the squared singular values of the product are the eigenvalues of ``(L^T L)(R R^T)``. Both Gram matrices grow core
+    by core, so the matrix itself is never built.
+    """
+    rights = [chain[-1].new_ones(1, 1)]
+    for core in reversed(chain[1:]):
+        rows = core.flatten(1)  # [d, (i j) d']
+        rights.append((core @ rights[-1]).flatten(1) @ rows.T)
+    left, found = chain[0].new_ones(1, 1), []
+    for core, right in zip(chain[:-1], reversed(rights[1:]), strict=True):
+        columns = core.flatten(0, 1)  # [d (i j), d']
+        left = columns.T @ torch.tensordot(left, core, 1).flatten(0, 1)
+        values, vectors = torch.linalg.eigh(left)
+        root = vectors * values.clamp_min(0).sqrt()  # root root^T = left
+        squared = torch.linalg.eigvalsh(root.T @ right @ root)
+        found.append(squared.clamp_min(0).sqrt().flip(0))
+    return found
+
+
+# ------------------------------------------------------------- parameters against experts
+
+EXPERTS = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Total parameters by number of experts.
+
+    Attributes:
+        experts: numbers of experts E, ascending.
+        mpoe: with MPO experts that share their central cores; empty for a model with dense experts.
+        switch: with E full weights.
+        dense: of the dense model.
+    """
+
+    experts: list[int]
+    mpoe: list[int]
+    switch: list[int]
+    dense: int
+
+
+def parameter_growth(model: nn.Module, experts: Sequence[int] = EXPERTS) -> Growth:
+    """Totals of an MPOE model with other numbers of experts; the model's own is added to ``experts``.
+
+    Raises:
+        ValueError: a model without mixtures.
+    """
+    layers = [module for module in model.modules() if isinstance(module, RoutedFeedForward)]
+    if not layers:
+        raise ValueError(f"parameter_growth needs a model with mixtures of experts; {type(model).__name__} has none")
+    own, cores, full, auxiliary = layers[0].num_experts, False, 0, 0
+    for layer in layers:
+        if isinstance(layer, KeptFeedForward):
+            cores, auxiliary = True, auxiliary + layer.own_parameters() // own
+            full += sum(weight.numel() for weight in layer.dense_parameters().values())
+            continue
+        for projection in layer.experts.projections().values():
+            full += projection.in_features * projection.out_features
+            if isinstance(projection, MPOCores):
+                cores, auxiliary = True, auxiliary + projection.own_parameters() // own
+    router = sum(layer.router.in_features for layer in layers if layer.router is not None)
+    report, counts = parameter_report(model), sorted({*experts, own})
+    mpoe = [report["total"] + (count - own) * (auxiliary + router) for count in counts] if cores else []
+    switch = [report["switch_total"] + (count - own) * (full + router) for count in counts]
+    return Growth(counts, mpoe, switch, report["dense_total"])
+
+
+# ------------------------------------------------------------- what composed experts are worth
+
+
+@dataclass(frozen=True)
+class Worth:
+    """Losses in nats per token.
+
+    Attributes:
+        names: of the experts.
+        tokens: that were predicted.
+        loss: of the mixture.
+        oracle: if every token had the expert that predicts it best, in all layers alike.
+        share: of the router's choices, over all layers, by expert.
+        alone: the loss if every token goes to this expert; *none* is the base.
+        removed: the loss of the mixture composed without this expert.
+        best: by token that is predicted, in order, the expert that predicts it best.
+    """
+
+    names: list[str]
+    tokens: int
+    loss: float
+    oracle: float
+    share: list[float]
+    alone: list[float]
+    removed: list[float]
+    best: list[int]
+
+    @property
+    def base(self) -> float | None:
+        """The loss of the base, if the mixture has *none*."""
+        return self.alone[self.names.index(NONE)] if NONE in self.names else None
+
+
+def composed_worth(mixture: Any, classes: Sequence[Statistics], batches: Sequence[Mapping[str, Tensor]]) -> Worth:
+    """Compare a composed mixture with each of its experts alone and with the mixtures that lack one.
+
+    Args:
+        mixture: see `mpoe.compose_experts`; in eval mode.
+        classes: the statistics of its experts in order, then those of the background if it has *none*.
+        batches: texts as keyword arguments of the model, with ``labels``.
+
+    Raises:
+        ValueError: a model that was not composed, fewer than two experts, statistics of another number of them, batches
+            without labels.
+    """
+    names = list(getattr(mixture.config, "mpoe_experts", None) or [])
+    if len(names) < 2 or len(classes) != len(names):
+        raise ValueError(
+            f"mixture must be composed of at least two experts with *none*, each with statistics; it has {names}, "
+            f"statistics are of {len(classes)}"
+        )
+    own = token_losses(mixture, batches)
+    with torch.inference_mode():
+        loads = torch.stack([mixture(**batch).expert_load.sum(0) for batch in batches]).sum(0)
+    alone, removed = [], []
+    for number in range(len(names)):
+        with forced(mixture, number):
+            alone.append(token_losses(mixture, batches))
+        others = [each for place, each in enumerate(classes) if place != number]
+        with without(mixture, number, {layer: router_weight(others, layer) for layer, _ in routed_layers(mixture)}):
+            removed.append(float(token_losses(mixture, batches).mean()))
+    best = torch.stack(alone).min(0)
+    return Worth(
+        names,
+        len(own),
+        float(own.mean()),
+        float(best.values.mean()),
+        (loads / loads.sum()).tolist(),
+        [float(each.mean()) for each in alone],
+        removed,
+        best.indices.tolist(),
+    )

@@ -1,0 +1,319 @@
+"""What models with hidden-side experts, or with neurons, do alone: merging, starts, blocks, patterns, refusals."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    ElectraConfig,
+    ElectraForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, merge_experts, merge_latent
+from mpoe.layers import HiddenFeedForward, MPOEFeedForward, NeuronFeedForward
+from mpoe.models.kept import hidden_modules, neuron_modules
+from mpoe.training.gradient_mask import GradientMask
+from mpoe_kernels import reconstruct
+
+from .kept_models import LLAMA, batch, config, dense, every_family, logits, stirred
+
+
+@every_family
+@pytest.mark.parametrize("per_group", [True, False])
+@pytest.mark.parametrize("own", [True, False])
+def test_merged_into_dense_experts(family: str, per_group: bool, own: bool, tmp_path: Path) -> None:
+    model = stirred(convert_to_mpoe(dense(family), config("hidden", 2, block_per_group=per_group, expert_bias=own)))
+    merged = merge_experts(model)
+    want = logits(model, family)
+    assert (logits(merged, family) - want).abs().max() <= 1e-5 * want.abs().max()
+    assert not hidden_modules(merged)
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_mpoe(tmp_path), family), logits(merged, family))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_shared_blocks_are_plain_mpos(family: str) -> None:
+    """With the projections as centre, HiddenExperts' cores rebuild C1 (1 x R) and (1 x L) C2."""
+    layer = next(
+        iter(hidden_modules(stirred(convert_to_mpoe(dense(family), config("hidden", block_per_group=False)))).values())
+    )
+    features, block, settings = layer.hidden_features, 8, config("hidden", block_per_group=False)
+    for kind in layer.projections():
+        up = kind != "down"
+        shape = settings.shape_for(kind, *((16, features) if up else (features, 16)))
+        core = layer.experts.auxiliary[{"up": "right", "gate_proj": "right_gate", "down": "left"}[kind]][2, 0]
+        weight = layer.projections()[kind].weight.detach()
+        weight = weight if family == "gpt2" else weight.T
+        centre = weight.view(1, 16, -1, block) if up else weight.view(-1, block, 16).permute(0, 2, 1)[None]
+        cores = [centre, (core if up else core.T).reshape(shape.core_shapes[1])]
+        assert tuple(centre.shape) == shape.core_shapes[0]
+        assert torch.allclose(reconstruct(cores), layer.expert_weights(kind)[2], atol=1e-6)
+
+
+def test_the_mask_compiles_into_two_graphs() -> None:
+    model = convert_to_mpoe(dense("llama"), config("hidden", 2)).train()
+    layer, compiled = next(iter(hidden_modules(model).values())), []
+
+    def count(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    run = torch.compile(layer, fullgraph=True, backend=count)
+    x = torch.randn(2, 5, 16, requires_grad=True)
+    mask = GradientMask(model, 0.5, seed=0)
+    for step in range(6):
+        with mask.step(step):
+            run(x).sum().backward()
+    assert len(compiled) <= 2
+
+
+def test_default_blocks_are_the_largest_divisor_up_to_64() -> None:
+    settings = MPOEConfig(shape="hidden")
+    assert [settings.hidden_block(f) for f in (3072, 192, 24, 2816, 11008, 67)] == [64, 64, 24, 64, 64, 1]
+
+
+def test_a_fused_projection_is_one_centre_of_two_halves() -> None:
+    converted = convert_to_mpoe(dense("phi3"), config("hidden"))
+    (layer,) = hidden_modules(converted).values()
+    assert {kind: weight.shape for kind, weight in layer.central_parameters().items()} == {
+        "up": (48, 16),
+        "down": (16, 24),
+    }
+    both = layer.gate_up_proj.weight.T
+    assert torch.equal(layer.central_weight("gate_proj"), both[:, :24])
+    assert torch.equal(layer.central_weight("up"), both[:, 24:])
+
+
+def test_noise_dropout_and_padding() -> None:
+    layer = next(iter(hidden_modules(convert_to_mpoe(dense("gpt2"), config("hidden"))).values()))
+    assert isinstance(layer, HiddenFeedForward)
+    x = torch.randn(2, 3, 16)
+    x[0, 1] = float("nan")
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    mask[0, 1] = False
+    y = layer(x, mask)
+    assert not y[0, 1].any()
+    assert bool(torch.isfinite(y).all())
+    noisy = convert_to_mpoe(dense("gpt2"), config("hidden", auxiliary_noise=0.1))
+    assert not torch.equal(logits(noisy, "gpt2"), logits(dense("gpt2"), "gpt2"))
+    for blocks in next(iter(hidden_modules(noisy).values())).experts.own_cores:
+        assert float((blocks - torch.eye(8)).square().mean().sqrt()) == pytest.approx(0.1 / 8**0.5, rel=0.2)
+    layer.expert_dropout = 0.5
+    assert not torch.equal(layer.train()(x, mask), y)
+
+
+def test_blocks_larger_than_matrices_are_said() -> None:
+    """At small widths a block is no smaller than a matrix."""
+    sizes = {"n_embd": 8, "n_inner": 64, "n_layer": 1, "n_head": 2, "n_positions": 8, "vocab_size": 20}
+    small = GPT2LMHeadModel(GPT2Config(**sizes))
+    with pytest.warns(
+        UserWarning, match=r"experts are larger than dense ones: [\d,]+ parameters, [\d,]+ with expert_type"
+    ):
+        convert_to_mpoe(small, MPOEConfig(num_experts=8, block_size=64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert_to_mpoe(small, MPOEConfig(num_experts=8, block_size=2))
+
+
+both = pytest.mark.parametrize("latent", [None, 6])
+
+
+@pytest.mark.parametrize("family", ["t5", "t5_gated"])
+def test_training_starts_where_the_dense_model_is(family: str) -> None:
+    """The dense network's own dropout, at its own place, from the same stream of random numbers."""
+    model = dense(family)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    converted = convert_to_mpoe(model, config("neurons"))
+    results = []
+    for each in (model.train(), converted.train()):
+        torch.manual_seed(4)
+        results.append(each(**batch(family)).logits)
+    assert torch.equal(*results)
+
+
+def test_in_place_every_parameter_stays_the_optimizers() -> None:
+    model = dense("gpt2").train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(**batch("gpt2")).logits.square().sum().backward()
+    optimizer.step()
+    known = {id(parameter) for parameter in model.parameters()}
+    converted = convert_to_mpoe(model, config("neurons"), inplace=True)
+    assert converted is model
+    new = [parameter for parameter in converted.parameters() if id(parameter) not in known]
+    assert len(known) + len(new) == sum(1 for _ in converted.parameters())
+    optimizer.add_param_group({"params": new})
+    converted(**batch("gpt2")).logits.square().sum().backward()
+    optimizer.step()
+    assert all(layer.experts.down.any() for layer in neuron_modules(converted).values())
+
+
+def test_a_model_from_its_configuration_alone() -> None:
+    """Random weights; the experts contribute nothing yet."""
+    router = {"scoring_func": "sigmoid", "bias_update_rate": 0.001}
+    wanted = convert_to_mpoe(dense("llama"), config("neurons", 2, router, latent=6, expert_bias=True))
+    torch.manual_seed(0)
+    model = type(wanted)(wanted.config).eval()
+    (layer,) = neuron_modules(model).values()
+    assert not layer.experts.down.any()
+    assert not layer.experts.bias.any()
+    assert not layer.router.e_score_correction_bias.any()
+    assert 0.1 < float(layer.experts.latent_in.detach().std()) < 0.5  # I^-1/2 = .25
+    assert bool(torch.isfinite(logits(model, "llama")).all())
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_copied_and_pickled(family: str) -> None:
+    model = stirred(convert_to_mpoe(dense(family), config("neurons")))
+    want = logits(model, family)
+    twin = copy.deepcopy(model)
+    for layer in neuron_modules(twin).values():
+        layer.experts.down.data.zero_()
+    assert torch.equal(logits(model, family), want)
+    assert not torch.equal(logits(twin, family), want)
+    alone = copy.deepcopy(NeuronFeedForward(16, 24, config("neurons"), names={}))  # not around anything yet
+    assert alone.dense_class is None
+    (layer,) = neuron_modules(model).values()
+    again = pickle.loads(pickle.dumps(layer))
+    assert type(again) is type(layer)
+    x = torch.randn(2, 3, 16)
+    inputs = (torch.randn(2, 3, 24), x) if family == "bert" else (x,)
+    assert torch.equal(again(*inputs), layer(*inputs))
+
+
+@every_family
+def test_a_latent_space_merges_into_the_neurons(family: str, tmp_path: Path) -> None:
+    model = stirred(convert_to_mpoe(dense(family), config("neurons", latent=6, expert_bias=True)))
+    want = logits(model, family)
+    merged = merge_latent(model)
+    assert (logits(merged, family) - want).abs().max() <= 1e-5 * want.abs().max()
+    assert torch.equal(logits(model, family), want)
+    assert merged.mpoe_config.latent is None
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_mpoe(tmp_path), family), logits(merged, family))
+    with pytest.raises(ValueError, match=r"model must have neurons in a latent space \(latent=l\)"):
+        merge_latent(merged)
+    with pytest.raises(TypeError, match="model must be an MPOE model with neurons"):
+        merge_latent(dense(family))
+
+
+def test_no_dense_experts_compute_the_same() -> None:
+    with pytest.raises(ValueError, match="those of shape 'neurons' are added to a dense one"):
+        merge_experts(convert_to_mpoe(dense("llama"), config("neurons")))
+
+
+@both
+def test_the_start_follows_torch_seed(latent: int | None) -> None:
+    model, found = dense("llama"), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        (layer,) = neuron_modules(convert_to_mpoe(model, config("neurons", latent=latent))).values()
+        found.append(torch.cat([parameter.detach().flatten() for parameter in layer.experts.parameters()]))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "phi3"])
+def test_neurons_start_as_copies_of_dense_ones(family: str) -> None:
+    model = dense(family)
+    (layer,) = neuron_modules(convert_to_mpoe(model, config("neurons", auxiliary_noise=1e-6))).values()
+    known = layer.central_weight("up").t()
+    for row, bias in zip(layer.experts.up[2], layer.experts.bias[2] if family == "gpt2" else range(8), strict=True):
+        place = int((known - row).abs().sum(1).argmin())
+        assert torch.allclose(known[place], row, atol=1e-4)
+        if family == "gpt2":
+            assert bias == layer.c_fc.bias[place]
+        else:
+            gate = layer.central_weight("gate_proj").t()[place]
+            assert (layer.experts.gate_proj[2] - gate).abs().sum(1).min() < 1e-3
+    (noisy,) = neuron_modules(convert_to_mpoe(model, config("neurons"))).values()
+    distance = torch.cdist(noisy.experts.up[0].detach(), known.detach()).min(1).values
+    assert 0.1 < float(distance.mean() / 16**0.5 / known.detach().std()) < 0.7  # noise of half the standard deviation
+
+
+def test_shapes_by_pattern() -> None:
+    """Some layers have neurons and others blocks: each shape gets its own options."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, "num_hidden_layers": 2})).eval()
+    for base, pattern in (("neurons", {"layers.1.mlp": "hidden"}), ("hidden", {"layers.0.mlp": "neurons"})):
+        mixed = convert_to_mpoe(model, config("neurons", 2, shape=base, shape_pattern=pattern))
+        assert list(neuron_modules(mixed)) == ["model.layers.0.mlp"]
+        assert list(hidden_modules(mixed)) == ["model.layers.1.mlp"]
+        (layer,) = hidden_modules(mixed).values()
+        assert layer.router.config.routed_scaling_factor is None
+        (layer,) = neuron_modules(mixed).values()
+        assert layer.router.config.routed_scaling_factor == 2.0
+
+
+def test_sites_of_a_network_that_ends_in_another_module() -> None:
+    sites = {
+        "holder": "encoder.layer.*",
+        "up": "intermediate.dense",
+        "down": "output.dense",
+        "place": "intermediate",
+        "sums": "output",
+        "activation": "gelu",
+    }
+    torch.manual_seed(0)
+    model = ElectraForMaskedLM(ElectraConfig(**LLAMA, embedding_size=16)).eval()
+    converted = convert_to_mpoe(model, config("neurons"), sites=sites)
+    assert list(neuron_modules(converted)) == ["electra.encoder.layer.0.output"]
+    assert torch.equal(logits(converted, "electra"), logits(model, "electra"))
+    with pytest.raises(ValueError, match="shape 'neurons' needs its down projection inside the module"):
+        convert_to_mpoe(model, config("neurons"), sites={**sites, "sums": ""})
+    with pytest.raises(ValueError, match="shape 'neurons' needs its down projection inside the module"):
+        convert_to_mpoe(model, config("neurons"), sites={**sites, "sums": "attention"})
+    with pytest.raises(TypeError, match=r"sites\['sums'\] must be a name"):
+        convert_to_mpoe(model, config("neurons"), sites={**sites, "sums": 1})
+
+
+def test_mixtures_are_refused() -> None:
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    mixture = MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    with pytest.raises(ValueError, match="shape 'neurons' needs one dense projection for all experts"):
+        convert_to_mpoe(mixture, MPOEConfig(shape="neurons", num_experts=8, existing_experts="mpo"))
+
+
+def test_a_layer_alone_has_no_dense_network() -> None:
+    with pytest.raises(ValueError, match="shape 'neurons' needs a dense network that stays"):
+        MPOEFeedForward(16, 24, config("neurons"))
+
+
+def test_defaults() -> None:
+    """64 neurons; one in eight experts per token, two to eight; gates that sum to their number."""
+    found = [MPOEConfig(shape="neurons", num_experts=n) for n in (1, 2, 8, 32, 128)]
+    assert {each.neurons for each in found} == {64}
+    assert [each.top_k for each in found] == [1, 2, 2, 4, 8]
+    assert [each.router.routed_scaling_factor for each in found] == [1.0, 2.0, 2.0, 4.0, 8.0]
+    raw = MPOEConfig(shape="neurons", router=RouterConfig(is_scale_prob=True))
+    assert raw.router.routed_scaling_factor == 1.0
+    assert MPOEConfig().shape == "hidden"
+    saved = {"shape": "hidden", "num_experts": 4, "router": {"top_k": 2}}  # by an earlier version
+    assert MPOEConfig.from_dict(saved) == MPOEConfig(shape="hidden", num_experts=4)
+    assert MPOEConfig.from_dict(config("neurons", latent=6).to_dict()) == config("neurons", latent=6)
+
+
+def test_generation() -> None:
+    model = stirred(convert_to_mpoe(dense("llama"), config("neurons")))
+    prompt = torch.randint(1, 40, (2, 5), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(prompt)
+    mask[0, :2] = 0
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    alone = model.generate(prompt[:1, 2:], **options)
+    both_rows = model.generate(prompt, attention_mask=mask, **options)
+    assert both_rows[0, 5:].tolist() == alone[0, 3:].tolist()
+    slow = model.generate(prompt[:1, 2:], use_cache=False, **options)
+    assert torch.equal(slow, alone)

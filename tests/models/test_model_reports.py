@@ -1,0 +1,210 @@
+"""The table of a model's MPO weights, freezing the parts that the experts share, and the model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import EntryNotFoundError
+
+from mpoe import MPOEConfig, MPOETrainer, MPOETrainingArguments, convert_to_mpoe, load_mpoe, save_mpoe_only
+from mpoe.models import MPOEGPT2Model, mpo_modules, parameter_kind
+from mpoe.models.card import CARD_FILE, model_card, write_card
+from mpoe.models.report import HEADER, short_name, summarize
+
+from .tiny_models import batch, dense_model
+
+
+def test_a_row_for_every_weight(converted):
+    model = converted("t5_gated", shape="paper", max_bond=3, target_modules=["ffn", "attention"])
+    rows = summarize(model, 100)
+    assert [row.name for row in rows] == [name for name, _ in mpo_modules(model)]
+    for row in rows:
+        assert row.plan.shape == row.cores.shape
+        assert (row.plan.num_experts, row.plan.num_tokens) == (row.cores.num_experts, 100)
+        assert row.error == model.conversion_report[row.name]["relative_error_bound"]
+    report = model.parameter_report()
+    assert sum(row.cores.central.numel() for row in rows) == report["central"]
+    assert sum(row.cores.own_parameters() for row in rows) == report["auxiliary"]
+
+
+def test_the_table_is_printed_whole(converted, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    model = converted("gpt2")
+    model.mpoe_summary(num_tokens=64)
+    lines = capsys.readouterr().out.splitlines()
+    assert "plans for 64 tokens" in lines[0]
+    assert all(name in lines[2] for name in HEADER)
+    for row in summarize(model, 64):
+        (line,) = [line for line in lines if line.split()[:1] == [short_name(row.name)]]
+        assert all(cell in line for cell in row.cells())
+    assert any("trainable params" in line for line in lines)
+
+
+def test_errors_of_the_conversion_are_kept(tmp_path):
+    dense = dense_model("gpt2")
+    model = convert_to_mpoe(dense, MPOEConfig(num_experts=2, max_bond=3, shape="paper"))
+    errors = [row.error for row in summarize(model, 8)]
+    assert min(errors) > 0.01
+    model.save_pretrained(tmp_path / "whole")
+    save_mpoe_only(model, tmp_path / "parts", dense)
+    loaded = {
+        "whole": load_mpoe(tmp_path / "whole"),
+        "parts": load_mpoe(tmp_path / "parts", base=dense),
+        "base": MPOEGPT2Model.from_pretrained(tmp_path / "whole"),  # its weights have shorter names
+    }
+    for name, each in loaded.items():
+        assert [row.error for row in summarize(each, 8)] == errors, name
+
+
+@pytest.mark.parametrize("kept", [None, "x", {}, {"transformer.h.0.mlp.experts.up": "x"}])
+def test_errors_that_a_checkpoint_does_not_hold(converted, tmp_path, kept):
+    """Older checkpoints have none."""
+    converted("gpt2", max_bond=3, shape="paper").save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["conversion_errors"] = kept
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+    assert {row.cells()[6] for row in summarize(load_mpoe(tmp_path), 8)} == {"-"}
+
+
+def test_no_weights_no_summary(converted):
+    model = converted("gpt2", expert_type="dense")
+    with pytest.raises(ValueError, match="mpoe_summary needs a model with MPO weights"):
+        model.mpoe_summary()
+    with pytest.raises(ValueError, match="no central cores to freeze"):
+        model.freeze_central()
+    with pytest.raises(ValueError, match="num_tokens must be at least 0; got -1"):
+        converted("gpt2").mpoe_summary(-1)
+
+
+def test_frozen_centres_stay_and_everything_else_learns(converted):
+    model, inputs = converted("t5").train(), batch("t5")
+    model.freeze_central()
+    kinds = parameter_kind(model)
+    model(**inputs).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (kinds[name] != "central"), name
+        assert (parameter.grad is None) == (kinds[name] == "central"), name
+    model.unfreeze_central()
+    model(**inputs).loss.backward()
+    assert all(torch.isfinite(p.grad).all() for n, p in model.named_parameters() if kinds[n] == "central")
+
+
+def mixture(base: str = "some-group/small-t5", **options: Any) -> Any:
+    dense = dense_model("t5")
+    dense.config._name_or_path = base
+    return convert_to_mpoe(dense, MPOEConfig(**{"num_experts": 3, "shape": "paper", **options}))
+
+
+def test_card_says_what_the_model_is(tmp_path: Path) -> None:
+    model = mixture()
+    card = ModelCard(model_card(model, {"rte": {"accuracy": 0.71234, "note": "text"}, "loss": 0.5}))
+    assert card.data.base_model == "some-group/small-t5"
+    assert set(card.data.tags) == {"mpoe", "mixture-of-experts"}
+    report = model.parameter_report()
+    for words in (
+        "# MPOET5ForConditionalGeneration",
+        "| experts | 3, top-1; matrix product operators |",
+        f"| parameters | {report['total']:,} |",
+        f"central {report['central']:,}, auxiliary {report['auxiliary']:,}",
+        str(model.encoder.block[0].layer[1].DenseReluDense.experts.up.shape),
+        "| rte.accuracy | 0.7123 |",
+        "| loss | 0.5 |",
+    ):
+        assert words in card.content, words
+    assert "note" not in card.content
+
+
+def test_base_survives_saving_and_folders_stay_private(tmp_path: Path) -> None:
+    mixture().save_pretrained(tmp_path)
+    loaded = load_mpoe(tmp_path)
+    assert model_card(loaded) == (tmp_path / CARD_FILE).read_text() == model_card(mixture())
+    local = model_card(mixture(base=str(tmp_path)))
+    assert str(tmp_path) not in local
+    assert "base_model" not in local
+
+
+@pytest.mark.parametrize("edit", [lambda text: "# Mine\n", lambda text: text.replace("0.5", "0.9"), lambda text: ""])
+def test_only_our_own_unedited_card_is_replaced(tmp_path: Path, edit: Any) -> None:
+    model, file = mixture(), tmp_path / CARD_FILE
+    assert write_card(model, tmp_path, {"loss": 0.5})
+    assert write_card(model, tmp_path, {"loss": 0.5})
+    model.save_pretrained(tmp_path)
+    assert "0.5" not in file.read_text()
+    write_card(model, tmp_path, {"loss": 0.5})
+    theirs = edit(file.read_text())
+    file.write_text(theirs)
+    assert not write_card(model, tmp_path)
+    model.save_pretrained(tmp_path)
+    assert file.read_text() == theirs
+
+
+class Hub:
+    """Stands in for the hub's API: keeps files instead of sending them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, card: str | None = None) -> None:
+        self.files: dict[str, bytes] = {}
+        self.card = card
+        monkeypatch.setattr(HfApi, "create_repo", lambda api, name, **kwargs: SimpleNamespace(repo_id=name))
+        monkeypatch.setattr(HfApi, "create_commit", lambda api, operations, **kwargs: self.commit(operations))
+        monkeypatch.setattr(HfApi, "upload_folder", lambda api, folder_path, **kwargs: self.upload(folder_path))
+        local = ModelCard.load
+        monkeypatch.setattr(
+            ModelCard, "load", lambda name, **kwargs: local(name) if Path(name).exists() else self.load()
+        )
+
+    def commit(self, operations: list[Any]) -> None:
+        self.files |= {operation.path_in_repo: Path(operation.path_or_fileobj).read_bytes() for operation in operations}
+
+    def upload(self, folder: str) -> None:
+        self.files |= {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+
+    def load(self) -> ModelCard:
+        if self.card is None:
+            raise EntryNotFoundError("no card")
+        return ModelCard(self.card)
+
+
+def write_to(folder: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("saving", [False, True], ids=["push_to_hub", "save_pretrained"])
+def test_pushing_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saving: bool) -> None:
+    hub, model = Hub(monkeypatch), mixture()
+    if saving:
+        model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="me/mixture")
+    else:
+        model.push_to_hub("me/mixture")
+    assert {"config.json", "model.safetensors", CARD_FILE} <= set(hub.files)
+    assert hub.files[CARD_FILE].decode() == model_card(model)
+    (tmp_path / "back").mkdir()
+    write_to(tmp_path / "back", hub.files)
+    loaded = load_mpoe(tmp_path / "back")
+    assert all(value.equal(loaded.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_a_card_on_the_hub_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(monkeypatch, "---\nlicense: mit\n---\n# Mine\n")
+    mixture().push_to_hub("me/mixture", tags=["more"])
+    assert "# Mine" in hub.files[CARD_FILE].decode()
+    assert "- more" in hub.files[CARD_FILE].decode()
+
+
+def test_pushing_from_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub, model = Hub(monkeypatch), mixture()
+    arguments = MPOETrainingArguments(str(tmp_path), use_cpu=True, hub_model_id="me/mixture", report_to="none")
+    trainer = MPOETrainer(model=model, args=arguments)
+    trainer.state.log_history = [{"eval_loss": 0.25, "eval_runtime": 3.0, "step": 7}, {"loss": 1.0}]
+    trainer.push_to_hub()
+    assert hub.files[CARD_FILE].decode() == model_card(model, {"eval_loss": 0.25, "step": 7})
+    assert "model.safetensors" in hub.files
+    (tmp_path / CARD_FILE).write_text("# Mine\n")
+    trainer.push_to_hub()
+    assert hub.files[CARD_FILE] == b"# Mine\n"

@@ -1,0 +1,197 @@
+"""Tiny random models of every family and head that conversion supports, and batches for them."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+
+from mpoe.models.classes import dense_names
+from mpoe.models.table import DENSE, TABLE
+
+HIDDEN, INNER, VOCABULARY = 24, 48, 60
+# Names used by most configurations; different names are below.
+USUAL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "num_labels": 3,
+}
+T5 = {"d_model": HIDDEN, "d_ff": INNER, "d_kv": 6, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+OWN = {
+    "t5": {**T5, "feed_forward_proj": "relu"},
+    "mt5": T5,
+    "umt5": T5,
+    "gpt2": {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 32},
+    "opt": {"ffn_dim": INNER, "word_embed_proj_dim": HIDDEN},
+    "bart": {
+        "d_model": HIDDEN,
+        "decoder_start_token_id": 1,
+        "encoder_layers": 2,
+        "encoder_ffn_dim": INNER,
+        "encoder_attention_heads": 4,
+        "decoder_layers": 2,
+        "decoder_ffn_dim": INNER,
+        "decoder_attention_heads": 4,
+    },
+    "roberta": {"max_position_embeddings": 40},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4},
+    "modernbert": {"cls_token_id": 0, "sep_token_id": 1, "num_hidden_layers": 3},
+    "vit": {"image_size": 8, "patch_size": 4},
+    "gemma3_text": {"sliding_window": 4, "num_hidden_layers": 3},
+}
+# Mixtures use many names for their sizes; a configuration just stores the ones it does not know.
+EXPERTS = 4
+MIXTURE = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), EXPERTS),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "n_group"), 2),
+    **dict.fromkeys(("topk_group", "n_shared_experts", "first_k_dense_replace", "moe_layer_start_index"), 1),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 16),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 8),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 4),
+}
+OWN |= {
+    # with latent attention, the head dimension is that of the rotary part
+    name: {"head_dim": 4, "num_key_value_heads": 4}
+    for name in ("deepseek_v2", "deepseek_v3")
+}
+
+
+def heads_of(families):
+    """(family, Auto class, dense class) for every head of the families, each class once."""
+    return [
+        (model_type, auto, name)
+        for model_type in families
+        for auto, name in {name: (auto, name) for auto, name in reversed(dense_names(model_type).items())}.values()
+    ]
+
+
+GENERATED = heads_of(DENSE)
+
+
+def tiny_config(model_type, **changes):
+    """The configuration of a tiny dense model."""
+    old = model_type in ("t5", "mt5", "umt5", "gpt2")  # they use other names for sizes
+    usual_names = {**USUAL, **(MIXTURE if TABLE[model_type].is_mixture else {})}
+    usual = {k: v for k, v in usual_names.items() if not old or k in ("vocab_size", "num_labels") or k.endswith("_id")}
+    return transformers.AutoConfig.for_model(model_type, **{**usual, **OWN.get(model_type, {}), **changes})
+
+
+def tiny_model(model_type, name, **changes):
+    """A dense model in eval mode, with weights large enough for every part to matter."""
+    torch.manual_seed(1)
+    labels = {"num_labels": 2} if "QuestionAnswering" in name else {}
+    model = getattr(transformers, name)(tiny_config(model_type, **labels, **changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.25)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def tiny_batch(model, model_type):
+    """Inputs without labels; the second row is padded."""
+    generator = torch.Generator().manual_seed(2)
+    if model_type == "vit":
+        return {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator)}
+    ids = torch.randint(2, VOCABULARY, (2, 9), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    ids[1, 6:] = 0
+    if "Sequence" in type(model).__name__ and TABLE[model_type].style == "seq2seq":
+        ids[:, -1] = 1  # these heads read the end-of-text token
+        mask = torch.ones_like(ids)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if type(model).__name__.endswith(("ForConditionalGeneration", "T5Model", "BartModel")):
+        inputs["decoder_input_ids"] = torch.randint(2, VOCABULARY, (2, 5), generator=generator)
+    return inputs
+
+
+def first_result(output):
+    """The model's main output: logits, hidden states, or the logits of an answer's start."""
+    return output[next(k for k in ("logits", "start_logits", "last_hidden_state") if k in output)]
+
+
+def text_rows(tensor, inputs):
+    """The rows of a result that are not padding, if it has one row per input token."""
+    mask = inputs.get("attention_mask")
+    per_token = mask is not None and tensor.shape[:2] == mask.shape
+    return tensor[mask.bool()] if per_token else tensor
+
+
+# ------------------------------------------------------------- a few of them with labels
+
+# name -> family, dense class, and what it has beside `tiny_config`: nothing is dropped at random
+NO_DROPOUT = {
+    "t5": {"dropout_rate": 0.0},
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+}
+_T5 = ("t5", "T5ForConditionalGeneration")
+FAMILIES = {
+    "t5": (*_T5, {**NO_DROPOUT["t5"], "num_decoder_layers": 1}),
+    "t5_gated": (
+        *_T5,
+        {**NO_DROPOUT["t5"], "num_decoder_layers": 1, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
+    "gpt2": ("gpt2", "GPT2LMHeadModel", NO_DROPOUT["gpt2"]),
+    "bert": ("bert", "BertModel", NO_DROPOUT["bert"]),
+    "bert_classifier": ("bert", "BertForSequenceClassification", NO_DROPOUT["bert"]),
+    "bert_mlm": ("bert", "BertForMaskedLM", NO_DROPOUT["bert"]),
+    "llama": ("llama", "LlamaForCausalLM", {"tie_word_embeddings": True}),
+    "gpt2_base": ("gpt2", "GPT2Model", NO_DROPOUT["gpt2"]),
+}
+MASK = torch.tensor([[1] * 8, [1] * 5 + [0] * 3, [1] * 3 + [0] * 5])
+
+
+def dense_model(family):
+    """A model of `FAMILIES`."""
+    model_type, name, changes = FAMILIES[family]
+    return tiny_model(model_type, name, **changes)
+
+
+def batch(family, labels=True):
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(2, 60, MASK.shape, generator=generator)
+    inputs = {"input_ids": ids, "attention_mask": MASK}
+    if family == "bert_classifier" and labels:
+        inputs["labels"] = torch.tensor([0, 2, 1])
+    elif family.startswith("t5"):
+        target = torch.randint(2, 60, (3, 6), generator=generator)
+        target[1, 4:] = -100
+        if labels:
+            inputs["labels"] = target
+        else:
+            inputs["decoder_input_ids"] = target.clamp_min(0)
+    elif family in ("gpt2", "llama", "bert_mlm") and labels:
+        inputs["labels"] = ids.masked_fill(MASK == 0, -100)
+    return inputs
+
+
+def result(output):
+    """Logits, or the hidden states of a model without a head."""
+    return output["logits"] if "logits" in output else output["last_hidden_state"]
+
+
+def valid_rows(family, tensor, inputs):
+    """The positions of a result that are not padding."""
+    if family == "bert_classifier":
+        return tensor
+    if family.startswith("t5"):
+        return tensor[inputs["labels"] != -100] if "labels" in inputs else tensor
+    return tensor[inputs["attention_mask"].bool()]
+
+
+def relative_difference(family, one, other, inputs):
+    """The largest difference between two outputs' rows that are not padding, relative to the largest number."""
+    a, b = (valid_rows(family, result(output), inputs) for output in (one, other))
+    return float((a - b).abs().max() / a.abs().max())

@@ -40,7 +40,6 @@ from shipped_kernels import Library, Recorder, as_on_gpu, bytes_of
 from torch import nn
 
 from mpoe.layers import logits
-from mpoe_kernels.backends import BackendError
 from mpoe_kernels.contract import BlockDims, contraction
 from mpoe_kernels.mpo.shape import MPOShape
 from mpoe_kernels.routing import gating
@@ -136,14 +135,14 @@ TRIPS: dict[str, Callable[[dict[str, Any], tuple[int, ...]], Sequence[float]]] =
     "neurons_rows_kernel": lambda a, _: (1, cdiv(a["neurons"], a["BK"]), 1),
     # Loops over choices and slots for each of the gradients; a program runs one of the four, or none.
     "neurons_weights_kernel": lambda a, _: [
-        each for name in _WEIGHTS if a[name] for each in (a["TOP_K"] / 4, cdiv(_rows(a), a["BK"]))
+        each for name in _WEIGHTS if a[name] for each in (a["TOP_K"] / 4, math.ceil(_rows(a) / a["BK"]))
     ],
     "hidden_rows_kernel": lambda a, _: (1, 0, 0, a["share"]),
-    "hidden_blocks_kernel": lambda a, _: (a["share"], a["TOP_K"], cdiv(_rows(a), a["BM"])),
+    "hidden_blocks_kernel": lambda a, _: (a["share"], a["TOP_K"], math.ceil(_rows(a) / a["BM"])),
 }
 # Kernels with a program for every tile of BM rows of an expert; the grid has more, which return at once.
-TILED = ("neurons_fused_kernel", "neurons_hidden_kernel", "neurons_rows_kernel")
-TILED += ("hidden_rows_kernel", "grouped_rows_kernel", "fused_kernel")
+TILED = {"neurons_fused_kernel", "neurons_hidden_kernel", "neurons_rows_kernel"}
+TILED |= {"hidden_rows_kernel", "grouped_rows_kernel", "fused_kernel"}
 
 
 def busy_programs(launch: Launch) -> float:
@@ -247,15 +246,12 @@ def own_flops(layer: nn.Module, training: bool) -> int:
 def _log_of_cuda(name: str, training: bool) -> list[Any]:
     """The same on every card."""
     case = CASES[name]
-    return launches(case.layer("meta"), case.model, training, "sm_90", (case.experts, TOKENS * case.top_k)).log
+    layer = case.layer("meta", "cuda")
+    return launches(layer, case.model, training, "sm_90", (case.experts, TOKENS * case.top_k)).log
 
 
 def figures(case: Case, training: bool, architecture: str, backend: str = "triton") -> dict[str, Any]:
-    """Of a call: floor in us and x dense, launches, Python's us in the ops, and our kernels.
-
-    Raises:
-        BackendError: the backend has no kernels for such a layer.
-    """
+    """Of a call: floor in us and x dense, launches, Python's us in the ops, and our kernels."""
     layer = case.layer("meta")
     log = _log_of_cuda(case.name, training) if backend == "cuda" else None
     run = partial(launches, layer, case.model, training, architecture)
@@ -309,7 +305,7 @@ def document(calls: dict[str, Any]) -> str:
     lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
     misses, kernels = [], []
     for (name, case), backend in product(CASES.items(), BACKENDS):
-        every = [[calls.get(f"{name} {phase} {card} {backend}") for phase in PHASES] for card in CARDS]
+        every = [[calls.get(f"{name} {phase} {card} {backend}", {}) for phase in PHASES] for card in CARDS]
         if not every[1][1]:
             continue
         pairs = [[most or "-" for most in case.limits], *([each["x_dense"] for each in both] for both in every)]
@@ -342,11 +338,7 @@ def main(words: Sequence[str] | None = None) -> int:
             call, limit = f"{name} {phase} {architecture} {backend}", limit_of(case, phase, architecture)
             if chosen.only not in call:
                 continue
-            try:
-                found = figures(case, phase == "training", architecture, backend)
-            except BackendError:
-                print(f"{call}: no kernels", flush=True)
-                continue
+            found = figures(case, phase == "training", architecture, backend)
             print(call, *(f"{key} {value}" for key, value in found.items() if key != "kernels"), sep=", ", flush=True)
             for line in missed(call, found, limit):
                 print(line, flush=True)

@@ -33,14 +33,15 @@ using fp16 = __half;
 
 struct Limits {
   std::size_t shared_bytes = 0;  // per block
-  int multiprocessors = 1;
+  int multiprocessors = 1, cache_bytes = 0;  // L2
 };
 inline Limits limits() {  // of the current device
-  int device = 0, shared = 0, count = 1;
+  int device = 0, shared = 0, count = 1, cache = 0;
   (void)cudaGetDevice(&device);
   (void)cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   (void)cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return {static_cast<std::size_t>(shared), count};
+  (void)cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, device);
+  return {static_cast<std::size_t>(shared), count, cache};
 }
 
 // D[16 x 8] += A[16 x 16] B[16 x 8], A row-major, B column-major, D in float32.

@@ -94,9 +94,9 @@ class Emulator:
         lazy = ("eager", "lazy").index(copies)
         self._library.emu_configure(self.ORDERS.index(order), lazy, ctypes.c_uint64(seed))
 
-    def limit(self, shared_bytes: int = 0, multiprocessors: int = 0) -> None:
+    def limit(self, shared_bytes: int = 0, multiprocessors: int = 0, cache_bytes: int = 0) -> None:
         """Set the device's limits; 0 restores the default."""
-        self._library.emu_limit(ctypes.c_size_t(shared_bytes), multiprocessors)
+        self._library.emu_limit(ctypes.c_size_t(shared_bytes), multiprocessors, cache_bytes)
 
     def counters(self) -> dict[str, int]:
         """Event counts since the last call."""
@@ -152,7 +152,7 @@ def schedule(order: str = "ascending", copies: str = "lazy", seed: int = 0) -> I
 
 @contextmanager
 def limits(**changed: int) -> Iterator[None]:
-    """Change the device's limits: ``shared_bytes`` per block, ``multiprocessors``."""
+    """Change the device's limits: ``shared_bytes`` per block, ``multiprocessors``, ``cache_bytes`` of L2."""
     library().limit(**changed)
     try:
         yield

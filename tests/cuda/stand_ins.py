@@ -91,7 +91,7 @@ def cuda_on_stand_ins(experts: int, slots: int, log: list[Any]) -> Iterator[None
     memory, stand_ins = SHARED_MEMORY["sm_90"], StandIns(experts, slots, log)
     properties = SimpleNamespace(shared_memory_per_block_optin=memory)
     with ExitStack() as patches:
-        patches.enter_context(limits(shared_bytes=memory, multiprocessors=132))
+        patches.enter_context(limits(shared_bytes=memory, multiprocessors=132, cache_bytes=50 << 20))
         patches.enter_context(patch.dict(CUDA_OPS.__dict__, {"_ops": stand_ins}, clear=True))
         patches.enter_context(patch.object(torch.cuda, "get_device_properties", lambda _: properties))
         yield

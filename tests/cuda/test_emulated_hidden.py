@@ -86,6 +86,26 @@ def test_shares_of_the_groups(multiprocessors: int) -> None:
         check(HiddenProblem(tokens=11, experts=4, groups=9, block=4, gated=True, with_bias=True, dtype=torch.float32))
 
 
+@pytest.mark.parametrize("per_group", [False, True])
+def test_as_many_groups_at_a_time_as_the_cache_holds(per_group: bool) -> None:
+    """Of five groups all, two at a time (the last is alone), or one; only sums over groups may round differently."""
+    sizes: dict[str, Any] = {"tokens": 30, "experts": 3, "groups": 5, "block": 8, "per_group": per_group}
+    problem = HiddenProblem(**sizes, gated=True, with_bias=True, dtype=torch.float32)
+    bytes_of_group = 3 * 30 * 2 * 8 * 4  # h and two gradients of every slot
+    found, launches = [], []
+    for groups in (5, 2, 1):
+        with limits(cache_bytes=3 * groups * bytes_of_group):
+            stats()
+            found.append(run(problem))
+            launches.append(stats()["launches"])
+    assert launches == [2 + 1 + 3 * slices + 1 for slices in (1, 3, 5)], "rows, weights and biases of every slice"
+    problem.check_results(found[1], "emulated", 2)
+    for name, value in found[0].items():
+        if per_group or name not in ("dright", "dleft", "dright_gate"):
+            assert torch.equal(found[1][name], value), name
+            assert torch.equal(found[2][name], value), name
+
+
 def test_all_tokens_to_one_expert() -> None:
     problem = HiddenProblem(tokens=71, top_k=1, experts=5, groups=1, block=16, dtype=torch.bfloat16)
     problem.index[:] = 3

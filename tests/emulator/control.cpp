@@ -20,10 +20,11 @@ EMU_EXPORT void emu_configure(int order, int lazy_copies, std::uint64_t seed) {
 }
 
 // The limits of the device; 0: the usual one.
-EMU_EXPORT void emu_limit(std::size_t shared_bytes, int multiprocessors) {
+EMU_EXPORT void emu_limit(std::size_t shared_bytes, int multiprocessors, int cache_bytes) {
   const emu::Config usual;
   emu::config().max_shared = shared_bytes ? shared_bytes : usual.max_shared;
   emu::config().multiprocessors = multiprocessors ? multiprocessors : usual.multiprocessors;
+  emu::config().cache = cache_bytes ? cache_bytes : usual.cache;
 }
 
 // The counts since the last call, in the order of emu::Stats.

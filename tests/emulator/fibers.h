@@ -30,7 +30,7 @@ struct Config {
   std::uint64_t seed = 0;           // of the random order
   unsigned char poison = 0xff;      // fills shared memory when a block starts: NaN in every floating format, -1 in int
   std::size_t max_shared = 227 * 1024;
-  int multiprocessors = 4;
+  int multiprocessors = 4, cache = 48 * 1024;  // a small L2: what is cut to fit into it is cut in tests too
   std::size_t stack_bytes = 64 * 1024;
   std::uint64_t most_blocks = 0;  // of larger grids so many run, evenly spread, and launches are logged; 0: all run
 };

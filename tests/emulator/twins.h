@@ -11,9 +11,9 @@ using fp16 = __half;
 
 struct Limits {
   std::size_t shared_bytes = 0;
-  int multiprocessors = 1;
+  int multiprocessors = 1, cache_bytes = 0;
 };
-inline Limits limits() { return {emu::config().max_shared, emu::config().multiprocessors}; }
+inline Limits limits() { return {emu::config().max_shared, emu::config().multiprocessors, emu::config().cache}; }
 
 inline float half_of(std::uint32_t pair, int which, bf16) {
   return std::bit_cast<float>(which ? pair & 0xffff0000u : pair << 16);

@@ -28,6 +28,7 @@ struct Call {
     }
     if (in.by_unit) p.x_gate = in.x;
     p.tiles = static_cast<int>(tiles);
+    p.slice = in.groups;
     const int chunk = 16 / static_cast<int>(size_of(in.dtype));
     p.padded = (in.units + chunk - 1) / chunk * chunk;
     p.vector_in = whole(chunk, {in.width, in.by_unit ? 0 : in.units}, {in.x, p.x_gate, in.up, in.up_gate});
@@ -42,16 +43,30 @@ struct Call {
     p.turns = route.cleared = take<int>(route.cleared_size);
   }
 
-  void run(cudaStream_t stream) const {
+  void run(cudaStream_t stream) {
     mpoe::cuda::route(route, memory_, stream);
-    with_product_type(p.dtype, p.tf32, [&](auto zero) { launch<decltype(zero)>(p, stream); });
+    for (; p.first_group < p.groups; p.first_group += p.slice, p.weights.first_share += p.weights.shares) {
+      p.slice = std::min(p.slice, p.groups - p.first_group);
+      ExpertsLaunches own = p;
+      const int64_t before = int64_t(p.first_group) * p.padded * static_cast<int64_t>(size_of(p.dtype));
+      for (void** rows : {&own.h, &own.dvalue, &own.dz}) {
+        if (*rows) *rows = static_cast<char*>(*rows) - before;
+      }
+      for (WeightGradient& weight : own.weights.of) {
+        for (SummedLines* lines : {&weight.a, &weight.b}) {
+          lines->stride = int64_t(lines->by_token ? p.groups : p.slice) * lines->step;
+          if (weight.out && !lines->by_token) lines->data = static_cast<const char*>(lines->data) - before;
+        }
+      }
+      with_product_type(p.dtype, p.tf32, [&](auto zero) { launch<decltype(zero)>(own, stream); });
+    }
   }
 
   template <class T>
   T* take(int64_t count) {
     return mpoe::cuda::take<T>(memory_, count);
   }
-  void* take_rows(int width) { return take<char>(p.slots() * p.groups * width * size_of(p.dtype)); }
+  void* take_rows() { return take<char>(p.slots() * p.slice * p.padded * size_of(p.dtype)); }
   // Of more than two choices: every sum in a 16-bit type rounds.
   float* take_sums(const void* out, int width) {
     const bool are = out && p.top_k > 2 && size_of(p.dtype) == 2;
@@ -76,9 +91,12 @@ void experts_backward(const ExpertsBackward& in, const Memory& memory, cudaStrea
   ExpertsLaunches& p = call.p;
   p.is_backward = true;
   p.grad = in.grad;
-  if (in.ddown) p.h = call.take_rows(p.padded);
-  p.dvalue = call.take_rows(p.padded);
-  if (p.gated()) p.dz = call.take_rows(p.padded);
+  // So few groups at a time that what is kept of them stays in the L2 cache.
+  const int64_t kept = p.slots() * p.padded * size_of(p.dtype) * (1 + (in.ddown != nullptr) + p.gated());
+  p.slice = static_cast<int>(std::clamp<int64_t>(dev::limits().cache_bytes / 3 / kept, 1, p.groups));
+  if (in.ddown) p.h = call.take_rows();
+  p.dvalue = call.take_rows();
+  if (p.gated()) p.dz = call.take_rows();
   p.out = in.dx;
   p.out_gate = in.dx_gate;
   p.sums = call.take_sums(in.dx, in.width);
@@ -94,9 +112,9 @@ void experts_backward(const ExpertsBackward& in, const Memory& memory, cudaStrea
   // Shared weights: as many shares of the groups as fill the device; their sums are added up last.
   if (p.own == 1 && p.groups > 1) {
     const int wanted = (4 * dev::limits().multiprocessors + p.experts - 1) / p.experts;
-    all.share = std::max(1, (p.groups + wanted - 1) / wanted);
-    all.shares = (p.groups + all.share - 1) / all.share;
-    all.partial = all.shares > 1;
+    all.share = (p.slice + wanted - 1) / wanted;
+    all.shares = (p.slice + all.share - 1) / all.share;
+    all.partial = all.shares > 1 || p.slice < p.groups;
   }
   int kind = 0;
   const auto place = [&](void* out, const SummedLines& a, const SummedLines& b) {
@@ -106,8 +124,9 @@ void experts_backward(const ExpertsBackward& in, const Memory& memory, cudaStrea
     all.of[own] = {a, b, out};
     if (!all.partial) return;
     const int64_t size = int64_t(p.experts) * a.width * b.width;
-    float* const parts = call.take<float>(all.shares * size);
-    p.parts.of[own] = {parts, out, size, all.shares, false};
+    const int count = (p.groups + p.slice - 1) / p.slice * all.shares;
+    float* const parts = call.take<float>(count * size);
+    p.parts.of[own] = {parts, out, size, count, false};
     all.of[own].out = parts;
   };
   const auto inputs = [&](const void* x) { return SummedLines{x, in.width, in.width, true, p.vector_in}; };

@@ -39,8 +39,9 @@ struct ExpertsBackward : ExpertsInputs {
 };
 
 // Slots are sorted by choice and expert (one launch, or three); blocks of threads compute tiles of slots of one expert,
-// and add to a token's row in the order of its choices. Backward: a launch more for weights, for biases and for sums of
-// parts. Throw std::invalid_argument for sizes that the kernels do not take.
+// and add to a token's row in the order of its choices. Backward: for as many groups at a time as the L2 cache holds,
+// with a launch more for weights and for biases; then one for sums of parts. Throw std::invalid_argument for sizes that
+// the kernels do not take.
 void experts_forward(const ExpertsForward& arguments, const Memory& memory, cudaStream_t stream);
 void experts_backward(const ExpertsBackward& arguments, const Memory& memory, cudaStream_t stream);
 

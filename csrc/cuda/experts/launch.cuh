@@ -11,7 +11,7 @@ namespace mpoe::cuda {
 
 template <class T, bool kByUnit, bool kGated>
 void launch_rows(const ExpertsLaunches& p, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(p.groups * p.top_k * p.tiles)), block(kExpertsThreads);
+  const dim3 grid(static_cast<unsigned>(p.slice * p.top_k * p.tiles)), block(kExpertsThreads);
   const std::size_t stages = stage_elements<T>() * sizeof(T);
   const ExpertsArguments& arguments = p;
   if (p.is_backward) {
@@ -41,16 +41,18 @@ void launch(const ExpertsLaunches& p, cudaStream_t stream) {
   }
   if (p.weights.tiles > 0) {
     LAUNCH(experts_weights_kernel<T>,
-           dim3(experts * static_cast<unsigned>(p.own * p.weights.tiles), 3, static_cast<unsigned>(p.weights.shares)),
+           dim3(experts * static_cast<unsigned>((p.own > 1 ? p.slice : 1) * p.weights.tiles), 3,
+                static_cast<unsigned>(p.weights.shares)),
            dim3(kExpertsThreads), stage_elements<T>() * sizeof(T), stream, arguments, p.weights);
     check_launch("experts_weights");
   }
   if (p.dbias) {
-    const unsigned units = static_cast<unsigned>(p.groups * p.units + 31) / 32;
+    const unsigned units = static_cast<unsigned>(p.slice * p.units + 31) / 32;
     LAUNCH(experts_bias_kernel<T>, dim3(experts, units), dim3(kExpertsThreads), 0, stream, arguments,
            p.gated() ? p.dz : p.dvalue, p.dbias);
     check_launch("experts_bias");
   }
+  if (p.first_group + p.slice < p.groups) return;
   int64_t largest = 0;
   for (const PartsSum& sum : p.parts.of) largest = std::max(largest, sum.size);
   if (largest == 0) return;

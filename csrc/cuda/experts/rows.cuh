@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kExpertsThreads) experts_rows_kernel(const __g
   SHARED_ARRAY(float, parts, TileT::kWarpsN * kExpertsRows);
   const SlotTile s(p);
   if (s.rows == 0) return;
-  const int64_t h_stride = int64_t(p.groups) * p.padded, h_first = s.begin * h_stride + int64_t(s.group) * p.padded;
+  const int64_t h_stride = int64_t(p.slice) * p.padded, h_first = s.begin * h_stride + int64_t(s.group) * p.padded;
   float dots[TileT::kRowTiles][2] = {};  // of rows: gradients of their gates
   ROLLED
   for (int first = 0; s.owned && first < p.units; first += TileT::kN) {

@@ -13,6 +13,7 @@ constexpr int kSlotsAtOnce = 1024;                       // that the weights' ke
 
 struct ExpertsArguments : ExpertsInputs {
   int tiles = 0;                               // at most so many tiles of slots of a choice
+  int first_group = 0, slice = 1;              // groups of a launch
   bool vector_in = false, vector_out = false;  // lines of inputs, of outputs are whole, aligned runs of 16 bytes
   // Slots are sorted by choice, then by expert: those of choice k and expert e begin at offsets[k (E + 1) + e], and
   // those of tokens without an expert are expert E's.
@@ -20,9 +21,10 @@ struct ExpertsArguments : ExpertsInputs {
   int* turns = nullptr;        // [2, G]: tiles that have begun, slots whose rows are written
   void *out = nullptr, *out_gate = nullptr;        // [T, G columns], or gradients of x, x_gate [T, G width] or null
   float *sums = nullptr, *sums_gate = nullptr;     // instead of `out` until the last of more than two choices
-  // Backward, by slot. h: hidden units times gates; dvalue, dz: gradients of x up and, if gated, of what is activated.
+  // Backward, by slot, as if from group 0 on. h: hidden units times gates; dvalue, dz: gradients of x up and, if gated,
+  // of what is activated.
   const void* grad = nullptr;
-  void *h = nullptr, *dvalue = nullptr, *dz = nullptr;  // [N, G padded]; h null: not needed
+  void *h = nullptr, *dvalue = nullptr, *dz = nullptr;  // [N, slice padded]; h null: not needed
   float* gate_parts = nullptr;                          // [G, T, K] or null
   int padded = 0;                                       // `units`, completed to whole 16 bytes
 
@@ -83,6 +85,7 @@ struct SlotTile {
     const int tiles = p.tiles * p.top_k, row = threadIdx.x;
     group = blockIdx.x / tiles;
     int tile = blockIdx.x - group * tiles;
+    group += p.first_group;
     if (p.top_k > 1) {
       if (row == 0) shared().taken = dev::ticket(p.turns + group, tile);
       __syncthreads();  // the tile is known

@@ -9,6 +9,7 @@ struct SummedLines {
   const void* data = nullptr;
   int width = 0, step = 0;  // elements of a group; from one group to the next
   bool by_token = false, vector = true;
+  int64_t stride = 0;  // from one line to the next
 };
 // out[e, g, i, j] = sum over slots s of e of a[s, g, i] b[s, g, j]; with shared weights summed over g too.
 struct WeightGradient {
@@ -18,13 +19,14 @@ struct WeightGradient {
 struct WeightGradients {
   WeightGradient of[3];
   int tiles = 0;              // most tiles of one weight
-  int share = 1, shares = 1;  // groups per share; parts of a shared weight's sum
-  bool partial = false;       // `out` is float32 [shares, E, .., ..]
+  int share = 1, shares = 1;  // groups per share; shares of a launch
+  int first_share = 0;        // parts of a shared weight's sum before the launch's
+  bool partial = false;       // `out` is float32 [parts, E, .., ..]
 };
 
 // Grid: (weights times tiles, three kinds, shares). Shared: stages.
 template <class T>
-__global__ void __launch_bounds__(kExpertsThreads, 4)
+__global__ void __launch_bounds__(kExpertsThreads, sizeof(T) == 2 ? 4 : 2)
     experts_weights_kernel(const __grid_constant__ ExpertsArguments p, const __grid_constant__ WeightGradients all) {
   using TileT = ExpertsTile<T>;
   DYN_SHARED(T, stages);
@@ -36,9 +38,9 @@ __global__ void __launch_bounds__(kExpertsThreads, 4)
   const int across = (own.b.width + TileT::kN - 1) / TileT::kN;
   const int i = tile / across * TileT::kM, j = tile % across * TileT::kN;
   if (i >= own.a.width) return;
-  const int expert = weight / p.own, share = blockIdx.z;
-  const int first = p.own > 1 ? weight - expert * p.own : share * all.share;
-  const int last = p.own > 1 ? first + 1 : first + all.share < p.groups ? first + all.share : p.groups;
+  const int own_groups = p.own > 1 ? p.slice : 1, expert = weight / own_groups, share = blockIdx.z;
+  const int first = p.first_group + (p.own > 1 ? weight - expert * own_groups : share * all.share);
+  const int end = p.first_group + p.slice, most = first + (p.own > 1 ? 1 : all.share), last = most < end ? most : end;
   Accumulator<TileT> sum;
   sum.clear();
   int count = 1;  // of the expert's slots
@@ -58,16 +60,16 @@ __global__ void __launch_bounds__(kExpertsThreads, 4)
     __syncthreads();  // slots are known
     for (int group = first; group < last; ++group) {
       const auto operand = [&](const SummedLines& lines, int from) {
-        const int64_t stride = int64_t(p.groups) * lines.step;
         const int* const rows = lines.by_token ? tokens : slots;
         return expert_lines<T, false>(lines.data, int64_t(group) * lines.step + from, lines.width - from, lines.vector,
-                                      [=](int s) { return s < here ? rows[s] * stride : -1; });
+                                      [=, stride = lines.stride](int s) { return s < here ? rows[s] * stride : -1; });
       };
       block_gemm<T, TileT, false, false>(sum, operand(own.a, i), operand(own.b, j), here, own.a.width - i,
                                          own.b.width - j, stages);
     }
   }
-  const int64_t number = all.partial ? int64_t(share) * p.experts + expert : weight;
+  const int64_t number = all.partial ? int64_t(all.first_share + share) * p.experts + expert
+                                     : int64_t(expert) * p.own + (p.own > 1 ? first : 0);
   const int64_t at = (number * own.a.width + i) * own.b.width + j;
   sum.for_each([&](int row, int column, float& value) {
     if (i + row >= own.a.width || j + column >= own.b.width) return;
@@ -80,13 +82,14 @@ __global__ void __launch_bounds__(kExpertsThreads, 4)
   });
 }
 
-// dbias[e, unit] = sum of d [N, G padded] over e's slots. Grid: (E, 32 of all units each).
+// dbias[e, unit] = sum of d, see ExpertsArguments, over e's slots. Grid: (E, 32 of the slice's units each).
 template <class T>
 __global__ void __launch_bounds__(kExpertsThreads)
     experts_bias_kernel(const __grid_constant__ ExpertsArguments p, const void* d, void* dbias) {
   constexpr int kTogether = kExpertsThreads / 32, kAhead = 8;  // slots at once; loads in flight
   SHARED_ARRAY(float, parts, kExpertsThreads);
-  const int expert = blockIdx.x, unit = blockIdx.y * 32 + (threadIdx.x & 31), units = p.groups * p.units;
+  const int expert = blockIdx.x, unit = p.first_group * p.units + blockIdx.y * 32 + (threadIdx.x & 31);
+  const int units = (p.first_group + p.slice) * p.units;
   const T* const from = static_cast<const T*>(d) + unit / p.units * p.padded + unit % p.units;
   float sum = 0.f;
   for (int choice = 0; choice < p.top_k; ++choice) {
@@ -95,7 +98,7 @@ __global__ void __launch_bounds__(kExpertsThreads)
       UNROLL
       for (int k = 0; k < kAhead; ++k) {
         const int own = slot + k * kTogether;
-        if (own < end) sum += dev::to_float(from[int64_t(own) * p.groups * p.padded]);
+        if (own < end) sum += dev::to_float(from[int64_t(own) * p.slice * p.padded]);
       }
     }
   }
@@ -103,7 +106,7 @@ __global__ void __launch_bounds__(kExpertsThreads)
   __syncthreads();  // parts are whole
   if (threadIdx.x >= 32 || unit >= units) return;
   for (int other = 1; other < kTogether; ++other) sum += parts[other * 32 + threadIdx.x];
-  static_cast<T*>(dbias)[int64_t(expert) * units + unit] = dev::from_float<T>(sum);
+  static_cast<T*>(dbias)[int64_t(expert) * p.groups * p.units + unit] = dev::from_float<T>(sum);
 }
 
 // out[i] = sum over j of parts[j, i], in the order of j.

@@ -1,5 +1,3 @@
-#include "cuda/routing/routing.h"
-
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -10,23 +8,6 @@ namespace mpoe::cuda {
 namespace {
 
 unsigned blocks_of(int64_t extent, int block) { return static_cast<unsigned>((extent + block - 1) / block); }
-
-SortArguments sort_of(const Route& p) {
-  SortArguments s;
-  s.index = p.index;
-  s.mask = p.token_mask;
-  s.tokens = p.tokens;
-  s.top_k = p.top_k;
-  s.experts = p.experts;
-  s.capacity = p.capacity;
-  s.offsets = p.offsets;
-  s.token_of_slot = p.token_of_slot;
-  s.slot_of_token = p.slot_of_token;
-  s.pair_of_slot = p.pair_of_slot;
-  s.cleared = p.cleared;
-  s.cleared_size = p.cleared_size;
-  return s;
-}
 
 // Calls f(T{}, constant kPer): 16 bytes at a time if every row starts at a multiple of 16, else one element.
 template <class F>
@@ -62,7 +43,7 @@ void route(const Route& p, const Memory& memory, cudaStream_t stream) {
   }
   const int64_t pairs = int64_t(p.tokens) * p.top_k;
   if (pairs >= 1 << 30) throw std::invalid_argument("routing counts to 2^30 pairs of token and choice");
-  SortArguments s = sort_of(p);
+  SortArguments s{p};
   const std::size_t bins = static_cast<std::size_t>(s.bins()), ranks = bins * (sizeof(int) + kRouteWarps);
   if (pairs <= kFewPairs) {
     const std::size_t shared = ranks + static_cast<std::size_t>(pairs) * sizeof(int);

@@ -1,7 +1,7 @@
 // Routing: the gate (softmax and top-k), a stable counting sort of (token, choice) pairs by expert, and the movement of
 // rows between tokens and slots. No atomics decide an order: the same results on every run.
 #pragma once
-#include "cuda/device.cuh"
+#include "cuda/routing/routing.h"
 
 namespace mpoe::cuda {
 
@@ -86,19 +86,10 @@ __global__ void __launch_bounds__(kRouteThreads) gate_kernel(const GateArguments
 
 // ------------------------------------------------------------------ sort
 
-// T tokens, K choices, N = T K pairs. Bin E takes what no expert gets: masked, dropped, and indices out of range.
-struct SortArguments {
-  const int64_t* index = nullptr;  // [T, K]
-  const bool* mask = nullptr;      // [T] or null; false: not routed
-  int tokens = 0, top_k = 0, experts = 0, capacity = -1;  // negative: no limit
-  int* keys = nullptr;        // [N] bins after dropping; null: none are dropped
-  int* counts = nullptr;      // [blocks, bins]
-  int* offsets = nullptr;     // [E + 1]
-  int64_t* token_of_slot = nullptr;  // [N]
-  int64_t* slot_of_token = nullptr;  // [T, K]
-  int* pair_of_slot = nullptr;       // see Route, as the next ones
-  int* cleared = nullptr;
-  int cleared_size = 0;
+// N = T K pairs. Bin E takes what no expert gets: masked, dropped, and indices out of range.
+struct SortArguments : Route {
+  int* keys = nullptr;     // [N] bins after dropping; null: none are dropped
+  int* counts = nullptr;   // [blocks, bins]
   bool by_choice = false;  // counts pairs with first choices first, to find out which are dropped
 
   __device__ __forceinline__ int pairs() const { return tokens * top_k; }
@@ -108,7 +99,7 @@ struct SortArguments {
     return choices_first ? i % tokens * top_k + i / tokens : i;
   }
   __device__ __forceinline__ int given_bin(int pair) const {
-    if (mask && !mask[pair / top_k]) return experts;
+    if (token_mask && !token_mask[pair / top_k]) return experts;
     const int64_t expert = index[pair];
     const int found = expert >= 0 && expert < experts ? static_cast<int>(expert) : experts;
     return pair_of_slot ? pair % top_k * (experts + 1) + found : found;

@@ -33,7 +33,7 @@ FEW = 64  # pairs that are computed as if they were tokens
 ON_CHIP = {2: 128, 4: 64}  # bytes of an element -> most neurons of an expert that stay on chip
 # kernel -> bytes of an element -> tiles, the first of them where nothing is timed; for few slots the last alone.
 TILES: dict[str, dict[int, tuple[Tile, ...]]] = {
-    "fused": {2: (Tile(64, 128, 64, 8), Tile(32, 128, 64, 8), Tile(16, 128, 64, 4)), 4: (Tile(32, 64, 16, 8),)},
+    "fused": {2: (Tile(64, 128, 64, 8), Tile(32, 128, 64, 4), Tile(16, 128, 64, 4)), 4: (Tile(32, 64, 16, 8),)},
     "hidden": {2: (Tile(64, 64, 32, 8), Tile(32, 64, 64, 8), Tile(16, 64, 64, 4)), 4: (Tile(32, 32, 16, 8),)},
     "rows": {2: (Tile(64, 64, 64, 4), Tile(128, 64, 32, 8), Tile(16, 64, 64, 4)), 4: (Tile(32, 32, 16, 4),)},
     "weights": {2: (Tile(64, 64, 64, 4), Tile(64, 128, 32, 8)), 4: (Tile(32, 32, 16, 4),)},

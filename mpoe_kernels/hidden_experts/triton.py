@@ -23,8 +23,8 @@ MOST_SHARE = 4  # groups that a program of rows computes one after the other, if
 LARGEST_BLOCK = 64  # of the first table; products with larger ones run in loops of their own
 # kernel -> bytes of an element -> tiles, the first of them where nothing is timed; for few slots the last alone.
 TILES: dict[str, dict[int, tuple[Tile, ...]]] = {
-    "forward": {2: (Tile(64, 64, 64, 4), Tile(32, 64, 64, 4), Tile(16, 64, 64, 4)), 4: (Tile(32, 64, 16, 8),)},
-    "rows": {2: (Tile(32, 64, 64, 4), Tile(16, 64, 64, 4, 1)), 4: (Tile(32, 32, 32, 8),)},
+    "forward": {2: (Tile(64, 64, 64, 4), Tile(32, 64, 64, 4), Tile(16, 64, 64, 4)), 4: (Tile(16, 64, 16, 8),)},
+    "rows": {2: (Tile(32, 64, 64, 4), Tile(16, 64, 64, 4, 1)), 4: (Tile(16, 32, 32, 8),)},
     "blocks": {2: (Tile(32, 64, 64, 8),), 4: (Tile(16, 32, 16, 8),)},
 }
 LARGE_TILES = TILES | {

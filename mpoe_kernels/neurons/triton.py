@@ -35,7 +35,7 @@ ON_CHIP = {2: 128, 4: 64}  # bytes of an element -> most neurons of an expert th
 TILES: dict[str, dict[int, tuple[Tile, ...]]] = {
     "fused": {2: (Tile(64, 128, 64, 8), Tile(32, 128, 64, 4), Tile(16, 128, 64, 4)), 4: (Tile(32, 64, 16, 8),)},
     "hidden": {2: (Tile(64, 64, 32, 8), Tile(32, 64, 64, 8), Tile(16, 64, 64, 4)), 4: (Tile(32, 32, 16, 8),)},
-    "rows": {2: (Tile(64, 64, 64, 4), Tile(128, 64, 32, 8), Tile(16, 64, 64, 4)), 4: (Tile(32, 32, 16, 4),)},
+    "rows": {2: (Tile(64, 64, 64, 4), Tile(128, 64, 32, 8), Tile(16, 64, 64, 4)), 4: (Tile(32, 32, 16, 8),)},
     "weights": {2: (Tile(64, 64, 64, 4), Tile(64, 128, 32, 8)), 4: (Tile(32, 32, 16, 4),)},
 }
 

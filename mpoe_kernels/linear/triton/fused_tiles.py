@@ -50,7 +50,7 @@ Table = dict[str, dict[int, tuple[FusedTile, ...]]]  # architecture -> bytes of 
 # None for float32: without tensor cores every tile took too many registers, so its weights are rebuilt step by step.
 _ROWS_HOPPER = tuple(FusedTile(m, 64, 128, 16384, 4, 2) for m in (128, 64, 32, 16))
 _ROWS_BLACKWELL = (FusedTile(128, 64, 128, 12288, 4, 2), *_ROWS_HOPPER[1:])
-_ROWS_AMPERE = tuple(FusedTile(m, 64, 64, 12288, 4, 2) for m in (64, 32, 16))
+_ROWS_AMPERE = (FusedTile(64, 64, 64, 12288, 8, 2), *(FusedTile(m, 64, 64, 12288, 4, 2) for m in (32, 16)))
 _ROWS_CDNA = tuple(FusedTile(m, 64, 64, 12288, 4, 1) for m in (64, 32, 16))
 ROWS_TILES: Table = {
     "sm_80": {2: _ROWS_AMPERE, 4: ()},

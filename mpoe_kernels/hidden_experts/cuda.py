@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from mpoe_kernels.backends import Request
-from mpoe_kernels.contract import may_round_to_tf32
 
 if TYPE_CHECKING:
     from mpoe_kernels.hidden_experts.op import HiddenBackwardCall, HiddenCall
@@ -30,12 +29,12 @@ class HiddenKernels:
 
     def forward(self, call: HiddenCall) -> Tensor:
         """See `hidden_experts`. An index outside ``0..E-1`` means no expert."""
-        return self.ops.experts(*call.tensors, False, call.kernel_activation, may_round_to_tf32(call.u.dtype))
+        return self.ops.experts(*call.tensors, False, call.kernel_activation)
 
     def backward(self, call: HiddenBackwardCall) -> tuple[Tensor, ...]:
         """See `HiddenBackwardCall`."""
-        need, tf32 = [int(wanted) for wanted in call.need], may_round_to_tf32(call.u.dtype)
-        return self.ops.experts_backward(call.grad, *call.tensors, False, call.kernel_activation, need, tf32)
+        need = [int(wanted) for wanted in call.need]
+        return self.ops.experts_backward(call.grad, *call.tensors, False, call.kernel_activation, need)
 
     @staticmethod
     def reasons(request: Request) -> list[str]:

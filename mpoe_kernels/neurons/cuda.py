@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from mpoe_kernels.backends import Request
-from mpoe_kernels.contract import may_round_to_tf32
 from mpoe_kernels.hidden_experts.cuda import MOST_UNITS, unsorted
 
 if TYPE_CHECKING:
@@ -32,14 +31,12 @@ class NeuronKernels:
 
     def forward(self, call: NeuronCall) -> Tensor:
         """See `neuron_experts`. An index outside ``0..E-1`` means no expert."""
-        return self.ops.experts(*_arguments(call), may_round_to_tf32(call.x.dtype))
+        return self.ops.experts(*_arguments(call))
 
     def backward(self, call: NeuronBackwardCall) -> tuple[Tensor, ...]:
         """See `NeuronBackwardCall`."""
         *need, need_gate_up = (int(wanted) for wanted in call.wanted)
-        found = self.ops.experts_backward(
-            call.grad, *_arguments(call), [*need, 0, need_gate_up], may_round_to_tf32(call.x.dtype)
-        )
+        found = self.ops.experts_backward(call.grad, *_arguments(call), [*need, 0, need_gate_up])
         grads = (*found[:5], found[6])
         # The kernels' weights have an axis of groups.
         return tuple(grad.squeeze(1) if grad.dim() == 4 else grad for grad in grads)

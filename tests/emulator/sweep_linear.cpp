@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cuda/linear/gradient.cuh"
+#include "cuda/linear/grouped.cuh"
 #include "cuda/linear/rebuilt.cuh"
 #include "native/cpp/truth.h"
 
@@ -20,19 +21,19 @@ namespace mpoe::cuda {
 // Other dtypes take minutes to compile with sanitizers and have the same digits, pipeline and epilogue.
 [[noreturn]] void not_here() { throw std::logic_error("bfloat16 and float32 only"); }
 template <>
-void launch<dev::tf32>(const RebuiltArguments&, int, cudaStream_t) {
-  not_here();
-}
-template <>
-void launch<dev::tf32>(const GradientArguments&, dim3, cudaStream_t) {
-  not_here();
-}
-template <>
 void launch<dev::fp16>(const RebuiltArguments&, int, cudaStream_t) {
   not_here();
 }
 template <>
 void launch<dev::fp16>(const GradientArguments&, dim3, cudaStream_t) {
+  not_here();
+}
+template <>
+void launch<dev::fp16>(const GroupedRows&, cudaStream_t) {
+  not_here();
+}
+template <>
+void launch<dev::fp16>(const GroupedBlocks&, cudaStream_t) {
   not_here();
 }
 

@@ -70,9 +70,10 @@ void check_rows(const Case& c, const check::Sorted& sorted, int columns, check::
   const Array out(kDtype, slots * columns), y(kDtype, c.tokens * columns), dy(kDtype, slots * columns),
       dweights(Dtype::kFloat32, slots);
   const auto* weights = static_cast<const float*>(gates.data());
-  dispatch(kDtype, x.data(), columns, sorted.token_of_slot.data(), &sorted.offsets.back(), out.data(), slots, columns,
-           nullptr);
-  combine(kDtype, rows.data(), sorted.slot_of_token.data(), weights, y.data(), c.tokens, c.top_k, columns, nullptr);
+  combine(kDtype, x.data(), columns, sorted.token_of_slot.data(), nullptr, &sorted.offsets.back(), out.data(), slots, 1,
+          columns, nullptr);
+  combine(kDtype, rows.data(), columns, sorted.slot_of_token.data(), weights, nullptr, y.data(), c.tokens, c.top_k,
+          columns, nullptr);
   combine_backward(kDtype, grad.data(), rows.data(), sorted.token_of_slot.data(), sorted.slot_of_token.data(), weights,
                    dy.data(), static_cast<float*>(dweights.data()), slots, c.top_k, columns, nullptr);
   const double allowed = check::tolerance(kDtype);

@@ -21,11 +21,10 @@ struct Experts {
       : x(dense(x_)), gates(dense(cast(gates_, ScalarType::Float))), index(dense(index_)), up(dense(up_)),
         down(dense(down_)), bias(dense(bias_)), x_gate(dense(x_gate_)), up_gate(dense(up_gate_)) {}
 
-  void fill(ExpertsInputs& in, const std::string& activation, bool by_unit, bool tf32) const {
+  void fill(ExpertsInputs& in, const std::string& activation, bool by_unit) const {
     require(up.numel() / up.size(0) / up.size(1) < 1 << 30 && down.numel() / up.size(0) / up.size(1) < 1 << 30,
             "an expert's weight must have less than 2^30 elements");
     in.dtype = kernel_dtype(x);
-    in.tf32 = tf32;
     in.tokens = counted(x.size(0), "the number of tokens");
     in.experts = counted(up.size(0), "the number of experts");
     in.top_k = counted(index.size(1), "top_k");
@@ -49,11 +48,11 @@ struct Experts {
 
 Tensor experts_op(const Tensor& x, const Tensor& gates, const Tensor& top_k_index, const Tensor& up, const Tensor& down,
                   const Optional& bias, const Optional& x_gate, const Optional& up_gate, bool by_unit,
-                  std::string activation, bool tf32) {
+                  std::string activation) {
   const OnDevice device(x);
   const Experts tensors(x, gates, top_k_index, up, down, bias, x_gate, up_gate);
   ExpertsForward in;
-  tensors.fill(in, activation, by_unit, tf32);
+  tensors.fill(in, activation, by_unit);
   const int64_t sizes[] = {in.tokens, int64_t(in.groups) * in.columns};
   if (tensors.index.numel() == 0) return torch::stable::new_zeros(tensors.x, sizes);
   Tensor out = torch::stable::new_empty(tensors.x, sizes);
@@ -68,12 +67,11 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 // Gradients of x, gates, up, down, bias, x_gate, up_gate; empty if `need` is 0 or there is no such input.
 Gradients experts_backward_op(const Tensor& grad, const Tensor& x, const Tensor& gates, const Tensor& top_k_index,
                               const Tensor& up, const Tensor& down, const Optional& bias, const Optional& x_gate,
-                              const Optional& up_gate, bool by_unit, std::string activation, std::vector<int64_t> need,
-                              bool tf32) {
+                              const Optional& up_gate, bool by_unit, std::string activation, std::vector<int64_t> need) {
   const OnDevice device(x);
   const Experts tensors(x, gates, top_k_index, up, down, bias, x_gate, up_gate);
   ExpertsBackward in;
-  tensors.fill(in, activation, by_unit, tf32);
+  tensors.fill(in, activation, by_unit);
   const Tensor rows = dense(grad);
   in.grad = rows.const_data_ptr();
   const bool none = tensors.index.numel() == 0;
@@ -101,10 +99,10 @@ Gradients experts_backward_op(const Tensor& grad, const Tensor& x, const Tensor&
 STABLE_TORCH_LIBRARY_FRAGMENT(MPOE_CUDA_OPS, m) {
   m.def(
       "experts(Tensor x, Tensor gates, Tensor top_k_index, Tensor up, Tensor down, Tensor? bias, Tensor? x_gate, "
-      "Tensor? up_gate, bool by_unit, str activation, bool tf32) -> Tensor");
+      "Tensor? up_gate, bool by_unit, str activation) -> Tensor");
   m.def(
       "experts_backward(Tensor grad, Tensor x, Tensor gates, Tensor top_k_index, Tensor up, Tensor down, Tensor? bias, "
-      "Tensor? x_gate, Tensor? up_gate, bool by_unit, str activation, int[] need, bool tf32) -> "
+      "Tensor? x_gate, Tensor? up_gate, bool by_unit, str activation, int[] need) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -15,7 +15,6 @@ constexpr int kMostUnits = 512;  // hidden units of an expert in a group: they s
 
 struct ExpertsInputs {
   Dtype dtype = Dtype::kFloat32;
-  bool tf32 = false;  // multiply float32 on tensor cores, rounded to tf32
   int tokens = 0, experts = 0, top_k = 0, groups = 1;
   int own = 1;                              // weights of an expert: 1, shared by the groups, or one for each group
   int width = 0, units = 0, columns = 0;    // of one group: inputs, hidden units, outputs

@@ -24,8 +24,8 @@ struct GradientArguments {
 template <class T>
 struct GradientTiles {
   using Out = Tile<T, kSide, kSide, 32, 32>;
-  static constexpr int kStride = padded_stride<T>(kSide, true);
-  static constexpr int kElements = kSide * kStride + kStages * 2 * Out::kK * padded_stride<T>(kSide, false);
+  static constexpr int kStride = padded_stride<T>(kSide);
+  static constexpr int kElements = kSide * kStride + kStages * 2 * Out::kK * padded_stride<T>(kSide);
 };
 
 // Grid: (tiles of outer and of b, parts, experts).

@@ -55,9 +55,9 @@ Tensor dispatch_op(const Tensor& x, const Tensor& expert_offsets, const Tensor& 
   const Tensor index = dense_index(token_of_slot);
   const Tensor offsets = dense(cast(expert_offsets, ScalarType::Int));
   Tensor out = torch::stable::new_empty(x, {index.size(0), x.size(1)});
-  dispatch(kernel_dtype(x), source.const_data_ptr(), source.stride(0), index.const_data_ptr<int64_t>(),
-           offsets.const_data_ptr<int>() + offsets.size(0) - 1, out.mutable_data_ptr(),
-           counted(index.size(0), "the number of slots"), counted(x.size(1), "columns"), device.stream());
+  combine(kernel_dtype(x), source.const_data_ptr(), source.stride(0), index.const_data_ptr<int64_t>(), nullptr,
+          offsets.const_data_ptr<int>() + offsets.size(0) - 1, out.mutable_data_ptr(),
+          counted(index.size(0), "the number of slots"), 1, counted(x.size(1), "columns"), device.stream());
   return out;
 }
 
@@ -69,8 +69,8 @@ Tensor combine_op(const Tensor& y_sorted, const Tensor& slot_of_token, const Opt
   const Tensor rows = dense(y_sorted), index = dense_index(slot_of_token);
   const Optional gates = top_k_weights.has_value() ? Optional(dense_gates(*top_k_weights)) : std::nullopt;
   Tensor y = torch::stable::new_empty(rows, {index.size(0), rows.size(1)});
-  combine(kernel_dtype(rows), rows.const_data_ptr(), index.const_data_ptr<int64_t>(),
-          data_of<float>(gates), y.mutable_data_ptr(), counted(index.size(0), "the number of tokens"),
+  combine(kernel_dtype(rows), rows.const_data_ptr(), rows.size(1), index.const_data_ptr<int64_t>(),
+          data_of<float>(gates), nullptr, y.mutable_data_ptr(), counted(index.size(0), "the number of tokens"),
           counted(index.size(1), "top_k"), counted(rows.size(1), "columns"), device.stream());
   return y;
 }

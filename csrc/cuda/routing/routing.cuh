@@ -259,32 +259,19 @@ static __global__ void __launch_bounds__(kRouteThreads) scatter_kernel(const Sor
 
 // ------------------------------------------------------------------ rows
 
-// out[s] = x[token_of_slot[s]] for the filled slots, else 0. Grid: (slots, column blocks).
-template <class T, int kPer>
-__global__ void __launch_bounds__(kRouteThreads)
-    dispatch_kernel(const T* x, int64_t x_stride, const int64_t* token_of_slot, const int* filled, T* out,
-                    int columns) {
-  const int slot = blockIdx.x, column = (blockIdx.y * kRouteThreads + threadIdx.x) * kPer;
-  if (column >= columns) return;
-  dev::Pack<T, kPer> pack{};
-  if (slot < *filled) {
-    pack = *reinterpret_cast<const dev::Pack<T, kPer>*>(x + token_of_slot[slot] * x_stride + column);
-  }
-  *reinterpret_cast<dev::Pack<T, kPer>*>(out + int64_t(slot) * columns + column) = pack;
-}
-
-// out[t] = sum over k of gates[t, k] rows[slot_of_token[t, k]] over the pairs that were kept; gates null: all 1.
+// out[t] = sum over k of gates[t, k] rows[slot_of_token[t, k]] over the pairs that were kept, see `combine`.
 // Grid: (tokens, column blocks).
 template <class T, int kPer>
 __global__ void __launch_bounds__(kRouteThreads)
-    combine_kernel(const T* rows, const int64_t* slot_of_token, const float* gates, T* out, int top_k, int columns) {
+    combine_kernel(const T* rows, int64_t stride, const int64_t* slot_of_token, const float* gates, const int* filled,
+                   T* out, int top_k, int columns) {
   const int token = blockIdx.x, column = (blockIdx.y * kRouteThreads + threadIdx.x) * kPer;
   if (column >= columns) return;
   float sum[kPer] = {};
-  for (int k = 0; k < top_k; ++k) {
+  for (int k = 0; k < top_k && (!filled || token < *filled); ++k) {
     const int64_t pair = int64_t(token) * top_k + k, slot = slot_of_token[pair];
     if (slot < 0) continue;
-    const auto pack = *reinterpret_cast<const dev::Pack<T, kPer>*>(rows + slot * columns + column);
+    const auto pack = *reinterpret_cast<const dev::Pack<T, kPer>*>(rows + slot * stride + column);
     const float gate = gates ? gates[pair] : 1.f;
     UNROLL
     for (int e = 0; e < kPer; ++e) sum[e] += gate * dev::to_float(pack.v[e]);

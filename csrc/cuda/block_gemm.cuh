@@ -25,12 +25,10 @@ __device__ __forceinline__ int group_of_tile(int& tile, int count, Tiles&& tiles
 }
 
 // Elements of a line from some column on: where they are, after the line's first, and how many.
-template <class Offset>
-struct RunAt {
-  Offset offset;
+struct Run {
+  int64_t offset;
   int count;
 };
-using Run = RunAt<int>;
 // The columns of a line of adjacent elements.
 struct Adjacent {
   int columns;

@@ -87,23 +87,12 @@ struct Fragments<float> {
   static constexpr int kStep = 4;
   static constexpr bool kPartialSums = true;  // one sum of thousands of terms would lose digits
   struct A {
-    float row[2][kStep];
+    dev::Pack<float, kStep> row[2];
   };
   struct B {
-    float column[2][kStep];
-  };
-  struct alignas(16) Quad {
-    float v[4];
-  };
-  struct alignas(8) Pair {
-    float v[2];
+    dev::Pack<float, kStep> column[2];
   };
 
-  static __device__ __forceinline__ void load_quad(float (&to)[kStep], const float* from) {
-    const Quad quad = *reinterpret_cast<const Quad*>(from);
-    UNROLL
-    for (int i = 0; i < kStep; ++i) to[i] = quad.v[i];
-  }
   template <bool kMajor>
   static __device__ __forceinline__ void load_a(A& a, InShared<float> tile, int stride, int m, int k, int lane) {
     const int g = lane >> 2;
@@ -111,24 +100,24 @@ struct Fragments<float> {
     for (int half = 0; half < 2; ++half) {
       const int row = m + g + half * 8;
       if (kMajor) {
-        load_quad(a.row[half], tile.data + row * stride + k);
+        a.row[half] = dev::load<kStep>(tile.data + row * stride + k);
       } else {
         UNROLL
-        for (int i = 0; i < kStep; ++i) a.row[half][i] = tile.data[(k + i) * stride + row];
+        for (int i = 0; i < kStep; ++i) a.row[half].v[i] = tile.data[(k + i) * stride + row];
       }
     }
   }
   template <bool kMajor>
   static __device__ __forceinline__ void load_columns(B& b, InShared<float> tile, int stride, int column, int k) {
     if (kMajor) {
-      load_quad(b.column[0], tile.data + column * stride + k);
-      load_quad(b.column[1], tile.data + (column + 1) * stride + k);
+      b.column[0] = dev::load<kStep>(tile.data + column * stride + k);
+      b.column[1] = dev::load<kStep>(tile.data + (column + 1) * stride + k);
     } else {
       UNROLL
       for (int i = 0; i < kStep; ++i) {
-        const Pair pair = *reinterpret_cast<const Pair*>(tile.data + (k + i) * stride + column);
-        b.column[0][i] = pair.v[0];
-        b.column[1][i] = pair.v[1];
+        const auto pair = dev::load<2>(tile.data + (k + i) * stride + column);
+        b.column[0].v[i] = pair.v[0];
+        b.column[1].v[i] = pair.v[1];
       }
     }
   }
@@ -142,10 +131,10 @@ struct Fragments<float> {
   static __device__ __forceinline__ void multiply(float (&d)[4], const A& a, const B& b) {
     UNROLL
     for (int i = 0; i < kStep; ++i) {
-      d[0] = fmaf(a.row[0][i], b.column[0][i], d[0]);
-      d[1] = fmaf(a.row[0][i], b.column[1][i], d[1]);
-      d[2] = fmaf(a.row[1][i], b.column[0][i], d[2]);
-      d[3] = fmaf(a.row[1][i], b.column[1][i], d[3]);
+      d[0] = fmaf(a.row[0].v[i], b.column[0].v[i], d[0]);
+      d[1] = fmaf(a.row[0].v[i], b.column[1].v[i], d[1]);
+      d[2] = fmaf(a.row[1].v[i], b.column[0].v[i], d[2]);
+      d[3] = fmaf(a.row[1].v[i], b.column[1].v[i], d[3]);
     }
   }
 };

@@ -17,6 +17,11 @@ MOST_UNITS = 512  # kMostUnits
 MOST_BINS = 12_000  # kMostBins
 
 
+def dense(x: Tensor, gates: Tensor, *others: Tensor | None) -> list[Tensor | None]:
+    """Inputs of an op as its kernels read them: gates in float32."""
+    return [each if each is None else each.contiguous() for each in (x, gates.float(), *others)]
+
+
 @dataclass(frozen=True)
 class HiddenKernels:
     """The two kernels of the op.
@@ -29,12 +34,14 @@ class HiddenKernels:
 
     def forward(self, call: HiddenCall) -> Tensor:
         """See `hidden_experts`. An index outside ``0..E-1`` means no expert."""
-        return self.ops.experts(*call.tensors, False, call.kernel_activation)
+        return self.ops.experts(*dense(*call.tensors), False, call.kernel_activation)
 
     def backward(self, call: HiddenBackwardCall) -> tuple[Tensor, ...]:
         """See `HiddenBackwardCall`."""
         need = [int(wanted) for wanted in call.need]
-        return self.ops.experts_backward(call.grad, *call.tensors, False, call.kernel_activation, need)
+        given = call.grad.contiguous(), *dense(*call.tensors), False, call.kernel_activation
+        du, dgates, *others = self.ops.experts_backward(*given, need)
+        return du, dgates.to(call.gates.dtype), *others
 
     @staticmethod
     def reasons(request: Request) -> list[str]:

@@ -1,4 +1,4 @@
-// The gate, the sort, dispatch, combine and their gradients. See sweep.h.
+// The sort, dispatch, combine and their gradients. See sweep.h.
 #include "emulator/sweep.h"
 
 #include "cuda/routing/routing.h"
@@ -25,28 +25,6 @@ struct Case {
 const Case kCases[] = {
     {0, 1, 3, -1, false}, {90, 2, 5, -1, true}, {90, 2, 5, 20, true}, {700, 2, 40, -1, true}, {700, 2, 3, 300, false},
 };
-
-void check_gate(int experts, check::Random& random) {
-  constexpr int kTokens = 5, kTopK = 3;
-  const Array logits = Array::random(Dtype::kFloat32, kTokens * experts, random, 3);
-  const Array weights(Dtype::kFloat32, kTokens * kTopK);
-  std::vector<int64_t> index(kTokens * kTopK, -7);
-  gate(Dtype::kFloat32, logits.data(), static_cast<float*>(weights.data()), index.data(), kTokens, experts, kTopK,
-       false, nullptr);
-  std::vector<double> truth(kTokens * kTopK);
-  for (int t = 0; t < kTokens; ++t) {
-    double sum = 0;
-    for (int e = 0; e < experts; ++e) sum += std::exp(logits.get(t * experts + e));
-    for (int k = 0; k < kTopK; ++k) {
-      const int64_t chosen = index[t * kTopK + k];
-      int above = 0;
-      for (int e = 0; e < experts; ++e) above += logits.get(t * experts + e) > logits.get(t * experts + chosen);
-      require(chosen >= 0 && above == k, "gate: choices");
-      truth[t * kTopK + k] = std::exp(logits.get(t * experts + chosen)) / sum;
-    }
-  }
-  check::require_close(weights, truth, 1e-6, "gate: weights");
-}
 
 void check_rows(const Case& c, const check::Sorted& sorted, int columns, check::Random& random) {
   constexpr Dtype kDtype = Dtype::kBFloat16;
@@ -112,8 +90,6 @@ void run(const Case& c) {
 
 int main(int count, char** words) {
   return emu::sweep(count, words, [] {
-    mpoe::check::Random random(1);
-    for (const int experts : {5, 40}) mpoe::cuda::check_gate(experts, random);
     for (const auto& c : mpoe::cuda::kCases) mpoe::cuda::run(c);
   });
 }

@@ -1,8 +1,7 @@
-// The fused contraction: rows times weights (rebuilt.cuh), and weights' gradients times blocks (gradient.cuh). Called
-// by mpoe_kernels/linear/cuda.py with dense tensors; the op has checked its arguments.
+// The fused contraction: rows times weights (rebuilt.cuh), and weights' gradients times blocks (gradient.cuh); and what
+// every expert has for itself of other strategies (grouped.cuh). Called by mpoe_kernels/linear/cuda.py with dense
+// tensors; the op has checked its arguments.
 #include "cuda/bind.h"
-
-#include <string>
 
 #include "cuda/linear/grouped.cuh"
 
@@ -78,9 +77,8 @@ void weight_gradient_product_op(const Tensor& x, const Tensor& dz, const Tensor&
 
 // Rows [.., P, K], or turned [.., K, P], whose last axis is dense; `chunk`: elements of 16 bytes.
 SlotRows rows_of(const Tensor& rows, bool turned, int chunk) {
-  SlotRows found{rows.const_data_ptr(), counted(rows.size(turned ? 1 : 2), "columns")};
-  found.step = counted(rows.stride(1), "a stride");
-  found.stride = rows.stride(0);
+  SlotRows found{rows.const_data_ptr(), counted(rows.size(turned ? 1 : 2), "columns"),
+                 counted(rows.stride(1), "a stride"), rows.stride(0)};
   found.vector = whole(chunk, {counted(rows.size(2), "columns"), found.step, static_cast<int>(found.stride % chunk)},
                        {found.data});
   return found;
@@ -131,8 +129,6 @@ void grouped_blocks_op(const Tensor& rows, const Tensor& grads, const Optional& 
   p.out = out.mutable_data_ptr<float>();
   p.drows = const_cast<void*>(data_of(drows));
   p.again = const_cast<void*>(data_of(again));
-  p.vector_drows = whole(chunk, {turned ? p.of_slot : p.rows.columns}, {p.drows});
-  p.vector_again = whole(chunk, {turned ? p.of_slot : p.grads.columns}, {p.again});
   with_type(p.dtype, [&](auto zero) { launch<decltype(zero)>(p, device.stream()); });
 }
 

@@ -6,8 +6,7 @@
 // `outer` are pairs of digits of left and central (iL, jL), `inner` those of right, and `other` is right; or the other
 // way round, and `other` is left times central. No atomics, the same bits on every run.
 #pragma once
-#include "cuda/linear/digits.cuh"
-#include "cuda/linear/linear.h"
+#include "cuda/linear/tiles.cuh"
 
 namespace mpoe::cuda {
 

@@ -2,7 +2,7 @@
 // or a turned one [K, P], of which those of P are; results are dense and lie as what they are made of.
 #pragma once
 #include "cuda/experts/slots.cuh"
-#include "cuda/linear/rows.cuh"
+#include "cuda/linear/tiles.cuh"
 
 namespace mpoe::cuda {
 
@@ -13,25 +13,26 @@ struct SlotRows {
   int64_t stride = 0;         // from one row to the next
   bool vector = false;        // runs of 16 bytes are whole and aligned
 };
-// out[s] = activation(rows[row_index[s]] blocks[e] + bias), see Epilogue; its rows, and the bias, are [P, N].
-struct GroupedRows : Slots {
-  bool turned = false, vector_blocks = false, vector_out = false;
-  int of_slot = 1, columns = 1;  // P, N
+struct Grouped : Slots {
+  bool turned = false;
+  int of_slot = 1;  // P
   SlotRows rows;
   const void* blocks = nullptr;  // [E, K, N]
+};
+// out[s] = activation(rows[row_index[s]] blocks[e] + bias), see Epilogue; its rows, and the bias, are [P, N].
+struct GroupedRows : Grouped {
+  bool vector_blocks = false, vector_out = false;
+  int columns = 1;  // N
   void* out = nullptr;
   Epilogue epilogue;
 };
 // out[e] = sum of rows[row_index[s]]^T g over its slots, where g are the gradients `grads`. With `blocks`, from the
 // same reading: again = rows[row_index[s]] blocks[e], through whose activation g went, and drows[s] = g blocks[e]^T.
-struct GroupedBlocks : Slots {
-  bool turned = false, vector_drows = false, vector_again = false;
-  int of_slot = 1, activation = 0;
-  int tiles = 1, parts = 1;       // of a block; with `blocks` one. Of an expert's rows.
-  SlotRows rows, grads;           // [P, M], [P, N]
-  const void* blocks = nullptr;   // [E, M, N] or null; M and N are 64 at most
-  void *drows = nullptr, *again = nullptr;  // null: not needed
-  float* out = nullptr;           // [parts, E, M, N]
+struct GroupedBlocks : Grouped {
+  int activation = 0, tiles = 1, parts = 1;  // tiles of a block, parts of an expert's rows
+  SlotRows grads;                            // [P, N]
+  void *drows = nullptr, *again = nullptr;   // with `blocks`, of one tile; null: not needed
+  float* out = nullptr;                      // [parts, E, K, N]
 };
 
 // What is known in shared memory of a tile's rows: the slot, p, and elements before them in two arrays.
@@ -41,11 +42,10 @@ struct RowsInShared {
 
   // Looks up the rows from `begin` on; what uses them must begin with a barrier.
   template <bool kTurned>
-  __device__ __forceinline__ void look_up(const Slots& of, int of_slot, int begin, int rows, const SlotRows& first,
-                                          const SlotRows& second) {
+  __device__ __forceinline__ void look_up(const Grouped& of, const SlotRows& grads, int begin, int rows) {
     const int row = threadIdx.x;
     if (row >= kExpertsRows) return;
-    const int own = (begin + row) / of_slot, p = begin + row - own * of_slot;
+    const int own = (begin + row) / of.of_slot, p = begin + row - own * of.of_slot;
     const int64_t source = row < rows && of.row_index ? of.row_index[own] : own;
     slot[row] = row < rows ? own : 0;
     part[row] = row < rows ? p : 0;
@@ -53,8 +53,8 @@ struct RowsInShared {
       if (row >= rows) return kTurned ? int64_t(0) : int64_t(-1);
       return line * in.stride + p * (kTurned ? 1 : in.step);
     };
-    from[0][row] = place(source, first);
-    from[1][row] = place(own, second);
+    from[0][row] = place(source, of.rows);
+    from[1][row] = place(own, grads);
   }
   // The operand of the rows' columns from `first` on: 64 lines of columns, turned as many lines of 64 rows.
   template <class T, class TileT, bool kMajor, bool kTurned>
@@ -62,7 +62,7 @@ struct RowsInShared {
     const int left = in.columns - first;
     if constexpr (kTurned) {
       const auto line = [left, step = in.step](int k) { return k < left ? int64_t(k) * step : -1; };
-      const auto run = [own = from[which], rows](int row) { return RunAt<int64_t>{own[row], rows - row}; };
+      const auto run = [own = from[which], rows](int row) { return Run{own[row], rows - row}; };
       return lines_at<T, TileT, kExpertsRows, kMajor>(in.data, int64_t(first) * in.step, line, run, in.vector);
     } else {
       return lines_at<T, TileT, kExpertsRows, kMajor>(
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kExpertsThreads) grouped_rows_kernel(const __g
   const int first = (blockIdx.x - tile * across) * TileT::kN, columns = p.columns - first, k = p.rows.columns;
   const RowTile t(p, p.of_slot, tile, kExpertsRows);
   if (t.rows <= 0) return;
-  known->look_up<kTurned>(p, p.of_slot, t.begin, t.rows, p.rows, p.rows);
+  known->look_up<kTurned>(p, p.rows, t.begin, t.rows);
   __syncthreads();  // rows are known
   Accumulator<TileT> sum;
   sum.clear();
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kExpertsThreads) grouped_blocks_kernel(const _
   for (int begin = at; begin < to && begin < at + size; begin += kExpertsRows) {
     const int rows = to - begin < kExpertsRows ? to - begin : kExpertsRows;
     __syncthreads();  // nobody reads the rows before
-    known->look_up<kTurned>(p, p.of_slot, begin, rows, p.rows, p.grads);
+    known->look_up<kTurned>(p, p.grads, begin, rows);
     __syncthreads();  // rows are known
     if (owned) {
       known->lines<T, Whole, true, kTurned>(0, p.rows, first_m, rows).load(InShared<T>(a), 0);
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kExpertsThreads) grouped_blocks_kernel(const _
       const Resident<T, !kTurned> own(a, Whole::kStride);
       product<kTurned, T, TileT, !kTurned, false>(found, own, block, m, rows, n, runs);
     }
-    if (p.again) known->store<kTurned>(found, runs, rows, p.of_slot, n, 0, owned, p.vector_again, p.again, {});
+    if (p.again) known->store<kTurned>(found, runs, rows, p.of_slot, n, 0, owned, p.grads.vector, p.again, {});
     if (owned && p.activation != kNone) {
       with_activation(p.activation, [&](auto activation) {
         found.for_each([&](int row, int column, float& value) {
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kExpertsThreads) grouped_blocks_kernel(const _
       const Resident<T, !kTurned> own(g, Whole::kStride);
       found.clear();
       if (owned) product<kTurned, T, TileT, !kTurned, true>(found, own, back, n, rows, m, runs);
-      known->store<kTurned>(found, runs, rows, p.of_slot, m, 0, owned, p.vector_drows, p.drows, {});
+      known->store<kTurned>(found, runs, rows, p.of_slot, m, 0, owned, p.rows.vector, p.drows, {});
     }
     if (!owned) continue;
     block_gemm<T, TileT, kTurned, kTurned>(sum, Resident<T, kTurned>(a, Whole::kStride),

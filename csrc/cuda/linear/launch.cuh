@@ -33,7 +33,7 @@ void launch(const GradientArguments& p, dim3 grid, cudaStream_t stream) {
 template <class T>
 void launch(const GroupedRows& p, cudaStream_t stream) {
   const int64_t rows = int64_t(p.slots) * p.of_slot, experts = p.experts + p.clears;
-  const int64_t tiles = rows / kExpertsRows + std::min(rows, experts), across = (p.columns + 63) / 64;
+  const int64_t tiles = rows / kExpertsRows + std::min(rows, experts), across = (p.columns + kSide - 1) / kSide;
   const auto kernel = p.turned ? grouped_rows_kernel<T, true> : grouped_rows_kernel<T, false>;
   LAUNCH(kernel, dim3(static_cast<unsigned>(tiles * across)), dim3(kExpertsThreads), stage_elements<T>() * sizeof(T),
          stream, p);

@@ -24,17 +24,6 @@ void with_packs(Dtype dtype, int64_t row_elements, std::initializer_list<const v
 
 }  // namespace
 
-void gate(Dtype dtype, const void* logits, float* weights, int64_t* index, int tokens, int experts, int top_k,
-          bool renormalize, cudaStream_t stream) {
-  if (top_k > experts) throw std::invalid_argument("top_k must be at most the number of experts");
-  if (tokens == 0) return;
-  const GateArguments p{logits, weights, index, tokens, experts, top_k, renormalize};
-  with_type(dtype, [&](auto zero) {
-    LAUNCH(gate_kernel<decltype(zero)>, dim3(blocks_of(tokens, kRouteWarps)), dim3(kRouteThreads), 0, stream, p);
-  });
-  check_launch("gate");
-}
-
 void route(const Route& p, const Memory& memory, cudaStream_t stream) {
   const int choices = p.pair_of_slot ? p.top_k : 1;
   if ((int64_t(p.experts) + 1) * choices > kMostBins) {

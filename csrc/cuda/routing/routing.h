@@ -1,7 +1,6 @@
 // Launches of csrc/cuda/routing/routing.cuh on raw device pointers. T tokens, K choices, N = T K slots, E experts;
 // dense arrays.
 #pragma once
-#include <cstddef>
 #include <cstdint>
 
 #include "cuda/dispatch.h"
@@ -9,11 +8,6 @@
 namespace mpoe::cuda {
 
 constexpr int kMostBins = 12000;  // of pairs, one more than experts: their counts must fit into shared memory
-
-// Softmax and top-k of logits [T, E] in float32: index [T, K] (most probable first, among equals the smaller number),
-// weights [T, K] (renormalized: they sum to 1).
-void gate(Dtype dtype, const void* logits, float* weights, int64_t* index, int tokens, int experts, int top_k,
-          bool renormalize, cudaStream_t stream);
 
 struct Route {
   const int64_t* index = nullptr;  // [T, K]; outside 0..E-1: like a masked token

@@ -89,12 +89,12 @@ class LinearKernels:
         (_, p, _), n, turned = rows.shape, blocks.shape[2], turned and out is None
         out = rows.new_empty(slots.count, *((n, p) if turned else (p, n))) if out is None else out
         pre = torch.empty_like(out) if last is not None and last.saves_z else None
-        bias, activation, placed = None, "none", (None, None)
-        if last is not None:
-            _, bias, activation, *placed = last.around
+        _, bias, activation, *placed = (None, None, "none", None, None) if last is None else last.around
         where = slots.offsets, row_index, turned, not slots.is_part
         self.ops.grouped_rows(_lines(rows, turned), blocks.contiguous(), out, *where, bias, activation, pre, *placed)
-        return tuple(each.transpose(1, 2) if turned and each is not None else each for each in (out, pre))
+        if not turned:
+            return out, pre
+        return out.transpose(1, 2), None if pre is None else pre.transpose(1, 2)
 
     def blocks(self, given: BlocksProduct) -> Tensor:
         """See `Grouped`. One launch, and a sum if there are parts."""

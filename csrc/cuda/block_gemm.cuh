@@ -26,8 +26,7 @@ __device__ __forceinline__ int group_of_tile(int& tile, int count, Tiles&& tiles
 
 // Elements of a line from some column on: where they are, after the line's first, and how many.
 struct Run {
-  int64_t offset;
-  int count;
+  int offset, count;
 };
 // The columns of a line of adjacent elements.
 struct Adjacent {
@@ -36,7 +35,8 @@ struct Adjacent {
 };
 
 // An operand's tiles of kExtent lines (or of kExtent columns of TileT::kK lines, if not kMajor), copied from `data`.
-// Line i begins line(i) elements after it, negative: there is none; column(c) is the Run that begins with column c.
+// Line i begins line(i) elements after it, negative: there is none; column(c) is the Run that begins with column c, or
+// the like with a wider offset.
 // What is not there becomes zero.
 template <class T, class TileT, int kExtent, bool kMajor, class Line, class Column>
 class Lines {

@@ -62,7 +62,8 @@ struct RowsInShared {
     const int left = in.columns - first;
     if constexpr (kTurned) {
       const auto line = [left, step = in.step](int k) { return k < left ? int64_t(k) * step : -1; };
-      const auto run = [own = from[which], rows](int row) { return Run{own[row], rows - row}; };
+      struct FarRun { int64_t offset; int count; };
+      const auto run = [own = from[which], rows](int row) { return FarRun{own[row], rows - row}; };
       return lines_at<T, TileT, kExpertsRows, kMajor>(in.data, int64_t(first) * in.step, line, run, in.vector);
     } else {
       return lines_at<T, TileT, kExpertsRows, kMajor>(

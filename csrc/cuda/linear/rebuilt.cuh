@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(RebuiltTiles<T, kColumns>::Out::kThreads)
   finish(sum, stages, t.rows, n.units * run_n, t.owned, p.vector_out, of.out, p.n.columns, of.epilogue,
          [&](int row, int column) {
            const Run run = n(column);
-           return Place{t.begin + row, n.first() + static_cast<int>(run.offset), run.count};
+           return Place{t.begin + row, n.first() + run.offset, run.count};
          });
 }
 

@@ -100,7 +100,8 @@ class LinearKernels:
         """See `Grouped`. One launch, and a sum if there are parts."""
         rows, row_index, grads, slots, blocks, drows, again, activation = given
         experts, (_, p, m), n = slots.offsets.shape[0] - 1, rows.shape, grads.shape[2]
-        most = BLOCKS_WANTED // (experts * -(-m // SIDE) * -(-n // SIDE))  # with few, an expert's rows are divided
+        tiles = experts * -(-m // SIDE) * -(-n // SIDE)  # with few, an expert's rows are divided
+        most = BLOCKS_WANTED // tiles // (2 if blocks is None else 1)  # of more parts, the sum takes what they save
         parts = max(1, min(most, slots.count * p // (SIDE * experts)))
         out = rows.new_empty(parts, experts, m, n, dtype=torch.float32)
         turned = _is_turned(rows) if blocks is None else _is_turned(drows) or _is_turned(again)

@@ -17,9 +17,10 @@ MOST_UNITS = 512  # kMostUnits
 MOST_BINS = 12_000  # kMostBins
 
 
-def dense(x: Tensor, gates: Tensor, *others: Tensor | None) -> list[Tensor | None]:
-    """Inputs of an op as its kernels read them: gates in float32."""
-    return [each if each is None else each.contiguous() for each in (x, gates.float(), *others)]
+def dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Inputs of an op as its kernels read them: the second ones, which are gates, in float32."""
+    given = (each.float() if number == 1 and each is not None else each for number, each in enumerate(tensors))
+    return [each if each is None else each.contiguous() for each in given]
 
 
 @dataclass(frozen=True)

@@ -57,13 +57,12 @@ class LinearKernels:
     Attributes:
         ops: namespace of the compiled ops.
         name: of the backend.
-        shares: see `Grouped`.
     """
 
     ops: Any
     name: str = "cuda"
-    shares: bool = True
 
+    shares = True
     contraction_reasons = staticmethod(grouped.counting_reasons)
 
     def candidates(self, plan: Contraction) -> list[Candidate]:

@@ -167,7 +167,7 @@ def _report(
 ) -> None:
     """Look into the model section by section, then write everything."""
     from mpoe.inspection import parameter_growth, route_text
-    from mpoe.models.card import facts
+    from mpoe.models.others import facts
     from mpoe.models.report import HEADER, LEGEND, routed_layers, short_name, summarize
 
     config, parameters = model.mpoe_config, model.parameter_report()

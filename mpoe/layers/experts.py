@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpoe.config.checks import check_choice
-from mpoe.layers.cores import MPOCores
-from mpoe.layers.dense import ExpertWeights
+from mpoe.layers.cores import ExpertWeights, MPOCores
 from mpoe.layers.expert_cache import KeptExperts, full_weights_pay, kept_experts
 from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe_kernels import MPOShape, Routing, combine, dispatch, mpo_ffn, route

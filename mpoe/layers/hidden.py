@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig
+from mpoe.layers.cores import FromInitialValues
 from mpoe.layers.drop_in import is_conv1d
 from mpoe.layers.experts import check_activation
-from mpoe.layers.feed_forward import MPOEFeedForward, is_observed, sizes_by_kind
-from mpoe.layers.initial import FromInitialValues
-from mpoe.layers.kept import KeptFeedForward
+from mpoe.layers.feed_forward import KeptFeedForward, MPOEFeedForward, is_observed, sizes_by_kind
 from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe_kernels.hidden_experts import ACTIVATIONS, hidden_experts, routed
 

@@ -20,19 +20,21 @@ from mpoe.layers.context import (
     RouterRecord,
     RoutingContext,
     checkpoint_arguments,
+    count_choices,
     current_routing,
+    load_balancing_loss,
+    router_z_loss,
+    sum_over_ranks,
 )
+from mpoe.layers.cores import FromInitialValues
 from mpoe.layers.drop_in import MPOEmbedding, MPOLinear
 from mpoe.layers.experts import MPOExperts
 from mpoe.layers.feed_forward import RoutedFeedForward
-from mpoe.layers.initial import FromInitialValues
-from mpoe.layers.losses import count_choices, load_balancing_loss, router_z_loss, sum_over_ranks
 from mpoe.models.find import find_sites
-from mpoe.models.kept import kept_modules
-from mpoe.models.others import OthersMixin
-from mpoe.models.outputs import ROUTING_FIELDS
+from mpoe.models.others import ROUTING_FIELDS, OthersMixin
 from mpoe.models.report import (
     format_report,
+    kept_modules,
     mpo_modules,
     names_in_checkpoints,
     parameter_report,

@@ -17,15 +17,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mpoe.config import MPOEConfig
 from mpoe.layers.experts import MPOExperts
 from mpoe.layers.feed_forward import MPOEFeedForward
+from mpoe.layers.hidden import HiddenFeedForward
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.classes import classes_of, foreign_class
-from mpoe.models.export import as_stock
-from mpoe.models.find import find_sites
-from mpoe.models.kept import fill_merged, hidden_modules, neuron_modules, set_mpoe_config
-from mpoe.models.mixtures import MixtureMixin, with_stock_experts
-from mpoe.models.report import mpo_modules, parameter_report
+from mpoe.models.export import MixtureMixin, as_stock, with_stock_experts
+from mpoe.models.find import AnySite, checked_for, find_sites
+from mpoe.models.report import hidden_modules, mpo_modules, neuron_modules, parameter_report
 from mpoe.models.sites import EmbeddingSite, FFNSite, Report
-from mpoe.models.stock_experts import AnySite, checked_for
 from mpoe.models.table import TABLE, checked_sites, family_for
 from mpoe_kernels import SharedDecomposition, backend_reasons
 
@@ -307,4 +305,53 @@ def _with_config(merged: Any, config: MPOEConfig) -> Any:
     """``merged``, with its configurations updated."""
     config.rate_ratios = {name: list(cores.rate_ratios) for name, cores in mpo_modules(merged)}
     set_mpoe_config(merged, config)
+    return merged
+
+
+@torch.no_grad()
+def fill_merged(merged: MPOEFeedForward, layer: HiddenFeedForward) -> None:
+    """Set dense experts to the weights that the hidden-side blocks of ``layer`` are equivalent to."""
+    if merged.router is not None and layer.router is not None:
+        merged.router.load_state_dict(layer.router.state_dict())
+    experts, dense = layer.experts, layer.projections()
+    for kind, weights in merged.experts.projections().items():
+        weights.weight.copy_(layer.expert_weights(kind))
+        bias: Any = getattr(dense[kind], "bias", None)
+        if weights.bias is not None:
+            weights.bias.copy_(torch.zeros_like(weights.bias) if bias is None else bias)
+        if weights.bias is not None and weights.bias.dim() == 2:  # before the experts' blocks
+            weights.bias.copy_(layer.expert_weights(kind, weights.bias[:1])[:, 0])
+            if experts.bias is not None and kind == ("gate_proj" if experts.is_gated else "up"):
+                weights.bias.add_(experts.bias)
+
+
+def set_mpoe_config(model: Any, config: MPOEConfig) -> None:
+    """Put ``config`` into the configurations of a model and of its parts."""
+    for holder in model.modules():
+        if isinstance(getattr(holder, "config", None), type(model.config)):
+            holder.config.mpoe = config.to_dict()
+
+
+@torch.no_grad()
+def merge_latent(model: Any) -> Any:
+    """A copy whose experts read and write the model's own space: exact up to rounding.
+
+    Every expert's weights become the products with the shared matrices P and Q, ``a_e <- P a_e``, ``b_e <- b_e Q``.
+
+    Args:
+        model: an MPOE model with ``MPOEConfig(shape="neurons", latent=l)``; it is not changed.
+
+    Raises:
+        TypeError: ``model`` is not an MPOE model.
+        ValueError: a model without such experts.
+    """
+    if not hasattr(model, "mpoe_config"):
+        raise TypeError(f"model must be an MPOE model with neurons (latent=l); got {type(model).__name__}")
+    merged = copy.deepcopy(model)
+    layers = [layer for layer in neuron_modules(merged).values() if layer.experts.latent is not None]
+    if not layers:
+        raise ValueError(f"model must have neurons in a latent space (latent=l); this {type(model).__name__} has none")
+    for layer in layers:
+        layer.experts = layer.experts.merged()
+    set_mpoe_config(merged, dataclasses.replace(model.mpoe_config, latent=None))
     return merged

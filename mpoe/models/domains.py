@@ -32,7 +32,7 @@ from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe.models import report
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.convert import check_finite
-from mpoe.models.kept import neuron_modules
+from mpoe.models.report import neuron_modules
 
 LEARNING_RATE = 1e-3
 RouterOfLayer = TypeVar("RouterOfLayer", bound=TopKRouter)

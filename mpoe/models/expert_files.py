@@ -27,11 +27,10 @@ from mpoe.layers.neurons import NeuronExperts
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.convert import check_finite, convert_to_mpoe, converted_class
 from mpoe.models.domains import check_statistics
-from mpoe.models.find import dense_networks
-from mpoe.models.kept import neuron_modules
+from mpoe.models.find import dense_networks, widened
+from mpoe.models.report import neuron_modules
 from mpoe.models.sites import FFNSite
 from mpoe.models.weight_files import declared_shapes, tensors_hash
-from mpoe.models.widen import widened
 from mpoe_kernels.version import __version__
 
 FORMAT = 1

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from mpoe.layers.cores import MPOCores
-from mpoe.layers.dense import ExpertWeights
+from mpoe.layers.cores import ExpertWeights, MPOCores
 from mpoe.layers.experts import MixtureExperts
-from mpoe.layers.feed_forward import RoutedFeedForward
-from mpoe.layers.kept import KeptFeedForward
-from mpoe.models.stock_experts import is_stock_experts
+from mpoe.layers.feed_forward import KeptFeedForward, RoutedFeedForward
+from mpoe.layers.hidden import HiddenFeedForward
+from mpoe.layers.neurons import NeuronFeedForward
+from mpoe.models.find import is_stock_experts
 from mpoe_kernels import ContractionPlan, plan_contraction
 
 LINE = 100  # characters of the legend's lines
@@ -40,6 +40,21 @@ def routed_layers(model: nn.Module) -> list[tuple[str, RoutedFeedForward]]:
         for name, module in model.named_modules()
         if isinstance(module, RoutedFeedForward) and module.router is not None
     ]
+
+
+def kept_modules(model: nn.Module) -> dict[str, KeptFeedForward]:
+    """Every network of a model that kept its projections, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, KeptFeedForward)}
+
+
+def hidden_modules(model: nn.Module) -> dict[str, HiddenFeedForward]:
+    """Every `HiddenFeedForward` of a model by name."""
+    return {name: module for name, module in kept_modules(model).items() if isinstance(module, HiddenFeedForward)}
+
+
+def neuron_modules(model: nn.Module) -> dict[str, NeuronFeedForward]:
+    """Every `NeuronFeedForward` of a model by name."""
+    return {name: module for name, module in kept_modules(model).items() if isinstance(module, NeuronFeedForward)}
 
 
 def short_name(name: str) -> str:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoe.layers import TopKRouter
 from mpoe.layers import logits as logits_module
-from mpoe.layers.logits import bfloat16_parts, float32_logits, logits_of_low_precision
+from mpoe.layers.router import bfloat16_parts, float32_logits, logits_of_low_precision
 from mpoe_kernels import available_backends
 
 LOW = [torch.bfloat16, torch.float16]

@@ -11,9 +11,8 @@ from transformers import BartConfig, BartForConditionalGeneration, OPTConfig, OP
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, save_mpoe_only
 from mpoe.inspection import parameter_growth
-from mpoe.models.card import model_card
-from mpoe.models.kept import kept_modules
-from mpoe.models.report import HEADER, parameter_kind, routed_layers, summarize
+from mpoe.models.others import model_card
+from mpoe.models.report import HEADER, kept_modules, parameter_kind, routed_layers, summarize
 from mpoe.models.sites import FFNSite
 from mpoe.training import MPOETrainingArguments, build_param_groups
 from mpoe.training.freezing import freeze_all_but_experts

@@ -14,7 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from mpoe import MPOEConfig, MPOETrainer, MPOETrainingArguments, convert_to_mpoe, load_mpoe, save_mpoe_only
 from mpoe.models import MPOEGPT2Model, mpo_modules, parameter_kind
-from mpoe.models.card import CARD_FILE, model_card, write_card
+from mpoe.models.others import CARD_FILE, model_card, write_card
 from mpoe.models.report import HEADER, short_name, summarize
 
 from .tiny_models import batch, dense_model

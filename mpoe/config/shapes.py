@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mpoe.config.checks import check_choice, check_integer
+from mpoe.config.checks import check_choice, check_integer, check_type
 
 if TYPE_CHECKING:
     from mpoe_kernels import MPOShape
@@ -57,8 +57,7 @@ def checked_patterns(patterns: Any) -> dict[str, Any]:
     Raises:
         TypeError, ValueError: anything else.
     """
-    if not isinstance(patterns, Mapping):
-        raise TypeError(f"shape_pattern must be a mapping from patterns to shapes; got {type(patterns).__name__}")
+    check_type("shape_pattern", patterns, Mapping, "a mapping from patterns to shapes")
     from mpoe_kernels import MPOShape
 
     checked: dict[str, Any] = {}

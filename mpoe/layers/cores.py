@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpoe.config.checks import check_integer, check_number
+from mpoe.config.checks import check_integer, check_number, check_type
 from mpoe.layers.context import current_routing
 from mpoe_kernels import (
     Decomposition,
@@ -95,8 +95,7 @@ class MPOCores(FromInitialValues):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(shape, MPOShape):
-            raise TypeError(f"shape must be an MPOShape; got {type(shape).__name__}")
+        check_type("shape", shape, MPOShape, "an MPOShape")
         check_integer("num_experts", num_experts, 1)
         check_number("init_std", init_std, 0.0)
         check_placement(device, dtype)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from mpoe.config import MPOEConfig
-from mpoe.config.checks import check_integer
+from mpoe.config.checks import check_integer, check_type
 from mpoe.layers.context import RouterRecord, check_dense, check_mask, count_choices, current_routing
 from mpoe.layers.drop_in import linear_weight
 from mpoe.layers.experts import DenseExperts, MPOExperts
@@ -66,8 +66,7 @@ class RoutedFeedForward(nn.Module):
         device: torch.device | str | None,
     ) -> None:
         super().__init__()
-        if not isinstance(config, MPOEConfig):
-            raise TypeError(f"config must be an MPOEConfig; got {type(config).__name__} {config!r}")
+        check_type("config", config, MPOEConfig, "an MPOEConfig")
         check_integer("in_features", in_features, 1)
         check_integer("hidden_features", hidden_features, 1)
         self.in_features, self.hidden_features = in_features, hidden_features
@@ -88,8 +87,7 @@ class RoutedFeedForward(nn.Module):
             TypeError: what is no tensor of floating-point numbers; a mask that is neither bool nor of integers.
             ValueError: sizes that do not fit, tensors that are not dense.
         """
-        if not isinstance(hidden_states, Tensor):
-            raise TypeError(f"hidden_states must be a tensor [..., I]; got {type(hidden_states).__name__}")
+        check_type("hidden_states", hidden_states, Tensor, "a tensor [..., I]")
         check_dense("hidden_states", hidden_states)
         if not hidden_states.is_floating_point():
             raise TypeError(f"hidden_states must hold floating-point numbers; got {hidden_states.dtype}")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpoe.config import RouterConfig
-from mpoe.config.checks import check_integer
+from mpoe.config.checks import check_integer, check_type
 from mpoe.layers.cores import FromInitialValues, check_placement
 from mpoe_kernels import Routing, route
 from mpoe_kernels.routing.gating import best_experts, can_route_natively, gating_of, native_gating, native_logits
@@ -202,8 +202,7 @@ class TopKRouter(FromInitialValues):
 
     def forward(self, x: Tensor) -> RouterOutput:
         """Route tokens ``x [T, I]``."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a tensor [T, I]; got {type(x).__name__}")
+        check_type("x", x, Tensor, "a tensor [T, I]")
         if x.dim() != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"x must be [T, I] with I = {self.in_features}; got {list(x.shape)}")
         # The meta device has no autocast to turn off, and entering a disabled autocast costs as much as a small

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mpoe.config import MPOEConfig
+from mpoe.config.checks import check_type
 from mpoe.layers.experts import MPOExperts
 from mpoe.layers.feed_forward import MPOEFeedForward
 from mpoe.layers.hidden import HiddenFeedForward
@@ -197,8 +198,7 @@ def convert_to_mpoe(
     given = None if sites is None else checked_sites(sites)
     cls = converted_class(model, given)
     config = MPOEConfig() if config is None else config
-    if not isinstance(config, MPOEConfig):
-        raise TypeError(f"config must be an MPOEConfig; got {type(config).__name__}")
+    check_type("config", config, MPOEConfig, "an MPOEConfig")
     family = family_for(given, cls.mpoe_family)
     config = checked_for(model, family, config)
     found = find_sites(model, config, family)
@@ -262,8 +262,7 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
         ValueError: without ``as_``, experts that are already dense or neurons beside a dense network; a model that
             ``as_`` cannot represent exactly, with the reasons.
     """
-    if not isinstance(model, MPOEModelMixin):
-        raise TypeError(f"model must be an MPOE model (see convert_to_mpoe); got {type(model).__name__}")
+    check_type("model", model, MPOEModelMixin, "an MPOE model (see convert_to_mpoe)")
     has_neurons = bool(neuron_modules(model))
     if has_neurons and as_ is None:
         raise ValueError(
@@ -301,13 +300,6 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
     return _with_config(merged, config)
 
 
-def _with_config(merged: Any, config: MPOEConfig) -> Any:
-    """``merged``, with its configurations updated."""
-    config.rate_ratios = {name: list(cores.rate_ratios) for name, cores in mpo_modules(merged)}
-    set_mpoe_config(merged, config)
-    return merged
-
-
 @torch.no_grad()
 def fill_merged(merged: MPOEFeedForward, layer: HiddenFeedForward) -> None:
     """Set dense experts to the weights that the hidden-side blocks of ``layer`` are equivalent to."""
@@ -325,11 +317,13 @@ def fill_merged(merged: MPOEFeedForward, layer: HiddenFeedForward) -> None:
                 weights.bias.add_(experts.bias)
 
 
-def set_mpoe_config(model: Any, config: MPOEConfig) -> None:
-    """Put ``config`` into the configurations of a model and of its parts."""
+def _with_config(model: Any, config: MPOEConfig) -> Any:
+    """``model``, with ``config`` and its rate ratios in its configurations and those of its parts."""
+    config.rate_ratios = {name: list(cores.rate_ratios) for name, cores in mpo_modules(model)}
     for holder in model.modules():
         if isinstance(getattr(holder, "config", None), type(model.config)):
             holder.config.mpoe = config.to_dict()
+    return model
 
 
 @torch.no_grad()
@@ -353,5 +347,4 @@ def merge_latent(model: Any) -> Any:
         raise ValueError(f"model must have neurons in a latent space (latent=l); this {type(model).__name__} has none")
     for layer in layers:
         layer.experts = layer.experts.merged()
-    set_mpoe_config(merged, dataclasses.replace(model.mpoe_config, latent=None))
-    return merged
+    return _with_config(merged, dataclasses.replace(model.mpoe_config, latent=None))

@@ -50,18 +50,16 @@ class MixtureMixin(MPOEModelMixin):
     def forget_dense_names(self) -> None:
         """As for every model; if experts are MPOs, plans replicate experts and routers on every rank."""
         super().forget_dense_names()
-        model: Any = self
-        changed = [name for name, module in expert_modules(model) if isinstance(module, MixtureExperts)]
+        changed = [name for name, module in expert_modules(self) if isinstance(module, MixtureExperts)]
         if changed:
             ends = {name.rpartition(".")[2] for name in changed}
-            model._ep_plan = {}
-            model._tp_plan = {key: how for key, how in model._tp_plan.items() if not ends & set(key.split("."))}
+            self._ep_plan = {}
+            self._tp_plan = {key: how for key, how in self._tp_plan.items() if not ends & set(key.split("."))}
 
     def _parts(self, part: str) -> list[nn.Module | nn.Parameter]:
-        model: Any = self
         if part == "central":
             return super()._parts(part)
-        return list(router_modules(model)) if part == "router" else [module for _, module in expert_modules(model)]
+        return list(router_modules(self)) if part == "router" else [module for _, module in expert_modules(self)]
 
 
 def dense_config(model: Any) -> Any:

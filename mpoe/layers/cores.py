@@ -259,7 +259,10 @@ IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
 
 def _grouped_mm_runs(x: Tensor, weight: Tensor) -> bool:
-    """`torch.nn.functional.grouped_mm` needs float32 or half precision and rows aligned to 16 bytes."""
+    """`torch.nn.functional.grouped_mm` needs float32 or half precision and rows aligned to 16 bytes. On a CPU, few rows
+    take one product after another, which reads the weights of the experts that have some, and no others'."""
+    if x.device.type == "cpu" and x.shape[0] < weight.shape[0] and not torch.compiler.is_compiling():
+        return False
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.dtype != weight.dtype:
         return False
     aligned = 16 // x.element_size()
@@ -313,8 +316,8 @@ def grouped_dense_linear(
         y = y if bias is None else y + bias
         return torch.where(used, y, zero)
     bounds = expert_offsets.tolist()
-    parts = [x[start:stop] @ w for start, stop, w in zip(bounds, bounds[1:], weight.unbind(0), strict=False)]
-    y = torch.cat(parts)
+    spans = [(start, stop, w) for start, stop, w in zip(bounds, bounds[1:], weight, strict=False) if start < stop]
+    y = torch.cat([x[start:stop] @ w for start, stop, w in spans or [(0, 0, weight[0])]])
     y = y if bias is None else y + (bias if bias.dim() == 1 else bias[: len(y)])
     return torch.cat([y, y.new_zeros(x.shape[0] - bounds[-1], y.shape[1])])
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from mpoe.config.checks import check_choice
 from mpoe.layers.cores import ExpertWeights, MPOCores
-from mpoe.layers.expert_cache import KeptExperts, full_weights_pay, kept_experts
+from mpoe.layers.expert_cache import KeptExperts, computed_in, full_weights_pay, kept_experts
 from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe_kernels import MPOShape, Routing, combine, dispatch, mpo_ffn, route
-from mpoe_kernels.mixture import Chains, Rule, Slots, native_combine, native_slots, plain_ffn, routed_ffn
+from mpoe_kernels.mixture import Chains, Rule, Slots, native_slots, plain_ffn, routed_ffn
 
 
 def _gelu_tanh(z: Tensor) -> Tensor:
@@ -137,11 +137,9 @@ class MPOExperts(_Network):
         ``dropout`` is the rate between the projections; pass it in training only.
         """
         kept = kept_experts(self)
-        if kept is not None and dropout == 0.0 and x.device.type == "cpu":
-            autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
-            dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-            if kept.has_dense(routing.token_of_slot.shape[0], dtype):
-                return combine(kept.rows(x, routing), routing, top_k_weights, backend=self.backend)
+        dense = None if dropout else self._full_weights(kept, routing.token_of_slot.shape[0], x.dtype)
+        if dense is not None:
+            return dense(x, routing, top_k_weights)
         chains = self._chains(kept)
         return mpo_ffn(
             x,
@@ -163,7 +161,7 @@ class MPOExperts(_Network):
         """Route tokens ``x [T, I]`` and compute them by native calls in place of the ops of both forwards.
 
         Returns the result, which is the same, and the router's decision, which may be None unless ``shows_decision``;
-        or None with gradients, autocast, a compiler, another backend or several dtypes.
+        or None with gradients, autocast, a compiler, another backend, several dtypes or full weights.
         """
         own = [core for cores in self.projections().values() for core in cores.cores()]
         tensors = [*own, *(bias for bias in (self.up.bias, self.down.bias) if bias is not None)]
@@ -174,22 +172,22 @@ class MPOExperts(_Network):
         ):
             return None
         kept = kept_experts(self)
-        has_dense = kept is not None and kept.has_dense(x.shape[0] * router.top_k, x.dtype)
+        if self._full_weights(kept, x.shape[0] * router.top_k, x.dtype) is not None:
+            return None
         rule = Rule(router.top_k, router.config.is_scale_prob, router.capacity(x.shape[0]))
         chains = self._chains(kept)
-        y = (
-            None
-            if shows_decision or has_dense
-            else routed_ffn(x, router.weight, rule, chains, token_mask, self.backend)
-        )
+        y = None if shows_decision else routed_ffn(x, router.weight, rule, chains, token_mask, self.backend)
         if y is not None:
             return y, None
         gating, slots = native_slots(x, router.weight, rule, token_mask)
-        if has_dense and kept is not None:
-            y = native_combine(kept.rows(x, slots), slots, gating.top_k_weights)
-        else:
-            y = plain_ffn(x, slots, gating.top_k_weights, chains, self.backend)
+        y = plain_ffn(x, slots, gating.top_k_weights, chains, self.backend)
         return y, (RouterOutput(*gating), slots)
+
+    def _full_weights(self, kept: KeptExperts | None, slots: int, dtype: torch.dtype) -> DenseExperts | None:
+        """The dense experts that are kept, if they pay for so many slots of tokens in ``dtype``."""
+        if kept is None or kept.dense is None or kept.dense.dtype != computed_in(dtype):
+            return None
+        return kept.dense if self.full_weights_pay(slots, kept.dense.dtype) else None
 
     def _chains(self, kept: KeptExperts | None) -> Chains:
         """The folded chains."""
@@ -269,14 +267,3 @@ class DenseExperts(_Network):
         if dropout > 0.0:
             hidden = nn.functional.dropout(hidden, dropout)
         return combine(self.down(hidden, offsets), routing, top_k_weights)
-
-    def expert(self, number: int, rows: Tensor) -> Tensor:
-        """One expert on its rows ``[n, I] -> [n, I]``."""
-        act, hidden = ACTIVATIONS[self.activation], _affine(rows, self.up, number)
-        hidden = act(hidden) if self.gate_proj is None else act(_affine(rows, self.gate_proj, number)) * hidden
-        return _affine(hidden, self.down, number)
-
-
-def _affine(x: Tensor, weights: ExpertWeights, expert: int) -> Tensor:
-    bias, weight = weights.bias, weights.weight[expert]
-    return x @ weight if bias is None else torch.addmm(bias.to(x.dtype), x, weight)

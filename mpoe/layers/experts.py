@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from mpoe.config.checks import check_choice
 from mpoe.layers.cores import ExpertWeights, MPOCores
 from mpoe.layers.expert_cache import KeptExperts, computed_in, full_weights_pay, kept_experts
-from mpoe.layers.router import RouterOutput, TopKRouter
+from mpoe.layers.router import TopKRouter
 from mpoe_kernels import MPOShape, Routing, combine, dispatch, mpo_ffn, route
-from mpoe_kernels.mixture import Chains, Rule, Slots, native_slots, plain_ffn, routed_ffn
+from mpoe_kernels.mixture import Chains, Rule, routed_ffn
 
 
 def _gelu_tanh(z: Tensor) -> Tensor:
@@ -155,13 +155,11 @@ class MPOExperts(_Network):
             backend=self.backend,
         )
 
-    def routed(
-        self, router: TopKRouter, x: Tensor, token_mask: Tensor | None, shows_decision: bool
-    ) -> tuple[Tensor, tuple[RouterOutput, Slots] | None] | None:
-        """Route tokens ``x [T, I]`` and compute them by native calls in place of the ops of both forwards.
+    def routed(self, router: TopKRouter, x: Tensor, token_mask: Tensor | None) -> Tensor | None:
+        """Route tokens ``x [T, I]`` and compute them by one native call in place of the ops of both forwards.
 
-        Returns the result, which is the same, and the router's decision, which may be None unless ``shows_decision``;
-        or None with gradients, autocast, a compiler, another backend, several dtypes or full weights.
+        Returns the result, which is the same, or None with gradients, autocast, a compiler, another backend, several
+        dtypes or full weights.
         """
         own = [core for cores in self.projections().values() for core in cores.cores()]
         tensors = [*own, *(bias for bias in (self.up.bias, self.down.bias) if bias is not None)]
@@ -175,13 +173,7 @@ class MPOExperts(_Network):
         if self._full_weights(kept, x.shape[0] * router.top_k, x.dtype) is not None:
             return None
         rule = Rule(router.top_k, router.config.is_scale_prob, router.capacity(x.shape[0]))
-        chains = self._chains(kept)
-        y = None if shows_decision else routed_ffn(x, router.weight, rule, chains, token_mask, self.backend)
-        if y is not None:
-            return y, None
-        gating, slots = native_slots(x, router.weight, rule, token_mask)
-        y = plain_ffn(x, slots, gating.top_k_weights, chains, self.backend)
-        return y, (RouterOutput(*gating), slots)
+        return routed_ffn(x, router.weight, rule, self._chains(kept), token_mask, self.backend)
 
     def _full_weights(self, kept: KeptExperts | None, slots: int, dtype: torch.dtype) -> DenseExperts | None:
         """The dense experts that are kept, if they pay for so many slots of tokens in ``dtype``."""

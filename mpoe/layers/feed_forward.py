@@ -31,6 +31,12 @@ def is_observed(*modules: nn.Module) -> bool:
     return _has_any_global_hook()
 
 
+def is_recorded() -> bool:
+    """Whether the model call in progress asks for the routers' records."""
+    call = current_routing()
+    return call is not None and call.records is not None
+
+
 def sizes_by_kind(in_features: int, hidden_features: int, gated: bool) -> dict[str, tuple[int, int]]:
     """``(in, out)`` of every projection of a feed-forward network."""
     kinds = {"up": (in_features, hidden_features), "down": (hidden_features, in_features)}
@@ -211,13 +217,10 @@ class MPOEFeedForward(RoutedFeedForward):
             ValueError: sizes that do not fit, tensors that are not dense.
         """
         x, token_mask = self.tokens(hidden_states, token_mask)
-        if self.skips_ops(MPOExperts):
-            call = current_routing()
-            found = self.experts.routed(self.router, x, token_mask, call is not None and call.records is not None)
-            if found is not None:
-                if found[1] is not None:
-                    self.record(found[1][0], token_mask, found[1][1].expert_offsets)
-                return self.dropped(found[0]).view(hidden_states.shape)
+        if self.skips_ops(MPOExperts) and not is_recorded():
+            y: Tensor | None = self.experts.routed(self.router, x, token_mask)
+            if y is not None:
+                return self.dropped(y).view(hidden_states.shape)
         routing, gates = self._route(x, token_mask)
         if x.dtype != self.experts.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.experts.dtype)

@@ -54,7 +54,7 @@ class MixtureMixin(MPOEModelMixin):
         if changed:
             ends = {name.rpartition(".")[2] for name in changed}
             self._ep_plan = {}
-            self._tp_plan = {key: how for key, how in self._tp_plan.items() if not ends & set(key.split("."))}
+            self._tp_plan = {key: how for key, how in (self._tp_plan or {}).items() if not ends & set(key.split("."))}
 
     def _parts(self, part: str) -> list[nn.Module | nn.Parameter]:
         if part == "central":

@@ -81,7 +81,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         monkeypatch.setattr(f"mpoe.layers.{module}.{name}", call)
 
     watched("experts", "routed_ffn", mixture.routed_ffn)
-    watched("experts", "plain_ffn", mixture.plain_ffn)
     watched("neurons", "routed_neurons", mixture.routed_neurons)
     watched("hidden", "routed", hidden.routed)
     return seen
@@ -138,10 +137,7 @@ def test_what_runs(kind: str, calls: list[str]) -> None:
         assert calls.pop() == OF_KIND[kind]
         with routing_context():
             layer(x)
-        shown = {"separable": ["plain_ffn"], "hidden": ["routed"], "neurons": []}[
-            kind
-        ]  # the router's decision is shown
-        assert calls[3:] == shown
+        assert calls[3:] == (["routed"] if kind == "hidden" else [])  # the router's decision is shown
         if kind != "separable":
             calls.clear()
             layer(x[:0])
@@ -228,7 +224,7 @@ def test_another_backend_for_a_projection_gets_the_ops(calls, monkeypatch: pytes
     monkeypatch.setattr(mixture, "chosen_for", eager_for_down)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), by_ops(layer, x))
-    assert calls == ["plain_ffn"]
+    assert calls == []
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 300])

@@ -25,12 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-def check_dense(name: str, value: Tensor) -> None:
-    """Refuse sparse, nested and mkldnn tensors."""
-    if value.layout != torch.strided or value.is_nested:
-        layout = "nested" if value.is_nested else value.layout
-        raise ValueError(f"{name} must be a dense tensor; got one of the layout {layout}")
+from mpoe_kernels.checks import check_dense
 
 
 def check_mask(name: str, value: object, shape: Sequence[int]) -> Tensor:

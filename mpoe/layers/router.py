@@ -3,7 +3,6 @@ the tokens where the device allows it."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from mpoe.config import RouterConfig
 from mpoe.config.checks import check_integer, check_type
 from mpoe.layers.cores import FromInitialValues, check_placement
 from mpoe_kernels import Routing, route
+from mpoe_kernels.checks import no_autocast
 from mpoe_kernels.routing.gating import best_experts, can_route_natively, gating_of, native_gating, native_logits
 
 
@@ -205,10 +205,7 @@ class TopKRouter(FromInitialValues):
         check_type("x", x, Tensor, "a tensor [T, I]")
         if x.dim() != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"x must be [T, I] with I = {self.in_features}; got {list(x.shape)}")
-        # The meta device has no autocast to turn off, and entering a disabled autocast costs as much as a small
-        # product.
-        is_lowered = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-        with torch.autocast(x.device.type, enabled=False) if is_lowered else contextlib.nullcontext():
+        with no_autocast(x.device):
             if self.training and self.config.jitter:
                 x = x.float()
                 x = x * torch.empty_like(x).uniform_(1.0 - self.config.jitter, 1.0 + self.config.jitter)

@@ -218,7 +218,7 @@ def _report(
     if any("loss" in record for record in records):
         add("Training", training=report.training_curves(records))
     if weights:
-        parts.append(report.Table(HEADER, [row.cells() for row in weights], "MPO weights", LEGEND).section())
+        parts.append(report.Table(HEADER, [row.cells for row in weights], "MPO weights", LEGEND).section())
     folder.mkdir(parents=True, exist_ok=True)
     for old in (REPORT_FILE, NUMBERS_FILE, *(f"{plot}.png" for plot in PLOTS)):
         (folder / old).unlink(missing_ok=True)

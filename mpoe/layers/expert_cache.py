@@ -54,8 +54,8 @@ def _full_weights(chain: MPOBlocks, dtype: torch.dtype) -> Tensor:
     """``[E, I, F]``, contiguous along the longer axis: products with one row then read it in long runs."""
     # In float32 for half precision, in which an intermediate would be rounded twice.
     work = torch.promote_types(chain.central.dtype, torch.float32)
-    sides = (block.to(work) for block in (chain.left, chain.central, chain.right))
-    whole = expert_weights(MPOBlocks(*sides, chain.in_features, chain.out_features)).to(dtype)
+    left, central, right = (block.to(work) for block in (chain.left, chain.central, chain.right))
+    whole = expert_weights(MPOBlocks(left, central, right, chain.in_features, chain.out_features)).to(dtype)
     return whole.contiguous() if chain.in_features <= chain.out_features else whole.mT.contiguous().mT
 
 
@@ -85,20 +85,20 @@ class ExpertCache:
     @torch.no_grad()
     def __init__(self, max_bytes: int, layers: Sequence[Any], rebuilds: bool = True) -> None:
         self.max_bytes, self.reserved = max_bytes, 0
-        self.layers: dict[nn.Module, KeptExperts] = {}
+        self.layers: dict[Any, KeptExperts] = {}
         for layer in layers:
             blocks = {kind: cores.blocks() for kind, cores in layer.projections().items()}
             views = {core.untyped_storage().data_ptr() for p in layer.projections().values() for core in p.cores()}
             sides = [side for chain in blocks.values() for side in (chain.left, chain.right)]
             if self._reserves(sum(s.nbytes for s in sides if s.untyped_storage().data_ptr() not in views)):
                 self.layers[layer] = KeptExperts(blocks)
-        for layer, (blocks, _) in list(self.layers.items()) if rebuilds else ():
+        for layer, kept in list(self.layers.items()) if rebuilds else ():
             dtype = computed_in(layer.dtype)
-            elements = sum(chain.in_features * chain.out_features * len(chain.left) for chain in blocks.values())
+            elements = sum(chain.in_features * chain.out_features * len(chain.left) for chain in kept.blocks.values())
             fits = layer.up.central.device.type == "cpu" and layer.full_weights_pay(layer.num_experts, dtype)
             if fits and self._reserves(elements * dtype.itemsize):
                 dense = layer.as_dense(lambda cores, dtype=dtype: _full_weights(cores.blocks(), dtype))
-                self.layers[layer] = KeptExperts(blocks, dense)
+                self.layers[layer] = KeptExperts(kept.blocks, dense)
 
     def _reserves(self, wanted: int) -> bool:
         """Whether there is room for so many bytes, which are then taken."""

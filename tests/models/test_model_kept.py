@@ -200,8 +200,8 @@ def test_reports(kind: str, family: str, capsys: pytest.CaptureFixture) -> None:
     }[kind]
     rows = summarize(model, 64, 2)
     assert [row.name for row in rows] == list(layers)
-    assert len(rows[0].cells()) == len(HEADER)
-    assert rows[0].cells()[-2:] == (KEPT[kind]["shape"], f"{ratio:.2f}")
+    assert len(rows[0].cells) == len(HEADER)
+    assert rows[0].cells[-2:] == (KEPT[kind]["shape"], f"{ratio:.2f}")
     model.mpoe_summary()
     assert (f" {f // 8} blocks, own" if kind == "hidden" else "8 neurons") in capsys.readouterr().out
     assert ("block_size=8" if kind == "hidden" else f"neurons=8, latent={latent}") in model_card(model)

@@ -12,13 +12,13 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig, RouterConfig
+from mpoe.config.checks import hint
 from mpoe.config.shapes import KINDS, pattern_matches
 from mpoe.layers.drop_in import linear_weight
 from mpoe.layers.experts import MixtureExperts, check_activation
@@ -250,9 +250,9 @@ def _select(sites: list[AnySite], config: MPOEConfig) -> list[AnySite]:
     for option, fits in (("exclude_modules", _excluded), ("shape_pattern", pattern_matches)):
         for pattern in getattr(config, option):
             if not any(fits(pattern, name) for name in names):
-                close = get_close_matches(pattern, names, n=3, cutoff=0.3)
-                hint = f"; close matches: {', '.join(close)}" if close else ""
-                raise ValueError(f"{option} names {pattern!r}, which is none of the {len(names)} targets{hint}")
+                raise ValueError(
+                    f"{option} names {pattern!r}, which is none of the {len(names)} targets{hint(pattern, names)}"
+                )
     known = sorted({site.layer for site in sites if site.layer is not None})
     for index in layers or []:
         if index not in known:

@@ -317,8 +317,8 @@ def _matrix_costs(
     experts, slots, elements = config.num_experts, tokens * config.top_k, rows * columns
     dense = Cost(elements, 2 * tokens * elements * usage.passes)
     switch = Cost(experts * elements, 2 * slots * elements * usage.passes)
-    shape = None if config.is_neurons else config.shape_for(kind, rows, columns)
-    strategy, backward = "neurons" if shape is None else "hidden", None
+    shape = None if config.keeps_network else config.shape_for(kind, rows, columns)
+    strategy, backward = config.shape, None
     products = 1 if not usage.training else 3 if kind == "down" else 4
     width, hidden = (columns, rows) if kind == "down" else (rows, columns)
     if config.is_hidden:  # blocks [b, b], every group of hidden units a row

@@ -281,17 +281,15 @@ class MPOEConfig:
             in_features, out_features: true sizes of the weight ``[in_features, out_features]``.
 
         Raises:
-            ValueError: an unknown kind, or a given `MPOShape` of other sizes.
+            ValueError: an unknown kind, a shape that keeps the projections, or a given `MPOShape` of other sizes.
         """
         checks.check_choice("kind", kind, shapes.KINDS)
-        if self.shape == shapes.NEURONS:
-            raise ValueError("shape 'neurons' needs a dense network that stays (see convert_to_mpoe): it has no MPO")
+        if self.shape in shapes.KEPT_SHAPES:
+            wanted = "a dense network that stays (see convert_to_mpoe)"
+            raise ValueError(f"shape {self.shape!r} needs {wanted}: it has no MPO")
         if isinstance(self.shape, dict):
             shape: MPOShape = self.shape.get(kind) or self.shape["up"]
             return shapes.check_sizes(f"shape[{kind!r}]", shape, in_features, out_features)
-        if self.shape == shapes.HIDDEN:
-            block = self.hidden_block(in_features if kind == "down" else out_features)
-            return shapes.hidden_shape(kind, in_features, out_features, block)
         if self.shape != "separable":
             return shapes.named_shape(self.shape, in_features, out_features, self.max_bond, self.light_p)
         if kind == "down":

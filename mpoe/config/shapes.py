@@ -102,19 +102,6 @@ def named_shape(name: str, in_features: int, out_features: int, max_bond: int | 
     return shape
 
 
-def hidden_shape(kind: str, in_features: int, out_features: int, block: int) -> MPOShape:
-    """The plain MPO of hidden-side blocks that all groups share: the central core comes first, the other core is the
-    expert's.
-
-    Up: cores ``[1, I, G, b] [b, 1, b, 1]``; down: ``[1, G, I, b] [b, b, 1, 1]``.
-    """
-    from mpoe_kernels import MPOShape
-
-    if kind == "down":
-        return MPOShape((in_features // block, block), (out_features, 1), central=0)
-    return MPOShape((in_features, 1), (out_features // block, block), central=0)
-
-
 def check_sizes(name: str, shape: MPOShape, in_features: int, out_features: int) -> MPOShape:
     """Return ``shape`` if it is for a weight of these sizes.
 

@@ -156,8 +156,7 @@ def checkpoint_arguments(kwargs: dict[str, Any] | None) -> dict[str, Any]:
         )
 
     def both() -> tuple[AbstractContextManager[Any], ...]:
-        theirs = (nullcontext(), nullcontext()) if users is None else users()
-        return tuple(_joined(*pair) for pair in zip(checkpoint_contexts(), theirs, strict=True))
+        return tuple(_joined(*pair) for pair in zip(checkpoint_contexts(), users(), strict=True))
 
     return {**chosen, "use_reentrant": False, "context_fn": checkpoint_contexts if users is None else both}
 

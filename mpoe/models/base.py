@@ -4,6 +4,7 @@ subclasses call their dense parent's forward inside a routing context and add th
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from mpoe.config import MPOEConfig
@@ -271,26 +273,16 @@ class MPOEModelMixin(OthersMixin):
 
     # -------------------------------------------------------- checkpointing
 
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, *args: Any, **kwargs: Any
     ) -> None:
         """As in Transformers, always non-reentrant: recomputed layers must see the call's token masks again.
 
         ``use_reentrant=True`` is replaced, with a warning; the gradients are the same.
         """
-        checked = checkpoint_arguments(activation_checkpointing_kwargs)
-        parent: Any = super()
-        name = "activation_checkpointing_enable"
-        enable = getattr(parent, name, None) or parent.gradient_checkpointing_enable
-        enable(checked, *args, **kwargs)
-
-    if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):
-        # Older versions of Transformers 5 call only this name; newer ones forward it, and an override would recurse.
-        def gradient_checkpointing_enable(
-            self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
-        ) -> None:
-            """The older name of `activation_checkpointing_enable`."""
-            self.activation_checkpointing_enable(gradient_checkpointing_kwargs, *args, **kwargs)
+        given = functools.partial(gradient_checkpointing_func)
+        checked = functools.partial(given.func, **checkpoint_arguments(given.keywords))
+        super()._set_gradient_checkpointing(enable, checked, *args, **kwargs)
 
     # ------------------------------------------------------------ reporting
 

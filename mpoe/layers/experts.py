@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mpoe.config.checks import check_choice
 from mpoe.layers.cores import ExpertWeights, MPOCores
-from mpoe.layers.expert_cache import KeptExperts, computed_in, full_weights_pay, kept_experts
+from mpoe.layers.expert_cache import KeptExperts, full_weights_pay, kept_experts
 from mpoe.layers.router import TopKRouter
 from mpoe_kernels import MPOShape, Routing, combine, dispatch, mpo_ffn, route
 from mpoe_kernels.mixture import Chains, Rule, routed_ffn
@@ -137,9 +137,12 @@ class MPOExperts(_Network):
         ``dropout`` is the rate between the projections; pass it in training only.
         """
         kept = kept_experts(self)
-        dense = None if dropout else self._full_weights(kept, routing.token_of_slot.shape[0], x.dtype)
-        if dense is not None:
-            return dense(x, routing, top_k_weights)
+        if kept is not None and dropout == 0.0 and x.device.type == "cpu":
+            lowers = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+            dtype = torch.get_autocast_dtype("cpu") if lowers else x.dtype
+            if kept.has_dense(routing.token_of_slot.shape[0], dtype):
+                y: Tensor = kept.dense_for(routing.expert_offsets)(x, routing, top_k_weights)
+                return y
         chains = self._chains(kept)
         return mpo_ffn(
             x,
@@ -159,7 +162,7 @@ class MPOExperts(_Network):
         """Route tokens ``x [T, I]`` and compute them by one native call in place of the ops of both forwards.
 
         Returns the result, which is the same, or None with gradients, autocast, a compiler, another backend, several
-        dtypes or full weights.
+        dtypes, or where full weights pay.
         """
         own = [core for cores in self.projections().values() for core in cores.cores()]
         tensors = [*own, *(bias for bias in (self.up.bias, self.down.bias) if bias is not None)]
@@ -170,16 +173,10 @@ class MPOExperts(_Network):
         ):
             return None
         kept = kept_experts(self)
-        if self._full_weights(kept, x.shape[0] * router.top_k, x.dtype) is not None:
-            return None
+        if kept is not None and self.full_weights_pay(x.shape[0] * router.top_k, x.dtype):
+            return None  # `forward` decides
         rule = Rule(router.top_k, router.config.is_scale_prob, router.capacity(x.shape[0]))
         return routed_ffn(x, router.weight, rule, self._chains(kept), token_mask, self.backend)
-
-    def _full_weights(self, kept: KeptExperts | None, slots: int, dtype: torch.dtype) -> DenseExperts | None:
-        """The dense experts that are kept, if they pay for so many slots of tokens in ``dtype``."""
-        if kept is None or kept.dense is None or kept.dense.dtype != computed_in(dtype):
-            return None
-        return kept.dense if self.full_weights_pay(slots, kept.dense.dtype) else None
 
     def _chains(self, kept: KeptExperts | None) -> Chains:
         """The folded chains."""

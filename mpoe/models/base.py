@@ -255,7 +255,7 @@ class MPOEModelMixin(OthersMixin):
         """Set how much memory `generate` may take, while it runs, for folded blocks and full weights of experts.
 
         Decoding on a CPU gets faster for shapes whose weights are costly to rebuild; outputs stay the same up to
-        rounding. A layer keeps full weights for all its experts or for none, if an answer may be long enough to
+        rounding. A layer keeps full weights for all its experts or for none, once an answer is long enough to
         amortise them. Compiled graphs use the cores; on a GPU, only blocks are kept, if a bound is set. Nothing is kept
         between calls. Hidden-side experts and neurons have nothing to rebuild.
 

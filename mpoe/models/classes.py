@@ -31,10 +31,6 @@ from mpoe.models.others import ROUTING_FIELDS, output_of
 from mpoe.models.table import CAUSAL, CLASS_PREFIX, ENCODER, SEQ2SEQ, TABLE, TYPE_PREFIX
 
 logger = logging.get_logger(__name__)
-# Fewest tokens of an answer for which full weights are rebuilt, to amortise them: built at the second token they seemed
-# to slow an answer of three tokens by 8%, built at the eighth one of twelve by 5% (shape light, one text; single runs,
-# noise 5%).
-LEAST_TOKENS = 15
 
 
 def _may_cache(layer: MPOExperts, on_gpus: bool) -> bool:
@@ -64,13 +60,12 @@ def decoding_bytes(layers: list[MPOExperts]) -> int:
 
 
 @contextmanager
-def kept_while_generating(model: Any, max_bytes: int | None, tokens: int) -> Iterator[ExpertCache | None]:
+def kept_while_generating(model: nn.Module, max_bytes: int | None) -> Iterator[ExpertCache | None]:
     """A cache for the experts of ``model``, gone at the end; ``None`` if it would not help.
 
     Args:
         model: of which `generate` is called.
         max_bytes: bound; ``None``: `decoding_bytes`, on a CPU; 0: no cache.
-        tokens: at most of the answer.
     """
     experts = (module for module in model.modules() if isinstance(module, MPOExperts))
     layers = [] if torch.compiler.is_compiling() else [e for e in experts if _may_cache(e, max_bytes is not None)]
@@ -78,21 +73,14 @@ def kept_while_generating(model: Any, max_bytes: int | None, tokens: int) -> Ite
     if bound == 0 or not layers:
         yield None
         return
-    once = set(model.get_encoder().modules()) if model.config.is_encoder_decoder else ()  # it runs on a whole text
-    cache = ExpertCache(bound, [layer for layer in layers if layer not in once], tokens >= LEAST_TOKENS)
-    if max_bytes is None and cache.reserved:
+    # other blocks are views of cores
+    if max_bytes is None and any(layer.full_weights_pay(layer.num_experts, layer.dtype) for layer in layers):
         logger.info_once(
             f"generate keeps rebuilt weights of experts in up to {bound / 1e6:.1f} MB, the size of the dense layers, "
             "until it returns; model.cache_experts(max_bytes) sets another limit, model.cache_experts(0) keeps nothing"
         )
-    with cache.in_use():
+    with ExpertCache(bound, layers).in_use() as cache:
         yield cache
-
-
-def _most_tokens(model: Any, options: Mapping[str, Any]) -> int:
-    """The longest answer that `generate` gives with these options."""
-    given = {**vars(options.get("generation_config") or model.generation_config), **options}
-    return next((int(given[name]) for name in ("max_new_tokens", "max_length") if given.get(name)), 20)
 
 
 class MPOESeq2SeqMixin(MPOEModelMixin):
@@ -260,8 +248,7 @@ def make_class(
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         context = RoutingContext(self.generation_masks(args, kwargs), None, is_generating=True)
-        tokens = _most_tokens(self, kwargs)
-        with Entered(context), kept_while_generating(self, self._expert_cache_bytes, tokens):
+        with Entered(context), kept_while_generating(self, self._expert_cache_bytes):
             return super(made, self).generate(*args, **kwargs)
 
     namespace = {

@@ -24,8 +24,9 @@ PLENTY = 10**9
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Full weights wherever they are allowed: matrices this small never benefit from them."""
+    """Full weights at once and wherever they are allowed: matrices this small never benefit from them."""
     monkeypatch.setattr("mpoe.layers.experts.full_weights_pay", lambda *_: True)
+    monkeypatch.setattr("mpoe.layers.expert_cache.PATIENCE", 0)
 
 
 def feed_forward(shape: str = "paper", gated: bool = False, top_k: int = 1, **options) -> MPOEFeedForward:
@@ -44,7 +45,7 @@ def kept(*layers: MPOEFeedForward, max_bytes: int = PLENTY) -> Iterator[ExpertCa
 
 
 def built(cache: ExpertCache) -> int:
-    return sum(kept.dense is not None for kept in cache.layers.values())
+    return sum(kept.built for kept in cache.layers.values() if kept is not None)
 
 
 def plain(ffn: MPOEFeedForward, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -87,7 +88,7 @@ def test_any_number_of_tokens_and_experts_without_any(tokens: int) -> None:
     x = torch.rand(tokens, 24)
     with kept(ffn) as cache:
         torch.testing.assert_close(ffn(x), plain(ffn, x))
-        assert built(cache) == 1
+        assert built(cache) == min(tokens, 1)
 
 
 @pytest.mark.usefixtures("always")
@@ -96,6 +97,7 @@ def test_a_layer_has_full_weights_for_all_its_experts_or_for_none(short: int) ->
     """With one byte too few, every pass uses only the cores, in one call, with the kept blocks."""
     ffn = feed_forward("paper", top_k=2)
     with kept(ffn) as cache:
+        ffn(torch.randn(1, 24))
         bound = cache.reserved - short
     with kept(ffn, max_bytes=bound) as cache:
         for _ in range(3):
@@ -103,7 +105,7 @@ def test_a_layer_has_full_weights_for_all_its_experts_or_for_none(short: int) ->
             found, want = ffn(x), plain(ffn, x)
             torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
             assert not short or torch.equal(found, want)
-        assert built(cache) == 1 - short
+        assert built(cache) == (0 if short else 5)
         assert cache.reserved == bound - short * (5 * bytes_of_an_expert(ffn) - 1)
 
 
@@ -114,36 +116,42 @@ def test_layers_share_the_bound_and_the_first_one_stays() -> None:
         for ffn in (first, second, first, other):
             x = torch.randn(40, 24)
             torch.testing.assert_close(ffn(x), plain(ffn, x), rtol=1e-4, atol=1e-5)
-        assert cache.reserved <= cache.max_bytes
-        assert [cache.layers[ffn.experts].dense is None for ffn in (first, second)] == [False, True]
+            assert cache.reserved <= cache.max_bytes
+        assert [cache.layers[ffn.experts].built for ffn in (first, second)] == [5, 0]
         assert other.experts not in cache.layers
+    assert not cache.reserves(PLENTY)
 
 
 def test_without_room_for_the_blocks_nothing_is_kept() -> None:
     ffn, x = feed_forward(), torch.randn(6, 24)
     with kept(ffn, max_bytes=8) as cache:
         assert torch.equal(ffn(x), plain(ffn, x))
-        assert (cache.reserved, cache.layers) == (0, {})
+        assert (cache.reserved, cache.layers) == (0, {ffn.experts: None})
 
 
 @pytest.mark.usefixtures("always")
 def test_it_ends_where_the_block_fails_and_gives_way_to_another() -> None:
     ffn, x = feed_forward(), torch.randn(9, 24)
+    inner: list[ExpertCache] = []
 
     def fails() -> None:
-        with kept(ffn):
-            assert not torch.equal(ffn(x), before)
+        with kept(ffn) as cache:
+            inner.append(cache)
+            ffn(x)
             raise ValueError("of the caller")
 
-    with kept(ffn):
-        before = ffn(x)
-        ffn.experts.up.central.zero_()
+    with kept(ffn) as outer:
         with pytest.raises(ValueError, match="of the caller"):
             fails()
-        assert torch.equal(ffn(x), before)
+        assert built(inner[0]) > 0
+        assert built(outer) == 0
+        ffn(x)
+        assert built(outer) == built(inner[0])
+    before = outer.layers[ffn.experts]
     with torch.no_grad():
+        ffn.experts.up.central.zero_()
         assert torch.equal(ffn(x), plain(ffn, x))
-        assert not torch.equal(ffn(x), before)
+    assert outer.layers[ffn.experts] is before
 
 
 @pytest.mark.usefixtures("always")
@@ -156,22 +164,24 @@ def test_training_uses_the_cores() -> None:
             y = ffn(x)
             return [y, *(torch.autograd.grad(y.square().sum(), list(ffn.parameters())) if grad else ())]
 
-    with kept(ffn):
-        found = run(True) + run(False)
+    with kept(ffn) as cache:
+        found = run(True)
+        assert cache.layers == {}
+        found += run(False)
+        assert built(cache) == 0
     assert all(map(torch.equal, found, run(True) + run(False)))
 
 
 @pytest.mark.usefixtures("always")
 def test_a_second_dtype_uses_the_cores() -> None:
     ffn, x = feed_forward(), torch.randn(20, 24)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cache = ExpertCache(PLENTY, [ffn.experts])
-    assert cache.layers[ffn.experts].dense.dtype == torch.bfloat16
-    with torch.no_grad(), cache.in_use():
-        assert torch.equal(ffn(x), plain(ffn, x))
+    with kept(ffn) as cache:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found = ffn(x)
         assert found.dtype == torch.bfloat16
+        reserved = cache.reserved
+        torch.testing.assert_close(ffn(x), plain(ffn, x))
+        assert cache.reserved == reserved
         assert relative_error(found, plain(ffn, x)) < 4 * torch.finfo(torch.bfloat16).eps
 
 
@@ -192,10 +202,11 @@ def test_copies_made_meanwhile_have_none_of_it(mode) -> None:
 @pytest.mark.usefixtures("always")
 def test_compiled_graphs_use_the_cores() -> None:
     ffn, x = feed_forward(), torch.randn(9, 24)
-    with warnings.catch_warnings(), kept(ffn):
+    with warnings.catch_warnings(), kept(ffn) as cache:
         warnings.simplefilter("ignore")  # torch.compile's warnings about itself
         torch._dynamo.reset()
         found = torch.compile(ffn, backend="aot_eager", fullgraph=True)(x)
+        assert cache.layers == {}
         torch.testing.assert_close(found, plain(ffn, x))
 
 

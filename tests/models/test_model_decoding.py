@@ -8,14 +8,14 @@ import logging
 
 import pytest
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationMixin
 from transformers.utils import logging as transformers_logging
 
 from mpoe import load_mpoe
 from mpoe.layers import MPOEFeedForward, MPOExperts, current_routing, routing_context
-from mpoe.layers.expert_cache import ExpertCache, kept_experts
+from mpoe.layers.expert_cache import PATIENCE, ExpertCache
 from mpoe.models import MPOELlamaModel
-from mpoe.models.classes import LEAST_TOKENS, decoding_bytes, kept_while_generating
+from mpoe.models.classes import decoding_bytes, kept_while_generating
 from tests.cases import pairwise
 
 from .tiny_models import FAMILIES, MASK, batch
@@ -33,8 +33,8 @@ def _deeper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Full weights wherever they are allowed, for few tokens too: models this small never benefit from them."""
-    monkeypatch.setattr("mpoe.models.classes.LEAST_TOKENS", 2)
+    """Full weights wherever they are allowed, and early: models this small never benefit from them."""
+    monkeypatch.setattr("mpoe.layers.expert_cache.PATIENCE", 2)
     monkeypatch.setattr("mpoe.layers.experts.full_weights_pay", lambda *_: True)
 
 
@@ -43,8 +43,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[ExpertCache]:
     """The caches that `generate` creates."""
     found: list[ExpertCache] = []
 
-    def make(bound: int, layers: list[MPOExperts], rebuilds: bool) -> ExpertCache:
-        found.append(ExpertCache(bound, layers, rebuilds))
+    def make(bound: int, layers: list[MPOExperts]) -> ExpertCache:
+        found.append(ExpertCache(bound, layers))
         return found[-1]
 
     monkeypatch.setattr("mpoe.models.classes.ExpertCache", make)
@@ -62,7 +62,7 @@ def experts(model) -> list[MPOExperts]:
 
 
 def built(cache: ExpertCache) -> int:
-    return sum(kept.dense is not None for kept in cache.layers.values())
+    return sum(kept.built for kept in cache.layers.values() if kept is not None)
 
 
 def plain_tokens(model, **options) -> torch.Tensor:
@@ -94,19 +94,13 @@ def test_same_tokens(family, options, mode, converted, made):
     assert 0 < cache.reserved <= cache.max_bytes == decoding_bytes(experts(model))
 
 
-@pytest.mark.parametrize("place", ["argument", "configuration", "default"])
-@pytest.mark.parametrize("tokens", [LEAST_TOKENS - 1, LEAST_TOKENS])
-def test_a_short_answer_builds_nothing(tokens, place, converted, made, monkeypatch):
-    """Folded blocks are kept anyway; building full weights takes longer than a few tokens with the cores."""
+@pytest.mark.parametrize("tokens", [PATIENCE, PATIENCE + 2])
+def test_a_short_answer_builds_nothing(tokens, converted, made, monkeypatch):
+    """Folded blocks are kept at once; building full weights takes longer than a few tokens with the cores."""
     monkeypatch.setattr("mpoe.layers.experts.full_weights_pay", lambda *_: True)
     model = converted("gpt2", **LIGHT)
-    options = {**call("gpt2"), "max_new_tokens": tokens}
-    if place != "argument":
-        del options["max_new_tokens"]
-    if place == "configuration":
-        options["generation_config"] = GenerationConfig(max_new_tokens=tokens, do_sample=False)
-    model.generate(**options)
-    assert (built(made[0]) > 0) == (tokens >= LEAST_TOKENS or place == "default")
+    model.generate(**{**call("gpt2"), "max_new_tokens": tokens, "min_new_tokens": tokens})
+    assert (built(made[0]) > 0) == (tokens > PATIENCE)
 
 
 def swapped(model) -> None:
@@ -178,7 +172,7 @@ def test_a_limit_that_the_user_chose(converted, made, tmp_path):
         assert torch.equal(each.generate(**call("gpt2")), wanted)
         cache = made.pop()
         assert cache.max_bytes == 10**9
-        assert built(cache) == len(experts(model))
+        assert sum(kept.built > 0 for kept in cache.layers.values()) == len(experts(model))
     loaded = load_mpoe(tmp_path)
     assert torch.equal(loaded.generate(**call("gpt2")), wanted)
     assert made.pop().max_bytes == decoding_bytes(experts(model))
@@ -190,9 +184,9 @@ def test_what_runs_once_takes_no_room_from_what_runs_again(converted, made):
     model.cache_experts(10**9)
     model.generate(**call("t5"))
     (cache,) = made
-    assert experts(model.get_encoder())
-    assert list(cache.layers) == experts(model.get_decoder())
-    assert built(cache) == len(cache.layers)
+    encoder = set(experts(model.get_encoder()))
+    assert encoder
+    assert all((kept.built == 0) == (layer in encoder) for layer, kept in cache.layers.items())
 
 
 @pytest.mark.usefixtures("always")
@@ -200,10 +194,11 @@ def test_gone_where_generate_fails(converted, made):
     model = converted("gpt2", **LIGHT)
     with pytest.raises(ValueError, match="nonsense"):
         model.generate(**call("gpt2"), nonsense=True)
+    (cache,) = made
     assert current_routing() is None
     with torch.no_grad():
-        assert kept_experts(experts(model)[0]) is None
-    assert len(made) == 1
+        model(**batch("gpt2"))
+    assert cache.layers == {}
     with routing_context() as outer:
         with pytest.raises(ValueError, match="nonsense"):
             model.generate(**call("gpt2"), nonsense=True)
@@ -228,7 +223,7 @@ def test_memory_is_taken_and_said_once_where_something_is_gained(
     """Hidden-side and dense experts have nothing to cache; separable ones, and models this small, only views of their
     cores, of which the log says nothing."""
     if pays:
-        monkeypatch.setattr("mpoe.models.classes.LEAST_TOKENS", 2)
+        monkeypatch.setattr("mpoe.layers.expert_cache.PATIENCE", 2)
         monkeypatch.setattr("mpoe.layers.experts.full_weights_pay", lambda *_: True)
     transformers_logging.info_once.cache_clear()
     model = converted("gpt2", **config)
@@ -283,7 +278,7 @@ def test_nothing_of_weights_that_may_not_be_kept(change, converted, made):
         for layer in experts(model):
             torch.nn.utils.parametrize.register_parametrization(layer.up, "central", torch.nn.Identity())
     for bound in (None, 10**9):
-        with kept_while_generating(model, bound, 20) as cache:
+        with kept_while_generating(model, bound) as cache:
             assert cache is None
     assert made == []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -316,10 +317,11 @@ def grouped_dense_linear(
         y = y if bias is None else y + bias
         return torch.where(used, y, zero)
     bounds = expert_offsets.tolist()
-    spans = [(start, stop, w) for start, stop, w in zip(bounds, bounds[1:], weight, strict=False) if start < stop]
-    y = torch.cat([x[start:stop] @ w for start, stop, w in spans or [(0, 0, weight[0])]])
+    spans = [(e, start, stop) for e, (start, stop) in enumerate(pairwise(bounds)) if start < stop]
+    parts = [x[start:stop] @ weight[e] for e, start, stop in spans or [(0, 0, 0)]]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts)
     y = y if bias is None else y + (bias if bias.dim() == 1 else bias[: len(y)])
-    return torch.cat([y, y.new_zeros(x.shape[0] - bounds[-1], y.shape[1])])
+    return y if len(y) == len(x) else torch.cat([y, y.new_zeros(len(x) - len(y), y.shape[1])])
 
 
 class ExpertWeights(FromInitialValues):

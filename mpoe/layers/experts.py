@@ -164,6 +164,9 @@ class MPOExperts(_Network):
         Returns the result, which is the same, or None with gradients, autocast, a compiler, another backend, several
         dtypes, or where full weights pay.
         """
+        kept = kept_experts(self)
+        if kept is not None and self.full_weights_pay(x.shape[0] * router.top_k, x.dtype):
+            return None  # `forward` decides
         own = [core for cores in self.projections().values() for core in cores.cores()]
         tensors = [*own, *(bias for bias in (self.up.bias, self.down.bias) if bias is not None)]
         if (
@@ -172,9 +175,6 @@ class MPOExperts(_Network):
             or not router.can_gate_natively(x, token_mask, *tensors)
         ):
             return None
-        kept = kept_experts(self)
-        if kept is not None and self.full_weights_pay(x.shape[0] * router.top_k, x.dtype):
-            return None  # `forward` decides
         rule = Rule(router.top_k, router.config.is_scale_prob, router.capacity(x.shape[0]))
         return routed_ffn(x, router.weight, rule, self._chains(kept), token_mask, self.backend)
 

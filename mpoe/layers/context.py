@@ -99,6 +99,12 @@ def current_routing() -> RoutingContext | None:
     return _current.routing
 
 
+def is_recorded() -> bool:
+    """Whether the model call in progress asks for the routers' records."""
+    call = current_routing()
+    return call is not None and call.records is not None
+
+
 class Entered(AbstractContextManager["RoutingContext | None"]):
     """Makes a context current; may be entered again, also in another thread."""
 

@@ -13,7 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from mpoe.config import MPOEConfig
 from mpoe.config.checks import check_integer, check_type
-from mpoe.layers.context import RouterRecord, check_mask, count_choices, current_routing
+from mpoe.layers.context import RouterRecord, check_mask, count_choices, current_routing, is_recorded
 from mpoe.layers.drop_in import linear_weight
 from mpoe.layers.experts import DenseExperts, MPOExperts
 from mpoe.layers.router import RouterOutput, TopKRouter
@@ -30,12 +30,6 @@ def is_observed(*modules: nn.Module) -> bool:
         if "forward" in own:
             return True
     return _has_any_global_hook()
-
-
-def is_recorded() -> bool:
-    """Whether the model call in progress asks for the routers' records."""
-    call = current_routing()
-    return call is not None and call.records is not None
 
 
 def sizes_by_kind(in_features: int, hidden_features: int, gated: bool) -> dict[str, tuple[int, int]]:

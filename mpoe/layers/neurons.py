@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig
+from mpoe.layers.context import is_recorded
 from mpoe.layers.cores import FromInitialValues
 from mpoe.layers.experts import check_activation
-from mpoe.layers.feed_forward import KeptFeedForward, is_recorded
+from mpoe.layers.feed_forward import KeptFeedForward
 from mpoe.layers.router import TopKRouter
 from mpoe_kernels import neuron_experts
 from mpoe_kernels.mixture import Neurons, Rule, routed_neurons

@@ -39,7 +39,7 @@ from mpoe_bench.gpu_cases import PHASES, TOKENS, Case, Dense, cases
 from shipped_kernels import Library, Recorder, as_on_gpu, bytes_of
 from torch import nn
 
-from mpoe.layers import logits
+from mpoe.layers import router
 from mpoe_kernels.contract import BlockDims, contraction
 from mpoe_kernels.mpo.shape import MPOShape
 from mpoe_kernels.routing import gating
@@ -86,7 +86,7 @@ def launches(
     with ExitStack() as patches, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nothing balances the experts of a single layer
         for each in (
-            patch.object(logits, "_on_gpu", lambda _: True),
+            patch.object(router, "_on_gpu", lambda _: True),
             patch.object(gating, "requested_backend", lambda _: backend),
             patch.object(gating, "is_plain_call", lambda _: True),
         ):

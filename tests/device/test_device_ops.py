@@ -9,7 +9,7 @@ import torch
 from mpoe_bench.cases import expert_choice, random_blocks
 from torch import Tensor
 
-from mpoe.layers.logits import float32_logits
+from mpoe.layers.router import float32_logits
 from mpoe_kernels import MPOBlocks, MPOShape, Routing, combine, dispatch, grouped_mpo_linear, mpo_embedding, route
 from mpoe_kernels.backends import BACKENDS
 from mpoe_kernels.contract import BlockDims, contraction

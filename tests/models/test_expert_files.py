@@ -24,7 +24,7 @@ from mpoe.models import push_expert
 from mpoe.models.domains import _second_moment, router_weight
 from mpoe.models.expert_files import base_identity
 from mpoe.models.expert_mixture import documentation_batches
-from mpoe.models.kept import neuron_modules
+from mpoe.models.report import neuron_modules
 
 from .domain_experts import M, domain, loss, stirred, tokenizer
 from .tiny_models import (

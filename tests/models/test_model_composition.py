@@ -95,7 +95,7 @@ def test_a_ridge_router_gives_probabilities():
     generator = torch.Generator().manual_seed(0)
     means = 3 + 0.1 * torch.randn(2, 24, generator=generator, dtype=torch.float64)
     x = means[:, None] + torch.randn(2, 5000, 24, generator=generator, dtype=torch.float64)
-    layers = mpoe.models.domains.routed_layers(mixture)
+    layers = dict(mpoe.models.domains.routed_layers(mixture))
     known = {"outer": torch.einsum("eti,etj->ij", x, x) / 5000, "mean": x.mean(1)}
     mpoe.models.domains.solve_routers(mixture, {f"{n}.{key}": v for n in layers for key, v in known.items()}, 1e-6)
     wanted = (x @ means.mT - means.square().sum(1) / 2).softmax(-1)

@@ -160,9 +160,11 @@ def copy_of_tree(folder: Path) -> None:
             shutil.copy2(ROOT / name, folder / name)
 
 
-def run_tests(tests: list[str], folder: Path, seconds: float | None, record: coverage.Coverage | None = None) -> int:
-    """Exit status of pytest in a fork of this process, negative if it takes longer than ``seconds``. ``record`` keeps
-    which tests reach a line; that of none is an import."""
+def run_tests(
+    tests: list[str], folder: Path, seconds: float | None, record: coverage.Coverage | None = None
+) -> int | None:
+    """Exit status of pytest in a fork of this process; None if it takes longer than ``seconds``. ``record`` keeps which
+    tests reach a line; that of none is an import."""
 
     class Contexts:
         @pytest.hookimpl(wrapper=True)
@@ -189,7 +191,7 @@ def run_tests(tests: list[str], folder: Path, seconds: float | None, record: cov
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
     process.join(seconds)
-    status = -1 if process.exitcode is None else process.exitcode
+    status = process.exitcode
     with suppress(ProcessLookupError):  # whatever it started
         os.killpg(process.pid or 0, signal.SIGKILL)
     process.join()
@@ -201,7 +203,7 @@ class Reach:
 
     def __init__(self, area: Area, folder: Path) -> None:
         paths = [str(path) for glob in area.files for path in folder.glob(glob)]
-        record = coverage.Coverage(data_file=str(folder / "reach"), include=paths, messages=False)
+        record = coverage.Coverage(data_file=str(folder / f"reach-{area.name}"), include=paths, messages=False)
         start = time.monotonic()
         if run_tests(area.tests, folder, None, record) != 0:
             print((folder / "mutants.log").read_text()[-3000:])
@@ -229,7 +231,7 @@ def outcome(mutant: Mutant, reach: Reach, folder: Path) -> str:
     path.write_text(mutant.text, encoding="utf-8")
     status = run_tests(tests, folder, SHORTEST_LIMIT + TIMES * reach.seconds)
     shutil.copy2(ROOT / mutant.file, path)
-    return "timeout" if status < 0 else "failed" if status else "passed"
+    return "timeout" if status is None else "failed" if status else "passed"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -97,16 +97,6 @@ class Contender:
     step: Callable[[], Tensor] | None = None
     timed: Callable[[], Tensor] | None = None
 
-    @torch.no_grad()
-    def forward(self) -> Tensor:
-        """The result, without recording a graph."""
-        return self.function()
-
-    @torch.no_grad()
-    def timed_forward(self) -> Tensor:
-        """What is timed as a forward pass."""
-        return (self.timed or self.function)()
-
     def train(self) -> Tensor:
         """Forward and backward; gradients are left in the leaves."""
         if self.step is not None:
@@ -125,7 +115,7 @@ class Contender:
         """What runs in a phase; masking the central gradient changes nothing in a forward pass."""
         if phase == "train":
             return None if self.step is None and self.grad_y is None else self.train
-        return None if self.facts.get("masked") else self.timed_forward
+        return None if self.facts.get("masked") else torch.no_grad()(self.timed or self.function)
 
 
 Build = Callable[[Any], tuple[Contender, Truth]]
@@ -184,7 +174,7 @@ def checked(
     try:
         contender, truth = build(context)
         row |= contender.facts
-        for phase, run in (("forward", contender.forward), ("train", contender.call("train"))):
+        for phase, run in (("forward", torch.no_grad()(contender.function)), ("train", contender.call("train"))):
             if run is not None:
                 run()  # a first call may time how it computes, or create an optimizer's state: not counted
                 contender.release()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,7 +19,6 @@ from mpoe_bench.layers import (
     LAYERS,
     TOKENS,
     Case,
-    Layer,
     Place,
     case_layer,
     cases,
@@ -157,7 +156,7 @@ class Plan(NamedTuple):
         at = self.at(scale.many_tokens // 4)
         yield from part_comparisons(32128 if scale.judged else 64, at, self.backends)
         yield self.model("train_step", SHAPES[:3], scale.step_tokens)
-        yield self.mixtures(self.at(scale.many_tokens))
+        yield self.beside(mixtures(scale.model), self.at(scale.many_tokens), others=STOCK_LAYERS)
 
     def targets(self) -> Iterator[Comparison]:
         """Only what the targets need, in both dtypes."""
@@ -170,35 +169,26 @@ class Plan(NamedTuple):
             yield self.ffn(("separable",), scale.many_experts, scale.many_tokens, dtype)
             yield self.ffn(small, scale.many_experts, scale.few_tokens, dtype, train=False, peers=(LOOP,))
 
-    def mixtures(self, at: Place, count: int = 1, chosen: str = "") -> Comparison:
-        """Those around a dense network, and stock layers, whose names hold ``chosen``."""
-        named = {name: case for name, case in mixtures(at.model).items() if chosen in name}
-        found = self._cases(named, self.backends if count == 1 else self.backends[:1], at)
-        found += [stock(name, at) for name in STOCK_LAYERS if chosen in name]
+    def beside(self, named: Mapping[str, Case], at: Place, count: int = 1, others: Iterable[str] = ()) -> Comparison:
+        """Layers by name, and some of `STOCK_LAYERS`."""
+        backends = self.backends if count == 1 else self.backends[:1]
+        found = [case_layer(name, name, case, backend, at) for name, case in named.items() for backend in backends]
+        found += [stock(name, at) for name in others]
         return layers_comparison("layers", "layers", found, at, count=count)
-
-    def gpu_layers(self, model: int, tokens: int) -> Comparison:
-        """What has limits on a GPU."""
-        at = self.at(tokens, torch.bfloat16, model)
-        found = self._cases({case.name: case for case in cases((model,))}, self.backends, at)
-        return layers_comparison("layers", "layers", found, at)
-
-    def _cases(self, named: dict[str, Case], backends: Sequence[str], at: Place) -> list[Layer]:
-        return [case_layer(name, name, case, backend, at) for name, case in named.items() for backend in backends]
 
     def layers(self) -> Iterator[Comparison]:
         """A training batch, and few tokens through as many layers as a model has."""
-        if self.device == "cuda":
-            yield from (self.gpu_layers(model, TOKENS) for model in (768, 4096))
-            return
         scale, depth = self.scale, LAYERS if self.scale.judged else 2
-        if not scale.judged:
-            yield self.gpu_layers(32, 64)
-        for dtype in HALVES:
+        on_gpu = ((768, TOKENS), (4096, TOKENS)) if self.device == "cuda" else ((32, 64),) * (not scale.judged)
+        for model, tokens in on_gpu:  # what has limits there
+            named = {case.name: case for case in cases((model,))}
+            yield self.beside(named, self.at(tokens, torch.bfloat16, model))
+        for dtype in HALVES if self.device == "cpu" else ():
             for tokens, count in ((scale.many_tokens, 1), (scale.few_tokens, depth), (1, depth)):
-                yield self.mixtures(self.at(tokens, dtype), count)
+                yield self.beside(mixtures(scale.model), self.at(tokens, dtype), count, STOCK_LAYERS)
             wide = self.at(scale.many_tokens, dtype, 2048 if scale.judged else 64)
-            yield self.mixtures(wide, chosen="neurons 64")
+            named = {name: case for name, case in mixtures(wide.model).items() if "neurons 64" in name}
+            yield self.beside(named, wide)
 
     def models(self) -> Iterator[Comparison]:
         """In bfloat16, with layers of T5-base's size: an AdamW step, and `generate` alone and in batches."""

@@ -170,7 +170,8 @@ def checked(
         The contender if every result agrees with the truth, and its row, whose ``reason`` else says what is wrong.
     """
     row: dict[str, Any] = {"name": name, "kind": kind, "reason": None}
-    memory, results = {}, {}
+    memory: dict[str, dict[str, int]] = {}
+    results: dict[str, Tensor] = {}
     try:
         contender, truth = build(context)
         row |= contender.facts

@@ -206,7 +206,7 @@ class Plan(NamedTuple):
         small, middle, large = scale.few_tokens, TOKENS, 32768
         if not scale.judged:
             middle, large = scale.many_tokens, 2 * scale.many_tokens
-        few, many, peers = scale.few_experts, scale.many_experts, {"peers": self.peers}
+        few, many, peers = scale.few_experts, scale.many_experts, dict[str, Any](peers=self.peers)
         yield self.ffn(every, many, small, dtype, train=False, original=(paper,), **peers)
         yield self.ffn(every, few, middle, dtype, original=(paper,), masked=(paper,), **peers)
         yield self.ffn(every, many, middle, dtype, **peers)

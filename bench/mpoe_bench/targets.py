@@ -157,8 +157,8 @@ def check_targets(sections: Sequence[Mapping[str, Any]], device: str = "cpu") ->
         for row in [section] if planner else [row for row in section["rows"] if row.get("backend")]:
             for judge in (_choice,) if planner else (_against_limits, _against_others):
                 for what, wanted, found, reached in judge(section, row, device):
-                    backend, made = row["backend"], {"wanted": wanted, "found": {}, "reached": reached}
-                    line = lines.setdefault((what, backend), {"what": what, "backend": backend, **made})
+                    made: dict[str, Any] = {"what": what, "backend": row["backend"], "wanted": wanted}
+                    line = lines.setdefault((what, row["backend"]), {**made, "found": {}, "reached": reached})
                     if dtype not in line["found"]:
                         line["found"][dtype] = found
                         line["reached"] = None if reached is None else reached and line["reached"]

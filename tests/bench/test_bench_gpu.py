@@ -92,9 +92,9 @@ def test_a_visit_tries_every_part_without_a_gpu(walked: Path) -> None:
     assert results["profile"] in ("passed", "not here")
     for part in ("smoke-triton", "smoke-cuda", "targets"):
         report = (walked / part / "report.md").read_text()
-        assert all(f"| {case.name} [eager] |" in report for case in cases((32,)))
+        assert all(f"| {case.name} [eager] " in report for case in cases((32,)))
     report = (walked / "models" / "report.md").read_text()
-    assert all(f"| mpoe {name} {shape} |" in report for name in ("T5", "Llama") for shape in ("neurons", "separable"))
+    assert all(f"| mpoe {name} {shape} " in report for name in ("T5", "Llama") for shape in ("neurons", "separable"))
     assert (walked / "done").read_text().split() == [name for name in ON_CPU if results[name] == "passed"]
     with tarfile.open(f"{walked}.tar.gz") as archive:
         assert {"trial/visit.md", "trial/models.log", "trial/peers/report.md"} <= set(archive.getnames())

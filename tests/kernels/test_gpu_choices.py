@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from mpoe_bench.cases import workload_shape
-from mpoe_bench.gpu_cases import Case, cases
+from mpoe_bench.layers import Case, cases
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoe_kernels.backends import BACKENDS, Request, select

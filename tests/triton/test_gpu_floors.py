@@ -10,7 +10,7 @@ import gpu_floors as floors
 import machine_code
 import pytest
 import torch
-from mpoe_bench.gpu_cases import PHASES
+from mpoe_bench.layers import PHASES
 from shipped_kernels import bytes_of
 
 from mpoe_kernels.testing.launches import Launch

@@ -58,9 +58,7 @@ def ours(folder: Path, to: str) -> int:
     model = convert_to_mpoe(dense, MPOEConfig(num_experts=4, router={"top_k": 2}, **shape)).eval()
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
-        if ".router." in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-        elif ".experts." in name and to != "mixtral":
+        if ".router." in name or (".experts." in name and to != "mixtral"):
             torch.nn.init.normal_(parameter, std=0.1)
         elif ".auxiliary." in name:
             parameter.data.add_(0.01 * parameter.data.square().mean().sqrt() * torch.randn_like(parameter))

@@ -39,7 +39,7 @@ def finish(
         sizes: of the data, for the record.
     """
     from mpoe.models.base import MPOEModelMixin
-    from mpoe.models.card import write_card
+    from mpoe.models.others import write_card
 
     arguments, model, folder = plan.arguments, trainer.model, Path(str(plan.arguments.output_dir))
     trainer.save_model(str(staging_folder(folder)))  # every process takes part in it

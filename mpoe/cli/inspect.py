@@ -167,7 +167,7 @@ def _report(
 ) -> None:
     """Look into the model section by section, then write everything."""
     from mpoe.inspection import parameter_growth, route_text
-    from mpoe.models.card import facts
+    from mpoe.models.others import facts
     from mpoe.models.report import HEADER, LEGEND, routed_layers, short_name, summarize
 
     config, parameters = model.mpoe_config, model.parameter_report()
@@ -218,7 +218,7 @@ def _report(
     if any("loss" in record for record in records):
         add("Training", training=report.training_curves(records))
     if weights:
-        parts.append(report.Table(HEADER, [row.cells() for row in weights], "MPO weights", LEGEND).section())
+        parts.append(report.Table(HEADER, [row.cells for row in weights], "MPO weights", LEGEND).section())
     folder.mkdir(parents=True, exist_ok=True)
     for old in (REPORT_FILE, NUMBERS_FILE, *(f"{plot}.png" for plot in PLOTS)):
         (folder / old).unlink(missing_ok=True)

@@ -195,7 +195,7 @@ def _settle_expert(plan: Plan, source: Source) -> None:
 def _prepare_model(source: Source, config: Any, plan: Plan, labels: Sequence[str] | None) -> Any:
     """The model to train: converted, unless it already is or stays dense; an encoder with a head for ``labels``."""
     from mpoe.models import convert_to_mpoe
-    from mpoe.models.widen import hidden_size_as_mixture, widened
+    from mpoe.models.find import hidden_size_as_mixture, widened
 
     set_seed(plan.arguments.seed)  # for a new head
     model = pretrained.load_model(source, labels)

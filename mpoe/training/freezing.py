@@ -6,8 +6,8 @@ from torch import nn
 
 from mpoe.layers.feed_forward import RoutedFeedForward
 from mpoe.models.checkpoint import component_of, parse_components
+from mpoe.models.find import expert_modules, router_modules
 from mpoe.models.report import mpo_modules
-from mpoe.models.stock_experts import expert_modules, router_modules
 
 
 def parse_core_indices(text: str | None) -> tuple[int, ...]:

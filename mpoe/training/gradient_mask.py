@@ -21,7 +21,7 @@ import numpy as np
 from torch import nn
 
 from mpoe.layers.cores import MPOCores
-from mpoe.layers.kept import KeptFeedForward
+from mpoe.layers.feed_forward import KeptFeedForward
 
 # Distinguishes this stream from any other that is keyed by the same seed ("mask" in ASCII).
 _STREAM = 0x6D61736B

@@ -23,8 +23,7 @@ from torch import nn
 from mpoe.config.shapes import NEURONS
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.experts import DenseExperts
-from mpoe.models.kept import kept_modules
-from mpoe.models.report import mpo_modules
+from mpoe.models.report import kept_modules, mpo_modules
 from mpoe.training.arguments import MPOETrainingArguments
 
 # Order of the groups; the first one's rate is what the Trainer logs as `learning_rate`.

@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from mpoe.layers.router import TopKRouter
 from mpoe.models.base import MPOEModelMixin
-from mpoe.models.kept import hidden_modules
+from mpoe.models.report import hidden_modules
 
 _STYLES = {"up": ColwiseParallel, "gate_proj": ColwiseParallel, "down": RowwiseParallel}
 

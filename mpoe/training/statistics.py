@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpoe.models.kept import kept_modules
-from mpoe.models.report import mpo_modules, routed_layers
+from mpoe.models.report import kept_modules, mpo_modules, routed_layers
 from mpoe.training.loss import LossParts
 
 # Sums or averages a tensor over all processes, as `Accelerator.reduce` does.

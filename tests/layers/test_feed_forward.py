@@ -25,7 +25,7 @@ from mpoe.layers import (
     load_balancing_loss,
     routing_context,
 )
-from mpoe.layers.dense import IMPLEMENTATIONS
+from mpoe.layers.cores import IMPLEMENTATIONS
 from mpoe.layers.feed_forward import _say_that_nothing_balances
 from tests.assertions import in_threads
 

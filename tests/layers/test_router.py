@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoe.config import RouterConfig
 from mpoe.layers import TopKRouter, load_balancing_loss, router_z_loss
-from mpoe.layers import logits as logits_module
-from mpoe.layers.logits import float32_logits, logits_of_low_precision
-from mpoe.layers.losses import count_choices, global_batch, sum_over_ranks
+from mpoe.layers import router as router_module
+from mpoe.layers.context import count_choices, global_batch, sum_over_ranks
+from mpoe.layers.router import float32_logits, logits_of_low_precision
 from mpoe_kernels import available_backends, use_backend
 from tests.assertions import refuses
 
@@ -318,7 +318,7 @@ def test_native_products_and_gradients(tokens, features, experts, dtypes, frozen
 
 def test_the_backend_asked_for_computes(monkeypatch):
     called = []
-    monkeypatch.setattr(logits_module, "native_logits", lambda *arguments: called.append(arguments))
+    monkeypatch.setattr(router_module, "native_logits", lambda *arguments: called.append(arguments))
     for backend in ("eager", "native", None):
         with torch.no_grad():
             float32_logits(*problem(torch.bfloat16, torch.bfloat16), backend)
@@ -394,5 +394,5 @@ def test_what_a_gpu_computes_is_as_exact_as_float32(weight_dtype, monkeypatch):
     (of_weight,) = torch.autograd.grad(wanted, weight, grad.double())
     close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
     close(logits_of_low_precision(x, weight).double(), wanted)
-    monkeypatch.setattr(logits_module, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(router_module, "_on_gpu", lambda _: True)
     close(torch.autograd.grad(float32_logits(x, weight, "eager"), weight, grad)[0], of_weight)

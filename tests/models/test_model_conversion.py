@@ -17,8 +17,8 @@ from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe, merge_experts, merge_la
 from mpoe.data.embedded import load_stand_in
 from mpoe.layers import HiddenFeedForward, MPOEFeedForward, NeuronFeedForward
 from mpoe.models import mpo_modules
+from mpoe.models.find import hidden_size_as_mixture, widened
 from mpoe.models.table import DENSE, TABLE
-from mpoe.models.widen import hidden_size_as_mixture, widened
 from mpoe_kernels import MPOShape
 from tests.assertions import refuses
 

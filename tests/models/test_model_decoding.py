@@ -13,13 +13,13 @@ from transformers.utils import logging as transformers_logging
 from mpoe import load_mpoe
 from mpoe.layers import MPOExperts, current_routing, routing_context
 from mpoe.layers.expert_cache import PATIENCE, ExpertCache
-from mpoe.models.decoding import decoding_bytes, kept_while_generating
+from mpoe.models.classes import decoding_bytes, kept_while_generating
 from tests.assertions import refuses
 from tests.cases import pairwise
 
 from .tiny_models import FAMILIES, MASK, batch
 
-LOG = "mpoe.models.decoding"
+LOG = "mpoe.models.classes"
 LIGHT = {"shape": "light", "light_p": 4, "num_experts": 2}
 
 
@@ -46,7 +46,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[ExpertCache]:
         found.append(ExpertCache(bound, layers))
         return found[-1]
 
-    monkeypatch.setattr("mpoe.models.decoding.ExpertCache", make)
+    monkeypatch.setattr("mpoe.models.classes.ExpertCache", make)
     return found
 
 

@@ -10,9 +10,8 @@ from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe
 from mpoe.inspection import parameter_growth
 from mpoe.layers import MPOLinear, TiedHead
 from mpoe.models import mpo_modules
-from mpoe.models.card import model_card
-from mpoe.models.kept import kept_modules
-from mpoe.models.report import HEADER, routed_layers, summarize
+from mpoe.models.others import model_card
+from mpoe.models.report import HEADER, kept_modules, routed_layers, summarize
 from mpoe.models.sites import FFNSite
 from mpoe.training import MPOETrainingArguments, build_param_groups
 from mpoe.training.gradient_mask import GradientMask
@@ -138,8 +137,8 @@ def test_reports(kind: str, family: str, capsys: pytest.CaptureFixture) -> None:
     }[kind]
     rows = summarize(model, 64, 2)
     assert [row.name for row in rows] == list(layers)
-    assert len(rows[0].cells()) == len(HEADER)
-    assert rows[0].cells()[-2:] == (KEPT[kind]["shape"], f"{ratio:.2f}")
+    assert len(rows[0].cells) == len(HEADER)
+    assert rows[0].cells[-2:] == (KEPT[kind]["shape"], f"{ratio:.2f}")
     model.mpoe_summary()
     assert (f" {f // 8} blocks, own" if kind == "hidden" else "8 neurons") in capsys.readouterr().out
     assert ("block_size=8" if kind == "hidden" else f"neurons=8, latent={latent}") in model_card(model)

@@ -21,13 +21,11 @@ from tests.assertions import refuses
 from .tiny_models import EXPERTS, first_result, heads_of, text_rows, tiny_batch, tiny_model
 from .tiny_models import dense_model as dense
 
-MIXTURES = [model_type for model_type, row in TABLE.items() if row.is_mixture]
+slow = pytest.mark.slow
 DAILY = ("qwen2_moe", "deepseek_v3")
 CASES = [
-    pytest.param(
-        *case, id="-".join(case[::2]), marks=[] if case[0] in DAILY and "CausalLM" in case[1] else [pytest.mark.slow]
-    )
-    for case in heads_of(MIXTURES)
+    pytest.param(*case, id="-".join(case[::2]), marks=[slow] * (case[0] not in DAILY or "CausalLM" not in case[1]))
+    for case in heads_of([model_type for model_type, row in TABLE.items() if row.is_mixture])
 ]
 
 
@@ -310,7 +308,7 @@ def test_statistics_are_sums_over_domains_of_what_a_router_reads():
     base = dense("llama").eval()
     mixture = compose(base, [tuned(base, 1), tuned(base, 2)], [batches(d) for d in range(2)])
     rows: list[list[torch.Tensor]] = [[], []]
-    layer = mpoe.models.domains.routed_layers(mixture)["model.layers.0.mlp"]
+    layer = dict(mpoe.models.domains.routed_layers(mixture))["model.layers.0.mlp"]
     for domain in range(2):
         hook = layer.register_forward_pre_hook(lambda _, args, own=rows[domain]: own.append(args[0].flatten(0, -2)))
         for each in batches(domain):

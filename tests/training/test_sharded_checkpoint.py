@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from mpoe import shard_model
 from mpoe.training import find_last_checkpoint, load_sharded_optimizer, save_sharded_checkpoint
 from mpoe.training.checkpoints import MANIFEST
+from tests.assertions import refuses
 
 from .ranks import LOOP_STEPS, SAVED, torchrun
 from .ranks import kept_loop as loop
@@ -97,11 +98,9 @@ def test_what_does_not_fit_is_refused(alone: None, tmp_path: Path) -> None:
     }
     for message, damage in damages.items():
         damage()
-        with pytest.raises(ValueError, match=r"is damaged|is incomplete"):
-            load_sharded_optimizer(model, optimizer, checkpoint)
+        refuses(ValueError, r"is damaged|is incomplete", load_sharded_optimizer, model, optimizer, checkpoint)
         seal(checkpoint)
-        with pytest.raises(ValueError, match=message):
-            load_sharded_optimizer(model, optimizer, checkpoint)
+        refuses(ValueError, message, load_sharded_optimizer, model, optimizer, checkpoint)
 
 
 @pytest.mark.slow

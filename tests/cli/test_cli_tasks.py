@@ -22,18 +22,9 @@ from mpoe.cli.tasks import DataOptions, resolve
 from mpoe.data import load_stand_in, load_task_from_folder
 from mpoe.data.encode import encode_responses
 from mpoe.data.task import Example
-from mpoe.data.tasks import find_spec
 from tests.assertions import refuses
 
-from .cli_data import write_described, write_rows
-
-
-def described(data_dir: Path, *names: str) -> Path:
-    for name in names:
-        spec = find_spec(name)
-        assert spec is not None
-        write_described(data_dir, spec)
-    return data_dir
+from .cli_data import described, write_rows
 
 
 def tasks(names: list[str], style: str = "seq2seq", **options: object) -> list:

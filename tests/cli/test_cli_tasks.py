@@ -140,10 +140,10 @@ def test_evaluation_divides_the_data_as_the_run_did(tmp_path: Path) -> None:
         assert data_of_run(str(checkpoint), DataOptions(), set())[1] == seed
     (tmp_path / "run.json").write_text("{")
     refuses(CommandError, r"run\.json does not describe a run", data_of_run, str(checkpoint), DataOptions(), set())
-    for described in (["review"], {"review": {"template": "no column"}}, {"review": 3}):
+    for broken in (["review"], {"review": {"template": "no column"}}, {"review": 3}):
         with pytest.raises(CommandError, match=r"described in run\.json does not describe tasks"):
-            as_trained(tmp_path, {"described": described})
-        assert as_trained(tmp_path, {"described": described}, None, "task_file")[2] is None
+            as_trained(tmp_path, {"described": broken})
+        assert as_trained(tmp_path, {"described": broken}, None, "task_file")[2] is None
 
 
 def test_evaluation_reads_the_data_as_the_run_did(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

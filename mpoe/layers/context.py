@@ -152,7 +152,7 @@ def _joined(outer: AbstractContextManager[Any], inner: AbstractContextManager[An
 def checkpoint_arguments(kwargs: dict[str, Any] | None) -> dict[str, Any]:
     """Arguments for `torch.utils.checkpoint.checkpoint`: the user's, with our contexts around the user's."""
     chosen = {"use_reentrant": False, **(kwargs or {})}
-    users = chosen.get("context_fn")
+    users: Any = chosen.get("context_fn")
     if chosen["use_reentrant"]:
         # A reentrant checkpoint recomputes layers without the masks of the call, and its routers get no gradient.
         warnings.warn(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpoe.data.spec import TaskSpec
+from mpoe.data.tasks import find_spec
 
 
 def write_rows(file: Path, rows: list[dict]) -> None:
@@ -37,3 +38,12 @@ def write_described(data_dir: Path, spec: TaskSpec) -> Path:
         ]
         write_rows(folder / f"{split}.jsonl", rows)
     return folder
+
+
+def described(data_dir: Path, *names: str) -> Path:
+    """`write_described` of known tasks."""
+    for name in names:
+        spec = find_spec(name)
+        assert spec is not None
+        write_described(data_dir, spec)
+    return data_dir

@@ -17,9 +17,9 @@ import notebooks
 import pytest
 import yaml
 
-from mpoe.data.tasks import find_spec, read_task_file
+from mpoe.data.tasks import read_task_file
 
-from .cli_data import write_described
+from .cli_data import described, write_described
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -53,14 +53,6 @@ def wikitext(folder: Path) -> Path:
     return folder
 
 
-def described(folder: Path, names: list[str]) -> Path:
-    for name in names:
-        spec = find_spec(name)
-        assert spec is not None
-        write_described(folder, spec)
-    return folder
-
-
 FLAGS = ["--max_steps", 1, "--eval_steps", 1, "--num_experts", 2, "--per_device_train_batch_size", 2]
 FLAGS += ["--max_source_length", 16, "--logging_steps", 1, "--use_cpu", "--disable_tqdm", "true"]
 
@@ -73,7 +65,7 @@ def test_configurations(cli, sentiment: Path, prose: Path, tmp_path: Path, file:
     tasks = values.get("tasks", [])
     data = {"train_t5_movie_sentiment": sentiment, "train_gpt2_austen": prose}.get(file.stem)
     if data is None:
-        data = described(tmp_path / "data", tasks) if tasks else wikitext(tmp_path / "data")
+        data = described(tmp_path / "data", *tasks) if tasks else wikitext(tmp_path / "data")
     cli("train", file, "--data_dir", data, "--output_dir", tmp_path / "run", *FLAGS)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert list(results["validation"]) == (tasks or [data.name])
@@ -90,7 +82,7 @@ def test_scripts_of_the_original_are_one_line(cli, tmp_path: Path, name: str) ->
     program, *arguments, more = shlex.split(lines[0])
     assert (program, more) == ("mpoe", "$@")
     tasks = arguments[arguments.index("--tasks") + 1].split(",")
-    data = described(tmp_path / "data", tasks)
+    data = described(tmp_path / "data", *tasks)
     cli(*arguments, "--data_dir", data, *FLAGS, "--output_dir", tmp_path / "run")
     assert list(json.loads((tmp_path / "run" / "results.json").read_text())["validation"]) == tasks
 

@@ -22,18 +22,9 @@ from mpoe.cli.tasks import DataOptions, resolve
 from mpoe.data import load_stand_in, load_task_from_folder
 from mpoe.data.encode import encode_responses
 from mpoe.data.task import Example
-from mpoe.data.tasks import find_spec
 from tests.assertions import refuses
 
-from .cli_data import write_described, write_rows
-
-
-def described(data_dir: Path, *names: str) -> Path:
-    for name in names:
-        spec = find_spec(name)
-        assert spec is not None
-        write_described(data_dir, spec)
-    return data_dir
+from .cli_data import described, write_rows
 
 
 def tasks(names: list[str], style: str = "seq2seq", **options: object) -> list:
@@ -149,10 +140,10 @@ def test_evaluation_divides_the_data_as_the_run_did(tmp_path: Path) -> None:
         assert data_of_run(str(checkpoint), DataOptions(), set())[1] == seed
     (tmp_path / "run.json").write_text("{")
     refuses(CommandError, r"run\.json does not describe a run", data_of_run, str(checkpoint), DataOptions(), set())
-    for described in (["review"], {"review": {"template": "no column"}}, {"review": 3}):
+    for broken in (["review"], {"review": {"template": "no column"}}, {"review": 3}):
         with pytest.raises(CommandError, match=r"described in run\.json does not describe tasks"):
-            as_trained(tmp_path, {"described": described})
-        assert as_trained(tmp_path, {"described": described}, None, "task_file")[2] is None
+            as_trained(tmp_path, {"described": broken})
+        assert as_trained(tmp_path, {"described": broken}, None, "task_file")[2] is None
 
 
 def test_evaluation_reads_the_data_as_the_run_did(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 from mpoe_kernels import backend_reasons
 
 
-@pytest.fixture
-def native_library() -> None:
+@pytest.fixture(autouse=True)
+def _native_library() -> None:
     reasons = backend_reasons()["native"]
     if reasons and os.environ.get("MPOE_REQUIRE_ALL"):
         pytest.fail("; ".join(reasons))

@@ -190,7 +190,7 @@ jne 0 <loop>"""
 
 @pytest.mark.slow  # of GCC; other compilers may need more
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the counts are of x86-64")
-def test_loops_of_the_built_library(native_library: None) -> None:
+def test_loops_of_the_built_library() -> None:
     if shutil.which("objdump") is None:
         pytest.skip("binutils is not installed")
     assert faults(find_loops(NATIVE_LIBRARY.path)) == []

@@ -29,11 +29,6 @@ from mpoe_kernels.routing.op import CombineBackwardCall, CombineCall, DispatchBa
 SHAPE = MPOShape((4, 3, 1), (1, 5, 2), max_bond=3)
 
 
-@pytest.fixture(autouse=True)
-def _native(native_library: None) -> None:
-    assert not NATIVE_LIBRARY.reasons
-
-
 def forward_call(**changes: Any) -> ForwardCall:
     blocks, routing = random_blocks(SHAPE, 2, torch.float32), route(torch.tensor([[0], [1], [1]]), 2)
     call = ForwardCall(

@@ -16,11 +16,6 @@ from mpoe_kernels.compiled import CompiledLibrary, load_library
 from mpoe_kernels.native_library import NATIVE_LIBRARY
 
 
-@pytest.fixture(autouse=True)
-def _native(native_library: None) -> None:
-    assert not NATIVE_LIBRARY.reasons
-
-
 def loaded(path: Path, content: bytes) -> CompiledLibrary:
     """Each in a file of its own: a library that is in use must not change."""
     path.write_bytes(content)

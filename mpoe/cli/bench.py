@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpoe.cli.errors import CommandError
-from mpoe.cli.files import RESULTS_FILE, check_output, write_json
-from mpoe.cli.parsing import Asked, as_command, option
+from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.cli.models import RESULTS_FILE, check_output, write_json
 
 REPORT_FILE = "report.md"
 INCOMPLETE_FILE = "incomplete.json"

@@ -15,12 +15,11 @@ from typing import Any
 from markupsafe import Markup
 
 from mpoe.cli import report
-from mpoe.cli.errors import CommandError
-from mpoe.cli.files import MODEL_OR_RUN, REPORT_FILE, check_output, write_json
-from mpoe.cli.parsing import Asked, as_command, option
+from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.cli.evaluate import metrics_of, score_table
+from mpoe.cli.models import MODEL_OR_RUN, REPORT_FILE, check_output, write_json
 from mpoe.cli.report import Table
 from mpoe.cli.runs import PARAMETERS, RunFolder, read_run
-from mpoe.cli.scoring import metrics_of, score_table
 from mpoe.training.output_dir import is_neutral
 
 MOST_RUNS = 12

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mpoe.cli.errors import CommandError
-from mpoe.cli.parsing import Asked, as_command, option
+from mpoe.cli.command import Asked, CommandError, as_command, option
 from mpoe.config.checks import check_seed
 
 
@@ -36,7 +35,7 @@ class GenerateOptions:
 def command(asked: Asked) -> None:
     """Print the model's text for every prompt; that of a language model begins with it."""
     (options,), (name,) = asked.options, asked.words
-    from mpoe.cli.pretrained import find, load_model, load_tokenizer
+    from mpoe.cli.models import find, load_model, load_tokenizer
     from mpoe.data.mappings import read_utf8
     from mpoe.models.table import ENCODER
 

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mpoe.cli import pretrained, report
-from mpoe.cli.errors import CommandError
-from mpoe.cli.files import MODEL_OR_RUN, REPORT_FILE, check_output, write_json
-from mpoe.cli.parsing import Asked, as_command, option
+from mpoe.cli import models, report
+from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.cli.evaluate import encode_task, expert_load
+from mpoe.cli.models import MODEL_OR_RUN, REPORT_FILE, check_output, write_json
 from mpoe.cli.runs import data_of_run
-from mpoe.cli.scoring import encode_task, expert_load
 from mpoe.cli.tasks import DataOptions, resolve
-from mpoe.data.collate import PaddingCollator
+from mpoe.data.encode import PaddingCollator
 from mpoe.data.task import Task
 from mpoe.layers.cores import MPOCores
 from mpoe.models.table import ENCODER, SEQ2SEQ
@@ -86,17 +85,17 @@ def command(asked: Asked) -> None:
     data, seed, described = data_of_run(name, data, asked.given)
     folder = Path(options.output_dir)
     check_output("output_dir", folder, options.overwrite, "an earlier report", [REPORT_FILE], MODEL_OR_RUN)
-    source = pretrained.find(name)
+    source = models.find(name)
     if not source.is_mpoe:
         raise CommandError(
             f"{name} is a dense {source.model_type}; inspect looks into mixtures: mpoe convert {name} OUT, then "
             "mpoe inspect OUT"
         )
-    tokenizer = pretrained.load_tokenizer(source)
+    tokenizer = models.load_tokenizer(source)
     style = SEQ2SEQ if source.style == ENCODER else source.style
     tasks = resolve(data.eval_tasks or data.tasks, data, style, seed, described)
     items = _items(source.style, options, tasks, tokenizer)
-    model = pretrained.load_model(source)
+    model = models.load_model(source)
     counted = f"{len(items)} {options.split} items of {', '.join(task.name for task in tasks)}"
     print(f"{name}: counting {counted}, following tokens, reading bonds")
     worth = None if source.style == ENCODER else _worth(Path(name), model, tokenizer, items, options.text)

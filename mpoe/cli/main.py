@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from mpoe.cli.errors import CommandError, close_matches, show
+from mpoe.cli.command import CommandError, close_matches, show
 
 COMMANDS = {
     "train": "Train: mpoe train [CONFIG.json|yaml] --flag value ... (flags win over the file).",

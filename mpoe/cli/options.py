@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, make_dataclass
 from typing import Any, get_type_hints
 
-from mpoe.cli.errors import CommandError, close_matches
-from mpoe.cli.parsing import option
+from mpoe.cli.command import CommandError, close_matches, option
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.config.shapes import SEPARABLE
 

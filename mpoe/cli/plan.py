@@ -11,9 +11,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mpoe.cli.errors import CommandError
+from mpoe.cli.command import Asked, CommandError, as_command, option
 from mpoe.cli.options import ExpertOptions
-from mpoe.cli.parsing import Asked, as_command, option
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.config.shapes import NEURONS
 
@@ -54,7 +53,7 @@ def command(asked: Asked) -> None:
     """Print the table, and write everything as JSON if asked."""
     import torch
 
-    from mpoe.cli.files import check_writable_file, write_json
+    from mpoe.cli.models import check_writable_file, write_json
     from mpoe.data.embedded import stand_in_path
     from mpoe.estimation import Usage, model_costs, take_inventory
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mpoe.cli.errors import CommandError
-from mpoe.cli.files import RESULTS_FILE
+from mpoe.cli.command import CommandError
+from mpoe.cli.models import RESULTS_FILE
 from mpoe.cli.options import BASELINES
 from mpoe.cli.tasks import DataOptions
 from mpoe.data.spec import TaskSpec

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mpoe.cli.errors import CommandError, close_matches
+from mpoe.cli.command import CommandError, close_matches, option
 from mpoe.cli.options import read_json_option
-from mpoe.cli.parsing import option
 from mpoe.data.spec import TaskSpec
-from mpoe.data.splits import with_subsets, with_validation_test_split
 from mpoe.data.tables import find_files
-from mpoe.data.task import Task
+from mpoe.data.task import Task, with_subsets, with_validation_test_split
 from mpoe.data.tasks import (
     detect_hub_task,
     find_spec,

@@ -12,8 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpoe.data.collate import IGNORED_LABEL, PaddingCollator, pad
-from mpoe.data.encode import encode_language_modeling, encode_responses, encode_text_to_text, prompt_ids
+from mpoe.data.encode import (
+    IGNORED_LABEL,
+    PaddingCollator,
+    encode_language_modeling,
+    encode_responses,
+    encode_text_to_text,
+    pad,
+    prompt_ids,
+)
 from mpoe.data.metrics import perplexity
 from mpoe.data.task import Example, Task
 

@@ -15,8 +15,7 @@ from transformers import Seq2SeqTrainingArguments
 
 from mpoe.config.checks import check_seed
 from mpoe.models.checkpoint import COMPONENTS, parse_components
-from mpoe.training.freezing import parse_core_indices
-from mpoe.training.gradient_mask import check_probability
+from mpoe.training.freezing import check_probability, parse_core_indices
 
 # (central, auxiliary): factors that worked in each regime, on top of base x RMS(core) / RMS(weight).
 LR_SCALES = {"finetune": (0.35, 0.5), "scratch": (1.0, 0.1)}

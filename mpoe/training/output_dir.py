@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mpoe.models.weight_files import write_text
-from mpoe.training.checkpoints import clean_leftovers, delete, find_last_checkpoint
+from mpoe.models.weight_files import check_weight_files, write_text
+from mpoe.training.checkpoints import check_whole, clean_leftovers, delete, find_last_checkpoint
 from mpoe.training.run_lock import check_free, hold
 
 RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
@@ -177,6 +177,45 @@ def _check_resumable(folder: Path, run_config: Mapping[str, Any] | None, neutral
     if differences:
         listed = "; ".join(f"{key}: was {old!r}, now {new!r}" for key, (old, new) in differences.items())
         raise ValueError(f"cannot resume {folder} with a different configuration ({listed})")
+
+
+def checkpoint_to_resume(asked: str | Path | bool | None, run_dir: Path, model: Any) -> str | None:
+    """The checked folder to resume from; None for a new start.
+
+    Args:
+        asked: True for the last complete checkpoint of ``run_dir``, or a folder.
+        model: the model that is to continue.
+
+    Raises:
+        ValueError: there is none, or the given one is incomplete, damaged or of another model.
+    """
+    if not asked:
+        return None
+    if asked is True:
+        found = find_last_checkpoint(run_dir)
+        if found is None:
+            raise ValueError(f"nothing to resume: no complete checkpoint in {run_dir}")
+        folder = found
+    else:
+        folder = Path(str(asked))
+        check_whole(folder)
+    check_weight_files(folder, model)
+    if getattr(model, "config", None) is not None:
+        _check_same_model(folder, model.config)
+    return str(folder)
+
+
+def _check_same_model(checkpoint: Path, config: Any) -> None:
+    """Refuse a checkpoint whose ``config.json`` is of another ``model_type`` or has other experts than ``config``."""
+    file = checkpoint / "config.json"
+    if not file.is_file():
+        return  # a module that is no Hugging Face model saves none
+    both = (json.loads(file.read_text(encoding="utf-8")), json.loads(config.to_json_string(use_diff=False)))
+    theirs, ours = ({"model_type": each.get("model_type"), "mpoe": each.get("mpoe") or {}} for each in both)
+    differing = differing_keys(theirs, ours, frozenset({"rate_ratios", "backend"})).items()
+    if differing:
+        listed = "; ".join(f"{name} was {a!r}, the model has {b!r}" for name, (a, b) in differing)
+        raise ValueError(f"resume_from_checkpoint must be of the same model: in {checkpoint} {listed}")
 
 
 def _checkpoint_folders(folder: Path) -> list[Path]:

@@ -20,24 +20,26 @@ from mpoe.models.card import write_card
 from mpoe.models.report import routed_layers, short_name
 from mpoe.training import checkpoints
 from mpoe.training.arguments import MPOETrainingArguments
-from mpoe.training.callbacks import GradientMaskCallback
-from mpoe.training.divergence import DivergenceError, DivergenceGuard, check_weights
-from mpoe.training.freezing import freeze_all_but_experts, freeze_cores
-from mpoe.training.gradient_mask import GradientMask
-from mpoe.training.loss import LossParts, count_targets, shifts_labels, split_loss, step_share
-from mpoe.training.output_dir import MetricsFile
-from mpoe.training.param_groups import build_param_groups, keep_state
-from mpoe.training.rates import rate_advice
-from mpoe.training.resuming import CheckpointMixin, checkpoint_to_resume, go_on_with_choices
+from mpoe.training.callbacks import DivergenceError, DivergenceGuard, GradientMaskCallback, check_weights
+from mpoe.training.checkpoints import CheckpointMixin, go_on_with_choices
+from mpoe.training.freezing import GradientMask, freeze_all_but_experts, freeze_cores
+from mpoe.training.output_dir import MetricsFile, checkpoint_to_resume
+from mpoe.training.rates import build_param_groups, keep_state, rate_advice
 from mpoe.training.run_lock import hold
 from mpoe.training.statistics import (
-    CorrectionBias,
     LoadWatch,
+    LossParts,
     RunLog,
     core_grad_norms,
+    corrects_bias,
+    count_targets,
     expert_load_of,
     load_shares,
     load_summary,
+    shifts_labels,
+    split_loss,
+    step_share,
+    update_correction_bias,
 )
 
 # Everything that models return besides the logits; it does not belong in an evaluation's predictions.
@@ -54,7 +56,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
     What it adds to the Trainer:
 
     * the gradient mask, per-core rates and frozen cores, as `MPOETrainingArguments` asks;
-    * a loss that does not depend on how a batch is split into micro-batches (see `mpoe.training.loss`), and
+    * a loss that does not depend on how a batch is split into micro-batches (see `mpoe.training.statistics`), and
       `eval_loss` per target rather than per batch, without the routers' losses; for language models also
       `eval_perplexity`, per token of their tokenizer;
     * warnings about experts that take most tokens or none for long (`training.statistics`), and about rates far from
@@ -62,10 +64,10 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
       share of masked steps, also as `metrics.jsonl` in the output folder;
     * under torchrun (DDP), router losses over the tokens of all processes, so a step equals that of one process with
       the same global batch; a lock, so that no other process trains in the same folder (see `mpoe.training.run_lock`);
-    * a diverging run ends with a `DivergenceError` (see `mpoe.training.divergence`); checkpoints that are complete or
+    * a diverging run ends with a `DivergenceError` (see `mpoe.training.callbacks`); checkpoints that are complete or
       absent (see `mpoe.training.checkpoints`); `train(resume_from_checkpoint=True)` continues from the last complete
       one, on the CPU to bit-identical weights: all processes, and a resumed run, compute their products in the ways
-      that were chosen first (see `mpoe.training.resuming.go_on_with_choices`).
+      that were chosen first (see `mpoe.training.checkpoints.go_on_with_choices`).
 
     T5 is evaluated on generated text with `predict_with_generate=True`; other models by their logits.
 
@@ -109,7 +111,8 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         self._metrics_file = MetricsFile(str(args.output_dir))
         self._log = RunLog()
         self._load_watch = LoadWatch([short_name(name) for name, _ in routed_layers(self.model)])
-        self._correction_bias = CorrectionBias(self.model)
+        self._corrects_bias = corrects_bias(self.model)
+        self._step_load: Tensor | None = None  # of the optimizer step in progress
         self._core_norms: dict[str, float] = {}
         self._evaluation: Tensor | None = None  # [sum of losses over targets, targets]
         self.gradient_mask: GradientMask | None = None
@@ -197,8 +200,9 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         with global_batch() if self.args.global_router_losses else contextlib.nullcontext():
             loss = super().training_step(model, inputs, *args, **kwargs)
-        if self.accelerator.sync_gradients:
-            self._correction_bias.step(self.accelerator.reduce)
+        if self.accelerator.sync_gradients and self._step_load is not None:
+            update_correction_bias(self.model, self.accelerator.reduce(self._step_load, "sum"))
+            self._step_load = None
         if self._guard is not None:
             self._guard.note_loss(loss)
         if self.args.log_core_norms and self.accelerator.sync_gradients and self._logs_after_this_step():
@@ -342,8 +346,12 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
                 warnings.warn(sentence, stacklevel=3)
 
     def _note_training(self, parts: LossParts, outputs: Any, micro_batches: int) -> None:
-        self._correction_bias.note(outputs)
-        self._log.note(parts, expert_load_of(outputs) if self.args.log_expert_load else None, micro_batches)
+        load = expert_load_of(outputs)
+        if self._corrects_bias and load is None:
+            raise ValueError("bias_update_rate needs the model's expert_load; output_router_logits is False")
+        if self._corrects_bias:
+            self._step_load = load if self._step_load is None else self._step_load + load
+        self._log.note(parts, load if self.args.log_expert_load else None, micro_batches)
 
     def _logs_after_this_step(self) -> bool:
         step = self.state.global_step + 1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mpoe.cli import files
+from mpoe.cli import models as files
 from mpoe.models import weight_files
 
 

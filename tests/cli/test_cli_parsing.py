@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mpoe.cli.errors import CommandError
-from mpoe.cli.parsing import Asked, as_command, make_parser, option, option_names, parse
+from mpoe.cli.command import Asked, CommandError, as_command, make_parser, option, option_names, parse
 from mpoe.cli.train import GROUPS
 from mpoe_kernels import backend_reasons
 from mpoe_kernels.version import __version__

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import mpoe.cli.train as train
-from mpoe.cli.errors import CommandError
-from mpoe.cli.pretrained import Source, find
+from mpoe.cli.command import CommandError
+from mpoe.cli.models import Source, find
 from mpoe.cli.settle import settle_experts, settle_rate
 from mpoe.training.rates import find_rate
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from mpoe.cli import bench
-from mpoe.cli.errors import CommandError
+from mpoe.cli.command import CommandError
 from mpoe.cli.options import RunOptions
 from mpoe.cli.train import take_layers
 from mpoe.data.embedded import stand_in_path
@@ -117,7 +117,7 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     def load(*_: object) -> None:
         raise AssertionError("a model was loaded before the refusal")
 
-    monkeypatch.setattr("mpoe.cli.pretrained.load_model", load)
+    monkeypatch.setattr("mpoe.cli.models.load_model", load)
     monkeypatch.chdir(tmp_path)
     for name, text in {"bert": '{"model_type": "bert"}', "spoilt": '{"model_type": "t5"}', "broken": "{"}.items():
         (tmp_path / name).mkdir()

@@ -10,9 +10,9 @@ from types import ModuleType
 
 import pytest
 
-from mpoe.cli.errors import CommandError
+from mpoe.cli.command import CommandError
+from mpoe.cli.evaluate import score_table
 from mpoe.cli.runs import data_of_run
-from mpoe.cli.scoring import score_table
 from mpoe.cli.tasks import DataOptions, resolve
 from mpoe.data.task import Example
 from mpoe.data.tasks import find_spec

@@ -9,8 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from mpoe.data.collate import PaddingCollator
-from mpoe.data.encode import encode_language_modeling, encode_text_to_text
+from mpoe.data.encode import PaddingCollator, encode_language_modeling, encode_text_to_text
 from mpoe.data.predict import evaluate_task, evaluation_mode, generate_texts, language_modeling_loss
 from mpoe.data.task import Example, Task
 

@@ -8,7 +8,7 @@ import pytest
 
 from mpoe.data import metrics as m
 from mpoe.data import tasks
-from mpoe.data.doc_tasks import EMBEDDED_TASKS
+from mpoe.data.documentation import EMBEDDED_TASKS
 from mpoe.data.metrics import METRICS
 from mpoe.data.predict import baseline_scores, collapse, constant_answer, frequency_perplexity
 from mpoe.data.task import Task

@@ -9,11 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from mpoe.data.doc_tasks import FAMILIES, MASK, TELLING, family_of, kind_items, mask_names, module_items, name_items
-from mpoe.data.documentation import DocRecord, load_documentation
+from mpoe.data.documentation import (
+    FAMILIES,
+    MASK,
+    TELLING,
+    DocRecord,
+    family_of,
+    kind_items,
+    load_documentation,
+    mask_names,
+    module_items,
+    name_items,
+)
 from mpoe.data.spec import HubData, TaskSpec
-from mpoe.data.splits import split_validation_test, with_subsets, with_validation_test_split
-from mpoe.data.task import Example, Task, subset
+from mpoe.data.task import Example, Task, split_validation_test, subset, with_subsets, with_validation_test_split
 from mpoe.data.tasks import (
     average_score,
     get_task,

@@ -26,7 +26,7 @@ import torch
 
 import mpoe
 import mpoe_kernels
-from mpoe.cli.errors import is_on_purpose
+from mpoe.cli.command import is_on_purpose
 from mpoe_kernels.checks import check_memory
 
 from .bad_arguments import exchange, make_paths, of_raw_ops, starts

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mpoe.cli.errors import is_on_purpose
+from mpoe.cli.command import is_on_purpose
 
 SECONDS = 20.0  # of processor time that one input may take
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe, save_mpoe_only
+from mpoe.cli.command import parse
 from mpoe.cli.options import ExpertOptions, RunOptions
-from mpoe.cli.parsing import parse
 from mpoe.cli.tasks import DataOptions
 from mpoe.data.tasks import load_task_from_folder
 from tests.training.tiny import dense_model, mpoe_model

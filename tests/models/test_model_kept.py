@@ -16,8 +16,7 @@ from mpoe.models.kept import kept_modules
 from mpoe.models.report import HEADER, parameter_kind, routed_layers, summarize
 from mpoe.models.sites import FFNSite
 from mpoe.training import MPOETrainingArguments, build_param_groups
-from mpoe.training.freezing import freeze_all_but_experts
-from mpoe.training.gradient_mask import GradientMask
+from mpoe.training.freezing import GradientMask, freeze_all_but_experts
 from mpoe.training.statistics import core_grad_norms
 
 from .kept_models import KEPT, batch, config, dense, every_family, every_kind, logits, stirred

@@ -24,7 +24,7 @@ from transformers import (
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, merge_experts, merge_latent
 from mpoe.layers import HiddenFeedForward, MPOEFeedForward, NeuronFeedForward
 from mpoe.models.kept import hidden_modules, neuron_modules
-from mpoe.training.gradient_mask import GradientMask
+from mpoe.training.freezing import GradientMask
 from mpoe_kernels import reconstruct
 
 from .kept_models import LLAMA, batch, config, dense, every_family, logits, stirred

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mpoe.training import checkpoints
-from mpoe.training.resuming import go_on_with_choices
+from mpoe.training.checkpoints import go_on_with_choices
 from mpoe_kernels.contract import autotune
 
 from .ranks import torchrun

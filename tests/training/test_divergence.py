@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from mpoe.models import load_mpoe
 from mpoe.training import DivergenceError, read_metrics
-from mpoe.training.divergence import MOST_SKIPPED, check_weights
+from mpoe.training.callbacks import MOST_SKIPPED, check_weights
 
 from .tiny import make_trainer, weights
 

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from mpoe.models.report import mpo_modules
 from mpoe.training import GradientMask, GradientMaskCallback
-from mpoe.training.gradient_mask import mask_draw
+from mpoe.training.freezing import mask_draw
 
 from .tiny import CHECKPOINTING, Rows, Toy, arguments, make_trainer, mpoe_model, weights
 

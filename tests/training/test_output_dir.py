@@ -12,8 +12,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mpoe.training import checkpoints, find_last_checkpoint, prepare_output_dir, read_metrics
-from mpoe.training.output_dir import RUN_FILE, MetricsFile, check_folder, check_output_dir, differing_keys
-from mpoe.training.resuming import checkpoint_to_resume
+from mpoe.training.output_dir import (
+    RUN_FILE,
+    MetricsFile,
+    check_folder,
+    check_output_dir,
+    checkpoint_to_resume,
+    differing_keys,
+)
 from mpoe.training.run_lock import hold
 from mpoe.training.statistics import load_shares, load_summary
 

@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from mpoe.cli.finish import measured
+from mpoe.cli.command import make_parser, option_names, parse
 from mpoe.cli.options import ExpertOptions, RunOptions
-from mpoe.cli.parsing import make_parser, option_names, parse
 from mpoe.cli.settle import order_items
 from mpoe.cli.tasks import DataOptions, resolve
-from mpoe.cli.train import take_layers
+from mpoe.cli.train import measured, take_layers
 from mpoe.layers import DenseExperts, MPOEFeedForward
 from mpoe.models import convert_to_mpoe, mpo_modules
 from mpoe.models.checkpoint import component_of

@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from mpoe.training import MPOETrainer, rank_share, read_metrics
-from mpoe.training.loss import LossParts, count_targets, shifts_labels, split_loss, step_share
+from mpoe.training.statistics import LossParts, count_targets, shifts_labels, split_loss, step_share
 
 from .tiny import PAD, Rows, dense_model, make_trainer, mpoe_model
 

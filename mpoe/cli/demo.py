@@ -100,8 +100,7 @@ def compare_arms(output_dir: Path, kind: str, steps: int | None, seed: int) -> N
         words += f" --weight_decay 0.01 --seed {seed} --logging_steps 5 --eval_strategy no --save_strategy no --use_cpu"
         words += " --disable_tqdm true --report_to none --overwrite"
         train.command([*words.split(), "--output_dir", str(output_dir / arm), *options])
-    asked = compare.CompareOptions(str(output_dir), overwrite=True)
-    compare.run([str(output_dir / arm) for arm in ARMS], asked)
+    compare.command([*(str(output_dir / arm) for arm in ARMS), "--output_dir", str(output_dir), "--overwrite"])
     print(_COMPARED)
 
 

@@ -16,8 +16,7 @@ from mpoe.cli import models
 from mpoe.cli.command import Asked, CommandError, as_command, option
 from mpoe.cli.models import check_writable_file, write_json
 from mpoe.cli.report import Table
-from mpoe.cli.runs import data_of_run, model_of_experiment
-from mpoe.cli.tasks import DataOptions, resolve
+from mpoe.cli.tasks import DataOptions, data_of_run, model_of_experiment, resolve
 from mpoe.data.encode import (
     PaddingCollator,
     encode_labels,

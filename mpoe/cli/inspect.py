@@ -16,8 +16,7 @@ from mpoe.cli import models, report
 from mpoe.cli.command import Asked, CommandError, as_command, option
 from mpoe.cli.evaluate import encode_task, expert_load
 from mpoe.cli.models import MODEL_OR_RUN, REPORT_FILE, check_output, write_json
-from mpoe.cli.runs import data_of_run
-from mpoe.cli.tasks import DataOptions, resolve
+from mpoe.cli.tasks import DataOptions, data_of_run, resolve
 from mpoe.data.encode import PaddingCollator
 from mpoe.data.task import Task
 from mpoe.layers.cores import MPOCores

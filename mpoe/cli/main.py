@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 
 from mpoe.cli.command import CommandError, close_matches, show
@@ -51,6 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     Exit codes: 0 success, 1 a bug (with traceback), 2 a refusal (one line on stderr), 130 interrupted.
     """
+    # torchao registers two Enums, of which torch warns whenever a command imports Transformers
+    logging.getLogger("torch.utils._pytree").addFilter(lambda record: "is an Enum subclass" not in str(record.msg))
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = arguments[:1] == ["--debug"]
     code = 0

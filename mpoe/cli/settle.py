@@ -14,7 +14,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from mpoe.cli.command import CommandError
 from mpoe.cli.models import Source
 from mpoe.cli.options import DENSE, SWITCH, WIDER
-from mpoe.cli.runs import read_record
+from mpoe.cli.tasks import read_record
 from mpoe.config import MPOEConfig
 from mpoe.config.shapes import SEPARABLE
 from mpoe.data.sampler import MultiTaskBatchSampler

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import dataclasses
-import itertools
 import platform
 import shlex
 import sys
@@ -23,13 +21,12 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from mpoe.cli import models
 from mpoe.cli.command import Asked, CommandError, as_command
-from mpoe.cli.compare import write_report
+from mpoe.cli.compare import mixture_of, read_run, write_report
 from mpoe.cli.evaluate import encode_task, evaluate_tasks, show_scores
 from mpoe.cli.models import REPORT_FILE, RESULTS_FILE, Source, publish_model, staging_folder, write_json
 from mpoe.cli.options import WIDER, ExpertOptions, RunOptions
-from mpoe.cli.runs import mixture_of, model_of_experiment, read_run
 from mpoe.cli.settle import order_items, search_rate, set_intervals, settle_experts, settle_rate
-from mpoe.cli.tasks import DataOptions, read_descriptions, resolve
+from mpoe.cli.tasks import DataOptions, model_of_experiment, read_descriptions, resolve
 from mpoe.data.encode import PaddingCollator
 from mpoe.data.spec import TaskSpec
 from mpoe.data.task import Task
@@ -107,7 +104,13 @@ def run(plan: Plan) -> dict[str, Any]:
     if plan.run.find_rate and "learning_rate" in plan.given:
         raise CommandError("find_rate looks for the learning rate; give --find_rate or --learning_rate, not both")
     _check_folder(plan)
-    start = _start_of(plan)
+    start = plan.run.model
+    if plan.run.load_experiment is not None and not plan.run.load_layer:
+        if "model" in plan.given:
+            raise CommandError(
+                "load_experiment says which model to start from; give it without --model, or add --load_layer"
+            )
+        start = model_of_experiment(plan.run.load_experiment)
     source = models.find(start)
     if plan.run.expert is not None:
         _settle_expert(plan, source)
@@ -170,21 +173,6 @@ def _check_folder(plan: Plan, settings: dict[str, Any] | None = None) -> None:
         check_output_dir(plan.arguments.output_dir, plan.run.overwrite, plan.run.resume, settings)
 
 
-def _start_of(plan: Plan) -> str:
-    """The earlier run's model, or the one that ``--model`` names.
-
-    Raises:
-        CommandError: both are given.
-    """
-    if plan.run.load_experiment is None or plan.run.load_layer:
-        return plan.run.model
-    if "model" in plan.given:
-        raise CommandError(
-            "load_experiment says which model to start from; give it without --model, or add --load_layer"
-        )
-    return model_of_experiment(plan.run.load_experiment)
-
-
 def _settle_expert(plan: Plan, source: Source) -> None:
     """Set what a run with --expert needs: one expert of neurons, everything else frozen."""
     name = plan.run.expert
@@ -232,9 +220,9 @@ def _sizes(
     pools: Mapping[str, Sequence[Any]], order: Sequence[int], validation: Mapping[str, Sequence[Any]]
 ) -> dict[str, dict[str, int]]:
     """Items by task: to train on, read in all steps, to validate on; ``order`` are indices into all pools together."""
-    ends = list(itertools.accumulate(map(len, pools.values())))
-    seen = Counter(bisect.bisect_right(ends, index) for index in order)
-    found = {task: {"train": len(pool), "seen": seen[k]} for k, (task, pool) in enumerate(pools.items())}
+    owners = [task for task, pool in pools.items() for _ in pool]
+    seen = Counter(owners[index] for index in order)
+    found = {task: {"train": len(pool), "seen": seen[task]} for task, pool in pools.items()}
     for task, own in validation.items():
         found.setdefault(task, {})["validation"] = len(own)
     return found
@@ -338,7 +326,7 @@ def finish(
         "mean_validation": found["mean"],
         "baselines": found["baselines"],
         "remarks": found["remarks"],
-        "parameters": report() if report else {"total": sum(p.numel() for p in model.parameters())},
+        "parameters": report() if report else dict.fromkeys(("total", "trainable"), model.num_parameters()),
         **measured(plan.run, seconds, steps, batch),
     }
     write_json(folder / RESULTS_FILE, results)

@@ -22,9 +22,11 @@ import hashlib
 import importlib.util
 import inspect
 import itertools
+import math
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -351,10 +353,6 @@ def name_items(record: DocRecord) -> Iterator[Example]:
     yield Example(f"name of: {text}", " ".join(words))
 
 
-MAKERS = {"doc_module": module_items, "doc_kind": kind_items, "doc_name": name_items}
-LIMITS = {"doc_module": MAX_PER_FAMILY, "doc_kind": MAX_PER_KIND, "doc_name": None}
-
-
 @functools.lru_cache(maxsize=8)
 def task_items(name: str) -> dict[str, tuple[Example, ...]]:
     """All items of an embedded text-to-text task by split, in an order that depends only on the texts.
@@ -362,57 +360,39 @@ def task_items(name: str) -> dict[str, tuple[Example, ...]]:
     A source text that occurs in the training split is dropped from the others, and duplicates within a split are kept
     once; large classes are cut to a limit, so that always answering the most common label scores low.
     """
+    make, limits, _ = _TASKS[name]
     seen: set[str] = set()
     items: dict[str, tuple[Example, ...]] = {}
     for split in SPLITS:
         unique: dict[str, Example] = {}
         for record in load_documentation().split(split):
-            for example in MAKERS[name](record):
+            for example in make(record):
                 unique.setdefault(example.source.lower(), example)
         fresh = [example for key, example in unique.items() if key not in seen]
         seen.update(unique)
-        fresh.sort(key=lambda example: unit_hash(f"order:{example.source}"))
-        limits = LIMITS[name]
-        items[split] = tuple(limit_labels(fresh, limits[split]) if limits else fresh)
+        counts: Counter[str] = Counter()
+        kept = []
+        for example in sorted(fresh, key=lambda example: unit_hash(f"order:{example.source}")):
+            counts[example.target] += 1
+            if counts[example.target] <= limits.get(split, math.inf):
+                kept.append(example)
+        items[split] = tuple(kept)
     return items
 
 
-def limit_labels(examples: Iterable[Example], limit: int) -> Iterator[Example]:
-    """The first ``limit`` examples of every target."""
-    counts: dict[str, int] = {}
-    for example in examples:
-        counts[example.target] = counts.get(example.target, 0) + 1
-        if counts[example.target] <= limit:
-            yield example
-
-
 _CLASSES: dict[str, Any] = {"metrics": ("accuracy", "macro_f1"), "max_target_length": 4}
-_ABOUT: dict[str, dict[str, Any]] = {
-    "doc_module": {
-        "labels": tuple(FAMILIES),
-        "description": "a sentence of Python documentation -> the family of modules it belongs to (12 classes)",
-        **_CLASSES,
-    },
-    "doc_kind": {
-        "labels": KIND_LABELS,
-        "description": "the first sentence of a docstring -> function, method, class or exception",
-        **_CLASSES,
-    },
-    "doc_name": {
-        "kind": "generation",
-        "metrics": ("token_f1", "exact_match"),
-        "max_target_length": 12,
-        "description": "the beginning of a docstring -> the words of the name it documents",
-    },
+_NAMES = {"kind": "generation", "metrics": ("token_f1", "exact_match"), "max_target_length": 12}
+_MODULE = "a sentence of Python documentation -> the family of modules it belongs to (12 classes)"
+_KIND = "the first sentence of a docstring -> function, method, class or exception"
+_NAME = "the beginning of a docstring -> the words of the name it documents"
+# items of an object, limits of a class, fields of the task
+_TASKS: dict[str, tuple[Callable[[DocRecord], Iterator[Example]], dict[str, int], dict[str, Any]]] = {
+    "doc_module": (module_items, MAX_PER_FAMILY, {"labels": tuple(FAMILIES), "description": _MODULE, **_CLASSES}),
+    "doc_kind": (kind_items, MAX_PER_KIND, {"labels": KIND_LABELS, "description": _KIND, **_CLASSES}),
+    "doc_name": (name_items, {}, {"description": _NAME, **_NAMES}),
 }
-
-
-def _rows(name: str, split: str) -> tuple[Example, ...]:
-    return task_items(name)[split]
-
-
 EMBEDDED_TASKS = (
-    *(Task(name, functools.partial(_rows, name), max_source_length=64, **about) for name, about in _ABOUT.items()),
+    *(Task(n, lambda split, n=n: task_items(n)[split], max_source_length=64, **_TASKS[n][2]) for n in _TASKS),
     Task(  # every docstring, preceded by the name it documents
         name="doc_lm",
         rows=lambda split: (Example(f"{r.name}\n{r.text}\n") for r in load_documentation().split(split)),

@@ -70,7 +70,9 @@ def encode_text_to_text(
     """
     check_length("max_source_length", max_source_length)
     check_length("max_target_length", max_target_length)
-    check_tokenizer(tokenizer)
+    for field in ("eos_token_id", "pad_token_id"):
+        if getattr(tokenizer, field, None) is None:
+            raise ValueError(f"tokenizer must have {field}; {type(tokenizer).__name__} has none")
     if not examples:
         return []
     sources = tokenizer([e.source for e in examples], truncation=True, max_length=max_source_length)
@@ -205,10 +207,3 @@ def check_length(name: str, value: int) -> None:
     """Refuse token lengths that leave no room for one token and the end token."""
     if not isinstance(value, int) or value < 2:
         raise ValueError(f"{name} must be an int >= 2; got {value!r}")
-
-
-def check_tokenizer(tokenizer: Any) -> None:
-    """Refuse tokenizers that cannot end or pad a text."""
-    for field in ("eos_token_id", "pad_token_id"):
-        if getattr(tokenizer, field, None) is None:
-            raise ValueError(f"tokenizer must have {field}; {type(tokenizer).__name__} has none")

@@ -134,7 +134,10 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
         if self.allow_non_finite:
             self.logging_nan_inf_filter = False  # it would log a non-finite loss as an earlier one, or as 0
         if self.fsdp:
-            _check_fsdp(self.use_cpu)
+            advice = "shard the model in a plain loop with mpoe.shard_model (see examples/sharded_loop.py)"
+            if self.use_cpu or not torch.accelerator.is_available():
+                raise ValueError(f"fsdp must be off on a CPU, where the Trainer would silently run DDP; {advice}")
+            warnings.warn(f"fsdp is not tested with MPOETrainer; what is: {advice}", stacklevel=3)
         super().__post_init__()
 
     @property
@@ -162,13 +165,6 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
     def mask_seed(self) -> int:
         """Seed of the gradient mask's stream: `gradient_mask_seed`, or else `seed`."""
         return self.seed if self.gradient_mask_seed is None else self.gradient_mask_seed
-
-
-def _check_fsdp(use_cpu: bool) -> None:
-    advice = "shard the model in a plain loop with mpoe.shard_model (see examples/sharded_loop.py)"
-    if use_cpu or not torch.accelerator.is_available():
-        raise ValueError(f"fsdp must be off on a CPU, where the Trainer would silently run DDP; {advice}")
-    warnings.warn(f"fsdp is not tested with MPOETrainer; what is: {advice}", stacklevel=4)
 
 
 def _positive(value: object, name: str, optional: bool = False) -> float | None:

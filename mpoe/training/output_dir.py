@@ -47,7 +47,6 @@ def prepare_output_dir(
     overwrite: bool = False,
     resume: bool = False,
     run_config: Mapping[str, Any] | None = None,
-    neutral_keys: frozenset[str] = NEUTRAL_KEYS,
 ) -> Path | None:
     """Make `output_dir` ready for a run, or refuse before any work is done.
 
@@ -59,7 +58,6 @@ def prepare_output_dir(
         overwrite: delete an earlier run in this folder.
         resume: continue the run in this folder; its `run.json` must hold the same configuration.
         run_config: everything that determines what the run computes (JSON-able).
-        neutral_keys: names whose values may differ on resume, at any depth.
 
     Returns:
         The last complete checkpoint when resuming (None if the run died before its first), else None.
@@ -73,9 +71,9 @@ def prepare_output_dir(
     """
     folder = Path(output_dir)
     config = _jsonable(dict(run_config or {}))
-    check_output_dir(folder, overwrite, resume, config, neutral_keys)
+    check_output_dir(folder, overwrite, resume, config)
     with hold(folder):
-        check_output_dir(folder, overwrite, resume, config, neutral_keys)  # another may have claimed it meanwhile
+        check_output_dir(folder, overwrite, resume, config)  # another may have claimed it meanwhile
         if resume:
             clean_leftovers(folder)
             return find_last_checkpoint(folder)
@@ -96,7 +94,6 @@ def check_output_dir(
     overwrite: bool = False,
     resume: bool = False,
     run_config: Mapping[str, Any] | None = None,
-    neutral_keys: frozenset[str] = NEUTRAL_KEYS,
 ) -> None:
     """Refuse what `prepare_output_dir` would refuse, without writing anything.
 
@@ -108,7 +105,7 @@ def check_output_dir(
     check_folder("output_dir", folder)
     check_free(folder)
     if resume:
-        _check_resumable(folder, run_config, neutral_keys)
+        _check_resumable(folder, run_config)
     elif overwrite:
         return
     elif holds_run(folder):
@@ -165,7 +162,7 @@ def differing_keys(
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 
-def _check_resumable(folder: Path, run_config: Mapping[str, Any] | None, neutral_keys: frozenset[str]) -> None:
+def _check_resumable(folder: Path, run_config: Mapping[str, Any] | None) -> None:
     run_file = folder / RUN_FILE
     if not run_file.is_file():
         raise ValueError(f"nothing to resume: {folder} holds no {RUN_FILE} of an earlier run")
@@ -173,7 +170,7 @@ def _check_resumable(folder: Path, run_config: Mapping[str, Any] | None, neutral
         saved = dict(json.loads(run_file.read_text())["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{run_file} is not the record of a run (start again with --overwrite)") from error
-    differences = differing_keys(saved, run_config, neutral_keys) if run_config is not None else {}
+    differences = differing_keys(saved, run_config) if run_config is not None else {}
     if differences:
         listed = "; ".join(f"{key}: was {old!r}, now {new!r}" for key, (old, new) in differences.items())
         raise ValueError(f"cannot resume {folder} with a different configuration ({listed})")

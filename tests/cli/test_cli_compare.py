@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from mpoe.cli.compare import write_report
-from mpoe.cli.runs import read_run
+from mpoe.cli.compare import read_run, write_report
 from mpoe.cli.train import going_on
 from mpoe.training.callbacks import LogLineCallback
 

@@ -12,8 +12,7 @@ import pytest
 
 from mpoe.cli.command import CommandError
 from mpoe.cli.evaluate import score_table
-from mpoe.cli.runs import data_of_run
-from mpoe.cli.tasks import DataOptions, resolve
+from mpoe.cli.tasks import DataOptions, data_of_run, resolve
 from mpoe.data.task import Example
 from mpoe.data.tasks import find_spec
 

@@ -391,8 +391,14 @@ _TASKS: dict[str, tuple[Callable[[DocRecord], Iterator[Example]], dict[str, int]
     "doc_kind": (kind_items, MAX_PER_KIND, {"labels": KIND_LABELS, "description": _KIND, **_CLASSES}),
     "doc_name": (name_items, {}, {"description": _NAME, **_NAMES}),
 }
+
+
+def _rows(name: str, split: str) -> tuple[Example, ...]:
+    return task_items(name)[split]
+
+
 EMBEDDED_TASKS = (
-    *(Task(n, lambda split, n=n: task_items(n)[split], max_source_length=64, **_TASKS[n][2]) for n in _TASKS),
+    *(Task(n, functools.partial(_rows, n), max_source_length=64, **about) for n, (*_, about) in _TASKS.items()),
     Task(  # every docstring, preceded by the name it documents
         name="doc_lm",
         rows=lambda split: (Example(f"{r.name}\n{r.text}\n") for r in load_documentation().split(split)),

@@ -15,7 +15,7 @@ from transformers import Seq2SeqTrainingArguments
 
 from mpoe.config.checks import check_seed
 from mpoe.models.checkpoint import COMPONENTS, parse_components
-from mpoe.training.freezing import check_probability, parse_core_indices
+from mpoe.training.freezing import GradientMask, parse_core_indices
 
 # (central, auxiliary): factors that worked in each regime, on top of base x RMS(core) / RMS(weight).
 LR_SCALES = {"finetune": (0.35, 0.5), "scratch": (1.0, 0.1)}
@@ -114,11 +114,7 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
         check_seed("seed", self.seed)
         if self.data_seed is not None:
             check_seed("data_seed", self.data_seed)
-        self.gradient_mask_prob = check_probability(self.gradient_mask_prob)
-        if self.gradient_mask_seed is not None and (
-            isinstance(self.gradient_mask_seed, bool) or not isinstance(self.gradient_mask_seed, numbers.Integral)
-        ):
-            raise TypeError(f"gradient_mask_seed must be an integer or None; got {self.gradient_mask_seed!r}")
+        self.gradient_mask_prob = GradientMask(None, self.gradient_mask_prob, self.mask_seed).probability
         # Configuration files may hold lists or a bare number; the stored value is always text.
         self.update_mpo_layer = _as_text(self.update_mpo_layer)
         self.train_AT_index = _as_text(self.train_AT_index)

@@ -14,7 +14,6 @@ skip, and the operations never compute it.
 from __future__ import annotations
 
 import contextlib
-import math
 import numbers
 from collections.abc import Iterator
 
@@ -143,19 +142,6 @@ def mask_draw(seed: int, step: int) -> float:
     return float(int(generator.random_raw()) >> 11) * 2.0**-53
 
 
-def check_probability(value: object) -> float:
-    """`value` as a float in [0, 1]; raises TypeError or ValueError that names the argument."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"gradient_mask_prob must be a number between 0 and 1; got {value!r}")
-    probability = float(value)
-    if math.isnan(probability) or not 0.0 <= probability <= 1.0:
-        raise ValueError(
-            "gradient_mask_prob must be between 0 and 1 (the share of steps that leave central cores alone); got "
-            f"{value}"
-        )
-    return probability
-
-
 class GradientMask:
     """Draws the mask once per optimizer step and applies it to every `MPOCores` of a model and to the dense
     projections that hidden-side experts and neurons share (and to P and Q of a latent space).
@@ -184,7 +170,14 @@ class GradientMask:
     def __init__(self, model: nn.Module | None, probability: float, seed: int = 0) -> None:
         if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
             raise TypeError(f"gradient_mask_seed must be an integer; got {seed!r}")
-        self.probability: float = check_probability(probability)
+        if isinstance(probability, bool) or not isinstance(probability, numbers.Real):
+            raise TypeError(f"gradient_mask_prob must be a number between 0 and 1; got {probability!r}")
+        if not 0.0 <= probability <= 1.0:
+            raise ValueError(
+                "gradient_mask_prob must be between 0 and 1 (the share of steps that leave central cores alone); got "
+                f"{probability}"
+            )
+        self.probability: float = float(probability)
         self.seed: int = int(seed)
         self.active: bool = False  # whether the step in progress is masked
         self._cores: list[MPOCores | KeptFeedForward] = []

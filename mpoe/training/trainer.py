@@ -347,9 +347,9 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
 
     def _note_training(self, parts: LossParts, outputs: Any, micro_batches: int) -> None:
         load = expert_load_of(outputs)
-        if self._corrects_bias and load is None:
-            raise ValueError("bias_update_rate needs the model's expert_load; output_router_logits is False")
         if self._corrects_bias:
+            if load is None:
+                raise ValueError("bias_update_rate needs the model's expert_load; output_router_logits is False")
             self._step_load = load if self._step_load is None else self._step_load + load
         self._log.note(parts, load if self.args.log_expert_load else None, micro_batches)
 

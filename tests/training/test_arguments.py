@@ -72,7 +72,7 @@ def test_command_line_and_lists(tmp_path: Path) -> None:
         ({"router_lr_scale": None}, TypeError, "router_lr_scale must be a positive number; got None"),
         ({"gradient_mask_prob": 1.01}, ValueError, "gradient_mask_prob must be between 0 and 1"),
         ({"gradient_mask_prob": "often"}, TypeError, "gradient_mask_prob must be a number"),
-        ({"gradient_mask_seed": 0.5}, TypeError, "gradient_mask_seed must be an integer or None; got 0.5"),
+        ({"gradient_mask_seed": 0.5}, TypeError, "gradient_mask_seed must be an integer; got 0.5"),
         ({"update_mpo_layer": "mpl"}, ValueError, r"got 'mpl' \(did you mean 'mlp'"),
         ({"update_mpo_layer": ""}, ValueError, "update_mpo_layer must name at least one of"),
         ({"train_AT_index": "1;2"}, ValueError, "train_AT_index must be comma-separated core indices"),

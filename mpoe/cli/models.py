@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpoe.cli.command import CommandError, close_matches
-from mpoe.data.mappings import read_mapping
 from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ, TABLE, TYPE_PREFIX, known_type
 
 if TYPE_CHECKING:
@@ -55,9 +54,10 @@ def find(name: str) -> Source:
     Raises:
         ValueError: nothing of that name, a folder without a model, a broken configuration, or an unsupported family.
     """
-    if name in STAND_INS:
-        from mpoe.data.embedded import stand_in_path
+    from mpoe.data.embedded import stand_in_path
+    from mpoe.data.mappings import read_mapping
 
+    if name in STAND_INS:
         return Source(str(stand_in_path(name)), name)
     folder = Path(name)
     if folder.exists() and not folder.is_dir():

@@ -30,8 +30,12 @@ from mpoe.cli.tasks import DataOptions, model_of_experiment, read_descriptions, 
 from mpoe.data.encode import PaddingCollator
 from mpoe.data.spec import TaskSpec
 from mpoe.data.task import Task
+from mpoe.models import collect_statistics, convert_to_mpoe, load_layers, save_expert
+from mpoe.models.base import MPOEModelMixin
+from mpoe.models.card import write_card
 from mpoe.models.report import routed_layers, short_name
 from mpoe.models.table import ENCODER
+from mpoe.models.widen import hidden_size_as_mixture, widened
 from mpoe.training import MPOETrainingArguments, find_last_checkpoint, prepare_output_dir
 from mpoe.training.callbacks import LogLineCallback
 from mpoe.training.output_dir import check_folder, check_output_dir
@@ -188,9 +192,6 @@ def _settle_expert(plan: Plan, source: Source) -> None:
 
 def _prepare_model(source: Source, config: Any, plan: Plan, labels: Sequence[str] | None) -> Any:
     """The model to train: converted, unless it already is or stays dense; an encoder with a head for ``labels``."""
-    from mpoe.models import convert_to_mpoe
-    from mpoe.models.widen import hidden_size_as_mixture, widened
-
     set_seed(plan.arguments.seed)  # for a new head
     model = models.load_model(source, labels)
     if config is not None and plan.run.baseline == WIDER:
@@ -210,8 +211,6 @@ def take_layers(model: Any, options: RunOptions) -> None:
         return
     if not hasattr(model, "mpoe_config"):
         raise CommandError("load_layer needs a model with MPO layers; this one stays dense")
-    from mpoe.models import load_layers
-
     names = load_layers(model, model_of_experiment(str(options.load_experiment)), options.load_layer)
     print(f"{len(names)} modules ({', '.join(options.load_layer)}) from {options.load_experiment}")
 
@@ -294,9 +293,6 @@ def finish(
         start: the model that the run started from.
         sizes: of the data, for the record.
     """
-    from mpoe.models.base import MPOEModelMixin
-    from mpoe.models.card import write_card
-
     arguments, model, folder = plan.arguments, trainer.model, Path(str(plan.arguments.output_dir))
     trainer.save_model(str(staging_folder(folder)))  # every process takes part in it
     if arguments.should_save:
@@ -368,8 +364,6 @@ def measured(options: RunOptions, seconds: float, steps: int, items_per_step: in
 
 def save_trained(trainer: Any, tokenizer: Any, items: Sequence[Any], plan: Plan) -> None:
     """Write the expert of a finished run, with statistics of the first training items."""
-    from mpoe.models import collect_statistics, save_expert
-
     parts = (items[start : start + AT_ONCE] for start in range(0, min(len(items), ITEMS), AT_ONCE))
     statistics = collect_statistics(trainer.model, (trainer.data_collator(part) for part in parts))
     facts = {"steps": trainer.state.global_step, "learning_rate": plan.arguments.learning_rate}

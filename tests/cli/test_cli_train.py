@@ -138,6 +138,7 @@ def test_named_baselines(cli, refused, sentiment: Path, tmp_path: Path, baseline
     dense, _ = load_stand_in("t5")
     mixture = convert_to_mpoe(dense, MPOEConfig(num_experts=2)).parameter_report()
     total = results["parameters"]["total"]
+    assert results["parameters"]["trainable"] == total
     assert results["class"] == ("MPOET5ForConditionalGeneration" if baseline == "switch" else type(dense).__name__)
     if baseline == "wider":
         assert total == pytest.approx(mixture["total"], rel=2e-3)

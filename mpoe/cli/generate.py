@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mpoe.cli.command import Asked, CommandError, as_command, option
-from mpoe.config.checks import check_seed
+from mpoe.config.checks import check_number, check_seed
 
 
 @dataclass
@@ -26,8 +26,7 @@ class GenerateOptions:
     LEAST: ClassVar[dict[str, int]] = {"max_new_tokens": 1, "num_beams": 1}
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be greater than 0; got {self.temperature}")
+        check_number("temperature", self.temperature, 0, open_low=True)
         check_seed("seed", self.seed)
 
 

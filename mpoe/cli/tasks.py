@@ -31,14 +31,12 @@ from mpoe.training import find_last_checkpoint
 from mpoe.training.output_dir import RUN_FILE
 
 DEFAULT_TASKS = {SEQ2SEQ: ("doc_module", "doc_kind", "doc_name"), CAUSAL: ("doc_lm",), ENCODER: ("doc_module",)}
-# style of a model -> the kinds of task it does
-_KINDS = {
-    SEQ2SEQ: ("classification", "regression", "generation"),
-    CAUSAL: ("language_modeling", "generation"),
-    ENCODER: ("classification", "regression"),
+# style of a model -> an example, the option that asks for one, the kinds of task it does
+_STYLES = {
+    SEQ2SEQ: ("a T5", "--model t5", ("classification", "regression", "generation")),
+    CAUSAL: ("a GPT-2", "--model gpt2", ("language_modeling", "generation")),
+    ENCODER: ("a BERT", "a BERT", ("classification", "regression")),
 }
-_EXAMPLES = {SEQ2SEQ: "a T5", CAUSAL: "a GPT-2", ENCODER: "a BERT"}
-_HINTS = {SEQ2SEQ: "--model t5", CAUSAL: "--model gpt2", ENCODER: "a BERT"}
 
 # options that say how to read a folder's columns, in place of a description
 DETECTION = ("kind", "text_columns", "label_column", "label_words", "column_names")
@@ -195,12 +193,12 @@ def resolve(
                 f"tasks must have different names; {entries[task.name]} and {entry} are both {task.name}"
             )
         entries[task.name] = entry
+    example, _, kinds = _STYLES[style]
     for task in tasks:
-        if task.kind not in _KINDS[style]:
-            fits = [_HINTS[other] for other, kinds in _KINDS.items() if task.kind in kinds]
+        if task.kind not in kinds:
+            fits = " or ".join(asked for _, asked, others in _STYLES.values() if task.kind in others)
             raise CommandError(
-                f"task {task.name} is {task.kind}; {_EXAMPLES[style]} does {', '.join(_KINDS[style])} (use "
-                f"{' or '.join(fits)}, or set --kind)"
+                f"task {task.name} is {task.kind}; {example} does {', '.join(kinds)} (use {fits}, or set --kind)"
             )
     if style == ENCODER and len(tasks) > 1:
         raise CommandError(f"tasks must be one for an encoder, which has one head; got {', '.join(entries)}")

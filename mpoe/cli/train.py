@@ -154,9 +154,10 @@ def run(plan: Plan) -> dict[str, Any]:
     first = arguments.process_index == 0
     with hold(folder) if first else contextlib.nullcontext():
         with arguments.main_process_first(desc="output folder"):
-            checkpoint = find_last_checkpoint(folder) if plan.run.resume else None
             if first:
                 checkpoint = prepare_output_dir(folder, plan.run.overwrite, plan.run.resume, settings)
+            else:
+                checkpoint = find_last_checkpoint(folder) if plan.run.resume else None
         if plan.run.resume and first:
             print(
                 f"resuming from {checkpoint.name}" if checkpoint else "no complete checkpoint yet: starting at step 0"

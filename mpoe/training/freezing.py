@@ -20,6 +20,7 @@ from collections.abc import Iterator
 import numpy as np
 from torch import nn
 
+from mpoe.config.checks import check_number
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.feed_forward import RoutedFeedForward
 from mpoe.layers.kept import KeptFeedForward
@@ -170,13 +171,7 @@ class GradientMask:
     def __init__(self, model: nn.Module | None, probability: float, seed: int = 0) -> None:
         if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
             raise TypeError(f"gradient_mask_seed must be an integer; got {seed!r}")
-        if isinstance(probability, bool) or not isinstance(probability, numbers.Real):
-            raise TypeError(f"gradient_mask_prob must be a number between 0 and 1; got {probability!r}")
-        if not 0.0 <= probability <= 1.0:
-            raise ValueError(
-                "gradient_mask_prob must be between 0 and 1 (the share of steps that leave central cores alone); got "
-                f"{probability}"
-            )
+        check_number("gradient_mask_prob", probability, 0, 1)
         self.probability: float = float(probability)
         self.seed: int = int(seed)
         self.active: bool = False  # whether the step in progress is masked

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import time
@@ -251,13 +250,18 @@ class MetricsFile:
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record, stamped with the time (seconds since the epoch)."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(_clean({**record, "time": round(time.time(), 3)}))
+        stamped = json.dumps({**record, "time": round(time.time(), 3)}, default=_plain)
+        line = json.dumps(json.loads(stamped, parse_constant=lambda _: None))
         with self.path.open("a+b") as file:
             if file.tell():
                 file.seek(-1, 2)
                 if file.read() != b"\n":
                     file.write(b"\n")  # a killed process left half a line: start a new line
             file.write(line.encode() + b"\n")
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)  # of numpy and torch
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -279,15 +283,3 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             records = [earlier for earlier in records if earlier.get("step", 0) <= record["step"]]
         records.append(record)
     return records
-
-
-def _clean(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _clean(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_clean(item) for item in value]
-    if hasattr(value, "tolist"):  # numpy scalars and arrays, torch tensors
-        return _clean(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

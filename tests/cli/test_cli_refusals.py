@@ -34,7 +34,7 @@ REFUSED = [
     ([*HERE, "--backend", "quantum"], "backend must be one of"),
     ([*HERE, "--moe_type", "mixture"], "moe_type must be one of 'switch', 'moe', 'none'; got 'mixture'"),
     ([*HERE, "--top_k", 9], "top_k must be at most num_experts = 8; got 9"),
-    ([*HERE, "--gradient_mask_prob", 1.5], "gradient_mask_prob must be between 0 and 1"),
+    ([*HERE, "--gradient_mask_prob", 1.5], "gradient_mask_prob must be at least 0 and at most 1"),
     ([*HERE, "--regime", "dreaming"], "invalid choice: 'dreaming'"),
     ([*HERE, "--n_train", 0], "n_train must be >= 1 or unset; got 0"),
     ([*HERE, "--temperature", 0], "temperature must be > 0; got 0"),

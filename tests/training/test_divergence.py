@@ -97,7 +97,7 @@ def test_allowed(tmp_path: Path) -> None:
     losses = [record["loss"] for record in read_metrics(tmp_path) if "loss" in record]
     assert losses[0] > 0
     assert losses[-1] is None  # as JSON says nan; the Trainer would have logged 0
-    with pytest.raises(TypeError, match="allow_non_finite must be true or false; got 'yes'"):
+    with pytest.raises(TypeError, match="allow_non_finite must be True or False; got str 'yes'"):
         make_trainer(tmp_path, allow_non_finite="yes")
 
 

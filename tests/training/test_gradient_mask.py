@@ -140,7 +140,7 @@ def test_frozen_projections_around_hidden_experts() -> None:
 
 def test_refusals() -> None:
     for probability in (-0.1, 1.5, float("nan")):
-        with pytest.raises(ValueError, match="gradient_mask_prob must be between 0 and 1"):
+        with pytest.raises(ValueError, match="gradient_mask_prob must be at least 0 and at most 1"):
             GradientMask(Toy(), probability)
     with pytest.raises(TypeError, match="gradient_mask_prob must be a number"):
         GradientMask(Toy(), "0.5")  # type: ignore[arg-type]

@@ -31,7 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpoe.data.task import SPLITS, Example, Task, check_split
+from mpoe.config.checks import check_choice
+from mpoe.data.task import SPLITS, Example, Task
 
 TEST_SHARE = 0.20
 VALIDATION_SHARE = 0.08
@@ -84,7 +85,7 @@ class Documentation:
         Raises:
             ValueError: ``name`` is not one of these.
         """
-        check_split(name)
+        check_choice("split", name, SPLITS)
         return tuple(record for record in self.records if record.split == name)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpoe.config.checks import check_integer
 from mpoe.data.task import Example
 
 IGNORED_LABEL = -100
@@ -34,10 +35,8 @@ class PaddingCollator:
     pad_to_multiple_of: int = 1
 
     def __post_init__(self) -> None:
-        if self.pad_token_id is None or self.pad_token_id < 0:
-            raise ValueError(f"pad_token_id must be a token id >= 0; got {self.pad_token_id}")
-        if self.pad_to_multiple_of < 1:
-            raise ValueError(f"pad_to_multiple_of must be >= 1; got {self.pad_to_multiple_of}")
+        check_integer("pad_token_id", self.pad_token_id, 0)
+        check_integer("pad_to_multiple_of", self.pad_to_multiple_of, 1)
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Items -> int64 tensors ``input_ids`` [B, S], ``attention_mask`` [B, S], ``labels`` [B, L] or [B]."""
@@ -68,8 +67,8 @@ def encode_text_to_text(
     Raises:
         ValueError: a length below 2 (one token and the end token), or a tokenizer without an end or padding token.
     """
-    check_length("max_source_length", max_source_length)
-    check_length("max_target_length", max_target_length)
+    check_integer("max_source_length", max_source_length, 2)  # a token and the end token
+    check_integer("max_target_length", max_target_length, 2)
     for field in ("eos_token_id", "pad_token_id"):
         if getattr(tokenizer, field, None) is None:
             raise ValueError(f"tokenizer must have {field}; {type(tokenizer).__name__} has none")
@@ -103,7 +102,7 @@ def encode_language_modeling(
     Raises:
         ValueError: block_size < 2, no end token, or not enough text for one block.
     """
-    check_length("block_size", block_size)
+    check_integer("block_size", block_size, 2)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer must have an end token (eos_token); {type(tokenizer).__name__} has none")
     plain = [text.source if isinstance(text, Example) else text for text in texts]
@@ -201,9 +200,3 @@ def _chat_ids(messages: Sequence[tuple[str, str]], tokenizer: Any, **options: An
         )
     chat = [{"role": role, "content": text} for role, text in messages]
     return list(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False, **options))
-
-
-def check_length(name: str, value: int) -> None:
-    """Refuse token lengths that leave no room for one token and the end token."""
-    if not isinstance(value, int) or value < 2:
-        raise ValueError(f"{name} must be an int >= 2; got {value!r}")

@@ -12,18 +12,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mpoe.config.checks import check_choice, check_integer
 from mpoe.data.mappings import lookup
 from mpoe.data.metrics import METRICS, get_metric
 
 SPLITS = ("train", "validation", "test")
 KINDS = ("classification", "regression", "generation", "language_modeling")
-
-
-def check_split(name: str) -> str:
-    """``name`` if it is train, validation or test; ValueError otherwise."""
-    if name not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {name!r}")
-    return name
 
 
 @dataclass(frozen=True)
@@ -63,8 +57,7 @@ class Task:
     def __post_init__(self) -> None:
         if not self.name or not self.name.replace("_", "").replace("-", "").isalnum():
             raise ValueError(f"name must be letters, digits, - and _; got {self.name!r}")
-        if self.kind not in KINDS:
-            raise ValueError(f"kind of task {self.name} must be one of {', '.join(KINDS)}; got {self.kind!r}")
+        check_choice(f"kind of task {self.name}", self.kind, KINDS)
         if self.kind == "classification" and (len(self.labels) < 2 or len(set(self.labels)) != len(self.labels)):
             raise ValueError(f"labels of task {self.name} must be at least two different words; got {self.labels!r}")
         allowed = {name for name, metric in METRICS.items() if metric.kind == self.kind} or {"perplexity"}
@@ -77,8 +70,7 @@ class Task:
         if not self.metrics:
             raise ValueError(f"metrics of task {self.name} must name at least one of {sorted(allowed)}; got none")
         for length in ("max_source_length", "max_target_length"):
-            if getattr(self, length) < 1:
-                raise ValueError(f"{length} of task {self.name} must be >= 1; got {getattr(self, length)}")
+            check_integer(f"{length} of task {self.name}", getattr(self, length), 1)
 
     @property
     def main_metric(self) -> str:
@@ -87,7 +79,7 @@ class Task:
 
     def examples(self, split: str, n: int | None = None, seed: int = 0) -> tuple[Example, ...]:
         """Items of train, validation or test; with ``n``, a random subset of that many (all if there are fewer)."""
-        check_split(split)
+        check_choice("split", split, SPLITS)
         rows = tuple(row if self.to_text is None else self.to_text(row) for row in self.rows(split))
         odd = next((row for row in rows if not isinstance(row, Example)), None)
         if odd is not None:
@@ -142,8 +134,7 @@ def subset(items: Sequence, n: int | None, seed: int = 0) -> tuple:
     """
     if n is None:
         return tuple(items)
-    if n < 0:
-        raise ValueError(f"n must be >= 0 or None; got {n}")
+    check_integer("n", n, 0)
     order = list(range(len(items)))
     random.Random(f"subset-{seed}").shuffle(order)
     return tuple(items[i] for i in order[:n])
@@ -255,8 +246,7 @@ def with_subsets(
         ValueError: a number below 1.
     """
     for argument, size in (("n_train", n_train), ("n_val", n_val), ("n_test", n_test)):
-        if size is not None and size < 1:
-            raise ValueError(f"{argument} must be >= 1 or unset; got {size}")
+        check_integer(argument, size, 1, optional=True)
     sizes = {"train": n_train, "validation": n_val, "test": n_test}
     return dataclasses.replace(
         task, rows=lambda split: subset(task.examples(split), sizes[split], data_seed), to_text=None

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import numpy as np
 from torch import nn
 
-from mpoe.config.checks import check_number
+from mpoe.config.checks import check_integer, check_number
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.feed_forward import RoutedFeedForward
 from mpoe.layers.kept import KeptFeedForward
@@ -135,8 +135,7 @@ def mask_draw(seed: int, step: int) -> float:
         seed: any integer.
         step: number of optimizer steps already taken, >= 0.
     """
-    if step < 0:
-        raise ValueError(f"step must be >= 0; got {step}")
+    check_integer("step", step, 0)
     # As uint64 arrays: numpy would convert a list with a large integer to floats and round it.
     key = np.array([seed & _WORD, _STREAM], dtype=np.uint64)
     generator = np.random.Philox(key=key, counter=np.array([0, 0, 0, step], dtype=np.uint64))

@@ -46,9 +46,9 @@ def test_language_modelling_blocks():
     [
         (
             lambda: encode_text_to_text([Example("a")], word_tokenizer(), 1),
-            "max_source_length must be an int >= 2; got 1",
+            "max_source_length must be at least 2; got 1",
         ),
-        (lambda: encode_text_to_text([Example("a")], word_tokenizer(), 4, 0), "max_target_length must be an int >= 2"),
+        (lambda: encode_text_to_text([Example("a")], word_tokenizer(), 4, 0), "max_target_length must be at least 2"),
         (lambda: encode_text_to_text([Example("a", "b")], word_tokenizer(ends=False)), "must end every text with"),
         (lambda: encode_text_to_text([Example("a")], SimpleNamespace(eos_token_id=1)), "must have pad_token_id"),
         (
@@ -109,7 +109,7 @@ def test_generation_keeps_order_and_the_mode():
     with evaluation_mode(model):
         pass
     assert not model.training
-    with pytest.raises(ValueError, match="must be >= 1"):
+    with pytest.raises(ValueError, match="must be at least 1"):
         generate_texts(model, word_tokenizer(), [], batch_size=0)
 
 

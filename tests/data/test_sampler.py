@@ -37,7 +37,7 @@ def test_a_step_number_is_the_whole_state():
     ("sizes", "temperature", "message"),
     [
         ({}, 1.0, "at least one task"),
-        ({"a": 0}, 1.0, r"sizes\['a'\] must be >= 1; got 0"),
+        ({"a": 0}, 1.0, r"sizes\['a'\] must be at least 1; got 0"),
         ({"a": 1}, 0.0, "temperature must be > 0; got 0"),
         ({"a": 1}, float("nan"), "temperature must be > 0"),
     ],
@@ -97,10 +97,10 @@ def test_batches_larger_than_the_data_are_full():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be >= 1; got 0"),
-        ({"accumulation": 0}, "accumulation must be >= 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"accumulation": 0}, "accumulation must be at least 1"),
         ({"rank": 2, "world_size": 2}, r"rank must be in \[0, world_size=2\); got 2"),
-        ({"num_steps": -1}, "num_steps must be >= 0"),
+        ({"num_steps": -1}, "num_steps must be at least 0"),
         ({"start_step": 41}, r"step must be in \[0, num_steps=40\]; got 41"),
     ],
 )

@@ -146,7 +146,7 @@ def test_refusals() -> None:
         GradientMask(Toy(), "0.5")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="gradient_mask_seed must be an integer"):
         GradientMask(Toy(), 0.5, seed=1.5)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="step must be >= 0"):
+    with pytest.raises(ValueError, match="step must be at least 0"):
         mask_draw(0, -1)
     with pytest.raises(ValueError, match="needs a model with MPO cores; Linear has none"):
         GradientMask(nn.Linear(2, 2), 0.5)

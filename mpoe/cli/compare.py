@@ -21,8 +21,7 @@ from mpoe.cli.evaluate import metrics_of, score_table
 from mpoe.cli.models import MODEL_OR_RUN, REPORT_FILE, RESULTS_FILE, check_output, write_json
 from mpoe.cli.options import BASELINES
 from mpoe.cli.report import Table
-from mpoe.cli.tasks import read_record
-from mpoe.training.output_dir import METRICS_FILE, flatten, is_neutral, read_metrics
+from mpoe.training.output_dir import METRICS_FILE, RUN_FILE, flatten, is_neutral, read_metrics, read_record
 
 MOST_RUNS = 12
 NUMBERS_FILE = "compare.json"
@@ -124,12 +123,12 @@ def read_run(path: str, name: str = "") -> RunFolder:
     """The run in folder ``path``.
 
     Raises:
-        CommandError: not the folder of a run, or a file in it that cannot be read.
+        ValueError: not the folder of a run, or a file in it that cannot be read.
     """
     folder = Path(path)
     record = read_record(folder)
     if record is None:
-        raise CommandError(f"{path} is not the folder of a run: it holds no run.json")
+        raise CommandError(f"{path} is not the folder of a run: it holds no {RUN_FILE}")
     try:
         ended = (folder / RESULTS_FILE).is_file()
         results = dict(json.loads((folder / RESULTS_FILE).read_text())) if ended else {}

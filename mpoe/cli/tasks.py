@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ from mpoe.data.tasks import (
 )
 from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ
 from mpoe.training import find_last_checkpoint
-from mpoe.training.output_dir import RUN_FILE
+from mpoe.training.output_dir import read_record
 
 DEFAULT_TASKS = {SEQ2SEQ: ("doc_module", "doc_kind", "doc_name"), CAUSAL: ("doc_lm",), ENCODER: ("doc_module",)}
 # style of a model -> an example, the option that asks for one, the kinds of task it does
@@ -208,19 +207,6 @@ def resolve(
 # -------------------------------------------------------------- for commands that look at a run's model
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """What the run in ``folder`` was started with; None if it holds no run.
-
-    Raises:
-        CommandError: ``run.json`` cannot be read.
-    """
-    file = folder / RUN_FILE
-    try:
-        return dict(json.loads(file.read_text())["config"]) if file.is_file() else None
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise CommandError(f"{file} does not describe a run: {error}") from None
-
-
 def model_of_experiment(folder: str) -> str:
     """The final model of a run, or its last complete checkpoint if the run has not finished.
 
@@ -249,7 +235,7 @@ def data_of_run(
         described at that time (None: none, or another file is given).
 
     Raises:
-        CommandError: ``run.json`` cannot be read.
+        ValueError: ``run.json`` cannot be read.
     """
     run = read_record(Path(model_dir)) or read_record(Path(model_dir).resolve().parent) or {}
     kept = run.get("data", {})

@@ -161,14 +161,23 @@ def differing_keys(
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 
-def _check_resumable(folder: Path, run_config: Mapping[str, Any] | None) -> None:
-    run_file = folder / RUN_FILE
-    if not run_file.is_file():
-        raise ValueError(f"nothing to resume: {folder} holds no {RUN_FILE} of an earlier run")
+def read_record(folder: str | Path) -> dict[str, Any] | None:
+    """What the run in ``folder`` was started with; None if it holds no run.
+
+    Raises:
+        ValueError: ``run.json`` cannot be read.
+    """
+    file = Path(folder) / RUN_FILE
     try:
-        saved = dict(json.loads(run_file.read_text())["config"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{run_file} is not the record of a run (start again with --overwrite)") from error
+        return dict(json.loads(file.read_text())["config"]) if file.is_file() else None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{file} does not describe a run: {error}") from None
+
+
+def _check_resumable(folder: Path, run_config: Mapping[str, Any] | None) -> None:
+    saved = read_record(folder)
+    if saved is None:
+        raise ValueError(f"nothing to resume: {folder} holds no {RUN_FILE} of an earlier run")
     differences = differing_keys(saved, run_config) if run_config is not None else {}
     if differences:
         listed = "; ".join(f"{key}: was {old!r}, now {new!r}" for key, (old, new) in differences.items())

@@ -140,7 +140,7 @@ def test_evaluation_divides_the_data_as_the_run_did(tmp_path: Path) -> None:
         assert as_trained(tmp_path, {"training": training})[1] == seed
         assert data_of_run(str(checkpoint), DataOptions(), set())[1] == seed
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(CommandError, match=r"run\.json does not describe a run"):
+    with pytest.raises(ValueError, match=r"run\.json does not describe a run"):
         data_of_run(str(checkpoint), DataOptions(), set())
     for described in (["review"], {"review": {"template": "no column"}}, {"review": 3}):
         with pytest.raises(CommandError, match=r"described in run\.json does not describe tasks"):

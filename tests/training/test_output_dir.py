@@ -102,7 +102,7 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(NotADirectoryError, match="is a file"):
         prepare_output_dir(tmp_path / "file")
     (tmp_path / RUN_FILE).write_text("{")
-    with pytest.raises(ValueError, match="is not the record of a run"):
+    with pytest.raises(ValueError, match="does not describe a run"):
         prepare_output_dir(tmp_path, resume=True, run_config=CONFIG)
 
 

@@ -105,7 +105,7 @@ bench models 300 --suite models
 # The first launch of each: of neurons, hidden-side experts, the fused chain and a separable product.
 part profile 180 ncu --set basic --filter-mode per-launch-config --launch-count 1 \
     --kernel-name 'regex:^(neurons_fused|hidden_rows|fused|grouped_rows)_kernel$' \
-    "$python" -m mpoe_bench.gpu_cases
+    "$python" -m mpoe_bench.layers
 tests experts-float32 180 "$experts -k float32"
 tests linear-float32 180 "$ops -k float32"
 install='for name; do "$0" -m pip install -q --no-deps --target build/peers "$name" || echo "$name was not installed"; done'

@@ -43,13 +43,13 @@ if TYPE_CHECKING:
     from mpoe.models.composition import compose as compose
     from mpoe.models.convert import convert_to_mpoe as convert_to_mpoe
     from mpoe.models.convert import merge_experts as merge_experts
+    from mpoe.models.convert import merge_latent as merge_latent
     from mpoe.models.domains import collect_statistics as collect_statistics
     from mpoe.models.expert_files import load_expert as load_expert
     from mpoe.models.expert_files import merge_expert as merge_expert
     from mpoe.models.expert_files import save_expert as save_expert
     from mpoe.models.expert_files import start_expert as start_expert
     from mpoe.models.expert_mixture import compose_experts as compose_experts
-    from mpoe.models.kept import merge_latent as merge_latent
     from mpoe.models.lora import lora_on_cores as lora_on_cores
     from mpoe.models.original import import_original as import_original
     from mpoe.training.arguments import MPOETrainingArguments as MPOETrainingArguments

@@ -20,7 +20,6 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from mpoe.config import MPOEConfig
+from mpoe.config.checks import hint
 from mpoe.config.shapes import KINDS
 from mpoe.data.mappings import read_mapping
 from mpoe.layers.drop_in import linear_weight
@@ -116,11 +116,9 @@ def read_values(name: str) -> tuple[dict[str, Any], str]:
         values, _ = PreTrainedConfig.get_config_dict(name, local_files_only=True)
         if values:
             return values, "the local hub cache"
-    close = get_close_matches(last, KNOWN_SIZES, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
     raise ValueError(
         f"model: {name!r} is not a folder or config.json here, not a well-known size "
-        f"({', '.join(list(KNOWN_SIZES)[:5])}, ...) and not in the local hub cache{hint}"
+        f"({', '.join(list(KNOWN_SIZES)[:5])}, ...) and not in the local hub cache{hint(last, [*KNOWN_SIZES])}"
     )
 
 
@@ -319,8 +317,8 @@ def _matrix_costs(
     experts, slots, elements = config.num_experts, tokens * config.top_k, rows * columns
     dense = Cost(elements, 2 * tokens * elements * usage.passes)
     switch = Cost(experts * elements, 2 * slots * elements * usage.passes)
-    shape = None if config.is_neurons else config.shape_for(kind, rows, columns)
-    strategy, backward = "neurons" if shape is None else "hidden", None
+    shape = None if config.keeps_network else config.shape_for(kind, rows, columns)
+    strategy, backward = config.shape, None
     products = 1 if not usage.training else 3 if kind == "down" else 4
     width, hidden = (columns, rows) if kind == "down" else (rows, columns)
     if config.is_hidden:  # blocks [b, b], every group of hidden units a row

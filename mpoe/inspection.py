@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from mpoe.data.predict import token_losses
 from mpoe.layers.cores import MPOCores
-from mpoe.layers.feed_forward import RoutedFeedForward
-from mpoe.layers.kept import KeptFeedForward
+from mpoe.layers.feed_forward import KeptFeedForward, RoutedFeedForward
 from mpoe.models.domains import Statistics, forced, router_weight, without
 from mpoe.models.expert_mixture import NONE
 from mpoe.models.report import parameter_report, routed_layers

@@ -99,7 +99,6 @@ class Backend:
         candidates: the ways to compute a contraction (a strategy in one phase).
         contraction_reasons: why it has no candidate for a contraction (empty list: it has one).
         places_rows: its forward kernels of ``grouped_mpo_linear`` take ``out_index`` and ``gates``.
-        keeps_rows: its forward of ``separable`` can save rows for the backward.
     """
 
     name: str
@@ -110,7 +109,6 @@ class Backend:
     candidates: Callable[[Contraction], list[Candidate]] = _no_candidates
     contraction_reasons: Callable[[Contraction], list[str]] = no_reasons
     places_rows: bool = False
-    keeps_rows: bool = True
 
     def unsupported_reasons(self, request: Request) -> list[str]:
         """Every reason why this backend cannot run ``request``; empty if it can."""
@@ -281,9 +279,7 @@ def cuda_backend(name: str, device_type: str, unavailable_reasons: Callable[[], 
         )
         return wrong + _dtype_reasons(request)
 
-    return Backend(
-        name, unavailable_reasons=unavailable_reasons, request_reasons=reasons, places_rows=True, keeps_rows=False
-    )
+    return Backend(name, unavailable_reasons=unavailable_reasons, request_reasons=reasons, places_rows=True)
 
 
 EAGER = Backend("eager")

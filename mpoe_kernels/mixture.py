@@ -20,17 +20,6 @@ from mpoe_kernels.linear.op import ACTIVATIONS, ForwardCall
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.native_library import NATIVE_LIBRARY, address, dense, dense_like, name_of
 from mpoe_kernels.neurons.native import network
-from mpoe_kernels.routing import native
-from mpoe_kernels.routing.gating import Gating, native_gating
-from mpoe_kernels.routing.op import CombineCall, RouteCall
-
-
-class Slots(NamedTuple):
-    """The tensors of a `Routing`, not checked again."""
-
-    expert_offsets: Tensor
-    token_of_slot: Tensor
-    slot_of_token: Tensor
 
 
 class Rule(NamedTuple):
@@ -44,24 +33,6 @@ class Rule(NamedTuple):
     top_k: int
     raw: bool
     capacity: int | None
-
-
-def native_slots(x: Tensor, weight: Tensor, rule: Rule, token_mask: Tensor | None) -> tuple[Gating, Slots]:
-    """What a router of weight ``[E, I]`` decides for tokens ``x [T, I]``, and the slots.
-
-    Args:
-        x, weight: as in `native_gating`.
-        rule: see `Rule`.
-        token_mask: as in `mpoe_kernels.route`.
-    """
-    gating = native_gating(x, weight, rule.top_k, rule.raw)
-    call = RouteCall(gating.top_k_index, weight.shape[0], rule.capacity, token_mask, "native")
-    return gating, Slots(*native.route(call))
-
-
-def native_combine(rows: Tensor, slots: Slots, gates: Tensor) -> Tensor:
-    """``[N, F] -> [T, F]``, as `mpoe_kernels.combine`."""
-    return native.combine(CombineCall(rows, *slots, gates, "native"))
 
 
 class Chains(NamedTuple):
@@ -89,40 +60,19 @@ class Chains(NamedTuple):
         return (self.gate, None, formula), (self.up, self.up_bias, "none")
 
 
-def _call(
-    x: Tensor, blocks: MPOBlocks, offsets: Tensor, bias: Tensor | None, index: Tensor | None, formula: str, backend: str
-) -> ForwardCall:
-    sizes = (blocks.in_features, blocks.out_features, formula, "auto", backend, False)
-    return ForwardCall(x, blocks.left, blocks.central, blocks.right, offsets, bias, index, *sizes)
-
-
-def plain_ffn(x: Tensor, slots: Slots, gates: Tensor, chains: Chains, backend: str | None) -> Tensor:
-    """As `mpoe_kernels.mpo_ffn`: tokens ``x [T, I] -> [T, I]``."""
-    asked = requested_backend(backend)
-
-    def product(rows: Tensor, blocks: MPOBlocks, bias: Tensor | None, index: Tensor | None, formula: str) -> Tensor:
-        call = _call(rows, blocks, slots.expert_offsets, bias, index, formula, asked)
-        y: Tensor = chosen_for("grouped_mpo_linear", call, call.slots, ALL_GRADIENTS, False).run(call)[0]
-        return y
-
-    hidden = None
-    for blocks, bias, formula in chains.of_rows:
-        rows = product(x, blocks, bias, slots.token_of_slot, formula)
-        hidden = rows if hidden is None else hidden * rows
-    assert hidden is not None
-    return native_combine(product(hidden, chains.down, chains.down_bias, None, "none"), slots, gates)
-
-
 def routed_ffn(
     x: Tensor, weight: Tensor, rule: Rule, chains: Chains, token_mask: Tensor | None, backend: str | None
 ) -> Tensor | None:
-    """`native_slots` and `plain_ffn` as one native call, if kernels of the library are chosen for every projection;
-    else None.
+    """A router's decision and `mpoe_kernels.mpo_ffn` as one native call, if kernels of the library are chosen for every
+    projection; else None.
 
     Args:
         x: tokens ``[T, I]``, of the dtype of the chains.
-        weight, rule, token_mask: as in `native_slots`.
-        chains, backend: as in `plain_ffn`.
+        weight: the router's, ``[E, I]``, as in `native_gating`.
+        rule: see `Rule`.
+        chains: see `Chains`.
+        token_mask: as in `mpoe_kernels.route`.
+        backend: name of a kernel backend, or ``None``.
 
     Raises:
         ValueError: chains that do not fit each other.
@@ -136,7 +86,8 @@ def routed_ffn(
     projections: list[Any] = []
     kept = []
     for blocks, bias, formula in (*chains.of_rows, (chains.down, chains.down_bias, "none")):
-        call = _call(rows, blocks, rows, bias, None, formula, asked)
+        sizes = (blocks.in_features, blocks.out_features, formula, "auto", asked, False)
+        call = ForwardCall(rows, blocks.left, blocks.central, blocks.right, rows, bias, None, *sizes)
         candidate = chosen_for("grouped_mpo_linear", call, call.slots, ALL_GRADIENTS, False)
         if candidate.backend != "native" or candidate.strategy == "half_right":
             return None
@@ -147,10 +98,10 @@ def routed_ffn(
         projections.append((linear_sizes(call), memory))
     *of_rows, down = projections
     mask = None if token_mask is None else dense("token_mask", token_mask)
-    sizes = (tokens, rule.top_k, -1 if rule.capacity is None else rule.capacity)
+    slots = (tokens, rule.top_k, -1 if rule.capacity is None else rule.capacity)
     y = torch.empty_like(x)
     NATIVE_LIBRARY.functions.routed_ffn(
-        *(name_of(weight.dtype), sizes, rule.raw, x.data_ptr(), weight.data_ptr(), address(mask)),
+        *(name_of(weight.dtype), slots, rule.raw, x.data_ptr(), weight.data_ptr(), address(mask)),
         *(of_rows, down, y.data_ptr()),
     )
     return y
@@ -173,7 +124,7 @@ def routed_neurons(
     """`mpoe_kernels.neuron_experts` for tokens that are not routed yet, as one native call.
 
     Args:
-        x, weight, rule: as in `native_slots`; without a capacity.
+        x, weight, rule: as in `routed_ffn`; without a capacity.
         scale: of the gates.
         rows: what the experts read, ``[T, l]``, of the dtype of x.
         neurons: of the same dtype.

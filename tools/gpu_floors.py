@@ -32,14 +32,13 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from documents import write_between
 from gpu_compile import CSRC, Job, compiled, job_of
 from machine_code import executed, issued_with_product
-from mpoe_bench.gpu_cases import PHASES, TOKENS, Case, Dense, cases
+from mpoe_bench.layers import PHASES, TOKENS, Case, Dense, cases
 from shipped_kernels import Library, Recorder, as_on_gpu, bytes_of
 from torch import nn
 
-from mpoe.layers import logits
+from mpoe.layers import router
 from mpoe_kernels.contract import BlockDims, contraction
 from mpoe_kernels.mpo.shape import MPOShape
 from mpoe_kernels.routing import gating
@@ -86,7 +85,7 @@ def launches(
     with ExitStack() as patches, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nothing balances the experts of a single layer
         for each in (
-            patch.object(logits, "_on_gpu", lambda _: True),
+            patch.object(router, "_on_gpu", lambda _: True),
             patch.object(gating, "requested_backend", lambda _: backend),
             patch.object(gating, "is_plain_call", lambda _: True),
         ):
@@ -350,7 +349,8 @@ def main(words: Sequence[str] | None = None) -> int:
                 kept = calls.get(call)
                 worse_lines += worse(call, found, kept, limit) if kept else [f"{call}: not in {TABLE.name}"]
     if chosen.write:
-        write_between(DOCUMENT, "floors", document(calls))
+        begin, end, old = "<!-- floors -->\n", "<!-- end of floors -->", DOCUMENT.read_text()
+        DOCUMENT.write_text(f"{old.partition(begin)[0]}{begin}{document(calls)}\n{end}{old.partition(end)[2]}")
     sys.stderr.writelines(f"{line}\n" for line in worse_lines)
     return 1 if worse_lines else 0
 

@@ -29,7 +29,7 @@ import time
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,7 @@ OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
 SAME = ("_Eq_Is", "_NotEq_IsNot", "_Is_Eq", "_IsNot_NotEq")  # operators: of short strings, numbers, classes and None
 ORDER_OF_TEXTS = r'[<>]=? "'  # in place of == "...": no slip of a writer
 IGNORED = ("strict", "stacklevel", "maxsize")  # arguments: of `zip`, where it holds; of warnings; of caches
-SHORTEST_LIMIT, TIMES = 60.0, 10.0  # seconds; and of what the tests take without a mutation
+SHORTEST_LIMIT, TIMES = 60.0, 3.0  # seconds; and of what the area's tests take without a mutation
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,18 @@ def copy_of_tree(folder: Path) -> None:
             shutil.copy2(ROOT / name, folder / name)
 
 
-def run_tests(tests: list[str], folder: Path, seconds: float | None, *plugins: object) -> int | None:
-    """Exit status of pytest in a fork of this process; None if it takes longer than ``seconds``."""
+def run_tests(
+    tests: list[str], folder: Path, seconds: float | None, record: coverage.Coverage | None = None
+) -> int | None:
+    """Exit status of pytest in a fork of this process; None if it takes longer than ``seconds``. ``record`` keeps which
+    tests reach a line; that of none is an import."""
+
+    class Contexts:
+        @pytest.hookimpl(wrapper=True)
+        def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+            if record is not None:
+                record.switch_context(item.nodeid)
+            return (yield)
 
     def run() -> None:
         os.setsid()
@@ -171,8 +181,12 @@ def run_tests(tests: list[str], folder: Path, seconds: float | None, *plugins: o
         os.chdir(folder)
         sys.path[:] = [str(folder), *(path for path in sys.path if path and Path(path).resolve() != ROOT)]
         os.environ["PYTHONPATH"] = str(folder)
-        sys.dont_write_bytecode = not plugins  # what is recorded is not changed
-        sys.exit(pytest.main([*OPTIONS, *tests], plugins=plugins))
+        sys.dont_write_bytecode = record is None  # what is recorded is not changed
+        with record.collect() if record is not None else nullcontext():  # conftest files import what is recorded
+            status = pytest.main([*OPTIONS, *tests], plugins=[Contexts()])
+        if record is not None:
+            record.save()
+        sys.exit(status)
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
@@ -184,57 +198,28 @@ def run_tests(tests: list[str], folder: Path, seconds: float | None, *plugins: o
     return status
 
 
-class Recorder:
-    """A plugin of pytest that leaves in a file the seconds of every test and, by file and line, the tests that reach
-    it; ``""`` is an import."""
-
-    def __init__(self, paths: list[str], file: Path) -> None:
-        self.paths, self.file = paths, file
-        self.seconds: dict[str, float] = {}
-        self.coverage = coverage.Coverage(data_file=None, include=paths, messages=False)
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_load_initial_conftests(self) -> None:  # which import what is recorded
-        self.coverage.start()
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        self.coverage.switch_context(item.nodeid)
-        start = time.monotonic()
-        result = yield
-        self.seconds[item.nodeid] = time.monotonic() - start
-        return result
-
-    def pytest_unconfigure(self) -> None:
-        self.coverage.stop()
-        data = self.coverage.get_data()
-        self.file.write_text(json.dumps([self.seconds, {path: data.contexts_by_lineno(path) for path in self.paths}]))
-
-
 class Reach:
-    """What an area's tests reach, by running them without a mutation.
-
-    Attributes:
-        seconds: of every test, by its id.
-        lines: by path and line (a text), ids of tests; see `Recorder`.
-    """
+    """What an area's tests reach, by running them without a mutation; ``seconds``: how long that took."""
 
     def __init__(self, area: Area, folder: Path) -> None:
         paths = [str(path) for glob in area.files for path in folder.glob(glob)]
-        if run_tests(area.tests, folder, None, Recorder(paths, folder / "reach.json")) != 0:
+        record = coverage.Coverage(data_file=str(folder / f"reach-{area.name}"), include=paths, messages=False)
+        start = time.monotonic()
+        if run_tests(area.tests, folder, None, record) != 0:
             print((folder / "mutants.log").read_text()[-3000:])
             raise SystemExit(f"the tests of area {area.name} must pass without a mutation; they do not")
-        self.seconds, self.lines = json.loads((folder / "reach.json").read_text())
-        print(f"{area.name}: {len(self.seconds)} tests, {sum(self.seconds.values()):.0f} s")
+        self.seconds = time.monotonic() - start
+        record.load()
+        self.lines = {path: record.get_data().contexts_by_lineno(path) for path in paths}
+        print(f"{area.name}: {self.seconds:.0f} s")
 
     def tests(self, path: Path, lines: range) -> list[str]:
-        """Those that may see a change of lines, the quickest of a file first; if an import reaches them, all that reach
-        the file."""
+        """Those that may see a change of lines; if an import reaches them, all that reach the file."""
         by_line = self.lines[str(path)]
-        found = {test for line, tests in by_line.items() if int(line) in lines for test in tests}
+        found = {test for line, tests in by_line.items() if line in lines for test in tests}
         if "" in found:
             found = {test for tests in by_line.values() for test in tests}
-        return sorted(found - {""}, key=lambda test: (test.partition("::")[0], self.seconds[test]))
+        return sorted(found - {""})
 
 
 def outcome(mutant: Mutant, reach: Reach, folder: Path) -> str:
@@ -244,7 +229,7 @@ def outcome(mutant: Mutant, reach: Reach, folder: Path) -> str:
     if not tests:
         return "unreached"
     path.write_text(mutant.text, encoding="utf-8")
-    status = run_tests(tests, folder, max(SHORTEST_LIMIT, TIMES * sum(reach.seconds[test] for test in tests)))
+    status = run_tests(tests, folder, SHORTEST_LIMIT + TIMES * reach.seconds)
     shutil.copy2(ROOT / mutant.file, path)
     return "timeout" if status is None else "failed" if status else "passed"
 

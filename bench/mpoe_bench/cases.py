@@ -42,7 +42,6 @@ class Workload:
         dtype: of activations and cores.
         training: forward and backward instead of forward.
         mask_central: training without the central gradient.
-        load: how tokens fall on experts, see `expert_choice`.
     """
 
     shape_name: str
@@ -53,7 +52,6 @@ class Workload:
     dtype: torch.dtype
     training: bool
     mask_central: bool = False
-    load: str = "uniform"
 
     @property
     def shape(self) -> MPOShape:
@@ -65,8 +63,7 @@ class Workload:
         phase = "masked" if self.mask_central else "training" if self.training else "forward"
         dtype = str(self.dtype).removeprefix("torch.")
         sizes = f"{self.in_features}x{self.out_features}-E{self.num_experts}-T{self.num_tokens}"
-        load = "" if self.load == "uniform" else f"-{self.load}"
-        return f"{self.shape_name}-{sizes}-{dtype}-{phase}{load}"
+        return f"{self.shape_name}-{sizes}-{dtype}-{phase}"
 
 
 def _held_out() -> tuple[Workload, ...]:

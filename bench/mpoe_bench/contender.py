@@ -1,17 +1,20 @@
-"""A contender: something that computes a case's result, checked against float64 before it is timed."""
+"""A contender: something that computes a case's result, checked against float64 before it is timed, and its memory."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from mpoe_bench.cases import relative_error
-from mpoe_bench.memory import peak_memory
 from mpoe_kernels import BackendError
 
 NOT_HERE = "not here"  # prefix of the reason why a contender cannot take part
@@ -23,20 +26,25 @@ ERROR_UNITS = 16.0
 # Where rounding decides whether a pre-activation passes ReLU, one element changes a gradient in float32 by more.
 GRADIENT_ERROR = 4e-3
 Tensors = Mapping[str, Tensor]
+Result = TypeVar("Result")
 
 
 class UnavailableError(RuntimeError):
     """A contender cannot take part here; the report shows the message as the reason."""
 
 
-def grad_of(leaf: Tensor) -> Tensor:
-    """A leaf's gradient; zeros where the backward pass never reached it (an idle expert)."""
-    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+class CaptureError(RuntimeError):
+    """A capture failed after it had begun.
+
+    PyTorch then leaves the device's random generator and allocator capturing: anything that the process does with them
+    from then on fails.
+    """
 
 
 def gradients_of(leaves: Tensors) -> dict[str, Tensor]:
-    """``d<name>`` of every leaf that is trained."""
-    return {f"d{name}": grad_of(leaf) for name, leaf in leaves.items() if leaf.requires_grad}
+    """``d<name>`` of every leaf that is trained; zeros where the backward pass never reached it (an idle expert)."""
+    trained = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    return {f"d{n}": torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for n, leaf in trained.items()}
 
 
 @dataclass(frozen=True)
@@ -53,25 +61,20 @@ class Truth:
         same, exact = ({n: v.detach().cpu() for n, v in results(kind).items()} for kind in (dtype, torch.float64))
         return cls(exact, {name: relative_error(same[name], value) for name, value in exact.items()}, dtype)
 
-    def allowed(self, name: str) -> float:
-        """Largest relative L2 error that passes."""
-        least = ERROR_UNITS * torch.finfo(self.dtype).eps if name == "y" else GRADIENT_ERROR
-        return max(ERROR_FACTOR * self.own_errors[name], least)
-
-    def errors(self, results: Tensors) -> dict[str, float]:
-        """Relative L2 error of every result of the right shape."""
-        right = {name: value for name, value in results.items() if value.shape == self.values[name].shape}
-        return {name: relative_error(value.cpu(), self.values[name]) for name, value in right.items()}
-
-    def faults(self, results: Tensors) -> list[str]:
-        """What is wrong, in words; empty when every result is right."""
-        found, errors = [], self.errors(results)
+    def compare(self, results: Tensors) -> tuple[dict[str, float], list[str]]:
+        """Relative L2 error of every result of the right shape; and what is wrong, in words."""
+        errors, faults = {}, []
         for name, value in results.items():
-            if name not in errors:
-                found.append(f"{name} is {list(value.shape)} instead of {list(self.values[name].shape)}")
-            elif not errors[name] <= self.allowed(name):  # true for NaN
-                found.append(f"error of {name} is {errors[name]:.1e}, allowed {self.allowed(name):.1e}")
-        return found
+            wanted = self.values[name]
+            if value.shape != wanted.shape:
+                faults.append(f"{name} is {list(value.shape)} instead of {list(wanted.shape)}")
+                continue
+            errors[name] = relative_error(value.cpu(), wanted)
+            least = ERROR_UNITS * torch.finfo(self.dtype).eps if name == "y" else GRADIENT_ERROR
+            allowed = max(ERROR_FACTOR * self.own_errors[name], least)
+            if not errors[name] <= allowed:  # true for NaN
+                faults.append(f"error of {name} is {errors[name]:.1e}, allowed {allowed:.1e}")
+        return errors, faults
 
 
 @dataclass
@@ -79,42 +82,25 @@ class Contender:
     """Something to measure.
 
     Attributes:
-        function: the differentiable computation.
-        grad_y: gradient of the result for the backward pass; ``None`` = forward only.
-        leaves: tensors whose gradients the backward pass fills, x included.
-        gradients: those that are checked, after a backward pass, by the names of their `Truth`.
+        function: the differentiable computation, whose result is checked.
+        leaves: by name, tensors whose gradients a training pass fills, x included.
+        grad_y: gradient of the result for the backward pass, after which the leaves' gradients are checked.
         facts: anything the report shows: shape, backend, floor, parameters.
-        step: what ``train`` runs instead of forward and backward: a whole optimizer step.
-        timed: what is timed as a forward pass, if not `function`, whose result is checked.
+        step: what ``train`` runs instead of forward and backward: a whole optimizer step; nothing of it is checked.
+        timed: what is timed as a forward pass, if not `function`.
     """
 
     function: Callable[[], Tensor]
+    leaves: Tensors = field(default_factory=dict)
     grad_y: Tensor | None = None
-    leaves: Sequence[Tensor] = ()
-    gradients: Callable[[], Tensors] = dict
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
     step: Callable[[], Tensor] | None = None
     timed: Callable[[], Tensor] | None = None
-
-    @property
-    def trains(self) -> bool:
-        return self.step is not None or self.grad_y is not None
-
-    @torch.no_grad()
-    def forward(self) -> Tensor:
-        """The result, without recording a graph."""
-        return self.function()
-
-    @torch.no_grad()
-    def timed_forward(self) -> Tensor:
-        """What is timed as a forward pass."""
-        return (self.timed or self.function)()
 
     def train(self) -> Tensor:
         """Forward and backward; gradients are left in the leaves."""
         if self.step is not None:
             return self.step()
-        assert self.grad_y is not None
         self.release()
         y = self.function()
         y.backward(self.grad_y)
@@ -122,14 +108,14 @@ class Contender:
 
     def release(self) -> None:
         """Drop the gradients."""
-        for leaf in self.leaves:
+        for leaf in self.leaves.values():
             leaf.grad = None
 
     def call(self, phase: str) -> Callable[[], Tensor] | None:
         """What runs in a phase; masking the central gradient changes nothing in a forward pass."""
         if phase == "train":
-            return self.train if self.trains else None
-        return None if self.facts.get("masked") else self.timed_forward
+            return None if self.step is None and self.grad_y is None else self.train
+        return None if self.facts.get("masked") else torch.no_grad()(self.timed or self.function)
 
 
 Build = Callable[[Any], tuple[Contender, Truth]]
@@ -142,9 +128,9 @@ class Comparison:
     Attributes:
         key, title: names in the results and in the report.
         context: makes what the contenders share.
-        contenders: (name, kind, builder). Kinds are ``limit``, ``mpoe`` and ``peer``; a builder gets the context and
-            raises `UnavailableError` with its reason.
-        baseline: name of the contender by whose time the others' are divided.
+        contenders: (name, kind, builder), the first of which is the baseline by whose time the others' are divided.
+            Kinds are ``limit``, ``mpoe`` and ``peer``; a builder gets the context and raises `UnavailableError` with
+            its reason.
         tokens: per call, for tokens per second.
         facts: JSON-able description of the case.
         phases: which of ``forward`` and ``train`` (forward + backward) to time.
@@ -154,7 +140,6 @@ class Comparison:
     title: str
     context: Callable[[], Any]
     contenders: Sequence[tuple[str, str, Build]]
-    baseline: str
     tokens: int
     facts: Mapping[str, Any] = field(default_factory=dict)
     phases: Sequence[str] = ("forward", "train")
@@ -165,13 +150,10 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def size_facts(parameters: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Number of parameters, their bytes, and AdamW's bytes."""
-    return {
-        "parameters": parameters,
-        "weight_bytes": parameters * dtype.itemsize,
-        "optimizer_bytes": 8 * parameters,  # two moments in float32
-    }
+def size_facts(module: torch.nn.Module, dtype: torch.dtype) -> dict[str, int]:
+    """Number of parameters, and their bytes."""
+    count = sum(p.numel() for p in module.parameters())
+    return {"parameters": count, "weight_bytes": count * dtype.itemsize}
 
 
 def failure_text(error: Exception) -> str:
@@ -179,38 +161,121 @@ def failure_text(error: Exception) -> str:
     return f"failed: {type(error).__name__}: {FOLDERS.sub('', ' '.join(str(error).split()))[:200]}"
 
 
-def check_and_weigh(contender: Contender, truth: Truth, device: str) -> dict[str, Any]:
-    """Run a contender forward and backward once, to fill its row except for times.
-
-    Returns:
-        A row whose ``reason`` is ``None`` if every result agrees with the truth, else what is wrong.
-    """
-    memory, results = {}, {}
-    contender.forward()  # a first call may time how it computes, which is no part of its memory
-    memory["forward"], results["y"] = peak_memory(contender.forward, device)
-    if contender.trains:
-        (contender.step or contender.train)()  # the same; and the first step creates the optimizer's state
-        contender.release()
-        memory["train"], _ = peak_memory(contender.train, device, resident=True)
-        results |= contender.gradients()
-    faults, errors = truth.faults(results), truth.errors(results)
-    contender.release()
-    if faults:
-        return {"reason": f"wrong result, not timed: {'; '.join(faults)}", "errors": errors}
-    return {"reason": None, "errors": errors, "memory": {phase: value._asdict() for phase, value in memory.items()}}
-
-
 def checked(
     name: str, kind: str, build: Build, context: Any, device: str = "cpu"
 ) -> tuple[Contender | None, dict[str, Any]]:
-    """Build and check a contender; any failure becomes the row's reason."""
-    row: dict[str, Any] = {"name": name, "kind": kind}
+    """Build a contender, run it forward and backward once, and fill its row except for times.
+
+    Returns:
+        The contender if every result agrees with the truth, and its row, whose ``reason`` else says what is wrong.
+    """
+    row: dict[str, Any] = {"name": name, "kind": kind, "reason": None}
+    memory: dict[str, dict[str, int]] = {}
+    results: dict[str, Tensor] = {}
     try:
         contender, truth = build(context)
         row |= contender.facts
-        row |= check_and_weigh(contender, truth, device)
+        for phase, run in (("forward", torch.no_grad()(contender.function)), ("train", contender.call("train"))):
+            if run is not None:
+                run()  # a first call may time how it computes, or create an optimizer's state: not counted
+                contender.release()
+                memory[phase], y = peak_memory(run, device, resident=phase == "train")
+                results |= {"y": y} if phase == "forward" else {}
+        if contender.grad_y is not None:
+            results |= gradients_of(contender.leaves)
+        row["errors"], faults = truth.compare(results)
+        contender.release()
     except (UnavailableError, BackendError) as error:
         return None, {**row, "reason": f"{NOT_HERE}: {error}"}
     except Exception as error:  # any failure: the others are still measured, and the report states the reason
         return None, {**row, "reason": failure_text(error)}
-    return (contender if row["reason"] is None else None), row
+    if faults:
+        return None, {**row, "reason": f"wrong result, not timed: {'; '.join(faults)}"}
+    return contender, {**row, "memory": memory}
+
+
+def resident_peak(function: Callable[[], object]) -> int | None:
+    """Call the function; peak growth of resident memory meanwhile, ``None`` where the system does not report it.
+
+    The C library's free memory is returned first, so that the call must fetch every page that it uses. Call the
+    function once beforehand; otherwise what it loads or compiles the first time counts too.
+    """
+
+    def kibibytes(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith(field)))
+
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = kibibytes("VmRSS")
+    except (OSError, AttributeError):  # not Linux, or not glibc
+        return None
+    result = function()
+    growth = kibibytes("VmHWM") - before
+    del result
+    return 1024 * max(growth, 0)
+
+
+def peak_memory(
+    function: Callable[[], Result], device: torch.device | str = "cpu", resident: bool = False
+) -> tuple[dict[str, int], Result]:
+    """Run ``function``; returns bytes on top of what was allocated before, and its result.
+
+    ``peak``: the most that was held at any time: temporaries, saved activations, results, gradients; ``kept``: the part
+    still alive when the call returned (its result, gradients).
+
+    On the CPU, every allocation by torch's allocator counts; with ``resident``, what libraries and kernels allocate
+    directly from the system too, by the process's resident memory in a second run. On CUDA, the caching allocator's
+    counters are read.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = function()
+        torch.cuda.synchronize()
+        most, now = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+        return {"peak": most - before, "kept": now - before}, result
+    # Otherwise the profiler's library logs to stderr; it reads this when it first starts.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
+            result = function()
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    current = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        current += event.nbytes()
+        peak = max(peak, current)
+    return {"peak": max(peak, (resident_peak(function) or 0) if resident else 0), "kept": current}, result
+
+
+def graphed(function: Callable[[], object]) -> Callable[[], None]:
+    """``function`` captured in a CUDA graph: launch overhead vanishes. Its inputs must keep their storage.
+
+    It is called four times before: kernels are compiled, and synchronisation is detected while nothing is captured.
+
+    Raises:
+        RuntimeError: the function synchronises; nothing was captured.
+        CaptureError: it cannot be captured for another reason.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            function()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            function()
+    except RuntimeError as error:
+        raise CaptureError(f"the capture of a CUDA graph failed: {error}") from error
+    return graph.replay

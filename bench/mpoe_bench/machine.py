@@ -6,8 +6,6 @@ import datetime
 import os
 import platform
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from mpoe_kernels.backends import AUTO, Request, select
 from mpoe_kernels.info import collect, usable_cores
 
 LIBRARIES = ("torch", "triton", "transformers", "numpy")
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+CLOCKS = {"wall": "wall time", "cpu": "CPU time of the process"}
 DEVICES = ("cpu", "cuda")
 EAGER, ALL = "eager", "all"
 
@@ -27,10 +25,9 @@ EAGER, ALL = "eager", "all"
 def _runs_on(backend: str, device: str) -> bool:
     """Whether a backend has kernels for a type of device."""
     try:
-        select(Request("dispatch", device, torch.float32), backend)
+        return bool(select(Request("dispatch", device, torch.float32), backend))
     except BackendError:
         return False
-    return True
 
 
 def backends_to_measure(names: str | None, suite: str = "targets", device: str = "cpu") -> tuple[str, ...]:
@@ -76,8 +73,8 @@ def check_options(
     for name, value, known in (
         ("suite", suite, SUITES),
         ("device", device, DEVICES),
-        ("clock", clock, tuple(CLOCKS)),
-        ("scale", scale, tuple(SCALES)),
+        ("clock", clock, CLOCKS),
+        ("scale", scale, SCALES),
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
@@ -100,16 +97,15 @@ def check_options(
 
 def revision() -> str | None:
     """The measured commit, with ``+`` if files differ from it; ``None`` outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # an installed copy may be inside another checkout
-        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
+    here, said = Path(__file__), ""
+    inside = "ls-files", "--error-unmatch", here.name  # an installed copy may be inside another checkout
+    for words in (inside, ("describe", "--always", "--exclude=*", "--abbrev=10", "--dirty=+")):
+        try:
+            command = ["git", "-C", str(here.parent), *words]
+            said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+    return said
 
 
 def describe(device: str, threads: int, clock: str) -> dict[str, Any]:
@@ -121,7 +117,7 @@ def describe(device: str, threads: int, clock: str) -> dict[str, Any]:
         "device": device,
         "cores": known["cores"],
         "threads": threads,
-        "clock": {"wall": "wall time", "cpu": "CPU time of the process"}[clock],
+        "clock": CLOCKS[clock],
         "isa": known["torch_isa"],
         "native_isa": (known["native"] or {}).get("isa_used"),
         "system": f"{platform.system()} {platform.machine()}",

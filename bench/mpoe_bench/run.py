@@ -1,59 +1,67 @@
-"""Run a suite: everything that `mpoe bench` measures, as one JSON-able dict."""
+"""Run a suite: everything that `mpoe bench` measures, in a session of pytest, as one JSON-able dict.
+
+Contenders are checked against float64 first; whatever is wrong is not timed. Each is then timed by pytest-benchmark in
+turn with its case's dense layer: ``extra_info`` holds ``x`` (median over rounds of its time over the dense layer's),
+``tokens_per_second``, errors and memory.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
+import math
 import os
+import pkgutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 
-from mpoe_bench.machine import check_options, describe
-from mpoe_bench.plugin import RUN, Run
+from mpoe_bench.contender import NOT_HERE, CaptureError, Comparison, Contender, checked, failure_text, graphed
+from mpoe_bench.machine import backends_to_measure, check_options, describe
+from mpoe_bench.suites import SCALES, Plan, judged_of
+from mpoe_bench.targets import check_targets
 
 SCHEMA = 2
-# With the default backends, on the CPU; each backend accounts for about its share of the rows.
-EXPECTED_MINUTES = {"quick": 5, "planner": 12, "targets": 6, "layers": 12, "models": 30}
+GPU_MINUTES = 8.0  # of the suite gpu; what does not fit is left out and named
 
 
-def expected_time(suite: str, scale: str = "real") -> str:
-    """The duration of a suite, in words."""
-    if suite == "gpu" and scale == "real":
-        return "the minutes it is given"
-    return "seconds" if scale == "tiny" else f"about {EXPECTED_MINUTES[suite]} minutes on two CPU cores"
+@dataclass(frozen=True)
+class Budget:
+    """About how long a function is timed, in seconds; fewest and most rounds; the shortest sample, of several calls."""
+
+    seconds: float = 3.0
+    fewest: int = 3
+    most: int = 21
+    sample: float = 0.005
+
+    def plan(self, once: float) -> tuple[int, int]:
+        """Rounds, and calls of a function in each, from the seconds of one call; what is very slow runs once."""
+        calls = max(1, min(2000, math.ceil(self.sample / max(once, 1e-9))))
+        fitting = self.seconds / max(calls * once, 1e-9)
+        return max(1, min(self.fewest, int(3 * fitting)), min(self.most, int(fitting))), calls
 
 
-class _Watch:
-    """A plugin that keeps the run of the session that it is in."""
-
-    run: Run
-
-    def __init__(self, on_section: Callable[[dict[str, Any]], None]) -> None:
-        self.on_section = on_section
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_configure(self, config: pytest.Config) -> None:
-        self.run = config.stash[RUN]
-        self.run.on_section = self.on_section
+BUDGETS = {"quick": Budget(1.2, most=15), "targets": Budget(2.0, 5, 15), "gpu": Budget(0.12, 7, 15, 0.002)}
+TINY = Budget(0.01, 3, 3, 0.0005)
 
 
-def run_suite(
-    suite: str = "quick",
-    device: str = "cpu",
-    threads: int | None = None,
-    clock: str = "wall",
-    scale: str = "real",
-    backend: str | None = None,
-    minutes: float | None = None,
-    on_section: Callable[[dict[str, Any]], None] = lambda _: None,
-) -> dict[str, Any]:
-    """Measure a suite, in a session of pytest inside this process.
+def device_clock() -> float:
+    """Seconds, when everything that a GPU was given is done."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Run:
+    """A plugin of pytest: what is measured, and the sections so far, comparisons with a row per contender.
 
     Args:
         suite: one of `SUITES`.
@@ -65,6 +73,207 @@ def run_suite(
         minutes: begin nothing new after this time; default: no limit, or eight for the gpu suite.
         on_section: receives every section when it is finished.
 
+    Attributes:
+        sections: in order, JSON-able: ``key``, ``title``, ``baseline``, ``case``, ``rows``; if the capture of a CUDA
+            graph broke off, ``spoilt`` says why nothing more can be measured in this process.
+        skipped: titles of those that there was no time for, or that came after a broken capture.
+
+    Raises:
+        ValueError: see `check_options`.
+    """
+
+    def __init__(
+        self,
+        suite: str = "quick",
+        device: str = "cpu",
+        threads: int | None = None,
+        clock: str = "wall",
+        scale: str = "real",
+        backend: str | None = None,
+        minutes: float | None = None,
+        on_section: Callable[[dict[str, Any]], None] = lambda _: None,
+    ) -> None:
+        self.threads = check_options(suite, device, threads, clock, scale, backend)
+        self.suite, self.device, self.clock, self.on_section = suite, device, clock, on_section
+        self.scale, self.backends = SCALES[scale], backends_to_measure(backend, suite, device)
+        self.budget = BUDGETS.get("gpu" if device == "cuda" else suite, Budget()) if self.scale.judged else TINY
+        self.timer: Callable[[], float] = time.perf_counter
+        minutes = minutes or (GPU_MINUTES if suite == "gpu" else math.inf)
+        self.deadline = time.monotonic() + 60 * minutes
+        self.sections: list[dict[str, Any]] = []
+        self.skipped: list[str] = []
+        self._comparison: Comparison | None = None
+        self._context: Any = None
+        self._held: dict[str, tuple[Contender | None, dict[str, Any]]] = {}  # the baseline, and one more
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_configure(self, config: pytest.Config) -> None:
+        option = config.option
+        if self.device == "cuda":
+            option.benchmark_timer = f"{__name__}.device_clock"
+        elif self.clock == "cpu":
+            option.benchmark_timer = "time.process_time"
+        option.benchmark_disable_gc = option.benchmark_quiet = True  # one table: ours
+        self.timer = pkgutil.resolve_name(str(option.benchmark_timer))
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """One test per contender and phase; and per case, phase and backend whose choice is judged."""
+        found = []
+        if "comparison" in metafunc.fixturenames:
+            for each in Plan(self.scale, self.device, self.backends).of(self.suite):
+                graph = self.device == "cuda" and "forward" in each.phases
+                for name, *_ in each.contenders:
+                    for phase in (*each.phases, *(["graph"] if graph else [])):
+                        found.append(pytest.param(each, name, phase, id=f"{each.title}-{name}-{phase}"))
+            metafunc.parametrize(("comparison", "name", "phase"), found)
+        elif "case" in metafunc.fixturenames:
+            for backend, case in judged_of(self.suite, self.scale, self.device, self.backends):
+                for phase in ("forward", "backward") if case.training else ("forward",):
+                    found.append(pytest.param(backend, case, phase, id=f"{case.name}-{backend}-{phase}"))
+            metafunc.parametrize(("backend", "case", "phase"), found)
+
+    @pytest.fixture
+    def bench_run(self) -> Run:
+        """What the tests measure with."""
+        return self
+
+    def pytest_sessionfinish(self) -> None:
+        self.finish()
+
+    def section(self, title: str, **facts: Any) -> dict[str, Any]:
+        """The section of this title, begun if there is none; skips the test if nothing new may begin."""
+        last = self.sections[-1] if self.sections else {"title": None}
+        if last["title"] != title:
+            if "spoilt" in last or time.monotonic() > self.deadline:
+                if title not in self.skipped:
+                    self.skipped.append(title)
+                pytest.skip(last.get("spoilt", "the time was up"))
+            self.finish()
+            gc.collect()
+            self.sections.append({"title": title, **facts, "rows": [], "began": time.monotonic()})
+        return self.sections[-1]
+
+    def finish(self) -> None:
+        """The last section is complete."""
+        self._comparison, self._context, self._held = None, None, {}
+        if self.sections and "began" in self.sections[-1]:
+            self.sections[-1]["seconds"] = time.monotonic() - self.sections[-1].pop("began")
+            self.on_section(self.sections[-1])
+
+    def _checked(self, comparison: Comparison, name: str) -> tuple[Contender | None, dict[str, Any]]:
+        """A contender and its row, checked once; the tensors of earlier ones are let go."""
+        baseline = comparison.contenders[0][0]
+        if comparison is not self._comparison:
+            self._comparison, self._context, self._held = comparison, comparison.context(), {}
+        if name not in self._held:
+            self._held = {key: value for key, value in self._held.items() if key == baseline}
+            kind, build = next((kind, build) for own, kind, build in comparison.contenders if own == name)
+            if time.monotonic() > self.deadline:
+                self._held[name] = None, {"name": name, "kind": kind, "reason": f"{NOT_HERE}: the time was up"}
+            else:
+                self._held[name] = checked(name, kind, build, self._context, self.device)
+        return self._held[name]
+
+    def measure(self, benchmark: Any, comparison: Comparison, name: str, phase: str) -> None:
+        """Check a contender and time one phase; skips one that is not here, fails if a result of ours is wrong."""
+        baseline, facts = comparison.contenders[0][0], dict(comparison.facts)
+        section = self.section(comparison.title, key=comparison.key, baseline=baseline, case=facts)
+        contender, row = self._checked(comparison, name)
+        if row not in section["rows"]:
+            section["rows"].append(row)
+        if contender is None:
+            ours = row["kind"] != "peer" and not row["reason"].startswith(NOT_HERE)
+            (pytest.fail if ours else pytest.skip)(row["reason"])
+        base, of_base = self._checked(comparison, baseline)
+        if base is None:
+            pytest.fail(f"the baseline {baseline!r} cannot be measured: {of_base['reason']}")
+        both = {"own": contender} if contender is base else {"own": contender, "base": base}
+        functions = {who: each.call("forward" if phase == "graph" else phase) for who, each in both.items()}
+        if None in functions.values():
+            pytest.skip(f"it takes no part in {phase}")
+        try:
+            if phase == "graph":
+                functions = {who: graphed(function) for who, function in functions.items()}
+        except RuntimeError as error:
+            row["graph_reason"] = " ".join(str(error).split())[:200]
+            if isinstance(error, CaptureError):
+                section["spoilt"] = failure_text(error)
+                pytest.fail(section["spoilt"])
+            pytest.skip(row["graph_reason"])
+        samples = in_turn(benchmark, functions, self.budget, self.timer)
+        contender.release()
+        base.release()
+        benchmark.group, benchmark.name = f"{comparison.title}, {phase}", name
+        benchmark.extra_info.update({key: row.get(key) for key in ("errors", "memory", "parameters", "floor")})
+        if benchmark.stats is not None:  # None with --benchmark-disable
+            row[phase] = facts_of(samples["own"], samples.get("base", samples["own"]), comparison.tokens)
+            benchmark.extra_info.update({key: row[phase][key] for key in ("x", "tokens_per_second")})
+
+    @property
+    def failures(self) -> list[str]:
+        """MPO contenders that failed or gave a wrong result; a backend without a kernel is not a failure."""
+        found = []
+        for section in self.sections:
+            if "spoilt" in section:
+                found.append(f"{section['title']}: {section['spoilt']}; what was to follow is left out")
+            for row in section["rows"]:
+                reason = row.get("reason") or NOT_HERE
+                if row.get("kind", "mpoe") != "peer" and not reason.startswith(NOT_HERE):
+                    found.append(f"{row['name']} ({section['title']}): {reason}")
+        return found
+
+    @property
+    def targets(self) -> list[dict[str, Any]]:
+        """The targets that were measured; they speak of real sizes."""
+        return check_targets(self.sections, self.device) if self.scale.judged else []
+
+
+def in_turn(
+    benchmark: Any, functions: Mapping[str, Any], budget: Budget, timer: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Seconds of a call of every function, round by round in turn, so that drift of the machine affects all equally.
+
+    The first is timed by pytest-benchmark, the others just before it. Each is called once more at the beginning.
+    """
+    calls: dict[str, int] = {}
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    first, *others = functions
+
+    def sample(name: str) -> float:
+        start = timer()
+        for _ in range(calls.get(name, 1)):
+            functions[name]()
+        return timer() - start
+
+    plans = {name: budget.plan(sample(name)) for name in functions}
+    calls |= {name: count for name, (_, count) in plans.items()}
+
+    def before() -> None:
+        if benchmark.stats is not None:
+            benchmark.stats.iterations = calls[first]  # of what runs as one
+        for name in others:
+            samples[name].append(sample(name) / calls[name])
+
+    benchmark.pedantic(lambda: sample(first), setup=before, rounds=plans[first][0])
+    samples[first] = list(benchmark.stats.stats.data) if benchmark.stats is not None else []
+    return samples
+
+
+def facts_of(own: list[float], base: list[float], tokens: int) -> dict[str, Any]:
+    """``x``: median over rounds of the ratio to the baseline's time in the same round; low and high: percentiles."""
+    ratios = [mine / max(theirs, 1e-12) for mine, theirs in zip(own, base, strict=True)]
+    low, x, high = (float(np.quantile(ratios, q)) for q in (0.1, 0.5, 0.9))
+    seconds = median(own)
+    facts = {"seconds": seconds, "x": x, "low": low, "high": high, "rounds": len(own)}
+    return facts | {"tokens_per_second": tokens / max(seconds, 1e-12)}
+
+
+def run_suite(suite: str = "quick", **options: Any) -> dict[str, Any]:
+    """Measure a suite, in a session of pytest inside this process.
+
+    Args:
+        suite, options: of `Run`.
+
     Returns:
         ``{"schema", "suite", "scale", "backends", "machine", "sections", "skipped", "targets", "failures",
         "seconds"}``, JSON-able; ``skipped`` names the sections that there was no time for, or that came after a
@@ -75,32 +284,25 @@ def run_suite(
         RuntimeError: pytest itself failed.
         KeyboardInterrupt: as the session was.
     """
-    threads = check_options(suite, device, threads, clock, scale, backend)
-    here = Path(__file__).parent
-    words = [str(here / "test_speed.py"), str(here / "test_choice.py"), f"--rootdir={here}", f"--confcutdir={here}"]
-    words += ["-o", "addopts=", "-s", "-q", "--assert=plain", "-p", "no:cacheprovider", "-p", "mpoe_bench.plugin"]
-    words += [f"--suite={suite}", f"--device={device}", f"--scale={scale}"]
-    words += [f"--backend={backend}"] if backend is not None else []
-    words += [f"--minutes={minutes}"] if minutes is not None else []
-    words += ["--benchmark-timer=time.process_time"] if clock == "cpu" else []
-    machine, start, before = describe(device, threads, clock), time.perf_counter(), torch.get_num_threads()
-    watch, said = _Watch(on_section), io.StringIO()
+    run, here, said = Run(suite, **options), Path(__file__).parent, io.StringIO()
+    words = [str(here / "test_bench.py"), f"--rootdir={here}", f"--confcutdir={here}", "-o", "addopts=", "-s", "-q"]
+    words += ["--assert=plain", "-p", "no:cacheprovider"]
+    machine, start, before = describe(run.device, run.threads, run.clock), time.perf_counter(), torch.get_num_threads()
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    torch.set_num_threads(threads)
+    torch.set_num_threads(run.threads)
     try:
         with patch.dict(os.environ, clean, clear=True), contextlib.redirect_stdout(said):
-            code = pytest.main(words, plugins=[watch])
+            code = pytest.main(words, plugins=[run])
     finally:
         torch.set_num_threads(before)
     if code == pytest.ExitCode.INTERRUPTED:
         raise KeyboardInterrupt
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise RuntimeError(f"pytest ended with status {int(code)}: {said.getvalue()[-2000:]}")
-    run = watch.run
     return {
         "schema": SCHEMA,
         "suite": suite,
-        "scale": scale,
+        "scale": options.get("scale", "real"),
         "backends": list(run.backends),
         "machine": machine,
         "sections": run.sections,

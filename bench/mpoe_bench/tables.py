@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from statistics import mean, median
+from typing import Any, NamedTuple
+
+from mpoe_bench.targets import TOLERANCE
 
 HOW_TO_READ = (
     "x dense: time over that of the dense FFN on the same tokens, in the same round of the same process; median over "
@@ -16,24 +17,16 @@ HOW_TO_READ = (
 )
 
 
-@dataclass(frozen=True)
-class TextTable:
-    """A title, a header, rows, and notes below (contenders that were not timed, with the reason).
+class TextTable(NamedTuple):
+    """A title, columns with their cells, and notes below (contenders that were not timed, with the reason).
 
     ``spare`` names columns that are dropped on a narrow terminal, in this order.
     """
 
     title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    columns: Mapping[str, Sequence[str]]
     notes: Sequence[str] = ()
     spare: Sequence[str] = ()
-
-    def without(self, name: str) -> TextTable:
-        """The same table without one column."""
-        kept = [index for index, found in enumerate(self.header) if found != name]
-        rows = [[row[index] for index in kept] for row in self.rows]
-        return replace(self, header=[self.header[index] for index in kept], rows=rows)
 
 
 def seconds_text(seconds: float | None) -> str:
@@ -100,32 +93,39 @@ def timing_table(section: Mapping[str, Any]) -> TextTable:
     for row in section["rows"]:
         if row.get("reason"):
             notes.setdefault(row["reason"], []).append(row["name"])
-    body = [[cell(row) for cell in columns.values()] for row in rows]
+    cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
     found = [f"{', '.join(who)}: {reason}" for reason, who in notes.items()]
-    return TextTable(section["title"], list(columns), body, found, [*spare, "peak MiB"])
+    return TextTable(section["title"], cells, found, [*spare, "peak MiB"])
 
 
 def planner_table(section: Mapping[str, Any]) -> TextTable:
     """The choice against the best of another timing, misses first."""
-    body = []
-    for row in sorted(section["rows"], key=lambda row: -row["ratio"]):
-        names = [", ".join(row[which].values()) for which in ("chosen", "best")]
-        body.append([row["name"], f"{row['ratio']:.2f}", *names, seconds_text(row["chosen_seconds"])])
-    header = ["case", "x best", "chosen (forward, backward)", "best measured", "chosen took"]
-    title = f"{section['title']} ({len(section['rows'])} cases); {section['summary']}"
-    return TextTable(title, header, body, (), header[:1:-1])
+    rows = sorted(section["rows"], key=lambda row: -row["ratio"])
+    ratios, firsts = [row["ratio"] for row in rows], [sum(row["first_use"].values()) for row in rows]
+    title = section["title"]
+    if rows:
+        title += f": {sum(ratio <= TOLERANCE for ratio in ratios)} of {len(rows)} within {TOLERANCE}, "
+        title += f"mean {mean(ratios):.3f}, worst {max(ratios):.2f}; "
+        title += f"first use: median {median(firsts):.2f} s, worst {max(firsts):.2f} s"
+    columns = {
+        "case": [row["name"] for row in rows],
+        "x best": [f"{ratio:.2f}" for ratio in ratios],
+        "chosen (forward, backward)": [", ".join(row["chosen"].values()) for row in rows],
+        "best measured": [", ".join(row["best"].values()) for row in rows],
+        "chosen took": [seconds_text(row["chosen_seconds"]) for row in rows],
+    }
+    return TextTable(title, columns, (), list(columns)[:1:-1])
 
 
 def target_table(lines: Sequence[Mapping[str, Any]]) -> TextTable:
     """Targets and whether they were reached."""
     verdicts = {True: "yes", False: "NO", None: "-"}
-    body = []
-    for line in lines:
-        found = [line["found"].get(dtype, line["found"].get("both", "-")) for dtype in ("float32", "bfloat16")]
-        body.append([line["what"], line["backend"], line["wanted"], *found, verdicts[line["reached"]]])
+    columns = {name: [str(line[name]) for line in lines] for name in ("what", "backend", "wanted")}
+    for dtype in ("float32", "bfloat16"):
+        columns[dtype] = [line["found"].get(dtype, line["found"].get("both", "-")) for line in lines]
+    columns["reached"] = [verdicts[line["reached"]] for line in lines]
     judged = [line["reached"] for line in lines if line["reached"] is not None]
-    header = ["what", "backend", "wanted", "float32", "bfloat16", "reached"]
-    return TextTable(f"targets: {sum(judged)} of {len(judged)} reached", header, body)
+    return TextTable(f"targets: {sum(judged)} of {len(judged)} reached", columns)
 
 
 def table_of(section: Mapping[str, Any]) -> TextTable:
@@ -142,39 +142,26 @@ def tables_of(sections: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[s
 
 def machine_table(machine: Mapping[str, Any]) -> TextTable:
     """The machine that was measured."""
-
     facts = {name: value for name, value in machine.items() if value and name != "libraries"} | machine["libraries"]
-    rows = [[name, ", ".join(map(str, each)) if isinstance(each, list) else str(each)] for name, each in facts.items()]
-    return TextTable("machine", ["", "value"], rows)
+    told = [", ".join(map(str, each)) if isinstance(each, list) else str(each) for each in facts.values()]
+    return TextTable("machine", {"": list(facts), "value": told})
 
 
 def text_of(table: TextTable, width: int | None = None) -> str:
-    """A table in aligned columns; its spare columns are dropped until it fits ``width``, its words are wrapped."""
-    left_out = []
-    while True:
-        widths = [max(map(len, column)) for column in zip(table.header, *table.rows, strict=True)]
-        spare = [name for name in table.spare if name in table.header]
-        if width is None or sum(widths) + 2 * len(widths) <= width or not spare:
-            break
-        table = table.without(spare[0])
-        left_out.append(spare[0])
-    left = {0} if len(widths) > 2 else {0, 1}  # a name and its description
-    lines = [
-        "  ".join(cell.ljust(size) if k in left else cell.rjust(size) for k, (cell, size) in enumerate(cells)).rstrip()
-        for cells in (list(zip(row, widths, strict=True)) for row in (table.header, *table.rows))
-    ]
+    """A table in Markdown, in aligned columns; its spare columns are dropped until it fits ``width``."""
+    columns = {name: [name, *cells] for name, cells in table.columns.items()}
+    left_out, shown = [], []
+    for name in table.spare:
+        if width is not None and sum(max(map(len, cells)) + 3 for cells in columns.values()) >= width:
+            left_out.append(name)
+            del columns[name]
+    for number, (head, *cells) in enumerate(columns.values()):
+        size = max(map(len, ("--:", head, *cells)))
+        rule = f"{'':-<{size - 1}}{':' if number else '-'}"
+        shown.append([f"{cell:{'>' if number else '<'}{size}}" for cell in (head, rule, *cells)])
+    lines = [f"| {' | '.join(row)} |" for row in zip(*shown, strict=True)]
     notes = [*([f"more in the report: {', '.join(left_out)}"] if left_out else []), *table.notes]
-    wrap = textwrap.TextWrapper(width or 10_000, subsequent_indent="  ")
-    return "\n".join(["", wrap.fill(table.title), *lines, *(wrap.fill(f"  {note}") for note in notes)])
-
-
-def markdown_of(table: TextTable) -> str:
-    """A table and its notes; the first column is left-aligned."""
-    body = [[cell.replace("|", "\\|") for cell in row] for row in (table.header, *table.rows)]
-    lines = [f"| {' | '.join(row)} |" for row in body]
-    lines.insert(1, f"|{'|'.join(['---', *['---:'] * (len(table.header) - 1)])}|")
-    notes = ["", "Not timed:", "", *(f"- {note}" for note in table.notes)] if table.notes else []
-    return "\n".join([f"### {table.title}", "", *lines, *notes]) + "\n"
+    return "\n".join([f"### {table.title}", "", *lines, *([""] if notes else []), *(f"- {note}" for note in notes), ""])
 
 
 def markdown_report(results: Mapping[str, Any]) -> str:
@@ -182,4 +169,4 @@ def markdown_report(results: Mapping[str, Any]) -> str:
     head = f"# mpoe bench --suite {results['suite']}\n\n{HOW_TO_READ}\n"
     skipped = [f"The time did not suffice for: {'; '.join(results['skipped'])}.\n"] if results["skipped"] else []
     tables = [*tables_of(results["sections"], results["targets"]), machine_table(results["machine"])]
-    return "\n".join([head, *skipped, *map(markdown_of, tables)])
+    return "\n".join([head, *skipped, *map(text_of, tables)])

@@ -9,12 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mpoe_bench.gpu_cases import TOKENS, cases
+from mpoe_bench.layers import TOKENS, cases
+from mpoe_bench.peers import GROUPED, LOOP, ORIGINAL
 
 PHASES = {"forward": "forward", "train": "forward + backward"}
-DTYPES = ("float32", "bfloat16")
-LOOP, ORIGINAL = "dense experts, loop", "original: rebuild all"
-GROUPED = "dense experts, grouped_mm"
 MOST_MEMORY = 1.2  # of mixtures around a dense network, x dense
 TOLERANCE, WANTED_SHARE = 1.15, 0.9  # of the autotuner's choice: x the best measured, and of how many cases
 
@@ -109,20 +107,14 @@ def _against_limits(section: Mapping[str, Any], row: Mapping[str, Any], device: 
         what = f"{target.shape}{wide}, {'E' if target.key == 'ffn' else 'layers'}={number} T={target.tokens}"
         peer = f"{ORIGINAL} ({target.shape})" if target.peer == ORIGINAL else target.peer
         for phase, words in PHASES.items():
-            limit, x = getattr(target, phase), row[phase]["x"] if row.get(phase) else None
-            other = None if peer is None else _timed(section, phase, name=peer)
+            limit, x = getattr(target, phase), (row.get(phase) or {}).get("x")
             if limit is None or x is None:
                 continue
             if peer is None:
                 yield f"{what}, {words}", f"<= {limit:g} x dense", f"{x:.2f}", x <= limit
-            elif other is not None:
-                wanted, ratio = f">= {limit:.3g} x faster" if limit else "reported", other / x
-                yield (
-                    f"{what}, {words}, against {target.peer}",
-                    wanted,
-                    f"{ratio:.2f}",
-                    ratio >= limit if limit else None,
-                )
+            elif (other := _timed(section, phase, name=peer)) is not None:
+                wanted, reached = (f">= {limit:.3g} x faster", other / x >= limit) if limit else ("reported", None)
+                yield f"{what}, {words}, against {target.peer}", wanted, f"{other / x:.2f}", reached
 
 
 def _against_others(section: Mapping[str, Any], row: Mapping[str, Any], device: str) -> Judged:
@@ -146,28 +138,28 @@ def _against_others(section: Mapping[str, Any], row: Mapping[str, Any], device: 
         yield f"{what}weights + peak of {words}", "below dense experts'", f"{found} MiB", needs[0] < needs[1]
 
 
+def _choice(section: Mapping[str, Any], _: object, device: str) -> Judged:
+    """The autotuner's choices."""
+    within, count = sum(row["ratio"] <= TOLERANCE for row in section["rows"]), len(section["rows"])
+    what, wanted = f"choice within {TOLERANCE} x the best measured", f">= {WANTED_SHARE:.0%} of cases"
+    yield what, wanted, f"{within} of {count}", within >= WANTED_SHARE * count
+
+
 def check_targets(sections: Sequence[Mapping[str, Any]], device: str = "cpu") -> list[dict[str, Any]]:
     """One line per target that the sections measured: what, backend, wanted, found by dtype, reached.
 
     A target is reached if the worse of its dtypes reaches it.
     """
     lines: dict[tuple[str, str], dict[str, Any]] = {}
-
-    def add(what: str, backend: str, wanted: str, dtype: str, found: str, reached: bool | None) -> None:
-        made: dict[str, Any] = {"what": what, "backend": backend, "wanted": wanted, "found": {}, "reached": reached}
-        line = lines.setdefault((what, backend), made)
-        if dtype not in line["found"]:
-            line["found"][dtype] = found
-            line["reached"] = None if reached is None else reached and line["reached"]
-
     for section in sections:
-        if section["key"] == "planner":
-            within, count = sum(row["ratio"] <= TOLERANCE for row in section["rows"]), len(section["rows"])
-            what, wanted = f"choice within {TOLERANCE} x the best measured", f">= {WANTED_SHARE:.0%} of cases"
-            add(what, section["backend"], wanted, "both", f"{within} of {count}", within >= WANTED_SHARE * count)
-            continue
-        for row in (row for row in section["rows"] if row.get("backend") and "dtype" in section["case"]):
-            for judge in (_against_limits, _against_others):
+        planner = section["key"] == "planner"
+        dtype = "both" if planner else section["case"].get("dtype")
+        for row in [section] if planner else [row for row in section["rows"] if row.get("backend")]:
+            for judge in (_choice,) if planner else (_against_limits, _against_others):
                 for what, wanted, found, reached in judge(section, row, device):
-                    add(what, row["backend"], wanted, section["case"]["dtype"], found, reached)
+                    made: dict[str, Any] = {"what": what, "backend": row["backend"], "wanted": wanted}
+                    line = lines.setdefault((what, row["backend"]), {**made, "found": {}, "reached": reached})
+                    if dtype not in line["found"]:
+                        line["found"][dtype] = found
+                        line["reached"] = None if reached is None else reached and line["reached"]
     return sorted(lines.values(), key=lambda line: line["backend"])

@@ -24,9 +24,8 @@ __device__ __forceinline__ float activate(int activation, float z) {
   }
 }
 
-// d activation / d z; `saved` is the output for relu, the pre-activation for the rest.
-__device__ __forceinline__ float activation_slope(int activation, float saved) {
-  const float z = saved;
+// d activation / d z; for relu, z may be its output.
+__device__ __forceinline__ float activation_slope(int activation, float z) {
   switch (activation) {
     case kRelu: return z > 0.f ? 1.f : 0.f;
     case kGelu: return normal_cdf(z) + z * 0.39894228040143268f * expf(-0.5f * z * z);

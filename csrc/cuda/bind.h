@@ -50,19 +50,8 @@ void require(bool condition, const Parts&... parts) {
   if (!condition) refuse(parts...);
 }
 
-inline Tensor dense(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-inline Tensor cast(const Tensor& tensor, ScalarType dtype) {
-  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
-}
-
-inline Tensor dense_index(const Tensor& tensor) { return dense(cast(tensor, ScalarType::Long)); }
-
 // A tensor that may be left out.
 using Optional = std::optional<Tensor>;
-inline Optional dense(const Optional& tensor) { return tensor.has_value() ? Optional(dense(*tensor)) : std::nullopt; }
 inline const void* data_of(const Optional& tensor) { return tensor.has_value() ? tensor->const_data_ptr() : nullptr; }
 template <class T>
 const T* data_of(const Optional& tensor) {

@@ -35,13 +35,14 @@ struct Adjacent {
 };
 
 // An operand's tiles of kExtent lines (or of kExtent columns of TileT::kK lines, if not kMajor), copied from `data`.
-// Line i begins line(i) elements after it, negative: there is none; column(c) is the Run that begins with column c.
+// Line i begins line(i) elements after it, negative: there is none; column(c) is the Run that begins with column c, or
+// the like with a wider offset.
 // What is not there becomes zero.
 template <class T, class TileT, int kExtent, bool kMajor, class Line, class Column>
 class Lines {
  public:
   static constexpr int kPerChunk = 16 / static_cast<int>(sizeof(T));
-  static constexpr int kStride = padded_stride<T>(kMajor ? TileT::kK : kExtent, kMajor);
+  static constexpr int kStride = padded_stride<T>(kMajor ? TileT::kK : kExtent);
   static constexpr int kElements = kStride * (kMajor ? kExtent : TileT::kK);  // of one stage
 
   // vector: what begins at a multiple of 16 bytes in a tile does so in memory, and is there as a whole or not at all.
@@ -65,12 +66,12 @@ class Lines {
       const int64_t line = kMajor ? from_[kMajor ? i : 0] : line_(k + line_of(i)), from = line < 0 ? 0 : line;
       const int first = column() + (kMajor ? k : 0);
       if (vector_) {
-        const Run run = column_(first);
+        const auto run = column_(first);
         dev::cp_async16(to.address, data_ + from + run.offset, line >= 0 && run.count > 0);
       } else {
         ROLLED
         for (int j = 0; j < kPerChunk; ++j) {
-          const Run run = column_(first + j);
+          const auto run = column_(first + j);
           to.data[j] = line < 0 || run.count <= 0 ? dev::from_float<T>(0.f) : data_[from + run.offset];
         }
       }
@@ -161,13 +162,13 @@ struct Accumulator {
 // Elements of the memory that `for_each_run` needs.
 template <class T, class TileT>
 __host__ __device__ constexpr int run_elements() {
-  return TileT::kM * padded_stride<T>(TileT::kN, true);
+  return TileT::kM * padded_stride<T>(TileT::kN);
 }
 // Calls f(row, column, run) for the runs of 16 bytes of the first `rows` rows and `columns` columns of a tile, rounded,
 // in `buffer`, which is shared memory: adjacent threads have adjacent runs. Every thread of the block must call it.
 template <class T, class TileT, class F>
 __device__ __forceinline__ void for_each_run(const Accumulator<TileT>& tile, T* buffer, int rows, int columns, F&& f) {
-  constexpr int kStride = padded_stride<T>(TileT::kN, true), kPer = 16 / static_cast<int>(sizeof(T));
+  constexpr int kStride = padded_stride<T>(TileT::kN), kPer = 16 / static_cast<int>(sizeof(T));
   constexpr int kPerLine = TileT::kN / kPer;
   __syncthreads();  // nobody reads the buffer
   tile.for_each_pair([&](int row, int column, float v0, float v1) {

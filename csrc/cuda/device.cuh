@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #if defined(MPOE_CUDA_EMULATED)
 #include "emulator/cuda_emulator.h"
@@ -47,32 +48,16 @@ inline Limits limits() {  // of the current device
 // D[16 x 8] += A[16 x 16] B[16 x 8], A row-major, B column-major, D in float32.
 template <class T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
-template <>
-__device__ __forceinline__ void mma_m16n8k16<bf16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-template <>
-__device__ __forceinline__ void mma_m16n8k16<fp16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-// D[16 x 8] += A[16 x 8] B[8 x 8] in tf32 (the lowest 13 bits of every operand are ignored).
-__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-__device__ __forceinline__ uint32_t to_tf32(float value) {
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(value));
-  return bits;
-}
+#define MMA_M16N8K16(T, type)                                                                                          \
+  template <>                                                                                                          \
+  __device__ __forceinline__ void mma_m16n8k16<T>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {     \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                                \
+                 ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};\n"                                           \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                      \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                  \
+  }
+MMA_M16N8K16(bf16, "bf16")
+MMA_M16N8K16(fp16, "f16")
 // An address in shared memory as instructions take it, computed once: the compiler would find it anew for each of them.
 using Shared = uint32_t;
 __device__ __forceinline__ Shared shared_address(const void* p) {
@@ -122,32 +107,15 @@ __device__ __forceinline__ void wait_for(const int* counter, int least) {
 
 namespace dev {
 
-struct tf32 {  // a float32 that tensor cores may round to tf32
-  float value;
-};
-
 // Conversions to and from the accumulator's float32; rounding to nearest, ties to even.
 __device__ __forceinline__ float to_float(float value) { return value; }
-__device__ __forceinline__ float to_float(tf32 value) { return value.value; }
 __device__ __forceinline__ float to_float(bf16 value) { return __bfloat162float(value); }
 __device__ __forceinline__ float to_float(fp16 value) { return __half2float(value); }
 template <class T>
-__device__ __forceinline__ T from_float(float value);
-template <>
-__device__ __forceinline__ float from_float<float>(float value) {
-  return value;
-}
-template <>
-__device__ __forceinline__ tf32 from_float<tf32>(float value) {
-  return {value};
-}
-template <>
-__device__ __forceinline__ bf16 from_float<bf16>(float value) {
-  return __float2bfloat16(value);
-}
-template <>
-__device__ __forceinline__ fp16 from_float<fp16>(float value) {
-  return __float2half(value);
+__device__ __forceinline__ T from_float(float value) {
+  if constexpr (sizeof(T) == 4) return value;
+  else if constexpr (std::is_same_v<T, bf16>) return __float2bfloat16(value);
+  else return __float2half(value);
 }
 
 constexpr unsigned kFullWarp = 0xffffffffu;

@@ -34,10 +34,5 @@ inline bool whole(int chunk, std::initializer_list<int> lines, std::initializer_
   for (const void* array : arrays) are = are && reinterpret_cast<std::uintptr_t>(array) % 16 == 0;
   return are;
 }
-// The type that tensor cores multiply.
-template <class F>
-void with_product_type(Dtype dtype, bool tf32, F&& f) {
-  tf32 && dtype == Dtype::kFloat32 ? f(dev::tf32{}) : with_type(dtype, f);
-}
 
 }  // namespace mpoe::cuda

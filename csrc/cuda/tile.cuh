@@ -14,19 +14,12 @@ struct Tile {
   static_assert(WM % 16 == 0 && WN % 16 == 0 && BM % WM == 0 && BN % WN == 0);
 };
 
-// Row stride of a tile, in elements, for rows of `width` elements. The number of 16-byte chunks per row is made
-//  - odd: eight rows then start in different groups of four banks (ldmatrix, and 32-bit reads of rows g, columns t);
-//  - twice an odd number for 32-bit tiles that tensor cores read along rows t, columns g.
+// Row stride of a tile, in elements, for rows of `width` elements. The number of 16-byte chunks per row is made odd:
+// eight rows then start in different groups of four banks (ldmatrix, and 32-bit reads of rows g, columns t).
 template <class T>
-__host__ __device__ constexpr int padded_stride(int width, bool k_major) {
+__host__ __device__ constexpr int padded_stride(int width) {
   const int per_chunk = 16 / static_cast<int>(sizeof(T));
-  int chunks = (width + per_chunk - 1) / per_chunk;
-  if (sizeof(T) == 2 || k_major) {
-    chunks |= 1;
-  } else {
-    while (chunks % 4 != 2) ++chunks;
-  }
-  return chunks * per_chunk;
+  return ((width + per_chunk - 1) / per_chunk | 1) * per_chunk;
 }
 
 // A place in shared memory, also as the address that instructions take.
@@ -94,23 +87,12 @@ struct Fragments<float> {
   static constexpr int kStep = 4;
   static constexpr bool kPartialSums = true;  // one sum of thousands of terms would lose digits
   struct A {
-    float row[2][kStep];
+    dev::Pack<float, kStep> row[2];
   };
   struct B {
-    float column[2][kStep];
-  };
-  struct alignas(16) Quad {
-    float v[4];
-  };
-  struct alignas(8) Pair {
-    float v[2];
+    dev::Pack<float, kStep> column[2];
   };
 
-  static __device__ __forceinline__ void load_quad(float (&to)[kStep], const float* from) {
-    const Quad quad = *reinterpret_cast<const Quad*>(from);
-    UNROLL
-    for (int i = 0; i < kStep; ++i) to[i] = quad.v[i];
-  }
   template <bool kMajor>
   static __device__ __forceinline__ void load_a(A& a, InShared<float> tile, int stride, int m, int k, int lane) {
     const int g = lane >> 2;
@@ -118,24 +100,24 @@ struct Fragments<float> {
     for (int half = 0; half < 2; ++half) {
       const int row = m + g + half * 8;
       if (kMajor) {
-        load_quad(a.row[half], tile.data + row * stride + k);
+        a.row[half] = dev::load<kStep>(tile.data + row * stride + k);
       } else {
         UNROLL
-        for (int i = 0; i < kStep; ++i) a.row[half][i] = tile.data[(k + i) * stride + row];
+        for (int i = 0; i < kStep; ++i) a.row[half].v[i] = tile.data[(k + i) * stride + row];
       }
     }
   }
   template <bool kMajor>
   static __device__ __forceinline__ void load_columns(B& b, InShared<float> tile, int stride, int column, int k) {
     if (kMajor) {
-      load_quad(b.column[0], tile.data + column * stride + k);
-      load_quad(b.column[1], tile.data + (column + 1) * stride + k);
+      b.column[0] = dev::load<kStep>(tile.data + column * stride + k);
+      b.column[1] = dev::load<kStep>(tile.data + (column + 1) * stride + k);
     } else {
       UNROLL
       for (int i = 0; i < kStep; ++i) {
-        const Pair pair = *reinterpret_cast<const Pair*>(tile.data + (k + i) * stride + column);
-        b.column[0][i] = pair.v[0];
-        b.column[1][i] = pair.v[1];
+        const auto pair = dev::load<2>(tile.data + (k + i) * stride + column);
+        b.column[0].v[i] = pair.v[0];
+        b.column[1].v[i] = pair.v[1];
       }
     }
   }
@@ -149,48 +131,11 @@ struct Fragments<float> {
   static __device__ __forceinline__ void multiply(float (&d)[4], const A& a, const B& b) {
     UNROLL
     for (int i = 0; i < kStep; ++i) {
-      d[0] = fmaf(a.row[0][i], b.column[0][i], d[0]);
-      d[1] = fmaf(a.row[0][i], b.column[1][i], d[1]);
-      d[2] = fmaf(a.row[1][i], b.column[0][i], d[2]);
-      d[3] = fmaf(a.row[1][i], b.column[1][i], d[3]);
+      d[0] = fmaf(a.row[0].v[i], b.column[0].v[i], d[0]);
+      d[1] = fmaf(a.row[0].v[i], b.column[1].v[i], d[1]);
+      d[2] = fmaf(a.row[1].v[i], b.column[0].v[i], d[2]);
+      d[3] = fmaf(a.row[1].v[i], b.column[1].v[i], d[3]);
     }
-  }
-};
-
-// float32, rounded to tf32 on its way into the tensor cores.
-template <>
-struct Fragments<dev::tf32> {
-  using T = dev::tf32;
-  static constexpr int kStep = 8;
-  static constexpr bool kPartialSums = false;
-  struct A {
-    uint32_t r[4];
-  };
-  struct B {
-    uint32_t r[2];
-  };
-
-  template <bool kMajor>
-  static __device__ __forceinline__ uint32_t at(InShared<T> tile, int stride, int mn, int k) {
-    return dev::to_tf32(tile.data[kMajor ? mn * stride + k : k * stride + mn].value);
-  }
-  template <bool kMajor>
-  static __device__ __forceinline__ void load_a(A& a, InShared<T> tile, int stride, int m, int k, int lane) {
-    const int g = lane >> 2, t = lane & 3;
-    UNROLL
-    for (int e = 0; e < 4; ++e) a.r[e] = at<kMajor>(tile, stride, m + g + (e & 1) * 8, k + t + (e >> 1) * 4);
-  }
-  template <bool kMajor>
-  static __device__ __forceinline__ void load_b(B& b0, B& b1, InShared<T> tile, int stride, int n, int k, int lane) {
-    const int g = lane >> 2, t = lane & 3;
-    UNROLL
-    for (int e = 0; e < 2; ++e) {
-      b0.r[e] = at<kMajor>(tile, stride, n + g, k + t + e * 4);
-      b1.r[e] = at<kMajor>(tile, stride, n + 8 + g, k + t + e * 4);
-    }
-  }
-  static __device__ __forceinline__ void multiply(float (&d)[4], const A& a, const B& b) {
-    dev::mma_m16n8k8_tf32(d, a.r, b.r);
   }
 };
 

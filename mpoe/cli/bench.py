@@ -68,7 +68,7 @@ def command(asked: Asked) -> dict[str, Any]:
 
 
 def _measure(options: BenchOptions) -> dict[str, Any]:
-    from mpoe_bench.run import expected_time, run_suite
+    from mpoe_bench.run import run_suite
     from mpoe_bench.tables import HOW_TO_READ, machine_table, markdown_report, table_of, target_table, text_of
 
     from mpoe.models.weight_files import write_text
@@ -85,7 +85,7 @@ def _measure(options: BenchOptions) -> dict[str, Any]:
         write_json(out / INCOMPLETE_FILE, {"suite": suite, "sections": sections})
         show(table_of(section))
 
-    print(f"Suite {suite}, done in {expected_time(suite, options.scale)}. {HOW_TO_READ}", flush=True)
+    print(f"Suite {suite}. {HOW_TO_READ}", flush=True)
     chosen = {name: getattr(options, name) for name in ("device", "threads", "clock", "scale", "backend", "minutes")}
     try:
         results = run_suite(suite, **chosen, on_section=finished)

@@ -176,7 +176,7 @@ def compose_fine_tunes(source: Source, names: Sequence[str], options: ComposeOpt
 
 
 def _check_experts(names: Sequence[str], options: ComposeOptions) -> None:
-    from mpoe.models.expert_adapters import is_adapter
+    from mpoe.models.expert_mixture import is_adapter
 
     adapters = [name for name in names if is_adapter(name)]
     missing = [name for name in names if not Path(name).is_file() and name not in adapters]
@@ -200,7 +200,7 @@ def _check_experts(names: Sequence[str], options: ComposeOptions) -> None:
 
 def _fitted(base: Any, name: str, texts: Any, tokenizer: Any, options: ComposeOptions) -> Any:
     """The expert for the adapter in a folder; says what was lost."""
-    from mpoe.models.expert_adapters import check_adapter, fit_adapter
+    from mpoe.models.expert_mixture import check_adapter, fit_adapter
 
     as_large = check_adapter(base, name)
     fit = {"neurons": options.neurons or as_large, "steps": options.steps, "tokenizer": tokenizer}
@@ -232,8 +232,8 @@ def compose_experts(source: Source, names: Sequence[str], options: ComposeOption
     from mpoe.cli.models import load_model, load_tokenizer
     from mpoe.models import expert_mixture
     from mpoe.models.domains import train_routers
-    from mpoe.models.expert_adapters import is_adapter
     from mpoe.models.expert_files import load_expert, merge_expert
+    from mpoe.models.expert_mixture import is_adapter
 
     experts, background, top_k = ([], None, TOP_K) if options.add is None else _kept(options)
     none = options.add is None or background is not None

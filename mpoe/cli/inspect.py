@@ -21,8 +21,8 @@ from mpoe.data.encode import PaddingCollator
 from mpoe.data.task import Task
 from mpoe.inspection import Worth, bond_spectra, composed_worth, parameter_growth, route_text
 from mpoe.layers.cores import MPOCores
-from mpoe.models.card import facts
 from mpoe.models.expert_mixture import EXPERTS_FOLDER, kept_experts
+from mpoe.models.others import facts
 from mpoe.models.report import HEADER, LEGEND, routed_layers, short_name, summarize
 from mpoe.models.table import ENCODER, SEQ2SEQ
 from mpoe.training.output_dir import METRICS_FILE, read_metrics
@@ -207,7 +207,7 @@ def _report(
     if any("loss" in record for record in records):
         add("Training", training=report.training_curves(records))
     if weights:
-        parts.append(report.Table(HEADER, [row.cells() for row in weights], "MPO weights", LEGEND).section())
+        parts.append(report.Table(HEADER, [row.cells for row in weights], "MPO weights", LEGEND).section())
     folder.mkdir(parents=True, exist_ok=True)
     for old in (REPORT_FILE, NUMBERS_FILE, *(f"{plot}.png" for plot in PLOTS)):
         (folder / old).unlink(missing_ok=True)

@@ -220,7 +220,7 @@ def publish_model(folder: Path) -> None:
     The old ``config.json`` is removed first and the new one is moved last, so a kill in between leaves nothing that can
     be loaded. A user's own model card is kept.
     """
-    from mpoe.models.card import CARD_FILE, may_write_card
+    from mpoe.models.others import CARD_FILE, may_write_card
 
     staging = staging_folder(folder)
     files = sorted(path for path in staging.rglob("*") if path.is_file())

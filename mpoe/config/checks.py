@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, TypeVar
@@ -20,6 +21,12 @@ def hint(value: object, known: Sequence[str]) -> str:
 def check_choice(name: str, value: object, known: Sequence[str]) -> None:
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}{hint(value, known)}")
+
+
+def check_type(name: str, value: object, kinds: Any, wanted: str) -> None:
+    """Require an instance of a class, or of one of several."""
+    if not isinstance(value, kinds):
+        raise TypeError(f"{name} must be {wanted}; got {type(value).__name__} {reprlib.repr(value)}")
 
 
 def check_integer(name: str, value: object, least: int, optional: bool = False) -> None:
@@ -49,8 +56,7 @@ def check_number(name: str, value: object, low: float, high: float = math.inf, *
 
 
 def check_flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False; got {type(value).__name__} {value!r}")
+    check_type(name, value, bool, "True or False")
 
 
 def refuse_unknown_fields(cls: type[_T]) -> type[_T]:
@@ -75,8 +81,7 @@ def refuse_unknown_fields(cls: type[_T]) -> type[_T]:
 
 
 def check_fields(cls: type, values: Mapping[str, Any], what: str) -> None:
-    if not isinstance(values, Mapping):
-        raise TypeError(f"{what} must be a mapping; got {type(values).__name__} {values!r}")
+    check_type(what, values, Mapping, "a mapping")
     known = [f.name for f in dataclasses.fields(cls)]
     for name in values:
         if name not in known:
@@ -85,8 +90,7 @@ def check_fields(cls: type, values: Mapping[str, Any], what: str) -> None:
 
 def checked_ratios(ratios: Any) -> dict[str, list[float]]:
     """``rate_ratios`` of an `MPOEConfig`: names with lists of numbers."""
-    if not isinstance(ratios, Mapping):
-        raise TypeError(f"rate_ratios must be a mapping; got {type(ratios).__name__}")
+    check_type("rate_ratios", ratios, Mapping, "a mapping")
     for name, values in ratios.items():
         if not isinstance(values, Sequence) or isinstance(values, str):
             raise TypeError(f"rate_ratios[{name!r}] must be a list of numbers; got {values!r}")

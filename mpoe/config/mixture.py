@@ -8,31 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mpoe.config.checks import (
-    check_choice,
-    check_fields,
-    check_flag,
-    check_integer,
-    check_number,
-    checked_ratios,
-    refuse_unknown_fields,
-)
+from mpoe.config import checks, shapes
 from mpoe.config.router import GSHARD, ONE_EXPERT, RouterConfig
-from mpoe.config.shapes import (
-    HIDDEN,
-    KEPT_SHAPES,
-    KINDS,
-    LARGEST_BLOCK,
-    NEURONS,
-    SEPARABLE,
-    check_sizes,
-    checked_patterns,
-    checked_shape,
-    hidden_shape,
-    named_shape,
-    pattern_matches,
-    shape_to_json,
-)
 
 if TYPE_CHECKING:
     from mpoe_kernels import MPOShape
@@ -55,7 +32,7 @@ _OTHER = " (shape='separable' takes it)"
 DEFAULT_NEURONS = 64
 
 
-@refuse_unknown_fields
+@checks.refuse_unknown_fields
 @dataclass
 class MPOEConfig:
     """How `convert_to_mpoe` converts a model.
@@ -151,20 +128,20 @@ class MPOEConfig:
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
-            check_choice(name, getattr(self, name), known)
+            checks.check_choice(name, getattr(self, name), known)
         for name in ("block_per_group", "expert_bias", "expert_output_bias", "tied_head"):
-            check_flag(name, getattr(self, name))
+            checks.check_flag(name, getattr(self, name))
         for name in ("num_experts", "light_p"):
-            check_integer(name, getattr(self, name), 1)
+            checks.check_integer(name, getattr(self, name), 1)
         for name in _OPTIONAL_COUNTS:
-            check_integer(name, getattr(self, name), 1, optional=True)
-        check_number("auxiliary_noise", self.auxiliary_noise, 0.0)
+            checks.check_integer(name, getattr(self, name), 1, optional=True)
+        checks.check_number("auxiliary_noise", self.auxiliary_noise, 0.0)
         if self.backend is not None and not isinstance(self.backend, str):
             raise TypeError(f"backend must be a name or None; got {type(self.backend).__name__} {self.backend!r}")
         if self.shape is not None:
-            self.shape = checked_shape(self.shape)
-        self.shape_pattern = checked_patterns(self.shape_pattern)
-        self.rate_ratios = checked_ratios(self.rate_ratios)
+            self.shape = shapes.checked_shape(self.shape)
+        self.shape_pattern = shapes.checked_patterns(self.shape_pattern)
+        self.rate_ratios = checks.checked_ratios(self.rate_ratios)
         self._check_router()
         self._check_kept()
         self._check_targets()
@@ -172,8 +149,7 @@ class MPOEConfig:
     def _check_router(self) -> None:
         if self.router is None or isinstance(self.router, Mapping):
             self.router = RouterConfig.from_dict({**(GSHARD if self.moe_type == "moe" else {}), **(self.router or {})})
-        if not isinstance(self.router, RouterConfig):
-            raise TypeError(f"router must be a RouterConfig or its dict; got {type(self.router).__name__}")
+        checks.check_type("router", self.router, RouterConfig, "a RouterConfig or its dict")
         if self.moe_type == "none":
             self.num_experts = 1
             self.router = dataclasses.replace(self.router, top_k=1, second_policy=None, eval_second_policy=None)
@@ -183,7 +159,7 @@ class MPOEConfig:
                 f"moe_type {self.moe_type!r} needs a router with {wanted}; got {self.router.second_policy!r}"
             )
         if self.shape is None:
-            self.shape = SEPARABLE if self._needs_cores() else HIDDEN
+            self.shape = shapes.SEPARABLE if self._needs_cores() else shapes.HIDDEN
         self._top_k_is_default = self.router.top_k is None
         if self.router.top_k is None:
             self.router = dataclasses.replace(self.router, top_k=self._default_top_k())
@@ -214,7 +190,7 @@ class MPOEConfig:
         if not self.is_hidden or "shape" in self._given:
             return self
         router = dataclasses.replace(self.router, top_k=None) if self._top_k_is_default else self.router
-        return dataclasses.replace(self, shape=SEPARABLE, router=router)
+        return dataclasses.replace(self, shape=shapes.SEPARABLE, router=router)
 
     @property
     def top_k(self) -> int:
@@ -225,12 +201,12 @@ class MPOEConfig:
     @property
     def is_hidden(self) -> bool:
         """Whether the experts own only hidden-side blocks. Dense experts have no shape."""
-        return self.shape == HIDDEN and self.expert_type == "mpo"
+        return self.shape == shapes.HIDDEN and self.expert_type == "mpo"
 
     @property
     def is_neurons(self) -> bool:
         """Whether the experts own hidden neurons beside the dense network."""
-        return self.shape == NEURONS and self.expert_type == "mpo"
+        return self.shape == shapes.NEURONS and self.expert_type == "mpo"
 
     @property
     def keeps_network(self) -> bool:
@@ -240,7 +216,7 @@ class MPOEConfig:
     def _check_kept(self) -> None:
         if self.is_neurons:
             self.neurons = DEFAULT_NEURONS if self.neurons is None else self.neurons
-        elif NEURONS not in self.shape_pattern.values():
+        elif shapes.NEURONS not in self.shape_pattern.values():
             for name in ("neurons", "latent"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} needs shape 'neurons'; got {self.shape!r}")
@@ -268,7 +244,7 @@ class MPOEConfig:
             ValueError: ``block_size`` does not divide it.
         """
         if self.block_size is None:
-            return next(b for b in range(min(LARGEST_BLOCK, hidden_features), 0, -1) if hidden_features % b == 0)
+            return next(b for b in range(min(shapes.LARGEST_BLOCK, hidden_features), 0, -1) if hidden_features % b == 0)
         if hidden_features % self.block_size:
             raise ValueError(f"block_size must divide the hidden size {hidden_features}; got {self.block_size}")
         return self.block_size
@@ -278,7 +254,7 @@ class MPOEConfig:
         if not isinstance(targets, Sequence) or not targets:
             raise TypeError(f"target_modules must be a name or a non-empty list of names; got {self.target_modules!r}")
         for target in targets:
-            check_choice("target_modules", target, TARGETS)
+            checks.check_choice("target_modules", target, TARGETS)
         names, layers = self.exclude_modules, self.layers_to_transform
         is_list = isinstance(names, Sequence) and not isinstance(names, str)
         if not is_list or not all(isinstance(name, str) and name for name in names):
@@ -290,7 +266,7 @@ class MPOEConfig:
                 raise TypeError(f"layers_to_transform must be a list of indices; got {layers!r}")
             self.layers_to_transform = list(layers)
             for index in self.layers_to_transform:
-                check_integer("layers_to_transform", index, 0)
+                checks.check_integer("layers_to_transform", index, 0)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -305,19 +281,17 @@ class MPOEConfig:
             in_features, out_features: true sizes of the weight ``[in_features, out_features]``.
 
         Raises:
-            ValueError: an unknown kind, or a given `MPOShape` of other sizes.
+            ValueError: an unknown kind, a shape that keeps the projections, or a given `MPOShape` of other sizes.
         """
-        check_choice("kind", kind, KINDS)
-        if self.shape == NEURONS:
-            raise ValueError("shape 'neurons' needs a dense network that stays (see convert_to_mpoe): it has no MPO")
+        checks.check_choice("kind", kind, shapes.KINDS)
+        if self.shape in shapes.KEPT_SHAPES:
+            wanted = "a dense network that stays (see convert_to_mpoe)"
+            raise ValueError(f"shape {self.shape!r} needs {wanted}: it has no MPO")
         if isinstance(self.shape, dict):
             shape: MPOShape = self.shape.get(kind) or self.shape["up"]
-            return check_sizes(f"shape[{kind!r}]", shape, in_features, out_features)
-        if self.shape == HIDDEN:
-            block = self.hidden_block(in_features if kind == "down" else out_features)
-            return hidden_shape(kind, in_features, out_features, block)
+            return shapes.check_sizes(f"shape[{kind!r}]", shape, in_features, out_features)
         if self.shape != "separable":
-            return named_shape(self.shape, in_features, out_features, self.max_bond, self.light_p)
+            return shapes.named_shape(self.shape, in_features, out_features, self.max_bond, self.light_p)
         if kind == "down":
             return self.shape_for("up", out_features, in_features).mirrored()
         from mpoe_kernels import MPOShape
@@ -327,7 +301,7 @@ class MPOEConfig:
         )
 
     def _pattern_for(self, name: str) -> Any:
-        return next((v for pattern, v in self.shape_pattern.items() if pattern_matches(pattern, name)), None)
+        return next((v for pattern, v in self.shape_pattern.items() if shapes.pattern_matches(pattern, name)), None)
 
     def for_experts(self, name: str) -> MPOEConfig:
         """This configuration with the shape that ``shape_pattern`` gives the feed-forward network ``name``.
@@ -343,7 +317,7 @@ class MPOEConfig:
         if isinstance(pattern, MPOShape):
             raise ValueError(f"shape_pattern must give the feed-forward network {name} a mapping with 'up' and 'down'")
         change: dict[str, Any] = {"max_bond": pattern} if isinstance(pattern, int) else {"shape": pattern}
-        if self.is_neurons and pattern != NEURONS:
+        if self.is_neurons and pattern != shapes.NEURONS:
             router = dataclasses.replace(self.router, routed_scaling_factor=None)
             change |= {"neurons": None, "latent": None, "router": router}
         return dataclasses.replace(self, **change)
@@ -365,19 +339,21 @@ class MPOEConfig:
         from mpoe_kernels import MPOShape
 
         if isinstance(pattern, MPOShape):
-            return check_sizes(f"shape_pattern for {name}", pattern, in_features, out_features)
+            return shapes.check_sizes(f"shape_pattern for {name}", pattern, in_features, out_features)
         if isinstance(pattern, int):
             cap = pattern
-        if isinstance(pattern, str) and pattern in KEPT_SHAPES:
+        if isinstance(pattern, str) and pattern in shapes.KEPT_SHAPES:
             raise ValueError(f"shape_pattern must not give {name}, which is one matrix, the shape {pattern!r}")
         kind = pattern if isinstance(pattern, str) else "paper"
-        return named_shape(kind, in_features, out_features, cap, self.light_p)
+        return shapes.named_shape(kind, in_features, out_features, cap, self.light_p)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; `from_dict` reads it back to an equal config."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values["shape"] = shape_to_json(self.shape)
-        values["shape_pattern"] = {pattern: shape_to_json(value) for pattern, value in self.shape_pattern.items()}
+        values["shape"] = shapes.shape_to_json(self.shape)
+        values["shape_pattern"] = {
+            pattern: shapes.shape_to_json(value) for pattern, value in self.shape_pattern.items()
+        }
         values["target_modules"] = self.target_modules if isinstance(self.target_modules, str) else list(self.targets)
         return copy.deepcopy({**values, "router": self.router.to_dict()})
 
@@ -388,8 +364,8 @@ class MPOEConfig:
         Fields missing from a saved configuration have the meaning of the time when it was written: without ``shape``
         its experts are separable, without ``top_k`` a token has one expert.
         """
-        check_fields(cls, values, "MPOEConfig")
+        checks.check_fields(cls, values, "MPOEConfig")
         router = values.get("router")
         if values.get("moe_type") != "moe" and (router is None or isinstance(router, Mapping)):
             values = {**values, "router": {**ONE_EXPERT, **(router or {})}}
-        return cls(**{"shape": SEPARABLE, **values})
+        return cls(**{"shape": shapes.SEPARABLE, **values})

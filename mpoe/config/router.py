@@ -7,14 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mpoe.config.checks import (
-    check_choice,
-    check_fields,
-    check_flag,
-    check_integer,
-    check_number,
-    refuse_unknown_fields,
-)
+from mpoe.config import checks
 
 SCORING_FUNCS = ("softmax", "sigmoid")
 SECOND_POLICIES = ("all", "none", "threshold", "random")
@@ -30,7 +23,7 @@ GSHARD = {
 ONE_EXPERT = {"top_k": 1}  # defaults of a saved router that leaves these out
 
 
-@refuse_unknown_fields
+@checks.refuse_unknown_fields
 @dataclass
 class RouterConfig:
     """How tokens are routed to experts. `RouterConfig()` is a Switch router, `RouterConfig.gshard()` GShard's.
@@ -88,24 +81,24 @@ class RouterConfig:
     bias_update_rate: float = 0.0
 
     def __post_init__(self) -> None:
-        check_integer("top_k", self.top_k, 1, optional=True)
-        check_flag("is_scale_prob", self.is_scale_prob)
-        check_integer("min_capacity", self.min_capacity, 1)
-        check_choice("scoring_func", self.scoring_func, SCORING_FUNCS)
+        checks.check_integer("top_k", self.top_k, 1, optional=True)
+        checks.check_flag("is_scale_prob", self.is_scale_prob)
+        checks.check_integer("min_capacity", self.min_capacity, 1)
+        checks.check_choice("scoring_func", self.scoring_func, SCORING_FUNCS)
         for name in ("balance_loss_weight", "z_loss_weight", "init_scale", "bias_update_rate", "jitter"):
-            check_number(name, getattr(self, name), 0.0)
+            checks.check_number(name, getattr(self, name), 0.0)
         for name in ("capacity_factor", "eval_capacity_factor", "routed_scaling_factor"):
             if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), 0.0, open_low=True)
+                checks.check_number(name, getattr(self, name), 0.0, open_low=True)
         if self.expert_dropout is not None:
-            check_number("expert_dropout", self.expert_dropout, 0.0)
+            checks.check_number("expert_dropout", self.expert_dropout, 0.0)
         for name in ("jitter", "expert_dropout"):
             if (getattr(self, name) or 0.0) >= 1:
                 raise ValueError(f"{name} must be below 1; got {getattr(self, name)}")
         self._check_second_policy()
 
     def _check_second_policy(self) -> None:
-        check_number("second_threshold", self.second_threshold, 0.0, 1.0, open_low=True)
+        checks.check_number("second_threshold", self.second_threshold, 0.0, 1.0, open_low=True)
         if self.second_policy is None:
             if self.eval_second_policy is not None:
                 raise ValueError("eval_second_policy needs second_policy; got None for it")
@@ -113,7 +106,7 @@ class RouterConfig:
         if self.eval_second_policy is None:
             self.eval_second_policy = "all" if self.second_policy == "random" else self.second_policy
         for name in ("second_policy", "eval_second_policy"):
-            check_choice(name, getattr(self, name), SECOND_POLICIES)
+            checks.check_choice(name, getattr(self, name), SECOND_POLICIES)
         if self.top_k != 2:
             raise ValueError(f"second_policy needs top_k 2; got {self.top_k}")
         if self.scoring_func != "softmax" or self.bias_update_rate:
@@ -138,5 +131,5 @@ class RouterConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RouterConfig:
         """Inverse of `to_dict`; unknown fields are refused with the closest known ones."""
-        check_fields(cls, values, "RouterConfig")
+        checks.check_fields(cls, values, "RouterConfig")
         return cls(**values)

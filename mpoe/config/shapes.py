@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mpoe.config.checks import check_choice, check_integer
+from mpoe.config.checks import check_choice, check_integer, check_type
 
 if TYPE_CHECKING:
     from mpoe_kernels import MPOShape
@@ -57,8 +57,7 @@ def checked_patterns(patterns: Any) -> dict[str, Any]:
     Raises:
         TypeError, ValueError: anything else.
     """
-    if not isinstance(patterns, Mapping):
-        raise TypeError(f"shape_pattern must be a mapping from patterns to shapes; got {type(patterns).__name__}")
+    check_type("shape_pattern", patterns, Mapping, "a mapping from patterns to shapes")
     from mpoe_kernels import MPOShape
 
     checked: dict[str, Any] = {}
@@ -101,19 +100,6 @@ def named_shape(name: str, in_features: int, out_features: int, max_bond: int | 
     sizes = (in_features, out_features, light_p) if name == "light" else (in_features, out_features)
     shape: MPOShape = getattr(MPOShape, name)(*sizes, max_bond=max_bond)
     return shape
-
-
-def hidden_shape(kind: str, in_features: int, out_features: int, block: int) -> MPOShape:
-    """The plain MPO of hidden-side blocks that all groups share: the central core comes first, the other core is the
-    expert's.
-
-    Up: cores ``[1, I, G, b] [b, 1, b, 1]``; down: ``[1, G, I, b] [b, b, 1, 1]``.
-    """
-    from mpoe_kernels import MPOShape
-
-    if kind == "down":
-        return MPOShape((in_features // block, block), (out_features, 1), central=0)
-    return MPOShape((in_features, 1), (out_features // block, block), central=0)
 
 
 def check_sizes(name: str, shape: MPOShape, in_features: int, out_features: int) -> MPOShape:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mpoe.config.checks import check_integer
+from mpoe.config.checks import check_integer, check_type
 from mpoe.layers.cores import MPOCores
 from mpoe_kernels import MPOBlocks, MPOShape, mpo_embedding, mpo_linear
 
@@ -144,8 +144,7 @@ class MPOEmbedding(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(shape, MPOShape):
-            raise TypeError(f"shape must be an MPOShape; got {type(shape).__name__}")
+        check_type("shape", shape, MPOShape, "an MPOShape")
         if padding_idx is not None:
             check_integer("padding_idx", padding_idx, -shape.in_features)
             if not -shape.in_features <= padding_idx < shape.in_features:
@@ -163,8 +162,7 @@ class MPOEmbedding(nn.Module):
         backend: str | None = None,
     ) -> MPOEmbedding:
         """Decompose an `nn.Embedding`; ``shape=None`` takes automatic factors, with a padded vocabulary, lossless."""
-        if not isinstance(embedding, nn.Embedding):
-            raise TypeError(f"embedding must be an nn.Embedding; got {type(embedding).__name__}")
+        check_type("embedding", embedding, nn.Embedding, "an nn.Embedding")
         weight = embedding.weight
         shape = MPOShape.automatic(*weight.shape) if shape is None else shape
         module = cls(shape, embedding.padding_idx, backend, device=weight.device, dtype=weight.dtype)

@@ -9,18 +9,16 @@ trace). Modules hold none of it, so copies and pickles do not either.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mpoe.layers.cores import MPOCores
-from mpoe_kernels import MPOBlocks, MPOShape, Routing, expert_weights, plan_contraction
-from mpoe_kernels.mixture import Slots
+from mpoe_kernels import MPOBlocks, MPOShape, expert_weights, plan_contraction
 
 # Full weights are used if the cores need more than WORTH times as many FLOPs as the full weights' product and the
 # reading of these, which counts as READ FLOPs for each number. Less does not justify the memory; separable shapes never
@@ -92,25 +90,11 @@ class KeptExperts:
             self._dense = self._layer.as_dense(lambda cores: _no_weights(cores, dtype))
         return bool(self._dense.dtype == dtype)
 
-    def rows(self, x: Tensor, slots: Routing | Slots) -> Tensor:
-        """Rows ``[N, I]`` of tokens ``x [T, I]`` in slot order, after `has_dense`.
-
-        One expert after the other: a grouped product would read the weights of all.
-        """
-        dense, tokens = self._dense, slots.token_of_slot
-        x = x.to(dense.dtype)
-        y = x.new_zeros(len(tokens), x.shape[1])
-        with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
-            for expert, (start, stop) in enumerate(pairwise(slots.expert_offsets.tolist())):
-                if start == stop:
-                    continue
-                if expert not in self._built:
-                    self._build(expert)
-                rows: Tensor = dense.expert(expert, x[tokens[start:stop]])
-                if len(rows) == len(y):
-                    return rows
-                y[start:stop] = rows
-        return y
+    def dense_for(self, expert_offsets: Tensor) -> Any:
+        """The dense experts, after `has_dense`, with the weights of those that have slots."""
+        for expert in set(expert_offsets.diff().nonzero().flatten().tolist()) - self._built:
+            self._build(expert)
+        return self._dense
 
     @torch.no_grad()
     def _build(self, expert: int) -> None:

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpoe.config.checks import check_choice
-from mpoe.layers.cores import MPOCores
-from mpoe.layers.dense import ExpertWeights
+from mpoe.layers.cores import ExpertWeights, MPOCores
 from mpoe.layers.expert_cache import KeptExperts, full_weights_pay, kept_experts
-from mpoe.layers.router import RouterOutput, TopKRouter
+from mpoe.layers.router import TopKRouter
 from mpoe_kernels import MPOShape, Routing, combine, dispatch, mpo_ffn, route
-from mpoe_kernels.mixture import Chains, Rule, Slots, native_combine, native_slots, plain_ffn, routed_ffn
+from mpoe_kernels.mixture import Chains, Rule, routed_ffn
 
 
 def _gelu_tanh(z: Tensor) -> Tensor:
@@ -139,10 +138,11 @@ class MPOExperts(_Network):
         """
         kept = kept_experts(self)
         if kept is not None and dropout == 0.0 and x.device.type == "cpu":
-            autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
-            dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+            lowers = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+            dtype = torch.get_autocast_dtype("cpu") if lowers else x.dtype
             if kept.has_dense(routing.token_of_slot.shape[0], dtype):
-                return combine(kept.rows(x, routing), routing, top_k_weights, backend=self.backend)
+                y: Tensor = kept.dense_for(routing.expert_offsets)(x, routing, top_k_weights)
+                return y
         chains = self._chains(kept)
         return mpo_ffn(
             x,
@@ -158,14 +158,15 @@ class MPOExperts(_Network):
             backend=self.backend,
         )
 
-    def routed(
-        self, router: TopKRouter, x: Tensor, token_mask: Tensor | None, shows_decision: bool
-    ) -> tuple[Tensor, tuple[RouterOutput, Slots] | None] | None:
-        """Route tokens ``x [T, I]`` and compute them by native calls in place of the ops of both forwards.
+    def routed(self, router: TopKRouter, x: Tensor, token_mask: Tensor | None) -> Tensor | None:
+        """Route tokens ``x [T, I]`` and compute them by one native call in place of the ops of both forwards.
 
-        Returns the result, which is the same, and the router's decision, which may be None unless ``shows_decision``;
-        or None with gradients, autocast, a compiler, another backend or several dtypes.
+        Returns the result, which is the same, or None with gradients, autocast, a compiler, another backend, several
+        dtypes, or where full weights pay.
         """
+        kept = kept_experts(self)
+        if kept is not None and self.full_weights_pay(x.shape[0] * router.top_k, x.dtype):
+            return None  # `forward` decides
         own = [core for cores in self.projections().values() for core in cores.cores()]
         tensors = [*own, *(bias for bias in (self.up.bias, self.down.bias) if bias is not None)]
         if (
@@ -174,23 +175,8 @@ class MPOExperts(_Network):
             or not router.can_gate_natively(x, token_mask, *tensors)
         ):
             return None
-        kept = kept_experts(self)
-        has_dense = kept is not None and kept.has_dense(x.shape[0] * router.top_k, x.dtype)
         rule = Rule(router.top_k, router.config.is_scale_prob, router.capacity(x.shape[0]))
-        chains = self._chains(kept)
-        y = (
-            None
-            if shows_decision or has_dense
-            else routed_ffn(x, router.weight, rule, chains, token_mask, self.backend)
-        )
-        if y is not None:
-            return y, None
-        gating, slots = native_slots(x, router.weight, rule, token_mask)
-        if has_dense and kept is not None:
-            y = native_combine(kept.rows(x, slots), slots, gating.top_k_weights)
-        else:
-            y = plain_ffn(x, slots, gating.top_k_weights, chains, self.backend)
-        return y, (RouterOutput(*gating), slots)
+        return routed_ffn(x, router.weight, rule, self._chains(kept), token_mask, self.backend)
 
     def _chains(self, kept: KeptExperts | None) -> Chains:
         """The folded chains."""
@@ -270,14 +256,3 @@ class DenseExperts(_Network):
         if dropout > 0.0:
             hidden = nn.functional.dropout(hidden, dropout)
         return combine(self.down(hidden, offsets), routing, top_k_weights)
-
-    def expert(self, number: int, rows: Tensor) -> Tensor:
-        """One expert on its rows ``[n, I] -> [n, I]``."""
-        act, hidden = ACTIVATIONS[self.activation], _affine(rows, self.up, number)
-        hidden = act(hidden) if self.gate_proj is None else act(_affine(rows, self.gate_proj, number)) * hidden
-        return _affine(hidden, self.down, number)
-
-
-def _affine(x: Tensor, weights: ExpertWeights, expert: int) -> Tensor:
-    bias, weight = weights.bias, weights.weight[expert]
-    return x @ weight if bias is None else torch.addmm(bias.to(x.dtype), x, weight)

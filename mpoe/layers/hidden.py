@@ -8,28 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig
+from mpoe.layers.cores import FromInitialValues
 from mpoe.layers.drop_in import is_conv1d
 from mpoe.layers.experts import check_activation
-from mpoe.layers.feed_forward import MPOEFeedForward, is_observed, sizes_by_kind
-from mpoe.layers.initial import FromInitialValues
-from mpoe.layers.kept import KeptFeedForward
+from mpoe.layers.feed_forward import KeptFeedForward, MPOEFeedForward, is_observed, sizes_by_kind
 from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe_kernels.hidden_experts import ACTIVATIONS, hidden_experts, routed
-
-
-class _SumOfGradients(torch.autograd.Function):
-    """The tensor itself; its gradient is summed over the ranks of a process group."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.contiguous().clone()
-        torch.distributed.all_reduce(grad, group=ctx.group)
-        return grad, None
 
 
 class HiddenExperts(FromInitialValues):
@@ -133,13 +117,20 @@ class HiddenExperts(FromInitialValues):
         if self._mesh is None:
             return core
         local = core.to_local()
-        return local if self.per_group else _SumOfGradients.apply(local, self._mesh.get_group())
+        return local if self.per_group else self._summed(local)
+
+    def _summed(self, tensor: Tensor) -> Tensor:
+        """What all ranks hold alike. Every rank has gradients only from its own groups: they are summed."""
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        whole = DTensor.from_local(tensor, self._mesh, [Replicate()], run_check=False)
+        return whole.to_local(grad_placements=[Partial()])
 
     def forward(self, u: Tensor, gates: Tensor, index: Tensor, u_gate: Tensor | None = None) -> Tensor:
         """``[T, F] -> [T, F]``, see `mpoe_kernels.hidden_experts`."""
         bias: Any = self.bias
-        if self._mesh is not None:  # every rank has gradients only from its own groups
-            gates = _SumOfGradients.apply(gates, self._mesh.get_group())
+        if self._mesh is not None:
+            gates = self._summed(gates)
             bias = None if bias is None else bias.to_local()
         return hidden_experts(
             u,

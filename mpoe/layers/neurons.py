@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig
-from mpoe.layers.context import current_routing
+from mpoe.layers.context import is_recorded
+from mpoe.layers.cores import FromInitialValues
 from mpoe.layers.experts import check_activation
-from mpoe.layers.initial import FromInitialValues
-from mpoe.layers.kept import KeptFeedForward
+from mpoe.layers.feed_forward import KeptFeedForward
 from mpoe.layers.router import TopKRouter
 from mpoe_kernels import neuron_experts
 from mpoe_kernels.mixture import Neurons, Rule, routed_neurons
@@ -233,8 +233,7 @@ class NeuronFeedForward(KeptFeedForward):
     def _added(self, hidden_states: Tensor, token_mask: Tensor | None, like: Tensor) -> Tensor:
         """The experts' results for tokens ``[..., I]``, in the dtype of ``like``."""
         x, token_mask = self.tokens(hidden_states, token_mask)
-        call = current_routing()
-        if self.skips_ops(NeuronExperts) and (call is None or call.records is None):  # nobody observes or records
+        if self.skips_ops(NeuronExperts) and not is_recorded():
             found: Tensor | None = self.experts.routed(self.router, x, token_mask)
             if found is not None:
                 return found.view(hidden_states.shape).to(like.dtype)

@@ -15,11 +15,10 @@ _NAMES = {
     for module, names in {
         "checkpoint": "load_layers load_mpoe save_mpoe_only",
         "composition": "add_expert compose",
-        "convert": "convert_to_mpoe merge_experts",
+        "convert": "convert_to_mpoe merge_experts merge_latent",
         "expert_files": "load_expert merge_expert push_expert save_expert start_expert",
         "expert_mixture": "compose_experts",
         "domains": "collect_statistics",
-        "kept": "merge_latent",
         "original": "import_original",
         "others": "quantisable_parameters",
         "report": "mpo_modules parameter_kind parameter_report",

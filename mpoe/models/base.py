@@ -4,6 +4,7 @@ subclasses call their dense parent's forward inside a routing context and add th
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from mpoe.config import MPOEConfig
@@ -20,25 +22,19 @@ from mpoe.layers.context import (
     RouterRecord,
     RoutingContext,
     checkpoint_arguments,
+    count_choices,
     current_routing,
+    load_balancing_loss,
+    router_z_loss,
+    sum_over_ranks,
 )
+from mpoe.layers.cores import FromInitialValues
 from mpoe.layers.drop_in import MPOEmbedding, MPOLinear
 from mpoe.layers.experts import MPOExperts
 from mpoe.layers.feed_forward import RoutedFeedForward
-from mpoe.layers.initial import FromInitialValues
-from mpoe.layers.losses import count_choices, load_balancing_loss, router_z_loss, sum_over_ranks
+from mpoe.models import report
 from mpoe.models.find import find_sites
-from mpoe.models.kept import kept_modules
-from mpoe.models.others import OthersMixin
-from mpoe.models.outputs import ROUTING_FIELDS
-from mpoe.models.report import (
-    format_report,
-    mpo_modules,
-    names_in_checkpoints,
-    parameter_report,
-    print_summary,
-    summarize,
-)
+from mpoe.models.others import ROUTING_FIELDS, OthersMixin
 from mpoe.models.sites import install_empty
 
 
@@ -136,15 +132,14 @@ class MPOEModelMixin(OthersMixin):
 
     def install_experts(self) -> None:
         """Replace the dense modules that ``config.mpoe`` selects by MPOE modules with random weights."""
-        model: Any = self
         config = self.mpoe_config
-        install_empty(model, find_sites(model, config), config)
-        for name, cores in mpo_modules(model):
-            for known in names_in_checkpoints(model, name):
+        install_empty(self, find_sites(self, config), config)
+        for name, cores in report.mpo_modules(self):
+            for known in report.names_in_checkpoints(self, name):
                 if known in config.rate_ratios:
                     cores.rate_ratios = tuple(config.rate_ratios[known])
         self.forget_dense_names()
-        model.init_weights()
+        self.init_weights()
 
     def forget_dense_names(self) -> None:
         """Remove converted modules from Transformers' lists of names: parallel plans, float32 modules.
@@ -152,16 +147,15 @@ class MPOEModelMixin(OthersMixin):
         Modules that are not in the tensor-parallel plan, including experts and MPO projections, are replicated on every
         rank. The projections of one block are either all sharded or none.
         """
-        model: Any = self
-        names = {re.sub(r"\d+", "*", name) for name, _ in (*model.named_modules(), *model.named_parameters())}
-        matrices = {re.sub(r"\d+", "*", name) for name, m in model.named_modules() if isinstance(m, MPOLinear)}
+        names = {re.sub(r"\d+", "*", name) for name, _ in (*self.named_modules(), *self.named_parameters())}
+        matrices = {re.sub(r"\d+", "*", name) for name, m in self.named_modules() if isinstance(m, MPOLinear)}
         whole = {name.rpartition(".")[0] for name in matrices}
         for attribute in ("_tp_plan", "_ep_plan"):
-            plan = getattr(model, attribute, None) or {}
+            plan = getattr(self, attribute, None) or {}
             kept = {key: how for key, how in plan.items() if key in names and key.rpartition(".")[0] not in whole}
-            setattr(model, attribute, kept)
+            setattr(self, attribute, kept)
         parts = {part for name in names for part in name.split(".")}
-        model._keep_in_fp32_modules = {name for name in model._keep_in_fp32_modules or () if name in parts}
+        self._keep_in_fp32_modules = {name for name in self._keep_in_fp32_modules or () if name in parts}
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -170,8 +164,7 @@ class MPOEModelMixin(OthersMixin):
         This must come first, because nested stacks dispatch to their own ``_init_weights``, which does not know our
         modules.
         """
-        model: Any = self
-        for module in model.modules():
+        for module in self.modules():
             if not isinstance(module, FromInitialValues):
                 continue
             if getattr(module, "_is_hf_initialized", False):
@@ -213,13 +206,12 @@ class MPOEModelMixin(OthersMixin):
 
     def _routed_forward(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The dense parent's ``forward`` inside a routing context, with the auxiliary loss added."""
-        model: Any = self
         kwargs = {**dict(zip(self._forward_names, args, strict=False)), **kwargs}
         return_dict = kwargs.pop("return_dict", None)
-        return_dict = model.config.return_dict if return_dict is None else return_dict
+        return_dict = self.config.return_dict if return_dict is None else return_dict
         shown = kwargs.pop("output_router_logits", None)
-        shown = getattr(model.config, "output_router_logits", None) if shown is None else shown
-        implementation = getattr(model.config, "_experts_implementation", None)
+        shown = getattr(self.config, "output_router_logits", None) if shown is None else shown
+        implementation = getattr(self.config, "_experts_implementation", None)
         outer = current_routing()
         is_generating = outer is not None and outer.is_generating
         masks = self.token_masks(kwargs)
@@ -263,9 +255,9 @@ class MPOEModelMixin(OthersMixin):
         """Set how much memory `generate` may take, while it runs, for folded blocks and full weights of experts.
 
         Decoding on a CPU gets faster for shapes whose weights are costly to rebuild; outputs stay the same up to
-        rounding. A layer keeps full weights for all its experts or for none, once an answer is long enough to amortise
-        them. Compiled graphs use the cores; on a GPU, only blocks are kept, if a bound is set. Nothing is kept between
-        calls. Hidden-side experts and neurons have nothing to rebuild.
+        rounding. A layer keeps full weights for all its experts or for none, once an answer is long enough to
+        amortise them. Compiled graphs use the cores; on a GPU, only blocks are kept, if a bound is set. Nothing is kept
+        between calls. Hidden-side experts and neurons have nothing to rebuild.
 
         Args:
             max_bytes: bound for the whole model; 0: keep nothing; ``None``, as in a new model: the size of the dense
@@ -274,43 +266,33 @@ class MPOEModelMixin(OthersMixin):
         Raises:
             TypeError, ValueError: ``max_bytes`` is not an integer, or is negative; a model without MPO experts.
         """
-        if not any(isinstance(module, MPOExperts) for module in self.modules()) and not kept_modules(self):
+        if not any(isinstance(module, MPOExperts) for module in self.modules()) and not report.kept_modules(self):
             raise ValueError(f"cache_experts needs a model with MPO experts; {type(self).__name__} has none")
         check_integer("max_bytes", max_bytes, 0, optional=True)
         self._expert_cache_bytes = max_bytes
 
     # -------------------------------------------------------- checkpointing
 
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, *args: Any, **kwargs: Any
     ) -> None:
         """As in Transformers, always non-reentrant: recomputed layers must see the call's token masks again.
 
         ``use_reentrant=True`` is replaced, with a warning; the gradients are the same.
         """
-        checked = checkpoint_arguments(activation_checkpointing_kwargs)
-        parent: Any = super()
-        name = "activation_checkpointing_enable"
-        enable = getattr(parent, name, None) or parent.gradient_checkpointing_enable
-        enable(checked, *args, **kwargs)
-
-    if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):
-        # Older versions of Transformers 5 call only this name; newer ones forward it, and an override would recurse.
-        def gradient_checkpointing_enable(
-            self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
-        ) -> None:
-            """The older name of `activation_checkpointing_enable`."""
-            self.activation_checkpointing_enable(gradient_checkpointing_kwargs, *args, **kwargs)
+        given = functools.partial(gradient_checkpointing_func)
+        checked = functools.partial(given.func, **checkpoint_arguments(given.keywords))
+        super()._set_gradient_checkpointing(enable, checked, *args, **kwargs)
 
     # ------------------------------------------------------------ reporting
 
     def parameter_report(self) -> dict[str, int]:
         """Counts by kind, see `mpoe.models.report.parameter_report`."""
-        return parameter_report(self)
+        return report.parameter_report(self)
 
     def print_trainable_parameters(self) -> None:
         """Print trainable and total counts, their split, and the comparison with dense and Switch models."""
-        print(format_report(self.parameter_report()))
+        print(report.format_report(self.parameter_report()))
 
     def mpoe_summary(self, num_tokens: int = 2048) -> None:
         """Print a table with a row for every MPO weight: factors, bonds, parameters, conversion error, plan.
@@ -321,10 +303,10 @@ class MPOEModelMixin(OthersMixin):
         Raises:
             TypeError, ValueError: ``num_tokens`` is not a count; a model without MPO weights.
         """
-        rows = summarize(self, num_tokens, self.mpoe_config.top_k)
+        rows = report.summarize(self, num_tokens, self.mpoe_config.top_k)
         if not rows:
             raise ValueError(f"mpoe_summary needs a model with MPO weights; {type(self).__name__} has none")
-        print_summary(rows, num_tokens)
+        report.print_summary(rows, num_tokens)
         self.print_trainable_parameters()
 
     # -------------------------------------------------------------- freezing
@@ -360,7 +342,10 @@ class MPOEModelMixin(OthersMixin):
     def _parts(self, part: str) -> list[nn.Module | nn.Parameter]:
         """What is central, the routers or the experts."""
         if part == "central":
-            modules: list[Any] = [*(cores for _, cores in mpo_modules(self)), *kept_modules(self).values()]
+            modules: list[Any] = [
+                *(cores for _, cores in report.mpo_modules(self)),
+                *report.kept_modules(self).values(),
+            ]
             return [weight for module in modules for weight in module.central_parameters().values()]
         layers = [module for module in self.modules() if isinstance(module, RoutedFeedForward)]
         return [found for layer in layers if (found := getattr(layer, part)) is not None]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mpoe.config import MPOEConfig
-from mpoe.config.checks import check_choice
+from mpoe.config.checks import check_choice, check_type
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.feed_forward import RoutedFeedForward
 from mpoe.models.base import MPOEModelMixin
@@ -99,8 +99,7 @@ def load_mpoe(path: str | Path, base: Any = None, **kwargs: Any) -> Any:
         ValueError: no such folder, a foreign or damaged checkpoint, missing or unexpected parameters, a base that is
             missing or not the one that the save was made from.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path must be the folder of a saved model; got {type(path).__name__} {path!r}")
+    check_type("path", path, (str, os.PathLike), "the folder of a saved model")
     folder = Path(path)
     values, cls = read_mpoe_config(folder)
     is_only = (folder / ONLY_FILE).is_file()
@@ -168,10 +167,8 @@ def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
             a folder that holds a whole model.
         NotADirectoryError: ``path`` is a file, or a link that does not lead to a folder.
     """
-    if not isinstance(model, MPOEModelMixin):
-        raise TypeError(f"model must be an MPOE model (see convert_to_mpoe); got {type(model).__name__}")
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path must be a folder's path; got {type(path).__name__}")
+    check_type("model", model, MPOEModelMixin, "an MPOE model (see convert_to_mpoe)")
+    check_type("path", path, (str, os.PathLike), "a folder's path")
     module: Any = model
     dense, name = _base_model(base, type(model))
     theirs = dense.state_dict()
@@ -312,8 +309,7 @@ def load_layers(model: Any, path: str | Path, components: Sequence[str]) -> list
         ValueError: no checkpoint there, a component that the model does not have in MPO form, parameters that are
             missing in the checkpoint or of another shape.
     """
-    if not isinstance(model, MPOEModelMixin):
-        raise TypeError(f"model must be an MPOE model (see convert_to_mpoe); got {type(model).__name__}")
+    check_type("model", model, MPOEModelMixin, "an MPOE model (see convert_to_mpoe)")
     folder = Path(path)
     values, _ = read_mpoe_config(folder)
     ratios = parsed_mpoe(values, folder).rate_ratios

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mpoe.config import MPOEConfig, RouterConfig
-from mpoe.config.checks import check_choice, check_integer
+from mpoe.config.checks import check_choice, check_integer, check_type
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.convert import convert_to_mpoe, converted_class
 from mpoe.models.domains import collect, solve_routers, train_routers
@@ -184,8 +184,7 @@ def add_expert(
         ValueError: a model of another class or size, experts that are not dense, ``examples`` for a mixture without
             statistics.
     """
-    if not isinstance(mixture, MPOEModelMixin):
-        raise TypeError(f"mixture must be an MPOE model (see compose); got {type(mixture).__name__}")
+    check_type("mixture", mixture, MPOEModelMixin, "an MPOE model (see compose)")
     if converted_class(base) is not type(mixture):
         raise ValueError(f"base must be of the class that mixture was; got {type(base).__name__}")
     _check_alike(base, [fine_tune])

@@ -15,17 +15,16 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mpoe.config import MPOEConfig
+from mpoe.config.checks import check_type
 from mpoe.layers.experts import MPOExperts
 from mpoe.layers.feed_forward import MPOEFeedForward
+from mpoe.layers.hidden import HiddenFeedForward
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.classes import classes_of, foreign_class
-from mpoe.models.export import as_stock
-from mpoe.models.find import find_sites
-from mpoe.models.kept import fill_merged, hidden_modules, neuron_modules, set_mpoe_config
-from mpoe.models.mixtures import MixtureMixin, with_stock_experts
-from mpoe.models.report import mpo_modules, parameter_report
+from mpoe.models.export import MixtureMixin, as_stock, with_stock_experts
+from mpoe.models.find import AnySite, checked_for, find_sites
+from mpoe.models.report import hidden_modules, mpo_modules, neuron_modules, parameter_report
 from mpoe.models.sites import EmbeddingSite, FFNSite, Report
-from mpoe.models.stock_experts import AnySite, checked_for
 from mpoe.models.table import TABLE, checked_sites, family_for
 from mpoe_kernels import SharedDecomposition, backend_reasons
 
@@ -199,8 +198,7 @@ def convert_to_mpoe(
     given = None if sites is None else checked_sites(sites)
     cls = converted_class(model, given)
     config = MPOEConfig() if config is None else config
-    if not isinstance(config, MPOEConfig):
-        raise TypeError(f"config must be an MPOEConfig; got {type(config).__name__}")
+    check_type("config", config, MPOEConfig, "an MPOEConfig")
     family = family_for(given, cls.mpoe_family)
     config = checked_for(model, family, config)
     found = find_sites(model, config, family)
@@ -264,8 +262,7 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
         ValueError: without ``as_``, experts that are already dense or neurons beside a dense network; a model that
             ``as_`` cannot represent exactly, with the reasons.
     """
-    if not isinstance(model, MPOEModelMixin):
-        raise TypeError(f"model must be an MPOE model (see convert_to_mpoe); got {type(model).__name__}")
+    check_type("model", model, MPOEModelMixin, "an MPOE model (see convert_to_mpoe)")
     has_neurons = bool(neuron_modules(model))
     if has_neurons and as_ is None:
         raise ValueError(
@@ -303,8 +300,51 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
     return _with_config(merged, config)
 
 
-def _with_config(merged: Any, config: MPOEConfig) -> Any:
-    """``merged``, with its configurations updated."""
-    config.rate_ratios = {name: list(cores.rate_ratios) for name, cores in mpo_modules(merged)}
-    set_mpoe_config(merged, config)
-    return merged
+@torch.no_grad()
+def fill_merged(merged: MPOEFeedForward, layer: HiddenFeedForward) -> None:
+    """Set dense experts to the weights that the hidden-side blocks of ``layer`` are equivalent to."""
+    if merged.router is not None and layer.router is not None:
+        merged.router.load_state_dict(layer.router.state_dict())
+    experts, dense = layer.experts, layer.projections()
+    for kind, weights in merged.experts.projections().items():
+        weights.weight.copy_(layer.expert_weights(kind))
+        bias: Any = getattr(dense[kind], "bias", None)
+        if weights.bias is not None:
+            weights.bias.copy_(torch.zeros_like(weights.bias) if bias is None else bias)
+        if weights.bias is not None and weights.bias.dim() == 2:  # before the experts' blocks
+            weights.bias.copy_(layer.expert_weights(kind, weights.bias[:1])[:, 0])
+            if experts.bias is not None and kind == ("gate_proj" if experts.is_gated else "up"):
+                weights.bias.add_(experts.bias)
+
+
+def _with_config(model: Any, config: MPOEConfig) -> Any:
+    """``model``, with ``config`` and its rate ratios in its configurations and those of its parts."""
+    config.rate_ratios = {name: list(cores.rate_ratios) for name, cores in mpo_modules(model)}
+    for holder in model.modules():
+        if isinstance(getattr(holder, "config", None), type(model.config)):
+            holder.config.mpoe = config.to_dict()
+    return model
+
+
+@torch.no_grad()
+def merge_latent(model: Any) -> Any:
+    """A copy whose experts read and write the model's own space: exact up to rounding.
+
+    Every expert's weights become the products with the shared matrices P and Q, ``a_e <- P a_e``, ``b_e <- b_e Q``.
+
+    Args:
+        model: an MPOE model with ``MPOEConfig(shape="neurons", latent=l)``; it is not changed.
+
+    Raises:
+        TypeError: ``model`` is not an MPOE model.
+        ValueError: a model without such experts.
+    """
+    if not hasattr(model, "mpoe_config"):
+        raise TypeError(f"model must be an MPOE model with neurons (latent=l); got {type(model).__name__}")
+    merged = copy.deepcopy(model)
+    layers = [layer for layer in neuron_modules(merged).values() if layer.experts.latent is not None]
+    if not layers:
+        raise ValueError(f"model must have neurons in a latent space (latent=l); this {type(model).__name__} has none")
+    for layer in layers:
+        layer.experts = layer.experts.merged()
+    return _with_config(merged, dataclasses.replace(model.mpoe_config, latent=None))

@@ -26,21 +26,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpoe.config.checks import check_type
 from mpoe.data.predict import evaluation_mode
-from mpoe.layers.feed_forward import RoutedFeedForward
 from mpoe.layers.router import RouterOutput, TopKRouter
-from mpoe.models import report
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.convert import check_finite
-from mpoe.models.kept import neuron_modules
+from mpoe.models.report import neuron_modules, routed_layers
 
 LEARNING_RATE = 1e-3
 RouterOfLayer = TypeVar("RouterOfLayer", bound=TopKRouter)
-
-
-def routed_layers(mixture: nn.Module) -> dict[str, RoutedFeedForward]:
-    """Layers with a router, by name."""
-    return dict(report.routed_layers(mixture))
 
 
 class Moments:
@@ -111,7 +105,7 @@ def _routed_by(
     mixture: nn.Module, made: Callable[[str, TopKRouter], RouterOfLayer]
 ) -> Iterator[dict[str, RouterOfLayer]]:
     """Other routers, made of a layer's name and its own; gives them by name meanwhile."""
-    own: dict[str, Any] = {name: layer.router for name, layer in routed_layers(mixture).items()}
+    own: dict[str, Any] = {name: layer.router for name, layer in routed_layers(mixture)}
     routers = {name: made(name, router) for name, router in own.items()}
     try:
         for name, router in routers.items():
@@ -178,7 +172,7 @@ def solve_routers(mixture: nn.Module, statistics: Mapping[str, Tensor], ridge: f
     The regression's outputs t are probabilities minus 1/E. The logits are E t, whose softmax agrees with them to first
     order: if an input says little about the domain, the gates of several experts stay near their mean.
     """
-    for name, layer in routed_layers(mixture).items():
+    for name, layer in routed_layers(mixture):
         means = statistics[f"{name}.mean"]
         assert layer.router is not None
         layer.router.weight.copy_(discriminant(means, statistics[f"{name}.outer"] / len(means), ridge))
@@ -193,7 +187,7 @@ def train_routers(
     Returns:
         The loss of every step; a step uses one batch of each domain.
     """
-    weights = [layer.router.weight for layer in routed_layers(mixture).values() if layer.router is not None]
+    weights = [layer.router.weight for _, layer in routed_layers(mixture) if layer.router is not None]
     was = [(p, p.requires_grad) for p in mixture.parameters()]
     for p, _ in was:
         p.requires_grad_(any(p is weight for weight in weights))
@@ -314,8 +308,7 @@ def collect_statistics(
 
 def check_statistics(statistics: Statistics, sizes: Mapping[str, int], whose: str) -> None:
     """Refuse statistics that are not those of layers of these sizes, by name (TypeError, ValueError)."""
-    if not isinstance(statistics, Mapping):
-        raise TypeError(f"{whose} must be a mapping (see collect_statistics); got {type(statistics).__name__}")
+    check_type(whose, statistics, Mapping, "a mapping (see collect_statistics)")
     wanted = {f"{layer}.{part}" for layer in sizes for part in PARTS}
     if wanted != set(statistics):
         odd = sorted(map(str, wanted.symmetric_difference(statistics)))[0]

@@ -23,15 +23,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mpoe.config import MPOEConfig
+from mpoe.config.checks import check_type
 from mpoe.layers.neurons import NeuronExperts
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.convert import check_finite, convert_to_mpoe, converted_class
 from mpoe.models.domains import check_statistics
-from mpoe.models.find import dense_networks
-from mpoe.models.kept import neuron_modules
+from mpoe.models.find import dense_networks, widened
+from mpoe.models.report import neuron_modules
 from mpoe.models.sites import FFNSite
 from mpoe.models.weight_files import declared_shapes, tensors_hash
-from mpoe.models.widen import widened
 from mpoe_kernels.version import __version__
 
 FORMAT = 1
@@ -218,8 +218,7 @@ def save_expert(
         TypeError: a model without such an expert, a path or ``training`` of another type.
         ValueError: weights or statistics with NaN, statistics of another model, a path that cannot be a file.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path must be the path of a file; got {type(path).__name__}")
+    check_type("path", path, (str, os.PathLike), "the path of a file")
     file = Path(path)
     if not file.name or not file.parent.is_dir() or (file.exists() and not file.is_file()):
         raise ValueError(f"path must be of a file in a folder that is there; got {str(path)!r}")
@@ -256,8 +255,7 @@ def load_expert(path: str | Path) -> Expert:
         TypeError: a path of another type.
         ValueError: no file, one that is damaged or not an expert's, of a newer format, without facts, or with NaN.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path must be an expert's file; got {type(path).__name__}")
+    check_type("path", path, (str, os.PathLike), "an expert's file")
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"path must be an expert's file; {str(path)!r} is no file")

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mpoe.config.checks import check_type
 from mpoe.layers.cores import MPOCores
 
 try:
@@ -41,8 +42,7 @@ def lora_on_cores(config: LoraConfig) -> LoraConfig:
         TypeError: a config of a method other than LoRA.
         ValueError: an option that has no meaning on cores (DoRA, dropout, bias, another initialisation).
     """
-    if not isinstance(config, LoraConfig):
-        raise TypeError(f"config must be a peft.LoraConfig; got {type(config).__name__}")
+    check_type("config", config, LoraConfig, "a peft.LoraConfig")
     given = [name for name in _UNSUPPORTED if getattr(config, name)]
     if given:
         raise ValueError(f"LoRA on MPO cores has no {', '.join(given)}; leave it at its default")

@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import T5ForConditionalGeneration
 
 from mpoe.config import MPOEConfig
+from mpoe.config.checks import check_type
 from mpoe.layers.cores import rate_ratios
 from mpoe.models.convert import adopt_class, converted_class, one_at_a_time
 from mpoe.models.find import find_sites
@@ -56,8 +57,7 @@ _KINDS = {"wi": "up", "w1": "up", "wo": "down", "w2": "down"}
 def _read(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
     if isinstance(source, Mapping):
         return dict(source)
-    if not isinstance(source, (str, os.PathLike)):
-        raise TypeError(f"source must be a state dict or a path; got {type(source).__name__} {source!r}")
+    check_type("source", source, (str, os.PathLike), "a state dict or a path")
     path = Path(source)
     if path.is_dir():
         names = ("model.safetensors", "pytorch_model.bin")

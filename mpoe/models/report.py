@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from mpoe.layers.cores import MPOCores
-from mpoe.layers.dense import ExpertWeights
+from mpoe.layers.cores import ExpertWeights, MPOCores
 from mpoe.layers.experts import MixtureExperts
-from mpoe.layers.feed_forward import RoutedFeedForward
-from mpoe.layers.kept import KeptFeedForward
-from mpoe.models.stock_experts import is_stock_experts
+from mpoe.layers.feed_forward import KeptFeedForward, RoutedFeedForward
+from mpoe.layers.hidden import HiddenFeedForward
+from mpoe.layers.neurons import NeuronFeedForward
+from mpoe.models.find import is_stock_experts
 from mpoe_kernels import ContractionPlan, plan_contraction
 
 LINE = 100  # characters of the legend's lines
@@ -40,6 +40,21 @@ def routed_layers(model: nn.Module) -> list[tuple[str, RoutedFeedForward]]:
         for name, module in model.named_modules()
         if isinstance(module, RoutedFeedForward) and module.router is not None
     ]
+
+
+def kept_modules(model: nn.Module) -> dict[str, KeptFeedForward]:
+    """Every network of a model that kept its projections, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, KeptFeedForward)}
+
+
+def hidden_modules(model: nn.Module) -> dict[str, HiddenFeedForward]:
+    """Every `HiddenFeedForward` of a model by name."""
+    return {name: module for name, module in kept_modules(model).items() if isinstance(module, HiddenFeedForward)}
+
+
+def neuron_modules(model: nn.Module) -> dict[str, NeuronFeedForward]:
+    """Every `NeuronFeedForward` of a model by name."""
+    return {name: module for name, module in kept_modules(model).items() if isinstance(module, NeuronFeedForward)}
 
 
 def short_name(name: str) -> str:
@@ -139,31 +154,14 @@ class WeightSummary:
         cores: that module; its shape or sizes.
         error: relative error bound of the conversion; ``None`` if it is not in the model's config.
         plan: how a forward pass contracts a weight with the fewest FLOPs; ``None`` for a network.
-        built: sizes, factors and bonds, in words, or what a network has instead.
-        cost: name of the order of contraction, or of the shape, and FLOPs relative to the dense layer's.
+        cells: what stands under `HEADER`.
     """
 
     name: str
     cores: MPOCores | KeptFeedForward
     error: float | None
     plan: ContractionPlan | None
-    built: tuple[str, str, str]
-    cost: tuple[str, float]
-
-    def cells(self) -> tuple[str, ...]:
-        """What stands under `HEADER`."""
-        central = sum(weight.numel() for weight in self.cores.central_parameters().values())
-        experts = self.cores.num_experts
-        per_expert = f"{self.cores.own_parameters() // experts:,}"
-        return (
-            short_name(self.name),
-            *self.built,
-            f"{central:,}",
-            per_expert if experts == 1 and self.plan is not None else f"{experts} x {per_expert}",
-            "-" if self.error is None else f"{self.error:.1e}" if self.error else "0",
-            self.cost[0],
-            f"{self.cost[1]:.2f}",
-        )
+    cells: tuple[str, ...]
 
 
 def summarize(model: Any, num_tokens: int, top_k: int = 1) -> list[WeightSummary]:
@@ -181,18 +179,27 @@ def summarize(model: Any, num_tokens: int, top_k: int = 1) -> list[WeightSummary
     errors: dict[str, Any] = told if isinstance(told, dict) else {}
     rows = []
     for name, module in model.named_modules():
+        error: float | None = 0.0
+        plan, experts = None, getattr(module, "num_experts", 1)
         if isinstance(module, KeptFeedForward):  # nothing is decomposed
-            sizes = f"{module.in_features}x{module.hidden_features}"
-            cost = module.shape, module.relative_flops(top_k)
-            rows.append(WeightSummary(name, module, 0.0, None, (sizes, *module.described()), cost))
+            built = f"{module.in_features}x{module.hidden_features}", *module.described()
+            by, x_dense = module.shape, module.relative_flops(top_k)
         elif isinstance(module, MPOCores):
-            shape, per_token = module.shape, 1 if module.num_experts == 1 else top_k
-            plan = plan_contraction(shape, module.num_experts, num_tokens, module.central.dtype, top_k=per_token)
-            error = next((errors[key] for key in names_in_checkpoints(model, name) if key in errors), None)
-            error = float(error) if isinstance(error, (int, float)) else None
+            shape, per_token = module.shape, 1 if experts == 1 else top_k
+            plan = plan_contraction(shape, experts, num_tokens, module.central.dtype, top_k=per_token)
+            found = next((errors[key] for key in names_in_checkpoints(model, name) if key in errors), None)
+            error = float(found) if isinstance(found, (int, float)) else None
             factors = " x ".join("·".join(map(str, side)) for side in (shape.in_factors, shape.out_factors))
             built = f"{shape.in_features}x{shape.out_features}", factors, " ".join(map(str, shape.bond_dims[1:-1]))
-            rows.append(WeightSummary(name, module, error, plan, built, (plan.strategy, plan.x_dense)))
+            by, x_dense = plan.strategy, plan.x_dense
+        else:
+            continue
+        central = sum(weight.numel() for weight in module.central_parameters().values())
+        own = f"{module.own_parameters() // experts:,}"
+        own = own if experts == 1 and plan is not None else f"{experts} x {own}"
+        off = "-" if error is None else f"{error:.1e}" if error else "0"
+        cells = (short_name(name), *built, f"{central:,}", own, off, by, f"{x_dense:.2f}")
+        rows.append(WeightSummary(name, module, error, plan, cells))
     return rows
 
 
@@ -209,7 +216,7 @@ def print_summary(rows: Sequence[WeightSummary], num_tokens: int) -> None:
     for name in HEADER:
         table.add_column(name, justify="left" if name in ("weight", "factors", "bonds", "plan") else "right")
     for row in rows:
-        table.add_row(*map(Text, row.cells()))
+        table.add_row(*map(Text, row.cells))
     console = Console()
     # If the width is unknown, as in a pipe, rows are not cut.
     Console(width=None if console.is_terminal else max(console.width, 120)).print(table)

@@ -12,9 +12,8 @@ from mpoe.config import MPOEConfig
 from mpoe.config.shapes import HIDDEN, NEURONS
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.drop_in import MPOEmbedding, MPOLinear, SharedEmbedding, TiedHead, linear_weight
-from mpoe.layers.feed_forward import MPOEFeedForward, RoutedFeedForward
+from mpoe.layers.feed_forward import KeptFeedForward, MPOEFeedForward, RoutedFeedForward
 from mpoe.layers.hidden import HiddenFeedForward
-from mpoe.layers.kept import KeptFeedForward
 from mpoe.layers.neurons import START_NOISE, NeuronFeedForward
 from mpoe_kernels import Decomposition, MPOShape, SharedDecomposition
 

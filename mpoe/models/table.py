@@ -97,7 +97,7 @@ class Family:
         models: Hugging Face `model_type`s of the dense models.
         style: how the command line trains and evaluates them: ``"seq2seq"``, ``"causal"`` or ``"encoder"``.
         ffn: their feed-forward networks; the first one that matches a module is used. Mixtures have none: they keep
-            routers, shared experts and dense layers, and `mpoe.models.stock_experts` converts their experts.
+            routers, shared experts and dense layers, and `mpoe.models.find` converts their experts.
         attention: names of attention projections, for `name_pattern`.
         pooler: name of the pooler's projection, if there is one.
         init_std: standard deviations of up and down projections, by the model's configuration.

@@ -22,11 +22,10 @@ from torch import nn
 
 from mpoe.config.checks import check_integer, check_number
 from mpoe.layers.cores import MPOCores
-from mpoe.layers.feed_forward import RoutedFeedForward
-from mpoe.layers.kept import KeptFeedForward
+from mpoe.layers.feed_forward import KeptFeedForward, RoutedFeedForward
 from mpoe.models.checkpoint import component_of, parse_components
+from mpoe.models.find import expert_modules, router_modules
 from mpoe.models.report import mpo_modules
-from mpoe.models.stock_experts import expert_modules, router_modules
 
 
 def parse_core_indices(text: str | None) -> tuple[int, ...]:

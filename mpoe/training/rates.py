@@ -28,8 +28,7 @@ from transformers import PrinterCallback
 from mpoe.config.shapes import NEURONS
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.experts import DenseExperts
-from mpoe.models.kept import kept_modules
-from mpoe.models.report import mpo_modules
+from mpoe.models.report import kept_modules, mpo_modules
 from mpoe.models.table import TYPE_PREFIX
 from mpoe.training.arguments import MPOETrainingArguments
 from mpoe.training.callbacks import DivergenceError

@@ -32,7 +32,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from mpoe.config.checks import check_integer
 from mpoe.layers.router import TopKRouter
 from mpoe.models.base import MPOEModelMixin
-from mpoe.models.kept import hidden_modules
+from mpoe.models.report import hidden_modules
 from mpoe.training import checkpoints
 
 _STYLES = {"up": ColwiseParallel, "gate_proj": ColwiseParallel, "down": RowwiseParallel}

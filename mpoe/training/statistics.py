@@ -20,8 +20,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mpoe.data.encode import IGNORED_LABEL
-from mpoe.models.kept import kept_modules
-from mpoe.models.report import mpo_modules, routed_layers
+from mpoe.models.report import kept_modules, mpo_modules, routed_layers
 
 
 @dataclass(frozen=True)

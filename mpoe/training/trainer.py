@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from mpoe.layers.losses import global_batch
+from mpoe.layers.context import global_batch
 from mpoe.models.base import MPOEModelMixin
-from mpoe.models.card import write_card
+from mpoe.models.others import write_card
 from mpoe.models.report import routed_layers, short_name
 from mpoe.training import checkpoints
 from mpoe.training.arguments import MPOETrainingArguments
@@ -361,7 +361,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         return bool(self.accelerator.gradient_state.end_of_dataloader)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.create_model_card`, for MPOE models: `mpoe.models.card` with the last evaluation's metrics."""
+        """As `Trainer.create_model_card`, for MPOE models: `mpoe.models.others` with the last evaluation's metrics."""
         if not isinstance(self.model, MPOEModelMixin):
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():

@@ -9,13 +9,18 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from mpoe_kernels.backends import Request
-from mpoe_kernels.contract import may_round_to_tf32
 
 if TYPE_CHECKING:
     from mpoe_kernels.hidden_experts.op import HiddenBackwardCall, HiddenCall
 
 MOST_UNITS = 512  # kMostUnits
 MOST_BINS = 12_000  # kMostBins
+
+
+def dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Inputs of an op as its kernels read them: the second ones, which are gates, in float32."""
+    given = (each.float() if number == 1 and each is not None else each for number, each in enumerate(tensors))
+    return [each if each is None else each.contiguous() for each in given]
 
 
 @dataclass(frozen=True)
@@ -30,12 +35,14 @@ class HiddenKernels:
 
     def forward(self, call: HiddenCall) -> Tensor:
         """See `hidden_experts`. An index outside ``0..E-1`` means no expert."""
-        return self.ops.experts(*call.tensors, False, call.kernel_activation, may_round_to_tf32(call.u.dtype))
+        return self.ops.experts(*dense(*call.tensors), False, call.kernel_activation)
 
     def backward(self, call: HiddenBackwardCall) -> tuple[Tensor, ...]:
         """See `HiddenBackwardCall`."""
-        need, tf32 = [int(wanted) for wanted in call.need], may_round_to_tf32(call.u.dtype)
-        return self.ops.experts_backward(call.grad, *call.tensors, False, call.kernel_activation, need, tf32)
+        need = [int(wanted) for wanted in call.need]
+        given = call.grad.contiguous(), *dense(*call.tensors), False, call.kernel_activation
+        du, dgates, *others = self.ops.experts_backward(*given, need)
+        return du, dgates.to(call.gates.dtype), *others
 
     @staticmethod
     def reasons(request: Request) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpoe_kernels.backends import AUTO, BACKENDS, kernel_for, no_reasons, places_rows
+from mpoe_kernels.backends import BACKENDS, kernel_for, no_reasons, places_rows
 from mpoe_kernels.checks import (
     check_choice,
     check_device,
@@ -129,7 +129,7 @@ class ForwardCall(LinearCall):
         The rule does not depend on slot counts, so it also works for fakes and before one is chosen.
         """
         is_separable = self.strategy in ("auto", "separable") and self.left.shape[2] == self.right.shape[2] == 1
-        return self.save and is_separable and (self.backend == AUTO or BACKENDS[self.backend].keeps_rows)
+        return self.save and is_separable
 
     @property
     def around(self) -> tuple[Tensor | None, Tensor | None, str, Tensor | None, Tensor | None]:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from mpoe_kernels.backends import Request
-from mpoe_kernels.contract import may_round_to_tf32
-from mpoe_kernels.hidden_experts.cuda import MOST_UNITS, unsorted
+from mpoe_kernels.hidden_experts.cuda import MOST_UNITS, dense, unsorted
 
 if TYPE_CHECKING:
     from mpoe_kernels.neurons.op import NeuronBackwardCall, NeuronCall
@@ -17,7 +16,8 @@ if TYPE_CHECKING:
 
 def _arguments(call: NeuronCall) -> tuple[Any, ...]:
     up, down, gate_up = (None if each is None else each[:, None] for each in (call.up, call.down, call.gate_up))
-    return call.x, call.gates, call.top_k_index, up, down, call.bias, None, gate_up, True, call.activation
+    tensors = dense(call.x, call.gates, call.top_k_index, up, down, call.bias, None, gate_up)
+    return *tensors, True, call.activation
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,14 @@ class NeuronKernels:
 
     def forward(self, call: NeuronCall) -> Tensor:
         """See `neuron_experts`. An index outside ``0..E-1`` means no expert."""
-        return self.ops.experts(*_arguments(call), may_round_to_tf32(call.x.dtype))
+        return self.ops.experts(*_arguments(call))
 
     def backward(self, call: NeuronBackwardCall) -> tuple[Tensor, ...]:
         """See `NeuronBackwardCall`."""
         *need, need_gate_up = (int(wanted) for wanted in call.wanted)
-        found = self.ops.experts_backward(
-            call.grad, *_arguments(call), [*need, 0, need_gate_up], may_round_to_tf32(call.x.dtype)
-        )
-        grads = (*found[:5], found[6])
+        given = call.grad.contiguous(), *_arguments(call), [*need, 0, need_gate_up]
+        dx, dgates, *found = self.ops.experts_backward(*given)
+        grads = (dx, dgates.to(call.gates.dtype), *found[:3], found[4])
         # The kernels' weights have an axis of groups.
         return tuple(grad.squeeze(1) if grad.dim() == 4 else grad for grad in grads)
 

@@ -74,23 +74,21 @@ def native_gating(x: Tensor, weight: Tensor, top_k: int, raw: bool) -> Gating:
 
 
 def gating_of(logits: Tensor, top_k: int, raw: bool, backend: str | None = None) -> Gating | None:
-    """Decide from logits float32 ``[T, E]`` in one launch of the backend ``cuda`` or ``triton``; ``raw`` as in
-    `native_gating`.
+    """Decide from logits float32 ``[T, E]`` in one launch of the backend ``triton``; ``raw`` as in `native_gating`.
 
-    None where neither can run or another backend is named, and where a gradient, a compiler or a mode has a part in the
+    None where it cannot run or another backend is named, and where a gradient, a compiler or a mode has a part in the
     call.
     """
     if logits.shape[1] > MOST_GATED:
         return None
     if torch.compiler.is_dynamo_compiling() or not is_plain_call((logits,)) or needs_gradients((logits,)):
         return None
-    asked = requested_backend(backend)
+    asked, on_gpu = requested_backend(backend), BACKENDS["triton"]
     request = Request("gate", str(logits.device), logits.dtype)
-    for name in (asked,) if asked != AUTO else ("cuda", "triton") if logits.is_cuda else ():
-        if not BACKENDS[name].unsupported_reasons(request):
-            decided: Gating = BACKENDS[name].kernels["gate"](logits, top_k, raw)
-            return decided
-    return None
+    if asked not in ((AUTO, "triton") if logits.is_cuda else ("triton",)) or on_gpu.unsupported_reasons(request):
+        return None
+    decided: Gating = on_gpu.kernels["gate"](logits, top_k, raw)
+    return decided
 
 
 def _inputs(x: Tensor, weight: Tensor) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor]]:

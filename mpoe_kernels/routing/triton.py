@@ -172,39 +172,21 @@ def sort_slots(top_k_index: Tensor, num_experts: int) -> SortedSlots:
     return found
 
 
-def _grid(rows: int, columns: int) -> tuple[int, int]:
-    return cdiv(rows, ROWS["BM"]), cdiv(columns, ROWS["BN"])
+def collect_rows(
+    rows: Tensor, slot_of_token: Tensor, weights: Tensor | None = None, filled: Tensor | None = None
+) -> Tensor:
+    """``[N, F] -> [T, F]``: a gather over slots, so it is deterministic. Dropped pairs contribute nothing, even NaN.
 
-
-def gather_rows(x: Tensor, expert_offsets: Tensor, token_of_slot: Tensor) -> Tensor:
-    """``[T, I] -> [N, I]``; slots past the last offset are zero, whatever their token holds."""
-    slots, columns = token_of_slot.shape[0], x.shape[1]
-    out = x.new_empty(slots, columns)
-    start(
-        kernels.dispatch_kernel,
-        _grid(slots, columns),
-        x=x.contiguous(),
-        offsets=expert_offsets,
-        token_of_slot=token_of_slot,
-        out=out,
-        slots=slots,
-        I=columns,
-        EXPERTS=expert_offsets.shape[0] - 1,
-        **ROWS,
-    )
-    return out
-
-
-def collect_rows(rows: Tensor, slot_of_token: Tensor, weights: Tensor | None = None) -> Tensor:
-    """``[N, F] -> [T, F]``: a gather over slots, so it is deterministic. Dropped pairs contribute nothing, even NaN."""
+    Tokens from the number ``filled [1]`` on, if it is given, have no pairs."""
     tokens, top_k = slot_of_token.shape
     out = rows.new_empty(tokens, rows.shape[1])
     start(
         kernels.collect_kernel,
-        _grid(tokens, rows.shape[1]),
+        (cdiv(tokens, ROWS["BM"]), cdiv(rows.shape[1], ROWS["BN"])),
         rows=rows.contiguous(),
         slot_of_token=slot_of_token.contiguous(),
         weights=None if weights is None else weights.contiguous(),
+        filled=filled,
         out=out,
         tokens=tokens,
         F=rows.shape[1],
@@ -219,7 +201,8 @@ def route(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dispatch(call: DispatchCall) -> Tensor:
-    return gather_rows(call.x, call.expert_offsets, call.token_of_slot)
+    """Rows as slots have them: a slot's only choice is its token."""
+    return collect_rows(call.x, call.token_of_slot[:, None], filled=call.expert_offsets[-1:])
 
 
 def dispatch_backward(call: DispatchBackwardCall) -> Tensor:

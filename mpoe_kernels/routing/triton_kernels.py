@@ -254,32 +254,11 @@ def sort_kernel(
 
 
 @triton.jit
-def dispatch_kernel(
-    x,  # [T, I]
-    offsets,
-    token_of_slot,
-    out,  # [N, I]
-    slots,
-    I,
-    EXPERTS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """Grid ``(slot blocks, column blocks)``: rows in slot order, zero in empty slots."""
-    filled = tl.load(offsets + EXPERTS)
-    slot = tl.program_id(0) * BM + tl.arange(0, BM)
-    column = tl.program_id(1) * BN + tl.arange(0, BN)
-    token = tl.load(token_of_slot + slot, mask=slot < filled, other=0)
-    inside = (column < I)[None, :]
-    value = tl.load(x + token[:, None] * I + column[None, :], mask=inside & (slot < filled)[:, None], other=0.0)
-    tl.store(out + slot.to(tl.int64)[:, None] * I + column[None, :], value, mask=inside & (slot < slots)[:, None])
-
-
-@triton.jit
 def collect_kernel(
     rows,  # [N, F]
     slot_of_token,  # [T, K]
     weights,  # [T, K] or None
+    filled,  # how many tokens have rows, or None: all
     out,  # [T, F]
     tokens,
     F,
@@ -291,8 +270,9 @@ def collect_kernel(
     token = tl.program_id(0) * BM + tl.arange(0, BM)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
     total = tl.zeros((BM, BN), dtype=tl.float32)
+    with_rows = token < (tokens if filled is None else tl.load(filled))
     for choice in tl.static_range(TOP_K):
-        slot = tl.load(slot_of_token + token * TOP_K + choice, mask=token < tokens, other=-1)
+        slot = tl.load(slot_of_token + token * TOP_K + choice, mask=with_rows, other=-1)
         kept = (slot >= 0)[:, None] & (column < F)[None, :]
         value = tl.load(rows + slot[:, None] * F + column[None, :], mask=kept, other=0.0).to(tl.float32)
         if weights is not None:

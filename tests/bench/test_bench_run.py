@@ -29,7 +29,7 @@ def test_quick_measures_everything_and_nothing_is_wrong(quick) -> None:
     results = quick.results
     assert results["failures"] == []
     keys = [section["key"] for section in results["sections"]]
-    assert {"ffn", "decode", "op", "train_step", "layers", "planner"} == set(keys)
+    assert {"ffn", "op", "train_step", "layers", "planner"} == set(keys)
     main_section = results["sections"][0]
     rows = {row["name"]: row for row in main_section["rows"]}
     backend = "eager" if available_backends() == ("eager",) else "auto"
@@ -38,7 +38,7 @@ def test_quick_measures_everything_and_nothing_is_wrong(quick) -> None:
         assert rows[name]["train"]["low"] <= rows[name]["train"]["x"] <= rows[name]["train"]["high"]
     ours = rows[f"mpoe separable [{backend}]"]
     assert ours["floor"]["forward"] > 1.0
-    assert ours["optimizer_bytes"] == 8 * ours["parameters"]
+    assert ours["weight_bytes"] == 4 * ours["parameters"]
 
 
 def test_what_is_printed_has_the_tables(quick) -> None:
@@ -51,18 +51,17 @@ def test_what_is_printed_has_the_tables(quick) -> None:
         "x best",
         "with their routers",
     )
-    for found in (*words, "original: rebuild all (paper_full)", "in seconds", "more in the report", "report.md"):
+    for found in (*words, "original: rebuild all (paper_full)", "more in the report", "report.md"):
         assert found in quick.out
-    tables = quick.out.splitlines()[1:-1]  # between how to read them and where they are
-    assert max(len(line) for line in tables if "not here" not in line) <= 100
+    assert max(len(line) for line in quick.out.splitlines() if line.startswith("|")) <= 100
 
 
 def test_report_shows_every_section(quick) -> None:
     report = (quick.folder / "report.md").read_text()
     for section in quick.results["sections"]:
         assert f"### {table_of(section).title}" in report
-        for cells in table_of(section).rows:
-            assert f"| {cells[0]} |" in report
+        first, *_ = table_of(section).columns.values()
+        assert all(re.search(rf"\| {re.escape(name)} +\|", report) for name in first)
     for line in report.splitlines():  # every row of a table has as many cells as its header
         assert not line.startswith("|") or line.endswith("|")
 
@@ -192,7 +191,7 @@ def test_refusals(capsys, tmp_path: Path, arguments: list[object], words: str) -
 def test_cuda_without_cuda_is_refused(capsys, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         line = refusal(capsys, "--device", "cuda", "--suite", "planner", "--out", tmp_path / "out")
-        assert "the planner's cases are a CPU's" in line
+        assert "its cases are a CPU's" in line
     else:
         line = refusal(capsys, "--device", "cuda", "--out", tmp_path / "out")
         assert "torch finds no CUDA device here" in line

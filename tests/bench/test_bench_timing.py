@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mpoe_bench.memory import peak_memory, resident_peak
-from mpoe_bench.plugin import Budget, facts_of, in_turn
+from mpoe_bench.contender import peak_memory, resident_peak
+from mpoe_bench.run import Budget, facts_of, in_turn
 
 
 class Machine:
@@ -73,8 +73,8 @@ def test_peak_counts_temporaries_and_kept_counts_the_result() -> None:
 
     memory, result = peak_memory(work)
     assert result.numel() == size // 2
-    assert memory.peak == pytest.approx(8 * size, rel=0.01)  # first and second
-    assert memory.kept == pytest.approx(2 * size, rel=0.01)
+    assert memory["peak"] == pytest.approx(8 * size, rel=0.01)  # first and second
+    assert memory["kept"] == pytest.approx(2 * size, rel=0.01)
 
 
 def test_resident_memory_sees_what_torch_does_not_allocate() -> None:
@@ -86,5 +86,5 @@ def test_resident_memory_sees_what_torch_does_not_allocate() -> None:
     work()
     if resident_peak(work) is None:
         pytest.skip("this system does not tell a process's peak of resident memory")
-    assert peak_memory(work)[0].peak < count / 4
-    assert peak_memory(work, resident=True)[0].peak == pytest.approx(2 * count, rel=0.2)
+    assert peak_memory(work)[0]["peak"] < count / 4
+    assert peak_memory(work, resident=True)[0]["peak"] == pytest.approx(2 * count, rel=0.2)

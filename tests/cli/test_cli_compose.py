@@ -20,7 +20,7 @@ from mpoe.cli.main import run
 from mpoe.data.embedded import load_stand_in, stand_in_path
 from mpoe.models.expert_files import base_identity, vocabulary_identity, write_expert
 from mpoe.models.expert_mixture import kept_experts
-from mpoe.models.kept import neuron_modules
+from mpoe.models.report import neuron_modules
 
 BASE = str(stand_in_path("gpt2"))
 SMALL = ["--max_texts", "4", "--max_length", "16"]

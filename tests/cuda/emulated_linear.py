@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from tests.linear_problem import LinearProblem
@@ -13,22 +11,21 @@ from .emulation import Linear
 ALL = [True] * 5
 
 
-@dataclass
 class Case(LinearProblem):
-    """With ``tf32``, float32 is multiplied as TF32."""
-
-    tf32: bool = False
+    """By the emulated kernels."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.grad[self.filled :] = float("nan")  # slots without an expert: never read
         self.linear = Linear(
-            self.x, self.blocks, self.routing.expert_offsets, self.bias, self.row_index, *self.sizes, self.activation,
-            self.tf32,
-        )  # fmt: skip
+            self.x, self.blocks, self.routing.expert_offsets, self.bias, self.row_index, *self.sizes, self.activation
+        )
 
-    def run(self, strategy: str, backward_strategy: str | None = None, need: list[bool] = ALL) -> list[Tensor]:
-        """The result and its gradients; gradients that are not needed are None."""
-        y, h, z = self.linear.forward()
-        saved = y if self.activation == "relu" else z
-        return [y, *self.linear.backward(self.grad, h, saved, need, self.slot_of_token)]
+    def run(self, strategy: str, backward_strategy: str | None = None, need: list[bool] | None = None) -> list[Tensor]:
+        """The result and its gradients, by default all that there are; gradients that are not needed are None."""
+        y, h, z = self.linear.forward(strategy)
+        saved, backward_strategy = y if self.activation == "relu" else z, backward_strategy or strategy
+        h = h if backward_strategy == "separable" else None
+        wanted = need or [True] * 4 + [self.with_bias]
+        grads = self.linear.backward(self.grad, h, saved, wanted, self.slot_of_token, backward_strategy)
+        return [y, *grads[: 5 if need or self.with_bias else 4]]

@@ -168,34 +168,22 @@ def stats() -> dict[str, int]:
 KERNELS = LinearKernels(REFUSING, "emulated")
 
 
-@contextmanager
-def tf32_allowed(allowed: bool) -> Iterator[None]:
-    """Sets whether PyTorch may round float32 products to TF32."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    matmul.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        matmul.allow_tf32 = before
-
-
 class Linear:
     """`grouped_mpo_linear` and its backward on the emulated kernels. Results are initialised with NaN."""
 
-    def __init__(self, x, blocks, offsets, bias, row_index, in_features, out_features, activation, tf32=False) -> None:
+    def __init__(self, x, blocks, offsets, bias, row_index, in_features, out_features, activation) -> None:
         library()
         self.x, self.blocks, self.bias, self.row_index = x, blocks, bias, row_index
         self.dims = BlockDims.of_blocks(*blocks, in_features, out_features)
-        self.activation, self.tf32 = activation, tf32
+        self.activation = activation
         self.common = (x, *blocks, offsets, bias, row_index, in_features, out_features, activation)
 
-    def forward(self, save: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """``y``, and what the backward reads: nothing in place of rows, and the pre-activation."""
-        call = ForwardCall(*self.common, "rebuild", "emulated", save)
-        with poisoned_memory(), tf32_allowed(self.tf32):
-            y, _, z = KERNELS.forward(call)
-        return y, None, z if call.saves_z else None
+    def forward(self, strategy: str = "rebuild", save: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """``y``, and what the backward reads: of a separable product rows, and the pre-activation."""
+        call = ForwardCall(*self.common, strategy, "emulated", save)
+        with poisoned_memory():
+            y, h, z = KERNELS.forward(call)
+        return y, h if call.saves_h else None, z if call.saves_z else None
 
     def backward(
         self,
@@ -204,11 +192,12 @@ class Linear:
         saved: Tensor | None,
         need: list[bool],
         slot_of_token: Tensor | None = None,
+        strategy: str = "rebuild",
     ):
         """``(dx [T, I], dleft, dcentral, dright, dbias)``; None for those not needed."""
         nothing = self.x.new_empty(0)
         kept = (nothing if h is None else h, nothing if saved is None else saved)
-        call = BackwardCall(*self.common, "rebuild", "eager", grad, *kept, need, slot_of_token)  # rows by token: eager
-        with poisoned_memory(), tf32_allowed(self.tf32):
+        call = BackwardCall(*self.common, strategy, "eager", grad, *kept, need, slot_of_token)  # rows by token: eager
+        with poisoned_memory():
             found = KERNELS.backward(call)
         return [result if needed else None for result, needed in zip(found, need, strict=True)]

@@ -35,6 +35,13 @@ def test_weights_stay_on_chip(phase: str, shape: str) -> None:
     assert [each.name for each in KERNELS.candidates(asked)] == [ON_CHIP]
 
 
-def test_other_strategies_are_refused_by_name() -> None:
-    (reason,) = KERNELS.contraction_reasons(plan("paper_64", 64, strategy="chain"))
-    assert reason == "it has a kernel for the strategy 'rebuild' only, not for 'chain'"
+@pytest.mark.parametrize("strategy", ["half_left", "half_right", "chain", "separable"])
+def test_other_strategies_go_product_by_product(strategy: str) -> None:
+    asked = plan("separable" if strategy == "separable" else "paper_64", 64, strategy=strategy)
+    assert KERNELS.contraction_reasons(asked) == []
+    assert [each.name for each in KERNELS.candidates(asked)] == [strategy]
+
+
+def test_too_many_rows_are_refused() -> None:
+    (reason,) = KERNELS.contraction_reasons(plan("separable", 2**28, strategy="separable"))
+    assert "it counts to 2147483647" in reason

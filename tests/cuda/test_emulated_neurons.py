@@ -157,4 +157,4 @@ def test_more_neurons_are_a_reason_and_refused_by_the_kernels() -> None:
 def _raw(problem: NeuronProblem) -> tuple[Any, ...]:
     own = problem.inputs
     up, down = (value[:, None] for value in (own["up"], own["down"]) if value is not None)
-    return own["x"], own["gates"], problem.index, up, down, None, None, None, True, "gelu", False
+    return own["x"], own["gates"], problem.index, up, down, None, None, None, True, "gelu"

@@ -1,4 +1,4 @@
-"""Gate, route, dispatch, combine and their gradients on the emulated CUDA kernels, against the reference."""
+"""Route, dispatch, combine and their gradients on the emulated CUDA kernels, against the reference."""
 
 from __future__ import annotations
 
@@ -9,25 +9,16 @@ from hypothesis import strategies as st
 from mpoe_bench.cases import expert_choice
 from torch import Tensor
 
-from mpoe.config import RouterConfig
-from mpoe.layers.router import TopKRouter
 from mpoe_kernels import Routing
-from mpoe_kernels.backends import BACKENDS, add_kernels, register_backend
 from mpoe_kernels.reference import combine_reference, dispatch_reference, route_reference
-from mpoe_kernels.routing import op as operations
 from tests.assertions import assert_calibrated, poisoned_memory
 
-from .emulation import DTYPES, EMULATED, OPS, REFUSED, ROUTING, SCHEDULES, Schedule, library, schedule, stats
+from .emulation import DTYPES, OPS, REFUSED, SCHEDULES, Schedule, library, schedule, stats
 
 
 @pytest.fixture(autouse=True)
 def _loaded() -> None:
     library()
-
-
-def gate(logits: Tensor, top_k: int, renormalize: bool = False) -> tuple[Tensor, Tensor]:
-    with poisoned_memory():
-        return OPS.gate(logits, top_k, renormalize)
 
 
 def route(index: Tensor, experts: int, capacity: int | None = None, mask: Tensor | None = None) -> Routing:
@@ -41,64 +32,6 @@ def check_route(index: Tensor, experts: int, capacity: int | None = None, mask: 
     for actual, truth in zip((found.expert_offsets, found.token_of_slot, found.slot_of_token), expected, strict=True):
         assert torch.equal(actual, truth)
     return found
-
-
-# ------------------------------------------------------------------ gate
-
-
-@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
-@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 1, 1), (7, 8, 2), (33, 64, 4), (5, 100, 100)])
-def test_gate(dtype: torch.dtype, tokens: int, experts: int, top_k: int) -> None:
-    logits = (3 * torch.randn(tokens, experts)).to(dtype)
-    for renormalize in (False, True):
-        weights, index = gate(logits, top_k, renormalize)
-        truth = logits.double().softmax(1)
-        order = logits.double().sort(dim=1, descending=True, stable=True).indices[:, :top_k]
-        assert torch.equal(index, order)
-        chosen, same = truth.gather(1, order), logits.float().softmax(1).gather(1, order)
-        if renormalize:
-            chosen, same = chosen / chosen.sum(1, keepdim=True), same / same.sum(1, keepdim=True)
-        assert_calibrated(weights, chosen, same, factor=4)
-
-
-def test_gate_of_equal_infinite_and_missing_logits() -> None:
-    equal = torch.zeros(1, 40)
-    assert gate(equal, 3)[1].tolist() == [[0, 1, 2]]
-    impossible = torch.full((1, 6), -float("inf"))
-    impossible[0, 4] = 1.0
-    assert gate(impossible, 3)[1].tolist() == [[4, 0, 1]]
-    assert gate(impossible, 1)[0].tolist() == [[1.0]]
-    unknown = torch.full((1, 5), float("nan"))
-    assert gate(unknown, 2)[1].tolist() == [[0, 1]]  # valid experts, whatever the logits are
-
-
-@pytest.mark.parametrize("top_k", [1, 3])
-@pytest.mark.parametrize("is_scale_prob", [False, True])
-def test_the_router_gates_in_one_launch_where_nothing_trains(top_k: int, is_scale_prob: bool) -> None:
-    router = TopKRouter(12, 6, RouterConfig(top_k=top_k, is_scale_prob=is_scale_prob), backend="eager")
-    x = torch.randn(9, 12)
-    usual = router(x)
-    register_backend(EMULATED)
-    try:
-        router.backend = "emulated"
-        add_kernels("emulated", ROUTING, operations.FUNCTIONS)
-        stats()
-        trained = router(x)
-        assert stats()["launches"] == 0
-        with torch.no_grad():
-            found = router(x)
-        assert stats()["launches"] == 1
-    finally:
-        del BACKENDS["emulated"]
-    for decided in (trained, found):
-        assert torch.equal(decided.top_k_index, usual.top_k_index)
-        torch.testing.assert_close(decided.top_k_weights, usual.top_k_weights)
-    assert top_k > 1 or is_scale_prob or bool((found.top_k_weights == 1).all())
-
-
-def test_gate_refuses_more_choices_than_experts() -> None:
-    with pytest.raises(REFUSED, match="top_k"):
-        gate(torch.zeros(2, 3), 4)
 
 
 # ------------------------------------------------------------------ route
@@ -169,7 +102,7 @@ def test_dispatch(dtype: torch.dtype, columns: int) -> None:
     wide = torch.randn(9, columns + 8).to(dtype)
     for x in (wide[:, :columns].contiguous(), wide[:, :columns], wide[:, 1 : columns + 1]):
         with poisoned_memory():
-            out = OPS.dispatch(x, routing.expert_offsets, routing.token_of_slot)
+            out = OPS.combine(x, routing.token_of_slot[:, None], None, routing.expert_offsets[-1:])
         assert torch.equal(out, dispatch_reference(x, routing))
 
 
@@ -197,7 +130,7 @@ def test_combine_and_its_gradients(dtype: torch.dtype, columns: int, capacity: i
 
     drows, dgates = backward(True, True)
     with poisoned_memory():
-        sums = [OPS.combine(rows, routing.slot_of_token, given) for given in (gates, None)]
+        sums = [OPS.combine(rows, routing.slot_of_token, given, None) for given in (gates, None)]
     truth, same = reference(torch.float64), reference(dtype)
     same[3] = reference(torch.float32)[3]  # gates have float32 gradients
     for name, a, t, s in zip(("out", "ones", "drows", "dgates"), [*sums, drows, dgates], truth, same, strict=True):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from mpoe_bench.cases import expert_choice, random_blocks
-from mpoe_bench.graphs import graphed
+from mpoe_bench.contender import graphed
 from torch import Tensor
 
 from mpoe_kernels import MPOBlocks, grouped_mpo_linear, mpo_ffn, route

@@ -22,11 +22,7 @@ __global__ void mma(const uint32_t* in, uint32_t* out) {
   for (int i = 0; i < 4; ++i) a[i] = in[lane * 10 + i];
   for (int i = 0; i < 2; ++i) b[i] = in[lane * 10 + 4 + i];
   for (int i = 0; i < 4; ++i) d[i] = __uint_as_float(in[lane * 10 + 6 + i]);
-  if constexpr (sizeof(T) == 2) {
-    dev::mma_m16n8k16<T>(d, a, b);
-  } else {
-    dev::mma_m16n8k8_tf32(d, a, b);
-  }
+  dev::mma_m16n8k16<T>(d, a, b);
   for (int i = 0; i < 4; ++i) memcpy(out + lane * 4 + i, d + i, 4);
 }
 
@@ -69,8 +65,7 @@ __global__ void roundings(const uint32_t* in, uint32_t* out) {
     uint16_t bits[2];
     memcpy(bits, &brain, 2);
     memcpy(bits + 1, &half, 2);
-    out[lane * 16 + 2 * i] = bits[0] | static_cast<uint32_t>(bits[1]) << 16;
-    out[lane * 16 + 2 * i + 1] = dev::to_tf32(value) & 0xffffe000u;  // tensor cores ignore the rest
+    out[lane * 8 + i] = bits[0] | static_cast<uint32_t>(bits[1]) << 16;
   }
 }
 
@@ -150,17 +145,13 @@ uint32_t half_word(int value, bool brain) {
   if ((bits & 0x7fffffffu) == 0) return 0;
   return (bits >> 16 & 0x8000u) | (((bits >> 13 & 0x3ffffu) - (112u << 10)) & 0x7fffu);
 }
-Words factors(int kind, uint32_t seed) {  // 0 bfloat16, 1 float16, 2 tf32
+Words factors(bool brain, uint32_t seed) {  // of bfloat16, or float16
   const auto small = [&](uint32_t i) { return static_cast<int>(scrambled(seed + i) % 17) - 8; };
   Words words;
   for (uint32_t lane = 0; lane < 32; ++lane) {
     for (uint32_t i = 0; i < 6; ++i) {
       const uint32_t at = lane * 100 + i * 2;
-      if (kind == 2) {
-        words.push_back(bits_of(static_cast<float>(small(at))));
-      } else {
-        words.push_back(half_word(small(at), kind == 0) | half_word(small(at + 1), kind == 0) << 16);
-      }
+      words.push_back(half_word(small(at), brain) | half_word(small(at + 1), brain) << 16);
     }
     for (uint32_t i = 0; i < 4; ++i) words.push_back(bits_of(static_cast<float>(small(lane * 100 + 50 + i) * 3)));
   }
@@ -181,13 +172,12 @@ Words roundable() {
 }  // namespace
 
 int main() {
-  run("mma.bf16", mma<dev::bf16>, factors(0, 1), 4);
-  run("mma.fp16", mma<dev::fp16>, factors(1, 2), 4);
-  run("mma.tf32", mma<float>, factors(2, 3), 4);
+  run("mma.bf16", mma<dev::bf16>, factors(true, 1), 4);
+  run("mma.fp16", mma<dev::fp16>, factors(false, 2), 4);
   run("ldmatrix", ldmatrix<false>, scrambled_words(4, 4), 4);
   run("ldmatrix.trans", ldmatrix<true>, scrambled_words(4, 5), 4);
   run("cp.async", cp_async, scrambled_words(4, 6), 4);
-  run("roundings", roundings, roundable(), 16);
+  run("roundings", roundings, roundable(), 8);
   run("lanes", lanes, scrambled_words(1, 7), 6);
   return 0;
 }

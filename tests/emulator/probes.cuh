@@ -128,7 +128,7 @@ inline __global__ void total(const int* in, int* out, int, bool mistake) {
 inline __global__ void padded(const int*, int* out, int, bool mistake) {
   using T = dev::bf16;
   DYN_SHARED(T, tile);
-  const int lane = threadIdx.x, stride = mistake ? 64 : mpoe::cuda::padded_stride<T>(64, true);
+  const int lane = threadIdx.x, stride = mistake ? 64 : mpoe::cuda::padded_stride<T>(64);
   for (int i = lane; i < 16 * 64; i += 32)
     tile[i / 64 * stride + i % 64] = dev::from_float<T>(static_cast<float>(i % 64));
   __syncwarp();

@@ -24,10 +24,6 @@ void launch<float>(const ExpertsLaunches&, cudaStream_t) {
   bfloat16_only();
 }
 template <>
-void launch<dev::tf32>(const ExpertsLaunches&, cudaStream_t) {
-  bfloat16_only();
-}
-template <>
 void launch<dev::fp16>(const ExpertsLaunches&, cudaStream_t) {
   bfloat16_only();
 }

@@ -1,5 +1,5 @@
 // The fused contraction in bfloat16 and in float32, whose blocks are small enough for the thread sanitizer, forward and
-// backward. See sweep.h.
+// backward; and products that every expert has for itself. See sweep.h.
 #include "emulator/sweep.h"
 
 #include <algorithm>
@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cuda/linear/gradient.cuh"
+#include "cuda/linear/grouped.cuh"
 #include "cuda/linear/rebuilt.cuh"
 #include "native/cpp/truth.h"
 
@@ -20,19 +21,19 @@ namespace mpoe::cuda {
 // Other dtypes take minutes to compile with sanitizers and have the same digits, pipeline and epilogue.
 [[noreturn]] void not_here() { throw std::logic_error("bfloat16 and float32 only"); }
 template <>
-void launch<dev::tf32>(const RebuiltArguments&, int, cudaStream_t) {
-  not_here();
-}
-template <>
-void launch<dev::tf32>(const GradientArguments&, dim3, cudaStream_t) {
-  not_here();
-}
-template <>
 void launch<dev::fp16>(const RebuiltArguments&, int, cudaStream_t) {
   not_here();
 }
 template <>
 void launch<dev::fp16>(const GradientArguments&, dim3, cudaStream_t) {
+  not_here();
+}
+template <>
+void launch<dev::fp16>(const GroupedRows&, cudaStream_t) {
+  not_here();
+}
+template <>
+void launch<dev::fp16>(const GroupedBlocks&, cudaStream_t) {
   not_here();
 }
 
@@ -181,6 +182,93 @@ void run(const Case& c, Dtype dtype) {
   check::require(check::relative_error(sum, truth.dright) <= allowed, what + ": dright");
 }
 
+struct Block {
+  const char* name;
+  int of_slot, m, n;
+  bool turned, both;  // both: gradients of rows from the same reading
+};
+const Block kBlocks[] = {
+    {"chunks", 8, 40, 64, false, true},           {"turned chunks", 8, 40, 48, true, true},
+    {"odd", 3, 5, 7, false, true},                {"turned odd", 3, 5, 7, true, true},
+    {"several tiles", 1, 72, 136, false, false},  {"turned tiles", 3, 72, 65, true, false},
+};
+
+// Rows, and gradients through a ReLU, of four experts, one without slots; the last slots have no expert.
+template <class T>
+void run(const Block& c, Dtype dtype) {
+  check::Random random(2);
+  const int offsets[] = {0, 9, 9, 34, 40}, experts = 4, slots = 53, tokens = 20, parts = 2, p = c.of_slot;
+  std::vector<int64_t> row_index(slots);
+  for (int64_t& row : row_index) row = random.below(tokens);
+  const Array x = Array::random(dtype, tokens * p * c.m, random), g = Array::random(dtype, slots * p * c.n, random),
+              b = Array::random(dtype, experts * c.m * c.n, random, std::sqrt(3.0 / c.m));
+  const auto at = [&](int64_t line, int i, int j, int columns) {
+    return line * p * columns + (c.turned ? j * p + i : i * columns + j);
+  };
+  std::vector<double> y(slots * p * c.n), dx(slots * p * c.m), db(experts * c.m * c.n);
+  for (int e = 0; e < experts; ++e) {
+    for (int s = offsets[e]; s < offsets[e + 1]; ++s) {
+      for (int i = 0; i < p; ++i) {
+        for (int n = 0; n < c.n; ++n) {
+          double& sum = y[at(s, i, n, c.n)];
+          for (int m = 0; m < c.m; ++m) sum += x.get(at(row_index[s], i, m, c.m)) * b.get((e * c.m + m) * c.n + n);
+          if (c.both && sum <= 0) continue;
+          for (int m = 0; m < c.m; ++m) {
+            dx[at(s, i, m, c.m)] += g.get(at(s, i, n, c.n)) * b.get((e * c.m + m) * c.n + n);
+            db[(e * c.m + m) * c.n + n] += g.get(at(s, i, n, c.n)) * x.get(at(row_index[s], i, m, c.m));
+          }
+        }
+      }
+    }
+  }
+  const int chunk = 16 / static_cast<int>(sizeof(T));
+  const auto rows = [&](const Array& data, int columns) {
+    return SlotRows{data.data(), columns, c.turned ? p : columns, int64_t(p) * columns,
+                    (c.turned ? p : columns) % chunk == 0};
+  };
+  Grouped common;
+  common.dtype = dtype;
+  common.experts = experts;
+  common.slots = slots;
+  common.offsets = offsets;
+  common.row_index = row_index.data();
+  common.turned = c.turned;
+  common.of_slot = p;
+  common.rows = rows(x, c.m);
+  common.blocks = b.data();
+  const Array out(dtype, slots * p * c.n), again(dtype, slots * p * c.n), drows(dtype, slots * p * c.m);
+  GroupedRows forward;
+  static_cast<Grouped&>(forward) = common;
+  forward.columns = c.n;
+  forward.out = out.data();
+  forward.vector_blocks = c.n % chunk == 0;
+  forward.vector_out = (c.turned ? p : c.n) % chunk == 0;
+  launch<T>(forward, nullptr);
+  check::require_close(out, y, check::tolerance(dtype), std::string(c.name) + ": rows");
+
+  std::vector<float> found(parts * db.size(), std::nanf(""));
+  GroupedBlocks back;
+  static_cast<Grouped&>(back) = common;
+  back.grads = rows(g, c.n);
+  back.tiles = ((c.m + 63) / 64) * ((c.n + 63) / 64);
+  back.parts = parts;
+  back.out = found.data();
+  if (c.both) {
+    back.activation = kRelu;
+    back.drows = drows.data();
+    back.again = again.data();
+  } else {
+    back.blocks = nullptr;
+  }
+  launch<T>(back, nullptr);
+  std::vector<double> sums(db.size());
+  for (std::size_t i = 0; i < found.size(); ++i) sums[i % sums.size()] += found[i];
+  check::require(check::relative_error(sums, db) <= check::tolerance(dtype), std::string(c.name) + ": blocks");
+  if (!c.both) return;
+  check::require_close(again, y, check::tolerance(dtype), std::string(c.name) + ": again");
+  check::require_close(drows, dx, check::tolerance(dtype), std::string(c.name) + ": gradients of rows");
+}
+
 }  // namespace
 }  // namespace mpoe::cuda
 
@@ -189,6 +277,10 @@ int main(int count, char** words) {
     for (const auto& c : mpoe::cuda::kCases) {
       mpoe::cuda::run(c, mpoe::Dtype::kBFloat16);
       mpoe::cuda::run(c, mpoe::Dtype::kFloat32);
+    }
+    for (const auto& c : mpoe::cuda::kBlocks) {
+      mpoe::cuda::run<dev::bf16>(c, mpoe::Dtype::kBFloat16);
+      mpoe::cuda::run<float>(c, mpoe::Dtype::kFloat32);
     }
   });
 }

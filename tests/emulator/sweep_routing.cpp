@@ -1,4 +1,4 @@
-// The gate, the sort, dispatch, combine and their gradients. See sweep.h.
+// The sort, dispatch, combine and their gradients. See sweep.h.
 #include "emulator/sweep.h"
 
 #include "cuda/routing/routing.h"
@@ -26,28 +26,6 @@ const Case kCases[] = {
     {0, 1, 3, -1, false}, {90, 2, 5, -1, true}, {90, 2, 5, 20, true}, {700, 2, 40, -1, true}, {700, 2, 3, 300, false},
 };
 
-void check_gate(int experts, check::Random& random) {
-  constexpr int kTokens = 5, kTopK = 3;
-  const Array logits = Array::random(Dtype::kFloat32, kTokens * experts, random, 3);
-  const Array weights(Dtype::kFloat32, kTokens * kTopK);
-  std::vector<int64_t> index(kTokens * kTopK, -7);
-  gate(Dtype::kFloat32, logits.data(), static_cast<float*>(weights.data()), index.data(), kTokens, experts, kTopK,
-       false, nullptr);
-  std::vector<double> truth(kTokens * kTopK);
-  for (int t = 0; t < kTokens; ++t) {
-    double sum = 0;
-    for (int e = 0; e < experts; ++e) sum += std::exp(logits.get(t * experts + e));
-    for (int k = 0; k < kTopK; ++k) {
-      const int64_t chosen = index[t * kTopK + k];
-      int above = 0;
-      for (int e = 0; e < experts; ++e) above += logits.get(t * experts + e) > logits.get(t * experts + chosen);
-      require(chosen >= 0 && above == k, "gate: choices");
-      truth[t * kTopK + k] = std::exp(logits.get(t * experts + chosen)) / sum;
-    }
-  }
-  check::require_close(weights, truth, 1e-6, "gate: weights");
-}
-
 void check_rows(const Case& c, const check::Sorted& sorted, int columns, check::Random& random) {
   constexpr Dtype kDtype = Dtype::kBFloat16;
   const int slots = c.tokens * c.top_k;
@@ -70,9 +48,10 @@ void check_rows(const Case& c, const check::Sorted& sorted, int columns, check::
   const Array out(kDtype, slots * columns), y(kDtype, c.tokens * columns), dy(kDtype, slots * columns),
       dweights(Dtype::kFloat32, slots);
   const auto* weights = static_cast<const float*>(gates.data());
-  dispatch(kDtype, x.data(), columns, sorted.token_of_slot.data(), &sorted.offsets.back(), out.data(), slots, columns,
-           nullptr);
-  combine(kDtype, rows.data(), sorted.slot_of_token.data(), weights, y.data(), c.tokens, c.top_k, columns, nullptr);
+  combine(kDtype, x.data(), columns, sorted.token_of_slot.data(), nullptr, &sorted.offsets.back(), out.data(), slots, 1,
+          columns, nullptr);
+  combine(kDtype, rows.data(), columns, sorted.slot_of_token.data(), weights, nullptr, y.data(), c.tokens, c.top_k,
+          columns, nullptr);
   combine_backward(kDtype, grad.data(), rows.data(), sorted.token_of_slot.data(), sorted.slot_of_token.data(), weights,
                    dy.data(), static_cast<float*>(dweights.data()), slots, c.top_k, columns, nullptr);
   const double allowed = check::tolerance(kDtype);
@@ -111,8 +90,6 @@ void run(const Case& c) {
 
 int main(int count, char** words) {
   return emu::sweep(count, words, [] {
-    mpoe::check::Random random(1);
-    for (const int experts : {5, 40}) mpoe::cuda::check_gate(experts, random);
     for (const auto& c : mpoe::cuda::kCases) mpoe::cuda::run(c);
   });
 }

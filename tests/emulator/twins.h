@@ -73,28 +73,6 @@ void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_
       where);
 }
 
-// Round to nearest, ties away from zero, as cvt.rna.tf32.f32.
-inline std::uint32_t to_tf32(float value) {
-  const std::uint32_t u = std::bit_cast<std::uint32_t>(value);
-  return (u & 0x7f800000u) == 0x7f800000u ? u : (u + 0x1000u) & 0xffffe000u;
-}
-inline float tf32_of(std::uint32_t bits) { return std::bit_cast<float>(bits & 0xffffe000u); }
-
-inline void mma_m16n8k8_tf32(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
-                             emu::Location where = emu::Location::current()) {
-  mma_twin<8>(
-      d, a, b,
-      [](const MmaSlot& s, int g, int t, float(&A)[16][8], float(&B)[8][8]) {
-        A[g][t] = tf32_of(s.a[0]);
-        A[g + 8][t] = tf32_of(s.a[1]);
-        A[g][t + 4] = tf32_of(s.a[2]);
-        A[g + 8][t + 4] = tf32_of(s.a[3]);
-        B[t][g] = tf32_of(s.b[0]);
-        B[t + 4][g] = tf32_of(s.b[1]);
-      },
-      where);
-}
-
 using Shared = std::uintptr_t;
 inline Shared shared_address(const void* p) { return reinterpret_cast<Shared>(p); }
 

@@ -11,16 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from mpoe_bench.cases import random_blocks, workload_shape
-from mpoe_bench.gpu_cases import Case, cases
+from mpoe_bench.cases import workload_shape
+from mpoe_bench.layers import Case, cases
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoe_kernels.backends import BACKENDS, Request, select
 from mpoe_kernels.contract import STRATEGIES, BlockDims, may_round_to_tf32
 from mpoe_kernels.contract.autotune import _key
 from mpoe_kernels.contract.ranking import Problem, rank, shortlist
-from mpoe_kernels.linear.cuda import LinearKernels
-from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 from mpoe_kernels.triton import architecture
 from tests.cases import SMALL_SHAPES
 
@@ -280,31 +278,3 @@ def test_triton_follows(allowed: bool) -> None:
 
     assert precision(torch.float32) == ("tf32" if allowed else "ieee")
     assert precision(torch.bfloat16) == "ieee"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cuda_follows(allowed: bool, dtype: torch.dtype) -> None:
-    shape, told = SMALL_SHAPES["light"], []
-
-    class Ops:
-        """Every op notes its schema's argument ``tf32``."""
-
-        def rebuilt_product(self, *arguments: object) -> None:
-            told.append(arguments[11])
-
-        def weight_gradient_product(self, *arguments: object) -> None:
-            told.append(arguments[7])
-
-    made = random_blocks(shape, 2)
-    common = (
-        torch.zeros(3, shape.in_features, dtype=dtype),
-        *(t.to(dtype) for t in (made.left, made.central, made.right)),
-        *(torch.tensor([0, 1, 3], dtype=torch.int32), None, None),
-        *(shape.in_features, shape.out_features, "none", "rebuild", "cuda"),
-    )
-    grad, nothing = torch.zeros(3, shape.out_features, dtype=dtype), torch.zeros(0)
-    kernels = LinearKernels(Ops())
-    kernels.forward(ForwardCall(*common, False))
-    kernels.backward(BackwardCall(*common, grad, nothing, nothing, [True] * 5))
-    assert len(told) >= 4
-    assert set(told) == {allowed and dtype == torch.float32}

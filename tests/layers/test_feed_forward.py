@@ -30,7 +30,7 @@ from mpoe.layers import (
     router_z_loss,
     routing_context,
 )
-from mpoe.layers.dense import IMPLEMENTATIONS
+from mpoe.layers.cores import IMPLEMENTATIONS
 from mpoe.layers.feed_forward import _say_that_nothing_balances
 from mpoe_kernels import MPOShape
 from tests.assertions import in_threads

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mpoe.config import RouterConfig
 from mpoe.layers import TopKRouter, load_balancing_loss, router_z_loss
-from mpoe.layers.losses import count_choices, global_batch, sum_over_ranks
+from mpoe.layers.context import count_choices, global_batch, sum_over_ranks
 from mpoe_kernels import available_backends, use_backend
 
 

@@ -13,8 +13,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoe.layers import TopKRouter
-from mpoe.layers import logits as logits_module
-from mpoe.layers.logits import bfloat16_parts, float32_logits, logits_of_low_precision
+from mpoe.layers import router as router_module
+from mpoe.layers.router import bfloat16_parts, float32_logits, logits_of_low_precision
 from mpoe_kernels import available_backends
 
 LOW = [torch.bfloat16, torch.float16]
@@ -75,7 +75,7 @@ def test_native_products_and_gradients(tokens, features, experts, dtypes, frozen
 
 def test_the_backend_asked_for_computes(monkeypatch):
     called = []
-    monkeypatch.setattr(logits_module, "native_logits", lambda *arguments: called.append(arguments))
+    monkeypatch.setattr(router_module, "native_logits", lambda *arguments: called.append(arguments))
     for backend in ("eager", "native", None):
         with torch.no_grad():
             float32_logits(*problem(torch.bfloat16, torch.bfloat16), backend)
@@ -158,5 +158,5 @@ def test_what_a_gpu_computes_is_as_exact_as_float32(weight_dtype, monkeypatch):
     (of_weight,) = torch.autograd.grad(wanted, weight, grad.double())
     close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
     close(logits_of_low_precision(x, weight).double(), wanted)
-    monkeypatch.setattr(logits_module, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(router_module, "_on_gpu", lambda _: True)
     close(torch.autograd.grad(float32_logits(x, weight, "eager"), weight, grad)[0], of_weight)

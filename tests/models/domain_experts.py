@@ -9,7 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mpoe import start_expert
-from mpoe.models.kept import neuron_modules
+from mpoe.models.report import neuron_modules
 
 VOCABULARY, DOMAIN = 60, 15  # tokens; tokens of each domain, from its number times this on
 M = 32

@@ -8,7 +8,7 @@ import transformers
 from torch import Tensor, nn
 
 from mpoe import MPOEConfig, RouterConfig
-from mpoe.models.kept import hidden_modules, neuron_modules
+from mpoe.models.report import hidden_modules, neuron_modules
 
 from .tiny_models import tiny_config
 

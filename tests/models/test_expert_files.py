@@ -21,10 +21,10 @@ from mpoe import (
     start_expert,
 )
 from mpoe.models import push_expert
-from mpoe.models.domains import _second_moment
+from mpoe.models.domains import _second_moment, router_weight
 from mpoe.models.expert_files import base_identity
 from mpoe.models.expert_mixture import documentation_batches
-from mpoe.models.kept import neuron_modules
+from mpoe.models.report import neuron_modules
 
 from .domain_experts import M, domain, loss, stirred, tokenizer
 from .tiny_models import (
@@ -141,10 +141,32 @@ def test_statistics_of_full_rank_are_exact_and_without_padding() -> None:
     torch.testing.assert_close(sketch.diagonal(), moment.diagonal(), rtol=2e-3, atol=2e-3)
 
 
-def test_statistics_are_small(domains: SimpleNamespace) -> None:
-    expert = load_expert(domains.files[0])
-    of = {kind: sum(value.nbytes for value in getattr(expert, kind).values()) for kind in ("weights", "statistics")}
-    assert 0.05 < of["statistics"] / of["weights"] <= 0.1
+@pytest.mark.parametrize("neurons", [40, 46])
+def test_statistics_are_a_tenth_and_one_vector_more_would_be_too_much(neurons: int) -> None:
+    model = start_expert(dense_model("llama"), neurons)
+    weights = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    statistics = collect_statistics(model, [batch("llama")])
+    own = sum(value.nbytes for value in statistics.values())
+    one = next(value for name, value in statistics.items() if name.endswith(".vectors"))
+    assert 0 < len(one) < 24
+    vector = len(neuron_modules(model)) * (one[0].nbytes + 4)
+    assert own <= 0.1 * weights < own + vector
+
+
+def test_a_router_is_the_discriminant_of_the_statistics() -> None:
+    """``3 E (S + r)^-1 (means - their mean)``, by another way: S is the mean of the classes' second moments."""
+    torch.manual_seed(0)
+    rows = [(torch.randn(50, 6) @ torch.randn(6, 6) + number).double() for number in range(3)]
+    classes = []
+    for x in rows:
+        mean, covariance = x.mean(0), x.mT @ x / 50 - torch.outer(x.mean(0), x.mean(0))
+        values, vectors = torch.linalg.eigh(covariance)
+        parts = {"mean": mean, "rest": torch.zeros(6), "vectors": vectors.mT, "values": values}
+        classes.append({f"h.{part}": value for part, value in parts.items()})
+    every = torch.stack([x.mT @ x / 50 for x in rows]).mean(0)
+    every += 1e-3 * every.trace() / 6 * torch.eye(6)
+    means = torch.stack([x.mean(0) for x in rows])
+    torch.testing.assert_close(router_weight(classes, "h"), 9 * (means - means.mean(0)) @ every.inverse())
 
 
 # ------------------------------------------------------------------ composition

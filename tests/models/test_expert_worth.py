@@ -27,10 +27,9 @@ from mpoe.config import MPOEConfig
 from mpoe.data.predict import token_losses
 from mpoe.inspection import composed_worth
 from mpoe.models.domains import train_routers
-from mpoe.models.expert_adapters import check_adapter, fit_adapter, is_adapter
 from mpoe.models.expert_files import made_expert, write_expert
-from mpoe.models.expert_mixture import documentation_batches
-from mpoe.models.kept import neuron_modules
+from mpoe.models.expert_mixture import check_adapter, documentation_batches, fit_adapter, is_adapter
+from mpoe.models.report import neuron_modules
 
 from .domain_experts import VOCABULARY, M, domain, language_model, loss, stirred, tokenizer
 from .tiny_models import dense_model, tiny_model

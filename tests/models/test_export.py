@@ -18,7 +18,7 @@ from mpoe.cli.command import CommandError
 from mpoe.cli.main import main
 from mpoe.data.embedded import load_stand_in
 from mpoe.models.export import as_stock, check_export, server_notes
-from mpoe.models.kept import neuron_modules
+from mpoe.models.report import neuron_modules
 
 from .tiny_models import tiny_model
 

@@ -95,13 +95,50 @@ def test_a_ridge_router_gives_probabilities():
     generator = torch.Generator().manual_seed(0)
     means = 3 + 0.1 * torch.randn(2, 24, generator=generator, dtype=torch.float64)
     x = means[:, None] + torch.randn(2, 5000, 24, generator=generator, dtype=torch.float64)
-    layers = mpoe.models.domains.routed_layers(mixture)
+    layers = dict(mpoe.models.domains.routed_layers(mixture))
     known = {"outer": torch.einsum("eti,etj->ij", x, x) / 5000, "mean": x.mean(1)}
     mpoe.models.domains.solve_routers(mixture, {f"{n}.{key}": v for n in layers for key, v in known.items()}, 1e-6)
     wanted = (x @ means.mT - means.square().sum(1) / 2).softmax(-1)
     for layer in layers.values():
         found = layer.router(x.flatten(0, 1).float()).logits.softmax(-1).view_as(wanted)
         assert (found - wanted).abs().mean() < 0.08 < (wanted - 0.5).abs().mean()
+
+
+def test_statistics_are_sums_over_domains_of_what_a_router_reads():
+    base = dense("llama").eval()
+    mixture = compose(base, [tuned(base, 1), tuned(base, 2)], [batches(d) for d in range(2)])
+    rows: list[list[torch.Tensor]] = [[], []]
+    layer = mpoe.models.domains.routed_layers(mixture)["model.layers.0.mlp"]
+    for domain in range(2):
+        hook = layer.register_forward_pre_hook(lambda _, args, own=rows[domain]: own.append(args[0].flatten(0, -2)))
+        for each in batches(domain):
+            mixture(**each)
+        hook.remove()
+    x = [torch.cat(own).double() for own in rows]
+    known = mixture.router_statistics
+    torch.testing.assert_close(
+        known["model.layers.0.mlp.outer"], sum(a.mT @ a / len(a) for a in x), rtol=1e-5, atol=1e-6
+    )
+    torch.testing.assert_close(
+        known["model.layers.0.mlp.mean"], torch.stack([a.mean(0) for a in x]), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_mask_of_other_tokens_hides_none():
+    """A decoder with more tokens than its encoder: the mask is the encoder's."""
+    base = dense("t5").eval()
+    examples = [
+        [
+            {
+                "input_ids": torch.full((2, 3), d + 2),
+                "attention_mask": torch.ones(2, 3),
+                "labels": torch.full((2, 5), d + 2),
+            }
+        ]
+        for d in range(2)
+    ]
+    mixture = compose(base, [tuned(base, 1), tuned(base, 2)], examples, router="train", steps=2)
+    assert all(parameter.isfinite().all() for parameter in mixture.parameters())
 
 
 def test_a_capacity_keeps_no_token_from_the_regression():

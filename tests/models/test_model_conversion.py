@@ -14,8 +14,8 @@ from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, merge_exp
 from mpoe.data.embedded import load_stand_in
 from mpoe.layers import MPOEFeedForward
 from mpoe.models import mpo_modules
+from mpoe.models.find import hidden_size_as_mixture, widened
 from mpoe.models.table import DENSE
-from mpoe.models.widen import hidden_size_as_mixture, widened
 from mpoe_kernels import MPOShape
 from tests.cases import pairwise
 

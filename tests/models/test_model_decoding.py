@@ -15,12 +15,12 @@ from mpoe import load_mpoe
 from mpoe.layers import MPOEFeedForward, MPOExperts, current_routing, routing_context
 from mpoe.layers.expert_cache import PATIENCE, ExpertCache
 from mpoe.models import MPOELlamaModel
-from mpoe.models.decoding import decoding_bytes, kept_while_generating
+from mpoe.models.classes import decoding_bytes, kept_while_generating
 from tests.cases import pairwise
 
 from .tiny_models import FAMILIES, MASK, batch
 
-LOG = "mpoe.models.decoding"
+LOG = "mpoe.models.classes"
 LIGHT = {"shape": "light", "light_p": 4, "num_experts": 2}
 
 
@@ -47,7 +47,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[ExpertCache]:
         found.append(ExpertCache(bound, layers))
         return found[-1]
 
-    monkeypatch.setattr("mpoe.models.decoding.ExpertCache", make)
+    monkeypatch.setattr("mpoe.models.classes.ExpertCache", make)
     return found
 
 

@@ -11,9 +11,8 @@ from transformers import BartConfig, BartForConditionalGeneration, OPTConfig, OP
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, save_mpoe_only
 from mpoe.inspection import parameter_growth
-from mpoe.models.card import model_card
-from mpoe.models.kept import kept_modules
-from mpoe.models.report import HEADER, parameter_kind, routed_layers, summarize
+from mpoe.models.others import model_card
+from mpoe.models.report import HEADER, kept_modules, parameter_kind, routed_layers, summarize
 from mpoe.models.sites import FFNSite
 from mpoe.training import MPOETrainingArguments, build_param_groups
 from mpoe.training.freezing import GradientMask, freeze_all_but_experts
@@ -200,8 +199,8 @@ def test_reports(kind: str, family: str, capsys: pytest.CaptureFixture) -> None:
     }[kind]
     rows = summarize(model, 64, 2)
     assert [row.name for row in rows] == list(layers)
-    assert len(rows[0].cells()) == len(HEADER)
-    assert rows[0].cells()[-2:] == (KEPT[kind]["shape"], f"{ratio:.2f}")
+    assert len(rows[0].cells) == len(HEADER)
+    assert rows[0].cells[-2:] == (KEPT[kind]["shape"], f"{ratio:.2f}")
     model.mpoe_summary()
     assert (f" {f // 8} blocks, own" if kind == "hidden" else "8 neurons") in capsys.readouterr().out
     assert ("block_size=8" if kind == "hidden" else f"neurons=8, latent={latent}") in model_card(model)

@@ -23,9 +23,9 @@ from transformers import (
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, merge_experts, merge_latent
 from mpoe.layers import HiddenFeedForward, MPOEFeedForward, NeuronFeedForward
-from mpoe.models.kept import hidden_modules, neuron_modules
+from mpoe.models.report import hidden_modules, neuron_modules
 from mpoe.training.freezing import GradientMask
-from mpoe_kernels import reconstruct
+from mpoe_kernels import MPOShape, reconstruct
 
 from .kept_models import LLAMA, batch, config, dense, every_family, logits, stirred
 
@@ -49,10 +49,11 @@ def test_shared_blocks_are_plain_mpos(family: str) -> None:
     layer = next(
         iter(hidden_modules(stirred(convert_to_mpoe(dense(family), config("hidden", block_per_group=False)))).values())
     )
-    features, block, settings = layer.hidden_features, 8, config("hidden", block_per_group=False)
+    features, block = layer.hidden_features, 8
     for kind in layer.projections():
         up = kind != "down"
-        shape = settings.shape_for(kind, *((16, features) if up else (features, 16)))
+        factors = ((16, 1), (features // block, block)) if up else ((features // block, block), (16, 1))
+        shape = MPOShape(*factors, central=0)
         core = layer.experts.auxiliary[{"up": "right", "gate_proj": "right_gate", "down": "left"}[kind]][2, 0]
         weight = layer.projections()[kind].weight.detach()
         weight = weight if family == "gpt2" else weight.T

@@ -11,7 +11,7 @@ from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, merge_exp
 from mpoe.cli import export as command
 from mpoe.estimation import take_inventory
 from mpoe.layers import MixtureExperts, MPOLinear
-from mpoe.models.stock_experts import expert_modules, router_modules
+from mpoe.models.find import expert_modules, router_modules
 from mpoe.models.table import TABLE
 
 from .tiny_models import EXPERTS, first_result, heads_of, text_rows, tiny_batch, tiny_model

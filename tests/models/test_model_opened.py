@@ -19,9 +19,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import mpoe
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, merge_experts, save_mpoe_only
 from mpoe.layers import MPOEFeedForward, MPOLinear
-from mpoe.layers.dense import IMPLEMENTATIONS, grouped_dense_linear
+from mpoe.layers.cores import IMPLEMENTATIONS, grouped_dense_linear
 from mpoe.models import MPOELlamaForCausalLM, MPOELlamaModel, quantisable_parameters
-from mpoe.models.outputs import ROUTING_FIELDS
+from mpoe.models.others import ROUTING_FIELDS
 
 from .tiny_models import batch, dense_model, first_result, text_rows, tiny_batch, tiny_model
 
@@ -274,7 +274,7 @@ def test_dense_experts_are_computed_as_transformers_option_says(converted, monke
         used.append(arguments[4])
         return grouped_dense_linear(*arguments)
 
-    monkeypatch.setattr("mpoe.layers.dense.grouped_dense_linear", spied)
+    monkeypatch.setattr("mpoe.layers.cores.grouped_dense_linear", spied)
     expected = model(**inputs).logits
     assert set(used) == {"grouped_mm"}
     for name in IMPLEMENTATIONS:

@@ -14,7 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from mpoe import MPOEConfig, MPOETrainer, MPOETrainingArguments, convert_to_mpoe, load_mpoe, save_mpoe_only
 from mpoe.models import MPOEGPT2Model, mpo_modules, parameter_kind
-from mpoe.models.card import CARD_FILE, model_card, write_card
+from mpoe.models.others import CARD_FILE, model_card, write_card
 from mpoe.models.report import HEADER, short_name, summarize
 
 from .tiny_models import batch, dense_model
@@ -42,7 +42,7 @@ def test_the_table_is_printed_whole(converted, capsys, monkeypatch):
     assert all(name in lines[2] for name in HEADER)
     for row in summarize(model, 64):
         (line,) = [line for line in lines if line.split()[:1] == [short_name(row.name)]]
-        assert all(cell in line for cell in row.cells())
+        assert all(cell in line for cell in row.cells)
     assert any("trainable params" in line for line in lines)
 
 
@@ -69,7 +69,7 @@ def test_errors_that_a_checkpoint_does_not_hold(converted, tmp_path, kept):
     values = json.loads((tmp_path / "config.json").read_text())
     values["conversion_errors"] = kept
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
-    assert {row.cells()[6] for row in summarize(load_mpoe(tmp_path), 8)} == {"-"}
+    assert {row.cells[6] for row in summarize(load_mpoe(tmp_path), 8)} == {"-"}
 
 
 def test_no_weights_no_summary(converted):

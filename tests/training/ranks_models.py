@@ -20,8 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, global_batch, shard_model
-from mpoe.models.kept import hidden_modules, kept_modules
-from mpoe.models.report import routed_layers
+from mpoe.models.report import hidden_modules, kept_modules, routed_layers
 from mpoe.training import split_hidden_experts
 from mpoe_kernels.contract import autotune
 

@@ -11,8 +11,7 @@ from transformers import Trainer
 
 from mpoe import MPOEConfig, RouterConfig
 from mpoe.models import convert_to_mpoe
-from mpoe.models.kept import neuron_modules
-from mpoe.models.report import routed_layers
+from mpoe.models.report import neuron_modules, routed_layers
 from mpoe.training import update_correction_bias
 
 from .ranks import torchrun

@@ -12,8 +12,7 @@ from torch import nn
 
 from mpoe.config import MPOEConfig
 from mpoe.layers import MPOEFeedForward, MPOLinear
-from mpoe.models.kept import hidden_modules
-from mpoe.models.report import mpo_modules
+from mpoe.models.report import hidden_modules, mpo_modules
 from mpoe.training import MPOETrainingArguments, build_param_groups, describe_param_groups, freeze_cores
 from mpoe.training.freezing import component_of
 from mpoe_kernels import MPOShape

@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mpoe.models.weight_files import write_text
+from mpoe_bench.study.arms import ArmsStudy
 from mpoe_bench.study.composed import ComposedStudy
 from mpoe_bench.study.plan import values_of
-from mpoe_bench.study.training import ArmsStudy
 
 Runner = ArmsStudy | ComposedStudy
 
@@ -44,21 +44,15 @@ def records_in(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))["runs"] if file.exists() else {}
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write a file completely or not at all."""
-    scratch = file.with_name(f"{file.name}.{os.getpid()}.part")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, file)
-
-
-def store(study_file: Path, key: str, record: dict[str, Any], runner: Runner) -> None:
-    """Add a record to the study's JSON and rewrite the table; two processes wait for each other."""
+def store(study_file: Path, runner: Runner, made: dict[str, Any]) -> None:
+    """Add records to the study's JSON and rewrite the table; two processes wait for each other."""
     file = study_file.with_suffix(".json")
     with study_file.open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        records = records_in(file)
-        records.setdefault(key, record)
-        write_text(file, json.dumps({"study": study_file.name, "runs": records}, indent=1) + "\n")
+        found = records_in(file)
+        records = found | made | found  # of a run that two processes made, the first record
+        if made:
+            write_text(file, json.dumps({"study": study_file.name, "runs": records}, indent=1) + "\n")
         write_text(study_file.with_suffix(".md"), runner.table(records))
 
 
@@ -70,23 +64,19 @@ def main(argv: list[str]) -> int:
     try:
         runner = open_study(file)
         if arguments.table:
-            records = records_in(results)
-            write_text(file.with_suffix(".md"), runner.table(records))
-            print("\n".join(runner.waiting(records)))
+            store(file, runner, {})
+            print("\n".join(runner.waiting(records_in(results))))
             return 0
         runner.prepare(arguments)
-        while True:
-            records = records_in(results)
-            waiting = runner.waiting(records)
-            if not waiting or arguments.run in records:
-                return 0
+        while (waiting := runner.waiting(records := records_in(results))) and arguments.run not in records:
             key = arguments.run or waiting[0]
             if key not in waiting:
                 raise ValueError(f"run must be one that waits, as {waiting[0]!r}; got {key!r}")
             record = runner.make(key, records)
-            store(file, key, record, runner)
+            store(file, runner, {key: record})
             told = {name: value for name, value in record.items() if isinstance(value, float | int)}
             print(f"{key}: {told}", flush=True)
+        return 0
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

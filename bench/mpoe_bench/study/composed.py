@@ -1,29 +1,35 @@
-"""A study of experts that are trained apart and composed: its plan, its runs, what each of them measures."""
+"""A study of experts that are trained apart and composed: neurons and LoRA beside one base, and its runs."""
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mpoe.models import compose_experts, load_expert
+from mpoe.models import collect_statistics, compose_experts, load_expert, save_expert, start_expert
 from mpoe.models.domains import forced
-from mpoe_bench.study import experts
-from mpoe_bench.study.composed_table import composed_table
-from mpoe_bench.study.experts import drawn, losses
-from mpoe_bench.study.plan import own_key, read_composition
-from mpoe_bench.study.table import Records
+from mpoe_bench.study.arms import BETAS, train_steps
+from mpoe_bench.study.plan import Records, read_composition, run_key
+from mpoe_bench.study.tables import composed_table
 from mpoe_bench.study.texts import LENGTH, read_texts, tenant_texts
 
+BATCH = 4
+SAMPLED = 256  # pieces for an expert's statistics
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 KINDS = ("neurons", "lora")
 PROMPTS = (
     "What is the capital of France?",
@@ -35,7 +41,77 @@ PROMPTS = (
     "Name a prime number larger than 50 and say why it is prime.",
     "Write a polite reply that declines an invitation.",
 )
-Made = Callable[[Records], dict[str, Any]]
+
+
+def autocast() -> Any:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def drawn(train_pieces: Sequence[Tensor], steps: int, seed: int) -> list[Tensor]:
+    """Batches of each text in turn, the same for every kind of expert."""
+    generator = torch.Generator().manual_seed(seed)
+    texts = [train_pieces[step % len(train_pieces)] for step in range(steps)]
+    return [text[torch.randint(len(text), (BATCH,), generator=generator)] for text in texts]
+
+
+def trained(kind: str, base: Any, size: int, batches: Sequence[Tensor], rate: float, seed: int) -> Any:
+    """An expert (``kind`` "neurons") or a LoRA adapter beside ``base``, on its feed-forward networks, trained by AdamW.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    torch.manual_seed(seed)
+    config = LoraConfig(r=size, lora_alpha=2 * size, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM")
+    model = start_expert(base, size) if kind == "neurons" else get_peft_model(copy.deepcopy(base), config)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    adam = torch.optim.AdamW(parameters, lr=rate, betas=BETAS, weight_decay=0.0, fused=True)
+    train_steps(model.train(), adam, len(batches), enumerate(batches), autocast)
+    return model.eval()
+
+
+@torch.inference_mode()
+def losses(model: Any, ids: Tensor) -> Tensor:
+    """Of every token that is predicted, float32 ``[N, LENGTH - 1]``."""
+    found = []
+    for part in ids.split(8):
+        with autocast():
+            logits = model(input_ids=part).logits
+        own = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), part[:, 1:].flatten(), reduction="none")
+        found.append(own.view(len(part), -1))
+    return torch.cat(found)
+
+
+def adapters(base: Any, places: Mapping[str, Path]) -> Any:
+    """One model with several adapters, by name."""
+    names = iter(places.items())
+    first, place = next(names)
+    model = PeftModel.from_pretrained(copy.deepcopy(base), str(place), adapter_name=first)
+    for name, place in names:
+        model.load_adapter(str(place), adapter_name=name)
+    return model.eval()
+
+
+class RoutedAdapters(nn.Module):
+    """A feed-forward network whose LoRA adapters are mixed by a router, token by token; the last expert is none."""
+
+    def __init__(self, network: nn.Module, names: Sequence[str], weight: Tensor, top_k: int) -> None:
+        super().__init__()
+        self.network, self.names, self.top_k = network, list(names), top_k
+        self.register_buffer("weight", weight.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            chosen = (x.float() @ self.weight.mT).topk(self.top_k)
+            gates = torch.zeros(*x.shape[:-1], len(self.weight)).scatter(-1, chosen.indices, chosen.values.softmax(-1))
+        layers = [layer for layer in self.network.modules() if isinstance(layer, LoraLayer)]
+        y = torch.zeros_like(x)
+        for number, name in enumerate([*self.names, None]):
+            for layer in layers:
+                layer.enable_adapters(name is not None)
+                if name is not None:
+                    layer.set_adapter([name])
+            y = y + gates[..., number : number + 1] * self.network(x)
+        return y
 
 
 def mean(found: Tensor) -> float:
@@ -68,43 +144,44 @@ class ComposedStudy:
         self.texts = read_texts(self.tokenizer, arguments.data_dir, self.plan.domains, self.plan.probes)
 
     def waiting(self, records: Records) -> list[str]:
-        return [key for key, _ in self.runs(records) if key not in records]
+        return [key for key in self.runs(records) if key not in records]
 
     def table(self, records: Records) -> str:
         return composed_table(self.plan, records)
 
     def make(self, key: str, records: Records) -> dict[str, Any]:
-        begin = time.process_time()
-        return dict(self.runs(records))[key](records) | {"cpu_seconds": round(time.process_time() - begin)}
+        begin, (what, _, rest) = time.process_time(), key.partition(" ")
+        if what in KINDS:
+            domain, steps, rate, seed = rest.rsplit(" ", 3)
+            found: Any = self.own(what, domain, int(steps), float(rate), int(seed))
+        elif what == "base":
+            found = self.tests(self.base)
+        elif what == "composed":
+            found = self.tests(self.mixture(records, int(rest)))
+        else:
+            found = getattr(self, what)(records)
+        if isinstance(found, Iterator):
+            found = {name: self.tests(model) for name, model in found}
+        return found | {"cpu_seconds": round(time.process_time() - begin)}
 
-    def runs(self, records: Records) -> Iterator[tuple[str, Made]]:
+    def runs(self, records: Records) -> Iterator[str]:
         """Every run whose rate is known, in its order."""
         plan, first = self.plan, self.plan.seeds[0]
-
-        def own(kind: str, domain: str, steps: int, rate: float, seed: int) -> tuple[str, Made]:
-            return own_key(kind, domain, steps, rate, seed), lambda _: self.own(kind, domain, steps, rate, seed)
-
-        yield "base", lambda _: self.tests(self.base)
-        for kind in KINDS:
-            for rate in plan.rates:
-                yield from (own(kind, domain, plan.steps, rate, first) for domain in plan.domains)
-        rates = {kind: plan.rate(kind, records) for kind in KINDS}
-        if None in rates.values():
+        yield "base"
+        for kind, rate in itertools.product(KINDS, plan.rates):
+            yield from (run_key(kind, domain, plan.steps, rate, first) for domain in plan.domains)
+        if not all(plan.rate(kind, records) for kind in KINDS):
             return
-        chosen: dict[str, float] = {kind: rate for kind, rate in rates.items() if rate is not None}
-        yield f"composed {first}", partial(self.composed_of_seed, seed=first)
-        for models in (self.merges, self.variants):
-            yield models.__name__, lambda records, models=models: self.each(models(records))
-        yield "request_router", self.request_router
+        yield from (f"composed {first}", "merges", "variants", "request_router")
         for seed in plan.seeds[1:]:
             for kind in KINDS:
-                yield from (own(kind, domain, plan.steps, chosen[kind], seed) for domain in plan.domains)
-            yield f"composed {seed}", partial(self.composed_of_seed, seed=seed)
+                yield from (plan.key(kind, domain, seed, records) for domain in plan.domains)
+            yield f"composed {seed}"
         for kind in KINDS:
-            yield from (own(kind, plan.forgetting, steps, chosen[kind], first) for steps in plan.lengths)
-        yield "one_adapter", lambda records: self.each(self.one_adapter(records))
-        yield from (own("neurons", tenant, plan.steps, chosen["neurons"], first) for tenant in plan.tenants)
-        yield from (("tenants", self.tenants), ("answers", self.answers))
+            yield from (plan.key(kind, plan.forgetting, first, records, steps) for steps in plan.lengths)
+        yield "one_adapter"
+        yield from (plan.key("neurons", tenant, first, records) for tenant in plan.tenants)
+        yield from ("tenants", "answers")
 
     # ------------------------------------------------------------ parts
 
@@ -114,9 +191,7 @@ class ComposedStudy:
 
     def files(self, kind: str, records: Records, seed: int, names: Sequence[str] = ()) -> dict[str, Path]:
         """Experts of a seed at the chosen rate; by default the domains'."""
-        rate = self.plan.rate(kind, records)
-        assert rate is not None
-        return {d: self.place(own_key(kind, d, self.plan.steps, rate, seed)) for d in names or self.plan.domains}
+        return {d: self.place(self.plan.key(kind, d, seed, records)) for d in names or self.plan.domains}
 
     @cached_property
     def background(self) -> Mapping[str, Tensor]:
@@ -128,19 +203,15 @@ class ComposedStudy:
         """The mixture of experts or their files."""
         return compose_experts(self.base, parts, **{"background": self.background, **options})
 
-    def first_mixture(self, records: Records) -> Any:
-        """Of the first seed's files."""
-        return self.composed(list(self.files("neurons", records, self.plan.seeds[0]).values()))
+    def mixture(self, records: Records, seed: int) -> Any:
+        """Of a seed's files."""
+        return self.composed(list(self.files("neurons", records, seed).values()))
 
     def tests(self, model: Any) -> dict[str, Any]:
         """Losses on every domain's test text and the probes, and of every halfway request."""
         shown = {**self.texts.test, **self.texts.probes}
         found: dict[str, Any] = {name: mean(losses(model, ids)) for name, ids in shown.items()}
         return found | {"requests": by_request(losses(model, self.texts.halfway))}
-
-    def each(self, models: Iterator[tuple[str, Any]]) -> dict[str, Any]:
-        """`tests` of each, by name."""
-        return {name: self.tests(model) for name, model in models}
 
     # ------------------------------------------------------------ runs
 
@@ -149,17 +220,17 @@ class ComposedStudy:
         known = self.texts.splits.get(domain)
         text, validation, test = known or tenant_texts(self.tokenizer, domain)
         try:
-            model = experts.trained(kind, self.base, self.plan.size(kind), drawn([text], steps, seed), rate, seed)
+            model = trained(kind, self.base, self.plan.size(kind), drawn([text], steps, seed), rate, seed)
         except FloatingPointError as error:
             return {"diverged": f"the loss {error}", "validation": math.inf, "test": math.inf}
-        experts.keep(model, self.place(own_key(kind, domain, steps, rate, seed)), text)
+        place = self.place(run_key(kind, domain, steps, rate, seed))
+        if kind == "neurons":
+            save_expert(model, place, statistics=collect_statistics(model, batched(text[:SAMPLED])))
+        else:
+            model.save_pretrained(str(place))
         record = {"validation": mean(losses(model, validation)), "test": mean(losses(model, test))}
         record |= {} if known else {"base": mean(losses(self.base, test))}
         return record | {name: mean(losses(model, ids)) for name, ids in self.texts.probes.items()}
-
-    def composed_of_seed(self, records: Records, seed: int) -> dict[str, Any]:
-        """The mixture of a seed's files."""
-        return self.tests(self.composed(list(self.files("neurons", records, seed).values())))
 
     def merges(self, records: Records) -> Iterator[tuple[str, Any]]:
         """Mean, TIES and DARE of the LoRAs, by PEFT, their weight chosen on validation texts; LoRA under the mixture's
@@ -167,7 +238,14 @@ class ComposedStudy:
         files = self.files("lora", records, self.plan.seeds[0])
 
         def merged(how: str, weight: float, density: float | None = None) -> Any:
-            return experts.merged_adapter(experts.adapters(self.base, files), list(files), how, weight, density)
+            """A weighted sum ("cat") or another of PEFT's merges, of as large a rank as all together."""
+            torch.manual_seed(0)  # DARE drops at random
+            model = adapters(self.base, files)
+            rank = None if how == "cat" else self.plan.rank * len(files)
+            options: dict[str, Any] = {"combination_type": how, "density": density, "svd_rank": rank}
+            model.add_weighted_adapter(list(files), [weight] * len(files), "merged", **options)
+            model.set_adapter("merged")
+            return model
 
         def validation(model: Any) -> float:
             return sum(mean(losses(model, ids)) for _, ids, _ in self.texts.splits.values())
@@ -175,8 +253,10 @@ class ComposedStudy:
         yield "mean of LoRAs", merged("cat", 1 / len(files))
         for name, how in (("TIES", "ties_svd"), ("DARE", "dare_ties_svd")):
             yield f"{name} of LoRAs", min((merged(how, weight, 0.5) for weight in (0.3, 0.6, 1.0)), key=validation)
-        routed = experts.adapters(self.base, files), list(files), self.first_mixture(records)
-        yield "the same routers, LoRA", experts.routed_adapters(*routed)
+        routed, mixture = adapters(self.base, files), self.mixture(records, self.plan.seeds[0])
+        for own, other in zip(routed.get_base_model().model.layers, mixture.model.layers, strict=True):
+            own.mlp = RoutedAdapters(own.mlp, list(files), other.mlp.router.weight, mixture.mpoe_config.top_k)
+        yield "the same routers, LoRA", routed
 
     def variants(self, records: Records) -> Iterator[tuple[str, Any]]:
         """The first seed's mixture with other statistics or another number of experts per token."""
@@ -196,8 +276,8 @@ class ComposedStudy:
     def request_router(self, records: Records) -> dict[str, Any]:
         """One expert or adapter for a whole request, by the routers' preference over all layers and its first half; and
         the best one for every token (an oracle)."""
-        domains, mixture = self.plan.domains, self.first_mixture(records)
-        model = experts.adapters(self.base, self.files("lora", records, self.plan.seeds[0]))
+        domains, mixture = self.plan.domains, self.mixture(records, self.plan.seeds[0])
+        model = adapters(self.base, self.files("lora", records, self.plan.seeds[0]))
 
         @torch.inference_mode()
         def chosen(ids: Tensor) -> Tensor:
@@ -225,14 +305,14 @@ class ComposedStudy:
         return found | {"request router is right": right}
 
     def one_adapter(self, records: Records) -> Iterator[tuple[str, Any]]:
-        """One LoRA on the domains in turn, and one on all of them at once, each with as many steps as all experts."""
+        """One LoRA on the domains in turn, and one on all of them at once, each with as many steps as all"""
         plan, texts = self.plan, [text for text, _, _ in self.texts.splits.values()]
         rate, seed = plan.rate("lora", records), plan.seeds[0]
         assert rate is not None
         in_turn = [batch for text in texts for batch in drawn([text], plan.steps, seed)]
         at_once = drawn(texts, plan.steps * len(texts), seed)
         for name, batches in (("LoRA, domains in turn", in_turn), ("LoRA, all at once", at_once)):
-            yield name, experts.trained("lora", self.base, plan.rank, batches, rate, seed)
+            yield name, trained("lora", self.base, plan.rank, batches, rate, seed)
 
     def tenants(self, records: Records) -> dict[str, Any]:
         """Mixtures of 2, 4, ... experts: the mean share of their own experts' gain; the best of the others, always
@@ -253,7 +333,7 @@ class ComposedStudy:
 
     def answers(self, records: Records) -> dict[str, Any]:
         """How much the mixture changes the base's own answers: nats per token, and greedy tokens that are equal."""
-        mixture = self.first_mixture(records)
+        mixture = self.mixture(records, self.plan.seeds[0])
         told, equal, count = {"base": 0.0, "mixture": 0.0}, 0, 0
         for prompt in PROMPTS:
             chat = [{"role": "user", "content": prompt}]

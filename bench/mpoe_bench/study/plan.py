@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+Records = Mapping[str, Mapping[str, Any]]  # a run's key -> its record
 SIZES = ("neurons", "latent", "block_size")  # of an `MPOEConfig`: a fraction in quotes is of the model's size
 
 
-@dataclass(frozen=True)
-class Corner:
+class Corner(NamedTuple):
     """A size of the model and a length of training."""
 
     model: int
@@ -83,8 +83,7 @@ class Comparison:
     must_win: bool = False
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """One training run of a study."""
 
     corner: Corner
@@ -124,7 +123,7 @@ class Study:
     rate_steps: int
     arms: dict[str, Arm]
     stages: tuple[Stage, ...]
-    comparisons: tuple[Comparison, ...] = field(default=())
+    comparisons: tuple[Comparison, ...] = ()
 
     def corners(self) -> dict[Corner, list[str]]:
         """The arms of every corner, each once, in order."""
@@ -150,13 +149,10 @@ def made(kind: type, where: str, values: dict[str, Any]) -> Any:
     Raises:
         ValueError: names a field that is unknown or missing.
     """
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    for name in values:
-        if name not in known:
-            raise ValueError(f"{where} must have fields among {', '.join(known)}; got {name!r}")
-    for name, f in known.items():
-        if name not in values and f.default is dataclasses.MISSING:
-            raise ValueError(f"{where} must have the field {name!r}; got only {', '.join(values)}")
+    known = {f.name: f.default is not dataclasses.MISSING for f in dataclasses.fields(kind)}
+    wrong = [*(values.keys() - known.keys()), *(n for n, optional in known.items() if not optional and n not in values)]
+    if wrong:
+        raise ValueError(f"{where} must have fields among {', '.join(known)}; unknown or missing: {', '.join(wrong)}")
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
@@ -181,18 +177,23 @@ class Composition:
         """Of an expert: neurons of a layer, or the rank of a LoRA."""
         return self.neurons if kind == "neurons" else self.rank
 
-    def rate(self, kind: str, records: Mapping[str, Mapping[str, Any]]) -> float | None:
+    def rate(self, kind: str, records: Records) -> float | None:
         """Best on the validation texts of all domains, with the first seed; ``None`` while one is missing."""
         keys = {
-            rate: [own_key(kind, domain, self.steps, rate, self.seeds[0]) for domain in self.domains]
+            rate: [run_key(kind, domain, self.steps, rate, self.seeds[0]) for domain in self.domains]
             for rate in self.rates
         }
         if any(key not in records for some in keys.values() for key in some):
             return None
         return min(keys, key=lambda rate: sum(records[key]["validation"] for key in keys[rate]))
 
+    def key(self, kind: str, domain: str, seed: int, records: Records, steps: int | None = None) -> str:
+        """Of an expert's run at the chosen rate; of no run while that is not known."""
+        rate = self.rate(kind, records)
+        return "" if rate is None else run_key(kind, domain, steps or self.steps, rate, seed)
 
-def own_key(kind: str, domain: str, steps: int, rate: float, seed: int) -> str:
+
+def run_key(kind: str, domain: str, steps: int, rate: float, seed: int) -> str:
     """The key of an expert's run."""
     return f"{kind} {domain} {steps} {rate:g} {seed}"
 

@@ -1,32 +1,101 @@
-"""Texts of experts that are composed: domains, probes, a background, requests that change their domain halfway."""
+"""Texts of studies: domains with held-out texts, as bytes or as tokens, and what composed experts also read."""
 
 from __future__ import annotations
 
 import ast
+import itertools
+import math
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mpoe_bench.study.language import DOMAINS, domain_texts
+from mpoe.data.tables import TEXT_COLUMN, find_files, read_table
+from mpoe.data.tasks import get_task
+
+BLOCK = 128  # bytes
+BATCH = 16  # blocks per step
+HELD_OUT = 64  # blocks of every domain to validate on, and to test on
+# Domain -> folder of its texts, and the columns that hold them. Documentation comes with Python.
+DOMAINS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "novels": ("austen", (TEXT_COLUMN,)),
+    "documentation": ("", ()),
+    "messages": ("sms_spam", ("sentence",)),
+    "reviews": ("movie_sentiment", ("sentence",)),
+    "usage examples": ("word_in_context", ("sentence1", "sentence2")),
+}
+Blocks = dict[str, Tensor]  # domain -> int64 [N, BLOCK]
 
 LENGTH = 128  # tokens of a piece
-HELD_OUT = 24  # pieces of a text to validate on, and to test on
+PIECES = 24  # pieces of a text to validate on, and to test on
 REQUESTS = 4  # for every pair of domains
 LICENSED = ("numpy", "matplotlib", "scikit-learn", "torch")  # packages whose licences are the background
-PROBES = {"documentation": "documentation", "sources": ""}
-
-
+PROBES = ("documentation", "sources")
 Split = tuple[Tensor, Tensor, Tensor]  # train, validation, test
 
 
-@dataclass(frozen=True)
-class Texts:
+def domain_texts(folder: Path, domain: str, split: str) -> list[str]:
+    """The texts of a domain and split.
+
+    Raises:
+        FileNotFoundError: the data folder lacks the domain.
+    """
+    name, columns = DOMAINS[domain]
+    if not name:
+        return [example.source for example in get_task("doc_lm").examples(split)]
+    file = find_files(folder / name).get(split) if (folder / name).is_dir() else None
+    if file is None:
+        raise FileNotFoundError(f"data_dir must hold {name}/{split}.* for the domain {domain}; {folder} does not")
+    return [str(cells[column]) for cells, _ in read_table(file) for column in columns]
+
+
+def cut(ids: Tensor, length: int) -> Tensor:
+    """``[N, length]``; the rest is dropped."""
+    return ids[: len(ids) // length * length].view(-1, length)
+
+
+def byte_blocks(texts: Sequence[str], block: int = BLOCK) -> Tensor:
+    """UTF-8 bytes of ``texts`` with a zero after each, int64 ``[N, block]``."""
+    data = bytearray(b"".join(text.encode() + bytes(1) for text in texts))
+    return cut(torch.frombuffer(data, dtype=torch.uint8), block).long()
+
+
+def read_blocks(folder: Path) -> dict[str, Blocks]:
+    """split -> domain -> blocks.
+
+    Raises:
+        FileNotFoundError: see `domain_texts`.
+    """
+    found: dict[str, Blocks] = {}
+    for split in ("train", "validation", "test"):
+        parts = {domain: byte_blocks(domain_texts(folder, domain, split)) for domain in DOMAINS}
+        found[split] = parts if split == "train" else {domain: ids[:HELD_OUT] for domain, ids in parts.items()}
+    return found
+
+
+def batches(train: Blocks, seed: int, steps: int) -> Iterator[Tensor]:
+    """``steps`` batches ``[BATCH, BLOCK]``, the same for every arm.
+
+    Domains are drawn in proportion to the square roots of their sizes, blocks in shuffled passes over a domain.
+    """
+    generator = torch.Generator().manual_seed(10_000 + seed)
+    weights = torch.tensor([math.sqrt(len(ids)) for ids in train.values()])
+
+    def passes(ids: Tensor) -> Iterator[Tensor]:
+        while True:
+            yield from ids[torch.randperm(len(ids), generator=generator)]
+
+    pools = [passes(ids) for ids in train.values()]
+    for _ in range(steps):
+        chosen = torch.multinomial(weights, BATCH, replacement=True, generator=generator).tolist()
+        yield torch.stack([next(pools[index]) for index in chosen])
+
+
+class Texts(NamedTuple):
     """Token ids, int64 ``[N, LENGTH]``.
 
     Attributes:
@@ -49,11 +118,14 @@ class Texts:
 
 
 def pieces(tokenizer: Any, texts: Sequence[str], most: int | None = None) -> Tensor:
-    """The texts as one, cut into pieces; what is left at the end is dropped."""
+    """The texts as one, cut into pieces."""
     joined = "\n".join(texts) if most is None else "\n".join(texts)[: most * LENGTH * 12]
-    ids = torch.tensor(tokenizer(joined, verbose=False)["input_ids"])
-    count = len(ids) // LENGTH
-    return ids[: count * LENGTH].view(count, LENGTH)[:most]
+    return cut(torch.tensor(tokenizer(joined, verbose=False)["input_ids"]), LENGTH)[:most]
+
+
+def split_of(tokenizer: Any, train: Sequence[str], validation: Sequence[str], test: Sequence[str]) -> Split:
+    """Pieces of a domain's or a tenant's texts."""
+    return pieces(tokenizer, train), pieces(tokenizer, validation, PIECES), pieces(tokenizer, test, PIECES)
 
 
 def docstrings(package: str) -> Iterator[str]:
@@ -76,9 +148,8 @@ def tenant_texts(tokenizer: Any, package: str) -> Split:
         found.append(text)
         if sum(map(len, found)) > 1_500_000:
             break
-    held_out = len(found) // 8
-    parts = found[2 * held_out :], found[:held_out], found[held_out : 2 * held_out]
-    return pieces(tokenizer, parts[0]), pieces(tokenizer, parts[1], HELD_OUT), pieces(tokenizer, parts[2], HELD_OUT)
+    part = len(found) // 8
+    return split_of(tokenizer, found[2 * part :], found[:part], found[part : 2 * part])
 
 
 def _licences() -> list[str]:
@@ -92,18 +163,14 @@ def _sources() -> list[str]:
     return [text[20_000:24_000] for text in (file.read_text(encoding="utf-8") for file in files) if len(text) > 24_000]
 
 
-def _halfway(test: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    half, names = LENGTH // 2, list(test)
-    requests: list[Tensor] = []
-    first: list[int] = []
-    for a, one in enumerate(names):
-        for other in names:
-            if one != other:
-                rows = slice(REQUESTS * len(requests) % (HELD_OUT - REQUESTS), None)
-                pairs = torch.cat([test[one][rows][:REQUESTS, :half], test[other][rows][:REQUESTS, half:]], 1)
-                requests.append(pairs)
-                first += [a] * REQUESTS
-    return torch.cat(requests), torch.tensor(first)
+def _halfway(test: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    half, requests = LENGTH // 2, []
+    pairs = list(itertools.permutations(range(len(test)), 2))
+    for number, (one, other) in enumerate(pairs):
+        start = REQUESTS * number % (PIECES - REQUESTS)
+        begins, ends = (test[each][start:][:REQUESTS] for each in (one, other))
+        requests.append(torch.cat([begins[:, :half], ends[:, half:]], 1))
+    return torch.cat(requests), torch.tensor([one for one, _ in pairs]).repeat_interleave(REQUESTS)
 
 
 def read_texts(tokenizer: Any, folder: Path, domains: Sequence[str], probes: Sequence[str]) -> Texts:
@@ -118,12 +185,11 @@ def read_texts(tokenizer: Any, folder: Path, domains: Sequence[str], probes: Seq
             raise ValueError(f"domains and probes must be among {', '.join(known)}; got {name!r}")
     splits: dict[str, Split] = {}
     for domain in domains:
-        train, *held_out = (domain_texts(folder, domain, split) for split in ("train", "validation", "test"))
-        validation, test = (pieces(tokenizer, some, HELD_OUT) for some in held_out)
-        splits[domain] = pieces(tokenizer, train), validation, test
+        parts = (domain_texts(folder, domain, split) for split in ("train", "validation", "test"))
+        splits[domain] = split_of(tokenizer, *parts)
     probed = {
-        name: pieces(tokenizer, domain_texts(folder, PROBES[name], "test") if PROBES[name] else _sources(), HELD_OUT)
+        name: pieces(tokenizer, _sources() if name == "sources" else domain_texts(folder, name, "test"), PIECES)
         for name in probes
     }
-    halfway = _halfway({domain: test for domain, (_, _, test) in splits.items()})
+    halfway = _halfway([test for _, _, test in splits.values()])
     return Texts(splits, probed, pieces(tokenizer, _licences(), 256), *halfway)

@@ -58,7 +58,7 @@ struct Call {
           if (weight.out && !lines->by_token) lines->data = static_cast<const char*>(lines->data) - before;
         }
       }
-      with_product_type(p.dtype, p.tf32, [&](auto zero) { launch<decltype(zero)>(own, stream); });
+      with_type(p.dtype, [&](auto zero) { launch<decltype(zero)>(own, stream); });
     }
   }
 

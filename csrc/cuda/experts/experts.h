@@ -15,11 +15,10 @@ constexpr int kMostUnits = 512;  // hidden units of an expert in a group: they s
 
 struct ExpertsInputs {
   Dtype dtype = Dtype::kFloat32;
-  bool tf32 = false;  // multiply float32 on tensor cores, rounded to tf32
+  bool by_unit = false;  // a row of `up` is one unit's, and both its inputs are x
   int tokens = 0, experts = 0, top_k = 0, groups = 1;
   int own = 1;                              // weights of an expert: 1, shared by the groups, or one for each group
   int width = 0, units = 0, columns = 0;    // of one group: inputs, hidden units, outputs
-  bool by_unit = false;                     // a row of `up` is one unit's, and both its inputs are x
   int activation = 0;                       // see activation.cuh
   const void *x = nullptr, *x_gate = nullptr;  // [T, G width]; x_gate is needed if up_gate is given and not by_unit
   const float* gates = nullptr;                // [T, K]

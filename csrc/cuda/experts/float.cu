@@ -1,7 +1,2 @@
 #include "cuda/experts/launch.cuh"
-
-namespace mpoe::cuda {
-
-template void launch<float>(const ExpertsLaunches&, cudaStream_t);
-
-}  // namespace mpoe::cuda
+template void mpoe::cuda::launch<float>(const mpoe::cuda::ExpertsLaunches&, cudaStream_t);

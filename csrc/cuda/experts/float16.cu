@@ -1,7 +1,2 @@
 #include "cuda/experts/launch.cuh"
-
-namespace mpoe::cuda {
-
-template void launch<dev::fp16>(const ExpertsLaunches&, cudaStream_t);
-
-}  // namespace mpoe::cuda
+template void mpoe::cuda::launch<dev::fp16>(const mpoe::cuda::ExpertsLaunches&, cudaStream_t);

@@ -18,7 +18,7 @@ void launch_rows(const ExpertsLaunches& p, cudaStream_t stream) {
     LAUNCH((experts_rows_kernel<T, kByUnit, kGated>), grid, block, stages, stream, arguments);
     return check_launch("experts_rows");
   }
-  const int h_stride = padded_stride<T>((p.units + kExpertsRows - 1) / kExpertsRows * kExpertsRows, true);
+  const int h_stride = padded_stride<T>((p.units + kExpertsRows - 1) / kExpertsRows * kExpertsRows);
   const std::size_t bytes = stages + static_cast<std::size_t>(kExpertsRows * h_stride) * sizeof(T);
   const std::size_t limit = dev::limits().shared_bytes, own = sizeof(SlotTile::Shared);
   if (bytes + own > limit) {

@@ -45,8 +45,8 @@ struct ExpertsArguments : ExpertsInputs {
 // Elements of shared memory for the stages of any product of two `Lines`, and for runs of its result.
 template <class T>
 __host__ __device__ constexpr int stage_elements() {
-  constexpr int along = kExpertsRows * padded_stride<T>(ExpertsTile<T>::kK, true);
-  constexpr int across = ExpertsTile<T>::kK * padded_stride<T>(kExpertsRows, false);
+  constexpr int along = kExpertsRows * padded_stride<T>(ExpertsTile<T>::kK);
+  constexpr int across = ExpertsTile<T>::kK * padded_stride<T>(kExpertsRows);
   constexpr int stages = kStages * 2 * (along > across ? along : across), runs = run_elements<T, ExpertsTile<T>>();
   return stages > runs ? stages : runs;
 }

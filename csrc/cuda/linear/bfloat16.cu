@@ -1,8 +1,2 @@
 #include "cuda/linear/launch.cuh"
-
-namespace mpoe::cuda {
-
-template void launch<dev::bf16>(const RebuiltArguments&, int, cudaStream_t);
-template void launch<dev::bf16>(const GradientArguments&, dim3, cudaStream_t);
-
-}  // namespace mpoe::cuda
+MPOE_LINEAR_LAUNCHES(dev::bf16)

@@ -6,8 +6,7 @@
 // `outer` are pairs of digits of left and central (iL, jL), `inner` those of right, and `other` is right; or the other
 // way round, and `other` is left times central. No atomics, the same bits on every run.
 #pragma once
-#include "cuda/linear/digits.cuh"
-#include "cuda/linear/linear.h"
+#include "cuda/linear/tiles.cuh"
 
 namespace mpoe::cuda {
 
@@ -24,8 +23,8 @@ struct GradientArguments {
 template <class T>
 struct GradientTiles {
   using Out = Tile<T, kSide, kSide, 32, 32>;
-  static constexpr int kStride = padded_stride<T>(kSide, true);
-  static constexpr int kElements = kSide * kStride + kStages * 2 * Out::kK * padded_stride<T>(kSide, false);
+  static constexpr int kStride = padded_stride<T>(kSide);
+  static constexpr int kElements = kSide * kStride + kStages * 2 * Out::kK * padded_stride<T>(kSide);
 };
 
 // Grid: (tiles of outer and of b, parts, experts).

@@ -1,6 +1,9 @@
-// Launches of one type, compiled in a file of its own.
+// Launches of one type, compiled in a file of its own by MPOE_LINEAR_LAUNCHES.
 #pragma once
+#include <algorithm>
+
 #include "cuda/linear/gradient.cuh"
+#include "cuda/linear/grouped.cuh"
 #include "cuda/linear/rebuilt.cuh"
 
 namespace mpoe::cuda {
@@ -27,5 +30,29 @@ void launch(const GradientArguments& p, dim3 grid, cudaStream_t stream) {
   LAUNCH(gradient_kernel<T>, grid, dim3(Tiles::Out::kThreads), Tiles::kElements * sizeof(T), stream, p);
   check_launch("gradient");
 }
+template <class T>
+void launch(const GroupedRows& p, cudaStream_t stream) {
+  const int64_t rows = int64_t(p.slots) * p.of_slot, experts = p.experts + p.clears;
+  const int64_t tiles = rows / kExpertsRows + std::min(rows, experts), across = (p.columns + kSide - 1) / kSide;
+  const auto kernel = p.turned ? grouped_rows_kernel<T, true> : grouped_rows_kernel<T, false>;
+  LAUNCH(kernel, dim3(static_cast<unsigned>(tiles * across)), dim3(kExpertsThreads), stage_elements<T>() * sizeof(T),
+         stream, p);
+  check_launch("grouped_rows");
+}
+template <class T>
+void launch(const GroupedBlocks& p, cudaStream_t stream) {
+  const auto kernel = p.turned ? grouped_blocks_kernel<T, true> : grouped_blocks_kernel<T, false>;
+  const dim3 grid(static_cast<unsigned>(p.tiles * p.parts), static_cast<unsigned>(p.experts + (p.blocks != nullptr)));
+  LAUNCH(kernel, grid, dim3(kExpertsThreads), 4 * WholeTile<T>::kElements * sizeof(T), stream, p);
+  check_launch("grouped_blocks");
+}
 
 }  // namespace mpoe::cuda
+
+#define MPOE_LINEAR_LAUNCHES(T)                                                \
+  namespace mpoe::cuda {                                                       \
+  template void launch<T>(const RebuiltArguments&, int, cudaStream_t);         \
+  template void launch<T>(const GradientArguments&, dim3, cudaStream_t);       \
+  template void launch<T>(const GroupedRows&, cudaStream_t);                   \
+  template void launch<T>(const GroupedBlocks&, cudaStream_t);                 \
+  }

@@ -80,7 +80,7 @@ void rebuilt_product(const RebuiltProduct& product, cudaStream_t stream) {
   p.vector_a = whole(chunk, {a}, {product.left});
   p.vector_b = whole(chunk, {b}, {product.central, product.right});
   p.pairs = p.n.run_length() % 2 == 0;
-  with_product_type(product.dtype, product.tf32, [&](auto zero) { launch<decltype(zero)>(p, columns, stream); });
+  with_type(product.dtype, [&](auto zero) { launch<decltype(zero)>(p, columns, stream); });
 }
 
 void gradient_product(const GradientProduct& product, cudaStream_t stream) {
@@ -99,7 +99,7 @@ void gradient_product(const GradientProduct& product, cudaStream_t stream) {
   const int bond_tiles = (product.b + kSide - 1) / kSide;
   const dim3 grid(static_cast<unsigned>(outer * bond_tiles), static_cast<unsigned>(product.parts),
                   static_cast<unsigned>(product.experts));
-  with_product_type(product.dtype, product.tf32, [&](auto zero) { launch<decltype(zero)>(p, grid, stream); });
+  with_type(product.dtype, [&](auto zero) { launch<decltype(zero)>(p, grid, stream); });
 }
 
 }  // namespace mpoe::cuda

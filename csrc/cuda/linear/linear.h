@@ -9,15 +9,17 @@
 
 namespace mpoe::cuda {
 
-struct LinearSizes {
+struct Slots {
   Dtype dtype = Dtype::kFloat32;
-  bool tf32 = false;                      // multiply float32 on tensor cores, rounded to tf32
+  int experts = 0, slots = 0;          // E, N
+  const int* offsets = nullptr;        // [E + 1] slots of every expert
+  const int64_t* row_index = nullptr;  // [N] rows of x, or null: a slot's own
+  bool clears = true;                  // slots that no expert owns become zero; else they stay as they are
+};
+struct LinearSizes : Slots {
   int i[3] = {1, 1, 1}, j[3] = {1, 1, 1};  // digits of W's rows and columns
   int a = 1, b = 1;                        // bonds
   int in_features = 0, out_features = 0;   // at most the products of i and of j: what is missing is padding
-  int experts = 0, slots = 0;              // E, N
-  const int* offsets = nullptr;            // [E + 1] slots of every expert
-  const int64_t* row_index = nullptr;      // [N] rows of x, or null: a slot's own
 };
 
 // What follows a product.

@@ -9,9 +9,7 @@
 #pragma once
 #include <type_traits>
 
-#include "cuda/activation.cuh"
-#include "cuda/linear/digits.cuh"
-#include "cuda/linear/linear.h"
+#include "cuda/linear/tiles.cuh"
 
 namespace mpoe::cuda {
 
@@ -34,10 +32,10 @@ struct RebuiltTiles {
   using Weight = std::conditional_t<kColumns == 64, Half, Tile<T, kDepth, 128, 32, 32>>;
   using Out = BySize<Tile<T, 128, kColumns, 32, kColumns / 2>, Tile<T, 64, 64, 32, 32>>;
 
-  static constexpr int kHalfStride = padded_stride<T>(64, true), kWeightStride = padded_stride<T>(kColumns, false);
+  static constexpr int kHalfStride = padded_stride<T>(64), kWeightStride = padded_stride<T>(kColumns);
   // Elements of all stages: of each product, and of runs of the result.
-  static constexpr int kLine = padded_stride<T>(Out::kK, true);
-  static constexpr int kHalfStages = kStages * (kDepth * kLine + Half::kK * padded_stride<T>(64, false));
+  static constexpr int kLine = padded_stride<T>(Out::kK);
+  static constexpr int kHalfStages = kStages * (kDepth * kLine + Half::kK * padded_stride<T>(64));
   static constexpr int kOutStages = kStages * kLine * (Out::kM > kColumns ? Out::kM : kColumns);
   static constexpr int kRuns = run_elements<T, Out>();
   static constexpr int kStaged = kHalfStages > kOutStages ? kHalfStages : kOutStages;
@@ -59,17 +57,12 @@ __global__ void __launch_bounds__(RebuiltTiles<T, kColumns>::Out::kThreads)
   T* const stages = half + kDepth * Tiles::kHalfStride;
   const RebuiltProduct& of = p.of;
   const int columns = p.n.left_tiles() * p.n.right_tiles();
-  int tile = blockIdx.x / columns;
-  const int column_tile = blockIdx.x - tile * columns, experts = of.experts;
-  const auto end = [&](int group) { return group < experts ? of.offsets[group + 1] : of.slots; };
-  const int group = group_of_tile(
-      tile, experts + 1, [&](int g) { return (end(g) - of.offsets[g] + Out::kM - 1) / Out::kM; });
-  if (group > experts) return;
-  const int begin = of.offsets[group] + tile * Out::kM, rest = end(group) - begin;
-  const int rows = rest < Out::kM ? rest : Out::kM, thread = threadIdx.x;
+  const int tile = blockIdx.x / columns, column_tile = blockIdx.x - tile * columns, thread = threadIdx.x;
+  const RowTile t(of, 1, tile, Out::kM);
+  if (t.rows <= 0) return;
   const DigitTile n(p.n, column_tile / p.n.right_tiles(), column_tile % p.n.right_tiles());
   for (int i = thread; i < Out::kM; i += Out::kThreads) {
-    from[i] = i < rows ? (of.row_index ? of.row_index[begin + i] : begin + i) * p.k.columns : -1;
+    from[i] = i < t.rows ? (of.row_index ? of.row_index[t.begin + i] : t.begin + i) * p.k.columns : -1;
   }
   for (int i = thread; i < kDepth * Tiles::kWeightStride; i += Out::kThreads) {
     weight[i] = dev::from_float<T>(0.f);  // what only completes a tile
@@ -85,13 +78,13 @@ __global__ void __launch_bounds__(RebuiltTiles<T, kColumns>::Out::kThreads)
         const DigitPair own(column, run_n);
         return own.x < run_k ? own.x * Tiles::kWeightStride + own.y : kNowhere;
       });
-  const int64_t left_of = int64_t(p.k.size[0]) * p.n.size[0] * of.a * group;
-  const int64_t right_of = int64_t(p.k.size[2]) * p.n.size[2] * of.b * group;
+  const int64_t left_of = int64_t(p.k.size[0]) * p.n.size[0] * of.a * t.expert;
+  const int64_t right_of = int64_t(p.k.size[2]) * p.n.size[2] * of.b * t.expert;
   const int central_line = p.k.size[1] * p.n.size[1] * of.b;
 
   Accumulator<Out> sum;
   sum.clear();
-  const int depth = group < experts ? p.k.left_tiles() * p.k.right_tiles() : 0;
+  const int depth = t.owned ? p.k.left_tiles() * p.k.right_tiles() : 0;
   ROLLED
   for (int step = 0; step < depth; ++step) {
     const DigitTile k(p.k, step / p.k.right_tiles(), step % p.k.right_tiles());
@@ -127,44 +120,15 @@ __global__ void __launch_bounds__(RebuiltTiles<T, kColumns>::Out::kThreads)
     places.store(w, weight, p.pairs);  // nobody reads the tile before: the products have begun with barriers
     const auto x = lines_at<T, Out, Out::kM, true>(
         of.rows, k.first(), [&](int row) { return from[row]; }, k, p.vector_rows);
-    block_gemm<T, Out, true, false>(sum, x, Resident<T, false>(weight, Tiles::kWeightStride), k.units * run_k, rows,
+    block_gemm<T, Out, true, false>(sum, x, Resident<T, false>(weight, Tiles::kWeightStride), k.units * run_k, t.rows,
                                     n.units * run_n, stages);
   }
 
-  const bool owned = group < experts;
-  const Epilogue& last = of.epilogue;
-  const int first = n.first();
-  const auto store = [&](void* to, const int64_t* index, const float* gates) {
-    for_each_run(sum, stages, rows, n.units * run_n, [&](int row, int column, const T* values) {
-      constexpr int kPer = 16 / static_cast<int>(sizeof(T));
-      const int64_t place = index ? index[begin + row] : begin + row;
-      const float gate = gates && owned ? gates[place] : 1.f;
-      T* const line = static_cast<T*>(to) + place * p.n.columns + first;
-      const auto store_some = [&](auto per, int i) {
-        constexpr int kOwn = decltype(per)::value;
-        const Run run = n(column + i);
-        if (run.count <= 0) return;
-        dev::Pack<float, kOwn> gated = dev::load<kOwn>(values + i);
-        UNROLL
-        for (int j = 0; j < kOwn; ++j) gated.v[j] *= gate;
-        dev::store(gated, line + run.offset);
-      };
-      if (p.vector_out) return store_some(std::integral_constant<int, kPer>{}, 0);
-      for (int i = 0; i < kPer; ++i) store_some(std::integral_constant<int, 1>{}, i);
-    });
-  };
-  if (last.bias && owned) {
-    const T* const bias = static_cast<const T*>(last.bias) + first;
-    sum.for_each([&](int, int column, float& value) {
-      const Run run = n(column);
-      if (run.count > 0) value += dev::to_float(bias[run.offset]);
-    });
-  }
-  if (last.pre_activation) store(last.pre_activation, nullptr, nullptr);
-  with_activation(last.activation, [&](auto activation) {
-    sum.for_each([&](int, int, float& value) { value = activate(activation.value, value); });
-  });
-  store(of.out, last.out_index, last.gates);
+  finish(sum, stages, t.rows, n.units * run_n, t.owned, p.vector_out, of.out, p.n.columns, of.epilogue,
+         [&](int row, int column) {
+           const Run run = n(column);
+           return Place{t.begin + row, n.first() + run.offset, run.count};
+         });
 }
 
 // columns: of a tile of the result, 64, or of 16-bit types 128. Compiled in a file per type, as the next one.

@@ -24,17 +24,6 @@ void with_packs(Dtype dtype, int64_t row_elements, std::initializer_list<const v
 
 }  // namespace
 
-void gate(Dtype dtype, const void* logits, float* weights, int64_t* index, int tokens, int experts, int top_k,
-          bool renormalize, cudaStream_t stream) {
-  if (top_k > experts) throw std::invalid_argument("top_k must be at most the number of experts");
-  if (tokens == 0) return;
-  const GateArguments p{logits, weights, index, tokens, experts, top_k, renormalize};
-  with_type(dtype, [&](auto zero) {
-    LAUNCH(gate_kernel<decltype(zero)>, dim3(blocks_of(tokens, kRouteWarps)), dim3(kRouteThreads), 0, stream, p);
-  });
-  check_launch("gate");
-}
-
 void route(const Route& p, const Memory& memory, cudaStream_t stream) {
   const int choices = p.pair_of_slot ? p.top_k : 1;
   if ((int64_t(p.experts) + 1) * choices > kMostBins) {
@@ -66,27 +55,16 @@ void route(const Route& p, const Memory& memory, cudaStream_t stream) {
   pass(false);
 }
 
-void dispatch(Dtype dtype, const void* x, int64_t x_stride, const int64_t* token_of_slot, const int* filled, void* out,
-              int slots, int columns, cudaStream_t stream) {
-  if (slots == 0 || columns == 0) return;
-  const int64_t both = x_stride | columns;  // a power of two divides both if it divides this
-  with_packs(dtype, both, {x, out}, [&](auto zero, auto per) {
-    using T = decltype(zero);
-    const auto kernel = dispatch_kernel<T, decltype(per)::value>;
-    LAUNCH(kernel, dim3(static_cast<unsigned>(slots), blocks_of(columns, kRouteThreads * per)), dim3(kRouteThreads), 0,
-           stream, static_cast<const T*>(x), x_stride, token_of_slot, filled, static_cast<T*>(out), columns);
-  });
-  check_launch("dispatch");
-}
-
-void combine(Dtype dtype, const void* rows, const int64_t* slot_of_token, const float* gates, void* out, int tokens,
-             int top_k, int columns, cudaStream_t stream) {
+void combine(Dtype dtype, const void* rows, int64_t stride, const int64_t* slot_of_token, const float* gates,
+             const int* filled, void* out, int tokens, int top_k, int columns, cudaStream_t stream) {
   if (tokens == 0 || columns == 0) return;
-  with_packs(dtype, columns, {rows, out}, [&](auto zero, auto per) {
+  const int64_t both = stride | columns;  // a power of two divides both if it divides this
+  with_packs(dtype, both, {rows, out}, [&](auto zero, auto per) {
     using T = decltype(zero);
     const auto kernel = combine_kernel<T, decltype(per)::value>;
     LAUNCH(kernel, dim3(static_cast<unsigned>(tokens), blocks_of(columns, kRouteThreads * per)), dim3(kRouteThreads), 0,
-           stream, static_cast<const T*>(rows), slot_of_token, gates, static_cast<T*>(out), top_k, columns);
+           stream, static_cast<const T*>(rows), stride, slot_of_token, gates, filled, static_cast<T*>(out), top_k,
+           columns);
   });
   check_launch("combine");
 }

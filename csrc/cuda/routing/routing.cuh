@@ -1,5 +1,5 @@
-// Routing: the gate (softmax and top-k), a stable counting sort of (token, choice) pairs by expert, and the movement of
-// rows between tokens and slots. No atomics decide an order: the same results on every run.
+// Routing: a stable counting sort of (token, choice) pairs by expert, and rows that move between tokens and slots. No
+// atomics decide an order: the same results on every run.
 #pragma once
 #include "cuda/routing/routing.h"
 
@@ -9,80 +9,6 @@ constexpr int kRouteThreads = 128;
 constexpr int kRouteWarps = kRouteThreads / 32;
 constexpr int kPairsPerBlock = 4 * kRouteThreads;  // pairs that one block of the sort counts and places
 constexpr int kFewPairs = 1024;                    // up to this many are sorted by one block in one launch
-
-// ------------------------------------------------------------------ gate
-
-struct GateArguments {
-  const void* logits = nullptr;  // [T, E]
-  float* weights = nullptr;      // [T, K]
-  int64_t* index = nullptr;      // [T, K], most probable first; among equals the smaller number
-  int tokens = 0, experts = 0, top_k = 0;
-  bool renormalize = false;  // weights sum to 1 over the choices
-};
-
-struct Candidate {
-  float value;
-  int expert;
-};
-__device__ __forceinline__ bool better(const Candidate& p, const Candidate& q) {
-  return p.value > q.value || (p.value == q.value && p.expert < q.expert);
-}
-__device__ __forceinline__ Candidate warp_best(Candidate mine) {
-  UNROLL
-  for (int bit = 16; bit > 0; bit >>= 1) {
-    const Candidate other{__shfl_xor_sync(dev::kFullWarp, mine.value, bit),
-                          __shfl_xor_sync(dev::kFullWarp, mine.expert, bit)};
-    if (better(other, mine)) mine = other;
-  }
-  return mine;
-}
-__device__ __forceinline__ float warp_sum(float value) {
-  UNROLL
-  for (int bit = 16; bit > 0; bit >>= 1) value += __shfl_xor_sync(dev::kFullWarp, value, bit);
-  return value;
-}
-
-// One warp for each token; K <= E.
-template <class T>
-__global__ void __launch_bounds__(kRouteThreads) gate_kernel(const GateArguments p) {
-  const int token = blockIdx.x * kRouteWarps + (threadIdx.x >> 5), lane = threadIdx.x & 31;
-  if (token >= p.tokens) return;  // whole warps
-  const T* logits = static_cast<const T*>(p.logits) + int64_t(token) * p.experts;
-  constexpr float kInfinity = __builtin_huge_valf();
-  // NaN counts as the largest number, as in torch.topk: some expert is always chosen.
-  const auto logit = [&](int expert) {
-    const float value = dev::to_float(logits[expert]);
-    return value == value ? value : kInfinity;
-  };
-  Candidate best{-kInfinity, p.experts};
-  for (int expert = lane; expert < p.experts; expert += 32) {
-    const Candidate here{logit(expert), expert};
-    if (better(here, best)) best = here;
-  }
-  const float largest = warp_best(best).value;
-  float sum = 0.f;
-  for (int expert = lane; expert < p.experts; expert += 32) sum += expf(dev::to_float(logits[expert]) - largest);
-  sum = warp_sum(sum);
-  Candidate last{kInfinity, -1};
-  float chosen = 0.f;  // sum of the choices' numerators
-  for (int k = 0; k < p.top_k; ++k) {
-    Candidate next{-kInfinity, p.experts};
-    for (int expert = lane; expert < p.experts; expert += 32) {
-      const Candidate here{logit(expert), expert};
-      if (better(last, here) && better(here, next)) next = here;
-    }
-    last = warp_best(next);
-    const float numerator = expf(last.value - largest);
-    chosen += numerator;
-    if (lane == 0) {
-      p.index[int64_t(token) * p.top_k + k] = last.expert;
-      p.weights[int64_t(token) * p.top_k + k] = p.renormalize ? numerator : numerator / sum;
-    }
-  }
-  if (p.renormalize && lane == 0) {
-    for (int k = 0; k < p.top_k; ++k) p.weights[int64_t(token) * p.top_k + k] /= chosen;  // a lone one becomes 1
-  }
-}
 
 // ------------------------------------------------------------------ sort
 
@@ -259,32 +185,19 @@ static __global__ void __launch_bounds__(kRouteThreads) scatter_kernel(const Sor
 
 // ------------------------------------------------------------------ rows
 
-// out[s] = x[token_of_slot[s]] for the filled slots, else 0. Grid: (slots, column blocks).
-template <class T, int kPer>
-__global__ void __launch_bounds__(kRouteThreads)
-    dispatch_kernel(const T* x, int64_t x_stride, const int64_t* token_of_slot, const int* filled, T* out,
-                    int columns) {
-  const int slot = blockIdx.x, column = (blockIdx.y * kRouteThreads + threadIdx.x) * kPer;
-  if (column >= columns) return;
-  dev::Pack<T, kPer> pack{};
-  if (slot < *filled) {
-    pack = *reinterpret_cast<const dev::Pack<T, kPer>*>(x + token_of_slot[slot] * x_stride + column);
-  }
-  *reinterpret_cast<dev::Pack<T, kPer>*>(out + int64_t(slot) * columns + column) = pack;
-}
-
-// out[t] = sum over k of gates[t, k] rows[slot_of_token[t, k]] over the pairs that were kept; gates null: all 1.
+// out[t] = sum over k of gates[t, k] rows[slot_of_token[t, k]] over the pairs that were kept, see `combine`.
 // Grid: (tokens, column blocks).
 template <class T, int kPer>
 __global__ void __launch_bounds__(kRouteThreads)
-    combine_kernel(const T* rows, const int64_t* slot_of_token, const float* gates, T* out, int top_k, int columns) {
+    combine_kernel(const T* rows, int64_t stride, const int64_t* slot_of_token, const float* gates, const int* filled,
+                   T* out, int top_k, int columns) {
   const int token = blockIdx.x, column = (blockIdx.y * kRouteThreads + threadIdx.x) * kPer;
   if (column >= columns) return;
   float sum[kPer] = {};
-  for (int k = 0; k < top_k; ++k) {
+  for (int k = 0; k < top_k && (!filled || token < *filled); ++k) {
     const int64_t pair = int64_t(token) * top_k + k, slot = slot_of_token[pair];
     if (slot < 0) continue;
-    const auto pack = *reinterpret_cast<const dev::Pack<T, kPer>*>(rows + slot * columns + column);
+    const auto pack = *reinterpret_cast<const dev::Pack<T, kPer>*>(rows + slot * stride + column);
     const float gate = gates ? gates[pair] : 1.f;
     UNROLL
     for (int e = 0; e < kPer; ++e) sum[e] += gate * dev::to_float(pack.v[e]);
@@ -331,7 +244,8 @@ __global__ void __launch_bounds__(kRouteThreads)
     }
     return;
   }
-  sum = warp_sum(sum);
+  UNROLL
+  for (int bit = 16; bit > 0; bit >>= 1) sum += __shfl_xor_sync(dev::kFullWarp, sum, bit);
   if ((threadIdx.x & 31) == 0) partial[threadIdx.x >> 5] = sum;
   __syncthreads();
   if (threadIdx.x == 0) {

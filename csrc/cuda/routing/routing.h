@@ -1,7 +1,6 @@
 // Launches of csrc/cuda/routing/routing.cuh on raw device pointers. T tokens, K choices, N = T K slots, E experts;
 // dense arrays.
 #pragma once
-#include <cstddef>
 #include <cstdint>
 
 #include "cuda/dispatch.h"
@@ -9,11 +8,6 @@
 namespace mpoe::cuda {
 
 constexpr int kMostBins = 12000;  // of pairs, one more than experts: their counts must fit into shared memory
-
-// Softmax and top-k of logits [T, E] in float32: index [T, K] (most probable first, among equals the smaller number),
-// weights [T, K] (renormalized: they sum to 1).
-void gate(Dtype dtype, const void* logits, float* weights, int64_t* index, int tokens, int experts, int top_k,
-          bool renormalize, cudaStream_t stream);
 
 struct Route {
   const int64_t* index = nullptr;  // [T, K]; outside 0..E-1: like a masked token
@@ -32,13 +26,10 @@ struct Route {
 // Stable counting sort by expert; one launch for few pairs, else three, six with a capacity.
 void route(const Route& arguments, const Memory& memory, cudaStream_t stream);
 
-// x [T, I] of rows `x_stride` elements apart, out [N, I]; slots from offsets[E] = *filled on become zero.
-void dispatch(Dtype dtype, const void* x, int64_t x_stride, const int64_t* token_of_slot, const int* filled, void* out,
-              int slots, int columns, cudaStream_t stream);
-
-// rows [N, F], gates [T, K] or null (all 1), out [T, F]. Without gates this is dispatch's gradient.
-void combine(Dtype dtype, const void* rows, const int64_t* slot_of_token, const float* gates, void* out, int tokens,
-             int top_k, int columns, cudaStream_t stream);
+// rows [N, F], `stride` elements apart, gates [T, K] or null (all 1), out [T, F]; tokens from *filled on, if that is
+// not null, become zero. Without gates this is dispatch's gradient; and dispatch, whose slots have one row each.
+void combine(Dtype dtype, const void* rows, int64_t stride, const int64_t* slot_of_token, const float* gates,
+             const int* filled, void* out, int tokens, int top_k, int columns, cudaStream_t stream);
 
 // grad [T, F], rows [N, F] (read only for dgates), drows [N, F] or null, dgates [T, K] or null.
 void combine_backward(Dtype dtype, const void* grad, const void* rows, const int64_t* token_of_slot,

@@ -1,24 +1,25 @@
-"""Judges the autotuner: what one timing chooses, against every strategy on every backend in another timing."""
+"""What pytest-benchmark times: every contender of a suite beside its case's dense layer; and the autotuner's choices.
+
+A choice, made by one timing, is judged against every strategy on every backend in another timing.
+"""
 
 from __future__ import annotations
 
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from statistics import mean, median
+from statistics import median
 from typing import Any
 from unittest.mock import patch
 
-import pytest
 import torch
 from torch import Tensor
 
 from mpoe_bench.cases import Workload, expert_choice, random_blocks
-from mpoe_bench.plugin import RUN, Run, in_turn
-from mpoe_bench.suites import judged_of
-from mpoe_bench.targets import TOLERANCE
+from mpoe_bench.contender import Comparison
+from mpoe_bench.run import Run, in_turn
 from mpoe_kernels import BackendError, available_backends, grouped_mpo_linear, route
 from mpoe_kernels.backends import AUTO, Candidate
 from mpoe_kernels.contract import autotune
@@ -28,24 +29,17 @@ from mpoe_kernels.contract.ranking import Problem
 MOST_FLOPS = 5.0  # strategies of more than this many times the fewest FLOPs are not timed
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    run = metafunc.config.stash[RUN]
-    cases = [
-        pytest.param(backend, case, phase, id=f"{case.name}-{backend}-{phase}")
-        for backend, case in judged_of(run.suite, run.scale, run.device, run.backends)
-        for phase in problems_of(case, backend)
-    ]
-    metafunc.parametrize(("backend", "case", "phase"), cases)
+def test_speed(benchmark: Any, bench_run: Run, comparison: Comparison, name: str, phase: str) -> None:
+    bench_run.measure(benchmark, comparison, name, phase)
 
 
-def problems_of(case: Workload, backend: str = AUTO) -> dict[str, Problem]:
-    """What the ops choose for, by phase."""
+def problem_of(case: Workload, backend: str, phase: str) -> Problem:
+    """What the ops choose for."""
     sizes = (BlockDims.of_shape(case.shape), case.num_experts, case.num_tokens, case.dtype, "cpu")
-    keeps, need = case.training and case.shape.is_separable, (True, True, not case.mask_central, True)
-    found = {"forward": Problem("grouped_mpo_linear", *sizes, keeps=keeps, backend=backend)}
-    if case.training:
-        found["backward"] = Problem("grouped_mpo_linear_backward", *sizes, need, backend=backend)
-    return found
+    if phase == "backward":
+        need = (True, True, not case.mask_central, True)
+        return Problem("grouped_mpo_linear_backward", *sizes, need, backend=backend)
+    return Problem("grouped_mpo_linear", *sizes, keeps=case.training and case.shape.is_separable, backend=backend)
 
 
 def first_use(problem: Problem) -> tuple[Candidate, float]:
@@ -66,7 +60,7 @@ def calls_of(case: Workload) -> Callable[[str, str, str], Callable[[], object]]:
     blocks = random_blocks(case.shape, case.num_experts, case.dtype, requires_grad=case.training)
     blocks.central.requires_grad_(case.training and not case.mask_central)
     x = torch.randn(case.num_tokens, case.in_features).to(case.dtype).requires_grad_(case.training)
-    routing = route(expert_choice(case.load, case.num_tokens, case.num_experts), case.num_experts)
+    routing = route(expert_choice("uniform", case.num_tokens, case.num_experts), case.num_experts)
     grad = torch.randn(case.num_tokens, case.out_features).to(case.dtype)
     leaves = [t for t in (x, blocks.left, blocks.central, blocks.right) if t.requires_grad]
     rows, offsets = routing.token_of_slot, routing.expert_offsets
@@ -84,21 +78,11 @@ def calls_of(case: Workload) -> Callable[[str, str, str], Callable[[], object]]:
     return call
 
 
-def summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line about all cases."""
-    ratios, firsts = [row["ratio"] for row in rows], [sum(row["first_use"].values()) for row in rows]
-    within = sum(ratio <= TOLERANCE for ratio in ratios)
-    return (
-        f"{within} of {len(rows)} within {TOLERANCE}, mean {mean(ratios):.3f}, worst {max(ratios):.2f}; "
-        f"first use: median {median(firsts):.2f} s, worst {max(firsts):.2f} s"
-    )
-
-
 def test_choice(benchmark: Any, bench_run: Run, backend: str, case: Workload, phase: str) -> None:
     whose = "choice" if backend == AUTO else f"choice on {backend}"
     title = f"{whose} by one timing against the best of another"
-    section = bench_run.section(title, key="planner", backend=backend, summary="")
-    problem = problems_of(case, backend)[phase]
+    section = bench_run.section(title, key="planner", backend=backend)
+    problem = problem_of(case, backend, phase)
     candidate, seconds = first_use(problem)
     chosen = f"{candidate.name} [{candidate.backend}]"
     plans = problem._replace(keeps=False).plans()
@@ -130,5 +114,4 @@ def test_choice(benchmark: Any, bench_run: Run, backend: str, case: Workload, ph
     row["first_use"][phase] = seconds
     took, least = (sum(row["seconds"][each][row[key][each]] for each in row["seconds"]) for key in ("chosen", "best"))
     row |= {"ratio": took / least, "chosen_seconds": took}
-    section["summary"] = summary(section["rows"])
     benchmark.extra_info.update({"x": times[chosen] / times[best], "chosen": chosen, "best": best})

@@ -1,0 +1,317 @@
+"""Layers with their routers, as models hold them, their peers, and the dense network on the same tokens.
+
+`cases` lists what a GPU must compute fast, with limits: tools/gpu_floors.py bounds them, `bench/gpu.sh` measures them,
+and ``python -m mpoe_bench.layers`` runs four of them once, forward and backward, for a profiler.
+
+Every contender has weights of its own and is held to the results of a plain module with the same ones in float64. Few
+tokens pass through one layer, whose weights stay in the processor's caches, or through twelve, as in a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mpoe.config import MPOEConfig, RouterConfig
+from mpoe.layers import ACTIVATIONS, MPOEFeedForward, MPOEmbedding, MPOLinear
+from mpoe.layers.neurons import NeuronFeedForward
+from mpoe_bench.cases import workload_shape
+from mpoe_bench.contender import Comparison, Contender, Truth, dtype_name, gradients_of, size_facts
+from mpoe_bench.peers import ORIGINAL, PEERS, STOCK_LAYERS, OriginalLayer
+from mpoe_kernels import MPOShape, plan_contraction
+
+LIMIT = "dense FFN"
+LAYERS = 12  # of a model of T5-base's width
+TOKENS = 4096
+PHASES = ("forward", "training")
+
+
+class Dense(nn.Module):
+    """``down(act(up x))``, four times as wide inside unless ``hidden`` says otherwise."""
+
+    def __init__(self, model: int, activation: str, hidden: int | None = None, **placed: Any) -> None:
+        super().__init__()
+        self.act, hidden = ACTIVATIONS[activation], hidden or 4 * model
+        self.up, self.down = (nn.Linear(*s, False, **placed) for s in ((model, hidden), (hidden, model)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x)))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer with its router.
+
+    Attributes:
+        shape: of its experts, with ``options`` of `MPOEConfig`.
+        model: model size d; the hidden size is 4 d.
+        experts, top_k: E and the experts of a token.
+        limits: the largest times allowed, x dense: forward, and with the backward; None: reported.
+        masked: the central cores get no gradient.
+    """
+
+    shape: str
+    model: int
+    experts: int
+    top_k: int
+    limits: tuple[float | None, float | None] = (None, None)
+    options: dict[str, Any] = field(default_factory=dict)
+    masked: bool = False
+
+    @property
+    def name(self) -> str:
+        """``paper max_bond 64 masked d=768 E=8 k=1``."""
+        words = [self.shape, *(f"{key} {value}" for key, value in self.options.items()), "masked" * self.masked]
+        return f"{' '.join(filter(None, words))} d={self.model} E={self.experts} k={self.top_k}"
+
+    def layer(
+        self,
+        device: str,
+        backend: str | None = None,
+        activation: str = "relu",
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> nn.Module:
+        """With random weights, also of experts that start adding nothing, so that every gradient is one of numbers."""
+        placed: dict[str, Any] = {"device": device, "dtype": dtype}
+        config = MPOEConfig(
+            num_experts=self.experts,
+            shape=self.shape,
+            router=RouterConfig(top_k=self.top_k),
+            backend=backend,
+            **self.options,
+        )
+        sizes = self.model, 4 * self.model
+        if self.shape == "neurons":
+            dense = Dense(self.model, activation, **placed)
+            names = {"up": "up", "down": "down"}
+            made = NeuronFeedForward(*sizes, config, names=names, activation=activation, **placed)
+            made.around(dense, {"up": dense.up, "down": dense.down})
+            layer: Any = made
+        else:
+            layer = MPOEFeedForward(*sizes, config, activation=activation, **placed)
+        if self.shape in ("neurons", "hidden"):
+            with torch.no_grad():
+                for core in layer.experts.own_cores:
+                    core.add_(0.02 * torch.randn_like(core))
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(not (self.masked and "central" in name))
+        return layer
+
+
+def cases(models: tuple[int, ...] = (768, 4096)) -> Iterator[Case]:
+    """Neurons, hidden-side experts, separable ones and the fused chain, masked and not."""
+    for model in models:
+        bond, neurons = min(64, model // 4), min(64, model // 4)
+        yield Case("neurons", model, 8, 2, (1.3, 1.4), {"neurons": neurons})
+        yield Case("neurons", model, 64, 8, (1.3, 1.4) if model >= 4096 else (2.0, 2.2), {"neurons": neurons})
+        for experts in (8, 64):
+            yield Case("hidden", model, experts, 2, (1.5, 1.7))
+        yield Case("separable", model, 8, 1, (1.5, 1.7))
+        for masked in (False, True):
+            yield Case("paper", model, 8, 1, (None, None), {"max_bond": bond}, masked)
+        yield Case("light", model, 8, 1, (None, None), {"max_bond": bond})
+
+
+def mixtures(model: int) -> dict[str, Case]:
+    """Around a dense network, by name, for a model's size: those that have a target, or that users run by default."""
+    m = min(64, max(model // 12, 1))
+
+    def neurons(experts: int, size: int, top_k: int, **latent: int) -> Case:
+        return Case("neurons", model, experts, top_k, options={"neurons": size, **latent})
+
+    def hidden(experts: int, per_group: bool) -> Case:
+        return Case("hidden", model, experts, 2, options={"block_size": m, "block_per_group": per_group})
+
+    return {
+        "hidden 8, per group, 2": hidden(8, True),
+        "hidden 64, shared, 2": hidden(64, False),
+        f"neurons 8 x {m}, 2": neurons(8, m, 2),
+        f"neurons 64 x {m}, 8": neurons(64, m, 8),
+        f"neurons 128 x {2 * m}, 8": neurons(128, 2 * m, 8),
+        f"latent {6 * m}, 128 x {4 * m}, 8": neurons(128, 4 * m, 8, latent=6 * m),
+    }
+
+
+def named_case(name: str, model: int, experts: int, masked: bool = False) -> Case:
+    """``paper_full``, ``paper_B`` (bond B), ``light_P`` or ``separable``, one expert per token; of a model made for a
+    test, bonds are smaller."""
+    shape, _, size = name.partition("_")
+    options = {"max_bond": min(int(size), max(model // 6, 1))} if size.isdigit() else {}
+    return Case(shape, model, experts, 1, options=options, masked=masked)
+
+
+class Place(NamedTuple):
+    """Where and on what layers are measured: ``tokens`` rows of size ``model``."""
+
+    model: int
+    tokens: int
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+
+class Layer(NamedTuple):
+    """A contender.
+
+    Attributes:
+        name, kind: see `Comparison`.
+        make: the module; of True, one with parameters of the same names that computes the same in plain PyTorch.
+        facts: for its row, from the module.
+    """
+
+    name: str
+    kind: str
+    make: Callable[[bool], nn.Module]
+    facts: Callable[[Any], Mapping[str, Any]] = lambda _: {}
+
+
+def case_layer(label: str, shape: str, case: Case, backend: str, at: Place) -> Layer:
+    """Experts of ours on a backend; ``shape`` is that of its row."""
+
+    def facts(layer: Any) -> dict[str, Any]:
+        """The floor: fewest FLOPs of any strategy, router in, relative to the dense network's, by phase."""
+        router = case.experts / (8 * case.model)
+        if hasattr(layer, "relative_flops"):
+            floor = {"forward": layer.relative_flops(case.top_k) + router}
+        else:
+            floor = {}
+            for phase, training in (("forward", False), ("train", True)):
+                options: Any = {"training": training, "mask_central": case.masked, "top_k": case.top_k}
+                shapes = layer.experts.up.shape, layer.experts.down.shape
+                plans = [plan_contraction(shape, case.experts, at.tokens, at.dtype, **options) for shape in shapes]
+                floor[phase] = sum(plan.flops for plan in plans) / sum(plan.dense_flops for plan in plans) + router
+        return {"shape": shape, "backend": backend, "masked": case.masked, "floor": floor}
+
+    make = partial(case.layer, at.device, dtype=at.dtype)
+    return Layer(f"{label} [{backend}]", "mpoe", lambda plain: make("eager" if plain else backend), facts)
+
+
+def peer_layers(names: Sequence[str], experts: int, at: Place) -> Iterator[Layer]:
+    """Those of `PEERS`."""
+    sizes = at.model, 4 * at.model, experts
+    for name in names:
+        yield Layer(name, "peer", partial(PEERS[name], sizes, at.device, at.dtype))
+
+
+def original_layer(shape: str, experts: int, at: Place) -> Layer:
+    """The original's algorithm on a shape, which its name tells."""
+    make = partial(named_case(shape, at.model, experts).layer, at.device, "eager", dtype=at.dtype)
+    return Layer(f"{ORIGINAL} ({shape})", "peer", lambda plain: OriginalLayer(make(), plain))
+
+
+def stock(name: str, at: Place) -> Layer:
+    """One of `STOCK_LAYERS`."""
+    return Layer(name, "peer", lambda _: STOCK_LAYERS[name](at.model, at.tokens).to(at.device, at.dtype))
+
+
+def _built(
+    shared: tuple[Tensor, Tensor | None], layer: Layer, count: int, dtype: torch.dtype
+) -> tuple[Contender, Truth]:
+    x, grad_y = shared
+    torch.manual_seed(1)
+    modules = nn.Sequential(*(layer.make(False) for _ in range(count))).train(grad_y is not None)
+    module, plain = modules[0], layer.make(True).train(grad_y is not None)
+    plain.load_state_dict(module.state_dict())
+
+    def results(dtype: torch.dtype) -> dict[str, Tensor]:
+        own = plain.double() if dtype == torch.float64 else plain  # routers stay in float32 beside 16 bits
+        own.zero_grad()
+        leaf = x.detach()
+        if x.is_floating_point():
+            leaf = leaf.to(dtype).requires_grad_(grad_y is not None)
+        y = own(leaf)
+        if grad_y is None:
+            return {"y": y}
+        y.backward(grad_y.to(dtype))
+        return {"y": y, **gradients_of({"x": leaf, **dict(own.named_parameters())})}
+
+    facts = size_facts(modules, dtype) | dict(layer.facts(module))
+    contender = Contender(lambda: module(x), {"x": x, **dict(module.named_parameters())}, grad_y, facts)
+    if count > 1:
+        contender.timed = lambda: modules(x)
+    return contender, Truth.of(results, dtype)
+
+
+def compared(
+    key: str,
+    title: str,
+    layers: Sequence[Layer],
+    sizes: tuple[int, int],
+    at: Place,
+    train: bool = True,
+    count: int = 1,
+    ids: bool = False,
+    **facts: Any,
+) -> Comparison:
+    """``layers``, the first of which is the limit, on the same tokens.
+
+    Args:
+        key: of the section in the results.
+        title: its beginning.
+        layers: the contenders.
+        sizes: of a token and of its result.
+        at: where.
+        train: whether forward and backward are timed too.
+        count: layers in a row. Of several, which need much memory, the first one's result is checked and the forward
+            passes of all are timed, in evaluation mode.
+        ids: tokens are numbers below the first size.
+        facts: more of the case.
+    """
+    train = train and count == 1
+
+    def context() -> tuple[Tensor, Tensor | None]:
+        torch.manual_seed(0)
+        x = torch.randint(sizes[0], (at.tokens,)) if ids else torch.randn(at.tokens, sizes[0]).to(at.dtype)
+        grad_y = torch.randn(at.tokens, sizes[1]).to(at.device, at.dtype) if train else None
+        return x.to(at.device).requires_grad_(train and not ids), grad_y
+
+    builds = [(each.name, each.kind, partial(_built, layer=each, count=count, dtype=at.dtype)) for each in layers]
+    known = {"tokens": at.tokens, "layers": count, "dtype": dtype_name(at.dtype), **facts}
+    title = f"{title} T={at.tokens} {dtype_name(at.dtype)}{f', {count} of them' if count > 1 else ''}"
+    return Comparison(key, title, context, builds, at.tokens, known, ("forward", "train") if train else ("forward",))
+
+
+def layers_comparison(key: str, title: str, layers: Sequence[Layer], at: Place, **options: Any) -> Comparison:
+    """``layers`` beside the dense network; ``options`` of `compared`."""
+    model, hidden = at.model, 4 * at.model
+    limit = Layer(LIMIT, "limit", lambda _: Dense(model, "relu", device=at.device, dtype=at.dtype))
+    title = f"{title} {model}x{hidden}"
+    return compared(key, title, [limit, *layers], (model, model), at, model=model, hidden=hidden, **options)
+
+
+def part_comparisons(vocabulary: int, at: Place, backends: Sequence[str]) -> Iterator[Comparison]:
+    """`MPOLinear` against `nn.Linear`, and `MPOEmbedding` against `nn.Embedding`."""
+    model, hidden = at.model, 4 * at.model
+    linear = {name: workload_shape(name, model, hidden) for name in ("separable", "paper_64")}
+    tables = {f"bond {bond}": MPOShape.paper(vocabulary, model, max_bond=bond) for bond in (64, 16)}
+    kinds: tuple[tuple[Any, Any, dict[str, MPOShape], tuple[int, int]], ...] = (
+        (nn.Linear, MPOLinear, linear, (model, hidden)),
+        (nn.Embedding, MPOEmbedding, tables, (vocabulary, model)),
+    )
+
+    def make(ours: Any, backend: str | None, shape: MPOShape) -> Callable[[bool], nn.Module]:
+        return lambda plain: ours(shape=shape, backend="eager" if plain else backend, device=at.device)
+
+    for plain, ours, made, sizes in kinds:
+        limit = partial(plain, *sizes, device=at.device)
+        layers = [Layer(f"nn.{plain.__name__}", "limit", lambda _, limit=limit: limit())]
+        for (name, shape), backend in product(made.items(), backends):
+            layers.append(Layer(f"{ours.__name__} {name} [{backend}]", "mpoe", make(ours, backend, shape)))
+        yield compared("op", f"{ours.__name__} {sizes[0]}x{sizes[1]}", layers, sizes, at, ids=plain is nn.Embedding)
+
+
+def main() -> None:
+    device, sizes = ("cuda", (TOKENS, 768)) if torch.cuda.is_available() else ("cpu", (64, 32))
+    for case in cases(sizes[1:]):
+        if case.experts == 8 and not case.masked:
+            case.layer(device)(torch.randn(sizes, device=device, dtype=torch.bfloat16)).sum().backward()
+            print(case.name, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,364 @@
+"""A study with arms: their models and FLOPs, one training loop, what their routers do.
+
+Within a seed every arm has the same start and the same data in the same order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from sklearn.metrics import mutual_info_score
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from mpoe.config import MPOEConfig
+from mpoe.layers import DenseExperts
+from mpoe.models import convert_to_mpoe
+from mpoe.training import MPOETrainingArguments, build_param_groups
+from mpoe_bench.study.plan import Arm, Run, Study, read_study
+from mpoe_bench.study.tables import Records, runs_of, study_table
+from mpoe_bench.study.texts import BATCH, BLOCK, Blocks, batches, read_blocks
+
+LAYERS = 2
+VOCABULARY = 256
+# GPT-2's .02 is for models ten times as wide; here, models would learn so slowly that width would be mistaken for
+# capacity.
+INIT_STD = 0.1
+
+
+def dense_model(model: int, hidden: int, seed: int) -> GPT2LMHeadModel:
+    """A GPT-2 of bytes with random weights from ``seed``: ``LAYERS`` layers of size ``model``."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=BLOCK,
+        n_embd=model,
+        n_layer=LAYERS,
+        n_head=max(model // 16, 1),
+        n_inner=hidden,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's own in one op
+        initializer_range=INIT_STD,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+        use_cache=False,
+    )
+    made = GPT2LMHeadModel(config)
+    made.loss_type = "ForCausalLM"
+    return made
+
+
+def convert(dense: GPT2LMHeadModel, arm: Arm, model: int, seed: int) -> nn.Module:
+    """``dense`` as the mixture of an arm, in place."""
+    torch.manual_seed(20_000 + seed)
+    mixture = convert_to_mpoe(dense, MPOEConfig(**arm.fields(model)), inplace=True)
+    if arm.own_start:
+        for module in mixture.modules():
+            if isinstance(module, DenseExperts):
+                for projection in module.projections().values():
+                    torch.nn.init.normal_(projection.weight, std=INIT_STD)
+    return mixture
+
+
+class Costs(NamedTuple):
+    """Sizes of an arm's feed-forward layers and its model's FLOPs.
+
+    Attributes:
+        weights: matrices of the dense network and the experts; ``parameters``: biases and the router too.
+        flops: multiply-adds of a token in a feed-forward layer, router in.
+        whole: of a token in the whole model, head in; attention sees half of a block on average.
+    """
+
+    weights: int
+    parameters: int
+    flops: float
+    whole: float
+
+
+def costs(study: Study, key: str, model: int) -> Costs:
+    """The costs of an arm, after its conversion."""
+    return costs_of(study.arms[key], model, dense_hidden(study, key, model))
+
+
+def costs_of(arm: Arm, model: int, hidden: int) -> Costs:
+    """Those of an arm whose dense network has ``hidden`` hidden units."""
+    made: Any = dense_model(model, hidden, 0)
+    dense = 2 * model * hidden
+    flops = float(dense)
+    if arm.experts is not None:
+        made = convert(made, arm, model, 0)
+        config: MPOEConfig = made.mpoe_config
+        kept = made.transformer.h[0].mlp
+        relative = kept.relative_flops(config.top_k) if config.keeps_network else config.top_k
+        flops = relative * dense + model * config.num_experts
+    named = [(n, p) for block in made.transformer.h for n, p in block.mlp.named_parameters()]
+    weights = sum(p.numel() for n, p in named if p.ndim > 1 and "router" not in n and "bias" not in n)
+    attention = 4 * model**2 + 2 * model * (BLOCK + 1) / 2
+    whole = LAYERS * (attention + flops) + model * VOCABULARY
+    return Costs(weights, sum(p.numel() for _, p in named), flops, whole)
+
+
+def dense_hidden(study: Study, key: str, model: int) -> int:
+    """Hidden size of an arm's dense network: its own, or, to the next multiple of 8, as costly as another arm's."""
+    arm = study.arms[key]
+    if arm.flops_of:
+        return round(costs(study, arm.flops_of, model).flops / (2 * model) / 8) * 8
+    if arm.size_of:
+        parameters = costs(study, arm.size_of, model).parameters / LAYERS
+        return round((parameters - model) / (2 * model + 1) / 8) * 8  # each hidden unit has a bias, and each output
+    return int(Fraction(arm.hidden) * 4 * model)
+
+
+def steps_of(study: Study, key: str, model: int, steps: int) -> int:
+    """The steps of an arm: those of the corner, or as many as another arm's training FLOPs allow."""
+    arm = study.arms[key]
+    if arm.budget_of is None:
+        return steps
+    other, hidden = study.arms[arm.budget_of], dense_hidden(study, arm.budget_of, model)
+    mixture, before = costs(study, arm.budget_of, model).whole, costs_of(Arm(""), model, hidden).whole
+    until = other.dense_until if other.experts else 1.0
+    spent = until * before + (1 - until) * mixture
+    return round(steps * spent / costs(study, key, model).whole)
+
+
+def mutual_information(classes: Tensor, chosen: Tensor, experts: int) -> float:
+    """How much a token's class tells about its expert, relative to log E.
+
+    Args:
+        classes: int64 ``[T]``.
+        chosen: experts of every token, int64 ``[T, K]``.
+        experts: E.
+    """
+    told = mutual_info_score(classes.repeat_interleave(chosen.shape[1]).numpy(), chosen.flatten().numpy())
+    return float(told) / (math.log(experts) or 1.0)
+
+
+def router_facts(logits: Sequence[Sequence[Tensor]], top_k: int, tokens: Tensor, domains: Tensor) -> dict[str, float]:
+    """Means over layers.
+
+    Args:
+        logits: per call and layer ``[T, E]``.
+        top_k: experts per token.
+        tokens, domains: of all calls' tokens, int64 ``[T]``.
+
+    Returns:
+        ``entropy`` of a token's probabilities relative to log E (0: decided, 1: undecided), and ``mass`` of the chosen
+        ones; ``token`` and ``domain``: how much the byte and the domain tell about the expert (`mutual_information`,
+        less that of shuffled classes, which only measures how few tokens there are); ``use``: entropy of the experts'
+        shares of all tokens, relative to log E.
+    """
+    facts = dict.fromkeys(("entropy", "mass", "token", "domain", "use"), 0.0)
+    shuffled = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))
+    for layer in zip(*logits, strict=True):
+        scores = torch.cat(list(layer)).double().softmax(-1)
+        experts = scores.shape[1]
+        mass, chosen = scores.topk(top_k, -1)
+        share = torch.bincount(chosen.reshape(-1), minlength=experts) / chosen.numel()
+        found = {
+            "entropy": float(-torch.xlogy(scores, scores).sum(-1).mean()) / math.log(experts),
+            "mass": float(mass.sum(-1).mean()),
+            "use": float(-torch.xlogy(share, share).sum()) / math.log(experts),
+        }
+        for name, classes in (("token", tokens), ("domain", domains)):
+            by_chance = mutual_information(classes[shuffled], chosen, experts)
+            found[name] = mutual_information(classes, chosen, experts) - by_chance
+        for name, value in found.items():
+            facts[name] += value / len(logits[0])
+    return {name: round(value, 4) for name, value in facts.items()}
+
+
+WARMUP = 0.05  # share of the steps
+CLIP = 1.0
+WEIGHT_DECAY = 0.01
+BETAS = (0.9, 0.98)
+
+
+def schedule(step: int, steps: int) -> float:
+    """Factor on every rate in step ``step``, counted from 0: linear warm-up, then a cosine to 0."""
+    warmup = max(1, round(WARMUP * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def optimiser(model: nn.Module, rate: float) -> torch.optim.AdamW:
+    """AdamW on the package's parameter groups; every weight at the same rate."""
+    arguments = MPOETrainingArguments(
+        output_dir="unused",
+        regime="scratch",
+        learning_rate=rate,
+        central_lr_scale=1.0,
+        auxiliary_lr_scale=1.0,
+        weight_decay=WEIGHT_DECAY,
+        use_cpu=True,
+        report_to=[],
+    )
+    return torch.optim.AdamW(build_param_groups(model, arguments), betas=BETAS, fused=True)
+
+
+def train_steps(
+    model: nn.Module,
+    adam: torch.optim.Optimizer,
+    steps: int,
+    numbered: Iterable[tuple[int, Tensor]],
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> list[tuple[int, float]]:
+    """Train in some of the ``steps`` of a run, at most at ``adam``'s rates; returns losses along the way.
+
+    ``precision``: what the forward pass runs in.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    parameters, rates = list(model.parameters()), [group["lr"] for group in adam.param_groups]
+    history: list[tuple[int, float]] = []
+    for step, ids in numbered:
+        for group, rate in zip(adam.param_groups, rates, strict=True):
+            group["lr"] = rate * schedule(step, steps)
+        with precision():
+            loss: Tensor = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, CLIP)
+        adam.step()
+        adam.zero_grad()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(f"is {value} in step {step}")
+        if step % max(1, steps // 20) == 0:
+            history.append((step, round(value, 4)))
+    return history
+
+
+class Trained(NamedTuple):
+    """A run's model, its training loss along the way, and the CPU time of its training."""
+
+    model: Any
+    history: list[tuple[int, float]]
+    seconds: float
+
+
+def train(study: Study, run: Run, data: dict[str, Blocks], starts: dict[tuple[Any, ...], Trained]) -> Trained:
+    """Train a run's model. ``starts``: mixtures of one seed and rate start from the same dense model, trained once.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    arm, size = study.arms[run.arm], run.corner.model
+    steps, hidden = steps_of(study, run.arm, size, run.corner.steps), dense_hidden(study, run.arm, size)
+    numbered = enumerate(batches(data["train"], run.seed, steps))
+
+    def trained(model: Any, some: Iterable[tuple[int, Tensor]]) -> Trained:
+        begin = time.process_time()
+        history = train_steps(model.train(), optimiser(model, run.rate), steps, some)
+        return Trained(model, history, time.process_time() - begin)
+
+    dense = dense_model(size, hidden, run.seed)
+    if arm.experts is None:
+        return trained(dense, numbered)
+    until = round(arm.dense_until * steps)
+    first = list(itertools.islice(numbered, until))
+    key = size, hidden, run.seed, run.rate, steps, until
+    if key not in starts:
+        starts[key] = trained(dense, first)
+    start = starts[key]
+    end = trained(convert(copy.deepcopy(start.model), arm, size, run.seed), numbered)
+    return Trained(end.model, start.history + end.history, start.seconds + end.seconds)
+
+
+@torch.no_grad()
+def evaluate(model: Any, blocks: Blocks, routed: bool) -> tuple[dict[str, float], dict[str, float]]:
+    """Loss per byte of every domain, and `router_facts` if ``routed``."""
+    losses: dict[str, float] = {}
+    logits = []
+    for domain, ids in blocks.items():
+        total = 0.0
+        for part in ids.split(BATCH):
+            output = model(input_ids=part, labels=part)
+            task = output.get("task_loss")
+            total += float(output.loss if task is None else task) * len(part)
+            logits.append(output.get("router_logits"))
+        losses[domain] = total / len(ids)
+    if not routed:
+        return losses, {}
+    sizes = torch.tensor([ids.numel() for ids in blocks.values()])
+    tokens, domains = torch.cat(list(blocks.values())).flatten(), torch.arange(len(sizes)).repeat_interleave(sizes)
+    return losses, router_facts(logits, model.mpoe_config.top_k, tokens, domains)
+
+
+def run_once(study: Study, run: Run, data: dict[str, Blocks], starts: dict[tuple[Any, ...], Trained]) -> dict[str, Any]:
+    """Train and evaluate; returns one JSON-able record. ``starts``: see `train`.
+
+    ``cpu_seconds`` is the process's CPU time for the training alone; losses are means over domains, in nats per byte.
+    """
+    try:
+        model, history, seconds = train(study, run, data, starts)
+    except FloatingPointError as error:
+        return {"diverged": f"the loss of {run.key} {error}", "validation": math.inf, "test": math.inf}
+    model.eval()
+    arm, size = study.arms[run.arm], run.corner.model
+    validation, _ = evaluate(model, data["validation"], False)
+    test, router = evaluate(model, data["test"], arm.experts is not None)
+    found, dense = (costs(study, key, size) for key in (run.arm, study.reference))
+    return {
+        "validation": round(sum(validation.values()) / len(validation), 5),
+        "test": round(sum(test.values()) / len(test), 5),
+        "parts": {domain: round(loss, 4) for domain, loss in test.items()},
+        "hidden": dense_hidden(study, run.arm, size),
+        "steps": steps_of(study, run.arm, size, run.corner.steps),
+        "weights": round(found.weights / dense.weights, 3),
+        "parameters": round(found.parameters / dense.parameters, 3),
+        "flops": round(found.flops / dense.flops, 3),
+        "whole_flops": round(found.whole / dense.whole, 3),
+        "router": router,
+        "cpu_seconds": round(seconds, 1),
+        "loss": history,
+    }
+
+
+class ArmsStudy:
+    """Makes the runs of a study with arms."""
+
+    def __init__(self, file: Path) -> None:
+        self.study = read_study(file)
+        self.starts: dict[tuple[Any, ...], Trained] = {}
+
+    def waiting(self, records: Records) -> list[str]:
+        """Keys of runs that are missing and whose rate is known, in order: of a stage first those that choose rates."""
+        study, found = self.study, []
+        for stage in study.stages:
+            for arm in stage.arms:
+                found += [run.key for run in study.candidates(stage.model, arm)]
+            for seed in study.seeds:
+                for arm in stage.arms:
+                    runs = runs_of(study, stage.corner, arm, records)
+                    found += [run.key for run in runs if run.seed == seed]
+        return [key for key in dict.fromkeys(found) if key not in records]
+
+    def prepare(self, arguments: argparse.Namespace) -> None:
+        """Read what the runs need.
+
+        Raises:
+            FileNotFoundError, ValueError: an option is missing, or what it names.
+        """
+        if arguments.data_dir is None:
+            raise ValueError("data_dir must name the folder of the texts; got none")
+        self.data = read_blocks(arguments.data_dir)
+
+    def make(self, key: str, records: Records) -> dict[str, Any]:
+        """Make a run that waits; its record, JSON-able."""
+        return run_once(self.study, Run.of(key), self.data, self.starts)
+
+    def table(self, records: Records) -> str:
+        return study_table(self.study, records)

@@ -1,7 +1,0 @@
-#include "cuda/experts/launch.cuh"
-
-namespace mpoe::cuda {
-
-template void launch<dev::tf32>(const ExpertsLaunches&, cudaStream_t);
-
-}  // namespace mpoe::cuda

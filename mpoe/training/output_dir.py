@@ -250,23 +250,19 @@ def is_neutral(dotted: str, neutral_keys: frozenset[str] = NEUTRAL_KEYS) -> bool
 # ------------------------------------------------------------- metrics.jsonl
 
 
-class MetricsFile:
-    """Appends records to `folder/metrics.jsonl`; numbers that JSON cannot hold (NaN, infinity) are written as null."""
-
-    def __init__(self, folder: str | Path) -> None:
-        self.path = Path(folder) / METRICS_FILE
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record, stamped with the time (seconds since the epoch)."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        stamped = json.dumps({**record, "time": round(time.time(), 3)}, default=_plain)
-        line = json.dumps(json.loads(stamped, parse_constant=lambda _: None))
-        with self.path.open("a+b") as file:
-            if file.tell():
-                file.seek(-1, 2)
-                if file.read() != b"\n":
-                    file.write(b"\n")  # a killed process left half a line: start a new line
-            file.write(line.encode() + b"\n")
+def write_metrics(folder: str | Path, record: Mapping[str, Any]) -> None:
+    """Append a record, stamped with the time (seconds since the epoch), to ``folder/metrics.jsonl``; numbers that JSON
+    cannot hold (NaN, infinity) are written as null."""
+    path = Path(folder) / METRICS_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stamped = json.dumps({**record, "time": round(time.time(), 3)}, default=_plain)
+    line = json.dumps(json.loads(stamped, parse_constant=lambda _: None))
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, 2)
+            if file.read() != b"\n":
+                file.write(b"\n")  # a killed process left half a line: start a new line
+        file.write(line.encode() + b"\n")
 
 
 def _plain(value: Any) -> Any:

@@ -23,7 +23,7 @@ from mpoe.training.arguments import MPOETrainingArguments
 from mpoe.training.callbacks import DivergenceError, DivergenceGuard, GradientMaskCallback, check_weights
 from mpoe.training.checkpoints import CheckpointMixin, go_on_with_choices
 from mpoe.training.freezing import GradientMask, freeze_all_but_experts, freeze_cores
-from mpoe.training.output_dir import MetricsFile, checkpoint_to_resume
+from mpoe.training.output_dir import METRICS_FILE, checkpoint_to_resume, write_metrics
 from mpoe.training.rates import build_param_groups, keep_state, rate_advice
 from mpoe.training.run_lock import hold
 from mpoe.training.statistics import (
@@ -108,7 +108,6 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         # This class scales the loss of every model, T5 included: the Trainer only divides by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self._shifts_labels = shifts_labels(self.model)
-        self._metrics_file = MetricsFile(str(args.output_dir))
         self._log = RunLog()
         self._load_watch = LoadWatch([short_name(name) for name, _ in routed_layers(self.model)])
         self._corrects_bias = corrects_bias(self.model)
@@ -156,9 +155,9 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         if self.args.should_save:
             if resume_from_checkpoint:
                 step = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)).global_step
-            if self._metrics_file.path.exists() or step:
+            if (run_dir / METRICS_FILE).exists() or step:
                 # Readers drop records that an earlier attempt logged after this step.
-                self._metrics_file.write({"event": "resume", "step": step})
+                write_metrics(run_dir, {"event": "resume", "step": step})
             checkpoints.clean_leftovers(run_dir)
         self._load_watch.start(step)
         try:
@@ -168,7 +167,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
             return result
         except DivergenceError as error:
             if self.is_world_process_zero():
-                self._metrics_file.write({"event": "diverged", "step": error.step, "why": str(error)})
+                write_metrics(run_dir, {"event": "diverged", "step": error.step, "why": str(error)})
             raise
         finally:
             # An error during a masked step must not leave the model masked.
@@ -322,7 +321,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
             details = self._training_details(logs)
         super().log(logs, *args, **kwargs)
         if self.is_world_process_zero():
-            self._metrics_file.write({"step": self.state.global_step, **logs, **details})
+            write_metrics(str(self.args.output_dir), {"step": self.state.global_step, **logs, **details})
 
     def _training_details(self, logs: dict[str, float]) -> dict[str, Any]:
         """Adds scalars to `logs`; returns what is too long for a log line. Called on all ranks."""

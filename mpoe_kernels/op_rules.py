@@ -37,7 +37,7 @@ def refuse_unseen(name: str, arguments: tuple[Any, ...]) -> None:
     bits by reading memory, whether it is there or not."""
     refuse_jit_trace(f"{NAMESPACE}::{name}")
     for value in arguments:
-        if type(value) in PLAIN and value.is_neg() and not torch._C._are_functorch_transforms_active():
+        if type(value) in PLAIN and value.is_neg() and not torch._C._functorch.is_functorch_wrapped_tensor(value):
             check_memory(f"every tensor of {NAMESPACE}::{name}", value)
         if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
             if name.endswith("_backward"):

@@ -1,4 +1,4 @@
-"""Assertions calibrated against PyTorch's own rounding, poisoned memory, and threads."""
+"""Assertions calibrated against PyTorch's own rounding, refusals, poisoned memory, and threads."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import pytest
 import torch
 from mpoe_bench.cases import relative_error
 from torch import Tensor
@@ -86,3 +87,16 @@ def poisoned_memory(device: torch.device | str = "cpu") -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before)
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+def refuses(
+    error: type[Exception] | tuple[type[Exception], ...],
+    message: str,
+    call: Callable[..., object],
+    /,
+    *arguments: Any,
+    **options: Any,
+) -> None:
+    """Require that a call raises ``error`` with a text in which the pattern ``message`` is found."""
+    with pytest.raises(error, match=message):
+        call(*arguments, **options)

@@ -155,7 +155,18 @@ def strided(tensor: Tensor) -> Tensor:
     return moved.requires_grad_(tensor.requires_grad)
 
 
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {"dense": lambda t: t, "unaligned": unaligned, "strided": strided}
+def transposed(tensor: Tensor) -> Tensor:
+    """The same values with the first axis innermost in memory."""
+    moved = tensor.detach().transpose(0, -1).contiguous().transpose(0, -1)
+    return moved.requires_grad_(tensor.requires_grad)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dense": lambda t: t,
+    "unaligned": unaligned,
+    "strided": strided,
+    "transposed": transposed,
+}
 
 
 @dataclass

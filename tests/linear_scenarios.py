@@ -41,12 +41,7 @@ class LinearScenarios:
     @pytest.mark.parametrize(
         ("name", "kind"),
         halved(
-            [
-                ("light", "all_to_one"),
-                ("light", "some_idle"),
-                ("separable", "some_idle"),
-                ("separable", "all_to_one"),
-            ]
+            [("light", "all_to_one"), ("light", "some_idle"), ("separable", "some_idle"), ("separable", "all_to_one")]
         ),
     )
     def test_distributions(self, name: str, kind: str) -> None:

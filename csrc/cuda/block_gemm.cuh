@@ -223,7 +223,7 @@ __device__ __forceinline__ void block_gemm(Accumulator<TileT>& acc, const A& a, 
     Accumulator<TileT> part;  // of one step, if long sums would lose accuracy
     if constexpr (F::kPartialSums) part.clear();
     Accumulator<TileT>& sums = F::kPartialSums ? part : acc;
-    UNROLL
+    UNROLL_BY_2  // float32 takes four steps, for which registers are missing
     for (int k = 0; k < TileT::kK; k += F::kStep) {
       typename F::A fa[TileT::kRowTiles];
       UNROLL

@@ -14,6 +14,7 @@
 #include <cuda_runtime.h>
 
 #define UNROLL _Pragma("unroll")
+#define UNROLL_BY_2 _Pragma("unroll 2")
 #define ROLLED _Pragma("unroll 1")
 #define DYN_SHARED(T, name)                                 \
   extern __shared__ __align__(128) unsigned char raw_##name[]; \

@@ -131,10 +131,11 @@ def routed(
 
 def backward(call: HiddenBackwardCall) -> tuple[Tensor, ...]:
     """See `HiddenBackwardCall`."""
-    u, need = call.u, call.need
+    need = call.need
     arguments, kept = _inputs(call)
+    u, own_gate, own_gates, _, right, left, right_gate, bias = kept
+    assert u is not None
     rows = dense_like("grad", call.grad, u.shape, u.dtype)
-    _, own_gate, own_gates, _, right, left, right_gate, bias = kept
     likes = (u, own_gates, right, left, bias, own_gate, right_gate)
     results = [
         u.new_empty(0) if like is None or not wanted else torch.empty_like(like)

@@ -12,12 +12,12 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mpoe import MPOEConfig, convert_to_mpoe
-from mpoe.cli.report import expert_colours, png, training_curves
 from mpoe.data.embedded import load_stand_in
 from mpoe.inspection import bond_spectra, parameter_growth, route_text
 from mpoe.layers.cores import MPOCores
 from mpoe.models.report import routed_layers
 from mpoe_kernels import MPOShape
+from tests.assertions import refuses
 
 ALWAYS = {"expert_load.png", "bond_spectra.png", "parameters.png"}
 pytestmark = pytest.mark.usefixtures("drawn")
@@ -85,19 +85,6 @@ def test_other_mixtures(cli, models: Path, prose: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "dense" / "bond_spectra.png").exists()
     assert "no routers" in page(tmp_path / "none")
     assert not (tmp_path / "none" / "expert_load.png").exists()
-
-
-def test_curves_without_what_a_dense_run_lacks() -> None:
-    curves = training_curves([{"step": 1, "loss": 2.0, "task_loss": 2.0}, {"step": 2, "eval_loss": 1.0}])
-    assert png(curves).startswith(b"\x89PNG")
-
-
-def test_colours_tell_experts_apart() -> None:
-    for experts in (2, 8, 16):
-        colours = expert_colours(experts)
-        assert len(set(colours)) == experts
-        rgb = torch.tensor([[int(c[k : k + 2], 16) for k in (1, 3, 5)] for c in colours]).float()
-        assert rgb.mean(1).min() > 140  # black letters stay readable
 
 
 def test_help_and_refusals(cli, refused, models: Path, tmp_path: Path) -> None:
@@ -205,8 +192,7 @@ def test_routes_are_the_routers_choices(kind: str, top_k: int) -> None:
     for name, experts, probabilities in zip(first.layers, first.experts, first.probabilities, strict=True):
         assert experts == seen[name].tolist()
         assert all(len(p) == top_k and p == sorted(p, reverse=True) and 0 < sum(p) <= 1 + 1e-6 for p in probabilities)
-    with pytest.raises(ValueError, match="text must hold at least one token; got ''"):
-        route_text(model, load_stand_in("gpt2")[1], "")
+    refuses(ValueError, "text must hold at least one token; got ''", route_text, model, load_stand_in("gpt2")[1], "")
 
 
 @pytest.mark.parametrize("expert_type", ["mpo", "dense"])
@@ -224,5 +210,4 @@ def test_totals_are_those_of_converted_models(expert_type: str) -> None:
     assert [growth.dense] * 3 == [report["dense_total"] for report in reports]
     assert growth.switch == [report["switch_total"] for report in reports]
     assert growth.mpoe == ([report["total"] for report in reports] if expert_type == "mpo" else [])
-    with pytest.raises(ValueError, match="GPT2LMHeadModel has none"):
-        parameter_growth(dense)
+    refuses(ValueError, "GPT2LMHeadModel has none", parameter_growth, dense)

@@ -16,6 +16,7 @@ from mpoe.cli.command import Asked, CommandError, as_command, make_parser, optio
 from mpoe.cli.train import GROUPS
 from mpoe_kernels import backend_reasons
 from mpoe_kernels.version import __version__
+from tests.assertions import refuses
 
 
 @dataclass
@@ -91,8 +92,7 @@ def test_help_of_train_shows_what_matters_first(cli, refused) -> None:
     ],
 )
 def test_flags_that_are_refused(flags: list[str], message: str) -> None:
-    with pytest.raises(CommandError, match=message):
-        parse([First], flags)
+    refuses(CommandError, message, parse, [First], flags)
 
 
 @pytest.mark.parametrize(
@@ -111,10 +111,8 @@ def test_flags_that_are_refused(flags: list[str], message: str) -> None:
     ],
 )
 def test_files_that_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
-    with pytest.raises(CommandError, match=message):
-        parse([First, Second], [], write(tmp_path, name, text))
-    with pytest.raises(CommandError, match="configuration file not found"):
-        parse([First, Second], [], tmp_path / "absent.yaml")
+    refuses(CommandError, message, parse, [First, Second], [], write(tmp_path, name, text))
+    refuses(CommandError, "configuration file not found", parse, [First, Second], [], tmp_path / "absent.yaml")
 
 
 @dataclass
@@ -158,12 +156,9 @@ def test_lists_take_what_follows_and_surplus_words_are_refused() -> None:
     assert asked is not None
     assert asked.options == (Third(items=[1, 2], rate=1e-3),)
     for tokens in (("m", "n"), ("--fast", "m", "n"), ("m", "--rate", "1", "n")):
-        with pytest.raises(CommandError, match="values without an option: 'n'"):
-            read(tokens)
-    with pytest.raises(CommandError, match="argument --prompt: expected one argument"):
-        read(["m", "--prompt"])
-    with pytest.raises(CommandError, match=r"^x needs a model first: mpoe x MODEL \(see mpoe x --help\)$"):
-        read(["--items", "3"])
+        refuses(CommandError, "values without an option: 'n'", read, tokens)
+    refuses(CommandError, "argument --prompt: expected one argument", read, ["m", "--prompt"])
+    refuses(CommandError, r"^x needs a model first: mpoe x MODEL \(see mpoe x --help\)$", read, ["--items", "3"])
 
 
 def test_a_configuration_file_comes_first(tmp_path: Path) -> None:
@@ -171,8 +166,7 @@ def test_a_configuration_file_comes_first(tmp_path: Path) -> None:
     asked = read_file([str(file), "--fast"])
     assert asked is not None
     assert asked[:2] == ((Third(["a"], True, rate=0.25),), {"prompt", "fast", "rate"})
-    with pytest.raises(CommandError, match="argument --fast: Truthy value expected: got maybe"):
-        read_file(["--fast", "maybe"])
+    refuses(CommandError, "argument --fast: Truthy value expected: got maybe", read_file, ["--fast", "maybe"])
 
 
 def test_help_is_printed_wherever_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

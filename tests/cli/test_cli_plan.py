@@ -37,8 +37,10 @@ def costs_of(model: str, training: bool = True, mask_central: bool = False, **co
 REFERENCE = [
     ("t5-base", 8, 222.9, 1015.8, 294.0),
     ("t5-base", 16, 222.9, 1921.9, 365.1),
+    ("t5-large", 4, 737.7, 1945.8, 863.9),
     ("t5-large", 8, 737.7, 3556.6, 990.1),
     ("gpt2", 8, 124.4, 520.9, 160.0),
+    ("gpt2", 16, 124.4, 973.9, 195.5),
 ]
 
 

@@ -1,17 +1,35 @@
-"""Encoding, padding, generation and scoring, with a word-level tokenizer small enough to check by eye."""
+"""Encoding, padding, generation and scoring, with a word-level tokenizer; sampling; metrics and baselines."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from mpoe.data import metrics as m
+from mpoe.data import tasks
+from mpoe.data.documentation import EMBEDDED_TASKS
 from mpoe.data.encode import PaddingCollator, encode_language_modeling, encode_text_to_text
-from mpoe.data.predict import evaluate_task, evaluation_mode, generate_texts, language_modeling_loss
+from mpoe.data.metrics import METRICS
+from mpoe.data.predict import (
+    baseline_scores,
+    collapse,
+    constant_answer,
+    evaluate_task,
+    evaluation_mode,
+    frequency_perplexity,
+    generate_texts,
+    language_modeling_loss,
+)
+from mpoe.data.sampler import MultiTaskBatchSampler, TemperatureSampler
 from mpoe.data.task import Example, Task
+from tests.assertions import refuses
 
 WORDS = ["<pad>", "</s>", "<unk>", "a", "b", "c", "yes", "no"]
 PAD, END, UNKNOWN, A, B, C, YES, NO = range(8)
@@ -60,8 +78,7 @@ def test_language_modelling_blocks():
     ],
 )
 def test_encoding_refuses(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
+    refuses(ValueError, message, call)
 
 
 def test_padding():
@@ -74,8 +91,7 @@ def test_padding():
     assert PaddingCollator(PAD, pad_to_multiple_of=8)(items)["input_ids"].shape == (2, 8)
     assert set(PaddingCollator(PAD)([{"input_ids": [A]}])) == {"input_ids"}
     for arguments in ((-1,), (None,), (0, 0)):
-        with pytest.raises((TypeError, ValueError), match="must be"):
-            PaddingCollator(*arguments)
+        refuses((TypeError, ValueError), "must be", PaddingCollator, *arguments)
     with pytest.raises(ValueError, match="at least one item"):
         PaddingCollator(PAD)([])
 
@@ -109,8 +125,7 @@ def test_generation_keeps_order_and_the_mode():
     with evaluation_mode(model):
         pass
     assert not model.training
-    with pytest.raises(ValueError, match="must be at least 1"):
-        generate_texts(model, word_tokenizer(), [], batch_size=0)
+    refuses(ValueError, "must be at least 1", generate_texts, model, word_tokenizer(), [], batch_size=0)
 
 
 def test_evaluate_task_scores_generated_texts():
@@ -119,8 +134,7 @@ def test_evaluate_task_scores_generated_texts():
     scores = evaluate_task(Echo(), word_tokenizer(), task, "test")
     assert scores == {"accuracy": 0.5, "f1": pytest.approx(0.8)}
     assert set(evaluate_task(Echo(), word_tokenizer(), task, "test", n=2)) == {"accuracy", "f1"}
-    with pytest.raises(ValueError, match="split train of task t has no items"):
-        evaluate_task(Echo(), word_tokenizer(), task, "train")
+    refuses(ValueError, "split train of task t has no items", evaluate_task, Echo(), word_tokenizer(), task, "train")
 
 
 def test_language_modelling_loss_of_a_uniform_model():
@@ -138,5 +152,239 @@ def test_language_modelling_loss_of_a_uniform_model():
         "lm", lambda s: [Example("a b c a")], kind="language_modeling", metrics=("perplexity",), max_source_length=4
     )
     assert evaluate_task(Uniform(), word_tokenizer(), task, "test")["perplexity"] == pytest.approx(8.0, rel=1e-6)
-    with pytest.raises(ValueError, match="at least one block"):
-        language_modeling_loss(Uniform(), [])
+    refuses(ValueError, "at least one block", language_modeling_loss, Uniform(), [])
+
+
+# ------------------------------------------------------------------ sampling
+
+
+SIZES = {"large": 1600, "small": 100}
+
+
+@pytest.mark.parametrize(("temperature", "share"), [(1.0, 16 / 17), (2.0, 4 / 5), (4.0, 2 / 3), (float("inf"), 1 / 2)])
+def test_probabilities_by_hand_and_in_the_draws(temperature, share):
+    sampler = TemperatureSampler(SIZES, temperature, seed=1)
+    assert sampler.probabilities["large"] == pytest.approx(share)
+    assert sum(sampler.probabilities.values()) == pytest.approx(1.0)
+    assert np.mean(sampler.indices(0, 20_000) == 0) == pytest.approx(share, abs=0.015)
+
+
+def test_a_step_number_is_the_whole_state():
+    sampler = TemperatureSampler(SIZES, 3.0, seed=7)
+    whole = sampler.indices(0, 200)
+    for start in range(30):
+        np.testing.assert_array_equal(TemperatureSampler(SIZES, 3.0, seed=7).indices(start, 200), whole[start:])
+    assert [sampler.task_at(step) for step in range(50)] == [sampler.names[i] for i in whole[:50]]
+    assert not np.array_equal(TemperatureSampler(SIZES, 3.0, seed=8).indices(0, 200), whole)
+    assert TemperatureSampler({"a": 10**300, "b": 1}, 0.001).probabilities["a"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "temperature", "message"),
+    [
+        ({}, 1.0, "at least one task"),
+        ({"a": 0}, 1.0, r"sizes\['a'\] must be at least 1; got 0"),
+        ({"a": 1}, 0.0, "temperature must be > 0; got 0"),
+        ({"a": 1}, float("nan"), "temperature must be > 0"),
+    ],
+)
+def test_sampler_refuses(sizes, temperature, message):
+    refuses(ValueError, message, TemperatureSampler, sizes, temperature)
+
+
+def batches(**changes) -> list[list[int]]:
+    fields = {"sizes": {"a": 10, "b": 7}, "batch_size": 3, "num_steps": 40, "temperature": 2.0, "seed": 5, **changes}
+    return list(MultiTaskBatchSampler(**fields))
+
+
+def task_of(batch: list[int]) -> str:
+    tasks = {"a" if index < 10 else "b" for index in batch}
+    assert len(tasks) == 1, f"batch {batch} mixes tasks"
+    return tasks.pop()
+
+
+def test_one_task_per_step_on_all_ranks_and_micro_batches():
+    ranks = [batches(rank=r, world_size=2, accumulation=2) for r in range(2)]
+    assert len(ranks[0]) == len(ranks[1]) == 80
+    for step in range(40):
+        micro = [ranks[r][2 * step + m] for r in range(2) for m in range(2)]
+        assert len({task_of(batch) for batch in micro}) == 1
+    expected = TemperatureSampler({"a": 10, "b": 7}, 2.0, 5).indices(0, 40)
+    assert ["ab".index(task_of(batch)) for batch in ranks[0][::2]] == expected.tolist()
+
+
+def test_every_item_once_per_pass():
+    for world in (1, 2):
+        ranks = [batches(rank=r, world_size=world) for r in range(world)]
+        for name, first, size in (("a", 0, 10), ("b", 10, 7)):
+            visited = [
+                i for step in zip(*ranks, strict=True) for batch in step if task_of(batch) == name for i in batch
+            ]
+            for turn in range(len(visited) // size):
+                assert sorted(visited[turn * size : (turn + 1) * size]) == list(range(first, first + size))
+            assert visited[:size] != visited[size : 2 * size]
+
+
+def test_resuming_continues_exactly():
+    whole = batches(accumulation=2)
+    for step in (0, 1, 17, 40):
+        assert batches(accumulation=2, start_step=step) == whole[2 * step :]
+    sampler = MultiTaskBatchSampler({"a": 10}, 3, 10)
+    assert len(sampler) == 10
+    sampler.set_step(4)
+    assert len(sampler) == len(list(sampler)) == 6
+
+
+def test_batches_larger_than_the_data_are_full():
+    assert Counter(i for batch in batches(sizes={"a": 2}, batch_size=5, num_steps=2) for i in batch) == {0: 5, 1: 5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"accumulation": 0}, "accumulation must be at least 1"),
+        ({"rank": 2, "world_size": 2}, r"rank must be in \[0, world_size=2\); got 2"),
+        ({"num_steps": -1}, "num_steps must be at least 0"),
+        ({"start_step": 41}, r"step must be in \[0, num_steps=40\]; got 41"),
+    ],
+)
+def test_batch_sampler_refuses(changes, message):
+    refuses(ValueError, message, batches, **changes)
+
+
+# ------------------------------------------------------------------ metrics
+
+
+ONES, MORE = [1, 1, 1, 0, 0], [1, 1, 0, 1, 0]  # TP 2, TN 1, FP 1, FN 1
+CAT, MAT = ["the cat sat on the mat"], ["the cat lay on a mat"]
+VALUES = [
+    ("f1", ONES, MORE, 2 / 3),
+    ("macro_f1", ONES, MORE, (2 / 3 + 0.5) / 2),
+    ("f1", [0, 0], [0, 0], 0.0),
+    ("f1", [-1, 1], [1, 1], 2 / 3),  # an answer that is no label is a miss
+    ("matthews", ONES, MORE, 1 / 6),  # (2 - 1) / sqrt(3 * 3 * 2 * 2)
+    ("matthews", [1, 1], [0, 1], 0.0),
+    ("matthews", [0, 1], [1, 1], 0.0),
+    # deviations (-1.5,-.5,.5,1.5) and (-1.5,.5,-.5,1.5): 2.25 - .25 - .25 + 2.25 = 4 over 5
+    ("pearson", [1, 2, 3, 4], [1, 3, 2, 4], 0.8),
+    ("spearman", [1, 2, 3, 4], [10, 300, 20, 4000], 0.8),
+    ("pearson", [1, 1, 1], [1, 2, 3], 0.0),
+    ("spearman", [5, 1, 2], [0, 0, 0], 0.0),
+    ("exact_match", ["Get  payload.", "x"], ["get payload", "y"], 0.5),
+    # "get the payload" against "get payload": 2 shared of 3 and 2 -> 4/5; "" against "y" -> 0
+    ("token_f1", ["get the payload", ""], ["get payload", "y"], 0.4),
+    ("token_f1", ["a a"], ["a"], 2 / 3),
+    ("token_f1", ["..."], ["!"], 1.0),  # nothing asked, nothing said
+    ("rouge1", CAT, MAT, 2 * 4 / 12),  # the, cat, on, mat shared (one "the" is surplus)
+    ("rouge2", CAT, MAT, 2 * 1 / 10),  # only "the cat" is shared, of 5 and 5 pairs
+    ("rouge_l", ["b a"], ["a b"], 2 * 1 / 4),  # order matters
+    ("rouge2", ["one two"], ["one"], 0.0),  # no pair on one side
+    ("rouge_l", ["a b c", "x"], ["a c", "y"], (2 * 2 / 5 + 0) / 2),
+    ("bleu", CAT, CAT, 1.0),
+    # 1: the(1 of 2 kept) cat on mat -> 4/6; 2: "the cat" -> 1/5; 3 and 4 have none -> 1/2 of 4, 1/4 of 3
+    ("bleu", CAT, MAT, (4 / 6 * 1 / 5 * 0.5 / 4 * 0.25 / 3) ** 0.25),
+    # counts of the set, not a mean of sentences: 3 of 4 words, 1 of 2 pairs; no longer n-grams at all
+    ("bleu", ["a b", "c d"], ["a b", "c x"], math.sqrt(3 / 4 * 1 / 2)),
+    ("bleu", [""], ["y"], 0.0),
+]
+
+
+@pytest.mark.parametrize(("name", "predicted", "expected", "value"), VALUES)
+def test_by_hand(name: str, predicted: list, expected: list, value: float) -> None:
+    assert METRICS[name](predicted, expected) == pytest.approx(value)
+    if isinstance(predicted[0], str):
+        refuses(TypeError, "predictions must be texts; got int", METRICS[name], [1], ["a"])
+        refuses(TypeError, "references must be texts; got NoneType", METRICS[name], ["a"], [None])
+
+
+def test_perplexity():
+    assert m.perplexity([math.log(4), math.log(16)]) == pytest.approx(8.0)
+    assert m.perplexity([math.log(4), math.log(16)], weights=[3, 1]) == pytest.approx(4 * math.sqrt(2))
+    assert m.perplexity([1e6]) == math.inf
+    for losses, weights in (([], None), ([math.nan], None), ([1.0], [0]), ([1.0, 2.0], [1])):
+        refuses(ValueError, r"losses|weights", m.perplexity, losses, weights)
+
+
+@pytest.mark.parametrize("name", sorted(METRICS))
+def test_every_metric_refuses_unequal_and_empty_input(name):
+    metric = m.get_metric(name)
+    refuses(ValueError, "differ in length: 2 and 1", metric, ["a", "b"], ["a"])
+    refuses(ValueError, "empty", metric, [], [])
+
+
+def test_wrong_types_are_refused():
+    refuses(TypeError, "both texts or both numbers", METRICS["accuracy"], ["1"], [1])
+    refuses(TypeError, "must be numbers", METRICS["pearson"], ["x"], [1])
+    refuses(ValueError, "finite", METRICS["spearman"], [math.nan, 1], [1, 2])
+    refuses(ValueError, r"\[N\]; got \(1, 2\)", METRICS["accuracy"], [[1, 2]], [[1, 2]])
+    refuses(ValueError, r"metric must be one of .*; got 'acuracy' \(did you mean 'accuracy'", m.get_metric, "acuracy")
+
+
+@pytest.mark.parametrize(("name", "package"), [("bleu", "sacrebleu"), ("rouge_l", "rouge_score")])
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, name: str, package: str) -> None:
+    monkeypatch.setattr(m.importlib.util, "find_spec", lambda asked: None)
+    refuses(RuntimeError, rf'needs the package {package}: pip install "mpoe\[metrics\]"', m.get_metric, name)
+    assert m.get_metric("matthews")([0, 1], [0, 1]) == 1.0
+
+
+def test_without_the_extra_only_tasks_that_need_it_are_refused(monkeypatch) -> None:
+    """Before anything is trained; the embedded tasks and the names of all others need none of its packages."""
+    monkeypatch.setattr(m.importlib.util, "find_spec", lambda asked: None)
+    for task in EMBEDDED_TASKS:
+        assert tasks.get_task(task.name) is task
+    assert {task.name for task in EMBEDDED_TASKS} < set(tasks.task_names())
+    needy = Task("needy", kind="generation", rows=lambda split: (), metrics=("bleu",))
+    monkeypatch.setitem(tasks._REGISTERED, "needy", needy)
+    refuses(RuntimeError, "needs the package sacrebleu", tasks.get_task, "needy")
+
+
+def task(**options: object) -> Task:
+    return Task(name="x", rows=lambda split: [], **options)  # type: ignore[arg-type]
+
+
+def test_the_most_frequent_label() -> None:
+    labels = task(labels=("no", "yes"), metrics=("accuracy", "f1", "matthews"))
+    targets = ["yes"] * 9 + ["no"]
+    assert constant_answer(labels, targets) == "yes"
+    assert baseline_scores(labels, targets) == pytest.approx({"accuracy": 0.9, "f1": 18 / 19, "matthews": 0.0})
+    refuses(ValueError, "targets of task x must hold at least one text", baseline_scores, labels, [])
+
+
+def test_the_mean_and_the_most_frequent_text() -> None:
+    numbers = task(kind="regression", metrics=("pearson", "spearman"))
+    assert constant_answer(numbers, ["1.0", "2.0", "6"]) == "3.0"
+    assert baseline_scores(numbers, ["1.0", "2.0", "6"]) == {"pearson": 0.0, "spearman": 0.0}
+    texts = task(kind="generation", metrics=("exact_match", "token_f1"))
+    assert baseline_scores(texts, ["a b", "a b", "c"]) == pytest.approx({"exact_match": 2 / 3, "token_f1": 2 / 3})
+
+
+def test_tokens_by_their_frequency() -> None:
+    assert frequency_perplexity([1, 2, 3, 4] * 5) == pytest.approx(4.0)
+    assert frequency_perplexity([7, 7, 7]) == 1.0
+    expected = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+    assert frequency_perplexity(iter([1, 1, 1, 2])) == pytest.approx(expected)
+    assert math.isnan(frequency_perplexity([]))
+
+
+@pytest.mark.parametrize(
+    ("answers", "targets", "words"),
+    [
+        (["a"] * 8, ["a", "b"] * 4, "all 8 answers are 'a', which 50% of the expected ones are"),
+        (["a"] * 99 + ["b"], ["a", "b"] * 50, "99% of the 100 answers are 'a', which 50%"),
+        (["a"] * 97 + ["b"] * 3, ["a"] * 92 + ["b"] * 8, None),  # nearly as the expected ones
+        (
+            ["1.0", "2.0"] * 10,
+            [str(i) for i in range(20)],
+            "the 20 answers have 2 different values, the expected ones 20",
+        ),
+        (["x" * 60] * 3, ["a", "b", "c"], "xxx..."),
+        (["a", "b"] * 4, ["b", "a"] * 4, None),  # wrong, but not collapsed
+        (["a"] * 4, ["a"] * 4, None),
+        (["a"], ["b"], None),
+    ],
+)
+def test_collapse(answers: list[str], targets: list[str], words: str | None) -> None:
+    found = collapse(answers, targets)
+    assert (found is None) == (words is None)
+    assert words is None or words in str(found)

@@ -13,6 +13,7 @@ from mpoe.data.spec import regression_text
 from mpoe.data.tables import read_table
 from mpoe.data.task import Example
 from mpoe.data.tasks import load_task_from_folder
+from tests.assertions import refuses
 
 ROWS = [{"idx": i, "sentence": f"sentence {i}", "label": i % 2} for i in range(6)]
 
@@ -100,8 +101,7 @@ def test_text_files_are_language_modelling(tmp_path):
     task = load_task_from_folder(tmp_path / "lm")
     assert (task.kind, task.metrics) == ("language_modeling", ("perplexity",))
     assert task.train() == (Example("one"), Example("two"))
-    with pytest.raises(ValueError, match=r"data_dir .*lm has no test split; use split_validation_test"):
-        task.test()
+    refuses(ValueError, r"data_dir .*lm has no test split; use split_validation_test", task.test)
     with pytest.raises(ValueError, match=r"kind must be language_modeling for \.txt"):
         load_task_from_folder(tmp_path / "lm", kind="regression")
     table = load_task_from_folder(folder_of(tmp_path / "t", ROWS), kind="language_modeling")
@@ -145,8 +145,7 @@ GOOD = jsonl(ROWS)
     ],
 )
 def test_bad_json_lines_are_refused_with_file_and_line(tmp_path, train, message):
-    with pytest.raises(ValueError, match=message):
-        load_task_from_folder(folder_of(tmp_path, ROWS, train=train))
+    refuses(ValueError, message, load_task_from_folder, folder_of(tmp_path, ROWS, train=train))
 
 
 def test_bad_rows_of_other_splits_are_refused_too(tmp_path):
@@ -157,8 +156,7 @@ def test_bad_rows_of_other_splits_are_refused_too(tmp_path):
         load_task_from_folder(folder_of(tmp_path, ROWS, test=unknown))
     rows = [{"sentence": "x", "score": 0.5}]
     bad = folder_of(tmp_path / "r", rows, validation='{"sentence": "x", "score": "high"}\n')
-    with pytest.raises(ValueError, match=r"validation\.jsonl, line 1: expected a finite number; got 'high'"):
-        load_task_from_folder(bad)
+    refuses(ValueError, r"validation\.jsonl, line 1: expected a finite number; got 'high'", load_task_from_folder, bad)
 
 
 @pytest.mark.parametrize(
@@ -177,36 +175,30 @@ def test_bad_rows_of_other_splits_are_refused_too(tmp_path):
 )
 def test_bad_files_are_refused(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(ValueError, match=message):
-        read_table(tmp_path / name)
+    refuses(ValueError, message, read_table, tmp_path / name)
 
 
 def test_half_a_gzip_file(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(GOOD.encode() * 200)[:60])
-    with pytest.raises(ValueError, match=r"a\.jsonl\.gz: cannot be read"):
-        read_table(tmp_path / "a.jsonl.gz")
+    refuses(ValueError, r"a\.jsonl\.gz: cannot be read", read_table, tmp_path / "a.jsonl.gz")
 
 
 def test_bad_folders_and_arguments_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="data_dir must be an existing folder; got"):
-        load_task_from_folder(tmp_path / "absent")
-    with pytest.raises(ValueError, match=r"must hold a train file .*got nothing"):
-        load_task_from_folder(tmp_path)
+    refuses(ValueError, "data_dir must be an existing folder; got", load_task_from_folder, tmp_path / "absent")
+    refuses(ValueError, r"must hold a train file .*got nothing", load_task_from_folder, tmp_path)
     write(tmp_path / "train.jsonl", GOOD)
     alone = load_task_from_folder(tmp_path)
     assert len(alone.train()) + len(alone.validation()) == GOOD.count("\n")
     assert not {e.source for e in alone.train()} & {e.source for e in alone.validation()}
     write(tmp_path / "dev.jsonl", GOOD)
     load_task_from_folder(tmp_path)
-    with pytest.raises(ValueError, match=r"kind of task .* must be one of"):
-        load_task_from_folder(tmp_path, kind="ranking")
+    refuses(ValueError, r"kind of task .* must be one of", load_task_from_folder, tmp_path, kind="ranking")
     with pytest.raises(ValueError, match=r"train\.jsonl, line 1: column 'labl' is missing \(did you mean 'label"):
         load_task_from_folder(tmp_path, label_column="labl")
     with pytest.raises(ValueError, match=r"line 2: label_words .* must have a word for '1'.* words for 0, 2"):
         load_task_from_folder(tmp_path, label_words={0: "no", 2: "yes"})
     write(tmp_path / "val.csv", "text,label\nx,1\n")
-    with pytest.raises(ValueError, match=r"must hold one validation file; got dev\.jsonl, val\.csv"):
-        load_task_from_folder(tmp_path)
+    refuses(ValueError, r"must hold one validation file; got dev\.jsonl, val\.csv", load_task_from_folder, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from mpoe.data.tasks import (
     standard_specs,
     task_names,
 )
+from tests.assertions import refuses
 
 TEXT_TASKS = ("doc_kind", "doc_module", "doc_name")
 
@@ -62,11 +63,8 @@ def test_embedded_splits_share_no_source_text(name):
     assert not sources[0] & sources[2]
     assert not sources[1] & sources[2]
     assert len(train) > 2000
+    assert len(test) > 600
     assert task.train() == train
-
-
-def test_embedded_tasks_hold_out_over_two_thousand_items():
-    assert sum(len(get_task(name).test()) for name in TEXT_TASKS) >= 2000
 
 
 @pytest.mark.parametrize("name", ["doc_kind", "doc_module"])
@@ -122,12 +120,10 @@ def test_families_and_masking():
 
 def test_registry():
     assert {*TEXT_TASKS, "doc_lm"} <= set(task_names())
-    with pytest.raises(ValueError, match=r"task must be one of .*'doc_lm'; got 'doc_modul' \(did you mean 'doc_mod"):
-        get_task("doc_modul")
+    refuses(ValueError, r"task must be one of .*; got 'doc_modul' \(did you mean 'doc_mod", get_task, "doc_modul")
     task = register_task(tiny_task("registered_in_a_test"))
     assert get_task("registered_in_a_test") is task
-    with pytest.raises(ValueError, match="registered already"):
-        register_task(tiny_task("registered_in_a_test"))
+    refuses(ValueError, "registered already", register_task, tiny_task("registered_in_a_test"))
     other = register_task(tiny_task("registered_in_a_test"), replace=True)
     assert get_task("registered_in_a_test") is other
     with pytest.raises(TypeError, match="task must be a Task or a TaskSpec; got str"):
@@ -144,8 +140,7 @@ def test_registry():
     ],
 )
 def test_task_refuses(changes, message):
-    with pytest.raises(ValueError, match=message):
-        tiny_task(**changes)
+    refuses(ValueError, message, tiny_task, **changes)
 
 
 def test_scores_from_texts():
@@ -153,10 +148,8 @@ def test_scores_from_texts():
     assert task.train() == (Example("judge: good", "yes"), Example("judge: bad", "no"))
     scores = task.score([" Yes ", "no", "maybe", "no"], ["yes", "no", "yes", "yes"])
     assert scores == {"accuracy": 0.5, "f1": pytest.approx(0.5)}
-    with pytest.raises(ValueError, match=r"references of task tiny must be labels .*'maybe'"):
-        task.score(["yes"], ["maybe"])
-    with pytest.raises(ValueError, match=r"split must be one of 'train'.*'dev'"):
-        task.examples("dev")
+    refuses(ValueError, r"references of task tiny must be labels .*'maybe'", task.score, ["yes"], ["maybe"])
+    refuses(ValueError, r"split must be one of 'train'.*'dev'", task.examples, "dev")
     regression = tiny_task(kind="regression", labels=(), metrics=("pearson",))
     assert regression.score(["1.0", "nonsense", "-1.0"], ["2.0", "0.0", "-2.0"])["pearson"] == pytest.approx(1.0)
     with pytest.raises(ValueError, match="perplexity"):
@@ -167,8 +160,7 @@ def test_scores_from_texts():
 
 def test_average_over_tasks_not_over_metrics():
     assert average_score({"a": {"accuracy": 1.0, "f1": 0.0}, "b": {"pearson": 0.5}}) == 0.75
-    with pytest.raises(ValueError, match="at least one task"):
-        average_score({})
+    refuses(ValueError, "at least one task", average_score, {})
 
 
 def test_subsets_grow_and_depend_on_the_seed_alone():
@@ -177,12 +169,10 @@ def test_subsets_grow_and_depend_on_the_seed_alone():
     assert subset(items, 20, seed=1) == subset(items, 50, seed=1)[:20]
     assert subset(items, 20, seed=1) != subset(items, 20, seed=2)
     assert sorted(subset(items, 1000)) == items
-    with pytest.raises(ValueError, match="n must be at least 0"):
-        subset(items, -1)
+    refuses(ValueError, "n must be at least 0", subset, items, -1)
     task = with_subsets(tiny_task(), n_val=3, data_seed=5)
     assert [len(task.examples(s)) for s in ("train", "validation", "test")] == [2, 3, 1]
-    with pytest.raises(ValueError, match="n_train must be at least 1; got 0"):
-        with_subsets(tiny_task(), n_train=0)
+    refuses(ValueError, "n_train must be at least 1; got 0", with_subsets, tiny_task(), n_train=0)
 
 
 def test_test_half_of_validation_leaks_nothing():
@@ -311,8 +301,7 @@ def test_headers_and_names_of_files_differ(tmp_path: Path) -> None:
     assert task.train() == (Example('say "hi?', "yes"), Example("say ho?", "no"))
     assert task.validation() == (Example("yes?", "yes"),)
     strict = TaskSpec.from_mapping("t", {**fields, "column_names": ["id", "label", "text"]})
-    with pytest.raises(ValueError, match=r"train\.tsv, line 2: expected 3 columns \(id, label, text\); got 5"):
-        load_task(strict, folder)
+    refuses(ValueError, r"train\.tsv, line 2: expected 3 columns \(id, label, text\); got 5", load_task, strict, folder)
 
 
 def test_wikitext_folders(tmp_path: Path) -> None:
@@ -347,16 +336,12 @@ GOOD = {"template": "{a}", "label_words": {0: "no", 1: "yes"}}
         ({"max_target_length": "8"}, "max_target_length of task t must be a whole number; got '8'"),
         ({"hidden_test": 1}, "hidden_test of task t must be true or false; got 1"),
         ({"hub": {"config": "x"}}, "hub of task t must be a data set's name, or a mapping with its path"),
-        (
-            {"hub": {"path": "x", "confg": "y"}},
-            r"field of hub of task t must be one of .*\(did you mean 'config'",
-        ),
+        ({"hub": {"path": "x", "confg": "y"}}, r"field of hub of task t must be one of .*\(did you mean 'config'"),
     ],
 )
 def test_refusals_name_field_and_file(tmp_path: Path, changes: dict, message: str) -> None:
     (tmp_path / "tasks.json").write_text(json.dumps({"t": {**GOOD, **changes}}))
-    with pytest.raises(ValueError, match=r"tasks\.json: .*" + message):
-        read_task_file(tmp_path / "tasks.json")
+    refuses(ValueError, r"tasks\.json: .*" + message, read_task_file, tmp_path / "tasks.json")
 
 
 @pytest.mark.parametrize(
@@ -374,8 +359,7 @@ def test_refusals_name_field_and_file(tmp_path: Path, changes: dict, message: st
 def test_bad_files(tmp_path: Path, name: str, text: str | None, message: str) -> None:
     if text is not None:
         (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_task_file(tmp_path / name)
+    refuses(ValueError, message, read_task_file, tmp_path / name)
 
 
 def test_tasks_without_data(tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ const Block kBlocks[] = {
 template <class T>
 void run(const Block& c, Dtype dtype) {
   check::Random random(2);
-  const int offsets[] = {0, 9, 9, 34, 40}, experts = 4, slots = 53, tokens = 20, parts = 2, p = c.of_slot;
+  const int offsets[] = {0, 9, 9, 34, 40}, experts = 4, slots = 73, tokens = 20, parts = 2, p = c.of_slot;
   std::vector<int64_t> row_index(slots);
   for (int64_t& row : row_index) row = random.below(tokens);
   const Array x = Array::random(dtype, tokens * p * c.m, random), g = Array::random(dtype, slots * p * c.n, random),

@@ -19,6 +19,7 @@
 
 // device.cuh defines the same macros for nvcc.
 #define UNROLL
+#define UNROLL_BY_2
 #define ROLLED
 #define DYN_SHARED(T, name) T* name = reinterpret_cast<T*>(::emu::dynamic_shared())
 #define SHARED_ARRAY(T, name, count)                                                              \

@@ -6,6 +6,7 @@ Not collected here: `tools/external_suites.sh` copies this file beside nothing e
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -17,12 +18,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe
 
-SPECIAL = ("<pad>", "<unk>", "<cls>", "<sep>", "<mask>")
+word_tokenizer = importlib.import_module("tally").word_tokenizer  # `tests` is another package there
+SPECIAL = {f"{name}_token": f"<{name}>" for name in ("pad", "unk", "cls", "sep", "mask")}
 WORDS = [f"word{n}" for n in range(59)]
 SCRIPTS = {
     "run_clm_no_trainer": (
@@ -36,15 +37,6 @@ SCRIPTS = {
         ("--max_seq_length", "16"),
     ),
 }
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    whole = Tokenizer(models.WordLevel({word: n for n, word in enumerate([*SPECIAL, *WORDS])}, unk_token="<unk>"))
-    whole.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=whole, model_max_length=16, **dict(zip(names, SPECIAL, strict=True))
-    )
 
 
 # They ask accelerate for a kind of device that it has dropped, which no process has.
@@ -65,7 +57,8 @@ class _Scripts(unittest.TestCase):
         if self.is_mixture:
             model = convert_to_mpoe(model, MPOEConfig(num_experts=4, backend="eager", shape="separable"))
         model.save_pretrained(folder / "before")
-        _tokenizer().save_pretrained(folder / "before")
+        tokenizer = word_tokenizer([*SPECIAL.values(), *WORDS], model_max_length=16, **SPECIAL)
+        tokenizer.save_pretrained(folder / "before")
         lines = [" ".join(WORDS[(line * word) % len(WORDS)] for word in range(40)) for line in range(40)]
         (folder / "text.txt").write_text("\n".join(lines) + "\n")
         arguments = {

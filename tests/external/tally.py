@@ -50,3 +50,13 @@ def pytest_sessionfinish(session: Any) -> None:
     """Write the file; workers of a parallel run write none."""
     if not hasattr(session.config, "workerinput"):
         Path(os.environ["EXTERNAL_RESULTS"]).write_text(json.dumps(_found, indent=0, sort_keys=True) + "\n")
+
+
+def word_tokenizer(words: list[str], **options: Any) -> Any:
+    """For models of the suites: one token for each word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    whole = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+    whole.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=whole, **options)

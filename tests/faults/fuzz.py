@@ -1,14 +1,29 @@
-"""What a random input may lead to: it works, or it is refused in our own words; anything else is a problem."""
+"""What a random input may lead to: it works, or is refused in our own words; damage to values, bytes and files.
+
+Files are data, configurations of runs, and saved models, read through the public functions.
+"""
 
 from __future__ import annotations
 
+import gzip
+import json
 import random
+import shutil
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from mpoe.cli.command import is_on_purpose
+import torch
+
+from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe, save_mpoe_only
+from mpoe.cli.command import is_on_purpose, parse
+from mpoe.cli.options import ExpertOptions, RunOptions
+from mpoe.cli.tasks import DataOptions
+from mpoe.data.tasks import load_task_from_folder
+from tests.training.tiny import dense_model, mpoe_model
 
 SECONDS = 20.0  # of processor time that one input may take
 
@@ -109,19 +124,8 @@ _PIECES = (
         b"]",
         b":",
     ),
-    *(
-        b"9" * 5000,
-        b"1e999",
-        b"NaN",
-        b"null",
-        b"-",
-        b"&a *a",
-        b"!!python/object:os.system",
-        b"2001-99-99",
-        b"<<: 1",
-        b"? [x]",
-    ),
-    *(b"\\u0000", b"\xc3\x28", b"=", b"#", b"%", b"y" * 200_000),
+    *(b"9" * 5000, b"1e999", b"NaN", b"null", b"-", b"&a *a", b"!!python/object:os.system", b"2001-99-99", b"<<: 1"),
+    *(b"? [x]", b"\\u0000", b"\xc3\x28", b"=", b"#", b"%", b"y" * 200_000),
 )
 
 
@@ -151,3 +155,135 @@ def what_became_of(case: Case) -> str:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
         signal.signal(signal.SIGVTALRM, before)
     return "worked"
+
+
+# ------------------------------------------------------------------ files
+
+ROWS = [(f"the film number {i} is {'good' if i % 2 else 'bad'}", i % 2) for i in range(6)]
+TABLES = {
+    ".jsonl": "".join(f'{{"sentence": "{text}", "label": {label}}}\n' for text, label in ROWS),
+    ".csv": "sentence,label\n" + "".join(f'"{text}, really",{label}\n' for text, label in ROWS),
+    ".tsv": "sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in ROWS),
+    ".txt": "\n\n".join(text for text, _ in ROWS),
+}
+CONFIGS = {
+    ".json": '{"model": "t5", "num_experts": 4, "tasks": ["a", "b"], "capacity_factor": 1.25, "text_columns": null}',
+    ".yaml": "model: t5\nnum_experts: 4\ntasks: [a, b]\ncapacity_factor: 1.25\nlabel_words: {0: bad, 1: good}\n",
+}
+
+
+def data_files(draw: random.Random, folder: Path) -> Iterator[Case]:
+    """An endless stream; every case has a folder of its own below ``folder``."""
+    for number in range(1_000_000):
+        own = folder / str(number)
+        own.mkdir(parents=True)
+        if draw.random() < 0.35:
+            suffix = draw.choice(sorted(CONFIGS))
+            file = own / f"run{suffix}"
+            file.write_bytes(spoil_bytes(CONFIGS[suffix].encode(), draw))
+            groups = [RunOptions, DataOptions, ExpertOptions]
+            yield Case(f"{file}", partial(parse, groups, [], file), [str(file), "configuration", *_options(groups)])
+            continue
+        suffix = draw.choice(sorted(TABLES))
+        good = TABLES[suffix].encode()
+        for split in ("train", "validation"):
+            data = spoil_bytes(good, draw) if split == "train" or draw.random() < 0.3 else good
+            if draw.random() < 0.15:
+                (own / f"{split}{suffix}.gz").write_bytes(spoil_bytes(gzip.compress(data), draw))
+            else:
+                (own / f"{split}{suffix}").write_bytes(data)
+        yield Case(f"{own}/train{suffix}", partial(load, own), [str(own), "data_dir"])
+
+
+def load(folder: Path) -> None:
+    """Read a task and touch every item."""
+    task = load_task_from_folder(folder, "task")
+    for split in ("train", "validation"):
+        for example in task.examples(split):
+            if not isinstance(example.source, str):
+                raise AssertionError(f"a source is {example.source!r}")
+
+
+def _options(groups: list[type]) -> list[str]:
+    return [name for group in groups for name in group.__dataclass_fields__]  # type: ignore[attr-defined]
+
+
+def checkpoints(draw: random.Random, folder: Path) -> Iterator[Case]:
+    """An endless stream; the good models lie in ``folder``, beside a copy that is damaged again for every case."""
+    kinds = make_models(folder)
+    base, work = dense_model("gpt2"), folder / "spoilt"
+    base.load_state_dict(torch.load(folder / "base.pt"))
+    while True:
+        kind = draw.choice(kinds)
+        if work.exists():
+            shutil.rmtree(work)
+        shutil.copytree(folder / kind, work)
+        file = draw.choice(sorted(path for path in work.iterdir() if path.suffix in (".json", ".safetensors")))
+        how = draw.choice(
+            (spoil_header, spoil_json, spoil_file) if file.suffix != ".json" else (spoil_json, spoil_file)
+        )
+        how(file, draw)
+        call = partial(load_mpoe, work, base if kind == "only" else None)
+        yield Case(f"{kind}: {how.__name__} of {file.name}", call, [str(work), "config.json", "architectures", "base"])
+
+
+def make_models(folder: Path) -> list[str]:
+    """A whole model, one in shards, and an MPOE-only save."""
+    torch.manual_seed(0)
+    base = dense_model("gpt2")
+    torch.save(base.state_dict(), folder / "base.pt")
+    save_mpoe_only(convert_to_mpoe(base, MPOEConfig(num_experts=2, shape="separable")), folder / "only", base)
+    model = mpoe_model("t5", num_experts=2)
+    model.save_pretrained(folder / "whole")
+    model.save_pretrained(folder / "shards", max_shard_size="20KB")
+    return ["whole", "shards", "only"]
+
+
+def spoil_header(file: Path, draw: random.Random) -> None:
+    """Change what a safetensors header says: a shape, a dtype, offsets or the whole of it."""
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    name = draw.choice([key for key in header if key != "__metadata__"])
+    entry = header[name]
+    kind = draw.randrange(5)
+    if kind == 0:
+        entry["shape"] = [draw.choice((0, 1, 2**20, 2**40, 2**63 - 1)) for _ in entry["shape"]]
+    elif kind == 1:
+        entry["data_offsets"] = [draw.choice((0, 8, 2**40)), draw.choice((0, 16, 2**62))]
+    elif kind == 2:
+        header[name] = spoil_values(entry, draw)
+    elif kind == 3:
+        header[draw.choice(("x", "", "lm_head.weight"))] = header.pop(name)
+    else:
+        header[name] = odd(draw)
+    text = json.dumps(header).encode()
+    claimed = draw.choice((len(text), len(text), len(text), 0, 2**62, len(text) + 1))
+    file.write_bytes(claimed.to_bytes(8, "little") + text + data[8 + length :])
+
+
+def spoil_json(file: Path, draw: random.Random) -> None:
+    """Change values of config.json, of the index or of the base's record."""
+    if file.suffix != ".json":
+        file = file.with_name("config.json")
+    values = json.loads(file.read_text())
+    if "weight_map" in values and draw.random() < 0.6:
+        name = draw.choice(sorted(values["weight_map"]))
+        other = ("../config.json", "/etc/passwd", "..", "absent.safetensors", "a/../model.safetensors", "", 3, None)
+        values["weight_map"][name] = draw.choice(other)
+    else:
+        values = spoil_values(values, draw)
+    file.write_text(json.dumps(values))
+
+
+def spoil_file(file: Path, draw: random.Random) -> None:
+    """Cut, flip or put in bytes; of weights in the header, where it shows."""
+    data = file.read_bytes()
+    if file.suffix == ".json":
+        file.write_bytes(spoil_bytes(data, draw))
+        return
+    length = 8 + int.from_bytes(data[:8], "little")
+    if draw.random() < 0.3:
+        file.write_bytes(data[: draw.randrange(len(data))])
+    else:
+        file.write_bytes(spoil_bytes(data[:length], draw) + data[length:])

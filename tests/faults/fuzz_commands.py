@@ -33,8 +33,7 @@ from mpoe.cli.plan import PlanOptions
 from mpoe.cli.tasks import DataOptions
 from mpoe.training import MPOETrainingArguments
 
-from .fuzz import Case, Refused, some
-from .fuzz_files import TABLES
+from .fuzz import TABLES, Case, Refused, some
 
 GROUPS: dict[str, tuple[type, ...]] = {
     "train": (RunOptions, DataOptions, ExpertOptions, MPOETrainingArguments),

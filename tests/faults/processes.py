@@ -1,19 +1,35 @@
-"""Work in a forked process that has torch imported already, so that a run to be killed costs seconds, not minutes."""
+"""Work in forked processes that have torch imported already: runs to be killed, disks that are full or read-only.
+
+What was saved must stay whole. ``SEED`` is that of the exhaustive tests, ``SEED=1`` in the environment tries others.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import os
+import random
+import re
 import resource
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
+from mpoe.cli.main import main
+from mpoe.cli.models import model_folder
+from mpoe.models import load_mpoe
+from mpoe.training import checkpoints, find_last_checkpoint, prepare_output_dir, read_metrics
+from mpoe.training.output_dir import RUN_FILE
+from tests.training.tiny import make_trainer, resume_options
+
+SEED = int(os.environ.get("SEED", "0"))
 _VERSION_3, _DAC_OVERRIDE, _DAC_READ_SEARCH = 0x20080522, 1, 2  # linux/capability.h
 
 
@@ -106,3 +122,152 @@ def obey_permissions() -> None:
 def resident_bytes() -> int:
     """Memory of this process that is in RAM now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+# ------------------------------------------------------------------ runs to be killed
+
+STEPS = 12
+RUN = {"steps": STEPS, "family": "t5"}
+
+
+def victim(folder: Path) -> None:
+    """One process of a run: from the beginning, or from the last checkpoint."""
+    torch.set_num_threads(1)
+    resume = (folder / RUN_FILE).is_file()
+    checkpoint = prepare_output_dir(folder, resume=resume, run_config=RUN)
+    trainer = make_trainer(folder, **resume_options("t5", STEPS))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with model_folder(folder) as staging:
+        trainer.model.save_pretrained(staging)
+
+
+@dataclass
+class Tally:
+    """What became of the kills."""
+
+    kills: int = 0
+    while_saving: int = 0
+    resumed_from: list[int] = field(default_factory=list)
+    runs: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def kill_runs(kills: int, seed: int, folder: Path) -> Tally:
+    """Kill ``kills`` processes, spread over as many runs as that takes; every run is then let through to its end."""
+    draw, tally = random.Random(seed), Tally()
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    expected = straight_run(folder)
+    length = time.monotonic() - start
+    while tally.kills < kills:
+        run = folder / f"run-{tally.runs}"
+        for _ in range(min(draw.randint(1, 8), kills - tally.kills)):
+            last = find_last_checkpoint(run)
+            tally.resumed_from.append(checkpoints.step_of(last) if last else 0)
+            child = fork(lambda run=run: victim(run), folder / f"{run.name}.log")  # type: ignore[misc]
+            was_saving = kill_sometime(child, run, draw, length)
+            tally.kills += child.status == -9
+            tally.while_saving += child.status == -9 and was_saving
+            tally.problems += [f"{run.name}: {problem}" for problem in what_is_wrong(run, last)]
+            if child.status != -9:
+                break  # it was faster
+        # Undisturbed to its end; where a killed one had reached it, only its leftovers are cleared away.
+        if fork(lambda run=run: victim(run), folder / f"{run.name}.log").wait():  # type: ignore[misc]
+            tally.problems.append(f"{run.name}: cannot go on: {(folder / f'{run.name}.log').read_text()[-500:]}")
+        tally.problems += [f"{run.name}: {problem}" for problem in what_differs(run, expected)]
+        tally.runs += 1
+    return tally
+
+
+def kill_sometime(child: Child, run: Path, draw: random.Random, length: float) -> bool:
+    """Kill a child at a random moment of its run, or within a save; returns whether a save was in progress."""
+    staging = [checkpoints.staging_root(run), run / ".incomplete-model"]
+    if draw.random() < 0.5:
+        wait = draw.uniform(0.0, length)
+        end = time.monotonic() + wait
+        while not child.poll() and time.monotonic() < end:
+            time.sleep(0.001)
+    else:
+        skip, seen = draw.randint(0, 4), False  # so many saves go by
+        while not child.poll() and skip >= 0:
+            saving = any(path.exists() for path in staging)
+            skip -= saving and not seen
+            seen = saving
+            time.sleep(0.0005)
+        time.sleep(draw.uniform(0.0, 0.05))
+    was_saving = any(path.exists() for path in staging)
+    child.kill()
+    return was_saving
+
+
+def what_is_wrong(run: Path, last: Path | None) -> list[str]:
+    """Problems of a folder right after a kill; ``last`` is the newest checkpoint there was before."""
+    problems = []
+    if not run.is_dir():
+        return []  # killed before it began
+    for path in run.iterdir():
+        if path.name.startswith("checkpoint-") and (
+            not checkpoints.is_complete(path) or checkpoints.damaged_files(path)
+        ):
+            problems.append(f"{path.name} is not complete")
+    now = find_last_checkpoint(run)
+    if last is not None and (now is None or checkpoints.step_of(now) < checkpoints.step_of(last)):
+        problems.append(f"{last.name} is lost")
+    if (run / "config.json").exists():
+        load_mpoe(run)  # what looks like a model is one
+    return problems
+
+
+def what_differs(run: Path, expected: dict[str, torch.Tensor]) -> list[str]:
+    """Differences of a finished run from one that nobody disturbed."""
+    got = load_file(run / "model.safetensors")
+    problems = [
+        f"{name} differs" for name in expected if not torch.equal(got.get(name, torch.zeros(0)), expected[name])
+    ]
+    steps = [record["step"] for record in read_metrics(run) if "loss" in record]
+    if steps != list(range(1, STEPS + 1)):
+        problems.append(f"metrics hold the steps {steps}")
+    left = [path.name for path in run.iterdir() if path.name.startswith(".")]
+    return problems + [f"{name} was left behind" for name in left]
+
+
+def straight_run(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights of a run that nobody disturbs."""
+    if fork(lambda: victim(folder / "straight"), folder / "straight.log").wait():
+        raise RuntimeError((folder / "straight.log").read_text())
+    return load_file(folder / "straight" / "model.safetensors")
+
+
+def full_disk(folder: Path, size: int, expected: dict[str, torch.Tensor]) -> list[str]:
+    """Train where no file may grow beyond ``size`` bytes, then where it may; returns problems."""
+    run, log = folder / f"full-{size}", folder / f"full-{size}.log"
+
+    def starved() -> None:
+        torch.set_num_threads(1)
+        with limited_files(size):
+            victim(run)
+
+    problems = []
+    if fork(starved, log).wait() != 1 or not re.search(
+        r"^(OSError|safetensors_rust|.*SafetensorError)", log.read_text(), re.M
+    ):
+        problems.append(f"a full disk was not noticed as an OSError: {log.read_text()[-500:]}")
+    problems += what_is_wrong(run, None)
+    last = find_last_checkpoint(run)
+    if fork(lambda: victim(run), log).wait():
+        problems.append(f"no way on after {last}: {log.read_text()[-500:]}")
+    return problems + what_differs(run, expected)
+
+
+def command_says(arguments: list[str], log: Path, size: int | None = None, as_user: bool = False) -> tuple[int, str]:
+    """Exit code and output of the command line on a full disk, or without root's rights."""
+
+    def work() -> None:
+        torch.set_num_threads(1)
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        if as_user:
+            obey_permissions()
+        with limited_files(size or resource.RLIM_INFINITY):
+            main(arguments)
+
+    return fork(work, log).wait(), log.read_text()

@@ -1,57 +1,48 @@
-"""A slice of what `test_at_length.py` does: killed runs, full disks, folders that cannot be written."""
+"""Killed runs, full disks, folders that cannot be written, memory: slow in a slice, exhaustive at length."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
+import gc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe
-from mpoe.training import find_last_checkpoint
 from tests.assertions import in_threads
-from tests.training.tiny import dense_model, make_trainer, mpoe_model, resume_options
+from tests.training.tiny import Rows, dense_model, make_trainer, mpoe_model, resume_options
 
-from . import kills, memory
-from .kills import command_says, full_disk, straight_run
-from .processes import fork
+from .processes import (
+    SEED,
+    command_says,
+    full_disk,
+    kill_runs,
+    resident_bytes,
+    straight_run,
+)
+
+slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 
 
-@pytest.mark.slow
-def test_killed_runs_go_on_to_the_same_weights(tmp_path: Path) -> None:
-    tally = kills.kill_runs(3, seed=0, folder=tmp_path)
+@pytest.mark.parametrize("count", [pytest.param(3, marks=slow), pytest.param(50, marks=exhaustive)])
+def test_killed_runs_go_on_to_the_same_weights(tmp_path: Path, count: int) -> None:
+    tally = kill_runs(count, SEED, tmp_path)
+    print(f"{tally.kills} killed, {tally.while_saving} while saving: {tally.runs} runs resumed to the same weights")
     assert tally.problems == []
-    assert tally.kills == 3
+    assert tally.kills == count
 
 
-@pytest.mark.slow
-def test_full_disk_loses_nothing(tmp_path: Path) -> None:
-    """Full before the first checkpoint, and with room for the weights but not for the optimizer's state."""
+@pytest.mark.parametrize(
+    "sizes",
+    [pytest.param((0.0, 1.01), marks=slow), pytest.param([2 * number / 5 for number in range(6)], marks=exhaustive)],
+)
+def test_full_disk_loses_nothing(tmp_path: Path, sizes: list[float]) -> None:
+    """By what the weights take: before the first checkpoint, with room for them and not for the optimizer's state."""
     expected = straight_run(tmp_path)
     room = (tmp_path / "straight" / "model.safetensors").stat().st_size
-    for size in (10_000, room + 1000):
-        assert full_disk(tmp_path, size, expected) == []
-
-
-@pytest.mark.slow
-def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
-    """400 KiB hold one checkpoint; with more room the run goes on from it."""
-    disk, log = tmp_path / "disk", tmp_path / "log"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("only root may mount a small disk")
-    try:
-        assert fork(lambda: kills.victim(disk / "run"), log).wait() == 1
-        assert "No space left on device" in log.read_text()
-        assert kills.what_is_wrong(disk / "run", None) == []
-        assert find_last_checkpoint(disk / "run") == disk / "run" / "checkpoint-3"
-        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
-        assert fork(lambda: kills.victim(disk / "run"), log).wait() == 0
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    for size in sizes:
+        assert full_disk(tmp_path, 1 + int(size * room), expected) == []
 
 
 @pytest.mark.parametrize("options", [{"size": 20_000}, {"as_user": True}], ids=["full", "read_only"])
@@ -108,6 +99,31 @@ def test_same_seed_same_bits(tmp_path: Path, family: str) -> None:
     assert all(torch.equal(finals[1][name], value) for name, value in finals[0].items())
 
 
-@pytest.mark.slow
-def test_memory_stays_flat() -> None:
-    assert memory.growth(steps=150, warm=50).bytes_per_step < 20_000
+def count_tensors() -> int:
+    gc.collect()
+    return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize(
+    ("steps", "warm", "most"),
+    [pytest.param(150, 50, 20_000, marks=slow), pytest.param(1000, 200, 2_000, marks=exhaustive)],
+)
+def test_memory_stays_flat(steps: int, warm: int, most: int) -> None:
+    """Bytes per step by least squares; batches change their sizes, and the first ``warm`` ones fill caches."""
+    model = mpoe_model("t5", dropout=0.1, jitter=0.1).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    rows, samples, tensors = Rows("t5").rows, [], 0
+    for step in range(steps):
+        picked = [rows[(step + k) % len(rows)] for k in range(1 + step % 8)]
+        batch = {name: torch.stack([row[name] for row in picked]) for name in picked[0]}
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+        if step == warm - 1:
+            tensors = count_tensors()
+        if step >= warm:
+            samples.append(resident_bytes())
+    slope, new = float(np.polyfit(np.arange(len(samples)), samples, 1)[0]), count_tensors() - tensors
+    print(f"{slope:+.0f} bytes per step, {new:+d} tensors")
+    assert slope < most
+    assert new <= 0

@@ -1,10 +1,12 @@
-"""Random inputs: each works or is refused in our words. `test_at_length.py` tries hundreds of each kind."""
+"""Random inputs: each works or is refused in our words; exhaustive, hundreds of each kind."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
+import resource
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers.utils import logging
 
 from mpoe import MPOEConfig, RouterConfig
 from mpoe_kernels import MPOShape
 
-from . import fuzz_commands, fuzz_files
-from .fuzz import Case, odd, some, spoil_values, what_became_of
+from . import fuzz_commands
+from .bad_arguments import bad_calls
+from .fuzz import Case, checkpoints, data_files, odd, some, spoil_values, what_became_of
+from .processes import SEED, fork
 
 SHAPE = {"in_factors": [2, 3, 4], "out_factors": [4, 3, 4], "max_bond": 5}
 GOOD: dict[type, dict[str, Any]] = {
@@ -94,39 +99,46 @@ def use(made: Any) -> None:
 KINDS: dict[str, Callable[[random.Random, Path], Iterator[Case]]] = {
     "configurations": lambda draw, folder: configurations(draw),
     "command lines": fuzz_commands.cases,
-    "data and configuration files": fuzz_files.data_files,
-    "checkpoints": fuzz_files.checkpoints,
+    "data and configuration files": data_files,
+    "checkpoints": checkpoints,
+    "bad calls": bad_calls,
 }
 
 
-@pytest.fixture
-def quiet() -> Iterator[None]:
-    verbosity = logging.get_verbosity()
+ROOM = 6 << 30  # bytes of address space that may be taken: a fair machine, not a huge one
+
+
+def try_inputs(kind: str, count: int, seed: int, folder: Path) -> None:
+    """In a child: new memory is filled with NaN, so that a result that holds what nobody wrote is seen."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, resource.RLIM_INFINITY))
+    os.chdir(folder)  # where a relative path may lead to without harm
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
     logging.set_verbosity_error()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    logging.set_verbosity(verbosity)
-
-
-def tried(kind: str, count: int, seed: int, folder: Path) -> Counter[str]:
-    """How many of ``count`` inputs of one kind worked and were refused; what they need on disk lies in ``folder``."""
+    warnings.simplefilter("ignore")
     found: Counter[str] = Counter()
     for case, _ in zip(KINDS[kind](random.Random(f"{kind} {seed}"), folder), range(count), strict=False):
-        try:
-            found[what_became_of(case)] += 1
-        except BaseException as error:
-            error.add_note(case.what)
-            raise
-    return found
-
-
-@pytest.mark.usefixtures("quiet")
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_slice(kind: str, tmp_path: Path) -> None:
-    found = tried(kind, 50, seed=0, folder=tmp_path)
+        print(case.what, flush=True)
+        found[what_became_of(case)] += 1
+    print(f"{kind}: {dict(found)}")
     assert found["worked"] > 0
     assert found["refused"] > 0
+
+
+@pytest.mark.parametrize(("count", "seed"), [(50, 0), pytest.param(500, SEED, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs(kind: str, count: int, seed: int, tmp_path: Path) -> None:
+    """In a forked process: what that dies of, or hangs in, is its last words."""
+    (folder := tmp_path / "in").mkdir()
+    calls = kind == "bad calls"  # many names, and a call is short
+    child = fork(lambda: try_inputs(kind, (1 + 3 * calls) * count, seed, folder), tmp_path / "log")
+    try:
+        status = child.wait(300 + count * 5)
+    finally:
+        print(said := child.log.read_text()[-3000:])
+    assert status == 0, said
 
 
 def test_the_command_lines_that_are_changed_work(tmp_path: Path) -> None:

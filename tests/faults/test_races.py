@@ -1,23 +1,209 @@
-"""A slice of the races for a folder, the lock by itself, and the command line beside a run that is going."""
+"""Processes that start in one folder at once, or continue a run that is still going: one is in, the others are told.
+
+Whoever is in makes a folder `inside` and removes it when it leaves, so that two at once cannot go unnoticed.
+"""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import random
 import socket
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import TrainerCallback
 
-from mpoe.training import FolderInUseError, prepare_output_dir, run_lock
+from mpoe.training import FolderInUseError, checkpoints, prepare_output_dir, run_lock
 from mpoe.training.run_lock import LOCK_FILE, check_free, hold
+from tests.assertions import refuses
+from tests.training.tiny import make_trainer
 
 from ..cli.cli_data import write_sentiment
-from .kills import command_says
-from .processes import Child, fork
-from .races import race
+from .processes import SEED, Child, command_says, fork
+
+TOLD, LATE, TWO_INSIDE = 3, 4, 5  # exit statuses: refused while one is in, refused after it, and what must not be
+
+
+@dataclass
+class Tally:
+    """What became of the races."""
+
+    processes: int = 0
+    entered: int = 0
+    told: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+class Inside(TrainerCallback):
+    """Marks the time in which a Trainer trains."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        enter(Path(args.output_dir))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        (Path(args.output_dir) / "inside").rmdir()
+
+
+def enter(folder: Path) -> None:
+    try:
+        (folder / "inside").mkdir()
+    except FileExistsError:
+        os._exit(TWO_INSIDE)
+
+
+def claim(folder: Path, seconds: float, resume: bool = False, overwrite: bool = False) -> None:
+    """A run as the command line does it: hold, claim, work, leave."""
+    with hold(folder):
+        prepare_output_dir(folder, overwrite, resume, {"steps": 1})
+        enter(folder)
+        time.sleep(seconds)
+        (folder / "inside").rmdir()
+
+
+def train(folder: Path) -> None:
+    """A run of the library: the Trainer alone."""
+    torch.set_num_threads(1)
+    make_trainer(folder, max_steps=1, callbacks=[Inside()]).train()
+
+
+def live(folder: Path, go_on: int) -> None:
+    """A run in the middle of a save; it ends when ``go_on`` is closed and its files are as it wrote them."""
+    with hold(folder):
+        prepare_output_dir(folder, run_config={"steps": 1})
+        staged = checkpoints.staging_root(folder) / "checkpoint-1"
+        staged.mkdir(parents=True)
+        (staged / "weights").write_text("half of th")
+        enter(folder)
+        os.read(go_on, 1)
+        assert (staged / "weights").read_text() == "half of th"
+        checkpoints.publish(staged, folder)
+        staged.parent.rmdir()
+        (folder / "inside").rmdir()
+
+
+def told(work: Callable[[], object]) -> Callable[[], None]:
+    """``work``, whose refusals are exit statuses."""
+
+    def run() -> None:
+        try:
+            work()
+        except FolderInUseError as error:
+            print(error)
+            raise SystemExit(TOLD) from error
+        except ValueError as error:
+            print(error)
+            raise SystemExit(LATE if "holds another run" in str(error) else 1) from error
+
+    return run
+
+
+def at_once(works: list[Callable[[], object]], folder: Path) -> list[Child]:
+    """Fork all of them, and let them go at the same moment."""
+    ready, go = os.pipe()
+
+    def waiting(work: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            os.close(go)
+            os.read(ready, 1)  # ends when the parent closes its end
+            told(work)()
+
+        return run
+
+    children = [fork(waiting(work), folder.with_name(f"{folder.name}-{i}.log")) for i, work in enumerate(works)]
+    os.close(ready)
+    os.close(go)
+    return children
+
+
+def double_start(folder: Path, draw: random.Random, tally: Tally) -> None:
+    """Two to four starts at once; some replace an earlier run."""
+    overwrite = draw.random() < 0.3
+    if overwrite:
+        prepare_output_dir(folder, run_config={"steps": 0})
+    times = [draw.choice([0.0, 0.002, 0.05]) for _ in range(draw.randint(2, 4))]
+    children = at_once([lambda t=t: claim(folder, t, overwrite=overwrite) for t in times], folder)  # type: ignore[misc]
+    # Who comes after the first has left may replace its run, if it was told to.
+    judge(folder, children, tally, alone=not overwrite)
+
+
+def double_training(folder: Path, draw: random.Random, tally: Tally) -> None:
+    """Two Trainers at once; who comes late trains after the first, never beside it."""
+    judge(folder, at_once([lambda: train(folder)] * 2, folder), tally, alone=False)
+
+
+def resume_of_live(folder: Path, draw: random.Random, tally: Tally) -> None:
+    """One to three processes want to continue, or to replace, a run that is still going; it may then be killed."""
+    waiting, go_on = os.pipe()
+
+    def work() -> None:
+        os.close(go_on)
+        live(folder, waiting)
+
+    holder = fork(work, folder.with_name(f"{folder.name}-live.log"))
+    os.close(waiting)
+    while not (folder / "inside").is_dir() and not holder.poll():
+        time.sleep(0.001)
+    wishes = [draw.choice([{"resume": True}, {"resume": True}, {"overwrite": True}, {}]) for _ in range(3)]
+    others = at_once([lambda w=w: claim(folder, 0.0, **w) for w in wishes], folder)  # type: ignore[misc]
+    for child in others:
+        status, said = child.wait(60), child.log.read_text()
+        tally.told += status == TOLD
+        if status != TOLD or f"process {holder.pid} on " not in said:
+            tally.problems.append(f"{folder.name}: not told who is in, status {status}: {said[-300:]}")
+    killed = draw.random() < 0.5
+    if killed:
+        holder.kill()
+        (folder / "inside").rmdir()
+    os.close(go_on)
+    if holder.wait(60) != (-9 if killed else 0):
+        tally.problems.append(f"{folder.name}: the live run was hurt: {holder.log.read_text()[-300:]}")
+    # Whatever became of it, nothing stands in the way of the next one.
+    again = fork(told(lambda: claim(folder, 0.0, resume=True)), folder.with_name(f"{folder.name}-again.log"))
+    if again.wait(60):
+        tally.problems.append(f"{folder.name}: cannot go on: {again.log.read_text()[-300:]}")
+    tally.processes += 2 + len(others)
+    tally.entered += 2
+    if (folder / LOCK_FILE).exists():
+        tally.problems.append(f"{folder.name}: {LOCK_FILE} was left behind")
+
+
+def judge(folder: Path, children: list[Child], tally: Tally, alone: bool) -> None:
+    """At least one got in, with ``alone`` no other; nobody met another inside; the rest were told."""
+    statuses = [child.wait(120) for child in children]
+    entered = statuses.count(0)
+    tally.processes += len(children)
+    tally.entered += entered
+    tally.told += statuses.count(TOLD) + statuses.count(LATE)
+    unexpected = set(statuses) - {0, TOLD, LATE}
+    if unexpected or not entered or (alone and entered > 1):
+        said = " | ".join(child.log.read_text()[-300:] for child in children)
+        tally.problems.append(f"{folder.name}: exit statuses {statuses}: {said}")
+    if (folder / LOCK_FILE).exists():
+        tally.problems.append(f"{folder.name}: {LOCK_FILE} was left behind")
+
+
+@pytest.mark.parametrize(
+    ("races", "seed"), [(10, 7), pytest.param(200, SEED, marks=pytest.mark.exhaustive)], ids=["a slice", "at length"]
+)
+def test_races(tmp_path: Path, races: int, seed: int) -> None:
+    """Four of ten are double starts, four resumes of a live run, two of Trainers."""
+    draw, tally = random.Random(seed), Tally()
+    kinds = [double_start, resume_of_live, double_start, resume_of_live, double_training]
+    for number in range(races):
+        kinds[number % len(kinds)](tmp_path / f"race-{number}", draw, tally)
+    print(f"{races} races: of {tally.processes} processes {tally.entered} were in, {tally.told} were told who is")
+    assert tally.problems == []
+    assert tally.told > races
+
+
+# ------------------------------------------------------------------ the lock by itself
 
 
 def holding(folder: Path) -> Child:
@@ -35,12 +221,6 @@ def holding(folder: Path) -> Child:
     return child
 
 
-def test_races(tmp_path: Path) -> None:
-    tally = race(10, 7, tmp_path)
-    assert not tally.problems
-    assert tally.told > 10
-
-
 def test_who_holds_a_folder_is_named_and_a_killed_process_holds_none(tmp_path: Path) -> None:
     folder, link = tmp_path / "run", tmp_path / "link"
     link.symlink_to(folder)
@@ -49,10 +229,8 @@ def test_who_holds_a_folder_is_named_and_a_killed_process_holds_none(tmp_path: P
     for path in (folder, link):  # by whatever name
         with pytest.raises(FolderInUseError, match=who), hold(path):
             pass
-        with pytest.raises(FolderInUseError, match=who):
-            check_free(path)
-        with pytest.raises(FolderInUseError, match=who):
-            prepare_output_dir(path)
+        refuses(FolderInUseError, who, check_free, path)
+        refuses(FolderInUseError, who, prepare_output_dir, path)
     child.kill()
     assert json.loads((folder / LOCK_FILE).read_text())["pid"] == child.pid  # the file stays, the lock does not
     check_free(folder)

@@ -10,15 +10,11 @@ import torch
 from mpoe_bench.cases import random_cores
 
 from mpoe_kernels import BackendError, MPOShape, backend_reasons, backends, fold
-from mpoe_kernels.backends import (
-    CONTRACTIONS,
-    Backend,
-    Candidate,
-    Request,
-)
+from mpoe_kernels.backends import CONTRACTIONS, Backend, Candidate, Request
 from mpoe_kernels.contract import STRATEGIES, BlockDims, Contraction
 from mpoe_kernels.contract.autotune import resolve_contraction
 from mpoe_kernels.contract.ranking import Problem
+from tests.cases import SMALL_SHAPES
 
 # ``MPOE_TEST_BACKENDS`` names other backends, as in tests/cuda/test_public_ops.py.
 BACKENDS = tuple(os.environ.get("MPOE_TEST_BACKENDS", "eager native").split())
@@ -35,9 +31,7 @@ def supports(backend: str, op: str, dtype: torch.dtype) -> bool:
 
 
 def candidate_backend(
-    name: str,
-    kernels: dict[str, Callable[..., object]],
-    reasons: Callable[[Contraction], list[str]] = lambda _: [],
+    name: str, kernels: dict[str, Callable[..., object]], reasons: Callable[[Contraction], list[str]] = lambda _: []
 ) -> Backend:
     """A backend with one candidate per strategy of the ops in ``kernels``; a kernel takes a call."""
     ops = {phase: op for op, phase in CONTRACTIONS.items()}
@@ -110,3 +104,11 @@ def choices_of(backend: str, shape: MPOShape, dtype: torch.dtype) -> list[str]:
     """
     found = strategies_of(backend, shape, dtype)
     return ["auto", *found] if found and (not shape.is_separable or "separable" in found) else found
+
+
+def need_of(name: str, backend: str, dtype: torch.dtype = torch.float32) -> None:
+    """Skip a test whose backend lacks the op of a name, of a layer or a network the linear one."""
+    if name.startswith(("hidden", "neuron", "mpo_embedding", "dispatch", "combine", "route")):
+        require(backend, name, dtype)
+    else:
+        require_strategies(backend, SMALL_SHAPES["separable"], dtype)

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoe_kernels import (
     MPOBlocks,
+    MPOShape,
     combine,
     dispatch,
     grouped_mpo_linear,
@@ -34,20 +35,21 @@ def given(blocks: MPOBlocks, left: Tensor, central: Tensor) -> MPOBlocks:
     return MPOBlocks(left, central, blocks.right, blocks.in_features, blocks.out_features)
 
 
-def problems() -> dict[str, tuple[Function, tuple[Tensor, ...]]]:
+def problems(shape: MPOShape = SHAPE, strategy: str = "auto") -> dict[str, tuple[Function, tuple[Tensor, ...]]]:
     """By public name: a function of floating tensors, and those."""
     index = expert_choice("zipf", TOKENS, EXPERTS, TOP_K)
     routing = route(index, EXPERTS)
     gates = torch.rand(TOKENS, TOP_K)
-    one, up, gate = (random_blocks(SHAPE, experts, torch.float32) for experts in (1, EXPERTS, EXPERTS))
-    down = random_blocks(SHAPE.mirrored(), EXPERTS, torch.float32)
-    x, bias = torch.randn(TOKENS, SHAPE.in_features), torch.randn(SHAPE.out_features)
+    one, up, gate = (random_blocks(shape, experts, torch.float32) for experts in (1, EXPERTS, EXPERTS))
+    down = random_blocks(shape.mirrored(), EXPERTS, torch.float32)
+    x, bias = torch.randn(TOKENS, shape.in_features), torch.randn(shape.out_features)
     wide = torch.randn(TOKENS, 12)
     offsets, rows = routing.expert_offsets, routing.token_of_slot
     ids = torch.tensor([0, 3, 3, 7, 1])
 
     def grouped(x: Tensor, left: Tensor, central: Tensor, bias: Tensor) -> Tensor:
-        return grouped_mpo_linear(x, given(up, left, central), offsets, bias, row_index=rows, activation="gelu")
+        how = {"row_index": rows, "activation": "gelu", "strategy": strategy}
+        return grouped_mpo_linear(x, given(up, left, central), offsets, bias, **how)
 
     def ffn(x: Tensor, gates: Tensor, left: Tensor, central: Tensor) -> Tensor:
         return mpo_ffn(x, routing, gates, given(up, left, central), down, gate_proj=gate, activation="silu")
@@ -95,16 +97,17 @@ class Recorder(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def calls(backend: str) -> dict[str, dict[str, Any]]:
-    """Arguments that fit, of every raw op, by the names of its schema."""
+def calls(backend: str, op: str, shape: MPOShape = SHAPE, strategy: str = "auto") -> dict[str, Any]:
+    """Arguments that fit a raw op, by the names of its schema."""
+    made, public = problems(shape, strategy), op.removesuffix("_backward")
     with use_backend(backend), Recorder() as recorder:
-        route(torch.randint(0, EXPERTS, (TOKENS, TOP_K)), EXPERTS, 2, torch.ones(TOKENS, dtype=torch.bool))
-        for name, (function, inputs) in problems().items():
-            if name not in ("mpo_linear", "mpo_ffn"):  # which lead to the ops of the others
-                leaves = [value.requires_grad_() for value in inputs]
-                y = function(*leaves)
-                torch.autograd.grad(y, leaves, torch.randn_like(y))
-    return recorder.calls
+        if op == "route":
+            route(torch.randint(0, EXPERTS, (TOKENS, TOP_K)), EXPERTS, 2, torch.ones(TOKENS, dtype=torch.bool))
+        else:
+            leaves = [value.requires_grad_() for value in made[public][1]]
+            y = made[public][0](*leaves)
+            torch.autograd.grad(y, leaves, torch.randn_like(y))
+    return recorder.calls[op]
 
 
 def run(op: str, arguments: dict[str, Any]) -> Any:

@@ -1,8 +1,11 @@
-"""The choice by one timing: what is timed, what a choice depends on, and where nothing is timed."""
+"""The choice by one timing: what is timed, what it depends on, where nothing is timed, and the file that keeps it."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,17 +14,12 @@ import torch
 from mpoe_bench.cases import random_blocks
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mpoe.config import MPOEConfig
-from mpoe.layers import MPOEFeedForward
-from mpoe_kernels import BackendError, backends, grouped_mpo_linear
-from mpoe_kernels.backends import Backend, Candidate
-from mpoe_kernels.contract import STRATEGIES, BlockDims, Contraction, autotune, kept
+from mpoe_kernels import grouped_mpo_linear
+from mpoe_kernels.contract import STRATEGIES, BlockDims, autotune, kept
 from mpoe_kernels.contract.autotune import adopt, choices, resolve_contraction
-from mpoe_kernels.contract.ranking import Problem, rank, shortlist
+from mpoe_kernels.contract.ranking import Problem
 from tests.assertions import in_threads, torch_threads
 from tests.cases import SMALL_SHAPES
-
-from .backend_cases import require
 
 LINEAR = "grouped_mpo_linear"
 DIMS = BlockDims(8, 8, 64, 12, 48, 64, 8, 8, 768, 3072)
@@ -169,49 +167,6 @@ def test_what_cannot_be_adopted(wrong: object) -> None:
         adopt(wrong)  # type: ignore[arg-type]
 
 
-def test_what_waits_for_a_gpu_runs_only_without_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MPOE_AUTOTUNE", "0")
-    monkeypatch.setattr(autotune, "_key", str)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-
-    def backend(name: str, waits: bool, dtype: torch.dtype) -> Backend:
-        return Backend(
-            name,
-            {},
-            candidates=lambda plan: [Candidate(name, plan.strategy, plan.strategy, len, waits)],
-            contraction_reasons=lambda plan: [] if plan.dtype == dtype or waits else ["not this dtype"],
-        )
-
-    def either(plan: Contraction) -> list[Candidate]:
-        return [Candidate("both", plan.strategy, plan.strategy, len, waits) for waits in (True, False)]
-
-    monkeypatch.setitem(backends.BACKENDS, "both", Backend("both", {}, candidates=either))
-    both = {"waiting": backend("waiting", True, torch.bfloat16), "going": backend("going", False, torch.bfloat16)}
-    for name, each in both.items():
-        monkeypatch.setitem(backends.BACKENDS, name, each)
-    monkeypatch.setitem(backends.PREFERRED, "cuda", tuple(both))
-    on_gpu = PROBLEM._replace(device="cuda:0", dtype=torch.bfloat16)
-    assert ranked(on_gpu)[0] == "going"
-    assert ranked(on_gpu._replace(backend="waiting"))[0] == "waiting"
-    assert [c.waits for c in rank(on_gpu._replace(backend="both"))] == [False] * 4 + [True] * 4
-    assert ranked(on_gpu._replace(dtype=torch.float32))[0] == "waiting", "there is no other"
-    assert ranked(on_gpu._replace(strategy="chain")) == ("going", "chain")
-
-
-def test_at_most_four_are_timed() -> None:
-    def each(backend: str, strategy: str, name: str | None = None) -> Candidate:
-        return Candidate(backend, name or strategy, strategy, len)
-
-    able = [each(b, s) for s in ("rebuild", "chain", "half_left") for b in ("native", "eager", "third")]
-    found = shortlist(able)
-    assert [(c.backend, c.strategy) for c in found] == [
-        *(("native", "rebuild"), ("eager", "rebuild"), ("native", "chain"), ("eager", "chain"))
-    ]
-    variants = [each("triton", "rebuild", "rebuild on chip"), each("triton", "rebuild"), each("triton", "chain")]
-    names = [c.name for c in shortlist(variants)]
-    assert names == ["rebuild on chip", "chain", "rebuild"], "variants of a pair come last"
-
-
 def test_what_fails_when_it_is_timed_does_not_run() -> None:
     def fails() -> None:
         raise RuntimeError("out of memory")
@@ -232,16 +187,6 @@ def test_what_holds_too_much_memory_is_not_timed(
     held = [plan.temporary_bytes + plan.activation_bytes for plan in problem.plans()[:2]]
     assert timed == [2 * strategies]
     assert (held[1] > autotune.MOST_BYTES > held[0]) == (strategies == 1)
-
-
-@pytest.mark.parametrize(("experts", "slots"), [(8, 64), (64, 8), (48, 1024), (4, 4096), (1, 100_000), (1, 1)])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_timed_call_is_short(experts: int, slots: int, threads: int) -> None:
-    problem = PROBLEM._replace(num_experts=experts, slots=slots)
-    with torch_threads(threads):
-        fewer, rows = autotune._timed_sizes(problem)
-    assert min(experts, threads) <= fewer <= experts
-    assert 1 <= rows <= min(slots, 256 * threads)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -287,37 +232,108 @@ def test_two_threads_at_once(seconds: dict[str, float], monkeypatch: pytest.Monk
     assert timed == [1]
 
 
-def test_no_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(backends.PREFERRED, "cpu", ())
-    with pytest.raises(BackendError, match=r"no backend can run grouped_mpo_linear on cpu torch\.float32"):
-        resolve_contraction(PROBLEM)
+# ------------------------------------------------------------------ the file, whatever it holds
 
 
-def test_training_goes_on_with_another_number_of_threads(empty_cache: Path) -> None:
-    """Native kernels and a fixed plan: a run saved on one thread and resumed on two ends as it would have on one."""
-    require("native")
-    torch.manual_seed(0)
-    x = torch.randn(8, 64)
-    config = MPOEConfig(num_experts=8, shape="paper")
-    start = MPOEFeedForward(64, 256, config).state_dict()
+def test_two_machines_share_a_home(seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for machine, second in (("one", 1.0), ("other", 3.0), ("one", 9.0), ("other", 9.0)):
+        monkeypatch.setattr(autotune, "processor_name", lambda name=machine: name)
+        seconds["second"] = second
+        autotune.forget()
+        found.append(resolve_contraction(PROBLEM).backend)
+    assert found == ["second", "first", "second", "first"]
+    assert len(kept.read_choices()) == 2
 
-    def steps(state: dict[str, torch.Tensor], count: int, threads: int) -> dict[str, torch.Tensor]:
-        layer = MPOEFeedForward(64, 256, config)
-        layer.load_state_dict(state)
-        optimizer = torch.optim.SGD(layer.parameters(), 0.1)
-        with torch_threads(threads):
-            for _ in range(count):
-                optimizer.zero_grad()
-                layer(x).square().mean().backward()
-                optimizer.step()
-        return {name: value.clone() for name, value in layer.state_dict().items()}
 
-    torch.use_deterministic_algorithms(True)
-    try:
-        whole = steps(start, 3, 1)
-        resumed = steps(steps(start, 2, 1), 1, 2)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
-    assert any(not torch.equal(value, start[name]) for name, value in whole.items())
-    assert not empty_cache.exists()
+def test_what_other_processes_wrote_stays(seconds: dict[str, float], empty_cache: Path) -> None:
+    kept.add_choices({"theirs": "native chain"})
+    resolve_contraction(PROBLEM)
+    assert len(kept.read_choices()) == 2
+    assert list(empty_cache.parent.iterdir()) == [empty_cache], "nothing half written is left"
+
+
+def test_the_oldest_choices_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "MOST_CHOICES", 2)
+    for name in "abca":
+        kept.add_choices({name: "native chain"})
+    assert list(kept.read_choices()) == ["c", "a"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[" * 100_000,
+        "[1]",
+        b"\xff\xfe",
+        " " * (kept.LARGEST_FILE + 1),
+        json.dumps({"version": 99, "choices": {"a": "b"}}),
+        json.dumps({"version": kept.VERSION, "choices": ["a"]}),
+        json.dumps({"version": kept.VERSION, "choices": {"a": 3}}),
+        json.dumps({"machine": "of an older release", "devices": {}}),
+    ],
+    ids=["empty", "cut", "nested", "list", "bytes", "large", "newer", "no choices", "no strings", "foreign"],
+)
+def test_a_damaged_or_foreign_file_is_measured_again(
+    seconds: dict[str, float], empty_cache: Path, content: str | bytes
+) -> None:
+    empty_cache.parent.mkdir()
+    empty_cache.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert resolve_contraction(PROBLEM).backend == "second"
+    assert kept.read_choices() == choices(), "and replaced"
+
+
+@pytest.mark.parametrize("value", ["native unheard-of", "abacus chain", "", "second"])
+def test_an_entry_that_cannot_run_is_measured_again(seconds: dict[str, float], value: str) -> None:
+    resolve_contraction(PROBLEM)
+    (key,) = choices()
+    kept.add_choices({key: value})
+    autotune.forget()
+    assert resolve_contraction(PROBLEM).backend == "second"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "read-only home", "home is a file"])
+def test_an_unwritable_place_is_no_error(
+    seconds: dict[str, float], empty_cache: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "home is a file":
+        empty_cache.parent.write_text("")
+    else:
+        empty_cache.parent.mkdir()
+    if kind == "pipe":
+        os.mkfifo(empty_cache)
+    elif kind == "folder":
+        empty_cache.mkdir()
+    elif kind == "read-only home":
+
+        def refuse(**_: object) -> None:
+            raise OSError(errno.EROFS, "Read-only file system")
+
+        monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    assert resolve_contraction(PROBLEM).backend == "second"
+    seconds["second"] = 3.0
+    assert resolve_contraction(PROBLEM).backend == "second", "in memory"
+
+
+@pytest.mark.parametrize(("home", "expected"), [("relative", "/home/of/user/.cache"), ("", "/home/of/user/.cache")])
+def test_the_place_of_the_file(home: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", home)
+    monkeypatch.setenv("HOME", "/home/of/user")
+    assert kept.choices_file() == Path(expected) / "mpoe" / "choices.json"
+
+
+def test_without_a_home_and_a_user_choices_lie_in_the_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container."""
+
+    def nobody(number: int) -> None:
+        raise KeyError(number)
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert kept.choices_file() == tmp_path / "mpoe" / "choices.json"

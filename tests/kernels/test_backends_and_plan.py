@@ -1,10 +1,15 @@
-"""The registry's reasons, the planner's choices, and the memory guarantee."""
+"""The registry's reasons, the planner's choices, the memory guarantee; ``python -m mpoe_kernels.info``."""
 
 from __future__ import annotations
 
 import gc
+import json
+import shutil
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,13 +25,17 @@ from mpoe_kernels import (
     backend_reasons,
     backends,
     grouped_mpo_linear,
+    info,
     plan_contraction,
     use_backend,
 )
+from mpoe_kernels.contract.kept import processor_name
 from mpoe_kernels.cuda_library import RefusingOps
 from mpoe_kernels.define import requested_backend
 from mpoe_kernels.linear.op import ForwardCall
-from tests.assertions import in_threads
+from mpoe_kernels.native_library import INFO_KEYS, NATIVE_LIBRARY
+from mpoe_kernels.triton import architecture
+from tests.assertions import in_threads, refuses
 from tests.cases import SMALL_SHAPES
 
 from .backend_cases import candidate_backend, eager_kernel
@@ -122,18 +131,6 @@ def test_backend_and_strategy_are_chosen_together(monkeypatch: pytest.MonkeyPatc
         y.sum().backward()
 
 
-def test_a_backend_without_a_strategy_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    limited = candidate_backend(
-        "limited",
-        {op: eager_kernel(op) for op in backends.CONTRACTIONS},
-        reasons=lambda plan: [f"it cannot {plan.strategy}"] if plan.strategy != "chain" else [],
-    )
-    monkeypatch.setitem(backends.BACKENDS, "limited", limited)
-    assert run(backend="limited").shape == (3, 12)
-    with pytest.raises(BackendError, match="backend 'limited' cannot run grouped_mpo_linear: it cannot rebuild"):
-        run(backend="limited", strategy="rebuild")
-
-
 def test_use_backend_holds_in_its_thread_alone() -> None:
     seen = []
     with use_backend("eager"):
@@ -176,54 +173,13 @@ def test_no_backend_at_all_lists_everyone(monkeypatch: pytest.MonkeyPatch, broke
     others = {name: backend for name, backend in backends.BACKENDS.items() if name != "eager"}
     monkeypatch.setattr(backends, "BACKENDS", others)
     monkeypatch.setitem(backends.PREFERRED, "cpu", ("native", "broken", "eager"))
-    with pytest.raises(BackendError, match=r"no backend can run .*broken: it needs a device"):
-        run()
+    refuses(BackendError, r"no backend can run .*broken: it needs a device", run)
 
 
 def test_names_are_taken_once_and_checked() -> None:
-    with pytest.raises(ValueError, match="already taken"):
-        backends.register_backend(backends.Backend("eager", {}))
+    refuses(ValueError, "already taken", backends.register_backend, backends.Backend("eager", {}))
     with pytest.raises(ValueError, match="backend must be one of"), use_backend("nonsense"):
         raise AssertionError("not reached")
-
-
-def test_plan_is_printable_and_follows_the_sizes() -> None:
-    full = MPOShape.paper(768, 3072)
-    plan = plan_contraction(full, num_experts=8, num_tokens=2048, training=True)
-    assert plan.strategy == "rebuild"
-    assert plan.backward_strategy == "rebuild"
-    assert plan.temporary_bytes == 2 * 768 * 3072 * 4
-    assert [c.flops for c in plan.ranked[0]] == sorted(c.flops for c in plan.ranked[0])
-    assert plan.parameters == full.parameters(8)
-    for contraction in (*plan.ranked[0], *plan.ranked[1]):
-        assert contraction.strategy in str(plan)
-    masked = plan_contraction(full, 8, 2048, training=True, mask_central=True)
-    assert masked.flops < plan.flops
-    separable = plan_contraction(MPOShape.separable(768, 3072), 8, 2048)
-    assert separable.strategy == "separable"
-    assert separable.flops / separable.dense_flops == pytest.approx(1 + 256 / 3072 + 64 / 768)
-    low = MPOShape.paper(768, 3072, max_bond=8)
-    assert plan_contraction(low, 64, 64).strategy == "chain"
-    assert plan_contraction(full, 1, 100_000).strategy == "rebuild"
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"num_experts": 0}, ValueError, "num_experts must be at least 1; got 0"),
-        ({"num_experts": -3}, ValueError, "num_experts must be at least 1; got -3"),
-        ({"num_experts": 2.0}, TypeError, "num_experts must be an integer; got float 2.0"),
-        ({"num_tokens": -1}, ValueError, "num_tokens must be at least 0"),
-        ({"top_k": 0}, ValueError, "top_k must be at least 1"),
-        ({"shape": "paper"}, TypeError, "shape must be an MPOShape; got str"),
-        ({"dtype": torch.int32}, TypeError, "dtype must be a floating torch.dtype; got torch.int32"),
-        ({"dtype": "float32"}, TypeError, "got .float32."),
-    ],
-)
-def test_plan_refusals(change: dict, error: type[Exception], message: str) -> None:
-    arguments = {"shape": MPOShape.paper(8, 8), "num_experts": 2, "num_tokens": 4}
-    with pytest.raises(error, match=message):
-        plan_contraction(**{**arguments, **change})
 
 
 class LiveBytes(TorchDispatchMode):
@@ -279,7 +235,78 @@ def test_what_a_compiled_kernel_refuses_is_a_value_error() -> None:
         raise RuntimeError(message)
 
     ops = RefusingOps(SimpleNamespace(kernel=kernel))
-    with pytest.raises(ValueError, match=r"^x must be dense$"):
-        ops.kernel("somewhere.cpp:12: mpoe refuses: x must be dense")
-    with pytest.raises(RuntimeError, match="out of memory"):
-        ops.kernel("out of memory")
+    refuses(ValueError, r"^x must be dense$", ops.kernel, "somewhere.cpp:12: mpoe refuses: x must be dense")
+    refuses(RuntimeError, "out of memory", ops.kernel, "out of memory")
+
+
+# ------------------------------------------------------------------ info
+
+
+def test_facts_are_those_of_this_process() -> None:
+    facts = info.collect()
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["backends"] == backend_reasons()
+    assert facts["torch_threads"] == torch.get_num_threads()
+    assert facts["packages"]["torch"] == info.installed_version("torch")
+    assert (facts["native"] is None) == bool(NATIVE_LIBRARY.reasons)
+    assert facts["processor"] == processor_name()
+    if facts["native"]:
+        assert facts["native"].keys() >= INFO_KEYS
+        assert facts["native"]["isa_used"] in facts["native"]["isa_compiled"].split()
+
+
+def test_text_names_every_fact_and_every_reason() -> None:
+    facts = info.collect(("torch", "no-such-package"))
+    facts["backends"] = {"eager": [], "abacus": ["its beads are gone", "it has no frame"]}
+    text = info.show(facts)
+    for expected in (facts["mpoe"], facts["python"], torch.__version__.split("+")[0], "not installed", "cpu"):
+        assert expected in text
+    assert "  eager           yes\n  abacus          no\n" in text
+    assert "its beads are gone" in text
+    assert "it has no frame" in text
+
+
+def test_where_choices_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    facts = info.collect()
+    assert facts["choices"] is None
+    assert "by FLOPs alone (MPOE_AUTOTUNE=0)" in info.show(facts)
+    monkeypatch.delenv("MPOE_AUTOTUNE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    facts = info.collect()
+    assert facts["choices"] == str(tmp_path / "mpoe" / "choices.json")
+    assert facts["choices"] in info.show(facts)
+
+
+def test_native_summary() -> None:
+    built = {"compiler": "gcc 12", "torch": "any", "isa_compiled": "generic avx2 avx512", "isa_detected": "avx512"}
+    assert info.native_summary(None).startswith("no")
+    assert info.native_summary({**built, "isa_used": "avx512"}) == (
+        "built by gcc 12 for any torch; instructions: avx512 found of generic, avx2, avx512 compiled"
+    )
+    assert info.native_summary({**built, "isa_used": "avx2"}).endswith("avx2 in use (MPOE_CPU_ISA)")
+
+
+def test_command_as_json_and_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    info.main(["--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["mpoe"] == info.__version__
+    assert set(facts["backends"]) == set(backend_reasons())
+    monkeypatch.setattr(architecture, "triton_installed", lambda: False)
+    architecture.triton_reasons.cache_clear()
+    info.main([])
+    architecture.triton_reasons.cache_clear()
+    text = capsys.readouterr().out
+    assert facts["mpoe"] in text
+    answer, reason = text[text.index("  triton          ", text.index("kernel backends")) :].splitlines()[:2]
+    assert answer.endswith("no")
+    assert "triton" in reason.lower()
+
+
+def test_without_a_library_it_is_said_why_and_the_rest_is_told(tmp_path: Path) -> None:
+    """A copy of the package without compiled kernels."""
+    package = Path(info.__file__).parent
+    shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (tmp_path / package.name / "_native_missing.txt").write_text("no compiler was found\n")
+    command = [sys.executable, "-m", "mpoe_kernels.info"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "  native          no\n                  it was not built: no compiler was found\n" in done.stdout

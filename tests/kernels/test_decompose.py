@@ -1,4 +1,4 @@
-"""Decomposition: exactness, errors, gauges, unusual input, the original algorithm as a yardstick; a shared centre."""
+"""Shapes; decomposition: exactness, errors, gauges, unusual input, the original as a yardstick; a shared centre."""
 
 import math
 from itertools import pairwise
@@ -11,8 +11,93 @@ from mpoe_bench.cases import random_cores, relative_error
 from torch import Tensor
 
 from mpoe_kernels import MPOShape, decompose, decompose_shared, decompose_with_errors, expert_weights, fold, reconstruct
+from mpoe_kernels.mpo.factors import balanced_factors
 from mpoe_kernels.reference import weight_reference
 from tests.cases import SMALL_SHAPES
+
+# ------------------------------------------------------------------ shapes
+
+
+def test_t5_base_bonds_and_counts() -> None:
+    shape = MPOShape.paper(768, 3072)
+    assert shape.in_factors == (3, 4, 4, 4, 4)
+    assert shape.out_factors == (4, 4, 8, 6, 4)
+    assert shape.bond_dims == (1, 12, 192, 384, 16, 1)
+    assert shape.central_parameters == 2_359_296
+    assert shape.auxiliary_parameters == 184_720
+    assert shape.parameters(8) == 2_359_296 + 8 * 184_720
+    assert shape.is_full
+
+
+@pytest.mark.parametrize(
+    ("sizes", "bond", "central", "auxiliary"),
+    [
+        ((768, 3072), 128, 524_288, 74_128),
+        ((768, 3072), 64, 131_072, 37_264),
+        ((768, 3072), 8, 2_048, 2_784),
+        ((768, 768), None, None, 0.1255),
+        ((32128, 768), None, None, 0.0652),
+        ((32128, 1024), None, None, 0.0626),
+    ],
+)
+def test_counts_of_the_original_shapes(sizes: tuple, bond: int | None, central: int | None, auxiliary: float) -> None:
+    """Of full bonds the share of the auxiliary cores, as the original says."""
+    shape = MPOShape.paper(*sizes, max_bond=bond)
+    assert shape.is_full == (bond is None)
+    assert central is None or (shape.central_parameters, shape.auxiliary_parameters) == (central, auxiliary)
+    share = shape.auxiliary_parameters / (shape.padded_in * shape.padded_out)
+    assert central is not None or share == pytest.approx(auxiliary, abs=6e-5)
+
+
+def test_separable_is_detected_and_mirrors() -> None:
+    up = MPOShape.separable(768, 3072, left=256, right=64)
+    assert (up.in_factors, up.out_factors) == ((256, 3, 1), (1, 48, 64))
+    down = up.mirrored()
+    assert (down.in_factors, down.out_factors) == ((64, 48, 1), (1, 3, 256))
+    assert up.is_separable
+    assert down.is_separable
+    assert up.is_full
+    assert not MPOShape.paper(768, 3072).is_separable
+    assert MPOShape.separable(768, 3072) == up, "the defaults are the design's sizes for T5-base"
+    assert MPOShape.separable(3072, 768) == down
+
+
+def test_mirrored_other_shapes_swap_factors() -> None:
+    assert MPOShape.paper(768, 3072).mirrored() == MPOShape.paper(3072, 768)
+
+
+def test_light_is_small_and_lossless() -> None:
+    shape = MPOShape.light(768, 3072, p=64)
+    dims = shape.block_dims
+    assert dims["iL"] * dims["jL"] == dims["iR"] * dims["jR"] == 64
+    assert shape.is_full
+    assert shape.auxiliary_parameters == 2 * 64**2
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 7))
+def test_automatic_factors_cover_any_size(in_features: int, out_features: int, num_cores: int) -> None:
+    shape = MPOShape.automatic(in_features, out_features, num_cores)
+    assert shape.in_features == in_features
+    assert in_features <= shape.padded_in <= math.ceil(in_features * 1.125)
+    assert out_features <= shape.padded_out <= math.ceil(out_features * 1.125)
+    assert shape.num_cores == num_cores
+    assert MPOShape.from_dict(shape.to_dict()) == shape
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000))
+def test_every_constructor_takes_any_size(in_features: int, out_features: int) -> None:
+    for make in (MPOShape.paper, MPOShape.light, MPOShape.separable):
+        shape = make(in_features, out_features)
+        assert (shape.in_features, shape.out_features) == (in_features, out_features)
+
+
+def test_balanced_factors_put_the_largest_in_the_middle() -> None:
+    factors = balanced_factors(1440, 5)
+    assert math.prod(factors) == 1440
+    assert max(factors) == factors[2]
+
+
+# ------------------------------------------------------------------ matrices
 
 GAUGES = ("symmetric", "orthogonal")  # for every shape; "identity" needs particular bonds and has its own tests
 
@@ -57,22 +142,23 @@ def test_full_bonds_are_exact_and_truncation_meets_its_bound(name: str, gauge: s
         assert result.relative_error_bound == pytest.approx(result.error_bound / float(weight.norm()))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 7), st.data())
 def test_any_size_any_chain_any_centre(
     in_features: int, out_features: int, num_cores: int, data: st.DataObject
 ) -> None:
-    central = data.draw(st.integers(0, num_cores - 1))
-    gauge = data.draw(st.sampled_from(GAUGES))
-    shape = MPOShape.automatic(in_features, out_features, num_cores, central=central)
-    rank = data.draw(st.integers(0, 3))
-    weight = torch.randn(in_features, max(rank, 1), dtype=torch.float64) @ torch.randn(
-        max(rank, 1), out_features, dtype=torch.float64
-    )
-    weight = weight if rank else torch.zeros_like(weight)  # also rank-deficient and all-zero matrices
-    cores = decompose(weight, shape, gauge)
-    assert all(bool(torch.isfinite(core).all()) for core in cores)
-    assert float((reconstruct(cores, shape) - weight).abs().max()) < 1e-10
+    """Also matrices without full rank, with zero rows, and all zero: neither side of a bond is divided by zero."""
+    central, bond = data.draw(st.integers(0, num_cores - 1)), data.draw(st.none() | st.integers(1, 3))
+    shape = MPOShape.automatic(in_features, out_features, num_cores, central=central, max_bond=bond)
+    rank, zeros = data.draw(st.integers(0, 3)), data.draw(st.integers(0, in_features))
+    left, right = torch.randn(in_features, rank).double(), torch.randn(rank, out_features).double()
+    left[:zeros] = 0
+    weight = left @ right
+    found = decompose_with_errors(weight, shape, data.draw(st.sampled_from(GAUGES)))
+    assert all(bool(torch.isfinite(core).all()) for core in found.cores)
+    error = float((reconstruct(found.cores, shape) - weight).norm())
+    assert error <= found.error_bound * (1 + 1e-9) + 1e-9
+    assert bond or found.error_bound < 1e-9
 
 
 @pytest.mark.parametrize("bond", [1, 4, 16, 40])
@@ -127,35 +213,6 @@ def test_identity_gauge_leaves_the_weight_in_the_centre(name: str) -> None:
             assert torch.equal(core.reshape(edge, edge), torch.eye(edge))
 
 
-@pytest.mark.parametrize("bond", [None, 3])
-@pytest.mark.parametrize("kind", ["identity", "zero rows", "zero columns", "one entry", "zeros"])
-def test_null_directions_of_a_bond_stay_finite(kind: str, bond: int | None) -> None:
-    """Singular values of zero: neither side of the bond is divided by them."""
-    weight = torch.randn(12, 12)
-    if kind == "identity":
-        weight = torch.eye(12)
-    elif kind == "zero rows":
-        weight[3:] = 0
-    elif kind == "zero columns":
-        weight[:, :11] = 0
-    else:
-        weight = torch.zeros(12, 12)
-        weight[5, 7] = float(kind == "one entry")
-    for factors in (((2, 3, 2), (2, 3, 2)), ((12, 1), (1, 12)), ((3, 4), (4, 3))):
-        shape = MPOShape(*factors, max_bond=bond)
-        for gauge in GAUGES:
-            found = decompose_with_errors(weight, shape, gauge)
-            assert all(bool(torch.isfinite(core).all()) for core in found.cores)
-            error = float((reconstruct(found.cores, shape) - weight).norm())
-            assert error <= found.error_bound + 1e-5 * found.norm + 1e-12
-
-
-def test_identity_gauge_refuses_truncated_bonds() -> None:
-    shape = MPOShape((3, 4, 4, 2), (4, 4, 3, 4), max_bond=8)
-    with pytest.raises(ValueError, match=r"gauge 'identity' needs bonds equal .* core 0 of .* has 8, not 12"):
-        decompose(torch.ones(shape.in_features, shape.out_features), shape, "identity")
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)])
 def test_low_precision_comes_back_in_its_dtype(dtype: torch.dtype, tolerance: float) -> None:
     shape = SMALL_SHAPES["padded"]
@@ -168,28 +225,6 @@ def test_low_precision_comes_back_in_its_dtype(dtype: torch.dtype, tolerance: fl
 def test_t5_base_matrix_is_exact() -> None:
     weight = torch.randn(768, 3072) * 0.05
     assert relative_error(reconstruct(decompose(weight, MPOShape.paper(768, 3072))), weight) <= 1e-5
-
-
-@pytest.mark.parametrize(
-    ("weight", "error", "message"),
-    [
-        (torch.ones(3, 3, 3), ValueError, r"weight must be \[I, F\]"),
-        (torch.ones(12, 12, dtype=torch.int64), TypeError, "weight must have a floating dtype"),
-        (torch.ones(5, 12), ValueError, r"\[in_features, out_features\] = \[12, 12\]; got \[5, 12\]"),
-        (torch.full((12, 12), float("nan")), ValueError, "weight must be finite"),
-        (torch.full((12, 12), float("inf")), ValueError, "weight must be finite"),
-    ],
-)
-def test_refused_weights(weight: Tensor, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        decompose(weight, SMALL_SHAPES["light"])
-
-
-def test_refused_gauge_and_shape() -> None:
-    with pytest.raises(ValueError, match=r"gauge must be one of .*did you mean 'symmetric'"):
-        decompose(torch.ones(12, 12), SMALL_SHAPES["light"], "symetric")
-    with pytest.raises(TypeError, match="shape must be an MPOShape"):
-        decompose(torch.ones(12, 12), (12, 12))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", SMALL_SHAPES)
@@ -214,18 +249,19 @@ def test_fold_and_reconstruct_agree_with_the_definition(name: str) -> None:
         assert torch.allclose(weight_reference(blocks, e), direct)
 
 
-def test_fold_refusals() -> None:
-    cores = random_cores(SMALL_SHAPES["light"], 2)
-    with pytest.raises(ValueError, match=r"cores\[0\] and cores\[1\] must share a bond"):
-        fold([cores[0], cores[1][1:], cores[2]])
-    with pytest.raises(ValueError, match=r"central must index one of the 3 cores"):
-        fold(cores, central=3)
-    with pytest.raises(ValueError, match=r"cores\[0\] must be \[d, i, j, d'\] \(the central core is shared\)"):
-        fold(cores, central=0)
-    with pytest.raises(ValueError, match="auxiliary cores must agree in their number of experts"):
-        fold([cores[0][:1], cores[1], cores[2]])
-    with pytest.raises(ValueError, match="num_experts must equal the cores' expert axis, 2; got 3"):
-        fold(cores, num_experts=3)
+@pytest.mark.parametrize("gauge", ["symmetric", "orthogonal", "identity"])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e37), (torch.float64, 1e300), (torch.bfloat16, 1e37)])
+@pytest.mark.parametrize("factors", [((2, 3, 2), (3, 2, 2)), ((2, 6), (6, 2)), ((12,), (12,))])
+def test_decompose_large_numbers(gauge: str, dtype: torch.dtype, size: float, factors: tuple) -> None:
+    weight = (torch.randn(12, 12, dtype=torch.float64) / 3).to(dtype)
+    shape = MPOShape(*factors)
+    same, found = (decompose_with_errors(w, shape, gauge) for w in (weight, weight * size))
+    assert found.norm == pytest.approx(same.norm * size, rel=0.02)
+    cores = [core.double() for core in found.cores]
+    assert all(bool(torch.isfinite(core).all()) for core in cores)
+    cores[-1] = cores[-1] / size
+    rounding = 60 * torch.finfo(dtype).eps
+    torch.testing.assert_close(reconstruct(cores, shape), weight.double(), rtol=rounding, atol=rounding)
 
 
 # ------------------------------------------------------------------ E matrices around one centre
@@ -287,27 +323,3 @@ def test_equal_matrices_need_no_search_and_zeros_are_no_division():
     assert (none.relative_error_bound, none.expert_errors, none.sweeps) == (0.0, (0.0,) * EXPERTS, 0)
     opposed = torch.stack([weights[0], -weights[0]])  # their mean vanishes
     assert decompose_shared(opposed, shape).relative_error_bound <= 1e-6
-
-
-@pytest.mark.parametrize(
-    ("weights", "shape", "sweeps", "kind", "words"),
-    [
-        (
-            torch.zeros(2, 8, 13),
-            MPOShape.separable(8, 12),
-            1,
-            ValueError,
-            r"= \[E, 8, 12\] with E >= 1; got \[2, 8, 13",
-        ),
-        (torch.zeros(0, 8, 12), MPOShape.separable(8, 12), 1, ValueError, r"with E >= 1; got \[0, 8, 12\]"),
-        (torch.zeros(8, 12), MPOShape.separable(8, 12), 1, ValueError, "weights must be"),
-        (torch.zeros(2, 8, 12).int(), MPOShape.separable(8, 12), 1, TypeError, "weights must have a floating dtype"),
-        (torch.zeros(2, 8, 12), (8, 12), 1, TypeError, "shape must be an MPOShape; got tuple"),
-        (torch.zeros(2, 8, 12), MPOShape.separable(8, 12), 0, ValueError, "sweeps must be at least 1; got 0"),
-        (torch.full((2, 8, 12), torch.nan), MPOShape.separable(8, 12), 1, ValueError, "finite; they hold NaN or Inf"),
-        (torch.zeros(2, 8, 12, device="meta"), MPOShape.separable(8, 12), 1, ValueError, "must have values"),
-    ],
-)
-def test_what_cannot_be_decomposed_is_refused(weights, shape, sweeps, kind, words):
-    with pytest.raises(kind, match=words):
-        decompose_shared(weights, shape, sweeps)

@@ -1,7 +1,8 @@
-"""hidden_experts and neuron_experts on every backend: values and gradients against float64, opcheck, refusals."""
+"""hidden_experts and neuron_experts on every backend, and mpo_embedding, against the float64 reference."""
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -9,19 +10,19 @@ import torch
 from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
-from mpoe_bench.cases import relative_error
-from torch import Tensor
-from torch.library import opcheck
+from mpoe_bench.cases import random_blocks, relative_error
 
-from mpoe_kernels import BackendError, hidden_experts
+from mpoe_kernels import BackendError, hidden_experts, mpo_embedding
+from mpoe_kernels.embedding import eager as by_eager
 from mpoe_kernels.hidden_experts.cuda import MOST_BINS
 from mpoe_kernels.neurons import eager
-from tests.assertions import torch_threads
-from tests.cases import pairwise
+from mpoe_kernels.reference import mpo_embedding_reference
+from tests.assertions import assert_calibrated, poisoned_memory, torch_threads
+from tests.cases import SMALL_SHAPES, pairwise
 from tests.expert_problems import HiddenProblem, NeuronProblem
-from tests.linear_problem import LAYOUTS
+from tests.linear_problem import LAYOUTS, cast, leaves
 
-from .backend_cases import on_every_backend, require
+from .backend_cases import DTYPES, on_every_backend, require
 
 PROBLEMS: dict[str, type[Any]] = {"hidden_experts": HiddenProblem, "neuron_experts": NeuronProblem}
 # A tensor without rows has no address; one expert has several blocks of rows; more rows than are processed at once.
@@ -141,38 +142,6 @@ def test_random_problems(backend: str, op: str, data: st.DataObject) -> None:
     ).check(backend, 3)
 
 
-def raw(op: str) -> tuple[Any, Any]:
-    """The op behind it, and that of its gradients."""
-    return getattr(torch.ops.mpoe, op).default, getattr(torch.ops.mpoe, f"{op}_backward").default
-
-
-@on_every_backend
-@of_each_op
-@pytest.mark.parametrize("gated", [False, True])
-def test_opcheck(backend: str, op: str, gated: bool) -> None:
-    require(backend, op, torch.float32)
-    problem = problem_of(op, gated=gated, with_bias=gated, dtype=torch.float32)
-    forward, backward = raw(op)
-    opcheck(forward, problem.arguments(backend))
-    detached = [x.detach() if isinstance(x, Tensor) else x for x in problem.arguments(backend)]
-    names = problem.NAMES
-    for need in ([True] * len(names), [place % 2 == 1 for place in range(len(names))]):
-        opcheck(backward, (*detached, problem.grad, need))
-
-
-@on_every_backend
-@pytest.mark.parametrize(("op", "needed"), [(op, name) for op, kind in PROBLEMS.items() for name in kind.NAMES])
-def test_one_gradient_alone(backend: str, op: str, needed: str) -> None:
-    """Gradients that are not requested are not computed, and the others do not change."""
-    require(backend, op, torch.float32)
-    problem = problem_of(op, tokens=50, gated=True, with_bias=True, dtype=torch.float32)
-    everything = problem.run(problem.OP, torch.float32, backend=backend)
-    values = [x.detach() if isinstance(x, Tensor) else x for x in problem.arguments(backend)]
-    grads = raw(op)[1](*values, problem.grad, [name == needed for name in problem.NAMES])
-    for name, grad in zip(problem.NAMES, grads, strict=True):
-        assert torch.equal(grad, everything[f"d{name}"]) if name == needed else grad.numel() == 0
-
-
 THREADS = [  # the neurons of one expert are shared out too
     *(("hidden_experts", {"experts": 6, "groups": 11, "block": 16, "per_group": own}) for own in (True, False)),
     *(("neuron_experts", {"experts": e, "width": 48, "out": 200, "neurons": 100, "gated": True}) for e in (1, 6, 40)),
@@ -207,46 +176,6 @@ def test_more_than_is_computed_at_once(op: str, options: dict[str, Any]) -> None
     native, plain = (problem.run(problem.OP, torch.float32, backend=name) for name in ("native", "eager"))
     for name, value in native.items():
         assert relative_error(value, plain[name]) < 1e-5, name
-
-
-@pytest.mark.parametrize(("tokens", "rows"), [(4, 1), (12, 4), (400, 128), (4000, 128)])
-def test_pieces_are_bounded(tokens: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of a power of two of rows, below the mean of an expert's; no more of them at once than fit."""
-    monkeypatch.setattr(eager, "PIECE", 1 << 13)
-    index = torch.arange(tokens * 2).remainder(5).view(tokens, 2)
-    pieces = list(eager._pieces(index, 5, per_row=24, per_expert=100))
-    assert {piece.tokens.shape[1] for piece in pieces} == {rows}
-    blocks = sum(-(-count // rows) for count in torch.bincount(index.view(-1)).tolist())
-    most = min(blocks, (1 << 13) // (rows * 24 + 100))
-    assert [len(piece.experts) for piece in pieces[:-1]] == [most] * (len(pieces) - 1)
-    assert sum(len(piece.experts) for piece in pieces) == blocks
-
-
-@on_every_backend
-@of_each_op
-@pytest.mark.parametrize("layout", ["strided", "unaligned"])
-def test_other_layouts_of_memory(backend: str, op: str, layout: str) -> None:
-    require(backend, op, torch.float32)
-    problem = problem_of(op, tokens=30, gated=True, with_bias=True, dtype=torch.float32)
-    dense = problem.run(problem.OP, torch.float32, backend=backend)
-    problem.inputs = {n: None if x is None else LAYOUTS[layout](x) for n, x in problem.inputs.items()}
-    for name, value in problem.run(problem.OP, torch.float32, backend=backend).items():
-        if backend == "eager":  # torch's own products may round differently there
-            assert relative_error(value, dense[name]) < 1e-6, name
-        else:
-            assert torch.equal(value, dense[name]), name
-
-
-@of_each_op
-def test_autocast_casts_all_but_the_gates(op: str) -> None:
-    problem = problem_of(op, gated=True, with_bias=True, dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = problem.run(problem.OP, torch.float32)
-    assert out["o"].dtype == torch.bfloat16
-    assert {out[f"d{name}"].dtype for name in problem.NAMES} == {torch.float32}
-    rounded = problem_of(op, gated=True, with_bias=True, dtype=torch.bfloat16)
-    rounded.inputs["gates"] = problem.inputs["gates"]
-    assert torch.equal(out["o"], rounded.run(problem.OP, torch.bfloat16)["o"])
 
 
 # ------------------------------------------------------------------ hidden-side experts alone
@@ -295,56 +224,44 @@ def test_shared_blocks_need_no_axis_of_groups() -> None:
     assert torch.equal(four["dright"][:, 0], three["dright"])
 
 
-# ------------------------------------------------------------------ refusals
-
-ONES = torch.ones
-OF_BOTH = [
-    ({"gates": ONES(6, 2)}, r"gates must be \[T, K\] with T = 7"),
-    ({"top_k_index": torch.zeros(7, 3).long()}, r"top_k_index must be \[7, 2\] like gates"),
-    ({"top_k_index": torch.full((7, 2), 5)}, r"top_k_index must lie in -1\.\.4; got 5"),
-    ({"top_k_index": torch.full((7, 2), -2)}, r"top_k_index must lie in -1\.\.4; got -2"),
-    ({"activation": "gelo"}, "activation must be one of .*did you mean 'gelu'"),
-]
-WRONG: dict[str, list[tuple[dict[str, Any], str]]] = {
-    "hidden_experts": [
-        *OF_BOTH,
-        ({"u": ONES(2, 3, 4)}, r"u must be \[T, F\]"),
-        ({"u": ONES(7, 12).long()}, "u must have a floating dtype"),
-        ({"u": ONES(7, 12)}, "right must have the dtype of u"),
-        ({"right": ONES(4, 4)}, r"right must be a tensor \[E, b, b\]"),
-        ({"right": ONES(5, 1, 5, 5)}, "b a divisor of F = 12"),
-        ({"right": ONES(5, 4, 3)}, r"right must be \[E, G', b, b\] with E, G', b >= 1; got .*5, 4, 3"),
-        ({"left": ONES(0, 4, 4)}, r"left must be \[E, G', b, b\] with E, G', b >= 1; got .*0, 4, 4"),
-        ({"left": ONES(5, 3, 4, 4).double()}, r"left must be \[5, 1, 4, 4\] like right"),
-        ({"u_gate": ONES(7, 12)}, "right_gate must be given with u_gate"),
-        ({"u_gate": ONES(7, 8), "right_gate": ONES(5, 1, 4, 4)}, r"u_gate must be \[7, 12\] like u"),
-        ({"u_gate": ONES(7, 12), "right_gate": ONES(5, 3, 4, 4)}, r"right_gate must be \[5, 1, 4, 4\] like right"),
-        ({"bias": ONES(12)}, r"bias must be \[E, F\]"),
-        ({"bias": ONES(6, 12)}, r"bias must be \[E, F\] = \[5, 12\]"),
-    ],
-    "neuron_experts": [
-        *OF_BOTH,
-        ({"x": ONES(2, 3, 4)}, r"x must be \[T, I\]"),
-        ({"x": ONES(7, 12).long()}, "x must have a floating dtype"),
-        ({"x": ONES(7, 12)}, "up must have the dtype of x"),
-        ({"up": ONES(4, 4)}, r"up must be \[E, m, I\]"),
-        ({"up": ONES(5, 6, 11)}, "up must be .* I = 12"),
-        ({"up": ONES(0, 6, 12)}, "E, m, I >= 1"),
-        ({"down": ONES(4, 4)}, r"down must be \[E, m, O\]"),
-        ({"down": ONES(5, 7, 9)}, r"down must be \[E, m, O\] = \[5, 6\] and O >= 1"),
-        ({"bias": ONES(6)}, r"bias must be \[E, m\]"),
-        ({"bias": ONES(5, 7)}, r"bias must be \[E, m\] = \[5, 6\]"),
-        ({"gate_up": ONES(5, 6, 9)}, r"gate_up must be \[5, 6, 12\] like up"),
-    ],
-}
+# ------------------------------------------------------------------ mpo_embedding
 
 
 @pytest.mark.parametrize(
-    ("op", "number"), [(op, number) for op, every in WRONG.items() for number in range(len(every))]
+    ("way", "elements"),
+    [(None, by_eager._ELEMENTS), *product(["gather", "pairs", "rebuild"], [1, by_eager._ELEMENTS])],
 )
-def test_refusals(op: str, number: int) -> None:
-    problem = problem_of(op)
-    change, message = WRONG[op][number]
-    values = {**problem.inputs, "top_k_index": problem.index, "activation": "gelu", **change}
-    with pytest.raises((ValueError, TypeError), match=message):
-        problem.OP(**values)
+@pytest.mark.parametrize("name", ["light", "padded", "one_core", "centre_last", "seven_cores", "separable"])
+@pytest.mark.parametrize("rows", [0, 1, 5, 400])
+def test_embedding_against_reference(
+    way: str | None, elements: int, name: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the way that is chosen in every dtype and layout; by every way, one group at a time or all at once."""
+    if way is not None:
+        monkeypatch.setattr(by_eager, "_way", lambda *_: way)
+    monkeypatch.setattr(by_eager, "_ELEMENTS", elements)
+    shape = SMALL_SHAPES[name]
+    true = random_blocks(shape, 1, requires_grad=True)
+    ids = torch.randint(0, shape.in_features, (rows,))
+    want = mpo_embedding_reference(ids, true)
+    grad = torch.randn(want.shape, dtype=torch.float64)
+    wanted = torch.autograd.grad(want, leaves(true), grad)
+    for dtype, layout in product(DTYPES, LAYOUTS.values()) if way is None else [(torch.float64, LAYOUTS["dense"])]:
+        blocks, plain = cast(true, dtype, layout), cast(true, dtype)
+        with poisoned_memory():
+            got = mpo_embedding(ids, blocks)
+            grads = torch.autograd.grad(got, leaves(blocks), grad.to(dtype))
+        same = mpo_embedding_reference(ids, plain)
+        own = torch.autograd.grad(same, leaves(plain), grad.to(dtype))
+        for each, truth, of_torch in zip((got, *grads), (want, *wanted), (same, *own), strict=True):
+            if dtype == torch.float64:  # the truth has the same rounding
+                assert relative_error(each, truth) < 1e-13
+            else:
+                assert_calibrated(each, truth, of_torch, factor=2 if each is got else 4)
+    assert mpo_embedding(ids.view(-1, 1).int(), true).shape == (rows, 1, shape.out_features)
+
+
+def test_pytorch_computes_it_whichever_backend_is_named() -> None:
+    blocks, ids = random_blocks(SMALL_SHAPES["padded"], 1, torch.float32), torch.tensor([3, 0, 10])
+    for name in ("eager", "native", "triton", "cuda"):
+        assert torch.equal(mpo_embedding(ids, blocks, backend=name), mpo_embedding(ids, blocks))

@@ -9,7 +9,7 @@ import torch
 from mpoe_bench.cases import expert_choice, random_blocks
 from torch import Tensor
 
-from mpoe_kernels import MPOBlocks, Routing, combine, dispatch, grouped_mpo_linear, mpo_ffn, route
+from mpoe_kernels import Routing, combine, dispatch, grouped_mpo_linear, mpo_ffn, route
 from mpoe_kernels.backends import places_rows
 from mpoe_kernels.linear import ffn
 from mpoe_kernels.linear.ffn import placed_mpo_linear
@@ -64,22 +64,6 @@ def test_ffn_on_every_backend(backend: str, dtype: torch.dtype, gated: bool) -> 
     if "separable" not in require_strategies(backend, shape, dtype):
         shape = SMALL_SHAPES["padded"]  # the CUDA kernels compute rebuilt weights only
     check_ffn(backend, shape, dtype, gated)
-
-
-def test_refusals_of_a_gate() -> None:
-    shape = SMALL_SHAPES["separable"]
-    up, down, gate = (random_blocks(each, 2, torch.float32) for each in (shape, shape.mirrored(), shape))
-    given = torch.randn(3, 12), route(torch.zeros(3, 1).long(), 2), torch.ones(3, 1)
-    other = MPOBlocks(gate.left, gate.central, gate.right, gate.in_features - 1, gate.out_features)
-    with pytest.raises(ValueError, match=rf"x must be \[T, I\] with I = {gate.in_features - 1}"):
-        mpo_ffn(*given, up, down, gate_proj=other)
-    wider = MPOBlocks(gate.left, gate.central, gate.right, gate.in_features, gate.out_features - 1)
-    with pytest.raises(ValueError, match="gate_proj must have 10 out_features like up; got 9"):
-        mpo_ffn(*given, up, down, gate_proj=wider)
-    with pytest.raises(ValueError, match="activation must be one of"):
-        mpo_ffn(*given, up, down, gate_proj=gate, activation="tanh")
-    with pytest.raises(TypeError, match=r"up and gate_proj must be MPOBlocks .*; got"):
-        mpo_ffn(*given, up, down, gate_proj=gate.left)  # type: ignore[arg-type]
 
 
 TOKENS, EXPERTS = 13, 4
@@ -175,21 +159,3 @@ def test_a_routing_made_by_hand_is_combined(how: str, backend: str) -> None:
         y = mpo_ffn(x, routing, gates, up, down, backend=backend)
     hidden = grouped_mpo_linear(x, up, offsets, row_index=rows, activation="relu", backend=backend)
     assert torch.equal(y, combine(grouped_mpo_linear(hidden, down, offsets, backend=backend), routing, gates))
-
-
-def test_bad_gates_are_refused_in_the_words_of_combine() -> None:
-    shape = SMALL_SHAPES["separable"]
-    blocks, routing, x = random_blocks(shape, EXPERTS, torch.float32), routing_of(), torch.randn(TOKENS, 12)
-    rows = x, blocks, routing.expert_offsets, None, routing
-    for gates, error, message in (
-        (torch.ones(TOKENS, 2), ValueError, r"top_k_weights must be \[T, K\] = \[13, 1\]"),
-        (torch.ones(TOKENS, 1, dtype=torch.int64), TypeError, "top_k_weights must have a floating dtype"),
-        (torch.ones(TOKENS), ValueError, r"top_k_weights must be \[T, K\]; got"),
-        ([1.0] * TOKENS, (TypeError, ValueError), "top_k_weights must be a tensor"),
-    ):
-        with pytest.raises(error, match=message):
-            placed_mpo_linear(*rows, gates, None)
-        with pytest.raises(error, match=message):
-            combine(x, routing, gates)
-    with pytest.raises(ValueError, match=r"x must be \[N, I\] with N = 13"):
-        placed_mpo_linear(x[1:], *rows[1:], gates_of(), None)

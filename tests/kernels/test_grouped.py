@@ -14,7 +14,6 @@ from mpoe_kernels.contract.orders import INDICES, BlockDims
 from mpoe_kernels.linear import grouped
 from mpoe_kernels.linear.eager import candidates
 from mpoe_kernels.linear.eager.library import Library
-from mpoe_kernels.linear.eager.rows import Named, select_experts
 from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 from tests.cases import SMALL_SHAPES
 from tests.linear_problem import LinearProblem
@@ -95,12 +94,6 @@ def test_no_slots() -> None:
     Problem(SMALL_SHAPES["separable"], tokens=0).check("separable")
 
 
-def test_the_same_bits_every_time() -> None:
-    problem = Problem(SMALL_SHAPES["paper"], torch.bfloat16)
-    for one, other in zip(problem.run("rebuild"), problem.run("rebuild"), strict=True):
-        assert torch.equal(one, other)
-
-
 def test_a_nan_row_stays_its_token_s() -> None:
     problem = Problem(SMALL_SHAPES["light"], gathered=False, activation="silu")
     problem.x[2] = torch.nan
@@ -131,26 +124,6 @@ def test_on_a_gpu_eager_offers_them_where_they_do_not_wait(phase: str, monkeypat
     monkeypatch.setattr(torch.version, "hip", "6.4")
     card["capability"] = (9, 4)
     assert offered("rebuild", torch.bfloat16, "cuda:0") == [("rebuild", True)]
-
-
-@pytest.mark.parametrize(("first", "second"), [(("iL",), ("jL", "a")), (("a",), ("iL", "jL")), (("jL",), ("iL", "a"))])
-def test_scattered_experts_are_taken_from_the_stack(first: tuple[str, ...], second: tuple[str, ...]) -> None:
-    """They are copied only where a GEMM cannot read the blocks as they are: with the middle axis alone on one side."""
-    stacked = torch.randn(5, 3, 2, 4)
-    named = Named(stacked, ("iL", "jL", "a"), [0, 2, 3])
-    for expert, block in zip((0, 2, 3), named.each(first, second), strict=True):
-        assert torch.equal(block, Named(stacked[expert : expert + 1], named.axes).matrices(first, second)[0])
-        is_view = block.untyped_storage().data_ptr() == stacked.untyped_storage().data_ptr()
-        assert is_view == (first != ("jL",))
-    assert torch.equal(named.alone().data, stacked[[0, 2, 3]])
-
-
-@pytest.mark.parametrize(("experts", "is_view"), [([2], True), ([1, 2, 3], True), ([0, 2, 3], False), ([1, 3], False)])
-def test_consecutive_experts_are_not_copied(experts: list[int], is_view: bool) -> None:
-    stacked = torch.randn(5, 3)
-    found = select_experts(stacked, experts)
-    assert torch.equal(found, stacked[experts])
-    assert (found.untyped_storage().data_ptr() == stacked.untyped_storage().data_ptr()) == is_view
 
 
 @pytest.mark.parametrize("experts", [2, 8, 64])

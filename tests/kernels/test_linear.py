@@ -5,34 +5,33 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from itertools import combinations
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from mpoe_bench.cases import expert_choice, random_blocks, relative_error
-from torch.library import opcheck
+from mpoe_bench.cases import random_blocks, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpoe_kernels import MPOBlocks, MPOShape, grouped_mpo_linear, route
+from mpoe_kernels import MPOBlocks, MPOShape, backends, grouped_mpo_linear, mpo_linear
 from mpoe_kernels.contract import BlockDims
+from mpoe_kernels.linear.op import ACTIVATIONS
 from mpoe_kernels.native_library import NATIVE_LIBRARY
 from mpoe_kernels.reference import grouped_mpo_linear_reference, weight_reference
-from tests.assertions import poisoned_memory, torch_threads
+from tests.assertions import torch_threads
 from tests.cases import SMALL_SHAPES, pairwise
-from tests.linear_problem import LAYOUTS, NAMES, Product, leaves, strided
+from tests.linear_problem import LAYOUTS, NAMES, Product
 
 from .backend_cases import (
-    BACKENDS,
+    candidate_backend,
     choices_of,
+    eager_kernel,
     on_every_backend,
     require,
     require_strategies,
     strategies_of,
 )
 
-ALL_UTILS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-FEW_UTILS = ("test_schema", "test_faketensor")
 BOTH = (torch.float32, torch.bfloat16)
 # Several panels, tiles and k steps, with remainders everywhere.
 MEDIUM = {
@@ -199,93 +198,63 @@ def test_native_bits_do_not_depend_on_threads(shape: MPOShape, tokens: int, expe
                 assert torch.equal(a, b), f"{label} ({strategy})"
 
 
-SOME = [set(each) for count in (1, 2, 4) for each in combinations(range(5), count)]
-ALONE = [(backend, name, needed) for backend in BACKENDS for name in ("light", "separable") for needed in SOME]
-ALONE += [("native", name, needed) for name in ("many_blocks", "even") for needed in SOME if len(needed) != 2]
-
-
-@pytest.mark.parametrize(("backend", "name", "needed"), ALONE, ids=str)
-def test_some_gradients_alone(backend: str, name: str, needed: set[int]) -> None:
-    """They have the bits that they have if all are wanted; without any, y has the same bits."""
-    shape = (SMALL_SHAPES | LARGER)[name]
-    product = Product(shape, tokens=5, experts=2, top_k=1, gathered=False, backend=backend)
-    for strategy in require_strategies(backend, product.shape, torch.float32):
-        y, *every = product.run(strategy)
-        given = [t.detach().requires_grad_(place in needed) for place, t in enumerate(product.inputs)]
-        wanted = [t for t in given if t.requires_grad]
-        with poisoned_memory():
-            found = torch.autograd.grad(product.call(given, strategy), wanted, product.grad)
-        for place, gradient in zip(sorted(needed), found, strict=True):
-            # Of a bias alone plain PyTorch sums all rows at once, not expert by expert.
-            same = torch.allclose if backend == "eager" and needed == {4} else torch.equal
-            assert same(gradient, every[place]), f"{NAMES[place + 1]} ({strategy})"
-        with torch.no_grad():
-            assert torch.equal(product.call(given, strategy), y)
-
-
-def of_all(backend: str, *names: str) -> str:
-    """The one of these shapes for which all is checked: another for every backend."""
-    return names[BACKENDS.index(backend) % len(names)]
-
-
-@on_every_backend
-@pytest.mark.parametrize("name", ["paper", "separable", "padded_separable", "centre_last"])
-def test_opcheck(backend: str, name: str) -> None:
-    shape = SMALL_SHAPES[name]
-    require_strategies(backend, shape, torch.float32)
-    routing = route(expert_choice("uniform", 6, 3), 3, capacity=2)
-    blocks = random_blocks(shape, 3, torch.float32, requires_grad=True)
-    x = torch.randn(6, shape.in_features, requires_grad=True)
-    sizes = (shape.in_features, shape.out_features)
-    op = torch.ops.mpoe.grouped_mpo_linear.default
-    for strategy in choices_of(backend, shape, torch.float32):
-        arguments = (x, *leaves(blocks), routing.expert_offsets, torch.randn(sizes[1]), routing.token_of_slot, *sizes)
-        # Autograd and AOT dispatch take most of the time and depend on neither sizes nor strategies.
-        utils = ALL_UTILS if (name, strategy) == (of_all(backend, "paper", "separable"), "auto") else FEW_UTILS
-        opcheck(op, (*arguments, "gelu", strategy, backend, True), test_utils=utils)
-        without = (x, *leaves(blocks), routing.expert_offsets, None, None, *sizes, "silu", strategy, backend, False)
-        opcheck(op, without, test_utils=FEW_UTILS)
-
-
-@on_every_backend
-@pytest.mark.parametrize("name", ["light", "separable"])
-def test_opcheck_backward(backend: str, name: str) -> None:
-    shape = SMALL_SHAPES[name]
-    routing = route(expert_choice("uniform", 6, 3), 3)
-    left, central, right = (t.detach() for t in leaves(random_blocks(shape, 3, torch.float32)))
-    x, grad = torch.randn(6, shape.in_features), torch.randn(6, shape.out_features)
-    bias, empty = torch.zeros(shape.out_features), torch.empty(0)
-    h = torch.randn(6 * central.shape[2], central.shape[3])
-    strategies = require_strategies(backend, shape, torch.float32)
-    whole = of_all(backend, "light", "separable"), strategies[-1]
-    for strategy in strategies:
-        everything = [True] * 5
-        for need in (everything, [True, False, False, False, False], [False, True, False, True, True]):
-            opcheck(
-                torch.ops.mpoe.grouped_mpo_linear_backward.default,
-                (x, left, central, right, routing.expert_offsets, bias, routing.token_of_slot)
-                + (shape.in_features, shape.out_features, "none", strategy, backend)
-                + (grad, h if strategy == "separable" else empty, empty, need),
-                test_utils=ALL_UTILS if need is everything and (name, strategy) == whole else FEW_UTILS,
-            )
-
-
-@on_every_backend
 @pytest.mark.parametrize("name", ["paper", "separable"])
-def test_expanded_gradient_and_transposed_input(backend: str, name: str) -> None:
-    """The gradient of a sum has stride 0; x and left are transposed in memory."""
-    shape, dtype = SMALL_SHAPES[name], torch.float32
-    blocks, offsets = random_blocks(shape, 2, dtype), torch.tensor([0, 2, 5], dtype=torch.int32)
-    x = torch.randn(shape.in_features, 5).T
-    left = blocks.left.transpose(1, 2).contiguous().transpose(1, 2)
-    moved = MPOBlocks(left, blocks.central, strided(blocks.right), shape.in_features, shape.out_features)
-    for strategy in require_strategies(backend, shape, dtype):
-        leaf = x.clone().requires_grad_()
-        y = grouped_mpo_linear(leaf.T.contiguous().T, moved, offsets, strategy=strategy, backend=backend)
-        assert torch.allclose(y, grouped_mpo_linear_reference(x, blocks, offsets), atol=1e-5)
-        y.sum().backward()
-        assert leaf.grad is not None
-        assert torch.allclose(leaf.grad[0], weight_reference(blocks, 0).sum(1), atol=1e-5)
+def test_masked_central_core_is_never_computed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A detached central core reaches the backward kernel as "not needed", and its gradient stays None."""
+    seen: list[list[bool]] = []
+    kernels = {op: eager_kernel(op) for op in backends.CONTRACTIONS}
+    backward = kernels["grouped_mpo_linear_backward"]
+    kernels["grouped_mpo_linear_backward"] = lambda call: (seen.append(call.need), backward(call))[1]
+    monkeypatch.setitem(backends.BACKENDS, "seen", candidate_backend("seen", kernels))
+    monkeypatch.setitem(backends.PREFERRED, "cpu", ("seen", "eager"))
+    shape = SMALL_SHAPES[name]
+    blocks = random_blocks(shape, 2, requires_grad=True)
+    masked = MPOBlocks(blocks.left, blocks.central.detach(), blocks.right, shape.in_features, shape.out_features)
+    x = torch.randn(5, shape.in_features, dtype=torch.float64, requires_grad=True)
+    offsets = torch.tensor([0, 2, 5])
+    strategy = "separable" if shape.is_separable else "half_left"  # unforced, masked ones may choose another
+    grouped_mpo_linear(x, masked, offsets, strategy=strategy).sum().backward()
+    assert seen == [[True, True, False, True, False]]
+    assert blocks.central.grad is None
+
+
+def test_nothing_is_kept_for_a_backward_that_cannot_follow() -> None:
+    shape = SMALL_SHAPES["separable"]
+    blocks, x, offsets = random_blocks(shape, 1), torch.randn(4, shape.in_features).double(), torch.tensor([0, 4])
+    saved: list[bool] = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            if function is torch.ops.mpoe.grouped_mpo_linear.default:
+                saved.append(arguments[-1])
+            return function(*arguments, **(options or {}))
+
+    with Seen():
+        grouped_mpo_linear(x, blocks, offsets)
+        grouped_mpo_linear(x, blocks, offsets, torch.ones(shape.out_features).double().requires_grad_())
+        with torch.no_grad():
+            grouped_mpo_linear(x.clone().requires_grad_(), blocks, offsets)
+    assert saved == [False, True, False]
+
+
+def test_linear_keeps_leading_dimensions_and_transposed_blocks_are_the_tied_head() -> None:
+    shape = SMALL_SHAPES["padded"]
+    blocks = random_blocks(shape, 1)
+    weight = weight_reference(blocks, 0)
+    x = torch.randn(2, 3, shape.in_features, dtype=torch.float64)
+    bias = torch.randn(shape.out_features, dtype=torch.float64)
+    assert torch.allclose(mpo_linear(x, blocks, bias), x @ weight + bias)
+    hidden = torch.randn(4, shape.out_features, dtype=torch.float64)
+    assert torch.allclose(mpo_linear(hidden, blocks.transposed()), hidden @ weight.T)
+
+
+def test_every_public_activation_has_a_reference() -> None:
+    shape = SMALL_SHAPES["light"]
+    blocks = random_blocks(shape, 1)
+    x, offsets = torch.randn(4, 12, dtype=torch.float64), torch.tensor([0, 4])
+    for name, formula in ACTIVATIONS.items():
+        got = grouped_mpo_linear(x, blocks, offsets, activation=name)
+        assert torch.allclose(got, grouped_mpo_linear_reference(x, blocks, offsets, activation=formula))
 
 
 ISAS = ("generic", "avx2", "avx512", "avx512bf16", "amx")

@@ -13,14 +13,7 @@ from hypothesis import strategies as st
 from mpoe_bench.cases import workload_shape
 
 from mpoe_kernels import MPOShape, plan_contraction
-from mpoe_kernels.contract import (
-    ALL_GRADIENTS,
-    STRATEGIES,
-    BlockDims,
-    contraction,
-    contractions,
-    expected_busy_experts,
-)
+from mpoe_kernels.contract import STRATEGIES, BlockDims, contraction, contractions, expected_busy_experts
 from mpoe_kernels.contract.orders import MOVE_FLOPS, SEPARABLE_ORDER, applications, order_flops
 from tests.cases import SMALL_SHAPES
 
@@ -226,6 +219,9 @@ def test_decode_and_training_get_different_plans() -> None:
         assert plan_contraction(SHAPES[name], 64, 64).strategy != "rebuild"
         training = plan_contraction(SHAPES[name], 8, 32768, torch.bfloat16, training=True)
         assert (training.strategy, training.backward_strategy) == ("rebuild", "rebuild")
+    assert plan_contraction(MPOShape.paper(768, 3072, max_bond=8), 64, 64).strategy == "chain"
+    assert plan_contraction(SHAPES["paper_full"], 8, 2048).temporary_bytes == 2 * 768 * 3072 * 4
+    assert plan_contraction(SHAPES["paper_full"], 8, 2048).parameters == SHAPES["paper_full"].parameters(8)
 
 
 def test_a_separable_training_forward_is_always_the_one_that_saves() -> None:
@@ -241,13 +237,3 @@ def test_bonds_larger_than_needed_are_refused_for_memory() -> None:
     names = {c.strategy for c in contractions(dims, 2, 8, torch.float32, "forward")}
     assert "half_left" not in names
     assert "chain" in names, "there is always one without temporary weights"
-
-
-def test_contractions_name_what_is_wrong() -> None:
-    dims = dims_of(SHAPES["paper_16"])
-    with pytest.raises(ValueError, match="strategy 'separable' needs blocks with jL = iR = 1"):
-        contraction("separable", dims, 1, 1, torch.float32, "forward")
-    with pytest.raises(ValueError, match=r"strategy must be one of .*got 'fast'"):
-        contraction("fast", dims, 1, 1, torch.float32, "forward")
-    with pytest.raises(ValueError, match=r"phase must be one of .*got 'sideways'"):
-        contraction("chain", dims, 1, 1, torch.float32, "sideways", ALL_GRADIENTS)

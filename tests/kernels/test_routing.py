@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mpoe_bench.cases import expert_choice
-from torch.library import opcheck
 
 from mpoe_kernels import Routing, combine, dispatch, route, use_backend
 from mpoe_kernels.reference import combine_reference, dispatch_reference, route_reference
@@ -156,25 +155,6 @@ def check_poisoned_input() -> None:
         assert torch.allclose(combine(rows, routing, weights), combine_reference(rows, routing, weights))
 
 
-@on_every_backend
-def test_opcheck(backend: str) -> None:
-    require(backend)
-    routing, _ = example_routing()
-    parts = (routing.expert_offsets, routing.token_of_slot, routing.slot_of_token)
-    index = torch.randint(0, 4, (9, 2))
-    opcheck(torch.ops.mpoe.route.default, (index, 4, 3, torch.rand(9) > 0.5, backend))
-    opcheck(torch.ops.mpoe.route.default, (index, 4, None, None, backend))
-    x = torch.randn(9, 3, requires_grad=True)
-    opcheck(torch.ops.mpoe.dispatch.default, (x, *parts, backend))
-    y, weights = torch.randn(18, 3, requires_grad=True), torch.rand(9, 2, requires_grad=True)
-    opcheck(torch.ops.mpoe.combine.default, (y, *parts, weights, backend))
-    opcheck(torch.ops.mpoe.dispatch_backward.default, (y.detach(), parts[2], backend))
-    opcheck(
-        torch.ops.mpoe.combine_backward.default,
-        (x.detach(), y.detach(), *parts[1:], weights.detach(), True, True, backend),
-    )
-
-
 def test_eager_kernels_do_not_synchronise_with_the_host() -> None:
     """The host cannot read meta tensors, so a kernel that runs on them needs no synchronisation."""
     from mpoe_kernels.routing import eager as kernels
@@ -188,44 +168,3 @@ def test_eager_kernels_do_not_synchronise_with_the_host() -> None:
         where = token_of_slot, slot_of_token
         kernels.combine_backward(CombineBackwardCall(y, rows, *where, weights, True, True, "eager"))
         kernels.dispatch_backward(DispatchBackwardCall(rows, slot_of_token, "eager"))
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: route(torch.zeros(3, dtype=torch.int64), 2), r"top_k_index must be \[T, K\]"),
-        (
-            lambda: route(torch.zeros(1 << 16, 1 << 15, dtype=torch.int64, device="meta"), 2),
-            r"T \* K <= 2147483647; got int64 \[65536, 32768\]",
-        ),
-        (lambda: route(torch.zeros(3, 1, dtype=torch.int64), 0), "num_experts must be at least 1; got 0"),
-        (lambda: route(torch.zeros(3, 1, dtype=torch.int64), 2, capacity=0), "capacity must be at least 1; got 0"),
-        (
-            lambda: route(torch.zeros(3, 1, dtype=torch.int64), 2, token_mask=torch.ones(2).bool()),
-            "token_mask must be bool",
-        ),
-        (
-            lambda: route(torch.zeros(3, 1, dtype=torch.int64), 2, token_mask=torch.ones(3, 1).bool()),
-            r"token_mask must be \[T\]; got",
-        ),
-        (lambda: dispatch(torch.zeros(4, 2), example_routing()[0]), r"x must be \[T, I\] with T = 9"),
-        (
-            lambda: combine(torch.zeros(4, 2), example_routing()[0], torch.ones(9, 2)),
-            r"y_sorted must be \[N, F\] with N = 18",
-        ),
-        (
-            lambda: combine(torch.zeros(18, 2), example_routing()[0], torch.ones(9, 1)),
-            r"top_k_weights must be \[T, K\] = \[9, 2\]",
-        ),
-    ],
-)
-def test_refusals(call, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_type_refusals() -> None:
-    with pytest.raises(TypeError, match="top_k_index must be int32 or int64"):
-        route(torch.zeros(3, 1), 2)
-    with pytest.raises(TypeError, match="routing must be a Routing"):
-        dispatch(torch.zeros(3, 1), None)  # type: ignore[arg-type]

@@ -1,21 +1,32 @@
-"""Raw ops refuse in words what does not fit: no kernel of any backend sees it."""
+"""Raw ops refuse in words what does not fit: no kernel of any backend sees it; how ops are registered."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpoe.layers.context import check_mask
 from mpoe_kernels import BackendError
+from mpoe_kernels.define import define_op, is_plain_call
 from mpoe_kernels.signatures import ARGUMENTS, MOST_EXPERTS
+from tests.assertions import refuses
 
-from .backend_cases import on_every_backend
+from .backend_cases import need_of, on_every_backend
 from .problems import EXPERTS, TOKENS, TOP_K, calls, run
+
+
+def emptied(tensor: Tensor) -> Tensor:
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
 
 EXCHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "complex": lambda t: t.to(torch.complex64),
@@ -26,46 +37,49 @@ EXCHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def emptied(tensor: Tensor) -> Tensor:
-    tensor.untyped_storage().resize_(0)
-    return tensor
-
-
 @on_every_backend
 @pytest.mark.parametrize("op", ARGUMENTS)
 def test_every_tensor_of_every_op(op: str, backend: str) -> None:
     """Refused for its dtype, number of axes or memory, by its name. Layouts other than dense PyTorch refuses."""
-    fitting = calls(backend)[op]
-    run(op, fitting)
-    for name, value in fitting.items():
+    need_of(op.removesuffix("_backward"), backend)
+    given = calls(backend, op)
+    run(op, given)
+    for name, value in given.items():
         for exchange in EXCHANGES.values():
             if not isinstance(value, Tensor) or name in ("h", "saved"):  # whose sizes vary
                 continue
-            arguments = {**fitting, name: exchange(value)}
-            with pytest.raises((TypeError, ValueError), match=rf"{name} must .*; got"):
-                run(op, arguments)
+            arguments = {**given, name: exchange(value)}
+            refuses((TypeError, ValueError), rf"{name} must .*; got", run, op, arguments)
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
             lost = torch._neg_view(emptied(value.clone()))
-            with pytest.raises(ValueError, match=rf"every tensor of mpoe::{op} must hold its values"):
-                run(op, {**fitting, name: lost})
+            refuses(ValueError, rf"every tensor of mpoe::{op} must hold its values", run, op, {**given, name: lost})
 
 
 @pytest.mark.parametrize("op", ARGUMENTS)
 def test_a_missing_tensor(op: str) -> None:
     """PyTorch's dispatcher lets None through where a schema wants a tensor, also to the fake of meta tensors."""
-    fitting = calls("auto")[op]
+    own = calls("auto", op)
     wanted = [a.name for a in getattr(torch.ops.mpoe, op).default._schema.arguments if str(a.type) == "Tensor"]
-    on_meta = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in fitting.items()}
-    for name, given in product(wanted, (fitting, on_meta)):
-        with pytest.raises(TypeError, match=f"{name} must be a tensor; got NoneType None"):
-            run(op, {**given, name: None})
+    on_meta = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in own.items()}
+    for name, given in product(wanted, (own, on_meta)):
+        refuses(TypeError, f"{name} must be a tensor; got NoneType None", run, op, {**given, name: None})
 
 
+def chosen(last: int) -> Tensor:
+    """``[T, K]``, all 0 but for the last."""
+    return torch.tensor([0] * (TOKENS * TOP_K - 1) + [last]).view(TOKENS, TOP_K)
+
+
+PLACED = {
+    "slot_of_token": torch.arange(10)[:, None],
+    "out_index": torch.arange(10),
+    "gates": torch.ones(10),
+    "save": False,
+}
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("route", {"num_experts": 2**31}, f"num_experts must lie between 1 and {MOST_EXPERTS}; got 2147483648"),
     ("route", {"num_experts": 0}, "num_experts must"),
     ("combine", {"backend": "relu"}, "backend must be one of .*; got 'relu'"),
-    ("grouped_mpo_linear_backward", {"row_index": torch.full((10,), -1)}, r"row_index must lie in 0\.\.4; got -1"),
     ("route", {"capacity": 0}, "capacity must be at least 1; got 0"),
     *(
         (op, {"expert_offsets": torch.zeros(size, dtype=torch.int32)}, r"expert_offsets must be .* \[E\+1\], E = ")
@@ -100,6 +114,45 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         for op in ("mpo_embedding", "mpo_embedding_backward")
     ),
     ("mpo_embedding", {"num_embeddings": 10**6}, r"V must be at most iL\*iC\*iR = 12; got 1000000"),
+    # what a kernel would write or read beyond a tensor's end
+    *(
+        (op, {"expert_offsets": torch.tensor(ends).int()}, "expert_offsets must start at 0, not fall, and end at 10 at")
+        for op in ("grouped_mpo_linear", "grouped_mpo_linear_backward")
+        for ends in ((1, 3, 5, 10), (0, -1, 3, 10), (0, 3, 2, 10), (0, 2, 6, 11), (-1, 2, 3, 10))
+    ),
+    *(
+        (op, {"row_index": torch.tensor([0] * 9 + [row])}, rf"row_index must lie in 0\.\.4; got {row}")
+        for op in ("grouped_mpo_linear", "grouped_mpo_linear_backward")
+        for row in (-1, 5, 9)
+    ),
+    *(
+        (
+            "route",
+            {"capacity": capacity, "top_k_index": chosen(expert)},
+            rf"top_k_index must lie in 0\.\.2; got {expert}",
+        )
+        for capacity in (None, 1)
+        for expert in (-1, 3, 2**40)
+    ),
+    *(
+        (op, {"slot_of_token": chosen(slot), **more}, rf"slot_of_token must lie in -1\.\.9; got {slot}")
+        for op, more in (
+            *(("combine", {}), ("dispatch_backward", {}), ("combine_backward", {})),
+            ("combine_backward", {"need_weights": False}),
+        )
+        for slot in (-2, 10)
+    ),
+    *(
+        (
+            "dispatch",
+            {"token_of_slot": torch.tensor([0] * 9 + [token])},
+            rf"token_of_slot must lie in 0\.\.4; got {token}",
+        )
+        for token in (-1, 5)
+    ),
+    # rows that are placed need gates and slots
+    ("grouped_mpo_linear", {**PLACED, "gates": None}, "gates must be given with out_index"),
+    ("grouped_mpo_linear", {**PLACED, "slot_of_token": None}, "slot_of_token must be given with out_index"),
 ]
 
 
@@ -107,34 +160,134 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
 @pytest.mark.parametrize("number", range(len(WRONG)))
 def test_other_arguments(number: int, backend: str) -> None:
     op, changes, message = WRONG[number]
-    with pytest.raises((TypeError, ValueError, IndexError, BackendError), match=message):
-        run(op, {**calls(backend)[op], **changes})
+    need_of(op.removesuffix("_backward"), backend)
+    refuses((TypeError, ValueError, IndexError, BackendError), message, run, op, {**calls(backend, op), **changes})
 
 
-@pytest.mark.parametrize("missing", ["gates", "slot_of_token"])
-def test_rows_are_placed_with_gates_and_slots(missing: str) -> None:
-    fitting = {**calls("eager")["grouped_mpo_linear"], "save": False}
-    rows = TOKENS * TOP_K
-    more = {"slot_of_token": torch.arange(rows)[:, None], "out_index": torch.arange(rows), "gates": torch.ones(rows)}
-    run("grouped_mpo_linear", {**fitting, **more})
-    with pytest.raises(ValueError, match=f"{missing} must be given with out_index"):
-        run("grouped_mpo_linear", {**fitting, **more, missing: None})
+# ------------------------------------------------------------------ how ops are defined
 
 
-@pytest.mark.parametrize(
-    ("mask", "message"),
-    [
-        (torch.zeros(2, 3), r"mask must be bool \(or integers\), .* not additive; got torch.float32"),
-        (torch.zeros(2, 3, dtype=torch.complex64), "not additive"),
-        (torch.ones(2, 3).bool().to_sparse(), "mask must be a dense tensor; got one of the layout torch.sparse_coo"),
-        (torch.ones(2, 3).to_mkldnn(), "mask must be a dense tensor; got one of the layout torch._mkldnn"),
-        (torch.nested.nested_tensor([torch.ones(3)]), "mask must be a dense tensor; got one of the layout nested"),
-        ([[True] * 3] * 2, "mask must be a bool tensor .2, 3.; got list"),
-        (torch.ones(3, 2).bool(), r"mask must be \[2, 3\]; got \[3, 2\]"),
-    ],
-    ids=lambda value: "" if isinstance(value, str) else str(getattr(value, "dtype", "list")),
-)
-def test_masks(mask: Any, message: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=message):
-        check_mask("mask", mask, (2, 3))
-    assert torch.equal(check_mask("mask", torch.eye(2).long(), (2, 2)), torch.eye(2).bool())
+@dataclass(frozen=True)
+class ScaledCall:
+    x: Tensor
+    factor: float
+    of_nothing: Tensor | None = None
+
+
+def scaled(name: str) -> Any:
+    """An op ``mpoe::<name>``: x times a factor, with the gradient of x."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        assert len(inputs) == 3, "defaults that the dispatcher drops are there again"
+        ctx.factor = inputs[1]
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+        return grad * ctx.factor if ctx.needs_input_grad[0] else None, None, None
+
+    return define_op(
+        name,
+        ScaledCall,
+        1,
+        lambda call: call.x * call.factor,
+        lambda call: torch.empty_like(call.x),
+        setup_context=setup,
+        backward=backward,
+    )
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_gradients(ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        if not ours:
+            patched.delattr(torch._C, "_after_autograd_keyset")
+        op = scaled(f"scaled_by_{'ours' if ours else 'pytorch'}")
+    x = torch.ones(3, requires_grad=True)
+    y = op(x, 2.5)
+    assert ("Backward_mpoe" in type(y.grad_fn).__name__) == ours
+    y.sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.full((3,), 2.5))
+    assert op(x.detach(), 2.5).grad_fn is None
+    with torch.no_grad():
+        assert op(x, 2.5).grad_fn is None
+
+
+class Subclass(Tensor):
+    """A tensor subclass, which only PyTorch's dispatcher may handle."""
+
+
+def test_a_plain_call_skips_the_dispatcher() -> None:
+    op = scaled("scaled_plainly")
+    dispatched: list[str] = []
+    real = torch.ops.mpoe.scaled_plainly.default
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is real:
+                dispatched.append("mode")
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(3)
+    with Seen():
+        assert torch.equal(op(x, 2.0), 2 * x)
+    assert dispatched == ["mode"]
+    for plain, value in ((True, x), (True, nn.Parameter(x, requires_grad=False)), (False, x.as_subclass(Subclass))):
+        assert is_plain_call((value, 2.0)) == plain
+    assert not is_plain_call((x.to("meta"), 2.0))
+    assert not is_plain_call((x, 2.0, x.to("meta")))
+    with pytest.raises(ValueError, match="needs its tensors on one device"):
+        op(x, 2.0, x.to("meta"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not is_plain_call((x, 2.0))
+    assert torch.equal(torch.compile(lambda y: op(y, 2.0), fullgraph=True, backend="aot_eager")(x), 2 * x)
+    with torch.profiler.profile() as profile:
+        op(x, 2.0)
+    assert any(event.key == "mpoe::scaled_plainly" for event in profile.key_averages())
+
+
+def test_a_plain_call_is_seen_by_function_modes() -> None:
+    op = scaled("scaled_in_a_function_mode")
+    seen: list[str] = []
+
+    class Seen(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(3, requires_grad=True)
+    with Seen():
+        y = op(x, 2.0)
+    assert [name for name in seen if "scaled_in_a_function_mode" in name]
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.full((3,), 2.0))
+
+
+def test_a_plain_call_is_recorded_for_its_gradient_without_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same gradients in fewer steps; nothing is recorded inside another op's kernel, as in PyTorch."""
+    op = scaled("scaled_and_recorded")
+    x = torch.ones(3, requires_grad=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.library.CustomOpDef, "__call__", lambda *_: pytest.fail("is dispatched"))
+        y = op(x, 2.5)
+        assert op(x.detach(), 2.5).grad_fn is None
+        with torch.no_grad():
+            assert op(x, 2.5).grad_fn is None
+    dispatched = torch.ops.mpoe.scaled_and_recorded(x, 2.5)
+    assert type(y.grad_fn) is type(dispatched.grad_fn)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(grad, torch.autograd.grad(dispatched.sum(), x)[0])
+    assert not y.detach().requires_grad
+    with torch._C._AutoDispatchBelowAutograd():
+        assert op(x, 2.5).grad_fn is None
+
+
+def test_a_plain_call_never_hides_from_transforms() -> None:
+    op = scaled("scaled_in_transforms")
+    with pytest.raises(NotImplementedError, match="vmap"):
+        torch.vmap(lambda x: op(x, 2.0))(torch.ones(2, 3))
+    functional = torch.func.functionalize(lambda x: op(x, 2.0))
+    assert torch.equal(functional(torch.ones(3)), torch.full((3,), 2.0))
+    graph = make_fx(lambda x: op(x, 2.0))(torch.ones(3))
+    assert "mpoe.scaled_in_transforms" in graph.code
+
+
+# ------------------------------------------------------------------ memory

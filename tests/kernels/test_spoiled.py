@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -21,15 +22,14 @@ from mpoe_kernels import (
     combine,
     dispatch,
     grouped_mpo_linear,
-    hidden_experts,
     mpo_embedding,
     mpo_ffn,
-    neuron_experts,
     route,
     use_backend,
 )
 from mpoe_kernels.contract import STRATEGIES
 from tests.cases import SMALL_SHAPES
+from tests.expert_problems import HiddenProblem, NeuronProblem
 
 from .backend_cases import on_every_backend, require
 
@@ -104,30 +104,24 @@ class Case:
                 assert same(found[name][others], before[others]), (what, name)
 
 
-def hidden(experts: int, gated: bool, groups: int, tokens: int, dtype: torch.dtype) -> Case:
-    index, features, size = choices(experts, tokens), 12, 4
-    names = ("right", "left", *(["right_gate"] if gated else []))
-    rows = {"u": tokens_of(tokens, features, dtype), "gates": torch.rand(tokens, 2)}
-    if gated:
-        rows["u_gate"] = tokens_of(tokens, features, dtype)
+def of_experts(kind: type[Any], experts: int, gated: bool, tokens: int, dtype: torch.dtype, **own: Any) -> Case:
+    made = kind(tokens, experts, gated=gated, with_bias=True, dtype=dtype, **own)
+    given = {name: value for name, value in made.inputs.items() if value is not None}
+    rows = {name: value for name, value in given.items() if name in ("u", "x", "gates", "u_gate")}
+    weights, index = {name: value for name, value in given.items() if name not in rows}, choices(experts, tokens)
 
-    def call(u: Tensor, gates: Tensor, *others: Tensor) -> Tensor:
-        u_gate, right, left, right_gate = others if gated else (None, *others, None)
-        return hidden_experts(u, gates, index, right, left, activation="silu", u_gate=u_gate, right_gate=right_gate)
+    def call(*values: Tensor) -> Tensor:
+        return made.OP(**dict(zip((*rows, *weights), values, strict=True)), top_k_index=index, activation="silu")
 
-    return Case(call, rows, index, {name: torch.randn(experts, groups, size, size).to(dtype) for name in names})
+    return Case(call, rows, index, weights)
+
+
+def hidden(experts: int, gated: bool, per_group: bool, tokens: int, dtype: torch.dtype) -> Case:
+    return of_experts(HiddenProblem, experts, gated, tokens, dtype, per_group=per_group)
 
 
 def neurons(experts: int, gated: bool, tokens: int, dtype: torch.dtype) -> Case:
-    index, shapes = choices(experts, tokens), {"up": (5, 12), "down": (5, 7), "bias": (5,), "gate_up": (5, 12)}
-    weights = {name: torch.randn(experts, *shape).to(dtype) for name, shape in shapes.items()}
-    if not gated:
-        del weights["gate_up"]
-
-    def call(x: Tensor, gates: Tensor, up: Tensor, down: Tensor, bias: Tensor, gate_up: Tensor | None = None) -> Tensor:
-        return neuron_experts(x, gates, index, up, down, bias, activation="silu", gate_up=gate_up)
-
-    return Case(call, {"x": tokens_of(tokens, 12, dtype), "gates": torch.rand(tokens, 2)}, index, weights)
+    return of_experts(NeuronProblem, experts, gated, tokens, dtype)
 
 
 def latent(gated: bool, tokens: int, dtype: torch.dtype) -> Case:
@@ -228,7 +222,7 @@ def problems() -> dict[str, Callable[[int, torch.dtype], Case]]:
         for name in ("separable", "padded_separable", "light", "paper", "padded")
     }
     return {
-        **over(hidden, (2, 3), (False, True), (1, 3)),
+        **over(hidden, (2, 3), (False, True), (False, True)),
         **over(neurons, (2, 3), (False, True)),
         **over(latent, (False, True)),
         **{n: p for name, each in strategies.items() for n, p in over(linear, (name,), tuple(each)).items()},

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -183,20 +181,6 @@ def test_a_second_dtype_uses_the_cores() -> None:
         torch.testing.assert_close(ffn(x), plain(ffn, x))
         assert cache.reserved == reserved
         assert relative_error(found, plain(ffn, x)) < 4 * torch.finfo(torch.bfloat16).eps
-
-
-@pytest.mark.usefixtures("always")
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-def test_copies_made_meanwhile_have_none_of_it(mode) -> None:
-    ffn, x = feed_forward(), torch.randn(4, 24)
-    names, attributes = set(ffn.state_dict()), set(vars(ffn.experts))
-    with mode(), kept(ffn) as cache:
-        found = ffn(x)
-        assert built(cache) > 0
-        assert (set(ffn.state_dict()), set(vars(ffn.experts))) == (names, attributes)
-        for other in (copy.deepcopy(ffn), pickle.loads(pickle.dumps(ffn))):
-            torch.testing.assert_close(other(x), found)
-            assert other.experts not in cache.layers
 
 
 @pytest.mark.usefixtures("always")

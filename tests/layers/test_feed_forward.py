@@ -18,21 +18,15 @@ from mpoe import convert_to_mpoe
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.layers import (
     ACTIVATIONS,
-    DenseExperts,
     MPOEFeedForward,
-    MPOEmbedding,
-    MPOExperts,
     MPOLinear,
-    TopKRouter,
     current_routing,
     grouped_dense_linear,
     load_balancing_loss,
-    router_z_loss,
     routing_context,
 )
 from mpoe.layers.cores import IMPLEMENTATIONS
 from mpoe.layers.feed_forward import _say_that_nothing_balances
-from mpoe_kernels import MPOShape
 from tests.assertions import in_threads
 
 # Covers eager PyTorch's own error in these dtypes, for sums of at most 2 x 60 products and two gates.
@@ -248,18 +242,6 @@ def test_autocast_with_float32_parameters():
         assert ffn.experts.up.bias.grad.dtype == torch.float32
 
 
-def test_bad_input():
-    ffn = feed_forward()
-    with pytest.raises(ValueError, match=r"hidden_states must be \[..., 24\]; got \[2, 23\]"):
-        ffn(torch.randn(2, 23))
-    with pytest.raises(ValueError, match=r"token_mask must be \[2, 3\]"):
-        ffn(torch.randn(2, 3, 24), torch.ones(2, 4).bool())
-    with pytest.raises(ValueError, match="did you mean 'gelu'"):
-        DenseExperts(4, 8, 2, "gellu")
-    with pytest.raises(ValueError, match="the down shape must be"):
-        MPOExperts({"up": MPOShape.paper(4, 8), "down": MPOShape.paper(4, 8)}, 2)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_tokens_are_brought_to_the_experts_dtype(dtype: torch.dtype) -> None:
     layer = MPOEFeedForward(8, 16, MPOEConfig(num_experts=2, shape="separable")).eval()
@@ -305,39 +287,3 @@ def test_a_layer_that_trains_alone_says_that_nothing_balances_it() -> None:
     assert load_balancing_loss(routing.records[0].logits, routing.records[0].top_k_index) > 0
     with pytest.warns(UserWarning, match=r"nothing adds its balancing loss: run it in mpoe\.layers\.routing_context"):
         layer.train()(x)
-
-
-def test_what_fits_still_does() -> None:
-    assert (
-        TopKRouter(8, 4, RouterConfig(), device=torch.device("cpu"), dtype=torch.bfloat16).weight.dtype
-        is torch.bfloat16
-    )
-    assert MPOEmbedding(MPOShape((2, 4), (3, 4)), -1, device="meta").padding_idx == 7
-    assert MPOEFeedForward(8, 16, MPOEConfig(num_experts=2, shape="separable"))(torch.randn(3, 8)).shape == (3, 8)
-
-
-@pytest.mark.parametrize("shape", ["separable", "hidden"])
-@pytest.mark.parametrize(
-    ("mask", "message"),
-    [
-        (torch.tensor([0.0, -torch.inf, 0.0]), "token_mask must be bool .* not additive; got torch.float32"),
-        (torch.ones(3).bool().to_sparse(), "token_mask must be a dense tensor"),
-        ([True, True, False], "token_mask must be a bool tensor .3.; got list"),
-    ],
-    ids=["additive", "sparse", "list"],
-)
-def test_masks_that_are_none(shape: str, mask: object, message: str) -> None:
-    layer = MPOEFeedForward(12, 24, MPOEConfig(num_experts=2, shape=shape))
-    with pytest.raises((TypeError, ValueError), match=message):
-        layer(torch.randn(3, 12), mask)
-    for loss in (
-        lambda: router_z_loss(torch.randn(3, 2), mask),
-        lambda: load_balancing_loss(torch.randn(3, 2), torch.zeros(3, 1).long(), mask),
-    ):
-        with pytest.raises((TypeError, ValueError), match=message):
-            loss()
-
-
-def test_sparse_rows() -> None:
-    with pytest.raises(ValueError, match="hidden_states must be a dense tensor; got one of the layout"):
-        MPOEFeedForward(12, 24, MPOEConfig(num_experts=2))(torch.eye(12).to_sparse())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
@@ -298,84 +297,6 @@ def test_neurons_that_do_not_fit(changed: dict[str, Any], message: str) -> None:
     given |= {"neurons": mixture.Neurons(up, up, None, None, "relu"), "token_mask": None}
     with pytest.raises(ValueError, match=message):
         mixture.routed_neurons(**(given | changed))
-
-
-# ------------------------------------------------------------- memory
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@torch.no_grad()
-def test_changed_cores_and_biases_are_seen(calls, bias: bool) -> None:
-    layer, x = made(bias=bias), torch.randn(3, I)
-    for parameter in (*layer.experts.parameters(), layer.router.weight):
-        parameter.add_(0.1)
-        layer(x)
-        assert torch.equal(layer(x), by_ops(layer, x))
-    if bias:
-        layer.experts.down.bias = nn.Parameter(torch.ones(I))
-        layer.experts.up.bias.data = torch.randn(2 * F)[::2]
-        assert torch.equal(layer(x), by_ops(layer, x))
-    layer.experts.activation = "relu"
-    layer.router.weight.data = layer.router.weight.data.t().contiguous().t()
-    assert torch.equal(layer(x.t().contiguous().t()), by_ops(layer, x))
-    assert set(calls) == {"routed_ffn"}
-
-
-def moved(layer: Any) -> None:
-    """Other memory under the same tensors, as a sharded layer's parameters get it before a pass."""
-    for parameter in layer.experts.parameters():
-        storage, values = parameter.untyped_storage(), parameter.detach().clone()
-        size = storage.nbytes()
-        storage.resize_(0)
-        storage.resize_(size)
-        parameter.copy_(values)
-
-
-WAYS = {
-    "shared": lambda layer: [parameter.share_memory_() for parameter in layer.parameters()],
-    "pickled": ForkingPickler.dumps,  # what a queue of torch.multiprocessing does
-    "moved": moved,
-}
-
-
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("way", WAYS)
-@torch.no_grad()
-def test_memory_that_moves_between_calls_is_followed(calls, way: str, gated: bool) -> None:
-    layer, x = made(gated=gated, bias=True), torch.randn(3, I)
-    wanted = by_ops(layer, x)
-    for _ in range(3):
-        layer(x)
-    WAYS[way](layer)
-    filler = [torch.full((n,), torch.nan) for n in range(1, 2000)]  # takes freed memory
-    for _ in range(3):
-        assert torch.equal(layer(x), wanted)
-    assert set(calls) == {"routed_ffn"}
-    assert len(filler) == 1999
-
-
-@torch.no_grad()
-def test_freed_memory_is_refused(calls) -> None:
-    layer, x = made(bias=True), torch.randn(3, I)
-    for _ in range(3):
-        layer(x)
-    for parameter in layer.experts.parameters():  # as a sharded layer's between its passes
-        parameter.untyped_storage().resize_(0)
-    with pytest.raises((ValueError, RuntimeError), match=r"must hold its values|setStorage: .* out of bounds"):
-        layer(x)
-
-
-@torch.no_grad()
-def test_numbers_yet_to_be_negated_are() -> None:
-    layer, x = made(), torch.randn(3, I)
-    mask = torch.tensor([True, False, True])
-    wanted = by_ops(layer, x, mask)
-    assert torch.equal(layer(torch._neg_view(-x), mask), wanted)
-    for cores in (layer.experts.up, layer.experts.down):
-        cores.central.data = torch._neg_view(-cores.central.data)
-    assert torch.equal(layer(x, mask), wanted)
-    layer.router.weight.data = torch._neg_view(-layer.router.weight.data)
-    torch.testing.assert_close(layer(x, mask), wanted)  # PyTorch's router, whose sums round otherwise
 
 
 def test_threads_share_a_layer() -> None:

@@ -1,13 +1,23 @@
-"""Experts of their own hidden neurons: the formula, padding, dropout, dtypes."""
+"""Experts of their own neurons: the formula, padding, dropout, dtypes; `MPOCores`, `MPOLinear`, `MPOEmbedding`."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from mpoe import MPOEConfig, RouterConfig
-from mpoe.layers import ACTIVATIONS, NeuronExperts, NeuronFeedForward, routing_context
+from mpoe.layers import (
+    ACTIVATIONS,
+    MPOCores,
+    MPOEmbedding,
+    MPOLinear,
+    NeuronExperts,
+    NeuronFeedForward,
+    routing_context,
+)
+from mpoe_kernels import MPOShape
 
 I, F, E, M = 12, 20, 5, 3
 
@@ -85,21 +95,12 @@ def test_the_definition(gated: bool, latent: int | None, top_k: int, gates: dict
     if module.router.e_score_correction_bias is not None:
         module.router.e_score_correction_bias[3] = 2.0  # the first choice of every token
         assert bool((module.router(torch.randn(4, I)).top_k_index == 3).any(1).all())
-    x = torch.randn(2, 4, I)
-    want = Network.forward(module, x) + added(module, x.view(-1, I)).view(x.shape)
-    assert torch.allclose(module(x), want, atol=1e-5)
-
-
-@pytest.mark.parametrize("latent", [None, 4])
-def test_gradients_follow_the_definition(latent: int | None) -> None:
-    module = layer(True, latent)
-    x = torch.randn(6, I, requires_grad=True)
-    inputs = [x, *module.parameters()]
-    weight = torch.randn(6, I)
-    got = torch.autograd.grad((module(x) * weight).sum(), inputs)
-    want = torch.autograd.grad(((Network.forward(module, x) + added(module, x)) * weight).sum(), inputs)
-    for name, mine, theirs in zip(["x", *dict(module.named_parameters())], got, want, strict=True):
-        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5), name
+    x = torch.randn(2, 4, I, requires_grad=True)
+    found, want = module(x), Network.forward(module, x) + added(module, x.view(-1, I)).view(x.shape)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+    inputs, weight = [x, *module.parameters()], torch.randn(2, 4, I)
+    mine, theirs = (torch.autograd.grad((y * weight).sum(), inputs, allow_unused=True) for y in (found, want))
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_has_no_expert_and_is_not_counted() -> None:
@@ -178,14 +179,6 @@ def test_merged(latent: int | None) -> None:
     assert module.experts.down.requires_grad
 
 
-def test_no_token_and_one_token() -> None:
-    module = layer(True, 4).eval()
-    with torch.no_grad():
-        assert module(torch.randn(0, I)).shape == (0, I)
-        x = torch.randn(3, I)
-        assert torch.allclose(torch.cat([module(row[None]) for row in x]), module(x), atol=1e-5)
-
-
 @pytest.mark.parametrize("latent", [None, 16])
 @pytest.mark.parametrize("std", [None, 0.3])
 @torch.no_grad()
@@ -200,3 +193,133 @@ def test_random_neurons_have_the_scale_of_dense_ones(latent: int | None, std: fl
     assert not own.bias.any()
     if latent is not None:
         assert float(own.latent_out.std()) == pytest.approx(0.25, rel=0.1)  # of 16 numbers
+
+
+# ------------------------------------------------------------------ cores
+
+
+SHAPES = [
+    MPOShape.paper(24, 48),
+    MPOShape.light(24, 48),
+    MPOShape.separable(24, 48),
+    MPOShape.paper(24, 48, max_bond=4),
+]
+
+
+def rms(tensor):
+    return float(tensor.detach().double().square().mean().sqrt())
+
+
+@pytest.mark.parametrize(
+    ("shape", "gauge"),
+    [(shape, gauge) for shape in SHAPES[:3] for gauge in ("symmetric", "orthogonal")] + [(SHAPES[2], "identity")],
+    ids=str,
+)
+def test_load_weight_copies_to_every_expert_and_measures(shape, gauge):
+    cores, weight = MPOCores(shape, 3), torch.randn(24, 48)
+    result = cores.load_weight_(weight, gauge)
+    torch.testing.assert_close(cores.dense_weights(), weight.expand(3, 24, 48), rtol=1e-4, atol=1e-5)
+    assert result.relative_error_bound < 1e-5
+    assert len(result.local_errors) == shape.num_cores - 1
+    for ratio, name in zip(cores.rate_ratios, cores.core_names(), strict=True):
+        assert ratio == pytest.approx(rms(cores.get_parameter(name)) / rms(weight), rel=1e-4)
+    assert cores.core_names()[shape.central] == "central"
+    before = [core.detach().clone() for core in cores.auxiliary]
+    cores.add_noise_(0.1)
+    assert not torch.allclose(*cores.dense_weights()[:2])
+    for old, new in zip(before, cores.auxiliary, strict=True):
+        assert rms(new - old) == pytest.approx(0.1 * rms(old), rel=0.5)
+
+
+def test_zero_weight_is_finite():
+    cores = MPOCores(SHAPES[0], 2)
+    cores.load_weight_(torch.zeros(24, 48))
+    assert torch.equal(cores.dense_weights(), torch.zeros(2, 24, 48))
+    assert all(ratio == 1.0 for ratio in cores.rate_ratios)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_random_weights_have_the_wanted_scale_and_expected_ratios(shape):
+    cores = MPOCores(shape, 4, bias=True, init_std=0.05)
+    assert rms(cores.dense_weights()) == pytest.approx(0.05, rel=0.25)
+    for ratio, name in zip(cores.rate_ratios, cores.core_names(), strict=True):
+        assert ratio == pytest.approx(rms(cores.get_parameter(name)) / 0.05, rel=0.2)
+    assert torch.equal(cores.bias, torch.zeros(48))
+    weights = cores.dense_weights()
+    assert not torch.allclose(weights[0], weights[1])
+
+
+def test_half_precision_weights_are_decomposed_in_float32():
+    cores, weight = MPOCores(SHAPES[2], 2, dtype=torch.bfloat16), torch.randn(24, 48).bfloat16()
+    cores.load_weight_(weight)
+    assert cores.central.dtype == torch.bfloat16
+    torch.testing.assert_close(cores.dense_weights()[0], weight, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("shape", [None, *SHAPES[:3]], ids=str)
+def test_mpo_linear_is_a_drop_in(shape):
+    x = torch.randn(2, 5, 24)
+    for linear in (nn.Linear(24, 48), nn.Linear(24, 48, bias=False), Conv1D(48, 24)):
+        module = MPOLinear.from_linear(linear, shape)
+        torch.testing.assert_close(module(x), linear(x), rtol=1e-4, atol=1e-5)
+        weight = linear.weight if isinstance(linear, nn.Linear) else linear.weight.T
+        torch.testing.assert_close(module.weight, weight, rtol=1e-4, atol=1e-5)
+        assert (module.in_features, module.out_features) == (24, 48)
+        assert (module.bias is None) == (linear.bias is None)
+
+
+def test_mpo_embedding_is_a_drop_in_with_a_padded_vocabulary():
+    embedding = nn.Embedding(101, 24)
+    module = MPOEmbedding.from_embedding(embedding)
+    assert (module.num_embeddings, module.embedding_dim) == (101, 24)
+    ids = torch.randint(0, 101, (3, 7))
+    torch.testing.assert_close(module(ids), embedding(ids), rtol=1e-4, atol=1e-5)
+    x = torch.randn(3, 24)
+    torch.testing.assert_close(module.logits(x), x @ embedding.weight.T, rtol=1e-4, atol=1e-4)
+    assert module.logits(x).shape == (3, 101)
+    torch.testing.assert_close(module.weight, embedding.weight, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_row_gets_no_gradient():
+    module = MPOEmbedding(MPOShape.automatic(30, 8, 3), padding_idx=-1)
+    assert module.padding_idx == 29
+    module(torch.tensor([29, 29])).sum().backward()
+    assert module.cores.central.grad is None or not module.cores.central.grad.any()
+    with pytest.raises(ValueError, match="padding_idx"):
+        MPOEmbedding(MPOShape.automatic(30, 8, 3), padding_idx=30)
+
+
+def test_a_chain_without_auxiliary_cores_still_has_all_experts() -> None:
+    cores = MPOCores(MPOShape((6,), (5,)), 4)
+    assert cores.blocks().num_experts == 4
+    assert cores.dense_weights().shape == (4, 6, 5)
+
+
+# ------------------------------------------------------------- MPOLinear as nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [((12, 6), {}), ((12, 6, False), {}), ((12,), {"out_features": 6}), ((), {"in_features": 12, "out_features": 6})],
+)
+def test_called_as_nn_linear(values: tuple, named: dict) -> None:
+    layer, like = MPOLinear(*values, **named), nn.Linear(*values, **named)
+    x = torch.randn(2, 3, 12)
+    assert (layer.in_features, layer.out_features) == (like.in_features, like.out_features)
+    assert layer.weight.shape == like.weight.shape
+    assert (layer.bias is None) == (like.bias is None)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_random_weights_are_as_large_as_those_of_nn_linear() -> None:
+    layer, like = MPOLinear(64, 128), nn.Linear(64, 128)
+    assert layer.weight.std().item() == pytest.approx(like.weight.std().item(), rel=0.1)
+    assert MPOLinear(64, 128, init_std=0.01).weight.std().item() == pytest.approx(0.01, rel=0.1)
+    assert MPOLinear(8, 4, dtype=torch.float64).weight.dtype == torch.float64
+
+
+def test_by_shape() -> None:
+    shape = MPOShape.paper(12, 6)
+    for layer in (MPOLinear(shape, bias=False), MPOLinear(shape=shape, bias=False)):
+        assert layer.bias is None
+        assert layer.cores.shape == shape

@@ -1,16 +1,23 @@
-"""`TopKRouter` and its losses against formulas written by hand."""
+"""`TopKRouter`, its losses and its product against formulas written by hand."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoe.config import RouterConfig
 from mpoe.layers import TopKRouter, load_balancing_loss, router_z_loss
+from mpoe.layers import router as router_module
 from mpoe.layers.context import count_choices, global_batch, sum_over_ranks
+from mpoe.layers.router import float32_logits, logits_of_low_precision
 from mpoe_kernels import available_backends, use_backend
+from tests.assertions import refuses
 
 
 def test_top1_gate_is_one_with_the_gradient_of_log_p():
@@ -99,9 +106,7 @@ def test_init_is_truncated_normal_of_the_switch_scale():
     weight = TopKRouter(1000, 8, RouterConfig(init_scale=0.1)).weight
     std = (0.1 / 1000) ** 0.5
     assert weight.abs().max() <= 2 * std
-    assert float(weight.detach().std()) == pytest.approx(
-        std * 0.88, rel=0.05
-    )  # std of a normal truncated at two sigmas
+    assert float(weight.detach().std()) == pytest.approx(std * 0.88, rel=0.05)  # of a normal cut at two sigmas
 
 
 def test_balancing_loss_by_hand():
@@ -148,10 +153,8 @@ def test_no_valid_token_gives_zero():
 
 def test_bad_shapes():
     for odd in (torch.randn(3), [1.0]):
-        with pytest.raises(ValueError, match=r"logits must be \[\.\.\., T, E\]; got (\[3\]|list)"):
-            router_z_loss(odd)
-    with pytest.raises(ValueError, match="token_mask"):
-        router_z_loss(torch.randn(4, 3), torch.ones(3).bool())
+        refuses(ValueError, r"logits must be \[\.\.\., T, E\]; got (\[3\]|list)", router_z_loss, odd)
+    refuses(ValueError, "token_mask", router_z_loss, torch.randn(4, 3), torch.ones(3).bool())
     with pytest.raises(ValueError, match=r"top_k_index .* leading axes \[4\]; got \[5, 1\]"):
         load_balancing_loss(torch.randn(4, 3), torch.zeros(5, 1, dtype=torch.long))
 
@@ -269,3 +272,127 @@ def test_routers_that_take_pytorch_ops() -> None:
             assert not router.can_gate_natively(x)
         with torch.profiler.profile():
             assert not router.can_gate_natively(x)
+
+
+# ------------------------------------------------------------- the product: float32, without a float32 copy of tokens
+
+
+LOW = [BF16, F16]
+TOKENS, FEATURES, EXPERTS = 20, 64, 6
+
+
+def problem(dtype, weight_dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(TOKENS, FEATURES, generator=generator).to(dtype)
+    weight = torch.randn(EXPERTS, FEATURES, generator=generator).to(weight_dtype)
+    return x.requires_grad_(), weight.requires_grad_()
+
+
+@NATIVE
+@given(
+    tokens=st.integers(0, 20),
+    features=st.integers(1, 140),
+    experts=st.integers(1, 40),
+    dtypes=st.tuples(st.sampled_from(LOW), st.sampled_from([*LOW, torch.float32])),
+    frozen=st.sampled_from(["nothing", "tokens", "weight"]),
+    seed=st.integers(0, 99),
+)
+def test_native_products_and_gradients(tokens, features, experts, dtypes, frozen, seed):
+    """Against double precision, and only of what needs gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    grad = torch.randn(tokens, experts, generator=generator)
+    x = torch.randn(tokens, features, generator=generator).to(dtypes[0]).requires_grad_(frozen != "tokens")
+    weight = torch.randn(experts, features, generator=generator).to(dtypes[1]).requires_grad_(frozen != "weight")
+    logits = float32_logits(x, weight, "native")
+    logits.backward(grad)
+    want = x.detach().double() @ weight.detach().double().t()
+    torch.testing.assert_close(logits.detach().double(), want, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(float32_logits(x, weight, "native"), logits)
+    assert (x.grad is None) == (frozen == "tokens")
+    assert (weight.grad is None) == (frozen == "weight")
+    for got, value in ((x.grad, grad.double() @ weight.double()), (weight.grad, grad.double().t() @ x.double())):
+        if got is not None:
+            torch.testing.assert_close(got, value.to(got.dtype), rtol=2e-2 if got.dtype in LOW else 1e-5, atol=1e-4)
+
+
+def test_the_backend_asked_for_computes(monkeypatch):
+    called = []
+    monkeypatch.setattr(router_module, "native_logits", lambda *arguments: called.append(arguments))
+    for backend in ("eager", "native", None):
+        with torch.no_grad():
+            float32_logits(*problem(torch.bfloat16, torch.bfloat16), backend)
+    assert len(called) == 2 * ("native" in available_backends())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_second_derivatives_and_transforms(dtype):
+    x, weight = problem(dtype, dtype)
+    first = torch.autograd.grad(float32_logits(x, weight).square().sum(), x, create_graph=True)[0]
+    assert torch.autograd.grad(first.float().square().sum(), weight)[0].isfinite().all()
+    each = torch.func.vmap(lambda rows: float32_logits(rows, weight))(torch.stack([x, x]))
+    torch.testing.assert_close(each[1], float32_logits(x, weight))
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "tokens"])
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_the_backward_keeps_no_float32_copy_of_the_tokens(dtype, frozen):
+    router = TopKRouter(FEATURES, EXPERTS).to(dtype)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        router(problem(dtype, dtype)[0].detach().requires_grad_(frozen != "tokens"))
+    assert [t.dtype for t in kept if t.shape == (TOKENS, FEATURES)] == [dtype]
+
+
+class Recorded(TorchDispatchMode):
+    """Records the operations, and the dtypes of results with the tokens' shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.copies = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.operations.append(str(func))
+        if isinstance(out, torch.Tensor) and out.shape == (TOKENS, FEATURES):
+            self.copies.append(out.dtype)
+        return out
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype", "copies"),
+    [
+        (torch.bfloat16, torch.bfloat16, False),
+        (torch.float16, torch.float16, False),
+        (torch.bfloat16, torch.float32, False),
+        (torch.float16, torch.float32, True),  # float16's range cannot hold the remainders of a float32 weight
+    ],
+    ids=str,
+)
+def test_no_copy_of_the_tokens_on_a_gpu(dtype, weight_dtype, copies, grad):
+    router = TopKRouter(FEATURES, EXPERTS, device="meta")
+    with FakeTensorMode(), torch.set_grad_enabled(grad):
+        router.weight = torch.nn.Parameter(torch.empty(EXPERTS, FEATURES, device="cuda", dtype=weight_dtype))
+        x = torch.empty(TOKENS, FEATURES, device="cuda", dtype=dtype)
+        with Recorded() as recorded:
+            out = router(x)
+    assert (out.logits.dtype, out.logits.shape) == (torch.float32, (TOKENS, EXPERTS))
+    assert ("aten.mm.dtype" in recorded.operations) != copies
+    assert recorded.copies == ([torch.float32] if copies else [])
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_a_gpu_computes_is_as_exact_as_float32(weight_dtype, monkeypatch):
+    """The CPU simulates the GPU's products of bfloat16 in float32."""
+
+    for name in ("mm", "bmm"):
+        monkeypatch.setattr(torch, name, lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype))
+    x, weight = problem(torch.bfloat16, weight_dtype)
+    grad = torch.randn(TOKENS, EXPERTS)
+    wanted = x.double() @ weight.double().T
+    (of_weight,) = torch.autograd.grad(wanted, weight, grad.double())
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+    close(logits_of_low_precision(x, weight).double(), wanted)
+    monkeypatch.setattr(router_module, "_on_gpu", lambda _: True)
+    close(torch.autograd.grad(float32_logits(x, weight, "eager"), weight, grad)[0], of_weight)

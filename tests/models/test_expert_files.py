@@ -11,20 +11,13 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from mpoe import (
-    collect_statistics,
-    compose_experts,
-    load_expert,
-    load_mpoe,
-    merge_expert,
-    save_expert,
-    start_expert,
-)
+from mpoe import collect_statistics, compose_experts, load_expert, load_mpoe, merge_expert, save_expert, start_expert
 from mpoe.models import push_expert
 from mpoe.models.domains import _second_moment, router_weight
 from mpoe.models.expert_files import base_identity
 from mpoe.models.expert_mixture import documentation_batches
 from mpoe.models.report import neuron_modules
+from tests.assertions import refuses
 
 from .domain_experts import M, domain, loss, stirred, tokenizer
 from .tiny_models import (
@@ -277,9 +270,7 @@ def test_a_folder_of_experts_is_one_commit(domains: SimpleNamespace, asked: list
 
 def test_nothing_is_sent_of_a_damaged_file(domains: SimpleNamespace, asked: list[Any], tmp_path: Path) -> None:
     (tmp_path / "a.expert").write_bytes(domains.files[0].read_bytes()[:-9])
-    with pytest.raises(ValueError, match="whole safetensors file"):
-        push_expert(tmp_path, "experts")
+    refuses(ValueError, "whole safetensors file", push_expert, tmp_path, "experts")
     (tmp_path / "a.expert").unlink()
-    with pytest.raises(ValueError, match=r"holds no \*.expert"):
-        push_expert(tmp_path, "experts")
+    refuses(ValueError, r"holds no \*.expert", push_expert, tmp_path, "experts")
     assert not asked

@@ -30,6 +30,7 @@ from mpoe.models.domains import train_routers
 from mpoe.models.expert_files import made_expert, write_expert
 from mpoe.models.expert_mixture import check_adapter, documentation_batches, fit_adapter, is_adapter
 from mpoe.models.report import neuron_modules
+from tests.assertions import refuses
 
 from .domain_experts import VOCABULARY, M, domain, language_model, loss, stirred, tokenizer
 from .tiny_models import dense_model, tiny_model
@@ -73,14 +74,11 @@ def test_worth_without_none(domains: SimpleNamespace) -> None:
 
 
 def test_worth_that_is_refused(domains: SimpleNamespace, composed: SimpleNamespace) -> None:
-    with pytest.raises(ValueError, match="at least two experts"):
-        composed_worth(composed.mixture, composed.classes[:2], domain(0))
-    with pytest.raises(ValueError, match="at least two experts"):
-        composed_worth(domains.base, [], domain(0))
+    refuses(ValueError, "at least two experts", composed_worth, composed.mixture, composed.classes[:2], domain(0))
+    refuses(ValueError, "at least two experts", composed_worth, domains.base, [], domain(0))
     with pytest.raises(ValueError, match="batches must hold labels; got input_ids"):
         composed_worth(composed.mixture, composed.classes, [{"input_ids": torch.ones(1, 4).long()}])
-    with pytest.raises(ValueError, match="batches must hold tokens to predict"):
-        token_losses(domains.base, [])
+    refuses(ValueError, "batches must hold tokens to predict", token_losses, domains.base, [])
 
 
 def test_several_experts_in_one_dense_network(domains: SimpleNamespace) -> None:
@@ -94,11 +92,9 @@ def test_several_experts_in_one_dense_network(domains: SimpleNamespace) -> None:
         expected = sum(model.model.layers[layer].mlp(x) for model in apart) / 2
         torch.testing.assert_close(merged.model.layers[layer].mlp(x), expected, rtol=1e-5, atol=1e-5)
     assert merged(input_ids=ids).logits.isfinite().all()
-    with pytest.raises(ValueError, match="expert must be at least one; got an empty list"):
-        merge_expert(base, [])
+    refuses(ValueError, "expert must be at least one; got an empty list", merge_expert, base, [])
     for weight in (math.nan, "a", True):
-        with pytest.raises(ValueError, match="weight must be a finite number"):
-            merge_expert(base, domains.files, weight=weight)
+        refuses(ValueError, "weight must be a finite number", merge_expert, base, domains.files, weight=weight)
 
 
 def test_biases_of_several_experts() -> None:
@@ -194,21 +190,18 @@ def test_adapters_that_are_refused(adapter: SimpleNamespace, tmp_path: Path) -> 
     attention = saved(adapter.base, tmp_path / "attention", target_modules=["q_proj", "up_proj"])
     with pytest.raises(ValueError, match=r"feed-forward networks to become neurons; .*q_proj \(attention cannot"):
         check_adapter(adapter.base, attention)
-    with pytest.raises(ValueError, match="must be a folder of PEFT's with safetensors"):
-        check_adapter(adapter.base, tmp_path)
+    refuses(ValueError, "must be a folder of PEFT's with safetensors", check_adapter, adapter.base, tmp_path)
     trained = saved(adapter.base, tmp_path / "more", target_modules=NETWORK, modules_to_save=["lm_head"])
     with pytest.raises(ValueError, match=r"must be a plain LoRA; .* is LORA and holds base_model\.model\.lm_head"):
         check_adapter(adapter.base, trained)
     other = saved(adapter.base, tmp_path / "other", target_modules=NETWORK)
     facts = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps({**facts, "peft_type": "IA3"}))
-    with pytest.raises(ValueError, match=r"must be a plain LoRA; .* is IA3"):
-        check_adapter(adapter.base, other)
+    refuses(ValueError, r"must be a plain LoRA; .* is IA3", check_adapter, adapter.base, other)
     file = other / "adapter_model.safetensors"
     save_file(load_file(file), file)
     file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="whole safetensors file"):
-        check_adapter(adapter.base, other)
+    refuses(ValueError, "whole safetensors file", check_adapter, adapter.base, other)
 
 
 def test_other_bases_are_refused(domains: SimpleNamespace) -> None:
@@ -221,10 +214,8 @@ def test_other_bases_are_refused(domains: SimpleNamespace) -> None:
         lambda: compose_experts(other, domains.files, background=domains.background),
         lambda: merge_expert(copy.deepcopy(domains.base).to(torch.bfloat16), domains.files[0]),
     ):
-        with pytest.raises(ValueError, match=r"'domain0' must be of this base.*LlamaForCausalLM"):
-            refused()
-    with pytest.raises(ValueError, match="MPOE model already"):
-        merge_expert(start_expert(domains.base), domains.files[0])
+        refuses(ValueError, r"'domain0' must be of this base.*LlamaForCausalLM", refused)
+    refuses(ValueError, "MPOE model already", merge_expert, start_expert(domains.base), domains.files[0])
 
 
 def test_compositions_that_are_refused(domains: SimpleNamespace, tmp_path: Path) -> None:
@@ -234,21 +225,16 @@ def test_compositions_that_are_refused(domains: SimpleNamespace, tmp_path: Path)
     with pytest.raises(ValueError, match="experts must differ; 'domain0' is there twice"):
         compose([domains.files[0], domains.files[1], domains.files[0]])
     for experts in ([], "ab", None):
-        with pytest.raises(ValueError, match="experts must be a list"):
-            compose(experts)
+        refuses(ValueError, "experts must be a list", compose, experts)
     with pytest.raises(ValueError, match="one tokenizer; the vocabularies of the tokenizer and expert 'domain0'"):
         compose(domains.files, tokenizer=tokenizer(7))
-    with pytest.raises(TypeError, match="tokenizer must be"):
-        compose(domains.files, tokenizer=3)
+    refuses(TypeError, "tokenizer must be", compose, domains.files, tokenizer=3)
     save_expert(stirred(start_expert(domains.base, 4)), tmp_path / "bare.expert")
-    with pytest.raises(ValueError, match="'bare' must hold statistics"):
-        compose([*domains.files, tmp_path / "bare.expert"])
+    refuses(ValueError, "'bare' must hold statistics", compose, [*domains.files, tmp_path / "bare.expert"])
     with pytest.raises(ValueError, match="background must be batches or statistics, or tokenizer"):
         compose(domains.files, background=None)
-    with pytest.raises(ValueError, match="top_k must be at most"):
-        compose(domains.files, top_k=4)
-    with pytest.raises(ValueError, match="background must hold mean"):
-        compose(domains.files, background={"x": torch.ones(2)})
+    refuses(ValueError, "top_k must be at most", compose, domains.files, top_k=4)
+    refuses(ValueError, "background must hold mean", compose, domains.files, background={"x": torch.ones(2)})
     with pytest.raises(ValueError, match="it does not make the model's tokens"):
         documentation_batches(dense_model("gpt2"), lambda text: {"input_ids": [VOCABULARY] * 100})
 
@@ -256,31 +242,23 @@ def test_compositions_that_are_refused(domains: SimpleNamespace, tmp_path: Path)
 def test_damaged_files_are_refused(domains: SimpleNamespace, tmp_path: Path) -> None:
     file, whole = tmp_path / "a.expert", domains.files[0].read_bytes()
     file.write_bytes(whole[:-7])
-    with pytest.raises(ValueError, match="whole safetensors file"):
-        load_expert(file)
+    refuses(ValueError, "whole safetensors file", load_expert, file)
     file.write_bytes(whole[:-7] + bytes([whole[-7] ^ 1]) + whole[-6:])
-    with pytest.raises(ValueError, match="damaged"):
-        load_expert(file)
+    refuses(ValueError, "damaged", load_expert, file)
     file.write_bytes(whole.replace(b"LlamaForCausalLM", b"LlamaForCausalLN"))
-    with pytest.raises(ValueError, match="damaged"):
-        load_expert(file)
+    refuses(ValueError, "damaged", load_expert, file)
     save_file({"x": torch.ones(2)}, file)
-    with pytest.raises(ValueError, match="another safetensors file"):
-        load_expert(file)
-    with pytest.raises(ValueError, match="is no file"):
-        load_expert(tmp_path)
-    with pytest.raises(TypeError, match="path must be an expert's file"):
-        load_expert(3)
+    refuses(ValueError, "another safetensors file", load_expert, file)
+    refuses(ValueError, "is no file", load_expert, tmp_path)
+    refuses(TypeError, "path must be an expert's file", load_expert, 3)
     expert = load_expert(domains.files[0])
     expert.facts["format"] = 2
     write_expert(expert, file)
-    with pytest.raises(ValueError, match=r"must be of format 1; got .*\"format\": 2"):
-        load_expert(file)
+    refuses(ValueError, r"must be of format 1; got .*\"format\": 2", load_expert, file)
     expert.facts["format"] = 1
     del expert.facts["base"]
     write_expert(expert, file)
-    with pytest.raises(ValueError, match="must hold the facts base, base_name"):
-        load_expert(file)
+    refuses(ValueError, "must hold the facts base, base_name", load_expert, file)
     with safe_open(domains.files[0], framework="pt") as opened:
         assert json.loads(opened.metadata()["expert"])["neurons"] == M
 
@@ -290,11 +268,9 @@ def test_contents_that_do_not_fit_are_refused(domains: SimpleNamespace, tmp_path
     name = next(iter(expert.weights))
     expert.weights[name] = expert.weights[name] * float("nan")
     write_expert(expert, file)
-    with pytest.raises(ValueError, match="must have finite weights; NaN or Inf in"):
-        load_expert(file)
+    refuses(ValueError, "must have finite weights; NaN or Inf in", load_expert, file)
     expert.weights[name] = torch.ones(3)
-    with pytest.raises(ValueError, match=r"must have .* \(32, 32\); it has \(3,\)"):
-        start_expert(domains.base, expert=expert)
+    refuses(ValueError, r"must have .* \(32, 32\); it has \(3,\)", start_expert, domains.base, expert=expert)
     expert = load_expert(domains.files[0])
     mean = next(name for name in expert.statistics if name.endswith("mean"))
     for odd in (torch.full_like(expert.statistics[mean], float("nan")), torch.ones(3)):
@@ -309,49 +285,34 @@ def test_saves_that_are_refused(tmp_path: Path) -> None:
     mixture = convert_to_mpoe(base, MPOEConfig(shape="neurons", neurons=4))
     latent = convert_to_mpoe(base, MPOEConfig(moe_type="none", shape="neurons", neurons=4, latent=4))
     for odd in (base, mixture, latent, convert_to_mpoe(base)):
-        with pytest.raises(TypeError, match="model must have one expert"):
-            save_expert(odd, file)
-    with pytest.raises(TypeError, match="path must be the path of a file"):
-        save_expert(model, 3)
+        refuses(TypeError, "model must have one expert", save_expert, odd, file)
+    refuses(TypeError, "path must be the path of a file", save_expert, model, 3)
     for path in (tmp_path, tmp_path / "absent" / "an.expert"):
-        with pytest.raises(ValueError, match="path must be of a file in a folder that is there"):
-            save_expert(model, path)
-    with pytest.raises(TypeError, match="training must hold what JSON can"):
-        save_expert(model, file, training={"x": base})
-    with pytest.raises(TypeError, match="training must hold what JSON can"):
-        save_expert(model, file, training={"loss": float("nan")})
-    with pytest.raises(TypeError, match="training must be a mapping of facts; got int"):
-        save_expert(model, file, training=3)
-    with pytest.raises(TypeError, match="statistics must be a mapping"):
-        save_expert(model, file, statistics=[1])
-    with pytest.raises(TypeError, match="tokenizer must be a tokenizer"):
-        save_expert(model, file, tokenizer="a")
+        refuses(ValueError, "path must be of a file in a folder that is there", save_expert, model, path)
+    refuses(TypeError, "training must hold what JSON can", save_expert, model, file, training={"x": base})
+    refuses(TypeError, "training must hold what JSON can", save_expert, model, file, training={"loss": float("nan")})
+    refuses(TypeError, "training must be a mapping of facts; got int", save_expert, model, file, training=3)
+    refuses(TypeError, "statistics must be a mapping", save_expert, model, file, statistics=[1])
+    refuses(TypeError, "tokenizer must be a tokenizer", save_expert, model, file, tokenizer="a")
     next(iter(neuron_modules(model).values())).experts.up.data[0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="finite weights"):
-        save_expert(model, file)
+    refuses(ValueError, "finite weights", save_expert, model, file)
     assert not list(tmp_path.iterdir())
 
 
 def test_statistics_that_are_refused() -> None:
     base = dense_model("llama")
-    with pytest.raises(TypeError, match="model must have an expert"):
-        collect_statistics(base, [])
-    with pytest.raises(ValueError, match="shape 'neurons'"):
-        collect_statistics(convert_to_mpoe(base), [])
+    refuses(TypeError, "model must have an expert", collect_statistics, base, [])
+    refuses(ValueError, "shape 'neurons'", collect_statistics, convert_to_mpoe(base), [])
     model = start_expert(base, 8)
     for rank in (-1, 25, True, 1.5):
         with pytest.raises(ValueError, match="rank must be an integer from 0 to the model size 24"):
             collect_statistics(model, [], rank=rank)
-    with pytest.raises(ValueError, match="batches must hold tokens"):
-        collect_statistics(model, [])
+    refuses(ValueError, "batches must hold tokens", collect_statistics, model, [])
     for odd in (3, {"input_ids": [1, 2]}):
-        with pytest.raises(TypeError, match="batches must hold tensors by argument of the model"):
-            collect_statistics(model, [odd])
+        refuses(TypeError, "batches must hold tensors by argument of the model", collect_statistics, model, [odd])
     embeds = torch.full((1, 4, 24), float("nan"))
-    with pytest.raises(ValueError, match="finite inputs"):
-        collect_statistics(model, [{"inputs_embeds": embeds}])
+    refuses(ValueError, "finite inputs", collect_statistics, model, [{"inputs_embeds": embeds}])
 
 
 def test_networks_without_a_module_are_refused() -> None:
-    with pytest.raises(ValueError, match="shape 'neurons' needs"):
-        start_expert(tiny_model("opt", "OPTForCausalLM"))
+    refuses(ValueError, "shape 'neurons' needs", start_expert, tiny_model("opt", "OPTForCausalLM"))

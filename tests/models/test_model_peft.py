@@ -12,6 +12,7 @@ import torch
 from mpoe import load_mpoe, merge_experts
 from mpoe.layers import MPOEFeedForward
 from mpoe.models import mpo_modules
+from tests.assertions import refuses
 
 from .tiny_models import batch
 
@@ -157,10 +158,8 @@ def test_dense_experts_are_parameters_that_peft_knows(converted, tmp_path):
     ],
 )
 def test_what_has_no_meaning_on_cores_is_refused(values, message):
-    with pytest.raises(ValueError, match=message):
-        lora_on_cores(peft.LoraConfig(target_modules=["up"], **values))
-    with pytest.raises(TypeError, match=r"must be a peft\.LoraConfig; got IA3Config"):
-        lora_on_cores(peft.IA3Config())
+    refuses(ValueError, message, lora_on_cores, peft.LoraConfig(target_modules=["up"], **values))
+    refuses(TypeError, r"must be a peft\.LoraConfig; got IA3Config", lora_on_cores, peft.IA3Config())
 
 
 def test_a_configuration_that_names_cores_needs_no_preparation(converted, tmp_path):
@@ -195,13 +194,11 @@ def test_an_infinite_addition_is_not_merged(converted):
     before = copy.deepcopy(adapted.state_dict())
     layer = next(module for module in adapted.modules() if isinstance(module, MPOEFeedForward)).experts.up
     layer.lora_B["default"]["central"].data.fill_(float("inf"))
-    with pytest.raises(ValueError, match="must be finite to be merged; its addition to central is not"):
-        layer.merge(safe_merge=True)
+    refuses(ValueError, "must be finite to be merged; its addition to central is not", layer.merge, safe_merge=True)
     assert all(torch.equal(v, before[n]) for n, v in adapted.state_dict().items() if "base_layer" in n)
 
 
 def test_without_peft_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.delitem(sys.modules, "mpoe.models.lora")
-    with pytest.raises(ImportError, match=r'pip install "mpoe\[peft\]"'):
-        importlib.import_module("mpoe.models.lora")
+    refuses(ImportError, r'pip install "mpoe\[peft\]"', importlib.import_module, "mpoe.models.lora")

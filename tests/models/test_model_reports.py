@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 
@@ -16,8 +15,10 @@ from mpoe import MPOEConfig, MPOETrainer, MPOETrainingArguments, convert_to_mpoe
 from mpoe.models import MPOEGPT2Model, mpo_modules, parameter_kind
 from mpoe.models.others import CARD_FILE, model_card, write_card
 from mpoe.models.report import HEADER, short_name, summarize
+from mpoe.training import freeze_all_but_experts
+from tests.assertions import refuses
 
-from .tiny_models import batch, dense_model
+from .tiny_models import KEPT, batch, dense_model, tiny_model
 
 
 def test_a_row_for_every_weight(converted):
@@ -74,25 +75,10 @@ def test_errors_that_a_checkpoint_does_not_hold(converted, tmp_path, kept):
 
 def test_no_weights_no_summary(converted):
     model = converted("gpt2", expert_type="dense")
-    with pytest.raises(ValueError, match="mpoe_summary needs a model with MPO weights"):
-        model.mpoe_summary()
-    with pytest.raises(ValueError, match="no central cores to freeze"):
-        model.freeze_central()
+    refuses(ValueError, "mpoe_summary needs a model with MPO weights", model.mpoe_summary)
+    refuses(ValueError, "no central cores to freeze", model.freeze_central)
     with pytest.raises(ValueError, match="num_tokens must be at least 0; got -1"):
         converted("gpt2").mpoe_summary(-1)
-
-
-def test_frozen_centres_stay_and_everything_else_learns(converted):
-    model, inputs = converted("t5").train(), batch("t5")
-    model.freeze_central()
-    kinds = parameter_kind(model)
-    model(**inputs).loss.backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.requires_grad == (kinds[name] != "central"), name
-        assert (parameter.grad is None) == (kinds[name] == "central"), name
-    model.unfreeze_central()
-    model(**inputs).loss.backward()
-    assert all(torch.isfinite(p.grad).all() for n, p in model.named_parameters() if kinds[n] == "central")
 
 
 def mixture(base: str = "some-group/small-t5", **options: Any) -> Any:
@@ -208,3 +194,47 @@ def test_pushing_from_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / CARD_FILE).write_text("# Mine\n")
     trainer.push_to_hub()
     assert hub.files[CARD_FILE] == b"# Mine\n"
+
+
+FREEZABLE = {
+    "separable": ("t5", {"shape": "separable"}),
+    "paper": ("gpt2", {"shape": "paper", "target_modules": ["ffn"]}),
+    "dense": ("gpt2", {"expert_type": "dense"}),
+    **{kind: ("llama", {**fields, "router": {"top_k": 2}}) for kind, fields in KEPT.items()},
+    "keep": ("mixtral", {}),
+    "mpo": ("mixtral", {"existing_experts": "mpo"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:experts around one centre")
+@pytest.mark.parametrize("kind", FREEZABLE)
+def test_what_freezes_has_no_gradient(kind: str) -> None:
+    family, fields = FREEZABLE[kind]
+    of_mixture = family == "mixtral"
+    dense = tiny_model("mixtral", "MixtralForCausalLM") if of_mixture else dense_model(family)
+    model = convert_to_mpoe(dense, MPOEConfig(**(fields if of_mixture else {"num_experts": 4, **fields}))).train()
+    kinds, inputs = parameter_kind(model), batch("llama" if of_mixture else family)
+    experts = {name for name in kinds if ".experts." in name}
+    routers = {name for name in kinds if ".router." in name or ".gate." in name}
+    central = {name for name, each in kinds.items() if each == "central"}
+    freezes = {"experts": experts, "router": routers, "central": central}
+    for part, wanted in freezes.items():
+        if not wanted:
+            refuses(ValueError, f"no {part}", model.freeze_central)
+            continue
+        getattr(model, f"freeze_{part}")()
+        assert {name for name, p in model.named_parameters() if not p.requires_grad} == wanted
+        model(**inputs).loss.backward()
+        assert {name for name, p in model.named_parameters() if p.grad is None} == wanted
+        model.zero_grad()
+        if part == "central":
+            model.unfreeze_central()
+        else:
+            getattr(model, f"freeze_{part}")(False)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+    assert freeze_all_but_experts(model) == model.parameter_report()["trainable"] > 0
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == experts | routers
+    with pytest.raises(ValueError, match=r"model must have experts .*; GPT2LMHeadModel has none"):
+        freeze_all_but_experts(dense_model("gpt2"))
+    with pytest.raises(ValueError, match="there is no router to freeze: MPOELlamaForCausalLM has none"):
+        convert_to_mpoe(dense_model("llama"), MPOEConfig(target_modules="attention")).freeze_router()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import transformers
+from torch import nn
 
+from mpoe import MPOEConfig, RouterConfig
+from mpoe.layers import HiddenFeedForward, MPOCores, NeuronFeedForward
 from mpoe.models.classes import dense_names
 from mpoe.models.table import DENSE, TABLE
 
@@ -148,6 +152,7 @@ FAMILIES = {
     "bert_classifier": ("bert", "BertForSequenceClassification", NO_DROPOUT["bert"]),
     "bert_mlm": ("bert", "BertForMaskedLM", NO_DROPOUT["bert"]),
     "llama": ("llama", "LlamaForCausalLM", {"tie_word_embeddings": True}),
+    "phi3": ("phi3", "Phi3ForCausalLM", {}),  # gate and up in one
     "gpt2_base": ("gpt2", "GPT2Model", NO_DROPOUT["gpt2"]),
 }
 MASK = torch.tensor([[1] * 8, [1] * 5 + [0] * 3, [1] * 3 + [0] * 5])
@@ -172,7 +177,7 @@ def batch(family, labels=True):
             inputs["labels"] = target
         else:
             inputs["decoder_input_ids"] = target.clamp_min(0)
-    elif family in ("gpt2", "llama", "bert_mlm") and labels:
+    elif family in ("gpt2", "llama", "phi3", "bert_mlm") and labels:
         inputs["labels"] = ids.masked_fill(MASK == 0, -100)
     return inputs
 
@@ -195,3 +200,47 @@ def relative_difference(family, one, other, inputs):
     """The largest difference between two outputs' rows that are not padding, relative to the largest number."""
     a, b = (valid_rows(family, result(output), inputs) for output in (one, other))
     return float((a - b).abs().max() / a.abs().max())
+
+
+def logits(model, family):
+    """Results that are not padding."""
+    inputs = batch(family)
+    with torch.no_grad():
+        return valid_rows(family, result(model(**inputs)), inputs)
+
+
+# ------------------------------------------------------------- experts that keep the dense projections
+
+KEPT_FAMILIES = ("t5", "t5_gated", "gpt2", "bert_mlm", "llama", "phi3")
+every_family = pytest.mark.parametrize("family", KEPT_FAMILIES)
+# name -> the fields of its configuration
+KEPT = {
+    "hidden": {"shape": "hidden", "block_size": 8},
+    "neurons": {"shape": "neurons", "neurons": 8},
+    "latent": {"shape": "neurons", "neurons": 8, "latent": 6},
+}
+every_kind = pytest.mark.parametrize("kind", KEPT)
+
+
+def config(kind, top_k=2, router=None, **fields):
+    values = {"num_experts": 4, **KEPT[kind], **fields}
+    return MPOEConfig(router=RouterConfig(top_k=top_k, **(router or {})), **values)
+
+
+@torch.no_grad()
+def stirred(model):
+    """The same model with experts that differ and contribute."""
+    torch.manual_seed(3)
+    for module in model.modules():
+        if isinstance(module, HiddenFeedForward):
+            for parameter in module.experts.parameters():
+                nn.init.normal_(parameter, std=0.4)
+        elif isinstance(module, NeuronFeedForward):
+            for parameter in filter(lambda p: p is not None, (module.experts.down, module.experts.bias)):
+                nn.init.normal_(parameter, std=0.4)
+        elif isinstance(module, MPOCores):
+            for core in module.auxiliary:
+                core.add_(0.05 * torch.randn_like(core))
+        elif getattr(module, "e_score_correction_bias", None) is not None:
+            module.e_score_correction_bias.normal_()
+    return model

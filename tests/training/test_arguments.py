@@ -1,15 +1,26 @@
-"""MPOETrainingArguments: defaults, help texts, refusals."""
+"""MPOETrainingArguments: defaults, help texts, refusals; every argument of the original under its name."""
 
 from __future__ import annotations
 
 import dataclasses
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
+from mpoe.cli.command import make_parser, option_names, parse
+from mpoe.cli.options import ExpertOptions, RunOptions
+from mpoe.cli.settle import order_items
+from mpoe.cli.tasks import DataOptions
+from mpoe.cli.train import take_layers
+from mpoe.models import convert_to_mpoe
 from mpoe.training import MPOETrainingArguments
+from tests.assertions import refuses
+
+from .tiny import dense_model
 
 OWN = {f.name for f in dataclasses.fields(MPOETrainingArguments)} - {
     f.name for f in dataclasses.fields(Seq2SeqTrainingArguments)
@@ -49,11 +60,8 @@ def test_every_own_argument_has_help() -> None:
             assert len(field.metadata["help"]) > 20, field.name
 
 
-def test_command_line_and_lists(tmp_path: Path) -> None:
+def test_lists(tmp_path: Path) -> None:
     parser = HfArgumentParser(MPOETrainingArguments)
-    line = f"--output_dir {tmp_path} --mpo_lr 1e-3 --gradient_mask_prob .25 --tensor_learn --train_AT_index 1,3"
-    (args,) = parser.parse_args_into_dataclasses(line.split())
-    assert (args.mpo_lr, args.gradient_mask_prob, args.tensor_learn, args.train_AT_index) == (1e-3, 0.25, True, "1,3")
     config = {"output_dir": str(tmp_path), "train_AT_index": 2, "update_mpo_layer": ["mlp", "attention"]}
     (args,) = parser.parse_dict(config)
     assert (args.train_AT_index, args.update_mpo_layer) == ("2", "mlp,attention")
@@ -82,11 +90,107 @@ def test_command_line_and_lists(tmp_path: Path) -> None:
     ],
 )
 def test_refusals(tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        MPOETrainingArguments(output_dir=str(tmp_path), **options)
+    refuses(error, message, MPOETrainingArguments, output_dir=str(tmp_path), **options)
 
 
 @pytest.mark.parametrize("folder", [3, 1.5, ["runs"], {}])
 def test_a_folder_that_is_no_path(folder: object) -> None:
     with pytest.raises(TypeError, match="output_dir must be a path; got"):
         MPOETrainingArguments(output_dir=folder, use_cpu=True)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------ the original's
+
+GROUPS = [RunOptions, DataOptions, ExpertOptions, MPOETrainingArguments]
+HERE = ("--output_dir", "unused", "--use_cpu")
+# Flags of the original's README and code, and what the options, or the configuration that is built of them, then hold.
+ORIGINAL: list[tuple[type, str, dict[str, Any] | None]] = [
+    (DataOptions, "--data_dir there", {"data_dir": "there"}),
+    (DataOptions, "--tasks one,other third", {"tasks": ["one", "other", "third"]}),
+    (DataOptions, "--eval_tasks other", {"eval_tasks": ["other"]}),
+    (DataOptions, "--split_validation_test", {"split_validation_test": True}),
+    (DataOptions, "--n_train 3 --n_val 4 --n_test 5", {"n_train": 3, "n_val": 4, "n_test": 5}),
+    (DataOptions, "--max_source_length 6 --max_target_length 7", {"max_source_length": 6, "max_target_length": 7}),
+    (MPOETrainingArguments, "--data_seed 7 --label_smoothing .3", {"data_seed": 7, "label_smoothing_factor": 0.3}),
+    (MPOETrainingArguments, "--mpo_lr 1e-3 --tensor_learn", {"mpo_lr": 1e-3, "tensor_learn": True}),
+    (MPOETrainingArguments, "--gradient_mask_prob .25", {"gradient_mask_prob": 0.25}),
+    (MPOETrainingArguments, "--train_AT_index 1,3", {"train_AT_index": "1,3"}),
+    (MPOETrainingArguments, "--update_mpo_layer attention", {"update_mpo_layer": "attention"}),
+    (ExpertOptions, "--mpo_layers mlp", {"target_modules": "ffn", "shape": "separable"}),
+    (ExpertOptions, "--mpo_layers word_embed,attention,mlp", {"target_modules": ["ffn", "embedding", "attention"]}),
+    (ExpertOptions, "--mpo_layers mlp pooler", {"target_modules": ["ffn", "pooler"]}),
+    (ExpertOptions, "--mpo_layers nompo", {"target_modules": "ffn", "expert_type": "dense"}),
+    (ExpertOptions, "--mpo_layers nompo --moe_type none", None),
+    (ExpertOptions, "--emb_trunc 3 --linear_trunc 4", {"embedding_max_bond": 3, "max_bond": 4}),
+    (ExpertOptions, "--attention_trunc 5 --pooler_trunc 6", {"attention_max_bond": 5, "pooler_max_bond": 6}),
+    (ExpertOptions, "--moe_type switch --shape paper", {"moe_type": "switch", "router.top_k": 1}),
+    (ExpertOptions, "--moe_type moe --num_experts 5", {"router.is_gshard": True, "num_experts": 5}),
+    (
+        ExpertOptions,
+        "--capacity_factor .5 --is_scale_prob",
+        {"router.capacity_factor": 0.5, "router.is_scale_prob": True},
+    ),
+    (ExpertOptions, "--switch_dropout .5", {"router.expert_dropout": 0.5}),
+    (RunOptions, "--load_experiment somewhere", {"load_experiment": "somewhere", "load_layer": []}),
+    (RunOptions, "--load_layer noload", {"load_layer": []}),
+    (RunOptions, "--compute_time --compute_memory", {"compute_time": True, "compute_memory": True}),
+    (RunOptions, "--print_num_parameters", {"print_num_parameters": True}),
+]
+
+
+@pytest.mark.parametrize(("kind", "flags", "held"), ORIGINAL, ids=[flags for _, flags, _ in ORIGINAL])
+def test_arguments_of_the_original(kind: type, flags: str, held: dict[str, Any] | None) -> None:
+    """As the commands read them; what the fields do is tested where they are used."""
+    assert {word[2:] for word in flags.split() if word.startswith("--")} <= set(option_names(make_parser(GROUPS)))
+    made, before = (
+        read(kind, *(HERE if kind is MPOETrainingArguments else ()), *given) for given in (flags.split(), ())
+    )
+    if kind is ExpertOptions:
+        made, before = made.build(), before.build()
+    assert (made is None) == (held is None)
+    found, default = ({name: attrgetter(name)(each) for name in held or ()} for each in (made, before))
+    assert found == (held or {})
+    assert found != default or flags in ("--load_layer noload", "--mpo_layers nompo --moe_type none")
+
+
+def test_load_layer_needs_load_experiment() -> None:
+    refuses(ValueError, "load_layer needs load_experiment", RunOptions, load_layer=["mlp"])
+
+
+def read(kind: type, *flags: object) -> Any:
+    return parse([kind], [str(flag) for flag in flags])[0][0]
+
+
+def test_load_layer(tmp_path: Path) -> None:
+    earlier = converted()
+    with torch.no_grad():
+        for parameter in earlier.parameters():
+            parameter.add_(1.0)
+    earlier.save_pretrained(tmp_path)
+    model = converted()
+    take_layers(model, read(RunOptions, "--load_experiment", tmp_path, "--load_layer", "attention"))
+    saved, before = dict(earlier.named_parameters()), dict(converted().named_parameters())
+    for name, parameter in model.named_parameters():
+        loaded = ".cores." in name  # attention's; everything else is converted again
+        assert torch.equal(parameter, (saved if loaded else before)[name]), name
+    take_layers(model, read(RunOptions, "--load_experiment", tmp_path, "--load_layer", "mlp"))
+    router = "encoder.block.0.layer.1.DenseReluDense.router.weight"
+    assert torch.equal(model.get_parameter(router), saved[router])
+
+
+def test_temperature(tmp_path: Path) -> None:
+    def share_of_small(temperature: float) -> float:
+        args = read(MPOETrainingArguments, *HERE, "--max_steps", 2000, "--per_device_train_batch_size", 1)
+        pools = {"small": ["small"] * 10, "large": ["large"] * 90}
+        options = read(DataOptions, "--temperature", temperature)
+        items, _ = order_items(pools, args, options.temperature, seed=0)
+        return sum(items[i] == "small" for i in range(len(items))) / len(items)
+
+    assert share_of_small(1.0) == pytest.approx(0.1, abs=0.03)
+    assert share_of_small(1000.0) == pytest.approx(0.5, abs=0.05)
+
+
+def converted() -> Any:
+    torch.manual_seed(0)
+    flags = ("--num_experts", 2, "--shape", "paper", "--mpo_layers", "mlp,attention")
+    return convert_to_mpoe(dense_model("t5"), read(ExpertOptions, *flags).build())

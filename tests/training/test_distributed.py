@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +12,8 @@ import torch
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe, shard_model
-from mpoe.training import find_last_checkpoint, split_hidden_experts
+from mpoe.training import split_hidden_experts
+from tests.assertions import refuses
 
 from .ranks import HIDDEN, MORE_RUNS, RUNS, by_trainer, run, torchrun
 from .tiny import Rows, arguments, dense_model, mpoe_model
@@ -100,36 +100,19 @@ def test_more_runs_of_two_ranks_equal_one_process(tmp_path: Path) -> None:
 
 
 def test_fsdp_of_the_trainer_is_refused_where_it_would_be_ddp(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"fsdp must be off on a CPU.*shard_model"):
-        arguments(tmp_path, fsdp=True)
+    refuses(ValueError, r"fsdp must be off on a CPU.*shard_model", arguments, tmp_path, fsdp=True)
 
 
 def test_sharding_is_refused_without_a_process_group_or_mixture() -> None:
-    with pytest.raises(RuntimeError, match="needs a process group"):
-        shard_model(mpoe_model("gpt2"))
-    with pytest.raises(TypeError, match="must be an MPOE model"):
-        shard_model(dense_model("gpt2"))
+    refuses(RuntimeError, "needs a process group", shard_model, mpoe_model("gpt2"))
+    refuses(TypeError, "must be an MPOE model", shard_model, dense_model("gpt2"))
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_run_and_the_run_continues(tmp_path: Path) -> None:
-    """The launcher notices, says which rank and stops the other; the same command goes on to the same weights."""
-    straight = torchrun("tiny", tmp_path / "straight", "t5", 8, "never")
-    assert straight.returncode == 0, straight.stdout
-    killed = torchrun("tiny", tmp_path / "run", "t5", 8, "step-5", timeout=120)
-    assert killed.returncode not in (0, None)
-    assert re.search(r"rank\s*: 1 .*\n\s*exitcode\s*: -9", killed.stdout), killed.stdout
-    assert "Signal 9 (SIGKILL)" in killed.stdout
-    assert find_last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-3"
-    resumed = torchrun("tiny", tmp_path / "run", "t5", 8, "never", "resume")
-    assert resumed.returncode == 0, resumed.stdout
-    expected, found = (torch.load(tmp_path / name / "final.pt") for name in ("straight", "run"))
-    assert [name for name, value in expected.items() if not torch.equal(value, found[name])] == []
-
-
-@pytest.mark.slow
-def test_two_ranks_compute_what_one_does() -> None:
-    answer = torchrun("ranks_models", "hidden")
+@pytest.mark.parametrize("experts", ["hidden", "neurons"])
+def test_two_ranks_compute_what_one_does(experts: str) -> None:
+    """Hidden-side experts split over the ranks; neurons under DDP, FSDP2 and PyTorch's own tensor parallelism."""
+    answer = torchrun("ranks_models", experts)
     assert answer.returncode == 0, answer.stdout
     assert answer.stdout.count("alike") == 2
 
@@ -147,8 +130,7 @@ class Mesh:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="mesh must be one-dimensional; got 2 dimensions"):
         split_hidden_experts(mpoe_model("t5", **HIDDEN), Mesh(2, 2))
-    with pytest.raises(ValueError, match="must have experts on the hidden side"):
-        split_hidden_experts(mpoe_model("t5"), Mesh(2))
+    refuses(ValueError, "must have experts on the hidden side", split_hidden_experts, mpoe_model("t5"), Mesh(2))
     with pytest.raises(ValueError, match=r"has \d+ groups of hidden units, which 7 ranks do not divide"):
         split_hidden_experts(mpoe_model("t5", **HIDDEN), Mesh(7))
     with pytest.raises(ValueError, match=r"its up projection must be an nn\.Linear; got Conv1D"):

@@ -1,4 +1,4 @@
-"""Rates, decay and freezing of the optimizer's parameter groups."""
+"""Rates, decay and freezing of the optimizer's parameter groups; training models with neurons."""
 
 from __future__ import annotations
 
@@ -9,15 +9,22 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import Trainer
 
-from mpoe.config import MPOEConfig
-from mpoe.layers import MPOEFeedForward, MPOLinear
-from mpoe.models.report import hidden_modules, mpo_modules
-from mpoe.training import MPOETrainingArguments, build_param_groups, describe_param_groups, freeze_cores
-from mpoe.training.freezing import component_of
-from mpoe_kernels import MPOShape
+from mpoe import MPOEConfig, RouterConfig
+from mpoe.models import convert_to_mpoe
+from mpoe.models.report import hidden_modules, mpo_modules, neuron_modules, routed_layers
+from mpoe.training import (
+    MPOETrainingArguments,
+    build_param_groups,
+    describe_param_groups,
+    freeze_cores,
+    update_correction_bias,
+)
+from tests.assertions import refuses
 
-from .tiny import Toy, mpoe_model
+from .tiny import Rows, Toy, dense_model, make_trainer, mpoe_model
+from .tiny import arguments as run_arguments
 
 
 def arguments(tmp_path: Path, **kwargs: Any) -> MPOETrainingArguments:
@@ -113,41 +120,10 @@ def test_zero_weight_trains_at_the_unscaled_rate_with_a_warning(tmp_path: Path) 
     assert found[id(model.layers[0].experts.up.central)][0] == pytest.approx(0.35e-3)
     assert found[id(model.layers[0].experts.up.auxiliary[0])][0] == pytest.approx(0.25e-3)
     model.layers[0].experts.up.rate_ratios = (1.0,)
-    with pytest.raises(ValueError, match="must hold 3 numbers, one per core; got 1"):
-        build_param_groups(model, arguments(tmp_path))
+    refuses(ValueError, "must hold 3 numbers, one per core; got 1", build_param_groups, model, arguments(tmp_path))
 
 
 # ------------------------------------------------------------------ freezing
-
-
-class Mixed(nn.Module):
-    """Names as in a T5: an FFN with three cores and an attention projection with five."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.DenseReluDense = MPOEFeedForward(32, 64, MPOEConfig(num_experts=2, shape="separable"), bias=True)
-        self.SelfAttention = nn.Module()
-        shape = MPOShape((2, 2, 2, 2, 2), (2, 2, 2, 2, 2))
-        self.SelfAttention.q = MPOLinear(shape)
-
-
-@pytest.mark.parametrize(
-    ("name", "component"),
-    [
-        ("encoder.block.0.layer.1.DenseReluDense.experts.up", "mlp"),
-        ("decoder.block.3.layer.1.EncDecAttention.q.cores", "attention"),
-        ("transformer.h.0.mlp.experts.down", "mlp"),
-        ("transformer.h.0.attn.c_proj.cores", "attention"),
-        ("bert.encoder.layer.2.attention.output.dense.cores", "attention"),
-        ("bert.encoder.layer.2.feed_forward.experts.up", "mlp"),
-        ("bert.embeddings.word_embeddings.cores", "word_embed"),
-        ("shared.cores", "word_embed"),
-        ("transformer.wte.cores", "word_embed"),
-        ("bert.pooler.dense.cores", "pooler"),
-    ],
-)
-def test_components(name: str, component: str) -> None:
-    assert component_of(name) == component
 
 
 def test_frozen_cores_are_in_no_group(tmp_path: Path) -> None:
@@ -157,21 +133,20 @@ def test_frozen_cores_are_in_no_group(tmp_path: Path) -> None:
     assert {g["kind"] for g in groups} == {"rest", "router", "auxiliary"}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    with pytest.raises(ValueError, match="nothing to train"):
-        build_param_groups(model, arguments(tmp_path))
+    refuses(ValueError, "nothing to train", build_param_groups, model, arguments(tmp_path))
 
 
 def test_freezing_refusals() -> None:
+    mixed = mpoe_model("t5", target_modules=["ffn", "attention"])
     with pytest.raises(ValueError, match=r"names word_embed, but this model's MPO cores are in: attention, mlp"):
-        freeze_cores(Mixed(), update_mpo_layer="word_embed")
+        freeze_cores(mixed, update_mpo_layer="word_embed")
     with pytest.raises(ValueError, match=r"must be below the number of cores \(here at most 5\); got '5'"):
-        freeze_cores(Mixed(), train_AT_index="5")
-    with pytest.raises(ValueError, match="Linear has none"):
-        freeze_cores(nn.Linear(2, 2), tensor_learn=True)
+        freeze_cores(mixed, train_AT_index="5")
+    refuses(ValueError, "Linear has none", freeze_cores, nn.Linear(2, 2), tensor_learn=True)
     assert freeze_cores(nn.Linear(2, 2)) == {"frozen": 0, "trained": 0}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        freeze_cores(Mixed())
+        freeze_cores(mixed)
 
 
 def test_attention_biases_of_t5_are_not_decayed(tmp_path: Path) -> None:
@@ -191,3 +166,112 @@ def test_blocks_of_hidden_experts_train_at_the_auxiliary_rate(tmp_path: Path) ->
     assert blocks
     assert {found[id(block)][0] for block in blocks} == {2e-4 * 3}
     assert {found[id(block)][2] for block in blocks} == {"auxiliary"}
+
+
+# ------------------------------------------------------------------ neurons
+
+
+NEURONS = {"shape": "neurons", "neurons": 8, "num_experts": 4, "router": RouterConfig(top_k=2)}
+BALANCED = RouterConfig(top_k=2, scoring_func="sigmoid", bias_update_rate=0.01, balance_loss_weight=0.0)
+
+
+@pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
+@pytest.mark.parametrize("latent", [None, 8])
+def test_the_loss_falls(family: str, latent: int | None, tmp_path: Path) -> None:
+    """With the dense network and P, Q frozen in every step, so that only the experts and the router learn in it."""
+    model = mpoe_model(family, **NEURONS, latent=latent)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainer = make_trainer(
+        tmp_path, family, model, max_steps=12, learning_rate=0.02, gradient_mask_prob=1.0, logging_steps=1
+    )
+    trainer.train()
+    losses = [record["task_loss"] for record in trainer.state.log_history if "task_loss" in record]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    shared = {id(w) for layer in neuron_modules(model).values() for w in layer.central_parameters().values()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in shared:
+            assert torch.equal(parameter, before[name]), name
+    for layer in neuron_modules(model).values():
+        assert layer.experts.down.any()
+
+
+def test_the_trainer_moves_the_correction_bias_against_the_load(tmp_path: Path) -> None:
+    model = mpoe_model("gpt2", **{**NEURONS, "router": BALANCED})
+    trainer = make_trainer(tmp_path, "gpt2", model, max_steps=3, gradient_accumulation_steps=2)
+    loads: list[torch.Tensor] = []
+    compute = trainer.compute_loss
+
+    def watched(*arguments, **options):
+        loss, outputs = compute(*arguments, **{**options, "return_outputs": True})
+        loads.append(outputs.expert_load)
+        return loss
+
+    trainer.compute_loss = watched
+    trainer.train()
+    assert len(loads) == 6
+    want = torch.zeros(2, 4)
+    for first, second in zip(loads[::2], loads[1::2], strict=True):
+        load = (first + second).float()
+        want += 0.01 * torch.sign(load.mean(1, keepdim=True) - load)
+    found = torch.stack([layer.router.e_score_correction_bias for _, layer in routed_layers(model)])
+    assert torch.allclose(found, want)
+    assert bool(found.any())
+
+
+def test_the_bias_balances_a_router_that_prefers_some_experts() -> None:
+    model = mpoe_model("gpt2", **{**NEURONS, "router": BALANCED}).eval()
+    with torch.no_grad():
+        for _, layer in routed_layers(model):
+            layer.router.weight.normal_(std=0.3)
+    rows = Rows("gpt2", rows=16)
+    inputs = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    with torch.no_grad():
+        spread = []
+        for _ in range(200):
+            load = model(**inputs).expert_load
+            update_correction_bias(model, load)
+            spread.append(float((load.float().std(1) / load.float().mean(1)).mean()))
+    assert spread[-1] < 0.5 * spread[0]
+
+
+def test_loads_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    model = mpoe_model("gpt2", **{**NEURONS, "router": BALANCED})
+    with pytest.raises(ValueError, match=r"expert_load must be \[2, E\], a row per layer; got \[3, 4\]"):
+        update_correction_bias(model, torch.zeros(3, 4))
+    model.config.output_router_logits = False
+    with pytest.raises(ValueError, match="bias_update_rate needs the model's expert_load"):
+        make_trainer(tmp_path, "gpt2", model, max_steps=1).train()
+
+
+@pytest.mark.parametrize("latent", [None, 8])
+def test_the_dense_networks_moments_survive_conversion(latent: int | None, tmp_path: Path) -> None:
+    """A run of the dense model, converted, goes on with AdamW's moments and steps; only what is new starts anew."""
+    dense = dense_model("gpt2")
+    first = Trainer(dense, run_arguments(tmp_path / "dense", max_steps=3), train_dataset=Rows("gpt2"))
+    first.train()
+    before = {id(p): {n: v.clone() for n, v in state.items()} for p, state in first.optimizer.state.items()}
+    converted = convert_to_mpoe(dense, MPOEConfig(**NEURONS, latent=latent), inplace=True)
+    options: dict[str, Any] = {"max_steps": 2, "previous_optimizer": first.optimizer}
+    trainer = make_trainer(tmp_path / "mixture", "gpt2", converted, **options)
+    state = trainer.create_optimizer().state
+    new = [name for name, p in converted.named_parameters() if id(p) not in before]
+    assert new
+    assert all("experts" in name or "router" in name for name in new)
+    assert len(state) == len(before)
+    for parameter, values in state.items():
+        assert all(torch.equal(value, before[id(parameter)][name]) for name, value in values.items())
+    trainer.train()
+    steps = {name: int(trainer.optimizer.state[p]["step"]) for name, p in converted.named_parameters()}
+    assert all(count == (2 if name in new else 5) for name, count in steps.items())
+
+
+def test_a_previous_optimizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    model = mpoe_model("gpt2", **NEURONS)
+    with pytest.raises(TypeError, match="previous_optimizer must be an optimizer; got str"):
+        make_trainer(tmp_path, "gpt2", model, previous_optimizer="adamw")
+    for other, words in (
+        (torch.optim.SGD(model.parameters()), "must be of the kind that trains now, AdamW; got SGD"),
+        (torch.optim.AdamW(dense_model("gpt2").parameters()), "converted with inplace=True; got one that has none"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make_trainer(tmp_path, "gpt2", model, previous_optimizer=other).train()

@@ -1,11 +1,13 @@
-"""A killed or stopped run continues to the very weights of an uninterrupted one, of every kind of mixture."""
+"""A killed or stopped run continues to the very weights of an uninterrupted one, and computes products as that did."""
 
 from __future__ import annotations
 
 import json
 import logging
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from mpoe.training import checkpoints, find_last_checkpoint, read_metrics
-from mpoe.training.checkpoints import MANIFEST
+from mpoe.training.checkpoints import MANIFEST, go_on_with_choices
+from mpoe_kernels.contract import autotune
+from tests.assertions import refuses
 
-from .tiny import dense_model, make_trainer, mpoe_model, resume_options, weights
+from .ranks import torchrun
+from .tiny import LAST, dense_model, make_trainer, mpoe_model, preferring, resume_options, weights
 
 # The older name of activation checkpointing, which every Transformers 5 knows.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
@@ -92,8 +97,7 @@ def test_crash_while_saving_leaves_the_previous_checkpoint(tmp_path: Path, monke
         original(self, output_dir)
 
     monkeypatch.setattr(type(trainer), "_save_rng_state", fail)
-    with pytest.raises(OSError, match="disk full"):
-        trainer.train()
+    refuses(OSError, "disk full", trainer.train)
     monkeypatch.undo()
     assert find_last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-3"
     resumed = make_trainer(tmp_path / "run", **resume_options("t5", 6))
@@ -134,8 +138,7 @@ def test_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, **resume_options("t5", 3))
     with pytest.raises(ValueError, match="checkpoint-3 is incomplete"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    with pytest.raises(ValueError, match="nothing to resume"):
-        trainer.train(resume_from_checkpoint=True)
+    refuses(ValueError, "nothing to resume", trainer.train, resume_from_checkpoint=True)
 
 
 def test_best_checkpoint_is_kept_and_loaded(tmp_path: Path) -> None:
@@ -207,3 +210,94 @@ def test_a_tied_weight_is_not_missing_and_an_absent_one_is_refused(
         save_file(changed, checkpoint / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=message):
             make_trainer(tmp_path, "t5", mpoe_model("t5"), max_steps=2).train(resume_from_checkpoint=str(checkpoint))
+
+
+# ------------------------------------------------------------------ how products are computed
+
+
+Machine = Callable[[int], None]
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    """A new process on a new machine, on which the n-th candidate of those that are timed is the fastest."""
+    monkeypatch.setenv(autotune.SETTING, "1")
+
+    def move(place: int) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache{place}"))
+        monkeypatch.setattr(autotune, "_seconds", preferring(place))
+        autotune.forget()
+
+    yield move
+    monkeypatch.undo()
+    autotune.forget()
+
+
+def train(folder: Path, steps: int, resume: bool = False) -> dict[str, torch.Tensor]:
+    trainer = make_trainer(folder, **resume_options("t5", steps))
+    trainer.train(resume_from_checkpoint=resume or None)
+    return weights(trainer.model)
+
+
+def change_manifest(checkpoint: Path, **entries: object) -> None:
+    manifest = checkpoint / checkpoints.MANIFEST
+    content = json.loads(manifest.read_text())
+    del content["choices"]
+    manifest.write_text(json.dumps(content | entries))
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return all(map(torch.equal, one.values(), two.values()))
+
+
+def test_a_resumed_run_goes_on_with_its_choices_bit_for_bit(machine: Machine, tmp_path: Path) -> None:
+    machine(0)
+    whole, chosen = train(tmp_path / "run", 6), autotune.choices()
+    assert chosen
+    for step in (3, 6):
+        assert checkpoints.choices_of(tmp_path / "run" / f"checkpoint-{step}") == chosen
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    machine(LAST)
+    assert same(train(tmp_path / "run", 6, resume=True), whole)
+    assert checkpoints.choices_of(tmp_path / "run" / "checkpoint-6") == chosen
+    machine(LAST)
+    assert not same(train(tmp_path / "new", 6), whole), "a new run chooses for the machine it is on"
+    assert not set(autotune.choices().items()) & set(chosen.items())
+
+
+def test_one_process_takes_nothing_but_the_checkpoints_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[dict[str, str]] = []
+    monkeypatch.setattr(autotune, "choices", lambda: {"some": "eager chain"})
+    monkeypatch.setattr(autotune, "adopt", taken.append)
+    go_on_with_choices(None, SimpleNamespace(world_size=1))  # type: ignore[arg-type]
+    assert taken == [{}]
+
+
+@pytest.mark.parametrize(
+    "entries", [{}, {"machine": {"constants": None}}, {"choices": {"some": 3, "other": "eager x"}}]
+)
+def test_checkpoints_without_choices_choose_anew(machine: Machine, tmp_path: Path, entries: dict) -> None:
+    """Those written before choices were recorded, some with a machine's constants; and what no run wrote."""
+    machine(0)
+    train(tmp_path / "run", 3)
+    chosen = autotune.choices()
+    change_manifest(tmp_path / "run" / "checkpoint-3", **entries)
+    machine(LAST)
+    train(tmp_path / "run", 4, resume=True)
+    assert not set(autotune.choices().items()) & set(chosen.items())
+
+
+@pytest.mark.slow
+def test_ranks_whose_clocks_disagree_compute_the_same(tmp_path: Path) -> None:
+    """Tensor parallelism: the same tokens, the same experts, the same bits. Data parallelism: one set of choices."""
+    answer = torchrun("ranks_models", "choices", tmp_path)
+    assert answer.returncode == 0, answer.stdout
+    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
+    assert first["chosen alone"].keys() == second["chosen alone"].keys()
+    assert not set(first["chosen alone"].items()) & set(second["chosen alone"].items())
+    assert first["alone"]["logits"] != second["alone"]["logits"], "the test can fail"
+    for name in ("split", "weights", "chosen"):
+        assert first[name] == second[name], name
+    recorded = checkpoints.choices_of(tmp_path / "run" / "checkpoint-2")
+    assert recorded == first["chosen"]
+    assert first["chosen alone"].items() <= recorded.items()

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from mpoe import shard_model
 from mpoe.training import find_last_checkpoint, load_sharded_optimizer, save_sharded_checkpoint
 from mpoe.training.checkpoints import MANIFEST
+from tests.assertions import refuses
 
 from .ranks import LOOP_STEPS, SAVED, torchrun
 from .ranks import kept_loop as loop
@@ -79,22 +80,19 @@ def test_what_does_not_fit_is_refused(alone: None, tmp_path: Path) -> None:
     file = checkpoint / "optimizer.pt"
     written = file.read_bytes()
     file.write_bytes(written.swapcase())  # of the same size
-    with pytest.raises(ValueError, match=r"checkpoint .*checkpoint-3 is damaged: optimizer\.pt changed"):
-        load_sharded_optimizer(model, optimizer, checkpoint)
+    damaged = r"checkpoint .*checkpoint-3 is damaged: optimizer\.pt changed"
+    refuses(ValueError, damaged, load_sharded_optimizer, model, optimizer, checkpoint)
     seal(checkpoint)
-    with pytest.raises(ValueError, match=r"checkpoint .*checkpoint-3 cannot be read"):
-        load_sharded_optimizer(model, optimizer, checkpoint)
+    refuses(ValueError, "checkpoint-3 cannot be read", load_sharded_optimizer, model, optimizer, checkpoint)
     file.write_bytes(written)
     saved = torch.load(file)
     saved["state"]["shared.weight"] = {"exp_avg": torch.ones(3)}
     shape = r"shared\.weight:exp_avg in .* its parameter; got \[3\]"
     for content, message in ((saved, shape), ({}, "cannot be read: 'groups'")):
         torch.save(content, file)
-        with pytest.raises(ValueError, match=r"is damaged|is incomplete"):
-            load_sharded_optimizer(model, optimizer, checkpoint)
+        refuses(ValueError, r"is damaged|is incomplete", load_sharded_optimizer, model, optimizer, checkpoint)
         seal(checkpoint)
-        with pytest.raises(ValueError, match=message):
-            load_sharded_optimizer(model, optimizer, checkpoint)
+        refuses(ValueError, message, load_sharded_optimizer, model, optimizer, checkpoint)
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from mpoe.training import MPOETrainer, rank_share, read_metrics
-from mpoe.training.statistics import LossParts, count_targets, shifts_labels, split_loss, step_share
+from mpoe.training import MPOETrainer, read_metrics
+from mpoe.training.statistics import count_targets, shifts_labels, split_loss
 
 from .tiny import PAD, Rows, dense_model, make_trainer, mpoe_model
 
@@ -126,27 +126,6 @@ def test_a_row_without_targets_is_harmless(tmp_path: Path) -> None:
     assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
 
 
-def test_the_nan_of_no_targets_does_not_spread() -> None:
-    nothing = torch.tensor(math.nan, requires_grad=True)  # the mean over no target
-    parts = step_share(LossParts(nothing, torch.tensor(0.5)), torch.tensor(0), torch.tensor(7), 2, 1)
-    assert [float(value.detach()) for value in (parts.task, parts.total)] == [0.0, 0.5]
-    parts.task.backward()
-    assert float(nothing.grad) == 0.0  # type: ignore[arg-type]
-    one = step_share(LossParts(torch.tensor(3.0), None), torch.tensor(1), torch.tensor(1), 1, 1)
-    assert float(one.task) == 3.0, "a single target counts"
-    some = step_share(LossParts(torch.tensor(3.0), None), torch.tensor(2), torch.tensor(6), 2, 1)
-    assert float(some.total) == 2.0
-
-
-def test_a_single_process_takes_the_whole_loss() -> None:
-    outputs = {"loss": torch.tensor(2.5), "task_loss": torch.tensor(2.0), "aux_loss": torch.tensor(0.5)}
-    assert float(rank_share(outputs, torch.tensor([3, -100, 4]), ToyForCausalLM())) == 2.5
-
-
-class ToyForCausalLM(torch.nn.Module):
-    """Named as the library names its own."""
-
-
 def test_counting_targets() -> None:
     labels = torch.tensor([[5, 6, -100], [-100, 7, 8]])
     assert int(count_targets(labels, shifted=False)) == 4
@@ -154,7 +133,6 @@ def test_counting_targets() -> None:
     assert int(count_targets(torch.tensor([0, 1]), shifted=True)) == 2
     assert [shifts_labels(dense_model(family)) for family in ("t5", "gpt2", "bert")] == [False, True, False]
     assert shifts_labels(mpoe_model("gpt2"))
-    assert not shifts_labels(ToyForCausalLM()), "what a class that is not the library's returns is not known"
     with pytest.raises(ValueError, match="the model returned no loss"):
         split_loss({"logits": 1})
 

@@ -29,7 +29,7 @@ inline void dot_step(
   }
 }
 
-// Not inlined: tests/native/hot_loops.py finds it.
+// Not inlined: tests/native/test_hot_loops.py finds it.
 template <class T, int rows, int columns>
 [[gnu::noinline]] void dot_tile(
     std::int64_t k, const T* a, std::int64_t a_stride, const T* b, std::int64_t b_stride, float* out,

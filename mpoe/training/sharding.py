@@ -16,12 +16,15 @@ in the backward, the sums of the gates' and shared blocks' gradients.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
@@ -144,7 +147,7 @@ def split_hidden_experts(model: Any, mesh: DeviceMesh) -> Any:
     return model
 
 
-OPTIMIZER = "optimizer.pt"
+OPTIMIZER = "optimizer.safetensors"
 
 
 def save_sharded_checkpoint(
@@ -166,7 +169,8 @@ def save_sharded_checkpoint(
         The checkpoint's folder.
 
     Raises:
-        TypeError: a model that is not sharded; a step that is not an integer.
+        TypeError: a model that is not sharded; a step that is not an integer; an optimizer setting that JSON cannot
+            hold.
         ValueError: an optimizer parameter that does not belong to the model.
     """
     check_sharded(model)
@@ -179,15 +183,19 @@ def save_sharded_checkpoint(
     groups = [
         {**group, "params": own} for group, own in zip(optimizer.param_groups, _names(model, optimizer), strict=True)
     ]
-    state: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, Any]] = {}  # what an optimizer keeps that is no tensor
     for name, parameter in _named(model, optimizer).items():
         # A parameter that has not been trained yet, such as a masked central core, has no state.
         for key, value in sorted(optimizer.state.get(parameter, {}).items()):
             whole = value.full_tensor() if isinstance(value, DTensor) else value  # all ranks take part
-            if first:
-                state.setdefault(name, {})[key] = whole.cpu() if isinstance(whole, Tensor) else whole
+            if not isinstance(whole, Tensor):
+                numbers.setdefault(name, {})[key] = whole
+            elif first:
+                tensors[f"{name}:{key}"] = whole.contiguous().cpu().clone()
+    settings = {"groups": json.dumps(groups, default=_as_number), "numbers": json.dumps(numbers)}
     if first:
-        torch.save({"groups": groups, "state": state}, staged / OPTIMIZER)
+        save_file(tensors, staged / OPTIMIZER, metadata=settings)
         checkpoints.publish(staged, folder)
         checkpoints.staging_root(folder).rmdir()
         checkpoints.rotate(folder, limit)
@@ -216,9 +224,10 @@ def load_sharded_optimizer(model: Any, optimizer: torch.optim.Optimizer, checkpo
     if not (folder / OPTIMIZER).is_file():
         raise ValueError(f"checkpoint must be a whole folder written by save_sharded_checkpoint; got {folder}")
     checkpoints.check_whole(folder)
-    with checkpoints.reading(folder):
-        saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
-        groups, states = saved["groups"], saved["state"]
+    with checkpoints.reading(folder), safe_open(folder / OPTIMIZER, framework="pt") as file:
+        groups, states = (json.loads((file.metadata() or {})[what]) for what in ("groups", "numbers"))
+        for name, _, key in (whole.rpartition(":") for whole in file.keys()):  # noqa: SIM118
+            states.setdefault(name, {})[key] = file.get_tensor(f"{name}:{key}")
     if [group["params"] for group in groups] != _names(model, optimizer):
         raise ValueError(f"optimizer must have the groups of parameters that {folder / OPTIMIZER} lists; they differ")
     own: dict[int, dict[str, Any]] = {}
@@ -232,8 +241,9 @@ def load_sharded_optimizer(model: Any, optimizer: torch.optim.Optimizer, checkpo
                 value = distribute_tensor(here, mesh, parameter.placements, src_data_rank=None)
             own.setdefault(number, {})[key] = value
     numbered = optimizer.state_dict()["param_groups"]
-    groups = [{**group, "params": now["params"]} for group, now in zip(groups, numbered, strict=True)]
-    optimizer.load_state_dict({"state": own, "param_groups": groups})
+    for now, then in zip(numbered, groups, strict=True):
+        now |= {name: _setting(now.get(name), value) for name, value in then.items() if name != "params"}
+    optimizer.load_state_dict({"state": own, "param_groups": numbered})
     return step
 
 
@@ -250,3 +260,17 @@ def _named(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's parameters by name, in its order."""
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     return dict(zip(itertools.chain(*_names(model, optimizer)), parameters, strict=True))
+
+
+def _as_number(value: Any) -> Any:
+    """For JSON: an optimizer may keep its rate in a tensor."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    raise TypeError(f"settings of optimizer must be numbers, texts or lists of them; got {type(value).__name__}")
+
+
+def _setting(now: Any, saved: Any) -> Any:
+    """Convert a value from JSON to the optimizer's current type: JSON has neither tuples nor tensors."""
+    if isinstance(now, Tensor):
+        return torch.full_like(now, saved)
+    return tuple(saved) if isinstance(saved, list) else saved

@@ -241,7 +241,7 @@ def test_layers_and_exclusions():
         model, MPOEConfig(exclude_modules=["encoder.block.0.layer.1.DenseReluDense"], shape="separable")
     )
     assert len([m for m in converted.modules() if isinstance(m, MPOEFeedForward)]) == 2
-    with pytest.raises(ValueError, match=r"close matches: .*DenseReluDense"):
+    with pytest.raises(ValueError, match=r"did you mean .*DenseReluDense"):
         convert_to_mpoe(model, MPOEConfig(exclude_modules=["encoder.block.0.layer.1.DenseReluDens"], shape="separable"))
     with pytest.raises(ValueError, match=r"layer indices 0\.\.1; got 7"):
         convert_to_mpoe(model, MPOEConfig(layers_to_transform=[7], shape="separable"))

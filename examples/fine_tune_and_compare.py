@@ -18,10 +18,9 @@ from transformers import PrinterCallback
 
 from mpoe import MPOEConfig, MPOETrainer, MPOETrainingArguments, convert_to_mpoe
 from mpoe.data import evaluate_task, get_task
-from mpoe.data.collate import PaddingCollator
 from mpoe.data.embedded import load_stand_in
-from mpoe.data.encode import encode_text_to_text
-from mpoe.data.splits import with_subsets
+from mpoe.data.encode import PaddingCollator, encode_text_to_text
+from mpoe.data.task import with_subsets
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 40
 folder = sys.argv[2] if len(sys.argv) > 2 else "runs/compare"

@@ -9,9 +9,8 @@ import sys
 import torch
 
 from mpoe import MPOEConfig, MPOETrainingArguments, convert_to_mpoe
-from mpoe.data.collate import PaddingCollator
 from mpoe.data.embedded import load_stand_in
-from mpoe.data.encode import encode_text_to_text
+from mpoe.data.encode import PaddingCollator, encode_text_to_text
 from mpoe.data.tasks import get_task
 from mpoe.training import GradientMask, build_param_groups, describe_param_groups
 

@@ -20,8 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from mpoe import load_mpoe
 from mpoe.cli.main import run
-from mpoe.data.demo_texts import DOMAINS, domain_text
-from mpoe.data.embedded import load_stand_in
+from mpoe.data.embedded import DOMAINS, domain_text, load_stand_in
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "several_domains")
 base = Path(sys.argv[2] if len(sys.argv) > 2 else folder / "base")

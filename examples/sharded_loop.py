@@ -22,9 +22,8 @@ from mpoe import (
     save_sharded_checkpoint,
     shard_model,
 )
-from mpoe.data.collate import PaddingCollator
 from mpoe.data.embedded import load_stand_in
-from mpoe.data.encode import encode_text_to_text
+from mpoe.data.encode import PaddingCollator, encode_text_to_text
 from mpoe.data.tasks import get_task
 from mpoe.training import GradientMask, build_param_groups, find_last_checkpoint, rank_share
 

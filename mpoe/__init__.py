@@ -22,7 +22,7 @@ _NAMES = {
         "mpoe.models.lora": "lora_on_cores",
         "mpoe.training": "MPOETrainer MPOETrainingArguments freeze_all_but_experts load_sharded_optimizer save_sharded "
         "save_sharded_checkpoint shard_model",
-        "mpoe.training.divergence": "DivergenceError",
+        "mpoe.training.callbacks": "DivergenceError",
         "mpoe_kernels.version": "__version__",
     }.items()
     for name in names.split()
@@ -53,11 +53,11 @@ if TYPE_CHECKING:
     from mpoe.models.lora import lora_on_cores as lora_on_cores
     from mpoe.models.original import import_original as import_original
     from mpoe.training.arguments import MPOETrainingArguments as MPOETrainingArguments
-    from mpoe.training.divergence import DivergenceError as DivergenceError
+    from mpoe.training.callbacks import DivergenceError as DivergenceError
     from mpoe.training.freezing import freeze_all_but_experts as freeze_all_but_experts
-    from mpoe.training.sharded_checkpoint import load_sharded_optimizer as load_sharded_optimizer
-    from mpoe.training.sharded_checkpoint import save_sharded_checkpoint as save_sharded_checkpoint
+    from mpoe.training.sharding import load_sharded_optimizer as load_sharded_optimizer
     from mpoe.training.sharding import save_sharded as save_sharded
+    from mpoe.training.sharding import save_sharded_checkpoint as save_sharded_checkpoint
     from mpoe.training.sharding import shard_model as shard_model
     from mpoe.training.trainer import MPOETrainer as MPOETrainer
     from mpoe_kernels.version import __version__ as __version__

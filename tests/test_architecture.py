@@ -55,7 +55,6 @@ RANKS = {
 }
 # Siblings of equal rank that do not know each other.
 STRANGERS = {
-    ("mpoe.config", "mpoe.data"),
     ("mpoe.estimation", "mpoe.training"),
     ("mpoe.inspection", "mpoe.training"),
     ("mpoe.inspection", "mpoe.estimation"),

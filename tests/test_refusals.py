@@ -14,8 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, import_original, merge_experts, save_mpoe_only
 from mpoe.data.metrics import METRICS
 from mpoe.data.sampler import TemperatureSampler
-from mpoe.data.splits import with_validation_from_train
-from mpoe.data.task import Example, Task
+from mpoe.data.task import Example, Task, with_validation_from_train
 from mpoe.estimation import Usage, model_costs, read_values, take_inventory
 from mpoe.layers import (
     DenseExperts,

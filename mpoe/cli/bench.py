@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpoe.cli.errors import CommandError
-from mpoe.cli.files import RESULTS_FILE, check_output, write_json
-from mpoe.cli.parsing import Asked, as_command, option
+from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.cli.models import RESULTS_FILE, check_output, write_json
+from mpoe.config.checks import check_number
 
 REPORT_FILE = "report.md"
 INCOMPLETE_FILE = "incomplete.json"
@@ -44,8 +44,8 @@ class BenchOptions:
     minutes: float | None = option(None, "begin nothing new after so long; default: none, of gpu eight")
 
     def __post_init__(self) -> None:
-        if self.minutes is not None and not self.minutes > 0:
-            raise ValueError(f"minutes must be greater than 0; got {self.minutes}")
+        if self.minutes is not None:
+            check_number("minutes", self.minutes, 0, open_low=True)
 
 
 @as_command("mpoe bench [--flag value ...]", BenchOptions)

@@ -5,6 +5,7 @@ It shows parameters, the settings that differ, scores, curves and time. Unfinish
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -15,13 +16,12 @@ from typing import Any
 from markupsafe import Markup
 
 from mpoe.cli import report
-from mpoe.cli.errors import CommandError
-from mpoe.cli.files import MODEL_OR_RUN, REPORT_FILE, check_output, write_json
-from mpoe.cli.parsing import Asked, as_command, option
+from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.cli.evaluate import metrics_of, score_table
+from mpoe.cli.models import MODEL_OR_RUN, REPORT_FILE, RESULTS_FILE, check_output, write_json
+from mpoe.cli.options import BASELINES
 from mpoe.cli.report import Table
-from mpoe.cli.runs import PARAMETERS, RunFolder, read_run
-from mpoe.cli.scoring import metrics_of, score_table
-from mpoe.training.output_dir import is_neutral
+from mpoe.training.output_dir import METRICS_FILE, RUN_FILE, flatten, is_neutral, read_metrics, read_record
 
 MOST_RUNS = 12
 NUMBERS_FILE = "compare.json"
@@ -48,6 +48,20 @@ _ARMS = "Runs that differ in their seeds alone are one arm: mean ± half of its 
 _SETTINGS = "Settings of run.json that are not the same in all runs and may change what a run computes."
 
 
+# Kinds of `model.parameter_report()` in the order of reports, and their descriptions.
+PARAMETERS = {
+    "central": "central cores, shared by the experts of a layer",
+    "auxiliary": "auxiliary cores of all experts",
+    "expert": "weights of dense experts",
+    "router": "routers",
+    "rest": "everything else: embeddings, attention, norms, biases, layers that stayed dense",
+    "total": "the whole model",
+    "trainable": "of the whole model, what trains",
+    "dense_total": "for comparison: the model before conversion",
+    "switch_total": "for comparison: as many experts with full weights (Switch)",
+}
+
+
 @dataclass
 class CompareOptions:
     """Options that only `compare` has."""
@@ -59,22 +73,81 @@ class CompareOptions:
 
 @as_command("mpoe compare RUN_DIR RUN_DIR ... [--flag value ...]", CompareOptions, words=(1, MOST_RUNS))
 def command(asked: Asked) -> None:
-    """Compare the runs in the folders."""
-    run(asked.words, asked.options[0])
-
-
-def run(paths: Sequence[str], options: CompareOptions) -> None:
-    """Compare the runs in folders ``paths``; prints tables and writes the report."""
+    """Compare the runs in the folders; prints tables and writes the report."""
+    (options,), paths = asked.options, asked.words
     if len(paths) < 2:
         raise CommandError(f"compare needs two runs or more; got {len(paths)}: mpoe compare RUN_DIR RUN_DIR ...")
     folder = Path(options.output_dir)
     check_output("output_dir", folder, options.overwrite, "an earlier report", [REPORT_FILE], MODEL_OR_RUN)
-    runs = [read_run(path, name) for path, name in zip(paths, _names(paths, options.names), strict=True)]
+    if options.names and len(options.names) != len(paths):
+        raise CommandError(f"names must be one for each of the {len(paths)} runs; got {len(options.names)}")
+    names = options.names or [Path(path).resolve().name for path in paths]
+    if len(set(names)) < len(names):
+        names = [f"{k} {name}" for k, name in enumerate(names, start=1)]
+    runs = [read_run(path, name) for path, name in zip(paths, names, strict=True)]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / NUMBERS_FILE, [vars(run) for run in runs])
     for table in write_report(folder / REPORT_FILE, runs):
         table.show(least_width=120)
     print(f"report and numbers are in {folder}; open {folder / REPORT_FILE}")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run.
+
+    Attributes:
+        name: its name in comparisons.
+        settings: from ``run.json``, by dotted name.
+        results: from ``results.json``; empty until the run has finished.
+        records: from ``metrics.jsonl``.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    results: dict[str, Any]
+    records: list[dict[str, Any]]
+
+    @property
+    def mixture(self) -> str:
+        """A short description of the feed-forward layers; empty if neither results nor settings have it."""
+        if self.settings.get("arm.baseline") in BASELINES:
+            return BASELINES[self.settings["arm.baseline"]]
+        if "mixture" in self.results:
+            return str(self.results["mixture"])
+        count, shape = self.settings.get("experts.num_experts"), self.settings.get("experts.shape")
+        return f"{count} experts, {shape}" if count is not None else ""
+
+
+def read_run(path: str, name: str = "") -> RunFolder:
+    """The run in folder ``path``.
+
+    Raises:
+        ValueError: not the folder of a run, or a file in it that cannot be read.
+    """
+    folder = Path(path)
+    record = read_record(folder)
+    if record is None:
+        raise CommandError(f"{path} is not the folder of a run: it holds no {RUN_FILE}")
+    try:
+        ended = (folder / RESULTS_FILE).is_file()
+        results = dict(json.loads((folder / RESULTS_FILE).read_text())) if ended else {}
+        records = read_metrics(folder) if (folder / METRICS_FILE).is_file() else []
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CommandError(f"{path} holds a run that cannot be read: {error}") from None
+    return RunFolder(name or folder.name or path, dict(flatten(record)), results, records)
+
+
+def mixture_of(model: Any) -> str:
+    """A short description of a model's feed-forward layers."""
+    config = getattr(model, "mpoe_config", None)
+    if config is None:
+        return "dense"
+    if config.moe_type == "none":
+        return f"no router, modules {', '.join(config.targets)}"
+    shape = config.shape if isinstance(config.shape, str) else "own"
+    experts = "dense experts" if config.expert_type == "dense" else f"MPO experts, shape {shape}"
+    return f"{config.num_experts} {experts}, top-{config.top_k}"
 
 
 def write_report(file: Path, runs: Sequence[RunFolder]) -> list[Table]:
@@ -101,14 +174,6 @@ def write_report(file: Path, runs: Sequence[RunFolder]) -> list[Table]:
     parts.append(more.format(len(settings), Table(["", *(run.name for run in runs)], settings, kind="text").html()))
     report.write_page(file, title, parts)
     return [scores, *tables]
-
-
-def _names(paths: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Unique names of the runs: the given ones, the folders' names, or the whole paths."""
-    if names and len(names) != len(paths):
-        raise CommandError(f"names must be one for each of the {len(paths)} runs; got {len(names)}")
-    own = list(names) or [Path(path).resolve().name for path in paths]
-    return own if len(set(own)) == len(own) else [f"{k} {name}" for k, name in enumerate(own, start=1)]
 
 
 # -------------------------------------------------- tables: a row for each fact, a column for each run
@@ -161,10 +226,6 @@ def _what(runs: Sequence[RunFolder]) -> list[list[str]]:
         times = sorted((b["time"] - a["time"]) / (b["step"] - a["step"]) for a, b in logged if b["step"] > a["step"])
         return f"{times[len(times) // 2]:.3g}" if times else _NONE
 
-    def last_loss(run: RunFolder) -> str:
-        values = [record["loss"] for record in run.records if record.get("loss") is not None]
-        return f"{values[-1]:.4f}" if values else _NONE
-
     def ended(run: RunFolder) -> str:
         steps = run.results.get("steps") or max((record.get("step", 0) for record in run.records), default=0)
         return f"{steps:,}" if run.results else f"{steps:,}, not ended"
@@ -183,7 +244,9 @@ def _what(runs: Sequence[RunFolder]) -> list[list[str]]:
         "optimizer steps": ended,
         "items of a step": batch,
         "learning rate": rate,
-        "training loss, last logged": last_loss,
+        "training loss, last logged": lambda run: next(
+            (f"{record['loss']:.4f}" for record in reversed(run.records) if record.get("loss") is not None), _NONE
+        ),
         "training, seconds": lambda run: f"{run.results['seconds']:.0f}" if run.results else _NONE,
         "seconds per step, median": per_step,
         "device": lambda run: run.results.get("made_with", {}).get("device", _NONE),

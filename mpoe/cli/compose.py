@@ -14,12 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mpoe.cli.errors import CommandError
-from mpoe.cli.files import check_output, model_folder
-from mpoe.cli.parsing import Asked, as_command, option
+from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.cli.models import check_output, model_folder
 
 if TYPE_CHECKING:
-    from mpoe.cli.pretrained import Source
+    from mpoe.cli.models import Source
 
 USAGE = "mpoe compose BASE EXPERT ... --output_dir OUT [--flag value ...]"
 STATISTICS = "router_statistics.safetensors"
@@ -72,7 +71,7 @@ def command(asked: Asked) -> None:
     if options.output_dir is None:
         raise CommandError(f"compose needs --output_dir: {USAGE}")
     out = check_output("output_dir", Path(options.output_dir), options.overwrite)
-    from mpoe.cli.pretrained import find
+    from mpoe.cli.models import find
     from mpoe.models.table import CAUSAL
 
     source = find(base)
@@ -92,7 +91,7 @@ def load_fine_tune(name: str, base: Any) -> Any:
     Raises:
         CommandError: no model or adapter of that name; an adapter, but PEFT is not installed.
     """
-    from mpoe.cli.pretrained import find, load_model
+    from mpoe.cli.models import find, load_model
 
     if not (Path(name) / "adapter_config.json").is_file():
         return load_model(find(name))
@@ -151,7 +150,7 @@ def compose_fine_tunes(source: Source, names: Sequence[str], options: ComposeOpt
     """Compose the fine-tunes ``names`` of the model ``source`` and save the mixture in ``out``."""
     from safetensors.torch import load_file, save_file
 
-    from mpoe.cli.pretrained import load_model, load_tokenizer
+    from mpoe.cli.models import load_model, load_tokenizer
     from mpoe.config import RouterConfig
     from mpoe.models import load_mpoe
     from mpoe.models.composition import add_expert, compose
@@ -230,7 +229,7 @@ def _kept(options: ComposeOptions) -> tuple[list[Any], Any, int]:
 
 def compose_experts(source: Source, names: Sequence[str], options: ComposeOptions, out: Path) -> None:
     """Compose the experts ``names`` of the model ``source`` into a mixture, or merge them, in the folder ``out``."""
-    from mpoe.cli.pretrained import load_model, load_tokenizer
+    from mpoe.cli.models import load_model, load_tokenizer
     from mpoe.models import expert_mixture
     from mpoe.models.domains import train_routers
     from mpoe.models.expert_files import load_expert, merge_expert

@@ -7,10 +7,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from mpoe.cli.errors import CommandError
-from mpoe.cli.files import check_output, model_folder
+from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.cli.models import check_output, model_folder
 from mpoe.cli.options import ExpertOptions
-from mpoe.cli.parsing import Asked, as_command, option
 
 
 @dataclasses.dataclass
@@ -30,7 +29,7 @@ def command(asked: Asked) -> None:
     chosen = sorted({f.name for f in dataclasses.fields(ExpertOptions)} & asked.given)
     if options.original_checkpoint is not None and chosen:
         raise CommandError(f"original_checkpoint says how its experts are; {', '.join(chosen)} cannot be given with it")
-    from mpoe.cli.pretrained import find, load_model, tokenizer_if_any
+    from mpoe.cli.models import find, load_model, tokenizer_if_any
 
     config = experts.build()
     if config is None:

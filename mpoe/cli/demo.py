@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mpoe.cli.errors import CommandError
-from mpoe.cli.files import MODEL_OR_RUN, REPORT_FILE, RESULTS_FILE, check_output, model_folder, write_json
-from mpoe.cli.parsing import Asked, as_command, option
+from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.cli.models import MODEL_OR_RUN, REPORT_FILE, RESULTS_FILE, check_output, model_folder, write_json
 from mpoe.config.checks import check_seed
 
 # Threads that spin while they wait for each other cost minutes on shared cores; torch reads this when it loads.
@@ -101,8 +100,7 @@ def compare_arms(output_dir: Path, kind: str, steps: int | None, seed: int) -> N
         words += f" --weight_decay 0.01 --seed {seed} --logging_steps 5 --eval_strategy no --save_strategy no --use_cpu"
         words += " --disable_tqdm true --report_to none --overwrite"
         train.command([*words.split(), "--output_dir", str(output_dir / arm), *options])
-    asked = compare.CompareOptions(str(output_dir), overwrite=True)
-    compare.run([str(output_dir / arm) for arm in ARMS], asked)
+    compare.command([*(str(output_dir / arm) for arm in ARMS), "--output_dir", str(output_dir), "--overwrite"])
     print(_COMPARED)
 
 
@@ -127,10 +125,9 @@ _PICTURE = "Every token of a text that changes its domain, coloured by the exper
 def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
     """Experts of three domains, trained apart, become a mixture that sorts by itself; returns the results."""
     from mpoe.cli.compose import batches, pieces
-    from mpoe.cli.pretrained import quiet_transformers
-    from mpoe.data.demo_texts import DOMAINS, domain_text
+    from mpoe.cli.models import quiet_transformers
     from mpoe.data.documentation import load_documentation
-    from mpoe.data.embedded import load_stand_in
+    from mpoe.data.embedded import DOMAINS, domain_text, load_stand_in
     from mpoe.data.predict import token_losses
     from mpoe.inspection import route_text
     from mpoe.models import collect_statistics, compose_experts, merge_expert, save_expert

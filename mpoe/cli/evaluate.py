@@ -5,18 +5,130 @@ For a run, settings without an option are as in training.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from mpoe.cli import pretrained
-from mpoe.cli.errors import CommandError
-from mpoe.cli.files import check_writable_file, write_json
-from mpoe.cli.parsing import Asked, as_command, option
-from mpoe.cli.runs import data_of_run, model_of_experiment
-from mpoe.cli.scoring import evaluate_tasks, show_scores
-from mpoe.cli.tasks import DataOptions, resolve
-from mpoe.models.table import ENCODER
+import torch
+
+from mpoe.cli import models
+from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.cli.models import check_writable_file, write_json
+from mpoe.cli.report import Table
+from mpoe.cli.tasks import DataOptions, data_of_run, model_of_experiment, resolve
+from mpoe.data.encode import (
+    PaddingCollator,
+    encode_labels,
+    encode_language_modeling,
+    encode_responses,
+    encode_text_to_text,
+)
+from mpoe.data.predict import evaluate_beside_baseline, evaluation_mode
+from mpoe.data.task import Task
+from mpoe.data.tasks import average_score
+from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ
+
+AT_ONCE = 64  # items of a batch whose expert load is counted
+Items = Sequence[dict[str, list[int]]]
+Scores = Mapping[str, Mapping[str, float]]  # by task and metric
+
+
+def encode_task(
+    task: Task,
+    split: str,
+    tokenizer: Any,
+    limit: int | None = None,
+    style: str = SEQ2SEQ,
+    labels: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """A task's items as token ids for a model of this ``style``; for language modelling blocks of
+    ``max_source_length`` tokens. ``labels``: what an encoder's head tells apart, in its order."""
+    examples = task.examples(split)
+    if task.kind == "language_modeling":
+        return encode_language_modeling(examples, tokenizer, task.max_source_length)[:limit]
+    if style == ENCODER:
+        return encode_labels(examples[:limit], tokenizer, labels, task.max_source_length)
+    encode = encode_responses if style == CAUSAL else encode_text_to_text
+    return encode(examples[:limit], tokenizer, task.max_source_length, task.max_target_length)
+
+
+def expert_load(model: Any, items: Items, pad_token_id: int) -> list[list[int]]:
+    """Tokens per expert on teacher-forced items, [layers][E]; empty for a dense model. Padding is not counted."""
+    collate = PaddingCollator(pad_token_id)
+    load: torch.Tensor | None = None
+    with torch.inference_mode(), evaluation_mode(model):
+        for start in range(0, len(items), AT_ONCE):
+            batch = {k: v.to(model.device) for k, v in collate(items[start : start + AT_ONCE]).items()}
+            part = getattr(model(**batch), "expert_load", None)
+            if part is None:
+                return []
+            load = part.clone() if load is None else load + part
+    return [] if load is None else load.tolist()
+
+
+SCORE_NOTE = (
+    "baseline: one answer for all items, the most frequent one or the mean; of perplexity, every token guessed by its "
+    "frequency. Perplexity and loss (in nats) are per token of the model's tokenizer: those of two tokenizers do not "
+    "compare."
+)
+_LOWER_IS_BETTER = ("perplexity", "loss")
+
+
+def evaluate_tasks(
+    model: Any, tokenizer: Any, tasks: Sequence[Task], split: str, batch_size: int = 128
+) -> dict[str, Any]:
+    """Scores of every task by name, as results hold them.
+
+    Returns:
+        ``scores``: by task; the first entry of each is the metric it is judged by, and ``items`` come last. ``mean``:
+        of the first metric of each, over tasks. ``baselines``: by task, the metrics of an answer that ignores the input
+        (`mpoe.data.predict.baseline_scores`). ``remarks``: comments on the numbers, one sentence each.
+    """
+    scores, baselines, remarks = {}, {}, []
+    for task in tasks:
+        found = evaluate_beside_baseline(model, tokenizer, task, split, batch_size=batch_size)
+        scores[task.name] = {**found.scores, "items": len(task.examples(split))}
+        baselines[task.name] = found.baseline
+        metric = task.main_metric
+        value, constant = found.scores[metric], found.baseline[metric]
+        if found.collapse:
+            remarks.append(f"{task.name}: {found.collapse}")
+        elif value >= constant if metric in _LOWER_IS_BETTER else value <= constant:
+            remarks.append(f"{task.name}: {metric} {value:.4g} is not better than the baseline's {constant:.4g}")
+    return {"scores": scores, "mean": average_score(scores), "baselines": baselines, "remarks": remarks}
+
+
+def metrics_of(columns: Iterable[Scores]) -> list[tuple[str, str]]:
+    """(task, metric) of all scores, in order."""
+    pairs = ((task, metric) for scores in columns for task, own in scores.items() for metric in own)
+    return [pair for pair in dict.fromkeys(pairs) if pair[1] != "items"]
+
+
+def score_table(columns: Mapping[str, Scores], baselines: Scores, title: str, words: str = SCORE_NOTE) -> Table:
+    """Scores side by side and the baselines'; the best of a row is marked, the average over several tasks is last."""
+    rows: list[list[str]] = []
+    best: set[tuple[int, int]] = set()
+    for task, metric in metrics_of(columns.values()):
+        values = [scores.get(task, {}).get(metric) for scores in columns.values()]
+        there = [value for value in values if value is not None]
+        winner = (min if metric in _LOWER_IS_BETTER else max)(there)
+        if min(there) < max(there):
+            best |= {(len(rows), column) for column, value in enumerate(values, start=1) if value == winner}
+        shown = ("-" if value is None else f"{value:.4f}" for value in [*values, baselines.get(task, {}).get(metric)])
+        rows.append([f"{task}: {metric}", *shown])
+    if len(baselines) > 1:
+        means = (f"{average_score(each):.4f}" if each else "-" for each in (*columns.values(), baselines))
+        rows.append(["average over tasks, of the first of each", *means])
+    return Table(["", *columns, "baseline"], rows, title, words, best=best)
+
+
+def show_scores(found: Mapping[str, Any], title: str) -> None:
+    """Print what `evaluate_tasks` returned."""
+    items = ", ".join(f"{own['items']:,} of {task}" for task, own in found["scores"].items())
+    score_table({"value": found["scores"]}, found["baselines"], title, f"Items: {items}. {SCORE_NOTE}").show()
+    for remark in found["remarks"]:
+        print(f"note: {remark}")
 
 
 @dataclass
@@ -44,14 +156,14 @@ def command(asked: Asked) -> dict[str, dict[str, float]]:
     data, seed, described = data_of_run(folder, data, asked.given)
     if options.output_file:
         check_writable_file("output_file", Path(options.output_file))
-    source = pretrained.find(folder)
+    source = models.find(folder)
     if source.style == ENCODER and not source.is_classifier:
         raise CommandError(f"{folder} is an encoder ({source.model_type}) without a head for labels (mpoe train)")
     seed = seed if options.data_seed is None else options.data_seed
     tasks = resolve(data.eval_tasks or data.tasks, data, source.style, seed, described)
     for task in tasks:
         task.examples(options.split)  # a missing split is refused before the model is loaded
-    tokenizer, model = pretrained.load_tokenizer(source), pretrained.load_model(source)
+    tokenizer, model = models.load_tokenizer(source), models.load_model(source)
     found = evaluate_tasks(model, tokenizer, tasks, options.split, options.batch_size)
     show_scores(found, f"{folder} on {options.split}")
     if options.output_file:

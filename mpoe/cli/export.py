@@ -9,9 +9,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from mpoe.cli.errors import CommandError
-from mpoe.cli.files import check_output, model_folder
-from mpoe.cli.parsing import Asked, as_command, option
+from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.cli.models import check_output, model_folder
 
 
 @dataclasses.dataclass
@@ -38,7 +37,7 @@ def command(asked: Asked) -> None:
 
 def run(name: str, out: Path, options: ExportOptions) -> float:
     """Export the model ``name`` into the folder ``out``; returns the relative difference of the logits."""
-    from mpoe.cli.pretrained import find, load_model, tokenizer_if_any
+    from mpoe.cli.models import find, load_model, tokenizer_if_any
 
     source = find(name)
     if not source.is_mpoe:

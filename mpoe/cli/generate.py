@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mpoe.cli.errors import CommandError
-from mpoe.cli.parsing import Asked, as_command, option
-from mpoe.config.checks import check_seed
+from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.config.checks import check_number, check_seed
 
 
 @dataclass
@@ -27,8 +26,7 @@ class GenerateOptions:
     LEAST: ClassVar[dict[str, int]] = {"max_new_tokens": 1, "num_beams": 1}
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be greater than 0; got {self.temperature}")
+        check_number("temperature", self.temperature, 0, open_low=True)
         check_seed("seed", self.seed)
 
 
@@ -36,7 +34,7 @@ class GenerateOptions:
 def command(asked: Asked) -> None:
     """Print the model's text for every prompt; that of a language model begins with it."""
     (options,), (name,) = asked.options, asked.words
-    from mpoe.cli.pretrained import find, load_model, load_tokenizer
+    from mpoe.cli.models import find, load_model, load_tokenizer
     from mpoe.data.mappings import read_utf8
     from mpoe.models.table import ENCODER
 

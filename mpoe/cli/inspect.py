@@ -10,23 +10,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from mpoe.cli import pretrained, report
-from mpoe.cli.errors import CommandError
-from mpoe.cli.files import MODEL_OR_RUN, REPORT_FILE, check_output, write_json
-from mpoe.cli.parsing import Asked, as_command, option
-from mpoe.cli.runs import data_of_run
-from mpoe.cli.scoring import encode_task, expert_load
-from mpoe.cli.tasks import DataOptions, resolve
-from mpoe.data.collate import PaddingCollator
+from mpoe.cli import models, report
+from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.cli.evaluate import encode_task, expert_load
+from mpoe.cli.models import MODEL_OR_RUN, REPORT_FILE, check_output, write_json
+from mpoe.cli.tasks import DataOptions, data_of_run, resolve
+from mpoe.data.encode import PaddingCollator
 from mpoe.data.task import Task
+from mpoe.inspection import Worth, bond_spectra, composed_worth, parameter_growth, route_text
 from mpoe.layers.cores import MPOCores
+from mpoe.models.expert_mixture import EXPERTS_FOLDER, kept_experts
+from mpoe.models.others import facts
+from mpoe.models.report import HEADER, LEGEND, routed_layers, short_name, summarize
 from mpoe.models.table import ENCODER, SEQ2SEQ
 from mpoe.training.output_dir import METRICS_FILE, read_metrics
-
-if TYPE_CHECKING:
-    from mpoe.inspection import Worth
 
 NUMBERS_FILE = "inspect.json"
 PLOTS = ("expert_load", "bond_spectra", "parameters", "training")
@@ -86,17 +85,17 @@ def command(asked: Asked) -> None:
     data, seed, described = data_of_run(name, data, asked.given)
     folder = Path(options.output_dir)
     check_output("output_dir", folder, options.overwrite, "an earlier report", [REPORT_FILE], MODEL_OR_RUN)
-    source = pretrained.find(name)
+    source = models.find(name)
     if not source.is_mpoe:
         raise CommandError(
             f"{name} is a dense {source.model_type}; inspect looks into mixtures: mpoe convert {name} OUT, then "
             "mpoe inspect OUT"
         )
-    tokenizer = pretrained.load_tokenizer(source)
+    tokenizer = models.load_tokenizer(source)
     style = SEQ2SEQ if source.style == ENCODER else source.style
     tasks = resolve(data.eval_tasks or data.tasks, data, style, seed, described)
     items = _items(source.style, options, tasks, tokenizer)
-    model = pretrained.load_model(source)
+    model = models.load_model(source)
     counted = f"{len(items)} {options.split} items of {', '.join(task.name for task in tasks)}"
     print(f"{name}: counting {counted}, following tokens, reading bonds")
     worth = None if source.style == ENCODER else _worth(Path(name), model, tokenizer, items, options.text)
@@ -120,9 +119,6 @@ def _items(style: str, options: InspectOptions, tasks: Sequence[Task], tokenizer
 
 def _worth(folder: Path, model: Any, tokenizer: Any, items: list[dict[str, Any]], texts: Sequence[str]) -> Worth | None:
     """What the experts of a composed mixture are worth on ``texts``, or on the items; None for other models."""
-    from mpoe.inspection import composed_worth
-    from mpoe.models.expert_mixture import EXPERTS_FOLDER, kept_experts
-
     if not (folder / EXPERTS_FOLDER).is_dir():
         return None
     experts, background = kept_experts(folder)
@@ -143,9 +139,6 @@ def worth_rows(worth: Worth) -> list[list[str]]:
 
 def _spectra(weights: Sequence[Any]) -> dict[str, dict[str, list[Any]]]:
     """Bonds of MPO weights by kind (up, down, an attention projection's name, ...) and layer."""
-    from mpoe.inspection import bond_spectra
-    from mpoe.models.report import short_name
-
     found: dict[str, dict[str, list[Any]]] = {}
     for row in weights:
         layer, _, kind = short_name(row.name).rpartition(".")
@@ -166,10 +159,6 @@ def _report(
     worth: Worth | None,
 ) -> None:
     """Look into the model section by section, then write everything."""
-    from mpoe.inspection import parameter_growth, route_text
-    from mpoe.models.others import facts
-    from mpoe.models.report import HEADER, LEGEND, routed_layers, short_name, summarize
-
     config, parameters = model.mpoe_config, model.parameter_report()
     layers = [short_name(layer) for layer, _ in routed_layers(model)]
     parts, drawn = [report.Table((), list(facts(model).items()), kind="text").html()], {}

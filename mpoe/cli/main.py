@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 
-from mpoe.cli.errors import CommandError, close_matches, show
+from mpoe.cli.command import CommandError, close_matches, show
 
 COMMANDS = {
     "train": "Train: mpoe train [CONFIG.json|yaml] --flag value ... (flags win over the file).",
@@ -46,11 +47,17 @@ def run(words: list[str]) -> None:
         raise CommandError(f"no such {kind} {words[0]!r}{close_matches(words[0], COMMANDS)} (see mpoe --help)")
 
 
+def _not_of_torchao(record: logging.LogRecord) -> bool:
+    """torchao registers two Enums, of which torch would warn whenever a command imports Transformers."""
+    return "is an Enum subclass" not in str(record.msg)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line on ``arguments`` (default: the process's) and exit.
 
     Exit codes: 0 success, 1 a bug (with traceback), 2 a refusal (one line on stderr), 130 interrupted.
     """
+    logging.getLogger("torch.utils._pytree").addFilter(_not_of_torchao)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = arguments[:1] == ["--debug"]
     code = 0

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, make_dataclass
 from typing import Any, get_type_hints
 
-from mpoe.cli.errors import CommandError, close_matches
-from mpoe.cli.parsing import option
+from mpoe.cli.command import CommandError, option
 from mpoe.config import MPOEConfig, RouterConfig
+from mpoe.config.checks import check_choice
 from mpoe.config.shapes import SEPARABLE
 
 # the original's names of components -> target_modules
@@ -162,11 +162,7 @@ class ExpertOptions(_Fields):  # type: ignore[misc]
                 raise CommandError("mpo_layers sets target_modules and expert_type; give either it or them")
             layers = [part.strip() for value in self.mpo_layers for part in value.split(",") if part.strip()]
             for name in layers:
-                if name not in (*MPO_LAYERS, NO_MPO):
-                    known = (*MPO_LAYERS, NO_MPO)
-                    raise CommandError(
-                        f"mpo_layers must be among {', '.join(known)}; got {name!r}{close_matches(name, known)}"
-                    )
+                check_choice("mpo_layers", name, (*MPO_LAYERS, NO_MPO))
             if NO_MPO in layers and len(layers) > 1:
                 raise CommandError(f"mpo_layers must be {NO_MPO} alone or names of components; got {', '.join(layers)}")
             expert_type = "mpo" if "mlp" in layers else "dense"

@@ -11,9 +11,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mpoe.cli.errors import CommandError
+from mpoe.cli.command import Asked, CommandError, as_command, option
 from mpoe.cli.options import ExpertOptions
-from mpoe.cli.parsing import Asked, as_command, option
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.config.shapes import NEURONS
 
@@ -54,16 +53,17 @@ def command(asked: Asked) -> None:
     """Print the table, and write everything as JSON if asked."""
     import torch
 
-    from mpoe.cli.files import check_writable_file, write_json
+    from mpoe.cli.models import check_writable_file, write_json
     from mpoe.data.embedded import stand_in_path
     from mpoe.estimation import Usage, model_costs, take_inventory
 
     (options, experts), (name,) = asked.options, asked.words
     if options.json is not None:
         check_writable_file("json", Path(options.json))
-    if name == "t5" and not Path(name).exists():  # gpt2, the other stand-in's name, means the well-known size here
-        name = str(stand_in_path(name))
-    inventory = take_inventory(name, experts.exclude_modules, experts.layers_to_transform or None)
+    # gpt2, the other stand-in's name, means the well-known size here
+    path = str(stand_in_path(name)) if name == "t5" and not Path(name).exists() else name
+    inventory = take_inventory(path, experts.exclude_modules, experts.layers_to_transform or None)
+    inventory = replace(inventory, name=name) if path != name else inventory
     if options.decoder_tokens is not None and "decoder" not in inventory.streams:
         raise CommandError(f"decoder_tokens needs a model with a decoder of its own; {inventory.name} has none")
     tokens = dict.fromkeys((*inventory.streams, *(stream for stream, _, _ in inventory.rest)), options.tokens)

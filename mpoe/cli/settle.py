@@ -11,15 +11,15 @@ from torch.utils.data import Subset
 from transformers import AutoConfig
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from mpoe.cli.errors import CommandError
+from mpoe.cli.command import CommandError
+from mpoe.cli.models import Source
 from mpoe.cli.options import DENSE, SWITCH, WIDER
-from mpoe.cli.pretrained import Source
-from mpoe.cli.runs import read_record
 from mpoe.config import MPOEConfig
 from mpoe.config.shapes import SEPARABLE
 from mpoe.data.sampler import MultiTaskBatchSampler
 from mpoe.models.table import TABLE
 from mpoe.training import MPOETrainingArguments, rates
+from mpoe.training.output_dir import read_record
 
 if TYPE_CHECKING:
     from mpoe.cli.train import Plan

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mpoe.cli.errors import CommandError, close_matches
+from mpoe.cli.command import CommandError, close_matches, option
 from mpoe.cli.options import read_json_option
-from mpoe.cli.parsing import option
 from mpoe.data.spec import TaskSpec
-from mpoe.data.splits import with_subsets, with_validation_test_split
 from mpoe.data.tables import find_files
-from mpoe.data.task import Task
+from mpoe.data.task import Task, with_subsets, with_validation_test_split
 from mpoe.data.tasks import (
     detect_hub_task,
     find_spec,
@@ -28,16 +26,16 @@ from mpoe.data.tasks import (
     task_names,
 )
 from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ
+from mpoe.training import find_last_checkpoint
+from mpoe.training.output_dir import read_record
 
 DEFAULT_TASKS = {SEQ2SEQ: ("doc_module", "doc_kind", "doc_name"), CAUSAL: ("doc_lm",), ENCODER: ("doc_module",)}
-# style of a model -> the kinds of task it does
-_KINDS = {
-    SEQ2SEQ: ("classification", "regression", "generation"),
-    CAUSAL: ("language_modeling", "generation"),
-    ENCODER: ("classification", "regression"),
+# style of a model -> an example, the option that asks for one, the kinds of task it does
+_STYLES = {
+    SEQ2SEQ: ("a T5", "--model t5", ("classification", "regression", "generation")),
+    CAUSAL: ("a GPT-2", "--model gpt2", ("language_modeling", "generation")),
+    ENCODER: ("a BERT", "a BERT", ("classification", "regression")),
 }
-_EXAMPLES = {SEQ2SEQ: "a T5", CAUSAL: "a GPT-2", ENCODER: "a BERT"}
-_HINTS = {SEQ2SEQ: "--model t5", CAUSAL: "--model gpt2", ENCODER: "a BERT"}
 
 # options that say how to read a folder's columns, in place of a description
 DETECTION = ("kind", "text_columns", "label_column", "label_words", "column_names")
@@ -45,6 +43,7 @@ DETECTION = ("kind", "text_columns", "label_column", "label_words", "column_name
 LENGTHS = ("max_source_length", "max_target_length")
 SIZES = ("n_train", "n_val", "n_test")
 
+SOURCES = {"data_dir", "tasks", "task_file", "eval_tasks"}  # options that select the items
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -97,27 +96,6 @@ class DataOptions:
         return {name: value for name, value in values if value is not None and value is not False and value != []}
 
 
-def _as_detected(folder: Path, name: str | None, options: DataOptions, data_seed: int) -> Task:
-    """The task in a folder without a description, split and subsampled as requested."""
-    if "validation" not in find_files(folder):
-        print(f"{folder} holds no validation file: a tenth of the training items, at most 1,000, is held out for it")
-    asked = options.of(*DETECTION, "metrics", *LENGTHS, "split_validation_test", *SIZES)
-    return load_task_from_folder(folder, name, data_seed=data_seed, **asked)
-
-
-def _from_hub(data_dir: str, options: DataOptions) -> Task:
-    """The data set on the hub that ``data_dir`` names instead of a folder."""
-    if not _HUB_NAME.fullmatch(data_dir) or Path(data_dir).parts[0] in (path.name for path in Path().iterdir()):
-        raise CommandError(
-            f"data_dir must be an existing folder, or owner/name on the hub; there is no folder {data_dir!r}"
-        )
-    asked = options.of("kind", "text_columns", "label_column", "label_words", "metrics")
-    try:
-        return detect_hub_task(data_dir, task_name(data_dir.rpartition("/")[2]), **asked)
-    except ValueError as error:
-        raise CommandError(f"data_dir: there is no folder {data_dir!r} here; on the hub: {error}") from error
-
-
 def _adjusted(task: Task, options: DataOptions, data_seed: int) -> Task:
     """``task`` with the requested lengths, metrics, splits and sizes."""
     changes = {**options.of(*LENGTHS), **({"metrics": tuple(options.metrics)} if options.metrics else {})}
@@ -139,10 +117,23 @@ def _one_task(name: str, options: DataOptions, described: Mapping[str, TaskSpec]
         entries = [name, spec.folder] if spec is not None and spec.folder else [name]
         folder = next(filter(Path.is_dir, (Path(options.data_dir) / entry for entry in entries)), None)
     if folder is not None and (spec is None or detection):
-        # en/s and fr/s are two tasks, en_s and fr_s
-        return _as_detected(folder, task_name(os.path.normpath(name)) if name else None, options, data_seed)
+        if "validation" not in find_files(folder):
+            print(f"{folder} holds no validation file: a tenth of the training items, at most 1,000, is held out")
+        asked = options.of(*DETECTION, "metrics", *LENGTHS, "split_validation_test", *SIZES)
+        own = task_name(os.path.normpath(name)) if name else None  # en/s and fr/s are two tasks, en_s and fr_s
+        return load_task_from_folder(folder, own, data_seed=data_seed, **asked)
     if not name:
-        return _adjusted(_from_hub(str(options.data_dir), options), options, data_seed)
+        path = str(options.data_dir)
+        if not _HUB_NAME.fullmatch(path) or Path(path).parts[0] in (there.name for there in Path().iterdir()):
+            raise CommandError(
+                f"data_dir must be an existing folder, or owner/name on the hub; there is no folder {path!r}"
+            )
+        asked = options.of("kind", "text_columns", "label_column", "label_words", "metrics")
+        try:
+            task = detect_hub_task(path, task_name(path.rpartition("/")[2]), **asked)
+        except ValueError as error:
+            raise CommandError(f"data_dir: there is no folder {path!r} here; on the hub: {error}") from error
+        return _adjusted(task, options, data_seed)
     if detection:
         raise CommandError(f"{detection[0]} says how a folder is read; task {name} has none in data_dir")
     if spec is not None:
@@ -201,13 +192,65 @@ def resolve(
                 f"tasks must have different names; {entries[task.name]} and {entry} are both {task.name}"
             )
         entries[task.name] = entry
+    example, _, kinds = _STYLES[style]
     for task in tasks:
-        if task.kind not in _KINDS[style]:
-            fits = [_HINTS[other] for other, kinds in _KINDS.items() if task.kind in kinds]
+        if task.kind not in kinds:
+            fits = " or ".join(asked for _, asked, others in _STYLES.values() if task.kind in others)
             raise CommandError(
-                f"task {task.name} is {task.kind}; {_EXAMPLES[style]} does {', '.join(_KINDS[style])} (use "
-                f"{' or '.join(fits)}, or set --kind)"
+                f"task {task.name} is {task.kind}; {example} does {', '.join(kinds)} (use {fits}, or set --kind)"
             )
     if style == ENCODER and len(tasks) > 1:
         raise CommandError(f"tasks must be one for an encoder, which has one head; got {', '.join(entries)}")
     return tasks
+
+
+# -------------------------------------------------------------- for commands that look at a run's model
+
+
+def model_of_experiment(folder: str) -> str:
+    """The final model of a run, or its last complete checkpoint if the run has not finished.
+
+    Raises: CommandError: no such folder, or it has neither.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise CommandError(f"load_experiment must be the folder of an earlier run; got {folder!r}")
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        return str(path)
+    checkpoint = find_last_checkpoint(path)
+    if checkpoint is None:
+        raise CommandError(f"load_experiment: {folder} holds neither a model nor a complete checkpoint")
+    return str(checkpoint)
+
+
+def data_of_run(
+    model_dir: str, data: DataOptions, flags: set[str]
+) -> tuple[DataOptions, int, dict[str, TaskSpec] | None]:
+    """Data options as in the run whose model or checkpoint is in ``model_dir``, unless a flag says otherwise: lengths,
+    columns, label words, and the items if no flag selects any.
+
+    Returns:
+        The options, the seed that split and drew the run's items (0 without a run; with another one,
+        split_validation_test would test on items that the run validated on), and the tasks that its ``task_file``
+        described at that time (None: none, or another file is given).
+
+    Raises:
+        ValueError: ``run.json`` cannot be read.
+    """
+    run = read_record(Path(model_dir)) or read_record(Path(model_dir).resolve().parent) or {}
+    kept = run.get("data", {})
+    names = {f.name for f in dataclasses.fields(DataOptions) if f.name not in flags} & set(kept)
+    if flags & SOURCES:
+        names -= SOURCES
+    taken = {name: kept[name] for name in sorted(names) if kept[name] != getattr(data, name)}
+    if taken:
+        print("as in training: " + ", ".join(f"{name} {value}" for name, value in taken.items()))
+    training = run.get("training", {})
+    seed = training.get("seed", 0) if training.get("data_seed") is None else training["data_seed"]
+    data = dataclasses.replace(data, **taken) if taken else data
+    described = None if "task_file" in flags else run.get("described")
+    try:
+        specs = {name: TaskSpec.from_mapping(name, values) for name, values in (described or {}).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CommandError(f"described in run.json does not describe tasks: {error}") from None
+    return data, int(seed), specs or None

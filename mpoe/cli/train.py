@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import dataclasses
-import itertools
+import platform
 import shlex
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,25 +15,32 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
-from mpoe.cli import pretrained
-from mpoe.cli.errors import CommandError
-from mpoe.cli.finish import finish, save_trained
+from mpoe.cli import models
+from mpoe.cli.command import Asked, CommandError, as_command
+from mpoe.cli.compare import mixture_of, read_run, write_report
+from mpoe.cli.evaluate import encode_task, evaluate_tasks, show_scores
+from mpoe.cli.models import REPORT_FILE, RESULTS_FILE, Source, publish_model, staging_folder, write_json
 from mpoe.cli.options import WIDER, ExpertOptions, RunOptions
-from mpoe.cli.parsing import Asked, as_command
-from mpoe.cli.pretrained import Source
-from mpoe.cli.runs import model_of_experiment
-from mpoe.cli.scoring import encode_task
 from mpoe.cli.settle import order_items, search_rate, set_intervals, settle_experts, settle_rate
-from mpoe.cli.tasks import DataOptions, read_descriptions, resolve
-from mpoe.data.collate import PaddingCollator
+from mpoe.cli.tasks import DataOptions, model_of_experiment, read_descriptions, resolve
+from mpoe.data.encode import PaddingCollator
 from mpoe.data.spec import TaskSpec
+from mpoe.data.task import Task
+from mpoe.models import collect_statistics, convert_to_mpoe, load_layers, save_expert
+from mpoe.models.base import MPOEModelMixin
+from mpoe.models.find import hidden_size_as_mixture, widened
+from mpoe.models.others import write_card
+from mpoe.models.report import routed_layers, short_name
 from mpoe.models.table import ENCODER
 from mpoe.training import MPOETrainingArguments, find_last_checkpoint, prepare_output_dir
 from mpoe.training.callbacks import LogLineCallback
 from mpoe.training.output_dir import check_folder, check_output_dir
 from mpoe.training.run_lock import hold
+from mpoe_kernels.version import __version__
 
 # what `mpoe train --help` shows
 FIRST = {
@@ -101,8 +108,14 @@ def run(plan: Plan) -> dict[str, Any]:
     if plan.run.find_rate and "learning_rate" in plan.given:
         raise CommandError("find_rate looks for the learning rate; give --find_rate or --learning_rate, not both")
     _check_folder(plan)
-    start = _start_of(plan)
-    source = pretrained.find(start)
+    start = plan.run.model
+    if plan.run.load_experiment is not None and not plan.run.load_layer:
+        if "model" in plan.given:
+            raise CommandError(
+                "load_experiment says which model to start from; give it without --model, or add --load_layer"
+            )
+        start = model_of_experiment(plan.run.load_experiment)
+    source = models.find(start)
     if plan.run.expert is not None:
         _settle_expert(plan, source)
     config = settle_experts(plan, source)
@@ -121,8 +134,8 @@ def run(plan: Plan) -> dict[str, Any]:
     for split, owners in (("train", tasks), ("validation", eval_tasks)):
         for task in owners:
             task.examples(split)  # a missing split is refused before the model is loaded
-    tokenizer = pretrained.load_tokenizer(source)
-    labels = pretrained.labels_for(source, tasks[0]) if source.style == ENCODER else None
+    tokenizer = models.load_tokenizer(source)
+    labels = models.labels_for(source, tasks[0]) if source.style == ENCODER else None
     encode = partial(encode_task, tokenizer=tokenizer, style=source.style, labels=labels or ())
     pools = {task.name: encode(task, "train") for task in tasks}
     items, per_epoch = order_items(pools, arguments, data.temperature, data_seed)
@@ -141,9 +154,10 @@ def run(plan: Plan) -> dict[str, Any]:
     first = arguments.process_index == 0
     with hold(folder) if first else contextlib.nullcontext():
         with arguments.main_process_first(desc="output folder"):
-            checkpoint = find_last_checkpoint(folder) if plan.run.resume else None
             if first:
                 checkpoint = prepare_output_dir(folder, plan.run.overwrite, plan.run.resume, settings)
+            else:
+                checkpoint = find_last_checkpoint(folder) if plan.run.resume else None
         if plan.run.resume and first:
             print(
                 f"resuming from {checkpoint.name}" if checkpoint else "no complete checkpoint yet: starting at step 0"
@@ -164,21 +178,6 @@ def _check_folder(plan: Plan, settings: dict[str, Any] | None = None) -> None:
         check_output_dir(plan.arguments.output_dir, plan.run.overwrite, plan.run.resume, settings)
 
 
-def _start_of(plan: Plan) -> str:
-    """The earlier run's model, or the one that ``--model`` names.
-
-    Raises:
-        CommandError: both are given.
-    """
-    if plan.run.load_experiment is None or plan.run.load_layer:
-        return plan.run.model
-    if "model" in plan.given:
-        raise CommandError(
-            "load_experiment says which model to start from; give it without --model, or add --load_layer"
-        )
-    return model_of_experiment(plan.run.load_experiment)
-
-
 def _settle_expert(plan: Plan, source: Source) -> None:
     """Set what a run with --expert needs: one expert of neurons, everything else frozen."""
     name = plan.run.expert
@@ -194,11 +193,8 @@ def _settle_expert(plan: Plan, source: Source) -> None:
 
 def _prepare_model(source: Source, config: Any, plan: Plan, labels: Sequence[str] | None) -> Any:
     """The model to train: converted, unless it already is or stays dense; an encoder with a head for ``labels``."""
-    from mpoe.models import convert_to_mpoe
-    from mpoe.models.find import hidden_size_as_mixture, widened
-
     set_seed(plan.arguments.seed)  # for a new head
-    model = pretrained.load_model(source, labels)
+    model = models.load_model(source, labels)
     if config is not None and plan.run.baseline == WIDER:
         hidden = hidden_size_as_mixture(model, config)
         model = widened(model, hidden)
@@ -216,8 +212,6 @@ def take_layers(model: Any, options: RunOptions) -> None:
         return
     if not hasattr(model, "mpoe_config"):
         raise CommandError("load_layer needs a model with MPO layers; this one stays dense")
-    from mpoe.models import load_layers
-
     names = load_layers(model, model_of_experiment(str(options.load_experiment)), options.load_layer)
     print(f"{len(names)} modules ({', '.join(options.load_layer)}) from {options.load_experiment}")
 
@@ -226,9 +220,9 @@ def _sizes(
     pools: Mapping[str, Sequence[Any]], order: Sequence[int], validation: Mapping[str, Sequence[Any]]
 ) -> dict[str, dict[str, int]]:
     """Items by task: to train on, read in all steps, to validate on; ``order`` are indices into all pools together."""
-    ends = list(itertools.accumulate(map(len, pools.values())))
-    seen = Counter(bisect.bisect_right(ends, index) for index in order)
-    found = {task: {"train": len(pool), "seen": seen[k]} for k, (task, pool) in enumerate(pools.items())}
+    owners = [task for task, pool in pools.items() for _ in pool]
+    seen = Counter(owners[index] for index in order)
+    found = {task: {"train": len(pool), "seen": seen[task]} for task, pool in pools.items()}
     for task, own in validation.items():
         found.setdefault(task, {})["validation"] = len(own)
     return found
@@ -283,3 +277,98 @@ def going_on(folder: Path, command: str) -> Iterator[None]:
         where = f"at {checkpoint.name}" if checkpoint else "at step 0, as there is no checkpoint yet"
         words = [word for word in shlex.split(command) if word not in ("--overwrite", "--resume")]
         raise KeyboardInterrupt(f"go on {where} with {shlex.join([*words, '--resume'])}") from None
+
+
+ITEMS, AT_ONCE = 512, 8  # training items that the statistics of an expert's router come from, and of one batch
+
+
+def finish(
+    trainer: Any, tokenizer: Any, tasks: Sequence[Task], plan: Plan, start: str, seconds: float, sizes: dict[str, Any]
+) -> dict[str, Any]:
+    """Save the model, evaluate it on the tasks' validation items and write the results, which are returned.
+
+    Args:
+        trainer: of the finished training, which took ``seconds``.
+        tokenizer, plan: of the run.
+        tasks: to evaluate on.
+        start: the model that the run started from.
+        sizes: of the data, for the record.
+    """
+    arguments, model, folder = plan.arguments, trainer.model, Path(str(plan.arguments.output_dir))
+    trainer.save_model(str(staging_folder(folder)))  # every process takes part in it
+    if arguments.should_save:
+        tokenizer.save_pretrained(staging_folder(folder))
+        publish_model(folder)
+    if not trainer.is_world_process_zero():
+        return {}
+    found = evaluate_tasks(model, tokenizer, tasks, "validation", arguments.per_device_eval_batch_size * 4)
+    steps = trainer.state.global_step
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    report = getattr(model, "parameter_report", None)
+    versions = {"mpoe": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    name = torch.cuda.get_device_name(arguments.device) if arguments.device.type == "cuda" else None
+    threads = f"{arguments.device.type}, {torch.get_num_threads()} threads"
+    batch = arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+    results: dict[str, Any] = {
+        "model": start,
+        "class": type(model).__name__,
+        "mixture": mixture_of(model),
+        "layers": [short_name(name) for name, _ in routed_layers(model)],
+        "data": sizes,
+        "made_with": {**versions, "python": platform.python_version(), "device": name or threads},
+        "steps": steps,
+        "seconds": round(seconds, 2),
+        "train_loss": losses[-1] if losses else None,
+        "validation": found["scores"],
+        "mean_validation": found["mean"],
+        "baselines": found["baselines"],
+        "remarks": found["remarks"],
+        "parameters": report() if report else dict.fromkeys(("total", "trainable"), model.num_parameters()),
+        **measured(plan.run, seconds, steps, batch),
+    }
+    write_json(folder / RESULTS_FILE, results)
+    if isinstance(model, MPOEModelMixin):
+        write_card(model, folder, {f"validation, {task}": values for task, values in found["scores"].items()})
+    write_report(folder / REPORT_FILE, [read_run(str(folder))])
+    show_scores(found, f"validation after {steps} steps")
+    print(f"model, metrics.jsonl, {RESULTS_FILE} and {REPORT_FILE} are in {folder}")
+    return results
+
+
+def _peak_of_process() -> dict[str, Any]:
+    """Peak memory so far in bytes: of torch on the GPU, or of the whole process on the CPU."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return {"device": torch.cuda.get_device_name(), "peak_bytes": torch.cuda.max_memory_allocated()}
+    try:
+        import resource
+    except ImportError:  # Windows
+        return {"device": "cpu", "peak_bytes": None}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"device": "cpu", "peak_bytes": peak if sys.platform == "darwin" else peak * 1024}
+
+
+def measured(options: RunOptions, seconds: float, steps: int, items_per_step: int) -> dict[str, Any]:
+    """The requested measurements, JSON-able; also prints them."""
+    report: dict[str, Any] = {}
+    if options.compute_time:
+        per_step = seconds / max(steps, 1)
+        rate = items_per_step / per_step if per_step else None
+        report["time"] = {"train_seconds": seconds, "seconds_per_step": per_step, "items_per_second": rate}
+        print(f"training took {seconds:.1f} s: {per_step:.3f} s per step of {items_per_step} items")
+    if options.compute_memory:
+        report["memory"] = _peak_of_process()
+        peak = report["memory"]["peak_bytes"]
+        shown = "unknown" if peak is None else f"{peak / 2**20:.0f} MiB"
+        print(f"most memory used ({report['memory']['device']}): {shown}")
+    return report
+
+
+def save_trained(trainer: Any, tokenizer: Any, items: Sequence[Any], plan: Plan) -> None:
+    """Write the expert of a finished run, with statistics of the first training items."""
+    parts = (items[start : start + AT_ONCE] for start in range(0, min(len(items), ITEMS), AT_ONCE))
+    statistics = collect_statistics(trainer.model, (trainer.data_collator(part) for part in parts))
+    facts = {"steps": trainer.state.global_step, "learning_rate": plan.arguments.learning_rate}
+    facts["tasks"] = plan.data.tasks
+    file = Path(str(plan.arguments.output_dir)) / f"{plan.run.expert}.expert"
+    save_expert(trainer.model, file, statistics=statistics, tokenizer=tokenizer, training=facts)
+    print(f"the expert alone is {file} (mpoe compose)")

@@ -5,12 +5,12 @@ Importing this package does not import transformers.
 
 from types import ModuleType as _Module
 
-from mpoe.data.collate import PaddingCollator as PaddingCollator
 from mpoe.data.documentation import DocRecord as DocRecord
 from mpoe.data.documentation import Documentation as Documentation
 from mpoe.data.documentation import load_documentation as load_documentation
 from mpoe.data.embedded import load_stand_in as load_stand_in
 from mpoe.data.embedded import stand_in_path as stand_in_path
+from mpoe.data.encode import PaddingCollator as PaddingCollator
 from mpoe.data.encode import encode_language_modeling as encode_language_modeling
 from mpoe.data.encode import encode_text_to_text as encode_text_to_text
 from mpoe.data.metrics import METRICS as METRICS
@@ -25,13 +25,13 @@ from mpoe.data.sampler import MultiTaskBatchSampler as MultiTaskBatchSampler
 from mpoe.data.sampler import TemperatureSampler as TemperatureSampler
 from mpoe.data.spec import HubData as HubData
 from mpoe.data.spec import TaskSpec as TaskSpec
-from mpoe.data.splits import split_validation_test as split_validation_test
-from mpoe.data.splits import with_subsets as with_subsets
-from mpoe.data.splits import with_validation_from_train as with_validation_from_train
-from mpoe.data.splits import with_validation_test_split as with_validation_test_split
 from mpoe.data.task import Example as Example
 from mpoe.data.task import Task as Task
+from mpoe.data.task import split_validation_test as split_validation_test
 from mpoe.data.task import subset as subset
+from mpoe.data.task import with_subsets as with_subsets
+from mpoe.data.task import with_validation_from_train as with_validation_from_train
+from mpoe.data.task import with_validation_test_split as with_validation_test_split
 from mpoe.data.tasks import average_score as average_score
 from mpoe.data.tasks import find_spec as find_spec
 from mpoe.data.tasks import get_task as get_task

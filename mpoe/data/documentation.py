@@ -1,10 +1,16 @@
-"""English text that comes with every Python installation: its own documentation.
+"""English text that comes with every Python installation, its own documentation, and the embedded tasks made of it.
 
 The docstrings of the standard library and of numpy, and the prose of ``pydoc_data.topics``, are read from the source
 files with :mod:`ast`; nothing is imported, downloaded or stored. The corpus therefore differs a little between Python
 and numpy versions, but an object falls into the same split everywhere: the split is a hash of its top-level package
 and its name inside the module, so a module that moves within its package (``pathlib`` -> ``pathlib._local``) takes
 nothing from the training split into the test split.
+
+``doc_module``: one sentence of documentation -> the family of modules it comes from, with the names masked.
+``doc_kind``: the beginning of a docstring -> method, function, class or exception.
+``doc_name``: the beginning of a docstring -> the words of the name it documents.
+``doc_lm``: language modelling.
+Training and held-out items never share an object nor a source text.
 """
 
 from __future__ import annotations
@@ -15,13 +21,19 @@ import gc
 import hashlib
 import importlib.util
 import inspect
+import itertools
+import math
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-SPLITS = ("train", "validation", "test")
+from mpoe.config.checks import check_choice
+from mpoe.data.task import SPLITS, Example, Task
+
 TEST_SHARE = 0.20
 VALIDATION_SHARE = 0.08
 
@@ -73,15 +85,8 @@ class Documentation:
         Raises:
             ValueError: ``name`` is not one of these.
         """
-        check_split(name)
+        check_choice("split", name, SPLITS)
         return tuple(record for record in self.records if record.split == name)
-
-
-def check_split(name: str) -> str:
-    """``name`` if it is train, validation or test; ValueError otherwise."""
-    if name not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {name!r}")
-    return name
 
 
 def unit_hash(text: str) -> float:
@@ -269,3 +274,138 @@ def prose_sentences(text: str) -> tuple[str, ...]:
 def name_words(name: str) -> tuple[str, ...]:
     """Lower-case words of an identifier: ``getPayload_all`` is ``("get", "payload", "all")``."""
     return tuple(word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name))
+
+
+MASK = "[it]"
+
+# family -> dotted module prefixes. Grouped by subject, so that each has some hundred sentences on any Python >= 3.11.
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "array": ("numpy.core", "numpy.lib", "numpy.matrixlib", "numpy.ma"),
+    "number": ("numpy.polynomial", "numpy.linalg", "numpy.fft", "statistics", "fractions", "decimal", "random"),
+    "window": ("tkinter", "turtle", "curses"),
+    "async": ("asyncio", "selectors", "socketserver", "socket", "ssl"),
+    "mail": ("email", "mailbox", "smtplib", "imaplib", "poplib"),
+    "web": ("http", "urllib", "wsgiref", "xmlrpc", "html", "ftplib", "ipaddress"),
+    "import": ("importlib", "pkgutil", "zipimport", "runpy", "modulefinder"),
+    "log": ("logging", "warnings", "traceback", "argparse", "optparse", "configparser"),
+    "test": ("unittest", "doctest", "pdb", "bdb", "numpy.testing"),
+    "process": ("multiprocessing", "threading", "concurrent", "queue", "subprocess", "sched"),
+    "file": ("tarfile", "zipfile", "shutil", "pathlib", "tempfile", "gzip", "bz2", "lzma", "os", "io"),
+    "code": ("inspect", "ast", "typing", "dis", "tokenize", "symtable", "enum", "dataclasses", "pydoc", "xml"),
+}
+FAMILY_OF = {prefix: family for family, prefixes in FAMILIES.items() for prefix in prefixes}
+# Words that would reveal the family directly.
+TELLING = frozenset(
+    ("numpy", "np", "tk", "tkinter", "tcl", "asyncio", "importlib", "unittest", "doctest", "multiprocessing", "logging")
+)
+KIND_LABELS = ("function", "method", "class", "exception")
+MAX_SENTENCES = 3  # per object, for doc_module
+MAX_PER_FAMILY = {"train": 1200, "validation": 120, "test": 260}
+MAX_PER_KIND = {"train": 1400, "validation": 120, "test": 320}
+
+
+def family_of(module: str) -> str | None:
+    """Family of a module by its longest known dotted prefix; None outside all families."""
+    prefixes = itertools.accumulate(module.split("."), "{}.{}".format)
+    return next((FAMILY_OF[prefix] for prefix in reversed(list(prefixes)) if prefix in FAMILY_OF), None)
+
+
+def mask_names(text: str, names: Iterable[str]) -> str:
+    """``text`` with every whole-word occurrence of ``names`` (any case, also inside dotted paths) replaced by [it]."""
+    hidden = {name.lower() for name in names if len(name) > 1}
+    masked = re.sub(r"\w+", lambda word: MASK if word[0].lower() in hidden else word[0], text)
+    return re.sub(rf"{re.escape(MASK)}(?:\.{re.escape(MASK)})+", MASK, masked)
+
+
+def own_names(record: DocRecord) -> set[str]:
+    """Every identifier in the object's qualified name."""
+    return set(record.name.split(".")) | {part.strip("_") for part in record.name.split(".")}
+
+
+def module_items(record: DocRecord) -> Iterator[Example]:
+    """doc_module items of one object: its first sentences, one item each."""
+    family = family_of(record.module)
+    if family is None or record.kind == "topic":
+        return
+    hidden = own_names(record) | TELLING | {family}
+    for sentence in prose_sentences(record.text)[:MAX_SENTENCES]:
+        yield Example(f"subject of: {mask_names(sentence, hidden)}", family)
+
+
+def kind_items(record: DocRecord) -> Iterator[Example]:
+    """doc_kind item of one object: its first sentence."""
+    sentences = prose_sentences(record.text)
+    if record.kind not in KIND_LABELS or not sentences:
+        return
+    # "Exception raised when ..." and the like are answers, not evidence.
+    hidden = own_names(record) | {*KIND_LABELS, "exceptions", "classes", "methods", "functions"}
+    yield Example(f"kind of: {mask_names(' '.join(sentences[:1]), hidden)}", record.kind)
+
+
+def name_items(record: DocRecord) -> Iterator[Example]:
+    """doc_name item of one object: its first two sentences; the name itself is masked, its words are not."""
+    sentences = prose_sentences(record.text)
+    words = name_words(record.short_name)
+    if record.kind in {"topic", "module"} or record.short_name.startswith("__") or not sentences or len(words) > 5:
+        return
+    if sum(map(len, words)) < 3:
+        return
+    text = mask_names(" ".join(sentences[:2]), {record.short_name, record.short_name.strip("_")})
+    yield Example(f"name of: {text}", " ".join(words))
+
+
+@functools.lru_cache(maxsize=8)
+def task_items(name: str) -> dict[str, tuple[Example, ...]]:
+    """All items of an embedded text-to-text task by split, in an order that depends only on the texts.
+
+    A source text that occurs in the training split is dropped from the others, and duplicates within a split are kept
+    once; large classes are cut to a limit, so that always answering the most common label scores low.
+    """
+    make, limits, _ = _TASKS[name]
+    seen: set[str] = set()
+    items: dict[str, tuple[Example, ...]] = {}
+    for split in SPLITS:
+        unique: dict[str, Example] = {}
+        for record in load_documentation().split(split):
+            for example in make(record):
+                unique.setdefault(example.source.lower(), example)
+        fresh = [example for key, example in unique.items() if key not in seen]
+        seen.update(unique)
+        counts: Counter[str] = Counter()
+        kept = []
+        for example in sorted(fresh, key=lambda example: unit_hash(f"order:{example.source}")):
+            counts[example.target] += 1
+            if counts[example.target] <= limits.get(split, math.inf):
+                kept.append(example)
+        items[split] = tuple(kept)
+    return items
+
+
+_CLASSES: dict[str, Any] = {"metrics": ("accuracy", "macro_f1"), "max_target_length": 4}
+_NAMES = {"kind": "generation", "metrics": ("token_f1", "exact_match"), "max_target_length": 12}
+_MODULE = "a sentence of Python documentation -> the family of modules it belongs to (12 classes)"
+_KIND = "the first sentence of a docstring -> function, method, class or exception"
+_NAME = "the beginning of a docstring -> the words of the name it documents"
+# items of an object, limits of a class, fields of the task
+_TASKS: dict[str, tuple[Callable[[DocRecord], Iterator[Example]], dict[str, int], dict[str, Any]]] = {
+    "doc_module": (module_items, MAX_PER_FAMILY, {"labels": tuple(FAMILIES), "description": _MODULE, **_CLASSES}),
+    "doc_kind": (kind_items, MAX_PER_KIND, {"labels": KIND_LABELS, "description": _KIND, **_CLASSES}),
+    "doc_name": (name_items, {}, {"description": _NAME, **_NAMES}),
+}
+
+
+def _rows(name: str, split: str) -> tuple[Example, ...]:
+    return task_items(name)[split]
+
+
+EMBEDDED_TASKS = (
+    *(Task(n, functools.partial(_rows, n), max_source_length=64, **about) for n, (*_, about) in _TASKS.items()),
+    Task(  # every docstring, preceded by the name it documents
+        name="doc_lm",
+        rows=lambda split: (Example(f"{r.name}\n{r.text}\n") for r in load_documentation().split(split)),
+        kind="language_modeling",
+        metrics=("perplexity",),
+        max_source_length=128,
+        description="language modelling of Python documentation",
+    ),
+)

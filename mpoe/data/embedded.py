@@ -1,14 +1,21 @@
-"""The stand-in checkpoints: a tiny T5 and a tiny GPT-2, trained on documentation.
+"""What works without a download: the stand-in checkpoints, a tiny T5 and a tiny GPT-2, and the texts of the demo.
 
-They saw the training split of :mod:`mpoe.data.documentation` only; ``stand_ins/README.md`` tells how they were made.
-With them the demo and the tests run without a download; they are not a substitute for real pretrained weights.
+The stand-ins saw the training split of :mod:`mpoe.data.documentation` only; ``stand_ins/README.md`` tells how they were
+made. They are not a substitute for real pretrained weights. The texts of three domains are licences of the installed
+packages, torch's C++ headers, and the names of Unicode's characters.
 """
 
 from __future__ import annotations
 
+import re
+import sysconfig
+import unicodedata
+from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mpoe.data.documentation import unit_hash
 from mpoe.data.mappings import lookup
 
 STAND_INS = {"t5": "AutoModelForSeq2SeqLM", "gpt2": "AutoModelForCausalLM"}
@@ -38,3 +45,49 @@ def load_stand_in(kind: str) -> tuple[Any, Any]:
     if kind == "gpt2":
         model.loss_type = "ForCausalLM"  # GPT2LMHeadModel leaves it unset, which warns at the first loss
     return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+HELD_OUT = 0.2  # share of the paragraphs, files and runs of names
+PACKAGES = ("torch", "numpy", "transformers", "safetensors", "tokenizers", "huggingface-hub")
+_LICENCE = re.compile(r"(?i)(licen[cs]e|copying|notice)[^/]*(|\.txt|\.md)$")
+_LONGEST, _CHARACTERS, _RUN = 20_000, 0x3000, 8  # characters of a header; code points; names of one item
+
+
+def _licences() -> Iterator[str]:
+    """Paragraphs, each once however many packages have it."""
+    known: set[str] = set()
+    files = [Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt"]
+    for package in PACKAGES:
+        entries = metadata.files(package) or []
+        files += [Path(str(entry.locate())) for entry in entries if _LICENCE.search(str(entry))]
+    for file in filter(Path.is_file, files):
+        for paragraph in re.split(r"\n\s*\n", file.read_text(encoding="utf-8", errors="ignore")):
+            words = " ".join(paragraph.split())
+            letters = re.sub(r"\W", "", words.lower())
+            if len(words) > 80 and letters not in known:
+                known.add(letters)
+                yield words
+
+
+def _code() -> Iterator[str]:
+    """C++ headers of torch without the licences at their head."""
+    for file in sorted((Path(str(metadata.distribution("torch").locate_file("torch"))) / "include/c10").rglob("*.h")):
+        text = file.read_text(encoding="utf-8", errors="ignore")
+        yield text[text.find("#") :][:_LONGEST]
+
+
+def _names() -> Iterator[str]:
+    """Runs of neighbouring characters' names, one a line."""
+    names = [name for name in (unicodedata.name(chr(code), "") for code in range(_CHARACTERS)) if name]
+    for start in range(0, len(names), _RUN):
+        yield "\n".join(names[start : start + _RUN])
+
+
+DOMAINS: dict[str, Callable[[], Iterator[str]]] = {"law": _licences, "code": _code, "names": _names}
+
+
+def domain_text(name: str, held_out: bool) -> str:
+    """The text of a domain of `DOMAINS`: what an expert trains on, or what is held out."""
+    items = [item for item in DOMAINS[name]() if (unit_hash(item[:80]) < HELD_OUT) is held_out]
+    items.sort(key=unit_hash)  # no file or package comes first
+    return "\n\n".join(items)

@@ -1,12 +1,54 @@
-"""From texts to token ids: text-to-text pairs for T5, running text or responses for GPT-2, labels for BERT."""
+"""From texts to token ids (text-to-text pairs for T5, running text or responses for GPT-2, labels for BERT) and padded
+batches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from mpoe.data.collate import IGNORED_LABEL
+import torch
+from torch import Tensor
+
+from mpoe.config.checks import check_integer
 from mpoe.data.task import Example
+
+IGNORED_LABEL = -100
+
+
+def pad(rows: Sequence[list[int]], value: int, side: str = "right", multiple: int = 1) -> Tensor:
+    """Lists of integers as one int64 tensor [B, S], filled with ``value`` up to a multiple of ``multiple``."""
+    tensors = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
+    padded = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
+    return torch.nn.functional.pad(padded, (0, -padded.shape[1] % multiple), value=value)
+
+
+@dataclass(frozen=True)
+class PaddingCollator:
+    """Pads items on the right to the longest of the batch.
+
+    ``input_ids`` are padded with ``pad_token_id``, ``attention_mask`` with 0, ``labels`` with -100 (not counted in
+    the loss), unless they are one class or number per item. Other keys are ignored.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        check_integer("pad_token_id", self.pad_token_id, 0)
+        check_integer("pad_to_multiple_of", self.pad_to_multiple_of, 1)
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Items -> int64 tensors ``input_ids`` [B, S], ``attention_mask`` [B, S], ``labels`` [B, L] or [B]."""
+        if not items:
+            raise ValueError("a batch needs at least one item; got none")
+        fill = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED_LABEL}
+        batch = {}
+        for key in fill.keys() & items[0].keys():
+            rows = [item[key] for item in items]
+            lists = isinstance(rows[0], list)  # or int64 classes, or float32 numbers
+            batch[key] = pad(rows, fill[key], multiple=self.pad_to_multiple_of) if lists else torch.tensor(rows)
+        return batch
 
 
 def encode_text_to_text(
@@ -25,9 +67,11 @@ def encode_text_to_text(
     Raises:
         ValueError: a length below 2 (one token and the end token), or a tokenizer without an end or padding token.
     """
-    check_length("max_source_length", max_source_length)
-    check_length("max_target_length", max_target_length)
-    check_tokenizer(tokenizer)
+    check_integer("max_source_length", max_source_length, 2)  # a token and the end token
+    check_integer("max_target_length", max_target_length, 2)
+    for field in ("eos_token_id", "pad_token_id"):
+        if getattr(tokenizer, field, None) is None:
+            raise ValueError(f"tokenizer must have {field}; {type(tokenizer).__name__} has none")
     if not examples:
         return []
     sources = tokenizer([e.source for e in examples], truncation=True, max_length=max_source_length)
@@ -58,7 +102,7 @@ def encode_language_modeling(
     Raises:
         ValueError: block_size < 2, no end token, or not enough text for one block.
     """
-    check_length("block_size", block_size)
+    check_integer("block_size", block_size, 2)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer must have an end token (eos_token); {type(tokenizer).__name__} has none")
     plain = [text.source if isinstance(text, Example) else text for text in texts]
@@ -156,16 +200,3 @@ def _chat_ids(messages: Sequence[tuple[str, str]], tokenizer: Any, **options: An
         )
     chat = [{"role": role, "content": text} for role, text in messages]
     return list(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False, **options))
-
-
-def check_length(name: str, value: int) -> None:
-    """Refuse token lengths that leave no room for one token and the end token."""
-    if not isinstance(value, int) or value < 2:
-        raise ValueError(f"{name} must be an int >= 2; got {value!r}")
-
-
-def check_tokenizer(tokenizer: Any) -> None:
-    """Refuse tokenizers that cannot end or pad a text."""
-    for field in ("eos_token_id", "pad_token_id"):
-        if getattr(tokenizer, field, None) is None:
-            raise ValueError(f"tokenizer must have {field}; {type(tokenizer).__name__} has none")

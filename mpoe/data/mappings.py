@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+
+from mpoe.config.checks import check_choice
 
 T = TypeVar("T")
 MAPPING_SUFFIXES = (".json", ".yaml", ".yml")
@@ -17,13 +18,10 @@ def lookup(table: Mapping[str, T], name: str, kind: str) -> T:
     """``table[name]``.
 
     Raises:
-        ValueError: no such name; the message gives the close matches and every known name.
+        ValueError: no such name; the message gives every known name and the close matches.
     """
-    if name in table:
-        return table[name]
-    close = difflib.get_close_matches(str(name), list(table), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}? " if close else ""
-    raise ValueError(f"unknown {kind} {name!r}: {hint}known: {', '.join(sorted(table)) or 'none'}")
+    check_choice(kind, name, list(table))
+    return table[name]
 
 
 def read_utf8(name: str, file: Path) -> str:

@@ -12,8 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpoe.data.collate import IGNORED_LABEL, PaddingCollator, pad
-from mpoe.data.encode import encode_language_modeling, encode_responses, encode_text_to_text, prompt_ids
+from mpoe.config.checks import check_integer
+from mpoe.data.encode import (
+    IGNORED_LABEL,
+    PaddingCollator,
+    encode_language_modeling,
+    encode_responses,
+    encode_text_to_text,
+    pad,
+    prompt_ids,
+)
 from mpoe.data.metrics import perplexity
 from mpoe.data.task import Example, Task
 
@@ -31,8 +39,8 @@ def generate_texts(
 
     Items are batched by length, so that little padding is computed. The model's mode and device are not changed.
     """
-    if max_new_tokens < 1 or batch_size < 1:
-        raise ValueError(f"max_new_tokens and batch_size must be >= 1; got {max_new_tokens} and {batch_size}")
+    check_integer("max_new_tokens", max_new_tokens, 1)
+    check_integer("batch_size", batch_size, 1)
     decodes = _is_decoder(model)
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
     if decodes:

@@ -11,6 +11,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from mpoe.config.checks import check_integer
+
 
 class TemperatureSampler:
     """Which task each optimizer step trains on.
@@ -25,8 +27,7 @@ class TemperatureSampler:
         if not sizes:
             raise ValueError("sizes must hold at least one task; got none")
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"sizes[{name!r}] must be >= 1; got {size}")
+            check_integer(f"sizes[{name!r}]", size, 1)
         if not temperature > 0:
             raise ValueError(f"temperature must be > 0; got {temperature}")
         self.names = tuple(sizes)
@@ -82,12 +83,10 @@ class MultiTaskBatchSampler:
         start_step: int = 0,
     ) -> None:
         for argument, value in (("batch_size", batch_size), ("accumulation", accumulation), ("world_size", world_size)):
-            if value < 1:
-                raise ValueError(f"{argument} must be >= 1; got {value}")
+            check_integer(argument, value, 1)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, world_size={world_size}); got {rank}")
-        if num_steps < 0:
-            raise ValueError(f"num_steps must be >= 0; got {num_steps}")
+        check_integer("num_steps", num_steps, 0)
         self.tasks = TemperatureSampler(sizes, temperature, seed)
         self.batch_size, self.num_steps, self.accumulation = batch_size, num_steps, accumulation
         self.rank, self.world_size = rank, world_size

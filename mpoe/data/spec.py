@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
+from mpoe.config.checks import hint
 from mpoe.data.mappings import lookup
 from mpoe.data.task import Example, Task
 
@@ -222,10 +222,8 @@ def read_cell(cells: Cells, column: str, where: str, asker: str) -> str:
         elif isinstance(value, list | tuple) and part.isdigit() and int(part) < len(value):
             value = value[int(part)]
         else:
-            close = difflib.get_close_matches(column, list(cells), n=2)
-            hint = f" (did you mean {' or '.join(close)}?)" if close else ""
             raise ValueError(
-                f"{where}: column {column!r} is missing{hint}, which {asker} asks for; "
+                f"{where}: column {column!r} is missing{hint(column, list(cells))}, which {asker} asks for; "
                 f"got {', '.join(cells) or 'no columns'}"
             )
     return cell_text(value, f"{where}: column {column!r}")

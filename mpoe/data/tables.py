@@ -17,10 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpoe.data.documentation import SPLITS
 from mpoe.data.spec import Cells, HubData, TaskSpec
-from mpoe.data.splits import with_validation_from_train
-from mpoe.data.task import Example, Task
+from mpoe.data.task import SPLITS, Example, Task, with_validation_from_train
 
 Table = Sequence[tuple[Cells, str]]  # rows, each with its place
 TEXT_COLUMN = "text"  # the only column of a text file

@@ -30,11 +30,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpoe.data.doc_tasks import EMBEDDED_TASKS
+from mpoe.data.documentation import EMBEDDED_TASKS
 from mpoe.data.mappings import lookup, read_mapping
 from mpoe.data.metrics import get_metric
 from mpoe.data.spec import MESSAGES, HubData, TaskSpec, is_number, read_cell
-from mpoe.data.splits import with_subsets, with_validation_test_split
 from mpoe.data.tables import (
     TEXT_SUFFIXES,
     HubTables,
@@ -45,7 +44,7 @@ from mpoe.data.tables import (
     read_folder,
     read_table,
 )
-from mpoe.data.task import Task
+from mpoe.data.task import Task, with_subsets, with_validation_test_split
 
 STANDARD = Path(__file__).resolve().parent / "standard"
 

@@ -9,27 +9,20 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "DivergenceError": "divergence",
-    "FolderInUseError": "run_lock",
-    "GradientMask": "gradient_mask",
-    "GradientMaskCallback": "callbacks",
-    "LogLineCallback": "callbacks",
-    "MPOETrainer": "trainer",
-    "MPOETrainingArguments": "arguments",
-    "build_param_groups": "param_groups",
-    "describe_param_groups": "param_groups",
-    "find_last_checkpoint": "checkpoints",
-    "freeze_all_but_experts": "freezing",
-    "freeze_cores": "freezing",
-    "prepare_output_dir": "output_dir",
-    "load_sharded_optimizer": "sharded_checkpoint",
-    "rank_share": "loss",
-    "read_metrics": "output_dir",
-    "save_sharded": "sharding",
-    "save_sharded_checkpoint": "sharded_checkpoint",
-    "shard_model": "sharding",
-    "split_hidden_experts": "sharding",
-    "update_correction_bias": "statistics",
+    name: home
+    for home, names in {
+        "arguments": "MPOETrainingArguments",
+        "callbacks": "DivergenceError GradientMaskCallback LogLineCallback",
+        "checkpoints": "find_last_checkpoint",
+        "freezing": "GradientMask freeze_all_but_experts freeze_cores",
+        "output_dir": "prepare_output_dir read_metrics",
+        "rates": "build_param_groups describe_param_groups",
+        "run_lock": "FolderInUseError",
+        "sharding": "load_sharded_optimizer save_sharded save_sharded_checkpoint shard_model split_hidden_experts",
+        "statistics": "rank_share update_correction_bias",
+        "trainer": "MPOETrainer",
+    }.items()
+    for name in names.split()
 }
 __all__ = sorted(_HOMES)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 import os
 import warnings
 from collections.abc import Iterable
@@ -13,10 +11,9 @@ from typing import Any
 import torch
 from transformers import Seq2SeqTrainingArguments
 
-from mpoe.config.checks import check_seed
+from mpoe.config.checks import check_choice, check_flag, check_number, check_seed
 from mpoe.models.checkpoint import COMPONENTS, parse_components
-from mpoe.training.freezing import parse_core_indices
-from mpoe.training.gradient_mask import check_probability
+from mpoe.training.freezing import GradientMask, parse_core_indices
 
 # (central, auxiliary): factors that worked in each regime, on top of base x RMS(core) / RMS(weight).
 LR_SCALES = {"finetune": (0.35, 0.5), "scratch": (1.0, 0.1)}
@@ -101,25 +98,19 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
 
     def __post_init__(self) -> None:
         # Check our own arguments first, before the Trainer sets up devices or processes.
-        if self.regime not in LR_SCALES:
-            raise ValueError(f"regime must be one of {sorted(LR_SCALES)}; got {self.regime!r}")
-        for name in ("mpo_lr", "central_lr_scale", "auxiliary_lr_scale"):
-            setattr(self, name, _positive(getattr(self, name), name, optional=True))
-        for name in ("router_lr_scale", "dense_expert_lr_scale"):
-            setattr(self, name, _positive(getattr(self, name), name))
+        check_choice("regime", self.regime, sorted(LR_SCALES))
         for name, kind in MPOETrainingArguments.__annotations__.items():
-            if kind == "bool" and not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be true or false; got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if kind == "bool":
+                check_flag(name, value)
+            elif name.endswith(("_lr", "_lr_scale")) and (value is not None or "None" not in kind):
+                check_number(name, value, 0, open_low=True)
         if self.output_dir is not None and not isinstance(self.output_dir, (str, os.PathLike)):
             raise TypeError(f"output_dir must be a path; got {self.output_dir!r}")
         check_seed("seed", self.seed)
         if self.data_seed is not None:
             check_seed("data_seed", self.data_seed)
-        self.gradient_mask_prob = check_probability(self.gradient_mask_prob)
-        if self.gradient_mask_seed is not None and (
-            isinstance(self.gradient_mask_seed, bool) or not isinstance(self.gradient_mask_seed, numbers.Integral)
-        ):
-            raise TypeError(f"gradient_mask_seed must be an integer or None; got {self.gradient_mask_seed!r}")
+        self.gradient_mask_prob = GradientMask(None, self.gradient_mask_prob, self.mask_seed).probability
         # Configuration files may hold lists or a bare number; the stored value is always text.
         self.update_mpo_layer = _as_text(self.update_mpo_layer)
         self.train_AT_index = _as_text(self.train_AT_index)
@@ -135,7 +126,10 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
         if self.allow_non_finite:
             self.logging_nan_inf_filter = False  # it would log a non-finite loss as an earlier one, or as 0
         if self.fsdp:
-            _check_fsdp(self.use_cpu)
+            advice = "shard the model in a plain loop with mpoe.shard_model (see examples/sharded_loop.py)"
+            if self.use_cpu or not torch.accelerator.is_available():
+                raise ValueError(f"fsdp must be off on a CPU, where the Trainer would silently run DDP; {advice}")
+            warnings.warn(f"fsdp is not tested with MPOETrainer; what is: {advice}", stacklevel=3)
         super().__post_init__()
 
     @property
@@ -163,25 +157,6 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
     def mask_seed(self) -> int:
         """Seed of the gradient mask's stream: `gradient_mask_seed`, or else `seed`."""
         return self.seed if self.gradient_mask_seed is None else self.gradient_mask_seed
-
-
-def _check_fsdp(use_cpu: bool) -> None:
-    advice = "shard the model in a plain loop with mpoe.shard_model (see examples/sharded_loop.py)"
-    if use_cpu or not torch.accelerator.is_available():
-        raise ValueError(f"fsdp must be off on a CPU, where the Trainer would silently run DDP; {advice}")
-    warnings.warn(f"fsdp is not tested with MPOETrainer; what is: {advice}", stacklevel=4)
-
-
-def _positive(value: object, name: str, optional: bool = False) -> float | None:
-    if value is None and optional:
-        return None
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a positive number; got {value!r}")
-    if not math.isfinite(value) or value <= 0:
-        raise ValueError(
-            f"{name} must be a positive finite number; got {value} (freeze cores with tensor_learn instead)"
-        )
-    return float(value)
 
 
 def _as_text(value: object) -> str | None:

@@ -1,14 +1,20 @@
-"""Trainer callbacks of mpoe; they work in any Hugging Face Trainer."""
+"""Trainer callbacks of mpoe; they work in any Hugging Face Trainer. One ends a diverged run with an error, before the
+optimizer spreads what is not finite."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
 
-from mpoe.training.gradient_mask import GradientMask
+from mpoe.training.checkpoints import list_checkpoints
+from mpoe.training.freezing import GradientMask
 
 
 class GradientMaskCallback(TrainerCallback):
@@ -25,18 +31,14 @@ class GradientMaskCallback(TrainerCallback):
     def __init__(self, mask: GradientMask) -> None:
         self.mask = mask
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if model is not None:
             self.mask.bind(model)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.mask.begin_step(state.global_step)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.mask.end_step()
 
     on_prediction_step = on_epoch_end = on_train_end = on_step_end
@@ -56,23 +58,14 @@ class LogLineCallback(TrainerCallback):
         self._begun = 0.0
         self._steps, self._seconds = 0, 0.0
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._begun = time.perf_counter()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._steps += 1
         self._seconds += time.perf_counter() - self._begun
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
             return
         step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
@@ -86,3 +79,97 @@ class LogLineCallback(TrainerCallback):
             if name.startswith("eval_") and name.endswith("loss"):
                 task = name.removeprefix("eval_").removesuffix("loss").strip("_")
                 self.write(f"{step}  validation loss {value:.4f}{f'  {task}' if task else ''}")
+
+
+# Every skipped step halves the scale of the loss: after so many in a row the scale (2^16 at first) is not the reason.
+MOST_SKIPPED = 32
+
+
+class DivergenceError(RuntimeError):
+    """Training has diverged: the loss, the gradients or the weights are not finite.
+
+    Attributes:
+        step: optimizer step at which it was noticed, counted from 1.
+        checkpoint: the last complete checkpoint of the run, whose weights are finite; None if there is none.
+    """
+
+    def __init__(self, what: str, step: int, run_dir: str | Path) -> None:
+        saved = list_checkpoints(run_dir)
+        self.step, self.checkpoint = step, saved[-1] if saved else None
+        last = f"the last good checkpoint is {self.checkpoint}" if saved else "no checkpoint was written before"
+        super().__init__(
+            f"training diverged at step {step}: {what}; {last}, and nothing was published. Lower learning_rate, warm up"
+            " longer (warmup_steps) or clip harder (max_grad_norm); allow_non_finite trains on regardless"
+        )
+
+
+class DivergenceGuard(TrainerCallback):
+    """Raises `DivergenceError` in all processes at the same step.
+
+    It looks at the loss and at the norm of the gradients before the optimizer uses them, so that the weights in memory
+    stay those of the step before. Under loss scaling (float16) gradients that overflow are no divergence: the optimizer
+    skips that step, and the guard looks after it. `MOST_SKIPPED` skipped steps in a row are one.
+
+    Args:
+        accelerator: of the Trainer; it knows the other processes and the loss scaler.
+    """
+
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+        self._loss: Tensor | None = None
+        self._norm: Any = None
+        self._skipped = 0
+        self._scale = 0.0
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Add the loss of one micro-batch (0-d)."""
+        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+
+    def note_norm(self, norm: Any) -> None:
+        """Keep the norm of the step's gradients (a number or 0-d tensor; None where nobody computed it)."""
+        self._norm = norm
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._loss, self._norm, self._skipped = None, None, 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        scaler = getattr(self._accelerator, "scaler", None)
+        if scaler is None:
+            self._check(str(args.output_dir), state.global_step + 1)
+        else:
+            self._scale = scaler.get_scale()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        scaler = getattr(self._accelerator, "scaler", None)
+        if scaler is None:
+            return
+        # Not `optimizer_step_was_skipped`: fused optimizers skip inside, where Accelerate does not see it.
+        if scaler.get_scale() >= self._scale:
+            self._skipped = 0
+            self._check(str(args.output_dir), state.global_step)
+            return
+        self._loss = self._norm = None
+        self._skipped += 1
+        if self._skipped >= MOST_SKIPPED:
+            what = f"the gradients of {self._skipped} steps in a row overflowed, however small the loss was scaled"
+            raise DivergenceError(what, state.global_step, str(args.output_dir))
+
+    def _check(self, run_dir: str, step: int) -> None:
+        values = [0.0 if value is None else float(value) for value in (self._loss, self._norm)]
+        self._loss = self._norm = None
+        if self._accelerator.num_processes > 1:
+            # The sum over the processes is finite only if every one's is: all of them see it, and end together.
+            together = torch.tensor(values, dtype=torch.float64, device=self._accelerator.device)
+            values = self._accelerator.reduce(together, reduction="sum").tolist()
+        for name, value in zip(("the loss", "the norm of the gradients"), values, strict=True):
+            if not math.isfinite(value):
+                raise DivergenceError(f"{name} is {value}", step, run_dir)
+
+
+def check_weights(model: nn.Module, step: int, run_dir: str | Path) -> None:
+    """Raise `DivergenceError` if a parameter is not finite; reads all parameters."""
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and parameter.is_floating_point():
+            largest = torch.linalg.vector_norm(parameter.detach(), ord=math.inf)  # NaN if there is one; no temporary
+            if not float(largest) < math.inf:
+                raise DivergenceError(f"the weights are not finite ({name})", step, run_dir)

@@ -1,4 +1,4 @@
-"""Checkpoint folders that are either complete or absent, whenever the process dies.
+"""Checkpoint folders that are either complete or absent, whenever the process dies; which one a run resumes from.
 
 A checkpoint is written under `.incomplete-checkpoints/`, every file is synced to disk, a manifest with the size and the
 CRC-32 of every file is added, and only then is the folder renamed to `checkpoint-N`. Deleting an old one renames it
@@ -17,7 +17,10 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from torch import nn
 
 from mpoe.models.weight_files import first_line
 from mpoe_kernels.contract import autotune
@@ -195,3 +198,92 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+if TYPE_CHECKING:
+    from transformers import Seq2SeqTrainer as _Base
+else:
+    _Base = object
+
+
+def go_on_with_choices(checkpoint: str | None, arguments: Any) -> None:
+    """Compute products as the run that is resumed did, and on all processes as the first one does.
+
+    Timings choose among ways that round differently, so two machines or processes may choose differently.
+
+    Args:
+        checkpoint: the folder that the run is resumed from, if any.
+        arguments: the run's `TrainingArguments`.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    found = [{} if checkpoint is None else choices_of(checkpoint)]
+    if arguments.world_size > 1:
+        found = [{**autotune.choices(), **found[0]}]
+        broadcast_object_list(found)
+    autotune.adopt(found[0])
+
+
+class CheckpointMixin(_Base):
+    """A Hugging Face Trainer whose checkpoints are complete or absent (see `mpoe.training.checkpoints`).
+
+    Raises:
+        ValueError: on loading, a checkpoint that lacks weights, has too many, or cannot be read.
+        OSError: on saving, a checkpoint that could not be written; the previous one is still there.
+    """
+
+    model: Any
+    _staging: Path | None = None  # where a checkpoint is being assembled
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # A checkpoint stores a tied weight under one of its names; the Trainer would report the others as missing. A
+        # weight that is missing under every name would continue from random values.
+        tensors = self.model.state_dict(keep_vars=True)
+        missing = load_result.missing_keys
+        loaded = {id(tensor) for name, tensor in tensors.items() if name not in set(missing)}
+        absent = [name for name in missing if id(tensors.get(name)) not in loaded]
+        for problem, names in (("lacks", absent), ("has too many", load_result.unexpected_keys)):
+            if names:
+                raise ValueError(f"the checkpoint {problem} weights of this model: {', '.join(sorted(names)[:5])}")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        # While a checkpoint is being assembled, the Trainer writes into the staging folder.
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        from transformers.trainer import TRAINER_STATE_NAME  # here, since only a run should wait for its import
+
+        run_dir = Path(super()._get_output_dir(trial))
+        staging = staging_root(run_dir)
+        staged = staging / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and staging.exists():
+            delete(staging)  # an earlier attempt failed half-way
+        self.accelerator.wait_for_everyone()
+        self._staging = staging
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # each library raises its own for a full disk
+            raise OSError(f"checkpoint {staged.name} could not be written to {run_dir}: {error}") from error
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.state.best_global_step:
+            # The Trainer looked for the best checkpoint in the staging folder.
+            best = run_dir / f"checkpoint-{self.state.best_global_step}"
+            if best.name == staged.name or best.exists():
+                self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            if self.state.best_global_step:
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+            publish(staged, run_dir)
+            staging.rmdir()
+            rotate(run_dir, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()

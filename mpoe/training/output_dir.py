@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import time
@@ -12,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mpoe.models.weight_files import write_text
-from mpoe.training.checkpoints import clean_leftovers, delete, find_last_checkpoint
+from mpoe.models.weight_files import check_weight_files, write_text
+from mpoe.training.checkpoints import check_whole, clean_leftovers, delete, find_last_checkpoint
 from mpoe.training.run_lock import check_free, hold
 
 RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
@@ -47,7 +46,6 @@ def prepare_output_dir(
     overwrite: bool = False,
     resume: bool = False,
     run_config: Mapping[str, Any] | None = None,
-    neutral_keys: frozenset[str] = NEUTRAL_KEYS,
 ) -> Path | None:
     """Make `output_dir` ready for a run, or refuse before any work is done.
 
@@ -59,7 +57,6 @@ def prepare_output_dir(
         overwrite: delete an earlier run in this folder.
         resume: continue the run in this folder; its `run.json` must hold the same configuration.
         run_config: everything that determines what the run computes (JSON-able).
-        neutral_keys: names whose values may differ on resume, at any depth.
 
     Returns:
         The last complete checkpoint when resuming (None if the run died before its first), else None.
@@ -73,9 +70,9 @@ def prepare_output_dir(
     """
     folder = Path(output_dir)
     config = _jsonable(dict(run_config or {}))
-    check_output_dir(folder, overwrite, resume, config, neutral_keys)
+    check_output_dir(folder, overwrite, resume, config)
     with hold(folder):
-        check_output_dir(folder, overwrite, resume, config, neutral_keys)  # another may have claimed it meanwhile
+        check_output_dir(folder, overwrite, resume, config)  # another may have claimed it meanwhile
         if resume:
             clean_leftovers(folder)
             return find_last_checkpoint(folder)
@@ -96,7 +93,6 @@ def check_output_dir(
     overwrite: bool = False,
     resume: bool = False,
     run_config: Mapping[str, Any] | None = None,
-    neutral_keys: frozenset[str] = NEUTRAL_KEYS,
 ) -> None:
     """Refuse what `prepare_output_dir` would refuse, without writing anything.
 
@@ -108,7 +104,7 @@ def check_output_dir(
     check_folder("output_dir", folder)
     check_free(folder)
     if resume:
-        _check_resumable(folder, run_config, neutral_keys)
+        _check_resumable(folder, run_config)
     elif overwrite:
         return
     elif holds_run(folder):
@@ -165,18 +161,66 @@ def differing_keys(
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 
-def _check_resumable(folder: Path, run_config: Mapping[str, Any] | None, neutral_keys: frozenset[str]) -> None:
-    run_file = folder / RUN_FILE
-    if not run_file.is_file():
-        raise ValueError(f"nothing to resume: {folder} holds no {RUN_FILE} of an earlier run")
+def read_record(folder: str | Path) -> dict[str, Any] | None:
+    """What the run in ``folder`` was started with; None if it holds no run.
+
+    Raises:
+        ValueError: ``run.json`` cannot be read.
+    """
+    file = Path(folder) / RUN_FILE
     try:
-        saved = dict(json.loads(run_file.read_text())["config"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{run_file} is not the record of a run (start again with --overwrite)") from error
-    differences = differing_keys(saved, run_config, neutral_keys) if run_config is not None else {}
+        return dict(json.loads(file.read_text())["config"]) if file.is_file() else None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{file} does not describe a run: {error}") from None
+
+
+def _check_resumable(folder: Path, run_config: Mapping[str, Any] | None) -> None:
+    saved = read_record(folder)
+    if saved is None:
+        raise ValueError(f"nothing to resume: {folder} holds no {RUN_FILE} of an earlier run")
+    differences = differing_keys(saved, run_config) if run_config is not None else {}
     if differences:
         listed = "; ".join(f"{key}: was {old!r}, now {new!r}" for key, (old, new) in differences.items())
         raise ValueError(f"cannot resume {folder} with a different configuration ({listed})")
+
+
+def checkpoint_to_resume(asked: str | Path | bool | None, run_dir: Path, model: Any) -> str | None:
+    """The checked folder to resume from; None for a new start.
+
+    Args:
+        asked: True for the last complete checkpoint of ``run_dir``, or a folder.
+        model: the model that is to continue.
+
+    Raises:
+        ValueError: there is none, or the given one is incomplete, damaged or of another model.
+    """
+    if not asked:
+        return None
+    if asked is True:
+        found = find_last_checkpoint(run_dir)
+        if found is None:
+            raise ValueError(f"nothing to resume: no complete checkpoint in {run_dir}")
+        folder = found
+    else:
+        folder = Path(str(asked))
+        check_whole(folder)
+    check_weight_files(folder, model)
+    if getattr(model, "config", None) is not None:
+        _check_same_model(folder, model.config)
+    return str(folder)
+
+
+def _check_same_model(checkpoint: Path, config: Any) -> None:
+    """Refuse a checkpoint whose ``config.json`` is of another ``model_type`` or has other experts than ``config``."""
+    file = checkpoint / "config.json"
+    if not file.is_file():
+        return  # a module that is no Hugging Face model saves none
+    both = (json.loads(file.read_text(encoding="utf-8")), json.loads(config.to_json_string(use_diff=False)))
+    theirs, ours = ({"model_type": each.get("model_type"), "mpoe": each.get("mpoe") or {}} for each in both)
+    differing = differing_keys(theirs, ours, frozenset({"rate_ratios", "backend"})).items()
+    if differing:
+        listed = "; ".join(f"{name} was {a!r}, the model has {b!r}" for name, (a, b) in differing)
+        raise ValueError(f"resume_from_checkpoint must be of the same model: in {checkpoint} {listed}")
 
 
 def _checkpoint_folders(folder: Path) -> list[Path]:
@@ -206,22 +250,23 @@ def is_neutral(dotted: str, neutral_keys: frozenset[str] = NEUTRAL_KEYS) -> bool
 # ------------------------------------------------------------- metrics.jsonl
 
 
-class MetricsFile:
-    """Appends records to `folder/metrics.jsonl`; numbers that JSON cannot hold (NaN, infinity) are written as null."""
+def write_metrics(folder: str | Path, record: Mapping[str, Any]) -> None:
+    """Append a record, stamped with the time (seconds since the epoch), to ``folder/metrics.jsonl``; numbers that JSON
+    cannot hold (NaN, infinity) are written as null."""
+    path = Path(folder) / METRICS_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stamped = json.dumps({**record, "time": round(time.time(), 3)}, default=_plain)
+    line = json.dumps(json.loads(stamped, parse_constant=lambda _: None))
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, 2)
+            if file.read() != b"\n":
+                file.write(b"\n")  # a killed process left half a line: start a new line
+        file.write(line.encode() + b"\n")
 
-    def __init__(self, folder: str | Path) -> None:
-        self.path = Path(folder) / METRICS_FILE
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record, stamped with the time (seconds since the epoch)."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(_clean({**record, "time": round(time.time(), 3)}))
-        with self.path.open("a+b") as file:
-            if file.tell():
-                file.seek(-1, 2)
-                if file.read() != b"\n":
-                    file.write(b"\n")  # a killed process left half a line: start a new line
-            file.write(line.encode() + b"\n")
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)  # of numpy and torch
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -243,15 +288,3 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             records = [earlier for earlier in records if earlier.get("step", 0) <= record["step"]]
         records.append(record)
     return records
-
-
-def _clean(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _clean(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_clean(item) for item in value]
-    if hasattr(value, "tolist"):  # numpy scalars and arrays, torch tensors
-        return _clean(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

@@ -1,18 +1,161 @@
-"""Learning rates that worked: the table used by `mpoe train`, the Trainer's warnings and docs/fine_tuning.md; and a
-short search for one."""
+"""Learning rates: of every core, to match its scale; those that worked (the table used by `mpoe train`, the Trainer's
+warnings and docs/fine_tuning.md); and a short search for one.
+
+Why every core has its own: in the symmetric gauge the central core's RMS is .16-.28 of the weight's and the auxiliary
+cores' 1.2-5.2. Adam changes every number by about its rate, so with a single rate the central core changes 4-6 times
+too fast relative to its size, and separable shapes collapse. The rate used here is
+
+    rate(core) = (mpo_lr or learning_rate) x RMS(core) / RMS(weight) x (central_lr_scale | auxiliary_lr_scale)
+
+with the ratios measured when the model was converted (`MPOCores.rate_ratios`). LR schedulers multiply every group's
+`lr` by the same factor, so the proportions hold through warm-up and decay.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
 import random
+import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
+from transformers import PrinterCallback
 
+from mpoe.config.shapes import NEURONS
+from mpoe.layers.cores import MPOCores
+from mpoe.layers.experts import DenseExperts
+from mpoe.models.report import kept_modules, mpo_modules
 from mpoe.models.table import TYPE_PREFIX
-from mpoe.training.loss import count_targets, shifts_labels, split_loss
-from mpoe.training.param_groups import build_param_groups
+from mpoe.training.arguments import MPOETrainingArguments
+from mpoe.training.callbacks import DivergenceError
+
+# Order of the groups; the first one's rate is what the Trainer logs as `learning_rate`.
+KINDS = ("rest", "router", "dense_expert", "central", "auxiliary")
+
+
+def build_param_groups(model: nn.Module, args: MPOETrainingArguments) -> list[dict[str, Any]]:
+    """Parameter groups for a torch optimizer, over all parameters that require a gradient.
+
+    Each group is `{"params", "lr", "weight_decay", "kind", "rate_ratio"}`; parameters of equal kind, rate and decay
+    share a group. Biases, norms and other vectors are not decayed.
+
+    Raises:
+        ValueError: nothing in the model requires a gradient.
+    """
+    cores = _core_rates(model, args)
+    modules = list(model.modules())
+    dense_experts = {id(p) for module in modules if isinstance(module, DenseExperts) for p in module.parameters()}
+    norms = [module for module in modules if "norm" in type(module).__name__.lower()]
+    undecayed = {id(p) for norm in norms for p in norm.parameters(recurse=False)}
+    groups: dict[tuple, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        kind, ratio, rate = "rest", 1.0, args.learning_rate
+        if id(parameter) in cores:
+            kind, ratio, rate = cores[id(parameter)]
+        elif "router" in name.split("."):
+            kind, rate = "router", args.learning_rate * args.router_lr_scale
+        elif id(parameter) in dense_experts and parameter.ndim == 3:
+            kind, rate = "dense_expert", args.learning_rate * args.dense_expert_lr_scale
+        decayed = parameter.ndim > 1 and "bias" not in name and id(parameter) not in undecayed
+        decay = args.weight_decay if decayed else 0.0
+        group = groups.setdefault(
+            (kind, rate, decay),
+            {"params": [], "lr": rate, "weight_decay": decay, "kind": kind, "rate_ratio": ratio},
+        )
+        group["params"].append(parameter)
+    if not groups:
+        raise ValueError(f"no parameter of {type(model).__name__} requires a gradient: nothing to train")
+    return sorted(groups.values(), key=lambda group: (KINDS.index(group["kind"]), -group["weight_decay"], -group["lr"]))
+
+
+def keep_state(previous: torch.optim.Optimizer, optimizer: torch.optim.Optimizer) -> None:
+    """Let a new optimizer go on with the state of the parameters that both have.
+
+    Raises:
+        ValueError: the previous one is of another kind, or has the state of none of them.
+    """
+    before = getattr(previous, "optimizer", previous)  # Accelerate's wrapper has it
+    if type(before) is not type(optimizer):
+        names = type(optimizer).__name__, type(before).__name__
+        raise ValueError(f"previous_optimizer must be of the kind that trains now, {names[0]}; got {names[1]}")
+    kept = [p for group in optimizer.param_groups for p in group["params"] if p in before.state]
+    if not kept:
+        raise ValueError(
+            "previous_optimizer must have the state of parameters of this model: it must have made steps, and the model"
+            " must be converted with inplace=True; got one that has none"
+        )
+    for parameter in kept:
+        optimizer.state[parameter] = before.state[parameter]
+
+
+def describe_param_groups(groups: Sequence[dict[str, Any]]) -> str:
+    """A table for people: per kind and decay the tensors, parameters, rates and ratios."""
+    header = ("kind", "tensors", "parameters", "rate", "RMS ratio", "decay")
+    rows = [header]
+    for key in dict.fromkeys((group["kind"], group["weight_decay"]) for group in groups):
+        part = [group for group in groups if (group["kind"], group["weight_decay"]) == key]
+        tensors = [parameter for group in part for parameter in group["params"]]
+        rows.append(
+            (
+                part[0]["kind"],
+                str(len(tensors)),
+                f"{sum(tensor.numel() for tensor in tensors):,}",
+                _span([group["lr"] for group in part]),
+                _span([group["rate_ratio"] for group in part]),
+                f"{part[0]['weight_decay']:g}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)
+
+
+def _core_rates(model: nn.Module, args: MPOETrainingArguments) -> dict[int, tuple[str, float, float]]:
+    """id(core parameter) -> (kind, RMS ratio, rate)."""
+    central_scale, auxiliary_scale = args.lr_scales
+    rates: dict[int, tuple[str, float, float]] = {}
+    for name, cores in mpo_modules(model):
+        for index, (parameter, ratio) in enumerate(zip(cores.chain(), _ratios(name, cores), strict=True)):
+            kind, scale = ("central", central_scale) if index == cores.shape.central else ("auxiliary", auxiliary_scale)
+            ratio = ratio if args.scale_core_lr else 1.0
+            rates[id(parameter)] = (kind, ratio, args.core_lr * ratio * scale)
+    for layer in kept_modules(model).values():
+        # Blocks start as identities, regardless of the scale of the weights around them. Neurons have the scale of a
+        # dense network's and took its rate in our trials; a scale is then only what was asked for.
+        own_scale, shared_scale = auxiliary_scale, args.central_lr_scale
+        if layer.shape == NEURONS:
+            own_scale = 1.0 if args.auxiliary_lr_scale is None else args.auxiliary_lr_scale
+        for parameter in layer.experts.own_cores:
+            rates[id(parameter)] = ("auxiliary", 1.0, args.core_lr * own_scale)
+        for parameter in layer.shared_parameters().values():
+            rates[id(parameter)] = ("central", 1.0, args.core_lr * (1.0 if shared_scale is None else shared_scale))
+    return rates
+
+
+def _ratios(name: str, cores: MPOCores) -> tuple[float, ...]:
+    ratios = tuple(float(ratio) for ratio in cores.rate_ratios)
+    if len(ratios) != cores.shape.num_cores:
+        raise ValueError(
+            f"{name}.rate_ratios must hold {cores.shape.num_cores} numbers, one per core; got {len(ratios)}"
+        )
+    usable = [math.isfinite(ratio) and ratio > 0 for ratio in ratios]
+    if not all(usable):
+        # An all-zero weight has no scale to compare with.
+        warnings.warn(f"{name} has unusable rate ratios {ratios}: those cores train at the unscaled rate", stacklevel=2)
+        ratios = tuple(ratio if ok else 1.0 for ratio, ok in zip(ratios, usable, strict=True))
+    return ratios
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:.3g}" if math.isclose(low, high, rel_tol=1e-3) else f"{low:.3g} .. {high:.3g}"
+
 
 SCRATCH = "scratch"  # `MPOETrainingArguments.regime`
 _DENSE, _SWITCH = "dense", "switch"  # kinds of feed-forward layers; every other kind is a shape's name
@@ -128,14 +271,24 @@ def rate_advice(model: Any, args: Any) -> list[str]:
 
 STEPS, HELD_OUT = 30, 128
 _FACTOR, _MOST = 3.0, 5  # between neighbouring rates; rates that are tried at most
+# arguments of a trial: nothing is logged, saved or reported, and the rate falls to 0 over its steps
+_TRIAL: dict[str, Any] = {
+    **{f"{kind}_strategy": "no" for kind in ("logging", "eval", "save")},
+    **dict.fromkeys(("load_best_model_at_end", "push_to_hub", "predict_with_generate", "eval_on_start"), False),
+    "lr_scheduler_type": "linear",
+    "lr_scheduler_kwargs": None,
+    "warmup_steps": 0,
+    "report_to": [],
+    "disable_tqdm": True,
+    "log_core_norms": False,
+}
 
 
 def find_rate(trainer: Any, items: Sequence[Any], start: float, steps: int = STEPS) -> tuple[float, dict[float, float]]:
     """The base rate, of three to five around ``start``, with the least loss on held-out items.
 
-    Every trial is a run in miniature: AdamW, the trainer's parameter groups, batches and clipping, a rate that falls to
-    0 over its steps, dropout from the same seed. The model, its gradients and the random numbers are as before
-    afterwards, bit for bit.
+    Every trial is a short run of a copy of the model, with the trainer's arguments and its seed. The model and
+    torch's random numbers are as before afterwards, bit for bit.
 
     Args:
         trainer: an `MPOETrainer` that has not begun.
@@ -149,7 +302,7 @@ def find_rate(trainer: Any, items: Sequence[Any], start: float, steps: int = STE
     Raises:
         ValueError: several processes, or fewer than two items.
     """
-    args, model = trainer.args, trainer.model
+    args = trainer.args
     if args.world_size > 1:
         raise ValueError(f"find_rate needs one process; got {args.world_size} (search in one, then give learning_rate)")
     if len(items) < 2:
@@ -158,28 +311,24 @@ def find_rate(trainer: Any, items: Sequence[Any], start: float, steps: int = STE
     random.Random(f"find-rate-{args.seed}").shuffle(order)
     held = max(1, min(HELD_OUT, len(items) // 10))
     judged, rest = [items[k] for k in order[:held]], [items[k] for k in order[held:]]
-    size = args.per_device_train_batch_size
-    batches = [[rest[(step * size + k) % len(rest)] for k in range(size)] for step in range(steps)]
-    kept = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
-    was_training, own_rate = model.training, args.learning_rate
 
     def tried(rate: float) -> float:
-        torch.manual_seed(args.seed)
-        args.learning_rate = rate
-        _train(trainer, batches)
-        loss = _loss(trainer, judged)
-        for tensor, value in kept:
-            tensor.detach().copy_(value)
-            tensor.grad = None
-        return loss
+        own = copy.copy(args)
+        with tempfile.TemporaryDirectory() as folder:
+            for name, value in {**_TRIAL, "output_dir": folder, "learning_rate": rate, "max_steps": steps}.items():
+                setattr(own, name, value)
+            model, how = copy.deepcopy(trainer.model), {"data_collator": trainer.data_collator}
+            trial = type(trainer)(model=model, args=own, train_dataset=rest, **how)
+            trial.remove_callback(PrinterCallback)
+            try:
+                trial.train()
+            except DivergenceError:
+                return math.inf
+            loss = trial.evaluate(judged)["eval_loss"]
+        return loss if math.isfinite(loss) else math.inf
 
-    devices = [args.device] if args.device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices):
-            losses = _search(tried, start)
-    finally:
-        args.learning_rate = own_rate
-        model.train(was_training)
+    with torch.random.fork_rng([args.device] if args.device.type == "cuda" else []):
+        losses = _search(tried, start)
     return min(losses, key=lambda rate: (losses[rate], rate)), losses
 
 
@@ -197,35 +346,3 @@ def _search(tried: Callable[[float], float], start: float) -> dict[float, float]
 
 def _rounded(rate: float) -> float:
     return float(f"{rate:.1g}")
-
-
-def _train(trainer: Any, batches: Sequence[Sequence[Any]]) -> None:
-    args, model = trainer.args, trainer.model
-    model.train()
-    optimizer = torch.optim.AdamW(
-        build_param_groups(model, args), betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon
-    )
-    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(batches))
-    for batch in batches:
-        with trainer.compute_loss_context_manager():
-            loss = split_loss(model(**trainer._prepare_inputs(trainer.data_collator(batch)))).total
-        if not torch.isfinite(loss):
-            return
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
-        falling.step()
-
-
-@torch.no_grad()
-def _loss(trainer: Any, items: Sequence[Any]) -> float:
-    """Mean loss per target; infinite where it is no number."""
-    model, size, total, count = trainer.model.eval(), trainer.args.per_device_eval_batch_size, 0.0, 0
-    for start in range(0, len(items), size):
-        batch = trainer._prepare_inputs(trainer.data_collator(items[start : start + size]))
-        targets = int(count_targets(batch["labels"], shifts_labels(model)))
-        with trainer.compute_loss_context_manager():
-            total += float(split_loss(model(**batch)).task) * targets
-        count += targets
-    return total / max(count, 1) if math.isfinite(total) else math.inf

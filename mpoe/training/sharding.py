@@ -4,6 +4,9 @@
 runs and freed after it. The rest (embeddings, last norm, head) is another unit. Cores ``[E, d, i, j, d']`` are sharded
 along their first axis; kernels see whole cores, because they run inside a gathered block.
 
+Checkpoints hold whole weights and optimizer state, from which any number of ranks can continue: parameters are gathered
+one at a time, and only the first rank keeps their state; on loading every rank reads its own shard.
+
 Tensor parallelism is for experts on the hidden side: every rank computes some of the groups of hidden units. The dense
 projections are split with PyTorch's own styles, up projections by columns and the down projection by rows; the blocks
 are split with their groups. Groups are independent, so the layer's only communication is that of the dense network and,
@@ -13,20 +16,24 @@ in the backward, the sums of the gates' and shared blocks' gradients.
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from mpoe.config.checks import check_integer
 from mpoe.layers.router import TopKRouter
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.report import hidden_modules
+from mpoe.training import checkpoints
 
 _STYLES = {"up": ColwiseParallel, "gate_proj": ColwiseParallel, "down": RowwiseParallel}
 
@@ -135,3 +142,111 @@ def split_hidden_experts(model: Any, mesh: DeviceMesh) -> Any:
             parallelize_module(module, mesh, _STYLES[kind]())
         layer.experts.split(mesh)
     return model
+
+
+OPTIMIZER = "optimizer.pt"
+
+
+def save_sharded_checkpoint(
+    model: Any, optimizer: torch.optim.Optimizer, folder: str | Path, step: int, limit: int | None = None
+) -> Path:
+    """Write ``folder/checkpoint-STEP``, complete or not at all; all ranks call it.
+
+    `mpoe.training.find_last_checkpoint` finds it again, `load_mpoe` reads the weights and `load_sharded_optimizer` the
+    rest. The loop's random state is not saved: seed it by the step, as `GradientMask` does.
+
+    Args:
+        model: sharded by `shard_model`.
+        optimizer: over its parameters, between steps: gradients are not saved.
+        folder: the run's folder, which every rank can read.
+        step: number of optimizer steps taken.
+        limit: how many checkpoints to keep; default: all.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        TypeError: a model that is not sharded; a step that is not an integer.
+        ValueError: an optimizer parameter that does not belong to the model.
+    """
+    check_sharded(model)
+    check_integer("step", step, 0)
+    staged = checkpoints.staging_root(folder) / f"checkpoint-{step}"
+    first = dist.get_rank() == 0
+    if first:
+        checkpoints.clean_leftovers(folder)
+    save_sharded(model, staged)
+    groups = [
+        {**group, "params": own} for group, own in zip(optimizer.param_groups, _names(model, optimizer), strict=True)
+    ]
+    state: dict[str, dict[str, Any]] = {}
+    for name, parameter in _named(model, optimizer).items():
+        # A parameter that has not been trained yet, such as a masked central core, has no state.
+        for key, value in sorted(optimizer.state.get(parameter, {}).items()):
+            whole = value.full_tensor() if isinstance(value, DTensor) else value  # all ranks take part
+            if first:
+                state.setdefault(name, {})[key] = whole.cpu() if isinstance(whole, Tensor) else whole
+    if first:
+        torch.save({"groups": groups, "state": state}, staged / OPTIMIZER)
+        checkpoints.publish(staged, folder)
+        checkpoints.staging_root(folder).rmdir()
+        checkpoints.rotate(folder, limit)
+    dist.barrier()
+    return Path(folder) / staged.name
+
+
+def load_sharded_optimizer(model: Any, optimizer: torch.optim.Optimizer, checkpoint: str | Path) -> int:
+    """Load an optimizer's state from a checkpoint of `save_sharded_checkpoint`; all ranks call it.
+
+    Args:
+        model: ``load_mpoe(checkpoint)``, then sharded by `shard_model`; over any number of ranks.
+        optimizer: a new one, over its parameters in the same groups.
+        checkpoint: the checkpoint's folder.
+
+    Returns:
+        Number of optimizer steps taken.
+
+    Raises:
+        ValueError: a checkpoint that is damaged, incomplete or without optimizer state, or parameters that differ.
+    """
+    if not isinstance(checkpoint, (str, os.PathLike)):
+        raise TypeError(f"checkpoint must be the folder of one; got {type(checkpoint).__name__} {checkpoint!r}")
+    folder = Path(checkpoint)
+    step = checkpoints.step_of(folder)
+    if not (folder / OPTIMIZER).is_file():
+        raise ValueError(f"checkpoint must be a whole folder written by save_sharded_checkpoint; got {folder}")
+    checkpoints.check_whole(folder)
+    with checkpoints.reading(folder):
+        saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
+        groups, states = saved["groups"], saved["state"]
+    if [group["params"] for group in groups] != _names(model, optimizer):
+        raise ValueError(f"optimizer must have the groups of parameters that {folder / OPTIMIZER} lists; they differ")
+    own: dict[int, dict[str, Any]] = {}
+    for number, (name, parameter) in enumerate(_named(model, optimizer).items()):
+        for key, value in states.get(name, {}).items():
+            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                got = list(value.shape)
+                raise ValueError(f"{name}:{key} in {folder} must have the shape of its parameter; got {got}")
+            if isinstance(value, Tensor) and value.dim() and isinstance(parameter, DTensor):  # not a count of steps
+                here, mesh = value.to(parameter.device), parameter.device_mesh
+                value = distribute_tensor(here, mesh, parameter.placements, src_data_rank=None)
+            own.setdefault(number, {})[key] = value
+    numbered = optimizer.state_dict()["param_groups"]
+    groups = [{**group, "params": now["params"]} for group, now in zip(groups, numbered, strict=True)]
+    optimizer.load_state_dict({"state": own, "param_groups": groups})
+    return step
+
+
+def _names(model: Any, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """Names of the parameters in every group."""
+    known = {parameter: name for name, parameter in model.named_parameters()}
+    try:
+        return [[known[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    except KeyError:
+        raise ValueError("optimizer must be over the parameters of model alone; make it after shard_model") from None
+
+
+def _named(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's parameters by name, in its order."""
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return dict(zip(itertools.chain(*_names(model, optimizer)), parameters, strict=True))

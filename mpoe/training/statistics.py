@@ -1,16 +1,109 @@
-"""Statistics to watch while training a mixture: losses, the distribution of tokens over experts, gradient norms."""
+"""What a training step adds up: its loss, the distribution of tokens over experts, gradient norms.
+
+The loss of an optimizer step is the mean over *all* its target tokens, whatever the number of micro-batches, plus the
+mean of the micro-batches' auxiliary losses. Averaging the micro-batches' means instead would make a token's weight
+depend on the length of its micro-batch; and T5 accepts `num_items_in_batch` but ignores it, so with the Trainer's
+scaling its loss and gradients would grow with the number of micro-batches.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from mpoe.data.encode import IGNORED_LABEL
 from mpoe.models.report import kept_modules, mpo_modules, routed_layers
-from mpoe.training.loss import LossParts
+
+
+@dataclass(frozen=True)
+class LossParts:
+    """Scalars of one forward: `task`, the mean loss over the targets; `auxiliary`, the routers' (None: no router)."""
+
+    task: Tensor
+    auxiliary: Tensor | None
+
+    @property
+    def total(self) -> Tensor:
+        return self.task if self.auxiliary is None else self.task + self.auxiliary
+
+
+def split_loss(outputs: Any) -> LossParts:
+    """Task and auxiliary loss of a model's outputs.
+
+    MPOE models return both (`task_loss`, `aux_loss`); for any other model the whole loss is the task loss.
+
+    Raises:
+        ValueError: the outputs have no loss (no labels were given).
+    """
+    if not isinstance(outputs, dict):
+        return LossParts(outputs[0].mean(), None)
+    if outputs.get("loss") is None:
+        raise ValueError(f"the model returned no loss: give it labels (it returned {', '.join(outputs.keys())})")
+    task = outputs.get("task_loss")
+    if task is None:
+        return LossParts(outputs["loss"].mean(), None)
+    auxiliary = outputs.get("aux_loss")
+    return LossParts(task.mean(), None if auxiliary is None else auxiliary.mean())
+
+
+def shifts_labels(model: Any) -> bool:
+    """Whether the model's loss predicts label i + 1 at position i, so the first label of a row is not a target."""
+    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
+        return False
+    name = type(model).__name__
+    return name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or name.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def count_targets(labels: Tensor, shifted: bool) -> Tensor:
+    """Number of targets that a mean loss averages over: labels `[B, S]` or `[B]` that are not -100 (0-d tensor)."""
+    if shifted and labels.ndim > 1:
+        labels = labels[..., 1:]
+    return labels.ne(IGNORED_LABEL).sum()
+
+
+def step_share(parts: LossParts, targets: Tensor, step_targets: Tensor, micro_batches: int, ranks: int) -> LossParts:
+    """A micro-batch's contribution to its optimizer step, times `micro_batches`.
+
+    The Trainer divides this by `micro_batches`, and DDP averages over ranks; after both, the shares sum
+    to (sum over all targets of their losses) / (number of targets) and to the mean auxiliary loss.
+
+    Args:
+        targets: targets in this micro-batch (0-d).
+        step_targets: targets in the whole optimizer step, over all micro-batches and ranks (0-d).
+        ranks: processes whose gradients will be averaged.
+    """
+    # A step without targets has no task loss; its mean is NaN and must not propagate.
+    weight = targets * (micro_batches * ranks) / step_targets.clamp(min=1)
+    task = torch.where(targets > 0, parts.task * weight, torch.zeros_like(parts.task))
+    return LossParts(task, parts.auxiliary)
+
+
+def rank_share(outputs: Any, labels: Tensor, model: Any) -> Tensor:
+    """This rank's share of the loss of the global batch, for a plain loop: call ``backward`` on it.
+
+    The average over ranks, as DDP and FSDP average gradients, is the mean over all targets of the global batch, however
+    they are distributed, plus the mean auxiliary loss (use a `global_batch` to compute that over the global batch too).
+
+    Args:
+        outputs: of the model, given ``labels``.
+        labels: ``[B, S]`` or ``[B]``; -100 is not a target.
+        model: determines whether labels are shifted; may be wrapped by DDP.
+    """
+    targets = count_targets(labels, shifts_labels(getattr(model, "module", model)))
+    everyone, ranks = targets.clone(), 1
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(everyone)
+        ranks = dist.get_world_size()
+    return step_share(split_loss(outputs), targets, everyone, 1, ranks).total
+
 
 # Sums or averages a tensor over all processes, as `Accelerator.reduce` does.
 Reduce = Callable[[Tensor, str], Tensor]
@@ -189,32 +282,7 @@ def update_correction_bias(model: nn.Module, expert_load: Tensor) -> None:
             bias.add_(torch.sign(load.mean() - load).to(bias), alpha=rate)
 
 
-class CorrectionBias:
-    """Collects a step's expert load from the outputs of its micro-batches, if a router needs it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._needed = any(
-            layer.router is not None and layer.router.e_score_correction_bias is not None
-            for _, layer in routed_layers(model)
-        )
-        self._load: Tensor | None = None
-
-    def note(self, outputs: Any) -> None:
-        """Add a micro-batch.
-
-        Raises:
-            ValueError: the load is needed, and the outputs do not have it.
-        """
-        if not self._needed:
-            return
-        load = expert_load_of(outputs)
-        if load is None:
-            raise ValueError("bias_update_rate needs the model's expert_load; output_router_logits is False")
-        self._load = load if self._load is None else self._load + load
-
-    def step(self, reduce: Reduce) -> None:
-        """Update the routers at the end of an optimizer step's backward passes; ``reduce`` sums over processes."""
-        if self._load is not None:
-            update_correction_bias(self._model, reduce(self._load, "sum"))
-            self._load = None
+def corrects_bias(model: nn.Module) -> bool:
+    """Whether a router of ``model`` needs `update_correction_bias`."""
+    routers = (layer.router for _, layer in routed_layers(model))
+    return any(router is not None and router.e_score_correction_bias is not None for router in routers)

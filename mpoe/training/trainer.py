@@ -20,24 +20,26 @@ from mpoe.models.others import write_card
 from mpoe.models.report import routed_layers, short_name
 from mpoe.training import checkpoints
 from mpoe.training.arguments import MPOETrainingArguments
-from mpoe.training.callbacks import GradientMaskCallback
-from mpoe.training.divergence import DivergenceError, DivergenceGuard, check_weights
-from mpoe.training.freezing import freeze_all_but_experts, freeze_cores
-from mpoe.training.gradient_mask import GradientMask
-from mpoe.training.loss import LossParts, count_targets, shifts_labels, split_loss, step_share
-from mpoe.training.output_dir import MetricsFile
-from mpoe.training.param_groups import build_param_groups, keep_state
-from mpoe.training.rates import rate_advice
-from mpoe.training.resuming import CheckpointMixin, checkpoint_to_resume, go_on_with_choices
+from mpoe.training.callbacks import DivergenceError, DivergenceGuard, GradientMaskCallback, check_weights
+from mpoe.training.checkpoints import CheckpointMixin, go_on_with_choices
+from mpoe.training.freezing import GradientMask, freeze_all_but_experts, freeze_cores
+from mpoe.training.output_dir import METRICS_FILE, checkpoint_to_resume, write_metrics
+from mpoe.training.rates import build_param_groups, keep_state, rate_advice
 from mpoe.training.run_lock import hold
 from mpoe.training.statistics import (
-    CorrectionBias,
     LoadWatch,
+    LossParts,
     RunLog,
     core_grad_norms,
+    corrects_bias,
+    count_targets,
     expert_load_of,
     load_shares,
     load_summary,
+    shifts_labels,
+    split_loss,
+    step_share,
+    update_correction_bias,
 )
 
 # Everything that models return besides the logits; it does not belong in an evaluation's predictions.
@@ -54,7 +56,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
     What it adds to the Trainer:
 
     * the gradient mask, per-core rates and frozen cores, as `MPOETrainingArguments` asks;
-    * a loss that does not depend on how a batch is split into micro-batches (see `mpoe.training.loss`), and
+    * a loss that does not depend on how a batch is split into micro-batches (see `mpoe.training.statistics`), and
       `eval_loss` per target rather than per batch, without the routers' losses; for language models also
       `eval_perplexity`, per token of their tokenizer;
     * warnings about experts that take most tokens or none for long (`training.statistics`), and about rates far from
@@ -62,10 +64,10 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
       share of masked steps, also as `metrics.jsonl` in the output folder;
     * under torchrun (DDP), router losses over the tokens of all processes, so a step equals that of one process with
       the same global batch; a lock, so that no other process trains in the same folder (see `mpoe.training.run_lock`);
-    * a diverging run ends with a `DivergenceError` (see `mpoe.training.divergence`); checkpoints that are complete or
+    * a diverging run ends with a `DivergenceError` (see `mpoe.training.callbacks`); checkpoints that are complete or
       absent (see `mpoe.training.checkpoints`); `train(resume_from_checkpoint=True)` continues from the last complete
       one, on the CPU to bit-identical weights: all processes, and a resumed run, compute their products in the ways
-      that were chosen first (see `mpoe.training.resuming.go_on_with_choices`).
+      that were chosen first (see `mpoe.training.checkpoints.go_on_with_choices`).
 
     T5 is evaluated on generated text with `predict_with_generate=True`; other models by their logits.
 
@@ -106,10 +108,10 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         # This class scales the loss of every model, T5 included: the Trainer only divides by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self._shifts_labels = shifts_labels(self.model)
-        self._metrics_file = MetricsFile(str(args.output_dir))
         self._log = RunLog()
         self._load_watch = LoadWatch([short_name(name) for name, _ in routed_layers(self.model)])
-        self._correction_bias = CorrectionBias(self.model)
+        self._corrects_bias = corrects_bias(self.model)
+        self._step_load: Tensor | None = None  # of the optimizer step in progress
         self._core_norms: dict[str, float] = {}
         self._evaluation: Tensor | None = None  # [sum of losses over targets, targets]
         self.gradient_mask: GradientMask | None = None
@@ -153,9 +155,9 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         if self.args.should_save:
             if resume_from_checkpoint:
                 step = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)).global_step
-            if self._metrics_file.path.exists() or step:
+            if (run_dir / METRICS_FILE).exists() or step:
                 # Readers drop records that an earlier attempt logged after this step.
-                self._metrics_file.write({"event": "resume", "step": step})
+                write_metrics(run_dir, {"event": "resume", "step": step})
             checkpoints.clean_leftovers(run_dir)
         self._load_watch.start(step)
         try:
@@ -165,7 +167,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
             return result
         except DivergenceError as error:
             if self.is_world_process_zero():
-                self._metrics_file.write({"event": "diverged", "step": error.step, "why": str(error)})
+                write_metrics(run_dir, {"event": "diverged", "step": error.step, "why": str(error)})
             raise
         finally:
             # An error during a masked step must not leave the model masked.
@@ -197,8 +199,9 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         with global_batch() if self.args.global_router_losses else contextlib.nullcontext():
             loss = super().training_step(model, inputs, *args, **kwargs)
-        if self.accelerator.sync_gradients:
-            self._correction_bias.step(self.accelerator.reduce)
+        if self.accelerator.sync_gradients and self._step_load is not None:
+            update_correction_bias(self.model, self.accelerator.reduce(self._step_load, "sum"))
+            self._step_load = None
         if self._guard is not None:
             self._guard.note_loss(loss)
         if self.args.log_core_norms and self.accelerator.sync_gradients and self._logs_after_this_step():
@@ -318,7 +321,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
             details = self._training_details(logs)
         super().log(logs, *args, **kwargs)
         if self.is_world_process_zero():
-            self._metrics_file.write({"step": self.state.global_step, **logs, **details})
+            write_metrics(str(self.args.output_dir), {"step": self.state.global_step, **logs, **details})
 
     def _training_details(self, logs: dict[str, float]) -> dict[str, Any]:
         """Adds scalars to `logs`; returns what is too long for a log line. Called on all ranks."""
@@ -342,8 +345,12 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
                 warnings.warn(sentence, stacklevel=3)
 
     def _note_training(self, parts: LossParts, outputs: Any, micro_batches: int) -> None:
-        self._correction_bias.note(outputs)
-        self._log.note(parts, expert_load_of(outputs) if self.args.log_expert_load else None, micro_batches)
+        load = expert_load_of(outputs)
+        if self._corrects_bias:
+            if load is None:
+                raise ValueError("bias_update_rate needs the model's expert_load; output_router_logits is False")
+            self._step_load = load if self._step_load is None else self._step_load + load
+        self._log.note(parts, load if self.args.log_expert_load else None, micro_batches)
 
     def _logs_after_this_step(self) -> bool:
         step = self.state.global_step + 1

@@ -14,11 +14,10 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 from mpoe.cli import demo
-from mpoe.cli.compare import write_report
+from mpoe.cli.compare import read_run, write_report
 from mpoe.cli.main import run
-from mpoe.cli.runs import read_run
 from mpoe.cli.train import going_on
-from mpoe.data.demo_texts import DOMAINS, domain_text
+from mpoe.data.embedded import DOMAINS, domain_text
 from mpoe.models.expert_mixture import kept_experts
 from mpoe.training.callbacks import LogLineCallback
 
@@ -196,7 +195,7 @@ def test_a_short_demo_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(demo, "TESTED", 2)
     monkeypatch.setattr("mpoe.models.expert_mixture.PIECES", 8)
     short = {name: " ".join(f"{name} of {number}" for number in range(400)) for name in DOMAINS}
-    monkeypatch.setattr("mpoe.data.demo_texts.domain_text", lambda name, held_out: short[name])
+    monkeypatch.setattr("mpoe.data.embedded.domain_text", lambda name, held_out: short[name])
     demo.command(["--output_dir", str(tmp_path / "demo"), "--steps", "2"])
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert list(results["losses"]) == ["law", "code", "names", "documentation"]

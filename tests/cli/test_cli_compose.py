@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from mpoe import collect_statistics, convert_to_mpoe, load_expert, load_mpoe, save_expert, start_expert
 from mpoe.cli import compose as command
 from mpoe.cli import train
-from mpoe.cli.errors import CommandError
+from mpoe.cli.command import CommandError
 from mpoe.cli.main import run
 from mpoe.data.embedded import load_stand_in, stand_in_path
 from mpoe.models.expert_files import base_identity, vocabulary_identity, write_expert

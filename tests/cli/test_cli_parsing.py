@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import subprocess
 import sys
@@ -11,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mpoe.cli.errors import CommandError
-from mpoe.cli.parsing import Asked, as_command, make_parser, option, option_names, parse
+from mpoe.cli.command import Asked, CommandError, as_command, make_parser, option, option_names, parse
 from mpoe.cli.train import GROUPS
 from mpoe_kernels import backend_reasons
 from mpoe_kernels.version import __version__
@@ -193,6 +193,8 @@ def test_help_lists_the_commands_without_importing_torch() -> None:
 
 def test_info_shows_versions_and_backends(cli) -> None:
     assert cli("--version").out == f"mpoe {__version__}\n"
+    of_torchao = logging.makeLogRecord({"msg": "%s is an Enum subclass and is now natively supported by"})
+    assert not logging.getLogger("torch.utils._pytree").filter(of_torchao)
     answer = cli("info")
     assert "eager" in answer.out
     assert "Usage" not in answer.out

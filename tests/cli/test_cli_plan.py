@@ -191,6 +191,7 @@ def test_the_table_fits_and_says_what_it_counts(cli, monkeypatch) -> None:
 def test_experts_that_are_not_small_are_told(cli, model: str, shape: str, share: str | None) -> None:
     told = " ".join(cli("plan", model, "--shape", shape).out.split())
     assert ("At this width these experts are not small" in told) == (share is not None)
+    assert told.replace(" ", "").count("stand_ins/t5") == (model == "t5")
     assert share is None or f"MPOE's feed-forward layers hold {share} of Switch's parameters" in told
 
 

@@ -15,10 +15,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from mpoe.cli.errors import CommandError
-from mpoe.cli.runs import data_of_run
-from mpoe.cli.scoring import score_table
-from mpoe.cli.tasks import DataOptions, resolve
+from mpoe.cli.command import CommandError
+from mpoe.cli.evaluate import score_table
+from mpoe.cli.tasks import DataOptions, data_of_run, resolve
 from mpoe.data import load_stand_in, load_task_from_folder
 from mpoe.data.encode import encode_responses
 from mpoe.data.task import Example
@@ -139,7 +138,7 @@ def test_evaluation_divides_the_data_as_the_run_did(tmp_path: Path) -> None:
         assert as_trained(tmp_path, {"training": training})[1] == seed
         assert data_of_run(str(checkpoint), DataOptions(), set())[1] == seed
     (tmp_path / "run.json").write_text("{")
-    refuses(CommandError, r"run\.json does not describe a run", data_of_run, str(checkpoint), DataOptions(), set())
+    refuses(ValueError, r"run\.json does not describe a run", data_of_run, str(checkpoint), DataOptions(), set())
     for broken in (["review"], {"review": {"template": "no column"}}, {"review": 3}):
         with pytest.raises(CommandError, match=r"described in run\.json does not describe tasks"):
             as_trained(tmp_path, {"described": broken})

@@ -14,10 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import mpoe.cli.train as train_module
 from mpoe import MPOEConfig, convert_to_mpoe
-from mpoe.cli.errors import CommandError
+from mpoe.cli.command import CommandError
 from mpoe.cli.evaluate import command as evaluate
 from mpoe.cli.main import run
-from mpoe.cli.pretrained import Source, find
+from mpoe.cli.models import Source, find
 from mpoe.cli.settle import settle_experts, settle_rate
 from mpoe.cli.train import command as train
 from mpoe.data.embedded import load_stand_in, stand_in_path
@@ -142,6 +142,7 @@ def test_named_baselines(cli, refused, sentiment: Path, tmp_path: Path, baseline
     dense, _ = load_stand_in("t5")
     mixture = convert_to_mpoe(dense, MPOEConfig(num_experts=2)).parameter_report()
     total = results["parameters"]["total"]
+    assert results["parameters"]["trainable"] == total
     assert results["class"] == ("MPOET5ForConditionalGeneration" if baseline == "switch" else type(dense).__name__)
     if baseline == "wider":
         assert total == pytest.approx(mixture["total"], rel=2e-3)

@@ -145,7 +145,7 @@ def _starts_like(today: dict[str, str], earlier: dict[str, str]) -> bool:
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
     """Command -> the parser of its options."""
-    from mpoe.cli.parsing import make_parser
+    from mpoe.cli.command import make_parser
     from tests.faults.fuzz_commands import GROUPS
 
     return {command: make_parser(groups) for command, groups in GROUPS.items()}

@@ -127,7 +127,7 @@ GOOD = jsonl(ROWS)
         (GOOD + "[1, 2]\n", r"train\.jsonl, line 7: expected one JSON object per line; got a list"),
         (
             GOOD + '\n{"sentense": "x", "label": 1}\n',
-            r"line 8: column 'sentence' is missing \(did you mean sentense\?\)",
+            r"line 8: column 'sentence' is missing \(did you mean 'sentense'\?\)",
         ),
         (GOOD + '{"sentence": "x", "label": null}\n', r"line 7: column 'label' must hold a text or a number; got None"),
         (GOOD + '{"sentence": {"a": 1}, "label": 1}\n', r"line 7: column 'sentence' must hold a text or a number"),
@@ -193,7 +193,7 @@ def test_bad_folders_and_arguments_are_refused(tmp_path):
     write(tmp_path / "dev.jsonl", GOOD)
     load_task_from_folder(tmp_path)
     refuses(ValueError, r"kind of task .* must be one of", load_task_from_folder, tmp_path, kind="ranking")
-    with pytest.raises(ValueError, match=r"train\.jsonl, line 1: column 'labl' is missing \(did you mean label"):
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 1: column 'labl' is missing \(did you mean 'label"):
         load_task_from_folder(tmp_path, label_column="labl")
     with pytest.raises(ValueError, match=r"line 2: label_words .* must have a word for '1'.* words for 0, 2"):
         load_task_from_folder(tmp_path, label_words={0: "no", 2: "yes"})

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 
 from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe, save_mpoe_only
-from mpoe.cli.errors import is_on_purpose
+from mpoe.cli.command import is_on_purpose, parse
 from mpoe.cli.options import ExpertOptions, RunOptions
-from mpoe.cli.parsing import parse
 from mpoe.cli.tasks import DataOptions
 from mpoe.data.tasks import load_task_from_folder
 from tests.training.tiny import dense_model, mpoe_model

@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 from mpoe.cli.bench import BenchOptions
+from mpoe.cli.command import make_parser
 from mpoe.cli.convert import ConvertOptions
 from mpoe.cli.demo import DemoOptions
 from mpoe.cli.evaluate import EvaluateOptions
@@ -28,7 +29,6 @@ from mpoe.cli.info import InfoOptions
 from mpoe.cli.inspect import InspectOptions
 from mpoe.cli.main import main
 from mpoe.cli.options import ExpertOptions, RunOptions
-from mpoe.cli.parsing import make_parser
 from mpoe.cli.plan import PlanOptions
 from mpoe.cli.tasks import DataOptions
 from mpoe.training import MPOETrainingArguments
@@ -158,7 +158,7 @@ def nearly(word: str, draw: random.Random) -> str:
 COMMANDS = ("train", "evaluate", "convert", "plan", "inspect", "generate", "demo", "bench", "info")
 WEIGHTS = (6, 3, 4, 4, 3, 2, 1, 2, 0.5)
 # Where work begins that an input cannot change any more, and where it begins to take long.
-WORK = ("mpoe.cli.pretrained.load_model", "mpoe.estimation.model_costs")
+WORK = ("mpoe.cli.models.load_model", "mpoe.estimation.model_costs")
 LONG_WORK = (
     "mpoe.training.MPOETrainer.train",
     "mpoe.cli.demo.train_experts",

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from mpoe.cli.files import model_folder
 from mpoe.cli.main import main
+from mpoe.cli.models import model_folder
 from mpoe.models import load_mpoe
 from mpoe.training import checkpoints, find_last_checkpoint, prepare_output_dir, read_metrics
 from mpoe.training.output_dir import RUN_FILE

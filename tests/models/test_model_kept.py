@@ -14,7 +14,7 @@ from mpoe.models.others import model_card
 from mpoe.models.report import HEADER, kept_modules, routed_layers, summarize
 from mpoe.models.sites import FFNSite
 from mpoe.training import MPOETrainingArguments, build_param_groups
-from mpoe.training.gradient_mask import GradientMask
+from mpoe.training.freezing import GradientMask
 from mpoe.training.statistics import core_grad_norms
 from mpoe_kernels import MPOShape
 from tests.assertions import refuses

@@ -14,7 +14,7 @@ from transformers import ElectraConfig, ElectraForMaskedLM, GPT2Config, GPT2LMHe
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, merge_experts, merge_latent
 from mpoe.layers import HiddenFeedForward, MPOEFeedForward, NeuronFeedForward
 from mpoe.models.report import hidden_modules, neuron_modules
-from mpoe.training.gradient_mask import GradientMask
+from mpoe.training.freezing import GradientMask
 from mpoe_kernels import MPOShape, reconstruct
 from tests.assertions import refuses
 

@@ -145,7 +145,7 @@ def test_an_adapted_olmoe_is_exported(tmp_path, monkeypatch, capsys):
         def save_pretrained(self, folder):
             """Saves nothing: the tiny model has no tokenizer."""
 
-    monkeypatch.setattr("mpoe.cli.pretrained.load_tokenizer", lambda source: Tokenizer())
+    monkeypatch.setattr("mpoe.cli.models.load_tokenizer", lambda source: Tokenizer())
     model = tiny_model("olmoe", "OlmoeForCausalLM")
     inputs = tiny_batch(model, "olmoe")
     convert_to_mpoe(model).save_pretrained(tmp_path / "kept")

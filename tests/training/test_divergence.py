@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from mpoe import MPOEConfig
 from mpoe.models import load_mpoe
 from mpoe.training import DivergenceError, read_metrics
-from mpoe.training.divergence import MOST_SKIPPED, check_weights
+from mpoe.training.callbacks import MOST_SKIPPED, check_weights
 from mpoe.training.rates import TRIED, _search, find_rate, kind_of, rate_advice, recommended_for, recommended_rate
 from mpoe.training.statistics import WINDOW, LoadWatch
 from tests.assertions import refuses
@@ -101,7 +101,7 @@ def test_allowed(tmp_path: Path) -> None:
     losses = [record["loss"] for record in read_metrics(tmp_path) if "loss" in record]
     assert losses[0] > 0
     assert losses[-1] is None  # as JSON says nan; the Trainer would have logged 0
-    with pytest.raises(TypeError, match="allow_non_finite must be true or false; got 'yes'"):
+    with pytest.raises(TypeError, match="allow_non_finite must be True or False; got str 'yes'"):
         make_trainer(tmp_path, allow_non_finite="yes")
 
 

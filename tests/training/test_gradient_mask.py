@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from mpoe.models.report import mpo_modules
 from mpoe.training import GradientMask, GradientMaskCallback
-from mpoe.training.gradient_mask import mask_draw
+from mpoe.training.freezing import mask_draw
 from tests.assertions import refuses
 
 from .tiny import CHECKPOINTING, Rows, Toy, arguments, make_trainer, mpoe_model, weights
@@ -122,12 +122,12 @@ def test_frozen_projections_around_hidden_experts() -> None:
 
 def test_refusals() -> None:
     for probability in (-0.1, 1.5, float("nan")):
-        refuses(ValueError, "gradient_mask_prob must be between 0 and 1", GradientMask, Toy(), probability)
+        refuses(ValueError, "gradient_mask_prob must be at least 0 and at most 1", GradientMask, Toy(), probability)
     with pytest.raises(TypeError, match="gradient_mask_prob must be a number"):
         GradientMask(Toy(), "0.5")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="gradient_mask_seed must be an integer"):
         GradientMask(Toy(), 0.5, seed=1.5)  # type: ignore[arg-type]
-    refuses(ValueError, "step must be >= 0", mask_draw, 0, -1)
+    refuses(ValueError, "step must be at least 0", mask_draw, 0, -1)
     refuses(ValueError, "needs a model with MPO cores; Linear has none", GradientMask, nn.Linear(2, 2), 0.5)
     GradientMask(nn.Linear(2, 2), 0.0)  # off: nothing to refuse
 

@@ -12,8 +12,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mpoe.training import checkpoints, find_last_checkpoint, prepare_output_dir, read_metrics
-from mpoe.training.output_dir import RUN_FILE, MetricsFile, check_folder, check_output_dir
-from mpoe.training.resuming import checkpoint_to_resume
+from mpoe.training.output_dir import (
+    METRICS_FILE,
+    RUN_FILE,
+    check_folder,
+    check_output_dir,
+    checkpoint_to_resume,
+    write_metrics,
+)
 from mpoe.training.run_lock import hold
 from mpoe.training.statistics import load_shares, load_summary
 from tests.assertions import refuses
@@ -70,7 +76,7 @@ def test_foreign_files_are_no_run_and_survive_overwrite(tmp_path: Path) -> None:
     prepare_output_dir(tmp_path, run_config=CONFIG)
     make_checkpoint(tmp_path, 3)
     (tmp_path / "model.safetensors").touch()
-    MetricsFile(tmp_path).write({"step": 1})
+    write_metrics(tmp_path, {"step": 1})
     (tmp_path / ".incomplete-checkpoints" / "checkpoint-4").mkdir(parents=True)
     (tmp_path / ".deleting-checkpoint-1").mkdir()
     assert prepare_output_dir(tmp_path, overwrite=True, run_config={"seed": 2}) is None
@@ -121,7 +127,7 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     refuses(NotADirectoryError, "is a file", prepare_output_dir, tmp_path / "file")
     (tmp_path / RUN_FILE).write_text("{")
-    refuses(ValueError, "is not the record of a run", prepare_output_dir, tmp_path, resume=True, run_config=CONFIG)
+    refuses(ValueError, "does not describe a run", prepare_output_dir, tmp_path, resume=True, run_config=CONFIG)
 
 
 def test_failed_publication_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,18 +164,17 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monk
 
 
 def test_metrics_survive_a_torn_line_and_drop_repeated_steps(tmp_path: Path) -> None:
-    file = MetricsFile(tmp_path)
     for step in (1, 2, 3):
-        file.write({"step": step, "loss": torch.tensor(float(step)), "bad": float("nan")})
-    with file.path.open("a") as handle:
+        write_metrics(tmp_path, {"step": step, "loss": torch.tensor(float(step)), "bad": float("nan")})
+    with (tmp_path / METRICS_FILE).open("a") as handle:
         handle.write('{"step": 4, "lo')
-    file.write({"event": "resume", "step": 2})
-    file.write({"step": 3, "loss": 30.0})
+    write_metrics(tmp_path, {"event": "resume", "step": 2})
+    write_metrics(tmp_path, {"step": 3, "loss": 30.0})
     records = read_metrics(tmp_path)
     assert [record["step"] for record in records] == [1, 2, 2, 3]
     assert records[-1]["loss"] == 30.0
     assert records[0]["bad"] is None
-    assert len(file.path.read_text().splitlines()) == 6
+    assert len((tmp_path / METRICS_FILE).read_text().splitlines()) == 6
 
 
 def test_expert_load() -> None:

@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from mpoe.training import checkpoints, find_last_checkpoint, read_metrics
-from mpoe.training.checkpoints import MANIFEST
-from mpoe.training.resuming import go_on_with_choices
+from mpoe.training.checkpoints import MANIFEST, go_on_with_choices
 from mpoe_kernels.contract import autotune
 from tests.assertions import refuses
 

@@ -1,4 +1,4 @@
-"""Two processes (gloo, by torchrun) do what one does; a sharded loop (FSDP2) that was killed goes on as if it had not been."""
+"""Two processes (gloo, by torchrun) do what one does; a sharded loop (FSDP2) that was killed goes on."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("mpoe", "mpoe_kernels")
 EXCUSE = "# reached only "
-RANDOM = "tests/faults/test_fuzz.py"
+RANDOM = "tests/faults/test_fuzz.py::test_inputs"
 # Part of the language's protocols, not about a user's mistake.
 _PROTOCOL = ("AttributeError", "NotImplementedError", "KeyboardInterrupt", "SystemExit", "StopIteration")
 _FOLDER = "MPOE_REACHED"  # names the folder where every process writes what it reached

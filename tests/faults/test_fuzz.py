@@ -1,4 +1,4 @@
-"""Random inputs: each works or is refused in our words; exhaustive, hundreds of each kind."""
+"""Random inputs: each works or is refused in our words; exhaustive, hundreds of each kind. What public names take."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ import pytest
 import torch
 from transformers.utils import logging
 
+import mpoe
+import mpoe_kernels
 from mpoe import MPOEConfig, RouterConfig
 from mpoe_kernels import MPOShape
 
 from . import fuzz_commands
-from .bad_arguments import bad_calls
+from .bad_arguments import bad_calls, make_paths, starts, stray
 from .fuzz import Case, checkpoints, data_files, odd, some, spoil_values, what_became_of
 from .processes import SEED, fork
 
@@ -145,3 +148,61 @@ def test_the_command_lines_that_are_changed_work(tmp_path: Path) -> None:
     inside = fuzz_commands.prepare(tmp_path)
     for command in fuzz_commands.COMMANDS:
         fuzz_commands.run([command, *fuzz_commands.start_of(command, 0)], inside)
+
+
+# ------------------------------------------------------------------ calls that fit, and other sizes
+
+
+# Names that are no calls, or results that nobody makes by hand: a plan, a decomposition, an error.
+NOT_CALLED = {
+    "BackendError",
+    "ContractionPlan",
+    "Decomposition",
+    "DivergenceError",
+    "SharedDecomposition",
+    "__version__",
+    "available_backends",
+    "backend_reasons",
+}
+
+
+def test_every_public_name_is_called(tmp_path: Path) -> None:
+    assert set(starts(tmp_path)) | NOT_CALLED == set(mpoe.__all__) | set(mpoe_kernels.__all__)
+
+
+def test_what_is_exchanged_worked(tmp_path: Path) -> None:
+    make_paths(tmp_path)
+    for name, (function, make) in starts(tmp_path).items():
+        # Sharding wants a process group, and these three something that only their own tests build.
+        if "shard" not in name and name not in {"MPOETrainer", "import_original", "lora_on_cores"}:
+            assert stray(function(**make())) is None, name
+
+
+# Axes that may have another, or a larger, size: tokens, where no other tensor has them; features that come out.
+FREE = {
+    "MPOBlocks": {f"{block} +1" for block in ("left 1", "left 2", "central 1", "central 2", "right 2", "right 3")},
+    "Routing": {"expert_offsets 0"},
+    "combine": {"y_sorted 1"},
+    "decompose_shared": {"weights 0"},
+    "dispatch": {"x 1"},
+    "grouped_mpo_linear": {"row_index 0 +1", "slot_of_token 1"},
+    "mpo_embedding": {"ids 0"},
+    "mpo_linear": {"x 0"},
+    "neuron_experts": {"down 2"},
+    "route": {"top_k_index 0", "top_k_index 1 +1"},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in starts(Path()) if name in mpoe_kernels.__all__])
+def test_every_size(name: str) -> None:
+    """Of every axis of every tensor that an op takes: one more or less is refused, by name."""
+    function, make = starts(Path())[name]
+    function(**make())
+    for argument, value in make().items():
+        shape = list(value.shape) if isinstance(value, torch.Tensor) else []
+        for axis, more in product(range(len(shape)), (-1, 1)):
+            if {f"{argument} {axis}", f"{argument} {axis} {more:+}"} & FREE.get(name, set()):
+                continue
+            wrong = value.new_zeros([size + more * (place == axis) for place, size in enumerate(shape)])
+            with pytest.raises((TypeError, ValueError), match=" must "):
+                function(**{**make(), argument: wrong})

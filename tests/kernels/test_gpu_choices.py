@@ -22,7 +22,7 @@ from mpoe_kernels.contract.ranking import Problem, rank, shortlist
 from mpoe_kernels.triton import architecture
 from tests.cases import SMALL_SHAPES
 
-from .test_grouped import Problem as Product
+from .test_ffn import Problem as Product
 
 OPS = ("grouped_mpo_linear", "grouped_mpo_linear_backward")
 SHAPES = ("paper_full", "paper_64", "light_64", "separable")

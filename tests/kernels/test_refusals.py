@@ -1,6 +1,6 @@
 """What the public functions refuse: each error names the argument, what was expected and what came.
 
-Other sizes are in tests/faults/test_bad_calls.py, other kinds of tensors in test_signatures.py.
+Other sizes are in tests/faults/test_fuzz.py, other kinds of tensors in test_signatures.py.
 """
 
 from __future__ import annotations

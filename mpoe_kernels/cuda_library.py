@@ -28,7 +28,7 @@ CUDA_LIBRARY = _load()
 
 
 class RefusingOps:
-    """The ops of a namespace. Their refusals (csrc/cuda/binding.h), which PyTorch raises as RuntimeError, become
+    """The ops of a namespace. Their refusals (csrc/cuda/bind.h), which PyTorch raises as RuntimeError, become
     ValueErrors."""
 
     def __init__(self, ops: Any) -> None:

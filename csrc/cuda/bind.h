@@ -35,7 +35,7 @@ namespace mpoe {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Reports what the caller did wrong. mpoe_kernels/define.py turns the text after the colon into a ValueError;
+// Reports what the caller did wrong. mpoe_kernels/cuda_library.py turns the text after the colon into a ValueError;
 // STD_TORCH_CHECK would add the path of our source file.
 template <typename... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {

@@ -296,7 +296,8 @@ class Chunk:
             return rows.new_empty(n, m, p).transpose(1, 2) if turned else rows.new_empty(n, p, m)
 
         found, again = memory(product.result, met), None
-        if any(each.result == after for each in self.whole.program.products):
+        products = self.whole.program.products
+        if any(each.result == after for each in products[products.index(product) :]):
             again = memory(after, new)
             shared[after] = self._named(again, (*kept, *new))
         activation = self.whole.call.activation if after == "y" and self.whole.late else "none"

@@ -80,6 +80,15 @@ BUGS = (
         ("values: eager", "thread"),
     ),
     Bug(
+        "line_too_many",
+        "one line past an operand's last one is copied",
+        "cuda/linear/gradient.cuh",
+        "[&](int s) { return s < rows ? from[s] : -1; }",
+        "[&](int s) { return s <= rows ? from[s] : -1; }",
+        "linear",
+        ("address",),
+    ),
+    Bug(
         "half_the_steps",
         "the inner loop skips every other k-step",
         "cuda/block_gemm.cuh",

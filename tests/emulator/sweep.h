@@ -18,6 +18,10 @@ int sweep(int count, char** words, F&& body) {
       : order == "descending" ? Order::kDescending : Order::kRandom;
   config().blocks_descending = order == "descending";
   config().cp_async_lazy = std::string(words[2]) == "lazy";
+#ifdef __SANITIZE_ADDRESS__
+  // Once another poison: -1 as a place means that there is no line, which a kernel may check.
+  if (config().blocks_descending) config().poison = 0x7f;
+#endif
   try {
     body();
   } catch (const std::exception& error) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator
@@ -113,6 +114,22 @@ def test_fsdp_of_the_trainer_is_refused_where_it_would_be_ddp(tmp_path: Path) ->
 def test_sharding_is_refused_without_a_process_group_or_mixture() -> None:
     refuses(RuntimeError, "needs a process group", shard_model, mpoe_model("gpt2"))
     refuses(TypeError, "must be an MPOE model", shard_model, dense_model("gpt2"))
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run_and_the_run_continues(tmp_path: Path) -> None:
+    """The launcher notices, says which rank and stops the other; the same command goes on to the same weights."""
+    straight = torchrun("tiny", tmp_path / "straight", "t5", 8, "never")
+    assert straight.returncode == 0, straight.stdout
+    killed = torchrun("tiny", tmp_path / "run", "t5", 8, "step-5", timeout=120)
+    assert killed.returncode not in (0, None)
+    assert re.search(r"rank\s*: 1 .*\n\s*exitcode\s*: -9", killed.stdout), killed.stdout
+    assert "Signal 9 (SIGKILL)" in killed.stdout
+    assert find_last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-3"
+    resumed = torchrun("tiny", tmp_path / "run", "t5", 8, "never", "resume")
+    assert resumed.returncode == 0, resumed.stdout
+    expected, found = (torch.load(tmp_path / name / "final.pt") for name in ("straight", "run"))
+    assert [name for name, value in expected.items() if not torch.equal(value, found[name])] == []
 
 
 @pytest.mark.slow

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.layers import MPOEFeedForward
@@ -122,6 +125,26 @@ def preferring(place: int) -> Callable[[list[Any], str], list[float]]:
     return seconds
 
 
+def main() -> None:
+    """A run for tests that kill processes: `python -m tests.training.tiny OUTPUT_DIR FAMILY STEPS KILL_AT [resume]`.
+
+    KILL_AT is "step-N" (kill the last rank after optimizer step N) or "never". Works under torchrun.
+    """
+    output_dir, family, steps, kill_at = sys.argv[1:5]
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            last = args.process_index == args.world_size - 1
+            if kill_at == f"step-{state.global_step}" and last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.set_num_threads(1)
+    trainer = make_trainer(output_dir, **resume_options(family, int(steps)), callbacks=[Kill()])
+    trainer.train(resume_from_checkpoint=True if "resume" in sys.argv else None)
+    if trainer.is_world_process_zero():
+        torch.save(dict(trainer.model.state_dict()), Path(output_dir) / "final.pt")
+
+
 def resume_options(family: str, steps: int) -> dict[str, Any]:
     """A run in which everything random takes part: dropout, jitter, shuffling, the gradient mask, accumulation."""
     return {
@@ -135,6 +158,10 @@ def resume_options(family: str, steps: int) -> dict[str, Any]:
         "per_device_train_batch_size": 4,
         "warmup_steps": 2,
     }
+
+
+if __name__ == "__main__":
+    main()
 
 
 class Toy(nn.Module):

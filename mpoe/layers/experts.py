@@ -162,11 +162,8 @@ class MPOExperts(_Network):
         """Route tokens ``x [T, I]`` and compute them by one native call in place of the ops of both forwards.
 
         Returns the result, which is the same, or None with gradients, autocast, a compiler, another backend, several
-        dtypes, or where full weights pay.
+        dtypes, or where `forward` has full weights.
         """
-        kept = kept_experts(self)
-        if kept is not None and self.full_weights_pay(x.shape[0] * router.top_k, x.dtype):
-            return None  # `forward` decides
         own = [core for cores in self.projections().values() for core in cores.cores()]
         tensors = [*own, *(bias for bias in (self.up.bias, self.down.bias) if bias is not None)]
         if (
@@ -174,6 +171,9 @@ class MPOExperts(_Network):
             or any(tensor.dtype != x.dtype for tensor in tensors)
             or not router.can_gate_natively(x, token_mask, *tensors)
         ):
+            return None
+        kept = kept_experts(self)
+        if kept is not None and kept.has_dense(x.shape[0] * router.top_k, x.dtype):
             return None
         rule = Rule(router.top_k, router.config.is_scale_prob, router.capacity(x.shape[0]))
         return routed_ffn(x, router.weight, rule, self._chains(kept), token_mask, self.backend)

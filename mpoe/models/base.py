@@ -281,7 +281,7 @@ class MPOEModelMixin(OthersMixin):
         ``use_reentrant=True`` is replaced, with a warning; the gradients are the same.
         """
         given = functools.partial(gradient_checkpointing_func)
-        checked = functools.partial(given.func, **checkpoint_arguments(given.keywords))
+        checked = functools.partial(given.func, *given.args, **checkpoint_arguments(given.keywords))
         super()._set_gradient_checkpointing(enable, checked, *args, **kwargs)
 
     # ------------------------------------------------------------ reporting

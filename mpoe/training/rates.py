@@ -14,6 +14,7 @@ with the ratios measured when the model was converted (`MPOCores.rate_ratios`). 
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import random
 import tempfile
@@ -321,10 +322,15 @@ def find_rate(trainer: Any, items: Sequence[Any], start: float, steps: int = STE
             trial = type(trainer)(model=model, args=own, train_dataset=rest, **how)
             trial.remove_callback(PrinterCallback)
             try:
-                trial.train()
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", ".* to start from ", UserWarning)  # nobody chose this rate
+                    trial.train()
+                loss = trial.evaluate(judged)["eval_loss"]
             except DivergenceError:
                 return math.inf
-            loss = trial.evaluate(judged)["eval_loss"]
+            finally:  # a trainer, its optimizer and its scheduler refer to each other
+                del trial, model
+                gc.collect()
         return loss if math.isfinite(loss) else math.inf
 
     with torch.random.fork_rng([args.device] if args.device.type == "cuda" else []):

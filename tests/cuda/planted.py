@@ -113,7 +113,7 @@ BUGS = (
         "    tile -= skipped;\n    if (before < 32) return first + before;\n",
         "    if (before < 32) return first + before;\n    tile -= skipped;\n",
         "experts",
-        ("values",),
+        ("error: for one that has not run",),
     ),
     Bug(
         "no_padding",

@@ -62,8 +62,8 @@ const Load kLoads[] = {
     {"one slot", {0, 0, 1}, 1, false},
     {"few slots", {0, 2, 2, 3}, 4, true},
     {"many slots", {0, 40, 66}, 67, true},
-    {"tiles of all heights", {0, 1, 3, 6, 10, 15, 21, 28, 36, 45, 55, 66, 78, 91, 105}, 105, true},
 };
+const Load kTiles{"tiles of all heights", {0, 1, 3, 6, 10, 15, 21, 28, 36, 45, 55, 66, 78, 91, 105}, 105, true};
 
 // Arrays of one call. Every run allocates new results.
 struct Memory {
@@ -212,5 +212,8 @@ int main() {
     for (const Load& load : kLoads)
       for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16})
         check_case(shape, load, static_cast<Activation>(number % 5), dtype, number), ++number;
+  for (const Shape& shape : kShapes)
+    for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16})
+      check_case(shape, kTiles, static_cast<Activation>(number % 5), dtype, number), ++number;
   return check::finish("linear");
 }

@@ -23,7 +23,10 @@ def marks_of(bug: Bug) -> tuple[pytest.MarkDecorator, ...]:
 CASES = [pytest.param(bug, lane, id=f"{bug.name}-{lane}", marks=marks_of(bug)) for bug in BUGS for lane in bug.found_by]
 
 
-REPORTS = {"address": "AddressSanitizer: heap-buffer-overflow|pointer index expression", "thread": "ThreadSanitizer: data race"}
+REPORTS = {
+    "address": "AddressSanitizer: heap-buffer-overflow|pointer index expression",
+    "thread": "ThreadSanitizer: data race",
+}
 
 
 def run(program: Path, schedule: Schedule) -> subprocess.CompletedProcess[str]:

@@ -90,7 +90,7 @@ def test_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["t5", "t5_gated", "gpt2", "llama", "bert", "bert_classifier"])
 def test_merged_computes_the_same(family: str, tmp_path: Path) -> None:
     base = dense_model(family).double()
-    model = stirred(start_expert(base, 5))
+    model = stirred(start_expert(base, 24))
     save_expert(model, tmp_path / "an.expert")
     merged = merge_expert(base, tmp_path / "an.expert")
     inputs = batch(family)

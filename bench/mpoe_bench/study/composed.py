@@ -225,7 +225,9 @@ class ComposedStudy:
             return {"diverged": f"the loss {error}", "validation": math.inf, "test": math.inf}
         place = self.place(run_key(kind, domain, steps, rate, seed))
         if kind == "neurons":
-            save_expert(model, place, statistics=collect_statistics(model, batched(text[:SAMPLED])))
+            with autocast():
+                statistics = collect_statistics(model, batched(text[:SAMPLED]))
+            save_expert(model, place, statistics=statistics)
         else:
             model.save_pretrained(str(place))
         record = {"validation": mean(losses(model, validation)), "test": mean(losses(model, test))}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -12,15 +12,10 @@ from torch import Tensor
 from mpoe_kernels import hidden_experts, neuron_experts
 from mpoe_kernels.hidden_experts.op import HiddenBackwardCall, HiddenCall
 from mpoe_kernels.hidden_experts.reference import hidden_experts_reference
-from mpoe_kernels.neurons.op import NeuronCall
+from mpoe_kernels.neurons.op import NeuronBackwardCall, NeuronCall
 from mpoe_kernels.neurons.reference import neuron_experts_reference
 
 from .assertions import assert_calibrated, poisoned_memory
-
-
-def arguments_of(call: Any) -> tuple[Any, ...]:
-    """As the op takes them."""
-    return tuple(getattr(call, each.name) for each in fields(call))
 
 
 @dataclass
@@ -29,16 +24,17 @@ class _Problem:
 
     Attributes:
         OP, REFERENCE: what is compared.
-        CALL: what kernels get.
-        NAMES: of the differentiable arguments.
+        CALLS: what kernels get, forward and backward.
+        NAMES: of the differentiable arguments; ROWS: the one whose rows are the tokens.
         inputs: the differentiable arguments by name, None for those that are not given.
         index, grad: ``top_k_index``, and the gradient of the result.
     """
 
     OP: ClassVar[Callable[..., Tensor]]
     REFERENCE: ClassVar[Callable[..., Tensor]]
-    CALL: ClassVar[type]
+    CALLS: ClassVar[tuple[type, type]]
     NAMES: ClassVar[tuple[str, ...]]
+    ROWS: ClassVar[str]
     tokens: int = 7
     experts: int = 5
     top_k: int = 2
@@ -78,16 +74,30 @@ class _Problem:
         grads = {n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(given.items(), found, strict=True)}
         return {"o": out, **{f"d{name}": value for name, value in grads.items()}}
 
-    def arguments(self, backend: str = "eager") -> tuple[Any, ...]:
-        """The arguments of the raw op; floating ones are leaves."""
-        leaves = {n: None if x is None else x.detach().requires_grad_() for n, x in self.inputs.items()}
-        return arguments_of(self.CALL(**leaves, top_k_index=self.index, activation=self.activation, backend=backend))
+    def call(self, backend: str = "auto") -> Any:
+        """What its forward kernels are called with."""
+        given = {"top_k_index": self.index, "activation": self.activation, "backend": backend}
+        return self.CALLS[0](**self.inputs, **given)
+
+    def backward_call(self, need: list[bool] | None = None, backend: str = "auto") -> Any:
+        """What its backward kernels are called with; by default all gradients are needed."""
+        needed = [True] * len(self.NAMES) if need is None else need
+        return self.CALLS[1](**vars(self.call(backend)), grad=self.grad, need=needed)
+
+    def on_quarters(self) -> Self:
+        """All inputs are multiples of 1/4, which multiply and add without rounding: it does not decide on which side of
+        zero a pre-activation is, where the gradient of ReLU jumps."""
+        self.inputs = {n: None if x is None else (x * 4).round() / 4 for n, x in self.inputs.items()}
+        return self
+
+    def computed(self, backend: str) -> dict[str, Tensor]:
+        """`run` by the public op, in its dtype."""
+        with poisoned_memory():
+            return self.run(type(self).OP, self.dtype, backend=backend)
 
     def check(self, backend: str, factor: float = 2) -> None:
         """Compare with the reference in float64, calibrated by the reference in the same dtype."""
-        with poisoned_memory():
-            actual = self.run(type(self).OP, self.dtype, backend=backend)
-        self.check_results(actual, backend, factor)
+        self.check_results(self.computed(backend), backend, factor)
 
     def check_results(self, actual: dict[str, Tensor], computed_by: str, factor: float = 2) -> None:
         """The same for what `run` returned, or something like it."""
@@ -103,7 +113,7 @@ class HiddenProblem(_Problem):
     """G groups of b hidden units, blocks of their own ``per_group``."""
 
     OP, REFERENCE = staticmethod(hidden_experts), staticmethod(hidden_experts_reference)
-    CALL, NAMES = HiddenCall, HiddenCall.DIFFERENTIABLE
+    CALLS, NAMES, ROWS = (HiddenCall, HiddenBackwardCall), HiddenCall.DIFFERENTIABLE, "u"
     groups: int = 3
     block: int = 4
     per_group: bool = False
@@ -123,21 +133,13 @@ class HiddenProblem(_Problem):
         }
         self.grad = self._random(*rows)
 
-    def call(self, backend: str = "auto") -> HiddenCall:
-        """What its forward kernels are called with."""
-        return HiddenCall(**self.inputs, top_k_index=self.index, activation=self.activation, backend=backend)
-
-    def backward_call(self, need: list[bool], backend: str = "auto") -> HiddenBackwardCall:
-        """What its backward kernels are called with."""
-        return HiddenBackwardCall(**vars(self.call(backend)), grad=self.grad, need=need)
-
 
 @dataclass
 class NeuronProblem(_Problem):
     """Widths I and O, m neurons of each expert."""
 
     OP, REFERENCE = staticmethod(neuron_experts), staticmethod(neuron_experts_reference)
-    CALL, NAMES = NeuronCall, NeuronCall.DIFFERENTIABLE
+    CALLS, NAMES, ROWS = (NeuronCall, NeuronBackwardCall), NeuronCall.DIFFERENTIABLE, "x"
     width: int = 12
     out: int = 9
     neurons: int = 6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from mpoe_bench.cases import expert_choice, random_blocks, relative_error
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from mpoe_kernels import grouped_mpo_linear, mpo_ffn, use_backend
 from mpoe_kernels.contract import STRATEGIES
+from mpoe_kernels.linear.grouped import ON_CHIP
+from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.mpo.shape import MPOShape
 from mpoe_kernels.reference import grouped_mpo_linear_reference, mpo_ffn_reference
@@ -19,6 +22,7 @@ from mpoe_kernels.routing.op import route
 from .assertions import assert_calibrated, poisoned_memory
 
 NAMES = ("y", "dx", "dleft", "dcentral", "dright", "dbias")
+ALL_NEEDED = (True,) * 5
 
 
 def planned_strategies(shape: MPOShape) -> list[str]:
@@ -125,6 +129,49 @@ class LinearProblem:
             else:
                 assert_calibrated(a, t, s, f"{name} ({strategy})", factor)
         assert bool((actual[0][self.filled :] == 0).all())
+
+
+@dataclass
+class KernelProblem(LinearProblem):
+    """One product by a backend's kernels, without the op around them; a strategy may be `ON_CHIP`, a way to rebuild.
+
+    Attributes:
+        KERNELS: strategy -> what has its ``forward`` and ``backward`` of a call.
+        BACKEND: that the calls name.
+        inverse: whether the backward is told which slots read a token.
+    """
+
+    KERNELS: ClassVar[Callable[[str], Any]]
+    BACKEND: ClassVar[str]
+    inverse: bool = True
+
+    def _common(self, strategy: str) -> tuple[Any, ...]:
+        tensors = (self.x, *self.blocks, self.routing.expert_offsets, self.bias, self.row_index)
+        named = "rebuild" if strategy == ON_CHIP else strategy, type(self).BACKEND
+        return *tensors, *self.sizes, self.activation, *named
+
+    def forward(self, strategy: str, save: bool = True, **placed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``(y, h, z)``; ``placed``: out_index and gates of `ForwardCall`."""
+        with poisoned_memory():
+            call = ForwardCall(*self._common(strategy), save, self.slot_of_token if placed else None, **placed)
+            return type(self).KERNELS(strategy).forward(call)
+
+    def backward(
+        self, strategy: str, saved: tuple[Tensor, Tensor, Tensor], need: Sequence[bool] = ALL_NEEDED
+    ) -> tuple[Tensor, ...]:
+        """Gradients of x, the blocks and the bias, from what the forward returned; those not needed are empty."""
+        y, h, z = saved
+        kept = self.grad, h, y if self.activation == "relu" else z
+        with poisoned_memory():
+            slots = self.slot_of_token if self.inverse else None
+            return (
+                type(self).KERNELS(strategy).backward(BackwardCall(*self._common(strategy), *kept, list(need), slots))
+            )
+
+    def run(self, strategy: str, backward_strategy: str | None = None) -> list[Tensor]:
+        saved = self.forward(strategy)
+        grads = self.backward(backward_strategy or strategy, saved, (*ALL_NEEDED[:4], self.with_bias))
+        return [saved[0], *grads[: 4 + self.with_bias]]
 
 
 # ------------------------------------------------------------------ blocks and memory layouts

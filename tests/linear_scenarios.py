@@ -1,4 +1,4 @@
-"""What the kernels of every backend are tested with beside their own tests: `LinearProblem` in unusual situations."""
+"""What the kernels of every backend are tested with beside their own tests: `KernelProblem` in unusual situations."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
+import torch
 
+from mpoe_kernels.linear import gradients, grouped
 from mpoe_kernels.mpo.shape import MPOShape
+from tests.assertions import assert_calibrated
 from tests.cases import SMALL_SHAPES
-from tests.linear_problem import planned_strategies
+from tests.linear_problem import NAMES, planned_strategies
 
 
 def halved(cases: Iterable[tuple[Any, ...]]) -> list[Any]:
@@ -22,7 +25,7 @@ class LinearScenarios:
     """Tests for pytest; a class ``Test...`` below it says what they run.
 
     Attributes:
-        problem: a `LinearProblem` that runs some kernels.
+        problem: a `KernelProblem` of some kernels.
         strategies: the strategies of a shape.
     """
 
@@ -62,3 +65,85 @@ class LinearScenarios:
         strategies = self.strategies(shape)
         for forward, backward in zip(strategies, [*strategies[1:], strategies[0]], strict=True):
             self.problem(shape, activation="relu").check(forward, backward)
+
+    @pytest.mark.parametrize(
+        ("name", "dtype"),
+        [
+            pytest.param("light", torch.float32, marks=pytest.mark.exhaustive),
+            ("separable", torch.float32),
+            ("separable", torch.bfloat16),
+        ],
+    )
+    def test_each_gradient_alone_and_the_masked_central_core(self, name: str, dtype: torch.dtype) -> None:
+        """Against float64, not bit for bit: other products run than for all gradients, in other tiles."""
+        case = self.problem(SMALL_SHAPES[name], dtype, tokens=3, experts=2, capacity=2)
+        truth, same = case.reference(torch.float64)[1:], case.reference(dtype)[1:]
+        for strategy in self.strategies(case.shape):
+            saved = case.forward(strategy)
+            for wanted in (*({k} for k in range(5)), {0, 1, 3, 4}):
+                grads = case.backward(strategy, saved, [k in wanted for k in range(5)])
+                for k, grad in enumerate(grads):
+                    if k in wanted:
+                        assert_calibrated(grad, truth[k], same[k], f"{NAMES[k + 1]} ({strategy}, {wanted})")
+                    else:
+                        assert grad.numel() == 0
+
+    @pytest.mark.parametrize("name", ["separable", "separable_mirrored"])
+    def test_a_nan_row_spoils_no_other_row_and_no_other_expert_s_block(self, name: str) -> None:
+        case = self.problem(
+            SMALL_SHAPES[name], torch.bfloat16, 9, 2, 1, "uniform", None, activation="relu", with_bias=False
+        )
+        slot, owner, other = int(case.routing.expert_offsets[1]), 1, 0  # in one tile with the other expert's rows
+        token = int(case.routing.token_of_slot[slot])
+        clean = case.run("separable")
+        case.x[token] = torch.nan
+        y, dx, dleft, dcentral, dright = case.run("separable")
+        slots, tokens = (torch.arange(9) != own for own in (slot, token))
+        assert torch.equal(y[slots], clean[0][slots])
+        assert torch.equal(dx[tokens], clean[1][tokens])
+        for found, wanted in ((dleft, clean[2]), (dright, clean[4])):
+            assert torch.equal(found[other], wanted[other])
+            assert found[owner].isnan().any()
+        assert dcentral.isnan().any()
+
+    def test_a_nan_row_stays_its_token_s(self) -> None:
+        """Beside other rows of its expert, in one tile; in x and in the gradient of y."""
+        case = self.problem(SMALL_SHAPES["paper"], tokens=9, experts=2, top_k=1, capacity=None, activation="silu")
+        case.x[3] = torch.nan
+        slots, tokens = torch.arange(9) != int(case.slot_of_token[3, 0]), torch.arange(9) != 3
+        for strategy in self.strategies(case.shape):
+            y, *_ = saved = case.forward(strategy)
+            assert y[~slots].isnan().all()
+            assert y[slots].isfinite().all()
+            dx = case.backward(strategy, saved, [True, False, False, False, False])[0]
+            assert dx[tokens].isfinite().all()
+
+    def test_experts_by_parts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Weights of two experts at a time, then of the third."""
+        for module in (gradients, grouped):
+            monkeypatch.setattr(module, "experts_at_once", lambda *_, **__: 2)
+        for strategy in (
+            each for each in self.strategies(SMALL_SHAPES["padded"]) if each != "chain"
+        ):  # which builds none
+            self.problem(SMALL_SHAPES["padded"], activation="silu").check(strategy)
+
+    def test_the_same_bits_every_time(self) -> None:
+        case = self.problem(SMALL_SHAPES["paper"], torch.bfloat16)
+        for strategy in self.strategies(case.shape):
+            for first, second in zip(case.run(strategy), case.run(strategy), strict=True):
+                assert torch.equal(first, second)
+
+    @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("name", ["light", "separable", "separable_mirrored"])
+    def test_rows_placed_elsewhere_have_the_same_bits(self, name: str, dtype: torch.dtype) -> None:
+        """The gate multiplies the rounded result; rows of slots without an expert are zero, whatever their gates."""
+        case = self.problem(SMALL_SHAPES[name], dtype, tokens=13, experts=3, top_k=1, capacity=3)
+        out_index, gates = torch.randperm(13), torch.rand(13) + 0.5
+        assert 0 < case.filled < 13
+        gates[out_index[case.filled :]] = torch.nan
+        for strategy in self.strategies(case.shape):
+            y = case.forward(strategy, save=False)[0]
+            placed = case.forward(strategy, save=False, out_index=out_index, gates=gates)[0]
+            wanted = (y.float() * gates[out_index][:, None]).to(dtype)
+            wanted[case.filled :] = 0
+            assert torch.equal(placed[out_index], wanted)

@@ -7,8 +7,7 @@ included (*tensor*). A warp executes Triton's instructions as often as the loops
 spread evenly over the experts. Of kernels in CUDA C++, the emulator counts matrix instructions and barriers of some
 blocks, and what is issued is that many times a share of the smallest loop around such an instruction; nothing is
 counted where none is. ``x_dense``, which has the limits, divides the largest of a call's three sums by the time for the
-dense network's FLOPs or bytes, the larger; ``x_own`` by that for the FLOPs that a chain needs itself; ``x_launches``
-the sum of its floors by the dense's.
+dense network's FLOPs or bytes, the larger.
 
 bench/results/ahead-of-time/gpu.json keeps the figures. The tool fails where a kernel has more instructions, barriers or
 bytes, or a call more launches or a larger ``x_dense`` than there, where a limit that was kept is exceeded, and where a
@@ -34,13 +33,11 @@ from unittest.mock import patch
 import torch
 from gpu_compile import CSRC, Job, compiled, job_of
 from machine_code import executed, issued_with_product
-from mpoe_bench.layers import PHASES, TOKENS, Case, Dense, cases
-from shipped_kernels import Library, Recorder, as_on_gpu, bytes_of
+from mpoe_bench.layers import PHASES, TOKENS, Case, cases
+from shipped_kernels import Library, as_on_gpu, bytes_of
 from torch import nn
 
 from mpoe.layers import router
-from mpoe_kernels.contract import BlockDims, contraction
-from mpoe_kernels.mpo.shape import MPOShape
 from mpoe_kernels.routing import gating
 from mpoe_kernels.testing.launches import Launch
 from mpoe_kernels.triton.start import cdiv
@@ -77,8 +74,7 @@ def launches(
     training: bool,
     architecture: str,
     cuda: tuple[int, int] | None = None,
-    timed: bool = False,
-) -> Recorder:
+) -> list[Any]:
     """What a call of a layer without memory launches, in order; ``cuda``: its experts and slots, for that backend."""
     x = torch.empty(TOKENS, model, dtype=torch.bfloat16, device="meta", requires_grad=training)
     backend = "cuda" if cuda else "triton"
@@ -90,14 +86,14 @@ def launches(
             patch.object(gating, "is_plain_call", lambda _: True),
         ):
             patches.enter_context(each)
-        recorder = patches.enter_context(as_on_gpu(architecture, backend, timed=timed))
+        log = patches.enter_context(as_on_gpu(architecture, backend))
         if cuda:
-            patches.enter_context(cuda_on_stand_ins(*cuda, recorder.log))
+            patches.enter_context(cuda_on_stand_ins(*cuda, log))
         with torch.set_grad_enabled(training):
             y = layer.train(training)(x)
             if training:
                 y.backward(torch.empty_like(y))
-    return recorder
+    return log
 
 
 def _rows(a: dict[str, Any]) -> float:
@@ -217,28 +213,11 @@ def costs_of(launch: Launch | Library | Called, architecture: str) -> Iterator[C
             yield _cost(each.kernel, each.blocks, warps, counts, moved, architecture)
 
 
-@cache
-def dense_floors(model: int, training: bool, architecture: str) -> tuple[float, float]:
-    """Seconds of the dense network: of its launches, with the activation's; and of its FLOPs or bytes, the larger."""
+def dense_seconds(model: int, training: bool, architecture: str) -> float:
+    """Of the dense network: its FLOPs or bytes, the larger."""
     card, passes = CARDS[architecture], 3 if training else 1
-    dense = Dense(model, "relu", device="meta", dtype=torch.bfloat16)
-    log = launches(dense, model, training, architecture).log
     flops, elements = 16 * TOKENS * model**2, 8 * model**2 + 10 * TOKENS * model
-    least = passes * max(flops / card.flops, 2 * elements / card.bandwidth)
-    return sum(cost.floor for launch in log for cost in costs_of(launch, architecture)), least
-
-
-def own_flops(layer: nn.Module, training: bool) -> int:
-    """Of a chain of cores whose weights are rebuilt, without padding; 0 for other layers."""
-    total = 0
-    for module in layer.modules():
-        shape = getattr(module, "shape", None)
-        if isinstance(shape, MPOShape):
-            masked = not module.central.requires_grad
-            given = "rebuild", BlockDims.of_shape(shape), module.num_experts, TOKENS, torch.bfloat16
-            total += contraction(*given, "forward").flops
-            total += contraction(*given, "backward", (True, True, not masked, True)).flops if training else 0
-    return total
+    return passes * max(flops / card.flops, 2 * elements / card.bandwidth)
 
 
 @cache
@@ -246,29 +225,24 @@ def _log_of_cuda(name: str, training: bool) -> list[Any]:
     """The same on every card."""
     case = CASES[name]
     layer = case.layer("meta", "cuda")
-    return launches(layer, case.model, training, "sm_90", (case.experts, TOKENS * case.top_k)).log
+    return launches(layer, case.model, training, "sm_90", (case.experts, TOKENS * case.top_k))
 
 
 def figures(case: Case, training: bool, architecture: str, backend: str = "triton") -> dict[str, Any]:
-    """Of a call: floor in us and x dense, launches, Python's us in the ops, and our kernels."""
-    layer = case.layer("meta")
-    log = _log_of_cuda(case.name, training) if backend == "cuda" else None
-    run = partial(launches, layer, case.model, training, architecture)
-    costs = [cost for launch in log or run().log for cost in costs_of(launch, architecture)]
-    floor, (dense, least) = sum(cost.floor for cost in costs), dense_floors(case.model, training, architecture)
+    """Of a call: floor in us and x dense, launches, and our kernels."""
+    if backend == "cuda":
+        log = _log_of_cuda(case.name, training)
+    else:
+        log = launches(case.layer("meta"), case.model, training, architecture)
+    costs = [cost for launch in log for cost in costs_of(launch, architecture)]
     sums = [sum(times) for times in zip(*(each.times for each in costs), strict=True)]
     kernels = [[*each[:6], *(round(1e6 * seconds, 2) for seconds in each.times)] for each in costs if each.programs]
-    own = own_flops(layer, training) / CARDS[architecture].flops
-    seconds = [run(timed=True).seconds for _ in range(3)] if backend == "triton" else [math.nan]
     return {
-        "x_dense": round(max(sums) / least, 3),
-        "x_own": round(max(sums) / own, 3) if own else "-",
-        "x_launches": round(floor / dense, 3),
-        "floor_us": round(1e6 * floor, 1),
+        "x_dense": round(max(sums) / dense_seconds(case.model, training, architecture), 3),
+        "floor_us": round(1e6 * sum(cost.floor for cost in costs), 1),
         "issue_memory_tensor_us": [round(1e6 * seconds, 1) for seconds in sums],
         "launches": len(costs),
         "ours": len(kernels),
-        "python_us": round(1e6 * min(seconds)) if backend == "triton" else "-",
         "kernels": kernels,
     }
 
@@ -299,7 +273,7 @@ def limit_of(case: Case, phase: str, architecture: str) -> float | None:
 
 def document(calls: dict[str, Any]) -> str:
     """Markdown: the calls on an H100 with x dense on the others, the limits that are missed, and the kernels."""
-    columns = ("x_own", "x_launches", "floor_us", "launches", "ours", "python_us")
+    columns = ("floor_us", "launches", "ours")
     heads = ["layer, forward / with backward", "limit", *(f"x_dense {name}" for name in CARDS), *columns]
     lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
     misses, kernels = [], []

@@ -7,7 +7,6 @@ that is launched only at other sizes needs its own call in `problems`.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -68,22 +67,19 @@ def bytes_of(values: Iterable[Any]) -> int:
 
 
 class Recorder(TorchDispatchMode):
-    """Appends PyTorch's operations to ``log``, as `recorded` does Triton's launches; ``seconds``: Python's in our ops.
+    """Appends PyTorch's operations to ``log``, as `recorded` does Triton's launches, unless ``only_ours``."""
 
-    With ``timed``, operations in our ops are not recorded, which would take longer than they."""
-
-    def __init__(self, log: list[Any], timed: bool = False) -> None:
+    def __init__(self, log: list[Any], only_ours: bool = False) -> None:
         super().__init__()
-        self.log, self.timed, self.seconds = log, timed, 0.0
+        self.log, self.only_ours = log, only_ours
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "mpoe":
-            began = time.thread_time()
-            with nullcontext() if self.timed else self:
-                result = OPDEFS[f"mpoe::{func._opname}"]._init_fn(*args, **kwargs)
-            self.seconds += time.thread_time() - began
-            return result
+            with nullcontext() if self.only_ours else self:
+                return OPDEFS[f"mpoe::{func._opname}"]._init_fn(*args, **kwargs)
+        if self.only_ours:
+            return func(*args, **kwargs)
         with self:
             result = func.decompose(*args, **kwargs)  # what is several operations
         if result is not NotImplemented:
@@ -99,13 +95,15 @@ class Recorder(TorchDispatchMode):
 
 
 @contextmanager
-def as_on_gpu(architecture: str, backend: str = "triton", tile: int | None = None, timed: bool = False) -> Iterator:
-    """Calls of our ops on tensors without memory are made as on a GPU; gives their `Recorder`.
+def as_on_gpu(
+    architecture: str, backend: str = "triton", tile: int | None = None, only_ours: bool = False
+) -> Iterator[list[Any]]:
+    """Calls of our ops on tensors without memory are made as on a GPU; gives the log of what they launch.
 
     Args:
         architecture: one of `mpoe_kernels.triton.architecture.ARCHITECTURES`.
         backend: that ``auto`` means.
-        tile, timed: see `recorded`, `Recorder`.
+        tile, only_ours: see `recorded`, `Recorder`.
     """
     autotune.forget()
     backends._selected.cache_clear()
@@ -119,7 +117,9 @@ def as_on_gpu(architecture: str, backend: str = "triton", tile: int | None = Non
             patch.dict(os.environ, {autotune.SETTING: "0"}),  # the first of the ranking
         ):
             patches.enter_context(each)
-        yield patches.enter_context(Recorder(patches.enter_context(recorded(architecture, tile)), timed))
+        log = patches.enter_context(recorded(architecture, tile))
+        patches.enter_context(Recorder(log, only_ours))
+        yield log
 
 
 class Sizes(NamedTuple):
@@ -145,9 +145,9 @@ class Problem(NamedTuple):
         """With the suitable tiles, and with all others in turn if requested."""
         found: list[Launch] = []
         for tile in (None, *(range(TILES) if self.every_tile else ())):
-            with as_on_gpu(architecture, tile=tile, timed=True) as recorder:
+            with as_on_gpu(architecture, tile=tile, only_ours=True) as log:
                 self.run()
-            found += [each for each in recorder.log if isinstance(each, Launch)]
+            found += log
         return found
 
 

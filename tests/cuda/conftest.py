@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
-from .emulation import missing
+from .emulation import missing, register, unregister
 
 _REASON = "; ".join(missing())
 
@@ -17,3 +18,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/cuda" in item.path.as_posix():
             item.add_marker(pytest.mark.skip(reason=_REASON))
+
+
+@pytest.fixture(scope="module")
+def registered() -> Iterator[None]:
+    """There is a backend ``emulated``."""
+    register()
+    yield
+    unregister()

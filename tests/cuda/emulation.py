@@ -13,17 +13,16 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from mpoe_kernels.backends import cuda_backend
-from mpoe_kernels.contract import BlockDims
+from mpoe_kernels.backends import BACKENDS, add_kernels, cuda_backend, register_backend
 from mpoe_kernels.cuda_library import RefusingOps
+from mpoe_kernels.hidden_experts import op as hidden
 from mpoe_kernels.hidden_experts.cuda import HiddenKernels
 from mpoe_kernels.linear.cuda import LinearKernels
-from mpoe_kernels.linear.op import BackwardCall, ForwardCall
+from mpoe_kernels.neurons import op as neurons
 from mpoe_kernels.neurons.cuda import NeuronKernels
+from mpoe_kernels.routing import op as routing
 from mpoe_kernels.routing.cuda import RoutingKernels
-from tests.assertions import poisoned_memory
 from tests.emulator import cuda_emulate
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # numbered as in csrc/common/types.h
@@ -168,36 +167,14 @@ def stats() -> dict[str, int]:
 KERNELS = LinearKernels(REFUSING, "emulated")
 
 
-class Linear:
-    """`grouped_mpo_linear` and its backward on the emulated kernels. Results are initialised with NaN."""
+def register() -> None:
+    """The backend ``emulated``, until `unregister`."""
+    library()
+    EMULATED.candidates, EMULATED.contraction_reasons = KERNELS.candidates, KERNELS.contraction_reasons
+    register_backend(EMULATED)
+    for kernels, functions in ((HIDDEN, hidden), (NEURONS, neurons), (ROUTING, routing)):
+        add_kernels("emulated", kernels, functions.FUNCTIONS)
 
-    def __init__(self, x, blocks, offsets, bias, row_index, in_features, out_features, activation) -> None:
-        library()
-        self.x, self.blocks, self.bias, self.row_index = x, blocks, bias, row_index
-        self.dims = BlockDims.of_blocks(*blocks, in_features, out_features)
-        self.activation = activation
-        self.common = (x, *blocks, offsets, bias, row_index, in_features, out_features, activation)
 
-    def forward(self, strategy: str = "rebuild", save: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """``y``, and what the backward reads: of a separable product rows, and the pre-activation."""
-        call = ForwardCall(*self.common, strategy, "emulated", save)
-        with poisoned_memory():
-            y, h, z = KERNELS.forward(call)
-        return y, h if call.saves_h else None, z if call.saves_z else None
-
-    def backward(
-        self,
-        grad: Tensor,
-        h: Tensor | None,
-        saved: Tensor | None,
-        need: list[bool],
-        slot_of_token: Tensor | None = None,
-        strategy: str = "rebuild",
-    ):
-        """``(dx [T, I], dleft, dcentral, dright, dbias)``; None for those not needed."""
-        nothing = self.x.new_empty(0)
-        kept = (nothing if h is None else h, nothing if saved is None else saved)
-        call = BackwardCall(*self.common, strategy, "eager", grad, *kept, need, slot_of_token)  # rows by token: eager
-        with poisoned_memory():
-            found = KERNELS.backward(call)
-        return [result if needed else None for result, needed in zip(found, need, strict=True)]
+def unregister() -> None:
+    del BACKENDS["emulated"]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +20,10 @@ from mpoe_kernels.linear import ffn, grouped
 from mpoe_kernels.linear.eager import candidates
 from mpoe_kernels.linear.eager.library import Library
 from mpoe_kernels.linear.ffn import placed_mpo_linear
-from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 from tests.assertions import poisoned_memory
 from tests.cases import SMALL_SHAPES
-from tests.linear_problem import LinearProblem, check_ffn, leaves
+from tests.linear_problem import KernelProblem, check_ffn, leaves
+from tests.linear_scenarios import LinearScenarios
 
 from .backend_cases import on_every_backend, require, require_strategies
 
@@ -176,45 +179,39 @@ CASES = [
     for strategy in ("rebuild", "half_left", "half_right", "chain", "separable")
     if strategy != "separable" or name.startswith("separable")
 ]
-ALL = [True] * 5
+LIBRARY = SimpleNamespace(
+    **{
+        name: partial(lambda run, call: run(call, Library()), getattr(grouped, name))
+        for name in ("forward", "backward")
+    }
+)
 
 
 @dataclass
-class Problem(LinearProblem):
-    """Six experts, some of them idle; some slots come after the last expert's.
+class Problem(KernelProblem):
+    """Six experts, some of them idle; some slots come after the last expert's."""
 
-    Attributes:
-        inverse: whether the backward is told which slots read a token.
-    """
-
+    KERNELS, BACKEND = staticmethod(lambda _: LIBRARY), "auto"
     tokens: int = 9
     experts: int = 6
     kind: str = "some_idle"
-    activation: str = "none"
     inverse: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.idle = [e for e, load in enumerate(self.routing.expert_offsets.diff().tolist()) if not load]
         self.grad[self.filled :] = 0
 
-    def results(self, strategy: str, need: list[bool] = ALL) -> tuple[Tensor, tuple[Tensor, ...]]:
-        left, central, right = (block.clone() for block in self.blocks)
-        for t in (left, right):  # an idle expert's blocks must never be read
-            t[self.idle] = torch.nan
-        common = (
-            *(self.x, left, central, right, self.routing.expert_offsets, self.bias, self.row_index),
-            *(*self.sizes, self.activation, strategy, "auto"),
-        )
-        library = Library()
-        y, h, z = grouped.forward(ForwardCall(*common, save=True), library)
-        saved, slots = y if self.activation == "relu" else z, self.slot_of_token if self.inverse else None
-        call = BackwardCall(*common, grad=self.grad, h=h, saved=saved, need=need, slot_of_token=slots)
-        return y, grouped.backward(call, library)
+    def _common(self, strategy: str) -> tuple[Any, ...]:
+        """An idle expert's blocks must never be read."""
+        x, left, central, right, *others = super()._common(strategy)
+        idle = self.routing.expert_offsets.diff() == 0
+        left, right = (block.masked_fill(idle.view(-1, 1, 1, 1), torch.nan) for block in (left, right))
+        return x, left, central, right, *others
 
-    def run(self, strategy: str, backward_strategy: str | None = None) -> list[Tensor]:
-        y, gradients = self.results(strategy)
-        return [y, *gradients]
+
+class TestScenarios(LinearScenarios):
+    problem = Problem
+    test_rows_placed_elsewhere_have_the_same_bits = None  # nobody asks the library for it
 
 
 @pytest.mark.parametrize("inverse", [False, True])
@@ -223,36 +220,8 @@ def test_results_and_gradients(name: str, strategy: str, inverse: bool, monkeypa
     """With weights of all experts at once, or, where weights are built, of two at a time."""
     if inverse and strategy not in ("chain", "separable"):
         monkeypatch.setattr("mpoe_kernels.linear.grouped.experts_at_once", lambda *_, **__: 2)
-    Problem(SMALL_SHAPES[name], gathered=inverse, inverse=inverse).check(strategy, factor=4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
-def test_activations(activation: str, dtype: torch.dtype) -> None:
-    Problem(SMALL_SHAPES["paper"], dtype, activation=activation).check("half_left", factor=4)
-
-
-@pytest.mark.parametrize("alone", range(5))
-def test_each_gradient_alone(alone: int) -> None:
-    problem = Problem(SMALL_SHAPES["light"], activation="relu", gathered=False)
-    need = [place == alone for place in range(5)]
-    _, gradients = problem.results("chain", need)
-    assert [g.numel() > 0 for g in gradients] == need
-    assert torch.equal(gradients[alone], problem.results("chain")[1][alone])
-
-
-def test_no_slots() -> None:
-    Problem(SMALL_SHAPES["separable"], tokens=0).check("separable")
-
-
-def test_a_nan_row_stays_its_token_s() -> None:
-    problem = Problem(SMALL_SHAPES["light"], gathered=False, activation="silu")
-    problem.x[2] = torch.nan
-    y, (dx, *_) = problem.results("chain")
-    assert y[2].isnan().all()
-    others = [row for row in range(len(y)) if row != 2]
-    assert y[others].isfinite().all()
-    assert dx[others].isfinite().all()
+    problem = Problem(SMALL_SHAPES[name], gathered=inverse, activation="none", inverse=inverse)
+    problem.check(strategy, factor=4)
 
 
 @pytest.mark.parametrize("phase", ["forward", "backward"])

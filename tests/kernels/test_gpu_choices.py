@@ -75,7 +75,7 @@ def test_layers_run_on_tensors_without_memory(case: Case, top_k: int) -> None:
     layer = replace(case, top_k=top_k).layer("meta")
     for tokens, dtype in product((1, 64, 4096), (torch.bfloat16, torch.float32)):
         x = torch.empty(tokens, 768, dtype=dtype, device="meta", requires_grad=True)
-        with as_on_gpu("sm_90", timed=True), warnings.catch_warnings():
+        with as_on_gpu("sm_90", only_ours=True), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # nothing balances the experts of a single layer
             with torch.no_grad():
                 layer.to(dtype).eval()(x)
@@ -109,7 +109,7 @@ def test_calls_read_no_numbers(strategy: str, gather: bool) -> None:
     shape = SMALL_SHAPES["separable" if strategy == "separable" else "padded"]
     problem = Product(shape, gathered=gather, activation="gelu")
     with NothingIsRead():
-        problem.results(strategy)
+        problem.run(strategy)
 
 
 NAMES = ("NVIDIA A100-SXM4-80GB", "NVIDIA B200")

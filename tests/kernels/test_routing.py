@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mpoe_bench.cases import expert_choice
 
-from mpoe_kernels import Routing, combine, dispatch, route, use_backend
-from mpoe_kernels.reference import combine_reference, dispatch_reference, route_reference
+from mpoe_kernels import combine, dispatch, route, use_backend
 from mpoe_kernels.routing.op import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
-from tests.assertions import assert_calibrated, poisoned_memory, torch_threads
+from tests.assertions import torch_threads
 from tests.linear_problem import LAYOUTS
+from tests.routing_problem import check_route, check_rows, parts_of
 
 from .backend_cases import dtypes_of, on_every_backend, require
 
@@ -26,21 +26,9 @@ def test_route_equals_loops(
     index = torch.randint(0, experts, (tokens, top_k), generator=generator)
     capacity = data.draw(st.none() | st.integers(1, 6))
     mask = torch.rand(tokens, generator=generator) > 0.3 if data.draw(st.booleans()) else None
-    with poisoned_memory():
-        routing = route(index, experts, capacity, mask, backend=backend)
-    expected = route_reference(index, experts, capacity, mask)
-    for got, want in zip((routing.expert_offsets, routing.token_of_slot, routing.slot_of_token), expected, strict=True):
-        assert got.dtype == want.dtype
-        assert torch.equal(got, want)
+    routing = check_route(index, experts, capacity, mask, backend=backend)
     assert routing.num_experts == experts
     assert int(routing.expert_load.sum()) == int((routing.slot_of_token >= 0).sum())
-
-
-def example_routing(tokens: int = 9, top_k: int = 2) -> tuple[Routing, torch.Tensor]:
-    torch.manual_seed(3)
-    index = torch.randint(0, 4, (tokens, top_k))
-    mask = torch.arange(tokens) % 4 != 1
-    return route(index, 4, capacity=4, token_mask=mask), mask
 
 
 @on_every_backend
@@ -63,10 +51,7 @@ def test_route_many_pairs(backend: str) -> None:
     index = expert_choice("zipf", 30_000, 5, top_k=2)
     mask = torch.rand(30_000) > 0.2
     for capacity in (None, 4_000):
-        routing = route(index, 5, capacity, mask, backend=backend)
-        expected = route_reference(index, 5, capacity, mask)
-        got = (routing.expert_offsets, routing.token_of_slot, routing.slot_of_token)
-        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        check_route(index, 5, capacity, mask, backend=backend)
 
 
 @on_every_backend
@@ -85,33 +70,7 @@ def test_rows_and_gradients_against_loops(
     capacity, masked = data.draw(st.none() | st.integers(1, 5)), data.draw(st.booleans())
     mask = torch.rand(tokens) > 0.3 if masked else None
     routing = route(expert_choice(kind, tokens, 4, top_k), 4, capacity, mask)
-    x64, y64 = torch.randn(tokens, features), torch.randn(tokens * top_k, features)
-    weights64 = torch.rand(tokens, top_k).to(gate_dtype)
-    if dtype != gate_dtype:  # the reference rounds the gates to the rows' dtype; kernels need not
-        weights64 = weights64.to(dtype).to(gate_dtype)
-    grads64 = torch.randn(tokens * top_k, features).to(dtype), torch.randn(tokens, features).to(dtype)
-
-    def run(run_dtype: torch.dtype, gates: torch.dtype, reference: bool) -> list[torch.Tensor]:
-        place = (lambda t: t) if reference else layout
-        x, y = (place(t.to(dtype).to(run_dtype)).detach().requires_grad_() for t in (x64, y64))
-        weights = place(weights64.to(gates)).detach().requires_grad_()
-        options = {} if reference else {"backend": backend}
-        rows = (dispatch_reference if reference else dispatch)(x, routing, **options)
-        out = (combine_reference if reference else combine)(y, routing, weights, **options)
-        results = [rows, out]
-        for result, inputs, grad in ((rows, [x], grads64[0]), (out, [y, weights], grads64[1])):
-            if result.requires_grad:
-                found = torch.autograd.grad(result, inputs, place(grad.to(run_dtype)).detach(), allow_unused=True)
-            else:  # without tokens, the reference depends on no input
-                found = (None,) * len(inputs)
-            results += [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found, strict=True)]
-        return results
-
-    with poisoned_memory():
-        actual = run(dtype, gate_dtype, reference=False)
-    truth, same = run(torch.float64, torch.float64, reference=True), run(dtype, gate_dtype, reference=True)
-    for name, a, t, s in zip(("rows", "y", "dx", "dy", "dweights"), actual, truth, same, strict=True):
-        assert_calibrated(a, t, s, f"{name} {dtype}")
+    check_rows(routing, features, dtype, backend, gate_dtype, layout)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -126,33 +85,9 @@ def test_native_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
             leaves = [t.clone().requires_grad_() for t in (x, y, weights)]
             rows, out = dispatch(leaves[0], routing), combine(leaves[1], routing, leaves[2])
             grads = torch.autograd.grad((rows, out), leaves, (rows.detach() * 2, out.detach() * 3))
-        parts = (routing.expert_offsets, routing.token_of_slot, routing.slot_of_token)
-        results.append([*parts, rows, out, *grads])
+        results.append([*parts_of(routing), rows, out, *grads])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-@on_every_backend
-def test_dispatch_and_combine_equal_loops_even_with_poisoned_input(backend: str) -> None:
-    require(backend, "combine", torch.float64)
-    with use_backend(backend):
-        check_poisoned_input()
-
-
-def check_poisoned_input() -> None:
-    routing, mask = example_routing()
-    x = torch.randn(9, 5, dtype=torch.float64)
-    weights = torch.rand(9, 2, dtype=torch.float64)
-    x[~mask] = float("nan")  # padding may hold anything
-    with poisoned_memory():
-        rows = dispatch(x, routing)
-        assert torch.equal(rows, dispatch_reference(x, routing))
-        filled = int(routing.expert_offsets[-1])
-        assert filled < rows.shape[0]
-        assert bool((rows[filled:] == 0).all())
-        rows = rows.clone()
-        rows[filled:] = float("nan")  # and so may the rows of empty slots
-        assert torch.allclose(combine(rows, routing, weights), combine_reference(rows, routing, weights))
 
 
 def test_eager_kernels_do_not_synchronise_with_the_host() -> None:

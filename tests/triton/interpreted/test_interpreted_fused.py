@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from mpoe_kernels import MPOShape
+from mpoe_kernels.linear.grouped import ON_CHIP
 from mpoe_kernels.linear.triton import fused_launch, fused_tiles
 from mpoe_kernels.linear.triton.fused_tiles import FusedTile
 from mpoe_kernels.testing.launches import recorded
 
-from .linear_runs import ON_CHIP, Case
+from .linear_runs import Case
 
 # Factors that are not powers of two, in both directions.
 UNEVEN = MPOShape((5, 3, 3), (3, 2, 6), max_bond=9)
@@ -18,10 +19,10 @@ UNEVEN = MPOShape((5, 3, 3), (3, 2, 6), max_bond=9)
 
 def names(case: Case, strategy: str, backward: bool = False) -> list[str]:
     """Kernels that a case launches on a GPU."""
-    y, h, z = case.forward(strategy)
+    saved = case.forward(strategy)
     with recorded("sm_90") as started:
         if backward:
-            case.backward(strategy, y, h, z, [True] * 5)
+            case.backward(strategy, saved)
         else:
             case.forward(strategy)
     return [one.name for one in started]

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import pytest
 import torch
 from _pytest.mark.structures import ParameterSet
-from mpoe_bench.cases import expert_choice, random_blocks
-from torch import Tensor
+from mpoe_bench.cases import random_blocks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpoe_kernels import MPOBlocks, grouped_mpo_linear, mpo_ffn, route
-from mpoe_kernels.linear import grouped as common
+from mpoe_kernels import MPOBlocks, grouped_mpo_linear
+from mpoe_kernels.linear.grouped import ON_CHIP
 from mpoe_kernels.linear.triton import grouped
 from mpoe_kernels.linear.triton.grouped import Tile
-from mpoe_kernels.reference import grouped_mpo_linear_reference, mpo_ffn_reference
+from mpoe_kernels.reference import grouped_mpo_linear_reference
 from mpoe_kernels.testing.launches import recorded
 from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.architecture import NO_LIMIT, Target
 from tests.assertions import assert_calibrated
 from tests.cases import SMALL_SHAPES
-from tests.linear_problem import NAMES, planned_strategies
+from tests.linear_problem import check_ffn, planned_strategies
 from tests.linear_scenarios import LinearScenarios
 
 from .linear_runs import Case, strategies_of
@@ -57,30 +56,6 @@ class TestScenarios(LinearScenarios):
     strategies = staticmethod(strategies_of)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        pytest.param("light", torch.float32, marks=pytest.mark.exhaustive),
-        ("separable", torch.float32),
-        ("separable", torch.bfloat16),
-    ],
-)
-def test_each_gradient_alone_and_the_masked_central_core(name: str, dtype: torch.dtype) -> None:
-    """Against float64, not bit for bit: other products run than for all gradients, in other tiles."""
-    shape = SMALL_SHAPES[name]
-    case = Case(shape, dtype, tokens=3, experts=2, capacity=2)
-    truth, same = case.reference(torch.float64)[1:], case.reference(case.dtype)[1:]
-    for strategy in strategies_of(shape):
-        y, h, z = case.forward(strategy)
-        for wanted in (*({k} for k in range(5)), {0, 1, 3, 4}):
-            grads = case.backward(strategy, y, h, z, [k in wanted for k in range(5)])
-            for k in range(5):
-                if k in wanted:
-                    assert_calibrated(grads[k], truth[k], same[k], f"{NAMES[k + 1]} ({strategy}, {wanted})")
-                else:
-                    assert grads[k].numel() == 0
-
-
 class Products(TorchDispatchMode):
     """Counts the library's matrix products."""
 
@@ -95,11 +70,11 @@ def test_masked_backward_computes_less() -> None:
     """The central gradient is not computed and then discarded: it has no launch, or no product of the library."""
     case = Case(SMALL_SHAPES["paper"], torch.bfloat16)  # float32 has no fused kernels there
     for strategy in strategies_of(case.shape):
-        y, h, z = case.forward(strategy)
+        saved = case.forward(strategy)
 
-        def work(need: list[bool], strategy=strategy, saved=(y, h, z)) -> int:
+        def work(need: list[bool], strategy=strategy, saved=saved) -> int:
             with recorded("sm_90") as launches, Products() as products:
-                case.backward(strategy, *saved, need)
+                case.backward(strategy, saved, need)
             return len(launches) + products.count
 
         complete = work([True] * 5)
@@ -143,54 +118,11 @@ def test_one_reading_of_rows_gives_both_gradients(activation: str, dtype: torch.
     assert 0 < case.filled < 22
     assert not case.routing.expert_load.all()
     case.check("separable")
-    y, h, z = case.forward("separable")
+    saved = case.forward("separable")
     with recorded("sm_90") as started:
-        case.backward("separable", y, h, z, [True] * 4 + [False])
+        case.backward("separable", saved, [True] * 4 + [False])
     shared = [one.arguments for one in started if one.arguments.get("da") is not None]
     assert [(one["ACTIVATION"], one["again"] is not None) for one in shared] == [(activation, False), ("none", True)]
-
-
-@pytest.mark.parametrize("name", ["separable", "separable_mirrored"])
-def test_a_nan_row_spoils_no_other_row_and_no_other_expert_s_block(name: str) -> None:
-    case = Case(SMALL_SHAPES[name], torch.bfloat16, 9, 2, 1, "uniform", None, activation="relu", with_bias=False)
-    slot, owner, other = int(case.routing.expert_offsets[1]), 1, 0  # in one tile with the other expert's rows before it
-    token = int(case.routing.token_of_slot[slot])
-    clean = case.run("separable")
-    case.x[token] = torch.nan
-    _, dx, dleft, dcentral, dright = case.run("separable")
-    others = torch.arange(9) != token
-    assert torch.equal(dx[others], clean[1][others])
-    for found, wanted in ((dleft, clean[2]), (dright, clean[4])):
-        assert torch.equal(found[other], wanted[other])
-        assert found[owner].isnan().any()
-    assert dcentral.isnan().any()
-
-
-@pytest.mark.parametrize("strategy", strategies_of(SMALL_SHAPES["paper"]))
-def test_a_nan_row_stays_its_token_s(strategy: str) -> None:
-    """Beside other rows of its expert, in one tile; in x and in the gradient of y."""
-    case = Case(SMALL_SHAPES["paper"], tokens=9, experts=2, top_k=1, capacity=None, activation="silu")
-    case.x[3], token = torch.nan, 3
-    slot = int(case.slot_of_token[token, 0])
-    y, h, z = case.forward(strategy)
-    assert y[slot].isnan().all()
-    assert y[[s for s in range(9) if s != slot]].isfinite().all()
-    dx = case.backward(strategy, y, h, z, [True, False, False, False, False])[0]
-    assert dx[[t for t in range(9) if t != token]].isfinite().all()
-
-
-@pytest.mark.parametrize("strategy", ["rebuild", "rebuild on chip", "half_left"])
-def test_experts_by_parts(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights of two experts at a time, then of the third."""
-    monkeypatch.setattr(common, "experts_at_once", lambda *_, **__: 2)
-    Case(SMALL_SHAPES["padded"], activation="silu").check(strategy)
-
-
-def test_the_same_bits_every_time() -> None:
-    for strategy in ("rebuild", "half_left", "chain"):
-        case = Case(SMALL_SHAPES["paper"])
-        for first, second in zip(case.run(strategy), case.run(strategy), strict=True):
-            assert torch.equal(first, second)
 
 
 def test_strided_input_and_blocks() -> None:
@@ -209,22 +141,14 @@ def test_strided_input_and_blocks() -> None:
 
 
 def test_a_gated_network_with_its_gradients() -> None:
-    shape = SMALL_SHAPES["separable"]
-    routing = route(expert_choice("zipf", 7, 3, 2), 3, capacity=3, backend="eager")
-    blocks = [random_blocks(s, 3) for s in (shape, shape.mirrored(), shape)]
-    sizes = [(each.in_features, each.out_features) for each in blocks]
-    plain = [torch.randn(7, 12), torch.rand(7, 2), torch.randn(10), torch.randn(12)]
-    leaves = [*plain, *(t for each in blocks for t in (each.left, each.central, each.right))]
+    check_ffn("triton", SMALL_SHAPES["separable"], torch.float32, gated=True, tokens=7, experts=3)
 
-    def results(dtype: torch.dtype, function: Callable[..., Tensor], **options: object) -> list[Tensor]:
-        tensors = [t.detach().to(dtype).requires_grad_() for t in leaves]
-        x, weights, up_bias, down_bias, *rest = tensors
-        up, down, gate = (MPOBlocks(*rest[3 * k : 3 * k + 3], *sizes[k]) for k in range(3))
-        biases = {"up_bias": up_bias, "down_bias": down_bias}
-        y = function(x, routing, weights, up, down, gate_proj=gate, **biases, activation="silu", **options)
-        return [y, *torch.autograd.grad(y.square().sum(), tensors)]
 
-    found = results(torch.float32, mpo_ffn, backend="triton")
-    truth, same = results(torch.float64, mpo_ffn_reference), results(torch.float32, mpo_ffn_reference)
-    for number, (f, t, s) in enumerate(zip(found, truth, same, strict=True)):
-        assert_calibrated(f, t, s, f"result {number}", 4)
+def test_placed_on_chip_it_is_no_launch_more() -> None:
+    case = Case(SMALL_SHAPES["light"], torch.bfloat16, tokens=13, experts=3, top_k=1)
+    with recorded("sm_90") as plain:
+        case.forward(ON_CHIP, save=False)
+    with recorded("sm_90") as placing:
+        case.forward(ON_CHIP, save=False, out_index=torch.arange(13), gates=torch.ones(13))
+    assert len(plain) == len(placing) == 1
+    assert placing[0].arguments["out_index"] is not None

@@ -1,0 +1,176 @@
+"""Hidden-side experts and neurons: every kernel and gradient against the float64 reference, and the launches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from mpoe_kernels.hidden_experts import triton as hidden
+from mpoe_kernels.neurons import triton as neurons
+from mpoe_kernels.routing.triton import SortedSlots
+from mpoe_kernels.testing.launches import recorded
+from mpoe_kernels.triton.start import Tile
+from tests.expert_problems import HiddenProblem, NeuronProblem
+from tests.expert_scenarios import CASES, ExpertScenarios
+
+KERNELS = {HiddenProblem: hidden, NeuronProblem: neurons}
+HALVES = (torch.bfloat16, torch.float16)
+SIZES = (2, 4)  # bytes of a number, by which tiles are chosen
+of_each_kind = pytest.mark.parametrize("kind", KERNELS, ids=lambda kind: kind.__name__)
+
+
+class TestScenarios(ExpertScenarios):
+    backend, kernels = "triton", KERNELS
+    dtypes = (torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in HALVES))
+    slow_cases = ("many experts", "top-4", "wide blocks", "parts of a tile", "one neuron")
+
+
+def mostly_slow(kind: type[Any], *default: str) -> pytest.MarkDecorator:
+    cases = [pytest.param(name, marks=[pytest.mark.slow] * (name not in default)) for name in CASES[kind]]
+    return pytest.mark.parametrize("name", cases)
+
+
+@pytest.mark.parametrize("share", [2, 1000])
+@mostly_slow(HiddenProblem, "no full tile", "parts of a block")
+def test_several_tiles_and_parts(name: str, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of 16 units; programs of rows take one group, or with many programs several."""
+    tiles = dict.fromkeys(SIZES, (Tile(16, 16, 16, 4),))
+    monkeypatch.setattr(hidden, "TILES", dict.fromkeys(hidden.TILES, tiles))
+    monkeypatch.setattr(hidden, "_share", lambda groups, *_: min(groups, share))
+    HiddenProblem(**CASES[HiddenProblem][name], dtype=torch.float32).check("triton")
+
+
+@pytest.mark.parametrize("on_chip", [0, 1000])
+@mostly_slow(NeuronProblem, "no full tile", "gated")
+def test_both_ways_in_small_tiles(name: str, on_chip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the hidden neurons on chip or not; several tiles of every size."""
+    tiles = dict.fromkeys(SIZES, (Tile(16, 64 if on_chip else 16, 16, 4),))
+    monkeypatch.setattr(neurons, "TILES", dict.fromkeys(neurons.TILES, tiles))
+    monkeypatch.setattr(neurons, "ON_CHIP", dict.fromkeys(SIZES, on_chip))
+    NeuronProblem(**CASES[NeuronProblem][name], dtype=torch.float32).check("triton")
+
+
+@pytest.mark.slow
+def test_a_thousand_experts() -> None:
+    NeuronProblem(5, 1024, 16, neurons=8, width=8, out=8, dtype=torch.bfloat16).check("triton")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("kind", "own"), [(HiddenProblem, {"groups": 1, "block": 16}), (NeuronProblem, {"neurons": 130})]
+)
+def test_half_precision(kind: type[Any], own: dict[str, int], dtype: torch.dtype) -> None:
+    kind(tokens=18, experts=2, gated=True, with_bias=True, dtype=dtype, **own).check("triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "kernel", "on_chip"),
+    [
+        *((HiddenProblem, kernel, 0) for kernel in hidden.TILES),
+        *((NeuronProblem, kernel, on_chip) for kernel in neurons.TILES for on_chip in (0, 1000)),
+    ],
+)
+def test_a_row_of_nan_with_an_expert_stays_alone_on_every_tile(
+    kind: type[Any], kernel: str, on_chip: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles, own = KERNELS[kind].TILES[kernel], {"groups": 2, "block": 8} if kind is HiddenProblem else {}
+    problem = kind(tokens=40, experts=2, dtype=dtype, gated=True, none_share=0.0, **own)
+    others = torch.arange(40) != 7
+    monkeypatch.setattr(neurons, "ON_CHIP", dict.fromkeys(SIZES, on_chip))
+    for tile in tiles[dtype.itemsize]:
+        monkeypatch.setitem(tiles, dtype.itemsize, (tile,))
+        clean, rows = problem.computed("triton"), problem.inputs[problem.ROWS]
+        kept = rows[7].clone()
+        rows[7] = torch.nan
+        dirty = problem.computed("triton")
+        rows[7] = kept
+        for name in dirty.keys() & {"o", "du", "dx", "dgates", "du_gate"}:
+            assert torch.equal(dirty[name][others], clean[name][others]), (tile, name)
+        assert dirty["o"][7].isnan().all()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_every_program_says_that_its_rows_are_written(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for one that does not would wait forever."""
+    turns: list[dict[str, torch.Tensor]] = []
+    made = SortedSlots.turns
+    monkeypatch.setattr(SortedSlots, "turns", lambda *given: turns.append(made(*given)) or turns[-1])
+    problem = HiddenProblem(tokens=37, experts=3, top_k=3, groups=2, none_share=0.3, gated=True, dtype=torch.float32)
+    hidden.backward(problem.backward_call()) if backward else hidden.forward(problem.call())
+    (found,) = turns
+    used = found["tickets"] > 0
+    assert used.any()
+    assert (found["done"] == used * 37 * 3).all()
+
+
+@pytest.mark.parametrize("complete", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_opcheck(complete: bool) -> None:
+    problem = HiddenProblem(tokens=2, experts=2, top_k=1, groups=1, gated=True, with_bias=True, dtype=torch.float32)
+    quick = ("test_schema", "test_autograd_registration", "test_faketensor")
+    utils = (*quick, "test_aot_dispatch_dynamic") if complete else quick
+    call, backward = (
+        problem.call("triton"),
+        problem.backward_call([True, False, True, True, True, False, True], "triton"),
+    )
+    opcheck(torch.ops.mpoe.hidden_experts.default, tuple(vars(call).values()), test_utils=utils)
+    opcheck(torch.ops.mpoe.hidden_experts_backward.default, tuple(vars(backward).values()), test_utils=quick)
+
+
+# ------------------------------------------------------------------ launches
+
+
+def started(problem: Any, *need: bool) -> list[Any]:
+    """What a call launches on a GPU: the forward, or the needed gradients."""
+    kernels = KERNELS[type(problem)]
+    with recorded("sm_90") as found:
+        kernels.backward(problem.backward_call(list(need))) if need else kernels.forward(problem.call())
+    return found
+
+
+def names(problem: Any, *need: bool) -> list[str]:
+    return [one.name for one in started(problem, *need)]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("per_group", [False, True])
+def test_launches_of_the_hidden_side(per_group: bool, gated: bool) -> None:
+    sizes: dict[str, Any] = {"tokens": 50, "experts": 8, "groups": 3, "block": 4}
+    problem = HiddenProblem(**sizes, per_group=per_group, gated=gated, with_bias=True, dtype=torch.float32)
+    rows = ["sort_kernel", "hidden_rows_kernel"]
+    assert names(problem) == names(problem, True, False, False, False, False, True, False) == rows
+    assert names(problem, *[True] * 7) == [*rows, "hidden_blocks_kernel"]
+    assert names(problem, False, False, True, True, True, False, True) == ["sort_kernel", "hidden_blocks_kernel"]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_launches_of_neurons(gated: bool) -> None:
+    problem = NeuronProblem(tokens=50, gated=gated, with_bias=True, dtype=torch.float32)
+    assert names(problem) == ["sort_kernel", "neurons_fused_kernel"]
+    rows = ["sort_kernel", "neurons_hidden_kernel", "neurons_rows_kernel"]
+    assert names(NeuronProblem(tokens=50, neurons=200, gated=gated, dtype=torch.float32)) == rows
+    assert names(problem, *[True] * 6) == [*rows, "neurons_weights_kernel"]
+    assert names(problem, True, *[False] * 5) == rows
+    assert names(problem, *[False] * 6) == []
+
+
+@of_each_kind
+def test_no_token_is_no_launch(kind: type[Any]) -> None:
+    assert names(kind(tokens=0)) == names(kind(tokens=0), *[True] * len(kind.NAMES)) == []
+
+
+def test_a_few_pairs_do_not_wait_for_one_another() -> None:
+    found = started(NeuronProblem(tokens=8, top_k=8, experts=64, dtype=torch.bfloat16))
+    assert [one.arguments["TOP_K"] for one in found] == [1, 1]
+
+
+def test_few_tokens_share_an_idle_device() -> None:
+    """Programs for parts of the columns, each of which computes the hidden activations."""
+    sizes: dict[str, Any] = {"top_k": 2, "experts": 8, "width": 256, "out": 4096, "neurons": 32, "none_share": 0.0}
+    calls = [started(NeuronProblem(tokens=tokens, dtype=torch.bfloat16, **sizes)) for tokens in (1, 4096)]
+    (_, parts), (tiles, one) = (each.grid for call in calls for each in call if each.name == "neurons_fused_kernel")
+    assert parts > 32
+    assert (tiles > 128, one) == (True, 1)

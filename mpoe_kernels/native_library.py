@@ -58,7 +58,8 @@ def address(tensor: Tensor | None) -> int | None:
 def dense(name: str, tensor: Tensor) -> Tensor:
     """The tensor, or a contiguous copy of it: its address may be handed to the library.
 
-    That its memory holds its values was asked at the door, see `mpoe_kernels.define.is_plain_call`.
+    That its memory holds its values was asked at the door, see `mpoe_kernels.define.is_plain_call`, and what its sizes
+    and dtype are: by the public function or, of a raw op, by `mpoe_kernels.signatures`.
 
     Raises:
         ValueError: it is not on the CPU.
@@ -79,25 +80,7 @@ def dense_like(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.d
     return dense(name, tensor)
 
 
-def dense_index(name: str, tensor: Tensor, axes: int) -> Tensor:
-    """Dense int64 values of an integer tensor.
-
-    Raises:
-        ValueError: another number of axes, or as in `dense`.
-    """
-    if tensor.dim() != axes:
-        raise ValueError(f"{name} must have {axes} axes; got {describe(tensor)}")
+def dense_index(name: str, tensor: Tensor) -> Tensor:
+    """Dense int64 values of an integer tensor; the library checks them."""
     tensor = dense(name, tensor)
     return tensor if tensor.dtype == torch.int64 else tensor.long()
-
-
-def dense_offsets(offsets: Tensor) -> Tensor:
-    """Dense expert_offsets ``[E + 1]``, int32 or int64; the library checks their values.
-
-    Raises:
-        ValueError: another shape, or as in `dense`.
-    """
-    if offsets.dim() != 1 or offsets.shape[0] < 2:
-        raise ValueError(f"expert_offsets must be [E + 1]; got {describe(offsets)}")
-    offsets = dense("expert_offsets", offsets)
-    return offsets if offsets.dtype in (torch.int32, torch.int64) else offsets.long()

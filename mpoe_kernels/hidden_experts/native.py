@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.backends import Request
-from mpoe_kernels.checks import describe
-from mpoe_kernels.native_library import NATIVE_LIBRARY, address, dense, dense_index, dense_like, name_of
+from mpoe_kernels.native_library import NATIVE_LIBRARY, address, dense, dense_index, name_of
 from mpoe_kernels.routing.gating import Gating, new_gating
 
 if TYPE_CHECKING:
@@ -29,28 +28,13 @@ def reasons(request: Request) -> list[str]:
 def _inputs(call: HiddenCall) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
     """Arguments of both passes, and the tensors that they point to, which the caller must keep until the call
     returns."""
-    u, right, right_gate = dense("u", call.u), call.right, call.right_gate
-    if u.dim() != 2 or right.dim() != 4:
-        raise ValueError(f"u must have 2 axes and right 4; got {describe(u)}, {describe(right)}")
-    if (call.u_gate is None) != (right_gate is None):
-        raise ValueError("right_gate must be given with u_gate")
-    (tokens, features), (experts, groups, block, _) = u.shape, right.shape
-    dtype, blocks = u.dtype, (experts, groups, block, block)
-    index = dense_index("top_k_index", call.top_k_index, 2)
-    if index.shape[0] != tokens or call.gates.shape != index.shape:
-        raise ValueError(f"gates and top_k_index must be [T, K] with T = {tokens}; got {describe(call.gates)}")
-    kept = (
-        u,
-        None if call.u_gate is None else dense_like("u_gate", call.u_gate, u.shape, dtype),
-        dense("gates", call.gates).float(),
-        index,
-        dense_like("right", right, blocks, dtype),
-        dense_like("left", call.left, blocks, dtype),
-        None if right_gate is None else dense_like("right_gate", right_gate, blocks, dtype),
-        None if call.bias is None else dense_like("bias", call.bias, (experts, features), dtype),
-    )
+    (tokens, features), (experts, groups, block, _) = call.u.shape, call.right.shape
+    index = dense_index("top_k_index", call.top_k_index)
+    given = {name: getattr(call, name) for name in ("u_gate", "right", "left", "right_gate", "bias")}
+    u_gate, right, left, right_gate, bias = (v if v is None else dense(name, v) for name, v in given.items())
+    kept = dense("u", call.u), u_gate, dense("gates", call.gates).float(), index, right, left, right_gate, bias
     sizes = (tokens, features, block, experts, groups, index.shape[1])
-    return (name_of(dtype), call.activation, sizes, [address(each) for each in kept]), kept
+    return (name_of(call.u.dtype), call.activation, sizes, [address(each) for each in kept]), kept
 
 
 def forward(call: HiddenCall) -> Tensor:
@@ -135,7 +119,7 @@ def backward(call: HiddenBackwardCall) -> tuple[Tensor, ...]:
     arguments, kept = _inputs(call)
     u, own_gate, own_gates, _, right, left, right_gate, bias = kept
     assert u is not None
-    rows = dense_like("grad", call.grad, u.shape, u.dtype)
+    rows = dense("grad", call.grad)
     likes = (u, own_gates, right, left, bias, own_gate, right_gate)
     results = [
         u.new_empty(0) if like is None or not wanted else torch.empty_like(like)

@@ -19,7 +19,6 @@ from mpoe_kernels.native_library import (
     dense,
     dense_index,
     dense_like,
-    dense_offsets,
     name_of,
 )
 
@@ -91,12 +90,8 @@ def _inputs(call: LinearCall) -> tuple[tuple[Any, ...], tuple[Any, ...], int]:
     """Arguments of both passes; the tensors that they point to, which the caller must keep until the call returns; the
     number of slots."""
     sizes, (left, central, right), x = linear_sizes(call), dense_blocks(call), dense("x", call.x)
-    if x.dim() != 2 or x.shape[1] != call.in_features:
-        raise ValueError(f"x must be [T, {call.in_features}]; got {describe(x)}")
-    offsets = dense_offsets(call.expert_offsets)
-    if len(offsets) != len(left) + 1:
-        raise ValueError(f"expert_offsets must be [{len(left) + 1}]; got {describe(offsets)}")
-    rows = None if call.row_index is None else dense_index("row_index", call.row_index, 1)
+    offsets = dense("expert_offsets", call.expert_offsets)
+    rows = None if call.row_index is None else dense_index("row_index", call.row_index)
     tokens = len(x)
     slots = tokens if rows is None else len(rows)
     blocks = (left.data_ptr(), central.data_ptr(), right.data_ptr())
@@ -116,7 +111,7 @@ def linear_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
         return mirrored_forward(call, linear_forward)
     arguments, _kept, slots = _inputs(call)
     x = call.x
-    bias = None if call.bias is None else dense_like("bias", call.bias, (call.out_features,), x.dtype)
+    bias = None if call.bias is None else dense("bias", call.bias)
     y = x.new_empty(slots, call.out_features)
     h = x.new_empty(slots * call.central.shape[2], call.central.shape[3]) if call.saves_h else x.new_empty(0)
     z = torch.empty_like(y) if call.saves_z else x.new_empty(0)
@@ -131,7 +126,7 @@ def linear_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor,
         return mirrored_backward(call, linear_backward)
     arguments, (x, left, central, right, *_kept), slots = _inputs(call)
     shape = (slots, call.out_features)
-    grad = dense_like("grad", call.grad, shape, x.dtype)
+    grad = dense("grad", call.grad)
     h = saved = None
     if call.strategy == "separable":
         h = dense_like("h", call.h, (slots * central.shape[2], central.shape[3]), x.dtype)

@@ -47,10 +47,7 @@ def _inputs(call: NeuronCall) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...
     """Arguments of both passes; x, gates, the weights and the index, which the caller must keep until the call
     returns."""
     sizes, (x, *weights) = network(call.x, call.up, call.down, call.bias, call.gate_up)
-    index = dense_index("top_k_index", call.top_k_index, 2)
-    if index.shape[0] != sizes[0] or call.gates.shape != index.shape:
-        raise ValueError(f"gates and top_k_index must be [T, K] with T = {sizes[0]}; got {describe(call.gates)}")
-    gates = dense("gates", call.gates).float()
+    index, gates = dense_index("top_k_index", call.top_k_index), dense("gates", call.gates).float()
     memory = [address(each) for each in (x, *weights)]
     names_and_sizes = (name_of(call.x.dtype), call.activation, (*sizes, index.shape[1]))
     return (*names_and_sizes, memory, gates.data_ptr(), index.data_ptr()), (x, gates, *weights, index)
@@ -67,7 +64,7 @@ def forward(call: NeuronCall) -> Tensor:
 def backward(call: NeuronBackwardCall) -> tuple[Tensor, ...]:
     """See `NeuronBackwardCall`."""
     arguments, (*inputs, _index) = _inputs(call)
-    grad = dense_like("grad", call.grad, (call.x.shape[0], call.down.shape[2]), call.x.dtype)
+    grad = dense("grad", call.grad)
     results = [
         call.x.new_empty(0) if like is None or not wanted else torch.empty_like(like)
         for like, wanted in zip(inputs, call.need, strict=True)

@@ -7,51 +7,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mpoe_kernels.checks import describe
-from mpoe_kernels.native_library import (
-    DTYPES,
-    NATIVE_LIBRARY,
-    address,
-    dense,
-    dense_index,
-    dense_like,
-    dense_offsets,
-)
+from mpoe_kernels.native_library import NATIVE_LIBRARY, address, dense, dense_index, name_of
 
 if TYPE_CHECKING:
     from mpoe_kernels.routing.op import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 
 
-def _name(name: str, tensor: Tensor) -> str:
-    if tensor.dtype not in DTYPES:
-        raise ValueError(f"{name} must be float32, float64, bfloat16 or float16; got {describe(tensor)}")
-    return DTYPES[tensor.dtype]
-
-
-def _rows(name: str, tensor: Tensor) -> Tensor:
-    if tensor.dim() != 2:
-        raise ValueError(f"{name} must have 2 axes; got {describe(tensor)}")
-    return dense(name, tensor)
-
-
-def _gates(top_k_weights: Tensor, index: Tensor, like: Tensor) -> Tensor:
-    if top_k_weights.shape != index.shape:
-        raise ValueError(f"top_k_weights must be {list(index.shape)}; got {describe(top_k_weights)}")
-    dtype, gates = (
-        torch.float64 if like.dtype == torch.float64 else torch.float32,
-        dense("top_k_weights", top_k_weights),
-    )
-    return gates if gates.dtype == dtype else gates.to(dtype)
+def _gates(top_k_weights: Tensor, like: Tensor) -> Tensor:
+    gates = dense("top_k_weights", top_k_weights)
+    return gates.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
 
 
 def route(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
     """On the CPU looking at the entries costs no waiting, so they are checked."""
-    index, mask = dense_index("top_k_index", call.top_k_index, 2), call.token_mask
+    index, mask = dense_index("top_k_index", call.top_k_index), call.token_mask
     tokens, top_k = index.shape
-    if mask is not None:
-        if mask.dtype != torch.bool or mask.shape != (tokens,):
-            raise ValueError(f"token_mask must be bool [{tokens}]; got {describe(mask)}")
-        mask = dense("token_mask", mask)
+    mask = None if mask is None else dense("token_mask", mask)
     offsets = index.new_empty(call.num_experts + 1, dtype=torch.int32)
     token_of_slot, slot_of_token = index.new_empty(tokens * top_k), torch.empty_like(index)
     NATIVE_LIBRARY.functions.route(
@@ -63,11 +34,9 @@ def route(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
 
 def dispatch(call: DispatchCall) -> Tensor:
     """Slots past the last offset are zero."""
-    if call.x.dim() != 2:
-        raise ValueError(f"x must have 2 axes; got {describe(call.x)}")
     # Rows may lie apart, even overlap.
     x = call.x if call.x.is_cpu and (call.x.stride(1) == 1 or call.x.shape[1] == 1) else dense("x", call.x)
-    index, offsets = dense_index("token_of_slot", call.token_of_slot, 1), dense_offsets(call.expert_offsets)
+    index, offsets = dense_index("token_of_slot", call.token_of_slot), dense("expert_offsets", call.expert_offsets)
     (tokens, features), slots, element = x.shape, len(index), x.itemsize
     out = x.new_empty(slots, features)
     NATIVE_LIBRARY.functions.dispatch(
@@ -77,31 +46,30 @@ def dispatch(call: DispatchCall) -> Tensor:
     return out
 
 
-def _combined(rows: Tensor, index: Tensor, gates: Tensor | None, name: str) -> Tensor:
-    out, dtype = rows.new_empty(len(index), rows.shape[1]), _name(name, rows)
+def _combined(rows: Tensor, index: Tensor, gates: Tensor | None) -> Tensor:
+    out = rows.new_empty(len(index), rows.shape[1])
     memory = (index.data_ptr(), address(gates), rows.data_ptr(), out.data_ptr())
-    NATIVE_LIBRARY.functions.combine(dtype, (*index.shape, *rows.shape), *memory)
+    NATIVE_LIBRARY.functions.combine(name_of(rows.dtype), (*index.shape, *rows.shape), *memory)
     return out
 
 
 def dispatch_backward(call: DispatchBackwardCall) -> Tensor:
     """Summed in float32 (float64 for float64)."""
-    return _combined(_rows("grad", call.grad), dense_index("slot_of_token", call.slot_of_token, 2), None, "grad")
+    return _combined(dense("grad", call.grad), dense_index("slot_of_token", call.slot_of_token), None)
 
 
 def combine(call: CombineCall) -> Tensor:
     """The gates keep their float32, the sum is rounded once."""
-    rows, index = _rows("y_sorted", call.y_sorted), dense_index("slot_of_token", call.slot_of_token, 2)
-    return _combined(rows, index, _gates(call.top_k_weights, index, rows), "y_sorted")
+    rows, index = dense("y_sorted", call.y_sorted), dense_index("slot_of_token", call.slot_of_token)
+    return _combined(rows, index, _gates(call.top_k_weights, rows))
 
 
 def combine_backward(call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
     """Gradients of rows and gates in one pass."""
-    rows, index = _rows("y_sorted", call.y_sorted), dense_index("slot_of_token", call.slot_of_token, 2)
-    grad = dense_like("grad", call.grad, (index.shape[0], rows.shape[1]), rows.dtype)
-    gates = _gates(call.top_k_weights, index, rows)
+    rows, index = dense("y_sorted", call.y_sorted), dense_index("slot_of_token", call.slot_of_token)
+    grad, gates = dense("grad", call.grad), _gates(call.top_k_weights, rows)
     dy = torch.empty_like(rows) if call.need_y else rows.new_empty(0)
     dweights = torch.empty_like(gates) if call.need_weights else gates.new_empty(0)
     memory = [each.data_ptr() for each in (index, gates, rows, grad, dy, dweights)]
-    NATIVE_LIBRARY.functions.combine_backward(_name("y_sorted", rows), (*index.shape, *rows.shape), *memory)
+    NATIVE_LIBRARY.functions.combine_backward(name_of(rows.dtype), (*index.shape, *rows.shape), *memory)
     return dy, dweights.to(call.top_k_weights.dtype)

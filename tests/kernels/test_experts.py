@@ -20,43 +20,28 @@ from mpoe_kernels.reference import mpo_embedding_reference
 from tests.assertions import assert_calibrated, poisoned_memory, torch_threads
 from tests.cases import SMALL_SHAPES, pairwise
 from tests.expert_problems import HiddenProblem, NeuronProblem
+from tests.expert_scenarios import CASES
 from tests.linear_problem import LAYOUTS, cast, leaves
 
 from .backend_cases import DTYPES, on_every_backend, require
 
 PROBLEMS: dict[str, type[Any]] = {"hidden_experts": HiddenProblem, "neuron_experts": NeuronProblem}
-# A tensor without rows has no address; one expert has several blocks of rows; more rows than are processed at once.
-SIZES: dict[str, list[dict[str, Any]]] = {
-    "hidden_experts": [
-        {"tokens": 0},
-        {"tokens": 0, "gated": True},
-        {"tokens": 1, "top_k": 1, "experts": 1},
-        {"tokens": 1, "top_k": 8, "experts": 64, "none_share": 0.0},
-        {"tokens": 33, "top_k": 1, "experts": 8},
+# Those of a GPU's kernels, and more rows than are processed at once.
+LARGER: dict[type[Any], list[dict[str, Any]]] = {
+    HiddenProblem: [
         {"tokens": 65, "experts": 64, "groups": 2, "block": 16},
-        {"tokens": 70, "top_k": 4, "experts": 4, "groups": 1, "block": 32},
         {"tokens": 14, "top_k": 8, "experts": 9, "groups": 5, "block": 3},
-        {"tokens": 19, "top_k": 2, "experts": 3, "groups": 7, "block": 1},
         {"tokens": 130, "top_k": 2, "experts": 6, "groups": 2, "block": 64, "none_share": 0.5},
         {"tokens": 210, "top_k": 2, "experts": 3, "groups": 1, "block": 64},
-        {"tokens": 9, "none_share": 1.0},
     ],
-    "neuron_experts": [
-        {"tokens": 0},
-        {"tokens": 0, "gated": True},
-        {"tokens": 12, "top_k": 8, "experts": 1, "width": 32, "out": 32, "neurons": 32},
-        {"tokens": 1, "top_k": 8, "experts": 64, "none_share": 0.0, "width": 48, "out": 40, "neurons": 16},
-        {"tokens": 33, "top_k": 1, "experts": 8, "width": 33, "out": 65, "neurons": 35},
+    NeuronProblem: [
         {"tokens": 65, "experts": 64, "width": 16, "out": 100, "neurons": 8},
-        {"tokens": 70, "top_k": 4, "experts": 4, "width": 64, "out": 64, "neurons": 32},
-        {"tokens": 60, "top_k": 8, "experts": 9, "width": 15, "out": 3, "neurons": 1},
         {"tokens": 130, "top_k": 2, "experts": 6, "width": 7, "out": 31, "neurons": 64, "none_share": 0.5},
         {"tokens": 270, "top_k": 2, "experts": 2, "width": 40, "out": 24, "neurons": 17},
         {"tokens": 40, "top_k": 16, "experts": 3, "width": 8, "out": 8, "neurons": 100},
-        {"tokens": 9, "none_share": 1.0},
     ],
 }
-CASES = [(op, number) for op, sizes in SIZES.items() for number in range(len(sizes))]
+SIZES = [(kind, case) for kind, named in CASES.items() for case in (*named.values(), *LARGER[kind])]
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 of_each_op = pytest.mark.parametrize("op", PROBLEMS)
@@ -67,14 +52,13 @@ def problem_of(op: str, **options: Any) -> Any:
 
 
 @on_every_backend
-@pytest.mark.parametrize(("case", "dtype", "gated"), pairwise(CASES, FLOATS, [False, True]))
-def test_against_reference(backend: str, case: tuple[str, int], dtype: torch.dtype, gated: bool) -> None:
-    op, number = case
-    require(backend, op, dtype)
-    kind = {"gated": gated, "with_bias": number % 4 != 3, "activation": "silu" if gated else "gelu"}
-    if op == "hidden_experts":
-        kind["per_group"] = number % 2 == 0
-    problem_of(op, **(kind | SIZES[op][number]), dtype=dtype).check(backend)
+@pytest.mark.parametrize(("number", "dtype", "gated"), pairwise(range(len(SIZES)), FLOATS, [False, True]))
+def test_against_reference(backend: str, number: int, dtype: torch.dtype, gated: bool) -> None:
+    kind, case = SIZES[number]
+    require(backend, kind.OP.__name__, dtype)
+    own = {"per_group": number % 2 == 0} if kind is HiddenProblem else {}
+    form = {"gated": gated, "with_bias": number % 4 != 3, "activation": "silu" if gated else "gelu", **own}
+    kind(**{**case, **form}, dtype=dtype).check(backend)
 
 
 @on_every_backend
@@ -109,11 +93,7 @@ def test_every_activation(backend: str, op: str, dtype: torch.dtype, activation:
         with_bias=op != "hidden_experts",
         **own,
     )
-    if activation == "relu" and dtype != torch.float64:
-        # relu's gradient jumps at zero, so rounding must not decide the side: multiples of 1/4 multiply and add without
-        # rounding.
-        problem.inputs = {n: None if x is None else (x * 4).round() / 4 for n, x in problem.inputs.items()}
-    problem.check(backend)
+    (problem.on_quarters() if activation == "relu" and dtype != torch.float64 else problem).check(backend)
 
 
 @on_every_backend

@@ -9,22 +9,32 @@ import pytest
 import torch
 from _pytest.mark.structures import ParameterSet
 from mpoe_bench.cases import random_blocks
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpoe_kernels import MPOBlocks, grouped_mpo_linear
+from mpoe_kernels import BackendError, MPOBlocks, MPOShape, grouped_mpo_linear
 from mpoe_kernels.linear.grouped import ON_CHIP
-from mpoe_kernels.linear.triton import grouped
-from mpoe_kernels.linear.triton.grouped import Tile
+from mpoe_kernels.linear.triton import BY_PRODUCTS, fused_launch, fused_tiles, grouped
+from mpoe_kernels.linear.triton.fused_tiles import FusedTile
+from mpoe_kernels.linear.triton.grouped import Tile, tiles_of
 from mpoe_kernels.reference import grouped_mpo_linear_reference
 from mpoe_kernels.testing.launches import recorded
 from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.architecture import NO_LIMIT, Target
-from tests.assertions import assert_calibrated
+from tests.assertions import assert_calibrated, refuses
 from tests.cases import SMALL_SHAPES
-from tests.linear_problem import check_ffn, planned_strategies
+from tests.linear_problem import KernelProblem, check_ffn, planned_strategies
 from tests.linear_scenarios import LinearScenarios
 
-from .linear_runs import Case, strategies_of
+
+def strategies_of(shape: MPOShape) -> list[str]:
+    """What the planner may choose, and the fused kernels."""
+    return planned_strategies(shape) + ([] if shape.is_separable else [ON_CHIP])
+
+
+class Case(KernelProblem):
+    KERNELS, BACKEND = staticmethod(lambda strategy: fused_launch if strategy == ON_CHIP else BY_PRODUCTS), "triton"
+
 
 PAIRS = [(name, strategy) for name, shape in SMALL_SHAPES.items() for strategy in strategies_of(shape)]
 IN_BFLOAT16 = ("paper", "light", "separable", "padded", "uneven_bonds")
@@ -152,3 +162,92 @@ def test_placed_on_chip_it_is_no_launch_more() -> None:
         case.forward(ON_CHIP, save=False, out_index=torch.arange(13), gates=torch.ones(13))
     assert len(plain) == len(placing) == 1
     assert placing[0].arguments["out_index"] is not None
+
+
+def test_slots_of_tokens_take_the_place_of_a_sort(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two choices per token, some of them dropped."""
+    case = Case(SMALL_SHAPES["separable"], tokens=7, experts=3, top_k=2, capacity=3)
+    assert (case.routing.slot_of_token < 0).any()
+    saved, case.inverse = case.forward("separable"), False
+    sorted_rows = case.backward("separable", saved)
+    monkeypatch.setattr(torch.Tensor, "index_put_", lambda *_, **__: pytest.fail("sorts"))
+    case.inverse = True
+    collected = case.backward("separable", saved)
+    for found, wanted in zip(collected, sorted_rows, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["rebuild", "chain", None])
+@pytest.mark.parametrize("name", ["bias", "row_index", "expert_offsets"])
+def test_arguments_that_lie_apart(name: str, strategy: str | None) -> None:
+    """Every other element of a longer tensor; reading the elements in between would change the result."""
+    shape = SMALL_SHAPES["light"]
+    arguments = {
+        "bias": torch.randn(shape.out_features),
+        "row_index": torch.tensor([0, 2, 1, 4, 3]),
+        "expert_offsets": torch.tensor([0, 2, 5], dtype=torch.int32),
+    }
+    blocks, x = random_blocks(shape, 2, torch.float32), torch.randn(5, shape.in_features)
+
+    def run(**changed: Tensor) -> Tensor:
+        options = {"backend": "triton", "strategy": strategy, "activation": "gelu"}
+        return grouped_mpo_linear(x, blocks, **{**arguments, **changed}, **options)
+
+    apart = torch.stack([arguments[name], torch.zeros_like(arguments[name])], 1)[:, 0]
+    assert torch.equal(run(**{name: apart}), run())
+
+
+# ------------------------------------------------------------------ the fused kernels
+
+UNEVEN = MPOShape((5, 3, 3), (3, 2, 6), max_bond=9)  # no powers of two, in both directions
+
+
+def test_fused_launches() -> None:
+    """Decoding is one, backward one for each gradient."""
+    case = Case(UNEVEN, torch.bfloat16, tokens=4, experts=2, activation="relu")
+    saved = case.forward(ON_CHIP)
+    with recorded("sm_90") as forward:
+        case.forward(ON_CHIP)
+    with recorded("sm_90") as backward:
+        case.backward(ON_CHIP, saved)
+    assert [one.name for one in forward] == ["fused_kernel"]
+    found = [one.name for one in backward if one.name in ("fused_kernel", "gradient_kernel")]
+    assert found == ["fused_kernel", "gradient_kernel", "gradient_kernel"]
+
+
+def test_many_small_fused_tiles_and_partial_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_tiles, "shipped_fused", lambda *_: (FusedTile(16, 16, 16, 1 << 20, 1, 1),))
+    monkeypatch.setattr(fused_launch, "parts_of", lambda _, programs, most: max(1, min(16, most, 16 // programs)))
+    for shape in (UNEVEN, UNEVEN.mirrored()):
+        Case(shape, tokens=20, experts=2, capacity=None, top_k=1).check(ON_CHIP)
+
+
+# ------------------------------------------------------------------ what cannot be computed
+
+
+def with_shared_memory(size: int, monkeypatch: pytest.MonkeyPatch, name: str = "interpreter") -> None:
+    monkeypatch.setattr(architecture, "target_of", lambda _: Target(name, size, 1))
+
+
+def test_a_dtype_or_a_device_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(dtype: torch.dtype) -> None:
+        blocks, offsets = random_blocks(SMALL_SHAPES["light"], 2, dtype), torch.tensor([0, 1, 3]).int()
+        grouped_mpo_linear(torch.ones(3, 12, dtype=dtype), blocks, offsets, backend="triton")
+
+    refuses(BackendError, "linear: it computes in float32, bfloat16, float16, not in float64$", run, torch.float64)
+    with_shared_memory(1024, monkeypatch)
+    smallest = r"its smallest tile needs \d+ bytes of shared memory; the device has 1024"
+    refuses(BackendError, smallest, run, torch.float32)
+
+
+def test_tiles_that_do_not_fit_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    like = torch.empty(1, dtype=torch.bfloat16)
+    with_shared_memory(163 << 10, monkeypatch, "sm_80")
+    assert [tile.rows for tile in tiles_of(like, 4096, 4096, 4096, False)] == [128, 64]
+    with_shared_memory(80 << 10, monkeypatch, "sm_80")
+    smaller = tiles_of(like, 4096, 4096, 4096, False)
+    assert max(tile.shared_bytes(like.dtype) for tile in smaller) <= 80 << 10
+    assert [tile.rows for tile in smaller] == [64, 32]
+    assert (smaller[0].columns, smaller[0].inner) == (128, 64)
+    interleaved = tiles_of(like, 4096, 4096, 4096, True)[0]
+    assert (interleaved.columns, interleaved.inner) == (64, 32)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from mpoe_kernels.mpo.shape import MPOShape
 from tests.assertions import assert_calibrated
 from tests.cases import SMALL_SHAPES
 from tests.linear_problem import NAMES, planned_strategies
+
+IN_BFLOAT16 = ("paper", "light", "separable", "padded", "uneven_bonds")
 
 
 def halved(cases: Iterable[tuple[Any, ...]]) -> list[Any]:
@@ -27,10 +30,27 @@ class LinearScenarios:
     Attributes:
         problem: a `KernelProblem` of some kernels.
         strategies: the strategies of a shape.
+        of_every_shape: the strategies that every shape is tested with by default; others are, of all but two shapes,
+            left to the exhaustive suite.
     """
 
     problem: Callable[..., Any]
     strategies: Callable[[MPOShape], list[str]] = staticmethod(planned_strategies)
+    of_every_shape: Collection[str]
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        if "strategy" not in metafunc.fixturenames:
+            return
+        pairs = [(name, strategy) for name, shape in SMALL_SHAPES.items() for strategy in self.strategies(shape)]
+        found = []
+        for (name, strategy), dtype in product(pairs, (torch.float32, torch.bfloat16)):
+            if dtype == torch.float32 or name in IN_BFLOAT16:
+                few = name not in ("light", "separable") and strategy not in self.of_every_shape
+                found.append(pytest.param(name, strategy, dtype, marks=[pytest.mark.exhaustive] * few))
+        metafunc.parametrize(("name", "strategy", "dtype"), found)
+
+    def test_shapes(self, name: str, strategy: str, dtype: torch.dtype) -> None:
+        self.problem(SMALL_SHAPES[name], dtype).check(strategy)
 
     @pytest.mark.parametrize(
         ("activation", "gathered"),

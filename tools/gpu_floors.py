@@ -4,10 +4,8 @@ A layer is called on tensors without memory, forward and with its backward; ever
 (with PyTorch's own operations), and every kernel is compiled. Its floor is the largest of three times: to *issue* its
 instructions (4 a cycle and multiprocessor), to move each of its tensors once (*memory*), and to multiply, padding
 included (*tensor*). A warp executes Triton's instructions as often as the loops around them run, `TRIPS`, with tokens
-spread evenly over the experts. Of kernels in CUDA C++, the emulator counts matrix instructions and barriers of some
-blocks, and what is issued is that many times a share of the smallest loop around such an instruction; nothing is
-counted where none is. ``x_dense``, which has the limits, divides the largest of a call's three sums by the time for the
-dense network's FLOPs or bytes, the larger.
+spread evenly over the experts. ``x_dense``, which has the limits, divides the largest of a call's three sums by the
+time for the dense network's FLOPs or bytes, the larger.
 
 bench/results/ahead-of-time/gpu.json keeps the figures. The tool fails where a kernel has more instructions, barriers or
 bytes, or a call more launches or a larger ``x_dense`` than there, where a limit that was kept is exceeded, and where a
@@ -19,20 +17,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import cache, partial
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from gpu_compile import CSRC, Job, compiled, job_of
-from machine_code import executed, issued_with_product
+from gpu_compile import compiled, job_of
+from machine_code import executed
 from mpoe_bench.layers import PHASES, TOKENS, Case, cases
 from shipped_kernels import Library, as_on_gpu, bytes_of
 from torch import nn
@@ -41,8 +38,6 @@ from mpoe.layers import router
 from mpoe_kernels.routing import gating
 from mpoe_kernels.testing.launches import Launch
 from mpoe_kernels.triton.start import cdiv
-from tests.cuda.emulation import short_name
-from tests.cuda.stand_ins import Called, cuda_on_stand_ins
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "bench" / "results" / "ahead-of-time"
@@ -65,30 +60,20 @@ CARDS = {  # A100, H100 and B200, all with SXM
     "sm_100": Card(148, 1.85e9, 1800e12, 7e12),
 }
 CASES = {case.name: case for case in cases()}
-BACKENDS = ("triton", "cuda")
 
 
-def launches(
-    layer: nn.Module,
-    model: int,
-    training: bool,
-    architecture: str,
-    cuda: tuple[int, int] | None = None,
-) -> list[Any]:
-    """What a call of a layer without memory launches, in order; ``cuda``: its experts and slots, for that backend."""
+def launches(layer: nn.Module, model: int, training: bool, architecture: str) -> list[Any]:
+    """What a call of a layer without memory launches, in order."""
     x = torch.empty(TOKENS, model, dtype=torch.bfloat16, device="meta", requires_grad=training)
-    backend = "cuda" if cuda else "triton"
     with ExitStack() as patches, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nothing balances the experts of a single layer
         for each in (
             patch.object(router, "_on_gpu", lambda _: True),
-            patch.object(gating, "requested_backend", lambda _: backend),
+            patch.object(gating, "requested_backend", lambda _: "triton"),
             patch.object(gating, "is_plain_call", lambda _: True),
         ):
             patches.enter_context(each)
-        log = patches.enter_context(as_on_gpu(architecture, backend))
-        if cuda:
-            patches.enter_context(cuda_on_stand_ins(*cuda, log))
+        log = patches.enter_context(as_on_gpu(architecture))
         with torch.set_grad_enabled(training):
             y = layer.train(training)(x)
             if training:
@@ -169,48 +154,21 @@ class Cost(NamedTuple):
         return max(self.times)
 
 
-def _cost(
-    name: str, programs: float, warps: int, counts: tuple[float, float, float], bytes_: int, architecture: str
-) -> Cost:
-    """``counts``: instructions, barriers and FLOPs of a warp."""
-    card, (instructions, barriers, flops), total = CARDS[architecture], counts, programs * warps
-    times = total * instructions / (4 * card.units * card.clock), bytes_ / card.bandwidth, total * flops / card.flops
-    return Cost(name, programs, warps, round(instructions, 1), round(barriers, 1), bytes_, times)
-
-
-@cache
-def cuda_binaries(architecture: str) -> dict[str, str]:
-    """Machine code of the 16-bit kernels of csrc/cuda by readable name."""
-    names = [path for path in sorted(CSRC.glob("cuda/*/*.cu")) if path.stem in ("bfloat16", "routing")]
-    found = [compiled(Job(str(path), architecture)) for path in names]
-    codes = {name: binary.code for each in found for name, binary in each.items()}
-    done = subprocess.run(["c++filt"], input="\n".join(codes), capture_output=True, text=True, check=True)
-    return dict(zip(map(short_name, done.stdout.splitlines()), codes.values(), strict=True))
-
-
-def costs_of(launch: Launch | Library | Called, architecture: str) -> Iterator[Cost]:
+def cost_of(launch: Launch | Library, architecture: str) -> Cost:
+    card = CARDS[architecture]
     if isinstance(launch, Library):
-        tensor = launch.flops / CARDS[architecture].flops
-        yield Cost(launch.name, 0, 0, 0, 0, launch.bytes, (0.0, launch.bytes / CARDS[architecture].bandwidth, tensor))
-    elif isinstance(launch, Launch):
-        programs, warps = busy_programs(launch), launch.arguments.get("num_warps", 4)
-        trips = TRIPS.get(launch.name, lambda *_: ())(launch.arguments, launch.grid)
-        # The fifth generation's matrix instructions do not show their sizes; the fourth's multiply as much.
-        names = [architecture, "sm_90"] if architecture == "sm_100" else [architecture]
-        found = [
-            executed(launch.name, compiled(job)[job.name].code, trips) for job in map(partial(job_of, launch), names)
-        ]
-        counts = *found[0][:2], found[-1][2]
-        yield _cost(launch.name, programs, warps, counts, bytes_of(launch.arguments.values()), architecture)
-    else:
-        for number, each in enumerate(launch.launched):
-            warps = each.threads // 32
-            products = each.mma / (each.run * warps)
-            issued = products * issued_with_product(cuda_binaries(architecture)[each.kernel])
-            counts = issued, each.barriers / each.run, products * 2 * 16 * 8 * 16
-            # The op's, with its first launch; its own memory is written and read.
-            moved = 0 if number else bytes_of(launch.tensors) + 2 * launch.scratch
-            yield _cost(each.kernel, each.blocks, warps, counts, moved, architecture)
+        return Cost(
+            launch.name, 0, 0, 0, 0, launch.bytes, (0, launch.bytes / card.bandwidth, launch.flops / card.flops)
+        )
+    programs, warps = busy_programs(launch), launch.arguments.get("num_warps", 4)
+    trips = TRIPS.get(launch.name, lambda *_: ())(launch.arguments, launch.grid)
+    # The fifth generation's matrix instructions do not show their sizes; the fourth's multiply as much.
+    names = [architecture, "sm_90"] if architecture == "sm_100" else [architecture]
+    found = [executed(launch.name, compiled(job)[job.name].code, trips) for job in map(partial(job_of, launch), names)]
+    (instructions, barriers, _), flops = found[0], found[-1][2]
+    moved, total = bytes_of(launch.arguments.values()), programs * warps
+    times = total * instructions / (4 * card.units * card.clock), moved / card.bandwidth, total * flops / card.flops
+    return Cost(launch.name, programs, warps, round(instructions, 1), round(barriers, 1), moved, times)
 
 
 def dense_seconds(model: int, training: bool, architecture: str) -> float:
@@ -220,21 +178,10 @@ def dense_seconds(model: int, training: bool, architecture: str) -> float:
     return passes * max(flops / card.flops, 2 * elements / card.bandwidth)
 
 
-@cache
-def _log_of_cuda(name: str, training: bool) -> list[Any]:
-    """The same on every card."""
-    case = CASES[name]
-    layer = case.layer("meta", "cuda")
-    return launches(layer, case.model, training, "sm_90", (case.experts, TOKENS * case.top_k))
-
-
-def figures(case: Case, training: bool, architecture: str, backend: str = "triton") -> dict[str, Any]:
+def figures(case: Case, training: bool, architecture: str) -> dict[str, Any]:
     """Of a call: floor in us and x dense, launches, and our kernels."""
-    if backend == "cuda":
-        log = _log_of_cuda(case.name, training)
-    else:
-        log = launches(case.layer("meta"), case.model, training, architecture)
-    costs = [cost for launch in log for cost in costs_of(launch, architecture)]
+    log = launches(case.layer("meta"), case.model, training, architecture)
+    costs = [cost_of(launch, architecture) for launch in log]
     sums = [sum(times) for times in zip(*(each.times for each in costs), strict=True)]
     kernels = [[*each[:6], *(round(1e6 * seconds, 2) for seconds in each.times)] for each in costs if each.programs]
     return {
@@ -277,19 +224,17 @@ def document(calls: dict[str, Any]) -> str:
     heads = ["layer, forward / with backward", "limit", *(f"x_dense {name}" for name in CARDS), *columns]
     lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
     misses, kernels = [], []
-    for (name, case), backend in product(CASES.items(), BACKENDS):
-        every = [[calls.get(f"{name} {phase} {card} {backend}", {}) for phase in PHASES] for card in CARDS]
-        if not every[1][1]:
-            continue
+    for name, case in CASES.items():
+        every = [[calls[f"{name} {phase} {card}"] for phase in PHASES] for card in CARDS]
         pairs = [[most or "-" for most in case.limits], *([each["x_dense"] for each in both] for both in every)]
         pairs += [[each[key] for each in every[1]] for key in columns]
-        lines.append(f"| {name}, {backend} | {' | '.join(f'{first} / {second}' for first, second in pairs)} |")
+        lines.append(f"| {name} | {' | '.join(f'{first} / {second}' for first, second in pairs)} |")
         for phase, each in zip(PHASES, every[1], strict=True):
-            misses += missed(f"{name} {phase} {backend}", each, limit_of(case, phase, "sm_90"))
+            misses += missed(f"{name} {phase}", each, limit_of(case, phase, "sm_90"))
         if case.model == min(each.model for each in CASES.values()):
             for kernel, programs, warps, instructions, barriers, moved, *times in every[1][1]["kernels"]:
                 per_token = (round(programs * warps * instructions / TOKENS, 1), barriers, round(moved / TOKENS))
-                kernels.append(f"| {name}, {backend} | `{kernel}` | {' | '.join(map(str, (*per_token, *times)))} |")
+                kernels.append(f"| {name} | `{kernel}` | {' | '.join(map(str, (*per_token, *times)))} |")
     lines += ["", *(f"- {line}" for line in misses), ""]
     heads = ["layer with backward, sm_90", "kernel", "instructions a token", "barriers", "bytes a token"]
     heads += [f"{what} us" for what in ("issue", "memory", "tensor")]
@@ -300,28 +245,26 @@ def main(words: Sequence[str] | None = None) -> int:
     """Returns 1 if something is worse than the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default=",".join(CARDS), help="separated by commas; default all")
-    parser.add_argument("--backend", default=",".join(BACKENDS), help="triton, cuda or both; cuda needs nvcc and g++")
     parser.add_argument("--only", default="", help="only calls whose name contains this")
     parser.add_argument("--write", action="store_true", help="keep the figures instead of comparing them")
     chosen = parser.parse_args(words)
     calls = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     worse_lines: list[str] = []
-    for architecture, backend in product(chosen.arch.split(","), chosen.backend.split(",")):
-        for (name, case), phase in product(CASES.items(), PHASES):
-            call, limit = f"{name} {phase} {architecture} {backend}", limit_of(case, phase, architecture)
-            if chosen.only not in call:
-                continue
-            found = figures(case, phase == "training", architecture, backend)
-            print(call, *(f"{key} {value}" for key, value in found.items() if key != "kernels"), sep=", ", flush=True)
-            for line in missed(call, found, limit):
-                print(line, flush=True)
-            if chosen.write:
-                calls[call] = found
-                lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(each)}" for key, each in sorted(calls.items()))
-                TABLE.write_text(f"{{\n{lines}\n}}\n")
-            else:
-                kept = calls.get(call)
-                worse_lines += worse(call, found, kept, limit) if kept else [f"{call}: not in {TABLE.name}"]
+    for architecture, (name, case), phase in product(chosen.arch.split(","), CASES.items(), PHASES):
+        call, limit = f"{name} {phase} {architecture}", limit_of(case, phase, architecture)
+        if chosen.only not in call:
+            continue
+        found = figures(case, phase == "training", architecture)
+        print(call, *(f"{key} {value}" for key, value in found.items() if key != "kernels"), sep=", ", flush=True)
+        for line in missed(call, found, limit):
+            print(line, flush=True)
+        if chosen.write:
+            calls[call] = found
+            lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(each)}" for key, each in sorted(calls.items()))
+            TABLE.write_text(f"{{\n{lines}\n}}\n")
+        else:
+            kept = calls.get(call)
+            worse_lines += worse(call, found, kept, limit) if kept else [f"{call}: not in {TABLE.name}"]
     if chosen.write:
         begin, end, old = "<!-- floors -->\n", "<!-- end of floors -->", DOCUMENT.read_text()
         DOCUMENT.write_text(f"{old.partition(begin)[0]}{begin}{document(calls)}\n{end}{old.partition(end)[2]}")

@@ -136,18 +136,3 @@ def executed(name: str, text: str, trips: Sequence[float]) -> tuple[float, float
         times = math.prod(n for (first, last), n in zip(loops, given, strict=True) if first <= address <= last)
         counts.append((times, times * bool(_BARRIER.search(words)), times * _flops(words)))
     return tuple(map(sum, zip(*counts, strict=True)))
-
-
-def issued_with_product(text: str) -> float:
-    """Instructions for each matrix instruction in the loop that has the fewest; loops inside it without one, which are
-    for operands that are not aligned, are left out."""
-    code = code_of(text)
-    loops = {loop: [line for line in code if loop[0] <= line[0] <= loop[1]] for loop in loops_of(code)}
-    products = {loop: sum(bool(_PRODUCT_SIZES.search(words)) for _, words in inside) for loop, inside in loops.items()}
-
-    def own(loop: tuple[int, int]) -> int:
-        within = [each for each in loops if loop[0] <= each[0] and each[1] <= loop[1] and each != loop]
-        skipped = {address for each in within if not products[each] for address, _ in loops[each]}
-        return sum(address not in skipped for address, _ in loops[loop])
-
-    return min((own(loop) / count for loop, count in products.items() if count), default=0.0)

@@ -95,14 +95,11 @@ class Recorder(TorchDispatchMode):
 
 
 @contextmanager
-def as_on_gpu(
-    architecture: str, backend: str = "triton", tile: int | None = None, only_ours: bool = False
-) -> Iterator[list[Any]]:
+def as_on_gpu(architecture: str, tile: int | None = None, only_ours: bool = False) -> Iterator[list[Any]]:
     """Calls of our ops on tensors without memory are made as on a GPU; gives the log of what they launch.
 
     Args:
         architecture: one of `mpoe_kernels.triton.architecture.ARCHITECTURES`.
-        backend: that ``auto`` means.
         tile, only_ours: see `recorded`, `Recorder`.
     """
     autotune.forget()
@@ -113,7 +110,7 @@ def as_on_gpu(
             *(patch.object(module, "float32_mm", float32_mm) for module in (gradients, grouped)),
             patch.object(torch, "is_autocast_enabled", lambda *_: False),
             patch.object(backends.Backend, "unsupported_reasons", lambda *_: []),
-            patch.dict(backends.PREFERRED, meta=(backend,)),
+            patch.dict(backends.PREFERRED, meta=("triton",)),
             patch.dict(os.environ, {autotune.SETTING: "0"}),  # the first of the ranking
         ):
             patches.enter_context(each)

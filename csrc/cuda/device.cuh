@@ -90,8 +90,8 @@ template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
-// How many blocks have asked before; `own`: the block's number, for emulated grids of which only some blocks run.
-__device__ __forceinline__ int ticket(int* counter, int /*own*/) { return atomicAdd(counter, 1); }
+// How many blocks have asked before.
+__device__ __forceinline__ int ticket(int* counter) { return atomicAdd(counter, 1); }
 // Adds to a counter when everything that the thread knows to be written is visible to whoever waits for it.
 __device__ __forceinline__ void signal(int* counter, int value) {
   asm volatile("red.release.gpu.global.add.s32 [%0],%1;\n" ::"l"(counter), "r"(value) : "memory");

@@ -130,21 +130,6 @@ def test_mixtures_around_a_dense_network() -> None:
         assert neurons["forward"]["x"] > 0
 
 
-@pytest.mark.slow
-def test_whole_models() -> None:
-    results = run_suite("models", threads=1, clock="cpu", scale="tiny")
-    assert results["failures"] == []
-    keys = [section["key"] for section in results["sections"]]
-    assert keys == ["train_step", "generate", "generate", "train_step", "generate"]
-    for section in results["sections"]:
-        assert all(row["forward"]["x"] > 0 for row in section["rows"])
-        assert all(("train" in row) == (section["key"] == "train_step") for row in section["rows"])
-    names = {row["name"] for section in results["sections"] for row in section["rows"]}
-    assert {
-        f"mpoe {model} {shape}" for model in ("T5", "Llama") for shape in ("neurons", "hidden", "separable")
-    } < names
-
-
 def test_the_planner_suite_judges_all_cases() -> None:
     assert len(JUDGED_WORKLOADS) == len({case.name for case in JUDGED_WORKLOADS}) == 49
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
@@ -52,28 +51,6 @@ def missing() -> list[str]:
     return reasons
 
 
-class Launched(NamedTuple):
-    """A launch of which the emulator ran some blocks: blocks of the grid, threads of each, blocks that ran, and the
-    matrix instructions and barriers of those."""
-
-    kernel: str
-    blocks: int
-    threads: int
-    run: int
-    mma: int
-    barriers: int
-
-
-MOST_LAUNCHES = 1000
-
-
-def short_name(name: str) -> str:
-    """A kernel's readable name as in CUDA C++, without namespaces and arguments."""
-    for old, new in {"dev::bf16": "__nv_bfloat16", "dev::fp16": "__half", "void ": "", "mpoe::cuda::": ""}.items():
-        name = name.replace(old, new)
-    return name.replace("dev::", "").rsplit("(", 1)[0]
-
-
 class Emulator:
     """Functions of tests/emulator/control.cpp in a built library; loading it registers the ops.
 
@@ -82,11 +59,10 @@ class Emulator:
     """
 
     ORDERS = ("ascending", "descending", "random")
-    COUNTERS = ("launches", "blocks", "mma", "ldmatrix", "wavefronts", "cp_async", "barriers")
+    COUNTERS = ("launches", "mma", "ldmatrix", "wavefronts", "cp_async")
 
     def __init__(self, path: str) -> None:
-        self._library, self._path = ctypes.CDLL(path), path
-        self._library.emu_launched.restype = ctypes.c_uint64
+        self._library = ctypes.CDLL(path)
 
     def configure(self, order: str = "ascending", copies: str = "lazy", seed: int = 0) -> None:
         """Set which ready thread runs next (blocks likewise), and whether cp.async copies at the wait or at issue."""
@@ -102,29 +78,6 @@ class Emulator:
         counts = (ctypes.c_uint64 * len(self.COUNTERS))()
         self._library.emu_counters(counts)
         return dict(zip(self.COUNTERS, counts, strict=True))
-
-    @contextmanager
-    def sampled(self, blocks: int) -> Iterator[list[Launched]]:
-        """Of larger grids only so many blocks run, evenly spread; gives the list that the launches are appended to."""
-        found: list[Launched] = []
-        self._library.emu_sample(ctypes.c_uint64(blocks))
-        try:
-            yield found
-        finally:
-            self._library.emu_sample(ctypes.c_uint64(0))
-            numbers = (ctypes.c_uint64 * (6 * MOST_LAUNCHES))()
-            count = self._library.emu_launched(numbers, ctypes.c_uint64(MOST_LAUNCHES))
-            assert count <= MOST_LAUNCHES
-            names = self._names
-            for place, *counts in zip(*[iter(numbers[: 6 * count])] * 6, strict=True):
-                found.append(Launched(names[place], *counts))
-
-    @cached_property
-    def _names(self) -> dict[int, str]:
-        """Place in the library -> what is there, without namespaces and arguments."""
-        command = ["nm", "-C", "--defined-only", self._path]
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-        return {int(place, 16): short_name(name) for place, _, name in (line.split(" ", 2) for line in lines)}
 
 
 @lru_cache(maxsize=1)

@@ -115,7 +115,7 @@ neighbour_expert: a tile of slots goes on into those of the next expert [values:
 -rows = p.end(choice, expert) - begin;
 +rows = (choice + 1) * p.tokens - begin;
 out_of_turn: tiles are taken in the order of their blocks' numbers [error: for one that has not run]
--shared().taken = dev::ticket(p.turns + group, tile);
+-shared().taken = dev::ticket(p.turns + group);
 +shared().taken = tile;
 choice_overwritten: a later choice stores its rows instead of adding them [values]
 -const bool later = choice > 0,

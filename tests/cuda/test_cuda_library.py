@@ -1,4 +1,4 @@
-"""The compiled library: which GPUs it runs on, and what it reports if it cannot run."""
+"""The compiled library: which GPUs it runs on, what it reports if it cannot run, and what it offers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from mpoe_bench.cases import workload_shape
 
 from mpoe_kernels import BackendError, backend_reasons, route, use_backend
 from mpoe_kernels.backends import CUDA, Request
 from mpoe_kernels.compiled import load_library, open_ops
+from mpoe_kernels.contract import STRATEGIES, BlockDims, contraction
 from mpoe_kernels.cuda_library import runs_on
+from mpoe_kernels.linear.cuda import LinearKernels
+from mpoe_kernels.linear.grouped import ON_CHIP
 
 SHIPPED = "80-real 90a-real 100-real 100-virtual"
 
@@ -64,3 +68,15 @@ def test_a_library_that_is_missing_or_none_gives_its_reason(tmp_path: Path) -> N
     path.write_text("not a library")
     (broken,) = load_library(path, open_ops("mpoe_cuda"), "_cuda_missing.txt", set()).reasons
     assert broken.startswith(f"{path} does not load on")
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_weights_stay_on_chip_and_other_strategies_go_product_by_product(strategy: str, phase: str) -> None:
+    kernels, shape = LinearKernels(None), "separable" if strategy == "separable" else "paper_64"
+    dims = BlockDims.of_shape(workload_shape(shape, 768, 3072))
+    asked = contraction(strategy, dims, 8, 64, torch.bfloat16, phase)
+    assert kernels.contraction_reasons(asked) == []
+    assert [each.name for each in kernels.candidates(asked)] == [ON_CHIP if strategy == "rebuild" else strategy]
+    (reason,) = kernels.contraction_reasons(contraction(strategy, dims, 8, 2**28, torch.bfloat16, phase))
+    assert "it counts to 2147483647" in reason

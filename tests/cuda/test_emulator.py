@@ -14,15 +14,11 @@ from .emulation import SCHEDULES, Schedule, cuda_emulate
 DETECTED_BY = {
     "reverse": {"values", "thread"},
     "neighbours": {"values", "thread"},
-    "ring": {"values", "thread"},
     "pipeline": {"lazy values"},
     "meeting": {"error: __syncthreads divergence: probes.cuh:"},
     "vote": {"error: the mask names lanes that have exited"},
-    "aligned": {"error: address is not 16-byte aligned"},
     "shifted": {"address"},
-    "staged": {"error: dynamic shared memory was written past its end", "address"},
     "partial": {"values"},
-    "total": {"thread"},
     "padded": {"banks"},
 }
 # The programs with sanitizers take long to compile.

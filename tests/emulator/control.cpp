@@ -1,7 +1,5 @@
 // How tests/cuda/emulation.py controls the emulator, through ctypes: schedules, limits of the device and counters.
 // The kernels themselves are the ops of bindings.cpp, compiled into the same library.
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <cstdint>
 
@@ -30,28 +28,8 @@ EMU_EXPORT void emu_limit(std::size_t shared_bytes, int multiprocessors, int cac
 // The counts since the last call, in the order of emu::Stats.
 EMU_EXPORT void emu_counters(std::uint64_t* counts) {
   auto& stats = emu::stats();
-  const std::uint64_t all[] = {stats.launches,           stats.blocks,   stats.mma,     stats.ldmatrix,
-                               stats.ldmatrix_wavefronts, stats.cp_async, stats.barriers};
+  const std::uint64_t all[] = {
+      stats.launches, stats.mma, stats.ldmatrix, stats.ldmatrix_wavefronts, stats.cp_async};
   std::copy(std::begin(all), std::end(all), counts);
   stats = {};
-}
-
-// Of larger grids `blocks` run, and launches are logged; 0: all run.
-EMU_EXPORT void emu_sample(std::uint64_t blocks) { emu::config().most_blocks = blocks; }
-
-// Takes up to `most` launches from the log, as six numbers each: see emu::Launched; kernels by their place in the
-// library. Returns how many there were.
-EMU_EXPORT std::uint64_t emu_launched(std::uint64_t* numbers, std::uint64_t most) {
-  Dl_info library;
-  dladdr(reinterpret_cast<void*>(&emu_sample), &library);
-  auto& log = emu::launched();
-  for (std::uint64_t i = 0; i < log.size() && i < most; ++i) {
-    const auto place = static_cast<const char*>(log[i].kernel) - static_cast<const char*>(library.dli_fbase);
-    const std::uint64_t all[] = {static_cast<std::uint64_t>(place), log[i].blocks, log[i].threads,
-                                 log[i].run,                        log[i].mma,    log[i].barriers};
-    std::copy(std::begin(all), std::end(all), numbers + 6 * i);
-  }
-  const std::uint64_t count = log.size();
-  log.clear();
-  return count;
 }

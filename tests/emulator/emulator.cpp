@@ -151,7 +151,6 @@ EMU_NO_TSAN void run_block(Block& block, uint3 bid) {
     if (block.dynamic[block.dynamic_bytes + k] != 0x5a) block.error = "dynamic shared memory was written past its end";
   }
 #endif
-  ++stats().blocks;
 }
 
 }  // namespace
@@ -161,7 +160,7 @@ std::vector<char*>& stack_pool() {
   return pool;
 }
 
-void launch(const void* kernel, dim3 grid, dim3 dim, std::size_t shared_bytes, const std::function<void()>& body) {
+void launch(dim3 grid, dim3 dim, std::size_t shared_bytes, const std::function<void()>& body) {
   const std::uint64_t total = std::uint64_t(grid.x) * grid.y * grid.z;
   const std::uint64_t threads = std::uint64_t(dim.x) * dim.y * dim.z;
   if (threads == 0 || threads > 1024) throw std::runtime_error("emulator: a block has 1 to 1024 threads");
@@ -170,23 +169,17 @@ void launch(const void* kernel, dim3 grid, dim3 dim, std::size_t shared_bytes, c
     throw std::runtime_error("emulator: dynamic shared memory over the limit: " + std::to_string(shared_bytes));
   }
   ++stats().launches;
-  const Stats before = stats();
-  const std::uint64_t most = config().most_blocks, count = most && most < total ? most : total;
   Block block;
   start(block, grid, dim, shared_bytes, body);
   Fiber* outer = g_self;
-  for (std::uint64_t i = 0; i < count && block.error.empty(); ++i) {
-    // One of every `count`th part of the grid, not always the same one of it.
-    const std::uint64_t first = i * total / count, at = first + i * 2654435761u % ((i + 1) * total / count - first);
-    const std::uint64_t j = config().blocks_descending ? total - 1 - at : at;
+  for (std::uint64_t i = 0; i < total && block.error.empty(); ++i) {
+    const std::uint64_t j = config().blocks_descending ? total - 1 - i : i;
     run_block(block, {unsigned(j % grid.x), unsigned(j / grid.x % grid.y), unsigned(j / grid.x / grid.y)});
   }
   g_self = outer;
   const std::string error = block.error;
   finish(block);
   if (!error.empty()) throw std::runtime_error("emulator: " + error);
-  if (!most) return;
-  launched().push_back({kernel, total, threads, count, stats().mma - before.mma, stats().barriers - before.barriers});
 }
 
 }  // namespace emu

@@ -32,19 +32,10 @@ struct Config {
   std::size_t max_shared = 227 * 1024;
   int multiprocessors = 4, cache = 48 * 1024;  // a small L2: what is cut to fit into it is cut in tests too
   std::size_t stack_bytes = 64 * 1024;
-  std::uint64_t most_blocks = 0;  // of larger grids so many run, evenly spread, and launches are logged; 0: all run
 };
 struct Stats {
-  std::uint64_t launches = 0, blocks = 0, mma = 0, ldmatrix = 0, ldmatrix_wavefronts = 0, cp_async = 0, barriers = 0;
+  std::uint64_t launches = 0, mma = 0, ldmatrix = 0, ldmatrix_wavefronts = 0, cp_async = 0;
 };
-struct Launched {
-  const void* kernel;
-  std::uint64_t blocks, threads, run, mma, barriers;  // blocks of the grid, those that ran, and what these did
-};
-inline std::vector<Launched>& launched() {
-  static std::vector<Launched> instance;
-  return instance;
-}
 inline Config& config() {
   static Config instance;
   return instance;
@@ -167,7 +158,6 @@ EMU_NO_TSAN inline void set_ready(Block& block, int i) {
 }
 EMU_NO_TSAN inline void release_barrier(Block& block) {
   block.at_barrier = 0;
-  ++stats().barriers;
   ++block.barrier_generation;
   for (auto& fiber : block.fibers) {
     if (fiber.state == State::kBarrier) set_ready(block, fiber.index);
@@ -287,7 +277,7 @@ EMU_NO_TSAN inline unsigned char* static_shared(const void* key, std::size_t byt
   return static_cast<unsigned char*>(data);
 }
 
-void launch(const void* kernel, dim3 grid, dim3 dim, std::size_t shared_bytes, const std::function<void()>& body);
+void launch(dim3 grid, dim3 dim, std::size_t shared_bytes, const std::function<void()>& body);
 template <class Kernel, class... Arguments>
 std::function<void()> bind(Kernel kernel, Arguments... arguments) {
   return [=] { kernel(arguments...); };

@@ -28,8 +28,6 @@ const Probe kProbes[] = {
     {"reverse", emu_probes::reverse, 1, 96, 96, 96, 96, 96, [](const int* in, int i) { return in[95 - i]; }},
     {"neighbours", emu_probes::neighbours, 1, 128, 128, 128, 128, 0,
      [](const int* in, int i) { return in[i] + in[i ^ 1]; }},
-    {"ring", emu_probes::ring, 1, 64, 5, 64, 64, 0,
-     [](const int* in, int) { return in[0] + in[1] + in[2] + in[3] + in[4]; }},
     {"pipeline", emu_probes::pipeline, 1, 32, 3, 384, 384, 256,
      [](const int* in, int i) { return in[i / 128 * 128 + (i + 4) % 128]; }},
     {"meeting", emu_probes::meeting, 1, 64, 64, 64, 64, 0, [](const int* in, int i) { return in[i]; }},
@@ -39,16 +37,8 @@ const Probe kProbes[] = {
        for (int i = 0; i < 32; ++i) votes |= static_cast<unsigned>(in[i] % 2) << i;
        return static_cast<int>(votes);
      }},
-    {"aligned", emu_probes::aligned, 1, 32, 0, 132, 128, 128, [](const int* in, int i) { return in[i]; }},
     {"shifted", emu_probes::shifted, 1, 64, 64, 64, 64, 0, [](const int* in, int i) { return in[i]; }},
-    {"staged", emu_probes::staged, 1, 64, 64, 64, 64, 64, [](const int* in, int i) { return in[i]; }},
     {"partial", emu_probes::partial, 1, 64, 64, 64, 64, 64, [](const int* in, int i) { return in[i]; }},
-    {"total", emu_probes::total, 4, 64, 0, 256, 1, 0,
-     [](const int* in, int) {
-       int sum = 0;
-       for (int i = 0; i < 256; ++i) sum += in[i];
-       return sum;
-     }},
     {"padded", emu_probes::padded, 1, 32, 0, 1, 128, 16 * 72 / 2, nullptr},
 };
 

@@ -25,20 +25,6 @@ inline __global__ void neighbours(const int* in, int* out, int, bool mistake) {
   out[i] = values[i ^ 1] + values[i];
 }
 
-// Threads in turn pass a number to the whole block through one cell. Mistake: it is written again while it is read.
-inline __global__ void ring(const int* in, int* out, int count, bool mistake) {
-  SHARED_ARRAY(int, cell, 1);
-  const int i = threadIdx.x;
-  int sum = 0;
-  for (int turn = 0; turn < count; ++turn) {
-    if (i == turn) cell[0] = in[turn];
-    __syncthreads();
-    sum += cell[0];
-    if (!mistake) __syncthreads();
-  }
-  out[i] = sum;
-}
-
 // Copies through two stages of cp.async. Mistake: the wait leaves one copy too many in flight.
 inline __global__ void pipeline(const int* in, int* out, int steps, bool mistake) {
   DYN_SHARED(int, stages);  // [2][4 * threads]
@@ -80,29 +66,10 @@ inline __global__ void vote(const int* in, int* out, int, bool mistake) {
   out[i] = static_cast<int>(__ballot_sync(dev::kFullWarp, in[i] % 2));
 }
 
-// Mistake: copies from an address that is not a multiple of 16.
-inline __global__ void aligned(const int* in, int* out, int, bool mistake) {
-  DYN_SHARED(int, values);
-  const int mine = 4 * static_cast<int>(threadIdx.x);
-  dev::cp_async16(dev::shared_address(values + mine), in + mine + (mistake ? 1 : 0), true);
-  dev::cp_async_commit();
-  dev::cp_async_wait<0>();
-  for (int k = 0; k < 4; ++k) out[mine + k] = values[mine + k];
-}
-
 // Mistake: reads one element past the end of global memory.
 inline __global__ void shifted(const int* in, int* out, int count, bool mistake) {
   const int i = threadIdx.x;
   if (i < count) out[i] = in[i + (mistake ? 1 : 0)];
-}
-
-// Mistake: writes one element past the end of shared memory.
-inline __global__ void staged(const int* in, int* out, int count, bool mistake) {
-  DYN_SHARED(int, values);
-  const int i = threadIdx.x;
-  values[i + (mistake ? 1 : 0)] = in[i];
-  __syncthreads();
-  if (i < count) out[i] = values[i];
 }
 
 // Mistake: reads shared memory that nobody wrote.
@@ -112,16 +79,6 @@ inline __global__ void partial(const int* in, int* out, int count, bool mistake)
   if (i < count - (mistake ? 1 : 0)) values[i] = in[i];
   __syncthreads();
   if (i < count) out[i] = values[i];
-}
-
-// Adds all numbers up, block by block. Mistake: not atomically.
-inline __global__ void total(const int* in, int* out, int, bool mistake) {
-  const int value = in[blockIdx.x * blockDim.x + threadIdx.x];
-  if (mistake) {
-    out[0] += value;
-  } else {
-    atomicAdd(out, value);
-  }
 }
 
 // Fragments of a 16 x 64 tile read by one warp. Mistake: rows of the tile are not padded, so that their banks collide.

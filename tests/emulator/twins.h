@@ -161,11 +161,11 @@ void cp_async_wait() {
   }
 }
 
-inline int ticket(int* counter, int own) { return emu::config().most_blocks ? own : atomicAdd(counter, 1); }
+inline int ticket(int* counter) { return atomicAdd(counter, 1); }
 inline void signal(int* counter, int value) { atomicAdd(counter, value); }
 // Blocks run one after the other: one that has to wait never ends.
 inline void wait_for(const int* counter, int least, emu::Location where = emu::Location::current()) {
-  if (!emu::config().most_blocks && *counter < least) {
+  if (*counter < least) {
     emu::fail("a block waits at " + emu::line_of(where) + " for one that has not run");
   }
 }

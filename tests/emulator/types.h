@@ -25,12 +25,10 @@
 #define SHARED_ARRAY(T, name, count)                                                              \
   static char name##_key;                                                                         \
   T* name = reinterpret_cast<T*>(::emu::static_shared(&name##_key, sizeof(T) * (count), #name))
-#define LAUNCH(kernel, grid, block, smem, stream, ...)                                \
-  do {                                                                                \
-    (void)(stream);                                                                   \
-    auto emu_kernel = (kernel);                                                       \
-    ::emu::launch(reinterpret_cast<const void*>(emu_kernel), (grid), (block), (smem), \
-                  ::emu::bind(emu_kernel, __VA_ARGS__));                              \
+#define LAUNCH(kernel, grid, block, smem, stream, ...)                              \
+  do {                                                                              \
+    (void)(stream);                                                                 \
+    ::emu::launch((grid), (block), (smem), ::emu::bind((kernel), __VA_ARGS__));     \
   } while (0)
 
 struct uint3 {

@@ -107,7 +107,7 @@ class NothingIsRead(TorchDispatchMode):
 def test_calls_read_no_numbers(strategy: str, gather: bool) -> None:
     """With library products in place of grouped ones, which on a CPU do read their offsets."""
     shape = SMALL_SHAPES["separable" if strategy == "separable" else "padded"]
-    problem = Product(shape, gathered=gather, activation="gelu")
+    problem = Product(shape, gathered=gather, activation="gelu", inverse=False)
     with NothingIsRead():
         problem.run(strategy)
 

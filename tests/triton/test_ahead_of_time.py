@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
-import subprocess
-import sys
 from collections import Counter
 from functools import partial
 from multiprocessing import get_context
@@ -197,11 +195,6 @@ def test_a_kernel_that_needs_too_much_shared_memory_is_stopped() -> None:
     assert any("bytes of shared memory; sm_90 has 232448" in problem for problem in problems)
 
 
-def test_exact_float32_needs_no_tensor_cores() -> None:
-    binary = binary_of(planted(32, 4, 1, kind="*fp32"))
-    assert not binary.wants_matrix or binary.matrix_instructions
-
-
 def test_problems_of_a_binary() -> None:
     assert GOOD.problems("sm_100") == []
     assert Binary(128, 0, 0, 65536, 0, 0, True).problems("sm_90") == [
@@ -257,15 +250,6 @@ OURS = ["triton", "--quick", "--only", "collect_kernel", "--arch", "sm_90"]
 def test_the_command_compiles_a_kernel_of_ours(capsys) -> None:
     assert gpu_compile.main(OURS) == 0
     assert "1 kernels and files, 1 configurations, 0 failures" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_the_command_does_so_in_processes_of_its_own() -> None:
-    command = [sys.executable, "tools/gpu_compile.py", *OURS]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "1 kernels and files, 1 configurations, 0 failures" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,8 @@ from mpoe_bench.layers import PHASES
 from shipped_kernels import bytes_of
 
 from mpoe_kernels.testing.launches import Launch
-from tests.cuda.emulation import Launched, missing
-from tests.cuda.stand_ins import Called
 
 ROOT = Path(__file__).resolve().parents[2]
-emulated = pytest.mark.skipif(bool(missing()), reason="; ".join(missing()))
-
 # A loop in a loop, the endless one behind the end, and what runs once.
 CODE = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;   /* 0x00000a00ff017624 */
@@ -53,49 +49,6 @@ def test_what_waits_and_what_returns_from_behind_the_end_are_no_loops() -> None:
     assert machine_code.executed("some_kernel", code, (7,)) == (2 + 7 * 10 + 5, 0, 0)
 
 
-def test_of_cuda_kernels_the_smallest_loop_around_products_counts() -> None:
-    """Without the loop inside it that has none, which is for operands that are not aligned."""
-    code = """
-        /*0000*/                   HMMA.16816.F32.BF16 R4, R4, R6, RZ ;
-        /*0010*/                   HMMA.16816.F32.BF16 R4, R4, R6, R4 ;
-        /*0020*/                   LDG.E R1, [R2] ;
-        /*0030*/                   BRA 0x20 ;
-        /*0040*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
-        /*0050*/                   BRA 0x0 ;
-        /*0060*/                   HMMA.16816.F32.BF16 R4, R4, R6, R4 ;
-        /*0070*/                   MOV R1, R2 ;
-        /*0080*/                   MOV R2, R1 ;
-        /*0090*/                   BRA 0x60 ;
-"""
-    assert machine_code.issued_with_product(code) == (2 + 2) / 2
-    assert machine_code.issued_with_product("\n        /*0000*/                   EXIT ;\n") == 0
-
-
-@emulated
-def test_launches_of_cuda_kernels_are_counted_by_the_emulator() -> None:
-    """Of `neuron_experts` for one expert of 64 slots: 64 x 64 x 768 up and as many down, in tiles of 64 x 64 x 32."""
-    case = floors.CASES["neurons neurons 64 d=768 E=8 k=2"]
-    log = floors.launches(case.layer("meta"), 768, False, "sm_90", cuda=(8, 2 * 4096))
-    called = {each.op: each for each in log if isinstance(each, Called)}
-    assert set(called) == {"experts"}
-    *_, forward = called["experts"].launched
-    assert forward.kernel == "experts_forward_kernel<__nv_bfloat16, true, false>"
-    tiles, products = 4096 * 2 // 64, 2 * 64 * 64 * 768 // (16 * 8 * 16)
-    assert forward.blocks == 2 * (tiles // 2 + 8 + 1), "of each choice as many as there can be"
-    assert forward.mma / forward.run == pytest.approx(products * tiles / forward.blocks, rel=0.02)
-    assert called["experts"].scratch < 4096 * 2 * 20, "no rows of slots"
-
-
-def test_the_cost_of_a_cuda_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(floors, "cuda_binaries", lambda _: {"a_kernel": CODE, "b_kernel": CODE})
-    launched = [Launched("a_kernel", 1000, 128, 10, 400, 30), Launched("b_kernel", 8, 64, 8, 0, 0)]
-    first, second = floors.costs_of(Called("op", [torch.empty(300, device="meta")], 50, launched), "sm_90")
-    per_product = machine_code.issued_with_product(CODE)
-    assert first[:6] == ("a_kernel", 1000, 4, round(10 * per_product, 1), 3, 1300)
-    assert first.times[2] == pytest.approx(1000 * 40 * 2 * 16 * 8 * 16 / 800e12)
-    assert second[:6] == ("b_kernel", 8, 2, 0, 0, 0), "the op's tensors move once"
-
-
 def test_bytes_are_those_of_different_tensors() -> None:
     x = torch.empty(8, 4, device="meta")
     assert bytes_of([x, x[:2], x.t(), 3, None, torch.empty(2, dtype=torch.int64, device="meta")]) == 128 + 16
@@ -124,7 +77,7 @@ def test_the_dense_network() -> None:
 
 def test_the_table_is_that_of_the_document() -> None:
     calls = json.loads(floors.TABLE.read_text())
-    every = product(floors.CASES, PHASES, floors.CARDS, floors.BACKENDS)
+    every = product(floors.CASES, PHASES, floors.CARDS)
     assert set(calls) == {" ".join(call) for call in every}
     assert floors.document(calls) in floors.DOCUMENT.read_text()
 
@@ -134,7 +87,7 @@ def test_the_page_says_the_tables_figures_and_which_miss_their_limits() -> None:
     wanted = []
     for name, case in floors.CASES.items():
         if not case.masked:
-            found = [calls[f"{name} {phase} sm_90 triton"] for phase in PHASES]
+            found = [calls[f"{name} {phase} sm_90"] for phase in PHASES]
             limits = [floors.limit_of(case, phase, "sm_90") for phase in PHASES]
             marks = ["**" * bool(floors.missed("", *pair)) for pair in zip(found, limits, strict=True)]
             words = [f"{mark}{each['x_dense']:.2f}{mark}" for mark, each in zip(marks, found, strict=True)]
@@ -146,7 +99,7 @@ def test_the_page_says_the_tables_figures_and_which_miss_their_limits() -> None:
 @pytest.fixture
 def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict:
     """A table that says that a call is faster than it is."""
-    call = "hidden d=768 E=8 k=2 forward sm_90 triton"
+    call = "hidden d=768 E=8 k=2 forward sm_90"
     kept = json.loads(floors.TABLE.read_text())[call]
     monkeypatch.setattr(floors, "TABLE", tmp_path / "gpu.json")
     monkeypatch.setattr(floors, "figures", lambda *_: json.loads(json.dumps(kept)))

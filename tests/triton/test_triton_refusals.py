@@ -6,81 +6,34 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from mpoe_bench.cases import random_blocks
 
-from mpoe_kernels import (
-    BackendError,
-    MPOBlocks,
-    backend_reasons,
-    combine,
-    dispatch,
-    grouped_mpo_linear,
-    hidden_experts,
-    mpo_ffn,
-    mpo_linear,
-    route,
-    use_backend,
-)
+from mpoe_kernels import BackendError, backend_reasons, route, use_backend
 from mpoe_kernels.triton import architecture
-from tests.cases import SMALL_SHAPES
+from tests.assertions import refuses
+from tests.kernels.problems import problems
 
 pytestmark = pytest.mark.skipif(architecture.in_interpreter(), reason="the interpreter takes CPU tensors")
-SHAPE = SMALL_SHAPES["light"]
-OFFSETS = torch.tensor([0, 1, 3], dtype=torch.int32)
+OPS = sorted(problems().keys() - {"mpo_embedding"})  # which PyTorch computes
 
 
-def blocks(experts: int, dtype: torch.dtype) -> MPOBlocks:
-    return random_blocks(SHAPE, experts, dtype)
-
-
-def rows(dtype: torch.dtype) -> torch.Tensor:
-    return torch.ones(3, SHAPE.in_features, dtype=dtype)
-
-
-def routing():
-    return route(torch.tensor([[0], [1], [1]]), 2)
-
-
-OPS: dict[str, Callable[[torch.dtype], object]] = {
-    "grouped_mpo_linear": lambda dtype: grouped_mpo_linear(rows(dtype), blocks(2, dtype), OFFSETS, backend="triton"),
-    "mpo_linear": lambda dtype: mpo_linear(rows(dtype), blocks(1, dtype), backend="triton"),
-    "mpo_ffn": lambda dtype: mpo_ffn(
-        rows(dtype), routing(), torch.ones(3, 1), blocks(2, dtype), blocks(2, dtype), backend="triton"
-    ),
-    "hidden_experts": lambda dtype: hidden_experts(
-        rows(dtype),
-        torch.ones(3, 1),
-        torch.zeros(3, 1, dtype=torch.int64),
-        *(torch.ones(2, SHAPE.in_features, SHAPE.in_features, dtype=dtype) for _ in range(2)),
-        activation="relu",
-        backend="triton",
-    ),
-    "dispatch": lambda dtype: dispatch(rows(dtype), routing(), backend="triton"),
-    "combine": lambda dtype: combine(rows(dtype), routing(), torch.ones(3, 1), backend="triton"),
-}
+def run(name: str, dtype: torch.dtype) -> None:
+    function, inputs = problems(dtype=dtype)[name]
+    with use_backend("triton"):
+        function(*inputs)
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_cpu_tensors(name: str) -> None:
+def test_cpu_tensors_and_float64_are_named_together(name: str) -> None:
     with pytest.raises(BackendError, match=r"'triton' cannot run .*it runs on cuda, not on cpu"):
-        OPS[name](torch.float32)
+        run(name, torch.float32)
+    with pytest.raises(BackendError, match="float32, bfloat16, float16, not in float64") as caught:
+        run(name, torch.float64)
+    assert "not on cpu" in str(caught.value)
 
 
 def test_cpu_indices() -> None:
     with pytest.raises(BackendError, match="it runs on cuda, not on cpu"):
         route(torch.tensor([[0], [1]]), 2, backend="triton")
-
-
-@pytest.mark.parametrize("name", OPS)
-def test_float64_is_named_beside_the_other_reasons(name: str) -> None:
-    with pytest.raises(BackendError, match="float32, bfloat16, float16, not in float64") as caught:
-        OPS[name](torch.float64)
-    assert "not on cpu" in str(caught.value)
-
-
-def test_whole_numbers_are_refused_by_the_op_itself() -> None:
-    with pytest.raises(TypeError, match="x must have a floating dtype"):
-        grouped_mpo_linear(rows(torch.int64), blocks(2, torch.float32), OFFSETS, backend="triton")
 
 
 @pytest.fixture
@@ -94,17 +47,11 @@ def forgetful(monkeypatch: pytest.MonkeyPatch):
         question.cache_clear()
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_without_triton(name: str, forgetful: pytest.MonkeyPatch) -> None:
+def test_without_triton(forgetful: pytest.MonkeyPatch) -> None:
     forgetful.setattr(architecture, "find_spec", lambda _: None)
     assert "the package triton is not installed" in backend_reasons()["triton"]
-    with pytest.raises(BackendError, match="the package triton is not installed"):
-        OPS[name](torch.float32)
-    with (
-        pytest.raises(BackendError, match="cannot run here: the package triton is not installed"),
-        use_backend("triton"),
-    ):
-        raise AssertionError("not reached")
+    for call in (lambda: route(torch.tensor([[0], [1]]), 2, backend="triton"), lambda: run("dispatch", torch.float32)):
+        refuses(BackendError, "the package triton is not installed", call)
 
 
 @pytest.mark.parametrize("found", ["3.5.1", "2.3.0+rocm6", "3.5.0.dev20250101"])
@@ -112,7 +59,7 @@ def test_with_an_old_triton(found: str, forgetful: pytest.MonkeyPatch) -> None:
     forgetful.setattr(architecture, "find_spec", lambda _: object())
     forgetful.setattr(architecture, "version", lambda _: found)
     with pytest.raises(BackendError, match=rf"it needs triton 3\.6 or newer; found {found.replace('+', '.')}"):
-        OPS["grouped_mpo_linear"](torch.float32)
+        run("grouped_mpo_linear", torch.float32)
 
 
 @pytest.mark.parametrize("found", ["3.6.0", "3.6.0+git1234", "3.10.1", "4.0.0"])

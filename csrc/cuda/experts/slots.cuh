@@ -87,7 +87,7 @@ struct SlotTile {
     int tile = blockIdx.x - group * tiles;
     group += p.first_group;
     if (p.top_k > 1) {
-      if (row == 0) shared().taken = dev::ticket(p.turns + group, tile);
+      if (row == 0) shared().taken = dev::ticket(p.turns + group);
       __syncthreads();  // the tile is known
       tile = shared().taken;
     }

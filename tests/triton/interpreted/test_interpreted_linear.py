@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
 from typing import Any
 
 import pytest
 import torch
-from _pytest.mark.structures import ParameterSet
 from mpoe_bench.cases import random_blocks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,33 +34,8 @@ class Case(KernelProblem):
     KERNELS, BACKEND = staticmethod(lambda strategy: fused_launch if strategy == ON_CHIP else BY_PRODUCTS), "triton"
 
 
-PAIRS = [(name, strategy) for name, shape in SMALL_SHAPES.items() for strategy in strategies_of(shape)]
-IN_BFLOAT16 = ("paper", "light", "separable", "padded", "uneven_bonds")
-# Some shapes are tested with every strategy, the others with these, which build something and keep it.
-OF_EVERY_SHAPE = ("half_left", "rebuild on chip")
-
-
-def pairs(names: Iterable[str], complete: Container[str]) -> list[ParameterSet]:
-    """Shapes and strategies; pairs that are not in the default suite are marked `exhaustive`."""
-    return [
-        pytest.param(*pair, marks=[] if pair[0] in complete or pair[1] in OF_EVERY_SHAPE else pytest.mark.exhaustive)
-        for pair in PAIRS
-        if pair[0] in names
-    ]
-
-
-@pytest.mark.parametrize(("name", "strategy"), pairs(SMALL_SHAPES, ("light", "separable")))
-def test_float32(name: str, strategy: str) -> None:
-    Case(SMALL_SHAPES[name]).check(strategy)
-
-
-@pytest.mark.parametrize(("name", "strategy"), pairs(IN_BFLOAT16, ("light",)))
-def test_bfloat16(name: str, strategy: str) -> None:
-    Case(SMALL_SHAPES[name], torch.bfloat16).check(strategy)
-
-
 class TestScenarios(LinearScenarios):
-    problem = Case
+    problem, of_every_shape = Case, ("half_left", ON_CHIP)  # which build something and keep it
     strategies = staticmethod(strategies_of)
 
 

@@ -17,7 +17,6 @@ from mpoe_kernels.backends import AUTO, Request, select
 from mpoe_kernels.info import collect, usable_cores
 
 LIBRARIES = ("torch", "triton", "transformers", "numpy")
-CLOCKS = {"wall": "wall time", "cpu": "CPU time of the process"}
 DEVICES = ("cpu", "cuda")
 EAGER, ALL = "eager", "all"
 
@@ -62,20 +61,13 @@ def backends_to_measure(names: str | None, suite: str = "targets", device: str =
     return chosen
 
 
-def check_options(
-    suite: str, device: str, threads: int | None, clock: str, scale: str, backend: str | None = None
-) -> int:
+def check_options(suite: str, device: str, threads: int | None, scale: str, backend: str | None = None) -> int:
     """Refuse options that cannot be run, before any work; returns the number of threads.
 
     Raises:
         ValueError: names the option, what was expected, and what was given.
     """
-    for name, value, known in (
-        ("suite", suite, SUITES),
-        ("device", device, DEVICES),
-        ("clock", clock, CLOCKS),
-        ("scale", scale, SCALES),
-    ):
+    for name, value, known in (("suite", suite, SUITES), ("device", device, DEVICES), ("scale", scale, SCALES)):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
     if device == "cuda" and not torch.cuda.is_available():
@@ -89,8 +81,6 @@ def check_options(
         raise ValueError(f"threads must be between 1 and {cores}, the processors usable here; got {threads}")
     if suite == "gpu" and device == "cpu" and scale != "tiny":
         raise ValueError("scale must be tiny for suite gpu on a CPU, where it is a trial run; got 'real'")
-    if clock == "cpu" and (threads != 1 or device != "cpu"):
-        raise ValueError("clock 'cpu' counts the seconds of all threads together: it needs device cpu and threads 1")
     backends_to_measure(backend, suite)
     return threads
 
@@ -108,7 +98,7 @@ def revision() -> str | None:
     return said
 
 
-def describe(device: str, threads: int, clock: str) -> dict[str, Any]:
+def describe(device: str, threads: int) -> dict[str, Any]:
     """What readers must know to compare results; it names nobody's machine or folders."""
     known = collect(LIBRARIES)
     return {
@@ -117,7 +107,6 @@ def describe(device: str, threads: int, clock: str) -> dict[str, Any]:
         "device": device,
         "cores": known["cores"],
         "threads": threads,
-        "clock": CLOCKS[clock],
         "isa": known["torch_isa"],
         "native_isa": (known["native"] or {}).get("isa_used"),
         "system": f"{platform.system()} {platform.machine()}",

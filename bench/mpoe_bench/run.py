@@ -67,7 +67,6 @@ class Run:
         suite: one of `SUITES`.
         device: ``cpu`` or ``cuda``.
         threads: torch threads; default: all usable processors.
-        clock: ``wall``, or ``cpu`` (this process's CPU time, for shared machines).
         scale: ``real``, or ``tiny`` sizes for tests.
         backend: see `mpoe_bench.machine.backends_to_measure`.
         minutes: begin nothing new after this time; default: no limit, or eight for the gpu suite.
@@ -87,14 +86,13 @@ class Run:
         suite: str = "quick",
         device: str = "cpu",
         threads: int | None = None,
-        clock: str = "wall",
         scale: str = "real",
         backend: str | None = None,
         minutes: float | None = None,
         on_section: Callable[[dict[str, Any]], None] = lambda _: None,
     ) -> None:
-        self.threads = check_options(suite, device, threads, clock, scale, backend)
-        self.suite, self.device, self.clock, self.on_section = suite, device, clock, on_section
+        self.threads = check_options(suite, device, threads, scale, backend)
+        self.suite, self.device, self.on_section = suite, device, on_section
         self.scale, self.backends = SCALES[scale], backends_to_measure(backend, suite, device)
         self.budget = BUDGETS.get("gpu" if device == "cuda" else suite, Budget()) if self.scale.judged else TINY
         self.timer: Callable[[], float] = time.perf_counter
@@ -111,8 +109,6 @@ class Run:
         option = config.option
         if self.device == "cuda":
             option.benchmark_timer = f"{__name__}.device_clock"
-        elif self.clock == "cpu":
-            option.benchmark_timer = "time.process_time"
         option.benchmark_disable_gc = option.benchmark_quiet = True  # one table: ours
         self.timer = pkgutil.resolve_name(str(option.benchmark_timer))
 
@@ -287,7 +283,7 @@ def run_suite(suite: str = "quick", **options: Any) -> dict[str, Any]:
     run, here, said = Run(suite, **options), Path(__file__).parent, io.StringIO()
     words = [str(here / "test_bench.py"), f"--rootdir={here}", f"--confcutdir={here}", "-o", "addopts=", "-s", "-q"]
     words += ["--assert=plain", "-p", "no:cacheprovider"]
-    machine, start, before = describe(run.device, run.threads, run.clock), time.perf_counter(), torch.get_num_threads()
+    machine, start, before = describe(run.device, run.threads), time.perf_counter(), torch.get_num_threads()
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     torch.set_num_threads(run.threads)
     try:

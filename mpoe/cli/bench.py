@@ -37,7 +37,6 @@ class BenchOptions:
     backend: str | None = option(None, "auto, all, or names with commas; default: auto and eager")
     out: Path = option(Path("bench_results"), "folder for report.md and results.json")
     threads: int | None = option(None, "torch threads; default: every usable processor")
-    clock: str = option("wall", "wall, or cpu: CPU time of one thread, for machines that others use too")
     scale: str = option("real", "real, or tiny: everything once on sizes of a test, in seconds")
     wide: bool = option(False, "all columns, however narrow the terminal")
     overwrite: bool = option(False, "replace the results in the output folder")
@@ -56,7 +55,7 @@ def command(asked: Asked) -> dict[str, Any]:
     from mpoe_bench.machine import check_options
 
     try:
-        check_options(options.suite, options.device, options.threads, options.clock, options.scale, options.backend)
+        check_options(options.suite, options.device, options.threads, options.scale, options.backend)
     except ValueError as error:
         raise CommandError(str(error)) from None
     out = check_output("out", options.out, options.overwrite, "earlier results", [RESULTS_FILE])
@@ -86,7 +85,7 @@ def _measure(options: BenchOptions) -> dict[str, Any]:
         show(table_of(section))
 
     print(f"Suite {suite}. {HOW_TO_READ}", flush=True)
-    chosen = {name: getattr(options, name) for name in ("device", "threads", "clock", "scale", "backend", "minutes")}
+    chosen = {name: getattr(options, name) for name in ("device", "threads", "scale", "backend", "minutes")}
     try:
         results = run_suite(suite, **chosen, on_section=finished)
     except BaseException:

@@ -14,7 +14,7 @@ import torch
 
 from mpoe.cli.main import main
 
-TINY = ("--scale", "tiny", "--threads", "1", "--clock", "cpu")
+TINY = ("--scale", "tiny", "--threads", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -124,7 +124,7 @@ def test_options_are_named() -> None:
 
 
 def test_what_has_no_time_is_named() -> None:
-    results = run_suite("gpu", threads=1, clock="cpu", scale="tiny", backend="eager", minutes=1e-9)
+    results = run_suite("gpu", threads=1, scale="tiny", backend="eager", minutes=1e-9)
     assert results["sections"] == []
     assert results["skipped"][0] == "FFN E=8 48x192 T=8 bfloat16"
     titles = [each.title for each in Plan(SCALES["tiny"], "cpu", ("eager",)).of("gpu")]
@@ -146,7 +146,7 @@ def test_after_a_capture_that_broke_off_nothing_is_measured(monkeypatch: pytest.
 
     monkeypatch.setattr(run, "graphed", graphed)
     monkeypatch.setattr(Plan, "of", lambda *_: [comparison("first"), comparison("second")])
-    results = run_suite("gpu", threads=1, clock="cpu", scale="tiny", backend="eager")
+    results = run_suite("gpu", threads=1, scale="tiny", backend="eager")
     assert [each["title"] for each in results["sections"]] == ["first"]
     assert results["sections"][0]["rows"][0]["graph_reason"] == "the capture of a CUDA graph failed: no"
     assert not any("graph" in row for row in results["sections"][0]["rows"])
@@ -158,7 +158,7 @@ def test_after_a_capture_that_broke_off_nothing_is_measured(monkeypatch: pytest.
 
 def test_the_gpu_suite_on_a_cpu_is_a_trial_only() -> None:
     with pytest.raises(ValueError, match="scale must be tiny for suite gpu on a CPU"):
-        check_options("gpu", "cpu", None, "wall", "real")
+        check_options("gpu", "cpu", None, "real")
 
 
 def test_targets_of_a_gpu() -> None:

@@ -91,7 +91,7 @@ def test_results_are_json_without_nan(quick) -> None:
 @pytest.mark.parametrize("suite", ["planner", "targets"])
 def test_other_suites(suite: str) -> None:
     seen = []
-    results = run_suite(suite, threads=1, clock="cpu", scale="tiny", on_section=seen.append, backend="eager")
+    results = run_suite(suite, threads=1, scale="tiny", on_section=seen.append, backend="eager")
     assert results["failures"] == []
     assert results["sections"] == seen
     assert results["backends"] == ["eager"]
@@ -114,7 +114,7 @@ def test_other_suites(suite: str) -> None:
 
 
 def test_mixtures_around_a_dense_network() -> None:
-    results = run_suite("layers", threads=1, clock="cpu", scale="tiny", backend="eager")
+    results = run_suite("layers", threads=1, scale="tiny", backend="eager")
     assert results["failures"] == []
     assert {section["case"]["layers"] for section in results["sections"]} == {1, 2}
     for section in results["sections"]:
@@ -145,8 +145,8 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def test_tiny_sizes_take_one_thread_unless_told_otherwise() -> None:
-    assert check_options("quick", "cpu", None, "wall", "tiny") == 1
-    assert check_options("quick", "cpu", None, "wall", "real") == CORES
+    assert check_options("quick", "cpu", None, "tiny") == 1
+    assert check_options("quick", "cpu", None, "real") == CORES
 
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -159,10 +159,6 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
         (["--device", "tpu"], "device must be one of cpu, cuda; got 'tpu'"),
         (["--threads", 0], f"threads must be between 1 and {CORES}"),
         (["--threads", CORES + 1], f"threads must be between 1 and {CORES}"),
-        (["--clock", "sun"], "clock must be one of wall, cpu; got 'sun'"),
-        (["--clock", "cpu", "--threads", CORES], "clock 'cpu' counts the seconds of all threads")
-        if CORES > 1
-        else (["--clock", "moon"], "clock must be one of"),
         (["--backend", "quantum"], "backend must be among all, auto, eager"),
         (["--backend", "eager,"], "backend must be among all, auto, eager"),
     ],

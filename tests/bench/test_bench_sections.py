@@ -70,7 +70,7 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> Callable[[list], dict]:
         comparison = replace(honest(), title="t", contenders=builds)
         monkeypatch.setattr(Plan, "of", lambda *_: [comparison])
         monkeypatch.setattr(run, "judged_of", lambda *_: [])
-        return run_suite(threads=1, clock="cpu", scale="tiny", backend="eager")
+        return run_suite(threads=1, scale="tiny", backend="eager")
 
     return measured
 

@@ -91,7 +91,6 @@ WORDS: dict[str, tuple[str, ...]] = {
     "output_dir": ("out", "here/out"),
     "out": ("out",),
     "suite": ("quick", "planner", "targets", "gpu"),
-    "clock": ("wall", "cpu"),
     "scale": ("real", "tiny"),
     "prompt": ("the film", "x"),
     "text": ("the film", "x"),

@@ -78,5 +78,6 @@ def test_weights_stay_on_chip_and_other_strategies_go_product_by_product(strateg
     asked = contraction(strategy, dims, 8, 64, torch.bfloat16, phase)
     assert kernels.contraction_reasons(asked) == []
     assert [each.name for each in kernels.candidates(asked)] == [ON_CHIP if strategy == "rebuild" else strategy]
-    (reason,) = kernels.contraction_reasons(contraction(strategy, dims, 8, 2**28, torch.bfloat16, phase))
-    assert "it counts to 2147483647" in reason
+    if strategy == "separable":
+        (reason,) = kernels.contraction_reasons(contraction(strategy, dims, 8, 2**28, torch.bfloat16, phase))
+        assert "it counts to 2147483647" in reason

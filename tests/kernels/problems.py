@@ -35,20 +35,15 @@ def given(blocks: MPOBlocks, left: Tensor, central: Tensor) -> MPOBlocks:
     return MPOBlocks(left, central, blocks.right, blocks.in_features, blocks.out_features)
 
 
-def problems(
-    shape: MPOShape = SHAPE, strategy: str = "auto", dtype: torch.dtype = torch.float32
-) -> dict[str, tuple[Function, tuple[Tensor, ...]]]:
+def problems(shape: MPOShape = SHAPE, strategy: str = "auto") -> dict[str, tuple[Function, tuple[Tensor, ...]]]:
     """By public name: a function of floating tensors, and those."""
-
-    def random(*size: int) -> Tensor:
-        return torch.randn(size).to(dtype)
-
     index = expert_choice("zipf", TOKENS, EXPERTS, TOP_K)
     routing = route(index, EXPERTS)
     gates = torch.rand(TOKENS, TOP_K)
-    one, up, gate = (random_blocks(shape, experts, dtype) for experts in (1, EXPERTS, EXPERTS))
-    down = random_blocks(shape.mirrored(), EXPERTS, dtype)
-    x, bias, wide = random(TOKENS, shape.in_features), random(shape.out_features), random(TOKENS, 12)
+    one, up, gate = (random_blocks(shape, experts, torch.float32) for experts in (1, EXPERTS, EXPERTS))
+    down = random_blocks(shape.mirrored(), EXPERTS, torch.float32)
+    x, bias = torch.randn(TOKENS, shape.in_features), torch.randn(shape.out_features)
+    wide = torch.randn(TOKENS, 12)
     offsets, rows = routing.expert_offsets, routing.token_of_slot
     ids = torch.tensor([0, 3, 3, 7, 1])
 
@@ -67,16 +62,20 @@ def problems(
     def neurons(x: Tensor, gates: Tensor, up: Tensor, down: Tensor, bias: Tensor, gate_up: Tensor) -> Tensor:
         return neuron_experts(x, gates, index, up, down, bias, activation="silu", gate_up=gate_up)
 
-    own, side = random(EXPERTS, 4, 12), random(EXPERTS, 1, 3, 3)
-    inside = random(EXPERTS, 12), wide.flip(0), side.clone()
+    own = torch.randn(EXPERTS, 4, 12)
+    side = torch.randn(EXPERTS, 1, 3, 3)
+    inside = torch.randn(EXPERTS, 12), wide.flip(0), side.clone()
     return {
         "grouped_mpo_linear": (grouped, (x, up.left, up.central, bias)),
         "mpo_linear": (lambda x, *b: mpo_linear(x, given(one, *b)), (x, one.left, one.central)),
         "mpo_ffn": (ffn, (x, gates, up.left, up.central)),
         "hidden_experts": (hidden, (wide, gates, side, side.clone(), *inside)),
-        "neuron_experts": (neurons, (wide, gates, own, random(EXPERTS, 4, 7), random(EXPERTS, 4), own.clone())),
+        "neuron_experts": (
+            neurons,
+            (wide, gates, own, torch.randn(EXPERTS, 4, 7), torch.randn(EXPERTS, 4), own.clone()),
+        ),
         "dispatch": (lambda x: dispatch(x, routing), (x,)),
-        "combine": (lambda y, gates: combine(y, routing, gates), (random(TOKENS * TOP_K, 4), gates)),
+        "combine": (lambda y, gates: combine(y, routing, gates), (torch.randn(TOKENS * TOP_K, 4), gates)),
         "mpo_embedding": (lambda *b: mpo_embedding(ids, given(one, *b)), (one.left, one.central)),
     }
 

@@ -6,34 +6,32 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
-from mpoe_kernels import BackendError, backend_reasons, route, use_backend
+from mpoe_kernels import BackendError, backend_reasons, use_backend
+from mpoe_kernels.signatures import ARGUMENTS
 from mpoe_kernels.triton import architecture
 from tests.assertions import refuses
-from tests.kernels.problems import problems
+from tests.kernels.problems import calls, run
 
 pytestmark = pytest.mark.skipif(architecture.in_interpreter(), reason="the interpreter takes CPU tensors")
-OPS = sorted(problems().keys() - {"mpo_embedding"})  # which PyTorch computes
+OPS = [op for op in ARGUMENTS if not op.startswith("mpo_embedding")]  # which PyTorch computes
 
 
-def run(name: str, dtype: torch.dtype) -> None:
-    function, inputs = problems(dtype=dtype)[name]
-    with use_backend("triton"):
-        function(*inputs)
+def run_on_triton(op: str, dtype: torch.dtype = torch.float32) -> None:
+    """The raw op, with tensors of the CPU."""
+    given = {**calls("eager", op), "backend": "triton"}
+    run(op, {n: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in given.items()})
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_cpu_tensors_and_float64_are_named_together(name: str) -> None:
-    with pytest.raises(BackendError, match=r"'triton' cannot run .*it runs on cuda, not on cpu"):
-        run(name, torch.float32)
-    with pytest.raises(BackendError, match="float32, bfloat16, float16, not in float64") as caught:
-        run(name, torch.float64)
-    assert "not on cpu" in str(caught.value)
-
-
-def test_cpu_indices() -> None:
-    with pytest.raises(BackendError, match="it runs on cuda, not on cpu"):
-        route(torch.tensor([[0], [1]]), 2, backend="triton")
+@pytest.mark.parametrize("op", OPS)
+def test_cpu_tensors_and_float64_are_named_together(op: str) -> None:
+    message = r"'triton' cannot run .*it runs on cuda, not on cpu"
+    refuses(BackendError, message, run_on_triton, op)
+    if op != "route":
+        refuses(
+            BackendError, f"{message}.* float32, bfloat16, float16, not in float64", run_on_triton, op, torch.float64
+        )
 
 
 @pytest.fixture
@@ -50,8 +48,9 @@ def forgetful(monkeypatch: pytest.MonkeyPatch):
 def test_without_triton(forgetful: pytest.MonkeyPatch) -> None:
     forgetful.setattr(architecture, "find_spec", lambda _: None)
     assert "the package triton is not installed" in backend_reasons()["triton"]
-    for call in (lambda: route(torch.tensor([[0], [1]]), 2, backend="triton"), lambda: run("dispatch", torch.float32)):
-        refuses(BackendError, "the package triton is not installed", call)
+    for op in OPS:
+        refuses(BackendError, "the package triton is not installed", run_on_triton, op)
+    refuses(BackendError, "cannot run here: the package triton is not installed", use_backend("triton").__enter__)
 
 
 @pytest.mark.parametrize("found", ["3.5.1", "2.3.0+rocm6", "3.5.0.dev20250101"])
@@ -59,7 +58,7 @@ def test_with_an_old_triton(found: str, forgetful: pytest.MonkeyPatch) -> None:
     forgetful.setattr(architecture, "find_spec", lambda _: object())
     forgetful.setattr(architecture, "version", lambda _: found)
     with pytest.raises(BackendError, match=rf"it needs triton 3\.6 or newer; found {found.replace('+', '.')}"):
-        run("grouped_mpo_linear", torch.float32)
+        run_on_triton("grouped_mpo_linear")
 
 
 @pytest.mark.parametrize("found", ["3.6.0", "3.6.0+git1234", "3.10.1", "4.0.0"])

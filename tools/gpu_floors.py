@@ -5,7 +5,7 @@ A layer is called on tensors without memory, forward and with its backward; ever
 instructions (4 a cycle and multiprocessor), to move each of its tensors once (*memory*), and to multiply, padding
 included (*tensor*). A warp executes Triton's instructions as often as the loops around them run, `TRIPS`, with tokens
 spread evenly over the experts. ``x_dense``, which has the limits, divides the largest of a call's three sums by the
-time for the dense network's FLOPs or bytes, the larger.
+time for the dense network's FLOPs or bytes, the larger; ``x_own`` by that for the FLOPs that a chain needs itself.
 
 bench/results/ahead-of-time/gpu.json keeps the figures. The tool fails where a kernel has more instructions, barriers or
 bytes, or a call more launches or a larger ``x_dense`` than there, where a limit that was kept is exceeded, and where a
@@ -35,6 +35,8 @@ from shipped_kernels import Library, as_on_gpu, bytes_of
 from torch import nn
 
 from mpoe.layers import router
+from mpoe_kernels.contract import BlockDims, contraction
+from mpoe_kernels.mpo.shape import MPOShape
 from mpoe_kernels.routing import gating
 from mpoe_kernels.testing.launches import Launch
 from mpoe_kernels.triton.start import cdiv
@@ -178,14 +180,29 @@ def dense_seconds(model: int, training: bool, architecture: str) -> float:
     return passes * max(flops / card.flops, 2 * elements / card.bandwidth)
 
 
+def own_flops(layer: nn.Module, training: bool) -> int:
+    """Of a chain of cores whose weights are rebuilt, without padding; 0 for other layers."""
+    total = 0
+    for module in layer.modules():
+        shape = getattr(module, "shape", None)
+        if isinstance(shape, MPOShape):
+            masked = not module.central.requires_grad
+            given = "rebuild", BlockDims.of_shape(shape), module.num_experts, TOKENS, torch.bfloat16
+            total += contraction(*given, "forward").flops
+            total += contraction(*given, "backward", (True, True, not masked, True)).flops if training else 0
+    return total
+
+
 def figures(case: Case, training: bool, architecture: str) -> dict[str, Any]:
-    """Of a call: floor in us and x dense, launches, and our kernels."""
-    log = launches(case.layer("meta"), case.model, training, architecture)
+    """Of a call: floor in us, x dense and x own, launches, and our kernels."""
+    layer = case.layer("meta")
+    log, own = launches(layer, case.model, training, architecture), own_flops(layer, training)
     costs = [cost_of(launch, architecture) for launch in log]
     sums = [sum(times) for times in zip(*(each.times for each in costs), strict=True)]
     kernels = [[*each[:6], *(round(1e6 * seconds, 2) for seconds in each.times)] for each in costs if each.programs]
     return {
         "x_dense": round(max(sums) / dense_seconds(case.model, training, architecture), 3),
+        "x_own": round(max(sums) / (own / CARDS[architecture].flops), 3) if own else "-",
         "floor_us": round(1e6 * sum(cost.floor for cost in costs), 1),
         "issue_memory_tensor_us": [round(1e6 * seconds, 1) for seconds in sums],
         "launches": len(costs),
@@ -220,7 +237,7 @@ def limit_of(case: Case, phase: str, architecture: str) -> float | None:
 
 def document(calls: dict[str, Any]) -> str:
     """Markdown: the calls on an H100 with x dense on the others, the limits that are missed, and the kernels."""
-    columns = ("floor_us", "launches", "ours")
+    columns = ("x_own", "floor_us", "launches", "ours")
     heads = ["layer, forward / with backward", "limit", *(f"x_dense {name}" for name in CARDS), *columns]
     lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
     misses, kernels = [], []

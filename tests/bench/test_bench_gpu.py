@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tarfile
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,25 @@ def test_a_visit_tries_every_part_without_a_gpu(tmp_path: Path) -> None:
     assert (walked / "done").read_text().split() == [name for name in ON_CPU if results[name] == "passed"]
     with tarfile.open(f"{walked}.tar.gz") as archive:
         assert {"trial/visit.md", "trial/models.log", "trial/peers/report.md"} <= set(archive.getnames())
+
+    def selected(part: str) -> list[str]:
+        lines = (walked / f"{part}.log").read_text().splitlines()
+        return sorted(line.split("::", 1)[1] for line in lines if "::" in line)
+
+    every = ("native", "eager", "triton", "cuda"), ("neurons", "neurons of 64", "hidden", "hidden of 64")
+    first = {re.split(r"[\[\]]", name)[1] for name in selected("experts-bfloat16")}
+    assert first == {f"{backend}-bfloat16-{shape}" for backend, shape in product(*every)}
+    for dtype in ("bfloat16", "float32"):
+        assert all(dtype in name for part in ("experts", "linear") for name in selected(f"{part}-{dtype}"))
+    assert len(selected("graphs")) > 10
+    checked = []  # small cases with tokens, an Inf among them
+    for backend in ("triton", "cuda"):
+        for shape in ("neurons", "hidden"):
+            checked.append(f"test_experts[{backend}-bfloat16-{shape}]")
+            checked.append(f"test_an_infinite_token_spoils_its_own_row_alone[{backend}-{shape}]")
+        checked.append(f"test_routing_is_the_same_everywhere[{backend}-700-64-2-11]")
+        checked.append(f"test_strategies[{backend}-light-bfloat16]")
+    assert selected("memcheck") == selected("racecheck") == sorted(checked)
     again = script("--device", "cpu", "--out", str(walked))
     assert {line.split()[1] for line in again.stdout.splitlines() if line.startswith("|")} <= {"profile"}
 

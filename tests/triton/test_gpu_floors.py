@@ -49,6 +49,15 @@ def test_what_waits_and_what_returns_from_behind_the_end_are_no_loops() -> None:
     assert machine_code.executed("some_kernel", code, (7,)) == (2 + 7 * 10 + 5, 0, 0)
 
 
+def test_a_chain_has_flops_of_its_own() -> None:
+    """Of products with the weights, which take as many as the dense network's, and of what rebuilds and masks."""
+    names = "paper max_bond 64", "paper max_bond 64 masked", "hidden"
+    layers = [floors.CASES[f"{name} d=768 E=8 k={1 + (name == 'hidden')}"].layer("meta") for name in names]
+    paper, masked, hidden = ([floors.own_flops(layer, more) for more in (False, True)] for layer in layers)
+    assert 16 * 4096 * 768**2 < masked[0] == paper[0] < masked[1] < paper[1]
+    assert hidden == [0, 0]
+
+
 def test_bytes_are_those_of_different_tensors() -> None:
     x = torch.empty(8, 4, device="meta")
     assert bytes_of([x, x[:2], x.t(), 3, None, torch.empty(2, dtype=torch.int64, device="meta")]) == 128 + 16

@@ -1,4 +1,4 @@
-"""What a training step adds up: its loss, the distribution of tokens over experts, gradient norms.
+"""What a training step adds up: its loss, and the distribution of tokens over experts.
 
 The loss of an optimizer step is the mean over *all* its target tokens, whatever the number of micro-batches, plus the
 mean of the micro-batches' auxiliary losses. Averaging the micro-batches' means instead would make a token's weight
@@ -9,7 +9,7 @@ scaling its loss and gradients would grow with the number of micro-batches.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mpoe.data.encode import IGNORED_LABEL
-from mpoe.models.report import kept_modules, mpo_modules, routed_layers
+from mpoe.models.report import routed_layers
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,6 @@ def rank_share(outputs: Any, labels: Tensor, model: Any) -> Tensor:
 
 # Sums or averages a tensor over all processes, as `Accelerator.reduce` does.
 Reduce = Callable[[Tensor, str], Tensor]
-WINDOW = 100  # optimizer steps over which an expert's tokens are counted
-_TOKENS = 50  # per expert of a layer: with fewer tokens in a window, zero may be chance
 
 
 def expert_load_of(outputs: Any) -> Tensor | None:
@@ -165,8 +163,7 @@ def load_shares(counts: Tensor) -> list[list[float] | None]:
 
 def load_summary(counts: Tensor) -> dict[str, float]:
     """Scalars for a log line of tokens per expert ``[layers, E]``: the worst layer's extremes, and the layers' mean
-    entropy (relative to log E: 1 = even, 0 = one expert takes all) and coefficient of variation (0 = even, sqrt(E - 1)
-    = one expert takes all). Layers that saw no token are left out."""
+    entropy (relative to log E: 1 = even, 0 = one expert takes all). Layers that saw no token are left out."""
     rows = counts.double().cpu()
     share = rows[rows.sum(1) > 0]
     if not len(share):
@@ -178,76 +175,21 @@ def load_summary(counts: Tensor) -> dict[str, float]:
         "expert_min_share": float(share.min()),
         "expert_max_share": float(share.max()),
         "expert_entropy": float(entropy.mean()),
-        "expert_variation": float(share.std(1, correction=0).mean()) * experts,
     }
 
 
-class LoadWatch:
-    """Counts the tokens of every expert over at least `WINDOW` steps, and warns once per layer about unusual loads.
-
-    Args:
-        names: names of the layers; without them layers are numbered.
-    """
-
-    def __init__(self, names: Sequence[str] = ()) -> None:
-        self._names = names
-        self._counts: Tensor | None = None
-        self._start = 0
-        self._said: set[tuple[int, str]] = set()
-
-    def start(self, step: int) -> None:
-        """Start at optimizer step ``step`` (the checkpoint's, in a resumed run)."""
-        self._counts, self._start = None, step
-
-    def add(self, counts: Tensor, step: int) -> list[str]:
-        """Add the tokens per expert ``[layers, E]`` since the last call, up to optimizer step ``step``.
-
-        Returns:
-            Sentences, at the end of a window, about an expert that took most of its layer's tokens (more than half plus
-            half of the even share: 75% of 2 experts, 56% of 8), and about experts that took none.
-        """
-        counts = counts.detach().cpu()
-        self._counts = counts if self._counts is None else self._counts + counts
-        steps = step - self._start
-        if steps < WINDOW:
-            return []
-        total, self._counts, self._start = self._counts, None, step
-        return [text for layer, row in enumerate(total) for text in self._remarks(layer, row, steps)]
-
-    def _remarks(self, layer: int, row: Tensor, steps: int) -> list[str]:
-        experts, tokens = len(row), int(row.sum())
-        if experts < 2 or tokens < _TOKENS * experts:
-            return []
-        found = {}
-        most = int(row.argmax())
-        share, idle = int(row[most]) / tokens, int(torch.count_nonzero(row == 0))
-        if share > 0.5 + 0.5 / experts:
-            found["most"] = f"expert {most} took {share:.0%} of the tokens"
-        if idle:
-            found["none"] = f"{idle} of {experts} experts took no token"
-        new = {kind: text for kind, text in found.items() if (layer, kind) not in self._said}
-        self._said |= {(layer, kind) for kind in new}
-        name = self._names[layer] if layer < len(self._names) else f"mixture layer {layer}"
-        hint = "balance_loss_weight, jitter or a lower router_lr_scale spread them"
-        return [f"{name}: {text} in {steps} steps; {hint}" for text in new.values()]
-
-
-def core_grad_norms(model: nn.Module) -> dict[str, float]:
-    """L2 norms of the gradients of all central and of all auxiliary cores; kinds without gradients are left out."""
-    gradients: dict[str, list[Tensor]] = {"central": [], "auxiliary": []}
-    for _, cores in mpo_modules(model):
-        for index, parameter in enumerate(cores.chain()):
-            if parameter.grad is not None:
-                gradients["central" if index == cores.shape.central else "auxiliary"].append(parameter.grad.detach())
-    for layer in kept_modules(model).values():
-        central, own = layer.central_parameters().values(), layer.experts.own_cores
-        for kind, parameters in (("central", central), ("auxiliary", own)):
-            gradients[kind] += [p.grad.detach() for p in parameters if p.grad is not None]
-    return {
-        f"grad_norm_{kind}": float(torch.nn.utils.get_total_norm(tensors))
-        for kind, tensors in gradients.items()
-        if tensors
-    }
+def one_sided(counts: Tensor) -> str | None:
+    """A sentence if, of tokens per expert ``[layers, E]``, one took more than half plus half of the even share (75% of
+    2 experts, 56% of 8) of a layer's."""
+    tokens, experts = counts.sum(1), counts.shape[1]
+    share = counts.max(1).values / tokens.clamp(min=1)
+    layer = int(share.argmax())
+    if experts < 2 or tokens[layer] < 100 * experts or share[layer] <= 0.5 + 0.5 / experts:  # few may be chance
+        return None
+    return (
+        f"expert {int(counts[layer].argmax())} of mixture layer {layer} took {share[layer]:.0%} of its tokens since the"
+        " last log; balance_loss_weight, jitter or a lower router_lr_scale spread them"
+    )
 
 
 # ------------------------------------------------------------- balance without a loss

@@ -175,15 +175,6 @@ def test_expert_dropout_replaces_the_familys_rate_in_training_only():
     assert MPOEFeedForward(24, 48, MPOEConfig(shape="separable"), dropout=0.1).expert_dropout == 0.1
 
 
-def test_central_mask_stops_its_gradient_only():
-    ffn = feed_forward()
-    ffn.experts.up.central_masked = True
-    ffn(torch.randn(6, 24)).sum().backward()
-    assert ffn.experts.up.central.grad is None
-    assert all(core.grad is not None for core in ffn.experts.up.auxiliary)
-    assert ffn.experts.down.central.grad is not None
-
-
 def test_contexts_do_not_leak_between_threads():
     ffn = feed_forward()
     x = torch.randn(1, 4, 24)

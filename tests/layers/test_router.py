@@ -316,15 +316,6 @@ def test_native_products_and_gradients(tokens, features, experts, dtypes, frozen
             torch.testing.assert_close(got, value.to(got.dtype), rtol=2e-2 if got.dtype in LOW else 1e-5, atol=1e-4)
 
 
-def test_the_backend_asked_for_computes(monkeypatch):
-    called = []
-    monkeypatch.setattr(router_module, "native_logits", lambda *arguments: called.append(arguments))
-    for backend in ("eager", "native", None):
-        with torch.no_grad():
-            float32_logits(*problem(torch.bfloat16, torch.bfloat16), backend)
-    assert len(called) == 2 * ("native" in available_backends())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_second_derivatives_and_transforms(dtype):
     x, weight = problem(dtype, dtype)

@@ -230,12 +230,6 @@ class MPOCores(FromInitialValues):
         for parameter, core in zip(self.chain(), cores, strict=True):
             parameter.copy_(core.expand_as(parameter))
 
-    @torch.no_grad()
-    def add_noise_(self, relative: float) -> None:
-        """Add Gaussian noise to the auxiliary cores, ``relative`` to each core's RMS, so that the experts differ."""
-        for core in self.auxiliary:
-            core.add_(torch.randn_like(core) * (relative * core.square().mean().sqrt()))
-
     def extra_repr(self) -> str:
         return f"{self.shape}, num_experts={self.num_experts}"
 

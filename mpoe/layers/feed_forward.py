@@ -51,17 +51,7 @@ def _say_that_nothing_balances() -> None:
 class RoutedFeedForward(nn.Module):
     """The common part of mixtures of every shape: the router, the call's token mask, the router's record.
 
-    Args:
-        in_features: model size I.
-        hidden_features: size F of the dense network's, or the experts', hidden layer.
-        config: `MPOEConfig`: experts, shapes, router.
-        activation: name of the activation.
-        gated: whether the network is ``down(act(gate x) * up x)``.
-        bias: biases on up and down.
-        dropout: rate between the projections, unless ``config.router.expert_dropout`` replaces it.
-        output_dropout: rate on the result.
-        stream: which of the call's token masks this layer reads: ``"main"``, ``"encoder"`` or ``"decoder"``.
-        init_std: per kind of projection, for random weights.
+    Arguments as of `MPOEFeedForward`.
     """
 
     def __init__(
@@ -174,8 +164,18 @@ class RoutedFeedForward(nn.Module):
 class MPOEFeedForward(RoutedFeedForward):
     """Mixture of experts ``[..., I] -> [..., I]``; with ``moe_type="none"`` one expert without a router.
 
-    Arguments as of `RoutedFeedForward`. Hidden-side experts get projections of their own, `nn.Linear` up, down and, if
-    gated, gate_proj; of all others biases are shared by the experts.
+    Args:
+        in_features: model size I.
+        hidden_features: size F of the dense network's, or the experts', hidden layer.
+        config: `MPOEConfig`: experts, shapes, router. Hidden-side experts get projections of their own, `nn.Linear`
+            up, down and, if gated, gate_proj.
+        activation: name of the activation.
+        gated: whether the network is ``down(act(gate x) * up x)``.
+        bias: biases on up and down, shared by the experts.
+        dropout: rate between the projections, unless ``config.router.expert_dropout`` replaces it.
+        output_dropout: rate on the result.
+        stream: which of the call's token masks this layer reads: ``"main"``, ``"encoder"`` or ``"decoder"``.
+        init_std: per kind of projection, for random weights.
     """
 
     def new_experts(
@@ -241,7 +241,7 @@ class KeptFeedForward(RoutedFeedForward):
         names: attribute of each projection by kind: ``up``, ``gate_proj`` if gated, ``down``; without those that are in
             another module.
         columns: if two kinds share one projection, which of its outputs belong to each.
-        sizes, options: as in `RoutedFeedForward`; ``gated`` also if `names` has a gate.
+        sizes, options: as in `MPOEFeedForward`; ``gated`` also if `names` has a gate.
 
     Attributes:
         shape: name of the shape in `MPOEConfig`.

@@ -88,12 +88,6 @@ class HiddenExperts(FromInitialValues):
             values["bias"] = torch.zeros(self.bias.shape, device=self.bias.device)
         return values
 
-    @torch.no_grad()
-    def add_noise_(self, relative: float) -> None:
-        """Add Gaussian noise to the blocks, ``relative`` to their RMS, so that the experts differ."""
-        for core in self.auxiliary.values():
-            core.add_(torch.randn_like(core) * (relative * core.square().mean().sqrt()))
-
     def forward(self, u: Tensor, gates: Tensor, index: Tensor, u_gate: Tensor | None = None) -> Tensor:
         """``[T, F] -> [T, F]``, see `mpoe_kernels.hidden_experts`."""
         blocks = self.auxiliary
@@ -247,7 +241,4 @@ class HiddenMixture(HiddenFeedForward, MPOEFeedForward):
         for kind, std in init_std.items():
             nn.init.normal_(made[kind].weight, std=std)
         self.adopt(made)
-        experts = HiddenFeedForward.new_experts(self, config, bias, init_std, options)
-        if config.auxiliary_noise:
-            experts.add_noise_(config.auxiliary_noise)
-        return experts
+        return HiddenFeedForward.new_experts(self, config, bias, init_std, options)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mpoe.config.mixture import OBSOLETE
 from mpoe.models.weight_files import check_weight_files, write_text
 from mpoe.training.checkpoints import check_whole, checkpoint_folders, clean_leftovers, delete, find_last_checkpoint
 from mpoe.training.run_lock import check_free, hold
@@ -27,6 +28,7 @@ NEUTRAL_KEYS = frozenset(
         *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "skip_memory_metrics"),
         *("per_device_eval_batch_size", "eval_accumulation_steps", "save_only_model", "debug", "ddp_timeout"),
         *("allow_non_finite", "logging_nan_inf_filter"),
+        *OBSOLETE,
     }
 )
 # Files that a run writes at the top of its folder; `overwrite` deletes only these and the checkpoints.
@@ -199,7 +201,7 @@ def _check_same_model(checkpoint: Path, config: Any) -> None:
         return  # a module that is no Hugging Face model saves none
     both = (json.loads(file.read_text(encoding="utf-8")), json.loads(config.to_json_string(use_diff=False)))
     theirs, ours = ({"model_type": each.get("model_type"), "mpoe": each.get("mpoe") or {}} for each in both)
-    differing = differing_keys(theirs, ours, frozenset({"rate_ratios", "backend"})).items()
+    differing = differing_keys(theirs, ours, OBSOLETE | {"rate_ratios", "backend"}).items()
     if differing:
         listed = "; ".join(f"{name} was {a!r}, the model has {b!r}" for name, (a, b) in differing)
         raise ValueError(f"resume_from_checkpoint must be of the same model: in {checkpoint} {listed}")

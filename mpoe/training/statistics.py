@@ -9,8 +9,7 @@ scaling its loss and gradients would grow with the number of micro-batches.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,20 +22,8 @@ from mpoe.data.encode import IGNORED_LABEL
 from mpoe.models.report import routed_layers
 
 
-@dataclass(frozen=True)
-class LossParts:
-    """Scalars of one forward: `task`, the mean loss over the targets; `auxiliary`, the routers' (None: no router)."""
-
-    task: Tensor
-    auxiliary: Tensor | None
-
-    @property
-    def total(self) -> Tensor:
-        return self.task if self.auxiliary is None else self.task + self.auxiliary
-
-
-def split_loss(outputs: Any) -> LossParts:
-    """Task and auxiliary loss of a model's outputs.
+def split_loss(outputs: Any) -> tuple[Tensor, Tensor | None]:
+    """Of one forward: the mean loss over the targets, and the routers' (None: no router), scalars.
 
     MPOE models return both (`task_loss`, `aux_loss`); for any other model the whole loss is the task loss.
 
@@ -44,14 +31,13 @@ def split_loss(outputs: Any) -> LossParts:
         ValueError: the outputs have no loss (no labels were given).
     """
     if not isinstance(outputs, dict):
-        return LossParts(outputs[0].mean(), None)
+        return outputs[0].mean(), None
     if outputs.get("loss") is None:
         raise ValueError(f"the model returned no loss: give it labels (it returned {', '.join(outputs.keys())})")
-    task = outputs.get("task_loss")
+    task, auxiliary = outputs.get("task_loss"), outputs.get("aux_loss")
     if task is None:
-        return LossParts(outputs["loss"].mean(), None)
-    auxiliary = outputs.get("aux_loss")
-    return LossParts(task.mean(), None if auxiliary is None else auxiliary.mean())
+        return outputs["loss"].mean(), None
+    return task.mean(), None if auxiliary is None else auxiliary.mean()
 
 
 def shifts_labels(model: Any) -> bool:
@@ -69,21 +55,19 @@ def count_targets(labels: Tensor, shifted: bool) -> Tensor:
     return labels.ne(IGNORED_LABEL).sum()
 
 
-def step_share(parts: LossParts, targets: Tensor, step_targets: Tensor, micro_batches: int, ranks: int) -> LossParts:
-    """A micro-batch's contribution to its optimizer step, times `micro_batches`.
+def step_share(task: Tensor, targets: Tensor, step_targets: Tensor, parts: int) -> Tensor:
+    """What a micro-batch's mean loss ``task`` adds to its optimizer step, times ``parts``.
 
-    The Trainer divides this by `micro_batches`, and DDP averages over ranks; after both, the shares sum
-    to (sum over all targets of their losses) / (number of targets) and to the mean auxiliary loss.
+    The Trainer divides this by the number of micro-batches, and DDP averages over ranks; after both, the shares sum to
+    (sum over all targets of their losses) / (number of targets).
 
     Args:
         targets: targets in this micro-batch (0-d).
         step_targets: targets in the whole optimizer step, over all micro-batches and ranks (0-d).
-        ranks: processes whose gradients will be averaged.
+        parts: micro-batches times processes whose gradients will be averaged.
     """
     # A step without targets has no task loss; its mean is NaN and must not propagate.
-    weight = targets * (micro_batches * ranks) / step_targets.clamp(min=1)
-    task = torch.where(targets > 0, parts.task * weight, torch.zeros_like(parts.task))
-    return LossParts(task, parts.auxiliary)
+    return torch.where(targets > 0, task * (targets * parts / step_targets.clamp(min=1)), torch.zeros_like(task))
 
 
 def rank_share(outputs: Any, labels: Tensor, model: Any) -> Tensor:
@@ -102,16 +86,13 @@ def rank_share(outputs: Any, labels: Tensor, model: Any) -> Tensor:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(everyone)
         ranks = dist.get_world_size()
-    return step_share(split_loss(outputs), targets, everyone, 1, ranks).total
+    task, auxiliary = split_loss(outputs)
+    share = step_share(task, targets, everyone, ranks)
+    return share if auxiliary is None else share + auxiliary
 
 
 # Sums or averages a tensor over all processes, as `Accelerator.reduce` does.
 Reduce = Callable[[Tensor, str], Tensor]
-
-
-def expert_load_of(outputs: Any) -> Tensor | None:
-    """Tokens per expert `[layers, E]` of a model's outputs; None for a dense model."""
-    return outputs.get("expert_load") if isinstance(outputs, Mapping) else None
 
 
 class RunLog:
@@ -124,11 +105,11 @@ class RunLog:
         self._sums: dict[str, Tensor] = {}
         self._load: Tensor | None = None
 
-    def note(self, parts: LossParts, load: Tensor | None, micro_batches: int) -> None:
+    def note(self, task: Tensor, auxiliary: Tensor | None, load: Tensor | None, micro_batches: int) -> None:
         """Add one of a step's ``micro_batches``; ``load`` `[layers, E]` counts tokens per expert."""
-        values = {"steps": torch.ones((), device=parts.task.device), "task_loss": parts.task.detach()}
-        if parts.auxiliary is not None:
-            values["aux_loss"] = parts.auxiliary.detach()
+        values = {"steps": torch.ones((), device=task.device), "task_loss": task.detach()}
+        if auxiliary is not None:
+            values["aux_loss"] = auxiliary.detach()
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(value).float()) + value.float() / micro_batches
         if load is not None:

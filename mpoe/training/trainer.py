@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,9 @@ from mpoe.training.output_dir import METRICS_FILE, checkpoint_to_resume, write_m
 from mpoe.training.rates import build_param_groups, keep_state, rate_advice
 from mpoe.training.run_lock import hold
 from mpoe.training.statistics import (
-    LossParts,
     RunLog,
     corrects_bias,
     count_targets,
-    expert_load_of,
     load_shares,
     load_summary,
     one_sided,
@@ -224,20 +223,21 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs.get("labels")
         outputs = model(**inputs)
-        parts = split_loss(outputs)
+        task, auxiliary = split_loss(outputs)
         if not self.model.training:
-            self._note_evaluation(parts.task, labels)
-            return (parts.task, outputs) if return_outputs else parts.task
+            self._note_evaluation(task, labels)
+            return (task, outputs) if return_outputs else task
         if self.label_smoother is not None and labels is not None:
-            parts = LossParts(self.label_smoother(outputs, labels, shift_labels=self._shifts_labels), parts.auxiliary)
+            task = self.label_smoother(outputs, labels, shift_labels=self._shifts_labels)
         micro_batches = self.current_gradient_accumulation_steps
         if labels is not None and num_items_in_batch is not None:
             targets = count_targets(labels, self._shifts_labels)
             step_targets = torch.as_tensor(num_items_in_batch, device=targets.device)
             ranks = self.args.world_size if self.args.average_tokens_across_devices else 1
-            parts = step_share(parts, targets, step_targets, micro_batches, ranks)
-        self._note_training(parts, outputs, micro_batches)
-        return (parts.total, outputs) if return_outputs else parts.total
+            task = step_share(task, targets, step_targets, micro_batches * ranks)
+        self._note_training(task, auxiliary, outputs, micro_batches)
+        total = task if auxiliary is None else task + auxiliary
+        return (total, outputs) if return_outputs else total
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         if self.compute_loss_func is not None:
@@ -292,7 +292,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
     def _forward_with_task_loss(self, model: nn.Module, **inputs: Any) -> Any:
         outputs = model(**inputs)
         if isinstance(outputs, dict) and outputs.get("loss") is not None:
-            outputs["loss"] = split_loss(outputs).task
+            outputs["loss"], _ = split_loss(outputs)
             self._note_evaluation(outputs["loss"], inputs.get("labels"))
         return outputs
 
@@ -327,13 +327,13 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
             warnings.warn(found, stacklevel=2)
         return {"expert_load": {"share": load_shares(counts)}}
 
-    def _note_training(self, parts: LossParts, outputs: Any, micro_batches: int) -> None:
-        load = expert_load_of(outputs)
+    def _note_training(self, task: Tensor, auxiliary: Tensor | None, outputs: Any, micro_batches: int) -> None:
+        load = outputs.get("expert_load") if isinstance(outputs, Mapping) else None
         if self._corrects_bias:
             if load is None:
                 raise ValueError("bias_update_rate needs the model's expert_load; output_router_logits is False")
             self._step_load = load if self._step_load is None else self._step_load + load
-        self._log.note(parts, load, micro_batches)
+        self._log.note(task, auxiliary, load, micro_batches)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As `Trainer.create_model_card`, for MPOE models: `mpoe.models.others` with the last evaluation's metrics."""

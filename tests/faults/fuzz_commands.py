@@ -66,6 +66,16 @@ def options_of(command: str) -> list[Any]:
     return [a for a in actions if a.option_strings and not any(part in a.dest for part in LEFT_OUT)]
 
 
+def words_of(option: Any) -> Sequence[str]:
+    """Values of its kind."""
+    kind = getattr(option.type, "__name__", "") + repr(option.type)
+    by_kind = {"bool": ("true", "false"), "int": ("1", "2", "3"), "float": ("0.1", "1.0")}
+    found = next((by_kind[name] for name in by_kind if name in kind), VALUES)
+    if isinstance(option.default, str):
+        found = (option.default,)
+    return [str(getattr(choice, "value", choice)) for choice in option.choices or found]
+
+
 # Where work begins that an input cannot change any more.
 WORK = (
     "mpoe.cli.models.load_model",
@@ -92,8 +102,12 @@ def cases(draw: random.Random, folder: Path) -> Iterator[Case]:
             tokens[1:2] = [draw.choice(VALUES)]
             names.append(tokens[1][:2])
         for option in some(draw, options_of(command), 3):
-            flag, word = draw.choice(option.option_strings), draw.choice((*map(str, option.choices or ()), *VALUES))
-            own = draw.choice(([flag], [flag, word], [flag, word], [f"{flag}={word}"], [flag[:-1], word]))
+            flag, word = draw.choice(option.option_strings), draw.choice(words_of(option))
+            if draw.random() < 0.2:
+                word = draw.choice(VALUES)
+            own = [flag] if option.nargs == 0 else draw.choice(([flag, word], [flag, word], [f"{flag}={word}"]))
+            if draw.random() < 0.1:
+                own = draw.choice(([flag[:-1], word], [flag]))
             tokens += own
             marked = (option.dest.replace("_", mark) for mark in "_- ")
             names += [*marked, *own, repr(own[-1].rpartition("=")[2].strip(","))]

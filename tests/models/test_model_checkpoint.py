@@ -23,7 +23,7 @@ from mpoe.models.weight_files import check_shapes
 from mpoe_kernels import MPOShape, decompose, reconstruct
 from tests.assertions import refuses
 
-from .tiny_models import batch, dense_model, result
+from .tiny_models import batch, dense_model, result, stirred
 
 
 def same_state(one, other):
@@ -121,7 +121,7 @@ def test_configs_bases_and_disks_that_do_not_fit(converted, tmp_path, monkeypatc
     ("family", "more"), [("t5", ["embedding"]), ("gpt2", []), ("bert", []), ("bert_mlm", ["embedding"])]
 )
 def test_mpoe_only_save(family, more, converted, tmp_path):
-    model, base = converted(family, auxiliary_noise=0.1, target_modules=["ffn", *more]), dense_model(family)
+    model, base = stirred(converted(family, target_modules=["ffn", *more])), dense_model(family)
     save_mpoe_only(model, tmp_path, base)
     assert not (tmp_path / "model.safetensors").exists()
     again = load_mpoe(tmp_path, base=base)

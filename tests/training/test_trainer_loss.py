@@ -207,9 +207,9 @@ def test_load_counts_tokens_of_the_whole_step(tmp_path: Path) -> None:
     counts: list[torch.Tensor] = []
     original = trainer._note_training
 
-    def spy(parts: Any, outputs: Any, micro_batches: int) -> None:
+    def spy(task: Any, auxiliary: Any, outputs: Any, micro_batches: int) -> None:
         counts.append(outputs["expert_load"])
-        original(parts, outputs, micro_batches)
+        original(task, auxiliary, outputs, micro_batches)
 
     trainer._note_training = spy
     trainer.train()

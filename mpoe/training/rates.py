@@ -41,8 +41,8 @@ KINDS = ("rest", "router", "dense_expert", "central", "auxiliary")
 def build_param_groups(model: nn.Module, args: MPOETrainingArguments) -> list[dict[str, Any]]:
     """Parameter groups for a torch optimizer, over all parameters that require a gradient.
 
-    Each group is `{"params", "lr", "weight_decay", "kind", "rate_ratio"}`; parameters of equal kind, rate and decay
-    share a group. Biases, norms and other vectors are not decayed.
+    Each group is `{"params", "lr", "weight_decay", "kind"}`; parameters of equal kind, rate and decay share a
+    group. Biases, norms and other vectors are not decayed.
 
     Raises:
         ValueError: nothing in the model requires a gradient.
@@ -56,20 +56,17 @@ def build_param_groups(model: nn.Module, args: MPOETrainingArguments) -> list[di
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        kind, ratio, rate = "rest", 1.0, args.learning_rate
+        kind, rate = "rest", args.learning_rate
         if id(parameter) in cores:
-            kind, ratio, rate = cores[id(parameter)]
+            kind, rate = cores[id(parameter)]
         elif "router" in name.split("."):
             kind, rate = "router", args.learning_rate * args.router_lr_scale
         elif id(parameter) in dense_experts and parameter.ndim == 3:
             kind, rate = "dense_expert", args.learning_rate * args.dense_expert_lr_scale
         decayed = parameter.ndim > 1 and "bias" not in name and id(parameter) not in undecayed
         decay = args.weight_decay if decayed else 0.0
-        group = groups.setdefault(
-            (kind, rate, decay),
-            {"params": [], "lr": rate, "weight_decay": decay, "kind": kind, "rate_ratio": ratio},
-        )
-        group["params"].append(parameter)
+        new = {"params": [], "lr": rate, "weight_decay": decay, "kind": kind}
+        groups.setdefault((kind, rate, decay), new)["params"].append(parameter)
     if not groups:
         raise ValueError(f"no parameter of {type(model).__name__} requires a gradient: nothing to train")
     return sorted(groups.values(), key=lambda group: (KINDS.index(group["kind"]), -group["weight_decay"], -group["lr"]))
@@ -95,15 +92,14 @@ def keep_state(previous: torch.optim.Optimizer, optimizer: torch.optim.Optimizer
         optimizer.state[parameter] = before.state[parameter]
 
 
-def _core_rates(model: nn.Module, args: MPOETrainingArguments) -> dict[int, tuple[str, float, float]]:
-    """id(core parameter) -> (kind, RMS ratio, rate)."""
+def _core_rates(model: nn.Module, args: MPOETrainingArguments) -> dict[int, tuple[str, float]]:
+    """id(core parameter) -> (kind, rate)."""
     central_scale, auxiliary_scale = args.lr_scales
-    rates: dict[int, tuple[str, float, float]] = {}
+    rates: dict[int, tuple[str, float]] = {}
     for name, cores in mpo_modules(model):
         for index, (parameter, ratio) in enumerate(zip(cores.chain(), _ratios(name, cores), strict=True)):
             kind, scale = ("central", central_scale) if index == cores.shape.central else ("auxiliary", auxiliary_scale)
-            ratio = ratio if args.scale_core_lr else 1.0
-            rates[id(parameter)] = (kind, ratio, args.core_lr * ratio * scale)
+            rates[id(parameter)] = (kind, args.core_lr * (ratio if args.scale_core_lr else 1.0) * scale)
     for layer in kept_modules(model).values():
         # Blocks start as identities, regardless of the scale of the weights around them. Neurons have the scale of a
         # dense network's and took its rate in our trials; a scale is then only what was asked for.
@@ -111,9 +107,9 @@ def _core_rates(model: nn.Module, args: MPOETrainingArguments) -> dict[int, tupl
         if layer.shape == NEURONS:
             own_scale = 1.0 if args.auxiliary_lr_scale is None else args.auxiliary_lr_scale
         for parameter in layer.experts.own_cores:
-            rates[id(parameter)] = ("auxiliary", 1.0, args.core_lr * own_scale)
+            rates[id(parameter)] = ("auxiliary", args.core_lr * own_scale)
         for parameter in layer.shared_parameters().values():
-            rates[id(parameter)] = ("central", 1.0, args.core_lr * (1.0 if shared_scale is None else shared_scale))
+            rates[id(parameter)] = ("central", args.core_lr * (1.0 if shared_scale is None else shared_scale))
     return rates
 
 

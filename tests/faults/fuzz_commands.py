@@ -50,8 +50,20 @@ LEFT_OUT += ("trackio", "full_determinism", "tf32", "liger")
 # Values of some options, of none, or of another one.
 VALUES = (
     *("", "-1", "0", "1", "2", "3", "8", "1000000000000", "-0.5", "0.1", "1.0", "nan", "inf", "1e309", "true", "false"),
-    *("None", "x", "é☃", "{", "[]", "null", '{"up": 1}', '{"a": "b"}', "[" * 3000, "9" * 5000, "a,b", ",", "--", "-x"),
-    *("..", "/dev/null", "/proc/version", "here/data", "here/out", "plan.json", "the film", "cpu", "auto", "eager"),
+    *("None", "x", "é☃", "{", "[]", "null", '{"up": 1}', '{"a": "b"}', "[" * 3000, "9" * 5000, "a,b", "--", "-x"),
+    *(
+        ",",
+        "..",
+        "/dev/null",
+        "/proc/version",
+        "here/data",
+        "here/out",
+        "plan.json",
+        "the film",
+        "cpu",
+        "auto",
+        "eager",
+    ),
     *("t5", "gpt2", "doc_lm", "doc_lm,doc_module", "sentence", "label", "accuracy,f1", "train", "validation", "test"),
     *("switch", "moe", "none", "dense", "separable", "paper", "light", "random", "threshold", "identity", "sgd", "0,1"),
     *("ffn", "attention,embedding", "word_embed,mlp", "nompo", "decoder", '{".*wo": 4}', '{"0": "bad", "1": "good"}'),
@@ -97,7 +109,7 @@ def cases(draw: random.Random, folder: Path) -> Iterator[Case]:
     inside = prepare(folder)
     for number in itertools.count():
         command = draw.choice(COMMANDS)
-        tokens, names = [command, *start_of(command, number)], ["model", "configuration file"]
+        tokens, names = [command, *start_of(command, number)], ["model", "configuration file", "here/data"]
         if draw.random() < 0.05:  # for train this is a configuration file
             tokens[1:2] = [draw.choice(VALUES)]
             names.append(tokens[1][:2])

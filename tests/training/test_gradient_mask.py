@@ -109,42 +109,30 @@ def test_refusals() -> None:
 
 
 class Watch(TrainerCallback):
-    """Compares centrals, their Adam state and all other weights before and after every optimizer step."""
+    """Names of the parameters that every optimizer step changes, or whose Adam state it does; when they are masked."""
 
     def __init__(self) -> None:
-        self.masked: list[bool] = []
-        self.centrals_kept: list[bool] = []
-        self.others_kept: list[bool] = []
-        self.during_micro_batches: list[bool] = []
-        self.gradients: list[bool] = []
+        self.changed: list[set[str]] = []
+        self.masked: list[bool] = []  # in every micro-batch
 
-    @staticmethod
-    def state(model: Any, optimizer: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        inner = getattr(optimizer, "optimizer", optimizer)
-        centrals, others = [], []
-        for name, parameter in model.named_parameters():
-            if not name.endswith(".central"):
-                others.append(parameter.detach().clone())
-                continue
-            centrals.append(parameter.detach().clone())
-            centrals += [value.clone() for _, value in sorted(inner.state.get(parameter, {}).items())]
-        return centrals, others
+    def held(self, model: Any, optimizer: Any) -> dict[str, list[torch.Tensor]]:
+        state = getattr(optimizer, "optimizer", optimizer).state
+        own = {name: [p, *(v for _, v in sorted(state.get(p, {}).items()))] for name, p in model.named_parameters()}
+        return {name: [each.detach().clone() for each in values] for name, values in own.items()}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any) -> None:
-        self.before = self.state(model, optimizer)
+        self.before = self.held(model, optimizer)
 
     def on_substep_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.during_micro_batches.append(all_masked(model))
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.masked.append(all_masked(model))
-        self.gradients.append(any(cores.central.grad is not None for _, cores in mpo_modules(model)))
+
+    on_pre_optimizer_step = on_substep_end
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any) -> None:
-        centrals, others = self.state(model, optimizer)
-        same_length = len(centrals) == len(self.before[0])
-        self.centrals_kept.append(same_length and all(map(torch.equal, centrals, self.before[0])))
-        self.others_kept.append(any(map(torch.equal, others, self.before[1])))
+        pairs = ((name, self.before[name], now) for name, now in self.held(model, optimizer).items())
+        self.changed.append(
+            {name for name, old, new in pairs if len(old) != len(new) or not all(map(torch.equal, old, new))}
+        )
 
 
 def all_masked(model: Any) -> bool:
@@ -171,12 +159,11 @@ def test_masked_steps_change_everything_but_the_centrals(tmp_path: Path) -> None
     expected = [mask_draw(4, step) < 0.5 for step in range(16)]
     assert 3 < sum(expected) < 13
     assert expected.index(True) != 0, "some momentum must exist before the first masked step"
-    assert watch.masked == expected
-    assert watch.centrals_kept == expected
-    assert not any(watch.others_kept)
-    assert watch.gradients == [not masked for masked in expected]
+    names = {name for name, _ in trainer.model.named_parameters()}
+    centrals = {name for name in names if name.endswith(".central")}
+    assert watch.changed == [names - centrals if masked else names for masked in expected]
     # One draw holds for all three micro-batches of a step.
-    assert watch.during_micro_batches == [masked for masked in expected for _ in range(2)]
+    assert watch.masked == [masked for masked in expected for _ in range(3)]
     assert not all_masked(trainer.model)
 
 

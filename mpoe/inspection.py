@@ -188,19 +188,19 @@ def parameter_growth(model: nn.Module, experts: Sequence[int] = EXPERTS) -> Grow
     layers = [module for module in model.modules() if isinstance(module, RoutedFeedForward)]
     if not layers:
         raise ValueError(f"parameter_growth needs a model with mixtures of experts; {type(model).__name__} has none")
-    own, cores, full, auxiliary = layers[0].num_experts, False, 0, 0
+    router = sum(layer.router.in_features for layer in layers if layer.router is not None)
+    full = auxiliary = 0
     for layer in layers:
         if isinstance(layer, KeptFeedForward):
-            cores, auxiliary = True, auxiliary + layer.own_parameters() // own
             full += sum(weight.numel() for weight in layer.dense_parameters().values())
+            auxiliary += layer.own_parameters()
             continue
-        for projection in layer.experts.projections().values():
-            full += projection.in_features * projection.out_features
-            if isinstance(projection, MPOCores):
-                cores, auxiliary = True, auxiliary + projection.own_parameters() // own
-    router = sum(layer.router.in_features for layer in layers if layer.router is not None)
-    report, counts = parameter_report(model), sorted({*experts, own})
-    mpoe = [report["total"] + (count - own) * (auxiliary + router) for count in counts] if cores else []
+        for matrix in layer.experts.projections().values():
+            full += matrix.in_features * matrix.out_features
+            auxiliary += matrix.own_parameters() if isinstance(matrix, MPOCores) else 0
+    own, report = layers[0].num_experts, parameter_report(model)
+    counts, each = sorted({*experts, own}), auxiliary // own
+    mpoe = [report["total"] + (count - own) * (each + router) for count in counts] if each else []
     switch = [report["switch_total"] + (count - own) * (full + router) for count in counts]
     return Growth(counts, mpoe, switch, report["dense_total"])
 

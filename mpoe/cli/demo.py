@@ -5,20 +5,40 @@ experts that are trained alike: gain and size."""
 
 from __future__ import annotations
 
-import os
 import time
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mode
 from typing import Any, ClassVar
 
-from mpoe.cli.command import Asked, CommandError, as_command, option
-from mpoe.cli.models import MODEL_OR_RUN, REPORT_FILE, RESULTS_FILE, check_output, model_folder, write_json
-from mpoe.config.checks import check_seed
+import torch
+from markupsafe import Markup
+from rich.console import Console
+from rich.text import Text
 
-# Threads that spin while they wait for each other cost minutes on shared cores; torch reads this when it loads.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from mpoe.cli import compare, train
+from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.cli.compose import AT_ONCE, batches, pieces
+from mpoe.cli.models import (
+    MODEL_OR_RUN,
+    REPORT_FILE,
+    RESULTS_FILE,
+    check_output,
+    model_folder,
+    quiet_transformers,
+    write_json,
+)
+from mpoe.cli.report import Table, expert_colours, routes_html, section, write_page
+from mpoe.config.checks import check_seed
+from mpoe.data.documentation import load_documentation
+from mpoe.data.embedded import DOMAINS, domain_text, load_stand_in
+from mpoe.data.predict import token_losses
+from mpoe.inspection import route_text
+from mpoe.models import collect_statistics, compose_experts, merge_expert, save_expert, start_expert
+from mpoe.models.expert_mixture import keep_experts
+from mpoe.training.run_lock import hold
+
 MODEL_FOLDER = "model"
 
 
@@ -45,8 +65,6 @@ class DemoOptions:
 def command(asked: Asked) -> None:
     """Train and compose the experts, or compare the arms, in the output folder."""
     (options,) = asked.options
-    from mpoe.training.run_lock import hold
-
     if "model" in asked.given and not options.compare:
         raise CommandError("model is for --compare; the experts are trained beside the embedded GPT-2")
     own = (RESULTS_FILE, REPORT_FILE, MODEL_FOLDER, *ARMS)
@@ -87,8 +105,6 @@ _COMPARED = (
 
 def compare_arms(output_dir: Path, kind: str, steps: int | None, seed: int) -> None:
     """Train the arms alike, each in a folder of its own, and put them side by side."""
-    from mpoe.cli import compare, train
-
     chosen = SETTINGS[kind]
     for arm, options in ARMS.items():
         print(f"{arm}:")
@@ -124,15 +140,6 @@ _PICTURE = "Every token of a text that changes its domain, coloured by the exper
 
 def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
     """Experts of three domains, trained apart, become a mixture that sorts by itself; returns the results."""
-    from mpoe.cli.compose import batches, pieces
-    from mpoe.cli.models import quiet_transformers
-    from mpoe.data.documentation import load_documentation
-    from mpoe.data.embedded import DOMAINS, domain_text, load_stand_in
-    from mpoe.data.predict import token_losses
-    from mpoe.inspection import route_text
-    from mpoe.models import collect_statistics, compose_experts, merge_expert, save_expert
-    from mpoe.models.expert_mixture import keep_experts
-
     quiet_transformers()
     start = time.perf_counter()
     base, tokenizer = load_stand_in("gpt2")
@@ -168,8 +175,8 @@ def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
     for text in held_out:
         losses[text] |= {"composed": loss(mixture, text), "merged": loss(merged, text)}
     shown = "\n".join(tokenizer.decode(held_out[name][0]["input_ids"][0][:SHOWN]) for name in DOMAINS)
-    (route,) = route_text(mixture, tokenizer, shown)  # a token's expert is the one that most layers sent it to first
-    chosen = [Counter(layer[place][0] for layer in route.experts) for place in range(len(route.tokens))]
+    routes = route_text(mixture, tokenizer, shown)
+    first = zip(*([best[0] for best in layer] for layer in routes[0].experts), strict=True)
     with model_folder(output_dir / MODEL_FOLDER, mixture, tokenizer) as staging:
         keep_experts(mixture, staging)
     results: dict[str, Any] = {
@@ -178,11 +185,12 @@ def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
         "experts": mixture.config.mpoe_experts,
         "losses": losses,
         "kept": kept(losses),
-        "picture": [(token, n.most_common(1)[0][0]) for token, n in zip(route.tokens, chosen, strict=True)],
+        "picture": [(token, mode(of_layers)) for token, of_layers in zip(routes[0].tokens, first, strict=True)],
         "megabytes": {file.name: file.stat().st_size / 1e6 for file in files},
         "seconds": time.perf_counter() - start,
     }
-    _tell(output_dir / REPORT_FILE, results)
+    _tell(results)
+    _report(output_dir / REPORT_FILE, results, routes_html([(shown, routes)], results["experts"]))
     write_json(output_dir / RESULTS_FILE, results)
     print(f"{output_dir / REPORT_FILE}, {output_dir / RESULTS_FILE}, experts and the mixture in {output_dir}")
     return results
@@ -190,11 +198,6 @@ def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
 
 def _train(base: Any, pieces: Any, steps: int, seed: int) -> Any:
     """An expert beside ``base``, trained on random pieces."""
-    import torch
-
-    from mpoe.cli.compose import AT_ONCE
-    from mpoe.models import start_expert
-
     torch.manual_seed(seed)
     model = start_expert(base, NEURONS).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
@@ -227,26 +230,23 @@ def conclusions(results: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _tell(file: Path, results: Mapping[str, Any]) -> None:
-    """Print, and write as ``report.html``: the table, what it says, the coloured tokens."""
-    from markupsafe import Markup
-    from rich.console import Console
-    from rich.text import Text
-
-    from mpoe.cli.report import Table, expert_colours, legend, section, write_page
-
-    names, said = results["experts"], conclusions(results)
-    colours = expert_colours(len(names))
+def _losses(results: Mapping[str, Any]) -> Table:
     rows = [[text, *(f"{own[column]:.3f}" for column in COLUMNS)] for text, own in results["losses"].items()]
-    losses = Table(HEADER, rows, f"mpoe demo: {results['steps']} steps per expert, seed {results['seed']}", _MEANING)
+    return Table(HEADER, rows, f"mpoe demo: {results['steps']} steps per expert, seed {results['seed']}", _MEANING)
+
+
+def _tell(results: Mapping[str, Any]) -> None:
+    """Print the coloured tokens, the table and what it says."""
+    colours = expert_colours(len(results["experts"]))
     tokens = [Text(token.replace("\\n", " "), f"black on {colours[expert]}") for token, expert in results["picture"]]
-    known = [Text(f" {name} ", f"black on {colour}") for name, colour in zip(names, colours, strict=True)]
+    known = [Text(f" {n} ", f"black on {colour}") for n, colour in zip(results["experts"], colours, strict=True)]
     Console().print(_PICTURE, Text.assemble(*tokens), Text(" ").join(known), sep="\n", highlight=False)
-    losses.show()
-    print("\n".join([*said, f"{results['seconds']:.0f} seconds."]))
-    span = Markup('<span style="background:{}" title="{}">{}</span>')
-    picture = Markup("").join(span.format(colours[e], names[e], token) for token, e in results["picture"])
-    picture = Markup('{}<p class="tokens">{}</p>').format(legend(names), picture)
-    lines = Markup("<ul>{}</ul>").format(Markup("").join(Markup("<li>{}</li>").format(line) for line in said))
-    parts = [lines, losses.section(), section("Who took which token", picture, note=_PICTURE)]
-    write_page(file, "mpoe demo: experts trained apart, composed", parts)
+    _losses(results).show()
+    print("\n".join([*conclusions(results), f"{results['seconds']:.0f} seconds."]))
+
+
+def _report(file: Path, results: Mapping[str, Any], routes: Markup) -> None:
+    lines = Markup("").join(Markup("<li>{}</li>").format(line) for line in conclusions(results))
+    picture = section("Who took which token", routes, note="A column for each token, a row for each layer.")
+    page = [Markup("<ul>{}</ul>").format(lines), _losses(results).section(), picture]
+    write_page(file, "mpoe demo: experts trained apart, composed", page)

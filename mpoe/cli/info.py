@@ -26,36 +26,21 @@ class InfoOptions:
 @as_command("mpoe info [FILE ...] [--json]", InfoOptions, words=(0, MOST))
 def command(asked: Asked) -> None:
     """Show the facts of this machine, or of experts."""
-    from mpoe.cli.report import Table
+    from mpoe_kernels import info
 
     (options,), files = asked.options, asked.words
-    found = collect_experts(files) if files else collect()
+    found = collect_experts(files) if files else info.collect(PACKAGES)
     if options.json:
         print(json.dumps(found, indent=2))
     elif files:
+        from mpoe.cli.report import Table
+
         for name, experts in found.items():
             for each in experts:
                 rows = [(key, str(value)) for key, value in each.items() if key != "name"]
                 Table((), rows, f"{name}: {each['name']}", kind="text").show()
     else:
-        show(found)
-
-
-def collect() -> dict[str, Any]:
-    """Everything `mpoe info` shows, JSON-able: `mpoe_kernels.info.collect` with more packages."""
-    from mpoe_kernels.info import collect
-
-    return collect(PACKAGES)
-
-
-def show(facts: dict[str, Any]) -> None:
-    """Print the facts of `collect` as tables."""
-    from mpoe.cli.report import Table
-    from mpoe_kernels.info import rows
-
-    Table((), list(rows(facts)), f"mpoe {facts['mpoe']}", kind="text").show()
-    backends = [(name, "no" if reasons else "yes", "; ".join(reasons)) for name, reasons in facts["backends"].items()]
-    Table(("backend", "runs here", "why not"), backends, "Kernel backends", kind="text").show()
+        print(info.show(found))
 
 
 def collect_experts(names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:

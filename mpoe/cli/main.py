@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 
 from mpoe.cli.command import CommandError, close_matches, show
@@ -41,6 +42,9 @@ def run(words: list[str]) -> None:
 
         print(f"mpoe {__version__}")
     elif words[0] in COMMANDS:
+        if words[0] == "demo":
+            # Threads that spin while they wait cost minutes on shared cores; torch reads this when it loads.
+            os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         importlib.import_module(f"mpoe.cli.{words[0]}").command(words[1:])
     else:
         kind = "option" if words[0].startswith("-") else "command"

@@ -158,13 +158,13 @@ def nearly(word: str, draw: random.Random) -> str:
 COMMANDS = ("train", "evaluate", "convert", "plan", "inspect", "generate", "demo", "bench", "info")
 WEIGHTS = (6, 3, 4, 4, 3, 2, 1, 2, 0.5)
 # Where work begins that an input cannot change any more, and where it begins to take long.
-WORK = ("mpoe.cli.models.load_model", "mpoe.estimation.model_costs")
+WORK = ("mpoe.cli.models.load_model", "mpoe.cli.plan.costs")
 LONG_WORK = (
     "mpoe.training.MPOETrainer.train",
     "mpoe.cli.demo.train_experts",
     "mpoe.cli.demo.compare_arms",
     "mpoe.cli.bench._measure",
-    "mpoe.cli.info.collect",
+    "mpoe_kernels.info.collect",
 )
 RUN_ON = 0.3  # of the command lines whose values all fit
 

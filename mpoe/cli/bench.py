@@ -37,25 +37,21 @@ class BenchOptions:
 def command(asked: Asked) -> dict[str, Any]:
     """Measure as asked; returns what ``results.json`` holds."""
     (options,) = asked.options
+    check_output("out", options.out, options.overwrite, "earlier results", [RESULTS_FILE])
     try:
-        import pytest_benchmark  # noqa: F401
-        from mpoe_bench.machine import check_options
-
-        check_options(options.suite, options.device, options.threads, options.clock, options.scale, options.backend)
+        results = _measure(options)
     except ImportError as error:
         how = 'in a checkout: pip install -e ".[bench]", or its folder bench on PYTHONPATH'
         raise CommandError(f"the benchmarks are not installed: no package {error.name} ({how})") from None
     except ValueError as error:
         raise CommandError(str(error)) from None
-    out = check_output("out", options.out, options.overwrite, "earlier results", [RESULTS_FILE])
-    out.mkdir(parents=True, exist_ok=True)
-    results = _measure(options)
     if results["failures"]:
         raise CommandError(f"wrong or failed: {'; '.join(results['failures'])}")
     return results
 
 
 def _measure(options: BenchOptions) -> dict[str, Any]:
+    import pytest_benchmark  # noqa: F401 - an extra, see pyproject.toml
     from mpoe_bench.run import run_suite
     from mpoe_bench.tables import HOW_TO_READ, machine_table, markdown_report, table_of, target_table, text_of
 
@@ -70,6 +66,7 @@ def _measure(options: BenchOptions) -> dict[str, Any]:
 
     def finished(section: dict[str, Any]) -> None:
         sections.append(section)
+        out.mkdir(parents=True, exist_ok=True)
         write_json(out / INCOMPLETE_FILE, {"suite": suite, "sections": sections})
         show(table_of(section))
 
@@ -81,6 +78,7 @@ def _measure(options: BenchOptions) -> dict[str, Any]:
         if sections:
             print(f"unfinished; the sections so far are in {out / INCOMPLETE_FILE}")
         raise
+    out.mkdir(parents=True, exist_ok=True)
     (out / INCOMPLETE_FILE).unlink(missing_ok=True)
     if results["skipped"]:
         print(f"the time did not suffice for: {'; '.join(results['skipped'])}")

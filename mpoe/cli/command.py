@@ -27,11 +27,6 @@ from typing import Any, NamedTuple, TypeVar
 USER_ERROR = 2
 _PACKAGE_FOLDERS = tuple(str(Path(__file__).resolve().parents[2] / name) for name in ("mpoe", "mpoe_kernels"))
 _ON_PURPOSE = (ValueError, TypeError, OSError, RuntimeError)
-# Errors of the system, wherever they occur: no space, no permission, a failing disk, an impossible path.
-_OF_THE_MACHINE = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE}
-    | {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
-)
 
 
 class CommandError(ValueError):
@@ -47,13 +42,12 @@ def close_matches(word: str, known: Iterable[str]) -> str:
 def is_on_purpose(error: BaseException) -> bool:
     """Whether the package raised ``error`` deliberately, as a message to the user.
 
-    This is true for a `CommandError`, for errors of the system (a full disk, no permission), and for errors whose
-    innermost frame is in this package: an exception from inside torch or transformers is a bug, there or here, and
-    keeps its traceback.
+    This is true for a `CommandError`, for errors of the system wherever they occur (a full disk, no permission; not for
+    an absent file), and for errors whose innermost frame is in this package: an exception from inside torch or
+    transformers is a bug, there or here, and keeps its traceback.
     """
-    if isinstance(error, CommandError):
-        return True
-    if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+    of_the_system = isinstance(error, OSError) and error.errno not in (None, errno.ENOENT)
+    if of_the_system or isinstance(error, CommandError):
         return True
     files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
     return isinstance(error, _ON_PURPOSE) and bool(files) and files[-1].startswith(_PACKAGE_FOLDERS)

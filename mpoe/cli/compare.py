@@ -148,7 +148,7 @@ def write_report(file: Path, runs: Sequence[RunFolder]) -> list[Table]:
     title = " / ".join(run.name for run in runs)
     if not others:
         title += f": {one.mixture} after {one.results.get('steps', 0):,} steps"
-        load = next((r["expert_load"]["share"] for r in reversed(one.records) if r.get("expert_load")), [])
+        load: list[Any] = next((r["expert_load"]["share"] for r in reversed(one.records) if r.get("expert_load")), [])
         names = one.results.get("layers") or list(map(str, range(len(load))))
         layers = {name: layer for name, layer in zip(names, load, strict=False) if layer}
         if layers:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from mpoe.cli import models
 from mpoe.cli.command import Asked, CommandError, as_command, option
-from mpoe.config import RouterConfig
-from mpoe.data.mappings import read_utf8
+from mpoe.config import MPOEConfig, RouterConfig
+from mpoe.data.mappings import read_mapping, read_utf8
 from mpoe.models import expert_mixture, load_mpoe
 from mpoe.models.composition import add_expert, compose
 from mpoe.models.domains import train_routers
@@ -195,24 +194,21 @@ def _fitted(base: Any, name: str, texts: Any, tokenizer: Any, options: ComposeOp
     return expert
 
 
-def _kept(options: ComposeOptions) -> tuple[list[Any], Any, int]:
-    """Experts of the mixture ``--add`` without those of ``--remove``, its background and its top-k."""
-    folder = Path(str(options.add))
-    experts, background = expert_mixture.kept_experts(folder)
-    unknown = sorted(set(options.remove) - {expert.name for expert in experts})
-    if unknown:
-        known = ", ".join(expert.name for expert in experts)
-        raise CommandError(f"remove must name experts of the mixture, {known}; got {unknown[0]}")
-    top_k = json.loads((folder / "config.json").read_text(encoding="utf-8"))["mpoe"]["router"]["top_k"]
-    return [expert for expert in experts if expert.name not in options.remove], background, top_k
-
-
 def compose_experts(
     base: Any, tokenizer: Any, names: Sequence[str], texts: Sequence[Any], options: ComposeOptions, out: Path
 ) -> None:
     """Compose or merge the experts ``names`` of ``base``; ``texts`` has batches for each of them, or nothing."""
-    experts, background, top_k = ([], None, TOP_K) if options.add is None else _kept(options)
-    none = options.add is None or background is not None
+    experts: list[Any] = []
+    background: Any = None
+    top_k, none = TOP_K, True
+    if options.add is not None:
+        there, background = expert_mixture.kept_experts(Path(options.add))
+        known, none = [expert.name for expert in there], background is not None
+        unknown = sorted(set(options.remove) - set(known))
+        if unknown:
+            raise CommandError(f"remove must name experts of the mixture, {', '.join(known)}; got {unknown[0]}")
+        experts = [expert for expert in there if expert.name not in options.remove]
+        top_k = MPOEConfig.from_dict(read_mapping(Path(options.add) / "config.json", "configuration")["mpoe"]).top_k
     own: list[Any] = [None if is_adapter(name) else load_expert(name) for name in names]
     by_name: dict[str, Any] = {}
     for place, (name, read) in enumerate(zip(names, texts, strict=False)):
@@ -232,7 +228,7 @@ def compose_experts(
     routed: dict[str, Any] = {"top_k": options.top_k or top_k, "none": none, "background": background}
     mixture = expert_mixture.compose_experts(base, experts, tokenizer=tokenizer, texts=by_name, **routed)
     if options.router == "train":
-        train_routers(mixture, [*texts, background], 0, options.steps)
+        train_routers(mixture, [*texts, routed["background"]], 0, options.steps)
     with models.model_folder(out, mixture, tokenizer) as staging:
         expert_mixture.keep_experts(mixture, staging)
     others = f"tokens go to {routed['top_k']}; {NONE!r} adds 0"

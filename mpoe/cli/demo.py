@@ -6,7 +6,7 @@ experts that are trained alike: gain and size."""
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mode
@@ -30,11 +30,10 @@ from mpoe.cli.models import (
     write_json,
 )
 from mpoe.cli.report import Table, expert_colours, routes_html, section, write_page
-from mpoe.config.checks import check_seed
 from mpoe.data.documentation import load_documentation
 from mpoe.data.embedded import DOMAINS, domain_text, load_stand_in
 from mpoe.data.predict import token_losses
-from mpoe.inspection import route_text
+from mpoe.inspection import Route, route_text
 from mpoe.models import collect_statistics, compose_experts, merge_expert, save_expert, start_expert
 from mpoe.models.expert_mixture import keep_experts
 from mpoe.training.run_lock import hold
@@ -55,10 +54,7 @@ class DemoOptions:
     seed: int = option(0, "of data order, routers and dropout")
     overwrite: bool = option(False, "replace the demo in the output folder")
 
-    LEAST: ClassVar[dict[str, int]] = {"steps": 1}
-
-    def __post_init__(self) -> None:
-        check_seed("seed", self.seed)
+    LEAST: ClassVar[dict[str, int]] = {"steps": 1, "seed": 0}
 
 
 @as_command("mpoe demo [--flag value ...]", DemoOptions)
@@ -80,22 +76,23 @@ def command(asked: Asked) -> None:
 
 # ------------------------------------------------------------------------ --compare: `mpoe train`, arm by arm
 
-_HIDDEN = ("--shape", "hidden", "--block_size", "16", "--top_k", "2")
-_OWN_RATE = ("--regime", "scratch", "--auxiliary_lr_scale", "1.0")  # blocks at the rate of the rest
+_HIDDEN = "--shape hidden --block_size 16 --top_k 2"
 # options of each arm; the wider dense model has as many weights as the hidden mixture
 ARMS = {
-    "dense": ("--baseline", "dense"),
-    "wider": ("--baseline", "wider", *_HIDDEN),
-    "switch": ("--baseline", "switch"),
-    "hidden": (*_HIDDEN, *_OWN_RATE),
-    "separable": ("--shape", "separable"),
+    "dense": "--baseline dense",
+    "wider": f"--baseline wider {_HIDDEN}",
+    "switch": "--baseline switch",
+    "hidden": f"{_HIDDEN} --regime scratch --auxiliary_lr_scale 1.0",  # blocks at the rate of the rest
+    "separable": "--shape separable",
 }
-# Learning rates were chosen on the validation items: of T5 from .001, .0015 and .002 with 200 steps of two seeds.
+# Options by model, and rates of the baselines and of the mixtures, chosen on the validation items: of T5 from .001,
+# .0015 and .002 with 200 steps of two seeds.
 SETTINGS = {
-    "t5": {"tasks": "doc_module,doc_kind", "steps": 120, "batch": 32, "dense": "1e-3", "mixture": "1.5e-3"},
-    "gpt2": {"tasks": "doc_lm", "steps": 60, "batch": 16, "dense": "3e-4", "mixture": "3e-4"},
+    "t5": ("--tasks doc_module,doc_kind --max_steps 120 --per_device_train_batch_size 32", "1e-3", "1.5e-3"),
+    "gpt2": ("--tasks doc_lm --max_steps 60 --per_device_train_batch_size 16", "3e-4", "3e-4"),
 }
-MIXTURES = ("hidden", "separable")  # arms that are named by their shape
+_ALIKE = "--lr_scheduler_type cosine --warmup_steps 0.05 --weight_decay 0.01 --logging_steps 5 --eval_strategy no"
+_ALIKE += " --save_strategy no --use_cpu --disable_tqdm true --report_to none --overwrite"
 _COMPARED = (
     "The same start, the same items in the same order, one seed. So short a training from a pretrained start hardly "
     "needs experts, and seeds differ by a point or so: larger models, longer training and other data may differ. "
@@ -105,17 +102,13 @@ _COMPARED = (
 
 def compare_arms(output_dir: Path, kind: str, steps: int | None, seed: int) -> None:
     """Train the arms alike, each in a folder of its own, and put them side by side."""
-    chosen = SETTINGS[kind]
+    own, of_baselines, of_mixtures = SETTINGS[kind]
+    own += f" --model {kind} --seed {seed} {_ALIKE}" + (f" --max_steps {steps}" if steps else "")
     for arm, options in ARMS.items():
         print(f"{arm}:")
-        rate = chosen["mixture" if arm in MIXTURES else "dense"]
-        words = (
-            f"--model {kind} --tasks {chosen['tasks']} --max_steps {steps or chosen['steps']} --learning_rate {rate}"
-        )
-        words += f" --per_device_train_batch_size {chosen['batch']} --lr_scheduler_type cosine --warmup_steps 0.05"
-        words += f" --weight_decay 0.01 --seed {seed} --logging_steps 5 --eval_strategy no --save_strategy no --use_cpu"
-        words += " --disable_tqdm true --report_to none --overwrite"
-        train.command([*words.split(), "--output_dir", str(output_dir / arm), *options])
+        rate = of_baselines if "--baseline" in options else of_mixtures
+        words = f"{own} --learning_rate {rate} {options}"
+        train.command([*words.split(), "--output_dir", str(output_dir / arm)])
     compare.command([*(str(output_dir / arm) for arm in ARMS), "--output_dir", str(output_dir), "--overwrite"])
     print(_COMPARED)
 
@@ -189,8 +182,7 @@ def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
         "megabytes": {file.name: file.stat().st_size / 1e6 for file in files},
         "seconds": time.perf_counter() - start,
     }
-    _tell(results)
-    _report(output_dir / REPORT_FILE, results, routes_html([(shown, routes)], results["experts"]))
+    _tell(output_dir / REPORT_FILE, results, routes)
     write_json(output_dir / RESULTS_FILE, results)
     print(f"{output_dir / REPORT_FILE}, {output_dir / RESULTS_FILE}, experts and the mixture in {output_dir}")
     return results
@@ -230,23 +222,18 @@ def conclusions(results: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _losses(results: Mapping[str, Any]) -> Table:
+def _tell(file: Path, results: Mapping[str, Any], routes: Sequence[Route]) -> None:
+    """Print, and write as ``report.html``: the coloured tokens, the table and what it says."""
+    names, said = results["experts"], conclusions(results)
     rows = [[text, *(f"{own[column]:.3f}" for column in COLUMNS)] for text, own in results["losses"].items()]
-    return Table(HEADER, rows, f"mpoe demo: {results['steps']} steps per expert, seed {results['seed']}", _MEANING)
-
-
-def _tell(results: Mapping[str, Any]) -> None:
-    """Print the coloured tokens, the table and what it says."""
-    colours = expert_colours(len(results["experts"]))
+    losses = Table(HEADER, rows, f"mpoe demo: {results['steps']} steps per expert, seed {results['seed']}", _MEANING)
+    colours = expert_colours(len(names))
     tokens = [Text(token.replace("\\n", " "), f"black on {colours[expert]}") for token, expert in results["picture"]]
-    known = [Text(f" {n} ", f"black on {colour}") for n, colour in zip(results["experts"], colours, strict=True)]
+    known = [Text(f" {name} ", f"black on {colour}") for name, colour in zip(names, colours, strict=True)]
     Console().print(_PICTURE, Text.assemble(*tokens), Text(" ").join(known), sep="\n", highlight=False)
-    _losses(results).show()
-    print("\n".join([*conclusions(results), f"{results['seconds']:.0f} seconds."]))
-
-
-def _report(file: Path, results: Mapping[str, Any], routes: Markup) -> None:
-    lines = Markup("").join(Markup("<li>{}</li>").format(line) for line in conclusions(results))
-    picture = section("Who took which token", routes, note="A column for each token, a row for each layer.")
-    page = [Markup("<ul>{}</ul>").format(lines), _losses(results).section(), picture]
-    write_page(file, "mpoe demo: experts trained apart, composed", page)
+    losses.show()
+    print("\n".join([*said, f"{results['seconds']:.0f} seconds."]))
+    lines = Markup("<ul>{}</ul>").format(Markup("").join(Markup("<li>{}</li>").format(line) for line in said))
+    note = "A column for each token, a row for each layer."
+    picture = section("Who took which token", routes_html([("", routes)], names), note=note)
+    write_page(file, "mpoe demo: experts trained apart, composed", [lines, losses.section(), picture])

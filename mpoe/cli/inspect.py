@@ -1,9 +1,9 @@
-"""`mpoe inspect MODEL`: routes of tokens, singular values at the bonds, growth of parameters, in one HTML file.
+"""`mpoe inspect MODEL`: routes of tokens, load, singular values at the bonds and parameters, in one HTML file.
 
 Of a mixture that `mpoe compose` made of experts it also says what each expert is worth on the texts: the loss without
 it, and the distance to the best single expert of every token.
 
-MODEL is the folder of a converted model or of a training run, whose curves are drawn too."""
+MODEL is the folder of a converted model or of a training run, whose own report.html has its curves."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from mpoe.cli.models import MODEL_OR_RUN, REPORT_FILE, check_output, write_json
 from mpoe.cli.tasks import DataOptions, data_of_run, resolve
 from mpoe.data.encode import PaddingCollator
 from mpoe.data.task import Task
-from mpoe.inspection import Route, Worth, bond_spectra, composed_worth, parameter_growth, route_text
+from mpoe.inspection import Route, Worth, bond_spectra, composed_worth, route_text
 from mpoe.models.expert_mixture import EXPERTS_FOLDER, kept_experts
 from mpoe.models.others import facts
 from mpoe.models.report import HEADER, LEGEND, mpo_modules, routed_layers, short_name, summarize
 from mpoe.models.table import ENCODER, SEQ2SEQ
-from mpoe.training.output_dir import METRICS_FILE, read_metrics
 
 NUMBERS_FILE = "inspect.json"
 NUM_TOKENS = 2048  # of the pass that plans of MPO weights are for
@@ -52,11 +51,6 @@ _WORDS = {
         "spread. Near 100% of d, a smaller max_bond would cost accuracy; a low share means that truncation is cheap. "
         "The lines are the singular values, averaged over the experts."
     ),
-    "Parameters against experts": (
-        "Of the whole model; {} without experts. A dense expert brings full weights of its own, an MPO expert its "
-        "auxiliary cores and a row of the router."
-    ),
-    "Training": ("From the run's metrics.jsonl; pale lines are the raw values, the others running means."),
 }
 
 
@@ -188,16 +182,6 @@ def _report(
     numbers["bonds"] = {  # effective rank as a share of every bond
         kind: {layer: [bond.used for bond in bonds] for layer, bonds in own.items()} for kind, own in spectra.items()
     }
-    if "ffn" in config.targets:
-        growth = parameter_growth(model)
-        numbers["parameters_by_experts"] = vars(growth)
-        rows = [("MPO experts", growth.mpoe), ("dense experts (Switch)", growth.switch)]
-        cells = [[kind, *(f"{total:,}" for total in totals)] for kind, totals in rows if totals]
-        table = report.Table(("experts", *map(str, growth.experts)), cells)
-        add("Parameters against experts", table.html(), words=f"{growth.dense:,}")
-    records = read_metrics(name) if (Path(name) / METRICS_FILE).is_file() else []
-    if any("loss" in record for record in records):
-        add("Training", report.curves({name: records}))
     weights = summarize(model, NUM_TOKENS, config.top_k)
     if weights:
         parts.append(report.Table(HEADER, [row.cells for row in weights], "MPO weights", LEGEND).section())

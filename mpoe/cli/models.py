@@ -164,8 +164,6 @@ def load_model(source: Source, labels: Sequence[str] | None = None) -> Any:
 
     from mpoe.models.weight_files import check_weight_files
 
-    if Path(source.path).is_dir():
-        check_weight_files(Path(source.path))
     auto = {SEQ2SEQ: "AutoModelForSeq2SeqLM", CAUSAL: "AutoModelForCausalLM", ENCODER: "AutoModel"}[source.style]
     if source.is_classifier or options:
         auto = "AutoModelForSequenceClassification"

@@ -248,8 +248,8 @@ def _parts(
         own = own if work.inference else own * (4 * matrices - 1) // matrices
         parameters = elements + shared + module.own_parameters()
         mpoe = Cost(parameters, (forward + of_shared) * work.passes + own)
-        sizes, strategies, lossless = (module.in_features, module.hidden_features), (module.shape, None), True
-        kind = "network"
+        sizes, lossless, kind = (module.in_features, module.hidden_features), True, "network"
+        strategies: tuple[str, str | None] = (module.shape, None)
     elif isinstance(model.get_submodule(name.rpartition(".")[0]), MPOEmbedding):
         elements = module.in_features * module.out_features
         yield None, dict.fromkeys(DESIGNS, Cost(elements)) | {"mpoe": Cost(module.shape.parameters(experts))}

@@ -123,16 +123,11 @@ class Table:
 
 def section(title: str, *parts: Any, note: str = "") -> Markup:
     """``parts``, `Markup`, texts or figures of matplotlib, under a heading; ``note`` explains them."""
-    shown = [picture(part, title) if hasattr(part, "savefig") else part for part in parts]
+    image = Markup('<figure><img alt="{}" src="data:image/png;base64,{}"></figure>')
+    encoded = (base64.b64encode(png(part)).decode() if hasattr(part, "savefig") else None for part in parts)
+    shown = [part if data is None else image.format(title, data) for part, data in zip(parts, encoded, strict=True)]
     below = Markup('<p class="note">{}</p>').format(note) if note else ""
     return Markup("<h2>{}</h2>{}{}").format(title, Markup("").join(shown), below)
-
-
-def picture(figure: Any, alt: str) -> Markup:
-    """A figure of matplotlib, inside the page."""
-    return Markup('<figure><img alt="{}" src="data:image/png;base64,{}"></figure>').format(
-        alt, base64.b64encode(png(figure)).decode()
-    )
 
 
 def write_page(file: Path, title: str, parts: Iterable[Any]) -> None:
@@ -200,7 +195,8 @@ def curves(runs: Mapping[str, Records]) -> Any:
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for run, records in runs.items():
         task_loss = "task_loss" if any("task_loss" in record for record in records) else "loss"
-        keys = {_TRAINING: {"": task_loss}, "Validation loss": {}, **(_OF_ONE_RUN if len(runs) == 1 else {})}
+        keys: dict[str, dict[str, str]] = {_TRAINING: {"": task_loss}, "Validation loss": {}}
+        keys |= _OF_ONE_RUN if len(runs) == 1 else {}
         for key in dict.fromkeys(key for record in records for key in record):
             if key.startswith("eval_") and key.endswith("loss"):
                 keys["Validation loss"][key.removeprefix("eval_").removesuffix("loss").strip("_")] = key
@@ -211,8 +207,8 @@ def curves(runs: Mapping[str, Records]) -> Any:
                 if line:
                     panels.setdefault(panel, {})[name] = line
     figure, grid = _new(max(4.2 * len(panels), 4.2), 3.2, 1, max(1, len(panels)))
-    for axes, (panel, lines) in zip(grid[0], panels.items(), strict=False):
-        for (name, points), colour in zip(lines.items(), itertools.cycle(COLOURS)):
+    for axes, (panel, drawn) in zip(grid[0], panels.items(), strict=False):
+        for (name, points), colour in zip(drawn.items(), itertools.cycle(COLOURS)):
             steps, values = zip(*points, strict=True)
             width = max(1, len(values) // 12)
             means = [fmean(values[max(0, end - width) : end]) for end in range(1, len(values) + 1)]

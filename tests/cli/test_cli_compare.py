@@ -171,8 +171,8 @@ def test_main_shows_it(cli, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_short_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    tasks = f"{demo.SETTINGS['t5']['tasks']} --n_train 64 --n_val 16"
-    monkeypatch.setitem(demo.SETTINGS, "t5", {**demo.SETTINGS["t5"], "tasks": tasks, "batch": 2})
+    short = " --n_train 64 --n_val 16 --per_device_train_batch_size 2"
+    monkeypatch.setitem(demo.SETTINGS, "t5", (demo.SETTINGS["t5"][0] + short, *demo.SETTINGS["t5"][1:]))
     monkeypatch.setattr(
         "mpoe.data.predict.generate_texts", lambda model, tokenizer, examples, *_: ["x"] * len(examples)
     )

@@ -178,7 +178,7 @@ def test_a_run_with_other_settings_is_not_resumed(refused, here: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda folder: os.truncate(folder / "model.safetensors", 5000), "must be a whole safetensors file"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 5000), "cannot be loaded"),
         (lambda folder: os.rename(folder / "model.safetensors", folder / "pytorch_model.bin"), "cannot be loaded"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "no usable tokenizer"),
     ],
@@ -199,8 +199,9 @@ def test_components_of_an_earlier_run_need_a_mixture() -> None:
 def test_benchmarks_that_are_wrong_or_absent(refused, monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
     monkeypatch.setattr(bench, "_measure", lambda options: {"failures": ["linear: a wrong sum"]})
     assert "wrong or failed: linear: a wrong sum" in refused("bench")
-    monkeypatch.setitem(sys.modules, "mpoe_bench.machine", None)
-    assert "the benchmarks are not installed: no package mpoe_bench.machine" in refused("bench", "--out", "other")
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "mpoe_bench.run", None)
+    assert "the benchmarks are not installed: no package mpoe_bench.run" in refused("bench", "--out", "other")
 
 
 # ------------------------------------------------------------------ files

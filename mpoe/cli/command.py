@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-USER_ERROR = 2
 _PACKAGE_FOLDERS = tuple(str(Path(__file__).resolve().parents[2] / name) for name in ("mpoe", "mpoe_kernels"))
 _ON_PURPOSE = (ValueError, TypeError, OSError, RuntimeError)
 
@@ -51,17 +50,6 @@ def is_on_purpose(error: BaseException) -> bool:
         return True
     files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
     return isinstance(error, _ON_PURPOSE) and bool(files) and files[-1].startswith(_PACKAGE_FOLDERS)
-
-
-def show(error: BaseException, debug: bool = False) -> int:
-    """Print ``error`` on stderr and return the exit code: 2 for the user's errors, 1 for bugs."""
-    if debug or not is_on_purpose(error):
-        traceback.print_exception(error)
-    if not is_on_purpose(error):
-        return 1
-    message = " ".join(str(error).split()) or type(error).__name__
-    print(f"mpoe: error: {message}", file=sys.stderr)
-    return USER_ERROR
 
 
 T = TypeVar("T")

@@ -16,19 +16,12 @@ import torch
 from markupsafe import Markup
 from rich.console import Console
 from rich.text import Text
+from transformers.utils import logging
 
 from mpoe.cli import compare, train
 from mpoe.cli.command import Asked, CommandError, as_command, option
 from mpoe.cli.compose import AT_ONCE, batches, pieces
-from mpoe.cli.models import (
-    MODEL_OR_RUN,
-    REPORT_FILE,
-    RESULTS_FILE,
-    check_output,
-    model_folder,
-    quiet_transformers,
-    write_json,
-)
+from mpoe.cli.models import MODEL_OR_RUN, REPORT_FILE, RESULTS_FILE, check_output, model_folder, write_json
 from mpoe.cli.report import Table, expert_colours, routes_html, section, write_page
 from mpoe.data.documentation import load_documentation
 from mpoe.data.embedded import DOMAINS, domain_text, load_stand_in
@@ -133,7 +126,7 @@ _PICTURE = "Every token of a text that changes its domain, coloured by the exper
 
 def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
     """Experts of three domains, trained apart, become a mixture that sorts by itself; returns the results."""
-    quiet_transformers()
+    logging.disable_progress_bar()
     start = time.perf_counter()
     base, tokenizer = load_stand_in("gpt2")
     tokenizer.model_max_length = 10**9  # texts are cut into pieces

@@ -118,13 +118,6 @@ def _hub_answers() -> bool:
     return True
 
 
-def quiet_transformers() -> None:
-    """No progress bars for reading and writing weight files (the Trainer's own bars stay)."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-
 def labels_for(source: Source, task: Task) -> tuple[str, ...]:
     """The labels that an encoder's head tells apart, in its order: the model's own if they are the task's, otherwise
     the task's; none for numbers."""
@@ -145,7 +138,9 @@ def load_model(source: Source, labels: Sequence[str] | None = None) -> Any:
     Raises:
         ValueError: weights that are missing, damaged, or do not match the configuration.
     """
-    quiet_transformers()
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of weight files; the Trainer's own bars stay
     options: dict[str, Any] = {}
     if labels is not None:
         kind = "single_label_classification" if labels else "regression"

@@ -13,7 +13,7 @@ The mixture is built from the configuration on the meta device, and its modules 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -191,11 +191,6 @@ def _values(found: Costs, work: PlanOptions) -> dict[str, Any]:
     return {design: cost.values(work, found["dense"]) for design, cost in found.items()}
 
 
-def _sum(parts: Iterable[Costs]) -> Costs:
-    parts = list(parts)
-    return {design: sum((part[design] for part in parts), Cost()) for design in DESIGNS}
-
-
 def costs(model: Any, work: PlanOptions) -> dict[str, Any]:
     """Costs of a mixture, for JSON.
 
@@ -206,7 +201,8 @@ def costs(model: Any, work: PlanOptions) -> dict[str, Any]:
         ``whole``. A cost has the fields of `Cost.values`.
     """
     groups: dict[str, dict[str, Any]] = {}
-    every, flops, total = [], 0, sum(parameter.numel() for parameter in model.parameters())
+    every: list[Costs] = []
+    flops, total = 0, sum(parameter.numel() for parameter in model.parameters())
     networks = kept_modules(model).values()
     kept = {projection for network in networks for projection in network.projections().values()}
     for name, module in model.named_modules():
@@ -219,7 +215,7 @@ def costs(model: Any, work: PlanOptions) -> dict[str, Any]:
             if values:
                 group = groups.setdefault(repr(values), {**values, "count": 0, **_values(found, work)})
                 group["count"] += 1
-    converted = _sum(every)
+    converted = {design: sum((part[design] for part in every), Cost()) for design in DESIGNS}
     others = Cost(total - converted["mpoe"].parameters, flops)
     whole = {design: cost + others for design, cost in converted.items()}
     totals = {"converted": _values(converted, work), "rest": others.values(work), "whole": _values(whole, work)}

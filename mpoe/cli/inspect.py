@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from transformers import DataCollatorForSeq2Seq
+
 from mpoe.cli import models, report
 from mpoe.cli.command import Asked, CommandError, as_command, option
 from mpoe.cli.evaluate import encode_task, expert_load
 from mpoe.cli.models import MODEL_OR_RUN, REPORT_FILE, check_output, write_json
 from mpoe.cli.tasks import DataOptions, data_of_run, resolve
-from mpoe.data.encode import PaddingCollator
 from mpoe.data.task import Task
 from mpoe.inspection import Worth, bond_spectra, composed_worth, parameter_growth, route_text
 from mpoe.layers.cores import MPOCores
@@ -126,7 +127,7 @@ def _worth(folder: Path, model: Any, tokenizer: Any, items: list[dict[str, Any]]
     if texts and not model.config.is_encoder_decoder:
         rows = tokenizer(list(texts))["input_ids"]
         items = [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} for ids in rows]
-    collate = PaddingCollator(tokenizer.pad_token_id)
+    collate = DataCollatorForSeq2Seq(tokenizer)
     parts = (items[start : start + _AT_ONCE] for start in range(0, len(items), _AT_ONCE))
     return composed_worth(model, classes, [collate(part) for part in parts])
 
@@ -186,7 +187,7 @@ def _report(
         table = report.Table(("expert", "tokens", "alone", "without", "removed"), [*worth_rows(worth), *whole])
         add("What each expert is worth", table.html(), words=worth.tokens)
     if layers:
-        numbers["expert_load"] = expert_load(model, items, tokenizer.pad_token_id)
+        numbers["expert_load"] = expert_load(model, items, tokenizer)
         add("Expert load", words=counted, expert_load=report.load_map(numbers["expert_load"], layers))
     weights = summarize(model, options.num_tokens, config.top_k)
     spectra = _spectra(weights)

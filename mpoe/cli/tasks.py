@@ -14,7 +14,7 @@ from mpoe.cli.command import CommandError, close_matches, option
 from mpoe.cli.options import read_json_option
 from mpoe.data.spec import TaskSpec
 from mpoe.data.tables import find_files
-from mpoe.data.task import Task, with_subsets, with_validation_test_split
+from mpoe.data.task import Task, with_packages, with_subsets, with_validation_test_split
 from mpoe.data.tasks import (
     detect_hub_task,
     find_spec,
@@ -29,7 +29,7 @@ from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ
 from mpoe.training import find_last_checkpoint
 from mpoe.training.output_dir import read_record
 
-DEFAULT_TASKS = {SEQ2SEQ: ("doc_module", "doc_kind", "doc_name"), CAUSAL: ("doc_lm",), ENCODER: ("doc_module",)}
+DEFAULT_TASKS = {SEQ2SEQ: ["doc_module"], CAUSAL: ["doc_lm"], ENCODER: ["doc_module"]}
 # style of a model -> an example, the option that asks for one, the kinds of task it does
 _STYLES = {
     SEQ2SEQ: ("a T5", "--model t5", ("classification", "regression", "generation")),
@@ -41,7 +41,6 @@ _STYLES = {
 DETECTION = ("kind", "text_columns", "label_column", "label_words", "column_names")
 
 LENGTHS = ("max_source_length", "max_target_length")
-SIZES = ("n_train", "n_val", "n_test")
 
 SOURCES = {"data_dir", "tasks", "task_file", "eval_tasks"}  # options that select the items
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -96,21 +95,10 @@ class DataOptions:
         return {name: value for name, value in values if value is not None and value is not False and value != []}
 
 
-def _adjusted(task: Task, options: DataOptions, data_seed: int) -> Task:
-    """``task`` with the requested lengths, metrics, splits and sizes."""
-    changes = {**options.of(*LENGTHS), **({"metrics": tuple(options.metrics)} if options.metrics else {})}
-    task = dataclasses.replace(task, **changes)
-    if options.split_validation_test:
-        task = with_validation_test_split(task, data_seed)
-    if options.of(*SIZES):
-        task = with_subsets(task, options.n_train, options.n_val, options.n_test, data_seed)
-    return task
-
-
 def _one_task(name: str, options: DataOptions, described: Mapping[str, TaskSpec], data_seed: int) -> Task:
     """The task called ``name``: a folder in ``data_dir``, read by its description or by detection; else a task by name.
-    The empty name means ``data_dir`` itself."""
-    detection = list(options.of(*DETECTION))
+    The empty name means ``data_dir`` itself. It has the requested lengths, metrics, splits and sizes."""
+    detection = options.of(*DETECTION)
     spec = described.get(name) or find_spec(name)
     folder = None  # of the task's files in data_dir: its name, or the usual name of its folder
     if options.data_dir is not None:
@@ -119,32 +107,39 @@ def _one_task(name: str, options: DataOptions, described: Mapping[str, TaskSpec]
     if folder is not None and (spec is None or detection):
         if "validation" not in find_files(folder):
             print(f"{folder} holds no validation file: a tenth of the training items, at most 1,000, is held out")
-        asked = options.of(*DETECTION, "metrics", *LENGTHS, "split_validation_test", *SIZES)
         own = task_name(os.path.normpath(name)) if name else None  # en/s and fr/s are two tasks, en_s and fr_s
-        return load_task_from_folder(folder, own, data_seed=data_seed, **asked)
-    if not name:
-        path = str(options.data_dir)
-        if not _HUB_NAME.fullmatch(path) or Path(path).parts[0] in (there.name for there in Path().iterdir()):
-            raise CommandError(
-                f"data_dir must be an existing folder, or owner/name on the hub; there is no folder {path!r}"
-            )
-        asked = options.of("kind", "text_columns", "label_column", "label_words", "metrics")
-        try:
-            task = detect_hub_task(path, task_name(path.rpartition("/")[2]), **asked)
-        except ValueError as error:
-            raise CommandError(f"data_dir: there is no folder {path!r} here; on the hub: {error}") from error
-        return _adjusted(task, options, data_seed)
-    if detection:
-        raise CommandError(f"{detection[0]} says how a folder is read; task {name} has none in data_dir")
-    if spec is not None:
-        return _adjusted(load_task(spec, folder), options, data_seed)
-    if options.data_dir is not None and name not in task_names():
+        task = load_task_from_folder(folder, own, **detection)
+    elif not name:
+        detection.pop("column_names", None)  # of csv files
+        task = _hub_task(str(options.data_dir), detection)
+    elif detection:
+        raise CommandError(f"{next(iter(detection))} says how a folder is read; task {name} has none in data_dir")
+    elif spec is not None:
+        task = load_task(spec, folder)
+    elif options.data_dir is not None and name not in task_names():
         known = [*described, *task_names()]
         raise CommandError(
             f"data_dir {options.data_dir} has no folder {name!r}, nor is there a task of that name"
             f"{close_matches(name, known)}; known: {', '.join(known)}"
         )
-    return _adjusted(get_task(name), options, data_seed)
+    else:
+        task = get_task(name)
+    changes = {**options.of(*LENGTHS), **({"metrics": tuple(options.metrics)} if options.metrics else {})}
+    task = with_packages(dataclasses.replace(task, **changes))
+    if options.split_validation_test:
+        task = with_validation_test_split(task, data_seed)
+    return with_subsets(task, options.n_train, options.n_val, options.n_test, data_seed)
+
+
+def _hub_task(path: str, detection: Mapping[str, Any]) -> Task:
+    if not _HUB_NAME.fullmatch(path) or Path(path).parts[0] in (there.name for there in Path().iterdir()):
+        raise CommandError(
+            f"data_dir must be an existing folder, or owner/name on the hub; there is no folder {path!r}"
+        )
+    try:
+        return detect_hub_task(path, task_name(path.rpartition("/")[2]), **detection)
+    except ValueError as error:
+        raise CommandError(f"data_dir: there is no folder {path!r} here; on the hub: {error}") from error
 
 
 def read_descriptions(files: Sequence[str]) -> dict[str, TaskSpec]:

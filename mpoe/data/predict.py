@@ -15,14 +15,11 @@ from torch import Tensor
 from mpoe.config.checks import check_integer
 from mpoe.data.encode import (
     IGNORED_LABEL,
-    PaddingCollator,
     encode_language_modeling,
     encode_responses,
     encode_text_to_text,
-    pad,
     prompt_ids,
 )
-from mpoe.data.metrics import perplexity
 from mpoe.data.task import Example, Task
 
 
@@ -54,11 +51,11 @@ def generate_texts(
         ids = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] if decodes else 0 :]
         return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
-    return _by_length(model, rows, tokenizer.pad_token_id, batch_size, answer, "left" if decodes else "right")
+    return _by_length(model, rows, tokenizer, batch_size, answer, "left" if decodes else "right")
 
 
 def _by_length(
-    model: Any, rows: Sequence[list[int]], pad_id: int, batch_size: int, answer: Callable, side: str = "right"
+    model: Any, rows: Sequence[list[int]], tokenizer: Any, batch_size: int, answer: Callable, side: str = "right"
 ) -> list[str]:
     """``answer`` (inputs -> texts) to batches of token ids of similar lengths; the texts in the order of ``rows``.
 
@@ -69,10 +66,11 @@ def _by_length(
     with evaluation_mode(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            ids = pad([rows[i] for i in chosen], pad_id, side)
-            mask = pad([[1] * len(rows[i]) for i in chosen], 0, side)
-            inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-            for i, text in zip(chosen, answer(inputs), strict=True):
+            ids = {"input_ids": [rows[i] for i in chosen]}
+            inputs = tokenizer.pad(
+                ids, padding_side=side, return_attention_mask=True, return_tensors="pt", verbose=False
+            )
+            for i, text in zip(chosen, answer(inputs.to(model.device)), strict=True):
                 texts[i] = text
     return texts
 
@@ -99,7 +97,7 @@ def classify(
         logits = model(**inputs).logits.float().cpu()
         return [labels[int(row.argmax())] if labels else repr(float(row[0])) for row in logits]
 
-    return _by_length(model, rows, tokenizer.pad_token_id, batch_size, answer)
+    return _by_length(model, rows, tokenizer, batch_size, answer)
 
 
 @torch.inference_mode()
@@ -127,16 +125,18 @@ def token_losses(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
 
 
 def language_modeling_loss(
-    model: Any, blocks: Sequence[dict[str, list[int]]], batch_size: int = 32
+    model: Any, tokenizer: Any, items: Sequence[dict[str, list[int]]], batch_size: int = 32
 ) -> tuple[float, int]:
     """(mean loss in nats per predicted token, number of predicted tokens) of a causal model on encoded blocks or
     responses (labels of -100 are not predicted), see `token_losses`."""
-    if not blocks:
-        raise ValueError("blocks must hold at least one block; got none")
-    collate = PaddingCollator(0)  # padding is not attended to, whatever its id
+    from transformers import DataCollatorForSeq2Seq
+
+    if not items:
+        raise ValueError("items must hold at least one block or response; got none")
+    collate = DataCollatorForSeq2Seq(tokenizer)
     with evaluation_mode(model):
-        starts = range(0, len(blocks), batch_size)
-        losses = token_losses(model, (collate(blocks[start : start + batch_size]) for start in starts))
+        starts = range(0, len(items), batch_size)
+        losses = token_losses(model, (collate(items[start : start + batch_size]) for start in starts))
     return float(losses.double().mean()), len(losses)
 
 
@@ -146,7 +146,7 @@ class Evaluation:
 
     Attributes:
         scores: by metric, in the order of ``task.metrics``; a decoder adds ``loss``, nats per token of the text or the
-            responses.
+            responses. Perplexity is per token of the tokenizer.
         baseline: the same metrics for an answer that ignores the input: the most frequent target of these items, the
             mean of their numbers, or the frequencies of their tokens (see `baseline_scores`).
         collapse: a sentence if the answers have collapsed to few values, else None.
@@ -157,24 +157,19 @@ class Evaluation:
     collapse: str | None = None
 
 
-def evaluate_beside_baseline(
-    model: Any,
-    tokenizer: Any,
-    task: Task,
-    split: str = "validation",
-    n: int | None = None,
-    seed: int = 0,
-    batch_size: int = 128,
+def evaluate_task(
+    model: Any, tokenizer: Any, task: Task, split: str = "validation", batch_size: int = 128
 ) -> Evaluation:
-    """`Evaluation` of ``model`` on (a random subset of n items of) a split."""
-    examples = task.examples(split, n, seed)
+    """`Evaluation` of ``model`` on the items of a split."""
+    examples = task.examples(split)
     if not examples:
         raise ValueError(f"split {split} of task {task.name} has no items")
     if task.kind == "language_modeling":
         blocks = encode_language_modeling(examples, tokenizer, task.max_source_length)
-        loss, _ = language_modeling_loss(model, blocks, max(1, batch_size // 4))
+        loss, _ = language_modeling_loss(model, tokenizer, blocks, max(1, batch_size // 4))
         guess = frequency_perplexity(token for block in blocks for token in block["input_ids"][1:])
-        return Evaluation({"perplexity": perplexity([loss]), "loss": loss}, {"perplexity": guess})
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        return Evaluation({"perplexity": perplexity, "loss": loss}, {"perplexity": guess})
     lengths = (task.max_source_length, task.max_target_length)
     targets = [example.target for example in examples]
     loss_of: dict[str, float] = {}
@@ -185,25 +180,9 @@ def evaluate_beside_baseline(
         answers = generate_texts(model, tokenizer, examples, *lengths, batch_size)
         if _is_decoder(model):
             items = encode_responses(examples, tokenizer, *lengths)
-            loss_of["loss"], _ = language_modeling_loss(model, items, max(1, batch_size // 4))
+            loss_of["loss"], _ = language_modeling_loss(model, tokenizer, items, max(1, batch_size // 4))
     scores = {**task.score(answers, targets), **loss_of}
     return Evaluation(scores, baseline_scores(task, targets), collapse(answers, targets))
-
-
-def evaluate_task(
-    model: Any,
-    tokenizer: Any,
-    task: Task,
-    split: str = "validation",
-    n: int | None = None,
-    seed: int = 0,
-    batch_size: int = 128,
-) -> dict[str, float]:
-    """Scores of ``model`` on (a random subset of n items of) a split, in the order of ``task.metrics``.
-
-    Perplexity is per token of ``tokenizer``; language modelling adds ``loss``, nats per token.
-    """
-    return evaluate_beside_baseline(model, tokenizer, task, split, n, seed, batch_size).scores
 
 
 @contextmanager
@@ -224,25 +203,13 @@ _MOST, _MORE = 0.95, 0.1
 _FEW = 5  # ratio of distinct targets to distinct answers
 
 
-def constant_answer(task: Task, targets: Sequence[str]) -> str:
-    """The best constant answer for all items: the most frequent target (on ties the first); for numbers their mean.
-
-    Args:
-        targets: the expected texts ``[N]``, N >= 1.
-
-    Raises:
-        ValueError: there are no targets.
-    """
-    if not targets:
-        raise ValueError(f"targets of task {task.name} must hold at least one text; got none")
-    if task.kind == "regression":
-        return repr(sum(float(target) for target in targets) / len(targets))
-    return Counter(targets).most_common(1)[0][0]
-
-
 def baseline_scores(task: Task, targets: Sequence[str]) -> dict[str, float]:
-    """Every metric of a task with `constant_answer` for every item. Correlations of a constant are 0."""
-    return task.score([constant_answer(task, targets)] * len(targets), targets)
+    """Every metric of a task for the best constant answer to ``targets`` [N], N >= 1: the most frequent target (on ties
+    the first), or the mean of the numbers. Correlations of a constant are 0."""
+    answer = Counter(targets).most_common(1)[0][0]
+    if task.kind == "regression":
+        answer = repr(sum(map(float, targets)) / len(targets))
+    return task.score([answer] * len(targets), targets)
 
 
 def frequency_perplexity(tokens: Iterable[int]) -> float:

@@ -33,10 +33,10 @@ def tasks(names: list[str], style: str = "seq2seq", **options: object) -> list:
 def test_folders_of_known_tasks_are_read_as_described(tmp_path: Path) -> None:
     data = described(tmp_path, "rte", "imdb")
     (data / "rte").rename(data / "RTE")  # as in the official download
-    rte, imdb, embedded = tasks(["rte", "imdb", "doc_kind"], data_dir=str(data), metrics=["accuracy"])
+    rte, imdb, embedded = tasks(["rte", "imdb", "doc_module"], data_dir=str(data), metrics=["accuracy"])
     assert rte.train()[0].source.startswith("Given: sentence1 0 of train Does it follow that")
     assert (rte.labels, rte.metrics, imdb.labels) == (("yes", "no"), ("accuracy",), ("no", "yes"))
-    assert embedded.name == "doc_kind"
+    assert embedded.name == "doc_module"
     # options that say how columns are read win over the description
     (rte,) = tasks(["RTE"], data_dir=str(data), text_columns=["sentence1"])
     assert rte.train()[0].source == "RTE sentence1: sentence1 0 of train"
@@ -73,8 +73,8 @@ def test_task_files(tmp_path: Path) -> None:
     ("names", "options", "message"),
     [
         (["rtf"], {"data_dir": "."}, r"data_dir \. has no folder 'rtf', nor is there a task of that name; did .*rte"),
-        (["doc_kind"], {"text_columns": ["a"]}, "text_columns says how a folder is read; task doc_kind has none"),
-        (["doc_kind"], {"metrics": ["pearson"]}, "metrics of a classification task must be among .*got 'pearson'"),
+        (["doc_module"], {"text_columns": ["a"]}, "text_columns says how a folder is read; task doc_module has none"),
+        (["doc_module"], {"metrics": ["pearson"]}, "metrics of the classification task .* must be one of .*'pearson'"),
         (["doc_lm"], {}, r"doc_lm is language_modeling; a T5 does .*use --model gpt2"),
         *(
             ([], {"data_dir": absent}, f"data_dir must be an existing folder, .*; there is no folder '{absent}'")

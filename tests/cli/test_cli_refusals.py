@@ -96,7 +96,7 @@ REFUSED = [
     (["evaluate", "bert"], "bert is an encoder (bert) without a head for labels (mpoe train)"),
     ([*RUN, "--model", "bert", "--tasks", "doc_lm"], "task doc_lm is language_modeling; a BERT does classification"),
     (
-        [*RUN, "--model", "bert", "--tasks", "doc_module,.", "--data_dir", "."],
+        [*RUN, "--model", "bert", "--tasks", "two,doc_module", "--data_dir", "."],
         "tasks must be one for an encoder, which has one",
     ),
     ([*RUN, "--tasks", "rte", "--data_dir", "absent"], "data_dir must be an existing folder; got 'absent'"),

@@ -16,7 +16,7 @@ from mpoe.cli.models import Source
 from mpoe.cli.options import DENSE, SWITCH, WIDER
 from mpoe.config import MPOEConfig
 from mpoe.config.shapes import SEPARABLE
-from mpoe.data.sampler import multitask_batches
+from mpoe.data.task import multitask_batches
 from mpoe.models.table import TABLE
 from mpoe.training import MPOETrainingArguments, rates
 from mpoe.training.output_dir import read_record

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from mpoe.data.spec import TaskSpec
 from mpoe.data.tables import find_files
 from mpoe.data.task import Task, with_packages, with_subsets, with_validation_test_split
 from mpoe.data.tasks import (
-    detect_hub_task,
     find_spec,
     get_task,
     load_task,
@@ -30,11 +28,11 @@ from mpoe.training import find_last_checkpoint
 from mpoe.training.output_dir import read_record
 
 DEFAULT_TASKS = {SEQ2SEQ: ["doc_module"], CAUSAL: ["doc_lm"], ENCODER: ["doc_module"]}
-# style of a model -> an example, the option that asks for one, the kinds of task it does
+# style of a model -> an example, the kinds of task it does
 _STYLES = {
-    SEQ2SEQ: ("a T5", "--model t5", ("classification", "regression", "generation")),
-    CAUSAL: ("a GPT-2", "--model gpt2", ("language_modeling", "generation")),
-    ENCODER: ("a BERT", "a BERT", ("classification", "regression")),
+    SEQ2SEQ: ("a T5 (--model t5)", ("classification", "regression", "generation")),
+    CAUSAL: ("a GPT-2 (--model gpt2)", ("language_modeling", "generation")),
+    ENCODER: ("a BERT", ("classification", "regression")),
 }
 
 # options that say how to read a folder's columns, in place of a description
@@ -43,7 +41,6 @@ DETECTION = ("kind", "text_columns", "label_column", "label_words", "column_name
 LENGTHS = ("max_source_length", "max_target_length")
 
 SOURCES = {"data_dir", "tasks", "task_file", "eval_tasks"}  # options that select the items
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 @dataclass
@@ -104,14 +101,11 @@ def _one_task(name: str, options: DataOptions, described: Mapping[str, TaskSpec]
     if options.data_dir is not None:
         entries = [name, spec.folder] if spec is not None and spec.folder else [name]
         folder = next(filter(Path.is_dir, (Path(options.data_dir) / entry for entry in entries)), None)
-    if folder is not None and (spec is None or detection):
-        if "validation" not in find_files(folder):
+    if not name or (folder is not None and (spec is None or detection)):
+        if folder is not None and "validation" not in find_files(folder):
             print(f"{folder} holds no validation file: a tenth of the training items, at most 1,000, is held out")
         own = task_name(os.path.normpath(name)) if name else None  # en/s and fr/s are two tasks, en_s and fr_s
-        task = load_task_from_folder(folder, own, **detection)
-    elif not name:
-        detection.pop("column_names", None)  # of csv files
-        task = _hub_task(str(options.data_dir), detection)
+        task = load_task_from_folder(folder or str(options.data_dir), own, **detection)
     elif detection:
         raise CommandError(f"{next(iter(detection))} says how a folder is read; task {name} has none in data_dir")
     elif spec is not None:
@@ -129,17 +123,6 @@ def _one_task(name: str, options: DataOptions, described: Mapping[str, TaskSpec]
     if options.split_validation_test:
         task = with_validation_test_split(task, data_seed)
     return with_subsets(task, options.n_train, options.n_val, options.n_test, data_seed)
-
-
-def _hub_task(path: str, detection: Mapping[str, Any]) -> Task:
-    if not _HUB_NAME.fullmatch(path) or Path(path).parts[0] in (there.name for there in Path().iterdir()):
-        raise CommandError(
-            f"data_dir must be an existing folder, or owner/name on the hub; there is no folder {path!r}"
-        )
-    try:
-        return detect_hub_task(path, task_name(path.rpartition("/")[2]), **detection)
-    except ValueError as error:
-        raise CommandError(f"data_dir: there is no folder {path!r} here; on the hub: {error}") from error
 
 
 def read_descriptions(files: Sequence[str]) -> dict[str, TaskSpec]:
@@ -180,22 +163,18 @@ def resolve(
         names = list(described)
     names = names or ([""] if options.data_dir is not None else DEFAULT_TASKS[style])
     tasks = [_one_task(name, options, described, data_seed) for name in names]
-    entries: dict[str, str] = {}
-    for entry, task in zip(names, tasks, strict=True):
-        if task.name in entries:
-            raise CommandError(
-                f"tasks must have different names; {entries[task.name]} and {entry} are both {task.name}"
-            )
-        entries[task.name] = entry
-    example, _, kinds = _STYLES[style]
+    found = [task.name for task in tasks]
+    if len(set(found)) < len(found):
+        raise CommandError(f"tasks must have different names; got {', '.join(found)}")
     for task in tasks:
-        if task.kind not in kinds:
-            fits = " or ".join(asked for _, asked, others in _STYLES.values() if task.kind in others)
+        if task.kind not in _STYLES[style][1]:
+            example, kinds = _STYLES[style]
+            fits = " or ".join(other for other, theirs in _STYLES.values() if task.kind in theirs)
             raise CommandError(
                 f"task {task.name} is {task.kind}; {example} does {', '.join(kinds)} (use {fits}, or set --kind)"
             )
     if style == ENCODER and len(tasks) > 1:
-        raise CommandError(f"tasks must be one for an encoder, which has one head; got {', '.join(entries)}")
+        raise CommandError(f"tasks must be one for an encoder, which has one head; got {', '.join(found)}")
     return tasks
 
 
@@ -244,8 +223,5 @@ def data_of_run(
     seed = training.get("seed", 0) if training.get("data_seed") is None else training["data_seed"]
     data = dataclasses.replace(data, **taken) if taken else data
     described = None if "task_file" in flags else run.get("described")
-    try:
-        specs = {name: TaskSpec.from_mapping(name, values) for name, values in (described or {}).items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CommandError(f"described in run.json does not describe tasks: {error}") from None
+    specs = {name: TaskSpec.from_mapping(name, values) for name, values in (described or {}).items()}
     return data, int(seed), specs or None

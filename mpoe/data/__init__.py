@@ -18,11 +18,11 @@ from mpoe.data.predict import Evaluation as Evaluation
 from mpoe.data.predict import evaluate_task as evaluate_task
 from mpoe.data.predict import generate_texts as generate_texts
 from mpoe.data.predict import language_modeling_loss as language_modeling_loss
-from mpoe.data.sampler import multitask_batches as multitask_batches
 from mpoe.data.spec import HubData as HubData
 from mpoe.data.spec import TaskSpec as TaskSpec
 from mpoe.data.task import Example as Example
 from mpoe.data.task import Task as Task
+from mpoe.data.task import multitask_batches as multitask_batches
 from mpoe.data.task import with_subsets as with_subsets
 from mpoe.data.task import with_validation_test_split as with_validation_test_split
 from mpoe.data.tasks import find_spec as find_spec

@@ -15,16 +15,16 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
-import importlib.util
 import inspect
 import itertools
 import re
 import runpy
 import sysconfig
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy
 
 from mpoe.config.checks import check_choice
 from mpoe.data.task import SPLITS, Example, Task
@@ -43,12 +43,11 @@ SKIPPED_PARTS = frozenset(
 class DocRecord(NamedTuple):
     """One documented object.
 
-    ``name``: qualified name (``email.message.Message.get_payload``); ``module``: the module's dotted name without
-    private parts; ``text``: the docstring, unindented; ``split``: train, validation or test.
+    ``name``: qualified name without private modules (``email.message.Message.get_payload``); ``text``: the docstring,
+    unindented; ``split``: train, validation or test.
     """
 
     name: str
-    module: str
     text: str
     split: str
 
@@ -74,10 +73,8 @@ def _corpus() -> tuple[DocRecord, ...]:
         raise FileNotFoundError(f"no documented Python source files found in {library}")
     topics = library / "pydoc_data" / "topics.py"
     texts = runpy.run_path(str(topics))["topics"] if topics.is_file() else {}
-    records += [_record("topics", name, inspect.cleandoc(text)) for name, text in texts.items()]
-    numpy = importlib.util.find_spec("numpy")  # without importing it
-    if numpy is not None and numpy.origin:
-        records += read_package(Path(numpy.origin).parent, prefix="numpy")
+    records += [_record("topics", name, text) for name, text in texts.items()]
+    records += read_package(Path(numpy.__file__).parent, prefix="numpy")
     kept: dict[str, DocRecord] = {}  # of equal words the first by name
     for record in sorted(records, key=lambda record: (record.name, record.text)):
         kept.setdefault(" ".join(re.findall(r"\w+", record.text.lower())), record)
@@ -99,8 +96,8 @@ def split_of(package: str, path: str) -> str:
 
 def _record(module: str, path: str, text: str) -> DocRecord:
     """Record of the object ``path`` in ``module`` ("" = the module itself), put into its split."""
-    name = f"{module}.{path}" if path else module
-    return DocRecord(name, module, text.strip(), split_of(module.split(".")[0], path or module))
+    split = split_of(module.split(".")[0], path or module)
+    return DocRecord(f"{module}.{path}" if path else module, inspect.cleandoc(text).strip(), split)
 
 
 def read_package(folder: Path, prefix: str) -> Iterator[DocRecord]:
@@ -153,59 +150,38 @@ def _added(call: ast.Call) -> Iterator[DocRecord]:
         return  # numpy.typing documents its aliases with another call of this name
     texts = [("", documented)] if isinstance(documented, str) else documented
     for attribute, text in [texts] if isinstance(texts, tuple) else texts:
-        path = f"{name}.{attribute}" if attribute else name
-        yield _record(dotted_name("", tuple(module.split("."))), path, inspect.cleandoc(text))
+        yield _record(dotted_name("", tuple(module.split("."))), f"{name}.{attribute}".rstrip("."), text)
 
 
 # ------------------------------------------------------------------ doc_module
 
 MASK = "[it]"
 MAX_SENTENCES = 3  # per object
-MAX_PER_FAMILY = {"train": 1200, "validation": 120, "test": 260}
 # family -> dotted module prefixes. Grouped by subject, so that each has some hundred sentences on any Python >= 3.11.
-FAMILIES: dict[str, tuple[str, ...]] = {
-    "array": ("numpy.core", "numpy.lib", "numpy.matrixlib", "numpy.ma"),
-    "number": ("numpy.polynomial", "numpy.linalg", "numpy.fft", "statistics", "fractions", "decimal", "random"),
-    "window": ("tkinter", "turtle", "curses"),
-    "async": ("asyncio", "selectors", "socketserver", "socket", "ssl"),
-    "mail": ("email", "mailbox", "smtplib", "imaplib", "poplib"),
-    "web": ("http", "urllib", "wsgiref", "xmlrpc", "html", "ftplib", "ipaddress"),
-    "import": ("importlib", "pkgutil", "zipimport", "runpy", "modulefinder"),
-    "log": ("logging", "warnings", "traceback", "argparse", "optparse", "configparser"),
-    "test": ("unittest", "doctest", "pdb", "bdb", "numpy.testing"),
-    "process": ("multiprocessing", "threading", "concurrent", "queue", "subprocess", "sched"),
-    "file": ("tarfile", "zipfile", "shutil", "pathlib", "tempfile", "gzip", "bz2", "lzma", "os", "io"),
-    "code": ("inspect", "ast", "typing", "dis", "tokenize", "symtable", "enum", "dataclasses", "pydoc", "xml"),
+_PREFIXES = {
+    "array": "numpy.core numpy.lib numpy.matrixlib numpy.ma",
+    "number": "numpy.polynomial numpy.linalg numpy.fft statistics fractions decimal random",
+    "window": "tkinter turtle curses",
+    "async": "asyncio selectors socketserver socket ssl",
+    "mail": "email mailbox smtplib imaplib poplib",
+    "web": "http urllib wsgiref xmlrpc html ftplib ipaddress",
+    "import": "importlib pkgutil zipimport runpy modulefinder",
+    "log": "logging warnings traceback argparse optparse configparser",
+    "test": "unittest doctest pdb bdb numpy.testing",
+    "process": "multiprocessing threading concurrent queue subprocess sched",
+    "file": "tarfile zipfile shutil pathlib tempfile gzip bz2 lzma os io",
+    "code": "inspect ast typing dis tokenize symtable enum dataclasses pydoc xml",
 }
+FAMILIES = {family: tuple(f"{prefix}." for prefix in own.split()) for family, own in _PREFIXES.items()}
 # Words that would reveal the family directly.
 TELLING = frozenset(
     ("numpy", "np", "tk", "tkinter", "tcl", "asyncio", "importlib", "unittest", "doctest", "multiprocessing", "logging")
 )
 
 
-def family_of(module: str) -> str | None:
-    """Family of a module, None outside all families."""
-    return next((name for name, own in FAMILIES.items() if any(f"{module}.".startswith(f"{p}.") for p in own)), None)
-
-
-def prose_sentences(text: str) -> list[str]:
-    """Plain sentences of a docstring: no doctests, tables, section titles, parameter lists or code blocks.
-
-    The first line of a docstring counts as a sentence whether or not it ends in a full stop.
-    """
-    sentences: list[str] = []
-    for number, paragraph in enumerate(re.split(r"\n\s*\n", text)):
-        lines = paragraph.split("\n")
-        if ">>>" in paragraph or re.search(r"^\s*[-=~*+|]{3,}", paragraph, re.MULTILINE):
-            continue
-        if number and (lines[0].startswith((" ", "\t", ".. ")) or len(lines) > 12):
-            continue
-        flat = re.sub(r":\w+:`([^`]*)`", r"\1", " ".join(line.strip() for line in lines))
-        flat = re.sub(r"\s+", " ", flat.replace("`", "")).strip()
-        for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", flat):
-            if 3 <= len(re.findall(r"[A-Za-z]{2,}", sentence)) <= 60 and len(sentence) <= 400:
-                sentences.append(sentence)
-    return sentences
+def family_of(name: str) -> str | None:
+    """Family of an object or module, None outside all families."""
+    return next((family for family, own in FAMILIES.items() if f"{name}.".startswith(own)), None)
 
 
 def mask_names(text: str, names: set[str]) -> str:
@@ -216,33 +192,30 @@ def mask_names(text: str, names: set[str]) -> str:
 
 
 def module_items(record: DocRecord) -> Iterator[Example]:
-    """doc_module items of one object: its first sentences, one item each."""
-    family = family_of(record.module)
+    """doc_module items of one object: the first sentences of its first paragraph, one item each."""
+    family = family_of(record.name)
     if family is not None:
         parts = record.name.split(".")
         hidden = {*parts, *(part.strip("_") for part in parts), *TELLING, family}
-        for sentence in prose_sentences(record.text)[:MAX_SENTENCES]:
-            yield Example(f"subject of: {mask_names(sentence, hidden)}", family)
+        paragraph = " ".join(record.text.partition("\n\n")[0].split())
+        for sentence in re.split(r"(?<=[.!?]) (?=[A-Z])", paragraph)[:MAX_SENTENCES]:
+            if len(re.findall(r"[A-Za-z]{2,}", sentence)) >= 3:
+                yield Example(f"subject of: {mask_names(sentence, hidden)}", family)
 
 
 @functools.cache
 def _modules() -> dict[str, list[Example]]:
-    """All items of doc_module by split, in an order that depends only on the texts.
-
-    A source text occurs once, in training if it can; large families are cut to a limit, so that always answering the
-    most common one scores low.
-    """
-    found: dict[str, tuple[str, Example]] = {}
-    for split in SPLITS:
+    """All items of doc_module by split, in an order that depends only on the texts; a source text occurs once, in
+    training if it can."""
+    known: set[str] = set()
+    found: dict[str, list[Example]] = {split: [] for split in SPLITS}
+    for split, items in found.items():
         for example in itertools.chain.from_iterable(map(module_items, load_documentation(split))):
-            found.setdefault(example.source.lower(), (split, example))
-    items: dict[str, list[Example]] = {split: [] for split in SPLITS}
-    counts: Counter[tuple[str, str]] = Counter()
-    for split, example in sorted(found.values(), key=lambda item: unit_hash(f"order:{item[1].source}")):
-        counts[split, example.target] += 1
-        if counts[split, example.target] <= MAX_PER_FAMILY[split]:
-            items[split].append(example)
-    return items
+            if example.source.lower() not in known:
+                known.add(example.source.lower())
+                items.append(example)
+        items.sort(key=lambda example: unit_hash(f"order:{example.source}"))
+    return found
 
 
 EMBEDDED_TASKS = (

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -107,19 +108,12 @@ def _rouge(kind: str, predictions: Sequence[str], references: Sequence[str]) -> 
     empty texts agree but in pairs."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer([kind], tokenizer=_Split())
+    scorer = RougeScorer([kind], tokenizer=SimpleNamespace(tokenize=str.split))
 
     def score(p: list[str], e: list[str]) -> float:
         return scorer.score(" ".join(e), " ".join(p))[kind].fmeasure if p or e else float(kind != "rouge2")
 
     return _mean(score, predictions, references)
-
-
-class _Split:
-    """Words that were joined by blanks, for rouge-score."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return text.split()
 
 
 def _bleu(predictions: Sequence[str], references: Sequence[str]) -> Any:

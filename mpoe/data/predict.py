@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,16 @@ from mpoe.data.encode import (
 from mpoe.data.task import Example, Task
 
 
+def is_classifier(model: Any) -> bool:
+    """Whether ``model`` is an encoder with a head for labels or numbers."""
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
+def _is_decoder(model: Any) -> bool:
+    """Whether ``model`` continues what it reads; what is no Transformers model reads and writes apart."""
+    return not (is_classifier(model) or getattr(getattr(model, "config", None), "is_encoder_decoder", True))
+
+
 @torch.inference_mode()
 def generate_texts(
     model: Any,
@@ -32,36 +42,24 @@ def generate_texts(
     max_new_tokens: int = 8,
     batch_size: int = 128,
 ) -> list[str]:
-    """Greedy answers of an encoder-decoder or a decoder to N items, in their order, without special tokens.
+    """Answers to N items, in their order: what an encoder-decoder or a decoder writes (greedily, without special
+    tokens), or the labels, or the numbers as texts, that an encoder's head gives.
 
     Items are batched by length, so that little padding is computed. The model's mode and device are not changed.
     """
     check_integer("max_new_tokens", max_new_tokens, 1)
     check_integer("batch_size", batch_size, 1)
-    decodes = _is_decoder(model)
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
-    if decodes:
-        rows = [prompt_ids(e, tokenizer)[-max_source_length:] for e in examples]
-        options["pad_token_id"] = tokenizer.pad_token_id
+    sources = [example.source for example in examples]
+    if is_classifier(model):
+        rows = tokenizer(sources, truncation=True, max_length=max_source_length)["input_ids"]
+    elif _is_decoder(model):
+        rows = [prompt_ids(example, tokenizer)[-max_source_length:] for example in examples]
     else:
-        sources = [Example(e.source) for e in examples]
-        rows = [item["input_ids"] for item in encode_text_to_text(sources, tokenizer, max_source_length)]
-
-    def answer(inputs: dict[str, Tensor]) -> list[str]:
-        ids = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] if decodes else 0 :]
-        return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-
-    return _by_length(model, rows, tokenizer, batch_size, answer, "left" if decodes else "right")
-
-
-def _by_length(
-    model: Any, rows: Sequence[list[int]], tokenizer: Any, batch_size: int, answer: Callable, side: str = "right"
-) -> list[str]:
-    """``answer`` (inputs -> texts) to batches of token ids of similar lengths; the texts in the order of ``rows``.
-
-    A decoder continues at the end, so its inputs are padded on the left ``side``.
-    """
+        rows = [
+            item["input_ids"] for item in encode_text_to_text([*map(Example, sources)], tokenizer, max_source_length)
+        ]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    side = "left" if _is_decoder(model) else "right"  # a decoder continues at the end
     texts = [""] * len(rows)
     with evaluation_mode(model):
         for start in range(0, len(order), batch_size):
@@ -70,34 +68,25 @@ def _by_length(
             inputs = tokenizer.pad(
                 ids, padding_side=side, return_attention_mask=True, return_tensors="pt", verbose=False
             )
-            for i, text in zip(chosen, answer(inputs.to(model.device)), strict=True):
+            for i, text in zip(
+                chosen, _answers(model, tokenizer, inputs.to(model.device), max_new_tokens), strict=True
+            ):
                 texts[i] = text
     return texts
 
 
-def _is_decoder(model: Any) -> bool:
-    """Whether ``model`` continues what it reads; what is no Transformers model reads and writes apart."""
-    return not getattr(getattr(model, "config", None), "is_encoder_decoder", True)
-
-
-def is_classifier(model: Any) -> bool:
-    """Whether ``model`` is an encoder with a head for labels or numbers."""
-    return type(model).__name__.endswith("ForSequenceClassification")
-
-
-@torch.inference_mode()
-def classify(
-    model: Any, tokenizer: Any, examples: Sequence[Example], max_source_length: int = 128, batch_size: int = 128
-) -> list[str]:
-    """The labels, or the numbers as texts, that an encoder's head gives N items."""
-    labels = [] if model.config.problem_type == "regression" else list(model.config.id2label.values())
-    rows = tokenizer([e.source for e in examples], truncation=True, max_length=max_source_length)["input_ids"]
-
-    def answer(inputs: dict[str, Tensor]) -> list[str]:
+def _answers(model: Any, tokenizer: Any, inputs: Mapping[str, Tensor], max_new_tokens: int) -> list[str]:
+    if is_classifier(model):
         logits = model(**inputs).logits.float().cpu()
-        return [labels[int(row.argmax())] if labels else repr(float(row[0])) for row in logits]
-
-    return _by_length(model, rows, tokenizer, batch_size, answer)
+        if model.config.problem_type == "regression":
+            return [repr(number) for number in logits[:, 0].tolist()]
+        return [model.config.id2label[index] for index in logits.argmax(1).tolist()]
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
+    if _is_decoder(model):
+        options["pad_token_id"] = tokenizer.pad_token_id
+    ids = model.generate(**inputs, **options)
+    written = ids[:, inputs["input_ids"].shape[1] :] if _is_decoder(model) else ids
+    return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
 
 
 @torch.inference_mode()
@@ -173,14 +162,12 @@ def evaluate_task(
     lengths = (task.max_source_length, task.max_target_length)
     targets = [example.target for example in examples]
     loss_of: dict[str, float] = {}
+    answers = generate_texts(model, tokenizer, examples, *lengths, batch_size)
     if is_classifier(model):
-        answers = classify(model, tokenizer, examples, task.max_source_length, batch_size)
         targets = [e.target if e.number is None else repr(e.number) for e in examples]
-    else:
-        answers = generate_texts(model, tokenizer, examples, *lengths, batch_size)
-        if _is_decoder(model):
-            items = encode_responses(examples, tokenizer, *lengths)
-            loss_of["loss"], _ = language_modeling_loss(model, tokenizer, items, max(1, batch_size // 4))
+    if _is_decoder(model):
+        items = encode_responses(examples, tokenizer, *lengths)
+        loss_of["loss"], _ = language_modeling_loss(model, tokenizer, items, max(1, batch_size // 4))
     scores = {**task.score(answers, targets), **loss_of}
     return Evaluation(scores, baseline_scores(task, targets), collapse(answers, targets))
 
@@ -197,10 +184,6 @@ def evaluation_mode(model: Any) -> Iterator[None]:
 
 
 # ---- the scores of an answer that ignores the input: if nine of ten labels are equal, a constant answer reaches 90%
-
-# A share of equal answers that counts as collapsed, unless the targets are nearly as uniform.
-_MOST, _MORE = 0.95, 0.1
-_FEW = 5  # ratio of distinct targets to distinct answers
 
 
 def baseline_scores(task: Task, targets: Sequence[str]) -> dict[str, float]:
@@ -226,11 +209,9 @@ def collapse(answers: Sequence[str], targets: Sequence[str]) -> str | None:
     counts = Counter(answers)
     answer, most = counts.most_common(1)[0]
     share, expected = most / len(answers), Counter(targets)[answer] / len(targets)
-    shown = repr(answer if len(answer) <= 40 else answer[:37] + "...")
-    if len(counts) == 1:
-        return f"all {len(answers)} answers are {shown}, which {expected:.0%} of the expected ones are"
-    if share >= _MOST and share - expected > _MORE:
+    if share >= 0.95 and share - expected > 0.1:  # the expected ones are not nearly as uniform
+        shown = repr(answer if len(answer) <= 40 else answer[:37] + "...")
         return f"{share:.0%} of the {len(answers)} answers are {shown}, which {expected:.0%} of the expected ones are"
-    if len(counts) * _FEW <= len(set(targets)):
+    if len(counts) * 5 <= len(set(targets)):
         return f"the {len(answers)} answers have {len(counts)} different values, the expected ones {len(set(targets))}"
     return None

@@ -19,6 +19,12 @@ DEFAULT_METRICS = {
 MESSAGES = "messages"  # column of conversations: lists of {"role": ..., "content": ...}
 _COLUMN = re.compile(r"\{([^{}]+)\}")
 Cells = Mapping[str, Any]  # one row, by column
+_KINDS = (
+    (str, "a text", ("name", "template", "label_column", "kind", "data_dir", "folder")),
+    (bool, "true or false", ("hidden_test", "skip_malformed")),
+    (list | tuple, "a list of texts", ("metrics", "column_names")),
+    (Mapping, "a mapping", ("label_words", "renamed_columns")),
+)
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,9 @@ class TaskSpec:
     hub: Any = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        for check in fields(self):
-            _check_type(self.name, check.name, getattr(self, check.name), check.default)
+        for kind, wanted, names in _KINDS:
+            for name in names:
+                check_type(f"{name} of task {self.name}", getattr(self, name), kind, wanted)
         self._settle("kind", self.kind or ("classification" if self.label_words else ""))
         self._settle("label_words", self._words())
         of_labels = ("accuracy", "f1" if len(self.labels) == 2 else "macro_f1", "matthews")
@@ -242,24 +249,6 @@ def is_number(text: str) -> bool:
 def regression_text(value: float) -> str:
     """``value`` rounded to the nearest 0.2, with one decimal, as T5 writes STS-B's scores: 2.57 -> "2.6"."""
     return f"{round(value * 5) / 5 + 0.0:.1f}"
-
-
-# type of a field's default -> types that its value may have, in words
-_TYPES: dict[type, tuple[Any, str]] = {
-    bool: (bool, "true or false"),
-    int: (int, "a whole number"),
-    str: (str, "a text"),
-    tuple: (list | tuple, "a list of texts"),
-}
-
-
-def _check_type(task: str, name: str, value: Any, default: Any) -> None:
-    kind, expected = _TYPES.get(str if name == "name" else type(default), (Mapping, "a mapping"))
-    fits = isinstance(value, kind) and (isinstance(value, bool) is (kind is bool))
-    if expected == "a list of texts":
-        fits = fits and all(isinstance(item, str) for item in value)
-    if not fits and name != "hub":
-        raise TypeError(f"{name} of task {task} must be {expected}; got {value!r}")
 
 
 def _hub(task: str, value: Any) -> HubData | None:

@@ -48,7 +48,7 @@ def find_files(data_dir: str | Path) -> dict[str, Path]:
     """
     folder = Path(data_dir)
     if not folder.is_dir():
-        raise ValueError(f"data_dir must be an existing folder; got {str(data_dir)!r}")
+        raise ValueError(f"data_dir must be an existing folder, or owner/name on the hub; got {str(data_dir)!r}")
     there = sorted(path for path in folder.iterdir() if path.is_file())
     files: dict[str, Path] = {}
     for path in filter(file_format, there):
@@ -168,8 +168,8 @@ def hub_tables(hub: HubData, task: str) -> Tables:
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"task {task}: the hub did not give {hub.path} ({reason}); give data_dir, a folder that holds a folder "
-            f"{task} of local files"
+            f"task {task}: there is no folder {hub.path}, and the hub did not give such a data set ({reason}); give "
+            f"data_dir, a folder that holds a folder {task} of local files"
         ) from error
     theirs = {split: hub.splits.get(split, split) for split in SPLITS}
     if theirs["train"] not in found:

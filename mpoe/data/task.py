@@ -1,4 +1,4 @@
-"""What a task is: text in, text out, labels and metrics; and smaller and safer splits of any task.
+"""What a task is: text in, text out, labels and metrics; smaller and safer splits of any task; batches of several.
 
 The registry of tasks is in :mod:`mpoe.data.tasks`."""
 
@@ -8,9 +8,11 @@ import dataclasses
 import functools
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from mpoe.config.checks import check_choice, check_integer
 from mpoe.data.metrics import METRICS, get_metric
@@ -94,17 +96,17 @@ class Task:
         """
         if self.kind == "language_modeling":
             raise ValueError(f"task {self.name} is language modelling: its perplexity is that of a model, not of texts")
-        read = {"classification": self.label_index, "regression": _number}.get(self.kind, str)
-        first, second = list(map(read, predictions)), list(map(read, references))
+        indices = {label.lower(): index for index, label in enumerate(self.labels)}
+        read: dict[str, Callable[[str], Any]] = {
+            "classification": lambda text: indices.get(text.strip().lower(), -1),
+            "regression": _number,
+            "generation": str,
+        }
+        first, second = list(map(read[self.kind], predictions)), list(map(read[self.kind], references))
         if self.kind == "classification" and -1 in second:
             wrong = references[second.index(-1)]
             raise ValueError(f"references of task {self.name} must be labels {self.labels}; got {wrong!r}")
         return {metric: get_metric(metric)(first, second) for metric in self.metrics}
-
-    def label_index(self, text: str) -> int:
-        """Index of the label written as ``text`` (case and outer blanks aside); -1 if it is none."""
-        cleaned = text.strip().lower()
-        return next((i for i, label in enumerate(self.labels) if label.lower() == cleaned), -1)
 
 
 def _number(text: str) -> float:
@@ -207,3 +209,54 @@ def hold_out(
 
 def _source(item: Example) -> str:
     return " ".join(item.source.lower().split())
+
+
+# ------------------------------------------------------------------- several tasks
+
+
+def multitask_batches(
+    sizes: Mapping[str, int], batch_size: int, num_steps: int, temperature: float = 1.0, seed: int = 0
+) -> np.ndarray:
+    """The items of every optimizer step as indices into the concatenation of the tasks' items, in the order of
+    ``sizes``: int64 [num_steps, batch_size].
+
+    All items of a step come from one task (`datasets.interleave_datasets` draws a task per item); each task's items are
+    visited in shuffled passes. Everything follows from the arguments: a run resumes with the rows from its step on, and
+    rank r of R takes the columns ``[:, r::R]``.
+
+    Args:
+        sizes: items of each task.
+        batch_size: items per optimizer step, of all ranks and micro-batches together.
+        num_steps: number of optimizer steps.
+        temperature: 1 draws tasks in proportion to their size, infinity draws all alike.
+        seed: of tasks and items.
+
+    Raises:
+        ValueError: no task, a size or ``batch_size`` < 1, ``num_steps`` < 0, or a temperature that is not > 0.
+    """
+    if not sizes:
+        raise ValueError("sizes must hold at least one task; got none")
+    for name, size in sizes.items():
+        check_integer(f"sizes[{name!r}]", size, 1)
+    check_integer("batch_size", batch_size, 1)
+    check_integer("num_steps", num_steps, 0)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0; got {temperature}")
+    # Relative to the largest size, so that no power overflows.
+    powers = (np.array([*sizes.values()], dtype=np.float64) / max(sizes.values())) ** (1.0 / temperature)
+    draws = _generator(seed).choice(len(sizes), size=num_steps, p=powers / powers.sum())
+    found = np.empty((num_steps, batch_size), dtype=np.int64)
+    first = 0
+    for task, size in enumerate(sizes.values()):
+        count = int((draws == task).sum())
+        turns = range(math.ceil(count * batch_size / size))
+        if turns:
+            passes = [_generator(seed, task + 1, turn).permutation(size) for turn in turns]
+            found[draws == task] = first + np.resize(passes, (count, batch_size))
+        first += size
+    return found
+
+
+def _generator(*seed: int) -> np.random.Generator:
+    """Random numbers by ``seed``, the same on every machine. Zeros at the end of ``seed`` change nothing."""
+    return np.random.Generator(np.random.PCG64(seed))

@@ -156,31 +156,25 @@ def load_task_from_folder(
     """The task of the files in a folder, whose columns are detected.
 
     Args:
-        data_dir: folder with a train file and perhaps validation (valid, val, dev) and test files; without validation,
-            a tenth of the training items, at most a thousand, is held out for it.
+        data_dir: folder with a train file and perhaps validation (valid, val, dev) and test files, or a data set on the
+            hub, ``owner/name``; without validation, a tenth of the training items, at most a thousand, is held out.
         name: name of the task (default: the folder's); every source text starts with it.
         column_names: columns of csv/tsv files that have no header line.
         detection: options of `detect_spec`.
 
     Raises:
-        ValueError: a missing folder or file; (for the training items now, for others on reading) a missing column, a
-            malformed line, an unknown label (file and line).
+        ValueError: a missing folder or file; a missing column, a malformed line, an unknown label (file and line), of
+            splits other than train when they are first read.
     """
-    tables = folder_tables(data_dir, column_names)
-    spec = detect_spec(tables["train"](), name or task_name(Path(data_dir).resolve().name), **detection)
-    task = make_task(spec, tables, f"data_dir {data_dir}")
+    name = name or task_name(Path(data_dir).resolve().name)
+    hub_name = re.fullmatch(r"([\w-][\w.-]*)/[\w.-]+", str(data_dir))
+    if hub_name and not Path(hub_name[1]).exists():
+        tables, source = hub_tables(HubData(str(data_dir)), name), f"hub data set {data_dir}"
+    else:
+        tables, source = folder_tables(data_dir, column_names), f"data_dir {data_dir}"
+    task = make_task(detect_spec(tables["train"](), name, **detection), tables, source)
     task.train()
     return task
-
-
-def detect_hub_task(path: str, name: str, **detection: Any) -> Task:
-    """The task of the hub's data set ``path``, called ``name``, with the options of `detect_spec`.
-
-    Raises:
-        ValueError: it cannot be loaded, or has no train split, label or text column.
-    """
-    tables = hub_tables(HubData(path), name)
-    return make_task(detect_spec(tables["train"](), name, **detection), tables, f"hub data set {path}")
 
 
 def task_name(text: str) -> str:

@@ -26,8 +26,7 @@ from mpoe.data.predict import (
     generate_texts,
     language_modeling_loss,
 )
-from mpoe.data.sampler import multitask_batches
-from mpoe.data.task import Example, Task
+from mpoe.data.task import Example, Task, multitask_batches
 from tests.assertions import refuses
 
 WORDS = ["<pad>", "</s>", "<unk>", "a", "b", "c", "yes", "no"]
@@ -295,7 +294,7 @@ def test_tokens_by_their_frequency() -> None:
 @pytest.mark.parametrize(
     ("answers", "targets", "words"),
     [
-        (["a"] * 8, ["a", "b"] * 4, "all 8 answers are 'a', which 50% of the expected ones are"),
+        (["a"] * 8, ["a", "b"] * 4, "100% of the 8 answers are 'a', which 50% of the expected ones are"),
         (["a"] * 99 + ["b"], ["a", "b"] * 50, "99% of the 100 answers are 'a', which 50%"),
         (["a"] * 97 + ["b"] * 3, ["a"] * 92 + ["b"] * 8, None),  # nearly as the expected ones
         (

@@ -170,7 +170,12 @@ def test_half_a_gzip_file(tmp_path):
 
 
 def test_bad_folders_and_arguments_are_refused(tmp_path):
-    refuses(ValueError, "data_dir must be an existing folder; got", load_task_from_folder, tmp_path / "absent")
+    refuses(
+        ValueError,
+        "data_dir must be an existing folder, or owner/name on the hub; got",
+        load_task_from_folder,
+        tmp_path / "absent",
+    )
     refuses(ValueError, r"must hold a train file .*got nothing", load_task_from_folder, tmp_path)
     write(tmp_path / "train.jsonl", GOOD)
     alone = load_task_from_folder(tmp_path)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import socket
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,13 +16,29 @@ from typing import Any
 import pytest
 import torch
 
+import mpoe.data.documentation
 import mpoe.data.embedded
+from mpoe.data.documentation import (
+    FAMILIES,
+    MASK,
+    TELLING,
+    DocRecord,
+    dotted_name,
+    family_of,
+    load_documentation,
+    mask_names,
+    module_items,
+    read_module,
+    read_package,
+    split_of,
+    unit_hash,
+)
 from mpoe.data.embedded import STAND_INS, load_stand_in, stand_in_path
 from mpoe.data.encode import encode_language_modeling, encode_text_to_text
 from mpoe.data.predict import language_modeling_loss
 from mpoe.data.spec import HubData
-from mpoe.data.task import Example, with_subsets
-from mpoe.data.tasks import STANDARD, detect_hub_task, find_spec, get_task, load_task, standard_specs
+from mpoe.data.task import SPLITS, Example, with_subsets
+from mpoe.data.tasks import STANDARD, find_spec, get_task, load_task, load_task_from_folder, standard_specs
 from tests.assertions import refuses
 
 GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
@@ -169,11 +187,11 @@ def test_what_the_hub_does_not_give(hub) -> None:
 
     hub(offline)
     with pytest.raises(
-        ValueError, match=r"task rte: the hub did not give nyu-mll/glue \(Couldn't reach it\); give data_"
+        ValueError, match=r"task rte: there is no folder nyu-mll/glue, and .* \(Couldn't reach it\); give data_"
     ):
         get_task("rte")
     hub(lambda *_, **__: {"dev": []})
-    for read in (lambda: get_task("mnli"), lambda: detect_hub_task("nyu-mll/glue", "set")):
+    for read in (lambda: get_task("mnli"), lambda: load_task_from_folder("nyu-mll/glue")):
         refuses(ValueError, r"hub data set nyu-mll/glue must have a train split; got dev", read)
     rows = [{"text": f"text {i}", "coarse_label": i % 6} for i in range(24)]
     hub(lambda *_, **__: {"train": rows})
@@ -193,6 +211,126 @@ def test_the_datasets_package_itself_reads_such_a_repository(tmp_path: Path) -> 
     task = load_task(dataclasses.replace(boolq, hub=HubData(str(tmp_path / "set"), folder="boolq")))
     assert len(task.train()) == len(task.validation()) == 4
     assert task.train()[1] == Example("Read: p Then say yes or no: boolq train?", "yes")
+
+
+# ------------------------------------------------------------------ embedded tasks
+
+
+SOURCE = '''
+"""Module text."""
+import missing_module_that_must_not_be_imported
+class Pool:
+    """Class text."""
+    def get(self):
+        """Method text."""
+        def inner():
+            """Nobody's."""
+try:
+    def build():
+        """Function text."""
+except ImportError:
+    pass
+add_newdoc("numpy._core.multiarray", "ndarray", [("fill", """a.fill(value)
+
+    Fill it."""), ("size", """Number of elements.""")])
+add_newdoc("numpy._core.umath", "sin", """Sine.""")
+add_newdoc("ArrayLike", "Union", """An alias.""")
+add_newdoc("numpy", f"{missing}", """Built later.""")
+'''
+
+
+def test_reads_every_kind_of_object_without_importing():
+    records = {record.name: record.text for record in read_module(ast.parse(SOURCE), "pool")}
+    assert records == {
+        "pool": "Module text.",
+        "pool.Pool": "Class text.",
+        "pool.Pool.get": "Method text.",
+        "pool.build": "Function text.",
+        "numpy.core.multiarray.ndarray.fill": "a.fill(value)\n\nFill it.",
+        "numpy.core.multiarray.ndarray.size": "Number of elements.",
+        "numpy.core.umath.sin": "Sine.",
+    }
+
+
+def test_unreadable_and_test_files_are_skipped(tmp_path):
+    (tmp_path / "good.py").write_text('"""Good text."""')
+    (tmp_path / "broken.py").write_text("def (")
+    (tmp_path / "test_good.py").write_text('"""A test."""')
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "more.py").write_text('"""A test."""')
+    assert [r.name for r in read_package(tmp_path, "pack")] == ["pack.good"]
+
+
+def test_a_machine_without_sources(tmp_path, monkeypatch):
+    monkeypatch.setattr(mpoe.data.documentation.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(mpoe.data.documentation, "_corpus", mpoe.data.documentation._corpus.__wrapped__)
+    refuses(FileNotFoundError, f"no documented Python source files found in {tmp_path}", load_documentation, "train")
+
+
+EXPECTED_HASH = 0.9296015736222284
+EXPECTED_SPLITS = ["train"] * 6 + ["test"] + ["train"] * 5
+
+
+def test_the_corpus_is_large_and_an_object_has_its_split_by_package_and_name_alone():
+    splits = {split: load_documentation(split) for split in SPLITS}
+    records = [record for split in splits.values() for record in split]
+    assert len(records) > 5000
+    assert len({r.name for r in records}) == len({r.text for r in records}) == len(records)
+    assert {r.module.split(".")[0] for r in records} >= {"numpy", "asyncio", "email", "topics"}
+    assert not any("test" in r.module.split(".") for r in records)
+    assert len(splits["train"]) / len(records) == pytest.approx(0.72, abs=0.03)
+    assert len(splits["test"]) / len(records) == pytest.approx(0.20, abs=0.03)
+    refuses(ValueError, r"split must be one of 'train'.*'dev'", load_documentation, "dev")
+    # Values written down once: a change of hash would move test items into the training split of shipped checkpoints.
+    assert unit_hash("mpoe") == pytest.approx(EXPECTED_HASH, abs=1e-12)
+    assert [split_of("email", f"object{i}") for i in range(12)] == EXPECTED_SPLITS
+    for record in records[::50]:
+        path = record.name[len(record.module) + 1 :]
+        assert record.split == split_of(record.module.split(".")[0], path or record.module)
+    held_out = {r.name for r in splits["test"]}
+    assert not any(e.source.split("\n", 1)[0] in held_out for e in get_task("doc_lm").train())
+
+
+def test_moved_modules_keep_their_split():
+    assert dotted_name("numpy", ("_core", "fromnumeric.py")) == "numpy.core.fromnumeric"
+    assert dotted_name("numpy", ("lib", "_function_base_impl.py")) == "numpy.lib.function_base"
+    assert dotted_name("", ("_pydecimal.py",)) == "decimal"
+    assert dotted_name("", ("email", "__init__.py")) == "email"
+    old, new = (next(read_module(ast.parse('def f():\n  "text"'), name)) for name in ("pathlib", "pathlib.local"))
+    assert old.split == new.split
+
+
+def test_doc_module_shares_no_source_text_and_shows_no_name_of_its_module():
+    task = get_task("doc_module")
+    splits = [task.examples(split) for split in SPLITS]
+    assert len({e.source.lower() for items in splits for e in items}) == sum(map(len, splits))
+    assert len(splits[0]) > 2000
+    assert len(splits[2]) > 600
+    counts = Counter(example.target for example in splits[2])
+    assert set(counts) <= set(task.labels)
+    assert len(counts) >= 4
+    assert max(counts.values()) / counts.total() < 0.45
+    for example in splits[2]:
+        words = set(example.source.removeprefix("subject of: ").lower().replace(".", " ").split())
+        assert not words & TELLING
+        assert example.target not in words
+
+
+def test_items_of_one_record():
+    text = (
+        "Return the payload of the message. It is an email.message.Message or a str. Third words come here. And fourth."
+    )
+    record = DocRecord("email.message.Message.get_payload", "email.message", text, "train")
+    first, second, third = module_items(record)
+    assert first == Example(f"subject of: Return the payload of the {MASK}.", "mail")
+    assert second.source == f"subject of: It is an {MASK} or a str."
+    assert third.target == "mail"
+    assert family_of("numpy.polynomial.hermite") == "number"
+    assert family_of("numpy.core.fromnumeric") == "array"
+    assert family_of("numpy.f2py") is family_of("osx") is None
+    assert len(FAMILIES) == 12
+    assert mask_names("Use np.Array, not arrays.", {"array", "np"}) == f"Use {MASK}, not arrays."
+    assert mask_names("x = 1", {"x"}) == "x = 1"  # one-letter names say nothing
 
 
 # ------------------------------------------------------------------ stand-ins

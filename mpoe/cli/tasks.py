@@ -126,18 +126,8 @@ def _one_task(name: str, options: DataOptions, described: Mapping[str, TaskSpec]
 
 
 def read_descriptions(files: Sequence[str]) -> dict[str, TaskSpec]:
-    """The tasks that ``task_file`` describes, by name.
-
-    Raises:
-        ValueError: as `mpoe.data.read_task_file`, and two files that describe one task.
-    """
-    described: dict[str, TaskSpec] = {}
-    for file in files:
-        specs = read_task_file(file)
-        for name in specs.keys() & described.keys():
-            raise CommandError(f"task_file: two files describe a task {name}")
-        described.update(specs)
-    return described
+    """The tasks that ``task_file`` describes, by name; of two files that describe one task the last counts."""
+    return {name: spec for file in files for name, spec in read_task_file(file).items()}
 
 
 def resolve(

@@ -137,16 +137,13 @@ def run(plan: Plan) -> dict[str, Any]:
     find_tasks = partial(resolve, options=data, style=source.style, data_seed=data_seed, described=described)
     tasks = find_tasks(data.tasks)
     eval_tasks = find_tasks(data.eval_tasks) if data.eval_tasks else tasks
-    for split, owners in (("train", tasks), ("validation", eval_tasks)):
-        for task in owners:
-            task.examples(split)  # a missing split is refused before the model is loaded
     tokenizer = models.load_tokenizer(source)
     labels = models.labels_for(source, tasks[0]) if source.style == ENCODER else None
     encode = partial(encode_task, tokenizer=tokenizer, style=source.style, labels=labels or ())
     pools = {task.name: encode(task, "train") for task in tasks}
+    validation = {task.name: encode(task, "validation") for task in eval_tasks}
     items, per_epoch = order_items(pools, arguments, data.temperature, data_seed)
     set_intervals(arguments, per_epoch, plan.given)
-    validation = {task.name: encode(task, "validation") for task in eval_tasks}
     rate_from = settle_rate(plan, source, config)
     settings = {**settings_of(plan, described), "command": plan.command, "learning_rate_from": rate_from}
     _check_folder(plan, settings)
@@ -216,8 +213,6 @@ def take_layers(model: Any, options: RunOptions) -> None:
     """Load components of the earlier run into a newly converted model."""
     if not options.load_layer:
         return
-    if not hasattr(model, "mpoe_config"):
-        raise CommandError("load_layer needs a model with MPO layers; this one stays dense")
     names = load_layers(model, model_of_experiment(str(options.load_experiment)), options.load_layer)
     print(f"{len(names)} modules ({', '.join(options.load_layer)}) from {options.load_experiment}")
 

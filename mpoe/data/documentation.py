@@ -29,9 +29,6 @@ import numpy
 from mpoe.config.checks import check_choice
 from mpoe.data.task import SPLITS, Example, Task
 
-TEST_SHARE = 0.20
-VALIDATION_SHARE = 0.08
-
 # Third-party packages, test code, graphical demos and packages that only some Python versions (or distributions) have.
 SKIPPED_PARTS = frozenset(
     ("site-packages", "dist-packages", "lib-dynload", "__pycache__", "pydoc_data", "ensurepip", "_pyinstaller")
@@ -89,9 +86,7 @@ def unit_hash(text: str) -> float:
 def split_of(package: str, path: str) -> str:
     """Split of the object ``path`` (``Message.get_payload``) of the top-level package ``package``."""
     position = unit_hash(f"mpoe-documentation:{package}:{path}")
-    if position < TEST_SHARE:
-        return "test"
-    return "validation" if position < TEST_SHARE + VALIDATION_SHARE else "train"
+    return "test" if position < 0.20 else "validation" if position < 0.28 else "train"
 
 
 def _record(module: str, path: str, text: str) -> DocRecord:

@@ -26,13 +26,9 @@ def stand_in_path(kind: str) -> Path:
 
     Raises:
         ValueError: unknown kind.
-        FileNotFoundError: the installation lacks the folder.
     """
     check_choice("stand-in", kind, list(STAND_INS))
-    folder = Path(__file__).resolve().parent / "stand_ins" / kind
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"the stand-in checkpoint is missing from this installation: {folder}")
-    return folder
+    return Path(__file__).resolve().parent / "stand_ins" / kind
 
 
 def load_stand_in(kind: str) -> tuple[Any, Any]:

@@ -31,24 +31,20 @@ def encode_text_to_text(
         N dictionaries of lists: ``input_ids`` [S], ``attention_mask`` [S] and ``labels`` [L].
 
     Raises:
-        ValueError: a length below 2 (one token and the end token), or a tokenizer without an end or padding token.
+        ValueError: a length below 2 (one token and the end token), or a tokenizer that ends no text.
     """
     check_integer("max_source_length", max_source_length, 2)  # a token and the end token
     check_integer("max_target_length", max_target_length, 2)
-    for field in ("eos_token_id", "pad_token_id"):
-        if getattr(tokenizer, field, None) is None:
-            raise ValueError(f"tokenizer must have {field}; {type(tokenizer).__name__} has none")
     if not examples:
         return []
-    sources = tokenizer([e.source for e in examples], truncation=True, max_length=max_source_length)
-    targets = tokenizer([e.target for e in examples], truncation=True, max_length=max_target_length)
-    end = tokenizer.eos_token_id
-    if targets["input_ids"][0][-1:] != [end]:
+    sources = tokenizer([e.source for e in examples], truncation=True, max_length=max_source_length)["input_ids"]
+    targets = tokenizer([e.target for e in examples], truncation=True, max_length=max_target_length)["input_ids"]
+    if any(ids[-1:] != [tokenizer.eos_token_id] for ids in targets):
         raise ValueError(
             f"tokenizer must end every text with its end token {tokenizer.eos_token!r}, as T5's does; "
             f"{type(tokenizer).__name__} does not (is it a tokenizer for a decoder-only model?)"
         )
-    return [_item(*pair) for pair in zip(sources["input_ids"], targets["input_ids"], strict=True)]
+    return [_item(*pair) for pair in zip(sources, targets, strict=True)]
 
 
 def encode_language_modeling(
@@ -70,11 +66,9 @@ def encode_language_modeling(
         raise ValueError(f"tokenizer must have an end token (eos_token); {type(tokenizer).__name__} has none")
     plain = [text.source if isinstance(text, Example) else text for text in texts]
     stream: list[int] = []
-    if plain:
-        # One call per text batch; the tokenizer's warning about its model_max_length does not apply to a stream.
-        for ids in tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"]:
-            stream.extend(ids)
-            stream.append(tokenizer.eos_token_id)
+    # The tokenizer's warning about its model_max_length does not apply to a stream.
+    for ids in tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"] if plain else []:
+        stream += [*ids, tokenizer.eos_token_id]
     if len(stream) < block_size:
         raise ValueError(
             f"texts must give at least one block of block_size={block_size} tokens; got {len(stream)} tokens "

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-MAPPING_SUFFIXES = (".json", ".yaml", ".yml")
-
 
 def read_utf8(name: str, file: Path) -> str:
     """The text of a file.
@@ -35,7 +33,7 @@ def read_mapping(path: str | os.PathLike[str], name: str) -> dict[str, Any]:
             mapping.
     """
     file = Path(path)
-    if file.suffix.lower() not in MAPPING_SUFFIXES:
+    if file.suffix.lower() not in (".json", ".yaml", ".yml"):
         raise ValueError(f"the {name} must be a .json, .yaml or .yml file; got {str(path)!r}")
     if not file.is_file():
         raise ValueError(f"{name} not found: {file}")

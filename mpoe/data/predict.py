@@ -115,9 +115,9 @@ def token_losses(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
 
 def language_modeling_loss(
     model: Any, tokenizer: Any, items: Sequence[dict[str, list[int]]], batch_size: int = 32
-) -> tuple[float, int]:
-    """(mean loss in nats per predicted token, number of predicted tokens) of a causal model on encoded blocks or
-    responses (labels of -100 are not predicted), see `token_losses`."""
+) -> float:
+    """Mean loss in nats per predicted token of a causal model on encoded blocks or responses (labels of -100 are not
+    predicted), see `token_losses`."""
     from transformers import DataCollatorForSeq2Seq
 
     if not items:
@@ -126,7 +126,7 @@ def language_modeling_loss(
     with evaluation_mode(model):
         starts = range(0, len(items), batch_size)
         losses = token_losses(model, (collate(items[start : start + batch_size]) for start in starts))
-    return float(losses.double().mean()), len(losses)
+    return float(losses.double().mean())
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def evaluate_task(
         raise ValueError(f"split {split} of task {task.name} has no items")
     if task.kind == "language_modeling":
         blocks = encode_language_modeling(examples, tokenizer, task.max_source_length)
-        loss, _ = language_modeling_loss(model, tokenizer, blocks, max(1, batch_size // 4))
+        loss = language_modeling_loss(model, tokenizer, blocks, max(1, batch_size // 4))
         guess = frequency_perplexity(token for block in blocks for token in block["input_ids"][1:])
         perplexity = math.exp(loss) if loss < 700 else math.inf
         return Evaluation({"perplexity": perplexity, "loss": loss}, {"perplexity": guess})
@@ -167,7 +167,7 @@ def evaluate_task(
         targets = [e.target if e.number is None else repr(e.number) for e in examples]
     if _is_decoder(model):
         items = encode_responses(examples, tokenizer, *lengths)
-        loss_of["loss"], _ = language_modeling_loss(model, tokenizer, items, max(1, batch_size // 4))
+        loss_of["loss"] = language_modeling_loss(model, tokenizer, items, max(1, batch_size // 4))
     scores = {**task.score(answers, targets), **loss_of}
     return Evaluation(scores, baseline_scores(task, targets), collapse(answers, targets))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
@@ -128,11 +128,6 @@ class TaskSpec:
         names = ("name", "kind", "labels", "metrics", "max_source_length", "max_target_length")
         return Task(rows=rows, **{name: getattr(self, name) for name in names})
 
-    def examples(self, rows: Iterable[tuple[Cells, str]]) -> tuple[Example, ...]:
-        """Items of rows, each with a description of its location for messages."""
-        found = (self.example(cells, where) for cells, where in rows)
-        return tuple(example for example in found if example is not None)
-
     def example(self, cells: Cells, where: str) -> Example | None:
         """One row as text; None if there is no text or its label is one to leave out.
 
@@ -171,13 +166,9 @@ class TaskSpec:
     def _words(self) -> dict[str, str | None]:
         where = f"a label in label_words of task {self.name}"
         words = {cell_text(label, where): word for label, word in self.label_words.items()}
+        wanted = "a text (YAML reads yes, no, on and off as true and false: put them in quotes)"
         for label, word in words.items():
-            if word is not None and not isinstance(word, str):
-                quotes = " (YAML reads yes, no, on and off as true and false: put them in quotes)"
-                raise TypeError(
-                    f"label_words of task {self.name} must be texts; got {word!r} for the label {label}"
-                    + (quotes if isinstance(word, bool) else "")
-                )
+            check_type(f"the word of label {label} in label_words of task {self.name}", word, str | None, wanted)
         if self.kind == "classification" and len(set(words.values()) - {None}) < 2:
             raise ValueError(
                 f"label_words of task {self.name} must give at least two different words, label -> word; "

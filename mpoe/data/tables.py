@@ -195,7 +195,8 @@ def make_task(spec: TaskSpec, tables: Tables, source: str) -> Task:
 
     @functools.cache
     def read(split: str) -> tuple[Example, ...]:
-        return spec.examples(tables[split]())
+        found = (spec.example(cells, where) for cells, where in tables[split]())
+        return tuple(example for example in found if example is not None)
 
     @functools.cache
     def divided() -> tuple[tuple[Example, ...], tuple[Example, ...]]:

@@ -1,23 +1,7 @@
 """The registry of tasks, and files that describe some: those of the package and those of the user.
 
-A new task, read from a folder or the hub as it is described::
-
-    register_task(TaskSpec(
-        name="review",
-        template="is this review good? {sentence}",
-        label_words={0: "bad", 1: "good"},
-        data_dir="data/review",
-    ))
-
-Or from any rows::
-
-    register_task(Task(
-        name="greeting",
-        rows=lambda split: [{"text": "good morning", "label": 1}],
-        to_text=lambda row: Example(f"is it a greeting: {row['text']}", "yes" if row["label"] else "no"),
-        labels=("no", "yes"),
-        metrics=("accuracy",),
-    ))
+A task is registered as a `TaskSpec`, which says how its rows in a folder or on the hub are read, or as a `Task` with
+rows from anywhere.
 """
 
 from __future__ import annotations

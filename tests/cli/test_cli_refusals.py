@@ -11,9 +11,6 @@ from types import SimpleNamespace
 import pytest
 
 from mpoe.cli import bench, models
-from mpoe.cli.command import CommandError
-from mpoe.cli.options import RunOptions
-from mpoe.cli.train import take_layers
 from mpoe.data.embedded import stand_in_path
 from mpoe.models import weight_files
 
@@ -102,7 +99,7 @@ REFUSED = [
     ([*RUN, "--tasks", "rte", "--data_dir", "absent"], "data_dir must be an existing folder; got 'absent'"),
     ([*RUN, "--data_dir", ".", "--tasks", "two", "./two"], "tasks must have different names; got two, two"),
     ([*RUN, "--data_dir", "empty"], "must hold a train file"),
-    ([*HERE, "--label_words", "{"], "label_words: bad JSON at character 1: Expecting property name"),
+    ([*HERE, "--label_words", "{"], "label_words: bad JSON: Expecting property name"),
     ([*HERE, "--label_words", DEEP], "label_words: bad JSON"),
     ([*HERE, "--label_words", "[3]"], "label_words must be a JSON object, label -> word; got [3]"),
     ([*HERE, "--split_validation_test"], "which split_validation_test divides,"),
@@ -191,11 +188,6 @@ def test_damaged_dense_models(refused, tmp_path: Path, spoil: Callable[[Path], o
     spoil(tmp_path / "t5")
     assert message in refused("convert", tmp_path / "t5", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_components_of_an_earlier_run_need_a_mixture() -> None:
-    with pytest.raises(CommandError, match="load_layer needs a model with MPO layers; this one stays dense"):
-        take_layers(SimpleNamespace(), RunOptions(load_experiment="run", load_layer=["mlp"]))
 
 
 def test_benchmarks_that_are_wrong_or_absent(refused, monkeypatch: pytest.MonkeyPatch, here: Path) -> None:

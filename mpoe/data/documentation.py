@@ -70,7 +70,7 @@ def _corpus() -> tuple[DocRecord, ...]:
         raise FileNotFoundError(f"no documented Python source files found in {library}")
     topics = library / "pydoc_data" / "topics.py"
     texts = runpy.run_path(str(topics))["topics"] if topics.is_file() else {}
-    records += [_record("topics", name, text) for name, text in texts.items()]
+    records += [_record("topics", name, inspect.cleandoc(text)) for name, text in texts.items()]
     records += read_package(Path(numpy.__file__).parent, prefix="numpy")
     kept: dict[str, DocRecord] = {}  # of equal words the first by name
     for record in sorted(records, key=lambda record: (record.name, record.text)):
@@ -92,7 +92,7 @@ def split_of(package: str, path: str) -> str:
 def _record(module: str, path: str, text: str) -> DocRecord:
     """Record of the object ``path`` in ``module`` ("" = the module itself), put into its split."""
     split = split_of(module.split(".")[0], path or module)
-    return DocRecord(f"{module}.{path}" if path else module, inspect.cleandoc(text).strip(), split)
+    return DocRecord(f"{module}.{path}" if path else module, text.strip(), split)
 
 
 def read_package(folder: Path, prefix: str) -> Iterator[DocRecord]:
@@ -145,7 +145,8 @@ def _added(call: ast.Call) -> Iterator[DocRecord]:
         return  # numpy.typing documents its aliases with another call of this name
     texts = [("", documented)] if isinstance(documented, str) else documented
     for attribute, text in [texts] if isinstance(texts, tuple) else texts:
-        yield _record(dotted_name("", tuple(module.split("."))), f"{name}.{attribute}".rstrip("."), text)
+        path = f"{name}.{attribute}".rstrip(".")
+        yield _record(dotted_name("", tuple(module.split("."))), path, inspect.cleandoc(text))
 
 
 # ------------------------------------------------------------------ doc_module

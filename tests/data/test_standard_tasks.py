@@ -275,17 +275,16 @@ def test_the_corpus_is_large_and_an_object_has_its_split_by_package_and_name_alo
     records = [record for split in splits.values() for record in split]
     assert len(records) > 5000
     assert len({r.name for r in records}) == len({r.text for r in records}) == len(records)
-    assert {r.module.split(".")[0] for r in records} >= {"numpy", "asyncio", "email", "topics"}
-    assert not any("test" in r.module.split(".") for r in records)
+    assert {r.name.split(".")[0] for r in records} >= {"numpy", "asyncio", "email", "topics"}
     assert len(splits["train"]) / len(records) == pytest.approx(0.72, abs=0.03)
     assert len(splits["test"]) / len(records) == pytest.approx(0.20, abs=0.03)
     refuses(ValueError, r"split must be one of 'train'.*'dev'", load_documentation, "dev")
     # Values written down once: a change of hash would move test items into the training split of shipped checkpoints.
     assert unit_hash("mpoe") == pytest.approx(EXPECTED_HASH, abs=1e-12)
     assert [split_of("email", f"object{i}") for i in range(12)] == EXPECTED_SPLITS
-    for record in records[::50]:
-        path = record.name[len(record.module) + 1 :]
-        assert record.split == split_of(record.module.split(".")[0], path or record.module)
+    assert next(r for r in records if r.name == "email.message.Message.get_payload").split == split_of(
+        "email", "Message.get_payload"
+    )
     held_out = {r.name for r in splits["test"]}
     assert not any(e.source.split("\n", 1)[0] in held_out for e in get_task("doc_lm").train())
 
@@ -319,7 +318,7 @@ def test_items_of_one_record():
     text = (
         "Return the payload of the message. It is an email.message.Message or a str. Third words come here. And fourth."
     )
-    record = DocRecord("email.message.Message.get_payload", "email.message", text, "train")
+    record = DocRecord("email.message.Message.get_payload", text, "train")
     first, second, third = module_items(record)
     assert first == Example(f"subject of: Return the payload of the {MASK}.", "mail")
     assert second.source == f"subject of: It is an {MASK} or a str."

@@ -69,7 +69,7 @@ def find_files(data_dir: str | Path) -> dict[str, Path]:
 def folder_tables(folder: str | Path, column_names: Sequence[str] = (), skip_malformed: bool = False) -> Tables:
     """The files of a folder; raises as `find_files`, and (on reading) as `read_table`."""
     files = find_files(folder).items()
-    return {split: functools.cache(partial(read_table, file, column_names, skip_malformed)) for split, file in files}
+    return {split: partial(read_table, file, column_names, skip_malformed) for split, file in files}
 
 
 def read_table(path: Path, column_names: Sequence[str] = (), skip_malformed: bool = False) -> Table:

@@ -156,7 +156,8 @@ def load_task_from_folder(
         tables, source = hub_tables(HubData(str(data_dir)), name), f"hub data set {data_dir}"
     else:
         tables, source = folder_tables(data_dir, column_names), f"data_dir {data_dir}"
-    task = make_task(detect_spec(tables["train"](), name, **detection), tables, source)
+    rows = tables["train"]()
+    task = make_task(detect_spec(rows, name, **detection), {**tables, "train": lambda: rows}, source)
     task.train()
     return task
 

@@ -12,7 +12,7 @@ from torch import nn
 import mpoe
 from mpoe import MPOEConfig, RouterConfig, add_expert, compose, convert_to_mpoe, load_mpoe, merge_experts
 from mpoe.cli import export as command
-from mpoe.estimation import take_inventory
+from mpoe.cli.plan import build, read_values
 from mpoe.layers import MixtureExperts, MPOLinear
 from mpoe.models.find import expert_modules
 from mpoe.models.table import TABLE
@@ -181,7 +181,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
     tiny_model("mixtral", "MixtralForCausalLM").config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="existing_experts must be one of 'keep', 'mpo'; got 'drop'"):
         MPOEConfig(existing_experts="drop")
-    refuses(ValueError, "must be a dense model to be planned; mixtral is a mixture already", take_inventory, str(saved))
+    planned = (str(saved), read_values(str(saved)), MPOEConfig())
+    refuses(ValueError, "must be a dense model to be planned; mixtral is a mixture already", build, *planned)
     with pytest.raises(ValueError, match="LlamaForCausalLM has no experts"):
         convert_to_mpoe(tiny_model("llama", "LlamaForCausalLM"), MPOEConfig(existing_experts="mpo"))
     dense = tiny_model("qwen3_moe", "Qwen3MoeForCausalLM", mlp_only_layers=[0, 1])

@@ -6,11 +6,11 @@ usage: python examples/hf_trainer.py [FOLDER] [STEPS]
 import sys
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from mpoe import MPOEConfig, MPOETrainingArguments, convert_to_mpoe
 from mpoe.data.embedded import load_stand_in
-from mpoe.data.encode import PaddingCollator, encode_text_to_text
+from mpoe.data.encode import encode_text_to_text
 from mpoe.data.tasks import get_task
 from mpoe.training import GradientMask, GradientMaskCallback, build_param_groups
 
@@ -19,7 +19,7 @@ steps = int(sys.argv[2]) if len(sys.argv) > 2 else 50
 dense, tokenizer = load_stand_in("t5")
 model = convert_to_mpoe(dense, MPOEConfig(num_experts=8))
 
-task = get_task("doc_kind")
+task = get_task("doc_module")
 train, validation = (
     encode_text_to_text(examples, tokenizer, max_source_length=64)
     for examples in (task.train(), task.examples("validation")[:64])
@@ -41,7 +41,7 @@ trainer = Trainer(
     ),
     train_dataset=train,
     eval_dataset=validation,
-    data_collator=PaddingCollator(tokenizer.pad_token_id),
+    data_collator=DataCollatorForSeq2Seq(tokenizer),
     optimizers=(optimizer, None),
     callbacks=[GradientMaskCallback(GradientMask(model, probability=0.3, seed=0))],
 )

@@ -7,10 +7,11 @@ import random
 import sys
 
 import torch
+from transformers import DataCollatorForSeq2Seq
 
 from mpoe import MPOEConfig, MPOETrainingArguments, convert_to_mpoe
 from mpoe.data.embedded import load_stand_in
-from mpoe.data.encode import PaddingCollator, encode_text_to_text
+from mpoe.data.encode import encode_text_to_text
 from mpoe.data.tasks import get_task
 from mpoe.training import GradientMask, build_param_groups
 
@@ -19,8 +20,8 @@ torch.manual_seed(0)
 dense, tokenizer = load_stand_in("t5")
 model = convert_to_mpoe(dense, MPOEConfig(num_experts=8)).train()
 
-items = encode_text_to_text(get_task("doc_kind").train(), tokenizer, max_source_length=64)
-collate = PaddingCollator(tokenizer.pad_token_id)
+items = encode_text_to_text(get_task("doc_module").train(), tokenizer, max_source_length=64)
+collate = DataCollatorForSeq2Seq(tokenizer)
 order = random.Random(0)
 
 # Every core gets its own rate, base x RMS(core) / RMS(weight) x a scale: with one raw rate for all, training collapses.

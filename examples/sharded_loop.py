@@ -10,6 +10,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from transformers import DataCollatorForSeq2Seq
 
 from mpoe import (
     MPOEConfig,
@@ -23,7 +24,7 @@ from mpoe import (
     shard_model,
 )
 from mpoe.data.embedded import load_stand_in
-from mpoe.data.encode import PaddingCollator, encode_text_to_text
+from mpoe.data.encode import encode_text_to_text
 from mpoe.data.tasks import get_task
 from mpoe.training import GradientMask, build_param_groups, find_last_checkpoint, rank_share
 
@@ -47,8 +48,8 @@ optimizer = torch.optim.AdamW(build_param_groups(model, arguments))
 start = load_sharded_optimizer(model, optimizer, checkpoint) if checkpoint else 0
 mask = GradientMask(model, probability=0.5, seed=0)  # the same steps on every rank
 
-items = encode_text_to_text(get_task("doc_kind").train(), tokenizer, max_source_length=64)
-collate = PaddingCollator(tokenizer.pad_token_id)
+items = encode_text_to_text(get_task("doc_module").train(), tokenizer, max_source_length=64)
+collate = DataCollatorForSeq2Seq(tokenizer)
 for step in range(start, steps):
     # All randomness depends only on the step, so a resumed run draws the same. Every rank takes its part of one batch.
     torch.manual_seed(step * ranks + rank)  # dropout

@@ -11,22 +11,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from transformers import DataCollatorForSeq2Seq
 
 from mpoe.cli import models
 from mpoe.cli.command import Asked, CommandError, as_command, option
 from mpoe.cli.models import check_writable_file, write_json
 from mpoe.cli.report import Table
 from mpoe.cli.tasks import DataOptions, data_of_run, model_of_experiment, resolve
-from mpoe.data.encode import (
-    PaddingCollator,
-    encode_labels,
-    encode_language_modeling,
-    encode_responses,
-    encode_text_to_text,
-)
-from mpoe.data.predict import evaluate_beside_baseline, evaluation_mode
+from mpoe.data.encode import encode_labels, encode_language_modeling, encode_responses, encode_text_to_text
+from mpoe.data.metrics import average_score
+from mpoe.data.predict import evaluate_task, evaluation_mode
 from mpoe.data.task import Task
-from mpoe.data.tasks import average_score
 from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ
 
 AT_ONCE = 64  # items of a batch whose expert load is counted
@@ -53,18 +48,18 @@ def encode_task(
     return encode(examples[:limit], tokenizer, task.max_source_length, task.max_target_length)
 
 
-def expert_load(model: Any, items: Items, pad_token_id: int) -> list[list[int]]:
+def expert_load(model: Any, items: Items, tokenizer: Any) -> list[list[int]]:
     """Tokens per expert on teacher-forced items, [layers][E]; empty for a dense model. Padding is not counted."""
-    collate = PaddingCollator(pad_token_id)
-    load: torch.Tensor | None = None
+    collate = DataCollatorForSeq2Seq(tokenizer)
+    parts = []
     with torch.inference_mode(), evaluation_mode(model):
         for start in range(0, len(items), AT_ONCE):
-            batch = {k: v.to(model.device) for k, v in collate(items[start : start + AT_ONCE]).items()}
-            part = getattr(model(**batch), "expert_load", None)
-            if part is None:
+            batch = collate(items[start : start + AT_ONCE]).to(model.device)
+            output = model(**{name: value for name, value in batch.items() if value is not None})  # no labels: encoders
+            if getattr(output, "expert_load", None) is None:
                 return []
-            load = part.clone() if load is None else load + part
-    return [] if load is None else load.tolist()
+            parts.append(output.expert_load)
+    return torch.stack(parts).sum(0).tolist() if parts else []
 
 
 SCORE_NOTE = (
@@ -87,10 +82,10 @@ def evaluate_tasks(
     """
     scores, baselines, remarks = {}, {}, []
     for task in tasks:
-        found = evaluate_beside_baseline(model, tokenizer, task, split, batch_size=batch_size)
+        found = evaluate_task(model, tokenizer, task, split, batch_size)
         scores[task.name] = {**found.scores, "items": len(task.examples(split))}
         baselines[task.name] = found.baseline
-        metric = task.main_metric
+        metric = task.metrics[0]
         value, constant = found.scores[metric], found.baseline[metric]
         if found.collapse:
             remarks.append(f"{task.name}: {found.collapse}")

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from transformers import DataCollatorForSeq2Seq
+
 from mpoe.cli import models, report
 from mpoe.cli.command import Asked, CommandError, as_command, option
 from mpoe.cli.evaluate import encode_task, expert_load
 from mpoe.cli.models import MODEL_OR_RUN, REPORT_FILE, check_output, write_json
 from mpoe.cli.tasks import DataOptions, data_of_run, resolve
-from mpoe.data.encode import PaddingCollator
 from mpoe.data.task import Task
 from mpoe.inspection import Route, Worth, bond_spectra, composed_worth, route_text
 from mpoe.models.expert_mixture import EXPERTS_FOLDER, kept_experts
@@ -96,7 +97,7 @@ def command(asked: Asked) -> None:
         tokenizer.decode(item["input_ids"][:_MAX_TOKENS], skip_special_tokens=True) for item in items[:2]
     ]
     routes = [(each, route_text(model, tokenizer, each)) for each in text] if routed_layers(model) else []
-    load = expert_load(model, items, tokenizer.pad_token_id) if routes else []
+    load = expert_load(model, items, tokenizer) if routes else []
     _report(folder, name, model, routes, load, counted, worth)
     if worth is not None:
         print("\n".join(f"{row[0]}: {row[1]} of tokens, {row[4]} nats if removed" for row in worth_rows(worth)))
@@ -124,7 +125,7 @@ def _worth(folder: Path, model: Any, tokenizer: Any, items: list[dict[str, Any]]
     if texts and not model.config.is_encoder_decoder:
         rows = tokenizer(list(texts))["input_ids"]
         items = [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} for ids in rows]
-    collate = PaddingCollator(tokenizer.pad_token_id)
+    collate = DataCollatorForSeq2Seq(tokenizer)
     parts = (items[start : start + _AT_ONCE] for start in range(0, len(items), _AT_ONCE))
     return composed_worth(model, classes, [collate(part) for part in parts])
 

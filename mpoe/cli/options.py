@@ -176,7 +176,5 @@ def read_json_option(name: str, text: str) -> Any:
     """The value of an option that is JSON; `CommandError` names the option and the place of the error."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CommandError(f"{name}: bad JSON at character {error.pos}: {error.msg}") from None
     except (ValueError, RecursionError) as error:
         raise CommandError(f"{name}: bad JSON: {error}") from None

@@ -16,7 +16,7 @@ from mpoe.cli.models import Source
 from mpoe.cli.options import DENSE, SWITCH, WIDER
 from mpoe.config import MPOEConfig
 from mpoe.config.shapes import SEPARABLE
-from mpoe.data.sampler import MultiTaskBatchSampler
+from mpoe.data.task import multitask_batches
 from mpoe.models.table import TABLE
 from mpoe.training import MPOETrainingArguments, rates
 from mpoe.training.output_dir import read_record
@@ -108,21 +108,17 @@ def order_items(
     The Trainer reads them one after the other. In this order the micro-batches of a step follow each other, rank by
     rank, so accumulation and several processes also see one task per step.
     """
-    accumulation, ranks = arguments.gradient_accumulation_steps, arguments.world_size
-    batch = arguments.per_device_train_batch_size * ranks
+    step = arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
     sizes = {name: len(pool) for name, pool in pools.items()}
-    per_epoch = math.ceil(sum(sizes.values()) / (batch * accumulation))
+    per_epoch = math.ceil(sum(sizes.values()) / step)
     steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
-    if steps * batch * accumulation > MOST_ITEMS:
-        raise CommandError(
-            f"max_steps x batch x accumulation must be at most {MOST_ITEMS}; got {steps} x {batch} x {accumulation}"
-        )
-    how = {"temperature": temperature, "seed": seed, "accumulation": accumulation}
-    sampler = MultiTaskBatchSampler(sizes, batch_size=batch, num_steps=steps, **how)
+    if steps * step > MOST_ITEMS:
+        raise CommandError(f"max_steps x items of a step must be at most {MOST_ITEMS}; got {steps} x {step}")
+    order = multitask_batches(sizes, step, steps, temperature, seed)
     arguments.max_steps = steps
     arguments.train_sampling_strategy = "sequential"
     everything: Any = list(itertools.chain.from_iterable(pools.values()))
-    return Subset(everything, list(itertools.chain.from_iterable(sampler))), per_epoch
+    return Subset(everything, order.ravel().tolist()), per_epoch
 
 
 def set_intervals(arguments: MPOETrainingArguments, per_epoch: int, given: frozenset[str]) -> None:

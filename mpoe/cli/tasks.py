@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,8 @@ from mpoe.cli.command import CommandError, close_matches, option
 from mpoe.cli.options import read_json_option
 from mpoe.data.spec import TaskSpec
 from mpoe.data.tables import find_files
-from mpoe.data.task import Task, with_subsets, with_validation_test_split
+from mpoe.data.task import Task, with_packages, with_subsets, with_validation_test_split
 from mpoe.data.tasks import (
-    detect_hub_task,
     find_spec,
     get_task,
     load_task,
@@ -29,22 +27,20 @@ from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ
 from mpoe.training import find_last_checkpoint
 from mpoe.training.output_dir import read_record
 
-DEFAULT_TASKS = {SEQ2SEQ: ("doc_module", "doc_kind", "doc_name"), CAUSAL: ("doc_lm",), ENCODER: ("doc_module",)}
-# style of a model -> an example, the option that asks for one, the kinds of task it does
+DEFAULT_TASKS = {SEQ2SEQ: ["doc_module"], CAUSAL: ["doc_lm"], ENCODER: ["doc_module"]}
+# style of a model -> an example, the kinds of task it does
 _STYLES = {
-    SEQ2SEQ: ("a T5", "--model t5", ("classification", "regression", "generation")),
-    CAUSAL: ("a GPT-2", "--model gpt2", ("language_modeling", "generation")),
-    ENCODER: ("a BERT", "a BERT", ("classification", "regression")),
+    SEQ2SEQ: ("a T5 (--model t5)", ("classification", "regression", "generation")),
+    CAUSAL: ("a GPT-2 (--model gpt2)", ("language_modeling", "generation")),
+    ENCODER: ("a BERT", ("classification", "regression")),
 }
 
 # options that say how to read a folder's columns, in place of a description
 DETECTION = ("kind", "text_columns", "label_column", "label_words", "column_names")
 
 LENGTHS = ("max_source_length", "max_target_length")
-SIZES = ("n_train", "n_val", "n_test")
 
 SOURCES = {"data_dir", "tasks", "task_file", "eval_tasks"}  # options that select the items
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 @dataclass
@@ -96,70 +92,42 @@ class DataOptions:
         return {name: value for name, value in values if value is not None and value is not False and value != []}
 
 
-def _adjusted(task: Task, options: DataOptions, data_seed: int) -> Task:
-    """``task`` with the requested lengths, metrics, splits and sizes."""
-    changes = {**options.of(*LENGTHS), **({"metrics": tuple(options.metrics)} if options.metrics else {})}
-    task = dataclasses.replace(task, **changes)
-    if options.split_validation_test:
-        task = with_validation_test_split(task, data_seed)
-    if options.of(*SIZES):
-        task = with_subsets(task, options.n_train, options.n_val, options.n_test, data_seed)
-    return task
-
-
 def _one_task(name: str, options: DataOptions, described: Mapping[str, TaskSpec], data_seed: int) -> Task:
     """The task called ``name``: a folder in ``data_dir``, read by its description or by detection; else a task by name.
-    The empty name means ``data_dir`` itself."""
-    detection = list(options.of(*DETECTION))
+    The empty name means ``data_dir`` itself. It has the requested lengths, metrics, splits and sizes."""
+    detection = options.of(*DETECTION)
     spec = described.get(name) or find_spec(name)
     folder = None  # of the task's files in data_dir: its name, or the usual name of its folder
     if options.data_dir is not None:
         entries = [name, spec.folder] if spec is not None and spec.folder else [name]
         folder = next(filter(Path.is_dir, (Path(options.data_dir) / entry for entry in entries)), None)
-    if folder is not None and (spec is None or detection):
-        if "validation" not in find_files(folder):
+    if not name or (folder is not None and (spec is None or detection)):
+        if folder is not None and "validation" not in find_files(folder):
             print(f"{folder} holds no validation file: a tenth of the training items, at most 1,000, is held out")
-        asked = options.of(*DETECTION, "metrics", *LENGTHS, "split_validation_test", *SIZES)
         own = task_name(os.path.normpath(name)) if name else None  # en/s and fr/s are two tasks, en_s and fr_s
-        return load_task_from_folder(folder, own, data_seed=data_seed, **asked)
-    if not name:
-        path = str(options.data_dir)
-        if not _HUB_NAME.fullmatch(path) or Path(path).parts[0] in (there.name for there in Path().iterdir()):
-            raise CommandError(
-                f"data_dir must be an existing folder, or owner/name on the hub; there is no folder {path!r}"
-            )
-        asked = options.of("kind", "text_columns", "label_column", "label_words", "metrics")
-        try:
-            task = detect_hub_task(path, task_name(path.rpartition("/")[2]), **asked)
-        except ValueError as error:
-            raise CommandError(f"data_dir: there is no folder {path!r} here; on the hub: {error}") from error
-        return _adjusted(task, options, data_seed)
-    if detection:
-        raise CommandError(f"{detection[0]} says how a folder is read; task {name} has none in data_dir")
-    if spec is not None:
-        return _adjusted(load_task(spec, folder), options, data_seed)
-    if options.data_dir is not None and name not in task_names():
+        task = load_task_from_folder(folder or str(options.data_dir), own, **detection)
+    elif detection:
+        raise CommandError(f"{next(iter(detection))} says how a folder is read; task {name} has none in data_dir")
+    elif spec is not None:
+        task = load_task(spec, folder)
+    elif options.data_dir is not None and name not in task_names():
         known = [*described, *task_names()]
         raise CommandError(
             f"data_dir {options.data_dir} has no folder {name!r}, nor is there a task of that name"
             f"{close_matches(name, known)}; known: {', '.join(known)}"
         )
-    return _adjusted(get_task(name), options, data_seed)
+    else:
+        task = get_task(name)
+    changes = {**options.of(*LENGTHS), **({"metrics": tuple(options.metrics)} if options.metrics else {})}
+    task = with_packages(dataclasses.replace(task, **changes))
+    if options.split_validation_test:
+        task = with_validation_test_split(task, data_seed)
+    return with_subsets(task, options.n_train, options.n_val, options.n_test, data_seed)
 
 
 def read_descriptions(files: Sequence[str]) -> dict[str, TaskSpec]:
-    """The tasks that ``task_file`` describes, by name.
-
-    Raises:
-        ValueError: as `mpoe.data.read_task_file`, and two files that describe one task.
-    """
-    described: dict[str, TaskSpec] = {}
-    for file in files:
-        specs = read_task_file(file)
-        for name in specs.keys() & described.keys():
-            raise CommandError(f"task_file: two files describe a task {name}")
-        described.update(specs)
-    return described
+    """The tasks that ``task_file`` describes, by name; of two files that describe one task the last counts."""
+    return {name: spec for file in files for name, spec in read_task_file(file).items()}
 
 
 def resolve(
@@ -185,22 +153,18 @@ def resolve(
         names = list(described)
     names = names or ([""] if options.data_dir is not None else DEFAULT_TASKS[style])
     tasks = [_one_task(name, options, described, data_seed) for name in names]
-    entries: dict[str, str] = {}
-    for entry, task in zip(names, tasks, strict=True):
-        if task.name in entries:
-            raise CommandError(
-                f"tasks must have different names; {entries[task.name]} and {entry} are both {task.name}"
-            )
-        entries[task.name] = entry
-    example, _, kinds = _STYLES[style]
+    found = [task.name for task in tasks]
+    if len(set(found)) < len(found):
+        raise CommandError(f"tasks must have different names; got {', '.join(found)}")
     for task in tasks:
-        if task.kind not in kinds:
-            fits = " or ".join(asked for _, asked, others in _STYLES.values() if task.kind in others)
+        if task.kind not in _STYLES[style][1]:
+            example, kinds = _STYLES[style]
+            fits = " or ".join(other for other, theirs in _STYLES.values() if task.kind in theirs)
             raise CommandError(
                 f"task {task.name} is {task.kind}; {example} does {', '.join(kinds)} (use {fits}, or set --kind)"
             )
     if style == ENCODER and len(tasks) > 1:
-        raise CommandError(f"tasks must be one for an encoder, which has one head; got {', '.join(entries)}")
+        raise CommandError(f"tasks must be one for an encoder, which has one head; got {', '.join(found)}")
     return tasks
 
 
@@ -249,8 +213,5 @@ def data_of_run(
     seed = training.get("seed", 0) if training.get("data_seed") is None else training["data_seed"]
     data = dataclasses.replace(data, **taken) if taken else data
     described = None if "task_file" in flags else run.get("described")
-    try:
-        specs = {name: TaskSpec.from_mapping(name, values) for name, values in (described or {}).items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CommandError(f"described in run.json does not describe tasks: {error}") from None
+    specs = {name: TaskSpec.from_mapping(name, values) for name, values in (described or {}).items()}
     return data, int(seed), specs or None

@@ -17,7 +17,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    PrinterCallback,
+    ProgressCallback,
+    set_seed,
+)
 
 from mpoe.cli import models
 from mpoe.cli.command import Asked, CommandError, as_command
@@ -27,7 +33,7 @@ from mpoe.cli.models import REPORT_FILE, RESULTS_FILE, Source, publish_model, st
 from mpoe.cli.options import WIDER, ExpertOptions, RunOptions
 from mpoe.cli.settle import order_items, search_rate, set_intervals, settle_experts, settle_rate
 from mpoe.cli.tasks import DataOptions, model_of_experiment, read_descriptions, resolve
-from mpoe.data.encode import PaddingCollator
+from mpoe.data.predict import is_classifier
 from mpoe.data.spec import TaskSpec
 from mpoe.data.task import Task
 from mpoe.models import collect_statistics, convert_to_mpoe, load_layers, save_expert
@@ -131,16 +137,13 @@ def run(plan: Plan) -> dict[str, Any]:
     find_tasks = partial(resolve, options=data, style=source.style, data_seed=data_seed, described=described)
     tasks = find_tasks(data.tasks)
     eval_tasks = find_tasks(data.eval_tasks) if data.eval_tasks else tasks
-    for split, owners in (("train", tasks), ("validation", eval_tasks)):
-        for task in owners:
-            task.examples(split)  # a missing split is refused before the model is loaded
     tokenizer = models.load_tokenizer(source)
     labels = models.labels_for(source, tasks[0]) if source.style == ENCODER else None
     encode = partial(encode_task, tokenizer=tokenizer, style=source.style, labels=labels or ())
     pools = {task.name: encode(task, "train") for task in tasks}
+    validation = {task.name: encode(task, "validation") for task in eval_tasks}
     items, per_epoch = order_items(pools, arguments, data.temperature, data_seed)
     set_intervals(arguments, per_epoch, plan.given)
-    validation = {task.name: encode(task, "validation") for task in eval_tasks}
     rate_from = settle_rate(plan, source, config)
     settings = {**settings_of(plan, described), "command": plan.command, "learning_rate_from": rate_from}
     _check_folder(plan, settings)
@@ -210,8 +213,6 @@ def take_layers(model: Any, options: RunOptions) -> None:
     """Load components of the earlier run into a newly converted model."""
     if not options.load_layer:
         return
-    if not hasattr(model, "mpoe_config"):
-        raise CommandError("load_layer needs a model with MPO layers; this one stays dense")
     names = load_layers(model, model_of_experiment(str(options.load_experiment)), options.load_layer)
     print(f"{len(names)} modules ({', '.join(options.load_layer)}) from {options.load_experiment}")
 
@@ -239,7 +240,7 @@ def make_trainer(
         args=arguments,
         train_dataset=items,
         eval_dataset=next(iter(validation.values())) if len(validation) == 1 else validation,
-        data_collator=PaddingCollator(tokenizer.pad_token_id),
+        data_collator=(DataCollatorWithPadding if is_classifier(model) else DataCollatorForSeq2Seq)(tokenizer),
         processing_class=tokenizer,
     )
     for shown in (ProgressCallback, PrinterCallback):  # a line for each log call, in place of bars and dictionaries
@@ -335,31 +336,23 @@ def finish(
     return results
 
 
-def _peak_of_process() -> dict[str, Any]:
-    """Peak memory so far in bytes: of torch on the GPU, or of the whole process on the CPU."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return {"device": torch.cuda.get_device_name(), "peak_bytes": torch.cuda.max_memory_allocated()}
-    try:
-        import resource
-    except ImportError:  # Windows
-        return {"device": "cpu", "peak_bytes": None}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"device": "cpu", "peak_bytes": peak if sys.platform == "darwin" else peak * 1024}
-
-
-def measured(options: RunOptions, seconds: float, steps: int, items_per_step: int) -> dict[str, Any]:
-    """The requested measurements, JSON-able; also prints them."""
+def measured(options: RunOptions, seconds: float, steps: int, items: int) -> dict[str, Any]:
+    """The requested measurements of ``steps`` steps of ``items`` items each, JSON-able; also prints them."""
     report: dict[str, Any] = {}
     if options.compute_time:
-        per_step = seconds / max(steps, 1)
-        rate = items_per_step / per_step if per_step else None
-        report["time"] = {"train_seconds": seconds, "seconds_per_step": per_step, "items_per_second": rate}
-        print(f"training took {seconds:.1f} s: {per_step:.3f} s per step of {items_per_step} items")
+        rates = {"seconds_per_step": seconds / steps, "items_per_second": items * steps / seconds}
+        report["time"] = {"train_seconds": seconds, **rates}
+        print(f"training took {seconds:.1f} s: {seconds / steps:.3f} s per step of {items} items")
     if options.compute_memory:
-        report["memory"] = _peak_of_process()
-        peak = report["memory"]["peak_bytes"]
-        shown = "unknown" if peak is None else f"{peak / 2**20:.0f} MiB"
-        print(f"most memory used ({report['memory']['device']}): {shown}")
+        import resource  # of Linux and macOS alone
+
+        on_gpu = torch.cuda.is_initialized()
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        peak = torch.cuda.max_memory_allocated() if on_gpu else peak
+        device = torch.cuda.get_device_name() if on_gpu else "cpu"
+        report["memory"] = {"device": device, "peak_bytes": peak}
+        print(f"most memory used ({device}): {peak / 2**20:.0f} MiB")
     return report
 
 

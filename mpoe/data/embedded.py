@@ -15,8 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mpoe.config.checks import check_choice
 from mpoe.data.documentation import unit_hash
-from mpoe.data.mappings import lookup
 
 STAND_INS = {"t5": "AutoModelForSeq2SeqLM", "gpt2": "AutoModelForCausalLM"}
 
@@ -26,13 +26,9 @@ def stand_in_path(kind: str) -> Path:
 
     Raises:
         ValueError: unknown kind.
-        FileNotFoundError: the installation lacks the folder.
     """
-    lookup(STAND_INS, kind, "stand-in")
-    folder = Path(__file__).resolve().parent / "stand_ins" / kind
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"the stand-in checkpoint is missing from this installation: {folder}")
-    return folder
+    check_choice("stand-in", kind, list(STAND_INS))
+    return Path(__file__).resolve().parent / "stand_ins" / kind
 
 
 def load_stand_in(kind: str) -> tuple[Any, Any]:

@@ -1,14 +1,11 @@
-"""From texts to token ids (text-to-text pairs for T5, running text or responses for GPT-2, labels for BERT) and padded
-batches."""
+"""From texts to token ids: text-to-text pairs for T5, running text or responses for GPT-2, labels for BERT.
+
+Transformers' `DataCollatorForSeq2Seq` (`DataCollatorWithPadding` for labels and numbers) makes batches of the items."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from mpoe.config.checks import check_integer
 from mpoe.data.task import Example
@@ -16,39 +13,8 @@ from mpoe.data.task import Example
 IGNORED_LABEL = -100
 
 
-def pad(rows: Sequence[list[int]], value: int, side: str = "right", multiple: int = 1) -> Tensor:
-    """Lists of integers as one int64 tensor [B, S], filled with ``value`` up to a multiple of ``multiple``."""
-    tensors = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
-    padded = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
-    return torch.nn.functional.pad(padded, (0, -padded.shape[1] % multiple), value=value)
-
-
-@dataclass(frozen=True)
-class PaddingCollator:
-    """Pads items on the right to the longest of the batch.
-
-    ``input_ids`` are padded with ``pad_token_id``, ``attention_mask`` with 0, ``labels`` with -100 (not counted in
-    the loss), unless they are one class or number per item. Other keys are ignored.
-    """
-
-    pad_token_id: int
-    pad_to_multiple_of: int = 1
-
-    def __post_init__(self) -> None:
-        check_integer("pad_token_id", self.pad_token_id, 0)
-        check_integer("pad_to_multiple_of", self.pad_to_multiple_of, 1)
-
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Items -> int64 tensors ``input_ids`` [B, S], ``attention_mask`` [B, S], ``labels`` [B, L] or [B]."""
-        if not items:
-            raise ValueError("a batch needs at least one item; got none")
-        fill = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED_LABEL}
-        batch = {}
-        for key in fill.keys() & items[0].keys():
-            rows = [item[key] for item in items]
-            lists = isinstance(rows[0], list)  # or int64 classes, or float32 numbers
-            batch[key] = pad(rows, fill[key], multiple=self.pad_to_multiple_of) if lists else torch.tensor(rows)
-        return batch
+def _item(ids: list[int], labels: Any) -> dict[str, Any]:
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 
 def encode_text_to_text(
@@ -65,27 +31,20 @@ def encode_text_to_text(
         N dictionaries of lists: ``input_ids`` [S], ``attention_mask`` [S] and ``labels`` [L].
 
     Raises:
-        ValueError: a length below 2 (one token and the end token), or a tokenizer without an end or padding token.
+        ValueError: a length below 2 (one token and the end token), or a tokenizer that ends no text.
     """
     check_integer("max_source_length", max_source_length, 2)  # a token and the end token
     check_integer("max_target_length", max_target_length, 2)
-    for field in ("eos_token_id", "pad_token_id"):
-        if getattr(tokenizer, field, None) is None:
-            raise ValueError(f"tokenizer must have {field}; {type(tokenizer).__name__} has none")
     if not examples:
         return []
-    sources = tokenizer([e.source for e in examples], truncation=True, max_length=max_source_length)
-    targets = tokenizer([e.target for e in examples], truncation=True, max_length=max_target_length)
-    end = tokenizer.eos_token_id
-    if targets["input_ids"][0][-1:] != [end]:
+    sources = tokenizer([e.source for e in examples], truncation=True, max_length=max_source_length)["input_ids"]
+    targets = tokenizer([e.target for e in examples], truncation=True, max_length=max_target_length)["input_ids"]
+    if any(ids[-1:] != [tokenizer.eos_token_id] for ids in targets):
         raise ValueError(
             f"tokenizer must end every text with its end token {tokenizer.eos_token!r}, as T5's does; "
             f"{type(tokenizer).__name__} does not (is it a tokenizer for a decoder-only model?)"
         )
-    return [
-        {"input_ids": list(ids), "attention_mask": [1] * len(ids), "labels": list(labels)}
-        for ids, labels in zip(sources["input_ids"], targets["input_ids"], strict=True)
-    ]
+    return [_item(*pair) for pair in zip(sources, targets, strict=True)]
 
 
 def encode_language_modeling(
@@ -107,18 +66,16 @@ def encode_language_modeling(
         raise ValueError(f"tokenizer must have an end token (eos_token); {type(tokenizer).__name__} has none")
     plain = [text.source if isinstance(text, Example) else text for text in texts]
     stream: list[int] = []
-    if plain:
-        # One call per text batch; the tokenizer's warning about its model_max_length does not apply to a stream.
-        for ids in tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"]:
-            stream.extend(ids)
-            stream.append(tokenizer.eos_token_id)
+    # The tokenizer's warning about its model_max_length does not apply to a stream.
+    for ids in tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"] if plain else []:
+        stream += [*ids, tokenizer.eos_token_id]
     if len(stream) < block_size:
         raise ValueError(
             f"texts must give at least one block of block_size={block_size} tokens; got {len(stream)} tokens "
             f"from {len(plain)} texts"
         )
-    blocks = [stream[i : i + block_size] for i in range(0, len(stream) - block_size + 1, block_size)]
-    return [{"input_ids": b, "attention_mask": [1] * block_size, "labels": list(b)} for b in blocks]
+    blocks = (stream[i : i + block_size] for i in range(0, len(stream) - block_size + 1, block_size))
+    return [_item(block, list(block)) for block in blocks]
 
 
 def encode_labels(
@@ -136,10 +93,7 @@ def encode_labels(
     answers = [
         labels.index(e.target) if labels else float(e.target if e.number is None else e.number) for e in examples
     ]
-    return [
-        {"input_ids": list(ids), "attention_mask": [1] * len(ids), "labels": answer}
-        for ids, answer in zip(encoded, answers, strict=True)
-    ]
+    return [_item(*pair) for pair in zip(encoded, answers, strict=True)]
 
 
 def prompt_ids(example: Example, tokenizer: Any) -> list[int]:
@@ -172,7 +126,7 @@ def encode_responses(
             response = [*tokenizer(example.target, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
             ids = prompt + response[:max_target_length]
             labels = [IGNORED_LABEL] * len(prompt) + response[:max_target_length]
-        found.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+        found.append(_item(ids, labels))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Mappings: look-ups whose errors list the known names, and JSON and YAML files that hold one mapping."""
+"""Text files, and JSON and YAML files that hold one mapping."""
 
 from __future__ import annotations
 
@@ -6,22 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
-
-from mpoe.config.checks import check_choice
-
-T = TypeVar("T")
-MAPPING_SUFFIXES = (".json", ".yaml", ".yml")
-
-
-def lookup(table: Mapping[str, T], name: str, kind: str) -> T:
-    """``table[name]``.
-
-    Raises:
-        ValueError: no such name; the message gives every known name and the close matches.
-    """
-    check_choice(kind, name, list(table))
-    return table[name]
+from typing import Any
 
 
 def read_utf8(name: str, file: Path) -> str:
@@ -48,35 +33,29 @@ def read_mapping(path: str | os.PathLike[str], name: str) -> dict[str, Any]:
             mapping.
     """
     file = Path(path)
-    if file.suffix.lower() not in MAPPING_SUFFIXES:
+    if file.suffix.lower() not in (".json", ".yaml", ".yml"):
         raise ValueError(f"the {name} must be a .json, .yaml or .yml file; got {str(path)!r}")
     if not file.is_file():
         raise ValueError(f"{name} not found: {file}")
-    text = read_utf8(f"the {name}", file)
-    values = _from_json(file, text) if file.suffix.lower() == ".json" else _from_yaml(file, text)
+    values = _parsed(file, read_utf8(f"the {name}", file))
     if not isinstance(values, Mapping):
         raise ValueError(f"{file}: expected a mapping of names to values; got {type(values).__name__}")
     return {str(key): value for key, value in values.items()}
 
 
-def _from_json(file: Path, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}, line {error.lineno}, column {error.colno}: bad JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # a number too long, or brackets nested too deeply
-        raise ValueError(f"{file}: bad JSON: {error}") from None
-
-
-def _from_yaml(file: Path, text: str) -> Any:
+def _parsed(file: Path, text: str) -> Any:
     import yaml
 
+    kind, where, reason = ("JSON" if file.suffix.lower() == ".json" else "YAML"), "", ""
     try:
-        values = yaml.safe_load(text)
+        values = json.loads(text) if kind == "JSON" else yaml.safe_load(text)
+        return {} if values is None and kind == "YAML" else values
+    except json.JSONDecodeError as error:
+        where, reason = f", line {error.lineno}, column {error.colno}", error.msg
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ValueError(f"{file}{where}: bad YAML: {error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:  # or a value in it
-        raise ValueError(f"{file}: bad YAML: {error}") from None
-    return {} if values is None else values
+        reason = str(error.problem or error.context)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:
+        reason = str(error)  # a number too long, brackets nested too deeply, or a value that does not fit its tag
+    raise ValueError(f"{file}{where}: bad {kind}: {reason}")

@@ -8,17 +8,17 @@ same has learned nothing. All metrics of generated texts but BLEU compare lower-
 from __future__ import annotations
 
 import importlib.util
-import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from mpoe.data.mappings import lookup
+from mpoe.config.checks import check_choice
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Metric:
     """A function of predictions and references, both [N].
 
     ``kind``: the kind of task it is for (classification: labels, regression: numbers, generation: texts); ``count``:
-    what it computes of checked and converted inputs; ``package``: one of the extra ``metrics`` that it needs.
+    what it computes; ``package``: one of the extra ``metrics`` that it needs.
     """
 
     kind: str
@@ -34,12 +34,12 @@ class Metric:
     package: str = ""
 
     def __call__(self, predictions: Sequence, references: Sequence) -> float:
-        """Raises ValueError or TypeError for inputs that do not fit each other or the kind."""
+        """Raises ValueError for inputs of different lengths or without an item."""
         if len(predictions) != len(references):
             raise ValueError(f"predictions and references differ in length: {len(predictions)} and {len(references)}")
         if not len(references):
             raise ValueError("predictions and references are empty; a metric needs at least one item")
-        return float(self.count(*_PREPARED[self.kind](predictions, references)))
+        return float(self.count(predictions, references))
 
 
 def get_metric(name: str) -> Metric:
@@ -49,81 +49,47 @@ def get_metric(name: str) -> Metric:
         ValueError: there is none; the message suggests similar names.
         RuntimeError: it needs a package of the extra ``metrics`` that is not installed.
     """
-    metric = lookup(METRICS, name, "metric")
+    check_choice("metric", name, list(METRICS))
+    metric = METRICS[name]
     if metric.package and importlib.util.find_spec(metric.package) is None:
         raise RuntimeError(f'this metric needs the package {metric.package}: pip install "mpoe[metrics]"')
     return metric
 
 
+def average_score(scores: Mapping[str, Mapping[str, float]]) -> float:
+    """Mean over tasks (not over metrics) of the first metric in each task's scores."""
+    if not scores:
+        raise ValueError("scores must hold at least one task; got none")
+    return sum(next(iter(metrics.values())) for metrics in scores.values()) / len(scores)
+
+
 # ------------------------------------------------------------------- labels and numbers
 
 
-def _arrays(predictions: Any, references: Any, dtype: Any = None) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        x, y = np.asarray(predictions, dtype=dtype), np.asarray(references, dtype=dtype)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"predictions and references must be numbers: {error}") from error
-    if x.ndim != 1 or y.ndim != 1:
-        raise ValueError(f"predictions and references must be [N]; got {x.shape} and {y.shape}")
-    return x, y
+def _accuracy(predicted: Any, expected: Any) -> Any:
+    from sklearn.metrics import accuracy_score
+
+    return accuracy_score(expected, predicted)
 
 
-def _labels(predictions: Any, references: Any) -> tuple[np.ndarray, np.ndarray]:
-    predicted, expected = _arrays(predictions, references)
-    if (predicted.dtype.kind in "US") != (expected.dtype.kind in "US"):
-        raise TypeError(
-            f"predictions are {predicted.dtype} and references {expected.dtype}; both texts or both numbers"
-        )
-    return predicted, expected
-
-
-def _numbers(predictions: Any, references: Any) -> tuple[np.ndarray, np.ndarray]:
-    x, y = _arrays(predictions, references, np.float64)
-    if not (np.all(np.isfinite(x)) and np.all(np.isfinite(y))):
-        raise ValueError("predictions and references must be finite; got NaN or infinity")
-    return x, y
-
-
-def _f1(predicted: np.ndarray, expected: np.ndarray, classes: Any) -> Any:
+def _f1(predicted: Any, expected: Any, classes: Any) -> Any:
     """Mean over ``classes`` of 2 TP / (2 TP + FP + FN)."""
     from sklearn.metrics import f1_score
 
     return f1_score(expected, predicted, labels=classes, average="macro", zero_division=0.0)
 
 
-def _correlation(name: str, x: np.ndarray, y: np.ndarray) -> Any:
+def _correlation(name: str, x: Any, y: Any) -> Any:
     """Matthews' of any number of classes (Gorodkin 2004, eq. 8), Pearson's, or Spearman's (ties share their rank)."""
     from scipy import stats
     from sklearn.metrics import matthews_corrcoef
 
-    if len(np.unique(x)) == 1 or len(np.unique(y)) == 1:
+    if min(len(set(x)), len(set(y))) == 1:
         return 0.0
     return matthews_corrcoef(y, x) if name == "matthews" else getattr(stats, name)(x, y).statistic
 
 
-def perplexity(losses: Sequence, weights: Sequence | None = None) -> float:
-    """exp of the mean of [N] losses in nats; ``weights`` are the token counts behind each loss (default: equal)."""
-    loss = np.asarray(losses, dtype=np.float64)
-    if loss.ndim != 1 or not len(loss):
-        raise ValueError(f"losses must be a non-empty sequence of numbers; got shape {loss.shape}")
-    weight = np.ones_like(loss) if weights is None else np.asarray(weights, dtype=np.float64)
-    if weight.shape != loss.shape or np.any(weight < 0) or weight.sum() <= 0:
-        raise ValueError(f"weights must be {len(loss)} numbers >= 0 that are not all 0; got shape {weight.shape}")
-    if not np.all(np.isfinite(loss)):
-        raise ValueError("losses must be finite; got NaN or infinity")
-    mean = float(np.average(loss, weights=weight))
-    return math.exp(mean) if mean < 700 else math.inf
-
-
 # ----------------------------------------------------------------------- generated texts
-
-
-def _texts(predictions: Sequence[str], references: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    for kind, texts in (("predictions", predictions), ("references", references)):
-        for text in texts:
-            if not isinstance(text, str):
-                raise TypeError(f"{kind} must be texts; got {type(text).__name__}")
-    return predictions, references
 
 
 def _mean(pair: Callable[[list[str], list[str]], float], predictions: Sequence[str], references: Sequence[str]) -> Any:
@@ -142,19 +108,12 @@ def _rouge(kind: str, predictions: Sequence[str], references: Sequence[str]) -> 
     empty texts agree but in pairs."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer([kind], tokenizer=_Split())
+    scorer = RougeScorer([kind], tokenizer=SimpleNamespace(tokenize=str.split))
 
     def score(p: list[str], e: list[str]) -> float:
         return scorer.score(" ".join(e), " ".join(p))[kind].fmeasure if p or e else float(kind != "rouge2")
 
     return _mean(score, predictions, references)
-
-
-class _Split:
-    """Words that were joined by blanks, for rouge-score."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return text.split()
 
 
 def _bleu(predictions: Sequence[str], references: Sequence[str]) -> Any:
@@ -171,10 +130,9 @@ def _bleu(predictions: Sequence[str], references: Sequence[str]) -> Any:
     return metric.corpus_score(words[0], [words[1]]).score / 100
 
 
-_PREPARED = {"classification": _labels, "regression": _numbers, "generation": _texts}
 METRICS = {
-    "accuracy": Metric("classification", lambda p, e: np.mean(p == e)),
-    "f1": Metric("classification", lambda p, e: _f1(p, e, [1])),  # of the second class
+    "accuracy": Metric("classification", _accuracy),
+    "f1": Metric("classification", partial(_f1, classes=[1])),  # of the second class
     "macro_f1": Metric("classification", lambda p, e: _f1(p, e, np.unique(e))),  # of the references' classes
     "matthews": Metric("classification", partial(_correlation, "matthews")),
     "pearson": Metric("regression", partial(_correlation, "pearsonr")),

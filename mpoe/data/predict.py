@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +15,22 @@ from torch import Tensor
 from mpoe.config.checks import check_integer
 from mpoe.data.encode import (
     IGNORED_LABEL,
-    PaddingCollator,
     encode_language_modeling,
     encode_responses,
     encode_text_to_text,
-    pad,
     prompt_ids,
 )
-from mpoe.data.metrics import perplexity
 from mpoe.data.task import Example, Task
+
+
+def is_classifier(model: Any) -> bool:
+    """Whether ``model`` is an encoder with a head for labels or numbers."""
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
+def _is_decoder(model: Any) -> bool:
+    """Whether ``model`` continues what it reads; what is no Transformers model reads and writes apart."""
+    return not (is_classifier(model) or getattr(getattr(model, "config", None), "is_encoder_decoder", True))
 
 
 @torch.inference_mode()
@@ -35,71 +42,51 @@ def generate_texts(
     max_new_tokens: int = 8,
     batch_size: int = 128,
 ) -> list[str]:
-    """Greedy answers of an encoder-decoder or a decoder to N items, in their order, without special tokens.
+    """Answers to N items, in their order: what an encoder-decoder or a decoder writes (greedily, without special
+    tokens), or the labels, or the numbers as texts, that an encoder's head gives.
 
     Items are batched by length, so that little padding is computed. The model's mode and device are not changed.
     """
     check_integer("max_new_tokens", max_new_tokens, 1)
     check_integer("batch_size", batch_size, 1)
-    decodes = _is_decoder(model)
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
-    if decodes:
-        rows = [prompt_ids(e, tokenizer)[-max_source_length:] for e in examples]
-        options["pad_token_id"] = tokenizer.pad_token_id
+    sources = [example.source for example in examples]
+    if is_classifier(model):
+        rows = tokenizer(sources, truncation=True, max_length=max_source_length)["input_ids"]
+    elif _is_decoder(model):
+        rows = [prompt_ids(example, tokenizer)[-max_source_length:] for example in examples]
     else:
-        sources = [Example(e.source) for e in examples]
-        rows = [item["input_ids"] for item in encode_text_to_text(sources, tokenizer, max_source_length)]
-
-    def answer(inputs: dict[str, Tensor]) -> list[str]:
-        ids = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] if decodes else 0 :]
-        return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-
-    return _by_length(model, rows, tokenizer.pad_token_id, batch_size, answer, "left" if decodes else "right")
-
-
-def _by_length(
-    model: Any, rows: Sequence[list[int]], pad_id: int, batch_size: int, answer: Callable, side: str = "right"
-) -> list[str]:
-    """``answer`` (inputs -> texts) to batches of token ids of similar lengths; the texts in the order of ``rows``.
-
-    A decoder continues at the end, so its inputs are padded on the left ``side``.
-    """
+        rows = [
+            item["input_ids"] for item in encode_text_to_text([*map(Example, sources)], tokenizer, max_source_length)
+        ]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    side = "left" if _is_decoder(model) else "right"  # a decoder continues at the end
     texts = [""] * len(rows)
     with evaluation_mode(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            ids = pad([rows[i] for i in chosen], pad_id, side)
-            mask = pad([[1] * len(rows[i]) for i in chosen], 0, side)
-            inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-            for i, text in zip(chosen, answer(inputs), strict=True):
+            ids = {"input_ids": [rows[i] for i in chosen]}
+            inputs = tokenizer.pad(
+                ids, padding_side=side, return_attention_mask=True, return_tensors="pt", verbose=False
+            )
+            for i, text in zip(
+                chosen, _answers(model, tokenizer, inputs.to(model.device), max_new_tokens), strict=True
+            ):
                 texts[i] = text
     return texts
 
 
-def _is_decoder(model: Any) -> bool:
-    """Whether ``model`` continues what it reads; what is no Transformers model reads and writes apart."""
-    return not getattr(getattr(model, "config", None), "is_encoder_decoder", True)
-
-
-def is_classifier(model: Any) -> bool:
-    """Whether ``model`` is an encoder with a head for labels or numbers."""
-    return type(model).__name__.endswith("ForSequenceClassification")
-
-
-@torch.inference_mode()
-def classify(
-    model: Any, tokenizer: Any, examples: Sequence[Example], max_source_length: int = 128, batch_size: int = 128
-) -> list[str]:
-    """The labels, or the numbers as texts, that an encoder's head gives N items."""
-    labels = [] if model.config.problem_type == "regression" else list(model.config.id2label.values())
-    rows = tokenizer([e.source for e in examples], truncation=True, max_length=max_source_length)["input_ids"]
-
-    def answer(inputs: dict[str, Tensor]) -> list[str]:
+def _answers(model: Any, tokenizer: Any, inputs: Mapping[str, Tensor], max_new_tokens: int) -> list[str]:
+    if is_classifier(model):
         logits = model(**inputs).logits.float().cpu()
-        return [labels[int(row.argmax())] if labels else repr(float(row[0])) for row in logits]
-
-    return _by_length(model, rows, tokenizer.pad_token_id, batch_size, answer)
+        if model.config.problem_type == "regression":
+            return [repr(number) for number in logits[:, 0].tolist()]
+        return [model.config.id2label[index] for index in logits.argmax(1).tolist()]
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
+    if _is_decoder(model):
+        options["pad_token_id"] = tokenizer.pad_token_id
+    ids = model.generate(**inputs, **options)
+    written = ids[:, inputs["input_ids"].shape[1] :] if _is_decoder(model) else ids
+    return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
 
 
 @torch.inference_mode()
@@ -127,17 +114,19 @@ def token_losses(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
 
 
 def language_modeling_loss(
-    model: Any, blocks: Sequence[dict[str, list[int]]], batch_size: int = 32
-) -> tuple[float, int]:
-    """(mean loss in nats per predicted token, number of predicted tokens) of a causal model on encoded blocks or
-    responses (labels of -100 are not predicted), see `token_losses`."""
-    if not blocks:
-        raise ValueError("blocks must hold at least one block; got none")
-    collate = PaddingCollator(0)  # padding is not attended to, whatever its id
+    model: Any, tokenizer: Any, items: Sequence[dict[str, list[int]]], batch_size: int = 32
+) -> float:
+    """Mean loss in nats per predicted token of a causal model on encoded blocks or responses (labels of -100 are not
+    predicted), see `token_losses`."""
+    from transformers import DataCollatorForSeq2Seq
+
+    if not items:
+        raise ValueError("items must hold at least one block or response; got none")
+    collate = DataCollatorForSeq2Seq(tokenizer)
     with evaluation_mode(model):
-        starts = range(0, len(blocks), batch_size)
-        losses = token_losses(model, (collate(blocks[start : start + batch_size]) for start in starts))
-    return float(losses.double().mean()), len(losses)
+        starts = range(0, len(items), batch_size)
+        losses = token_losses(model, (collate(items[start : start + batch_size]) for start in starts))
+    return float(losses.double().mean())
 
 
 @dataclass(frozen=True)
@@ -146,7 +135,7 @@ class Evaluation:
 
     Attributes:
         scores: by metric, in the order of ``task.metrics``; a decoder adds ``loss``, nats per token of the text or the
-            responses.
+            responses. Perplexity is per token of the tokenizer.
         baseline: the same metrics for an answer that ignores the input: the most frequent target of these items, the
             mean of their numbers, or the frequencies of their tokens (see `baseline_scores`).
         collapse: a sentence if the answers have collapsed to few values, else None.
@@ -157,53 +146,30 @@ class Evaluation:
     collapse: str | None = None
 
 
-def evaluate_beside_baseline(
-    model: Any,
-    tokenizer: Any,
-    task: Task,
-    split: str = "validation",
-    n: int | None = None,
-    seed: int = 0,
-    batch_size: int = 128,
+def evaluate_task(
+    model: Any, tokenizer: Any, task: Task, split: str = "validation", batch_size: int = 128
 ) -> Evaluation:
-    """`Evaluation` of ``model`` on (a random subset of n items of) a split."""
-    examples = task.examples(split, n, seed)
+    """`Evaluation` of ``model`` on the items of a split."""
+    examples = task.examples(split)
     if not examples:
         raise ValueError(f"split {split} of task {task.name} has no items")
     if task.kind == "language_modeling":
         blocks = encode_language_modeling(examples, tokenizer, task.max_source_length)
-        loss, _ = language_modeling_loss(model, blocks, max(1, batch_size // 4))
+        loss = language_modeling_loss(model, tokenizer, blocks, max(1, batch_size // 4))
         guess = frequency_perplexity(token for block in blocks for token in block["input_ids"][1:])
-        return Evaluation({"perplexity": perplexity([loss]), "loss": loss}, {"perplexity": guess})
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        return Evaluation({"perplexity": perplexity, "loss": loss}, {"perplexity": guess})
     lengths = (task.max_source_length, task.max_target_length)
     targets = [example.target for example in examples]
     loss_of: dict[str, float] = {}
+    answers = generate_texts(model, tokenizer, examples, *lengths, batch_size)
     if is_classifier(model):
-        answers = classify(model, tokenizer, examples, task.max_source_length, batch_size)
         targets = [e.target if e.number is None else repr(e.number) for e in examples]
-    else:
-        answers = generate_texts(model, tokenizer, examples, *lengths, batch_size)
-        if _is_decoder(model):
-            items = encode_responses(examples, tokenizer, *lengths)
-            loss_of["loss"], _ = language_modeling_loss(model, items, max(1, batch_size // 4))
+    if _is_decoder(model):
+        items = encode_responses(examples, tokenizer, *lengths)
+        loss_of["loss"] = language_modeling_loss(model, tokenizer, items, max(1, batch_size // 4))
     scores = {**task.score(answers, targets), **loss_of}
     return Evaluation(scores, baseline_scores(task, targets), collapse(answers, targets))
-
-
-def evaluate_task(
-    model: Any,
-    tokenizer: Any,
-    task: Task,
-    split: str = "validation",
-    n: int | None = None,
-    seed: int = 0,
-    batch_size: int = 128,
-) -> dict[str, float]:
-    """Scores of ``model`` on (a random subset of n items of) a split, in the order of ``task.metrics``.
-
-    Perplexity is per token of ``tokenizer``; language modelling adds ``loss``, nats per token.
-    """
-    return evaluate_beside_baseline(model, tokenizer, task, split, n, seed, batch_size).scores
 
 
 @contextmanager
@@ -219,30 +185,14 @@ def evaluation_mode(model: Any) -> Iterator[None]:
 
 # ---- the scores of an answer that ignores the input: if nine of ten labels are equal, a constant answer reaches 90%
 
-# A share of equal answers that counts as collapsed, unless the targets are nearly as uniform.
-_MOST, _MORE = 0.95, 0.1
-_FEW = 5  # ratio of distinct targets to distinct answers
-
-
-def constant_answer(task: Task, targets: Sequence[str]) -> str:
-    """The best constant answer for all items: the most frequent target (on ties the first); for numbers their mean.
-
-    Args:
-        targets: the expected texts ``[N]``, N >= 1.
-
-    Raises:
-        ValueError: there are no targets.
-    """
-    if not targets:
-        raise ValueError(f"targets of task {task.name} must hold at least one text; got none")
-    if task.kind == "regression":
-        return repr(sum(float(target) for target in targets) / len(targets))
-    return Counter(targets).most_common(1)[0][0]
-
 
 def baseline_scores(task: Task, targets: Sequence[str]) -> dict[str, float]:
-    """Every metric of a task with `constant_answer` for every item. Correlations of a constant are 0."""
-    return task.score([constant_answer(task, targets)] * len(targets), targets)
+    """Every metric of a task for the best constant answer to ``targets`` [N], N >= 1: the most frequent target (on ties
+    the first), or the mean of the numbers. Correlations of a constant are 0."""
+    answer = Counter(targets).most_common(1)[0][0]
+    if task.kind == "regression":
+        answer = repr(sum(map(float, targets)) / len(targets))
+    return task.score([answer] * len(targets), targets)
 
 
 def frequency_perplexity(tokens: Iterable[int]) -> float:
@@ -259,11 +209,9 @@ def collapse(answers: Sequence[str], targets: Sequence[str]) -> str | None:
     counts = Counter(answers)
     answer, most = counts.most_common(1)[0]
     share, expected = most / len(answers), Counter(targets)[answer] / len(targets)
-    shown = repr(answer if len(answer) <= 40 else answer[:37] + "...")
-    if len(counts) == 1:
-        return f"all {len(answers)} answers are {shown}, which {expected:.0%} of the expected ones are"
-    if share >= _MOST and share - expected > _MORE:
+    if share >= 0.95 and share - expected > 0.1:  # the expected ones are not nearly as uniform
+        shown = repr(answer if len(answer) <= 40 else answer[:37] + "...")
         return f"{share:.0%} of the {len(answers)} answers are {shown}, which {expected:.0%} of the expected ones are"
-    if len(counts) * _FEW <= len(set(targets)):
+    if len(counts) * 5 <= len(set(targets)):
         return f"the {len(answers)} answers have {len(counts)} different values, the expected ones {len(set(targets))}"
     return None

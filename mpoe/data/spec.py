@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
-from mpoe.config.checks import hint
-from mpoe.data.mappings import lookup
+from mpoe.config.checks import check_fields, check_type, hint
 from mpoe.data.task import Example, Task
 
 DEFAULT_METRICS = {
@@ -20,6 +19,12 @@ DEFAULT_METRICS = {
 MESSAGES = "messages"  # column of conversations: lists of {"role": ..., "content": ...}
 _COLUMN = re.compile(r"\{([^{}]+)\}")
 Cells = Mapping[str, Any]  # one row, by column
+_KINDS = (
+    (str, "a text", ("name", "template", "label_column", "kind", "data_dir", "folder")),
+    (bool, "true or false", ("hidden_test", "skip_malformed")),
+    (list | tuple, "a list of texts", ("metrics", "column_names")),
+    (Mapping, "a mapping", ("label_words", "renamed_columns")),
+)
 
 
 @dataclass(frozen=True)
@@ -52,14 +57,13 @@ class TaskSpec:
         kind: default: classification if there are label_words.
         metrics: the task is judged by the first one; default: by kind.
         max_source_length, max_target_length: in tokens.
-        description: one line.
         renamed_columns: name in the data -> name in the template, for data sets with other names.
         hidden_test: the test labels are not public, so no test file is read.
         data_dir: folder with the files of this task alone.
         folder: usual name of the task's folder in a collection, where it is not ``name``.
         column_names: columns of csv and tsv files without a header line.
         skip_malformed: leave out lines of csv and tsv files with a wrong number of columns, instead of refusing them.
-        hub: the data set on the hub: its name, or a mapping of the fields of `HubData`.
+        hub: the data set on the hub: its name, or a mapping of the fields of `HubData`; afterwards a `HubData` or None.
 
     Raises:
         ValueError, TypeError: naming the field, what was expected and what was given.
@@ -73,18 +77,18 @@ class TaskSpec:
     metrics: Sequence[str] = ()
     max_source_length: int = 128
     max_target_length: int = 16
-    description: str = ""
     renamed_columns: Mapping[str, str] = field(default_factory=dict, hash=False)
     hidden_test: bool = False
     data_dir: str = ""
     folder: str = ""
     column_names: Sequence[str] = ()
     skip_malformed: bool = False
-    hub: HubData | str | Mapping[str, Any] | None = field(default=None, hash=False)
+    hub: Any = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        for check in fields(self):
-            _check_type(self.name, check.name, getattr(self, check.name), check.default)
+        for kind, wanted, names in _KINDS:
+            for name in names:
+                check_type(f"{name} of task {self.name}", getattr(self, name), kind, wanted)
         self._settle("kind", self.kind or ("classification" if self.label_words else ""))
         self._settle("label_words", self._words())
         of_labels = ("accuracy", "f1" if len(self.labels) == 2 else "macro_f1", "matthews")
@@ -96,17 +100,13 @@ class TaskSpec:
                 f"template of task {self.name} must name columns in braces, as in 'is it good? {{sentence}}'; "
                 f"got {self.template!r}"
             )
-        Task(rows=lambda split: (), **self.task_fields())  # which checks the rest
+        self.task(rows=None)  # which checks the rest
 
     @classmethod
     def from_mapping(cls, name: str, values: Any) -> TaskSpec:
         """The task called ``name`` as it was read from a file; raises TypeError or ValueError for invalid fields."""
-        if not isinstance(values, Mapping):
-            raise TypeError(f"task {name} must be a mapping of fields to values; got {type(values).__name__}")
-        known = {f.name: f for f in fields(cls) if f.name != "name"}
-        for key in values:
-            lookup(known, key, f"field of task {name}")
-        return cls(name=name, **values)
+        check_fields(cls, values, f"task {name}")
+        return cls(**{**values, "name": name})
 
     def to_mapping(self) -> dict[str, Any]:
         """Fields for `from_mapping`, JSON-able, without those that have their default value."""
@@ -123,20 +123,10 @@ class TaskSpec:
         """The different words of the labels, in their order."""
         return tuple(dict.fromkeys(word for word in self.label_words.values() if word is not None))
 
-    @property
-    def hub_data(self) -> HubData | None:
-        """Location of the rows on the hub, if they are there."""
-        return self.hub if isinstance(self.hub, HubData) else None
-
-    def task_fields(self) -> dict[str, Any]:
-        """Fields of a `Task` that follow from the description: all but its rows."""
-        names = ("name", "kind", "labels", "metrics", "max_source_length", "max_target_length", "description")
-        return {name: getattr(self, name) for name in names}
-
-    def examples(self, rows: Iterable[tuple[Cells, str]]) -> tuple[Example, ...]:
-        """Items of rows, each with a description of its location for messages."""
-        found = (self.example(cells, where) for cells, where in rows)
-        return tuple(example for example in found if example is not None)
+    def task(self, rows: Any) -> Task:
+        """The task with these rows: ``rows(split)`` yields items."""
+        names = ("name", "kind", "labels", "metrics", "max_source_length", "max_target_length")
+        return Task(rows=rows, **{name: getattr(self, name) for name in names})
 
     def example(self, cells: Cells, where: str) -> Example | None:
         """One row as text; None if there is no text or its label is one to leave out.
@@ -176,13 +166,9 @@ class TaskSpec:
     def _words(self) -> dict[str, str | None]:
         where = f"a label in label_words of task {self.name}"
         words = {cell_text(label, where): word for label, word in self.label_words.items()}
+        wanted = "a text (YAML reads yes, no, on and off as true and false: put them in quotes)"
         for label, word in words.items():
-            if word is not None and not isinstance(word, str):
-                quotes = " (YAML reads yes, no, on and off as true and false: put them in quotes)"
-                raise TypeError(
-                    f"label_words of task {self.name} must be texts; got {word!r} for the label {label}"
-                    + (quotes if isinstance(word, bool) else "")
-                )
+            check_type(f"the word of label {label} in label_words of task {self.name}", word, str | None, wanted)
         if self.kind == "classification" and len(set(words.values()) - {None}) < 2:
             raise ValueError(
                 f"label_words of task {self.name} must give at least two different words, label -> word; "
@@ -256,32 +242,10 @@ def regression_text(value: float) -> str:
     return f"{round(value * 5) / 5 + 0.0:.1f}"
 
 
-# type of a field's default -> types that its value may have, in words
-_TYPES: dict[type, tuple[Any, str]] = {
-    bool: (bool, "true or false"),
-    int: (int, "a whole number"),
-    str: (str, "a text"),
-    tuple: (list | tuple, "a list of texts"),
-}
-
-
-def _check_type(task: str, name: str, value: Any, default: Any) -> None:
-    kind, expected = _TYPES.get(str if name == "name" else type(default), (Mapping, "a mapping"))
-    fits = isinstance(value, kind) and (isinstance(value, bool) is (kind is bool))
-    if expected == "a list of texts":
-        fits = fits and all(isinstance(item, str) for item in value)
-    if not fits and name != "hub":
-        raise TypeError(f"{name} of task {task} must be {expected}; got {value!r}")
-
-
 def _hub(task: str, value: Any) -> HubData | None:
     if value is None or isinstance(value, HubData):
         return value
-    if isinstance(value, str):
-        return HubData(value)
-    known = {f.name: f for f in fields(HubData)}
-    if not isinstance(value, Mapping) or "path" not in value:
-        raise TypeError(f"hub of task {task} must be a data set's name, or a mapping with its path; got {value!r}")
-    for key in value:
-        lookup(known, key, f"field of hub of task {task}")
-    return HubData(**value)
+    values = {"path": value} if isinstance(value, str) else value
+    check_fields(HubData, values, f"hub of task {task}")
+    check_type(f"path of hub of task {task}", values.get("path"), str, "a data set's name")
+    return HubData(**values)

@@ -13,14 +13,16 @@ import gzip
 import json
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mpoe.data.spec import Cells, HubData, TaskSpec
-from mpoe.data.task import SPLITS, Example, Task, with_validation_from_train
+from mpoe.data.task import SPLITS, Example, Task, hold_out, with_packages
 
 Table = Sequence[tuple[Cells, str]]  # rows, each with its place
+Tables = Mapping[str, Callable[[], Table]]  # split -> a function that reads it
 TEXT_COLUMN = "text"  # the only column of a text file
 TEXT_SUFFIXES = (".txt", ".raw", ".tokens")  # the last two are WikiText's: wiki.train.raw, wiki.train.tokens
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", *TEXT_SUFFIXES)
@@ -37,16 +39,16 @@ def file_format(path: Path) -> str:
     return suffix if suffix in SUFFIXES else ""
 
 
-def find_files(data_dir: str | Path, needs_test: bool = True) -> dict[str, Path]:
+def find_files(data_dir: str | Path) -> dict[str, Path]:
     """The file of each split in a folder: train, validation (or valid, val, dev) and test with a known suffix, also
-    with .gz and with WikiText's prefix ``wiki.``. A test file is looked for where ``needs_test``.
+    with .gz and with WikiText's prefix ``wiki.``.
 
     Raises:
         ValueError: there is no such folder, it holds no train file, or several files of one split.
     """
     folder = Path(data_dir)
     if not folder.is_dir():
-        raise ValueError(f"data_dir must be an existing folder; got {str(data_dir)!r}")
+        raise ValueError(f"data_dir must be an existing folder, or owner/name on the hub; got {str(data_dir)!r}")
     there = sorted(path for path in folder.iterdir() if path.is_file())
     files: dict[str, Path] = {}
     for path in filter(file_format, there):
@@ -54,14 +56,20 @@ def find_files(data_dir: str | Path, needs_test: bool = True) -> dict[str, Path]
         split = SPLIT_STEMS.get(stem, "")
         if split in files:
             raise ValueError(f"data_dir {folder} must hold one {split} file; got {files[split].name}, {path.name}")
-        if split and (needs_test or split != "test"):
+        if split:
             files[split] = path
     if "train" not in files:
         names = ", ".join(path.name for path in there[:8]) or "nothing"
         raise ValueError(
             f"data_dir {folder} must hold a train file (train with {', '.join(SUFFIXES)}, also .gz); got {names}"
         )
-    return {split: files[split] for split in SPLITS if split in files}
+    return files
+
+
+def folder_tables(folder: str | Path, column_names: Sequence[str] = (), skip_malformed: bool = False) -> Tables:
+    """The files of a folder; raises as `find_files`, and (on reading) as `read_table`."""
+    files = find_files(folder).items()
+    return {split: partial(read_table, file, column_names, skip_malformed) for split, file in files}
 
 
 def read_table(path: Path, column_names: Sequence[str] = (), skip_malformed: bool = False) -> Table:
@@ -104,15 +112,14 @@ def _json_rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[Cells, str]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        place = f"{path}, line {number}"
         try:
             cells = json.loads(line.rstrip())
         except (ValueError, RecursionError) as error:  # also a number too long, or brackets nested too deeply
             reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-            raise ValueError(f"{place}: malformed JSON: {reason}") from error
+            raise ValueError(f"{path}, line {number}: malformed JSON: {reason}") from error
         if not isinstance(cells, dict):
-            raise ValueError(f"{place}: expected one JSON object per line; got a {type(cells).__name__}")
-        yield cells, place
+            raise ValueError(f"{path}, line {number}: expected one JSON object per line; got a {type(cells).__name__}")
+        yield cells, f"{path}, line {number}"
 
 
 def _csv_rows(
@@ -124,6 +131,7 @@ def _csv_rows(
     skipped = 0
     try:
         for cells in reader:
+            place = f"{path}, line {reader.line_num}"
             if len(cells) < 2 and not "".join(cells).strip():
                 continue
             if not columns:
@@ -131,88 +139,76 @@ def _csv_rows(
                 headless = bool(column_names) and set(columns).isdisjoint(column_names)
                 columns = list(column_names) if headless else columns
                 if len(set(columns)) != len(columns):
-                    raise ValueError(f"{path}, line {reader.line_num}: column names must differ; got {columns}")
+                    raise ValueError(f"{place}: column names must differ; got {columns}")
                 if not headless:
                     continue
             if len(cells) == len(columns):
-                yield dict(zip(columns, cells, strict=True)), f"{path}, line {reader.line_num}"
+                yield dict(zip(columns, cells, strict=True)), place
             elif skip_malformed:
                 skipped += 1
             else:
-                raise ValueError(
-                    f"{path}, line {reader.line_num}: expected {len(columns)} columns ({', '.join(columns)}); "
-                    f"got {len(cells)}"
-                )
+                expected = f"expected {len(columns)} columns ({', '.join(columns)})"
+                raise ValueError(f"{place}: {expected}; got {len(cells)}")
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: malformed csv: {error}") from error
     if skipped:
         warnings.warn(f"{path}: left out {skipped} lines with a wrong number of columns", stacklevel=2)
 
 
-class HubTables(Mapping[str, Table]):
-    """The splits of a data set on the hub, under our names; the data set is loaded when one is first asked for.
+def hub_tables(hub: HubData, task: str) -> Tables:
+    """The splits of a data set on the hub, under our names.
 
     Raises:
-        ValueError: (then) the data set cannot be loaded.
+        ValueError: the data set cannot be loaded, or has no train split.
     """
+    from datasets import load_dataset
 
-    def __init__(self, hub: HubData, task: str) -> None:
-        self.hub, self.task = hub, task
+    try:
+        found = load_dataset(hub.path, hub.config, data_dir=hub.folder, revision=hub.revision)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"task {task}: there is no folder {hub.path}, and the hub did not give such a data set ({reason}); give "
+            f"data_dir, a folder that holds a folder {task} of local files"
+        ) from error
+    theirs = {split: hub.splits.get(split, split) for split in SPLITS}
+    if theirs["train"] not in found:
+        raise ValueError(f"hub data set {hub.path} must have a train split; got {', '.join(found)}")
 
-    @functools.cached_property
-    def splits(self) -> dict[str, Any]:
-        """Our name -> the split's rows."""
-        from datasets import load_dataset
+    def read(split: str) -> Table:
+        return [(row, f"{hub.path}, {split}, row {index}") for index, row in enumerate(found[theirs[split]])]
 
-        hub = self.hub
-        try:
-            found = load_dataset(hub.path, hub.config, data_dir=hub.folder, revision=hub.revision)
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"task {self.task}: the hub did not give {hub.path} ({reason}); give data_dir, a folder that holds a "
-                f"folder {self.task} of local files"
-            ) from error
-        theirs = {split: hub.splits.get(split, split) for split in SPLITS}
-        ours = {split: found[name] for split, name in theirs.items() if name in found}
-        if "train" not in ours:
-            raise ValueError(f"hub data set {hub.path} must have a train split; got {', '.join(found)}")
-        return ours
-
-    def __getitem__(self, split: str) -> Table:
-        return [(row, f"{self.hub.path}, {split}, row {index}") for index, row in enumerate(self.splits[split])]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.splits)
-
-    def __len__(self) -> int:
-        return len(self.splits)
+    return {split: partial(read, split) for split, name in theirs.items() if name in found}
 
 
-def make_task(spec: TaskSpec, tables: Mapping[str, Table], source: str) -> Task:
-    """The task of the rows that ``spec`` describes; without validation rows they are taken out of the training ones.
+def make_task(spec: TaskSpec, tables: Tables, source: str) -> Task:
+    """The task of the rows that ``spec`` describes; a split is read when it is first asked for.
 
-    Rows become items when a split is first asked for. ``source``: what holds the tables, for messages.
+    Without validation rows they are taken out of the training ones: a tenth of them, at most a thousand. The choice is
+    the same for every seed, so training never sees an item that a later evaluation uses. ``source``: what holds the
+    tables, for messages.
 
     Raises:
-        ValueError: (then) there is no such split, its labels are not public, or a row does not fit.
+        ValueError: (on reading) there is no such split, its labels are not public, or a row does not fit.
+        RuntimeError: as `with_packages`.
     """
 
     @functools.cache
+    def read(split: str) -> tuple[Example, ...]:
+        found = (spec.example(cells, where) for cells, where in tables[split]())
+        return tuple(example for example in found if example is not None)
+
+    @functools.cache
+    def divided() -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+        return hold_out(read("train"), 0.1, 0, f"train of task {spec.name}", most=1000)
+
     def rows(split: str) -> tuple[Example, ...]:
         if split == "test" and spec.hidden_test:
             raise ValueError(f"the test labels of task {spec.name} are not public; use split_validation_test")
+        if split != "test" and "validation" not in tables:
+            return divided()[split == "validation"]
         if split not in tables:
             raise ValueError(f"{source} has no {split} split; use split_validation_test or add one")
-        return spec.examples(tables[split])
+        return read(split)
 
-    task = Task(**spec.task_fields(), rows=rows)
-    return with_validation_from_train(task, lambda: "validation" not in tables)
-
-
-def read_folder(spec: TaskSpec, tables: Mapping[str, Table], folder: Path | str) -> Task:
-    """`make_task` for the files of a folder, every row of which is checked now, before anything is trained."""
-    task = make_task(spec, tables, f"data_dir {folder}")
-    for split in tables:
-        task.examples(split)
-    return task
+    return with_packages(spec.task(rows))

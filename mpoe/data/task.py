@@ -1,4 +1,4 @@
-"""What a task is: text in, text out, labels and metrics; and smaller and safer splits of any task.
+"""What a task is: text in, text out, labels and metrics; smaller and safer splits of any task; batches of several.
 
 The registry of tasks is in :mod:`mpoe.data.tasks`."""
 
@@ -8,12 +8,13 @@ import dataclasses
 import functools
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from mpoe.config.checks import check_choice, check_integer
-from mpoe.data.mappings import lookup
 from mpoe.data.metrics import METRICS, get_metric
 
 SPLITS = ("train", "validation", "test")
@@ -52,7 +53,6 @@ class Task:
     metrics: tuple[str, ...] = ("accuracy",)
     max_source_length: int = 96
     max_target_length: int = 8
-    description: str = ""
 
     def __post_init__(self) -> None:
         if not self.name or not self.name.replace("_", "").replace("-", "").isalnum():
@@ -60,31 +60,22 @@ class Task:
         check_choice(f"kind of task {self.name}", self.kind, KINDS)
         if self.kind == "classification" and (len(self.labels) < 2 or len(set(self.labels)) != len(self.labels)):
             raise ValueError(f"labels of task {self.name} must be at least two different words; got {self.labels!r}")
-        allowed = {name for name, metric in METRICS.items() if metric.kind == self.kind} or {"perplexity"}
+        allowed = [name for name, metric in METRICS.items() if metric.kind == self.kind] or ["perplexity"]
         for metric in self.metrics:
-            lookup({**METRICS, "perplexity": None}, metric, "metric")
-            if metric not in allowed:
-                raise ValueError(
-                    f"metrics of a {self.kind} task must be among {sorted(allowed)}; got {metric!r} for {self.name}"
-                )
+            check_choice(f"metrics of the {self.kind} task {self.name}", metric, allowed)
         if not self.metrics:
-            raise ValueError(f"metrics of task {self.name} must name at least one of {sorted(allowed)}; got none")
+            raise ValueError(f"metrics of task {self.name} must name at least one of {allowed}; got none")
         for length in ("max_source_length", "max_target_length"):
             check_integer(f"{length} of task {self.name}", getattr(self, length), 1)
 
-    @property
-    def main_metric(self) -> str:
-        """The metric this task is judged by."""
-        return self.metrics[0]
-
-    def examples(self, split: str, n: int | None = None, seed: int = 0) -> tuple[Example, ...]:
-        """Items of train, validation or test; with ``n``, a random subset of that many (all if there are fewer)."""
+    def examples(self, split: str) -> tuple[Example, ...]:
+        """Items of train, validation or test."""
         check_choice("split", split, SPLITS)
         rows = tuple(row if self.to_text is None else self.to_text(row) for row in self.rows(split))
         odd = next((row for row in rows if not isinstance(row, Example)), None)
         if odd is not None:
             raise TypeError(f"rows must be Example, or to_text make them so; got {type(odd).__name__}")
-        return subset(rows, n, seed)
+        return rows
 
     def train(self) -> tuple[Example, ...]:
         """Training items."""
@@ -104,40 +95,18 @@ class Task:
         A generated text that is no label counts as a wrong answer; one that is no number counts as 0.
         """
         if self.kind == "language_modeling":
-            raise ValueError(f"task {self.name} is language modelling: use perplexity(losses) instead of score(texts)")
-        first: Sequence[Any] = predictions
-        second: Sequence[Any] = references
-        if self.kind == "classification":
-            first = [self.label_index(text) for text in predictions]
-            second = [self.label_index(text) for text in references]
-            if -1 in second:
-                wrong = references[second.index(-1)]
-                raise ValueError(f"references of task {self.name} must be labels {self.labels}; got {wrong!r}")
-        elif self.kind == "regression":
-            first = [_number(text) for text in predictions]
-            second = [_number(text) for text in references]
+            raise ValueError(f"task {self.name} is language modelling: its perplexity is that of a model, not of texts")
+        indices = {label.lower(): index for index, label in enumerate(self.labels)}
+        read: dict[str, Callable[[str], Any]] = {
+            "classification": lambda text: indices.get(text.strip().lower(), -1),
+            "regression": _number,
+            "generation": str,
+        }
+        first, second = list(map(read[self.kind], predictions)), list(map(read[self.kind], references))
+        if self.kind == "classification" and -1 in second:
+            wrong = references[second.index(-1)]
+            raise ValueError(f"references of task {self.name} must be labels {self.labels}; got {wrong!r}")
         return {metric: get_metric(metric)(first, second) for metric in self.metrics}
-
-    def label_index(self, text: str) -> int:
-        """Index of the label written as ``text`` (case and outer blanks aside); -1 if it is none."""
-        cleaned = text.strip().lower()
-        return next((i for i, label in enumerate(self.labels) if label.lower() == cleaned), -1)
-
-
-def subset(items: Sequence, n: int | None, seed: int = 0) -> tuple:
-    """``n`` items drawn without replacement, in random order, by ``seed`` alone; all, in order, if n is None.
-
-    A smaller n with the same seed gives the beginning of a larger one, so growing a set never exchanges items.
-
-    Raises:
-        ValueError: n < 0.
-    """
-    if n is None:
-        return tuple(items)
-    check_integer("n", n, 0)
-    order = list(range(len(items)))
-    random.Random(f"subset-{seed}").shuffle(order)
-    return tuple(items[i] for i in order[:n])
 
 
 def _number(text: str) -> float:
@@ -148,43 +117,84 @@ def _number(text: str) -> float:
     return value if math.isfinite(value) else 0.0
 
 
-def split_validation_test(
-    items: Sequence[Any],
-    seed: int = 0,
-    train: Iterable[Any] = (),
-    key: Callable[[Any], object] | None = None,
-    name: str = "items",
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Two disjoint halves of ``items``: (validation, test), for data whose test labels are hidden.
-
-    Items with the same ``key`` (default: the source text, ignoring case and blanks) stay in the same half, and an item
-    whose key occurs in ``train`` is left out of the test half, where it would measure memorisation. Depends only on
-    ``seed``. ``name``: the items' name in error messages.
+def with_packages(task: Task) -> Task:
+    """The task, if what its metrics need is there: before anything is trained, not when it is scored.
 
     Raises:
-        ValueError: fewer than two different items that are not in ``train``.
+        RuntimeError: a metric needs a package of the extra ``metrics`` that is not installed.
     """
-    key = key or _source_key
-    known = {key(item) for item in train}
-    return _divide(items, [key(item) for item in items], known, 0.5, None, seed, name)
+    for metric in task.metrics:
+        if metric != "perplexity":
+            get_metric(metric)
+    return task
 
 
-def _divide(
-    items: Sequence[Any],
-    keys: Sequence[object],
-    known: set[object],
+def with_subsets(
+    task: Task, n_train: int | None = None, n_val: int | None = None, n_test: int | None = None, data_seed: int = 0
+) -> Task:
+    """``task`` with at most the given number of items per split, drawn by ``data_seed``; None keeps a split whole.
+
+    A smaller number with the same seed gives the beginning of a larger one, so growing a set never exchanges items.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+    sizes = {"train": n_train, "validation": n_val, "test": n_test}
+    for argument, size in zip(("n_train", "n_val", "n_test"), sizes.values(), strict=True):
+        check_integer(argument, size, 1, optional=True)
+
+    def rows(split: str) -> Sequence[Example]:
+        items = list(task.examples(split))
+        if sizes[split] is not None:
+            random.Random(f"subset-{data_seed}").shuffle(items)
+        return items[: sizes[split]]
+
+    return dataclasses.replace(task, rows=rows, to_text=None)
+
+
+def with_validation_test_split(task: Task, seed: int = 0) -> Task:
+    """``task`` whose test items are taken out of its validation items, for data whose test labels are hidden (its own
+    test split is not read).
+
+    Half of the validation items are for the test, by ``seed``. Items with the same source text stay together, and one
+    that training items have too is not in the test, where it would measure memorisation.
+
+    Raises:
+        ValueError: (on reading) fewer than two different validation items that are not among the training items.
+    """
+
+    @functools.cache
+    def halves() -> tuple[Sequence[Example], Sequence[Example]]:
+        known = set(map(_source, task.examples("train")))
+        name = f"validation of task {task.name}, which split_validation_test divides,"
+        return hold_out(task.examples("validation"), 0.5, seed, name, known)
+
+    def rows(split: str) -> Sequence[Example]:
+        return task.examples(split) if split == "train" else halves()[split == "test"]
+
+    return dataclasses.replace(task, rows=rows, to_text=None)
+
+
+def hold_out(
+    items: Sequence[Example],
     share: float,
-    most: int | None,
     seed: int,
     name: str,
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """(the rest, a share of the keys' items, of at most ``most`` keys): all items of a key go together, those of
-    ``known`` to the rest."""
+    known: set[str] | None = None,
+    most: int | None = None,
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """(the rest, a ``share`` of the different source texts, at most ``most``), by ``seed``.
+
+    Items of one source text, ignoring case and blanks, stay together; those of the texts ``known`` are in the rest.
+
+    Raises:
+        ValueError: fewer than two different items that are not ``known``; the message begins with ``name``.
+    """
     from sklearn.model_selection import GroupShuffleSplit
 
-    numbers: dict[object, int] = {}
-    free = [index for index, key in enumerate(keys) if key not in known]
-    groups = [numbers.setdefault(keys[index], len(numbers)) for index in free]
+    numbers: dict[str, int] = {}
+    free = [index for index, item in enumerate(items) if _source(item) not in (known or ())]
+    groups = [numbers.setdefault(_source(items[index]), len(numbers)) for index in free]
     if len(numbers) < 2:
         rest = " that are not in train" if known else ""
         raise ValueError(f"{name} must hold at least two different items{rest}; got {len(numbers)}")
@@ -197,61 +207,56 @@ def _divide(
     )
 
 
-def with_validation_test_split(task: Task, seed: int = 0) -> Task:
-    """``task`` whose test items are taken out of its validation items (its own test split is not read)."""
-
-    def rows(split: str) -> Sequence[Example]:
-        train = task.examples("train")
-        if split == "train":
-            return train
-        name = f"validation of task {task.name}, which split_validation_test divides,"
-        validation, test = split_validation_test(task.examples("validation"), seed, train, name=name)
-        return validation if split == "validation" else test
-
-    return dataclasses.replace(task, rows=rows, to_text=None)
+def _source(item: Example) -> str:
+    return " ".join(item.source.lower().split())
 
 
-def with_validation_from_train(task: Task, needed: Callable[[], bool] = lambda: True) -> Task:
-    """``task`` whose validation items are taken out of its training items: a tenth of them, at most a thousand.
-
-    For data without a validation split; ``needed`` decides this when an item is first requested. Items with the same
-    source text count once and stay together. The choice is the same for every seed, so training never sees an item
-    that a later evaluation uses.
-
-    Raises:
-        ValueError: (on reading) fewer than two different training items.
-    """
-
-    @functools.cache
-    def parts() -> dict[str, Sequence[Example]]:
-        items = task.examples("train")
-        if not needed():
-            return {"train": items}
-        keys = [_source_key(item) for item in items]
-        train, validation = _divide(items, keys, set(), 0.1, 1000, 0, f"train of task {task.name}")
-        return {"train": train, "validation": validation}
-
-    def rows(split: str) -> Sequence[Example]:
-        return (parts().get(split) if split != "test" else None) or task.examples(split)
-
-    return dataclasses.replace(task, rows=rows, to_text=None)
+# ------------------------------------------------------------------- several tasks
 
 
-def with_subsets(
-    task: Task, n_train: int | None = None, n_val: int | None = None, n_test: int | None = None, data_seed: int = 0
-) -> Task:
-    """``task`` with at most the given number of items per split, drawn by ``data_seed``; None keeps a split whole.
+def multitask_batches(
+    sizes: Mapping[str, int], batch_size: int, num_steps: int, temperature: float = 1.0, seed: int = 0
+) -> np.ndarray:
+    """The items of every optimizer step as indices into the concatenation of the tasks' items, in the order of
+    ``sizes``: int64 [num_steps, batch_size].
+
+    All items of a step come from one task (`datasets.interleave_datasets` draws a task per item); each task's items are
+    visited in shuffled passes. Everything follows from the arguments: a run resumes with the rows from its step on, and
+    rank r of R takes the columns ``[:, r::R]``.
+
+    Args:
+        sizes: items of each task.
+        batch_size: items per optimizer step, of all ranks and micro-batches together.
+        num_steps: number of optimizer steps.
+        temperature: 1 draws tasks in proportion to their size, infinity draws all alike.
+        seed: of tasks and items.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: no task, a size or ``batch_size`` < 1, ``num_steps`` < 0, or a temperature that is not > 0.
     """
-    for argument, size in (("n_train", n_train), ("n_val", n_val), ("n_test", n_test)):
-        check_integer(argument, size, 1, optional=True)
-    sizes = {"train": n_train, "validation": n_val, "test": n_test}
-    return dataclasses.replace(
-        task, rows=lambda split: subset(task.examples(split), sizes[split], data_seed), to_text=None
-    )
+    if not sizes:
+        raise ValueError("sizes must hold at least one task; got none")
+    for name, size in sizes.items():
+        check_integer(f"sizes[{name!r}]", size, 1)
+    check_integer("batch_size", batch_size, 1)
+    check_integer("num_steps", num_steps, 0)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0; got {temperature}")
+    # Relative to the largest size, so that no power overflows.
+    powers = (np.array([*sizes.values()], dtype=np.float64) / max(sizes.values())) ** (1.0 / temperature)
+    draws = _generator(seed).choice(len(sizes), size=num_steps, p=powers / powers.sum())
+    found = np.empty((num_steps, batch_size), dtype=np.int64)
+    first = 0
+    for task, size in enumerate(sizes.values()):
+        count = int((draws == task).sum())
+        turns = range(math.ceil(count * batch_size / size))
+        if turns:
+            passes = [_generator(seed, task + 1, turn).permutation(size) for turn in turns]
+            found[draws == task] = first + np.resize(passes, (count, batch_size))
+        first += size
+    return found
 
 
-def _source_key(item: Any) -> object:
-    return " ".join(item.source.lower().split()) if isinstance(item, Example) else item
+def _generator(*seed: int) -> np.random.Generator:
+    """Random numbers by ``seed``, the same on every machine. Zeros at the end of ``seed`` change nothing."""
+    return np.random.Generator(np.random.PCG64(seed))

@@ -1,23 +1,7 @@
 """The registry of tasks, and files that describe some: those of the package and those of the user.
 
-A new task, read from a folder or the hub as it is described::
-
-    register_task(TaskSpec(
-        name="review",
-        template="is this review good? {sentence}",
-        label_words={0: "bad", 1: "good"},
-        data_dir="data/review",
-    ))
-
-Or from any rows::
-
-    register_task(Task(
-        name="greeting",
-        rows=lambda split: [{"text": "good morning", "label": 1}],
-        to_text=lambda row: Example(f"is it a greeting: {row['text']}", "yes" if row["label"] else "no"),
-        labels=("no", "yes"),
-        metrics=("accuracy",),
-    ))
+A task is registered as a `TaskSpec`, which says how its rows in a folder or on the hub are read, or as a `Task` with
+rows from anywhere.
 """
 
 from __future__ import annotations
@@ -30,21 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mpoe.config.checks import check_choice
 from mpoe.data.documentation import EMBEDDED_TASKS
-from mpoe.data.mappings import lookup, read_mapping
-from mpoe.data.metrics import get_metric
+from mpoe.data.mappings import read_mapping
 from mpoe.data.spec import MESSAGES, HubData, TaskSpec, is_number, read_cell
-from mpoe.data.tables import (
-    TEXT_SUFFIXES,
-    HubTables,
-    Table,
-    file_format,
-    find_files,
-    make_task,
-    read_folder,
-    read_table,
-)
-from mpoe.data.task import Task, with_subsets, with_validation_test_split
+from mpoe.data.tables import TEXT_COLUMN, Table, folder_tables, hub_tables, make_task
+from mpoe.data.task import Task, with_packages
 
 STANDARD = Path(__file__).resolve().parent / "standard"
 
@@ -84,6 +59,10 @@ def standard_specs() -> dict[str, TaskSpec]:
 _REGISTERED: dict[str, Task | TaskSpec] = {task.name: task for task in EMBEDDED_TASKS}
 
 
+def _known() -> dict[str, Task | TaskSpec]:
+    return {**standard_specs(), **_REGISTERED}
+
+
 def register_task(task: Task | TaskSpec, replace: bool = False) -> Task | TaskSpec:
     """Make ``task`` known by its name.
 
@@ -99,23 +78,9 @@ def register_task(task: Task | TaskSpec, replace: bool = False) -> Task | TaskSp
     return task
 
 
-def get_task(name: str) -> Task:
-    """The task called ``name``; a described one is read from its own folder or the hub.
-
-    Raises:
-        ValueError: no such task, with the close matches; or one that is nowhere but in a folder of the user's.
-        RuntimeError: a metric of the task needs a package of the extra ``metrics`` that is not installed.
-    """
-    task = lookup(_known(), name, "task")
-    return _with_packages(task) if isinstance(task, Task) else load_task(task)
-
-
-def _with_packages(task: Task) -> Task:
-    """The task, if what its metrics need is there: before anything is trained, not when it is scored."""
-    for metric in task.metrics:
-        if metric != "perplexity":
-            get_metric(metric)
-    return task
+def task_names() -> tuple[str, ...]:
+    """Names of all known tasks, sorted."""
+    return tuple(sorted(_known()))
 
 
 def find_spec(name: str) -> TaskSpec | None:
@@ -124,43 +89,39 @@ def find_spec(name: str) -> TaskSpec | None:
     return task if isinstance(task, TaskSpec) else None
 
 
+def get_task(name: str) -> Task:
+    """The task called ``name``; a described one is read from its own folder or the hub.
+
+    Raises:
+        ValueError: no such task, with the close matches; or one that is nowhere but in a folder of the user's.
+        RuntimeError: a metric of the task needs a package of the extra ``metrics`` that is not installed.
+    """
+    known = _known()
+    check_choice("task", name, list(known))
+    task = known[name]
+    return with_packages(task) if isinstance(task, Task) else load_task(task)
+
+
 def load_task(spec: TaskSpec, data_dir: str | Path | None = None) -> Task:
     """The task that ``spec`` describes, from the folder ``data_dir``, its own folder, or the hub.
 
-    Where there are no validation items they are taken out of the training items
-    (:func:`mpoe.data.with_validation_from_train`).
+    A split is read and checked when it is first asked for. Where there are no validation items they are taken out of
+    the training items: a tenth, at most a thousand.
 
     Raises:
-        ValueError: it has no data, or what is read does not fit.
+        ValueError: it has no data, or (on reading) what is read does not fit.
         RuntimeError: a metric of the task needs a package of the extra ``metrics`` that is not installed.
     """
     folder = data_dir or spec.data_dir
     if folder:
-        files = find_files(folder, needs_test=not spec.hidden_test)
-        tables = {split: read_table(path, spec.column_names, spec.skip_malformed) for split, path in files.items()}
-        return _with_packages(read_folder(spec, tables, folder))
-    if spec.hub_data is None:
+        tables, source = folder_tables(folder, spec.column_names, spec.skip_malformed), f"data_dir {folder}"
+    elif spec.hub is None:
         raise ValueError(
             f"task {spec.name} comes without data: give data_dir, a folder that holds a folder {spec.name}"
         )
-    source = f"hub data set {spec.hub_data.path} of task {spec.name}"
-    return _with_packages(make_task(spec, HubTables(spec.hub_data, spec.name), source))
-
-
-def task_names() -> tuple[str, ...]:
-    """Names of all known tasks, sorted."""
-    return tuple(sorted(_known()))
-
-
-def _known() -> dict[str, Task | TaskSpec]:
-    return {**standard_specs(), **_REGISTERED}
-
-
-def average_score(scores: Mapping[str, Mapping[str, float]]) -> float:
-    """Mean over tasks (not over metrics) of the first metric in each task's scores."""
-    if not scores:
-        raise ValueError("scores must hold at least one task; got none")
-    return sum(next(iter(metrics.values())) for metrics in scores.values()) / len(scores)
+    else:
+        tables, source = hub_tables(spec.hub, spec.name), f"hub data set {spec.hub.path} of task {spec.name}"
+    return make_task(spec, tables, source)
 
 
 # ------------------------------------------------------------- data without a description
@@ -174,79 +135,31 @@ PROMPTS, RESPONSES = ("prompt", "instruction", "input"), ("response", "completio
 
 
 def load_task_from_folder(
-    data_dir: str | Path,
-    name: str | None = None,
-    *,
-    kind: str | None = None,
-    text_columns: Sequence[str] | None = None,
-    label_column: str | None = None,
-    label_words: Mapping[Any, str] | None = None,
-    column_names: Sequence[str] | None = None,
-    metrics: Sequence[str] | None = None,
-    max_source_length: int | None = None,
-    max_target_length: int | None = None,
-    split_validation_test: bool = False,
-    n_train: int | None = None,
-    n_val: int | None = None,
-    n_test: int | None = None,
-    data_seed: int = 0,
+    data_dir: str | Path, name: str | None = None, *, column_names: Sequence[str] = (), **detection: Any
 ) -> Task:
-    """Read and check every split under ``data_dir`` and make a task of them.
+    """The task of the files in a folder, whose columns are detected.
 
     Args:
-        data_dir: folder with a train file and perhaps validation (valid, val, dev) and test files; without validation,
-            a tenth of the training items, at most a thousand, is held out for it.
+        data_dir: folder with a train file and perhaps validation (valid, val, dev) and test files, or a data set on the
+            hub, ``owner/name``; without validation, a tenth of the training items, at most a thousand, is held out.
         name: name of the task (default: the folder's); every source text starts with it.
-        kind: classification, regression, generation or language_modeling; default: .txt files are language modelling,
-            fractions (or more than 50 different numbers) regression, up to 50 labels classification.
-        text_columns, label_column: default: the label is the first column called label, target, score, ...; the texts
-            are the other columns that hold text, except ids.
-        label_words: word the model writes for each label (default: the label itself).
         column_names: columns of csv/tsv files that have no header line.
-        metrics: default by kind.
-        max_source_length, max_target_length: in tokens; default 128 and 16, of instruction data 512 and 256.
-        split_validation_test: take the test items out of the validation items; a test file is then not read.
-        n_train, n_val, n_test, data_seed: sizes of random subsets.
-
-    Returns:
-        the task. Regression targets are rounded to the nearest 0.2 and written with one decimal, as T5 does for STS-B.
+        detection: options of `detect_spec`.
 
     Raises:
-        ValueError: a missing folder or file, a missing column, a malformed line, an unknown label (file and line).
+        ValueError: a missing folder or file; a missing column, a malformed line, an unknown label (file and line), of
+            splits other than train when they are first read.
     """
-    files = find_files(data_dir, needs_test=not split_validation_test)
-    if file_format(files["train"]) in TEXT_SUFFIXES:
-        if kind not in (None, "language_modeling"):
-            raise ValueError(f"kind must be language_modeling for .txt files; got {kind!r}")
-        kind = "language_modeling"
-    tables = {split: read_table(path, column_names or ()) for split, path in files.items()}
-    lengths = {"max_source_length": max_source_length, "max_target_length": max_target_length}
-    spec = detect_spec(
-        tables["train"],
-        name or task_name(Path(data_dir).resolve().name),
-        kind,
-        text_columns,
-        label_column,
-        label_words,
-        metrics,
-        **{name: length for name, length in lengths.items() if length is not None},
-    )
-    task = read_folder(spec, tables, data_dir)
-    if split_validation_test:
-        task = with_validation_test_split(task, data_seed)
-    return with_subsets(task, n_train, n_val, n_test, data_seed)
-
-
-def detect_hub_task(path: str, name: str, **detection: Any) -> Task:
-    """The task of the hub's data set ``path``, called ``name``, with the options of `detect_spec`.
-
-    Raises:
-        ValueError: it cannot be loaded, or has no train split, label or text column.
-    """
-    hub = HubData(path)
-    tables = HubTables(hub, name)
-    spec = detect_spec(tables["train"], name, **detection)
-    return make_task(dataclasses.replace(spec, hub=hub), tables, f"hub data set {path}")
+    name = name or task_name(Path(data_dir).resolve().name)
+    hub_name = re.fullmatch(r"([\w-][\w.-]*)/[\w.-]+", str(data_dir))
+    if hub_name and not Path(hub_name[1]).exists():
+        tables, source = hub_tables(HubData(str(data_dir)), name), f"hub data set {data_dir}"
+    else:
+        tables, source = folder_tables(data_dir, column_names), f"data_dir {data_dir}"
+    rows = tables["train"]()
+    task = make_task(detect_spec(rows, name, **detection), {**tables, "train": lambda: rows}, source)
+    task.train()
+    return task
 
 
 def task_name(text: str) -> str:
@@ -261,13 +174,24 @@ def detect_spec(
     text_columns: Sequence[str] | None = None,
     label_column: str | None = None,
     label_words: Mapping[Any, str] | None = None,
-    metrics: Sequence[str] | None = None,
-    **lengths: Any,
+    **others: Any,
 ) -> TaskSpec:
-    """How to read the rows of the train split and of the others; see `load_task_from_folder`.
+    """How to read the rows of the train split and of the others.
 
     The source text is the task's name and every text column's name and value; in language modelling it is only the
-    values. Columns of instruction data (`PROMPTS` and one of `RESPONSES`, or ``messages``) need no options.
+    values. Columns of instruction data (`PROMPTS` and one of `RESPONSES`, or ``messages``) need no options, nor does
+    the column ``text`` alone, which is running text.
+
+    Args:
+        rows: of the train split.
+        name: of the task.
+        kind: classification, regression, generation or language_modeling; default: fractions (or more than 50
+            different numbers) are regression, up to 50 labels classification.
+        text_columns, label_column: default: the label is the first column called label, target, score, ...; the texts
+            are the other columns that hold text, except ids.
+        label_words: word the model writes for each label (default: the label itself).
+        others: fields of `TaskSpec`, as ``metrics``, ``max_source_length`` and ``max_target_length`` (default 128 and
+            16, of instruction data 512 and 256).
 
     Raises:
         ValueError: no label or text column, or only one label; the message names the place of the first row.
@@ -276,38 +200,34 @@ def detect_spec(
     columns = list(first)
     template, answer = _instructions(columns)
     if template and kind in (None, "generation") and not (text_columns or label_column or label_words):
-        lengths = {"max_source_length": 512, "max_target_length": 256, **lengths}
-        return TaskSpec(name, template, answer, kind="generation", metrics=tuple(metrics or ()), **lengths)
-    running = kind == "language_modeling"
+        others = {"max_source_length": 512, "max_target_length": 256, **others}
+        return TaskSpec(name, template, answer, kind="generation", **others)
+    running = kind == "language_modeling" or (kind is None and columns == [TEXT_COLUMN] and not label_column)
     label = "" if running else label_column or next((c for c in LABEL_COLUMNS if c in columns), "")
     if not label and not running:
         raise ValueError(
             f"{where}: no label column among {', '.join(columns)}; expected one of {', '.join(LABEL_COLUMNS)}, "
             "or give label_column (--label_column NAME)"
         )
-    told = {c for c in columns if isinstance(first[c], str) and not is_number(first[c])}
+    alone = columns == [TEXT_COLUMN]  # whose first paragraph may be a number
+    told = {c for c in columns if isinstance(first[c], str) and (alone or not is_number(first[c]))}
     texts = text_columns or [c for c in columns if c in told - {label} and c.lower() not in ID_COLUMNS]
     if not texts:
         raise ValueError(f"{where}: no text column among {', '.join(columns)}; give text_columns")
+    if running:
+        template = " ".join(f"{{{c}}}" for c in texts)
+        return TaskSpec(name, template, label, kind="language_modeling", **others)
     words: Mapping[Any, str] = label_words or {}
-    if not running:
-        labels = {read_cell(row, label, place, f"label_column of task {name}") for row, place in rows}
-        kind = kind or ("classification" if words else _kind(labels))
-        if kind == "classification" and not words:
-            # Every label is its own word, numbers in numeric order: the second is the positive class of F1.
-            numeric = all(map(is_number, labels))
-            words = {x: x for x in sorted(labels, key=(lambda x: (float(x), x)) if numeric else None)}
-            if len(words) < 2:
-                raise ValueError(f"{where}: classification needs at least two different labels; got {', '.join(words)}")
-    return TaskSpec(
-        name,
-        " ".join(f"{{{c}}}" for c in texts) if running else " ".join([name, *(f"{c}: {{{c}}}" for c in texts)]),
-        label,
-        words if kind == "classification" else {},
-        str(kind),
-        tuple(metrics or ()),
-        **lengths,
-    )
+    labels = {read_cell(row, label, place, f"label_column of task {name}") for row, place in rows}
+    kind = kind or ("classification" if words else _kind(labels))
+    if kind == "classification" and not words:
+        # Every label is its own word, numbers in numeric order: the second is the positive class of F1.
+        numeric = all(map(is_number, labels))
+        words = {x: x for x in sorted(labels, key=(lambda x: (float(x), x)) if numeric else None)}
+        if len(words) < 2:
+            raise ValueError(f"{where}: classification needs at least two different labels; got {', '.join(words)}")
+    template = " ".join([name, *(f"{c}: {{{c}}}" for c in texts)])
+    return TaskSpec(name, template, label, words if kind == "classification" else {}, kind, **others)
 
 
 def _instructions(columns: Sequence[str]) -> tuple[str, str]:

@@ -51,7 +51,7 @@ def documentation_batches(model: Any, tokenizer: Any) -> list[dict[str, Tensor]]
         ValueError: a tokenizer that makes fewer tokens of it than one piece has, or other tokens than the model's.
     """
     length = min(LENGTH, getattr(model.config, "max_position_embeddings", None) or LENGTH)
-    text = "\n\n".join(record.text for record in load_documentation().split("train")[::20])
+    text = "\n\n".join(record.text for record in load_documentation("train")[::20])
     ids = tokenizer(text[: 10 * PIECES * length])["input_ids"]
     count = min(PIECES, len(ids) // length)
     if not count or max(ids) >= model.get_input_embeddings().num_embeddings:

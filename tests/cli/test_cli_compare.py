@@ -239,7 +239,7 @@ def complete(*arguments: object) -> str:
 
 @pytest.mark.parametrize(
     ("task", "margin"),
-    [pytest.param("movie_sentiment", 0.06, marks=exhaustive), pytest.param("doc_kind", 0.1, marks=slow)],
+    [pytest.param("movie_sentiment", 0.06, marks=exhaustive), pytest.param("doc_module", 0.1, marks=slow)],
 )
 def test_the_readme_trains_clearly_above_the_majority(request, tmp_path: Path, task: str, margin: float) -> None:
     readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")

@@ -131,7 +131,6 @@ def test_tasks_of_a_file(cli, refused, tmp_path: Path) -> None:
     kept.write_text(file.read_text().replace("rouge_l, bleu", "bleu"))
     message = refused(*train, "--output_dir", tmp_path / "run", "--resume", "--task_file", kept)
     assert "described.headline.metrics: was ['rouge_l', 'bleu'], now ['bleu']" in message
-    assert "two files describe a task" in refused("evaluate", tmp_path / "run", "--task_file", file, file)
 
 
 @pytest.fixture

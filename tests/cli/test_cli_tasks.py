@@ -15,7 +15,6 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from mpoe.cli.command import CommandError
 from mpoe.cli.evaluate import score_table
 from mpoe.cli.tasks import DataOptions, data_of_run, resolve
 from mpoe.data import load_stand_in, load_task_from_folder
@@ -33,10 +32,10 @@ def tasks(names: list[str], style: str = "seq2seq", **options: object) -> list:
 def test_folders_of_known_tasks_are_read_as_described(tmp_path: Path) -> None:
     data = described(tmp_path, "rte", "imdb")
     (data / "rte").rename(data / "RTE")  # as in the official download
-    rte, imdb, embedded = tasks(["rte", "imdb", "doc_kind"], data_dir=str(data), metrics=["accuracy"])
+    rte, imdb, embedded = tasks(["rte", "imdb", "doc_module"], data_dir=str(data), metrics=["accuracy"])
     assert rte.train()[0].source.startswith("Given: sentence1 0 of train Does it follow that")
     assert (rte.labels, rte.metrics, imdb.labels) == (("yes", "no"), ("accuracy",), ("no", "yes"))
-    assert embedded.name == "doc_kind"
+    assert embedded.name == "doc_module"
     # options that say how columns are read win over the description
     (rte,) = tasks(["RTE"], data_dir=str(data), text_columns=["sentence1"])
     assert rte.train()[0].source == "RTE sentence1: sentence1 0 of train"
@@ -73,11 +72,11 @@ def test_task_files(tmp_path: Path) -> None:
     ("names", "options", "message"),
     [
         (["rtf"], {"data_dir": "."}, r"data_dir \. has no folder 'rtf', nor is there a task of that name; did .*rte"),
-        (["doc_kind"], {"text_columns": ["a"]}, "text_columns says how a folder is read; task doc_kind has none"),
-        (["doc_kind"], {"metrics": ["pearson"]}, "metrics of a classification task must be among .*got 'pearson'"),
-        (["doc_lm"], {}, r"doc_lm is language_modeling; a T5 does .*use --model gpt2"),
+        (["doc_module"], {"text_columns": ["a"]}, "text_columns says how a folder is read; task doc_module has none"),
+        (["doc_module"], {"metrics": ["pearson"]}, "metrics of the classification task .* must be one of .*'pearson'"),
+        (["doc_lm"], {}, r"doc_lm is language_modeling; a T5 .* does .*use a GPT-2 \(--model gpt2"),
         *(
-            ([], {"data_dir": absent}, f"data_dir must be an existing folder, .*; there is no folder '{absent}'")
+            ([], {"data_dir": absent}, f"data_dir must be an existing folder, or owner/name on the hub; got '{absent}'")
             for absent in ("nowhere", "here/absent", "./absent")
         ),
     ],
@@ -102,10 +101,7 @@ def test_a_data_set_of_the_hub_in_the_place_of_a_folder(monkeypatch: pytest.Monk
     assert [len(task.examples(split)) for split in ("train", "validation")] == [3, 2]
     assert task.test()[1] == Example("some_reviews sentence: sentence 1", "good")
     datasets.load_dataset = offline  # type: ignore[attr-defined]
-    with pytest.raises(
-        ValueError, match=r"no folder 'someone/other' here; on the hub: task other: the hub did not give"
-    ):
-        tasks([], data_dir="someone/other")
+    refuses(ValueError, "there is no folder someone/other, and the hub did not", tasks, [], data_dir="someone/other")
 
 
 def test_average_is_over_tasks_in_the_table() -> None:
@@ -139,10 +135,6 @@ def test_evaluation_divides_the_data_as_the_run_did(tmp_path: Path) -> None:
         assert data_of_run(str(checkpoint), DataOptions(), set())[1] == seed
     (tmp_path / "run.json").write_text("{")
     refuses(ValueError, r"run\.json does not describe a run", data_of_run, str(checkpoint), DataOptions(), set())
-    for broken in (["review"], {"review": {"template": "no column"}}, {"review": 3}):
-        with pytest.raises(CommandError, match=r"described in run\.json does not describe tasks"):
-            as_trained(tmp_path, {"described": broken})
-        assert as_trained(tmp_path, {"described": broken}, None, "task_file")[2] is None
 
 
 def test_evaluation_reads_the_data_as_the_run_did(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

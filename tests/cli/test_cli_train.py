@@ -18,10 +18,10 @@ from mpoe.cli.command import CommandError
 from mpoe.cli.evaluate import command as evaluate
 from mpoe.cli.main import run
 from mpoe.cli.models import Source, find
-from mpoe.cli.settle import settle_experts, settle_rate
+from mpoe.cli.settle import order_items, settle_experts, settle_rate
 from mpoe.cli.train import command as train
 from mpoe.data.embedded import load_stand_in, stand_in_path
-from mpoe.training import read_metrics
+from mpoe.training import MPOETrainingArguments, read_metrics
 from mpoe.training.rates import find_rate
 
 from .cli_data import write_sentiment
@@ -213,24 +213,14 @@ def test_generate_from_a_file_with_the_dense_stand_ins(cli, tmp_path: Path) -> N
 
 
 def test_several_tasks_one_per_step_at_any_accumulation() -> None:
-    from mpoe.cli.settle import order_items
-    from mpoe.training import MPOETrainingArguments
-
     pools = {"a": [("a", i) for i in range(40)], "b": [("b", i) for i in range(24)]}
-    arguments = MPOETrainingArguments(
-        output_dir="unused",
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        num_train_epochs=2,
-        use_cpu=True,
-    )
+    batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
+    arguments = MPOETrainingArguments(output_dir="unused", **batch, use_cpu=True)
     dataset, per_epoch = order_items(pools, arguments, temperature=1.0, seed=3)
-    assert per_epoch == 8
-    assert arguments.max_steps == 16
-    assert len(dataset) == 16 * 8
-    steps = [[dataset[i] for i in range(s * 8, s * 8 + 8)] for s in range(16)]
-    assert all(len({task for task, _ in step}) == 1 for step in steps)
-    assert {step[0][0] for step in steps} == {"a", "b"}
+    assert (per_epoch, arguments.max_steps, len(dataset)) == (8, 16, 16 * 8)
+    steps = [{dataset[i][0] for i in range(s * 8, s * 8 + 8)} for s in range(16)]
+    assert all(len(tasks) == 1 for tasks in steps)
+    assert set.union(*steps) == {"a", "b"}
 
 
 def test_a_diverged_run_publishes_nothing(cli, refused, sentiment: Path, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_every_described_task_is_listed() -> None:
         (row,) = (row.split(" | ") for row in rows if f"`{name}`" in row.split(" | ")[0])
         assert set(row[1].split(", ")) == set(spec.labels) or not spec.labels, name
         assert row[2] == ", ".join(spec.metrics), name
-        assert row[3].removesuffix(" |") == (spec.hub_data.path if spec.hub_data else "(a folder of yours)"), name
+        assert row[3].removesuffix(" |") == (spec.hub.path if spec.hub else "(a folder of yours)"), name
 
 
 API_PAGES = [("api_mpoe", mpoe), ("api_data", mpoe.data), ("api_kernels", mpoe_kernels)]

@@ -17,14 +17,27 @@ import pytest
 import torch
 
 import mpoe.data.documentation
-import mpoe.data.embedded
-from mpoe.data.documentation import dotted_name, load_documentation, read_module, read_package, split_of, unit_hash
+from mpoe.data.documentation import (
+    FAMILIES,
+    MASK,
+    TELLING,
+    DocRecord,
+    dotted_name,
+    family_of,
+    load_documentation,
+    mask_names,
+    module_items,
+    read_module,
+    read_package,
+    split_of,
+    unit_hash,
+)
 from mpoe.data.embedded import STAND_INS, load_stand_in, stand_in_path
 from mpoe.data.encode import encode_language_modeling, encode_text_to_text
-from mpoe.data.predict import evaluate_task, language_modeling_loss
+from mpoe.data.predict import language_modeling_loss
 from mpoe.data.spec import HubData
-from mpoe.data.task import Example
-from mpoe.data.tasks import STANDARD, detect_hub_task, find_spec, get_task, load_task, standard_specs
+from mpoe.data.task import SPLITS, Example, with_subsets
+from mpoe.data.tasks import STANDARD, find_spec, get_task, load_task, load_task_from_folder, standard_specs
 from tests.assertions import refuses
 
 GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
@@ -55,8 +68,7 @@ def test_all_are_there_and_hidden_tests_are_marked() -> None:
     specs = standard_specs()
     assert set(specs) == {*GLUE, *SUPERGLUE, *CHOICES, *TRANSLATION, *OTHERS, *LOCAL}
     assert {name for name, spec in specs.items() if spec.hidden_test} == {*GLUE, *SUPERGLUE, *CHOICES}
-    assert {name for name, spec in specs.items() if spec.hub_data is None} == set(LOCAL)
-    assert all(spec.description for spec in specs.values())
+    assert {name for name, spec in specs.items() if spec.hub is None} == set(LOCAL)
     assert len({path.name for path in STANDARD.glob("*.yaml")}) == 6
 
 
@@ -95,7 +107,6 @@ def test_from_the_hub(hub, name: str) -> None:
 
     hub(load)
     task = get_task(name)
-    assert calls == []  # nothing is read before it is asked for
     train, validation = task.train(), task.validation()
     assert len(calls) == 1
     assert len(train) + (len(validation) if len(validation) == 2 else 0) == (18 if name == "snli" else 24)
@@ -175,11 +186,11 @@ def test_what_the_hub_does_not_give(hub) -> None:
 
     hub(offline)
     with pytest.raises(
-        ValueError, match=r"task rte: the hub did not give nyu-mll/glue \(Couldn't reach it\); give data_"
+        ValueError, match=r"task rte: there is no folder nyu-mll/glue, and .* \(Couldn't reach it\); give data_"
     ):
-        get_task("rte").train()
+        get_task("rte")
     hub(lambda *_, **__: {"dev": []})
-    for read in (lambda: get_task("mnli").train(), lambda: detect_hub_task("nyu-mll/glue", "set")):
+    for read in (lambda: get_task("mnli"), lambda: load_task_from_folder("nyu-mll/glue")):
         refuses(ValueError, r"hub data set nyu-mll/glue must have a train split; got dev", read)
     rows = [{"text": f"text {i}", "coarse_label": i % 6} for i in range(24)]
     hub(lambda *_, **__: {"train": rows})
@@ -201,7 +212,7 @@ def test_the_datasets_package_itself_reads_such_a_repository(tmp_path: Path) -> 
     assert task.train()[1] == Example("Read: p Then say yes or no: boolq train?", "yes")
 
 
-# ------------------------------------------------------------------ embedded
+# ------------------------------------------------------------------ embedded tasks
 
 
 SOURCE = '''
@@ -211,11 +222,8 @@ class Pool:
     """Class text."""
     def get(self):
         """Method text."""
-    @property
-    def size(self):
-        """Property text."""
-class PoolError(ValueError):
-    """Exception text."""
+        def inner():
+            """Nobody's."""
 try:
     def build():
         """Function text."""
@@ -225,23 +233,22 @@ add_newdoc("numpy._core.multiarray", "ndarray", [("fill", """a.fill(value)
 
     Fill it."""), ("size", """Number of elements.""")])
 add_newdoc("numpy._core.umath", "sin", """Sine.""")
+add_newdoc("ArrayLike", "Union", """An alias.""")
+add_newdoc("numpy", f"{missing}", """Built later.""")
 '''
 
 
 def test_reads_every_kind_of_object_without_importing():
-    records = list(read_module(ast.parse(SOURCE), "pool"))
-    assert [(r.name, r.kind) for r in records] == [
-        ("pool", "module"),
-        ("pool.Pool", "class"),
-        ("pool.Pool.get", "method"),
-        ("pool.Pool.size", "property"),
-        ("pool.PoolError", "exception"),
-        ("pool.build", "function"),
-        ("numpy.core.multiarray.ndarray.fill", "method"),
-        ("numpy.core.multiarray.ndarray.size", "property"),
-        ("numpy.core.umath.sin", "function"),
-    ]
-    assert records[6].text == "a.fill(value)\n\nFill it."
+    records = {record.name: record.text for record in read_module(ast.parse(SOURCE), "pool")}
+    assert records == {
+        "pool": "Module text.",
+        "pool.Pool": "Class text.",
+        "pool.Pool.get": "Method text.",
+        "pool.build": "Function text.",
+        "numpy.core.multiarray.ndarray.fill": "a.fill(value)\n\nFill it.",
+        "numpy.core.multiarray.ndarray.size": "Number of elements.",
+        "numpy.core.umath.sin": "Sine.",
+    }
 
 
 def test_unreadable_and_test_files_are_skipped(tmp_path):
@@ -255,36 +262,31 @@ def test_unreadable_and_test_files_are_skipped(tmp_path):
 
 def test_a_machine_without_sources(tmp_path, monkeypatch):
     monkeypatch.setattr(mpoe.data.documentation.sysconfig, "get_path", lambda name: str(tmp_path))
-    refuses(FileNotFoundError, f"no documented Python source files found in {tmp_path}", load_documentation.__wrapped__)
-
-
-def test_corpus_is_large_deduplicated_and_of_all_kinds():
-    documentation = load_documentation()
-    records = documentation.records
-    assert len(records) > 5000
-    assert len({r.name for r in records}) == len(records)
-    assert len({r.text for r in records}) == len(records)
-    assert {r.kind for r in records} >= {"function", "class", "method", "exception", "module", "property", "topic"}
-    assert {r.package for r in records} >= {"numpy", "asyncio", "email", "topics"}
-    assert not any("test" in r.module.split(".") for r in records)
-    shares = {s: len(documentation.split(s)) / len(records) for s in ("train", "validation", "test")}
-    assert shares["train"] == pytest.approx(0.72, abs=0.03)
-    assert shares["test"] == pytest.approx(0.20, abs=0.03)
-    refuses(ValueError, r"split must be one of 'train'.*'dev'", documentation.split, "dev")
+    monkeypatch.setattr(mpoe.data.documentation, "_corpus", mpoe.data.documentation._corpus.__wrapped__)
+    refuses(FileNotFoundError, f"no documented Python source files found in {tmp_path}", load_documentation, "train")
 
 
 EXPECTED_HASH = 0.9296015736222284
 EXPECTED_SPLITS = ["train"] * 6 + ["test"] + ["train"] * 5
 
 
-def test_split_is_fixed_by_package_and_object_alone():
-    documentation = load_documentation()
+def test_the_corpus_is_large_and_an_object_has_its_split_by_package_and_name_alone():
+    splits = {split: load_documentation(split) for split in SPLITS}
+    records = [record for split in splits.values() for record in split]
+    assert len(records) > 5000
+    assert len({r.name for r in records}) == len({r.text for r in records}) == len(records)
+    assert {r.name.split(".")[0] for r in records} >= {"numpy", "asyncio", "email", "topics"}
+    assert len(splits["train"]) / len(records) == pytest.approx(0.72, abs=0.03)
+    assert len(splits["test"]) / len(records) == pytest.approx(0.20, abs=0.03)
+    refuses(ValueError, r"split must be one of 'train'.*'dev'", load_documentation, "dev")
     # Values written down once: a change of hash would move test items into the training split of shipped checkpoints.
     assert unit_hash("mpoe") == pytest.approx(EXPECTED_HASH, abs=1e-12)
     assert [split_of("email", f"object{i}") for i in range(12)] == EXPECTED_SPLITS
-    for record in documentation.records[::50]:
-        path = record.name[len(record.module) + 1 :]
-        assert record.split == split_of(record.package, path or record.module)
+    assert next(r for r in records if r.name == "email.message.Message.get_payload").split == split_of(
+        "email", "Message.get_payload"
+    )
+    held_out = {r.name for r in splits["test"]}
+    assert not any(e.source.split("\n", 1)[0] in held_out for e in get_task("doc_lm").train())
 
 
 def test_moved_modules_keep_their_split():
@@ -292,9 +294,44 @@ def test_moved_modules_keep_their_split():
     assert dotted_name("numpy", ("lib", "_function_base_impl.py")) == "numpy.lib.function_base"
     assert dotted_name("", ("_pydecimal.py",)) == "decimal"
     assert dotted_name("", ("email", "__init__.py")) == "email"
-    old = next(read_module(ast.parse('def f():\n  "text"'), "pathlib"))
-    new = next(read_module(ast.parse('def f():\n  "text"'), "pathlib.local"))
+    old, new = (next(read_module(ast.parse('def f():\n  "text"'), name)) for name in ("pathlib", "pathlib.local"))
     assert old.split == new.split
+
+
+def test_doc_module_shares_no_source_text_and_shows_no_name_of_its_module():
+    task = get_task("doc_module")
+    splits = [task.examples(split) for split in SPLITS]
+    assert len({e.source.lower() for items in splits for e in items}) == sum(map(len, splits))
+    assert len(splits[0]) > 2000
+    assert len(splits[2]) > 600
+    counts = Counter(example.target for example in splits[2])
+    assert set(counts) <= set(task.labels)
+    assert len(counts) >= 4
+    assert max(counts.values()) / counts.total() < 0.45
+    for example in splits[2]:
+        words = set(example.source.removeprefix("subject of: ").lower().replace(".", " ").split())
+        assert not words & TELLING
+        assert example.target not in words
+
+
+def test_items_of_one_record():
+    text = (
+        "Return the payload of the message. It is an email.message.Message or a str. Third words come here. And fourth."
+    )
+    record = DocRecord("email.message.Message.get_payload", text, "train")
+    first, second, third = module_items(record)
+    assert first == Example(f"subject of: Return the payload of the {MASK}.", "mail")
+    assert second.source == f"subject of: It is an {MASK} or a str."
+    assert third.target == "mail"
+    assert family_of("numpy.polynomial.hermite") == "number"
+    assert family_of("numpy.core.fromnumeric") == "array"
+    assert family_of("numpy.f2py") is family_of("osx") is None
+    assert len(FAMILIES) == 12
+    assert mask_names("Use np.Array, not arrays.", {"array", "np"}) == f"Use {MASK}, not arrays."
+    assert mask_names("x = 1", {"x"}) == "x = 1"  # one-letter names say nothing
+
+
+# ------------------------------------------------------------------ stand-ins
 
 
 @pytest.mark.parametrize("kind", sorted(STAND_INS))
@@ -310,12 +347,6 @@ def test_folder_is_small_and_complete(kind):
 
 def test_unknown_stand_in_is_refused():
     refuses(ValueError, r"stand-in must be one of 't5', 'gpt2'; got 't6' \(did you mean 't5'", stand_in_path, "t6")
-
-
-def test_an_installation_without_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(mpoe.data.embedded, "__file__", str(tmp_path / "embedded.py"))
-    with pytest.raises(FileNotFoundError, match=r"stand-in checkpoint is missing from this installation: .*stand_ins"):
-        stand_in_path("t5")
 
 
 @pytest.mark.parametrize("kind", sorted(STAND_INS))
@@ -338,9 +369,8 @@ def test_t5_tokenizer_round_trips_and_labels_are_single_tokens():
     [item] = encode_text_to_text([Example("name of: return the mean", "mean")], tokenizer)
     assert item["input_ids"][-1] == tokenizer.eos_token_id
     assert tokenizer.decode(item["input_ids"], skip_special_tokens=True) == "name of: return the mean"
-    for name in ("doc_module", "doc_kind"):
-        for label in get_task(name).labels:
-            assert len(tokenizer(label)["input_ids"]) == 2, label
+    for label in get_task("doc_module").labels:
+        assert len(tokenizer(label)["input_ids"]) == 2, label
     assert len(tokenizer("[it]")["input_ids"]) <= 3
 
 
@@ -352,19 +382,8 @@ def test_gpt2_tokenizer_is_lossless():
 
 def test_gpt2_predicts_held_out_documentation():
     model, tokenizer = load_stand_in("gpt2")
-    blocks = encode_language_modeling(get_task("doc_lm").examples("test", 120, seed=1), tokenizer, 128)
-    loss, _ = language_modeling_loss(model, blocks)
+    blocks = encode_language_modeling(with_subsets(get_task("doc_lm"), n_test=120).test(), tokenizer, 128)
+    loss = language_modeling_loss(model, tokenizer, blocks)
     assert loss < 4.2  # log(2048) = 7.6 knows nothing
     loss = model(**{k: torch.tensor([blocks[0][k]]) for k in ("input_ids", "labels")}).loss
     assert torch.isfinite(loss)
-
-
-@pytest.mark.slow
-def test_t5_names_held_out_objects_better_than_any_common_word():
-    model, tokenizer = load_stand_in("t5")
-    task = get_task("doc_name")
-    answers = [example.target for example in task.test()]
-    words = Counter(word for example in task.train() for word in example.target.split())
-    constant = max(task.score([word] * len(answers), answers)["token_f1"] for word, _ in words.most_common(10))
-    # Measured .080 against .033: better than guessing, far from good.
-    assert evaluate_task(model, tokenizer, task, "test")["token_f1"] > 1.5 * constant

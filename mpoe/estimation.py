@@ -183,8 +183,6 @@ def take_inventory(
     """
     values, source = read_values(name)
     family = known_type(name, values).removeprefix(TYPE_PREFIX)
-    if TABLE[family].is_mixture:
-        raise ValueError(f"model {name!r} must be a dense model to be planned; {family} is a mixture already")
     fields = {key: value for key, value in values.items() if key not in ("model_type", "mpoe", "architectures")}
     named = [str(each).removeprefix(CLASS_PREFIX) for each in values.get("architectures") or []]
     known = set(dense_names(family).values())

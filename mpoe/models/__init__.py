@@ -20,7 +20,6 @@ _NAMES = {
         "expert_mixture": "compose_experts",
         "domains": "collect_statistics",
         "original": "import_original",
-        "others": "quantisable_parameters",
         "report": "mpo_modules parameter_kind parameter_report",
     }.items()
     for name in names.split()

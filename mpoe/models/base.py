@@ -105,13 +105,8 @@ class MPOEModelMixin(OthersMixin):
         # Constructors that get their base from `AutoModel` must get the dense one, so they see a dense configuration.
         plain = copy.copy(config)
         plain.__class__ = self.dense_class.config_class
-        asked = plain._experts_implementation
-        if not self.has_stock_experts:  # the dense modules inside do not know about experts
-            plain._experts_implementation_internal = None
         super().__init__(plain, *args, **kwargs)
         config.__dict__.update(plain.__dict__)
-        if not self.has_stock_experts:
-            config._experts_implementation_internal = self.get_correct_experts_implementation(asked or "grouped_mm")
         for module in self.modules():
             own = getattr(module, "config", None)
             if own is plain:
@@ -211,13 +206,12 @@ class MPOEModelMixin(OthersMixin):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         shown = kwargs.pop("output_router_logits", None)
         shown = getattr(self.config, "output_router_logits", None) if shown is None else shown
-        implementation = getattr(self.config, "_experts_implementation", None)
         outer = current_routing()
         is_generating = outer is not None and outer.is_generating
         masks = self.token_masks(kwargs)
         if is_generating and not torch.compiler.is_compiling():
             masks = _without_padding(masks)
-        context = RoutingContext(masks, None if is_generating else [], implementation)
+        context = RoutingContext(masks, None if is_generating else [])
         with Entered(context):
             output = forward(**kwargs, return_dict=True)
         output = self._with_routing(output, context.records or [], kwargs)

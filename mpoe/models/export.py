@@ -1,6 +1,5 @@
-"""Transformers' own mixtures: models that are mixtures before conversion, and exports of ours to classes that other
-tools can serve: Mixtral and Qwen3-MoE, with full matrices per expert; GraniteMoeShared and Qwen2-MoE, at their own
-size, for neurons beside a dense network.
+"""Exports to mixtures of Transformers that other tools can serve: Mixtral and Qwen3-MoE, with full matrices per expert;
+GraniteMoeShared and Qwen2-MoE, at their own size, for neurons beside a dense network.
 
 A Llama whose networks are mixtures of dense experts computes what a Mixtral computes; the weights have other names and
 are transposed. Beside neurons the dense network is the shared expert, an expert's neurons are one of their experts;
@@ -10,81 +9,17 @@ projections. Exports that would not be exact are refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from mpoe.layers.experts import MixtureExperts
+from mpoe.config.checks import check_choice
 from mpoe.layers.feed_forward import MPOEFeedForward
 from mpoe.layers.neurons import NeuronFeedForward
-from mpoe.models.base import MPOEModelMixin
-from mpoe.models.find import expert_modules, router_modules, stock_weights
-from mpoe.models.sites import set_module
-
-
-class MixtureMixin(MPOEModelMixin):
-    """A mixture of Transformers. Router, auxiliary loss and outputs are those of its own class."""
-
-    # Its routers may have a dtype of their own.
-    _keep_in_fp32_modules_strict = []  # noqa: RUF012 - declared so by Transformers
-
-    def _routed_forward(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return forward(*args, **kwargs)
-
-    has_stock_experts: ClassVar[bool] = True
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        return bool(cls.dense_class._can_set_experts_implementation())
-
-    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """As in Transformers: its experts support more implementations than ours."""
-        return str(PreTrainedModel.get_correct_experts_implementation(self, requested_experts))
-
-    def forget_dense_names(self) -> None:
-        """As for every model; if experts are MPOs, plans replicate experts and routers on every rank."""
-        super().forget_dense_names()
-        changed = [name for name, module in expert_modules(self) if isinstance(module, MixtureExperts)]
-        if changed:
-            ends = {name.rpartition(".")[2] for name in changed}
-            self._ep_plan = {}
-            self._tp_plan = {key: how for key, how in (self._tp_plan or {}).items() if not ends & set(key.split("."))}
-
-    def _parts(self, part: str) -> list[nn.Module | nn.Parameter]:
-        if part == "central":
-            return super()._parts(part)
-        return list(router_modules(self)) if part == "router" else [module for _, module in expert_modules(self)]
-
-
-def dense_config(model: Any) -> Any:
-    """The configuration that ``model`` had before its conversion."""
-    values = model.config.to_dict()
-    ours = ("mpoe", "mpoe_base", "conversion_errors", "auto_map", "model_type", "architectures", "transformers_version")
-    config = model.dense_class.config_class(**{name: value for name, value in values.items() if name not in ours})
-    config._attn_implementation = model.config._attn_implementation
-    config._experts_implementation = model.config._experts_implementation
-    return config
-
-
-def with_stock_experts(model: Any) -> Any:
-    """``model``, changed in place: its MPO experts are rebuilt as the experts of its dense class."""
-    with torch.device("meta"):
-        skeleton = model.dense_class(dense_config(model))
-    for name, module in list(expert_modules(model)):
-        if isinstance(module, MixtureExperts):
-            stock: nn.Module = skeleton.get_submodule(name)
-            for parameter, value in stock_weights(module).items():
-                setattr(stock, parameter, value)
-            stock.config = model.config
-            set_module(model, name, stock)
-    return model
-
 
 # Fields that a Llama, Mistral or Qwen3 shares with its mixture.
 _COMMON = (
@@ -119,7 +54,6 @@ _SHARED = "shared_intermediate_size", "shared_expert_intermediate_size"
 TARGETS = {
     "mixtral": Target("Mixtral", ("llama", "mistral"), "num_local_experts", "intermediate_size", True),
     "qwen3_moe": Target("Qwen3Moe", ("qwen3",), "num_experts", "moe_intermediate_size", False),
-    "olmoe": Target("Olmoe", (), "num_experts", "intermediate_size", False),
     "granitemoeshared": Target(
         "GraniteMoeShared", ("llama", "mistral", "smollm3"), "num_local_experts", "intermediate_size", True, _SHARED[0]
     ),
@@ -135,16 +69,10 @@ TOLERANCE, HALF_TOLERANCE = 1e-5, 0.05
 
 def _reasons(model: Any, to: str) -> list[str]:
     """Why ``model`` cannot become a ``to``; empty if it can."""
-    only_ffn = f"{to}: only the feed-forward networks may be in MPO form"
-    if isinstance(model, MixtureMixin):
-        reasons = [] if to == model.mpoe_family else [f"{to}: this is a {model.mpoe_family} already, and stays one"]
-        return reasons if set(model.mpoe_config.targets) == {"ffn"} else [*reasons, only_ffn]
     target, config, mpoe = TARGETS[to], model.config, model.mpoe_config
     if model.mpoe_family not in target.families:
-        known = " or ".join(target.families)
-        wanted = f"is the mixture of a {known}" if known else "has no dense family: only an OLMoE can become one"
         note = QWEN3_NEURONS if model.mpoe_family == "qwen3" and target.shared is not None else ""
-        return [f"{to} {wanted}; this is a {model.mpoe_family}{note}"]
+        return [f"{to} is the mixture of a {' or '.join(target.families)}; this is a {model.mpoe_family}{note}"]
     neurons = [module for module in model.modules() if isinstance(module, NeuronFeedForward)]
     whole = [module for module in model.modules() if isinstance(module, MPOEFeedForward)]
     if neurons and target.shared is None:
@@ -211,40 +139,26 @@ def _whole(name: str, layer: MPOEFeedForward) -> dict[str, Tensor]:
     }
 
 
-def _stock_class(model: Any, to: str) -> Any:
-    return (
-        model.dense_class
-        if isinstance(model, MixtureMixin)
-        else getattr(transformers, f"{TARGETS[to].name}ForCausalLM")
-    )
-
-
 @torch.no_grad()
 def as_stock(merged: Any, to: str) -> Any:
     """``merged``, a model with dense experts or with neurons, as the Transformers class that computes the same.
 
-    A model that was a mixture before its conversion becomes an instance of its original class again, with any head.
-
     Raises:
         ValueError: an unknown class, or a model that it cannot represent exactly, with every reason.
     """
-    known = (merged.mpoe_family,) if isinstance(merged, MixtureMixin) else TARGETS
-    if to not in (*TARGETS, *known):
-        raise ValueError(f"as_ must be one of {', '.join(map(repr, known))}; got {to!r}")
+    check_choice("as_", to, tuple(TARGETS))
     reasons = _reasons(merged, to)
     if reasons:
         raise ValueError(f"the model cannot be exported exactly: {'; '.join(reasons)}")
-    is_mixture = isinstance(merged, MixtureMixin)
-    stock = _stock_class(merged, to)(dense_config(merged) if is_mixture else _target_config(merged, to))
+    stock = getattr(transformers, f"{TARGETS[to].name}ForCausalLM")(_target_config(merged, to))
     state: dict[str, Tensor] = merged.state_dict()
-    for name, layer in () if is_mixture else merged.named_modules():
+    for name, layer in merged.named_modules():
         if isinstance(layer, (MPOEFeedForward, NeuronFeedForward)):
             state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
             state |= _neuron_tensors(name, layer, to) if isinstance(layer, NeuronFeedForward) else _whole(name, layer)
     stock.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)  # nothing is shared
     stock.tie_weights()
-    if merged.can_generate():
-        stock.generation_config = merged.generation_config
+    stock.generation_config = merged.generation_config
     return stock.train(merged.training).requires_grad_(True)
 
 
@@ -258,7 +172,8 @@ def check_export(model: Any, folder: Path, to: str) -> float:
     Raises:
         ValueError: the logits differ.
     """
-    stock = _stock_class(model, to).from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
+    kind = getattr(transformers, f"{TARGETS[to].name}ForCausalLM")
+    stock = kind.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (2, 16), generator=generator).to(model.device)
     expected, found = model.eval()(input_ids=ids).logits, stock(input_ids=ids).logits
@@ -301,7 +216,7 @@ def _neuron_values(model: Any, to: str, head_dim: int) -> dict[str, Any]:
 
 def server_notes(to: str, config: Any) -> list[str]:
     """Which other servers compute something else for this configuration of the class ``to``; Transformers is right."""
-    if to == "qwen2_moe" and config.norm_topk_prob:
+    if to == "qwen2_moe":
         return ["llama.cpp divides 0 by 0 in this class's shared gate, which is 0 here, and never renormalises gates"]
     if to != "granitemoeshared":
         return []

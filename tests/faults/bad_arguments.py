@@ -142,7 +142,6 @@ def arguments(folder: Path) -> dict[str, Callable[[], Arguments]]:
         "Routing": lambda: parts(routed()["routing"]),
         "decompose": lambda: {**weight, "gauge": "symmetric"},
         "decompose_with_errors": lambda: dict(weight),
-        "decompose_shared": lambda: {"weights": torch.randn(EXPERTS, WIDTH, OUT), "shape": shape(), "sweeps": 2},
         "reconstruct": lambda: {"cores": one_chain(), "shape": shape()},
         "fold": lambda: {"cores": chain(), "central": 1, "shape": shape(), "num_experts": EXPERTS},
         "expert_weights": lambda: {"blocks": linear()["blocks"]},

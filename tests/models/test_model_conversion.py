@@ -18,7 +18,7 @@ from mpoe.data.embedded import load_stand_in
 from mpoe.layers import HiddenFeedForward, MPOEFeedForward, NeuronFeedForward
 from mpoe.models import mpo_modules
 from mpoe.models.find import hidden_size_as_mixture, widened
-from mpoe.models.table import DENSE, TABLE
+from mpoe.models.table import TABLE
 from mpoe_kernels import MPOShape
 from tests.assertions import refuses
 
@@ -33,6 +33,7 @@ from .tiny_models import (
     stirred,
     text_rows,
     tiny_batch,
+    tiny_config,
     tiny_model,
     valid_rows,
 )
@@ -70,7 +71,7 @@ def cases():
     By default, of families with the same structure those of the first, and of the others' language models; of the
     configurations every second one.
     """
-    first = {TABLE[t].models: t for t in reversed(DENSE)}.values()
+    first = {TABLE[t].models: t for t in reversed(TABLE)}.values()
     one_of_each = {case[0]: case[2] for case in reversed(GENERATED)}
     for place, (model_type, auto, name) in enumerate(GENERATED):
         usual = model_type in first or auto in ("AutoModelForCausalLM", "AutoModelForMaskedLM")
@@ -256,7 +257,7 @@ def test_refusals_come_before_any_work():
         convert_to_mpoe(model, inplace=True)
     assert type(model) is GPT2LMHeadModel
     tiny = DistilBertModel(DistilBertConfig(dim=8, n_heads=2, hidden_dim=8, n_layers=1, vocab_size=9))
-    refuses(ValueError, r"a model of t5, .* vit, .*; got DistilBertModel .*sites=", convert_to_mpoe, tiny)
+    refuses(ValueError, r"a model of t5, .* vit; got DistilBertModel .*sites=", convert_to_mpoe, tiny)
     with pytest.raises(TypeError, match="config must be an MPOEConfig; got dict"):
         convert_to_mpoe(dense_model("gpt2"), {"num_experts": 2})
     refuses(ValueError, "an MPOE model already", convert_to_mpoe, convert_to_mpoe(dense_model("gpt2")))
@@ -294,7 +295,7 @@ def test_a_model_without_weights_and_a_path_that_is_none_are_refused():
         refuses(TypeError, "path must be the folder of a saved model; got", load_mpoe, path)
 
 
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", TABLE)
 def test_of_every_family(family: str) -> None:
     name = next(name for model_type, _, name in GENERATED if model_type == family)
     dense = tiny_model(family, name)
@@ -322,9 +323,13 @@ def test_new_units_learn_from_the_first_step_on(kind: str) -> None:
     assert (grad[:, size:] if kind == "t5" else grad[size:]).abs().sum() > 0
 
 
-def test_a_mixture_cannot_be_widened() -> None:
-    with pytest.raises(ValueError, match=r"a wider model must be of t5, .*; got mixtral"):
-        hidden_size_as_mixture(tiny_model("mixtral", "MixtralForCausalLM"), MPOEConfig())
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "ernie4_5_moe"])
+def test_a_mixture_is_refused(family: str) -> None:
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(tiny_config(family))
+    words = f"model must be dense; got a {family}, which is a mixture of experts already"
+    refuses(ValueError, words, convert_to_mpoe, model)
+    refuses(ValueError, f"a wider model must be of t5, .*; got {family}", hidden_size_as_mixture, model, MPOEConfig())
 
 
 @pytest.mark.slow

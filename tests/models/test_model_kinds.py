@@ -18,7 +18,7 @@ from mpoe.training.freezing import GradientMask
 from mpoe_kernels import MPOShape, reconstruct
 from tests.assertions import refuses
 
-from .tiny_models import batch, config, logits, stirred, tiny_model
+from .tiny_models import batch, config, logits, stirred
 from .tiny_models import dense_model as dense
 
 
@@ -226,11 +226,10 @@ def test_sites_of_a_network_that_ends_in_another_module() -> None:
 
 def test_what_needs_a_dense_network_is_refused() -> None:
     refuses(TypeError, r"must be an MPOE model with neurons \(latent=l\); got GPT2", merge_latent, dense("gpt2"))
-    mixture = tiny_model("mixtral", "MixtralForCausalLM")
-    with pytest.raises(ValueError, match="shape 'neurons' needs one dense projection for all experts"):
-        convert_to_mpoe(mixture, MPOEConfig(shape="neurons", num_experts=8, existing_experts="mpo"))
     with pytest.raises(ValueError, match="shape 'neurons' needs a dense network that stays"):
         MPOEFeedForward(16, 24, config("neurons"))
+    switch = convert_to_mpoe(dense("llama"), MPOEConfig(num_experts=2, expert_type="dense"))
+    refuses(ValueError, "model must have MPO experts; got expert_type='dense'", merge_experts, switch)
     with pytest.raises(ValueError, match="those of shape 'neurons' are added to a dense one"):
         merge_experts(convert_to_mpoe(dense("llama"), config("neurons")))
 

@@ -10,7 +10,7 @@ from torch import nn
 from mpoe import MPOEConfig, RouterConfig
 from mpoe.layers import HiddenFeedForward, MPOCores, NeuronFeedForward
 from mpoe.models.classes import dense_names
-from mpoe.models.table import DENSE, TABLE
+from mpoe.models.table import TABLE
 
 HIDDEN, INNER, VOCABULARY = 24, 48, 60
 # Names used by most configurations; different names are below.
@@ -51,21 +51,6 @@ OWN = {
     "vit": {"image_size": 8, "patch_size": 4},
     "gemma3_text": {"sliding_window": 4, "num_hidden_layers": 3},
 }
-# Mixtures use many names for their sizes; a configuration just stores the ones it does not know.
-EXPERTS = 4
-MIXTURE = {
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), EXPERTS),
-    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "n_group"), 2),
-    **dict.fromkeys(("topk_group", "n_shared_experts", "first_k_dense_replace", "moe_layer_start_index"), 1),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 16),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 8),
-    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 4),
-}
-OWN |= {
-    # with latent attention, the head dimension is that of the rotary part
-    name: {"head_dim": 4, "num_key_value_heads": 4}
-    for name in ("deepseek_v2", "deepseek_v3")
-}
 
 
 def heads_of(families):
@@ -77,14 +62,13 @@ def heads_of(families):
     ]
 
 
-GENERATED = heads_of(DENSE)
+GENERATED = heads_of(TABLE)
 
 
 def tiny_config(model_type, **changes):
     """The configuration of a tiny dense model."""
     old = model_type in ("t5", "mt5", "umt5", "gpt2")  # they use other names for sizes
-    usual_names = {**USUAL, **(MIXTURE if TABLE[model_type].is_mixture else {})}
-    usual = {k: v for k, v in usual_names.items() if not old or k in ("vocab_size", "num_labels") or k.endswith("_id")}
+    usual = {k: v for k, v in USUAL.items() if not old or k in ("vocab_size", "num_labels") or k.endswith("_id")}
     return transformers.AutoConfig.for_model(model_type, **{**usual, **OWN.get(model_type, {}), **changes})
 
 

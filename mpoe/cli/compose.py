@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from mpoe.cli.models import Source
 
 USAGE = "mpoe compose BASE EXPERT ... --output_dir OUT [--flag value ...]"
-STATISTICS = "router_statistics.safetensors"
 MOST = 1 + 128  # words: the base and its fine-tunes
 TOP_K = 2  # of experts; of fine-tunes 1
 AT_ONCE = 8  # pieces of a batch
@@ -39,7 +38,7 @@ class ComposeOptions:
         "ridge", "ridge: closed form; train: then trained alone, on the texts", choices=["ridge", "train"]
     )
     top_k: int | None = option(None, "experts per token; default 2 or the mixture's, of fine-tunes 1")
-    add: str | None = option(None, "a composed mixture, which gets these experts more (of fine-tunes one)")
+    add: str | None = option(None, "a mixture composed of experts, which gets these more")
     remove: list[str] = option([], "names of experts of the mixture --add to leave out", nargs="+")
     background: str | None = option(None, "of experts: a text of no domain; default: documentation of Python")
     neurons: int | None = option(
@@ -134,41 +133,29 @@ def _batches_of(file: str, tokenizer: Any, options: ComposeOptions) -> list[dict
 
 
 def _check_fine_tunes(names: Sequence[str], options: ComposeOptions) -> None:
-    if options.remove or options.merge or options.background is not None:
-        raise CommandError("remove, merge and background are for experts' files; got fine-tunes")
+    if options.remove or options.merge or options.add is not None or options.background is not None:
+        raise CommandError("add, remove, merge and background are for experts' files; got fine-tunes")
     if not names:
         raise CommandError(f"compose needs a base and at least one expert: {USAGE}")
-    if options.add is not None and len(names) != 1:
-        raise CommandError(f"add takes one fine-tune at a time; got {len(names)}")
     if len(options.texts) != len(names):
         raise CommandError(f"texts must name a file for each of {len(names)} fine-tunes; got {len(options.texts)}")
-    if options.add is not None and not (Path(options.add) / STATISTICS).is_file():
-        raise CommandError(f"add must be a mixture made by mpoe compose; {options.add} has no {STATISTICS}")
 
 
 def compose_fine_tunes(source: Source, names: Sequence[str], options: ComposeOptions, out: Path) -> None:
     """Compose the fine-tunes ``names`` of the model ``source`` and save the mixture in ``out``."""
-    from safetensors.torch import load_file, save_file
-
     from mpoe.cli.models import load_model, load_tokenizer
     from mpoe.config import RouterConfig
-    from mpoe.models import load_mpoe
-    from mpoe.models.composition import add_expert, compose
+    from mpoe.models.composition import compose
 
     tokenizer, base = load_tokenizer(source), load_model(source)
     fine_tunes = [load_fine_tune(name, base) for name in names]
     examples = [_batches_of(text, tokenizer, options) for text in options.texts]
-    how: dict[str, Any] = {"router": options.router, "steps": options.steps}
-    if options.add is None:
-        mixture = compose(base, fine_tunes, examples, RouterConfig(top_k=options.top_k or 1), **how)
-    else:
-        mixture = load_mpoe(options.add).eval()
-        mixture.router_statistics = load_file(Path(options.add) / STATISTICS)
-        mixture = add_expert(mixture, base, fine_tunes[0], examples[0], **how)
+    routing = RouterConfig(top_k=options.top_k or 1)
+    mixture = compose(base, fine_tunes, examples, routing, router=options.router, steps=options.steps)
     for name, error in zip(names, mixture.composition_report.values(), strict=True):
         print(f"{name}: outside the experts {error:.2f} of what it changed is lost in the mean")
-    with model_folder(out, mixture, tokenizer) as staging:
-        save_file({key: value.contiguous() for key, value in mixture.router_statistics.items()}, staging / STATISTICS)
+    with model_folder(out, mixture, tokenizer):
+        pass
     print(f"saved to {out}")
 
 
@@ -258,7 +245,7 @@ def compose_experts(source: Source, names: Sequence[str], options: ComposeOption
     routed: dict[str, Any] = {"top_k": options.top_k or top_k, "none": none, "background": background, "texts": texts}
     mixture = expert_mixture.compose_experts(base, experts, tokenizer=tokenizer, **routed)
     if options.router == "train":
-        train_routers(mixture, [*texts.values(), routed["background"]], 0, options.steps)
+        train_routers(mixture, [*texts.values(), routed["background"]], options.steps)
     with model_folder(out, mixture, tokenizer) as staging:
         expert_mixture.keep_experts(mixture, staging)
     others = f"tokens go to {routed['top_k']}; {expert_mixture.NONE!r} adds 0"

@@ -29,7 +29,7 @@ from mpoe.layers.context import (
     sum_over_ranks,
 )
 from mpoe.layers.cores import FromInitialValues
-from mpoe.layers.drop_in import MPOEmbedding, MPOLinear
+from mpoe.layers.drop_in import MPOLinear
 from mpoe.layers.experts import MPOExperts
 from mpoe.layers.feed_forward import RoutedFeedForward
 from mpoe.models import report
@@ -171,20 +171,6 @@ class MPOEModelMixin(OthersMixin):
                         parameters[name].copy_(value)
             module._is_hf_initialized = True  # type: ignore[assignment]
         super().initialize_weights()
-
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers; a table in MPO form keeps its size.
-
-        Raises:
-            ValueError: a new size for an MPO embedding.
-        """
-        table: Any = self.get_input_embeddings()
-        if new_num_tokens is not None and isinstance(table, MPOEmbedding):
-            raise ValueError(
-                f"new_num_tokens must be None for an MPO embedding of {table.num_embeddings} tokens; got "
-                f"{new_num_tokens} (resize the dense model, then convert it)"
-            )
-        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     # -------------------------------------------------------------- forward
 

@@ -167,25 +167,13 @@ class MPOEConfigMixin(_Config):
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
         """Nothing to do: `MPOEModelMixin.save_pretrained` writes the remote code itself."""
 
-    @property
-    def router_aux_loss_coef(self) -> float:
-        """Transformers' name of the router's ``balance_loss_weight``."""
-        return float(self.mpoe["router"]["balance_loss_weight"])
-
-    @router_aux_loss_coef.setter
-    def router_aux_loss_coef(self, value: float) -> None:
-        self.mpoe = checked_mpoe_dict({**self.mpoe, "router": {**self.mpoe["router"], "balance_loss_weight": value}})
-
 
 def config_class_for(dense: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The configuration class of converted ``dense`` models."""
 
     def __init__(self: Any, mpoe: Any = None, **kwargs: Any) -> None:
-        coefficient = kwargs.pop("router_aux_loss_coef", None)
         self.mpoe = checked_mpoe_dict(mpoe)
         dense.__init__(self, **kwargs)
-        if coefficient is not None:
-            self.router_aux_loss_coef = coefficient
 
     ignored = [*IGNORED_AT_INFERENCE, *(getattr(dense, "keys_to_ignore_at_inference", None) or [])]
     return type(

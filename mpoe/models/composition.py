@@ -7,7 +7,6 @@ Feed-forward networks become experts, one per fine-tune; all other parameters ar
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,10 +14,9 @@ import torch
 from torch import Tensor
 
 from mpoe.config import MPOEConfig, RouterConfig
-from mpoe.config.checks import check_choice, check_integer, check_type
-from mpoe.models.base import MPOEModelMixin
+from mpoe.config.checks import check_choice, check_integer
 from mpoe.models.convert import convert_to_mpoe, converted_class
-from mpoe.models.domains import check_statistics, router_weight, statistics_of_expert, train_routers
+from mpoe.models.domains import router_weight, statistics_of_expert, train_routers
 from mpoe.models.find import dense_networks
 from mpoe.models.report import routed_layers
 
@@ -26,8 +24,7 @@ ROUTERS = ("ridge", "train")
 Batches = Sequence[Iterable[Mapping[str, Tensor]]]
 
 
-def _check(base: Any, fine_tunes: Sequence[Any], examples: Batches | None, router: str, steps: int) -> None:
-    """Refuse models that differ in more than values, and other arguments of `compose` that do not fit (ValueError)."""
+def _check_alike(base: Any, fine_tunes: Sequence[Any]) -> None:
     shapes = {name: p.shape for name, p in base.named_parameters()}
     for place, model in enumerate(fine_tunes):
         if type(model) is not type(base):
@@ -42,10 +39,6 @@ def _check(base: Any, fine_tunes: Sequence[Any], examples: Batches | None, route
                 f"fine_tunes must have the parameters of base; number {place} differs in {odd[0]}: "
                 f"{own.get(odd[0])} for {shapes.get(odd[0])}"
             )
-    check_choice("router", router, ROUTERS)
-    check_integer("steps", steps, 1)
-    if examples is not None and len(examples) != len(fine_tunes):
-        raise ValueError(f"examples must hold batches for each of {len(fine_tunes)} fine-tunes; got {len(examples)}")
 
 
 def _mean_model(base: Any, fine_tunes: Sequence[Any]) -> Any:
@@ -70,37 +63,6 @@ def _outside(mixture: Any, base: Any, model: Any) -> float:
         for part in ([p - kept[n] for n, p in own.items()], [p - start[n] for n, p in own.items()], own.values())
     )
     return missed / (changed or size or 1.0)
-
-
-def _finish(
-    mixture: Any, base: Any, fine_tunes: Sequence[Any], examples: Batches | None, router: str, steps: int
-) -> Any:
-    """Set the last experts to the networks of the fine-tunes, and the routers by examples of these."""
-    first = mixture.mpoe_config.num_experts - len(fine_tunes)
-    for number, model in enumerate(fine_tunes, first):
-        for site in dense_networks(model, mixture.mpoe_config):
-            for kind, weights in mixture.get_submodule(site.name).experts.projections().items():
-                weights.weight[number] = site.weight(kind)
-                bias = site.bias(kind)
-                if bias is not None:
-                    weights.bias[number] = bias
-    mixture.composition_report = {n: _outside(mixture, base, model) for n, model in enumerate(fine_tunes, first)}
-    if examples is None:
-        return mixture
-    known, layers = getattr(mixture, "router_statistics", {}), routed_layers(mixture)
-    classes = [
-        {name.partition(".")[2]: value for name, value in known.items() if name.startswith(f"{number}.")}
-        for number in range(first)
-    ]
-    for own in classes:
-        check_statistics(own, {name: layer.in_features for name, layer in layers}, "router_statistics")
-    classes += [statistics_of_expert(mixture, number, batches) for number, batches in enumerate(examples, first)]
-    mixture.router_statistics = {f"{n}.{name}": value for n, own in enumerate(classes) for name, value in own.items()}
-    for name, layer in layers:
-        layer.router.weight.copy_(router_weight(classes, name, sharpness=1 / len(classes)))  # type: ignore[union-attr]
-    if router == "train":
-        train_routers(mixture, examples, first, steps)
-    return mixture
 
 
 @torch.no_grad()
@@ -129,8 +91,7 @@ def compose(
     Returns:
         The mixture, in eval mode; its experts are exact. ``composition_report`` says by number of the fine-tune how far
         the parameters outside the experts, which are the mean, are from its own: ``|W_mixture - W_fine_tune| /
-        |W_fine_tune - W_base|`` (0 = exact; if nothing was changed, relative to the weights). ``router_statistics``
-        holds what `add_expert` needs from these examples.
+        |W_fine_tune - W_base|`` (0 = exact; if nothing was changed, relative to the weights).
 
     Raises:
         TypeError: ``routing`` of another type.
@@ -140,61 +101,30 @@ def compose(
     if not fine_tunes:
         raise ValueError("fine_tunes must hold at least one model; got none")
     converted_class(base)
-    _check(base, fine_tunes, examples, router, steps)
+    _check_alike(base, fine_tunes)
+    check_choice("router", router, ROUTERS)
+    check_integer("steps", steps, 1)
+    if examples is not None and len(examples) != len(fine_tunes):
+        raise ValueError(f"examples must hold batches for each of {len(fine_tunes)} fine-tunes; got {len(examples)}")
     config = MPOEConfig(num_experts=len(fine_tunes), expert_type="dense", router=routing or RouterConfig(top_k=1))
     sites = dense_networks(base, config)
-    biases: Any = {  # of every expert its own
-        "expert_bias": any(site.bias("up") is not None for site in sites),
-        "expert_output_bias": any(site.bias("down") is not None for site in sites),
-    }
-    mean = _mean_model(base, fine_tunes)
-    mixture = convert_to_mpoe(mean, dataclasses.replace(config, **biases), inplace=True).eval()
-    return _finish(mixture, base, fine_tunes, examples, router, steps)
-
-
-@torch.no_grad()
-def add_expert(
-    mixture: Any,
-    base: Any,
-    fine_tune: Any,
-    examples: Iterable[Mapping[str, Tensor]] | None = None,
-    *,
-    router: str = "ridge",
-    steps: int = 200,
-) -> Any:
-    """Add one expert to a mixture; the other experts and all shared parameters stay bit-identical.
-
-    With ``examples`` of the new domain and the mixture's ``router_statistics`` the routers are solved again as if all
-    domains had been present from the start; the examples of earlier domains are not needed.
-
-    Args:
-        mixture: made by `compose`; it is not changed.
-        base, fine_tune, router, steps: as in `compose`.
-        examples: batches of the new domain; ``None``: the new expert gets a random row in every router.
-
-    Raises:
-        TypeError: a mixture that is not an MPOE model.
-        ValueError: a model of another class or size, experts that are not dense, ``examples`` for a mixture without
-            statistics.
-    """
-    check_type("mixture", mixture, MPOEModelMixin, "an MPOE model (see compose)")
-    if converted_class(base) is not type(mixture):
-        raise ValueError(f"base must be of the class that mixture was; got {type(base).__name__}")
-    own = None if examples is None else [examples]
-    _check(base, [fine_tune], own, router, steps)
-    old = mixture.mpoe_config.num_experts
-    config = dataclasses.replace(mixture.mpoe_config, num_experts=old + 1)
-    if config.expert_type != "dense" or config.moe_type == "none":
-        raise ValueError(f"mixture must have a router and dense experts (see compose); got {mixture.mpoe_config}")
-    statistics = getattr(mixture, "router_statistics", None)
-    if examples is not None and statistics is None:
-        raise ValueError("mixture must carry router_statistics for examples to be used; it has none (see compose)")
-    grown = convert_to_mpoe(base, config).eval()
-    source = mixture.state_dict()
-    for name, value in grown.state_dict().items():
-        if value.shape == source[name].shape:
-            value.copy_(source[name])
-        else:
-            value[:old] = source[name]
-    grown.router_statistics = statistics or {}
-    return _finish(grown, base, [fine_tune], own, router, steps)
+    # Every expert has biases of its own.
+    config.expert_bias = any(site.bias("up") is not None for site in sites)
+    config.expert_output_bias = any(site.bias("down") is not None for site in sites)
+    mixture = convert_to_mpoe(_mean_model(base, fine_tunes), config, inplace=True).eval()
+    for number, model in enumerate(fine_tunes):
+        for site in dense_networks(model, config):
+            for kind, weights in mixture.get_submodule(site.name).experts.projections().items():
+                weights.weight[number] = site.weight(kind)
+                bias = site.bias(kind)
+                if bias is not None:
+                    weights.bias[number] = bias
+    mixture.composition_report = {n: _outside(mixture, base, model) for n, model in enumerate(fine_tunes)}
+    if examples is not None:
+        classes = [statistics_of_expert(mixture, number, batches) for number, batches in enumerate(examples)]
+        for name, layer in routed_layers(mixture):
+            own: Any = layer.router
+            own.weight.copy_(router_weight(classes, name, sharpness=1 / len(classes)))
+    if examples is not None and router == "train":
+        train_routers(mixture, examples, steps)
+    return mixture

@@ -22,7 +22,7 @@ from mpoe.layers.hidden import HiddenFeedForward
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.classes import classes_of, foreign_class
 from mpoe.models.export import as_stock
-from mpoe.models.find import AnySite, find_sites
+from mpoe.models.find import find_sites
 from mpoe.models.report import hidden_modules, mpo_modules, neuron_modules, parameter_report
 from mpoe.models.sites import EmbeddingSite, FFNSite, Report
 from mpoe.models.table import EXPERT_COUNTS, TABLE, checked_sites, family_for
@@ -122,18 +122,6 @@ def adopt_class(model: PreTrainedModel, cls: type[Any], mpoe: MPOEConfig) -> Non
         setattr(model, name, getattr(skeleton, name))
 
 
-def _warn_of_float16(model: Any, sites: Sequence[AnySite]) -> None:
-    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    downs = {site.prefixes["down"].rpartition(".")[2] for site in sites if isinstance(site, FFNSite)}
-    names = ", ".join(sorted(kept & downs))
-    if model.dtype == torch.float16 and names:
-        warnings.warn(
-            f"{type(model).__name__} in float16: Transformers keeps the down projections ({names}) in float32 "
-            "because float16 overflows there; the experts' are float16 like the rest. Prefer bfloat16.",
-            stacklevel=3,
-        )
-
-
 def _warn_of_size(model: Any, config: MPOEConfig) -> None:
     """Warn of experts that are larger than whole matrices: at small widths blocks are."""
     counts = parameter_report(model)
@@ -196,7 +184,6 @@ def convert_to_mpoe(
     if config.backend is not None and config.backend not in backends:
         raise ValueError(f"backend must be one of {backends} or None; got {config.backend!r}")
     check_finite(model)
-    _warn_of_float16(model, found)
     config = dataclasses.replace(config, rate_ratios={}, tied_head=tied)
     if not inplace:
         model = _copy_without(model, [module for site in found for module in site.replaced])

@@ -235,9 +235,7 @@ def router_weight(classes: Sequence[Statistics], layer: str, sharpness: float = 
     return sharpness * len(classes) * torch.linalg.solve(pooled, (means - means.mean(0)).mT).mT
 
 
-def train_routers(
-    mixture: Any, examples: Sequence[Iterable[Mapping[str, Tensor]]], first: int, steps: int
-) -> list[float]:
+def train_routers(mixture: Any, examples: Sequence[Iterable[Mapping[str, Tensor]]], steps: int) -> list[float]:
     """Train only the routers (AdamW, 1e-3) on the cross-entropy of the domain at every router, plus the model's own
     loss if batches have labels. Everything else stays bit-identical.
 
@@ -253,7 +251,7 @@ def train_routers(
     losses = []
     with torch.enable_grad():
         for _ in range(steps):
-            parts = [_domain_loss(mixture, next(batches), number) for number, batches in enumerate(domains, first)]
+            parts = [_domain_loss(mixture, next(batches), number) for number, batches in enumerate(domains)]
             optimizer.zero_grad()
             total = torch.stack(parts).sum()
             total.backward()

@@ -166,7 +166,6 @@ def arguments(folder: Path) -> dict[str, Callable[[], Arguments]]:
         "MPOEFeedForward": lambda: {"x": tokens()["x"][None], **dense},
         "convert_to_mpoe": lambda: {"model": base(), "config": config(), "inplace": False},
         "compose": composed,
-        "add_expert": lambda: {"mixture": mpoe.compose(**composed()), "base": base(), "fine_tune": dense_model("gpt2")},
         "start_expert": lambda: {"model": base(), "neurons": 4, "expert": None},
         "collect_statistics": lambda: {"model": mpoe.start_expert(base(), 4), "batches": texts(), "rank": 2},
         "save_expert": lambda: trained(folder),

@@ -125,7 +125,7 @@ def test_routers_of_neurons_train(domains: SimpleNamespace) -> None:
     mixture = compose_experts(domains.base, domains.files, background=domains.background)
     before = {name: value.clone() for name, value in mixture.state_dict().items()}
     examples = [domain(0, seed=31), domain(1, seed=31), domains.background]
-    losses = train_routers(mixture, examples, 0, 5)
+    losses = train_routers(mixture, examples, 5)
     assert losses[-1] < losses[0]
     changed = {name for name, value in mixture.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {name for name in before if "router" in name}

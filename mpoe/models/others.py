@@ -12,16 +12,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from mpoe.models.report import kept_modules, mpo_modules, parameter_report
-from mpoe.models.weight_files import BASE_FILE, ONLY_FILE, write_text
-from mpoe_kernels.version import __version__
+from mpoe.models.weight_files import write_text
 
 ROUTING_FIELDS = ("task_loss", "aux_loss", "router_logits", "expert_load")
 
@@ -63,7 +60,7 @@ CARD_FILE = "README.md"
 _SEAL = re.compile(r"<!-- mpoe card ([0-9a-f]{16}) -->\n\Z")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PAPER = "[Gao et al., COLING 2022](https://arxiv.org/abs/2203.01104)"
-_TEMPLATE = "This model card has been automatically generated."  # Transformers' card for a repository without one
+TEMPLATE = "This model card has been automatically generated."  # Transformers' card for a repository without one
 _PARTS = ("central", "auxiliary", "expert", "router", "rest")
 
 
@@ -131,14 +128,6 @@ def write_card(model: Any, folder: str | Path, metrics: Mapping[str, Any] | None
     return True
 
 
-def replace_template(model: Any, folder: str | Path) -> None:
-    """Replace the card that Transformers creates for a repository without one by ours."""
-    file = Path(folder) / CARD_FILE
-    if file.is_file() and _TEMPLATE in file.read_text(encoding="utf-8"):
-        file.unlink()
-        write_card(model, folder)
-
-
 def base_name(model: Any) -> str:
     """The hub name of the converted dense model; empty for a local folder, whose path is private."""
     name = str(getattr(model.config, "mpoe_base", None) or "")
@@ -163,64 +152,10 @@ def _checksum(text: str) -> str:
 
 
 REMOTE_FILE = "modeling_mpoe.py"
-_REMOTE_CODE = '''"""Opens this model in programs that do not import mpoe (with ``trust_remote_code=True``)."""
+REMOTE_CODE = '''"""Opens this model in programs that do not import mpoe (with ``trust_remote_code=True``)."""
 
 try:
     from mpoe.models import {names}
 except ImportError as error:
     raise ImportError('this model needs the package mpoe: pip install "mpoe>={version}"') from error
 '''
-
-
-# For the type checker the mixin is a model; at run time it is a plain class before the dense class in the bases.
-if TYPE_CHECKING:
-    _Model = PreTrainedModel
-else:
-    _Model = object
-
-
-class OthersMixin(_Model):
-    """The part of an MPOE model that other tools use.
-
-    Attributes:
-        auto_classes: Auto class -> name of the converted class.
-    """
-
-    auto_classes: dict[str, str]
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """Nothing to do: `save_pretrained` writes the remote code itself, not a copy of a module of mpoe."""
-
-    def write_rate_ratios(self) -> None:
-        """Put every core's rate ratio into the config."""
-        ratios = {name: list(cores.rate_ratios) for name, cores in mpo_modules(self)}
-        self.config.mpoe = {**self.config.mpoe, "rate_ratios": ratios}
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers; the config also carries every core's rate ratio and an ``auto_map``, and a model card
-        and the file that ``auto_map`` names are written.
-
-        Raises:
-            OSError: the folder cannot be written, or the disk is full.
-        """
-        self.write_rate_ratios()
-        names = {"AutoConfig": type(self.config).__name__, **self.auto_classes}
-        self.config.auto_map = {auto: f"{Path(REMOTE_FILE).stem}.{name}" for auto, name in names.items()}
-        try:
-            result = super().save_pretrained(save_directory, *args, **kwargs)
-        except SafetensorError as error:
-            raise OSError(f"weights could not be written to {save_directory}: {error}") from error
-        for name in (ONLY_FILE, BASE_FILE):
-            # Otherwise an earlier MPOE-only save in this folder would be loaded instead.
-            (Path(save_directory) / name).unlink(missing_ok=True)
-        if kwargs.get("is_main_process", True):
-            code = _REMOTE_CODE.format(names=", ".join(sorted(set(names.values()))), version=__version__)
-            (Path(save_directory) / REMOTE_FILE).write_text(code, encoding="utf-8")
-            write_card(self, save_directory)
-        return result
-
-    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, with our card if the repository has none."""
-        replace_template(self, working_dir)
-        return super()._upload_modified_files(working_dir, *args, **kwargs)

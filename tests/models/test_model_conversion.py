@@ -282,11 +282,6 @@ def test_scale_decoder_outputs_survives():
         assert converted.decoder.config.num_layers == 1
 
 
-def test_float16_t5_is_warned_about() -> None:
-    with pytest.warns(UserWarning, match="Prefer bfloat16"):
-        convert_to_mpoe(dense_model("t5").half(), MPOEConfig(num_experts=2, shape="separable"))
-
-
 def test_a_model_without_weights_and_a_path_that_is_none_are_refused():
     with torch.device("meta"):
         model = dense_model("gpt2")

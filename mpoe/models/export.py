@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mpoe.config.checks import check_choice
 from mpoe.layers.feed_forward import MPOEFeedForward
 from mpoe.layers.neurons import NeuronFeedForward
+from mpoe.models.report import neuron_modules
 
 # Fields that a Llama, Mistral or Qwen3 shares with its mixture.
 _COMMON = (
@@ -73,7 +74,7 @@ def _reasons(model: Any, to: str) -> list[str]:
     if model.mpoe_family not in target.families:
         note = QWEN3_NEURONS if model.mpoe_family == "qwen3" and target.shared is not None else ""
         return [f"{to} is the mixture of a {' or '.join(target.families)}; this is a {model.mpoe_family}{note}"]
-    neurons = [module for module in model.modules() if isinstance(module, NeuronFeedForward)]
+    neurons = list(neuron_modules(model).values())
     whole = [module for module in model.modules() if isinstance(module, MPOEFeedForward)]
     if neurons and target.shared is None:
         fitting = " or ".join(name for name, other in TARGETS.items() if other.shared is not None)
@@ -106,36 +107,82 @@ def _reasons(model: Any, to: str) -> list[str]:
     return [f"{to}: {reason}" for reason, holds in checks.items() if holds]
 
 
+def _neuron_checks(config: Any, layers: list[NeuronFeedForward]) -> dict[str, bool]:
+    """What the classes ask of a model and its layers -> whether that is missing."""
+    dense = [module for layer in layers for module in layer.projections().values()]
+    plain = [m for m in dense if type(m) is nn.Linear and type(m.weight) is nn.Parameter and m.bias is None]
+    size = getattr(config, "sliding_window", None)  # a Mistral has a window unless its size is None
+    slides = bool(getattr(config, "use_sliding_window", size is not None))
+    return {
+        f"its attention has no sliding windows; sliding_window is {size}": slides,
+        "every layer has rotary positions; no_rope_layers leaves some without": not all(
+            getattr(config, "no_rope_layers", None) or ()
+        ),
+        "its dense projections are nn.Linear without biases; merge adapters or dequantise first": len(plain)
+        < len(dense),
+        "its experts have no biases (expert_bias)": any(layer.experts.bias is not None for layer in layers),
+    }
+
+
 def _target_config(model: Any, to: str) -> Any:
+    """The configuration of the class ``to`` that makes it compute what ``model`` does."""
     target, config, mpoe = TARGETS[to], model.config, model.mpoe_config
-    neurons = next((m.experts.neurons for m in model.modules() if isinstance(m, NeuronFeedForward)), None)
     values = {name: getattr(config, name) for name in _COMMON if hasattr(config, name)}
+    inner = next((layer.experts.neurons for layer in neuron_modules(model).values()), config.intermediate_size)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     values |= {
         target.experts: mpoe.num_experts,
-        target.inner: config.intermediate_size,
+        target.inner: inner,
         "num_experts_per_tok": mpoe.top_k,
         "head_dim": head,
         "router_aux_loss_coef": mpoe.router.balance_loss_weight,
     }
-    if target.shared is not None:
-        values |= {target.inner: neurons, target.shared: config.intermediate_size}
-        values |= _neuron_values(model, to, head)
-        return getattr(transformers, f"{target.name}Config")(**values)
-    values["sliding_window"] = getattr(config, "sliding_window", None)
-    if not target.renormalises:
+    if target.shared is None:
+        values["sliding_window"] = getattr(config, "sliding_window", None)
+    else:
+        values[target.shared] = config.intermediate_size
+    if to == "qwen3_moe":
         values["norm_topk_prob"] = not mpoe.router.is_scale_prob
+    elif to == "qwen2_moe":  # explicit layer types, as its default differs from a Qwen2's
+        values |= {"norm_topk_prob": True, "layer_types": ["full_attention"] * config.num_hidden_layers}
+    elif to == "granitemoeshared":
+        values |= dict.fromkeys(("embedding_multiplier", "logits_scaling", "residual_multiplier"), 1.0)
+        # Biases of all four projections, as in a Llama.
+        values |= {"attention_multiplier": head**-0.5, "attention_bias": getattr(config, "attention_bias", False)}
     return getattr(transformers, f"{target.name}Config")(**values)
 
 
-def _whole(name: str, layer: MPOEFeedForward) -> dict[str, Tensor]:
-    """The weights of ``layer``, called ``name`` in its model, under the names of Transformers' mixtures."""
-    up, gate, down = (layer.experts.projections()[kind].weight for kind in ("up", "gate_proj", "down"))
-    router: Any = layer.router
+def _tensors(name: str, layer: Any, to: str) -> dict[str, Tensor]:
+    """The weights of ``layer``, called ``name`` in its model, under the names of the class ``to``."""
+    if isinstance(layer, MPOEFeedForward):
+        up, gate, down = (layer.experts.projections()[kind].weight for kind in ("up", "gate_proj", "down"))
+        shared, dtype, joined = {}, up.dtype, torch.cat([gate, up], -1).transpose(1, 2)
+    else:
+        experts = layer.experts if layer.experts.latent is None else layer.experts.merged()
+        shared = {kind: layer.central_weight(kind).t() for kind in ("gate_proj", "up", "down")}
+        dtype = shared["down"].dtype  # routers and experts may be float32 beside a 16-bit network
+        joined = torch.cat([experts.gate_proj, experts.up], 1).to(dtype)
+        down = (experts.down * (layer.router.config.routed_scaling_factor or 1.0)).to(dtype)
+    own = {
+        "experts.gate_up_proj": joined.contiguous(),
+        "experts.down_proj": down.transpose(1, 2).contiguous(),
+        "gate.weight": layer.router.weight.to(dtype),
+    }
+    if to == "qwen2_moe":
+        own |= {
+            "shared_expert.gate_proj.weight": shared["gate_proj"],
+            "shared_expert.up_proj.weight": shared["up"],
+            "shared_expert.down_proj.weight": 2 * shared["down"],  # its gate multiplies by sigmoid(0) = 1/2
+            "shared_expert_gate.weight": down.new_zeros(1, layer.in_features),
+        }
+    if to != "granitemoeshared":
+        return {f"{name}.{part}": value for part, value in own.items()}
+    place = name.rpartition(".")[0]
+    own["router.weight"] = own.pop("gate.weight")
     return {
-        f"{name}.gate.weight": router.weight.to(up.dtype),
-        f"{name}.experts.gate_up_proj": torch.cat([gate, up], -1).transpose(1, 2).contiguous(),
-        f"{name}.experts.down_proj": down.transpose(1, 2).contiguous(),
+        **{f"{place}.block_sparse_moe.{part}": value for part, value in own.items()},
+        f"{place}.shared_mlp.input_linear.weight": torch.cat([shared["gate_proj"], shared["up"]]),
+        f"{place}.shared_mlp.output_linear.weight": shared["down"],
     }
 
 
@@ -155,7 +202,7 @@ def as_stock(merged: Any, to: str) -> Any:
     for name, layer in merged.named_modules():
         if isinstance(layer, (MPOEFeedForward, NeuronFeedForward)):
             state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
-            state |= _neuron_tensors(name, layer, to) if isinstance(layer, NeuronFeedForward) else _whole(name, layer)
+            state |= _tensors(name, layer, to)
     stock.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)  # nothing is shared
     stock.tie_weights()
     stock.generation_config = merged.generation_config
@@ -185,35 +232,6 @@ def check_export(model: Any, folder: Path, to: str) -> float:
     return difference
 
 
-# ---------------------------------------------------------- neurons beside a shared expert
-
-
-def _neuron_checks(config: Any, layers: list[NeuronFeedForward]) -> dict[str, bool]:
-    """What the classes ask of a model and its layers -> whether that is missing."""
-    dense = [module for layer in layers for module in layer.projections().values()]
-    plain = [m for m in dense if type(m) is nn.Linear and type(m.weight) is nn.Parameter and m.bias is None]
-    size = getattr(config, "sliding_window", None)  # a Mistral has a window unless its size is None
-    slides = bool(getattr(config, "use_sliding_window", size is not None))
-    return {
-        f"its attention has no sliding windows; sliding_window is {size}": slides,
-        "every layer has rotary positions; no_rope_layers leaves some without": not all(
-            getattr(config, "no_rope_layers", None) or ()
-        ),
-        "its dense projections are nn.Linear without biases; merge adapters or dequantise first": len(plain)
-        < len(dense),
-        "its experts have no biases (expert_bias)": any(layer.experts.bias is not None for layer in layers),
-    }
-
-
-def _neuron_values(model: Any, to: str, head_dim: int) -> dict[str, Any]:
-    """Fields of the configuration of ``to`` that make it compute what ``model``, with heads of this size, does."""
-    if to == "qwen2_moe":  # explicit layer types, as its default differs from a Qwen2's
-        return {"norm_topk_prob": True, "layer_types": ["full_attention"] * model.config.num_hidden_layers}
-    multipliers = dict.fromkeys(("embedding_multiplier", "logits_scaling", "residual_multiplier"), 1.0)
-    bias = getattr(model.config, "attention_bias", False)  # of all four projections, as in a Llama
-    return {**multipliers, "attention_multiplier": head_dim**-0.5, "attention_bias": bias}
-
-
 def server_notes(to: str, config: Any) -> list[str]:
     """Which other servers compute something else for this configuration of the class ``to``; Transformers is right."""
     if to == "qwen2_moe":
@@ -228,33 +246,3 @@ def server_notes(to: str, config: Any) -> list[str]:
         f"vLLM's class computes silu; this model has {config.hidden_act}": config.hidden_act != "silu",
     }
     return [note for note, holds in problems.items() if holds]
-
-
-def _neuron_tensors(name: str, layer: NeuronFeedForward, to: str) -> dict[str, Tensor]:
-    """The weights of ``layer``, called ``name`` in its model, under the names of the class ``to``."""
-    router: Any = layer.router
-    experts = layer.experts if layer.experts.latent is None else layer.experts.merged()
-    factor = router.config.routed_scaling_factor or 1.0
-    gate, up, down = (layer.central_weight(kind).t() for kind in ("gate_proj", "up", "down"))
-    dtype = down.dtype  # routers and experts may be float32 beside a 16-bit network
-    own = {
-        "experts.gate_up_proj": torch.cat([experts.gate_proj, experts.up], 1).to(dtype),
-        "experts.down_proj": (experts.down * factor).to(dtype).transpose(1, 2).contiguous(),
-    }
-    routes = router.weight.to(dtype)
-    if to == "qwen2_moe":
-        shared = {
-            "gate.weight": routes,
-            "shared_expert.gate_proj.weight": gate,
-            "shared_expert.up_proj.weight": up,
-            "shared_expert.down_proj.weight": 2 * down,  # its gate multiplies by sigmoid(0) = 1/2
-            "shared_expert_gate.weight": down.new_zeros(1, layer.in_features),
-        }
-        return {f"{name}.{part}": value for part, value in {**own, **shared}.items()}
-    place = name.rpartition(".")[0]
-    return {
-        **{f"{place}.block_sparse_moe.{part}": value for part, value in own.items()},
-        f"{place}.block_sparse_moe.router.weight": routes,
-        f"{place}.shared_mlp.input_linear.weight": torch.cat([gate, up]),
-        f"{place}.shared_mlp.output_linear.weight": down,
-    }

@@ -64,16 +64,6 @@ def test_default_blocks_are_the_largest_divisor_up_to_64() -> None:
     assert [settings.hidden_block(f) for f in (3072, 192, 24, 2816, 11008, 67)] == [64, 64, 24, 64, 64, 1]
 
 
-def test_a_fused_projection_is_one_centre_of_two_halves() -> None:
-    converted = convert_to_mpoe(dense("phi3"), config("hidden"))
-    layer = next(iter(hidden_modules(converted).values()))
-    shapes = {kind: weight.shape for kind, weight in layer.central_parameters().items()}
-    assert shapes == {"up": (96, 24), "down": (24, 48)}
-    both = layer.gate_up_proj.weight.T
-    assert torch.equal(layer.central_weight("gate_proj"), both[:, :48])
-    assert torch.equal(layer.central_weight("up"), both[:, 48:])
-
-
 def test_noise_dropout_and_padding() -> None:
     layer = next(iter(hidden_modules(convert_to_mpoe(dense("gpt2"), config("hidden"))).values()))
     assert isinstance(layer, HiddenFeedForward)

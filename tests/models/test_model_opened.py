@@ -17,7 +17,7 @@ from mpoe.layers import MPOEFeedForward, MPOLinear
 from mpoe.models import MPOELlamaForCausalLM, MPOELlamaModel
 from mpoe.models.others import ROUTING_FIELDS
 
-from .tiny_models import batch, dense_model, first_result, text_rows, tiny_batch, tiny_model
+from .tiny_models import batch, dense_model, result, text_rows, tiny_batch, tiny_model
 
 LLAMA_SITES = {
     "holder": "layers.*.mlp",
@@ -129,7 +129,7 @@ def test_feed_forward_chunks_give_the_same(model_type):
     model = tiny_model(model_type, name, chunk_size_feed_forward=3)
     inputs = tiny_batch(model, model_type)
     converted = convert_to_mpoe(model, MPOEConfig(num_experts=2, shape="separable"))
-    expected, found = (text_rows(first_result(m(**inputs)), inputs) for m in (model, converted))
+    expected, found = (text_rows(result(m(**inputs)), inputs) for m in (model, converted))
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert type(converted)(converted.config).config.chunk_size_feed_forward == 3
 

@@ -104,16 +104,16 @@ def tiny_batch(model, model_type):
     return inputs
 
 
-def first_result(output):
+def result(output):
     """The model's main output: logits, hidden states, or the logits of an answer's start."""
     return output[next(k for k in ("logits", "start_logits", "last_hidden_state") if k in output)]
 
 
 def text_rows(tensor, inputs):
-    """The rows of a result that are not padding, if it has one row per input token."""
-    mask = inputs.get("attention_mask")
-    per_token = mask is not None and tensor.shape[:2] == mask.shape
-    return tensor[mask.bool()] if per_token else tensor
+    """The rows of a result that are not padding, if it has one row per label or input token."""
+    labels, mask = inputs.get("labels", torch.empty(0)), inputs.get("attention_mask", torch.empty(0))
+    kept = next((k for k in (labels != -100, mask.bool()) if k.dim() == 2 and k.shape == tensor.shape[:2]), None)
+    return tensor if kept is None else tensor[kept]
 
 
 # ------------------------------------------------------------- a few of them with labels
@@ -166,23 +166,9 @@ def batch(family, labels=True):
     return inputs
 
 
-def result(output):
-    """Logits, or the hidden states of a model without a head."""
-    return output["logits"] if "logits" in output else output["last_hidden_state"]
-
-
-def valid_rows(family, tensor, inputs):
-    """The positions of a result that are not padding."""
-    if family == "bert_classifier":
-        return tensor
-    if family.startswith("t5"):
-        return tensor[inputs["labels"] != -100] if "labels" in inputs else tensor
-    return tensor[inputs["attention_mask"].bool()]
-
-
-def relative_difference(family, one, other, inputs):
+def relative_difference(one, other, inputs):
     """The largest difference between two outputs' rows that are not padding, relative to the largest number."""
-    a, b = (valid_rows(family, result(output), inputs) for output in (one, other))
+    a, b = (text_rows(result(output), inputs) for output in (one, other))
     return float((a - b).abs().max() / a.abs().max())
 
 
@@ -190,7 +176,7 @@ def logits(model, family):
     """Results that are not padding."""
     inputs = batch(family)
     with torch.no_grad():
-        return valid_rows(family, result(model(**inputs)), inputs)
+        return text_rows(result(model(**inputs)), inputs)
 
 
 # ------------------------------------------------------------- experts that keep the dense projections

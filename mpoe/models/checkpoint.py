@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,12 @@ def _refusing(folder: Path, cls: type[Any]) -> Iterator[None]:
         ) from error
 
 
+def _check_ratios(modules: Mapping[str, MPOCores], ratios: Mapping[str, Any], folder: Path) -> None:
+    for name, cores in modules.items():
+        if len(ratios.get(name, ())) != len(cores.rate_ratios):
+            raise ValueError(f"rate_ratios in {folder / 'config.json'} must have one number for every core of {name}")
+
+
 @one_at_a_time
 def load_mpoe(path: str | Path, base: Any = None, **kwargs: Any) -> Any:
     """Load a model saved with ``save_pretrained``, or MPOE parameters saved with `save_mpoe_only`.
@@ -108,10 +114,11 @@ def load_mpoe(path: str | Path, base: Any = None, **kwargs: Any) -> Any:
     theirs, digest = _base_of(folder, cls, base) if is_only else ({}, "")
     shapes = declared_shapes(files)
     check_repeats(values, len(shapes) + len(theirs), folder / "config.json")
-    parsed_mpoe(values, folder)
+    ratios = parsed_mpoe(values, folder).rate_ratios
     with _refusing(folder, cls), torch.device("meta"):
         skeleton = cls(cls.config_class.from_dict(values))
     if is_only:
+        _check_ratios(dict(mpo_modules(skeleton)), ratios, folder)
         given = _joined(skeleton, files, theirs, digest)
         config = cls.config_class.from_dict(values)
         source: dict[str, Any] = {"pretrained_model_name_or_path": None, "config": config, "state_dict": given}
@@ -298,9 +305,7 @@ def load_layers(model: Any, path: str | Path, components: Sequence[str]) -> list
         if shapes.get(key) != (size := tuple(parameter.shape)):
             raise ValueError(f"{folder} must hold {key} {size}, as the model does; it has {shapes.get(key)}")
     changed = {name: cores for name, cores in cores_of.items() if name.startswith(tuple(names))}
-    for name, cores in changed.items():
-        if len(ratios.get(name, ())) != len(cores.rate_ratios):
-            raise ValueError(f"rate_ratios in {folder / 'config.json'} must have one number for every core of {name}")
+    _check_ratios(changed, ratios, folder)
     tensors = read_tensors(files)
     for key, parameter in wanted.items():
         parameter.copy_(tensors[key])

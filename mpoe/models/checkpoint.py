@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from mpoe.config import MPOEConfig
 from mpoe.config.checks import check_choice, check_type
+from mpoe.layers.cores import MPOCores
 from mpoe.layers.feed_forward import RoutedFeedForward
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.classes import class_named

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from mpoe.config.checks import check_integer, check_type
 from mpoe.data.predict import evaluation_mode
-from mpoe.layers.router import RouterOutput, TopKRouter
+from mpoe.layers.router import TopKRouter
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.convert import check_finite
 from mpoe.models.report import neuron_modules, routed_layers
@@ -61,32 +61,13 @@ class Moments:
         self.tokens += len(rows)
 
 
-class Forced(TopKRouter):
-    """Sends every token to one expert, regardless of capacity."""
-
-    def __init__(self, router: TopKRouter, expert: int) -> None:
-        super().__init__(router.in_features, router.num_experts, router.config, device=router.weight.device)
-        self.expert = expert
-        self.top_k = 1  # more would compute the same expert again
-
-    def capacity(self, num_tokens: int) -> None:
-        """None: every token goes to its domain's expert."""
-
-    def forward(self, x: Tensor) -> RouterOutput:
-        logits = x.new_zeros(x.shape[0], self.num_experts, dtype=torch.float32)
-        index = torch.full((x.shape[0], 1), self.expert, dtype=torch.int64, device=x.device)
-        return RouterOutput(logits, index, torch.ones_like(index, dtype=torch.float32))
-
-
-def _without(router: TopKRouter, expert: int, weight: Tensor) -> TopKRouter:
-    """A router that never chooses one expert; ``weight [E - 1, I]`` are the logits' rows of the others."""
-    few = dataclasses.replace(router.config, top_k=min(router.top_k, len(weight)), bias_update_rate=1.0)
-    own = router.weight
-    made = TopKRouter(router.in_features, router.num_experts, few, device=own.device, dtype=own.dtype)
-    rows = torch.cat([weight[:expert], weight.new_zeros(1, router.in_features), weight[expert:]])
+def _router_like(own: TopKRouter, rows: Tensor, barred: Sequence[int], **changes: Any) -> TopKRouter:
+    """A router with weights ``rows [E, I]`` that never chooses some experts, and these changes of its configuration."""
+    config = dataclasses.replace(own.config, bias_update_rate=1.0, **changes)
+    made = TopKRouter(own.in_features, own.num_experts, config, device=own.weight.device, dtype=own.weight.dtype)
     made.weight.data.copy_(rows)
     assert made.e_score_correction_bias is not None
-    made.e_score_correction_bias[expert] = -torch.inf
+    made.e_score_correction_bias[list(barred)] = -torch.inf
     return made
 
 
@@ -104,13 +85,26 @@ def _routed_by(mixture: nn.Module, made: Callable[[str, TopKRouter], TopKRouter]
 
 
 def forced(mixture: nn.Module, expert: int) -> contextlib.AbstractContextManager[None]:
-    """Every token goes to one expert of every layer, with gate 1."""
-    return _routed_by(mixture, lambda _, router: Forced(router, expert))
+    """Every token goes to one expert of every layer, with gate 1, regardless of capacity."""
+    limits = ("capacity_factor", "eval_capacity_factor", "second_policy", "eval_second_policy", "routed_scaling_factor")
+    alone: dict[str, Any] = {**dict.fromkeys(limits), "top_k": 1, "is_scale_prob": False}
+
+    def made(_: str, own: TopKRouter) -> TopKRouter:
+        others = [number for number in range(own.num_experts) if number != expert]
+        return _router_like(own, torch.zeros_like(own.weight), others, **alone)
+
+    return _routed_by(mixture, made)
 
 
 def without(mixture: nn.Module, expert: int, weights: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[None]:
     """No token goes to one expert; ``weights [E - 1, I]`` by layer are the routers of the others."""
-    return _routed_by(mixture, lambda name, router: _without(router, expert, weights[name]))
+
+    def made(name: str, own: TopKRouter) -> TopKRouter:
+        rows = weights[name]
+        every = torch.cat([rows[:expert], rows.new_zeros(1, own.in_features), rows[expert:]])
+        return _router_like(own, every, [expert], top_k=min(own.top_k, len(rows)))
+
+    return _routed_by(mixture, made)
 
 
 def on_device_of(mixture: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

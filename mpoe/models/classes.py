@@ -43,19 +43,9 @@ def _may_cache(layer: MPOExperts, on_gpus: bool) -> bool:
 
 
 def decoding_bytes(layers: list[MPOExperts]) -> int:
-    """Bound of `generate`'s cache unless `cache_experts` sets one.
-
-    Returns:
-        The size of one dense feed-forward network for each layer, in its dtype; less where cores and cache together
-        would take more than dense experts.
-    """
-    total = 0
-    for layer in layers:
-        projections = layer.projections().values()
-        dense = sum(cores.in_features * cores.out_features for cores in projections) * layer.dtype.itemsize
-        own = sum(core.nbytes for cores in projections for core in cores.cores())
-        total += max(min(dense, layer.num_experts * dense - own), 0)
-    return total
+    """Bound of `generate`'s cache unless `cache_experts` sets one: a dense feed-forward network for each layer."""
+    projections = [(cores, layer.dtype.itemsize) for layer in layers for cores in layer.projections().values()]
+    return sum(cores.in_features * cores.out_features * size for cores, size in projections)
 
 
 @contextmanager

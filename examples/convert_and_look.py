@@ -15,7 +15,7 @@ import torch
 
 from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe, merge_experts
 from mpoe.data.embedded import load_stand_in
-from mpoe.inspection import bond_spectra, parameter_growth, route_text
+from mpoe.inspection import bond_spectra, route_text
 from mpoe.models import mpo_modules
 
 torch.manual_seed(0)
@@ -79,17 +79,20 @@ for name, cores in mpo_modules(model):
 # Dense experts multiply the number of parameters; MPO experts hardly add any.
 
 # %%
-growth = parameter_growth(model)
-for experts, ours, switch in zip(growth.experts, growth.mpoe, growth.switch, strict=True):
-    print(f"{experts:3d} experts: MPO {ours / 1e6:6.2f} M, dense {switch / 1e6:6.2f} M")
-assert growth.mpoe[-1] < growth.switch[-1] / 10
+numbers, ours, switch = (1, 4, 16, 64), [], []
+for experts in numbers:
+    counted = convert_to_mpoe(dense, MPOEConfig(num_experts=experts, shape="separable")).parameter_report()
+    ours.append(counted["total"] / 1e6)
+    switch.append(counted["switch_total"] / 1e6)
+    print(f"{experts:3d} experts: MPO {ours[-1]:6.2f} M, dense {switch[-1]:6.2f} M")
+assert ours[-1] < switch[-1] / 10
 
 figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
-axes.plot(growth.experts, [n / 1e6 for n in growth.switch], "o-", color="#999999", label="dense experts (Switch)")
-axes.plot(growth.experts, [n / 1e6 for n in growth.mpoe], "o-", color="#0072B2", label="MPO experts")
+axes.plot(numbers, switch, "o-", color="#999999", label="dense experts (Switch)")
+axes.plot(numbers, ours, "o-", color="#0072B2", label="MPO experts")
 axes.set(xlabel="experts per layer", ylabel="parameters, millions", ylim=(0, None))
 axes.set_xscale("log", base=2)
-axes.set_xticks(growth.experts, growth.experts)
+axes.set_xticks(numbers, numbers)
 axes.legend()
 plt.show()
 

@@ -1,5 +1,5 @@
-"""Looking into an MPOE model: routes of its tokens, spectra of its bonds, parameters against experts; and what each
-expert of a composed mixture is worth on texts."""
+"""Looking into an MPOE model: routes of its tokens, spectra of its bonds; and what each expert of a composed mixture is
+worth on texts."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mpoe.data.predict import token_losses
 from mpoe.layers.cores import MPOCores
-from mpoe.layers.feed_forward import KeptFeedForward, RoutedFeedForward
 from mpoe.models.domains import Statistics, forced, router_weight, without
-from mpoe.models.expert_mixture import NONE
-from mpoe.models.report import parameter_report, routed_layers
+from mpoe.models.report import routed_layers
 
 # ------------------------------------------------------------- which expert took which token
 
@@ -136,73 +134,20 @@ def bond_spectra(cores: MPOCores) -> list[BondSpectrum]:
 
 
 def _chain_spectra(chain: list[Tensor]) -> list[Tensor]:
-    """Singular values at every inner bond, descending, of cores ``[d, i j, d']``.
-
-    Cutting the chain at a bond splits the matrix into ``L R`` with ``L [rows left of it, d]`` and ``R [d, columns]``;
-    the squared singular values of the product are the eigenvalues of ``(L^T L)(R R^T)``. Both Gram matrices grow core
-    by core, so the matrix itself is never built.
-    """
-    rights = [chain[-1].new_ones(1, 1)]
-    for core in reversed(chain[1:]):
-        rows = core.flatten(1)  # [d, (i j) d']
-        rights.append((core @ rights[-1]).flatten(1) @ rows.T)
-    left, found = chain[0].new_ones(1, 1), []
-    for core, right in zip(chain[:-1], reversed(rights[1:]), strict=True):
-        columns = core.flatten(0, 1)  # [d (i j), d']
-        left = columns.T @ torch.tensordot(left, core, 1).flatten(0, 1)
-        values, vectors = torch.linalg.eigh(left)
-        root = vectors * values.clamp_min(0).sqrt()  # root root^T = left
-        squared = torch.linalg.eigvalsh(root.T @ right @ root)
-        found.append(squared.clamp_min(0).sqrt().flip(0))
-    return found
-
-
-# ------------------------------------------------------------- parameters against experts
-
-EXPERTS = (1, 2, 4, 8, 16, 32, 64)
-
-
-@dataclass(frozen=True)
-class Growth:
-    """Total parameters by number of experts.
-
-    Attributes:
-        experts: numbers of experts E, ascending.
-        mpoe: with MPO experts that share their central cores; empty for a model with dense experts.
-        switch: with E full weights.
-        dense: of the dense model.
-    """
-
-    experts: list[int]
-    mpoe: list[int]
-    switch: list[int]
-    dense: int
-
-
-def parameter_growth(model: nn.Module, experts: Sequence[int] = EXPERTS) -> Growth:
-    """Totals of an MPOE model with other numbers of experts; the model's own is added to ``experts``.
-
-    Raises:
-        ValueError: a model without mixtures.
-    """
-    layers = [module for module in model.modules() if isinstance(module, RoutedFeedForward)]
-    if not layers:
-        raise ValueError(f"parameter_growth needs a model with mixtures of experts; {type(model).__name__} has none")
-    own, cores, full, auxiliary = layers[0].num_experts, False, 0, 0
-    for layer in layers:
-        if isinstance(layer, KeptFeedForward):
-            cores, auxiliary = True, auxiliary + layer.own_parameters() // own
-            full += sum(weight.numel() for weight in layer.dense_parameters().values())
-            continue
-        for projection in layer.experts.projections().values():
-            full += projection.in_features * projection.out_features
-            if isinstance(projection, MPOCores):
-                cores, auxiliary = True, auxiliary + projection.own_parameters() // own
-    router = sum(layer.router.in_features for layer in layers if layer.router is not None)
-    report, counts = parameter_report(model), sorted({*experts, own})
-    mpoe = [report["total"] + (count - own) * (auxiliary + router) for count in counts] if cores else []
-    switch = [report["switch_total"] + (count - own) * (full + router) for count in counts]
-    return Growth(counts, mpoe, switch, report["dense_total"])
+    """Singular values at every inner bond, descending, of cores ``[d, i j, d']``: QR decompositions from the left make
+    all cores but the last orthogonal, then every SVD from the right has a bond's values. The whole matrix is never
+    built."""
+    carried, orthogonal = chain[0].new_ones(1, 1), []
+    for core in chain:
+        core = torch.tensordot(carried, core, 1)
+        q, carried = torch.linalg.qr(core.flatten(0, 1))
+        orthogonal.append(q.unflatten(0, core.shape[:2]))
+    found = []
+    for core in reversed(orthogonal[1:]):
+        u, values, _ = torch.linalg.svd(torch.tensordot(core, carried, 1).flatten(1), full_matrices=False)
+        found.append(values)
+        carried = u * values
+    return found[::-1]
 
 
 # ------------------------------------------------------------- what composed experts are worth
@@ -220,7 +165,6 @@ class Worth:
         share: of the router's choices, over all layers, by expert.
         alone: the loss if every token goes to this expert; *none* is the base.
         removed: the loss of the mixture composed without this expert.
-        best: by token that is predicted, in order, the expert that predicts it best.
     """
 
     names: list[str]
@@ -230,12 +174,6 @@ class Worth:
     share: list[float]
     alone: list[float]
     removed: list[float]
-    best: list[int]
-
-    @property
-    def base(self) -> float | None:
-        """The loss of the base, if the mixture has *none*."""
-        return self.alone[self.names.index(NONE)] if NONE in self.names else None
 
 
 def composed_worth(mixture: Any, classes: Sequence[Statistics], batches: Sequence[Mapping[str, Tensor]]) -> Worth:
@@ -266,14 +204,12 @@ def composed_worth(mixture: Any, classes: Sequence[Statistics], batches: Sequenc
         others = [each for place, each in enumerate(classes) if place != number]
         with without(mixture, number, {layer: router_weight(others, layer) for layer, _ in routed_layers(mixture)}):
             removed.append(float(token_losses(mixture, batches).mean()))
-    best = torch.stack(alone).min(0)
     return Worth(
         names,
         len(own),
         float(own.mean()),
-        float(best.values.mean()),
+        float(torch.stack(alone).amin(0).mean()),
         (loads / loads.sum()).tolist(),
         [float(each.mean()) for each in alone],
         removed,
-        best.indices.tolist(),
     )

@@ -46,7 +46,6 @@ RANKS = {
     "mpoe.data": 12,
     "mpoe.layers": 13,
     "mpoe.models": 14,
-    "mpoe.estimation": 15,
     "mpoe.inspection": 15,
     "mpoe.training": 15,
     "mpoe_bench": 16,
@@ -55,9 +54,7 @@ RANKS = {
 }
 # Siblings of equal rank that do not know each other.
 STRANGERS = {
-    ("mpoe.estimation", "mpoe.training"),
     ("mpoe.inspection", "mpoe.training"),
-    ("mpoe.inspection", "mpoe.estimation"),
 }
 
 
@@ -176,7 +173,7 @@ def run_python(code: str) -> str:
 
 def test_kernels_import_neither_transformers_nor_mpoe_and_info_no_transformers() -> None:
     code = "import sys, mpoe_kernels; print([m for m in ('transformers', 'mpoe', 'triton') if m in sys.modules])\n"
-    code += "from mpoe.cli.info import collect, show; show(collect()); print('transformers' in sys.modules)"
+    code += "from mpoe.cli.info import command; command([]); print('transformers' in sys.modules)"
     kernels, *shown, info = run_python(code).splitlines()
     assert (kernels, info) == ("[]", "False")
     assert "eager" in "".join(shown)

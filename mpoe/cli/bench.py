@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mpoe.cli.command import Asked, CommandError, as_command, option
 from mpoe.cli.models import RESULTS_FILE, check_output, write_json
-from mpoe.config.checks import check_number
 
 REPORT_FILE = "report.md"
 INCOMPLETE_FILE = "incomplete.json"
 PIPE_WIDTH = 100  # width of tables if the output is not a terminal
-
-
-def check_installed() -> None:
-    """Refuse if the benchmarks are not installed."""
-    for package, advice in {
-        "mpoe_bench": "in a checkout: pip install -e ., or its folder bench on PYTHONPATH",
-        "pytest_benchmark": 'pip install "mpoe[bench]"',
-    }.items():
-        if importlib.util.find_spec(package) is None:
-            raise CommandError(f"the benchmarks are not installed: no package {package} ({advice})")
 
 
 @dataclass
@@ -39,42 +27,38 @@ class BenchOptions:
     threads: int | None = option(None, "torch threads; default: every usable processor")
     clock: str = option("wall", "wall, or cpu: CPU time of one thread, for machines that others use too")
     scale: str = option("real", "real, or tiny: everything once on sizes of a test, in seconds")
-    wide: bool = option(False, "all columns, however narrow the terminal")
     overwrite: bool = option(False, "replace the results in the output folder")
     minutes: float | None = option(None, "begin nothing new after so long; default: none, of gpu eight")
 
-    def __post_init__(self) -> None:
-        if self.minutes is not None:
-            check_number("minutes", self.minutes, 0, open_low=True)
+    LEAST: ClassVar[dict[str, int]] = {"minutes": 0}
 
 
 @as_command("mpoe bench [--flag value ...]", BenchOptions)
 def command(asked: Asked) -> dict[str, Any]:
     """Measure as asked; returns what ``results.json`` holds."""
     (options,) = asked.options
-    check_installed()
-    from mpoe_bench.machine import check_options
-
+    check_output("out", options.out, options.overwrite, "earlier results", [RESULTS_FILE])
     try:
-        check_options(options.suite, options.device, options.threads, options.clock, options.scale, options.backend)
+        results = _measure(options)
+    except ImportError as error:
+        how = 'in a checkout: pip install -e ".[bench]", or its folder bench on PYTHONPATH'
+        raise CommandError(f"the benchmarks are not installed: no package {error.name} ({how})") from None
     except ValueError as error:
         raise CommandError(str(error)) from None
-    out = check_output("out", options.out, options.overwrite, "earlier results", [RESULTS_FILE])
-    out.mkdir(parents=True, exist_ok=True)
-    results = _measure(options)
     if results["failures"]:
         raise CommandError(f"wrong or failed: {'; '.join(results['failures'])}")
     return results
 
 
 def _measure(options: BenchOptions) -> dict[str, Any]:
+    import pytest_benchmark  # noqa: F401 - an extra, see pyproject.toml
     from mpoe_bench.run import run_suite
     from mpoe_bench.tables import HOW_TO_READ, machine_table, markdown_report, table_of, target_table, text_of
 
     from mpoe.models.weight_files import write_text
 
     suite, out, terminal = options.suite, options.out, sys.stdout
-    width = None if options.wide else shutil.get_terminal_size().columns if terminal.isatty() else PIPE_WIDTH
+    width = shutil.get_terminal_size().columns if terminal.isatty() else PIPE_WIDTH
     sections: list[dict[str, Any]] = []
 
     def show(table: Any) -> None:
@@ -82,6 +66,7 @@ def _measure(options: BenchOptions) -> dict[str, Any]:
 
     def finished(section: dict[str, Any]) -> None:
         sections.append(section)
+        out.mkdir(parents=True, exist_ok=True)
         write_json(out / INCOMPLETE_FILE, {"suite": suite, "sections": sections})
         show(table_of(section))
 
@@ -93,6 +78,7 @@ def _measure(options: BenchOptions) -> dict[str, Any]:
         if sections:
             print(f"unfinished; the sections so far are in {out / INCOMPLETE_FILE}")
         raise
+    out.mkdir(parents=True, exist_ok=True)
     (out / INCOMPLETE_FILE).unlink(missing_ok=True)
     if results["skipped"]:
         print(f"the time did not suffice for: {'; '.join(results['skipped'])}")

@@ -14,6 +14,7 @@ import difflib
 import errno
 import functools
 import io
+import itertools
 import json
 import os
 import shlex
@@ -23,14 +24,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-USER_ERROR = 2
 _PACKAGE_FOLDERS = tuple(str(Path(__file__).resolve().parents[2] / name) for name in ("mpoe", "mpoe_kernels"))
 _ON_PURPOSE = (ValueError, TypeError, OSError, RuntimeError)
-# Errors of the system, wherever they occur: no space, no permission, a failing disk, an impossible path.
-_OF_THE_MACHINE = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE}
-    | {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
-)
 
 
 class CommandError(ValueError):
@@ -46,27 +41,15 @@ def close_matches(word: str, known: Iterable[str]) -> str:
 def is_on_purpose(error: BaseException) -> bool:
     """Whether the package raised ``error`` deliberately, as a message to the user.
 
-    This is true for a `CommandError`, for errors of the system (a full disk, no permission), and for errors whose
-    innermost frame is in this package: an exception from inside torch or transformers is a bug, there or here, and
-    keeps its traceback.
+    This is true for a `CommandError`, for errors of the system wherever they occur (a full disk, no permission; not for
+    an absent file), and for errors whose innermost frame is in this package: an exception from inside torch or
+    transformers is a bug, there or here, and keeps its traceback.
     """
-    if isinstance(error, CommandError):
-        return True
-    if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+    of_the_system = isinstance(error, OSError) and error.errno not in (None, errno.ENOENT)
+    if of_the_system or isinstance(error, CommandError):
         return True
     files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
     return isinstance(error, _ON_PURPOSE) and bool(files) and files[-1].startswith(_PACKAGE_FOLDERS)
-
-
-def show(error: BaseException, debug: bool = False) -> int:
-    """Print ``error`` on stderr and return the exit code: 2 for the user's errors, 1 for bugs."""
-    if debug or not is_on_purpose(error):
-        traceback.print_exception(error)
-    if not is_on_purpose(error):
-        return 1
-    message = " ".join(str(error).split()) or type(error).__name__
-    print(f"mpoe: error: {message}", file=sys.stderr)
-    return USER_ERROR
 
 
 T = TypeVar("T")
@@ -82,16 +65,15 @@ _MEANT = {
     "dataset": "data_dir",
     "output": "output_dir",
 }
-_TRUTHS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")  # those of HfArgumentParser
 
 
 class Asked(NamedTuple):
-    """A parsed command line: the filled dataclasses, the names of the options that were set, positional words, and the
-    whole as it was typed."""
+    """A parsed command line: the filled dataclasses, the names of the options that were set, the words before the first
+    option, and the whole as it was typed."""
 
     options: tuple[Any, ...]
     given: set[str]
-    words: list[str]
+    words: Sequence[str] = ()
     typed: str = ""
 
 
@@ -153,14 +135,6 @@ def option_names(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     return {_normal(option): action for option, action in parser._option_string_actions.items()}
 
 
-def _unknown(kind: str, name: str, known: Mapping[str, Any]) -> CommandError:
-    dashes = "--" if name.startswith("--") else ""  # suggestions for a flag are written as flags
-    meant = _MEANT.get(_normal(name))
-    if meant in known:
-        return CommandError(f"{kind} {name!r}; did you mean {dashes + str(meant)!r}?")
-    return CommandError(f"{kind} {name!r}{close_matches(dashes + _normal(name), [dashes + k for k in known])}")
-
-
 def _is_flag(token: str) -> bool:
     return token.startswith("--") and len(token) > 2
 
@@ -169,75 +143,52 @@ def _tokens_of(file: str | os.PathLike[str], known: Mapping[str, argparse.Action
     """A JSON or YAML mapping of options as tokens; what is null there keeps its default."""
     from mpoe.data.mappings import read_mapping
 
-    try:
-        values = read_mapping(file, "configuration file")
-    except ValueError as error:
-        raise CommandError(str(error)) from None
     tokens: list[str] = []
-    for key, value in values.items():
-        name = _normal(key)
-        if name not in known:
-            raise _unknown(f"{file}: unknown option", key, known)
-        if isinstance(value, (list, tuple)) and known[name].nargs == "+":
-            if not value:
-                raise CommandError(f"{file}: option {key!r} needs at least one value; got an empty list")
+    for name, value in read_mapping(file, "configuration file").items():
+        if isinstance(value, list) and _normal(name) in known and known[_normal(name)].nargs == "+":
             tokens += [f"--{name}", *map(str, value)]
-        elif isinstance(value, (dict, list, tuple)):
-            tokens.append(f"--{name}={json.dumps(value)}")
         elif value is not None:
-            tokens.append(f"--{name}={str(value).lower() if isinstance(value, bool) else value}")
+            tokens.append(f"--{name}={json.dumps(value) if isinstance(value, (dict, list)) else value}")
     return tokens
 
 
-def _checked(flags: Sequence[str], known: Mapping[str, argparse.Action], most: int) -> list[str]:
-    """Flags of known names; a switch in front of a positional word does not take it for its value."""
-    tokens = []
-    for token, following in zip(flags, [*flags[1:], ""], strict=False):
-        if _is_flag(token) and _normal(token) not in known:
-            raise _unknown("unknown option", token.partition("=")[0], known)
-        if _is_flag(token) and token.partition("=")[2] == "--":  # argparse would drop it
-            raise CommandError(f"{token[:-3]} must have a value; got '--'")
-        alone = most and _is_flag(token) and "=" not in token and known[_normal(token)].nargs == "?"
-        tokens.append(f"{token}=true" if alone and following.lower() not in _TRUTHS else token)
-    return tokens
-
-
-def parse(
-    dataclass_types: Sequence[type],
-    flags: Sequence[str],
-    config: str | os.PathLike[str] | None = None,
-    most: int = 0,
-) -> Asked:
-    """Fill ``dataclass_types`` from a configuration file and flags.
+def parse(kinds: Sequence[type], flags: Sequence[str], config: str | os.PathLike[str] | None = None) -> Asked:
+    """Fill the dataclasses ``kinds`` from a configuration file and flags.
 
     Args:
-        dataclass_types: dataclasses whose fields are the known options; field names must be unique.
+        kinds: dataclasses whose fields are the known options; field names must be unique.
         flags: command-line tokens; they override the file.
         config: JSON or YAML file, or None.
-        most: positional words that may stand among the flags, at most.
 
     Raises:
-        CommandError: unknown option (with similar names), a value of the wrong type (naming file or flag), a value that
-            a dataclass refuses, or too many words.
+        CommandError: unknown option (with similar names), a value of the wrong type (naming file or flag), or a value
+            that a dataclass refuses.
     """
-    parser = make_parser(dataclass_types)
-    known, namespace = option_names(parser), argparse.Namespace()
-    of_file = [] if config is None else _tokens_of(config, known)
+    parser = make_parser(kinds)
+    known, namespace, given = option_names(parser), argparse.Namespace(), set()
     try:
-        namespace, rest = parser.parse_known_args(of_file, namespace)
-        _refuse_stray(rest)
-    except CommandError as error:
-        raise CommandError(f"{config}: {error}") from None
+        of_file = [] if config is None else _tokens_of(config, known)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
     # argparse keeps values already in the namespace unless a flag sets them, so flags win
-    namespace, words = parser.parse_known_args(_checked(flags, known, most), namespace)
-    _refuse_stray([word for place, word in enumerate(words) if place >= most or word.startswith("-")])
-    given = {known[_normal(token)].dest for token in (*of_file, *flags) if _is_flag(token)}
-    return Asked(tuple(_build(kind, namespace, given) for kind in dataclass_types), given, words)
-
-
-def _refuse_stray(values: Sequence[str]) -> None:
-    if values:
-        raise CommandError(f"values without an option: {' '.join(map(repr, values))}")
+    for place, tokens in ((f"{config}: ", of_file), ("", flags)):
+        names = [token for token in tokens if _is_flag(token)]
+        for name in names:
+            if _normal(name) not in known:
+                meant = _MEANT.get(_normal(name))
+                hint = f"; did you mean '--{meant}'?" if meant in known else ""
+                hint = hint or close_matches(f"--{_normal(name)}", [f"--{each}" for each in known])
+                raise CommandError(f"{place}unknown option {name.partition('=')[0]!r}{hint}")
+            if name.partition("=")[2] == "--":  # argparse would drop it
+                raise CommandError(f"{place}{name[:-3]} must have a value; got '--'")
+        try:
+            namespace, stray = parser.parse_known_args(tokens, namespace)
+        except CommandError as error:
+            raise CommandError(f"{place}{error}") from None
+        if stray:
+            raise CommandError(f"{place}values without an option: {' '.join(map(repr, stray))}")
+        given |= {known[_normal(name)].dest for name in names}
+    return Asked(tuple(_build(kind, namespace, given) for kind in kinds), given)
 
 
 def _build(kind: type, namespace: argparse.Namespace, given: set[str]) -> Any:
@@ -249,16 +200,12 @@ def _build(kind: type, namespace: argparse.Namespace, given: set[str]) -> Any:
         with contextlib.redirect_stdout(io.StringIO()):
             return kind(**values)
     except _UNFIT as error:
-        raise CommandError(_naming(str(error), {name: values[name] for name in given & values.keys()})) from error
-
-
-def _naming(message: str, values: Mapping[str, Any]) -> str:
-    """Transformers' errors may not name an option: find the one whose value they repeat, or else name all given
-    ones."""
-    if any(name in message for name in values):
-        return message
-    repeated = [name for name, value in values.items() if repr(value) in message]
-    return f"{', '.join(sorted(repeated or values))}: {message}"
+        # Transformers' errors may not name an option: find the one whose value they repeat, or name all given ones.
+        message, own = str(error), {name: values[name] for name in given & values.keys()}
+        if not any(name in message for name in own):
+            repeated = [name for name, value in own.items() if repr(value) in message]
+            message = f"{', '.join(sorted(repeated or own))}: {message}"
+        raise CommandError(message) from error
 
 
 def as_command(
@@ -273,8 +220,8 @@ def as_command(
     Args:
         usage: the usage line; its second word is the command.
         groups: dataclasses whose fields are the options.
-        words: the fewest and the most positional words, such as the name of a model.
-        config: one positional word may come first: a configuration file.
+        words: the fewest and the most words before the first option, such as the name of a model.
+        config: such a word may be a configuration file.
         first: the options that ``--help`` shows, with a few words about each; all others are shown by ``--help all``.
 
     The command raises `CommandError`: see `parse`; also for too few words. It returns None if it printed its help.
@@ -291,15 +238,13 @@ def as_command(
                 show_help(usage, about, groups, None if "all" in arguments else first)
                 return None
             if not arguments:  # without Transformers, whose import takes a second
-                return body(Asked(tuple(kind() for kind in groups), set(), []))
-            if config and not arguments[0].startswith("--"):  # in front alone: after a flag it would be its value
-                asked = parse(groups, arguments[1:], arguments[0])
-            else:
-                asked = parse(groups, arguments, most=words[1])
-            if len(asked.words) < words[0]:
+                return body(Asked(tuple(kind() for kind in groups), set()))
+            before = list(itertools.takewhile(lambda token: not token.startswith("--"), arguments))[: words[1] + config]
+            if len(before) < words[0]:
                 needed = "a model first" if words[0] == 1 else "two arguments"
                 raise CommandError(f"{name} needs {needed}: {usage} (see mpoe {name} --help)")
-            return body(asked._replace(typed=shlex.join(["mpoe", name, *arguments])))
+            asked = parse(groups, arguments[len(before) :], before[0] if config and before else None)
+            return body(asked._replace(words=before, typed=shlex.join(["mpoe", name, *arguments])))
 
         return run
 

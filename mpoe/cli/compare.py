@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,7 @@ from mpoe.training.output_dir import METRICS_FILE, RUN_FILE, flatten, is_neutral
 
 MOST_RUNS = 12
 NUMBERS_FILE = "compare.json"
-_NONE = "-"
 _SEEDS = ("seed", "data_seed", "gradient_mask_seed")
-
-
-_SPLITS = ("train", "seen", "validation")
 _CURVES = (
     "From metrics.jsonl. Pale lines are the raw values, the others running means; dots are evaluations. Task loss is "
     "in nats per target token, without the balancing loss. Entropy / ln E is 1 where experts get equal shares."
@@ -38,27 +34,21 @@ _LOAD = (
     "A row for each mixture layer, a column for each expert: the share of the layer's tokens that the router gave it "
     "in the last logged steps. An expert near 0 learns nothing; balance_loss_weight spreads tokens."
 )
-_DATA = "Items, or blocks of tokens of language modelling. Seen: items of all optimizer steps together."
-_RUNS = "Seconds: since a run was last started; per step: between two log lines without an evaluation or a save."
 _SCORES = (
     "Validation, after the last step; * is the best of a row. One run each: another seed moves a score as well, so "
     "compare several seeds before a small difference is believed. Baseline: one answer for all items."
 )
 _ARMS = "Runs that differ in their seeds alone are one arm: mean ± half of its 95% interval (Student's t)."
-_SETTINGS = "Settings of run.json that are not the same in all runs and may change what a run computes."
-
-
-# Kinds of `model.parameter_report()` in the order of reports, and their descriptions.
-PARAMETERS = {
-    "central": "central cores, shared by the experts of a layer",
-    "auxiliary": "auxiliary cores of all experts",
-    "expert": "weights of dense experts",
-    "router": "routers",
-    "rest": "everything else: embeddings, attention, norms, biases, layers that stayed dense",
-    "total": "the whole model",
-    "trainable": "of the whole model, what trains",
-    "dense_total": "for comparison: the model before conversion",
-    "switch_total": "for comparison: as many experts with full weights (Switch)",
+# Tables with a column for each run -> how to read them.
+_WORDS = {
+    "Runs": "Seconds: since a run was last started; per step: between two log lines without an evaluation or a save.",
+    "Data": "Items, or blocks of tokens of language modelling. Seen: items of all optimizer steps together.",
+    "Parameters": (
+        "central: shared by the experts of a layer; auxiliary: cores of all experts; expert: weights of dense experts; "
+        "rest: embeddings, attention, norms, biases, layers that stayed dense; dense_total: the model before "
+        "conversion; switch_total: as many experts with full weights (Switch)."
+    ),
+    "Settings that differ": "Those of run.json that are not the same in all runs and may change what a run computes.",
 }
 
 
@@ -68,7 +58,6 @@ class CompareOptions:
 
     output_dir: str = option("mpoe_compare", "folder for report.html and compare.json")
     overwrite: bool = option(False, "replace the report in the output folder")
-    names: list[str] = option([], "what the runs are called, in their order; default: their folders' names")
 
 
 @as_command("mpoe compare RUN_DIR RUN_DIR ... [--flag value ...]", CompareOptions, words=(1, MOST_RUNS))
@@ -79,9 +68,7 @@ def command(asked: Asked) -> None:
         raise CommandError(f"compare needs two runs or more; got {len(paths)}: mpoe compare RUN_DIR RUN_DIR ...")
     folder = Path(options.output_dir)
     check_output("output_dir", folder, options.overwrite, "an earlier report", [REPORT_FILE], MODEL_OR_RUN)
-    if options.names and len(options.names) != len(paths):
-        raise CommandError(f"names must be one for each of the {len(paths)} runs; got {len(options.names)}")
-    names = options.names or [Path(path).resolve().name for path in paths]
+    names = [Path(path).resolve().name for path in paths]
     if len(set(names)) < len(names):
         names = [f"{k} {name}" for k, name in enumerate(names, start=1)]
     runs = [read_run(path, name) for path, name in zip(paths, names, strict=True)]
@@ -153,105 +140,78 @@ def mixture_of(model: Any) -> str:
 def write_report(file: Path, runs: Sequence[RunFolder]) -> list[Table]:
     """Write the report of runs side by side, or that of one run; returns its tables."""
     (scores, *tables), (one, *others) = _tables(runs), runs
-    commands = (Markup("<pre>{}: {}</pre>").format(run.name, run.settings.get("command", _NONE)) for run in runs)
+    commands = (Markup("<pre>{}: {}</pre>").format(run.name, run.settings.get("command", "-")) for run in runs)
     remarks = (f"{run.name}: {remark}" for run in runs for remark in run.results.get("remarks", ()))
     parts = [*commands, scores.section(), *(Markup('<p class="failed">{}</p>').format(each) for each in remarks)]
-    if others:
-        title, curves = " / ".join(run.name for run in runs), report.run_curves({run.name: run.records for run in runs})
-    else:
-        title = f"{one.name}: {one.mixture} after {one.results.get('steps', 0):,} steps"
-        curves = report.training_curves(one.records)
-    parts.append(report.section("Training", report.picture(curves, "losses and expert load"), note=_CURVES))
-    loads = [record["expert_load"]["share"] for record in one.records if record.get("expert_load")]
-    if loads and not others:
-        names = one.results.get("layers") or list(map(str, range(len(loads[-1]))))
-        layers = {name: layer for name, layer in zip(names, loads[-1], strict=False) if layer}
-        figure = report.load_map(list(layers.values()), list(layers))
-        parts.append(report.section("Expert load", report.picture(figure, "expert load by layer"), note=_LOAD))
+    curves = report.curves({run.name: run.records for run in runs})
+    parts.append(report.section("Training", curves, note=_CURVES))
+    title = " / ".join(run.name for run in runs)
+    if not others:
+        title += f": {one.mixture} after {one.results.get('steps', 0):,} steps"
+        load: list[Any] = next((r["expert_load"]["share"] for r in reversed(one.records) if r.get("expert_load")), [])
+        names = one.results.get("layers") or list(map(str, range(len(load))))
+        layers = {name: layer for name, layer in zip(names, load, strict=False) if layer}
+        if layers:
+            figure = report.load_map(list(layers.values()), list(layers))
+            parts.append(report.section("Expert load", figure, note=_LOAD))
     parts += [table.section() for table in tables]
-    settings = [(key, *(str(run.settings.get(key, _NONE)) for run in runs)) for key in _settings(runs)]
-    more = Markup("<details><summary>All {} settings</summary>{}</details>")
-    parts.append(more.format(len(settings), Table(["", *(run.name for run in runs)], settings, kind="text").html()))
-    report.write_page(file, title, parts)
+    settings = _side_by_side("", runs, [dict(sorted(run.settings.items())) for run in runs])
+    more = Markup("<details><summary>All settings</summary>{}</details>")
+    report.write_page(file, title, [*parts, more.format(settings.html())])
     return [scores, *tables]
 
 
 # -------------------------------------------------- tables: a row for each fact, a column for each run
 
 
+def _side_by_side(title: str, runs: Sequence[RunFolder], facts: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each fact; runs that do not have it get a dash."""
+
+    def cell(value: Any) -> str:
+        return f"{value:,}" if type(value) is int else "-" if value is None else str(value)
+
+    names = dict.fromkeys(name for own in facts for name in own)
+    rows = [[name, *(cell(own.get(name)) for own in facts)] for name in names]
+    kind = "" if title in ("Data", "Parameters") else "text"
+    return Table(["", *(run.name for run in runs)], rows, title, _WORDS.get(title, ""), kind)
+
+
 def _tables(runs: Sequence[RunFolder]) -> list[Table]:
     """Scores come first."""
-    header = ["", *(run.name for run in runs)]
-    kinds = [key for key in PARAMETERS if any(run.results.get("parameters", {}).get(key) for run in runs)]
-    meanings = "; ".join(f"{kind}: {PARAMETERS[kind]}" for kind in kinds)
-    arms = arms_of(runs)
     scores = {run.name: run.results.get("validation", {}) for run in runs}
     baselines = {task: own for run in runs for task, own in run.results.get("baselines", {}).items()}
-    differ = [
-        key for key in _settings(runs) if not is_neutral(key) and len({str(r.settings.get(key)) for r in runs}) > 1
-    ]
-    data = dict.fromkeys((task, split) for run in runs for task in run.results.get("data", {}) for split in _SPLITS)
-    found = [
-        Table(["", *arms], _arm_rows(arms, metrics_of(scores.values())), "Arms", _ARMS),
-        Table(header, _what(runs), "Runs", _RUNS, "text"),
-        Table(header, _rows(runs, data, lambda run, key: run.results["data"][key[0]][key[1]]), "Data", _DATA),
-        Table(
-            header, _rows(runs, kinds, lambda run, key: run.results["parameters"][key]), "Parameters", f"{meanings}."
-        ),
-        Table(
-            header, _rows(runs, differ, lambda run, key: run.settings[key]), "Settings that differ", _SETTINGS, "text"
-        ),
-    ]
-    return [score_table(scores, baselines, "Scores", _SCORES), *(each for each in found if each.rows)]
+    arms = arms_of(runs)
+    found = [Table(["", *arms], _arm_rows(arms, metrics_of(scores.values())), "Arms", _ARMS)]
+    every = [_facts(run, len(runs) == 1) for run in runs]
+    found += [_side_by_side(title, runs, [facts[title] for facts in every]) for title in every[0]]
+    names = sorted({name for run in runs for name in run.settings if name != "command" and not is_neutral(name)})
+    differ = [name for name in names if len({str(run.settings.get(name)) for run in runs}) > 1]
+    settings = [{name: run.settings.get(name) for name in differ} for run in runs]
+    found.append(_side_by_side("Settings that differ", runs, settings))
+    return [score_table(scores, baselines, "Scores", _SCORES), *(table for table in found if table.rows)]
 
 
-def _rows(runs: Sequence[RunFolder], keys: Iterable[Any], read: Callable[[RunFolder, Any], Any]) -> list[list[str]]:
-    """A row for each key; runs that do not have it get a dash."""
-
-    def cell(run: RunFolder, key: Any) -> str:
-        try:
-            value = read(run, key)
-        except LookupError:
-            value = None
-        return f"{value:,}" if type(value) is int else _NONE if value is None else str(value)
-
-    return [[key if isinstance(key, str) else ": ".join(key), *(cell(run, key) for run in runs)] for key in keys]
-
-
-def _what(runs: Sequence[RunFolder]) -> list[list[str]]:
-    """What the runs are, and how they went."""
-
-    def per_step(run: RunFolder) -> str:
-        logged = [(a, b) for a, b in itertools.pairwise(run.records) if "loss" in a and "loss" in b]
-        times = sorted((b["time"] - a["time"]) / (b["step"] - a["step"]) for a, b in logged if b["step"] > a["step"])
-        return f"{times[len(times) // 2]:.3g}" if times else _NONE
-
-    def ended(run: RunFolder) -> str:
-        steps = run.results.get("steps") or max((record.get("step", 0) for record in run.records), default=0)
-        return f"{steps:,}" if run.results else f"{steps:,}, not ended"
-
-    def batch(run: RunFolder) -> str:
-        own = run.settings.get
-        return str(own("training.train_batch_size", 0) * own("training.gradient_accumulation_steps", 1))
-
-    def rate(run: RunFolder) -> str:
-        why = run.settings.get("learning_rate_from", "")
-        return f"{run.settings.get('training.learning_rate', 0):g}" + (f": {why}" if why and len(runs) == 1 else "")
-
-    rows = {
-        "started from": lambda run: str(run.results.get("model") or run.settings.get("model", _NONE)),
-        "feed-forward layers": lambda run: run.mixture or _NONE,
-        "optimizer steps": ended,
-        "items of a step": batch,
-        "learning rate": rate,
-        "training loss, last logged": lambda run: next(
-            (f"{record['loss']:.4f}" for record in reversed(run.records) if record.get("loss") is not None), _NONE
-        ),
-        "training, seconds": lambda run: f"{run.results['seconds']:.0f}" if run.results else _NONE,
-        "seconds per step, median": per_step,
-        "device": lambda run: run.results.get("made_with", {}).get("device", _NONE),
+def _facts(run: RunFolder, alone: bool) -> dict[str, dict[str, Any]]:
+    """By table: what the run is, and how it went."""
+    own, results, records = run.settings.get, run.results, run.records
+    logged = [(a, b) for a, b in itertools.pairwise(records) if "loss" in a and "loss" in b and b["step"] > a["step"]]
+    times = [(b["time"] - a["time"]) / (b["step"] - a["step"]) for a, b in logged]
+    losses = [record["loss"] for record in records if record.get("loss") is not None]
+    steps = results.get("steps") or max((record.get("step", 0) for record in records), default=0)
+    why = own("learning_rate_from", "") if alone else ""
+    runs = {
+        "started from": results.get("model") or own("model"),
+        "feed-forward layers": run.mixture or None,
+        "optimizer steps": f"{steps:,}" if results else f"{steps:,}, not ended",
+        "items of a step": own("training.train_batch_size", 0) * own("training.gradient_accumulation_steps", 1),
+        "learning rate": f"{own('training.learning_rate', 0):g}" + (f": {why}" if why else ""),
+        "training loss, last logged": f"{losses[-1]:.4f}" if losses else None,
+        "training, seconds": f"{results['seconds']:.0f}" if results else None,
+        "seconds per step, median": f"{statistics.median_high(times):.3g}" if times else None,
+        "device": results.get("made_with", {}).get("device"),
     }
-    return [[name, *map(tell, runs)] for name, tell in rows.items()]
+    data = {f"{task}: {split}": n for task, sizes in results.get("data", {}).items() for split, n in sizes.items()}
+    return {"Runs": runs, "Data": data, "Parameters": {k: n for k, n in results.get("parameters", {}).items() if n}}
 
 
 def arms_of(runs: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
@@ -275,7 +235,7 @@ def mean_and_half_width(values: Sequence[float]) -> str:
     from scipy.stats import t
 
     if len(values) < 2:
-        return f"{values[0]:.4f}" if values else _NONE
+        return f"{values[0]:.4f}" if values else "-"
     half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return f"{statistics.fmean(values):.4f} ± {half:.4f}"
 
@@ -291,8 +251,3 @@ def _arm_rows(arms: dict[str, list[RunFolder]], metrics: Sequence[tuple[str, str
         there = [[value for value in values if value is not None] for values in scores]
         rows.append([f"{task}: {metric}", *map(mean_and_half_width, there)])
     return rows
-
-
-def _settings(runs: Sequence[RunFolder]) -> list[str]:
-    """Names of all settings of the runs, in order."""
-    return sorted({key for run in runs for key in run.settings} - {"command"})

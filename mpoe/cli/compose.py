@@ -9,16 +9,22 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+import torch
+
+from mpoe.cli import models
 from mpoe.cli.command import Asked, CommandError, as_command, option
-from mpoe.cli.models import check_output, model_folder
-
-if TYPE_CHECKING:
-    from mpoe.cli.models import Source
+from mpoe.config import MPOEConfig, RouterConfig
+from mpoe.data.mappings import read_mapping, read_utf8
+from mpoe.models import expert_mixture
+from mpoe.models.composition import compose
+from mpoe.models.domains import train_routers
+from mpoe.models.expert_files import load_expert, merge_expert
+from mpoe.models.expert_mixture import EXPERTS_FOLDER, NONE, is_adapter
+from mpoe.models.table import CAUSAL
 
 USAGE = "mpoe compose BASE EXPERT ... --output_dir OUT [--flag value ...]"
 MOST = 1 + 128  # words: the base and its fine-tunes
@@ -59,29 +65,26 @@ def command(asked: Asked) -> None:
     (options,), (base, *names) = asked.options, asked.words
     # About experts: it names files of some, or a mixture of them, or the neurons of adapters.
     of_experts = options.neurons is not None or any(name.endswith(".expert") for name in names)
-    if options.add is not None and not of_experts:
-        from mpoe.models.expert_mixture import EXPERTS_FOLDER
-
-        of_experts = (Path(options.add) / EXPERTS_FOLDER).is_dir()
-    (_check_experts if of_experts else _check_fine_tunes)(names, options)
-    absent = [text for text in options.texts if not Path(text).is_file()]
-    if absent:
-        raise CommandError(f"texts: no such file: {absent[0]}")
+    of_experts = of_experts or (options.add is not None and (Path(options.add) / EXPERTS_FOLDER).is_dir())
+    for wrong, message in (_faults_of_experts if of_experts else _faults_of_fine_tunes)(names, options):
+        if wrong:
+            raise CommandError(message)
+    for kind, files in (("texts", options.texts), ("background", filter(None, [options.background]))):
+        absent = [file for file in files if not Path(file).is_file()]
+        if absent:
+            raise CommandError(f"{kind}: no such file: {absent[0]}")
     if options.output_dir is None:
         raise CommandError(f"compose needs --output_dir: {USAGE}")
-    out = check_output("output_dir", Path(options.output_dir), options.overwrite)
-    from mpoe.cli.models import find
-    from mpoe.models.table import CAUSAL
-
-    source = find(base)
-    if of_experts and source.is_mpoe:
-        raise CommandError(f"compose needs the dense model that the experts were trained beside; {base} is a mixture")
-    if not of_experts and (source.is_mpoe or source.style != CAUSAL):
+    out = models.check_output("output_dir", Path(options.output_dir), options.overwrite)
+    source = models.find(base)
+    if source.is_mpoe or (not of_experts and source.style != CAUSAL):
         raise CommandError(
-            f"compose takes dense causal language models, whose texts it reads; {base} is a {source.model_type} "
-            "(mpoe.compose in Python takes batches of any model)"
+            f"compose takes the dense model that the experts were trained beside, of fine-tunes a causal language model"
+            f"; {base} is a {source.model_type} (mpoe.compose in Python takes batches of any model)"
         )
-    (compose_experts if of_experts else compose_fine_tunes)(source, names, options, out)
+    tokenizer, dense = models.load_tokenizer(source), models.load_model(source)
+    texts = [_batches_of(text, tokenizer, options, "texts") for text in options.texts]
+    (compose_experts if of_experts else compose_fine_tunes)(dense, tokenizer, names, texts, options, out)
 
 
 def load_fine_tune(name: str, base: Any) -> Any:
@@ -90,10 +93,8 @@ def load_fine_tune(name: str, base: Any) -> Any:
     Raises:
         CommandError: no model or adapter of that name; an adapter, but PEFT is not installed.
     """
-    from mpoe.cli.models import find, load_model
-
-    if not (Path(name) / "adapter_config.json").is_file():
-        return load_model(find(name))
+    if not is_adapter(name):
+        return models.load_model(models.find(name))
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -107,8 +108,6 @@ def load_fine_tune(name: str, base: Any) -> Any:
 
 def pieces(text: str, tokenizer: Any, length: int, most: int, name: str) -> Any:
     """The start of a text as token ids [at most ``most``, length]; CommandError with ``name`` if it is too short."""
-    import torch
-
     # A token has fewer than ten characters on average: this reads enough, without reading a large text completely.
     ids = tokenizer(text[: 10 * most * length])["input_ids"]
     count = min(len(ids) // length, most)
@@ -122,39 +121,33 @@ def batches(rows: Any) -> list[dict[str, Any]]:
     return [{"input_ids": part, "labels": part} for part in rows.split(AT_ONCE)]
 
 
-def _batches_of(file: str, tokenizer: Any, options: ComposeOptions) -> list[dict[str, Any]]:
-    from mpoe.data.mappings import read_utf8
-
-    text = read_utf8("texts:", Path(file))
-    return batches(pieces(text, tokenizer, options.max_length, options.max_texts, f"texts: {file}"))
+def _batches_of(file: str, tokenizer: Any, options: ComposeOptions, name: str) -> list[dict[str, Any]]:
+    text = read_utf8(f"{name}:", Path(file))
+    return batches(pieces(text, tokenizer, options.max_length, options.max_texts, f"{name}: {file}"))
 
 
 # ---------------------------------------------------------------------------------- fine-tunes
 
 
-def _check_fine_tunes(names: Sequence[str], options: ComposeOptions) -> None:
-    if options.remove or options.merge or options.add is not None or options.background is not None:
-        raise CommandError("add, remove, merge and background are for experts' files; got fine-tunes")
-    if not names:
-        raise CommandError(f"compose needs a base and at least one expert: {USAGE}")
-    if len(options.texts) != len(names):
-        raise CommandError(f"texts must name a file for each of {len(names)} fine-tunes; got {len(options.texts)}")
+def _faults_of_fine_tunes(names: Sequence[str], options: ComposeOptions) -> Iterator[tuple[object, str]]:
+    """What must not be, and the message."""
+    count, texts = len(names), len(options.texts)
+    others = options.add is not None or options.remove or options.merge or options.background is not None
+    yield others, "add, remove, merge and background are for experts' files; got fine-tunes"
+    yield not names, f"compose needs a base and at least one expert: {USAGE}"
+    yield texts != count, f"texts must name a file for each of {count} fine-tunes; got {texts}"
 
 
-def compose_fine_tunes(source: Source, names: Sequence[str], options: ComposeOptions, out: Path) -> None:
-    """Compose the fine-tunes ``names`` of the model ``source`` and save the mixture in ``out``."""
-    from mpoe.cli.models import load_model, load_tokenizer
-    from mpoe.config import RouterConfig
-    from mpoe.models.composition import compose
-
-    tokenizer, base = load_tokenizer(source), load_model(source)
+def compose_fine_tunes(
+    base: Any, tokenizer: Any, names: Sequence[str], texts: Sequence[Any], options: ComposeOptions, out: Path
+) -> None:
+    """Compose the fine-tunes ``names`` of ``base``, each with the batches of its text, and save the mixture."""
     fine_tunes = [load_fine_tune(name, base) for name in names]
-    examples = [_batches_of(text, tokenizer, options) for text in options.texts]
     routing = RouterConfig(top_k=options.top_k or 1)
-    mixture = compose(base, fine_tunes, examples, routing, router=options.router, steps=options.steps)
+    mixture = compose(base, fine_tunes, texts, routing, router=options.router, steps=options.steps)
     for name, error in zip(names, mixture.composition_report.values(), strict=True):
         print(f"{name}: outside the experts {error:.2f} of what it changed is lost in the mean")
-    with model_folder(out, mixture, tokenizer):
+    with models.model_folder(out, mixture, tokenizer):
         pass
     print(f"saved to {out}")
 
@@ -162,36 +155,27 @@ def compose_fine_tunes(source: Source, names: Sequence[str], options: ComposeOpt
 # ------------------------------------------------------- experts' files, and adapters fitted as such
 
 
-def _check_experts(names: Sequence[str], options: ComposeOptions) -> None:
-    from mpoe.models.expert_mixture import is_adapter
-
+def _faults_of_experts(names: Sequence[str], options: ComposeOptions) -> Iterator[tuple[object, str]]:
+    """What must not be, and the message."""
+    count, texts = len(names), len(options.texts)
     adapters = [name for name in names if is_adapter(name)]
     missing = [name for name in names if not Path(name).is_file() and name not in adapters]
-    if missing:
-        raise CommandError(f"compose takes either fine-tunes or experts' files; {missing[0]} is no file")
-    if options.remove and options.add is None:
-        raise CommandError("remove needs --add MIXTURE, whose experts it leaves out")
-    if options.texts and len(options.texts) != len(names):
-        raise CommandError(
-            f"texts must name a file for each of {len(names)} experts, or none; got {len(options.texts)}"
-        )
-    if options.background is not None and not Path(options.background).is_file():
-        raise CommandError(f"background: no such file: {options.background}")
-    if adapters and not options.texts:
-        raise CommandError(f"the adapter {adapters[0]} is fitted on texts of its domain: give --texts")
-    if options.router == "train" and (not options.texts or options.add is not None):
-        raise CommandError("router train needs --texts for every expert of the mixture, and no --add")
-    if options.neurons is not None and (options.neurons < 1 or not adapters):
-        raise CommandError(f"neurons must be at least 1, of experts fitted to adapters; got {options.neurons}")
+    yield missing, f"compose takes either fine-tunes or experts' files; {', '.join(missing)}: no file"
+    yield options.remove and options.add is None, "remove needs --add MIXTURE, whose experts it leaves out"
+    yield texts not in (0, count), f"texts must name a file for each of {count} experts, or none; got {texts}"
+    yield adapters and not texts, f"adapters ({', '.join(adapters)}) are fitted on texts of their domain: give --texts"
+    trained = options.router == "train" and (not texts or options.add is not None)
+    yield trained, "router train needs --texts for every expert of the mixture, and no --add"
+    neurons = options.neurons
+    wrong = neurons is not None and (neurons < 1 or not adapters)
+    yield wrong, f"neurons must be at least 1, of experts fitted to adapters; got {neurons}"
 
 
 def _fitted(base: Any, name: str, texts: Any, tokenizer: Any, options: ComposeOptions) -> Any:
     """The expert for the adapter in a folder; says what was lost."""
-    from mpoe.models.expert_mixture import check_adapter, fit_adapter
-
-    as_large = check_adapter(base, name)
+    as_large = expert_mixture.check_adapter(base, name)
     fit = {"neurons": options.neurons or as_large, "steps": options.steps, "tokenizer": tokenizer}
-    expert = fit_adapter(base, load_fine_tune(name, base), texts, Path(name).resolve().name, **fit)
+    expert = expert_mixture.fit_adapter(base, load_fine_tune(name, base), texts, Path(name).resolve().name, **fit)
     facts = expert.facts["training"]
     print(
         f"{expert.name}: {fit['neurons']} neurons keep {facts['kept']:.0%} of the adapter's gain (held-out nats per "
@@ -200,53 +184,42 @@ def _fitted(base: Any, name: str, texts: Any, tokenizer: Any, options: ComposeOp
     return expert
 
 
-def _kept(options: ComposeOptions) -> tuple[list[Any], Any, int]:
-    """Experts of the mixture ``--add`` without those of ``--remove``, its background and its top-k."""
-    from mpoe.models.expert_mixture import kept_experts
-
-    folder = Path(str(options.add))
-    experts, background = kept_experts(folder)
-    unknown = sorted(set(options.remove) - {expert.name for expert in experts})
-    if unknown:
-        known = ", ".join(expert.name for expert in experts)
-        raise CommandError(f"remove must name experts of the mixture, {known}; got {unknown[0]}")
-    top_k = json.loads((folder / "config.json").read_text(encoding="utf-8"))["mpoe"]["router"]["top_k"]
-    return [expert for expert in experts if expert.name not in options.remove], background, top_k
-
-
-def compose_experts(source: Source, names: Sequence[str], options: ComposeOptions, out: Path) -> None:
-    """Compose the experts ``names`` of the model ``source`` into a mixture, or merge them, in the folder ``out``."""
-    from mpoe.cli.models import load_model, load_tokenizer
-    from mpoe.models import expert_mixture
-    from mpoe.models.domains import train_routers
-    from mpoe.models.expert_files import load_expert, merge_expert
-    from mpoe.models.expert_mixture import is_adapter
-
-    experts, background, top_k = ([], None, TOP_K) if options.add is None else _kept(options)
-    none = options.add is None or background is not None
+def compose_experts(
+    base: Any, tokenizer: Any, names: Sequence[str], texts: Sequence[Any], options: ComposeOptions, out: Path
+) -> None:
+    """Compose or merge the experts ``names`` of ``base``; ``texts`` has batches for each of them, or nothing."""
+    experts: list[Any] = []
+    background: Any = None
+    top_k, none = TOP_K, True
+    if options.add is not None:
+        there, background = expert_mixture.kept_experts(Path(options.add))
+        known, none = [expert.name for expert in there], background is not None
+        unknown = sorted(set(options.remove) - set(known))
+        if unknown:
+            raise CommandError(f"remove must name experts of the mixture, {', '.join(known)}; got {unknown[0]}")
+        experts = [expert for expert in there if expert.name not in options.remove]
+        top_k = MPOEConfig.from_dict(read_mapping(Path(options.add) / "config.json", "configuration")["mpoe"]).top_k
     own: list[Any] = [None if is_adapter(name) else load_expert(name) for name in names]
-    tokenizer, base = load_tokenizer(source), load_model(source)
-    texts: dict[str, Any] = {}
-    for place, (name, text) in enumerate(zip(names, options.texts, strict=False)):
-        read = _batches_of(text, tokenizer, options)
+    by_name: dict[str, Any] = {}
+    for place, (name, read) in enumerate(zip(names, texts, strict=False)):
         own[place] = own[place] or _fitted(base, name, read, tokenizer, options)
-        texts[own[place].name] = read
+        by_name[own[place].name] = read
     experts += own
     if options.merge:
         merged = merge_expert(base, experts, weight=1 / max(1, len(experts)))
-        with model_folder(out, merged, tokenizer):
+        with models.model_folder(out, merged, tokenizer):
             pass
         print(f"saved to {out}: a dense {type(merged).__name__}, every expert at weight 1/{len(experts)}")
         return
     if options.background is not None:
-        background = _batches_of(options.background, tokenizer, options)
+        background = _batches_of(options.background, tokenizer, options, "background")
     elif none and background is None:
         background = expert_mixture.documentation_batches(base, tokenizer)
-    routed: dict[str, Any] = {"top_k": options.top_k or top_k, "none": none, "background": background, "texts": texts}
-    mixture = expert_mixture.compose_experts(base, experts, tokenizer=tokenizer, **routed)
+    routed: dict[str, Any] = {"top_k": options.top_k or top_k, "none": none, "background": background}
+    mixture = expert_mixture.compose_experts(base, experts, tokenizer=tokenizer, texts=by_name, **routed)
     if options.router == "train":
-        train_routers(mixture, [*texts.values(), routed["background"]], options.steps)
-    with model_folder(out, mixture, tokenizer) as staging:
+        train_routers(mixture, [*texts, routed["background"]], options.steps)
+    with models.model_folder(out, mixture, tokenizer) as staging:
         expert_mixture.keep_experts(mixture, staging)
-    others = f"tokens go to {routed['top_k']}; {expert_mixture.NONE!r} adds 0"
+    others = f"tokens go to {routed['top_k']}; {NONE!r} adds 0"
     print(f"saved to {out}: {', '.join(mixture.config.mpoe_experts)} ({others})")

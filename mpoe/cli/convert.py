@@ -7,9 +7,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from mpoe.cli import models
 from mpoe.cli.command import Asked, CommandError, as_command, option
-from mpoe.cli.models import check_output, model_folder
 from mpoe.cli.options import ExpertOptions
+from mpoe.models import convert_to_mpoe, import_original
 
 
 @dataclasses.dataclass
@@ -29,25 +30,21 @@ def command(asked: Asked) -> None:
     chosen = sorted({f.name for f in dataclasses.fields(ExpertOptions)} & asked.given)
     if options.original_checkpoint is not None and chosen:
         raise CommandError(f"original_checkpoint says how its experts are; {', '.join(chosen)} cannot be given with it")
-    from mpoe.cli.models import find, load_model, tokenizer_if_any
-
     config = experts.build()
     if config is None:
         raise CommandError("there is nothing to convert: moe_type none with dense experts is the model as it is")
-    source, folder = find(name), Path(out)
+    source, folder = models.find(name), Path(out)
     if source.is_mpoe:
         raise CommandError(f"IN is converted already ({source.model_type}); give a dense checkpoint")
     if folder.exists() and Path(source.path).is_dir() and folder.samefile(source.path):
         raise CommandError(f"OUT must be another folder than IN; got {folder} for both")
-    check_output("OUT", folder, options.overwrite)
-    tokenizer, model = tokenizer_if_any(source), load_model(source)
-    from mpoe.models import convert_to_mpoe, import_original
-
+    models.check_output("OUT", folder, options.overwrite)
+    tokenizer, model = models.tokenizer_if_any(source), models.load_model(source)
     if options.original_checkpoint is not None:
         model = import_original(options.original_checkpoint, model)
     else:
         model = convert_to_mpoe(model, config)
     (model.mpoe_summary if config.expert_type == "mpo" else model.print_trainable_parameters)()
-    with model_folder(folder, model, tokenizer):
+    with models.model_folder(folder, model, tokenizer):
         pass
     print(f"saved to {folder}")

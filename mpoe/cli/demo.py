@@ -5,20 +5,32 @@ experts that are trained alike: gain and size."""
 
 from __future__ import annotations
 
-import os
 import time
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mode
 from typing import Any, ClassVar
 
-from mpoe.cli.command import Asked, CommandError, as_command, option
-from mpoe.cli.models import MODEL_OR_RUN, REPORT_FILE, RESULTS_FILE, check_output, model_folder, write_json
-from mpoe.config.checks import check_seed
+import torch
+from markupsafe import Markup
+from rich.console import Console
+from rich.text import Text
+from transformers.utils import logging
 
-# Threads that spin while they wait for each other cost minutes on shared cores; torch reads this when it loads.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from mpoe.cli import compare, train
+from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.cli.compose import AT_ONCE, batches, pieces
+from mpoe.cli.models import MODEL_OR_RUN, REPORT_FILE, RESULTS_FILE, check_output, model_folder, write_json
+from mpoe.cli.report import Table, expert_colours, routes_html, section, write_page
+from mpoe.data.documentation import load_documentation
+from mpoe.data.embedded import DOMAINS, domain_text, load_stand_in
+from mpoe.data.predict import token_losses
+from mpoe.inspection import Route, route_text
+from mpoe.models import collect_statistics, compose_experts, merge_expert, save_expert, start_expert
+from mpoe.models.expert_mixture import keep_experts
+from mpoe.training.run_lock import hold
+
 MODEL_FOLDER = "model"
 
 
@@ -35,18 +47,13 @@ class DemoOptions:
     seed: int = option(0, "of data order, routers and dropout")
     overwrite: bool = option(False, "replace the demo in the output folder")
 
-    LEAST: ClassVar[dict[str, int]] = {"steps": 1}
-
-    def __post_init__(self) -> None:
-        check_seed("seed", self.seed)
+    LEAST: ClassVar[dict[str, int]] = {"steps": 1, "seed": 0}
 
 
 @as_command("mpoe demo [--flag value ...]", DemoOptions)
 def command(asked: Asked) -> None:
     """Train and compose the experts, or compare the arms, in the output folder."""
     (options,) = asked.options
-    from mpoe.training.run_lock import hold
-
     if "model" in asked.given and not options.compare:
         raise CommandError("model is for --compare; the experts are trained beside the embedded GPT-2")
     own = (RESULTS_FILE, REPORT_FILE, MODEL_FOLDER, *ARMS)
@@ -62,22 +69,23 @@ def command(asked: Asked) -> None:
 
 # ------------------------------------------------------------------------ --compare: `mpoe train`, arm by arm
 
-_HIDDEN = ("--shape", "hidden", "--block_size", "16", "--top_k", "2")
-_OWN_RATE = ("--regime", "scratch", "--auxiliary_lr_scale", "1.0")  # blocks at the rate of the rest
+_HIDDEN = "--shape hidden --block_size 16 --top_k 2"
 # options of each arm; the wider dense model has as many weights as the hidden mixture
 ARMS = {
-    "dense": ("--baseline", "dense"),
-    "wider": ("--baseline", "wider", *_HIDDEN),
-    "switch": ("--baseline", "switch"),
-    "hidden": (*_HIDDEN, *_OWN_RATE),
-    "separable": ("--shape", "separable"),
+    "dense": "--baseline dense",
+    "wider": f"--baseline wider {_HIDDEN}",
+    "switch": "--baseline switch",
+    "hidden": f"{_HIDDEN} --regime scratch --auxiliary_lr_scale 1.0",  # blocks at the rate of the rest
+    "separable": "--shape separable",
 }
-# Learning rates were chosen on the validation items: of T5 from .001, .0015 and .002 with 200 steps of two seeds.
+# Options by model, and rates of the baselines and of the mixtures, chosen on the validation items: of T5 from .001,
+# .0015 and .002 with 200 steps of two seeds.
 SETTINGS = {
-    "t5": {"tasks": "doc_module,doc_kind", "steps": 120, "batch": 32, "dense": "1e-3", "mixture": "1.5e-3"},
-    "gpt2": {"tasks": "doc_lm", "steps": 60, "batch": 16, "dense": "3e-4", "mixture": "3e-4"},
+    "t5": ("--tasks doc_module,doc_kind --max_steps 120 --per_device_train_batch_size 32", "1e-3", "1.5e-3"),
+    "gpt2": ("--tasks doc_lm --max_steps 60 --per_device_train_batch_size 16", "3e-4", "3e-4"),
 }
-MIXTURES = ("hidden", "separable")  # arms that are named by their shape
+_ALIKE = "--lr_scheduler_type cosine --warmup_steps 0.05 --weight_decay 0.01 --logging_steps 5 --eval_strategy no"
+_ALIKE += " --save_strategy no --use_cpu --disable_tqdm true --report_to none --overwrite"
 _COMPARED = (
     "The same start, the same items in the same order, one seed. So short a training from a pretrained start hardly "
     "needs experts, and seeds differ by a point or so: larger models, longer training and other data may differ. "
@@ -87,19 +95,13 @@ _COMPARED = (
 
 def compare_arms(output_dir: Path, kind: str, steps: int | None, seed: int) -> None:
     """Train the arms alike, each in a folder of its own, and put them side by side."""
-    from mpoe.cli import compare, train
-
-    chosen = SETTINGS[kind]
+    own, of_baselines, of_mixtures = SETTINGS[kind]
+    own += f" --model {kind} --seed {seed} {_ALIKE}" + (f" --max_steps {steps}" if steps else "")
     for arm, options in ARMS.items():
         print(f"{arm}:")
-        rate = chosen["mixture" if arm in MIXTURES else "dense"]
-        words = (
-            f"--model {kind} --tasks {chosen['tasks']} --max_steps {steps or chosen['steps']} --learning_rate {rate}"
-        )
-        words += f" --per_device_train_batch_size {chosen['batch']} --lr_scheduler_type cosine --warmup_steps 0.05"
-        words += f" --weight_decay 0.01 --seed {seed} --logging_steps 5 --eval_strategy no --save_strategy no --use_cpu"
-        words += " --disable_tqdm true --report_to none --overwrite"
-        train.command([*words.split(), "--output_dir", str(output_dir / arm), *options])
+        rate = of_baselines if "--baseline" in options else of_mixtures
+        words = f"{own} --learning_rate {rate} {options}"
+        train.command([*words.split(), "--output_dir", str(output_dir / arm)])
     compare.command([*(str(output_dir / arm) for arm in ARMS), "--output_dir", str(output_dir), "--overwrite"])
     print(_COMPARED)
 
@@ -124,16 +126,7 @@ _PICTURE = "Every token of a text that changes its domain, coloured by the exper
 
 def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
     """Experts of three domains, trained apart, become a mixture that sorts by itself; returns the results."""
-    from mpoe.cli.compose import batches, pieces
-    from mpoe.cli.models import quiet_transformers
-    from mpoe.data.documentation import load_documentation
-    from mpoe.data.embedded import DOMAINS, domain_text, load_stand_in
-    from mpoe.data.predict import token_losses
-    from mpoe.inspection import route_text
-    from mpoe.models import collect_statistics, compose_experts, merge_expert, save_expert
-    from mpoe.models.expert_mixture import keep_experts
-
-    quiet_transformers()
+    logging.disable_progress_bar()
     start = time.perf_counter()
     base, tokenizer = load_stand_in("gpt2")
     tokenizer.model_max_length = 10**9  # texts are cut into pieces
@@ -168,8 +161,8 @@ def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
     for text in held_out:
         losses[text] |= {"composed": loss(mixture, text), "merged": loss(merged, text)}
     shown = "\n".join(tokenizer.decode(held_out[name][0]["input_ids"][0][:SHOWN]) for name in DOMAINS)
-    (route,) = route_text(mixture, tokenizer, shown)  # a token's expert is the one that most layers sent it to first
-    chosen = [Counter(layer[place][0] for layer in route.experts) for place in range(len(route.tokens))]
+    routes = route_text(mixture, tokenizer, shown)
+    first = zip(*([best[0] for best in layer] for layer in routes[0].experts), strict=True)
     with model_folder(output_dir / MODEL_FOLDER, mixture, tokenizer) as staging:
         keep_experts(mixture, staging)
     results: dict[str, Any] = {
@@ -178,11 +171,11 @@ def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
         "experts": mixture.config.mpoe_experts,
         "losses": losses,
         "kept": kept(losses),
-        "picture": [(token, n.most_common(1)[0][0]) for token, n in zip(route.tokens, chosen, strict=True)],
+        "picture": [(token, mode(of_layers)) for token, of_layers in zip(routes[0].tokens, first, strict=True)],
         "megabytes": {file.name: file.stat().st_size / 1e6 for file in files},
         "seconds": time.perf_counter() - start,
     }
-    _tell(output_dir / REPORT_FILE, results)
+    _tell(output_dir / REPORT_FILE, results, routes)
     write_json(output_dir / RESULTS_FILE, results)
     print(f"{output_dir / REPORT_FILE}, {output_dir / RESULTS_FILE}, experts and the mixture in {output_dir}")
     return results
@@ -190,11 +183,6 @@ def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
 
 def _train(base: Any, pieces: Any, steps: int, seed: int) -> Any:
     """An expert beside ``base``, trained on random pieces."""
-    import torch
-
-    from mpoe.cli.compose import AT_ONCE
-    from mpoe.models import start_expert
-
     torch.manual_seed(seed)
     model = start_expert(base, NEURONS).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
@@ -227,26 +215,18 @@ def conclusions(results: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _tell(file: Path, results: Mapping[str, Any]) -> None:
-    """Print, and write as ``report.html``: the table, what it says, the coloured tokens."""
-    from markupsafe import Markup
-    from rich.console import Console
-    from rich.text import Text
-
-    from mpoe.cli.report import Table, expert_colours, legend, section, write_page
-
+def _tell(file: Path, results: Mapping[str, Any], routes: Sequence[Route]) -> None:
+    """Print, and write as ``report.html``: the coloured tokens, the table and what it says."""
     names, said = results["experts"], conclusions(results)
-    colours = expert_colours(len(names))
     rows = [[text, *(f"{own[column]:.3f}" for column in COLUMNS)] for text, own in results["losses"].items()]
     losses = Table(HEADER, rows, f"mpoe demo: {results['steps']} steps per expert, seed {results['seed']}", _MEANING)
+    colours = expert_colours(len(names))
     tokens = [Text(token.replace("\\n", " "), f"black on {colours[expert]}") for token, expert in results["picture"]]
     known = [Text(f" {name} ", f"black on {colour}") for name, colour in zip(names, colours, strict=True)]
     Console().print(_PICTURE, Text.assemble(*tokens), Text(" ").join(known), sep="\n", highlight=False)
     losses.show()
     print("\n".join([*said, f"{results['seconds']:.0f} seconds."]))
-    span = Markup('<span style="background:{}" title="{}">{}</span>')
-    picture = Markup("").join(span.format(colours[e], names[e], token) for token, e in results["picture"])
-    picture = Markup('{}<p class="tokens">{}</p>').format(legend(names), picture)
     lines = Markup("<ul>{}</ul>").format(Markup("").join(Markup("<li>{}</li>").format(line) for line in said))
-    parts = [lines, losses.section(), section("Who took which token", picture, note=_PICTURE)]
-    write_page(file, "mpoe demo: experts trained apart, composed", parts)
+    note = "A column for each token, a row for each layer."
+    picture = section("Who took which token", routes_html([("", routes)], names), note=note)
+    write_page(file, "mpoe demo: experts trained apart, composed", [lines, losses.section(), picture])

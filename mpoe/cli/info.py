@@ -5,12 +5,13 @@ Of experts' files, and of folders of composed mixtures, it says instead what eac
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe_kernels import info
 
 MOST = 128  # files
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy", "safetensors", "matplotlib", "datasets")
@@ -26,56 +27,32 @@ class InfoOptions:
 @as_command("mpoe info [FILE ...] [--json]", InfoOptions, words=(0, MOST))
 def command(asked: Asked) -> None:
     """Show the facts of this machine, or of experts."""
-    from mpoe.cli.report import Table
-
     (options,), files = asked.options, asked.words
-    found = collect_experts(files) if files else collect()
-    if options.json:
-        print(json.dumps(found, indent=2))
-    elif files:
-        for name, experts in found.items():
-            for each in experts:
-                rows = [(key, str(value)) for key, value in each.items() if key != "name"]
-                Table((), rows, f"{name}: {each['name']}", kind="text").show()
-    else:
-        show(found)
-
-
-def collect() -> dict[str, Any]:
-    """Everything `mpoe info` shows, JSON-able: `mpoe_kernels.info.collect` with more packages."""
-    from mpoe_kernels.info import collect
-
-    return collect(PACKAGES)
-
-
-def show(facts: dict[str, Any]) -> None:
-    """Print the facts of `collect` as tables."""
+    found = {name: list(facts_of(Path(name))) for name in files} or info.collect(PACKAGES)
+    if options.json or not files:
+        print(json.dumps(found, indent=2) if options.json else info.show(found))
+        return
     from mpoe.cli.report import Table
-    from mpoe_kernels.info import rows
 
-    Table((), list(rows(facts)), f"mpoe {facts['mpoe']}", kind="text").show()
-    backends = [(name, "no" if reasons else "yes", "; ".join(reasons)) for name, reasons in facts["backends"].items()]
-    Table(("backend", "runs here", "why not"), backends, "Kernel backends", kind="text").show()
+    for name, experts in found.items():
+        for each in experts:
+            rows = [(key, str(value)) for key, value in each.items() if key != "name"]
+            Table((), rows, f"{name}: {each['name']}", kind="text").show()
 
 
-def collect_experts(names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """JSON-able facts of experts, sizes in bytes, by file or by folder of a composed mixture.
+def facts_of(place: Path) -> Iterator[dict[str, Any]]:
+    """JSON-able facts of experts, sizes in bytes: of the one in a file, or of a composed mixture's.
 
     Raises:
-        CommandError: what is neither.
+        CommandError: neither.
         ValueError: a damaged file.
     """
     from mpoe.models.expert_files import load_expert
     from mpoe.models.expert_mixture import EXPERTS_FOLDER, kept_experts
 
-    found: dict[str, list[dict[str, Any]]] = {}
-    for name in names:
-        place = Path(name)
-        if not place.is_file() and not (place / EXPERTS_FOLDER).is_dir():
-            raise CommandError(f"info takes experts' files and mixtures that mpoe compose made of them; {name} is none")
-        found[name] = []
-        for each in [load_expert(place)] if place.is_file() else kept_experts(place)[0]:
-            sizes = {kind: sum(t.nbytes for t in getattr(each, kind).values()) for kind in ("weights", "statistics")}
-            parameters = sum(tensor.numel() for tensor in each.weights.values())
-            found[name].append({**each.facts, "parameters": parameters, "bytes": sizes})
-    return found
+    if not place.is_file() and not (place / EXPERTS_FOLDER).is_dir():
+        raise CommandError(f"info takes experts' files and mixtures that mpoe compose made of them; {place} is none")
+    for each in [load_expert(place)] if place.is_file() else kept_experts(place)[0]:
+        sizes = {kind: sum(t.nbytes for t in getattr(each, kind).values()) for kind in ("weights", "statistics")}
+        parameters = sum(tensor.numel() for tensor in each.weights.values())
+        yield {**each.facts, "parameters": parameters, "bytes": sizes}

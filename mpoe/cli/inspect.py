@@ -1,9 +1,9 @@
-"""`mpoe inspect MODEL`: routes of tokens, singular values at the bonds, growth of parameters; as a report with plots.
+"""`mpoe inspect MODEL`: routes of tokens, load, singular values at the bonds and parameters, in one HTML file.
 
 Of a mixture that `mpoe compose` made of experts it also says what each expert is worth on the texts: the loss without
 it, and the distance to the best single expert of every token.
 
-MODEL is the folder of a converted model or of a training run, whose curves are drawn too."""
+MODEL is the folder of a converted model or of a training run, whose own report.html has its curves."""
 
 from __future__ import annotations
 
@@ -19,16 +19,14 @@ from mpoe.cli.models import MODEL_OR_RUN, REPORT_FILE, check_output, write_json
 from mpoe.cli.tasks import DataOptions, data_of_run, resolve
 from mpoe.data.encode import PaddingCollator
 from mpoe.data.task import Task
-from mpoe.inspection import Worth, bond_spectra, composed_worth, parameter_growth, route_text
-from mpoe.layers.cores import MPOCores
+from mpoe.inspection import Route, Worth, bond_spectra, composed_worth, route_text
 from mpoe.models.expert_mixture import EXPERTS_FOLDER, kept_experts
 from mpoe.models.others import facts
-from mpoe.models.report import HEADER, LEGEND, routed_layers, short_name, summarize
+from mpoe.models.report import HEADER, LEGEND, mpo_modules, routed_layers, short_name, summarize
 from mpoe.models.table import ENCODER, SEQ2SEQ
-from mpoe.training.output_dir import METRICS_FILE, read_metrics
 
 NUMBERS_FILE = "inspect.json"
-PLOTS = ("expert_load", "bond_spectra", "parameters", "training")
+NUM_TOKENS = 2048  # of the pass that plans of MPO weights are for
 _AT_ONCE = 16  # items of a batch
 _MAX_TOKENS = 60  # of the items that are shown when no text is given
 _WORDS = {
@@ -53,10 +51,6 @@ _WORDS = {
         "spread. Near 100% of d, a smaller max_bond would cost accuracy; a low share means that truncation is cheap. "
         "The lines are the singular values, averaged over the experts."
     ),
-    "Parameters against experts": (
-        "A dense expert brings full weights of its own, an MPO expert its auxiliary cores and a row of the router."
-    ),
-    "Training": ("From the run's metrics.jsonl; pale lines are the raw values, the others running means."),
 }
 
 
@@ -65,13 +59,12 @@ class InspectOptions:
     """Options that only `inspect` has."""
 
     text: list[str] = option([], "sentences whose tokens are followed; default: the first two items of the data")
-    output_dir: str = option("mpoe_inspect", "folder for report.html, plots and inspect.json")
+    output_dir: str = option("mpoe_inspect", "folder for report.html and inspect.json")
     overwrite: bool = option(False, "replace the report in the output folder")
     split: str = option("validation", "items that the expert load is counted on")
     num_items: int = option(256, "at most so many of them")
-    num_tokens: int = option(2048, "tokens of the pass that plans are for")
 
-    LEAST: ClassVar[dict[str, int]] = {"num_items": 1, "num_tokens": 1}
+    LEAST: ClassVar[dict[str, int]] = {"num_items": 1}
 
     def __post_init__(self) -> None:
         if any(not text.strip() for text in self.text):
@@ -80,7 +73,7 @@ class InspectOptions:
 
 @as_command("mpoe inspect MODEL [--flag value ...]", InspectOptions, DataOptions, words=(1, 1))
 def command(asked: Asked) -> None:
-    """Inspect the model; write the plots, the numbers and, last, the report."""
+    """Inspect the model; write the numbers and, last, the report."""
     (options, data), (name,) = asked.options, asked.words
     data, seed, described = data_of_run(name, data, asked.given)
     folder = Path(options.output_dir)
@@ -99,11 +92,16 @@ def command(asked: Asked) -> None:
     counted = f"{len(items)} {options.split} items of {', '.join(task.name for task in tasks)}"
     print(f"{name}: counting {counted}, following tokens, reading bonds")
     worth = None if source.style == ENCODER else _worth(Path(name), model, tokenizer, items, options.text)
-    _report(folder, name, model, tokenizer, items, counted, options, worth)
+    text = options.text or [
+        tokenizer.decode(item["input_ids"][:_MAX_TOKENS], skip_special_tokens=True) for item in items[:2]
+    ]
+    routes = [(each, route_text(model, tokenizer, each)) for each in text] if routed_layers(model) else []
+    load = expert_load(model, items, tokenizer.pad_token_id) if routes else []
+    _report(folder, name, model, routes, load, counted, worth)
     if worth is not None:
         print("\n".join(f"{row[0]}: {row[1]} of tokens, {row[4]} nats if removed" for row in worth_rows(worth)))
         print(f"the mixture has {worth.loss:.3f} nats per token, {worth.loss - worth.oracle:.3f} more than the oracle")
-    print(f"plots, numbers and report are in {folder}; open {folder / REPORT_FILE}")
+    print(f"report and numbers are in {folder}; open {folder / REPORT_FILE}")
 
 
 def _items(style: str, options: InspectOptions, tasks: Sequence[Task], tokenizer: Any) -> list[dict[str, Any]]:
@@ -137,12 +135,12 @@ def worth_rows(worth: Worth) -> list[list[str]]:
     return [[n, f"{s:.0%}", f"{a:.3f}", f"{r:.3f}", f"{r - worth.loss:+.3f}"] for n, s, a, r in parts]
 
 
-def _spectra(weights: Sequence[Any]) -> dict[str, dict[str, list[Any]]]:
+def _spectra(model: Any) -> dict[str, dict[str, list[Any]]]:
     """Bonds of MPO weights by kind (up, down, an attention projection's name, ...) and layer."""
     found: dict[str, dict[str, list[Any]]] = {}
-    for row in weights:
-        layer, _, kind = short_name(row.name).rpartition(".")
-        bonds = bond_spectra(row.cores) if isinstance(row.cores, MPOCores) else []
+    for name, cores in mpo_modules(model):
+        layer, _, kind = short_name(name).rpartition(".")
+        bonds = bond_spectra(cores)
         if bonds:
             found.setdefault(kind, {})[layer or kind] = bonds
     return found
@@ -152,66 +150,42 @@ def _report(
     folder: Path,
     name: str,
     model: Any,
-    tokenizer: Any,
-    items: list[dict[str, Any]],
+    routes: Sequence[tuple[str, list[Route]]],
+    load: list[list[int]],
     counted: str,
-    options: InspectOptions,
     worth: Worth | None,
 ) -> None:
-    """Look into the model section by section, then write everything."""
-    config, parameters = model.mpoe_config, model.parameter_report()
+    """Write everything, section by section."""
+    config = model.mpoe_config
     layers = [short_name(layer) for layer, _ in routed_layers(model)]
-    parts, drawn = [report.Table((), list(facts(model).items()), kind="text").html()], {}
-    numbers: dict[str, Any] = {"model": name, "parameters": parameters, "layers": layers, "counted_on": counted}
+    parts = [report.Table((), list(facts(model).items()), kind="text").html()]
+    numbers: dict[str, Any] = {"model": name, "parameters": model.parameter_report(), "layers": layers}
+    numbers |= {"counted_on": counted, "expert_load": load, "worth": None if worth is None else vars(worth)}
+    numbers["routes"] = [{"text": text, "streams": [vars(route) for route in found]} for text, found in routes]
 
-    def add(heading: str, *found: Any, words: object = "", **figures: Any) -> None:
-        files = {file: report.png(figure) for file, figure in figures.items()}
-        drawn.update(files)
-        pictures = [report.picture(data, heading) for data in files.values()]
-        parts.append(report.section(heading, *pictures, *found, note=_WORDS[heading].format(words)))
+    def add(heading: str, *found: Any, words: object = "") -> None:
+        parts.append(report.section(heading, *found, note=_WORDS[heading].format(words)))
 
-    numbers |= {"routes": [], "expert_load": [], "worth": None, "parameters_by_experts": None}
-    if layers:
-        first = (tokenizer.decode(item["input_ids"][:_MAX_TOKENS], skip_special_tokens=True) for item in items[:2])
-        routes = [(text, route_text(model, tokenizer, text)) for text in options.text or list(first)]
-        numbers["routes"] = [{"text": text, "streams": [vars(route) for route in found]} for text, found in routes]
+    if routes:
         named = getattr(model.config, "mpoe_experts", None) or [""] * config.num_experts
-        add(
-            "Which expert took which token",
-            report.routes_html(routes, [f"{k} {own}".strip() for k, own in enumerate(named)]),
-        )
+        names = [f"{k} {own}".strip() for k, own in enumerate(named)]
+        add("Which expert took which token", report.routes_html(routes, names))
     if worth is not None:
-        numbers["worth"] = vars(worth)
         whole = [["the mixture", "", f"{worth.loss:.3f}", "", ""], ["oracle", "", f"{worth.oracle:.3f}", "", ""]]
         table = report.Table(("expert", "tokens", "alone", "without", "removed"), [*worth_rows(worth), *whole])
         add("What each expert is worth", table.html(), words=worth.tokens)
-    if layers:
-        numbers["expert_load"] = expert_load(model, items, tokenizer.pad_token_id)
-        add("Expert load", words=counted, expert_load=report.load_map(numbers["expert_load"], layers))
-    weights = summarize(model, options.num_tokens, config.top_k)
-    spectra = _spectra(weights)
+    if load:
+        add("Expert load", report.load_map(load, layers), words=counted)
+    spectra = _spectra(model)
     if spectra:
-        add("What the bonds carry", bond_spectra=report.spectrum_lines(spectra))
-    numbers["bonds"] = {
-        kind: {
-            layer: [{"dimension": b.dimension, "entropy": b.entropy.tolist()} for b in bonds]
-            for layer, bonds in own.items()
-        }
-        for kind, own in spectra.items()
+        add("What the bonds carry", report.spectrum_lines(spectra))
+    numbers["bonds"] = {  # effective rank as a share of every bond
+        kind: {layer: [bond.used for bond in bonds] for layer, bonds in own.items()} for kind, own in spectra.items()
     }
-    if "ffn" in config.targets:
-        growth = parameter_growth(model)
-        numbers["parameters_by_experts"] = vars(growth)
-        add("Parameters against experts", parameters=report.growth(growth, config.num_experts))
-    records = read_metrics(name) if (Path(name) / METRICS_FILE).is_file() else []
-    if any("loss" in record for record in records):
-        add("Training", training=report.training_curves(records))
+    weights = summarize(model, NUM_TOKENS, config.top_k)
     if weights:
         parts.append(report.Table(HEADER, [row.cells for row in weights], "MPO weights", LEGEND).section())
     folder.mkdir(parents=True, exist_ok=True)
-    for old in (REPORT_FILE, NUMBERS_FILE, *(f"{plot}.png" for plot in PLOTS)):
-        (folder / old).unlink(missing_ok=True)
-    for plot, data in drawn.items():
-        (folder / f"{plot}.png").write_bytes(data)
+    (folder / REPORT_FILE).unlink(missing_ok=True)
     write_json(folder / NUMBERS_FILE, numbers)
     report.write_page(folder / REPORT_FILE, f"mpoe inspect: {name}", parts)

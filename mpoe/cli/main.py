@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
+import traceback
 
-from mpoe.cli.command import CommandError, close_matches, show
+from mpoe.cli.command import CommandError, close_matches, is_on_purpose
 
 COMMANDS = {
     "train": "Train: mpoe train [CONFIG.json|yaml] --flag value ... (flags win over the file).",
@@ -22,7 +24,7 @@ COMMANDS = {
     "demo": "Train three experts apart and compose them, on texts that are here (--compare: dense, Switch, MPOE).",
     "bench": "Measure MPO experts against the dense layer and their peers on this machine.",
 }
-INTERRUPTED = 130
+USER_ERROR, INTERRUPTED = 2, 130
 
 
 def run(words: list[str]) -> None:
@@ -41,6 +43,9 @@ def run(words: list[str]) -> None:
 
         print(f"mpoe {__version__}")
     elif words[0] in COMMANDS:
+        if words[0] == "demo":
+            # Threads that spin while they wait cost minutes on shared cores; torch reads this when it loads.
+            os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         importlib.import_module(f"mpoe.cli.{words[0]}").command(words[1:])
     else:
         kind = "option" if words[0].startswith("-") else "command"
@@ -67,7 +72,12 @@ def main(arguments: list[str] | None = None) -> None:
         print(": ".join(["mpoe: interrupted", *map(str, stop.args)]), file=sys.stderr)
         code = INTERRUPTED
     except Exception as error:
-        code = show(error, debug)
+        known = is_on_purpose(error)
+        if debug or not known:
+            traceback.print_exception(error)
+        if known:
+            print(f"mpoe: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        code = USER_ERROR if known else 1
     sys.exit(code)
 
 

@@ -52,37 +52,45 @@ def find(name: str) -> Source:
     """Locate a model and read its family from its configuration, without loading weights.
 
     Raises:
-        ValueError: nothing of that name, a folder without a model, a broken configuration, or an unsupported family.
+        ValueError: as `read_configuration`, or an unsupported family.
+    """
+    from mpoe.data.embedded import stand_in_path
+
+    values = read_configuration(name)
+    names = values.get("architectures")
+    architecture = str(names[0]) if isinstance(names, list) and names else ""
+    return Source(str(stand_in_path(name)) if name in STAND_INS else name, known_type(name, values), architecture)
+
+
+def read_configuration(name: str, others: Iterable[str] = ()) -> dict[str, Any]:
+    """The values of the ``config.json`` of a model; ``others`` are further names that a message may suggest.
+
+    Raises:
+        ValueError: nothing of that name, a folder without a model, a broken configuration.
     """
     from mpoe.data.embedded import stand_in_path
     from mpoe.data.mappings import read_mapping
 
-    if name in STAND_INS:
-        return Source(str(stand_in_path(name)), name)
-    folder = Path(name)
+    folder = stand_in_path(name) if name in STAND_INS else Path(name)
     if folder.exists() and not folder.is_dir():
         raise CommandError(f"model must be a folder, a hub name, t5 or gpt2; {folder} is a file")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise CommandError(f"model: {folder} holds no config.json, so it is not a saved model")
-    values = read_mapping(folder / "config.json", "configuration") if folder.is_dir() else _values_on_the_hub(name)
-    names = values.get("architectures")
-    return Source(name, known_type(name, values), str(names[0]) if isinstance(names, list) and names else "")
-
-
-def _values_on_the_hub(name: str) -> dict[str, Any]:
-    from transformers import PreTrainedConfig
-
+    if folder.is_dir():
+        return read_mapping(folder / "config.json", "configuration")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or _beside(name):
         raise CommandError(f"model: no such folder: {name}{close_matches(Path(name).name, _beside(name))}")
+    from transformers import PreTrainedConfig
+
     try:
         values, _ = PreTrainedConfig.get_config_dict(name, local_files_only=not _hub_answers())
         return dict(values)
     except (OSError, ValueError) as error:
-        hint = close_matches(name, [*STAND_INS, *(path.name for path in Path().iterdir() if path.is_dir())])
+        known = [*STAND_INS, *others, *(path.name for path in Path().iterdir() if path.is_dir())]
         reason = str(error).strip().partition("\n")[0]
         raise CommandError(
             f"model: {name!r} is not a folder here, no built-in model ({', '.join(STAND_INS)}), and the hub did not "
-            f"give it ({reason}){hint}"
+            f"give it ({reason}){close_matches(name, known)}"
         ) from error
 
 
@@ -110,13 +118,6 @@ def _hub_answers() -> bool:
     return True
 
 
-def quiet_transformers() -> None:
-    """No progress bars for reading and writing weight files (the Trainer's own bars stay)."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-
 def labels_for(source: Source, task: Task) -> tuple[str, ...]:
     """The labels that an encoder's head tells apart, in its order: the model's own if they are the task's, otherwise
     the task's; none for numbers."""
@@ -137,7 +138,9 @@ def load_model(source: Source, labels: Sequence[str] | None = None) -> Any:
     Raises:
         ValueError: weights that are missing, damaged, or do not match the configuration.
     """
-    quiet_transformers()
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of weight files; the Trainer's own bars stay
     options: dict[str, Any] = {}
     if labels is not None:
         kind = "single_label_classification" if labels else "regression"
@@ -156,8 +159,6 @@ def load_model(source: Source, labels: Sequence[str] | None = None) -> Any:
 
     from mpoe.models.weight_files import check_weight_files
 
-    if Path(source.path).is_dir():
-        check_weight_files(Path(source.path))
     auto = {SEQ2SEQ: "AutoModelForSeq2SeqLM", CAUSAL: "AutoModelForCausalLM", ENCODER: "AutoModel"}[source.style]
     if source.is_classifier or options:
         auto = "AutoModelForSequenceClassification"

@@ -1,28 +1,46 @@
 """`mpoe plan MODEL_OR_CONFIG [flags]`: parameters, FLOPs and memory of a mixture of MPO experts, beside dense experts
-(Switch) and the dense model.
+(Switch) and the dense model. No weights are loaded or allocated, and nothing is timed.
 
-Computed only from the configuration: no weights are loaded or allocated, and nothing is timed.
+The mixture is built from the configuration on the meta device, and its modules are counted, so all numbers are exact:
+
+* parameters: of the modules; dense experts have ``E * I * F`` for every matrix ``[I, F]``, and both mixtures a router.
+* FLOPs of one device's matrix products in a step: of the contraction that `mpoe_kernels.plan_contraction` ranks first
+  for MPO experts, ``2 T K I F`` for dense ones, three times that with the backward pass. Around hidden-side experts and
+  beside neurons the dense products stay; the backward pass recomputes the activation's input, so what experts own then
+  takes part in four products of up and gate_proj and in three of down.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.cli.models import check_writable_file, read_configuration, write_json
 from mpoe.cli.options import ExpertOptions
-from mpoe.config import MPOEConfig, RouterConfig
-from mpoe.config.shapes import NEURONS
+from mpoe.cli.report import Table
+from mpoe.config import MPOEConfig
+from mpoe.data.mappings import read_mapping
+from mpoe.layers import MPOEmbedding, TopKRouter
+from mpoe.layers.cores import MPOCores
+from mpoe.layers.drop_in import linear_weight
+from mpoe.layers.feed_forward import KeptFeedForward, RoutedFeedForward
+from mpoe.models.classes import classes_of, default_class
+from mpoe.models.report import kept_modules, short_name
+from mpoe.models.table import CLASS_PREFIX, TABLE, TYPE_PREFIX, known_type
+from mpoe_kernels import plan_contraction
 
-if TYPE_CHECKING:
-    from mpoe.cli.report import Table
-    from mpoe.estimation import Inventory, Usage
-
-SCHEMA = 2
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-NAMES = {"mpoe": "MPOE", "switch": "Switch", "dense": "dense"}
+SCHEMA = 3
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DESIGNS = {"mpoe": "MPOE", "switch": "Switch", "dense": "dense"}
+STATE_BYTES = 16  # of a trained parameter: itself, its gradient and AdamW's two moments, in float32
 SMALL = 0.5  # of Switch's parameters: with more, the mixture is not a small one
 WIDTH = 110  # of a table, if that of the terminal is unknown, as in a pipe
 
@@ -32,73 +50,215 @@ class PlanOptions:
     """The workload."""
 
     tokens: int = option(2048, "tokens of one device in one step; of T5: in each of encoder and decoder")
-    decoder_tokens: int | None = option(None, "T5: tokens of the decoder, when they are others")
     dtype: str = option("bf16", "fp32, bf16 or fp16: weights and activations in products", choices=list(DTYPES))
-    training: bool = option(False, "forward and backward; the default")
-    inference: bool = option(False, "forward only")
-    mask_central: bool = option(False, "training: a step in which the gradient mask spares the central cores")
-    json: str | None = option(None, "also write everything, layer by layer, to this file")
+    inference: bool = option(False, "forward only, without the training's backward pass")
+    json: str | None = option(None, "also write everything, matrix by matrix, to this file")
 
-    LEAST: ClassVar[dict[str, int]] = {"tokens": 0, "decoder_tokens": 0}
+    LEAST: ClassVar[dict[str, int]] = {"tokens": 0}
 
-    def __post_init__(self) -> None:
-        if self.training and self.inference:
-            raise ValueError("--training and --inference exclude each other")
-        if self.mask_central and self.inference:
-            raise ValueError("mask_central concerns training; it cannot be given with --inference")
+    @property
+    def passes(self) -> int:
+        """Number of products of a dense linear in the step: the output and, in training, the two gradients."""
+        return 1 if self.inference else 3
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype].itemsize
 
 
 @as_command("mpoe plan MODEL_OR_CONFIG [--flag value ...]", PlanOptions, ExpertOptions, words=(1, 1))
 def command(asked: Asked) -> None:
     """Print the table, and write everything as JSON if asked."""
-    import torch
-
-    from mpoe.cli.models import check_writable_file, write_json
-    from mpoe.data.embedded import stand_in_path
-    from mpoe.estimation import Usage, model_costs, take_inventory
-
     (options, experts), (name,) = asked.options, asked.words
     if options.json is not None:
         check_writable_file("json", Path(options.json))
-    # gpt2, the other stand-in's name, means the well-known size here
-    path = str(stand_in_path(name)) if name == "t5" and not Path(name).exists() else name
-    inventory = take_inventory(path, experts.exclude_modules, experts.layers_to_transform or None)
-    inventory = replace(inventory, name=name) if path != name else inventory
-    if options.decoder_tokens is not None and "decoder" not in inventory.streams:
-        raise CommandError(f"decoder_tokens needs a model with a decoder of its own; {inventory.name} has none")
-    tokens = dict.fromkeys((*inventory.streams, *(stream for stream, _, _ in inventory.rest)), options.tokens)
-    if options.decoder_tokens is not None:
-        tokens["decoder"] = options.decoder_tokens
-    usage = Usage(tokens, getattr(torch, DTYPES[options.dtype]), not options.inference, options.mask_central)
-    costs = model_costs(inventory, _config(inventory, experts, asked.given), usage)
-    model = {key: getattr(inventory, key) for key in ("name", "source", "class_name", "parameters")}
-    model["feed_forward_layers"] = len(inventory.sites)
-    work = {**vars(usage), "dtype": str(usage.dtype).removeprefix("torch.")}
-    values = {"schema": SCHEMA, "model": model, "work": work, "kind": "plan", **costs}
-    _table(values, [_head(inventory, usage), *_notes(values)]).show(WIDTH)
+    values = read_values(name)
+    chosen = sorted({field.name for field in dataclasses.fields(ExpertOptions)} & asked.given)
+    if values.get("mpoe") is not None and chosen:
+        raise CommandError(f"{name} is converted already: {', '.join(chosen)} cannot be changed any more")
+    config = experts.build() if values.get("mpoe") is None else MPOEConfig.from_dict(values["mpoe"])
+    if config is None or config.expert_type == "dense":
+        raise CommandError("plan puts dense experts and the dense model beside MPO experts; got no MPO experts")
+    model = build(name, values, config)
+    found = {"schema": SCHEMA, "name": name, "class": type(model).__name__.removeprefix(CLASS_PREFIX)}
+    found |= {"work": vars(options), **costs(model, options)}
+    table(found).show(WIDTH)
     if options.json is not None:
-        write_json(Path(options.json), values)
+        write_json(Path(options.json), found)
         print(f"written to {options.json}")
 
 
-def _config(inventory: Inventory, experts: ExpertOptions, given: set[str]) -> MPOEConfig:
-    """The requested mixture; for a converted model, its own unless flags override it."""
-    own = inventory.mpoe
-    if experts.shape is None and own is not None and own.is_neurons:
-        experts.shape = NEURONS
-    asked = experts.build()
-    if asked is None or asked.expert_type == "dense":
-        raise CommandError("plan puts dense experts and the dense model beside MPO experts; got no MPO experts")
-    asked = asked.with_cores() if any(site.obstacle for site in inventory.sites) else asked
-    if own is None:
-        return asked
-    changes = {field.name: getattr(asked, field.name) for field in fields(own) if field.name in given}
-    shape = changes.get("shape", own.shape)
-    if shape != NEURONS:
-        changes |= {"neurons": None, "latent": None}
-    if given & {field.name for field in fields(RouterConfig)} or (own.is_neurons and shape != NEURONS):
-        changes |= {"moe_type": asked.moe_type, "router": asked.router}
-    return replace(own, **changes)
+# ------------------------------------------------------------- the model
+
+# Sizes of well-known models, so that they can be planned without network or weights: those of the models' published
+# configurations (Raffel et al., JMLR 2020, sections 3.2 and 3.7; Radford et al. 2019, table 2; Devlin et al., NAACL
+# 2019, section 3); everything else is the default of the model's Hugging Face configuration class.
+_FIELDS = {
+    "t5": ("d_model", "d_ff", "num_layers", "num_heads", "d_kv", "vocab_size"),
+    "gpt2": ("n_embd", "n_layer", "n_head"),
+    "bert": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+}
+_SIZES = {
+    "t5-small": (512, 2048, 6, 8, 64, 32128),
+    "t5-base": (768, 3072, 12, 12, 64, 32128),
+    "t5-large": (1024, 4096, 24, 16, 64, 32128),
+    "t5-3b": (1024, 16384, 24, 32, 128, 32128),
+    "t5-11b": (1024, 65536, 24, 128, 128, 32128),
+    "gpt2": (768, 12, 12),
+    "gpt2-medium": (1024, 24, 16),
+    "gpt2-large": (1280, 36, 20),
+    "gpt2-xl": (1600, 48, 25),
+    "bert-base-uncased": (768, 3072, 12, 12),
+    "bert-large-uncased": (1024, 4096, 24, 16),
+}
+
+
+def read_values(name: str) -> dict[str, Any]:
+    """The configuration of a well-known size such as ``t5-11b``, of a ``.json`` file, or of a model.
+
+    Raises:
+        ValueError: nothing of that name; the message suggests the closest known ones.
+    """
+    if name in _SIZES and not Path(name).exists():
+        family = name.partition("-")[0]
+        return {"model_type": family, **dict(zip(_FIELDS[family], _SIZES[name], strict=True))}
+    if name.endswith(".json") and Path(name).is_file():
+        return read_mapping(name, "configuration")
+    return read_configuration(name, _SIZES)
+
+
+def build(name: str, values: Mapping[str, Any], config: MPOEConfig) -> Any:
+    """The mixture that converting a model of this configuration gives, on the meta device.
+
+    Args:
+        name: of the model, for messages.
+        values: of its ``config.json``.
+        config: of the conversion; its default shape becomes separable where the family takes no blocks.
+
+    Raises:
+        ValueError: an unknown family, a broken configuration, a ``config`` that does not fit.
+    """
+    family = known_type(name, values).removeprefix(TYPE_PREFIX)
+    config = config if TABLE[family].takes_blocks else config.with_cores()
+    classes = {dense.__name__: made for dense, made in classes_of(family).items()}
+    named = [str(each).removeprefix(CLASS_PREFIX) for each in values.get("architectures") or []]
+    made = classes[next((each for each in named if each in classes), default_class(family))]
+    fields = {key: value for key, value in values.items() if key not in ("model_type", "mpoe", "architectures")}
+    try:
+        with torch.device("meta"):
+            model = made(made.config_class(**fields, mpoe=config))
+    except Exception as error:  # configurations and models raise many types of errors
+        raise ValueError(f"model: the configuration of {name!r} builds no {made.__name__}: {error}") from error
+    head = model.get_output_embeddings()
+    if not values.get("tie_word_embeddings", True) and isinstance(head, nn.Linear):
+        # Transformers 5 constructs every T5 with a tied head, which a checkpoint's own (T5 v1.1, Flan) replaces.
+        head.weight = nn.Parameter(torch.empty_like(head.weight))
+    return model
+
+
+# ------------------------------------------------------------- its costs
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Additive costs of a part of the model: elements, FLOPs of a step, and the peak of weights that a product rebuilds
+    (for a sum, the larger)."""
+
+    parameters: int = 0
+    flops: int = 0
+    temporary_bytes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        temporary = max(self.temporary_bytes, other.temporary_bytes)
+        return Cost(self.parameters + other.parameters, self.flops + other.flops, temporary)
+
+    def values(self, work: PlanOptions, dense: Cost | None = None) -> dict[str, Any]:
+        """For JSON: with the bytes of weights and of the training's state, and FLOPs relative to those of ``dense``."""
+        return {
+            **vars(self),
+            "weight_bytes": self.parameters * work.itemsize,
+            "state_bytes": 0 if work.inference else self.parameters * STATE_BYTES,
+            "x_dense": self.flops / dense.flops if dense is not None and dense.flops else None,
+        }
+
+
+Costs = Mapping[str, Cost]  # by design
+
+
+def _values(found: Costs, work: PlanOptions) -> dict[str, Any]:
+    return {design: cost.values(work, found["dense"]) for design, cost in found.items()}
+
+
+def costs(model: Any, work: PlanOptions) -> dict[str, Any]:
+    """Costs of a mixture, for JSON.
+
+    Returns:
+        ``config``; ``layers``: how many feed-forward layers are converted; ``parts``: groups of equal matrices and
+        networks, with the costs of one of them by design and, of MPOs, ``lossless`` (no bond is truncated) and the
+        ``strategy``; ``totals``: ``converted`` (all of them, with routers), ``rest`` (the same in all designs) and
+        ``whole``. A cost has the fields of `Cost.values`.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    every: list[Costs] = []
+    flops, total = 0, sum(parameter.numel() for parameter in model.parameters())
+    networks = kept_modules(model).values()
+    kept = {projection for network in networks for projection in network.projections().values()}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and module not in kept and "pooler" not in name:
+            flops += 2 * work.tokens * linear_weight(module).numel() * work.passes
+        elif isinstance(module, MPOEmbedding) and model.mpoe_config.tied_head:
+            flops += 2 * work.tokens * module.num_embeddings * module.embedding_dim * work.passes
+        for values, found in _parts(model, name, module, work):
+            every.append(found)
+            if values:
+                group = groups.setdefault(repr(values), {**values, "count": 0, **_values(found, work)})
+                group["count"] += 1
+    converted = {design: sum((part[design] for part in every), Cost()) for design in DESIGNS}
+    others = Cost(total - converted["mpoe"].parameters, flops)
+    whole = {design: cost + others for design, cost in converted.items()}
+    totals = {"converted": _values(converted, work), "rest": others.values(work), "whole": _values(whole, work)}
+    layers = sum(isinstance(module, RoutedFeedForward) for module in model.modules())
+    return {"config": model.config.mpoe, "layers": layers, "parts": list(groups.values()), "totals": totals}
+
+
+def _parts(
+    model: Any, name: str, module: nn.Module, work: PlanOptions
+) -> Iterator[tuple[dict[str, Any] | None, Costs]]:
+    """What a module adds to the converted parts: facts about it (none of a router) and its costs by design."""
+    if isinstance(module, TopKRouter):
+        router = Cost(module.weight.numel(), 2 * work.tokens * module.weight.numel() * work.passes)
+        yield None, {"mpoe": router, "switch": router, "dense": Cost()}
+        return
+    if not isinstance(module, (KeptFeedForward, MPOCores)):
+        return
+    experts, kind = module.num_experts, short_name(name).rpartition(".")[2]
+    top_k = model.mpoe_config.top_k if experts > 1 else 1
+    if isinstance(module, KeptFeedForward):
+        elements = sum(weight.numel() for weight in module.dense_parameters().values())
+        shared = sum(weight.numel() for weight in module.shared_parameters().values())
+        matrices = len(module.projections())
+        forward, of_shared = 2 * work.tokens * elements, 2 * work.tokens * shared
+        own = round(forward * (module.relative_flops(top_k) - 1)) - of_shared
+        own = own if work.inference else own * (4 * matrices - 1) // matrices
+        parameters = elements + shared + module.own_parameters()
+        mpoe = Cost(parameters, (forward + of_shared) * work.passes + own)
+        sizes, lossless, kind = (module.in_features, module.hidden_features), True, "network"
+        strategies: tuple[str, str | None] = (module.shape, None)
+    elif isinstance(model.get_submodule(name.rpartition(".")[0]), MPOEmbedding):
+        elements = module.in_features * module.out_features
+        yield None, dict.fromkeys(DESIGNS, Cost(elements)) | {"mpoe": Cost(module.shape.parameters(experts))}
+        return
+    else:
+        plan = plan_contraction(
+            module.shape, experts, work.tokens, DTYPES[work.dtype], top_k=top_k, training=not work.inference
+        )
+        mpoe = Cost(module.shape.parameters(experts), plan.flops, plan.temporary_bytes)
+        sizes, elements = (module.in_features, module.out_features), module.in_features * module.out_features
+        strategies, lossless = (plan.strategy, plan.backward_strategy), module.shape.is_full
+    dense = 2 * work.tokens * elements * work.passes
+    values = {"kind": kind, "in_features": sizes[0], "out_features": sizes[1], "lossless": lossless}
+    values |= {"strategy": strategies[0], "backward_strategy": strategies[1]}
+    yield values, {"mpoe": mpoe, "switch": Cost(experts * elements, top_k * dense), "dense": Cost(elements, dense)}
 
 
 # ------------------------------------------------------------- what is shown
@@ -118,77 +278,62 @@ def count(number: float) -> str:
     return scaled(number, billion="B")
 
 
-def _head(inventory: Inventory, usage: Usage) -> str:
-    tokens = ", ".join(f"{number:,} {stream} tokens" for stream, number in usage.tokens.items())
-    tokens = tokens.replace(" main tokens", " tokens")  # the only stream of GPT-2 and BERT needs no name
-    phase = "training" if usage.training else "inference"
-    masked = ", central cores masked" if usage.mask_central else ""
-    return (
-        f"{inventory.name} ({inventory.source}; {inventory.class_name}, {count(inventory.parameters)} parameters), "
-        f"{phase}{masked}: {tokens} a step, {str(usage.dtype).removeprefix('torch.')}"
-    )
-
-
-def _cells(cost: dict[str, Any], training: bool) -> list[str]:
-    temporary, x_dense = cost["temporary_bytes"], cost["x_dense"]
-    return [
-        count(cost["parameters"]),
-        scaled(cost["weight_bytes"], "B"),
-        *([scaled(cost["state_bytes"], "B")] if training else []),
-        scaled(temporary, "B") if temporary else "-",
-        scaled(cost["flops"]),
-        "-" if x_dense is None else f"{x_dense:.2f}",
-    ]
-
-
-def _table(values: dict[str, Any], words: Sequence[str]) -> Table:
-    """Every kind of layer, all of them, and the whole model, in the three designs."""
-    from mpoe.cli.report import Table
-
-    config, training, totals = values["config"], values["work"]["training"], values["totals"]
+def table(values: Mapping[str, Any]) -> Table:
+    """Every kind of part, all of them, and the whole model, in the three designs, with how to read it."""
+    config, totals, work = values["config"], values["totals"], values["work"]
     shape = config["shape"] if isinstance(config["shape"], str) else "given"
     title = f"{config['num_experts']:,} experts, top-{config['router']['top_k']}, shape {shape}"
-    header = ["part", "design", "parameters", "weights", *["state"][:training], "temporary", "FLOP", "x dense"]
+    state = [] if work["inference"] else ["state"]
     rows: list[list[str]] = []
 
-    def add(part: str, found: dict[str, Any], second: str = "") -> None:
-        for design, first in zip(NAMES, (part, second, ""), strict=True):
-            rows.append([first, NAMES[design], *_cells(found[design], training)])
+    def cells(cost: Mapping[str, Any]) -> list[str]:
+        temporary, x_dense = cost["temporary_bytes"], cost["x_dense"]
+        return [
+            count(cost["parameters"]),
+            scaled(cost["weight_bytes"], "B"),
+            *(scaled(cost["state_bytes"], "B") for _ in state),
+            scaled(temporary, "B") if temporary else "-",
+            scaled(cost["flops"]),
+            "-" if x_dense is None else f"{x_dense:.2f}",
+        ]
 
-    for layer in values["layers"]:
-        stream = " and ".join(name for name in layer["streams"] if name != "main")
-        for matrix in layer["matrices"]:
-            by = dict.fromkeys(filter(None, (matrix["strategy"], matrix["backward_strategy"])))
-            sizes = f"{matrix['in_features']}x{matrix['out_features']}"
-            add(f"{stream} {matrix['kind']}".strip(), matrix, f"  {sizes} by {' / '.join(by)}")
-    add(f"{sum(layer['count'] for layer in values['layers'])} feed-forward layers", totals["feed_forward"])
-    rows.append(["rest of the model", "all", *_cells(totals["rest"], training)])
+    def add(part: str, found: Mapping[str, Any], second: str = "") -> None:
+        rows.extend([first, DESIGNS[d], *cells(found[d])] for d, first in zip(DESIGNS, (part, second, ""), strict=True))
+
+    for part in values["parts"]:
+        by = dict.fromkeys(filter(None, (part["strategy"], part["backward_strategy"])))
+        sizes = f"  {part['in_features']}x{part['out_features']} by {' / '.join(by)}"
+        add(part["kind"], part, sizes)
+    add(f"{values['layers']} feed-forward layers", totals["converted"])
+    rows.append(["rest of the model", "all", *cells(totals["rest"])])
     add("whole model", totals["whole"])
-    return Table(header, rows, title, "\n".join(words))
+    header = ["part", "design", "parameters", "weights", *state, "temporary", "FLOP", "x dense"]
+    return Table(header, rows, title, "\n".join(_notes(values)))
 
 
-def _notes(values: dict[str, Any]) -> list[str]:
-    training, dtype = values["work"]["training"], values["work"]["dtype"]
-    state = "state: with gradients and AdamW, float32 (16 bytes per parameter). " if training else ""
-    lossless = all(matrix["lossless"] for layer in values["layers"] for matrix in layer["matrices"])
-    experts = values["totals"]["feed_forward"]
-    share = experts["mpoe"]["parameters"] / experts["switch"]["parameters"]
-    large = (
-        f"At this width these experts are not small: MPOE's feed-forward layers hold {share:.0%} of Switch's "
-        "parameters. Compare --shape separable, --shape neurons, and a lower --bond."
+def _notes(values: Mapping[str, Any]) -> Iterator[str]:
+    work, totals = values["work"], values["totals"]
+    phase = "inference" if work["inference"] else "training"
+    model = f"{values['name']} ({values['class']}, {count(totals['whole']['dense']['parameters'])} parameters)"
+    yield f"{model}, {phase}: {work['tokens']:,} tokens a step"
+    yield "MPOE: experts around shared matrices; Switch: as many dense experts; dense: the model as it is."
+    state = "" if work["inference"] else "state: with gradients and AdamW, float32 (16 bytes per parameter). "
+    yield (
+        f"weights: in {work['dtype']}. {state}temporary: rebuilt for one product, at most two experts' of one matrix. "
+        "Activations are not counted."
     )
-    return [
-        "MPOE: experts that share a central core per matrix; Switch: as many dense experts; dense: the model as it is.",
-        f"weights: in {dtype}. {state}temporary: rebuilt for one product, at most two experts' of one matrix. "
-        "Activations are not counted.",
+    yield (
         "FLOP: of one step's matrix products, routers included, attention scores not; x dense: over the dense row's. "
-        "by: the order of the fewest FLOPs, forward / backward; a run times the best few of them once.",
-        *([large] if share >= SMALL else []),
-        *([] if lossless else [TRUNCATED]),
-    ]
-
-
-TRUNCATED = (
-    "truncated bonds lose most of a pretrained matrix (relative error .59 to .93 at bonds 128 to 32): "
-    "for training from scratch, not for converting."
-)
+        "by: the order of the fewest FLOPs, forward / backward; a run times the best few of them once."
+    )
+    share = totals["converted"]["mpoe"]["parameters"] / totals["converted"]["switch"]["parameters"]
+    if share >= SMALL:
+        yield (
+            f"At this width these experts are not small: MPOE's feed-forward layers hold {share:.0%} of Switch's "
+            "parameters. Compare --shape separable, --shape neurons, and a lower --bond."
+        )
+    if not all(part["lossless"] for part in values["parts"]):
+        yield (
+            "truncated bonds lose most of a pretrained matrix (relative error .59 to .93 at bonds 128 to 32): "
+            "for training from scratch, not for converting."
+        )

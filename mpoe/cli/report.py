@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment
@@ -17,7 +18,7 @@ from markupsafe import Markup
 from mpoe.models.weight_files import write_text
 
 if TYPE_CHECKING:
-    from mpoe.inspection import BondSpectrum, Growth, Route
+    from mpoe.inspection import BondSpectrum, Route
 
 # Tables and figures scroll inside their box, so the page itself never scrolls sideways on a phone.
 _STYLE = """
@@ -33,7 +34,7 @@ td:first-child, th:first-child, .text td, .text th { text-align: left; }
 .best { white-space: nowrap; font-weight: 600; background: #e3f4e6; }
 .routes td { padding: .12rem .3rem; text-align: center; white-space: pre; border: 1px solid #fff; }
 .routes th { padding: .12rem .5rem; font-weight: 400; text-align: left; white-space: nowrap; color: var(--soft); }
-.legend span, .tokens span { padding: 0 .25em; } .tokens { white-space: pre-wrap; line-height: 1.7; }
+.legend span { padding: 0 .25em; }
 pre { background: #f5f5f5; padding: .6rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .failed { padding: .6rem 1rem; background: #fbe5e1; } .note { color: var(--soft); font-size: .93em; }
 summary { cursor: pointer; color: var(--accent); }
@@ -41,7 +42,6 @@ summary { cursor: pointer; color: var(--accent); }
 @media print { .scroll, figure { overflow: visible; } tr, figure, pre { break-inside: avoid; } }
 """
 _HTML = Environment(autoescape=True)
-_HTML.globals["zip"] = zip
 _TABLE = _HTML.from_string(
     '<div class="scroll"><table class="{{ kind }}">'
     "{% if header|select|list %}<thead><tr>{% for cell in header %}<th>{{ cell }}</th>{% endfor %}</tr></thead>"
@@ -49,16 +49,13 @@ _TABLE = _HTML.from_string(
     "<td{% if (place, loop.index0) in best %} class=best{% endif %}>{{ cell }}</td>{% endfor %}</tr>{% endfor %}"
     "</tbody></table></div>"
 )
-_LEGEND = _HTML.from_string(
-    '<p class="legend">Experts: {% for colour, name in experts %}'
-    '<span style="background:{{ colour }}">{{ name }}</span> {% endfor %}</p>'
-)
 _ROUTES = _HTML.from_string(
-    "{{ legend }}{% for text, routes in texts %}<p><b>{{ text }}</b></p>{% for route in routes %}"
+    '<p class="legend">Experts: {% for name in names[:64] %}<span style="background:{{ colours[loop.index0] }}">'
+    "{{ name }}</span> {% endfor %}</p>{% for text, routes in texts %}<p><b>{{ text }}</b></p>{% for route in routes %}"
     '<p>{{ "" if route.stream == "main" else route.stream }} tokens</p><div class="scroll"><table class="routes">'
     "<tr><th></th>{% for token in route.tokens %}<td>{{ token }}</td>{% endfor %}</tr>"
-    "{% for layer, experts, shares in zip(route.layers, route.experts, route.probabilities) %}"
-    "<tr><th>{{ short(layer) }}</th>{% for own, p in zip(experts, shares) %}"
+    "{% for layer in route.layers %}{% set row = loop.index0 %}<tr><th>{{ short(layer) }}</th>"
+    "{% for own in route.experts[row] %}{% set p = route.probabilities[row][loop.index0] %}"
     '<td style="background:{{ colours[own[0]] }}" title="{% for k in range(own|length) %}{{ ", " if k }}'
     'expert {{ own[k] }}: p = {{ "%.2f"|format(p[k]) }}{% endfor %}">{{ own|join("+") }}</td>{% endfor %}</tr>'
     "{% endfor %}</table></div>{% endfor %}{% endfor %}"
@@ -66,7 +63,8 @@ _ROUTES = _HTML.from_string(
 _PAGE = _HTML.from_string(
     '<!doctype html><html lang="en"><head><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ title }}</title>'
-    "<style>{{ style }}</style></head><body>{% for part in parts %}{{ part }}{% endfor %}</body></html>\n"
+    "<style>{{ style }}</style></head><body><h1>{{ title }}</h1>{% for part in parts %}{{ part }}{% endfor %}"
+    "</body></html>\n"
 )
 
 
@@ -124,24 +122,17 @@ class Table:
 
 
 def section(title: str, *parts: Any, note: str = "") -> Markup:
-    """``parts``, `Markup` or texts, under a heading; ``note`` explains them."""
+    """``parts``, `Markup`, texts or figures of matplotlib, under a heading; ``note`` explains them."""
+    image = Markup('<figure><img alt="{}" src="data:image/png;base64,{}"></figure>')
+    encoded = (base64.b64encode(png(part)).decode() if hasattr(part, "savefig") else None for part in parts)
+    shown = [part if data is None else image.format(title, data) for part, data in zip(parts, encoded, strict=True)]
     below = Markup('<p class="note">{}</p>').format(note) if note else ""
-    return Markup("<h2>{}</h2>{}{}").format(title, Markup("").join(parts), below)
-
-
-def picture(figure: Any, alt: str) -> Markup:
-    """A figure of matplotlib, or its PNG file, inside the page."""
-    data = base64.b64encode(figure if isinstance(figure, bytes) else png(figure)).decode()
-    return Markup('<figure><img alt="{}" src="data:image/png;base64,{}"></figure>').format(alt, data)
+    return Markup("<h2>{}</h2>{}{}").format(title, Markup("").join(shown), below)
 
 
 def write_page(file: Path, title: str, parts: Iterable[Any]) -> None:
     """Write a page of ``parts``, `Markup` or texts, under its title."""
-    heading = Markup("<h1>{}</h1>").format(title)
-    write_text(file, _PAGE.render(title=title, style=Markup(_STYLE), parts=[heading, *parts]))
-
-
-# ------------------------------------------------------------------- tokens and their experts
+    write_text(file, _PAGE.render(title=title, style=Markup(_STYLE), parts=list(parts)))
 
 
 def expert_colours(num_experts: int) -> list[str]:
@@ -154,17 +145,11 @@ def expert_colours(num_experts: int) -> list[str]:
     return found
 
 
-def legend(names: Sequence[str]) -> Markup:
-    """The colours of the first 64 experts."""
-    return Markup(_LEGEND.render(experts=list(zip(expert_colours(len(names)), names, strict=True))[:64]))
-
-
 def routes_html(texts: Sequence[tuple[str, Sequence[Route]]], names: Sequence[str]) -> Markup:
     """Which expert took which token: a column for each token, a row for each layer; ``names`` of the experts."""
     from mpoe.models.report import short_name
 
-    shown = {"legend": legend(names), "texts": texts, "colours": expert_colours(len(names)), "short": short_name}
-    return Markup(_ROUTES.render(**shown))
+    return Markup(_ROUTES.render(texts=texts, names=names, colours=expert_colours(len(names)), short=short_name))
 
 
 # ----------------------------------------------------------------- plots, as figures of matplotlib
@@ -172,10 +157,8 @@ def routes_html(texts: Sequence[tuple[str, Sequence[Route]]], names: Sequence[st
 # Told apart by colour-blind readers too (Okabe and Ito).
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")
 _READABLE = 20  # columns up to which cells of a heat map carry their number
-_STEEP = 0.05  # spectra that fall below this fraction of the largest value are drawn on a logarithmic axis
 
 Records = Sequence[Mapping[str, Any]]  # of a run's ``metrics.jsonl``
-Curve = Sequence[tuple[float, float]]  # (step, value)
 # A spectrum per name of a weight, grouped by the projections' kind.
 Spectra = Mapping[str, Mapping[str, Sequence["BondSpectrum"]]]
 
@@ -195,96 +178,45 @@ def png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def validation_losses(records: Records) -> dict[str, Curve]:
-    """Curves by task; ``validation`` for a loss over all of them."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for record in records:
-        for key, value in record.items():
-            if key.startswith("eval_") and key.endswith("loss") and value is not None:
-                name = key.removeprefix("eval_").removesuffix("loss").strip("_") or "validation"
-                found.setdefault(name, []).append((record["step"], value))
-    return dict(found)
+_TRAINING = "Training: task loss"
+_OF_ONE_RUN = {  # panel -> line -> key of a record
+    "Balancing loss": {"weighted, all layers": "aux_loss"},
+    "Expert load": {
+        "entropy / ln E, mean over layers": "expert_entropy",
+        "largest share, worst layer": "expert_max_share",
+        "smallest share, worst layer": "expert_min_share",
+    },
+}
 
 
-def _curve(records: Records, *keys: str) -> Curve:
-    """(step, value) of the records that have the first of the ``keys`` that any has."""
-    curves = ([(r["step"], r[key]) for r in records if r.get(key) is not None and "step" in r] for key in keys)
-    return next(filter(None, curves), [])
-
-
-def _lines(axes: Any, title: str, curves: Mapping[str, Curve], dots: Iterable[str] = (), ylabel: str = "") -> None:
-    """Curves by name: those of ``dots`` with a dot for each value, the others as running means over pale raw values."""
-    for (name, points), colour in zip(curves.items(), itertools.cycle(COLOURS)):
-        steps, values = [step for step, _ in points], [value for _, value in points]
-        marked = name in dots
-        if not marked:
-            axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
+def curves(runs: Mapping[str, Records]) -> Any:
+    """Training and validation losses of runs by name, side by side; of a single run also its balancing loss and expert
+    load. Pale lines are the raw values, the others running means."""
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for run, records in runs.items():
+        task_loss = "task_loss" if any("task_loss" in record for record in records) else "loss"
+        keys: dict[str, dict[str, str]] = {_TRAINING: {"": task_loss}, "Validation loss": {}}
+        keys |= _OF_ONE_RUN if len(runs) == 1 else {}
+        for key in dict.fromkeys(key for record in records for key in record):
+            if key.startswith("eval_") and key.endswith("loss"):
+                keys["Validation loss"][key.removeprefix("eval_").removesuffix("loss").strip("_")] = key
+        for panel, lines in keys.items():
+            for label, key in lines.items():
+                line = [(r["step"], r[key]) for r in records if r.get(key) is not None and "step" in r]
+                name = ", ".join(filter(None, (run if len(runs) > 1 else "", label))) or "all tasks"
+                if line:
+                    panels.setdefault(panel, {})[name] = line
+    figure, grid = _new(max(4.2 * len(panels), 4.2), 3.2, 1, max(1, len(panels)))
+    for axes, (panel, drawn) in zip(grid[0], panels.items(), strict=False):
+        for (name, points), colour in zip(drawn.items(), itertools.cycle(COLOURS)):
+            steps, values = zip(*points, strict=True)
             width = max(1, len(values) // 12)
-            parts = [values[max(0, end - width) : end] for end in range(1, len(values) + 1)]
-            values = [sum(part) / len(part) for part in parts]
-        axes.plot(steps, values, color=colour, label=name, marker="o" if marked else None, markersize=3)
-    axes.set(xlabel="optimizer step", ylabel=ylabel, title=title)
-    axes.grid(alpha=0.25)
-    if curves:
+            means = [fmean(values[max(0, end - width) : end]) for end in range(1, len(values) + 1)]
+            axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
+            axes.plot(steps, means, color=colour, label=name, marker="o" if width == 1 else None, markersize=3)
+        axes.set(xlabel="optimizer step", title=panel, **({"ylim": (0, 1.02)} if panel == "Expert load" else {}))
+        axes.grid(alpha=0.25)
         axes.legend(fontsize=8)
-
-
-def training_curves(records: Records) -> Any:
-    """Task loss of a run and, for a mixture, balancing loss and expert load, side by side."""
-    validation = validation_losses(records)
-    labels = {
-        "expert_entropy": "entropy / ln E, mean over layers",
-        "expert_max_share": "largest share, worst layer",
-        "expert_min_share": "smallest share, worst layer",
-    }
-    panels = {
-        "Task loss": {"training": _curve(records, "task_loss", "loss"), **validation},
-        "Balancing loss": {"weighted, all layers": _curve(records, "aux_loss")},
-        "Expert load": {label: _curve(records, key) for key, label in labels.items()},
-    }
-    drawn = {title: own for title, lines in panels.items() if (own := {n: line for n, line in lines.items() if line})}
-    figure, grid = _new(3.8 * max(1, len(drawn)), 3.1, 1, max(1, len(drawn)))
-    for axes, (title, lines) in zip(grid[0], drawn.items(), strict=False):
-        _lines(axes, title, lines, validation)
-        if title == "Expert load":
-            axes.set_ylim(0, 1.02)
-    return figure
-
-
-def run_curves(runs: Mapping[str, Records]) -> Any:
-    """Training and validation losses of runs by name, side by side."""
-    validation = {
-        name if task == "validation" else f"{name}, {task}": points
-        for name, records in runs.items()
-        for task, points in validation_losses(records).items()
-    }
-    figure, grid = _new(9.5, 3.4, 1, 2)
-    training = {name: _curve(records, "task_loss", "loss") for name, records in runs.items()}
-    _lines(grid[0, 0], "Training: task loss", training, ylabel="loss")
-    _lines(grid[0, 1], "Validation loss", validation, validation, "loss")
-    return figure
-
-
-def growth(totals: Growth, own: int) -> Any:
-    """Parameters of the whole model against the number of experts; ``own`` is the model's."""
-    from matplotlib.ticker import LogLocator
-
-    figure, ((axes,),) = _new(7.0, 3.6)
-    curves = {"dense experts (Switch)": (totals.switch, COLOURS[1]), "MPO experts": (totals.mpoe, COLOURS[0])}
-    for name, (values, colour) in curves.items():
-        if values:
-            axes.plot(totals.experts, [v / 1e6 for v in values], marker="o", color=colour, label=name)
-    axes.axhline(totals.dense / 1e6, color=COLOURS[6], linestyle="--", label="dense model")
-    axes.axvline(own, color="grey", linestyle=":", label="this model")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(totals.experts, [str(count) for count in totals.experts])
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("")
-    axes.set(xlabel="experts", ylabel="millions of parameters", title="Parameters against experts")
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
     return figure
 
 
@@ -307,35 +239,27 @@ def load_map(load: Sequence[Sequence[float]], names: Sequence[str]) -> Any:
 
 
 def spectrum_lines(spectra: Spectra) -> Any:
-    """Singular values across each bond, relative to the largest, mean over experts: a line for each layer; in the title
-    the effective rank, mean over the layers."""
+    """Singular values across each bond, relative to the largest, mean over experts: a line for each layer, the darkest
+    the first; in the title the effective rank, mean over the layers."""
     from matplotlib import colormaps
 
-    columns = max(len(bonds) for weights in spectra.values() for bonds in weights.values())
-    figure, grid = _new(2.0 + 2.6 * columns, 0.8 + 2.3 * len(spectra), len(spectra), columns)
-    for row, (kind, weights) in zip(grid, spectra.items(), strict=True):
-        shades = colormaps["viridis"].resampled(max(2, len(weights)))
-        for depth, (name, bonds) in enumerate(weights.items()):
-            for axes, bond in zip(row, bonds, strict=False):
-                values = bond.singular_values / bond.singular_values[:, :1].clamp_min(1e-300)
-                line = values.mean(0).clamp_min(1e-6).tolist()
-                axes.plot(range(1, len(line) + 1), line, color=shades(depth), linewidth=1.1, label=name)
-        for index, axes in enumerate(row):
-            if not axes.has_data():
-                axes.set_axis_off()  # a chain with fewer bonds than others
-                continue
-            used = [bonds[index].used for bonds in weights.values() if index < len(bonds)]
-            rank = f"effective rank {100 * sum(used) / len(used):.0f}% of d"
-            axes.set(title=f"{kind}, bond {index + 1}\n{rank}", xlabel="singular value number")
-            axes.title.set_fontsize(9)
-            if axes.dataLim.y0 < _STEEP:
-                axes.set_yscale("log")
-            else:
-                axes.set_ylim(0.0, 1.05)
-            axes.grid(alpha=0.25)
-        row[0].set_ylabel("relative to the largest")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    if len(labels) > 8:  # the first and last ones show the direction of the colours
-        handles, labels = [handles[0], handles[-1]], [labels[0], labels[-1]]
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8, title="layer")
+    panels = {
+        f"{kind}, bond {k + 1}": [bonds[k] for bonds in weights.values() if k < len(bonds)]
+        for kind, weights in spectra.items()
+        for k in range(max(map(len, weights.values())))
+    }
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, grid = _new(2.6 * columns, 2.5 * rows, rows, columns)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (title, layers) in zip(grid.flat, panels.items(), strict=False):
+        for depth, bond in enumerate(layers):
+            values = (bond.singular_values / bond.singular_values[:, :1].clamp_min(1e-300)).mean(0).clamp_min(1e-6)
+            shade = colormaps["viridis"](depth / len(layers))
+            axes.plot(range(1, len(values) + 1), values.tolist(), color=shade, linewidth=1.1)
+        rank = f"effective rank {fmean(bond.used for bond in layers):.0%} of d"
+        axes.set(title=f"{title}\n{rank}", xlabel="singular value number", yscale="log")
+        axes.title.set_fontsize(9)
+        axes.grid(alpha=0.25)
     return figure

@@ -1,4 +1,4 @@
-"""`mpoe inspect`: a report that stands alone, its plots and numbers; spectra, routes and totals in it; refusals."""
+"""`mpoe inspect`: a report that stands alone, and its numbers; spectra, routes and totals in it; refusals."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from mpoe import MPOEConfig, convert_to_mpoe
 from mpoe.data.embedded import load_stand_in
-from mpoe.inspection import bond_spectra, parameter_growth, route_text
+from mpoe.inspection import bond_spectra, route_text
 from mpoe.layers.cores import MPOCores
 from mpoe.models.report import routed_layers
 from mpoe_kernels import MPOShape
 from tests.assertions import refuses
 
-ALWAYS = {"expert_load.png", "bond_spectra.png", "parameters.png"}
 pytestmark = pytest.mark.usefixtures("drawn")
 
 
@@ -46,20 +44,13 @@ def page(folder: Path) -> str:
     return text
 
 
-def test_report_of_a_t5_and_of_its_training(cli, models: Path, sentiment: Path, tmp_path: Path) -> None:
+def test_report_of_a_t5(cli, models: Path, sentiment: Path, tmp_path: Path) -> None:
     out, run = tmp_path / "out", models / "t5"
-    records = [
-        {"step": k, "loss": 3 / k, "task_loss": 2 / k, "aux_loss": 0.1, "expert_entropy": 0.9} for k in (1, 2, 3)
-    ]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     arguments = ["inspect", run, "--data_dir", sentiment, "--output_dir", out, "--text", "the film is <good>"]
     cli(*arguments)
-    assert (out / "training.png").is_file()
-    (run / "metrics.jsonl").unlink()
-    cli(*arguments, "--overwrite")  # a new report leaves no old plot
-    assert {p.name for p in out.iterdir()} == ALWAYS | {"report.html", "inspect.json"}
-    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in ALWAYS)
     text = page(out)
+    assert {p.name for p in out.iterdir()} == {"report.html", "inspect.json"}
+    assert text.count("data:image/png;base64,iVBOR") == 2  # load, bonds
     assert "the film is &lt;good&gt;" in text
     numbers = json.loads((out / "inspect.json").read_text())
     (followed,) = numbers["routes"]
@@ -70,7 +61,6 @@ def test_report_of_a_t5_and_of_its_training(cli, models: Path, sentiment: Path, 
     assert len({sum(layer) for layer in numbers["expert_load"][:2]}) == 1
     assert sum(numbers["expert_load"][2]) < sum(numbers["expert_load"][0])
     assert set(numbers["bonds"]) == {"up", "down"}
-    assert numbers["parameters_by_experts"]["experts"] == [1, 2, 3, 4, 8, 16, 32, 64]
 
 
 @pytest.mark.slow
@@ -82,9 +72,9 @@ def test_other_mixtures(cli, models: Path, prose: Path, tmp_path: Path) -> None:
     assert len(numbers["routes"]) == 2  # the first items, where no text is given
     assert set(numbers["bonds"]) == {"up", "down", "c_attn", "c_proj"}
     assert re.search(r">[012]\+[012]</td>", page(tmp_path / "gpt2"))
-    assert not (tmp_path / "dense" / "bond_spectra.png").exists()
+    assert "What the bonds carry" not in page(tmp_path / "dense")
     assert "no routers" in page(tmp_path / "none")
-    assert not (tmp_path / "none" / "expert_load.png").exists()
+    assert "Expert load" not in page(tmp_path / "none")
 
 
 def test_help_and_refusals(cli, refused, models: Path, tmp_path: Path) -> None:
@@ -97,7 +87,6 @@ def test_help_and_refusals(cli, refused, models: Path, tmp_path: Path) -> None:
         (["t5", *out], "t5 is a dense t5; inspect looks into mixtures: mpoe convert t5 OUT"),
         ([t5, "--text", " "], "text must hold words; got an empty one"),
         ([t5, "--num_items", 0], "num_items must be at least 1; got 0"),
-        ([t5, "--num_tokens", 0], "num_tokens must be at least 1; got 0"),
         ([t5, "--output_dir", t5], "holds a model or a run; choose another folder"),
         ([t5, "--output_dir", tmp_path / "old"], "holds an earlier report; give --overwrite"),
     ):
@@ -193,21 +182,3 @@ def test_routes_are_the_routers_choices(kind: str, top_k: int) -> None:
         assert experts == seen[name].tolist()
         assert all(len(p) == top_k and p == sorted(p, reverse=True) and 0 < sum(p) <= 1 + 1e-6 for p in probabilities)
     refuses(ValueError, "text must hold at least one token; got ''", route_text, model, load_stand_in("gpt2")[1], "")
-
-
-@pytest.mark.parametrize("expert_type", ["mpo", "dense"])
-def test_totals_are_those_of_converted_models(expert_type: str) -> None:
-    dense = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_embd=24, n_layer=2, n_head=2, n_positions=8))
-
-    def converted(experts: int, kind: str):
-        targets = ["ffn", "attention"]
-        config = MPOEConfig(num_experts=experts, expert_type=kind, target_modules=targets, shape="separable")
-        return convert_to_mpoe(dense, config)
-
-    reports = [converted(experts, "mpo").parameter_report() for experts in (2, 4, 8)]
-    growth = parameter_growth(converted(4, expert_type), experts=(2, 8))
-    assert growth.experts == [2, 4, 8]
-    assert [growth.dense] * 3 == [report["dense_total"] for report in reports]
-    assert growth.switch == [report["switch_total"] for report in reports]
-    assert growth.mpoe == ([report["total"] for report in reports] if expert_type == "mpo" else [])
-    refuses(ValueError, "GPT2LMHeadModel has none", parameter_growth, dense)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,7 +48,7 @@ REFUSED = [
     (["demo", "--model", "t5x"], "argument --model: invalid choice: 't5x'"),
     (["demo", "--steps", 0, "--output_dir", "run"], "steps must be at least 1"),
     (["demo", "--seed", -1, "--output_dir", "run"], "seed must be at least 0"),
-    (["bench", "--minutes", 0], "minutes must be greater than 0; got 0.0"),
+    (["bench", "--minutes", -1], "minutes must be at least 0; got -1.0"),
     # words and options that are missing, unknown or exclude each other
     (["trian"], "no such command 'trian'; did you mean 'train'? (see mpoe --help)"),
     (["train", "--model", "t5", "--data_dir", "."], "train needs --output_dir"),
@@ -177,7 +178,7 @@ def test_a_run_with_other_settings_is_not_resumed(refused, here: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda folder: os.truncate(folder / "model.safetensors", 5000), "must be a whole safetensors file"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 5000), "cannot be loaded"),
         (lambda folder: os.rename(folder / "model.safetensors", folder / "pytorch_model.bin"), "cannot be loaded"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "no usable tokenizer"),
     ],
@@ -198,8 +199,9 @@ def test_components_of_an_earlier_run_need_a_mixture() -> None:
 def test_benchmarks_that_are_wrong_or_absent(refused, monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
     monkeypatch.setattr(bench, "_measure", lambda options: {"failures": ["linear: a wrong sum"]})
     assert "wrong or failed: linear: a wrong sum" in refused("bench")
-    monkeypatch.setattr(bench, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None)))
-    assert "the benchmarks are not installed: no package mpoe_bench" in refused("bench", "--out", "other")
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "mpoe_bench.run", None)
+    assert "the benchmarks are not installed: no package mpoe_bench.run" in refused("bench", "--out", "other")
 
 
 # ------------------------------------------------------------------ files

@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import mpoe
 import mpoe.data
 import mpoe_kernels
 from mpoe import MPOEConfig, load_mpoe
-from mpoe.cli.plan import count, scaled
+from mpoe.cli.plan import PlanOptions, build, costs, count, read_values, scaled
 from mpoe.data.embedded import stand_in_path
 from mpoe.data.tasks import standard_specs
-from mpoe.estimation import Usage, model_costs, take_inventory
 
 INSTALL = "python -m pip install"  # CI runs these as they stand
 LAUNCH = "torchrun"  # several processes: slow, below
@@ -180,11 +178,10 @@ def all_reduce(size: float, nodes: int, gpus: int) -> tuple[float, float]:
 
 def sizes_of(experts: int, nodes: int, gpus: int = 8, tokens: int = 4096) -> dict[str, list[str]]:
     """The table's cells by design, by the page's formulas from the parameters that `mpoe plan` counts."""
-    usage = Usage({"encoder": tokens, "decoder": tokens}, torch.bfloat16, training=True)
-    costs = model_costs(take_inventory("t5-large"), MPOEConfig(num_experts=experts, shape="separable"), usage)
-    whole = costs["totals"]["whole"]
-    mpoe, switch = whole["mpoe"]["parameters"], whole["switch"]["parameters"]
-    dense = costs["totals"]["feed_forward"]["dense"]["parameters"]
+    model = build("t5-large", read_values("t5-large"), MPOEConfig(num_experts=experts, shape="separable"))
+    totals = costs(model, PlanOptions(tokens))["totals"]
+    mpoe, switch = (totals["whole"][design]["parameters"] for design in ("mpoe", "switch"))
+    dense = totals["converted"]["dense"]["parameters"]
     slower = 1 if nodes > 1 else 0  # the link between nodes, or inside the only one
     group = math.gcd(experts, nodes * gpus)
     own, rest = dense * (experts // group), switch - dense * experts

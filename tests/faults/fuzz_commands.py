@@ -91,12 +91,12 @@ def words_of(option: Any) -> Sequence[str]:
 # Where work begins that an input cannot change any more.
 WORK = (
     "mpoe.cli.models.load_model",
-    "mpoe.estimation.model_costs",
+    "mpoe.cli.plan.costs",
     "mpoe.training.MPOETrainer.train",
     "mpoe.cli.demo.train_experts",
     "mpoe.cli.demo.compare_arms",
     "mpoe.cli.bench._measure",
-    "mpoe.cli.info.collect",
+    "mpoe_kernels.info.collect",
 )
 
 

@@ -18,7 +18,6 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import configuration_auto, modeling_auto
-from transformers.utils import logging
 
 from mpoe.config import MPOEConfig
 from mpoe.layers.context import Entered, RoutingContext
@@ -28,8 +27,6 @@ from mpoe.layers.experts import MPOExperts
 from mpoe.models.base import MPOEModelMixin, last_tokens
 from mpoe.models.others import ROUTING_FIELDS, output_of
 from mpoe.models.table import CAUSAL, CLASS_PREFIX, ENCODER, SEQ2SEQ, TABLE, TYPE_PREFIX
-
-logger = logging.get_logger(__name__)
 
 
 def _may_cache(layer: MPOExperts, on_gpus: bool) -> bool:
@@ -62,12 +59,6 @@ def kept_while_generating(model: nn.Module, max_bytes: int | None) -> Iterator[E
     if bound == 0 or not layers:
         yield None
         return
-    # other blocks are views of cores
-    if max_bytes is None and any(layer.full_weights_pay(layer.num_experts, layer.dtype) for layer in layers):
-        logger.info_once(
-            f"generate keeps rebuilt weights of experts in up to {bound / 1e6:.1f} MB, the size of the dense layers, "
-            "until it returns; model.cache_experts(max_bytes) sets another limit, model.cache_experts(0) keeps nothing"
-        )
     with ExpertCache(bound, layers).in_use() as cache:
         yield cache
 

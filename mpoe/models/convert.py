@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import functools
 import threading
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -23,7 +22,7 @@ from mpoe.models.base import MPOEModelMixin
 from mpoe.models.classes import classes_of, foreign_class
 from mpoe.models.export import as_stock
 from mpoe.models.find import find_sites
-from mpoe.models.report import hidden_modules, mpo_modules, neuron_modules, parameter_report
+from mpoe.models.report import hidden_modules, mpo_modules, neuron_modules
 from mpoe.models.sites import EmbeddingSite, FFNSite, Report
 from mpoe.models.table import EXPERT_COUNTS, TABLE, checked_sites, family_for
 from mpoe_kernels import backend_reasons
@@ -122,19 +121,6 @@ def adopt_class(model: PreTrainedModel, cls: type[Any], mpoe: MPOEConfig) -> Non
         setattr(model, name, getattr(skeleton, name))
 
 
-def _warn_of_size(model: Any, config: MPOEConfig) -> None:
-    """Warn of experts that are larger than whole matrices: at small widths blocks are."""
-    counts = parameter_report(model)
-    total, switch = counts["total"], counts["switch_total"]
-    if total > switch and config.num_experts > 1 and config.expert_type == "mpo":
-        smaller = "fewer neurons have" if config.shape == "neurons" else "a smaller block_size, or 'separable', has"
-        warnings.warn(
-            f"these experts are larger than dense ones: {total:,} parameters, {switch:,} with expert_type='dense' "
-            f"({smaller} fewer parameters)",
-            stacklevel=3,
-        )
-
-
 @one_at_a_time
 @torch.no_grad()
 def convert_to_mpoe(
@@ -193,7 +179,6 @@ def convert_to_mpoe(
         module: Any = site.build(config)
         report.update(site.load(module, config))
         site.install(model, module, config)
-    _warn_of_size(model, config)
     config.rate_ratios = {name: list(cores.rate_ratios) for name, cores in mpo_modules(model)}
     if given is not None:
         model.config.mpoe_sites = given

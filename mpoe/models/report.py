@@ -17,6 +17,7 @@ from mpoe_kernels import ContractionPlan, plan_contraction
 
 LINE = 100  # characters of the legend's lines
 HEADER = ("weight", "in x out", "factors", "bonds", "central", "auxiliary", "error", "plan", "x dense")
+LEFT = ("weight", "factors", "bonds", "plan")  # columns of words
 LEGEND = (
     "factors: the weight's axes, split; bonds: dimensions between the cores; central: parameters that all experts "
     "share; auxiliary: experts x parameters that each owns; error: of the conversion, at most, relative to the dense "
@@ -196,19 +197,10 @@ def summarize(model: Any, num_tokens: int, top_k: int = 1) -> list[WeightSummary
 
 def print_summary(rows: Sequence[WeightSummary], num_tokens: int) -> None:
     """Print `summarize` as a table."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(
-        title=f"MPO weights; plans for {num_tokens:,} tokens", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
-    )
-    for name in HEADER:
-        table.add_column(name, justify="left" if name in ("weight", "factors", "bonds", "plan") else "right")
-    for row in rows:
-        table.add_row(*map(Text, row.cells))
-    console = Console()
-    # If the width is unknown, as in a pipe, rows are not cut.
-    Console(width=None if console.is_terminal else max(console.width, 120)).print(table)
-    print(textwrap.fill(LEGEND, LINE))
+    lines = [HEADER, *(row.cells for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print(f"MPO weights; plans for {num_tokens:,} tokens\n")
+    for cells in lines:
+        columns = zip(HEADER, cells, widths, strict=True)
+        print("  ".join(f"{cell:{'<' if name in LEFT else '>'}{width}}" for name, cell, width in columns).rstrip())
+    print(f"\n{textwrap.fill(LEGEND, LINE)}")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 
 import pytest
 import torch
 from torch import nn
-from transformers import ElectraConfig, ElectraForMaskedLM, GPT2Config, GPT2LMHeadModel
+from transformers import ElectraConfig, ElectraForMaskedLM
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, merge_experts, merge_latent
 from mpoe.layers import HiddenFeedForward, MPOEFeedForward, NeuronFeedForward
@@ -76,19 +75,6 @@ def test_dropout_and_padding() -> None:
     assert bool(torch.isfinite(y).all())
     layer.expert_dropout = 0.5
     assert not torch.equal(layer.train()(x, mask), y)
-
-
-def test_blocks_larger_than_matrices_are_said() -> None:
-    """At small widths a block is no smaller than a matrix."""
-    sizes = {"n_embd": 8, "n_inner": 64, "n_layer": 1, "n_head": 2, "n_positions": 8, "vocab_size": 20}
-    small = GPT2LMHeadModel(GPT2Config(**sizes))
-    with pytest.warns(
-        UserWarning, match=r"experts are larger than dense ones: [\d,]+ parameters, [\d,]+ with expert_type"
-    ):
-        convert_to_mpoe(small, MPOEConfig(num_experts=8, block_size=64))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        convert_to_mpoe(small, MPOEConfig(num_experts=8, block_size=2))
 
 
 @pytest.mark.parametrize("family", ["t5", "t5_gated"])

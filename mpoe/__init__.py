@@ -17,7 +17,7 @@ _NAMES = {
     for module, names in {
         "mpoe.config": "MPOEConfig RouterConfig",
         "mpoe.layers": "MPOEFeedForward MPOEmbedding MPOLinear TopKRouter global_batch",
-        "mpoe.models": "add_expert collect_statistics compose compose_experts convert_to_mpoe import_original "
+        "mpoe.models": "collect_statistics compose compose_experts convert_to_mpoe import_original "
         "load_expert load_mpoe merge_expert merge_experts merge_latent save_expert save_mpoe_only start_expert",
         "mpoe.models.lora": "lora_on_cores",
         "mpoe.training": "MPOETrainer MPOETrainingArguments freeze_all_but_experts load_sharded_optimizer save_sharded "
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from mpoe.layers import global_batch as global_batch
     from mpoe.models.checkpoint import load_mpoe as load_mpoe
     from mpoe.models.checkpoint import save_mpoe_only as save_mpoe_only
-    from mpoe.models.composition import add_expert as add_expert
     from mpoe.models.composition import compose as compose
     from mpoe.models.convert import convert_to_mpoe as convert_to_mpoe
     from mpoe.models.convert import merge_experts as merge_experts

@@ -170,10 +170,10 @@ def test_nothing_left_to_train() -> None:
 
 
 def test_originals_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"source must hold model\.safetensors or pytorch_model\.bin; .* has neither"):
+    with pytest.raises(ValueError, match="source must be a checkpoint of the original, or its folder"):
         import_original(tmp_path, t5())
     torch.save([torch.ones(1)], tmp_path / "pytorch_model.bin")
-    refuses(ValueError, r"source must map names to tensors; .* holds something else", import_original, tmp_path, t5())
+    refuses(ValueError, "source must map names to tensors; it holds something else", import_original, tmp_path, t5())
 
 
 def test_components_that_are_not_in_mpo_form(tmp_path: Path) -> None:
@@ -188,5 +188,12 @@ def test_components_of_another_model(tmp_path: Path) -> None:
     deep, wide = (
         convert_to_mpoe(gpt2(**sizes), MPOEConfig(num_experts=2)) for sizes in ({"n_layer": 2}, {"n_inner": 12})
     )
-    refuses(ValueError, r"must hold transformer\.h\.1\.mlp\..*; it does not", load_layers, deep, tmp_path, ["mlp"])
-    refuses(ValueError, r"transformer\.h\.0\.mlp\..* must be \[.*\]; .* has \[", load_layers, wide, tmp_path, ["mlp"])
+    refuses(ValueError, r"must hold transformer\.h\.1\.mlp\..*; it has None", load_layers, deep, tmp_path, ["mlp"])
+    refuses(
+        ValueError,
+        r"hold transformer\.h\.0\..* \(.*\), as the model.*; it has \(",
+        load_layers,
+        wide,
+        tmp_path,
+        ["mlp"],
+    )

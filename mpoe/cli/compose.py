@@ -14,21 +14,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from mpoe.cli import models
 from mpoe.cli.command import Asked, CommandError, as_command, option
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.data.mappings import read_mapping, read_utf8
-from mpoe.models import expert_mixture, load_mpoe
-from mpoe.models.composition import add_expert, compose
+from mpoe.models import expert_mixture
+from mpoe.models.composition import compose
 from mpoe.models.domains import train_routers
 from mpoe.models.expert_files import load_expert, merge_expert
 from mpoe.models.expert_mixture import EXPERTS_FOLDER, NONE, is_adapter
 from mpoe.models.table import CAUSAL
 
 USAGE = "mpoe compose BASE EXPERT ... --output_dir OUT [--flag value ...]"
-STATISTICS = "router_statistics.safetensors"
 MOST = 1 + 128  # words: the base and its fine-tunes
 TOP_K = 2  # of experts; of fine-tunes 1
 AT_ONCE = 8  # pieces of a batch
@@ -46,7 +44,7 @@ class ComposeOptions:
         "ridge", "ridge: closed form; train: then trained alone, on the texts", choices=["ridge", "train"]
     )
     top_k: int | None = option(None, "experts per token; default 2 or the mixture's, of fine-tunes 1")
-    add: str | None = option(None, "a composed mixture, which gets these experts more (of fine-tunes one)")
+    add: str | None = option(None, "a mixture composed of experts, which gets these more")
     remove: list[str] = option([], "names of experts of the mixture --add to leave out", nargs="+")
     background: str | None = option(None, "of experts: a text of no domain; default: documentation of Python")
     neurons: int | None = option(
@@ -133,14 +131,11 @@ def _batches_of(file: str, tokenizer: Any, options: ComposeOptions, name: str) -
 
 def _faults_of_fine_tunes(names: Sequence[str], options: ComposeOptions) -> Iterator[tuple[object, str]]:
     """What must not be, and the message."""
-    count, texts, add = len(names), len(options.texts), options.add
-    others = options.remove or options.merge or options.background is not None
-    yield others, "remove, merge and background are for experts' files; got fine-tunes"
+    count, texts = len(names), len(options.texts)
+    others = options.add is not None or options.remove or options.merge or options.background is not None
+    yield others, "add, remove, merge and background are for experts' files; got fine-tunes"
     yield not names, f"compose needs a base and at least one expert: {USAGE}"
-    yield add is not None and count != 1, f"add takes one fine-tune at a time; got {count}"
     yield texts != count, f"texts must name a file for each of {count} fine-tunes; got {texts}"
-    statistics = Path(add or "") / STATISTICS
-    yield add and not statistics.is_file(), f"add must be a mixture made by mpoe compose; {add} has no {STATISTICS}"
 
 
 def compose_fine_tunes(
@@ -148,17 +143,12 @@ def compose_fine_tunes(
 ) -> None:
     """Compose the fine-tunes ``names`` of ``base``, each with the batches of its text, and save the mixture."""
     fine_tunes = [load_fine_tune(name, base) for name in names]
-    how: dict[str, Any] = {"router": options.router, "steps": options.steps}
-    if options.add is None:
-        mixture = compose(base, fine_tunes, texts, RouterConfig(top_k=options.top_k or 1), **how)
-    else:
-        mixture = load_mpoe(options.add).eval()
-        mixture.router_statistics = load_file(Path(options.add) / STATISTICS)
-        mixture = add_expert(mixture, base, fine_tunes[0], texts[0], **how)
+    routing = RouterConfig(top_k=options.top_k or 1)
+    mixture = compose(base, fine_tunes, texts, routing, router=options.router, steps=options.steps)
     for name, error in zip(names, mixture.composition_report.values(), strict=True):
         print(f"{name}: outside the experts {error:.2f} of what it changed is lost in the mean")
-    with models.model_folder(out, mixture, tokenizer) as staging:
-        save_file({key: value.contiguous() for key, value in mixture.router_statistics.items()}, staging / STATISTICS)
+    with models.model_folder(out, mixture, tokenizer):
+        pass
     print(f"saved to {out}")
 
 
@@ -228,7 +218,7 @@ def compose_experts(
     routed: dict[str, Any] = {"top_k": options.top_k or top_k, "none": none, "background": background}
     mixture = expert_mixture.compose_experts(base, experts, tokenizer=tokenizer, texts=by_name, **routed)
     if options.router == "train":
-        train_routers(mixture, [*texts, routed["background"]], 0, options.steps)
+        train_routers(mixture, [*texts, routed["background"]], options.steps)
     with models.model_folder(out, mixture, tokenizer) as staging:
         expert_mixture.keep_experts(mixture, staging)
     others = f"tokens go to {routed['top_k']}; {NONE!r} adds 0"

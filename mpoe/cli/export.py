@@ -1,5 +1,5 @@
 """`mpoe export IN OUT --to CLASS`: exports a mixture to a class that other tools can serve: with full matrices to
-mixtral, qwen3_moe or olmoe; neurons beside a dense network, at their own size, to granitemoeshared or qwen2_moe.
+mixtral or qwen3_moe; neurons beside a dense network, at their own size, to granitemoeshared or qwen2_moe.
 
 The exported model is opened again with the stock class, and its logits are compared. `mpoe export NAME.expert USER/REPO
 --to hub` uploads an expert's file, or those in a folder, with a card."""
@@ -19,7 +19,7 @@ from mpoe.models.export import check_export, server_notes
 class ExportOptions:
     """Options of `export`."""
 
-    to: str = option("mixtral", "class: mixtral, qwen3_moe or olmoe; of neurons: granitemoeshared or qwen2_moe; or hub")
+    to: str = option("mixtral", "class: mixtral or qwen3_moe; of neurons: granitemoeshared or qwen2_moe; or hub")
     private: bool = option(False, "of --to hub: a repository that others cannot see")
     overwrite: bool = option(False, "replace a model in OUT")
 

@@ -74,7 +74,7 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
     "layers_to_transform": (list[int], []),
 }
 _OPTIONAL = (
-    *("gauge", "light_p", "block_per_group", "expert_bias", "existing_experts", "expert_output_bias"),
+    *("gauge", "light_p", "block_per_group", "expert_bias", "expert_output_bias"),
     *("min_capacity", "second_threshold", "scoring_func", "bias_update_rate"),
 )
 _NO_OPTIONS = ("router", "rate_ratios", "tied_head")

@@ -136,11 +136,9 @@ def build(name: str, values: Mapping[str, Any], config: MPOEConfig) -> Any:
         config: of the conversion; its default shape becomes separable where the family takes no blocks.
 
     Raises:
-        ValueError: an unknown family, a mixture already, a broken configuration, a ``config`` that does not fit.
+        ValueError: an unknown family, a broken configuration, a ``config`` that does not fit.
     """
     family = known_type(name, values).removeprefix(TYPE_PREFIX)
-    if TABLE[family].is_mixture:
-        raise ValueError(f"model {name!r} must be a dense model to be planned; {family} is a mixture already")
     config = config if TABLE[family].takes_blocks else config.with_cores()
     classes = {dense.__name__: made for dense, made in classes_of(family).items()}
     named = [str(each).removeprefix(CLASS_PREFIX) for each in values.get("architectures") or []]

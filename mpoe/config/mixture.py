@@ -19,7 +19,6 @@ _CHOICES = {
     "moe_type": MOE_TYPES,
     "expert_type": ("mpo", "dense"),
     "gauge": ("symmetric", "orthogonal", "identity"),
-    "existing_experts": ("keep", "mpo"),
 }
 _OPTIONAL_COUNTS = (
     *("block_size", "neurons", "latent", "max_bond", "separable_left", "separable_right"),
@@ -28,7 +27,8 @@ _OPTIONAL_COUNTS = (
 TARGETS = ("ffn", "attention", "embedding", "pooler")
 # Fields that apply only to MPO cores.
 OF_CORES = frozenset({"max_bond", "separable_left", "separable_right", "light_p", "gauge"})
-OBSOLETE = frozenset({"auxiliary_noise"})  # fields of earlier versions, which mattered at conversion alone
+# fields of earlier versions, which mattered at conversion alone
+OBSOLETE = frozenset({"auxiliary_noise", "existing_experts"})
 _OTHER = " (shape='separable' takes it)"
 DEFAULT_NEURONS = 64
 
@@ -53,8 +53,7 @@ class MPOEConfig:
             original's factors; light: smallest auxiliary cores. ``None`` takes the shape that gained most in our trials
             (docs/evidence.md), also with two experts per token. Options that only other shapes have: ``max_bond``,
             ``separable_left``, ``separable_right``, ``light_p``, ``gauge``, a capacity, a bond in ``shape_pattern``, a
-            ``moe_type`` other than ``"switch"``, dense experts, ``existing_experts="mpo"``. The attribute holds the
-            chosen name.
+            ``moe_type`` other than ``"switch"``, dense experts. The attribute holds the chosen name.
         block_size: size b of hidden-side blocks, a divisor of the hidden size F; ``None`` = its largest divisor that
             is at most 64.
         block_per_group: each of the F / b groups of hidden units has its own blocks; otherwise all groups share one, a
@@ -64,10 +63,6 @@ class MPOEConfig:
             they share; ``None`` = they read and write the model's own.
         expert_bias: hidden-side experts have their own biases before the activation, initialised to 0; neurons have
             them also without it if the dense network's have.
-        existing_experts: how to convert the experts of a model that is already a mixture (Mixtral, OLMoE, ...):
-            ``"keep"`` leaves them unchanged; with ``"mpo"`` each projection of a layer's experts becomes MPOs around
-            one central core, fitted as closely as possible. Their number, their router and their shared experts stay in
-            either case.
         expert_output_bias: dense experts have their own biases after the down projection, if the network has one.
         shape_pattern: shapes of individual modules, by regular expressions on their names or ends of names (the first
             match counts): a cap of the bonds, the name of a shape, an `MPOShape` (attention projections, embedding,
@@ -117,7 +112,6 @@ class MPOEConfig:
     block_size: int | None = None
     block_per_group: bool = True
     expert_bias: bool = False
-    existing_experts: str = "keep"
     expert_output_bias: bool = False
     neurons: int | None = None
     latent: int | None = None
@@ -174,7 +168,7 @@ class MPOEConfig:
     def _needs_cores(self) -> bool:
         """Whether an option is set that experts of the shape "hidden" cannot use."""
         return bool(
-            (self.moe_type, self.expert_type, self.existing_experts) != ("switch", "mpo", "keep")
+            (self.moe_type, self.expert_type) != ("switch", "mpo")
             or self._given & OF_CORES
             or any(isinstance(value, int) for value in self.shape_pattern.values())
             or (self.router.capacity_factor, self.router.eval_capacity_factor) != (None, None)

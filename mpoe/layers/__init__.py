@@ -19,7 +19,6 @@ from mpoe.layers.drop_in import SharedEmbedding as SharedEmbedding
 from mpoe.layers.drop_in import TiedHead as TiedHead
 from mpoe.layers.experts import ACTIVATIONS as ACTIVATIONS
 from mpoe.layers.experts import DenseExperts as DenseExperts
-from mpoe.layers.experts import MixtureExperts as MixtureExperts
 from mpoe.layers.experts import MPOExperts as MPOExperts
 from mpoe.layers.feed_forward import KeptFeedForward as KeptFeedForward
 from mpoe.layers.feed_forward import MPOEFeedForward as MPOEFeedForward

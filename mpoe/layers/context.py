@@ -72,13 +72,11 @@ class RoutingContext:
         masks: for every stream, bool ``[B, S]`` (``False`` = padding) or ``None``.
         records: one `RouterRecord` per MPOE layer in order of execution; ``None`` = do not record (recomputation,
             generation).
-        experts_implementation: how dense experts are computed, see `mpoe.layers.cores.grouped_dense_linear`.
         is_generating: inside `generate`, which reads nothing of a routing.
     """
 
     masks: Mapping[str, Tensor | None] = field(default_factory=dict)
     records: list[RouterRecord] | None = field(default_factory=list)
-    experts_implementation: str | None = None
     is_generating: bool = False
 
 

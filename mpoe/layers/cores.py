@@ -12,13 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from mpoe.config.checks import check_integer, check_number, check_type
-from mpoe.layers.context import current_routing
 from mpoe_kernels import (
     Decomposition,
     MPOBlocks,
     MPOShape,
-    SharedDecomposition,
-    decompose_shared,
     decompose_with_errors,
     expert_weights,
     fold,
@@ -210,21 +207,6 @@ class MPOCores(FromInitialValues):
         return result
 
     @torch.no_grad()
-    def load_weights_(self, weights: Tensor) -> SharedDecomposition:
-        """Fit the experts to ``weights [E, I, F]``, with one central core for all.
-
-        Returns:
-            The `SharedDecomposition`, with the error of every expert.
-
-        Raises:
-            TypeError, ValueError: see `mpoe_kernels.decompose_shared`.
-        """
-        result = decompose_shared(weights, self.shape)
-        self.set_cores_(result.cores)
-        self.rate_ratios = rate_ratios(result.cores, weights)
-        return result
-
-    @torch.no_grad()
     def set_cores_(self, cores: Sequence[Tensor]) -> None:
         """Copy a chain of cores ``[d, i, j, d']`` into every expert; cores ``[E, d, i, j, d']`` hold one per expert."""
         for parameter, core in zip(self.chain(), cores, strict=True):
@@ -241,7 +223,6 @@ def rate_ratios(cores: Sequence[Tensor], weight: Tensor) -> tuple[float, ...]:
 
 
 # Transformers' names of the ways to compute experts
-IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
 
 def _grouped_mm_runs(x: Tensor, weight: Tensor) -> bool:
@@ -267,18 +248,15 @@ def grouped_dense_linear(
     weight: Tensor,
     expert_offsets: Tensor,
     bias: Tensor | None = None,
-    implementation: str | None = None,
 ) -> Tensor:
-    """``y[s] = x[s] @ weight[e] + bias`` for the slots s of every expert e.
+    """``y[s] = x[s] @ weight[e] + bias`` for the slots s of every expert e: one grouped product if torch supports these
+    sizes, else one product per expert.
 
     Args:
         x: ``[N, I]`` in slot order.
         weight: ``[E, I, F]``.
         expert_offsets: int32 ``[E + 1]``.
         bias: ``[F]``, shared by the experts, or ``[E, F]``.
-        implementation: ``"grouped_mm"`` or ``None``: one grouped product if torch supports these sizes, else one
-            product per expert; ``"eager"``: one per expert; ``"batched_mm"``: one batched product with a weight per
-            slot, ``N I F`` numbers, for few tokens. The results are equal up to rounding.
 
     Returns:
         ``[N, F]``; rows from ``expert_offsets[-1]`` on are zero, also in gradients.
@@ -289,16 +267,12 @@ def grouped_dense_linear(
         bias = None if bias is None else bias.to(dtype)
     if bias is not None and bias.dim() == 2:  # a row for every slot; those past the last offset are dropped below
         bias = bias[_expert_of_slot(x, weight, expert_offsets)]
-    if implementation == "batched_mm" or (implementation != "eager" and _grouped_mm_runs(x, weight)):
+    if _grouped_mm_runs(x, weight):
         used = (torch.arange(x.shape[0], device=x.device) < expert_offsets[-1])[:, None]
         # grouped_mm leaves rows past the last offset uninitialised, in the result and in the gradient of x: both
         # are replaced (not multiplied: garbage may be NaN).
         zero = x.new_zeros(())
-        rows = torch.where(used, x, zero)
-        if implementation == "batched_mm":
-            y = torch.bmm(rows[:, None], weight[_expert_of_slot(x, weight, expert_offsets)])[:, 0]
-        else:
-            y = nn.functional.grouped_mm(rows, weight, offs=expert_offsets[1:])
+        y = nn.functional.grouped_mm(torch.where(used, x, zero), weight, offs=expert_offsets[1:])
         y = y if bias is None else y + bias
         return torch.where(used, y, zero)
     bounds = expert_offsets.tolist()
@@ -357,11 +331,8 @@ class ExpertWeights(FromInitialValues):
         return self.weight
 
     def forward(self, x: Tensor, expert_offsets: Tensor) -> Tensor:
-        """`grouped_dense_linear` of ``x [N, I]`` -> ``[N, F]``, with the implementation of the call in progress; PEFT's
-        adapters of the weight act here."""
-        call = current_routing()
-        implementation = None if call is None else call.experts_implementation
-        return grouped_dense_linear(x, self.weight, expert_offsets, self.bias, implementation)
+        """`grouped_dense_linear` of ``x [N, I]`` -> ``[N, F]``; PEFT's adapters of the weight act here."""
+        return grouped_dense_linear(x, self.weight, expert_offsets, self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, num_experts={self.num_experts}"

@@ -1,4 +1,4 @@
-"""`MPOExperts`, `DenseExperts`, `MixtureExperts`: the feed-forward networks behind a router."""
+"""`MPOExperts`, `DenseExperts`: the feed-forward networks behind a router."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mpoe.config.checks import check_choice
 from mpoe.layers.cores import ExpertWeights, MPOCores
 from mpoe.layers.expert_cache import KeptExperts, full_weights_pay, kept_experts
 from mpoe.layers.router import TopKRouter
-from mpoe_kernels import MPOShape, Routing, combine, dispatch, mpo_ffn, route
+from mpoe_kernels import MPOShape, Routing, combine, dispatch, mpo_ffn
 from mpoe_kernels.mixture import Chains, Rule, routed_ffn
 
 
@@ -184,29 +184,6 @@ class MPOExperts(_Network):
         blocks = {kind: cores.blocks() for kind, cores in self.projections().items()} if kept is None else kept.blocks
         up, down, gate = blocks["up"], blocks["down"], blocks.get("gate_proj")
         return Chains(up, down, gate, self.up.bias, self.down.bias, self.activation)
-
-
-class MixtureExperts(MPOExperts):
-    """`MPOExperts` behind the router of an existing mixture, with the call interface of Transformers' experts."""
-
-    def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> Tensor:
-        """The chosen experts of every token, weighted and summed.
-
-        Args:
-            hidden_states: ``[T, I]``, floating.
-            top_k_index: chosen experts, int64 ``[T, K]``.
-            top_k_weights: their weights ``[T, K]``.
-
-        Returns:
-            ``[T, I]`` in the dtype of ``hidden_states``.
-        """
-        x = hidden_states
-        if x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.dtype)
-        gates = top_k_weights if top_k_weights.dtype == torch.float64 else top_k_weights.float()
-        return super().forward(x, route(top_k_index, self.num_experts), gates).to(hidden_states.dtype)
 
 
 class DenseExperts(_Network):

@@ -14,13 +14,12 @@ _NAMES = {
     name: module
     for module, names in {
         "checkpoint": "load_layers load_mpoe save_mpoe_only",
-        "composition": "add_expert compose",
+        "composition": "compose",
         "convert": "convert_to_mpoe merge_experts merge_latent",
         "expert_files": "load_expert merge_expert push_expert save_expert start_expert",
         "expert_mixture": "compose_experts",
         "domains": "collect_statistics",
         "original": "import_original",
-        "others": "quantisable_parameters",
         "report": "mpo_modules parameter_kind parameter_report",
     }.items()
     for name in names.split()

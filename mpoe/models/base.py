@@ -8,9 +8,11 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -29,13 +31,14 @@ from mpoe.layers.context import (
     sum_over_ranks,
 )
 from mpoe.layers.cores import FromInitialValues
-from mpoe.layers.drop_in import MPOEmbedding, MPOLinear
+from mpoe.layers.drop_in import MPOLinear
 from mpoe.layers.experts import MPOExperts
 from mpoe.layers.feed_forward import RoutedFeedForward
-from mpoe.models import report
+from mpoe.models import others, report
 from mpoe.models.find import find_sites
-from mpoe.models.others import ROUTING_FIELDS, OthersMixin
 from mpoe.models.sites import install_empty
+from mpoe.models.weight_files import BASE_FILE, ONLY_FILE
+from mpoe_kernels.version import __version__
 
 
 def last_tokens(mask: Any, kwargs: Mapping[str, Any], ids: str, embeds: str) -> Tensor | None:
@@ -83,13 +86,21 @@ def auxiliary_loss(records: list[RouterRecord], balance_weight: float, z_weight:
     return total
 
 
-class MPOEModelMixin(OthersMixin):
+# For the type checker the mixin is a model; at run time it is a plain class before the dense class in the bases.
+if TYPE_CHECKING:
+    _Model = PreTrainedModel
+else:
+    _Model = object
+
+
+class MPOEModelMixin(_Model):
     """Mixture-of-experts part of a model; put it before the dense class in the bases."""
 
     # Set for every class by `mpoe.models.classes`.
     dense_class: ClassVar[type[PreTrainedModel]]
     mpoe_family: ClassVar[str]
     mpoe_output: ClassVar[type]
+    auto_classes: dict[str, str]  # Auto class -> name of the converted class
     # T5's and BERT's losses ignore `num_items_in_batch`; the Trainer must know, or accumulation scales them wrongly.
     accepts_loss_kwargs = False
     _keep_in_fp32_modules_strict = ["router"]  # noqa: RUF012 - declared so by Transformers
@@ -105,13 +116,8 @@ class MPOEModelMixin(OthersMixin):
         # Constructors that get their base from `AutoModel` must get the dense one, so they see a dense configuration.
         plain = copy.copy(config)
         plain.__class__ = self.dense_class.config_class
-        asked = plain._experts_implementation
-        if not self.has_stock_experts:  # the dense modules inside do not know about experts
-            plain._experts_implementation_internal = None
         super().__init__(plain, *args, **kwargs)
         config.__dict__.update(plain.__dict__)
-        if not self.has_stock_experts:
-            config._experts_implementation_internal = self.get_correct_experts_implementation(asked or "grouped_mm")
         for module in self.modules():
             own = getattr(module, "config", None)
             if own is plain:
@@ -177,20 +183,6 @@ class MPOEModelMixin(OthersMixin):
             module._is_hf_initialized = True  # type: ignore[assignment]
         super().initialize_weights()
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers; a table in MPO form keeps its size.
-
-        Raises:
-            ValueError: a new size for an MPO embedding.
-        """
-        table: Any = self.get_input_embeddings()
-        if new_num_tokens is not None and isinstance(table, MPOEmbedding):
-            raise ValueError(
-                f"new_num_tokens must be None for an MPO embedding of {table.num_embeddings} tokens; got "
-                f"{new_num_tokens} (resize the dense model, then convert it)"
-            )
-        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-
     # -------------------------------------------------------------- forward
 
     def token_masks(self, kwargs: dict[str, Any]) -> dict[str, Tensor | None]:
@@ -211,18 +203,19 @@ class MPOEModelMixin(OthersMixin):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         shown = kwargs.pop("output_router_logits", None)
         shown = getattr(self.config, "output_router_logits", None) if shown is None else shown
-        implementation = getattr(self.config, "_experts_implementation", None)
         outer = current_routing()
         is_generating = outer is not None and outer.is_generating
         masks = self.token_masks(kwargs)
         if is_generating and not torch.compiler.is_compiling():
             masks = _without_padding(masks)
-        context = RoutingContext(masks, None if is_generating else [], implementation)
+        context = RoutingContext(masks, None if is_generating else [])
         with Entered(context):
             output = forward(**kwargs, return_dict=True)
         output = self._with_routing(output, context.records or [], kwargs)
         if shown is False:
-            output = self.mpoe_output(**{name: value for name, value in output.items() if name not in ROUTING_FIELDS})
+            output = self.mpoe_output(
+                **{name: value for name, value in output.items() if name not in others.ROUTING_FIELDS}
+            )
         return output if return_dict else output.to_tuple()
 
     def _with_routing(self, output: Any, records: list[RouterRecord], kwargs: dict[str, Any]) -> Any:
@@ -283,6 +276,48 @@ class MPOEModelMixin(OthersMixin):
         given = functools.partial(gradient_checkpointing_func)
         checked = functools.partial(given.func, *given.args, **checkpoint_arguments(given.keywords))
         super()._set_gradient_checkpointing(enable, checked, *args, **kwargs)
+
+    # ---------------------------------------------------------------- files
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing to do: `save_pretrained` writes the remote code itself, not a copy of a module of mpoe."""
+
+    def write_rate_ratios(self) -> None:
+        """Put every core's rate ratio into the config."""
+        ratios = {name: list(cores.rate_ratios) for name, cores in report.mpo_modules(self)}
+        self.config.mpoe = {**self.config.mpoe, "rate_ratios": ratios}
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers; the config also carries every core's rate ratio and an ``auto_map``, and a model card
+        and the file that ``auto_map`` names are written.
+
+        Raises:
+            OSError: the folder cannot be written, or the disk is full.
+        """
+        self.write_rate_ratios()
+        names = {"AutoConfig": type(self.config).__name__, **self.auto_classes}
+        self.config.auto_map = {auto: f"{Path(others.REMOTE_FILE).stem}.{name}" for auto, name in names.items()}
+        try:
+            result = super().save_pretrained(save_directory, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(f"weights could not be written to {save_directory}: {error}") from error
+        for name in (ONLY_FILE, BASE_FILE):
+            # Otherwise an earlier MPOE-only save in this folder would be loaded instead.
+            (Path(save_directory) / name).unlink(missing_ok=True)
+        if kwargs.get("is_main_process", True):
+            code = others.REMOTE_CODE.format(names=", ".join(sorted(set(names.values()))), version=__version__)
+            (Path(save_directory) / others.REMOTE_FILE).write_text(code, encoding="utf-8")
+            others.write_card(self, save_directory)
+        return result
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers, with our card in place of the one that it creates for a repository without any."""
+        card = Path(working_dir) / others.CARD_FILE
+        if card.is_file() and others.TEMPLATE in card.read_text(encoding="utf-8"):
+            card.unlink()
+            others.write_card(self, working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     # ------------------------------------------------------------ reporting
 

@@ -80,6 +80,12 @@ def _refusing(folder: Path, cls: type[Any]) -> Iterator[None]:
         ) from error
 
 
+def _check_ratios(modules: Mapping[str, MPOCores], ratios: Mapping[str, Any], folder: Path) -> None:
+    for name, cores in modules.items():
+        if len(ratios.get(name, ())) != len(cores.rate_ratios):
+            raise ValueError(f"rate_ratios in {folder / 'config.json'} must have one number for every core of {name}")
+
+
 @one_at_a_time
 def load_mpoe(path: str | Path, base: Any = None, **kwargs: Any) -> Any:
     """Load a model saved with ``save_pretrained``, or MPOE parameters saved with `save_mpoe_only`.
@@ -109,12 +115,12 @@ def load_mpoe(path: str | Path, base: Any = None, **kwargs: Any) -> Any:
     theirs, digest = _base_of(folder, cls, base) if is_only else ({}, "")
     shapes = declared_shapes(files)
     check_repeats(values, len(shapes) + len(theirs), folder / "config.json")
-    mpoe = parsed_mpoe(values, folder)
+    ratios = parsed_mpoe(values, folder).rate_ratios
     with _refusing(folder, cls), torch.device("meta"):
         skeleton = cls(cls.config_class.from_dict(values))
     if is_only:
+        _check_ratios(dict(mpo_modules(skeleton)), ratios, folder)
         given = _joined(skeleton, files, theirs, digest)
-        set_rate_ratios(dict(mpo_modules(skeleton)), mpoe.rate_ratios, folder)
         config = cls.config_class.from_dict(values)
         source: dict[str, Any] = {"pretrained_model_name_or_path": None, "config": config, "state_dict": given}
     else:
@@ -132,25 +138,12 @@ def load_mpoe(path: str | Path, base: Any = None, **kwargs: Any) -> Any:
     return model
 
 
-def set_rate_ratios(modules: Mapping[str, MPOCores], ratios: Mapping[str, Any], folder: Path) -> None:
-    """Give MPO weights the rate ratios that a folder's configuration has under their names; ValueError without them."""
-    for name, cores in modules.items():
-        if len(ratios.get(name, ())) != len(cores.rate_ratios):
-            raise ValueError(f"rate_ratios in {folder / 'config.json'} must have one number for every core of {name}")
-    for name, cores in modules.items():
-        cores.rate_ratios = tuple(ratios[name])
-
-
 # ------------------------------------------------------------- MPOE-only saves
 
 
 def _is_mpoe(name: str) -> bool:
     parts = name.split(".")
     return "experts" in parts or "router" in parts or "cores" in parts
-
-
-def _rest(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in model.state_dict().items() if not _is_mpoe(name)}
 
 
 def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
@@ -171,8 +164,8 @@ def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
     check_type("path", path, (str, os.PathLike), "a folder's path")
     module: Any = model
     dense, name = _base_model(base, type(model))
-    theirs = dense.state_dict()
-    rest = _rest(module)
+    state, theirs = module.state_dict(), dense.state_dict()
+    rest = {n: value for n, value in state.items() if not _is_mpoe(n)}
     differing = [n for n, value in rest.items() if n not in theirs or not torch.equal(value.cpu(), theirs[n].cpu())]
     if differing:
         raise ValueError(
@@ -180,8 +173,6 @@ def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
             f"{', '.join(differing[:3])}; save the whole model with save_pretrained"
         )
     folder = Path(path)
-    if "\0" in str(folder):
-        raise ValueError(f"path must be a folder's path; got {str(folder)!r}")
     if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
         raise NotADirectoryError(f"path must be a folder; {folder} is none")
     whole = sorted(p.name for p in folder.glob("model*.safetensors*"))
@@ -189,7 +180,7 @@ def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
         raise ValueError(f"path must not hold a whole model; {folder} has {', '.join(whole)}")
     module.write_rate_ratios()
     module.config.architectures = [type(module).__name__]
-    own = {n: value.contiguous().cpu() for n, value in module.state_dict().items() if _is_mpoe(n)}
+    own = {n: value.contiguous().cpu() for n, value in state.items() if _is_mpoe(n)}
     identity = {"base": name, "class": type(dense).__name__, "sha256": tensors_hash(rest)}
     folder.mkdir(parents=True, exist_ok=True)
     # Written elsewhere and moved into place, the config last: an interrupted save leaves nothing that looks like a
@@ -232,12 +223,12 @@ def _base_of(folder: Path, cls: type[Any], base: Any) -> tuple[dict[str, Tensor]
 
 def _joined(skeleton: nn.Module, files: list[Path], theirs: dict[str, Tensor], digest: str) -> dict[str, Tensor]:
     """All parameters of an MPOE-only save's model: those in its file, and copies of the base's."""
-    own = {name: tuple(value.shape) for name, value in skeleton.state_dict().items() if _is_mpoe(name)}
-    shapes = declared_shapes(files, skeleton)
-    if shapes != own:
-        odd = sorted(name for name in {*shapes, *own} if shapes.get(name) != own.get(name))[:5]
+    wanted = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
+    own, shapes = {name for name in wanted if _is_mpoe(name)}, declared_shapes(files, skeleton)
+    odd = sorted(name for name in {*shapes, *own} if name not in own or shapes.get(name) != wanted[name])[:5]
+    if odd:
         raise ValueError(f"{files[0]} must hold the parameters its config names; differing: {odd}")
-    rest = {name: theirs[name].clone() for name in _rest(skeleton) if name in theirs}
+    rest = {name: theirs[name].clone() for name in wanted if name not in own and name in theirs}
     if tensors_hash(rest) != digest:
         raise ValueError(f"base must be the model that {files[0].parent} was saved from; its weights differ (SHA-256)")
     return {**rest, **read_tensors(files)}
@@ -280,18 +271,6 @@ def parse_components(text: str | None, option: str = "update_mpo_layer") -> tupl
     return tuple(dict.fromkeys(names))
 
 
-def _modules_of(model: nn.Module, components: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
-    """Whole feed-forward networks (router and biases too) and single MPO matrices, by name."""
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if isinstance(module, RoutedFeedForward):
-            inside = (*inside, f"{name}.")
-            if "mlp" in components:
-                yield name, module
-        elif isinstance(module, MPOCores) and not name.startswith(inside) and component_of(name) in components:
-            yield name, module
-
-
 @torch.no_grad()
 def load_layers(model: Any, path: str | Path, components: Sequence[str]) -> list[str]:
     """Replace the MPO parameters of ``components`` in ``model`` by those of a checkpoint.
@@ -310,27 +289,27 @@ def load_layers(model: Any, path: str | Path, components: Sequence[str]) -> list
             missing in the checkpoint or of another shape.
     """
     check_type("model", model, MPOEModelMixin, "an MPOE model (see convert_to_mpoe)")
-    folder = Path(path)
-    values, _ = read_mpoe_config(folder)
-    ratios = parsed_mpoe(values, folder).rate_ratios
-    modules = list(_modules_of(model, components))
-    found = {"mlp" if isinstance(module, RoutedFeedForward) else component_of(name) for name, module in modules}
-    missing = sorted(set(components) - found)
+    folder, cores_of = Path(path), dict(mpo_modules(model))
+    ratios = parsed_mpoe(read_mpoe_config(folder)[0], folder).rate_ratios
+    whole = [name for name, module in model.named_modules() if isinstance(module, RoutedFeedForward)]
+    inside = tuple(f"{name}." for name in whole)
+    component = {name: component_of(name) for name in cores_of if not name.startswith(inside)}
+    component |= dict.fromkeys(whole, "mlp")
+    missing = sorted(set(components) - set(component.values()))
     if missing:
         raise ValueError(f"components must be in MPO form in the model; {', '.join(missing)} is not")
+    names = [name for name, _ in model.named_modules() if component.get(name) in components]
     files = [folder / ONLY_FILE] if (folder / ONLY_FILE).is_file() else weight_files(folder)
     shapes = declared_shapes(files, model)
-    for name, module in modules:
-        for part, parameter in module.named_parameters():
-            key = f"{name}.{part}"
-            if key not in shapes:
-                raise ValueError(f"{folder} must hold {key}; it does not (is it a checkpoint of another model?)")
-            if shapes[key] != parameter.shape:
-                raise ValueError(f"{key} must be {list(parameter.shape)}; {folder} has {list(shapes[key])}")
+    wanted = {f"{name}.{n}": p for name in names for n, p in model.get_submodule(name).named_parameters()}
+    for key, parameter in wanted.items():
+        if shapes.get(key) != (size := tuple(parameter.shape)):
+            raise ValueError(f"{folder} must hold {key} {size}, as the model does; it has {shapes.get(key)}")
+    changed = {name: cores for name, cores in cores_of.items() if name.startswith(tuple(names))}
+    _check_ratios(changed, ratios, folder)
     tensors = read_tensors(files)
-    loaded = tuple(name for name, _ in modules)
-    set_rate_ratios({n: cores for n, cores in mpo_modules(model) if n.startswith(loaded)}, ratios, folder)
-    for name, module in modules:
-        for part, parameter in module.named_parameters():
-            parameter.copy_(tensors[f"{name}.{part}"])
-    return list(loaded)
+    for key, parameter in wanted.items():
+        parameter.copy_(tensors[key])
+    for name, cores in changed.items():
+        cores.rate_ratios = tuple(ratios[name])
+    return names

@@ -18,7 +18,6 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import configuration_auto, modeling_auto
-from transformers.utils import logging
 
 from mpoe.config import MPOEConfig
 from mpoe.layers.context import Entered, RoutingContext
@@ -26,11 +25,8 @@ from mpoe.layers.cores import MPOCores
 from mpoe.layers.expert_cache import ExpertCache
 from mpoe.layers.experts import MPOExperts
 from mpoe.models.base import MPOEModelMixin, last_tokens
-from mpoe.models.export import MixtureMixin
 from mpoe.models.others import ROUTING_FIELDS, output_of
 from mpoe.models.table import CAUSAL, CLASS_PREFIX, ENCODER, SEQ2SEQ, TABLE, TYPE_PREFIX
-
-logger = logging.get_logger(__name__)
 
 
 def _may_cache(layer: MPOExperts, on_gpus: bool) -> bool:
@@ -44,19 +40,9 @@ def _may_cache(layer: MPOExperts, on_gpus: bool) -> bool:
 
 
 def decoding_bytes(layers: list[MPOExperts]) -> int:
-    """Bound of `generate`'s cache unless `cache_experts` sets one.
-
-    Returns:
-        The size of one dense feed-forward network for each layer, in its dtype; less where cores and cache together
-        would take more than dense experts.
-    """
-    total = 0
-    for layer in layers:
-        projections = layer.projections().values()
-        dense = sum(cores.in_features * cores.out_features for cores in projections) * layer.dtype.itemsize
-        own = sum(core.nbytes for cores in projections for core in cores.cores())
-        total += max(min(dense, layer.num_experts * dense - own), 0)
-    return total
+    """Bound of `generate`'s cache unless `cache_experts` sets one: a dense feed-forward network for each layer."""
+    projections = [(cores, layer.dtype.itemsize) for layer in layers for cores in layer.projections().values()]
+    return sum(cores.in_features * cores.out_features * size for cores, size in projections)
 
 
 @contextmanager
@@ -73,12 +59,6 @@ def kept_while_generating(model: nn.Module, max_bytes: int | None) -> Iterator[E
     if bound == 0 or not layers:
         yield None
         return
-    # other blocks are views of cores
-    if max_bytes is None and any(layer.full_weights_pay(layer.num_experts, layer.dtype) for layer in layers):
-        logger.info_once(
-            f"generate keeps rebuilt weights of experts in up to {bound / 1e6:.1f} MB, the size of the dense layers, "
-            "until it returns; model.cache_experts(max_bytes) sets another limit, model.cache_experts(0) keeps nothing"
-        )
     with ExpertCache(bound, layers).in_use() as cache:
         yield cache
 
@@ -154,52 +134,35 @@ def checked_mpoe_dict(value: Any) -> dict[str, Any]:
 
 
 class MPOEConfigMixin(_Config):
-    """Goes before the dense configuration in the bases. ``mpoe`` is the dict of an `mpoe.MPOEConfig`."""
-
-    mpoe: dict[str, Any]
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """Nothing to do: `MPOEModelMixin.save_pretrained` writes the remote code itself."""
-
-
-class RoutedConfigMixin(MPOEConfigMixin):
-    """Configuration of a model with our routers; Transformers' mixtures have these options already.
+    """Goes before the dense configuration in the bases. ``mpoe`` is the dict of an `mpoe.MPOEConfig`.
 
     ``output_router_logits`` is Transformers' option of that name: ``None`` (the default) and ``True`` return the
     routers' outputs, ``False`` leaves out the fields of `mpoe.models.others.RoutingFields`; the loss always contains
     the auxiliary losses. The expert-parallel plan is empty: experts and routers are replicated on every rank.
     """
 
+    mpoe: dict[str, Any]
     base_model_ep_plan: ClassVar[Any] = {}
 
-    @property
-    def router_aux_loss_coef(self) -> float:
-        """Transformers' name of the router's ``balance_loss_weight``."""
-        return float(self.mpoe["router"]["balance_loss_weight"])
-
-    @router_aux_loss_coef.setter
-    def router_aux_loss_coef(self, value: float) -> None:
-        self.mpoe = checked_mpoe_dict({**self.mpoe, "router": {**self.mpoe["router"], "balance_loss_weight": value}})
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing to do: `MPOEModelMixin.save_pretrained` writes the remote code itself."""
 
 
-def config_class_for(dense: type[PreTrainedConfig], module: str, routed: bool = True) -> type[PreTrainedConfig]:
-    """The configuration class of converted ``dense`` models, with our routers unless ``routed`` is False."""
+def config_class_for(dense: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The configuration class of converted ``dense`` models."""
 
     def __init__(self: Any, mpoe: Any = None, **kwargs: Any) -> None:
-        coefficient = kwargs.pop("router_aux_loss_coef", None) if routed else None
         self.mpoe = checked_mpoe_dict(mpoe)
         dense.__init__(self, **kwargs)
-        if coefficient is not None:
-            self.router_aux_loss_coef = coefficient
 
     ignored = [*IGNORED_AT_INFERENCE, *(getattr(dense, "keys_to_ignore_at_inference", None) or [])]
     return type(
         f"{CLASS_PREFIX}{dense.__name__}",
-        (RoutedConfigMixin if routed else MPOEConfigMixin, dense),
+        (MPOEConfigMixin, dense),
         {
             "__init__": __init__,
-            "__module__": module,
+            "__module__": MODULE,
             "__doc__": f"`{dense.__name__}` with a field ``mpoe``: the dict of an `mpoe.MPOEConfig`.",
             "model_type": f"{TYPE_PREFIX}{dense.model_type}",
             "keys_to_ignore_at_inference": list(dict.fromkeys(ignored)),
@@ -299,8 +262,8 @@ def _made(
 def classes_of(model_type: str) -> dict[type[PreTrainedModel], type[Any]]:
     """Dense class -> MPOE class, for every head of a family in `TABLE`."""
     row = TABLE[model_type]
-    mixin = MixtureMixin if row.is_mixture else MPOESeq2SeqMixin if row.style == SEQ2SEQ else MPOEModelMixin
-    config = config_class_for(getattr(transformers, _config_name(model_type)), MODULE, routed=not row.is_mixture)
+    mixin = MPOESeq2SeqMixin if row.style == SEQ2SEQ else MPOEModelMixin
+    config = config_class_for(getattr(transformers, _config_name(model_type)))
     dense_of = {auto: getattr(transformers, name) for auto, name in dense_names(model_type).items()}
     return _made(dense_of, config, model_type, mixin)
 
@@ -309,7 +272,7 @@ def classes_of(model_type: str) -> dict[type[PreTrainedModel], type[Any]]:
 def foreign_class(dense: Any) -> type[Any]:
     """The MPOE class of a dense class whose family is not in `TABLE`."""
     head = next((auto for auto, table in HEADS.items() if dense.__name__ in getattr(modeling_auto, table).values()), "")
-    config = config_class_for(dense.config_class, MODULE)
+    config = config_class_for(dense.config_class)
     return _made({head: dense}, config, dense.config_class.model_type, MPOEModelMixin)[dense]
 
 
@@ -330,6 +293,6 @@ def class_named(name: str) -> type[Any] | None:
             return next(cls.config_class if is_config else cls for cls in made if is_config or cls.__name__ == name)
     found = getattr(transformers, dense, None)  # of a Transformers model outside `TABLE`, converted with ``sites``
     if inspect.isclass(found) and issubclass(found, PreTrainedConfig):
-        return config_class_for(found, MODULE)
+        return config_class_for(found)
     known: Any = found
     return foreign_class(known) if inspect.isclass(found) and issubclass(found, PreTrainedModel) else None

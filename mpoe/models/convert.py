@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import functools
 import threading
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -21,14 +20,13 @@ from mpoe.layers.feed_forward import MPOEFeedForward
 from mpoe.layers.hidden import HiddenFeedForward
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.classes import classes_of, foreign_class
-from mpoe.models.export import MixtureMixin, as_stock, with_stock_experts
-from mpoe.models.find import AnySite, checked_for, find_sites
-from mpoe.models.report import hidden_modules, mpo_modules, neuron_modules, parameter_report
+from mpoe.models.export import as_stock
+from mpoe.models.find import find_sites
+from mpoe.models.report import hidden_modules, mpo_modules, neuron_modules
 from mpoe.models.sites import EmbeddingSite, FFNSite, Report
-from mpoe.models.table import TABLE, checked_sites, family_for
-from mpoe_kernels import SharedDecomposition, backend_reasons
+from mpoe.models.table import EXPERT_COUNTS, TABLE, checked_sites, family_for
+from mpoe_kernels import backend_reasons
 
-SMALL_ERROR = 1e-3  # error of existing experts below which there is no warning
 Model = TypeVar("Model", bound=PreTrainedModel)
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -56,7 +54,10 @@ def converted_class(model: Any, sites: Any = None) -> type[Any]:
         raise ValueError(f"model must be dense; got {type(model).__name__}, which is an MPOE model already")
     if sites is not None:
         return foreign_class(type(model))  # type: ignore[arg-type]  # classes can be hashed
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if any(getattr(config, name, None) for name in EXPERT_COUNTS):
+        raise ValueError(f"model must be dense; got a {model_type}, which is a mixture of experts already")
     known = classes_of(model_type) if model_type in TABLE else {}
     if type(model) not in known:
         heads = ", ".join(sorted(cls.__name__ for cls in known)) or f"a model of {', '.join(TABLE)}"
@@ -97,8 +98,6 @@ def _mpoe_model_config(config: PreTrainedConfig, cls: type[Any], mpoe: MPOEConfi
         values.pop(key, None)
     converted: PreTrainedConfig = cls.config_class(**values, mpoe=mpoe)
     converted._attn_implementation = config._attn_implementation
-    if cls.has_stock_experts:  # Transformers' other models have no experts, and a meaningless value here
-        converted._experts_implementation = config._experts_implementation
     converted._name_or_path = converted.mpoe_base = config._name_or_path
     return converted
 
@@ -122,42 +121,6 @@ def adopt_class(model: PreTrainedModel, cls: type[Any], mpoe: MPOEConfig) -> Non
         setattr(model, name, getattr(skeleton, name))
 
 
-def _warn_of_float16(model: Any, sites: Sequence[AnySite]) -> None:
-    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    downs = {site.prefixes["down"].rpartition(".")[2] for site in sites if isinstance(site, FFNSite)}
-    names = ", ".join(sorted(kept & downs))
-    if model.dtype == torch.float16 and names:
-        warnings.warn(
-            f"{type(model).__name__} in float16: Transformers keeps the down projections ({names}) in float32 "
-            "because float16 overflows there; the experts' are float16 like the rest. Prefer bfloat16.",
-            stacklevel=3,
-        )
-
-
-def _warn_of_errors(report: Report) -> None:
-    """Warn of the error of MPO experts relative to the experts that they replace."""
-    errors = [result.relative_error_bound for result in report.values() if isinstance(result, SharedDecomposition)]
-    if errors and max(errors) > SMALL_ERROR:
-        warnings.warn(
-            f"experts around one centre differ from the model's own by {min(errors):.1%} to {max(errors):.1%} of their "
-            "norm (model.mpoe_summary() shows every layer): the model no longer computes the same and needs training",
-            stacklevel=3,
-        )
-
-
-def _warn_of_size(model: Any, config: MPOEConfig) -> None:
-    """Warn of experts that are larger than whole matrices: at small widths blocks are."""
-    counts = parameter_report(model)
-    total, switch = counts["total"], counts["switch_total"]
-    if total > switch and config.num_experts > 1 and config.expert_type == "mpo":
-        smaller = "fewer neurons have" if config.shape == "neurons" else "a smaller block_size, or 'separable', has"
-        warnings.warn(
-            f"these experts are larger than dense ones: {total:,} parameters, {switch:,} with expert_type='dense' "
-            f"({smaller} fewer parameters)",
-            stacklevel=3,
-        )
-
-
 @one_at_a_time
 @torch.no_grad()
 def convert_to_mpoe(
@@ -168,10 +131,8 @@ def convert_to_mpoe(
     Every feed-forward network gets a router (see ``moe_type``) and experts: blocks between its own projections
     (``shape="hidden"``, the default), hidden neurons beside it (``shape="neurons"``), or its matrices are decomposed
     once and copied to all experts, which share the central core. Networks that are not a module of their own (BART,
-    OPT) support neither blocks nor neurons and get separable experts if no shape is named. A model that is already a
-    mixture keeps its experts and its router, or its experts are approximated by MPOs around a shared centre
-    (``existing_experts``). Attention projections, the embedding with its tied head and BERT's pooler become MPOs if
-    ``target_modules`` lists them. Nothing else changes.
+    OPT) support neither blocks nor neurons and get separable experts if no shape is named. Attention projections, the
+    embedding with its tied head and BERT's pooler become MPOs if ``target_modules`` lists them. Nothing else changes.
 
     Args:
         model: of a family in `mpoe.models.table`, with any of its usual heads, in float32, float64, bfloat16 or
@@ -186,12 +147,10 @@ def convert_to_mpoe(
         The converted model, an instance of a registered Hugging Face class, in the same training mode. Its attribute
         ``conversion_report`` maps the name of every MPO weight to its `Decomposition` errors:
         ``{"local_errors", "error_bound", "relative_error_bound"}``; the last is kept in ``config.conversion_errors``.
-        For existing experts these are the errors themselves, and ``"expert_errors"`` has one for each expert.
 
     Raises:
         ValueError: an unknown model class (the message lists the known ones), NaN or Inf in a parameter (by name),
-            parameters on the device ``meta``, invalid shapes, exclusions, layer indices or ``sites``; for a mixture, a
-            different number of experts, a router, or experts of a kind that MPOs cannot represent. All are raised
+            parameters on the device ``meta``, invalid shapes, exclusions, layer indices or ``sites``. All are raised
             before any work.
         TypeError: ``config`` or ``sites`` of another type.
     """
@@ -200,7 +159,6 @@ def convert_to_mpoe(
     config = MPOEConfig() if config is None else config
     check_type("config", config, MPOEConfig, "an MPOEConfig")
     family = family_for(given, cls.mpoe_family)
-    config = checked_for(model, family, config)
     found = find_sites(model, config, family)
     if config.is_hidden and any(isinstance(site, FFNSite) and site.obstacle for site in found):
         config = config.with_cores()
@@ -212,7 +170,6 @@ def convert_to_mpoe(
     if config.backend is not None and config.backend not in backends:
         raise ValueError(f"backend must be one of {backends} or None; got {config.backend!r}")
     check_finite(model)
-    _warn_of_float16(model, found)
     config = dataclasses.replace(config, rate_ratios={}, tied_head=tied)
     if not inplace:
         model = _copy_without(model, [module for site in found for module in site.replaced])
@@ -222,8 +179,6 @@ def convert_to_mpoe(
         module: Any = site.build(config)
         report.update(site.load(module, config))
         site.install(model, module, config)
-    _warn_of_errors(report)
-    _warn_of_size(model, config)
     config.rate_ratios = {name: list(cores.rate_ratios) for name, cores in mpo_modules(model)}
     if given is not None:
         model.config.mpoe_sites = given
@@ -233,7 +188,6 @@ def convert_to_mpoe(
             "local_errors": list(result.local_errors),
             "error_bound": result.error_bound,
             "relative_error_bound": result.relative_error_bound,
-            **({"expert_errors": list(result.expert_errors)} if isinstance(result, SharedDecomposition) else {}),
         }
         for name, result in report.items()
     }
@@ -247,15 +201,13 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
     """A Switch-style model of the same class whose experts are full matrices and which computes the same.
 
     A mixture cannot merge into one feed-forward network: every expert's weight is rebuilt as a separate dense expert.
-    Everything else in MPO form is unchanged. A model that was a mixture before its conversion gets the experts of its
-    original class back.
+    Everything else in MPO form is unchanged.
 
     Args:
         model: an MPOE model with ``expert_type="mpo"``; it is not changed.
-        as_: ``"mixtral"``, ``"qwen3_moe"`` or ``"olmoe"``, for experts of shape ``"neurons"`` ``"granitemoeshared"`` or
+        as_: ``"mixtral"`` or ``"qwen3_moe"``, for experts of shape ``"neurons"`` ``"granitemoeshared"`` or
             ``"qwen2_moe"``: returns an instance of that Transformers class, which every tool that supports the class
-            can open (see `mpoe.models.export`); for a model that was a mixture before its conversion, the name of its
-            own family. In this case the model's experts may already be dense.
+            can open (see `mpoe.models.export`). In this case the model's experts may already be dense.
 
     Raises:
         TypeError: a model that is not an MPOE model.
@@ -270,19 +222,14 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
             "and no mixture of full matrices computes the same (merge_latent removes their latent space)"
         )
     mpoe = model.mpoe_config
-    is_dense = mpoe.existing_experts == "keep" if isinstance(model, MixtureMixin) else mpoe.expert_type != "mpo"
+    is_dense = mpoe.expert_type != "mpo"
     if as_ is not None:
         return as_stock(model if is_dense or has_neurons else merge_experts(model), as_)
     if is_dense:
-        raise ValueError(
-            f"model must have MPO experts; got expert_type={mpoe.expert_type!r}, "
-            f"existing_experts={mpoe.existing_experts!r}"
-        )
+        raise ValueError(f"model must have MPO experts; got expert_type={mpoe.expert_type!r}")
     source: Any = model
     mpo_experts = [module for module in source.modules() if isinstance(module, MPOExperts)]
     merged = _copy_without(source, mpo_experts)
-    if isinstance(merged, MixtureMixin):
-        return _with_config(with_stock_experts(merged), dataclasses.replace(mpoe, existing_experts="keep"))
     for module in merged.modules():
         if isinstance(module, MPOEFeedForward) and isinstance(module.experts, MPOExperts):
             module.experts = module.experts.as_dense(lambda cores: cores.dense_weights().contiguous())

@@ -1,17 +1,15 @@
-"""Routers in closed form: ridge regressions of the domain on a router's input, optionally followed by training.
+"""Routers in closed form, from statistics of domains, optionally followed by training.
 
-Of `compose` and `add_expert`: a layer's features are its router's inputs while every token of a domain goes to the
-domain's own expert; the target is the one-hot domain. For each domain the regression needs only the mean outer product
-of its features and their mean (a linear discriminant with one covariance), so domains can be added later without the
-earlier ones' texts.
-
-Of experts that were trained apart: an expert's statistics are, for every layer, those of its router's input over the
-tokens of its domain: the mean, and their covariance as a sketch, ``sum_i values_i vectors_i vectors_i' + diag(rest)``:
-its largest eigenvalues, and what its diagonal has beyond them. As tensors by name, of a layer NAME:
+A domain's statistics are, for every layer, those of its router's input over the tokens of the domain, while all of them
+go to the domain's own expert: the mean, and the covariance as a sketch, ``sum_i values_i vectors_i vectors_i' +
+diag(rest)``: its largest eigenvalues, and what its diagonal has beyond them. As tensors by name, of a layer NAME:
 
 - ``NAME.mean``, ``NAME.rest``: float32 ``[I]``,
 - ``NAME.vectors``: float16 ``[r, I]``, of length 1,
 - ``NAME.values``: float32 ``[r]``.
+
+A router is a linear discriminant of the domains, the ridge regression of the domain on its input. That needs nothing
+but these statistics, so domains can be added and removed later without the others' texts.
 """
 
 from __future__ import annotations
@@ -20,21 +18,25 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpoe.config.checks import check_type
+from mpoe.config.checks import check_integer, check_type
 from mpoe.data.predict import evaluation_mode
-from mpoe.layers.router import RouterOutput, TopKRouter
+from mpoe.layers.router import TopKRouter
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.convert import check_finite
 from mpoe.models.report import neuron_modules, routed_layers
 
+Statistics = Mapping[str, Tensor]
+PARTS = ("mean", "rest", "vectors", "values")
+SHARE = 0.1  # of an expert's bytes is what its statistics may have
+RANK = 512  # eigenvectors, at most, of statistics from texts at hand
+RIDGE = 1e-3  # relative to the mean square of a number of the router's input
 LEARNING_RATE = 1e-3
-RouterOfLayer = TypeVar("RouterOfLayer", bound=TopKRouter)
 
 
 class Moments:
@@ -59,178 +61,56 @@ class Moments:
         self.tokens += len(rows)
 
 
-def discriminant(means: Tensor, pooled: Tensor, ridge: float) -> Tensor:
-    """``[E, I]``, ``(S + r)^-1 (means - their mean)``: the ridge regression of the class on the input, without a
-    constant, from the classes' means ``[E, I]`` and the mean ``[I, I]`` of their second moments; ``ridge`` is relative
-    to the mean square of a feature."""
-    eye = torch.eye(len(pooled), dtype=pooled.dtype, device=pooled.device)
-    wanted = pooled + ridge * pooled.diagonal().mean() * eye
-    solved: Tensor = torch.linalg.solve(wanted, (means - means.mean(0)).mT).mT
-    return solved
-
-
-class Forced(TopKRouter):
-    """Sends every token to one expert, regardless of capacity, and accumulates the moments of its inputs."""
-
-    def __init__(self, router: TopKRouter, expert: int) -> None:
-        super().__init__(router.in_features, router.num_experts, router.config, device=router.weight.device)
-        self.expert = expert
-        self.top_k = 1  # more would compute the same expert again
-        self.moments = Moments(router.in_features, router.weight.device)
-
-    def capacity(self, num_tokens: int) -> None:
-        """None: every token goes to its domain's expert."""
-
-    def forward(self, x: Tensor) -> RouterOutput:
-        self.moments.add(x[x.ne(0).any(-1)])  # padding reads as zeros
-        logits = x.new_zeros(x.shape[0], self.num_experts, dtype=torch.float32)
-        index = torch.full((x.shape[0], 1), self.expert, dtype=torch.int64, device=x.device)
-        return RouterOutput(logits, index, torch.ones_like(index, dtype=torch.float32))
-
-
-def _without(router: TopKRouter, expert: int, weight: Tensor) -> TopKRouter:
-    """A router that never chooses one expert; ``weight [E - 1, I]`` are the logits' rows of the others."""
-    few = dataclasses.replace(router.config, top_k=min(router.top_k, len(weight)), bias_update_rate=1.0)
-    own = router.weight
-    made = TopKRouter(router.in_features, router.num_experts, few, device=own.device, dtype=own.dtype)
-    rows = torch.cat([weight[:expert], weight.new_zeros(1, router.in_features), weight[expert:]])
+def _router_like(own: TopKRouter, rows: Tensor, barred: Sequence[int], **changes: Any) -> TopKRouter:
+    """A router with weights ``rows [E, I]`` that never chooses some experts, and these changes of its configuration."""
+    config = dataclasses.replace(own.config, bias_update_rate=1.0, **changes)
+    made = TopKRouter(own.in_features, own.num_experts, config, device=own.weight.device, dtype=own.weight.dtype)
     made.weight.data.copy_(rows)
     assert made.e_score_correction_bias is not None
-    made.e_score_correction_bias[expert] = -torch.inf
+    made.e_score_correction_bias[list(barred)] = -torch.inf
     return made
 
 
 @contextlib.contextmanager
-def _routed_by(
-    mixture: nn.Module, made: Callable[[str, TopKRouter], RouterOfLayer]
-) -> Iterator[dict[str, RouterOfLayer]]:
-    """Other routers, made of a layer's name and its own; gives them by name meanwhile."""
+def _routed_by(mixture: nn.Module, made: Callable[[str, TopKRouter], TopKRouter]) -> Iterator[None]:
+    """Other routers meanwhile, made of a layer's name and its own."""
     own: dict[str, Any] = {name: layer.router for name, layer in routed_layers(mixture)}
-    routers = {name: made(name, router) for name, router in own.items()}
     try:
-        for name, router in routers.items():
-            mixture.get_submodule(name).router = router.eval()
-        yield routers
+        for name, router in own.items():
+            mixture.get_submodule(name).router = made(name, router).eval()
+        yield
     finally:
         for name, router in own.items():
             mixture.get_submodule(name).router = router
 
 
-def forced(mixture: nn.Module, expert: int) -> contextlib.AbstractContextManager[dict[str, Forced]]:
-    """Every token goes to one expert of every layer, with gate 1; gives the layers' routers meanwhile."""
-    return _routed_by(mixture, lambda _, router: Forced(router, expert))
+def forced(mixture: nn.Module, expert: int) -> contextlib.AbstractContextManager[None]:
+    """Every token goes to one expert of every layer, with gate 1, regardless of capacity."""
+    limits = ("capacity_factor", "eval_capacity_factor", "second_policy", "eval_second_policy", "routed_scaling_factor")
+    alone: dict[str, Any] = {**dict.fromkeys(limits), "top_k": 1, "is_scale_prob": False}
+
+    def made(_: str, own: TopKRouter) -> TopKRouter:
+        others = [number for number in range(own.num_experts) if number != expert]
+        return _router_like(own, torch.zeros_like(own.weight), others, **alone)
+
+    return _routed_by(mixture, made)
 
 
-def without(
-    mixture: nn.Module, expert: int, weights: Mapping[str, Tensor]
-) -> contextlib.AbstractContextManager[dict[str, TopKRouter]]:
+def without(mixture: nn.Module, expert: int, weights: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[None]:
     """No token goes to one expert; ``weights [E - 1, I]`` by layer are the routers of the others."""
-    return _routed_by(mixture, lambda name, router: _without(router, expert, weights[name]))
+
+    def made(name: str, own: TopKRouter) -> TopKRouter:
+        rows = weights[name]
+        every = torch.cat([rows[:expert], rows.new_zeros(1, own.in_features), rows[expert:]])
+        return _router_like(own, every, [expert], top_k=min(own.top_k, len(rows)))
+
+    return _routed_by(mixture, made)
 
 
 def on_device_of(mixture: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A batch where the model's parameters are."""
     device = next(mixture.parameters()).device
     return {name: value.to(device) for name, value in batch.items()}
-
-
-@torch.no_grad()
-def collect(
-    mixture: Any, examples: Sequence[Iterable[Mapping[str, Tensor]]], first: int, known: Mapping[str, Tensor] | None
-) -> dict[str, Tensor]:
-    """Statistics for the regression, by layer: ``NAME.outer [I, I]``, the sum over domains of their mean outer product,
-    and ``NAME.mean [E, I]``, float64.
-
-    Args:
-        mixture: in eval mode.
-        examples: batches of the domains of the experts ``first``, ``first + 1``, ...
-        known: the statistics of earlier domains, or ``None``.
-
-    Raises:
-        ValueError: a domain without a token.
-    """
-    found: dict[str, Tensor] = dict(known or {})
-    for number, batches in enumerate(examples, first):
-        with forced(mixture, number) as routers:
-            for batch in batches:
-                mixture(**on_device_of(mixture, batch))
-        for name, router in routers.items():
-            sums = router.moments
-            if not sums.tokens:
-                raise ValueError(f"examples must hold tokens for every domain; those of number {number} hold none")
-            outer, mean = f"{name}.outer", f"{name}.mean"
-            found[outer] = sums.outer / sums.tokens + found.get(outer, 0)
-            found[mean] = torch.cat([*([found[mean]] if mean in found else []), sums.sum[None] / sums.tokens])
-    return found
-
-
-@torch.no_grad()
-def solve_routers(mixture: nn.Module, statistics: Mapping[str, Tensor], ridge: float) -> None:
-    """Set every router to the ridge regression of the domain on its input, with equal weight for every domain.
-
-    There is no constant term, because routers have none: targets are centred, since a softmax ignores a common offset.
-    The regression's outputs t are probabilities minus 1/E. The logits are E t, whose softmax agrees with them to first
-    order: if an input says little about the domain, the gates of several experts stay near their mean.
-    """
-    for name, layer in routed_layers(mixture):
-        means = statistics[f"{name}.mean"]
-        assert layer.router is not None
-        layer.router.weight.copy_(discriminant(means, statistics[f"{name}.outer"] / len(means), ridge))
-
-
-def train_routers(
-    mixture: Any, examples: Sequence[Iterable[Mapping[str, Tensor]]], first: int, steps: int
-) -> list[float]:
-    """Train only the routers (AdamW, 1e-3) on the cross-entropy of the domain at every router, plus the model's own
-    loss if batches have labels. Everything else stays bit-identical.
-
-    Returns:
-        The loss of every step; a step uses one batch of each domain.
-    """
-    weights = [layer.router.weight for _, layer in routed_layers(mixture) if layer.router is not None]
-    was = [(p, p.requires_grad) for p in mixture.parameters()]
-    for p, _ in was:
-        p.requires_grad_(any(p is weight for weight in weights))
-    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
-    domains = [itertools.cycle(list(batches)) for batches in examples]
-    losses = []
-    with torch.enable_grad():
-        for _ in range(steps):
-            parts = [_domain_loss(mixture, next(batches), number) for number, batches in enumerate(domains, first)]
-            optimizer.zero_grad()
-            total = torch.stack(parts).sum()
-            total.backward()
-            optimizer.step()
-            losses.append(float(total.detach()))
-    for p, needed in was:
-        p.requires_grad_(needed)
-    return losses
-
-
-def _domain_loss(mixture: Any, batch: Mapping[str, Tensor], domain: int) -> Tensor:
-    batch = on_device_of(mixture, batch)
-    out = mixture(**batch, return_dict=True, output_router_logits=True)
-    mask = batch.get("attention_mask")
-    own = []
-    for logits in out.router_logits:
-        target = logits.new_full((len(logits),), domain, dtype=torch.int64)
-        if mask is not None and mask.numel() == len(logits):
-            target = target.masked_fill(~mask.reshape(-1).bool(), -100)
-        own.append(F.cross_entropy(logits, target))
-    loss: Tensor = torch.stack(own).mean()
-    task = getattr(out, "task_loss", None)
-    return loss if task is None else loss + task
-
-
-# ------------------------------ of experts that were trained apart, from the statistics in their files
-
-
-Statistics = Mapping[str, Tensor]
-PARTS = ("mean", "rest", "vectors", "values")
-# A tenth of an expert's bytes is what its statistics may have.
-SHARE = 0.1
-RIDGE = 1e-3  # relative to the mean square of a number of the router's input
-SHARPNESS = 3.0  # of the gates: factor on logits whose softmax is the regression's probability, to first order
 
 
 def _sketch(moments: Moments, rank: int) -> dict[str, Tensor]:
@@ -245,6 +125,38 @@ def _sketch(moments: Moments, rank: int) -> dict[str, Tensor]:
     return {name: part.contiguous().cpu() for name, part in zip(PARTS, parts, strict=True)}
 
 
+def _statistics(
+    model: Any, layers: Mapping[str, Any], batches: Iterable[Mapping[str, Tensor]], rank: int | None
+) -> dict[str, Tensor]:
+    sums = {name: Moments(layer.in_features, next(layer.experts.parameters()).device) for name, layer in layers.items()}
+
+    def hook(name: str) -> Any:
+        """Adds the tokens that a layer's experts see; padding reads as zeros."""
+        return lambda experts, given: sums[name].add(given[0][given[0].ne(0).any(-1)])
+
+    with contextlib.ExitStack() as until_then:
+        until_then.enter_context(evaluation_mode(model))
+        for name, layer in layers.items():
+            until_then.callback(layer.experts.register_forward_pre_hook(hook(name)).remove)
+        for batch in batches:
+            if not isinstance(batch, Mapping) or not all(isinstance(value, Tensor) for value in batch.values()):
+                raise TypeError(f"batches must hold tensors by argument of the model; got {type(batch).__name__}")
+            model(**on_device_of(model, batch))
+    found: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        if not sums[name].tokens:
+            raise ValueError(f"batches must hold tokens; {name} got none")
+        if not bool(torch.isfinite(sums[name].outer).all()):
+            raise ValueError(f"batches must give finite inputs to every router; those of {name} hold NaN or Inf")
+        own, most = layer.in_features, rank
+        if most is None:  # as many as fit into a tenth of the expert; a mean and a diagonal are always there
+            left = SHARE * sum(part.nbytes for part in layer.experts.parameters()) - 8 * own
+            most = max(0, int(left / (2 * own + 4)))
+        sketch = _sketch(sums[name], min(own, most))
+        found |= {f"{name}.{part}": value for part, value in sketch.items()}
+    return found
+
+
 @torch.no_grad()
 def collect_statistics(
     model: Any, batches: Iterable[Mapping[str, Tensor]], rank: int | None = None
@@ -255,55 +167,31 @@ def collect_statistics(
         model: with an expert, see `start_expert`; it is not changed.
         batches: keyword arguments of the model, some thousand tokens or more; what ``attention_mask`` leaves out is not
             counted.
-        rank: eigenvectors of each layer's sketch; ``None`` = as many as make the statistics at most a tenth of the
-            expert's bytes. Mean and diagonal alone are more than that with fewer than 10 neurons (7 gated ones; in 16
-            bits 20 and 14).
+        rank: eigenvectors of each layer's sketch, as many as there are at most; ``None`` = as many as make the
+            statistics at most a tenth of the expert's bytes. Mean and diagonal alone are more than that with fewer than
+            10 neurons (7 gated ones; in 16 bits 20 and 14).
 
     Returns:
         Tensors by name, see `mpoe.models.domains`.
 
     Raises:
-        TypeError: ``model`` is not an MPOE model, a batch holds no tensors by name.
-        ValueError: a model without neurons, no tokens, a ``rank`` that is no integer between 0 and the model size,
-            inputs that are not finite.
+        TypeError: ``model`` is not an MPOE model, a batch holds no tensors by name, a ``rank`` that is no integer.
+        ValueError: a model without neurons, no tokens, a negative ``rank``, inputs that are not finite.
     """
-    if not isinstance(model, MPOEModelMixin):
-        raise TypeError(f"model must have an expert (see start_expert); got {type(model).__name__}")
+    check_type("model", model, MPOEModelMixin, "a model with an expert (see start_expert)")
     layers = neuron_modules(model)
     if not layers:
         raise ValueError(f"model must have experts of the shape 'neurons' (see start_expert); {type(model).__name__}")
     check_finite(model)
-    size = min(layer.in_features for layer in layers.values())
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= size):
-        raise ValueError(f"rank must be an integer from 0 to the model size {size}, or None; got {rank!r}")
-    module: Any = model
-    sums = {name: Moments(layer.in_features, layer.experts.up.device) for name, layer in layers.items()}
+    check_integer("rank", rank, 0, optional=True)
+    return _statistics(model, layers, batches, rank)
 
-    def hook(name: str) -> Any:
-        """Adds the tokens that a layer's experts see, padding excluded."""
-        return lambda experts, given: sums[name].add(given[0][given[2][:, 0] >= 0])
 
-    with contextlib.ExitStack() as until_then:
-        until_then.enter_context(evaluation_mode(module))
-        for name, layer in layers.items():
-            until_then.callback(layer.experts.register_forward_pre_hook(hook(name)).remove)
-        for batch in batches:
-            if not isinstance(batch, Mapping) or not all(isinstance(value, Tensor) for value in batch.values()):
-                raise TypeError(f"batches must hold tensors by argument of the model; got {type(batch).__name__}")
-            module(**on_device_of(module, batch))
-    found: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        if not sums[name].tokens:
-            raise ValueError(f"batches must hold tokens; {name} got none")
-        if not bool(torch.isfinite(sums[name].outer).all()):
-            raise ValueError(f"batches must give finite inputs to every router; those of {name} hold NaN or Inf")
-        own, most = layer.in_features, rank
-        if most is None:  # as many as fit into a tenth of the expert; a mean and a diagonal are always there
-            left = SHARE * sum(part.nbytes for part in layer.experts.parameters()) - 8 * own
-            most = max(0, min(own, int(left / (2 * own + 4))))
-        sketch = _sketch(sums[name], most)
-        found |= {f"{name}.{part}": value for part, value in sketch.items()}
-    return found
+@torch.no_grad()
+def statistics_of_expert(mixture: Any, expert: int, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """As `collect_statistics`, while every token goes to one expert of a mixture, with up to `RANK` eigenvectors."""
+    with forced(mixture, expert):
+        return _statistics(mixture, dict(routed_layers(mixture)), batches, RANK)
 
 
 def check_statistics(statistics: Statistics, sizes: Mapping[str, int], whose: str) -> None:
@@ -327,12 +215,57 @@ def _second_moment(statistics: Statistics, layer: str) -> Tensor:
     return torch.outer(mean, mean) + torch.diag(rest) + vectors.mT @ (values[:, None] * vectors)
 
 
-def router_weight(classes: Sequence[Statistics], layer: str) -> Tensor:
+def router_weight(classes: Sequence[Statistics], layer: str, sharpness: float = 3.0) -> Tensor:
     """The router of ``layer`` for these classes, float64 ``[E, I]``: a linear discriminant without a constant.
 
     It is the ridge regression of the class on the input, all classes with equal weight, from their second moments:
-    ``W = 3 E (S + r)^-1 (means - their mean)``. See `mpoe.models.domains.solve_routers` for why there is no constant.
+    ``W = s E (S + r)^-1 (means - their mean)``. There is no constant term, because routers have none: targets are
+    centred, since a softmax ignores a common offset. The regression's outputs are probabilities minus 1/E, so with
+    ``sharpness`` s = 1/E the softmax agrees with them to first order.
     """
     means = torch.stack([statistics[f"{layer}.mean"].double() for statistics in classes])
     pooled = torch.stack([_second_moment(statistics, layer) for statistics in classes]).mean(0)
-    return len(classes) * SHARPNESS * discriminant(means, pooled, RIDGE)
+    pooled.diagonal().add_(RIDGE * pooled.diagonal().mean())
+    return sharpness * len(classes) * torch.linalg.solve(pooled, (means - means.mean(0)).mT).mT
+
+
+def train_routers(mixture: Any, examples: Sequence[Iterable[Mapping[str, Tensor]]], steps: int) -> list[float]:
+    """Train only the routers (AdamW, 1e-3) on the cross-entropy of the domain at every router, plus the model's own
+    loss if batches have labels. Everything else stays bit-identical.
+
+    Returns:
+        The loss of every step; a step uses one batch of each domain.
+    """
+    weights = [layer.router.weight for _, layer in routed_layers(mixture) if layer.router is not None]
+    was = [(p, p.requires_grad) for p in mixture.parameters()]
+    for p, _ in was:
+        p.requires_grad_(any(p is weight for weight in weights))
+    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
+    domains = [itertools.cycle(list(batches)) for batches in examples]
+    losses = []
+    with torch.enable_grad():
+        for _ in range(steps):
+            parts = [_domain_loss(mixture, next(batches), number) for number, batches in enumerate(domains)]
+            optimizer.zero_grad()
+            total = torch.stack(parts).sum()
+            total.backward()
+            optimizer.step()
+            losses.append(float(total.detach()))
+    for p, needed in was:
+        p.requires_grad_(needed)
+    return losses
+
+
+def _domain_loss(mixture: Any, batch: Mapping[str, Tensor], domain: int) -> Tensor:
+    batch = on_device_of(mixture, batch)
+    out = mixture(**batch, return_dict=True, output_router_logits=True)
+    mask = batch.get("attention_mask")
+    own = []
+    for logits in out.router_logits:
+        target = logits.new_full((len(logits),), domain, dtype=torch.int64)
+        if mask is not None and mask.numel() == len(logits):
+            target = target.masked_fill(~mask.reshape(-1).bool(), -100)
+        own.append(F.cross_entropy(logits, target))
+    loss: Tensor = torch.stack(own).mean()
+    task = getattr(out, "task_loss", None)
+    return loss if task is None else loss + task

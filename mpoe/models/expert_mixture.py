@@ -23,7 +23,7 @@ from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.data.documentation import load_documentation
 from mpoe.data.predict import token_losses
 from mpoe.models.convert import convert_to_mpoe
-from mpoe.models.domains import Statistics, check_statistics, collect_statistics, router_weight
+from mpoe.models.domains import RANK, Statistics, check_statistics, collect_statistics, router_weight
 from mpoe.models.expert_files import (
     Expert,
     experts_of,
@@ -40,7 +40,6 @@ from mpoe.models.weight_files import declared_shapes, read_json, read_tensors, t
 NONE = "none"  # name of the expert that adds nothing
 # In the folder of a mixture, next to the model: what it was composed of.
 EXPERTS_FOLDER, BACKGROUND_FILE = "experts", "background.safetensors"
-BACKGROUND_RANK = 512  # eigenvectors of statistics from texts at hand
 PIECES, LENGTH, AT_ONCE = 128, 128, 8  # of the packaged text: pieces, tokens of each, pieces of a batch
 
 
@@ -89,19 +88,11 @@ def _checked(base: Any, experts: Any, tokenizer: Any, texts: Mapping[str, Any]) 
     unknown = sorted(set(texts) - names | set(texts) & {NONE})
     if unknown:
         raise ValueError(f"texts must be by names of experts, {', '.join(e.name for e in found)}; got {unknown[0]!r}")
-    return [
-        dataclasses.replace(expert, statistics=_statistics(base, texts[expert.name], expert))
-        if expert.name in texts
-        else expert
-        for expert in found
-    ]
-
-
-def _statistics(base: Any, batches: Any, expert: Expert | None) -> dict[str, Tensor]:
-    """Statistics of texts at hand, as exact as `BACKGROUND_RANK` allows, beside an expert or for *none*."""
-    model = start_expert(base, 1, expert=expert)
-    rank = min(BACKGROUND_RANK, *(layer.in_features for layer in neuron_modules(model).values()))
-    return collect_statistics(model, batches, rank)
+    for place, expert in enumerate(found):
+        if expert.name in texts:
+            statistics = collect_statistics(start_expert(base, expert=expert), texts[expert.name], RANK)
+            found[place] = dataclasses.replace(expert, statistics=statistics)
+    return found
 
 
 @torch.no_grad()
@@ -147,10 +138,11 @@ def compose_experts(
     routing = RouterConfig(top_k=top_k, routed_scaling_factor=1.0, balance_loss_weight=0.0)
     neurons = max(expert.neurons for expert in found)
     config = MPOEConfig(num_experts=number, shape="neurons", neurons=neurons, router=routing)
-    if none and background is None:
-        if tokenizer is None:
+    if none and not isinstance(background, Mapping):
+        if background is None and tokenizer is None:
             raise ValueError("background must be batches or statistics, or tokenizer the base's; got neither")
-        background = documentation_batches(base, tokenizer)
+        batches = documentation_batches(base, tokenizer) if background is None else background
+        background = collect_statistics(start_expert(base, 1), batches, RANK)
     mixture = convert_to_mpoe(base, config).eval()
     layers = neuron_modules(mixture)
     sizes = {name: layer.in_features for name, layer in layers.items()}
@@ -159,8 +151,7 @@ def compose_experts(
     classes: list[Statistics] = [expert.statistics for expert in found]
     mixture.background_statistics = None
     if none:
-        if not isinstance(background, Mapping):
-            background = _statistics(base, background, None)
+        assert isinstance(background, Mapping)
         check_statistics(background, sizes, "background")
         mixture.background_statistics = dict(background)
         classes.append(background)

@@ -1,6 +1,5 @@
-"""Transformers' own mixtures: models that are mixtures before conversion, and exports of ours to classes that other
-tools can serve: Mixtral and Qwen3-MoE, with full matrices per expert; GraniteMoeShared and Qwen2-MoE, at their own
-size, for neurons beside a dense network.
+"""Exports to mixtures of Transformers that other tools can serve: Mixtral and Qwen3-MoE, with full matrices per expert;
+GraniteMoeShared and Qwen2-MoE, at their own size, for neurons beside a dense network.
 
 A Llama whose networks are mixtures of dense experts computes what a Mixtral computes; the weights have other names and
 are transposed. Beside neurons the dense network is the shared expert, an expert's neurons are one of their experts;
@@ -10,81 +9,18 @@ projections. Exports that would not be exact are refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from mpoe.layers.experts import MixtureExperts
+from mpoe.config.checks import check_choice
 from mpoe.layers.feed_forward import MPOEFeedForward
 from mpoe.layers.neurons import NeuronFeedForward
-from mpoe.models.base import MPOEModelMixin
-from mpoe.models.find import expert_modules, router_modules, stock_weights
-from mpoe.models.sites import set_module
-
-
-class MixtureMixin(MPOEModelMixin):
-    """A mixture of Transformers. Router, auxiliary loss and outputs are those of its own class."""
-
-    # Its routers may have a dtype of their own.
-    _keep_in_fp32_modules_strict = []  # noqa: RUF012 - declared so by Transformers
-
-    def _routed_forward(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return forward(*args, **kwargs)
-
-    has_stock_experts: ClassVar[bool] = True
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        return bool(cls.dense_class._can_set_experts_implementation())
-
-    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """As in Transformers: its experts support more implementations than ours."""
-        return str(PreTrainedModel.get_correct_experts_implementation(self, requested_experts))
-
-    def forget_dense_names(self) -> None:
-        """As for every model; if experts are MPOs, plans replicate experts and routers on every rank."""
-        super().forget_dense_names()
-        changed = [name for name, module in expert_modules(self) if isinstance(module, MixtureExperts)]
-        if changed:
-            ends = {name.rpartition(".")[2] for name in changed}
-            self._ep_plan = {}
-            self._tp_plan = {key: how for key, how in (self._tp_plan or {}).items() if not ends & set(key.split("."))}
-
-    def _parts(self, part: str) -> list[nn.Module | nn.Parameter]:
-        if part == "central":
-            return super()._parts(part)
-        return list(router_modules(self)) if part == "router" else [module for _, module in expert_modules(self)]
-
-
-def dense_config(model: Any) -> Any:
-    """The configuration that ``model`` had before its conversion."""
-    values = model.config.to_dict()
-    ours = ("mpoe", "mpoe_base", "conversion_errors", "auto_map", "model_type", "architectures", "transformers_version")
-    config = model.dense_class.config_class(**{name: value for name, value in values.items() if name not in ours})
-    config._attn_implementation = model.config._attn_implementation
-    config._experts_implementation = model.config._experts_implementation
-    return config
-
-
-def with_stock_experts(model: Any) -> Any:
-    """``model``, changed in place: its MPO experts are rebuilt as the experts of its dense class."""
-    with torch.device("meta"):
-        skeleton = model.dense_class(dense_config(model))
-    for name, module in list(expert_modules(model)):
-        if isinstance(module, MixtureExperts):
-            stock: nn.Module = skeleton.get_submodule(name)
-            for parameter, value in stock_weights(module).items():
-                setattr(stock, parameter, value)
-            stock.config = model.config
-            set_module(model, name, stock)
-    return model
-
+from mpoe.models.report import neuron_modules
 
 # Fields that a Llama, Mistral or Qwen3 shares with its mixture.
 _COMMON = (
@@ -119,7 +55,6 @@ _SHARED = "shared_intermediate_size", "shared_expert_intermediate_size"
 TARGETS = {
     "mixtral": Target("Mixtral", ("llama", "mistral"), "num_local_experts", "intermediate_size", True),
     "qwen3_moe": Target("Qwen3Moe", ("qwen3",), "num_experts", "moe_intermediate_size", False),
-    "olmoe": Target("Olmoe", (), "num_experts", "intermediate_size", False),
     "granitemoeshared": Target(
         "GraniteMoeShared", ("llama", "mistral", "smollm3"), "num_local_experts", "intermediate_size", True, _SHARED[0]
     ),
@@ -135,17 +70,11 @@ TOLERANCE, HALF_TOLERANCE = 1e-5, 0.05
 
 def _reasons(model: Any, to: str) -> list[str]:
     """Why ``model`` cannot become a ``to``; empty if it can."""
-    only_ffn = f"{to}: only the feed-forward networks may be in MPO form"
-    if isinstance(model, MixtureMixin):
-        reasons = [] if to == model.mpoe_family else [f"{to}: this is a {model.mpoe_family} already, and stays one"]
-        return reasons if set(model.mpoe_config.targets) == {"ffn"} else [*reasons, only_ffn]
     target, config, mpoe = TARGETS[to], model.config, model.mpoe_config
     if model.mpoe_family not in target.families:
-        known = " or ".join(target.families)
-        wanted = f"is the mixture of a {known}" if known else "has no dense family: only an OLMoE can become one"
         note = QWEN3_NEURONS if model.mpoe_family == "qwen3" and target.shared is not None else ""
-        return [f"{to} {wanted}; this is a {model.mpoe_family}{note}"]
-    neurons = [module for module in model.modules() if isinstance(module, NeuronFeedForward)]
+        return [f"{to} is the mixture of a {' or '.join(target.families)}; this is a {model.mpoe_family}{note}"]
+    neurons = list(neuron_modules(model).values())
     whole = [module for module in model.modules() if isinstance(module, MPOEFeedForward)]
     if neurons and target.shared is None:
         fitting = " or ".join(name for name, other in TARGETS.items() if other.shared is not None)
@@ -178,101 +107,6 @@ def _reasons(model: Any, to: str) -> list[str]:
     return [f"{to}: {reason}" for reason, holds in checks.items() if holds]
 
 
-def _target_config(model: Any, to: str) -> Any:
-    target, config, mpoe = TARGETS[to], model.config, model.mpoe_config
-    neurons = next((m.experts.neurons for m in model.modules() if isinstance(m, NeuronFeedForward)), None)
-    values = {name: getattr(config, name) for name in _COMMON if hasattr(config, name)}
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    values |= {
-        target.experts: mpoe.num_experts,
-        target.inner: config.intermediate_size,
-        "num_experts_per_tok": mpoe.top_k,
-        "head_dim": head,
-        "router_aux_loss_coef": mpoe.router.balance_loss_weight,
-    }
-    if target.shared is not None:
-        values |= {target.inner: neurons, target.shared: config.intermediate_size}
-        values |= _neuron_values(model, to, head)
-        return getattr(transformers, f"{target.name}Config")(**values)
-    values["sliding_window"] = getattr(config, "sliding_window", None)
-    if not target.renormalises:
-        values["norm_topk_prob"] = not mpoe.router.is_scale_prob
-    return getattr(transformers, f"{target.name}Config")(**values)
-
-
-def _whole(name: str, layer: MPOEFeedForward) -> dict[str, Tensor]:
-    """The weights of ``layer``, called ``name`` in its model, under the names of Transformers' mixtures."""
-    up, gate, down = (layer.experts.projections()[kind].weight for kind in ("up", "gate_proj", "down"))
-    router: Any = layer.router
-    return {
-        f"{name}.gate.weight": router.weight.to(up.dtype),
-        f"{name}.experts.gate_up_proj": torch.cat([gate, up], -1).transpose(1, 2).contiguous(),
-        f"{name}.experts.down_proj": down.transpose(1, 2).contiguous(),
-    }
-
-
-def _stock_class(model: Any, to: str) -> Any:
-    return (
-        model.dense_class
-        if isinstance(model, MixtureMixin)
-        else getattr(transformers, f"{TARGETS[to].name}ForCausalLM")
-    )
-
-
-@torch.no_grad()
-def as_stock(merged: Any, to: str) -> Any:
-    """``merged``, a model with dense experts or with neurons, as the Transformers class that computes the same.
-
-    A model that was a mixture before its conversion becomes an instance of its original class again, with any head.
-
-    Raises:
-        ValueError: an unknown class, or a model that it cannot represent exactly, with every reason.
-    """
-    known = (merged.mpoe_family,) if isinstance(merged, MixtureMixin) else TARGETS
-    if to not in (*TARGETS, *known):
-        raise ValueError(f"as_ must be one of {', '.join(map(repr, known))}; got {to!r}")
-    reasons = _reasons(merged, to)
-    if reasons:
-        raise ValueError(f"the model cannot be exported exactly: {'; '.join(reasons)}")
-    is_mixture = isinstance(merged, MixtureMixin)
-    stock = _stock_class(merged, to)(dense_config(merged) if is_mixture else _target_config(merged, to))
-    state: dict[str, Tensor] = merged.state_dict()
-    for name, layer in () if is_mixture else merged.named_modules():
-        if isinstance(layer, (MPOEFeedForward, NeuronFeedForward)):
-            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
-            state |= _neuron_tensors(name, layer, to) if isinstance(layer, NeuronFeedForward) else _whole(name, layer)
-    stock.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)  # nothing is shared
-    stock.tie_weights()
-    if merged.can_generate():
-        stock.generation_config = merged.generation_config
-    return stock.train(merged.training).requires_grad_(True)
-
-
-@torch.no_grad()
-def check_export(model: Any, folder: Path, to: str) -> float:
-    """Open the exported folder with the stock class and compare logits with those of ``model``.
-
-    Returns:
-        The largest difference, relative to the largest logit.
-
-    Raises:
-        ValueError: the logits differ.
-    """
-    stock = _stock_class(model, to).from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (2, 16), generator=generator).to(model.device)
-    expected, found = model.eval()(input_ids=ids).logits, stock(input_ids=ids).logits
-    difference = float((found - expected).abs().max() / expected.abs().max())
-    allowed = HALF_TOLERANCE if model.dtype in (torch.bfloat16, torch.float16) else TOLERANCE
-    if not difference <= allowed:
-        problem = f"its logits differ by {difference:.1e} of the largest"
-        raise ValueError(f"the exported model must compute the same; {problem}")
-    return difference
-
-
-# ---------------------------------------------------------- neurons beside a shared expert
-
-
 def _neuron_checks(config: Any, layers: list[NeuronFeedForward]) -> dict[str, bool]:
     """What the classes ask of a model and its layers -> whether that is missing."""
     dense = [module for layer in layers for module in layer.projections().values()]
@@ -290,18 +124,117 @@ def _neuron_checks(config: Any, layers: list[NeuronFeedForward]) -> dict[str, bo
     }
 
 
-def _neuron_values(model: Any, to: str, head_dim: int) -> dict[str, Any]:
-    """Fields of the configuration of ``to`` that make it compute what ``model``, with heads of this size, does."""
-    if to == "qwen2_moe":  # explicit layer types, as its default differs from a Qwen2's
-        return {"norm_topk_prob": True, "layer_types": ["full_attention"] * model.config.num_hidden_layers}
-    multipliers = dict.fromkeys(("embedding_multiplier", "logits_scaling", "residual_multiplier"), 1.0)
-    bias = getattr(model.config, "attention_bias", False)  # of all four projections, as in a Llama
-    return {**multipliers, "attention_multiplier": head_dim**-0.5, "attention_bias": bias}
+def _target_config(model: Any, to: str) -> Any:
+    """The configuration of the class ``to`` that makes it compute what ``model`` does."""
+    target, config, mpoe = TARGETS[to], model.config, model.mpoe_config
+    values = {name: getattr(config, name) for name in _COMMON if hasattr(config, name)}
+    inner = next((layer.experts.neurons for layer in neuron_modules(model).values()), config.intermediate_size)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    values |= {
+        target.experts: mpoe.num_experts,
+        target.inner: inner,
+        "num_experts_per_tok": mpoe.top_k,
+        "head_dim": head,
+        "router_aux_loss_coef": mpoe.router.balance_loss_weight,
+    }
+    if target.shared is None:
+        values["sliding_window"] = getattr(config, "sliding_window", None)
+    else:
+        values[target.shared] = config.intermediate_size
+    if to == "qwen3_moe":
+        values["norm_topk_prob"] = not mpoe.router.is_scale_prob
+    elif to == "qwen2_moe":  # explicit layer types, as its default differs from a Qwen2's
+        values |= {"norm_topk_prob": True, "layer_types": ["full_attention"] * config.num_hidden_layers}
+    elif to == "granitemoeshared":
+        values |= dict.fromkeys(("embedding_multiplier", "logits_scaling", "residual_multiplier"), 1.0)
+        # Biases of all four projections, as in a Llama.
+        values |= {"attention_multiplier": head**-0.5, "attention_bias": getattr(config, "attention_bias", False)}
+    return getattr(transformers, f"{target.name}Config")(**values)
+
+
+def _tensors(name: str, layer: Any, to: str) -> dict[str, Tensor]:
+    """The weights of ``layer``, called ``name`` in its model, under the names of the class ``to``."""
+    if isinstance(layer, MPOEFeedForward):
+        up, gate, down = (layer.experts.projections()[kind].weight for kind in ("up", "gate_proj", "down"))
+        shared, dtype, joined = {}, up.dtype, torch.cat([gate, up], -1).transpose(1, 2)
+    else:
+        experts = layer.experts if layer.experts.latent is None else layer.experts.merged()
+        shared = {kind: layer.central_weight(kind).t() for kind in ("gate_proj", "up", "down")}
+        dtype = shared["down"].dtype  # routers and experts may be float32 beside a 16-bit network
+        joined = torch.cat([experts.gate_proj, experts.up], 1).to(dtype)
+        down = (experts.down * (layer.router.config.routed_scaling_factor or 1.0)).to(dtype)
+    own = {
+        "experts.gate_up_proj": joined.contiguous(),
+        "experts.down_proj": down.transpose(1, 2).contiguous(),
+        "gate.weight": layer.router.weight.to(dtype),
+    }
+    if to == "qwen2_moe":
+        own |= {
+            "shared_expert.gate_proj.weight": shared["gate_proj"],
+            "shared_expert.up_proj.weight": shared["up"],
+            "shared_expert.down_proj.weight": 2 * shared["down"],  # its gate multiplies by sigmoid(0) = 1/2
+            "shared_expert_gate.weight": down.new_zeros(1, layer.in_features),
+        }
+    if to != "granitemoeshared":
+        return {f"{name}.{part}": value for part, value in own.items()}
+    place = name.rpartition(".")[0]
+    own["router.weight"] = own.pop("gate.weight")
+    return {
+        **{f"{place}.block_sparse_moe.{part}": value for part, value in own.items()},
+        f"{place}.shared_mlp.input_linear.weight": torch.cat([shared["gate_proj"], shared["up"]]),
+        f"{place}.shared_mlp.output_linear.weight": shared["down"],
+    }
+
+
+@torch.no_grad()
+def as_stock(merged: Any, to: str) -> Any:
+    """``merged``, a model with dense experts or with neurons, as the Transformers class that computes the same.
+
+    Raises:
+        ValueError: an unknown class, or a model that it cannot represent exactly, with every reason.
+    """
+    check_choice("as_", to, tuple(TARGETS))
+    reasons = _reasons(merged, to)
+    if reasons:
+        raise ValueError(f"the model cannot be exported exactly: {'; '.join(reasons)}")
+    stock = getattr(transformers, f"{TARGETS[to].name}ForCausalLM")(_target_config(merged, to))
+    state: dict[str, Tensor] = merged.state_dict()
+    for name, layer in merged.named_modules():
+        if isinstance(layer, (MPOEFeedForward, NeuronFeedForward)):
+            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
+            state |= _tensors(name, layer, to)
+    stock.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)  # nothing is shared
+    stock.tie_weights()
+    stock.generation_config = merged.generation_config
+    return stock.train(merged.training).requires_grad_(True)
+
+
+@torch.no_grad()
+def check_export(model: Any, folder: Path, to: str) -> float:
+    """Open the exported folder with the stock class and compare logits with those of ``model``.
+
+    Returns:
+        The largest difference, relative to the largest logit.
+
+    Raises:
+        ValueError: the logits differ.
+    """
+    kind = getattr(transformers, f"{TARGETS[to].name}ForCausalLM")
+    stock = kind.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (2, 16), generator=generator).to(model.device)
+    expected, found = model.eval()(input_ids=ids).logits, stock(input_ids=ids).logits
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    allowed = HALF_TOLERANCE if model.dtype in (torch.bfloat16, torch.float16) else TOLERANCE
+    if not difference <= allowed:
+        problem = f"its logits differ by {difference:.1e} of the largest"
+        raise ValueError(f"the exported model must compute the same; {problem}")
+    return difference
 
 
 def server_notes(to: str, config: Any) -> list[str]:
     """Which other servers compute something else for this configuration of the class ``to``; Transformers is right."""
-    if to == "qwen2_moe" and config.norm_topk_prob:
+    if to == "qwen2_moe":
         return ["llama.cpp divides 0 by 0 in this class's shared gate, which is 0 here, and never renormalises gates"]
     if to != "granitemoeshared":
         return []
@@ -313,33 +246,3 @@ def server_notes(to: str, config: Any) -> list[str]:
         f"vLLM's class computes silu; this model has {config.hidden_act}": config.hidden_act != "silu",
     }
     return [note for note, holds in problems.items() if holds]
-
-
-def _neuron_tensors(name: str, layer: NeuronFeedForward, to: str) -> dict[str, Tensor]:
-    """The weights of ``layer``, called ``name`` in its model, under the names of the class ``to``."""
-    router: Any = layer.router
-    experts = layer.experts if layer.experts.latent is None else layer.experts.merged()
-    factor = router.config.routed_scaling_factor or 1.0
-    gate, up, down = (layer.central_weight(kind).t() for kind in ("gate_proj", "up", "down"))
-    dtype = down.dtype  # routers and experts may be float32 beside a 16-bit network
-    own = {
-        "experts.gate_up_proj": torch.cat([experts.gate_proj, experts.up], 1).to(dtype),
-        "experts.down_proj": (experts.down * factor).to(dtype).transpose(1, 2).contiguous(),
-    }
-    routes = router.weight.to(dtype)
-    if to == "qwen2_moe":
-        shared = {
-            "gate.weight": routes,
-            "shared_expert.gate_proj.weight": gate,
-            "shared_expert.up_proj.weight": up,
-            "shared_expert.down_proj.weight": 2 * down,  # its gate multiplies by sigmoid(0) = 1/2
-            "shared_expert_gate.weight": down.new_zeros(1, layer.in_features),
-        }
-        return {f"{name}.{part}": value for part, value in {**own, **shared}.items()}
-    place = name.rpartition(".")[0]
-    return {
-        **{f"{place}.block_sparse_moe.{part}": value for part, value in own.items()},
-        f"{place}.block_sparse_moe.router.weight": routes,
-        f"{place}.shared_mlp.input_linear.weight": torch.cat([gate, up]),
-        f"{place}.shared_mlp.output_linear.weight": down,
-    }

@@ -10,15 +10,14 @@ from typing import Any
 from torch import nn
 
 from mpoe.layers.cores import ExpertWeights, MPOCores
-from mpoe.layers.experts import MixtureExperts
 from mpoe.layers.feed_forward import KeptFeedForward, RoutedFeedForward
 from mpoe.layers.hidden import HiddenFeedForward
 from mpoe.layers.neurons import NeuronFeedForward
-from mpoe.models.find import is_stock_experts
 from mpoe_kernels import ContractionPlan, plan_contraction
 
 LINE = 100  # characters of the legend's lines
 HEADER = ("weight", "in x out", "factors", "bonds", "central", "auxiliary", "error", "plan", "x dense")
+LEFT = ("weight", "factors", "bonds", "plan")  # columns of words
 LEGEND = (
     "factors: the weight's axes, split; bonds: dimensions between the cores; central: parameters that all experts "
     "share; auxiliary: experts x parameters that each owns; error: of the conversion, at most, relative to the dense "
@@ -72,9 +71,8 @@ def names_in_checkpoints(model: Any, name: str) -> tuple[str, str, str]:
 def parameter_kind(model: nn.Module) -> dict[str, str]:
     """Parameter name -> ``"central"``, ``"auxiliary"``, ``"expert"`` (dense experts), ``"router"`` or ``"rest"``.
 
-    The router of a model that was a mixture before its conversion counts as rest. Dense projections that stay count as
-    central, and so do the two matrices around a latent space. Biases shared by the experts of a layer count as rest.
-    Tied parameters appear once.
+    Dense projections that stay count as central, and so do the two matrices around a latent space. Biases shared by the
+    experts of a layer count as rest. Tied parameters appear once.
     """
     kinds = dict.fromkeys((name for name, _ in model.named_parameters()), "rest")
     for name, module in model.named_modules():
@@ -83,8 +81,6 @@ def parameter_kind(model: nn.Module) -> dict[str, str]:
             kinds.update({f"{prefix}{core}": core.partition(".")[0] for core in module.core_names()})
         elif isinstance(module, ExpertWeights):
             kinds[f"{prefix}weight"] = "expert"
-        elif is_stock_experts(module):
-            kinds.update({f"{prefix}{held}": "expert" for held in ("gate_up_proj", "down_proj")})
         if isinstance(module, RoutedFeedForward) and module.router is not None:
             kinds[f"{prefix}router.weight"] = "router"
         if isinstance(module, KeptFeedForward):
@@ -110,17 +106,13 @@ def parameter_report(model: nn.Module) -> dict[str, int]:
         trainable += parameter.numel() if parameter.requires_grad else 0
     total = sum(report.values())
     dense, switch = report["rest"], report["rest"] + report["router"]
-    for name, module in model.named_modules():
-        elements, before, experts = 0, 1, 1  # numbers of a whole matrix, how many there were, how many there are
+    for module in model.modules():
+        elements, experts = 0, 1  # numbers of a whole matrix, how many of them the experts would be
         if isinstance(module, KeptFeedForward):
             elements, experts = sum(weight.numel() for weight in module.dense_parameters().values()), module.num_experts
         elif isinstance(module, (MPOCores, ExpertWeights)):
             elements, experts = module.in_features * module.out_features, module.num_experts
-            holder = model.get_submodule(name.removesuffix(".base_layer").rpartition(".")[0])  # PEFT's name
-            before = experts if isinstance(holder, MixtureExperts) else 1  # the model had as many
-        elif is_stock_experts(module):
-            elements = sum(parameter.numel() for parameter in module.parameters())
-        dense, switch = dense + before * elements, switch + experts * elements
+        dense, switch = dense + elements, switch + experts * elements
     return {**report, "total": total, "trainable": trainable, "dense_total": dense, "switch_total": switch}
 
 
@@ -205,19 +197,10 @@ def summarize(model: Any, num_tokens: int, top_k: int = 1) -> list[WeightSummary
 
 def print_summary(rows: Sequence[WeightSummary], num_tokens: int) -> None:
     """Print `summarize` as a table."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(
-        title=f"MPO weights; plans for {num_tokens:,} tokens", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
-    )
-    for name in HEADER:
-        table.add_column(name, justify="left" if name in ("weight", "factors", "bonds", "plan") else "right")
-    for row in rows:
-        table.add_row(*map(Text, row.cells))
-    console = Console()
-    # If the width is unknown, as in a pipe, rows are not cut.
-    Console(width=None if console.is_terminal else max(console.width, 120)).print(table)
-    print(textwrap.fill(LEGEND, LINE))
+    lines = [HEADER, *(row.cells for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print(f"MPO weights; plans for {num_tokens:,} tokens\n")
+    for cells in lines:
+        columns = zip(HEADER, cells, widths, strict=True)
+        print("  ".join(f"{cell:{'<' if name in LEFT else '>'}{width}}" for name, cell, width in columns).rstrip())
+    print(f"\n{textwrap.fill(LEGEND, LINE)}")

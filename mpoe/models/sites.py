@@ -15,9 +15,9 @@ from mpoe.layers.drop_in import MPOEmbedding, MPOLinear, SharedEmbedding, TiedHe
 from mpoe.layers.feed_forward import KeptFeedForward, MPOEFeedForward, RoutedFeedForward
 from mpoe.layers.hidden import HiddenFeedForward
 from mpoe.layers.neurons import START_NOISE, NeuronFeedForward
-from mpoe_kernels import Decomposition, MPOShape, SharedDecomposition
+from mpoe_kernels import Decomposition, MPOShape
 
-Report = dict[str, Decomposition | SharedDecomposition]
+Report = dict[str, Decomposition]
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -165,17 +165,19 @@ class FFNSite:
 
 
 @dataclass(frozen=True)
-class ModuleSite:
-    """A module that another one takes the place of.
+class MatrixSite:
+    """A dense module of one matrix, which another one takes the place of.
 
     Attributes:
         name: of the module ``dense``.
         layer: index of its layer, if it is in one.
+        component: attention, pooler or embedding.
     """
 
     name: str
     layer: int | None
     dense: Any
+    component: str
 
     @property
     def replaced(self) -> list[nn.Module]:
@@ -185,13 +187,6 @@ class ModuleSite:
     def install(self, model: nn.Module, module: Any, config: MPOEConfig) -> None:
         """Put ``module`` in place of the dense one."""
         set_module(model, self.name, module)
-
-
-@dataclass(frozen=True)
-class MatrixSite(ModuleSite):
-    """A dense module of one matrix, of ``component`` attention, pooler or embedding."""
-
-    component: str
 
     @property
     def weight(self) -> Tensor:

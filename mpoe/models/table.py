@@ -96,8 +96,7 @@ class Family:
     Attributes:
         models: Hugging Face `model_type`s of the dense models.
         style: how the command line trains and evaluates them: ``"seq2seq"``, ``"causal"`` or ``"encoder"``.
-        ffn: their feed-forward networks; the first one that matches a module is used. Mixtures have none: they keep
-            routers, shared experts and dense layers, and `mpoe.models.find` converts their experts.
+        ffn: their feed-forward networks; the first one that matches a module is used.
         attention: names of attention projections, for `name_pattern`.
         pooler: name of the pooler's projection, if there is one.
         init_std: standard deviations of up and down projections, by the model's configuration.
@@ -111,14 +110,9 @@ class Family:
     init_std: Callable[[Any], tuple[float, float]] = _init_std
 
     @property
-    def is_mixture(self) -> bool:
-        """Whether its models have experts before any conversion, without dense networks to convert."""
-        return not self.ffn
-
-    @property
     def takes_blocks(self) -> bool:
         """Whether its models support experts of the shape "hidden" between their projections."""
-        return bool(self.ffn) and all(not ffn.place or ffn.up.startswith(f"{ffn.place}.") for ffn in self.ffn)
+        return all(not ffn.place or ffn.up.startswith(f"{ffn.place}.") for ffn in self.ffn)
 
 
 def _t5(stream: str) -> tuple[FFN, ...]:
@@ -205,18 +199,11 @@ _FAMILIES = (
         ),
         pooler="pooler.dense",
     ),
-    Family(
-        "mixtral olmoe flex_olmo qwen2_moe qwen3_moe deepseek_v2 deepseek_v3 glm4_moe dots1 ernie4_5_moe granitemoe "
-        "hunyuan_v1_moe minimax phimoe",
-        CAUSAL,
-        ffn=(),
-        attention=("layers.*.self_attn.{q,k,v,o}_proj",),
-    ),
 )
+# Fields in which configurations of mixtures have the number of their experts.
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # Hugging Face `model_type` of the dense model -> its family
 TABLE = {model_type: family for family in _FAMILIES for model_type in family.models.split()}
-# the models among them without their own experts
-DENSE = tuple(model_type for model_type, family in TABLE.items() if not family.is_mixture)
 MODEL_TYPES = tuple(TYPE_PREFIX + model_type for model_type in TABLE)
 
 

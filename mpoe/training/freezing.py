@@ -24,7 +24,6 @@ from mpoe.config.checks import check_integer, check_number
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.feed_forward import KeptFeedForward, RoutedFeedForward
 from mpoe.models.checkpoint import component_of, parse_components
-from mpoe.models.find import expert_modules, router_modules
 from mpoe.models.report import mpo_modules
 
 
@@ -44,7 +43,7 @@ def freeze_all_but_experts(model: nn.Module) -> int:
     """Train experts and routers alone, in place: a mixture of any shape as an adapter of the model around it.
 
     Of hidden-side experts these are the blocks, of experts in MPO form all cores (`freeze_central` freezes the shared
-    ones), of dense experts their weights; of a model that was a mixture before, also its own router.
+    ones), of dense experts their weights.
 
     Returns:
         The number of parameters that train.
@@ -55,7 +54,6 @@ def freeze_all_but_experts(model: nn.Module) -> int:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module; got {type(model).__name__} {model!r}")
     parts = [part for m in model.modules() if isinstance(m, RoutedFeedForward) for part in (m.router, m.experts)]
-    parts += [*(experts for _, experts in expert_modules(model)), *router_modules(model)]
     if not parts:
         raise ValueError(f"model must have experts (see convert_to_mpoe); {type(model).__name__} has none")
     model.requires_grad_(False)

@@ -4,15 +4,12 @@ from mpoe_kernels.mpo.decompose import Decomposition, decompose, decompose_with_
 from mpoe_kernels.mpo.fold import MPOBlocks, fold
 from mpoe_kernels.mpo.reconstruct import expert_weights, reconstruct
 from mpoe_kernels.mpo.shape import MPOShape
-from mpoe_kernels.mpo.shared import SharedDecomposition, decompose_shared
 
 __all__ = [
     "Decomposition",
     "MPOBlocks",
     "MPOShape",
-    "SharedDecomposition",
     "decompose",
-    "decompose_shared",
     "decompose_with_errors",
     "expert_weights",
     "fold",

@@ -82,20 +82,19 @@ def same(a: Path, b: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def test_two_fine_tunes_then_an_adapter_more(folder: Path, adapter: str, capsys: pytest.CaptureFixture[str]) -> None:
-    texts = ["--texts", "{}/t0.txt", "{}/t1.txt", *SMALL]
-    compose(folder, "{}/ft0", "{}/ft1", "--output_dir", "{}/pair", *texts)
+def test_two_fine_tunes_and_an_adapter(folder: Path, adapter: str, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ["--texts", "{}/t0.txt", "{}/t1.txt", "{}/t2.txt", *SMALL]
+    compose(folder, "{}/ft0", "{}/ft1", adapter, "--output_dir", "{}/triple", *texts)
     printed = capsys.readouterr().out
     # The folders' own names, however long the way there.
     assert all(words in printed for words in ("outside the experts", "ft0", "ft1"))
-    two = load_mpoe(folder / "pair")
-    assert two.mpoe_config.num_experts == 2
-    compose(folder, adapter, "--add", "{}/pair", "--output_dir", "{}/triple", "--texts", "{}/t2.txt", *SMALL)
     three = load_mpoe(folder / "triple")
+    assert three.mpoe_config.num_experts == 3
     base, _ = load_stand_in("gpt2")
     merged = command.load_fine_tune(adapter, base)
     experts = three.transformer.h[0].mlp.experts.up.weight
-    assert torch.equal(experts[:2], two.transformer.h[0].mlp.experts.up.weight)
+    first = AutoModelForCausalLM.from_pretrained(folder / "ft0")
+    assert torch.equal(experts[0], first.transformer.h[0].mlp.c_fc.weight)
     assert torch.equal(experts[2], merged.transformer.h[0].mlp.c_fc.weight)
     assert not torch.equal(experts[2], base.transformer.h[0].mlp.c_fc.weight)
 
@@ -134,14 +133,16 @@ def test_one_more_and_one_fewer(folder: Path, capsys: pytest.CaptureFixture[str]
         ([], "at least one expert"),
         ([BASE, "--texts", "{}/t0.txt"], "compose needs --output_dir"),
         ([BASE, "--output_dir", "{}/x", "--max_length", "1"], "max_length must be at least 2"),
-        ([BASE, BASE, "--output_dir", "{}/x", "--add", "{}/absent"], "add takes one fine-tune at a time; got 2"),
         ([BASE, "--output_dir", "{}/x"], "texts must name a file for each of 1 fine-tunes; got 0"),
         ([BASE, "--output_dir", "{}/x", "--texts", "{}/none"], "texts: no such file"),
         ([BASE, "--output_dir", "{}/ft0", "--texts", "{}/t0.txt"], "holds a model; give --overwrite"),
         (["{}/ft9", "--output_dir", "{}/x", "--texts", "{}/t0.txt"], "no such folder"),
         ([BASE, "--output_dir", "{}/x", "--texts", "{}/bad.txt"], "must be UTF-8 text"),
         ([BASE, "--output_dir", "{}/x", "--texts", "{}/short.txt"], "must hold at least 128 tokens"),
-        ([BASE, "--output_dir", "{}/x", "--texts", "{}/t0.txt", "--add", "{}/ft0"], "made by mpoe compose"),
+        (
+            [BASE, "--output_dir", "{}/x", "--texts", "{}/t0.txt", "--add", "{}/ft0"],
+            "add, remove, merge and background",
+        ),
         (["{}/odd", "--output_dir", "{}/x", "--texts", "{}/t0.txt"], "does not fit the base"),
         (["{}/law.expert"], "compose needs --output_dir"),
         (["{}/law.expert", "--texts", "{}/none.txt", "{}/none.txt"], "texts must name a file for each of 1 experts"),
@@ -156,7 +157,7 @@ def test_one_more_and_one_fewer(folder: Path, capsys: pytest.CaptureFixture[str]
         (["{}/law.expert", "--background", "{}/absent.txt", "--output_dir", "{}/x"], "background: no such file"),
         (["{}/law.expert", "--add", "{}/bad", "--output_dir", "{}/x"], "a mixture that was composed of experts"),
         (["{}/law.expert", "{}/law.expert", "--output_dir", "{}/x"], "'law' is there twice"),
-        (["{}/bad", "--background", "{}/none.txt"], "remove, merge and background are for experts' files"),
+        (["{}/bad", "--background", "{}/none.txt"], "add, remove, merge and background are for experts' files"),
     ],
 )
 def test_refused(folder: Path, words: list[str], message: str) -> None:

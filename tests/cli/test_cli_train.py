@@ -342,7 +342,6 @@ def test_a_resumed_run_keeps_its_rate(settle, tmp_path: Path) -> None:
         (["--mpo_layers=mlp"], "t5", "separable", 1),
         # no blocks where there is no module for them
         ([], "opt", "separable", 1),
-        ([], "mixtral", "separable", 1),
         ([], "phi3", "hidden", 2),
         ([], "bert", "hidden", 2),
     ],

@@ -1,7 +1,6 @@
-"""Shapes; decomposition: exactness, errors, gauges, unusual input, the original as a yardstick; a shared centre."""
+"""Shapes; decomposition: exactness, errors, gauges, unusual input, the original as a yardstick."""
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 from mpoe_bench.cases import random_cores, relative_error
 from torch import Tensor
 
-from mpoe_kernels import MPOShape, decompose, decompose_shared, decompose_with_errors, expert_weights, fold, reconstruct
+from mpoe_kernels import MPOShape, decompose, decompose_with_errors, expert_weights, fold, reconstruct
 from mpoe_kernels.mpo.factors import balanced_factors
 from mpoe_kernels.reference import weight_reference
 from tests.cases import SMALL_SHAPES
@@ -262,64 +261,3 @@ def test_decompose_large_numbers(gauge: str, dtype: torch.dtype, size: float, fa
     cores[-1] = cores[-1] / size
     rounding = 60 * torch.finfo(dtype).eps
     torch.testing.assert_close(reconstruct(cores, shape), weight.double(), rtol=rounding, atol=rounding)
-
-
-# ------------------------------------------------------------------ E matrices around one centre
-
-EXPERTS = 3
-
-
-def around_one_centre(shape, relative):
-    """Matrices of experts whose auxiliary cores have diverged, in float64."""
-    cores = decompose(torch.randn(shape.in_features, shape.out_features, dtype=torch.float64), shape)
-    apart = [
-        core if k == shape.central else core + relative * core.abs().mean() * torch.randn(EXPERTS, *core.shape)
-        for k, core in enumerate(cores)
-    ]
-    return expert_weights(fold(apart, shape.central, shape, EXPERTS))
-
-
-def errors(weights, result):
-    found = expert_weights(fold(result.cores, result.shape.central, result.shape, len(weights)))
-    return (found - weights).flatten(1).norm(dim=1)
-
-
-@pytest.mark.parametrize(
-    ("shape", "bound"), [(MPOShape.separable(16, 24), 1e-6), (MPOShape.paper(16, 24), 1e-4)], ids=["separable", "paper"]
-)
-def test_a_centre_that_is_there_is_found(shape, bound):
-    torch.manual_seed(0)
-    weights = around_one_centre(shape, 0.1)
-    result = decompose_shared(weights, shape)
-    assert result.relative_error_bound <= bound
-    assert float(errors(weights, result).norm()) <= bound * float(weights.norm())
-    assert result.cores[shape.central].shape == shape.core_shapes[shape.central]
-    assert all(c.shape == (EXPERTS, *shape.core_shapes[k]) for k, c in enumerate(result.cores) if k != shape.central)
-
-
-@pytest.mark.parametrize("name", SMALL_SHAPES)
-def test_the_error_is_told_and_never_grows(name):
-    shape = SMALL_SHAPES[name]
-    weights = torch.randn(EXPERTS, shape.in_features, shape.out_features, dtype=torch.float64)
-    told = []
-    for sweeps in (1, 2, 4):
-        result = decompose_shared(weights, shape, sweeps)
-        own = errors(weights, result)
-        torch.testing.assert_close(torch.tensor(result.expert_errors).double(), own / weights.flatten(1).norm(dim=1))
-        assert result.error_bound == pytest.approx(float(own.norm()), rel=1e-6, abs=1e-9)
-        assert result.sweeps <= sweeps
-        told.append(result.relative_error_bound)
-    # A matrix's padding counts in the search, but not in the reported error.
-    assert all(after <= before * (1 if shape.is_full else 1.001) for before, after in pairwise(told))
-
-
-def test_equal_matrices_need_no_search_and_zeros_are_no_division():
-    shape = MPOShape.separable(8, 12)
-    weights = torch.randn(1, 8, 12).expand(EXPERTS, -1, -1)
-    result = decompose_shared(weights, shape)
-    assert result.relative_error_bound <= 1e-6
-    assert result.cores[0].dtype == torch.float32
-    none = decompose_shared(torch.zeros(EXPERTS, 8, 12), shape)
-    assert (none.relative_error_bound, none.expert_errors, none.sweeps) == (0.0, (0.0,) * EXPERTS, 0)
-    opposed = torch.stack([weights[0], -weights[0]])  # their mean vanishes
-    assert decompose_shared(opposed, shape).relative_error_bound <= 1e-6

@@ -21,7 +21,6 @@ from mpoe_kernels import (
     Routing,
     combine,
     decompose,
-    decompose_shared,
     dispatch,
     expert_weights,
     fold,
@@ -86,10 +85,6 @@ def plan(**changes: Any) -> Any:
     return plan_contraction(**{"shape": MPOShape.paper(8, 8), "num_experts": 2, "num_tokens": 4, **changes})
 
 
-def shared(weights: Tensor, of: Any = MPOShape.separable(8, 12), sweeps: int = 1) -> Any:  # noqa: B008
-    return decompose_shared(weights, of, sweeps)
-
-
 def experts(kind: type[Any], **changes: Any) -> Tensor:
     problem = kind()
     return problem.OP(**{**problem.inputs, "top_k_index": problem.index, "activation": "gelu", **changes})
@@ -147,14 +142,6 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
         VALUES,
         "too large: with the gauge 'orthogonal' its cores",
     ),
-    (lambda: shared(ONES(0, 8, 12)), VALUES, r"with E >= 1; got \[0, 8, 12\]"),
-    (lambda: shared(ONES(8, 12)), VALUES, "weights must be"),
-    (lambda: shared(ONES(2, 8, 12).int()), TYPES, "weights must have a floating dtype"),
-    (lambda: shared(ONES(2, 8, 12), (8, 12)), TYPES, "shape must be an MPOShape; got tuple"),
-    (lambda: shared(ONES(2, 8, 12), sweeps=0), VALUES, "sweeps must be at least 1; got 0"),
-    (lambda: shared(torch.full((2, 8, 12), torch.nan)), VALUES, "finite; they hold NaN or Inf"),
-    (lambda: shared(ONES(2, 8, 12, device="meta")), VALUES, "must have values"),
-    (lambda: shared(lost(ONES(2, 8, 12))), VALUES, "weights must hold its values"),
     # cores and blocks
     (lambda: fold(None), TYPES, "cores must be a non-empty sequence"),
     (lambda: fold([CORES[0], CORES[1][1:]]), VALUES, r"cores\[0\] and cores\[1\] must share a bond"),

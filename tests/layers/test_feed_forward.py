@@ -25,7 +25,6 @@ from mpoe.layers import (
     load_balancing_loss,
     routing_context,
 )
-from mpoe.layers.cores import IMPLEMENTATIONS
 from mpoe.layers.feed_forward import _say_that_nothing_balances
 from tests.assertions import in_threads
 
@@ -122,17 +121,16 @@ def test_gradients_are_those_of_the_loop(drawn) -> None:
         assert bool((found[0][~mask] == 0).all())
 
 
-@pytest.mark.parametrize("way", IMPLEMENTATIONS)
 @pytest.mark.parametrize("own_bias", [False, True])
 @pytest.mark.parametrize(
     ("rows", "columns", "dtype"), [(7, 10, torch.float32), (8, 12, torch.float32), (8, 8, torch.float64)]
 )
-def test_grouped_dense_linear(way, own_bias, rows, columns, dtype) -> None:
+def test_grouped_dense_linear(own_bias, rows, columns, dtype) -> None:
     x, weight = torch.randn(10, rows, dtype=dtype), torch.randn(3, rows, columns, dtype=dtype)
     x[8:] = torch.nan  # past the last offset
     bias = torch.randn(*([3] if own_bias else []), columns, dtype=dtype)
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
-    y = grouped_dense_linear(x, weight, torch.tensor([0, 3, 3, 8], dtype=torch.int32), bias, way)
+    y = grouped_dense_linear(x, weight, torch.tensor([0, 3, 3, 8], dtype=torch.int32), bias)
     of_expert = bias if own_bias else bias.expand(3, -1)
     expected = torch.cat([x[:3] @ weight[0] + of_expert[0], x[3:8] @ weight[2] + of_expert[2]])
     torch.testing.assert_close(y[:8], expected)

@@ -142,7 +142,6 @@ CORES_ALONE = {
     "none": {"moe_type": "none"},
     "gshard": {"moe_type": "moe"},
     "dense": {"expert_type": "dense"},
-    "existing": {"existing_experts": "mpo"},
 }
 
 

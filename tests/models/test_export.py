@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 from torch import nn
 
@@ -227,9 +226,8 @@ WHOLE = {"shape": "separable"}
 @pytest.mark.parametrize(
     ("model_type", "to", "changes", "options", "words"),
     [
-        ("llama", "gpt2_moe", {}, WHOLE, "as_ must be one of 'mixtral', 'qwen3_moe', 'olmoe', 'granite"),
+        ("llama", "gpt2_moe", {}, WHOLE, "as_ must be one of 'mixtral', 'qwen3_moe', 'granite"),
         ("llama", QWEN3, {}, WHOLE, "qwen3_moe is the mixture of a qwen3; this is a llama"),
-        ("llama", "olmoe", {}, WHOLE, "only an OLMoE can become one; this is a llama"),
         ("llama", MIXTRAL, {}, {**WHOLE, "router": RAW}, "its gates sum to 1"),
         ("llama", MIXTRAL, {}, {**WHOLE, "router": SIGMOID}, "its gates are a softmax"),
         ("llama", MIXTRAL, {}, {**WHOLE, "router": RouterConfig(eval_capacity_factor=2.0)}, "no capacity"),
@@ -305,4 +303,3 @@ def test_servers_that_compute_something_else_are_named(changes, words):
     assert len(notes) == (words is not None)
     assert words is None or notes[0].startswith(words)
     assert server_notes(MIXTRAL, None) == []
-    assert server_notes(QWEN, transformers.Qwen2MoeConfig()) == []  # one that was a Qwen2-MoE before its conversion

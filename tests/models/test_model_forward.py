@@ -13,10 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from mpoe import RouterConfig
 from mpoe.layers import load_balancing_loss, router_z_loss
-from mpoe.models import parameter_kind
 from tests.assertions import in_threads
 
-from .tiny_models import FAMILIES, MASK, batch, dense_model, result, stirred, valid_rows
+from .tiny_models import FAMILIES, MASK, batch, dense_model, result, stirred, text_rows
 
 
 @pytest.mark.parametrize("shape", ["separable", "hidden", "neurons"])
@@ -36,7 +35,7 @@ def test_padding_is_neither_routed_nor_counted(family, shape, converted):
     again = model(**other)
     assert torch.equal(again.expert_load, out.expert_load)
     torch.testing.assert_close(again.aux_loss, out.aux_loss, rtol=1e-6, atol=0)
-    rows, more = (valid_rows(family, result(o), inputs) for o in (out, again))
+    rows, more = (text_rows(result(o), inputs) for o in (out, again))
     torch.testing.assert_close(rows, more, rtol=1e-5, atol=1e-5)
 
 
@@ -207,19 +206,6 @@ def test_decoding_steps_compile(family, shape, converted):
     assert torch.equal(found.sequences, expected.sequences)
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
-
-
-def test_report_is_printed(converted, capsys):
-    model = converted("gpt2")
-    model.transformer.wte.weight.requires_grad_(False)
-    model.print_trainable_parameters()
-    text = capsys.readouterr().out
-    assert "trainable params" in text
-    for word in ("central", "auxiliary", "router", "rest", "dense model", "Switch"):
-        assert word in text
-    report = model.parameter_report()
-    assert report["trainable"] == report["total"] - 60 * 24
-    assert set(parameter_kind(model).values()) == {"central", "auxiliary", "router", "rest"}
 
 
 @torch.no_grad()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 
 import pytest
 import torch
 from torch import nn
-from transformers import ElectraConfig, ElectraForMaskedLM, GPT2Config, GPT2LMHeadModel
+from transformers import ElectraConfig, ElectraForMaskedLM
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, merge_experts, merge_latent
 from mpoe.layers import HiddenFeedForward, MPOEFeedForward, NeuronFeedForward
@@ -18,7 +17,7 @@ from mpoe.training.freezing import GradientMask
 from mpoe_kernels import MPOShape, reconstruct
 from tests.assertions import refuses
 
-from .tiny_models import batch, config, logits, stirred, tiny_model
+from .tiny_models import batch, config, logits, stirred
 from .tiny_models import dense_model as dense
 
 
@@ -64,16 +63,6 @@ def test_default_blocks_are_the_largest_divisor_up_to_64() -> None:
     assert [settings.hidden_block(f) for f in (3072, 192, 24, 2816, 11008, 67)] == [64, 64, 24, 64, 64, 1]
 
 
-def test_a_fused_projection_is_one_centre_of_two_halves() -> None:
-    converted = convert_to_mpoe(dense("phi3"), config("hidden"))
-    layer = next(iter(hidden_modules(converted).values()))
-    shapes = {kind: weight.shape for kind, weight in layer.central_parameters().items()}
-    assert shapes == {"up": (96, 24), "down": (24, 48)}
-    both = layer.gate_up_proj.weight.T
-    assert torch.equal(layer.central_weight("gate_proj"), both[:, :48])
-    assert torch.equal(layer.central_weight("up"), both[:, 48:])
-
-
 def test_dropout_and_padding() -> None:
     layer = next(iter(hidden_modules(convert_to_mpoe(dense("gpt2"), config("hidden"))).values()))
     assert isinstance(layer, HiddenFeedForward)
@@ -86,19 +75,6 @@ def test_dropout_and_padding() -> None:
     assert bool(torch.isfinite(y).all())
     layer.expert_dropout = 0.5
     assert not torch.equal(layer.train()(x, mask), y)
-
-
-def test_blocks_larger_than_matrices_are_said() -> None:
-    """At small widths a block is no smaller than a matrix."""
-    sizes = {"n_embd": 8, "n_inner": 64, "n_layer": 1, "n_head": 2, "n_positions": 8, "vocab_size": 20}
-    small = GPT2LMHeadModel(GPT2Config(**sizes))
-    with pytest.warns(
-        UserWarning, match=r"experts are larger than dense ones: [\d,]+ parameters, [\d,]+ with expert_type"
-    ):
-        convert_to_mpoe(small, MPOEConfig(num_experts=8, block_size=64))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        convert_to_mpoe(small, MPOEConfig(num_experts=8, block_size=2))
 
 
 @pytest.mark.parametrize("family", ["t5", "t5_gated"])
@@ -223,11 +199,10 @@ def test_sites_of_a_network_that_ends_in_another_module() -> None:
 
 def test_what_needs_a_dense_network_is_refused() -> None:
     refuses(TypeError, r"must be an MPOE model with neurons \(latent=l\); got GPT2", merge_latent, dense("gpt2"))
-    mixture = tiny_model("mixtral", "MixtralForCausalLM")
-    with pytest.raises(ValueError, match="shape 'neurons' needs one dense projection for all experts"):
-        convert_to_mpoe(mixture, MPOEConfig(shape="neurons", num_experts=8, existing_experts="mpo"))
     with pytest.raises(ValueError, match="shape 'neurons' needs a dense network that stays"):
         MPOEFeedForward(16, 24, config("neurons"))
+    switch = convert_to_mpoe(dense("llama"), MPOEConfig(num_experts=2, expert_type="dense"))
+    refuses(ValueError, "model must have MPO experts; got expert_type='dense'", merge_experts, switch)
     with pytest.raises(ValueError, match="those of shape 'neurons' are added to a dense one"):
         merge_experts(convert_to_mpoe(dense("llama"), config("neurons")))
 

@@ -174,21 +174,6 @@ def test_a_configuration_that_names_cores_needs_no_preparation(converted, tmp_pa
         peft.get_peft_model(converted("gpt2"), peft.LoraConfig(target_modules=["up"], use_dora=True))
 
 
-def test_configurations_that_reach_no_core_are_told_of_lora_on_cores(converted, recwarn):
-    with pytest.warns(UserWarning, match=r"this LoraConfig adapts none of 4 MPO weights; .*mpoe\.lora_on_cores"):
-        peft.get_peft_model(converted("gpt2"), peft.LoraConfig(target_modules=["c_attn"]))
-    with pytest.raises(TypeError, match=r"LoHaConfig does not fit: it knows no MPO weights; .*mpoe\.lora_on_cores"):
-        peft.get_peft_model(converted("gpt2"), peft.LoHaConfig(target_modules=["up"]))
-    with pytest.raises(ValueError, match=r"LoraConfig does not fit: Target modules .*mpoe\.lora_on_cores"):
-        peft.get_peft_model(converted("gpt2"), peft.LoraConfig(target_modules=["nothing"]))
-    with pytest.raises(ValueError) as caught:
-        peft.get_peft_model(converted("gpt2"), peft.LoraConfig(target_modules=["c_attn"], r=0))
-    assert "lora_on_cores" not in str(caught.value)
-    recwarn.clear()
-    peft.get_peft_model(merge_experts(converted("gpt2")), peft.LoraConfig(target_modules=["c_attn"]))
-    assert not [w for w in recwarn if "MPO weights" in str(w.message)]
-
-
 def test_an_infinite_addition_is_not_merged(converted):
     adapted = peft.get_peft_model(converted("gpt2"), core_config("gpt2"))
     before = copy.deepcopy(adapted.state_dict())

@@ -10,7 +10,7 @@ from torch import nn
 from mpoe import MPOEConfig, RouterConfig
 from mpoe.layers import HiddenFeedForward, MPOCores, NeuronFeedForward
 from mpoe.models.classes import dense_names
-from mpoe.models.table import DENSE, TABLE
+from mpoe.models.table import TABLE
 
 HIDDEN, INNER, VOCABULARY = 24, 48, 60
 # Names used by most configurations; different names are below.
@@ -51,21 +51,6 @@ OWN = {
     "vit": {"image_size": 8, "patch_size": 4},
     "gemma3_text": {"sliding_window": 4, "num_hidden_layers": 3},
 }
-# Mixtures use many names for their sizes; a configuration just stores the ones it does not know.
-EXPERTS = 4
-MIXTURE = {
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), EXPERTS),
-    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "n_group"), 2),
-    **dict.fromkeys(("topk_group", "n_shared_experts", "first_k_dense_replace", "moe_layer_start_index"), 1),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 16),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 8),
-    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 4),
-}
-OWN |= {
-    # with latent attention, the head dimension is that of the rotary part
-    name: {"head_dim": 4, "num_key_value_heads": 4}
-    for name in ("deepseek_v2", "deepseek_v3")
-}
 
 
 def heads_of(families):
@@ -77,14 +62,13 @@ def heads_of(families):
     ]
 
 
-GENERATED = heads_of(DENSE)
+GENERATED = heads_of(TABLE)
 
 
 def tiny_config(model_type, **changes):
     """The configuration of a tiny dense model."""
     old = model_type in ("t5", "mt5", "umt5", "gpt2")  # they use other names for sizes
-    usual_names = {**USUAL, **(MIXTURE if TABLE[model_type].is_mixture else {})}
-    usual = {k: v for k, v in usual_names.items() if not old or k in ("vocab_size", "num_labels") or k.endswith("_id")}
+    usual = {k: v for k, v in USUAL.items() if not old or k in ("vocab_size", "num_labels") or k.endswith("_id")}
     return transformers.AutoConfig.for_model(model_type, **{**usual, **OWN.get(model_type, {}), **changes})
 
 
@@ -120,16 +104,16 @@ def tiny_batch(model, model_type):
     return inputs
 
 
-def first_result(output):
+def result(output):
     """The model's main output: logits, hidden states, or the logits of an answer's start."""
     return output[next(k for k in ("logits", "start_logits", "last_hidden_state") if k in output)]
 
 
 def text_rows(tensor, inputs):
-    """The rows of a result that are not padding, if it has one row per input token."""
-    mask = inputs.get("attention_mask")
-    per_token = mask is not None and tensor.shape[:2] == mask.shape
-    return tensor[mask.bool()] if per_token else tensor
+    """The rows of a result that are not padding, if it has one row per label or input token."""
+    labels, mask = inputs.get("labels", torch.empty(0)), inputs.get("attention_mask", torch.empty(0))
+    kept = next((k for k in (labels != -100, mask.bool()) if k.dim() == 2 and k.shape == tensor.shape[:2]), None)
+    return tensor if kept is None else tensor[kept]
 
 
 # ------------------------------------------------------------- a few of them with labels
@@ -182,23 +166,9 @@ def batch(family, labels=True):
     return inputs
 
 
-def result(output):
-    """Logits, or the hidden states of a model without a head."""
-    return output["logits"] if "logits" in output else output["last_hidden_state"]
-
-
-def valid_rows(family, tensor, inputs):
-    """The positions of a result that are not padding."""
-    if family == "bert_classifier":
-        return tensor
-    if family.startswith("t5"):
-        return tensor[inputs["labels"] != -100] if "labels" in inputs else tensor
-    return tensor[inputs["attention_mask"].bool()]
-
-
-def relative_difference(family, one, other, inputs):
+def relative_difference(one, other, inputs):
     """The largest difference between two outputs' rows that are not padding, relative to the largest number."""
-    a, b = (valid_rows(family, result(output), inputs) for output in (one, other))
+    a, b = (text_rows(result(output), inputs) for output in (one, other))
     return float((a - b).abs().max() / a.abs().max())
 
 
@@ -206,7 +176,7 @@ def logits(model, family):
     """Results that are not padding."""
     inputs = batch(family)
     with torch.no_grad():
-        return valid_rows(family, result(model(**inputs)), inputs)
+        return text_rows(result(model(**inputs)), inputs)
 
 
 # ------------------------------------------------------------- experts that keep the dense projections

@@ -1,0 +1,179 @@
+"""Mixtures that are composed of fine-tunes of one model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from mpoe import MPOEConfig, RouterConfig, compose
+from mpoe.models.domains import _second_moment, forced, router_weight, statistics_of_expert, train_routers
+from mpoe.models.report import routed_layers
+from tests.assertions import refuses
+
+from .tiny_models import dense_model as dense
+
+FAMILIES = ["llama", "gpt2", "t5", "bert"]
+
+
+def tuned(base, seed, only="ffn"):
+    """A copy with changed feed-forward networks (or with everything changed)."""
+    torch.manual_seed(seed)
+    model = copy.deepcopy(base).eval()
+    for name, p in model.named_parameters():
+        inside = any(part in name for part in ("mlp", "DenseReluDense", "intermediate", "output.dense"))
+        if only == "all" or (inside and "attention" not in name):
+            p.data += 0.1 * torch.randn_like(p)
+    return model
+
+
+def batches(domain, count=2):
+    """Texts of a domain, whose words come from its own range."""
+    generator = torch.Generator().manual_seed(domain)
+    low = 2 + 18 * domain
+    ids = [torch.randint(low, low + 18, (4, 12), generator=generator) for _ in range(count)]
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids]
+
+
+def inputs_of(family, domain):
+    inputs = batches(domain, 1)[0]
+    return {**inputs, "decoder_input_ids": inputs["input_ids"][:, :5]} if family == "t5" else inputs
+
+
+def outputs(model, inputs):
+    out = model(**inputs)
+    return out.logits if "logits" in out else out.last_hidden_state
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_experts_are_the_fine_tunes(family):
+    base = dense(family).eval()
+    fine_tunes = [tuned(base, seed) for seed in (1, 2)]
+    mixture = compose(base, fine_tunes)
+    assert not mixture.training
+    for number, fine_tune in enumerate(fine_tunes):
+        assert mixture.composition_report[number] == 0.0
+        inputs = inputs_of(family, number)
+        with forced(mixture, number):
+            sent = outputs(mixture, inputs)
+        torch.testing.assert_close(sent, outputs(fine_tune, inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_what_lies_outside_the_experts_is_the_mean_and_told():
+    base = dense("llama")
+    one, two = tuned(base, 1, "all"), tuned(base, 2, "all")
+    mixture = compose(base, [one, two])
+    name = "model.layers.0.self_attn.q_proj.weight"
+    of = [dict(model.named_parameters())[name] for model in (mixture, one, two)]
+    torch.testing.assert_close(of[0], (of[1] + of[2]) / 2)
+    assert all(0.5 < error < 1.0 for error in mixture.composition_report.values())
+    assert compose(base, [one, one]).composition_report == {0: 0.0, 1: 0.0}
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_ridge_router_sends_domains_to_their_experts(top_k):
+    base = dense("llama").eval()
+    fine_tunes = [tuned(base, seed) for seed in (1, 2, 3)]
+    mixture = compose(base, fine_tunes, [batches(d) for d in range(3)], RouterConfig(top_k=top_k))
+    for domain in range(3):
+        load = mixture(**batches(domain, 1)[0]).router_logits
+        right = torch.stack([logits.argmax(-1) == domain for logits in load]).float().mean()
+        assert right > 0.7
+
+
+def test_a_ridge_router_gives_probabilities():
+    """Tokens are normally distributed around their domain's mean, and the domains overlap."""
+    base = dense("llama").eval()
+    mixture = compose(base, [tuned(base, 1), tuned(base, 2)])
+    generator = torch.Generator().manual_seed(0)
+    means = 3 + 0.1 * torch.randn(2, 24, generator=generator, dtype=torch.float64)
+    x = means[:, None] + torch.randn(2, 5000, 24, generator=generator, dtype=torch.float64)
+    layers = dict(routed_layers(mixture))
+    classes = [statistics_of(own) for own in x]
+    for layer in layers.values():
+        layer.router.weight.data.copy_(router_weight(classes, "h", sharpness=1 / 2))
+    wanted = (x @ means.mT - means.square().sum(1) / 2).softmax(-1)
+    for layer in layers.values():
+        found = layer.router(x.flatten(0, 1).float()).logits.softmax(-1).view_as(wanted)
+        assert (found - wanted).abs().mean() < 0.08 < (wanted - 0.5).abs().mean()
+
+
+def statistics_of(x):
+    """Statistics of a layer h whose inputs are ``x [T, I]``."""
+    mean, covariance = x.mean(0), x.mT @ x / len(x) - torch.outer(x.mean(0), x.mean(0))
+    values, vectors = torch.linalg.eigh(covariance)
+    return {"h.mean": mean, "h.rest": torch.zeros_like(mean), "h.vectors": vectors.mT, "h.values": values}
+
+
+def test_statistics_are_of_what_a_router_reads():
+    base = dense("llama").eval()
+    mixture = compose(base, [tuned(base, 1), tuned(base, 2)])
+    name, rows = "model.layers.1.mlp", []
+    hook = mixture.model.layers[1].mlp.register_forward_pre_hook(lambda _, args: rows.append(args[0].flatten(0, -2)))
+    found = statistics_of_expert(mixture, 1, batches(1))
+    hook.remove()
+    x = torch.cat(rows).double()
+    torch.testing.assert_close(found[f"{name}.mean"].double(), x.mean(0), rtol=1e-5, atol=1e-6)
+    moment = x.mT @ x / len(x)
+    torch.testing.assert_close(_second_moment(found, name), moment, rtol=2e-3, atol=2e-3 * float(moment.abs().max()))
+
+
+def test_a_mask_of_other_tokens_hides_none():
+    """A decoder with more tokens than its encoder: the mask is the encoder's."""
+    base = dense("t5").eval()
+    ids = [{"input_ids": torch.full((2, 3), d + 2), "labels": torch.full((2, 5), d + 2)} for d in range(2)]
+    examples = [[{**each, "attention_mask": torch.ones(2, 3)}] for each in ids]
+    mixture = compose(base, [tuned(base, 1), tuned(base, 2)], examples, router="train", steps=2)
+    assert all(parameter.isfinite().all() for parameter in mixture.parameters())
+
+
+def test_a_capacity_keeps_no_token_from_the_regression():
+    """All tokens of a domain go to one expert, whose capacity would admit only a few."""
+    base = dense("llama").eval()
+    fine_tunes = [tuned(base, seed) for seed in (1, 2)]
+    routers = [RouterConfig(), RouterConfig(eval_capacity_factor=0.5)]
+    free, bound = (compose(base, fine_tunes, [batches(d) for d in range(2)], router) for router in routers)
+    for (_, one), (_, other) in zip(routed_layers(free), routed_layers(bound), strict=True):
+        assert torch.equal(one.router.weight, other.router.weight)
+
+
+def test_training_changes_the_routers_alone_and_lowers_the_loss():
+    base = dense("llama").eval()
+    fine_tunes = [tuned(base, seed) for seed in (1, 2)]
+    examples = [[{**b, "labels": b["input_ids"]} for b in batches(d)] for d in range(2)]
+    ridge = compose(base, fine_tunes, examples)
+    trained = compose(base, fine_tunes, examples, router="train", steps=5)
+    kept = dict(ridge.named_parameters())
+    for name, p in trained.named_parameters():
+        assert torch.equal(p, kept[name]) == ("router" not in name), name
+        assert p.requires_grad
+    for number, parameter in enumerate(trained.parameters()):
+        parameter.requires_grad_(number % 3 > 0)
+    before = [parameter.requires_grad for parameter in trained.parameters()]
+    losses = train_routers(trained, examples, 15)
+    assert losses[-1] < losses[0]
+    assert [parameter.requires_grad for parameter in trained.parameters()] == before
+
+
+def test_fine_tunes_that_do_not_fit():
+    base = dense("llama")
+    other = dense("gpt2")
+    refuses(ValueError, "at least one model", compose, base, [])
+    refuses(ValueError, "class of base", compose, base, [other])
+    longer = copy.deepcopy(base)
+    longer.resize_token_embeddings(70)
+    refuses(ValueError, r"number 0 differs in .*70", compose, base, [longer])
+    refuses(
+        TypeError,
+        "router must be a RouterConfig or its dict; got MPOEConfig",
+        compose,
+        base,
+        [base],
+        None,
+        MPOEConfig(),
+    )
+    refuses(ValueError, "router must be one of 'ridge', 'train'", compose, base, [base], router="rigde")
+    refuses(ValueError, "steps must be at least 1; got 0", compose, base, [base], steps=0)
+    refuses(ValueError, "each of 1 fine-tunes; got 2", compose, base, [base], [batches(0), batches(1)])
+    refuses(ValueError, "batches must hold tokens", compose, base, [base], [[]])

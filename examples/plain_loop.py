@@ -12,7 +12,7 @@ from mpoe import MPOEConfig, MPOETrainingArguments, convert_to_mpoe
 from mpoe.data.embedded import load_stand_in
 from mpoe.data.encode import PaddingCollator, encode_text_to_text
 from mpoe.data.tasks import get_task
-from mpoe.training import GradientMask, build_param_groups, describe_param_groups
+from mpoe.training import GradientMask, build_param_groups
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 50
 torch.manual_seed(0)
@@ -25,9 +25,7 @@ order = random.Random(0)
 
 # Every core gets its own rate, base x RMS(core) / RMS(weight) x a scale: with one raw rate for all, training collapses.
 arguments = MPOETrainingArguments(output_dir="unused", learning_rate=1e-3, use_cpu=True)
-groups = build_param_groups(model, arguments)
-print(describe_param_groups(groups))
-optimizer = torch.optim.AdamW(groups)
+optimizer = torch.optim.AdamW(build_param_groups(model, arguments))
 
 # In half of the steps only the auxiliary cores learn; the central cores' gradients are then not even computed.
 mask = GradientMask(model, probability=0.5, seed=0)

@@ -28,6 +28,7 @@ _OPTIONAL_COUNTS = (
 TARGETS = ("ffn", "attention", "embedding", "pooler")
 # Fields that apply only to MPO cores.
 OF_CORES = frozenset({"max_bond", "separable_left", "separable_right", "light_p", "gauge"})
+OBSOLETE = frozenset({"auxiliary_noise"})  # fields of earlier versions, which mattered at conversion alone
 _OTHER = " (shape='separable' takes it)"
 DEFAULT_NEURONS = 64
 
@@ -77,9 +78,6 @@ class MPOEConfig:
         light_p: product ``i * j`` of a light shape's outer cores.
         gauge: ``"symmetric"``, ``"orthogonal"`` or, at full bonds, ``"identity"``: the central core is then the weight
             itself, and every expert starts with identities around it. See `mpoe_kernels.decompose_with_errors`.
-        auxiliary_noise: relative Gaussian noise on the experts' auxiliary cores at conversion. 0 = identical copies, so
-            conversion stays lossless. Neurons start as copies of random dense ones, whose noise is half of the weights'
-            standard deviation if this is 0; conversion is lossless anyway.
         router: a `RouterConfig`, or its dict, whose missing fields take the defaults of ``moe_type``.
         target_modules: ``"ffn"``, ``"attention"`` (each projection becomes one `MPOLinear`), ``"embedding"`` (the table
             of the vocabulary becomes an `MPOEmbedding`; a tied head uses its transpose), ``"pooler"`` (BERT's), or a
@@ -106,7 +104,6 @@ class MPOEConfig:
     separable_right: int | None = None
     light_p: int = 64
     gauge: str = "symmetric"
-    auxiliary_noise: float = 0.0
     router: RouterConfig = field(default=None)  # type: ignore[assignment]
     target_modules: Any = "ffn"
     exclude_modules: list[str] = field(default_factory=list)
@@ -135,7 +132,6 @@ class MPOEConfig:
             checks.check_integer(name, getattr(self, name), 1)
         for name in _OPTIONAL_COUNTS:
             checks.check_integer(name, getattr(self, name), 1, optional=True)
-        checks.check_number("auxiliary_noise", self.auxiliary_noise, 0.0)
         if self.backend is not None and not isinstance(self.backend, str):
             raise TypeError(f"backend must be a name or None; got {type(self.backend).__name__} {self.backend!r}")
         if self.shape is not None:
@@ -364,6 +360,8 @@ class MPOEConfig:
         Fields missing from a saved configuration have the meaning of the time when it was written: without ``shape``
         its experts are separable, without ``top_k`` a token has one expert.
         """
+        if isinstance(values, Mapping):
+            values = {name: value for name, value in values.items() if name not in OBSOLETE}
         checks.check_fields(cls, values, "MPOEConfig")
         router = values.get("router")
         if values.get("moe_type") != "moe" and (router is None or isinstance(router, Mapping)):

@@ -25,24 +25,15 @@ from mpoe_kernels import (
 )
 
 
-def check_placement(device: object, dtype: object) -> None:
-    """Refuse a device that this machine does not have, and a dtype that is not floating-point; None means the default.
-
-    Raises:
-        TypeError: neither a device nor its name; not a `torch.dtype`.
-        ValueError: no such device here, or a dtype of integers or complex numbers.
-    """
-    if device is not None and not isinstance(device, (str, torch.device)):
-        raise TypeError(f"device must be a torch.device or its name; got {type(device).__name__} {device!r}")
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype must be a torch.dtype; got {type(dtype).__name__} {dtype!r}")
-    if dtype is not None and not dtype.is_floating_point:
+def check_placement(device: Any, dtype: Any) -> None:
+    """Refuse what is no device that this machine has, or no dtype of floating-point numbers (ValueError); None means
+    the default."""
+    try:
+        is_floating = torch.empty(0, device=device, dtype=dtype).is_floating_point()
+    except Exception as error:  # torch raises several kinds
+        raise ValueError(f"device and dtype must be ones that this machine has; got {device!r}, {dtype!r}") from error
+    if not is_floating:
         raise ValueError(f"dtype must be of floating-point numbers; got {dtype}")
-    if device is not None:
-        try:
-            torch.empty(0, device=device)
-        except Exception as error:  # torch raises several kinds for unknown devices and missing drivers
-            raise ValueError(f"device must be one that this machine has; got {str(device)!r}") from error
 
 
 class FromInitialValues(nn.Module):
@@ -238,12 +229,6 @@ class MPOCores(FromInitialValues):
         """Copy a chain of cores ``[d, i, j, d']`` into every expert; cores ``[E, d, i, j, d']`` hold one per expert."""
         for parameter, core in zip(self.chain(), cores, strict=True):
             parameter.copy_(core.expand_as(parameter))
-
-    @torch.no_grad()
-    def add_noise_(self, relative: float) -> None:
-        """Add Gaussian noise to the auxiliary cores, ``relative`` to each core's RMS, so that the experts differ."""
-        for core in self.auxiliary:
-            core.add_(torch.randn_like(core) * (relative * core.square().mean().sqrt()))
 
     def extra_repr(self) -> str:
         return f"{self.shape}, num_experts={self.num_experts}"

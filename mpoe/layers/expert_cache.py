@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpoe.layers.cores import MPOCores
 from mpoe_kernels import MPOBlocks, MPOShape, expert_weights, plan_contraction
 
 # Full weights are used if the cores need more than WORTH times as many FLOPs as the full weights' product and the
@@ -50,66 +49,45 @@ def full_weights_pay(shapes: tuple[MPOShape, ...], experts: int, slots: int, dty
     return by_cores > WORTH * (2 * slots + READ * experts) * elements
 
 
-def _no_weights(cores: MPOCores, dtype: torch.dtype) -> Tensor:
-    """Room for ``[E, I, F]``, contiguous along the longer axis: products with one row then read it in long runs."""
-    experts, rows, columns = cores.num_experts, cores.in_features, cores.out_features
-    if rows <= columns:
-        return torch.zeros(experts, rows, columns, dtype=dtype)
-    return torch.zeros(experts, columns, rows, dtype=dtype).mT
+def _full_weights(chain: MPOBlocks, dtype: torch.dtype) -> Tensor:
+    """``[E, I, F]``, contiguous along the longer axis: products with one row then read it in long runs."""
+    # In float32 for half precision, in which an intermediate would be rounded twice.
+    work = torch.promote_types(chain.central.dtype, torch.float32)
+    left, centre, right = (block.to(work) for block in (chain.left, chain.central, chain.right))
+    whole = expert_weights(MPOBlocks(left, centre, right, chain.in_features, chain.out_features)).to(dtype)
+    return whole.contiguous() if chain.in_features <= chain.out_features else whole.mT.contiguous().mT
 
 
 class KeptExperts:
-    """What a cache keeps of one layer: its blocks, and dense experts for all its experts or for none.
+    """What a cache keeps of one layer: its folded chains and, where that pays, dense experts.
 
-    A mixed pass, with full weights for some experts and cores for the rest, takes longer than one with only cores. Room
-    for all of them is reserved at once; each is built when it is first needed.
+    These are for all its experts or for none, as a pass with full weights for some and cores for the rest takes longer
+    than one with only cores.
 
     Attributes:
         blocks: the folded chains, by kind of projection.
+        built: number of experts whose full weights are there.
     """
 
     def __init__(self, cache: ExpertCache, layer: Any, blocks: Mapping[str, MPOBlocks]) -> None:
         self._cache, self._layer, self.blocks = cache, layer, blocks
-        self._passes, self._is_refused = 0, False
+        self._passes, self.built = 0, 0
         self._dense: Any = None
-        self._built: set[int] = set()
 
-    def has_dense(self, slots: int, dtype: torch.dtype) -> bool:
-        """Whether a pass with so many slots in ``dtype`` has dense experts; decided once, after `PATIENCE` passes in
-        which they pay."""
-        if self._is_refused or not self._layer.full_weights_pay(slots, dtype):
-            return False
-        if self._dense is None:
-            self._passes += 1
-            if self._passes <= PATIENCE:
-                return False
-            elements = sum(chain.in_features * chain.out_features * len(chain.left) for chain in self.blocks.values())
-            self._is_refused = not self._cache.reserves(elements * dtype.itemsize)
-            if self._is_refused:
-                return False
-            self._dense = self._layer.as_dense(lambda cores: _no_weights(cores, dtype))
-        return bool(self._dense.dtype == dtype)
+    def dense(self, slots: int, dtype: torch.dtype) -> Any:
+        """The dense experts for a pass with so many slots in ``dtype``; None: it uses the chains.
 
-    def dense_for(self, expert_offsets: Tensor) -> Any:
-        """The dense experts, after `has_dense`, with the weights of those that have slots."""
-        for expert in set(expert_offsets.diff().nonzero().flatten().tolist()) - self._built:
-            self._build(expert)
-        return self._dense
-
-    @torch.no_grad()
-    def _build(self, expert: int) -> None:
-        for kind, chain in self.blocks.items():
-            # In float32 for half precision, in which an intermediate would be rounded twice.
-            work = torch.promote_types(chain.central.dtype, torch.float32)
-            left, centre, right = (b.to(work) for b in (chain.left[[expert]], chain.central, chain.right[[expert]]))
-            whole = expert_weights(MPOBlocks(left, centre, right, chain.in_features, chain.out_features))
-            self._dense.projections()[kind].weight[expert] = whole[0]
-        self._built.add(expert)
-
-    @property
-    def built(self) -> int:
-        """Number of experts whose full weights are there."""
-        return len(self._built)
+        Decided once, after `PATIENCE` passes in which they pay.
+        """
+        if not self._layer.full_weights_pay(slots, dtype):
+            return None
+        self._passes += 1
+        if self._passes == PATIENCE + 1:
+            elements = sum(chain.in_features * chain.out_features * chain.num_experts for chain in self.blocks.values())
+            if self._cache.reserves(elements * dtype.itemsize):
+                self._dense = self._layer.as_dense(lambda cores: _full_weights(cores.blocks(), dtype))
+                self.built = self._layer.num_experts
+        return self._dense if self._dense is not None and self._dense.dtype == dtype else None
 
 
 class ExpertCache:

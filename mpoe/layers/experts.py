@@ -140,8 +140,9 @@ class MPOExperts(_Network):
         if kept is not None and dropout == 0.0 and x.device.type == "cpu":
             lowers = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
             dtype = torch.get_autocast_dtype("cpu") if lowers else x.dtype
-            if kept.has_dense(routing.token_of_slot.shape[0], dtype):
-                y: Tensor = kept.dense_for(routing.expert_offsets)(x, routing, top_k_weights)
+            dense = kept.dense(routing.token_of_slot.shape[0], dtype)
+            if dense is not None:
+                y: Tensor = dense(x, routing, top_k_weights)
                 return y
         chains = self._chains(kept)
         return mpo_ffn(
@@ -173,7 +174,7 @@ class MPOExperts(_Network):
         ):
             return None
         kept = kept_experts(self)
-        if kept is not None and kept.has_dense(x.shape[0] * router.top_k, x.dtype):
+        if kept is not None and kept.dense(x.shape[0] * router.top_k, x.dtype) is not None:
             return None
         rule = Rule(router.top_k, router.config.is_scale_prob, router.capacity(x.shape[0]))
         return routed_ffn(x, router.weight, rule, self._chains(kept), token_mask, self.backend)

@@ -51,22 +51,27 @@ def _say_that_nothing_balances() -> None:
 class RoutedFeedForward(nn.Module):
     """The common part of mixtures of every shape: the router, the call's token mask, the router's record.
 
-    Subclasses add ``experts``. Arguments as of `MPOEFeedForward`.
+    Arguments as of `MPOEFeedForward`.
     """
-
-    experts: Any
 
     def __init__(
         self,
         in_features: int,
         hidden_features: int,
-        config: MPOEConfig,
-        dropout: float,
-        output_dropout: float,
-        stream: str,
-        device: torch.device | str | None,
+        config: MPOEConfig | None = None,
+        *,
+        activation: str = "relu",
+        gated: bool = False,
+        bias: bool = False,
+        dropout: float = 0.0,
+        output_dropout: float = 0.0,
+        stream: str = "main",
+        init_std: Mapping[str, float] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        config = MPOEConfig() if config is None else config
         check_type("config", config, MPOEConfig, "an MPOEConfig")
         check_integer("in_features", in_features, 1)
         check_integer("hidden_features", hidden_features, 1)
@@ -80,6 +85,20 @@ class RoutedFeedForward(nn.Module):
                 in_features, config.num_experts, config.router, backend=config.backend, device=device
             )
         self.dropout = nn.Dropout(output_dropout)
+        options: dict[str, Any] = {"activation": activation, "gated": gated, "device": device, "dtype": dtype}
+        self.experts: Any = self.new_experts(config, bias, dict(init_std or {}), options)
+
+    def new_experts(
+        self, config: MPOEConfig, bias: bool, init_std: dict[str, float], options: dict[str, Any]
+    ) -> nn.Module:
+        """Experts for a network of these sizes.
+
+        Args:
+            bias: whether the network has biases on up and down.
+            init_std: see the class.
+            options: arguments of the constructors of all experts.
+        """
+        raise NotImplementedError
 
     def tokens(self, hidden_states: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """``[..., I]`` as ``[T, I]`` with zeros for padding, and the mask ``[T]``: the argument's or the call's.
@@ -147,11 +166,11 @@ class MPOEFeedForward(RoutedFeedForward):
 
     Args:
         in_features: model size I.
-        hidden_features: size of the experts' hidden layer.
+        hidden_features: size F of the dense network's, or the experts', hidden layer.
         config: `MPOEConfig`: experts, shapes, router. Hidden-side experts get projections of their own, `nn.Linear`
             up, down and, if gated, gate_proj.
         activation: name of the activation.
-        gated: whether the experts are ``down(act(gate x) * up x)``.
+        gated: whether the network is ``down(act(gate x) * up x)``.
         bias: biases on up and down, shared by the experts.
         dropout: rate between the projections, unless ``config.router.expert_dropout`` replaces it.
         output_dropout: rate on the result.
@@ -159,42 +178,24 @@ class MPOEFeedForward(RoutedFeedForward):
         init_std: per kind of projection, for random weights.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        hidden_features: int,
-        config: MPOEConfig | None = None,
-        *,
-        activation: str = "relu",
-        gated: bool = False,
-        bias: bool = False,
-        dropout: float = 0.0,
-        output_dropout: float = 0.0,
-        stream: str = "main",
-        init_std: dict[str, float] | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        config = MPOEConfig() if config is None else config
-        if isinstance(config, MPOEConfig) and config.is_hidden:
+    def new_experts(
+        self, config: MPOEConfig, bias: bool, init_std: dict[str, float], options: dict[str, Any]
+    ) -> nn.Module:
+        """`MPOExperts` or `DenseExperts`; of the shape "hidden", `HiddenExperts` and projections around them."""
+        if config.is_hidden:
             from mpoe.layers.hidden import HiddenMixture  # which is made of this class
 
-            more: Any = {"activation": activation, "gated": gated, "bias": bias, "init_std": init_std}
-            more |= {"dropout": dropout, "output_dropout": output_dropout, "stream": stream}
             made: Any = self
             made.__class__ = HiddenMixture
-            made.build(in_features, hidden_features, config, device=device, dtype=dtype, **more)
-            return
-        super().__init__(in_features, hidden_features, config, dropout, output_dropout, stream, device)
-        experts = config.num_experts
-        options: Any = {"activation": activation, "bias": bias, "init_std": init_std, "device": device, "dtype": dtype}
-        if config.expert_type == "mpo":
-            kinds = sizes_by_kind(in_features, hidden_features, gated).items()
-            shapes = {kind: config.shape_for(kind, *size) for kind, size in kinds}
-            self.experts = MPOExperts(shapes, experts, backend=config.backend, **options)
-        else:
-            own: Any = {"own_bias": config.expert_bias, "own_output_bias": config.expert_output_bias}
-            self.experts = DenseExperts(in_features, hidden_features, experts, gated=gated, **own, **options)
+            return HiddenMixture.new_experts(made, config, bias, init_std, options)
+        sizes = (self.in_features, self.hidden_features)
+        if config.expert_type == "dense":
+            options |= {"own_bias": config.expert_bias, "own_output_bias": config.expert_output_bias}
+            return DenseExperts(*sizes, config.num_experts, bias=bias, init_std=init_std, **options)
+        kinds = sizes_by_kind(*sizes, options.pop("gated")).items()
+        shapes = {kind: config.shape_for(kind, *size) for kind, size in kinds}
+        options |= {"bias": bias, "init_std": init_std, "backend": config.backend}
+        return MPOExperts(shapes, config.num_experts, **options)
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Route every token and compute its experts.
@@ -237,13 +238,10 @@ class KeptFeedForward(RoutedFeedForward):
     """The common part of mixtures around a dense network's own projections, which keep their types and names.
 
     Args:
-        in_features: model size I.
-        hidden_features: F.
-        config: `MPOEConfig`.
         names: attribute of each projection by kind: ``up``, ``gate_proj`` if gated, ``down``; without those that are in
             another module.
         columns: if two kinds share one projection, which of its outputs belong to each.
-        others: as in `MPOEFeedForward`; ``gated`` also if `names` has a gate.
+        sizes, options: as in `MPOEFeedForward`; ``gated`` also if `names` has a gate.
 
     Attributes:
         shape: name of the shape in `MPOEConfig`.
@@ -254,40 +252,16 @@ class KeptFeedForward(RoutedFeedForward):
     shape: str
 
     def __init__(
-        self,
-        in_features: int,
-        hidden_features: int,
-        config: MPOEConfig,
-        *,
-        names: Mapping[str, str],
-        columns: Mapping[str, slice] | None = None,
-        activation: str = "relu",
-        gated: bool = False,
-        bias: bool = False,
-        dropout: float = 0.0,
-        output_dropout: float = 0.0,
-        stream: str = "main",
-        init_std: Mapping[str, float] | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, *sizes: Any, names: Mapping[str, str], columns: Mapping[str, slice] | None = None, **options: Any
     ) -> None:
-        sizes = (in_features, hidden_features)  # `super` would be another class in a `HiddenMixture`
-        RoutedFeedForward.__init__(self, *sizes, config, dropout, output_dropout, stream, device)
-        self.names, self.columns = dict(names), dict(columns or {})
+        super().__init__(*sizes, **{**options, "gated": options.get("gated") or "gate_proj" in names})
+        self.keep(names, columns or {})
+
+    def keep(self, names: Mapping[str, str], columns: Mapping[str, slice]) -> None:
+        """Set `names` and `columns`; `adopt` brings the projections."""
+        self.names, self.columns = dict(names), dict(columns)
         self._projections: dict[str, nn.Module] = {}
         self._central_masked = False
-        options = {"activation": activation, "gated": gated or "gate_proj" in names, "backend": config.backend}
-        options |= {"device": device, "dtype": dtype}
-        self.experts = self.new_experts(config, bias, (init_std or {}).get("up"), options)
-
-    def new_experts(self, config: MPOEConfig, bias: bool, init_std: float | None, options: dict[str, Any]) -> nn.Module:
-        """Experts for a network of these sizes, whose projections have biases or not.
-
-        Args:
-            init_std: of the dense neurons' weights, if it is known.
-            options: arguments of the constructors of all experts.
-        """
-        raise NotImplementedError
 
     def adopt(self, projections: Mapping[str, nn.Module]) -> None:
         """Take over the dense projections, by kind; those that are not in `names` stay where they are."""

@@ -54,7 +54,6 @@ class HiddenExperts(FromInitialValues):
         self.activation = check_activation(activation)
         self.hidden_features, self.num_experts, self.block_size = hidden_features, num_experts, block_size
         self.backend = backend
-        self._mesh: Any = None
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         size = (num_experts, hidden_features // block_size if per_group else 1, block_size, block_size)
         names = ("right", "left", "right_gate") if gated else ("right", "left")
@@ -89,59 +88,19 @@ class HiddenExperts(FromInitialValues):
             values["bias"] = torch.zeros(self.bias.shape, device=self.bias.device)
         return values
 
-    @torch.no_grad()
-    def add_noise_(self, relative: float) -> None:
-        """Add Gaussian noise to the blocks, ``relative`` to their RMS, so that the experts differ."""
-        for core in self.auxiliary.values():
-            core.add_(torch.randn_like(core) * (relative * core.square().mean().sqrt()))
-
-    def split(self, mesh: Any) -> None:
-        """Keep only this rank's groups: blocks per group and biases become DTensors sharded over the ranks of a mesh.
-
-        Shared blocks become replicated DTensors. From then on `forward` takes and returns
-        ``[T, F / ranks]``.
-        """
-        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-        own = [Shard(1)] if self.per_group else [Replicate()]
-        for name, core in self.auxiliary.items():
-            self.auxiliary[name] = nn.Parameter(distribute_tensor(core.detach(), mesh, own), core.requires_grad)
-        if self.bias is not None:
-            bias = distribute_tensor(self.bias.detach(), mesh, [Shard(1)])
-            self.bias = nn.Parameter(bias, self.bias.requires_grad)
-        self._mesh = mesh
-
-    def _block(self, name: str) -> Tensor:
-        """The local tensor of a block, which this rank computes with."""
-        core: Any = self.auxiliary[name]
-        if self._mesh is None:
-            return core
-        local = core.to_local()
-        return local if self.per_group else self._summed(local)
-
-    def _summed(self, tensor: Tensor) -> Tensor:
-        """What all ranks hold alike. Every rank has gradients only from its own groups: they are summed."""
-        from torch.distributed.tensor import DTensor, Partial, Replicate
-
-        whole = DTensor.from_local(tensor, self._mesh, [Replicate()], run_check=False)
-        return whole.to_local(grad_placements=[Partial()])
-
     def forward(self, u: Tensor, gates: Tensor, index: Tensor, u_gate: Tensor | None = None) -> Tensor:
         """``[T, F] -> [T, F]``, see `mpoe_kernels.hidden_experts`."""
-        bias: Any = self.bias
-        if self._mesh is not None:
-            gates = self._summed(gates)
-            bias = None if bias is None else bias.to_local()
+        blocks = self.auxiliary
         return hidden_experts(
             u,
             gates,
             index,
-            self._block("right"),
-            self._block("left"),
-            bias,
+            blocks["right"],
+            blocks["left"],
+            self.bias,
             activation=self.activation,
             u_gate=u_gate,
-            right_gate=self._block("right_gate") if self.is_gated else None,
+            right_gate=blocks["right_gate"] if self.is_gated else None,
             backend=self.backend,
         )
 
@@ -150,11 +109,11 @@ class HiddenExperts(FromInitialValues):
     ) -> tuple[Tensor, RouterOutput] | None:
         """Route tokens ``x [T, I]`` and compute their experts; returns the result and the router's decision.
 
-        One native call replaces both forwards, see `RoutedFeedForward.skips_ops`. Returns None with autocast, a mesh or
+        One native call replaces both forwards, see `RoutedFeedForward.skips_ops`. Returns None with autocast or
         another backend. ``overwrites``: nobody needs ``u`` any more, the result may take its place.
         """
         blocks: dict[str, Any] = self.auxiliary._parameters
-        if self._mesh is not None or not router.can_gate_natively(x, u, u_gate, *blocks.values(), self.bias):
+        if not router.can_gate_natively(x, u, u_gate, *blocks.values(), self.bias):
             return None
         raw, activation = router.config.is_scale_prob, ACTIVATIONS[self.activation]
         found = routed(x, router.weight, router.top_k, raw, u, blocks, self.bias, u_gate, activation, overwrites)
@@ -175,11 +134,13 @@ class HiddenFeedForward(KeptFeedForward):
 
     shape = "hidden"
 
-    def new_experts(self, config: MPOEConfig, bias: bool, init_std: float | None, options: dict[str, Any]) -> nn.Module:
+    def new_experts(
+        self, config: MPOEConfig, bias: bool, init_std: dict[str, float], options: dict[str, Any]
+    ) -> HiddenExperts:
         """`HiddenExperts`."""
         size = config.hidden_block(self.hidden_features)
         sizes = (self.hidden_features, config.num_experts, size, config.block_per_group)
-        return HiddenExperts(*sizes, bias=config.expert_bias, **options)
+        return HiddenExperts(*sizes, bias=config.expert_bias, backend=config.backend, **options)
 
     def relative_flops(self, top_k: int) -> float:
         """1 + k b / I."""
@@ -269,16 +230,15 @@ class HiddenFeedForward(KeptFeedForward):
 class HiddenMixture(HiddenFeedForward, MPOEFeedForward):
     """An `MPOEFeedForward` of the shape "hidden": hidden-side experts between projections of its own."""
 
-    def build(self, in_features: int, hidden_features: int, config: MPOEConfig, **options: Any) -> None:
-        """Construct it; arguments as of `MPOEFeedForward`."""
-        sizes = sizes_by_kind(in_features, hidden_features, options["gated"])
-        names = {kind: kind for kind in sizes}
-        HiddenFeedForward.__init__(self, in_features, hidden_features, config, names=names, **options)
+    def new_experts(
+        self, config: MPOEConfig, bias: bool, init_std: dict[str, float], options: dict[str, Any]
+    ) -> HiddenExperts:
+        """`HiddenExperts`; also makes the projections."""
+        kinds = sizes_by_kind(self.in_features, self.hidden_features, options["gated"])
+        self.keep({kind: kind for kind in kinds}, {})
         placed: dict[str, Any] = {name: options[name] for name in ("device", "dtype")}
-        biased = {kind: options["bias"] and kind != "gate_proj" for kind in sizes}
-        projections = {kind: nn.Linear(*size, bias=biased[kind], **placed) for kind, size in sizes.items()}
-        for kind, std in (options["init_std"] or {}).items():
-            nn.init.normal_(projections[kind].weight, std=std)
-        self.adopt(projections)
-        if config.auxiliary_noise:
-            self.experts.add_noise_(config.auxiliary_noise)
+        made = {kind: nn.Linear(*size, bias and kind != "gate_proj", **placed) for kind, size in kinds.items()}
+        for kind, std in init_std.items():
+            nn.init.normal_(made[kind].weight, std=std)
+        self.adopt(made)
+        return HiddenFeedForward.new_experts(self, config, bias, init_std, options)

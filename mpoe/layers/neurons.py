@@ -179,24 +179,27 @@ class NeuronFeedForward(KeptFeedForward):
             adds that (BERT): ``forward(hidden, x)``.
         dropout: not used, as the dense network applies its own.
         output_dropout: of the dense module's result.
-        others: as in `KeptFeedForward`, with ``config.shape="neurons"``.
+        sizes, options: as in `KeptFeedForward`, with ``config.shape="neurons"``.
     """
 
     shape = "neurons"
     dense_class: type[nn.Module] | None = None
 
     def __init__(
-        self, *others: Any, adds_input: bool = False, dropout: float = 0.0, output_dropout: float = 0.0, **options: Any
+        self, *sizes: Any, adds_input: bool = False, dropout: float = 0.0, output_dropout: float = 0.0, **options: Any
     ) -> None:
-        super().__init__(*others, **options)
+        super().__init__(*sizes, **options)
         del self.dropout  # the dense module's may have this name
         self.output_dropout, self.adds_input = output_dropout, adds_input
 
-    def new_experts(self, config: MPOEConfig, bias: bool, init_std: float | None, options: dict[str, Any]) -> nn.Module:
+    def new_experts(
+        self, config: MPOEConfig, bias: bool, init_std: dict[str, float], options: dict[str, Any]
+    ) -> nn.Module:
         """`NeuronExperts`."""
         assert config.neurons is not None  # settled at construction
         sizes = (self.in_features, config.num_experts, config.neurons, config.latent)
-        return NeuronExperts(*sizes, bias=bias or config.expert_bias, init_std=init_std, **options)
+        options |= {"init_std": init_std.get("up"), "backend": config.backend}
+        return NeuronExperts(*sizes, bias=bias or config.expert_bias, **options)
 
     def around(self, dense: nn.Module, projections: Mapping[str, nn.Module]) -> None:
         """Become ``dense``, with the experts added. It must not be used any more.

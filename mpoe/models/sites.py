@@ -130,20 +130,16 @@ class FFNSite:
         experts = module.experts
         if self.keeps == HIDDEN:
             experts.reset_parameters()
-            if config.auxiliary_noise:
-                experts.add_noise_(config.auxiliary_noise)
         elif self.keeps:
             weights = {kind: self.weight(kind) for kind in self.dense if kind != "down"}
             experts.init_std = float(weights["up"].float().std())
             experts.reset_parameters()
             if experts.latent is None:
-                experts.copy_neurons_(weights, self.bias("up"), config.auxiliary_noise or START_NOISE)
+                experts.copy_neurons_(weights, self.bias("up"), START_NOISE)
         report: Report = {}
         for kind, projection in () if self.keeps else experts.projections().items():
             if isinstance(projection, MPOCores):
                 report[f"{self.name}.experts.{kind}"] = projection.load_weight_(self.weight(kind), config.gauge)
-                if config.auxiliary_noise:
-                    projection.add_noise_(config.auxiliary_noise)
             else:
                 projection.load_weight_(self.weight(kind))
             bias = self.bias(kind)

@@ -16,9 +16,9 @@ _HOMES = {
         "checkpoints": "find_last_checkpoint",
         "freezing": "GradientMask freeze_all_but_experts freeze_cores",
         "output_dir": "prepare_output_dir read_metrics",
-        "rates": "build_param_groups describe_param_groups",
+        "rates": "build_param_groups",
         "run_lock": "FolderInUseError",
-        "sharding": "load_sharded_optimizer save_sharded save_sharded_checkpoint shard_model split_hidden_experts",
+        "sharding": "load_sharded_optimizer save_sharded save_sharded_checkpoint shard_model",
         "statistics": "rank_share update_correction_bias",
         "trainer": "MPOETrainer",
     }.items()

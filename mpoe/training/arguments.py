@@ -83,10 +83,6 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
         "With several processes: balance the experts over the tokens of all of them, as one process with the whole "
         "batch would, instead of over each process's own.",
     )
-    log_core_norms: bool = _argument(
-        True, "At each logging step, log the gradient norms of central and of auxiliary cores (unclipped)."
-    )
-    log_expert_load: bool = _argument(True, "Log how evenly the routers spread tokens over the experts.")
     allow_non_finite: bool = _argument(
         False,
         "Train on when the loss, the gradients or the weights are not finite, instead of ending with an error. "

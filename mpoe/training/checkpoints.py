@@ -75,14 +75,11 @@ def is_complete(checkpoint: str | Path) -> bool:
 
 
 def damaged_files(checkpoint: str | Path) -> list[str]:
-    """Names of files that are not, byte for byte, what was written (CRC-32); reads the whole checkpoint.
-
-    Manifests written before checksums were kept list none, and such files are taken as they are.
-    """
+    """Names of files that are not, byte for byte, what was written (CRC-32); reads the whole checkpoint."""
     checkpoint, record = Path(checkpoint), _manifest(Path(checkpoint))
     sums = record.get("crc32", {})
     # Only files whose size was checked: any other name could be of a device that never ends.
-    return [name for name in record.get("files", {}) if name in sums and _crc32(checkpoint / name) != sums[name]]
+    return [name for name in record.get("files", {}) if _crc32(checkpoint / name) != sums.get(name)]
 
 
 def check_whole(checkpoint: str | Path) -> None:
@@ -137,13 +134,15 @@ def step_of(checkpoint: str | Path) -> int:
     return int(match.group(1))
 
 
+def checkpoint_folders(run_dir: str | Path) -> list[Path]:
+    """All folders named ``checkpoint-N``, oldest step first; ``checkpoint-of-mine`` belongs to the user."""
+    found = Path(run_dir).iterdir() if Path(run_dir).is_dir() else []
+    return sorted((path for path in found if _FINAL.fullmatch(path.name) and path.is_dir()), key=step_of)
+
+
 def list_checkpoints(run_dir: str | Path) -> list[Path]:
     """All complete checkpoints of a run, oldest step first."""
-    run_dir = Path(run_dir)
-    if not run_dir.is_dir():
-        return []
-    found = [path for path in run_dir.iterdir() if _FINAL.fullmatch(path.name) and is_complete(path)]
-    return sorted(found, key=step_of)
+    return [path for path in checkpoint_folders(run_dir) if is_complete(path)]
 
 
 def find_last_checkpoint(run_dir: str | Path) -> Path | None:

@@ -174,8 +174,6 @@ class GradientMask:
         self.seed: int = int(seed)
         self.active: bool = False  # whether the step in progress is masked
         self._cores: list[MPOCores | KeptFeedForward] = []
-        self._steps: int = 0
-        self._masked_steps: int = 0
         if model is not None:
             self.bind(model)
 
@@ -206,8 +204,6 @@ class GradientMask:
         """Draw the mask for optimizer step `step` and apply it until `end_step`. Call before the step's first
         forward."""
         self.active = self.is_masked(step)
-        self._steps += 1
-        self._masked_steps += self.active
         for cores in self._cores:
             cores.central_masked = self.active
             if self.active:
@@ -229,9 +225,3 @@ class GradientMask:
             yield self.begin_step(step)
         finally:
             self.end_step()
-
-    def pop_rate(self) -> float | None:
-        """Share of masked steps since the last call, for logs (None if there was no step)."""
-        rate = self._masked_steps / self._steps if self._steps else None
-        self._steps = self._masked_steps = 0
-        return rate

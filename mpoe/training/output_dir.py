@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mpoe.config.mixture import OBSOLETE
 from mpoe.models.weight_files import check_weight_files, write_text
-from mpoe.training.checkpoints import check_whole, clean_leftovers, delete, find_last_checkpoint
+from mpoe.training.checkpoints import check_whole, checkpoint_folders, clean_leftovers, delete, find_last_checkpoint
 from mpoe.training.run_lock import check_free, hold
 
 RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
@@ -28,6 +28,7 @@ NEUTRAL_KEYS = frozenset(
         *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "skip_memory_metrics"),
         *("per_device_eval_batch_size", "eval_accumulation_steps", "save_only_model", "debug", "ddp_timeout"),
         *("allow_non_finite", "logging_nan_inf_filter"),
+        *OBSOLETE,
     }
 )
 # Files that a run writes at the top of its folder; `overwrite` deletes only these and the checkpoints.
@@ -38,7 +39,6 @@ _RUN_FILES = (
 )
 # Files that `save_pretrained` and other commands write; a run in the same folder would be mixed with them.
 _MODEL_FILES = ("config.json", "results.json")
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 def prepare_output_dir(
@@ -76,9 +76,9 @@ def prepare_output_dir(
         if resume:
             clean_leftovers(folder)
             return find_last_checkpoint(folder)
-        if overwrite and (holds_run(folder) or holds_model(folder)):
+        if overwrite and _contents(folder) is not None:
             clean_leftovers(folder)
-            for path in _checkpoint_folders(folder):
+            for path in checkpoint_folders(folder):
                 delete(path)
             weights = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
             for path in [*(folder / name for name in _RUN_FILES), *weights]:
@@ -103,20 +103,17 @@ def check_output_dir(
         raise ValueError("overwrite and resume exclude each other: delete the earlier run, or continue it")
     check_folder("output_dir", folder)
     check_free(folder)
-    if resume:
-        _check_resumable(folder, run_config)
-    elif overwrite:
+    if not resume:
+        if not overwrite and (found := _contents(folder)) is not None:
+            raise ValueError(f"output_dir {folder} holds {found} or choose another folder")
         return
-    elif holds_run(folder):
-        raise ValueError(
-            f"output_dir {folder} holds another run; continue it with --resume, delete it with --overwrite,"
-            " or choose another folder"
-        )
-    elif holds_model(folder):
-        raise ValueError(
-            f"output_dir {folder} holds a saved model or results; delete them with --overwrite,"
-            " or choose another folder"
-        )
+    saved = read_record(folder)
+    if saved is None:
+        raise ValueError(f"nothing to resume: {folder} holds no {RUN_FILE} of an earlier run")
+    differences = differing_keys(saved, run_config) if run_config is not None else {}
+    if differences:
+        listed = "; ".join(f"{key}: was {old!r}, now {new!r}" for key, (old, new) in differences.items())
+        raise ValueError(f"cannot resume {folder} with a different configuration ({listed})")
 
 
 def check_folder(name: str, folder: str | Path) -> Path:
@@ -138,18 +135,15 @@ def check_folder(name: str, folder: str | Path) -> Path:
     return path
 
 
-def holds_run(folder: str | Path) -> bool:
-    """Whether a training run has written into `folder`."""
-    folder = Path(folder)
+def _contents(folder: Path) -> str | None:
+    """What is in ``folder`` that a run must not mix with; None if there is nothing of the kind."""
     if not folder.is_dir():
-        return False
-    return (folder / RUN_FILE).exists() or (folder / METRICS_FILE).exists() or bool(_checkpoint_folders(folder))
-
-
-def holds_model(folder: str | Path) -> bool:
-    """Whether `folder` holds the files of a conversion, `save_pretrained` or a finished run."""
-    folder = Path(folder)
-    return any((folder / name).exists() for name in _MODEL_FILES) or any(folder.glob("*.safetensors"))
+        return None
+    if any((folder / name).exists() for name in (RUN_FILE, METRICS_FILE)) or checkpoint_folders(folder):
+        return "another run; continue it with --resume, delete it with --overwrite,"
+    if any((folder / name).exists() for name in _MODEL_FILES) or any(folder.glob("*.safetensors")):
+        return "a saved model or results; delete them with --overwrite,"
+    return None
 
 
 def differing_keys(
@@ -172,16 +166,6 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
         return dict(json.loads(file.read_text())["config"]) if file.is_file() else None
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{file} does not describe a run: {error}") from None
-
-
-def _check_resumable(folder: Path, run_config: Mapping[str, Any] | None) -> None:
-    saved = read_record(folder)
-    if saved is None:
-        raise ValueError(f"nothing to resume: {folder} holds no {RUN_FILE} of an earlier run")
-    differences = differing_keys(saved, run_config) if run_config is not None else {}
-    if differences:
-        listed = "; ".join(f"{key}: was {old!r}, now {new!r}" for key, (old, new) in differences.items())
-        raise ValueError(f"cannot resume {folder} with a different configuration ({listed})")
 
 
 def checkpoint_to_resume(asked: str | Path | bool | None, run_dir: Path, model: Any) -> str | None:
@@ -217,15 +201,10 @@ def _check_same_model(checkpoint: Path, config: Any) -> None:
         return  # a module that is no Hugging Face model saves none
     both = (json.loads(file.read_text(encoding="utf-8")), json.loads(config.to_json_string(use_diff=False)))
     theirs, ours = ({"model_type": each.get("model_type"), "mpoe": each.get("mpoe") or {}} for each in both)
-    differing = differing_keys(theirs, ours, frozenset({"rate_ratios", "backend"})).items()
+    differing = differing_keys(theirs, ours, OBSOLETE | {"rate_ratios", "backend"}).items()
     if differing:
         listed = "; ".join(f"{name} was {a!r}, the model has {b!r}" for name, (a, b) in differing)
         raise ValueError(f"resume_from_checkpoint must be of the same model: in {checkpoint} {listed}")
-
-
-def _checkpoint_folders(folder: Path) -> list[Path]:
-    # by the exact name: `checkpoint-of-mine/` belongs to the user
-    return [path for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]
 
 
 def _jsonable(config: dict[str, Any]) -> dict[str, Any]:

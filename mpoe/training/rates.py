@@ -41,8 +41,8 @@ KINDS = ("rest", "router", "dense_expert", "central", "auxiliary")
 def build_param_groups(model: nn.Module, args: MPOETrainingArguments) -> list[dict[str, Any]]:
     """Parameter groups for a torch optimizer, over all parameters that require a gradient.
 
-    Each group is `{"params", "lr", "weight_decay", "kind", "rate_ratio"}`; parameters of equal kind, rate and decay
-    share a group. Biases, norms and other vectors are not decayed.
+    Each group is `{"params", "lr", "weight_decay", "kind"}`; parameters of equal kind, rate and decay share a
+    group. Biases, norms and other vectors are not decayed.
 
     Raises:
         ValueError: nothing in the model requires a gradient.
@@ -56,20 +56,17 @@ def build_param_groups(model: nn.Module, args: MPOETrainingArguments) -> list[di
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        kind, ratio, rate = "rest", 1.0, args.learning_rate
+        kind, rate = "rest", args.learning_rate
         if id(parameter) in cores:
-            kind, ratio, rate = cores[id(parameter)]
+            kind, rate = cores[id(parameter)]
         elif "router" in name.split("."):
             kind, rate = "router", args.learning_rate * args.router_lr_scale
         elif id(parameter) in dense_experts and parameter.ndim == 3:
             kind, rate = "dense_expert", args.learning_rate * args.dense_expert_lr_scale
         decayed = parameter.ndim > 1 and "bias" not in name and id(parameter) not in undecayed
         decay = args.weight_decay if decayed else 0.0
-        group = groups.setdefault(
-            (kind, rate, decay),
-            {"params": [], "lr": rate, "weight_decay": decay, "kind": kind, "rate_ratio": ratio},
-        )
-        group["params"].append(parameter)
+        new = {"params": [], "lr": rate, "weight_decay": decay, "kind": kind}
+        groups.setdefault((kind, rate, decay), new)["params"].append(parameter)
     if not groups:
         raise ValueError(f"no parameter of {type(model).__name__} requires a gradient: nothing to train")
     return sorted(groups.values(), key=lambda group: (KINDS.index(group["kind"]), -group["weight_decay"], -group["lr"]))
@@ -95,37 +92,14 @@ def keep_state(previous: torch.optim.Optimizer, optimizer: torch.optim.Optimizer
         optimizer.state[parameter] = before.state[parameter]
 
 
-def describe_param_groups(groups: Sequence[dict[str, Any]]) -> str:
-    """A table for people: per kind and decay the tensors, parameters, rates and ratios."""
-    header = ("kind", "tensors", "parameters", "rate", "RMS ratio", "decay")
-    rows = [header]
-    for key in dict.fromkeys((group["kind"], group["weight_decay"]) for group in groups):
-        part = [group for group in groups if (group["kind"], group["weight_decay"]) == key]
-        tensors = [parameter for group in part for parameter in group["params"]]
-        rows.append(
-            (
-                part[0]["kind"],
-                str(len(tensors)),
-                f"{sum(tensor.numel() for tensor in tensors):,}",
-                _span([group["lr"] for group in part]),
-                _span([group["rate_ratio"] for group in part]),
-                f"{part[0]['weight_decay']:g}",
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)
-
-
-def _core_rates(model: nn.Module, args: MPOETrainingArguments) -> dict[int, tuple[str, float, float]]:
-    """id(core parameter) -> (kind, RMS ratio, rate)."""
+def _core_rates(model: nn.Module, args: MPOETrainingArguments) -> dict[int, tuple[str, float]]:
+    """id(core parameter) -> (kind, rate)."""
     central_scale, auxiliary_scale = args.lr_scales
-    rates: dict[int, tuple[str, float, float]] = {}
+    rates: dict[int, tuple[str, float]] = {}
     for name, cores in mpo_modules(model):
         for index, (parameter, ratio) in enumerate(zip(cores.chain(), _ratios(name, cores), strict=True)):
             kind, scale = ("central", central_scale) if index == cores.shape.central else ("auxiliary", auxiliary_scale)
-            ratio = ratio if args.scale_core_lr else 1.0
-            rates[id(parameter)] = (kind, ratio, args.core_lr * ratio * scale)
+            rates[id(parameter)] = (kind, args.core_lr * (ratio if args.scale_core_lr else 1.0) * scale)
     for layer in kept_modules(model).values():
         # Blocks start as identities, regardless of the scale of the weights around them. Neurons have the scale of a
         # dense network's and took its rate in our trials; a scale is then only what was asked for.
@@ -133,29 +107,18 @@ def _core_rates(model: nn.Module, args: MPOETrainingArguments) -> dict[int, tupl
         if layer.shape == NEURONS:
             own_scale = 1.0 if args.auxiliary_lr_scale is None else args.auxiliary_lr_scale
         for parameter in layer.experts.own_cores:
-            rates[id(parameter)] = ("auxiliary", 1.0, args.core_lr * own_scale)
+            rates[id(parameter)] = ("auxiliary", args.core_lr * own_scale)
         for parameter in layer.shared_parameters().values():
-            rates[id(parameter)] = ("central", 1.0, args.core_lr * (1.0 if shared_scale is None else shared_scale))
+            rates[id(parameter)] = ("central", args.core_lr * (1.0 if shared_scale is None else shared_scale))
     return rates
 
 
-def _ratios(name: str, cores: MPOCores) -> tuple[float, ...]:
-    ratios = tuple(float(ratio) for ratio in cores.rate_ratios)
-    if len(ratios) != cores.shape.num_cores:
-        raise ValueError(
-            f"{name}.rate_ratios must hold {cores.shape.num_cores} numbers, one per core; got {len(ratios)}"
-        )
-    usable = [math.isfinite(ratio) and ratio > 0 for ratio in ratios]
-    if not all(usable):
-        # An all-zero weight has no scale to compare with.
+def _ratios(name: str, cores: MPOCores) -> list[float]:
+    ratios = cores.rate_ratios
+    usable = [ratio if math.isfinite(ratio) and ratio > 0 else 1.0 for ratio in ratios]
+    if usable != list(ratios):  # an all-zero weight has no scale to compare with
         warnings.warn(f"{name} has unusable rate ratios {ratios}: those cores train at the unscaled rate", stacklevel=2)
-        ratios = tuple(ratio if ok else 1.0 for ratio, ok in zip(ratios, usable, strict=True))
-    return ratios
-
-
-def _span(values: Sequence[float]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:.3g}" if math.isclose(low, high, rel_tol=1e-3) else f"{low:.3g} .. {high:.3g}"
+    return usable
 
 
 SCRATCH = "scratch"  # `MPOETrainingArguments.regime`
@@ -191,15 +154,8 @@ _SAME = {"mt5": "t5", "umt5": "t5", "roberta": "bert", "deberta-v2": "bert", "mo
 _ELSE = "gpt2"  # for families without a known rate: the lower one
 
 
-class Recommended(NamedTuple):
-    """A base rate and the reason for it, in words."""
-
-    rate: float
-    why: str
-
-
-def recommended_rate(model_type: str, width: int, regime: str, kind: str) -> Recommended:
-    """The base learning rate to start from, with AdamW, when the whole model is trained.
+def recommended_rate(model_type: str, width: int, regime: str, kind: str) -> tuple[float, str]:
+    """The base learning rate to start from, with AdamW, when the whole model is trained, and its reason in words.
 
     It is the rate that worked for the family and the kind of layer. For wider models it falls as 1 / width, like Adam's
     best rate (Yang et al., Tensor Programs V, arXiv 2203.03466, Table 3).
@@ -220,17 +176,7 @@ def recommended_rate(model_type: str, width: int, regime: str, kind: str) -> Rec
     why = f"{about}, {layers}, width {width}"
     if not known:
         why += f"; none is known of {family}, so that of {_ELSE}"
-    return Recommended(float(f"{rate:.2g}"), why)
-
-
-def recommended_for(model: Any, regime: str) -> Recommended | None:
-    """`recommended_rate` for a model in memory; None if it would only be a guess from another family's."""
-    config = getattr(model, "config", None)
-    family = str(getattr(config, "model_type", "")).removeprefix(TYPE_PREFIX)
-    width = getattr(config, "hidden_size", None)
-    if not isinstance(width, int) or _SAME.get(family, family) not in TRIED:
-        return None
-    return recommended_rate(family, width, regime, kind_of(getattr(model, "mpoe_config", None)))
+    return float(f"{rate:.2g}"), why
 
 
 def kind_of(config: Any) -> str:
@@ -251,20 +197,21 @@ def rate_advice(model: Any, args: Any) -> list[str]:
         model: that is trained.
         args: its `MPOETrainingArguments`.
     """
-    found = recommended_for(model, args.regime)
-    if found is None or args.regime != "finetune":
+    config = getattr(model, "config", None)
+    family = str(getattr(config, "model_type", "")).removeprefix(TYPE_PREFIX)
+    width = getattr(config, "hidden_size", None)
+    if args.regime == SCRATCH or not isinstance(width, int) or _SAME.get(family, family) not in TRIED:
         return []
-    usual = found.rate
-    rates = {"learning_rate": args.learning_rate}
-    if args.mpo_lr is not None:
-        rates["mpo_lr"] = args.mpo_lr
-    ratios = {name: (rate, rate / usual) for name, rate in rates.items() if rate > 0}
-    return [
-        f"{name} {rate:g} is {f'{ratio:,.0f} times' if ratio > 1 else f'1/{1 / ratio:,.0f} of'} the {usual:g} to start "
-        f"from ({found.why}); see docs/fine_tuning.md, Rates"
-        for name, (rate, ratio) in ratios.items()
-        if not 1 / FAR <= ratio * (1 + 1e-9) <= FAR * (1 + 2e-9)
-    ]
+    usual, why = recommended_rate(family, width, args.regime, kind_of(getattr(model, "mpoe_config", None)))
+    said = []
+    for name in ("learning_rate", "mpo_lr"):
+        rate = getattr(args, name) or usual
+        if not 0.999 / FAR <= rate / usual <= 1.001 * FAR:
+            times = f"{rate / usual:,.0f} times" if rate > usual else f"1/{usual / rate:,.0f} of"
+            said.append(
+                f"{name} {rate:g} is {times} the {usual:g} to start from ({why}); see docs/fine_tuning.md, Rates"
+            )
+    return said
 
 
 # ---------------------------------------------- a short search: small runs, judged on items that none sees
@@ -281,7 +228,6 @@ _TRIAL: dict[str, Any] = {
     "warmup_steps": 0,
     "report_to": [],
     "disable_tqdm": True,
-    "log_core_norms": False,
 }
 
 

@@ -6,39 +6,27 @@ along their first axis; kernels see whole cores, because they run inside a gathe
 
 Checkpoints hold whole weights and optimizer state, from which any number of ranks can continue: parameters are gathered
 one at a time, and only the first rank keeps their state; on loading every rank reads its own shard.
-
-Tensor parallelism is for experts on the hidden side: every rank computes some of the groups of hidden units. The dense
-projections are split with PyTorch's own styles, up projections by columns and the down projection by rows; the blocks
-are split with their groups. Groups are independent, so the layer's only communication is that of the dense network and,
-in the backward, the sums of the gates' and shared blocks' gradients.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from mpoe.config.checks import check_integer
 from mpoe.layers.router import TopKRouter
 from mpoe.models.base import MPOEModelMixin
-from mpoe.models.report import hidden_modules
 from mpoe.training import checkpoints
-
-_STYLES = {"up": ColwiseParallel, "gate_proj": ColwiseParallel, "down": RowwiseParallel}
 
 
 def shard_model(model: Any, mesh: DeviceMesh | None = None, dtype: torch.dtype | None = None) -> Any:
@@ -107,47 +95,7 @@ def save_sharded(model: Any, folder: str | Path) -> None:
     dist.barrier()
 
 
-def split_hidden_experts(model: Any, mesh: DeviceMesh) -> Any:
-    """Split every feed-forward network with experts on the hidden side over the ranks of a mesh, in place.
-
-    All ranks must call it with the same weights and pass the same batches to the model. Projections and blocks become
-    DTensors; routers and all other parameters are replicated. Create the optimizer afterwards; one with both kinds of
-    parameters needs ``foreach=False``.
-
-    Args:
-        model: from `convert_to_mpoe` or `load_mpoe`, with ``MPOEConfig(shape="hidden")``.
-        mesh: one-dimensional.
-
-    Returns:
-        ``model``.
-
-    Raises:
-        ValueError: a mesh of several dimensions; no such network; a number of groups that is not divisible by the
-            number of ranks; a fused projection, or one that is not an ``nn.Linear``, which PyTorch's styles need. The
-            model is then unchanged.
-    """
-    if mesh.ndim != 1:
-        raise ValueError(f"mesh must be one-dimensional; got {mesh.ndim} dimensions")
-    layers = hidden_modules(model)
-    if not layers:
-        raise ValueError('model must have experts on the hidden side (MPOEConfig(shape="hidden")); it has none')
-    for name, layer in layers.items():
-        groups = layer.hidden_features // layer.experts.block_size
-        if groups % mesh.size():
-            raise ValueError(f"{name} has {groups} groups of hidden units, which {mesh.size()} ranks do not divide")
-        if layer.columns:
-            raise ValueError(f"{name}: up and gate_proj share one projection, whose halves the ranks would mix")
-        for kind, module in layer.projections().items():
-            if not isinstance(module, nn.Linear):
-                raise ValueError(f"{name}: its {kind} projection must be an nn.Linear; got {type(module).__name__}")
-    for layer in layers.values():
-        for kind, module in layer.projections().items():
-            parallelize_module(module, mesh, _STYLES[kind]())
-        layer.experts.split(mesh)
-    return model
-
-
-OPTIMIZER = "optimizer.safetensors"
+OPTIMIZER = "optimizer.pt"
 
 
 def save_sharded_checkpoint(
@@ -169,33 +117,27 @@ def save_sharded_checkpoint(
         The checkpoint's folder.
 
     Raises:
-        TypeError: a model that is not sharded; a step that is not an integer; an optimizer setting that JSON cannot
-            hold.
-        ValueError: an optimizer parameter that does not belong to the model.
+        TypeError: a model that is not sharded; a step that is not an integer.
+        ValueError: an optimizer parameter that does not belong to the model; a setting that could not be read again.
     """
     check_sharded(model)
     check_integer("step", step, 0)
+    names, state = _names(model, optimizer), dict(optimizer.state_dict())
     staged = checkpoints.staging_root(folder) / f"checkpoint-{step}"
     first = dist.get_rank() == 0
     if first:
         checkpoints.clean_leftovers(folder)
     save_sharded(model, staged)
-    groups = [
-        {**group, "params": own} for group, own in zip(optimizer.param_groups, _names(model, optimizer), strict=True)
-    ]
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[str, dict[str, Any]] = {}  # what an optimizer keeps that is no tensor
-    for name, parameter in _named(model, optimizer).items():
-        # A parameter that has not been trained yet, such as a masked central core, has no state.
-        for key, value in sorted(optimizer.state.get(parameter, {}).items()):
-            whole = value.full_tensor() if isinstance(value, DTensor) else value  # all ranks take part
-            if not isinstance(whole, Tensor):
-                numbers.setdefault(name, {})[key] = whole
-            elif first:
-                tensors[f"{name}:{key}"] = whole.contiguous().cpu().clone()
-    settings = {"groups": json.dumps(groups, default=_as_number), "numbers": json.dumps(numbers)}
+
+    def gathered(value: Any) -> Any:
+        whole = value.full_tensor() if isinstance(value, DTensor) else value  # all ranks take part
+        return whole.cpu() if first and isinstance(whole, Tensor) else whole if first else None
+
+    # A parameter that has not been trained yet, such as a masked central core, has no state.
+    numbered = {k: {name: gathered(value) for name, value in own.items()} for k, own in state["state"].items()}
     if first:
-        save_file(tensors, staged / OPTIMIZER, metadata=settings)
+        torch.save({"names": names, "optimizer": state | {"state": numbered}}, staged / OPTIMIZER)
+        _read(staged)
         checkpoints.publish(staged, folder)
         checkpoints.staging_root(folder).rmdir()
         checkpoints.rotate(folder, limit)
@@ -215,6 +157,7 @@ def load_sharded_optimizer(model: Any, optimizer: torch.optim.Optimizer, checkpo
         Number of optimizer steps taken.
 
     Raises:
+        TypeError: what is no path.
         ValueError: a checkpoint that is damaged, incomplete or without optimizer state, or parameters that differ.
     """
     if not isinstance(checkpoint, (str, os.PathLike)):
@@ -224,27 +167,30 @@ def load_sharded_optimizer(model: Any, optimizer: torch.optim.Optimizer, checkpo
     if not (folder / OPTIMIZER).is_file():
         raise ValueError(f"checkpoint must be a whole folder written by save_sharded_checkpoint; got {folder}")
     checkpoints.check_whole(folder)
-    with checkpoints.reading(folder), safe_open(folder / OPTIMIZER, framework="pt") as file:
-        groups, states = (json.loads((file.metadata() or {})[what]) for what in ("groups", "numbers"))
-        for name, _, key in (whole.rpartition(":") for whole in file.keys()):  # noqa: SIM118
-            states.setdefault(name, {})[key] = file.get_tensor(f"{name}:{key}")
-    if [group["params"] for group in groups] != _names(model, optimizer):
+    names, state = _read(folder)
+    if names != _names(model, optimizer):
         raise ValueError(f"optimizer must have the groups of parameters that {folder / OPTIMIZER} lists; they differ")
-    own: dict[int, dict[str, Any]] = {}
-    for number, (name, parameter) in enumerate(_named(model, optimizer).items()):
-        for key, value in states.get(name, {}).items():
-            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
-                got = list(value.shape)
-                raise ValueError(f"{name}:{key} in {folder} must have the shape of its parameter; got {got}")
-            if isinstance(value, Tensor) and value.dim() and isinstance(parameter, DTensor):  # not a count of steps
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, own in state["state"].items():
+        parameter = parameters[number]
+        for key, value in own.items():
+            if not isinstance(value, Tensor) or not value.dim():
+                continue  # a count of steps
+            if value.shape != parameter.shape:
+                what = f"{key} of parameter {number} in {folder / OPTIMIZER}"
+                raise ValueError(f"{what} must be {list(parameter.shape)} like it; got {list(value.shape)}")
+            if isinstance(parameter, DTensor):
                 here, mesh = value.to(parameter.device), parameter.device_mesh
-                value = distribute_tensor(here, mesh, parameter.placements, src_data_rank=None)
-            own.setdefault(number, {})[key] = value
-    numbered = optimizer.state_dict()["param_groups"]
-    for now, then in zip(numbered, groups, strict=True):
-        now |= {name: _setting(now.get(name), value) for name, value in then.items() if name != "params"}
-    optimizer.load_state_dict({"state": own, "param_groups": numbered})
+                own[key] = distribute_tensor(here, mesh, parameter.placements, src_data_rank=None)
+    optimizer.load_state_dict(state)
     return step
+
+
+def _read(folder: Path) -> tuple[list[list[str]], dict[str, Any]]:
+    """Names of the parameters in every group, and the state of the optimizer."""
+    with checkpoints.reading(folder):
+        saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+        return saved["names"], saved["optimizer"]
 
 
 def _names(model: Any, optimizer: torch.optim.Optimizer) -> list[list[str]]:
@@ -254,23 +200,3 @@ def _names(model: Any, optimizer: torch.optim.Optimizer) -> list[list[str]]:
         return [[known[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     except KeyError:
         raise ValueError("optimizer must be over the parameters of model alone; make it after shard_model") from None
-
-
-def _named(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's parameters by name, in its order."""
-    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    return dict(zip(itertools.chain(*_names(model, optimizer)), parameters, strict=True))
-
-
-def _as_number(value: Any) -> Any:
-    """For JSON: an optimizer may keep its rate in a tensor."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return value.item()
-    raise TypeError(f"settings of optimizer must be numbers, texts or lists of them; got {type(value).__name__}")
-
-
-def _setting(now: Any, saved: Any) -> Any:
-    """Convert a value from JSON to the optimizer's current type: JSON has neither tuples nor tensors."""
-    if isinstance(now, Tensor):
-        return torch.full_like(now, saved)
-    return tuple(saved) if isinstance(saved, list) else saved

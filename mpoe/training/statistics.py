@@ -1,4 +1,4 @@
-"""What a training step adds up: its loss, the distribution of tokens over experts, gradient norms.
+"""What a training step adds up: its loss, and the distribution of tokens over experts.
 
 The loss of an optimizer step is the mean over *all* its target tokens, whatever the number of micro-batches, plus the
 mean of the micro-batches' auxiliary losses. Averaging the micro-batches' means instead would make a token's weight
@@ -9,8 +9,7 @@ scaling its loss and gradients would grow with the number of micro-batches.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,23 +19,11 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mpoe.data.encode import IGNORED_LABEL
-from mpoe.models.report import kept_modules, mpo_modules, routed_layers
+from mpoe.models.report import routed_layers
 
 
-@dataclass(frozen=True)
-class LossParts:
-    """Scalars of one forward: `task`, the mean loss over the targets; `auxiliary`, the routers' (None: no router)."""
-
-    task: Tensor
-    auxiliary: Tensor | None
-
-    @property
-    def total(self) -> Tensor:
-        return self.task if self.auxiliary is None else self.task + self.auxiliary
-
-
-def split_loss(outputs: Any) -> LossParts:
-    """Task and auxiliary loss of a model's outputs.
+def split_loss(outputs: Any) -> tuple[Tensor, Tensor | None]:
+    """Of one forward: the mean loss over the targets, and the routers' (None: no router), scalars.
 
     MPOE models return both (`task_loss`, `aux_loss`); for any other model the whole loss is the task loss.
 
@@ -44,14 +31,13 @@ def split_loss(outputs: Any) -> LossParts:
         ValueError: the outputs have no loss (no labels were given).
     """
     if not isinstance(outputs, dict):
-        return LossParts(outputs[0].mean(), None)
+        return outputs[0].mean(), None
     if outputs.get("loss") is None:
         raise ValueError(f"the model returned no loss: give it labels (it returned {', '.join(outputs.keys())})")
-    task = outputs.get("task_loss")
+    task, auxiliary = outputs.get("task_loss"), outputs.get("aux_loss")
     if task is None:
-        return LossParts(outputs["loss"].mean(), None)
-    auxiliary = outputs.get("aux_loss")
-    return LossParts(task.mean(), None if auxiliary is None else auxiliary.mean())
+        return outputs["loss"].mean(), None
+    return task.mean(), None if auxiliary is None else auxiliary.mean()
 
 
 def shifts_labels(model: Any) -> bool:
@@ -69,21 +55,19 @@ def count_targets(labels: Tensor, shifted: bool) -> Tensor:
     return labels.ne(IGNORED_LABEL).sum()
 
 
-def step_share(parts: LossParts, targets: Tensor, step_targets: Tensor, micro_batches: int, ranks: int) -> LossParts:
-    """A micro-batch's contribution to its optimizer step, times `micro_batches`.
+def step_share(task: Tensor, targets: Tensor, step_targets: Tensor, parts: int) -> Tensor:
+    """What a micro-batch's mean loss ``task`` adds to its optimizer step, times ``parts``.
 
-    The Trainer divides this by `micro_batches`, and DDP averages over ranks; after both, the shares sum
-    to (sum over all targets of their losses) / (number of targets) and to the mean auxiliary loss.
+    The Trainer divides this by the number of micro-batches, and DDP averages over ranks; after both, the shares sum to
+    (sum over all targets of their losses) / (number of targets).
 
     Args:
         targets: targets in this micro-batch (0-d).
         step_targets: targets in the whole optimizer step, over all micro-batches and ranks (0-d).
-        ranks: processes whose gradients will be averaged.
+        parts: micro-batches times processes whose gradients will be averaged.
     """
     # A step without targets has no task loss; its mean is NaN and must not propagate.
-    weight = targets * (micro_batches * ranks) / step_targets.clamp(min=1)
-    task = torch.where(targets > 0, parts.task * weight, torch.zeros_like(parts.task))
-    return LossParts(task, parts.auxiliary)
+    return torch.where(targets > 0, task * (targets * parts / step_targets.clamp(min=1)), torch.zeros_like(task))
 
 
 def rank_share(outputs: Any, labels: Tensor, model: Any) -> Tensor:
@@ -102,18 +86,13 @@ def rank_share(outputs: Any, labels: Tensor, model: Any) -> Tensor:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(everyone)
         ranks = dist.get_world_size()
-    return step_share(split_loss(outputs), targets, everyone, 1, ranks).total
+    task, auxiliary = split_loss(outputs)
+    share = step_share(task, targets, everyone, ranks)
+    return share if auxiliary is None else share + auxiliary
 
 
 # Sums or averages a tensor over all processes, as `Accelerator.reduce` does.
 Reduce = Callable[[Tensor, str], Tensor]
-WINDOW = 100  # optimizer steps over which an expert's tokens are counted
-_TOKENS = 50  # per expert of a layer: with fewer tokens in a window, zero may be chance
-
-
-def expert_load_of(outputs: Any) -> Tensor | None:
-    """Tokens per expert `[layers, E]` of a model's outputs; None for a dense model."""
-    return outputs.get("expert_load") if isinstance(outputs, Mapping) else None
 
 
 class RunLog:
@@ -126,11 +105,11 @@ class RunLog:
         self._sums: dict[str, Tensor] = {}
         self._load: Tensor | None = None
 
-    def note(self, parts: LossParts, load: Tensor | None, micro_batches: int) -> None:
+    def note(self, task: Tensor, auxiliary: Tensor | None, load: Tensor | None, micro_batches: int) -> None:
         """Add one of a step's ``micro_batches``; ``load`` `[layers, E]` counts tokens per expert."""
-        values = {"steps": torch.ones((), device=parts.task.device), "task_loss": parts.task.detach()}
-        if parts.auxiliary is not None:
-            values["aux_loss"] = parts.auxiliary.detach()
+        values = {"steps": torch.ones((), device=task.device), "task_loss": task.detach()}
+        if auxiliary is not None:
+            values["aux_loss"] = auxiliary.detach()
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(value).float()) + value.float() / micro_batches
         if load is not None:
@@ -165,8 +144,7 @@ def load_shares(counts: Tensor) -> list[list[float] | None]:
 
 def load_summary(counts: Tensor) -> dict[str, float]:
     """Scalars for a log line of tokens per expert ``[layers, E]``: the worst layer's extremes, and the layers' mean
-    entropy (relative to log E: 1 = even, 0 = one expert takes all) and coefficient of variation (0 = even, sqrt(E - 1)
-    = one expert takes all). Layers that saw no token are left out."""
+    entropy (relative to log E: 1 = even, 0 = one expert takes all). Layers that saw no token are left out."""
     rows = counts.double().cpu()
     share = rows[rows.sum(1) > 0]
     if not len(share):
@@ -178,76 +156,21 @@ def load_summary(counts: Tensor) -> dict[str, float]:
         "expert_min_share": float(share.min()),
         "expert_max_share": float(share.max()),
         "expert_entropy": float(entropy.mean()),
-        "expert_variation": float(share.std(1, correction=0).mean()) * experts,
     }
 
 
-class LoadWatch:
-    """Counts the tokens of every expert over at least `WINDOW` steps, and warns once per layer about unusual loads.
-
-    Args:
-        names: names of the layers; without them layers are numbered.
-    """
-
-    def __init__(self, names: Sequence[str] = ()) -> None:
-        self._names = names
-        self._counts: Tensor | None = None
-        self._start = 0
-        self._said: set[tuple[int, str]] = set()
-
-    def start(self, step: int) -> None:
-        """Start at optimizer step ``step`` (the checkpoint's, in a resumed run)."""
-        self._counts, self._start = None, step
-
-    def add(self, counts: Tensor, step: int) -> list[str]:
-        """Add the tokens per expert ``[layers, E]`` since the last call, up to optimizer step ``step``.
-
-        Returns:
-            Sentences, at the end of a window, about an expert that took most of its layer's tokens (more than half plus
-            half of the even share: 75% of 2 experts, 56% of 8), and about experts that took none.
-        """
-        counts = counts.detach().cpu()
-        self._counts = counts if self._counts is None else self._counts + counts
-        steps = step - self._start
-        if steps < WINDOW:
-            return []
-        total, self._counts, self._start = self._counts, None, step
-        return [text for layer, row in enumerate(total) for text in self._remarks(layer, row, steps)]
-
-    def _remarks(self, layer: int, row: Tensor, steps: int) -> list[str]:
-        experts, tokens = len(row), int(row.sum())
-        if experts < 2 or tokens < _TOKENS * experts:
-            return []
-        found = {}
-        most = int(row.argmax())
-        share, idle = int(row[most]) / tokens, int(torch.count_nonzero(row == 0))
-        if share > 0.5 + 0.5 / experts:
-            found["most"] = f"expert {most} took {share:.0%} of the tokens"
-        if idle:
-            found["none"] = f"{idle} of {experts} experts took no token"
-        new = {kind: text for kind, text in found.items() if (layer, kind) not in self._said}
-        self._said |= {(layer, kind) for kind in new}
-        name = self._names[layer] if layer < len(self._names) else f"mixture layer {layer}"
-        hint = "balance_loss_weight, jitter or a lower router_lr_scale spread them"
-        return [f"{name}: {text} in {steps} steps; {hint}" for text in new.values()]
-
-
-def core_grad_norms(model: nn.Module) -> dict[str, float]:
-    """L2 norms of the gradients of all central and of all auxiliary cores; kinds without gradients are left out."""
-    gradients: dict[str, list[Tensor]] = {"central": [], "auxiliary": []}
-    for _, cores in mpo_modules(model):
-        for index, parameter in enumerate(cores.chain()):
-            if parameter.grad is not None:
-                gradients["central" if index == cores.shape.central else "auxiliary"].append(parameter.grad.detach())
-    for layer in kept_modules(model).values():
-        central, own = layer.central_parameters().values(), layer.experts.own_cores
-        for kind, parameters in (("central", central), ("auxiliary", own)):
-            gradients[kind] += [p.grad.detach() for p in parameters if p.grad is not None]
-    return {
-        f"grad_norm_{kind}": float(torch.nn.utils.get_total_norm(tensors))
-        for kind, tensors in gradients.items()
-        if tensors
-    }
+def one_sided(counts: Tensor) -> str | None:
+    """A sentence if, of tokens per expert ``[layers, E]``, one took more than half plus half of the even share (75% of
+    2 experts, 56% of 8) of a layer's."""
+    tokens, experts = counts.sum(1), counts.shape[1]
+    share = counts.max(1).values / tokens.clamp(min=1)
+    layer = int(share.argmax())
+    if experts < 2 or tokens[layer] < 100 * experts or share[layer] <= 0.5 + 0.5 / experts:  # few may be chance
+        return None
+    return (
+        f"expert {int(counts[layer].argmax())} of mixture layer {layer} took {share[layer]:.0%} of its tokens since the"
+        " last log; balance_loss_weight, jitter or a lower router_lr_scale spread them"
+    )
 
 
 # ------------------------------------------------------------- balance without a loss

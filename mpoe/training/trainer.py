@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from mpoe.layers.context import global_batch
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.others import write_card
-from mpoe.models.report import routed_layers, short_name
 from mpoe.training import checkpoints
 from mpoe.training.arguments import MPOETrainingArguments
 from mpoe.training.callbacks import DivergenceError, DivergenceGuard, GradientMaskCallback, check_weights
@@ -27,15 +27,12 @@ from mpoe.training.output_dir import METRICS_FILE, checkpoint_to_resume, write_m
 from mpoe.training.rates import build_param_groups, keep_state, rate_advice
 from mpoe.training.run_lock import hold
 from mpoe.training.statistics import (
-    LoadWatch,
-    LossParts,
     RunLog,
-    core_grad_norms,
     corrects_bias,
     count_targets,
-    expert_load_of,
     load_shares,
     load_summary,
+    one_sided,
     shifts_labels,
     split_loss,
     step_share,
@@ -59,9 +56,8 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
     * a loss that does not depend on how a batch is split into micro-batches (see `mpoe.training.statistics`), and
       `eval_loss` per target rather than per batch, without the routers' losses; for language models also
       `eval_perplexity`, per token of their tokenizer;
-    * warnings about experts that take most tokens or none for long (`training.statistics`), and about rates far from
-      those that worked (`training.rates`); logs of task and auxiliary loss, expert load, core gradient norms and the
-      share of masked steps, also as `metrics.jsonl` in the output folder;
+    * warnings about an expert that takes most tokens, and about rates far from those that worked (`training.rates`);
+      logs of task and auxiliary loss and expert load, also as `metrics.jsonl` in the output folder;
     * under torchrun (DDP), router losses over the tokens of all processes, so a step equals that of one process with
       the same global batch; a lock, so that no other process trains in the same folder (see `mpoe.training.run_lock`);
     * a diverging run ends with a `DivergenceError` (see `mpoe.training.callbacks`); checkpoints that are complete or
@@ -108,11 +104,9 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         # This class scales the loss of every model, T5 included: the Trainer only divides by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self._shifts_labels = shifts_labels(self.model)
-        self._log = RunLog()
-        self._load_watch = LoadWatch([short_name(name) for name, _ in routed_layers(self.model)])
+        self._log, self._is_warned = RunLog(), False
         self._corrects_bias = corrects_bias(self.model)
         self._step_load: Tensor | None = None  # of the optimizer step in progress
-        self._core_norms: dict[str, float] = {}
         self._evaluation: Tensor | None = None  # [sum of losses over targets, targets]
         self.gradient_mask: GradientMask | None = None
         if args.adapter:
@@ -151,7 +145,9 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         run_dir = Path(str(self.args.output_dir))
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, run_dir, self.model)
         step = 0
-        self._advise(rate_advice(self.model, self.args))
+        if self.is_world_process_zero():
+            for sentence in rate_advice(self.model, self.args):
+                warnings.warn(sentence, stacklevel=3)
         if self.args.should_save:
             if resume_from_checkpoint:
                 step = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)).global_step
@@ -159,7 +155,6 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
                 # Readers drop records that an earlier attempt logged after this step.
                 write_metrics(run_dir, {"event": "resume", "step": step})
             checkpoints.clean_leftovers(run_dir)
-        self._load_watch.start(step)
         try:
             go_on_with_choices(resume_from_checkpoint, self.args)
             result = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -204,11 +199,6 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
             self._step_load = None
         if self._guard is not None:
             self._guard.note_loss(loss)
-        if self.args.log_core_norms and self.accelerator.sync_gradients and self._logs_after_this_step():
-            # Here the gradients are summed over micro-batches and ranks, and not yet clipped.
-            scaler = getattr(self.accelerator, "scaler", None)
-            scale = scaler.get_scale() if scaler is not None else 1.0
-            self._core_norms = {name: norm / scale for name, norm in core_grad_norms(self.model).items()}
         return loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
@@ -233,20 +223,21 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs.get("labels")
         outputs = model(**inputs)
-        parts = split_loss(outputs)
+        task, auxiliary = split_loss(outputs)
         if not self.model.training:
-            self._note_evaluation(parts.task, labels)
-            return (parts.task, outputs) if return_outputs else parts.task
+            self._note_evaluation(task, labels)
+            return (task, outputs) if return_outputs else task
         if self.label_smoother is not None and labels is not None:
-            parts = LossParts(self.label_smoother(outputs, labels, shift_labels=self._shifts_labels), parts.auxiliary)
+            task = self.label_smoother(outputs, labels, shift_labels=self._shifts_labels)
         micro_batches = self.current_gradient_accumulation_steps
         if labels is not None and num_items_in_batch is not None:
             targets = count_targets(labels, self._shifts_labels)
             step_targets = torch.as_tensor(num_items_in_batch, device=targets.device)
             ranks = self.args.world_size if self.args.average_tokens_across_devices else 1
-            parts = step_share(parts, targets, step_targets, micro_batches, ranks)
-        self._note_training(parts, outputs, micro_batches)
-        return (parts.total, outputs) if return_outputs else parts.total
+            task = step_share(task, targets, step_targets, micro_batches * ranks)
+        self._note_training(task, auxiliary, outputs, micro_batches)
+        total = task if auxiliary is None else task + auxiliary
+        return (total, outputs) if return_outputs else total
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         if self.compute_loss_func is not None:
@@ -301,7 +292,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
     def _forward_with_task_loss(self, model: nn.Module, **inputs: Any) -> Any:
         outputs = model(**inputs)
         if isinstance(outputs, dict) and outputs.get("loss") is not None:
-            outputs["loss"] = split_loss(outputs).task
+            outputs["loss"], _ = split_loss(outputs)
             self._note_evaluation(outputs["loss"], inputs.get("labels"))
         return outputs
 
@@ -327,37 +318,22 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         """Adds scalars to `logs`; returns what is too long for a log line. Called on all ranks."""
         means, counts = self._log.pop(self.accelerator.reduce if self.args.world_size > 1 else None)
         logs.update(means)
-        logs.update(self._core_norms)
-        self._core_norms = {}
-        if self.gradient_mask is not None:
-            rate = self.gradient_mask.pop_rate()
-            if rate is not None:
-                logs["masked_steps"] = rate
         if counts is None:
             return {}
-        self._advise(self._load_watch.add(counts, self.state.global_step))
         logs.update(load_summary(counts))
+        found = None if self._is_warned else one_sided(counts)
+        if found is not None:
+            self._is_warned = True
+            warnings.warn(found, stacklevel=2)
         return {"expert_load": {"share": load_shares(counts)}}
 
-    def _advise(self, sentences: list[str]) -> None:
-        if self.is_world_process_zero():
-            for sentence in sentences:
-                warnings.warn(sentence, stacklevel=3)
-
-    def _note_training(self, parts: LossParts, outputs: Any, micro_batches: int) -> None:
-        load = expert_load_of(outputs)
+    def _note_training(self, task: Tensor, auxiliary: Tensor | None, outputs: Any, micro_batches: int) -> None:
+        load = outputs.get("expert_load") if isinstance(outputs, Mapping) else None
         if self._corrects_bias:
             if load is None:
                 raise ValueError("bias_update_rate needs the model's expert_load; output_router_logits is False")
             self._step_load = load if self._step_load is None else self._step_load + load
-        self._log.note(parts, load if self.args.log_expert_load else None, micro_batches)
-
-    def _logs_after_this_step(self) -> bool:
-        step = self.state.global_step + 1
-        if self.args.logging_strategy == "steps":
-            every = max(int(self.state.logging_steps or 0), 1)
-            return step % every == 0 or (step == 1 and self.args.logging_first_step)
-        return bool(self.accelerator.gradient_state.end_of_dataloader)
+        self._log.note(task, auxiliary, load, micro_batches)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As `Trainer.create_model_card`, for MPOE models: `mpoe.models.others` with the last evaluation's metrics."""

@@ -15,8 +15,10 @@ import signal
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -141,41 +143,26 @@ def victim(folder: Path) -> None:
         trainer.model.save_pretrained(staging)
 
 
-@dataclass
-class Tally:
-    """What became of the kills."""
-
-    kills: int = 0
-    while_saving: int = 0
-    resumed_from: list[int] = field(default_factory=list)
-    runs: int = 0
-    problems: list[str] = field(default_factory=list)
-
-
-def kill_runs(kills: int, seed: int, folder: Path) -> Tally:
+def kill_runs(kills: int, seed: int, folder: Path) -> Counter[str]:
     """Kill ``kills`` processes, spread over as many runs as that takes; every run is then let through to its end."""
-    draw, tally = random.Random(seed), Tally()
+    draw, tally = random.Random(seed), Counter[str]()
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     expected = straight_run(folder)
     length = time.monotonic() - start
-    while tally.kills < kills:
-        run = folder / f"run-{tally.runs}"
-        for _ in range(min(draw.randint(1, 8), kills - tally.kills)):
+    while tally["killed"] < kills:
+        run = folder / f"run-{tally['runs']}"
+        for _ in range(min(draw.randint(1, 8), kills - tally["killed"])):
             last = find_last_checkpoint(run)
-            tally.resumed_from.append(checkpoints.step_of(last) if last else 0)
-            child = fork(lambda run=run: victim(run), folder / f"{run.name}.log")  # type: ignore[misc]
+            child = fork(partial(victim, run), folder / f"{run.name}.log")
             was_saving = kill_sometime(child, run, draw, length)
-            tally.kills += child.status == -9
-            tally.while_saving += child.status == -9 and was_saving
-            tally.problems += [f"{run.name}: {problem}" for problem in what_is_wrong(run, last)]
+            check_saved(run, last)
             if child.status != -9:
                 break  # it was faster
+            tally.update(killed=1, while_saving=was_saving)
         # Undisturbed to its end; where a killed one had reached it, only its leftovers are cleared away.
-        if fork(lambda run=run: victim(run), folder / f"{run.name}.log").wait():  # type: ignore[misc]
-            tally.problems.append(f"{run.name}: cannot go on: {(folder / f'{run.name}.log').read_text()[-500:]}")
-        tally.problems += [f"{run.name}: {problem}" for problem in what_differs(run, expected)]
-        tally.runs += 1
+        finish(run, expected, folder / f"{run.name}.log")
+        tally["runs"] += 1
     return tally
 
 
@@ -200,35 +187,28 @@ def kill_sometime(child: Child, run: Path, draw: random.Random, length: float) -
     return was_saving
 
 
-def what_is_wrong(run: Path, last: Path | None) -> list[str]:
-    """Problems of a folder right after a kill; ``last`` is the newest checkpoint there was before."""
-    problems = []
+def check_saved(run: Path, last: Path | None) -> None:
+    """Right after a kill; ``last`` is the newest checkpoint there was before."""
     if not run.is_dir():
-        return []  # killed before it began
-    for path in run.iterdir():
-        if path.name.startswith("checkpoint-") and (
-            not checkpoints.is_complete(path) or checkpoints.damaged_files(path)
-        ):
-            problems.append(f"{path.name} is not complete")
+        return  # killed before it began
+    for path in run.glob("checkpoint-*"):
+        assert checkpoints.is_complete(path), path
+        assert not checkpoints.damaged_files(path), path
     now = find_last_checkpoint(run)
-    if last is not None and (now is None or checkpoints.step_of(now) < checkpoints.step_of(last)):
-        problems.append(f"{last.name} is lost")
+    assert last is None or (now is not None and checkpoints.step_of(now) >= checkpoints.step_of(last)), (
+        f"{last} is lost"
+    )
     if (run / "config.json").exists():
         load_mpoe(run)  # what looks like a model is one
-    return problems
 
 
-def what_differs(run: Path, expected: dict[str, torch.Tensor]) -> list[str]:
-    """Differences of a finished run from one that nobody disturbed."""
+def finish(run: Path, expected: dict[str, torch.Tensor], log: Path) -> None:
+    """Let a run through to its end: it must equal one that nobody disturbed."""
+    assert fork(partial(victim, run), log).wait() == 0, log.read_text()[-500:]
     got = load_file(run / "model.safetensors")
-    problems = [
-        f"{name} differs" for name in expected if not torch.equal(got.get(name, torch.zeros(0)), expected[name])
-    ]
-    steps = [record["step"] for record in read_metrics(run) if "loss" in record]
-    if steps != list(range(1, STEPS + 1)):
-        problems.append(f"metrics hold the steps {steps}")
-    left = [path.name for path in run.iterdir() if path.name.startswith(".")]
-    return problems + [f"{name} was left behind" for name in left]
+    assert [name for name in expected if not torch.equal(got.get(name, torch.zeros(0)), expected[name])] == [], run
+    assert [record["step"] for record in read_metrics(run) if "loss" in record] == list(range(1, STEPS + 1)), run
+    assert [path.name for path in run.iterdir() if path.name.startswith(".")] == [], "left behind"
 
 
 def straight_run(folder: Path) -> dict[str, torch.Tensor]:
@@ -238,8 +218,8 @@ def straight_run(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "straight" / "model.safetensors")
 
 
-def full_disk(folder: Path, size: int, expected: dict[str, torch.Tensor]) -> list[str]:
-    """Train where no file may grow beyond ``size`` bytes, then where it may; returns problems."""
+def full_disk(folder: Path, size: int, expected: dict[str, torch.Tensor]) -> None:
+    """Train where no file may grow beyond ``size`` bytes, which ends in an OSError, then where it may."""
     run, log = folder / f"full-{size}", folder / f"full-{size}.log"
 
     def starved() -> None:
@@ -247,16 +227,10 @@ def full_disk(folder: Path, size: int, expected: dict[str, torch.Tensor]) -> lis
         with limited_files(size):
             victim(run)
 
-    problems = []
-    if fork(starved, log).wait() != 1 or not re.search(
-        r"^(OSError|safetensors_rust|.*SafetensorError)", log.read_text(), re.M
-    ):
-        problems.append(f"a full disk was not noticed as an OSError: {log.read_text()[-500:]}")
-    problems += what_is_wrong(run, None)
-    last = find_last_checkpoint(run)
-    if fork(lambda: victim(run), log).wait():
-        problems.append(f"no way on after {last}: {log.read_text()[-500:]}")
-    return problems + what_differs(run, expected)
+    assert fork(starved, log).wait() == 1
+    assert re.search(r"^(OSError|safetensors_rust|.*SafetensorError)", log.read_text(), re.M), log.read_text()[-500:]
+    check_saved(run, None)
+    finish(run, expected, log)
 
 
 def command_says(arguments: list[str], log: Path, size: int | None = None, as_user: bool = False) -> tuple[int, str]:

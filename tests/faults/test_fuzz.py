@@ -41,7 +41,6 @@ GOOD: dict[type, dict[str, Any]] = {
         "shape_pattern": {".*wo": 4, "shared": "paper"},
         "light_p": 8,
         "gauge": "orthogonal",
-        "auxiliary_noise": 0.1,
         "router": {"top_k": 2},
         "target_modules": ["ffn", "pooler"],
         "exclude_modules": ["encoder"],

@@ -11,8 +11,9 @@ import os
 import random
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,6 @@ from ..cli.cli_data import write_sentiment
 from .processes import SEED, Child, command_says, fork
 
 TOLD, LATE, TWO_INSIDE = 3, 4, 5  # exit statuses: refused while one is in, refused after it, and what must not be
-
-
-@dataclass
-class Tally:
-    """What became of the races."""
-
-    processes: int = 0
-    entered: int = 0
-    told: int = 0
-    problems: list[str] = field(default_factory=list)
 
 
 class Inside(TrainerCallback):
@@ -122,24 +113,28 @@ def at_once(works: list[Callable[[], object]], folder: Path) -> list[Child]:
     return children
 
 
-def double_start(folder: Path, draw: random.Random, tally: Tally) -> None:
+def said_by(*children: Child) -> str:
+    return " | ".join(child.log.read_text()[-300:] for child in children)
+
+
+def double_start(folder: Path, draw: random.Random, tally: Counter[str]) -> None:
     """Two to four starts at once; some replace an earlier run."""
     overwrite = draw.random() < 0.3
     if overwrite:
         prepare_output_dir(folder, run_config={"steps": 0})
     times = [draw.choice([0.0, 0.002, 0.05]) for _ in range(draw.randint(2, 4))]
-    children = at_once([lambda t=t: claim(folder, t, overwrite=overwrite) for t in times], folder)  # type: ignore[misc]
+    children = at_once([partial(claim, folder, t, overwrite=overwrite) for t in times], folder)
     # Who comes after the first has left may replace its run, if it was told to.
-    judge(folder, children, tally, alone=not overwrite)
+    judge(children, tally, most=len(times) if overwrite else 1)
 
 
-def double_training(folder: Path, draw: random.Random, tally: Tally) -> None:
+def double_training(folder: Path, draw: random.Random, tally: Counter[str]) -> None:
     """Two Trainers at once; who comes late trains after the first, never beside it."""
-    judge(folder, at_once([lambda: train(folder)] * 2, folder), tally, alone=False)
+    judge(at_once([partial(train, folder)] * 2, folder), tally, most=2)
 
 
-def resume_of_live(folder: Path, draw: random.Random, tally: Tally) -> None:
-    """One to three processes want to continue, or to replace, a run that is still going; it may then be killed."""
+def resume_of_live(folder: Path, draw: random.Random, tally: Counter[str]) -> None:
+    """Three processes want to continue, or to replace, a run that is still going; it may then be killed."""
     waiting, go_on = os.pipe()
 
     def work() -> None:
@@ -151,42 +146,29 @@ def resume_of_live(folder: Path, draw: random.Random, tally: Tally) -> None:
     while not (folder / "inside").is_dir() and not holder.poll():
         time.sleep(0.001)
     wishes = [draw.choice([{"resume": True}, {"resume": True}, {"overwrite": True}, {}]) for _ in range(3)]
-    others = at_once([lambda w=w: claim(folder, 0.0, **w) for w in wishes], folder)  # type: ignore[misc]
+    others = at_once([partial(claim, folder, 0.0, **wish) for wish in wishes], folder)
     for child in others:
-        status, said = child.wait(60), child.log.read_text()
-        tally.told += status == TOLD
-        if status != TOLD or f"process {holder.pid} on " not in said:
-            tally.problems.append(f"{folder.name}: not told who is in, status {status}: {said[-300:]}")
+        assert child.wait(60) == TOLD, said_by(child)
+        assert f"process {holder.pid} on " in said_by(child)
     killed = draw.random() < 0.5
     if killed:
         holder.kill()
         (folder / "inside").rmdir()
     os.close(go_on)
-    if holder.wait(60) != (-9 if killed else 0):
-        tally.problems.append(f"{folder.name}: the live run was hurt: {holder.log.read_text()[-300:]}")
+    assert holder.wait(60) == (-9 if killed else 0), said_by(holder)
     # Whatever became of it, nothing stands in the way of the next one.
-    again = fork(told(lambda: claim(folder, 0.0, resume=True)), folder.with_name(f"{folder.name}-again.log"))
-    if again.wait(60):
-        tally.problems.append(f"{folder.name}: cannot go on: {again.log.read_text()[-300:]}")
-    tally.processes += 2 + len(others)
-    tally.entered += 2
-    if (folder / LOCK_FILE).exists():
-        tally.problems.append(f"{folder.name}: {LOCK_FILE} was left behind")
+    again = fork(told(partial(claim, folder, 0.0, resume=True)), folder.with_name(f"{folder.name}-again.log"))
+    assert again.wait(60) == 0, said_by(again)
+    tally.update(processes=5, entered=2, told=3)
 
 
-def judge(folder: Path, children: list[Child], tally: Tally, alone: bool) -> None:
-    """At least one got in, with ``alone`` no other; nobody met another inside; the rest were told."""
+def judge(children: list[Child], tally: Counter[str], most: int) -> None:
+    """One to ``most`` got in; nobody met another inside; the rest were told."""
     statuses = [child.wait(120) for child in children]
     entered = statuses.count(0)
-    tally.processes += len(children)
-    tally.entered += entered
-    tally.told += statuses.count(TOLD) + statuses.count(LATE)
-    unexpected = set(statuses) - {0, TOLD, LATE}
-    if unexpected or not entered or (alone and entered > 1):
-        said = " | ".join(child.log.read_text()[-300:] for child in children)
-        tally.problems.append(f"{folder.name}: exit statuses {statuses}: {said}")
-    if (folder / LOCK_FILE).exists():
-        tally.problems.append(f"{folder.name}: {LOCK_FILE} was left behind")
+    assert set(statuses) <= {0, TOLD, LATE}, said_by(*children)
+    assert 1 <= entered <= most, said_by(*children)
+    tally.update(processes=len(children), entered=entered, told=len(children) - entered)
 
 
 @pytest.mark.parametrize(
@@ -194,13 +176,14 @@ def judge(folder: Path, children: list[Child], tally: Tally, alone: bool) -> Non
 )
 def test_races(tmp_path: Path, races: int, seed: int) -> None:
     """Four of ten are double starts, four resumes of a live run, two of Trainers."""
-    draw, tally = random.Random(seed), Tally()
+    draw, tally = random.Random(seed), Counter()
     kinds = [double_start, resume_of_live, double_start, resume_of_live, double_training]
     for number in range(races):
-        kinds[number % len(kinds)](tmp_path / f"race-{number}", draw, tally)
-    print(f"{races} races: of {tally.processes} processes {tally.entered} were in, {tally.told} were told who is")
-    assert tally.problems == []
-    assert tally.told > races
+        folder = tmp_path / f"race-{number}"
+        kinds[number % len(kinds)](folder, draw, tally)
+        assert not (folder / LOCK_FILE).exists(), "a lock was left behind"
+    print(f"{races} races: {dict(tally)}")
+    assert tally["told"] > races
 
 
 # ------------------------------------------------------------------ the lock by itself

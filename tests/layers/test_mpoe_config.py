@@ -34,7 +34,6 @@ from tests.assertions import refuses
         (MPOEConfig, {"shape": {"up": {"in_factors": [2], "out_factors": [3]}}}, ValueError, "missing ['down']"),
         (MPOEConfig, {"shape": {"upp": {}}}, ValueError, "did you mean 'up'"),
         (MPOEConfig, {"gauge": "symetric"}, ValueError, "did you mean 'symmetric'"),
-        (MPOEConfig, {"auxiliary_noise": -1.0}, ValueError, "auxiliary_noise"),
         (MPOEConfig, {"router": {"topk": 2}}, ValueError, "did you mean 'top_k'"),
         (MPOEConfig, {"num_experts": 2, "router": {"top_k": 3}}, ValueError, "at most num_experts = 2; got 3"),
         (MPOEConfig, {"target_modules": "fnn"}, ValueError, "did you mean 'ffn'"),
@@ -206,21 +205,31 @@ def gshard(**values):
     return TopKRouter(6, EXPERTS, RouterConfig.gshard(capacity_factor=None, eval_capacity_factor=None, **values))
 
 
-def shares(router, x):
-    """Probability of the second expert as a share of both."""
-    first, second = torch.softmax(x @ router.weight.T, -1).topk(2).values.unbind(-1)
-    return second / (first + second)
-
-
 @pytest.mark.parametrize("policy", ["all", "none", "threshold"])
-def test_second_choices_by_policy(policy):
-    router, x = gshard(second_policy=policy, second_threshold=0.48, init_scale=4.0), torch.randn(TOKENS, 6)
-    expected = {"all": torch.ones(TOKENS), "none": torch.zeros(TOKENS), "threshold": shares(router, x) > 0.48}[policy]
-    decision = router(x)
-    assert torch.equal(decision.kept[:, 1], expected.bool())
-    assert decision.kept[:, 0].all()
-    if policy == "threshold":
-        assert 0 < int(expected.sum()) < TOKENS
+@pytest.mark.parametrize("raw", [False, True])
+def test_gating_by_hand(policy, raw):
+    """Gates of the kept choices sum to 1, a lone one has the gradient of log p; dropped ones take no slot."""
+    router = gshard(second_policy=policy, second_threshold=0.48, init_scale=4.0, is_scale_prob=raw)
+    x, mask = torch.randn(TOKENS, 6), torch.arange(TOKENS) % 5 > 0
+    p, index = torch.softmax(x @ router.weight.T, -1).topk(2)
+    share = (p[:, 1] / p.sum(-1)).detach()
+    second = {"all": share > -1, "none": share > 2, "threshold": share > 0.48}[policy]
+    kept = torch.stack([torch.ones_like(second), second], 1)
+    gates = p * kept
+    if not raw:
+        gates = gates / torch.where(second, p.sum(-1), p[:, 0].detach())[:, None]
+    decision, factors = router(x), torch.randn(TOKENS, 2)
+    assert torch.equal(decision.top_k_index, index)
+    assert torch.equal(decision.kept, kept)
+    assert policy != "threshold" or 0 < int(second.sum()) < TOKENS
+    torch.testing.assert_close(decision.top_k_weights, gates)
+    found, wanted = (torch.autograd.grad((g * factors).sum(), router.weight) for g in (decision.top_k_weights, gates))
+    torch.testing.assert_close(found, wanted)
+    routing, used = router.route(decision, mask), kept & mask[:, None]
+    assert torch.equal(routing.expert_load.long(), torch.bincount(index[used], minlength=EXPERTS))
+    assert torch.equal(routing.slot_of_token >= 0, used)
+    tokens = torch.arange(TOKENS)[:, None].expand(-1, 2)
+    assert torch.equal(routing.token_of_slot[routing.slot_of_token[used]], tokens[used])
 
 
 def test_a_second_choice_at_the_threshold_is_dropped():
@@ -230,38 +239,11 @@ def test_a_second_choice_at_the_threshold_is_dropped():
 
 def test_random_policy_keeps_seconds_in_proportion_to_their_share():
     router, x = gshard(second_policy="random", second_threshold=0.8), torch.randn(1, 6).expand(20_000, 6)
-    expected = float(shares(router, x[:1]).detach()) / 0.8
+    p = torch.softmax(x[0] @ router.weight.T, -1).topk(2).values.tolist()
+    expected = p[1] / sum(p) / 0.8
     assert float(router(x).kept[:, 1].float().mean()) == pytest.approx(expected, abs=0.02)
     router.eval()
     assert router(x).kept.all()  # evaluation is repeatable: all are kept
-
-
-def test_gates_sum_to_one_over_the_kept_and_lone_ones_keep_their_gradient():
-    router, x = gshard(second_policy="threshold", second_threshold=0.48, init_scale=4.0), torch.randn(TOKENS, 6)
-    decision = router(x)
-    torch.testing.assert_close(decision.top_k_weights.sum(-1), torch.ones(TOKENS))
-    assert torch.equal(decision.top_k_weights == 0, ~decision.kept)
-    lone = ~decision.kept[:, 1]
-    (got,) = torch.autograd.grad(decision.top_k_weights[lone].sum(), router.weight, retain_graph=True)
-    log_p = torch.log_softmax(x[lone] @ router.weight.T, -1).max(-1).values
-    (expected,) = torch.autograd.grad(log_p.sum(), router.weight)
-    torch.testing.assert_close(got, expected)
-    raw = gshard(second_policy="all", is_scale_prob=True)
-    probabilities = torch.softmax(x @ raw.weight.T, -1)
-    torch.testing.assert_close(raw(x).top_k_weights, probabilities.topk(2).values)
-
-
-def test_dropped_choices_take_no_slot_and_no_capacity():
-    router, x = gshard(second_policy="threshold", second_threshold=0.48, init_scale=4.0), torch.randn(TOKENS, 6)
-    mask = torch.arange(TOKENS) % 5 > 0
-    decision = router(x)
-    routing = router.route(decision, mask)
-    kept = decision.kept & mask[:, None]
-    counts = torch.bincount(decision.top_k_index[kept], minlength=EXPERTS)
-    assert torch.equal(routing.expert_load.long(), counts)
-    assert torch.equal(routing.slot_of_token >= 0, kept)
-    tokens = torch.arange(TOKENS)[:, None].expand(-1, 2)
-    assert torch.equal(routing.token_of_slot[routing.slot_of_token[kept]], tokens[kept])
 
 
 @pytest.mark.parametrize(("training", "factor"), [(True, 1.25), (False, 2.0)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -211,20 +210,6 @@ def test_who_else_has_a_part_in_a_call_gets_the_ops(calls: list[str], kind: str)
             assert calls == []
 
 
-def test_another_backend_for_a_projection_gets_the_ops(calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x, chosen = made(), torch.randn(3, I), mixture.chosen_for
-
-    def eager_for_down(op: str, call: Any, *rest: Any) -> Any:
-        if call.out_features == I:
-            call.backend = "eager"
-        return chosen(op, call, *rest)
-
-    monkeypatch.setattr(mixture, "chosen_for", eager_for_down)
-    with torch.no_grad():
-        torch.testing.assert_close(layer(x), by_ops(layer, x))
-    assert calls == []
-
-
 @pytest.mark.parametrize("tokens", [1, 4, 300])
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_result_takes_the_place_of_what_nobody_needs(gated: bool, tokens: int) -> None:
@@ -297,17 +282,3 @@ def test_neurons_that_do_not_fit(changed: dict[str, Any], message: str) -> None:
     given |= {"neurons": mixture.Neurons(up, up, None, None, "relu"), "token_mask": None}
     with pytest.raises(ValueError, match=message):
         mixture.routed_neurons(**(given | changed))
-
-
-def test_threads_share_a_layer() -> None:
-    layer = made(gated=True)
-    inputs = [torch.randn(4, I) for _ in range(8)]
-    with torch.no_grad():
-        wanted = [by_ops(layer, x) for x in inputs]
-
-    def is_right(number: int) -> bool:
-        with torch.no_grad():
-            return all(torch.equal(layer(inputs[number]), wanted[number]) for _ in range(50))
-
-    with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(is_right, range(8)))

@@ -17,7 +17,7 @@ from mpoe.models.classes import decoding_bytes, kept_while_generating
 from tests.assertions import refuses
 from tests.cases import pairwise
 
-from .tiny_models import FAMILIES, MASK, batch
+from .tiny_models import FAMILIES, MASK, batch, stirred
 
 LOG = "mpoe.models.classes"
 LIGHT = {"shape": "light", "light_p": 4, "num_experts": 2}
@@ -82,7 +82,7 @@ def plain_tokens(model, **options) -> torch.Tensor:
     ),
 )
 def test_same_tokens(family, options, mode, converted, made):
-    model = converted(family, **LIGHT, auxiliary_noise=0.3)
+    model = stirred(converted(family, **LIGHT))
     with mode():
         plain = plain_tokens(model, **call(family, **options))
         assert made == []
@@ -119,7 +119,7 @@ def fused_step(model) -> None:
 @pytest.mark.parametrize("change", [swapped, fused_step])
 @pytest.mark.parametrize("bound", [None, 10**9])
 def test_changes_between_calls_are_noticed(change, bound, converted):
-    model = converted("gpt2", **LIGHT, auxiliary_noise=0.3)
+    model = stirred(converted("gpt2", **LIGHT))
     model.cache_experts(bound)
     before = model.generate(**call("gpt2"))
     logits = model(**batch("gpt2")).logits

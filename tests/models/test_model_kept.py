@@ -14,7 +14,6 @@ from mpoe.models.report import HEADER, kept_modules, routed_layers, summarize
 from mpoe.models.sites import FFNSite
 from mpoe.training import MPOETrainingArguments, build_param_groups
 from mpoe.training.freezing import GradientMask
-from mpoe.training.statistics import core_grad_norms
 from mpoe_kernels import MPOShape
 from tests.assertions import refuses
 
@@ -59,7 +58,6 @@ def test_masked_steps_leave_what_is_shared_alone(kind: str, family: str) -> None
             assert parameter.requires_grad
         elif free[name] is not None:
             assert torch.allclose(masked[name], free[name], rtol=1e-4, atol=1e-6), name
-    assert core_grad_norms(model).keys() == {"grad_norm_auxiliary"}
 
 
 @pytest.mark.parametrize("family", ["t5_gated", "bert_mlm", "llama"])
@@ -158,7 +156,6 @@ def test_rates(kind: str) -> None:
         assert found["auxiliary"]["lr"] == found["central"]["lr"] == 1.0
     asked = groups(auxiliary_lr_scale=0.5, central_lr_scale=0.25)
     assert asked["auxiliary"]["lr"] == 0.5
-    assert {group["rate_ratio"] for group in asked.values()} == {1.0}
     biases = 0 if kind == "hidden" else 2 * 4 * 8
     report = model.parameter_report()
     assert sum(p.numel() for p in asked["auxiliary"]["params"]) == report["auxiliary"] - biases

@@ -117,17 +117,24 @@ def diverged(folder: Path) -> dict[str, Any]:
 
 
 def _plain_loop(
-    model: Any, family: str, step: Callable[[torch.Tensor], None], optimizer: Any, bf16: bool = False
+    model: Any,
+    family: str,
+    step: Callable[[torch.Tensor], None],
+    optimizer: Any,
+    bf16: bool = False,
+    numbers: range = range(STEPS),
+    seed: int = MASK["seed"],
+    after: Callable[[int], None] = lambda number: None,
 ) -> dict[str, Any]:
     """The loop of a user: mask, loss over the global batch, backward, optimizer."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    rows = Rows(family, rows=STEPS * BATCH)
+    rows = Rows(family, rows=numbers.stop * BATCH)
     inner = getattr(model, "module", model)
     watch = Watch(inner)
-    mask = GradientMask(inner, MASK["probability"] if watch.cores else 0.0, MASK["seed"])
+    mask = GradientMask(inner, MASK["probability"] if watch.cores else 0.0, seed)
     losses, masked = [], []
     model.train()
-    for number in range(STEPS):
+    for number in numbers:
         batch = [rows[number * BATCH + i] for i in range(rank, BATCH, ranks)]
         inputs = {name: torch.stack([row[name] for row in batch]) for name in batch[0]}
         watch.on_step_begin(None, None, None)
@@ -143,6 +150,7 @@ def _plain_loop(
         if ranks > 1:
             dist.all_reduce(mean)
         losses.append(float(mean) / ranks)
+        after(number + 1)
     return {"losses": losses, "masked": masked, "moved": watch.moved}
 
 
@@ -189,35 +197,26 @@ def by_sharding(
 
 LOOP_STEPS, SAVED = 6, 2
 # Masks the first two steps: in the checkpoint after them the central cores have no optimizer state yet.
-LOOP_MASK = {"probability": 0.5, "seed": 0}
+LOOP_SEED = 0
 
 
 def kept_loop(folder: Path, kill_after: int | None = None) -> list[float]:
     """A sharded loop that keeps checkpoints: losses of the steps from the last one in the folder on, or of all."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
     checkpoint = find_last_checkpoint(folder)
     model = shard_model(load_mpoe(checkpoint).train() if checkpoint else mpoe_model("t5"))
     optimizer = torch.optim.AdamW(build_param_groups(model, arguments("unused")))
     start = load_sharded_optimizer(model, optimizer, checkpoint) if checkpoint else 0
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.8**step, last_epoch=start - 1)
-    mask, rows, losses = GradientMask(model, **LOOP_MASK), Rows("t5", rows=LOOP_STEPS * BATCH), []
-    for step in range(start, LOOP_STEPS):
-        batch = [rows[step * BATCH + i] for i in range(rank, BATCH, ranks)]
-        inputs = {name: torch.stack([row[name] for row in batch]) for name in batch[0]}
-        with mask.step(step), global_batch():
-            loss = rank_share(model(**inputs), inputs["labels"], model)
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+
+    def after(step: int) -> None:
         schedule.step()
-        total = loss.detach().clone()
-        dist.all_reduce(total)
-        losses.append(float(total) / ranks)
-        if step + 1 == SAVED:
-            save_sharded_checkpoint(model, optimizer, folder, step + 1)
-        if step + 1 == kill_after and rank == ranks - 1:
+        if step == SAVED:
+            save_sharded_checkpoint(model, optimizer, folder, step)
+        if step == kill_after and dist.get_rank() == dist.get_world_size() - 1:
             os.kill(os.getpid(), signal.SIGKILL)
+
+    options: Any = {"numbers": range(start, LOOP_STEPS), "seed": LOOP_SEED, "after": after}
+    losses: list[float] = _plain_loop(model, "t5", torch.Tensor.backward, optimizer, **options)["losses"]
     return losses
 
 

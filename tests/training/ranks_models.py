@@ -1,6 +1,6 @@
-"""One rank's part of tests with two: `torchrun -m tests.training.ranks_models hidden|neurons|choices [FOLDER]`.
+"""One rank's part of tests with two: `torchrun -m tests.training.ranks_models neurons|choices [FOLDER]`.
 
-Hidden-side experts split over the ranks; neurons under DDP, FSDP2 and a split network; ranks whose clocks disagree.
+Neurons under DDP, FSDP2 and a split network; ranks whose clocks disagree.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, global_batch, shard_model
-from mpoe.models.report import hidden_modules, kept_modules, routed_layers
-from mpoe.training import split_hidden_experts
+from mpoe.models.report import kept_modules, routed_layers
 from mpoe_kernels.contract import autotune
 
 from .tiny import LAST, make_trainer, preferring, weights
@@ -36,8 +35,7 @@ def mixture(**config: Any) -> Any:
         LlamaForCausalLM(LlamaConfig(**SIZES)), MPOEConfig(num_experts=4, expert_bias=True, **config)
     )
     for layer in kept_modules(model).values():
-        for parameter in [layer.experts.down] if config["shape"] == "neurons" else layer.experts.parameters():
-            torch.nn.init.normal_(parameter, std=0.4)
+        torch.nn.init.normal_(layer.experts.down, std=0.4)
     return model
 
 
@@ -70,16 +68,6 @@ def group() -> Any:
     """The mesh of all ranks, which now know one another."""
     dist.init_process_group("gloo")
     return init_device_mesh("cpu", (dist.get_world_size(),))
-
-
-def hidden() -> None:
-    mesh = group()
-    for per_group in (True, False):
-        alone = mixture(shape="hidden", block_size=8, block_per_group=per_group, router=RouterConfig(top_k=2))
-        split = split_hidden_experts(copy.deepcopy(alone), mesh)
-        layer = next(iter(hidden_modules(split).values()))
-        assert layer.experts.auxiliary["right"].to_local().shape[1] == (2 if per_group else 1)
-        check(step(alone), step(split), f"block per group {per_group}")
 
 
 def neurons() -> None:
@@ -150,6 +138,6 @@ def choices() -> None:
 
 
 if __name__ == "__main__":
-    {"hidden": hidden, "neurons": neurons, "choices": choices}[sys.argv[1]]()
+    {"neurons": neurons, "choices": choices}[sys.argv[1]]()
     dist.destroy_process_group()
     print("alike")

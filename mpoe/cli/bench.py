@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from mpoe.cli.command import Asked, CommandError, as_command, option
 from mpoe.cli.models import RESULTS_FILE, check_output, write_json
+from mpoe.models.weight_files import write_text
 
 REPORT_FILE = "report.md"
 INCOMPLETE_FILE = "incomplete.json"
@@ -53,8 +54,6 @@ def _measure(options: BenchOptions) -> dict[str, Any]:
     import pytest_benchmark  # noqa: F401 - an extra, see pyproject.toml
     from mpoe_bench.run import run_suite
     from mpoe_bench.tables import HOW_TO_READ, machine_table, markdown_report, table_of, target_table, text_of
-
-    from mpoe.models.weight_files import write_text
 
     suite, out, terminal = options.suite, options.out, sys.stdout
     width = shutil.get_terminal_size().columns if terminal.isatty() else PIPE_WIDTH

@@ -258,13 +258,12 @@ def show_help(usage: str, about: str, groups: Sequence[type], first: Mapping[str
         print("\n".join([f"Usage: {usage}", "", about, "", *(f"  --{n:{width}}{words}" for n, words in first.items())]))
         print(f"\nAll others, with their defaults: {' '.join(usage.split()[:2])} --help all")
         return
-    declared: dict[bool, set[str]] = {True: set(), False: set()}  # by Transformers, and here
-    for base in (base for kind in groups for base in kind.__mro__):
-        declared[base.__module__.startswith("transformers.")] |= set(vars(base).get("__annotations__", ()))
-    inherited = sorted(declared[True] - declared[False])
-    more = f"And every option of transformers.TrainingArguments: {', '.join(inherited)}" if inherited else ""
-    spelling = "Options are spelled --like_this or --like-this."
-    parser = make_parser(groups, usage=usage, description=f"{about} {spelling}", epilog=more)
+    parser = make_parser(groups, usage=usage, description=f"{about} Options are spelled --like_this or --like-this.")
+    bases = [base for kind in groups for base in kind.__mro__ if not base.__module__.startswith("transformers.")]
+    ours = {name for base in bases for name in vars(base).get("__annotations__", ())}
+    inherited = sorted({action.dest for action in parser._actions} - ours)
+    if inherited:
+        parser.epilog = f"And every option of transformers.TrainingArguments: {', '.join(inherited)}"
     for action in parser._actions:
         action.help = argparse.SUPPRESS if action.dest in inherited else action.help
     parser.print_help()

@@ -199,12 +199,10 @@ def compose_experts(
             raise CommandError(f"remove must name experts of the mixture, {', '.join(known)}; got {unknown[0]}")
         experts = [expert for expert in there if expert.name not in options.remove]
         top_k = MPOEConfig.from_dict(read_mapping(Path(options.add) / "config.json", "configuration")["mpoe"]).top_k
-    own: list[Any] = [None if is_adapter(name) else load_expert(name) for name in names]
     by_name: dict[str, Any] = {}
-    for place, (name, read) in enumerate(zip(names, texts, strict=False)):
-        own[place] = own[place] or _fitted(base, name, read, tokenizer, options)
-        by_name[own[place].name] = read
-    experts += own
+    for name, read in zip(names, texts or [None] * len(names), strict=True):
+        experts.append(_fitted(base, name, read, tokenizer, options) if is_adapter(name) else load_expert(name))
+        by_name |= {} if read is None else {experts[-1].name: read}
     if options.merge:
         merged = merge_expert(base, experts, weight=1 / max(1, len(experts)))
         with models.model_folder(out, merged, tokenizer):

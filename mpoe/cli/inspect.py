@@ -100,7 +100,7 @@ def command(asked: Asked) -> None:
     load = expert_load(model, items, tokenizer) if routes else []
     _report(folder, name, model, routes, load, counted, worth)
     if worth is not None:
-        print("\n".join(f"{row[0]}: {row[1]} of tokens, {row[4]} nats if removed" for row in worth_rows(worth)))
+        worth_table(worth).show()
         print(f"the mixture has {worth.loss:.3f} nats per token, {worth.loss - worth.oracle:.3f} more than the oracle")
     print(f"report and numbers are in {folder}; open {folder / REPORT_FILE}")
 
@@ -110,10 +110,8 @@ def _items(style: str, options: InspectOptions, tasks: Sequence[Task], tokenizer
     share = -(-options.num_items // len(tasks))
     if style != ENCODER:
         return [item for task in tasks for item in encode_task(task, options.split, tokenizer, share, style)]
-    texts = [example.source for task in tasks for example in task.examples(options.split)[:share]]
-    encoded = tokenizer(texts, truncation=True, max_length=128)
-    names = ("input_ids", "attention_mask")
-    return [dict(zip(names, item, strict=True)) for item in zip(*(encoded[name] for name in names), strict=True)]
+    texts = (example.source for task in tasks for example in task.examples(options.split)[:share])
+    return [dict(tokenizer(t, truncation=True, max_length=128, return_token_type_ids=False)) for t in texts]
 
 
 def _worth(folder: Path, model: Any, tokenizer: Any, items: list[dict[str, Any]], texts: Sequence[str]) -> Worth | None:
@@ -130,10 +128,12 @@ def _worth(folder: Path, model: Any, tokenizer: Any, items: list[dict[str, Any]]
     return composed_worth(model, classes, [collate(part) for part in parts])
 
 
-def worth_rows(worth: Worth) -> list[list[str]]:
+def worth_table(worth: Worth) -> report.Table:
     """Share of tokens, loss alone, loss without and what removing adds, by expert."""
     parts = zip(worth.names, worth.share, worth.alone, worth.removed, strict=True)
-    return [[n, f"{s:.0%}", f"{a:.3f}", f"{r:.3f}", f"{r - worth.loss:+.3f}"] for n, s, a, r in parts]
+    rows = [[n, f"{s:.0%}", f"{a:.3f}", f"{r:.3f}", f"{r - worth.loss:+.3f}"] for n, s, a, r in parts]
+    rows += [["the mixture", "", f"{worth.loss:.3f}", "", ""], ["oracle", "", f"{worth.oracle:.3f}", "", ""]]
+    return report.Table(("expert", "tokens", "alone", "without", "removed"), rows)
 
 
 def _spectra(model: Any) -> dict[str, dict[str, list[Any]]]:
@@ -172,9 +172,7 @@ def _report(
         names = [f"{k} {own}".strip() for k, own in enumerate(named)]
         add("Which expert took which token", report.routes_html(routes, names))
     if worth is not None:
-        whole = [["the mixture", "", f"{worth.loss:.3f}", "", ""], ["oracle", "", f"{worth.oracle:.3f}", "", ""]]
-        table = report.Table(("expert", "tokens", "alone", "without", "removed"), [*worth_rows(worth), *whole])
-        add("What each expert is worth", table.html(), words=worth.tokens)
+        add("What each expert is worth", worth_table(worth).html(), words=worth.tokens)
     if load:
         add("Expert load", report.load_map(load, layers), words=counted)
     spectra = _spectra(model)

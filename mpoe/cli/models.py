@@ -7,16 +7,29 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import transformers
+from huggingface_hub import constants
+from transformers.utils import logging
 
 from mpoe.cli.command import CommandError, close_matches
+from mpoe.data.embedded import stand_in_path
+from mpoe.data.mappings import read_mapping
+from mpoe.data.task import Task
+from mpoe.models import load_mpoe
+from mpoe.models.classes import classes_of
+from mpoe.models.others import CARD_FILE, may_write_card
 from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ, TABLE, TYPE_PREFIX, known_type
-
-if TYPE_CHECKING:
-    from mpoe.data.task import Task
+from mpoe.models.weight_files import check_weight_files, write_text
+from mpoe.training.output_dir import check_folder
+from mpoe.training.run_lock import hold
 
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*")
 STAND_INS = ("t5", "gpt2")
@@ -54,8 +67,6 @@ def find(name: str) -> Source:
     Raises:
         ValueError: as `read_configuration`, or an unsupported family.
     """
-    from mpoe.data.embedded import stand_in_path
-
     values = read_configuration(name)
     names = values.get("architectures")
     architecture = str(names[0]) if isinstance(names, list) and names else ""
@@ -68,9 +79,6 @@ def read_configuration(name: str, others: Iterable[str] = ()) -> dict[str, Any]:
     Raises:
         ValueError: nothing of that name, a folder without a model, a broken configuration.
     """
-    from mpoe.data.embedded import stand_in_path
-    from mpoe.data.mappings import read_mapping
-
     folder = stand_in_path(name) if name in STAND_INS else Path(name)
     if folder.exists() and not folder.is_dir():
         raise CommandError(f"model must be a folder, a hub name, t5 or gpt2; {folder} is a file")
@@ -80,10 +88,8 @@ def read_configuration(name: str, others: Iterable[str] = ()) -> dict[str, Any]:
         return read_mapping(folder / "config.json", "configuration")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or _beside(name):
         raise CommandError(f"model: no such folder: {name}{close_matches(Path(name).name, _beside(name))}")
-    from transformers import PreTrainedConfig
-
     try:
-        values, _ = PreTrainedConfig.get_config_dict(name, local_files_only=not _hub_answers())
+        values, _ = transformers.PreTrainedConfig.get_config_dict(name, local_files_only=not _hub_answers())
         return dict(values)
     except (OSError, ValueError) as error:
         known = [*STAND_INS, *others, *(path.name for path in Path().iterdir() if path.is_dir())]
@@ -102,12 +108,6 @@ def _beside(name: str) -> list[str]:
 
 def _hub_answers() -> bool:
     """Whether the hub can be reached; its library would try for 30 s. Not asked offline or through a proxy."""
-    import socket
-    from urllib.parse import urlsplit
-    from urllib.request import getproxies
-
-    from huggingface_hub import constants
-
     host = urlsplit(constants.ENDPOINT)
     if constants.HF_HUB_OFFLINE or getproxies():
         return True
@@ -121,10 +121,8 @@ def _hub_answers() -> bool:
 def labels_for(source: Source, task: Task) -> tuple[str, ...]:
     """The labels that an encoder's head tells apart, in its order: the model's own if they are the task's, otherwise
     the task's; none for numbers."""
-    from transformers import AutoConfig
-
     if source.is_classifier:
-        own = tuple(AutoConfig.from_pretrained(source.path).id2label.values())
+        own = tuple(transformers.AutoConfig.from_pretrained(source.path).id2label.values())
         if set(own) == set(task.labels):
             return own
     return task.labels
@@ -138,8 +136,6 @@ def load_model(source: Source, labels: Sequence[str] | None = None) -> Any:
     Raises:
         ValueError: weights that are missing, damaged, or do not match the configuration.
     """
-    from transformers.utils import logging
-
     logging.disable_progress_bar()  # of weight files; the Trainer's own bars stay
     options: dict[str, Any] = {}
     if labels is not None:
@@ -148,17 +144,9 @@ def load_model(source: Source, labels: Sequence[str] | None = None) -> Any:
         options = {"num_labels": len(names), "problem_type": kind, "ignore_mismatched_sizes": True}
         options |= {"id2label": names, "label2id": {name: index for index, name in names.items()}}
     if source.is_mpoe and options:
-        from mpoe.models.classes import classes_of
-
         classes_of(source.model_type.removeprefix(TYPE_PREFIX))  # which registers them with the Auto classes
     elif source.is_mpoe:
-        from mpoe.models import load_mpoe
-
         return load_mpoe(source.path).eval()
-    import transformers
-
-    from mpoe.models.weight_files import check_weight_files
-
     auto = {SEQ2SEQ: "AutoModelForSeq2SeqLM", CAUSAL: "AutoModelForCausalLM", ENCODER: "AutoModel"}[source.style]
     if source.is_classifier or options:
         auto = "AutoModelForSequenceClassification"
@@ -185,8 +173,6 @@ def load_tokenizer(source: Source) -> Any:
     Raises:
         CommandError: there is none.
     """
-    import transformers
-
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.path)
     except Exception as error:  # the tokenizers library raises bare ones
@@ -205,8 +191,6 @@ _STAGING = ".incomplete-model"
 
 def write_json(path: Path, values: Any) -> None:
     """Write JSON with `mpoe.models.weight_files.write_text`."""
-    from mpoe.models.weight_files import write_text
-
     write_text(path, json.dumps(values, indent=2, default=str) + "\n")
 
 
@@ -221,8 +205,6 @@ def publish_model(folder: Path) -> None:
     The old ``config.json`` is removed first and the new one is moved last, so a kill in between leaves nothing that can
     be loaded. A user's own model card is kept.
     """
-    from mpoe.models.others import CARD_FILE, may_write_card
-
     staging = staging_folder(folder)
     files = sorted(path for path in staging.rglob("*") if path.is_file())
     for path in files:
@@ -257,7 +239,6 @@ def check_output(
         CommandError: it holds files of the patterns ``others`` (of models and runs), or without ``overwrite`` of the
             patterns ``own``, which are ``what``.
     """
-    from mpoe.training.output_dir import check_folder
 
     def holds(patterns: Iterable[str]) -> bool:
         return any(any(folder.glob(pattern)) for pattern in patterns)
@@ -274,8 +255,6 @@ def check_output(
 def model_folder(folder: Path, *parts: Any) -> Iterator[Path]:
     """A staging folder into which the ``parts`` (model, tokenizer; None is left out) are saved; its files are in
     ``folder`` when the block ends without an error."""
-    from mpoe.training.run_lock import hold
-
     with hold(folder):
         staging = staging_folder(folder)
         shutil.rmtree(staging, ignore_errors=True)  # left by a killed process

@@ -61,10 +61,6 @@ class PlanOptions:
         """Number of products of a dense linear in the step: the output and, in training, the two gradients."""
         return 1 if self.inference else 3
 
-    @property
-    def itemsize(self) -> int:
-        return DTYPES[self.dtype].itemsize
-
 
 @as_command("mpoe plan MODEL_OR_CONFIG [--flag value ...]", PlanOptions, ExpertOptions, words=(1, 1))
 def command(asked: Asked) -> None:
@@ -176,7 +172,7 @@ class Cost:
         """For JSON: with the bytes of weights and of the training's state, and FLOPs relative to those of ``dense``."""
         return {
             **vars(self),
-            "weight_bytes": self.parameters * work.itemsize,
+            "weight_bytes": self.parameters * DTYPES[work.dtype].itemsize,
             "state_bytes": 0 if work.inference else self.parameters * STATE_BYTES,
             "x_dense": self.flops / dense.flops if dense is not None and dense.flops else None,
         }

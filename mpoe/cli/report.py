@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment
 from markupsafe import Markup
+from rich.console import Console
+from rich.table import Table as Drawn
+from rich.text import Text
 
 from mpoe.models.weight_files import write_text
 
@@ -96,10 +99,6 @@ class Table:
 
     def show(self, least_width: int = 0) -> None:
         """Print it, at least ``least_width`` wide where the width is unknown, as in a pipe; then how to read it."""
-        from rich.console import Console
-        from rich.table import Table as Drawn
-        from rich.text import Text
-
         console = Console()
         if not console.is_terminal and least_width:
             console = Console(width=max(console.width, least_width))
@@ -163,12 +162,17 @@ Records = Sequence[Mapping[str, Any]]  # of a run's ``metrics.jsonl``
 Spectra = Mapping[str, Mapping[str, Sequence["BondSpectrum"]]]
 
 
-def _new(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
-    """A figure of so many inches, and its axes ``[rows, columns]``."""
+def _new(panels: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    """A figure, and the axes of its panels, each of so many inches."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=144, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    columns = max(1, min(columns, panels))
+    rows = max(1, -(-panels // columns))
+    figure = Figure(figsize=(width * columns, height * rows), dpi=144, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in grid[panels:]:
+        axes.set_axis_off()
+    return figure, grid
 
 
 def png(figure: Any) -> bytes:
@@ -206,8 +210,8 @@ def curves(runs: Mapping[str, Records]) -> Any:
                 name = ", ".join(filter(None, (run if len(runs) > 1 else "", label))) or "all tasks"
                 if line:
                     panels.setdefault(panel, {})[name] = line
-    figure, grid = _new(max(4.2 * len(panels), 4.2), 3.2, 1, max(1, len(panels)))
-    for axes, (panel, drawn) in zip(grid[0], panels.items(), strict=False):
+    figure, grid = _new(len(panels), 2, 4.6, 3.2)
+    for axes, (panel, drawn) in zip(grid, panels.items(), strict=False):
         for (name, points), colour in zip(drawn.items(), itertools.cycle(COLOURS)):
             steps, values = zip(*points, strict=True)
             width = max(1, len(values) // 12)
@@ -225,7 +229,7 @@ def load_map(load: Sequence[Sequence[float]], names: Sequence[str]) -> Any:
     for each layer, with numbers where they can be read."""
     shares = [[100 * count / (sum(layer) or 1.0) for count in layer] for layer in load]
     experts = len(shares[0])
-    figure, ((axes,),) = _new(8.0, 1.4 + 0.28 * len(load))
+    figure, (axes,) = _new(1, 1, 8.0, 1.4 + 0.28 * len(load))
     high = max(map(max, shares))
     image = axes.imshow(shares, aspect="auto", cmap="Blues", vmin=0.0, vmax=high)
     axes.set_yticks(range(len(names)), names, fontsize=8)
@@ -248,12 +252,8 @@ def spectrum_lines(spectra: Spectra) -> Any:
         for kind, weights in spectra.items()
         for k in range(max(map(len, weights.values())))
     }
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, grid = _new(2.6 * columns, 2.5 * rows, rows, columns)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_axis_off()
-    for axes, (title, layers) in zip(grid.flat, panels.items(), strict=False):
+    figure, grid = _new(len(panels), 4, 2.6, 2.5)
+    for axes, (title, layers) in zip(grid, panels.items(), strict=False):
         for depth, bond in enumerate(layers):
             values = (bond.singular_values / bond.singular_values[:, :1].clamp_min(1e-300)).mean(0).clamp_min(1e-6)
             shade = colormaps["viridis"](depth / len(layers))

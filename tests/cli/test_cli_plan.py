@@ -265,12 +265,9 @@ def test_refusals_of_files(refused, tmp_path: Path) -> None:
     assert "holds no config.json" in refused("plan", tmp_path)
     config = tmp_path / "config.json"
     for text, message in (
-        ("{", "config.json, line 1, column 2: bad JSON"),
-        ("[]", "expected a mapping of names to values; got list"),
         ('{"model_type": "mamba"}', "of the family 'mamba', which mpoe does not know; it knows t5, "),
         ('{"model_type": "t5", "d_model": "wide"}', "'d_model'"),
         ('{"model_type": "gpt2", "n_embd": 8, "n_head": 3}', "builds no MPOEGPT2LMHeadModel"),
-        ("\xe9", "the configuration must be UTF-8 text; byte 0 of"),
     ):
         config.write_text(text, encoding="latin-1")
         assert message in refused("plan", tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import shlex
@@ -17,8 +16,7 @@ import pytest
 import mpoe
 import mpoe.data
 import mpoe_kernels
-from mpoe import MPOEConfig, load_mpoe
-from mpoe.cli.plan import PlanOptions, build, costs, count, read_values, scaled
+from mpoe import load_mpoe
 from mpoe.data.embedded import stand_in_path
 from mpoe.data.tasks import standard_specs
 
@@ -169,49 +167,6 @@ def test_the_tree_is_whole(lacks) -> None:
 
 PAGE = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
 LINES = [line for block in blocks(PAGE, "bash") for line in block.splitlines()]
-
-
-def all_reduce(size: float, nodes: int, gpus: int) -> tuple[float, float]:
-    """Bytes that a device sends inside its node and to other nodes, so that ``size`` bytes are summed over all."""
-    return 2 * (gpus - 1) / gpus * size, 2 * (nodes - 1) / nodes * size / gpus
-
-
-def sizes_of(experts: int, nodes: int, gpus: int = 8, tokens: int = 4096) -> dict[str, list[str]]:
-    """The table's cells by design, by the page's formulas from the parameters that `mpoe plan` counts."""
-    model = build("t5-large", read_values("t5-large"), MPOEConfig(num_experts=experts, shape="separable"))
-    totals = costs(model, PlanOptions(tokens))["totals"]
-    mpoe, switch = (totals["whole"][design]["parameters"] for design in ("mpoe", "switch"))
-    dense = totals["converted"]["dense"]["parameters"]
-    slower = 1 if nodes > 1 else 0  # the link between nodes, or inside the only one
-    group = math.gcd(experts, nodes * gpus)
-    own, rest = dense * (experts // group), switch - dense * experts
-    inside = min(group, gpus)
-    sent = 4 * 48 * tokens * 1024 * 2
-    exchanged = (inside - 1) / group * sent, (group - inside) / group * sent
-    replicas = max(1, gpus // group)
-    shared, replicated = (
-        all_reduce(4 * rest, nodes, gpus),
-        all_reduce(4 * own, nodes * gpus // group // replicas, replicas),
-    )
-    summed, ours = shared[slower] + replicated[slower], all_reduce(4 * mpoe, nodes, gpus)[slower]
-    even = max(0.0, (ours - summed) / exchanged[slower]) * tokens
-
-    def row(parameters: int, exchanged: float, gradients: float) -> list[str]:
-        return [count(parameters), scaled(16 * parameters, "B"), scaled(exchanged, "B"), scaled(gradients, "B")]
-
-    return {
-        "MPOE": [*row(mpoe, 0, ours), ""],
-        f"Switch over {group}": [*row(own + rest, exchanged[slower], summed), f"{even:,.0f}"],
-    }
-
-
-def test_the_table_is_what_its_formulas_give() -> None:
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitlines() if line.startswith("| ")]
-    rows = [row for row in rows if row[0] in ("64", "512")]
-    assert len(rows) == 7
-    for experts, devices, design, *cells in rows:
-        nodes = 512 if devices == "any" else int(devices.replace(",", "")) // 8
-        assert sizes_of(int(experts), nodes)[design] == cells
 
 
 def launch(folder: Path, example: bool) -> str:

@@ -81,7 +81,7 @@ ARMS = {
 # Options by model, and rates of the baselines and of the mixtures, chosen on the validation items: of T5 from .001,
 # .0015 and .002 with 200 steps of two seeds.
 SETTINGS = {
-    "t5": ("--tasks doc_module --max_steps 120 --per_device_train_batch_size 32", "1e-3", "1.5e-3"),
+    "t5": ("--tasks doc_module --max_steps 200 --per_device_train_batch_size 32", "1e-3", "1.5e-3"),
     "gpt2": ("--tasks doc_lm --max_steps 60 --per_device_train_batch_size 16", "3e-4", "3e-4"),
 }
 _ALIKE = "--lr_scheduler_type cosine --warmup_steps 0.05 --weight_decay 0.01 --logging_steps 5 --eval_strategy no"

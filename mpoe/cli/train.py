@@ -17,13 +17,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import (
-    DataCollatorForSeq2Seq,
-    DataCollatorWithPadding,
-    PrinterCallback,
-    ProgressCallback,
-    set_seed,
-)
 
 from mpoe.cli import models
 from mpoe.cli.command import Asked, CommandError, as_command
@@ -196,14 +189,14 @@ def _settle_expert(plan: Plan, source: Source) -> None:
 
 def _prepare_model(source: Source, config: Any, plan: Plan, labels: Sequence[str] | None) -> Any:
     """The model to train: converted, unless it already is or stays dense; an encoder with a head for ``labels``."""
-    set_seed(plan.arguments.seed)  # for a new head
+    transformers.set_seed(plan.arguments.seed)  # for a new head
     model = models.load_model(source, labels)
     if config is not None and plan.run.baseline == WIDER:
         hidden = hidden_size_as_mixture(model, config)
         model = widened(model, hidden)
         print(f"baseline wider: hidden size {hidden}, {sum(p.numel() for p in model.parameters()):,} parameters")
     elif config is not None:
-        set_seed(plan.arguments.seed)  # for the routers
+        transformers.set_seed(plan.arguments.seed)  # for the routers
         model = convert_to_mpoe(model, config)
     take_layers(model, plan.run)
     return model
@@ -235,15 +228,17 @@ def make_trainer(
     """An `MPOETrainer` over the items; it has its metrics and checkpoints in ``output_dir``."""
     from mpoe.training import MPOETrainer
 
+    collator = transformers.DataCollatorWithPadding if is_classifier(model) else transformers.DataCollatorForSeq2Seq
     trainer = MPOETrainer(
         model=model,
         args=arguments,
         train_dataset=items,
         eval_dataset=next(iter(validation.values())) if len(validation) == 1 else validation,
-        data_collator=(DataCollatorWithPadding if is_classifier(model) else DataCollatorForSeq2Seq)(tokenizer),
+        data_collator=collator(tokenizer),
         processing_class=tokenizer,
     )
-    for shown in (ProgressCallback, PrinterCallback):  # a line for each log call, in place of bars and dictionaries
+    # a line for each log call, in place of bars and dictionaries
+    for shown in (transformers.ProgressCallback, transformers.PrinterCallback):
         trainer.remove_callback(shown)
     trainer.add_callback(LogLineCallback(partial(print, flush=True)))
     return trainer

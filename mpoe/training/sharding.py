@@ -5,7 +5,7 @@ runs and freed after it. The rest (embeddings, last norm, head) is another unit.
 along their first axis; kernels see whole cores, because they run inside a gathered block.
 
 Checkpoints hold whole weights and optimizer state, from which any number of ranks can continue: parameters are gathered
-one at a time, and only the first rank keeps their state; on loading every rank reads its own shard.
+one at a time, and only the first rank keeps their state; on loading every rank reads all of it and keeps its own shard.
 """
 
 from __future__ import annotations
@@ -131,7 +131,9 @@ def save_sharded_checkpoint(
 
     def gathered(value: Any) -> Any:
         whole = value.full_tensor() if isinstance(value, DTensor) else value  # all ranks take part
-        return whole.cpu() if first and isinstance(whole, Tensor) else whole if first else None
+        if not first:
+            return None
+        return whole.cpu() if isinstance(whole, Tensor) else whole
 
     # A parameter that has not been trained yet, such as a masked central core, has no state.
     numbered = {k: {name: gathered(value) for name, value in own.items()} for k, own in state["state"].items()}

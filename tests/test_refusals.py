@@ -24,7 +24,6 @@ from mpoe.layers import (
 )
 from mpoe.layers.context import check_mask
 from mpoe.layers.cores import MPOCores
-from mpoe.layers.drop_in import linear_weight
 from mpoe.models import load_layers
 from mpoe.training.checkpoints import step_of
 from mpoe.training.freezing import freeze_all_but_experts, freeze_cores
@@ -91,7 +90,12 @@ CASES: list[tuple[Callable[[], object], type[Exception] | tuple[type[Exception],
     (lambda: MPOEConfig(shape_pattern={"(": 2}), ValueError, r"shape_pattern must hold regular .*'\('"),
     (lambda: RouterConfig(is_scale_prob=1), TypeError, "is_scale_prob must be True or False; got int 1"),
     (lambda: load_balancing_loss(torch.ones(3), torch.ones(3, 1)), ValueError, r"logits must be .*; got \[3\]"),
-    (lambda: linear_weight(nn.ReLU()), TypeError, r"expected an nn\.Linear or a Conv1D; got ReLU"),
+    (
+        lambda: MPOEmbedding.from_embedding(nn.Linear(2, 2)),
+        TypeError,
+        r"embedding must be an nn\.Embedding; got Linear",
+    ),
+    (lambda: MPOLinear.from_linear(nn.ReLU()), TypeError, r"expected an nn\.Linear or a Conv1D; got ReLU"),
     (lambda: TopKRouter(4, 2)(torch.ones(4)), ValueError, r"x must be \[T, I\] with I = 4; got \[4\]"),
     (lambda: merge_experts(gpt2()), TypeError, "model must be an MPOE model .*; got GPT2LMHeadModel"),
     (lambda: load_layers(gpt2(), ".", ["mlp"]), TypeError, "model must be an MPOE model"),

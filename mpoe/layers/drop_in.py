@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mpoe.config.checks import check_integer, check_type
 from mpoe.layers.cores import MPOCores
-from mpoe_kernels import MPOShape, mpo_embedding, mpo_linear
+from mpoe_kernels import MPOBlocks, MPOShape, mpo_embedding, mpo_linear
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -77,6 +77,26 @@ class MPOLinear(nn.Module):
         self.cores = MPOCores(shape, 1, bias, 0.02 if init_std is None else init_std, device=device, dtype=dtype)
         self.backend = backend
 
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        shape: MPOShape | None = None,
+        gauge: str = "symmetric",
+        backend: str | None = None,
+    ) -> MPOLinear:
+        """Decompose an `nn.Linear` or `Conv1D`; ``shape=None`` takes the paper's factors at full bonds (lossless)."""
+        weight = linear_weight(linear)
+        rows, columns = weight.shape
+        shape = MPOShape.paper(rows, columns) if shape is None else shape
+        bias = getattr(linear, "bias", None)
+        module = cls(shape, None, bias is not None, backend, device=weight.device, dtype=weight.dtype)
+        module.cores.load_weight_(weight, gauge)
+        if bias is not None:
+            with torch.no_grad():
+                module.cores.bias.copy_(bias)  # type: ignore[union-attr]
+        return module.train(linear.training)
+
     @property
     def in_features(self) -> int:
         return self.cores.in_features
@@ -133,6 +153,22 @@ class MPOEmbedding(nn.Module):
         self.cores = MPOCores(shape, 1, False, init_std, device=device, dtype=dtype)
         self.padding_idx, self.backend = padding_idx, backend
 
+    @classmethod
+    def from_embedding(
+        cls,
+        embedding: nn.Embedding,
+        shape: MPOShape | None = None,
+        gauge: str = "symmetric",
+        backend: str | None = None,
+    ) -> MPOEmbedding:
+        """Decompose an `nn.Embedding`; ``shape=None`` takes automatic factors, with a padded vocabulary, lossless."""
+        check_type("embedding", embedding, nn.Embedding, "an nn.Embedding")
+        weight = embedding.weight
+        shape = MPOShape.automatic(*weight.shape) if shape is None else shape
+        module = cls(shape, embedding.padding_idx, backend, device=weight.device, dtype=weight.dtype)
+        module.cores.load_weight_(weight, gauge)
+        return module.train(embedding.training)
+
     @property
     def num_embeddings(self) -> int:
         return self.cores.in_features
@@ -146,6 +182,10 @@ class MPOEmbedding(nn.Module):
         """The table ``[num_embeddings, embedding_dim]`` rebuilt (a temporary); for inspection."""
         return self.cores.dense_weights()[0]
 
+    def transposed_blocks(self) -> MPOBlocks:
+        """Blocks of the tied output head, ``[embedding_dim, num_embeddings]``."""
+        return self.cores.blocks().transposed()
+
     def forward(self, ids: Tensor) -> Tensor:
         """``[...]`` int32/int64 -> ``[..., embedding_dim]``."""
         rows = mpo_embedding(ids, self.cores.blocks(), backend=self.backend)
@@ -155,7 +195,7 @@ class MPOEmbedding(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Tied head: ``x [..., embedding_dim] @ table^T -> [..., num_embeddings]``."""
-        return mpo_linear(x, self.cores.blocks().transposed(), backend=self.backend)
+        return mpo_linear(x, self.transposed_blocks(), backend=self.backend)
 
 
 class SharedEmbedding(nn.Module):

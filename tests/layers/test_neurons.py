@@ -17,7 +17,6 @@ from mpoe.layers import (
     NeuronFeedForward,
     routing_context,
 )
-from mpoe.layers.drop_in import linear_weight
 from mpoe_kernels import MPOShape
 
 I, F, E, M = 12, 20, 5, 3
@@ -256,12 +255,7 @@ def test_half_precision_weights_are_decomposed_in_float32():
 def test_mpo_linear_is_a_drop_in(shape):
     x = torch.randn(2, 5, 24)
     for linear in (nn.Linear(24, 48), nn.Linear(24, 48, bias=False), Conv1D(48, 24)):
-        bias = linear.bias is not None
-        module = MPOLinear(24, 48, bias) if shape is None else MPOLinear(shape, bias=bias)
-        module.cores.load_weight_(linear_weight(linear))
-        if bias:
-            nn.init.normal_(linear.bias)
-            module.cores.bias.data.copy_(linear.bias)
+        module = MPOLinear.from_linear(linear, shape)
         torch.testing.assert_close(module(x), linear(x), rtol=1e-4, atol=1e-5)
         weight = linear.weight if isinstance(linear, nn.Linear) else linear.weight.T
         torch.testing.assert_close(module.weight, weight, rtol=1e-4, atol=1e-5)
@@ -271,8 +265,7 @@ def test_mpo_linear_is_a_drop_in(shape):
 
 def test_mpo_embedding_is_a_drop_in_with_a_padded_vocabulary():
     embedding = nn.Embedding(101, 24)
-    module = MPOEmbedding(MPOShape.automatic(101, 24))
-    module.cores.load_weight_(embedding.weight)
+    module = MPOEmbedding.from_embedding(embedding)
     assert (module.num_embeddings, module.embedding_dim) == (101, 24)
     ids = torch.randint(0, 101, (3, 7))
     torch.testing.assert_close(module(ids), embedding(ids), rtol=1e-4, atol=1e-5)

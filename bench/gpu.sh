@@ -23,7 +23,6 @@ export MPOE_TEST_DEVICE=$device
 if [ "$device" = cpu ]; then # plain PyTorch in place of the kernels
     export OMP_NUM_THREADS=1
 else
-    PYTHONPATH+=:$PWD/build/peers
     export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/triton_cache} MPOE_TEST_REQUIRED="eager triton"
 fi
 
@@ -108,8 +107,5 @@ part profile 180 ncu --set basic --filter-mode per-launch-config --launch-count 
     "$python" -m mpoe_bench.layers
 tests experts-float32 180 "$experts -k float32"
 tests linear-float32 180 "$ops -k float32"
-install='for name; do "$0" -m pip install -q --no-deps --target build/peers "$name" || echo "$name was not installed"; done'
-[ "$device" = cpu ] || part libraries 120 bash -c "$install" "$python" liger-kernel quack-kernels \
-    git+https://github.com/{Dao-AILab/sonic-moe,shawntan/scattermoe}
 bench peers 480 --suite gpu $short
 [ -n "$plan" ] || echo "$out.tar.gz"

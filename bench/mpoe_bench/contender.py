@@ -29,10 +29,6 @@ Tensors = Mapping[str, Tensor]
 Result = TypeVar("Result")
 
 
-class UnavailableError(RuntimeError):
-    """A contender cannot take part here; the report shows the message as the reason."""
-
-
 class CaptureError(RuntimeError):
     """A capture failed after it had begun.
 
@@ -129,7 +125,7 @@ class Comparison:
         key, title: names in the results and in the report.
         context: makes what the contenders share.
         contenders: (name, kind, builder), the first of which is the baseline by whose time the others' are divided.
-            Kinds are ``limit``, ``mpoe`` and ``peer``; a builder gets the context and raises `UnavailableError` with
+            Kinds are ``limit``, ``mpoe`` and ``peer``; a builder gets the context and raises `BackendError` with
             its reason.
         tokens: per call, for tokens per second.
         facts: JSON-able description of the case.
@@ -185,7 +181,7 @@ def checked(
             results |= gradients_of(contender.leaves)
         row["errors"], faults = truth.compare(results)
         contender.release()
-    except (UnavailableError, BackendError) as error:
+    except BackendError as error:
         return None, {**row, "reason": f"{NOT_HERE}: {error}"}
     except Exception as error:  # any failure: the others are still measured, and the report states the reason
         return None, {**row, "reason": failure_text(error)}

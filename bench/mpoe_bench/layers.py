@@ -12,19 +12,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig, RouterConfig
-from mpoe.layers import ACTIVATIONS, MPOEFeedForward, MPOEmbedding, MPOLinear
+from mpoe.layers import ACTIVATIONS, MPOEFeedForward
 from mpoe.layers.neurons import NeuronFeedForward
-from mpoe_bench.cases import workload_shape
 from mpoe_bench.contender import Comparison, Contender, Truth, dtype_name, gradients_of, size_facts
 from mpoe_bench.peers import ORIGINAL, PEERS, STOCK_LAYERS, OriginalLayer
-from mpoe_kernels import MPOShape, plan_contraction
+from mpoe_kernels import plan_contraction
 
 LIMIT = "dense FFN"
 LAYERS = 12  # of a model of T5-base's width
@@ -221,9 +219,7 @@ def _built(
     def results(dtype: torch.dtype) -> dict[str, Tensor]:
         own = plain.double() if dtype == torch.float64 else plain  # routers stay in float32 beside 16 bits
         own.zero_grad()
-        leaf = x.detach()
-        if x.is_floating_point():
-            leaf = leaf.to(dtype).requires_grad_(grad_y is not None)
+        leaf = x.detach().to(dtype).requires_grad_(grad_y is not None)
         y = own(leaf)
         if grad_y is None:
             return {"y": y}
@@ -237,72 +233,36 @@ def _built(
     return contender, Truth.of(results, dtype)
 
 
-def compared(
-    key: str,
-    title: str,
-    layers: Sequence[Layer],
-    sizes: tuple[int, int],
-    at: Place,
-    train: bool = True,
-    count: int = 1,
-    ids: bool = False,
-    **facts: Any,
+def layers_comparison(
+    key: str, title: str, layers: Sequence[Layer], at: Place, train: bool = True, count: int = 1, **facts: Any
 ) -> Comparison:
-    """``layers``, the first of which is the limit, on the same tokens.
+    """``layers`` beside the dense network, on the same tokens.
 
     Args:
         key: of the section in the results.
         title: its beginning.
         layers: the contenders.
-        sizes: of a token and of its result.
         at: where.
         train: whether forward and backward are timed too.
         count: layers in a row. Of several, which need much memory, the first one's result is checked and the forward
             passes of all are timed, in evaluation mode.
-        ids: tokens are numbers below the first size.
         facts: more of the case.
     """
-    train = train and count == 1
+    model, hidden, train = at.model, 4 * at.model, train and count == 1
 
     def context() -> tuple[Tensor, Tensor | None]:
         torch.manual_seed(0)
-        x = torch.randint(sizes[0], (at.tokens,)) if ids else torch.randn(at.tokens, sizes[0]).to(at.dtype)
-        grad_y = torch.randn(at.tokens, sizes[1]).to(at.device, at.dtype) if train else None
-        return x.to(at.device).requires_grad_(train and not ids), grad_y
+        x, grad_y = (torch.randn(at.tokens, model).to(at.device, at.dtype) for _ in range(2))
+        return x.requires_grad_(train), grad_y if train else None
 
-    builds = [(each.name, each.kind, partial(_built, layer=each, count=count, dtype=at.dtype)) for each in layers]
-    known = {"tokens": at.tokens, "layers": count, "dtype": dtype_name(at.dtype), **facts}
-    title = f"{title} T={at.tokens} {dtype_name(at.dtype)}{f', {count} of them' if count > 1 else ''}"
-    return Comparison(key, title, context, builds, at.tokens, known, ("forward", "train") if train else ("forward",))
-
-
-def layers_comparison(key: str, title: str, layers: Sequence[Layer], at: Place, **options: Any) -> Comparison:
-    """``layers`` beside the dense network; ``options`` of `compared`."""
-    model, hidden = at.model, 4 * at.model
     limit = Layer(LIMIT, "limit", lambda _: Dense(model, "relu", device=at.device, dtype=at.dtype))
-    title = f"{title} {model}x{hidden}"
-    return compared(key, title, [limit, *layers], (model, model), at, model=model, hidden=hidden, **options)
-
-
-def part_comparisons(vocabulary: int, at: Place, backends: Sequence[str]) -> Iterator[Comparison]:
-    """`MPOLinear` against `nn.Linear`, and `MPOEmbedding` against `nn.Embedding`."""
-    model, hidden = at.model, 4 * at.model
-    linear = {name: workload_shape(name, model, hidden) for name in ("separable", "paper_64")}
-    tables = {f"bond {bond}": MPOShape.paper(vocabulary, model, max_bond=bond) for bond in (64, 16)}
-    kinds: tuple[tuple[Any, Any, dict[str, MPOShape], tuple[int, int]], ...] = (
-        (nn.Linear, MPOLinear, linear, (model, hidden)),
-        (nn.Embedding, MPOEmbedding, tables, (vocabulary, model)),
-    )
-
-    def make(ours: Any, backend: str | None, shape: MPOShape) -> Callable[[bool], nn.Module]:
-        return lambda plain: ours(shape=shape, backend="eager" if plain else backend, device=at.device)
-
-    for plain, ours, made, sizes in kinds:
-        limit = partial(plain, *sizes, device=at.device)
-        layers = [Layer(f"nn.{plain.__name__}", "limit", lambda _, limit=limit: limit())]
-        for (name, shape), backend in product(made.items(), backends):
-            layers.append(Layer(f"{ours.__name__} {name} [{backend}]", "mpoe", make(ours, backend, shape)))
-        yield compared("op", f"{ours.__name__} {sizes[0]}x{sizes[1]}", layers, sizes, at, ids=plain is nn.Embedding)
+    built = partial(_built, count=count, dtype=at.dtype)
+    builds = [(each.name, each.kind, partial(built, layer=each)) for each in (limit, *layers)]
+    known = {"model": model, "hidden": hidden, "tokens": at.tokens, "layers": count, "dtype": dtype_name(at.dtype)}
+    title = f"{title} {model}x{hidden} T={at.tokens} {dtype_name(at.dtype)}"
+    title += f", {count} of them" if count > 1 else ""
+    phases = ("forward", "train") if train else ("forward",)
+    return Comparison(key, title, context, builds, at.tokens, known | facts, phases)
 
 
 def main() -> None:

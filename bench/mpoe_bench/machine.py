@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import platform
 import subprocess
 from pathlib import Path
@@ -116,5 +115,4 @@ def describe(device: str, threads: int) -> dict[str, Any]:
         "libraries": known["packages"],
         "backends": [name for name, reasons in known["backends"].items() if not reasons],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
     }

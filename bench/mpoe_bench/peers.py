@@ -1,12 +1,11 @@
-"""The peers: other mixtures of experts, one expert per token, and how each is made; on GPUs other people's libraries.
+"""The peers: other mixtures of experts, and how each is made.
 
-Dense experts in a loop and as grouped products, the original's algorithm, Transformers' own layers. The libraries are
-used if they are installed; their interfaces change, and the check against the truth detects it.
+Dense experts in a loop and as grouped products, and the original's algorithm, with one expert per token; Transformers'
+own layers.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,23 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpoe_bench.contender import UnavailableError
 from mpoe_kernels import MPOShape
 
-LOOP, ORIGINAL = "dense experts, loop", "original: rebuild all"
-GROUPED = "dense experts, grouped_mm"
-DEVICES = ("cuda",)  # where the libraries run
+LOOP, GROUPED, ORIGINAL = "dense experts, loop", "dense experts, grouped_mm", "original: rebuild all"
 Sizes = tuple[int, int, int]  # model I, hidden F, experts E
 # x [T, I], experts int64 [T], gates [T, 1], up [E, F, I] and down [E, I, F] (as in nn.Linear) -> [T, I]
 Compute = Callable[[Tensor, Tensor, Tensor, Any, Any], Tensor]
 # Of the sizes, the device, the dtype; and whether in plain PyTorch, which gives the same.
 Make = Callable[[Sizes, str, torch.dtype, bool], nn.Module]
-
-
-def swiglu(z: Tensor) -> Tensor:
-    """``silu(gate) * up`` of both in one."""
-    gate, up = z.chunk(2, -1)
-    return F.silu(gate) * up
 
 
 class DenseExpertsLayer(nn.Module):
@@ -39,51 +29,41 @@ class DenseExpertsLayer(nn.Module):
     Args:
         sizes: model size I, hidden size F, experts E.
         compute: what computes the experts.
-        gated: SwiGLU experts, of two thirds of the hidden size: the same weights and FLOPs.
         apart: every expert's weights are separate tensors, as in a module list: a backward pass touches only those.
     """
 
-    def __init__(self, sizes: Sizes, compute: Compute, gated: bool = False, apart: bool = False, **placed: Any) -> None:
+    def __init__(self, sizes: Sizes, compute: Compute, apart: bool = False, **placed: Any) -> None:
         super().__init__()
         model, hidden, experts = sizes
-        hidden = 2 * hidden // 3 if gated else hidden
         self.compute, self.router = compute, nn.Linear(model, experts, bias=False, **placed)
 
         def weights(rows: int, columns: int) -> Any:
             made = torch.randn(experts, rows, columns, **placed) / columns**0.5
             return nn.ParameterList(made.unbind(0)) if apart else nn.Parameter(made)
 
-        self.up, self.down = weights(2 * hidden if gated else hidden, model), weights(model, hidden)
+        self.up, self.down = weights(hidden, model), weights(model, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         gates, index = self.router(x).softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32)).max(-1)
         return self.compute(x, index, gates[:, None], self.up, self.down)
 
 
-def dense_experts(compute_of: Callable[[Sizes, str, torch.dtype], Compute], **options: bool) -> Make:
-    """`DenseExpertsLayer` with ``options``; ``compute_of`` raises `UnavailableError` with its reason."""
-
-    def layer(sizes: Sizes, device: str, dtype: torch.dtype, plain: bool) -> nn.Module:
-        own = loop(swiglu if options.get("gated") else F.relu) if plain else compute_of(sizes, device, dtype)
-        placed: dict[str, Any] = {"device": device, "dtype": dtype}
-        return DenseExpertsLayer(sizes, own, **options, **placed)
-
-    return layer
+def dense_experts(compute: Compute, apart: bool = False) -> Make:
+    """`DenseExpertsLayer`."""
+    return lambda sizes, device, dtype, plain: DenseExpertsLayer(
+        sizes, loop if plain else compute, apart, device=device, dtype=dtype
+    )
 
 
-def loop(activation: Callable[[Tensor], Tensor] = F.relu) -> Compute:
+def loop(x: Tensor, index: Tensor, gates: Tensor, up: Sequence[Tensor], down: Sequence[Tensor]) -> Tensor:
     """As in Switch implementations: for each expert, gather its tokens, run its FFN, scatter the result."""
-
-    def compute(x: Tensor, index: Tensor, gates: Tensor, up: Sequence[Tensor], down: Sequence[Tensor]) -> Tensor:
-        y = torch.zeros_like(x)
-        for e, weights in enumerate(zip(up, down, strict=True)):
-            rows = (index == e).nonzero()[:, 0]
-            if rows.numel():
-                y_e = F.linear(activation(F.linear(x[rows], weights[0])), weights[1])
-                y = y.index_add(0, rows, (y_e * gates[rows]).to(x.dtype))
-        return y
-
-    return compute
+    y = torch.zeros_like(x)
+    for e, weights in enumerate(zip(up, down, strict=True)):
+        rows = (index == e).nonzero()[:, 0]
+        if rows.numel():
+            y_e = F.linear(F.relu(F.linear(x[rows], weights[0])), weights[1])
+            y = y.index_add(0, rows, (y_e * gates[rows]).to(x.dtype))
+    return y
 
 
 def grouped_mm(x: Tensor, index: Tensor, gates: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -130,7 +110,7 @@ class OriginalLayer(nn.Module):
             cores = [module.get_parameter(name) for name in module.core_names()]
             apart = [[c] * experts if k == module.shape.central else c.unbind(0) for k, c in enumerate(cores)]
             weights.append([rebuilt(own, module.shape).T for own in zip(*apart, strict=True)])
-        return loop()(x, decision.top_k_index[:, 0], decision.top_k_weights, *weights)
+        return loop(x, decision.top_k_index[:, 0], decision.top_k_weights, *weights)
 
 
 class _OfTokens(nn.Module):
@@ -182,68 +162,7 @@ STOCK_LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
-def _library(name: str, device: str, dtype: torch.dtype | None = None) -> Any:
-    """Import a CUDA library, or say why not; ``dtype`` if it takes those of 16 bits alone."""
-    package = name.partition(".")[0]
-    if device not in DEVICES:
-        raise UnavailableError(f"{package} runs on CUDA devices only")
-    if dtype is not None and dtype.itemsize != 2:
-        raise UnavailableError(f"{package} takes bfloat16 and float16 here")
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name == package:
-            raise UnavailableError(f"{package} is not installed") from None
-        raise UnavailableError(f"{name} does not import: {error}") from error
-    except Exception as error:  # such packages compile at import and can fail in any way
-        raise UnavailableError(f"{name} does not import: {type(error).__name__}: {error}") from error
-
-
-def scattermoe(sizes: Sizes, device: str, dtype: torch.dtype) -> Compute:
-    """ScatterMoE's MLP (Tan et al., arXiv 2403.08245)."""
-    module, (model, hidden, experts) = _library("scattermoe.mlp", device), sizes
-    mlp = module.MLP(model, hidden, num_experts=experts, top_k=1, activation=nn.ReLU()).to(device, dtype)
-
-    def compute(x: Tensor, index: Tensor, gates: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        weights = {"experts.weight": up, "output_experts.weight": down}
-        return torch.func.functional_call(mlp, weights, (x, gates.to(dtype), index[:, None]))
-
-    return compute
-
-
-def sonicmoe(sizes: Sizes, device: str, dtype: torch.dtype) -> Compute:
-    """SonicMoE (Guo et al., arXiv 2512.14080), on Hopper and Blackwell."""
-    general = _library("sonicmoe.functional", device, dtype).moe_general_routing_inputs
-    activation = _library("sonicmoe.enums", device).ActivationType.RELU
-
-    def compute(x: Tensor, index: Tensor, gates: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        tokens = torch.arange(len(x), dtype=torch.int32, device=device)
-        stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else 0
-        weights = (up.permute(1, 2, 0), None, down.permute(1, 2, 0), None)  # in SonicMoE's layout; no bias
-        chosen, inference = (gates[:, 0], tokens, index.to(torch.int32)), not torch.is_grad_enabled()
-        y, _ = general(x, *chosen, *weights, sizes[2], stream, activation, inference)
-        return y.to(x.dtype)
-
-    return compute
-
-
-def liger(_: Sizes, device: str, dtype: torch.dtype) -> Compute:
-    """Liger's fused mixture of experts, which supports only SwiGLU."""
-    fused = _library("liger_kernel.ops.fused_moe", device).LigerFusedMoEFunction
-
-    def compute(x: Tensor, index: Tensor, gates: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        return fused.apply(x, up, down, index[:, None].to(torch.int32), gates).to(x.dtype)
-
-    return compute
-
-
-DENSE_PEERS = {
-    LOOP: dense_experts(lambda *_: loop(), apart=True),
-    GROUPED: dense_experts(lambda *_: grouped_mm),
+PEERS: dict[str, Make] = {
+    LOOP: dense_experts(loop, apart=True),
+    GROUPED: dense_experts(grouped_mm),
 }
-GPU_PEERS = {
-    "ScatterMoE": dense_experts(scattermoe),
-    "SonicMoE": dense_experts(sonicmoe),
-    "Liger SwiGLU": dense_experts(liger, gated=True),
-}
-PEERS: dict[str, Make] = DENSE_PEERS | GPU_PEERS

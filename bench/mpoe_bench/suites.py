@@ -26,11 +26,10 @@ from mpoe_bench.layers import (
     mixtures,
     named_case,
     original_layer,
-    part_comparisons,
     peer_layers,
     stock,
 )
-from mpoe_bench.peers import DENSE_PEERS, GPU_PEERS, GROUPED, LOOP, STOCK_LAYERS
+from mpoe_bench.peers import GROUPED, LOOP, PEERS, STOCK_LAYERS
 from mpoe_kernels.backends import AUTO
 
 SUITES = ("quick", "planner", "targets", "layers", "models", "gpu")
@@ -136,25 +135,16 @@ class Plan(NamedTuple):
         layers += [original_layer(name, experts, at) for name in original]
         return layers_comparison("ffn", f"FFN E={experts}", layers, at, train=train, experts=experts)
 
-    @property
-    def peers(self) -> tuple[str, ...]:
-        return (*DENSE_PEERS, *(GPU_PEERS if self.device == "cuda" else ()))
-
-    def decode(self, shapes: Sequence[str], experts: int, dtype: torch.dtype, peers: Sequence[str]) -> list[Comparison]:
-        """One and eight tokens."""
-        return [self.ffn(shapes, experts, tokens, dtype, train=False, peers=peers) for tokens in (1, 8)]
-
     def quick(self) -> Iterator[Comparison]:
         scale, shapes = self.scale, ("separable", "light_64", "paper_64", "paper_full")
         few, many = (scale.few_experts, scale.many_tokens), (scale.many_experts, scale.few_tokens)
-        yield self.ffn(shapes, *few, peers=self.peers, masked=shapes[:1], original=shapes[2:])
+        yield self.ffn(shapes, *few, peers=tuple(PEERS), masked=shapes[:1], original=shapes[2:])
         half: dict[str, Any] = {"dtype": torch.bfloat16, "peers": (LOOP, GROUPED), "original": ("paper_64",)}
         yield self.ffn(("separable", "paper_64"), *few, **half)
         small = ("separable", "paper_64", "paper_32", "paper_16")
-        yield self.ffn(small, *many, train=False, peers=self.peers, original=("paper_16",))
-        yield from self.decode(("separable", "paper_16"), scale.few_experts, torch.float32, (LOOP,))
-        at = self.at(scale.many_tokens // 4)
-        yield from part_comparisons(32128 if scale.judged else 64, at, self.backends)
+        yield self.ffn(small, *many, train=False, peers=tuple(PEERS), original=("paper_16",))
+        for tokens in (1, 8):
+            yield self.ffn(("separable", "paper_16"), scale.few_experts, tokens, train=False, peers=(LOOP,))
         yield self.model("train_step", SHAPES[:3], scale.step_tokens)
         yield self.beside(mixtures(scale.model), self.at(scale.many_tokens), others=STOCK_LAYERS)
 
@@ -206,13 +196,14 @@ class Plan(NamedTuple):
         small, middle, large = scale.few_tokens, TOKENS, 32768
         if not scale.judged:
             middle, large = scale.many_tokens, 2 * scale.many_tokens
-        few, many, peers = scale.few_experts, scale.many_experts, dict[str, Any](peers=self.peers)
+        few, many, peers = scale.few_experts, scale.many_experts, dict[str, Any](peers=tuple(PEERS))
         yield self.ffn(every, many, small, dtype, train=False, original=(paper,), **peers)
         yield self.ffn(every, few, middle, dtype, original=(paper,), masked=(paper,), **peers)
         yield self.ffn(every, many, middle, dtype, **peers)
         yield self.ffn(("separable", "paper_full", paper), few, large, dtype, **peers)
         yield self.ffn(("separable", paper), many, large, dtype, **peers)
-        yield from self.decode(every, many, dtype, (GROUPED, *(["SonicMoE"] if self.device == "cuda" else [])))
+        for tokens in (1, 8):
+            yield self.ffn(every, many, tokens, dtype, train=False, peers=(GROUPED,))
         yield self.ffn(every, few, small, dtype, train=False, **peers)
         yield self.ffn(("separable", paper), few, middle, peers=(LOOP,))
 

@@ -18,25 +18,11 @@ HOW_TO_READ = (
 
 
 class TextTable(NamedTuple):
-    """A title, columns with their cells, and notes below (contenders that were not timed, with the reason).
-
-    ``spare`` names columns that are dropped on a narrow terminal, in this order.
-    """
+    """A title, columns with their cells, and notes below (contenders that were not timed, with the reason)."""
 
     title: str
     columns: Mapping[str, Sequence[str]]
     notes: Sequence[str] = ()
-    spare: Sequence[str] = ()
-
-
-def seconds_text(seconds: float | None) -> str:
-    """``12.3 ms`` with three significant digits."""
-    if seconds is None:
-        return "-"
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} us"
 
 
 def ratio_text(timing: Mapping[str, Any] | None) -> str:
@@ -82,20 +68,18 @@ def timing_table(section: Mapping[str, Any]) -> TextTable:
     if any(row.get("floor") for row in rows):
         columns["floor"] = lambda row: pair(_floor, row)
     columns["peak MiB"] = lambda row: pair(_peak, row)
-    spare = {
-        "error": lambda row: pair(_error, row),
-        "params M": lambda row: f"{row['parameters'] / 1e6:.2f}" if row.get("parameters") else "-",
+    columns |= {
         "tokens/s": lambda row: f"{row['forward']['tokens_per_second']:,.0f}" if row.get("forward") else "-",
-        "time": lambda row: seconds_text((row.get("forward") or {}).get("seconds")),
+        "params M": lambda row: f"{row['parameters'] / 1e6:.2f}" if row.get("parameters") else "-",
+        "error": lambda row: pair(_error, row),
     }
-    columns |= dict(reversed(spare.items()))
     notes: dict[str, list[str]] = {}
     for row in section["rows"]:
         if row.get("reason"):
             notes.setdefault(row["reason"], []).append(row["name"])
     cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
     found = [f"{', '.join(who)}: {reason}" for reason, who in notes.items()]
-    return TextTable(section["title"], cells, found, [*spare, "peak MiB"])
+    return TextTable(section["title"], cells, found)
 
 
 def planner_table(section: Mapping[str, Any]) -> TextTable:
@@ -112,9 +96,8 @@ def planner_table(section: Mapping[str, Any]) -> TextTable:
         "x best": [f"{ratio:.2f}" for ratio in ratios],
         "chosen (forward, backward)": [", ".join(row["chosen"].values()) for row in rows],
         "best measured": [", ".join(row["best"].values()) for row in rows],
-        "chosen took": [seconds_text(row["chosen_seconds"]) for row in rows],
     }
-    return TextTable(title, columns, (), list(columns)[:1:-1])
+    return TextTable(title, columns)
 
 
 def target_table(lines: Sequence[Mapping[str, Any]]) -> TextTable:
@@ -147,21 +130,16 @@ def machine_table(machine: Mapping[str, Any]) -> TextTable:
     return TextTable("machine", {"": list(facts), "value": told})
 
 
-def text_of(table: TextTable, width: int | None = None) -> str:
-    """A table in Markdown, in aligned columns; its spare columns are dropped until it fits ``width``."""
-    columns = {name: [name, *cells] for name, cells in table.columns.items()}
-    left_out, shown = [], []
-    for name in table.spare:
-        if width is not None and sum(max(map(len, cells)) + 3 for cells in columns.values()) >= width:
-            left_out.append(name)
-            del columns[name]
-    for number, (head, *cells) in enumerate(columns.values()):
-        size = max(map(len, ("--:", head, *cells)))
+def text_of(table: TextTable) -> str:
+    """A table in Markdown, in aligned columns."""
+    shown = []
+    for number, (name, cells) in enumerate(table.columns.items()):
+        size = max(map(len, ("--:", name, *cells)))
         rule = f"{'':-<{size - 1}}{':' if number else '-'}"
-        shown.append([f"{cell:{'>' if number else '<'}{size}}" for cell in (head, rule, *cells)])
+        shown.append([f"{cell:{'>' if number else '<'}{size}}" for cell in (name, rule, *cells)])
     lines = [f"| {' | '.join(row)} |" for row in zip(*shown, strict=True)]
-    notes = [*([f"more in the report: {', '.join(left_out)}"] if left_out else []), *table.notes]
-    return "\n".join([f"### {table.title}", "", *lines, *([""] if notes else []), *(f"- {note}" for note in notes), ""])
+    notes = ["", *(f"- {note}" for note in table.notes)] if table.notes else []
+    return "\n".join([f"### {table.title}", "", *lines, *notes, ""])
 
 
 def markdown_report(results: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from mpoe.models.weight_files import write_text
 
 REPORT_FILE = "report.md"
 INCOMPLETE_FILE = "incomplete.json"
-PIPE_WIDTH = 100  # width of tables if the output is not a terminal
 
 
 @dataclass
@@ -56,11 +54,10 @@ def _measure(options: BenchOptions) -> dict[str, Any]:
     from mpoe_bench.tables import HOW_TO_READ, machine_table, markdown_report, table_of, target_table, text_of
 
     suite, out, terminal = options.suite, options.out, sys.stdout
-    width = shutil.get_terminal_size().columns if terminal.isatty() else PIPE_WIDTH
     sections: list[dict[str, Any]] = []
 
     def show(table: Any) -> None:
-        print(text_of(table, width), file=terminal, flush=True)
+        print(text_of(table), file=terminal, flush=True)
 
     def finished(section: dict[str, Any]) -> None:
         sections.append(section)

@@ -16,7 +16,7 @@ from mpoe_bench.cases import JUDGED_WORKLOADS
 from mpoe_bench.contender import failure_text
 from mpoe_bench.machine import backends_to_measure, check_options
 from mpoe_bench.run import run_suite
-from mpoe_bench.tables import seconds_text, table_of
+from mpoe_bench.tables import table_of
 
 from mpoe.cli.main import main
 from mpoe_kernels import available_backends
@@ -29,7 +29,7 @@ def test_quick_measures_everything_and_nothing_is_wrong(quick) -> None:
     results = quick.results
     assert results["failures"] == []
     keys = [section["key"] for section in results["sections"]]
-    assert {"ffn", "op", "train_step", "layers", "planner"} == set(keys)
+    assert {"ffn", "train_step", "layers", "planner"} == set(keys)
     main_section = results["sections"][0]
     rows = {row["name"]: row for row in main_section["rows"]}
     backend = "eager" if available_backends() == ("eager",) else "auto"
@@ -51,9 +51,8 @@ def test_what_is_printed_has_the_tables(quick) -> None:
         "x best",
         "with their routers",
     )
-    for found in (*words, "original: rebuild all (paper_full)", "more in the report", "report.md"):
+    for found in (*words, "original: rebuild all (paper_full)", "report.md"):
         assert found in quick.out
-    assert max(len(line) for line in quick.out.splitlines() if line.startswith("|")) <= 100
 
 
 def test_report_shows_every_section(quick) -> None:
@@ -194,14 +193,6 @@ def test_backends() -> None:
         assert backends_to_measure(None, "quick") == ("auto",)
         assert backends_to_measure("all") == ("auto", *here)
     assert backends_to_measure("eager, auto,eager") == ("eager", "auto")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(2.0, "2 s"), (0.0123, "12.3 ms"), (4.5e-6, "4.5 us"), (None, "-"), (0.999, "999 ms")],
-)
-def test_seconds_text(seconds: float | None, text: str) -> None:
-    assert seconds_text(seconds) == text
 
 
 @pytest.mark.slow

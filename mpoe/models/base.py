@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -30,10 +30,10 @@ from mpoe.layers.context import (
     router_z_loss,
     sum_over_ranks,
 )
-from mpoe.layers.cores import FromInitialValues
+from mpoe.layers.cores import FromInitialValues, MPOCores
 from mpoe.layers.drop_in import MPOLinear
 from mpoe.layers.experts import MPOExperts
-from mpoe.layers.feed_forward import RoutedFeedForward
+from mpoe.layers.feed_forward import KeptFeedForward, RoutedFeedForward
 from mpoe.models import others, report
 from mpoe.models.find import find_sites
 from mpoe.models.sites import install_empty
@@ -352,11 +352,11 @@ class MPOEModelMixin(_Model):
         Raises:
             ValueError: a model without MPO weights.
         """
-        self._set_parts("central", False)
+        self._train_parts("central", False)
 
     def unfreeze_central(self) -> None:
         """Train the central cores again; raises the errors of `freeze_central`."""
-        self._set_parts("central", True)
+        self._train_parts("central", True)
 
     def freeze_router(self, frozen: bool = True) -> None:
         """Stop training the routers; ``False`` trains them again.
@@ -364,7 +364,7 @@ class MPOEModelMixin(_Model):
         Raises:
             ValueError: a model without routers.
         """
-        self._set_parts("router", not frozen)
+        self._train_parts("router", not frozen)
 
     def freeze_experts(self, frozen: bool = True) -> None:
         """Stop training the experts' own parameters (and shared MPO cores); ``False`` trains them again.
@@ -372,21 +372,16 @@ class MPOEModelMixin(_Model):
         Raises:
             ValueError: a model without experts.
         """
-        self._set_parts("experts", not frozen)
+        self._train_parts("experts", not frozen)
 
-    def _parts(self, part: str) -> list[nn.Module | nn.Parameter]:
-        """What is central, the routers or the experts."""
-        if part == "central":
-            modules: list[Any] = [
-                *(cores for _, cores in report.mpo_modules(self)),
-                *report.kept_modules(self).values(),
-            ]
-            return [weight for module in modules for weight in module.central_parameters().values()]
-        layers = [module for module in self.modules() if isinstance(module, RoutedFeedForward)]
-        return [found for layer in layers if (found := getattr(layer, part)) is not None]
-
-    def _set_parts(self, part: str, trained: bool) -> None:
-        found = self._parts(part)
+    def _train_parts(self, part: str, trained: bool) -> None:
+        """Train or freeze what is central, the routers or the experts."""
+        found: list[Any] = []
+        for module in self.modules():
+            if part == "central" and isinstance(module, (MPOCores, KeptFeedForward)):
+                found += module.central_parameters().values()
+            elif isinstance(module, RoutedFeedForward) and getattr(module, part, None) is not None:
+                found.append(getattr(module, part))
         if not found:
             missing = "are no central cores" if part == "central" else f"is no {part}"
             raise ValueError(f"there {missing} to freeze: {type(self).__name__} has none")

@@ -122,17 +122,6 @@ else:
     _Config = object
 
 
-def checked_mpoe_dict(value: Any) -> dict[str, Any]:
-    """The ``mpoe`` field of a Hugging Face config: a validated, JSON-able dict.
-
-    Raises:
-        TypeError, ValueError: anything `MPOEConfig` refuses.
-    """
-    if isinstance(value, MPOEConfig):
-        return value.to_dict()
-    return MPOEConfig.from_dict(value or {}).to_dict()
-
-
 class MPOEConfigMixin(_Config):
     """Goes before the dense configuration in the bases. ``mpoe`` is the dict of an `mpoe.MPOEConfig`.
 
@@ -153,7 +142,7 @@ def config_class_for(dense: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The configuration class of converted ``dense`` models."""
 
     def __init__(self: Any, mpoe: Any = None, **kwargs: Any) -> None:
-        self.mpoe = checked_mpoe_dict(mpoe)
+        self.mpoe = (mpoe if isinstance(mpoe, MPOEConfig) else MPOEConfig.from_dict(mpoe or {})).to_dict()
         dense.__init__(self, **kwargs)
 
     ignored = [*IGNORED_AT_INFERENCE, *(getattr(dense, "keys_to_ignore_at_inference", None) or [])]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -17,6 +17,7 @@ from typing import Any, get_args, get_type_hints
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
+from mpoe.data.mappings import flatten
 from mpoe.models.report import kept_modules, mpo_modules, parameter_report
 from mpoe.models.weight_files import write_text
 
@@ -83,9 +84,9 @@ def model_card(model: Any, metrics: Mapping[str, Any] | None = None) -> str:
         "## Use",
         "```python\nfrom mpoe import load_mpoe\n\nmodel = load_mpoe(folder)  # the folder of this file\n```",
     ]
-    numbers = dict(_flatten(metrics or {}))
+    numbers = {name: f"{value:.4g}" for name, value in flatten(metrics or {}) if type(value) in (int, float)}
     if numbers:
-        parts += ["## Results", _table("metric", {name: f"{value:.4g}" for name, value in numbers.items()})]
+        parts += ["## Results", _table("metric", numbers)]
     text = "\n\n".join(parts) + "\n"
     return f"{text}\n<!-- mpoe card {_checksum(text)} -->\n"
 
@@ -137,14 +138,6 @@ def base_name(model: Any) -> str:
 def _table(first: str, rows: Mapping[str, str]) -> str:
     lines = [f"| {first} | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
     return "\n".join(lines)
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield f"{prefix}{name}", float(value)
 
 
 def _checksum(text: str) -> str:

@@ -24,7 +24,7 @@ from mpoe.training.callbacks import DivergenceError, DivergenceGuard, GradientMa
 from mpoe.training.checkpoints import CheckpointMixin, go_on_with_choices
 from mpoe.training.freezing import GradientMask, freeze_all_but_experts, freeze_cores
 from mpoe.training.output_dir import METRICS_FILE, checkpoint_to_resume, write_metrics
-from mpoe.training.rates import build_param_groups, keep_state, rate_advice
+from mpoe.training.rates import build_param_groups, keep_state
 from mpoe.training.run_lock import hold
 from mpoe.training.statistics import (
     RunLog,
@@ -56,8 +56,8 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
     * a loss that does not depend on how a batch is split into micro-batches (see `mpoe.training.statistics`), and
       `eval_loss` per target rather than per batch, without the routers' losses; for language models also
       `eval_perplexity`, per token of their tokenizer;
-    * warnings about an expert that takes most tokens, and about rates far from those that worked (`training.rates`);
-      logs of task and auxiliary loss and expert load, also as `metrics.jsonl` in the output folder;
+    * a warning about an expert that takes most tokens; logs of task and auxiliary loss and expert load, also as
+      `metrics.jsonl` in the output folder;
     * under torchrun (DDP), router losses over the tokens of all processes, so a step equals that of one process with
       the same global batch; a lock, so that no other process trains in the same folder (see `mpoe.training.run_lock`);
     * a diverging run ends with a `DivergenceError` (see `mpoe.training.callbacks`); checkpoints that are complete or
@@ -145,9 +145,6 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         run_dir = Path(str(self.args.output_dir))
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, run_dir, self.model)
         step = 0
-        if self.is_world_process_zero():
-            for sentence in rate_advice(self.model, self.args):
-                warnings.warn(sentence, stacklevel=3)
         if self.args.should_save:
             if resume_from_checkpoint:
                 step = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)).global_step

@@ -19,6 +19,7 @@ class GenerateOptions:
     max_new_tokens: int = option(32, "tokens to write at most")
     num_beams: int = option(1, "beams of the search")
     do_sample: bool = option(False, "draw tokens at random instead of taking the likeliest")
+    no_do_sample: bool = option(False, "take the likeliest tokens; the default")
     temperature: float = option(1.0, "of sampling")
     seed: int = option(0, "of sampling")
 
@@ -55,7 +56,7 @@ def command(asked: Asked) -> None:
     model = load_model(source)
     torch.manual_seed(options.seed)
     how: dict[str, Any] = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
-    how |= {"do_sample": options.do_sample, "pad_token_id": tokenizer.pad_token_id}
+    how |= {"do_sample": options.do_sample and not options.no_do_sample, "pad_token_id": tokenizer.pad_token_id}
     if how["do_sample"]:
         how["temperature"] = options.temperature
     for prompt in prompts:

@@ -258,20 +258,13 @@ def _domain_loss(mixture: Any, batch: Mapping[str, Tensor], domain: int) -> Tens
 
 
 def _check_alike(base: Any, fine_tunes: Sequence[Any]) -> None:
-    shapes = {name: p.shape for name, p in base.named_parameters()}
+    wanted = {"class": type(base).__name__, **{name: tuple(p.shape) for name, p in base.named_parameters()}}
     for place, model in enumerate(fine_tunes):
-        if type(model) is not type(base):
-            raise ValueError(
-                f"fine_tunes must be of the class of base, {type(base).__name__}; number {place} is a "
-                f"{type(model).__name__}"
-            )
-        own = {name: p.shape for name, p in model.named_parameters()}
-        odd = sorted(name for name in shapes.keys() | own.keys() if shapes.get(name) != own.get(name))
-        if odd:
-            raise ValueError(
-                f"fine_tunes must have the parameters of base; number {place} differs in {odd[0]}: "
-                f"{own.get(odd[0])} for {shapes.get(odd[0])}"
-            )
+        own = {"class": type(model).__name__, **{name: tuple(p.shape) for name, p in model.named_parameters()}}
+        odd = next((name for name in {**wanted, **own} if wanted.get(name) != own.get(name)), None)
+        if odd is not None:
+            differs = f"number {place} differs in {odd}: {own.get(odd)} for {wanted.get(odd)}"
+            raise ValueError(f"fine_tunes must be of the class of base and have its parameters; {differs}")
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mpoe.config import MPOEConfig, RouterConfig
-from mpoe.data.documentation import load_documentation
+from mpoe.data.embedded import load_documentation
 from mpoe.data.mappings import read_mapping
 from mpoe.data.predict import token_losses
 from mpoe.models.composition import RANK, Statistics, check_statistics, collect_statistics, router_weight

@@ -17,7 +17,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from mpoe.layers.context import global_batch
 from mpoe.models.base import MPOEModelMixin
-from mpoe.models.others import write_card
+from mpoe.models.classes import IGNORED_AT_INFERENCE
+from mpoe.models.report import write_card
 from mpoe.training import checkpoints
 from mpoe.training.arguments import MPOETrainingArguments
 from mpoe.training.callbacks import DivergenceError, DivergenceGuard, GradientMaskCallback, check_weights
@@ -41,9 +42,8 @@ from mpoe.training.statistics import (
 
 # Everything that models return besides the logits; it does not belong in an evaluation's predictions.
 _NOT_PREDICTIONS = (
-    *("task_loss", "aux_loss", "router_logits", "expert_load", "cache", "past_key_values", "hidden_states"),
-    *("attentions", "encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions", "cross_attentions"),
-    *("decoder_hidden_states", "decoder_attentions"),
+    *(*IGNORED_AT_INFERENCE, "hidden_states", "attentions", "cross_attentions", "encoder_last_hidden_state"),
+    *(f"{side}coder_{what}" for side in ("en", "de") for what in ("hidden_states", "attentions")),
 )
 
 
@@ -333,7 +333,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         self._log.note(task, auxiliary, load, micro_batches)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.create_model_card`, for MPOE models: `mpoe.models.others` with the last evaluation's metrics."""
+        """As `Trainer.create_model_card`, for MPOE models: `mpoe.models.report` with the last evaluation's metrics."""
         if not isinstance(self.model, MPOEModelMixin):
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():

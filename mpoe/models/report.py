@@ -155,7 +155,7 @@ def summarize(model: Any, num_tokens: int, top_k: int = 1) -> dict[str, tuple[st
     """
     told = getattr(model.config, "conversion_errors", None)
     errors: dict[str, Any] = told if isinstance(told, dict) else {}
-    rows = {}
+    rows: dict[str, tuple[str, ...]] = {}
     for name, module in model.named_modules():
         error: Any = 0.0
         experts = getattr(module, "num_experts", 1)

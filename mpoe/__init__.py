@@ -39,11 +39,11 @@ if TYPE_CHECKING:
     from mpoe.layers import global_batch as global_batch
     from mpoe.models.checkpoint import load_mpoe as load_mpoe
     from mpoe.models.checkpoint import save_mpoe_only as save_mpoe_only
+    from mpoe.models.composition import collect_statistics as collect_statistics
     from mpoe.models.composition import compose as compose
     from mpoe.models.convert import convert_to_mpoe as convert_to_mpoe
     from mpoe.models.convert import merge_experts as merge_experts
     from mpoe.models.convert import merge_latent as merge_latent
-    from mpoe.models.domains import collect_statistics as collect_statistics
     from mpoe.models.expert_files import load_expert as load_expert
     from mpoe.models.expert_files import merge_expert as merge_expert
     from mpoe.models.expert_files import save_expert as save_expert

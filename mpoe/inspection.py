@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mpoe.data.predict import token_losses
 from mpoe.layers.cores import MPOCores
-from mpoe.models.domains import Statistics, forced, router_weight, without
+from mpoe.models.composition import Statistics, forced, router_weight, without
 from mpoe.models.report import routed_layers
 
 # ------------------------------------------------------------- which expert took which token

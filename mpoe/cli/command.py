@@ -14,7 +14,6 @@ import difflib
 import errno
 import functools
 import io
-import itertools
 import json
 import os
 import shlex
@@ -68,8 +67,8 @@ _MEANT = {
 
 
 class Asked(NamedTuple):
-    """A parsed command line: the filled dataclasses, the names of the options that were set, the words before the first
-    option, and the whole as it was typed."""
+    """A parsed command line: the filled dataclasses, the names of the options that were set, the words that are no
+    option's, and the whole as it was typed."""
 
     options: tuple[Any, ...]
     given: set[str]
@@ -152,13 +151,16 @@ def _tokens_of(file: str | os.PathLike[str], known: Mapping[str, argparse.Action
     return tokens
 
 
-def parse(kinds: Sequence[type], flags: Sequence[str], config: str | os.PathLike[str] | None = None) -> Asked:
+def parse(
+    kinds: Sequence[type], flags: Sequence[str], config: str | os.PathLike[str] | None = None, most: int = 0
+) -> Asked:
     """Fill the dataclasses ``kinds`` from a configuration file and flags.
 
     Args:
         kinds: dataclasses whose fields are the known options; field names must be unique.
         flags: command-line tokens; they override the file.
         config: JSON or YAML file, or None.
+        most: words that are no option's, such as the name of a model.
 
     Raises:
         CommandError: unknown option (with similar names), a value of the wrong type (naming file or flag), or a value
@@ -185,10 +187,10 @@ def parse(kinds: Sequence[type], flags: Sequence[str], config: str | os.PathLike
             namespace, stray = parser.parse_known_args(tokens, namespace)
         except CommandError as error:
             raise CommandError(f"{place}{error}") from None
-        if stray:
-            raise CommandError(f"{place}values without an option: {' '.join(map(repr, stray))}")
+        if len(stray) > most or any(word.startswith("-") for word in stray):
+            raise CommandError(f"{place}values without an option: {' '.join(map(repr, stray[most:] or stray))}")
         given |= {known[_normal(name)].dest for name in names}
-    return Asked(tuple(_build(kind, namespace, given) for kind in kinds), given)
+    return Asked(tuple(_build(kind, namespace, given) for kind in kinds), given, stray)
 
 
 def _build(kind: type, namespace: argparse.Namespace, given: set[str]) -> Any:
@@ -220,8 +222,8 @@ def as_command(
     Args:
         usage: the usage line; its second word is the command.
         groups: dataclasses whose fields are the options.
-        words: the fewest and the most words before the first option, such as the name of a model.
-        config: such a word may be a configuration file.
+        words: the fewest and the most words that are no option's, such as the name of a model.
+        config: the first word may be a configuration file.
         first: the options that ``--help`` shows, with a few words about each; all others are shown by ``--help all``.
 
     The command raises `CommandError`: see `parse`; also for too few words. It returns None if it printed its help.
@@ -239,12 +241,12 @@ def as_command(
                 return None
             if not arguments:  # without Transformers, whose import takes a second
                 return body(Asked(tuple(kind() for kind in groups), set()))
-            before = list(itertools.takewhile(lambda token: not token.startswith("--"), arguments))[: words[1] + config]
-            if len(before) < words[0]:
+            file = arguments[0] if config and not _is_flag(arguments[0]) else None
+            asked = parse(groups, arguments[file is not None :], file, words[1])
+            if len(asked.words) < words[0]:
                 needed = "a model first" if words[0] == 1 else "two arguments"
                 raise CommandError(f"{name} needs {needed}: {usage} (see mpoe {name} --help)")
-            asked = parse(groups, arguments[len(before) :], before[0] if config and before else None)
-            return body(asked._replace(words=before, typed=shlex.join(["mpoe", name, *arguments])))
+            return body(asked._replace(typed=shlex.join(["mpoe", name, *arguments])))
 
         return run
 

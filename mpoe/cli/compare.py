@@ -21,7 +21,8 @@ from mpoe.cli.evaluate import metrics_of, score_table
 from mpoe.cli.models import MODEL_OR_RUN, REPORT_FILE, RESULTS_FILE, check_output, write_json
 from mpoe.cli.options import BASELINES
 from mpoe.cli.report import Table
-from mpoe.training.output_dir import METRICS_FILE, RUN_FILE, flatten, is_neutral, read_metrics, read_record
+from mpoe.data.mappings import flatten
+from mpoe.training.output_dir import METRICS_FILE, RUN_FILE, is_neutral, read_metrics, read_record
 
 MOST_RUNS = 12
 NUMBERS_FILE = "compare.json"

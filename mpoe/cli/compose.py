@@ -13,23 +13,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
 from mpoe.cli import models
 from mpoe.cli.command import Asked, CommandError, as_command, option
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.data.mappings import read_mapping, read_utf8
 from mpoe.models import expert_mixture
-from mpoe.models.composition import compose
-from mpoe.models.domains import train_routers
+from mpoe.models.composition import compose, train_routers
 from mpoe.models.expert_files import load_expert, merge_expert
-from mpoe.models.expert_mixture import EXPERTS_FOLDER, NONE, is_adapter
+from mpoe.models.expert_mixture import EXPERTS_FOLDER, NONE, batches, is_adapter, pieces
 from mpoe.models.table import CAUSAL
 
 USAGE = "mpoe compose BASE EXPERT ... --output_dir OUT [--flag value ...]"
 MOST = 1 + 128  # words: the base and its fine-tunes
 TOP_K = 2  # of experts; of fine-tunes 1
-AT_ONCE = 8  # pieces of a batch
 
 
 @dataclasses.dataclass
@@ -106,21 +102,6 @@ def load_fine_tune(name: str, base: Any) -> Any:
         raise CommandError(f"fine-tune: the adapter {name} does not fit the base: {error}") from error
 
 
-def pieces(text: str, tokenizer: Any, length: int, most: int, name: str) -> Any:
-    """The start of a text as token ids [at most ``most``, length]; CommandError with ``name`` if it is too short."""
-    # A token has fewer than ten characters on average: this reads enough, without reading a large text completely.
-    ids = tokenizer(text[: 10 * most * length])["input_ids"]
-    count = min(len(ids) // length, most)
-    if not count:
-        raise CommandError(f"{name} must hold at least {length} tokens; it has {len(ids)}")
-    return torch.tensor(ids[: count * length]).view(count, length)
-
-
-def batches(rows: Any) -> list[dict[str, Any]]:
-    """Token ids [pieces, tokens] as batches for a language model."""
-    return [{"input_ids": part, "labels": part} for part in rows.split(AT_ONCE)]
-
-
 def _batches_of(file: str, tokenizer: Any, options: ComposeOptions, name: str) -> list[dict[str, Any]]:
     text = read_utf8(f"{name}:", Path(file))
     return batches(pieces(text, tokenizer, options.max_length, options.max_texts, f"{name}: {file}"))
@@ -145,8 +126,6 @@ def compose_fine_tunes(
     fine_tunes = [load_fine_tune(name, base) for name in names]
     routing = RouterConfig(top_k=options.top_k or 1)
     mixture = compose(base, fine_tunes, texts, routing, router=options.router, steps=options.steps)
-    for name, error in zip(names, mixture.composition_report.values(), strict=True):
-        print(f"{name}: outside the experts {error:.2f} of what it changed is lost in the mean")
     with models.model_folder(out, mixture, tokenizer):
         pass
     print(f"saved to {out}")

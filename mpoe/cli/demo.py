@@ -20,15 +20,13 @@ from transformers.utils import logging
 
 from mpoe.cli import compare, train
 from mpoe.cli.command import Asked, CommandError, as_command, option
-from mpoe.cli.compose import AT_ONCE, batches, pieces
 from mpoe.cli.models import MODEL_OR_RUN, REPORT_FILE, RESULTS_FILE, check_output, model_folder, write_json
 from mpoe.cli.report import Table, expert_colours, routes_html, section, write_page
-from mpoe.data.documentation import load_documentation
-from mpoe.data.embedded import DOMAINS, domain_text, load_stand_in
+from mpoe.data.embedded import DOMAINS, domain_text, load_documentation, load_stand_in
 from mpoe.data.predict import token_losses
 from mpoe.inspection import Route, route_text
 from mpoe.models import collect_statistics, compose_experts, merge_expert, save_expert, start_expert
-from mpoe.models.expert_mixture import keep_experts
+from mpoe.models.expert_mixture import AT_ONCE, batches, keep_experts, pieces
 from mpoe.training.run_lock import hold
 
 MODEL_FOLDER = "model"

@@ -22,8 +22,7 @@ from mpoe.cli.tasks import DataOptions, data_of_run, resolve
 from mpoe.data.task import Task
 from mpoe.inspection import Route, Worth, bond_spectra, composed_worth, route_text
 from mpoe.models.expert_mixture import EXPERTS_FOLDER, kept_experts
-from mpoe.models.others import facts
-from mpoe.models.report import HEADER, LEGEND, mpo_modules, routed_layers, short_name, summarize
+from mpoe.models.report import HEADER, LEGEND, facts, mpo_modules, routed_layers, short_name, summarize
 from mpoe.models.table import ENCODER, SEQ2SEQ
 
 NUMBERS_FILE = "inspect.json"
@@ -183,7 +182,7 @@ def _report(
     }
     weights = summarize(model, NUM_TOKENS, config.top_k)
     if weights:
-        parts.append(report.Table(HEADER, [row.cells for row in weights], "MPO weights", LEGEND).section())
+        parts.append(report.Table(HEADER, list(weights.values()), "MPO weights", LEGEND).section())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / REPORT_FILE).unlink(missing_ok=True)
     write_json(folder / NUMBERS_FILE, numbers)

@@ -20,19 +20,18 @@ from huggingface_hub import constants
 from transformers.utils import logging
 
 from mpoe.cli.command import CommandError, close_matches
-from mpoe.data.embedded import stand_in_path
+from mpoe.data.embedded import STAND_INS, stand_in_path
 from mpoe.data.mappings import read_mapping
 from mpoe.data.task import Task
 from mpoe.models import load_mpoe
-from mpoe.models.classes import classes_of
-from mpoe.models.others import CARD_FILE, may_write_card
-from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ, TABLE, TYPE_PREFIX, known_type
+from mpoe.models.classes import STYLE_HEADS, classes_of
+from mpoe.models.report import CARD_FILE, may_write_card
+from mpoe.models.table import ENCODER, TABLE, TYPE_PREFIX, known_type
 from mpoe.models.weight_files import check_weight_files, write_text
 from mpoe.training.output_dir import check_folder
 from mpoe.training.run_lock import hold
 
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*")
-STAND_INS = ("t5", "gpt2")
 
 
 @dataclass(frozen=True)
@@ -147,9 +146,8 @@ def load_model(source: Source, labels: Sequence[str] | None = None) -> Any:
         classes_of(source.model_type.removeprefix(TYPE_PREFIX))  # which registers them with the Auto classes
     elif source.is_mpoe:
         return load_mpoe(source.path).eval()
-    auto = {SEQ2SEQ: "AutoModelForSeq2SeqLM", CAUSAL: "AutoModelForCausalLM", ENCODER: "AutoModel"}[source.style]
-    if source.is_classifier or options:
-        auto = "AutoModelForSequenceClassification"
+    is_head = source.is_classifier or options
+    auto = "AutoModelForSequenceClassification" if is_head else STYLE_HEADS[source.style]
     try:
         model = getattr(transformers, auto).from_pretrained(source.path, dtype="float32", **options).eval()
     except Exception as error:  # Transformers and its file readers have no common exception for damaged files

@@ -32,8 +32,7 @@ from mpoe.data.task import Task
 from mpoe.models import collect_statistics, convert_to_mpoe, load_layers, save_expert
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.find import hidden_size_as_mixture, widened
-from mpoe.models.others import write_card
-from mpoe.models.report import routed_layers, short_name
+from mpoe.models.report import routed_layers, short_name, write_card
 from mpoe.models.table import ENCODER
 from mpoe.training import MPOETrainingArguments, find_last_checkpoint, prepare_output_dir
 from mpoe.training.callbacks import LogLineCallback

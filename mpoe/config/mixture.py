@@ -355,6 +355,9 @@ class MPOEConfig:
         its experts are separable, without ``top_k`` a token has one expert.
         """
         if isinstance(values, Mapping):
+            if values.get("existing_experts", "keep") != "keep":
+                found = values["existing_experts"]
+                raise ValueError(f"existing_experts must be 'keep': mixtures are not converted any more; got {found!r}")
             values = {name: value for name, value in values.items() if name not in OBSOLETE}
         checks.check_fields(cls, values, "MPOEConfig")
         router = values.get("router")

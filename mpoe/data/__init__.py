@@ -5,8 +5,8 @@ Importing this package does not import transformers.
 
 from types import ModuleType as _Module
 
-from mpoe.data.documentation import DocRecord as DocRecord
-from mpoe.data.documentation import load_documentation as load_documentation
+from mpoe.data.embedded import DocRecord as DocRecord
+from mpoe.data.embedded import load_documentation as load_documentation
 from mpoe.data.embedded import load_stand_in as load_stand_in
 from mpoe.data.embedded import stand_in_path as stand_in_path
 from mpoe.data.encode import encode_language_modeling as encode_language_modeling

@@ -1,10 +1,10 @@
-"""Text files, and JSON and YAML files that hold one mapping."""
+"""Text files, JSON and YAML files that hold one mapping, and the names in nested mappings."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +59,12 @@ def _parsed(file: Path, text: str) -> Any:
     except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:
         reason = str(error)  # a number too long, brackets nested too deeply, or a value that does not fit its tag
     raise ValueError(f"{file}{where}: bad {kind}: {reason}")
+
+
+def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of everything in nested mappings, in order."""
+    if isinstance(values, Mapping) and values:
+        for key, value in values.items():
+            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, values

@@ -222,9 +222,6 @@ def rate_ratios(cores: Sequence[Tensor], weight: Tensor) -> tuple[float, ...]:
     return tuple(float(core.double().square().mean().sqrt()) / scale if scale else 1.0 for core in cores)
 
 
-# Transformers' names of the ways to compute experts
-
-
 def _grouped_mm_runs(x: Tensor, weight: Tensor) -> bool:
     """`torch.nn.functional.grouped_mm` needs float32 or half precision and rows aligned to 16 bytes. On a CPU, few rows
     take one product after another, which reads the weights of the experts that have some, and no others'."""
@@ -234,13 +231,6 @@ def _grouped_mm_runs(x: Tensor, weight: Tensor) -> bool:
         return False
     aligned = 16 // x.element_size()
     return weight.shape[1] % aligned == 0 and weight.shape[2] % aligned == 0
-
-
-def _expert_of_slot(x: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:
-    """Expert of every row; rows past the last offset, which are dropped later, get the last one."""
-    slots = torch.arange(x.shape[0], device=x.device, dtype=expert_offsets.dtype)
-    expert = torch.searchsorted(expert_offsets[1:].contiguous(), slots, right=True)
-    return expert.clamp_max(weight.shape[0] - 1)
 
 
 def grouped_dense_linear(
@@ -266,7 +256,9 @@ def grouped_dense_linear(
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     if bias is not None and bias.dim() == 2:  # a row for every slot; those past the last offset are dropped below
-        bias = bias[_expert_of_slot(x, weight, expert_offsets)]
+        slots = torch.arange(x.shape[0], device=x.device, dtype=expert_offsets.dtype)
+        expert = torch.searchsorted(expert_offsets[1:].contiguous(), slots, right=True)
+        bias = bias[expert.clamp_max(len(weight) - 1)]
     if _grouped_mm_runs(x, weight):
         used = (torch.arange(x.shape[0], device=x.device) < expert_offsets[-1])[:, None]
         # grouped_mm leaves rows past the last offset uninitialised, in the result and in the gradient of x: both

@@ -14,11 +14,10 @@ _NAMES = {
     name: module
     for module, names in {
         "checkpoint": "load_layers load_mpoe save_mpoe_only",
-        "composition": "compose",
+        "composition": "collect_statistics compose",
         "convert": "convert_to_mpoe merge_experts merge_latent",
         "expert_files": "load_expert merge_expert push_expert save_expert start_expert",
         "expert_mixture": "compose_experts",
-        "domains": "collect_statistics",
         "original": "import_original",
         "report": "mpo_modules parameter_kind parameter_report",
     }.items()

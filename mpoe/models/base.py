@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -30,15 +30,26 @@ from mpoe.layers.context import (
     router_z_loss,
     sum_over_ranks,
 )
-from mpoe.layers.cores import FromInitialValues
+from mpoe.layers.cores import FromInitialValues, MPOCores
 from mpoe.layers.drop_in import MPOLinear
 from mpoe.layers.experts import MPOExperts
-from mpoe.layers.feed_forward import RoutedFeedForward
-from mpoe.models import others, report
+from mpoe.layers.feed_forward import KeptFeedForward, RoutedFeedForward
+from mpoe.models import report
 from mpoe.models.find import find_sites
 from mpoe.models.sites import install_empty
 from mpoe.models.weight_files import BASE_FILE, ONLY_FILE
 from mpoe_kernels.version import __version__
+
+# of every model's output, see `mpoe.models.classes.RoutingFields`
+ROUTING_FIELDS = ("task_loss", "aux_loss", "router_logits", "expert_load")
+REMOTE_FILE = "modeling_mpoe.py"
+REMOTE_CODE = '''"""Opens this model in programs that do not import mpoe (with ``trust_remote_code=True``)."""
+
+try:
+    from mpoe.models import {names}
+except ImportError as error:
+    raise ImportError('this model needs the package mpoe: pip install "mpoe>={version}"') from error
+'''
 
 
 def last_tokens(mask: Any, kwargs: Mapping[str, Any], ids: str, embeds: str) -> Tensor | None:
@@ -213,9 +224,7 @@ class MPOEModelMixin(_Model):
             output = forward(**kwargs, return_dict=True)
         output = self._with_routing(output, context.records or [], kwargs)
         if shown is False:
-            output = self.mpoe_output(
-                **{name: value for name, value in output.items() if name not in others.ROUTING_FIELDS}
-            )
+            output = self.mpoe_output(**{name: value for name, value in output.items() if name not in ROUTING_FIELDS})
         return output if return_dict else output.to_tuple()
 
     def _with_routing(self, output: Any, records: list[RouterRecord], kwargs: dict[str, Any]) -> Any:
@@ -297,7 +306,7 @@ class MPOEModelMixin(_Model):
         """
         self.write_rate_ratios()
         names = {"AutoConfig": type(self.config).__name__, **self.auto_classes}
-        self.config.auto_map = {auto: f"{Path(others.REMOTE_FILE).stem}.{name}" for auto, name in names.items()}
+        self.config.auto_map = {auto: f"{Path(REMOTE_FILE).stem}.{name}" for auto, name in names.items()}
         try:
             result = super().save_pretrained(save_directory, *args, **kwargs)
         except SafetensorError as error:
@@ -306,17 +315,17 @@ class MPOEModelMixin(_Model):
             # Otherwise an earlier MPOE-only save in this folder would be loaded instead.
             (Path(save_directory) / name).unlink(missing_ok=True)
         if kwargs.get("is_main_process", True):
-            code = others.REMOTE_CODE.format(names=", ".join(sorted(set(names.values()))), version=__version__)
-            (Path(save_directory) / others.REMOTE_FILE).write_text(code, encoding="utf-8")
-            others.write_card(self, save_directory)
+            code = REMOTE_CODE.format(names=", ".join(sorted(set(names.values()))), version=__version__)
+            (Path(save_directory) / REMOTE_FILE).write_text(code, encoding="utf-8")
+            report.write_card(self, save_directory)
         return result
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers, with our card in place of the one that it creates for a repository without any."""
-        card = Path(working_dir) / others.CARD_FILE
-        if card.is_file() and others.TEMPLATE in card.read_text(encoding="utf-8"):
+        card = Path(working_dir) / report.CARD_FILE
+        if card.is_file() and report.TEMPLATE in card.read_text(encoding="utf-8"):
             card.unlink()
-            others.write_card(self, working_dir)
+            report.write_card(self, working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     # ------------------------------------------------------------ reporting
@@ -352,11 +361,11 @@ class MPOEModelMixin(_Model):
         Raises:
             ValueError: a model without MPO weights.
         """
-        self._set_parts("central", False)
+        self._train_parts("central", False)
 
     def unfreeze_central(self) -> None:
         """Train the central cores again; raises the errors of `freeze_central`."""
-        self._set_parts("central", True)
+        self._train_parts("central", True)
 
     def freeze_router(self, frozen: bool = True) -> None:
         """Stop training the routers; ``False`` trains them again.
@@ -364,7 +373,7 @@ class MPOEModelMixin(_Model):
         Raises:
             ValueError: a model without routers.
         """
-        self._set_parts("router", not frozen)
+        self._train_parts("router", not frozen)
 
     def freeze_experts(self, frozen: bool = True) -> None:
         """Stop training the experts' own parameters (and shared MPO cores); ``False`` trains them again.
@@ -372,21 +381,16 @@ class MPOEModelMixin(_Model):
         Raises:
             ValueError: a model without experts.
         """
-        self._set_parts("experts", not frozen)
+        self._train_parts("experts", not frozen)
 
-    def _parts(self, part: str) -> list[nn.Module | nn.Parameter]:
-        """What is central, the routers or the experts."""
-        if part == "central":
-            modules: list[Any] = [
-                *(cores for _, cores in report.mpo_modules(self)),
-                *report.kept_modules(self).values(),
-            ]
-            return [weight for module in modules for weight in module.central_parameters().values()]
-        layers = [module for module in self.modules() if isinstance(module, RoutedFeedForward)]
-        return [found for layer in layers if (found := getattr(layer, part)) is not None]
-
-    def _set_parts(self, part: str, trained: bool) -> None:
-        found = self._parts(part)
+    def _train_parts(self, part: str, trained: bool) -> None:
+        """Train or freeze what is central, the routers or the experts."""
+        found: list[Any] = []
+        for module in self.modules():
+            if part == "central" and isinstance(module, (MPOCores, KeptFeedForward)):
+                found += module.central_parameters().values()
+            elif isinstance(module, RoutedFeedForward) and getattr(module, part, None) is not None:
+                found.append(getattr(module, part))
         if not found:
             missing = "are no central cores" if part == "central" else f"is no {part}"
             raise ValueError(f"there {missing} to freeze: {type(self).__name__} has none")

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from mpoe.config import MPOEConfig
 from mpoe.config.checks import check_choice, check_type
+from mpoe.data.mappings import read_mapping
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.feed_forward import RoutedFeedForward
 from mpoe.models.base import MPOEModelMixin
@@ -30,7 +31,6 @@ from mpoe.models.weight_files import (
     check_repeats,
     check_shapes,
     declared_shapes,
-    read_json,
     read_tensors,
     tensors_hash,
     weight_files,
@@ -43,7 +43,7 @@ def read_mpoe_config(folder: Path) -> tuple[dict[str, Any], type[Any]]:
         raise ValueError(f"path must be a folder written by save_pretrained; {folder} is none")
     if not (folder / "config.json").is_file():
         raise ValueError(f"path must hold config.json; {folder} has none")
-    values = read_json(folder / "config.json")
+    values = read_mapping(folder / "config.json", "configuration")
     model_type = values.get("model_type")
     if model_type not in MODEL_TYPES and values.get("mpoe_sites") is None:
         is_dense = str(model_type) in TABLE
@@ -212,7 +212,7 @@ def _base_of(folder: Path, cls: type[Any], base: Any) -> tuple[dict[str, Tensor]
     """The dense model's parameters, and the hash that an MPOE-only save has of those that it needs."""
     if not (folder / BASE_FILE).is_file():
         raise ValueError(f"an MPOE-only save must hold {BASE_FILE}; {folder} has none")
-    identity = read_json(folder / BASE_FILE)
+    identity = read_mapping(folder / BASE_FILE, "base's description")
     if base is None:
         raise ValueError(
             f"{folder} holds MPOE parameters only; give the dense model they belong to as base "

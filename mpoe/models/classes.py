@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_type_hints
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import configuration_auto, modeling_auto
+from transformers.utils.generic import ModelOutput
 
 from mpoe.config import MPOEConfig
 from mpoe.layers.context import Entered, RoutingContext
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.expert_cache import ExpertCache
 from mpoe.layers.experts import MPOExperts
-from mpoe.models.base import MPOEModelMixin, last_tokens
-from mpoe.models.others import ROUTING_FIELDS, output_of
+from mpoe.models.base import ROUTING_FIELDS, MPOEModelMixin, last_tokens
 from mpoe.models.table import CAUSAL, CLASS_PREFIX, ENCODER, SEQ2SEQ, TABLE, TYPE_PREFIX
 
 
@@ -99,6 +100,39 @@ class MPOESeq2SeqMixin(MPOEModelMixin):
         return {"encoder": last_tokens(mask, {}, "", "")}
 
 
+@dataclass
+class RoutingFields:
+    """Fields that every MPOE model adds to its family's output.
+
+    Attributes:
+        task_loss: the loss without ``aux_loss``; present when labels are given.
+        aux_loss: weighted sum over layers of the load-balancing and z-losses, float32 scalar.
+        router_logits: raw logits per layer in order of execution, float32 ``[B * S, E]`` each.
+        expert_load: slots each expert worked on, int64 ``[layers, E]``, detached; padding and dropped tokens are not
+            counted.
+    """
+
+    task_loss: Tensor | None = None
+    aux_loss: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    expert_load: Tensor | None = None
+
+
+@functools.cache
+def output_with_routing(dense: type[ModelOutput]) -> type[ModelOutput]:
+    """``dense`` with `RoutingFields`, named ``MPOE<dense>``."""
+    documentation = f"`{dense.__name__}` with `RoutingFields`."
+    made = type(f"MPOE{dense.__name__}", (RoutingFields, dense), {"__doc__": documentation, "__module__": __name__})
+    return dataclass(made)
+
+
+def output_of(forward: Callable[..., Any]) -> type[ModelOutput]:
+    """The output class of a dense model's ``forward``, by its annotation, with `RoutingFields`."""
+    annotation = get_type_hints(forward)["return"]
+    found = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+    return output_with_routing(next(kind for kind in found if issubclass(kind, ModelOutput)))
+
+
 # Auto class -> Transformers' table of its classes
 HEADS = {
     "AutoModel": "MODEL_MAPPING_NAMES",
@@ -122,22 +156,11 @@ else:
     _Config = object
 
 
-def checked_mpoe_dict(value: Any) -> dict[str, Any]:
-    """The ``mpoe`` field of a Hugging Face config: a validated, JSON-able dict.
-
-    Raises:
-        TypeError, ValueError: anything `MPOEConfig` refuses.
-    """
-    if isinstance(value, MPOEConfig):
-        return value.to_dict()
-    return MPOEConfig.from_dict(value or {}).to_dict()
-
-
 class MPOEConfigMixin(_Config):
     """Goes before the dense configuration in the bases. ``mpoe`` is the dict of an `mpoe.MPOEConfig`.
 
     ``output_router_logits`` is Transformers' option of that name: ``None`` (the default) and ``True`` return the
-    routers' outputs, ``False`` leaves out the fields of `mpoe.models.others.RoutingFields`; the loss always contains
+    routers' outputs, ``False`` leaves out the fields of `RoutingFields`; the loss always contains
     the auxiliary losses. The expert-parallel plan is empty: experts and routers are replicated on every rank.
     """
 
@@ -153,7 +176,7 @@ def config_class_for(dense: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The configuration class of converted ``dense`` models."""
 
     def __init__(self: Any, mpoe: Any = None, **kwargs: Any) -> None:
-        self.mpoe = checked_mpoe_dict(mpoe)
+        self.mpoe = (mpoe if isinstance(mpoe, MPOEConfig) else MPOEConfig.from_dict(mpoe or {})).to_dict()
         dense.__init__(self, **kwargs)
 
     ignored = [*IGNORED_AT_INFERENCE, *(getattr(dense, "keys_to_ignore_at_inference", None) or [])]

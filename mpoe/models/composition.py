@@ -1,68 +1,270 @@
-"""`compose`: several fine-tunes of one model become the experts of one mixture.
+"""`compose`: several fine-tunes of one model become the experts of one mixture; and routers in closed form, from
+statistics of domains, optionally followed by training, which `compose_experts` uses too.
 
 Feed-forward networks become experts, one per fine-tune; all other parameters are the mean over the fine-tunes
-(Branch-Train-MiX, Sukhbaatar et al. 2024, arXiv 2403.07816). Routers need no training: see `mpoe.models.domains`.
+(Branch-Train-MiX, Sukhbaatar et al. 2024, arXiv 2403.07816).
+
+A domain's statistics are, for every layer, those of its router's input over the tokens of the domain, while all of them
+go to the domain's own expert: the mean, and the covariance as a sketch, ``sum_i values_i vectors_i vectors_i' +
+diag(rest)``: its largest eigenvalues, and what its diagonal has beyond them. As tensors by name, of a layer NAME:
+
+- ``NAME.mean``, ``NAME.rest``: float32 ``[I]``,
+- ``NAME.vectors``: float16 ``[r, I]``, of length 1,
+- ``NAME.values``: float32 ``[r]``.
+
+A router is a linear discriminant of the domains, the ridge regression of the domain on its input. That needs nothing
+but these statistics, so domains can be added and removed later without the others' texts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from mpoe.config import MPOEConfig, RouterConfig
-from mpoe.config.checks import check_choice, check_integer
-from mpoe.models.convert import convert_to_mpoe, converted_class
-from mpoe.models.domains import router_weight, statistics_of_expert, train_routers
+from mpoe.config.checks import check_choice, check_integer, check_type
+from mpoe.data.predict import evaluation_mode
+from mpoe.layers.router import TopKRouter
+from mpoe.models.base import MPOEModelMixin
+from mpoe.models.convert import check_finite, convert_to_mpoe, converted_class
 from mpoe.models.find import dense_networks
-from mpoe.models.report import routed_layers
+from mpoe.models.report import neuron_modules, routed_layers
 
-ROUTERS = ("ridge", "train")
 Batches = Sequence[Iterable[Mapping[str, Tensor]]]
+Statistics = Mapping[str, Tensor]
+PARTS = ("mean", "rest", "vectors", "values")
+SHARE = 0.1  # of an expert's bytes is what its statistics may have
+RANK = 512  # eigenvectors, at most, of statistics from texts at hand
+RIDGE = 1e-3  # relative to the mean square of a number of the router's input
+LEARNING_RATE = 1e-3
+
+
+@contextlib.contextmanager
+def _routed_to(mixture: nn.Module, known: list[int], rows: Mapping[str, Tensor], **changes: Any) -> Iterator[None]:
+    """Tokens go to the experts ``known`` alone, by routers ``rows [len(known), I]`` of every layer (default: 0) with
+    these changes of their configuration."""
+    own: dict[str, Any] = {name: layer.router for name, layer in routed_layers(mixture)}
+    try:
+        for name, router in own.items():
+            config = dataclasses.replace(router.config, bias_update_rate=1.0, **changes)
+            like = {"device": router.weight.device, "dtype": router.weight.dtype}
+            made: Any = TopKRouter(router.in_features, router.num_experts, config, **like)
+            made.weight.data.zero_()
+            if name in rows:
+                made.weight.data[known] = rows[name].to(made.weight)
+            made.e_score_correction_bias.fill_(-torch.inf)
+            made.e_score_correction_bias[known] = 0.0
+            mixture.get_submodule(name).router = made.eval()
+        yield
+    finally:
+        for name, router in own.items():
+            mixture.get_submodule(name).router = router
+
+
+def forced(mixture: nn.Module, expert: int) -> contextlib.AbstractContextManager[None]:
+    """Every token goes to one expert of every layer, with gate 1, regardless of capacity."""
+    limits = ("capacity_factor", "eval_capacity_factor", "second_policy", "eval_second_policy", "routed_scaling_factor")
+    alone: dict[str, Any] = {**dict.fromkeys(limits), "top_k": 1, "is_scale_prob": False}
+    return _routed_to(mixture, [expert], {}, **alone)
+
+
+def without(mixture: Any, expert: int, weights: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[None]:
+    """No token goes to one expert; ``weights [E - 1, I]`` by layer are the routers of the others."""
+    config = mixture.mpoe_config
+    known = [number for number in range(config.num_experts) if number != expert]
+    return _routed_to(mixture, known, weights, top_k=min(config.top_k, len(known)))
+
+
+def on_device_of(mixture: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch where the model's parameters are."""
+    device = next(mixture.parameters()).device
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def _sketch(outer: Tensor, total: Tensor, tokens: int, rank: int) -> dict[str, Tensor]:
+    mean = total / tokens
+    covariance = outer / tokens - torch.outer(mean, mean)
+    values, vectors = torch.linalg.eigh(covariance)  # ascending
+    first = len(mean) - rank
+    values, vectors = values[first:].clamp_min(0).float(), vectors[:, first:].mT.half()
+    told = (values[:, None].double() * vectors.double().square()).sum(0)
+    rest = (covariance.diagonal() - told).clamp_min(0)
+    parts = (mean.float(), rest.float(), vectors, values)
+    return {name: part.contiguous().cpu() for name, part in zip(PARTS, parts, strict=True)}
+
+
+def _statistics(
+    model: Any, layers: Mapping[str, Any], batches: Iterable[Mapping[str, Tensor]], rank: int | None
+) -> dict[str, Tensor]:
+    # Sums over tokens of the outer products [I, I] of a router's inputs and of these, [I], float64; and their number.
+    sums: dict[str, tuple[Any, Any, int]] = dict.fromkeys(layers, (0.0, 0.0, 0))
+
+    def hook(name: str) -> Any:
+        def add(experts: Any, given: Any) -> None:
+            """Adds the tokens that a layer's experts see; padding reads as zeros."""
+            rows = given[0][given[0].ne(0).any(-1)].float()
+            outer, total, tokens = sums[name]
+            sums[name] = outer + (rows.mT @ rows).double(), total + rows.double().sum(0), tokens + len(rows)
+
+        return add
+
+    with contextlib.ExitStack() as until_then:
+        until_then.enter_context(evaluation_mode(model))
+        for name, layer in layers.items():
+            until_then.callback(layer.experts.register_forward_pre_hook(hook(name)).remove)
+        for batch in batches:
+            if not isinstance(batch, Mapping) or not all(isinstance(value, Tensor) for value in batch.values()):
+                raise TypeError(f"batches must hold tensors by argument of the model; got {type(batch).__name__}")
+            model(**on_device_of(model, batch))
+    found: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        outer, total, tokens = sums[name]
+        if not tokens:
+            raise ValueError(f"batches must hold tokens; {name} got none")
+        if not bool(torch.isfinite(outer).all()):
+            raise ValueError(f"batches must give finite inputs to every router; those of {name} hold NaN or Inf")
+        own, most = layer.in_features, rank
+        if most is None:  # as many as fit into a tenth of the expert; a mean and a diagonal are always there
+            left = SHARE * sum(part.nbytes for part in layer.experts.parameters()) - 8 * own
+            most = max(0, int(left / (2 * own + 4)))
+        sketch = _sketch(outer, total, tokens, min(own, most))
+        found |= {f"{name}.{part}": value for part, value in sketch.items()}
+    return found
+
+
+@torch.no_grad()
+def collect_statistics(
+    model: Any, batches: Iterable[Mapping[str, Tensor]], rank: int | None = None
+) -> dict[str, Tensor]:
+    """The statistics of a domain for the routers of a later mixture, from one pass over texts of it.
+
+    Args:
+        model: with an expert, see `start_expert`; it is not changed.
+        batches: keyword arguments of the model, some thousand tokens or more; what ``attention_mask`` leaves out is not
+            counted.
+        rank: eigenvectors of each layer's sketch, as many as there are at most; ``None`` = as many as make the
+            statistics at most a tenth of the expert's bytes. Mean and diagonal alone are more than that with fewer than
+            10 neurons (7 gated ones; in 16 bits 20 and 14).
+
+    Returns:
+        Tensors by name, see `mpoe.models.composition`.
+
+    Raises:
+        TypeError: ``model`` is not an MPOE model, a batch holds no tensors by name, a ``rank`` that is no integer.
+        ValueError: a model without neurons, no tokens, a negative ``rank``, inputs that are not finite.
+    """
+    check_type("model", model, MPOEModelMixin, "a model with an expert (see start_expert)")
+    layers = neuron_modules(model)
+    if not layers:
+        raise ValueError(f"model must have experts of the shape 'neurons' (see start_expert); {type(model).__name__}")
+    check_finite(model)
+    check_integer("rank", rank, 0, optional=True)
+    return _statistics(model, layers, batches, rank)
+
+
+@torch.no_grad()
+def statistics_of_expert(mixture: Any, expert: int, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """As `collect_statistics`, while every token goes to one expert of a mixture, with up to `RANK` eigenvectors."""
+    with forced(mixture, expert):
+        return _statistics(mixture, dict(routed_layers(mixture)), batches, RANK)
+
+
+def check_statistics(statistics: Statistics, sizes: Mapping[str, int], whose: str) -> None:
+    """Refuse statistics that are not those of layers of these sizes, by name (TypeError, ValueError)."""
+    check_type(whose, statistics, Mapping, "a mapping (see collect_statistics)")
+    wanted = {f"{layer}.{part}" for layer in sizes for part in PARTS}
+    if wanted != set(statistics):
+        odd = sorted(map(str, wanted.symmetric_difference(statistics)))[0]
+        raise ValueError(f"{whose} must hold mean, rest, vectors and values of every layer and nothing else; see {odd}")
+    for layer, size in sizes.items():
+        rank = len(statistics[f"{layer}.vectors"])
+        shapes = {"mean": (size,), "rest": (size,), "vectors": (rank, size), "values": (rank,)}
+        for part, shape in shapes.items():
+            value = statistics[f"{layer}.{part}"]
+            if tuple(value.shape) != shape or not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{whose} must hold finite numbers {list(shape)} as {layer}.{part}; they are others")
+
+
+def _second_moment(statistics: Statistics, layer: str) -> Tensor:
+    mean, rest, vectors, values = (statistics[f"{layer}.{part}"].double() for part in PARTS)
+    return torch.outer(mean, mean) + torch.diag(rest) + vectors.mT @ (values[:, None] * vectors)
+
+
+def router_weight(classes: Sequence[Statistics], layer: str, sharpness: float = 3.0) -> Tensor:
+    """The router of ``layer`` for these classes, float64 ``[E, I]``: a linear discriminant without a constant.
+
+    It is the ridge regression of the class on the input, all classes with equal weight, from their second moments:
+    ``W = s E (S + r)^-1 (means - their mean)``. There is no constant term, because routers have none: targets are
+    centred, since a softmax ignores a common offset. The regression's outputs are probabilities minus 1/E, so with
+    ``sharpness`` s = 1/E the softmax agrees with them to first order.
+    """
+    means = torch.stack([statistics[f"{layer}.mean"].double() for statistics in classes])
+    pooled = torch.stack([_second_moment(statistics, layer) for statistics in classes]).mean(0)
+    pooled.diagonal().add_(RIDGE * pooled.diagonal().mean())
+    return sharpness * len(classes) * torch.linalg.solve(pooled, (means - means.mean(0)).mT).mT
+
+
+def train_routers(mixture: Any, examples: Sequence[Iterable[Mapping[str, Tensor]]], steps: int) -> list[float]:
+    """Train only the routers (AdamW, 1e-3) on the cross-entropy of the domain at every router, plus the model's own
+    loss if batches have labels. Everything else stays bit-identical.
+
+    Returns:
+        The loss of every step; a step uses one batch of each domain.
+    """
+    weights = [layer.router.weight for _, layer in routed_layers(mixture) if layer.router is not None]
+    was = [(p, p.requires_grad) for p in mixture.parameters()]
+    for p, _ in was:
+        p.requires_grad_(any(p is weight for weight in weights))
+    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
+    domains = [itertools.cycle(list(batches)) for batches in examples]
+    losses = []
+    with torch.enable_grad():
+        for _ in range(steps):
+            parts = [_domain_loss(mixture, next(batches), number) for number, batches in enumerate(domains)]
+            optimizer.zero_grad()
+            total = torch.stack(parts).sum()
+            total.backward()
+            optimizer.step()
+            losses.append(float(total.detach()))
+    for p, needed in was:
+        p.requires_grad_(needed)
+    return losses
+
+
+def _domain_loss(mixture: Any, batch: Mapping[str, Tensor], domain: int) -> Tensor:
+    batch = on_device_of(mixture, batch)
+    out = mixture(**batch, return_dict=True, output_router_logits=True)
+    mask = batch.get("attention_mask")
+    own = []
+    for logits in out.router_logits:
+        target = logits.new_full((len(logits),), domain, dtype=torch.int64)
+        if mask is not None and mask.numel() == len(logits):
+            target = target.masked_fill(~mask.reshape(-1).bool(), -100)
+        own.append(F.cross_entropy(logits, target))
+    loss: Tensor = torch.stack(own).mean()
+    task = getattr(out, "task_loss", None)
+    return loss if task is None else loss + task
+
+
+# ------------------------------------------------------------------ fine-tunes as experts
 
 
 def _check_alike(base: Any, fine_tunes: Sequence[Any]) -> None:
-    shapes = {name: p.shape for name, p in base.named_parameters()}
+    wanted = {"class": type(base).__name__, **{name: tuple(p.shape) for name, p in base.named_parameters()}}
     for place, model in enumerate(fine_tunes):
-        if type(model) is not type(base):
-            raise ValueError(
-                f"fine_tunes must be of the class of base, {type(base).__name__}; number {place} is a "
-                f"{type(model).__name__}"
-            )
-        own = {name: p.shape for name, p in model.named_parameters()}
-        odd = sorted(name for name in shapes.keys() | own.keys() if shapes.get(name) != own.get(name))
-        if odd:
-            raise ValueError(
-                f"fine_tunes must have the parameters of base; number {place} differs in {odd[0]}: "
-                f"{own.get(odd[0])} for {shapes.get(odd[0])}"
-            )
-
-
-def _mean_model(base: Any, fine_tunes: Sequence[Any]) -> Any:
-    """The mean of the fine-tunes; parameters that are equal in all stay bit-identical."""
-    mean = copy.deepcopy(base)
-    others = [dict(model.named_parameters()) for model in fine_tunes]
-    for name, parameter in mean.named_parameters():
-        values = [other[name] for other in others]
-        if all(torch.equal(values[0], value) for value in values[1:]):
-            parameter.copy_(values[0])
-        else:
-            parameter.copy_(torch.stack([value.double() for value in values]).mean(0))
-    return mean
-
-
-def _outside(mixture: Any, base: Any, model: Any) -> float:
-    """How far the parameters outside the experts are from a fine-tune's, relative to what it changed."""
-    kept, start = dict(mixture.named_parameters()), dict(base.named_parameters())
-    own = {name: p for name, p in model.named_parameters() if name in kept and kept[name].shape == p.shape}
-    missed, changed, size = (
-        float(sum(t.double().square().sum() for t in part)) ** 0.5
-        for part in ([p - kept[n] for n, p in own.items()], [p - start[n] for n, p in own.items()], own.values())
-    )
-    return missed / (changed or size or 1.0)
+        own = {"class": type(model).__name__, **{name: tuple(p.shape) for name, p in model.named_parameters()}}
+        odd = next((name for name in {**wanted, **own} if wanted.get(name) != own.get(name)), None)
+        if odd is not None:
+            differs = f"number {place} differs in {odd}: {own.get(odd)} for {wanted.get(odd)}"
+            raise ValueError(f"fine_tunes must be of the class of base and have its parameters; {differs}")
 
 
 @torch.no_grad()
@@ -84,14 +286,12 @@ def compose(
             ``attention_mask``, ``labels``); a few hundred texts each are enough. ``None`` leaves the routers
             random: set them later, or train the mixture.
         routing: experts per token, capacity and so on; default: one expert per token.
-        router: ``"ridge"``: closed form, see `mpoe.models.domains.router_weight`; ``"train"``: additionally trained,
+        router: ``"ridge"``: closed form, see `router_weight`; ``"train"``: additionally trained,
             with everything else frozen.
         steps: optimizer steps of ``"train"``.
 
     Returns:
-        The mixture, in eval mode; its experts are exact. ``composition_report`` says by number of the fine-tune how far
-        the parameters outside the experts, which are the mean, are from its own: ``|W_mixture - W_fine_tune| /
-        |W_fine_tune - W_base|`` (0 = exact; if nothing was changed, relative to the weights).
+        The mixture, in eval mode; its experts are exact, all other parameters the mean.
 
     Raises:
         TypeError: ``routing`` of another type.
@@ -102,7 +302,7 @@ def compose(
         raise ValueError("fine_tunes must hold at least one model; got none")
     converted_class(base)
     _check_alike(base, fine_tunes)
-    check_choice("router", router, ROUTERS)
+    check_choice("router", router, ("ridge", "train"))
     check_integer("steps", steps, 1)
     if examples is not None and len(examples) != len(fine_tunes):
         raise ValueError(f"examples must hold batches for each of {len(fine_tunes)} fine-tunes; got {len(examples)}")
@@ -111,7 +311,10 @@ def compose(
     # Every expert has biases of its own.
     config.expert_bias = any(site.bias("up") is not None for site in sites)
     config.expert_output_bias = any(site.bias("down") is not None for site in sites)
-    mixture = convert_to_mpoe(_mean_model(base, fine_tunes), config, inplace=True).eval()
+    mean = copy.deepcopy(base)
+    for name, parameter in mean.named_parameters():  # in float64, in which the mean of equal weights is these
+        parameter.copy_(torch.stack([model.get_parameter(name).double() for model in fine_tunes]).mean(0))
+    mixture = convert_to_mpoe(mean, config, inplace=True).eval()
     for number, model in enumerate(fine_tunes):
         for site in dense_networks(model, config):
             for kind, weights in mixture.get_submodule(site.name).experts.projections().items():
@@ -119,7 +322,6 @@ def compose(
                 bias = site.bias(kind)
                 if bias is not None:
                     weights.bias[number] = bias
-    mixture.composition_report = {n: _outside(mixture, base, model) for n, model in enumerate(fine_tunes)}
     if examples is not None:
         classes = [statistics_of_expert(mixture, number, batches) for number, batches in enumerate(examples)]
         for name, layer in routed_layers(mixture):

@@ -1,7 +1,7 @@
 """An expert is a file: hidden neurons that were trained beside a frozen dense model, to be merged or composed later.
 
 The file is one of safetensors. Its tensors are ``weights.LAYER.up`` (``gate_proj``, ``down``: ``[m, I]``; ``bias``:
-``[m]``) and ``statistics.LAYER.*`` (see `mpoe.models.domains`); its metadata hold a JSON object, `Expert.facts`,
+``[m]``) and ``statistics.LAYER.*`` (see `mpoe.models.composition`); its metadata hold a JSON object, `Expert.facts`,
 and the SHA-256 of both.
 """
 
@@ -26,8 +26,8 @@ from mpoe.config import MPOEConfig
 from mpoe.config.checks import check_type
 from mpoe.layers.neurons import NeuronExperts
 from mpoe.models.base import MPOEModelMixin
+from mpoe.models.composition import check_statistics
 from mpoe.models.convert import check_finite, convert_to_mpoe, converted_class
-from mpoe.models.domains import check_statistics
 from mpoe.models.find import dense_networks, widened
 from mpoe.models.report import neuron_modules
 from mpoe.models.sites import FFNSite
@@ -61,7 +61,7 @@ class Expert:
             and of the vocabulary, or ``None``), ``base_name``, ``model``, ``neurons``, ``activation``, ``gated``,
             ``training``.
         weights: ``LAYER.up``, ``gate_proj``, ``down``: ``[m, I]``; ``bias``: ``[m]``.
-        statistics: see `mpoe.models.domains`; empty if there are none.
+        statistics: see `mpoe.models.composition`; empty if there are none.
     """
 
     facts: dict[str, Any]

@@ -20,10 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mpoe.config import MPOEConfig, RouterConfig
-from mpoe.data.documentation import load_documentation
+from mpoe.data.embedded import load_documentation
+from mpoe.data.mappings import read_mapping
 from mpoe.data.predict import token_losses
+from mpoe.models.composition import RANK, Statistics, check_statistics, collect_statistics, router_weight
 from mpoe.models.convert import convert_to_mpoe
-from mpoe.models.domains import RANK, Statistics, check_statistics, collect_statistics, router_weight
 from mpoe.models.expert_files import (
     Expert,
     experts_of,
@@ -35,12 +36,31 @@ from mpoe.models.expert_files import (
     write_expert,
 )
 from mpoe.models.report import neuron_modules
-from mpoe.models.weight_files import declared_shapes, read_json, read_tensors, tensors_hash
+from mpoe.models.weight_files import declared_shapes, read_tensors, tensors_hash
 
 NONE = "none"  # name of the expert that adds nothing
 # In the folder of a mixture, next to the model: what it was composed of.
 EXPERTS_FOLDER, BACKGROUND_FILE = "experts", "background.safetensors"
 PIECES, LENGTH, AT_ONCE = 128, 128, 8  # of the packaged text: pieces, tokens of each, pieces of a batch
+
+
+def pieces(text: str, tokenizer: Any, length: int, most: int, name: str) -> Tensor:
+    """The start of a text as token ids [at most ``most``, length].
+
+    Raises:
+        ValueError: a text, called ``name``, that is shorter than one piece.
+    """
+    # A token has fewer than ten characters on average: this reads enough, without reading a large text completely.
+    ids = tokenizer(text[: 10 * most * length])["input_ids"]
+    count = min(len(ids) // length, most)
+    if not count:
+        raise ValueError(f"{name} must hold at least {length} tokens; it has {len(ids)}")
+    return torch.tensor(ids[: count * length]).view(count, length)
+
+
+def batches(rows: Tensor) -> list[dict[str, Tensor]]:
+    """Token ids [pieces, tokens] as batches for a language model."""
+    return [{"input_ids": part, "labels": part} for part in rows.split(AT_ONCE)]
 
 
 def documentation_batches(model: Any, tokenizer: Any) -> list[dict[str, Tensor]]:
@@ -51,13 +71,10 @@ def documentation_batches(model: Any, tokenizer: Any) -> list[dict[str, Tensor]]
     """
     length = min(LENGTH, getattr(model.config, "max_position_embeddings", None) or LENGTH)
     text = "\n\n".join(record.text for record in load_documentation("train")[::20])
-    ids = tokenizer(text[: 10 * PIECES * length])["input_ids"]
-    count = min(PIECES, len(ids) // length)
-    if not count or max(ids) >= model.get_input_embeddings().num_embeddings:
+    rows = pieces(text, tokenizer, length, PIECES, "the packaged text, in tokens of the base,")
+    if int(rows.max()) >= model.get_input_embeddings().num_embeddings:
         raise ValueError("tokenizer must be the base's; it does not make the model's tokens of the packaged text")
-    rows = torch.tensor(ids[: count * length]).view(count, length).split(AT_ONCE)
-    names = ("input_ids", "labels") if model.config.is_encoder_decoder else ("input_ids",)
-    return [dict.fromkeys(names, part) for part in rows]
+    return batches(rows)
 
 
 def _checked(base: Any, experts: Any, tokenizer: Any, texts: Mapping[str, Any]) -> list[Expert]:
@@ -108,7 +125,7 @@ def compose_experts(
 ) -> Any:
     """Combine experts of one base into a mixture whose routers are solved from the statistics in their files.
 
-    A router's logits are a linear discriminant (`mpoe.models.domains.router_weight`), its gates sum to 1. The
+    A router's logits are a linear discriminant (`mpoe.models.composition.router_weight`), its gates sum to 1. The
     last expert is *none*, which adds nothing: tokens that are more like the background than like any domain stay as in
     the base. The result depends on ``base``, the experts in their order, ``background`` and the options alone, so a
     mixture with one expert more or fewer is composed in the same way, with the ``background_statistics`` of this one.
@@ -182,7 +199,8 @@ def kept_experts(folder: Path) -> tuple[list[Expert], dict[str, Tensor] | None]:
     Raises:
         ValueError: a folder without a composed mixture, or with damaged files.
     """
-    names = read_json(folder / "config.json").get("mpoe_experts") if (folder / "config.json").is_file() else None
+    file = folder / "config.json"
+    names = read_mapping(file, "configuration").get("mpoe_experts") if file.is_file() else None
     if not isinstance(names, list) or not (folder / EXPERTS_FOLDER).is_dir():
         raise ValueError(f"{folder} must hold a mixture that was composed of experts; it does not")
     experts = [load_expert(folder / EXPERTS_FOLDER / f"{name}.expert") for name in names if name != NONE]

@@ -1,19 +1,24 @@
-"""Parameter counts, against the dense model and dense experts; and `mpoe_summary`, one row for every MPO weight."""
+"""Parameter counts, against the dense model and dense experts; `mpoe_summary`, one row for every MPO weight; and the
+model card."""
 
 from __future__ import annotations
 
+import hashlib
+import re
 import textwrap
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from mpoe.data.mappings import flatten
 from mpoe.layers.cores import ExpertWeights, MPOCores
 from mpoe.layers.feed_forward import KeptFeedForward, RoutedFeedForward
 from mpoe.layers.hidden import HiddenFeedForward
 from mpoe.layers.neurons import NeuronFeedForward
-from mpoe_kernels import ContractionPlan, plan_contraction
+from mpoe.models.weight_files import write_text
+from mpoe_kernels import plan_contraction
 
 LINE = 100  # characters of the legend's lines
 HEADER = ("weight", "in x out", "factors", "bonds", "central", "auxiliary", "error", "plan", "x dense")
@@ -137,27 +142,8 @@ def format_report(report: dict[str, int]) -> str:
 # ---------------------------------------------------------------- the table
 
 
-@dataclass(frozen=True)
-class WeightSummary:
-    """One weight in MPO form, or one feed-forward network that keeps its projections.
-
-    Attributes:
-        name: name of the module that holds the cores, or of the network's.
-        cores: that module; its shape or sizes.
-        error: relative error bound of the conversion; ``None`` if it is not in the model's config.
-        plan: how a forward pass contracts a weight with the fewest FLOPs; ``None`` for a network.
-        cells: what stands under `HEADER`.
-    """
-
-    name: str
-    cores: MPOCores | KeptFeedForward
-    error: float | None
-    plan: ContractionPlan | None
-    cells: tuple[str, ...]
-
-
-def summarize(model: Any, num_tokens: int, top_k: int = 1) -> list[WeightSummary]:
-    """A row for every MPO weight and for every network that keeps its projections, in the model's order.
+def summarize(model: Any, num_tokens: int, top_k: int = 1) -> dict[str, tuple[str, ...]]:
+    """What stands under `HEADER`, by name of every module of MPO cores and of every network that keeps its projections.
 
     Args:
         model: an MPOE model.
@@ -169,18 +155,17 @@ def summarize(model: Any, num_tokens: int, top_k: int = 1) -> list[WeightSummary
     """
     told = getattr(model.config, "conversion_errors", None)
     errors: dict[str, Any] = told if isinstance(told, dict) else {}
-    rows = []
+    rows: dict[str, tuple[str, ...]] = {}
     for name, module in model.named_modules():
-        error: float | None = 0.0
-        plan, experts = None, getattr(module, "num_experts", 1)
+        error: Any = 0.0
+        experts = getattr(module, "num_experts", 1)
         if isinstance(module, KeptFeedForward):  # nothing is decomposed
             built = f"{module.in_features}x{module.hidden_features}", *module.described()
             by, x_dense = module.shape, module.relative_flops(top_k)
         elif isinstance(module, MPOCores):
             shape, per_token = module.shape, 1 if experts == 1 else top_k
             plan = plan_contraction(shape, experts, num_tokens, module.central.dtype, top_k=per_token)
-            found = next((errors[key] for key in names_in_checkpoints(model, name) if key in errors), None)
-            error = float(found) if isinstance(found, (int, float)) else None
+            error = next((errors[key] for key in names_in_checkpoints(model, name) if key in errors), None)
             factors = " x ".join("·".join(map(str, side)) for side in (shape.in_factors, shape.out_factors))
             built = f"{shape.in_features}x{shape.out_features}", factors, " ".join(map(str, shape.bond_dims[1:-1]))
             by, x_dense = plan.strategy, plan.x_dense
@@ -188,19 +173,109 @@ def summarize(model: Any, num_tokens: int, top_k: int = 1) -> list[WeightSummary
             continue
         central = sum(weight.numel() for weight in module.central_parameters().values())
         own = f"{module.own_parameters() // experts:,}"
-        own = own if experts == 1 and plan is not None else f"{experts} x {own}"
-        off = "-" if error is None else f"{error:.1e}" if error else "0"
-        cells = (short_name(name), *built, f"{central:,}", own, off, by, f"{x_dense:.2f}")
-        rows.append(WeightSummary(name, module, error, plan, cells))
+        own = own if experts == 1 and isinstance(module, MPOCores) else f"{experts} x {own}"
+        known = isinstance(error, (int, float))  # a file may hold anything
+        off = f"{error:.1e}" if known and error else "0" if known else "-"
+        rows[name] = (short_name(name), *built, f"{central:,}", own, off, by, f"{x_dense:.2f}")
     return rows
 
 
-def print_summary(rows: Sequence[WeightSummary], num_tokens: int) -> None:
+def print_summary(rows: Mapping[str, Sequence[str]], num_tokens: int) -> None:
     """Print `summarize` as a table."""
-    lines = [HEADER, *(row.cells for row in rows)]
+    lines = [HEADER, *rows.values()]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     print(f"MPO weights; plans for {num_tokens:,} tokens\n")
     for cells in lines:
         columns = zip(HEADER, cells, widths, strict=True)
         print("  ".join(f"{cell:{'<' if name in LEFT else '>'}{width}}" for name, cell, width in columns).rstrip())
     print(f"\n{textwrap.fill(LEGEND, LINE)}")
+
+
+# ---------------------------------------------------------------- the card
+
+CARD_FILE = "README.md"
+# A card ends with its own checksum; one that a user wrote or edited has no such end, and is never replaced.
+_SEAL = re.compile(r"<!-- mpoe card ([0-9a-f]{16}) -->\n\Z")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_PAPER = "[Gao et al., COLING 2022](https://arxiv.org/abs/2203.01104)"
+TEMPLATE = "This model card has been automatically generated."  # Transformers' card for a repository without one
+_PARTS = ("central", "auxiliary", "expert", "router", "rest")
+
+
+def model_card(model: Any, metrics: Mapping[str, Any] | None = None) -> str:
+    """Markdown with the metadata block of the Hugging Face hub.
+
+    Args:
+        model: an MPOE model.
+        metrics: name -> number; nested mappings get dotted names, other values are left out.
+    """
+    base = base_name(model)
+    has_mpo = parameter_report(model)["central"]
+    shared = f" All experts of a layer share the central core of a matrix product operator ({_PAPER})." * bool(has_mpo)
+    metadata = ["---", "library_name: transformers", "tags:", "- mpoe", "- mixture-of-experts"]
+    parts = [
+        "\n".join([*metadata, *([f"base_model: {base}"] if base else []), "---"]),
+        f"# {type(model).__name__.removeprefix('FSDP')}",
+        f"A Transformers model whose feed-forward networks are mixtures of experts.{shared}",
+        _table("property", facts(model)),
+        "## Use",
+        "```python\nfrom mpoe import load_mpoe\n\nmodel = load_mpoe(folder)  # the folder of this file\n```",
+    ]
+    numbers = {name: f"{value:.4g}" for name, value in flatten(metrics or {}) if type(value) in (int, float)}
+    if numbers:
+        parts += ["## Results", _table("metric", numbers)]
+    text = "\n\n".join(parts) + "\n"
+    return f"{text}\n<!-- mpoe card {_checksum(text)} -->\n"
+
+
+def facts(model: Any) -> dict[str, str]:
+    """What an MPOE model is, in words and numbers by name."""
+    config, report, base = model.mpoe_config, parameter_report(model), base_name(model)
+    experts = f"{config.num_experts}, top-{config.top_k}" if config.moe_type != "none" else "1, no routers"
+    kind = "matrix product operators" if config.expert_type == "mpo" and report["central"] else "full matrices"
+    shapes = [str(cores.shape) for _, cores in mpo_modules(model)]
+    shapes += [f"{layer.shape}, {layer.experts.extra_repr()}" for layer in kept_modules(model).values()]
+    return {
+        "base model": f"`{base}`" if base else "not recorded",
+        "experts": f"{experts}; {kind}",
+        "mixture": f"`moe_type={config.moe_type}`, modules {', '.join(config.targets)}",
+        **{f"shape {k}": f"`{shape}`" for k, shape in enumerate(dict.fromkeys(shapes), start=1)},
+        "parameters": f"{report['total']:,}",
+        "of them": ", ".join(f"{name} {report[name]:,}" for name in _PARTS if report[name]),
+        "dense model": f"{report['dense_total']:,} parameters",
+        "as many dense experts": f"{report['switch_total']:,} parameters",
+    }
+
+
+def may_write_card(file: Path) -> bool:
+    """Whether ``file`` is absent, or a generated card that nobody has edited."""
+    if not file.exists():
+        return True
+    text = file.read_text(encoding="utf-8", errors="replace")
+    seal = _SEAL.search(text)
+    return seal is not None and seal[1] == _checksum(text[: seal.start() - 1])
+
+
+def write_card(model: Any, folder: str | Path, metrics: Mapping[str, Any] | None = None) -> bool:
+    """Write `model_card` into ``folder``, atomically and never through a link, unless a user's card is there; returns
+    whether it was written."""
+    file = Path(folder) / CARD_FILE
+    if not may_write_card(file):
+        return False
+    write_text(file, model_card(model, metrics))
+    return True
+
+
+def base_name(model: Any) -> str:
+    """The hub name of the converted dense model; empty for a local folder, whose path is private."""
+    name = str(getattr(model.config, "mpoe_base", None) or "")
+    return name if _HUB_NAME.fullmatch(name) and not Path(name).exists() else ""
+
+
+def _table(first: str, rows: Mapping[str, str]) -> str:
+    lines = [f"| {first} | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    return "\n".join(lines)
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -7,7 +7,6 @@ are compared with what its configuration describes before a model of that size i
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -17,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+
+from mpoe.data.mappings import read_mapping
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -28,20 +29,6 @@ _SLACK = 1 << 20
 _REPEATS = ("num_layers", "num_decoder_layers", "n_layer", "num_hidden_layers")
 
 Shapes = dict[str, tuple[int, ...]]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises: ValueError: the file is not UTF-8, not JSON, or does not hold an object.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be a JSON file; {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object; got {type(values).__name__}")
-    return values
 
 
 def write_text(path: Path, text: str) -> None:
@@ -70,7 +57,7 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if not index.is_file():
         raise ValueError(f"path must hold {WEIGHTS} or {INDEX}; {folder} has neither")
-    shards = read_json(index).get("weight_map")
+    shards = read_mapping(index, "index").get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         raise ValueError(f"weight_map in {index} must map names of parameters to names of files")
     names = sorted(set(shards.values()))

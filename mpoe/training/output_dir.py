@@ -6,11 +6,12 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mpoe.config.mixture import OBSOLETE
+from mpoe.data.mappings import flatten
 from mpoe.models.weight_files import check_weight_files, write_text
 from mpoe.training.checkpoints import check_whole, checkpoint_folders, clean_leftovers, delete, find_last_checkpoint
 from mpoe.training.run_lock import check_free, hold
@@ -210,15 +211,6 @@ def _check_same_model(checkpoint: Path, config: Any) -> None:
 def _jsonable(config: dict[str, Any]) -> dict[str, Any]:
     # Through JSON and back, so that values compare equal to those from a file on resume (tuples become lists).
     return json.loads(json.dumps(config, default=str))
-
-
-def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted name and value of everything in nested mappings, in order."""
-    if isinstance(config, dict) and config:
-        for key, value in config.items():
-            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, config
 
 
 def is_neutral(dotted: str, neutral_keys: frozenset[str] = NEUTRAL_KEYS) -> bool:

@@ -1,5 +1,5 @@
-"""Learning rates: of every core, to match its scale; those that worked (the table used by `mpoe train`, the Trainer's
-warnings and docs/fine_tuning.md); and a short search for one.
+"""Learning rates: of every core, to match its scale; those that worked (the table used by `mpoe train` and
+docs/fine_tuning.md); and a short search for one.
 
 Why every core has its own: in the symmetric gauge the central core's RMS is .16-.28 of the weight's and the auxiliary
 cores' 1.2-5.2. Adam changes every number by about its rate, so with a single rate the central core changes 4-6 times
@@ -125,9 +125,6 @@ SCRATCH = "scratch"  # `MPOETrainingArguments.regime`
 _DENSE, _SWITCH = "dense", "switch"  # kinds of feed-forward layers; every other kind is a shape's name
 
 
-FAR = 10.0  # factor above or below a rate that worked
-
-
 class Tried(NamedTuple):
     """Base rates (AdamW) that worked for one family.
 
@@ -188,32 +185,6 @@ def kind_of(config: Any) -> str:
     return config.shape if isinstance(config.shape, str) else "own"
 
 
-def rate_advice(model: Any, args: Any) -> list[str]:
-    """A sentence for every base rate that differs by more than a factor of `FAR` from what worked.
-
-    Empty when training from scratch, where good rates vary more, and for families without a known rate.
-
-    Args:
-        model: that is trained.
-        args: its `MPOETrainingArguments`.
-    """
-    config = getattr(model, "config", None)
-    family = str(getattr(config, "model_type", "")).removeprefix(TYPE_PREFIX)
-    width = getattr(config, "hidden_size", None)
-    if args.regime == SCRATCH or not isinstance(width, int) or _SAME.get(family, family) not in TRIED:
-        return []
-    usual, why = recommended_rate(family, width, args.regime, kind_of(getattr(model, "mpoe_config", None)))
-    said = []
-    for name in ("learning_rate", "mpo_lr"):
-        rate = getattr(args, name) or usual
-        if not 0.999 / FAR <= rate / usual <= 1.001 * FAR:
-            times = f"{rate / usual:,.0f} times" if rate > usual else f"1/{usual / rate:,.0f} of"
-            said.append(
-                f"{name} {rate:g} is {times} the {usual:g} to start from ({why}); see docs/fine_tuning.md, Rates"
-            )
-    return said
-
-
 # ---------------------------------------------- a short search: small runs, judged on items that none sees
 
 
@@ -268,9 +239,7 @@ def find_rate(trainer: Any, items: Sequence[Any], start: float, steps: int = STE
             trial = type(trainer)(model=model, args=own, train_dataset=rest, **how)
             trial.remove_callback(PrinterCallback)
             try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", ".* to start from ", UserWarning)  # nobody chose this rate
-                    trial.train()
+                trial.train()
                 loss = trial.evaluate(judged)["eval_loss"]
             except DivergenceError:
                 return math.inf

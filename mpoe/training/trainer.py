@@ -17,14 +17,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from mpoe.layers.context import global_batch
 from mpoe.models.base import MPOEModelMixin
-from mpoe.models.others import write_card
+from mpoe.models.classes import IGNORED_AT_INFERENCE
+from mpoe.models.report import write_card
 from mpoe.training import checkpoints
 from mpoe.training.arguments import MPOETrainingArguments
 from mpoe.training.callbacks import DivergenceError, DivergenceGuard, GradientMaskCallback, check_weights
 from mpoe.training.checkpoints import CheckpointMixin, go_on_with_choices
 from mpoe.training.freezing import GradientMask, freeze_all_but_experts, freeze_cores
 from mpoe.training.output_dir import METRICS_FILE, checkpoint_to_resume, write_metrics
-from mpoe.training.rates import build_param_groups, keep_state, rate_advice
+from mpoe.training.rates import build_param_groups, keep_state
 from mpoe.training.run_lock import hold
 from mpoe.training.statistics import (
     RunLog,
@@ -41,9 +42,8 @@ from mpoe.training.statistics import (
 
 # Everything that models return besides the logits; it does not belong in an evaluation's predictions.
 _NOT_PREDICTIONS = (
-    *("task_loss", "aux_loss", "router_logits", "expert_load", "cache", "past_key_values", "hidden_states"),
-    *("attentions", "encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions", "cross_attentions"),
-    *("decoder_hidden_states", "decoder_attentions"),
+    *(*IGNORED_AT_INFERENCE, "hidden_states", "attentions", "cross_attentions", "encoder_last_hidden_state"),
+    *(f"{side}coder_{what}" for side in ("en", "de") for what in ("hidden_states", "attentions")),
 )
 
 
@@ -56,8 +56,8 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
     * a loss that does not depend on how a batch is split into micro-batches (see `mpoe.training.statistics`), and
       `eval_loss` per target rather than per batch, without the routers' losses; for language models also
       `eval_perplexity`, per token of their tokenizer;
-    * warnings about an expert that takes most tokens, and about rates far from those that worked (`training.rates`);
-      logs of task and auxiliary loss and expert load, also as `metrics.jsonl` in the output folder;
+    * a warning about an expert that takes most tokens; logs of task and auxiliary loss and expert load, also as
+      `metrics.jsonl` in the output folder;
     * under torchrun (DDP), router losses over the tokens of all processes, so a step equals that of one process with
       the same global batch; a lock, so that no other process trains in the same folder (see `mpoe.training.run_lock`);
     * a diverging run ends with a `DivergenceError` (see `mpoe.training.callbacks`); checkpoints that are complete or
@@ -145,9 +145,6 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         run_dir = Path(str(self.args.output_dir))
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, run_dir, self.model)
         step = 0
-        if self.is_world_process_zero():
-            for sentence in rate_advice(self.model, self.args):
-                warnings.warn(sentence, stacklevel=3)
         if self.args.should_save:
             if resume_from_checkpoint:
                 step = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)).global_step
@@ -336,7 +333,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         self._log.note(task, auxiliary, load, micro_batches)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.create_model_card`, for MPOE models: `mpoe.models.others` with the last evaluation's metrics."""
+        """As `Trainer.create_model_card`, for MPOE models: `mpoe.models.report` with the last evaluation's metrics."""
         if not isinstance(self.model, MPOEModelMixin):
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():

@@ -82,12 +82,9 @@ def same(a: Path, b: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def test_two_fine_tunes_and_an_adapter(folder: Path, adapter: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_fine_tunes_and_an_adapter(folder: Path, adapter: str) -> None:
     texts = ["--texts", "{}/t0.txt", "{}/t1.txt", "{}/t2.txt", *SMALL]
     compose(folder, "{}/ft0", "{}/ft1", adapter, "--output_dir", "{}/triple", *texts)
-    printed = capsys.readouterr().out
-    # The folders' own names, however long the way there.
-    assert all(words in printed for words in ("outside the experts", "ft0", "ft1"))
     three = load_mpoe(folder / "triple")
     assert three.mpoe_config.num_experts == 3
     base, _ = load_stand_in("gpt2")

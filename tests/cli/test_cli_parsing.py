@@ -137,7 +137,7 @@ def read_file(asked: Asked) -> Asked:
     return asked
 
 
-def test_words_come_first_and_surplus_ones_are_refused() -> None:
+def test_words_may_follow_options_and_surplus_ones_are_refused() -> None:
     tokens = ["m", "--prompt", "a", "--fast", "--prompt=b", "--items", "1", "2", "--learning-rate", "1e-3"]
     typed = shlex.join(["mpoe", "x", *tokens])
     given = {"prompt", "fast", "items", "rate"}
@@ -145,8 +145,10 @@ def test_words_come_first_and_surplus_ones_are_refused() -> None:
     for others in (("m", "n"), ("m", "--rate", "1", "n")):
         refuses(CommandError, "values without an option: 'n'", read, others)
     refuses(CommandError, "argument --prompt: expected one argument", read, ["m", "--prompt"])
-    for others in (["--items", "3"], ["--rate", "1", "m"]):
-        refuses(CommandError, r"^x needs a model first: mpoe x MODEL \(see mpoe x --help\)$", read, others)
+    asked = read(["--rate", "1", "m", "--fast"])
+    assert asked is not None
+    assert (asked.words, asked.options) == (["m"], (Third(fast=True, rate=1.0),))
+    refuses(CommandError, r"^x needs a model first: mpoe x MODEL \(see mpoe x --help\)$", read, ["--items", "3"])
 
 
 def test_a_configuration_file_comes_first(tmp_path: Path) -> None:

@@ -143,9 +143,9 @@ DAMAGES: dict[str, tuple[Spoil, str]] = {
         change_config(architectures=["os.system"]),
         "architectures in .* must name an MPOE class of",
     ),
-    "config that is a list": (replaced("config.json", "[1, 2]"), "must hold a JSON object; got list"),
+    "config that is a list": (replaced("config.json", "[1, 2]"), "expected a mapping of names to values; got list"),
     "index that names no files": (index_of_nothing, "weight_map in .* must map names of parameters"),
-    "config of deep brackets": (replaced("config.json", '{"a":' + "[" * 100_000), "must be a JSON file"),
+    "config of deep brackets": (replaced("config.json", '{"a":' + "[" * 100_000), "bad JSON: maximum recursion depth"),
 }
 
 

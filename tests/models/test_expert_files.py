@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from mpoe import collect_statistics, compose_experts, load_expert, load_mpoe, merge_expert, save_expert, start_expert
 from mpoe.models import push_expert
-from mpoe.models.domains import _second_moment, router_weight
+from mpoe.models.composition import _second_moment, router_weight
 from mpoe.models.expert_files import base_identity
 from mpoe.models.expert_mixture import documentation_batches
 from mpoe.models.report import neuron_modules

@@ -26,7 +26,7 @@ from mpoe import (
 from mpoe.config import MPOEConfig
 from mpoe.data.predict import token_losses
 from mpoe.inspection import composed_worth
-from mpoe.models.domains import train_routers
+from mpoe.models.composition import train_routers
 from mpoe.models.expert_files import made_expert, write_expert
 from mpoe.models.expert_mixture import check_adapter, documentation_batches, fit_adapter, is_adapter
 from mpoe.models.report import neuron_modules

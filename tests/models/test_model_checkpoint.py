@@ -78,7 +78,7 @@ def test_load_mpoe_refusals(converted, tmp_path):
     refuses(ValueError, r"config\.json is a dense gpt2: load it with transformers", load_mpoe, tmp_path / "dense")
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text("{")
-    refuses(ValueError, "must be a JSON file", load_mpoe, tmp_path / "odd")
+    refuses(ValueError, "bad JSON", load_mpoe, tmp_path / "odd")
     model = converted("gpt2")
     model.save_pretrained(tmp_path / "model")
     refuses(ValueError, "base is for MPOE-only saves", load_mpoe, tmp_path / "model", base=dense_model("gpt2"))
@@ -210,6 +210,13 @@ def test_they_give_their_logits_and_keep_their_configuration(name: str, tmp_path
         for parameter in model.parameters():  # the test can fail: other weights, other logits
             parameter.mul_(1.05)
         assert (model(**inputs).logits - logits).abs().max() > 1e-4
+
+
+def test_a_mixture_of_transformers_converted_by_an_earlier_version_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(SAVED / "gpt2_hidden", tmp_path / "saved")
+    file = tmp_path / "saved" / "config.json"
+    file.write_text(file.read_text().replace('"existing_experts": "keep"', '"existing_experts": "mpo"'))
+    refuses(ValueError, r"field 'mpoe'; existing_experts must be 'keep': .*; got 'mpo'", load_mpoe, tmp_path / "saved")
 
 
 def _known(today: Any, earlier: Any) -> Any:

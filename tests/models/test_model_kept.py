@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe
 from mpoe.layers import MPOLinear, TiedHead
 from mpoe.models import mpo_modules
-from mpoe.models.others import model_card
-from mpoe.models.report import HEADER, kept_modules, routed_layers, summarize
+from mpoe.models.report import HEADER, kept_modules, model_card, routed_layers, summarize
 from mpoe.training import MPOETrainingArguments, build_param_groups
 from mpoe.training.freezing import GradientMask
 from mpoe_kernels import MPOShape
@@ -132,9 +131,10 @@ def test_reports(kind: str, family: str, capsys: pytest.CaptureFixture) -> None:
         "latent": 1 + 2 * 6 / (matrices * f) + 2 * 6 * 8 / (24 * f),
     }[kind]
     rows = summarize(model, 64, 2)
-    assert [row.name for row in rows] == list(layers)
-    assert len(rows[0].cells) == len(HEADER)
-    assert rows[0].cells[-2:] == (KEPT[kind]["shape"], f"{ratio:.2f}")
+    assert list(rows) == list(layers)
+    cells = next(iter(rows.values()))
+    assert len(cells) == len(HEADER)
+    assert cells[-2:] == (KEPT[kind]["shape"], f"{ratio:.2f}")
     model.mpoe_summary()
     assert (f" {f // 8} blocks, own" if kind == "hidden" else "8 neurons") in capsys.readouterr().out
     assert ("block_size=8" if kind == "hidden" else f"neurons=8, latent={latent}") in model_card(model)

@@ -15,7 +15,7 @@ import mpoe
 from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe, save_mpoe_only
 from mpoe.layers import MPOEFeedForward, MPOLinear
 from mpoe.models import MPOELlamaForCausalLM, MPOELlamaModel
-from mpoe.models.others import ROUTING_FIELDS
+from mpoe.models.base import ROUTING_FIELDS
 
 from .tiny_models import batch, dense_model, result, text_rows, tiny_batch, tiny_model
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpoe.models import collect_statistics, compose_experts, load_expert, save_expert, start_expert
-from mpoe.models.domains import forced
+from mpoe.models.composition import forced
 from mpoe_bench.study.arms import BETAS, train_steps
 from mpoe_bench.study.plan import Records, read_composition, run_key
 from mpoe_bench.study.tables import composed_table

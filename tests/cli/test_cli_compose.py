@@ -23,6 +23,8 @@ from mpoe.models.expert_mixture import kept_experts
 from mpoe.models.report import neuron_modules
 from tests.assertions import refuses
 
+from ..models.tiny_models import fit
+
 BASE = str(stand_in_path("gpt2"))
 SMALL = ["--max_texts", "4", "--max_length", "16"]
 
@@ -245,11 +247,7 @@ def test_an_adapter_as_an_expert(folder: Path, tmp_path: Path, capsys: pytest.Ca
     model = peft.get_peft_model(base, adapter)
     (tmp_path / "sea.txt").write_text("The sea was calm, and the ship went on its way to the islands. " * 40)
     ids = torch.tensor(tokenizer((tmp_path / "sea.txt").read_text())["input_ids"][:256]).view(4, 64)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    for _ in range(12):
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    fit(model, [{"input_ids": ids, "labels": ids}] * 12)
     model.save_pretrained(tmp_path / "sea")
     words = ["--texts", str(tmp_path / "sea.txt"), "--max_texts", "20", "--max_length", "32"]
     words += ["--steps", "60"]

@@ -221,6 +221,7 @@ def test_several_tasks_one_per_step_at_any_accumulation() -> None:
     steps = [{dataset[i][0] for i in range(s * 8, s * 8 + 8)} for s in range(16)]
     assert all(len(tasks) == 1 for tasks in steps)
     assert set.union(*steps) == {"a", "b"}
+    assert order_items(pools, arguments, temperature=9.0, seed=3)[0].indices != dataset.indices
 
 
 def test_a_diverged_run_publishes_nothing(cli, refused, sentiment: Path, tmp_path: Path) -> None:

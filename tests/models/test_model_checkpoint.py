@@ -76,20 +76,9 @@ def test_load_mpoe_refusals(converted, tmp_path):
     refuses(ValueError, r"must hold config\.json", load_mpoe, tmp_path)
     dense_model("gpt2").save_pretrained(tmp_path / "dense")
     refuses(ValueError, r"config\.json is a dense gpt2: load it with transformers", load_mpoe, tmp_path / "dense")
-    (tmp_path / "odd").mkdir()
-    (tmp_path / "odd" / "config.json").write_text("{")
-    refuses(ValueError, "must be a JSON file", load_mpoe, tmp_path / "odd")
     model = converted("gpt2")
     model.save_pretrained(tmp_path / "model")
     refuses(ValueError, "base is for MPOE-only saves", load_mpoe, tmp_path / "model", base=dense_model("gpt2"))
-    path = tmp_path / "model" / "config.json"
-    values = json.loads(path.read_text())
-    values["mpoe"]["num_experts"] = 5
-    path.write_text(json.dumps(values))
-    refuses((ValueError, RuntimeError), r"shape|mismatch", load_mpoe, tmp_path / "model")
-    values["mpoe"]["num_expert"] = values["mpoe"].pop("num_experts")
-    path.write_text(json.dumps(values))
-    refuses(ValueError, "did you mean 'num_experts'", load_mpoe, tmp_path / "model")
 
 
 def test_configs_bases_and_disks_that_do_not_fit(converted, tmp_path, monkeypatch):
@@ -175,8 +164,6 @@ def test_saves_of_parameters_alone_refuse_what_is_no_folder(converted, tmp_path)
     for name in ("file", "dangling"):
         refuses(NotADirectoryError, r"path must be a folder; .* is none", save_mpoe_only, model, tmp_path / name, dense)
     refuses(ValueError, "null byte", save_mpoe_only, model, tmp_path / "no\0path", dense)
-    with pytest.raises(ValueError, match="base must be a dense model or its folder; '' is not a folder"):
-        save_mpoe_only(model, tmp_path / "out", "")
     with pytest.raises(ValueError, match="base must be a GPT2LMHeadModel or its folder; "):
         save_mpoe_only(model, tmp_path / "out", tmp_path)
 

@@ -159,13 +159,6 @@ def test_a_hub_that_does_not_answer_is_asked_once(refused, monkeypatch: pytest.M
     assert asked == [("huggingface.co", 443)]
 
 
-def test_unknown_model_family_lists_the_known_ones(refused, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    line = refused("convert", tmp_path, tmp_path / "out")
-    assert "'mamba'" in line
-    assert {"t5", "gpt2", "llama", "bert"} <= set(line.replace(",", " ").split())
-
-
 def test_a_run_with_other_settings_is_not_resumed(refused, here: Path) -> None:
     (here / "run").mkdir()
     (here / "run" / "run.json").write_text('{"config": {"model": "gpt2", "training": {"learning_rate": 1}}}')

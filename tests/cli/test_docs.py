@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import mpoe_kernels
 from mpoe import load_mpoe
 from mpoe.data.embedded import stand_in_path
 from mpoe.data.tasks import standard_specs
+from tests.assertions import run_python
 
 INSTALL = "python -m pip install"  # CI runs these as they stand
 LAUNCH = "torchrun"  # several processes: slow, below
@@ -56,7 +56,7 @@ def write_files(text: str, folder: Path) -> None:
         (folder / block.split("\n", 1)[0].removeprefix("# ")).write_text(block, encoding="utf-8")
 
 
-def run_python(text: str) -> dict[str, Any]:
+def run_blocks(text: str) -> dict[str, Any]:
     """The Python blocks of a page, one after the other in one namespace, on our tiny T5."""
     names: dict[str, Any] = {}
     for block in blocks(text, "python"):
@@ -79,7 +79,7 @@ def test_page(cli, page: Path, sentiment: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     sentiment.rename(tmp_path / "my_folder")
     write_files(text, tmp_path)
-    run_python(text)
+    run_blocks(text)
     run_commands(cli, text)
 
 
@@ -133,7 +133,7 @@ def test_it_says_so_until_a_gpu_was_measured() -> None:
 
 def test_python_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    run_python(README)
+    run_blocks(README)
     assert (tmp_path / "my-mpoe-t5" / "model.safetensors").is_file()
     assert "auxiliary" in capsys.readouterr().out
 
@@ -179,17 +179,11 @@ def launch(folder: Path, example: bool) -> str:
     else:
         arguments[arguments.index("--max_steps") + 1] = "2"
         arguments += ["--per_device_train_batch_size", "4", "--use_cpu"]
-    answer = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *arguments],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert answer.returncode == 0, answer.stderr
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    out = run_python("-m", "torch.distributed.run", *arguments, cwd=folder, env=environment)
     saved = folder / next(a for a in arguments if a.startswith("runs/"))
     assert type(load_mpoe(saved)).__name__ == "MPOET5ForConditionalGeneration"
-    return answer.stdout
+    return out
 
 
 @pytest.mark.slow

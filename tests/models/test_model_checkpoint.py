@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from mpoe.models import mpo_modules
 from mpoe.models.checkpoint import read_mpoe_config
 from mpoe.models.weight_files import check_shapes
 from mpoe_kernels import MPOShape, decompose, reconstruct
-from tests.assertions import refuses
+from tests.assertions import refuses, run_python
 
 from .tiny_models import batch, dense_model, result, stirred
 
@@ -138,8 +136,7 @@ def test_import_mpoe_registers_in_either_order(order, converted, tmp_path):
         "from transformers import AutoModelForCausalLM; "
         f"print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__)"
     )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "MPOEGPT2LMHeadModel"
+    assert run_python("-c", program).splitlines()[-1] == "MPOEGPT2LMHeadModel"
 
 
 def test_one_kind_of_save_replaces_or_refuses_the_other(converted, tmp_path) -> None:

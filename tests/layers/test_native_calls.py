@@ -30,9 +30,12 @@ class Dense(nn.Module):
         super().__init__()
         self.up, self.down = nn.Linear(I, F, dtype=dtype), nn.Linear(F, I, dtype=dtype)
         self.gate = nn.Linear(I, F, dtype=dtype) if gated else None
+        self.dropout = nn.Dropout(0.0)
+        self.scale = 2.0  # something that only its own forward knows
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.up(x).relu())
+        h = self.up(x).relu() if self.gate is None else self.gate(x).relu() * self.up(x)
+        return self.scale * self.down(self.dropout(h))
 
 
 def made(kind: str = "separable", gated: bool = False, bias: bool = False, dtype=F32, options=None, **router) -> Any:

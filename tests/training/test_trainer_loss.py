@@ -207,5 +207,3 @@ def test_refusals(tmp_path: Path) -> None:
         make_trainer(tmp_path, "gpt2", predict_with_generate=True)
     with pytest.raises(ValueError, match=r"gradient_mask_prob=0\.5 needs a model with MPO cores"):
         make_trainer(tmp_path, "gpt2", model=dense_model("gpt2"), gradient_mask_prob=0.5)
-    with pytest.raises(ValueError, match="nothing to resume: no complete checkpoint"):
-        make_trainer(tmp_path).train(resume_from_checkpoint=True)

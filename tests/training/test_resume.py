@@ -258,7 +258,7 @@ def test_checkpoints_without_choices_choose_anew(machine: Machine, tmp_path: Pat
 @pytest.mark.slow
 def test_ranks_whose_clocks_disagree_compute_the_same(tmp_path: Path) -> None:
     """Tensor parallelism: the same tokens, the same experts, the same bits. Data parallelism: one set of choices."""
-    answer = torchrun("ranks_models", "choices", tmp_path)
+    answer = torchrun("ranks", tmp_path, "choices")
     assert answer.returncode == 0, answer.stdout
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
     assert first["chosen alone"].keys() == second["chosen alone"].keys()

@@ -5,18 +5,21 @@ runs and freed after it. The rest (embeddings, last norm, head) is another unit.
 along their first axis; kernels see whole cores, because they run inside a gathered block.
 
 Checkpoints hold whole weights and optimizer state, from which any number of ranks can continue: parameters are gathered
-one at a time, and only the first rank keeps their state; on loading every rank reads all of it and keeps its own shard.
+one at a time, and only the first rank keeps their state; on loading every rank reads its own shard.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
@@ -95,7 +98,7 @@ def save_sharded(model: Any, folder: str | Path) -> None:
     dist.barrier()
 
 
-OPTIMIZER = "optimizer.pt"
+OPTIMIZER = "optimizer.safetensors"
 
 
 def save_sharded_checkpoint(
@@ -117,29 +120,33 @@ def save_sharded_checkpoint(
         The checkpoint's folder.
 
     Raises:
-        TypeError: a model that is not sharded; a step that is not an integer.
-        ValueError: an optimizer parameter that does not belong to the model; a setting that could not be read again.
+        TypeError: a model that is not sharded; a step that is not an integer; an optimizer setting that JSON cannot
+            hold.
+        ValueError: an optimizer parameter that does not belong to the model.
     """
     check_sharded(model)
     check_integer("step", step, 0)
-    names, state = _names(model, optimizer), dict(optimizer.state_dict())
     staged = checkpoints.staging_root(folder) / f"checkpoint-{step}"
     first = dist.get_rank() == 0
     if first:
         checkpoints.clean_leftovers(folder)
     save_sharded(model, staged)
-
-    def gathered(value: Any) -> Any:
-        whole = value.full_tensor() if isinstance(value, DTensor) else value  # all ranks take part
-        if not first:
-            return None
-        return whole.cpu() if isinstance(whole, Tensor) else whole
-
-    # A parameter that has not been trained yet, such as a masked central core, has no state.
-    numbered = {k: {name: gathered(value) for name, value in own.items()} for k, own in state["state"].items()}
+    groups = [
+        {**group, "params": own} for group, own in zip(optimizer.param_groups, _names(model, optimizer), strict=True)
+    ]
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, Any]] = {}  # what an optimizer keeps that is no tensor
+    for name, parameter in _named(model, optimizer).items():
+        # A parameter that has not been trained yet, such as a masked central core, has no state.
+        for key, value in sorted(optimizer.state.get(parameter, {}).items()):
+            whole = value.full_tensor() if isinstance(value, DTensor) else value  # all ranks take part
+            if not isinstance(whole, Tensor):
+                numbers.setdefault(name, {})[key] = whole
+            elif first:
+                tensors[f"{name}:{key}"] = whole.contiguous().cpu().clone()
+    settings = {"groups": json.dumps(groups, default=_as_number), "numbers": json.dumps(numbers)}
     if first:
-        torch.save({"names": names, "optimizer": state | {"state": numbered}}, staged / OPTIMIZER)
-        _read(staged)
+        save_file(tensors, staged / OPTIMIZER, metadata=settings)
         checkpoints.publish(staged, folder)
         checkpoints.staging_root(folder).rmdir()
         checkpoints.rotate(folder, limit)
@@ -169,30 +176,27 @@ def load_sharded_optimizer(model: Any, optimizer: torch.optim.Optimizer, checkpo
     if not (folder / OPTIMIZER).is_file():
         raise ValueError(f"checkpoint must be a whole folder written by save_sharded_checkpoint; got {folder}")
     checkpoints.check_whole(folder)
-    names, state = _read(folder)
-    if names != _names(model, optimizer):
+    with checkpoints.reading(folder), safe_open(folder / OPTIMIZER, framework="pt") as file:
+        groups, states = (json.loads((file.metadata() or {})[what]) for what in ("groups", "numbers"))
+        for name, _, key in (whole.rpartition(":") for whole in file.keys()):  # noqa: SIM118
+            states.setdefault(name, {})[key] = file.get_tensor(f"{name}:{key}")
+    if [group["params"] for group in groups] != _names(model, optimizer):
         raise ValueError(f"optimizer must have the groups of parameters that {folder / OPTIMIZER} lists; they differ")
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number, own in state["state"].items():
-        parameter = parameters[number]
-        for key, value in own.items():
-            if not isinstance(value, Tensor) or not value.dim():
-                continue  # a count of steps
-            if value.shape != parameter.shape:
-                what = f"{key} of parameter {number} in {folder / OPTIMIZER}"
-                raise ValueError(f"{what} must be {list(parameter.shape)} like it; got {list(value.shape)}")
-            if isinstance(parameter, DTensor):
+    own: dict[int, dict[str, Any]] = {}
+    for number, (name, parameter) in enumerate(_named(model, optimizer).items()):
+        for key, value in states.get(name, {}).items():
+            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                got = list(value.shape)
+                raise ValueError(f"{name}:{key} in {folder} must have the shape of its parameter; got {got}")
+            if isinstance(value, Tensor) and value.dim() and isinstance(parameter, DTensor):  # not a count of steps
                 here, mesh = value.to(parameter.device), parameter.device_mesh
-                own[key] = distribute_tensor(here, mesh, parameter.placements, src_data_rank=None)
-    optimizer.load_state_dict(state)
+                value = distribute_tensor(here, mesh, parameter.placements, src_data_rank=None)
+            own.setdefault(number, {})[key] = value
+    numbered = optimizer.state_dict()["param_groups"]
+    for now, then in zip(numbered, groups, strict=True):
+        now |= {name: _setting(now.get(name), value) for name, value in then.items() if name != "params"}
+    optimizer.load_state_dict({"state": own, "param_groups": numbered})
     return step
-
-
-def _read(folder: Path) -> tuple[list[list[str]], dict[str, Any]]:
-    """Names of the parameters in every group, and the state of the optimizer."""
-    with checkpoints.reading(folder):
-        saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
-        return saved["names"], saved["optimizer"]
 
 
 def _names(model: Any, optimizer: torch.optim.Optimizer) -> list[list[str]]:
@@ -202,3 +206,23 @@ def _names(model: Any, optimizer: torch.optim.Optimizer) -> list[list[str]]:
         return [[known[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     except KeyError:
         raise ValueError("optimizer must be over the parameters of model alone; make it after shard_model") from None
+
+
+def _named(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's parameters by name, in its order."""
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return dict(zip(itertools.chain(*_names(model, optimizer)), parameters, strict=True))
+
+
+def _as_number(value: Any) -> Any:
+    """For JSON: an optimizer may keep its rate in a tensor."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    raise TypeError(f"settings of optimizer must be numbers, texts or lists of them; got {type(value).__name__}")
+
+
+def _setting(now: Any, saved: Any) -> Any:
+    """Convert a value from JSON to the optimizer's current type: JSON has neither tuples nor tensors."""
+    if isinstance(now, Tensor):
+        return torch.full_like(now, saved)
+    return tuple(saved) if isinstance(saved, list) else saved

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, import_original, merge_experts, save_mpoe_only
 from mpoe.layers import (
@@ -30,25 +30,11 @@ from mpoe.training.freezing import freeze_all_but_experts, freeze_cores
 from mpoe.training.sharding import save_sharded, shard_model
 from mpoe_kernels import MPOShape, fold
 from tests.assertions import refuses
+from tests.models.tiny_models import tiny_model
 
 SHAPE, SMALL = MPOShape((2, 3), (3, 2)), MPOShape((2, 4), (3, 4))
-T5 = {"vocab_size": 20, "d_model": 8, "d_ff": 16, "d_kv": 4, "num_heads": 2, "num_layers": 1, "dropout_rate": 0.0}
-
-GPT2 = {"vocab_size": 20, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 8}
-
-
-def t5() -> T5ForConditionalGeneration:
-    return T5ForConditionalGeneration(T5Config(**T5))
-
-
-def gpt2(**changes: object) -> GPT2LMHeadModel:
-    return GPT2LMHeadModel(GPT2Config(**{**GPT2, **changes}))
-
-
-def not_finite() -> GPT2LMHeadModel:
-    model = gpt2()
-    nn.init.constant_(model.transformer.wte.weight, float("nan"))
-    return model
+t5 = partial(tiny_model, "t5", "T5ForConditionalGeneration")
+gpt2 = partial(tiny_model, "gpt2", "GPT2LMHeadModel")
 
 
 def merged():

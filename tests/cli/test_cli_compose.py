@@ -284,17 +284,8 @@ def test_faults_leave_nothing_behind(folder: Path, tmp_path: Path) -> None:
             assert set(tmp_path.iterdir()) == there
 
 
-@pytest.fixture
-def novel(tmp_path: Path) -> Path:
-    """A folder with running text."""
-    (tmp_path / "novel").mkdir()
-    for split in ("train", "validation", "test"):
-        (tmp_path / "novel" / f"{split}.txt").write_text("The sea was calm, and the ship went on its way.\n" * 100)
-    return tmp_path / "novel"
-
-
-def test_from_texts_to_a_mixture(novel: Path, folder: Path, tmp_path: Path) -> None:
-    flags = ["--model", "gpt2", "--data_dir", str(novel), "--max_source_length", "32", "--max_steps", "2", "--use_cpu"]
+def test_from_texts_to_a_mixture(prose: Path, folder: Path, tmp_path: Path) -> None:
+    flags = ["--model", "gpt2", "--data_dir", str(prose), "--max_source_length", "32", "--max_steps", "2", "--use_cpu"]
     flags += ["--learning_rate", "1e-2", "--weight_decay", "0.1", "--neurons", "16"]
     assert not run(["train", *flags, "--expert", "a", "--output_dir", str(tmp_path / "a")])
     expert = load_expert(tmp_path / "a" / "a.expert")
@@ -316,9 +307,9 @@ def test_from_texts_to_a_mixture(novel: Path, folder: Path, tmp_path: Path) -> N
         (["--expert", "a", "--model", "{}"], "expert needs a dense language model"),
     ],
 )
-def test_training_that_is_refused(novel: Path, tmp_path: Path, words: list[str], message: str) -> None:
+def test_training_that_is_refused(prose: Path, tmp_path: Path, words: list[str], message: str) -> None:
     convert_to_mpoe(load_stand_in("gpt2")[0]).save_pretrained(tmp_path / "mixture")
     words = [word.format(tmp_path / "mixture") for word in words]
     with pytest.raises(CommandError, match=message):
-        train.command(["--data_dir", str(novel), "--output_dir", str(tmp_path / "run"), "--use_cpu", *words])
+        train.command(["--data_dir", str(prose), "--output_dir", str(tmp_path / "run"), "--use_cpu", *words])
     assert not (tmp_path / "run").exists()

@@ -185,22 +185,6 @@ def test_bad_folders_and_arguments_are_refused(tmp_path):
     refuses(ValueError, r"must hold one validation file; got dev\.jsonl, val\.csv", load_task_from_folder, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "sizes"),
-    [
-        ("movie_sentiment", "classification", (8056, 1007, 1007)),
-        ("sentiment_rating", "regression", (6328, 790, 790)),
-        ("sms_spam", "classification", (3610, 451, 451)),
-        ("word_in_context", "classification", (6401, 799, 799)),
-        ("austen", "language_modeling", (7999, 444, 445)),
-    ],
-)
-def test_real_data_sets_load_without_any_option(shared_data, name, kind, sizes):
-    task = load_task_from_folder(shared_data / name)
-    assert task.kind == kind
-    assert tuple(len(task.examples(split)) for split in SPLITS) == sizes
-
-
 @pytest.mark.parametrize(("folder", "name"), [("my (data)", "my_data_"), ("a.b c", "a_b_c"), ("naïve-1", "naïve-1")])
 def test_task_is_named_after_its_folder(tmp_path, folder, name):
     assert load_task_from_folder(folder_of(tmp_path / folder, ROWS)).name == name

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from mpoe_bench.cases import random_cores
+from torch.utils._pytree import tree_leaves
 
 import mpoe
 import mpoe_kernels
@@ -327,19 +328,13 @@ def exchange(value: Any, draw: random.Random, folder: Path) -> tuple[str, Any]:
 PYTORCHS = ("setStorage: ", "Could not run ", "ested", "parse", "kldnn", "Cast error details: ", "materialize all")
 
 
-def tensors_of(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
+def tensors_of(value: Any) -> list[torch.Tensor]:
     """Every tensor in a result."""
-    if isinstance(value, torch.Tensor):
-        yield value.detach()
-    elif isinstance(value, torch.nn.Module):
-        yield from (parameter.detach() for parameter in value.parameters())
-    elif isinstance(value, dict):
-        value = tuple(value.values())
+    if isinstance(value, torch.nn.Module):
+        value = list(value.parameters())
     elif hasattr(value, "__dataclass_fields__"):
-        value = tuple(getattr(value, name) for name in value.__dataclass_fields__)
-    if isinstance(value, (list, tuple)) and depth < 3:
-        for item in value:
-            yield from tensors_of(item, depth + 1)
+        value = [getattr(value, name) for name in value.__dataclass_fields__]
+    return [leaf.detach() for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def stray(result: Any) -> str | None:

@@ -141,15 +141,8 @@ def test_the_command_lines_that_are_changed_work(tmp_path: Path) -> None:
 
 
 # Names that are no calls, or results that nobody makes by hand: a plan, a decomposition, an error.
-NOT_CALLED = {
-    "BackendError",
-    "ContractionPlan",
-    "Decomposition",
-    "DivergenceError",
-    "__version__",
-    "available_backends",
-    "backend_reasons",
-}
+NOT_CALLED = {"BackendError", "ContractionPlan", "Decomposition", "DivergenceError"}
+NOT_CALLED |= {"__version__", "available_backends", "backend_reasons"}
 
 
 def test_every_public_name_is_called(tmp_path: Path) -> None:

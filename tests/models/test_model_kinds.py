@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import ElectraConfig, ElectraForMaskedLM
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, merge_experts, merge_latent
 from mpoe.layers import HiddenFeedForward, MPOEFeedForward
@@ -14,7 +13,7 @@ from mpoe.training.freezing import GradientMask
 from mpoe_kernels import MPOShape, reconstruct
 from tests.assertions import refuses
 
-from .tiny_models import batch, config, logits, stirred
+from .tiny_models import batch, config, logits, stirred, tiny_model
 from .tiny_models import dense_model as dense
 
 
@@ -149,9 +148,7 @@ def test_shapes_by_pattern() -> None:
 def test_sites_of_a_network_that_ends_in_another_module() -> None:
     sites = {"holder": "encoder.layer.*", "up": "intermediate.dense", "down": "output.dense", "activation": "gelu"}
     sites |= {"place": "intermediate", "sums": "output"}
-    sizes = {"vocab_size": 60, "hidden_size": 24, "intermediate_size": 48, "embedding_size": 24}
-    torch.manual_seed(0)
-    model = ElectraForMaskedLM(ElectraConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)).eval()
+    model = tiny_model("electra", "ElectraForMaskedLM", num_hidden_layers=1, embedding_size=24)
     converted = convert_to_mpoe(model, config("neurons"), sites=sites)
     assert list(neuron_modules(converted)) == ["electra.encoder.layer.0.output"]
     assert torch.equal(logits(converted, "bert_mlm"), logits(model, "bert_mlm"))

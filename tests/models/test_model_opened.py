@@ -127,23 +127,12 @@ def test_feed_forward_chunks_give_the_same(model_type):
 # ------------------------------------------------------------ a model that is not in the table
 
 
-def outsider():
-    torch.manual_seed(0)
-    config = transformers.GraniteConfig(
-        vocab_size=60,
-        hidden_size=24,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-    )
-    return transformers.GraniteForCausalLM(config).eval()
+OUTSIDER = ("granite", "GraniteForCausalLM")
 
 
 @torch.no_grad()
 def test_sites_convert_a_model_outside_the_table(tmp_path, monkeypatch):
-    model = outsider()
+    model = tiny_model(*OUTSIDER)
     inputs = batch("llama")
     converted = convert_to_mpoe(model, MPOEConfig(num_experts=2, shape="separable"), sites=LLAMA_SITES)
     expected, found = (text_rows(m(**inputs).logits, inputs) for m in (model, converted))
@@ -204,7 +193,7 @@ def test_sites_with_fused_projections_and_parts_left_empty():
 )
 def test_sites_that_do_not_fit(sites, kind, words):
     with pytest.raises(kind) as caught:
-        convert_to_mpoe(outsider(), MPOEConfig(num_experts=2, shape="separable"), sites=sites)
+        convert_to_mpoe(tiny_model(*OUTSIDER), MPOEConfig(num_experts=2, shape="separable"), sites=sites)
     assert words in str(caught.value)
 
 

@@ -149,6 +149,11 @@ def test_nothing_left_to_train() -> None:
         freeze_cores(model, tensor_learn=True, train_AT_index="0,1,2")
 
 
+def test_an_original_that_holds_a_list(tmp_path: Path) -> None:
+    torch.save([torch.ones(1)], tmp_path / "pytorch_model.bin")
+    refuses(ValueError, "source must map names to tensors; it holds something else", import_original, tmp_path, t5())
+
+
 def test_components_that_are_not_in_mpo_form(tmp_path: Path) -> None:
     model = convert_to_mpoe(gpt2(), MPOEConfig(num_experts=2))
     model.save_pretrained(tmp_path)
@@ -159,8 +164,8 @@ def test_components_that_are_not_in_mpo_form(tmp_path: Path) -> None:
 def test_components_of_another_model(tmp_path: Path) -> None:
     convert_to_mpoe(gpt2(), MPOEConfig(num_experts=2)).save_pretrained(tmp_path)
     deep, wide = (
-        convert_to_mpoe(gpt2(**sizes), MPOEConfig(num_experts=2)) for sizes in ({"n_layer": 2}, {"n_inner": 12})
+        convert_to_mpoe(gpt2(**sizes), MPOEConfig(num_experts=2)) for sizes in ({"n_layer": 3}, {"n_inner": 12})
     )
-    refuses(ValueError, r"must hold transformer\.h\.1\.mlp\..*; it has None", load_layers, deep, tmp_path, ["mlp"])
+    refuses(ValueError, r"must hold transformer\.h\.2\.mlp\..*; it has None", load_layers, deep, tmp_path, ["mlp"])
     other = r"hold transformer\.h\.0\..* \(.*\), as the model.*; it has \("
     refuses(ValueError, other, load_layers, wide, tmp_path, ["mlp"])

@@ -1,7 +1,9 @@
-"""Assertions calibrated against PyTorch's own rounding, refusals, poisoned memory, and threads."""
+"""Assertions calibrated against PyTorch's own rounding, refusals, poisoned memory, threads, and processes."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -67,6 +69,14 @@ def in_threads(count: int, work: Callable[[int], T]) -> list[T]:
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(run, range(count)))
+
+
+def run_python(*arguments: object, code: int = 0, **options: Any) -> str:
+    """Run Python in a process of its own, which must end with ``code``; returns its output, or its errors."""
+    command = [sys.executable, *map(str, arguments)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    assert answer.returncode == code, answer.stderr
+    return str(answer.stderr if code else answer.stdout)
 
 
 @contextmanager

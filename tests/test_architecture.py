@@ -3,59 +3,42 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 import tomllib
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from mpoe_bench.cases import expert_choice, relative_error
 
-from tests.assertions import assert_calibrated, poisoned_memory, refuses
+from tests.assertions import assert_calibrated, poisoned_memory, refuses, run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"mpoe_kernels": ".", "mpoe": ".", "mpoe_bench": "bench"}  # name -> folder that holds it
 
-# Lower rank = further down. A module may import modules of its own rank's package or of lower ranks only.
-RANKS = {
-    "mpoe_kernels.version": 0,
-    "mpoe_kernels.checks": 0,
-    "mpoe_kernels.mpo": 1,
-    "mpoe_kernels.compiled": 1,
-    "mpoe_kernels.native_library": 2,
-    "mpoe_kernels.cuda_library": 4,
-    "mpoe_kernels.backends": 4,
-    "mpoe_kernels.contract": 4,
-    "mpoe_kernels.triton.architecture": 1,
-    "mpoe_kernels.triton": 5,
-    "mpoe_kernels.signatures": 5,
-    "mpoe_kernels.op_rules": 1,
-    "mpoe_kernels.define": 5,
-    "mpoe_kernels.routing": 6,
-    "mpoe_kernels.hidden_experts": 8,
-    "mpoe_kernels.linear": 7,
-    "mpoe_kernels.embedding": 8,
-    "mpoe_kernels.mixture": 8,
-    "mpoe_kernels.neurons": 8,
-    "mpoe_kernels.reference": 9,
-    "mpoe_kernels.testing": 10,
-    "mpoe_kernels": 11,
-    "mpoe.config": 12,
-    "mpoe.data": 12,
-    "mpoe.layers": 13,
-    "mpoe.models": 14,
-    "mpoe.inspection": 15,
-    "mpoe.training": 15,
-    "mpoe_bench": 16,
-    "mpoe.cli": 17,
-    "mpoe": 18,
-}
+# From the lowest on. A module may import modules of its own line's packages or of lines above.
+LEVELS = """
+mpoe_kernels.version mpoe_kernels.checks
+mpoe_kernels.mpo mpoe_kernels.compiled mpoe_kernels.triton.architecture mpoe_kernels.op_rules
+mpoe_kernels.native_library
+mpoe_kernels.cuda_library mpoe_kernels.backends mpoe_kernels.contract
+mpoe_kernels.triton mpoe_kernels.signatures mpoe_kernels.define
+mpoe_kernels.routing
+mpoe_kernels.linear
+mpoe_kernels.hidden_experts mpoe_kernels.embedding mpoe_kernels.mixture mpoe_kernels.neurons
+mpoe_kernels.reference
+mpoe_kernels.testing
+mpoe_kernels
+mpoe.config mpoe.data
+mpoe.layers
+mpoe.models
+mpoe.inspection mpoe.training
+mpoe_bench
+mpoe.cli
+mpoe
+"""
+RANKS = {module: rank for rank, line in enumerate(LEVELS.strip().splitlines()) for module in line.split()}
 # Siblings of equal rank that do not know each other.
-STRANGERS = {
-    ("mpoe.inspection", "mpoe.training"),
-}
+STRANGERS = {("mpoe.inspection", "mpoe.training")}
 
 
 @cache
@@ -165,16 +148,10 @@ def test_the_table_of_mutants_names_files_and_tests() -> None:
         assert all((ROOT / each.partition("::")[0]).exists() for each in area["tests"]), area
 
 
-def run_python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
 def test_kernels_import_neither_transformers_nor_mpoe_and_info_no_transformers() -> None:
     code = "import sys, mpoe_kernels; print([m for m in ('transformers', 'mpoe', 'triton') if m in sys.modules])\n"
     code += "from mpoe.cli.info import command; command([]); print('transformers' in sys.modules)"
-    kernels, *shown, info = run_python(code).splitlines()
+    kernels, *shown, info = run_python("-c", code, cwd=ROOT).splitlines()
     assert (kernels, info) == ("[]", "False")
     assert "eager" in "".join(shown)
 
@@ -189,20 +166,8 @@ def test_calibrated_assertion_catches_what_it_should() -> None:
     refuses(AssertionError, "expected dtype", assert_calibrated, single.double(), truth, single)
 
 
-def test_relative_error_of_a_zero_truth_is_absolute() -> None:
-    assert relative_error(torch.tensor([3.0, 4.0]), torch.zeros(2)) == 5.0
-
-
 def test_poisoned_memory_fills_and_restores() -> None:
     with poisoned_memory():
         assert bool(torch.empty(64).isnan().all())
         assert bool(torch.ones(3).new_empty(64).isnan().all())
     assert not torch.are_deterministic_algorithms_enabled()
-
-
-def test_expert_choice_distributions() -> None:
-    assert set(expert_choice("all_to_one", 50, 4)[:, 0].tolist()) == {3}
-    assert set(expert_choice("some_idle", 200, 4)[:, 0].tolist()) == {0, 2}
-    zipf = torch.bincount(expert_choice("zipf", 4000, 4)[:, 0])
-    assert zipf[0] > zipf[3] * 2
-    refuses(ValueError, "kind must be", expert_choice, "normal", 3, 2)

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from mpoe.cli.train import going_on
 from mpoe.data.embedded import DOMAINS, domain_text
 from mpoe.models.expert_mixture import kept_experts
 from mpoe.training.callbacks import LogLineCallback
+from tests.assertions import run_python
 
 PARAMETERS = {"central": 60, "auxiliary": 30, "expert": 0, "router": 2, "rest": 8, "total": 100, "dense_total": 80}
 
@@ -150,21 +149,14 @@ def test_a_line_for_each_log_call() -> None:
     assert lines[1:] == ["step  20/500  validation loss 0.2500", "step  20/500  validation loss 0.1250  film"]
 
 
-def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
-    command = shlex.join(["mpoe", "train", "--output_dir", "my run", "--overwrite"])
-    with pytest.raises(KeyboardInterrupt, match=r"go on at step 0, .* with mpoe train --output_dir 'my run' --resume"):
-        with going_on(tmp_path, command):
+def test_an_interrupted_run_says_how_to_go_on(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(words: list[str]) -> None:
+        with going_on(tmp_path, shlex.join(["mpoe", "train", *words])):
             raise KeyboardInterrupt
 
-
-def test_main_shows_it(cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    import mpoe.cli.train as train
-
-    def stop(arguments: list[str]) -> None:
-        raise KeyboardInterrupt("go on with ... --resume")
-
-    monkeypatch.setattr(train, "command", stop)
-    assert cli("train", code=130).err == "mpoe: interrupted: go on with ... --resume\n"
+    monkeypatch.setattr("mpoe.cli.train.command", stop)
+    said = cli("train", "--output_dir", "my run", "--overwrite", code=130).err
+    assert re.match(r"mpoe: interrupted: go on at step 0, .* with mpoe train --output_dir 'my run' --resume\n", said)
 
 
 # ------------------------------------------------------------------ demos
@@ -230,13 +222,6 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 
 
-def complete(*arguments: object) -> str:
-    command = [sys.executable, "-m", "mpoe", *map(str, arguments)]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert answer.returncode == 0, answer.stderr
-    return answer.stdout
-
-
 @pytest.mark.parametrize(
     ("task", "margin"),
     [pytest.param("movie_sentiment", 0.06, marks=exhaustive), pytest.param("doc_module", 0.1, marks=slow)],
@@ -252,7 +237,7 @@ def test_the_readme_trains_clearly_above_the_majority(request, tmp_path: Path, t
     words[data : data + 2] = (
         ["--tasks", task] if embedded else ["--data_dir", str(request.getfixturevalue("shared_data") / task)]
     )
-    out = complete(*words)
+    out = run_python("-m", "mpoe", *words)
     assert "learning_rate 0.0015: what to start from" in out
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     score, majority = (results[key][task]["accuracy"] for key in ("validation", "baselines"))
@@ -265,7 +250,7 @@ def test_demo(tmp_path: Path) -> None:
     ready = os.environ.get("MPOE_DEMO")  # CI has run the README's
     folder = Path(ready) if ready else tmp_path / "demo"
     if not folder.is_dir():
-        assert "Of its own expert's gain the mixture keeps" in complete("demo", "--output_dir", folder)
+        assert "Of its own expert's gain the mixture keeps" in run_python("-m", "mpoe", "demo", "--output_dir", folder)
     results = json.loads((folder / "results.json").read_text())
     losses = results["losses"]
     assert all(losses[name]["own"] < losses[name]["base"] - 0.2 for name in ("law", "code", "names"))
@@ -279,7 +264,7 @@ def test_demo(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [pytest.param("t5", marks=slow), pytest.param("gpt2", marks=exhaustive)])
 def test_comparison(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "demo"
-    complete("demo", "--compare", "--output_dir", folder, "--model", kind)
+    run_python("-m", "mpoe", "demo", "--compare", "--output_dir", folder, "--model", kind)
     runs = {each["name"]: each["results"] for each in json.loads((folder / "compare.json").read_text())}
     assert list(runs) == ["dense", "wider", "switch", "hidden", "separable"]
     scores = {name: results["mean_validation"] for name, results in runs.items()}

@@ -23,6 +23,8 @@ from mpoe.models.expert_mixture import kept_experts
 from mpoe.models.report import neuron_modules
 from tests.assertions import refuses
 
+from ..models.tiny_models import fit
+
 BASE = str(stand_in_path("gpt2"))
 SMALL = ["--max_texts", "4", "--max_length", "16"]
 
@@ -242,11 +244,7 @@ def test_an_adapter_as_an_expert(folder: Path, tmp_path: Path, capsys: pytest.Ca
     model = peft.get_peft_model(base, adapter)
     (tmp_path / "sea.txt").write_text("The sea was calm, and the ship went on its way to the islands. " * 40)
     ids = torch.tensor(tokenizer((tmp_path / "sea.txt").read_text())["input_ids"][:256]).view(4, 64)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    for _ in range(12):
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    fit(model, [{"input_ids": ids, "labels": ids}] * 12)
     model.save_pretrained(tmp_path / "sea")
     words = ["--texts", str(tmp_path / "sea.txt"), "--max_texts", "20", "--max_length", "32"]
     words += ["--steps", "60"]
@@ -283,17 +281,8 @@ def test_faults_leave_nothing_behind(folder: Path, tmp_path: Path) -> None:
             assert set(tmp_path.iterdir()) == there
 
 
-@pytest.fixture
-def novel(tmp_path: Path) -> Path:
-    """A folder with running text."""
-    (tmp_path / "novel").mkdir()
-    for split in ("train", "validation", "test"):
-        (tmp_path / "novel" / f"{split}.txt").write_text("The sea was calm, and the ship went on its way.\n" * 100)
-    return tmp_path / "novel"
-
-
-def test_from_texts_to_a_mixture(novel: Path, folder: Path, tmp_path: Path) -> None:
-    flags = ["--model", "gpt2", "--data_dir", str(novel), "--max_source_length", "32", "--max_steps", "2", "--use_cpu"]
+def test_from_texts_to_a_mixture(prose: Path, folder: Path, tmp_path: Path) -> None:
+    flags = ["--model", "gpt2", "--data_dir", str(prose), "--max_source_length", "32", "--max_steps", "2", "--use_cpu"]
     flags += ["--learning_rate", "1e-2", "--weight_decay", "0.1", "--neurons", "16"]
     assert not run(["train", *flags, "--expert", "a", "--output_dir", str(tmp_path / "a")])
     expert = load_expert(tmp_path / "a" / "a.expert")
@@ -315,9 +304,9 @@ def test_from_texts_to_a_mixture(novel: Path, folder: Path, tmp_path: Path) -> N
         (["--expert", "a", "--model", "{}"], "expert needs a dense language model"),
     ],
 )
-def test_training_that_is_refused(novel: Path, tmp_path: Path, words: list[str], message: str) -> None:
+def test_training_that_is_refused(prose: Path, tmp_path: Path, words: list[str], message: str) -> None:
     convert_to_mpoe(load_stand_in("gpt2")[0]).save_pretrained(tmp_path / "mixture")
     words = [word.format(tmp_path / "mixture") for word in words]
     with pytest.raises(CommandError, match=message):
-        train.command(["--data_dir", str(novel), "--output_dir", str(tmp_path / "run"), "--use_cpu", *words])
+        train.command(["--data_dir", str(prose), "--output_dir", str(tmp_path / "run"), "--use_cpu", *words])
     assert not (tmp_path / "run").exists()

@@ -7,7 +7,6 @@ import json
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,17 +17,11 @@ import pytest
 import yaml
 
 from mpoe.data.tasks import read_task_file
+from tests.assertions import run_python
 
 from .cli_data import described, write_described
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-
-
-def run_example(name: str, *arguments: object) -> str:
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert answer.returncode == 0, answer.stderr
-    return answer.stdout
 
 
 def test_drop_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,7 +33,7 @@ def test_drop_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 @pytest.mark.slow
 def test_plain_loop() -> None:
-    out = run_example("plain_loop.py", 3)
+    out = run_python(EXAMPLES / "plain_loop.py", 3)
     assert "auxiliary" in out
     assert "step 2: loss" in out
 
@@ -185,10 +178,8 @@ def test_hf_trainer(run_script, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.slow
 def test_fine_tune_and_compare(tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLES / "fine_tune_and_compare.py"), "40", str(tmp_path)]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert answer.returncode == 0, answer.stderr
-    rows = [line.split() for line in answer.stdout.splitlines() if line.endswith(" M")]
+    out = run_python(EXAMPLES / "fine_tune_and_compare.py", 40, tmp_path)
+    rows = [line.split() for line in out.splitlines() if line.endswith(" M")]
     assert [" ".join(row[:-5]) for row in rows] == ["dense", "8 dense experts", "8 MPO experts"]
     for row in rows:
         assert float(row[-4]) < float(row[-5])  # the loss fell

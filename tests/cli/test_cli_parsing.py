@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from mpoe.cli.command import Asked, CommandError, as_command, make_parser, optio
 from mpoe.cli.train import GROUPS
 from mpoe_kernels import backend_reasons
 from mpoe_kernels.version import __version__
-from tests.assertions import refuses
+from tests.assertions import refuses, run_python
 
 
 @dataclass
@@ -175,10 +173,9 @@ def test_help_lists_the_commands_without_importing_torch() -> None:
         "try:\n    main(['--help'])\nexcept SystemExit as e:\n    assert not e.code\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert answer.returncode == 0, answer.stderr
+    out = run_python("-c", code)
     for command in ("train", "evaluate", "convert", "generate", "inspect", "info", "demo"):
-        assert command in answer.stdout
+        assert command in out
 
 
 def test_info_shows_versions_and_backends(cli) -> None:
@@ -195,7 +192,4 @@ def test_info_shows_versions_and_backends(cli) -> None:
 
 
 def test_the_package_runs_as_a_module() -> None:
-    command = [sys.executable, "-m", "mpoe", "frobnicate"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert answer.returncode == 2
-    assert "frobnicate" in answer.stderr
+    assert "frobnicate" in run_python("-m", "mpoe", "frobnicate", code=2)

@@ -34,16 +34,10 @@ REFUSED = [
     ([*RUN, "--load_best_model_at_end"], "load_best_model_at_end requires"),
     (["generate", "t5", "--prompt", "x", "--temperature", 0], "temperature must be greater than 0; got 0.0"),
     (["generate", "t5", "--prompt", "x", "--max_new_tokens", 0], "max_new_tokens must be at least 1"),
-    (["generate", "t5", "--max_new_tokens", "many"], "invalid int value: 'many'"),
     (["generate", "t5", "--prompt", "x", "--seed", 2**40], "seed must be below 2**32"),
     (["evaluate", "t5", "--batch_size", 0], "batch_size must be at least 1; got 0"),
-    (
-        ["evaluate", "t5", "--split", "tset"],
-        "got 'tset' (did you mean 'test'?)",
-    ),
-    (["demo", "--model", "t5x"], "argument --model: invalid choice: 't5x'"),
+    (["evaluate", "t5", "--split", "tset"], "got 'tset' (did you mean 'test'?)"),
     (["demo", "--steps", 0, "--output_dir", "run"], "steps must be at least 1"),
-    (["demo", "--seed", -1, "--output_dir", "run"], "seed must be at least 0"),
     (["bench", "--minutes", -1], "minutes must be at least 0; got -1.0"),
     # words and options that are missing, unknown or exclude each other
     (["trian"], "no such command 'trian'; did you mean 'train'? (see mpoe --help)"),
@@ -52,17 +46,13 @@ REFUSED = [
     ([*HERE, "--model", "t5", "--load_experiment", "."], "load_experiment says which model to start from"),
     ([*HERE, "--load_layer", "mlp"], "load_layer needs load_experiment"),
     ([*HERE, "--resume"], "nothing to resume"),
-    (
-        [*HERE, "--mpo_layers", "mpl"],
-        "mpo_layers must be one of 'word_embed', 'mlp', 'attention',",
-    ),
+    ([*HERE, "--mpo_layers", "mpl"], "mpo_layers must be one of 'word_embed', 'mlp', 'attention',"),
     (["convert", "t5", "run", "--mpo_layers", "mlp,nompo"], "mpo_layers must be nompo alone"),
     (["convert", "t5", "run", "--mpo_layers", "mlp", "--target_modules", "ffn"], "mpo_layers sets target_modules"),
     (["convert", "t5", "run", "--original_checkpoint", "x", "--num_experts", 2], "num_experts cannot be given with it"),
     (["convert", "t5", "run", "--moe_type", "none", "--expert_type", "dense"], "nothing to convert"),
     (["convert", "t5"], "convert needs two arguments"),
     (["generate", "--seed", 1], "generate needs a model first: mpoe generate MODEL_DIR"),
-    (["generate", "t5", "--promt", "x"], "unknown option '--promt'; did you mean '--prompt'?"),
     (["generate", "t5"], "needs a prompt"),
     (["generate", "gpt2", "--prompt", ""], "--prompt must hold some text"),
     (["evaluate", "--split", "test"], "evaluate needs a model first"),
@@ -100,7 +90,6 @@ REFUSED = [
     ([*RUN, "--data_dir", ".", "--tasks", "two", "./two"], "tasks must have different names; got two, two"),
     ([*RUN, "--data_dir", "empty"], "must hold a train file"),
     ([*HERE, "--label_words", "{"], "label_words: bad JSON: Expecting property name"),
-    ([*HERE, "--label_words", DEEP], "label_words: bad JSON"),
     ([*HERE, "--label_words", "[3]"], "label_words must be a JSON object, label -> word; got [3]"),
     ([*HERE, "--split_validation_test"], "which split_validation_test divides,"),
 ]
@@ -157,13 +146,6 @@ def test_a_hub_that_does_not_answer_is_asked_once(refused, monkeypatch: pytest.M
     line = refused("generate", "no-such-run", "--prompt", "x")
     assert "'no-such-run' is not a folder here, no built-in model (t5, gpt2), and the hub did not give it" in line
     assert asked == [("huggingface.co", 443)]
-
-
-def test_unknown_model_family_lists_the_known_ones(refused, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    line = refused("convert", tmp_path, tmp_path / "out")
-    assert "'mamba'" in line
-    assert {"t5", "gpt2", "llama", "bert"} <= set(line.replace(",", " ").split())
 
 
 def test_a_run_with_other_settings_is_not_resumed(refused, here: Path) -> None:

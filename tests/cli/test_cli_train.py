@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import mpoe.cli.train as train_module
 from mpoe import MPOEConfig, convert_to_mpoe
@@ -24,6 +23,7 @@ from mpoe.data.embedded import load_stand_in, stand_in_path
 from mpoe.training import MPOETrainingArguments, read_metrics
 from mpoe.training.rates import find_rate
 
+from ..models.tiny_models import tiny_model
 from .cli_data import write_sentiment
 
 BASE = ["--max_steps", 3, "--per_device_train_batch_size", 4, "--learning_rate", 1e-3, "--num_experts", 2]
@@ -184,8 +184,7 @@ def test_neurons_are_converted_trained_continued_and_inspected(cli, sentiment: P
 
 
 def test_a_model_without_a_tokenizer_is_converted_and_exported(cli, tmp_path: Path) -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(vocab_size=40, num_key_value_heads=2, **sizes)).save_pretrained(tmp_path / "llama")
+    tiny_model("llama", "LlamaForCausalLM").save_pretrained(tmp_path / "llama")
     answer = cli("convert", tmp_path / "llama", tmp_path / "mixture", "--num_experts", 2)
     assert "llama holds no tokenizer, so none is saved with the result" in answer.out
     answer = cli("export", tmp_path / "mixture", tmp_path / "mixtral", "--to", "mixtral")
@@ -221,6 +220,7 @@ def test_several_tasks_one_per_step_at_any_accumulation() -> None:
     steps = [{dataset[i][0] for i in range(s * 8, s * 8 + 8)} for s in range(16)]
     assert all(len(tasks) == 1 for tasks in steps)
     assert set.union(*steps) == {"a", "b"}
+    assert order_items(pools, arguments, temperature=9.0, seed=3)[0].indices != dataset.indices
 
 
 def test_a_diverged_run_publishes_nothing(cli, refused, sentiment: Path, tmp_path: Path) -> None:

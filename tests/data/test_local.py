@@ -119,11 +119,6 @@ GOOD = jsonl(ROWS)
             r"line 8: column 'sentence' is missing \(did you mean 'sentense'\?\)",
         ),
         (GOOD + '{"sentence": "x", "label": null}\n', r"line 7: column 'label' must hold a text or a number; got None"),
-        (GOOD + '{"sentence": {"a": 1}, "label": 1}\n', r"line 7: column 'sentence' must hold a text or a number"),
-        (
-            GOOD + '{"sentence": "x", "lable": 1}\n',
-            r"column 'label' is missing .*which label_column of task .* asks for; got",
-        ),
         ('{"sentence": "x", "value": 1}\n', r"train\.jsonl, line 1: no label column among sentence, value"),
         ('{"words": 3, "label": 1}\n', r"train\.jsonl, line 1: no text column among words, label"),
         (
@@ -150,12 +145,10 @@ def test_bad_rows_of_other_splits_are_refused_too(tmp_path):
     [
         ("a.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', r"a\.jsonl: expected UTF-8 text; .* byte 0xe9"),
         ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", r"a\.jsonl, line 1: malformed JSON: Exceeds the limit"),
-        ("a.csv", "text,label\nx,1\n".encode("utf-16"), r"a\.csv: expected UTF-8 text"),
         ("a.csv", b"text,label\nx,y,1\n", r"a\.csv, line 2: expected 2 columns \(text, label\); got 3"),
         ("a.csv", b"text,label\nx,1\nx\n", r"a\.csv, line 3: expected 2 columns \(text, label\); got 1"),
         ("a.csv", b'text,label\n"x"y,1\n', r"a\.csv, line 2: malformed csv"),
         ("a.tsv", b"text\ttext\nx\t1\n", r"a\.tsv, line 1: column names must differ"),
-        ("a.tsv", b"text\tlabel\n", r"a\.tsv: expected at least one row; got none"),
         ("a.jsonl.gz", b"plain text", r"a\.jsonl\.gz: cannot be read: Not a gzipped file"),
     ],
 )
@@ -190,22 +183,6 @@ def test_bad_folders_and_arguments_are_refused(tmp_path):
     refuses(ValueError, words, load_task_from_folder, tmp_path, label_words={0: "no", 2: "yes"})
     write(tmp_path / "val.csv", "text,label\nx,1\n")
     refuses(ValueError, r"must hold one validation file; got dev\.jsonl, val\.csv", load_task_from_folder, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "sizes"),
-    [
-        ("movie_sentiment", "classification", (8056, 1007, 1007)),
-        ("sentiment_rating", "regression", (6328, 790, 790)),
-        ("sms_spam", "classification", (3610, 451, 451)),
-        ("word_in_context", "classification", (6401, 799, 799)),
-        ("austen", "language_modeling", (7999, 444, 445)),
-    ],
-)
-def test_real_data_sets_load_without_any_option(shared_data, name, kind, sizes):
-    task = load_task_from_folder(shared_data / name)
-    assert task.kind == kind
-    assert tuple(len(task.examples(split)) for split in SPLITS) == sizes
 
 
 @pytest.mark.parametrize(("folder", "name"), [("my (data)", "my_data_"), ("a.b c", "a_b_c"), ("naïve-1", "naïve-1")])

@@ -6,6 +6,7 @@ That is something of another kind, size, device or dtype, or a path that is not 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import math
 import os
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from mpoe_bench.cases import random_cores
+from torch.utils._pytree import tree_leaves
 
 import mpoe
 import mpoe_kernels
@@ -29,8 +31,6 @@ from tests.training.tiny import dense_model, mpoe_model
 from . import fuzz
 
 Arguments = dict[str, Any]
-FIELDS = ("left", "central", "right", "in_features", "out_features")  # of MPOBlocks
-SLOTS = ("expert_offsets", "token_of_slot", "slot_of_token")  # of Routing
 TOKENS, EXPERTS, WIDTH, OUT = 12, 3, 8, 12
 
 
@@ -56,9 +56,8 @@ def down_blocks() -> Any:
 
 
 def parts(value: Any) -> Arguments:
-    """Of blocks or a routing."""
-    names = FIELDS if isinstance(value, mpoe_kernels.MPOBlocks) else SLOTS
-    return {name: getattr(value, name) for name in names}
+    """Of blocks, a routing or a result."""
+    return {each.name: getattr(value, each.name) for each in dataclasses.fields(value) if each.init}
 
 
 def index() -> torch.Tensor:
@@ -327,19 +326,13 @@ def exchange(value: Any, draw: random.Random, folder: Path) -> tuple[str, Any]:
 PYTORCHS = ("setStorage: ", "Could not run ", "ested", "parse", "kldnn", "Cast error details: ", "materialize all")
 
 
-def tensors_of(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
+def tensors_of(value: Any) -> list[torch.Tensor]:
     """Every tensor in a result."""
-    if isinstance(value, torch.Tensor):
-        yield value.detach()
-    elif isinstance(value, torch.nn.Module):
-        yield from (parameter.detach() for parameter in value.parameters())
-    elif isinstance(value, dict):
-        value = tuple(value.values())
-    elif hasattr(value, "__dataclass_fields__"):
-        value = tuple(getattr(value, name) for name in value.__dataclass_fields__)
-    if isinstance(value, (list, tuple)) and depth < 3:
-        for item in value:
-            yield from tensors_of(item, depth + 1)
+    if isinstance(value, torch.nn.Module):
+        value = list(value.parameters())
+    elif dataclasses.is_dataclass(value):
+        value = parts(value)
+    return [leaf.detach() for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def stray(result: Any) -> str | None:

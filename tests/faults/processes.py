@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing.context
 import os
 import random
 import re
@@ -14,10 +15,8 @@ import resource
 import signal
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -35,66 +34,39 @@ SEED = int(os.environ.get("SEED", "0"))
 _VERSION_3, _DAC_OVERRIDE, _DAC_READ_SEARCH = 0x20080522, 1, 2  # linux/capability.h
 
 
-@dataclass
-class Child:
+class Child(multiprocessing.context.ForkProcess):
     """A forked process; what it prints goes to ``log``."""
 
-    pid: int
-    log: Path
-    status: int | None = None
+    def __init__(self, work: Callable[[], object], log: Path) -> None:
+        super().__init__(target=work)
+        self.log = log
 
-    def poll(self) -> bool:
-        """Whether it has ended."""
-        if self.status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.status = os.waitstatus_to_exitcode(status)
-        return self.status is not None
+    def run(self) -> None:
+        descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        super().run()
 
     def wait(self, seconds: float = 600.0) -> int:
         """Exit status, negative for a signal; a child that takes longer is killed."""
-        end = time.monotonic() + seconds
-        while not self.poll():
-            if time.monotonic() > end:
-                self.kill()
-                raise TimeoutError(f"process {self.pid} did not end in {seconds} s; see {self.log}")
-            time.sleep(0.005)
-        assert self.status is not None
-        return self.status
+        self.join(seconds)
+        if self.exitcode is None:
+            self.kill()
+            raise TimeoutError(f"process {self.pid} did not end in {seconds} s; see {self.log}")
+        return self.exitcode
 
     def kill(self) -> None:
         """Kill -9; it may have ended before."""
-        if not self.poll():
-            os.kill(self.pid, signal.SIGKILL)
-            _, status = os.waitpid(self.pid, 0)
-            self.status = os.waitstatus_to_exitcode(status)
+        super().kill()
+        self.join()
 
 
 def fork(work: Callable[[], object], log: Path) -> Child:
     """Run ``work`` in a child process: exit status 0, 1 with a traceback in ``log``, or that of a SystemExit."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid:
-        return Child(pid, log)
-    status = 1
-    try:
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-        work()
-        status = 0
-    except SystemExit as end:
-        status = int(end.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        try:
-            sys.stdout.flush()
-            sys.stderr.flush()
-        finally:
-            os._exit(status)  # whatever happens, a child never goes on as its parent
+    child = Child(work, log)
+    child.start()
+    return child
 
 
 @contextlib.contextmanager
@@ -157,7 +129,7 @@ def kill_runs(kills: int, seed: int, folder: Path) -> Counter[str]:
             child = fork(partial(victim, run), folder / f"{run.name}.log")
             was_saving = kill_sometime(child, run, draw, length)
             check_saved(run, last)
-            if child.status != -9:
+            if child.exitcode != -9:
                 break  # it was faster
             tally.update(killed=1, while_saving=was_saving)
         # Undisturbed to its end; where a killed one had reached it, only its leftovers are cleared away.
@@ -172,11 +144,11 @@ def kill_sometime(child: Child, run: Path, draw: random.Random, length: float) -
     if draw.random() < 0.5:
         wait = draw.uniform(0.0, length)
         end = time.monotonic() + wait
-        while not child.poll() and time.monotonic() < end:
+        while child.is_alive() and time.monotonic() < end:
             time.sleep(0.001)
     else:
         skip, seen = draw.randint(0, 4), False  # so many saves go by
-        while not child.poll() and skip >= 0:
+        while child.is_alive() and skip >= 0:
             saving = any(path.exists() for path in staging)
             skip -= saving and not seen
             seen = saving

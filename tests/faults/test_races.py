@@ -143,7 +143,7 @@ def resume_of_live(folder: Path, draw: random.Random, tally: Counter[str]) -> No
 
     holder = fork(work, folder.with_name(f"{folder.name}-live.log"))
     os.close(waiting)
-    while not (folder / "inside").is_dir() and not holder.poll():
+    while not (folder / "inside").is_dir() and holder.is_alive():
         time.sleep(0.001)
     wishes = [draw.choice([{"resume": True}, {"resume": True}, {"overwrite": True}, {}]) for _ in range(3)]
     others = at_once([partial(claim, folder, 0.0, **wish) for wish in wishes], folder)
@@ -199,7 +199,7 @@ def holding(folder: Path) -> Child:
 
     child = fork(work, folder.with_name(f"{folder.name}.log"))
     while not (folder / "held").exists():
-        assert not child.poll(), child.log.read_text()
+        assert child.is_alive(), child.log.read_text()
         time.sleep(0.001)
     return child
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
 import warnings
 
 import pytest
@@ -26,7 +25,6 @@ from mpoe.layers import (
     routing_context,
 )
 from mpoe.layers.feed_forward import _say_that_nothing_balances
-from tests.assertions import in_threads
 
 # Covers eager PyTorch's own error in these dtypes, for sums of at most 2 x 60 products and two gates.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float64: 1e-12}
@@ -152,17 +150,6 @@ def feed_forward(gated=False, activation="gelu_new", bias=True, **config):
     ).eval()
 
 
-def test_capacity_drops_the_last_tokens_of_a_full_expert():
-    ffn = feed_forward(router=RouterConfig(eval_capacity_factor=1.0))
-    torch.nn.init.zeros_(ffn.router.weight)  # every token ties; topk sends them all to one expert
-    x = torch.randn(8, 24)
-    with routing_context() as routing:
-        y = ffn(x)
-    assert sorted(routing.records[0].expert_load.tolist()) == [0, 0, 0, 2]
-    assert (y[:2] != 0).any()
-    assert torch.equal(y[2:], torch.zeros_like(y[2:]))
-
-
 def test_expert_dropout_replaces_the_familys_rate_in_training_only():
     config = MPOEConfig(num_experts=2, router=RouterConfig(expert_dropout=0.5), shape="separable")
     ffn = MPOEFeedForward(24, 48, config, dropout=0.0)
@@ -171,24 +158,6 @@ def test_expert_dropout_replaces_the_familys_rate_in_training_only():
     ffn.eval()
     assert torch.equal(ffn(x), ffn(x))
     assert MPOEFeedForward(24, 48, MPOEConfig(shape="separable"), dropout=0.1).expert_dropout == 0.1
-
-
-def test_contexts_do_not_leak_between_threads():
-    ffn = feed_forward()
-    x = torch.randn(1, 4, 24)
-    barrier = threading.Barrier(3)
-
-    def work(number):
-        mask = (torch.arange(4) < 2**number)[None]
-        with routing_context({"main": mask}) as routing:
-            barrier.wait()
-            with torch.no_grad():
-                ffn(x)
-            barrier.wait()
-        return [int(record.expert_load.sum()) for record in routing.records]
-
-    assert in_threads(3, work) == [[1], [2], [4]]
-    assert current_routing() is None
 
 
 @pytest.mark.parametrize("expert_type", ["mpo", "dense"])

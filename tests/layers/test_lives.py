@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mpoe.layers.expert_cache import ExpertCache
 from mpoe_kernels import available_backends, use_backend
-from tests.assertions import torch_threads
+from tests.assertions import in_threads, torch_threads
 
 from .test_native_calls import I, made
 
@@ -164,6 +164,14 @@ def in_a_fork(layer: Layer, x: Tensor) -> Tensor:
     return plainly(layer, x) if child.exitcode else y  # which refuses here too
 
 
+def by_threads(layer: Layer, x: Tensor) -> Tensor:
+    """They share the layer, each with its own order of the rows, again and again."""
+    found = in_threads(4, lambda n: [plainly(layer, x.roll(n, 0)).roll(-n, 0) for _ in range(5)])
+    for own in found:
+        torch.testing.assert_close(own, [found[0][0]] * 5)
+    return found[0][0]
+
+
 WAYS: dict[str, Callable[[Layer, Tensor], Tensor]] = {
     "plainly": plainly,
     "in a cache": kept,
@@ -174,6 +182,7 @@ WAYS: dict[str, Callable[[Layer, Tensor], Tensor]] = {
     "in modes": in_modes,
     "in inference mode": in_inference,
     "in a fork": in_a_fork,
+    "in threads": by_threads,
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,21 +21,9 @@ from mpoe.layers import (
 )
 from mpoe_kernels import MPOShape
 
-I, F, E, M = 12, 20, 5, 3
+from .test_native_calls import Dense, E, F, I, made
 
-
-class Network(nn.Module):
-    """A feed-forward network of a dense model."""
-
-    def __init__(self, gated: bool, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.wi, self.wo, self.dropout = nn.Linear(I, F, bias=False), nn.Linear(F, I, bias=False), nn.Dropout(dropout)
-        self.gate = nn.Linear(I, F, bias=False) if gated else None
-        self.scale = 2.0  # something that only its own forward knows
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.wi(x).relu() if self.gate is None else self.gate(x).relu() * self.wi(x)
-        return self.scale * self.wo(self.dropout(h))
+M = 3
 
 
 class Ending(nn.Module):
@@ -47,22 +37,10 @@ class Ending(nn.Module):
         return self.norm(self.dropout(self.dense(hidden)) + x)
 
 
-def layer(
-    gated: bool = False, latent: int | None = None, top_k: int = 2, dropout: float = 0.0, router: dict | None = None
-) -> NeuronFeedForward:
-    """Around a `Network`, with experts that contribute."""
-    torch.manual_seed(0)
-    settings = RouterConfig(top_k=top_k, **(router or {}))
-    config = MPOEConfig(
-        shape="neurons", num_experts=E, neurons=M, latent=latent, router=settings, expert_bias=True, backend="eager"
-    )
-    dense = Network(gated, dropout)
-    names = {"up": "wi", "down": "wo", **({"gate_proj": "gate"} if gated else {})}
-    made = NeuronFeedForward(I, F, config, names=names, gated=gated)
-    made.around(dense, {kind: getattr(dense, name) for kind, name in names.items()})
-    nn.init.normal_(made.experts.down)
-    nn.init.normal_(made.experts.bias)
-    return made
+def layer(gated: bool = False, latent: int | None = None, **router: Any) -> NeuronFeedForward:
+    """Around a dense network, with experts that contribute."""
+    options = {"neurons": M, "latent": latent, "backend": "eager"}
+    return made("neurons", gated, bias=True, options=options, **router)
 
 
 def added(module: NeuronFeedForward, x: Tensor) -> Tensor:
@@ -91,12 +69,12 @@ def added(module: NeuronFeedForward, x: Tensor) -> Tensor:
     ids=["sum to 1", "times a factor", "raw", "sigmoid with a correction bias"],
 )
 def test_the_definition(gated: bool, latent: int | None, top_k: int, gates: dict) -> None:
-    module = layer(gated, latent, top_k, router=gates)
+    module = layer(gated, latent, top_k=top_k, **gates)
     if module.router.e_score_correction_bias is not None:
         module.router.e_score_correction_bias[3] = 2.0  # the first choice of every token
         assert bool((module.router(torch.randn(4, I)).top_k_index == 3).any(1).all())
     x = torch.randn(2, 4, I, requires_grad=True)
-    found, want = module(x), Network.forward(module, x) + added(module, x.view(-1, I)).view(x.shape)
+    found, want = module(x), Dense.forward(module, x) + added(module, x.view(-1, I)).view(x.shape)
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
     inputs, weight = [x, *module.parameters()], torch.randn(2, 4, I)
     mine, theirs = (torch.autograd.grad((y * weight).sum(), inputs, allow_unused=True) for y in (found, want))
@@ -111,7 +89,7 @@ def test_padding_has_no_expert_and_is_not_counted() -> None:
         found = module(x)
     with routing_context({"main": None}) as whole:
         other = module(x)
-    assert torch.equal(found[~mask], Network.forward(module, x)[~mask])
+    assert torch.equal(found[~mask], Dense.forward(module, x)[~mask])
     assert torch.allclose(found[mask], other[mask])
     (record,) = routing.records
     assert int(record.expert_load.sum()) == 2 * int(mask.sum())
@@ -137,17 +115,19 @@ def test_a_network_that_ends_in_a_module_that_adds_its_input() -> None:
 
 
 def test_the_dense_networks_dropout_is_not_the_experts() -> None:
-    module = layer(dropout=0.5).train()
+    module = layer()
+    module.train().dropout.p = 0.5
     x = torch.randn(64, I)
     torch.manual_seed(1)
     found = module(x)
     torch.manual_seed(1)
-    assert torch.allclose(found - Network.forward(module, x), added(module, x), atol=1e-5)
-    asked = layer(dropout=0.5, router={"expert_dropout": 0.5}).train()
+    assert torch.allclose(found - Dense.forward(module, x), added(module, x), atol=1e-5)
+    asked = layer(expert_dropout=0.5)
+    asked.train().dropout.p = 0.5
     torch.manual_seed(1)
     found = asked(x)
     torch.manual_seed(1)
-    share = ((found - Network.forward(asked, x)).abs() < 1e-6).float().mean()
+    share = ((found - Dense.forward(asked, x)).abs() < 1e-6).float().mean()
     assert 0.4 < float(share) < 0.6
 
 

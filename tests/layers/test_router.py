@@ -79,9 +79,12 @@ def test_jitter_is_as_wide_as_it_says_in_training_alone():
     assert torch.equal(router.eval()(torch.ones(3, 8)).logits, torch.ones(3, 8))
 
 
-def test_a_capacity_beyond_all_slots_is_none():
+def test_capacities():
+    router = TopKRouter(6, 4, RouterConfig(top_k=2, capacity_factor=1.25, eval_capacity_factor=2.0))
+    assert [router.capacity(10), router.eval().capacity(10)] == [7, 10]  # ceil(1.25 * 10 * 2 / 4)
+    assert TopKRouter(6, 4).capacity(10) is None
     x = torch.randn(9, 6)
-    for options in ({"capacity_factor": 1e300}, {"capacity_factor": 1.0, "min_capacity": 10**30}):
+    for options in ({"capacity_factor": 1e300}, {"capacity_factor": 1.0, "min_capacity": 10**30}):  # beyond all slots
         router = TopKRouter(6, 4, RouterConfig(**options))
         assert router.capacity(10**12) == 2**31 - 1
         assert torch.equal(router.route(router(x)).slot_of_token.sort(0).values.squeeze(-1), torch.arange(9))
@@ -92,14 +95,6 @@ def test_routers_without_memory(config):
     out = TopKRouter(6, 4, config, device="meta")(torch.empty(9, 6, device="meta"))
     assert out.top_k_index.shape == out.top_k_weights.shape == (9, 2)
     assert out.logits.is_meta
-
-
-def test_capacity_factors():
-    router = TopKRouter(6, 4, RouterConfig(top_k=2, capacity_factor=1.25, eval_capacity_factor=2.0))
-    assert router.capacity(10) == 7  # ceil(1.25 * 10 * 2 / 4)
-    router.eval()
-    assert router.capacity(10) == 10
-    assert TopKRouter(6, 4).capacity(10) is None
 
 
 def test_init_is_truncated_normal_of_the_switch_scale():

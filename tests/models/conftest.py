@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import EntryNotFoundError
 
-from mpoe import MPOEConfig, collect_statistics, convert_to_mpoe, save_expert
+from mpoe import MPOEConfig, collect_statistics, convert_to_mpoe, save_expert, start_expert
 
-from .domain_experts import domain, language_model, loss, tokenizer, trained
-from .tiny_models import dense_model
+from .tiny_models import M, dense_model, domain, fit, language_model, lessons, loss, tokenizer
 
 
 @pytest.fixture
@@ -28,9 +32,49 @@ def domains(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder, base = tmp_path_factory.mktemp("experts"), language_model()
     files, own = [], []
     for number in (0, 1):
-        model = trained(base, number)
+        torch.manual_seed(number)
+        model = start_expert(base, M)
+        fit(model, lessons(number, 60))
         files.append(folder / f"domain{number}.expert")
         statistics = collect_statistics(model, domain(number, seed=20))
         save_expert(model, files[-1], statistics=statistics, tokenizer=tokenizer(), training={"steps": 120})
         own.append(loss(model, number))
     return SimpleNamespace(base=base, files=files, own=own, background=domain(2))
+
+
+class Hub:
+    """Stands in for the hub's API: keeps files, and what it was asked, instead of sending them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.files: dict[str, bytes] = {}
+        self.asked: list[tuple[Any, ...]] = []
+        self.card: str | None = None
+        monkeypatch.setattr(HfApi, "create_repo", lambda api, name, **options: self.create(api.token, name, options))
+        monkeypatch.setattr(HfApi, "create_commit", self.commit)
+        monkeypatch.setattr(HfApi, "upload_folder", self.upload)
+        own = ModelCard.load
+        monkeypatch.setattr(ModelCard, "load", lambda name, **_: own(name) if Path(name).exists() else self.load())
+
+    def create(self, token: Any, name: str, options: dict[str, Any]) -> SimpleNamespace:
+        self.asked.append((token, name, options))
+        return SimpleNamespace(repo_id=name if "/" in name else f"me/{name}")
+
+    def commit(self, repo_id: str, operations: list[Any], commit_message: str, **_: Any) -> SimpleNamespace:
+        self.asked.append((repo_id, commit_message))
+        for each in operations:
+            content = each.path_or_fileobj
+            self.files[each.path_in_repo] = content if isinstance(content, bytes) else Path(content).read_bytes()
+        return SimpleNamespace(commit_url="https://hub/commit/1")
+
+    def upload(self, folder_path: str, **_: Any) -> None:
+        self.files |= {path.name: path.read_bytes() for path in Path(folder_path).iterdir() if path.is_file()}
+
+    def load(self) -> ModelCard:
+        if self.card is None:
+            raise EntryNotFoundError("no card")
+        return ModelCard(self.card)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    return Hub(monkeypatch)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mpoe import MPOEConfig, RouterConfig, compose
-from mpoe.models.composition import _second_moment, forced, router_weight, statistics_of_expert, train_routers
+from mpoe.models.composition import forced, router_weight, train_routers
 from mpoe.models.report import routed_layers
 from tests.assertions import refuses
 
@@ -104,17 +104,14 @@ def statistics_of(x):
     return {"h.mean": mean, "h.rest": torch.zeros_like(mean), "h.vectors": vectors.mT, "h.values": values}
 
 
-def test_statistics_are_of_what_a_router_reads():
-    base = dense("llama").eval()
-    mixture = compose(base, [tuned(base, 1), tuned(base, 2)])
-    name, rows = "model.layers.1.mlp", []
-    hook = mixture.model.layers[1].mlp.register_forward_pre_hook(lambda _, args: rows.append(args[0].flatten(0, -2)))
-    found = statistics_of_expert(mixture, 1, batches(1))
-    hook.remove()
-    x = torch.cat(rows).double()
-    torch.testing.assert_close(found[f"{name}.mean"].double(), x.mean(0), rtol=1e-5, atol=1e-6)
-    moment = x.mT @ x / len(x)
-    torch.testing.assert_close(_second_moment(found, name), moment, rtol=2e-3, atol=2e-3 * float(moment.abs().max()))
+def test_a_router_is_the_discriminant_of_the_statistics():
+    """``3 E (S + r)^-1 (means - their mean)``, by another way: S is the mean of the classes' second moments."""
+    rows = [(torch.randn(50, 6) @ torch.randn(6, 6) + number).double() for number in range(3)]
+    every = torch.stack([x.mT @ x / 50 for x in rows]).mean(0)
+    every += 1e-3 * every.trace() / 6 * torch.eye(6)
+    means = torch.stack([x.mean(0) for x in rows])
+    found = router_weight([statistics_of(x) for x in rows], "h")
+    torch.testing.assert_close(found, 9 * (means - means.mean(0)) @ every.inverse())
 
 
 def test_a_mask_of_other_tokens_hides_none():
@@ -162,15 +159,8 @@ def test_fine_tunes_that_do_not_fit():
     longer = copy.deepcopy(base)
     longer.resize_token_embeddings(70)
     refuses(ValueError, r"number 0 differs in .*70", compose, base, [longer])
-    refuses(
-        TypeError,
-        "router must be a RouterConfig or its dict; got MPOEConfig",
-        compose,
-        base,
-        [base],
-        None,
-        MPOEConfig(),
-    )
+    wrong = "router must be a RouterConfig or its dict; got MPOEConfig"
+    refuses(TypeError, wrong, compose, base, [base], routing=MPOEConfig())
     refuses(ValueError, "router must be one of 'ridge', 'train'", compose, base, [base], router="rigde")
     refuses(ValueError, "steps must be at least 1; got 0", compose, base, [base], steps=0)
     refuses(ValueError, "each of 1 fine-tunes; got 2", compose, base, [base], [batches(0), batches(1)])

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
 from mpoe import collect_statistics, compose_experts, load_expert, load_mpoe, merge_expert, save_expert, start_expert
 from mpoe.models import push_expert
-from mpoe.models.composition import _second_moment, router_weight
+from mpoe.models.composition import _second_moment
 from mpoe.models.expert_files import base_identity
 from mpoe.models.expert_mixture import documentation_batches
 from mpoe.models.report import neuron_modules
 from tests.assertions import refuses
 
-from .domain_experts import M, domain, loss, stirred, tokenizer
 from .tiny_models import (
     FAMILIES,
+    M,
     batch,
     dense_model,
+    domain,
+    loss,
     result,
+    stirred,
     text_rows,
     tiny_batch,
     tiny_model,
+    tokenizer,
 )
 
 # ------------------------------------------------------------------ training
@@ -144,22 +146,6 @@ def test_statistics_are_a_tenth_and_one_vector_more_would_be_too_much(neurons: i
     assert own <= 0.1 * weights < own + vector
 
 
-def test_a_router_is_the_discriminant_of_the_statistics() -> None:
-    """``3 E (S + r)^-1 (means - their mean)``, by another way: S is the mean of the classes' second moments."""
-    torch.manual_seed(0)
-    rows = [(torch.randn(50, 6) @ torch.randn(6, 6) + number).double() for number in range(3)]
-    classes = []
-    for x in rows:
-        mean, covariance = x.mean(0), x.mT @ x / 50 - torch.outer(x.mean(0), x.mean(0))
-        values, vectors = torch.linalg.eigh(covariance)
-        parts = {"mean": mean, "rest": torch.zeros(6), "vectors": vectors.mT, "values": values}
-        classes.append({f"h.{part}": value for part, value in parts.items()})
-    every = torch.stack([x.mT @ x / 50 for x in rows]).mean(0)
-    every += 1e-3 * every.trace() / 6 * torch.eye(6)
-    means = torch.stack([x.mean(0) for x in rows])
-    torch.testing.assert_close(router_weight(classes, "h"), 9 * (means - means.mean(0)) @ every.inverse())
-
-
 # ------------------------------------------------------------------ composition
 
 
@@ -205,7 +191,7 @@ def test_composition_depends_on_its_arguments_alone(domains: SimpleNamespace, tm
 
 
 def save_third(domains: SimpleNamespace, file: Path, neurons: int) -> Path:
-    model = stirred(start_expert(domains.base, neurons), 7)
+    model = stirred(start_expert(domains.base, neurons))
     save_expert(model, file, statistics=collect_statistics(model, domain(3)))
     return file
 
@@ -227,48 +213,27 @@ def test_the_packaged_text_is_the_background(domains: SimpleNamespace) -> None:
     assert t5["labels"] is t5["input_ids"]
 
 
-# ------------------------------------------------------------------ the hub, whose client notes what it is asked
+# ------------------------------------------------------------------ the hub
 
 
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    found: list[Any] = []
-
-    class Api:
-        def __init__(self, token: str | None = None) -> None:
-            found.append(token)
-
-        def create_repo(self, repo_id: str, **options: Any) -> Any:
-            found.append((repo_id, options))
-            return SimpleNamespace(repo_id=f"me/{repo_id}")
-
-        def create_commit(self, repo_id: str, operations: list[Any], commit_message: str) -> Any:
-            found.append((repo_id, {each.path_in_repo: each.path_or_fileobj for each in operations}, commit_message))
-            return SimpleNamespace(commit_url="https://hub/commit/1")
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    return found
-
-
-def test_a_folder_of_experts_is_one_commit(domains: SimpleNamespace, asked: list[Any]) -> None:
+def test_a_folder_of_experts_is_one_commit(domains: SimpleNamespace, hub) -> None:
     folder = domains.files[0].parent
     (folder / "notes.txt").write_text("not an expert")
     assert push_expert(folder, "experts", private=True, token="t") == "https://hub/commit/1"
-    token, (repository, options), (target, files, message) = asked
-    assert (token, repository, target) == ("t", "experts", "me/experts")
-    assert options == {"private": True, "exist_ok": True}
-    assert list(files) == ["domain0.expert", "domain1.expert", "README.md"]
-    card = files["README.md"].decode()
+    created = ("t", "experts", {"private": True, "exist_ok": True})
+    assert hub.asked == [created, ("me/experts", "Experts domain0, domain1")]
+    assert list(hub.files) == ["domain0.expert", "domain1.expert", "README.md"]
+    card = hub.files["README.md"].decode()
     assert "library_name: mpoe" in card
     assert "| domain1.expert | LlamaForCausalLM | 32 |" in card
-    assert message == "Experts domain0, domain1"
+    hub.files.clear()
     push_expert(domains.files[1], "experts")
-    assert list(asked[-1][1]) == ["domain1.expert", "README.md"]
+    assert list(hub.files) == ["domain1.expert", "README.md"]
 
 
-def test_nothing_is_sent_of_a_damaged_file(domains: SimpleNamespace, asked: list[Any], tmp_path: Path) -> None:
+def test_nothing_is_sent_of_a_damaged_file(domains: SimpleNamespace, hub, tmp_path: Path) -> None:
     (tmp_path / "a.expert").write_bytes(domains.files[0].read_bytes()[:-9])
     refuses(ValueError, "whole safetensors file", push_expert, tmp_path, "experts")
     (tmp_path / "a.expert").unlink()
     refuses(ValueError, r"holds no \*.expert", push_expert, tmp_path, "experts")
-    assert not asked
+    assert not hub.asked

@@ -32,8 +32,19 @@ from mpoe.models.expert_mixture import check_adapter, documentation_batches, fit
 from mpoe.models.report import neuron_modules
 from tests.assertions import refuses
 
-from .domain_experts import VOCABULARY, M, domain, language_model, loss, stirred, tokenizer
-from .tiny_models import dense_model, tiny_model
+from .tiny_models import (
+    VOCABULARY,
+    M,
+    dense_model,
+    domain,
+    fit,
+    language_model,
+    lessons,
+    loss,
+    stirred,
+    tiny_model,
+    tokenizer,
+)
 
 
 @pytest.fixture
@@ -138,12 +149,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder, base = tmp_path_factory.mktemp("adapter") / "law", language_model()
     torch.manual_seed(0)
     model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, target_modules=NETWORK))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    for step in range(40):
-        for each in domain(2, seed=step % 8):
-            model(**each).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    fit(model, lessons(2, 40))
     model.save_pretrained(folder)
     return SimpleNamespace(folder=folder, base=base, merged=model.merge_and_unload().eval())
 

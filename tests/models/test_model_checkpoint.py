@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from mpoe.models import mpo_modules
 from mpoe.models.checkpoint import read_mpoe_config
 from mpoe.models.weight_files import check_shapes
 from mpoe_kernels import MPOShape, decompose, reconstruct
-from tests.assertions import refuses
+from tests.assertions import refuses, run_python
 
 from .tiny_models import batch, dense_model, result, stirred
 
@@ -82,14 +80,6 @@ def test_load_mpoe_refusals(converted, tmp_path):
     model = converted("gpt2")
     model.save_pretrained(tmp_path / "model")
     refuses(ValueError, "base is for MPOE-only saves", load_mpoe, tmp_path / "model", base=dense_model("gpt2"))
-    path = tmp_path / "model" / "config.json"
-    values = json.loads(path.read_text())
-    values["mpoe"]["num_experts"] = 5
-    path.write_text(json.dumps(values))
-    refuses((ValueError, RuntimeError), r"shape|mismatch", load_mpoe, tmp_path / "model")
-    values["mpoe"]["num_expert"] = values["mpoe"].pop("num_experts")
-    path.write_text(json.dumps(values))
-    refuses(ValueError, "did you mean 'num_experts'", load_mpoe, tmp_path / "model")
 
 
 def test_configs_bases_and_disks_that_do_not_fit(converted, tmp_path, monkeypatch):
@@ -149,8 +139,7 @@ def test_import_mpoe_registers_in_either_order(order, converted, tmp_path):
         "from transformers import AutoModelForCausalLM; "
         f"print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__)"
     )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "MPOEGPT2LMHeadModel"
+    assert run_python("-c", program).splitlines()[-1] == "MPOEGPT2LMHeadModel"
 
 
 def test_one_kind_of_save_replaces_or_refuses_the_other(converted, tmp_path) -> None:
@@ -175,8 +164,6 @@ def test_saves_of_parameters_alone_refuse_what_is_no_folder(converted, tmp_path)
     for name in ("file", "dangling"):
         refuses(NotADirectoryError, r"path must be a folder; .* is none", save_mpoe_only, model, tmp_path / name, dense)
     refuses(ValueError, "null byte", save_mpoe_only, model, tmp_path / "no\0path", dense)
-    with pytest.raises(ValueError, match="base must be a dense model or its folder; '' is not a folder"):
-        save_mpoe_only(model, tmp_path / "out", "")
     with pytest.raises(ValueError, match="base must be a GPT2LMHeadModel or its folder; "):
         save_mpoe_only(model, tmp_path / "out", tmp_path)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe
+from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe
 from mpoe.layers import MPOLinear, TiedHead
 from mpoe.models import mpo_modules
 from mpoe.models.report import HEADER, kept_modules, model_card, routed_layers, summarize
@@ -163,39 +163,12 @@ def test_rates(kind: str) -> None:
         assert sum(p.numel() for p in asked["central"]["params"]) == 2 * 2 * 24 * 6
 
 
-GSHARD, CAPACITY = {"router": RouterConfig.gshard()}, {"router": RouterConfig(capacity_factor=1.0)}
-WRONG = {
-    "divisor": ("hidden", {"block_size": 7}, ValueError, "block_size must divide the hidden size 96; got 7"),
-    "size": ("hidden", {"block_size": 0}, ValueError, "block_size must be at least 1"),
-    "group": ("hidden", {"block_per_group": 1}, TypeError, "block_per_group must be True or False"),
-    "gshard": ("hidden", {"moe_type": "moe", **GSHARD}, ValueError, "needs moe_type 'switch' or 'none'"),
-    "capacity": ("hidden", CAPACITY, ValueError, "shape 'hidden' needs router.capacity_factor None"),
-    "top_k": ("hidden", {"router": RouterConfig(top_k=5)}, ValueError, "top_k must be at most num_experts = 4"),
-    "neurons": ("neurons", {"neurons": 0}, ValueError, "neurons must be at least 1; got 0"),
-    "type": ("neurons", {"neurons": 8.0}, TypeError, "neurons must be an integer or None"),
-    "latent": ("neurons", {"latent": 0}, ValueError, "latent must be at least 1; got 0"),
-    "other shape": ("hidden", {"neurons": 8}, ValueError, "neurons needs shape 'neurons'; got 'hidden'"),
-    "no shape": ("hidden", {"shape": None, "latent": 4}, ValueError, "latent needs shape 'neurons'"),
-    "factor": (
-        "hidden",
-        {"router": RouterConfig(routed_scaling_factor=2.0)},
-        ValueError,
-        "routed_scaling_factor needs shape 'neurons'",
-    ),
-    "attention": (
-        "neurons",
-        {"target_modules": ["ffn", "attention"], "shape_pattern": {"c_attn": "neurons"}},
-        ValueError,
-        "which is one matrix, the shape 'neurons'",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_refusals(case: str) -> None:
-    kind, change, error, message = WRONG[case]
-    with pytest.raises(error, match=message):
-        convert_to_mpoe(dense("gpt2"), MPOEConfig(**{"num_experts": 4, **KEPT[kind], **change}))
+def test_shapes_that_a_weight_cannot_have() -> None:
+    with pytest.raises(ValueError, match="block_size must divide the hidden size 96; got 7"):
+        convert_to_mpoe(dense("gpt2"), config("hidden", block_size=7))
+    pattern = {"target_modules": ["ffn", "attention"], "shape_pattern": {"c_attn": "neurons"}}
+    with pytest.raises(ValueError, match="which is one matrix, the shape 'neurons'"):
+        convert_to_mpoe(dense("gpt2"), config("neurons", **pattern))
 
 
 @every_kind

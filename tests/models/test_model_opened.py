@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -16,6 +15,7 @@ from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe, save_mpoe_only
 from mpoe.layers import MPOEFeedForward, MPOLinear
 from mpoe.models import MPOELlamaForCausalLM, MPOELlamaModel
 from mpoe.models.base import ROUTING_FIELDS
+from tests.assertions import run_python
 
 from .tiny_models import batch, dense_model, result, text_rows, tiny_batch, tiny_model
 
@@ -26,13 +26,6 @@ LLAMA_SITES = {
     "down": "down_proj",
     "activation": "silu",
 }
-
-
-def run_alone(program, *arguments, path=None):
-    done = subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, env=path, check=False
-    )
-    return done.returncode, done.stdout.strip(), done.stderr
 
 
 OPEN = (
@@ -53,14 +46,11 @@ def test_remote_code_opens_a_model_in_a_program_that_does_not_import_mpoe(conver
     }
     program = OPEN.format("trust_remote_code=True")
     for auto, name in (("AutoModelForCausalLM", "MPOELlamaForCausalLM"), ("AutoModel", "MPOELlamaModel")):
-        code, out, error = run_alone(program, tmp_path / "model", auto)
-        assert (code, out) == (0, name), error
+        assert run_python("-c", program, tmp_path / "model", auto).splitlines()[-1] == name
     blocked = "import sys; sys.modules['mpoe'] = None; sys.modules['mpoe.models'] = None\n" + program
-    code, _, error = run_alone(blocked, tmp_path / "model", "AutoModelForCausalLM")
-    assert code != 0
-    assert error.strip().splitlines()[-1] == (
-        f'ImportError: this model needs the package mpoe: pip install "mpoe>={mpoe.__version__}"'
-    )
+    told = run_python("-c", blocked, tmp_path / "model", "AutoModelForCausalLM", code=1)
+    assert told.splitlines()[-1].startswith("ImportError: this model needs the package mpoe: pip install")
+    assert told.rstrip().endswith(f'"mpoe>={mpoe.__version__}"')
 
 
 def test_a_model_opened_by_remote_code_is_saved_as_ever(converted, tmp_path):
@@ -137,23 +127,12 @@ def test_feed_forward_chunks_give_the_same(model_type):
 # ------------------------------------------------------------ a model that is not in the table
 
 
-def outsider():
-    torch.manual_seed(0)
-    config = transformers.GraniteConfig(
-        vocab_size=60,
-        hidden_size=24,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-    )
-    return transformers.GraniteForCausalLM(config).eval()
+OUTSIDER = ("granite", "GraniteForCausalLM")
 
 
 @torch.no_grad()
 def test_sites_convert_a_model_outside_the_table(tmp_path, monkeypatch):
-    model = outsider()
+    model = tiny_model(*OUTSIDER)
     inputs = batch("llama")
     converted = convert_to_mpoe(model, MPOEConfig(num_experts=2, shape="separable"), sites=LLAMA_SITES)
     expected, found = (text_rows(m(**inputs).logits, inputs) for m in (model, converted))
@@ -214,7 +193,7 @@ def test_sites_with_fused_projections_and_parts_left_empty():
 )
 def test_sites_that_do_not_fit(sites, kind, words):
     with pytest.raises(kind) as caught:
-        convert_to_mpoe(outsider(), MPOEConfig(num_experts=2, shape="separable"), sites=sites)
+        convert_to_mpoe(tiny_model(*OUTSIDER), MPOEConfig(num_experts=2, shape="separable"), sites=sites)
     assert words in str(caught.value)
 
 

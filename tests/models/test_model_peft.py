@@ -14,7 +14,7 @@ from mpoe.layers import MPOEFeedForward
 from mpoe.models import mpo_modules
 from tests.assertions import refuses
 
-from .tiny_models import batch
+from .tiny_models import batch, fit
 
 try:
     import peft
@@ -39,20 +39,6 @@ def core_config(family: str, **values: object):
     return lora_on_cores(peft.LoraConfig(r=3, target_modules=[*ATTENTION[family], *experts], **values))
 
 
-def train(model, inputs, steps: int = 3) -> list[float]:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
-    model.train()
-    for _ in range(steps):
-        loss = model(**inputs).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    model.eval()
-    return losses
-
-
 @torch.no_grad()
 def logits(model, inputs) -> torch.Tensor:
     return model(**inputs).logits
@@ -66,7 +52,7 @@ def test_trains_saves_loads_and_merges(family, shape, converted, tmp_path):
     state = copy.deepcopy(base.state_dict())
     adapted = peft.get_peft_model(copy.deepcopy(base), core_config(family, modules_to_save=["router"]))
     torch.testing.assert_close(logits(adapted, inputs), before)
-    losses = train(adapted, inputs)
+    losses = fit(adapted, [inputs] * 3)
     assert losses[-1] < losses[0]
     after = logits(adapted, inputs)
     assert (after - before).abs().max() > 1e-3
@@ -120,7 +106,7 @@ def test_an_adapted_expert_is_its_cores_plus_the_product(rooted, scale, converte
 def test_two_adapters_are_switched(converted):
     inputs = batch("gpt2")
     adapted = peft.get_peft_model(converted("gpt2"), core_config("gpt2"))
-    train(adapted, inputs)
+    fit(adapted, [inputs] * 3)
     first = logits(adapted, inputs)
     adapted.add_adapter("other", core_config("gpt2"))
     adapted.set_adapter("other")
@@ -137,7 +123,7 @@ def test_dense_experts_are_parameters_that_peft_knows(converted, tmp_path):
     )
     adapted = peft.get_peft_model(copy.deepcopy(base), config)
     torch.testing.assert_close(logits(adapted, inputs), before, rtol=1e-4, atol=1e-4)
-    losses = train(adapted, inputs)
+    losses = fit(adapted, [inputs] * 3)
     assert losses[-1] < losses[0]
     moved = [n for n, p in adapted.named_parameters() if "experts.up" in n and "lora_B" in n and p.abs().max() > 0]
     assert len(moved) == 3  # in every layer
@@ -165,7 +151,7 @@ def test_what_has_no_meaning_on_cores_is_refused(values, message):
 def test_a_configuration_that_names_cores_needs_no_preparation(converted, tmp_path):
     base, inputs = converted("gpt2"), batch("gpt2")
     adapted = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["up", "down"]))
-    train(adapted, inputs)
+    fit(adapted, [inputs] * 3)
     adapted.save_pretrained(tmp_path)
     config = lora_on_cores(peft.LoraConfig.from_pretrained(tmp_path))  # the earlier way, which must still work
     loaded = peft.PeftModel.from_pretrained(base, tmp_path, config=config).eval()

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import ModelCard
 
 from mpoe import MPOEConfig, MPOETrainer, MPOETrainingArguments, convert_to_mpoe, load_mpoe, save_mpoe_only
 from mpoe.models import MPOEGPT2Model, mpo_modules, parameter_kind
@@ -134,40 +132,9 @@ def test_only_our_own_unedited_card_is_replaced(tmp_path: Path, edit: Any) -> No
     assert file.read_text() == theirs
 
 
-class Hub:
-    """Stands in for the hub's API: keeps files instead of sending them."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, card: str | None = None) -> None:
-        self.files: dict[str, bytes] = {}
-        self.card = card
-        monkeypatch.setattr(HfApi, "create_repo", lambda api, name, **kwargs: SimpleNamespace(repo_id=name))
-        monkeypatch.setattr(HfApi, "create_commit", lambda api, operations, **kwargs: self.commit(operations))
-        monkeypatch.setattr(HfApi, "upload_folder", lambda api, folder_path, **kwargs: self.upload(folder_path))
-        local = ModelCard.load
-        monkeypatch.setattr(
-            ModelCard, "load", lambda name, **kwargs: local(name) if Path(name).exists() else self.load()
-        )
-
-    def commit(self, operations: list[Any]) -> None:
-        self.files |= {operation.path_in_repo: Path(operation.path_or_fileobj).read_bytes() for operation in operations}
-
-    def upload(self, folder: str) -> None:
-        self.files |= {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
-
-    def load(self) -> ModelCard:
-        if self.card is None:
-            raise EntryNotFoundError("no card")
-        return ModelCard(self.card)
-
-
-def write_to(folder: Path, files: dict[str, bytes]) -> None:
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-
-
 @pytest.mark.parametrize("saving", [False, True], ids=["push_to_hub", "save_pretrained"])
-def test_pushing_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saving: bool) -> None:
-    hub, model = Hub(monkeypatch), mixture()
+def test_pushing_a_model(hub, tmp_path: Path, saving: bool) -> None:
+    model = mixture()
     if saving:
         model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="me/mixture")
     else:
@@ -175,20 +142,21 @@ def test_pushing_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saving
     assert {"config.json", "model.safetensors", CARD_FILE} <= set(hub.files)
     assert hub.files[CARD_FILE].decode() == model_card(model)
     (tmp_path / "back").mkdir()
-    write_to(tmp_path / "back", hub.files)
+    for name, content in hub.files.items():
+        (tmp_path / "back" / name).write_bytes(content)
     loaded = load_mpoe(tmp_path / "back")
     assert all(value.equal(loaded.state_dict()[name]) for name, value in model.state_dict().items())
 
 
-def test_a_card_on_the_hub_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = Hub(monkeypatch, "---\nlicense: mit\n---\n# Mine\n")
+def test_a_card_on_the_hub_stays(hub) -> None:
+    hub.card = "---\nlicense: mit\n---\n# Mine\n"
     mixture().push_to_hub("me/mixture", tags=["more"])
     assert "# Mine" in hub.files[CARD_FILE].decode()
     assert "- more" in hub.files[CARD_FILE].decode()
 
 
-def test_pushing_from_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub, model = Hub(monkeypatch), mixture()
+def test_pushing_from_the_trainer(hub, tmp_path: Path) -> None:
+    model = mixture()
     arguments = MPOETrainingArguments(str(tmp_path), use_cpu=True, hub_model_id="me/mixture", report_to="none")
     trainer = MPOETrainer(model=model, args=arguments)
     trainer.state.log_history = [{"eval_loss": 0.25, "eval_runtime": 3.0, "step": 7}, {"loss": 1.0}]

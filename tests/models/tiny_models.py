@@ -1,6 +1,8 @@
-"""Tiny random models of every family and head that conversion supports, and batches for them."""
+"""Tiny random models of every family and head that conversion supports, batches for them, experts of domains."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -214,3 +216,64 @@ def stirred(model):
         elif getattr(module, "e_score_correction_bias", None) is not None:
             module.e_score_correction_bias.normal_()
     return model
+
+
+def fit(model: Any, batches: list[dict[str, torch.Tensor]], rate: float = 0.02) -> list[float]:
+    """A step of AdamW for each batch; returns the losses."""
+    optimizer, losses = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], rate), []
+    for each in batches:
+        loss = model(**each).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+# ------------------------------------------------------------- experts trained apart, on domains of disjoint words
+
+DOMAIN = 15  # tokens of each domain, from its number times this on
+M = 32
+
+
+def tokenizer(words: int = VOCABULARY) -> Any:
+    def encode(text: str) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) % VOCABULARY for letter in text]}
+
+    encode.get_vocab = lambda: {f"w{i}": i for i in range(words)}
+    return encode
+
+
+def domain(number: int, seed: int = 0, rows: int = 32) -> list[dict[str, torch.Tensor]]:
+    """Texts of one domain: every token is followed by a fixed one of the same domain, or, one in five, by any."""
+    generator = torch.Generator().manual_seed(100 * number + seed)
+    follower = torch.randperm(DOMAIN, generator=torch.Generator().manual_seed(number))
+    ids = torch.randint(DOMAIN, (rows, 16), generator=generator)
+    for place in range(1, 16):
+        follows = torch.rand(rows, generator=generator) < 0.8
+        ids[:, place] = torch.where(follows, follower[ids[:, place - 1]], ids[:, place])
+    ids = ids + number * DOMAIN
+    return [{"input_ids": part, "labels": part} for part in ids.split(16)]
+
+
+def lessons(number: int, rounds: int) -> list[dict[str, torch.Tensor]]:
+    """What an expert of a domain is trained on."""
+    return [each for turn in range(rounds) for each in domain(number, seed=turn % 8)]
+
+
+def language_model() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=32, pad_token_id=0, **sizes)
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.1)
+    return model
+
+
+@torch.no_grad()
+def loss(model: Any, number: int) -> float:
+    return sum(float(model.eval()(**each).loss) for each in domain(number, seed=9)) / 2

@@ -5,6 +5,8 @@ Every run goes through the same global batches: rank r of R takes rows r, r + R,
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 import signal
 import subprocess
@@ -18,11 +20,15 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
-from transformers import TrainerCallback
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe
 from mpoe.layers import global_batch
 from mpoe.models import load_mpoe
-from mpoe.models.report import mpo_modules
+from mpoe.models.report import kept_modules, mpo_modules, routed_layers
 from mpoe.training import (
     DivergenceError,
     GradientMask,
@@ -34,38 +40,15 @@ from mpoe.training import (
     save_sharded_checkpoint,
     shard_model,
 )
+from mpoe_kernels.contract import autotune
 
-from .tiny import CHECKPOINTING, Rows, arguments, make_trainer, mpoe_model, weights
+from .tiny import CHECKPOINTING, LAST, Rows, Watch, arguments, make_trainer, mpoe_model, preferring, weights
 
 STEPS = 4
 BATCH = 8
 MASK = {"probability": 0.5, "seed": 5}  # masks the second step of four
 EMBEDDING = {"target_modules": ["ffn", "embedding"]}
 MANY = {"num_experts": 32}  # more than a rank has tokens in a layer: some get none
-
-
-class Watch(TrainerCallback):
-    """Which central cores an optimizer step moved, by name, and whether it was masked."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.cores = {name: cores.central for name, cores in mpo_modules(model)}
-        self.moved: list[list[bool]] = []
-        self.masked: list[bool] = []
-        self.mask: GradientMask | None = None
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.before = [core.detach().clone() for core in self.cores.values()]
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.masked.append(self.mask is not None and self.mask.active)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        pairs = zip(self.before, self.cores.values(), strict=True)
-        self.moved.append([not torch.equal(_local(old), _local(new)) for old, new in pairs])
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor.detach()  # type: ignore[operator]
 
 
 def by_trainer(folder: Path, ranks: int, family: str, config: dict[str, Any], **options: Any) -> dict[str, Any]:
@@ -84,19 +67,22 @@ def by_trainer(folder: Path, ranks: int, family: str, config: dict[str, Any], **
     trainer = make_trainer(
         folder, family, mpoe_model(family, **config), train_dataset=Rows(family, rows=32), **arguments
     )
-    watch = Watch(trainer.model)
-    watch.mask = trainer.gradient_mask
-    trainer.add_callback(watch)
+    trainer.add_callback(watch := Watch())
     trainer.train(resume_from_checkpoint=resume)
     logs = [record for record in trainer.state.log_history if "task_loss" in record]
     return {
         "losses": [record["task_loss"] + record["aux_loss"] for record in logs],
         "aux_losses": [record["aux_loss"] for record in logs],
         "loads": [record["expert_min_share"] for record in logs],
-        "masked": watch.masked,
-        "moved": watch.moved,
+        "masked": watch.masked[1::2],
+        "moved": centrals(watch),
         "weights": weights(trainer.model),
     }
+
+
+def centrals(watch: Watch) -> list[set[str]]:
+    """Central cores that each step changed."""
+    return [{name for name in names if name.endswith(".central")} for names in watch.changed]
 
 
 def diverged(folder: Path) -> dict[str, Any]:
@@ -130,28 +116,28 @@ def _plain_loop(
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     rows = Rows(family, rows=numbers.stop * BATCH)
     inner = getattr(model, "module", model)
-    watch = Watch(inner)
-    mask = GradientMask(inner, MASK["probability"] if watch.cores else 0.0, seed)
+    watch = Watch()
+    mask = GradientMask(inner, MASK["probability"] if list(mpo_modules(inner)) else 0.0, seed)
     losses, masked = [], []
     model.train()
     for number in numbers:
         batch = [rows[number * BATCH + i] for i in range(rank, BATCH, ranks)]
         inputs = {name: torch.stack([row[name] for row in batch]) for name in batch[0]}
-        watch.on_step_begin(None, None, None)
+        watch.on_step_begin(None, None, None, inner, optimizer)
         with mask.step(number) as active, global_batch(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = rank_share(model(**inputs), inputs["labels"], model)
             step(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        watch.on_optimizer_step(None, None, None)
+        watch.on_optimizer_step(None, None, None, inner, optimizer)
         masked.append(active)
         mean = loss.detach().clone()
         if ranks > 1:
             dist.all_reduce(mean)
         losses.append(float(mean) / ranks)
         after(number + 1)
-    return {"losses": losses, "masked": masked, "moved": watch.moved}
+    return {"losses": losses, "masked": masked, "moved": centrals(watch)}
 
 
 def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -246,9 +232,122 @@ def run(name: str, folder: Path, ranks: int) -> dict[str, Any]:
     return loop(folder / name, ranks, family, config, **options)
 
 
-def torchrun(name: str, *arguments: Any, processes: int = 2, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+# ------------------------------------------------------------------ models
+
+
+SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def mixture(**config: Any) -> Any:
+    """A gated model whose experts differ and contribute, the same one on every rank."""
+    torch.manual_seed(0)
+    model = convert_to_mpoe(
+        LlamaForCausalLM(LlamaConfig(**SIZES)), MPOEConfig(num_experts=4, expert_bias=True, **config)
+    )
+    for layer in kept_modules(model).values():
+        torch.nn.init.normal_(layer.experts.down, std=0.4)
+    return model
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
+
+
+def one_step(model: Any, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
+    """Gradients, and weights after one optimizer step, by name."""
+    ids = torch.randint(0, 40, (4, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[::2, 5:] = 0  # as many in every half
+    with global_batch():
+        model(input_ids=ids[rows], attention_mask=mask[rows], labels=ids[rows]).loss.backward()
+    named = {name.removeprefix("module."): p for name, p in model.named_parameters()}
+    found = {f"d {name}": whole(p.grad) for name, p in named.items()}
+    torch.optim.SGD(model.parameters(), lr=0.1, foreach=False).step()
+    return {**found, **{name: whole(p.detach()) for name, p in named.items()}}
+
+
+def check(one: dict[str, torch.Tensor], found: dict[str, torch.Tensor], kind: str) -> None:
+    assert one.keys() == found.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-4, atol=1e-6, msg=lambda m, n=f"{kind} {name}": f"{n}: {m}"
+        )
+
+
+def neurons() -> None:
+    """Under DDP, FSDP2 and with a split dense network."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (ranks,))
+    own = slice(2 * rank, 2 * rank + 2)
+    plan = {"up_proj": ColwiseParallel(), "gate_proj": ColwiseParallel(), "down_proj": RowwiseParallel()}
+    router = RouterConfig(top_k=2, scoring_func="sigmoid", bias_update_rate=0.01)
+    for latent in (None, 8):
+        alone = mixture(shape="neurons", neurons=8, latent=latent, router=router)
+        split = copy.deepcopy(alone)
+        for layer in kept_modules(split).values():
+            parallelize_module(layer, mesh, plan)
+            assert layer.up_proj.weight.to_local().shape[0] == SIZES["intermediate_size"] // ranks
+        replicated, sharded = DistributedDataParallel(copy.deepcopy(alone)), shard_model(copy.deepcopy(alone))
+        one = one_step(alone)
+        for kind, model, rows in (
+            ("tensor parallel", split, slice(None)),
+            ("DDP", replicated, own),
+            ("FSDP2", sharded, own),
+        ):
+            check(one, one_step(model, rows), f"{kind}, latent {latent}")
+
+
+def routes(model: Any) -> dict[str, Any]:
+    """Tokens that the model generates, and the experts of each, by layer."""
+    found: dict[str, list[Any]] = {}
+    hooks = [
+        layer.router.register_forward_hook(
+            lambda _, __, routed, name=name: found.setdefault(name, []).append(routed.top_k_index.tolist())
+        )
+        for name, layer in routed_layers(model)
+    ]
+    ids = torch.arange(3, 19).view(2, 8)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        tokens = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+    for hook in hooks:
+        hook.remove()
+    return {"experts": found, "tokens": tokens.tolist(), "logits": logits.flatten().tolist()}
+
+
+def choices(folder: Path) -> None:
+    """Ranks whose clocks disagree write what each computed: the same tokens of a model whose experts are replicated,
+    first alone, then a training."""
+    rank = int(os.environ["RANK"])
+    os.environ["XDG_CACHE_HOME"] = str(folder / f"cache-{rank}")  # as on two hosts
+    os.environ[autotune.SETTING] = "1"
+    autotune._seconds = preferring(LAST if rank else 0)
+    torch.manual_seed(0)
+    config = MPOEConfig(shape="paper", num_experts=4, router=RouterConfig(top_k=2))
+    model = convert_to_mpoe(LlamaForCausalLM(LlamaConfig(**SIZES, pad_token_id=0, eos_token_id=None)), config).eval()
+    for name, parameter in model.named_parameters():
+        if "auxiliary" in name or "router" in name:
+            torch.nn.init.normal_(parameter, std=0.4)
+    model.save_pretrained(folder / f"model-{rank}")
+    result: dict[str, Any] = {"alone": routes(model), "chosen alone": autotune.choices()}
+    dist.init_process_group("gloo")
+    split = type(model).from_pretrained(folder / f"model-{rank}", tp_plan="auto").eval()
+    assert any(hasattr(parameter, "to_local") for parameter in split.parameters()), "nothing is split"
+    result["split"] = routes(split)
+    trainer = make_trainer(folder / "run", "t5", max_steps=2, save_strategy="steps", save_steps=2)
+    trainer.train()
+    result["weights"] = {name: weight.flatten().tolist() for name, weight in weights(trainer.model).items()}
+    result["chosen"] = autotune.choices()
+    (folder / f"rank-{rank}.json").write_text(json.dumps(result))
+    dist.barrier()
+
+
+# ------------------------------------------------------------------ processes
+
+
+def torchrun(name: str, *arguments: Any, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """`torchrun` with a module of this folder, its output in `stdout`."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
     command = [*launcher, "-m", f"{__package__}.{name}", *arguments]
     return subprocess.run(
         list(map(str, command)),
@@ -264,11 +363,15 @@ def torchrun(name: str, *arguments: Any, processes: int = 2, timeout: float = 30
 def main() -> None:
     """`torchrun -m tests.training.ranks FOLDER NAME ...` writes what came out of these runs into FOLDER.
 
-    ``loop`` and ``kill`` are `kept_loop`, which is killed in the second case.
+    ``loop`` and ``kill`` are `kept_loop`, which is killed in the second case; ``neurons`` and ``choices`` see there.
     """
     folder, names = Path(sys.argv[1]), sys.argv[2:]
     torch.set_num_threads(1)
+    if names == ["choices"]:
+        return choices(folder)
     dist.init_process_group("gloo")
+    if names == ["neurons"]:
+        return neurons()
     if names == ["kill"]:
         kept_loop(folder / "killed", kill_after=SAVED + 1)
     if names == ["loop"]:
@@ -281,8 +384,8 @@ def main() -> None:
         results["diverged"] = diverged(folder / "diverged")
     torch.save(results, folder / f"rank-{dist.get_rank()}.pt")
     dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    dist.destroy_process_group()

@@ -45,10 +45,10 @@ def check_alike(name: str, one: dict[str, Any], ranks: list[dict[str, Any]]) -> 
     for other in ranks:
         assert other["losses"] == pytest.approx(one["losses"], rel=relative), name
         assert other["masked"] == one["masked"], name
-        # Whether each central core changed: in a masked step none of them, on both ranks; in others all.
+        # In a masked step no central core changes, on both ranks; in others all do.
         assert other["moved"] == one["moved"], name
-        for masked, moved in zip(one["masked"], one["moved"], strict=True):
-            assert set(moved) <= {not masked}, name
+        every = set().union(*one["moved"])
+        assert one["moved"] == [set() if masked else every for masked in one["masked"]], name
     assert [rank.get("loads") for rank in ranks] == [one.get("loads")] * 2, name
     for parameter, value in ranks[0].get("weights", {}).items():
         assert torch.equal(value, ranks[1]["weights"][parameter]), (name, parameter)
@@ -138,9 +138,8 @@ def test_a_killed_rank_ends_the_run_and_the_run_continues(tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_two_ranks_compute_what_one_does() -> None:
     """Neurons under DDP, FSDP2 and PyTorch's own tensor parallelism."""
-    answer = torchrun("ranks_models", "neurons")
+    answer = torchrun("ranks", "unused", "neurons")
     assert answer.returncode == 0, answer.stdout
-    assert answer.stdout.count("alike") == 2
 
 
 # ------------------------------------------------------------------ sharded loops

@@ -10,12 +10,11 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from mpoe.models.report import mpo_modules
 from mpoe.training import GradientMask, GradientMaskCallback
 from mpoe.training.freezing import mask_draw
 from tests.assertions import refuses
 
-from .tiny import Rows, Toy, arguments, make_trainer, mpoe_model, weights
+from .tiny import CHECKPOINTING, Rows, Toy, Watch, all_masked, arguments, make_trainer, mpoe_model, weights
 
 
 @pytest.mark.parametrize("shape", ["separable", "paper", "light"])
@@ -99,53 +98,19 @@ def test_frozen_projections_around_hidden_experts() -> None:
 def test_refusals() -> None:
     for probability in (-0.1, 1.5, float("nan")):
         refuses(ValueError, "gradient_mask_prob must be at least 0 and at most 1", GradientMask, Toy(), probability)
-    with pytest.raises(TypeError, match="gradient_mask_prob must be a number"):
-        GradientMask(Toy(), "0.5")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="gradient_mask_seed must be an integer"):
-        GradientMask(Toy(), 0.5, seed=1.5)  # type: ignore[arg-type]
     refuses(ValueError, "step must be at least 0", mask_draw, 0, -1)
     refuses(ValueError, "needs a model with MPO cores; Linear has none", GradientMask, nn.Linear(2, 2), 0.5)
     GradientMask(nn.Linear(2, 2), 0.0)  # off: nothing to refuse
 
 
-class Watch(TrainerCallback):
-    """Names of the parameters that every optimizer step changes, or whose Adam state it does; when they are masked."""
-
-    def __init__(self) -> None:
-        self.changed: list[set[str]] = []
-        self.masked: list[bool] = []  # in every micro-batch
-
-    def held(self, model: Any, optimizer: Any) -> dict[str, list[torch.Tensor]]:
-        state = getattr(optimizer, "optimizer", optimizer).state
-        own = {name: [p, *(v for _, v in sorted(state.get(p, {}).items()))] for name, p in model.named_parameters()}
-        return {name: [each.detach().clone() for each in values] for name, values in own.items()}
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any) -> None:
-        self.before = self.held(model, optimizer)
-
-    def on_substep_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.masked.append(all_masked(model))
-
-    on_pre_optimizer_step = on_substep_end
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any) -> None:
-        pairs = ((name, self.before[name], now) for name, now in self.held(model, optimizer).items())
-        self.changed.append(
-            {name for name, old, new in pairs if len(old) != len(new) or not all(map(torch.equal, old, new))}
-        )
-
-
-def all_masked(model: Any) -> bool:
-    states = {cores.central_masked for _, cores in mpo_modules(model)}
-    assert len(states) == 1, "central cores are masked alike"
-    return states.pop()
-
-
-def test_masked_steps_change_everything_but_the_centrals(tmp_path: Path) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_masked_steps_change_everything_but_the_centrals(tmp_path: Path, checkpointing: bool) -> None:
+    """Also where the backward pass computes activations again."""
     watch = Watch()
     trainer = make_trainer(
         tmp_path,
-        "t5",
+        "gpt2" if checkpointing else "t5",
+        **{CHECKPOINTING: checkpointing},
         gradient_mask_prob=0.5,
         gradient_mask_seed=4,
         max_steps=16,

@@ -153,6 +153,9 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monk
     assert checkpoints.MANIFEST in before
     assert before[-1] == final.name
     assert {path.name for path in final.iterdir()} <= set(before)
+    monkeypatch.setattr("os.rename", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    refuses(OSError, "disk full", make_checkpoint, tmp_path, 6)
+    assert checkpoints.list_checkpoints(tmp_path) == [final]
 
 
 def test_metrics_survive_a_torn_line_and_drop_repeated_steps(tmp_path: Path) -> None:

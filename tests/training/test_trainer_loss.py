@@ -200,24 +200,6 @@ def test_logs(tmp_path: Path) -> None:
     assert trainer.state.log_history[0]["task_loss"] == records[0]["task_loss"]
 
 
-def test_load_counts_tokens_of_the_whole_step(tmp_path: Path) -> None:
-    rows = Rows("t5", rows=16)
-    options = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "max_steps": 1}
-    trainer = make_trainer(tmp_path, "t5", train_dataset=rows, **options)
-    counts: list[torch.Tensor] = []
-    original = trainer._note_training
-
-    def spy(task: Any, auxiliary: Any, outputs: Any, micro_batches: int) -> None:
-        counts.append(outputs["expert_load"])
-        original(task, auxiliary, outputs, micro_batches)
-
-    trainer._note_training = spy
-    trainer.train()
-    tokens = sum(int(row["attention_mask"].sum()) for row in rows.rows)
-    targets = sum(int(row["labels"].ne(-100).sum()) for row in rows.rows)
-    assert sum(counts).sum(-1).tolist() == [tokens, targets]
-
-
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="args must be MPOETrainingArguments; got TrainingArguments"):
         MPOETrainer(model=mpoe_model("t5"), args=TrainingArguments(output_dir=str(tmp_path)))  # type: ignore[arg-type]
@@ -225,5 +207,3 @@ def test_refusals(tmp_path: Path) -> None:
         make_trainer(tmp_path, "gpt2", predict_with_generate=True)
     with pytest.raises(ValueError, match=r"gradient_mask_prob=0\.5 needs a model with MPO cores"):
         make_trainer(tmp_path, "gpt2", model=dense_model("gpt2"), gradient_mask_prob=0.5)
-    with pytest.raises(ValueError, match="nothing to resume: no complete checkpoint"):
-        make_trainer(tmp_path).train(resume_from_checkpoint=True)

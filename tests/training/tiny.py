@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.layers import MPOEFeedForward
 from mpoe.models import convert_to_mpoe
+from mpoe.models.report import mpo_modules
 from mpoe.training import MPOETrainer, MPOETrainingArguments
 
 from ..models.tiny_models import tiny_config
@@ -107,6 +108,40 @@ def make_trainer(
     given.setdefault("eval_dataset", Rows(family, rows=20, seed=2))
     model = mpoe_model(family) if model is None else model
     return MPOETrainer(model=model, args=arguments(output_dir, **options), **given)
+
+
+class Watch(TrainerCallback):
+    """Names of the parameters that every optimizer step changes, or whose Adam state it does; when they are masked."""
+
+    def __init__(self) -> None:
+        self.changed: list[set[str]] = []
+        self.masked: list[bool] = []  # in every micro-batch
+
+    def held(self, model: Any, optimizer: Any) -> dict[str, list[torch.Tensor]]:
+        """Of a sharded model, this rank's part."""
+        state = getattr(optimizer, "optimizer", optimizer).state
+        own = {name: [p, *(v for _, v in sorted(state.get(p, {}).items()))] for name, p in model.named_parameters()}
+        return {name: [getattr(v, "_local_tensor", v).detach().clone() for v in each] for name, each in own.items()}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any) -> None:
+        self.before = self.held(model, optimizer)
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.masked.append(all_masked(model))
+
+    on_pre_optimizer_step = on_substep_end
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any) -> None:
+        pairs = ((name, self.before[name], now) for name, now in self.held(model, optimizer).items())
+        self.changed.append(
+            {name for name, old, new in pairs if len(old) != len(new) or not all(map(torch.equal, old, new))}
+        )
+
+
+def all_masked(model: Any) -> bool:
+    states = {cores.central_masked for _, cores in mpo_modules(model)}
+    assert len(states) < 2, "central cores are masked alike"
+    return states == {True}
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

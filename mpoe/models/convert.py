@@ -22,7 +22,7 @@ from mpoe.models.base import MPOEModelMixin
 from mpoe.models.classes import classes_of, foreign_class
 from mpoe.models.export import as_stock
 from mpoe.models.find import find_sites
-from mpoe.models.report import hidden_modules, mpo_modules, neuron_modules
+from mpoe.models.report import hidden_modules, modules_of, mpo_modules, neuron_modules
 from mpoe.models.sites import EmbeddingSite, FFNSite, Report
 from mpoe.models.table import EXPERT_COUNTS, TABLE, checked_sites, family_for
 from mpoe_kernels import backend_reasons
@@ -228,8 +228,7 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
     if is_dense:
         raise ValueError(f"model must have MPO experts; got expert_type={mpoe.expert_type!r}")
     source: Any = model
-    mpo_experts = [module for module in source.modules() if isinstance(module, MPOExperts)]
-    merged = _copy_without(source, mpo_experts)
+    merged = _copy_without(source, list(modules_of(source, MPOExperts).values()))
     for module in merged.modules():
         if isinstance(module, MPOEFeedForward) and isinstance(module.experts, MPOExperts):
             module.experts = module.experts.as_dense(lambda cores: cores.dense_weights().contiguous())

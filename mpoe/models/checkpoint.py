@@ -86,7 +86,7 @@ def _check_ratios(modules: Mapping[str, MPOCores], ratios: Mapping[str, Any], fo
             raise ValueError(f"rate_ratios in {folder / 'config.json'} must have one number for every core of {name}")
 
 
-@one_at_a_time
+@one_at_a_time()
 def load_mpoe(path: str | Path, base: Any = None, **kwargs: Any) -> Any:
     """Load a model saved with ``save_pretrained``, or MPOE parameters saved with `save_mpoe_only`.
 

@@ -279,8 +279,7 @@ def merge_latent(model: Any) -> Any:
         TypeError: ``model`` is not an MPOE model.
         ValueError: a model without such experts.
     """
-    if not hasattr(model, "mpoe_config"):
-        raise TypeError(f"model must be an MPOE model with neurons (latent=l); got {type(model).__name__}")
+    check_type("model", model, MPOEModelMixin, "an MPOE model with neurons (latent=l)")
     merged = copy.deepcopy(model)
     layers = [layer for layer in neuron_modules(merged).values() if layer.experts.latent is not None]
     if not layers:

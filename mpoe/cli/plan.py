@@ -33,7 +33,7 @@ from mpoe.layers.cores import MPOCores
 from mpoe.layers.drop_in import linear_weight
 from mpoe.layers.feed_forward import KeptFeedForward, RoutedFeedForward
 from mpoe.models.classes import classes_of, default_class
-from mpoe.models.report import kept_modules, short_name
+from mpoe.models.report import kept_modules, modules_of, short_name
 from mpoe.models.table import CLASS_PREFIX, TABLE, TYPE_PREFIX, known_type
 from mpoe_kernels import plan_contraction
 
@@ -213,7 +213,7 @@ def costs(model: Any, work: PlanOptions) -> dict[str, Any]:
     others = Cost(total - converted["mpoe"].parameters, flops)
     whole = {design: cost + others for design, cost in converted.items()}
     totals = {"converted": _values(converted, work), "rest": others.values(work), "whole": _values(whole, work)}
-    layers = sum(isinstance(module, RoutedFeedForward) for module in model.modules())
+    layers = len(modules_of(model, RoutedFeedForward))
     return {"config": model.config.mpoe, "layers": layers, "parts": list(groups.values()), "totals": totals}
 
 

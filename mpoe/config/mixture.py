@@ -126,8 +126,7 @@ class MPOEConfig:
             checks.check_integer(name, getattr(self, name), 1)
         for name in _OPTIONAL_COUNTS:
             checks.check_integer(name, getattr(self, name), 1, optional=True)
-        if self.backend is not None and not isinstance(self.backend, str):
-            raise TypeError(f"backend must be a name or None; got {type(self.backend).__name__} {self.backend!r}")
+        checks.check_type("backend", self.backend, str | None, "a name or None")
         if self.shape is not None:
             self.shape = shapes.checked_shape(self.shape)
         self.shape_pattern = shapes.checked_patterns(self.shape_pattern)

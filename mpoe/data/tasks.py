@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpoe.config.checks import check_choice
+from mpoe.config.checks import check_choice, check_type
 from mpoe.data.embedded import EMBEDDED_TASKS
 from mpoe.data.mappings import read_mapping
 from mpoe.data.spec import MESSAGES, HubData, TaskSpec, is_number, read_cell
@@ -70,8 +70,7 @@ def register_task(task: Task | TaskSpec, replace: bool = False) -> Task | TaskSp
         ValueError: the name is taken and ``replace`` is False.
         TypeError: neither a `Task` nor a `TaskSpec`.
     """
-    if not isinstance(task, Task | TaskSpec):
-        raise TypeError(f"task must be a Task or a TaskSpec; got {type(task).__name__}")
+    check_type("task", task, Task | TaskSpec, "a Task or a TaskSpec")
     if task.name in _known() and not replace:
         raise ValueError(f"a task named {task.name!r} is registered already; pass replace=True to exchange it")
     _REGISTERED[task.name] = task

@@ -149,8 +149,7 @@ class TopKRouter(FromInitialValues):
         super().__init__()
         check_integer("in_features", in_features, 1)
         check_integer("num_experts", num_experts, 1)
-        if config is not None and not isinstance(config, RouterConfig):
-            raise TypeError(f"config must be a RouterConfig; got {type(config).__name__} {config!r}")
+        check_type("config", config, RouterConfig | None, "a RouterConfig")
         check_placement(device, dtype)
         self.config = RouterConfig() if config is None else config
         self.top_k = 1 if self.config.top_k is None else self.config.top_k

@@ -268,7 +268,7 @@ class MPOEModelMixin(_Model):
         Raises:
             TypeError, ValueError: ``max_bytes`` is not an integer, or is negative; a model without MPO experts.
         """
-        if not any(isinstance(module, MPOExperts) for module in self.modules()) and not report.kept_modules(self):
+        if not report.modules_of(self, MPOExperts) and not report.kept_modules(self):
             raise ValueError(f"cache_experts needs a model with MPO experts; {type(self).__name__} has none")
         check_integer("max_bytes", max_bytes, 0, optional=True)
         self._expert_cache_bytes = max_bytes

@@ -23,7 +23,7 @@ from mpoe.layers.feed_forward import RoutedFeedForward
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.classes import class_named
 from mpoe.models.convert import one_at_a_time
-from mpoe.models.report import mpo_modules
+from mpoe.models.report import modules_of, mpo_modules
 from mpoe.models.table import MODEL_TYPES, TABLE
 from mpoe.models.weight_files import (
     BASE_FILE,
@@ -86,7 +86,7 @@ def _check_ratios(modules: Mapping[str, MPOCores], ratios: Mapping[str, Any], fo
             raise ValueError(f"rate_ratios in {folder / 'config.json'} must have one number for every core of {name}")
 
 
-@one_at_a_time
+@one_at_a_time()
 def load_mpoe(path: str | Path, base: Any = None, **kwargs: Any) -> Any:
     """Load a model saved with ``save_pretrained``, or MPOE parameters saved with `save_mpoe_only`.
 
@@ -291,7 +291,7 @@ def load_layers(model: Any, path: str | Path, components: Sequence[str]) -> list
     check_type("model", model, MPOEModelMixin, "an MPOE model (see convert_to_mpoe)")
     folder, cores_of = Path(path), dict(mpo_modules(model))
     ratios = parsed_mpoe(read_mpoe_config(folder)[0], folder).rate_ratios
-    whole = [name for name, module in model.named_modules() if isinstance(module, RoutedFeedForward)]
+    whole = list(modules_of(model, RoutedFeedForward))
     inside = tuple(f"{name}." for name in whole)
     component = {name: component_of(name) for name in cores_of if not name.startswith(inside)}
     component |= dict.fromkeys(whole, "mlp")

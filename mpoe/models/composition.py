@@ -83,12 +83,6 @@ def without(mixture: Any, expert: int, weights: Mapping[str, Tensor]) -> context
     return _routed_to(mixture, known, weights, top_k=min(config.top_k, len(known)))
 
 
-def on_device_of(mixture: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A batch where the model's parameters are."""
-    device = next(mixture.parameters()).device
-    return {name: value.to(device) for name, value in batch.items()}
-
-
 def _sketch(outer: Tensor, total: Tensor, tokens: int, rank: int) -> dict[str, Tensor]:
     mean = total / tokens
     covariance = outer / tokens - torch.outer(mean, mean)
@@ -123,7 +117,7 @@ def _statistics(
         for batch in batches:
             if not isinstance(batch, Mapping) or not all(isinstance(value, Tensor) for value in batch.values()):
                 raise TypeError(f"batches must hold tensors by argument of the model; got {type(batch).__name__}")
-            model(**on_device_of(model, batch))
+            model(**{name: value.to(model.device) for name, value in batch.items()})
     found: dict[str, Tensor] = {}
     for name, layer in layers.items():
         outer, total, tokens = sums[name]
@@ -240,7 +234,7 @@ def train_routers(mixture: Any, examples: Sequence[Iterable[Mapping[str, Tensor]
 
 
 def _domain_loss(mixture: Any, batch: Mapping[str, Tensor], domain: int) -> Tensor:
-    batch = on_device_of(mixture, batch)
+    batch = {name: value.to(mixture.device) for name, value in batch.items()}
     out = mixture(**batch, return_dict=True, output_router_logits=True)
     mask = batch.get("attention_mask")
     own = []

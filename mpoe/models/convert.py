@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -22,30 +22,24 @@ from mpoe.models.base import MPOEModelMixin
 from mpoe.models.classes import classes_of, foreign_class
 from mpoe.models.export import as_stock
 from mpoe.models.find import find_sites
-from mpoe.models.report import hidden_modules, mpo_modules, neuron_modules
+from mpoe.models.report import hidden_modules, modules_of, mpo_modules, neuron_modules
 from mpoe.models.sites import EmbeddingSite, FFNSite, Report
 from mpoe.models.table import EXPERT_COUNTS, TABLE, checked_sites, family_for
 from mpoe_kernels import backend_reasons
 
 Model = TypeVar("Model", bound=PreTrainedModel)
-P = ParamSpec("P")
-R = TypeVar("R")
 _LOCK = threading.RLock()
 
 
-def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorator: ``function`` waits until no other thread is inside any decorated function.
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """For a decorator: a function waits until no other thread is inside any function decorated so.
 
     While Transformers loads a model it changes global state: initialisers, the default dtype, the tying of weights. A
     model that another thread builds meanwhile would stay uninitialised.
     """
-
-    @functools.wraps(function)
-    def alone(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _LOCK:
-            return function(*args, **kwargs)
-
-    return alone
+    with _LOCK:
+        yield
 
 
 def converted_class(model: Any, sites: Any = None) -> type[Any]:
@@ -121,7 +115,7 @@ def adopt_class(model: PreTrainedModel, cls: type[Any], mpoe: MPOEConfig) -> Non
         setattr(model, name, getattr(skeleton, name))
 
 
-@one_at_a_time
+@one_at_a_time()
 @torch.no_grad()
 def convert_to_mpoe(
     model: Any, config: MPOEConfig | None = None, inplace: bool = False, sites: Mapping[str, Any] | None = None
@@ -195,7 +189,7 @@ def convert_to_mpoe(
     return model
 
 
-@one_at_a_time
+@one_at_a_time()
 @torch.no_grad()
 def merge_experts(model: Any, as_: str | None = None) -> Any:
     """A Switch-style model of the same class whose experts are full matrices and which computes the same.
@@ -228,8 +222,7 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
     if is_dense:
         raise ValueError(f"model must have MPO experts; got expert_type={mpoe.expert_type!r}")
     source: Any = model
-    mpo_experts = [module for module in source.modules() if isinstance(module, MPOExperts)]
-    merged = _copy_without(source, mpo_experts)
+    merged = _copy_without(source, list(modules_of(source, MPOExperts).values()))
     for module in merged.modules():
         if isinstance(module, MPOEFeedForward) and isinstance(module.experts, MPOExperts):
             module.experts = module.experts.as_dense(lambda cores: cores.dense_weights().contiguous())
@@ -286,8 +279,7 @@ def merge_latent(model: Any) -> Any:
         TypeError: ``model`` is not an MPOE model.
         ValueError: a model without such experts.
     """
-    if not hasattr(model, "mpoe_config"):
-        raise TypeError(f"model must be an MPOE model with neurons (latent=l); got {type(model).__name__}")
+    check_type("model", model, MPOEModelMixin, "an MPOE model with neurons (latent=l)")
     merged = copy.deepcopy(model)
     layers = [layer for layer in neuron_modules(merged).values() if layer.experts.latent is not None]
     if not layers:

@@ -173,8 +173,7 @@ def made_expert(
     layers = neuron_modules(model) if isinstance(model, MPOEModelMixin) else {}
     if not layers or any(layer.router is not None or layer.experts.latent is not None for layer in layers.values()):
         raise TypeError(f"model must have one expert (see start_expert); this {type(model).__name__} does not")
-    if training is not None and not isinstance(training, Mapping):
-        raise TypeError(f"training must be a mapping of facts; got {type(training).__name__}")
+    check_type("training", training, Mapping | None, "a mapping of facts")
     if statistics is not None:
         check_statistics(statistics, {name: layer.in_features for name, layer in layers.items()}, "statistics")
     module: Any = model

@@ -135,7 +135,7 @@ class _Checkpoint:
         return MPOEConfig(**mixture, shape_pattern=patterns, target_modules=targets)
 
 
-@one_at_a_time
+@one_at_a_time()
 @torch.no_grad()
 def import_original(source: str | Path | Mapping[str, Tensor], base: Any) -> Any:
     """Build an MPOE model from a checkpoint of the original implementation.

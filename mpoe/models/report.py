@@ -7,8 +7,9 @@ import hashlib
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -20,6 +21,7 @@ from mpoe.layers.neurons import NeuronFeedForward
 from mpoe.models.weight_files import write_text
 from mpoe_kernels import plan_contraction
 
+M = TypeVar("M", bound=nn.Module)
 LINE = 100  # characters of the legend's lines
 HEADER = ("weight", "in x out", "factors", "bonds", "central", "auxiliary", "error", "plan", "x dense")
 LEFT = ("weight", "factors", "bonds", "plan")  # columns of words
@@ -30,35 +32,25 @@ LEGEND = (
 )
 
 
+def modules_of(model: nn.Module, kind: type[M]) -> dict[str, M]:
+    """Every module of this class in a model by name, in the order in which a forward pass runs them."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+
+
 def mpo_modules(model: nn.Module) -> Iterator[tuple[str, MPOCores]]:
     """Every `MPOCores` of a model with its name."""
-    for name, module in model.named_modules():
-        if isinstance(module, MPOCores):
-            yield name, module
+    return iter(modules_of(model, MPOCores).items())
 
 
 def routed_layers(model: nn.Module) -> list[tuple[str, RoutedFeedForward]]:
-    """The layers that have a router, in the order in which a forward pass runs them."""
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, RoutedFeedForward) and module.router is not None
-    ]
+    """The layers that have a router, in order."""
+    return [(name, layer) for name, layer in modules_of(model, RoutedFeedForward).items() if layer.router is not None]
 
 
-def kept_modules(model: nn.Module) -> dict[str, KeptFeedForward]:
-    """Every network of a model that kept its projections, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, KeptFeedForward)}
-
-
-def hidden_modules(model: nn.Module) -> dict[str, HiddenFeedForward]:
-    """Every `HiddenFeedForward` of a model by name."""
-    return {name: module for name, module in kept_modules(model).items() if isinstance(module, HiddenFeedForward)}
-
-
-def neuron_modules(model: nn.Module) -> dict[str, NeuronFeedForward]:
-    """Every `NeuronFeedForward` of a model by name."""
-    return {name: module for name, module in kept_modules(model).items() if isinstance(module, NeuronFeedForward)}
+# The networks of a model that kept their projections, those of the shape "hidden", those of the shape "neurons".
+kept_modules = partial(modules_of, kind=KeptFeedForward)
+hidden_modules = partial(modules_of, kind=HiddenFeedForward)
+neuron_modules = partial(modules_of, kind=NeuronFeedForward)
 
 
 def short_name(name: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mpoe.config.checks import check_fields
+from mpoe.config.checks import check_fields, check_type
 
 SEQ2SEQ, CAUSAL, ENCODER = "seq2seq", "causal", "encoder"
 # prefix of a converted model's `model_type` and of its class name
@@ -237,9 +237,7 @@ def checked_sites(sites: Any) -> dict[str, Any]:
         TypeError: not a mapping, or fields of other types.
         ValueError: an unknown field, a holder without ``*``.
     """
-    if not isinstance(sites, Mapping):
-        wanted = "a mapping with 'holder', 'up', 'down', 'activation'"
-        raise TypeError(f"sites must be {wanted}; got {type(sites).__name__}")
+    check_type("sites", sites, Mapping, "a mapping with 'holder', 'up', 'down', 'activation'")
     check_fields(FFN, sites, "sites")
     missing = [name for name in ("holder", "up", "down", "activation") if not sites.get(name)]
     if missing:

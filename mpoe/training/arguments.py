@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import Seq2SeqTrainingArguments
 
-from mpoe.config.checks import check_choice, check_flag, check_number, check_seed
+from mpoe.config.checks import check_choice, check_flag, check_number, check_seed, check_type
 from mpoe.models.checkpoint import COMPONENTS, parse_components
 from mpoe.training.freezing import GradientMask, parse_core_indices
 
@@ -101,8 +101,7 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
                 check_flag(name, value)
             elif name.endswith(("_lr", "_lr_scale")) and (value is not None or "None" not in kind):
                 check_number(name, value, 0, open_low=True)
-        if self.output_dir is not None and not isinstance(self.output_dir, (str, os.PathLike)):
-            raise TypeError(f"output_dir must be a path; got {self.output_dir!r}")
+        check_type("output_dir", self.output_dir, str | os.PathLike | None, "a path")
         check_seed("seed", self.seed)
         if self.data_seed is not None:
             check_seed("data_seed", self.data_seed)

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import numpy as np
 from torch import nn
 
-from mpoe.config.checks import check_integer, check_number
+from mpoe.config.checks import check_integer, check_number, check_type
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.feed_forward import KeptFeedForward, RoutedFeedForward
 from mpoe.models.checkpoint import component_of, parse_components
@@ -51,8 +51,7 @@ def freeze_all_but_experts(model: nn.Module) -> int:
     Raises:
         TypeError, ValueError: what is no module; a model without experts.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a module; got {type(model).__name__} {model!r}")
+    check_type("model", model, nn.Module, "a module")
     parts = [part for m in model.modules() if isinstance(m, RoutedFeedForward) for part in (m.router, m.experts)]
     if not parts:
         raise ValueError(f"model must have experts (see convert_to_mpoe); {type(model).__name__} has none")

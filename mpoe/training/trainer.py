@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from mpoe.config.checks import check_type
 from mpoe.layers.context import global_batch
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.classes import IGNORED_AT_INFERENCE
@@ -89,10 +90,9 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         previous_optimizer: torch.optim.Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(args, MPOETrainingArguments):
-            raise TypeError(f"args must be MPOETrainingArguments; got {type(args).__name__}")
-        if previous_optimizer is not None and not isinstance(previous_optimizer, torch.optim.Optimizer):
-            raise TypeError(f"previous_optimizer must be an optimizer; got {type(previous_optimizer).__name__}")
+        check_type("args", args, MPOETrainingArguments, "MPOETrainingArguments")
+        assert args is not None
+        check_type("previous_optimizer", previous_optimizer, torch.optim.Optimizer | None, "an optimizer")
         self._previous_optimizer = previous_optimizer
         config = getattr(model, "config", None)
         if args.predict_with_generate and config is not None and not getattr(config, "is_encoder_decoder", False):

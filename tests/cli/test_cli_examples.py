@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import runpy
 import shlex
 import shutil
@@ -34,8 +35,7 @@ def test_drop_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 @pytest.mark.slow
 def test_plain_loop() -> None:
     out = run_python(EXAMPLES / "plain_loop.py", 3)
-    assert "auxiliary" in out
-    assert "step 2: loss" in out
+    assert re.search(r"step 0: loss .*, masked True, tokens per expert .*\nstep 2: loss .*, masked False", out)
 
 
 def wikitext(folder: Path) -> Path:

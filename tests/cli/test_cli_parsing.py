@@ -129,12 +129,6 @@ def read(asked: Asked) -> Asked:
     return asked
 
 
-@as_command("mpoe y", Third, config=True)
-def read_file(asked: Asked) -> Asked:
-    """Return what was asked."""
-    return asked
-
-
 def test_words_may_follow_options_and_surplus_ones_are_refused() -> None:
     tokens = ["m", "--prompt", "a", "--fast", "--prompt=b", "--items", "1", "2", "--learning-rate", "1e-3"]
     typed = shlex.join(["mpoe", "x", *tokens])
@@ -147,14 +141,6 @@ def test_words_may_follow_options_and_surplus_ones_are_refused() -> None:
     assert asked is not None
     assert (asked.words, asked.options) == (["m"], (Third(fast=True, rate=1.0),))
     refuses(CommandError, r"^x needs a model first: mpoe x MODEL \(see mpoe x --help\)$", read, ["--items", "3"])
-
-
-def test_a_configuration_file_comes_first(tmp_path: Path) -> None:
-    file = write(tmp_path, "c.yaml", "rate: 0.25\nprompt: a\n")
-    asked = read_file([str(file), "--fast"])
-    assert asked is not None
-    assert asked[:2] == ((Third(["a"], True, rate=0.25),), {"prompt", "fast", "rate"})
-    refuses(CommandError, "argument --fast: Truthy value expected: got maybe", read_file, ["--fast", "maybe"])
 
 
 def test_help_is_printed_wherever_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -337,8 +337,6 @@ def test_a_resumed_run_keeps_its_rate(settle, tmp_path: Path) -> None:
         # what other shapes have alone selects separable
         (["--linear_trunc=30"], "t5", "separable", 1),
         (["--tensor_learn=true"], "t5", "separable", 1),
-        (["--gauge=symmetric"], "t5", "separable", 1),
-        (["--capacity_factor=1.5"], "t5", "separable", 1),
         (["--mpo_layers=mlp"], "t5", "separable", 1),
         # no blocks where there is no module for them
         ([], "opt", "separable", 1),

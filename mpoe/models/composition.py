@@ -254,6 +254,7 @@ def _domain_loss(mixture: Any, batch: Mapping[str, Tensor], domain: int) -> Tens
 def _check_alike(base: Any, fine_tunes: Sequence[Any]) -> None:
     wanted = {"class": type(base).__name__, **{name: tuple(p.shape) for name, p in base.named_parameters()}}
     for place, model in enumerate(fine_tunes):
+        check_type(f"fine_tunes[{place}]", model, nn.Module, "a dense model")
         own = {"class": type(model).__name__, **{name: tuple(p.shape) for name, p in model.named_parameters()}}
         odd = next((name for name in {**wanted, **own} if wanted.get(name) != own.get(name)), None)
         if odd is not None:
@@ -288,7 +289,7 @@ def compose(
         The mixture, in eval mode; its experts are exact, all other parameters the mean.
 
     Raises:
-        TypeError: ``routing`` of another type.
+        TypeError: ``routing`` of another type, fine-tunes that are no models.
         ValueError: no fine-tunes, models that differ in more than values, a number of examples other than one per
             fine-tune, examples without tokens, a mixture as ``base``.
     """

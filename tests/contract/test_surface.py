@@ -145,10 +145,9 @@ def _starts_like(today: dict[str, str], earlier: dict[str, str]) -> bool:
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
     """Command -> the parser of its options."""
-    from mpoe.cli.command import make_parser
-    from tests.faults.fuzz_commands import GROUPS
+    from tests.faults.fuzz_commands import COMMANDS, parser_of
 
-    return {command: make_parser(groups) for command, groups in GROUPS.items()}
+    return {command: parser_of(command) for command in COMMANDS}
 
 
 EARLIER: dict[str, Any] = json.loads(Path(__file__).with_name("surface.json").read_text())

@@ -39,11 +39,15 @@ COMMANDS = ("train", "evaluate", "convert", "plan", "inspect", "generate", "demo
 
 
 @functools.cache
+def parser_of(command: str) -> Any:
+    """The parser of a command's options."""
+    declared = importlib.import_module(f"mpoe.cli.{command}").command  # by `as_command`, with its groups of options
+    return make_parser(inspect.getclosurevars(declared).nonlocals["groups"])
+
+
 def options_of(command: str) -> list[Any]:
     """The parser's actions for every option of a command."""
-    declared = importlib.import_module(f"mpoe.cli.{command}").command  # by `as_command`, with its groups of options
-    actions = make_parser(inspect.getclosurevars(declared).nonlocals["groups"])._actions
-    return [a for a in actions if a.option_strings and not any(part in a.dest for part in LEFT_OUT)]
+    return [a for a in parser_of(command)._actions if a.option_strings and not any(part in a.dest for part in LEFT_OUT)]
 
 
 def words_of(option: Any) -> Sequence[str]:

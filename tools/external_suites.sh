@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Runs other people's tests on our classes. Their code is read in place or in a temporary folder, never copied here.
 #
-#   tools/external_suites.sh SNAPSHOT [FAMILY ...]   Transformers' model tests and example scripts, then PEFT's suite;
-#                                                    for named families (or "scripts", the examples), only theirs
+#   tools/external_suites.sh SNAPSHOT [FAMILY ...]   Transformers' model tests, then PEFT's suite; for
+#                                                    named families, only theirs
 #   tools/external_suites.sh peft [PYTEST ARGUMENT ...]   only PEFT's, of the installed version
 #
-# SNAPSHOT: a checkout of Transformers with src, tests, utils, examples (tried: 5.16.0.dev0, decba1d2). Its dependencies
+# SNAPSHOT: a checkout of Transformers with src, tests, utils (tried: 5.16.0.dev0, decba1d2). Its dependencies
 # must be importable in the versions that it requires; EXTERNAL_SITE names a folder that is searched for them first.
 # Also: pip install pytest parameterized psutil datasets accelerate peft. FAMILY: model types of mpoe.models.table;
 # default: those below. SELECT: an expression for pytest -k; RUN_SLOW=1: slow tests too (torch.export among them).
@@ -29,23 +29,20 @@ run() { # a failed test is a result; any other status of pytest is an error
 }
 
 models() {
-    local snapshot family adapter
+    local snapshot family
     snapshot=$(cd "$1" && pwd)
     [ -d "$snapshot/src/transformers" ] && [ -d "$snapshot/tests/models" ] || {
         echo "SNAPSHOT must be a checkout of Transformers; $snapshot has no src/transformers or no tests/models" >&2
         exit 2
     }
     shift
-    [ $# -gt 0 ] || set -- t5 gpt2 bert llama vit bart roberta opt mistral qwen3 scripts
+    [ $# -gt 0 ] || set -- t5 gpt2 bert llama vit bart roberta opt mistral qwen3
     for family in "$@"; do
         echo "=== Transformers: $family"
-        adapter=transformers_models
-        [ "$family" != scripts ] || adapter=example_scripts
-        cp "$ours/tests/external/$adapter.py" "$scratch/test_models.py"
+        cp "$ours/tests/external/transformers_models.py" "$scratch/test_models.py"
         (
             cd "$scratch"
             export MPOE_FAMILIES=$family EXTERNAL_RESULTS=$results/transformers-$family${SUFFIX:+-$SUFFIX}.json
-            export EXAMPLES=$snapshot/examples/pytorch/language-modeling
             export PYTHONPATH=${EXTERNAL_SITE:+$EXTERNAL_SITE:}$snapshot/src:$snapshot:$ours/tests/external:$ours
             run -p conftest --rootdir="$scratch" ${SELECT:+-k "$SELECT"} test_models.py
         )

@@ -44,14 +44,6 @@ def test_the_worse_dtype_decides() -> None:
     assert lines["separable, E=8 T=2048, forward + backward", "auto"]["reached"]
 
 
-def test_eager_has_limits_of_its_own() -> None:
-    lines = lines_of([section("float32", [ours("separable", "eager", 1.5, 1.61), ours("separable", "auto", 1.5, 1.4)])])
-    assert lines["separable, E=8 T=2048, forward", "eager"]["reached"]
-    assert not lines["separable, E=8 T=2048, forward + backward", "eager"]["reached"]
-    assert not lines["separable, E=8 T=2048, forward", "auto"]["reached"]
-    assert lines["separable, E=8 T=2048, forward + backward", "auto"]["reached"]
-
-
 def test_faster_than_a_peer_is_a_ratio_of_times() -> None:
     original = row("original: rebuild all (paper_64)", 2.6, 2.6)
     loop = row("dense experts, loop", 10.0)

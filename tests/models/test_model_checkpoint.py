@@ -163,7 +163,7 @@ def test_saves_of_parameters_alone_refuse_what_is_no_folder(converted, tmp_path)
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for name in ("file", "dangling"):
         refuses(NotADirectoryError, r"path must be a folder; .* is none", save_mpoe_only, model, tmp_path / name, dense)
-    refuses(ValueError, "null byte", save_mpoe_only, model, tmp_path / "no\0path", dense)
+    refuses(ValueError, "null (byte|character)", save_mpoe_only, model, tmp_path / "no\0path", dense)
     with pytest.raises(ValueError, match="base must be a GPT2LMHeadModel or its folder; "):
         save_mpoe_only(model, tmp_path / "out", tmp_path)
 

@@ -55,6 +55,7 @@ T = TypeVar("T")
 # Exceptions that dataclasses of this package and of Transformers raise for invalid values.
 _UNFIT = (ValueError, TypeError, LookupError, AttributeError, OSError, ImportError, NotImplementedError)
 # names that other tools have -> ours
+_TRUTHS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")  # what Transformers' parser takes for a flag
 _MEANT = {
     "batch_size": "per_device_train_batch_size",
     "epochs": "num_train_epochs",
@@ -183,6 +184,11 @@ def parse(
                 raise CommandError(f"{place}unknown option {name.partition('=')[0]!r}{hint}")
             if name.partition("=")[2] == "--":  # argparse would drop it
                 raise CommandError(f"{place}{name[:-3]} must have a value; got '--'")
+        if most:  # a switch in front of a word does not take it for its value
+            tokens = [
+                f"{token}=true" if _stands_alone(token, known) and after.lower() not in _TRUTHS else token
+                for token, after in zip(tokens, [*tokens[1:], ""], strict=False)
+            ]
         try:
             namespace, stray = parser.parse_known_args(tokens, namespace)
         except CommandError as error:
@@ -191,6 +197,10 @@ def parse(
             raise CommandError(f"{place}values without an option: {' '.join(map(repr, stray[most:] or stray))}")
         given |= {known[_normal(name)].dest for name in names}
     return Asked(tuple(_build(kind, namespace, given) for kind in kinds), given, stray)
+
+
+def _stands_alone(token: str, known: Mapping[str, argparse.Action]) -> bool:
+    return _is_flag(token) and "=" not in token and known[_normal(token)].nargs == "?"
 
 
 def _build(kind: type, namespace: argparse.Namespace, given: set[str]) -> Any:

@@ -22,6 +22,7 @@ from mpoe.cli import compare, train
 from mpoe.cli.command import Asked, CommandError, as_command, option
 from mpoe.cli.models import MODEL_OR_RUN, REPORT_FILE, RESULTS_FILE, check_output, model_folder, write_json
 from mpoe.cli.report import Table, expert_colours, routes_html, section, write_page
+from mpoe.config.checks import check_seed
 from mpoe.data.embedded import DOMAINS, domain_text, load_documentation, load_stand_in
 from mpoe.data.predict import token_losses
 from mpoe.inspection import Route, route_text
@@ -45,7 +46,10 @@ class DemoOptions:
     seed: int = option(0, "of data order, routers and dropout")
     overwrite: bool = option(False, "replace the demo in the output folder")
 
-    LEAST: ClassVar[dict[str, int]] = {"steps": 1, "seed": 0}
+    LEAST: ClassVar[dict[str, int]] = {"steps": 1}
+
+    def __post_init__(self) -> None:
+        check_seed("seed", self.seed)
 
 
 @as_command("mpoe demo [--flag value ...]", DemoOptions)

@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from transformers import DataCollatorForSeq2Seq
 
 from mpoe.cli import models
 from mpoe.cli.command import Asked, CommandError, as_command, option
 from mpoe.cli.models import check_writable_file, write_json
 from mpoe.cli.report import Table
 from mpoe.cli.tasks import DataOptions, data_of_run, model_of_experiment, resolve
-from mpoe.data.encode import encode_labels, encode_language_modeling, encode_responses, encode_text_to_text
+from mpoe.data.encode import (
+    encode_labels,
+    encode_language_modeling,
+    encode_responses,
+    encode_text_to_text,
+    padding_collator,
+)
 from mpoe.data.metrics import average_score
 from mpoe.data.predict import evaluate_task, evaluation_mode
 from mpoe.data.task import Task
@@ -50,7 +55,7 @@ def encode_task(
 
 def expert_load(model: Any, items: Items, tokenizer: Any) -> list[list[int]]:
     """Tokens per expert on teacher-forced items, [layers][E]; empty for a dense model. Padding is not counted."""
-    collate = DataCollatorForSeq2Seq(tokenizer)
+    collate = padding_collator(tokenizer)
     parts = []
     with torch.inference_mode(), evaluation_mode(model):
         for start in range(0, len(items), AT_ONCE):

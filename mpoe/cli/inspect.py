@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import DataCollatorForSeq2Seq
-
 from mpoe.cli import models, report
 from mpoe.cli.command import Asked, CommandError, as_command, option
 from mpoe.cli.evaluate import encode_task, expert_load
 from mpoe.cli.models import MODEL_OR_RUN, REPORT_FILE, check_output, write_json
 from mpoe.cli.tasks import DataOptions, data_of_run, resolve
+from mpoe.data.encode import padding_collator
 from mpoe.data.task import Task
 from mpoe.inspection import Route, Worth, bond_spectra, composed_worth, route_text
 from mpoe.models.expert_mixture import EXPERTS_FOLDER, kept_experts
@@ -122,7 +121,7 @@ def _worth(folder: Path, model: Any, tokenizer: Any, items: list[dict[str, Any]]
     if texts and not model.config.is_encoder_decoder:
         rows = tokenizer(list(texts))["input_ids"]
         items = [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} for ids in rows]
-    collate = DataCollatorForSeq2Seq(tokenizer)
+    collate = padding_collator(tokenizer)
     parts = (items[start : start + _AT_ONCE] for start in range(0, len(items), _AT_ONCE))
     return composed_worth(model, classes, [collate(part) for part in parts])
 

@@ -26,6 +26,7 @@ from mpoe.cli.models import REPORT_FILE, RESULTS_FILE, Source, publish_model, st
 from mpoe.cli.options import WIDER, ExpertOptions, RunOptions
 from mpoe.cli.settle import order_items, search_rate, set_intervals, settle_experts, settle_rate
 from mpoe.cli.tasks import DataOptions, model_of_experiment, read_descriptions, resolve
+from mpoe.data.encode import padding_collator
 from mpoe.data.predict import is_classifier
 from mpoe.data.spec import TaskSpec
 from mpoe.data.task import Task
@@ -227,13 +228,12 @@ def make_trainer(
     """An `MPOETrainer` over the items; it has its metrics and checkpoints in ``output_dir``."""
     from mpoe.training import MPOETrainer
 
-    collator = transformers.DataCollatorWithPadding if is_classifier(model) else transformers.DataCollatorForSeq2Seq
     trainer = MPOETrainer(
         model=model,
         args=arguments,
         train_dataset=items,
         eval_dataset=next(iter(validation.values())) if len(validation) == 1 else validation,
-        data_collator=collator(tokenizer),
+        data_collator=padding_collator(tokenizer, has_classes=is_classifier(model)),
         processing_class=tokenizer,
     )
     # a line for each log call, in place of bars and dictionaries
@@ -338,15 +338,16 @@ def measured(options: RunOptions, seconds: float, steps: int, items: int) -> dic
         report["time"] = {"train_seconds": seconds, **rates}
         print(f"training took {seconds:.1f} s: {seconds / steps:.3f} s per step of {items} items")
     if options.compute_memory:
-        import resource  # of Linux and macOS alone
-
         on_gpu = torch.cuda.is_initialized()
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        peak = torch.cuda.max_memory_allocated() if on_gpu else peak
-        device = torch.cuda.get_device_name() if on_gpu else "cpu"
+        device, peak = torch.cuda.get_device_name() if on_gpu else "cpu", None
+        if on_gpu:
+            peak = torch.cuda.max_memory_allocated()
+        elif sys.platform != "win32":
+            import resource  # of Linux and macOS alone
+
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         report["memory"] = {"device": device, "peak_bytes": peak}
-        print(f"most memory used ({device}): {peak / 2**20:.0f} MiB")
+        print(f"most memory used ({device}): {'unknown' if peak is None else f'{peak / 2**20:.0f} MiB'}")
     return report
 
 

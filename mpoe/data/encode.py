@@ -1,9 +1,8 @@
-"""From texts to token ids: text-to-text pairs for T5, running text or responses for GPT-2, labels for BERT.
-
-Transformers' `DataCollatorForSeq2Seq` (`DataCollatorWithPadding` for labels and numbers) makes batches of the items."""
+"""From texts to token ids: text-to-text pairs for T5, running text or responses for GPT-2, labels for BERT."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,6 +10,23 @@ from mpoe.config.checks import check_integer
 from mpoe.data.task import Example
 
 IGNORED_LABEL = -100
+
+
+def padding_collator(tokenizer: Any, has_classes: bool = False) -> Any:
+    """Transformers' collator of the items: labels are padded too, with -100, unless each is a class or a number.
+
+    It pads on the right: padding before the text would move it to other positions.
+
+    Raises:
+        ValueError: a tokenizer without a padding token.
+    """
+    from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
+
+    if tokenizer.pad_token is None:
+        raise ValueError("tokenizer must have a pad_token (tokenizer.pad_token = tokenizer.eos_token); it has none")
+    own = copy.copy(tokenizer)
+    own.padding_side = "right"
+    return (DataCollatorWithPadding if has_classes else DataCollatorForSeq2Seq)(own)
 
 
 def _item(ids: list[int], labels: Any) -> dict[str, Any]:

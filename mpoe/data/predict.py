@@ -18,6 +18,7 @@ from mpoe.data.encode import (
     encode_language_modeling,
     encode_responses,
     encode_text_to_text,
+    padding_collator,
     prompt_ids,
 )
 from mpoe.data.task import Example, Task
@@ -118,11 +119,9 @@ def language_modeling_loss(
 ) -> float:
     """Mean loss in nats per predicted token of a causal model on encoded blocks or responses (labels of -100 are not
     predicted), see `token_losses`."""
-    from transformers import DataCollatorForSeq2Seq
-
     if not items:
         raise ValueError("items must hold at least one block or response; got none")
-    collate = DataCollatorForSeq2Seq(tokenizer)
+    collate = padding_collator(tokenizer)
     with evaluation_mode(model):
         starts = range(0, len(items), batch_size)
         losses = token_losses(model, (collate(items[start : start + batch_size]) for start in starts))

@@ -105,6 +105,8 @@ class TaskSpec:
     @classmethod
     def from_mapping(cls, name: str, values: Any) -> TaskSpec:
         """The task called ``name`` as it was read from a file; raises TypeError or ValueError for invalid fields."""
+        if isinstance(values, Mapping):
+            values = {key: value for key, value in values.items() if key != "description"}  # of earlier versions
         check_fields(cls, values, f"task {name}")
         return cls(**{**values, "name": name})
 

@@ -201,14 +201,14 @@ def detect_spec(
     if template and kind in (None, "generation") and not (text_columns or label_column or label_words):
         others = {"max_source_length": 512, "max_target_length": 256, **others}
         return TaskSpec(name, template, answer, kind="generation", **others)
-    running = kind == "language_modeling" or (kind is None and columns == [TEXT_COLUMN] and not label_column)
+    alone = columns == [TEXT_COLUMN]  # whose first paragraph may be a number
+    running = kind == "language_modeling" or (kind is None and alone and not (label_column or label_words))
     label = "" if running else label_column or next((c for c in LABEL_COLUMNS if c in columns), "")
     if not label and not running:
         raise ValueError(
             f"{where}: no label column among {', '.join(columns)}; expected one of {', '.join(LABEL_COLUMNS)}, "
             "or give label_column (--label_column NAME)"
         )
-    alone = columns == [TEXT_COLUMN]  # whose first paragraph may be a number
     told = {c for c in columns if isinstance(first[c], str) and (alone or not is_number(first[c]))}
     texts = text_columns or [c for c in columns if c in told - {label} and c.lower() not in ID_COLUMNS]
     if not texts:

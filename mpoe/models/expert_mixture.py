@@ -74,7 +74,9 @@ def documentation_batches(model: Any, tokenizer: Any) -> list[dict[str, Tensor]]
     rows = pieces(text, tokenizer, length, PIECES, "the packaged text, in tokens of the base,")
     if int(rows.max()) >= model.get_input_embeddings().num_embeddings:
         raise ValueError("tokenizer must be the base's; it does not make the model's tokens of the packaged text")
-    return batches(rows)
+    # Heads of encoders have other labels.
+    names = ("input_ids", "labels") if model.config.is_encoder_decoder else ("input_ids",)
+    return [dict.fromkeys(names, part) for part in rows.split(AT_ONCE)]
 
 
 def _checked(base: Any, experts: Any, tokenizer: Any, texts: Mapping[str, Any]) -> list[Expert]:

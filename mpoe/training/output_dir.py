@@ -28,7 +28,7 @@ NEUTRAL_KEYS = frozenset(
         *("log_core_norms", "log_expert_load", "log_on_each_node", "local_rank", "save_total_limit", "push_to_hub"),
         *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "skip_memory_metrics"),
         *("per_device_eval_batch_size", "eval_accumulation_steps", "save_only_model", "debug", "ddp_timeout"),
-        *("allow_non_finite", "logging_nan_inf_filter"),
+        *("allow_non_finite", "logging_nan_inf_filter", "description"),
         *OBSOLETE,
     }
 )

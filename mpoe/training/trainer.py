@@ -319,7 +319,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
             return {}
         logs.update(load_summary(counts))
         found = None if self._is_warned else one_sided(counts)
-        if found is not None:
+        if found is not None and self.is_world_process_zero():
             self._is_warned = True
             warnings.warn(found, stacklevel=2)
         return {"expert_load": {"share": load_shares(counts)}}

@@ -140,6 +140,7 @@ def test_words_may_follow_options_and_surplus_ones_are_refused() -> None:
     asked = read(["--rate", "1", "m", "--fast"])
     assert asked is not None
     assert (asked.words, asked.options) == (["m"], (Third(fast=True, rate=1.0),))
+    assert read(["--fast", "m"])[:3] == read(["m", "--fast"])[:3] == ((Third(fast=True),), {"fast"}, ["m"])
     refuses(CommandError, r"^x needs a model first: mpoe x MODEL \(see mpoe x --help\)$", read, ["--items", "3"])
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mpoe_kernels import BackendError
 from mpoe_kernels.backends import Request
@@ -115,6 +117,26 @@ def test_half_precision_runs_on_tensor_cores(kind: type[Any]) -> None:
     stats()
     kind(tokens=8, experts=2, dtype=torch.bfloat16).computed("emulated")
     assert stats()["mma"] > 0
+
+
+@of_each_kind
+@settings(max_examples=15)
+@given(data=st.data())
+def test_random_problems(kind: type[Any], data: st.DataObject) -> None:
+    def some(least: int, most: int) -> int:
+        return data.draw(st.integers(least, most))
+
+    def one_of(*values: Any) -> Any:
+        return data.draw(st.sampled_from(values))
+
+    if kind is HiddenProblem:
+        own = {"groups": some(1, 3), "block": some(1, 20), "per_group": one_of(True, False)}
+    else:
+        own = {"width": some(1, 20), "out": some(1, 20), "neurons": some(1, 20)}
+    flags = {"gated": one_of(True, False), "with_bias": one_of(True, False), "activation": one_of("gelu", "silu")}
+    sizes = {"tokens": some(0, 20), "experts": some(1, 20), "top_k": some(1, 4), "seed": some(0, 5)}
+    dtype, none_share = one_of(torch.float32, torch.bfloat16), one_of(0.0, 0.3, 1.0)
+    kind(**sizes, **own, **flags, dtype=dtype, none_share=none_share).check("emulated", 3)
 
 
 # ------------------------------------------------------------------ what cannot be computed

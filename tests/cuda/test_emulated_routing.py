@@ -6,6 +6,8 @@ from functools import partial
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mpoe_bench.cases import expert_choice
 
 from mpoe_kernels import Routing
@@ -59,6 +61,16 @@ def test_indices_out_of_range_count_as_masked(tokens: int) -> None:
     wild = torch.where(mask[:, None], index, torch.where(index > 1, -5, 4 << 40))
     expected, found = check(index, 4, mask=mask), Routing(*OPS.route(wild, 4, None, None))
     assert all(map(torch.equal, parts_of(found), parts_of(expected)))
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(0, 60), st.integers(1, 9), st.integers(1, 4), st.sampled_from([None, 1, 3]), st.booleans(), st.data()
+)
+def test_any_route(tokens: int, experts: int, top_k: int, capacity: int | None, masked: bool, data) -> None:
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    index = torch.randint(0, experts, (tokens, top_k), generator=generator)
+    check(index, experts, capacity, torch.rand(tokens, generator=generator) > 0.5 if masked else None)
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=str)

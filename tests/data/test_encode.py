@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from mpoe.data import metrics as m
 from mpoe.data import tasks
 from mpoe.data.embedded import EMBEDDED_TASKS
-from mpoe.data.encode import encode_language_modeling, encode_text_to_text
+from mpoe.data.encode import encode_language_modeling, encode_text_to_text, padding_collator
 from mpoe.data.metrics import METRICS
 from mpoe.data.predict import (
     baseline_scores,
@@ -57,9 +57,19 @@ def test_language_modelling_blocks():
     assert len(encode_language_modeling(["a b c a b c"], word_tokenizer(ends=False), 3)) == 2
 
 
+def test_batches_are_padded_on_the_right_whatever_the_tokenizer_says():
+    left = word_tokenizer(padding_side="left")
+    items = encode_text_to_text([Example("a b", "yes"), Example("a", "no")], left)
+    batch = padding_collator(left)(items)
+    assert (batch["input_ids"].tolist(), left.padding_side) == ([[A, B, END], [A, END, PAD]], "left")
+    classes = padding_collator(left, has_classes=True)([{**item, "labels": 1} for item in items])
+    assert classes["labels"].tolist() == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: padding_collator(word_tokenizer(pad_token=None)), "tokenizer must have a pad_token"),
         (
             lambda: encode_text_to_text([Example("a")], word_tokenizer(), 1),
             "max_source_length must be at least 2; got 1",

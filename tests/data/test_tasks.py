@@ -155,7 +155,8 @@ def test_yaml_and_python_describe_the_same(tmp_path: Path) -> None:
     (tmp_path / "tasks.json").write_text(json.dumps({"prose": {"template": "{text}", "kind": "language_modeling"}}))
     assert read_task_file(tmp_path / "tasks.json")["prose"] == specs["prose"]
     for spec in (*specs.values(), *standard_specs().values()):
-        again = TaskSpec.from_mapping(spec.name, json.loads(json.dumps(spec.to_mapping())))
+        kept = {**json.loads(json.dumps(spec.to_mapping())), "description": "of earlier versions"}
+        again = TaskSpec.from_mapping(spec.name, kept)
         assert again == spec
         assert list(again.label_words.items()) == list(spec.label_words.items())  # their order tells the positive one
 

@@ -213,6 +213,20 @@ def test_who_else_has_a_part_in_a_call_gets_the_ops(calls: list[str], kind: str)
             assert calls == []
 
 
+def test_another_backend_for_a_projection_gets_the_ops(calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x, chosen = made(), torch.randn(3, I), mixture.chosen_for
+
+    def eager_for_down(op: str, call: Any, *rest: Any) -> Any:
+        if call.out_features == I:
+            call.backend = "eager"
+        return chosen(op, call, *rest)
+
+    monkeypatch.setattr(mixture, "chosen_for", eager_for_down)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), by_ops(layer, x))
+    assert calls == []
+
+
 @pytest.mark.parametrize("tokens", [1, 4, 300])
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_result_takes_the_place_of_what_nobody_needs(gated: bool, tokens: int) -> None:

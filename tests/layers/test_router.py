@@ -346,3 +346,12 @@ def test_what_a_gpu_computes_is_as_exact_as_float32(weight_dtype, monkeypatch):
     close(logits_of_low_precision(x, weight).double(), wanted)
     monkeypatch.setattr(router_module, "_on_gpu", lambda _: True)
     close(torch.autograd.grad(float32_logits(x, weight, "eager"), weight, grad)[0], of_weight)
+
+
+def test_the_backend_asked_for_computes(monkeypatch):
+    called = []
+    monkeypatch.setattr(router_module, "native_logits", lambda *arguments: called.append(arguments))
+    for backend in ("eager", "native", None):
+        with torch.no_grad():
+            float32_logits(*problem(torch.bfloat16, torch.bfloat16), backend)
+    assert len(called) == 2 * ("native" in available_backends())

@@ -211,6 +211,7 @@ def test_the_packaged_text_is_the_background(domains: SimpleNamespace) -> None:
     assert all(torch.equal(value, mixture.background_statistics[name]) for name, value in own.items())
     t5 = documentation_batches(dense_model("t5"), tokenizer())[0]
     assert t5["labels"] is t5["input_ids"]
+    assert batches[0].keys() == {"input_ids"}  # an encoder's head would have other labels
 
 
 # ------------------------------------------------------------------ the hub

@@ -76,6 +76,7 @@ def by_trainer(folder: Path, ranks: int, family: str, config: dict[str, Any], **
         "loads": [record["expert_min_share"] for record in logs],
         "masked": watch.masked[1::2],
         "moved": centrals(watch),
+        "centrals": {n for n in watch.before if n.endswith(".central")},
         "weights": weights(trainer.model),
     }
 
@@ -137,7 +138,12 @@ def _plain_loop(
             dist.all_reduce(mean)
         losses.append(float(mean) / ranks)
         after(number + 1)
-    return {"losses": losses, "masked": masked, "moved": centrals(watch)}
+    return {
+        "losses": losses,
+        "masked": masked,
+        "moved": centrals(watch),
+        "centrals": {n for n in watch.before if n.endswith(".central")},
+    }
 
 
 def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:

@@ -22,6 +22,8 @@ def test_gradient_is_not_computed(shape: str) -> None:
     model = Toy(shape)
     mask, x = GradientMask(model, 1.0), torch.randn(6, 32)
     with mask.step(0):
+        up = model.layers[0].experts.up
+        assert not up.cores()[up.shape.central].requires_grad  # nothing computes it
         masked = model(x)
         masked.backward()
         assert all(p.grad is None for p in model.centrals())
@@ -145,6 +147,17 @@ def test_mask_is_off_during_evaluation(tmp_path: Path) -> None:
     trainer.train()
     assert seen
     assert not any(seen)
+
+
+def test_error_in_training_releases_the_model(tmp_path: Path) -> None:
+    class Fail(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            assert all_masked(model)
+            raise RuntimeError("stop here")
+
+    trainer = make_trainer(tmp_path, gradient_mask_prob=1.0, callbacks=[Fail()])
+    refuses(RuntimeError, "stop here", trainer.train)
+    assert not all_masked(trainer.model)
 
 
 def test_callback_alone_in_the_ordinary_trainer(tmp_path: Path) -> None:

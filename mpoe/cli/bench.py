@@ -39,7 +39,7 @@ def command(asked: Asked) -> dict[str, Any]:
     try:
         results = _measure(options)
     except ModuleNotFoundError as error:
-        if error.name not in ("mpoe_bench", "pytest_benchmark"):
+        if str(error.name).partition(".")[0] not in ("mpoe_bench", "pytest_benchmark"):
             raise
         how = 'in a checkout: pip install -e ".[bench]", or its folder bench on PYTHONPATH'
         raise CommandError(f"the benchmarks are not installed: no package {error.name} ({how})") from None

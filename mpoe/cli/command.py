@@ -54,8 +54,8 @@ def is_on_purpose(error: BaseException) -> bool:
 T = TypeVar("T")
 # Exceptions that dataclasses of this package and of Transformers raise for invalid values.
 _UNFIT = (ValueError, TypeError, LookupError, AttributeError, OSError, ImportError, NotImplementedError)
-# names that other tools have -> ours
 _TRUTHS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")  # what Transformers' parser takes for a flag
+# names that other tools have -> ours
 _MEANT = {
     "batch_size": "per_device_train_batch_size",
     "epochs": "num_train_epochs",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +13,6 @@ import pytest
 import torch
 
 from mpoe.cli.main import main
-
-TINY = ("--scale", "tiny", "--threads", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -35,22 +33,13 @@ class Run(NamedTuple):
     results: dict[str, Any]
 
 
-def bench(folder: Path, *arguments: object) -> Run:
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """``mpoe bench`` inside the test process."""
-    printed, code = io.StringIO(), 0
+    folder, printed, code = tmp_path_factory.mktemp("bench") / "quick", io.StringIO(), 0
     with contextlib.redirect_stdout(printed):
         try:
-            main(["bench", "--out", str(folder), *TINY, *(str(a) for a in arguments)])
+            main(["bench", "--out", str(folder), "--scale", "tiny", "--threads", "1"])
         except SystemExit as exit_info:
             code = exit_info.code or 0  # type: ignore[assignment]
     return Run(code, printed.getvalue(), folder, json.loads((folder / "results.json").read_text()))
-
-
-@pytest.fixture
-def run_bench() -> Callable[..., Run]:
-    return bench
-
-
-@pytest.fixture(scope="session")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return bench(tmp_path_factory.mktemp("bench") / "quick")

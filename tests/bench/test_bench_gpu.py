@@ -18,7 +18,6 @@ from mpoe_bench.layers import cases
 from mpoe_bench.machine import check_options
 from mpoe_bench.run import run_suite
 from mpoe_bench.suites import SCALES, Plan
-from mpoe_bench.targets import GPU_TARGETS, check_targets
 
 ROOT = Path(__file__).resolve().parents[2]
 ON_CPU = [
@@ -136,12 +135,6 @@ def test_what_has_no_time_is_left_for_the_next_call(tmp_path: Path) -> None:
     assert "models" not in (tmp_path / "out" / "done").read_text().split()
 
 
-def test_options_are_named() -> None:
-    done = script("--nothing")
-    assert done.returncode == 64
-    assert "bench/gpu.sh --minutes 10" in done.stderr
-
-
 def test_what_has_no_time_is_named() -> None:
     results = run_suite("gpu", threads=1, scale="tiny", backend="eager", minutes=1e-9)
     assert results["sections"] == []
@@ -178,16 +171,3 @@ def test_after_a_capture_that_broke_off_nothing_is_measured(monkeypatch: pytest.
 def test_the_gpu_suite_on_a_cpu_is_a_trial_only() -> None:
     with pytest.raises(ValueError, match="scale must be tiny for suite gpu on a CPU"):
         check_options("gpu", "cpu", None, "real")
-
-
-def test_targets_of_a_gpu() -> None:
-    def row(name: str, x: float, **facts: object) -> dict:
-        return {"name": name, "kind": "peer", "reason": None, "forward": {"x": x}, **facts}
-
-    ours = {"kind": "mpoe", "backend": "triton", "masked": False}
-    case = {"experts": 64, "tokens": 64, "model": 768, "hidden": 3072, "dtype": "bfloat16"}
-    rows = [row("mpoe", 2.0, shape="paper_32", **ours), row("dense experts, grouped_mm", 7.0)]
-    (line,) = check_targets([{"key": "ffn", "title": "", "case": case, "rows": rows}], "cuda")
-    assert line["reached"] is True
-    assert line["found"] == {"bfloat16": "3.50"}
-    assert {"paper_full", "hidden d=4096 E=8 k=2"} <= {target.shape for target in GPU_TARGETS}

@@ -14,7 +14,6 @@ import pytest
 import torch
 from mpoe_bench.cases import JUDGED_WORKLOADS
 from mpoe_bench.contender import failure_text
-from mpoe_bench.machine import backends_to_measure, check_options
 from mpoe_bench.run import run_suite
 from mpoe_bench.tables import table_of
 
@@ -39,20 +38,6 @@ def test_quick_measures_everything_and_nothing_is_wrong(quick) -> None:
     ours = rows[f"mpoe separable [{backend}]"]
     assert ours["floor"]["forward"] > 1.0
     assert ours["weight_bytes"] == 4 * ours["parameters"]
-
-
-def test_what_is_printed_has_the_tables(quick) -> None:
-    words = (
-        "x dense",
-        "floor",
-        "peak MiB",
-        "dense experts, loop",
-        "transformers Switch 8, 1",
-        "x best",
-        "with their routers",
-    )
-    for found in (*words, "original: rebuild all (paper_full)", "report.md"):
-        assert found in quick.out
 
 
 def test_report_shows_every_section(quick) -> None:
@@ -143,11 +128,6 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return lines[0]
 
 
-def test_tiny_sizes_take_one_thread_unless_told_otherwise() -> None:
-    assert check_options("quick", "cpu", None, "tiny") == 1
-    assert check_options("quick", "cpu", None, "real") == CORES
-
-
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -182,17 +162,6 @@ def test_earlier_results_are_not_overwritten_by_accident(capsys, quick) -> None:
     before = (quick.folder / "results.json").read_bytes()
     assert "holds earlier results" in refusal(capsys, "--out", quick.folder)
     assert (quick.folder / "results.json").read_bytes() == before
-
-
-def test_backends() -> None:
-    here = available_backends()
-    if here == ("eager",):
-        assert backends_to_measure(None) == backends_to_measure("all") == ("eager",)
-    else:
-        assert backends_to_measure(None) == ("auto", "eager")
-        assert backends_to_measure(None, "quick") == ("auto",)
-        assert backends_to_measure("all") == ("auto", *here)
-    assert backends_to_measure("eager, auto,eager") == ("eager", "auto")
 
 
 @pytest.mark.slow

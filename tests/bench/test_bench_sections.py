@@ -81,17 +81,6 @@ def rows_of(results: dict) -> dict[str, dict]:
     return {row["name"]: row for row in section["rows"]}
 
 
-def test_an_honest_peer_is_timed(measure) -> None:
-    rows = rows_of(measure(builds_of(lambda contender: contender)))
-    assert rows.keys() == {LIMIT, "mpoe separable [eager]", "sabotaged"}
-    for row in rows.values():
-        assert row["reason"] is None
-        assert row["forward"]["x"] > 0
-        assert row["train"]["low"] <= row["train"]["x"] <= row["train"]["high"]
-        assert row["memory"]["train"]["peak"] > row["memory"]["train"]["kept"] > 0
-    assert rows[LIMIT]["forward"]["x"] == 1.0
-
-
 def result(how: Callable[[torch.Tensor], torch.Tensor], **others: object) -> Change:
     """A change of what a contender computes."""
     return lambda contender: replace(contender, function=lambda: how(contender.function()), **others)

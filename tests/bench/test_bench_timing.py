@@ -56,12 +56,6 @@ def test_rounds_alternate_and_quick_functions_repeat_within_a_sample() -> None:
     assert samples["slow"] == pytest.approx([1.0] * 4)
 
 
-def test_what_is_too_slow_for_the_budget_runs_once() -> None:
-    assert Budget(5.0, 3).plan(100.0) == (1, 1)
-    assert Budget(5.0, 3).plan(1.0) == (5, 1)
-    assert Budget(5.0, 3).plan(3.0) == (3, 1)
-
-
 def test_peak_counts_temporaries_and_kept_counts_the_result() -> None:
     size = 1 << 20  # float32: 4 MiB
 

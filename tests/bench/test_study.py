@@ -24,6 +24,7 @@ from mpoe_bench.study.arms import (
 from mpoe_bench.study.plan import Arm, Corner, Run, read_study
 from mpoe_bench.study.tables import Spread, chosen_rate, gain, success
 from mpoe_bench.study.texts import batches, byte_blocks, domain_texts, read_blocks
+from scipy.stats import ttest_1samp
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mpoe.data.embedded import load_stand_in
@@ -206,9 +207,8 @@ def test_schedule_warms_up_and_ends_at_zero() -> None:
 
 
 def test_verdicts_are_those_of_a_paired_t_test() -> None:
-    stats = pytest.importorskip("scipy.stats")
     for values in ([0.1, 0.12, 0.09], [0.1, -0.12, 0.3], [-0.1, -0.11, -0.1], [0.01, 0.05, 0.02]):
-        p = stats.ttest_1samp(values, 0).pvalue
+        p = ttest_1samp(values, 0).pvalue
         expected = "not significant" if p >= 0.05 else "better" if values[0] > 0 else "worse"
         assert Spread.of(values).verdict() == expected
     assert Spread.of([0.3]).verdict() == "one seed"

@@ -64,10 +64,6 @@ class Loop(NamedTuple):
         """Whether numbers of bfloat16 become floats in the loop."""
         return self.half and (self.kind == "few_columns" or self.file in ("gemm_avx2", "gemm_avx512"))
 
-    @property
-    def multiply_adds(self) -> int:
-        return sum(bool(MULTIPLY_ADD.fullmatch(i.name)) for i in self.instructions)
-
     def most_loads(self) -> int | None:
         """Operands of the loop, each loaded once in every step; None: not known from the function's name."""
         numbers = [int(n) for n in re.findall(r"(?<=[ ,])\d+(?=[,>])", self.kernel)]

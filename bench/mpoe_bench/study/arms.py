@@ -10,8 +10,7 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -213,11 +212,8 @@ def train_steps(
     adam: torch.optim.Optimizer,
     steps: int,
     numbered: Iterable[tuple[int, Tensor]],
-    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> list[tuple[int, float]]:
     """Train in some of the ``steps`` of a run, at most at ``adam``'s rates; returns losses along the way.
-
-    ``precision``: what the forward pass runs in.
 
     Raises:
         FloatingPointError: the loss is not finite.
@@ -227,8 +223,7 @@ def train_steps(
     for step, ids in numbered:
         for group, rate in zip(adam.param_groups, rates, strict=True):
             group["lr"] = rate * schedule(step, steps)
-        with precision():
-            loss: Tensor = model(input_ids=ids, labels=ids).loss
+        loss: Tensor = model(input_ids=ids, labels=ids).loss
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, CLIP)
         adam.step()

@@ -28,7 +28,7 @@ from mpoe_bench.study.tables import composed_table
 from mpoe_bench.study.texts import LENGTH, read_texts, tenant_texts
 
 BATCH = 4
-SAMPLED = 256  # pieces for an expert's statistics
+SAMPLED = 128  # pieces for an expert's statistics
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 KINDS = ("neurons", "lora")
 PROMPTS = (
@@ -41,10 +41,6 @@ PROMPTS = (
     "Name a prime number larger than 50 and say why it is prime.",
     "Write a polite reply that declines an invitation.",
 )
-
-
-def autocast() -> Any:
-    return torch.autocast("cpu", torch.bfloat16)
 
 
 def drawn(train_pieces: Sequence[Tensor], steps: int, seed: int) -> list[Tensor]:
@@ -65,7 +61,7 @@ def trained(kind: str, base: Any, size: int, batches: Sequence[Tensor], rate: fl
     model = start_expert(base, size) if kind == "neurons" else get_peft_model(copy.deepcopy(base), config)
     parameters = [p for p in model.parameters() if p.requires_grad]
     adam = torch.optim.AdamW(parameters, lr=rate, betas=BETAS, weight_decay=0.0, fused=True)
-    train_steps(model.train(), adam, len(batches), enumerate(batches), autocast)
+    train_steps(model.train(), adam, len(batches), enumerate(batches))
     return model.eval()
 
 
@@ -74,9 +70,8 @@ def losses(model: Any, ids: Tensor) -> Tensor:
     """Of every token that is predicted, float32 ``[N, LENGTH - 1]``."""
     found = []
     for part in ids.split(8):
-        with autocast():
-            logits = model(input_ids=part).logits
-        own = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), part[:, 1:].flatten(), reduction="none")
+        logits = model(input_ids=part).logits
+        own = F.cross_entropy(logits[:, :-1].flatten(0, 1), part[:, 1:].flatten(), reduction="none")
         found.append(own.view(len(part), -1))
     return torch.cat(found)
 
@@ -100,9 +95,8 @@ class RoutedAdapters(nn.Module):
         self.register_buffer("weight", weight.float())
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", enabled=False):
-            chosen = (x.float() @ self.weight.mT).topk(self.top_k)
-            gates = torch.zeros(*x.shape[:-1], len(self.weight)).scatter(-1, chosen.indices, chosen.values.softmax(-1))
+        chosen = (x @ self.weight.mT).topk(self.top_k)
+        gates = torch.zeros(*x.shape[:-1], len(self.weight)).scatter(-1, chosen.indices, chosen.values.softmax(-1))
         layers = [layer for layer in self.network.modules() if isinstance(layer, LoraLayer)]
         y = torch.zeros_like(x)
         for number, name in enumerate([*self.names, None]):
@@ -190,8 +184,14 @@ class ComposedStudy:
         return self.folder / (f"{name}.expert" if key.startswith("neurons") else name)
 
     def files(self, kind: str, records: Records, seed: int, names: Sequence[str] = ()) -> dict[str, Path]:
-        """Experts of a seed at the chosen rate; by default the domains'."""
-        return {d: self.place(self.plan.key(kind, d, seed, records)) for d in names or self.plan.domains}
+        """Experts of a seed at the chosen rate, by default the domains'; those without a file are trained again."""
+        found, rate = {}, self.plan.rate(kind, records)
+        assert rate is not None
+        for domain in names or self.plan.domains:
+            found[domain] = self.place(run_key(kind, domain, self.plan.steps, rate, seed))
+            if not found[domain].exists():
+                self.own(kind, domain, self.plan.steps, rate, seed)
+        return found
 
     @cached_property
     def background(self) -> Mapping[str, Tensor]:
@@ -225,9 +225,7 @@ class ComposedStudy:
             return {"diverged": f"the loss {error}", "validation": math.inf, "test": math.inf}
         place = self.place(run_key(kind, domain, steps, rate, seed))
         if kind == "neurons":
-            with autocast():
-                statistics = collect_statistics(model, batched(text[:SAMPLED]))
-            save_expert(model, place, statistics=statistics)
+            save_expert(model, place, statistics=collect_statistics(model, batched(text[:SAMPLED])))
         else:
             model.save_pretrained(str(place))
         record = {"validation": mean(losses(model, validation)), "test": mean(losses(model, test))}

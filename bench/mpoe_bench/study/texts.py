@@ -31,7 +31,7 @@ DOMAINS: dict[str, tuple[str, tuple[str, ...]]] = {
 Blocks = dict[str, Tensor]  # domain -> int64 [N, BLOCK]
 
 LENGTH = 128  # tokens of a piece
-PIECES = 24  # pieces of a text to validate on, and to test on
+PIECES = 16  # pieces of a text to validate on, and to test on
 REQUESTS = 4  # for every pair of domains
 LICENSED = ("numpy", "matplotlib", "scikit-learn", "torch")  # packages whose licences are the background
 PROBES = ("documentation", "sources")

@@ -121,7 +121,8 @@ def test_gradients_are_those_of_the_loop(drawn) -> None:
 
 @pytest.mark.parametrize("own_bias", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "columns", "dtype"), [(7, 10, torch.float32), (8, 12, torch.float32), (8, 8, torch.float64)]
+    ("rows", "columns", "dtype"),
+    [(10, 8, torch.float32), (8, 10, torch.float32), (8, 12, torch.float32), (8, 8, torch.float64)],
 )
 def test_grouped_dense_linear(own_bias, rows, columns, dtype) -> None:
     x, weight = torch.randn(10, rows, dtype=dtype), torch.randn(3, rows, columns, dtype=dtype)

@@ -182,7 +182,7 @@ SHAPES = [
     MPOShape.paper(24, 48),
     MPOShape.light(24, 48),
     MPOShape.separable(24, 48),
-    MPOShape.paper(24, 48, max_bond=4),
+    MPOShape((2, 2, 2, 3), (2, 2, 3, 4), max_bond=4),
 ]
 
 

@@ -116,7 +116,7 @@ class MPOCores(FromInitialValues):
         # Iterating over a ParameterList takes as long as a small product; a parametrized core is not among its
         # parameters.
         own = self.auxiliary._parameters.values()
-        cores: list[Any] = list(own if len(own) == self.shape.num_cores - 1 else self.auxiliary)
+        cores: list[Any] = list(own if len(own) == len(self.auxiliary) else self.auxiliary)
         central = self.central.detach() if self.central_masked else self.central
         cores.insert(self.shape.central, central)
         return cores

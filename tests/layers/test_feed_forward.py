@@ -24,6 +24,7 @@ from mpoe.layers import (
     load_balancing_loss,
     routing_context,
 )
+from mpoe.layers.cores import _grouped_mm_runs
 from mpoe.layers.feed_forward import _say_that_nothing_balances
 
 # Covers eager PyTorch's own error in these dtypes, for sums of at most 2 x 60 products and two gates.
@@ -127,6 +128,8 @@ def test_gradients_are_those_of_the_loop(drawn) -> None:
 def test_grouped_dense_linear(own_bias, rows, columns, dtype) -> None:
     x, weight = torch.randn(10, rows, dtype=dtype), torch.randn(3, rows, columns, dtype=dtype)
     x[8:] = torch.nan  # past the last offset
+    assert _grouped_mm_runs(x, weight) == (columns == 12)
+    assert not _grouped_mm_runs(x[:2], weight)
     bias = torch.randn(*([3] if own_bias else []), columns, dtype=dtype)
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
     y = grouped_dense_linear(x, weight, torch.tensor([0, 3, 3, 8], dtype=torch.int32), bias)
@@ -210,6 +213,16 @@ def test_tokens_are_brought_to_the_experts_dtype(dtype: torch.dtype) -> None:
     assert torch.equal(found, layer(x.float()))
     with pytest.raises(TypeError, match="dtype"):
         MPOLinear(8, 4)(x)
+    hidden = MPOEFeedForward(8, 16, MPOEConfig(num_experts=2)).to(dtype).eval()
+    hidden.down.float()  # as Transformers keeps T5's
+    assert hidden(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["mpo", "dense"])
+def test_random_weights_have_the_scale_of_their_projection(kind: str) -> None:
+    config = MPOEConfig(num_experts=2, shape="paper", expert_type=kind)
+    experts = MPOEFeedForward(8, 16, config, init_std={"up": 0.5}).experts
+    assert [each.init_std for each in experts.children()] == [0.5, 0.02]
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -290,6 +290,7 @@ def test_random_weights_are_as_large_as_those_of_nn_linear() -> None:
     layer, like = MPOLinear(64, 128), nn.Linear(64, 128)
     assert layer.weight.std().item() == pytest.approx(like.weight.std().item(), rel=0.1)
     assert MPOLinear(64, 128, init_std=0.01).weight.std().item() == pytest.approx(0.01, rel=0.1)
+    assert MPOEmbedding(MPOShape.paper(64, 128)).weight.std().item() == pytest.approx(1, rel=0.1)
     assert MPOLinear(8, 4, dtype=torch.float64).weight.dtype == torch.float64
 
 

@@ -70,6 +70,7 @@ def test_dropout_and_padding() -> None:
     assert not y[0, 1].any()
     assert bool(torch.isfinite(y).all())
     layer.expert_dropout = 0.5
+    assert torch.equal(layer(x, mask), y)
     assert not torch.equal(layer.train()(x, mask), y)
 
 

@@ -244,6 +244,11 @@ def test_one_config_means_the_same_in_a_layer_and_in_a_model(gated: bool) -> Non
         assert torch.equal(again(x), layer(x))
 
 
+def test_one_expert_without_a_router_is_a_dense_network() -> None:
+    layer, x = MPOEFeedForward(8, 16, MPOEConfig(num_experts=1, moe_type="none", shape="hidden")), torch.randn(2, 3, 8)
+    torch.testing.assert_close(layer(x), layer.down(layer.up(x).relu()))
+
+
 def test_a_layer_that_trains_alone_says_that_nothing_balances_it() -> None:
     layer, x = MPOEFeedForward(8, 16, MPOEConfig(num_experts=3)), torch.randn(2, 8)
     _say_that_nothing_balances.cache_clear()

@@ -34,7 +34,9 @@ def test_shared_blocks_are_plain_mpos(family: str) -> None:
         centre = weight.view(1, 24, -1, block) if up else weight.view(-1, block, 24).permute(0, 2, 1)[None]
         cores = [centre, (core if up else core.T).reshape(shape.core_shapes[1])]
         assert tuple(centre.shape) == shape.core_shapes[0]
-        assert torch.allclose(reconstruct(cores), layer.expert_weights(kind)[2], atol=1e-6)
+        found = layer.expert_weights(kind)
+        assert torch.allclose(reconstruct(cores), found[2], atol=1e-6)
+        assert not found.requires_grad
 
 
 def test_the_mask_compiles_into_two_graphs() -> None:

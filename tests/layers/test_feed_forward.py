@@ -144,14 +144,8 @@ def test_grouped_dense_linear(own_bias, rows, columns, dtype) -> None:
 
 
 def feed_forward(gated=False, activation="gelu_new", bias=True, **config):
-    return MPOEFeedForward(
-        24,
-        48,
-        MPOEConfig(num_experts=4, **{"shape": "separable", **config}),
-        activation=activation,
-        gated=gated,
-        bias=bias,
-    ).eval()
+    config = MPOEConfig(num_experts=4, **{"shape": "separable", **config})
+    return MPOEFeedForward(24, 48, config, activation=activation, gated=gated, bias=bias).eval()
 
 
 def test_expert_dropout_replaces_the_familys_rate_in_training_only():

@@ -20,9 +20,8 @@ from .tiny_models import dense_model as dense
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_shared_blocks_are_plain_mpos(family: str) -> None:
     """With the projections as centre, HiddenExperts' cores rebuild C1 (1 x R) and (1 x L) C2."""
-    layer = next(
-        iter(hidden_modules(stirred(convert_to_mpoe(dense(family), config("hidden", block_per_group=False)))).values())
-    )
+    model = stirred(convert_to_mpoe(dense(family), config("hidden", block_per_group=False)))
+    layer = next(iter(hidden_modules(model).values()))
     features, block = layer.hidden_features, 8
     for kind in layer.projections():
         up = kind != "down"

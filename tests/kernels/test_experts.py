@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mpoe_bench.cases import random_blocks, relative_error
 
 from mpoe_kernels import BackendError, hidden_experts, mpo_embedding
+from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.embedding import eager as by_eager
 from mpoe_kernels.hidden_experts.cuda import MOST_BINS
 from mpoe_kernels.neurons import eager
@@ -158,6 +159,14 @@ def test_more_than_is_computed_at_once(op: str, options: dict[str, Any]) -> None
         assert relative_error(value, plain[name]) < 1e-5, name
 
 
+@pytest.mark.parametrize(("elements", "blocks"), [(110, [2, 2, 2, 1]), (10, [1] * 7)])
+def test_what_neurons_gather_at_once(elements: int, blocks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block's two rows and one expert take 2 x 10 + 20 elements."""
+    monkeypatch.setattr(eager, "PIECE", elements)
+    index = torch.arange(14)[:, None] % 7
+    assert [len(piece.experts) for piece in eager._pieces(index, 7, 10, 20)] == blocks
+
+
 # ------------------------------------------------------------------ hidden-side experts alone
 
 
@@ -239,6 +248,17 @@ def test_embedding_against_reference(
             else:
                 assert_calibrated(each, truth, of_torch, factor=2 if each is got else 4)
     assert mpo_embedding(ids.view(-1, 1).int(), true).shape == (rows, 1, shape.out_features)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "pairs", "rebuild"),
+    [((4, 2, 3, 4, 4, 3, 4, 3, 64, 24), 24, 56), ((2, 2, 4, 4, 2, 30, 5, 6, 40, 24), 11, 40)],
+)
+def test_more_rows_are_looked_up_in_another_way(sizes: tuple[int, ...], pairs: int, rebuild: int) -> None:
+    """The second shape's gathered slices take more memory than its table before they take more FLOPs."""
+    ways = [by_eager._way(BlockDims(*sizes), rows) for rows in (1, pairs - 1, pairs, rebuild - 1, rebuild)]
+    assert ways == ["gather", "gather", "pairs", "pairs", "rebuild"]
+    assert by_eager._way(BlockDims(*sizes), 1, "cuda") == "rebuild"
 
 
 def test_pytorch_computes_it_whichever_backend_is_named() -> None:

@@ -7,7 +7,9 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,10 +73,9 @@ def test_what_a_choice_depends_on(seconds: dict[str, float], change: dict[str, o
 def test_threads_versions_and_instructions_are_part_of_the_key(
     seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with torch_threads(1):
-        resolve_contraction(PROBLEM)
-    with torch_threads(2):
-        resolve_contraction(PROBLEM)
+    for threads in (1, 2):
+        with torch_threads(threads):
+            resolve_contraction(PROBLEM)
     assert len(choices()) == 2
     for name in ("__version__", "processor_name"):
         value = "another" if name == "__version__" else lambda: "another"
@@ -174,6 +175,19 @@ def test_what_fails_when_it_is_timed_does_not_run() -> None:
     found = autotune._seconds([fails, lambda: None], "cpu")
     assert found[0] == float("inf")
     assert found[1] < 1
+
+
+@pytest.mark.parametrize(("takes", "calls"), [((1, 2, 3), (21, 21, 1)), ((40, 41), (4, 4)), ((300, 301), (2, 2))])
+def test_how_often_candidates_are_timed(
+    takes: tuple[int, ...], calls: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Milliseconds: for 200 of them or 20 rounds; once if hopeless."""
+    ran: list[int] = []
+    clock = lambda: sum(ran) / 1000  # noqa: E731
+    monkeypatch.setattr(autotune, "time", SimpleNamespace(thread_time=clock, perf_counter=clock))
+    found = autotune._seconds([partial(ran.append, each) for each in takes], "cpu")
+    assert found == pytest.approx([each / 1000 for each in takes])
+    assert tuple(map(ran.count, takes)) == calls
 
 
 @pytest.mark.parametrize(("slots", "strategies"), [(64, 2), (4096, 1)])

@@ -113,14 +113,8 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: MPOShape.paper(8, 8).parameters(0), VALUES, "num_experts must be at least 1"),
     (lambda: MPOShape.paper("x", 3), TYPES, "must be an integer; got 'x'"),
     (lambda: MPOShape.paper(0, 3), VALUES, "must be at least 1; got 0"),
-    *(
-        (
-            lambda make=make: make(16, 2**63),
-            VALUES,
-            "out_features must be at most 1099511627776; got 9223372036854775808",
-        )
-        for make in (MPOShape.separable, MPOShape.light)
-    ),
+    (lambda: MPOShape.separable(16, 2**63), VALUES, "out_features must be at most 1099511627776; got 922337203685477"),
+    (lambda: MPOShape.light(16, 2**63), VALUES, "out_features must be at most 1099511627776; got 9223372036854775808"),
     (lambda: workload_shape("paper_x", 6, 6), VALUES, "name must be 'separable', .*; got 'paper_x'"),
     # decompositions
     (lambda: decompose(ONES(3, 3, 3), LIGHT), VALUES, r"weight must be \[I, F\]"),
@@ -137,11 +131,7 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
         VALUES,
         r"gauge 'identity' needs bonds equal .* core 0 of .* has 8, not 12",
     ),
-    (
-        lambda: decompose(ONES(6, 6) * 3e38, SHAPE, "orthogonal"),
-        VALUES,
-        "too large: with the gauge 'orthogonal' its cores",
-    ),
+    (lambda: decompose(ONES(6, 6) * 3e38, SHAPE, "orthogonal"), VALUES, "too large: with the gauge 'orthogonal' its"),
     # cores and blocks
     (lambda: fold(None), TYPES, "cores must be a non-empty sequence"),
     (lambda: fold([CORES[0], CORES[1][1:]]), VALUES, r"cores\[0\] and cores\[1\] must share a bond"),

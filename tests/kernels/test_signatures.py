@@ -276,6 +276,3 @@ def test_a_plain_call_never_hides_from_transforms() -> None:
     assert torch.equal(functional(torch.ones(3)), torch.full((3,), 2.0))
     graph = make_fx(lambda x: op(x, 2.0))(torch.ones(3))
     assert "mpoe.scaled_in_transforms" in graph.code
-
-
-# ------------------------------------------------------------------ memory

@@ -264,10 +264,8 @@ def test_equal_experts_compute_one_network_whatever_is_kept(expert_type, policy)
     config = MPOEConfig(moe_type="moe", num_experts=EXPERTS, expert_type=expert_type, router=router)
     ffn = MPOEFeedForward(24, 48, config, activation="gelu").train()
     alone = MPOEFeedForward(24, 48, MPOEConfig(moe_type="none", expert_type="dense"), activation="gelu")
-    with torch.no_grad():
-        for kind, projection in ffn.experts.projections().items():
-            weight = alone.experts.projections()[kind].weight[0]
-            projection.load_weight_(weight)
+    for kind, projection in ffn.experts.projections().items():
+        projection.load_weight_(alone.experts.projections()[kind].weight[0])
     x = torch.randn(3, 7, 24, requires_grad=True)
     y, expected = ffn(x), alone(x)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)

@@ -333,7 +333,6 @@ def test_no_copy_of_the_tokens_on_a_gpu(dtype, weight_dtype, copies, grad):
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_what_a_gpu_computes_is_as_exact_as_float32(weight_dtype, monkeypatch):
     """The CPU simulates the GPU's products of bfloat16 in float32."""
-
     for name in ("mm", "bmm"):
         monkeypatch.setattr(torch, name, lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype))
     x, weight = problem(torch.bfloat16, weight_dtype)

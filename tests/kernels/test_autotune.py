@@ -34,7 +34,7 @@ def test_the_fastest_is_kept(seconds: dict[str, float], empty_cache: Path) -> No
     assert chosen.backend == "second"
     assert chosen.strategy == PROBLEM.plans()[0].strategy
     assert list(choices().values()) == [f"second {chosen.strategy}"]
-    assert json.loads(empty_cache.read_text())["choices"] == choices()
+    assert json.loads(empty_cache.read_text()) == {"version": 1, "choices": choices()}
     seconds["second"] = 3.0
     assert resolve_contraction(PROBLEM).backend == "second", "from memory"
     autotune.forget()
@@ -188,6 +188,24 @@ def test_how_often_candidates_are_timed(
     found = autotune._seconds([partial(ran.append, each) for each in takes], "cpu")
     assert found == pytest.approx([each / 1000 for each in takes])
     assert tuple(map(ran.count, takes)) == calls
+
+
+@pytest.mark.parametrize(
+    ("rows", "share", "sizes"),
+    [
+        (256, 1, [(8, 64), (8, 64)]),
+        (256, 0.25, [(2, 16), (4, 32)]),
+        (16, 1, [(2, 16), (4, 32)]),
+        (4, 1, [(1, 4), (2, 8)]),
+    ],
+)
+def test_a_timed_call_is_short(rows: int, share: float, sizes: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 8 experts and 64 slots, by one thread and by two, for so many rows and this share of the FLOPs of each."""
+    monkeypatch.setitem(autotune.ROWS, "cpu", rows)
+    monkeypatch.setitem(autotune.FLOPS, "cpu", share * PROBLEM.plans()[0].flops)
+    for threads, wanted in enumerate(sizes, 1):
+        with torch_threads(threads):
+            assert autotune._timed_sizes(PROBLEM) == wanted
 
 
 @pytest.mark.parametrize(("slots", "strategies"), [(64, 2), (4096, 1)])

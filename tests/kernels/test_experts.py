@@ -159,12 +159,15 @@ def test_more_than_is_computed_at_once(op: str, options: dict[str, Any]) -> None
         assert relative_error(value, plain[name]) < 1e-5, name
 
 
-@pytest.mark.parametrize(("elements", "blocks"), [(110, [2, 2, 2, 1]), (10, [1] * 7)])
-def test_what_neurons_gather_at_once(elements: int, blocks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block's two rows and one expert take 2 x 10 + 20 elements."""
+@pytest.mark.parametrize(
+    ("elements", "tokens", "sizes"),
+    [(170, 28, [(2, 4)] * 3 + [(1, 4)]), (10, 28, [(1, 4)] * 7), (10**6, 2100, [(21, 128)])],
+)
+def test_what_neurons_gather_at_once(elements: int, tokens: int, sizes: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 4 rows if an expert has 4, of 128 at most; they and their expert take 4 x 10 + 20 elements."""
     monkeypatch.setattr(eager, "PIECE", elements)
-    index = torch.arange(14)[:, None] % 7
-    assert [len(piece.experts) for piece in eager._pieces(index, 7, 10, 20)] == blocks
+    pieces = eager._pieces(torch.arange(tokens)[:, None] % 7, 7, 10, 20)
+    assert [piece.slots.shape for piece in pieces] == sizes
 
 
 # ------------------------------------------------------------------ hidden-side experts alone

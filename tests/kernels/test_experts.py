@@ -48,10 +48,6 @@ FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 of_each_op = pytest.mark.parametrize("op", PROBLEMS)
 
 
-def problem_of(op: str, **options: Any) -> Any:
-    return PROBLEMS[op](**options)
-
-
 @on_every_backend
 @pytest.mark.parametrize(("number", "dtype", "gated"), pairwise(range(len(SIZES)), FLOATS, [False, True]))
 def test_against_reference(backend: str, number: int, dtype: torch.dtype, gated: bool) -> None:
@@ -84,16 +80,8 @@ def test_the_largest_sizes(backend: str, dtype: torch.dtype, top_k: int, experts
 def test_every_activation(backend: str, op: str, dtype: torch.dtype, activation: str, gated: bool) -> None:
     require(backend, op, dtype)
     own = {"groups": 2, "block": 16, "per_group": True} if op == "hidden_experts" else {"width": 16, "neurons": 32}
-    problem = problem_of(
-        op,
-        tokens=40,
-        experts=4,
-        gated=gated,
-        activation=activation,
-        dtype=dtype,
-        with_bias=op != "hidden_experts",
-        **own,
-    )
+    form = {"gated": gated, "activation": activation, "dtype": dtype, "with_bias": op != "hidden_experts"}
+    problem = PROBLEMS[op](tokens=40, experts=4, **form, **own)
     (problem.on_quarters() if activation == "relu" and dtype != torch.float64 else problem).check(backend)
 
 
@@ -108,8 +96,7 @@ def test_random_problems(backend: str, op: str, data: st.DataObject) -> None:
         "hidden_experts": {"groups": st.integers(1, 4), "block": st.integers(1, 20), "per_group": st.booleans()},
         "neuron_experts": {"width": st.integers(1, 50), "out": st.integers(1, 50), "neurons": st.integers(1, 70)},
     }[op]
-    problem_of(
-        op,
+    PROBLEMS[op](
         tokens=data.draw(st.integers(0, 60 if op == "neuron_experts" else 20)),
         experts=data.draw(st.sampled_from([1, 2, 5, 64])),
         top_k=data.draw(st.integers(1, 8)),
@@ -133,7 +120,7 @@ THREADS = [  # the neurons of one expert are shared out too
 @pytest.mark.parametrize(("op", "options"), THREADS)
 def test_native_bits_do_not_depend_on_threads(op: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     require("native", op, dtype)
-    problem, found = problem_of(op, tokens=130, with_bias=True, dtype=dtype, **options), []
+    problem, found = PROBLEMS[op](tokens=130, with_bias=True, dtype=dtype, **options), []
     for threads in (1, 2):
         with torch_threads(threads):
             found.append(problem.run(problem.OP, dtype, backend="native"))
@@ -153,7 +140,7 @@ def test_native_bits_do_not_depend_on_threads(op: str, options: dict[str, Any], 
 def test_more_than_is_computed_at_once(op: str, options: dict[str, Any]) -> None:
     require("native", op, torch.float32)
     assert 1100 * 16 * 512 > 1 << 23 > eager.PIECE
-    problem = problem_of(op, experts=3, dtype=torch.float32, **options)
+    problem = PROBLEMS[op](experts=3, dtype=torch.float32, **options)
     native, plain = (problem.run(problem.OP, torch.float32, backend=name) for name in ("native", "eager"))
     for name, value in native.items():
         assert relative_error(value, plain[name]) < 1e-5, name

@@ -48,7 +48,6 @@ SAME = ("_Eq_Is", "_NotEq_IsNot", "_Is_Eq", "_IsNot_NotEq")  # operators: of sho
 ORDER_OF_TEXTS = r'[<>]=? "'  # in place of == "...": no slip of a writer
 IGNORED = ("strict", "stacklevel", "maxsize")  # arguments: of `zip`, where it holds; of warnings; of caches
 SHORTEST_LIMIT, TIMES = 60.0, 3.0  # seconds; and of what its tests take without a mutation
-
 DURATIONS = "durations.json"
 
 

@@ -6,7 +6,8 @@
 
 `tools/mutants.toml` lists the areas: files, and the tests that must see a change in them; and the survivors that are
 known, with the reasons. The checkout is not changed: mutations are made in a copy. An area's tests run once to record
-which of them reach which lines; a mutant then costs the import of our packages and its tests, up to the first failure.
+which of them reach which lines, and how long each takes; a mutant then costs the import of our packages and its tests,
+the short ones first, up to the first failure.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
 SAME = ("_Eq_Is", "_NotEq_IsNot", "_Is_Eq", "_IsNot_NotEq")  # operators: of short strings, numbers, classes and None
 ORDER_OF_TEXTS = r'[<>]=? "'  # in place of == "...": no slip of a writer
 IGNORED = ("strict", "stacklevel", "maxsize")  # arguments: of `zip`, where it holds; of warnings; of caches
-SHORTEST_LIMIT, TIMES = 60.0, 3.0  # seconds; and of what the area's tests take without a mutation
+SHORTEST_LIMIT, TIMES = 60.0, 3.0  # seconds; and of what its tests take without a mutation
+DURATIONS = "durations.json"
 
 
 @dataclass(frozen=True)
@@ -164,14 +166,18 @@ def run_tests(
     tests: list[str], folder: Path, seconds: float | None, record: coverage.Coverage | None = None
 ) -> int | None:
     """Exit status of pytest in a fork of this process; None if it takes longer than ``seconds``. ``record`` keeps which
-    tests reach a line; that of none is an import."""
+    tests reach a line; that of none is an import. ``folder / DURATIONS`` tells how long each took, with it."""
+    durations: dict[str, float] = {}
 
     class Contexts:
         @pytest.hookimpl(wrapper=True)
         def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
             if record is not None:
                 record.switch_context(item.nodeid)
-            return (yield)
+            start = time.monotonic()
+            result = yield
+            durations[item.nodeid] = time.monotonic() - start
+            return result
 
     def run() -> None:
         os.setsid()
@@ -186,6 +192,7 @@ def run_tests(
             status = pytest.main([*OPTIONS, *tests], plugins=[Contexts()])
         if record is not None:
             record.save()
+            (folder / DURATIONS).write_text(json.dumps(durations))
         sys.exit(status)
 
     process = multiprocessing.get_context("fork").Process(target=run)
@@ -199,27 +206,26 @@ def run_tests(
 
 
 class Reach:
-    """What an area's tests reach, by running them without a mutation; ``seconds``: how long that took."""
+    """What an area's tests reach, and how many seconds each takes, by running them without a mutation."""
 
     def __init__(self, area: Area, folder: Path) -> None:
         paths = [str(path) for glob in area.files for path in folder.glob(glob)]
         record = coverage.Coverage(data_file=str(folder / f"reach-{area.name}"), include=paths, messages=False)
-        start = time.monotonic()
         if run_tests(area.tests, folder, None, record) != 0:
             print((folder / "mutants.log").read_text()[-3000:])
             raise SystemExit(f"the tests of area {area.name} must pass without a mutation; they do not")
-        self.seconds = time.monotonic() - start
+        self.seconds: dict[str, float] = json.loads((folder / DURATIONS).read_text())
         record.load()
         self.lines = {path: record.get_data().contexts_by_lineno(path) for path in paths}
-        print(f"{area.name}: {self.seconds:.0f} s")
+        print(f"{area.name}: {sum(self.seconds.values()):.0f} s")
 
     def tests(self, path: Path, lines: range) -> list[str]:
-        """Those that may see a change of lines; if an import reaches them, all that reach the file."""
+        """Those that may see a change of lines, short ones first; all of the file's if an import reaches them."""
         by_line = self.lines[str(path)]
         found = {test for line, tests in by_line.items() if line in lines for test in tests}
         if "" in found:
             found = {test for tests in by_line.values() for test in tests}
-        return sorted(found - {""})
+        return sorted(found - {""}, key=lambda test: (int(self.seconds[test]), test))
 
 
 def outcome(mutant: Mutant, reach: Reach, folder: Path) -> str:
@@ -229,7 +235,7 @@ def outcome(mutant: Mutant, reach: Reach, folder: Path) -> str:
     if not tests:
         return "unreached"
     path.write_text(mutant.text, encoding="utf-8")
-    status = run_tests(tests, folder, SHORTEST_LIMIT + TIMES * reach.seconds)
+    status = run_tests(tests, folder, SHORTEST_LIMIT + TIMES * sum(reach.seconds[test] for test in tests))
     shutil.copy2(ROOT / mutant.file, path)
     return "timeout" if status is None else "failed" if status else "passed"
 

@@ -116,7 +116,7 @@ class MPOCores(FromInitialValues):
         # Iterating over a ParameterList takes as long as a small product; a parametrized core is not among its
         # parameters.
         own = self.auxiliary._parameters.values()
-        cores: list[Any] = list(own if len(own) == self.shape.num_cores - 1 else self.auxiliary)
+        cores: list[Any] = list(own if len(own) == len(self.auxiliary) else self.auxiliary)
         central = self.central.detach() if self.central_masked else self.central
         cores.insert(self.shape.central, central)
         return cores
@@ -159,7 +159,7 @@ class MPOCores(FromInitialValues):
             if k == shape.central:
                 ratios.append(self._central_std() / std)
             else:
-                ratios.append(1.0 / math.sqrt(max(d * i * j, e) if k < shape.central else max(i * j * e, d)) / std)
+                ratios.append(1.0 / math.sqrt(d * i * j if k < shape.central else i * j * e) / std)
         return tuple(ratios)
 
     def _central_std(self) -> float:
@@ -178,10 +178,8 @@ class MPOCores(FromInitialValues):
         for k, (name, (d, i, j, e)) in enumerate(zip(self.core_names(), self.shape.core_shapes, strict=True)):
             if name == "central":
                 continue
-            rows, columns = (d * i * j, e) if k < self.shape.central else (i * j * e, d)
-            flat = torch.randn(self.num_experts, max(rows, columns), min(rows, columns), **options)
-            frame = torch.linalg.qr(flat).Q
-            frame = frame if rows >= columns else frame.transpose(-1, -2)
+            rows, columns = (d * i * j, e) if k < self.shape.central else (i * j * e, d)  # a bond has at most as many
+            frame = torch.linalg.qr(torch.randn(self.num_experts, rows, columns, **options)).Q
             frame = frame if k < self.shape.central else frame.transpose(-1, -2)
             values[name] = frame.reshape(self.num_experts, d, i, j, e)
         if self.bias is not None:

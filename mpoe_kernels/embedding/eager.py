@@ -28,16 +28,14 @@ _ELEMENTS = 2**19
 
 @lru_cache(maxsize=1024)
 def _way(dims: BlockDims, rows: int, device_type: str = "cpu") -> str:
-    """``gather``, ``pairs`` or ``rebuild``: the fewest FLOPs of those that copy no more than rebuilding, which holds
-    the table twice. On a GPU ``rebuild``, which alone does not wait for it."""
+    """``gather``, ``pairs`` or ``rebuild``: the fewest FLOPs, without copying more than rebuilding, which holds the
+    table twice. On a GPU ``rebuild``, which alone does not wait for it."""
     d = dims
     if device_type != "cpu":
         return "rebuild"
-    flops = {"rebuild": d.rebuild_flops}
+    flops = {"rebuild": d.rebuild_flops, "pairs": 2 * d.a * d.jC * d.jR * (d.iC * d.b * d.iR + rows * d.jL)}
     if rows * d.b * d.jR <= 2 * d.weight_elements:  # a slice of right for every row
         flops["gather"] = 2 * rows * d.jL * d.jC * d.b * (d.a + d.jR)
-    if rows * d.jL * d.jC * d.jR <= 2 * d.weight_elements:  # rows of pairs are sorted back
-        flops["pairs"] = 2 * d.a * d.jC * d.jR * (d.iC * d.b * d.iR + rows * d.jL)
     return min(flops, key=lambda name: flops[name])
 
 

@@ -7,7 +7,9 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,7 +34,7 @@ def test_the_fastest_is_kept(seconds: dict[str, float], empty_cache: Path) -> No
     assert chosen.backend == "second"
     assert chosen.strategy == PROBLEM.plans()[0].strategy
     assert list(choices().values()) == [f"second {chosen.strategy}"]
-    assert json.loads(empty_cache.read_text())["choices"] == choices()
+    assert json.loads(empty_cache.read_text()) == {"version": 1, "choices": choices()}
     seconds["second"] = 3.0
     assert resolve_contraction(PROBLEM).backend == "second", "from memory"
     autotune.forget()
@@ -71,10 +73,9 @@ def test_what_a_choice_depends_on(seconds: dict[str, float], change: dict[str, o
 def test_threads_versions_and_instructions_are_part_of_the_key(
     seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with torch_threads(1):
-        resolve_contraction(PROBLEM)
-    with torch_threads(2):
-        resolve_contraction(PROBLEM)
+    for threads in (1, 2):
+        with torch_threads(threads):
+            resolve_contraction(PROBLEM)
     assert len(choices()) == 2
     for name in ("__version__", "processor_name"):
         value = "another" if name == "__version__" else lambda: "another"
@@ -114,16 +115,13 @@ def test_deterministic_programs_rank_alone(seconds: dict[str, float]) -> None:
     assert ranked()[0] == "second"
 
 
-@pytest.mark.parametrize("how", ["is_compiling", "capturing"])
+@pytest.mark.parametrize("true", ["compiler.is_compiling", "cuda.is_initialized cuda.is_current_stream_capturing"])
 def test_under_capture_and_tracing_nothing_is_timed(
-    seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch, how: str
+    seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch, true: str
 ) -> None:
     with monkeypatch.context() as patched:
-        if how == "is_compiling":
-            patched.setattr(torch.compiler, "is_compiling", lambda: True)
-        else:
-            patched.setattr(torch.cuda, "is_initialized", lambda: True)
-            patched.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        for each in true.split():
+            patched.setattr(f"torch.{each}", lambda: True)
         assert ranked() == first_of()
         assert choices() == {}
     assert ranked()[0] == "second", "and nothing of it is remembered"
@@ -168,12 +166,42 @@ def test_what_cannot_be_adopted(wrong: object) -> None:
 
 
 def test_what_fails_when_it_is_timed_does_not_run() -> None:
-    def fails() -> None:
-        raise RuntimeError("out of memory")
-
-    found = autotune._seconds([fails, lambda: None], "cpu")
+    found = autotune._seconds([partial(torch.ones(2).view, 3), lambda: None], "cpu")
     assert found[0] == float("inf")
     assert found[1] < 1
+
+
+@pytest.mark.parametrize(("takes", "calls"), [((1, 2, 3), (21, 21, 1)), ((40, 41), (4, 4)), ((300, 301), (2, 2))])
+def test_how_often_candidates_are_timed(
+    takes: tuple[int, ...], calls: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Milliseconds: for 200 of them or 20 rounds; once if hopeless."""
+    ran: list[int] = []
+    for threads, clock in ((1, "thread_time"), (2, "perf_counter")):
+        ran.clear()
+        monkeypatch.setattr(autotune, "time", SimpleNamespace(**{clock: lambda: sum(ran) / 1000}))
+        with torch_threads(threads):
+            found = autotune._seconds([partial(ran.append, each) for each in takes], "cpu")
+        assert found == pytest.approx([each / 1000 for each in takes])
+        assert tuple(map(ran.count, takes)) == calls
+
+
+@pytest.mark.parametrize(
+    ("rows", "share", "sizes"),
+    [
+        (256, 1, [(8, 64), (8, 64)]),
+        (256, 0.25, [(2, 16), (4, 32)]),
+        (16, 1, [(2, 16), (4, 32)]),
+        (4, 1, [(1, 4), (2, 8)]),
+    ],
+)
+def test_a_timed_call_is_short(rows: int, share: float, sizes: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 8 experts and 64 slots, by one thread and by two, for so many rows and this share of the FLOPs of each."""
+    monkeypatch.setitem(autotune.ROWS, "cpu", rows)
+    monkeypatch.setitem(autotune.FLOPS, "cpu", share * PROBLEM.plans()[0].flops)
+    for threads, wanted in enumerate(sizes, 1):
+        with torch_threads(threads):
+            assert autotune._timed_sizes(PROBLEM) == wanted
 
 
 @pytest.mark.parametrize(("slots", "strategies"), [(64, 2), (4096, 1)])

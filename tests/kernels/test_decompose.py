@@ -48,7 +48,7 @@ def test_counts_of_the_original_shapes(sizes: tuple, bond: int | None, central: 
     assert central is not None or share == pytest.approx(auxiliary, abs=6e-5)
 
 
-def test_separable_is_detected_and_mirrors() -> None:
+def test_separable_is_detected_and_shapes_mirror() -> None:
     up = MPOShape.separable(768, 3072, left=256, right=64)
     assert (up.in_factors, up.out_factors) == ((256, 3, 1), (1, 48, 64))
     down = up.mirrored()
@@ -59,9 +59,6 @@ def test_separable_is_detected_and_mirrors() -> None:
     assert not MPOShape.paper(768, 3072).is_separable
     assert MPOShape.separable(768, 3072) == up, "the defaults are the design's sizes for T5-base"
     assert MPOShape.separable(3072, 768) == down
-
-
-def test_mirrored_other_shapes_swap_factors() -> None:
     assert MPOShape.paper(768, 3072).mirrored() == MPOShape.paper(3072, 768)
 
 

@@ -220,6 +220,10 @@ def test_autograd_around_a_transform() -> None:
 # ------------------------------------------------------------------ memory
 
 
+def stand_ins(value: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return [(torch._neg_view(value), -value), (torch._efficientzerotensor(value.shape), torch.zeros_like(value))]
+
+
 @on_every_backend
 @pytest.mark.parametrize("name", OPS)
 def test_what_stands_for_other_values_is_resolved(name: str, backend: str) -> None:
@@ -228,19 +232,13 @@ def test_what_stands_for_other_values_is_resolved(name: str, backend: str) -> No
     function, inputs = of_ops()[name]
     with use_backend(backend):
         for k, value in enumerate(inputs):
-            for stand_in, real in (
-                (torch._neg_view(value), -value),
-                (torch._efficientzerotensor(value.shape), torch.zeros_like(value)),
-            ):
+            for stand_in, real in stand_ins(value):
                 y, wanted = (function(*inputs[:k], each, *inputs[k + 1 :]) for each in (stand_in, real))
                 assert torch.equal(y, wanted)
             leaf = value.clone().requires_grad_()
             y = function(*inputs[:k], leaf, *inputs[k + 1 :])
             grad = torch.randn_like(y)
-            for stand_in, real in (
-                (torch._neg_view(grad), -grad),
-                (torch._efficientzerotensor(y.shape), torch.zeros_like(y)),
-            ):
+            for stand_in, real in stand_ins(grad):
                 found, wanted = (torch.autograd.grad(y, leaf, g, retain_graph=True)[0] for g in (stand_in, real))
                 assert torch.equal(found, wanted)
 

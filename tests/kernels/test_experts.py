@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mpoe_bench.cases import random_blocks, relative_error
 
 from mpoe_kernels import BackendError, hidden_experts, mpo_embedding
+from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.embedding import eager as by_eager
 from mpoe_kernels.hidden_experts.cuda import MOST_BINS
 from mpoe_kernels.neurons import eager
@@ -47,10 +48,6 @@ FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 of_each_op = pytest.mark.parametrize("op", PROBLEMS)
 
 
-def problem_of(op: str, **options: Any) -> Any:
-    return PROBLEMS[op](**options)
-
-
 @on_every_backend
 @pytest.mark.parametrize(("number", "dtype", "gated"), pairwise(range(len(SIZES)), FLOATS, [False, True]))
 def test_against_reference(backend: str, number: int, dtype: torch.dtype, gated: bool) -> None:
@@ -83,16 +80,8 @@ def test_the_largest_sizes(backend: str, dtype: torch.dtype, top_k: int, experts
 def test_every_activation(backend: str, op: str, dtype: torch.dtype, activation: str, gated: bool) -> None:
     require(backend, op, dtype)
     own = {"groups": 2, "block": 16, "per_group": True} if op == "hidden_experts" else {"width": 16, "neurons": 32}
-    problem = problem_of(
-        op,
-        tokens=40,
-        experts=4,
-        gated=gated,
-        activation=activation,
-        dtype=dtype,
-        with_bias=op != "hidden_experts",
-        **own,
-    )
+    form = {"gated": gated, "activation": activation, "dtype": dtype, "with_bias": op != "hidden_experts"}
+    problem = PROBLEMS[op](tokens=40, experts=4, **form, **own)
     (problem.on_quarters() if activation == "relu" and dtype != torch.float64 else problem).check(backend)
 
 
@@ -107,8 +96,7 @@ def test_random_problems(backend: str, op: str, data: st.DataObject) -> None:
         "hidden_experts": {"groups": st.integers(1, 4), "block": st.integers(1, 20), "per_group": st.booleans()},
         "neuron_experts": {"width": st.integers(1, 50), "out": st.integers(1, 50), "neurons": st.integers(1, 70)},
     }[op]
-    problem_of(
-        op,
+    PROBLEMS[op](
         tokens=data.draw(st.integers(0, 60 if op == "neuron_experts" else 20)),
         experts=data.draw(st.sampled_from([1, 2, 5, 64])),
         top_k=data.draw(st.integers(1, 8)),
@@ -132,7 +120,7 @@ THREADS = [  # the neurons of one expert are shared out too
 @pytest.mark.parametrize(("op", "options"), THREADS)
 def test_native_bits_do_not_depend_on_threads(op: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     require("native", op, dtype)
-    problem, found = problem_of(op, tokens=130, with_bias=True, dtype=dtype, **options), []
+    problem, found = PROBLEMS[op](tokens=130, with_bias=True, dtype=dtype, **options), []
     for threads in (1, 2):
         with torch_threads(threads):
             found.append(problem.run(problem.OP, dtype, backend="native"))
@@ -152,10 +140,21 @@ def test_native_bits_do_not_depend_on_threads(op: str, options: dict[str, Any], 
 def test_more_than_is_computed_at_once(op: str, options: dict[str, Any]) -> None:
     require("native", op, torch.float32)
     assert 1100 * 16 * 512 > 1 << 23 > eager.PIECE
-    problem = problem_of(op, experts=3, dtype=torch.float32, **options)
+    problem = PROBLEMS[op](experts=3, dtype=torch.float32, **options)
     native, plain = (problem.run(problem.OP, torch.float32, backend=name) for name in ("native", "eager"))
     for name, value in native.items():
         assert relative_error(value, plain[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize(
+    ("elements", "tokens", "sizes"),
+    [(170, 28, [(2, 4)] * 3 + [(1, 4)]), (10, 28, [(1, 4)] * 7), (10**6, 2100, [(21, 128)])],
+)
+def test_what_neurons_gather_at_once(elements: int, tokens: int, sizes: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 4 rows if an expert has 4, of 128 at most; they and their expert take 4 x 10 + 20 elements."""
+    monkeypatch.setattr(eager, "PIECE", elements)
+    pieces = eager._pieces(torch.arange(tokens)[:, None] % 7, 7, 10, 20)
+    assert [piece.slots.shape for piece in pieces] == sizes
 
 
 # ------------------------------------------------------------------ hidden-side experts alone
@@ -239,6 +238,17 @@ def test_embedding_against_reference(
             else:
                 assert_calibrated(each, truth, of_torch, factor=2 if each is got else 4)
     assert mpo_embedding(ids.view(-1, 1).int(), true).shape == (rows, 1, shape.out_features)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "pairs", "rebuild"),
+    [((4, 2, 3, 4, 4, 3, 4, 3, 64, 24), 24, 56), ((2, 2, 4, 4, 2, 30, 5, 6, 40, 24), 11, 40)],
+)
+def test_more_rows_are_looked_up_in_another_way(sizes: tuple[int, ...], pairs: int, rebuild: int) -> None:
+    """The second shape's gathered slices take more memory than its table before they take more FLOPs."""
+    ways = [by_eager._way(BlockDims(*sizes), rows) for rows in (1, pairs - 1, pairs, rebuild - 1, rebuild)]
+    assert ways == ["gather", "gather", "pairs", "pairs", "rebuild"]
+    assert by_eager._way(BlockDims(*sizes), 1, "cuda") == "rebuild"
 
 
 def test_pytorch_computes_it_whichever_backend_is_named() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -173,10 +172,7 @@ def test_a_routing_made_by_hand_is_combined(how: str, backend: str) -> None:
 
 
 LIBRARY = SimpleNamespace(
-    **{
-        name: partial(lambda run, call: run(call, Library()), getattr(grouped, name))
-        for name in ("forward", "backward")
-    }
+    forward=lambda call: grouped.forward(call, Library()), backward=lambda call: grouped.backward(call, Library())
 )
 
 

@@ -248,6 +248,15 @@ def test_linear_keeps_leading_dimensions_and_transposed_blocks_are_the_tied_head
     assert torch.allclose(mpo_linear(hidden, blocks.transposed()), hidden @ weight.T)
 
 
+@pytest.mark.parametrize(("left", "right"), [((1, 1, 2, 20), (1, 6, 2, 2)), ((1, 2, 2, 6), (1, 20, 1, 2))])
+def test_what_a_weight_is_rebuilt_from_may_be_larger(left: tuple[int, ...], right: tuple[int, ...]) -> None:
+    sizes = left, (left[-1], 3, 1, right[1]), right
+    blocks = MPOBlocks(*(torch.randn(size, dtype=torch.float64) for size in sizes), 6, 4)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    y = grouped_mpo_linear(x, blocks, torch.tensor([0, 5]), strategy="rebuild", backend="eager")
+    assert torch.allclose(y, x @ weight_reference(blocks, 0))
+
+
 def test_every_public_activation_has_a_reference() -> None:
     shape = SMALL_SHAPES["light"]
     blocks = random_blocks(shape, 1)

@@ -22,10 +22,6 @@ SHAPES = {**SMALL_SHAPES, **{name: workload_shape(name, 768, 3072) for name in N
 ROWS = (1, 2, 8, 32, 100, 512, 4096)
 
 
-def dims_of(shape: MPOShape) -> BlockDims:
-    return BlockDims.of_shape(shape)
-
-
 def optimal_flops(dims: BlockDims, rows: int) -> float:
     """opt_einsum's cheapest order for one expert; it counts two operations per multiply-add."""
     d = dims
@@ -35,7 +31,7 @@ def optimal_flops(dims: BlockDims, rows: int) -> float:
 
 
 def check_against_optimum(shape: MPOShape, rows: int) -> None:
-    dims = dims_of(shape)
+    dims = BlockDims.of_shape(shape)
     optimum = optimal_flops(dims, rows)
     # A missing side is a scalar: kernels multiply the rows by it, opt_einsum folds it into the smallest tensor.
     scalars = (dims.iL * dims.jL * dims.a == 1) + (dims.iR * dims.jR * dims.b == 1)
@@ -54,7 +50,7 @@ def test_never_more_flops_than_the_optimum(name: str) -> None:
 def test_a_chain_pays_for_the_elements_that_it_moves() -> None:
     """Central first takes 0.6 of the FLOPs for both; it is worth it unless it leaves eight times as many elements."""
     for sizes, order in (((768, 3072), ("L", "C", "R")), ((3072, 768), ("C", "L", "R"))):
-        dims = dims_of(workload_shape("light_32", *sizes))
+        dims = BlockDims.of_shape(workload_shape("light_32", *sizes))
         assert order_flops(dims, ("C", "L", "R")) < 0.6 * order_flops(dims, ("L", "C", "R"))
         assert dims.chain_order == order
         moved = {o: sum(s.after for s in applications(dims, o)[:-1]) for o in itertools.permutations("LCR")}
@@ -94,7 +90,7 @@ def test_any_shape_against_the_optimum(shape: MPOShape, rows: int) -> None:
 )
 def test_any_plan_ranks_by_flops_and_shows_every_strategy(**arguments) -> None:
     plan = plan_contraction(**arguments)
-    dims = dims_of(arguments["shape"])
+    dims = BlockDims.of_shape(arguments["shape"])
     assert plan == plan_contraction(**arguments)
     assert plan.temporary_bytes <= 2 * dims.weight_elements * arguments["dtype"].itemsize
     assert (plan.flops > 0) == (arguments["num_tokens"] > 0)
@@ -200,11 +196,8 @@ def test_masked_and_partial_backwards_leave_out_what_is_not_needed() -> None:
 
 
 def test_expected_busy_experts() -> None:
-    assert expected_busy_experts(8, 0) == 0
-    assert expected_busy_experts(8, 1) == 1
-    assert expected_busy_experts(1, 5) == 1
-    assert expected_busy_experts(64, 64) == 41  # 64 (1 - (63/64)^64) = 40.6
-    assert expected_busy_experts(8, 10_000) == 8
+    found = [expected_busy_experts(*sizes) for sizes in ((8, 0), (8, 1), (1, 5), (64, 64), (8, 10_000))]
+    assert found == [0, 1, 1, 41, 8]  # 64 (1 - (63/64)^64) = 40.6
 
 
 @pytest.mark.parametrize("shape", [SHAPES["paper_full"], SHAPES["separable"], SMALL_SHAPES["one_core"]])

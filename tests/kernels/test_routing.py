@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from mpoe_bench.cases import expert_choice
 
 from mpoe_kernels import combine, dispatch, route, use_backend
+from mpoe_kernels.routing import eager as kernels
 from mpoe_kernels.routing.op import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 from tests.assertions import torch_threads
 from tests.linear_problem import LAYOUTS
@@ -92,8 +93,6 @@ def test_native_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
 
 def test_eager_kernels_do_not_synchronise_with_the_host() -> None:
     """The host cannot read meta tensors, so a kernel that runs on them needs no synchronisation."""
-    from mpoe_kernels.routing import eager as kernels
-
     with torch.device("meta"):
         index, mask = torch.zeros(9, 2, dtype=torch.int64), torch.ones(9, dtype=torch.bool)
         offsets, token_of_slot, slot_of_token = kernels.route(RouteCall(index, 4, 3, mask, "eager"))

@@ -104,11 +104,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         {n: torch.randn(EXPERTS, 1, 5, 5) for n in ("right", "left", "right_gate")},
         r"right must be \[E, G, b, b\] with b a divisor of F = 12",
     ),
-    (
-        "mpo_embedding",
-        {"left": torch.randn(1, 2, 2, 3000)},
-        r"central must be of left's dtype \[a, iC, jC, b\], a = 3000",
-    ),
+    ("mpo_embedding", {"left": torch.randn(1, 2, 2, 3000)}, r"central must be .* \[a, iC, jC, b\], a = 3000"),
     *(
         (op, {"ids": torch.tensor([0, 0, 0, 0, 2**30])}, r"ids must lie in 0\.\.\d+; got 1073741824")
         for op in ("mpo_embedding", "mpo_embedding_backward")
@@ -126,12 +122,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         for row in (-1, 5, 9)
     ),
     *(
-        (
-            "route",
-            {"capacity": capacity, "top_k_index": chosen(expert)},
-            rf"top_k_index must lie in 0\.\.2; got {expert}",
-        )
-        for capacity in (None, 1)
+        ("route", {"capacity": most, "top_k_index": chosen(expert)}, rf"top_k_index must lie in 0\.\.2; got {expert}")
+        for most in (None, 1)
         for expert in (-1, 3, 2**40)
     ),
     *(
@@ -143,12 +135,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         for slot in (-2, 10)
     ),
     *(
-        (
-            "dispatch",
-            {"token_of_slot": torch.tensor([0] * 9 + [token])},
-            rf"token_of_slot must lie in 0\.\.4; got {token}",
-        )
-        for token in (-1, 5)
+        ("dispatch", {"token_of_slot": torch.tensor([0] * 9 + [row])}, rf"token_of_slot must lie in 0\.\.4; got {row}")
+        for row in (-1, 5)
     ),
     # rows that are placed need gates and slots
     ("grouped_mpo_linear", {**PLACED, "gates": None}, "gates must be given with out_index"),
@@ -288,6 +276,3 @@ def test_a_plain_call_never_hides_from_transforms() -> None:
     assert torch.equal(functional(torch.ones(3)), torch.full((3,), 2.0))
     graph = make_fx(lambda x: op(x, 2.0))(torch.ones(3))
     assert "mpoe.scaled_in_transforms" in graph.code
-
-
-# ------------------------------------------------------------------ memory

@@ -24,6 +24,7 @@ from mpoe.layers import (
     load_balancing_loss,
     routing_context,
 )
+from mpoe.layers.cores import _grouped_mm_runs
 from mpoe.layers.feed_forward import _say_that_nothing_balances
 
 # Covers eager PyTorch's own error in these dtypes, for sums of at most 2 x 60 products and two gates.
@@ -121,18 +122,21 @@ def test_gradients_are_those_of_the_loop(drawn) -> None:
 
 @pytest.mark.parametrize("own_bias", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "columns", "dtype"), [(7, 10, torch.float32), (8, 12, torch.float32), (8, 8, torch.float64)]
+    ("rows", "columns", "dtype"),
+    [(10, 8, torch.float32), (8, 10, torch.float32), (8, 12, torch.float32), (8, 8, torch.float64)],
 )
 def test_grouped_dense_linear(own_bias, rows, columns, dtype) -> None:
     x, weight = torch.randn(10, rows, dtype=dtype), torch.randn(3, rows, columns, dtype=dtype)
     x[8:] = torch.nan  # past the last offset
+    assert _grouped_mm_runs(x, weight) == (columns == 12)
+    assert not _grouped_mm_runs(x[:2], weight)
     bias = torch.randn(*([3] if own_bias else []), columns, dtype=dtype)
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
     y = grouped_dense_linear(x, weight, torch.tensor([0, 3, 3, 8], dtype=torch.int32), bias)
     of_expert = bias if own_bias else bias.expand(3, -1)
     expected = torch.cat([x[:3] @ weight[0] + of_expert[0], x[3:8] @ weight[2] + of_expert[2]])
     torch.testing.assert_close(y[:8], expected)
-    assert torch.equal(y[8:], torch.zeros_like(y[8:]))
+    assert torch.equal(y[8:], torch.zeros(2, columns, dtype=dtype))
     grad = torch.randn_like(expected)
     found = torch.autograd.grad(y, inputs, torch.cat([grad, torch.ones_like(y[8:])]))
     for got, want in zip(found, torch.autograd.grad(expected, inputs, grad), strict=True):
@@ -140,14 +144,8 @@ def test_grouped_dense_linear(own_bias, rows, columns, dtype) -> None:
 
 
 def feed_forward(gated=False, activation="gelu_new", bias=True, **config):
-    return MPOEFeedForward(
-        24,
-        48,
-        MPOEConfig(num_experts=4, **{"shape": "separable", **config}),
-        activation=activation,
-        gated=gated,
-        bias=bias,
-    ).eval()
+    config = MPOEConfig(num_experts=4, **{"shape": "separable", **config})
+    return MPOEFeedForward(24, 48, config, activation=activation, gated=gated, bias=bias).eval()
 
 
 def test_expert_dropout_replaces_the_familys_rate_in_training_only():
@@ -209,6 +207,16 @@ def test_tokens_are_brought_to_the_experts_dtype(dtype: torch.dtype) -> None:
     assert torch.equal(found, layer(x.float()))
     with pytest.raises(TypeError, match="dtype"):
         MPOLinear(8, 4)(x)
+    hidden = MPOEFeedForward(8, 16, MPOEConfig(num_experts=2)).to(dtype).eval()
+    hidden.down.float()  # as Transformers keeps T5's
+    assert hidden(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["mpo", "dense"])
+def test_random_weights_have_the_scale_of_their_projection(kind: str) -> None:
+    config = MPOEConfig(num_experts=2, shape="paper", expert_type=kind)
+    experts = MPOEFeedForward(8, 16, config, init_std={"up": 0.5}).experts
+    assert [each.init_std for each in experts.children()] == [0.5, 0.02]
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -228,6 +236,11 @@ def test_one_config_means_the_same_in_a_layer_and_in_a_model(gated: bool) -> Non
     torch.testing.assert_close(layer(x), layer.down(u))  # experts begin as identities
     for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(again(x), layer(x))
+
+
+def test_one_expert_without_a_router_is_a_dense_network() -> None:
+    layer, x = MPOEFeedForward(8, 16, MPOEConfig(num_experts=1, moe_type="none", shape="hidden")), torch.randn(2, 3, 8)
+    torch.testing.assert_close(layer(x), layer.down(layer.up(x).relu()))
 
 
 def test_a_layer_that_trains_alone_says_that_nothing_balances_it() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from mpoe import MPOEConfig, RouterConfig
@@ -149,6 +150,7 @@ def test_dtypes() -> None:
 @pytest.mark.parametrize("latent", [None, 4])
 def test_merged(latent: int | None) -> None:
     module = layer(True, latent)
+    assert module.own_parameters() == E * M * (3 * (latent or I) + 1)
     module.experts.up.requires_grad_(False)
     x = torch.randn(6, I)
     want = module(x)
@@ -182,7 +184,7 @@ SHAPES = [
     MPOShape.paper(24, 48),
     MPOShape.light(24, 48),
     MPOShape.separable(24, 48),
-    MPOShape.paper(24, 48, max_bond=4),
+    MPOShape((2, 2, 2, 3), (2, 2, 3, 4), max_bond=4),
 ]
 
 
@@ -222,6 +224,12 @@ def test_random_weights_have_the_wanted_scale_and_expected_ratios(shape):
     assert torch.equal(cores.bias, torch.zeros(48))
     weights = cores.dense_weights()
     assert not torch.allclose(weights[0], weights[1])
+    for k, core in enumerate(cores.cores()):
+        if k != shape.central:  # an isometry
+            columns = core[0].flatten(0, 2) if k < shape.central else core[0].flatten(1).T
+            torch.testing.assert_close(columns.T @ columns, torch.eye(columns.shape[1]))
+    parametrize.register_parametrization(cores.auxiliary, "1", nn.Identity())  # no parameter of the list any more
+    assert torch.equal(cores.dense_weights(), weights)
 
 
 def test_half_precision_weights_are_decomposed_in_float32():
@@ -290,6 +298,7 @@ def test_random_weights_are_as_large_as_those_of_nn_linear() -> None:
     layer, like = MPOLinear(64, 128), nn.Linear(64, 128)
     assert layer.weight.std().item() == pytest.approx(like.weight.std().item(), rel=0.1)
     assert MPOLinear(64, 128, init_std=0.01).weight.std().item() == pytest.approx(0.01, rel=0.1)
+    assert MPOEmbedding(MPOShape.paper(64, 128)).weight.std().item() == pytest.approx(1, rel=0.1)
     assert MPOLinear(8, 4, dtype=torch.float64).weight.dtype == torch.float64
 
 

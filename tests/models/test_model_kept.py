@@ -15,19 +15,10 @@ from mpoe.training.freezing import GradientMask
 from mpoe_kernels import MPOShape
 from tests.assertions import refuses
 
-from .tiny_models import (
-    KEPT,
-    batch,
-    config,
-    dense_model,
-    every_family,
-    every_kind,
-    logits,
-    relative_difference,
-    stirred,
-    tiny_model,
-)
+from .tiny_models import KEPT, batch, config, every_family, every_kind, logits, relative_difference, stirred, tiny_model
 from .tiny_models import dense_model as dense
+
+TABLES = {"target_modules": ["ffn", "embedding"], "shape": "separable"}
 
 
 def layers_of(model: nn.Module) -> list:
@@ -191,9 +182,7 @@ def test_networks_that_are_no_module_are_refused(kind: str) -> None:
 
 @pytest.mark.parametrize("family", ["t5", "gpt2", "llama", "bert_mlm"])
 def test_tied_head_and_table_learn_together(family):
-    model = convert_to_mpoe(
-        dense_model(family), MPOEConfig(num_experts=2, target_modules=["ffn", "embedding"], shape="separable")
-    )
+    model = convert_to_mpoe(dense(family), MPOEConfig(num_experts=2, **TABLES))
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(head, TiedHead)
     x = torch.randn(3, table.embedding_dim)
@@ -207,11 +196,9 @@ def test_tied_head_and_table_learn_together(family):
 
 @torch.no_grad()
 def test_heads_of_their_own_stay_dense(tmp_path):
-    model, inputs = dense_model("t5"), batch("t5")
+    model, inputs = dense("t5"), batch("t5")
     model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))
-    converted = convert_to_mpoe(
-        model, MPOEConfig(num_experts=2, target_modules=["ffn", "embedding"], shape="separable")
-    )
+    converted = convert_to_mpoe(model, MPOEConfig(num_experts=2, **TABLES))
     assert type(converted.lm_head) is nn.Linear
     assert relative_difference(model(**inputs), converted(**inputs), inputs) <= 1e-5
     converted.save_pretrained(tmp_path)
@@ -219,7 +206,7 @@ def test_heads_of_their_own_stay_dense(tmp_path):
 
 
 def test_tables_that_are_not_shared_are_refused():
-    model = dense_model("t5")
+    model = dense("t5")
     model.decoder.embed_tokens.weight = nn.Parameter(torch.randn_like(model.shared.weight))
     with pytest.raises(ValueError, match=r"decoder\.embed_tokens must share the table of shared"):
         convert_to_mpoe(model, MPOEConfig(target_modules=["embedding"], shape="separable"))
@@ -228,10 +215,8 @@ def test_tables_that_are_not_shared_are_refused():
 @torch.no_grad()
 def test_caps_of_each_component():
     caps = {"max_bond": 7, "attention_max_bond": 6, "embedding_max_bond": 5, "pooler_max_bond": 4}
-    model = convert_to_mpoe(
-        dense_model("bert"),
-        MPOEConfig(shape="paper", target_modules=["ffn", "attention", "embedding", "pooler"], **caps),
-    )
+    targets = ["ffn", "attention", "embedding", "pooler"]
+    model = convert_to_mpoe(dense("bert"), MPOEConfig(shape="paper", target_modules=targets, **caps))
     largest = {}
     for name, cores in mpo_modules(model):
         kind = next(k for k in ("pooler", "embedding", "attention", "experts") if k in name)
@@ -242,7 +227,7 @@ def test_caps_of_each_component():
 
 @torch.no_grad()
 def test_vocabularies_are_padded_and_unknown_ids_refused():
-    model = dense_model("gpt2")
+    model = dense("gpt2")
     shape = MPOShape((4, 4, 4), (2, 4, 3), None, None, 60, 24)
     config = MPOEConfig(target_modules=["embedding"], shape_pattern={"wte": shape}, shape="separable")
     converted = convert_to_mpoe(model, config)
@@ -262,7 +247,7 @@ def test_shapes_by_pattern(tmp_path):
         "mlp": {"up": MPOShape.light(24, 96, 8), "down": MPOShape.light(96, 24, 8)},
         r"attn\.c_attn": 5,
     }
-    model, inputs = dense_model("gpt2"), batch("gpt2")
+    model, inputs = dense("gpt2"), batch("gpt2")
     config = MPOEConfig(num_experts=2, target_modules=["ffn", "attention"], shape_pattern=pattern, shape="separable")
     converted = convert_to_mpoe(model, config)
     shapes = {name: cores.shape for name, cores in mpo_modules(converted)}
@@ -285,15 +270,14 @@ def test_shapes_by_pattern(tmp_path):
     ],
 )
 def test_patterns_that_do_not_fit(pattern, words):
-    config = MPOEConfig(target_modules=["ffn", "embedding"], shape_pattern=pattern, shape="separable")
     with pytest.raises(ValueError) as caught:
-        convert_to_mpoe(dense_model("gpt2"), config)
+        convert_to_mpoe(dense("gpt2"), MPOEConfig(shape_pattern=pattern, **TABLES))
     assert words in str(caught.value)
 
 
 @torch.no_grad()
 def test_llama_gates_with_biases_are_refused():
-    model = dense_model("llama")
+    model = dense("llama")
     for layer in model.model.layers:
         layer.mlp.gate_proj.bias = nn.Parameter(torch.ones(48))
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.gate_proj must have no bias"):

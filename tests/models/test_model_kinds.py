@@ -20,9 +20,8 @@ from .tiny_models import dense_model as dense
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_shared_blocks_are_plain_mpos(family: str) -> None:
     """With the projections as centre, HiddenExperts' cores rebuild C1 (1 x R) and (1 x L) C2."""
-    layer = next(
-        iter(hidden_modules(stirred(convert_to_mpoe(dense(family), config("hidden", block_per_group=False)))).values())
-    )
+    model = stirred(convert_to_mpoe(dense(family), config("hidden", block_per_group=False)))
+    layer = next(iter(hidden_modules(model).values()))
     features, block = layer.hidden_features, 8
     for kind in layer.projections():
         up = kind != "down"
@@ -34,7 +33,9 @@ def test_shared_blocks_are_plain_mpos(family: str) -> None:
         centre = weight.view(1, 24, -1, block) if up else weight.view(-1, block, 24).permute(0, 2, 1)[None]
         cores = [centre, (core if up else core.T).reshape(shape.core_shapes[1])]
         assert tuple(centre.shape) == shape.core_shapes[0]
-        assert torch.allclose(reconstruct(cores), layer.expert_weights(kind)[2], atol=1e-6)
+        found = layer.expert_weights(kind)
+        assert torch.allclose(reconstruct(cores), found[2], atol=1e-6)
+        assert not found.requires_grad
 
 
 def test_the_mask_compiles_into_two_graphs() -> None:
@@ -70,6 +71,7 @@ def test_dropout_and_padding() -> None:
     assert not y[0, 1].any()
     assert bool(torch.isfinite(y).all())
     layer.expert_dropout = 0.5
+    assert torch.equal(layer(x, mask), y)
     assert not torch.equal(layer.train()(x, mask), y)
 
 

@@ -65,9 +65,10 @@ def linear_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor,
     else:
         found = (rebuild_backward if call.strategy == "rebuild" else _rows_backward)(call, upstream, groups)
     dx, dleft, dcentral, dright = found
+    idle = sorted(set(range(call.num_experts)) - {expert for expert, _, _ in groups})
     for stacked in (dleft, dright):
-        if stacked is not None and len(groups) < call.num_experts:
-            stacked[sorted(set(range(call.num_experts)) - {expert for expert, _, _ in groups})] = 0
+        if stacked is not None:
+            stacked[idle] = 0
     if dx is not None:
         dx[last:] = 0
         dx = dx if call.row_index is None else torch.zeros_like(call.x).index_add_(0, call.row_index, dx)

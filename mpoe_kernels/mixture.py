@@ -1,4 +1,4 @@
-"""A mixture's native calls without the ops around them: for passes that nobody differentiates, compiles or watches.
+"""A mixture layer's native calls without ops around them: for passes that nobody differentiates, compiles or watches.
 
 While decoding, the ops of `route`, `grouped_mpo_linear` and `combine` (checks, dispatch) take longer than their
 kernels. Whoever calls these functions has asked `mpoe_kernels.routing.gating.can_route_natively`. The kernels and

@@ -126,8 +126,19 @@ def _one_task(name: str, options: DataOptions, described: Mapping[str, TaskSpec]
 
 
 def read_descriptions(files: Sequence[str]) -> dict[str, TaskSpec]:
-    """The tasks that ``task_file`` describes, by name; of two files that describe one task the last counts."""
-    return {name: spec for file in files for name, spec in read_task_file(file).items()}
+    """The tasks that ``task_file`` describes, by name.
+
+    Raises:
+        ValueError: as `read_task_file`, or two files describe one task.
+    """
+    described: dict[str, TaskSpec] = {}
+    for file in files:
+        specs = read_task_file(file)
+        twice = sorted(described.keys() & specs)
+        if twice:
+            raise CommandError(f"task_file: {file} describes {', '.join(twice)} again; a task has one description")
+        described |= specs
+    return described
 
 
 def resolve(

@@ -34,11 +34,15 @@ class Metric:
     package: str = ""
 
     def __call__(self, predictions: Sequence, references: Sequence) -> float:
-        """Raises ValueError for inputs of different lengths or without an item."""
+        """Raises ValueError for inputs of different lengths, without an item, or with a number that is not finite."""
         if len(predictions) != len(references):
             raise ValueError(f"predictions and references differ in length: {len(predictions)} and {len(references)}")
         if not len(references):
             raise ValueError("predictions and references are empty; a metric needs at least one item")
+        for name, values in (("predictions", predictions), ("references", references)):
+            odd = [value for value in values if isinstance(value, float | np.floating) and not np.isfinite(value)]
+            if odd:
+                raise ValueError(f"{name} must be finite numbers; got {odd[0]}")
         return float(self.count(predictions, references))
 
 

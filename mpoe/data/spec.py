@@ -89,6 +89,8 @@ class TaskSpec:
         for kind, wanted, names in _KINDS:
             for name in names:
                 check_type(f"{name} of task {self.name}", getattr(self, name), kind, wanted)
+        for column in self.column_names:
+            check_type(f"every item of column_names of task {self.name}", column, str, "a text")
         self._settle("kind", self.kind or ("classification" if self.label_words else ""))
         self._settle("label_words", self._words())
         of_labels = ("accuracy", "f1" if len(self.labels) == 2 else "macro_f1", "matthews")
@@ -108,6 +110,8 @@ class TaskSpec:
         if isinstance(values, Mapping):
             values = {key: value for key, value in values.items() if key != "description"}  # of earlier versions
         check_fields(cls, values, f"task {name}")
+        if values.get("name", name) != name:
+            raise ValueError(f"name of task {name} must be what its description stands under; got {values['name']!r}")
         return cls(**{**values, "name": name})
 
     def to_mapping(self) -> dict[str, Any]:

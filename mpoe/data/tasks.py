@@ -104,11 +104,11 @@ def get_task(name: str) -> Task:
 def load_task(spec: TaskSpec, data_dir: str | Path | None = None) -> Task:
     """The task that ``spec`` describes, from the folder ``data_dir``, its own folder, or the hub.
 
-    A split is read and checked when it is first asked for. Where there are no validation items they are taken out of
-    the training items: a tenth, at most a thousand.
+    A split is read and checked when it is first asked for; a data set on the hub is fetched at once. Where there are no
+    validation items they are taken out of the training items: a tenth, at most a thousand.
 
     Raises:
-        ValueError: it has no data, or (on reading) what is read does not fit.
+        ValueError: it has no data, the hub does not give it, or (on reading) what is read does not fit.
         RuntimeError: a metric of the task needs a package of the extra ``metrics`` that is not installed.
     """
     folder = data_dir or spec.data_dir
@@ -140,7 +140,8 @@ def load_task_from_folder(
 
     Args:
         data_dir: folder with a train file and perhaps validation (valid, val, dev) and test files, or a data set on the
-            hub, ``owner/name``; without validation, a tenth of the training items, at most a thousand, is held out.
+            hub: a text ``owner/name`` where there is no folder ``owner`` (a ``Path`` is always a folder); without
+            validation, a tenth of the training items, at most a thousand, is held out.
         name: name of the task (default: the folder's); every source text starts with it.
         column_names: columns of csv/tsv files that have no header line.
         detection: options of `detect_spec`.
@@ -150,9 +151,9 @@ def load_task_from_folder(
             splits other than train when they are first read.
     """
     name = name or task_name(Path(data_dir).resolve().name)
-    hub_name = re.fullmatch(r"([\w-][\w.-]*)/[\w.-]+", str(data_dir))
+    hub_name = re.fullmatch(r"([\w-][\w.-]*)/[\w.-]+", data_dir) if isinstance(data_dir, str) else None
     if hub_name and not Path(hub_name[1]).exists():
-        tables, source = hub_tables(HubData(str(data_dir)), name), f"hub data set {data_dir}"
+        tables, source = hub_tables(HubData(hub_name[0]), name), f"hub data set {data_dir}"
     else:
         tables, source = folder_tables(data_dir, column_names), f"data_dir {data_dir}"
     rows = tables["train"]()

@@ -159,13 +159,13 @@ def load_summary(counts: Tensor) -> dict[str, float]:
     }
 
 
-def one_sided(counts: Tensor) -> str | None:
-    """A sentence if, of tokens per expert ``[layers, E]``, one took more than half plus half of the even share (75% of
-    2 experts, 56% of 8) of a layer's."""
-    tokens, experts = counts.sum(1), counts.shape[1]
-    share = counts.max(1).values / tokens.clamp(min=1)
+def one_sided(counts: Tensor, top_k: int) -> str | None:
+    """A sentence if, of slots per expert ``[layers, E]`` where a token has ``top_k``, one got more of a layer's tokens
+    than half plus half of the even share: of 2 experts 75%, of 8 56%, of 8 with ``top_k`` 2 63%."""
+    slots, experts = counts.sum(1), counts.shape[1]
+    share = (top_k * counts.max(1).values / slots.clamp(min=1)).clamp(max=1)
     layer = int(share.argmax())
-    if experts < 2 or tokens[layer] < 100 * experts or share[layer] <= 0.5 + 0.5 / experts:  # few may be chance
+    if slots[layer] < 100 * experts or share[layer] <= 0.5 + 0.5 * top_k / experts:  # few may be chance
         return None
     return (
         f"expert {int(counts[layer].argmax())} of mixture layer {layer} took {share[layer]:.0%} of its tokens since the"

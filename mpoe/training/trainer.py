@@ -318,7 +318,8 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         if counts is None:
             return {}
         logs.update(load_summary(counts))
-        found = None if self._is_warned else one_sided(counts)
+        router = self.model.mpoe_config.router  # GShard's second choices may be dropped: a token has one for certain
+        found = None if self._is_warned else one_sided(counts, 1 if router.second_policy else router.top_k)
         if found is not None and self.is_world_process_zero():
             self._is_warned = True
             warnings.warn(found, stacklevel=2)

@@ -1,7 +1,8 @@
 """What to compute, from sizes alone: every strategy's FLOPs and memory, fewest FLOPs first.
 
-These are exact counts. Nothing here knows backends or devices; `mpoe_kernels.contract.autotune` chooses what runs among
-the first of these strategies.
+These are exact counts of a strategy's products, each computed once; to stay within two weights' memory, a kernel may
+compute one again, as eager's `rebuild` does. Nothing here knows backends or devices; `mpoe_kernels.contract.autotune`
+chooses what runs among the first of these strategies.
 """
 
 from __future__ import annotations

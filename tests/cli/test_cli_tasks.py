@@ -66,6 +66,7 @@ def test_task_files(tmp_path: Path) -> None:
     (tmp_path / "imdb").rename(tmp_path / "elsewhere")
     (imdb,) = tasks([], task_file=[str(file)])
     assert imdb.train()[1].source == "mine: text 1 of train"  # a file's task wins over a known one
+    refuses(ValueError, r"task_file: .*t\.yaml describes imdb again", tasks, [], task_file=[str(file)] * 2)
 
 
 @pytest.mark.parametrize(

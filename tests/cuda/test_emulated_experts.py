@@ -24,6 +24,7 @@ of_each_kind = pytest.mark.parametrize("kind", KERNELS, ids=lambda kind: kind.__
 
 class TestScenarios(ExpertScenarios):
     backend, kernels = "emulated", KERNELS
+    dtypes = (*DTYPES[:2], pytest.param(torch.float16, marks=pytest.mark.exhaustive))  # default tests below have it too
 
 
 @of_each_kind

@@ -254,7 +254,8 @@ def test_every_metric_refuses_unequal_and_empty_input(name):
 
 
 def test_wrong_values_do_not_pass() -> None:
-    assert math.isnan(METRICS["spearman"]([math.nan, 1], [1, 2]))
+    for name, odd in (("spearman", [math.nan, 1]), ("pearson", np.float32([np.inf] * 2)), ("accuracy", [math.nan, 1])):
+        refuses(ValueError, "predictions must be finite numbers; got", METRICS[name], odd, [1, 2])
     refuses(ValueError, "Mix of label input types", METRICS["accuracy"], ["1"], [1])  # texts and numbers
     refuses(ValueError, r"metric must be one of .*; got 'acuracy' \(did you mean 'accuracy'", m.get_metric, "acuracy")
 

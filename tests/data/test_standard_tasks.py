@@ -194,6 +194,7 @@ def test_what_the_hub_does_not_give(hub) -> None:
     hub(lambda *_, **__: {"dev": []})
     for read in (lambda: get_task("mnli"), lambda: load_task_from_folder("nyu-mll/glue")):
         refuses(ValueError, r"hub data set nyu-mll/glue must have a train split; got dev", read)
+    refuses(ValueError, "data_dir must be an existing folder", load_task_from_folder, Path("nyu-mll/glue"))
     rows = [{"text": f"text {i}", "coarse_label": i % 6} for i in range(24)]
     hub(lambda *_, **__: {"train": rows})
     with pytest.raises(ValueError, match="hub data set CogComp/trec of task trec has no test split; use split_"):

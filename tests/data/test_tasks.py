@@ -237,6 +237,8 @@ GOOD = {"template": "{a}", "label_words": {0: "no", 1: "yes"}}
     ("changes", "message"),
     [
         ({"templat": "x"}, r"task t has no field 'templat' \(did you mean 'template'"),
+        ({"name": "u"}, "name of task t must be what its description stands under; got 'u'"),
+        ({"column_names": ["a", 3]}, "every item of column_names of task t must be a text; got int 3"),
         ({"template": "no column"}, "template of task t must name columns in braces.*got 'no column'"),
         ({"template": "{a} {b"}, "template of task t must name columns in braces"),
         ({"template": 3}, "template of task t must be a text; got int 3"),

@@ -22,6 +22,7 @@ from tests.linear_problem import Product, check_ffn, planned_strategies
 
 # A shape of every kind: on tiles that are never full, and, large, on many full ones.
 LARGE = {"paper": MPOShape.paper(768, 3072, max_bond=32), "separable": MPOShape.separable(768, 3072)}
+LARGE_ON_CPU = {"paper": MPOShape.paper(192, 384, max_bond=32), "separable": MPOShape.separable(192, 384)}
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 
@@ -111,9 +112,9 @@ def test_dispatch_and_combine(able: str, device: torch.device) -> None:
 @pytest.mark.parametrize("name", ["paper_bond_4", "light", "separable", "padded", *LARGE])
 def test_rows_at_their_tokens(able: str, name: str, dtype: torch.dtype, device: torch.device) -> None:
     """The last product of a network without gradients: the bits of `combine`."""
-    shape = LARGE[name] if name in LARGE else SMALL_SHAPES[name]
-    # Large for a GPU's tiles; a CPU's are full long before.
-    tokens, experts = (300, 7) if name not in LARGE or device.type == "cuda" else (70, 3)
+    large = LARGE if device.type == "cuda" else LARGE_ON_CPU  # whose tiles are full long before
+    shape = large[name] if name in large else SMALL_SHAPES[name]
+    tokens, experts = (300, 7) if name not in large or device.type == "cuda" else (70, 3)
     routing = make_routing(tokens, experts, "zipf", device, capacity=tokens // 6)
     blocks, gates = make_blocks(shape, experts, dtype, device), torch.rand(tokens, 1, device=device)
     x, bias = (

@@ -29,10 +29,15 @@ from mpoe_kernels import (
     plan_contraction,
     use_backend,
 )
+from mpoe_kernels.contract import BlockDims, contraction
 from mpoe_kernels.contract.kept import processor_name
+from mpoe_kernels.contract.orders import merge_flops
+from mpoe_kernels.contract.plan import candidate_strategies
+from mpoe_kernels.contract.program import ALL_GRADIENTS
 from mpoe_kernels.cuda_library import RefusingOps
 from mpoe_kernels.define import requested_backend
-from mpoe_kernels.linear.op import ForwardCall
+from mpoe_kernels.linear.eager import linear_backward, linear_forward
+from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 from mpoe_kernels.native_library import INFO_KEYS, NATIVE_LIBRARY
 from mpoe_kernels.triton import architecture
 from tests.assertions import in_threads, refuses
@@ -206,9 +211,6 @@ class LiveBytes(TorchDispatchMode):
 @pytest.mark.parametrize("experts", [2, 12])
 def test_at_most_two_rebuilt_weights_are_alive(experts: int) -> None:
     """Peak memory of forward and backward kernels beyond inputs and results: two weights, for any E."""
-    from mpoe_kernels.linear.eager import linear_backward, linear_forward
-    from mpoe_kernels.linear.op import BackwardCall
-
     shape = MPOShape((4, 4, 4), (4, 8, 4))
     blocks = random_blocks(shape, experts, torch.float32)
     x = torch.randn(experts, shape.in_features)
@@ -226,6 +228,38 @@ def test_at_most_two_rebuilt_weights_are_alive(experts: int) -> None:
     results = sum(g.nbytes for g in grads)
     one_expert = sum(g[0].nbytes for g in (grads[1], grads[3])) + 2 * grads[2].nbytes
     assert backward.peak <= results + one_expert + y.nbytes + 2 * weight_bytes + 4096
+
+
+class Flops(TorchDispatchMode):
+    """Counts those of matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("mm", "addmm_", "bmm"):
+            self.count += 2 * args[-2].numel() * args[-1].shape[-1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", SMALL_SHAPES)
+def test_eager_computes_the_products_that_are_counted(name: str) -> None:
+    """Once each, but for the half of `rebuild`, which a backward that needs x's gradient too builds twice."""
+    shape, experts, slots = SMALL_SHAPES[name], 3, 12
+    dims, blocks = BlockDims.of_shape(shape), random_blocks(shape, experts)
+    x, offsets = torch.randn(slots, shape.in_features, dtype=torch.float64), torch.tensor([0, 4, 8, 12])
+    given = (x, blocks.left, blocks.central, blocks.right, offsets, None, None, shape.in_features, shape.out_features)
+    for strategy in candidate_strategies(dims):
+        for need in (ALL_GRADIENTS, (True, True, False, True), (False, True, True, False), (False, False, False, True)):
+            with Flops() as forward:
+                y, h, z = linear_forward(ForwardCall(*given, "none", strategy, "eager", save=True))
+            with Flops() as backward:
+                linear_backward(BackwardCall(*given, "none", strategy, "eager", y, h, z, need=[*need, False]))
+            again = 0
+            if strategy == "rebuild" and need[0] and need[3 if dims.left_first else 1]:
+                again = experts * merge_flops(dims, *("LC" if dims.left_first else "CR"))
+            for phase, found, more in (("forward", forward, 0), ("backward", backward, again)):
+                plan = contraction(strategy, dims, experts, slots, x.dtype, phase, need)
+                assert found.count == plan.flops + more, (strategy, need, phase)
 
 
 def test_what_a_compiled_kernel_refuses_is_a_value_error() -> None:

@@ -35,7 +35,7 @@ FEW_UTILS = ("test_schema", "test_faketensor")
 ALL_UTILS = (*FEW_UTILS, "test_autograd_registration", "test_aot_dispatch_dynamic")
 
 
-MANY_BLOCKS = MPOShape((16, 9, 16), (16, 7, 16), max_bond=40)
+MANY_BLOCKS = MPOShape((8, 13, 16), (8, 11, 16), max_bond=40)
 
 
 def fitting(op: str, backend: str) -> Iterator[dict[str, Any]]:

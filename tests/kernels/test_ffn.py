@@ -20,11 +20,11 @@ from mpoe_kernels.linear.eager import candidates
 from mpoe_kernels.linear.eager.library import Library
 from mpoe_kernels.linear.ffn import placed_mpo_linear
 from tests.assertions import poisoned_memory
-from tests.cases import SMALL_SHAPES
+from tests.cases import SMALL_SHAPES, pairwise
 from tests.linear_problem import KernelProblem, check_ffn, leaves
 from tests.linear_scenarios import LinearScenarios
 
-from .backend_cases import on_every_backend, require, require_strategies
+from .backend_cases import BACKENDS, on_every_backend, require, require_strategies
 
 
 def test_ffn_dropout_drops_hidden_activations() -> None:
@@ -37,8 +37,7 @@ def test_ffn_dropout_drops_hidden_activations() -> None:
     assert bool((mpo_ffn(x, routing, weights, up, down, dropout=1.0) == 0).all())
 
 
-@on_every_backend
-@pytest.mark.parametrize("name", ["light", "separable"])
+@pytest.mark.parametrize(("name", "backend"), pairwise(["light", "separable"], BACKENDS))
 def test_one_graph(backend: str, name: str) -> None:
     """Of routing, a network and rows there and back, without a number that the host reads."""
     shape = SMALL_SHAPES[name]

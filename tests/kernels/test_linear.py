@@ -42,8 +42,8 @@ MEDIUM = {
 # For native kernels: several blocks in k and in n, with a smaller last one; bonds that do not fill a granule; both
 # orders of half_left; for separable several pieces of k and column strips, and odd bonds, which bfloat16 pads.
 LARGER = {
-    "many_blocks": MPOShape((16, 9, 16), (16, 7, 16), max_bond=40),
-    "many_blocks_mirrored": MPOShape((16, 7, 24), (16, 9, 16), max_bond=40),
+    "many_blocks": MPOShape((8, 13, 16), (8, 11, 16), max_bond=40),
+    "many_blocks_mirrored": MPOShape((8, 9, 24), (12, 11, 16), max_bond=40),
     "wide_left": MPOShape((24, 3, 4), (16, 5, 2), max_bond=33),
     "wide_right": MPOShape((4, 3, 24), (4, 5, 24), max_bond=33),
     "cropped": MPOShape((6, 5, 4), (4, 6, 7), max_bond=20, in_features=101, out_features=123),
@@ -190,12 +190,11 @@ def test_native_bits_do_not_depend_on_threads(shape: MPOShape, tokens: int, expe
     product = Product(shape, dtype, tokens, experts=experts, activation="gelu_new", backend="native")
     for strategy in require_strategies("native", shape, dtype):
         results = []
-        for threads in (1, 2, 3):
+        for threads in (1, 3):
             with torch_threads(threads):
                 results.append(product.run(strategy))
-        for other in results[1:]:
-            for label, a, b in zip(NAMES, results[0], other, strict=True):
-                assert torch.equal(a, b), f"{label} ({strategy})"
+        for label, a, b in zip(NAMES, *results, strict=True):
+            assert torch.equal(a, b), f"{label} ({strategy})"
 
 
 @pytest.mark.parametrize("name", ["paper", "separable"])

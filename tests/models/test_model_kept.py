@@ -14,6 +14,7 @@ from mpoe.training import MPOETrainingArguments, build_param_groups
 from mpoe.training.freezing import GradientMask
 from mpoe_kernels import MPOShape
 from tests.assertions import refuses
+from tests.cases import pairwise
 
 from .tiny_models import KEPT, batch, config, every_family, every_kind, logits, relative_difference, stirred, tiny_model
 from .tiny_models import dense_model as dense
@@ -49,8 +50,7 @@ def test_masked_steps_leave_what_is_shared_alone(kind: str, family: str) -> None
             assert torch.allclose(masked[name], free[name], rtol=1e-4, atol=1e-6), name
 
 
-@pytest.mark.parametrize("family", ["t5_gated", "bert_mlm", "llama"])
-@every_kind
+@pytest.mark.parametrize(("kind", "family"), pairwise(list(KEPT), ["t5_gated", "bert_mlm", "llama"]))
 def test_one_graph_and_export(kind: str, family: str) -> None:
     layer = layers_of(stirred(convert_to_mpoe(dense(family), config(kind))))[0]
     x = torch.randn(2, 5, 24)

@@ -202,9 +202,12 @@ def test_the_trainer_warns(tmp_path: Path) -> None:
 
 
 def test_loads_that_are_no_reason_to_warn() -> None:
-    assert one_sided(torch.tensor([[100, 100, 100, 100], [280, 40, 40, 40]])) is not None
+    assert one_sided(torch.tensor([[100, 100, 100, 100], [280, 40, 40, 40]]), 1) is not None
     for fine in ([[700, 300]], [[300, 40, 40, 0], [0, 0, 0, 0]], [[10_000]], [[100, 99, 101, 100]]):
-        assert one_sided(torch.tensor(fine)) is None  # of two 70% is not most; too few to tell; one has no choice
+        assert one_sided(torch.tensor(fine), 1) is None  # of two 70% is not most; too few to tell; one has no choice
+    assert "took 98% of its tokens" in str(one_sided(torch.tensor([[490, 170, 170, 170]]), 2))  # half is every token
+    for fine in ([[370, 210, 210, 210]], [[500, 500]]):
+        assert one_sided(torch.tensor(fine), 2) is None
 
 
 def test_finds_the_same_rate_twice_and_leaves_everything_as_it_was(tmp_path: Path) -> None:

@@ -73,7 +73,11 @@ class Weights:
     def of_blocks(
         self, left: Tensor, central: Tensor, right: Tensor, need: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of the blocks that are needed, from that of the weight, which is lost."""
+        """Gradients of the blocks that are needed, from that of the weight, which is lost.
+
+        The gradient of the block outside the half needs the half again, which the weight has overwritten since: for a
+        backward that also needs x's gradient this is one merge more than the program counts.
+        """
         d, (need_left, need_central, need_right) = self.dims, need
         own, blocks = self._orders()
         blocks.copy_(own)

@@ -67,20 +67,14 @@ def test_half_precision(kind: type[Any], own: dict[str, int], dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("kind", "kernel", "on_chip"),
-    [
-        *((HiddenProblem, kernel, 0) for kernel in hidden.TILES),
-        *((NeuronProblem, kernel, on_chip) for kernel in neurons.TILES for on_chip in (0, 1000)),
-    ],
-)
+@pytest.mark.parametrize(("kind", "kernel"), [(kind, kernel) for kind in KERNELS for kernel in KERNELS[kind].TILES])
 def test_a_row_of_nan_with_an_expert_stays_alone_on_every_tile(
-    kind: type[Any], kernel: str, on_chip: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    kind: type[Any], kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiles, own = KERNELS[kind].TILES[kernel], {"groups": 2, "block": 8} if kind is HiddenProblem else {}
     problem = kind(tokens=40, experts=2, dtype=dtype, gated=True, none_share=0.0, **own)
     others = torch.arange(40) != 7
-    monkeypatch.setattr(neurons, "ON_CHIP", dict.fromkeys(SIZES, on_chip))
+    monkeypatch.setattr(neurons, "ON_CHIP", dict.fromkeys(SIZES, 1000 * (kernel == "fused")))  # else it is not launched
     for tile in tiles[dtype.itemsize]:
         monkeypatch.setitem(tiles, dtype.itemsize, (tile,))
         clean, rows = problem.computed("triton"), problem.inputs[problem.ROWS]

@@ -178,7 +178,8 @@ class MPOCores(FromInitialValues):
         for k, (name, (d, i, j, e)) in enumerate(zip(self.core_names(), self.shape.core_shapes, strict=True)):
             if name == "central":
                 continue
-            rows, columns = (d * i * j, e) if k < self.shape.central else (i * j * e, d)  # a bond has at most as many
+            # A bond has at most as many columns as its core has rows.
+            rows, columns = (d * i * j, e) if k < self.shape.central else (i * j * e, d)
             frame = torch.linalg.qr(torch.randn(self.num_experts, rows, columns, **options)).Q
             frame = frame if k < self.shape.central else frame.transpose(-1, -2)
             values[name] = frame.reshape(self.num_experts, d, i, j, e)

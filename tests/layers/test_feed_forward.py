@@ -126,14 +126,14 @@ def test_gradients_are_those_of_the_loop(drawn) -> None:
     [(10, 8, torch.float32), (8, 10, torch.float32), (8, 12, torch.float32), (8, 8, torch.float64)],
 )
 def test_grouped_dense_linear(own_bias, rows, columns, dtype) -> None:
-    x, weight = torch.randn(10, rows, dtype=dtype), torch.randn(3, rows, columns, dtype=dtype)
+    x, weight = torch.randn(10, rows, dtype=dtype), torch.randn(4, rows, columns, dtype=dtype)
     x[8:] = torch.nan  # past the last offset
     assert _grouped_mm_runs(x, weight) == (columns == 12)
     assert not _grouped_mm_runs(x[:2], weight)
-    bias = torch.randn(*([3] if own_bias else []), columns, dtype=dtype)
+    bias = torch.randn(*([4] if own_bias else []), columns, dtype=dtype)
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
-    y = grouped_dense_linear(x, weight, torch.tensor([0, 3, 3, 8], dtype=torch.int32), bias)
-    of_expert = bias if own_bias else bias.expand(3, -1)
+    y = grouped_dense_linear(x, weight, torch.tensor([0, 3, 3, 8, 8], dtype=torch.int32), bias)
+    of_expert = bias if own_bias else bias.expand(4, -1)
     expected = torch.cat([x[:3] @ weight[0] + of_expert[0], x[3:8] @ weight[2] + of_expert[2]])
     torch.testing.assert_close(y[:8], expected)
     assert torch.equal(y[8:], torch.zeros(2, columns, dtype=dtype))

@@ -149,6 +149,12 @@ def test_training_changes_the_routers_alone_and_lowers_the_loss():
     losses = train_routers(trained, examples, 15)
     assert losses[-1] < losses[0]
     assert [parameter.requires_grad for parameter in trained.parameters()] == before
+    wanted = 0.0
+    for domain, batch in enumerate(each[0] for each in examples):
+        out = trained(**batch, output_router_logits=True)
+        own = [-logits.log_softmax(-1)[:, domain].mean() for logits in out.router_logits]
+        wanted += float((out.task_loss + torch.stack(own).mean()).detach())
+    assert train_routers(trained, examples, 1)[0] == pytest.approx(wanted, rel=1e-5)
 
 
 def test_fine_tunes_that_do_not_fit():
@@ -164,4 +170,5 @@ def test_fine_tunes_that_do_not_fit():
     refuses(ValueError, "router must be one of 'ridge', 'train'", compose, base, [base], router="rigde")
     refuses(ValueError, "steps must be at least 1; got 0", compose, base, [base], steps=0)
     refuses(ValueError, "each of 1 fine-tunes; got 2", compose, base, [base], [batches(0), batches(1)])
+    refuses(ValueError, "each of 2 fine-tunes; got 1", compose, base, [base, base], [batches(0)])
     refuses(ValueError, "batches must hold tokens", compose, base, [base], [[]])

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from mpoe import collect_statistics, compose_experts, load_expert, load_mpoe, merge_expert, save_expert, start_expert
 from mpoe.models import push_expert
-from mpoe.models.composition import _second_moment
+from mpoe.models.composition import _second_moment, check_statistics
 from mpoe.models.expert_files import base_identity
 from mpoe.models.expert_mixture import documentation_batches
 from mpoe.models.report import neuron_modules
@@ -132,6 +132,8 @@ def test_statistics_of_full_rank_are_exact_and_without_padding() -> None:
     torch.testing.assert_close(moment, x.T @ x / len(x), rtol=2e-3, atol=2e-3 * float(moment.abs().max()))
     sketch = _second_moment(collect_statistics(model, [inputs], rank=3), name)
     torch.testing.assert_close(sketch.diagonal(), moment.diagonal(), rtol=2e-3, atol=2e-3)
+    one = {f"{name}.{part}": statistics[f"{name}.{part}"] for part in ("mean", "vectors", "values")}
+    refuses(ValueError, rf"the law must hold .*see {name}\.rest", check_statistics, one, {name: x.shape[1]}, "the law")
 
 
 @pytest.mark.parametrize("neurons", [40, 46])

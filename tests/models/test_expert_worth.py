@@ -185,11 +185,13 @@ def test_fits_that_are_refused(adapter: SimpleNamespace) -> None:
 
 def saved(base: Any, folder: Path, **config: Any) -> Path:
     peft = pytest.importorskip("peft")
-    peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, **config)).save_pretrained(folder)
+    peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**{"r": 2, **config})).save_pretrained(folder)
     return folder
 
 
 def test_adapters_that_are_refused(adapter: SimpleNamespace, tmp_path: Path) -> None:
+    small = saved(adapter.base, tmp_path / "small", r=1, target_modules=["layers.0.mlp.up_proj"])
+    assert check_adapter(adapter.base, small) == 1  # 32 + 48 numbers, fewer than half a neuron of two layers
     attention = saved(adapter.base, tmp_path / "attention", target_modules=["q_proj", "up_proj"])
     with pytest.raises(ValueError, match=r"feed-forward networks to become neurons; .*q_proj \(attention cannot"):
         check_adapter(adapter.base, attention)

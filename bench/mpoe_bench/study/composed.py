@@ -268,7 +268,7 @@ class ComposedStudy:
             return {name: value if name.endswith(".mean") else background[name] for name, value in statistics.items()}
 
         bare = [dataclasses.replace(e, statistics=means_alone(e.statistics)) for e in loaded]
-        seen = {e.name: batched(self.texts.splits[d][0][:256]) for e, d in zip(loaded, files, strict=True)}
+        seen = {e.name: batched(self.texts.splits[d][0][:SAMPLED]) for e, d in zip(loaded, files, strict=True)}
         yield "means alone", self.composed(bare)
         yield "with texts", self.composed(loaded, texts=seen)
         yield "top-1", self.composed(loaded, top_k=1)

@@ -67,7 +67,7 @@ def linear_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor,
     dx, dleft, dcentral, dright = found
     idle = sorted(set(range(call.num_experts)) - {expert for expert, _, _ in groups})
     for stacked in (dleft, dright):
-        if stacked is not None:
+        if stacked is not None and idle:  # an index, even an empty one, is copied to a GPU
             stacked[idle] = 0
     if dx is not None:
         dx[last:] = 0

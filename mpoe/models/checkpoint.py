@@ -173,8 +173,8 @@ def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
             f"{', '.join(differing[:3])}; save the whole model with save_pretrained"
         )
     folder = Path(path)
-    if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
-        raise NotADirectoryError(f"path must be a folder; {folder} is none")
+    if "\0" in str(folder) or (not folder.is_dir() and (folder.exists() or folder.is_symlink())):
+        raise NotADirectoryError(f"path must be a folder; {str(folder)!r} is none")
     whole = sorted(p.name for p in folder.glob("model*.safetensors*"))
     if whole:
         raise ValueError(f"path must not hold a whole model; {folder} has {', '.join(whole)}")

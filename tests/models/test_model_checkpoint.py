@@ -161,9 +161,8 @@ def test_saves_of_parameters_alone_refuse_what_is_no_folder(converted, tmp_path)
     dense, model = dense_model("gpt2"), converted("gpt2")
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    for name in ("file", "dangling"):
+    for name in ("file", "dangling", "no\0path"):
         refuses(NotADirectoryError, r"path must be a folder; .* is none", save_mpoe_only, model, tmp_path / name, dense)
-    refuses(ValueError, "null (byte|character)", save_mpoe_only, model, tmp_path / "no\0path", dense)
     with pytest.raises(ValueError, match="base must be a GPT2LMHeadModel or its folder; "):
         save_mpoe_only(model, tmp_path / "out", tmp_path)
 

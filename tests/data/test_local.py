@@ -20,7 +20,7 @@ ROWS = [{"idx": i, "sentence": f"sentence {i}", "label": i % 2} for i in range(6
 def write(path: Path, text: str | bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     data = text.encode("utf-8") if isinstance(text, str) else text
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
     return path
 
 
@@ -150,7 +150,7 @@ def test_bad_rows_of_other_splits_are_refused_too(tmp_path):
         ("a.csv", b'text,label\n"x"y,1\n', r"a\.csv, line 2: malformed csv"),
         ("a.tsv", b"text\ttext\nx\t1\n", r"a\.tsv, line 1: column names must differ"),
         ("a.jsonl.gz", b"plain text", r"a\.jsonl\.gz: cannot be read: Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(GOOD.encode() * 200)[:60], r"a\.jsonl\.gz: cannot be read: Compressed file ended"),
+        ("a.jsonl.gz", gzip.compress(GOOD.encode() * 200, mtime=0)[:60], r"a\.jsonl\.gz: cannot be read: Compressed file ended"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, name, data, message):

@@ -172,7 +172,7 @@ def data_files(draw: random.Random, folder: Path) -> Iterator[Case]:
         for split in ("train", "validation"):
             data = spoil_bytes(good, draw) if split == "train" or draw.random() < 0.3 else good
             if draw.random() < 0.15:
-                (own / f"{split}{suffix}.gz").write_bytes(spoil_bytes(gzip.compress(data), draw))
+                (own / f"{split}{suffix}.gz").write_bytes(spoil_bytes(gzip.compress(data, mtime=0), draw))
             else:
                 (own / f"{split}{suffix}").write_bytes(data)
         yield Case(f"{own}/train{suffix}", partial(load, own), [str(own), "data_dir"])

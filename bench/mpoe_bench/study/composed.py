@@ -28,7 +28,7 @@ from mpoe_bench.study.tables import composed_table
 from mpoe_bench.study.texts import LENGTH, read_texts, tenant_texts
 
 BATCH = 4
-SAMPLED = 128  # pieces for an expert's statistics
+SAMPLED = 64  # pieces for an expert's statistics
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 KINDS = ("neurons", "lora")
 PROMPTS = (

@@ -36,10 +36,13 @@ _LOAD = (
     "in the last logged steps. An expert near 0 learns nothing; balance_loss_weight spreads tokens."
 )
 _SCORES = (
-    "Validation, after the last step; * is the best of a row. One run each: another seed moves a score as well, so "
-    "compare several seeds before a small difference is believed. Baseline: one answer for all items."
+    "Validation, after the last step; * is the best of a row. Another seed moves a score as well, so compare several "
+    "before a small difference is believed. Constant: one answer for all items."
 )
-_ARMS = "Runs that differ in their seeds alone are one arm: mean ± half of its 95% interval (Student's t)."
+_ARMS = (
+    "Runs that differ in their seeds alone are one arm: mean ± half of its 95% interval (Student's t). Less the "
+    "first arm's: over runs of the same seed; a difference whose interval holds 0 is not shown to be one."
+)
 # Tables with a column for each run -> how to read them.
 _WORDS = {
     "Runs": "Seconds: since a run was last started; per step: between two log lines without an evaluation or a save.",
@@ -197,7 +200,7 @@ def _facts(run: RunFolder, alone: bool) -> dict[str, dict[str, Any]]:
     own, results, records = run.settings.get, run.results, run.records
     logged = [(a, b) for a, b in itertools.pairwise(records) if "loss" in a and "loss" in b and b["step"] > a["step"]]
     times = [(b["time"] - a["time"]) / (b["step"] - a["step"]) for a, b in logged]
-    losses = [record["loss"] for record in records if record.get("loss") is not None]
+    losses = [record.get("task_loss", record["loss"]) for record in records if record.get("loss") is not None]
     steps = results.get("steps") or max((record.get("step", 0) for record in records), default=0)
     why = own("learning_rate_from", "") if alone else ""
     runs = {
@@ -246,9 +249,19 @@ def _arm_rows(arms: dict[str, list[RunFolder]], metrics: Sequence[tuple[str, str
     if all(len(alike) < 2 for alike in arms.values()):
         return []
     rows = [["runs", *(str(len(alike)) for alike in arms.values())]]
+    seeds = {
+        run.name: tuple(value for name, value in run.settings.items() if name.rpartition(".")[2] in _SEEDS)
+        for run in itertools.chain(*arms.values())
+    }
     rows.append(["parameters", *(f"{alike[0].results['parameters']['total']:,}" for alike in arms.values())])
     for task, metric in metrics:
-        scores = [[run.results["validation"].get(task, {}).get(metric) for run in alike] for alike in arms.values()]
-        there = [[value for value in values if value is not None] for values in scores]
+        scores = [
+            {run.name: run.results["validation"].get(task, {}).get(metric) for run in alike} for alike in arms.values()
+        ]
+        there = [[value for value in own.values() if value is not None] for own in scores]
         rows.append([f"{task}: {metric}", *map(mean_and_half_width, there)])
+        first = {seeds[name]: value for name, value in scores[0].items()}
+        pairs = [[(value, first.get(seeds[name])) for name, value in own.items()] for own in scores[1:]]
+        less = [[value - other for value, other in own if None not in (value, other)] for own in pairs]
+        rows.append([f"{task}: {metric}, less the first arm's", "", *map(mean_and_half_width, less)])
     return rows

@@ -68,7 +68,7 @@ def expert_load(model: Any, items: Items, tokenizer: Any) -> list[list[int]]:
 
 
 SCORE_NOTE = (
-    "baseline: one answer for all items, the most frequent one or the mean; of perplexity, every token guessed by its "
+    "constant: one answer for all items, the most frequent one or the mean; of perplexity, every token guessed by its "
     "frequency. Perplexity and loss (in nats) are per token of the model's tokenizer: those of two tokenizers do not "
     "compare."
 )
@@ -95,7 +95,7 @@ def evaluate_tasks(
         if found.collapse:
             remarks.append(f"{task.name}: {found.collapse}")
         elif value >= constant if metric in _LOWER_IS_BETTER else value <= constant:
-            remarks.append(f"{task.name}: {metric} {value:.4g} is not better than the baseline's {constant:.4g}")
+            remarks.append(f"{task.name}: {metric} {value:.4g} is not better than the constant answer's {constant:.4g}")
     return {"scores": scores, "mean": average_score(scores), "baselines": baselines, "remarks": remarks}
 
 
@@ -120,7 +120,7 @@ def score_table(columns: Mapping[str, Scores], baselines: Scores, title: str, wo
     if len(baselines) > 1:
         means = (f"{average_score(each):.4f}" if each else "-" for each in (*columns.values(), baselines))
         rows.append(["average over tasks, of the first of each", *means])
-    return Table(["", *columns, "baseline"], rows, title, words, best=best)
+    return Table(["", *columns, "constant"], rows, title, words, best=best)
 
 
 def show_scores(found: Mapping[str, Any], title: str) -> None:

@@ -99,7 +99,10 @@ def command(asked: Asked) -> None:
     _report(folder, name, model, routes, load, counted, worth)
     if worth is not None:
         worth_table(worth).show()
-        print(f"the mixture has {worth.loss:.3f} nats per token, {worth.loss - worth.oracle:.3f} more than the oracle")
+        over = worth.loss - worth.oracle
+        print(
+            f"on {worth.tokens} tokens the mixture has {worth.loss:.3f} nats per token, {over:.3f} more than the oracle"
+        )
     print(f"report and numbers are in {folder}; open {folder / REPORT_FILE}")
 
 

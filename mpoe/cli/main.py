@@ -43,7 +43,7 @@ def run(words: list[str]) -> None:
 
         print(f"mpoe {__version__}")
     elif words[0] in COMMANDS:
-        if words[0] == "demo":
+        if words[0] != "bench":
             # Threads that spin while they wait cost minutes on shared cores; torch reads this when it loads.
             os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         importlib.import_module(f"mpoe.cli.{words[0]}").command(words[1:])

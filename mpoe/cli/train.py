@@ -34,7 +34,7 @@ from mpoe.models import collect_statistics, convert_to_mpoe, load_layers, save_e
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.find import hidden_size_as_mixture, widened
 from mpoe.models.report import routed_layers, short_name, write_card
-from mpoe.models.table import ENCODER
+from mpoe.models.table import ENCODER, SEQ2SEQ
 from mpoe.training import MPOETrainingArguments, find_last_checkpoint, prepare_output_dir
 from mpoe.training.callbacks import LogLineCallback
 from mpoe.training.output_dir import check_folder, check_output_dir
@@ -43,7 +43,7 @@ from mpoe_kernels.version import __version__
 
 # what `mpoe train --help` shows
 FIRST = {
-    "model": "t5 or gpt2 (tiny stand-ins), a folder, or a hub name (t5)",
+    "model": "t5 or gpt2 (tiny stand-ins), a folder, or a hub name (t5-base)",
     "data_dir": "folder with train, validation and test files, or owner/name on the hub",
     "tasks": "tasks by name, instead: folders in data_dir, rte, imdb, doc_module, ...",
     "output_dir": "folder of the run: checkpoints, metrics, report, the final model",
@@ -148,6 +148,9 @@ def run(plan: Plan) -> dict[str, Any]:
         settings["learning_rate_from"] = search_rate(trainer, items.dataset)
         settings["training"]["learning_rate"] = arguments.learning_rate
     first = arguments.process_index == 0
+    if first and source.style == SEQ2SEQ:
+        item = tasks[0].examples("train")[0]
+        print(f"first item of {tasks[0].name}: {item.source[:160]!r} -> {item.target[:160]!r}")
     with hold(folder) if first else contextlib.nullcontext():
         with arguments.main_process_first(desc="output folder"):
             if first:

@@ -51,7 +51,7 @@ def pieces(text: str, tokenizer: Any, length: int, most: int, name: str) -> Tens
         ValueError: a text, called ``name``, that is shorter than one piece.
     """
     # A token has fewer than ten characters on average: this reads enough, without reading a large text completely.
-    ids = tokenizer(text[: 10 * most * length])["input_ids"]
+    ids = tokenizer(text[: 10 * most * length], verbose=False)["input_ids"]
     count = min(len(ids) // length, most)
     if not count:
         raise ValueError(f"{name} must hold at least {length} tokens; it has {len(ids)}")

@@ -45,7 +45,8 @@ class GradientMaskCallback(TrainerCallback):
 
 
 class LogLineCallback(TrainerCallback):
-    """A line for every log call: the step, the loss, the learning rate and the speed. The rest is in `metrics.jsonl`.
+    """A line for every log call: the step, the loss (without the balancing loss), the learning rate, the speed and the
+    time that is left. The rest is in `metrics.jsonl`.
 
     The speed is that of the optimizer steps since the last line, without evaluation and saving.
 
@@ -72,9 +73,9 @@ class LogLineCallback(TrainerCallback):
         if "loss" in logs:
             speed = self._steps / self._seconds if self._seconds else 0.0
             self._steps, self._seconds = 0, 0.0
-            self.write(
-                f"{step}  loss {logs['loss']:.4f}  rate {logs.get('learning_rate', 0.0):.2e}  {speed:.3g} steps/s"
-            )
+            left = f"  {(state.max_steps - state.global_step) / speed:.0f} s left" if speed else ""
+            loss, rate = logs.get("task_loss", logs["loss"]), logs.get("learning_rate", 0.0)
+            self.write(f"{step}  loss {loss:.4f}  rate {rate:.2e}  {speed:.3g} steps/s{left}")
         for name, value in logs.items():
             if name.startswith("eval_") and name.endswith("loss"):
                 task = name.removeprefix("eval_").removesuffix("loss").strip("_")

@@ -79,10 +79,10 @@ def test_runs_side_by_side(cli, tmp_path: Path) -> None:
 
 def test_means_over_seeds(cli, tmp_path: Path) -> None:
     runs = []
-    for k, (rate, accuracy) in enumerate([(1e-3, 0.6), (1e-3, 0.64), (2e-3, 0.7)]):
+    for k, (rate, accuracy) in enumerate([(1e-3, 0.6), (1e-3, 0.64), (2e-3, 0.7), (2e-3, 0.72)]):
         runs.append(make_run(tmp_path / f"r{k}", accuracy, rate))
         record = json.loads((runs[-1] / "run.json").read_text())
-        record["config"]["training"]["seed"] = k
+        record["config"]["training"]["seed"] = k % 2
         record["config"]["arm"] = {"baseline": "dense" if rate == 2e-3 else None}
         (runs[-1] / "run.json").write_text(json.dumps(record))
     answer = cli("compare", *runs, "--output_dir", tmp_path / "out")
@@ -90,9 +90,10 @@ def test_means_over_seeds(cli, tmp_path: Path) -> None:
     cells = (re.split("[│┃]", line)[1:-1] for line in arms.splitlines())
     rows = [[cell.strip() for cell in row] for row in cells if row]
     assert rows[0] == ["", "2 MPO experts", "dense"]
-    assert ["runs", "2", "1"] in rows
-    # 12.706 x sd / sqrt(2) = 12.706 x .02
-    assert ["task: accuracy", "0.6200 ± 0.2541", "0.7000"] in rows
+    assert ["runs", "2", "2"] in rows
+    # 12.706 x sd / sqrt(2) = 12.706 x .02; .1 and .08 are the differences
+    assert ["task: accuracy", "0.6200 ± 0.2541", "0.7100 ± 0.1271"] in rows
+    assert ["task: accuracy, less the first arm's", "", "0.0900 ± 0.1271"] in rows
     assert "Arms" not in cli("compare", runs[0], runs[2], "--output_dir", tmp_path / "two").out
 
 
@@ -139,13 +140,13 @@ def test_a_line_for_each_log_call() -> None:
     call = (None, state, TrainerControl())
     shown.on_step_begin(*call)
     shown.on_step_end(*call)
-    shown.on_log(*call, logs={"loss": 0.5, "learning_rate": 1e-3, "grad_norm": 2.0})
+    shown.on_log(*call, logs={"loss": 0.7, "task_loss": 0.5, "learning_rate": 1e-3, "grad_norm": 2.0})
     shown.on_log(*call, logs={"eval_loss": 0.25, "eval_runtime": 1.0})
     shown.on_log(*call, logs={"eval_film_loss": 0.125})
     shown.on_log(*call, logs={"train_runtime": 3.0})
     state.is_world_process_zero = False
     shown.on_log(*call, logs={"loss": 1.0})
-    assert re.fullmatch(r"step  20/500  loss 0\.5000  rate 1\.00e-03  \S+ steps/s", lines[0])
+    assert re.fullmatch(r"step  20/500  loss 0\.5000  rate 1\.00e-03  \S+ steps/s  \d+ s left", lines[0])
     assert lines[1:] == ["step  20/500  validation loss 0.2500", "step  20/500  validation loss 0.1250  film"]
 
 

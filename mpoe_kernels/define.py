@@ -165,7 +165,7 @@ def define_op(
         kinds = {field.name: str(field.type) for field in declared}
         tensors = [names.index(each) for each in saves if kinds[each].startswith("Tensor")]
         setup_context = _saving(tensors, [names.index(each) for each in saves if not kinds[each].startswith("Tensor")])
-    recorded = _register_autograd(op, body, name, setup_context, backward, is_first=bool(saves))
+    recorded = _register_autograd(op, body, checked, name, setup_context, backward, is_first=bool(saves))
     # Of a backward, which `torch.func.jacrev` maps over; users give a batch as tokens.
     op.register_vmap(one_after_the_other(op) if name.endswith("_backward") else refuse_vmap(name))
     if autocast:
@@ -313,12 +313,15 @@ def _is_below_autograd() -> bool:
 def _register_autograd(
     op: Any,
     body: Callable[..., Any],
+    checked: Callable[..., Any],
     name: str,
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
     is_first: bool,
 ) -> Callable[..., Any] | None:
     """Replaces ``op.register_autograd``, which looks up the defaults of all arguments at every call.
+
+    A plain call has been checked by the public function; one of the op itself runs ``checked``.
 
     Returns:
         The function that runs a plain call and records it for its gradient; None where only PyTorch can do so.
@@ -343,8 +346,10 @@ def _register_autograd(
         *arguments, keyset = given
         if is_first:
             setup_context(ctx=ctx, inputs=tuple(arguments), output=None)
-        if keyset is None or is_plain_call(arguments):
+        if keyset is None:
             output = body(*arguments)
+        elif is_plain_call(arguments):
+            output = checked(*arguments)
         else:
             output = (run_next_level if _in_transform() else run_below)(keyset, arguments)
         if not is_first:

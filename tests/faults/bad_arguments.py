@@ -222,8 +222,8 @@ def starts(folder: Path) -> dict[str, tuple[Callable[..., Any], Callable[[], Arg
 def of_raw_ops() -> dict[str, tuple[Callable[..., Any], Callable[[], Arguments]]]:
     """The ops behind the public names."""
     return {
-        f"torch.ops.mpoe.{op}": (lambda op=op, **given: run(op, given), lambda op=op: calls("auto", op))
-        for op in ARGUMENTS
+        f"torch.ops.mpoe.{op}{'+grad' * r}": (lambda op=op, r=r, **given: run(op, given, r), partial(calls, "auto", op))
+        for op, r in itertools.product(ARGUMENTS, (False, True))
     }
 
 

@@ -110,5 +110,9 @@ def calls(backend: str, op: str, shape: MPOShape = SHAPE, strategy: str = "auto"
     return recorder.calls[op]
 
 
-def run(op: str, arguments: dict[str, Any]) -> Any:
-    return getattr(torch.ops.mpoe, op)(*arguments.values())
+def run(op: str, arguments: dict[str, Any], recorded: bool = False) -> Any:
+    """``recorded``: with a gradient for every tensor that can have one."""
+    values = [*arguments.values()]
+    if recorded:
+        values = [v.detach().requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v for v in values]
+    return getattr(torch.ops.mpoe, op)(*values)

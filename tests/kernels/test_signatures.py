@@ -49,7 +49,8 @@ def test_every_tensor_of_every_op(op: str, backend: str) -> None:
             if not isinstance(value, Tensor) or name in ("h", "saved"):  # whose sizes vary
                 continue
             arguments = {**given, name: exchange(value)}
-            refuses((TypeError, ValueError), rf"{name} must .*; got", run, op, arguments)
+            for recorded in (False, True):
+                refuses((TypeError, ValueError), rf"{name} must .*; got", run, op, arguments, recorded)
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
             lost = torch._neg_view(emptied(value.clone()))
             refuses(ValueError, rf"every tensor of mpoe::{op} must hold its values", run, op, {**given, name: lost})
@@ -149,7 +150,9 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
 def test_other_arguments(number: int, backend: str) -> None:
     op, changes, message = WRONG[number]
     need_of(op.removesuffix("_backward"), backend)
-    refuses((TypeError, ValueError, IndexError, BackendError), message, run, op, {**calls(backend, op), **changes})
+    arguments, errors = {**calls(backend, op), **changes}, (TypeError, ValueError, IndexError, BackendError)
+    for recorded in (False, True):
+        refuses(errors, message, run, op, arguments, recorded)
 
 
 # ------------------------------------------------------------------ how ops are defined

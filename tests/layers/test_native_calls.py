@@ -105,7 +105,7 @@ OF_KIND = {"separable": "routed_ffn", "hidden": "routed", "neurons": "routed_neu
     seed=st.integers(0, 99),
 )
 def test_the_same_bits_as_the_ops(kind, tokens, gated, bias, dtype, router, capacity, variant, masks, seed) -> None:
-    """``variant``: shared blocks of hidden-side experts, neurons in a latent space."""
+    """``variant``: shared blocks of hidden-side experts, neurons in a latent space. x and mask have gaps."""
     options = {"hidden": {"block_per_group": not variant}, "neurons": {"latent": 6 if variant else None}}.get(kind, {})
     if kind == "neurons":
         router = {**router, "routed_scaling_factor": 1.5 if variant else None}
@@ -113,7 +113,7 @@ def test_the_same_bits_as_the_ops(kind, tokens, gated, bias, dtype, router, capa
         router = {**router, "eval_capacity_factor": capacity, "min_capacity": 1}
     layer = made(kind, gated, bias, dtype, options, **router)
     torch.manual_seed(seed)
-    x, mask = torch.randn(tokens, I).to(dtype), torch.rand(tokens) < 0.7 if masks else None
+    x, mask = torch.randn(I, tokens).t().to(dtype), (torch.rand(tokens, 2) < 0.7)[:, 0] if masks else None
     with torch.no_grad():
         want = by_ops(layer, x, mask)
         if kind == "hidden":

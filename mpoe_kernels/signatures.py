@@ -159,6 +159,9 @@ def _check_others(op: str, given: dict[str, Any], sizes: dict[str, int]) -> None
                 raise ValueError(f"{name} must be given with out_index; got None")
     if (given.get("u_gate") is None) != (given.get("right_gate") is None):
         raise ValueError("u_gate and right_gate must be given together; got one of them")
+    saved = given.get("saved")
+    if saved is not None and given["activation"] != "none" and saved.shape != given["grad"].shape:
+        raise ValueError(f"saved must be [N, F], as grad is; got {describe(saved)}")
     need, gradients = given.get("need"), _GRADIENTS.get(op)
     if need is not None and len(need) != gradients:
         raise ValueError(f"need must name every gradient, {gradients}; got {need}")

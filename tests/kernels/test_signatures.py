@@ -95,6 +95,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("grouped_mpo_linear", {"out_features": 0}, "out_features must be at least 1"),
     ("grouped_mpo_linear", {"out_features": 99, "bias": None}, r"F must be at most jL\*jC\*jR = 10; got 99"),
     ("grouped_mpo_linear_backward", {"need": [True]}, "need must name every gradient, 5; got"),
+    ("grouped_mpo_linear_backward", {"activation": "gelu", "saved": torch.ones(1, 10, 9)}, r"saved must be \[N, F\]"),
     ("hidden_experts_backward", {"need": [True]}, "need must name every gradient, 7; got"),
     ("neuron_experts_backward", {"need": [True]}, "need must name every gradient, 6; got"),
     ("neuron_experts", {"down": torch.randn(EXPERTS, 5, 9)}, r"down must be of x's dtype \[E, m, F\], E = 3, m = 4"),

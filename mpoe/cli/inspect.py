@@ -83,18 +83,18 @@ def command(asked: Asked) -> None:
             f"{name} is a dense {source.model_type}; inspect looks into mixtures: mpoe convert {name} OUT, then "
             "mpoe inspect OUT"
         )
-    tokenizer = models.load_tokenizer(source)
+    tokenizer = models.tokenizer_if_any(source)
     style = SEQ2SEQ if source.style == ENCODER else source.style
     tasks = resolve(data.eval_tasks or data.tasks, data, style, seed, described)
-    items = _items(source.style, options, tasks, tokenizer)
+    items = _items(source.style, options, tasks, tokenizer) if tokenizer else []
     model = models.load_model(source)
     counted = f"{len(items)} {options.split} items of {', '.join(task.name for task in tasks)}"
     print(f"{name}: counting {counted}, following tokens, reading bonds")
-    worth = None if source.style == ENCODER else _worth(Path(name), model, tokenizer, items, options.text)
+    worth = _worth(Path(name), model, tokenizer, items, options.text) if items and source.style != ENCODER else None
     text = options.text or [
         tokenizer.decode(item["input_ids"][:_MAX_TOKENS], skip_special_tokens=True) for item in items[:2]
     ]
-    routes = [(each, route_text(model, tokenizer, each)) for each in text] if routed_layers(model) else []
+    routes = [(each, route_text(model, tokenizer, each)) for each in text if tokenizer and routed_layers(model)]
     load = expert_load(model, items, tokenizer) if routes else []
     _report(folder, name, model, routes, load, counted, worth)
     if worth is not None:

@@ -160,7 +160,7 @@ def load_model(source: Source, labels: Sequence[str] | None = None) -> Any:
 def tokenizer_if_any(source: Source) -> Any:
     """As `load_tokenizer`; None, with a line that says so, for a folder that holds the model alone."""
     if Path(source.path).is_dir() and not any(any(Path(source.path).glob(names)) for names in _TOKENIZER_FILES):
-        print(f"{source.path} holds no tokenizer, so none is saved with the result")
+        print(f"{source.path} holds no tokenizer: what needs one is left out")
         return None
     return load_tokenizer(source)
 

@@ -183,13 +183,14 @@ def test_neurons_are_converted_trained_continued_and_inspected(cli, sentiment: P
     assert "8 neurons" in (tmp_path / "seen" / "report.html").read_text()
 
 
-def test_a_model_without_a_tokenizer_is_converted_and_exported(cli, tmp_path: Path) -> None:
+def test_a_model_without_a_tokenizer_is_converted_exported_and_inspected(cli, tmp_path: Path) -> None:
     tiny_model("llama", "LlamaForCausalLM").save_pretrained(tmp_path / "llama")
     answer = cli("convert", tmp_path / "llama", tmp_path / "mixture", "--num_experts", 2)
-    assert "llama holds no tokenizer, so none is saved with the result" in answer.out
+    assert "llama holds no tokenizer: what needs one is left out" in answer.out
     answer = cli("export", tmp_path / "mixture", tmp_path / "mixtral", "--to", "mixtral")
     assert "mixture holds no tokenizer" in answer.out
     assert (tmp_path / "mixtral" / "model.safetensors").is_file()
+    assert "left out" in cli("inspect", tmp_path / "mixture", "--output_dir", tmp_path / "seen").out
 
 
 def test_a_train_file_alone_is_enough(cli, sentiment: Path, tmp_path: Path) -> None:

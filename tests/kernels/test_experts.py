@@ -139,8 +139,9 @@ def test_native_bits_do_not_depend_on_threads(op: str, options: dict[str, Any], 
 @pytest.mark.parametrize(
     ("op", "options"),
     [
-        # With blocks of 1,024, a tile of sums holds 256 tokens.
+        # With blocks of 1,024, a tile of sums holds 256 tokens; groups of a part that follow each other share sums.
         ("hidden_experts", {"tokens": 300, "groups": 1, "block": 1024}),
+        ("hidden_experts", {"tokens": 1100, "groups": 20, "block": 64, "per_group": True, "with_bias": True}),
         # Native computes 2^23 hidden neurons at a time, eager 2^22 elements.
         ("neuron_experts", {"tokens": 1100, "top_k": 16, "width": 9, "out": 5, "neurons": 512, "none_share": 0.0}),
     ],

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from mpoe.cli.main import main
 from mpoe.cli.models import model_folder
@@ -30,6 +31,7 @@ from mpoe.training import checkpoints, find_last_checkpoint, prepare_output_dir,
 from mpoe.training.output_dir import RUN_FILE
 from tests.training.tiny import make_trainer, resume_options
 
+tqdm.monitor_interval = 0  # its thread may hold tqdm's lock at a fork, and the child would wait for ever
 SEED = int(os.environ.get("SEED", "0"))
 _VERSION_3, _DAC_OVERRIDE, _DAC_READ_SEARCH = 0x20080522, 1, 2  # linux/capability.h
 
@@ -142,8 +144,7 @@ def kill_sometime(child: Child, run: Path, draw: random.Random, length: float) -
     """Kill a child at a random moment of its run, or within a save; returns whether a save was in progress."""
     staging = [checkpoints.staging_root(run), run / ".incomplete-model"]
     if draw.random() < 0.5:
-        wait = draw.uniform(0.0, length)
-        end = time.monotonic() + wait
+        end = time.monotonic() + draw.uniform(0.0, length)
         while child.is_alive() and time.monotonic() < end:
             time.sleep(0.001)
     else:
@@ -167,9 +168,7 @@ def check_saved(run: Path, last: Path | None) -> None:
         assert checkpoints.is_complete(path), path
         assert not checkpoints.damaged_files(path), path
     now = find_last_checkpoint(run)
-    assert last is None or (now is not None and checkpoints.step_of(now) >= checkpoints.step_of(last)), (
-        f"{last} is lost"
-    )
+    assert last is None or (now and checkpoints.step_of(now) >= checkpoints.step_of(last)), f"{last} is lost"
     if (run / "config.json").exists():
         load_mpoe(run)  # what looks like a model is one
 

@@ -312,7 +312,7 @@ def test_family_shape_and_regime_decide(settle, tmp_path: Path, capsys: pytest.C
     assert settle("--shape", "paper")[0] == 1e-3
     assert settle("--max_bond", "8")[1] == "what to start from with a pretrained t5, separable experts, width 128"
     assert settle("--mpo_layers", "nompo", "--moe_type", "none")[0] == 1e-3
-    assert settle("--model", "gpt2")[0] == 3e-4
+    assert settle("--model", "gpt2")[0] == 3e-3
     assert settle("--model", "gpt2", "--regime", "scratch")[0] == pytest.approx(0.006)
     (tmp_path / "c.yaml").write_text("shape: paper\n")  # a file is no other than flags
     assert settle(str(tmp_path / "c.yaml"))[0] == 1e-3

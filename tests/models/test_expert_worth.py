@@ -241,7 +241,7 @@ def test_compositions_that_are_refused(domains: SimpleNamespace, tmp_path: Path)
     refuses(ValueError, "top_k must be at most", compose, domains.files, top_k=4)
     refuses(ValueError, "background must hold mean", compose, domains.files, background={"x": torch.ones(2)})
     with pytest.raises(ValueError, match="it does not make the model's tokens"):
-        documentation_batches(dense_model("gpt2"), lambda text: {"input_ids": [VOCABULARY] * 100})
+        documentation_batches(dense_model("gpt2"), lambda text, verbose: {"input_ids": [VOCABULARY] * 100})
 
 
 def test_damaged_files_are_refused(domains: SimpleNamespace, tmp_path: Path) -> None:

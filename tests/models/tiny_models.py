@@ -238,7 +238,7 @@ M = 32
 
 
 def tokenizer(words: int = VOCABULARY) -> Any:
-    def encode(text: str) -> dict[str, list[int]]:
+    def encode(text: str, verbose: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) % VOCABULARY for letter in text]}
 
     encode.get_vocab = lambda: {f"w{i}": i for i in range(words)}

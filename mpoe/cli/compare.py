@@ -256,12 +256,12 @@ def _arm_rows(arms: dict[str, list[RunFolder]], metrics: Sequence[tuple[str, str
     rows.append(["parameters", *(f"{alike[0].results['parameters']['total']:,}" for alike in arms.values())])
     for task, metric in metrics:
         scores = [
-            {run.name: run.results["validation"].get(task, {}).get(metric) for run in alike} for alike in arms.values()
+            {run.name: v for run in alike if (v := run.results["validation"].get(task, {}).get(metric)) is not None}
+            for alike in arms.values()
         ]
-        there = [[value for value in own.values() if value is not None] for own in scores]
-        rows.append([f"{task}: {metric}", *map(mean_and_half_width, there)])
+        rows.append([f"{task}: {metric}", *(mean_and_half_width([*own.values()]) for own in scores)])
         first = {seeds[name]: value for name, value in scores[0].items()}
-        pairs = [[(value, first.get(seeds[name])) for name, value in own.items()] for own in scores[1:]]
-        less = [[value - other for value, other in own if None not in (value, other)] for own in pairs]
-        rows.append([f"{task}: {metric}, less the first arm's", "", *map(mean_and_half_width, less)])
+        less = [[v - first[seeds[name]] for name, v in own.items() if seeds[name] in first] for own in scores[1:]]
+        if less:
+            rows.append([f"{task}: {metric}, less the first arm's", "", *map(mean_and_half_width, less)])
     return rows

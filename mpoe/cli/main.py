@@ -44,7 +44,7 @@ def run(words: list[str]) -> None:
         print(f"mpoe {__version__}")
     elif words[0] in COMMANDS:
         if words[0] != "bench":
-            # Threads that spin for long cost minutes on shared cores, never a fifth on idle ones; read as torch loads.
+            # Waiting threads that spin for long cost minutes on shared cores; torch reads this when it loads.
             os.environ.setdefault("GOMP_SPINCOUNT", "30000")
         importlib.import_module(f"mpoe.cli.{words[0]}").command(words[1:])
     else:

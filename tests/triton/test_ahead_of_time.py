@@ -27,6 +27,8 @@ from mpoe_kernels.triton.architecture import ARCHITECTURES
 
 from . import planted_kernels
 
+pytestmark = pytest.mark.emulated
+
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = Binary(128, 0, 0, 65536, 0, 16, True)
 

@@ -11,6 +11,10 @@ import pytest
 
 from mpoe_kernels.triton.architecture import in_interpreter
 
+pytestmark = [
+    pytest.mark.skipif(in_interpreter(), reason="already in the interpreter"),
+    pytest.mark.usefixtures("with_triton"),
+]
 SLOW, EXHAUSTIVE = "pytest.mark.slow", "pytest.mark.exhaustive"
 FOLDER = Path(__file__).parent / "interpreted"
 
@@ -32,31 +36,24 @@ def run(paths: list[Path], *options: str) -> None:
 
 
 @pytest.mark.first
-@pytest.mark.skipif(in_interpreter(), reason="already in the interpreter")
-@pytest.mark.usefixtures("with_triton")
+@pytest.mark.emulated
 def test_in_a_process_of_their_own() -> None:
     """All files in one process, because its imports take as long as the tests of a file."""
     run([FOLDER])
 
 
 @pytest.mark.exhaustive
-@pytest.mark.skipif(in_interpreter(), reason="already in the interpreter")
-@pytest.mark.usefixtures("with_triton")
 @pytest.mark.parametrize("path", marked(EXHAUSTIVE), ids=lambda path: path.stem)
 def test_exhaustive_ones_in_a_process_of_their_own(path: Path) -> None:
     run([path], "-m", "exhaustive")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(in_interpreter(), reason="already in the interpreter")
-@pytest.mark.usefixtures("with_triton")
 @pytest.mark.parametrize("path", marked(SLOW), ids=lambda path: path.stem)
 def test_slow_ones_in_a_process_of_their_own(path: Path) -> None:
     run([path], "-m", "slow")
 
 
-@pytest.mark.skipif(in_interpreter(), reason="already in the interpreter")
-@pytest.mark.usefixtures("with_triton")
 @pytest.mark.parametrize(
     "which",
     [pytest.param("not slow", marks=pytest.mark.slow), pytest.param("slow", marks=pytest.mark.exhaustive)],

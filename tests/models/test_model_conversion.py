@@ -67,7 +67,7 @@ def cases():
     """Of every class one MPO shape, neurons and no shape; of some structures every configuration.
 
     By default, of families with the same structure those of the first, an MPO shape and neurons by turns, and both of
-    the others' language models; of the configurations every third one.
+    the others' language models; of the configurations every fifth one.
     """
     first = {TABLE[t].models: t for t in reversed(TABLE)}.values()
     one_of_each = {case[0]: case[2] for case in reversed(GENERATED)}
@@ -82,7 +82,7 @@ def cases():
             yield pytest.param(model_type, name, {}, {"shape": shape}, id=f"{model_type}-{name}-{shape}", marks=marks)
     for place, (family, structure) in enumerate(FAMILIES.items()):
         for number, (kind, fields) in enumerate(CONFIGS.items()):
-            marks = [pytest.mark.exhaustive] if (place + number) % 3 else []
+            marks = [pytest.mark.exhaustive] if (place + number) % 5 else []
             yield pytest.param(*structure, fields, id=f"{family}-{kind}", marks=marks)
 
 

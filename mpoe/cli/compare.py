@@ -183,7 +183,7 @@ def _side_by_side(title: str, runs: Sequence[RunFolder], facts: Sequence[Mapping
 def _tables(runs: Sequence[RunFolder]) -> list[Table]:
     """Scores come first."""
     scores = {run.name: run.results.get("validation", {}) for run in runs}
-    baselines = {task: own for run in runs for task, own in run.results.get("baselines", {}).items()}
+    constants = {task: own for run in runs for task, own in run.results.get("constant", {}).items()}
     arms = arms_of(runs)
     found = [Table(["", *arms], _arm_rows(arms, metrics_of(scores.values())), "Arms", _ARMS)]
     every = [_facts(run, len(runs) == 1) for run in runs]
@@ -192,7 +192,7 @@ def _tables(runs: Sequence[RunFolder]) -> list[Table]:
     differ = [name for name in names if len({str(run.settings.get(name)) for run in runs}) > 1]
     settings = [{name: run.settings.get(name) for name in differ} for run in runs]
     found.append(_side_by_side("Settings that differ", runs, settings))
-    return [score_table(scores, baselines, "Scores", _SCORES), *(table for table in found if table.rows)]
+    return [score_table(scores, constants, "Scores", _SCORES), *(table for table in found if table.rows)]
 
 
 def _facts(run: RunFolder, alone: bool) -> dict[str, dict[str, Any]]:

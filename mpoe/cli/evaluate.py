@@ -82,21 +82,21 @@ def evaluate_tasks(
 
     Returns:
         ``scores``: by task; the first entry of each is the metric it is judged by, and ``items`` come last. ``mean``:
-        of the first metric of each, over tasks. ``baselines``: by task, the metrics of an answer that ignores the input
-        (`mpoe.data.predict.baseline_scores`). ``remarks``: comments on the numbers, one sentence each.
+        of the first metric of each, over tasks. ``constant``: by task, the metrics of an answer that ignores the input
+        (`mpoe.data.predict.constant_scores`). ``remarks``: comments on the numbers, one sentence each.
     """
-    scores, baselines, remarks = {}, {}, []
+    scores, constants, remarks = {}, {}, []
     for task in tasks:
         found = evaluate_task(model, tokenizer, task, split, batch_size)
         scores[task.name] = {**found.scores, "items": len(task.examples(split))}
-        baselines[task.name] = found.baseline
+        constants[task.name] = found.constant
         metric = task.metrics[0]
-        value, constant = found.scores[metric], found.baseline[metric]
+        value, constant = found.scores[metric], found.constant[metric]
         if found.collapse:
             remarks.append(f"{task.name}: {found.collapse}")
         elif value >= constant if metric in _LOWER_IS_BETTER else value <= constant:
             remarks.append(f"{task.name}: {metric} {value:.4g} is not better than the constant answer's {constant:.4g}")
-    return {"scores": scores, "mean": average_score(scores), "baselines": baselines, "remarks": remarks}
+    return {"scores": scores, "mean": average_score(scores), "constant": constants, "remarks": remarks}
 
 
 def metrics_of(columns: Iterable[Scores]) -> list[tuple[str, str]]:
@@ -105,8 +105,8 @@ def metrics_of(columns: Iterable[Scores]) -> list[tuple[str, str]]:
     return [pair for pair in dict.fromkeys(pairs) if pair[1] != "items"]
 
 
-def score_table(columns: Mapping[str, Scores], baselines: Scores, title: str, words: str = SCORE_NOTE) -> Table:
-    """Scores side by side and the baselines'; the best of a row is marked, the average over several tasks is last."""
+def score_table(columns: Mapping[str, Scores], constants: Scores, title: str, words: str = SCORE_NOTE) -> Table:
+    """Scores side by side, the best of a row marked, constant answers' last; below, the average over several tasks."""
     rows: list[list[str]] = []
     best: set[tuple[int, int]] = set()
     for task, metric in metrics_of(columns.values()):
@@ -115,10 +115,10 @@ def score_table(columns: Mapping[str, Scores], baselines: Scores, title: str, wo
         winner = (min if metric in _LOWER_IS_BETTER else max)(there)
         if min(there) < max(there):
             best |= {(len(rows), column) for column, value in enumerate(values, start=1) if value == winner}
-        shown = ("-" if value is None else f"{value:.4f}" for value in [*values, baselines.get(task, {}).get(metric)])
+        shown = ("-" if value is None else f"{value:.4f}" for value in [*values, constants.get(task, {}).get(metric)])
         rows.append([f"{task}: {metric}", *shown])
-    if len(baselines) > 1:
-        means = (f"{average_score(each):.4f}" if each else "-" for each in (*columns.values(), baselines))
+    if len(constants) > 1:
+        means = (f"{average_score(each):.4f}" if each else "-" for each in (*columns.values(), constants))
         rows.append(["average over tasks, of the first of each", *means])
     return Table(["", *columns, "constant"], rows, title, words, best=best)
 
@@ -126,7 +126,7 @@ def score_table(columns: Mapping[str, Scores], baselines: Scores, title: str, wo
 def show_scores(found: Mapping[str, Any], title: str) -> None:
     """Print what `evaluate_tasks` returned."""
     items = ", ".join(f"{own['items']:,} of {task}" for task, own in found["scores"].items())
-    score_table({"value": found["scores"]}, found["baselines"], title, f"Items: {items}. {SCORE_NOTE}").show()
+    score_table({"value": found["scores"]}, found["constant"], title, f"Items: {items}. {SCORE_NOTE}").show()
     for remark in found["remarks"]:
         print(f"note: {remark}")
 

@@ -319,7 +319,7 @@ def finish(
         "train_loss": losses[-1] if losses else None,
         "validation": found["scores"],
         "mean_validation": found["mean"],
-        "baselines": found["baselines"],
+        "constant": found["constant"],
         "remarks": found["remarks"],
         "parameters": report() if report else dict.fromkeys(("total", "trainable"), model.num_parameters()),
         **measured(plan.run, seconds, steps, batch),

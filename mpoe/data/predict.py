@@ -135,13 +135,13 @@ class Evaluation:
     Attributes:
         scores: by metric, in the order of ``task.metrics``; a decoder adds ``loss``, nats per token of the text or the
             responses. Perplexity is per token of the tokenizer.
-        baseline: the same metrics for an answer that ignores the input: the most frequent target of these items, the
-            mean of their numbers, or the frequencies of their tokens (see `baseline_scores`).
+        constant: the same metrics for an answer that ignores the input: the most frequent target of these items, the
+            mean of their numbers, or the frequencies of their tokens (see `constant_scores`).
         collapse: a sentence if the answers have collapsed to few values, else None.
     """
 
     scores: dict[str, float]
-    baseline: dict[str, float]
+    constant: dict[str, float]
     collapse: str | None = None
 
 
@@ -168,7 +168,7 @@ def evaluate_task(
         items = encode_responses(examples, tokenizer, *lengths)
         loss_of["loss"] = language_modeling_loss(model, tokenizer, items, max(1, batch_size // 4))
     scores = {**task.score(answers, targets), **loss_of}
-    return Evaluation(scores, baseline_scores(task, targets), collapse(answers, targets))
+    return Evaluation(scores, constant_scores(task, targets), collapse(answers, targets))
 
 
 @contextmanager
@@ -185,7 +185,7 @@ def evaluation_mode(model: Any) -> Iterator[None]:
 # ---- the scores of an answer that ignores the input: if nine of ten labels are equal, a constant answer reaches 90%
 
 
-def baseline_scores(task: Task, targets: Sequence[str]) -> dict[str, float]:
+def constant_scores(task: Task, targets: Sequence[str]) -> dict[str, float]:
     """Every metric of a task for the best constant answer to ``targets`` [N], N >= 1: the most frequent target (on ties
     the first), or the mean of the numbers. Correlations of a constant are 0."""
     answer = Counter(targets).most_common(1)[0][0]

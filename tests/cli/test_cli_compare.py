@@ -43,7 +43,7 @@ def make_run(folder: Path, accuracy: float, rate: float, ended: bool = True, **m
         "steps": 3,
         "seconds": 9.0,
         "validation": {"task": {"accuracy": accuracy, "loss": 1 - accuracy, "items": 8}},
-        "baselines": {"task": {"accuracy": 0.5}},
+        "constant": {"task": {"accuracy": 0.5}},
         "remarks": ["task: odd"],
         "data": {"task": {"train": 1200, "seen": 24, "validation": 8}},
         "made_with": {"mpoe": "0"},
@@ -241,7 +241,7 @@ def test_the_readme_trains_clearly_above_the_majority(request, tmp_path: Path, t
     out = run_python("-m", "mpoe", *words)
     assert "learning_rate 0.0015: what to start from" in out
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    score, majority = (results[key][task]["accuracy"] for key in ("validation", "baselines"))
+    score, majority = (results[key][task]["accuracy"] for key in ("validation", "constant"))
     assert score > majority + margin
     assert not results["remarks"]
 

@@ -1,4 +1,4 @@
-"""Encoding, padding, generation and scoring, with a word-level tokenizer; sampling; metrics and baselines."""
+"""Encoding, padding, generation and scoring, with a word-level tokenizer; sampling; metrics and constant answers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mpoe.data.embedded import EMBEDDED_TASKS
 from mpoe.data.encode import encode_language_modeling, encode_text_to_text, padding_collator
 from mpoe.data.metrics import METRICS
 from mpoe.data.predict import (
-    baseline_scores,
     collapse,
+    constant_scores,
     evaluate_task,
     evaluation_mode,
     frequency_perplexity,
@@ -125,7 +125,7 @@ def test_evaluate_task_scores_generated_texts():
     task = Task("t", lambda split: rows[split], labels=("no", "yes"), metrics=("accuracy", "f1"))
     found = evaluate_task(Echo(), word_tokenizer(), task, "test")
     assert found.scores == {"accuracy": 0.5, "f1": pytest.approx(0.8)}
-    assert found.baseline == {"accuracy": 0.5, "f1": pytest.approx(2 / 3)}  # "yes" comes first
+    assert found.constant == {"accuracy": 0.5, "f1": pytest.approx(2 / 3)}  # "yes" comes first
     refuses(ValueError, "split train of task t has no items", evaluate_task, Echo(), word_tokenizer(), task, "train")
 
 
@@ -285,11 +285,11 @@ def task(**options: object) -> Task:
 def test_the_most_frequent_label_or_text_and_the_mean() -> None:
     labels = task(labels=("no", "yes"), metrics=("accuracy", "f1", "matthews"))
     targets = ["yes"] * 9 + ["no"]
-    assert baseline_scores(labels, targets) == pytest.approx({"accuracy": 0.9, "f1": 18 / 19, "matthews": 0.0})
+    assert constant_scores(labels, targets) == pytest.approx({"accuracy": 0.9, "f1": 18 / 19, "matthews": 0.0})
     numbers = task(kind="regression", metrics=("pearson", "spearman"))
-    assert baseline_scores(numbers, ["1.0", "2.0", "6"]) == {"pearson": 0.0, "spearman": 0.0}
+    assert constant_scores(numbers, ["1.0", "2.0", "6"]) == {"pearson": 0.0, "spearman": 0.0}
     texts = task(kind="generation", metrics=("exact_match", "token_f1"))
-    assert baseline_scores(texts, ["a b", "a b", "c"]) == pytest.approx({"exact_match": 2 / 3, "token_f1": 2 / 3})
+    assert constant_scores(texts, ["a b", "a b", "c"]) == pytest.approx({"exact_match": 2 / 3, "token_f1": 2 / 3})
 
 
 def test_tokens_by_their_frequency() -> None:

@@ -187,11 +187,12 @@ class Found:
         self.plan, self.records = plan, records
 
     def own(self, kind: str, seed: int) -> dict[str, float] | None:
-        """By domain: the loss of a seed's own experts at the chosen rate."""
+        """By domain: the loss of a seed's own experts at the chosen rate; of the probes the mean, one always on."""
         keys = {domain: self.plan.key(kind, domain, seed, self.records) for domain in self.plan.domains}
         if any(key not in self.records for key in keys.values()):
             return None
-        return {domain: self.records[key]["test"] for domain, key in keys.items()}
+        probes = {probe: fmean(self.records[key][probe] for key in keys.values()) for probe in self.plan.probes}
+        return {domain: self.records[key]["test"] for domain, key in keys.items()} | probes
 
     def arms(self) -> dict[str, Mapping[str, Any]]:
         """What was measured on all texts, of the first seed."""
@@ -299,14 +300,17 @@ def composed_table(plan: Composition, records: Records) -> str:
         (what, told or "waits", told and ("yes" if holds else "**no**"))
         for what, told, holds in criteria(plan, records)
     ]
+    base = records.get("base", {})
     of_arms = []
     for name, losses in found.arms().items():
         cells = [losses.get(text, "") for text in texts]
-        of_arms.append([name, *(fmean(cell) if isinstance(cell, list) else cell for cell in cells)])
-    seeds = [
-        [seed, *(" : ".join(f"{part[d]:.3f}" for part in parts) for d in plan.domains)]
-        for seed, parts in zip(plan.seeds, found.over_seeds(), strict=False)
-    ]
+        gain = fmean(base[d] - losses[d] for d in plan.domains) if base else ""
+        of_arms.append([name, *(fmean(cell) if isinstance(cell, list) else cell for cell in cells), gain])
+    seeds = []
+    for seed, parts in zip(plan.seeds, found.over_seeds(), strict=False):
+        kept = [(base[d] - parts[2][d]) / (base[d] - parts[0][d]) for d in plan.domains if base]
+        shown = [" : ".join(f"{part[d]:.3f}" for part in parts) for d in plan.domains]
+        seeds.append([seed, *shown, fmean(kept) if kept else ""])
     curves = [[kind, *(f"{gain:+.3f} / {cost:+.3f}" for _, gain, cost in found.curve(kind))] for kind in kinds]
     rates: list[list[Any]] = []
     for kind in kinds:
@@ -318,8 +322,8 @@ def composed_table(plan: Composition, records: Records) -> str:
     told = {name: value for name, value in records.get("answers", {}).items() if name != "cpu_seconds"}
     sections: list[Section] = [
         ("Success, written down before the first run", "", ("", "measured", "holds"), verdicts),
-        ("Nats per token, first seed", "", ("", *texts), of_arms),
-        ("Own neurons : own LoRA : composed, every seed", "", ("seed", *plan.domains), seeds),
+        ("Nats per token, first seed", "", ("", *texts, "gain"), of_arms),
+        ("Own neurons : own LoRA : composed, every seed", "", ("seed", *plan.domains, "gain kept"), seeds),
         (
             "Learnt / forgotten",
             f"One expert of {plan.forgetting}, always on: its gain, and what the probes lose in the mean.",

@@ -31,7 +31,7 @@ void require_experts(const HiddenExperts& in) {
 }
 
 // out: like u; may be u.
-void bound_forward(
+void bound_hidden(
     std::string_view dtype, std::string_view activation, const Sizes<6>& sizes, const Addresses<8>& inputs,
     Address out) {
   const HiddenExperts in = checked_inputs(dtype, activation, sizes, inputs);
@@ -41,7 +41,7 @@ void bound_forward(
 
 // The same, after a router of `router_features` has chosen the experts: it writes gates, index and, like `gating`,
 // logits.
-void bound_routed(
+void bound_routed_hidden(
     std::string_view x_dtype, std::string_view weight_dtype, std::int64_t router_features, bool raw, Address x,
     Address weight, Address logits, std::string_view dtype, std::string_view activation, const Sizes<6>& sizes,
     const Addresses<8>& inputs, Address out) {
@@ -52,7 +52,7 @@ void bound_routed(
 }
 
 // grad: like u. results: like u, gates, right, left, bias, u_gate and right_gate; none: not wanted.
-void bound_backward(
+void bound_hidden_backward(
     std::string_view dtype, std::string_view activation, const Sizes<6>& sizes, const Addresses<8>& inputs,
     Address grad, const Addresses<7>& results) {
   const HiddenExperts in = checked_inputs(dtype, activation, sizes, inputs);
@@ -64,9 +64,9 @@ void bound_backward(
 }  // namespace
 
 void bind_hidden_experts(pybind11::module_& module) {
-  module.def("hidden_experts", bound_forward, WithoutGil());
-  module.def("routed_hidden_experts", bound_routed, WithoutGil());
-  module.def("hidden_experts_backward", bound_backward, WithoutGil());
+  module.def("hidden_experts", bound_hidden, WithoutGil());
+  module.def("routed_hidden_experts", bound_routed_hidden, WithoutGil());
+  module.def("hidden_experts_backward", bound_hidden_backward, WithoutGil());
 }
 
 }  // namespace mpoe

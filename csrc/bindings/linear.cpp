@@ -83,7 +83,7 @@ LinearSizes checked_sizes(
 // offsets: [experts + 1]; rows: int64 [slots], none: slot s reads row s; bias: [out_features] or none. Results: y
 // [slots, out_features]; h [slots * jC, b], only by strategy separable, and z, the pre-activation, like y: none:
 // not saved.
-void bound_forward(
+void bound_linear(
     const LinearSizes& sizes, std::int64_t tokens, std::int64_t slots, std::int64_t offset_bytes, Address x,
     const Addresses<3>& blocks, Address offsets, Address rows, Address bias, Address y, Address h, Address z) {
   const auto checked = checked_offsets(offsets, offset_bytes, sizes.experts, slots);
@@ -100,7 +100,7 @@ void bound_forward(
 // grad: [slots, out_features]; h: of the forward, read only by strategy separable; saved: like grad, y of the forward
 // for relu, z for the rest, not read without an activation. results: dx, dleft, dcentral, dright, dbias; none: not
 // wanted.
-void bound_backward(
+void bound_linear_backward(
     const LinearSizes& sizes, std::int64_t tokens, std::int64_t slots, std::int64_t offset_bytes, Address x,
     const Addresses<3>& blocks, Address offsets, Address rows, Address grad, Address h, Address saved,
     const Addresses<5>& results) {
@@ -122,8 +122,8 @@ void bound_backward(
 
 void bind_linear(pybind11::module_& module) {
   pybind11::class_<LinearSizes>(module, "LinearSizes", pybind11::module_local()).def(pybind11::init(&checked_sizes));
-  module.def("linear_forward", bound_forward, WithoutGil());
-  module.def("linear_backward", bound_backward, WithoutGil());
+  module.def("linear_forward", bound_linear, WithoutGil());
+  module.def("linear_backward", bound_linear_backward, WithoutGil());
 }
 
 }  // namespace mpoe

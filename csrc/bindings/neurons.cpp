@@ -24,14 +24,14 @@ NeuronExperts checked_inputs(
 }
 
 // out: [tokens, out_features].
-void bound_forward(
+void bound_neurons(
     std::string_view dtype, std::string_view activation, const Sizes<6>& sizes, const Addresses<5>& network,
     Address gates, Address index, Address out) {
   neuron_experts(checked_inputs(dtype, activation, sizes, network, gates, index), out);
 }
 
 // grad: [tokens, out_features]. results: like x, gates, up, down, bias and gate_up; none: not wanted.
-void bound_backward(
+void bound_neurons_backward(
     std::string_view dtype, std::string_view activation, const Sizes<6>& sizes, const Addresses<5>& network,
     Address gates, Address index, Address grad, const Addresses<6>& results) {
   const auto [dx, dgates, dup, ddown, dbias, dgate_up] = results;
@@ -64,8 +64,8 @@ void routed_neurons(
 }  // namespace
 
 void bind_neurons(pybind11::module_& module) {
-  module.def("neuron_experts", bound_forward, WithoutGil());
-  module.def("neuron_experts_backward", bound_backward, WithoutGil());
+  module.def("neuron_experts", bound_neurons, WithoutGil());
+  module.def("neuron_experts_backward", bound_neurons_backward, WithoutGil());
   module.def("routed_neurons", routed_neurons, WithoutGil());
 }
 

@@ -110,7 +110,7 @@ def compare_arms(output_dir: Path, kind: str, steps: int | None, seed: int) -> N
 
 # ------------------------------------------------------------------------------ experts, trained apart
 
-STEPS, LENGTH = 120, 128
+STEPS, LENGTH = 60, 128
 NEURONS, RATE = 64, 0.01
 TESTED = 24  # pieces of each held-out text
 SHOWN = 22  # tokens of each domain in the picture

@@ -1,4 +1,4 @@
-"""The reference: obvious loops in any dtype, including float64. Only tests and benchmarks import this package."""
+"""The reference: obvious loops in any dtype, including float64. Only tests import it."""
 
 from mpoe_kernels.linear.reference import (
     grouped_mpo_linear_reference,

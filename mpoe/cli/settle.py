@@ -49,7 +49,7 @@ def settle_experts(plan: Plan, source: Source) -> MPOEConfig | None:
     if experts.shape is None and config.expert_type == "mpo":
         experts.shape = str(config.shape)
         if plan.arguments.process_index == 0:
-            why = "what gained most in our trials" if config.is_hidden else "what the model or other options need"
+            why = "what gained most with few experts" if config.is_hidden else "what the model or other options need"
             print(f"shape {experts.shape}, {config.top_k} of {config.num_experts} experts per token: {why} (--shape)")
     return config
 

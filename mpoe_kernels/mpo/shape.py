@@ -1,27 +1,4 @@
-"""`MPOShape`: how a matrix is cut into a chain of cores, and the glossary of the whole package.
-
-Glossary
---------
-weight ``[I, F]``
-    The matrix of ``y = x @ W``: I = in_features, F = out_features. ``nn.Linear.weight`` is its transpose,
-    GPT-2's ``Conv1D.weight`` is W itself.
-core k ``[d_{k-1}, i_k, j_k, d_k]``
-    One tensor of the chain. ``i_k`` factors I, ``j_k`` factors F, and ``d_0 = d_n = 1``.
-bond dimension ``d_k``
-    Size of the index that cores k and k+1 share. The *full* bond is the smaller of the products of ``i * j`` on
-    its two sides; at full bonds the chain represents every matrix exactly.
-central core, auxiliary cores
-    The middle core, shared by all experts of a layer; all other cores, of which every expert owns one set.
-blocks left, central, right
-    The chain folded around its central core: ``left [E, iL, jL, a]``, ``central [a, iC, jC, b]``,
-    ``right [E, b, iR, jR]``. Every kernel takes these three, whatever the number of cores.
-tokens T, experts E, top-k K, slots N
-    N = T * K rows are dispatched, sorted by expert.
-plan, backend
-    What to compute (a function of shapes); which kernels compute it (a function of device, dtype and capability).
-gate
-    The router's weight of a (token, expert) pair. Only ``combine`` multiplies by it.
-"""
+"""`MPOShape`: how a matrix is cut into a chain of cores. The words are those of docs/what_is_mpoe.md."""
 
 from __future__ import annotations
 

@@ -353,7 +353,7 @@ def test_shapes(planned, capsys: pytest.CaptureFixture[str], flags: list, kind: 
     assert plan.experts.shape == shape  # as it is recorded
     out = capsys.readouterr().out
     if "--tensor_learn=true" not in flags:
-        why = "what gained most in our trials" if shape == "hidden" else "what the model or other options need"
+        why = "what gained most with few experts" if shape == "hidden" else "what the model or other options need"
         assert f"shape {shape}, {top_k} of 8 experts per token: {why}" in out
     assert settle_experts(plan, source) == config
 

@@ -51,7 +51,7 @@ class MPOEConfig:
             cost little more than one. Neurons: experts own hidden neurons beside the dense network, which stays as it
             is, and their results are added to its own. Separable: MPO cores that are cheap to run; paper: the
             original's factors; light: smallest auxiliary cores. ``None`` takes what gained most with eight experts
-            in our trials (docs/evidence.md), also with two experts per token. Options that only other shapes have: ``max_bond``,
+            (docs/evidence.md), and two of them per token. Options that only other shapes have: ``max_bond``,
             ``separable_left``, ``separable_right``, ``light_p``, ``gauge``, a capacity, a bond in ``shape_pattern``, a
             ``moe_type`` other than ``"switch"``, dense experts. The attribute holds the chosen name.
         block_size: size b of hidden-side blocks, a divisor of the hidden size F; ``None`` = its largest divisor that

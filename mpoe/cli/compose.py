@@ -80,7 +80,7 @@ def command(asked: Asked) -> None:
         )
     tokenizer, dense = models.load_tokenizer(source), models.load_model(source)
     texts = [_batches_of(text, tokenizer, options, "texts") for text in options.texts]
-    (compose_experts if of_experts else compose_fine_tunes)(dense, tokenizer, names, texts, options, out)
+    (compose_files if of_experts else compose_fine_tunes)(dense, tokenizer, names, texts, options, out)
 
 
 def load_fine_tune(name: str, base: Any) -> Any:
@@ -163,7 +163,7 @@ def _fitted(base: Any, name: str, texts: Any, tokenizer: Any, options: ComposeOp
     return expert
 
 
-def compose_experts(
+def compose_files(
     base: Any, tokenizer: Any, names: Sequence[str], texts: Sequence[Any], options: ComposeOptions, out: Path
 ) -> None:
     """Compose or merge the experts ``names`` of ``base``; ``texts`` has batches for each of them, or nothing."""
@@ -171,7 +171,7 @@ def compose_experts(
     background: Any = None
     top_k, none = TOP_K, True
     if options.add is not None:
-        there, background = expert_mixture.kept_experts(Path(options.add))
+        there, background = expert_mixture.experts_in(Path(options.add))
         known, none = [expert.name for expert in there], background is not None
         unknown = sorted(set(options.remove) - set(known))
         if unknown:

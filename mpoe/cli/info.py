@@ -48,11 +48,11 @@ def facts_of(place: Path) -> Iterator[dict[str, Any]]:
         ValueError: a damaged file.
     """
     from mpoe.models.expert_files import load_expert
-    from mpoe.models.expert_mixture import EXPERTS_FOLDER, kept_experts
+    from mpoe.models.expert_mixture import EXPERTS_FOLDER, experts_in
 
     if not place.is_file() and not (place / EXPERTS_FOLDER).is_dir():
         raise CommandError(f"info takes experts' files and mixtures that mpoe compose made of them; {place} is none")
-    for each in [load_expert(place)] if place.is_file() else kept_experts(place)[0]:
+    for each in [load_expert(place)] if place.is_file() else experts_in(place)[0]:
         sizes = {kind: sum(t.nbytes for t in getattr(each, kind).values()) for kind in ("weights", "statistics")}
         parameters = sum(tensor.numel() for tensor in each.weights.values())
         yield {**each.facts, "parameters": parameters, "bytes": sizes}

@@ -20,7 +20,7 @@ from mpoe.cli.tasks import DataOptions, data_of_run, resolve
 from mpoe.data.encode import padding_collator
 from mpoe.data.task import Task
 from mpoe.inspection import Route, Worth, bond_spectra, composed_worth, route_text
-from mpoe.models.expert_mixture import EXPERTS_FOLDER, kept_experts
+from mpoe.models.expert_mixture import EXPERTS_FOLDER, experts_in
 from mpoe.models.report import HEADER, LEGEND, facts, mpo_modules, routed_layers, short_name, summarize
 from mpoe.models.table import ENCODER, SEQ2SEQ
 
@@ -119,7 +119,7 @@ def _worth(folder: Path, model: Any, tokenizer: Any, items: list[dict[str, Any]]
     """What the experts of a composed mixture are worth on ``texts``, or on the items; None for other models."""
     if not (folder / EXPERTS_FOLDER).is_dir():
         return None
-    experts, background = kept_experts(folder)
+    experts, background = experts_in(folder)
     classes = [*(expert.statistics for expert in experts), *([] if background is None else [background])]
     if texts and not model.config.is_encoder_decoder:
         rows = tokenizer(list(texts))["input_ids"]

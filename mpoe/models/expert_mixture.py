@@ -187,7 +187,7 @@ def compose_experts(
 
 
 def keep_experts(mixture: Any, folder: Path) -> None:
-    """Write what `compose_experts` composed next to the saved mixture, for `kept_experts`."""
+    """Write what `compose_experts` composed next to the saved mixture, for `experts_in`."""
     (folder / EXPERTS_FOLDER).mkdir(parents=True, exist_ok=True)
     for expert in mixture.composed_of:
         write_expert(expert, folder / EXPERTS_FOLDER / f"{expert.name}.expert")
@@ -195,7 +195,7 @@ def keep_experts(mixture: Any, folder: Path) -> None:
         save_file(mixture.background_statistics, folder / BACKGROUND_FILE)
 
 
-def kept_experts(folder: Path) -> tuple[list[Expert], dict[str, Tensor] | None]:
+def experts_in(folder: Path) -> tuple[list[Expert], dict[str, Tensor] | None]:
     """The experts of a mixture in their order, without *none*, and its background's statistics if it has *none*.
 
     Raises:

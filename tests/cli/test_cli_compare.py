@@ -16,7 +16,7 @@ from mpoe.cli.compare import read_run, write_report
 from mpoe.cli.main import run
 from mpoe.cli.train import going_on
 from mpoe.data.embedded import DOMAINS, domain_text
-from mpoe.models.expert_mixture import kept_experts
+from mpoe.models.expert_mixture import experts_in
 from mpoe.training.callbacks import LogLineCallback
 from tests.assertions import run_python
 
@@ -193,7 +193,7 @@ def test_a_short_demo_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert all(list(own) == ["base", "own", "composed", "merged"] for own in results["losses"].values())
     assert results["experts"] == ["law", "code", "names", "none"]
     assert {expert for _, expert in results["picture"]} <= {0, 1, 2, 3}
-    assert [expert.name for expert in kept_experts(tmp_path / "demo" / "model")[0]] == ["law", "code", "names"]
+    assert [expert.name for expert in experts_in(tmp_path / "demo" / "model")[0]] == ["law", "code", "names"]
     page = (tmp_path / "demo" / "report.html").read_text()
     assert page.count('title="expert ') == 4 * len(results["picture"])  # in each layer
     out = capsys.readouterr().out

@@ -19,7 +19,7 @@ from mpoe.cli.command import CommandError
 from mpoe.cli.main import run
 from mpoe.data.embedded import load_stand_in, stand_in_path
 from mpoe.models.expert_files import base_identity, vocabulary_identity, write_expert
-from mpoe.models.expert_mixture import kept_experts
+from mpoe.models.expert_mixture import experts_in
 from mpoe.models.report import neuron_modules
 from tests.assertions import refuses
 
@@ -123,7 +123,7 @@ def test_one_more_and_one_fewer(folder: Path, capsys: pytest.CaptureFixture[str]
     three = load_mpoe(folder / "three")
     assert three.config.mpoe_experts == ["law", "med", "code", "none"]
     assert (three.mpoe_config.num_experts, three.mpoe_config.neurons, three.mpoe_config.top_k) == (4, 10, 2)
-    assert [expert.name for expert in kept_experts(folder / "three")[0]] == ["law", "med", "code"]
+    assert [expert.name for expert in experts_in(folder / "three")[0]] == ["law", "med", "code"]
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_an_adapter_as_an_expert(folder: Path, tmp_path: Path, capsys: pytest.Ca
     command.command([BASE, str(tmp_path / "sea"), "--neurons", "16", "--output_dir", str(tmp_path / "mix"), *words])
     assert "sea: 16 neurons keep" in capsys.readouterr().out
     assert load_mpoe(tmp_path / "mix").config.mpoe_experts == ["sea", "none"]
-    (expert,) = kept_experts(tmp_path / "mix")[0]
+    (expert,) = experts_in(tmp_path / "mix")[0]
     assert expert.facts["training"]["kept"] >= 0.8
     with pytest.raises(CommandError, match="are fitted on texts of their domain: give --texts"):
         command.command([BASE, str(tmp_path / "sea"), "--neurons", "16", "--output_dir", str(tmp_path / "x")])

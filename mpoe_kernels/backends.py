@@ -274,9 +274,7 @@ def cuda_backend(name: str, device_type: str, unavailable_reasons: Callable[[], 
     """
 
     def reasons(request: Request) -> list[str]:
-        wrong = (
-            [] if request.device_type == device_type else [f"it runs on {device_type}, not on {request.device_type}"]
-        )
+        wrong = [] if request.device_type == device_type else [_elsewhere(device_type, request)]
         return wrong + _dtype_reasons(request)
 
     return Backend(name, unavailable_reasons=unavailable_reasons, request_reasons=reasons, places_rows=True)

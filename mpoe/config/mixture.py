@@ -209,11 +209,11 @@ class MPOEConfig:
             for name in ("neurons", "latent"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} needs shape 'neurons'; got {self.shape!r}")
-            if self.router.routed_scaling_factor not in (None, 1.0):
-                raise ValueError(
-                    "router.routed_scaling_factor needs shape 'neurons', as it would scale the whole network; got "
-                    f"{self.router.routed_scaling_factor}"
-                )
+        if not self.is_neurons and self.router.routed_scaling_factor not in (None, 1.0):
+            raise ValueError(
+                "router.routed_scaling_factor needs shape 'neurons', as it would scale the whole network; got "
+                f"{self.router.routed_scaling_factor}"
+            )
         if not self.keeps_network:
             return
         if self.moe_type == "moe":

@@ -201,7 +201,8 @@ class MPOEFeedForward(RoutedFeedForward):
         """Route every token and compute its experts.
 
         Args:
-            hidden_states: ``[..., I]``, floating; cast to the experts' dtype, or by autocast.
+            hidden_states: ``[..., I]``, floating; cast to the experts' dtype, or by autocast. A dense network that
+                stays does not cast.
             token_mask: bool ``[...]``, ``False`` = padding, which is neither routed nor counted and yields zero.
                 ``None`` reads the mask of the model call in progress, if there is one.
 

@@ -113,7 +113,7 @@ class HiddenExperts(FromInitialValues):
         another backend. ``overwrites``: nobody needs ``u`` any more, the result may take its place.
         """
         blocks: dict[str, Any] = self.auxiliary._parameters
-        if not router.can_gate_natively(x, u, u_gate, *blocks.values(), self.bias):
+        if self.backend != router.backend or not router.can_gate_natively(x, u, u_gate, *blocks.values(), self.bias):
             return None
         raw, activation = router.config.is_scale_prob, ACTIVATIONS[self.activation]
         found = routed(x, router.weight, router.top_k, raw, u, blocks, self.bias, u_gate, activation, overwrites)

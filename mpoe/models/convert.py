@@ -25,7 +25,7 @@ from mpoe.models.find import find_sites
 from mpoe.models.report import hidden_modules, modules_of, mpo_modules, neuron_modules
 from mpoe.models.sites import EmbeddingSite, FFNSite, Report
 from mpoe.models.table import EXPERT_COUNTS, TABLE, checked_sites, family_for
-from mpoe_kernels import backend_reasons
+from mpoe_kernels.backends import check_backend
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 _LOCK = threading.RLock()
@@ -160,9 +160,7 @@ def convert_to_mpoe(
     for site in found:
         site.check(config)
     tied = all(site.is_tied(model) for site in found if isinstance(site, EmbeddingSite))
-    backends = ["auto", *backend_reasons()]
-    if config.backend is not None and config.backend not in backends:
-        raise ValueError(f"backend must be one of {backends} or None; got {config.backend!r}")
+    check_backend(config.backend)
     check_finite(model)
     config = dataclasses.replace(config, rate_ratios={}, tied_head=tied)
     if not inplace:

@@ -202,13 +202,13 @@ def model_card(model: Any, metrics: Mapping[str, Any] | None = None) -> str:
         metrics: name -> number; nested mappings get dotted names, other values are left out.
     """
     base = base_name(model)
-    has_mpo = parameter_report(model)["central"]
-    shared = f" All experts of a layer share the central core of a matrix product operator ({_PAPER})." * bool(has_mpo)
+    shared = f" All experts of a layer share the central core of a matrix product operator ({_PAPER})."
+    is_mpo = model.mpoe_config.expert_type == "mpo" and not model.mpoe_config.is_neurons
     metadata = ["---", "library_name: transformers", "tags:", "- mpoe", "- mixture-of-experts"]
     parts = [
         "\n".join([*metadata, *([f"base_model: {base}"] if base else []), "---"]),
         f"# {type(model).__name__.removeprefix('FSDP')}",
-        f"A Transformers model whose feed-forward networks are mixtures of experts.{shared}",
+        f"A Transformers model whose feed-forward networks are mixtures of experts.{shared * is_mpo}",
         _table("property", facts(model)),
         "## Use",
         "```python\nfrom mpoe import load_mpoe\n\nmodel = load_mpoe(folder)  # the folder of this file\n```",
@@ -224,7 +224,8 @@ def facts(model: Any) -> dict[str, str]:
     """What an MPOE model is, in words and numbers by name."""
     config, report, base = model.mpoe_config, parameter_report(model), base_name(model)
     experts = f"{config.num_experts}, top-{config.top_k}" if config.moe_type != "none" else "1, no routers"
-    kind = "matrix product operators" if config.expert_type == "mpo" and report["central"] else "full matrices"
+    kind = "full matrices" if config.expert_type == "dense" else "matrix product operators"
+    kind = "hidden neurons beside the dense network" if config.is_neurons else kind
     shapes = [str(cores.shape) for _, cores in mpo_modules(model)]
     shapes += [f"{layer.shape}, {layer.experts.extra_repr()}" for layer in kept_modules(model).values()]
     return {

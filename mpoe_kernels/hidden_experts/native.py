@@ -78,7 +78,7 @@ def routed(
     Returns:
         ``o [..., F]`` and the decision; None if the op must be called instead.
     """
-    right, left, right_gate = blocks["right"], blocks["left"], blocks.get("right_gate")
+    right, left, right_gate = map(blocks.get, ("right", "left", "right_gate"))  # none where it is parametrized
     if right is None or left is None or (u_gate is None) != (right_gate is None):
         return None
     if right.dim() != 4 or right.shape[2] != right.shape[3]:
@@ -115,7 +115,6 @@ def routed(
 
 def backward(call: HiddenBackwardCall) -> tuple[Tensor, ...]:
     """See `HiddenBackwardCall`."""
-    need = call.need
     arguments, kept = _inputs(call)
     u, own_gate, own_gates, _, right, left, right_gate, bias = kept
     assert u is not None
@@ -123,10 +122,10 @@ def backward(call: HiddenBackwardCall) -> tuple[Tensor, ...]:
     likes = (u, own_gates, right, left, bias, own_gate, right_gate)
     results = [
         u.new_empty(0) if like is None or not wanted else torch.empty_like(like)
-        for like, wanted in zip(likes, need, strict=True)
+        for like, wanted in zip(likes, call.need, strict=True)
     ]
     NATIVE_LIBRARY.functions.hidden_experts_backward(
         *arguments, rows.data_ptr(), [result.data_ptr() for result in results]
     )
-    results[1] = results[1].to(call.gates.dtype if need[1] else u.dtype)
+    results[1] = results[1].to(call.gates.dtype)
     return tuple(results)

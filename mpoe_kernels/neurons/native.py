@@ -72,5 +72,5 @@ def backward(call: NeuronBackwardCall) -> tuple[Tensor, ...]:
     NATIVE_LIBRARY.functions.neuron_experts_backward(
         *arguments, grad.data_ptr(), [result.data_ptr() for result in results]
     )
-    results[1] = results[1].to(call.gates.dtype if call.need[1] else call.x.dtype)
+    results[1] = results[1].to(call.gates.dtype)
     return tuple(results)

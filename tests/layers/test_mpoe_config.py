@@ -50,6 +50,10 @@ from tests.assertions import refuses
         (MPOEConfig, {"shape": "hidden", "moe_type": "moe"}, ValueError, "needs moe_type 'switch' or 'none'"),
         (MPOEConfig, {"shape": "hidden", "router": {"capacity_factor": 1.0}}, ValueError, "router.capacity_factor"),
         (MPOEConfig, {"router": {"routed_scaling_factor": 2.0}}, ValueError, "routed_scaling_factor needs shape"),
+        (
+            *(MPOEConfig, {"shape_pattern": {"encoder": "neurons"}, "router": {"routed_scaling_factor": 2.0}}),
+            *(ValueError, "routed_scaling_factor needs shape 'neurons'"),
+        ),
         (RouterConfig, {"top_k": 0}, ValueError, "top_k"),
         (RouterConfig, {"capacity_factor": 0.0}, ValueError, "capacity_factor"),
         (RouterConfig, {"eval_capacity_factor": -1}, ValueError, "eval_capacity_factor"),

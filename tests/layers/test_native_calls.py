@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.layers import HiddenFeedForward, MPOEFeedForward, NeuronFeedForward, hidden
@@ -200,9 +201,16 @@ def test_who_else_has_a_part_in_a_call_gets_the_ops(calls: list[str], kind: str)
         with torch.autocast("cpu", dtype=BF16):
             layer(x)
         layer.train()(x)
-        torch.compile(layer.eval(), backend="eager", fullgraph=True)(x)
+        layer.experts.backend = "eager"
+        layer.eval()(x)
+        layer.experts.backend = None
+        torch.compile(layer, backend="eager", fullgraph=True)(x)
         if kind == "neurons":
             made(kind, scoring_func="sigmoid")(x)
+        if kind == "hidden":
+            own = made(kind)
+            parametrize.register_parametrization(own.experts.auxiliary, "right", nn.Identity())
+            own(x)
         layer.double()(x.double())
         assert calls == []
         if kind == "hidden":

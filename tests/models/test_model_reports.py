@@ -106,6 +106,9 @@ def test_card_says_what_the_model_is(tmp_path: Path) -> None:
     ):
         assert words in card.content, words
     assert "note" not in card.content
+    card = model_card(mixture(shape="neurons", neurons=4))
+    assert "| experts | 3, top-2; hidden neurons beside the dense network |" in card
+    assert "product operator" not in card
 
 
 def test_base_survives_saving_and_folders_stay_private(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ SHARED = Path(os.environ.get("MPOE_SHARED", Path(__file__).resolve().parents[2] 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("numprocesses", default=None):
         return  # the workers run the tests; this process needs no import of theirs
+    gc.disable()  # until all are collected: imports leave nothing to free
     import torch
     from hypothesis import settings
 
@@ -42,6 +43,7 @@ def pytest_collection_finish() -> None:
     """Imports stay out of garbage collections: Accelerate makes one after every training, half a second long."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -72,7 +74,9 @@ def lacks() -> Callable[[str], None]:
 def _seed() -> None:
     import torch
 
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_initialized():  # before, each seed is kept for it with the traceback of who gave it
+        torch.cuda.manual_seed_all(0)
 
 
 @pytest.fixture(scope="session")

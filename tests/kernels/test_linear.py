@@ -143,11 +143,13 @@ def test_sizes_beyond_one_tile(backend: str, name: str, dtype: torch.dtype) -> N
 @pytest.mark.parametrize(("size", "dtype"), pairwise(NATIVE_SIZES, BOTH))
 def test_blocks_and_pieces_of_native_kernels(size: tuple[str, int], dtype: torch.dtype) -> None:
     name, tokens = size
-    kind, activation = ("some_idle", "silu") if tokens == 70 else ("zipf", "gelu")
-    product = Product(LARGER[name], dtype, tokens, 4, 1, kind, activation=activation, backend="native")
+    experts, kind, activation = (4, "some_idle", "silu") if tokens == 70 else (2, "zipf", "gelu")
+    product = Product(LARGER[name], dtype, tokens, experts, 1, kind, activation=activation, backend="native")
     # All of one sign, otherwise the bias gradient may be a small difference of large numbers.
     product.grad = product.grad.abs() + 0.5
-    for strategy in require_strategies("native", LARGER[name], dtype):
+    strategies = require_strategies("native", LARGER[name], dtype)
+    # Rebuilt and half rebuilt weights do not depend on the number of tokens: of the largest they are compared once.
+    for strategy in strategies[3:] if tokens != 70 and name in ("even", "long_sums", "longest_sums") else strategies:
         product.check(strategy)
 
 

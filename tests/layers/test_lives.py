@@ -166,9 +166,9 @@ def in_a_fork(layer: Layer, x: Tensor) -> Tensor:
 
 def by_threads(layer: Layer, x: Tensor) -> Tensor:
     """They share the layer, each with its own order of the rows, again and again."""
-    found = in_threads(4, lambda n: [plainly(layer, x.roll(n, 0)).roll(-n, 0) for _ in range(5)])
+    found = in_threads(4, lambda n: [plainly(layer, x.roll(n, 0)).roll(-n, 0) for _ in range(3)])
     for own in found:
-        torch.testing.assert_close(own, [found[0][0]] * 5)
+        torch.testing.assert_close(own, [found[0][0]] * 3)
     return found[0][0]
 
 
@@ -186,15 +186,14 @@ WAYS: dict[str, Callable[[Layer, Tensor], Tensor]] = {
 }
 
 
-def by_eager(layer: Layer, x: Tensor) -> Tensor:
-    """What a new layer of the same numbers computes in PyTorch's own products."""
+def by_eager(layer: Layer) -> Callable[[Tensor], Tensor]:
+    """A new layer of the same numbers, computed by PyTorch's own products."""
     fresh = copy.deepcopy(layer)
     fresh.load_state_dict({name: value.clone() for name, value in layer.state_dict().items()})
     for child in fresh.modules():
         if hasattr(child, "backend"):
             child.backend = "eager"
-    with use_backend("eager"):
-        return plainly(fresh, x)
+    return lambda x: use_backend("eager")(plainly)(fresh, x)
 
 
 @pytest.fixture(autouse=True)
@@ -234,7 +233,8 @@ def test_a_layer_is_its_parameters(kind: str, event: str, every_way: bool) -> No
             with pytest.raises((ValueError, RuntimeError), match=r"must hold its values|setStorage: .* out of bounds"):
                 take(layer, torch.randn(5, I))
             continue
+        wanted = by_eager(layer)
         for tokens in (0, 1, 5):
             x = torch.randn(tokens, I)
-            torch.testing.assert_close(take(layer, x), by_eager(layer, x), rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(take(layer, x), wanted(x), rtol=1e-3, atol=1e-4)
         assert len(filler) == 399

@@ -51,7 +51,7 @@ class Budget:
 
 
 BUDGETS = {"quick": Budget(1.2, most=15), "targets": Budget(2.0, 5, 15), "gpu": Budget(0.12, 7, 15, 0.002)}
-TINY = Budget(0.01, 3, 3, 0.0005)
+TINY = Budget(0.01, 2, 2, 0)
 
 
 def device_clock() -> float:

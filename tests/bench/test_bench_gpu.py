@@ -34,7 +34,7 @@ def script(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def plan(device: str) -> dict[str, str]:
     """Commands by part."""
-    done = script("--plan", "--device", device)
+    done = script("--plan", "--device", device, PYTHON="true")
     assert done.returncode == 0, done.stderr
     return dict(re.findall(r"^([\w-]+) \(\d+ s\): (.*)$", done.stdout, re.MULTILINE))
 

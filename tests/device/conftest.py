@@ -33,7 +33,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """As in tests/conftest.py, which is left out where its packages are missing."""
-    torch.manual_seed(0)
+    (torch.manual_seed if DEVICE.startswith("cuda") else torch.default_generator.manual_seed)(0)
 
 
 @pytest.fixture

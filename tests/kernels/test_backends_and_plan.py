@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import shutil
-import subprocess
-import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -334,13 +331,3 @@ def test_command_as_json_and_text(capsys: pytest.CaptureFixture[str], monkeypatc
     answer, reason = text[text.index("  triton          ", text.index("kernel backends")) :].splitlines()[:2]
     assert answer.endswith("no")
     assert "triton" in reason.lower()
-
-
-def test_without_a_library_it_is_said_why_and_the_rest_is_told(tmp_path: Path) -> None:
-    """A copy of the package without compiled kernels."""
-    package = Path(info.__file__).parent
-    shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    (tmp_path / package.name / "_native_missing.txt").write_text("no compiler was found\n")
-    command = [sys.executable, "-m", "mpoe_kernels.info"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert "  native          no\n                  it was not built: no compiler was found\n" in done.stdout

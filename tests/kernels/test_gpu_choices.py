@@ -20,7 +20,7 @@ from mpoe_kernels.contract import STRATEGIES, BlockDims, may_round_to_tf32
 from mpoe_kernels.contract.autotune import _key
 from mpoe_kernels.contract.ranking import Problem, rank, shortlist
 from mpoe_kernels.triton import architecture
-from tests.cases import SMALL_SHAPES
+from tests.cases import SMALL_SHAPES, pairwise
 
 from .test_ffn import Problem as Product
 
@@ -60,10 +60,7 @@ def test_experts_and_routing_have_kernels_for_every_size() -> None:
         assert chosen is BACKENDS["triton"].kernels[op]
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 8])
-@pytest.mark.parametrize(
-    "case", cases((768,)), ids=lambda case: f"{case.shape}-{case.experts}{'-masked' * case.masked}"
-)
+@pytest.mark.parametrize(("case", "top_k"), pairwise(list(cases((768,))), [1, 2, 8]))
 def test_layers_run_on_tensors_without_memory(case: Case, top_k: int) -> None:
     """Forward and backward, decoding and training: what reads a number from such a tensor raises an error."""
     pytest.importorskip("triton")

@@ -35,7 +35,7 @@ class Case(KernelProblem):
 
 
 class TestScenarios(LinearScenarios):
-    problem, of_every_shape = Case, ("half_left", ON_CHIP)  # which build something and keep it
+    problem, of_every_shape = Case, ("separable", ON_CHIP)  # of paper the tests below run them all
     strategies = staticmethod(strategies_of)
 
 

@@ -162,11 +162,9 @@ class KernelProblem(LinearProblem):
         """Gradients of x, the blocks and the bias, from what the forward returned; those not needed are empty."""
         y, h, z = saved
         kept = self.grad, h, y if self.activation == "relu" else z
+        slots, kernels = self.slot_of_token if self.inverse else None, type(self).KERNELS(strategy)
         with poisoned_memory():
-            slots = self.slot_of_token if self.inverse else None
-            return (
-                type(self).KERNELS(strategy).backward(BackwardCall(*self._common(strategy), *kept, list(need), slots))
-            )
+            return kernels.backward(BackwardCall(*self._common(strategy), *kept, list(need), slots))
 
     def run(self, strategy: str, backward_strategy: str | None = None) -> list[Tensor]:
         saved = self.forward(strategy)

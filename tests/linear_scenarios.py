@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from itertools import product
 from typing import Any
 
@@ -12,16 +12,10 @@ import torch
 from mpoe_kernels.linear import gradients, grouped
 from mpoe_kernels.mpo.shape import MPOShape
 from tests.assertions import assert_calibrated
-from tests.cases import SMALL_SHAPES
+from tests.cases import SMALL_SHAPES, pairwise
 from tests.linear_problem import NAMES, planned_strategies
 
 IN_BFLOAT16 = ("paper", "light", "separable", "padded", "uneven_bonds")
-
-
-def halved(cases: Iterable[tuple[Any, ...]]) -> list[Any]:
-    """Parameters of which every second one is left to the exhaustive suite."""
-    marks = ([], [pytest.mark.exhaustive])
-    return [pytest.param(*case, marks=marks[number % 2]) for number, case in enumerate(cases)]
 
 
 class LinearScenarios:
@@ -54,20 +48,14 @@ class LinearScenarios:
         self.problem(SMALL_SHAPES[name], dtype).check(strategy)
 
     @pytest.mark.parametrize(
-        ("activation", "gathered"),
-        halved((a, g) for g in (False, True) for a in ("none", "relu", "gelu", "gelu_tanh", "silu")),
+        ("activation", "gathered"), pairwise(["none", "relu", "gelu", "gelu_tanh", "silu"], [False, True])
     )
     def test_activations_with_and_without_gather(self, activation: str, gathered: bool) -> None:
         self.problem(SMALL_SHAPES["separable"], activation=activation, gathered=gathered).check("separable")
         light = self.problem(SMALL_SHAPES["light"], activation=activation, gathered=gathered, with_bias=False)
         light.check("rebuild")
 
-    @pytest.mark.parametrize(
-        ("name", "kind"),
-        halved(
-            [("light", "all_to_one"), ("light", "some_idle"), ("separable", "some_idle"), ("separable", "all_to_one")]
-        ),
-    )
+    @pytest.mark.parametrize(("name", "kind"), pairwise(["light", "separable"], ["all_to_one", "some_idle"]))
     def test_distributions(self, name: str, kind: str) -> None:
         shape = SMALL_SHAPES[name]
         for strategy in self.strategies(shape):

@@ -13,6 +13,8 @@ from torch import Tensor
 from mpoe_kernels import MPOBlocks, grouped_mpo_linear, mpo_ffn, route
 from tests.cases import SMALL_SHAPES
 
+from .test_device_ops import make_blocks
+
 SHAPE = SMALL_SHAPES["light"]
 
 
@@ -80,11 +82,7 @@ def replay_a_decoding_step(backend: str, name: str, device: str) -> None:
     torch.manual_seed(0)
     shape = SMALL_SHAPES[name]
     down_shape = shape.mirrored() if shape.is_separable else shape
-    parts = []
-    for each in (shape, down_shape):
-        made = random_blocks(each, 3)
-        moved = (t.to(device, torch.float32) for t in (made.left, made.central, made.right))
-        parts.append(MPOBlocks(*moved, each.in_features, each.out_features))
+    parts = [make_blocks(each, 3, torch.float32, torch.device(device)) for each in (shape, down_shape)]
     x, index = torch.randn(4, shape.in_features, device=device), torch.tensor([[0], [1], [1], [2]], device=device)
     gates = torch.ones(4, 1, device=device)
     found = torch.empty(4, down_shape.out_features, device=device)

@@ -73,13 +73,10 @@ def test_large_shapes(able: str, name: str, dtype: torch.dtype, device: torch.de
     check_linear(able, ["auto"], LARGE[name], dtype, device, tokens=3)
 
 
-@pytest.mark.parametrize("kind", ["all_to_one", "some_idle", "uniform"])
-def test_loads(able: str, kind: str, device: torch.device) -> None:
-    check_linear(able, ["rebuild"], SMALL_SHAPES["light"], torch.float32, device, kind=kind)
-
-
-def test_no_tokens(able: str, device: torch.device) -> None:
-    check_linear(able, ["auto"], SMALL_SHAPES["light"], torch.float32, device, tokens=0, kind="uniform")
+@pytest.mark.parametrize(("kind", "tokens"), [("all_to_one", 37), ("some_idle", 37), ("uniform", 37), ("uniform", 0)])
+def test_loads(able: str, kind: str, tokens: int, device: torch.device) -> None:
+    way = ["rebuild" if tokens else "auto"]
+    check_linear(able, way, SMALL_SHAPES["light"], torch.float32, device, kind=kind, tokens=tokens)
 
 
 @pytest.mark.parametrize(("tokens", "experts", "top_k", "capacity"), [(5, 3, 2, None), (700, 64, 2, 11), (0, 3, 1, 2)])

@@ -48,8 +48,6 @@ NAMED = [(kind, case) for kind, named in CASES.items() for case in named.values(
 SIZES = [*NAMED, *((kind, case) for kind, cases in LARGER.items() for case in cases)]
 PLACES = range(len(SIZES))
 
-of_each_op = pytest.mark.parametrize("op", PROBLEMS)
-
 
 @cache
 def problem(number: int, gated: bool, dtype: torch.dtype) -> Any:
@@ -101,7 +99,7 @@ def test_every_activation(backend: str, op: str, activation: str, gated: bool, d
 
 
 @on_every_backend
-@of_each_op
+@pytest.mark.parametrize("op", PROBLEMS)
 @budget(max_examples=15)
 @given(data=st.data())
 def test_random_problems(backend: str, op: str, data: st.DataObject) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -44,18 +43,12 @@ class _Scope:
         self.restore = restore
 
 
-@cache
-def _languages(function: Any) -> set[int]:
-    """Language modules that a function sees."""
-    return {id(value) for value in function.__globals__.values() if value is tl or value is tl.core}
-
-
 def _patched_once(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Runs ``patch`` once per launch, and within it only for functions that see a language module not yet patched."""
     patched: set[int] = set()
 
     def patch_lang(function: Any) -> Any:
-        seen = _languages(function)
+        seen = {id(value) for value in function.__globals__.values() if value is tl or value is tl.core}
         if patched and seen <= patched:
             return _Scope(lambda: None)
         is_launch = not patched

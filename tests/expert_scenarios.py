@@ -68,12 +68,11 @@ class ExpertScenarios:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "case" in metafunc.fixturenames:
-            cases = [(kind, name, case) for kind, named in CASES.items() for name, case in named.items()]
-            slow = {True: [pytest.mark.slow], False: []}
-            found = [
-                pytest.param(kind, case, id=f"{kind.__name__}-{name}", marks=slow[name in self.slow_cases])
-                for kind, name, case in cases
-            ]
+            found, slow = [], {True: [pytest.mark.slow], False: []}
+            for kind, named in CASES.items():
+                for name, case in named.items():
+                    marks = slow[name in self.slow_cases]
+                    found.append(pytest.param(kind, case, id=f"{kind.__name__}-{name}", marks=marks))
             metafunc.parametrize(("kind", "case"), found)
         elif "kind" in metafunc.fixturenames:
             metafunc.parametrize("kind", CASES, ids=lambda kind: kind.__name__)

@@ -122,11 +122,10 @@ def test_no_circles() -> None:
 def test_files_of_tests_import_one_another_by_their_whole_names() -> None:
     """``from .tiny import`` or ``from tests.training.tiny import``: a bare name means another file to every folder."""
     bare = []
-    for folder in {path.parent for path in (ROOT / "tests").rglob("*.py")}:
-        own = {path.stem for path in folder.glob("*.py")}
-        for path in folder.glob("*.py"):
-            names = re.findall(r"^ *(?:from|import) (\w+)(?=[ ,\n])", path.read_text(), re.MULTILINE)
-            bare += [f"{path.relative_to(ROOT)}: {name}" for name in names if name in own]
+    for path in (ROOT / "tests").rglob("*.py"):
+        own = {each.stem for each in path.parent.glob("*.py")}
+        names = re.findall(r"^ *(?:from|import) (\w+)(?=[ ,\n])", path.read_text(), re.MULTILINE)
+        bare += [f"{path.relative_to(ROOT)}: {name}" for name in names if name in own]
     assert not bare
 
 

@@ -115,11 +115,8 @@ def test_rows_at_their_tokens(able: str, name: str, dtype: torch.dtype, device: 
     tokens, experts = (300, 7) if name not in large or device.type == "cuda" else (70, 3)
     routing = make_routing(tokens, experts, "zipf", device, capacity=tokens // 6)
     blocks, gates = make_blocks(shape, experts, dtype, device), torch.rand(tokens, 1, device=device)
-    x, bias = (
-        torch.randn(tokens, shape.in_features, device=device).to(dtype),
-        torch.randn(shape.out_features).to(device),
-    )
-    rows = x, blocks, routing.expert_offsets, bias.to(dtype)
+    x = torch.randn(tokens, shape.in_features, device=device).to(dtype)
+    rows = x, blocks, routing.expert_offsets, torch.randn(shape.out_features).to(device, dtype)
     for strategy in strategies_of(able, shape, dtype, device):
         y = grouped_mpo_linear(*rows, backend=able, strategy=strategy)
         wanted = combine(y, routing, gates, backend=able)

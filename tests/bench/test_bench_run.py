@@ -103,6 +103,7 @@ def test_other_suites(suite: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_mixtures_around_a_dense_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suites, "HALVES", (torch.bfloat16,))  # the quick suite has some in float32
+    monkeypatch.setattr(suites, "STOCK_LAYERS", ())  # and these
     results = run_suite("layers", threads=1, scale="tiny", backend="eager")
     assert results["failures"] == []
     assert {section["case"]["layers"] for section in results["sections"]} == {1, 2}

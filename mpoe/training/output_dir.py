@@ -177,18 +177,17 @@ def checkpoint_to_resume(asked: str | Path | bool | None, run_dir: Path, model: 
         model: the model that is to continue.
 
     Raises:
-        ValueError: there is none, or the given one is incomplete, damaged or of another model.
+        ValueError: there is none, or it holds weights alone; the given one is incomplete, damaged or of another model.
     """
     if not asked:
         return None
-    if asked is True:
-        found = find_last_checkpoint(run_dir)
-        if found is None:
-            raise ValueError(f"nothing to resume: no complete checkpoint in {run_dir}")
-        folder = found
-    else:
-        folder = Path(str(asked))
+    folder = find_last_checkpoint(run_dir) if asked is True else Path(str(asked))
+    if folder is None:
+        raise ValueError(f"nothing to resume: no complete checkpoint in {run_dir}")
+    if asked is not True:
         check_whole(folder)
+    if not any(any(folder.glob(name)) for name in ("*optimizer*", "global_step*")):  # the latter is DeepSpeed's
+        raise ValueError(f"checkpoint {folder} holds no optimizer's state (--save_only_model): a run cannot go on")
     check_weight_files(folder, model)
     if getattr(model, "config", None) is not None:
         _check_same_model(folder, model.config)

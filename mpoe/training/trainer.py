@@ -131,8 +131,8 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         """As `Trainer.train`; `resume_from_checkpoint=True` picks the last *complete* checkpoint.
 
         Raises:
-            ValueError: there is none, or the given one is incomplete, damaged, of another model, or holds more than
-                tensors.
+            ValueError: there is none, or the given one is incomplete, damaged, of another model, without an optimizer's
+                state, or holds more than tensors.
             FolderInUseError: another process trains in ``output_dir``; a `ValueError` that says which.
             DivergenceError: loss, gradients or weights are not finite; no checkpoint contains them, and the model in
                 memory has the weights of the previous step (unless these were already not finite).

@@ -37,6 +37,7 @@ def make_checkpoint(run_dir: Path, step: int) -> Path:
     (staged / "sub").mkdir(parents=True)
     save_file({"a": torch.ones(step)}, staged / "model.safetensors")
     (staged / "sub" / "state.bin").write_bytes(b"state")
+    (staged / "optimizer.pt").touch()
     final = checkpoints.publish(staged, run_dir)
     staged.parent.rmdir()
     return final

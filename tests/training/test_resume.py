@@ -125,6 +125,10 @@ def test_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="checkpoint-3 is incomplete"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     refuses(ValueError, "nothing to resume", trainer.train, resume_from_checkpoint=True)
+    make_trainer(tmp_path, **resume_options("t5", 3), save_only_model=True).train()
+    for asked in (True, str(tmp_path / "checkpoint-3")):
+        message = r"checkpoint-3 holds no optimizer's state \(--save_only_model\)"
+        refuses(ValueError, message, trainer.train, resume_from_checkpoint=asked)
 
 
 def test_best_checkpoint_is_kept_and_loaded(tmp_path: Path) -> None:

@@ -134,8 +134,9 @@ def set_intervals(arguments: MPOETrainingArguments, per_epoch: int, given: froze
     if not given & {"save_steps", "save_strategy"}:
         arguments.save_steps = quarter
         arguments.save_total_limit = arguments.save_total_limit or 2
-    if not given & {"eval_steps", "eval_strategy", "do_eval"}:
-        arguments.eval_strategy, arguments.eval_steps, arguments.do_eval = IntervalStrategy.STEPS, quarter, True
+    if "eval_strategy" not in given and (arguments.do_eval or "do_eval" not in given):
+        arguments.eval_strategy, arguments.do_eval = IntervalStrategy.STEPS, True
+        arguments.eval_steps = arguments.eval_steps or quarter
     for kind, enum in (("logging", IntervalStrategy), ("save", SaveStrategy), ("eval", IntervalStrategy)):
         if getattr(arguments, f"{kind}_strategy") == "epoch":
             setattr(arguments, f"{kind}_strategy", enum("steps"))

@@ -37,7 +37,7 @@ from mpoe.models.report import routed_layers, short_name, write_card
 from mpoe.models.table import ENCODER, SEQ2SEQ
 from mpoe.training import MPOETrainingArguments, find_last_checkpoint, prepare_output_dir
 from mpoe.training.callbacks import LogLineCallback
-from mpoe.training.output_dir import check_folder, check_output_dir
+from mpoe.training.output_dir import check_output_dir
 from mpoe.training.run_lock import hold
 from mpoe_kernels.version import __version__
 
@@ -64,6 +64,12 @@ FIRST = {
     "use_cpu": "stay on the CPU",
     "overwrite": "replace the run in output_dir",
     "resume": "continue the run in output_dir at its last checkpoint",
+}
+# What `transformers.TrainingArguments` offer and a run would not heed -> what there is instead.
+INSTEAD = {
+    "resume_from_checkpoint": "--resume continues the run in output_dir at its last checkpoint",
+    "do_predict": "mpoe evaluate RUN_DIR --split test scores a finished run",
+    "train_sampling_strategy": "every step draws one task (--temperature, --data_seed)",
 }
 GROUPS = (RunOptions, DataOptions, ExpertOptions, MPOETrainingArguments)
 USAGE = "mpoe train [CONFIG.json|yaml] --output_dir DIR [--flag value ...]"
@@ -103,16 +109,17 @@ def run(plan: Plan) -> dict[str, Any]:
     arguments, data = plan.arguments, plan.data
     if "output_dir" not in plan.given or not arguments.output_dir:
         raise CommandError("train needs --output_dir: the folder for checkpoints, metrics and the final model")
-    folder = check_folder("output_dir", Path(arguments.output_dir))
+    folder = Path(arguments.output_dir)
+    for name, instead in INSTEAD.items():
+        if name in plan.given and getattr(arguments, name):
+            raise CommandError(f"{name} is no option of mpoe train: {instead}")
     if plan.run.find_rate and "learning_rate" in plan.given:
         raise CommandError("find_rate looks for the learning rate; give --find_rate or --learning_rate, not both")
     _check_folder(plan)
     start = plan.run.model
     if plan.run.load_experiment is not None and not plan.run.load_layer:
         if "model" in plan.given:
-            raise CommandError(
-                "load_experiment says which model to start from; give it without --model, or add --load_layer"
-            )
+            raise CommandError("load_experiment says which model to start from; leave out --model, or add --load_layer")
         start = model_of_experiment(plan.run.load_experiment)
     source = models.find(start)
     if plan.run.expert is not None:
@@ -158,9 +165,7 @@ def run(plan: Plan) -> dict[str, Any]:
             else:
                 checkpoint = find_last_checkpoint(folder) if plan.run.resume else None
         if plan.run.resume and first:
-            print(
-                f"resuming from {checkpoint.name}" if checkpoint else "no complete checkpoint yet: starting at step 0"
-            )
+            print(f"resuming from {checkpoint.name}" if checkpoint else "no complete checkpoint yet: a new start")
         begun = time.perf_counter()
         with going_on(folder, plan.command):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -43,6 +43,8 @@ REFUSED = [
     (["trian"], "no such command 'trian'; did you mean 'train'? (see mpoe --help)"),
     (["train", "--model", "t5", "--data_dir", "."], "train needs --output_dir"),
     ([*HERE, "--overwrite", "--resume"], "exclude each other"),
+    ([*HERE, "--resume_from_checkpoint", "run"], "resume_from_checkpoint is no option of mpoe train: --resume"),
+    ([*HERE, "--do_predict"], "do_predict is no option of mpoe train: mpoe evaluate"),
     ([*HERE, "--model", "t5", "--load_experiment", "."], "load_experiment says which model to start from"),
     ([*HERE, "--load_layer", "mlp"], "load_layer needs load_experiment"),
     ([*HERE, "--resume"], "nothing to resume"),

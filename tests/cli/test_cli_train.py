@@ -17,7 +17,7 @@ from mpoe.cli.command import CommandError
 from mpoe.cli.evaluate import command as evaluate
 from mpoe.cli.main import run
 from mpoe.cli.models import Source, find
-from mpoe.cli.settle import order_items, settle_experts, settle_rate
+from mpoe.cli.settle import order_items, set_intervals, settle_experts, settle_rate
 from mpoe.cli.train import command as train
 from mpoe.data.embedded import load_stand_in, stand_in_path
 from mpoe.training import MPOETrainingArguments, read_metrics
@@ -278,7 +278,7 @@ def test_runs_report_and_go_on_from_earlier_ones(tmp_path: Path, capsys: pytest.
     assert evaluate([str(flag) for flag in flags]) == again["validation"]
 
 
-# ------------------------------------------------------------------ rates and shapes
+# ------------------------------------------------------------------ rates, shapes and intervals
 
 
 @pytest.fixture
@@ -365,6 +365,14 @@ def test_where_there_is_no_shape_to_speak_of(planned, capsys: pytest.CaptureFixt
         assert plan.experts.shape is None
     assert settle_experts(planned(), Source("somewhere", "mpoe_t5")) is None  # of a converted model its own counts
     assert "shape" not in capsys.readouterr().out
+
+
+def test_when_a_run_evaluates(planned) -> None:
+    for flags, wanted in {"": 25, "--do_eval": 25, "--do_eval=false": None, "--eval_steps=7": 7}.items():
+        plan = planned("--max_steps", "100", *flags.split())
+        set_intervals(plan.arguments, 50, plan.given)
+        assert (plan.arguments.eval_steps, plan.arguments.do_eval) == (wanted, wanted is not None)
+        assert plan.arguments.eval_strategy == ("steps" if wanted else "no")
 
 
 def test_a_rate_that_is_searched_for_is_recorded_and_kept(

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.utils.data import DataLoader, Subset
 
 from mpoe.cli import models
 from mpoe.cli.command import Asked, CommandError, as_command
@@ -172,7 +173,7 @@ def run(plan: Plan) -> dict[str, Any]:
         seconds = time.perf_counter() - begun
         results = finish(trainer, tokenizer, eval_tasks, plan, start, seconds, _sizes(pools, items.indices, validation))
         if plan.run.expert is not None and trainer.is_world_process_zero():
-            save_trained(trainer, tokenizer, items.dataset, plan)
+            save_trained(trainer, tokenizer, items, plan)
         return results
 
 
@@ -359,10 +360,10 @@ def measured(options: RunOptions, seconds: float, steps: int, items: int) -> dic
     return report
 
 
-def save_trained(trainer: Any, tokenizer: Any, items: Sequence[Any], plan: Plan) -> None:
-    """Write the expert of a finished run, with statistics of the first training items."""
-    parts = (items[start : start + AT_ONCE] for start in range(0, min(len(items), ITEMS), AT_ONCE))
-    statistics = collect_statistics(trainer.model, (trainer.data_collator(part) for part in parts))
+def save_trained(trainer: Any, tokenizer: Any, items: Subset[Any], plan: Plan) -> None:
+    """Write the expert of a finished run, with statistics of the first items in the order of training, of all tasks."""
+    first = Subset(items.dataset, items.indices[:ITEMS])
+    statistics = collect_statistics(trainer.model, DataLoader(first, AT_ONCE, collate_fn=trainer.data_collator))
     facts = {"steps": trainer.state.global_step, "learning_rate": plan.arguments.learning_rate}
     facts["tasks"] = plan.data.tasks
     file = Path(str(plan.arguments.output_dir)) / f"{plan.run.expert}.expert"

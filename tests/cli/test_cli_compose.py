@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -281,11 +283,18 @@ def test_faults_leave_nothing_behind(folder: Path, tmp_path: Path) -> None:
             assert set(tmp_path.iterdir()) == there
 
 
-def test_from_texts_to_a_mixture(prose: Path, folder: Path, tmp_path: Path) -> None:
-    flags = ["--model", "gpt2", "--data_dir", str(prose), "--max_source_length", "32", "--max_steps", "2", "--use_cpu"]
+def test_from_texts_to_a_mixture(prose: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(prose, prose.parent / "sea")
+    (prose.parent / "sea" / "train.txt").write_text("ship sea sail wave " * 400)
+    seen: list[Any] = []  # for the statistics
+    monkeypatch.setattr(train, "ITEMS", 8)
+    monkeypatch.setattr(train, "collect_statistics", lambda m, given: collect_statistics(m, seen.extend(given) or seen))
+    flags = ["--model", "gpt2", "--data_dir", str(prose.parent), "--tasks", "prose", "sea", "--use_cpu"]
+    flags += ["--max_source_length", "32", "--max_steps", "2"]
     flags += ["--learning_rate", "1e-2", "--weight_decay", "0.1", "--neurons", "16"]
     assert not run(["train", *flags, "--expert", "a", "--output_dir", str(tmp_path / "a")])
     expert = load_expert(tmp_path / "a" / "a.expert")
+    assert any(load_stand_in("gpt2")[1](" sea")["input_ids"][0] in batch["input_ids"] for batch in seen)
     assert (expert.facts["training"]["steps"], expert.neurons) == (2, 16)
     assert any(value.any() for name, value in expert.weights.items() if name.endswith("down"))
     assert expert.facts["base"] == base_identity(load_stand_in("gpt2")[0])

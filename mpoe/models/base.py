@@ -293,9 +293,10 @@ class MPOEModelMixin(_Model):
         """Nothing to do: `save_pretrained` writes the remote code itself, not a copy of a module of mpoe."""
 
     def write_rate_ratios(self) -> None:
-        """Put every core's rate ratio into the config."""
+        """Put every core's rate ratio into the config, and take a base's path on this machine out of it."""
         ratios = {name: list(cores.rate_ratios) for name, cores in report.mpo_modules(self)}
         self.config.mpoe = {**self.config.mpoe, "rate_ratios": ratios}
+        self.config.mpoe_base = report.base_name(self)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers; the config also carries every core's rate ratio and an ``auto_map``, and a model card

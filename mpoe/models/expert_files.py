@@ -29,7 +29,7 @@ from mpoe.models.base import MPOEModelMixin
 from mpoe.models.composition import check_statistics
 from mpoe.models.convert import check_finite, convert_to_mpoe, converted_class
 from mpoe.models.find import dense_networks, widened
-from mpoe.models.report import neuron_modules
+from mpoe.models.report import base_name, neuron_modules
 from mpoe.models.sites import FFNSite
 from mpoe.models.weight_files import declared_shapes, tensors_hash
 from mpoe_kernels.version import __version__
@@ -58,8 +58,8 @@ class Expert:
 
     Attributes:
         facts: ``format``, ``version``, ``name`` (the file's), ``base`` and ``tokenizer`` (SHA-256 of the base's weights
-            and of the vocabulary, or ``None``), ``base_name``, ``model``, ``neurons``, ``activation``, ``gated``,
-            ``training``.
+            and of the vocabulary, or ``None``), ``base_name`` (on the hub), ``model``, ``neurons``, ``activation``,
+            ``gated``, ``training``.
         weights: ``LAYER.up``, ``gate_proj``, ``down``: ``[m, I]``; ``bias``: ``[m]``.
         statistics: see `mpoe.models.composition`; empty if there are none.
     """
@@ -119,9 +119,9 @@ def experts_of(base: Any, experts: Iterable[Any]) -> list[Expert]:
     for expert in found:
         if expert.facts["base"] != identity:
             raise ValueError(
-                f"expert {expert.name!r} must be of this base; it was trained beside {expert.facts['base_name']!r} "
-                f"({expert.facts['model']}), whose weights are not bit for bit those of this {type(base).__name__} "
-                f"in {base.dtype}"
+                f"expert {expert.name!r} must be of this base; it was trained beside a "
+                f"{expert.facts['model']} ({expert.facts['base_name'] or 'local'}), whose weights are not bit for bit "
+                f"those of this {type(base).__name__} in {base.dtype}"
             )
         wanted: dict[str, tuple[int, ...]] = {}
         for site in networks:
@@ -184,7 +184,7 @@ def made_expert(
         "version": __version__,
         "name": name,
         "base": base_identity(model),
-        "base_name": str(getattr(module.config, "mpoe_base", "") or ""),
+        "base_name": base_name(module),
         "model": module.dense_class.__name__,
         "tokenizer": None if tokenizer is None else vocabulary_identity(tokenizer),
         "neurons": first.neurons,

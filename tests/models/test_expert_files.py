@@ -68,6 +68,7 @@ def test_start_in_place() -> None:
 
 def test_round_trip(tmp_path: Path) -> None:
     base = dense_model("gpt2")
+    base.config._name_or_path = str(tmp_path)  # is nobody else's business
     model = stirred(start_expert(base, M))
     statistics = collect_statistics(model, [batch("gpt2")])
     saved = save_expert(model, tmp_path / "law.expert", statistics=statistics, training={"data": "laws", "steps": 3})
@@ -75,6 +76,8 @@ def test_round_trip(tmp_path: Path) -> None:
     loaded = load_expert(str(tmp_path / "law.expert"))
     assert loaded.facts == saved.facts
     assert loaded.facts["training"] == {"data": "laws", "steps": 3}
+    model.save_pretrained(tmp_path)
+    assert (loaded.facts["base_name"], load_mpoe(tmp_path).config.mpoe_base) == ("", "")
     assert (loaded.name, loaded.neurons) == ("law", M)
     for kind in ("weights", "statistics"):
         assert getattr(loaded, kind).keys() == getattr(saved, kind).keys()

@@ -28,7 +28,7 @@ from mpoe.models.classes import STYLE_HEADS, classes_of
 from mpoe.models.report import CARD_FILE, may_write_card
 from mpoe.models.table import ENCODER, TABLE, TYPE_PREFIX, known_type
 from mpoe.models.weight_files import check_weight_files, write_text
-from mpoe.training.output_dir import check_folder
+from mpoe.training.output_dir import check_folder, delete_model
 from mpoe.training.run_lock import hold
 
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*")
@@ -201,18 +201,14 @@ def publish_model(folder: Path) -> None:
     """Move a fully written model from the staging folder into ``folder``, replacing one that was there.
 
     The old ``config.json`` is removed first and the new one is moved last, so a kill in between leaves nothing that can
-    be loaded. A user's own model card is kept.
+    be loaded. A user's own model card and other files are kept.
     """
     staging = staging_folder(folder)
     files = sorted(path for path in staging.rglob("*") if path.is_file())
     for path in files:
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    (folder / "config.json").unlink(missing_ok=True)
-    new = {path.relative_to(staging) for path in files}
-    for old in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
-        if old.relative_to(folder) not in new:
-            old.unlink()  # shards of an earlier model
+    delete_model(folder)
     for path in sorted(files, key=lambda path: path == staging / "config.json"):
         target = folder / path.relative_to(staging)
         if path.name == CARD_FILE and not may_write_card(target):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -12,7 +13,10 @@ from typing import Any
 
 from mpoe.config.mixture import OBSOLETE
 from mpoe.data.mappings import flatten
-from mpoe.models.weight_files import check_weight_files, write_text
+from mpoe.models.base import REMOTE_FILE
+from mpoe.models.expert_mixture import BACKGROUND_FILE, EXPERTS_FOLDER
+from mpoe.models.report import CARD_FILE, may_write_card
+from mpoe.models.weight_files import BASE_FILE, INDEX, ONLY_FILE, WEIGHTS, check_weight_files, write_text
 from mpoe.training.checkpoints import check_whole, checkpoint_folders, clean_leftovers, delete, find_last_checkpoint
 from mpoe.training.run_lock import check_free, hold
 
@@ -32,14 +36,14 @@ NEUTRAL_KEYS = frozenset(
         *OBSOLETE,
     }
 )
-# Files that a run writes at the top of its folder; `overwrite` deletes only these and the checkpoints.
+# Files that a run writes at the top of its folder; `overwrite` deletes only these, its model and the checkpoints.
 _RUN_FILES = (
     *(RUN_FILE, METRICS_FILE, "config.json", "generation_config.json", "training_args.bin", "trainer_state.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "all_results.json", "train_results.json"),
     *("eval_results.json", "results.json", "report.html"),
 )
-# Files that `save_pretrained` and other commands write; a run in the same folder would be mixed with them.
-_MODEL_FILES = ("config.json", "results.json")
+# Of the weights that `save_pretrained` and `mpoe compose` write; other safetensors are a user's.
+_WEIGHT_FILES = (WEIGHTS, "model-*-of-*.safetensors", INDEX, ONLY_FILE, BACKGROUND_FILE)
 
 
 def prepare_output_dir(
@@ -81,12 +85,28 @@ def prepare_output_dir(
             clean_leftovers(folder)
             for path in checkpoint_folders(folder):
                 delete(path)
-            weights = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
-            for path in [*(folder / name for name in _RUN_FILES), *weights]:
-                path.unlink(missing_ok=True)
+            delete_model(folder)
+            for name in _RUN_FILES:
+                (folder / name).unlink(missing_ok=True)
         # In its own order, which matters for label words.
         write_text(folder / RUN_FILE, json.dumps({"config": config}, indent=1))
     return None
+
+
+def delete_model(folder: Path) -> None:
+    """Delete a model that was saved in ``folder``, its ``config.json`` first: weights, code, the experts that it was
+    composed of, the card unless a user edited it."""
+    config, experts, card = folder / "config.json", folder / EXPERTS_FOLDER, folder / CARD_FILE
+    names: Any = ()
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+        names = list(json.loads(config.read_text(encoding="utf-8"))["mpoe_experts"])
+    config.unlink(missing_ok=True)
+    old = [path for name in (*_WEIGHT_FILES, BASE_FILE, REMOTE_FILE) for path in folder.glob(name)]
+    old += [path for path in experts.glob("*.expert") if path.stem in names and not experts.is_symlink()]
+    for path in [*old, *[card] * may_write_card(card)]:
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        experts.rmdir()  # if nothing else is in it
 
 
 def check_output_dir(
@@ -142,7 +162,8 @@ def _contents(folder: Path) -> str | None:
         return None
     if any((folder / name).exists() for name in (RUN_FILE, METRICS_FILE)) or checkpoint_folders(folder):
         return "another run; continue it with --resume, delete it with --overwrite,"
-    if any((folder / name).exists() for name in _MODEL_FILES) or any(folder.glob("*.safetensors")):
+    # What `save_pretrained` and other commands write; a run in the same folder would be mixed with it.
+    if any(any(folder.glob(name)) for name in ("config.json", "results.json", *_WEIGHT_FILES)):
         return "a saved model or results; delete them with --overwrite,"
     return None
 
@@ -222,10 +243,10 @@ def is_neutral(dotted: str, neutral_keys: frozenset[str] = NEUTRAL_KEYS) -> bool
 
 def write_metrics(folder: str | Path, record: Mapping[str, Any]) -> None:
     """Append a record, stamped with the time (seconds since the epoch), to ``folder/metrics.jsonl``; numbers that JSON
-    cannot hold (NaN, infinity) are written as null."""
+    cannot hold (NaN, infinity) are written as null, arrays and tensors as lists."""
     path = Path(folder) / METRICS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    stamped = json.dumps({**record, "time": round(time.time(), 3)}, default=_plain)
+    stamped = json.dumps({**record, "time": round(time.time(), 3)}, default=lambda v: getattr(v, "tolist", v.__str__)())
     line = json.dumps(json.loads(stamped, parse_constant=lambda _: None))
     with path.open("a+b") as file:
         if file.tell():
@@ -233,10 +254,6 @@ def write_metrics(folder: str | Path, record: Mapping[str, Any]) -> None:
             if file.read() != b"\n":
                 file.write(b"\n")  # a killed process left half a line: start a new line
         file.write(line.encode() + b"\n")
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else str(value)  # of numpy and torch
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

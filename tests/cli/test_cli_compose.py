@@ -191,9 +191,12 @@ def test_texts_a_trained_router_and_one_network(folder: Path, capsys: pytest.Cap
     assert not same(folder / "refined", folder / "plain")
     assert not same(folder / "refined", folder / "trained")
     capsys.readouterr()
-    compose(folder, *files, "--output_dir", "{}/merged", "--merge")
+    (folder / "plain" / "mine.safetensors").touch()
+    compose(folder, *files, "--output_dir", "{}/plain", "--merge", "--overwrite")
     assert "every expert at weight 1/2" in capsys.readouterr().out
-    merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    names = ("experts", "README.md", "modeling_mpoe.py", "mine.safetensors")
+    assert [name for name in names if (folder / "plain" / name).exists()] == ["mine.safetensors"]
+    merged = AutoModelForCausalLM.from_pretrained(folder / "plain")
     assert (type(merged).__name__, merged.config.n_inner) == ("GPT2LMHeadModel", 512 + 8 + 9)
 
 

@@ -70,7 +70,7 @@ def test_what_counts_as_a_run(tmp_path: Path, sign: str, said: str) -> None:
 def test_foreign_files_are_no_run_and_survive_overwrite(tmp_path: Path) -> None:
     for name in ("checkpoint-of-my-own", ".mine"):
         (tmp_path / name).mkdir()
-    for name in ("notes.txt", "checkpoint-7", "checkpoint-notes.txt"):
+    for name in ("notes.txt", "mine.safetensors", "checkpoint-7", "checkpoint-notes.txt"):
         (tmp_path / name).write_text("mine")
     mine = {path.name for path in tmp_path.iterdir()}
     prepare_output_dir(tmp_path, run_config=CONFIG)

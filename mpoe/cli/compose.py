@@ -33,19 +33,13 @@ class ComposeOptions:
     """Options of `compose`."""
 
     output_dir: str | None = option(None, "folder of the mixture")
-    texts: list[str] = option(
-        [], "a text file for every expert or fine-tune, of its domain, in order; experts' files do without", nargs="+"
-    )
-    router: str = option(
-        "ridge", "ridge: closed form; train: then trained alone, on the texts", choices=["ridge", "train"]
-    )
+    texts: list[str] = option([], "a text file of each one's domain, in order; experts' files do without", nargs="+")
+    router: str = option("ridge", "in closed form; train: then trained alone, on texts", choices=["ridge", "train"])
     top_k: int | None = option(None, "experts per token; default 2 or the mixture's, of fine-tunes 1")
     add: str | None = option(None, "a mixture composed of experts, which gets these more")
     remove: list[str] = option([], "names of experts of the mixture --add to leave out", nargs="+")
     background: str | None = option(None, "of experts: a text of no domain; default: documentation of Python")
-    neurons: int | None = option(
-        None, "of experts fitted to LoRA adapters; as many numbers as the adapter beside files"
-    )
+    neurons: int | None = option(None, "of experts fitted to LoRA adapters; default: as large as the adapter")
     merge: bool = option(False, "one dense network with all experts' neurons, equally weighted, and no router")
     max_texts: int = option(300, "pieces of each text file that are read")
     max_length: int = option(128, "tokens of a piece")
@@ -79,6 +73,9 @@ def command(asked: Asked) -> None:
             f"; {base} is a {source.model_type} (mpoe.compose in Python takes batches of any model)"
         )
     tokenizer, dense = models.load_tokenizer(source), models.load_model(source)
+    most = getattr(dense.config, "max_position_embeddings", None) or options.max_length
+    if options.max_length > most:
+        raise CommandError(f"max_length must be at most {most}, the positions of {base}; got {options.max_length}")
     texts = [_batches_of(text, tokenizer, options, "texts") for text in options.texts]
     (compose_files if of_experts else compose_fine_tunes)(dense, tokenizer, names, texts, options, out)
 
@@ -145,6 +142,9 @@ def _faults_of_experts(names: Sequence[str], options: ComposeOptions) -> Iterato
     yield adapters and not texts, f"adapters ({', '.join(adapters)}) are fitted on texts of their domain: give --texts"
     trained = options.router == "train" and (not texts or options.add is not None)
     yield trained, "router train needs --texts for every expert of the mixture, and no --add"
+    others = options.top_k is not None or options.background is not None or options.router == "train"
+    unused = options.merge and (others or (texts and not adapters))
+    yield unused, "merge makes one network without routers: no top_k, router, background, or texts but of adapters"
     neurons = options.neurons
     wrong = neurons is not None and (neurons < 1 or not adapters)
     yield wrong, f"neurons must be at least 1, of experts fitted to adapters; got {neurons}"
@@ -198,5 +198,5 @@ def compose_files(
         train_routers(mixture, [*texts, routed["background"]], options.steps)
     with models.model_folder(out, mixture, tokenizer) as staging:
         expert_mixture.keep_experts(mixture, staging)
-    others = f"tokens go to {routed['top_k']}; {NONE!r} adds 0"
+    others = f"tokens go to {routed['top_k']}" + f"; {NONE!r} adds 0" * none
     print(f"saved to {out}: {', '.join(mixture.config.mpoe_experts)} ({others})")

@@ -12,14 +12,14 @@ from pathlib import Path
 from mpoe.cli import models
 from mpoe.cli.command import Asked, CommandError, as_command, option
 from mpoe.models import merge_experts, push_expert
-from mpoe.models.export import check_export, server_notes
+from mpoe.models.export import TARGETS, check_export, server_notes
 
 
 @dataclasses.dataclass
 class ExportOptions:
     """Options of `export`."""
 
-    to: str = option("mixtral", "class: mixtral or qwen3_moe; of neurons: granitemoeshared or qwen2_moe; or hub")
+    to: str = option("mixtral", "class, of neurons granitemoeshared or qwen2_moe; or hub", choices=["hub", *TARGETS])
     private: bool = option(False, "of --to hub: a repository that others cannot see")
     overwrite: bool = option(False, "replace a model in OUT")
 

@@ -9,7 +9,6 @@ that the fit did not see.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -229,7 +228,7 @@ def _adapted_modules(folder: Path) -> dict[str, int]:
     file = folder / "adapter_model.safetensors"
     if not is_adapter(folder) or not file.is_file():
         raise ValueError(f"adapter must be a folder of PEFT's with safetensors; {folder} is not")
-    kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
+    kind = read_mapping(folder / "adapter_config.json", "adapter's configuration").get("peft_type")
     found: dict[str, int] = {}
     for name, shape in declared_shapes([file]).items():
         module, is_lora, _ = name.removeprefix("base_model.model.").partition(".lora_")

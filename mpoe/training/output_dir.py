@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mpoe.config.mixture import OBSOLETE
-from mpoe.data.mappings import flatten
+from mpoe.data.mappings import flatten, read_mapping
 from mpoe.models.base import REMOTE_FILE
 from mpoe.models.expert_mixture import BACKGROUND_FILE, EXPERTS_FOLDER
 from mpoe.models.report import CARD_FILE, may_write_card
@@ -220,7 +220,7 @@ def _check_same_model(checkpoint: Path, config: Any) -> None:
     file = checkpoint / "config.json"
     if not file.is_file():
         return  # a module that is no Hugging Face model saves none
-    both = (json.loads(file.read_text(encoding="utf-8")), json.loads(config.to_json_string(use_diff=False)))
+    both = (read_mapping(file, "configuration"), json.loads(config.to_json_string(use_diff=False)))
     theirs, ours = ({"model_type": each.get("model_type"), "mpoe": each.get("mpoe") or {}} for each in both)
     differing = differing_keys(theirs, ours, OBSOLETE | {"rate_ratios", "backend"}).items()
     if differing:

@@ -63,6 +63,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (out / "bad").mkdir()
     (out / "bad.txt").write_bytes(b"\xff\xfe\xfa")
     (out / "short.txt").write_text("word")
+    (out / "cut").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (out / "cut" / name).write_text("{")
     (out / "odd").mkdir()
     (out / "odd" / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["nothing"], "r": 2}')
     return out
@@ -150,6 +153,10 @@ def test_one_more_and_one_fewer(folder: Path, capsys: pytest.CaptureFixture[str]
         (["{}/law.expert", "--texts", "{}/absent.txt"], "texts: no such file"),
         (["{}/law.expert", "--router", "train"], "router train needs --texts for every expert"),
         (["{}/law.expert", "--router", "best"], "argument --router: invalid choice: 'best'"),
+        (["{}/law.expert", "--merge", "--top_k", "2"], "merge makes one network without routers: no top_k"),
+        (["{}/law.expert", "--merge", "--texts", "{}/t0.txt"], "or texts but of adapters"),
+        (["{}/law.expert", "--texts", "{}/t0.txt", "--output_dir", "{}/x", "--max_length", "512"], "at most 256, the"),
+        (["{}/cut", "--neurons", "4", "--output_dir", "{}/x", "--texts", "{}/t0.txt"], "line 1, column 2: bad JSON"),
         (["{}/law.expert", "--neurons", "8"], "neurons must be at least 1, of experts fitted to adapters; got 8"),
         (["{}/law.expert", "--steps", "0"], "steps must be at least 1; got 0"),
         (["{}/law.expert", "{}/absent.expert"], "absent.expert: no file"),

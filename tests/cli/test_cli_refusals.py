@@ -53,6 +53,7 @@ REFUSED = [
     (["convert", "t5", "run", "--mpo_layers", "mlp", "--target_modules", "ffn"], "mpo_layers sets target_modules"),
     (["convert", "t5", "run", "--original_checkpoint", "x", "--num_experts", 2], "num_experts cannot be given with it"),
     (["convert", "t5", "run", "--moe_type", "none", "--expert_type", "dense"], "nothing to convert"),
+    (["export", "mixture", "run", "--to", "mistral"], "argument --to: invalid choice: 'mistral'"),
     (["convert", "t5"], "convert needs two arguments"),
     (["generate", "--seed", 1], "generate needs a model first: mpoe generate MODEL_DIR"),
     (["generate", "t5"], "needs a prompt"),

@@ -38,6 +38,7 @@ from mpoe.models.report import routed_layers, short_name, write_card
 from mpoe.models.table import ENCODER, SEQ2SEQ
 from mpoe.training import MPOETrainingArguments, find_last_checkpoint, prepare_output_dir
 from mpoe.training.callbacks import LogLineCallback
+from mpoe.training.checkpoints import step_of
 from mpoe.training.output_dir import check_output_dir
 from mpoe.training.run_lock import hold
 from mpoe_kernels.version import __version__
@@ -171,7 +172,8 @@ def run(plan: Plan) -> dict[str, Any]:
         with going_on(folder, plan.command):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds = time.perf_counter() - begun
-        results = finish(trainer, tokenizer, eval_tasks, plan, start, seconds, _sizes(pools, items.indices, validation))
+        spent = seconds, trainer.state.global_step - (step_of(checkpoint) if checkpoint else 0)
+        results = finish(trainer, tokenizer, eval_tasks, plan, start, spent, _sizes(pools, items.indices, validation))
         if plan.run.expert is not None and trainer.is_world_process_zero():
             save_trained(trainer, tokenizer, items, plan)
         return results
@@ -287,18 +289,19 @@ ITEMS, AT_ONCE = 512, 8  # training items that the statistics of an expert's rou
 
 
 def finish(
-    trainer: Any, tokenizer: Any, tasks: Sequence[Task], plan: Plan, start: str, seconds: float, sizes: dict[str, Any]
+    trainer: Any, tokenizer: Any, tasks: Sequence[Task], plan: Plan, start: str, spent: Any, sizes: dict[str, Any]
 ) -> dict[str, Any]:
     """Save the model, evaluate it on the tasks' validation items and write the results, which are returned.
 
     Args:
-        trainer: of the finished training, which took ``seconds``.
+        trainer: of the finished training, on which this process ``spent`` seconds and steps.
         tokenizer, plan: of the run.
         tasks: to evaluate on.
         start: the model that the run started from.
         sizes: of the data, for the record.
     """
     arguments, model, folder = plan.arguments, trainer.model, Path(str(plan.arguments.output_dir))
+    seconds, done = spent
     trainer.save_model(str(staging_folder(folder)))  # every process takes part in it
     if arguments.should_save:
         tokenizer.save_pretrained(staging_folder(folder))
@@ -307,7 +310,6 @@ def finish(
         return {}
     found = evaluate_tasks(model, tokenizer, tasks, "validation", arguments.per_device_eval_batch_size * 4)
     steps = trainer.state.global_step
-    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
     report = getattr(model, "parameter_report", None)
     versions = {"mpoe": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     name = torch.cuda.get_device_name(arguments.device) if arguments.device.type == "cuda" else None
@@ -322,13 +324,13 @@ def finish(
         "made_with": {**versions, "python": platform.python_version(), "device": name or threads},
         "steps": steps,
         "seconds": round(seconds, 2),
-        "train_loss": losses[-1] if losses else None,
+        "train_loss": next((log["loss"] for log in reversed(trainer.state.log_history) if "loss" in log), None),
         "validation": found["scores"],
         "mean_validation": found["mean"],
         "constant": found["constant"],
         "remarks": found["remarks"],
         "parameters": report() if report else dict.fromkeys(("total", "trainable"), model.num_parameters()),
-        **measured(plan.run, seconds, steps, batch),
+        **measured(plan.run, seconds, done, batch),
     }
     write_json(folder / RESULTS_FILE, results)
     if isinstance(model, MPOEModelMixin):
@@ -342,7 +344,7 @@ def finish(
 def measured(options: RunOptions, seconds: float, steps: int, items: int) -> dict[str, Any]:
     """The requested measurements of ``steps`` steps of ``items`` items each, JSON-able; also prints them."""
     report: dict[str, Any] = {}
-    if options.compute_time:
+    if options.compute_time and steps:  # none after a run that was resumed at its end
         rates = {"seconds_per_step": seconds / steps, "items_per_second": items * steps / seconds}
         report["time"] = {"train_seconds": seconds, **rates}
         print(f"training took {seconds:.1f} s: {seconds / steps:.3f} s per step of {items} items")

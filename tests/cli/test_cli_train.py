@@ -90,7 +90,9 @@ def test_resumed_run_ends_in_the_same_weights(cli, refused, t5_run, tmp_path: Pa
         *flags, "--output_dir", torn, "--resume", "--learning_rate", 0.1
     )
     assert "num_experts: was 2, now 4" in refused(*flags, "--output_dir", torn, "--resume", "--num_experts", 4)
-    answer = cli(*flags, "--output_dir", torn, "--resume")
+    answer = cli(*flags, "--output_dir", torn, "--resume", "--compute_time")
+    time = json.loads((torn / "results.json").read_text())["time"]
+    assert time["seconds_per_step"] == time["train_seconds"] / 2
     assert "resuming from checkpoint-1" in answer.out
     assert same_weights(run, torn)
 
@@ -99,7 +101,7 @@ def test_finished_run_is_refused_resumed_and_overwritten(cli, refused, t5_run) -
     flags, run = t5_run
     assert "holds another run" in refused(*flags, "--output_dir", run)
     before = (run / "model.safetensors").read_bytes()
-    assert "resuming from checkpoint-3" in cli(*flags, "--output_dir", run, "--resume").out
+    assert "resuming from checkpoint-3" in cli(*flags, "--output_dir", run, "--resume", "--compute_time").out
     assert (run / "model.safetensors").read_bytes() == before
     assert not [path.name for path in run.iterdir() if path.name.startswith(".")]  # no staging
     for name in ("notes.txt", "README.md"):

@@ -18,9 +18,7 @@ class ConvertOptions:
     """Options that only `convert` has."""
 
     overwrite: bool = option(False, "replace a model in OUT")
-    original_checkpoint: str | None = option(
-        None, "pytorch_model.bin of the original implementation, or its folder; IN is the dense T5 it began with"
-    )
+    original_checkpoint: str | None = option(None, "pytorch_model.bin of the original, or its folder; IN is its base")
 
 
 @as_command("mpoe convert IN OUT [--flag value ...]", ConvertOptions, ExpertOptions, words=(2, 2))
@@ -28,7 +26,8 @@ def command(asked: Asked) -> None:
     """Convert the model IN into the folder OUT."""
     (options, experts), (name, out) = asked.options, asked.words
     chosen = sorted({f.name for f in dataclasses.fields(ExpertOptions)} & asked.given)
-    if options.original_checkpoint is not None and chosen:
+    original = options.original_checkpoint
+    if original is not None and chosen:
         raise CommandError(f"original_checkpoint says how its experts are; {', '.join(chosen)} cannot be given with it")
     config = experts.build()
     if config is None:
@@ -40,10 +39,7 @@ def command(asked: Asked) -> None:
         raise CommandError(f"OUT must be another folder than IN; got {folder} for both")
     models.check_output("OUT", folder, options.overwrite)
     tokenizer, model = models.tokenizer_if_any(source), models.load_model(source)
-    if options.original_checkpoint is not None:
-        model = import_original(options.original_checkpoint, model)
-    else:
-        model = convert_to_mpoe(model, config)
+    model = convert_to_mpoe(model, config) if original is None else import_original(original, model)
     (model.mpoe_summary if config.expert_type == "mpo" else model.print_trainable_parameters)()
     with models.model_folder(folder, model, tokenizer):
         pass

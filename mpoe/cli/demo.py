@@ -39,9 +39,7 @@ class DemoOptions:
 
     output_dir: Path = option(Path("mpoe_demo"), "folder for report.html, results, and experts and model or the runs")
     compare: bool = option(False, "compare dense, wider, Switch and MPO experts")
-    model: str = option(
-        "t5", "of --compare: t5 (documentation tasks) or gpt2 (language modelling)", choices=["t5", "gpt2"]
-    )
+    model: str = option("t5", "of --compare: t5 (documentation) or gpt2 (language modelling)", choices=["t5", "gpt2"])
     steps: int | None = option(None, "training steps per expert or arm; default: the tuned budget")
     seed: int = option(0, "of data order, routers and dropout")
     overwrite: bool = option(False, "replace the demo in the output folder")

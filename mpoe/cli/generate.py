@@ -57,8 +57,7 @@ def command(asked: Asked) -> None:
     torch.manual_seed(options.seed)
     how: dict[str, Any] = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
     how |= {"do_sample": options.do_sample and not options.no_do_sample, "pad_token_id": tokenizer.pad_token_id}
-    if how["do_sample"]:
-        how["temperature"] = options.temperature
+    how |= {"temperature": options.temperature} if how["do_sample"] else {}
     for prompt in prompts:
         batch = tokenizer([prompt], return_tensors="pt", return_token_type_ids=False).to(model.device)
         with torch.inference_mode():

@@ -27,26 +27,18 @@ BASELINES = {DENSE: "dense", WIDER: "dense, wider", SWITCH: "dense experts"}
 class RunOptions:
     """What a training run starts from, and what becomes of it."""
 
-    model: str = option(
-        "t5", "t5 or gpt2 (the tiny pretrained stand-ins of the package), a folder, or a hub name", "model_name_or_path"
-    )
+    model: str = option("t5", "t5 or gpt2 (tiny stand-ins), a folder, or a hub name", "model_name_or_path")
     baseline: str | None = option(
         None,
         "train what the mixture is compared with: dense (the model as it is), wider (dense, as large as the mixture), "
         "switch (dense experts)",
         choices=list(BASELINES),
     )
-    expert: str | None = option(
-        None, "train one expert of --neurons beside the model, which stays frozen, and save it as NAME.expert too"
-    )
-    find_rate: bool = option(
-        False, "search for the learning rate first: 30 steps with each of three to five, judged on held-out items"
-    )
+    expert: str | None = option(None, "train one expert of --neurons beside the frozen model; saved as NAME.expert too")
+    find_rate: bool = option(False, "search for the learning rate first: 30 steps with each of three to five")
     overwrite: bool = option(False, "replace the run in output_dir")
     resume: bool = option(False, "continue the run in output_dir at its last checkpoint")
-    load_experiment: str | None = option(
-        None, "folder of an earlier run (or of a saved model): train goes on from its model in a run of its own"
-    )
+    load_experiment: str | None = option(None, "folder of an earlier run or a saved model, from which this run goes on")
     load_layer: list[str] = option(
         [],
         "components (word_embed, mlp, attention, pooler) that are taken from load_experiment instead of "

@@ -118,7 +118,7 @@ class DivergenceGuard(TrainerCallback):
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
         self._loss: Tensor | None = None
-        self._norm: Any = None
+        self.norm: Any = None  # of the step's gradients (a number or 0-d tensor), if somebody computed it
         self._skipped = 0
         self._scale = 0.0
 
@@ -126,12 +126,8 @@ class DivergenceGuard(TrainerCallback):
         """Add the loss of one micro-batch (0-d)."""
         self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
 
-    def note_norm(self, norm: Any) -> None:
-        """Keep the norm of the step's gradients (a number or 0-d tensor; None where nobody computed it)."""
-        self._norm = norm
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._loss, self._norm, self._skipped = None, None, 0
+        self._loss, self.norm, self._skipped = None, None, 0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         scaler = getattr(self._accelerator, "scaler", None)
@@ -149,15 +145,15 @@ class DivergenceGuard(TrainerCallback):
             self._skipped = 0
             self._check(str(args.output_dir), state.global_step)
             return
-        self._loss = self._norm = None
+        self._loss = self.norm = None
         self._skipped += 1
         if self._skipped >= MOST_SKIPPED:
             what = f"the gradients of {self._skipped} steps in a row overflowed, however small the loss was scaled"
             raise DivergenceError(what, state.global_step, str(args.output_dir))
 
     def _check(self, run_dir: str, step: int) -> None:
-        values = [0.0 if value is None else float(value) for value in (self._loss, self._norm)]
-        self._loss = self._norm = None
+        values = [0.0 if value is None else float(value) for value in (self._loss, self.norm)]
+        self._loss = self.norm = None
         if self._accelerator.num_processes > 1:
             # The sum over the processes is finite only if every one's is: all of them see it, and end together.
             together = torch.tensor(values, dtype=torch.float64, device=self._accelerator.device)

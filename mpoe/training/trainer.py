@@ -201,7 +201,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)
         if self._guard is not None:
-            self._guard.note_norm(norm)
+            self._guard.norm = norm
         return norm
 
     def _check_weights(self) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mpoe.config import MPOEConfig
-from mpoe.config.checks import check_type
+from mpoe.config.checks import check_choice, check_type
 from mpoe.layers.experts import MPOExperts
 from mpoe.layers.feed_forward import MPOEFeedForward
 from mpoe.layers.hidden import HiddenFeedForward
@@ -25,7 +25,7 @@ from mpoe.models.find import find_sites
 from mpoe.models.report import hidden_modules, modules_of, mpo_modules, neuron_modules
 from mpoe.models.sites import EmbeddingSite, FFNSite, Report
 from mpoe.models.table import EXPERT_COUNTS, TABLE, checked_sites, family_for
-from mpoe_kernels.backends import check_backend
+from mpoe_kernels import backend_reasons
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 _LOCK = threading.RLock()
@@ -160,7 +160,7 @@ def convert_to_mpoe(
     for site in found:
         site.check(config)
     tied = all(site.is_tied(model) for site in found if isinstance(site, EmbeddingSite))
-    check_backend(config.backend)
+    check_choice("backend", "auto" if config.backend is None else config.backend, ["auto", *backend_reasons()])
     check_finite(model)
     config = dataclasses.replace(config, rate_ratios={}, tied_head=tied)
     if not inplace:

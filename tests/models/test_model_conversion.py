@@ -21,6 +21,7 @@ from mpoe.models.find import hidden_size_as_mixture, widened
 from mpoe.models.table import TABLE
 from mpoe_kernels import MPOShape
 from tests.assertions import refuses
+from tests.cases import pairwise
 
 from .tiny_models import (
     FAMILIES,
@@ -64,25 +65,26 @@ CONFIGS = {
 
 
 def cases():
-    """Of every class one MPO shape, neurons and no shape; of some structures every configuration.
+    """Of every class every MPO shape and neurons, of one class of each family no shape; of some structures every
+    configuration.
 
-    By default, of families with the same structure those of the first, an MPO shape and neurons by turns, and both of
-    the others' language models; of the configurations every fifth one.
+    By default each in one of these shapes, by turns, but of families with the same structure those of the first, and of
+    the others the language models; and every configuration once.
     """
     first = {TABLE[t].models: t for t in reversed(TABLE)}.values()
-    one_of_each = {case[0]: case[2] for case in reversed(GENERATED)}
+    language = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM")
+    one_of_each = {t: name for t, _, name in sorted(GENERATED, key=lambda case: case[1] in language)}
     for place, (model_type, auto, name) in enumerate(GENERATED):
-        usual = model_type in first or auto in ("AutoModelForCausalLM", "AutoModelForMaskedLM")
         shapes = [*SHAPES, *(["neurons"] if model_type not in WITHOUT_A_MODULE else [])]
-        for shape in [*shapes, *([None] if one_of_each[model_type] == name else [])]:
-            both = SHAPES[place // 2 % len(SHAPES)], shapes[-1]
-            turn = (both[place % 2],) if model_type in first else both
-            default = shape is None or (usual and shape in turn)
+        shapes += [None] if one_of_each[model_type] == name else []
+        turn = None if None in shapes and model_type in first else shapes[place % len(shapes)]
+        for shape in shapes:
+            default = shape == turn and (model_type in first or auto in language)
             marks = [] if default else [pytest.mark.slow]
             yield pytest.param(model_type, name, {}, {"shape": shape}, id=f"{model_type}-{name}-{shape}", marks=marks)
     for place, (family, structure) in enumerate(FAMILIES.items()):
         for number, (kind, fields) in enumerate(CONFIGS.items()):
-            marks = [pytest.mark.exhaustive] if (place + number) % 5 else []
+            marks = [pytest.mark.exhaustive] if (place + number) % len(FAMILIES) else []
             yield pytest.param(*structure, fields, id=f"{family}-{kind}", marks=marks)
 
 
@@ -114,16 +116,16 @@ def test_converts_exactly_and_reloads(model_type, name, changes, fields, tmp_pat
     moved = stirred(converted)(**inputs)
     assert torch.equal(result(moved), result(output)) == (settings.expert_type == "dense")
     converted.save_pretrained(tmp_path)
-    loads = [load_mpoe]  # which calls the class's own from_pretrained
-    if fields.keys() == {"shape"}:  # where every class comes by
-        loads.append(getattr(transformers, AUTOS[name]).from_pretrained)
-    for again in (load(tmp_path) for load in loads):
-        assert type(again) is type(converted)
-        assert again.mpoe_config == settings
-        assert list(again.state_dict()) == list(converted.state_dict())
-        assert torch.equal(result(again(**inputs)), result(moved))
-        pairs = zip(mpo_modules(converted), mpo_modules(again), strict=True)
-        assert all(one.rate_ratios == other.rate_ratios for (_, one), (_, other) in pairs)
+    load = load_mpoe  # which calls the class's own from_pretrained
+    if fields.keys() == {"shape"} and settings.shape in SHAPES:  # where every class comes by
+        load = getattr(transformers, AUTOS[name]).from_pretrained
+    again = load(tmp_path)
+    assert type(again) is type(converted)
+    assert again.mpoe_config == settings
+    assert list(again.state_dict()) == list(converted.state_dict())
+    assert torch.equal(result(again(**inputs)), result(moved))
+    pairs = zip(mpo_modules(converted), mpo_modules(again), strict=True)
+    assert all(one.rate_ratios == other.rate_ratios for (_, one), (_, other) in pairs)
 
 
 @pytest.mark.parametrize("family", ["t5", "gpt2", "bert_classifier"])
@@ -141,10 +143,9 @@ MERGED = ("separable", "gshard", "none", "hidden", "hidden top-1", "hidden share
 @pytest.mark.parametrize(
     ("family", "kind"),
     [
-        (family, kind)
+        pytest.param(family, kind, marks=[pytest.mark.exhaustive] if (place + number) % 3 else [])
         for place, family in enumerate(FAMILIES)
         for number, kind in enumerate(MERGED)
-        if kind in ("separable", "latent") or (place + number) % 2
     ],
 )
 @torch.no_grad()
@@ -205,8 +206,9 @@ def test_ties_dtype_and_attention_are_kept():
     assert torch.equal(converted.lm_head.weight, untied.lm_head.weight)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
+@pytest.mark.parametrize(
+    ("family", "dtype"), pairwise(["t5", "gpt2", "bert"], [torch.bfloat16, torch.float16, torch.float64])
+)
 @torch.no_grad()
 def test_other_dtypes(family, dtype):
     model, inputs = dense_model(family).to(dtype), batch(family)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import MagicMock
 
 import pytest
 
 from mpoe.cli import report
 from mpoe.cli.main import main
 
+from ..models.tiny_models import shorten_documentation
 from .cli_data import write_sentiment
 
 
@@ -24,17 +26,24 @@ class Answer(NamedTuple):
 Run = Callable[..., Answer]
 
 
+PLOTS = {"_new": report._new, "png": report.png}
+
+
 @pytest.fixture
-def drawn() -> None:
-    """Of a test that looks at plots: they are not left out."""
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a test that looks at plots."""
+    for name, own in PLOTS.items():
+        monkeypatch.setattr(report, name, own)
 
 
-@pytest.fixture(autouse=True)
-def _plots_are_painted_but_not_rendered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rendering those of a report takes as long as a short training."""
-
-    if "drawn" not in request.fixturenames:
-        monkeypatch.setattr(report, "png", lambda figure: b"")
+@pytest.fixture(autouse=True, scope="module")
+def _what_takes_long_is_short() -> Iterator[None]:
+    """Plots are painted on nothing, which would take as long as a short training, and documentation is short."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "_new", lambda panels, *_: (MagicMock(), [MagicMock() for _ in range(panels)]))
+        patch.setattr(report, "png", lambda figure: b"\x89PNG")
+        shorten_documentation(patch)
+        yield
 
 
 @pytest.fixture

@@ -55,7 +55,6 @@ def make_run(folder: Path, accuracy: float, rate: float, ended: bool = True, **m
     return folder
 
 
-@pytest.mark.usefixtures("drawn")
 def test_runs_side_by_side(cli, tmp_path: Path) -> None:
     first, second = make_run(tmp_path / "a", 0.6, 1e-3), make_run(tmp_path / "b", 0.7, 2e-3)
     third = make_run(tmp_path / "c", 0.0, 1e-3, ended=False)

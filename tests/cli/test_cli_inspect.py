@@ -18,9 +18,6 @@ from mpoe.models.report import routed_layers
 from mpoe_kernels import MPOShape
 from tests.assertions import refuses
 
-pytestmark = pytest.mark.usefixtures("drawn")
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders t5, gpt2 (paper shapes) and dense (experts) of converted stand-ins."""
@@ -44,6 +41,7 @@ def page(folder: Path) -> str:
     return text
 
 
+@pytest.mark.usefixtures("drawn")
 def test_report_of_a_t5(cli, models: Path, sentiment: Path, tmp_path: Path) -> None:
     out, run = tmp_path / "out", models / "t5"
     arguments = ["inspect", run, "--data_dir", sentiment, "--output_dir", out, "--text", "the film is <good>"]

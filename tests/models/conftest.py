@@ -34,10 +34,10 @@ def domains(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     for number in (0, 1):
         torch.manual_seed(number)
         model = start_expert(base, M)
-        fit(model, lessons(number, 60))
+        fit(model, lessons(number, 20))
         files.append(folder / f"domain{number}.expert")
         statistics = collect_statistics(model, domain(number, seed=20))
-        save_expert(model, files[-1], statistics=statistics, tokenizer=tokenizer(), training={"steps": 120})
+        save_expert(model, files[-1], statistics=statistics, tokenizer=tokenizer(), training={"steps": 40})
         own.append(loss(model, number))
     return SimpleNamespace(base=base, files=files, own=own, background=domain(2))
 

@@ -25,6 +25,7 @@ from .tiny_models import (
     domain,
     loss,
     result,
+    shorten_documentation,
     stirred,
     text_rows,
     tiny_batch,
@@ -208,7 +209,8 @@ def test_without_none(domains: SimpleNamespace) -> None:
     assert loss(mixture, 0) < loss(domains.base, 0)
 
 
-def test_the_packaged_text_is_the_background(domains: SimpleNamespace) -> None:
+def test_the_packaged_text_is_the_background(domains: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten_documentation(monkeypatch)
     mixture = compose_experts(domains.base, domains.files, tokenizer=tokenizer())
     batches = documentation_batches(domains.base, tokenizer())
     assert sum(each["input_ids"].numel() for each in batches) == 128 * 32  # its positions

@@ -41,6 +41,7 @@ from .tiny_models import (
     language_model,
     lessons,
     loss,
+    shorten_documentation,
     stirred,
     tiny_model,
     tokenizer,
@@ -149,7 +150,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder, base = tmp_path_factory.mktemp("adapter") / "law", language_model()
     torch.manual_seed(0)
     model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, target_modules=NETWORK))
-    fit(model, lessons(2, 40))
+    fit(model, lessons(2, 10))
     model.save_pretrained(folder)
     return SimpleNamespace(folder=folder, base=base, merged=model.merge_and_unload().eval())
 
@@ -162,7 +163,7 @@ def test_neurons_keep_the_adapters_gain(adapter: SimpleNamespace) -> None:
     assert is_adapter(adapter.folder)
     # 4 (32 + 48) numbers for each of three matrices, beside 3 x 32 of a neuron.
     assert check_adapter(adapter.base, adapter.folder) == 10
-    expert = fit_adapter(adapter.base, adapter.merged, texts(), "law", neurons=10, tokenizer=tokenizer())
+    expert = fit_adapter(adapter.base, adapter.merged, texts(), "law", neurons=20, steps=100, tokenizer=tokenizer())
     facts = expert.facts["training"]
     assert expert.name == "law"
     assert facts["base"] - facts["adapter"] > 1.0
@@ -223,7 +224,9 @@ def test_other_bases_are_refused(domains: SimpleNamespace) -> None:
     refuses(ValueError, "MPOE model already", merge_expert, start_expert(domains.base), domains.files[0])
 
 
-def test_compositions_that_are_refused(domains: SimpleNamespace, tmp_path: Path) -> None:
+def test_compositions_that_are_refused(
+    domains: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def compose(experts: Any, **options: Any) -> Any:
         return compose_experts(domains.base, experts, **{"background": domains.background, **options})
 
@@ -240,6 +243,7 @@ def test_compositions_that_are_refused(domains: SimpleNamespace, tmp_path: Path)
         compose(domains.files, background=None)
     refuses(ValueError, "top_k must be at most", compose, domains.files, top_k=4)
     refuses(ValueError, "background must hold mean", compose, domains.files, background={"x": torch.ones(2)})
+    shorten_documentation(monkeypatch)
     with pytest.raises(ValueError, match="it does not make the model's tokens"):
         documentation_batches(dense_model("gpt2"), lambda text, verbose: {"input_ids": [VOCABULARY] * 100})
 

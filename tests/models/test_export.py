@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
@@ -163,10 +164,11 @@ with torch.no_grad():
 tokens = model.generate(ids, max_new_tokens=8, do_sample=False)
 assert not [name for name in sys.modules if name.partition(".")[0] in ("mpoe", "mpoe_kernels")]
 save_file({"logits": logits, "tokens": tokens}, sys.argv[2])
-print(type(model).__name__)
+assert type(model).__name__ == sys.argv[4]
 """
 
 
+@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("model_type", "to", "options"),
     [
@@ -176,7 +178,8 @@ print(type(model).__name__)
         pytest.param("qwen2", QWEN, {"shape": "neurons"}, marks=pytest.mark.slow),
     ],
 )
-def test_the_command_writes_what_opens_without_mpoe(model_type, to, options, tmp_path, capsys):
+def test_the_command_writes_what_opens_without_mpoe(model_type, to, options, apart, tmp_path, capsys, monkeypatch):
+    """As if there were no mpoe; the slow ones also in a process of their own."""
     mixture(model_type, {"vocab_size": 512}, **options).save_pretrained(tmp_path / "in")
     load_stand_in("gpt2")[1].save_pretrained(tmp_path / "in")
     command.command([str(tmp_path / "in"), str(tmp_path / "out"), "--to", to])
@@ -184,9 +187,15 @@ def test_the_command_writes_what_opens_without_mpoe(model_type, to, options, tmp
     assert f"a {CLASSES[to]} whose logits differ by" in answer
     assert ("note: llama.cpp divides 0 by 0" in answer) == (to == QWEN)
     ids = ",".join(map(str, IDS[0].tolist()))
-    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    arguments = (tmp_path / "out", tmp_path / "result.safetensors", ids)
-    assert run_python("-c", OPENED, *arguments, cwd=tmp_path, env=alone).splitlines()[-1] == CLASSES[to]
+    arguments = (tmp_path / "out", tmp_path / "result.safetensors", ids, CLASSES[to])
+    if apart:
+        alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        run_python("-c", OPENED, *arguments, cwd=tmp_path, env=alone)
+    with monkeypatch.context() as patch:
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("mpoe", "mpoe_kernels")]:
+            patch.delitem(sys.modules, name)
+        patch.setattr(sys, "argv", ["", *map(str, arguments)])
+        exec(OPENED, {})
     result, ours = load_file(tmp_path / "result.safetensors"), load_mpoe(tmp_path / "in")
     with torch.no_grad():
         assert difference(result["logits"], ours(IDS[:1]).logits) <= 1e-5

@@ -21,6 +21,7 @@ from mpoe.models.checkpoint import read_mpoe_config
 from mpoe.models.weight_files import check_shapes
 from mpoe_kernels import MPOShape, decompose, reconstruct
 from tests.assertions import refuses, run_python
+from tests.cases import pairwise
 
 from .tiny_models import batch, dense_model, result, stirred
 
@@ -40,8 +41,10 @@ def test_half_precision_round_trip(dtype, converted, tmp_path):
     assert same_state(model, load_mpoe(tmp_path))
 
 
-@pytest.mark.parametrize("key", ["experts.up.central", "experts.down.auxiliary.0", "router.weight"])
-@pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
+@pytest.mark.parametrize(
+    ("family", "key"),
+    pairwise(["t5", "gpt2", "bert"], ["experts.up.central", "experts.down.auxiliary.0", "router.weight"]),
+)
 def test_a_dropped_key_never_leaves_garbage(family, key, converted, tmp_path):
     model = converted(family)
     model.save_pretrained(tmp_path)
@@ -291,8 +294,9 @@ def original_checkpoint(model, moe_type, components=("mlp",)):
     return state, matrices
 
 
-@pytest.mark.parametrize("moe_type", ["switch", "moe", "none"])
-@pytest.mark.parametrize("components", [("mlp",), ("mlp", "attention", "word_embed")])
+@pytest.mark.parametrize(
+    ("moe_type", "components"), pairwise(["switch", "moe", "none"], [("mlp",), ("mlp", "attention", "word_embed")])
+)
 @torch.no_grad()
 def test_import_reproduces_the_matrices(moe_type, components, tmp_path):
     base = dense_model("t5")

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 from mpoe import RouterConfig
 from mpoe.layers import load_balancing_loss, router_z_loss
 from tests.assertions import in_threads
+from tests.cases import pairwise
 
 from .tiny_models import FAMILIES, MASK, batch, dense_model, result, stirred, text_rows
 
 
-@pytest.mark.parametrize("shape", ["separable", "hidden", "neurons"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "shape"), pairwise(list(FAMILIES), ["separable", "hidden", "neurons"]))
 @torch.no_grad()
 def test_padding_is_neither_routed_nor_counted(family, shape, converted):
     model = stirred(converted(family, shape=shape, router=RouterConfig(top_k=2, z_loss_weight=1e-3)))
@@ -94,8 +94,7 @@ def test_auxiliary_loss_is_averaged_over_micro_batches(converted):
     assert model.accepts_loss_kwargs is True
 
 
-@pytest.mark.parametrize("family", ["t5", "t5_gated", "gpt2"])
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+@pytest.mark.parametrize(("family", "options"), pairwise(["t5", "t5_gated", "gpt2"], [{}, {"num_beams": 2}]))
 def test_generation_with_and_without_cache_equals_dense(family, options, converted):
     dense, model = dense_model(family), converted(family)
     inputs = batch(family, labels=False)

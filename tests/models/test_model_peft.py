@@ -13,6 +13,7 @@ from mpoe import load_mpoe, merge_experts
 from mpoe.layers import MPOEFeedForward
 from mpoe.models import mpo_modules
 from tests.assertions import refuses
+from tests.cases import pairwise
 
 from .tiny_models import batch, fit
 
@@ -44,8 +45,7 @@ def logits(model, inputs) -> torch.Tensor:
     return model(**inputs).logits
 
 
-@pytest.mark.parametrize("family", ATTENTION)
-@pytest.mark.parametrize("shape", ["separable", "paper"])
+@pytest.mark.parametrize(("family", "shape"), pairwise(list(ATTENTION), ["separable", "paper"]))
 def test_trains_saves_loads_and_merges(family, shape, converted, tmp_path):
     base, inputs = converted(family, shape=shape), batch(family)
     before = logits(base, inputs)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +13,11 @@ import transformers
 from torch import nn
 
 from mpoe import MPOEConfig, RouterConfig
+from mpoe.data import embedded
 from mpoe.layers import HiddenFeedForward, MPOCores, NeuronFeedForward
 from mpoe.models.classes import dense_names
 from mpoe.models.table import TABLE
+from tests.cases import pairwise
 
 HIDDEN, INNER, VOCABULARY = 24, 48, 60
 # Names used by most configurations; different names are below.
@@ -183,8 +188,6 @@ def logits(model, family):
 
 # ------------------------------------------------------------- experts that keep the dense projections
 
-KEPT_FAMILIES = ("t5", "t5_gated", "gpt2", "bert_mlm", "llama", "phi3")
-every_family = pytest.mark.parametrize("family", KEPT_FAMILIES)
 # name -> the fields of its configuration
 KEPT = {
     "hidden": {"shape": "hidden", "block_size": 8},
@@ -192,6 +195,9 @@ KEPT = {
     "latent": {"shape": "neurons", "neurons": 8, "latent": 6},
 }
 every_kind = pytest.mark.parametrize("kind", KEPT)
+# With a gate and without by turns, so that by default every kind meets both.
+KEPT_FAMILIES = ("t5", "t5_gated", "gpt2", "llama", "bert_mlm", "phi3")
+every_family_and_kind = pytest.mark.parametrize(("family", "kind"), pairwise(KEPT_FAMILIES, list(KEPT)))
 
 
 def config(kind, top_k=2, router=None, **fields):
@@ -232,6 +238,18 @@ def fit(model: Any, batches: list[dict[str, torch.Tensor]], rate: float = 0.02) 
 
 
 # ------------------------------------------------------------- experts trained apart, on domains of disjoint words
+
+PACKAGES = ("asyncio", "email")
+LIBRARY = Path(sysconfig.get_path("stdlib"))
+few_records = functools.cache(lambda: tuple(r for name in PACKAGES for r in embedded.read_package(LIBRARY / name, name)))
+few_modules = functools.cache(embedded._modules.__wrapped__)
+
+
+def shorten_documentation(patch: pytest.MonkeyPatch) -> None:
+    """Reading all of it takes seconds, which tests/data spends."""
+    patch.setattr(embedded, "_corpus", few_records)
+    patch.setattr(embedded, "_modules", few_modules)
+
 
 DOMAIN = 15  # tokens of each domain, from its number times this on
 M = 32

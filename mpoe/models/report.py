@@ -71,7 +71,8 @@ def parameter_kind(model: nn.Module) -> dict[str, str]:
     Dense projections that stay count as central, and so do the two matrices around a latent space. Biases shared by the
     experts of a layer count as rest. Tied parameters appear once.
     """
-    kinds = dict.fromkeys((name for name, _ in model.named_parameters()), "rest")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    kinds = dict.fromkeys(names.values(), "rest")
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         if isinstance(module, MPOCores):
@@ -81,9 +82,9 @@ def parameter_kind(model: nn.Module) -> dict[str, str]:
         if isinstance(module, RoutedFeedForward) and module.router is not None:
             kinds[f"{prefix}router.weight"] = "router"
         if isinstance(module, KeptFeedForward):
-            centre = {id(weight) for weight in module.central_parameters().values()}
             kinds.update({f"{prefix}experts.{own}": "auxiliary" for own, _ in module.experts.named_parameters()})
-            kinds.update({known: "central" for known, parameter in model.named_parameters() if id(parameter) in centre})
+            centre = map(id, module.central_parameters().values())
+            kinds.update({names[each]: "central" for each in centre if each in names})
     return kinds
 
 

@@ -136,7 +136,7 @@ def test_the_originals_baseline_trains_too(cli, sentiment: Path, tmp_path: Path)
     assert json.loads((tmp_path / "run" / "results.json").read_text())["class"] == "T5ForConditionalGeneration"
 
 
-@pytest.mark.parametrize("baseline", ["dense", "wider", "switch"])
+@pytest.mark.parametrize("baseline", [pytest.param("dense", marks=pytest.mark.exhaustive), "wider", "switch"])
 def test_named_baselines(cli, refused, sentiment: Path, tmp_path: Path, baseline: str) -> None:
     flags = ["train", "--model", "t5", "--data_dir", sentiment, *BASE, "--max_steps", 1, "--baseline", baseline]
     cli(*flags, "--output_dir", tmp_path / "run")
@@ -380,7 +380,7 @@ def test_when_a_run_evaluates(planned) -> None:
 def test_a_rate_that_is_searched_for_is_recorded_and_kept(
     cli, refused, sentiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mpoe.training.rates.find_rate", partial(find_rate, steps=3))
+    monkeypatch.setattr("mpoe.training.rates.find_rate", partial(find_rate, steps=1))
     flags = ["train", "--model", "t5", "--data_dir", sentiment, "--max_steps", 1, "--num_experts", 2, "--use_cpu"]
     flags += ["--per_device_train_batch_size", 2, "--find_rate", "--output_dir", tmp_path / "run"]
     assert "give --find_rate or --learning_rate, not both" in refused(*flags, "--learning_rate", 1e-3)

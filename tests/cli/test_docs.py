@@ -41,8 +41,9 @@ def run_commands(cli: Callable[..., Any], text: str) -> set[str]:
         names = {"path/to/t5"} | ({"t5-base"} if command == "convert" else set())
         arguments = [str(stand_in_path("t5")) if a in names else a for a in arguments]
         if command == "train":
-            arguments[arguments.index("--max_steps") + 1] = "2"
-            arguments += ["--per_device_train_batch_size", "4", "--use_cpu"]
+            arguments[arguments.index("--max_steps") + 1] = "1"
+            arguments += ["--per_device_train_batch_size", "4", "--max_target_length", "4", "--save_strategy", "no"]
+            arguments += ["--use_cpu"]
         if command == "bench":
             arguments += ["--scale", "tiny", "--overwrite", "--minutes", ".001"]  # tests/bench measures
         cli(command, *arguments)

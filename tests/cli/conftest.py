@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import MagicMock
@@ -26,24 +26,18 @@ class Answer(NamedTuple):
 Run = Callable[..., Answer]
 
 
-PLOTS = {"_new": report._new, "png": report.png}
-
-
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a test that looks at plots."""
-    for name, own in PLOTS.items():
-        monkeypatch.setattr(report, name, own)
+def drawn() -> None:
+    """Of a test that looks at plots: they are not left out."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _what_takes_long_is_short() -> Iterator[None]:
-    """Plots are painted on nothing, which would take as long as a short training, and documentation is short."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "_new", lambda panels, *_: (MagicMock(), [MagicMock() for _ in range(panels)]))
-        patch.setattr(report, "png", lambda figure: b"\x89PNG")
-        shorten_documentation(patch)
-        yield
+@pytest.fixture(autouse=True)
+def _what_takes_long_is_short(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots, which would take as long as a short training, are painted on nothing, and documentation is short."""
+    shorten_documentation(monkeypatch)
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(report, "_new", lambda panels, *_: (MagicMock(), [MagicMock() for _ in range(panels)]))
+        monkeypatch.setattr(report, "png", lambda figure: b"\x89PNG")
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from mpoe.models.report import routed_layers
 from mpoe_kernels import MPOShape
 from tests.assertions import refuses
 
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders t5, gpt2 (paper shapes) and dense (experts) of converted stand-ins."""

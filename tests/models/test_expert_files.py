@@ -19,6 +19,7 @@ from tests.assertions import refuses
 
 from .tiny_models import (
     FAMILIES,
+    VOCABULARY,
     M,
     batch,
     dense_model,
@@ -219,6 +220,8 @@ def test_the_packaged_text_is_the_background(domains: SimpleNamespace, monkeypat
     t5 = documentation_batches(dense_model("t5"), tokenizer())[0]
     assert t5["labels"] is t5["input_ids"]
     assert batches[0].keys() == {"input_ids"}  # an encoder's head would have other labels
+    with pytest.raises(ValueError, match="it does not make the model's tokens"):
+        documentation_batches(domains.base, lambda text, verbose: {"input_ids": [VOCABULARY] * 100})
 
 
 # ------------------------------------------------------------------ the hub

@@ -28,12 +28,11 @@ from mpoe.data.predict import token_losses
 from mpoe.inspection import composed_worth
 from mpoe.models.composition import train_routers
 from mpoe.models.expert_files import made_expert, write_expert
-from mpoe.models.expert_mixture import check_adapter, documentation_batches, fit_adapter, is_adapter
+from mpoe.models.expert_mixture import check_adapter, fit_adapter, is_adapter
 from mpoe.models.report import neuron_modules
 from tests.assertions import refuses
 
 from .tiny_models import (
-    VOCABULARY,
     M,
     dense_model,
     domain,
@@ -41,7 +40,6 @@ from .tiny_models import (
     language_model,
     lessons,
     loss,
-    shorten_documentation,
     stirred,
     tiny_model,
     tokenizer,
@@ -224,9 +222,7 @@ def test_other_bases_are_refused(domains: SimpleNamespace) -> None:
     refuses(ValueError, "MPOE model already", merge_expert, start_expert(domains.base), domains.files[0])
 
 
-def test_compositions_that_are_refused(
-    domains: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compositions_that_are_refused(domains: SimpleNamespace, tmp_path: Path) -> None:
     def compose(experts: Any, **options: Any) -> Any:
         return compose_experts(domains.base, experts, **{"background": domains.background, **options})
 
@@ -243,9 +239,6 @@ def test_compositions_that_are_refused(
         compose(domains.files, background=None)
     refuses(ValueError, "top_k must be at most", compose, domains.files, top_k=4)
     refuses(ValueError, "background must hold mean", compose, domains.files, background={"x": torch.ones(2)})
-    shorten_documentation(monkeypatch)
-    with pytest.raises(ValueError, match="it does not make the model's tokens"):
-        documentation_batches(dense_model("gpt2"), lambda text, verbose: {"input_ids": [VOCABULARY] * 100})
 
 
 def test_damaged_files_are_refused(domains: SimpleNamespace, tmp_path: Path) -> None:

@@ -168,7 +168,6 @@ assert type(model).__name__ == sys.argv[4]
 """
 
 
-@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("model_type", "to", "options"),
     [
@@ -178,8 +177,8 @@ assert type(model).__name__ == sys.argv[4]
         pytest.param("qwen2", QWEN, {"shape": "neurons"}, marks=pytest.mark.slow),
     ],
 )
-def test_the_command_writes_what_opens_without_mpoe(model_type, to, options, apart, tmp_path, capsys, monkeypatch):
-    """As if there were no mpoe; the slow ones also in a process of their own."""
+def test_the_command_writes_what_opens_without_mpoe(model_type, to, options, tmp_path, capsys, monkeypatch):
+    """The slow ones in a process of their own, the others as if there were no mpoe in this one."""
     mixture(model_type, {"vocab_size": 512}, **options).save_pretrained(tmp_path / "in")
     load_stand_in("gpt2")[1].save_pretrained(tmp_path / "in")
     command.command([str(tmp_path / "in"), str(tmp_path / "out"), "--to", to])
@@ -188,7 +187,7 @@ def test_the_command_writes_what_opens_without_mpoe(model_type, to, options, apa
     assert ("note: llama.cpp divides 0 by 0" in answer) == (to == QWEN)
     ids = ",".join(map(str, IDS[0].tolist()))
     arguments = (tmp_path / "out", tmp_path / "result.safetensors", ids, CLASSES[to])
-    if apart:
+    if "latent" not in options:
         alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         run_python("-c", OPENED, *arguments, cwd=tmp_path, env=alone)
     with monkeypatch.context() as patch:

@@ -25,6 +25,9 @@ from tests.cases import pairwise
 
 from .tiny_models import batch, dense_model, result, stirred
 
+KEYS = ["experts.up.central", "experts.down.auxiliary.0", "router.weight"]
+COMPONENTS = [("mlp",), ("mlp", "attention", "word_embed")]
+
 
 def same_state(one, other):
     a, b = one.state_dict(), other.state_dict()
@@ -41,10 +44,7 @@ def test_half_precision_round_trip(dtype, converted, tmp_path):
     assert same_state(model, load_mpoe(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("family", "key"),
-    pairwise(["t5", "gpt2", "bert"], ["experts.up.central", "experts.down.auxiliary.0", "router.weight"]),
-)
+@pytest.mark.parametrize(("family", "key"), pairwise(["t5", "gpt2", "bert"], KEYS))
 def test_a_dropped_key_never_leaves_garbage(family, key, converted, tmp_path):
     model = converted(family)
     model.save_pretrained(tmp_path)
@@ -294,9 +294,7 @@ def original_checkpoint(model, moe_type, components=("mlp",)):
     return state, matrices
 
 
-@pytest.mark.parametrize(
-    ("moe_type", "components"), pairwise(["switch", "moe", "none"], [("mlp",), ("mlp", "attention", "word_embed")])
-)
+@pytest.mark.parametrize(("moe_type", "components"), pairwise(["switch", "moe", "none"], COMPONENTS))
 @torch.no_grad()
 def test_import_reproduces_the_matrices(moe_type, components, tmp_path):
     base = dense_model("t5")

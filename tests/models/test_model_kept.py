@@ -16,9 +16,8 @@ from mpoe_kernels import MPOShape
 from tests.assertions import refuses
 from tests.cases import pairwise
 
-from .tiny_models import KEPT, batch, config, every_family_and_kind, every_kind, logits, relative_difference, stirred
+from .tiny_models import KEPT, batch, config, every_kind, every_model, logits, relative_difference, stirred, tiny_model
 from .tiny_models import dense_model as dense
-from .tiny_models import tiny_model
 
 TABLES = {"target_modules": ["ffn", "embedding"], "shape": "separable"}
 
@@ -27,7 +26,7 @@ def layers_of(model: nn.Module) -> list:
     return list(kept_modules(model).values())
 
 
-@every_family_and_kind
+@every_model
 def test_masked_steps_leave_what_is_shared_alone(kind: str, family: str) -> None:
     model = stirred(convert_to_mpoe(dense(family), config(kind)))
     shared = {id(w) for layer in layers_of(model) for w in layer.central_parameters().values()}
@@ -102,7 +101,7 @@ def test_projections_quantised_by_torchao(kind: str, bits: int) -> None:
     refuses(ValueError, r"mlp.up_proj \(Linear\) is frozen or quantised", GradientMask, model, 0.5)
 
 
-@every_family_and_kind
+@every_model
 def test_reports(kind: str, family: str, capsys: pytest.CaptureFixture) -> None:
     model = convert_to_mpoe(dense(family), config(kind))
     layers, latent = kept_modules(model), KEPT[kind].get("latent")

@@ -16,6 +16,7 @@ from mpoe.models import convert_to_mpoe
 from mpoe.models.report import hidden_modules, mpo_modules, neuron_modules, routed_layers
 from mpoe.training import MPOETrainingArguments, build_param_groups, freeze_cores, update_correction_bias
 from tests.assertions import refuses
+from tests.cases import pairwise
 
 from .tiny import Rows, Toy, dense_model, make_trainer, mpoe_model
 from .tiny import arguments as run_arguments
@@ -158,8 +159,7 @@ NEURONS = {"shape": "neurons", "neurons": 8, "num_experts": 4, "router": RouterC
 BALANCED = RouterConfig(top_k=2, scoring_func="sigmoid", bias_update_rate=0.01, balance_loss_weight=0.0)
 
 
-@pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
-@pytest.mark.parametrize("latent", [None, 8])
+@pytest.mark.parametrize(("family", "latent"), pairwise(["t5", "gpt2", "bert"], [None, 8]))
 def test_the_loss_falls(family: str, latent: int | None, tmp_path: Path) -> None:
     """With the dense network and P, Q frozen in every step, so that only the experts and the router learn in it."""
     model = mpoe_model(family, **NEURONS, latent=latent)

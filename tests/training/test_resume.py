@@ -20,7 +20,7 @@ from mpoe_kernels.contract import autotune
 from tests.assertions import refuses
 
 from .ranks import torchrun
-from .tiny import LAST, dense_model, make_trainer, mpoe_model, preferring, resume_options, weights
+from .tiny import LAST, Rows, dense_model, make_trainer, mpoe_model, preferring, resume_options, weights
 
 # The older name of activation checkpointing, which every Transformers 5 knows.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
@@ -51,16 +51,17 @@ def assert_identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
 
 @pytest.mark.parametrize(
     ("name", "family", "steps"),
-    [("switch", "t5", (3, 6, 9)), ("switch", "gpt2", (3,)), ("switch", "bert", (3,))]
-    + [(name, family, (3,)) for name, family in zip(list(MIXTURES)[1:], ["t5", "gpt2"] * 3, strict=False)],
+    [("switch", "t5", (1, 2, 3)), ("switch", "gpt2", (1,)), ("switch", "bert", (1,))]
+    + [(name, family, (1,)) for name, family in zip(list(MIXTURES)[1:], ["t5", "gpt2"] * 3, strict=False)],
 )
 def test_resume_is_bit_identical(tmp_path: Path, name: str, family: str, steps: tuple[int, ...]) -> None:
-    """Epochs have six steps: checkpoint 3 lies inside the first, 6 at its end, 9 inside the second."""
-    last = steps[-1] + 3
+    """Epochs have two steps: checkpoint 1 lies inside the first, 2 at its end, 3 inside the second."""
+    last = steps[-1] + 2
 
     def made(folder: Path) -> Any:
         model = mpoe_model(family, dropout=0.1, jitter=0.1, **MIXTURES[name])
         options = resume_options(family, last) | {"model": model, "gradient_checkpointing": name != "switch"}
+        options |= {"save_steps": 1, "train_dataset": Rows(family, rows=16)}
         if not any(each.endswith(".central") for each, _ in model.named_parameters()):
             options["gradient_mask_prob"] = 0.0
         return make_trainer(folder, **options)
@@ -138,9 +139,10 @@ def test_best_checkpoint_is_kept_and_loaded(tmp_path: Path) -> None:
         def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
             metrics["eval_score"] = next(losses)
 
-    options = resume_options("t5", 12) | {
+    options = resume_options("t5", 4) | {
+        "save_steps": 1,
         "eval_strategy": "steps",
-        "eval_steps": 3,
+        "eval_steps": 1,
         "save_total_limit": 2,
         "load_best_model_at_end": True,
         "metric_for_best_model": "score",
@@ -149,10 +151,10 @@ def test_best_checkpoint_is_kept_and_loaded(tmp_path: Path) -> None:
     }
     trainer = make_trainer(tmp_path, **options)
     trainer.train()
-    best = tmp_path / "checkpoint-6"
-    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-12"]
+    best = tmp_path / "checkpoint-2"
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
     assert trainer.state.best_model_checkpoint == str(best)
-    for folder in ("checkpoint-6", "checkpoint-12"):
+    for folder in ("checkpoint-2", "checkpoint-4"):
         state = json.loads((tmp_path / folder / "trainer_state.json").read_text())
         assert state["best_model_checkpoint"] == str(best)
 
@@ -225,24 +227,24 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine
 
 
 def train(folder: Path, steps: int, resume: bool = False) -> dict[str, torch.Tensor]:
-    trainer = make_trainer(folder, **resume_options("t5", steps))
+    trainer = make_trainer(folder, **resume_options("t5", steps) | {"save_steps": 1})
     trainer.train(resume_from_checkpoint=resume or None)
     return weights(trainer.model)
 
 
 def test_a_resumed_run_goes_on_with_its_choices_bit_for_bit(machine: Machine, tmp_path: Path) -> None:
     machine(0)
-    whole, chosen = train(tmp_path / "run", 6), autotune.choices()
+    whole, chosen = train(tmp_path / "run", 4), autotune.choices()
     assert chosen
-    for step in (3, 6):
+    for step in (3, 4):
         assert checkpoints.choices_of(tmp_path / "run" / f"checkpoint-{step}") == chosen
-    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
     machine(LAST)
-    assert_identical(train(tmp_path / "run", 6, resume=True), whole)
-    assert checkpoints.choices_of(tmp_path / "run" / "checkpoint-6") == chosen
+    assert_identical(train(tmp_path / "run", 4, resume=True), whole)
+    assert checkpoints.choices_of(tmp_path / "run" / "checkpoint-4") == chosen
     machine(LAST)
     with pytest.raises(AssertionError):  # a new run chooses for the machine it is on
-        assert_identical(train(tmp_path / "new", 6), whole)
+        assert_identical(train(tmp_path / "new", 4), whole)
     assert not set(autotune.choices().items()) & set(chosen.items())
 
 

@@ -80,8 +80,11 @@ def without_auxiliary(family: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
-@pytest.mark.parametrize("kind", ["mpoe", "dense"])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("t5", "mpoe"), ("gpt2", "mpoe"), ("bert", "mpoe"), ("t5", "dense")]
+    + [pytest.param(family, "dense", marks=pytest.mark.exhaustive) for family in ("gpt2", "bert")],
+)
 def test_targets_weigh_alike_whatever_their_micro_batch(tmp_path: Path, family: str, kind: str) -> None:
     """Rows have different numbers of targets, so that a mean of micro-batch means would be wrong."""
 
@@ -91,8 +94,7 @@ def test_targets_weigh_alike_whatever_their_micro_batch(tmp_path: Path, family: 
 
     rows = Rows(family, rows=16)
     whole = one_step(tmp_path / "a", family, rows, 16, 1, model=model())
-    assert_same_step(whole, one_step(tmp_path / "b", family, rows, 4, 4, model=model()))
-    assert_same_step(whole, one_step(tmp_path / "c", family, rows, 2, 8, model=model()))
+    assert_same_step(whole, one_step(tmp_path / "b", family, rows, 2, 8, model=model()))
 
 
 def test_last_step_with_fewer_micro_batches(tmp_path: Path) -> None:

@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
 from mpoe.data.spec import TaskSpec
 from mpoe.data.tasks import find_spec
 
@@ -13,6 +16,12 @@ from mpoe.data.tasks import find_spec
 def write_rows(file: Path, rows: list[dict]) -> None:
     """One JSON object per line."""
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    """Of two saved models."""
+    one, two = (load_file(folder / "model.safetensors") for folder in (first, second))
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def write_sentiment(folder: Path) -> Path:

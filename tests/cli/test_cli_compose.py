@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mpoe import collect_statistics, convert_to_mpoe, load_expert, load_mpoe, save_expert, start_expert
@@ -26,6 +25,7 @@ from mpoe.models.report import neuron_modules
 from tests.assertions import refuses
 
 from ..models.tiny_models import fit
+from .cli_data import same_weights as same
 
 BASE = str(stand_in_path("gpt2"))
 SMALL = ["--max_texts", "4", "--max_length", "16"]
@@ -82,11 +82,6 @@ def adapter(folder: Path) -> str:
 
 def compose(folder: Path, *words: str) -> None:
     command.command([BASE, *(word.format(folder) for word in words)])
-
-
-def same(a: Path, b: Path) -> bool:
-    first, second = (load_file(folder / "model.safetensors") for folder in (a, b))
-    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def test_two_fine_tunes_and_an_adapter(folder: Path, adapter: str) -> None:

@@ -46,9 +46,8 @@ def wikitext(folder: Path) -> Path:
     return folder
 
 
-FLAGS = ["--max_steps", 1, "--eval_steps", 1, "--num_experts", 2, "--per_device_train_batch_size", 2]
-FLAGS += ["--max_source_length", 16, "--logging_steps", 1, "--use_cpu", "--disable_tqdm", "true"]
-FLAGS += ["--save_strategy", "no"]
+FLAGS = ["--max_steps", 1, "--eval_steps", 1, "--num_experts", 2, "--per_device_train_batch_size", 2, "--use_cpu"]
+FLAGS += ["--max_source_length", 16, "--logging_steps", 1, "--save_strategy", "no", "--disable_tqdm", "true"]
 
 
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("train_*.yaml")), ids=lambda p: p.stem)

@@ -24,15 +24,10 @@ from mpoe.training import MPOETrainingArguments, read_metrics
 from mpoe.training.rates import find_rate
 
 from ..models.tiny_models import tiny_model
-from .cli_data import write_sentiment
+from .cli_data import same_weights, write_sentiment
 
 BASE = ["--max_steps", 3, "--per_device_train_batch_size", 4, "--learning_rate", 1e-3, "--num_experts", 2]
 BASE += ["--save_steps", 1, "--save_total_limit", 5, "--disable_tqdm", "true", "--use_cpu"]
-
-
-def same_weights(first: Path, second: Path) -> bool:
-    one, two = (load_file(folder / "model.safetensors") for folder in (first, second))
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,6 @@ from .tiny_models import (
     lessons,
     loss,
     stirred,
-    tiny_model,
     tokenizer,
 )
 
@@ -313,7 +312,3 @@ def test_statistics_that_are_refused() -> None:
         refuses(TypeError, "batches must hold tensors by argument of the model", collect_statistics, model, [odd])
     embeds = torch.full((1, 4, 24), float("nan"))
     refuses(ValueError, "finite inputs", collect_statistics, model, [{"inputs_embeds": embeds}])
-
-
-def test_networks_without_a_module_are_refused() -> None:
-    refuses(ValueError, "shape 'neurons' needs", start_expert, tiny_model("opt", "OPTForCausalLM"))

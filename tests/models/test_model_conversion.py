@@ -65,11 +65,10 @@ CONFIGS = {
 
 
 def cases():
-    """Of every class every MPO shape and neurons, of one class of each family no shape; of some structures every
-    configuration.
+    """Of every class every MPO shape and neurons, of one of each family no shape; of some structures every configuration.
 
-    By default each in one of these shapes, by turns, but of families with the same structure those of the first, and of
-    the others the language models; and every configuration once.
+    By default a class has one of these shapes, by turns, and a configuration one of the structures; of families with
+    the same structure all classes of the first come, and the others' language models.
     """
     first = {TABLE[t].models: t for t in reversed(TABLE)}.values()
     language = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM")

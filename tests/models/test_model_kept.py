@@ -142,13 +142,13 @@ def test_rates(kind: str) -> None:
     for regime in ("finetune", "scratch") if kind == "latent" else ():
         found = groups(regime=regime)
         assert found["auxiliary"]["lr"] == found["central"]["lr"] == 1.0
-    asked = groups(auxiliary_lr_scale=0.5, central_lr_scale=0.25)
-    assert asked["auxiliary"]["lr"] == 0.5
+    asked = groups(mpo_lr=2.0, auxiliary_lr_scale=0.5, central_lr_scale=0.25)
+    assert asked["auxiliary"]["lr"] == 1.0
     biases = 0 if kind == "hidden" else 2 * 4 * 8
     report = model.parameter_report()
     assert sum(p.numel() for p in asked["auxiliary"]["params"]) == report["auxiliary"] - biases
     if kind == "latent":
-        assert asked["central"]["lr"] == 0.25
+        assert asked["central"]["lr"] == 0.5
         assert sum(p.numel() for p in asked["central"]["params"]) == 2 * 2 * 24 * 6
 
 

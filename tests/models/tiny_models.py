@@ -242,13 +242,12 @@ def fit(model: Any, batches: list[dict[str, torch.Tensor]], rate: float = 0.02) 
 few_records = functools.cache(
     lambda: tuple(embedded.read_package(Path(numpy.polynomial.__file__).parent, "numpy.polynomial"))
 )
-few_modules = functools.cache(embedded._modules.__wrapped__)
 
 
 def shorten_documentation(patch: pytest.MonkeyPatch) -> None:
     """Reading all of it takes seconds, which tests/data spends."""
     patch.setattr(embedded, "_corpus", few_records)
-    patch.setattr(embedded, "_modules", few_modules)
+    patch.setattr(embedded, "_modules", embedded._modules.__wrapped__)
 
 
 DOMAIN = 15  # tokens of each domain, from its number times this on

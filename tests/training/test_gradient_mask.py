@@ -89,14 +89,6 @@ def test_error_in_a_masked_step_releases_the_model() -> None:
     assert not mask.active
 
 
-def test_frozen_projections_around_hidden_experts() -> None:
-    model = mpoe_model("gpt2", shape="hidden")
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    GradientMask(model, 0.0)  # off: nothing to refuse
-    refuses(ValueError, "the gradient mask needs projections that train", GradientMask, model, 0.5)
-
-
 def test_refusals() -> None:
     for probability in (-0.1, 1.5, float("nan")):
         refuses(ValueError, "gradient_mask_prob must be at least 0 and at most 1", GradientMask, Toy(), probability)

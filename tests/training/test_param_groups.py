@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from mpoe import MPOEConfig, RouterConfig
 from mpoe.models import convert_to_mpoe
-from mpoe.models.report import hidden_modules, mpo_modules, neuron_modules, routed_layers
+from mpoe.models.report import mpo_modules, neuron_modules, routed_layers
 from mpoe.training import MPOETrainingArguments, build_param_groups, freeze_cores, update_correction_bias
 from tests.assertions import refuses
 from tests.cases import pairwise
@@ -141,15 +141,6 @@ def test_attention_biases_of_t5_are_not_decayed(tmp_path: Path) -> None:
     assert len(tables) == 2
     assert [found[id(table)][1:] for table in tables] == [(0.0, "rest")] * 2
     assert found[id(model.get_input_embeddings().weight)][1] == 0.1
-
-
-def test_blocks_of_hidden_experts_train_at_the_auxiliary_rate(tmp_path: Path) -> None:
-    model = mpoe_model("gpt2", shape="hidden")
-    found = rates(build_param_groups(model, arguments(tmp_path, mpo_lr=2e-4, auxiliary_lr_scale=3)))
-    blocks = [p for layer in hidden_modules(model).values() for p in layer.experts.auxiliary.values()]
-    assert blocks
-    assert {found[id(block)][0] for block in blocks} == {2e-4 * 3}
-    assert {found[id(block)][2] for block in blocks} == {"auxiliary"}
 
 
 # ------------------------------------------------------------------ neurons

@@ -19,7 +19,6 @@ def write_rows(file: Path, rows: list[dict]) -> None:
 
 
 def same_weights(first: Path, second: Path) -> bool:
-    """Of two saved models."""
     one, two = (load_file(folder / "model.safetensors") for folder in (first, second))
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 

@@ -42,15 +42,7 @@ def run_commands(cli: Callable[..., Any], text: str) -> set[str]:
         arguments = [str(stand_in_path("t5")) if a in names else a for a in arguments]
         if command == "train":
             arguments[arguments.index("--max_steps") + 1] = "1"
-            arguments += [
-                "--per_device_train_batch_size",
-                "4",
-                "--max_target_length",
-                "4",
-                "--save_strategy",
-                "no",
-                "--use_cpu",
-            ]
+            arguments += ["--per_device_train_batch_size=4", "--max_target_length=4", "--save_strategy=no", "--use_cpu"]
         if command == "bench":
             arguments += ["--scale", "tiny", "--overwrite", "--minutes", ".001"]  # tests/bench measures
         cli(command, *arguments)

@@ -65,7 +65,8 @@ CONFIGS = {
 
 
 def cases():
-    """Of every class every MPO shape and neurons, of one of each family no shape; of some structures every configuration.
+    """Every class in every MPO shape and as neurons, one of each family without a shape; some structures in every
+    configuration.
 
     By default a class has one of these shapes, by turns, and a configuration one of the structures; of families with
     the same structure all classes of the first come, and the others' language models.

@@ -121,8 +121,7 @@ def fused_step(model) -> None:
 
 
 @pytest.mark.usefixtures("always")
-@pytest.mark.parametrize("change", [swapped, fused_step])
-@pytest.mark.parametrize("bound", [None, 10**9])
+@pytest.mark.parametrize(("change", "bound"), pairwise([swapped, fused_step], [None, 10**9]))
 def test_changes_between_calls_are_noticed(change, bound, converted):
     model = stirred(converted("gpt2", **LIGHT))
     model.cache_experts(bound)

@@ -36,6 +36,7 @@ USUAL = {
     "num_labels": 3,
 }
 T5 = {"d_model": HIDDEN, "d_ff": INNER, "d_kv": 6, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+T5 |= {"num_decoder_layers": 1}
 OWN = {
     "t5": {**T5, "feed_forward_proj": "relu"},
     "mt5": T5,
@@ -48,7 +49,7 @@ OWN = {
         "encoder_layers": 2,
         "encoder_ffn_dim": INNER,
         "encoder_attention_heads": 4,
-        "decoder_layers": 2,
+        "decoder_layers": 1,
         "decoder_ffn_dim": INNER,
         "decoder_attention_heads": 4,
     },
@@ -133,11 +134,8 @@ NO_DROPOUT = {
 }
 _T5 = ("t5", "T5ForConditionalGeneration")
 FAMILIES = {
-    "t5": (*_T5, {**NO_DROPOUT["t5"], "num_decoder_layers": 1}),
-    "t5_gated": (
-        *_T5,
-        {**NO_DROPOUT["t5"], "num_decoder_layers": 1, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
-    ),
+    "t5": (*_T5, NO_DROPOUT["t5"]),
+    "t5_gated": (*_T5, {**NO_DROPOUT["t5"], "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
     "gpt2": ("gpt2", "GPT2LMHeadModel", NO_DROPOUT["gpt2"]),
     "bert": ("bert", "BertModel", NO_DROPOUT["bert"]),
     "bert_classifier": ("bert", "BertForSequenceClassification", NO_DROPOUT["bert"]),

@@ -251,12 +251,12 @@ def test_an_adapter_as_an_expert(folder: Path, tmp_path: Path, capsys: pytest.Ca
     model = peft.get_peft_model(base, adapter)
     (tmp_path / "sea.txt").write_text("The sea was calm, and the ship went on its way to the islands. " * 40)
     ids = torch.tensor(tokenizer((tmp_path / "sea.txt").read_text())["input_ids"][:256]).view(4, 64)
-    fit(model, [{"input_ids": ids, "labels": ids}] * 12)
+    fit(model, [{"input_ids": ids, "labels": ids}] * 6)
     model.save_pretrained(tmp_path / "sea")
     words = ["--texts", str(tmp_path / "sea.txt"), "--max_texts", "20", "--max_length", "32"]
-    words += ["--steps", "60"]
-    command.command([BASE, str(tmp_path / "sea"), "--neurons", "16", "--output_dir", str(tmp_path / "mix"), *words])
-    assert "sea: 16 neurons keep" in capsys.readouterr().out
+    words += ["--steps", "30"]
+    command.command([BASE, str(tmp_path / "sea"), "--neurons", "64", "--output_dir", str(tmp_path / "mix"), *words])
+    assert "sea: 64 neurons keep" in capsys.readouterr().out
     assert load_mpoe(tmp_path / "mix").config.mpoe_experts == ["sea", "none"]
     (expert,) = experts_in(tmp_path / "mix")[0]
     assert expert.facts["training"]["kept"] >= 0.8

@@ -77,7 +77,8 @@ def cases():
     for place, (model_type, auto, name) in enumerate(GENERATED):
         shapes = [*SHAPES, *(["neurons"] if model_type not in WITHOUT_A_MODULE else [])]
         shapes += [None] if one_of_each[model_type] == name else []
-        turn = None if None in shapes and model_type in FIRST else shapes[place % len(shapes)]
+        mpo_only = 0 if model_type in FIRST else len(SHAPES)
+        turn = None if None in shapes and not mpo_only else shapes[place % (mpo_only or len(shapes))]
         for shape in shapes:
             default = shape == turn and (model_type in FIRST or auto in language)
             marks = [] if default else [pytest.mark.slow]

@@ -83,8 +83,7 @@ def parameter_kind(model: nn.Module) -> dict[str, str]:
             kinds[f"{prefix}router.weight"] = "router"
         if isinstance(module, KeptFeedForward):
             kinds.update({f"{prefix}experts.{own}": "auxiliary" for own, _ in module.experts.named_parameters()})
-            centre = map(id, module.central_parameters().values())
-            kinds.update({names[each]: "central" for each in centre if each in names})
+            kinds.update({names[id(w)]: "central" for w in module.central_parameters().values() if id(w) in names})
     return kinds
 
 

@@ -128,7 +128,7 @@ def labels_for(source: Source, task: Task) -> tuple[str, ...]:
 
 
 def load_model(source: Source, labels: Sequence[str] | None = None) -> Any:
-    """The model in float32, in eval mode: dense models by their Auto class, converted ones by `load_mpoe`.
+    """The model in eval mode: dense ones by their Auto class in float32, mixtures by `load_mpoe` in their own dtype.
 
     ``labels``: an encoder gets a head for them (none: for a number), unless it has that head already.
 
@@ -145,7 +145,7 @@ def load_model(source: Source, labels: Sequence[str] | None = None) -> Any:
     if source.is_mpoe and options:
         classes_of(source.model_type.removeprefix(TYPE_PREFIX))  # which registers them with the Auto classes
     elif source.is_mpoe:
-        return load_mpoe(source.path).eval()
+        return load_mpoe(source.path)
     is_head = source.is_classifier or options
     auto = "AutoModelForSequenceClassification" if is_head else STYLE_HEADS[source.style]
     try:

@@ -201,7 +201,7 @@ def _settle_expert(plan: Plan, source: Source) -> None:
 def _prepare_model(source: Source, config: Any, plan: Plan, labels: Sequence[str] | None) -> Any:
     """The model to train: converted, unless it already is or stays dense; an encoder with a head for ``labels``."""
     transformers.set_seed(plan.arguments.seed)  # for a new head
-    model = models.load_model(source, labels)
+    model = models.load_model(source, labels).float()  # a mixture has the dtype of its files
     if config is not None and plan.run.baseline == WIDER:
         hidden = hidden_size_as_mixture(model, config)
         model = widened(model, hidden)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import mpoe.cli.train as train_module
-from mpoe import MPOEConfig, convert_to_mpoe
+from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe
 from mpoe.cli.command import CommandError
 from mpoe.cli.evaluate import command as evaluate
 from mpoe.cli.main import run
@@ -158,11 +158,13 @@ def test_convert_shows_errors_and_parameters_and_train_takes_the_result(
     answer = cli("convert", "t5", out, "--num_experts", 4, "--max-bond", 8)
     assert "error: of the conversion" in answer.out
     assert "auxiliary" in answer.out
+    load_mpoe(out).bfloat16().save_pretrained(out)
     same = ["train", "--model", out, "--data_dir", sentiment, "--output_dir", out, "--overwrite"]
     assert "output_dir must be another folder than the model's" in refused(*same)
     flags = ["train", "--model", out, "--data_dir", sentiment, "--output_dir", tmp_path / "run", "--max_steps", 1]
     assert "num_experts cannot be changed any more" in refused(*flags, "--num_experts", 8)
-    answer = cli(*flags, "--per_device_train_batch_size", 4)
+    cli(*flags, "--per_device_train_batch_size", 4)
+    assert load_mpoe(tmp_path / "run").dtype == torch.float32  # AdamW's steps would vanish in bfloat16
 
 
 def test_neurons_are_converted_trained_continued_and_inspected(cli, sentiment: Path, tmp_path: Path) -> None:

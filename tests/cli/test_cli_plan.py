@@ -244,15 +244,10 @@ def test_eleven_billion_parameters_and_a_thousand_experts(cli) -> None:
     ("flags", "message"),
     [
         (["t5-bse"], "did you mean 't5-base'"),
-        (["./absent"], "no such folder: ./absent"),
-        (["t5-base", "--shape", "papr"], "shape must be one of"),
         (["t5-base", "--experts", 0], "experts must be at least 1; got 0"),
         (["t5-base", "--tokens", -1], "tokens must be at least 0; got -1"),
         (["t5-base", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
-        (["t5-base", "--separable_left", 5], "left must divide"),
-        (["t5-base", "--neurons", 8], "neurons needs shape 'neurons'; got 'hidden'"),
         (["t5-base", "--expert_type", "dense"], "got no MPO experts"),
-        (["t5-base", "--layers_to_transform", 77], "layers_to_transform must hold layer indices 0..11; got 77"),
         (["t5-base", "--json", "absent/plan.json"], "json must be in an existing folder"),
         (["--experts", 8], "plan needs a model first"),
     ],
@@ -262,7 +257,6 @@ def test_refusals(refused, flags: list, message: str) -> None:
 
 
 def test_refusals_of_files(refused, tmp_path: Path) -> None:
-    assert "holds no config.json" in refused("plan", tmp_path)
     config = tmp_path / "config.json"
     for text, message in (
         ('{"model_type": "mamba"}', "of the family 'mamba', which mpoe does not know; it knows t5, "),

@@ -99,6 +99,7 @@ def options() -> dict[str, dict[str, dict[str, Any]]]:
     from transformers import Seq2SeqTrainingArguments
 
     from mpoe.training import MPOETrainingArguments
+    from tests.faults.fuzz_commands import COMMANDS, parser_of
 
     ours = set(vars(MPOETrainingArguments)["__annotations__"])
     theirs = {field.name for field in dataclasses.fields(Seq2SeqTrainingArguments)} - ours
@@ -109,11 +110,11 @@ def options() -> dict[str, dict[str, dict[str, Any]]]:
                 "alone": action.nargs in (0, "?"),
                 "several": action.nargs in ("+", "*") or isinstance(action, argparse._AppendAction),
             }
-            for action in parser._actions
+            for action in parser_of(command)._actions
             if command != "train" or action.dest not in theirs
             for option in action.option_strings
         }
-        for command, parser in parsers().items()
+        for command in COMMANDS
     }
 
 
@@ -141,13 +142,6 @@ def _starts_like(today: dict[str, str], earlier: dict[str, str]) -> bool:
     """Whether what could be given by position still can."""
     old, new = ([n for n, text in each.items() if text.startswith("POSITIONAL")] for each in (earlier, today))
     return new[: len(old)] == old
-
-
-def parsers() -> dict[str, argparse.ArgumentParser]:
-    """Command -> the parser of its options."""
-    from tests.faults.fuzz_commands import COMMANDS, parser_of
-
-    return {command: parser_of(command) for command in COMMANDS}
 
 
 EARLIER: dict[str, Any] = json.loads(Path(__file__).with_name("surface.json").read_text())

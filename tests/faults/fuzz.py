@@ -165,7 +165,8 @@ def data_files(draw: random.Random, folder: Path) -> Iterator[Case]:
             file = own / f"run{suffix}"
             file.write_bytes(spoil_bytes(CONFIGS[suffix].encode(), draw))
             groups = [RunOptions, DataOptions, ExpertOptions]
-            yield Case(f"{file}", partial(parse, groups, [], file), [str(file), "configuration", *_options(groups)])
+            options = [name for group in groups for name in group.__dataclass_fields__]
+            yield Case(f"{file}", partial(parse, groups, [], file), [str(file), "configuration", *options])
             continue
         suffix = draw.choice(sorted(TABLES))
         good = TABLES[suffix].encode()
@@ -185,10 +186,6 @@ def load(folder: Path) -> None:
         for example in task.examples(split):
             if not isinstance(example.source, str):
                 raise AssertionError(f"a source is {example.source!r}")
-
-
-def _options(groups: list[type]) -> list[str]:
-    return [name for group in groups for name in group.__dataclass_fields__]  # type: ignore[attr-defined]
 
 
 def checkpoints(draw: random.Random, folder: Path) -> Iterator[Case]:

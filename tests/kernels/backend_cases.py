@@ -14,6 +14,7 @@ from mpoe_kernels.contract import STRATEGIES, BlockDims, Contraction
 from mpoe_kernels.contract.autotune import resolve_contraction
 from mpoe_kernels.contract.ranking import Problem
 from tests.cases import SMALL_SHAPES
+from tests.conftest import skip_or_fail
 
 # ``MPOE_TEST_BACKENDS`` names other backends, as in tests/cuda/test_public_ops.py.
 BACKENDS = tuple(os.environ.get("MPOE_TEST_BACKENDS", "eager native").split())
@@ -54,12 +55,8 @@ def dtypes_of(backend: str, op: str) -> list[torch.dtype]:
 
 def require(backend: str, op: str = "route", dtype: torch.dtype | None = None) -> None:
     """Skip a test whose backend is missing (with ``MPOE_REQUIRE_ALL``: fail) or lacks this op or dtype."""
-    reasons = backend_reasons()[backend]
-    if reasons:
-        message = f"backend {backend} cannot run here: {'; '.join(reasons)}"
-        if os.environ.get("MPOE_REQUIRE_ALL"):
-            pytest.fail(message)
-        pytest.skip(message)
+    if reasons := backend_reasons()[backend]:
+        skip_or_fail(f"backend {backend} cannot run here: {'; '.join(reasons)}")
     if dtype is None and not dtypes_of(backend, op) and op != "route":
         pytest.skip(f"backend {backend} has no kernel for {op}")
     if dtype is not None and not supports(backend, op, dtype):

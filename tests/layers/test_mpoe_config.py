@@ -29,7 +29,6 @@ from tests.assertions import refuses
         (MPOEConfig, {"shape": {"up": {"in_factors": [2], "out_factors": [3]}}}, ValueError, "missing ['down']"),
         (MPOEConfig, {"shape": {"upp": {}}}, ValueError, "did you mean 'up'"),
         (MPOEConfig, {"gauge": "symetric"}, ValueError, "did you mean 'symmetric'"),
-        (MPOEConfig, {"router": {"topk": 2}}, ValueError, "did you mean 'top_k'"),
         (MPOEConfig, {"num_experts": 2, "router": {"top_k": 3}}, ValueError, "at most num_experts = 2; got 3"),
         (MPOEConfig, {"target_modules": "fnn"}, ValueError, "did you mean 'ffn'"),
         (MPOEConfig, {"layers_to_transform": [-1]}, ValueError, "layers_to_transform"),

@@ -36,11 +36,6 @@ def batches(domain, count=2):
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids]
 
 
-def inputs_of(family, domain):
-    inputs = batches(domain, 1)[0]
-    return {**inputs, "decoder_input_ids": inputs["input_ids"][:, :5]} if family == "t5" else inputs
-
-
 def outputs(model, inputs):
     out = model(**inputs)
     return out.logits if "logits" in out else out.last_hidden_state
@@ -53,7 +48,9 @@ def test_dense_experts_are_the_fine_tunes(family):
     mixture = compose(base, fine_tunes)
     assert not mixture.training
     for number, fine_tune in enumerate(fine_tunes):
-        inputs = inputs_of(family, number)
+        inputs = batches(number, 1)[0]
+        if family == "t5":
+            inputs["decoder_input_ids"] = inputs["input_ids"][:, :5]
         with forced(mixture, number):
             sent = outputs(mixture, inputs)
         torch.testing.assert_close(sent, outputs(fine_tune, inputs), rtol=1e-4, atol=1e-5)

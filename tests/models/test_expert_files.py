@@ -181,7 +181,8 @@ def test_none_adds_nothing(domains: SimpleNamespace) -> None:
 
 
 def test_composition_depends_on_its_arguments_alone(domains: SimpleNamespace, tmp_path: Path) -> None:
-    wide = save_third(domains, tmp_path / "wide.expert", M + 4)
+    wide, model = tmp_path / "wide.expert", stirred(start_expert(domains.base, M + 4))
+    save_expert(model, wide, statistics=collect_statistics(model, domain(3)))
     first = compose_experts(domains.base, domains.files, background=domains.background)
     three = compose_experts(domains.base, [*domains.files, wide], background=first.background_statistics)
     torch.manual_seed(5)
@@ -191,12 +192,6 @@ def test_composition_depends_on_its_arguments_alone(domains: SimpleNamespace, tm
         assert layer.experts.neurons == M + 4
         assert not layer.experts.up[:2, M:].any()
         assert not layer.experts.up[3].any()
-
-
-def save_third(domains: SimpleNamespace, file: Path, neurons: int) -> Path:
-    model = stirred(start_expert(domains.base, neurons))
-    save_expert(model, file, statistics=collect_statistics(model, domain(3)))
-    return file
 
 
 def test_without_none(domains: SimpleNamespace) -> None:

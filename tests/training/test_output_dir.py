@@ -123,7 +123,6 @@ def test_resume_with_another_configuration_lists_the_keys(tmp_path: Path) -> Non
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="overwrite and resume exclude each other"):
         prepare_output_dir(tmp_path, overwrite=True, resume=True)
-    refuses(ValueError, "nothing to resume", prepare_output_dir, tmp_path, resume=True, run_config=CONFIG)
     (tmp_path / "file").touch()
     refuses(NotADirectoryError, "is a file", prepare_output_dir, tmp_path / "file")
     (tmp_path / RUN_FILE).write_text("{")

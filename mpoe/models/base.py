@@ -292,7 +292,7 @@ class MPOEModelMixin(_Model):
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
         """Nothing to do: `save_pretrained` writes the remote code itself, not a copy of a module of mpoe."""
 
-    def write_rate_ratios(self) -> None:
+    def complete_config(self) -> None:
         """Put every core's rate ratio into the config, and take a base's path on this machine out of it."""
         ratios = {name: list(cores.rate_ratios) for name, cores in report.mpo_modules(self)}
         self.config.mpoe = {**self.config.mpoe, "rate_ratios": ratios}
@@ -305,7 +305,7 @@ class MPOEModelMixin(_Model):
         Raises:
             OSError: the folder cannot be written, or the disk is full.
         """
-        self.write_rate_ratios()
+        self.complete_config()
         names = {"AutoConfig": type(self.config).__name__, **self.auto_classes}
         self.config.auto_map = {auto: f"{Path(REMOTE_FILE).stem}.{name}" for auto, name in names.items()}
         try:

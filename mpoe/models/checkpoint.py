@@ -178,7 +178,7 @@ def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
     whole = sorted(p.name for p in folder.glob("model*.safetensors*"))
     if whole:
         raise ValueError(f"path must not hold a whole model; {folder} has {', '.join(whole)}")
-    module.write_rate_ratios()
+    module.complete_config()
     module.config.architectures = [type(module).__name__]
     own = {n: value.contiguous().cpu() for n, value in state.items() if _is_mpoe(n)}
     identity = {"base": name, "class": type(dense).__name__, "sha256": tensors_hash(rest)}

@@ -103,7 +103,7 @@ def page(title: str, lead: Sequence[str], sections: Iterable[Section]) -> str:
 def of_corner(study: Study, corner: Corner, arms: Sequence[str], records: Records) -> Section:
     """One row for every arm of a corner, also of those that wait."""
     header = ["arm", "rate", "seeds", "steps", "FFN weights, x dense", "with router and biases", "FFN FLOPs, x dense"]
-    header += ["test loss", f"gain over {study.arms[study.reference].name}", "CPU s"]
+    header += ["test loss", f"gain over {study.arms[study.reference].name}"]
     rows: list[Sequence[str]] = []
     for arm in arms:
         done = list(finished(study, corner, arm, records).values())
@@ -119,7 +119,6 @@ def of_corner(study: Study, corner: Corner, arms: Sequence[str], records: Record
             *(f"{done[0][name]:.2f}" for name in ("weights", "parameters", "flops")),
             Spread.of([record["test"] for record in done]).text(),
             "-" if over is None else f"{over.text(sign=True)} ({over.verdict()})",
-            f"{fmean(record['cpu_seconds'] for record in done):.0f}",
         )
         rows.append(cells)
     return f"Model of size {corner.model}, {corner.steps:,} steps", "", header, rows

@@ -42,7 +42,7 @@ class ComposeOptions:
     neurons: int | None = option(None, "of experts fitted to LoRA adapters; default: as large as the adapter")
     merge: bool = option(False, "one dense network with all experts' neurons, equally weighted, and no router")
     max_texts: int = option(300, "pieces of each text file that are read")
-    max_length: int = option(128, "tokens of a piece")
+    max_length: int = option(128, "tokens of a piece; default: at most the base's positions")
     steps: int = option(200, "steps of --router train, and of fitting an adapter")
     overwrite: bool = option(False, "replace a model in output_dir")
 
@@ -74,8 +74,9 @@ def command(asked: Asked) -> None:
         )
     tokenizer, dense = models.load_tokenizer(source), models.load_model(source)
     most = getattr(dense.config, "max_position_embeddings", None) or options.max_length
-    if options.max_length > most:
+    if options.max_length > most and "max_length" in asked.given:
         raise CommandError(f"max_length must be at most {most}, the positions of {base}; got {options.max_length}")
+    options.max_length = min(options.max_length, most)
     texts = [_batches_of(text, tokenizer, options, "texts") for text in options.texts]
     (compose_files if of_experts else compose_fine_tunes)(dense, tokenizer, names, texts, options, out)
 

@@ -67,8 +67,8 @@ def settle_rate(plan: Plan, source: Source, config: MPOEConfig | None) -> str:
     arguments = plan.arguments
     if "learning_rate" in plan.given:
         return "as given"
-    record = read_record(Path(str(arguments.output_dir))) if plan.run.resume else None
-    if record is not None:
+    record = read_record(Path(str(arguments.output_dir))) or {} if plan.run.resume else {}
+    if "training" in record:  # else another program's run, whose settings are refused later
         arguments.learning_rate = float(record["training"]["learning_rate"])
         return str(record.get("learning_rate_from", "as the run began"))
     try:

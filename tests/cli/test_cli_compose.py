@@ -105,6 +105,16 @@ def test_a_trained_router(folder: Path) -> None:
     assert (config.expert_type, config.router.top_k) == ("dense", 2)
 
 
+def test_a_base_of_few_positions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    base, pieces = load_stand_in("gpt2")[0], command.pieces
+    base.config.n_positions = 64
+    monkeypatch.setattr(command, "pieces", lambda *given: seen.append(given[2]) or pieces(*given))
+    monkeypatch.setattr(command.models, "load_model", lambda source: base)
+    compose(folder, "{}/law.expert", "--output_dir", "{}/few", "--background", "{}/none.txt", "--max_texts", "4")
+    assert seen == [64]
+
+
 def test_an_adapter_without_peft(adapter: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     refuses(CommandError, "needs PEFT", command.load_fine_tune, adapter, None)

@@ -328,6 +328,8 @@ def test_a_resumed_run_keeps_its_rate(settle, tmp_path: Path) -> None:
     record = {"config": {"training": {"learning_rate": 5e-5}, "learning_rate_from": "a search"}}
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
     assert settle("--resume") == (5e-5, "a search")
+    (tmp_path / "run" / "run.json").write_text('{"config": {}}')  # of another program: refused later
+    assert settle("--resume")[0] != 5e-5
 
 
 @pytest.mark.parametrize(

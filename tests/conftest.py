@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # The workers share the cores; more threads would only wait for one another. Subprocesses inherit it.
-    os.environ["OMP_NUM_THREADS"] = "1"
+    # The workers share the cores: more threads would only wait for one another, and those of tests of threads sleep
+    # while they wait. Subprocesses inherit it.
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 os.environ["MPOE_AUTOTUNE"] = "0"  # by FLOPs alone: no test waits for a timing, depends on one or writes a cache
 os.fsync = lambda _: None  # no test cuts the power; in processes of their own it is as it was
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network

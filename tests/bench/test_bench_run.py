@@ -73,7 +73,7 @@ def test_results_are_json_without_nan(quick) -> None:
     assert not (quick.folder / "incomplete.json").exists()
 
 
-@pytest.mark.parametrize("suite", ["planner", "targets"])
+@pytest.mark.parametrize("suite", ["planner", pytest.param("targets", marks=pytest.mark.slow)])
 def test_other_suites(suite: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, plan = [], suites.Plan(suites.SCALES["tiny"], "cpu", ("eager",))
     dtypes = [each.facts["dtype"] for each in plan.of(suite)]
@@ -101,6 +101,7 @@ def test_other_suites(suite: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert all("forward" not in row and row["train"]["x"] > 0 for row in masked)  # masking changes no forward
 
 
+@pytest.mark.slow
 def test_mixtures_around_a_dense_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suites, "HALVES", (torch.bfloat16,))  # the quick suite has some in float32
     monkeypatch.setattr(suites, "STOCK_LAYERS", ())  # and these

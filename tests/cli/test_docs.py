@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 
-import mpoe
+import mpoe.config
 import mpoe.data
+import mpoe.layers
+import mpoe.models
+import mpoe.training
 import mpoe_kernels
 from mpoe import load_mpoe
 from mpoe.data.embedded import stand_in_path
@@ -101,6 +104,14 @@ def test_every_public_name_is_described(page: str, package) -> None:
     # What converted models inherit, and what stands in modules of its own.
     elsewhere = {"MPOEModelMixin", "router_weight", "update_correction_bias"}
     assert described - elsewhere == set(package.__all__) - {"__version__"}
+
+
+@pytest.mark.parametrize("package", [mpoe.config, mpoe.layers, mpoe.models, mpoe.training])
+def test_every_name_of_a_part_is_described(package) -> None:
+    """Of the families' classes one."""
+    names = {name for name in package.__all__ if name not in dir(mpoe.models) or name in mpoe.models._NAMES}
+    described = "".join((DOCS / f"api_{page}.md").read_text() for page in ("mpoe", "parts"))
+    assert names <= set(re.findall(r"\w+", described))
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -60,8 +60,7 @@ def command(asked: Asked) -> None:
         if wrong:
             raise CommandError(message)
     for kind, files in (("texts", options.texts), ("background", filter(None, [options.background]))):
-        absent = [file for file in files if not Path(file).is_file()]
-        if absent:
+        if absent := [file for file in files if not Path(file).is_file()]:
             raise CommandError(f"{kind}: no such file: {absent[0]}")
     if options.output_dir is None:
         raise CommandError(f"compose needs --output_dir: {USAGE}")

@@ -18,7 +18,7 @@ COMMANDS = {
     "export": "Export a mixture for other tools: mpoe export IN OUT --to mixtral|granitemoeshared|...",
     "compose": "Make one mixture of experts trained apart: mpoe compose BASE law.expert med.expert --output_dir OUT.",
     "plan": "Plan before converting: mpoe plan MODEL_OR_CONFIG --experts 8 --shape separable.",
-    "inspect": 'Look inside: mpoe inspect MODEL_DIR [--text "..." --output_dir DIR]: routes, load, bonds, curves.',
+    "inspect": 'Look inside: mpoe inspect MODEL_DIR [--text "..." --output_dir DIR]: routes, load, bonds.',
     "generate": "Generate text with a saved model.",
     "info": "Show versions, kernel backends (and why the others cannot run here) and devices; or experts' files.",
     "demo": "Train three experts apart and compose them, on texts that are here (--compare: dense, Switch, MPOE).",

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from mpoe.config import MPOEConfig
 from mpoe.config.checks import check_integer
+from mpoe.config.shapes import HIDDEN
 from mpoe.layers.context import (
     Entered,
     RouterRecord,
@@ -162,11 +163,12 @@ class MPOEModelMixin(_Model):
         """Remove converted modules from Transformers' lists of names: parallel plans, float32 modules.
 
         Modules that are not in the tensor-parallel plan, including experts and MPO projections, are replicated on every
-        rank. The projections of one block are either all sharded or none.
+        rank. The projections of one block are either all sharded or none, as experts between them need whole rows.
         """
-        names = {re.sub(r"\d+", "*", name) for name, _ in (*self.named_modules(), *self.named_parameters())}
-        matrices = {re.sub(r"\d+", "*", name) for name, m in self.named_modules() if isinstance(m, MPOLinear)}
-        whole = {name.rpartition(".")[0] for name in matrices}
+        modules = {re.sub(r"\d+", "*", name): module for name, module in self.named_modules()}
+        names = modules.keys() | {re.sub(r"\d+", "*", name) for name, _ in self.named_parameters()}
+        whole = {name.rpartition(".")[0] for name, module in modules.items() if isinstance(module, MPOLinear)}
+        whole |= {name for name, module in modules.items() if getattr(module, "shape", None) == HIDDEN}
         for attribute in ("_tp_plan", "_ep_plan"):
             plan = getattr(self, attribute, None) or {}
             kept = {key: how for key, how in plan.items() if key in names and key.rpartition(".")[0] not in whole}
@@ -182,9 +184,7 @@ class MPOEModelMixin(_Model):
         modules.
         """
         for module in self.modules():
-            if not isinstance(module, FromInitialValues):
-                continue
-            if getattr(module, "_is_hf_initialized", False):
+            if not isinstance(module, FromInitialValues) or getattr(module, "_is_hf_initialized", False):
                 continue
             parameters = module.named_tensors()
             if not all(getattr(p, "_is_hf_initialized", False) or p.is_meta for p in parameters.values()):

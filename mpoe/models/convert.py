@@ -46,12 +46,12 @@ def converted_class(model: Any, sites: Any = None) -> type[Any]:
     """The class of ``model`` after conversion."""
     if isinstance(model, MPOEModelMixin):
         raise ValueError(f"model must be dense; got {type(model).__name__}, which is an MPOE model already")
-    if sites is not None:
-        return foreign_class(type(model))  # type: ignore[arg-type]  # classes can be hashed
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if any(getattr(config, name, None) for name in EXPERT_COUNTS):
         raise ValueError(f"model must be dense; got a {model_type}, which is a mixture of experts already")
+    if sites is not None:
+        return foreign_class(type(model))  # type: ignore[arg-type]  # classes can be hashed
     known = classes_of(model_type) if model_type in TABLE else {}
     if type(model) not in known:
         heads = ", ".join(sorted(cls.__name__ for cls in known)) or f"a model of {', '.join(TABLE)}"

@@ -325,7 +325,8 @@ def test_a_mixture_is_refused(family: str) -> None:
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(tiny_config(family))
     words = f"model must be dense; got a {family}, which is a mixture of experts already"
-    refuses(ValueError, words, convert_to_mpoe, model)
+    for sites in (None, {"holder": "layers.*.mlp", "up": "up", "down": "down", "activation": "silu"}):
+        refuses(ValueError, words, convert_to_mpoe, model, sites=sites)
     refuses(ValueError, f"a wider model must be of t5, .*; got {family}", hidden_size_as_mixture, model, MPOEConfig())
 
 

@@ -80,6 +80,8 @@ def test_the_tensor_parallel_plan_names_only_what_is_there(converted):
     for model in (converted("llama"), MPOELlamaForCausalLM(converted("llama").config)):
         assert not [key for key in model.tp_plan if ".mlp." in key]
         assert "model.layers.*.self_attn.q_proj" in model.tp_plan
+    assert "model.layers.*.mlp.up_proj" in converted("llama", shape="neurons").tp_plan
+    assert not [key for key in converted("llama", shape="hidden").tp_plan if ".mlp." in key]
     partly = converted("llama", layers_to_transform=[1])
     assert "model.layers.*.mlp.up_proj" in partly.tp_plan
     attention = converted(

@@ -20,8 +20,6 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -251,7 +249,8 @@ def mixture(**config: Any) -> Any:
         LlamaForCausalLM(LlamaConfig(**SIZES)), MPOEConfig(num_experts=4, expert_bias=True, **config)
     )
     for layer in kept_modules(model).values():
-        torch.nn.init.normal_(layer.experts.down, std=0.4)
+        for parameter in layer.experts.parameters():
+            torch.nn.init.normal_(parameter, std=0.4)
     return model
 
 
@@ -280,19 +279,19 @@ def check(one: dict[str, torch.Tensor], found: dict[str, torch.Tensor], kind: st
         )
 
 
-def neurons() -> None:
-    """Under DDP, FSDP2 and with a split dense network."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    mesh = init_device_mesh("cpu", (ranks,))
-    own = slice(2 * rank, 2 * rank + 2)
-    plan = {"up_proj": ColwiseParallel(), "gate_proj": ColwiseParallel(), "down_proj": RowwiseParallel()}
+def kept(folder: Path) -> None:
+    """Experts beside dense networks, under DDP, FSDP2 and Transformers' tensor parallelism."""
+    own = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
     router = RouterConfig(top_k=2, scoring_func="sigmoid", bias_update_rate=0.01)
-    for latent in (None, 8):
-        alone = mixture(shape="neurons", neurons=8, latent=latent, router=router)
-        split = copy.deepcopy(alone)
-        for layer in kept_modules(split).values():
-            parallelize_module(layer, mesh, plan)
-            assert layer.up_proj.weight.to_local().shape[0] == SIZES["intermediate_size"] // ranks
+    for options in ({"neurons": 8}, {"neurons": 8, "latent": 8}, {"block_size": 8}):
+        shape = "neurons" if "neurons" in options else "hidden"
+        alone = mixture(shape=shape, router=router, **options)
+        alone.save_pretrained(folder / "alone")
+        dist.barrier()
+        split = type(alone).from_pretrained(folder / "alone", tp_plan="auto").train()
+        parts = [name for name, p in split.named_parameters() if hasattr(p, "to_local")]
+        assert any("self_attn" in name for name in parts)
+        assert any("mlp" in name for name in parts) == (shape == "neurons")
         replicated, sharded = DistributedDataParallel(copy.deepcopy(alone)), shard_model(copy.deepcopy(alone))
         one = one_step(alone)
         for kind, model, rows in (
@@ -300,7 +299,7 @@ def neurons() -> None:
             ("DDP", replicated, own),
             ("FSDP2", sharded, own),
         ):
-            check(one, one_step(model, rows), f"{kind}, latent {latent}")
+            check(one, one_step(model, rows), f"{kind}, {options}")
 
 
 def routes(model: Any) -> dict[str, Any]:
@@ -369,15 +368,15 @@ def torchrun(name: str, *arguments: Any, timeout: float = 300) -> subprocess.Com
 def main() -> None:
     """`torchrun -m tests.training.ranks FOLDER NAME ...` writes what came out of these runs into FOLDER.
 
-    ``loop`` and ``kill`` are `kept_loop`, which is killed in the second case; ``neurons`` and ``choices`` see there.
+    ``loop`` and ``kill`` are `kept_loop`, which is killed in the second case; ``kept`` and ``choices`` see there.
     """
     folder, names = Path(sys.argv[1]), sys.argv[2:]
     torch.set_num_threads(1)
     if names == ["choices"]:
         return choices(folder)
     dist.init_process_group("gloo")
-    if names == ["neurons"]:
-        return neurons()
+    if names == ["kept"]:
+        return kept(folder)
     if names == ["kill"]:
         kept_loop(folder / "killed", kill_after=SAVED + 1)
     if names == ["loop"]:

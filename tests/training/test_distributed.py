@@ -136,9 +136,9 @@ def test_a_killed_rank_ends_the_run_and_the_run_continues(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_two_ranks_compute_what_one_does() -> None:
-    """Neurons under DDP, FSDP2 and PyTorch's own tensor parallelism."""
-    answer = torchrun("ranks", "unused", "neurons")
+def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
+    """Neurons and hidden-side experts under DDP, FSDP2 and tensor parallelism."""
+    answer = torchrun("ranks", tmp_path, "kept")
     assert answer.returncode == 0, answer.stdout
 
 

@@ -80,6 +80,8 @@ def judged(found: Spread | None, study: Study) -> str:
 def success(study: Study, records: Records) -> str:
     """Whether the study has succeeded, as far as it has gone."""
     needed: list[tuple[Corner, Comparison]] = [(at, one) for at, one in study.compared() if one.must_win]
+    if not needed:
+        return "No comparison was written down as one that must be won."
     words = [judged(gain(study, at, one.arm, one.beside, records), study) for at, one in needed]
     won = words.count("better")
     lost = sum(word in ("worse", "not significant") for word in words)

@@ -65,14 +65,16 @@ def route_text(model: Any, tokenizer: Any, text: str, max_new_tokens: int = 24) 
         own = [k for k, (_, layer) in enumerate(layers) if layer.stream == stream]
         if not own:
             continue
-        best = [torch.softmax(logits[k].float(), -1).topk(layers[k][1].router.top_k) for k in own]
+        routed = [(layers[k][1].router, logits[k].float()) for k in own]
+        best = [router.scores(each)[1].topk(router.top_k).indices for router, each in routed]
+        shares = [torch.softmax(each, -1).gather(-1, index) for (_, each), index in zip(routed, best, strict=True)]
         found.append(
             Route(
                 stream,
                 [_as_text(tokenizer, token) for token in stream_ids.tolist()],
                 [layers[k][0] for k in own],
-                [each.indices.tolist() for each in best],
-                [each.values.tolist() for each in best],
+                [each.tolist() for each in best],
+                [each.tolist() for each in shares],
             )
         )
     return found

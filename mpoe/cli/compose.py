@@ -38,7 +38,7 @@ class ComposeOptions:
     top_k: int | None = option(None, "experts per token; default 2 or the mixture's, of fine-tunes 1")
     add: str | None = option(None, "a mixture composed of experts, which gets these more")
     remove: list[str] = option([], "names of experts of the mixture --add to leave out", nargs="+")
-    background: str | None = option(None, "of experts: a text of no domain; default: documentation of Python")
+    background: str | None = option(None, "of experts: a text of no domain; default: the mixture's, or Python's")
     neurons: int | None = option(None, "of experts fitted to LoRA adapters; default: as large as the adapter")
     merge: bool = option(False, "one dense network with all experts' neurons, equally weighted, and no router")
     max_texts: int = option(300, "pieces of each text file that are read")
@@ -66,9 +66,9 @@ def command(asked: Asked) -> None:
         raise CommandError(f"compose needs --output_dir: {USAGE}")
     out = models.check_output("output_dir", Path(options.output_dir), options.overwrite)
     source = models.find(base)
-    if source.is_mpoe or (not of_experts and source.style != CAUSAL):
+    if source.is_mpoe or (source.style != CAUSAL and not (of_experts and not any(map(is_adapter, names)))):
         raise CommandError(
-            f"compose takes the dense model that the experts were trained beside, of fine-tunes a causal language model"
+            f"compose takes the dense model that the experts were trained beside, of others a causal language model"
             f"; {base} is a {source.model_type} (mpoe.compose in Python takes batches of any model)"
         )
     tokenizer, dense = models.load_tokenizer(source), models.load_model(source)

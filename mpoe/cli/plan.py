@@ -33,6 +33,7 @@ from mpoe.layers.cores import MPOCores
 from mpoe.layers.drop_in import linear_weight
 from mpoe.layers.feed_forward import KeptFeedForward, RoutedFeedForward
 from mpoe.models.classes import classes_of, default_class
+from mpoe.models.find import with_head
 from mpoe.models.report import kept_modules, modules_of, short_name
 from mpoe.models.table import CLASS_PREFIX, TABLE, TYPE_PREFIX, known_type
 from mpoe_kernels import plan_contraction
@@ -145,11 +146,7 @@ def build(name: str, values: Mapping[str, Any], config: MPOEConfig) -> Any:
             model = made(made.config_class(**fields, mpoe=config))
     except Exception as error:  # configurations and models raise many types of errors
         raise ValueError(f"model: the configuration of {name!r} builds no {made.__name__}: {error}") from error
-    head = model.get_output_embeddings()
-    if not values.get("tie_word_embeddings", True) and isinstance(head, nn.Linear):
-        # Transformers 5 constructs every T5 with a tied head, which a checkpoint's own (T5 v1.1, Flan) replaces.
-        head.weight = nn.Parameter(torch.empty_like(head.weight))
-    return model
+    return model if values.get("tie_word_embeddings", True) else with_head(model)
 
 
 # ------------------------------------------------------------- its costs

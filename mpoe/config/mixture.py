@@ -205,7 +205,7 @@ class MPOEConfig:
     def _check_kept(self) -> None:
         if self.is_neurons:
             self.neurons = DEFAULT_NEURONS if self.neurons is None else self.neurons
-        elif shapes.NEURONS not in self.shape_pattern.values():
+        elif shapes.NEURONS not in (self.shape, *self.shape_pattern.values()):
             for name in ("neurons", "latent"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} needs shape 'neurons'; got {self.shape!r}")
@@ -306,7 +306,7 @@ class MPOEConfig:
         if isinstance(pattern, MPOShape):
             raise ValueError(f"shape_pattern must give the feed-forward network {name} a mapping with 'up' and 'down'")
         change: dict[str, Any] = {"max_bond": pattern} if isinstance(pattern, int) else {"shape": pattern}
-        if self.is_neurons and pattern != shapes.NEURONS:
+        if self.is_neurons and change.get("shape", shapes.NEURONS) != shapes.NEURONS:
             router = dataclasses.replace(self.router, routed_scaling_factor=None)
             change |= {"neurons": None, "latent": None, "router": router}
         return dataclasses.replace(self, **change)

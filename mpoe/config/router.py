@@ -33,7 +33,7 @@ class RouterConfig:
             ``"neurons"``, 1 for others, which is what we have evidence for; an `MPOEConfig` sets the number, at most
             the number of experts, and keeps it. A router without an `MPOEConfig` uses 1.
         is_scale_prob: multiply an expert's output by the raw probability p. By default top-1 multiplies by
-            p / stop_grad(p) (value 1, gradient p's) and top-k renormalises its weights to sum 1.
+            p / stop_grad(p) (value 1, gradient log p's) and top-k renormalises its weights to sum 1.
         capacity_factor: training capacity of an expert, ``ceil(factor * T * K / E)`` slots; ``None`` = dropless.
         eval_capacity_factor: the same in eval mode.
         min_capacity: minimum number of slots of an expert if there is a capacity.

@@ -142,7 +142,7 @@ def load_task_from_folder(
         data_dir: folder with a train file and perhaps validation (valid, val, dev) and test files, or a data set on the
             hub: a text ``owner/name`` where there is no folder ``owner`` (a ``Path`` is always a folder); without
             validation, a tenth of the training items, at most a thousand, is held out.
-        name: name of the task (default: the folder's); every source text starts with it.
+        name: name of the task (default: the folder's); source texts of labelled items start with it.
         column_names: columns of csv/tsv files that have no header line.
         detection: options of `detect_spec`.
 

@@ -216,8 +216,7 @@ class TopKRouter(FromInitialValues):
                 found = gating_of(logits, self.top_k, self.config.is_scale_prob, self.backend)
                 if found is not None:
                     return RouterOutput(logits, found.top_k_index, self._scaled(found.top_k_weights))
-            scores = logits.sigmoid() if self.config.scoring_func == "sigmoid" else torch.softmax(logits, dim=-1)
-            corrected = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
+            scores, corrected = self.scores(logits)
             index = best_experts(corrected, self.top_k, self.backend)
             weights = scores.gather(-1, index)
             if self.config.is_gshard:
@@ -225,6 +224,11 @@ class TopKRouter(FromInitialValues):
             if not self.config.is_scale_prob:
                 weights = weights / (weights.detach() if self.top_k == 1 else weights.sum(-1, keepdim=True))
         return RouterOutput(logits, index, self._scaled(weights))
+
+    def scores(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts' scores ``[T, E]``, and those that choose: with the correction bias."""
+        scores = logits.sigmoid() if self.config.scoring_func == "sigmoid" else torch.softmax(logits, dim=-1)
+        return scores, scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
 
     @property
     def scale(self) -> float:

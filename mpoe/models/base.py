@@ -32,9 +32,9 @@ from mpoe.layers.context import (
     sum_over_ranks,
 )
 from mpoe.layers.cores import FromInitialValues, MPOCores
-from mpoe.layers.drop_in import MPOLinear
+from mpoe.layers.drop_in import MPOEmbedding, MPOLinear, SharedEmbedding, TiedHead
 from mpoe.layers.experts import MPOExperts
-from mpoe.layers.feed_forward import KeptFeedForward, RoutedFeedForward
+from mpoe.layers.feed_forward import KeptFeedForward
 from mpoe.models import report
 from mpoe.models.find import find_sites
 from mpoe.models.sites import install_empty
@@ -165,10 +165,11 @@ class MPOEModelMixin(_Model):
         Modules that are not in the tensor-parallel plan, including experts and MPO projections, are replicated on every
         rank. The projections of one block are either all sharded or none, as experts between them need whole rows.
         """
-        modules = {re.sub(r"\d+", "*", name): module for name, module in self.named_modules()}
-        names = modules.keys() | {re.sub(r"\d+", "*", name) for name, _ in self.named_parameters()}
-        whole = {name.rpartition(".")[0] for name, module in modules.items() if isinstance(module, MPOLinear)}
-        whole |= {name for name, module in modules.items() if getattr(module, "shape", None) == HIDDEN}
+        modules = [(re.sub(r"\d+", "*", name), module) for name, module in self.named_modules()]
+        names = {name for name, module in modules if not isinstance(module, (MPOEmbedding, SharedEmbedding, TiedHead))}
+        names |= {re.sub(r"\d+", "*", name) for name, _ in self.named_parameters()}
+        whole = {name.rpartition(".")[0] for name, module in modules if isinstance(module, MPOLinear)}
+        whole |= {name for name, module in modules if getattr(module, "shape", None) == HIDDEN}
         for attribute in ("_tp_plan", "_ep_plan"):
             plan = getattr(self, attribute, None) or {}
             kept = {key: how for key, how in plan.items() if key in names and key.rpartition(".")[0] not in whole}
@@ -348,6 +349,7 @@ class MPOEModelMixin(_Model):
         Raises:
             TypeError, ValueError: ``num_tokens`` is not a count; a model without MPO weights.
         """
+        check_integer("num_tokens", num_tokens, 0)
         rows = report.summarize(self, num_tokens, self.mpoe_config.top_k)
         if not rows:
             raise ValueError(f"mpoe_summary needs a model with MPO weights; {type(self).__name__} has none")
@@ -362,38 +364,16 @@ class MPOEModelMixin(_Model):
         Raises:
             ValueError: a model without MPO weights.
         """
-        self._train_parts("central", False)
+        self._train_central(False)
 
     def unfreeze_central(self) -> None:
         """Train the central cores again; raises the errors of `freeze_central`."""
-        self._train_parts("central", True)
+        self._train_central(True)
 
-    def freeze_router(self, frozen: bool = True) -> None:
-        """Stop training the routers; ``False`` trains them again.
-
-        Raises:
-            ValueError: a model without routers.
-        """
-        self._train_parts("router", not frozen)
-
-    def freeze_experts(self, frozen: bool = True) -> None:
-        """Stop training the experts' own parameters (and shared MPO cores); ``False`` trains them again.
-
-        Raises:
-            ValueError: a model without experts.
-        """
-        self._train_parts("experts", not frozen)
-
-    def _train_parts(self, part: str, trained: bool) -> None:
-        """Train or freeze what is central, the routers or the experts."""
-        found: list[Any] = []
-        for module in self.modules():
-            if part == "central" and isinstance(module, (MPOCores, KeptFeedForward)):
-                found += module.central_parameters().values()
-            elif isinstance(module, RoutedFeedForward) and getattr(module, part, None) is not None:
-                found.append(getattr(module, part))
+    def _train_central(self, trained: bool) -> None:
+        parts = [module for module in self.modules() if isinstance(module, (MPOCores, KeptFeedForward))]
+        found = [parameter for module in parts for parameter in module.central_parameters().values()]
         if not found:
-            missing = "are no central cores" if part == "central" else f"is no {part}"
-            raise ValueError(f"there {missing} to freeze: {type(self).__name__} has none")
+            raise ValueError(f"there are no central cores to freeze: {type(self).__name__} has none")
         for each in found:
             each.requires_grad_(trained)

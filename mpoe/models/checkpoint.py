@@ -19,7 +19,7 @@ from mpoe.config import MPOEConfig
 from mpoe.config.checks import check_choice, check_type
 from mpoe.data.mappings import read_mapping
 from mpoe.layers.cores import MPOCores
-from mpoe.layers.feed_forward import RoutedFeedForward
+from mpoe.layers.feed_forward import KeptFeedForward, RoutedFeedForward
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.classes import class_named
 from mpoe.models.convert import one_at_a_time
@@ -147,7 +147,7 @@ def _is_mpoe(name: str) -> bool:
 
 
 def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
-    """Save only routers and experts, with a hash that identifies the dense model that holds the rest.
+    """Save only routers, experts and MPO cores, with a hash that identifies the dense model that holds the rest.
 
     Args:
         model: an MPOE model whose other parameters are still the base's.
@@ -183,8 +183,7 @@ def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
     own = {n: value.contiguous().cpu() for n, value in state.items() if _is_mpoe(n)}
     identity = {"base": name, "class": type(dense).__name__, "sha256": tensors_hash(rest)}
     folder.mkdir(parents=True, exist_ok=True)
-    # Written elsewhere and moved into place, the config last: an interrupted save leaves nothing that looks like a
-    # model.
+    # Moved into place, the config last: an interrupted save leaves nothing that looks like a model.
     with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=folder) as aside:
         staged = Path(aside)
         save_file(own, staged / ONLY_FILE, metadata={"format": "pt"})
@@ -273,11 +272,11 @@ def parse_components(text: str | None, option: str = "update_mpo_layer") -> tupl
 
 @torch.no_grad()
 def load_layers(model: Any, path: str | Path, components: Sequence[str]) -> list[str]:
-    """Replace the MPO parameters of ``components`` in ``model`` by those of a checkpoint.
+    """Replace the parameters of ``components`` in ``model`` by those of a checkpoint, dense projections that stay too.
 
     Args:
         model: an MPOE model, changed in place.
-        path: folder of a saved MPOE model of the same family, whole or MPOE-only.
+        path: folder of a saved MPOE model of the same family, whole or MPOE-only (without dense projections).
         components: of word_embed, mlp (experts with their routers), attention and pooler.
 
     Returns:
@@ -301,7 +300,11 @@ def load_layers(model: Any, path: str | Path, components: Sequence[str]) -> list
     names = [name for name, _ in model.named_modules() if component.get(name) in components]
     files = [folder / ONLY_FILE] if (folder / ONLY_FILE).is_file() else weight_files(folder)
     shapes = declared_shapes(files, model)
-    wanted = {f"{name}.{n}": p for name in names for n, p in model.get_submodule(name).named_parameters()}
+    parts = [model.get_submodule(name) for name in names]
+    parts += [part for layer in parts if isinstance(layer, KeptFeedForward) for part in layer.projections().values()]
+    ids = {id(value) for part in parts for value in part.state_dict(keep_vars=True).values()}
+    wanted = {key: value for key, value in model.state_dict(keep_vars=True).items() if id(value) in ids}
+    wanted = {key: value for key, value in wanted.items() if files[0].name != ONLY_FILE or _is_mpoe(key)}
     for key, parameter in wanted.items():
         if shapes.get(key) != (size := tuple(parameter.shape)):
             raise ValueError(f"{folder} must hold {key} {size}, as the model does; it has {shapes.get(key)}")

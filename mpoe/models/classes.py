@@ -296,7 +296,8 @@ def foreign_class(dense: Any) -> type[Any]:
     """The MPOE class of a dense class whose family is not in `TABLE`."""
     head = next((auto for auto, table in HEADS.items() if dense.__name__ in getattr(modeling_auto, table).values()), "")
     config = config_class_for(dense.config_class)
-    return _made({head: dense}, config, dense.config_class.model_type, MPOEModelMixin)[dense]
+    mixin = MPOESeq2SeqMixin if "decoder_input_ids" in inspect.signature(dense.forward).parameters else MPOEModelMixin
+    return _made({head: dense}, config, dense.config_class.model_type, mixin)[dense]
 
 
 def default_class(model_type: str) -> str:

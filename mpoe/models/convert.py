@@ -21,7 +21,7 @@ from mpoe.layers.hidden import HiddenFeedForward
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.classes import classes_of, foreign_class
 from mpoe.models.export import as_stock
-from mpoe.models.find import find_sites
+from mpoe.models.find import dense_networks, find_sites
 from mpoe.models.report import hidden_modules, modules_of, mpo_modules, neuron_modules
 from mpoe.models.sites import EmbeddingSite, FFNSite, Report
 from mpoe.models.table import EXPERT_COUNTS, TABLE, checked_sites, family_for
@@ -144,8 +144,8 @@ def convert_to_mpoe(
 
     Raises:
         ValueError: an unknown model class (the message lists the known ones), NaN or Inf in a parameter (by name),
-            parameters on the device ``meta``, invalid shapes, exclusions, layer indices or ``sites``. All are raised
-            before any work.
+            parameters on the device ``meta``, invalid shapes, exclusions, layer indices or ``sites``, all before any
+            work; a gauge or a dtype's range that does not fit.
         TypeError: ``config`` or ``sites`` of another type.
     """
     given = None if sites is None else checked_sites(sites)
@@ -229,12 +229,15 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
     biases = [(layer.experts.bias, getattr(layer.projections()["up"], "bias", None)) for layer in layers.values()]
     own = any(bias is not None for both in biases for bias in both)
     config = dataclasses.replace(mpoe, expert_type="dense", expert_bias=own, rate_ratios={})
-    for site in find_sites(merged, config) if layers else ():
+    for site in dense_networks(merged) if layers else ():
         if site.name in layers:
-            assert isinstance(site, FFNSite)
             dense: Any = site.build(config)
             fill_merged(dense, layers[site.name])
             site.install(merged, dense, config)
+    for each in modules_of(merged, MPOEFeedForward).values() if own else ():  # other shapes have one bias for all
+        for kind, weights in each.experts.projections().items():
+            if kind != "down" and weights.bias is not None and weights.bias.dim() == 1:
+                weights.bias = nn.Parameter(weights.bias.repeat(weights.num_experts, 1))
     return _with_config(merged, config)
 
 

@@ -223,7 +223,7 @@ def model_card(model: Any, metrics: Mapping[str, Any] | None = None) -> str:
 def facts(model: Any) -> dict[str, str]:
     """What an MPOE model is, in words and numbers by name."""
     config, report, base = model.mpoe_config, parameter_report(model), base_name(model)
-    experts = f"{config.num_experts}, top-{config.top_k}" if config.moe_type != "none" else "1, no routers"
+    experts = f"{config.num_experts}, top-{config.top_k}" if routed_layers(model) else "1, no routers"
     kind = "full matrices" if config.expert_type == "dense" else "matrix product operators"
     kind = "hidden neurons beside the dense network" if config.is_neurons else kind
     shapes = [str(cores.shape) for _, cores in mpo_modules(model)]

@@ -143,8 +143,8 @@ class FFNSite:
             else:
                 projection.load_weight_(self.weight(kind))
             bias = self.bias(kind)
-            if projection.bias is not None and bias is not None:
-                projection.bias.copy_(bias)
+            if projection.bias is not None:  # built without values
+                nn.init.zeros_(projection.bias) if bias is None else projection.bias.copy_(bias)
         return report
 
     def install(self, model: nn.Module, module: RoutedFeedForward, config: MPOEConfig) -> None:

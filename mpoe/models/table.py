@@ -47,7 +47,7 @@ class FFN:
         stream: the tokens that it processes: ``"main"``, ``"encoder"`` or ``"decoder"``.
         activation: name of the activation between the projections, see `mpoe.layers.experts`; of a known family
             the model's configuration names it.
-        dropout: rate between the projections; ``None`` = that of the model's configuration.
+        dropout: rate between the projections; ``None`` = that of the model's configuration (``sites``: default 0).
         output_dropout: rate that the dense network applies to its result inside the holder, or the configuration's
             field of it.
     """

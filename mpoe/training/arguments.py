@@ -66,7 +66,7 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
         f" any of {', '.join(COMPONENTS)}; default: all.",
     )
     tensor_learn: bool = _argument(
-        False, "Lightweight fine-tuning: freeze all central cores, so that only auxiliary cores train."
+        False, "Lightweight fine-tuning: freeze all central cores; auxiliary cores and the rest of the model train."
     )
     train_AT_index: str | None = _argument(
         None,

@@ -196,7 +196,7 @@ def update_correction_bias(model: nn.Module, expert_load: Tensor) -> None:
         ValueError: a load of another size.
     """
     layers = [layer for _, layer in routed_layers(model)]
-    if expert_load.dim() != 2 or len(expert_load) != len(layers):
+    if tuple(expert_load.shape) not in {(len(layers), layer.num_experts) for layer in layers}:
         raise ValueError(f"expert_load must be [{len(layers)}, E], a row per layer; got {list(expert_load.shape)}")
     for layer, load in zip(layers, expert_load.float(), strict=True):
         router = layer.router

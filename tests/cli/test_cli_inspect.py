@@ -163,7 +163,10 @@ def test_entropy_counts_the_directions_in_use() -> None:
 @pytest.mark.parametrize(("kind", "top_k"), [("t5", 1), ("gpt2", 2)])
 def test_routes_are_the_routers_choices(kind: str, top_k: int) -> None:
     dense, tokenizer = load_stand_in(kind)
-    model = convert_to_mpoe(dense, MPOEConfig(num_experts=4, router={"top_k": top_k}, shape="separable"))
+    router = {"top_k": top_k, "bias_update_rate": 0.01}
+    model = convert_to_mpoe(dense, MPOEConfig(num_experts=4, router=router, shape="separable"))
+    for _, layer in routed_layers(model) if top_k == 1 else ():
+        layer.router.e_score_correction_bias[2] = 0.5
     text = "return the number of items in the list."
     routes = route_text(model, tokenizer, text, max_new_tokens=5)
     layers = routed_layers(model)

@@ -189,6 +189,9 @@ def test_a_chosen_shape_stays() -> None:
     assert dataclasses.replace(config, max_bond=4).shape == "hidden"
     assert copy.deepcopy(config) == config
     assert MPOEConfig(max_bond=4, shape="hidden").shape == "hidden"
+    config = {"shape": "neurons", "neurons": 8, "latent": 6}
+    assert MPOEConfig(expert_type="dense", **config).top_k == 1  # flags of the mixture that a Switch is compared with
+    assert MPOEConfig(**config, shape_pattern={"wo": 16}).for_experts("wo").latent == 6
 
 
 def test_cores_where_blocks_cannot_stand() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
-from mpoe import import_original, load_mpoe, save_mpoe_only
+from mpoe import MPOEConfig, convert_to_mpoe, import_original, load_mpoe, save_mpoe_only
 from mpoe.config.mixture import OBSOLETE
-from mpoe.models import mpo_modules
+from mpoe.models import load_layers, mpo_modules
 from mpoe.models.checkpoint import read_mpoe_config
 from mpoe.models.weight_files import check_shapes
 from mpoe_kernels import MPOShape, decompose, reconstruct
@@ -42,6 +43,22 @@ def test_half_precision_round_trip(dtype, converted, tmp_path):
             module.router.float()
     model.save_pretrained(tmp_path)
     assert same_state(model, load_mpoe(tmp_path))
+
+
+def test_a_network_in_two_modules_is_loaded_whole(tmp_path):
+    """BERT's, with what its router has learnt; of experts alone, without the dense projections."""
+    dense, config = dense_model("bert"), MPOEConfig(num_experts=4, router={"bias_update_rate": 0.01})
+    model, experts, whole = (convert_to_mpoe(dense, config) for _ in range(3))
+    for name, value in whole.state_dict().items():
+        value.add_(1)
+        experts.state_dict()[name].add_(2 * ("router" in name or "experts" in name))
+    save_mpoe_only(experts, tmp_path / "experts", dense)
+    whole.save_pretrained(tmp_path / "whole")
+    load_layers(model, tmp_path / "experts", ["mlp"])
+    assert same_state(model, experts)
+    load_layers(model, tmp_path / "whole", ["mlp"])
+    found = {name for name, value in whole.state_dict().items() if torch.equal(value, model.state_dict()[name])}
+    assert found == {n for n in whole.state_dict() if ".intermediate." in n or re.search(r"\d\.output\.dense", n)}
 
 
 @pytest.mark.parametrize(("family", "key"), pairwise(["t5", "gpt2", "bert"], KEYS))

@@ -138,7 +138,8 @@ def test_losses_are_kept(family):
     torch.testing.assert_close(after.loss, after.task_loss + after.aux_loss)
 
 
-MERGED = ("separable", "gshard", "none", "hidden", "hidden top-1", "hidden shared", "latent")
+MIXED = {"mixed": {"shape": "hidden", "router": {"top_k": 2}, "shape_pattern": {r".*\.1\..*": "separable"}}}
+MERGED = ("separable", "gshard", "none", "hidden", "hidden top-1", "hidden shared", "latent", "mixed")
 
 
 @pytest.mark.parametrize(
@@ -153,7 +154,7 @@ MERGED = ("separable", "gshard", "none", "hidden", "hidden top-1", "hidden share
 def test_merged_experts_compute_the_same(family, kind, tmp_path):
     """Into dense experts; what lies in a latent space, into neurons."""
     model, inputs = (
-        stirred(convert_to_mpoe(dense_model(family), MPOEConfig(num_experts=4, **CONFIGS[kind]))),
+        stirred(convert_to_mpoe(dense_model(family), MPOEConfig(num_experts=4, **(CONFIGS | MIXED)[kind]))),
         batch(family),
     )
     merge, want = merge_latent if kind == "latent" else merge_experts, model(**inputs)
@@ -275,6 +276,12 @@ def test_refusals_come_before_any_work():
         convert_to_mpoe(tiny_model("gpt2", "GPT2LMHeadModel", activation_function="quick_gelu"))
 
 
+def test_biases_that_the_dense_network_lacks_start_at_zero():
+    model = convert_to_mpoe(dense_model("llama"), MPOEConfig(num_experts=4, expert_type="dense", expert_bias=True))
+    biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias")]
+    assert [bool(each.any()) for each in biases] == [False] * 2
+
+
 def test_scale_decoder_outputs_survives():
     for tied in (True, False):
         sizes = {"tie_word_embeddings": tied, "num_decoder_layers": 1}
@@ -311,7 +318,10 @@ def test_of_every_family(family: str) -> None:
 def test_new_units_learn_from_the_first_step_on(kind: str) -> None:
     dense, _ = load_stand_in(kind)
     size = dense.config.d_ff if kind == "t5" else 4 * dense.config.n_embd
+    if kind == "t5":  # as a checkpoint of T5 v1.1 has it
+        dense.lm_head.weight = torch.nn.Parameter(torch.randn_like(dense.lm_head.weight))
     wide = widened(dense, size + 24)
+    assert torch.equal(wide.get_input_embeddings().weight, dense.get_input_embeddings().weight)
     assert getattr(wide, "loss_type", None) == getattr(dense, "loss_type", None)  # without it GPT-2 warns
     tokens = torch.randint(0, 100, (2, 9))
     wide(tokens, labels=tokens).loss.backward()

@@ -81,7 +81,9 @@ def test_the_tensor_parallel_plan_names_only_what_is_there(converted):
         assert not [key for key in model.tp_plan if ".mlp." in key]
         assert "model.layers.*.self_attn.q_proj" in model.tp_plan
     assert "model.layers.*.mlp.up_proj" in converted("llama", shape="neurons").tp_plan
-    assert not [key for key in converted("llama", shape="hidden").tp_plan if ".mlp." in key]
+    hidden = converted("llama", shape="hidden", layers_to_transform=[0])
+    assert not [key for key in hidden.tp_plan if ".mlp." in key]
+    assert not {"lm_head", "model.embed_tokens"} & {*converted("llama", target_modules=["ffn", "embedding"]).tp_plan}
     partly = converted("llama", layers_to_transform=[1])
     assert "model.layers.*.mlp.up_proj" in partly.tp_plan
     attention = converted(
@@ -153,6 +155,14 @@ def test_sites_convert_a_model_outside_the_table(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     assert type(opened).__name__ == "MPOEGraniteForCausalLM"
+
+
+def test_sites_of_an_encoder_see_its_padding():
+    inside = {kind: f"DenseReluDense.{name}" for kind, name in (("up", "wi"), ("down", "wo"))}
+    sites = {**inside, "holder": "encoder.block.*.layer.1", "place": "DenseReluDense", "activation": "relu"}
+    model = convert_to_mpoe(dense_model("t5"), MPOEConfig(num_experts=2), sites={**sites, "stream": "encoder"})
+    tokens = int(batch("t5")["attention_mask"].sum())
+    assert model(**batch("t5")).expert_load.sum(1).tolist() == [2 * tokens] * 2
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text under a temporary name, sync it to disk, then rename it."""
-    scratch = path.with_name(f".incomplete-{path.name}")
+    scratch = path.with_name(f".incomplete-{os.getpid()}-{path.name}")  # every rank may write it
     with scratch.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -66,7 +66,7 @@ def command(asked: Asked) -> None:
         raise CommandError(f"compose needs --output_dir: {USAGE}")
     out = models.check_output("output_dir", Path(options.output_dir), options.overwrite)
     source = models.find(base)
-    if source.is_mpoe or (source.style != CAUSAL and not (of_experts and not any(map(is_adapter, names)))):
+    if source.is_mpoe or (source.style != CAUSAL and (not of_experts or any(map(is_adapter, names)))):
         raise CommandError(
             f"compose takes the dense model that the experts were trained beside, of others a causal language model"
             f"; {base} is a {source.model_type} (mpoe.compose in Python takes batches of any model)"

@@ -33,7 +33,7 @@ from mpoe.layers.cores import MPOCores
 from mpoe.layers.drop_in import linear_weight
 from mpoe.layers.feed_forward import KeptFeedForward, RoutedFeedForward
 from mpoe.models.classes import classes_of, default_class
-from mpoe.models.find import with_head
+from mpoe.models.find import with_own_head
 from mpoe.models.report import kept_modules, modules_of, short_name
 from mpoe.models.table import CLASS_PREFIX, TABLE, TYPE_PREFIX, known_type
 from mpoe_kernels import plan_contraction
@@ -146,7 +146,7 @@ def build(name: str, values: Mapping[str, Any], config: MPOEConfig) -> Any:
             model = made(made.config_class(**fields, mpoe=config))
     except Exception as error:  # configurations and models raise many types of errors
         raise ValueError(f"model: the configuration of {name!r} builds no {made.__name__}: {error}") from error
-    return model if values.get("tie_word_embeddings", True) else with_head(model)
+    return model if values.get("tie_word_embeddings", True) else with_own_head(model)
 
 
 # ------------------------------------------------------------- its costs

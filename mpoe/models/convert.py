@@ -234,10 +234,10 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
             dense: Any = site.build(config)
             fill_merged(dense, layers[site.name])
             site.install(merged, dense, config)
-    for each in modules_of(merged, MPOEFeedForward).values() if own else ():  # other shapes have one bias for all
-        for kind, weights in each.experts.projections().items():
-            if kind != "down" and weights.bias is not None and weights.bias.dim() == 1:
-                weights.bias = nn.Parameter(weights.bias.repeat(weights.num_experts, 1))
+    for each in modules_of(merged, MPOEFeedForward).values() if own else ():  # other shapes have one bias or none
+        weights: Any = each.experts.gate_proj if each.experts.is_gated else each.experts.up
+        bias = weights.weight.new_zeros(weights.out_features) if weights.bias is None else weights.bias
+        weights.bias = nn.Parameter(bias.expand(weights.num_experts, -1).clone())
     return _with_config(merged, config)
 
 

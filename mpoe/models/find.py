@@ -158,7 +158,7 @@ def dense_networks(model: Any, config: MPOEConfig | None = None) -> list[FFNSite
     return [site for site in found if isinstance(site, FFNSite)]
 
 
-def with_head(model: Any, like: Any = None) -> Any:
+def with_own_head(model: Any, like: Any = None) -> Any:
     """``model``, whose output projection has a weight of its own if that of ``like`` has: Transformers 5 constructs
     every T5 with a tied one, which a checkpoint's own (T5 v1.1, Flan) replaces."""
     head, of_like = model.get_output_embeddings(), None if like is None else like.get_output_embeddings()
@@ -181,7 +181,7 @@ def hidden_size_as_mixture(dense: Any, config: MPOEConfig) -> int:
     if dense.config.model_type not in TABLE:
         raise ValueError(f"a wider model must be of {', '.join(TABLE)}; got {dense.config.model_type}")
     with torch.device("meta"):
-        mixture = with_head(type(dense)(dense.config), dense)
+        mixture = with_own_head(type(dense)(dense.config), dense)
     install_empty(mixture, find_sites(mixture, config), config)
     more = sum(p.numel() for p in mixture.parameters()) - sum(p.numel() for p in dense.parameters())
     sites = dense_networks(dense)
@@ -204,7 +204,7 @@ def widened(dense: Any, hidden: int) -> Any:
     for name in _FIELDS:
         if hasattr(config, name):
             setattr(config, name, hidden)
-    model = with_head(type(dense)(config), dense).to(dense.device, dense.dtype).train(dense.training)
+    model = with_own_head(type(dense)(config), dense).to(dense.device, dense.dtype).train(dense.training)
     if hasattr(dense, "loss_type"):
         model.loss_type = dense.loss_type
     networks = list(zip(dense_networks(dense), dense_networks(model), strict=True))

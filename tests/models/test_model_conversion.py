@@ -138,7 +138,7 @@ def test_losses_are_kept(family):
     torch.testing.assert_close(after.loss, after.task_loss + after.aux_loss)
 
 
-MIXED = {"mixed": {"shape": "hidden", "router": {"top_k": 2}, "shape_pattern": {r".*\.1\..*": "separable"}}}
+MIXED = {"mixed": {**CONFIGS["hidden"], "shape_pattern": {r".*\.1\..*": "separable"}}}
 MERGED = ("separable", "gshard", "none", "hidden", "hidden top-1", "hidden shared", "latent", "mixed")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, distributed
 
 from mpoe.data.mappings import read_mapping
 
@@ -32,8 +32,9 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text under a temporary name, sync it to disk, then rename it."""
-    scratch = path.with_name(f".incomplete-{os.getpid()}-{path.name}")  # every rank may write it
+    """Write UTF-8 text under a temporary name (a rank's own; a killed run's is taken over), sync it, rename it."""
+    rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    scratch = path.with_name(f".incomplete-{rank}-{path.name}")
     with scratch.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -145,6 +146,5 @@ def check_shapes(model: Any, shapes: Shapes, folder: Path) -> None:
     held = sum(model.state_dict()[name].numel() for name in expected.keys() & shapes.keys())
     if described > 2 * held + _SLACK:
         raise ValueError(
-            f"the weights in {folder} must match its config.json; it describes {described:,} numbers, they hold "
-            f"{held:,} of them"
+            f"weights in {folder} must match its config.json; it describes {described:,} numbers, they hold {held:,}"
         )

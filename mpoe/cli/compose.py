@@ -17,10 +17,11 @@ from mpoe.cli import models
 from mpoe.cli.command import Asked, CommandError, as_command, option
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.data.mappings import read_mapping, read_utf8
-from mpoe.models import expert_mixture
+from mpoe.models import expert_mixture, lora_fit
 from mpoe.models.composition import compose, train_routers
 from mpoe.models.expert_files import load_expert, merge_expert
-from mpoe.models.expert_mixture import EXPERTS_FOLDER, NONE, batches, is_adapter, pieces
+from mpoe.models.expert_mixture import EXPERTS_FOLDER, NONE, batches, pieces
+from mpoe.models.lora_fit import is_adapter
 from mpoe.models.table import CAUSAL
 
 USAGE = "mpoe compose BASE EXPERT ... --output_dir OUT [--flag value ...]"
@@ -152,9 +153,9 @@ def _faults_of_experts(names: Sequence[str], options: ComposeOptions) -> Iterato
 
 def _fitted(base: Any, name: str, texts: Any, tokenizer: Any, options: ComposeOptions) -> Any:
     """The expert for the adapter in a folder; says what was lost."""
-    as_large = expert_mixture.check_adapter(base, name)
+    as_large = lora_fit.check_adapter(base, name)
     fit = {"neurons": options.neurons or as_large, "steps": options.steps, "tokenizer": tokenizer}
-    expert = expert_mixture.fit_adapter(base, load_fine_tune(name, base), texts, Path(name).resolve().name, **fit)
+    expert = lora_fit.fit_adapter(base, load_fine_tune(name, base), texts, Path(name).resolve().name, **fit)
     facts = expert.facts["training"]
     print(
         f"{expert.name}: {fit['neurons']} neurons keep {facts['kept']:.0%} of the adapter's gain (held-out nats per "

@@ -1,10 +1,4 @@
-"""`compose_experts`: experts that were trained apart become one mixture, without texts of theirs or joint training; and
-LoRA adapters of feed-forward networks as such experts: neurons are fitted to what an adapter does, on texts.
-
-An adapter changes a network inside its nonlinearity, which no few neurons beside it can do exactly. So they learn the
-adapted model's predictions (distillation, Hinton et al. 2015, arXiv 1503.02531), and what was lost is measured on texts
-that the fit did not see.
-"""
+"""`compose_experts`: experts that were trained apart become one mixture, without texts of theirs or joint training."""
 
 from __future__ import annotations
 
@@ -14,28 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.data.embedded import load_documentation
 from mpoe.data.mappings import read_mapping
-from mpoe.data.predict import token_losses
 from mpoe.models.composition import RANK, Statistics, check_statistics, collect_statistics, router_weight
 from mpoe.models.convert import convert_to_mpoe
 from mpoe.models.expert_files import (
     Expert,
     experts_of,
     load_expert,
-    made_expert,
-    places_for_neurons,
     start_expert,
     vocabulary_identity,
     write_expert,
 )
 from mpoe.models.report import neuron_modules
-from mpoe.models.weight_files import declared_shapes, read_tensors, tensors_hash
+from mpoe.models.weight_files import read_tensors, tensors_hash
 
 NONE = "none"  # name of the expert that adds nothing
 # In the folder of a mixture, next to the model: what it was composed of.
@@ -206,118 +196,3 @@ def experts_in(folder: Path) -> tuple[list[Expert], dict[str, Tensor] | None]:
         raise ValueError(f"{folder} must hold a mixture that was composed of experts; it does not")
     experts = [load_expert(folder / EXPERTS_FOLDER / f"{name}.expert") for name in names if name != NONE]
     return experts, read_tensors([folder / BACKGROUND_FILE]) if NONE in names else None
-
-
-LEAST_KEPT = 0.8  # of the adapter's gain over the base on texts that the fit did not see
-HELD_OUT = 5  # one in so many batches is not fitted
-LEARNING_RATE = 3e-3
-Batches = Sequence[Mapping[str, Tensor]]
-
-
-def is_adapter(folder: str | Path) -> bool:
-    """Whether this is a folder with an adapter of PEFT."""
-    return (Path(folder) / "adapter_config.json").is_file()
-
-
-def _adapted_modules(folder: Path) -> dict[str, int]:
-    """Numbers that the adapter adds to every module of the base.
-
-    Raises:
-        ValueError: a folder without an adapter, or one that is not LoRA.
-    """
-    file = folder / "adapter_model.safetensors"
-    if not is_adapter(folder) or not file.is_file():
-        raise ValueError(f"adapter must be a folder of PEFT's with safetensors; {folder} is not")
-    kind = read_mapping(folder / "adapter_config.json", "adapter's configuration").get("peft_type")
-    found: dict[str, int] = {}
-    for name, shape in declared_shapes([file]).items():
-        module, is_lora, _ = name.removeprefix("base_model.model.").partition(".lora_")
-        if not is_lora or kind != "LORA":
-            raise ValueError(f"adapter must be a plain LoRA; {folder} is {kind} and holds {name}")
-        found[module] = found.get(module, 0) + torch.Size(shape).numel()
-    return found
-
-
-def check_adapter(base: Any, folder: str | Path) -> int:
-    """Refuse an adapter of anything but feed-forward networks (ValueError); returns its neurons' number, as many as
-    have the adapter's size."""
-    networks = places_for_neurons(base)
-    own = {name for site in networks for name in site.prefixes.values()}
-    adapted = _adapted_modules(Path(folder))
-    others = sorted(set(adapted) - own)
-    if others:
-        raise ValueError(
-            f"adapter must be of feed-forward networks to become neurons; {folder} also adapts {others[0]} "
-            "(attention cannot: compose merged fine-tunes, or train an expert with mpoe train --expert)"
-        )
-    each = sum(site.weight(kind).shape[kind == "down"] for site in networks for kind in site.dense)
-    return max(1, round(sum(adapted.values()) / each))
-
-
-def fit_adapter(
-    base: Any,
-    adapted: Any,
-    batches: Batches,
-    name: str,
-    *,
-    neurons: int,
-    steps: int = 200,
-    tokenizer: Any = None,
-) -> Expert:
-    """An expert of ``base`` that predicts what ``adapted`` does.
-
-    Args:
-        base: a dense causal language model; it is not changed.
-        adapted: the base with the adapter merged into it.
-        batches: ``input_ids`` and ``labels``; every fifth one is held out, so at least two.
-        name: the expert's.
-        neurons: m, see `check_adapter`.
-        steps: of Adam at 3e-3, on a batch each.
-        tokenizer: see `save_expert`.
-
-    Returns:
-        The expert, with statistics from the batches; its ``training`` facts hold the held-out losses of ``base``,
-        ``adapter`` and ``expert`` in nats per token, and ``kept``, the share of the adapter's gain.
-
-    Raises:
-        ValueError: fewer than two batches, an adapter that gains nothing on them, or neurons that keep less than 80% of
-            its gain.
-    """
-    if len(batches) < 2:
-        raise ValueError(f"batches must be at least two, of which one is held out; got {len(batches)}")
-    held_out = batches[::HELD_OUT]
-    fitted = [batch for place, batch in enumerate(batches) if place % HELD_OUT]
-    losses = {
-        "base": float(token_losses(base, held_out).mean()),
-        "adapter": float(token_losses(adapted, held_out).mean()),
-    }
-    gain = losses["base"] - losses["adapter"]
-    if not gain > 0:
-        raise ValueError(
-            f"adapter {name!r} must be better than the base on its texts to be fitted; it has {losses['adapter']:.3f} "
-            f"nats per token, the base {losses['base']:.3f}"
-        )
-    model = start_expert(base, neurons)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(steps):
-        ids = fitted[step % len(fitted)]["input_ids"]
-        with torch.no_grad():
-            wanted = adapted(input_ids=ids).logits.float().log_softmax(-1)
-        told = model(input_ids=ids).logits.float().log_softmax(-1)
-        F.kl_div(told.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean").backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    losses["expert"] = float(token_losses(model, held_out).mean())
-    kept = (losses["base"] - losses["expert"]) / gain
-    if not kept >= LEAST_KEPT:
-        raise ValueError(
-            f"adapter {name!r} must keep {LEAST_KEPT:.0%} of its gain as {neurons} neurons; it keeps {kept:.0%}: base "
-            f"{losses['base']:.3f}, adapter {losses['adapter']:.3f}, neurons {losses['expert']:.3f} nats per token "
-            "(more neurons, steps or texts may do)"
-        )
-    facts = {"fitted": "LoRA", "steps": steps, "kept": kept, **losses}
-    statistics = collect_statistics(model, [{"input_ids": each["input_ids"]} for each in batches])
-    return made_expert(model, name, statistics, tokenizer, facts)

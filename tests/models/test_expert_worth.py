@@ -28,7 +28,7 @@ from mpoe.data.predict import token_losses
 from mpoe.inspection import composed_worth
 from mpoe.models.composition import train_routers
 from mpoe.models.expert_files import made_expert, write_expert
-from mpoe.models.expert_mixture import check_adapter, fit_adapter, is_adapter
+from mpoe.models.lora_fit import check_adapter, fit_adapter, is_adapter
 from mpoe.models.report import neuron_modules
 from tests.assertions import refuses
 

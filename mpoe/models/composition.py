@@ -192,18 +192,41 @@ def _second_moment(statistics: Statistics, layer: str) -> Tensor:
     return torch.outer(mean, mean) + torch.diag(rest) + vectors.mT @ (values[:, None] * vectors)
 
 
-def router_weight(classes: Sequence[Statistics], layer: str, sharpness: float = 3.0) -> Tensor:
+def pooled_statistics(texts: Sequence[Statistics], rank: int = RANK) -> dict[str, Tensor]:
+    """The statistics of several texts as one class: the mean of their means, and of their second moments.
+
+    Every text has the same weight, however many tokens it had.
+    """
+    pooled: dict[str, Tensor] = {}
+    for key in texts[0]:
+        layer, _, part = key.rpartition(".")
+        if part != "mean":
+            continue
+        mean = torch.stack([statistics[key].double() for statistics in texts]).mean(0)
+        moment = torch.stack([_second_moment(statistics, layer) for statistics in texts]).mean(0)
+        sketch = _sketch(moment, mean, 1, min(rank, len(mean)))
+        pooled |= {f"{layer}.{name}": value for name, value in sketch.items()}
+    return pooled
+
+
+def router_weight(classes: Sequence[Statistics], layer: str, sharpness: float = 3.0, preference: float = 0.0) -> Tensor:
     """The router of ``layer`` for these classes, float64 ``[E, I]``: a linear discriminant without a constant.
 
     It is the ridge regression of the class on the input, all classes with equal weight, from their second moments:
     ``W = s E (S + r)^-1 (means - their mean)``. There is no constant term, because routers have none: targets are
     centred, since a softmax ignores a common offset. The regression's outputs are probabilities minus 1/E, so with
     ``sharpness`` s = 1/E the softmax agrees with them to first order.
+
+    ``preference`` is what the last class gets on top, in units of a logit: ``b (S + r)^-1 mean`` of that class, since
+    an input x of the class has ``x (S + r)^-1 mean`` about 1.
     """
     means = torch.stack([statistics[f"{layer}.mean"].double() for statistics in classes])
     pooled = torch.stack([_second_moment(statistics, layer) for statistics in classes]).mean(0)
     pooled.diagonal().add_(RIDGE * pooled.diagonal().mean())
-    return sharpness * len(classes) * torch.linalg.solve(pooled, (means - means.mean(0)).mT).mT
+    weight = sharpness * len(classes) * torch.linalg.solve(pooled, (means - means.mean(0)).mT).mT
+    if preference:
+        weight[-1] += preference * torch.linalg.solve(pooled, means[-1])
+    return weight
 
 
 def train_routers(mixture: Any, examples: Sequence[Iterable[Mapping[str, Tensor]]], steps: int) -> list[float]:

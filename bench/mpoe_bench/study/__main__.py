@@ -15,8 +15,9 @@ from mpoe.models.weight_files import write_text
 from mpoe_bench.study.arms import ArmsStudy
 from mpoe_bench.study.composed import ComposedStudy
 from mpoe_bench.study.plan import values_of
+from mpoe_bench.study.quiet import QuietStudy
 
-Runner = ArmsStudy | ComposedStudy
+Runner = ArmsStudy | ComposedStudy | QuietStudy
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,7 +37,12 @@ def open_study(file: Path) -> Runner:
     Raises:
         FileNotFoundError, ValueError: see `read_study`.
     """
-    return (ArmsStudy if "arms" in values_of(file) else ComposedStudy)(file)
+    values = values_of(file)
+    if "arms" in values:
+        return ArmsStudy(file)
+    if "success" in values:
+        return QuietStudy(file)
+    return ComposedStudy(file)
 
 
 def records_in(file: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -212,8 +212,11 @@ def train_steps(
     adam: torch.optim.Optimizer,
     steps: int,
     numbered: Iterable[tuple[int, Tensor]],
+    loss_of: Callable[[Any, Tensor], Tensor] | None = None,
 ) -> list[tuple[int, float]]:
     """Train in some of the ``steps`` of a run, at most at ``adam``'s rates; returns losses along the way.
+
+    ``loss_of``: the model and token ids -> the loss; default: the model's own.
 
     Raises:
         FloatingPointError: the loss is not finite.
@@ -223,7 +226,7 @@ def train_steps(
     for step, ids in numbered:
         for group, rate in zip(adam.param_groups, rates, strict=True):
             group["lr"] = rate * schedule(step, steps)
-        loss: Tensor = model(input_ids=ids, labels=ids).loss
+        loss: Tensor = model(input_ids=ids, labels=ids).loss if loss_of is None else loss_of(model, ids)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, CLIP)
         adam.step()

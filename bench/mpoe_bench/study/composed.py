@@ -120,6 +120,23 @@ def batched(ids: Tensor) -> list[dict[str, Tensor]]:
     return [{"input_ids": part} for part in ids.split(8)]
 
 
+def started(arguments: argparse.Namespace) -> tuple[Path, Any, Any]:
+    """The folder that keeps files of experts, the tokenizer, and the base in float32.
+
+    Raises:
+        ValueError: an option that is needed and missing.
+    """
+    for name in ("data_dir", "model", "work_dir"):
+        if getattr(arguments, name) is None:
+            raise ValueError(f"{name} must be given for experts that are composed; got none")
+    folder: Path = arguments.work_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model)
+    base: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    base.generation_config.pad_token_id = tokenizer.eos_token_id
+    return folder, tokenizer, base
+
+
 class ComposedStudy:
     """Makes the runs; its methods are those of `ArmsStudy`."""
 
@@ -127,14 +144,7 @@ class ComposedStudy:
         self.plan = read_composition(file)
 
     def prepare(self, arguments: argparse.Namespace) -> None:
-        for name in ("data_dir", "model", "work_dir"):
-            if getattr(arguments, name) is None:
-                raise ValueError(f"{name} must be given for experts that are composed; got none")
-        self.folder: Path = arguments.work_dir
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model)
-        self.base: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
-        self.base.generation_config.pad_token_id = self.tokenizer.eos_token_id
+        self.folder, self.tokenizer, self.base = started(arguments)
         self.texts = read_texts(self.tokenizer, arguments.data_dir, self.plan.domains, self.plan.probes)
 
     def waiting(self, records: Records) -> list[str]:

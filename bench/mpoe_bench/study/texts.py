@@ -35,6 +35,7 @@ PIECES = 16  # pieces of a text to validate on, and to test on
 REQUESTS = 4  # for every pair of domains
 LICENSED = ("numpy", "matplotlib", "scikit-learn", "torch")  # packages whose licences are the background
 PROBES = ("documentation", "sources")
+DESCRIBED = ("numpy", "scipy", "pandas", "networkx", "matplotlib", "scikit-learn", "rich", "hypothesis")
 Split = tuple[Tensor, Tensor, Tensor]  # train, validation, test
 
 
@@ -47,9 +48,18 @@ def domain_texts(folder: Path, domain: str, split: str) -> list[str]:
     name, columns = DOMAINS[domain]
     if not name:
         return [example.source for example in get_task("doc_lm").examples(split)]
+    return column_texts(folder, name, columns, split)
+
+
+def column_texts(folder: Path, name: str, columns: Sequence[str], split: str) -> list[str]:
+    """The cells of some columns of a data set's split.
+
+    Raises:
+        FileNotFoundError: the data folder lacks the data set.
+    """
     file = find_files(folder / name).get(split) if (folder / name).is_dir() else None
     if file is None:
-        raise FileNotFoundError(f"data_dir must hold {name}/{split}.* for the domain {domain}; {folder} does not")
+        raise FileNotFoundError(f"data_dir must hold {name}/{split}.*; {folder} does not")
     return [str(cells[column]) for cells, _ in read_table(file) for column in columns]
 
 
@@ -161,6 +171,30 @@ def _sources() -> list[str]:
     """The middle of modules of the standard library."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     return [text[20_000:24_000] for text in (file.read_text(encoding="utf-8") for file in files) if len(text) > 24_000]
+
+
+def _headers() -> list[str]:
+    """C++ headers of torch."""
+    folder = Path(str(metadata.distribution("torch").locate_file("torch"))) / "include" / "ATen"
+    files = sorted(folder.glob("*.h"))
+    texts = (file.read_text(encoding="utf-8") for file in files)
+    return [text for text in texts if len(text) > 2_000]
+
+
+def probe_texts(folder: Path, probe: str) -> list[str]:
+    """The texts of a probe that no expert and no background has seen.
+
+    Raises:
+        FileNotFoundError: ``folder`` lacks the ratings.
+        ValueError: a probe that is not known.
+    """
+    if probe == "headers":
+        return _headers()
+    if probe == "ratings":
+        return column_texts(folder, "sentiment_rating", ["sentence"], "test")
+    if probe == "descriptions":
+        return [str(metadata.metadata(package).get_payload()) for package in DESCRIBED]
+    raise ValueError(f"probes must be headers, ratings or descriptions; got {probe!r}")
 
 
 def _halfway(test: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,416 @@
+"""The study of quiet experts: a domain is added to a chat model, and what else has changed; see quiet.toml."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from peft.tuners.lora import ArrowConfig, create_arrow_model
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor
+
+from mpoe import compose
+from mpoe.config import RouterConfig
+from mpoe.models import collect_statistics, compose_experts, save_expert, start_expert
+from mpoe.models.background import background_parts, pooled_background, token_batches
+from mpoe.models.report import routed_layers
+from mpoe_bench.study.arms import BETAS, train_steps
+from mpoe_bench.study.composed import PROMPTS, SAMPLED, adapters, batched, drawn, losses, mean, started, trained
+from mpoe_bench.study.plan import Records, made, run_key, values_of
+from mpoe_bench.study.quiet_tables import quiet_table
+from mpoe_bench.study.texts import Split, domain_texts, pieces, probe_texts, split_of, tenant_texts
+
+SHOWN = 8  # pieces of a text that is not the domain's own
+REPLAY_SEED = 5
+ANSWER_TOKENS = 48
+MORE_PROMPTS = (
+    "Which planet is closest to the sun?",
+    "Write a haiku about autumn leaves.",
+    "What is the difference between weather and climate?",
+    "List five things to pack for a weekend in the mountains.",
+    "Explain what a variable is to somebody who has never programmed.",
+    "Give me a short recipe for tomato soup.",
+    "What does the word 'serendipity' mean?",
+    "Write a Python function that returns the larger of two numbers.",
+    "Who wrote Romeo and Juliet?",
+    "Summarize the story of the tortoise and the hare in one sentence.",
+    "How many minutes are there in a day?",
+    "Suggest a title for a book about two friends who sail around the world.",
+    "Why do we have leap years?",
+    "Tell me how to write a good email to a new colleague.",
+    "What is 17 plus 25?",
+    "Describe a rainy morning in a small town.",
+)
+
+
+@dataclass(frozen=True)
+class QuietPlan:
+    """What quiet.toml says."""
+
+    title: str
+    question: str
+    seeds: tuple[int, ...]
+    steps: int
+    lengths: tuple[int, ...]
+    domains: tuple[str, ...]
+    forgetting: str
+    probes: tuple[str, ...]
+    tenants: tuple[str, ...]
+    neurons: int
+    rank: int
+    replay_rates: tuple[float, ...]
+    rates: Mapping[str, float]
+    success: Mapping[str, float]
+
+    @property
+    def equal_time(self) -> int:
+        """Steps of replay that take about as long as `steps` without."""
+        return self.steps // 2
+
+    def replay_rate(self, records: Records) -> float | None:
+        """The best by replay's own loss on validation texts, mean over domains; ``None`` while one is missing."""
+        totals = {}
+        for rate in self.replay_rates:
+            keys = [run_key("replay", domain, self.equal_time, rate, self.seeds[0]) for domain in self.domains]
+            if any(key not in records for key in keys):
+                return None
+            totals[rate] = sum(records[key]["objective"] for key in keys)
+        return min(totals, key=lambda rate: totals[rate])
+
+    def key(self, kind: str, domain: str, steps: int, seed: int, records: Records) -> str | None:
+        """The key of a training run at its kind's rate, once that is known."""
+        rate = self.replay_rate(records) if kind == "replay" else self.rates[kind]
+        if rate is None:
+            return None
+        return run_key(kind, domain, steps, rate, seed)
+
+
+class QuietStudy:
+    """Makes the runs; its methods are those of `ArmsStudy`."""
+
+    def __init__(self, file: Path) -> None:
+        self.plan: QuietPlan = made(QuietPlan, "the study", values_of(file))
+
+    def prepare(self, arguments: argparse.Namespace) -> None:
+        self.folder, self.tokenizer, self.base = started(arguments)
+        data: Path = arguments.data_dir
+        self.splits: dict[str, Split] = {}
+        for domain in self.plan.domains:
+            texts = [domain_texts(data, domain, split) for split in ("train", "validation", "test")]
+            self.splits[domain] = split_of(self.tokenizer, *texts)
+        self.probes = {probe: pieces(self.tokenizer, probe_texts(data, probe), SHOWN) for probe in self.plan.probes}
+
+    def waiting(self, records: Records) -> list[str]:
+        return [key for key in self.runs(records) if key not in records]
+
+    def table(self, records: Records) -> str:
+        return quiet_table(self.plan, records)
+
+    def runs(self, records: Records) -> Iterator[str]:
+        """Every run whose rate is known, in its order."""
+        plan = self.plan
+        yield "base"
+        for seed in plan.seeds:
+            for domain in plan.domains:
+                for kind in ("neurons", "lora"):
+                    yield run_key(kind, domain, plan.steps, plan.rates[kind], seed)
+                yield f"quiet {domain} {seed}"
+                yield f"scaled {domain} {seed}"
+            yield f"mixture {seed}"
+            if seed == plan.seeds[0]:
+                for rate in plan.replay_rates:
+                    for domain in plan.domains:
+                        yield run_key("replay", domain, plan.equal_time, rate, seed)
+                yield "rivals"
+                yield "tenants 10"
+            if plan.replay_rate(records) is None:
+                return
+            for domain in plan.domains:
+                for steps in (plan.equal_time, plan.steps):
+                    yield str(plan.key("replay", domain, steps, seed, records))
+        for steps in plan.lengths:
+            for kind in ("neurons", "lora", "replay"):
+                yield str(plan.key(kind, plan.forgetting, steps, plan.seeds[0], records))
+            yield f"quiet {plan.forgetting} {plan.seeds[0]} {steps}"
+        yield "tenants 20"
+
+    def make(self, key: str, records: Records) -> dict[str, Any]:
+        kind, _, rest = key.partition(" ")
+        begin = time.process_time()
+        record: dict[str, Any]
+        if kind == "base":
+            record = self.tests(self.base, self.plan.domains)
+        elif kind in ("neurons", "lora", "replay"):
+            domain, steps, rate, seed = rest.rsplit(" ", 3)
+            record = self.own(kind, domain, int(steps), float(rate), int(seed))
+        elif kind == "quiet":
+            record = self.quiet(rest, records)
+        elif kind == "scaled":
+            domain, seed_text = rest.rsplit(" ", 1)
+            record = self.scaled(domain, int(seed_text), records)
+        elif kind == "mixture":
+            record = self.tests(self.mixture(self.plan.domains, int(rest)), self.plan.domains)
+        elif kind == "tenants":
+            record = self.tenants(int(rest))
+        else:
+            record = self.rivals()
+        return record | {"cpu_seconds": round(time.process_time() - begin)}
+
+    # ------------------------------------------------------------ what is measured
+
+    @cached_property
+    def answers(self) -> list[tuple[Tensor, int]]:
+        """The base's greedy answers, ids ``[1, T]``, and where each begins."""
+        found = []
+        for prompt in (*PROMPTS, *MORE_PROMPTS):
+            chat = [{"role": "user", "content": prompt}]
+            rendered = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+            ids = rendered["input_ids"]
+            with torch.inference_mode():
+                answer = self.base.generate(ids, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+            found.append((answer, ids.shape[1]))
+        return found
+
+    @torch.inference_mode()
+    def change_of_answers(self, model: Any) -> dict[str, float]:
+        """On the base's own answers: the KL divergence from the base, the share of equal greedy tokens, and of the
+        tokens before the first other one."""
+        divergence, same, prefix, count = 0.0, 0, 0, 0
+        for ids, start in self.answers:
+            before = self.base(input_ids=ids).logits[0, start - 1 : -1].log_softmax(-1)
+            after = model(input_ids=ids).logits[0, start - 1 : -1].log_softmax(-1)
+            divergence += float((before.exp() * (before - after)).sum())
+            equal = before.argmax(-1) == after.argmax(-1)
+            same += int(equal.sum())
+            prefix += int(equal.long().cumprod(0).sum())
+            count += len(equal)
+        return {
+            "answers": round(divergence / count, 5),
+            "same": round(same / count, 4),
+            "prefix": round(prefix / count, 4),
+        }
+
+    def tests(self, model: Any, whole: Sequence[str] = ()) -> dict[str, float]:
+        """Losses on every domain's test text (all of it for the domains ``whole``) and the probes, and the change of
+        the base's own answers."""
+        found = {}
+        for domain, (_, _, test) in self.splits.items():
+            found[domain] = mean(losses(model, test[:SHOWN]))
+            if domain in whole:
+                found[f"{domain}, all"] = mean(losses(model, test))
+        for probe, ids in self.probes.items():
+            found[probe] = mean(losses(model, ids))
+        return found | self.change_of_answers(model)
+
+    # ------------------------------------------------------------ parts
+
+    @cached_property
+    def parts(self) -> dict[str, Tensor]:
+        """The samples of the base, and the general text."""
+        return background_parts(self.base, self.tokenizer)
+
+    @cached_property
+    def background(self) -> dict[str, Tensor]:
+        return pooled_background(self.base, [token_batches(ids) for ids in self.parts.values()])
+
+    @cached_property
+    def replayed(self) -> Tensor:
+        """Pieces of the base's own texts and chats, as long as those of domains."""
+        length = self.parts["texts"].shape[1]
+        return torch.cat([self.parts["texts"], self.parts["chats"][:, :length]])
+
+    def split(self, domain: str) -> Split:
+        return self.splits.get(domain) or tenant_texts(self.tokenizer, domain)
+
+    def place(self, kind: str, domain: str, steps: int, rate: float, seed: int) -> Path:
+        name = run_key(kind, domain, steps, rate, seed).replace(" ", "-")
+        return self.folder / (f"{name}.expert" if kind == "neurons" else name)
+
+    def train(self, kind: str, domain: str, steps: int, rate: float, seed: int) -> Any:
+        """Train an expert or an adapter, keep its file, and return the model."""
+        text = self.split(domain)[0]
+        pieces_of_domain = drawn([text], steps, seed)
+        if kind == "replay":
+            model = self.trained_with_replay(pieces_of_domain, rate, seed)
+        else:
+            size = self.plan.neurons if kind == "neurons" else self.plan.rank
+            model = trained(kind, self.base, size, pieces_of_domain, rate, seed)
+        place = self.place(kind, domain, steps, rate, seed)
+        if kind == "neurons":
+            save_expert(model, place, statistics=collect_statistics(model, batched(text[:SAMPLED])))
+        else:
+            model.save_pretrained(str(place))
+        return model
+
+    def file(self, kind: str, domain: str, seed: int, steps: int | None = None) -> Path:
+        """Of an expert or adapter at its rate; one without a file is trained again."""
+        wanted = kind, domain, steps or self.plan.steps, self.plan.rates[kind], seed
+        if not self.place(*wanted).exists():
+            self.train(*wanted)
+        return self.place(*wanted)
+
+    def divergence(self, model: Any, ids: Tensor) -> Tensor:
+        """Of the base from a model on its own texts, nats per token."""
+        with torch.no_grad():
+            wanted = self.base(input_ids=ids).logits.log_softmax(-1)
+        learnt = model(input_ids=ids).logits.log_softmax(-1)
+        return F.kl_div(learnt.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean")
+
+    def trained_with_replay(self, pieces_of_domain: Sequence[Tensor], rate: float, seed: int) -> Any:
+        """A LoRA adapter; every step adds the divergence on as many pieces of the base's own texts."""
+        model = trained("lora", self.base, self.plan.rank, [], rate, seed)
+        generator = torch.Generator().manual_seed(REPLAY_SEED)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        adam = torch.optim.AdamW(parameters, lr=rate, betas=BETAS, weight_decay=0.0, fused=True)
+
+        def loss(model: Any, ids: Tensor) -> Tensor:
+            chosen = torch.randint(len(self.replayed), (len(ids),), generator=generator)
+            total: Tensor = model(input_ids=ids, labels=ids).loss + self.divergence(model, self.replayed[chosen])
+            return total
+
+        train_steps(model.train(), adam, len(pieces_of_domain), enumerate(pieces_of_domain), loss)
+        return model.eval()
+
+    def mixture(self, domains: Sequence[str], seed: int, steps: int | None = None) -> Any:
+        """The experts' files with the defaults of the package."""
+        files = [self.file("neurons", domain, seed, steps) for domain in domains]
+        return compose_experts(self.base, files, background=self.background)
+
+    # ------------------------------------------------------------ runs
+
+    def own(self, kind: str, domain: str, steps: int, rate: float, seed: int) -> dict[str, Any]:
+        """An expert or an adapter by itself, always on."""
+        place = self.place(kind, domain, steps, rate, seed)
+        model = self.opened(place) if place.exists() else self.train(kind, domain, steps, rate, seed)
+        known = [domain] if domain in self.splits else []
+        record: dict[str, Any] = self.tests(model, known)
+        if kind == "replay":
+            validation = mean(losses(model, self.split(domain)[1]))
+            with torch.inference_mode():
+                kept = float(self.divergence(model, self.replayed[:SHOWN]))
+            record["objective"] = validation + kept
+        return record
+
+    def opened(self, place: Path) -> Any:
+        """The base with an expert's file or an adapter's folder."""
+        if place.is_file():
+            return start_expert(self.base, expert=place).eval()
+        return adapters(self.base, {"own": place})
+
+    def quiet(self, rest: str, records: Records) -> dict[str, Any]:
+        """One expert composed with *none*; ``rest`` is domain, seed and perhaps steps."""
+        words = rest.split(" ")
+        steps = int(words.pop()) if words[-2].isdigit() else None
+        domain, seed = " ".join(words[:-1]), int(words[-1])
+        return self.tests(self.mixture([domain], seed, steps), [domain])
+
+    def scaled(self, domain: str, seed: int, records: Records) -> dict[str, Any]:
+        """LoRA at the scale at which it gains on validation texts what the quiet expert does."""
+        ids = self.split(domain)[1]
+        wanted = mean(losses(self.mixture([domain], seed), ids))
+        model = adapters(self.base, {"own": self.file("lora", domain, seed)})
+        layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+        whole = [dict(layer.scaling) for layer in layers]
+
+        def scale(factor: float) -> None:
+            for layer, scaling in zip(layers, whole, strict=True):
+                layer.scaling = {name: factor * value for name, value in scaling.items()}
+
+        low, high = 0.0, 1.0
+        for _ in range(5):
+            middle = (low + high) / 2
+            scale(middle)
+            if mean(losses(model, ids[:SHOWN])) > wanted:
+                low = middle
+            else:
+                high = middle
+        scale(high)
+        return self.tests(model, [domain]) | {"scale": high}
+
+    def rivals(self) -> dict[str, Any]:
+        """Of the first seed's adapters: PEFT's Arrow and merges, each at the best of its settings on validation
+        texts."""
+        seed = self.plan.seeds[0]
+        files = {domain: self.file("lora", domain, seed) for domain in self.plan.domains}
+        paths = [str(path) for path in files.values()]
+
+        def merged(how: str, weight: float, density: float | None) -> Any:
+            torch.manual_seed(0)  # DARE drops at random
+            model = adapters(self.base, files)
+            rank = None if how == "cat" else self.plan.rank * len(files)
+            options: dict[str, Any] = {"combination_type": how, "density": density, "svd_rank": rank}
+            model.add_weighted_adapter(list(files), [weight] * len(files), "merged", **options)
+            model.set_adapter("merged")
+            return model
+
+        def arrow(top_k: int, temperature: float) -> Any:
+            config = ArrowConfig(top_k=top_k, router_temperature=temperature)
+            return create_arrow_model(copy.deepcopy(self.base), paths, config).eval()
+
+        def validation(model: Any) -> float:
+            return sum(mean(losses(model, ids[:SHOWN])) for _, ids, _ in self.splits.values())
+
+        domains = self.plan.domains
+        found = {"mean of LoRAs": self.tests(merged("cat", 1 / len(files), None), domains)}
+        for name, how in (("TIES of LoRAs", "ties_svd"), ("DARE of LoRAs", "dare_ties_svd")):
+            best = min((merged(how, weight, 0.5) for weight in (0.3, 0.6, 1.0)), key=validation)
+            found[name] = self.tests(best, domains)
+        for top_k in (1, 2, 4):
+            best = min((arrow(top_k, temperature) for temperature in (0.3, 1.0, 3.0)), key=validation)
+            found[f"Arrow, top {top_k}"] = self.tests(best, domains)
+        found["mean hidden states"] = self.tests(self.mean_hidden_states(files), domains)
+        return found
+
+    def mean_hidden_states(self, files: Mapping[str, Path]) -> Any:
+        """The adapters' merged networks as dense experts, two per token, whose routers' rows are the mean inputs of
+        validation texts, each of length 1 (mergekit's hidden mode)."""
+        merged = []
+        for path in files.values():
+            adapted: Any = PeftModel.from_pretrained(copy.deepcopy(self.base), str(path))
+            merged.append(adapted.merge_and_unload().eval())
+        mixture = compose(self.base, merged, None, RouterConfig(top_k=2))
+        for number, (_, validation, _) in enumerate(self.splits.values()):
+            inputs = mean_inputs(self.base, batched(validation))
+            for (_, layer), row in zip(routed_layers(mixture), inputs, strict=True):
+                layer.router.weight.data[number] = F.normalize(row, dim=0)
+        return mixture
+
+    def tenants(self, number: int) -> dict[str, Any]:
+        """A mixture of so many experts of the first seed: the losses with each expert alone and in the mixture."""
+        names = [*self.plan.domains, *self.plan.tenants][:number]
+        seed = self.plan.seeds[0]
+        mixture = self.mixture(names, seed)
+        record: dict[str, Any] = {"mixture": self.tests(mixture)}
+        for name in names:
+            test = self.split(name)[2]
+            alone = self.opened(self.file("neurons", name, seed))
+            record[name] = [mean(losses(model, test)) for model in (self.base, alone, mixture)]
+        return record
+
+
+@torch.inference_mode()
+def mean_inputs(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+    """The mean input ``[I]`` of every layer's feed-forward network."""
+    sums: dict[int, Tensor] = {}
+    handles = []
+    for number, layer in enumerate(model.model.layers):
+
+        def add(module: Any, given: tuple[Tensor, ...], number: int = number) -> None:
+            rows = given[0].flatten(0, -2)
+            sums[number] = sums.get(number, torch.zeros(rows.shape[-1])) + rows.mean(0) / len(batches)
+
+        handles.append(layer.mlp.register_forward_pre_hook(add))
+    for batch in batches:
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    return [sums[number] for number in sorted(sums)]

@@ -1,0 +1,157 @@
+"""What a model itself says, as the background of the expert *none*: what must stay as it is when experts are added.
+
+A causal model is sampled from its start token, and, if its tokenizer has a chat template, from the beginning of a
+user's turn, so that it writes questions and answers (as Magpie, Xu et al. 2024, arXiv 2406.08464). A general text, the
+licences of a few installed packages, is pooled in. Nothing of a user's is needed, and statistics alone are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpoe.config.checks import check_integer, check_seed
+from mpoe.data.embedded import domain_text
+from mpoe.data.predict import evaluation_mode
+from mpoe.models.composition import RANK, collect_statistics, pooled_statistics
+from mpoe.models.expert_files import start_expert
+
+SAMPLES = 32  # of the model's own texts, and of its own chats
+TEXT_LENGTH = 128  # tokens of a text, the start token among them
+CHAT_LENGTH = 160  # new tokens of a chat: a question and most of an answer
+GENERAL_PIECES = 128  # of the general text, TEXT_LENGTH tokens each
+AT_ONCE = 8  # rows of a batch
+_QUESTION = "\ue000question\ue000"  # stands in a rendered template where a user's words begin
+
+
+@torch.inference_mode()
+def sample_tokens(model: Any, prompt: Tensor, new_tokens: int, seed: int) -> Tensor:
+    """Continue ``prompt`` (int64 ``[N, P]``) at temperature 1 with all of the vocabulary, never ending early.
+
+    Returns:
+        int64 ``[N, P + new_tokens]``, on the CPU; the same for a seed, without a change of torch's own generator.
+    """
+    check_integer("new_tokens", new_tokens, 1)
+    generator = torch.Generator().manual_seed(check_seed("seed", seed))
+    ids = prompt
+    step_input = prompt.to(model.device)
+    cache = None
+    with evaluation_mode(model):
+        for _ in range(new_tokens):
+            out = model(input_ids=step_input, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            probabilities = out.logits[:, -1].float().softmax(-1).cpu()
+            following = torch.multinomial(probabilities, 1, generator=generator)
+            ids = torch.cat([ids, following], 1)
+            step_input = following.to(model.device)
+    return ids
+
+
+def chat_opening(tokenizer: Any) -> list[int] | None:
+    """The tokens of a chat up to where the user's first words begin; ``None`` without a chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    messages = [{"role": "user", "content": _QUESTION}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    opening, is_there, _ = rendered.partition(_QUESTION)
+    if not is_there or not opening:
+        return None
+    return list(tokenizer(opening, add_special_tokens=False)["input_ids"])
+
+
+def start_token(tokenizer: Any) -> int | None:
+    """The token before a text: the tokenizer's beginning, or its end of the text before; ``None`` if it has neither.
+
+    A beginning that opens every turn of a chat starts no text, so the end counts then.
+    """
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if begin is None or getattr(tokenizer, "chat_template", None) is None:
+        return end if begin is None else begin
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    opens_turns = rendered.count(tokenizer.bos_token) > 1
+    return end if opens_turns and end is not None else begin
+
+
+def own_texts(model: Any, tokenizer: Any, seed: int = 0, samples: int = SAMPLES, length: int = TEXT_LENGTH) -> Tensor:
+    """Texts that a causal model writes from its start token, int64 ``[samples, length]``.
+
+    Raises:
+        ValueError: a tokenizer without a start or an end token.
+    """
+    start = start_token(tokenizer)
+    if start is None:
+        raise ValueError("tokenizer must have a token that begins or ends a text; it has neither")
+    prompt = torch.full((samples, 1), start)
+    return sample_tokens(model, prompt, length - 1, seed)
+
+
+def own_chats(
+    model: Any, tokenizer: Any, seed: int = 0, samples: int = SAMPLES, length: int = CHAT_LENGTH
+) -> Tensor | None:
+    """Chats that a causal model writes from the beginning of a user's turn, int64 ``[samples, opening + length]``;
+    ``None`` if the tokenizer has no chat template."""
+    opening = chat_opening(tokenizer)
+    if opening is None:
+        return None
+    prompt = torch.tensor([opening]).repeat(samples, 1)
+    return sample_tokens(model, prompt, length, seed)
+
+
+def general_text(tokenizer: Any, pieces: int = GENERAL_PIECES, length: int = TEXT_LENGTH) -> Tensor:
+    """The general text, int64 ``[pieces, length]`` or fewer: licences of installed packages."""
+    text = domain_text("law", held_out=False)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    count = min(len(ids) // length, pieces)
+    return torch.tensor(ids[: count * length]).view(count, length)
+
+
+def background_parts(model: Any, tokenizer: Any, seed: int = 0) -> dict[str, Tensor]:
+    """What `collect_background` pools, by name: token ids ``[N, length]`` of ``texts``, ``chats`` and ``general``."""
+    most = getattr(model.config, "max_position_embeddings", None) or TEXT_LENGTH + CHAT_LENGTH
+    length = min(TEXT_LENGTH, most)
+    parts = {"texts": own_texts(model, tokenizer, seed, length=length)}
+    opening = chat_opening(tokenizer)
+    if opening is not None and len(opening) < most:
+        chats = own_chats(model, tokenizer, seed + 1, length=min(CHAT_LENGTH, most - len(opening)))
+        assert chats is not None
+        parts["chats"] = chats
+    parts["general"] = general_text(tokenizer, length=length)
+    return {name: ids for name, ids in parts.items() if len(ids)}
+
+
+def pooled_background(model: Any, parts: Sequence[Iterable[Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    """The statistics of several texts as one class, each of equal weight however long it is.
+
+    Args:
+        model: dense; it is not changed.
+        parts: batches of each text, see `collect_statistics`.
+    """
+    started = start_expert(model, 1)
+    return pooled_statistics([collect_statistics(started, batches, RANK) for batches in parts])
+
+
+def collect_background(model: Any, tokenizer: Any, seed: int = 0) -> dict[str, Tensor]:
+    """The default background of a causal model: statistics of its own texts, its own chats and the general text.
+
+    Args:
+        model: dense; it is not changed.
+        tokenizer: the model's.
+        seed: of the samples.
+
+    Returns:
+        Tensors by name, see `mpoe.models.composition`.
+
+    Raises:
+        TypeError, ValueError: as `own_texts` and `collect_statistics`.
+    """
+    parts = background_parts(model, tokenizer, seed)
+    return pooled_background(model, [token_batches(ids) for ids in parts.values()])
+
+
+def token_batches(ids: Tensor) -> list[dict[str, Tensor]]:
+    """Token ids ``[N, length]`` as batches of a few rows."""
+    return [{"input_ids": rows} for rows in ids.split(AT_ONCE)]

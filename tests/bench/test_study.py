@@ -12,7 +12,6 @@ import torch
 from mpoe_bench.study import arms, composed, tables, texts
 from mpoe_bench.study.__main__ import main, open_study, records_in
 from mpoe_bench.study.arms import (
-    LAYERS,
     costs,
     dense_model,
     mutual_information,
@@ -30,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mpoe.data.embedded import load_stand_in
 
 NEURONS = Path(__file__).resolve().parents[2] / "bench" / "studies" / "neurons.toml"
+DEPTH = NEURONS.with_name("depth.toml")
 TINY = """
 title = "Tiny"
 question = "Does it run?"
@@ -146,6 +146,7 @@ def test_a_run_whose_loss_is_not_finite_is_kept_as_the_worst(study_file: Path, d
         (('title = "Tiny"', ""), "the study must have fields among title, .*; unknown or missing: title"),
         (('reference = "dense"', 'reference = "thin"'), "arms must be among dense, neurons, fine, large; got 'thin'"),
         (("16 = [0.004, 0.008]", "8 = [0.004]"), "rates must have candidates for the model's size 16"),
+        (("steps = 8\n", "steps = 8\nlayers = 0\n"), "layers of a stage must be at least 1; got 0"),
     ],
 )
 def test_files_that_make_no_sense_are_refused(study_file: Path, change: tuple[str, str], words: str, capsys) -> None:
@@ -173,7 +174,7 @@ def test_sizes_of_the_study_of_neurons() -> None:
     assert sum(one.must_win for _, one in study.compared()) == 10
     found = {arm: costs(study, arm, 48) for arm in study.arms}
     dense = found["dense"]
-    assert dense.weights == LAYERS * 2 * 48 * 192
+    assert dense.weights == 2 * 48 * 192
     assert found["switch8"].weights == 8 * dense.weights
     assert found["neurons"].weights / dense.weights == pytest.approx(1 + 128 * 8 / 192)
     assert found["neurons"].flops / dense.flops == pytest.approx(1 + 8 * 8 / 192 + 128 / (2 * 192))
@@ -181,8 +182,68 @@ def test_sizes_of_the_study_of_neurons() -> None:
     assert found["flops"].flops == pytest.approx(found["neurons"].flops, rel=0.02)
     assert found["large"].parameters == pytest.approx(found["neurons"].parameters, rel=0.01)
     spent = 0.25 * dense.whole + 0.75 * found["neurons"].whole
-    assert steps_of(study, "large_budget", 48, 1600) * found["large"].whole == pytest.approx(1600 * spent, rel=0.002)
-    assert steps_of(study, "neurons", 48, 1600) == 1600
+    assert steps_of(study, "large_budget", Corner(48, 1600)) * found["large"].whole == pytest.approx(
+        1600 * spent, rel=0.002
+    )
+    assert steps_of(study, "neurons", Corner(48, 1600)) == 1600
+
+
+def test_deeper_models_have_corners_of_their_own() -> None:
+    shallow = Run.of("96/6400 dense 0.008 0")
+    deep = Run.of("96/6400/4 dense 0.008 0")
+    assert (shallow.corner, deep.corner) == (Corner(96, 6400), Corner(96, 6400, 4))
+    assert (shallow.key, deep.key) == ("96/6400 dense 0.008 0", "96/6400/4 dense 0.008 0")
+    study = read_study(NEURONS)
+    two, four = (costs(study, "neurons", 48, layers) for layers in (2, 4))
+    assert (two.weights, two.flops) == (four.weights, four.flops)
+    head = 48 * arms.VOCABULARY
+    assert four.whole - head == 2 * (two.whole - head)
+
+
+def test_a_stage_names_its_layers_and_rates_are_chosen_with_two(study_file: Path, data: Path) -> None:
+    study_file.write_text(TINY.replace("steps = 8\n", "steps = 8\nlayers = 3\n").replace("must_win = true", ""))
+    assert main([str(study_file), "--data_dir", str(data)]) == 0
+    records = records_in(study_file.with_suffix(".json"))
+    study = read_study(study_file)
+    rate = chosen_rate(study, 16, "neurons", records)
+    assert f"16/4 neurons {rate:g} 1" in records
+    assert f"16/8/3 neurons {rate:g} 1" in records
+    assert not any(key.startswith("16/8 ") for key in records)
+    table = study_file.with_suffix(".md").read_text()
+    assert "## Model of size 16, 4 steps\n" in table
+    assert "## Model of size 16, 8 steps, 3 layers\n" in table
+    run = Run.of(f"16/8/3 neurons {rate:g} 1")
+    trained = arms.train(study, run, read_blocks(data), {})
+    assert len(trained.model.transformer.h) == 3
+
+
+def test_a_rate_that_is_known_is_not_searched(study_file: Path) -> None:
+    known = 'name = "as large"\nknown_rates = { 16 = 0.002 }'
+    study_file.write_text(TINY.replace('name = "as large"', known).replace("16 = [0.004, 0.008]", "16 = [0.004]"))
+    study = read_study(study_file)
+    assert study.candidates(16, "large") == []
+    assert chosen_rate(study, 16, "large", {}) == 0.002
+    waiting = open_study(study_file).waiting({})
+    assert [key for key in waiting if " large " in key] == ["16/8 large 0.002 0", "16/8 large 0.002 1"]
+    assert "16/4 neurons 0.004 0" in waiting
+
+
+@pytest.mark.parametrize("stage", [0, 1], ids=["four layers", "width 192"])
+def test_the_candidate_of_the_study_of_depth_is_at_most_twice_the_dense_model(stage: int) -> None:
+    study = read_study(DEPTH)
+    corner = study.stages[stage].corner
+
+    def parameters(arm: str) -> int:
+        hidden = arms.dense_hidden(study, arm, corner.model)
+        model = dense_model(corner.model, hidden, 0, corner.layers)
+        if study.arms[arm].experts is not None:
+            model = arms.convert(model, study.arms[arm], corner.model, 0)
+        return sum(p.numel() for p in model.parameters())
+
+    dense, candidate = parameters("dense"), parameters("candidate")
+    assert 1.8 * dense < candidate <= 2 * dense
+    assert parameters("latent8") == pytest.approx(candidate, rel=0.02)
+    assert parameters("large") == pytest.approx(candidate, rel=0.01)
 
 
 def test_experts_of_their_own_start_differ() -> None:
@@ -230,6 +291,23 @@ def test_a_comparison_waits_for_all_seeds(study_file: Path) -> None:
     assert "has succeeded: of 1 comparisons that it must win, 1 are won" in success(study, records)
     records["16/4 neurons 0.008 1"] = record(1.3)
     assert "has failed" in success(study, records)
+
+
+@pytest.mark.parametrize(("losses", "verdict"), [((0.9, 1.12), "enough"), ((0.9, 1.17), "not enough")])
+def test_a_mean_gain_may_be_enough(study_file: Path, losses: tuple[float, float], verdict: str) -> None:
+    known = 'name = "{0}"\nknown_rates = {{ 16 = 0.004 }}'
+    text = TINY.replace("must_win = true", "must_win = true\nat_least = 0.03")
+    for arm in ("dense", "neurons"):
+        text = text.replace(f'name = "{arm}"', known.format(arm))
+    study_file.write_text(text)
+    study = read_study(study_file)
+    records = {f"16/4 dense 0.004 {seed}": {"test": loss} for seed, loss in enumerate((1.0, 1.1))}
+    records |= {f"16/4 neurons 0.004 {seed}": {"test": loss} for seed, loss in enumerate(losses)}
+    section = tables.of_comparisons(study, records)
+    assert [row[-1] for row in section[3]] == [verdict]
+    assert section[1].startswith("0 paired t-tests")
+    assert section[1].endswith("*Enough*: the mean gain is at least what the study's file names.")
+    assert f"The study has {'succeeded' if verdict == 'enough' else 'failed'}" in success(study, records)
 
 
 def test_what_explains_an_expert() -> None:

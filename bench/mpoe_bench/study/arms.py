@@ -24,25 +24,24 @@ from mpoe.config import MPOEConfig
 from mpoe.layers import DenseExperts
 from mpoe.models import convert_to_mpoe
 from mpoe.training import MPOETrainingArguments, build_param_groups
-from mpoe_bench.study.plan import Arm, Run, Study, read_study
+from mpoe_bench.study.plan import LAYERS, Arm, Corner, Run, Study, read_study
 from mpoe_bench.study.tables import Records, runs_of, study_table
 from mpoe_bench.study.texts import BATCH, BLOCK, Blocks, batches, read_blocks
 
-LAYERS = 2
 VOCABULARY = 256
 # GPT-2's .02 is for models ten times as wide; here, models would learn so slowly that width would be mistaken for
 # capacity.
 INIT_STD = 0.1
 
 
-def dense_model(model: int, hidden: int, seed: int) -> GPT2LMHeadModel:
-    """A GPT-2 of bytes with random weights from ``seed``: ``LAYERS`` layers of size ``model``."""
+def dense_model(model: int, hidden: int, seed: int, layers: int = LAYERS) -> GPT2LMHeadModel:
+    """A GPT-2 of bytes with random weights from ``seed``: ``layers`` layers of size ``model``."""
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=VOCABULARY,
         n_positions=BLOCK,
         n_embd=model,
-        n_layer=LAYERS,
+        n_layer=layers,
         n_head=max(model // 16, 1),
         n_inner=hidden,
         activation_function="gelu_pytorch_tanh",  # GPT-2's own in one op
@@ -72,11 +71,11 @@ def convert(dense: GPT2LMHeadModel, arm: Arm, model: int, seed: int) -> nn.Modul
 
 
 class Costs(NamedTuple):
-    """Sizes of an arm's feed-forward layers and its model's FLOPs.
+    """Sizes of a feed-forward layer of an arm and its model's FLOPs.
 
     Attributes:
         weights: matrices of the dense network and the experts; ``parameters``: biases and the router too.
-        flops: multiply-adds of a token in a feed-forward layer, router in.
+        flops: multiply-adds of a token in the layer, router in.
         whole: of a token in the whole model, head in; attention sees half of a block on average.
     """
 
@@ -86,14 +85,14 @@ class Costs(NamedTuple):
     whole: float
 
 
-def costs(study: Study, key: str, model: int) -> Costs:
+def costs(study: Study, key: str, model: int, layers: int = LAYERS) -> Costs:
     """The costs of an arm, after its conversion."""
-    return costs_of(study.arms[key], model, dense_hidden(study, key, model))
+    return costs_of(study.arms[key], model, dense_hidden(study, key, model), layers)
 
 
-def costs_of(arm: Arm, model: int, hidden: int) -> Costs:
+def costs_of(arm: Arm, model: int, hidden: int, layers: int = LAYERS) -> Costs:
     """Those of an arm whose dense network has ``hidden`` hidden units."""
-    made: Any = dense_model(model, hidden, 0)
+    made: Any = dense_model(model, hidden, 0, layers=1)
     dense = 2 * model * hidden
     flops = float(dense)
     if arm.experts is not None:
@@ -102,10 +101,10 @@ def costs_of(arm: Arm, model: int, hidden: int) -> Costs:
         kept = made.transformer.h[0].mlp
         relative = kept.relative_flops(config.top_k) if config.keeps_network else config.top_k
         flops = relative * dense + model * config.num_experts
-    named = [(n, p) for block in made.transformer.h for n, p in block.mlp.named_parameters()]
+    named = list(made.transformer.h[0].mlp.named_parameters())
     weights = sum(p.numel() for n, p in named if p.ndim > 1 and "router" not in n and "bias" not in n)
     attention = 4 * model**2 + 2 * model * (BLOCK + 1) / 2
-    whole = LAYERS * (attention + flops) + model * VOCABULARY
+    whole = layers * (attention + flops) + model * VOCABULARY
     return Costs(weights, sum(p.numel() for _, p in named), flops, whole)
 
 
@@ -115,21 +114,24 @@ def dense_hidden(study: Study, key: str, model: int) -> int:
     if arm.flops_of:
         return round(costs(study, arm.flops_of, model).flops / (2 * model) / 8) * 8
     if arm.size_of:
-        parameters = costs(study, arm.size_of, model).parameters / LAYERS
+        parameters = costs(study, arm.size_of, model).parameters
         return round((parameters - model) / (2 * model + 1) / 8) * 8  # each hidden unit has a bias, and each output
     return int(Fraction(arm.hidden) * 4 * model)
 
 
-def steps_of(study: Study, key: str, model: int, steps: int) -> int:
+def steps_of(study: Study, key: str, corner: Corner) -> int:
     """The steps of an arm: those of the corner, or as many as another arm's training FLOPs allow."""
     arm = study.arms[key]
     if arm.budget_of is None:
-        return steps
-    other, hidden = study.arms[arm.budget_of], dense_hidden(study, arm.budget_of, model)
-    mixture, before = costs(study, arm.budget_of, model).whole, costs_of(Arm(""), model, hidden).whole
+        return corner.steps
+    model, layers = corner.model, corner.layers
+    other = study.arms[arm.budget_of]
+    hidden = dense_hidden(study, arm.budget_of, model)
+    mixture = costs(study, arm.budget_of, model, layers).whole
+    before = costs_of(Arm(""), model, hidden, layers).whole
     until = other.dense_until if other.experts else 1.0
     spent = until * before + (1 - until) * mixture
-    return round(steps * spent / costs(study, key, model).whole)
+    return round(corner.steps * spent / costs(study, key, model, layers).whole)
 
 
 def mutual_information(classes: Tensor, chosen: Tensor, experts: int) -> float:
@@ -253,8 +255,10 @@ def train(study: Study, run: Run, data: dict[str, Blocks], starts: dict[tuple[An
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    arm, size = study.arms[run.arm], run.corner.model
-    steps, hidden = steps_of(study, run.arm, size, run.corner.steps), dense_hidden(study, run.arm, size)
+    arm = study.arms[run.arm]
+    size, layers = run.corner.model, run.corner.layers
+    steps = steps_of(study, run.arm, run.corner)
+    hidden = dense_hidden(study, run.arm, size)
     numbered = enumerate(batches(data["train"], run.seed, steps))
 
     def trained(model: Any, some: Iterable[tuple[int, Tensor]]) -> Trained:
@@ -262,12 +266,12 @@ def train(study: Study, run: Run, data: dict[str, Blocks], starts: dict[tuple[An
         history = train_steps(model.train(), optimiser(model, run.rate), steps, some)
         return Trained(model, history, time.process_time() - begin)
 
-    dense = dense_model(size, hidden, run.seed)
+    dense = dense_model(size, hidden, run.seed, layers)
     if arm.experts is None:
         return trained(dense, numbered)
     until = round(arm.dense_until * steps)
     first = list(itertools.islice(numbered, until))
-    key = size, hidden, run.seed, run.rate, steps, until
+    key = size, layers, hidden, run.seed, run.rate, steps, until
     if key not in starts:
         starts[key] = trained(dense, first)
     start = starts[key]
@@ -308,13 +312,13 @@ def run_once(study: Study, run: Run, data: dict[str, Blocks], starts: dict[tuple
     arm, size = study.arms[run.arm], run.corner.model
     validation, _ = evaluate(model, data["validation"], False)
     test, router = evaluate(model, data["test"], arm.experts is not None)
-    found, dense = (costs(study, key, size) for key in (run.arm, study.reference))
+    found, dense = (costs(study, key, size, run.corner.layers) for key in (run.arm, study.reference))
     return {
         "validation": round(sum(validation.values()) / len(validation), 5),
         "test": round(sum(test.values()) / len(test), 5),
         "parts": {domain: round(loss, 4) for domain, loss in test.items()},
         "hidden": dense_hidden(study, run.arm, size),
-        "steps": steps_of(study, run.arm, size, run.corner.steps),
+        "steps": steps_of(study, run.arm, run.corner),
         "weights": round(found.weights / dense.weights, 3),
         "parameters": round(found.parameters / dense.parameters, 3),
         "flops": round(found.flops / dense.flops, 3),

@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Records = Mapping[str, Mapping[str, Any]]  # a run's key -> its record
+LAYERS = 2  # of the model where a stage names no number of layers, and of the runs that choose a rate
 SIZES = ("neurons", "latent", "block_size")  # of an `MPOEConfig`: a fraction in quotes is of the model's size
 
 
 class Corner(NamedTuple):
-    """A size of the model and a length of training."""
+    """A size of the model, a length of training and the model's number of layers."""
 
     model: int
     steps: int
+    layers: int = LAYERS
 
     def __str__(self) -> str:
-        return f"{self.model}/{self.steps}"
+        text = f"{self.model}/{self.steps}"
+        return text if self.layers == LAYERS else f"{text}/{self.layers}"
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Arm:
         budget_of: an arm; as many steps as the whole model can train for its training FLOPs, with a schedule to zero.
         dense_until: the share of steps after which the dense model is converted, and the optimiser restarted.
         own_start: experts start from their own random weights instead of the dense network's.
+        known_rates: model's size in quotes -> the rate that an earlier study chose; the others are chosen by runs.
     """
 
     name: str
@@ -47,6 +51,11 @@ class Arm:
     budget_of: str | None = None
     dense_until: float = 0.25
     own_start: bool = False
+    known_rates: dict[str, float] | None = None
+
+    def known_rate(self, model: int) -> float | None:
+        """The rate that no run of this study has to choose."""
+        return (self.known_rates or {}).get(str(model))
 
     def fields(self, model: int) -> dict[str, Any]:
         """Fields of the `MPOEConfig` for a model's size."""
@@ -64,10 +73,11 @@ class Stage:
     model: int
     steps: int
     arms: tuple[str, ...]
+    layers: int = LAYERS
 
     @property
     def corner(self) -> Corner:
-        return Corner(self.model, self.steps)
+        return Corner(self.model, self.steps, self.layers)
 
 
 @dataclass(frozen=True)
@@ -76,11 +86,13 @@ class Comparison:
 
     Attributes:
         must_win: the study has succeeded only if ``arm`` is significantly better at each of these corners.
+        at_least: the mean gain that is enough, in nats per byte; it takes the place of the t-test.
     """
 
     arm: str
     beside: str
     must_win: bool = False
+    at_least: float | None = None
 
 
 class Run(NamedTuple):
@@ -139,7 +151,9 @@ class Study:
         return [(at, c) for c in self.comparisons for at, arms in corners.items() if {c.arm, c.beside} <= set(arms)]
 
     def candidates(self, model: int, arm: str) -> list[Run]:
-        """The runs that choose an arm's rate at a model's size."""
+        """The runs that choose an arm's rate at a model's size; none where it is known."""
+        if self.arms[arm].known_rate(model) is not None:
+            return []
         return [Run(Corner(model, self.rate_steps), arm, rate, self.seeds[0]) for rate in self.rates[model]]
 
 
@@ -223,7 +237,10 @@ def read_study(path: Path) -> Study:
         if name not in study.arms:
             raise ValueError(f"arms must be among {', '.join(study.arms)}; got {name!r}")
     for stage in study.stages:
-        if stage.model not in study.rates:
+        if stage.layers < 1:
+            raise ValueError(f"layers of a stage must be at least 1; got {stage.layers}")
+        chosen_by_runs = [arm for arm in stage.arms if study.arms[arm].known_rate(stage.model) is None]
+        if chosen_by_runs and stage.model not in study.rates:
             raise ValueError(f"rates must have candidates for the model's size {stage.model}; got {list(study.rates)}")
     return study
 

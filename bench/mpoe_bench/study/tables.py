@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from scipy.stats import t as student
 
-from mpoe_bench.study.plan import Comparison, Composition, Corner, Records, Run, Study, run_key
+from mpoe_bench.study.plan import LAYERS, Comparison, Composition, Corner, Records, Run, Study, run_key
 
 
 class Spread(NamedTuple):
@@ -45,7 +45,10 @@ def markdown(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> list[str]:
 
 
 def chosen_rate(study: Study, model: int, arm: str, records: Records) -> float | None:
-    """The candidate that is best on the validation split; ``None`` until every candidate has finished."""
+    """The known rate, or the candidate that is best on the validation split; ``None`` until every one has finished."""
+    known = study.arms[arm].known_rate(model)
+    if known is not None:
+        return known
     runs = study.candidates(model, arm)
     if any(run.key not in records for run in runs):
         return None
@@ -70,11 +73,15 @@ def gain(study: Study, corner: Corner, arm: str, beside: str, records: Records) 
     return Spread.of([other[seed]["test"] - own[seed]["test"] for seed in both]) if both else None
 
 
-def judged(found: Spread | None, study: Study) -> str:
+def judged(difference: Spread | None, study: Study, comparison: Comparison) -> str:
     """The verdict, or that seeds are missing."""
-    if found is None:
+    if difference is None:
         return "waits"
-    return found.verdict() if found.number == len(study.seeds) else "seeds are missing"
+    if difference.number < len(study.seeds):
+        return "seeds are missing"
+    if comparison.at_least is None:
+        return difference.verdict()
+    return "enough" if difference.mean >= comparison.at_least else "not enough"
 
 
 def success(study: Study, records: Records) -> str:
@@ -82,9 +89,9 @@ def success(study: Study, records: Records) -> str:
     needed: list[tuple[Corner, Comparison]] = [(at, one) for at, one in study.compared() if one.must_win]
     if not needed:
         return "No comparison was written down as one that must be won."
-    words = [judged(gain(study, at, one.arm, one.beside, records), study) for at, one in needed]
-    won = words.count("better")
-    lost = sum(word in ("worse", "not significant") for word in words)
+    words = [judged(gain(study, at, one.arm, one.beside, records), study, one) for at, one in needed]
+    won = sum(word in ("better", "enough") for word in words)
+    lost = sum(word in ("worse", "not significant", "not enough") for word in words)
     state = "has succeeded" if won == len(needed) else "has failed" if lost else "has no result yet"
     return f"The study {state}: of {len(needed)} comparisons that it must win, {won} are won and {lost} are not."
 
@@ -123,21 +130,28 @@ def of_corner(study: Study, corner: Corner, arms: Sequence[str], records: Record
             "-" if over is None else f"{over.text(sign=True)} ({over.verdict()})",
         )
         rows.append(cells)
-    return f"Model of size {corner.model}, {corner.steps:,} steps", "", header, rows
+    layers = "" if corner.layers == LAYERS else f", {corner.layers} layers"
+    return f"Model of size {corner.model}, {corner.steps:,} steps{layers}", "", header, rows
 
 
 def of_comparisons(study: Study, records: Records) -> Section:
     """Every comparison that was written down, and its result so far."""
-    rows, tests = [], study.compared()
-    for corner, one in tests:
-        found = gain(study, corner, one.arm, one.beside, records)
-        names = corner, study.arms[one.arm].name, study.arms[one.beside].name, "x" if one.must_win else ""
-        told = (found.number, found.text(sign=True)) if found else (0, "")
-        rows.append((*names, *told, judged(found, study)))
+    rows = []
+    compared = study.compared()
+    for corner, one in compared:
+        difference = gain(study, corner, one.arm, one.beside, records)
+        must_win = "x" if one.must_win else ""
+        names = corner, study.arms[one.arm].name, study.arms[one.beside].name, must_win
+        result = (difference.number, difference.text(sign=True)) if difference else (0, "")
+        rows.append((*names, *result, judged(difference, study, one)))
+    thresholds = [one.at_least for _, one in compared if one.at_least is not None]
+    tests = len(compared) - len(thresholds)
     words = (
-        f"{len(tests)} paired t-tests over seeds, at 95%: by chance alone, {0.05 * len(tests):.1f} of them would be"
+        f"{tests} paired t-tests over seeds, at 95%: by chance alone, {0.05 * tests:.1f} of them would be"
         " significant. *Must win*: the study succeeds only if all of these are better."
     )
+    if thresholds:
+        words += " *Enough*: the mean gain is at least what the study's file names."
     header = "corner", "arm", "beside", "must win", "seeds", "gain", ""
     return "Comparisons written down before the first run", words, header, rows
 

@@ -16,11 +16,12 @@ from typing import Any, ClassVar
 from mpoe.cli import models
 from mpoe.cli.command import Asked, CommandError, as_command, option
 from mpoe.config import MPOEConfig, RouterConfig
-from mpoe.data.mappings import read_mapping, read_utf8
+from mpoe.data.batches import read_batches
+from mpoe.data.mappings import read_mapping
 from mpoe.models import expert_mixture, lora_fit
 from mpoe.models.composition import compose, train_routers
 from mpoe.models.expert_files import load_expert, merge_expert
-from mpoe.models.expert_mixture import EXPERTS_FOLDER, NONE, batches, pieces
+from mpoe.models.expert_mixture import EXPERTS_FOLDER, NONE
 from mpoe.models.lora_fit import is_adapter
 from mpoe.models.table import CAUSAL
 
@@ -34,7 +35,11 @@ class ComposeOptions:
     """Options of `compose`."""
 
     output_dir: str | None = option(None, "folder of the mixture")
-    texts: list[str] = option([], "a text file of each one's domain, in order; experts' files do without", nargs="+")
+    texts: list[str] = option(
+        [],
+        "a file of each one's domain, read as mpoe train does; experts do without",
+        nargs="+",
+    )
     router: str = option("ridge", "in closed form; train: then trained alone, on texts", choices=["ridge", "train"])
     top_k: int | None = option(None, "experts per token; default 2 or the mixture's, of fine-tunes 1")
     add: str | None = option(None, "a mixture composed of experts, which gets these more")
@@ -101,8 +106,10 @@ def load_fine_tune(name: str, base: Any) -> Any:
 
 
 def _batches_of(file: str, tokenizer: Any, options: ComposeOptions, name: str) -> list[dict[str, Any]]:
-    text = read_utf8(f"{name}:", Path(file))
-    return batches(pieces(text, tokenizer, options.max_length, options.max_texts, f"{name}: {file}"))
+    try:
+        return read_batches(file, tokenizer, options.max_length, options.max_texts)
+    except ValueError as error:
+        raise CommandError(f"{name}: {error}") from error
 
 
 # ---------------------------------------------------------------------------------- fine-tunes

@@ -27,7 +27,7 @@ from mpoe.cli.models import REPORT_FILE, RESULTS_FILE, Source, publish_model, st
 from mpoe.cli.options import WIDER, ExpertOptions, RunOptions
 from mpoe.cli.settle import order_items, search_rate, set_intervals, settle_experts, settle_rate
 from mpoe.cli.tasks import DataOptions, model_of_experiment, read_descriptions, resolve
-from mpoe.data.encode import padding_collator
+from mpoe.data.encode import IGNORED_LABEL, padding_collator
 from mpoe.data.predict import is_classifier
 from mpoe.data.spec import TaskSpec
 from mpoe.data.task import Task
@@ -35,7 +35,7 @@ from mpoe.models import collect_statistics, convert_to_mpoe, load_layers, save_e
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.find import hidden_size_as_mixture, widened
 from mpoe.models.report import routed_layers, short_name, write_card
-from mpoe.models.table import ENCODER, SEQ2SEQ
+from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ
 from mpoe.training import MPOETrainingArguments, find_last_checkpoint, prepare_output_dir
 from mpoe.training.callbacks import LogLineCallback
 from mpoe.training.checkpoints import step_of
@@ -157,9 +157,8 @@ def run(plan: Plan) -> dict[str, Any]:
         settings["learning_rate_from"] = search_rate(trainer, items.dataset)
         settings["training"]["learning_rate"] = arguments.learning_rate
     first = arguments.process_index == 0
-    if first and source.style == SEQ2SEQ:
-        item = tasks[0].examples("train")[0]
-        print(f"first item of {tasks[0].name}: {item.source[:160]!r} -> {item.target[:160]!r}")
+    if first:
+        show_first_items(tasks, pools, tokenizer, source.style)
     with hold(folder) if first else contextlib.nullcontext():
         with arguments.main_process_first(desc="output folder"):
             if first:
@@ -177,6 +176,22 @@ def run(plan: Plan) -> dict[str, Any]:
         if plan.run.expert is not None and trainer.is_world_process_zero():
             save_trained(trainer, tokenizer, items, plan)
         return results
+
+
+SHOWN = 400  # characters of a first item
+
+
+def show_first_items(tasks: Sequence[Task], pools: Mapping[str, Sequence[Any]], tokenizer: Any, style: str) -> None:
+    """Print the first training item of every task as the model reads it, special tokens included."""
+    for task in tasks:
+        item = pools[task.name][0]
+        read = tokenizer.decode(item["input_ids"])[:SHOWN]
+        if style == SEQ2SEQ:
+            print(f"first item of {task.name}: {read!r} -> {tokenizer.decode(item['labels'])[:SHOWN]!r}")
+        elif style == CAUSAL:
+            counted = sum(label != IGNORED_LABEL for label in item["labels"])
+            kind = "block" if task.kind == "language_modeling" else "item"
+            print(f"first {kind} of {task.name}, {len(item['labels'])} tokens, the loss counts {counted}: {read!r}")
 
 
 def _check_folder(plan: Plan, settings: dict[str, Any] | None = None) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from mpoe.config.checks import check_integer
 from mpoe.data.task import Example
 
 IGNORED_LABEL = -100
+MOST_JOINED = 1 << 20  # characters of running text that are tokenised at once
 
 
 def padding_collator(tokenizer: Any, has_classes: bool = False) -> Any:
@@ -68,8 +69,9 @@ def encode_language_modeling(
 ) -> list[dict[str, list[int]]]:
     """Blocks of running text for a causal language model.
 
-    The texts are tokenised, joined with the end token between them, and cut into blocks of ``block_size`` tokens; the
-    incomplete block at the end is dropped. Labels equal the ids (the model shifts them).
+    The texts are tokenised, each with the end token after it, and cut into blocks of ``block_size`` tokens; the
+    incomplete block at the end is dropped. Examples that do not end, as the sections of a text file, have nothing
+    between them. Labels equal the ids (the model shifts them).
 
     Returns:
         dictionaries of lists, each [block_size]: ``input_ids``, ``attention_mask``, ``labels``.
@@ -80,11 +82,15 @@ def encode_language_modeling(
     check_integer("block_size", block_size, 2)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer must have an end token (eos_token); {type(tokenizer).__name__} has none")
-    plain = [text.source if isinstance(text, Example) else text for text in texts]
+    joined = list(_whole_texts(texts))
     stream: list[int] = []
     # The tokenizer's warning about its model_max_length does not apply to a stream.
-    for ids in tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"] if plain else []:
-        stream += [*ids, tokenizer.eos_token_id]
+    plain = [text for text, _ in joined]
+    encoded = tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"] if plain else []
+    for ids, (_, ends) in zip(encoded, joined, strict=True):
+        stream += ids
+        if ends:
+            stream.append(tokenizer.eos_token_id)
     if len(stream) < block_size:
         raise ValueError(
             f"texts must give at least one block of block_size={block_size} tokens; got {len(stream)} tokens "
@@ -92,6 +98,23 @@ def encode_language_modeling(
         )
     blocks = (stream[i : i + block_size] for i in range(0, len(stream) - block_size + 1, block_size))
     return [_item(block, list(block)) for block in blocks]
+
+
+def _whole_texts(texts: Iterable[str | Example]) -> Iterator[tuple[str, bool]]:
+    """Every text, and whether it ends. Examples that do not end are joined up to `MOST_JOINED` characters: a tokenizer
+    that saw them one by one would make other tokens at their edges."""
+    parts: list[str] = []
+    length = 0
+    for text in texts:
+        example = text if isinstance(text, Example) else Example(text)
+        parts.append(example.source)
+        length += len(example.source)
+        if example.ends or length >= MOST_JOINED:
+            yield "".join(parts), example.ends
+            parts = []
+            length = 0
+    if parts:
+        yield "".join(parts), False
 
 
 def encode_labels(

@@ -19,6 +19,12 @@ DEFAULT_METRICS = {
 MESSAGES = "messages"  # column of conversations: lists of {"role": ..., "content": ...}
 _COLUMN = re.compile(r"\{([^{}]+)\}")
 Cells = Mapping[str, Any]  # one row, by column
+
+
+class Section(dict[str, Any]):
+    """A row of a text file: a part of the text, which the next row goes on with."""
+
+
 _KINDS = (
     (str, "a text", ("name", "template", "label_column", "kind", "data_dir", "folder")),
     (bool, "true or false", ("hidden_test", "skip_malformed")),
@@ -141,6 +147,7 @@ class TaskSpec:
             ValueError: a missing column, a value that is neither text nor number, a label without a word, or messages
             that are no conversation.
         """
+        is_section = isinstance(cells, Section)
         if self.renamed_columns:
             cells = {**{self.renamed_columns.get(c, c): value for c, value in cells.items()}, **cells}
         if self.columns == (MESSAGES,):
@@ -166,8 +173,9 @@ class TaskSpec:
                 return None
             target = word
         asker = f"template of task {self.name}"
-        source = _COLUMN.sub(lambda match: read_cell(cells, match[1], where, asker), self.template)
-        return Example(source, target, number) if source.strip() else None
+        as_it_is = self.kind == "language_modeling"
+        source = _COLUMN.sub(lambda match: read_cell(cells, match[1], where, asker, as_it_is), self.template)
+        return Example(source, target, number, ends=not is_section) if source.strip() else None
 
     def _words(self) -> dict[str, str | None]:
         where = f"a label in label_words of task {self.name}"
@@ -201,8 +209,9 @@ def _conversation(cells: Cells, where: str) -> Example:
     return Example(source, texts[-1][1], messages=texts)
 
 
-def read_cell(cells: Cells, column: str, where: str, asker: str) -> str:
-    """Text of the cell in ``column``; ``choices.text.0`` is the first of the texts in the cell ``choices``.
+def read_cell(cells: Cells, column: str, where: str, asker: str, as_it_is: bool = False) -> str:
+    """Text of the cell in ``column``; ``choices.text.0`` is the first of the texts in the cell ``choices``. Without
+    blanks around it, unless it is read ``as_it_is``.
 
     Raises:
         ValueError: there is no such column (the message says what needs it), or it holds neither a text nor a number.
@@ -218,6 +227,8 @@ def read_cell(cells: Cells, column: str, where: str, asker: str) -> str:
                 f"{where}: column {column!r} is missing{hint(column, list(cells))}, which {asker} asks for; "
                 f"got {', '.join(cells) or 'no columns'}"
             )
+    if as_it_is and isinstance(value, str):
+        return value
     return cell_text(value, f"{where}: column {column!r}")
 
 

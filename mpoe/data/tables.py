@@ -18,13 +18,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mpoe.data.spec import Cells, HubData, TaskSpec
+from mpoe.data.spec import Cells, HubData, Section, TaskSpec
 from mpoe.data.task import SPLITS, Example, Task, hold_out, with_packages
 
 Table = Sequence[tuple[Cells, str]]  # rows, each with its place
 Tables = Mapping[str, Callable[[], Table]]  # split -> a function that reads it
 TEXT_COLUMN = "text"  # the only column of a text file
 TEXT_SUFFIXES = (".txt", ".raw", ".tokens")  # the last two are WikiText's: wiki.train.raw, wiki.train.tokens
+SECTION = 2000  # characters of a text file's rows, at least, unless the file is short
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", *TEXT_SUFFIXES)
 SPLIT_STEMS = {
     "train": "train",
@@ -77,17 +78,18 @@ def read_table(path: Path, column_names: Sequence[str] = (), skip_malformed: boo
 
     ``column_names`` names the columns of a csv or tsv file whose first line holds none of them. Blank lines are
     skipped, and with ``skip_malformed`` lines with too many or too few columns too (a warning counts them). A .tsv
-    file has no quoting (as in GLUE), a .csv file has. Rows of a text file are paragraphs, or lines where no line is
-    blank.
+    file has no quoting (as in GLUE), a .csv file has. A text file, and every file with another suffix, is read as it
+    is: its rows are sections, which together are the text (see `Section`).
 
     Raises:
         ValueError: a file that cannot be read or is empty, or a malformed line, which the message names.
     """
     try:
         opened: Any = gzip.open if path.suffix == ".gz" else open
-        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
-            if file_format(path) in TEXT_SUFFIXES:
-                rows = list(_paragraphs(path, file))
+        is_text = is_text_file(path)
+        with opened(path, "rt", encoding="utf-8-sig", newline=None if is_text else "") as file:
+            if is_text:
+                rows = list(_sections(path, file.read()))
             elif file_format(path).startswith(".json"):
                 rows = list(_json_rows(path, file))
             else:
@@ -101,11 +103,25 @@ def read_table(path: Path, column_names: Sequence[str] = (), skip_malformed: boo
     return rows
 
 
-def _paragraphs(path: Path, lines: Iterable[str]) -> Iterator[tuple[Cells, str]]:
-    text = "\n".join(line.strip() for line in lines).strip()
-    parts = text.split("\n\n") if "\n\n" in text else text.split("\n")
-    for number, part in enumerate(filter(None, map(str.strip, parts)), start=1):
-        yield {TEXT_COLUMN: " ".join(part.split("\n"))}, f"{path}, paragraph {number}"
+def is_text_file(path: Path) -> bool:
+    """Whether a file holds running text and no rows of columns."""
+    return file_format(path) in ("", *TEXT_SUFFIXES)
+
+
+def _sections(path: Path, text: str) -> Iterator[tuple[Cells, str]]:
+    """Parts of a text that are the text again when they are joined; they end with a line, if possible a blank one."""
+    least = min(SECTION, len(text) // 20)
+    number = 1
+    part = ""
+    for line in text.splitlines(keepends=True):
+        part += line
+        enough = least if line.isspace() else 2 * least
+        if len(part) >= enough and part.strip():
+            yield Section({TEXT_COLUMN: part}), f"{path}, section {number}"
+            number += 1
+            part = ""
+    if part.strip():
+        yield Section({TEXT_COLUMN: part}), f"{path}, section {number}"
 
 
 def _json_rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[Cells, str]]:

@@ -26,13 +26,14 @@ class Example:
     """One item. ``source``: the model's input (for language modelling: the whole text); ``target``: what it writes.
 
     ``number``: the exact number that a regression's target writes; ``messages``: for a conversation, (role, text) of
-    every message, of which ``target`` is the last.
+    every message, of which ``target`` is the last; ``ends``: of running text, False if the next item goes on with it.
     """
 
     source: str
     target: str = ""
     number: float | None = field(default=None, compare=False)
     messages: tuple[tuple[str, str], ...] = ()
+    ends: bool = field(default=True, compare=False)
 
 
 @dataclass(frozen=True)

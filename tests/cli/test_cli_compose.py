@@ -106,9 +106,10 @@ def test_a_trained_router(folder: Path) -> None:
 
 
 def test_a_base_of_few_positions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, pieces = load_stand_in("gpt2")[0], command.pieces
+    base, read = load_stand_in("gpt2")[0], command.read_batches
     base.config.n_positions = 64
-    monkeypatch.setattr(command, "pieces", lambda *given: pieces(*given) if given[2] == 64 else pytest.fail(str(given)))
+    same_length = lambda *given: read(*given) if given[2] == 64 else pytest.fail(str(given))  # noqa: E731
+    monkeypatch.setattr(command, "read_batches", same_length)
     monkeypatch.setattr(command.models, "load_model", lambda source: base)
     compose(folder, "{}/law.expert", "--output_dir", "{}/few", "--background", "{}/none.txt", "--max_texts", "4")
 
@@ -144,8 +145,11 @@ def test_one_more_and_one_fewer(folder: Path, capsys: pytest.CaptureFixture[str]
         ([BASE, "--output_dir", "{}/x", "--texts", "{}/none"], "texts: no such file"),
         ([BASE, "--output_dir", "{}/ft0", "--texts", "{}/t0.txt"], "holds a model; give --overwrite"),
         (["{}/ft9", "--output_dir", "{}/x", "--texts", "{}/t0.txt"], "no such folder"),
-        ([BASE, "--output_dir", "{}/x", "--texts", "{}/bad.txt"], "must be UTF-8 text"),
-        ([BASE, "--output_dir", "{}/x", "--texts", "{}/short.txt"], "must hold at least 128 tokens"),
+        ([BASE, "--output_dir", "{}/x", "--texts", "{}/bad.txt"], "texts: .*expected UTF-8 text"),
+        (
+            [BASE, "--output_dir", "{}/x", "--texts", "{}/short.txt"],
+            "short.txt: texts must give at least one block of block_size=128",
+        ),
         (["{}/odd", "--output_dir", "{}/x", "--texts", "{}/t0.txt"], "does not fit the base"),
         (["{}/law.expert", "--texts", "{}/none.txt", "{}/none.txt"], "texts must name a file for each of 1 experts"),
         (["{}/law.expert", "--router", "train"], "router train needs --texts for every expert"),

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mpoe.data import metrics as m
 from mpoe.data import tasks
+from mpoe.data.batches import read_batches
 from mpoe.data.embedded import EMBEDDED_TASKS
 from mpoe.data.encode import encode_language_modeling, encode_text_to_text, padding_collator
 from mpoe.data.metrics import METRICS
@@ -55,6 +56,24 @@ def test_language_modelling_blocks():
     assert blocks[0]["labels"] == blocks[0]["input_ids"]
     assert blocks[0]["labels"] is not blocks[0]["input_ids"]
     assert len(encode_language_modeling(["a b c a b c"], word_tokenizer(ends=False), 3)) == 2
+    sections = [Example("a ", ends=False), Example("b c a", ends=False), Example("b c", ends=False)]
+    assert [b["input_ids"] for b in encode_language_modeling(sections, word_tokenizer(), 2)] == [[A, B], [C, UNKNOWN]]
+    assert encode_language_modeling([*sections, Example("b")], word_tokenizer(), 6)[0]["input_ids"][-1] == END
+
+
+def test_files_are_read_as_training_reads_them(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"prompt": "a b", "response": "yes no"}\n{"prompt": "c", "response": "no"}\n')
+    (batch,) = read_batches(file, word_tokenizer(ends=False), 6, most=2)
+    assert batch["input_ids"].tolist() == [[A, B, YES, NO, END], [C, NO, END, PAD, PAD]]
+    assert batch["labels"].tolist() == [[-100, -100, YES, NO, END], [-100, NO, END, -100, -100]]
+    text = tmp_path / "notes.md"  # of no known suffix
+    text.write_text("a b\nc a\n" * 90)
+    batches = read_batches(text, word_tokenizer(), 4, most=9)
+    assert [len(batch["input_ids"]) for batch in batches] == [8, 1]
+    assert batches[0]["input_ids"][1].tolist() == [A, B, C, A]
+    file.write_text('{"sentence": "a", "label": 1}\n{"sentence": "b", "label": 0}\n')
+    refuses(ValueError, "or prompts with responses; got rows for classification", read_batches, file, None, 4, 1)
 
 
 def test_batches_are_padded_on_the_right_whatever_the_tokenizer_says():

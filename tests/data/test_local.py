@@ -88,18 +88,32 @@ def test_regression_is_rounded_to_fifths(tmp_path):
     assert regression_text(-0.3) == "-0.4"
 
 
-def paragraphs(path: Path, text: str) -> list[str]:
+def sections(path: Path, text: str) -> list[str]:
     return [cells["text"] for cells, _ in read_table(write(path, text))]
 
 
+def test_a_text_file_is_read_as_it_is(tmp_path):
+    assert sections(tmp_path / "lines.txt", "one\r\ntwo\n\n") == ["one\n", "two\n"]
+    code = "def f(x):\n    return x\n\n\n" * 2000
+    found = sections(tmp_path / "code.txt.gz", code)
+    assert "".join(found) == code
+    assert len(found) == 25  # of 2,000 characters, and on to the next blank line
+    assert all(part.endswith("\n\n") for part in found)
+    without_blank_lines = sections(tmp_path / "long.py", "x = 1\n" * 4000)
+    assert len(without_blank_lines) == 10  # of twice a twentieth
+    write(tmp_path / "lm" / "train.txt", f"first\n\n{code}")
+    task = load_task_from_folder(tmp_path / "lm")
+    assert not task.train()[0].ends
+    rows = load_task_from_folder(folder_of(tmp_path / "rows", [{"text": "  a\n"}, {"text": "b"}]))
+    assert [(example.source, example.ends) for example in rows.train()] == [("  a\n", True), ("b", True)]
+
+
 def test_text_files_are_language_modelling(tmp_path):
-    assert paragraphs(tmp_path / "lines.txt", "one\ntwo\n\n") == ["one", "two"]
-    assert paragraphs(tmp_path / "p.txt.gz", "one\nmore\n\n\ntwo\n") == ["one more", "two"]
     for split in ("train", "validation"):
         write(tmp_path / "lm" / f"{split}.txt.gz", "one\ntwo\n")
     task = load_task_from_folder(tmp_path / "lm")
     assert (task.kind, task.metrics) == ("language_modeling", ("perplexity",))
-    assert task.train() == (Example("one"), Example("two"))
+    assert task.train() == (Example("one\n"), Example("two\n"))
     refuses(ValueError, r"data_dir .*lm has no test split; use split_validation_test", task.test)
     refuses(ValueError, "no label column among text", load_task_from_folder, tmp_path / "lm", kind="regression")
     table = load_task_from_folder(folder_of(tmp_path / "t", ROWS), kind="language_modeling")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mpoe.data.tables import TEXT_COLUMN, find_files, read_table
+from mpoe.data.tables import TEXT_COLUMN, find_files, is_text_file, read_table
 from mpoe.data.tasks import get_task
 
 BLOCK = 128  # bytes
@@ -52,7 +52,7 @@ def domain_texts(folder: Path, domain: str, split: str) -> list[str]:
 
 
 def column_texts(folder: Path, name: str, columns: Sequence[str], split: str) -> list[str]:
-    """The cells of some columns of a data set's split.
+    """The cells of some columns of a data set's split; of a text file its lines.
 
     Raises:
         FileNotFoundError: the data folder lacks the data set.
@@ -60,7 +60,8 @@ def column_texts(folder: Path, name: str, columns: Sequence[str], split: str) ->
     file = find_files(folder / name).get(split) if (folder / name).is_dir() else None
     if file is None:
         raise FileNotFoundError(f"data_dir must hold {name}/{split}.*; {folder} does not")
-    return [str(cells[column]) for cells, _ in read_table(file) for column in columns]
+    texts = [str(cells[column]) for cells, _ in read_table(file) for column in columns]
+    return [line.strip() for line in "".join(texts).splitlines()] if is_text_file(file) else texts
 
 
 def cut(ids: Tensor, length: int) -> Tensor:

@@ -102,13 +102,12 @@ def planner_table(section: Mapping[str, Any]) -> TextTable:
 
 def target_table(lines: Sequence[Mapping[str, Any]]) -> TextTable:
     """Targets and whether they were reached."""
-    verdicts = {True: "yes", False: "NO", None: "-"}
     columns = {name: [str(line[name]) for line in lines] for name in ("what", "backend", "wanted")}
     for dtype in ("float32", "bfloat16"):
         columns[dtype] = [line["found"].get(dtype, line["found"].get("both", "-")) for line in lines]
-    columns["reached"] = [verdicts[line["reached"]] for line in lines]
-    judged = [line["reached"] for line in lines if line["reached"] is not None]
-    return TextTable(f"targets: {sum(judged)} of {len(judged)} reached", columns)
+    reached = [line["reached"] for line in lines]
+    columns["reached"] = ["yes" if holds else "NO" for holds in reached]
+    return TextTable(f"targets: {sum(reached)} of {len(reached)} reached", columns)
 
 
 def table_of(section: Mapping[str, Any]) -> TextTable:

@@ -59,8 +59,7 @@ def test_faster_than_a_peer_is_a_ratio_of_times() -> None:
     small = lines["paper_16, E=64 T=64, forward, against dense experts, loop", "auto"]
     assert small["found"] == {"float32": "2.50", "bfloat16": "2.44"}
     assert not small["reached"]
-    reported = lines["paper_64, E=64 T=64, forward, against dense experts, loop", "auto"]
-    assert (reported["wanted"], reported["reached"]) == ("reported", None)
+    assert not any("paper_64, E=64 T=64" in what for what, _ in lines)  # it has no target there
 
 
 def test_masked_and_memory() -> None:

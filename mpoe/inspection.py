@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mpoe.data.predict import token_losses
 from mpoe.layers.cores import MPOCores
-from mpoe.models.composition import Statistics, forced, router_weight, without
+from mpoe.models.composition import NONE, Statistics, forced, solve_routers, without
 from mpoe.models.report import routed_layers
 
 # ------------------------------------------------------------- which expert took which token
@@ -199,12 +199,16 @@ def composed_worth(mixture: Any, classes: Sequence[Statistics], batches: Sequenc
     own = token_losses(mixture, batches)
     with torch.inference_mode():
         loads = torch.stack([mixture(**batch).expert_load.sum(0) for batch in batches]).sum(0)
+    layers = [layer for layer, _ in routed_layers(mixture)]
+    routing = getattr(mixture.config, "mpoe_routing", None) or {}
     alone, removed = [], []
     for number in range(len(names)):
         with forced(mixture, number):
             alone.append(token_losses(mixture, batches))
-        others = [each for place, each in enumerate(classes) if place != number]
-        with without(mixture, number, {layer: router_weight(others, layer) for layer, _ in routed_layers(mixture)}):
+        others = [statistics for place, statistics in enumerate(classes) if place != number]
+        has_none = NONE in names and names[number] != NONE
+        routers = solve_routers(others, layers, none=has_none, **routing)
+        with without(mixture, number, routers):
             removed.append(float(token_losses(mixture, batches).mean()))
     return Worth(
         names,

@@ -19,15 +19,15 @@ from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.data.batches import read_batches
 from mpoe.data.mappings import read_mapping
 from mpoe.models import expert_mixture, lora_fit
-from mpoe.models.composition import compose, train_routers
+from mpoe.models.background import pooled_background
+from mpoe.models.composition import NONE, compose, train_routers
 from mpoe.models.expert_files import load_expert, merge_expert
-from mpoe.models.expert_mixture import EXPERTS_FOLDER, NONE
+from mpoe.models.expert_mixture import EXPERTS_FOLDER, default_top_k
 from mpoe.models.lora_fit import is_adapter
 from mpoe.models.table import CAUSAL
 
 USAGE = "mpoe compose BASE EXPERT ... --output_dir OUT [--flag value ...]"
 MOST = 1 + 128  # words: the base and its fine-tunes
-TOP_K = 2  # of experts; of fine-tunes 1
 
 
 @dataclasses.dataclass
@@ -41,10 +41,18 @@ class ComposeOptions:
         nargs="+",
     )
     router: str = option("ridge", "in closed form; train: then trained alone, on texts", choices=["ridge", "train"])
-    top_k: int | None = option(None, "experts per token; default 2 or the mixture's, of fine-tunes 1")
+    top_k: int | None = option(None, "experts per token; default all, at most 8; of fine-tunes 1")
     add: str | None = option(None, "a mixture composed of experts, which gets these more")
     remove: list[str] = option([], "names of experts of the mixture --add to leave out", nargs="+")
-    background: str | None = option(None, "of experts: a text of no domain; default: the mixture's, or Python's")
+    background: list[str] = option(
+        [],
+        "of experts: files of what must stay as it is, beside what the base itself says",
+        nargs="+",
+    )
+    preference: float | None = option(
+        None,
+        "of 'none', in units of a logit (0.7): more is quieter, less keeps more of each expert",
+    )
     neurons: int | None = option(None, "of experts fitted to LoRA adapters; default: as large as the adapter")
     merge: bool = option(False, "one dense network with all experts' neurons, equally weighted, and no router")
     max_texts: int = option(300, "pieces of each text file that are read")
@@ -65,7 +73,7 @@ def command(asked: Asked) -> None:
     for wrong, message in (_faults_of_experts if of_experts else _faults_of_fine_tunes)(names, options):
         if wrong:
             raise CommandError(message)
-    for kind, files in (("texts", options.texts), ("background", filter(None, [options.background]))):
+    for kind, files in (("texts", options.texts), ("background", options.background)):
         if absent := [file for file in files if not Path(file).is_file()]:
             raise CommandError(f"{kind}: no such file: {absent[0]}")
     if options.output_dir is None:
@@ -118,8 +126,9 @@ def _batches_of(file: str, tokenizer: Any, options: ComposeOptions, name: str) -
 def _faults_of_fine_tunes(names: Sequence[str], options: ComposeOptions) -> Iterator[tuple[object, str]]:
     """What must not be, and the message."""
     count, texts = len(names), len(options.texts)
-    others = options.add is not None or options.remove or options.merge or options.background is not None
-    yield others, "add, remove, merge and background are for experts' files; got fine-tunes"
+    wrong = options.add is not None or options.preference is not None or options.merge
+    message = "add, remove, merge, background and preference are for experts' files; got fine-tunes"
+    yield wrong or options.remove or options.background, message
     yield not names, f"compose needs a base and at least one expert: {USAGE}"
     yield texts != count, f"texts must name a file for each of {count} fine-tunes; got {texts}"
 
@@ -150,9 +159,13 @@ def _faults_of_experts(names: Sequence[str], options: ComposeOptions) -> Iterato
     yield adapters and not texts, f"adapters ({', '.join(adapters)}) are fitted on texts of their domain: give --texts"
     trained = options.router == "train" and (not texts or options.add is not None)
     yield trained, "router train needs --texts for every expert of the mixture, and no --add"
-    others = options.top_k is not None or options.background is not None or options.router == "train"
+    others = options.top_k is not None or options.background or options.router == "train"
+    others = others or options.preference is not None
     unused = options.merge and (others or (texts and not adapters))
-    yield unused, "merge makes one network without routers: no top_k, router, background, or texts but of adapters"
+    yield (
+        unused,
+        "merge makes one network without routers: no top_k, router, background, preference, or texts but of adapters",
+    )
     neurons = options.neurons
     wrong = neurons is not None and (neurons < 1 or not adapters)
     yield wrong, f"neurons must be at least 1, of experts fitted to adapters; got {neurons}"
@@ -177,7 +190,9 @@ def compose_files(
     """Compose or merge the experts ``names`` of ``base``; ``texts`` has batches for each of them, or nothing."""
     experts: list[Any] = []
     background: Any = None
-    top_k, none = TOP_K, True
+    top_k = options.top_k
+    none = True
+    preference = options.preference
     if options.add is not None:
         there, background = expert_mixture.experts_in(Path(options.add))
         known, none = [expert.name for expert in there], background is not None
@@ -185,7 +200,11 @@ def compose_files(
         if unknown:
             raise CommandError(f"remove must name experts of the mixture, {', '.join(known)}; got {unknown[0]}")
         experts = [expert for expert in there if expert.name not in options.remove]
-        top_k = MPOEConfig.from_dict(read_mapping(Path(options.add) / "config.json", "configuration")["mpoe"]).top_k
+        values = read_mapping(Path(options.add) / "config.json", "configuration")
+        if top_k is None and MPOEConfig.from_dict(values["mpoe"]).top_k != default_top_k(len(there) + none):
+            top_k = MPOEConfig.from_dict(values["mpoe"]).top_k
+        if preference is None:
+            preference = (values.get("mpoe_routing") or {}).get("preference")
     by_name: dict[str, Any] = {}
     for name, read in zip(names, texts or [None] * len(names), strict=True):
         experts.append(_fitted(base, name, read, tokenizer, options) if is_adapter(name) else load_expert(name))
@@ -196,15 +215,26 @@ def compose_files(
             pass
         print(f"saved to {out}: a dense {type(merged).__name__}, every expert at weight 1/{len(experts)}")
         return
-    if options.background is not None:
-        background = _batches_of(options.background, tokenizer, options, "background")
-    elif none and background is None:
-        background = expert_mixture.documentation_batches(base, tokenizer)
-    routed: dict[str, Any] = {"top_k": options.top_k or top_k, "none": none, "background": background}
-    mixture = expert_mixture.compose_experts(base, experts, tokenizer=tokenizer, texts=by_name, **routed)
+    parts: list[Any] = []
+    if none and (options.background or background is None):
+        print("background: what the base itself says is sampled, some thousand tokens", flush=True)
+        parts = expert_mixture.background_batches(base, tokenizer)
+        parts += [_batches_of(file, tokenizer, options, "background") for file in options.background]
+        background = pooled_background(base, parts)
+    mixture = expert_mixture.compose_experts(
+        base,
+        experts,
+        tokenizer=tokenizer,
+        texts=by_name,
+        top_k=top_k,
+        none=none,
+        background=background,
+        preference=preference,
+    )
     if options.router == "train":
-        train_routers(mixture, [*texts, routed["background"]], options.steps)
+        of_none = [batch for part in parts for batch in part]
+        train_routers(mixture, [*texts, of_none], options.steps)
     with models.model_folder(out, mixture, tokenizer) as staging:
         expert_mixture.keep_experts(mixture, staging)
-    others = f"tokens go to {routed['top_k']}" + f"; {NONE!r} adds 0" * none
+    others = f"tokens go to {mixture.mpoe_config.top_k}" + f"; {NONE!r} adds 0" * none
     print(f"saved to {out}: {', '.join(mixture.config.mpoe_experts)} ({others})")

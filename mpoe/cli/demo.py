@@ -27,7 +27,8 @@ from mpoe.data.embedded import DOMAINS, domain_text, load_documentation, load_st
 from mpoe.data.predict import token_losses
 from mpoe.inspection import Route, route_text
 from mpoe.models import collect_statistics, compose_experts, merge_expert, save_expert, start_expert
-from mpoe.models.expert_mixture import AT_ONCE, batches, keep_experts, pieces
+from mpoe.models.background import own_texts, pooled_background, token_batches
+from mpoe.models.expert_mixture import AT_ONCE, batches, documentation_batches, keep_experts, pieces
 from mpoe.training.run_lock import hold
 
 MODEL_FOLDER = "model"
@@ -156,7 +157,9 @@ def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
             f"{losses[name]['base']:.2f} -> {losses[name]['own']:.2f} nats per token"
         )
     losses[FOREIGN]["own"] = sum(always_on) / len(always_on)
-    mixture = compose_experts(base, files, tokenizer=tokenizer)
+    # Not the general text of the default background, which is a domain here.
+    said = [token_batches(own_texts(base, tokenizer)), documentation_batches(base, tokenizer)]
+    mixture = compose_experts(base, files, background=pooled_background(base, said), tokenizer=tokenizer)
     merged = merge_expert(base, files, weight=1 / len(files))
     for text in held_out:
         losses[text] |= {"composed": loss(mixture, text), "merged": loss(merged, text)}

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from mpoe.config.checks import check_integer, check_seed
 from mpoe.data.embedded import domain_text
@@ -32,22 +33,27 @@ def sample_tokens(model: Any, prompt: Tensor, new_tokens: int, seed: int) -> Ten
     """Continue ``prompt`` (int64 ``[N, P]``) at temperature 1 with all of the vocabulary, never ending early.
 
     Returns:
-        int64 ``[N, P + new_tokens]``, on the CPU; the same for a seed, without a change of torch's own generator.
+        int64 ``[N, P + new_tokens]``, on the CPU; the same for a seed, without a change of torch's own generators.
     """
     check_integer("new_tokens", new_tokens, 1)
-    generator = torch.Generator().manual_seed(check_seed("seed", seed))
-    ids = prompt
-    step_input = prompt.to(model.device)
-    cache = None
-    with evaluation_mode(model):
-        for _ in range(new_tokens):
-            out = model(input_ids=step_input, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            probabilities = out.logits[:, -1].float().softmax(-1).cpu()
-            following = torch.multinomial(probabilities, 1, generator=generator)
-            ids = torch.cat([ids, following], 1)
-            step_input = following.to(model.device)
-    return ids
+    check_seed("seed", seed)
+    devices = [model.device] if model.device.type == "cuda" else []
+    settings = GenerationConfig(
+        max_new_tokens=new_tokens,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+    )
+    models_own = model.generation_config
+    with torch.random.fork_rng(devices), evaluation_mode(model):
+        torch.manual_seed(seed)
+        model.generation_config = settings  # in place of the model's own, whose end token would end a sample
+        try:
+            ids = model.generate(prompt.to(model.device), attention_mask=torch.ones_like(prompt).to(model.device))
+        finally:
+            model.generation_config = models_own
+    return ids.cpu()
 
 
 def chat_opening(tokenizer: Any) -> list[int] | None:
@@ -67,7 +73,8 @@ def start_token(tokenizer: Any) -> int | None:
 
     A beginning that opens every turn of a chat starts no text, so the end counts then.
     """
-    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    begin = getattr(tokenizer, "bos_token_id", None)
+    end = getattr(tokenizer, "eos_token_id", None)
     if begin is None or getattr(tokenizer, "chat_template", None) is None:
         return end if begin is None else begin
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -104,7 +111,7 @@ def own_chats(
 def general_text(tokenizer: Any, pieces: int = GENERAL_PIECES, length: int = TEXT_LENGTH) -> Tensor:
     """The general text, int64 ``[pieces, length]`` or fewer: licences of installed packages."""
     text = domain_text("law", held_out=False)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer(text, verbose=False)["input_ids"]
     count = min(len(ids) // length, pieces)
     return torch.tensor(ids[: count * length]).view(count, length)
 
@@ -113,14 +120,19 @@ def background_parts(model: Any, tokenizer: Any, seed: int = 0) -> dict[str, Ten
     """What `collect_background` pools, by name: token ids ``[N, length]`` of ``texts``, ``chats`` and ``general``."""
     most = getattr(model.config, "max_position_embeddings", None) or TEXT_LENGTH + CHAT_LENGTH
     length = min(TEXT_LENGTH, most)
-    parts = {"texts": own_texts(model, tokenizer, seed, length=length)}
+    parts = {}
+    if start_token(tokenizer) is not None:
+        parts["texts"] = own_texts(model, tokenizer, seed, SAMPLES, length)
     opening = chat_opening(tokenizer)
     if opening is not None and len(opening) < most:
-        chats = own_chats(model, tokenizer, seed + 1, length=min(CHAT_LENGTH, most - len(opening)))
+        chats = own_chats(model, tokenizer, seed + 1, SAMPLES, min(CHAT_LENGTH, most - len(opening)))
         assert chats is not None
         parts["chats"] = chats
-    parts["general"] = general_text(tokenizer, length=length)
-    return {name: ids for name, ids in parts.items() if len(ids)}
+    general = general_text(tokenizer, GENERAL_PIECES, length)
+    if len(general):
+        check_tokens(model, general)
+        parts["general"] = general
+    return parts
 
 
 def pooled_background(model: Any, parts: Sequence[Iterable[Mapping[str, Tensor]]]) -> dict[str, Tensor]:
@@ -146,10 +158,16 @@ def collect_background(model: Any, tokenizer: Any, seed: int = 0) -> dict[str, T
         Tensors by name, see `mpoe.models.composition`.
 
     Raises:
-        TypeError, ValueError: as `own_texts` and `collect_statistics`.
+        TypeError, ValueError: as `collect_statistics`; a tokenizer that makes other tokens than the model has.
     """
     parts = background_parts(model, tokenizer, seed)
     return pooled_background(model, [token_batches(ids) for ids in parts.values()])
+
+
+def check_tokens(model: Any, ids: Tensor) -> None:
+    """Refuse tokens that the model does not have (ValueError)."""
+    if int(ids.max()) >= model.get_input_embeddings().num_embeddings:
+        raise ValueError("tokenizer must be the base's; it does not make the model's tokens of the packaged text")
 
 
 def token_batches(ids: Tensor) -> list[dict[str, Tensor]]:

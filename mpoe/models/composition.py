@@ -40,10 +40,14 @@ from mpoe.models.report import neuron_modules, routed_layers
 
 Batches = Sequence[Iterable[Mapping[str, Tensor]]]
 Statistics = Mapping[str, Tensor]
+NONE = "none"  # name of the expert that adds nothing
 PARTS = ("mean", "rest", "vectors", "values")
 SHARE = 0.1  # of an expert's bytes is what its statistics may have
 RANK = 512  # eigenvectors, at most, of statistics from texts at hand
 RIDGE = 1e-3  # relative to the mean square of a number of the router's input
+# Of composed experts' routers; chosen on validation texts of the study of quiet experts (bench/studies/quiet.md):
+LOGITS = 2.0  # sharpness times the number of classes: softer keeps more of many alike experts, and is less quiet
+PREFERENCE = 0.7  # of *none*, in units of a logit: a single expert keeps about 95% of its gain
 LEARNING_RATE = 1e-3
 
 
@@ -227,6 +231,32 @@ def router_weight(classes: Sequence[Statistics], layer: str, sharpness: float = 
     if preference:
         weight[-1] += preference * torch.linalg.solve(pooled, means[-1])
     return weight
+
+
+def solve_routers(
+    classes: Sequence[Statistics],
+    layers: Iterable[str],
+    *,
+    none: bool,
+    sharpness: float | None = None,
+    preference: float | None = None,
+) -> dict[str, Tensor]:
+    """The routers of several layers, see `router_weight`.
+
+    Args:
+        classes: statistics of the experts in order.
+        layers: names.
+        none: whether the last class is the background, which the expert *none* has.
+        sharpness: ``None`` = `LOGITS` / E, so that logits do not grow with the number of experts.
+        preference: of *none*; ``None`` = `PREFERENCE`.
+    """
+    if sharpness is None:
+        sharpness = LOGITS / len(classes)
+    if preference is None:
+        preference = PREFERENCE
+    if not none:
+        preference = 0.0
+    return {layer: router_weight(classes, layer, sharpness, preference) for layer in layers}
 
 
 def train_routers(mixture: Any, examples: Sequence[Iterable[Mapping[str, Tensor]]], steps: int) -> list[float]:

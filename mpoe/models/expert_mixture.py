@@ -14,7 +14,8 @@ from torch import Tensor
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.data.embedded import load_documentation
 from mpoe.data.mappings import read_mapping
-from mpoe.models.composition import RANK, Statistics, check_statistics, collect_statistics, router_weight
+from mpoe.models.background import background_parts, check_tokens, pooled_background, token_batches
+from mpoe.models.composition import NONE, RANK, Statistics, check_statistics, collect_statistics, solve_routers
 from mpoe.models.convert import convert_to_mpoe
 from mpoe.models.expert_files import (
     Expert,
@@ -27,10 +28,17 @@ from mpoe.models.expert_files import (
 from mpoe.models.report import neuron_modules
 from mpoe.models.weight_files import read_tensors, tensors_hash
 
-NONE = "none"  # name of the expert that adds nothing
 # In the folder of a mixture, next to the model: what it was composed of.
 EXPERTS_FOLDER, BACKGROUND_FILE = "experts", "background.safetensors"
 PIECES, LENGTH, AT_ONCE = 128, 128, 8  # of the packaged text: pieces, tokens of each, pieces of a batch
+
+
+MOST_PER_TOKEN = 8  # experts of a token where nobody says how many
+
+
+def default_top_k(experts: int) -> int:
+    """Experts of a token in a mixture of so many, *none* among them."""
+    return min(experts, MOST_PER_TOKEN)
 
 
 def pieces(text: str, tokenizer: Any, length: int, most: int, name: str) -> Tensor:
@@ -61,11 +69,23 @@ def documentation_batches(model: Any, tokenizer: Any) -> list[dict[str, Tensor]]
     length = min(LENGTH, getattr(model.config, "max_position_embeddings", None) or LENGTH)
     text = "\n\n".join(record.text for record in load_documentation("train")[::20])
     rows = pieces(text, tokenizer, length, PIECES, "the packaged text, in tokens of the base,")
-    if int(rows.max()) >= model.get_input_embeddings().num_embeddings:
-        raise ValueError("tokenizer must be the base's; it does not make the model's tokens of the packaged text")
+    check_tokens(model, rows)
     # Heads of encoders have other labels.
     names = ("input_ids", "labels") if model.config.is_encoder_decoder else ("input_ids",)
     return [dict.fromkeys(names, part) for part in rows.split(AT_ONCE)]
+
+
+def background_batches(base: Any, tokenizer: Any) -> list[list[dict[str, Tensor]]]:
+    """Batches of every text of the default background: what a causal model itself says and a general text
+    (`mpoe.models.background`); of other models Python's documentation.
+
+    Raises:
+        ValueError: as `documentation_batches`.
+    """
+    if not base.can_generate() or base.config.is_encoder_decoder:
+        return [documentation_batches(base, tokenizer)]
+    parts = background_parts(base, tokenizer)
+    return [token_batches(ids) for ids in parts.values()]
 
 
 def _checked(base: Any, experts: Any, tokenizer: Any, texts: Mapping[str, Any]) -> list[Expert]:
@@ -108,11 +128,13 @@ def compose_experts(
     base: Any,
     experts: Sequence[Any],
     *,
-    top_k: int = 2,
+    top_k: int | None = None,
     none: bool = True,
     background: Iterable[Mapping[str, Tensor]] | Statistics | None = None,
     tokenizer: Any = None,
     texts: Mapping[str, Iterable[Mapping[str, Tensor]]] | None = None,
+    sharpness: float | None = None,
+    preference: float | None = None,
 ) -> Any:
     """Combine experts of one base into a mixture whose routers are solved from the statistics in their files.
 
@@ -124,13 +146,15 @@ def compose_experts(
     Args:
         base: the dense model that all were trained beside; it is not changed.
         experts: `Expert`s or their files; smaller ones are padded with neurons that are 0.
-        top_k: experts of a token, *none* among them.
+        top_k: experts of a token, *none* among them; ``None`` = all, at most 8.
         none: have the expert *none*.
-        background: batches of a text of no domain (keyword arguments of the model), or statistics; ``None`` = the
-            documentation of Python, for which ``tokenizer`` is needed. Not used without *none*.
+        background: batches of a text of no domain (keyword arguments of the model), or statistics; ``None`` = see
+            `background_batches`, for which ``tokenizer`` is needed. Not used without *none*.
         tokenizer: of the base.
         texts: batches by expert's name, some thousand tokens each: the expert's statistics are then taken from them,
             with a covariance of up to 512 eigenvectors, in place of the sketch in its file.
+        sharpness, preference: how decided the routers are, and how much they prefer *none*: the dial between what
+            experts keep of their gains and what else stays as it is; see `solve_routers`.
 
     Returns:
         The mixture (``shape="neurons"``), in eval mode, with ``background_statistics``, its experts as ``composed_of``,
@@ -143,14 +167,18 @@ def compose_experts(
     """
     found = _checked(base, experts, tokenizer, texts or {})
     number = len(found) + bool(none)
-    routing = RouterConfig(top_k=top_k, routed_scaling_factor=1.0, balance_loss_weight=0.0)
+    routing = RouterConfig(
+        top_k=default_top_k(number) if top_k is None else top_k, routed_scaling_factor=1.0, balance_loss_weight=0.0
+    )
     neurons = max(expert.neurons for expert in found)
     config = MPOEConfig(num_experts=number, shape="neurons", neurons=neurons, router=routing)
     if none and not isinstance(background, Mapping):
         if background is None and tokenizer is None:
             raise ValueError("background must be batches or statistics, or tokenizer the base's; got neither")
-        batches = documentation_batches(base, tokenizer) if background is None else background
-        background = collect_statistics(start_expert(base, 1), batches, RANK)
+        if background is None:
+            background = pooled_background(base, background_batches(base, tokenizer))
+        else:
+            background = collect_statistics(start_expert(base, 1), background, RANK)
     mixture = convert_to_mpoe(base, config).eval()
     layers = neuron_modules(mixture)
     sizes = {name: layer.in_features for name, layer in layers.items()}
@@ -163,13 +191,15 @@ def compose_experts(
         check_statistics(background, sizes, "background")
         mixture.background_statistics = dict(background)
         classes.append(background)
+    routers = solve_routers(classes, layers, none=none, sharpness=sharpness, preference=preference)
     for name, layer in layers.items():
         for part, parameter in layer.experts.named_parameters():
             parameter.zero_()
             for place, expert in enumerate(found):
                 parameter[place, : expert.neurons] = expert.weights[f"{name}.{part}"].to(parameter)
         router: Any = layer.router
-        router.weight.copy_(router_weight(classes, name))
+        router.weight.copy_(routers[name])
+    mixture.config.mpoe_routing = {"sharpness": sharpness, "preference": preference}
     mixture.config.mpoe_experts = [expert.name for expert in found] + [NONE] * bool(none)
     mixture.composed_of = found
     return mixture

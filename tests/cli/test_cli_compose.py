@@ -33,8 +33,9 @@ SMALL = ["--max_texts", "4", "--max_length", "16"]
 
 @pytest.fixture(autouse=True)
 def _short_background(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the packaged text."""
-    monkeypatch.setattr("mpoe.models.expert_mixture.PIECES", 8)
+    """Few and short samples of the base."""
+    for name, value in {"SAMPLES": 2, "TEXT_LENGTH": 8, "CHAT_LENGTH": 8, "GENERAL_PIECES": 2}.items():
+        monkeypatch.setattr(f"mpoe.models.background.{name}", value)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,7 @@ def test_one_more_and_one_fewer(folder: Path, capsys: pytest.CaptureFixture[str]
     assert not same(folder / "two", folder / "three")
     three = load_mpoe(folder / "three")
     assert three.config.mpoe_experts == ["law", "med", "code", "none"]
-    assert (three.mpoe_config.num_experts, three.mpoe_config.neurons, three.mpoe_config.top_k) == (4, 10, 2)
+    assert (three.mpoe_config.num_experts, three.mpoe_config.neurons, three.mpoe_config.top_k) == (4, 10, 4)
     assert [expert.name for expert in experts_in(folder / "three")[0]] == ["law", "med", "code"]
 
 
@@ -166,7 +167,7 @@ def test_one_more_and_one_fewer(folder: Path, capsys: pytest.CaptureFixture[str]
         (["{}/law.expert", "--background", "{}/absent.txt", "--output_dir", "{}/x"], "background: no such file"),
         (["{}/law.expert", "--add", "{}/bad", "--output_dir", "{}/x"], "a mixture that was composed of experts"),
         (["{}/law.expert", "{}/law.expert", "--output_dir", "{}/x"], "'law' is there twice"),
-        (["{}/bad", "--background", "{}/none.txt"], "add, remove, merge and background are for experts' files"),
+        (["{}/bad", "--background", "{}/none.txt"], "add, remove, merge, background and preference are for"),
     ],
 )
 def test_refused(folder: Path, words: list[str], message: str) -> None:

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from mpoe import MPOEConfig, RouterConfig, compose
-from mpoe.models.composition import forced, router_weight, train_routers
+from mpoe.models.composition import (
+    LOGITS,
+    _second_moment,
+    forced,
+    pooled_statistics,
+    router_weight,
+    solve_routers,
+    train_routers,
+)
 from mpoe.models.report import routed_layers
 from tests.assertions import refuses
 
@@ -108,7 +116,30 @@ def test_a_router_is_the_discriminant_of_the_statistics():
     every += 1e-3 * every.trace() / 6 * torch.eye(6)
     means = torch.stack([x.mean(0) for x in rows])
     found = router_weight([statistics_of(x) for x in rows], "h")
-    torch.testing.assert_close(found, 9 * (means - means.mean(0)) @ every.inverse())
+    wanted = 9 * (means - means.mean(0)) @ every.inverse()
+    torch.testing.assert_close(found, wanted)
+
+
+def test_the_preferred_class_gets_as_much_more():
+    """Of a class whose tokens have little variance, every token gets ``preference`` more for the last class."""
+    rows = [(0.01 * torch.randn(50, 6) + torch.eye(6)[number]).double() for number in range(3)]
+    classes = [statistics_of(x) for x in rows]
+    routers = {
+        preference: solve_routers(classes, ["h"], none=True, preference=preference)["h"] for preference in (0.0, 2.0)
+    }
+    more = rows[2] @ (routers[2.0] - routers[0.0]).mT / 3  # one of three classes
+    torch.testing.assert_close(more, torch.tensor([0.0, 0.0, 2.0]).double().expand(50, 3), atol=0.1, rtol=0)
+    without_none = solve_routers(classes, ["h"], none=False, preference=2.0)["h"]
+    torch.testing.assert_close(without_none, router_weight(classes, "h", LOGITS / 3))
+
+
+def test_pooled_statistics_weigh_texts_alike():
+    """A long text counts as much as a short one: mean and second moment are the means over texts."""
+    rows = [(torch.randn(count, 6) + number).double() for number, count in enumerate((50, 400))]
+    pooled = pooled_statistics([statistics_of(x) for x in rows])
+    torch.testing.assert_close(pooled["h.mean"].double(), torch.stack([x.mean(0) for x in rows]).mean(0))
+    moment = torch.stack([x.mT @ x / len(x) for x in rows]).mean(0)
+    torch.testing.assert_close(_second_moment(pooled, "h"), moment, rtol=2e-3, atol=2e-3)  # vectors in 16 bits
 
 
 def test_a_mask_of_other_tokens_hides_none():

@@ -13,7 +13,7 @@ from mpoe import collect_statistics, compose_experts, load_expert, load_mpoe, me
 from mpoe.models import push_expert
 from mpoe.models.composition import _second_moment, check_statistics
 from mpoe.models.expert_files import base_identity
-from mpoe.models.expert_mixture import documentation_batches
+from mpoe.models.expert_mixture import background_batches, documentation_batches
 from mpoe.models.report import neuron_modules
 from tests.assertions import refuses
 
@@ -201,18 +201,17 @@ def test_without_none(domains: SimpleNamespace) -> None:
     assert loss(mixture, 0) < loss(domains.base, 0)
 
 
-def test_the_packaged_text_is_the_background(domains: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_decoders_background_is_the_packaged_text(monkeypatch: pytest.MonkeyPatch) -> None:
     shorten_documentation(monkeypatch)
-    mixture = compose_experts(domains.base, domains.files, tokenizer=tokenizer())
-    batches = documentation_batches(domains.base, tokenizer())
-    assert sum(each["input_ids"].numel() for each in batches) == 128 * 32  # its positions
-    own = collect_statistics(start_expert(domains.base, 1), batches, rank=32)
-    assert all(torch.equal(value, mixture.background_statistics[name]) for name, value in own.items())
-    t5 = documentation_batches(dense_model("t5"), tokenizer())[0]
-    assert t5["labels"] is t5["input_ids"]
-    assert batches[0].keys() == {"input_ids"}  # an encoder's head would have other labels
+    base = dense_model("t5")
+    batches = documentation_batches(base, tokenizer())
+    assert batches[0]["labels"] is batches[0]["input_ids"]
+    (part,) = background_batches(base, tokenizer())
+    assert torch.equal(part[0]["input_ids"], batches[0]["input_ids"])
+    encoder = documentation_batches(dense_model("bert"), tokenizer())[0]
+    assert encoder.keys() == {"input_ids"}  # an encoder's head would have other labels
     with pytest.raises(ValueError, match="it does not make the model's tokens"):
-        documentation_batches(domains.base, lambda text, verbose: {"input_ids": [VOCABULARY] * 100})
+        documentation_batches(base, lambda text, verbose: {"input_ids": [VOCABULARY] * 200})
 
 
 # ------------------------------------------------------------------ the hub

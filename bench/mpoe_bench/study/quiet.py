@@ -18,10 +18,10 @@ from peft.tuners.lora import ArrowConfig, create_arrow_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 
-from mpoe import compose
 from mpoe.config import RouterConfig
 from mpoe.models import collect_statistics, compose_experts, save_expert, start_expert
 from mpoe.models.background import background_parts, pooled_background, token_batches
+from mpoe.models.composition import compose
 from mpoe.models.report import routed_layers
 from mpoe_bench.study.arms import BETAS, train_steps
 from mpoe_bench.study.composed import PROMPTS, SAMPLED, adapters, batched, drawn, losses, mean, started, trained

@@ -1,0 +1,108 @@
+"""How quiet an expert is: what a model gains on a domain, and what it changes of what its base says by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpoe.data.predict import evaluation_mode, token_losses
+from mpoe.models.background import chat_opening, own_chats, own_texts
+
+HELD_OUT = 8  # samples of each kind, which no background has
+SEED = 1_000  # of these samples, far from those of backgrounds
+AT_ONCE = 4  # rows of a batch
+
+
+@dataclass(frozen=True)
+class OwnWords:
+    """Samples of a base that no background has.
+
+    Attributes:
+        texts: int64 ``[N, length]``, from the start token.
+        chats: int64 ``[N, length]``, questions and answers; ``None`` without a chat template.
+        opening: tokens of ``chats`` before the base's first own one.
+    """
+
+    texts: Tensor
+    chats: Tensor | None
+    opening: int
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a model does beside its base.
+
+    Attributes:
+        domain: loss on the domain's held-out texts, nats per token; ``None`` where there are none.
+        own_texts: loss on the base's own texts, nats per token.
+        answers: KL divergence from the base to the model on the base's own chats (its texts without a chat template),
+            nats per token.
+        same: share of these tokens for which both find the same token most probable.
+    """
+
+    domain: float | None
+    own_texts: float
+    answers: float
+    same: float
+
+
+def sample_own_words(base: Any, tokenizer: Any) -> OwnWords:
+    """Texts and chats of a causal model for `measure_change`; errors as `own_texts`."""
+    opening = chat_opening(tokenizer)
+    texts = own_texts(base, tokenizer, SEED, HELD_OUT)
+    chats = own_chats(base, tokenizer, SEED + 1, HELD_OUT)
+    return OwnWords(texts, chats, len(opening or ()))
+
+
+def mean_loss(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> float:
+    """Nats per token that ``labels`` name."""
+    with evaluation_mode(model):
+        return float(token_losses(model, batches).double().mean())
+
+
+@torch.inference_mode()
+def measure_change(
+    base: Any,
+    models: Mapping[str, Any],
+    own: OwnWords,
+    domain: Sequence[Mapping[str, Tensor]] | None = None,
+) -> dict[str, Change]:
+    """What each of several models changes, and the base itself under the name ``base``.
+
+    Args:
+        base: the dense model.
+        models: by name.
+        own: see `sample_own_words`.
+        domain: batches of held-out texts with ``labels``, or ``None``.
+    """
+    compared = {"base": base, **models}
+    chats, opening = own.texts, 1
+    if own.chats is not None:
+        chats, opening = own.chats, own.opening
+    divergence = dict.fromkeys(compared, 0.0)
+    same = dict.fromkeys(compared, 0)
+    count = 0
+    changes: dict[str, Change] = {}
+    for rows in chats.split(AT_ONCE):
+        ids = rows.to(base.device)
+        with evaluation_mode(base):
+            before = base(input_ids=ids).logits[:, opening - 1 : -1].float().log_softmax(-1)
+        count += before[..., 0].numel()
+        for name, model in compared.items():
+            with evaluation_mode(model):
+                after = model(input_ids=ids).logits[:, opening - 1 : -1].float().log_softmax(-1)
+            divergence[name] += float((before.exp() * (before - after)).sum())
+            same[name] += int((before.argmax(-1) == after.argmax(-1)).sum())
+    own_texts_batches = [{"input_ids": rows, "labels": rows} for rows in own.texts.split(AT_ONCE)]
+    for name, model in compared.items():
+        changes[name] = Change(
+            domain=mean_loss(model, domain) if domain else None,
+            own_texts=mean_loss(model, own_texts_batches),
+            answers=divergence[name] / count,
+            same=same[name] / count,
+        )
+    return changes

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from mpoe.cli import models
 from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.cli.quiet import background_beside, show_composition
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.data.batches import read_batches
 from mpoe.data.mappings import read_mapping
@@ -216,8 +217,10 @@ def compose_files(
         print(f"saved to {out}: a dense {type(merged).__name__}, every expert at weight 1/{len(experts)}")
         return
     parts: list[Any] = []
-    if none and (options.background or background is None):
-        print("background: what the base itself says is sampled, some thousand tokens", flush=True)
+    if none and background is None and not options.background and options.router != "train":
+        background = background_beside(base, [Path(name).parent for name in names])
+    if none and (background is None or options.background):
+        print("background: sampling what the base itself says ...", flush=True)
         parts = expert_mixture.background_batches(base, tokenizer)
         parts += [_batches_of(file, tokenizer, options, "background") for file in options.background]
         background = pooled_background(base, parts)
@@ -238,3 +241,4 @@ def compose_files(
         expert_mixture.keep_experts(mixture, staging)
     others = f"tokens go to {mixture.mpoe_config.top_k}" + f"; {NONE!r} adds 0" * none
     print(f"saved to {out}: {', '.join(mixture.config.mpoe_experts)} ({others})")
+    show_composition(base, tokenizer, mixture, experts)

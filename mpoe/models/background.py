@@ -7,18 +7,24 @@ licences of a few installed packages, is pooled in. Nothing of a user's is neede
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
 from mpoe.config.checks import check_integer, check_seed
 from mpoe.data.embedded import domain_text
 from mpoe.data.predict import evaluation_mode
-from mpoe.models.composition import RANK, collect_statistics, pooled_statistics
-from mpoe.models.expert_files import start_expert
+from mpoe.models.composition import RANK, check_statistics, collect_statistics, pooled_statistics
+from mpoe.models.expert_files import base_identity, places_for_neurons, start_expert
+from mpoe.models.weight_files import declared_shapes
 
 SAMPLES = 32  # of the model's own texts, and of its own chats
 TEXT_LENGTH = 128  # tokens of a text, the start token among them
@@ -83,8 +89,9 @@ def start_token(tokenizer: Any) -> int | None:
     return end if opens_turns and end is not None else begin
 
 
-def own_texts(model: Any, tokenizer: Any, seed: int = 0, samples: int = SAMPLES, length: int = TEXT_LENGTH) -> Tensor:
-    """Texts that a causal model writes from its start token, int64 ``[samples, length]``.
+def own_texts(model: Any, tokenizer: Any, seed: int = 0, samples: int | None = None) -> Tensor:
+    """Texts that a causal model writes from its start token, int64 ``[samples, length]``: 32 of 128 tokens, or as long
+    as the model can read.
 
     Raises:
         ValueError: a tokenizer without a start or an end token.
@@ -92,45 +99,54 @@ def own_texts(model: Any, tokenizer: Any, seed: int = 0, samples: int = SAMPLES,
     start = start_token(tokenizer)
     if start is None:
         raise ValueError("tokenizer must have a token that begins or ends a text; it has neither")
-    prompt = torch.full((samples, 1), start)
-    return sample_tokens(model, prompt, length - 1, seed)
+    prompt = torch.full((samples or SAMPLES, 1), start)
+    return sample_tokens(model, prompt, _most_tokens(model, TEXT_LENGTH) - 1, seed)
 
 
-def own_chats(
-    model: Any, tokenizer: Any, seed: int = 0, samples: int = SAMPLES, length: int = CHAT_LENGTH
-) -> Tensor | None:
-    """Chats that a causal model writes from the beginning of a user's turn, int64 ``[samples, opening + length]``;
-    ``None`` if the tokenizer has no chat template."""
+def own_chats(model: Any, tokenizer: Any, seed: int = 0, samples: int | None = None) -> Tensor | None:
+    """Chats that a causal model writes from the beginning of a user's turn, int64 ``[samples, length]``: 32 of 160 new
+    tokens; ``None`` if the tokenizer has no chat template, or if the model is too short for one."""
     opening = chat_opening(tokenizer)
     if opening is None:
         return None
-    prompt = torch.tensor([opening]).repeat(samples, 1)
-    return sample_tokens(model, prompt, length, seed)
+    new_tokens = _most_tokens(model, len(opening) + CHAT_LENGTH) - len(opening)
+    if new_tokens < 1:
+        return None
+    prompt = torch.tensor([opening]).repeat(samples or SAMPLES, 1)
+    return sample_tokens(model, prompt, new_tokens, seed)
 
 
-def general_text(tokenizer: Any, pieces: int = GENERAL_PIECES, length: int = TEXT_LENGTH) -> Tensor:
-    """The general text, int64 ``[pieces, length]`` or fewer: licences of installed packages."""
+def _most_tokens(model: Any, wanted: int) -> int:
+    """As many as wanted, or as the model has positions."""
+    return min(wanted, getattr(model.config, "max_position_embeddings", None) or wanted)
+
+
+def general_text(model: Any, tokenizer: Any) -> Tensor:
+    """The general text, int64 ``[N, length]``: licences of installed packages, 128 pieces of 128 tokens at most.
+
+    Raises:
+        ValueError: a tokenizer that makes other tokens than the model has.
+    """
+    length = _most_tokens(model, TEXT_LENGTH)
     text = domain_text("law", held_out=False)
     ids = tokenizer(text, verbose=False)["input_ids"]
-    count = min(len(ids) // length, pieces)
-    return torch.tensor(ids[: count * length]).view(count, length)
+    count = min(len(ids) // length, GENERAL_PIECES)
+    pieces = torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
+    check_tokens(model, pieces)
+    return pieces
 
 
 def background_parts(model: Any, tokenizer: Any, seed: int = 0) -> dict[str, Tensor]:
-    """What `collect_background` pools, by name: token ids ``[N, length]`` of ``texts``, ``chats`` and ``general``."""
-    most = getattr(model.config, "max_position_embeddings", None) or TEXT_LENGTH + CHAT_LENGTH
-    length = min(TEXT_LENGTH, most)
+    """What `collect_background` pools, by name: token ids ``[N, length]`` of ``texts``, ``chats`` and ``general``, as
+    far as there are some."""
     parts = {}
     if start_token(tokenizer) is not None:
-        parts["texts"] = own_texts(model, tokenizer, seed, SAMPLES, length)
-    opening = chat_opening(tokenizer)
-    if opening is not None and len(opening) < most:
-        chats = own_chats(model, tokenizer, seed + 1, SAMPLES, min(CHAT_LENGTH, most - len(opening)))
-        assert chats is not None
+        parts["texts"] = own_texts(model, tokenizer, seed)
+    chats = own_chats(model, tokenizer, seed + 1)
+    if chats is not None:
         parts["chats"] = chats
-    general = general_text(tokenizer, GENERAL_PIECES, length)
+    general = general_text(model, tokenizer)
     if len(general):
-        check_tokens(model, general)
         parts["general"] = general
     return parts
 
@@ -166,10 +182,36 @@ def collect_background(model: Any, tokenizer: Any, seed: int = 0) -> dict[str, T
 
 def check_tokens(model: Any, ids: Tensor) -> None:
     """Refuse tokens that the model does not have (ValueError)."""
-    if int(ids.max()) >= model.get_input_embeddings().num_embeddings:
+    if ids.numel() and int(ids.max()) >= model.get_input_embeddings().num_embeddings:
         raise ValueError("tokenizer must be the base's; it does not make the model's tokens of the packaged text")
 
 
 def token_batches(ids: Tensor) -> list[dict[str, Tensor]]:
     """Token ids ``[N, length]`` as batches of a few rows."""
     return [{"input_ids": rows} for rows in ids.split(AT_ONCE)]
+
+
+def save_background(statistics: Mapping[str, Tensor], base: Any, file: Path) -> None:
+    """Write the statistics of a background, as a whole or not at all, with the identity of their base."""
+    tensors = {name: value.contiguous() for name, value in statistics.items()}
+    with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=file.parent) as aside:
+        staged = Path(aside) / file.name
+        save_file(tensors, staged, metadata={"base": base_identity(base)})
+        os.replace(staged, file)
+
+
+def load_background(file: Path, base: Any) -> dict[str, Tensor]:
+    """Read what `save_background` wrote.
+
+    Raises:
+        ValueError: a file that cannot be read, or of another base.
+    """
+    declared_shapes([file])
+    with safe_open(file, framework="pt") as source:
+        metadata = source.metadata() or {}
+        statistics = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118
+    if metadata.get("base") != base_identity(base):
+        raise ValueError(f"background must be of this base; {file} is of another one")
+    sizes = {site.place: site.weight("up").shape[0] for site in places_for_neurons(base)}
+    check_statistics(statistics, sizes, f"background {file}")
+    return statistics

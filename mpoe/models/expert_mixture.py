@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.data.embedded import load_documentation
 from mpoe.data.mappings import read_mapping
-from mpoe.models.background import background_parts, check_tokens, pooled_background, token_batches
+from mpoe.models.background import background_parts, check_tokens, pooled_background, save_background, token_batches
 from mpoe.models.composition import NONE, RANK, Statistics, check_statistics, collect_statistics, solve_routers
 from mpoe.models.convert import convert_to_mpoe
 from mpoe.models.expert_files import (
@@ -211,7 +210,7 @@ def keep_experts(mixture: Any, folder: Path) -> None:
     for expert in mixture.composed_of:
         write_expert(expert, folder / EXPERTS_FOLDER / f"{expert.name}.expert")
     if mixture.background_statistics is not None:
-        save_file(mixture.background_statistics, folder / BACKGROUND_FILE)
+        save_background(mixture.background_statistics, mixture, folder / BACKGROUND_FILE)
 
 
 def experts_in(folder: Path) -> tuple[list[Expert], dict[str, Tensor] | None]:

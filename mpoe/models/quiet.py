@@ -52,10 +52,10 @@ class Change:
 
 def sample_own_words(base: Any, tokenizer: Any) -> OwnWords:
     """Texts and chats of a causal model for `measure_change`; errors as `own_texts`."""
-    opening = chat_opening(tokenizer)
     texts = own_texts(base, tokenizer, SEED, HELD_OUT)
     chats = own_chats(base, tokenizer, SEED + 1, HELD_OUT)
-    return OwnWords(texts, chats, len(opening or ()))
+    opening = chat_opening(tokenizer) or []
+    return OwnWords(texts, chats, len(opening))
 
 
 def mean_loss(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> float:

@@ -18,7 +18,9 @@ from mpoe.cli import compose as command
 from mpoe.cli import train
 from mpoe.cli.command import CommandError
 from mpoe.cli.main import run
+from mpoe.cli.quiet import made_background
 from mpoe.data.embedded import load_stand_in, stand_in_path
+from mpoe.models.background import save_background
 from mpoe.models.expert_files import base_identity, vocabulary_identity, write_expert
 from mpoe.models.expert_mixture import experts_in
 from mpoe.models.report import neuron_modules
@@ -36,6 +38,7 @@ def _short_background(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few and short samples of the base."""
     for name, value in {"SAMPLES": 2, "TEXT_LENGTH": 8, "CHAT_LENGTH": 8, "GENERAL_PIECES": 2}.items():
         monkeypatch.setattr(f"mpoe.models.background.{name}", value)
+    monkeypatch.setattr("mpoe.models.quiet.HELD_OUT", 2)
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +139,30 @@ def test_one_more_and_one_fewer(folder: Path, capsys: pytest.CaptureFixture[str]
     assert [expert.name for expert in experts_in(folder / "three")[0]] == ["law", "med", "code"]
 
 
+def test_the_background_beside_an_expert_is_taken(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, tokenizer = load_stand_in("gpt2")
+    beside = folder / "beside"
+    beside.mkdir()
+    shutil.copy(folder / "law.expert", beside)
+    background = made_background(base, tokenizer, beside)
+    compose(folder, "{}/beside/law.expert", "--output_dir", "{}/with_it")
+    printed = capsys.readouterr().out
+    assert printed.count("sampling") == 1, "the background was made again"
+    assert "What the base itself says" in printed
+    _, of_mixture = experts_in(folder / "with_it")
+    assert all(torch.equal(value, of_mixture[name]) for name, value in background.items())
+    changed = copy.deepcopy(base)
+    changed.transformer.h[0].mlp.c_fc.weight.data += 1
+    save_background(background, changed, beside / "background.safetensors")
+    compose(folder, "{}/beside/law.expert", "--output_dir", "{}/not_it")
+    printed = capsys.readouterr().out
+    assert "not used: background must be of this base" in printed
+    assert "sampling" in printed
+    compose(folder, "--add", "{}/with_it", "--preference", "5", "--output_dir", "{}/quieter")
+    assert load_mpoe(folder / "quieter").config.mpoe_routing["preference"] == 5
+    assert not same(folder / "with_it", folder / "quieter")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -167,6 +194,7 @@ def test_one_more_and_one_fewer(folder: Path, capsys: pytest.CaptureFixture[str]
         (["{}/law.expert", "--background", "{}/absent.txt", "--output_dir", "{}/x"], "background: no such file"),
         (["{}/law.expert", "--add", "{}/bad", "--output_dir", "{}/x"], "a mixture that was composed of experts"),
         (["{}/law.expert", "{}/law.expert", "--output_dir", "{}/x"], "'law' is there twice"),
+        (["{}/bad", "--preference", "1"], "add, remove, merge, background and preference are for"),
         (["{}/bad", "--background", "{}/none.txt"], "add, remove, merge, background and preference are for"),
     ],
 )

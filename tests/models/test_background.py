@@ -111,8 +111,7 @@ def test_a_model_without_a_start_token_has_the_general_text(model_and_tokenizer)
 
 def test_tokens_that_the_model_lacks(model_and_tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = model_and_tokenizer
-    foreign = torch.full((1, 4), model.config.vocab_size)
-    monkeypatch.setattr(background, "general_text", lambda *_, **__: foreign)
+    monkeypatch.setattr(model.get_input_embeddings(), "num_embeddings", 5)
     with pytest.raises(ValueError, match="tokenizer must be the base's"):
         collect_background(model, tokenizer)
 

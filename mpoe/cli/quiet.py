@@ -1,0 +1,107 @@
+"""What an expert changes beside its base: the background kept beside experts, and the tables of `mpoe train --expert`
+and `mpoe compose`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mpoe.cli.report import Table
+from mpoe.models.background import collect_background, load_background, save_background, start_token
+from mpoe.models.expert_files import Expert
+from mpoe.models.expert_mixture import BACKGROUND_FILE, compose_experts
+from mpoe.models.quiet import Change, measure_change, sample_own_words
+
+HEADER = ("", "the domain", "the base's own texts", "KL on its own answers", "first choice equal")
+WORDS = (
+    "Loss in nats per token on held-out texts of the domain and on texts that the base writes by itself; on the base's "
+    "own answers the KL divergence from it in nats per token, and how often the most probable token is the base's."
+)
+
+
+def speaks(base: Any, tokenizer: Any) -> bool:
+    """Whether a model can say something by itself, of which a background can be made."""
+    is_causal = base.can_generate() and not base.config.is_encoder_decoder
+    return is_causal and start_token(tokenizer) is not None
+
+
+def background_beside(base: Any, folders: Iterable[Path]) -> dict[str, Tensor] | None:
+    """The background that one of the folders keeps for this base; ``None`` if none does."""
+    for folder in folders:
+        file = folder / BACKGROUND_FILE
+        if not file.is_file():
+            continue
+        try:
+            return load_background(file, base)
+        except ValueError as error:
+            print(f"not used: {error}")
+    return None
+
+
+def made_background(base: Any, tokenizer: Any, folder: Path) -> dict[str, Tensor]:
+    """The background that a folder keeps for this base, made now if it does not."""
+    known = background_beside(base, [folder])
+    if known is not None:
+        return known
+    print("background: sampling what the base itself says, once for all experts of this base ...", flush=True)
+    begun = time.perf_counter()
+    background = collect_background(base, tokenizer)
+    save_background(background, base, folder / BACKGROUND_FILE)
+    print(f"background: {folder / BACKGROUND_FILE}, in {time.perf_counter() - begun:.0f} s")
+    return background
+
+
+def changes_of_expert(
+    base: Any,
+    tokenizer: Any,
+    always_on: Any,
+    expert: Expert,
+    held_out: Sequence[Mapping[str, Tensor]],
+    background: Mapping[str, Tensor],
+) -> dict[str, Change]:
+    """What an expert changes: the base, the expert always on, and composed with *none*."""
+    mixture = compose_experts(base, [expert], background=background)
+    compared = {"expert, always on": always_on, "quiet expert": mixture}
+    return measure_change(base, compared, sample_own_words(base, tokenizer), held_out)
+
+
+def facts_of_changes(changes: Mapping[str, Change]) -> dict[str, Any]:
+    """For the file of an expert: losses on its held-out texts, without these."""
+    losses = {name: change.domain for name, change in changes.items()}
+    return {"held_out": losses}
+
+
+def kept(losses: Mapping[str, float | None]) -> float | None:
+    """The share of an expert's own gain that is left when it is quiet, of the losses in its file."""
+    base, alone, quiet = (losses.get(name) for name in ("base", "expert, always on", "quiet expert"))
+    if base is None or alone is None or quiet is None or alone >= base:
+        return None
+    return (base - quiet) / (base - alone)
+
+
+def table_of_changes(title: str, changes: Mapping[str, Change]) -> Table:
+    """A row for each model."""
+    rows = []
+    for name, change in changes.items():
+        domain = "" if change.domain is None else f"{change.domain:.3f}"
+        rows.append([name, domain, f"{change.own_texts:.3f}", f"{change.answers:.4f}", f"{change.same:.1%}"])
+    return Table(HEADER, rows, title, WORDS)
+
+
+def show_composition(base: Any, tokenizer: Any, mixture: Any, experts: Sequence[Expert]) -> None:
+    """Print what the files of the experts say of their gains, and what the mixture changes of the base's own words."""
+    for expert in experts:
+        losses = expert.facts["training"].get("held_out")
+        share = kept(losses) if isinstance(losses, dict) else None
+        if share is not None:
+            print(
+                f"{expert.name}: held-out loss {losses['base']:.3f} of the base, {losses['expert, always on']:.3f} "
+                f"of the expert; composed with 'none' alone it kept {share:.0%} of the difference"
+            )
+    if speaks(base, tokenizer):
+        changes = measure_change(base, {"mixture": mixture}, sample_own_words(base, tokenizer))
+        table_of_changes("What the base itself says", changes).show()

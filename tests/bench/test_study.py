@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mpoe_bench.study import arms, composed, tables, texts
+from mpoe_bench.study import arms, composed, quiet, tables, texts
 from mpoe_bench.study.__main__ import main, open_study, records_in
 from mpoe_bench.study.arms import (
     costs,
@@ -21,12 +21,14 @@ from mpoe_bench.study.arms import (
     steps_of,
 )
 from mpoe_bench.study.plan import Arm, Corner, Run, read_study
+from mpoe_bench.study.quiet_tables import criteria
 from mpoe_bench.study.tables import Spread, chosen_rate, gain, success
 from mpoe_bench.study.texts import batches, byte_blocks, domain_texts, read_blocks
 from scipy.stats import ttest_1samp
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mpoe.data.embedded import load_stand_in
+from mpoe.models import background
 
 NEURONS = Path(__file__).resolve().parents[2] / "bench" / "studies" / "neurons.toml"
 DEPTH = NEURONS.with_name("depth.toml")
@@ -359,37 +361,55 @@ def test_success_of_composed_experts() -> None:
     assert not any(told for _, told, _ in lines)
 
 
-@pytest.fixture
-def tiny_composition(tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Words of a command: two domains and two tenants, on a Llama of two layers."""
-    for module in (texts, composed):
-        monkeypatch.setattr(module, "LENGTH", 16)
-    for name, value in (("PIECES", 4), ("REQUESTS", 1)):
-        monkeypatch.setattr(texts, name, value)
-    monkeypatch.setattr(composed, "PROMPTS", composed.PROMPTS[:1])
+SMALLER = {
+    "steps = 40": "steps = 2",
+    "[10, 20]": "[1]",
+    "[0, 1, 2]": "[0, 1]",
+    '["novels", "messages", "reviews", "usage examples"]': '["messages", "reviews"]',
+    "neurons = 59": "neurons = 4",
+    "rank = 16": "rank = 2",
+}
+
+
+def tiny_study(folder: Path, data: Path, plan: Path, smaller: dict[str, str]) -> list[str]:
+    """Words of a command: a plan of fewer things, on a Llama of two layers."""
     tokenizer = load_stand_in("gpt2")[1]
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **sizes)
-    for part in (LlamaForCausalLM(config), tokenizer):
-        part.save_pretrained(tmp_path / "base")
-    plan = COMPOSED.read_text()
-    for old, new in (
-        ("steps = 40", "steps = 2"),
-        ("[10, 20, 80]", "[1]"),
-        ("[0.003, 0.006, 0.012]", "[0.003]"),
-        ("[0, 1, 2]", "[0, 1]"),
-        ('["novels", "messages", "reviews", "usage examples"]', '["messages", "reviews"]'),
-        ('["numpy", "sympy", "matplotlib", "torch", "transformers", "sklearn"]', '["jinja2", "safetensors"]'),
-        ("neurons = 59", "neurons = 4"),
-        ("rank = 16", "rank = 2"),
-    ):
-        assert old in plan
-        plan = plan.replace(old, new)
-    (tmp_path / "tiny.toml").write_text(plan)
-    folders = {"model": tmp_path / "base", "data_dir": tiny_data, "work_dir": tmp_path / "experts"}
-    return [str(tmp_path / "tiny.toml"), *(word for name, at in folders.items() for word in (f"--{name}", str(at)))]
+    LlamaForCausalLM(config).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    text = plan.read_text()
+    for old, new in (SMALLER | smaller).items():
+        assert old in text, f"{plan.name} lacks {old}"
+        text = text.replace(old, new)
+    (folder / "tiny.toml").write_text(text)
+    words = [str(folder / "tiny.toml"), "--model", str(folder / "base"), "--data_dir", str(data)]
+    return [*words, "--work_dir", str(folder / "experts")]
+
+
+@pytest.fixture
+def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (texts, composed):
+        monkeypatch.setattr(module, "LENGTH", 16)
+    monkeypatch.setattr(texts, "PIECES", 4)
+    monkeypatch.setattr(texts, "REQUESTS", 1)
+    monkeypatch.setattr(composed, "PROMPTS", composed.PROMPTS[:1])
+    monkeypatch.setattr(quiet, "PROMPTS", composed.PROMPTS[:1])
+    monkeypatch.setattr(quiet, "MORE_PROMPTS", quiet.MORE_PROMPTS[:1])
+    monkeypatch.setattr(quiet, "ANSWER_TOKENS", 4)
+    for name, value in {"SAMPLES": 4, "TEXT_LENGTH": 16, "CHAT_LENGTH": 16, "GENERAL_PIECES": 4}.items():
+        monkeypatch.setattr(background, name, value)
+
+
+@pytest.fixture
+def tiny_composition(tmp_path: Path, tiny_data: Path, short_texts: None) -> list[str]:
+    smaller = {
+        "[0.003, 0.006, 0.012]": "[0.003]",
+        '["numpy", "sympy", "matplotlib", "torch", "transformers", "sklearn"]': '["jinja2", "safetensors"]',
+    }
+    return tiny_study(tmp_path, tiny_data, COMPOSED, smaller)
 
 
 @pytest.mark.slow
@@ -401,3 +421,65 @@ def test_a_study_of_composed_experts_from_its_first_run_to_its_table(tiny_compos
     table = file.with_suffix(".md").read_text()
     assert table.count("| waits |") <= 1  # two lengths may have no gain in common
     assert "| 4 | " in table
+
+
+QUIET = NEURONS.with_name("quiet.toml")
+
+
+def test_runs_and_success_of_quiet_experts() -> None:
+    study = open_study(QUIET)
+    plan = study.plan
+    waiting = study.waiting({})
+    assert waiting[:4] == ["base", "neurons novels 40 0.012 0", "lora novels 40 0.003 0", "quiet novels 0"]
+    assert waiting[-1] == "tenants 10", "what needs replay's rate must wait"
+    texts_of = [*plan.domains, *(f"{domain}, all" for domain in plan.domains), *plan.probes]
+
+    def record(loss: float, answers: float = 0.0) -> dict[str, float]:
+        return dict.fromkeys(texts_of, loss) | {"answers": answers, "same": 1.0, "prefix": 1.0, "objective": loss}
+
+    records = {key: record(3.0) for key in waiting if key.startswith(("neurons", "lora", "replay"))}
+    records["base"] = record(4.0)
+    for rate, loss in zip(plan.replay_rates, (3.0, 2.0, 2.5), strict=True):
+        for domain in plan.domains:
+            records[f"replay {domain} 20 {rate:g} 0"] = record(loss)
+    assert plan.replay_rate(records) == plan.replay_rates[1]
+    assert "replay reviews 40 0.003 2" in study.waiting(records)
+    holding = record(3.05, answers=0.004) | dict.fromkeys(plan.probes, 4.01)
+    for domain in plan.domains:
+        others = {other: 4.02 for other in plan.domains if other != domain}
+        records[f"quiet {domain} 0"] = holding | others
+    verdicts = {what: holds for what, _, holds in criteria(plan, records)}
+    of_one = [holds for what, holds in verdicts.items() if what.startswith("one")]
+    assert of_one == ["yes"] * 6
+    assert verdicts["four experts: share of their own gains"] == ""
+    records["quiet novels 0"] = holding | {"messages": 4.2, "novels, all": 3.9}
+    verdicts = {what: holds for what, _, holds in criteria(plan, records)}
+    assert verdicts["one: worst other domain"] == "**no**"
+    assert verdicts["one expert: share of its own gain"] == "**no**"
+    records["mixture 0"] = record(3.04, answers=0.01)
+    records["rivals"] = {"Arrow, top 1": record(3.1), "mean of LoRAs": record(3.3), "cpu_seconds": 1}
+    records["tenants 10"] = {"mixture": record(3.0), "numpy": [4.0, 3.0, 3.05], "torch": [4.0, 3.0, 3.15]}
+    verdicts = {what: holds for what, _, holds in criteria(plan, records)}
+    assert verdicts["four: nats ahead of Arrow, top 1"] == "**no**"
+    assert verdicts["four: nats ahead of mean of LoRAs"] == "yes"
+    assert verdicts["10 tenants: share of their own gains"] == "**no**"
+    assert "| quiet experts, seed 0 |" in study.table(records)
+
+
+@pytest.mark.slow
+def test_a_study_of_quiet_experts_from_its_first_run_to_its_table(
+    tmp_path: Path, tiny_data: Path, short_texts: None
+) -> None:
+    with QUIET.open() as file:
+        tenants = next(line.partition("  #")[0] for line in file if line.startswith("tenants"))
+    smaller = {
+        tenants: 'tenants = ["jinja2", "safetensors"]',
+        'probes = ["headers", "ratings", "descriptions"]': 'probes = ["headers", "descriptions"]',
+        "[0.0015, 0.003, 0.006]": "[0.003]",
+    }
+    words = tiny_study(tmp_path, tiny_data, QUIET, smaller)
+    study_file = Path(words[0])
+    assert main(words) == 0
+    records = records_in(study_file.with_suffix(".json"))
+    assert not open_study(study_file).waiting(records)
+    assert "| waits |" not in study_file.with_suffix(".md").read_text()

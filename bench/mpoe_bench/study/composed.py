@@ -210,8 +210,9 @@ class ComposedStudy:
         return compose_experts(self.base, [some], background=batched(self.texts.background)).background_statistics
 
     def composed(self, parts: Sequence[Any], **options: Any) -> Any:
-        """The mixture of experts or their files."""
-        return compose_experts(self.base, parts, **{"background": self.background, **options})
+        """The mixture of experts or their files, with the routers that were the default then."""
+        settings: dict[str, Any] = {"top_k": 2, "sharpness": 3.0, "preference": 0.0}
+        return compose_experts(self.base, parts, **{"background": self.background, **settings, **options})
 
     def mixture(self, records: Records, seed: int) -> Any:
         """Of a seed's files."""

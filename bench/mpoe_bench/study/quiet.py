@@ -364,7 +364,7 @@ class QuietStudy:
         for name, how in (("TIES of LoRAs", "ties_svd"), ("DARE of LoRAs", "dare_ties_svd")):
             best = min((merged(how, weight, 0.5) for weight in (0.3, 0.6, 1.0)), key=validation)
             found[name] = self.tests(best, domains)
-        for top_k in (1, 2, 4):
+        for top_k in sorted({1, 2, len(files)}):
             best = min((arrow(top_k, temperature) for temperature in (0.3, 1.0, 3.0)), key=validation)
             found[f"Arrow, top {top_k}"] = self.tests(best, domains)
         found["mean hidden states"] = self.tests(self.mean_hidden_states(files), domains)

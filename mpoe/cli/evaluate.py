@@ -137,7 +137,7 @@ class EvaluateOptions:
 
     split: str = option("test", "train, validation or test")
     batch_size: int = option(128, "items per batch", "per_device_eval_batch_size")
-    data_seed: int | None = option(None, "seed of subsets and of split_validation_test; default: that of the run, or 0")
+    data_seed: int | None = option(None, "of subsets and of split_validation_test; default: the run's data_seed, or 0")
     load_experiment: str | None = option(None, "folder of a run, for MODEL_DIR: its model or last checkpoint")
     output_file: str | None = option(None, "also write the scores here, as JSON")
 

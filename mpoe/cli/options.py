@@ -35,6 +35,7 @@ class RunOptions:
         choices=list(BASELINES),
     )
     expert: str | None = option(None, "train one expert of --neurons beside the frozen model; saved as NAME.expert too")
+    save_base: bool = option(False, "of --expert: save the base with it too, in output_dir and its checkpoints")
     find_rate: bool = option(False, "search for the learning rate first: 30 steps with each of three to five")
     overwrite: bool = option(False, "replace the run in output_dir")
     resume: bool = option(False, "continue the run in output_dir at its last checkpoint")

@@ -15,9 +15,9 @@ from mpoe.cli.command import CommandError
 from mpoe.cli.models import Source
 from mpoe.cli.options import DENSE, SWITCH, WIDER
 from mpoe.config import MPOEConfig
-from mpoe.config.shapes import SEPARABLE
+from mpoe.config.shapes import NEURONS, SEPARABLE
 from mpoe.data.task import multitask_batches
-from mpoe.models.table import TABLE
+from mpoe.models.table import CAUSAL, SEQ2SEQ, TABLE, TYPE_PREFIX
 from mpoe.training import MPOETrainingArguments, rates
 from mpoe.training.output_dir import read_record
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mpoe.cli.train import Plan
 
 _OF_CORES = {"tensor_learn", "train_AT_index", "update_mpo_layer"}  # training options that only MPO cores have
+_EXPERT_OF = {CAUSAL: rates.EXPERT, SEQ2SEQ: NEURONS}  # style of the base -> kind of layers, for its learning rate
 MOST_ITEMS = 200_000_000  # per run; their order is drawn beforehand and kept in memory
 
 
@@ -71,21 +72,32 @@ def settle_rate(plan: Plan, source: Source, config: MPOEConfig | None) -> str:
     if "training" in record:  # else another program's run, whose settings are refused later
         arguments.learning_rate = float(record["training"]["learning_rate"])
         return str(record.get("learning_rate_from", "as the run began"))
+    kind = rates.kind_of(config) if plan.run.expert is None else _EXPERT_OF[source.style]
     try:
         values = AutoConfig.from_pretrained(source.path)
     except Exception as error:  # Transformers has no common exception for invalid values
         raise CommandError(f"model: the configuration of {source.path} cannot be read: {error}") from error
     if source.is_mpoe:
         config = MPOEConfig.from_dict(values.mpoe)
+        kind = rates.kind_of(config)
     elif plan.run.baseline == WIDER:
-        config = None
-    rate, reason = rates.recommended_rate(
-        source.model_type, int(values.hidden_size), arguments.regime, rates.kind_of(config)
-    )
+        kind = rates.kind_of(None)
+    rate, reason = rates.recommended_rate(source.model_type, int(values.hidden_size), arguments.regime, kind)
     arguments.learning_rate, why = rate, f"what to start from with {reason}"
     if arguments.process_index == 0 and not plan.run.find_rate:
         print(f"learning_rate {rate:g}: {why} (--learning_rate or --find_rate)")
     return why
+
+
+def warn_of_rate(plan: Plan, source: Source) -> None:
+    """Say, before anything else, if no learning rate is known of the model's family and none is looked for."""
+    arguments = plan.arguments
+    chosen = "learning_rate" in plan.given or plan.run.find_rate or plan.run.resume
+    kind = _EXPERT_OF[source.style] if plan.run.expert is not None else ""
+    if chosen or arguments.process_index or rates.is_known(source.model_type, arguments.regime, kind):
+        return
+    family = source.model_type.removeprefix(TYPE_PREFIX)
+    print(f"no learning rate is known of {family}: --find_rate searches for one, 30 steps with each of three to five")
 
 
 def search_rate(trainer: Any, items: Any) -> str:

@@ -221,7 +221,8 @@ def data_of_run(
     if taken:
         print("as in training: " + ", ".join(f"{name} {value}" for name, value in taken.items()))
     training = run.get("training", {})
-    seed = training.get("seed", 0) if training.get("data_seed") is None else training["data_seed"]
+    of_earlier = training.get("seed", 0) if training.get("data_seed") is None else training["data_seed"]
+    seed = run.get("drawn_by", of_earlier)
     data = dataclasses.replace(data, **taken) if taken else data
     described = None if "task_file" in flags else run.get("described")
     specs = {name: TaskSpec.from_mapping(name, values) for name, values in (described or {}).items()}

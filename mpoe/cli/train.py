@@ -17,21 +17,29 @@ from typing import Any
 
 import torch
 import transformers
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 
 from mpoe.cli import models
 from mpoe.cli.command import Asked, CommandError, as_command
 from mpoe.cli.compare import mixture_of, read_run, write_report
 from mpoe.cli.evaluate import encode_task, evaluate_tasks, show_scores
+from mpoe.cli.expert import limit_measuring, losses_beside_base, save_trained, settle_expert, show_losses
 from mpoe.cli.models import REPORT_FILE, RESULTS_FILE, Source, publish_model, staging_folder, write_json
 from mpoe.cli.options import WIDER, ExpertOptions, RunOptions
-from mpoe.cli.settle import order_items, search_rate, set_intervals, settle_experts, settle_rate
+from mpoe.cli.settle import (
+    order_items,
+    search_rate,
+    set_intervals,
+    settle_experts,
+    settle_rate,
+    warn_of_rate,
+)
 from mpoe.cli.tasks import DataOptions, model_of_experiment, read_descriptions, resolve
 from mpoe.data.encode import IGNORED_LABEL, padding_collator
 from mpoe.data.predict import is_classifier
 from mpoe.data.spec import TaskSpec
 from mpoe.data.task import Task
-from mpoe.models import collect_statistics, convert_to_mpoe, load_layers, save_expert
+from mpoe.models import convert_to_mpoe, load_layers
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.find import hidden_size_as_mixture, widened
 from mpoe.models.report import routed_layers, short_name, write_card
@@ -54,6 +62,8 @@ FIRST = {
     "shape": "hidden, neurons, separable, paper, light: what the experts own (hidden)",
     "baseline": "dense, wider or switch: what the mixture is compared with",
     "expert": "train one expert as a file, NAME.expert, for mpoe compose",
+    "neurons": "its size: hidden neurons beside every network (64)",
+    "save_base": "keep a copy of the base beside the expert",
     "adapter": "train experts and routers alone",
     "max_steps": "optimizer steps",
     "num_train_epochs": "or passes over the data (3)",
@@ -125,7 +135,10 @@ def run(plan: Plan) -> dict[str, Any]:
         start = model_of_experiment(plan.run.load_experiment)
     source = models.find(start)
     if plan.run.expert is not None:
-        _settle_expert(plan, source)
+        settle_expert(plan, source)
+    elif plan.run.save_base:
+        raise CommandError("save_base is for --expert; other runs save the whole model")
+    warn_of_rate(plan, source)
     config = settle_experts(plan, source)
     if folder.exists() and Path(source.path).is_dir() and folder.samefile(source.path):
         raise CommandError(f"output_dir must be another folder than the model's; got {folder} for both")
@@ -136,7 +149,9 @@ def run(plan: Plan) -> dict[str, Any]:
         )
     data_seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     described = read_descriptions(data.task_file)
-    find_tasks = partial(resolve, options=data, style=source.style, data_seed=data_seed, described=described)
+    # Not by the run's seed: mpoe evaluate draws the same items for every run, and for the base.
+    drawn_by = 0 if arguments.data_seed is None else arguments.data_seed
+    find_tasks = partial(resolve, options=data, style=source.style, data_seed=drawn_by, described=described)
     tasks = find_tasks(data.tasks)
     eval_tasks = find_tasks(data.eval_tasks) if data.eval_tasks else tasks
     tokenizer = models.load_tokenizer(source)
@@ -146,8 +161,13 @@ def run(plan: Plan) -> dict[str, Any]:
     validation = {task.name: encode(task, "validation") for task in eval_tasks}
     items, per_epoch = order_items(pools, arguments, data.temperature, data_seed)
     set_intervals(arguments, per_epoch, plan.given)
+    statistics_of = None
+    if plan.run.expert is not None:
+        chosen = limit_measuring(arguments, validation, len(items), plan.given)
+        statistics_of = Subset(items.dataset, items.indices[:chosen])
     rate_from = settle_rate(plan, source, config)
     settings = {**settings_of(plan, described), "command": plan.command, "learning_rate_from": rate_from}
+    settings["drawn_by"] = drawn_by
     _check_folder(plan, settings)
     trainer = make_trainer(_prepare_model(source, config, plan, labels), tokenizer, items, validation, arguments)
     if plan.run.print_num_parameters and trainer.is_world_process_zero():
@@ -172,9 +192,10 @@ def run(plan: Plan) -> dict[str, Any]:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds = time.perf_counter() - begun
         spent = seconds, trainer.state.global_step - (step_of(checkpoint) if checkpoint else 0)
-        results = finish(trainer, tokenizer, eval_tasks, plan, start, spent, _sizes(pools, items.indices, validation))
-        if plan.run.expert is not None and trainer.is_world_process_zero():
-            save_trained(trainer, tokenizer, items, plan)
+        sizes = _sizes(pools, items.indices, validation)
+        results = finish(trainer, tokenizer, eval_tasks, plan, start, spent, sizes)
+        if statistics_of is not None and trainer.is_world_process_zero():
+            save_trained(trainer, tokenizer, statistics_of, plan, sizes, seconds)
         return results
 
 
@@ -198,19 +219,6 @@ def _check_folder(plan: Plan, settings: dict[str, Any] | None = None) -> None:
     """Refuse a folder with another run or nothing to resume; with ``settings``, also a run with other settings."""
     if plan.arguments.process_index == 0:  # a slower process may check after the first one has claimed the folder
         check_output_dir(plan.arguments.output_dir, plan.run.overwrite, plan.run.resume, settings)
-
-
-def _settle_expert(plan: Plan, source: Source) -> None:
-    """Set what a run with --expert needs: one expert of neurons, everything else frozen."""
-    name = plan.run.expert
-    if not name or Path(name).name != name:
-        raise CommandError(f"expert must be a name, which the file has too; got {name!r}")
-    mixtures = set(plan.mixture_options) - {"neurons", "backend"}
-    if mixtures:
-        raise CommandError(f"expert trains one expert beside the model; {min(mixtures)} is for mixtures")
-    if source.is_mpoe or source.style == ENCODER:
-        raise CommandError(f"expert needs a dense language model that stays as it is; {source.path} is or gets another")
-    plan.experts.moe_type, plan.experts.shape, plan.arguments.adapter = "none", "neurons", True
 
 
 def _prepare_model(source: Source, config: Any, plan: Plan, labels: Sequence[str] | None) -> Any:
@@ -300,9 +308,6 @@ def going_on(folder: Path, command: str) -> Iterator[None]:
         raise KeyboardInterrupt(f"go on {where} with {shlex.join([*words, '--resume'])}") from None
 
 
-ITEMS, AT_ONCE = 512, 8  # training items that the statistics of an expert's router come from, and of one batch
-
-
 def finish(
     trainer: Any, tokenizer: Any, tasks: Sequence[Task], plan: Plan, start: str, spent: Any, sizes: dict[str, Any]
 ) -> dict[str, Any]:
@@ -317,13 +322,17 @@ def finish(
     """
     arguments, model, folder = plan.arguments, trainer.model, Path(str(plan.arguments.output_dir))
     seconds, done = spent
-    trainer.save_model(str(staging_folder(folder)))  # every process takes part in it
-    if arguments.should_save:
-        tokenizer.save_pretrained(staging_folder(folder))
-        publish_model(folder)
+    is_expert = plan.run.expert is not None
+    if not is_expert or plan.run.save_base:
+        trainer.save_model(str(staging_folder(folder)))  # every process takes part in it
+        if arguments.should_save:
+            tokenizer.save_pretrained(staging_folder(folder))
+            publish_model(folder)
+    found = losses_beside_base(trainer, sizes) if is_expert else {}
     if not trainer.is_world_process_zero():
         return {}
-    found = evaluate_tasks(model, tokenizer, tasks, "validation", arguments.per_device_eval_batch_size * 4)
+    if not is_expert:
+        found = evaluate_tasks(model, tokenizer, tasks, "validation", arguments.per_device_eval_batch_size * 4)
     steps = trainer.state.global_step
     report = getattr(model, "parameter_report", None)
     versions = {"mpoe": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
@@ -351,8 +360,9 @@ def finish(
     if isinstance(model, MPOEModelMixin):
         write_card(model, folder, {f"validation, {task}": values for task, values in found["scores"].items()})
     write_report(folder / REPORT_FILE, [read_run(str(folder))])
-    show_scores(found, f"validation after {steps} steps")
-    print(f"model, metrics.jsonl, {RESULTS_FILE} and {REPORT_FILE} are in {folder}")
+    (show_losses if is_expert else show_scores)(found, f"validation after {steps} steps")
+    model_too = "" if is_expert and not plan.run.save_base else "model, "
+    print(f"{model_too}metrics.jsonl, {RESULTS_FILE} and {REPORT_FILE} are in {folder}")
     return results
 
 
@@ -375,14 +385,3 @@ def measured(options: RunOptions, seconds: float, steps: int, items: int) -> dic
         report["memory"] = {"device": device, "peak_bytes": peak}
         print(f"most memory used ({device}): {'unknown' if peak is None else f'{peak / 2**20:.0f} MiB'}")
     return report
-
-
-def save_trained(trainer: Any, tokenizer: Any, items: Subset[Any], plan: Plan) -> None:
-    """Write the expert of a finished run, with statistics of the first items in the order of training, of all tasks."""
-    first = Subset(items.dataset, items.indices[:ITEMS])
-    statistics = collect_statistics(trainer.model, DataLoader(first, AT_ONCE, collate_fn=trainer.data_collator))
-    facts = {"steps": trainer.state.global_step, "learning_rate": plan.arguments.learning_rate}
-    facts["tasks"] = plan.data.tasks
-    file = Path(str(plan.arguments.output_dir)) / f"{plan.run.expert}.expert"
-    save_expert(trainer.model, file, statistics=statistics, tokenizer=tokenizer, training=facts)
-    print(f"the expert alone is {file} (mpoe compose)")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -184,6 +185,7 @@ class NeuronFeedForward(KeptFeedForward):
 
     shape = "neurons"
     dense_class: type[nn.Module] | None = None
+    adds_experts = True  # False: computes what the dense network does (`without_experts`)
 
     def __init__(
         self, *sizes: Any, adds_input: bool = False, dropout: float = 0.0, output_dropout: float = 0.0, **options: Any
@@ -235,6 +237,8 @@ class NeuronFeedForward(KeptFeedForward):
 
     def _added(self, hidden_states: Tensor, token_mask: Tensor | None, like: Tensor) -> Tensor:
         """The experts' results for tokens ``[..., I]``, in the dtype of ``like``."""
+        if not self.adds_experts:
+            return torch.zeros_like(like)
         x, token_mask = self.tokens(hidden_states, token_mask)
         if self.skips_ops(NeuronExperts) and not is_recorded():
             found: Tensor | None = self.experts.routed(self.router, x, token_mask)
@@ -269,6 +273,19 @@ class NeuronFeedForward(KeptFeedForward):
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # a class that was made here has no name to be found by
         return super().__reduce_ex__(protocol) if self.dense_class is None else (_bare, (self.dense_class,), vars(self))
+
+
+@contextlib.contextmanager
+def without_experts(model: nn.Module) -> Iterator[None]:
+    """Inside, a model with neurons beside its networks computes what the dense model does."""
+    layers = [module for module in model.modules() if isinstance(module, NeuronFeedForward)]
+    try:
+        for layer in layers:
+            layer.adds_experts = False
+        yield
+    finally:
+        for layer in layers:
+            del layer.adds_experts
 
 
 @functools.cache

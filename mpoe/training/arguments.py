@@ -91,6 +91,14 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
     adapter: bool = _argument(
         False, "Train experts and routers alone, everything else is frozen (`freeze_all_but_experts`)."
     )
+    log_base_loss: bool = _argument(
+        False,
+        "Of neurons beside a frozen network: log the loss without them too, on the same items; in training on one "
+        "micro-batch of every log's.",
+    )
+    save_only_trained: bool = _argument(
+        False, "Checkpoints hold the parameters that train alone; a run goes on beside the same frozen rest."
+    )
 
     def __post_init__(self) -> None:
         # Check our own arguments first, before the Trainer sets up devices or processes.

@@ -44,9 +44,12 @@ class GradientMaskCallback(TrainerCallback):
     on_prediction_step = on_epoch_end = on_train_end = on_step_end
 
 
+PROGRESS_SECONDS = 20.0  # between the lines of a long evaluation
+
+
 class LogLineCallback(TrainerCallback):
-    """A line for every log call: the step, the loss (without the balancing loss), the learning rate, the speed and the
-    time that is left. The rest is in `metrics.jsonl`.
+    """A line for every log call: the step, the loss (without the balancing loss) and, if it was logged, the base's, the
+    learning rate, the speed and the time that is left. The rest is in `metrics.jsonl`.
 
     The speed is that of the optimizer steps since the last line, without evaluation and saving.
 
@@ -58,6 +61,8 @@ class LogLineCallback(TrainerCallback):
         self.write = write
         self._begun = 0.0
         self._steps, self._seconds = 0, 0.0
+        self._batches = 0  # of the evaluation in progress
+        self._evaluated_since: float | None = None  # its begin, or its last line
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._begun = time.perf_counter()
@@ -65,6 +70,20 @@ class LogLineCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._steps += 1
         self._seconds += time.perf_counter() - self._begun
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        now = time.perf_counter()
+        self._batches += 1
+        if self._evaluated_since is None:
+            self._evaluated_since = now
+        elif now - self._evaluated_since > PROGRESS_SECONDS and state.is_world_process_zero:
+            self._evaluated_since = now
+            self.write(f"validating: batch {self._batches} of {len(eval_dataloader)}")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._batches, self._evaluated_since = 0, None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
@@ -75,11 +94,14 @@ class LogLineCallback(TrainerCallback):
             self._steps, self._seconds = 0, 0.0
             left = f"  {(state.max_steps - state.global_step) / speed:.0f} s left" if speed else ""
             loss, rate = logs.get("task_loss", logs["loss"]), logs.get("learning_rate", 0.0)
-            self.write(f"{step}  loss {loss:.4f}  rate {rate:.2e}  {speed:.3g} steps/s{left}")
+            base = f"  base {logs['base_loss']:.4f}" if "base_loss" in logs else ""
+            self.write(f"{step}  loss {loss:.4f}{base}  rate {rate:.2e}  {speed:.3g} steps/s{left}")
         for name, value in logs.items():
-            if name.startswith("eval_") and name.endswith("loss"):
+            if name.startswith("eval_") and name.endswith("loss") and not name.endswith("base_loss"):
                 task = name.removeprefix("eval_").removesuffix("loss").strip("_")
-                self.write(f"{step}  validation loss {value:.4f}{f'  {task}' if task else ''}")
+                base_loss = logs.get(f"{name.removesuffix('loss')}base_loss")
+                base = "" if base_loss is None else f"  base {base_loss:.4f}"
+                self.write(f"{step}  validation loss {value:.4f}{base}{f'  {task}' if task else ''}")
 
 
 # Every skipped step halves the scale of the loss: after so many in a row the scale (2^16 at first) is not the reason.

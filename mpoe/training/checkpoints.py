@@ -232,6 +232,7 @@ class CheckpointMixin(_Base):
     """
 
     model: Any
+    args: Any  # `MPOETrainingArguments`
     _staging: Path | None = None  # where a checkpoint is being assembled
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -241,6 +242,9 @@ class CheckpointMixin(_Base):
         missing = load_result.missing_keys
         loaded = {id(tensor) for name, tensor in tensors.items() if name not in set(missing)}
         absent = [name for name in missing if id(tensors.get(name)) not in loaded]
+        if self.args.save_only_trained:
+            trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+            absent = [name for name in absent if name in trained]
         for problem, names in (("lacks", absent), ("has too many", load_result.unexpected_keys)):
             if names:
                 raise ValueError(f"the checkpoint {problem} weights of this model: {', '.join(sorted(names)[:5])}")
@@ -252,6 +256,13 @@ class CheckpointMixin(_Base):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with reading(checkpoint):
             super()._load_rng_state(checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.args.save_only_trained:
+            whole = self.model.state_dict() if state_dict is None else state_dict
+            trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+            state_dict = {name: value for name, value in whole.items() if name in trained}
+        super()._save(output_dir, state_dict)
 
     def _get_output_dir(self, trial: Any) -> str:
         # While a checkpoint is being assembled, the Trainer writes into the staging folder.

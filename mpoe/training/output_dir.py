@@ -29,7 +29,8 @@ NEUTRAL_KEYS = frozenset(
         *("report_to", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
         *("command", "learning_rate_from", "task_file"),  # the contents of the last are kept instead
         *("logging_steps", "logging_strategy", "logging_first_step", "log_level", "log_level_replica", "disable_tqdm"),
-        *("log_core_norms", "log_expert_load", "log_on_each_node", "local_rank", "save_total_limit", "push_to_hub"),
+        *("log_core_norms", "log_base_loss", "save_only_trained", "save_base"),
+        *("log_expert_load", "log_on_each_node", "local_rank", "save_total_limit", "push_to_hub"),
         *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "skip_memory_metrics"),
         *("per_device_eval_batch_size", "eval_accumulation_steps", "save_only_model", "debug", "ddp_timeout"),
         *("allow_non_finite", "logging_nan_inf_filter", "description"),

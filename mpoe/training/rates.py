@@ -141,14 +141,25 @@ class Tried(NamedTuple):
     where: str
 
 
+EXPERT = "expert"  # kind: one expert of neurons beside a frozen decoder (`mpoe train --expert`)
 TRIED = {
     "t5": Tried(128, 1e-3, {"separable": 1.5e-3, "hidden": 1.5e-3}, "`mpoe demo --compare`: three rates, two seeds"),
     "gpt2": Tried(128, 3e-3, {}, "the stand-in on three texts, 100 and 300 steps: the best of five rates"),
     "bert": Tried(384, 3e-4, {}, "MiniLM on short sentences, .00025 to .0005 in every arm ([Evidence](evidence.md))"),
+    EXPERT: Tried(576, 0.01, {}, "SmolLM2-135M-Instruct alone: a Llama; no weights of other families were at hand"),
     SCRATCH: Tried(48, 0.016, {_SWITCH: 0.008}, "language modelling, two layers ([Evidence](evidence.md))"),
 }
 _SAME = {"mt5": "t5", "umt5": "t5", "roberta": "bert", "deberta-v2": "bert", "modernbert": "bert"}
+_EXPERTS_OF = "llama"  # the family whose experts were tried
 _ELSE = "bert"  # for families without a known rate: the lowest at equal width
+
+
+def is_known(model_type: str, regime: str, kind: str) -> bool:
+    """Whether a rate was tried with this family; arguments as those of `recommended_rate`."""
+    family = model_type.removeprefix(TYPE_PREFIX)
+    if kind == EXPERT:
+        return family == _EXPERTS_OF
+    return regime == SCRATCH or _SAME.get(family, family) in TRIED
 
 
 def recommended_rate(model_type: str, width: int, regime: str, kind: str) -> tuple[float, str]:
@@ -161,18 +172,25 @@ def recommended_rate(model_type: str, width: int, regime: str, kind: str) -> tup
         model_type: Hugging Face's name of the family, optionally prefixed with ``mpoe_``.
         width: hidden size of the model.
         regime: ``"finetune"`` or ``"scratch"``.
-        kind: ``"dense"``, ``"switch"`` (dense experts) or the name of a shape.
+        kind: ``"dense"``, ``"switch"`` (dense experts), ``"expert"`` (alone beside a frozen model) or the name of a
+            shape.
     """
     family = model_type.removeprefix(TYPE_PREFIX)
-    nearest = SCRATCH if regime == SCRATCH else _SAME.get(family, family)
-    known = nearest in TRIED
-    tried = TRIED[nearest if known else _ELSE]
+    known = is_known(model_type, regime, kind)
+    if kind == EXPERT:
+        nearest = EXPERT
+    elif regime == SCRATCH:
+        nearest = SCRATCH
+    else:
+        nearest = _SAME.get(family, family) if known else _ELSE
+    tried = TRIED[nearest]
     rate = tried.other.get(kind, tried.rate) * min(1.0, tried.width / width)
     about = f"{family} from scratch" if regime == SCRATCH else f"a pretrained {family}"
-    layers = {_DENSE: "dense layers", _SWITCH: "dense experts"}.get(kind, f"{kind} experts")
+    words = {_DENSE: "dense layers", _SWITCH: "dense experts", EXPERT: "one expert beside it"}
+    layers = words.get(kind, f"{kind} experts")
     why = f"{about}, {layers}, width {width}"
     if not known:
-        why += f"; none is known of {family}, so that of {_ELSE}"
+        why += f"; none is known of {family}, so that of {_EXPERTS_OF if kind == EXPERT else _ELSE}"
     return float(f"{rate:.2g}"), why
 
 
@@ -194,6 +212,7 @@ _FACTOR, _MOST = 3.0, 5  # between neighbouring rates; rates that are tried at m
 _TRIAL: dict[str, Any] = {
     **{f"{kind}_strategy": "no" for kind in ("logging", "eval", "save")},
     **dict.fromkeys(("load_best_model_at_end", "push_to_hub", "predict_with_generate", "eval_on_start"), False),
+    "log_base_loss": False,
     "lr_scheduler_type": "linear",
     "lr_scheduler_kwargs": None,
     "warmup_steps": 0,

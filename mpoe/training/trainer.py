@@ -17,6 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from mpoe.config.checks import check_type
 from mpoe.layers.context import global_batch
+from mpoe.layers.neurons import without_experts
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.classes import IGNORED_AT_INFERENCE
 from mpoe.models.report import write_card
@@ -107,6 +108,8 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         self._log, self._is_warned = RunLog(), False
         self._corrects_bias = corrects_bias(self.model)
         self._step_load: Tensor | None = None  # of the optimizer step in progress
+        self._base_excess: Tensor | None = None  # loss without experts less that with them, since the last log
+        self._base_losses: dict[str, float] = {}  # of evaluations without experts, by prefix of their metrics
         self._evaluation: Tensor | None = None  # [sum of losses over targets, targets]
         self.gradient_mask: GradientMask | None = None
         if args.adapter:
@@ -233,8 +236,21 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
             ranks = self.args.world_size if self.args.average_tokens_across_devices else 1
             task = step_share(task, targets, step_targets, micro_batches * ranks)
         self._note_training(task, auxiliary, outputs, micro_batches)
+        if self.args.log_base_loss and self._base_excess is None and self._is_logged_step():
+            self._base_excess = self._base_loss(model, inputs) - split_loss(outputs)[0].detach()
         total = task if auxiliary is None else task + auxiliary
         return (total, outputs) if return_outputs else total
+
+    def _is_logged_step(self) -> bool:
+        """Whether a log line follows the optimizer step in progress."""
+        return (self.state.global_step + 1) % max(1, self.state.logging_steps) == 0
+
+    @torch.no_grad()
+    def _base_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """The task loss without experts; torch's random numbers are as before afterwards."""
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), without_experts(model):
+            return split_loss(model(**inputs))[0]
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         if self.compute_loss_func is not None:
@@ -271,10 +287,17 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
+        if self.args.log_base_loss and metric_key_prefix not in self._base_losses:
+            self._base_losses[metric_key_prefix] = math.nan  # while it is computed
+            with without_experts(self.model):
+                base: Any = self.evaluation_loop(dataloader, description, True, metric_key_prefix=metric_key_prefix)
+            self._base_losses[metric_key_prefix] = base.metrics[f"{metric_key_prefix}_loss"]
         self._evaluation = torch.zeros(2, dtype=torch.float64)
         output: Any = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )
+        if metric_key_prefix in self._base_losses:
+            output.metrics[f"{metric_key_prefix}_base_loss"] = self._base_losses[metric_key_prefix]
         if self.args.world_size > 1:
             self._evaluation = self.accelerator.reduce(self._evaluation.to(self.args.device)).cpu()
         total, targets = self._evaluation.tolist()
@@ -315,6 +338,12 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         """Adds scalars to `logs`; returns what is too long for a log line. Called on all ranks."""
         means, counts = self._log.pop(self.accelerator.reduce if self.args.world_size > 1 else None)
         logs.update(means)
+        if self._base_excess is not None:
+            excess = self._base_excess
+            if self.args.world_size > 1:
+                excess = self.accelerator.reduce(excess, "mean")
+            logs["base_loss"] = means["task_loss"] + float(excess)
+            self._base_excess = None
         if counts is None:
             return {}
         logs.update(load_summary(counts))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mpoe import collect_statistics, convert_to_mpoe, load_expert, load_mpoe, save_expert, start_expert
@@ -24,6 +25,7 @@ from mpoe.models.background import save_background
 from mpoe.models.expert_files import base_identity, vocabulary_identity, write_expert
 from mpoe.models.expert_mixture import experts_in
 from mpoe.models.report import neuron_modules
+from mpoe.training import read_metrics
 from tests.assertions import refuses
 
 from ..models.tiny_models import fit
@@ -328,8 +330,13 @@ def test_from_texts_to_a_mixture(prose: Path, folder: Path, tmp_path: Path, monk
     shutil.copytree(prose, prose.parent / "sea")
     (prose.parent / "sea" / "train.txt").write_text("ship sea sail wave " * 400)
     seen: list[Any] = []  # for the statistics
-    monkeypatch.setattr(train, "ITEMS", 8)
-    monkeypatch.setattr(train, "collect_statistics", lambda m, given: collect_statistics(m, seen.extend(given) or seen))
+    monkeypatch.setattr("mpoe.cli.expert.LEAST_STATISTICS", 8)
+
+    def collect(model: Any, batches: Any) -> Any:
+        seen.extend(batches)
+        return collect_statistics(model, seen)
+
+    monkeypatch.setattr("mpoe.cli.expert.collect_statistics", collect)
     flags = ["--model", "gpt2", "--data_dir", str(prose.parent), "--tasks", "prose", "sea", "--use_cpu"]
     flags += ["--max_source_length", "32", "--max_steps", "2"]
     flags += ["--learning_rate", "1e-2", "--weight_decay", "0.1", "--neurons", "16"]
@@ -339,15 +346,42 @@ def test_from_texts_to_a_mixture(prose: Path, folder: Path, tmp_path: Path, monk
     assert (expert.facts["training"]["steps"], expert.neurons) == (2, 16)
     assert any(value.any() for name, value in expert.weights.items() if name.endswith("down"))
     assert expert.facts["base"] == base_identity(load_stand_in("gpt2")[0])
+    assert expert.facts["training"]["data"]["sea"]["seen"]
+    assert not list((tmp_path / "a").glob("*.safetensors"))  # no copy of the base
+    records = read_metrics(tmp_path / "a")
+    (trained,) = (record for record in records if "loss" in record and record["step"] == 2)
+    assert trained["base_loss"] > trained["loss"] > 0
+    results = json.loads((tmp_path / "a" / "results.json").read_text())["validation"]
+    for task, losses in results.items():
+        (record,) = (record for record in records if f"eval_{task}_loss" in record)
+        assert losses["base_loss"] == record[f"eval_{task}_base_loss"] != losses["loss"]
     files = [str(tmp_path / "a" / "a.expert"), str(folder / "law.expert")]
     assert not run(["compose", BASE, *files, "--output_dir", str(tmp_path / "mix"), "--top_k", "1"])
     mixture = load_mpoe(tmp_path / "mix")
     assert (mixture.config.mpoe_experts, mixture.mpoe_config.top_k) == (["a", "law", "none"], 1)
 
 
+def test_a_run_of_an_expert_goes_on(prose: Path, tmp_path: Path) -> None:
+    flags = ["train", "--model", "gpt2", "--data_dir", str(prose), "--use_cpu", "--expert", "a", "--neurons", "4"]
+    flags += ["--max_source_length", "32", "--max_steps", "2", "--save_steps", "1"]
+    flags += ["--learning_rate", "1e-2", "--output_dir", str(tmp_path / "run")]
+    run(flags)
+    whole = load_expert(tmp_path / "run" / "a.expert").weights
+    saved = load_file(tmp_path / "run" / "checkpoint-1" / "model.safetensors")
+    assert all(".experts." in name for name in saved)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    run([*flags, "--resume"])
+    again = load_expert(tmp_path / "run" / "a.expert").weights
+    assert all(torch.equal(value, whole[name]) for name, value in again.items())
+    run([*flags, "--overwrite", "--save_base"])
+    assert same(tmp_path / "run", tmp_path / "run" / "checkpoint-2")
+    assert len(load_file(tmp_path / "run" / "model.safetensors")) > len(saved)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--save_base"], "save_base is for --expert"),
         (["--expert", "a/b"], "expert must be a name"),
         (["--expert", "a", "--num_experts", "2"], "num_experts is for mixtures"),
         (["--expert", "a", "--baseline", "dense"], "baseline is for mixtures"),

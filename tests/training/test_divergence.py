@@ -162,6 +162,8 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
         (("bert", 384, "finetune", "switch"), 3e-4),
         (("gpt2", 96, "scratch", "paper"), 8e-3),
         (("llama", 96, "scratch", "switch"), 4e-3),
+        (("llama", 576, "finetune", "expert"), 1e-2),
+        (("qwen2", 1152, "scratch", "expert"), 5e-3),
     ],
 )
 def test_family_regime_kind_and_width(asked: tuple, rate: float) -> None:
@@ -173,6 +175,7 @@ def test_an_unknown_family_gets_the_lower_rate_and_is_told() -> None:
     assert rate == pytest.approx(3e-4 * 384 / 768)
     assert "none is known of qwen3" in why
     assert rate <= min(tried.rate for tried in TRIED.values())
+    assert "none is known of qwen3, so that of llama" in recommended_rate("qwen3", 768, "finetune", "expert")[1]
 
 
 def test_kinds() -> None:
@@ -182,7 +185,13 @@ def test_kinds() -> None:
 
 
 def test_the_documentation_shows_this_table() -> None:
-    words = {"t5": "T5", "gpt2": "GPT-2", "bert": "BERT", "scratch": 'from scratch (`regime="scratch"`)'}
+    words = {
+        "t5": "T5",
+        "gpt2": "GPT-2",
+        "bert": "BERT",
+        "expert": "one expert beside a frozen decoder (`mpoe train --expert`)",
+        "scratch": 'from scratch (`regime="scratch"`)',
+    }
     page = (DOCS / "fine_tuning.md").read_text()
     for name, tried in TRIED.items():
         rates = [f"{tried.rate:g}", *(f"{rate:g} {kind}" for kind, rate in tried.other.items())]

@@ -1,0 +1,148 @@
+"""What `mpoe train --expert` does besides: its settings, as much validation as training can afford, losses beside the
+base's, and the expert's file."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import DataLoader, Subset
+
+from mpoe.cli.command import CommandError
+from mpoe.cli.models import Source
+from mpoe.cli.report import Table
+from mpoe.data.metrics import average_score
+from mpoe.models import collect_statistics, save_expert
+from mpoe.models.table import ENCODER
+from mpoe.training import MPOETrainingArguments
+
+if TYPE_CHECKING:
+    from mpoe.cli.train import Plan
+
+# Of an expert's run. Beside a frozen model a step costs about two forward passes of its items, so so many items of
+# validation and statistics per trained one take 15% of training's time.
+MEASURED = 0.3
+MOST_STATISTICS, LEAST_STATISTICS = 512, 32  # items
+LEAST_VALIDATION, ENOUGH = 16, 64  # items; with as many as the latter, at `OFTEN` points of a run
+OFTEN = 3
+AT_ONCE = 8  # training items of a batch that the statistics of an expert's router come from
+
+
+def settle_expert(plan: Plan, source: Source) -> None:
+    """Set what a run with --expert needs: one expert of neurons, everything else frozen."""
+    name = plan.run.expert
+    if not name or Path(name).name != name:
+        raise CommandError(f"expert must be a name, which the file has too; got {name!r}")
+    mixtures = set(plan.mixture_options) - {"neurons", "backend"}
+    if mixtures:
+        raise CommandError(f"expert trains one expert beside the model; {min(mixtures)} is for mixtures")
+    if source.is_mpoe or source.style == ENCODER:
+        raise CommandError(f"expert needs a dense language model that stays as it is; {source.path} is or gets another")
+    plan.experts.moe_type, plan.experts.shape, plan.arguments.adapter = "none", "neurons", True
+    plan.arguments.log_base_loss = True
+    plan.arguments.save_only_trained = not plan.run.save_base
+
+
+def limit_measuring(
+    arguments: MPOETrainingArguments, validation: dict[str, list[Any]], trained: int, given: frozenset[str]
+) -> int:
+    """Keep validation and statistics of an expert's run within about 15% of its training's time.
+
+    Without options that say otherwise, ``validation`` is thinned out in place and ``arguments.eval_steps`` is set.
+
+    Args:
+        arguments: of the run.
+        validation: encoded items by task.
+        trained: items of all steps together.
+        given: names of the options that were set.
+
+    Returns:
+        Items that the statistics are to be taken from.
+    """
+    most = int(MEASURED * trained)
+    statistics = min(MOST_STATISTICS, trained, max(LEAST_STATISTICS, int(0.4 * most)))
+    often = (most - statistics) // (OFTEN + 1) >= ENOUGH
+    points = OFTEN if often else 1
+    if not given & {"eval_steps", "eval_strategy", "do_eval"}:
+        arguments.eval_steps = math.ceil(arguments.max_steps / points)
+    if "n_val" not in given:
+        each = max(LEAST_VALIDATION, (most - statistics) // (points + 1)) // len(validation)
+        for task, own in validation.items():
+            validation[task] = spread(own, max(1, each))
+    items = sum(map(len, validation.values()))
+    if arguments.process_index == 0:
+        print(
+            f"validation: {items} items, {points + 1} times with the base's; statistics: {statistics} items ({trained} "
+            "are trained on)"
+        )
+    return statistics
+
+
+def spread(items: list[Any], most: int) -> list[Any]:
+    """At most so many of the items, evenly spaced."""
+    if len(items) <= most:
+        return items
+    return [items[place * len(items) // most] for place in range(most)]
+
+
+def losses_beside_base(trainer: Any, sizes: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+    """The last evaluation of an expert's run, as `evaluate_tasks` returns scores: losses in nats per predicted token of
+    the base with its expert and of the base. Every process takes part in it."""
+    step = trainer.state.global_step
+
+    def logged() -> dict[str, float]:
+        records = (record for record in trainer.state.log_history if record["step"] == step)
+        return {name: value for record in records for name, value in record.items() if name.startswith("eval_")}
+
+    if not logged():
+        trainer.evaluate()
+    measured_last = logged()
+    evaluated = [task for task, own in sizes.items() if "validation" in own]
+    scores: dict[str, dict[str, float]] = {}
+    for task in evaluated:
+        prefix = "eval_" if len(evaluated) == 1 else f"eval_{task}_"
+        losses = {"loss": measured_last[f"{prefix}loss"], "base_loss": measured_last[f"{prefix}base_loss"]}
+        scores[task] = {**losses, "items": sizes[task]["validation"]}
+    return {"scores": scores, "mean": average_score(scores), "constant": {}, "remarks": []}
+
+
+def show_losses(found: Mapping[str, Any], title: str) -> None:
+    """Print what `losses_beside_base` returned."""
+    rows = []
+    for task, own in found["scores"].items():
+        losses = (own["base_loss"], own["loss"], own["loss"] - own["base_loss"])
+        rows.append([task, f"{own['items']:,}", *(f"{loss:.4f}" for loss in losses)])
+    note = "In nats per predicted token."
+    Table(("", "items", "base", "with its expert", "difference"), rows, title, note).show()
+
+
+def save_trained(
+    trainer: Any, tokenizer: Any, items: Subset[Any], plan: Plan, sizes: dict[str, Any], seconds: float
+) -> None:
+    """Write the expert of a finished run, with statistics of these training items.
+
+    ``sizes`` are the numbers of items by task, for the file's facts; ``seconds`` what training took, validation
+    included.
+    """
+    begun = time.perf_counter()
+    print(f"statistics of {len(items)} items for the routers of later mixtures", flush=True)
+    statistics = collect_statistics(trainer.model, DataLoader(items, AT_ONCE, collate_fn=trainer.data_collator))
+    facts: dict[str, Any] = {"steps": trainer.state.global_step, "learning_rate": plan.arguments.learning_rate}
+    facts |= {"tasks": plan.data.tasks, "data": sizes}
+    file = Path(str(plan.arguments.output_dir)) / f"{plan.run.expert}.expert"
+    save_expert(trainer.model, file, statistics=statistics, tokenizer=tokenizer, training=facts)
+    print(f"the expert alone is {file} (mpoe compose)")
+    collected = time.perf_counter() - begun
+    records = trainer.state.log_history
+    logged = [pair for record in records for pair in record.items()]
+    validated = sum(value for name, value in logged if name.startswith("eval_") and name.endswith("_runtime"))
+    training = seconds - validated
+    if training > 0:
+        share = (validated + collected) / training
+        print(
+            f"training took {training:.1f} s; validation {validated:.1f} s and statistics {collected:.1f} s, together "
+            f"{share:.0%} of that"
+        )

@@ -52,7 +52,7 @@ class ComposeOptions:
     )
     preference: float | None = option(
         None,
-        "of 'none', in units of a logit (0.7): more is quieter, less keeps more of each expert",
+        "of 'none', in units of a logit (0.6): more is quieter, less keeps more of each expert",
     )
     neurons: int | None = option(None, "of experts fitted to LoRA adapters; default: as large as the adapter")
     merge: bool = option(False, "one dense network with all experts' neurons, equally weighted, and no router")

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, Subset
 
 from mpoe.cli.command import CommandError
-from mpoe.cli.models import Source
+from mpoe.cli.models import Source, load_model
+from mpoe.cli.quiet import changes_of_expert, losses_of, made_background, speaks, table_of_changes
 from mpoe.cli.report import Table
+from mpoe.data.batches import as_batches
 from mpoe.data.metrics import average_score
 from mpoe.models import collect_statistics, save_expert
 from mpoe.models.table import ENCODER
@@ -120,21 +122,29 @@ def show_losses(found: Mapping[str, Any], title: str) -> None:
 
 
 def save_trained(
-    trainer: Any, tokenizer: Any, items: Subset[Any], plan: Plan, sizes: dict[str, Any], seconds: float
+    trainer: Any,
+    tokenizer: Any,
+    items: Subset[Any],
+    held_out: Sequence[Any],
+    plan: Plan,
+    source: Source,
+    sizes: dict[str, Any],
+    seconds: float,
 ) -> None:
-    """Write the expert of a finished run, with statistics of these training items.
+    """Write the expert of a finished run, with statistics of some training items, and print what it changes beside its
+    base: always on, and composed with *none*.
 
-    ``sizes`` are the numbers of items by task, for the file's facts; ``seconds`` what training took, validation
-    included.
+    ``items`` are those of the statistics, ``held_out`` validation items; ``sizes`` are the numbers of items by task,
+    for the file's facts; ``seconds`` what training took, validation included.
     """
     begun = time.perf_counter()
+    folder = Path(str(plan.arguments.output_dir))
+    file = folder / f"{plan.run.expert}.expert"
     print(f"statistics of {len(items)} items for the routers of later mixtures", flush=True)
     statistics = collect_statistics(trainer.model, DataLoader(items, AT_ONCE, collate_fn=trainer.data_collator))
     facts: dict[str, Any] = {"steps": trainer.state.global_step, "learning_rate": plan.arguments.learning_rate}
     facts |= {"tasks": plan.data.tasks, "data": sizes}
-    file = Path(str(plan.arguments.output_dir)) / f"{plan.run.expert}.expert"
-    save_expert(trainer.model, file, statistics=statistics, tokenizer=tokenizer, training=facts)
-    print(f"the expert alone is {file} (mpoe compose)")
+    expert = save_expert(trainer.model, file, statistics=statistics, tokenizer=tokenizer, training=facts)
     collected = time.perf_counter() - begun
     records = trainer.state.log_history
     logged = [pair for record in records for pair in record.items()]
@@ -146,3 +156,14 @@ def save_trained(
             f"training took {training:.1f} s; validation {validated:.1f} s and statistics {collected:.1f} s, together "
             f"{share:.0%} of that"
         )
+    base = load_model(source)
+    if not speaks(base, tokenizer):
+        print(f"the expert alone is {file} (mpoe compose)")
+        return
+    background = made_background(base, tokenizer, folder)
+    batches = as_batches(held_out, tokenizer)
+    changes = changes_of_expert(base, tokenizer, trainer.model, expert, batches, background)
+    facts["held_out"] = losses_of(changes)
+    save_expert(trainer.model, file, statistics=statistics, tokenizer=tokenizer, training=facts)
+    table_of_changes(f"What {plan.run.expert} changes", changes).show()
+    print(f"the expert alone is {file}; the model with it: mpoe compose {source.path} {file} --output_dir DIR")

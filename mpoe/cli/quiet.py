@@ -69,10 +69,9 @@ def changes_of_expert(
     return measure_change(base, compared, sample_own_words(base, tokenizer), held_out)
 
 
-def facts_of_changes(changes: Mapping[str, Change]) -> dict[str, Any]:
-    """For the file of an expert: losses on its held-out texts, without these."""
-    losses = {name: change.domain for name, change in changes.items()}
-    return {"held_out": losses}
+def losses_of(changes: Mapping[str, Change]) -> dict[str, float | None]:
+    """Losses on the domain's held-out texts by model, for the file of an expert, which holds no texts."""
+    return {name: change.domain for name, change in changes.items()}
 
 
 def kept(losses: Mapping[str, float | None]) -> float | None:

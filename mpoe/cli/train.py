@@ -195,7 +195,8 @@ def run(plan: Plan) -> dict[str, Any]:
         sizes = _sizes(pools, items.indices, validation)
         results = finish(trainer, tokenizer, eval_tasks, plan, start, spent, sizes)
         if statistics_of is not None and trainer.is_world_process_zero():
-            save_trained(trainer, tokenizer, statistics_of, plan, sizes, seconds)
+            held_out = [item for own in validation.values() for item in own]
+            save_trained(trainer, tokenizer, statistics_of, held_out, plan, source, sizes, seconds)
         return results
 
 

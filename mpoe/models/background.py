@@ -188,7 +188,7 @@ def check_tokens(model: Any, ids: Tensor) -> None:
 
 def token_batches(ids: Tensor) -> list[dict[str, Tensor]]:
     """Token ids ``[N, length]`` as batches of a few rows."""
-    return [{"input_ids": rows} for rows in ids.split(AT_ONCE)]
+    return [{"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in ids.split(AT_ONCE)]
 
 
 def save_background(statistics: Mapping[str, Tensor], base: Any, file: Path) -> None:

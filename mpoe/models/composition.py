@@ -46,8 +46,8 @@ SHARE = 0.1  # of an expert's bytes is what its statistics may have
 RANK = 512  # eigenvectors, at most, of statistics from texts at hand
 RIDGE = 1e-3  # relative to the mean square of a number of the router's input
 # Of composed experts' routers; chosen on validation texts of the study of quiet experts (bench/studies/quiet.md):
-LOGITS = 2.0  # sharpness times the number of classes: softer keeps more of many alike experts, and is less quiet
-PREFERENCE = 0.7  # of *none*, in units of a logit: a single expert keeps about 95% of its gain
+LOGITS = 2.8  # the scale of logits is LOGITS / sqrt(E): softer keeps more of many experts, and is less quiet
+PREFERENCE = 0.6  # of *none*, in units of a logit: an expert keeps about 95% of its gain
 LEARNING_RATE = 1e-3
 
 
@@ -247,11 +247,11 @@ def solve_routers(
         classes: statistics of the experts in order.
         layers: names.
         none: whether the last class is the background, which the expert *none* has.
-        sharpness: ``None`` = `LOGITS` / E, so that logits do not grow with the number of experts.
+        sharpness: ``None`` = `LOGITS` / E^1.5.
         preference: of *none*; ``None`` = `PREFERENCE`.
     """
     if sharpness is None:
-        sharpness = LOGITS / len(classes)
+        sharpness = LOGITS / len(classes) ** 1.5
     if preference is None:
         preference = PREFERENCE
     if not none:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from mpoe.data.predict import evaluation_mode, token_losses
-from mpoe.models.background import chat_opening, own_chats, own_texts
+from mpoe.models.background import chat_opening, own_chats, own_texts, token_batches
 
 HELD_OUT = 8  # samples of each kind, which no background has
 SEED = 1_000  # of these samples, far from those of backgrounds
-AT_ONCE = 4  # rows of a batch
+AT_ONCE = 4  # rows whose logits are held at once
 
 
 @dataclass(frozen=True)
@@ -88,16 +88,16 @@ def measure_change(
     count = 0
     changes: dict[str, Change] = {}
     for rows in chats.split(AT_ONCE):
-        ids = rows.to(base.device)
+        inputs = {"input_ids": rows.to(base.device), "attention_mask": torch.ones_like(rows).to(base.device)}
         with evaluation_mode(base):
-            before = base(input_ids=ids).logits[:, opening - 1 : -1].float().log_softmax(-1)
+            before = base(**inputs).logits[:, opening - 1 : -1].float().log_softmax(-1)
         count += before[..., 0].numel()
         for name, model in compared.items():
             with evaluation_mode(model):
-                after = model(input_ids=ids).logits[:, opening - 1 : -1].float().log_softmax(-1)
+                after = model(**inputs).logits[:, opening - 1 : -1].float().log_softmax(-1)
             divergence[name] += float((before.exp() * (before - after)).sum())
             same[name] += int((before.argmax(-1) == after.argmax(-1)).sum())
-    own_texts_batches = [{"input_ids": rows, "labels": rows} for rows in own.texts.split(AT_ONCE)]
+    own_texts_batches = [batch | {"labels": batch["input_ids"]} for batch in token_batches(own.texts)]
     for name, model in compared.items():
         changes[name] = Change(
             domain=mean_loss(model, domain) if domain else None,

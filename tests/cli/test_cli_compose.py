@@ -347,7 +347,10 @@ def test_from_texts_to_a_mixture(prose: Path, folder: Path, tmp_path: Path, monk
     assert any(value.any() for name, value in expert.weights.items() if name.endswith("down"))
     assert expert.facts["base"] == base_identity(load_stand_in("gpt2")[0])
     assert expert.facts["training"]["data"]["sea"]["seen"]
-    assert not list((tmp_path / "a").glob("*.safetensors"))  # no copy of the base
+    kept = [file.name for file in (tmp_path / "a").glob("*.safetensors")]
+    assert kept == ["background.safetensors"]  # no copy of the base
+    losses = expert.facts["training"]["held_out"]
+    assert sorted(losses) == ["base", "expert, always on", "quiet expert"]
     records = read_metrics(tmp_path / "a")
     (trained,) = (record for record in records if "loss" in record and record["step"] == 2)
     assert trained["base_loss"] > trained["loss"] > 0

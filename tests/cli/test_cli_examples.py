@@ -145,6 +145,17 @@ def test_convert_and_look(run_script, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.slow
+def test_one_domain(run_script, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = run_script("one_domain.py", tmp_path / "walk")
+    out = capsys.readouterr().out
+    assert "What code changes" in out
+    assert "quiet expert" in out
+    before, after = names["losses"]  # on documentation
+    assert after - before < 0.15
+    assert out.count("$ mpoe ") == 2
+
+
+@pytest.mark.slow
 def test_several_domains(run_script, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = run_script("several_domains.py", tmp_path / "walk")
     assert type(names["model"]).__name__ == "GraniteMoeSharedForCausalLM"

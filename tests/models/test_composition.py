@@ -130,7 +130,7 @@ def test_the_preferred_class_gets_as_much_more():
     more = rows[2] @ (routers[2.0] - routers[0.0]).mT / 3  # one of three classes
     torch.testing.assert_close(more, torch.tensor([0.0, 0.0, 2.0]).double().expand(50, 3), atol=0.1, rtol=0)
     without_none = solve_routers(classes, ["h"], none=False, preference=2.0)["h"]
-    torch.testing.assert_close(without_none, router_weight(classes, "h", LOGITS / 3))
+    torch.testing.assert_close(without_none, router_weight(classes, "h", LOGITS / 3**1.5))
 
 
 def test_pooled_statistics_weigh_texts_alike():

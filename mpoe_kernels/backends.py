@@ -42,13 +42,11 @@ class Request:
         op: name of the op without its namespace, e.g. ``grouped_mpo_linear``.
         device: ``cpu``, ``cuda:1``, ...
         dtype: dtype of the activations.
-        sizes: op-specific sizes, on which a kernel's limits depend.
     """
 
     op: str
     device: str
     dtype: torch.dtype
-    sizes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def device_type(self) -> str:
@@ -110,13 +108,23 @@ class Backend:
     contraction_reasons: Callable[[Contraction], list[str]] = no_reasons
     places_rows: bool = False
 
+    def computes(self, op: str) -> bool:
+        """Whether it has kernels for an op, of some dtypes and sizes."""
+        return op in self.kernels or (op in CONTRACTIONS and self.candidates is not _no_candidates)
+
     def unsupported_reasons(self, request: Request) -> list[str]:
         """Every reason why this backend cannot run ``request``; empty if it can."""
         reasons = list(self.unavailable_reasons())
-        if request.op not in self.kernels and (request.op not in CONTRACTIONS or self.candidates is _no_candidates):
-            reasons.append(f"it has no kernel for {request.op}")
+        if not self.computes(request.op):
+            reasons.append(f"it has no kernel for {request.op}{_instead(request)}")
         of_op = self.op_reasons.get(request.op, _nothing)(request)
         return [*reasons, *self.request_reasons(request), *of_op]
+
+
+def _instead(request: Request) -> str:
+    """The backends to take where one has no kernel for an op."""
+    names = [backend.name for backend in preferred_backends(request) if backend.computes(request.op)]
+    return f"; take backend={' or '.join(map(repr, (AUTO, *names)))}" if names else ""
 
 
 BACKENDS: dict[str, Backend] = {}
@@ -183,19 +191,16 @@ def places_rows(backend: str) -> bool:
     return backend != AUTO and BACKENDS[backend].places_rows
 
 
-Sizes = tuple[tuple[str, int], ...]
-
-
-def kernel_for(op: str, device: torch.device, dtype: torch.dtype, name: str, sizes: Sizes = ()) -> Callable[..., Any]:
-    """Cached `select` for a `Request`, whose sizes are given as pairs."""
-    return _selected(op, device, dtype, name, sizes, tuple(BACKENDS.values()))
+def kernel_for(op: str, device: torch.device, dtype: torch.dtype, name: str) -> Callable[..., Any]:
+    """Cached `select` for a `Request`."""
+    return _selected(op, device, dtype, name, tuple(BACKENDS.values()))
 
 
 @lru_cache(maxsize=1024)
 def _selected(
-    op: str, device: torch.device, dtype: torch.dtype, name: str, sizes: Sizes, _backends: tuple[Backend, ...]
+    op: str, device: torch.device, dtype: torch.dtype, name: str, _backends: tuple[Backend, ...]
 ) -> Callable[..., Any]:
-    return select(Request(op, str(device), dtype, dict(sizes)), name)
+    return select(Request(op, str(device), dtype), name)
 
 
 def select(request: Request, name: str = AUTO) -> Callable[..., Any]:

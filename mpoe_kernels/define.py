@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -77,21 +76,17 @@ def use_backend(name: str) -> Iterator[None]:
         _requested.name = previous
 
 
-def backend_kernel(op: str, like: str, **sizes: tuple[str, int]) -> Callable[[Any], Any]:
+def backend_kernel(op: str, like: str) -> Callable[[Any], Any]:
     """A kernel that calls the one that `mpoe_kernels.backends.select` finds.
 
     Args:
         op: its name.
         like: the field of the call whose device and dtype decide.
-        sizes: of the request: a field and its axis.
     """
-
-    asked = [(name, attrgetter(f"{field}.shape"), axis) for name, (field, axis) in sizes.items()]
 
     def run(call: Any) -> Any:
         tensor = getattr(call, like)
-        known = tuple([(name, shape_of(call)[axis]) for name, shape_of, axis in asked])
-        return kernel_for(op, tensor.device, tensor.dtype, call.backend, known)(call)
+        return kernel_for(op, tensor.device, tensor.dtype, call.backend)(call)
 
     return run
 

@@ -19,9 +19,7 @@ from mpoe_kernels.triton.architecture import SHARED_MEMORY
 MATRIX = {"cuda": re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b"), "hip": re.compile(r"\bv_(?:mfma|smfmac)_")}
 _LOCAL = re.compile(r"\b(?:STL|LDL)\b")
 # Kernels of csrc/cuda that multiply in types of tensor cores, by the compiler's name.
-_PRODUCT = re.compile(
-    r"(?:gradient|rebuilt|grouped_(?:rows|blocks)|experts_(?:forward|rows|weights))_kernelI.*(?:__nv_bfloat16|__half)"
-)
+_PRODUCT = re.compile(r"(?:gradient|rebuilt)_kernelI.*(?:__nv_bfloat16|__half)")
 _TENSOR_MEMORY_COLUMNS = 512  # on sm_100
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
 _BACK = re.compile(r"\bBRA(?:\.\w+)*\s.*?0x([0-9a-f]+)")

@@ -1,4 +1,4 @@
-// Activations and their derivatives on float32 pre-activations.
+// Activations of float32 pre-activations.
 #pragma once
 #include <type_traits>
 
@@ -8,8 +8,12 @@ namespace mpoe::cuda {
 
 enum Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
 
-__device__ __forceinline__ float normal_cdf(float z) { return 0.5f * (1.f + erff(z * 0.70710678118654752f)); }
-__device__ __forceinline__ float sigmoid(float z) { return 1.f / (1.f + expf(-z)); }
+__device__ __forceinline__ float normal_cdf(float z) {
+  return 0.5f * (1.f + erff(z * 0.70710678118654752f));
+}
+__device__ __forceinline__ float sigmoid(float z) {
+  return 1.f / (1.f + expf(-z));
+}
 __device__ __forceinline__ float gelu_tanh_inner(float z) {
   return 0.79788456080286536f * (z + 0.044715f * z * z * z);
 }
@@ -21,24 +25,6 @@ __device__ __forceinline__ float activate(int activation, float z) {
     case kGeluTanh: return 0.5f * z * (1.f + tanhf(gelu_tanh_inner(z)));
     case kSilu: return z * sigmoid(z);
     default: return z;
-  }
-}
-
-// d activation / d z; for relu, z may be its output.
-__device__ __forceinline__ float activation_slope(int activation, float z) {
-  switch (activation) {
-    case kRelu: return z > 0.f ? 1.f : 0.f;
-    case kGelu: return normal_cdf(z) + z * 0.39894228040143268f * expf(-0.5f * z * z);
-    case kGeluTanh: {
-      const float t = tanhf(gelu_tanh_inner(z));
-      const float inner_slope = 0.79788456080286536f * (1.f + 3.f * 0.044715f * z * z);
-      return 0.5f * (1.f + t) + 0.5f * z * (1.f - t * t) * inner_slope;
-    }
-    case kSilu: {
-      const float s = sigmoid(z);
-      return s * (1.f + z * (1.f - s));
-    }
-    default: return 1.f;
   }
 }
 

@@ -1,5 +1,6 @@
-// What the bindings of the CUDA kernels share. They are compiled twice: as private ops mpoe_cuda:: for CUDA tensors,
-// and under MPOE_CUDA_EMULATED as mpoe_emulated:: for CPU tensors (tests only), whose kernels the emulator runs.
+// What the bindings of the CUDA kernels share. They are compiled twice: as private ops mpoe_cuda::
+// for CUDA tensors, and under MPOE_CUDA_EMULATED as mpoe_emulated:: for CPU tensors (tests only),
+// whose kernels the emulator runs.
 #pragma once
 // torch's headers come before CUDA's keywords, which the emulator defines as macros.
 #include <torch/csrc/stable/accelerator.h>
@@ -35,8 +36,8 @@ namespace mpoe {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Reports what the caller did wrong. mpoe_kernels/cuda_library.py turns the text after the colon into a ValueError;
-// STD_TORCH_CHECK would add the path of our source file.
+// Reports what the caller did wrong. mpoe_kernels/cuda_library.py turns the text after the colon
+// into a ValueError; STD_TORCH_CHECK would add the path of our source file.
 template <typename... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {
   std::ostringstream text;
@@ -47,12 +48,15 @@ template <typename... Parts>
 
 template <typename... Parts>
 void require(bool condition, const Parts&... parts) {
-  if (!condition) refuse(parts...);
+  if (!condition)
+    refuse(parts...);
 }
 
 // A tensor that may be left out.
 using Optional = std::optional<Tensor>;
-inline const void* data_of(const Optional& tensor) { return tensor.has_value() ? tensor->const_data_ptr() : nullptr; }
+inline const void* data_of(const Optional& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
+}
 template <class T>
 const T* data_of(const Optional& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr<T>() : nullptr;
@@ -62,7 +66,8 @@ const T* data_of(const Optional& tensor) {
 
 namespace mpoe::cuda {
 
-// Makes a tensor's device the current one for this object's lifetime; `stream` is PyTorch's current stream there.
+// Makes a tensor's device the current one for this object's lifetime; `stream` is PyTorch's current
+// stream there.
 class OnDevice {
  public:
 #if defined(MPOE_CUDA_EMULATED)
@@ -92,11 +97,16 @@ inline Dtype kernel_dtype(const Tensor& tensor) {
 }
 
 inline int activation_of(const std::string& name) {
-  if (name == "none") return kNone;
-  if (name == "relu") return kRelu;
-  if (name == "gelu") return kGelu;
-  if (name == "gelu_tanh") return kGeluTanh;
-  if (name == "silu") return kSilu;
+  if (name == "none")
+    return kNone;
+  if (name == "relu")
+    return kRelu;
+  if (name == "gelu")
+    return kGelu;
+  if (name == "gelu_tanh")
+    return kGeluTanh;
+  if (name == "silu")
+    return kSilu;
   refuse("unknown activation ", name);
 }
 
@@ -106,14 +116,15 @@ inline int counted(int64_t size, const char* what) {
   return static_cast<int>(size);
 }
 
-// What a call takes as `Memory`, freed with this object; PyTorch's CPU allocator aligns to 64 bytes.
+// What a call takes as `Memory`, freed with this object; PyTorch's CPU allocator aligns to 64
+// bytes.
 class Scratch {
  public:
   explicit Scratch(const Tensor& like) : like_(like) {}
   Memory memory() {
     return [this](std::size_t bytes) {
-      taken_.push_back(
-          torch::stable::new_empty(like_, {static_cast<int64_t>(bytes + kAlignment)}, ScalarType::Byte));
+      taken_.push_back(torch::stable::new_empty(
+          like_, {static_cast<int64_t>(bytes + kAlignment)}, ScalarType::Byte));
       const auto address = reinterpret_cast<std::uintptr_t>(taken_.back().mutable_data_ptr());
       return reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
     };

@@ -28,10 +28,14 @@ void with_type(Dtype dtype, F&& f) {
   }
 }
 // Whether lines of so many elements from aligned arrays are whole chunks of 16 bytes.
-inline bool whole(int chunk, std::initializer_list<int> lines, std::initializer_list<const void*> arrays) {
+inline bool whole(int chunk,
+                  std::initializer_list<int> lines,
+                  std::initializer_list<const void*> arrays) {
   bool are = true;
-  for (const int elements : lines) are = are && elements % chunk == 0;
-  for (const void* array : arrays) are = are && reinterpret_cast<std::uintptr_t>(array) % 16 == 0;
+  for (const int elements : lines)
+    are = are && elements % chunk == 0;
+  for (const void* array : arrays)
+    are = are && reinterpret_cast<std::uintptr_t>(array) % 16 == 0;
   return are;
 }
 

@@ -22,10 +22,8 @@ from mpoe_kernels.checks import (
     check_tensor,
     describe,
 )
-from mpoe_kernels.cuda_library import CUDA_OPS
 from mpoe_kernels.define import Differentiable, backend_kernel, define_differentiable, requested_backend
 from mpoe_kernels.hidden_experts import eager, native
-from mpoe_kernels.hidden_experts.cuda import HiddenKernels
 
 # Activation names in Hugging Face configs -> names in the kernels.
 ACTIVATIONS = {
@@ -42,7 +40,6 @@ KERNELS = {
     "native": native,
     "eager": eager,
     "triton": lazily("mpoe_kernels.hidden_experts.triton", "forward", "backward"),
-    "cuda": HiddenKernels(CUDA_OPS),
 }
 FUNCTIONS = {"hidden_experts": "forward", "hidden_experts_backward": "backward"}
 for _backend, _kernels in KERNELS.items():
@@ -120,7 +117,7 @@ _forward = define_differentiable(
     "hidden_experts",
     HiddenCall,
     HiddenBackwardCall,
-    {op: backend_kernel(op, "u", block=("right", -1), experts=("right", 0), choices=("gates", 1)) for op in FUNCTIONS},
+    {op: backend_kernel(op, "u") for op in FUNCTIONS},
     _fake,
     autocast=("u", "right", "left", "bias", "u_gate", "right_gate"),  # gates keep the router's float32
 )

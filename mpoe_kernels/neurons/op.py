@@ -22,17 +22,14 @@ from mpoe_kernels.checks import (
     check_tensor,
     describe,
 )
-from mpoe_kernels.cuda_library import CUDA_OPS
 from mpoe_kernels.define import Differentiable, backend_kernel, define_differentiable, requested_backend
 from mpoe_kernels.hidden_experts import ACTIVATIONS
 from mpoe_kernels.neurons import eager, native
-from mpoe_kernels.neurons.cuda import NeuronKernels
 
 KERNELS: dict[str, Any] = {
     "native": native,
     "eager": eager,
     "triton": lazily("mpoe_kernels.neurons.triton", "forward", "backward"),
-    "cuda": NeuronKernels(CUDA_OPS),
 }
 FUNCTIONS = {"neuron_experts": "forward", "neuron_experts_backward": "backward"}
 for _backend, _kernels in KERNELS.items():
@@ -88,7 +85,7 @@ _forward = define_differentiable(
     "neuron_experts",
     NeuronCall,
     NeuronBackwardCall,
-    {op: backend_kernel(op, "x", neurons=("up", 1), experts=("up", 0), choices=("gates", 1)) for op in FUNCTIONS},
+    {op: backend_kernel(op, "x") for op in FUNCTIONS},
     _fake,
     autocast=("x", "up", "down", "bias", "gate_up"),  # gates keep the router's float32
 )

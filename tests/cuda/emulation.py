@@ -15,11 +15,7 @@ import torch
 
 from mpoe_kernels.backends import BACKENDS, add_kernels, cuda_backend, register_backend
 from mpoe_kernels.cuda_library import RefusingOps
-from mpoe_kernels.hidden_experts import op as hidden
-from mpoe_kernels.hidden_experts.cuda import HiddenKernels
 from mpoe_kernels.linear.cuda import LinearKernels
-from mpoe_kernels.neurons import op as neurons
-from mpoe_kernels.neurons.cuda import NeuronKernels
 from mpoe_kernels.routing import op as routing
 from mpoe_kernels.routing.cuda import RoutingKernels
 from tests.emulator import cuda_emulate
@@ -69,10 +65,6 @@ class Emulator:
         lazy = ("eager", "lazy").index(copies)
         self._library.emu_configure(self.ORDERS.index(order), lazy, ctypes.c_uint64(seed))
 
-    def limit(self, shared_bytes: int = 0, multiprocessors: int = 0, cache_bytes: int = 0) -> None:
-        """Set the device's limits; 0 restores the default."""
-        self._library.emu_limit(ctypes.c_size_t(shared_bytes), multiprocessors, cache_bytes)
-
     def counters(self) -> dict[str, int]:
         """Event counts since the last call."""
         counts = (ctypes.c_uint64 * len(self.COUNTERS))()
@@ -90,7 +82,7 @@ def library() -> Emulator:
 # The backend ``cuda`` with the emulated kernels, for CPU tensors; it runs only if named.
 EMULATED = cuda_backend("emulated", "cpu", missing)
 REFUSING = RefusingOps(OPS)
-HIDDEN, NEURONS, ROUTING = HiddenKernels(REFUSING), NeuronKernels(REFUSING), RoutingKernels(REFUSING)
+ROUTING = RoutingKernels(REFUSING)
 
 
 @contextmanager
@@ -100,16 +92,6 @@ def schedule(order: str = "ascending", copies: str = "lazy", seed: int = 0) -> I
         yield
     finally:
         library().configure()
-
-
-@contextmanager
-def limits(**changed: int) -> Iterator[None]:
-    """Change the device's limits: ``shared_bytes`` per block, ``multiprocessors``, ``cache_bytes`` of L2."""
-    library().limit(**changed)
-    try:
-        yield
-    finally:
-        library().limit()
 
 
 def stats() -> dict[str, int]:
@@ -125,8 +107,7 @@ def register() -> None:
     library()
     EMULATED.candidates, EMULATED.contraction_reasons = KERNELS.candidates, KERNELS.contraction_reasons
     register_backend(EMULATED)
-    for kernels, functions in ((HIDDEN, hidden), (NEURONS, neurons), (ROUTING, routing)):
-        add_kernels("emulated", kernels, functions.FUNCTIONS)
+    add_kernels("emulated", ROUTING, routing.FUNCTIONS)
 
 
 def unregister() -> None:

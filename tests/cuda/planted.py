@@ -14,70 +14,73 @@ from pathlib import Path
 PATCHES = r"""
 @ cuda/block_gemm.cuh in linear
 missing_barrier: no barrier between the arrival of a stage and its use [values, thread]
--    __syncthreads();  // this step's tiles have arrived
-+    // this step's tiles have arrived
+-    // This step's tiles have arrived, and nobody reads the stage that is loaded next.
+-    __syncthreads();
 wait_count: cp.async.wait_group leaves one group too many in flight [values: lazy, thread]
 -cp_async_wait<kStages - 2>
 +cp_async_wait<kStages - 1>
 stage_overwritten: the next stage is loaded before the barrier, while other warps still read it [values: eager, thread]
 -    dev::cp_async_wait<kStages - 2>();
--    __syncthreads();  // this step's tiles have arrived, and nobody reads the stage that is loaded next
--    if (step + kStages - 1 < steps) load(step + kStages - 1);
+-    // This step's tiles have arrived, and nobody reads the stage that is loaded next.
+-    __syncthreads();
+-    if (step + kStages - 1 < steps)
+-      load(step + kStages - 1);
 +    dev::cp_async_wait<kStages - 2>();
-+    if (step + kStages - 1 < steps) load(step + kStages - 1);
++    if (step + kStages - 1 < steps)
++      load(step + kStages - 1);
 +    __syncthreads();
 half_the_steps: the inner loop skips every other k-step [values]
 -k < TileT::kK; k += F::kStep
 +k < TileT::kK; k += 2 * F::kStep
 row_too_many: a block stores one row past its expert's [address]
--if (row >= rows || column >= columns) continue;
+-    if (row >= rows || column >= columns)
+-      continue;
 -    f(row
-+if (row > rows || column >= columns) continue;
++    if (row > rows || column >= columns)
++      continue;
 +    f(row
-@ cuda/linear/gradient.cuh in linear
-line_too_many: one line past an operand's last one is copied [address]
--[&](int s) { return s < rows ? from[s] : -1; }
-+[&](int s) { return s <= rows ? from[s] : -1; }
-tile_not_completed: what only completes the tile of a weight's gradient keeps what shared memory held [values]
--for (int i = thread; i < kSide * Tiles::kStride;
-+for (int i = kSide * Tiles::kStride; i < kSide * Tiles::kStride;
-part_forgotten: the last tile of a part is left out [values]
--begin < end && step < last; ++step
-+begin < end && step + 1 < last; ++step
-@ cuda/block_gemm.cuh in experts
-group_before: of 32 groups at a time, a tile is counted from the first one's begin [error: for one that has not run]
+group_before: of 32 groups at a time, a tile is counted from the first one's begin [values]
 -    tile -= skipped;
--    if (before < 32) return first + before;
-+    if (before < 32) return first + before;
+-    if (is_here)
+-      return first + before;
++    if (is_here)
++      return first + before;
 +    tile -= skipped;
-hidden_not_whole: hidden units are multiplied before all warps have stored theirs [thread]
+weight_not_whole: a tile of a weight is multiplied before all warps have stored theirs [thread]
 -  __syncthreads();  // stages free, resident operands written
 tile_overwrites_stages: a tile is laid out in shared memory while other warps still read the last stage [thread]
 -  __syncthreads();  // nobody reads the buffer
+@ cuda/linear/gradient.cuh in linear
+line_too_many: one line past an operand's last one is copied [address]
+-return s < rows ? from[s] : -1;
++return s <= rows ? from[s] : -1;
+tile_not_completed: what only completes the tile of a weight's gradient keeps what shared memory held [values]
+-for (int i = threadIdx.x; i < kSide * Tiles::kStride;
++for (int i = kSide * Tiles::kStride; i < kSide * Tiles::kStride;
+part_forgotten: the last tile of a part is left out [values]
+-begin < end && step < block.last; ++step
++begin < end && step + 1 < block.last; ++step
+rows_overwritten: the next rows are looked up while other warps still read those before [thread]
+-        __syncthreads();  // nobody reads the rows before
+rows_not_known: rows are read before all have been looked up [thread]
+-        __syncthreads();  // rows are known
+@ cuda/linear/tiles.cuh in linear
+neighbour_expert: a tile of rows goes on into those of the next expert [values]
+-    rows = first(expert + 1) - begin < most ? first(expert + 1) - begin : most;
++    rows = of.slots - begin < most ? of.slots - begin : most;
 @ cuda/tile.cuh in linear
 no_padding: rows of tiles in shared memory are not padded [banks]
 -/ per_chunk | 1) * per_chunk
 +/ per_chunk | 0) * per_chunk
 lane_map: the matrices of an A fragment are taken in the wrong order [values]
--const int dm = (part & 1) * 8, dk = (part >> 1) * 8;
-+const int dm = (part >> 1) * 8, dk = (part & 1) * 8;
+-    const int dm = (part & 1) * 8;
+-    const int dk = (part >> 1) * 8;
++    const int dm = (part >> 1) * 8;
++    const int dk = (part & 1) * 8;
 @ cuda/linear/rebuilt.cuh in linear
 weight_not_completed: what only completes the tile of a weight keeps what shared memory held [values]
 -for (int i = thread; i < kDepth * Tiles::kWeightStride;
 +for (int i = kDepth * Tiles::kWeightStride; i < kDepth * Tiles::kWeightStride;
-@ cuda/linear/grouped.cuh in linear
-rows_overwritten: the next rows are looked up while other warps still read those before [thread]
--    __syncthreads();  // nobody reads the rows before
-rows_not_known: rows are read before all have been looked up [thread]
--    __syncthreads();  // rows are known
--    if (owned) {
-+    if (owned) {
-next_expert_s_rows: a turned tile goes on into the rows of the next expert [values]
--return FarRun{own[row], rows - row};
-+return FarRun{own[row], 1};
-row_of_another_slot: gradients are read from the row of x [values]
--from[1][row] = place(own, grads);
-+from[1][row] = place(source, grads);
 @ cuda/dispatch.h in linear
 misaligned: 16 bytes at a time from addresses that are not multiples of 16 [error: address is not 16-byte aligned]
 -reinterpret_cast<std::uintptr_t>(array) % 16 == 0;
@@ -97,36 +100,18 @@ past_shared_memory: counts lie behind shared memory [error: dynamic shared memor
 -reinterpret_cast<uint8_t*>(keys + pairs);
 +reinterpret_cast<uint8_t*>(keys + pairs + 1);
 past_the_row: one column too many is stored [address]
--const int token = blockIdx.x, column = (blockIdx.y * kRouteThreads + threadIdx.x) * kPer;
--  if (column >= columns) return;
-+const int token = blockIdx.x, column = (blockIdx.y * kRouteThreads + threadIdx.x) * kPer;
-+  if (column > columns) return;
+-  const int column = (blockIdx.y * kRouteThreads + threadIdx.x) * kPer;
+-  if (column >= columns)
++  const int column = (blockIdx.y * kRouteThreads + threadIdx.x) * kPer;
++  if (column > columns)
 plain_increment: a histogram in shared memory is not counted atomically [thread]
--atomicAdd(seen + (p.keys && !p.by_choice ? p.keys[pair] : p.given_bin(pair)), 1);
-+++seen[p.keys && !p.by_choice ? p.keys[pair] : p.given_bin(pair)];
+-atomicAdd(seen + bin, 1);
++++seen[bin];
 past_the_sums: one sum too many is read from the block's array of them [address]
--w < kRouteWarps; ++w) total += partial[w];
-+w <= kRouteWarps; ++w) total += partial[w];
-@ cuda/experts/rows.cuh in experts
-parts_not_whole: gradients of gates are added up before all warps have stored their parts [thread]
--    __syncthreads();  // parts are whole
-@ cuda/experts/slots.cuh in experts
-neighbour_expert: a tile of slots goes on into those of the next expert [values: descending]
--rows = p.end(choice, expert) - begin;
-+rows = (choice + 1) * p.tokens - begin;
-out_of_turn: tiles are taken in the order of their blocks' numbers [error: for one that has not run]
--shared().taken = dev::ticket(p.turns + group);
-+shared().taken = tile;
-choice_overwritten: a later choice stores its rows instead of adding them [values]
--const bool later = choice > 0,
-+const bool later = choice > 1,
-@ cuda/experts/weights.cuh in experts
-past_the_weight: a tile of a weight's gradient stores one row too many [address]
--if (i + row >= own.a.width || j
-+if (i + row > own.a.width || j
-share_forgotten: the gradients of the last share of the groups are not added [values]
--for (int j = 0; j < p.count; ++j) sum
-+for (int j = 0; j + 1 < p.count; ++j) sum
+-for (int w = 0; w < kRouteWarps; ++w)
+-      total += partial[w];
++for (int w = 0; w <= kRouteWarps; ++w)
++      total += partial[w];
 """
 
 
@@ -138,7 +123,7 @@ class Bug:
         name: name of the bug.
         what: what is wrong, in words.
         file: path in csrc.
-        part: sweep that runs the kernel: ``linear``, ``routing`` or ``experts``.
+        part: sweep that runs the kernel: ``linear`` or ``routing``.
         before, after: text that occurs once in the file, and its replacement.
         found_by: lanes that must detect it, see `PATCHES`.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,14 @@ import torch
 from mpoe_bench.cases import workload_shape
 
 from mpoe_kernels import BackendError, backend_reasons, route, use_backend
-from mpoe_kernels.backends import CUDA, Request
+from mpoe_kernels.backends import CUDA, TRITON, Request, select
 from mpoe_kernels.compiled import load_library, open_ops
 from mpoe_kernels.contract import STRATEGIES, BlockDims, contraction
+from mpoe_kernels.contract.ranking import Problem, rank
 from mpoe_kernels.cuda_library import runs_on
 from mpoe_kernels.linear.cuda import LinearKernels
 from mpoe_kernels.linear.grouped import ON_CHIP
+from mpoe_kernels.triton import architecture
 
 SHIPPED = "80-real 90a-real 100-real 100-virtual"
 
@@ -72,12 +75,39 @@ def test_a_library_that_is_missing_or_none_gives_its_reason(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_weights_stay_on_chip_and_other_strategies_go_product_by_product(strategy: str, phase: str) -> None:
-    kernels, shape = LinearKernels(None), "separable" if strategy == "separable" else "paper_64"
+def test_weights_stay_on_chip_and_other_strategies_are_refused(strategy: str, phase: str) -> None:
+    kernels = LinearKernels(None)
+    shape = "separable" if strategy == "separable" else "paper_64"
     dims = BlockDims.of_shape(workload_shape(shape, 768, 3072))
-    asked = contraction(strategy, dims, 8, 64, torch.bfloat16, phase)
-    assert kernels.contraction_reasons(asked) == []
-    assert [each.name for each in kernels.candidates(asked)] == [ON_CHIP if strategy == "rebuild" else strategy]
-    if strategy == "separable":
-        (reason,) = kernels.contraction_reasons(contraction(strategy, dims, 8, 2**28, torch.bfloat16, phase))
-        assert "it counts to 2147483647" in reason
+    plan = contraction(strategy, dims, 8, 64, torch.bfloat16, phase)
+    reasons = kernels.contraction_reasons(plan)
+    if strategy == "rebuild":
+        assert reasons == []
+        assert [candidate.name for candidate in kernels.candidates(plan)] == [ON_CHIP]
+    else:
+        instead = "take backend='auto' or 'triton', or strategy='rebuild'"
+        assert reasons == [f"it computes the strategy 'rebuild' alone, not {strategy!r}; {instead}"]
+
+
+EXPERTS = ("hidden_experts", "hidden_experts_backward", "neuron_experts", "neuron_experts_backward")
+
+
+@pytest.mark.parametrize("op", EXPERTS)
+def test_experts_are_refused_by_name_with_what_to_take_instead(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend in (CUDA, TRITON):
+        monkeypatch.setattr(backend, "unavailable_reasons", list)
+    monkeypatch.setattr(architecture, "triton_reasons", lambda: ["not here"])  # asks no device for its limits
+    request = Request(op, "cuda:0", torch.bfloat16)
+    instead = f"it has no kernel for {op}; take backend='auto' or 'triton' or 'eager'"
+    with pytest.raises(BackendError, match=re.escape(f"backend 'cuda' cannot run {op}: {instead}")):
+        select(request, "cuda")
+    assert select(request) is TRITON.kernels[op]
+
+
+def test_the_fused_chain_refuses_other_strategies_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CUDA, "unavailable_reasons", list)
+    dims = BlockDims.of_shape(workload_shape("separable", 768, 3072))
+    problem = Problem("grouped_mpo_linear", dims, 8, 64, torch.bfloat16, "cuda:0", backend="cuda")
+    assert [candidate.strategy for candidate in rank(problem)] == ["rebuild"]
+    with pytest.raises(BackendError, match=r"'cuda' cannot run .* not 'separable'; take backend='auto' or 'triton'"):
+        rank(problem._replace(keeps=True))  # a forward that trains: the strategy is separable

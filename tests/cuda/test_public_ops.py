@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Of the linear op's tests, only those that its own emulated tests do not cover.
 FEWER = "not sizes_beyond and not medium_separable and not (test_opcheck and not padded and not light)"
-ALL = ("linear", "routing", "ffn", "experts", "spoiled", "every_op")
+ALL = ("linear", "routing", "ffn", "spoiled", "every_op")
 
 
 CASES = [

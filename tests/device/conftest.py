@@ -20,9 +20,13 @@ DEVICE = os.environ.get("MPOE_TEST_DEVICE", "cpu")
 REQUIRED = os.environ.get("MPOE_TEST_REQUIRED", "").split()
 
 
-def reasons(backend: str, dtype: torch.dtype, op: str = "grouped_mpo_linear") -> list[str]:
-    """Why a backend cannot run an op on the device."""
-    return BACKENDS[backend].unsupported_reasons(Request(op, torch.device(DEVICE).type, dtype))
+def check_able(backend: str, dtype: torch.dtype = torch.float32, op: str = "grouped_mpo_linear") -> None:
+    """Skip a test whose backend cannot run an op on the device; fail if it has kernels for it and is required."""
+    found = BACKENDS[backend].unsupported_reasons(Request(op, torch.device(DEVICE).type, dtype))
+    if found:
+        required = backend in REQUIRED and BACKENDS[backend].computes(op)
+        stop = pytest.fail if required else pytest.skip
+        stop(f"{backend}: {'; '.join(found)}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -44,16 +48,7 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def required() -> list[str]:
-    """Backends whose tests must not be skipped."""
-    return REQUIRED
-
-
-@pytest.fixture
-def able(backend: str, request: pytest.FixtureRequest) -> str:
-    """The backend, if it runs there what the test is about: the grouped product, or the op of its mark ``op``."""
-    mark = request.node.get_closest_marker("op")
-    if found := reasons(backend, torch.float32, *(mark.args if mark else ())):
-        stop = pytest.fail if backend in REQUIRED else pytest.skip
-        stop(f"{backend}: {'; '.join(found)}")
+def able(backend: str) -> str:
+    """The backend, if it runs the grouped product there."""
+    check_able(backend)
     return backend

@@ -1,4 +1,4 @@
-// The ops mpoe_emulated::, in one source: torch's headers, which each of these files includes, take longest.
-#include "cuda/experts/bind.cpp"
+// The ops mpoe_emulated::, in one source: torch's headers, which each of these files includes, take
+// longest.
 #include "cuda/linear/bind.cpp"
 #include "cuda/routing/bind.cpp"

@@ -41,10 +41,6 @@ SWEEPS = {
         *(*_COMMON, TESTS / "native" / "cpp" / "truth.cpp", EMULATION / "sweep_linear.cpp"),
     ],
     "routing": [CUDA / "routing" / "routing.cu", *_COMMON, EMULATION / "sweep_routing.cpp"],
-    "experts": [
-        *(CUDA / "experts" / f"{name}.cu" for name in ("experts", "bfloat16")),
-        *(CUDA / "routing" / "routing.cu", *_COMMON, EMULATION / "sweep_experts.cpp"),
-    ],
 }
 
 

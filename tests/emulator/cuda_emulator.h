@@ -1,4 +1,5 @@
-// Compiles csrc/cuda for the host and runs it there: csrc/cuda/device.cuh includes this under MPOE_CUDA_EMULATED.
+// Compiles csrc/cuda for the host and runs it there: csrc/cuda/device.cuh includes this under
+// MPOE_CUDA_EMULATED.
 #pragma once
 #include "fibers.h"      // scheduling, barriers
 #include "intrinsics.h"  // what CUDA C++ offers

@@ -1,8 +1,10 @@
-// One fiber per CUDA thread: runs a grid block by block on the calling OS thread. For tests, not for speed.
+// One fiber per CUDA thread: runs a grid block by block on the calling OS thread. For tests, not
+// for speed.
 //
-// Fibers switch only where threads may wait for one another (barriers, warp collectives), in a chosen order; so a
-// missing barrier shows as a wrong value under at least one order, and under TSan as a race (switches create no
-// ordering there). x86-64 only. In blocks of 256 threads or more TSan reports nothing, so race tests use at most 128.
+// Fibers switch only where threads may wait for one another (barriers, warp collectives), in a
+// chosen order; so a missing barrier shows as a wrong value under at least one order, and under
+// TSan as a race (switches create no ordering there). x86-64 only. In blocks of 256 threads or more
+// TSan reports nothing, so race tests use at most 128.
 #pragma once
 #include <sys/mman.h>
 
@@ -26,11 +28,12 @@ enum class Order : int { kAscending = 0, kDescending = 1, kRandom = 2 };
 struct Config {
   Order order = Order::kAscending;  // which ready fiber runs next
   bool blocks_descending = false;   // order of the blocks of a grid
-  bool cp_async_lazy = true;        // copy at the wait (the latest legal moment) or at issue (the earliest)
-  std::uint64_t seed = 0;           // of the random order
-  unsigned char poison = 0xff;      // fills shared memory when a block starts: NaN in every floating format, -1 in int
+  bool cp_async_lazy =
+      true;                // copy at the wait (the latest legal moment) or at issue (the earliest)
+  std::uint64_t seed = 0;  // of the random order
+  unsigned char poison =
+      0xff;  // fills shared memory when a block starts: NaN in every floating format, -1 in int
   std::size_t max_shared = 227 * 1024;
-  int multiprocessors = 4, cache = 48 * 1024;  // a small L2: what is cut to fit into it is cut in tests too
   std::size_t stack_bytes = 64 * 1024;
 };
 struct Stats {
@@ -66,7 +69,9 @@ struct Fiber {
   void* fake_stack = nullptr;
   Block* block = nullptr;
   uint3 tid{};
-  int index = 0, lane = 0, warp = 0;
+  int index = 0;
+  int lane = 0;
+  int warp = 0;
   State state = State::kDone;
   std::vector<AsyncCopy> open;
   std::vector<std::vector<AsyncCopy>> groups;
@@ -75,13 +80,16 @@ struct alignas(64) Tag {  // each has its own cell: TSan merges neighbours
   char cell = 0;
 };
 struct Pending {  // a warp collective that lanes are arriving at
-  unsigned mask = 0, arrived = 0, id = 0;
+  unsigned mask = 0;
+  unsigned arrived = 0;
+  unsigned id = 0;
   const char* what = nullptr;
   Location where;
   void* slot[32];
 };
 struct Warp {
-  unsigned alive = 0, next_id = 0;
+  unsigned alive = 0;
+  unsigned next_id = 0;
   Tag tag[32];
   std::vector<Pending> pending;
 };
@@ -95,7 +103,9 @@ struct SharedArray {
 struct Block {
   dim3 grid, dim;
   uint3 bid{};
-  int count = 0, alive = 0, at_barrier = 0;
+  int count = 0;
+  int alive = 0;
+  int at_barrier = 0;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::vector<std::uint64_t> ready;
@@ -116,7 +126,9 @@ struct Block {
 };
 
 inline __attribute__((tls_model("initial-exec"))) thread_local Fiber* g_self = nullptr;
-EMU_NO_TSAN inline Fiber& self() { return *g_self; }
+EMU_NO_TSAN inline Fiber& self() {
+  return *g_self;
+}
 
 #if !defined(__x86_64__)
 #error "switch_stacks is written for x86-64"
@@ -147,10 +159,12 @@ EMU_NO_TSAN inline void to_fiber(Block& block, Fiber& fiber) {
   Fiber& fiber = self();
   Block& block = *fiber.block;
   if (block.error.empty()) {
-    block.error = "block (" + std::to_string(block.bid.x) + "," + std::to_string(block.bid.y) + "," +
-                  std::to_string(block.bid.z) + ") thread " + std::to_string(fiber.index) + ": " + message;
+    block.error = "block (" + std::to_string(block.bid.x) + "," + std::to_string(block.bid.y) +
+                  "," + std::to_string(block.bid.z) + ") thread " + std::to_string(fiber.index) +
+                  ": " + message;
   }
-  for (;;) to_main(fiber);
+  for (;;)
+    to_main(fiber);
 }
 EMU_NO_TSAN inline void set_ready(Block& block, int i) {
   block.fibers[i].state = State::kReady;
@@ -160,7 +174,8 @@ EMU_NO_TSAN inline void release_barrier(Block& block) {
   block.at_barrier = 0;
   ++block.barrier_generation;
   for (auto& fiber : block.fibers) {
-    if (fiber.state == State::kBarrier) set_ready(block, fiber.index);
+    if (fiber.state == State::kBarrier)
+      set_ready(block, fiber.index);
   }
 }
 EMU_NO_TSAN inline void fiber_entry() {
@@ -178,7 +193,8 @@ EMU_NO_TSAN inline void fiber_entry() {
       block.warps[fiber.warp].alive &= ~(1u << fiber.lane);
       fiber.open.clear();
       fiber.groups.clear();
-      if (block.alive && block.at_barrier == block.alive) release_barrier(block);
+      if (block.alive && block.at_barrier == block.alive)
+        release_barrier(block);
     }
     to_main(fiber);
   }
@@ -192,22 +208,28 @@ EMU_NO_TSAN inline void block_barrier(const Location& where) {
   } else if (block.barrier_line.line() != where.line()) {
     fail("__syncthreads divergence: " + line_of(where) + " meets " + line_of(block.barrier_line));
   }
-  // Two alternating tags: arrivals at the next barrier must not be ordered before threads that leave this one.
+  // Two alternating tags: arrivals at the next barrier must not be ordered before threads that
+  // leave this one.
   Tag* tag = &block.barrier_tag[block.barrier_generation & 1];
   tsan_release(tag);
   {
     Quiet quiet;
     fiber.state = State::kBarrier;
-    if (++block.at_barrier == block.alive) release_barrier(block);
+    if (++block.at_barrier == block.alive)
+      release_barrier(block);
   }
   to_main(fiber);
   tsan_acquire(tag);
 }
 
-// Every lane of `mask` passes its slot; the last to arrive runs function(slots), then all continue. `fence`: the
-// collective orders memory among the lanes (only __syncwarp does).
+// Every lane of `mask` passes its slot; the last to arrive runs function(slots), then all continue.
+// `fence`: the collective orders memory among the lanes (only __syncwarp does).
 template <class T, class F>
-EMU_NO_TSAN inline void collective(const char* what, unsigned mask, T& slot, F&& function, const Location& where,
+EMU_NO_TSAN inline void collective(const char* what,
+                                   unsigned mask,
+                                   T& slot,
+                                   F&& function,
+                                   const Location& where,
                                    bool fence = false) {
   Fiber& fiber = self();
   Block& block = *fiber.block;
@@ -216,12 +238,14 @@ EMU_NO_TSAN inline void collective(const char* what, unsigned mask, T& slot, F&&
   bool last = false;
   {
     Quiet quiet;
-    if (!(mask >> fiber.lane & 1)) fail(std::string(what) + " at " + line_of(where) + ": own lane is not in the mask");
+    if (!(mask >> fiber.lane & 1))
+      fail(std::string(what) + " at " + line_of(where) + ": own lane is not in the mask");
     if (mask & ~warp.alive)
       fail(std::string(what) + " at " + line_of(where) + ": the mask names lanes that have exited");
     Pending* pending = nullptr;
     for (auto& other : warp.pending) {
-      if (other.mask & mask) pending = &other;
+      if (other.mask & mask)
+        pending = &other;
     }
     if (!pending) {
       warp.pending.emplace_back();
@@ -232,10 +256,11 @@ EMU_NO_TSAN inline void collective(const char* what, unsigned mask, T& slot, F&&
       pending->id = warp.next_id++;
     }
     id = pending->id & 31;
-    if (fence) tsan_release(&warp.tag[id]);
+    if (fence)
+      tsan_release(&warp.tag[id]);
     if (pending->mask != mask || std::strcmp(pending->what, what) != 0) {
-      fail(std::string("divergent warp collectives: ") + what + " at " + line_of(where) + " meets " + pending->what +
-           " at " + line_of(pending->where));
+      fail(std::string("divergent warp collectives: ") + what + " at " + line_of(where) +
+           " meets " + pending->what + " at " + line_of(pending->where));
     }
     pending->slot[fiber.lane] = &slot;
     pending->arrived |= 1u << fiber.lane;
@@ -245,7 +270,8 @@ EMU_NO_TSAN inline void collective(const char* what, unsigned mask, T& slot, F&&
       warp.pending.erase(warp.pending.begin() + (pending - warp.pending.data()));
       function(slots);
       for (int lane = 0; lane < 32; ++lane) {
-        if (mask >> lane & 1) set_ready(block, fiber.index - fiber.lane + lane);
+        if (mask >> lane & 1)
+          set_ready(block, fiber.index - fiber.lane + lane);
       }
       last = true;
     } else {
@@ -254,33 +280,45 @@ EMU_NO_TSAN inline void collective(const char* what, unsigned mask, T& slot, F&&
   }
   (void)last;
   to_main(fiber);
-  if (fence) tsan_acquire(&warp.tag[id]);
+  if (fence)
+    tsan_acquire(&warp.tag[id]);
 }
 
-EMU_NO_TSAN inline unsigned char* dynamic_shared() { return self().block->dynamic; }
-EMU_NO_TSAN inline unsigned char* static_shared(const void* key, std::size_t bytes, const char* name) {
+EMU_NO_TSAN inline unsigned char* dynamic_shared() {
+  return self().block->dynamic;
+}
+EMU_NO_TSAN inline unsigned char* static_shared(const void* key,
+                                                std::size_t bytes,
+                                                const char* name) {
   Quiet quiet;
   Block& block = *self().block;
   for (auto& array : block.arrays) {
-    if (array.key != key) continue;
-    if (!array.used) std::memset(array.data, config().poison, array.bytes);
+    if (array.key != key)
+      continue;
+    if (!array.used)
+      std::memset(array.data, config().poison, array.bytes);
     array.used = true;
     return array.data;
   }
   void* data = nullptr;
-  if (posix_memalign(&data, 128, bytes)) fail("no memory");
+  if (posix_memalign(&data, 128, bytes))
+    fail("no memory");
   std::memset(data, config().poison, bytes);
   block.arrays.push_back({key, static_cast<unsigned char*>(data), bytes, name, true});
   std::size_t total = block.dynamic_bytes;
-  for (auto& array : block.arrays) total += array.bytes;
-  if (total > config().max_shared) fail("shared memory over the limit: " + std::to_string(total) + " bytes");
+  for (auto& array : block.arrays)
+    total += array.bytes;
+  if (total > config().max_shared)
+    fail("shared memory over the limit: " + std::to_string(total) + " bytes");
   return static_cast<unsigned char*>(data);
 }
 
 void launch(dim3 grid, dim3 dim, std::size_t shared_bytes, const std::function<void()>& body);
 template <class Kernel, class... Arguments>
 std::function<void()> bind(Kernel kernel, Arguments... arguments) {
-  return [=] { kernel(arguments...); };
+  return [=] {
+    kernel(arguments...);
+  };
 }
 
 }  // namespace emu

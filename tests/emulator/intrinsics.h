@@ -7,8 +7,11 @@
 #define blockDim (::emu::self().block->dim)
 #define gridDim (::emu::self().block->grid)
 
-inline void __syncthreads(emu::Location where = emu::Location::current()) { emu::block_barrier(where); }
-inline void __syncwarp(unsigned mask = 0xffffffffu, emu::Location where = emu::Location::current()) {
+inline void __syncthreads(emu::Location where = emu::Location::current()) {
+  emu::block_barrier(where);
+}
+inline void __syncwarp(unsigned mask = 0xffffffffu,
+                       emu::Location where = emu::Location::current()) {
   int nothing = 0;
   emu::collective("__syncwarp", mask, nothing, [](void**) {}, where, true);
 }
@@ -24,16 +27,21 @@ namespace emu {
 template <class T, class F>
 T shuffle(const char* what, unsigned mask, T value, F source, const Location& where) {
   struct Slot {
-    T in, out;
+    T in;
+    T out;
   } slot{value, value};
   collective(
-      what, mask, slot,
+      what,
+      mask,
+      slot,
       [&](void** slots) {
         for (int lane = 0; lane < 32; ++lane) {
-          if (!(mask >> lane & 1)) continue;
+          if (!(mask >> lane & 1))
+            continue;
           const int other = source(lane);
           Slot& mine = *static_cast<Slot*>(slots[lane]);
-          if (other < 0 || other > 31) continue;
+          if (other < 0 || other > 31)
+            continue;
           if (!(mask >> other & 1))
             fail(std::string(what) + " at " + line_of(where) + " reads a lane outside the mask");
           mine.out = static_cast<Slot*>(slots[other])->in;
@@ -46,74 +54,119 @@ T shuffle(const char* what, unsigned mask, T value, F source, const Location& wh
 }  // namespace emu
 
 template <class T>
-T __shfl_sync(unsigned mask, T value, int source, int width = 32, emu::Location where = emu::Location::current()) {
+T __shfl_sync(unsigned mask,
+              T value,
+              int source,
+              int width = 32,
+              emu::Location where = emu::Location::current()) {
   return emu::shuffle(
-      "__shfl_sync", mask, value, [=](int lane) { return (lane & ~(width - 1)) | (source & (width - 1)); }, where);
-}
-template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, emu::Location where = emu::Location::current()) {
-  return emu::shuffle(
-      "__shfl_xor_sync", mask, value,
-      [=](int lane) { return ((lane ^ bits) & ~(width - 1)) > (lane & ~(width - 1)) ? -1 : lane ^ bits; }, where);
-}
-template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32, emu::Location where = emu::Location::current()) {
-  return emu::shuffle(
-      "__shfl_up_sync", mask, value,
-      [=](int lane) { return lane - static_cast<int>(by) < (lane & ~(width - 1)) ? -1 : lane - static_cast<int>(by); },
+      "__shfl_sync",
+      mask,
+      value,
+      [=](int lane) { return (lane & ~(width - 1)) | (source & (width - 1)); },
       where);
 }
 template <class T>
-T __shfl_down_sync(
-    unsigned mask, T value, unsigned by, int width = 32, emu::Location where = emu::Location::current()) {
+T __shfl_xor_sync(unsigned mask,
+                  T value,
+                  int bits,
+                  int width = 32,
+                  emu::Location where = emu::Location::current()) {
   return emu::shuffle(
-      "__shfl_down_sync", mask, value,
+      "__shfl_xor_sync",
+      mask,
+      value,
+      [=](int lane) {
+        return ((lane ^ bits) & ~(width - 1)) > (lane & ~(width - 1)) ? -1 : lane ^ bits;
+      },
+      where);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask,
+                 T value,
+                 unsigned by,
+                 int width = 32,
+                 emu::Location where = emu::Location::current()) {
+  return emu::shuffle(
+      "__shfl_up_sync",
+      mask,
+      value,
+      [=](int lane) {
+        return lane - static_cast<int>(by) < (lane & ~(width - 1)) ? -1
+                                                                   : lane - static_cast<int>(by);
+      },
+      where);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask,
+                   T value,
+                   unsigned by,
+                   int width = 32,
+                   emu::Location where = emu::Location::current()) {
+  return emu::shuffle(
+      "__shfl_down_sync",
+      mask,
+      value,
       [=](int lane) {
         const int other = lane + static_cast<int>(by);
         return (other & ~(width - 1)) != (lane & ~(width - 1)) ? -1 : other;
       },
       where);
 }
-inline unsigned __ballot_sync(unsigned mask, int predicate, emu::Location where = emu::Location::current()) {
+inline unsigned __ballot_sync(unsigned mask,
+                              int predicate,
+                              emu::Location where = emu::Location::current()) {
   struct Slot {
     int in;
     unsigned out;
   } slot{predicate, 0};
   emu::collective(
-      "__ballot_sync", mask, slot,
+      "__ballot_sync",
+      mask,
+      slot,
       [&](void** slots) {
         unsigned votes = 0;
         for (int lane = 0; lane < 32; ++lane) {
-          if ((mask >> lane & 1) && static_cast<Slot*>(slots[lane])->in) votes |= 1u << lane;
+          if ((mask >> lane & 1) && static_cast<Slot*>(slots[lane])->in)
+            votes |= 1u << lane;
         }
         for (int lane = 0; lane < 32; ++lane) {
-          if (mask >> lane & 1) static_cast<Slot*>(slots[lane])->out = votes;
+          if (mask >> lane & 1)
+            static_cast<Slot*>(slots[lane])->out = votes;
         }
       },
       where);
   return slot.out;
 }
 // Lanes of `mask` whose value equals the caller's.
-inline unsigned __match_any_sync(unsigned mask, int value, emu::Location where = emu::Location::current()) {
+inline unsigned __match_any_sync(unsigned mask,
+                                 int value,
+                                 emu::Location where = emu::Location::current()) {
   struct Slot {
     int in;
     unsigned out;
   } slot{value, 0};
   emu::collective(
-      "__match_any_sync", mask, slot,
+      "__match_any_sync",
+      mask,
+      slot,
       [&](void** slots) {
         for (int lane = 0; lane < 32; ++lane) {
-          if (!(mask >> lane & 1)) continue;
+          if (!(mask >> lane & 1))
+            continue;
           Slot& mine = *static_cast<Slot*>(slots[lane]);
           for (int other = 0; other < 32; ++other) {
-            if ((mask >> other & 1) && static_cast<Slot*>(slots[other])->in == mine.in) mine.out |= 1u << other;
+            if ((mask >> other & 1) && static_cast<Slot*>(slots[other])->in == mine.in)
+              mine.out |= 1u << other;
           }
         }
       },
       where);
   return slot.out;
 }
-inline int __popc(unsigned bits) { return std::popcount(bits); }
+inline int __popc(unsigned bits) {
+  return std::popcount(bits);
+}
 
 template <class T>
 T atomicAdd(T* p, std::type_identity_t<T> value) {

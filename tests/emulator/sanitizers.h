@@ -55,12 +55,24 @@ struct Quiet {  // the emulator's own bookkeeping is not an access by the kernel
     AnnotateIgnoreReadsEnd("", 0);
   }
 };
-inline void tsan_acquire(void* tag) { __tsan_acquire(tag); }
-inline void tsan_release(void* tag) { __tsan_release(tag); }
-EMU_NO_TSAN inline void tsan_switch(void* fiber) { __tsan_switch_to_fiber(fiber, 1); }  // 1: no ordering
-inline void* tsan_current() { return __tsan_get_current_fiber(); }
-inline void* tsan_create() { return __tsan_create_fiber(0); }
-inline void tsan_destroy(void* fiber) { __tsan_destroy_fiber(fiber); }
+inline void tsan_acquire(void* tag) {
+  __tsan_acquire(tag);
+}
+inline void tsan_release(void* tag) {
+  __tsan_release(tag);
+}
+EMU_NO_TSAN inline void tsan_switch(void* fiber) {
+  __tsan_switch_to_fiber(fiber, 1);
+}  // 1: no ordering
+inline void* tsan_current() {
+  return __tsan_get_current_fiber();
+}
+inline void* tsan_create() {
+  return __tsan_create_fiber(0);
+}
+inline void tsan_destroy(void* fiber) {
+  __tsan_destroy_fiber(fiber);
+}
 #else
 struct Quiet {
   Quiet() {}
@@ -69,8 +81,12 @@ struct Quiet {
 inline void tsan_acquire(void*) {}
 inline void tsan_release(void*) {}
 inline void tsan_switch(void*) {}
-inline void* tsan_current() { return nullptr; }
-inline void* tsan_create() { return nullptr; }
+inline void* tsan_current() {
+  return nullptr;
+}
+inline void* tsan_create() {
+  return nullptr;
+}
 inline void tsan_destroy(void*) {}
 #endif
 
@@ -81,7 +97,9 @@ inline void asan_leave(void** fake, const void* stack, std::size_t bytes) {
 inline void asan_arrive(void* fake, const void** stack, std::size_t* bytes) {
   __sanitizer_finish_switch_fiber(fake, stack, bytes);
 }
-inline void asan_fresh(void* stack, std::size_t bytes) { __asan_unpoison_memory_region(stack, bytes); }
+inline void asan_fresh(void* stack, std::size_t bytes) {
+  __asan_unpoison_memory_region(stack, bytes);
+}
 #else
 inline void asan_leave(void**, const void*, std::size_t) {}
 inline void asan_arrive(void*, const void**, std::size_t*) {}

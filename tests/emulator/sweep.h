@@ -1,7 +1,9 @@
-// What the sweeps share. A sweep runs emulated kernels without torch and compares them with loops in double precision:
-//   sweep_linear|sweep_routing|sweep_experts ORDER(ascending|descending|random) COPIES(lazy|eager)
-// Exit status: 0 right, 1 wrong values or bank conflicts, 2 the emulator reports an error; sanitizers have their own.
-// Blocks have at most 128 threads, as the thread sanitizer sees nothing in larger ones.
+// What the sweeps share. A sweep runs emulated kernels without torch and compares them with loops
+// in double precision:
+//   sweep_linear|sweep_routing ORDER(ascending|descending|random) COPIES(lazy|eager)
+// Exit status: 0 right, 1 wrong values or bank conflicts, 2 the emulator reports an error;
+// sanitizers have their own. Blocks have at most 128 threads, as the thread sanitizer sees nothing
+// in larger ones.
 #pragma once
 #include <exception>
 
@@ -12,15 +14,18 @@ namespace emu {
 
 template <class F>
 int sweep(int count, char** words, F&& body) {
-  if (count != 3) return 64;
+  if (count != 3)
+    return 64;
   const std::string order = words[1];
-  config().order = order == "ascending" ? Order::kAscending
-      : order == "descending" ? Order::kDescending : Order::kRandom;
+  config().order = order == "ascending"    ? Order::kAscending
+                   : order == "descending" ? Order::kDescending
+                                           : Order::kRandom;
   config().blocks_descending = order == "descending";
   config().cp_async_lazy = std::string(words[2]) == "lazy";
 #ifdef __SANITIZE_ADDRESS__
   // Once another poison: -1 as a place means that there is no line, which a kernel may check.
-  if (config().blocks_descending) config().poison = 0x7f;
+  if (config().blocks_descending)
+    config().poison = 0x7f;
 #endif
   try {
     body();

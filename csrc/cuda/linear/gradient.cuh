@@ -1,21 +1,25 @@
-// Gradients of the blocks, without a weight gradient in memory: the gradient x^T dz of a tile of an expert's weight is
-// computed in registers, regrouped in shared memory and multiplied at once,
+// Gradients of the blocks, without a weight gradient in memory: the gradient x^T dz of a tile of an
+// expert's weight is computed in registers, regrouped in shared memory and multiplied at once,
 //
-//   out[outer, b] = sum of dw[outer, inner] other[inner, b]    over `inner` and, of right, a part of the tiles
+//   out[outer, b] = sum of dw[outer, inner] other[inner, b]
 //
-// `outer` are pairs of digits of left and central (iL, jL), `inner` those of right, and `other` is right; or the other
-// way round, and `other` is left times central. No atomics, the same bits on every run.
+// over `inner` and, of right, a part of the tiles. `outer` are pairs of digits of left and central
+// (iL, jL), `inner` those of right, and `other` is right; or the other way round, and `other` is
+// left times central. No atomics, the same bits on every run.
 #pragma once
 #include "cuda/linear/tiles.cuh"
 
 namespace mpoe::cuda {
 
-constexpr int kSide = 64;             // of the tiles
+constexpr int kSide = 64;          // of the tiles
 constexpr int kRowsAtOnce = 1024;  // whose places are looked up together
 
 struct GradientArguments {
-  Digits i, j;
-  bool vector_x = false, vector_dz = false, vector_b = false;
+  Digits i;
+  Digits j;
+  bool vector_x = false;
+  bool vector_dz = false;
+  bool vector_b = false;
   int share = 1;  // tiles of a part
   GradientProduct of;
 };
@@ -24,10 +28,80 @@ template <class T>
 struct GradientTiles {
   using Out = Tile<T, kSide, kSide, 32, 32>;
   static constexpr int kStride = padded_stride<T>(kSide);
-  static constexpr int kElements = kSide * kStride + kStages * 2 * Out::kK * padded_stride<T>(kSide);
+  static constexpr int kStageElements = 2 * Out::kK * padded_stride<T>(kSide);
+  static constexpr int kElements = kSide * kStride + kStages * kStageElements;
 };
 
-// Grid: (tiles of outer and of b, parts, experts).
+// What a block of threads computes. Grid: (tiles of outer and of b, parts, experts).
+struct GradientBlock {
+  const GradientArguments& p;
+  int expert;
+  int begin;  // slots
+  int end;
+  int bond;
+  int outer;
+  int first;  // tiles of inner
+  int last;
+  int inner_lines;
+
+  __device__ __forceinline__ explicit GradientBlock(const GradientArguments& arguments)
+      : p(arguments) {
+    expert = blockIdx.z;
+    begin = p.of.offsets[expert];
+    end = p.of.offsets[expert + 1];
+    const int bond_tiles = (p.of.b + kSide - 1) / kSide;
+    bond = blockIdx.x % bond_tiles * kSide;
+    outer = blockIdx.x / bond_tiles;
+    int inner = p.i.right_tiles() * p.j.right_tiles();
+    inner_lines = p.i.run_length() * p.j.run_length();
+    if (p.of.of_right) {
+      inner = p.i.left_tiles() * p.j.left_tiles();
+      inner_lines = p.i.units * p.j.units;
+    }
+    first = p.share * static_cast<int>(blockIdx.y);
+    last = first + p.share < inner ? first + p.share : inner;
+  }
+
+  struct Tiles {
+    DigitTile i;
+    DigitTile j;
+  };
+  __device__ __forceinline__ Tiles tiles(int step) const {
+    const bool of_right = p.of.of_right;
+    const DigitPair left(of_right ? step : outer, p.j.left_tiles());
+    const DigitPair right(of_right ? outer : step, p.j.right_tiles());
+    return {DigitTile(p.i, left.x, right.x), DigitTile(p.j, left.y, right.y)};
+  }
+
+  // Elements before a line of half or of right, of all experts; negative: it is not in the tiles.
+  __device__ __forceinline__ int64_t line_of_half(const Tiles& t, int line) const {
+    const DigitPair digits(line, p.j.units);
+    if (digits.x >= t.i.units || digits.y >= t.j.units)
+      return -1;
+    const int64_t row = int64_t(expert) * p.of.i[0] + t.i.left + digits.x;
+    const int64_t left = row * p.of.j[0] + t.j.left + digits.y;
+    return ((left * p.of.i[1] + t.i.centre) * p.of.j[1] + t.j.centre) * p.of.b;
+  }
+  __device__ __forceinline__ int64_t line_of_right(const Tiles& t, int line) const {
+    const DigitPair digits(line, p.j.run_length());
+    if (digits.x >= t.i.run || digits.y >= t.j.run)
+      return -1;
+    const int64_t row = int64_t(expert) * p.of.i[2] + t.i.right + digits.x;
+    return (row * p.of.j[2] + t.j.right + digits.y) * p.of.b;
+  }
+
+  // Where a row (iL, iR) or a column (jL, jR) of a weight's tile goes, in outer and inner.
+  __device__ __forceinline__ int place(
+      const Digits& of, int number, int of_left, int of_run, int stride) const {
+    const DigitPair digits(number, of.run_length());
+    if (digits.x >= of.units)
+      return kNowhere;
+    const int left = digits.x * of_left;
+    const int right = digits.y * of_run;
+    return p.of.of_right ? right * stride + left : left * stride + right;
+  }
+};
+
 template <class T>
 __global__ void __launch_bounds__(GradientTiles<T>::Out::kThreads)
     gradient_kernel(const __grid_constant__ GradientArguments p) {
@@ -37,87 +111,71 @@ __global__ void __launch_bounds__(GradientTiles<T>::Out::kThreads)
   SHARED_ARRAY(int64_t, from, kRowsAtOnce);
   T* const stages = tile + kSide * Tiles::kStride;
   const GradientProduct& of = p.of;
-  const int expert = blockIdx.z, begin = of.offsets[expert], end = of.offsets[expert + 1], thread = threadIdx.x;
-  const int bond_tiles = (of.b + kSide - 1) / kSide;
-  const int bond = blockIdx.x % bond_tiles * kSide, outer = blockIdx.x / bond_tiles;
-  const bool of_right = of.of_right;
-  const int left_of_j = p.j.left_tiles(), right_of_j = p.j.right_tiles();
-  const int inner = of_right ? p.i.left_tiles() * left_of_j : p.i.right_tiles() * right_of_j;
-  const int inner_lines = of_right ? p.i.units * p.j.units : p.i.run_length() * p.j.run_length();
-  const int first = p.share * static_cast<int>(blockIdx.y), last = first + p.share < inner ? first + p.share : inner;
-  const auto tiles_of = [&](int step) {  // of i and of j
-    const DigitPair left(of_right ? step : outer, left_of_j), right(of_right ? outer : step, right_of_j);
-    struct Pair {
-      DigitTile i, j;
-    };
-    return Pair{DigitTile(p.i, left.x, right.x), DigitTile(p.j, left.y, right.y)};
-  };
-  // Elements before a line of half or of right, of all experts; negative: it is not in the tile.
-  const auto line_of_left = [&](const DigitTile& i, const DigitTile& j, int line) -> int64_t {
-    const DigitPair own(line, p.j.units);
-    if (own.x >= i.units || own.y >= j.units) return -1;
-    const int64_t left = (int64_t(expert) * of.i[0] + i.left + own.x) * of.j[0] + j.left + own.y;
-    return ((left * of.i[1] + i.centre) * of.j[1] + j.centre) * of.b;
-  };
-  const auto line_of_right = [&](const DigitTile& i, const DigitTile& j, int line) -> int64_t {
-    const DigitPair own(line, p.j.run_length());
-    if (own.x >= i.run || own.y >= j.run) return -1;
-    return ((int64_t(expert) * of.i[2] + i.right + own.x) * of.j[2] + j.right + own.y) * of.b;
-  };
-  // (iL, iR) and (jL, jR) -> outer and inner
-  const auto place = [&](const Digits& digits, int column, int of_left, int of_run) {
-    const DigitPair own(column, digits.run_length());
-    const int left = own.x * of_left, right = own.y * of_run;
-    if (own.x >= digits.units) return kNowhere;
-    return of_right ? right * Tiles::kStride + left : left * Tiles::kStride + right;
-  };
-  const Places<TileT> places([&](int row) { return place(p.i, row, p.j.units, p.j.run_length()); },
-                             [&](int column) { return place(p.j, column, 1, 1); });
-  for (int i = thread; i < kSide * Tiles::kStride; i += TileT::kThreads) {
+  const GradientBlock block(p);
+  const int begin = block.begin;
+  const int end = block.end;
+  const Places<TileT> places(
+      [&](int row) { return block.place(p.i, row, p.j.units, p.j.run_length(), Tiles::kStride); },
+      [&](int column) { return block.place(p.j, column, 1, 1, Tiles::kStride); });
+  for (int i = threadIdx.x; i < kSide * Tiles::kStride; i += TileT::kThreads) {
     tile[i] = dev::from_float<T>(0.f);  // what only completes a tile
   }
 
   Accumulator<TileT> sum;
   sum.clear();
   ROLLED
-  for (int step = first; begin < end && step < last; ++step) {
-    const auto [i, j] = tiles_of(step);
+  for (int step = block.first; begin < end && step < block.last; ++step) {
+    const auto tiles = block.tiles(step);
     Accumulator<TileT> dw;
     dw.clear();
     ROLLED
     for (int slot = begin; slot < end; slot += kRowsAtOnce) {
       const int rows = end - slot < kRowsAtOnce ? end - slot : kRowsAtOnce;
-      if (step == first || end - begin > kRowsAtOnce) {
+      if (step == block.first || end - begin > kRowsAtOnce) {
         __syncthreads();  // nobody reads the rows before
-        for (int s = thread; s < rows; s += TileT::kThreads) {
-          from[s] = (of.row_index ? of.row_index[slot + s] : slot + s) * of.in_features;
+        for (int s = threadIdx.x; s < rows; s += TileT::kThreads) {
+          const int64_t row = of.row_index ? of.row_index[slot + s] : slot + s;
+          from[s] = row * of.in_features;
         }
         __syncthreads();  // rows are known
       }
-      const auto x = lines_at<T, TileT, kSide, false>(
-          of.x, i.first(), [&](int s) { return s < rows ? from[s] : -1; }, i, p.vector_x);
-      const auto dz = lines_at<T, TileT, kSide, false>(
-          of.dz, j.first(), [&](int s) { return s < rows ? int64_t(slot + s) * of.out_features : -1; }, j, p.vector_dz);
-      block_gemm<T, TileT, false, false>(dw, x, dz, rows, p.i.units * p.i.run_length(),
-                                         p.j.units * p.j.run_length(), stages);
+      const auto x_line = [&](int s) {
+        return s < rows ? from[s] : -1;
+      };
+      const auto dz_line = [&](int s) {
+        return s < rows ? int64_t(slot + s) * of.out_features : -1;
+      };
+      const auto x =
+          lines_at<T, TileT, kSide, false>(of.x, tiles.i.first(), x_line, tiles.i, p.vector_x);
+      const auto dz =
+          lines_at<T, TileT, kSide, false>(of.dz, tiles.j.first(), dz_line, tiles.j, p.vector_dz);
+      const int rows_of_w = p.i.units * p.i.run_length();
+      const int columns_of_w = p.j.units * p.j.run_length();
+      block_gemm<T, TileT, false, false>(dw, x, dz, rows, rows_of_w, columns_of_w, stages);
     }
     // Nobody reads the tile: the product has begun with a barrier.
-    places.store(dw, tile, !of_right && p.j.run_length() % 2 == 0);
+    places.store(dw, tile, !of.of_right && p.j.run_length() % 2 == 0);
+    const auto other_line = [&](int line) {
+      return of.of_right ? block.line_of_half(tiles, line) : block.line_of_right(tiles, line);
+    };
+    const int bonds = of.b - block.bond;
     const auto other = lines_at<T, TileT, kSide, false>(
-        of.other, bond, [&](int line) { return of_right ? line_of_left(i, j, line) : line_of_right(i, j, line); },
-        Adjacent{of.b - bond}, p.vector_b);
-    block_gemm<T, TileT, true, false>(sum, Resident<T, true>(tile, Tiles::kStride), other, inner_lines, kSide,
-                                      of.b - bond, stages);
+        of.other, block.bond, other_line, Adjacent{bonds}, p.vector_b);
+    const Resident<T, true> weight(tile, Tiles::kStride);
+    block_gemm<T, TileT, true, false>(sum, weight, other, block.inner_lines, kSide, bonds, stages);
   }
-  const auto [i, j] = tiles_of(0);
+  const auto tiles = block.tiles(0);
   const int64_t part = int64_t(of.experts) * of.i[2] * of.j[2] * of.b * blockIdx.y;
   sum.for_each([&](int row, int column, float& value) {
-    const int64_t line = of_right ? line_of_right(i, j, row) : line_of_left(i, j, row);
-    if (line < 0 || bond + column >= of.b) return;
-    if (of_right) {
-      static_cast<float*>(of.out)[part + line + bond + column] = value;
+    const int64_t line =
+        of.of_right ? block.line_of_right(tiles, row) : block.line_of_half(tiles, row);
+    if (line < 0 || block.bond + column >= of.b)
+      return;
+    const int64_t at = line + block.bond + column;
+    if (of.of_right) {
+      static_cast<float*>(of.out)[part + at] = value;
     } else {
-      static_cast<T*>(of.out)[line + bond + column] = dev::from_float<T>(value);
+      static_cast<T*>(of.out)[at] = dev::from_float<T>(value);
     }
   });
 }

@@ -1,9 +1,6 @@
 // Launches of one type, compiled in a file of its own by MPOE_LINEAR_LAUNCHES.
 #pragma once
-#include <algorithm>
-
 #include "cuda/linear/gradient.cuh"
-#include "cuda/linear/grouped.cuh"
 #include "cuda/linear/rebuilt.cuh"
 
 namespace mpoe::cuda {
@@ -11,48 +8,40 @@ namespace mpoe::cuda {
 template <class T, int kColumns>
 void launch_rebuilt(const RebuiltArguments& p, cudaStream_t stream) {
   using Tiles = RebuiltTiles<T, kColumns>;
-  const int64_t slots = p.of.slots, partly = slots < p.of.experts + 1 ? slots : p.of.experts + 1;
+  const int64_t slots = p.of.slots;
+  const int64_t partly = slots < p.of.experts + 1 ? slots : p.of.experts + 1;
   const int64_t rows = slots / Tiles::Out::kM + partly;  // at most so many tiles
-  LAUNCH((rebuilt_kernel<T, kColumns>), dim3(static_cast<unsigned>(rows * p.n.left_tiles() * p.n.right_tiles())),
-         dim3(Tiles::Out::kThreads), Tiles::kElements * sizeof(T), stream, p);
+  LAUNCH((rebuilt_kernel<T, kColumns>),
+         dim3(static_cast<unsigned>(rows * p.n.left_tiles() * p.n.right_tiles())),
+         dim3(Tiles::Out::kThreads),
+         Tiles::kElements * sizeof(T),
+         stream,
+         p);
   check_launch("rebuilt");
 }
 template <class T>
 void launch(const RebuiltArguments& p, int columns, cudaStream_t stream) {
   if constexpr (sizeof(T) == 2) {
-    if (columns == 128) return launch_rebuilt<T, 128>(p, stream);
+    if (columns == 128)
+      return launch_rebuilt<T, 128>(p, stream);
   }
   launch_rebuilt<T, 64>(p, stream);
 }
 template <class T>
 void launch(const GradientArguments& p, dim3 grid, cudaStream_t stream) {
   using Tiles = GradientTiles<T>;
-  LAUNCH(gradient_kernel<T>, grid, dim3(Tiles::Out::kThreads), Tiles::kElements * sizeof(T), stream, p);
+  LAUNCH(gradient_kernel<T>,
+         grid,
+         dim3(Tiles::Out::kThreads),
+         Tiles::kElements * sizeof(T),
+         stream,
+         p);
   check_launch("gradient");
 }
-template <class T>
-void launch(const GroupedRows& p, cudaStream_t stream) {
-  const int64_t rows = int64_t(p.slots) * p.of_slot, experts = p.experts + p.clears;
-  const int64_t tiles = rows / kExpertsRows + std::min(rows, experts), across = (p.columns + kSide - 1) / kSide;
-  const auto kernel = p.turned ? grouped_rows_kernel<T, true> : grouped_rows_kernel<T, false>;
-  LAUNCH(kernel, dim3(static_cast<unsigned>(tiles * across)), dim3(kExpertsThreads), stage_elements<T>() * sizeof(T),
-         stream, p);
-  check_launch("grouped_rows");
-}
-template <class T>
-void launch(const GroupedBlocks& p, cudaStream_t stream) {
-  const auto kernel = p.turned ? grouped_blocks_kernel<T, true> : grouped_blocks_kernel<T, false>;
-  const dim3 grid(static_cast<unsigned>(p.tiles * p.parts), static_cast<unsigned>(p.experts + (p.blocks != nullptr)));
-  LAUNCH(kernel, grid, dim3(kExpertsThreads), 4 * WholeTile<T>::kElements * sizeof(T), stream, p);
-  check_launch("grouped_blocks");
-}
-
 }  // namespace mpoe::cuda
 
-#define MPOE_LINEAR_LAUNCHES(T)                                                \
-  namespace mpoe::cuda {                                                       \
-  template void launch<T>(const RebuiltArguments&, int, cudaStream_t);         \
-  template void launch<T>(const GradientArguments&, dim3, cudaStream_t);       \
-  template void launch<T>(const GroupedRows&, cudaStream_t);                   \
-  template void launch<T>(const GroupedBlocks&, cudaStream_t);                 \
+#define MPOE_LINEAR_LAUNCHES(T)                                          \
+  namespace mpoe::cuda {                                                 \
+  template void launch<T>(const RebuiltArguments&, int, cudaStream_t);   \
+  template void launch<T>(const GradientArguments&, dim3, cudaStream_t); \
   }

@@ -7,11 +7,17 @@
 namespace mpoe::cuda {
 namespace {
 
-unsigned blocks_of(int64_t extent, int block) { return static_cast<unsigned>((extent + block - 1) / block); }
+unsigned blocks_of(int64_t extent, int block) {
+  return static_cast<unsigned>((extent + block - 1) / block);
+}
 
-// Calls f(T{}, constant kPer): 16 bytes at a time if every row starts at a multiple of 16, else one element.
+// Calls f(T{}, constant kPer): 16 bytes at a time if every row starts at a multiple of 16, else one
+// element.
 template <class F>
-void with_packs(Dtype dtype, int64_t row_elements, std::initializer_list<const void*> arrays, F&& f) {
+void with_packs(Dtype dtype,
+                int64_t row_elements,
+                std::initializer_list<const void*> arrays,
+                F&& f) {
   with_type(dtype, [&](auto zero) {
     constexpr int kPer = 16 / static_cast<int>(sizeof(zero));
     if (whole(kPer, {static_cast<int>(row_elements % kPer)}, arrays)) {
@@ -25,15 +31,16 @@ void with_packs(Dtype dtype, int64_t row_elements, std::initializer_list<const v
 }  // namespace
 
 void route(const Route& p, const Memory& memory, cudaStream_t stream) {
-  const int choices = p.pair_of_slot ? p.top_k : 1;
-  if ((int64_t(p.experts) + 1) * choices > kMostBins) {
-    throw std::invalid_argument("routing takes at most " + std::to_string(kMostBins / choices - 1) + " experts; got " +
-                                std::to_string(p.experts));
+  if (p.experts >= kMostBins) {
+    throw std::invalid_argument("routing takes at most " + std::to_string(kMostBins - 1) +
+                                " experts; got " + std::to_string(p.experts));
   }
   const int64_t pairs = int64_t(p.tokens) * p.top_k;
-  if (pairs >= 1 << 30) throw std::invalid_argument("routing counts to 2^30 pairs of token and choice");
+  if (pairs >= 1 << 30)
+    throw std::invalid_argument("routing counts to 2^30 pairs of token and choice");
   SortArguments s{p};
-  const std::size_t bins = static_cast<std::size_t>(s.bins()), ranks = bins * (sizeof(int) + kRouteWarps);
+  const std::size_t bins = static_cast<std::size_t>(s.bins());
+  const std::size_t ranks = bins * (sizeof(int) + kRouteWarps);
   if (pairs <= kFewPairs) {
     const std::size_t shared = ranks + static_cast<std::size_t>(pairs) * sizeof(int);
     LAUNCH(route_few_kernel, dim3(1), dim3(kRouteThreads), shared, stream, s);
@@ -44,7 +51,13 @@ void route(const Route& p, const Memory& memory, cudaStream_t stream) {
   const auto pass = [&](bool by_choice) {
     s.by_choice = by_choice;
     LAUNCH(histogram_kernel, dim3(blocks), dim3(kRouteThreads), bins * sizeof(int), stream, s);
-    LAUNCH(prefix_kernel, dim3(1), dim3(kRouteThreads), bins * sizeof(int), stream, s, static_cast<int>(blocks));
+    LAUNCH(prefix_kernel,
+           dim3(1),
+           dim3(kRouteThreads),
+           bins * sizeof(int),
+           stream,
+           s,
+           static_cast<int>(blocks));
     LAUNCH(scatter_kernel, dim3(blocks), dim3(kRouteThreads), ranks, stream, s);
     check_launch("route");
   };
@@ -55,29 +68,70 @@ void route(const Route& p, const Memory& memory, cudaStream_t stream) {
   pass(false);
 }
 
-void combine(Dtype dtype, const void* rows, int64_t stride, const int64_t* slot_of_token, const float* gates,
-             const int* filled, void* out, int tokens, int top_k, int columns, cudaStream_t stream) {
-  if (tokens == 0 || columns == 0) return;
+void combine(Dtype dtype,
+             const void* rows,
+             int64_t stride,
+             const int64_t* slot_of_token,
+             const float* gates,
+             const int* filled,
+             void* out,
+             int tokens,
+             int top_k,
+             int columns,
+             cudaStream_t stream) {
+  if (tokens == 0 || columns == 0)
+    return;
   const int64_t both = stride | columns;  // a power of two divides both if it divides this
   with_packs(dtype, both, {rows, out}, [&](auto zero, auto per) {
     using T = decltype(zero);
     const auto kernel = combine_kernel<T, decltype(per)::value>;
-    LAUNCH(kernel, dim3(static_cast<unsigned>(tokens), blocks_of(columns, kRouteThreads * per)), dim3(kRouteThreads), 0,
-           stream, static_cast<const T*>(rows), stride, slot_of_token, gates, filled, static_cast<T*>(out), top_k,
+    LAUNCH(kernel,
+           dim3(static_cast<unsigned>(tokens), blocks_of(columns, kRouteThreads * per)),
+           dim3(kRouteThreads),
+           0,
+           stream,
+           static_cast<const T*>(rows),
+           stride,
+           slot_of_token,
+           gates,
+           filled,
+           static_cast<T*>(out),
+           top_k,
            columns);
   });
   check_launch("combine");
 }
 
-void combine_backward(Dtype dtype, const void* grad, const void* rows, const int64_t* token_of_slot,
-                      const int64_t* slot_of_token, const float* gates, void* drows, float* dgates, int slots,
-                      int top_k, int columns, cudaStream_t stream) {
-  if (slots == 0) return;
+void combine_backward(Dtype dtype,
+                      const void* grad,
+                      const void* rows,
+                      const int64_t* token_of_slot,
+                      const int64_t* slot_of_token,
+                      const float* gates,
+                      void* drows,
+                      float* dgates,
+                      int slots,
+                      int top_k,
+                      int columns,
+                      cudaStream_t stream) {
+  if (slots == 0)
+    return;
   with_packs(dtype, columns, {grad, dgates ? rows : nullptr, drows}, [&](auto zero, auto per) {
     using T = decltype(zero);
     const auto kernel = combine_backward_kernel<T, decltype(per)::value>;
-    LAUNCH(kernel, dim3(static_cast<unsigned>(slots)), dim3(kRouteThreads), 0, stream, static_cast<const T*>(grad),
-           static_cast<const T*>(rows), token_of_slot, slot_of_token, gates, static_cast<T*>(drows), dgates, top_k,
+    LAUNCH(kernel,
+           dim3(static_cast<unsigned>(slots)),
+           dim3(kRouteThreads),
+           0,
+           stream,
+           static_cast<const T*>(grad),
+           static_cast<const T*>(rows),
+           token_of_slot,
+           slot_of_token,
+           gates,
+           static_cast<T*>(drows),
+           dgates,
+           top_k,
            columns);
   });
   check_launch("combine_backward");

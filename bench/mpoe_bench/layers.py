@@ -1,7 +1,7 @@
 """Layers with their routers, as models hold them, their peers, and the dense network on the same tokens.
 
 `cases` lists what a GPU must compute fast, with limits: tools/gpu_floors.py bounds them, `bench/gpu.sh` measures them,
-and ``python -m mpoe_bench.layers`` runs four of them once, forward and backward, for a profiler.
+and ``python -m mpoe_bench.layers`` runs them once, forward and backward, for a profiler.
 
 Every contender has weights of its own and is held to the results of a plain module with the same ones in float64. Few
 tokens pass through one layer, whose weights stay in the processor's caches, or through twelve, as in a model.
@@ -9,13 +9,16 @@ tokens pass through one layer, whose weights stay in the processor's caches, or 
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.layers import ACTIVATIONS, MPOEFeedForward
@@ -265,12 +268,39 @@ def layers_comparison(
     return Comparison(key, title, context, builds, at.tokens, known | facts, phases)
 
 
-def main() -> None:
+def traced(run: Callable[[], object], folder: Path, name: str) -> None:
+    """Print the kernels of a call by their time, and write its trace, which Chrome and Perfetto open."""
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as record:
+        run()
+    order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    print(record.key_averages().table(sort_by=order, row_limit=16, max_name_column_width=48))
+    folder.mkdir(parents=True, exist_ok=True)
+    record.export_chrome_trace(str(folder / f"{name}.json"))
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Run layers once, forward and backward, for a profiler.")
+    parser.add_argument("--trace", type=Path, help="a folder for torch.profiler's traces, of a second call each")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--backend", help="of the layers; default: the choice")
+    chosen = parser.parse_args(words)
     device, sizes = ("cuda", (TOKENS, 768)) if torch.cuda.is_available() else ("cpu", (64, 32))
     for case in cases(sizes[1:]):
-        if case.experts == 8 and not case.masked:
-            case.layer(device)(torch.randn(sizes, device=device, dtype=torch.bfloat16)).sum().backward()
-            print(case.name, flush=True)
+        if case.masked or chosen.only not in case.name:
+            continue
+        layer = case.layer(device, chosen.backend)
+        x = torch.randn(sizes, device=device, dtype=torch.bfloat16)
+
+        def step(layer: nn.Module = layer, x: Tensor = x) -> None:
+            layer(x).sum().backward()
+
+        step()
+        print(case.name, flush=True)
+        if chosen.trace is not None:
+            traced(step, chosen.trace, case.name.replace(" ", "-"))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mpoe_kernels.info import collect, usable_cores
 
 LIBRARIES = ("torch", "triton", "transformers", "numpy")
 DEVICES = ("cpu", "cuda")
+PHASE_NAMES = ("forward", "train", "graph")
 EAGER, ALL = "eager", "all"
 
 
@@ -60,7 +62,14 @@ def backends_to_measure(names: str | None, suite: str = "targets", device: str =
     return chosen
 
 
-def check_options(suite: str, device: str, threads: int | None, scale: str, backend: str | None = None) -> int:
+def check_options(
+    suite: str,
+    device: str,
+    threads: int | None,
+    scale: str,
+    backend: str | None = None,
+    phases: Sequence[str] = PHASE_NAMES,
+) -> int:
     """Refuse options that cannot be run, before any work; returns the number of threads.
 
     Raises:
@@ -69,6 +78,9 @@ def check_options(suite: str, device: str, threads: int | None, scale: str, back
     for name, value, known in (("suite", suite, SUITES), ("device", device, DEVICES), ("scale", scale, SCALES)):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+    for phase in phases:
+        if phase not in PHASE_NAMES:
+            raise ValueError(f"phases must be among {', '.join(PHASE_NAMES)}; got {phase!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be cpu: torch finds no CUDA device here; got 'cuda'")
     if device == "cuda" and suite == "planner":

@@ -14,7 +14,7 @@ import math
 import os
 import pkgutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -26,7 +26,7 @@ import pytest
 import torch
 
 from mpoe_bench.contender import NOT_HERE, CaptureError, Comparison, Contender, checked, failure_text, graphed
-from mpoe_bench.machine import backends_to_measure, check_options, describe
+from mpoe_bench.machine import PHASE_NAMES, backends_to_measure, check_options, describe
 from mpoe_bench.suites import SCALES, Plan, judged_of
 from mpoe_bench.targets import check_targets
 
@@ -70,6 +70,8 @@ class Run:
         scale: ``real``, or ``tiny`` sizes for tests.
         backend: see `mpoe_bench.machine.backends_to_measure`.
         minutes: begin nothing new after this time; default: no limit, or eight for the gpu suite.
+        only: contenders whose name contains one of these words, which commas separate, beside the dense layer.
+        phases: which of `PHASE_NAMES` to time; default: all that a comparison has.
         on_section: receives every section when it is finished.
 
     Attributes:
@@ -89,9 +91,13 @@ class Run:
         scale: str = "real",
         backend: str | None = None,
         minutes: float | None = None,
+        only: str = "",
+        phases: Sequence[str] = PHASE_NAMES,
         on_section: Callable[[dict[str, Any]], None] = lambda _: None,
     ) -> None:
-        self.threads = check_options(suite, device, threads, scale, backend)
+        self.threads = check_options(suite, device, threads, scale, backend, phases)
+        self.only = only
+        self.phases = phases
         self.suite, self.device, self.on_section = suite, device, on_section
         self.scale, self.backends = SCALES[scale], backends_to_measure(backend, suite, device)
         self.budget = BUDGETS.get("gpu" if device == "cuda" else suite, Budget()) if self.scale.judged else TINY
@@ -117,16 +123,27 @@ class Run:
         found = []
         if "comparison" in metafunc.fixturenames:
             for each in Plan(self.scale, self.device, self.backends).of(self.suite):
-                graph = self.device == "cuda" and "forward" in each.phases
-                for name, *_ in each.contenders:
-                    for phase in (*each.phases, *(["graph"] if graph else [])):
-                        found.append(pytest.param(each, name, phase, id=f"{each.title}-{name}-{phase}"))
+                for name, phase in self.timed(each):
+                    found.append(pytest.param(each, name, phase, id=f"{each.title}-{name}-{phase}"))
             metafunc.parametrize(("comparison", "name", "phase"), found)
         elif "case" in metafunc.fixturenames:
             for backend, case in judged_of(self.suite, self.scale, self.device, self.backends):
                 for phase in ("forward", "backward") if case.training else ("forward",):
                     found.append(pytest.param(backend, case, phase, id=f"{case.name}-{backend}-{phase}"))
             metafunc.parametrize(("backend", "case", "phase"), found)
+
+    def timed(self, comparison: Comparison) -> Iterator[tuple[str, str]]:
+        """Contenders and phases of a comparison; none if there is nobody beside the dense layer."""
+        baseline, *others = [name for name, *_ in comparison.contenders]
+        words = self.only.split(",")
+        named = [name for name in others if any(word in name for word in words)]
+        phases = list(comparison.phases)
+        if self.device == "cuda" and "forward" in phases:
+            phases.append("graph")
+        for name in [baseline, *named] if named else []:
+            for phase in phases:
+                if phase in self.phases:
+                    yield name, phase
 
     @pytest.fixture
     def bench_run(self) -> Run:
@@ -276,7 +293,7 @@ def run_suite(suite: str = "quick", **options: Any) -> dict[str, Any]:
         broken CUDA graph capture, which counts as a failure.
 
     Raises:
-        ValueError: see `check_options`.
+        ValueError: see `check_options`; or nothing is left to measure.
         RuntimeError: pytest itself failed.
         KeyboardInterrupt: as the session was.
     """
@@ -295,6 +312,8 @@ def run_suite(suite: str = "quick", **options: Any) -> dict[str, Any]:
         raise KeyboardInterrupt
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise RuntimeError(f"pytest ended with status {int(code)}: {said.getvalue()[-2000:]}")
+    if not run.sections and not run.skipped:
+        raise ValueError(f"only and phases must leave something to measure; got {run.only!r} and {run.phases}")
     return {
         "schema": SCHEMA,
         "suite": suite,

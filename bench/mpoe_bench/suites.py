@@ -159,20 +159,28 @@ class Plan(NamedTuple):
             yield self.ffn(("separable",), scale.many_experts, scale.many_tokens, dtype)
             yield self.ffn(small, scale.many_experts, scale.few_tokens, dtype, train=False, peers=(LOOP,))
 
-    def beside(self, named: Mapping[str, Case], at: Place, count: int = 1, others: Iterable[str] = ()) -> Comparison:
+    def beside(
+        self,
+        named: Mapping[str, Case],
+        at: Place,
+        count: int = 1,
+        others: Iterable[str] = (),
+        train: bool = True,
+    ) -> Comparison:
         """Layers by name, and some of `STOCK_LAYERS`."""
         backends = self.backends if count == 1 else self.backends[:1]
         found = [case_layer(name, name, case, backend, at) for name, case in named.items() for backend in backends]
         found += [stock(name, at) for name in others]
-        return layers_comparison("layers", "layers", found, at, count=count)
+        return layers_comparison("layers", "layers", found, at, train=train, count=count)
 
     def layers(self) -> Iterator[Comparison]:
         """A training batch, and few tokens through as many layers as a model has."""
         scale, depth = self.scale, LAYERS if self.scale.judged else 2
-        on_gpu = ((768, TOKENS), (4096, TOKENS)) if self.device == "cuda" else ((32, 64),) * (not scale.judged)
-        for model, tokens in on_gpu:  # what has limits there
+        models, counts = ((32,), (1, 64)) if self.device == "cpu" else ((768, 2048, 4096), (1, 64, TOKENS))
+        for model in models if self.device == "cuda" or not scale.judged else ():
             named = {case.name: case for case in cases((model,))}
-            yield self.beside(named, self.at(tokens, torch.bfloat16, model))
+            for tokens in counts:
+                yield self.beside(named, self.at(tokens, torch.bfloat16, model), train=tokens == counts[-1])
         for dtype in HALVES if self.device == "cpu" else ():
             for tokens, count in ((scale.many_tokens, 1), (scale.few_tokens, depth), (1, depth)):
                 yield self.beside(mixtures(scale.model), self.at(tokens, dtype), count, STOCK_LAYERS)

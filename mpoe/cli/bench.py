@@ -27,6 +27,8 @@ class BenchOptions:
     scale: str = option("real", "real, or tiny: everything once on sizes of a test, in seconds")
     overwrite: bool = option(False, "replace the results in the output folder")
     minutes: float | None = option(None, "begin nothing new after so long; default: none, of gpu eight")
+    only: str = option("", "only contenders whose name contains one of these words, with commas")
+    phases: str = option("forward,train,graph", "what is timed of each; graph: as a CUDA graph, on a GPU")
 
     LEAST: ClassVar[dict[str, int]] = {"minutes": 0}
 
@@ -68,9 +70,11 @@ def _measure(options: BenchOptions) -> dict[str, Any]:
         show(table_of(section))
 
     print(f"Suite {suite}. {HOW_TO_READ}", flush=True)
-    chosen = {name: getattr(options, name) for name in ("device", "threads", "scale", "backend", "minutes")}
+    names = ("device", "threads", "scale", "backend", "minutes", "only")
+    chosen = {name: getattr(options, name) for name in names}
+    phases = tuple(word.strip() for word in options.phases.split(","))
     try:
-        results = run_suite(suite, **chosen, on_section=finished)
+        results = run_suite(suite, **chosen, phases=phases, on_section=finished)
     except BaseException:
         if sections:
             print(f"unfinished; the sections so far are in {out / INCOMPLETE_FILE}")

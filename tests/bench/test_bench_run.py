@@ -147,6 +147,11 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
         (["--threads", CORES + 1], f"threads must be between 1 and {CORES}"),
         (["--backend", "quantum"], "backend must be among all, auto, eager"),
         (["--backend", "eager,"], "backend must be among all, auto, eager"),
+        (["--phases", "forward,backward"], "phases must be among forward, train, graph; got 'backward'"),
+        (
+            ["--suite", "layers", "--scale", "tiny", "--only", "nobody"],
+            "only and phases must leave something to measure; got 'nobody'",
+        ),
     ],
 )
 def test_refusals(capsys, tmp_path: Path, arguments: list[object], words: str) -> None:

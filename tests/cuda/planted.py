@@ -60,12 +60,8 @@ tile_not_completed: what only completes the tile of a weight's gradient keeps wh
 part_forgotten: the last tile of a part is left out [values]
 -begin < end && step < block.last; ++step
 +begin < end && step + 1 < block.last; ++step
-rows_overwritten: the next rows are looked up while other warps still read those before [thread]
--        __syncthreads();  // nobody reads the rows before
-rows_not_known: rows are read before all have been looked up [thread]
--        __syncthreads();  // rows are known
 @ cuda/linear/tiles.cuh in linear
-neighbour_expert: a tile of rows goes on into those of the next expert [values]
+neighbour_expert: a tile of rows goes on into those of the next expert [values: descending]
 -    rows = first(expert + 1) - begin < most ? first(expert + 1) - begin : most;
 +    rows = of.slots - begin < most ? of.slots - begin : most;
 @ cuda/tile.cuh in linear

@@ -1,6 +1,8 @@
 """The same tests on any device: ``MPOE_TEST_DEVICE=cuda pytest tests/device`` on a GPU, the CPU by default.
 
-With ``MPOE_TEST_REQUIRED="triton cuda"`` a backend of these that is absent is a failure.
+With ``MPOE_TEST_REQUIRED="triton cuda"`` a backend of these that is absent is a failure. ``MPOE_TEST_WRONG`` names a
+file that keeps which backend gave a wrong result for which op: later tests of that pair, also in later runs, are
+skipped.
 
 They are few and small: on a GPU every shape and dtype compiles kernels of its own.
 """
@@ -8,6 +10,8 @@ They are few and small: on a GPU every shape and dtype compiles kernels of its o
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,15 +22,29 @@ from mpoe_kernels.backends import BACKENDS, Request
 DEVICE = os.environ.get("MPOE_TEST_DEVICE", "cpu")
 # Names of backends that must be able to run there: their tests fail where they are not, instead of being skipped.
 REQUIRED = os.environ.get("MPOE_TEST_REQUIRED", "").split()
+Able = Callable[..., None]
 
 
-def check_able(backend: str, dtype: torch.dtype = torch.float32, op: str = "grouped_mpo_linear") -> None:
-    """Skip a test whose backend cannot run an op on the device; fail if it has kernels for it and is required."""
-    found = BACKENDS[backend].unsupported_reasons(Request(op, torch.device(DEVICE).type, dtype))
-    if found:
-        required = backend in REQUIRED and BACKENDS[backend].computes(op)
-        stop = pytest.fail if required else pytest.skip
-        stop(f"{backend}: {'; '.join(found)}")
+def wrong_file() -> Path | None:
+    name = os.environ.get("MPOE_TEST_WRONG")
+    return Path(name) if name else None
+
+
+def is_wrong(kernel: str) -> bool:
+    """Whether a backend's kernel, ``backend op``, gave a wrong result earlier."""
+    path = wrong_file()
+    return path is not None and path.exists() and kernel in path.read_text().splitlines()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Keep what gave a wrong result: the last kernel that the test asked for."""
+    kernels = [value for name, value in item.user_properties if name == "kernel"]
+    path = wrong_file()
+    if path is not None and kernels and call.excinfo is not None and call.excinfo.errisinstance(AssertionError):
+        with open(path, "a") as file:
+            file.write(f"{kernels[-1]}\n")
+    return (yield)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -48,7 +66,25 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def able(backend: str) -> str:
+def check_able(request: pytest.FixtureRequest) -> Able:
+    """Skips a test whose backend cannot run an op on the device, or was wrong; fails if it should be able to."""
+
+    def check(backend: str, op: str = "grouped_mpo_linear", dtype: torch.dtype = torch.float32) -> None:
+        kernel = f"{backend} {op}"
+        request.node.user_properties.append(("kernel", kernel))
+        if is_wrong(kernel):
+            pytest.skip(f"{kernel} gave a wrong result earlier")
+        found = BACKENDS[backend].unsupported_reasons(Request(op, torch.device(DEVICE).type, dtype))
+        if found:
+            required = backend in REQUIRED and BACKENDS[backend].computes(op)
+            stop = pytest.fail if required else pytest.skip
+            stop(f"{backend}: {'; '.join(found)}")
+
+    return check
+
+
+@pytest.fixture
+def able(backend: str, check_able: Able) -> str:
     """The backend, if it runs the grouped product there."""
     check_able(backend)
     return backend

@@ -10,10 +10,11 @@ import torch
 from mpoe_kernels import hidden_experts, neuron_experts
 from tests.expert_problems import HiddenProblem, NeuronProblem
 
-from .conftest import DEVICE, check_able
+from .conftest import DEVICE, Able
 
 ON_GPU = DEVICE.startswith("cuda")
 TOKENS = 300 if ON_GPU else 19
+COUNTS = (1, 8, 9, 64, 300, 4096) if ON_GPU else (1, 9)
 SIZES: dict[str, dict[str, Any]] = {
     "neurons": {"experts": 8, "top_k": 2, "width": 768 if ON_GPU else 32, "neurons": 64 if ON_GPU else 16},
     "neurons of 64": {"experts": 64, "top_k": 8, "width": 768 if ON_GPU else 32, "neurons": 64 if ON_GPU else 16},
@@ -37,19 +38,28 @@ def problem_of(name: str, dtype: torch.dtype, device: torch.device, **options: A
     return made
 
 
-def check_experts(name: str, backend: str) -> None:
-    check_able(backend, op="hidden_experts" if name.startswith("hidden") else "neuron_experts")
+def op_of(name: str) -> str:
+    return "hidden_experts" if name.startswith("hidden") else "neuron_experts"
 
 
 @pytest.mark.parametrize(("dtype", "name"), CASES, ids=IDS)
-def test_experts(dtype: torch.dtype, name: str, backend: str, device: torch.device) -> None:
-    check_experts(name, backend)
+def test_experts(dtype: torch.dtype, name: str, backend: str, device: torch.device, check_able: Able) -> None:
+    check_able(backend, op_of(name))
     problem_of(name, dtype, device).check(backend, 3)
 
 
+@pytest.mark.parametrize("tokens", COUNTS, ids=[f"T{tokens}" for tokens in COUNTS])
+def test_neurons_of_any_number_of_tokens(tokens: int, backend: str, device: torch.device, check_able: Able) -> None:
+    """Forward and backward; few pairs of token and choice have launches of their own."""
+    check_able(backend, "neuron_experts")
+    problem_of("neurons of 64", torch.bfloat16, device, tokens=tokens).check(backend, 3)
+
+
 @pytest.mark.parametrize("name", ["neurons", "hidden"])
-def test_an_infinite_token_spoils_its_own_row_alone(name: str, backend: str, device: torch.device) -> None:
-    check_experts(name, backend)
+def test_an_infinite_token_spoils_its_own_row_alone(
+    name: str, backend: str, device: torch.device, check_able: Able
+) -> None:
+    check_able(backend, op_of(name))
     made = problem_of(name, torch.bfloat16, device, none_share=0.0)
     op, rows = (hidden_experts, "u") if name == "hidden" else (neuron_experts, "x")
     whole = made.run(op, torch.bfloat16, backend=backend)["o"]

@@ -13,6 +13,8 @@ from torch import Tensor
 from mpoe_kernels import MPOBlocks, grouped_mpo_linear, mpo_ffn, route
 from tests.cases import SMALL_SHAPES
 
+from .conftest import Able
+from .test_device_experts import op_of, problem_of
 from .test_device_ops import make_blocks
 
 SHAPE = SMALL_SHAPES["light"]
@@ -77,6 +79,11 @@ def _without_rank(_: int, function: Callable[..., None], *arguments: object) -> 
     function(*arguments)
 
 
+def captured(function: Callable[[], object], device: str) -> Callable[[], object]:
+    """In a CUDA graph; on a CPU the function."""
+    return graphed(function) if device.startswith("cuda") else function
+
+
 def replay_a_decoding_step(backend: str, name: str, device: str) -> None:
     """Routing and both products, captured with one routing and replayed with another."""
     torch.manual_seed(0)
@@ -91,18 +98,55 @@ def replay_a_decoding_step(backend: str, name: str, device: str) -> None:
         with torch.no_grad():
             return mpo_ffn(x, route(index, 3, backend=backend), gates, *parts, backend=backend)
 
-    replay = graphed(lambda: found.copy_(step()))
+    replay = captured(lambda: found.copy_(step()), device)
     x.copy_(torch.randn_like(x))
     index.copy_(torch.tensor([[2], [2], [0], [2]], device=device))
     replay()
     torch.testing.assert_close(found, step())
 
 
+def replay_experts(backend: str, name: str, tokens: int, device: str) -> None:
+    """Experts captured with one routing, replayed with five others, bit for bit."""
+    problem = problem_of(name, torch.bfloat16, torch.device(device), tokens=tokens, none_share=0.0)
+    found = torch.empty_like(problem.grad, dtype=torch.bfloat16)
+    index = problem.index.clone()
+    problem.index = index
+
+    def step() -> Tensor:
+        with torch.no_grad():
+            return problem.run(type(problem).OP, torch.bfloat16, backend=backend)["o"]
+
+    replay = captured(lambda: found.copy_(step()), device)
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        index.copy_(torch.randint(0, problem.experts, index.shape, generator=generator))
+        replay()
+        assert torch.equal(found, step()), f"routing {seed}"
+
+
+def check_captured(backend: str, device: torch.device) -> None:
+    if device.type == "cuda" and backend == "eager":
+        pytest.skip("plain PyTorch asks the device for sizes, so it is never captured")
+
+
 @pytest.mark.parametrize("name", ["light", "separable"])
 def test_a_decoding_step_fits_a_cuda_graph(able: str, name: str, device: torch.device) -> None:
     """In a process of its own: a capture that breaks off spoils its process."""
-    if device.type != "cuda":
-        pytest.skip("CUDA graphs need a CUDA device")
-    if able == "eager":
-        pytest.skip("plain PyTorch asks the device for sizes, so it is never captured")
-    run_apart(replay_a_decoding_step, able, name, str(device))
+    check_captured(able, device)
+    if device.type == "cuda":
+        run_apart(replay_a_decoding_step, able, name, str(device))
+    else:
+        replay_a_decoding_step(able, name, str(device))
+
+
+@pytest.mark.parametrize("tokens", [1, 64], ids=["T1", "T64"])
+@pytest.mark.parametrize("name", ["neurons of 64", "hidden of 64"])
+def test_experts_fit_a_cuda_graph_whatever_the_routing(
+    name: str, tokens: int, backend: str, device: torch.device, check_able: Able
+) -> None:
+    check_able(backend, op_of(name))
+    check_captured(backend, device)
+    if device.type == "cuda":
+        run_apart(replay_experts, backend, name, tokens, str(device))
+    else:
+        replay_experts(backend, name, tokens, str(device))

@@ -135,9 +135,8 @@ __global__ void __launch_bounds__(GradientTiles<T>::Out::kThreads)
         __syncthreads();  // nobody reads the rows before
         for (int s = threadIdx.x; s < rows; s += TileT::kThreads) {
           const int64_t row = of.row_index ? of.row_index[slot + s] : slot + s;
-          from[s] = row * of.in_features;
+          from[s] = row * of.in_features;  // known at the barrier with which the product begins
         }
-        __syncthreads();  // rows are known
       }
       const auto x_line = [&](int s) {
         return s < rows ? from[s] : -1;

@@ -120,9 +120,17 @@ def make_parser(dataclass_types: Sequence[type], **texts: str) -> argparse.Argum
             kind._argument_group_name = kind.__name__.removesuffix("Options").lower()
     parser = Parser(kinds, allow_abbrev=False, add_help=False, formatter_class=_Help, **texts)
     for action in parser._actions:
+        action.type = _folder if action.type is Path else action.type
         if isinstance(action, argparse._AppendAction):
             action.nargs = None  # HfArgumentParser lets every list take several values; this one is repeated instead
     return parser
+
+
+def _folder(text: str) -> Path:
+    """Not the current one where a shell's variable is empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return Path(text)
 
 
 def _normal(name: str) -> str:

@@ -60,7 +60,7 @@ _WORDS = {
 class CompareOptions:
     """Options that only `compare` has."""
 
-    output_dir: str = option("mpoe_compare", "folder for report.html and compare.json")
+    output_dir: Path = option(Path("mpoe_compare"), "folder for report.html and compare.json")
     overwrite: bool = option(False, "replace the report in the output folder")
 
 
@@ -70,7 +70,7 @@ def command(asked: Asked) -> None:
     (options,), paths = asked.options, asked.words
     if len(paths) < 2:
         raise CommandError(f"compare needs two runs or more; got {len(paths)}: mpoe compare RUN_DIR RUN_DIR ...")
-    folder = Path(options.output_dir)
+    folder = options.output_dir
     check_output("output_dir", folder, options.overwrite, "an earlier report", [REPORT_FILE], MODEL_OR_RUN)
     names = [Path(path).resolve().name for path in paths]
     if len(set(names)) < len(names):

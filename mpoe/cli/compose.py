@@ -16,9 +16,8 @@ from typing import Any, ClassVar
 from mpoe.cli import models
 from mpoe.cli.command import Asked, CommandError, as_command, option
 from mpoe.cli.quiet import background_beside, show_composition
-from mpoe.config import MPOEConfig, RouterConfig
+from mpoe.config import RouterConfig
 from mpoe.data.batches import read_batches
-from mpoe.data.mappings import read_mapping
 from mpoe.models import expert_mixture, lora_fit
 from mpoe.models.background import pooled_background
 from mpoe.models.composition import NONE, compose, train_routers
@@ -26,6 +25,8 @@ from mpoe.models.expert_files import load_expert, merge_expert
 from mpoe.models.expert_mixture import EXPERTS_FOLDER, default_top_k
 from mpoe.models.lora_fit import is_adapter
 from mpoe.models.table import CAUSAL
+from mpoe.models.weight_files import check_links
+from mpoe.training.published import finish
 
 USAGE = "mpoe compose BASE EXPERT ... --output_dir OUT [--flag value ...]"
 MOST = 1 + 128  # words: the base and its fine-tunes
@@ -61,7 +62,7 @@ class ComposeOptions:
     steps: int = option(200, "steps of --router train, and of fitting an adapter")
     overwrite: bool = option(False, "replace a model in output_dir")
 
-    LEAST: ClassVar[dict[str, int]] = {"max_texts": 2, "max_length": 2, "steps": 1}
+    LEAST: ClassVar[dict[str, int]] = {"top_k": 1, "max_texts": 2, "max_length": 2, "steps": 1}
 
 
 @as_command(USAGE, ComposeOptions, words=(1, MOST))
@@ -77,10 +78,10 @@ def command(asked: Asked) -> None:
     for kind, files in (("texts", options.texts), ("background", options.background)):
         if absent := [file for file in files if not Path(file).is_file()]:
             raise CommandError(f"{kind}: no such file: {absent[0]}")
-    if options.output_dir is None:
+    if not options.output_dir:
         raise CommandError(f"compose needs --output_dir: {USAGE}")
-    out = models.check_output("output_dir", Path(options.output_dir), options.overwrite)
-    source = models.find(base)
+    out = models.check_model_output("output_dir", options.output_dir, options.overwrite)
+    source = models.find_to_copy(base)
     if source.is_mpoe or (source.style != CAUSAL and (not of_experts or any(map(is_adapter, names)))):
         raise CommandError(
             f"compose takes the dense model that the experts were trained beside, of others a causal language model"
@@ -102,11 +103,12 @@ def load_fine_tune(name: str, base: Any) -> Any:
         CommandError: no model or adapter of that name; an adapter, but PEFT is not installed.
     """
     if not is_adapter(name):
-        return models.load_model(models.find(name))
+        return models.load_model(models.find_to_copy(name))
     try:
         from peft import PeftModel
     except ImportError as error:
         raise CommandError('a LoRA adapter needs PEFT: pip install "mpoe[peft]"') from error
+    check_links(Path(name))
     try:
         adapted: Any = PeftModel.from_pretrained(copy.deepcopy(base), name)
         return adapted.merge_and_unload().eval()
@@ -141,7 +143,7 @@ def compose_fine_tunes(
     fine_tunes = [load_fine_tune(name, base) for name in names]
     routing = RouterConfig(top_k=options.top_k or 1)
     mixture = compose(base, fine_tunes, texts, routing, router=options.router, steps=options.steps)
-    with models.model_folder(out, mixture, tokenizer):
+    with models.model_folder(out, options.overwrite, mixture, tokenizer):
         pass
     print(f"saved to {out}")
 
@@ -195,24 +197,24 @@ def compose_files(
     none = True
     preference = options.preference
     if options.add is not None:
+        finish(Path(options.add))
         there, background = expert_mixture.experts_in(Path(options.add))
         known, none = [expert.name for expert in there], background is not None
         unknown = sorted(set(options.remove) - set(known))
         if unknown:
             raise CommandError(f"remove must name experts of the mixture, {', '.join(known)}; got {unknown[0]}")
         experts = [expert for expert in there if expert.name not in options.remove]
-        values = read_mapping(Path(options.add) / "config.json", "configuration")
-        if top_k is None and MPOEConfig.from_dict(values["mpoe"]).top_k != default_top_k(len(there) + none):
-            top_k = MPOEConfig.from_dict(values["mpoe"]).top_k
-        if preference is None:
-            preference = (values.get("mpoe_routing") or {}).get("preference")
+        _, config, own_preference = expert_mixture.mixture_config(Path(options.add))
+        if top_k is None and config.top_k != default_top_k(len(there) + none):
+            top_k = config.top_k
+        preference = own_preference if preference is None else preference
     by_name: dict[str, Any] = {}
     for name, read in zip(names, texts or [None] * len(names), strict=True):
         experts.append(_fitted(base, name, read, tokenizer, options) if is_adapter(name) else load_expert(name))
         by_name |= {} if read is None else {experts[-1].name: read}
     if options.merge:
         merged = merge_expert(base, experts, weight=1 / max(1, len(experts)))
-        with models.model_folder(out, merged, tokenizer):
+        with models.model_folder(out, options.overwrite, merged, tokenizer):
             pass
         print(f"saved to {out}: a dense {type(merged).__name__}, every expert at weight 1/{len(experts)}")
         return
@@ -237,7 +239,7 @@ def compose_files(
     if options.router == "train":
         of_none = [batch for part in parts for batch in part]
         train_routers(mixture, [*texts, of_none], options.steps)
-    with models.model_folder(out, mixture, tokenizer) as staging:
+    with models.model_folder(out, options.overwrite, mixture, tokenizer) as staging:
         expert_mixture.keep_experts(mixture, staging)
     others = f"tokens go to {mixture.mpoe_config.top_k}" + f"; {NONE!r} adds 0" * none
     print(f"saved to {out}: {', '.join(mixture.config.mpoe_experts)} ({others})")

@@ -28,7 +28,7 @@ from mpoe.data.predict import token_losses
 from mpoe.inspection import Route, route_text
 from mpoe.models import collect_statistics, compose_experts, merge_expert, save_expert, start_expert
 from mpoe.models.background import own_texts, pooled_background, token_batches
-from mpoe.models.expert_mixture import AT_ONCE, batches, documentation_batches, keep_experts, pieces
+from mpoe.models.expert_mixture import AT_ONCE, EXPERTS_FOLDER, batches, documentation_batches, keep_experts, pieces
 from mpoe.training.run_lock import hold
 
 MODEL_FOLDER = "model"
@@ -57,7 +57,7 @@ def command(asked: Asked) -> None:
     (options,) = asked.options
     if "model" in asked.given and not options.compare:
         raise CommandError("model is for --compare; the experts are trained beside the embedded GPT-2")
-    own = (RESULTS_FILE, REPORT_FILE, MODEL_FOLDER, *ARMS)
+    own = (RESULTS_FILE, REPORT_FILE, EXPERTS_FOLDER, MODEL_FOLDER, *ARMS)
     folder = check_output("output_dir", options.output_dir, options.overwrite, "an earlier demo", own, MODEL_OR_RUN)
     with hold(folder):
         for name in (RESULTS_FILE, REPORT_FILE):
@@ -143,11 +143,11 @@ def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
     held_out[FOREIGN] = batches(cut(foreign, TESTED))
     losses = {text: {"base": loss(base, text)} for text in held_out}
     files, always_on = [], []
-    (output_dir / "experts").mkdir(parents=True, exist_ok=True)
+    (output_dir / EXPERTS_FOLDER).mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(DOMAINS):
         begun, own = time.perf_counter(), cut(domain_text(name, False))
         model = _train(base, own, steps, seed + number)
-        files.append(output_dir / "experts" / f"{name}.expert")
+        files.append(output_dir / EXPERTS_FOLDER / f"{name}.expert")
         statistics = collect_statistics(model, batches(own[:256]))
         save_expert(model, files[-1], statistics=statistics, tokenizer=tokenizer, training={"steps": steps})
         losses[name]["own"] = loss(model, name)
@@ -166,7 +166,7 @@ def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
     shown = "\n".join(tokenizer.decode(held_out[name][0]["input_ids"][0][:SHOWN]) for name in DOMAINS)
     routes = route_text(mixture, tokenizer, shown)
     first = zip(*([best[0] for best in layer] for layer in routes[0].experts), strict=True)
-    with model_folder(output_dir / MODEL_FOLDER, mixture, tokenizer) as staging:
+    with model_folder(output_dir / MODEL_FOLDER, True, mixture, tokenizer) as staging:
         keep_experts(mixture, staging)
     results: dict[str, Any] = {
         "steps": steps,

@@ -15,11 +15,14 @@ from mpoe.cli.command import CommandError
 from mpoe.cli.models import Source, load_model
 from mpoe.cli.quiet import changes_of_expert, losses_of, made_background, speaks, table_of_changes
 from mpoe.cli.report import Table
+from mpoe.config.checks import is_file_name
 from mpoe.data.batches import as_batches
 from mpoe.data.metrics import average_score
 from mpoe.models import collect_statistics, save_expert
+from mpoe.models.composition import NONE
 from mpoe.models.table import ENCODER
 from mpoe.training import MPOETrainingArguments
+from mpoe.training.published import publish, staging_folder
 
 if TYPE_CHECKING:
     from mpoe.cli.train import Plan
@@ -36,8 +39,8 @@ AT_ONCE = 8  # training items of a batch that the statistics of an expert's rout
 def settle_expert(plan: Plan, source: Source) -> None:
     """Set what a run with --expert needs: one expert of neurons, everything else frozen."""
     name = plan.run.expert
-    if not name or Path(name).name != name:
-        raise CommandError(f"expert must be a name, which the file has too; got {name!r}")
+    if not is_file_name(name) or name == NONE:
+        raise CommandError(f"expert must be a name, which the file has too, other than {NONE!r}; got {name!r}")
     mixtures = set(plan.mixture_options) - {"neurons", "backend"}
     if mixtures:
         raise CommandError(f"expert trains one expert beside the model; {min(mixtures)} is for mixtures")
@@ -144,7 +147,10 @@ def save_trained(
     statistics = collect_statistics(trainer.model, DataLoader(items, AT_ONCE, collate_fn=trainer.data_collator))
     facts: dict[str, Any] = {"steps": trainer.state.global_step, "learning_rate": plan.arguments.learning_rate}
     facts |= {"tasks": plan.data.tasks, "data": sizes}
-    expert = save_expert(trainer.model, file, statistics=statistics, tokenizer=tokenizer, training=facts)
+    staging = staging_folder(folder)
+    staging.mkdir(exist_ok=True)
+    expert = save_expert(trainer.model, staging / file.name, statistics=statistics, tokenizer=tokenizer, training=facts)
+    publish(folder, keep=True)
     collected = time.perf_counter() - begun
     records = trainer.state.log_history
     logged = [pair for record in records for pair in record.items()]

@@ -7,7 +7,6 @@ The exported model is opened again with the stock class, and its logits are comp
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from mpoe.cli import models
 from mpoe.cli.command import Asked, CommandError, as_command, option
@@ -31,13 +30,13 @@ def command(asked: Asked) -> None:
     if options.to == "hub":
         print(f"uploaded to {push_expert(name, out, private=options.private or None)}")
         return
-    source = models.find(name)
+    source = models.find_to_copy(name)
     if not source.is_mpoe:
         raise CommandError(f"IN must be a mixture; {name} is a dense {source.model_type} (mpoe convert makes one)")
-    folder = models.check_output("OUT", Path(out), options.overwrite)
+    folder = models.check_model_output("OUT", out, options.overwrite)
     tokenizer, model = models.tokenizer_if_any(source), models.load_model(source)
     stock = merge_experts(model, as_=options.to)
-    with models.model_folder(folder, stock, tokenizer) as staging:
+    with models.model_folder(folder, options.overwrite, stock, tokenizer) as staging:
         difference = check_export(model, staging, options.to)
     print(f"saved to {folder}: a {type(stock).__name__} whose logits differ by {difference:.1e} of the largest")
     for note in server_notes(options.to, stock.config):

@@ -58,7 +58,7 @@ class InspectOptions:
     """Options that only `inspect` has."""
 
     text: list[str] = option([], "sentences whose tokens are followed; default: the first two items of the data")
-    output_dir: str = option("mpoe_inspect", "folder for report.html and inspect.json")
+    output_dir: Path = option(Path("mpoe_inspect"), "folder for report.html and inspect.json")
     overwrite: bool = option(False, "replace the report in the output folder")
     split: str = option("validation", "items that the expert load is counted on")
     num_items: int = option(256, "at most so many of them")
@@ -75,7 +75,7 @@ def command(asked: Asked) -> None:
     """Inspect the model; write the numbers and, last, the report."""
     (options, data), (name,) = asked.options, asked.words
     data, seed, described = data_of_run(name, data, asked.given)
-    folder = Path(options.output_dir)
+    folder = options.output_dir
     check_output("output_dir", folder, options.overwrite, "an earlier report", [REPORT_FILE], MODEL_OR_RUN)
     source = models.find(name)
     if not source.is_mpoe:

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,11 +23,12 @@ from mpoe.data.mappings import read_mapping
 from mpoe.data.task import Task
 from mpoe.models import load_mpoe
 from mpoe.models.classes import STYLE_HEADS, classes_of
-from mpoe.models.report import CARD_FILE, may_write_card
 from mpoe.models.table import ENCODER, TABLE, TYPE_PREFIX, known_type
-from mpoe.models.weight_files import check_weight_files, write_text
-from mpoe.training.output_dir import check_folder, delete_model
-from mpoe.training.run_lock import hold
+from mpoe.models.weight_files import check_links, check_weight_files, write_text
+from mpoe.training.checkpoints import clean_leftovers, delete
+from mpoe.training.output_dir import check_folder
+from mpoe.training.published import finish, foreign_files, publish, staging_folder, written_files
+from mpoe.training.run_lock import check_free, hold
 
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*")
 
@@ -72,6 +71,14 @@ def find(name: str) -> Source:
     return Source(str(stand_in_path(name)) if name in STAND_INS else name, known_type(name, values), architecture)
 
 
+def find_to_copy(name: str) -> Source:
+    """As `find`, of a model that goes into an output: no file of its folder may be a link that leads out of it
+    (ValueError)."""
+    source = find(name)
+    check_links(Path(source.path))
+    return source
+
+
 def read_configuration(name: str, others: Iterable[str] = ()) -> dict[str, Any]:
     """The values of the ``config.json`` of a model; ``others`` are further names that a message may suggest.
 
@@ -81,6 +88,7 @@ def read_configuration(name: str, others: Iterable[str] = ()) -> dict[str, Any]:
     folder = stand_in_path(name) if name in STAND_INS else Path(name)
     if folder.exists() and not folder.is_dir():
         raise CommandError(f"model must be a folder, a hub name, t5 or gpt2; {folder} is a file")
+    finish(folder)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise CommandError(f"model: {folder} holds no config.json, so it is not a saved model")
     if folder.is_dir():
@@ -182,9 +190,7 @@ def load_tokenizer(source: Source) -> Any:
 
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
-MODEL = ("config.json", "*.safetensors")  # files of a saved model
 MODEL_OR_RUN = ("config.json", "run.json")
-_STAGING = ".incomplete-model"
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -192,39 +198,8 @@ def write_json(path: Path, values: Any) -> None:
     write_text(path, json.dumps(values, indent=2, default=str) + "\n")
 
 
-def staging_folder(folder: Path) -> Path:
-    """The folder inside ``folder`` in which a model is assembled; `publish_model` moves its files out."""
-    return folder / _STAGING
-
-
-def publish_model(folder: Path) -> None:
-    """Move a fully written model from the staging folder into ``folder``, replacing one that was there.
-
-    The old ``config.json`` is removed first and the new one is moved last, so a kill in between leaves nothing that can
-    be loaded. A user's own model card and other files are kept.
-    """
-    staging = staging_folder(folder)
-    files = sorted(path for path in staging.rglob("*") if path.is_file())
-    for path in files:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    delete_model(folder)
-    for path in sorted(files, key=lambda path: path == staging / "config.json"):
-        target = folder / path.relative_to(staging)
-        if path.name == CARD_FILE and not may_write_card(target):
-            continue  # the user's own
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target)
-    shutil.rmtree(staging)
-
-
 def check_output(
-    name: str,
-    folder: Path,
-    overwrite: bool,
-    what: str = "a model",
-    own: Iterable[str] = MODEL,
-    others: Iterable[str] = (),
+    name: str, folder: str | Path, overwrite: bool, what: str, own: Iterable[str], others: Iterable[str] = ()
 ) -> Path:
     """Return ``folder``, the value of the argument ``name``; nothing is written yet.
 
@@ -235,33 +210,57 @@ def check_output(
     """
 
     def holds(patterns: Iterable[str]) -> bool:
-        return any(any(folder.glob(pattern)) for pattern in patterns)
+        return any(any(path.glob(pattern)) for pattern in patterns)
 
-    check_folder(name, folder)
+    path = check_folder(name, folder)
     if holds(others):
-        raise CommandError(f"{name} {folder} holds a model or a run; choose another folder")
+        raise CommandError(f"{name} {path} holds a model or a run; choose another folder")
     if holds(own) and not overwrite:
-        raise CommandError(f"{name} {folder} holds {what}; give --overwrite to replace it, or another folder")
-    return folder
+        raise CommandError(f"{name} {path} holds {what}; give --overwrite to replace it, or another folder")
+    return path
+
+
+def check_model_output(name: str, folder: str | Path, overwrite: bool) -> Path:
+    """Return ``folder``, the value of the argument ``name``, into which `model_folder` may write.
+
+    Raises:
+        NotADirectoryError, PermissionError: it cannot be written or created.
+        FolderInUseError: another process writes it.
+        CommandError: it holds a file that no command wrote, or without ``overwrite`` a model.
+    """
+    path = check_folder(name, folder)
+    check_free(path)
+    finish(path)
+    foreign = foreign_files(path)
+    if foreign:
+        raise CommandError(f"{name} {path} holds {foreign[0]}, which mpoe did not write; choose another folder")
+    if written_files(path) and not overwrite:
+        raise CommandError(f"{name} {path} holds a model; give --overwrite to replace it, or another folder")
+    return path
 
 
 @contextlib.contextmanager
-def model_folder(folder: Path, *parts: Any) -> Iterator[Path]:
+def model_folder(folder: Path, overwrite: bool, *parts: Any) -> Iterator[Path]:
     """A staging folder into which the ``parts`` (model, tokenizer; None is left out) are saved; its files are in
-    ``folder`` when the block ends without an error."""
+    ``folder``, in place of those of an earlier model, when the block ends without an error.
+
+    Raises:
+        CommandError: as `check_model_output`, as another process may have written the folder since.
+    """
     with hold(folder):
+        check_model_output("output_dir", folder, overwrite)
+        clean_leftovers(folder)
         staging = staging_folder(folder)
-        shutil.rmtree(staging, ignore_errors=True)  # left by a killed process
-        staging.mkdir(parents=True)
+        staging.mkdir()
         try:
             for part in parts:
                 if part is not None:
                     part.save_pretrained(staging)
             yield staging
+            publish(folder)
         except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
+            delete(staging)
             raise
-        publish_model(folder)
 
 
 def check_writable_file(name: str, file: Path) -> Path:

@@ -74,11 +74,11 @@ def losses_of(changes: Mapping[str, Change]) -> dict[str, float | None]:
     return {name: change.domain for name, change in changes.items()}
 
 
-def kept(losses: Mapping[str, float | None]) -> float | None:
+def kept(losses: Mapping[str, Any]) -> float | None:
     """The share of an expert's own gain that is left when it is quiet, of the losses in its file."""
     base, alone, quiet = (losses.get(name) for name in ("base", "expert, always on", "quiet expert"))
-    if base is None or alone is None or quiet is None or alone >= base:
-        return None
+    if not isinstance(base, float) or not isinstance(alone, float) or not isinstance(quiet, float) or alone >= base:
+        return None  # of another file, or no gain
     return (base - quiet) / (base - alone)
 
 

@@ -24,7 +24,7 @@ from mpoe.cli.command import Asked, CommandError, as_command
 from mpoe.cli.compare import mixture_of, read_run, write_report
 from mpoe.cli.evaluate import encode_task, evaluate_tasks, show_scores
 from mpoe.cli.expert import limit_measuring, losses_beside_base, save_trained, settle_expert, show_losses
-from mpoe.cli.models import REPORT_FILE, RESULTS_FILE, Source, publish_model, staging_folder, write_json
+from mpoe.cli.models import REPORT_FILE, RESULTS_FILE, Source, write_json
 from mpoe.cli.options import WIDER, ExpertOptions, RunOptions
 from mpoe.cli.settle import (
     order_items,
@@ -48,6 +48,7 @@ from mpoe.training import MPOETrainingArguments, find_last_checkpoint, prepare_o
 from mpoe.training.callbacks import LogLineCallback
 from mpoe.training.checkpoints import step_of
 from mpoe.training.output_dir import check_output_dir
+from mpoe.training.published import check_free_names, publish, staging_folder
 from mpoe.training.run_lock import hold
 from mpoe_kernels.version import __version__
 
@@ -133,7 +134,7 @@ def run(plan: Plan) -> dict[str, Any]:
         if "model" in plan.given:
             raise CommandError("load_experiment says which model to start from; leave out --model, or add --load_layer")
         start = model_of_experiment(plan.run.load_experiment)
-    source = models.find(start)
+    source = models.find_to_copy(start)
     if plan.run.expert is not None:
         settle_expert(plan, source)
     elif plan.run.save_base:
@@ -220,6 +221,8 @@ def _check_folder(plan: Plan, settings: dict[str, Any] | None = None) -> None:
     """Refuse a folder with another run or nothing to resume; with ``settings``, also a run with other settings."""
     if plan.arguments.process_index == 0:  # a slower process may check after the first one has claimed the folder
         check_output_dir(plan.arguments.output_dir, plan.run.overwrite, plan.run.resume, settings)
+        if plan.run.expert is not None:
+            check_free_names(Path(str(plan.arguments.output_dir)), [f"{plan.run.expert}.expert"])
 
 
 def _prepare_model(source: Source, config: Any, plan: Plan, labels: Sequence[str] | None) -> Any:
@@ -328,7 +331,7 @@ def finish(
         trainer.save_model(str(staging_folder(folder)))  # every process takes part in it
         if arguments.should_save:
             tokenizer.save_pretrained(staging_folder(folder))
-            publish_model(folder)
+            publish(folder, keep=True)
     found = losses_beside_base(trainer, sizes) if is_expert else {}
     if not trainer.is_world_process_zero():
         return {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -37,6 +38,12 @@ def check_integer(name: str, value: object, least: int, optional: bool = False) 
         raise TypeError(f"{name} must be {wanted}; got {type(value).__name__} {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}; got {value}")
+
+
+def is_file_name(value: object) -> bool:
+    """Whether this is the name of a file that any system takes: no folder, drive, hidden file or odd character."""
+    is_text = isinstance(value, str) and value.isprintable() and len(value.encode()) <= 200
+    return is_text and re.fullmatch(r"[^./\\:][^/\\:]*", str(value)) is not None
 
 
 def check_seed(name: str, value: object) -> None:

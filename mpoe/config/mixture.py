@@ -205,6 +205,8 @@ class MPOEConfig:
     def _check_kept(self) -> None:
         if self.is_neurons:
             self.neurons = DEFAULT_NEURONS if self.neurons is None else self.neurons
+            if self.block_size is not None and shapes.HIDDEN not in self.shape_pattern.values():
+                raise ValueError(f"block_size needs shape 'hidden'; got {self.shape!r}")
         elif shapes.NEURONS not in (self.shape, *self.shape_pattern.values()):
             for name in ("neurons", "latent"):
                 if getattr(self, name) is not None:
@@ -309,6 +311,8 @@ class MPOEConfig:
         if self.is_neurons and change.get("shape", shapes.NEURONS) != shapes.NEURONS:
             router = dataclasses.replace(self.router, routed_scaling_factor=None)
             change |= {"neurons": None, "latent": None, "router": router}
+        if self.is_hidden and change.get("shape") == shapes.NEURONS:
+            change["block_size"] = None
         return dataclasses.replace(self, **change)
 
     def linear_shape(self, component: str, name: str, in_features: int, out_features: int) -> MPOShape:

@@ -49,6 +49,7 @@ RIDGE = 1e-3  # relative to the mean square of a number of the router's input
 LOGITS = 2.8  # the scale of logits is LOGITS / sqrt(E): softer keeps more of many experts, and is less quiet
 PREFERENCE = 0.6  # of *none*, in units of a logit: an expert keeps about 95% of its gain
 LEARNING_RATE = 1e-3
+LARGEST = 1e12  # number in statistics; a router's inputs come from a normalisation
 
 
 @contextlib.contextmanager
@@ -183,12 +184,15 @@ def check_statistics(statistics: Statistics, sizes: Mapping[str, int], whose: st
         odd = sorted(map(str, wanted.symmetric_difference(statistics)))[0]
         raise ValueError(f"{whose} must hold mean, rest, vectors and values of every layer and nothing else; see {odd}")
     for layer, size in sizes.items():
-        rank = len(statistics[f"{layer}.vectors"])
+        rank = statistics[f"{layer}.values"].numel()
         shapes = {"mean": (size,), "rest": (size,), "vectors": (rank, size), "values": (rank,)}
         for part, shape in shapes.items():
             value = statistics[f"{layer}.{part}"]
-            if tuple(value.shape) != shape or not bool(torch.isfinite(value).all()):
-                raise ValueError(f"{whose} must hold finite numbers {list(shape)} as {layer}.{part}; they are others")
+            least = 0.0 if part in ("rest", "values") else -LARGEST  # those are variances
+            is_fine = tuple(value.shape) == shape and value.is_floating_point()
+            if not is_fine or not bool(((value >= least) & (value <= LARGEST)).all()):
+                needed = f"finite numbers {list(shape)} from {least:g} to {LARGEST:g} as {layer}.{part}"
+                raise ValueError(f"{whose} must hold {needed}; it holds others, {value.dtype} {list(value.shape)}")
 
 
 def _second_moment(statistics: Statistics, layer: str) -> Tensor:

@@ -8,9 +8,11 @@ and the SHA-256 of both.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mpoe.config import MPOEConfig
-from mpoe.config.checks import check_type
+from mpoe.config.checks import check_type, is_file_name
 from mpoe.layers.neurons import NeuronExperts
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.composition import check_statistics
@@ -31,11 +33,25 @@ from mpoe.models.convert import check_finite, convert_to_mpoe, converted_class
 from mpoe.models.find import dense_networks, widened
 from mpoe.models.report import base_name, neuron_modules
 from mpoe.models.sites import FFNSite
-from mpoe.models.weight_files import declared_shapes, tensors_hash
+from mpoe.models.weight_files import declared_shapes, first_line, tensors_hash
 from mpoe_kernels.version import __version__
 
 FORMAT = 1
-FACTS = {"base", "base_name", "model", "tokenizer", "neurons"}  # that are read again
+MOST_LETTERS, MOST_LEVELS = 1 << 20, 64  # of facts as JSON
+LARGEST = 1e6  # weight
+_HASH, _WORD = '"[0-9a-f]{64}"', r'"[\w./+-]{0,200}"'
+# Facts -> regular expressions of their JSON; older files may lack those that may be null.
+_FACTS = {
+    "base": _HASH,
+    "base_name": _WORD,
+    "model": _WORD,
+    "tokenizer": f"null|{_HASH}",
+    "neurons": r"[1-9]\d{0,8}",
+    "version": f"null|{_WORD}",
+    "activation": f"null|{_WORD}",
+    "gated": "null|true|false",
+    "training": r"null|\{.*\}",
+}
 _CARD = """---
 library_name: mpoe
 tags: [mpoe, mixture-of-experts]
@@ -193,7 +209,9 @@ def made_expert(
         "training": dict(training or {}),
     }
     weights = {f"{place}.{part}": v for place, layer in layers.items() for part, v in _values(layer.experts).items()}
-    return Expert(facts, weights, dict(statistics or {}))
+    expert = Expert(facts, weights, dict(statistics or {}))
+    _check(expert)
+    return expert
 
 
 def save_expert(
@@ -236,6 +254,7 @@ def write_expert(expert: Expert, file: Path) -> None:
         text = json.dumps(expert.facts, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise TypeError(f"training must hold what JSON can; {error}") from error
+    _read_facts(text, file)
     tensors = {
         f"{kind}.{name}": value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for kind, held in (("weights", expert.weights), ("statistics", expert.statistics))
@@ -266,19 +285,56 @@ def load_expert(path: str | Path) -> Expert:
         raise ValueError(f"path must be an expert's file (see save_expert); {file} is another safetensors file")
     if metadata.get("sha256") != _checksum(metadata["expert"], tensors):
         raise ValueError(f"{file} is damaged: its contents have another SHA-256 than it says")
-    facts = json.loads(metadata["expert"])
+    facts = _read_facts(metadata["expert"], file)
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise ValueError(f"{file} must be of format {FORMAT}; got {metadata['expert'][:60]} (of a newer mpoe?)")
-    if not facts.keys() >= FACTS or not isinstance(facts["neurons"], int):
-        raise ValueError(f"{file} must hold the facts {', '.join(sorted(FACTS))}; got {', '.join(facts)}")
-    facts["name"] = file.stem
     parts: dict[str, dict[str, Tensor]] = {"weights": {}, "statistics": {}}
     for name, value in tensors.items():
         kind, _, rest = name.partition(".")
-        parts.get(kind, {})[rest] = value
-        if kind == "weights" and not bool(torch.isfinite(value).all()):
-            raise ValueError(f"expert {facts['name']!r} must have finite weights; NaN or Inf in {rest}")
-    return Expert(facts, **parts)
+        if kind not in parts:
+            raise ValueError(f"{file} must hold weights and statistics; got {name!r}")
+        parts[kind][rest] = value
+    expert = Expert({**facts, "name": file.stem}, **parts)
+    _check(expert)
+    return expert
+
+
+def _read_facts(text: str, file: Path) -> Any:
+    """Facts from JSON, if that is neither large nor nested deeply, of finite numbers and text (ValueError)."""
+    levels = itertools.accumulate((letter in "[{") - (letter in "]}") for letter in text)
+    try:
+        if len(text) > MOST_LETTERS or max(levels, default=0) > MOST_LEVELS:
+            raise ValueError(f"it has {len(text)} letters or is nested deeper")
+        facts = json.loads(text)
+        json.dumps(facts, allow_nan=False, ensure_ascii=False).encode()
+    except ValueError as error:
+        wanted = f"JSON of at most {MOST_LETTERS} letters in {MOST_LEVELS} levels"
+        raise ValueError(f"{file} must hold facts as {wanted}; {error}") from None
+    return facts
+
+
+def _check(expert: Expert) -> None:
+    """Refuse an expert whose facts, weights or statistics are not of the kinds that are written (ValueError)."""
+    whose = f"expert {expert.facts['name']!r}"
+    if not is_file_name(expert.facts["name"]):
+        raise ValueError(f"{whose} must have the name of a file, of letters, digits and the like")
+    for name, pattern in _FACTS.items():
+        text = json.dumps(expert.facts.get(name), default=str)
+        if re.fullmatch(pattern, text, re.DOTALL) is None:
+            raise ValueError(f"{whose} must hold {name} as {pattern}; got {text[:80]}")
+    for name, value in expert.weights.items():
+        if value.dim() not in (1, 2) or len(value) != expert.neurons or not value.is_floating_point():
+            wanted = f"floating-point numbers of {expert.neurons} neurons"
+            raise ValueError(f"{whose} must hold {name} as {wanted}; got {value.dtype} {list(value.shape)}")
+        if not bool((value.abs() <= LARGEST).all()):
+            raise ValueError(f"{whose} must have finite weights of at most {LARGEST:g}; NaN, Inf or more in {name}")
+    if expert.statistics:
+        check_statistics(expert.statistics, layer_sizes(expert.weights), f"the statistics of {whose}")
+
+
+def layer_sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """Input features by layer, from an expert's weights."""
+    return {name.rpartition(".")[0]: value.shape[1] for name, value in weights.items() if value.dim() == 2}
 
 
 @torch.no_grad()
@@ -329,6 +385,7 @@ def push_expert(path: str | Path, repo_id: str, *, private: bool | None = None, 
 
     Raises:
         TypeError, ValueError: as `load_expert`, before anything is uploaded; a folder without experts.
+        OSError: the hub could not be reached, or refused, or no repository can have that name.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -341,9 +398,12 @@ def push_expert(path: str | Path, repo_id: str, *, private: bool | None = None, 
         base = expert.facts["base_name"] or expert.facts["model"]
         rows.append(f"| {file.name} | {base} | {expert.neurons} | `{expert.facts['base'][:16]}` |")
     api: Any = HfApi(token=token)
-    repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     contents: dict[str, Any] = {file.name: file for file in files}
     contents["README.md"] = _CARD.format(rows="\n".join(rows)).encode()
     operations = [CommitOperationAdd(name, value) for name, value in contents.items()]
     message = f"Experts {', '.join(file.stem for file in files)}"
-    return str(api.create_commit(repository, operations, commit_message=message).commit_url)
+    try:
+        repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return str(api.create_commit(repository, operations, commit_message=message).commit_url)
+    except Exception as error:  # of the connection, the hub, or its library's file readers
+        raise OSError(f"repository {repo_id!r} could not be written: {first_line(error)}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,24 @@ import torch
 from torch import Tensor
 
 from mpoe.config import MPOEConfig, RouterConfig
+from mpoe.config.checks import check_number, check_type, is_file_name
 from mpoe.data.embedded import load_documentation
 from mpoe.data.mappings import read_mapping
 from mpoe.models.background import background_parts, check_tokens, pooled_background, save_background, token_batches
-from mpoe.models.composition import NONE, RANK, Statistics, check_statistics, collect_statistics, solve_routers
+from mpoe.models.checkpoint import parsed_mpoe
+from mpoe.models.composition import LARGEST, NONE, RANK, Statistics, check_statistics, collect_statistics, solve_routers
 from mpoe.models.convert import convert_to_mpoe
 from mpoe.models.expert_files import (
     Expert,
     experts_of,
+    layer_sizes,
     load_expert,
     start_expert,
     vocabulary_identity,
     write_expert,
 )
 from mpoe.models.report import neuron_modules
-from mpoe.models.weight_files import read_tensors, tensors_hash
+from mpoe.models.weight_files import check_links, read_tensors, tensors_hash
 
 # In the folder of a mixture, next to the model: what it was composed of.
 EXPERTS_FOLDER, BACKGROUND_FILE = "experts", "background.safetensors"
@@ -213,15 +217,45 @@ def keep_experts(mixture: Any, folder: Path) -> None:
         save_background(mixture.background_statistics, mixture, folder / BACKGROUND_FILE)
 
 
+def mixture_config(folder: Path) -> tuple[list[str], MPOEConfig, float | None]:
+    """Names of a composed mixture's experts in their order, its configuration, and how much *none* is preferred.
+
+    Raises:
+        TypeError, ValueError: a folder without a composed mixture, or with links that lead out of it; names that are no
+            names of files, or not as many as experts; settings of routers that are no numbers.
+    """
+    file = folder / "config.json"
+    values = read_mapping(file, "configuration") if file.is_file() else {}
+    names = values.get("mpoe_experts")
+    if not isinstance(names, list) or not (folder / EXPERTS_FOLDER).is_dir():
+        raise ValueError(f"{folder} must hold a mixture that was composed of experts; it does not")
+    check_links(folder)
+    are_names = all(is_file_name(name) for name in names) and len(set(names)) == len(names)
+    if not names or not are_names or NONE in (names[0], *names[:-1]):
+        wanted = f"different names of experts, and {NONE!r} last if at all"
+        raise ValueError(f"mpoe_experts in {file} must be {wanted}; got {reprlib.repr(names)}")
+    config = parsed_mpoe(values, folder)
+    if not config.is_neurons or config.num_experts != len(names):
+        has = f"{config.num_experts} of shape {config.shape!r}"
+        raise ValueError(f"mpoe in {file} must describe {len(names)} experts of shape 'neurons'; it has {has}")
+    routing = values.get("mpoe_routing") or {}
+    check_type(f"mpoe_routing in {file}", routing, dict, "a mapping")
+    for name, value in routing.items():
+        if value is not None:
+            check_number(f"{name} of mpoe_routing in {file}", value, -LARGEST, LARGEST)
+    return names, config, routing.get("preference")
+
+
 def experts_in(folder: Path) -> tuple[list[Expert], dict[str, Tensor] | None]:
     """The experts of a mixture in their order, without *none*, and its background's statistics if it has *none*.
 
     Raises:
-        ValueError: a folder without a composed mixture, or with damaged files.
+        TypeError, ValueError: as `mixture_config`, or damaged files.
     """
-    file = folder / "config.json"
-    names = read_mapping(file, "configuration").get("mpoe_experts") if file.is_file() else None
-    if not isinstance(names, list) or not (folder / EXPERTS_FOLDER).is_dir():
-        raise ValueError(f"{folder} must hold a mixture that was composed of experts; it does not")
+    names, _, _ = mixture_config(folder)
     experts = [load_expert(folder / EXPERTS_FOLDER / f"{name}.expert") for name in names if name != NONE]
-    return experts, read_tensors([folder / BACKGROUND_FILE]) if NONE in names else None
+    if NONE not in names:
+        return experts, None
+    background = read_tensors([folder / BACKGROUND_FILE])
+    check_statistics(background, layer_sizes(experts[0].weights), f"{folder / BACKGROUND_FILE}")
+    return experts, background

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
@@ -64,6 +65,8 @@ QWEN3_NEURONS = (
     ", beside which no stock class has experts of neurons (HunYuanMoE normalises heads after their rotation, Dots1 and "
     "GLM-4-MoE take gates from sigmoids): serve it with trust_remote_code, or convert with whole experts to qwen3_moe"
 )
+# Transformers multiplies matrices whose rows begin at multiples of 16 bytes: of so many numbers.
+ROWS = 8
 # Relative to max|logit|, in float32; 16-bit routers round their weights, which Transformers keeps in the model's dtype.
 TOLERANCE, HALF_TOLERANCE = 1e-5, 0.05
 
@@ -129,6 +132,7 @@ def _target_config(model: Any, to: str) -> Any:
     target, config, mpoe = TARGETS[to], model.config, model.mpoe_config
     values = {name: getattr(config, name) for name in _COMMON if hasattr(config, name)}
     inner = next((layer.experts.neurons for layer in neuron_modules(model).values()), config.intermediate_size)
+    inner = padded_size(inner)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     values |= {
         target.experts: mpoe.num_experts,
@@ -152,20 +156,32 @@ def _target_config(model: Any, to: str) -> Any:
     return getattr(transformers, f"{target.name}Config")(**values)
 
 
+def padded_size(neurons: int) -> int:
+    """Hidden neurons of an exported expert: with those that are 0, a multiple of `ROWS`."""
+    return -(-neurons // ROWS) * ROWS
+
+
+def padded(weight: Tensor) -> Tensor:
+    """Weights ``[E, m, I]`` with neurons that are 0 up to their `padded_size`, at which an activation's result adds
+    nothing."""
+    return F.pad(weight, (0, 0, 0, padded_size(weight.shape[1]) - weight.shape[1]))
+
+
 def _tensors(name: str, layer: Any, to: str) -> dict[str, Tensor]:
     """The weights of ``layer``, called ``name`` in its model, under the names of the class ``to``."""
     if isinstance(layer, MPOEFeedForward):
-        up, gate, down = (layer.experts.projections()[kind].weight for kind in ("up", "gate_proj", "down"))
-        shared, dtype, joined = {}, up.dtype, torch.cat([gate, up], -1).transpose(1, 2)
+        weights = {kind: part.weight for kind, part in layer.experts.projections().items()}
+        up, gate, down = weights["up"].transpose(1, 2), weights["gate_proj"].transpose(1, 2), weights["down"]
+        shared, dtype = {}, up.dtype
     else:
         experts = layer.experts if layer.experts.latent is None else layer.experts.merged()
         shared = {kind: layer.central_weight(kind).t() for kind in ("gate_proj", "up", "down")}
         dtype = shared["down"].dtype  # routers and experts may be float32 beside a 16-bit network
-        joined = torch.cat([experts.gate_proj, experts.up], 1).to(dtype)
-        down = (experts.down * (layer.router.config.routed_scaling_factor or 1.0)).to(dtype)
+        gate, up = experts.gate_proj, experts.up
+        down = experts.down * (layer.router.config.routed_scaling_factor or 1.0)
     own = {
-        "experts.gate_up_proj": joined.contiguous(),
-        "experts.down_proj": down.transpose(1, 2).contiguous(),
+        "experts.gate_up_proj": torch.cat([padded(gate), padded(up)], 1).to(dtype).contiguous(),
+        "experts.down_proj": padded(down).to(dtype).transpose(1, 2).contiguous(),
         "gate.weight": layer.router.weight.to(dtype),
     }
     if to == "qwen2_moe":
@@ -173,7 +189,7 @@ def _tensors(name: str, layer: Any, to: str) -> dict[str, Tensor]:
             "shared_expert.gate_proj.weight": shared["gate_proj"],
             "shared_expert.up_proj.weight": shared["up"],
             "shared_expert.down_proj.weight": 2 * shared["down"],  # its gate multiplies by sigmoid(0) = 1/2
-            "shared_expert_gate.weight": down.new_zeros(1, layer.in_features),
+            "shared_expert_gate.weight": shared["down"].new_zeros(1, layer.in_features),
         }
     if to != "granitemoeshared":
         return {f"{name}.{part}": value for part, value in own.items()}

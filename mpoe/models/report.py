@@ -4,6 +4,7 @@ model card."""
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -242,9 +243,9 @@ def facts(model: Any) -> dict[str, str]:
 
 def may_write_card(file: Path) -> bool:
     """Whether ``file`` is absent, or a generated card that nobody has edited."""
-    if not file.exists():
+    if not os.path.lexists(file):
         return True
-    text = file.read_text(encoding="utf-8", errors="replace")
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     seal = _SEAL.search(text)
     return seal is not None and seal[1] == _checksum(text[: seal.start() - 1])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, distributed
 
+from mpoe.config.checks import is_file_name
 from mpoe.data.mappings import read_mapping
 
 WEIGHTS = "model.safetensors"
@@ -63,12 +64,26 @@ def weight_files(folder: Path) -> list[Path]:
         raise ValueError(f"weight_map in {index} must map names of parameters to names of files")
     names = sorted(set(shards.values()))
     for name in names:
-        # "..", "a/b", "/etc/x", "C:\x": an index may only name files in its own folder
-        if PurePosixPath(name).name != name or "\\" in name or ":" in name or name == "..":
+        if not is_file_name(name):
             raise ValueError(f"{index} must name files of its own folder; got {name!r}")
         if not (folder / name).is_file():
             raise ValueError(f"{index} names {name}; {folder} has no such file")
     return [folder / name for name in names]
+
+
+def check_links(folder: Path) -> None:
+    """Refuse a folder in which a link leads out of it: nothing from elsewhere shall get into an output. A snapshot in
+    the hub's cache may lead to the blobs beside it.
+
+    Raises:
+        ValueError: that names the link.
+    """
+    real = folder.resolve()
+    blobs = real.parents[1] / "blobs" if real.parent.name == "snapshots" else real
+    for path in folder.rglob("*"):
+        target = Path(os.path.realpath(path))
+        if path.is_symlink() and not (target.is_relative_to(real) or target.is_relative_to(blobs)):
+            raise ValueError(f"{path} must not be a link that leads out of its folder; put the file itself there")
 
 
 def check_weight_files(folder: Path, model: Any = None) -> None:

@@ -50,18 +50,13 @@ def publish(staged: Path, run_dir: str | Path) -> Path:
         "crc32": {name: _crc32(path) for name, path in names.items()},
         "choices": autotune.choices(),
     }
-    for path in files:
-        _sync(path)
-    manifest = staged / MANIFEST
-    manifest.write_text(json.dumps(record))
-    _sync(manifest)
-    for folder in [path for path in staged.rglob("*") if path.is_dir()] + [staged]:
-        _sync(folder)
+    (staged / MANIFEST).write_text(json.dumps(record))
+    sync_tree(staged)
     final = Path(run_dir) / staged.name
     if final.exists():
         remove(final)
     os.rename(staged, final)
-    _sync(Path(run_dir))
+    sync(Path(run_dir))
     return final
 
 
@@ -191,7 +186,14 @@ def clean_leftovers(run_dir: str | Path) -> None:
                 delete(path)
 
 
-def _sync(path: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """Wait until all files in a folder, and then it itself, are on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's contents, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

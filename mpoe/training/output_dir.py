@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,11 +13,9 @@ from typing import Any
 
 from mpoe.config.mixture import OBSOLETE
 from mpoe.data.mappings import flatten, read_mapping
-from mpoe.models.base import REMOTE_FILE
-from mpoe.models.expert_mixture import BACKGROUND_FILE, EXPERTS_FOLDER
-from mpoe.models.report import CARD_FILE, may_write_card
-from mpoe.models.weight_files import BASE_FILE, INDEX, ONLY_FILE, WEIGHTS, check_weight_files, write_text
+from mpoe.models.weight_files import check_weight_files, write_text
 from mpoe.training.checkpoints import check_whole, checkpoint_folders, clean_leftovers, delete, find_last_checkpoint
+from mpoe.training.published import CONFIG, WEIGHT_FILES, finish, remove, written_files
 from mpoe.training.run_lock import check_free, hold
 
 RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
@@ -37,14 +35,11 @@ NEUTRAL_KEYS = frozenset(
         *OBSOLETE,
     }
 )
-# Files that a run writes at the top of its folder; `overwrite` deletes only these, its model and the checkpoints.
+# Other files that a run writes at the top of its folder; `overwrite` deletes them, its model and the checkpoints.
 _RUN_FILES = (
-    *(RUN_FILE, METRICS_FILE, "config.json", "generation_config.json", "training_args.bin", "trainer_state.json"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "all_results.json", "train_results.json"),
-    *("eval_results.json", "results.json", "report.html"),
+    *(RUN_FILE, METRICS_FILE, "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"),
+    *("results.json", "report.html"),
 )
-# Of the weights that `save_pretrained` and `mpoe compose` write; other safetensors are a user's.
-_WEIGHT_FILES = (WEIGHTS, "model-*-of-*.safetensors", INDEX, ONLY_FILE, BACKGROUND_FILE)
 
 
 def prepare_output_dir(
@@ -76,7 +71,7 @@ def prepare_output_dir(
     """
     folder = Path(output_dir)
     config = _jsonable(dict(run_config or {}))
-    check_output_dir(folder, overwrite, resume, config)
+    check_output_dir(output_dir, overwrite, resume, config)
     with hold(folder):
         check_output_dir(folder, overwrite, resume, config)  # another may have claimed it meanwhile
         if resume:
@@ -86,28 +81,10 @@ def prepare_output_dir(
             clean_leftovers(folder)
             for path in checkpoint_folders(folder):
                 delete(path)
-            delete_model(folder)
-            for name in _RUN_FILES:
-                (folder / name).unlink(missing_ok=True)
+            remove(folder, [*written_files(folder), *_RUN_FILES])
         # In its own order, which matters for label words.
         write_text(folder / RUN_FILE, json.dumps({"config": config}, indent=1))
     return None
-
-
-def delete_model(folder: Path) -> None:
-    """Delete a model that was saved in ``folder``, its ``config.json`` first: weights, code, the experts that it was
-    composed of, the card unless a user edited it."""
-    config, experts, card = folder / "config.json", folder / EXPERTS_FOLDER, folder / CARD_FILE
-    names: Any = ()
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-        names = list(json.loads(config.read_text(encoding="utf-8"))["mpoe_experts"])
-    config.unlink(missing_ok=True)
-    old = [path for name in (*_WEIGHT_FILES, BASE_FILE, REMOTE_FILE) for path in folder.glob(name)]
-    old += [path for path in experts.glob("*.expert") if path.stem in names and not experts.is_symlink()]
-    for path in [*old, *[card] * may_write_card(card)]:
-        path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        experts.rmdir()  # if nothing else is in it
 
 
 def check_output_dir(
@@ -123,8 +100,9 @@ def check_output_dir(
     folder = Path(output_dir)
     if overwrite and resume:
         raise ValueError("overwrite and resume exclude each other: delete the earlier run, or continue it")
-    check_folder("output_dir", folder)
+    check_folder("output_dir", output_dir)
     check_free(folder)
+    finish(folder)
     if not resume:
         if not overwrite and (found := _contents(folder)) is not None:
             raise ValueError(f"output_dir {folder} holds {found} or choose another folder")
@@ -144,6 +122,8 @@ def check_folder(name: str, folder: str | Path) -> Path:
     Raises: NotADirectoryError: a file is in its way, or a broken or circular symbolic link. PermissionError: this
         process may not write or create it.
     """
+    if not str(folder) or any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in str(folder)):
+        raise NotADirectoryError(f"{name} must be a folder; got {str(folder)!r}, which is no name in UTF-8")
     path = Path(folder)
     upward = (path, *path.absolute().parents)
     lost = next((p for p in upward if p.is_symlink() and not p.exists()), None)
@@ -154,6 +134,11 @@ def check_folder(name: str, folder: str | Path) -> Path:
         raise NotADirectoryError(f"{name} must be a folder; {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise PermissionError(f"{name} must be a folder that can be written; {there} cannot be")
+    if there != path:
+        try:
+            tempfile.TemporaryDirectory(dir=there).cleanup()
+        except OSError as error:  # a system folder
+            raise PermissionError(f"{name} must be a folder that can be created; {there} holds none: {error}") from None
     return path
 
 
@@ -164,7 +149,7 @@ def _contents(folder: Path) -> str | None:
     if any((folder / name).exists() for name in (RUN_FILE, METRICS_FILE)) or checkpoint_folders(folder):
         return "another run; continue it with --resume, delete it with --overwrite,"
     # What `save_pretrained` and other commands write; a run in the same folder would be mixed with it.
-    if any(any(folder.glob(name)) for name in ("config.json", "results.json", *_WEIGHT_FILES)):
+    if any(any(folder.glob(name)) for name in (CONFIG, "results.json", *WEIGHT_FILES)):
         return "a saved model or results; delete them with --overwrite,"
     return None
 

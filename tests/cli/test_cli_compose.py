@@ -190,6 +190,8 @@ def test_the_background_beside_an_expert_is_taken(folder: Path, capsys: pytest.C
         (["{}/cut", "--neurons", "4", "--output_dir", "{}/x", "--texts", "{}/t0.txt"], "line 1, column 2: bad JSON"),
         (["{}/law.expert", "--neurons", "8"], "neurons must be at least 1, of experts fitted to adapters; got 8"),
         (["{}/law.expert", "--steps", "0"], "steps must be at least 1; got 0"),
+        (["{}/law.expert", "--output_dir", "{}/x", "--top_k", "0"], "top_k must be at least 1; got 0"),
+        (["{}/law.expert", "--output_dir", ""], "compose needs --output_dir"),
         (["{}/law.expert", "{}/absent.expert"], "absent.expert: no file"),
         (["{}/law.expert", "{}/bad"], "either fine-tunes or experts' files"),
         (["{}/law.expert", "--remove", "law"], "remove needs --add MIXTURE"),
@@ -232,10 +234,13 @@ def test_texts_a_trained_router_and_one_network(folder: Path, capsys: pytest.Cap
     assert not same(folder / "refined", folder / "trained")
     capsys.readouterr()
     (folder / "plain" / "mine.safetensors").touch()
-    compose(folder, *files, "--output_dir", "{}/plain", "--merge", "--overwrite")
+    merged = ["--output_dir", "{}/plain", "--merge", "--overwrite"]
+    refuses(CommandError, "plain holds mine.safetensors, which mpoe did not write", compose, folder, *files, *merged)
+    (folder / "plain" / "mine.safetensors").unlink()
+    compose(folder, *files, *merged)
     assert "every expert at weight 1/2" in capsys.readouterr().out
-    names = ("experts", "README.md", "modeling_mpoe.py", "mine.safetensors")
-    assert [name for name in names if (folder / "plain" / name).exists()] == ["mine.safetensors"]
+    names = ("experts", "README.md", "modeling_mpoe.py")
+    assert not [name for name in names if (folder / "plain" / name).exists()]
     merged = AutoModelForCausalLM.from_pretrained(folder / "plain")
     assert (type(merged).__name__, merged.config.n_inner) == ("GPT2LMHeadModel", 512 + 8 + 9)
 
@@ -385,7 +390,8 @@ def test_a_run_of_an_expert_goes_on(prose: Path, tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--save_base"], "save_base is for --expert"),
-        (["--expert", "a/b"], "expert must be a name"),
+        *((["--expert", name], "expert must be a name") for name in ("a/b", "..", "", "none", "a\nb")),
+        (["--expert", "mine"], r"did not write .*run/mine\.expert"),
         (["--expert", "a", "--num_experts", "2"], "num_experts is for mixtures"),
         (["--expert", "a", "--baseline", "dense"], "baseline is for mixtures"),
         (["--expert", "a", "--model", "{}"], "expert needs a dense language model"),
@@ -394,6 +400,8 @@ def test_a_run_of_an_expert_goes_on(prose: Path, tmp_path: Path) -> None:
 def test_training_that_is_refused(prose: Path, tmp_path: Path, words: list[str], message: str) -> None:
     convert_to_mpoe(load_stand_in("gpt2")[0]).save_pretrained(tmp_path / "mixture")
     words = [word.format(tmp_path / "mixture") for word in words]
-    with pytest.raises(CommandError, match=message):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.expert").write_text("mine")
+    with pytest.raises((CommandError, FileExistsError), match=message):
         train.command(["--data_dir", str(prose), "--output_dir", str(tmp_path / "run"), "--use_cpu", *words])
-    assert not (tmp_path / "run").exists()
+    assert [path.read_text() for path in (tmp_path / "run").iterdir()] == ["mine"]

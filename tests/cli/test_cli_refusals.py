@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from mpoe.cli import bench, models
+from mpoe.cli import bench
 from mpoe.data.embedded import stand_in_path
 from mpoe.models import weight_files
+from mpoe.training.published import staging_folder
 
 from .cli_data import write_rows
 
@@ -78,7 +79,12 @@ REFUSED = [
     (["evaluate", "t5", "--data_dir", ".", "--output_file", "empty"], "output_file must be a file"),
     (["demo", "--output_dir", "old"], "old holds an earlier demo; give --overwrite"),
     (["demo", "--output_dir", "spoilt", "--overwrite"], "holds a model or a run; choose another folder"),
-    (["convert", "t5", "spoilt"], "OUT spoilt holds a model; give --overwrite"),
+    (["convert", "t5", "bert"], "OUT bert holds a model; give --overwrite"),
+    (["convert", "t5", "spoilt", "--overwrite"], "OUT spoilt holds run.json, which mpoe did not write"),
+    (["convert", "t5", ""], "OUT must be a folder; got '', which is no name"),
+    (["convert", "t5", "a\0b"], "which is no name in UTF-8"),
+    (["convert", "t5", "/proc/x"], "OUT must be a folder that can be created; /proc holds none"),
+    (["demo", "--output_dir", ""], "output-dir: must not be empty"),
     (["convert", "bert", "bert"], "OUT must be another folder than IN"),
     (["convert", "mixture", "run"], "IN is converted already (mpoe_t5)"),
     # models and data that do not fit each other
@@ -178,45 +184,6 @@ def test_benchmarks_that_are_wrong_or_absent(refused, monkeypatch: pytest.Monkey
 # ------------------------------------------------------------------ files
 
 
-def save(folder: Path, text: str, *names: str) -> None:
-    with models.model_folder(folder) as staging:
-        for name in ("config.json", *names):
-            (staging / name).parent.mkdir(exist_ok=True)
-            (staging / name).write_text(text)
-
-
-def test_a_model_replaces_another_and_nothing_else(tmp_path: Path) -> None:
-    save(tmp_path, "old", "model-00001-of-00002.safetensors", "model.safetensors.index.json")
-    (tmp_path / "notes.txt").write_text("mine")
-    save(tmp_path, "new", "model.safetensors", "sub/more.txt")
-    found = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
-    assert found == ["config.json", "model.safetensors", "notes.txt", "sub/more.txt"]
-    assert (tmp_path / "config.json").read_text() == "new"
-    assert not models.staging_folder(tmp_path).exists()
-
-
-@pytest.mark.parametrize("moves", [0, 1, 2])
-def test_killed_while_moving_leaves_no_configuration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
-) -> None:
-    save(tmp_path, "old", "model.safetensors", "tokenizer.json")
-    replace, done = os.replace, []
-
-    def stop(source: Path, target: Path) -> None:
-        if len(done) == moves:
-            raise KeyboardInterrupt
-        done.append(target)
-        replace(source, target)
-
-    monkeypatch.setattr(models.os, "replace", stop)
-    with pytest.raises(KeyboardInterrupt):
-        save(tmp_path, "new", "model.safetensors", "tokenizer.json")
-    assert not (tmp_path / "config.json").exists()
-    monkeypatch.undo()
-    save(tmp_path, "new", "model.safetensors")
-    assert (tmp_path / "config.json").read_text() == "new"
-
-
 def test_convert_that_fails_while_saving_leaves_no_model(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import PreTrainedTokenizerBase
 
@@ -230,7 +197,7 @@ def test_convert_that_fails_while_saving_leaves_no_model(cli, tmp_path: Path, mo
     monkeypatch.undo()
     cli("convert", "t5", tmp_path / "out", "--num_experts", 2)
     assert (tmp_path / "out" / "config.json").is_file()
-    assert not models.staging_folder(tmp_path / "out").exists()
+    assert not staging_folder(tmp_path / "out").exists()
 
 
 def test_text_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

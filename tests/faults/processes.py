@@ -25,10 +25,10 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from mpoe.cli.main import main
-from mpoe.cli.models import model_folder
 from mpoe.models import load_mpoe
 from mpoe.training import checkpoints, find_last_checkpoint, prepare_output_dir, read_metrics
 from mpoe.training.output_dir import RUN_FILE
+from mpoe.training.published import publish, staging_folder
 from tests.training.tiny import make_trainer, resume_options
 
 tqdm.monitor_interval = 0  # its thread may hold tqdm's lock at a fork, and the child would wait for ever
@@ -113,8 +113,8 @@ def victim(folder: Path) -> None:
     checkpoint = prepare_output_dir(folder, resume=resume, run_config=RUN)
     trainer = make_trainer(folder, **resume_options("t5", STEPS))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    with model_folder(folder) as staging:
-        trainer.model.save_pretrained(staging)
+    trainer.model.save_pretrained(staging_folder(folder))
+    publish(folder)
 
 
 def kill_runs(kills: int, seed: int, folder: Path) -> Counter[str]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mpoe import (
@@ -27,7 +26,7 @@ from mpoe.config import MPOEConfig
 from mpoe.data.predict import token_losses
 from mpoe.inspection import composed_worth
 from mpoe.models.composition import train_routers
-from mpoe.models.expert_files import made_expert, write_expert
+from mpoe.models.expert_files import made_expert
 from mpoe.models.lora_fit import check_adapter, fit_adapter, is_adapter
 from mpoe.models.report import neuron_modules
 from tests.assertions import refuses
@@ -238,46 +237,6 @@ def test_compositions_that_are_refused(domains: SimpleNamespace, tmp_path: Path)
         compose(domains.files, background=None)
     refuses(ValueError, "top_k must be at most", compose, domains.files, top_k=4)
     refuses(ValueError, "background must hold mean", compose, domains.files, background={"x": torch.ones(2)})
-
-
-def test_damaged_files_are_refused(domains: SimpleNamespace, tmp_path: Path) -> None:
-    file, whole = tmp_path / "a.expert", domains.files[0].read_bytes()
-    file.write_bytes(whole[:-7])
-    refuses(ValueError, "whole safetensors file", load_expert, file)
-    file.write_bytes(whole[:-7] + bytes([whole[-7] ^ 1]) + whole[-6:])
-    refuses(ValueError, "damaged", load_expert, file)
-    file.write_bytes(whole.replace(b"LlamaForCausalLM", b"LlamaForCausalLN"))
-    refuses(ValueError, "damaged", load_expert, file)
-    save_file({"x": torch.ones(2)}, file)
-    refuses(ValueError, "another safetensors file", load_expert, file)
-    refuses(ValueError, "is no file", load_expert, tmp_path)
-    refuses(TypeError, "path must be an expert's file", load_expert, 3)
-    expert = load_expert(domains.files[0])
-    expert.facts["format"] = 2
-    write_expert(expert, file)
-    refuses(ValueError, r"must be of format 1; got .*\"format\": 2", load_expert, file)
-    expert.facts["format"] = 1
-    del expert.facts["base"]
-    write_expert(expert, file)
-    refuses(ValueError, "must hold the facts base, base_name", load_expert, file)
-    with safe_open(domains.files[0], framework="pt") as opened:
-        assert json.loads(opened.metadata()["expert"])["neurons"] == M
-
-
-def test_contents_that_do_not_fit_are_refused(domains: SimpleNamespace, tmp_path: Path) -> None:
-    expert, file = load_expert(domains.files[0]), tmp_path / "a.expert"
-    name = next(iter(expert.weights))
-    expert.weights[name] = expert.weights[name] * float("nan")
-    write_expert(expert, file)
-    refuses(ValueError, "must have finite weights; NaN or Inf in", load_expert, file)
-    expert.weights[name] = torch.ones(3)
-    refuses(ValueError, r"must have .* \(32, 32\); it has \(3,\)", start_expert, domains.base, expert=expert)
-    expert = load_expert(domains.files[0])
-    mean = next(name for name in expert.statistics if name.endswith("mean"))
-    for odd in (torch.full_like(expert.statistics[mean], float("nan")), torch.ones(3)):
-        expert.statistics[mean] = odd
-        with pytest.raises(ValueError, match="the statistics of expert 'domain0' must hold finite numbers"):
-            compose_experts(domains.base, [expert], background=domains.background)
 
 
 def test_saves_that_are_refused(tmp_path: Path) -> None:

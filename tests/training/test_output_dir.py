@@ -145,7 +145,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monk
     """Its files, the manifest and the folder before the new name, which the run's folder then gets to keep."""
     told: list[tuple[str, bool]] = []
     final = tmp_path / "checkpoint-5"
-    monkeypatch.setattr(checkpoints, "_sync", lambda path: told.append((path.name, final.exists())))
+    monkeypatch.setattr(checkpoints, "sync", lambda path: told.append((path.name, final.exists())))
     make_checkpoint(tmp_path, 5)
     assert told[-1] == (tmp_path.name, True)
     before = [name for name, published in told if not published]

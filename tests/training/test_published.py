@@ -1,0 +1,230 @@
+"""A folder has the old model or the new one, whole, and whatever else is in it stays."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mpoe.cli.command import CommandError
+from mpoe.cli.models import check_model_output, model_folder
+from mpoe.training.published import MANIFEST, check_free_names, finish, publish, staging_folder, written_files
+from mpoe.training.run_lock import FolderInUseError, hold
+from tests.assertions import refuses
+
+OLD = {"config.json": '{"mpoe_experts": ["law", "none"]}', "model.safetensors": "old", "tokenizer.json": "old"}
+OLD |= {"experts/law.expert": "law", "background.safetensors": "old"}
+NEW = {"config.json": "{}", "model-00001-of-00001.safetensors": "new", "experts/med.expert": "med"}
+
+
+class Saved:
+    """Stands in for a model."""
+
+    def __init__(self, files: dict[str, str]) -> None:
+        self.files = files
+
+    def save_pretrained(self, folder: Path) -> None:
+        for name, text in self.files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text)
+
+
+def save(folder: Path, files: dict[str, str], overwrite: bool = True) -> None:
+    with model_folder(folder, overwrite, Saved(files), None):
+        pass
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Text by name, of links and empty folders what they are; without the manifest."""
+    found = {}
+    for path in folder.rglob("*"):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            found[name] = f"link to {os.readlink(path)}"
+        elif path.is_file():
+            found[name] = path.read_text()
+        elif not any(path.iterdir()):
+            found[name] = "empty"
+    found.pop(MANIFEST, None)
+    return found
+
+
+@pytest.fixture(params=["manifest", "older"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """With the old model, as it is saved now, or as it was before there were manifests."""
+    save(tmp_path / "k", OLD)
+    if request.param == "older":
+        (tmp_path / "k" / MANIFEST).unlink()
+    return tmp_path / "k"
+
+
+def test_a_model_replaces_another(folder: Path) -> None:
+    for name in ("README.md", ".incomplete-of-a-killed-save"):
+        (folder / name).write_text("mine")
+    (folder / ".incomplete-model").mkdir()
+    with pytest.raises(CommandError, match="holds a model; give --overwrite"):
+        save(folder, NEW, overwrite=False)
+    save(folder, {**NEW, "README.md": "generated"})
+    assert contents(folder) == {**NEW, "README.md": "mine", ".incomplete-of-a-killed-save": "mine"}
+    assert json.loads((folder / MANIFEST).read_text()) == {"files": sorted(NEW)}
+    save(folder, {"config.json": "{}"})
+    assert contents(folder).keys() == {"config.json", "README.md", ".incomplete-of-a-killed-save"}
+
+
+def linked(folder: Path, name: str) -> None:
+    """Moves a file or folder out and leaves a link."""
+    shutil.move(folder / name, folder.parent / "elsewhere")
+    (folder / name).symlink_to(folder.parent / "elsewhere")
+
+
+def as_folder(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    (folder / name).mkdir()
+
+
+FOREIGN: dict[str, Callable[[Path], object]] = {
+    "notes.txt": lambda folder: (folder / "notes.txt").write_text("mine"),
+    "run.json": lambda folder: (folder / "run.json").touch(),
+    "mine.safetensors": lambda folder: (folder / "mine.safetensors").touch(),
+    "experts/mine.expert": lambda folder: (folder / "experts" / "mine.expert").write_text("mine"),
+    "experts": lambda folder: linked(folder, "experts"),
+    "model.safetensors": lambda folder: as_folder(folder, "model.safetensors"),
+    "README.md": lambda folder: (folder / "README.md").mkdir(),
+    "dead": lambda folder: (folder / "dead").symlink_to("nowhere"),
+    "logs": lambda folder: (folder / "logs").mkdir(),
+    MANIFEST: lambda folder: (folder / MANIFEST).write_text('{"files": ["../victim", "config.json"]}'),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_we_did_not_write_is_named_and_stays(folder: Path, name: str) -> None:
+    FOREIGN[name](folder)
+    before = contents(folder)
+    for overwrite in (False, True):
+        refuses(CommandError, f"k holds {name}, which mpoe did not write", check_model_output, "OUT", folder, overwrite)
+        refuses(CommandError, f"holds {name}, which", save, folder, NEW, overwrite)
+        assert contents(folder) == before, overwrite
+
+
+def test_an_experts_file_without_a_model(tmp_path: Path) -> None:
+    save(tmp_path, OLD)
+    for name in (MANIFEST, "config.json"):
+        (tmp_path / name).unlink()
+    refuses(CommandError, "holds experts/law.expert, which", check_model_output, "OUT", tmp_path, True)
+    (tmp_path / "config.json").write_text('{"mpoe_experts": ["../../victim", "law"]}')
+    assert "experts/law.expert" not in written_files(tmp_path)
+
+
+def test_a_link_is_replaced_and_not_written_through(folder: Path) -> None:
+    linked(folder, "model.safetensors")
+    save(folder, {**OLD, "model.safetensors": "new"})
+    assert not (folder / "model.safetensors").is_symlink()
+    assert (folder.parent / "elsewhere").read_text() == "old"
+
+
+CALLS = ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink")  # of `os`
+
+
+def killed(folder: Path, at: int) -> bool:
+    """Whether a process that replaces the old model died at its ``at``-th change of files."""
+    child = os.fork()
+    if child:
+        return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    seen = 0
+
+    def counted(call: Callable) -> Callable:
+        def run(*values: object, **named: object) -> object:
+            nonlocal seen
+            seen += 1
+            if seen == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*values, **named)
+
+        return run
+
+    for name in CALLS:
+        setattr(os, name, counted(getattr(os, name)))
+    try:
+        save(folder, NEW)
+    finally:
+        os._exit(0)
+
+
+def test_killed_at_any_change_leaves_the_old_model_or_the_new_one(folder: Path, tmp_path: Path) -> None:
+    at, seen = 1, []
+    while killed(shutil.copytree(folder, tmp_path / str(at)), at):
+        there = tmp_path / str(at)
+        hidden = {name for name in contents(there) if name.startswith(".complete-model/")}
+        is_begun = bool(hidden) and contents(there).keys() - hidden != OLD.keys() | {"_run.lock"}
+        assert not is_begun or not (there / "config.json").exists() or not hidden & {".complete-model/config.json"}, at
+        finish(there)
+        left = {name: text for name, text in contents(there).items() if not name.startswith((".incomplete", "_run"))}
+        assert left in (OLD, NEW), at
+        assert not seen or left == NEW or seen[-1] == OLD, at  # never back
+        seen.append(left)
+        save(there, NEW)
+        assert contents(there) == NEW, at
+        at += 1
+    assert OLD in seen
+    assert NEW in seen
+    assert at > 20
+
+
+def test_one_of_two_wins(tmp_path: Path) -> None:
+    path = check_model_output("OUT", tmp_path / "k", False)  # free when both looked
+    check_model_output("OUT", tmp_path / "k", False)
+    save(path, OLD, overwrite=False)
+    refuses(CommandError, "holds a model", save, path, NEW, False)
+    assert contents(path) == OLD
+    child = os.fork()
+    if not child:
+        with hold(path):
+            (tmp_path / "held").touch()
+            signal.pause()
+    while not (tmp_path / "held").exists():
+        pass
+    refuses(FolderInUseError, f"in use by process {child}", check_model_output, "OUT", path, True)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def test_nothing_outside_is_touched_by_what_a_stranger_left(tmp_path: Path) -> None:
+    folder, victim = tmp_path / "k", tmp_path / "victim"
+    victim.mkdir()
+    (victim / "a.expert").write_text("mine")
+    whole = folder / ".complete-model"
+    for old in (["../victim/a.expert"], [str(victim / "a.expert")], ["experts/a.expert"], [3], "x", None):
+        shutil.rmtree(folder, ignore_errors=True)
+        whole.mkdir(parents=True)
+        (folder / "experts").symlink_to(victim)
+        (whole / ".old.json").write_text(json.dumps({"files": old}))
+        finish(folder)
+        assert (victim / "a.expert").read_text() == "mine", old
+    (whole / "experts").mkdir(parents=True)
+    (whole / "experts" / "a.expert").write_text("theirs")
+    refuses(FileExistsError, "mpoe did not write .*experts", finish, folder)
+    shutil.rmtree(whole)
+    whole.symlink_to(victim)
+    finish(folder)
+    assert contents(victim) == {"a.expert": "mine"}
+
+
+def test_a_run_keeps_other_files_and_refuses_those_in_its_way(tmp_path: Path) -> None:
+    for name in ("notes.txt", "law.expert"):
+        (tmp_path / name).write_text("mine")
+    refuses(FileExistsError, "mpoe did not write .*law.expert", check_free_names, tmp_path, ["law.expert"])
+    check_free_names(tmp_path, ["med.expert"])
+    staging_folder(tmp_path).mkdir()
+    Saved({"config.json": "{}", "law.expert": "law"}).save_pretrained(staging_folder(tmp_path))
+    refuses(FileExistsError, "law.expert", publish, tmp_path)
+    (tmp_path / "law.expert").unlink()
+    for _ in range(2):
+        staging_folder(tmp_path).mkdir(exist_ok=True)
+        Saved({"config.json": "{}", "law.expert": "law"}).save_pretrained(staging_folder(tmp_path))
+        publish(tmp_path)
+        assert contents(tmp_path) == {"notes.txt": "mine", "config.json": "{}", "law.expert": "law"}

@@ -277,6 +277,7 @@ def load_expert(path: str | Path) -> Expert:
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"path must be an expert's file; {str(path)!r} is no file")
+    _check_name(file.stem)
     declared_shapes([file])
     with safe_open(file, framework="pt") as source:
         metadata = source.metadata() or {}
@@ -313,11 +314,15 @@ def _read_facts(text: str, file: Path) -> Any:
     return facts
 
 
+def _check_name(name: str) -> None:
+    if not is_file_name(name):
+        raise ValueError(f"an expert must have the name of a file, of letters, digits and the like; got {name!r}")
+
+
 def _check(expert: Expert) -> None:
     """Refuse an expert whose facts, weights or statistics are not of the kinds that are written (ValueError)."""
     whose = f"expert {expert.facts['name']!r}"
-    if not is_file_name(expert.facts["name"]):
-        raise ValueError(f"{whose} must have the name of a file, of letters, digits and the like")
+    _check_name(expert.name)
     for name, pattern in _FACTS.items():
         text = json.dumps(expert.facts.get(name), default=str)
         if re.fullmatch(pattern, text, re.DOTALL) is None:

@@ -34,8 +34,7 @@ WEIGHT_FILES = (WEIGHTS, "model-*-of-*.safetensors", INDEX, ONLY_FILE, BACKGROUN
 # What models and tokenizers save.
 _SAVED = (
     *(CONFIG, "generation_config.json", "training_args.bin", *WEIGHT_FILES, BASE_FILE, REMOTE_FILE, CARD_FILE),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
 )
 
 

@@ -228,3 +228,9 @@ def test_a_run_keeps_other_files_and_refuses_those_in_its_way(tmp_path: Path) ->
         Saved({"config.json": "{}", "law.expert": "law"}).save_pretrained(staging_folder(tmp_path))
         publish(tmp_path)
         assert contents(tmp_path) == {"notes.txt": "mine", "config.json": "{}", "law.expert": "law"}
+    staging_folder(tmp_path).mkdir()
+    Saved({"med.expert": "med"}).save_pretrained(staging_folder(tmp_path))
+    publish(tmp_path, keep=True)
+    every = {"config.json": "{}", "law.expert": "law", "med.expert": "med"}
+    assert contents(tmp_path) == {"notes.txt": "mine", **every}
+    assert json.loads((tmp_path / MANIFEST).read_text())["files"] == sorted(every)

@@ -40,7 +40,7 @@ FORMAT = 1
 MOST_LETTERS, MOST_LEVELS = 1 << 20, 64  # of facts as JSON
 LARGEST = 1e6  # weight
 _HASH, _WORD = '"[0-9a-f]{64}"', r'"[\w./+-]{0,200}"'
-# Facts -> regular expressions of their JSON; older files may lack those that may be null.
+# Facts -> regular expressions of their JSON; older files lack some.
 _FACTS = {
     "base": _HASH,
     "base_name": _WORD,
@@ -50,7 +50,7 @@ _FACTS = {
     "version": f"null|{_WORD}",
     "activation": f"null|{_WORD}",
     "gated": "null|true|false",
-    "training": r"null|\{.*\}",
+    "training": r"\{.*\}",
 }
 _CARD = """---
 library_name: mpoe
@@ -295,7 +295,7 @@ def load_expert(path: str | Path) -> Expert:
         if kind not in parts:
             raise ValueError(f"{file} must hold weights and statistics; got {name!r}")
         parts[kind][rest] = value
-    expert = Expert({**facts, "name": file.stem}, **parts)
+    expert = Expert({"tokenizer": None, "training": {}, **facts, "name": file.stem}, **parts)
     _check(expert)
     return expert
 

@@ -165,6 +165,7 @@ class Worth:
         loss: of the mixture.
         oracle: if every token had the expert that predicts it best, in all layers alike.
         share: of the router's choices, over all layers, by expert.
+        load: tokens per expert, ``[layers][E]``.
         alone: the loss if every token goes to this expert; *none* is the base.
         removed: the loss of the mixture composed without this expert.
     """
@@ -174,6 +175,7 @@ class Worth:
     loss: float
     oracle: float
     share: list[float]
+    load: list[list[int]]
     alone: list[float]
     removed: list[float]
 
@@ -196,9 +198,13 @@ def composed_worth(mixture: Any, classes: Sequence[Statistics], batches: Sequenc
             f"mixture must be composed of at least two experts with *none*, each with statistics; it has {names}, "
             f"statistics are of {len(classes)}"
         )
-    own = token_losses(mixture, batches)
-    with torch.inference_mode():
-        loads = torch.stack([mixture(**batch).expert_load.sum(0) for batch in batches]).sum(0)
+    loads: list[Tensor] = []
+    counting = mixture.register_forward_hook(lambda module, given, output: loads.append(output.expert_load))
+    try:
+        own = token_losses(mixture, batches)
+    finally:
+        counting.remove()
+    load = torch.stack(loads).sum(0)
     layers = [layer for layer, _ in routed_layers(mixture)]
     routing = getattr(mixture.config, "mpoe_routing", None) or {}
     alone, removed = [], []
@@ -215,7 +221,8 @@ def composed_worth(mixture: Any, classes: Sequence[Statistics], batches: Sequenc
         len(own),
         float(own.mean()),
         float(torch.stack(alone).amin(0).mean()),
-        (loads / loads.sum()).tolist(),
+        (load.sum(0) / load.sum()).tolist(),
+        load.tolist(),
         [float(each.mean()) for each in alone],
         removed,
     )

@@ -5,7 +5,7 @@ For a run, settings without an option are as in training.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,7 +29,8 @@ from mpoe.data.predict import evaluate_task, evaluation_mode
 from mpoe.data.task import Task
 from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ
 
-AT_ONCE = 64  # items of a batch whose expert load is counted
+AT_ONCE = 64  # items of a batch whose expert load is counted, at most
+LOGITS = 1 << 25  # numbers of a batch's logits, at most: 128 MiB in float32
 Items = Sequence[dict[str, list[int]]]
 Scores = Mapping[str, Mapping[str, float]]  # by task and metric
 
@@ -53,13 +54,21 @@ def encode_task(
     return encode(examples[:limit], tokenizer, task.max_source_length, task.max_target_length)
 
 
+def padded_batches(model: Any, items: Items, tokenizer: Any) -> Iterator[Any]:
+    """Batches of items, so large that a forward pass's logits stay within `LOGITS` numbers."""
+    collate = padding_collator(tokenizer)
+    longest = max((len(item["input_ids"]) for item in items), default=1)
+    at_once = max(1, min(AT_ONCE, LOGITS // (longest * model.config.vocab_size)))
+    for start in range(0, len(items), at_once):
+        yield collate(items[start : start + at_once])
+
+
 def expert_load(model: Any, items: Items, tokenizer: Any) -> list[list[int]]:
     """Tokens per expert on teacher-forced items, [layers][E]; empty for a dense model. Padding is not counted."""
-    collate = padding_collator(tokenizer)
     parts = []
     with torch.inference_mode(), evaluation_mode(model):
-        for start in range(0, len(items), AT_ONCE):
-            batch = collate(items[start : start + AT_ONCE]).to(model.device)
+        for collated in padded_batches(model, items, tokenizer):
+            batch = collated.to(model.device)
             output = model(**{name: value for name, value in batch.items() if value is not None})  # no labels: encoders
             if getattr(output, "expert_load", None) is None:
                 return []

@@ -1,16 +1,18 @@
 """`mpoe info [FILE ...]`: versions, available kernel backends, why the others cannot run here, devices and cores.
 
-Of experts' files, and of folders of composed mixtures, it says instead what each expert was trained beside and on."""
+Of experts' files, and of folders of composed mixtures, it says instead what each expert was trained beside and on, and
+of mixtures how they are routed: experts per token, *none* and its background."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.data.mappings import flatten, read_mapping
 from mpoe_kernels import info
 
 MOST = 128  # files
@@ -36,12 +38,12 @@ def command(asked: Asked) -> None:
 
     for name, experts in found.items():
         for each in experts:
-            rows = [(key, str(value)) for key, value in each.items() if key != "name"]
+            rows = [(key, str(value)) for key, value in flatten(each) if key != "name"]
             Table((), rows, f"{name}: {each['name']}", kind="text").show()
 
 
 def facts_of(place: Path) -> Iterator[dict[str, Any]]:
-    """JSON-able facts of experts, sizes in bytes: of the one in a file, or of a composed mixture's.
+    """JSON-able facts of experts, sizes in bytes: of the one in a file, or of a composed mixture's after its own.
 
     Raises:
         CommandError: neither.
@@ -52,7 +54,33 @@ def facts_of(place: Path) -> Iterator[dict[str, Any]]:
 
     if not place.is_file() and not (place / EXPERTS_FOLDER).is_dir():
         raise CommandError(f"info takes experts' files and mixtures that mpoe compose made of them; {place} is none")
-    for each in [load_expert(place)] if place.is_file() else experts_in(place)[0]:
+    experts = [load_expert(place)] if place.is_file() else experts_in(place)[0]
+    if place.is_dir():
+        yield mixture_facts(place, experts)
+    for each in experts:
         sizes = {kind: sum(t.nbytes for t in getattr(each, kind).values()) for kind in ("weights", "statistics")}
         parameters = sum(tensor.numel() for tensor in each.weights.values())
         yield {**each.facts, "parameters": parameters, "bytes": sizes}
+
+
+def mixture_facts(place: Path, experts: Sequence[Any]) -> dict[str, Any]:
+    """JSON-able facts of a composed mixture, of which the experts say the rest."""
+    from mpoe.models.composition import NONE
+    from mpoe.models.expert_mixture import BACKGROUND_FILE
+
+    values = read_mapping(place / "config.json", "configuration")
+    names = values["mpoe_experts"]
+    background = place / BACKGROUND_FILE
+    routing = {name: value for name, value in (values.get("mpoe_routing") or {}).items() if value is not None}
+    first = experts[0].facts
+    return {
+        "name": "the mixture",
+        "base": first["base"],
+        "base_name": first["base_name"],
+        "model": first["model"],
+        "experts": names,
+        "none": "adds nothing: what is like the background stays as in the base" if NONE in names else "absent",
+        "background": f"{BACKGROUND_FILE}, {background.stat().st_size:,} bytes" if NONE in names else "absent",
+        "experts_per_token": values["mpoe"]["router"]["top_k"],
+        "routing": routing or "defaults",
+    }

@@ -7,26 +7,30 @@ MODEL is the folder of a converted model or of a training run, whose own report.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from mpoe.cli import models, report
 from mpoe.cli.command import Asked, CommandError, as_command, option
-from mpoe.cli.evaluate import encode_task, expert_load
+from mpoe.cli.evaluate import encode_task, expert_load, padded_batches
 from mpoe.cli.models import MODEL_OR_RUN, REPORT_FILE, check_output, write_json
 from mpoe.cli.tasks import DataOptions, data_of_run, resolve
-from mpoe.data.encode import padding_collator
+from mpoe.data.batches import read_batches
 from mpoe.data.task import Task
 from mpoe.inspection import Route, Worth, bond_spectra, composed_worth, route_text
 from mpoe.models.expert_mixture import EXPERTS_FOLDER, experts_in
 from mpoe.models.report import HEADER, LEGEND, facts, mpo_modules, routed_layers, short_name, summarize
-from mpoe.models.table import ENCODER, SEQ2SEQ
+from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ
 
 NUMBERS_FILE = "inspect.json"
+ITEMS, SENTENCES = "the items", "the sentences"  # that tell what experts are worth, where no file does
 NUM_TOKENS = 2048  # of the pass that plans of MPO weights are for
-_AT_ONCE = 16  # items of a batch
+FLOPS = 6e11  # of the pass that counts the load, about: ten seconds of one core; smaller models read `MOST_ITEMS`
+MOST_ITEMS = 256
+ITEMS_OF_TEXT = 4  # of a domain's text, for what each expert is worth
+LENGTH = 128  # tokens of such an item
 _MAX_TOKENS = 60  # of the items that are shown when no text is given
 _WORDS = {
     "Which expert took which token": (
@@ -36,7 +40,7 @@ _WORDS = {
         " context."
     ),
     "What each expert is worth": (
-        "Losses in nats per token, on {} predicted tokens. \"Alone\": all tokens go to this expert ('none' is the "
+        "Losses in nats per predicted token. \"Alone\": all tokens go to this expert ('none' is the "
         'base). "Without": the mixture composed without it; what that adds is the price of removing the expert. The '
         "oracle gives every token the single expert that predicts it best, so it is a bound that no router reaches."
     ),
@@ -61,7 +65,12 @@ class InspectOptions:
     output_dir: Path = option(Path("mpoe_inspect"), "folder for report.html and inspect.json")
     overwrite: bool = option(False, "replace the report in the output folder")
     split: str = option("validation", "items that the expert load is counted on")
-    num_items: int = option(256, "at most so many of them")
+    texts: list[str] = option(
+        [],
+        "of a mixture of experts: a file of each domain, read as mpoe train does, on which each expert's worth is told",
+        nargs="+",
+    )
+    num_items: int | None = option(None, "at most so many of them, or of each file of --texts (4); default: by size")
 
     LEAST: ClassVar[dict[str, int]] = {"num_items": 1}
 
@@ -86,55 +95,73 @@ def command(asked: Asked) -> None:
     tokenizer = models.tokenizer_if_any(source)
     style = SEQ2SEQ if source.style == ENCODER else source.style
     tasks = resolve(data.eval_tasks or data.tasks, data, style, seed, described)
-    items = _items(source.style, options, tasks, tokenizer) if tokenizer else []
+    is_composed = (Path(name) / EXPERTS_FOLDER).is_dir()
+    if options.texts and not (is_composed and tokenizer and source.style == CAUSAL):
+        raise CommandError(f"texts are for mixtures that mpoe compose made of experts of a decoder; {name} is another")
     model = models.load_model(source)
+    most = options.num_items or max(1, min(MOST_ITEMS, int(FLOPS / (2 * LENGTH * model.num_parameters()))))
+    items = _items(source.style, options.split, most, tasks, tokenizer) if tokenizer else []
     counted = f"{len(items)} {options.split} items of {', '.join(task.name for task in tasks)}"
-    print(f"{name}: counting {counted}, following tokens, reading bonds")
-    worth = _worth(Path(name), model, tokenizer, items, options.text) if items and source.style != ENCODER else None
+    print(f"{name}: counting {counted}, following tokens, reading bonds", flush=True)
+    worth: dict[str, Worth] = {}
+    if is_composed and tokenizer and source.style != ENCODER:
+        told = bool(data.data_dir or data.tasks or data.task_file)
+        worth = _worths(Path(name), model, tokenizer, items if told else [], options)
     text = options.text or [
         tokenizer.decode(item["input_ids"][:_MAX_TOKENS], skip_special_tokens=True) for item in items[:2]
     ]
     routes = [(each, route_text(model, tokenizer, each)) for each in text if tokenizer and routed_layers(model)]
-    load = expert_load(model, items, tokenizer) if routes else []
+    load = []
+    if routes:
+        load = worth[ITEMS].load if ITEMS in worth else expert_load(model, items, tokenizer)
     _report(folder, name, model, routes, load, counted, worth)
-    if worth is not None:
-        worth_table(worth).show()
-        over = worth.loss - worth.oracle
+    for text_name, found in worth.items():
+        worth_table(found, text_name).show()
+        over = found.loss - found.oracle
         print(
-            f"on {worth.tokens} tokens the mixture has {worth.loss:.3f} nats per token, {over:.3f} more than the oracle"
+            f"on {found.tokens} tokens the mixture has {found.loss:.3f} nats per token, {over:.3f} more than the oracle"
         )
+    if is_composed and not worth:
+        print("what each expert is worth: give --texts FILE ..., a file of each domain")
     print(f"report and numbers are in {folder}; open {folder / REPORT_FILE}")
 
 
-def _items(style: str, options: InspectOptions, tasks: Sequence[Task], tokenizer: Any) -> list[dict[str, Any]]:
+def _items(style: str, split: str, most: int, tasks: Sequence[Task], tokenizer: Any) -> list[dict[str, Any]]:
     """Encoded items on which the expert load is counted; an encoder reads only the inputs."""
-    share = -(-options.num_items // len(tasks))
+    share = -(-most // len(tasks))
     if style != ENCODER:
-        return [item for task in tasks for item in encode_task(task, options.split, tokenizer, share, style)]
-    texts = (example.source for task in tasks for example in task.examples(options.split)[:share])
+        return [item for task in tasks for item in encode_task(task, split, tokenizer, share, style)]
+    texts = (example.source for task in tasks for example in task.examples(split)[:share])
     return [dict(tokenizer(t, truncation=True, max_length=128, return_token_type_ids=False)) for t in texts]
 
 
-def _worth(folder: Path, model: Any, tokenizer: Any, items: list[dict[str, Any]], texts: Sequence[str]) -> Worth | None:
-    """What the experts of a composed mixture are worth on ``texts``, or on the items; None for other models."""
-    if not (folder / EXPERTS_FOLDER).is_dir():
-        return None
+def _worths(
+    folder: Path, model: Any, tokenizer: Any, items: list[dict[str, Any]], options: InspectOptions
+) -> dict[str, Worth]:
+    """What the experts of a composed mixture are worth: on every file of ``texts``, by its name, or else on the
+    sentences of ``text``, or on the items."""
     experts, background = experts_in(folder)
     classes = [*(expert.statistics for expert in experts), *([] if background is None else [background])]
-    if texts and not model.config.is_encoder_decoder:
-        rows = tokenizer(list(texts))["input_ids"]
+    if options.texts:
+        most = options.num_items or ITEMS_OF_TEXT
+        return {
+            file: composed_worth(model, classes, read_batches(file, tokenizer, LENGTH, most)) for file in options.texts
+        }
+    if options.text and not model.config.is_encoder_decoder:
+        rows = tokenizer(list(options.text))["input_ids"]
         items = [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} for ids in rows]
-    collate = padding_collator(tokenizer)
-    parts = (items[start : start + _AT_ONCE] for start in range(0, len(items), _AT_ONCE))
-    return composed_worth(model, classes, [collate(part) for part in parts])
+        return {SENTENCES: composed_worth(model, classes, list(padded_batches(model, items, tokenizer)))}
+    if not items:
+        return {}
+    return {ITEMS: composed_worth(model, classes, list(padded_batches(model, items, tokenizer)))}
 
 
-def worth_table(worth: Worth) -> report.Table:
+def worth_table(worth: Worth, text: str) -> report.Table:
     """Share of tokens, loss alone, loss without and what removing adds, by expert."""
     parts = zip(worth.names, worth.share, worth.alone, worth.removed, strict=True)
     rows = [[n, f"{s:.0%}", f"{a:.3f}", f"{r:.3f}", f"{r - worth.loss:+.3f}"] for n, s, a, r in parts]
     rows += [["the mixture", "", f"{worth.loss:.3f}", "", ""], ["oracle", "", f"{worth.oracle:.3f}", "", ""]]
-    return report.Table(("expert", "tokens", "alone", "without", "removed"), rows)
+    return report.Table(("expert", "tokens", "alone", "without", "removed"), rows, f"{text}, {worth.tokens} tokens")
 
 
 def _spectra(model: Any) -> dict[str, dict[str, list[Any]]]:
@@ -155,14 +182,18 @@ def _report(
     routes: Sequence[tuple[str, list[Route]]],
     load: list[list[int]],
     counted: str,
-    worth: Worth | None,
+    worth: Mapping[str, Worth],
 ) -> None:
     """Write everything, section by section."""
     config = model.mpoe_config
     layers = [short_name(layer) for layer, _ in routed_layers(model)]
     parts = [report.Table((), list(facts(model).items()), kind="text").html()]
     numbers: dict[str, Any] = {"model": name, "parameters": model.parameter_report(), "layers": layers}
-    numbers |= {"counted_on": counted, "expert_load": load, "worth": None if worth is None else vars(worth)}
+    numbers |= {
+        "counted_on": counted,
+        "expert_load": load,
+        "worth": {text: vars(found) for text, found in worth.items()},
+    }
     numbers["routes"] = [{"text": text, "streams": [vars(route) for route in found]} for text, found in routes]
 
     def add(heading: str, *found: Any, words: object = "") -> None:
@@ -172,8 +203,8 @@ def _report(
         named = getattr(model.config, "mpoe_experts", None) or [""] * config.num_experts
         names = [f"{k} {own}".strip() for k, own in enumerate(named)]
         add("Which expert took which token", report.routes_html(routes, names))
-    if worth is not None:
-        add("What each expert is worth", worth_table(worth).html(), words=worth.tokens)
+    if worth:
+        add("What each expert is worth", *(worth_table(found, text).section() for text, found in worth.items()))
     if load:
         add("Expert load", report.load_map(load, layers), words=counted)
     spectra = _spectra(model)

@@ -253,8 +253,13 @@ def test_what_a_file_expects_and_what_a_mixture_holds(folder: Path, capsys: pyte
     capsys.readouterr()
     assert not run(["info", law, mixture, "--json"])
     told = json.loads(capsys.readouterr().out)
-    assert [each["name"] for each in told[mixture]] == ["law", "code"]
-    assert told[law] == told[mixture][:1]
+    assert [each["name"] for each in told[mixture]] == ["the mixture", "law", "code"]
+    assert told[law] == told[mixture][1:2]
+    whole = told[mixture][0]
+    assert (whole["base"], whole["experts_per_token"]) == (told[law][0]["base"], 3)
+    assert whole["experts"] == ["law", "code", "none"]
+    assert whole["none"].startswith("adds nothing")
+    assert whole["background"].startswith("background.safetensors")
     assert (told[law][0]["neurons"], told[law][0]["parameters"]) == (8, 4 * 8 * (2 * 128 + 1))
     assert not run(["info", law])
     assert told[law][0]["base"][:12] in capsys.readouterr().out
@@ -276,9 +281,17 @@ def test_upload(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 def test_what_experts_are_worth(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compose(folder, "{}/law.expert", "{}/med.expert", "--output_dir", "{}/seen", "--background", "{}/none.txt", *SMALL)
-    words = ["--text", "Return the first item of the list.", "--num_items", "4"]
-    assert not run(["inspect", str(folder / "seen"), "--output_dir", str(tmp_path / "out"), *words])
-    numbers = json.loads((tmp_path / "out" / "inspect.json").read_text())["worth"]
+    words = ["inspect", str(folder / "seen"), "--output_dir", str(tmp_path / "out"), "--num_items", "2"]
+    assert not run(words)
+    assert "give --texts FILE" in capsys.readouterr().out  # of no domain, the default items tell nothing
+    assert not run([*words, "--overwrite", "--text", "Return the first item of the list."])
+    assert list(json.loads((tmp_path / "out" / "inspect.json").read_text())["worth"]) == ["the sentences"]
+    files = [str(folder / "t0.txt"), str(folder / "t1.txt")]
+    assert not run([*words, "--overwrite", "--texts", *files])
+    worth = json.loads((tmp_path / "out" / "inspect.json").read_text())["worth"]
+    assert list(worth) == files
+    numbers = worth[files[0]]
+    assert numbers["tokens"] == 2 * 127
     assert numbers["names"] == ["law", "med", "none"]
     assert numbers["oracle"] <= min(numbers["alone"])
     page = (tmp_path / "out" / "report.html").read_text()

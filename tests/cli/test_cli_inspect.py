@@ -85,6 +85,7 @@ def test_help_and_refusals(cli, refused, models: Path, tmp_path: Path) -> None:
         (["--text", "x"], "inspect needs a model first"),
         (["t5", *out], "t5 is a dense t5; inspect looks into mixtures: mpoe convert t5 OUT"),
         ([t5, "--text", " "], "text must hold words; got an empty one"),
+        ([t5, "--texts", "a.txt"], "texts are for mixtures that mpoe compose made of experts of a decoder"),
         ([t5, "--num_items", 0], "num_items must be at least 1; got 0"),
         ([t5, "--output_dir", t5], "holds a model or a run; choose another folder"),
         ([t5, "--output_dir", tmp_path / "old"], "holds an earlier report; give --overwrite"),

@@ -255,6 +255,7 @@ def _triton_reasons(request: Request) -> list[str]:
     if request.device_type != "cuda" and not (request.device_type == "cpu" and architecture.in_interpreter()):
         reasons.append(f"it runs on cuda, not on {request.device_type} (without TRITON_INTERPRET=1)")
     reasons += _dtype_reasons(request)
+    reasons += architecture.card_reasons(torch.device(request.device))
     if reasons or request.op == "route" or architecture.triton_reasons():
         return reasons
     target = architecture.target_of(torch.device(request.device))

@@ -95,6 +95,8 @@ def job_of(launch: Launch, architecture: str) -> Job:
     for parameter in function.params:
         name, value = parameter.name, given.pop(parameter.name)
         kind, multiple = ("constexpr", False) if parameter.is_constexpr else _type_of(name, value)
+        if parameter.do_not_specialize and isinstance(value, int):
+            kind, multiple = "i32" if abs(value) < 2**31 else "i64", False
         signature.append((name, kind))
         if kind == "constexpr":
             constants.append((name, value))

@@ -34,7 +34,6 @@ from mpoe_kernels import (
     route,
 )
 from mpoe_kernels.contract import BlockDims, autotune, contractions
-from mpoe_kernels.linear import gradients, grouped
 from mpoe_kernels.linear import triton as linear_triton
 from mpoe_kernels.linear.ffn import placed_mpo_linear
 from mpoe_kernels.linear.triton import MOST_EXPERTS
@@ -104,10 +103,8 @@ def as_on_gpu(architecture: str, tile: int | None = None, only_ours: bool = Fals
     """
     autotune.forget()
     backends._selected.cache_clear()
-    float32_mm = partial(torch.mm, out_dtype=torch.float32)
     with ExitStack() as patches:
         for each in (
-            *(patch.object(module, "float32_mm", float32_mm) for module in (gradients, grouped)),
             patch.object(torch, "is_autocast_enabled", lambda *_: False),
             patch.object(backends.Backend, "unsupported_reasons", lambda *_: []),
             patch.dict(backends.PREFERRED, meta=("triton",)),
@@ -239,7 +236,12 @@ def _linear(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
 def run_routing(experts: int, tokens: int, top_k: int, width: int, dtype: torch.dtype, limited: bool) -> None:
     """A router's gates, the sort, and the rows there and back; ``limited``: with a capacity and masked tokens."""
     for raw in (False, True):
-        routing.gate(_integers(tokens, experts, dtype=torch.float32), top_k, raw)
+        weight = _integers(experts, width, dtype=torch.float32)
+        x = _integers(tokens, width, dtype=dtype)
+        for of_router in (weight, weight.to(dtype)):
+            decided = routing.gate(routing.router_logits(x, of_router), top_k, raw, 1.0)
+        for dlogits in (None, decided.logits):
+            routing.gate_backward(decided, dlogits, decided.top_k_weights, raw, 1.0, in_parts=dtype == torch.bfloat16)
     limits = (tokens * top_k // experts + 1, _integers(tokens, dtype=torch.bool)) if limited else (None, None)
     where = route(_integers(tokens, top_k), experts, *limits, backend="triton")
     _called(dispatch, _leaf(tokens, width, dtype=dtype), where)

@@ -16,7 +16,7 @@ from mpoe.config.checks import check_integer, check_type
 from mpoe.layers.cores import FromInitialValues, check_placement
 from mpoe_kernels import Routing, route
 from mpoe_kernels.checks import no_autocast
-from mpoe_kernels.routing.gating import best_experts, can_route_natively, gating_of, native_gating, native_logits
+from mpoe_kernels.routing.gating import best_experts, can_route_natively, gating_on_gpu, native_gating, native_logits
 
 
 def float32_logits(x: Tensor, weight: Tensor, backend: str | None = None) -> Tensor:
@@ -211,11 +211,11 @@ class TopKRouter(FromInitialValues):
             elif self.can_gate_natively(x):
                 decided = native_gating(x, self.weight, self.top_k, self.config.is_scale_prob)
                 return RouterOutput(decided.logits, decided.top_k_index, self._scaled(decided.top_k_weights))
-            logits = float32_logits(x, self.weight, self.backend)
             if self._is_softmax_alone:
-                found = gating_of(logits, self.top_k, self.config.is_scale_prob, self.backend)
+                found = gating_on_gpu(x, self.weight, self.top_k, self.config.is_scale_prob, self.scale, self.backend)
                 if found is not None:
-                    return RouterOutput(logits, found.top_k_index, self._scaled(found.top_k_weights))
+                    return RouterOutput(*found)
+            logits = float32_logits(x, self.weight, self.backend)
             scores, corrected = self.scores(logits)
             index = best_experts(corrected, self.top_k, self.backend)
             weights = scores.gather(-1, index)

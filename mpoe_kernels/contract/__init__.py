@@ -2,7 +2,7 @@
 
 from mpoe_kernels.contract.orders import STRATEGIES, BlockDims, expected_busy_experts
 from mpoe_kernels.contract.plan import Contraction, ContractionPlan, contraction, contractions, plan_contraction
-from mpoe_kernels.contract.precision import may_round_to_tf32
+from mpoe_kernels.contract.precision import float32_mm, may_round_to_tf32
 from mpoe_kernels.contract.program import ALL_GRADIENTS, Program, program_of
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "contraction",
     "contractions",
     "expected_busy_experts",
+    "float32_mm",
     "may_round_to_tf32",
     "plan_contraction",
     "program_of",

@@ -1,12 +1,15 @@
-"""Launches of the Triton kernels of `hidden_experts`, over slots sorted by expert (`routing.triton.sort_slots`).
+"""Launches of the Triton kernels of `hidden_experts`.
 
-Forward: sort and `hidden_rows_kernel`, whose programs add to a token's row in the order of its choices. Backward: sort,
-`hidden_rows_kernel` for du, du_gate and parts of the gates' gradients, `hidden_blocks_kernel` for the blocks and
-biases; parts are added last. No rows of slots are stored.
+Forward: sort pairs by expert (`routing.triton.sort_slots`; few pairs are not sorted), rows of pairs
+(`hidden_rows_kernel`) and their sum. Backward: sort, `hidden_rows_kernel` for du, du_gate and parts of the gates'
+gradients, sums, `hidden_blocks_kernel` for the blocks and biases; parts are added last. No program waits for another.
+The largest temporaries are rows of pairs, ``[T K, F]`` in the tokens' dtype or as many groups of them as `MOST_ROWS`
+holds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,20 +18,22 @@ from torch import Tensor
 from mpoe_kernels.checks import check_range
 from mpoe_kernels.hidden_experts.op import HiddenBackwardCall, HiddenCall
 from mpoe_kernels.hidden_experts.triton_kernels import hidden_blocks_kernel, hidden_rows_kernel
-from mpoe_kernels.routing.triton import SortedSlots, sort_slots
+from mpoe_kernels.routing.triton import SortedSlots, sort_slots, sum_choices
 from mpoe_kernels.triton import architecture
-from mpoe_kernels.triton.start import Tile, cdiv, precision, start, start_best
+from mpoe_kernels.triton.start import Options, Tile, cdiv, fitted, power_of_two, precision, start, start_best
 
+FEW = 64  # pairs that are not sorted, as in `neurons.triton`
 MOST_SHARE = 4  # groups that a program of rows computes one after the other, if programs abound
 LARGEST_BLOCK = 64  # of the first table; products with larger ones run in loops of their own
-# kernel -> bytes of an element -> tiles, the first of them where nothing is timed; for few slots the last alone.
+# kernel -> bytes of an element -> tiles, the first of them where nothing is timed; for few slots the last alone. Those
+# of a kernel have the same columns, which decide over partial results, and the same inner size, the order of sums.
 TILES: dict[str, dict[int, tuple[Tile, ...]]] = {
     "forward": {2: (Tile(64, 64, 64, 4), Tile(32, 64, 64, 4), Tile(16, 64, 64, 4)), 4: (Tile(16, 64, 16, 8),)},
     "rows": {2: (Tile(32, 64, 64, 4), Tile(16, 64, 64, 4, 1)), 4: (Tile(16, 32, 32, 8),)},
     "blocks": {2: (Tile(32, 64, 64, 8),), 4: (Tile(16, 32, 16, 8),)},
 }
 LARGE_TILES = TILES | {
-    "forward": {2: (Tile(64, 64, 32, 8), Tile(16, 64, 64, 4)), 4: TILES["forward"][4]},
+    "forward": {2: (Tile(64, 64, 32, 8), Tile(16, 64, 32, 4)), 4: TILES["forward"][4]},
     "rows": {2: (Tile(32, 64, 32, 8),), 4: TILES["rows"][4]},
     "blocks": {2: (Tile(16, 32, 32, 8, 1),), 4: TILES["blocks"][4]},
 }
@@ -37,14 +42,14 @@ IN_REGISTERS = ("sm_80", "gfx942")
 SMALL_TILE = Tile(32, 32, 32, 4, 1)
 
 
-def _tiles(kernel: str, u: Tensor, block: int) -> list[Tile]:
+def _tiles(kernel: str, u: Tensor, block: int) -> tuple[Tile, ...]:
     found = (TILES if block <= LARGEST_BLOCK else LARGE_TILES)[kernel][u.element_size()]
     if kernel == "blocks" and u.element_size() == 2 and architecture.target_of(u.device).architecture in IN_REGISTERS:
         found = (SMALL_TILE,)
-    return [tile.within(block, block) for tile in found]
+    return found
 
 
-def _common(call: HiddenCall, sorted_slots: SortedSlots) -> dict[str, Any]:
+def _common(call: HiddenCall) -> dict[str, Any]:
     """Arguments of every kernel. Missing tensors get placeholders that are never read."""
     u, right, left, bias, u_gate, right_gate = call.u, call.right, call.left, call.bias, call.u_gate, call.right_gate
     right = right.contiguous()
@@ -52,15 +57,13 @@ def _common(call: HiddenCall, sorted_slots: SortedSlots) -> dict[str, Any]:
         "u": u.contiguous(),
         "u_gate": u if u_gate is None else u_gate.contiguous(),
         "gates": call.gates.contiguous(),
-        "pair_of_slot": sorted_slots.pair_of_slot,
-        "offsets": sorted_slots.offsets,
         "right": right,
         "right_gate": right if right_gate is None else right_gate.contiguous(),
         "left": left.contiguous(),
         "bias": right if bias is None else bias.contiguous(),
         "F": u.shape[1],
         "EXPERTS": call.num_experts,
-        "TOP_K": sorted_slots.top_k,
+        "TOP_K": call.top_k_index.shape[1],
         "OWN": right.shape[1],
         "B": call.block,
         "ACTIVATION": call.kernel_activation,
@@ -76,25 +79,44 @@ def _share(groups: int, programs: int, device: torch.device) -> int:
     return max(1, min(groups, MOST_SHARE, programs // enough))
 
 
-def _rows(call: HiddenCall, sorted_slots: SortedSlots, kernel: str, **others: Any) -> Tensor:
-    """Launch `hidden_rows_kernel` for the ``NEED_`` results among ``others``; returns the shares ``[shares, T, K]`` of
-    the gates' gradients."""
-    u, groups = call.u, call.u.shape[1] // call.block
-    tiles = sorted_slots.among(_tiles(kernel, u, call.block))
-    share = _share(groups, sorted_slots.tiles(tiles[0].rows) * groups, u.device)
-    size = call.gates.shape if others["NEED_GATES"] else (0, 0)
-    gate_parts = u.new_empty(cdiv(groups, share), *size, dtype=torch.float32)
-    start_best(
-        hidden_rows_kernel,
-        lambda tile: (sorted_slots.tiles(tile["BM"]), cdiv(groups, share), cdiv(call.block, tile["BN"])),
-        [tile.options for tile in tiles],
-        gate_parts=gate_parts,
-        tokens=u.shape[0],
-        share=share,
-        SCAN=sorted_slots.scan,
-        **sorted_slots.turns(cdiv(groups, share) * cdiv(call.block, 16)),
-        **others,
-    )
+def _rows(call: HiddenCall, slots: SortedSlots | None, kernel: str, outs: Sequence[Tensor], **others: Any) -> Tensor:
+    """Writes `hidden_rows_kernel`'s results ``outs [T, F]``, of a backward du and du_gate, those that are needed;
+    returns the shares ``[shares, T, K]`` of the gates' gradients. Without ``slots`` a program has a pair."""
+    u, index, block = call.u, call.top_k_index.contiguous(), call.block
+    tiles, groups, pairs = _tiles(kernel, u, block), u.shape[1] // block, index.numel()
+    ways = fitted(tuple(tiles[-1:] if slots is None else slots.among(tiles)), block, block)
+
+    def tiles_of(way: Options) -> int:
+        return pairs if slots is None else slots.tiles(way["BM"])
+
+    share = _share(groups, tiles_of(ways[0]) * groups, u.device)
+    gates = call.gates.shape if others["NEED_GATES"] else (0, 0)
+    gate_parts = u.new_empty(cdiv(groups, share), *gates, dtype=torch.float32)
+    common = _common(call)
+
+    def write(rows: Sequence[Tensor], first: int, last: int) -> None:
+        start_best(
+            hidden_rows_kernel,
+            lambda way: (tiles_of(way), cdiv((last - first) // block, share), cdiv(block, way["BN"])),
+            ways,
+            order=None if slots is None else slots.order,
+            index=index if slots is None else None,
+            out=rows[0] if rows else u,
+            out_gate=rows[-1] if rows else u,
+            gate_parts=gate_parts,
+            tokens=u.shape[0],
+            first=first // block,
+            last=last // block,
+            share=share,
+            SCAN=power_of_two(max(2, call.num_experts)),
+            **common,
+            **others,
+        )
+
+    if outs:
+        sum_choices(outs, index.shape[1], share * block, write)
+    else:
+        write([], 0, u.shape[1])
     return gate_parts
 
 
@@ -104,11 +126,11 @@ def forward(call: HiddenCall) -> Tensor:
     if index.numel() == 0:
         return torch.zeros_like(u, memory_format=torch.contiguous_format)
     check_range("top_k_index", index, -1, call.num_experts - 1)  # for the interpreter: it checks only the CPU
-    sorted_slots = sort_slots(index, call.num_experts)
-    out = sorted_slots.sums(torch.empty_like(u, memory_format=torch.contiguous_format))
+    slots = None if index.numel() <= FEW else sort_slots(index, call.num_experts)
+    out = torch.empty_like(u, memory_format=torch.contiguous_format)
     needs = {"BACKWARD": False, "NEED_OUT": True, "NEED_OUT_GATE": False, "NEED_GATES": False}
-    _rows(call, sorted_slots, "forward", grad=u, out=out, out_gate=out, **needs, **_common(call, sorted_slots))
-    return out.to(u.dtype)
+    _rows(call, slots, "forward", [out], grad=None, **needs)
+    return out
 
 
 def backward(call: HiddenBackwardCall) -> tuple[Tensor, ...]:
@@ -121,15 +143,13 @@ def backward(call: HiddenBackwardCall) -> tuple[Tensor, ...]:
     ]
     if index.numel() == 0:
         return tuple(results)
-    sorted_slots = sort_slots(index, call.num_experts)
-    common = {**_common(call, sorted_slots), "grad": call.grad.contiguous()}
+    slots, grad = sort_slots(index, call.num_experts), call.grad.contiguous()
     if need_u or need_gates or need_u_gate:
         needs = {"BACKWARD": True, "NEED_OUT": need_u, "NEED_OUT_GATE": need_u_gate, "NEED_GATES": need_gates}
-        du, du_gate = sorted_slots.sums(results[0]), sorted_slots.sums(results[5])
-        gate_parts = _rows(call, sorted_slots, "rows", out=du, out_gate=du_gate, **needs, **common)
-        results[0], results[5] = du.to(u.dtype), du_gate.to(u.dtype)
+        outs = [results[place] for place, needed in ((0, need_u), (5, need_u_gate)) if needed]
+        gate_parts = _rows(call, slots, "rows", outs, grad=grad, **needs)
         results[1] = gate_parts.sum(0).to(call.gates.dtype) if need_gates else results[1]
-    _blocks(call, common, results)
+    _blocks(call, {**_common(call), "grad": grad, "order": slots.order}, results)
     return tuple(results)
 
 
@@ -139,8 +159,8 @@ def _blocks(call: HiddenBackwardCall, common: dict[str, Any], results: list[Tens
     kept = [dright, dright_gate, dleft]
     if not any(each.numel() for each in (*kept, dbias)):
         return
-    (tile,) = _tiles("blocks", call.u, call.block)
-    experts, parts = call.num_experts, cdiv(call.block, tile.columns) ** 2
+    (way,) = fitted(_tiles("blocks", call.u, call.block), call.block, call.block)
+    experts, parts = call.num_experts, cdiv(call.block, way["BN"]) ** 2
     groups, share = call.u.shape[1] // call.block, 1
     if common["OWN"] == 1:
         enough = 4 * architecture.target_of(call.u.device).multiprocessors
@@ -161,7 +181,7 @@ def _blocks(call: HiddenBackwardCall, common: dict[str, Any], results: list[Tens
         NEED_LEFT=dleft.numel() > 0,
         NEED_BIAS=dbias.numel() > 0,
         **common,
-        **tile.options,
+        **way,
     )
     for place, part in zip((2, 6, 3), kept, strict=True):
         if part.numel() and part is not results[place]:

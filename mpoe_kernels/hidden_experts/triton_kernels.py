@@ -1,4 +1,14 @@
-"""Kernels of `hidden_experts` over slots sorted by expert: a program has slots of one expert and some groups of units.
+"""Kernels of `hidden_experts`: a program has slots of one expert and some groups of units; slots are sorted by expert
+or, of few tokens, a pair each.
+
+How arrays are indexed (t: token, j: choice, e: expert, p = t TOP_K + j: pair, g: group, f = g B + b: hidden unit):
+
+    u[t, f], u_gate[t, f], grad[t, f]                   tokens
+    gates[p], index[p]                                  of a pair: weight, expert
+    order[e], order[EXPERTS + 2 + s]                    first place of an expert (EXPERTS: none), the pair at a place
+    right[e, g % OWN, b, b'], right_gate, left          blocks; OWN: groups that own some, 1 if they share them
+    bias[e, f]
+    out[p, f - first B], out_gate                       rows of pairs, which `sum_choices_kernel` adds
 
 A row of a product depends on one slot alone, so an Inf or NaN stays with its token. Blocks of more than ``BN`` units
 are computed in parts, each of which recomputes the hidden activations.
@@ -10,41 +20,37 @@ import triton
 import triton.language as tl
 
 from mpoe_kernels.triton.device_functions import (
+    COUNTS,
     activate,
-    add_rows,
-    end_turn,
-    expert_tile,
     matrix_tile,
-    next_tile,
-    no_rows,
     pre_activation,
     row_tile,
     rows_times,
     slopes,
-    wait_for_turn,
+    slots_of_program,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def hidden_rows_kernel(
-    grad,  # [T, F] of a backward
-    u,  # [T, F]
-    u_gate,  # [T, F]
-    gates,  # [T, TOP_K]
-    pair_of_slot,  # [T TOP_K]
-    offsets,  # [TOP_K (EXPERTS + 1) + 1]
-    right,  # [EXPERTS, OWN, B, B]
+    grad,
+    u,
+    u_gate,
+    gates,
+    order,  # None: a program has a pair of `index`
+    index,
+    right,
     right_gate,
     left,
-    bias,  # [EXPERTS, F]
-    out,  # [T, F]: o, or du of a backward
-    out_gate,  # [T, F]: du_gate
-    gate_parts,  # [shares, T TOP_K] float32: gradients of the gates
-    tickets,  # [shares, parts], as done
-    done,
+    bias,
+    out,  # o, or du of a backward
+    out_gate,  # du_gate
+    gate_parts,  # [shares of all groups, p] float32: gradients of the gates
     tokens,
     F,
-    share,  # groups of one program
+    first,  # groups from first to last
+    last,
+    share,  # of one program
     EXPERTS: tl.constexpr,
     OWN: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -62,48 +68,56 @@ def hidden_rows_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Grid ``(tiles of BM slots, shares of the groups, parts of BN of a group's units)``: every token's sum over its
-    experts. Of a group's parts, the first one also computes the gates' gradients."""
-    part = tl.program_id(2)
-    turn = tl.program_id(1) * tl.num_programs(2) + part
-    tile = next_tile(tickets + turn, TOP_K)
-    choice, expert, place, used = expert_tile(offsets, tile, TOP_K, EXPERTS, SCAN, BM)
+    """Grid ``(tiles of BM slots, shares of the groups, parts of BN of a group's units)``. Of a group's parts, the first
+    one also computes the gates' gradients."""
+    expert, place, pair, used = slots_of_program(order, index, EXPERTS, SCAN, BM)
     if expert > EXPERTS:
         return
-    pair = tl.load(pair_of_slot + place, mask=used, other=0)
-    token = (pair // TOP_K).to(tl.int64)
-    unit = part * BN + tl.arange(0, BN)
+    unit = tl.program_id(2) * BN + tl.arange(0, BN)
     inside = used[:, None] & (unit < B)[None, :]
-    at_gate = gate_parts + tl.program_id(1).to(tl.int64) * tokens * TOP_K + pair
-    has_gate = used & (place < tl.where(part == 0, tokens * TOP_K, 0))
-    first = tl.program_id(1) * share
-    last = tl.minimum(first + share, F // B)
-    wait_for_turn(choice, tokens, done + turn, TOP_K)
+    size = (last - first) * B
+    if NEED_GATES:
+        shares = (first // share + tl.program_id(1)).to(tl.int64)
+        at_gate = gate_parts + shares * tokens * TOP_K + pair
+        has_gate = used & (place < tl.where(tl.program_id(2) == 0, tokens * TOP_K, 0))
+    begin = first + tl.program_id(1) * share
+    end = tl.minimum(begin + share, last)
     if expert == EXPERTS:
-        for group in tl.range(first, last):
+        for group in tl.range(begin, end):
+            at_out = pair[:, None] * size + ((group - first) * B + unit)[None, :]
+            nothing = tl.zeros((BM, BN), dtype=out.dtype.element_ty)
             if NEED_OUT:
-                no_rows(out + token * F + group * B, used, choice, unit, B)
+                tl.store(out + at_out, nothing, mask=inside)
             if NEED_OUT_GATE:
-                no_rows(out_gate + token * F + group * B, used, choice, unit, B)
-        end_turn(used, done + turn, TOP_K)
+                tl.store(out_gate + at_out, nothing, mask=inside)
         if NEED_GATES:
             tl.store(at_gate, tl.zeros((BM,), dtype=tl.float32), mask=has_gate)
         return
     e = expert.to(tl.int64)
     weight = tl.load(gates + pair, mask=used, other=0.0).to(tl.float32)[:, None]
     dgate = tl.zeros((BM,), dtype=tl.float32)
-    for group in tl.range(first, last):
-        start = token * F + group * B
+    for group in tl.range(begin, end):
+        start = pair // TOP_K * F + group * B
         at = (e * OWN + group % OWN) * B * B
-        own_bias = bias + e * F + group * B
         acc = tl.zeros((BM, BN), dtype=tl.float32)
         acc_gate = tl.zeros((BM, BN), dtype=tl.float32)
         for n0 in tl.range(0, B, BK):
             n = n0 + tl.arange(0, BK)
-            rows, rows_gate = u + start, u_gate + start
-            blocks, blocks_gate = right + at, right_gate + at
             value, z = pre_activation(
-                rows, rows_gate, used, B, blocks, blocks_gate, own_bias, n, B, False, GATED, HAS_BIAS, BK, PRECISION
+                u + start,
+                u_gate + start,
+                used,
+                B,
+                right + at,
+                right_gate + at,
+                bias + e * F + group * B,
+                n,
+                B,
+                False,
+                GATED,
+                HAS_BIAS,
+                BK,
+                PRECISION,
             )
             h = activate(z, ACTIVATION)
             if GATED:
@@ -114,42 +128,40 @@ def hidden_rows_kernel(
                     dgate += tl.sum(h * dh, 1)
                 dvalue, dz = slopes(dh * weight, value, z, ACTIVATION, GATED)
                 if NEED_OUT:
-                    block = matrix_tile(blocks, n, B, unit, B, True)
+                    block = matrix_tile(right + at, n, B, unit, B, True)
                     acc = tl.dot(dvalue.to(right.dtype.element_ty), block, acc, input_precision=PRECISION)
                 if NEED_OUT_GATE:
-                    block = matrix_tile(blocks_gate, n, B, unit, B, True)
+                    block = matrix_tile(right_gate + at, n, B, unit, B, True)
                     acc_gate = tl.dot(dz.to(right.dtype.element_ty), block, acc_gate, input_precision=PRECISION)
             else:
                 block = matrix_tile(left + at, n, B, unit, B, False)
                 acc = tl.dot(h.to(left.dtype.element_ty), block, acc, input_precision=PRECISION)
         if not BACKWARD:
             acc = acc * weight
-        at_out = start[:, None] + unit[None, :]
+        at_out = pair[:, None] * size + ((group - first) * B + unit)[None, :]
         if NEED_OUT:
-            add_rows(out + at_out, acc, inside, choice, TOP_K)
+            tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=inside)
         if NEED_OUT_GATE:
-            add_rows(out_gate + at_out, acc_gate, inside, choice, TOP_K)
-    end_turn(used, done + turn, TOP_K)
+            tl.store(out_gate + at_out, acc_gate.to(out_gate.dtype.element_ty), mask=inside)
     if NEED_GATES:
         tl.store(at_gate, dgate, mask=has_gate)
 
 
 @triton.jit
 def hidden_blocks_kernel(
-    grad,  # [T, F]
-    u,  # [T, F]
-    u_gate,  # [T, F]
-    gates,  # [T, TOP_K]
-    right,  # [EXPERTS, OWN, B, B]
+    grad,
+    u,
+    u_gate,
+    gates,
+    order,
+    right,
     right_gate,
     left,
-    bias,  # [EXPERTS, F]
-    dright,  # [EXPERTS, groups, B, B], or for shared blocks [shares, EXPERTS, B, B]: one share of the groups each
+    bias,
+    dright,  # as the blocks, or of shared ones [shares, EXPERTS, B, B]: one share of the groups each
     dright_gate,
     dleft,
-    dbias,  # [EXPERTS, F]
-    pair_of_slot,  # [T TOP_K]
-    offsets,  # [TOP_K (EXPERTS + 1) + 1]
+    dbias,
     F,
     share,  # groups of one program; 1 where they own their blocks
     EXPERTS: tl.constexpr,
@@ -168,7 +180,7 @@ def hidden_blocks_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Grid ``(EXPERTS, shares of the groups, parts of BN x BN of a block)``: groups, choices and slots in order."""
+    """Grid ``(EXPERTS, shares of the groups, parts of BN x BN of a block)``: groups and slots in order."""
     PARTS: tl.constexpr = (B + BN - 1) // BN
     e = tl.program_id(0).to(tl.int64)
     n = tl.program_id(2) % PARTS * BN + tl.arange(0, BN)
@@ -177,45 +189,42 @@ def hidden_blocks_kernel(
     acc_gate = tl.zeros((BN, BN), dtype=tl.float32)
     acc_left = tl.zeros((BN, BN), dtype=tl.float32)
     first = tl.program_id(1) * share
+    low = tl.load(order + e)
+    high = tl.load(order + e + 1)
     for group in tl.range(first, tl.minimum(first + share, F // B)):
         at = (e * OWN + group % OWN) * B * B
         own_bias = bias + e * F + group * B
         total = tl.zeros((BN,), dtype=tl.float32)
-        for choice in tl.range(0, TOP_K):
-            segment = offsets + choice * (EXPERTS + 1) + e
-            high = tl.load(segment + 1)
-            for slot in tl.range(tl.load(segment), high, BM):
-                place = slot + tl.arange(0, BM)
-                used = place < high
-                pair = tl.load(pair_of_slot + place, mask=used, other=0)
-                weight = tl.load(gates + pair, mask=used, other=0.0).to(tl.float32)
-                start = (pair // TOP_K).to(tl.int64) * F + group * B
-                rows, rows_gate = u + start, u_gate + start
-                blocks, blocks_gate = right + at, right_gate + at
-                value, z = pre_activation(
-                    rows, rows_gate, used, B, blocks, blocks_gate, own_bias, n, B, False, GATED, HAS_BIAS, BK, PRECISION
-                )
-                if NEED_LEFT:
-                    h = activate(z, ACTIVATION)
-                    if GATED:
-                        h = h * value
-                    h = tl.where(used[:, None], h * weight[:, None], 0.0).to(left.dtype.element_ty)
-                    acc_left = tl.dot(
-                        tl.trans(h), row_tile(grad + start, used, m, B), acc_left, input_precision=PRECISION
-                    )
-                if NEED_RIGHT or NEED_RIGHT_GATE or NEED_BIAS:
-                    dh = rows_times(grad + start, used, B, left + at, n, B, True, BK, PRECISION) * weight[:, None]
-                    dvalue, dz = slopes(dh, value, z, ACTIVATION, GATED)
-                    dvalue = tl.where(used[:, None], dvalue, 0.0)
-                    dz = tl.where(used[:, None], dz, 0.0)
-                    if NEED_RIGHT:
-                        inputs = tl.trans(row_tile(rows, used, m, B))
-                        acc = tl.dot(inputs, dvalue.to(right.dtype.element_ty), acc, input_precision=PRECISION)
-                    if NEED_RIGHT_GATE:
-                        inputs = tl.trans(row_tile(rows_gate, used, m, B))
-                        acc_gate = tl.dot(inputs, dz.to(right.dtype.element_ty), acc_gate, input_precision=PRECISION)
-                    if NEED_BIAS:
-                        total += tl.sum(dz, 0)
+        for slot in tl.range(low, high, BM):
+            place = slot + tl.arange(0, BM)
+            used = place < high
+            pair = tl.load(order + EXPERTS + 2 + place, mask=used, other=0)
+            weight = tl.load(gates + pair, mask=used, other=0.0).to(tl.float32)
+            start = (pair // TOP_K).to(tl.int64) * F + group * B
+            rows, rows_gate = u + start, u_gate + start
+            blocks, blocks_gate = right + at, right_gate + at
+            value, z = pre_activation(
+                rows, rows_gate, used, B, blocks, blocks_gate, own_bias, n, B, False, GATED, HAS_BIAS, BK, PRECISION
+            )
+            if NEED_LEFT:
+                h = activate(z, ACTIVATION)
+                if GATED:
+                    h = h * value
+                h = tl.where(used[:, None], h * weight[:, None], 0.0).to(left.dtype.element_ty)
+                acc_left = tl.dot(tl.trans(h), row_tile(grad + start, used, m, B), acc_left, input_precision=PRECISION)
+            if NEED_RIGHT or NEED_RIGHT_GATE or NEED_BIAS:
+                dh = rows_times(grad + start, used, B, left + at, n, B, True, BK, PRECISION) * weight[:, None]
+                dvalue, dz = slopes(dh, value, z, ACTIVATION, GATED)
+                dvalue = tl.where(used[:, None], dvalue, 0.0)
+                dz = tl.where(used[:, None], dz, 0.0)
+                if NEED_RIGHT:
+                    inputs = tl.trans(row_tile(rows, used, m, B))
+                    acc = tl.dot(inputs, dvalue.to(right.dtype.element_ty), acc, input_precision=PRECISION)
+                if NEED_RIGHT_GATE:
+                    inputs = tl.trans(row_tile(rows_gate, used, m, B))
+                    acc_gate = tl.dot(inputs, dz.to(right.dtype.element_ty), acc_gate, input_precision=PRECISION)
+                if NEED_BIAS:
+                    total += tl.sum(dz, 0)
         if NEED_BIAS:
             stop = tl.where(tl.program_id(2) < PARTS, B, 0)  # only the first part has it
             tl.store(dbias + e * F + group * B + n, total.to(dbias.dtype.element_ty), mask=n < stop)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mpoe_kernels.backends import kernel_for
 from mpoe_kernels.contract.orders import INDICES, BlockDims
+from mpoe_kernels.contract.precision import float32_mm
 from mpoe_kernels.linear.eager.activation import ACTIVATION_GRADIENT
 from mpoe_kernels.routing.op import DispatchBackwardCall
 
@@ -59,13 +60,6 @@ class Slots:
         """Which slots an expert owns, ``[N]``."""
         number = torch.arange(self.count, device=self.offsets.device)
         return (number >= self.offsets[0]) & (number < self.offsets[-1])
-
-
-def float32_mm(first: Tensor, second: Tensor) -> Tensor:
-    """The product, accumulated and returned in float32."""
-    if first.dtype == torch.float32:
-        return first @ second
-    return torch.mm(first, second, out_dtype=torch.float32) if first.is_cuda else first.float() @ second.float()
 
 
 def around_gradients(call: BackwardCall, gradients: Callable[[Tensor], Gradients], activates: bool = False) -> Backward:

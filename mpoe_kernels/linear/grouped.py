@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mpoe_kernels.contract.orders import applications
 from mpoe_kernels.contract.plan import Contraction
+from mpoe_kernels.contract.precision import float32_mm
 from mpoe_kernels.contract.program import KEPT, ROWS, Product, Program, program_of, run, value_of
 from mpoe_kernels.linear.eager.activation import ACTIVATION
 from mpoe_kernels.linear.gradients import (
@@ -27,7 +28,6 @@ from mpoe_kernels.linear.gradients import (
     Slots,
     around_gradients,
     experts_at_once,
-    float32_mm,
 )
 
 if TYPE_CHECKING:

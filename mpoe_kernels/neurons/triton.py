@@ -1,9 +1,11 @@
-"""Launches of the Triton kernels of `neuron_experts`, over slots sorted by expert (`routing.triton.sort_slots`).
+"""Launches of the Triton kernels of `neuron_experts`.
 
-Forward: sort, both products with the hidden neurons on chip (`neurons_fused_kernel`; more neurons than fit:
-`neurons_hidden_kernel` and `neurons_rows_kernel`). Backward: sort, hidden activations and their gradients
-(`neurons_hidden_kernel`), dx (`neurons_rows_kernel`), all weights (`neurons_weights_kernel`). Programs add to a token's
-row in the order of its choices; the largest temporaries are hidden activations of all slots, ``[T K, m]``.
+Forward: sort pairs by expert (`routing.triton.sort_slots`), rows of pairs with the hidden neurons on chip
+(`neurons_fused_kernel`; more neurons than fit: `neurons_hidden_kernel` and `neurons_rows_kernel`), and their sum. Few
+pairs are not sorted: `neurons_hidden_kernel` and `neurons_few_kernel`, with the same bits. Backward: sort, hidden
+activations and their gradients (`neurons_hidden_kernel`), dx (`neurons_rows_kernel` and the sum), all weights
+(`neurons_weights_kernel`). No program waits for another. The largest temporaries are rows of pairs, ``[T K, O]`` in the
+tokens' dtype or as many columns of them as `MOST_ROWS` holds, and hidden activations ``[T K, m]``.
 
 `torch.nn.functional.grouped_mm` is not used: below sm_90 it waits for the device, and rows would be copied for it.
 """
@@ -11,7 +13,6 @@ row in the order of its choices; the largest temporaries are hidden activations 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,23 +21,30 @@ from torch import Tensor
 from mpoe_kernels.checks import check_range
 from mpoe_kernels.neurons.op import NeuronBackwardCall, NeuronCall
 from mpoe_kernels.neurons.triton_kernels import (
+    neurons_few_kernel,
     neurons_fused_kernel,
     neurons_hidden_kernel,
     neurons_rows_kernel,
     neurons_weights_kernel,
 )
-from mpoe_kernels.routing.triton import sort_slots
+from mpoe_kernels.routing.triton import SortedSlots, sort_slots, sum_choices
 from mpoe_kernels.triton import architecture
-from mpoe_kernels.triton.start import Tile, cdiv, precision, start_best
+from mpoe_kernels.triton.start import Tile, cdiv, fitted, power_of_two, precision, start, start_best
 
-FEW = 64  # pairs that are computed as if they were tokens
+FEW = 64  # pairs that are not sorted: at most one tile of 16 rows for each, as sorted ones of 64 experts mostly have
 ON_CHIP = {2: 128, 4: 64}  # bytes of an element -> most neurons of an expert that stay on chip
-# kernel -> bytes of an element -> tiles, the first of them where nothing is timed; for few slots the last alone.
+# kernel -> bytes of an element -> tiles, the first of them where nothing is timed; for few slots of an expert the last
+# alone. Those of a kernel have the same columns, which decide over partial results, and the same inner size, the order
+# of sums; so have "fused", "hidden" and "few hidden", and the two of the other product. 64 in 16 bits: a cache line of
+# 128 bytes; 16 in 32 bits: without tensor cores operands are in registers.
 TILES: dict[str, dict[int, tuple[Tile, ...]]] = {
     "fused": {2: (Tile(64, 128, 64, 8), Tile(32, 128, 64, 4), Tile(16, 128, 64, 4)), 4: (Tile(32, 64, 16, 8),)},
-    "hidden": {2: (Tile(64, 64, 32, 8), Tile(32, 64, 64, 8), Tile(16, 64, 64, 4)), 4: (Tile(32, 32, 16, 8),)},
-    "rows": {2: (Tile(64, 64, 64, 4), Tile(128, 64, 32, 8), Tile(16, 64, 64, 4)), 4: (Tile(32, 32, 16, 8),)},
+    "hidden": {2: (Tile(64, 64, 64, 8), Tile(32, 64, 64, 8), Tile(16, 64, 64, 4)), 4: (Tile(32, 32, 16, 8),)},
+    "rows": {2: (Tile(64, 64, 64, 4), Tile(128, 64, 64, 8), Tile(16, 64, 64, 4)), 4: (Tile(32, 32, 16, 8),)},
     "weights": {2: (Tile(64, 64, 64, 4), Tile(64, 128, 32, 8)), 4: (Tile(32, 32, 16, 4),)},
+    # Narrow, so that one token's programs fill a card.
+    "few hidden": {2: (Tile(16, 16, 64, 4),), 4: (Tile(16, 16, 16, 4),)},
+    "few rows": {2: (Tile(16, 32, 64, 4),), 4: (Tile(16, 32, 16, 4),)},
 }
 
 
@@ -49,114 +57,178 @@ class _Call:
 
     def __init__(self, call: NeuronCall) -> None:
         self.experts, self.neurons, self.width = call.up.shape
-        self.out_width, self.like = call.down.shape[2], call.x
-        check_range("top_k_index", call.top_k_index, -1, self.experts - 1)  # for the interpreter: it checks only CPUs
-        self.sorted = sort_slots(call.top_k_index, self.experts)
-        self.up, self.down = call.up.contiguous(), call.down.contiguous()
+        self.out_width, self.like, self.index = call.down.shape[2], call.x, call.top_k_index.contiguous()
+        self.tokens, self.top_k = self.index.shape
+        self.size = call.x.element_size()
+        check_range("top_k_index", self.index, -1, self.experts - 1)  # for the interpreter: it checks only CPUs
+        self.up = call.up.contiguous()
+        self.down = call.down.contiguous()
+        self.gates = call.gates.contiguous()
         self.gate_up = self.up if call.gate_up is None else call.gate_up.contiguous()
-        self.slots: dict[str, Any] = {
-            "offsets": self.sorted.offsets,
-            "pair_of_slot": self.sorted.pair_of_slot,
-            "neurons": self.neurons,
-            "EXPERTS": self.experts,
-            "TOP_K": self.sorted.top_k,
-            "PRECISION": precision(call.x.dtype),
-        }
-        self.common: dict[str, Any] = {
-            **self.slots,
+        self.precision = precision(call.x.dtype)
+        self.shared: dict[str, Any] = {
             "x": call.x.contiguous(),
-            "gates": call.gates.contiguous(),
+            "gates": self.gates,
             "up": self.up,
             "gate_up": self.gate_up,
             "down": self.down,
             "bias": self.up if call.bias is None else call.bias.contiguous(),
-            "tokens": call.x.shape[0],
             "width": self.width,
             "out_width": self.out_width,
+            "neurons": self.neurons,
+            "EXPERTS": self.experts,
+            "TOP_K": self.top_k,
             "ACTIVATION": call.activation,
             "GATED": call.gate_up is not None,
             "HAS_BIAS": call.bias is not None,
-            "SCAN": self.sorted.scan,
+            "PRECISION": self.precision,
+            "SCAN": power_of_two(max(2, self.experts)),
         }
 
-    def _tiles(self, kernel: str, columns: int, inner: int) -> Sequence[Tile]:
-        return self.sorted.among([tile.within(columns, inner) for tile in TILES[kernel][self.like.element_size()]])
+    @property
+    def on_chip(self) -> bool:
+        """Whether all neurons of an expert are computed by one program."""
+        return self.neurons <= ON_CHIP[self.size]
 
-    def fused(self) -> Tensor:
-        """``[T, O]``."""
-        tiles = self._tiles("fused", self.neurons, max(self.width, self.out_width))
-        # Every part of the columns computes the hidden activations again, so parts only fill an idle device.
-        idle = architecture.target_of(self.like.device).multiprocessors // self.sorted.tiles(tiles[0].rows)
-        steps = cdiv(self.out_width, tiles[0].inner)
-        columns = cdiv(steps, max(1, min(idle, steps))) * tiles[0].inner
-        parts = cdiv(self.out_width, columns)
-        out = self.sorted.sums(self.like.new_empty(self.sorted.tokens, self.out_width))
-        start_best(
-            neurons_fused_kernel,
-            lambda tile: (self.sorted.tiles(tile["BM"]), parts),
-            [tile.options for tile in tiles],
-            out=out,
-            columns=columns,
-            **self.sorted.turns(parts),
-            **self.common,
+    def _ways(self, kernel: str, slots: SortedSlots, columns: int, inner: int) -> Sequence[dict[str, int]]:
+        return fitted(tuple(slots.among(TILES[kernel][self.size])), columns, inner)
+
+    def few(self) -> Tensor:
+        """``[T, O]``, of few pairs."""
+        h = self.like.new_empty(self.tokens * self.top_k, self.neurons)
+        (way,) = fitted(TILES["few hidden"][self.size], self.neurons, max(self.width, self.out_width))
+        start(
+            neurons_hidden_kernel,
+            (self.tokens * self.top_k, cdiv(self.neurons, way["BN"])),
+            order=None,
+            index=self.index,
+            grad=None,
+            h_rows=h,
+            dvalue_rows=None,
+            dz_rows=None,
+            gate_parts=None,
+            tokens=self.tokens,
+            BACKWARD=False,
+            **self.shared,
+            **way,
         )
-        return out.to(self.like.dtype)
+        out = self.like.new_empty(self.tokens, self.out_width)
+        (way,) = fitted(TILES["few rows"][self.size], self.out_width, self.neurons)
+        if self.on_chip:  # in one step, as `neurons_fused_kernel`
+            way = {**way, "BK": max(16, power_of_two(self.neurons))}
+        start(
+            neurons_few_kernel,
+            (self.tokens, cdiv(self.out_width, way["BN"])),
+            h_rows=h,
+            gates=self.gates,
+            index=self.index,
+            down=self.down,
+            out=out,
+            out_width=self.out_width,
+            neurons=self.neurons,
+            EXPERTS=self.experts,
+            TOP_K=self.top_k,
+            PRECISION=self.precision,
+            **way,
+        )
+        return out
 
-    def hidden(self, grad: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """h times the gate, and for a backward the gradients of ``x up`` and ``x gate_up [T K, m]``, by slot; the
+    def fused(self, slots: SortedSlots) -> Tensor:
+        """``[T, O]``, of neurons that fit on chip."""
+        ways = self._ways("fused", slots, self.neurons, max(self.width, self.out_width))
+        step = ways[0]["BK"]
+        # Every part of the columns computes the hidden activations again, so parts only fill an idle device.
+        idle = architecture.target_of(self.like.device).multiprocessors // slots.tiles(ways[0]["BM"])
+        out = self.like.new_empty(self.tokens, self.out_width)
+
+        def write(rows: Sequence[Tensor], first: int, last: int) -> None:
+            parts = max(1, min(idle, cdiv(last - first, step)))
+            start_best(
+                neurons_fused_kernel,
+                lambda way: (slots.tiles(way["BM"]), parts),
+                ways,
+                order=slots.order,
+                out=rows[0],
+                first=first,
+                last=last,
+                **self.shared,
+            )
+
+        sum_choices([out], self.top_k, step, write)
+        return out
+
+    def hidden(self, slots: SortedSlots, grad: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """h by place; for a backward times the gate, and the gradients of ``x up`` and ``x gate_up [T K, m]``, and the
         gates' gradients in parts ``[parts, T, K]``."""
-        tiles = self._tiles("hidden", self.neurons, max(self.width, self.out_width))
-        h = self.like.new_empty(self.sorted.pair_of_slot.shape[0], self.neurons)
+        ways = self._ways("hidden", slots, self.neurons, max(self.width, self.out_width))
+        h = self.like.new_empty(slots.pairs, self.neurons)
         dz = h if grad is None else torch.empty_like(h)
-        dvalue = torch.empty_like(h) if grad is not None and self.common["GATED"] else dz
-        parts = cdiv(self.neurons, tiles[0].columns) if grad is not None else 0
-        gate_parts = h.new_empty(parts, *self.common["gates"].shape, dtype=torch.float32)
+        dvalue = torch.empty_like(h) if grad is not None and self.shared["GATED"] else dz
+        parts = cdiv(self.neurons, ways[0]["BN"])
+        gate_parts = h.new_empty(parts if grad is not None else 0, *self.gates.shape, dtype=torch.float32)
         start_best(
             neurons_hidden_kernel,
-            lambda tile: (self.sorted.tiles(tile["BM"]), cdiv(self.neurons, tile["BN"])),
-            [tile.options for tile in tiles],
-            grad=h if grad is None else grad,
+            lambda way: (slots.tiles(way["BM"]), parts),
+            ways,
+            order=slots.order,
+            index=None,
+            grad=grad,
             h_rows=h,
             dvalue_rows=dvalue,
             dz_rows=dz,
             gate_parts=gate_parts,
+            tokens=self.tokens,
             BACKWARD=grad is not None,
-            **self.common,
+            **self.shared,
         )
         return h, dvalue, dz, gate_parts
 
-    def rows(self, rows: Tensor, weights: Tensor, more_rows: Tensor, more_weights: Tensor, two: bool) -> Tensor:
-        """``[T, columns]``: rows ``[T K, m]`` times ``[E, m, columns]``; ``two``: plus the other product."""
-        columns = weights.shape[2]
-        out = self.sorted.sums(rows.new_empty(self.sorted.tokens, columns))
-        start_best(
-            neurons_rows_kernel,
-            lambda tile: (self.sorted.tiles(tile["BM"]), cdiv(columns, tile["BN"])),
-            [tile.options for tile in self._tiles("rows", columns, self.neurons)],
-            rows=rows,
-            more_rows=more_rows,
-            weights=weights,
-            more_weights=more_weights,
-            out=out,
-            tokens=self.sorted.tokens,
-            columns=columns,
-            GATED=two,
-            SCAN=self.sorted.scan,
-            **self.sorted.turns(cdiv(columns, 16)),
-            **self.slots,
-        )
-        return out.to(rows.dtype)
+    def rows(
+        self, slots: SortedSlots, pairs: Sequence[tuple[Tensor, Tensor]], gates: Tensor | None, out: Tensor
+    ) -> Tensor:
+        """Writes the sum of one or two products: rows ``[T K, m]`` by place times ``[E, m, columns]``."""
+        columns = pairs[0][1].shape[2]
+        ways = self._ways("rows", slots, columns, self.neurons)
+        step = ways[0]["BN"]
 
-    def weights(self, grad: Tensor, rows: tuple[Tensor, Tensor, Tensor], results: list[Tensor]) -> None:
+        def write(rows: Sequence[Tensor], first: int, last: int) -> None:
+            start_best(
+                neurons_rows_kernel,
+                lambda way: (slots.tiles(way["BM"]), cdiv(last - first, step)),
+                ways,
+                rows=pairs[0][0],
+                more_rows=pairs[-1][0],
+                gates=gates,
+                order=slots.order,
+                weights=pairs[0][1],
+                more_weights=pairs[-1][1],
+                out=rows[0],
+                columns=columns,
+                first=first,
+                last=last,
+                neurons=self.neurons,
+                EXPERTS=self.experts,
+                GATED=len(pairs) > 1,
+                PRECISION=self.precision,
+                SCAN=slots.scan,
+            )
+
+        sum_choices([out], self.top_k, step, write)
+        return out
+
+    def weights(
+        self, slots: SortedSlots, grad: Tensor, rows: tuple[Tensor, Tensor, Tensor], results: list[Tensor]
+    ) -> None:
         """Writes the gradients of up, down, bias and gate_up that are not empty."""
         _, _, dup, ddown, dbias, dgate_up = results
         widest = max(self.width, self.out_width)
         start_best(
             neurons_weights_kernel,
-            lambda tile: (self.experts, cdiv(self.neurons, tile["BM"]) * cdiv(widest, tile["BN"]), 4),
-            [tile.within(widest, rows[0].shape[0]).options for tile in TILES["weights"][grad.element_size()]],
-            x=self.common["x"],
+            lambda way: (self.experts, cdiv(self.neurons, way["BM"]) * cdiv(widest, way["BN"]), 4),
+            fitted(TILES["weights"][self.size], widest, power_of_two(slots.pairs)),
+            x=self.shared["x"],
             grad=grad,
+            order=slots.order,
             h_rows=rows[0],
             dvalue_rows=rows[1],
             dz_rows=rows[2],
@@ -166,11 +238,14 @@ class _Call:
             dbias=dbias,
             width=self.width,
             out_width=self.out_width,
+            neurons=self.neurons,
+            EXPERTS=self.experts,
+            TOP_K=self.top_k,
             NEED_UP=dup.numel() > 0,
             NEED_DOWN=ddown.numel() > 0,
             NEED_GATE_UP=dgate_up.numel() > 0,
             NEED_BIAS=dbias.numel() > 0,
-            **self.slots,
+            PRECISION=self.precision,
         )
 
 
@@ -178,16 +253,14 @@ def forward(call: NeuronCall) -> Tensor:
     """See `neuron_experts`."""
     if call.top_k_index.numel() == 0:
         return call.x.new_zeros(call.x.shape[0], call.down.shape[2])
-    tokens, top_k = call.top_k_index.shape
-    if top_k > 2 and tokens * top_k <= FEW:  # a chain of waits would take longer than what is computed
-        gates, index = call.gates.reshape(-1, 1), call.top_k_index.reshape(-1, 1)
-        rows = forward(replace(call, x=call.x.repeat_interleave(top_k, 0), gates=gates, top_k_index=index))
-        return rows.view(tokens, top_k, -1).sum(1)
-    own = _Call(call)
-    if own.neurons <= ON_CHIP[call.x.element_size()]:
-        return own.fused()
-    h, *_ = own.hidden()
-    return own.rows(h, own.down, h, own.down, two=False)
+    this = _Call(call)
+    if this.tokens * this.top_k <= FEW:
+        return this.few()
+    slots = sort_slots(this.index, this.experts)
+    if this.on_chip:
+        return this.fused(slots)
+    h, *_ = this.hidden(slots)
+    return this.rows(slots, [(h, this.down)], this.gates, this.like.new_empty(this.tokens, this.out_width))
 
 
 def backward(call: NeuronBackwardCall) -> tuple[Tensor, ...]:
@@ -201,13 +274,16 @@ def backward(call: NeuronBackwardCall) -> tuple[Tensor, ...]:
     ]
     if call.top_k_index.numel() == 0 or not any(call.wanted):
         return tuple(results)
-    own, grad = _Call(call), call.grad.contiguous()
+    this, grad = _Call(call), call.grad.contiguous()
+    slots = sort_slots(this.index, this.experts)
     need_x, need_gates, *of_weights = call.wanted
-    h, dvalue, dz, gate_parts = own.hidden(grad)
+    h, dvalue, dz, gate_parts = this.hidden(slots, grad)
     if need_x:
-        results[0] = own.rows(dvalue, own.up, dz, own.gate_up, two=own.common["GATED"])
+        products = [(dvalue, this.up), (dz, this.gate_up)]
+        this.rows(slots, products if this.shared["GATED"] else products[:1], None, results[0])
     if need_gates:
-        results[1] = gate_parts.sum(0).to(call.gates.dtype)
+        parts = gate_parts[0] if gate_parts.shape[0] == 1 else gate_parts.sum(0)
+        results[1] = parts.to(call.gates.dtype)
     if any(of_weights):
-        own.weights(grad, (h, dvalue, dz), results)
+        this.weights(slots, grad, (h, dvalue, dz), results)
     return tuple(results)

@@ -1,6 +1,16 @@
-"""Kernels of `neuron_experts` over slots sorted by expert: a program has slots of one expert.
+"""Kernels of `neuron_experts`: a program has slots of one expert, sorted by expert or, of few tokens, a pair each.
 
-A row of a product depends on one slot alone, so an Inf or NaN stays with its token.
+How arrays are indexed (t: token, j: choice, e: expert, p = t TOP_K + j: pair, s: place of a pair in the order):
+
+    x[t, i], grad[t, o]             tokens
+    gates[p], index[p]              of a pair: weight, expert
+    order[e], order[EXPERTS + 2 + s]    first place of an expert (EXPERTS: none), the pair at a place
+    up[e, n, i], gate_up[e, n, i], down[e, n, o], bias[e, n]    n: neuron
+    h_rows[s, n], dvalue_rows[s, n], dz_rows[s, n]      by place; where nothing is sorted, by pair
+    out[p, c - first]               rows of pairs, which `sum_choices_kernel` adds; c: column from first to last
+
+A row of a product depends on one slot alone, so an Inf or NaN stays with its token; sums over widths and neurons are
+made in steps of the same size in every way, so a token's result does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -9,38 +19,32 @@ import triton
 import triton.language as tl
 
 from mpoe_kernels.triton.device_functions import (
+    COUNTS,
     activate,
-    add_rows,
-    end_turn,
-    expert_tile,
     matrix_tile,
-    next_tile,
-    no_rows,
     pre_activation,
     row_tile,
     rows_times,
     slopes,
-    wait_for_turn,
+    slots_of_program,
+    store_rows,
 )
 
 
 @triton.jit
 def neurons_fused_kernel(
-    x,  # [T, width]
-    gates,  # [T, TOP_K]
-    pair_of_slot,  # [T TOP_K]
-    offsets,  # [TOP_K (EXPERTS + 1) + 1]
-    up,  # [EXPERTS, neurons, width]
+    x,
+    gates,
+    order,
+    up,
     gate_up,
-    down,  # [EXPERTS, neurons, out_width]
-    bias,  # [EXPERTS, neurons]
-    out,  # [T, out_width]
-    tickets,  # [parts of the columns], as done
-    done,
-    tokens,
+    down,
+    bias,
+    out,
     width,
     out_width,
-    columns,  # of one program
+    first,
+    last,
     neurons,
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -53,65 +57,68 @@ def neurons_fused_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Grid ``(tiles of BM slots, parts of the columns)``: every token's sum over its experts, with all neurons of one
-    on chip.
+    """Grid ``(tiles of BM slots, parts of the columns)``: rows of pairs, with all neurons of an expert on chip.
 
     Every part of the columns computes the hidden activations.
     """
-    turn = done + tl.program_id(1)
-    tile = next_tile(tickets + tl.program_id(1), TOP_K)
-    choice, expert, place, used = expert_tile(offsets, tile, TOP_K, EXPERTS, SCAN, BM)
+    expert, _place, pair, used = slots_of_program(order, None, EXPERTS, SCAN, BM)
     if expert > EXPERTS:
         return
-    pair = tl.load(pair_of_slot + place, mask=used, other=0)
-    token = (pair // TOP_K).to(tl.int64)
-    results = out + token * out_width
-    first = tl.program_id(1) * columns
-    last = tl.minimum(first + columns, out_width)
+    share = tl.cdiv(tl.cdiv(last - first, BK), tl.num_programs(1)) * BK
+    begin = first + tl.program_id(1) * share
+    end = tl.minimum(begin + share, last)
     if expert == EXPERTS:
-        wait_for_turn(choice, tokens, turn, TOP_K)
-        for c0 in tl.range(first, last, BK):
-            no_rows(results, used, choice, c0 + tl.arange(0, BK), out_width)
-        end_turn(used, turn, TOP_K)
+        for c0 in tl.range(begin, end, BK):
+            nothing = tl.zeros((BM, BK), dtype=tl.float32)
+            store_rows(out, pair, nothing, used, c0 - first + tl.arange(0, BK), last - first)
         return
     e = expert.to(tl.int64)
     n = tl.arange(0, BN)
-    own_up, own_gate, own_bias = up + e * neurons * width, gate_up + e * neurons * width, bias + e * neurons
-    rows = x + token * width
+    rows = x + pair // TOP_K * width
+    at = e * neurons * width
     value, z = pre_activation(
-        rows, rows, used, width, own_up, own_gate, own_bias, n, neurons, True, GATED, HAS_BIAS, BK, PRECISION
+        rows,
+        rows,
+        used,
+        width,
+        up + at,
+        gate_up + at,
+        bias + e * neurons,
+        n,
+        neurons,
+        True,
+        GATED,
+        HAS_BIAS,
+        BK,
+        PRECISION,
     )
     h = activate(z, ACTIVATION)
     if GATED:
         h = h * value
     h = h.to(down.dtype.element_ty)
     gate = tl.load(gates + pair, mask=used, other=0.0).to(tl.float32)[:, None]
-    own = down + e * neurons * out_width
-    wait_for_turn(choice, tokens, turn, TOP_K)
-    for c0 in tl.range(first, last, BK):
+    for c0 in tl.range(begin, end, BK):
         c = c0 + tl.arange(0, BK)
-        weights = matrix_tile(own, n, neurons, c, out_width, False)
+        weights = matrix_tile(down + e * neurons * out_width, n, neurons, c, out_width, False)
         o = tl.dot(h, weights, input_precision=PRECISION) * gate
-        mask = used[:, None] & (c < out_width)[None, :]
-        add_rows(results[:, None] + c[None, :], o, mask, choice, TOP_K)
-    end_turn(used, turn, TOP_K)
+        store_rows(out, pair, o, used, c - first, last - first)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def neurons_hidden_kernel(
-    x,  # [T, width]
-    grad,  # [T, out_width]
-    gates,  # [T, TOP_K]
-    pair_of_slot,  # [T TOP_K]
-    offsets,  # [TOP_K (EXPERTS + 1) + 1]
-    up,  # [EXPERTS, neurons, width]
+    x,
+    grad,
+    gates,
+    order,  # None: a program has a pair of `index`
+    index,
+    up,
     gate_up,
-    down,  # [EXPERTS, neurons, out_width]
-    bias,  # [EXPERTS, neurons]
-    h_rows,  # [T TOP_K, neurons], by slot: h times the gate
-    dvalue_rows,  # the gradients of x up
-    dz_rows,  # and of x gate_up
-    gate_parts,  # [parts, T TOP_K] float32: gradients of the gates
+    down,
+    bias,
+    h_rows,
+    dvalue_rows,
+    dz_rows,
+    gate_parts,  # [parts of the neurons, p] float32: gradients of the gates
     tokens,
     width,
     out_width,
@@ -128,57 +135,68 @@ def neurons_hidden_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Grid ``(tiles of BM slots, parts of BN neurons)``: the hidden activations of every slot, or their gradients."""
-    _choice, expert, place, used = expert_tile(offsets, tl.program_id(0), TOP_K, EXPERTS, SCAN, BM)
+    """Grid ``(tiles of BM slots, parts of BN neurons)``: hidden activations; of a backward those times the gate, and
+    the gradients of ``x up`` and ``x gate_up``."""
+    expert, place, pair, used = slots_of_program(order, index, EXPERTS, SCAN, BM)
     if expert > EXPERTS:
         return
-    pair = tl.load(pair_of_slot + place, mask=used, other=0)
-    at_gate = gate_parts + tl.program_id(1).to(tl.int64) * tokens * TOP_K + pair
+    if BACKWARD:
+        at_gate = gate_parts + tl.program_id(1).to(tl.int64) * tokens * TOP_K + pair
     if expert == EXPERTS:
         if BACKWARD:
             tl.store(at_gate, tl.zeros((BM,), dtype=tl.float32), mask=used)
         return
     e = expert.to(tl.int64)
-    token = (pair // TOP_K).to(tl.int64)
+    token = pair // TOP_K
     n = tl.program_id(1) * BN + tl.arange(0, BN)
-    own_up, own_gate, own_bias = up + e * neurons * width, gate_up + e * neurons * width, bias + e * neurons
     rows = x + token * width
+    at = e * neurons * width
     value, z = pre_activation(
-        rows, rows, used, width, own_up, own_gate, own_bias, n, neurons, True, GATED, HAS_BIAS, BK, PRECISION
+        rows,
+        rows,
+        used,
+        width,
+        up + at,
+        gate_up + at,
+        bias + e * neurons,
+        n,
+        neurons,
+        True,
+        GATED,
+        HAS_BIAS,
+        BK,
+        PRECISION,
     )
     h = activate(z, ACTIVATION)
     if GATED:
         h = h * value
-    at_out = place.to(tl.int64)[:, None] * neurons + n[None, :]
-    known = used[:, None] & (n < neurons)[None, :]
-    weight = tl.load(gates + pair, mask=used, other=0.0).to(tl.float32)[:, None]
     if BACKWARD:
-        own_down = down + e * neurons * out_width
-        dh = rows_times(grad + token * out_width, used, out_width, own_down, n, neurons, True, BK, PRECISION)
+        gate = tl.load(gates + pair, mask=used, other=0.0).to(tl.float32)[:, None]
+        weights = down + e * neurons * out_width
+        dh = rows_times(grad + token * out_width, used, out_width, weights, n, neurons, True, BK, PRECISION)
         tl.store(at_gate, tl.sum(h * dh, 1), mask=used)
-        dvalue, dz = slopes(dh * weight, value, z, ACTIVATION, GATED)
+        dvalue, dz = slopes(dh * gate, value, z, ACTIVATION, GATED)
         if GATED:
-            tl.store(dvalue_rows + at_out, dvalue.to(dvalue_rows.dtype.element_ty), mask=known)
-        tl.store(dz_rows + at_out, dz.to(dz_rows.dtype.element_ty), mask=known)
-    tl.store(h_rows + at_out, (h * weight).to(h_rows.dtype.element_ty), mask=known)
+            store_rows(dvalue_rows, place, dvalue, used, n, neurons)
+        store_rows(dz_rows, place, dz, used, n, neurons)
+        h = h * gate
+    store_rows(h_rows, place, h, used, n, neurons)
 
 
 @triton.jit
 def neurons_rows_kernel(
-    rows,  # [T TOP_K, neurons], by slot
+    rows,  # [s, n]
     more_rows,
-    pair_of_slot,  # [T TOP_K]
-    offsets,  # [TOP_K (EXPERTS + 1) + 1]
-    weights,  # [EXPERTS, neurons, columns]
+    gates,  # None: rows are as they are
+    order,
+    weights,  # [e, n, c]
     more_weights,
-    out,  # [T, columns]
-    tickets,  # [parts of the columns], as done
-    done,
-    tokens,
+    out,
     columns,
+    first,
+    last,
     neurons,
     EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr,
     GATED: tl.constexpr,
     PRECISION: tl.constexpr,
     SCAN: tl.constexpr,
@@ -186,42 +204,70 @@ def neurons_rows_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Grid ``(tiles of BM slots, parts of BN columns)``: every token's sum of its slots' rows times their experts'
-    weights; GATED: of two such products."""
-    turn = done + tl.program_id(1)
-    tile = next_tile(tickets + tl.program_id(1), TOP_K)
-    choice, expert, place, used = expert_tile(offsets, tile, TOP_K, EXPERTS, SCAN, BM)
+    """Grid ``(tiles of BM slots, parts of BN columns)``: rows of places times their experts' weights, times the gate;
+    GATED: the sum of two such products."""
+    expert, place, pair, used = slots_of_program(order, None, EXPERTS, SCAN, BM)
     if expert > EXPERTS:
         return
-    token = (tl.load(pair_of_slot + place, mask=used, other=0) // TOP_K).to(tl.int64)
-    c = tl.program_id(1) * BN + tl.arange(0, BN)
-    results = out + token * columns
-    if expert == EXPERTS:
-        wait_for_turn(choice, tokens, turn, TOP_K)
-        no_rows(results, used, choice, c, columns)
-        end_turn(used, turn, TOP_K)
-        return
-    at = place.to(tl.int64) * neurons
+    c = first + tl.program_id(1) * BN + tl.arange(0, BN)
+    size = tl.where(expert == EXPERTS, 0, neurons)  # no expert: zeros
+    at = place * neurons
     own = expert.to(tl.int64) * neurons * columns
-    acc = rows_times(rows + at, used, neurons, weights + own, c, columns, False, BK, PRECISION)
+    acc = rows_times(rows + at, used, size, weights + own, c, columns, False, BK, PRECISION)
     if GATED:
-        acc += rows_times(more_rows + at, used, neurons, more_weights + own, c, columns, False, BK, PRECISION)
-    wait_for_turn(choice, tokens, turn, TOP_K)
-    mask = used[:, None] & (c < columns)[None, :]
-    add_rows(results[:, None] + c[None, :], acc, mask, choice, TOP_K)
-    end_turn(used, turn, TOP_K)
+        acc += rows_times(more_rows + at, used, size, more_weights + own, c, columns, False, BK, PRECISION)
+    if gates is not None:
+        gate = tl.load(gates + pair, mask=used, other=0.0).to(tl.float32)
+        acc = tl.where(expert == EXPERTS, 0.0, acc * gate[:, None])
+    store_rows(out, pair, acc, used, c - first, last - first)
+
+
+@triton.jit
+def neurons_few_kernel(
+    h_rows,  # [p, n]
+    gates,
+    index,
+    down,
+    out,  # [t, o]
+    out_width,
+    neurons,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Grid ``(tokens, parts of BN columns)``: the sum over a token's choices in order; of BM rows the first counts."""
+    used = tl.arange(0, BM) == 0
+    c = tl.program_id(1) * BN + tl.arange(0, BN)
+    total = tl.zeros((BM, BN), dtype=tl.float32)
+    for choice in tl.range(0, TOP_K):
+        pair = tl.program_id(0).to(tl.int64) * TOP_K + choice
+        expert = tl.load(index + pair)
+        chosen = (expert >= 0) & (expert < EXPERTS)
+        weights = down + tl.where(chosen, expert, 0) * neurons * out_width
+        rows = h_rows + tl.where(used, pair, 0) * neurons
+        size = tl.where(chosen, neurons, 0)
+        acc = rows_times(rows, used, size, weights, c, out_width, False, BK, PRECISION)
+        gate = tl.load(gates + pair, mask=chosen, other=0.0).to(tl.float32)
+        # Rounded before it is added, as rows of pairs are: of float32 a choice keeps the two from becoming one FMA.
+        row = tl.where(chosen, acc * gate, 0.0).to(out.dtype.element_ty)
+        total += row.to(tl.float32)
+    token = (tl.program_id(0) + tl.arange(0, BM)).to(tl.int64)
+    store_rows(out, token, total, used, c, out_width)
 
 
 @triton.jit
 def weight_gradient(
-    rows,  # [T TOP_K, neurons], by slot
-    tokens,  # [T, columns]
-    pair_of_slot,
-    offsets,  # from the expert's on
-    out,  # of the expert, [neurons, columns]
+    rows,  # [s, n]
+    tokens,  # [t, c]
+    pairs,  # [s]
+    low,  # the expert's first place
+    high,
+    out,  # [n, c]
     columns,
     neurons,
-    EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -234,32 +280,29 @@ def weight_gradient(
     c = tl.program_id(1) % parts * BN + tl.arange(0, BN)
     if tl.program_id(1) // parts * BM < neurons:
         acc = tl.zeros((BM, BN), dtype=tl.float32)
-        for choice in tl.range(0, TOP_K):
-            high = tl.load(offsets + choice * (EXPERTS + 1) + 1)
-            for first in tl.range(tl.load(offsets + choice * (EXPERTS + 1)), high, BK):
-                place = first + tl.arange(0, BK)
-                used = place < high
-                token = (tl.load(pair_of_slot + place, mask=used, other=0) // TOP_K).to(tl.int64)
-                row = row_tile(rows + place.to(tl.int64) * neurons, used, n, neurons)
-                right = row_tile(tokens + token * columns, used, c, columns)
-                acc = tl.dot(tl.trans(row), right, acc, input_precision=PRECISION)
+        for first in tl.range(low, high, BK):
+            place = first + tl.arange(0, BK)
+            used = place < high
+            token = (tl.load(pairs + place, mask=used, other=0) // TOP_K).to(tl.int64)
+            row = row_tile(rows + place.to(tl.int64) * neurons, used, n, neurons)
+            right = row_tile(tokens + token * columns, used, c, columns)
+            acc = tl.dot(tl.trans(row), right, acc, input_precision=PRECISION)
         where = out + n[:, None] * columns + c[None, :]
         tl.store(where, acc.to(out.dtype.element_ty), mask=(n < neurons)[:, None] & (c < columns)[None, :])
 
 
 @triton.jit
 def neurons_weights_kernel(
-    x,  # [T, width]
-    grad,  # [T, out_width]
-    pair_of_slot,  # [T TOP_K]
-    offsets,  # [TOP_K (EXPERTS + 1) + 1]
-    h_rows,  # [T TOP_K, neurons], by slot
+    x,
+    grad,
+    order,
+    h_rows,
     dvalue_rows,
     dz_rows,
-    dup,  # [EXPERTS, neurons, width]
-    ddown,  # [EXPERTS, neurons, out_width]
-    dgate_up,  # [EXPERTS, neurons, width]
-    dbias,  # [EXPERTS, neurons]
+    dup,  # as the weights
+    ddown,
+    dgate_up,
+    dbias,
     width,
     out_width,
     neurons,
@@ -275,34 +318,30 @@ def neurons_weights_kernel(
     BK: tl.constexpr,
 ):
     """Grid ``(EXPERTS, parts of BM neurons and BN columns, 4)``: gradients of weights, over an expert's slots in
-    order of choices and tokens; the last axis is up, down, gate_up and bias."""
+    order; the last axis is up, down, gate_up and bias."""
     e = tl.program_id(0).to(tl.int64)
-    own = offsets + e
+    low = tl.load(order + e)
+    high = tl.load(order + e + 1)
+    pairs = order + EXPERTS + 2
     which = tl.program_id(2)
     if which == 0:
         if NEED_UP:
             to = dup + e * neurons * width
-            weight_gradient(
-                dvalue_rows, x, pair_of_slot, own, to, width, neurons, EXPERTS, TOP_K, PRECISION, BM, BN, BK
-            )
+            weight_gradient(dvalue_rows, x, pairs, low, high, to, width, neurons, TOP_K, PRECISION, BM, BN, BK)
     elif which == 1:
         if NEED_DOWN:
             to = ddown + e * neurons * out_width
-            weight_gradient(
-                h_rows, grad, pair_of_slot, own, to, out_width, neurons, EXPERTS, TOP_K, PRECISION, BM, BN, BK
-            )
+            weight_gradient(h_rows, grad, pairs, low, high, to, out_width, neurons, TOP_K, PRECISION, BM, BN, BK)
     elif which == 2:
         if NEED_GATE_UP:
             to = dgate_up + e * neurons * width
-            weight_gradient(dz_rows, x, pair_of_slot, own, to, width, neurons, EXPERTS, TOP_K, PRECISION, BM, BN, BK)
+            weight_gradient(dz_rows, x, pairs, low, high, to, width, neurons, TOP_K, PRECISION, BM, BN, BK)
     elif NEED_BIAS:
         n = tl.program_id(1) * BM + tl.arange(0, BM)
         if tl.program_id(1) * BM < neurons:
             total = tl.zeros((BM,), dtype=tl.float32)
-            for choice in tl.range(0, TOP_K):
-                high = tl.load(own + choice * (EXPERTS + 1) + 1)
-                for first in tl.range(tl.load(own + choice * (EXPERTS + 1)), high, BK):
-                    place = first + tl.arange(0, BK)
-                    row = row_tile(dz_rows + place.to(tl.int64) * neurons, place < high, n, neurons)
-                    total += tl.sum(row.to(tl.float32), 0)
+            for first in tl.range(low, high, BK):
+                place = first + tl.arange(0, BK)
+                row = row_tile(dz_rows + place.to(tl.int64) * neurons, place < high, n, neurons)
+                total += tl.sum(row.to(tl.float32), 0)
             tl.store(dbias + e * neurons + n, total.to(dbias.dtype.element_ty), mask=n < neurons)

@@ -7,12 +7,14 @@ PyTorch's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mpoe_kernels.backends import AUTO, BACKENDS, Request
+from mpoe_kernels.contract import float32_mm
 from mpoe_kernels.define import is_plain_call, needs_gradients, requested_backend
 from mpoe_kernels.native_library import NATIVE_LIBRARY, dense, name_of
 
@@ -73,22 +75,105 @@ def native_gating(x: Tensor, weight: Tensor, top_k: int, raw: bool) -> Gating:
     return found
 
 
-def gating_of(logits: Tensor, top_k: int, raw: bool, backend: str | None = None) -> Gating | None:
-    """Decide from logits float32 ``[T, E]`` in one launch of the backend ``triton``; ``raw`` as in `native_gating`.
+def gating_on_gpu(
+    x: Tensor, weight: Tensor, top_k: int, raw: bool, scale: float, backend: str | None = None
+) -> Gating | None:
+    """Decide for tokens ``x [T, I]`` in two launches of the backend ``triton``, with a backward; ``raw`` as in
+    `native_gating`, gates times ``scale``.
 
-    None where it cannot run or another backend is named, and where a gradient, a compiler or a mode has a part in the
-    call.
+    None where it cannot run or another backend is named, and where a compiler or a mode has a part in the call.
     """
-    if logits.shape[1] > MOST_GATED:
-        return None
-    if torch.compiler.is_dynamo_compiling() or not is_plain_call((logits,)) or needs_gradients((logits,)):
+    if torch.compiler.is_dynamo_compiling() or weight.shape[0] > MOST_GATED:
         return None
     asked, on_gpu = requested_backend(backend), BACKENDS["triton"]
-    request = Request("gate", str(logits.device), logits.dtype)
-    if asked not in ((AUTO, "triton") if logits.is_cuda else ("triton",)) or on_gpu.unsupported_reasons(request):
+    if asked not in ((AUTO, "triton") if x.is_cuda else ("triton",)) or not is_plain_call((x, weight)):
         return None
-    decided: Gating = on_gpu.kernels["gate"](logits, top_k, raw)
+    if weight.dtype not in _DTYPES or on_gpu.unsupported_reasons(Request("gate", str(x.device), x.dtype)):
+        return None
+    if needs_gradients((x, weight)):
+        return Gating(*_Gate.apply(x, weight, top_k, raw, scale))
+    return _decided(x, weight, top_k, raw, scale)
+
+
+def _decided(x: Tensor, weight: Tensor, top_k: int, raw: bool, scale: float) -> Gating:
+    kernels = BACKENDS["triton"].kernels
+    decided: Gating = kernels["gate"](kernels["router_logits"](x, weight), top_k, raw, scale)
     return decided
+
+
+def gates_of(logits: Tensor, index: Tensor, raw: bool, scale: float) -> Tensor:
+    """A softmax router's gates ``[T, K]`` of experts that were chosen, in PyTorch's operations."""
+    gates = torch.softmax(logits, dim=-1).gather(-1, index)
+    if not raw:
+        gates = gates / (gates.detach() if index.shape[1] == 1 else gates.sum(-1, keepdim=True))
+    return gates * scale
+
+
+class _Gate(torch.autograd.Function):
+    """`Gating` from tokens and a router's weight. The copies that gradients need are made in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, top_k: int, raw: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits, index, gates = _decided(x, weight, top_k, raw, scale)
+        ctx.save_for_backward(x, weight, logits, index)
+        ctx.rule = raw, scale
+        ctx.mark_non_differentiable(index)
+        ctx.set_materialize_grads(False)
+        return logits, index, gates
+
+    @staticmethod
+    def backward(
+        ctx: Any, dlogits: Tensor | None, _: Tensor | None, dgates: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if dlogits is None and dgates is None:
+            return (None,) * 5
+        gradients = _differentiable if torch.is_grad_enabled() else _gradients
+        dx, dweight = gradients(ctx.saved_tensors, ctx.rule, dlogits, dgates, ctx.needs_input_grad[:2])
+        return dx, dweight, None, None, None
+
+
+Gradients = tuple[Tensor | None, Tensor | None]
+
+
+def _gradients(
+    saved: tuple[Tensor, ...],
+    rule: tuple[bool, float],
+    dlogits: Tensor | None,
+    dgates: Tensor | None,
+    needs: Sequence[bool],
+) -> Gradients:
+    """Of tokens and weight, from those of logits and gates."""
+    x, weight, logits, index = saved
+    need_x, need_weight = needs
+    in_parts = need_weight and x.dtype == torch.bfloat16
+    decided = Gating(logits, index, logits)
+    dlogits, parts = BACKENDS["triton"].kernels["gate_backward"](decided, dlogits, dgates, *rule, in_parts)
+    dx = (dlogits @ weight.float()).to(x.dtype) if need_x else None
+    dweight = None
+    if in_parts:  # products of 16 bits without a float32 copy of the tokens
+        dweight = float32_mm(parts.t(), x).view(3, *weight.shape).sum(0).to(weight.dtype)
+    elif need_weight:
+        dweight = (dlogits.t() @ x.float()).to(weight.dtype)
+    return dx, dweight
+
+
+def _differentiable(
+    saved: tuple[Tensor, ...],
+    rule: tuple[bool, float],
+    dlogits: Tensor | None,
+    dgates: Tensor | None,
+    needs: Sequence[bool],
+) -> Gradients:
+    """The same in PyTorch's operations, where somebody differentiates the gradients."""
+    x, weight, _, index = saved
+    logits = x.float() @ weight.float().t()
+    pairs = [(logits, dlogits), (gates_of(logits, index, *rule), dgates)]
+    outputs, grads = zip(*[pair for pair in pairs if pair[1] is not None], strict=True)
+    wanted = [value for value, needed in zip((x, weight), needs, strict=True) if needed]
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True))
+    return next(found) if needs[0] else None, next(found) if needs[1] else None
 
 
 def _inputs(x: Tensor, weight: Tensor) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor]]:

@@ -25,13 +25,14 @@ from mpoe_kernels.routing.cuda import RoutingKernels
 from mpoe_kernels.signatures import MOST_EXPERTS, MOST_PAIRS
 
 OPS = ("route", "dispatch", "dispatch_backward", "combine", "combine_backward")
+GATING = ("router_logits", "gate", "gate_backward")  # of `mpoe_kernels.routing.gating`, where there are any
 KERNELS = {
     "native": native,
     "eager": eager,
-    "triton": lazily("mpoe_kernels.routing.triton", *OPS, "gate"),
+    "triton": lazily("mpoe_kernels.routing.triton", *OPS, *GATING),
     "cuda": RoutingKernels(CUDA_OPS),
 }
-FUNCTIONS = {op: op for op in (*OPS, "gate")}  # `gate`: of `mpoe_kernels.routing.gating`, where there is one
+FUNCTIONS = {op: op for op in (*OPS, *GATING)}
 for _backend, _kernels in KERNELS.items():
     add_kernels(_backend, _kernels, FUNCTIONS)
 

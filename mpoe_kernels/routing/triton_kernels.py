@@ -1,8 +1,10 @@
-"""A stable counting sort of (token, choice) pairs, and the row movements it describes.
+"""A router's gates, a stable counting sort of (token, choice) pairs, and the row movements it describes.
+
+Arrays are indexed by token, by pair ``token TOP_K + choice``, by expert, or by slot: the place of a pair in the sort.
 
 Counting needs three launches: a histogram per block of pairs, a prefix over blocks and keys, a stable scatter. Many
 experts need a fourth, a few pairs (decoding) only one, and so do some thousands where nothing is masked or dropped
-(`sort_kernel`). No launch depends on a number that only the device knows.
+(`sort_kernel`, `order_kernel`). No launch depends on a number that only the device knows.
 """
 
 from __future__ import annotations
@@ -10,13 +12,63 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mpoe_kernels.triton.device_functions import COUNTS
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def logits_kernel(
+    x,  # [tokens, width]
+    weight,  # [EXPERTS, width]
+    parts,  # [parts of the width, tokens, EXPERTS] float32
+    tokens,
+    width,
+    share,  # of the width in a part
+    EXPERTS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Grid ``(token blocks, expert blocks, parts of the width)``: ``x weight^T`` in 16-bit products, exact in float32;
+    a float32 weight is split into three numbers of 8 bits each as it is loaded, so no parts of it are kept."""
+    token = tl.program_id(0) * BM + tl.arange(0, BM)
+    expert = tl.program_id(1) * BN + tl.arange(0, BN)
+    rows = x + token.to(tl.int64)[:, None] * width
+    columns = weight + expert.to(tl.int64)[None, :] * width
+    begin = tl.program_id(2) * share
+    end = tl.minimum(begin + share, width)
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    for k0 in tl.range(begin, end, BK):
+        k = k0 + tl.arange(0, BK)
+        row = tl.load(rows + k[None, :], mask=(token < tokens)[:, None] & (k < end)[None, :], other=0.0)
+        column = tl.load(columns + k[:, None], mask=(expert < EXPERTS)[None, :] & (k < end)[:, None], other=0.0)
+        first = column.to(x.dtype.element_ty)
+        if weight.dtype.element_ty == tl.float32:
+            rest = column - first.to(tl.float32)
+            second = rest.to(x.dtype.element_ty)
+            third = (rest - second.to(tl.float32)).to(x.dtype.element_ty)
+            acc = tl.dot(row, third, acc)
+            acc = tl.dot(row, second, acc)
+        acc = tl.dot(row, first, acc)
+    at = parts + (tl.program_id(2).to(tl.int64) * tokens + token[:, None]) * EXPERTS + expert[None, :]
+    tl.store(at, acc, mask=(token < tokens)[:, None] & (expert < EXPERTS)[None, :])
+
 
 @triton.jit
+def probabilities(z):
+    """Softmax of rows ``[BM, SCAN]``."""
+    p = tl.exp(z - tl.max(z, 1)[:, None])
+    return p / tl.sum(p, 1)[:, None]
+
+
+@triton.jit(do_not_specialize=COUNTS)
 def gate_kernel(
-    logits,  # [T, EXPERTS] float32
-    weights,  # [T, TOP_K] float32
-    index,  # [T, TOP_K]
+    parts,  # [PARTS, tokens, EXPERTS] float32
+    logits,  # [tokens, EXPERTS]: their sum; None: of one part, itself
+    weights,  # [tokens, TOP_K] float32
+    index,  # [tokens, TOP_K]
     tokens,
+    scale,
+    PARTS: tl.constexpr,
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     RAW: tl.constexpr,
@@ -31,10 +83,14 @@ def gate_kernel(
     token = tl.program_id(0) * BM + tl.arange(0, BM)
     expert, choice = tl.arange(0, SCAN), tl.arange(0, KP)
     known = (expert < EXPERTS)[None, :]
+    inside = (token < tokens)[:, None] & known
     at = token.to(tl.int64)[:, None] * EXPERTS + expert[None, :]
-    z = tl.where(known, tl.load(logits + at, mask=(token < tokens)[:, None] & known, other=0.0), float("-inf"))
-    p = tl.exp(z - tl.max(z, 1)[:, None])
-    p = p / tl.sum(p, 1)[:, None]
+    z = tl.load(parts + at, mask=inside, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        z += tl.load(parts + tl.cast(part, tl.int64) * tokens * EXPERTS + at, mask=inside, other=0.0)
+    if logits is not None:
+        tl.store(logits + at, z, mask=inside)
+    p = probabilities(tl.where(known, z, float("-inf")))
     left = tl.where(known, tl.where(p == p, p, 2.0), -1.0)  # -1: not to be chosen
     found = tl.zeros((BM, KP), dtype=tl.float32)
     numbers = tl.zeros((BM, KP), dtype=tl.int64)
@@ -48,9 +104,65 @@ def gate_kernel(
     if not RAW:
         found = found / tl.sum(found, 1)[:, None]
     where = token.to(tl.int64)[:, None] * TOP_K + choice[None, :]
-    inside = (token < tokens)[:, None] & (choice < TOP_K)[None, :]
-    tl.store(weights + where, found, mask=inside)
-    tl.store(index + where, numbers, mask=inside)
+    of_choice = (token < tokens)[:, None] & (choice < TOP_K)[None, :]
+    tl.store(weights + where, found * scale, mask=of_choice)
+    tl.store(index + where, numbers, mask=of_choice)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def gate_backward_kernel(
+    logits,  # [tokens, EXPERTS] float32
+    index,  # [tokens, TOP_K]
+    dweights,  # [tokens, TOP_K] float32, or None
+    given,  # [tokens, EXPERTS]: what logits have from elsewhere, or None
+    dlogits,  # [tokens, EXPERTS] float32
+    parts,  # [tokens, 3, EXPERTS] bfloat16: three numbers whose sum is dlogits, or None
+    tokens,
+    scale,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    RAW: tl.constexpr,
+    SCAN: tl.constexpr,
+    KP: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """Grid ``(token blocks,)``: a gate is a probability, RAW, or divided by the sum of the chosen ones; a single one
+    then is 1 with the gradient of log p. With c_j, the gradient of log p_j, that of a logit is ``c - p sum c``."""
+    token = tl.program_id(0) * BM + tl.arange(0, BM)
+    expert, choice = tl.arange(0, SCAN), tl.arange(0, KP)
+    known = (expert < EXPERTS)[None, :]
+    inside = (token < tokens)[:, None] & known
+    at = token.to(tl.int64)[:, None] * EXPERTS + expert[None, :]
+    grad = tl.zeros((BM, SCAN), dtype=tl.float32)
+    if given is not None:
+        grad = tl.load(given + at, mask=inside, other=0.0)
+    if dweights is not None:
+        p = probabilities(tl.where(known, tl.load(logits + at, mask=inside, other=0.0), float("-inf")))
+        row = token.to(tl.int64)[:, None] * TOP_K + choice[None, :]
+        of_choice = (token < tokens)[:, None] & (choice < TOP_K)[None, :]
+        dw = tl.load(dweights + row, mask=of_choice, other=0.0) * scale
+        of_chosen = tl.zeros((BM, KP), dtype=tl.float32)
+        for k in tl.static_range(TOP_K):
+            number = tl.load(index + token.to(tl.int64) * TOP_K + k, mask=token < tokens, other=0)
+            value = tl.sum(tl.where(expert[None, :] == number[:, None], p, 0.0), 1)
+            of_chosen = tl.where(choice[None, :] == k, value[:, None], of_chosen)
+        if RAW:
+            dw = dw * of_chosen
+        elif TOP_K > 1:
+            share = of_chosen / tl.sum(of_chosen, 1)[:, None]
+            dw = (dw - tl.sum(dw * share, 1)[:, None]) * share
+        grad -= p * tl.sum(dw, 1)[:, None]
+        for k in tl.static_range(TOP_K):
+            number = tl.load(index + token.to(tl.int64) * TOP_K + k, mask=token < tokens, other=0)
+            of_k = tl.sum(tl.where(choice[None, :] == k, dw, 0.0), 1)
+            grad += tl.where(expert[None, :] == number[:, None], of_k[:, None], 0.0)
+    tl.store(dlogits + at, grad, mask=inside)
+    if parts is not None:
+        at_part = parts + token.to(tl.int64)[:, None] * (3 * EXPERTS) + expert[None, :]
+        for part in tl.static_range(3):
+            rounded = grad.to(tl.bfloat16)
+            tl.store(at_part + part * EXPERTS, rounded, mask=inside)
+            grad = grad - rounded.to(tl.float32)
 
 
 @triton.jit
@@ -71,7 +183,7 @@ def pair_at(position, tokens, TOP_K: tl.constexpr, BY_CHOICE: tl.constexpr):
     return position
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def histogram_kernel(
     index,  # [T, K], or keys of the pairs
     mask,  # [T] or None
@@ -91,7 +203,7 @@ def histogram_kernel(
     tl.store(counts + tl.program_id(0) * BINS + tl.arange(0, BINS), tl.histogram(key, BINS))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def prefix_kernel(
     counts,  # [blocks + 1, BINS]: replaced by the pairs of the same key in earlier blocks; last of all, in all blocks
     offsets,  # [EXPERTS + 1]; left to `offsets_kernel` where one program does not see all keys
@@ -130,7 +242,7 @@ def offsets_kernel(
     tl.store(offsets + bins, tl.cumsum(total, 0) - total, mask=bins <= EXPERTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def drop_kernel(
     index,
     mask,
@@ -161,7 +273,7 @@ def stable_rank(key, here):
     return tl.sum(earlier.to(tl.int32), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def scatter_kernel(
     index,  # [T, K], or keys of the pairs
     mask,
@@ -187,7 +299,7 @@ def scatter_kernel(
     tl.store(slot_of_token + pair, tl.where(key == EXPERTS, -1, slot).to(tl.int64), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def route_few_kernel(
     index,
     mask,
@@ -218,42 +330,94 @@ def route_few_kernel(
     tl.store(offsets + bins, tl.cumsum(count, 0) - count, mask=bins <= EXPERTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sort_kernel(
-    index,  # [T, TOP_K]
-    offsets,  # [TOP_K (EXPERTS + 1) + 1]
-    pair_of_slot,  # [T TOP_K]
-    tokens,
+    index,  # [slots]: experts of pairs
+    order,  # see `routing.triton.SortedSlots`
+    slots,
     EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid ``(EXPERTS + 1, TOP_K)``: each counts a choice's tokens of earlier experts and gives its own their slots, in
-    order; the last expert is none."""
+    """Grid ``(EXPERTS + 1,)``: each counts the pairs of earlier experts and gives its own their places, in order; the
+    last expert is none."""
     e = tl.program_id(0)
-    choice = tl.program_id(1)
     earlier = tl.zeros((BLOCK,), dtype=tl.int32)
-    for first in tl.range(0, tokens, BLOCK):
-        token = first + tl.arange(0, BLOCK)
-        key = tl.load(index + token * TOP_K + choice, mask=token < tokens, other=-1)
-        earlier += ((key >= 0) & (key < e)).to(tl.int32)
-    slot = choice * tokens + tl.sum(earlier, 0)
-    tl.store(offsets + choice * (EXPERTS + 1) + e, slot)
-    for first in tl.range(0, tokens, BLOCK):
-        token = first + tl.arange(0, BLOCK)
-        inside = token < tokens
-        pair = token * TOP_K + choice
+    for first in tl.range(0, slots, BLOCK):
+        pair = first + tl.arange(0, BLOCK)
+        key = tl.load(index + pair, mask=pair < slots, other=-1)
+        earlier += ((key >= 0) & (key < tl.minimum(e, EXPERTS))).to(tl.int32)
+    place = tl.sum(earlier, 0)
+    tl.store(order + e, place)
+    for first in tl.range(0, slots, BLOCK):
+        pair = first + tl.arange(0, BLOCK)
+        inside = pair < slots
         key = tl.load(index + pair, mask=inside, other=-1)
         key = tl.where((key >= 0) & (key < EXPERTS), key, EXPERTS)
         mine = inside & (key == e)
         count = mine.to(tl.int32)
-        tl.store(pair_of_slot + slot + tl.cumsum(count, 0) - 1, pair.to(tl.int64), mask=mine)
-        slot += tl.sum(count, 0)
-    if (e == EXPERTS) & (choice == TOP_K - 1):
-        tl.store(offsets + TOP_K * (EXPERTS + 1), slot)
+        tl.store(order + EXPERTS + 2 + place + tl.cumsum(count, 0) - 1, pair, mask=mine)
+        place += tl.sum(count, 0)
+    if e == EXPERTS:
+        tl.store(order + EXPERTS + 1, place)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
+def order_kernel(
+    index,  # [slots]: experts of pairs
+    counts,  # [blocks, BINS], by `histogram_kernel`
+    order,  # see `routing.triton.SortedSlots`
+    slots,
+    EXPERTS: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Grid ``(blocks,)``: every pair finds its place; a program adds the counts of all blocks, ``CHUNK`` at once."""
+    bins = tl.arange(0, BINS)
+    total = tl.zeros((BINS,), dtype=tl.int32)
+    earlier = tl.zeros((BINS,), dtype=tl.int32)
+    for first in tl.range(0, tl.num_programs(0), CHUNK):
+        block = first + tl.arange(0, CHUNK)
+        at = counts + block[:, None] * BINS + bins[None, :]
+        count = tl.load(at, mask=(block < tl.num_programs(0))[:, None], other=0)
+        total += tl.sum(count, 0)
+        earlier += tl.sum(tl.where((block < tl.program_id(0))[:, None], count, 0), 0)
+    begins = tl.cumsum(total, 0) - total
+    if tl.program_id(0) == 0:
+        tl.store(order + bins, begins, mask=bins <= EXPERTS + 1)
+    here = tl.arange(0, BLOCK)
+    pair = tl.program_id(0) * BLOCK + here
+    inside = pair < slots
+    key = pair_key(pair, inside, index, None, EXPERTS, 1)
+    place = tl.gather(begins + earlier, key, 0) + stable_rank(key, here)
+    tl.store(order + EXPERTS + 2 + place, pair, mask=inside)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def sum_choices_kernel(
+    rows,  # [tokens TOP_K, last - first]
+    out,  # [tokens, columns]
+    tokens,
+    columns,
+    first,
+    last,
+    TOP_K: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Grid ``(token blocks, column blocks)``: sums of a token's rows in order, rounded once, in columns from ``first``
+    to ``last``."""
+    token = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
+    mask = (token < tokens)[:, None] & (column < last - first)[None, :]
+    at = rows + token[:, None] * TOP_K * (last - first) + column[None, :]
+    total = tl.zeros((BM, BN), dtype=tl.float32)
+    for choice in tl.static_range(TOP_K):
+        total += tl.load(at + choice * (last - first), mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + token[:, None] * columns + first + column[None, :], total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=COUNTS)
 def collect_kernel(
     rows,  # [N, F]
     slot_of_token,  # [T, K]
@@ -283,7 +447,7 @@ def collect_kernel(
     tl.store(out + at, total.to(out.dtype.element_ty), mask=(token < tokens)[:, None] & (column < F)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def combine_backward_kernel(
     grad,  # [T, F]
     rows,  # [N, F]

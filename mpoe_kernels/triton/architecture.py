@@ -15,6 +15,7 @@ SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "g
 # Multiprocessors of an A100, H100, B200 and MI300X.
 _MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 ARCHITECTURES = tuple(SHARED_MEMORY)
+AMD = "gfx942"
 INTERPRETER = "interpreter"
 NO_LIMIT = 1 << 62
 
@@ -37,9 +38,8 @@ def triton_installed() -> bool:
 @lru_cache(maxsize=16)
 def _gpu_architecture(index: int) -> str:
     """Nearest shipped table for a GPU."""
-    name = getattr(torch.cuda.get_device_properties(index), "gcnArchName", "")
-    if torch.version.hip is not None and name:
-        return "gfx942"
+    if torch.version.hip is not None:
+        return AMD
     major, _ = torch.cuda.get_device_capability(index)
     return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")  # sm_120 multiplies as sm_80 does
 
@@ -82,6 +82,17 @@ def target_of(device: torch.device) -> Target:
     if device.type != "cuda" or in_interpreter() or not gpu_available():
         return target_named(INTERPRETER)
     return _gpu(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@lru_cache(maxsize=16)
+def card_reasons(device: torch.device) -> tuple[str, ...]:
+    """Why no kernel is made for a GPU of this machine: an AMD card with other instructions than an MI300's."""
+    if torch.version.hip is None or device.type != "cuda" or not gpu_available():
+        return ()
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    properties = torch.cuda.get_device_properties(index)
+    name = properties.gcnArchName.partition(":")[0]
+    return () if name == AMD else (f"of AMD's cards it runs on {AMD}, not on {name} ({properties.name})",)
 
 
 OLDEST = (3, 6)

@@ -1,9 +1,13 @@
-"""Device functions shared by several kernels: slots of experts, sums in turn, activations, experts' products."""
+"""Device functions shared by several kernels: slots of experts, activations, experts' products."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+# Names of kernels' arguments that grow with the tokens. One compiled kernel takes them all, so that a captured graph
+# of other tokens loads nothing.
+COUNTS = ("tokens", "slots", "blocks", "size", "capacity")
 
 
 @triton.jit
@@ -47,73 +51,52 @@ def part_of_rows(
 
 
 @triton.jit
-def expert_tile(offsets, tile, TOP_K: tl.constexpr, EXPERTS: tl.constexpr, SCAN: tl.constexpr, BM: tl.constexpr):
-    """``(choice, expert, place, used)`` of a tile of slots, see `routing.triton.SortedSlots`: of at most ``BM`` tokens
-    whose choice this is; their slots ``[BM]``, and which of them are the expert's.
+def expert_tile(order, tile, EXPERTS: tl.constexpr, SCAN: tl.constexpr, BM: tl.constexpr):
+    """``(expert, place, pair, used)`` of a tile of at most ``BM`` slots of one expert: their places and pairs ``[BM]``,
+    and which of them are the expert's. ``order``: see `routing.triton.SortedSlots`.
 
-    The grid's first axis has the same number of tiles for every choice, more than there are: past the last one the
-    expert is ``EXPERTS + 1``. Expert ``EXPERTS`` is none. ``SCAN`` is a power of two that is at least ``EXPERTS``.
+    Expert ``EXPERTS`` is none. The grid has more tiles than there are: past the last one the expert is ``EXPERTS + 1``.
+    ``SCAN`` is a power of two that is at least ``EXPERTS``.
     """
-    tiles = tl.num_programs(0) // TOP_K
-    choice = tile // tiles
-    tile = tile % tiles
-    own = offsets + choice * (EXPERTS + 1)
     e = tl.arange(0, SCAN)
-    low = tl.load(own + e, mask=e < EXPERTS, other=0)
-    high = tl.load(own + e + 1, mask=e < EXPERTS, other=0)
+    low = tl.load(order + e, mask=e < EXPERTS, other=0)
+    high = tl.load(order + e + 1, mask=e < EXPERTS, other=0)
     ends = tl.cumsum((high - low + BM - 1) // BM, 0)
     passed = ends <= tile
     expert = tl.minimum(tl.sum(passed.to(tl.int32), 0), EXPERTS)
-    first = tl.load(own + expert) + (tile - tl.max(tl.where(passed, ends, 0), 0)) * BM
-    stop = tl.load(own + expert + 1)
+    first = tl.load(order + expert) + (tile - tl.max(tl.where(passed, ends, 0), 0)) * BM
+    stop = tl.load(order + expert + 1)
     place = first + tl.arange(0, BM)
-    return choice, tl.where(first < stop, expert, EXPERTS + 1), place, place < stop
-
-
-# Programs that add to rows of tokens in turn, the first choice's first. The order in which programs begin gives them
-# their tiles, so whatever a program waits for has begun before it; a sum has one order, whatever runs first.
-
-
-@triton.jit
-def next_tile(tickets, TOP_K: tl.constexpr):
-    """The program's tile."""
-    tile = tl.program_id(0)
-    if TOP_K > 1:
-        tile = tl.atomic_add(tickets, 1)
-    return tile
+    used = place < stop
+    pair = tl.load(order + EXPERTS + 2 + place, mask=used, other=0)
+    return tl.where(first < stop, expert, EXPERTS + 1), place.to(tl.int64), pair.to(tl.int64), used
 
 
 @triton.jit
-def wait_for_turn(choice, tokens, done, TOP_K: tl.constexpr):
-    """Until the rows of earlier choices are written; ``done`` counts their tokens, those of every choice."""
-    if TOP_K > 1:  # noqa: SIM102  # known to the compiler
-        if choice > 0:
-            while tl.atomic_add(done, 0, sem="acquire") < choice * tokens:
-                pass
+def pair_tile(index, pair, EXPERTS: tl.constexpr, BM: tl.constexpr):
+    """The same of slots that are not sorted: a tile is one pair, its first row."""
+    expert = tl.load(index + pair)
+    expert = tl.where((expert >= 0) & (expert < EXPERTS), expert, EXPERTS).to(tl.int32)
+    row = tl.arange(0, BM)
+    place = (pair + row).to(tl.int64)
+    return expert, place, place, row == 0
 
 
 @triton.jit
-def add_rows(out, values, mask, choice, TOP_K: tl.constexpr):
-    """Add ``values`` of a choice to what ``out`` points at; the first choice's begin."""
-    if TOP_K > 1:  # no branch: it would keep the loads of a loop from being pipelined
-        later = mask & (choice > tl.zeros(mask.shape, dtype=tl.int32))
-        values += tl.load(out, mask=later, other=0.0, cache_modifier=".cg").to(tl.float32)
-    tl.store(out, values.to(out.dtype.element_ty), mask=mask)
+def slots_of_program(order, index, EXPERTS: tl.constexpr, SCAN: tl.constexpr, BM: tl.constexpr):
+    """`expert_tile`, or `pair_tile` where nothing is sorted (``order`` is None), of a program's number."""
+    if order is None:
+        expert, place, pair, used = pair_tile(index, tl.program_id(0), EXPERTS, BM)
+    else:
+        expert, place, pair, used = expert_tile(order, tl.program_id(0), EXPERTS, SCAN, BM)
+    return expert, place, pair, used
 
 
 @triton.jit
-def end_turn(used, done, TOP_K: tl.constexpr):
-    """The rows of the ``used`` tokens are written."""
-    if TOP_K > 1:
-        tl.debug_barrier()  # by all warps
-        tl.atomic_add(done, tl.sum(used.to(tl.int32), 0), sem="release")
-
-
-@triton.jit
-def no_rows(out, used, choice, columns, last):
-    """The share of a choice that is no expert in rows ``out [BM]``: zeros begin them."""
-    mask = used[:, None] & (columns < tl.where(choice == 0, last, 0))[None, :]
-    tl.store(out[:, None] + columns[None, :], tl.zeros(mask.shape, dtype=out.dtype.element_ty), mask=mask)
+def store_rows(out, rows, values, used, columns, last):
+    """Values of rows, by their numbers, in columns of ``out [.., last]``."""
+    at = rows[:, None] * last + columns[None, :]
+    tl.store(out + at, values.to(out.dtype.element_ty), mask=used[:, None] & (columns < last)[None, :])
 
 
 @triton.jit

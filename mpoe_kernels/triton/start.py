@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
@@ -17,6 +17,7 @@ from mpoe_kernels.backends import BackendError
 from mpoe_kernels.contract import may_round_to_tf32
 from mpoe_kernels.contract.autotune import SETTING, is_traced, several_ranks
 from mpoe_kernels.triton.architecture import in_interpreter
+from mpoe_kernels.triton.device_functions import COUNTS
 
 
 def cdiv(a: int, b: int) -> int:
@@ -59,8 +60,9 @@ def start(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """
     if 0 in grid:
         return
+    arguments["enable_fp_fusion"] = True
     try:
-        _launch(kernel, grid, {**arguments, "enable_fp_fusion": True})
+        _launch(kernel, grid, arguments)
     except OutOfResources as error:
         blocks = {name: value for name, value in arguments.items() if isinstance(value, int) and name.startswith("B")}
         raise BackendError(
@@ -97,14 +99,19 @@ class Tile(NamedTuple):
         return {**blocks, "num_warps": self.warps, "num_stages": self.stages}
 
 
+@lru_cache(maxsize=4096)
+def fitted(tiles: tuple[Tile, ...], columns: int, inner: int) -> tuple[Options, ...]:
+    """Options of tiles for products that may be smaller."""
+    return tuple([tile.within(columns, inner).options for tile in tiles])
+
+
 def _may_time() -> bool:
-    """Not where results or what is recorded must not depend on a clock, nor in the interpreter."""
+    """Not where results must not depend on a clock, nor in the interpreter."""
     return not (
         in_interpreter()
         or os.environ.get(SETTING, "1") == "0"
         or several_ranks()
         or torch.are_deterministic_algorithms_enabled()
-        or is_traced()
     )
 
 
@@ -113,32 +120,83 @@ def _first(ways: Sequence[Options]) -> Options:
     return ways[0]
 
 
-@lru_cache(maxsize=4096)
-def _tuner(kernel: Any, ways: tuple[tuple[tuple[str, int], ...], ...], names: tuple[str, ...]) -> Any:
-    configs = []
-    for way in map(dict, ways):
-        launched = {name: way.pop(name) for name in ("num_warps", "num_stages")}
-        configs.append(triton.Config(way, **launched))
-    counters = [name for name in ("tickets", "done") if name in kernel.arg_names]  # see `SortedSlots.turns`
-    return triton.autotune(configs, key=list(names), reset_to_zero=counters)(kernel)
+_FASTEST: dict[tuple[Any, ...], Options] = {}
+HOLD = 500_000  # cycles: the GPU waits while the CPU starts what is timed
+RUNS = 5
+
+
+def _problem(kernel: Any, ways: Sequence[Options], arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Everything that decides which way is the fastest: the card, dtypes, widths and constants as they are, and numbers
+    that grow with the tokens by their power of two."""
+    tensors = []
+    numbers = []
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        else:
+            numbers.append(value.bit_length() if name in COUNTS else value)
+    given = tensors[0]
+    blocks = tuple([tuple(way.values()) for way in ways])
+    return kernel, given.get_device(), given.dtype, blocks, tuple(numbers)
+
+
+def _milliseconds(run: Callable[[], None]) -> float:
+    """Of a launch on the current stream: the shortest of some, after one that compiles and loads."""
+    run()
+    found = math.inf
+    for _ in range(RUNS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(HOLD)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        found = min(found, begin.elapsed_time(end))
+    return found
+
+
+def _fastest(
+    kernel: Any, grid: Callable[[Mapping[str, int]], tuple[int, ...]], ways: Sequence[Options], arguments: Any
+) -> Options:
+    """Times every way, launched as it will be later: so every module is loaded before a graph is captured.
+
+    Raises:
+        BackendError: no way fits the device.
+    """
+    refused: BackendError | None = None
+    times: list[float] = []
+    with _on_device(_device_of(arguments)):
+        for way in ways:
+            try:
+                times.append(_milliseconds(partial(start, kernel, grid(way), **arguments, **way)))
+            except BackendError as error:
+                refused = error
+                times.append(math.inf)
+    least = min(times)
+    if refused is not None and least == math.inf:
+        raise refused
+    return ways[times.index(least)]
 
 
 def start_best(
     kernel: Any, grid: Callable[[Mapping[str, int]], tuple[int, ...]], ways: Sequence[Options], **arguments: Any
 ) -> None:
-    """`start` in the way that `triton.autotune` finds fastest; in the first one where nothing may be timed.
+    """`start` in the way that was the fastest for such a problem; in the first one where nothing may be timed.
 
     Args:
-        kernel: with the constants of the ways.
+        kernel: with the constants of the ways; a launch may be repeated without another result.
         grid: from a way's constants.
         ways: all of which fit the device.
-        arguments: the kernel's others. One choice holds for all calls with the same constants.
+        arguments: the kernel's others; those named in `COUNTS` grow with the tokens.
+
+    Raises:
+        BackendError: as `start`.
     """
-    first = _first(ways)
-    if len(ways) == 1 or not _may_time() or 0 in grid(first):
-        start(kernel, grid(first), **arguments, **first)
-        return
-    names = tuple(name for name, value in arguments.items() if name.isupper() and not isinstance(value, Tensor))
-    tuner = _tuner(kernel, tuple(tuple(way.items()) for way in ways), names)
-    with _on_device(_device_of(arguments)):
-        tuner[grid](**arguments, enable_fp_fusion=True)
+    chosen = _first(ways)
+    if len(ways) > 1 and _may_time() and 0 not in grid(chosen):
+        problem = _problem(kernel, ways, arguments)
+        found = _FASTEST.get(problem)
+        if found is None and not is_traced():
+            found = _FASTEST[problem] = _fastest(kernel, grid, ways, arguments)
+        chosen = found or chosen
+    start(kernel, grid(chosen), **arguments, **chosen)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mpoe_kernels.triton.device_functions import activate, part_of_rows
+from mpoe_kernels.triton.device_functions import COUNTS, activate, part_of_rows
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def regroup(product, TKL: tl.constexpr, TNL: tl.constexpr, TKR: tl.constexpr, TN
     return tl.reshape(tl.permute(digits, 0, 3, 5, 2, 1, 4, 6), (TKL * TKR, TNL * TNR))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def fused_kernel(
     x,  # [rows, K]
     left,  # [E, ...]

@@ -24,7 +24,14 @@ from torch import Tensor
 from mpoe_kernels.linear.grouped import BlocksProduct, RowsProduct
 from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.architecture import INTERPRETER
-from mpoe_kernels.triton.device_functions import activate, part_ends, part_of_rows, pick, through_activation
+from mpoe_kernels.triton.device_functions import (
+    COUNTS,
+    activate,
+    part_ends,
+    part_of_rows,
+    pick,
+    through_activation,
+)
 from mpoe_kernels.triton.start import Tile, cdiv, power_of_two, precision, start, start_best
 
 LEAST_STEPS = 8  # inner steps of a part, so that it can prefetch and is worth the sum that follows
@@ -79,7 +86,7 @@ def _side(size: float) -> int:
     return max(16, 1 << max(int(-(-size // 1)) - 1, 0).bit_length())
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def grouped_rows_kernel(
     a,  # [.., P, K]
     b,  # [EXPERTS, K, N]
@@ -145,7 +152,7 @@ def grouped_rows_kernel(
     tl.store(out + slot[:, None] * (P * N) + column, value, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def grouped_blocks_kernel(
     a,  # [.., P, M]
     g,  # [slots, P, N]; of the activation, if there is one, whose input is ``a b``
@@ -222,7 +229,7 @@ def grouped_blocks_kernel(
     tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def grouped_sum_kernel(
     parts,  # float32 [parts, SIZE]
     out,  # [EXPERTS, SIZE]

@@ -200,13 +200,23 @@ class Differentiable:
     @property
     def differentiable(self) -> tuple[Tensor | None, ...]:
         """The values of those fields."""
-        return tuple(getattr(self, name) for name in self.DIFFERENTIABLE)
+        return tuple([getattr(self, name) for name in self.DIFFERENTIABLE])
 
     @property
     def wanted(self) -> list[bool]:
         """Of a backward: which gradients are needed and belong to an argument that was given."""
         need: list[bool] = self.need  # type: ignore[attr-defined]
         return [value is not None and wants for value, wants in zip(self.differentiable, need, strict=True)]
+
+
+def new_gradients(call: Any, wanted: Sequence[bool]) -> list[Tensor]:
+    """Memory for the gradients of an experts' backward call: empty where they are not wanted, zeros without a pair."""
+    like = torch.empty_like if call.top_k_index.numel() else torch.zeros_like
+    dense = torch.contiguous_format
+    return [
+        like(value, memory_format=dense) if wants else call.grad.new_empty(0)
+        for value, wants in zip(call.differentiable, wanted, strict=True)
+    ]
 
 
 def define_differentiable(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.checks import check_range
+from mpoe_kernels.define import new_gradients
 from mpoe_kernels.hidden_experts.op import HiddenBackwardCall, HiddenCall
 from mpoe_kernels.hidden_experts.triton_kernels import hidden_blocks_kernel, hidden_rows_kernel
 from mpoe_kernels.routing.triton import SortedSlots, sort_slots, sum_choices
@@ -135,12 +136,9 @@ def forward(call: HiddenCall) -> Tensor:
 
 def backward(call: HiddenBackwardCall) -> tuple[Tensor, ...]:
     """See `HiddenBackwardCall`."""
-    u, index, (need_u, need_gates, *_, need_u_gate, _) = call.u, call.top_k_index, call.wanted
-    empty = torch.zeros if index.numel() == 0 else torch.empty
-    results = [
-        empty(value.shape, dtype=value.dtype, device=value.device) if wants and value is not None else u.new_empty(0)
-        for value, wants in zip(call.differentiable, call.wanted, strict=True)
-    ]
+    index, wanted = call.top_k_index, call.wanted
+    need_u, need_gates, *_, need_u_gate, _ = wanted
+    results = new_gradients(call, wanted)
     if index.numel() == 0:
         return tuple(results)
     slots, grad = sort_slots(index, call.num_experts), call.grad.contiguous()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.checks import check_range
+from mpoe_kernels.define import new_gradients
 from mpoe_kernels.neurons.op import NeuronBackwardCall, NeuronCall
 from mpoe_kernels.neurons.triton_kernels import (
     neurons_few_kernel,
@@ -265,18 +266,13 @@ def forward(call: NeuronCall) -> Tensor:
 
 def backward(call: NeuronBackwardCall) -> tuple[Tensor, ...]:
     """See `NeuronBackwardCall`."""
-    empty = torch.zeros if call.top_k_index.numel() == 0 else torch.empty
-    results = [
-        empty(value.shape, dtype=value.dtype, device=value.device)
-        if wants and value is not None
-        else call.x.new_empty(0)
-        for value, wants in zip(call.differentiable, call.wanted, strict=True)
-    ]
-    if call.top_k_index.numel() == 0 or not any(call.wanted):
+    wanted = call.wanted
+    results = new_gradients(call, wanted)
+    if call.top_k_index.numel() == 0 or not any(wanted):
         return tuple(results)
     this, grad = _Call(call), call.grad.contiguous()
     slots = sort_slots(this.index, this.experts)
-    need_x, need_gates, *of_weights = call.wanted
+    need_x, need_gates, *of_weights = wanted
     h, dvalue, dz, gate_parts = this.hidden(slots, grad)
     if need_x:
         products = [(dvalue, this.up), (dz, this.gate_up)]

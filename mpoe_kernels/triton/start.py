@@ -58,6 +58,10 @@ def start(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     Raises:
         BackendError: the device has too little of a resource (shared memory or registers) for the kernel.
     """
+    _start(kernel, grid, arguments)
+
+
+def _start(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
     if 0 in grid:
         return
     arguments["enable_fp_fusion"] = True
@@ -199,4 +203,5 @@ def start_best(
         if found is None and not is_traced():
             found = _FASTEST[problem] = _fastest(kernel, grid, ways, arguments)
         chosen = found or chosen
-    start(kernel, grid(chosen), **arguments, **chosen)
+    arguments.update(chosen)
+    _start(kernel, grid(chosen), arguments)

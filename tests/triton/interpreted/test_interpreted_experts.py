@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ from torch.library import opcheck
 
 from mpoe_kernels.hidden_experts import triton as hidden
 from mpoe_kernels.neurons import triton as neurons
+from mpoe_kernels.routing import triton as routing
 from mpoe_kernels.routing.triton import SortedSlots
 from mpoe_kernels.testing.launches import recorded
+from mpoe_kernels.triton import start
 from mpoe_kernels.triton.start import Tile
 from tests.cases import pairwise
 from tests.expert_problems import HiddenProblem, NeuronProblem
@@ -91,18 +94,60 @@ def test_a_row_of_nan_with_an_expert_stays_alone_on_every_tile(
         assert dirty["o"][7].isnan().all()
 
 
-@pytest.mark.parametrize("backward", [False, True])
-def test_every_program_says_that_its_rows_are_written(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever waits for one that does not would wait forever."""
-    turns: list[dict[str, torch.Tensor]] = []
-    made = SortedSlots.turns
-    monkeypatch.setattr(SortedSlots, "turns", lambda *given: turns.append(made(*given)) or turns[-1])
-    problem = HiddenProblem(tokens=37, experts=3, top_k=3, groups=2, none_share=0.3, gated=True, dtype=torch.float32)
-    hidden.backward(problem.backward_call()) if backward else hidden.forward(problem.call())
-    (found,) = turns
-    used = found["tickets"] > 0
-    assert used.any()
-    assert (found["done"] == used * 37 * 3).all()
+def tokens_of(call: Any, tokens: slice) -> Any:
+    """The same call for some of the tokens."""
+    rows = {name: getattr(call, name) for name in ("x", "u", "u_gate", "gates", "top_k_index") if hasattr(call, name)}
+    return replace(call, **{name: None if value is None else value[tokens] for name, value in rows.items()})
+
+
+ALONE = {
+    "on chip": (NeuronProblem, {"width": 70, "out": 20, "neurons": 40}),
+    "many neurons": (NeuronProblem, {"width": 20, "out": 24, "neurons": 140, "gated": True}),
+    "blocks": (HiddenProblem, {"groups": 1, "block": 24, "gated": True}),
+    "large blocks": (HiddenProblem, {"groups": 1, "block": 72, "with_bias": True}),
+}
+
+
+@pytest.mark.parametrize(("name", "dtype"), pairwise(list(ALONE), [torch.float32, torch.bfloat16]))
+def test_a_token_has_the_same_bits_alone_and_in_any_batch(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 300 tokens: sorted in one launch or two, on every tile; alone: not sorted, narrow tiles."""
+    kind, sizes = ALONE[name]
+    call, kernels = kind(tokens=300, experts=4, top_k=2, dtype=dtype, **sizes).call(), KERNELS[kind]
+    whole = kernels.forward(call)
+    for tokens in (slice(7, 8), slice(290, 300)):
+        assert torch.equal(kernels.forward(tokens_of(call, tokens)), whole[tokens])
+    monkeypatch.setattr(routing, "MOST_AT_ONCE", 0)
+    for tile in range(3):
+        monkeypatch.setattr(start, "_first", lambda ways, tile=tile: ways[min(tile, len(ways) - 1)])
+        monkeypatch.setattr(SortedSlots, "among", lambda _, tiles: tiles)
+        assert torch.equal(kernels.forward(call), whole), tile
+
+
+@of_each_kind
+def test_rows_of_pairs_that_do_not_fit_go_in_pieces(kind: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of as many columns as fit; the bits stay."""
+    sizes: dict[str, int] = {"groups": 4, "block": 5} if kind is HiddenProblem else {"width": 80, "out": 70}
+    problem = kind(tokens=40, experts=3, gated=True, with_bias=True, dtype=torch.float32, **sizes)
+    monkeypatch.setattr(hidden, "_share", lambda *_: 1)
+    whole = problem.computed("triton")
+    added: list[tuple[int, ...]] = []
+    kernel = routing.kernels.sum_choices_kernel
+    monkeypatch.setattr(routing, "MOST_ROWS", 1)
+
+    def note(*arguments: Any, **options: Any) -> None:
+        if arguments[0] is kernel:
+            added.append(options["rows"].shape)
+        plain(*arguments, **options)
+
+    plain = routing.start
+    monkeypatch.setattr(routing, "start", note)
+    found = problem.computed("triton")
+    assert len(added) > 4
+    assert max(columns for _, columns in added) < whole["o"].shape[1]
+    for name, value in found.items():
+        assert torch.equal(value, whole[name]), name
 
 
 @pytest.mark.parametrize("complete", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -138,17 +183,20 @@ def names(problem: Any, *need: bool) -> list[str]:
 def test_launches_of_the_hidden_side(per_group: bool, gated: bool) -> None:
     sizes: dict[str, Any] = {"tokens": 50, "experts": 8, "groups": 3, "block": 4}
     problem = HiddenProblem(**sizes, per_group=per_group, gated=gated, with_bias=True, dtype=torch.float32)
-    rows = ["sort_kernel", "hidden_rows_kernel"]
-    assert names(problem) == names(problem, True, False, False, False, False, True, False) == rows
-    assert names(problem, *[True] * 7) == [*rows, "hidden_blocks_kernel"]
+    rows = ["sort_kernel", "hidden_rows_kernel", "sum_choices_kernel"]
+    assert names(problem) == rows
+    sums = ["sum_choices_kernel"] * gated
+    assert names(problem, True, False, False, False, False, True, False) == [*rows, *sums]
+    assert names(problem, *[True] * 7) == [*rows, *sums, "hidden_blocks_kernel"]
+    assert names(problem, False, True, *[False] * 5) == rows[:2], "the gates' gradients are no rows"
     assert names(problem, False, False, True, True, True, False, True) == ["sort_kernel", "hidden_blocks_kernel"]
 
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_launches_of_neurons(gated: bool) -> None:
     problem = NeuronProblem(tokens=50, gated=gated, with_bias=True, dtype=torch.float32)
-    assert names(problem) == ["sort_kernel", "neurons_fused_kernel"]
-    rows = ["sort_kernel", "neurons_hidden_kernel", "neurons_rows_kernel"]
+    assert names(problem) == ["sort_kernel", "neurons_fused_kernel", "sum_choices_kernel"]
+    rows = ["sort_kernel", "neurons_hidden_kernel", "neurons_rows_kernel", "sum_choices_kernel"]
     assert names(NeuronProblem(tokens=50, neurons=200, gated=gated, dtype=torch.float32)) == rows
     assert names(problem, *[True] * 6) == [*rows, "neurons_weights_kernel"]
     assert names(problem, True, *[False] * 5) == rows
@@ -160,15 +208,36 @@ def test_no_token_is_no_launch(kind: type[Any]) -> None:
     assert names(kind(tokens=0)) == names(kind(tokens=0), *[True] * len(kind.NAMES)) == []
 
 
-def test_a_few_pairs_do_not_wait_for_one_another() -> None:
-    found = started(NeuronProblem(tokens=8, top_k=8, experts=64, dtype=torch.bfloat16))
-    assert [one.arguments["TOP_K"] for one in found] == [1, 1]
+def test_a_few_pairs_are_not_sorted() -> None:
+    """Two launches, with programs for a whole card."""
+    found = started(NeuronProblem(tokens=1, top_k=8, experts=64, width=768, out=768, neurons=64, dtype=torch.bfloat16))
+    assert [(one.name, one.grid) for one in found] == [
+        ("neurons_hidden_kernel", (8, 4)),
+        ("neurons_few_kernel", (1, 24)),
+    ]
+    hidden_side = HiddenProblem(tokens=8, top_k=8, groups=3, block=16, dtype=torch.bfloat16)
+    assert [one.grid for one in started(hidden_side)] == [(64, 3, 1), (2, 1)]
+
+
+@of_each_kind
+def test_one_choice_needs_no_sum(kind: type[Any]) -> None:
+    assert "sum_choices_kernel" not in names(kind(tokens=90, top_k=1, dtype=torch.float32))
+
+
+@pytest.mark.parametrize(("tokens", "least"), [(64, 0.45), (4096, 0.9)])
+def test_most_rows_of_tiles_are_in_use(tokens: int, least: float) -> None:
+    """64 experts, eight per token, chosen at random: more rows in a tile than slots of an expert would be idle."""
+    index = torch.rand(tokens, 64).topk(8).indices
+    slots = SortedSlots(torch.empty(66 + index.numel()), 64, 8)
+    counts = index.flatten().bincount(minlength=64)
+    rows = slots.among(neurons.TILES["fused"][2])[0].rows
+    assert index.numel() / (rows * (counts + rows - 1).div(rows, rounding_mode="floor").sum()) >= least
 
 
 def test_few_tokens_share_an_idle_device() -> None:
     """Programs for parts of the columns, each of which computes the hidden activations."""
     sizes: dict[str, Any] = {"top_k": 2, "experts": 8, "width": 256, "out": 4096, "neurons": 32, "none_share": 0.0}
-    calls = [started(NeuronProblem(tokens=tokens, dtype=torch.bfloat16, **sizes)) for tokens in (1, 4096)]
+    calls = [started(NeuronProblem(tokens=tokens, dtype=torch.bfloat16, **sizes)) for tokens in (33, 4096)]
     (_, parts), (tiles, one) = (each.grid for call in calls for each in call if each.name == "neurons_fused_kernel")
-    assert parts > 32
+    assert parts > 8
     assert (tiles > 128, one) == (True, 1)

@@ -9,9 +9,10 @@ import torch
 
 from mpoe_kernels import route
 from mpoe_kernels.routing import triton as routing
-from mpoe_kernels.routing.gating import MOST_GATED, gating_of
+from mpoe_kernels.routing.gating import MOST_GATED, Gating, gates_of, gating_on_gpu
 from mpoe_kernels.routing.op import CombineBackwardCall
 from tests.assertions import poisoned_memory
+from tests.cases import pairwise
 from tests.routing_problem import check_route, check_rows
 
 CASES = [
@@ -40,23 +41,79 @@ def test_route_equals_loops(
     check_route(index, experts, capacity, mask, backend="triton")
 
 
-@pytest.mark.parametrize("raw", [False, True])
-@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(0, 4, 2), (1, 1, 1), (37, 5, 3), (3, 1000, 16)])
-def test_gate(tokens: int, experts: int, top_k: int, raw: bool) -> None:
-    logits = torch.randn(tokens, experts)
+def decided(x: torch.Tensor, weight: torch.Tensor, top_k: int, raw: bool = True, scale: float = 1.0) -> Gating:
     with poisoned_memory():
-        found = gating_of(logits, top_k, raw, "triton")
+        found = gating_on_gpu(x, weight, top_k, raw, scale, "triton")
     assert found is not None
-    weights, index = logits.softmax(-1).topk(top_k)
-    assert torch.equal(found.top_k_index, index)
-    torch.testing.assert_close(found.top_k_weights, weights if raw else weights / weights.sum(-1, keepdim=True))
+    return found
+
+
+DTYPES = [
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.float16, torch.float32),
+    (torch.float32, torch.float32),
+]
+GATES = [(0, 4, 2), (1, 1, 1), (37, 5, 3), (3, 1000, 16), (5, 8, 1)]  # tokens, experts, top_k
+
+
+@pytest.mark.parametrize(("dtypes", "sizes", "raw"), pairwise(DTYPES, GATES, [False, True]))
+def test_gates_and_gradients(
+    dtypes: tuple[torch.dtype, torch.dtype], sizes: tuple[int, int, int], raw: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against float64, of logits that are the sum of several parts of the width; with a gradient of the logits, of the
+    gates, and of both."""
+    monkeypatch.setattr(routing, "PART_OF_WIDTH", 64)
+    tokens, experts, top_k = sizes
+    x = torch.randn(tokens, 130).to(dtypes[0]).requires_grad_()
+    weight = (torch.randn(experts, 130) / 11).to(dtypes[1]).requires_grad_()
+    found = decided(x, weight, top_k, raw, 2.5)
+    wide = [leaf.detach().double().requires_grad_() for leaf in (x, weight)]
+    logits = wide[0] @ wide[1].t()
+    gates = gates_of(logits, found.top_k_index, raw, 2.5)
+    assert torch.equal(found.top_k_index, logits.topk(top_k).indices)
+    torch.testing.assert_close(found.logits.double(), logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.top_k_weights.double(), gates, rtol=1e-5, atol=1e-5)
+    grads = torch.randn(tokens, experts), torch.randn(tokens, top_k)
+    close = [1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps for dtype in dtypes]
+    for used in ((0, 1), (0,), (1,)):
+        outs, given = [[values[i] for i in used] for values in ((found.logits, found.top_k_weights), grads)]
+        with poisoned_memory():
+            actual = torch.autograd.grad(outs, (x, weight), given, retain_graph=True)
+        assert tuple(value.dtype for value in actual) == dtypes
+        true = [(logits, gates)[i] for i in used]
+        wanted = torch.autograd.grad(true, wide, [grad.double() for grad in given], retain_graph=True)
+        for value, truth, most in zip(actual, wanted, close, strict=True):
+            scale = truth.abs().max().item() if truth.numel() else 1.0
+            torch.testing.assert_close(value.double(), truth, rtol=most, atol=most * scale + 1e-9)
+
+
+def test_gradients_of_gates_have_gradients() -> None:
+    x, weight = torch.randn(3, 6, requires_grad=True), torch.randn(5, 6, requires_grad=True)
+
+    def first_derivative(gate) -> torch.Tensor:
+        (found,) = torch.autograd.grad(gate().square().sum(), x, create_graph=True)
+        return torch.autograd.grad(found.square().sum(), weight)[0]
+
+    index = decided(x, weight, 2).top_k_index
+    actual = first_derivative(lambda: decided(x, weight, 2).top_k_weights)
+    torch.testing.assert_close(actual, first_derivative(lambda: gates_of(x @ weight.t(), index, True, 1.0)))
+
+
+def test_logits_of_a_token_do_not_depend_on_its_batch() -> None:
+    x, weight = torch.randn(40, 700).bfloat16(), torch.randn(70, 700)
+    whole = decided(x, weight, 2)
+    for tokens in (slice(5, 6), slice(3, 20)):
+        alone = decided(x[tokens], weight, 2)
+        for value, of_all in zip(alone, whole, strict=True):
+            assert torch.equal(value, of_all[tokens])
 
 
 def test_gate_of_ties_infinities_and_nan() -> None:
     infinite, nan = float("inf"), float("nan")
     logits = torch.tensor([[1.0, 1, 1, 0, 1], [-infinite, -infinite, 2, -infinite, 3], [0, nan, 1, 2, 3]])
-    found = gating_of(logits, 3, True, "triton")
-    assert found is not None
+    found = routing.gate(logits[None], 3, True, 1.0)
     assert found.top_k_index[:2].tolist() == [[0, 1, 2], [4, 2, 0]]
     assert found.top_k_index[2].unique().numel() == 3
     assert found.top_k_index[2].max() < 5
@@ -64,42 +121,41 @@ def test_gate_of_ties_infinities_and_nan() -> None:
     assert found.top_k_weights[:2].isfinite().all()
 
 
-def test_what_one_launch_does_not_gate() -> None:
-    assert gating_of(torch.zeros(1, MOST_GATED + 1), 1, True, "triton") is None
-    assert gating_of(torch.zeros(1, 4, requires_grad=True), 1, True, "triton") is None
-    assert gating_of(torch.zeros(1, 4, dtype=torch.float64), 1, True, "triton") is None
-    assert gating_of(torch.zeros(1, 4), 1, True) is None
+def test_what_is_not_gated_in_two_launches() -> None:
+    x, weight = torch.zeros(1, 6), torch.zeros(4, 6)
+
+    def gated(x: torch.Tensor, weight: torch.Tensor, backend: str | None = "triton") -> Gating | None:
+        return gating_on_gpu(x, weight, 1, True, 1.0, backend)
+
+    assert gated(x, weight) is not None
+    assert gated(x, torch.zeros(MOST_GATED + 1, 6)) is None
+    assert gated(x.double(), weight) is None
+    assert gated(x, weight.double()) is None
+    assert gated(x, weight, None) is None
 
 
-@pytest.mark.parametrize("most", [1000, 0])
+@pytest.mark.parametrize(("most", "blocks"), [(1000, 512), (0, 512), (0, 0)])
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 1, 1), (40, 5, 3), (100, 70, 2)])
-def test_slots_sorted_by_choice_and_expert(
-    tokens: int, experts: int, top_k: int, most: int, monkeypatch: pytest.MonkeyPatch
+def test_slots_sorted_by_expert(
+    tokens: int, experts: int, top_k: int, most: int, blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one launch or several; -1 and numbers past the last expert are none, which come last."""
+    """In one launch, two or several; -1 and numbers past the last expert are none, which come last."""
     monkeypatch.setattr(routing, "MOST_AT_ONCE", most)
+    monkeypatch.setattr(routing, "MOST_BLOCKS", blocks)
     monkeypatch.setattr(routing, "SORT_BLOCK", 32)
+    monkeypatch.setattr(routing, "BLOCK", 32)
+    monkeypatch.setattr(routing, "COUNTED", 256)
     index = torch.randint(-1, experts + 2, (tokens, top_k))
     index[0, 0] = experts - 1
-    key = index.masked_fill((index < 0) | (index >= experts), experts)
+    keys = index.masked_fill((index < 0) | (index >= experts), experts).flatten()
     with poisoned_memory():
         found = routing.sort_slots(index, experts)
-    for choice, keys in enumerate(key.T):
-        here = slice(choice * tokens, (choice + 1) * tokens)
-        assert torch.equal(found.pair_of_slot[here], keys.argsort(stable=True) * top_k + choice)
-        begins = [choice * tokens + int((keys < e).sum()) for e in range(experts + 1)]
-        assert found.offsets[choice * (experts + 1) :][: experts + 1].tolist() == begins
-    assert found.offsets[-1] == tokens * top_k
+    assert found.pairs == tokens * top_k
+    assert torch.equal(found.order[experts + 2 :].long(), keys.argsort(stable=True))
+    assert found.order[: experts + 2].tolist() == [int((keys < e).sum()) for e in range(experts + 2)]
+    sizes = keys.bincount(minlength=experts + 1)
     for rows in (1, 16):
-        sizes = found.offsets.diff().view(top_k, -1)
-        assert ((sizes + rows - 1) // rows).sum(1).max() * top_k <= found.tiles(rows)
-
-
-def test_sums_of_many_choices_are_of_float32() -> None:
-    """Each of their additions would round to 16 bits."""
-    out = torch.empty(2, 3, dtype=torch.bfloat16)
-    for top_k, dtype in ((2, torch.bfloat16), (3, torch.float32)):
-        assert routing.sort_slots(torch.zeros(2, top_k, dtype=torch.int64), 1).sums(out).dtype == dtype
+        assert ((sizes + rows - 1) // rows).sum() <= found.tiles(rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,14 +1,11 @@
-"""Which of a kernel's tiles a launch takes: the fastest, or without timing the first."""
+"""Which of a kernel's tiles a launch takes: the fastest for such a problem, or without timing the first."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
-from typing import Any
 
 import pytest
 import torch
-import triton
 
 from mpoe_kernels.hidden_experts import triton as hidden
 from mpoe_kernels.neurons import triton as neurons
@@ -23,48 +20,71 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Where the interpreter may time, every run takes less time than the one before; the numbers of runs."""
     runs: list[int] = []
 
-    def bench(call: Callable[[], object], quantiles: object) -> list[float]:
-        call()
+    def milliseconds(run: Callable[[], None]) -> float:
+        run()
         runs.append(len(runs))
-        return [1.0 / len(runs)] * 3
+        return 1.0 / len(runs)
 
     monkeypatch.delenv(start.SETTING, raising=False)
     monkeypatch.setattr(start, "in_interpreter", lambda: False)
-    monkeypatch.setattr(triton, "autotune", partial(triton.autotune, do_bench=bench))
+    monkeypatch.setattr(start, "_milliseconds", milliseconds)
+    monkeypatch.setattr(start, "_FASTEST", {})
     monkeypatch.setattr(hidden, "TILES", dict.fromkeys(hidden.TILES, dict.fromkeys((2, 4), (*TILES, TILES[0]))))
-    start._tuner.cache_clear()
     return runs
 
 
-def forward(tokens: int = 40) -> torch.Tensor:
-    problem = HiddenProblem(tokens=tokens, experts=1, groups=1, dtype=torch.float32)
+def forward(tokens: int = 40, **sizes: int) -> torch.Tensor:
+    problem = HiddenProblem(tokens=tokens, experts=1, groups=1, dtype=torch.float32, **sizes)
     return hidden.forward(problem.call())
 
 
-def test_the_fastest_tile_is_kept(timed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    tuners: list[Any] = []
-    made = start._tuner.__wrapped__
-    monkeypatch.setattr(start, "_tuner", lru_cache(lambda *key: tuners.append(made(*key)) or tuners[-1]))
+def test_the_fastest_tile_is_kept(timed: list[int]) -> None:
     first = forward()
     assert timed == [0, 1]
     assert torch.equal(forward(), first)
     assert timed == [0, 1]
-    (tuner,) = tuners
-    assert tuner.best_config.kwargs["BM"] == 32
+    assert [way["BM"] for way in start._FASTEST.values()] == [32]
 
 
-def test_products_and_sums_are_fused_on_the_timed_way_too(timed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    fused: list[bool] = []
-    run = triton.runtime.Autotuner.run
+def test_widths_experts_and_powers_of_two_of_tokens_choose_for_themselves(timed: list[int]) -> None:
+    forward(40)
+    forward(60)
+    assert len(timed) == 2, "the same power of two"
+    forward(70)
+    assert len(timed) == 4
+    forward(40, block=8)
+    assert len(timed) == 6
+    assert len(start._FASTEST) == 3
 
-    def record(tuner: Any, *arguments: Any, **options: Any) -> Any:
-        fused.append(options["enable_fp_fusion"])
-        return run(tuner, *arguments, **options)
 
-    monkeypatch.setattr(triton.runtime.Autotuner, "run", record)
+def test_a_captured_graph_takes_what_was_timed_before(timed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     forward()
-    assert fused
-    assert all(fused)
+    rows: list[int] = []
+    launch = start._launch
+    monkeypatch.setattr(start, "_launch", lambda k, g, a: rows.append(a.get("BM", 0)) or launch(k, g, a))
+    monkeypatch.setattr(start, "is_traced", lambda: True)
+    forward()
+    assert rows[1] == 32
+    forward(200)
+    assert rows[4] == 16, "of what was not timed the first"
+    assert timed == [0, 1]
+
+
+def test_a_tile_that_does_not_fit_is_passed_over(timed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = start._launch
+
+    def refuse(kernel, grid, arguments) -> None:
+        if arguments.get("BM") in refused:
+            raise start.OutOfResources(262144, 101376, "shared memory")
+        launch(kernel, grid, arguments)
+
+    monkeypatch.setattr(start, "_launch", refuse)
+    refused = [32]
+    forward()
+    assert [way["BM"] for way in start._FASTEST.values()] == [16]
+    refused += [16]
+    with pytest.raises(start.BackendError, match="it needs 262144 of shared memory"):
+        forward(90)
 
 
 @pytest.mark.parametrize("why", ["deterministic", "setting", "ranks", "captured"])
@@ -83,9 +103,12 @@ def test_nothing_is_timed_where_results_must_not_depend_on_a_clock(
     assert timed == []
 
 
-def test_no_tile_of_a_kernel_changes_the_number_of_parts() -> None:
-    """Partial results are allocated before the tile is known."""
-    for table in (hidden.TILES, neurons.TILES):
+def test_tiles_of_a_kernel_share_the_order_of_sums_and_the_number_of_parts() -> None:
+    """Partial results are allocated before the tile is known, and a token's bits must not depend on it."""
+    for table in (hidden.TILES, hidden.LARGE_TILES, neurons.TILES):
         for kernel, by_size in table.items():
             for tiles in by_size.values():
-                assert len({tile.columns for tile in tiles}) == 1 or kernel == "weights"
+                assert len({(tile.columns, tile.inner) for tile in tiles}) == 1 or kernel == "weights"
+    for size in (2, 4):
+        for same in (("fused", "hidden", "few hidden"), ("rows", "few rows")):
+            assert len({neurons.TILES[kernel][size][0].inner for kernel in same}) == 1

@@ -96,7 +96,8 @@ def test_every_tile_of_experts_is_compiled(architecture: str, dtype: torch.dtype
         found = {(x.name, x.arguments["BM"], x.arguments["num_warps"]) for x in started if "BM" in x.arguments}
         for table in tables[family]:
             for kernel, tiles in table.items():
-                name = f"{family}_{'rows' if kernel == 'forward' else kernel}_kernel"
+                special_names = {"forward": "rows", "few hidden": "hidden", "few rows": "few"}
+                name = f"{family}_{special_names.get(kernel, kernel)}_kernel"
                 special = kernel == "blocks" and architecture in hidden.IN_REGISTERS and dtype == torch.bfloat16
                 for tile in [hidden.SMALL_TILE] if special else tiles[dtype.itemsize]:
                     assert (name, tile.rows, tile.warps) in found
@@ -152,6 +153,20 @@ def test_jobs_are_what_triton_would_specialise() -> None:
     assert job.options == (("num_warps", 4),)
     with pytest.raises(TypeError, match="a must be a tensor, an integer or a float; got str"):
         job_of(Launch(planted_kernels.product_kernel, (1,), {**arguments, "a": "x"}), "sm_90")
+
+
+def test_numbers_that_grow_with_the_tokens_are_not_specialised() -> None:
+    """One kernel for 1, 16 and 17 tokens, as a captured graph needs."""
+    jobs = set()
+    for tokens in (1, 16, 17):
+        rows = torch.empty(tokens * 2, 64, dtype=torch.bfloat16, device="meta")
+        with recorded("sm_90") as found:
+            routing.sum_choices([rows.new_empty(tokens, 64)], 2, 16, lambda *_: None)
+        jobs |= {job_of(launch, "sm_90") for launch in found}
+    (job,) = jobs
+    assert dict(job.signature)["tokens"] == "i32"
+    assert "tokens" not in job.aligned
+    assert "last" in job.aligned
 
 
 @pytest.fixture

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from mpoe_kernels import BackendError, backend_reasons, use_backend
+from mpoe_kernels.backends import BACKENDS, Request
 from mpoe_kernels.signatures import ARGUMENTS
 from mpoe_kernels.triton import architecture
 from tests.assertions import refuses
@@ -51,6 +53,28 @@ def test_without_triton(forgetful: pytest.MonkeyPatch) -> None:
     for op in OPS:
         refuses(BackendError, "the package triton is not installed", run_on_triton, op)
     refuses(BackendError, "cannot run here: the package triton is not installed", use_backend("triton").__enter__)
+
+
+@pytest.mark.parametrize(("name", "reasons"), [("gfx942:sramecc+:xnack-", 0), ("gfx90a:sramecc+", 1), ("gfx1100", 1)])
+def test_of_amds_cards_others_than_the_mi300_are_refused_by_name(
+    name: str, reasons: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their matrix instructions differ, and no kernel was compiled for them."""
+    card = SimpleNamespace(gcnArchName=name, name="Radeon", multi_processor_count=96)
+    for where, attribute, value in (
+        (torch.version, "hip", "6.4"),
+        (torch.cuda, "get_device_properties", lambda _: card),
+        (architecture, "gpu_available", lambda: True),
+        (architecture, "triton_reasons", lambda: ()),
+    ):
+        monkeypatch.setattr(where, attribute, value)
+    for cached in (architecture.card_reasons, architecture._gpu, architecture._gpu_architecture):
+        monkeypatch.setattr(architecture, cached.__name__, cached.__wrapped__)
+    request = Request("neuron_experts", "cuda:0", torch.bfloat16)
+    message = f"of AMD's cards it runs on gfx942, not on {name.partition(':')[0]} (Radeon)"
+    assert BACKENDS["triton"].unsupported_reasons(request) == [message] * reasons
+    if not reasons:
+        assert architecture.target_of(torch.device("cuda:0")).architecture == "gfx942"
 
 
 @pytest.mark.parametrize("found", ["3.5.1", "2.3.0+rocm6", "3.5.0.dev20250101"])

@@ -38,6 +38,7 @@ from mpoe_kernels.linear import triton as linear_triton
 from mpoe_kernels.linear.ffn import placed_mpo_linear
 from mpoe_kernels.linear.triton import MOST_EXPERTS
 from mpoe_kernels.routing import triton as routing
+from mpoe_kernels.routing import triton_gates as gates_of_router
 from mpoe_kernels.testing.launches import Launch, recorded
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -239,9 +240,11 @@ def run_routing(experts: int, tokens: int, top_k: int, width: int, dtype: torch.
         weight = _integers(experts, width, dtype=torch.float32)
         x = _integers(tokens, width, dtype=dtype)
         for of_router in (weight, weight.to(dtype)):
-            decided = routing.gate(routing.router_logits(x, of_router), top_k, raw, 1.0)
+            decided = gates_of_router.gate(gates_of_router.router_logits(x, of_router), top_k, raw, 1.0)
         for dlogits in (None, decided.logits):
-            routing.gate_backward(decided, dlogits, decided.top_k_weights, raw, 1.0, in_parts=dtype == torch.bfloat16)
+            gates_of_router.gate_backward(
+                decided, dlogits, decided.top_k_weights, raw, 1.0, in_parts=dtype == torch.bfloat16
+            )
     limits = (tokens * top_k // experts + 1, _integers(tokens, dtype=torch.bool)) if limited else (None, None)
     where = route(_integers(tokens, top_k), experts, *limits, backend="triton")
     _called(dispatch, _leaf(tokens, width, dtype=dtype), where)

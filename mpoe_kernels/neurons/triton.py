@@ -30,7 +30,7 @@ from mpoe_kernels.neurons.triton_kernels import (
 )
 from mpoe_kernels.routing.triton import SortedSlots, sort_slots, sum_choices
 from mpoe_kernels.triton import architecture
-from mpoe_kernels.triton.start import Tile, cdiv, fitted, power_of_two, precision, start, start_best
+from mpoe_kernels.triton.start import Options, Tile, cdiv, fitted, power_of_two, precision, start, start_best
 
 FEW = 64  # pairs that are not sorted: at most one tile of 16 rows for each, as sorted ones of 64 experts mostly have
 ON_CHIP = {2: 128, 4: 64}  # bytes of an element -> most neurons of an expert that stay on chip
@@ -91,7 +91,7 @@ class _Call:
         """Whether all neurons of an expert are computed by one program."""
         return self.neurons <= ON_CHIP[self.size]
 
-    def _ways(self, kernel: str, slots: SortedSlots, columns: int, inner: int) -> Sequence[dict[str, int]]:
+    def _ways(self, kernel: str, slots: SortedSlots, columns: int, inner: int) -> Sequence[Options]:
         return fitted(tuple(slots.among(TILES[kernel][self.size])), columns, inner)
 
     def few(self) -> Tensor:

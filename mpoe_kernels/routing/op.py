@@ -25,16 +25,17 @@ from mpoe_kernels.routing.cuda import RoutingKernels
 from mpoe_kernels.signatures import MOST_EXPERTS, MOST_PAIRS
 
 OPS = ("route", "dispatch", "dispatch_backward", "combine", "combine_backward")
-GATING = ("router_logits", "gate", "gate_backward")  # of `mpoe_kernels.routing.gating`, where there are any
+GATING = ("router_logits", "gate", "gate_backward")  # of `mpoe_kernels.routing.gating`
 KERNELS = {
     "native": native,
     "eager": eager,
-    "triton": lazily("mpoe_kernels.routing.triton", *OPS, *GATING),
+    "triton": lazily("mpoe_kernels.routing.triton", *OPS),
     "cuda": RoutingKernels(CUDA_OPS),
 }
-FUNCTIONS = {op: op for op in (*OPS, *GATING)}
+FUNCTIONS = {op: op for op in OPS}
 for _backend, _kernels in KERNELS.items():
     add_kernels(_backend, _kernels, FUNCTIONS)
+add_kernels("triton", lazily("mpoe_kernels.routing.triton_gates", *GATING), {name: name for name in GATING})
 
 
 @dataclass(frozen=True)

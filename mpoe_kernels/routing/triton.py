@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.routing import triton_kernels as kernels
-from mpoe_kernels.routing.gating import Gating
 from mpoe_kernels.routing.op import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
 from mpoe_kernels.triton.start import Tile, cdiv, power_of_two, start
 
@@ -19,12 +18,8 @@ MOST_AT_ONCE = 4096  # pairs sorted by one launch, in which every expert's progr
 MOST_BLOCKS = 512  # of pairs that two launches sort, in which a program reads the counts of them all
 COUNTED = 4096  # counts that it holds at once
 MOST_ROWS = 1 << 28  # bytes of pairs' rows that wait for their sum at once
-GATED = 2048  # logits of one program
 SORT_BLOCK = 1024  # pairs that it reads at once
 CHUNK, PART = 32, 128  # blocks and keys whose counts a program of the prefix holds at once
-PART_OF_WIDTH = 512  # of a part of the logits: one token's parts fill as many multiprocessors as its width allows
-LOGITS = {"BM": 32, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 2}
-LOGITS_FEW = LOGITS | {"BM": 16, "BN": 32}
 ROWS = {"BM": 16, "BN": 128, "num_warps": 4}
 SUMMED = {"BM": 4, "BN": 512, "num_warps": 4}  # where a program sums over a row
 
@@ -83,93 +78,6 @@ def sort_pairs(
     count(by_choice=False)
     start(kernels.scatter_kernel, (blocks,), **given, **found)
     return offsets, token_of_slot, slot_of_token
-
-
-def router_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """``x weight^T [T, E]`` in parts ``[P, T, E]`` float32, which `gate` adds; P depends on the width alone. One launch
-    for 16-bit tokens and a weight of their dtype, or bfloat16 ones and a float32 weight."""
-    tokens, width, experts = *x.shape, weight.shape[0]
-    if (
-        x.dtype == torch.float32
-        or weight.dtype not in (x.dtype, torch.float32)
-        or (
-            x.dtype == torch.float16 and weight.dtype == torch.float32  # whose last digits float16 cannot hold
-        )
-    ):
-        return torch.mm(x.float(), weight.float().t())[None]
-    parts = x.new_empty(cdiv(width, PART_OF_WIDTH), tokens, experts, dtype=torch.float32)
-    tile = LOGITS_FEW if tokens <= LOGITS_FEW["BM"] else LOGITS
-    start(
-        kernels.logits_kernel,
-        (cdiv(tokens, tile["BM"]), cdiv(experts, tile["BN"]), parts.shape[0]),
-        x=x.contiguous(),
-        weight=weight.contiguous(),
-        parts=parts,
-        tokens=tokens,
-        width=width,
-        share=PART_OF_WIDTH,
-        EXPERTS=experts,
-        **tile,
-    )
-    return parts
-
-
-def _gated(tokens: int, experts: int, top_k: int) -> tuple[tuple[int], dict[str, int]]:
-    """Grid and options of the gates' kernels."""
-    scan = power_of_two(max(2, experts))
-    rows = max(1, min(16, GATED // scan))
-    options = {"EXPERTS": experts, "TOP_K": top_k, "SCAN": scan, "KP": power_of_two(top_k), "BM": rows}
-    return (cdiv(tokens, rows),), {**options, "num_warps": 4}
-
-
-def gate(parts: Tensor, top_k: int, raw: bool, scale: float) -> Gating:
-    """From parts of logits ``[P, T, E]``. One launch. ``raw``: gates are probabilities, otherwise they sum to 1; both
-    times ``scale``."""
-    count, tokens, experts = parts.shape
-    logits = parts[0] if count == 1 else parts.new_empty(tokens, experts)
-    weights, index = parts.new_empty(tokens, top_k), parts.new_empty(tokens, top_k, dtype=torch.int64)
-    grid, options = _gated(tokens, experts, top_k)
-    start(
-        kernels.gate_kernel,
-        grid,
-        parts=parts,
-        logits=None if count == 1 else logits,
-        weights=weights,
-        index=index,
-        tokens=tokens,
-        scale=scale,
-        PARTS=count,
-        RAW=raw,
-        **options,
-    )
-    return Gating(logits, index, weights)
-
-
-def gate_backward(
-    decided: Gating, dlogits: Tensor | None, dweights: Tensor | None, raw: bool, scale: float, in_parts: bool
-) -> tuple[Tensor, Tensor]:
-    """The gradient of the logits ``[T, E]`` from those of both results, of which one may be missing, and its bfloat16
-    parts ``[T, 3 E]``, empty unless ``in_parts``. One launch."""
-    logits, index = decided.logits, decided.top_k_index
-    (tokens, experts), top_k = logits.shape, index.shape[1]
-    found = logits.new_empty(tokens, experts)
-    parts = logits.new_empty((tokens, 3 * experts) if in_parts else 0, dtype=torch.bfloat16)
-    grid, options = _gated(tokens, experts, top_k)
-    start(
-        kernels.gate_backward_kernel,
-        grid,
-        logits=logits,
-        index=index,
-        dweights=None if dweights is None else dweights.contiguous(),
-        given=None if dlogits is None else dlogits.contiguous(),
-        dlogits=found,
-        parts=parts if in_parts else None,
-        tokens=tokens,
-        scale=scale,
-        RAW=raw,
-        **options,
-    )
-    return found, parts
 
 
 class SortedSlots(NamedTuple):

@@ -75,7 +75,7 @@ def _start(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> Non
         ) from error
 
 
-Options = dict[str, int]  # constants, ``num_warps`` and ``num_stages`` of a launch
+Options = Mapping[str, int]  # constants, ``num_warps`` and ``num_stages`` of a launch
 
 
 class Tile(NamedTuple):

@@ -9,6 +9,7 @@ import torch
 
 from mpoe_kernels import route
 from mpoe_kernels.routing import triton as routing
+from mpoe_kernels.routing import triton_gates
 from mpoe_kernels.routing.gating import MOST_GATED, Gating, gates_of, gating_on_gpu
 from mpoe_kernels.routing.op import CombineBackwardCall
 from tests.assertions import poisoned_memory
@@ -64,7 +65,7 @@ def test_gates_and_gradients(
 ) -> None:
     """Against float64, of logits that are the sum of several parts of the width; with a gradient of the logits, of the
     gates, and of both."""
-    monkeypatch.setattr(routing, "PART_OF_WIDTH", 64)
+    monkeypatch.setattr(triton_gates, "PART_OF_WIDTH", 64)
     tokens, experts, top_k = sizes
     x = torch.randn(tokens, 130).to(dtypes[0]).requires_grad_()
     weight = (torch.randn(experts, 130) / 11).to(dtypes[1]).requires_grad_()
@@ -113,7 +114,7 @@ def test_logits_of_a_token_do_not_depend_on_its_batch() -> None:
 def test_gate_of_ties_infinities_and_nan() -> None:
     infinite, nan = float("inf"), float("nan")
     logits = torch.tensor([[1.0, 1, 1, 0, 1], [-infinite, -infinite, 2, -infinite, 3], [0, nan, 1, 2, 3]])
-    found = routing.gate(logits[None], 3, True, 1.0)
+    found = triton_gates.gate(logits[None], 3, True, 1.0)
     assert found.top_k_index[:2].tolist() == [[0, 1, 2], [4, 2, 0]]
     assert found.top_k_index[2].unique().numel() == 3
     assert found.top_k_index[2].max() < 5

@@ -84,8 +84,9 @@ def launches(layer: nn.Module, model: int, training: bool, architecture: str) ->
 
 
 def _rows(a: dict[str, Any]) -> float:
-    """Slots of an expert, of one choice where they are sorted by choice."""
-    return TOKENS / a["EXPERTS"]
+    """Slots of an expert, of all choices where pairs are sorted."""
+    pairs = TOKENS if a.get("order") is None else a["order"].shape[0] - a["EXPERTS"] - 2
+    return pairs / a["EXPERTS"]
 
 
 def _parts(a: dict[str, Any]) -> int:
@@ -104,23 +105,28 @@ _WEIGHTS = ("NEED_UP", "NEED_DOWN", "NEED_GATE_UP", "NEED_BIAS")
 # Kernel -> how often its loops run (see `executed`), of the launch's arguments and its grid.
 TRIPS: dict[str, Callable[[dict[str, Any], tuple[int, ...]], Sequence[float]]] = {
     "prefix_kernel": lambda a, _: (a["blocks"] / a["CHUNK"],),
-    "sort_kernel": lambda a, _: 2 * (cdiv(a["tokens"], a["BLOCK"]),),
+    "sort_kernel": lambda a, _: 2 * (cdiv(a["slots"], a["BLOCK"]),),
+    "order_kernel": lambda a, g: (cdiv(g[0], a["CHUNK"]),),
+    "logits_kernel": lambda a, _: (cdiv(min(a["share"], a["width"]), a["BK"]),),
     "combine_backward_kernel": lambda a, _: (cdiv(a["F"], a["BN"]),),
     "grouped_rows_kernel": lambda a, _: (cdiv(a["K"], a["BK"]),),
     "grouped_blocks_kernel": lambda a, _: (_rows(a) * a["P"] / _parts(a) / a["BK"],),
     "grouped_sum_kernel": lambda a, _: divmod(_parts(a), 4),  # the compiler unrolls the loop
     "fused_kernel": lambda a, _: (cdiv(a["K_SIZES"][2], a["KR"]), cdiv(a["K_SIZES"][0], a["KL"]) * a["K_SIZES"][1]),
     "gradient_kernel": lambda a, g: (_steps(a, g[1]), TOKENS / g[2] / a["BT"]),
-    # Waits for earlier choices count once, loops for tokens without an expert not at all.
-    "neurons_fused_kernel": lambda a, _: (1, 0, cdiv(a["width"], a["BK"]), 1, cdiv(a["columns"], a["BK"])),
+    # Loops for tokens without an expert count not at all.
+    "neurons_fused_kernel": lambda a, g: (
+        0,
+        cdiv(a["width"], a["BK"]),
+        cdiv(cdiv(a["last"] - a["first"], a["BK"]), g[1]),
+    ),
     "neurons_hidden_kernel": lambda a, _: [cdiv(a[n], a["BK"]) for n in ("width", "out_width")[: 1 + a["BACKWARD"]]],
-    "neurons_rows_kernel": lambda a, _: (1, cdiv(a["neurons"], a["BK"]), 1),
-    # Loops over choices and slots for each of the gradients; a program runs one of the four, or none.
-    "neurons_weights_kernel": lambda a, _: [
-        each for name in _WEIGHTS if a[name] for each in (a["TOP_K"] / 4, math.ceil(_rows(a) / a["BK"]))
-    ],
-    "hidden_rows_kernel": lambda a, _: (1, 0, 0, a["share"]),
-    "hidden_blocks_kernel": lambda a, _: (a["share"], a["TOP_K"], math.ceil(_rows(a) / a["BM"])),
+    "neurons_rows_kernel": lambda a, _: (1 + a["GATED"]) * (cdiv(a["neurons"], a["BK"]),),
+    "neurons_few_kernel": lambda a, _: (a["TOP_K"], cdiv(a["neurons"], a["BK"])),
+    # A loop over slots for each of the gradients; a program runs one of the four, or none.
+    "neurons_weights_kernel": lambda a, _: [math.ceil(_rows(a) / a["BK"]) / 4 for name in _WEIGHTS if a[name]],
+    "hidden_rows_kernel": lambda a, _: (0, a["share"]),
+    "hidden_blocks_kernel": lambda a, _: (a["share"], math.ceil(_rows(a) / a["BM"])),
 }
 # Kernels with a program for every tile of BM rows of an expert; the grid has more, which return at once.
 TILED = {"neurons_fused_kernel", "neurons_hidden_kernel", "neurons_rows_kernel"}
@@ -135,7 +141,7 @@ def busy_programs(launch: Launch) -> float:
     if launch.name not in TILED:
         return programs
     columns = launch.grid[0] / (cdiv(TOKENS, a["BM"]) + a["EXPERTS"] + 1) if launch.name == "fused_kernel" else 1
-    tiles = a.get("TOP_K", 1) * a["EXPERTS"] * math.ceil(_rows(a) * a.get("P", 1) / a["BM"])
+    tiles = a["EXPERTS"] * math.ceil(_rows(a) * a.get("P", 1) / a["BM"])
     return programs / launch.grid[0] * columns * min(launch.grid[0], tiles)
 
 

@@ -104,9 +104,10 @@ def _steps(a: dict[str, Any], parts: int) -> float:
 _WEIGHTS = ("NEED_UP", "NEED_DOWN", "NEED_GATE_UP", "NEED_BIAS")
 # Kernel -> how often its loops run (see `executed`), of the launch's arguments and its grid.
 TRIPS: dict[str, Callable[[dict[str, Any], tuple[int, ...]], Sequence[float]]] = {
-    "prefix_kernel": lambda a, _: (a["blocks"] / a["CHUNK"],),
+    "histogram_kernel": lambda a, _: (a["size"] / a["BLOCK"],),
+    "drop_kernel": lambda a, g: (cdiv(g[0], a["CHUNK"]), a["size"] / a["BLOCK"]),
+    "scatter_kernel": lambda a, g: (cdiv(g[0], a["CHUNK"]), a["size"] / a["BLOCK"]),
     "sort_kernel": lambda a, _: 2 * (cdiv(a["slots"], a["BLOCK"]),),
-    "order_kernel": lambda a, g: (cdiv(g[0], a["CHUNK"]),),
     "logits_kernel": lambda a, _: (cdiv(min(a["share"], a["width"]), a["BK"]),),
     "combine_backward_kernel": lambda a, _: (cdiv(a["F"], a["BN"]),),
     "grouped_rows_kernel": lambda a, _: (cdiv(a["K"], a["BK"]),),

@@ -15,11 +15,10 @@ from mpoe_kernels.triton.start import Tile, cdiv, power_of_two, start
 BLOCK = 128  # pairs of one program; ranks inside a block compare all of them with one another
 FEW = 128  # at most so many pairs are sorted by one program: more would spill registers
 MOST_AT_ONCE = 4096  # pairs sorted by one launch, in which every expert's program reads them all
-MOST_BLOCKS = 512  # of pairs that two launches sort, in which a program reads the counts of them all
+MOST_PARTS = 512  # of the pairs that two launches sort, in which a program reads the counts of them all
 COUNTED = 4096  # counts that it holds at once
 MOST_ROWS = 1 << 28  # bytes of pairs' rows that wait for their sum at once
 SORT_BLOCK = 1024  # pairs that it reads at once
-CHUNK, PART = 32, 128  # blocks and keys whose counts a program of the prefix holds at once
 ROWS = {"BM": 16, "BN": 128, "num_warps": 4}
 SUMMED = {"BM": 4, "BN": 512, "num_warps": 4}  # where a program sums over a row
 
@@ -42,7 +41,6 @@ def sort_pairs(
         "tokens": tokens,
         "EXPERTS": num_experts,
         "TOP_K": top_k,
-        "BINS": power_of_two(num_experts + 2),
     }
     found = {"offsets": offsets, "token_of_slot": token_of_slot, "slot_of_token": slot_of_token}
     if pairs <= FEW:
@@ -51,33 +49,37 @@ def sort_pairs(
             (1,),
             capacity=capacity or 0,
             HAS_CAPACITY=capacity is not None,
+            BINS=power_of_two(num_experts + 2),
             BLOCK=max(16, power_of_two(pairs)),
             num_warps=8,
             **given,
             **found,
         )
         return offsets, token_of_slot, slot_of_token
-    blocks, bins = cdiv(pairs, BLOCK), given["BINS"]
-    counts = index.new_empty(blocks + 1, bins, dtype=torch.int32)
-    given |= {"counts": counts, "BLOCK": BLOCK, "num_warps": 4}
-
-    def count(by_choice: bool) -> None:
-        start(kernels.histogram_kernel, (blocks,), BY_CHOICE=by_choice, **given)
-        keys = {"EXPERTS": num_experts, "BINS": bins, "num_warps": 4}
-        part = min(PART, bins)
-        prefix = {"counts": counts, "offsets": offsets, "blocks": blocks, "PART": part, "CHUNK": CHUNK}
-        start(kernels.prefix_kernel, (bins // part,), **prefix, **keys)
-        if part < bins:
-            start(kernels.offsets_kernel, (1,), totals=counts[blocks], offsets=offsets, **keys)
-
+    given |= _counted(pairs, num_experts)
     if capacity is not None:
-        count(by_choice=True)
         keys = index.new_empty(pairs, dtype=torch.int32)
-        start(kernels.drop_kernel, (blocks,), keys=keys, capacity=capacity, **given)
+        _two(given, True, kernels.drop_kernel, keys=keys, capacity=capacity)
         given |= {"index": keys, "mask": None}
-    count(by_choice=False)
-    start(kernels.scatter_kernel, (blocks,), **given, **found)
+    _two(given, False, kernels.scatter_kernel, OFFSETS=num_experts + 1, **found)
     return offsets, token_of_slot, slot_of_token
+
+
+def _counted(pairs: int, num_experts: int) -> dict[str, int]:
+    """How the kernels that count share the pairs: in parts that are multiples of a block."""
+    bins = power_of_two(num_experts + 2)
+    size = cdiv(cdiv(pairs, BLOCK), MOST_PARTS) * BLOCK
+    warps = 4 if bins <= MOST_PARTS else 16  # a program holds three numbers of every bin
+    return {"size": size, "BINS": bins, "BLOCK": BLOCK, "num_warps": warps}
+
+
+def _two(given: dict[str, Any], by_choice: bool, kernel: Any, **others: Any) -> None:
+    """Counts, and what a kernel does with them."""
+    parts = cdiv(given["tokens"] * given["TOP_K"], given["size"])
+    counts = given["index"].new_empty(parts, given["BINS"], dtype=torch.int32)
+    start(kernels.histogram_kernel, (parts,), counts=counts, BY_CHOICE=by_choice, **given)
+    chunk = max(1, COUNTED // given["BINS"])
+    start(kernel, (parts,), counts=counts, CHUNK=chunk, **given, **others)
 
 
 class SortedSlots(NamedTuple):
@@ -117,12 +119,7 @@ class SortedSlots(NamedTuple):
 def sort_slots(top_k_index: Tensor, num_experts: int) -> SortedSlots:
     """Sort the pairs of ``top_k_index [T, K]``; an entry outside ``0..E-1``: no expert. In one launch, of more pairs
     in two."""
-    index, (tokens, top_k) = top_k_index.contiguous(), top_k_index.shape
-    pairs = tokens * top_k
-    blocks = cdiv(pairs, BLOCK)
-    if blocks > MOST_BLOCKS:
-        offsets, pair_of_slot, _ = sort_pairs(index.view(-1, 1), num_experts)
-        return SortedSlots(torch.cat([offsets, offsets.new_full((1,), pairs), pair_of_slot.int()]), num_experts, top_k)
+    index, pairs = top_k_index.contiguous(), top_k_index.numel()
     order = index.new_empty(num_experts + 2 + pairs, dtype=torch.int32)
     if pairs <= MOST_AT_ONCE:
         start(
@@ -135,30 +132,12 @@ def sort_slots(top_k_index: Tensor, num_experts: int) -> SortedSlots:
             BLOCK=SORT_BLOCK,
             num_warps=4,
         )
-        return SortedSlots(order, num_experts, top_k)
-    bins = power_of_two(num_experts + 2)
-    counts = index.new_empty(blocks, bins, dtype=torch.int32)
-    given: dict[str, Any] = {"index": index, "counts": counts, "EXPERTS": num_experts, "BINS": bins, "BLOCK": BLOCK}
-    start(
-        kernels.histogram_kernel,
-        (blocks,),
-        mask=None,
-        tokens=pairs,
-        TOP_K=1,
-        BY_CHOICE=False,
-        num_warps=4,
-        **given,
-    )
-    start(
-        kernels.order_kernel,
-        (blocks,),
-        order=order,
-        slots=pairs,
-        CHUNK=max(1, COUNTED // bins),
-        num_warps=4,
-        **given,
-    )
-    return SortedSlots(order, num_experts, top_k)
+    else:  # a pair is a token with one choice
+        given: dict[str, Any] = {"index": index, "mask": None, "tokens": pairs, "EXPERTS": num_experts, "TOP_K": 1}
+        places: dict[str, Any] = {"offsets": order, "token_of_slot": order[num_experts + 2 :], "slot_of_token": None}
+        given |= _counted(pairs, num_experts)
+        _two(given, False, kernels.scatter_kernel, OFFSETS=num_experts + 2, **places)
+    return SortedSlots(order, num_experts, top_k_index.shape[1])
 
 
 def sum_choices(

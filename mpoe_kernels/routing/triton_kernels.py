@@ -2,9 +2,9 @@
 
 Arrays are indexed by token, by pair ``token TOP_K + choice``, by expert, or by slot: the place of a pair in the sort.
 
-Counting needs three launches: a histogram per block of pairs, a prefix over blocks and keys, a stable scatter. Many
-experts need a fourth, a few pairs (decoding) only one, and so do some thousands where nothing is masked or dropped
-(`sort_kernel`, `order_kernel`). No launch depends on a number that only the device knows.
+Counting takes two launches: a histogram for every part of the pairs, and a stable scatter, in which a program adds the
+histograms of all parts. A few pairs (decoding) take one, and so do some thousands where nothing is masked or dropped
+(`sort_kernel`). No launch depends on a number that only the device knows.
 """
 
 from __future__ import annotations
@@ -35,85 +35,69 @@ def pair_at(position, tokens, TOP_K: tl.constexpr, BY_CHOICE: tl.constexpr):
 
 @triton.jit(do_not_specialize=COUNTS)
 def histogram_kernel(
-    index,  # [T, K], or keys of the pairs
-    mask,  # [T] or None
-    counts,  # [blocks, BINS]
+    index,  # [tokens, TOP_K], or keys of the pairs
+    mask,  # [tokens] or None
+    counts,  # [programs, BINS]
     tokens,
+    size,  # pairs of a program, a multiple of BLOCK
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     BY_CHOICE: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid ``(blocks,)``: how often every key occurs among ``BLOCK`` consecutive pairs."""
-    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = position < tokens * TOP_K
-    pair = pair_at(position, tokens, TOP_K, BY_CHOICE)
-    key = pair_key(pair, inside, index, mask, EXPERTS, TOP_K)
-    tl.store(counts + tl.program_id(0) * BINS + tl.arange(0, BINS), tl.histogram(key, BINS))
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def prefix_kernel(
-    counts,  # [blocks + 1, BINS]: replaced by the pairs of the same key in earlier blocks; last of all, in all blocks
-    offsets,  # [EXPERTS + 1]; left to `offsets_kernel` where one program does not see all keys
-    blocks,
-    EXPERTS: tl.constexpr,
-    BINS: tl.constexpr,
-    PART: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Grid ``(BINS // PART,)``: a program holds ``CHUNK x PART`` counts at once."""
-    bins = tl.program_id(0) * PART + tl.arange(0, PART)
-    total = tl.zeros((PART,), dtype=tl.int32)
-    for first in tl.range(0, blocks, CHUNK):
-        row = first + tl.arange(0, CHUNK)
-        at = counts + row[:, None] * BINS + bins[None, :]
-        inside = (row < blocks)[:, None]
-        found = tl.load(at, mask=inside, other=0)
-        tl.store(at, total[None, :] + tl.cumsum(found, 0) - found, mask=inside)
-        total += tl.sum(found, 0)
-    if PART == BINS:
-        tl.store(offsets + bins, tl.cumsum(total, 0) - total, mask=bins <= EXPERTS)
-    else:
-        tl.store(counts + blocks * BINS + bins, total)
+    """Grid ``(parts of the pairs,)``: how often every key occurs in a part."""
+    begin = tl.program_id(0) * size
+    total = tl.zeros((BINS,), dtype=tl.int32)
+    for first in tl.range(begin, begin + size, BLOCK):
+        position = first + tl.arange(0, BLOCK)
+        pair = pair_at(position, tokens, TOP_K, BY_CHOICE)
+        total += tl.histogram(pair_key(pair, position < tokens * TOP_K, index, mask, EXPERTS, TOP_K), BINS)
+    tl.store(counts + tl.program_id(0) * BINS + tl.arange(0, BINS), total)
 
 
 @triton.jit
-def offsets_kernel(
-    totals,  # [BINS]
-    offsets,  # [EXPERTS + 1]
-    EXPERTS: tl.constexpr,
-    BINS: tl.constexpr,
-):
-    """Grid ``(1,)``: where every expert's slots begin, from all its pairs."""
-    bins = tl.arange(0, BINS)
-    total = tl.load(totals + bins)
-    tl.store(offsets + bins, tl.cumsum(total, 0) - total, mask=bins <= EXPERTS)
+def counted_pairs(counts, BINS: tl.constexpr, CHUNK: tl.constexpr):
+    """``(total, earlier) [BINS]``: pairs of every key in all programs' parts, ``CHUNK`` of which are read at once, and
+    in those before this program's."""
+    total = tl.zeros((BINS,), dtype=tl.int32)
+    earlier = tl.zeros((BINS,), dtype=tl.int32)
+    for first in tl.range(0, tl.num_programs(0), CHUNK):
+        part = first + tl.arange(0, CHUNK)
+        at = counts + part[:, None] * BINS + tl.arange(0, BINS)[None, :]
+        count = tl.load(at, mask=(part < tl.num_programs(0))[:, None], other=0)
+        total += tl.sum(count, 0)
+        earlier += tl.sum(tl.where((part < tl.program_id(0))[:, None], count, 0), 0)
+    return total, earlier
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def drop_kernel(
     index,
     mask,
-    counts,  # [blocks, BINS] after the prefix, in the order of choices
-    keys,  # [T K] int32: what remains of the pairs' experts
+    counts,  # [programs, BINS], in the order of choices
+    keys,  # [tokens TOP_K] int32: what remains of the pairs' experts
     tokens,
+    size,
     capacity,
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """Grid ``(blocks,)``: pairs that come ``capacity`` or more pairs late for their expert lose it."""
+    """Grid ``(parts of the pairs,)``: pairs that come ``capacity`` or more pairs late for their expert lose it."""
+    _total, earlier = counted_pairs(counts, BINS, CHUNK)
+    begin = tl.program_id(0) * size
     here = tl.arange(0, BLOCK)
-    position = tl.program_id(0) * BLOCK + here
-    inside = position < tokens * TOP_K
-    pair = pair_at(position, tokens, TOP_K, True)
-    key = pair_key(pair, inside, index, mask, EXPERTS, TOP_K)
-    rank = stable_rank(key, here)
-    rank += tl.load(counts + tl.program_id(0) * BINS + key)
-    tl.store(keys + pair, tl.where(rank >= capacity, EXPERTS, key), mask=inside)
+    for first in tl.range(begin, begin + size, BLOCK):
+        position = first + here
+        inside = position < tokens * TOP_K
+        pair = pair_at(position, tokens, TOP_K, True)
+        key = pair_key(pair, inside, index, mask, EXPERTS, TOP_K)
+        rank = stable_rank(key, here) + tl.gather(earlier, key, 0)
+        tl.store(keys + pair, tl.where(rank >= capacity, EXPERTS, key), mask=inside)
+        earlier += tl.histogram(key, BINS)
 
 
 @triton.jit
@@ -125,28 +109,40 @@ def stable_rank(key, here):
 
 @triton.jit(do_not_specialize=COUNTS)
 def scatter_kernel(
-    index,  # [T, K], or keys of the pairs
+    index,  # [tokens, TOP_K], or keys of the pairs
     mask,
-    counts,  # [blocks, BINS] after the prefix
-    offsets,
+    counts,  # [programs, BINS]
+    offsets,  # [OFFSETS]: where every key's slots begin
     token_of_slot,
-    slot_of_token,
+    slot_of_token,  # or None
     tokens,
+    size,
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
+    OFFSETS: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """Grid ``(blocks,)``: every pair finds its slot."""
+    """Grid ``(parts of the pairs,)``: every pair finds its slot."""
+    total, earlier = counted_pairs(counts, BINS, CHUNK)
+    begins = tl.cumsum(total, 0) - total
+    bins = tl.arange(0, BINS)
+    if tl.program_id(0) == 0:
+        tl.store(offsets + bins, begins, mask=bins < OFFSETS)
+    earlier += begins
+    begin = tl.program_id(0) * size
     here = tl.arange(0, BLOCK)
-    pair = tl.program_id(0) * BLOCK + here
-    inside = pair < tokens * TOP_K
-    key = pair_key(pair, inside, index, mask, EXPERTS, TOP_K)
-    slot = stable_rank(key, here)
-    slot += tl.load(counts + tl.program_id(0) * BINS + key)
-    slot += tl.load(offsets + key, mask=inside, other=0)
-    tl.store(token_of_slot + slot, (pair // TOP_K).to(tl.int64), mask=inside)
-    tl.store(slot_of_token + pair, tl.where(key == EXPERTS, -1, slot).to(tl.int64), mask=inside)
+    for first in tl.range(begin, begin + size, BLOCK):
+        pair = first + here
+        inside = pair < tokens * TOP_K
+        key = pair_key(pair, inside, index, mask, EXPERTS, TOP_K)
+        slot = stable_rank(key, here) + tl.gather(earlier, key, 0)
+        token = (pair // TOP_K).to(token_of_slot.dtype.element_ty)
+        tl.store(token_of_slot + slot, token, mask=inside)
+        if slot_of_token is not None:
+            tl.store(slot_of_token + pair, tl.where(key == EXPERTS, -1, slot).to(tl.int64), mask=inside)
+        earlier += tl.histogram(key, BINS)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -209,38 +205,6 @@ def sort_kernel(
         place += tl.sum(count, 0)
     if e == EXPERTS:
         tl.store(order + EXPERTS + 1, place)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def order_kernel(
-    index,  # [slots]: experts of pairs
-    counts,  # [blocks, BINS], by `histogram_kernel`
-    order,  # see `routing.triton.SortedSlots`
-    slots,
-    EXPERTS: tl.constexpr,
-    BINS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Grid ``(blocks,)``: every pair finds its place; a program adds the counts of all blocks, ``CHUNK`` at once."""
-    bins = tl.arange(0, BINS)
-    total = tl.zeros((BINS,), dtype=tl.int32)
-    earlier = tl.zeros((BINS,), dtype=tl.int32)
-    for first in tl.range(0, tl.num_programs(0), CHUNK):
-        block = first + tl.arange(0, CHUNK)
-        at = counts + block[:, None] * BINS + bins[None, :]
-        count = tl.load(at, mask=(block < tl.num_programs(0))[:, None], other=0)
-        total += tl.sum(count, 0)
-        earlier += tl.sum(tl.where((block < tl.program_id(0))[:, None], count, 0), 0)
-    begins = tl.cumsum(total, 0) - total
-    if tl.program_id(0) == 0:
-        tl.store(order + bins, begins, mask=bins <= EXPERTS + 1)
-    here = tl.arange(0, BLOCK)
-    pair = tl.program_id(0) * BLOCK + here
-    inside = pair < slots
-    key = pair_key(pair, inside, index, None, EXPERTS, 1)
-    place = tl.gather(begins + earlier, key, 0) + stable_rank(key, here)
-    tl.store(order + EXPERTS + 2 + place, pair, mask=inside)
 
 
 @triton.jit(do_not_specialize=COUNTS)

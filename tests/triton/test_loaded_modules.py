@@ -99,7 +99,7 @@ def test_a_captured_graph_loads_nothing_after_tuning(name: str, fastest: int, lo
     assert loads.timed > 0 or name == "routing"
     assert loads.new
     loads.captured, loads.new, timed = True, [], loads.timed
-    for tokens in (4096, 4099, 2500, 8001):
+    for tokens in (4096, 4099, 2500, 9001):
         OPS[name](tokens)
         assert loads.new == [], tokens
     assert loads.timed == timed

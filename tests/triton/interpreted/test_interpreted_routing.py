@@ -28,15 +28,22 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("few", [256, 0])
+@pytest.mark.parametrize(("few", "most_parts"), [(256, 512), (0, 512), (0, 2)])
 @pytest.mark.parametrize(("tokens", "experts", "top_k", "capacity", "masked"), CASES)
 def test_route_equals_loops(
-    tokens: int, experts: int, top_k: int, capacity: int | None, masked: bool, few: int, monkeypatch: pytest.MonkeyPatch
+    tokens: int,
+    experts: int,
+    top_k: int,
+    capacity: int | None,
+    masked: bool,
+    few: int,
+    most_parts: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(routing, "FEW", few)  # 0: several launches for any number of pairs
     monkeypatch.setattr(routing, "BLOCK", 32)
-    monkeypatch.setattr(routing, "CHUNK", 4)
-    monkeypatch.setattr(routing, "PART", 16)  # the last case counts its keys in 8 parts
+    monkeypatch.setattr(routing, "COUNTED", 64)
+    monkeypatch.setattr(routing, "MOST_PARTS", most_parts)
     index = torch.randint(0, experts, (tokens, top_k))
     mask = torch.rand(tokens) > 0.3 if masked else None
     check_route(index, experts, capacity, mask, backend="triton")
@@ -135,14 +142,14 @@ def test_what_is_not_gated_in_two_launches() -> None:
     assert gated(x, weight, None) is None
 
 
-@pytest.mark.parametrize(("most", "blocks"), [(1000, 512), (0, 512), (0, 0)])
+@pytest.mark.parametrize(("most", "parts"), [(1000, 512), (0, 512), (0, 2)])
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 1, 1), (40, 5, 3), (100, 70, 2)])
 def test_slots_sorted_by_expert(
-    tokens: int, experts: int, top_k: int, most: int, blocks: int, monkeypatch: pytest.MonkeyPatch
+    tokens: int, experts: int, top_k: int, most: int, parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one launch, two or several; -1 and numbers past the last expert are none, which come last."""
+    """In one launch or two; -1 and numbers past the last expert are none, which come last."""
     monkeypatch.setattr(routing, "MOST_AT_ONCE", most)
-    monkeypatch.setattr(routing, "MOST_BLOCKS", blocks)
+    monkeypatch.setattr(routing, "MOST_PARTS", parts)
     monkeypatch.setattr(routing, "SORT_BLOCK", 32)
     monkeypatch.setattr(routing, "BLOCK", 32)
     monkeypatch.setattr(routing, "COUNTED", 256)

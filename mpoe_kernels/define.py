@@ -141,8 +141,15 @@ def define_op(
     names = [field.name for field in declared]
     required = {field.name for field in declared if field.type == "Tensor"}  # None gets through the dispatcher
 
-    def body(*values: Any) -> Any:
-        return kernel(signature(*values))
+    def body(*values: Any, ctx: Any = None, kept: Any = None) -> Any:
+        """``ctx`` gets what a forward keeps for its backward, whose ``kept`` it is, see `Differentiable`."""
+        made = signature(*values)
+        if kept is not None:
+            made.kept = kept
+        result = kernel(made)
+        if ctx is not None:
+            ctx.kept = getattr(made, "kept", None)
+        return result
 
     def checked(*values: Any) -> Any:
         check_signature(name, names, values, required)
@@ -168,13 +175,13 @@ def define_op(
         for device_type, key in AUTOCAST_KEYS.items():
             _LIBRARY.impl(name, autocast_kernel(op, device_type, positions), key)
 
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: Any, kept: Any = None) -> Any:
         if not is_plain_call(arguments):
             if not torch.compiler.is_dynamo_compiling():
                 refuse_unseen(name, arguments)
             return op(*arguments)
         if not needs_gradients(arguments):
-            return body(*arguments)
+            return body(*arguments, kept=kept)
         return (op if recorded is None or _is_below_autograd() else recorded)(*arguments)
 
     return call
@@ -193,9 +200,11 @@ class Differentiable:
 
     Attributes:
         DIFFERENTIABLE: names of the fields that have gradients, in the order in which the backward returns them.
+        kept: no field: what a forward kernel computed that the backward of a plain call finds here, else None.
     """
 
     DIFFERENTIABLE: ClassVar[tuple[str, ...]]
+    kept: Any = None
 
     @property
     def differentiable(self) -> tuple[Tensor | None, ...]:
@@ -249,7 +258,8 @@ def define_differentiable(
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         need = [bool(ctx.needs_input_grad[position]) for position in positions]
-        grads = backward_op(*ctx.saved_tensors, *ctx.settings, grad.contiguous(), need)
+        kept = getattr(ctx, "kept", None)
+        grads = backward_op(*ctx.saved_tensors, *ctx.settings, grad.contiguous(), need, kept=kept)
         found = {p: g for p, g, wanted in zip(positions, grads, need, strict=True) if wanted}
         return tuple(found.get(position) for position in range(len(names)))
 
@@ -352,7 +362,7 @@ def _register_autograd(
         if is_first:
             setup_context(ctx=ctx, inputs=tuple(arguments), output=None)
         if keyset is None:
-            output = body(*arguments)
+            output = body(*arguments, ctx=ctx)
         elif is_plain_call(arguments):
             output = checked(*arguments)
         else:

@@ -127,7 +127,7 @@ def forward(call: HiddenCall) -> Tensor:
     if index.numel() == 0:
         return torch.zeros_like(u, memory_format=torch.contiguous_format)
     check_range("top_k_index", index, -1, call.num_experts - 1)  # for the interpreter: it checks only the CPU
-    slots = None if index.numel() <= FEW else sort_slots(index, call.num_experts)
+    slots = call.kept = None if index.numel() <= FEW else sort_slots(index, call.num_experts)
     out = torch.empty_like(u, memory_format=torch.contiguous_format)
     needs = {"BACKWARD": False, "NEED_OUT": True, "NEED_OUT_GATE": False, "NEED_GATES": False}
     _rows(call, slots, "forward", [out], grad=None, **needs)
@@ -141,7 +141,8 @@ def backward(call: HiddenBackwardCall) -> tuple[Tensor, ...]:
     results = new_gradients(call, wanted)
     if index.numel() == 0:
         return tuple(results)
-    slots, grad = sort_slots(index, call.num_experts), call.grad.contiguous()
+    slots = sort_slots(index, call.num_experts) if call.kept is None else call.kept
+    grad = call.grad.contiguous()
     if need_u or need_gates or need_u_gate:
         needs = {"BACKWARD": True, "NEED_OUT": need_u, "NEED_OUT_GATE": need_u_gate, "NEED_GATES": need_gates}
         outs = [results[place] for place, needed in ((0, need_u), (5, need_u_gate)) if needed]

@@ -37,10 +37,10 @@ ON_CHIP = {2: 128, 4: 64}  # bytes of an element -> most neurons of an expert th
 # kernel -> bytes of an element -> tiles, the first of them where nothing is timed; for few slots of an expert the last
 # alone. Those of a kernel have the same columns, which decide over partial results, and the same inner size, the order
 # of sums; so have "fused", "hidden" and "few hidden", and the two of the other product. 64 in 16 bits: a cache line of
-# 128 bytes; 16 in 32 bits: without tensor cores operands are in registers.
+# 128 bytes; 16 in 32 bits: without tensor cores operands are in registers. 64 rows of gated "hidden" spill on sm_80.
 TILES: dict[str, dict[int, tuple[Tile, ...]]] = {
     "fused": {2: (Tile(64, 128, 64, 8), Tile(32, 128, 64, 4), Tile(16, 128, 64, 4)), 4: (Tile(32, 64, 16, 8),)},
-    "hidden": {2: (Tile(64, 64, 64, 8), Tile(32, 64, 64, 8), Tile(16, 64, 64, 4)), 4: (Tile(32, 32, 16, 8),)},
+    "hidden": {2: (Tile(32, 64, 64, 8), Tile(16, 64, 64, 4)), 4: (Tile(32, 32, 16, 8),)},
     "rows": {2: (Tile(64, 64, 64, 4), Tile(128, 64, 64, 8), Tile(16, 64, 64, 4)), 4: (Tile(32, 32, 16, 8),)},
     "weights": {2: (Tile(64, 64, 64, 4), Tile(64, 128, 32, 8)), 4: (Tile(32, 32, 16, 4),)},
     # Narrow, so that one token's programs fill a card.
@@ -257,7 +257,7 @@ def forward(call: NeuronCall) -> Tensor:
     this = _Call(call)
     if this.tokens * this.top_k <= FEW:
         return this.few()
-    slots = sort_slots(this.index, this.experts)
+    slots = call.kept = sort_slots(this.index, this.experts)
     if this.on_chip:
         return this.fused(slots)
     h, *_ = this.hidden(slots)
@@ -271,7 +271,7 @@ def backward(call: NeuronBackwardCall) -> tuple[Tensor, ...]:
     if call.top_k_index.numel() == 0 or not any(wanted):
         return tuple(results)
     this, grad = _Call(call), call.grad.contiguous()
-    slots = sort_slots(this.index, this.experts)
+    slots = sort_slots(this.index, this.experts) if call.kept is None else call.kept
     need_x, need_gates, *of_weights = wanted
     h, dvalue, dz, gate_parts = this.hidden(slots, grad)
     if need_x:

@@ -220,6 +220,20 @@ def test_a_few_pairs_are_not_sorted() -> None:
 
 
 @of_each_kind
+def test_the_backward_finds_the_forwards_sort(kind: type[Any]) -> None:
+    """Of a plain call; one that somebody watches sorts again."""
+    with recorded("sm_90") as found:
+        kind(tokens=50, dtype=torch.float32).computed("triton")
+    sorts = [launch for launch in found if launch.name == "sort_kernel"]
+    assert len(sorts) == 1
+    order = {launch.arguments["order"].data_ptr() for launch in found if launch.arguments.get("order") is not None}
+    assert order == {sorts[0].arguments["order"].data_ptr()}
+    with recorded("sm_90") as found, torch.autograd.profiler.profile():
+        kind(tokens=50, dtype=torch.float32).computed("triton")
+    assert [launch.name for launch in found].count("sort_kernel") == 2
+
+
+@of_each_kind
 def test_one_choice_needs_no_sum(kind: type[Any]) -> None:
     assert "sum_choices_kernel" not in names(kind(tokens=90, top_k=1, dtype=torch.float32))
 

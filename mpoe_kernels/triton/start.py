@@ -130,18 +130,16 @@ RUNS = 5
 
 
 def _problem(kernel: Any, ways: Sequence[Options], arguments: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Everything that decides which way is the fastest: the card, dtypes, widths and constants as they are, and numbers
-    that grow with the tokens by their power of two."""
-    tensors = []
-    numbers = []
+    """Everything that decides which way is the fastest: the card, dtypes, widths and constants as they are, and by
+    their power of two the tensors' rows and other numbers that grow with the tokens."""
+    found: list[Any] = [kernel, _device_of(arguments)]
     for name, value in arguments.items():
         if isinstance(value, Tensor):
-            tensors.append(value)
+            found += value.dtype, value.shape[0].bit_length()
         else:
-            numbers.append(value.bit_length() if name in COUNTS else value)
-    given = tensors[0]
-    blocks = tuple([tuple(way.values()) for way in ways])
-    return kernel, given.get_device(), given.dtype, blocks, tuple(numbers)
+            found.append(value.bit_length() if name in COUNTS else value)
+    found += [tuple(way.values()) for way in ways]
+    return tuple(found)
 
 
 def _milliseconds(run: Callable[[], None]) -> float:

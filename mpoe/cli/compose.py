@@ -1,9 +1,9 @@
 """`mpoe compose BASE EXPERT ... --output_dir OUT`: experts of one model that were trained apart become one mixture.
 
-An EXPERT is a file of `mpoe train --expert`, composed without any texts, or the folder of a LoRA adapter of
-feed-forward networks, fitted as `--neurons` on its text. `--add MIXTURE` starts with the experts of a mixture,
-`--remove` leaves some out, `--merge` makes one dense network. Of fine-tunes (saved models, adapters) in place of
-experts, every network becomes a dense expert; these need `--texts`."""
+An EXPERT is a file of `mpoe train --expert`, composed without any texts, or the folder of a LoRA adapter, fitted as
+`--neurons` on its text, or on what the adapted model itself writes. `--add MIXTURE` starts with the experts of a
+mixture, `--remove` leaves some out, `--merge` makes one dense network. Of fine-tunes (saved models, adapters) in place
+of experts, every network becomes a dense expert; these need `--texts`."""
 
 from __future__ import annotations
 
@@ -69,8 +69,9 @@ class ComposeOptions:
 def command(asked: Asked) -> None:
     """Compose the experts or fine-tunes of the base, and save the mixture or the merged network."""
     (options,), (base, *names) = asked.options, asked.words
-    # About experts: it names files of some, or a mixture of them, or the neurons of adapters.
+    # About experts: it names files of some, or a mixture of them, or adapters to be neurons.
     of_experts = options.neurons is not None or any(name.endswith(".expert") for name in names)
+    of_experts = of_experts or (bool(names) and not options.texts and all(map(is_adapter, names)))
     of_experts = of_experts or (options.add is not None and (Path(options.add) / EXPERTS_FOLDER).is_dir())
     for wrong, message in (_faults_of_experts if of_experts else _faults_of_fine_tunes)(names, options):
         if wrong:
@@ -159,7 +160,6 @@ def _faults_of_experts(names: Sequence[str], options: ComposeOptions) -> Iterato
     yield missing, f"compose takes either fine-tunes or experts' files; {', '.join(missing)}: no file"
     yield options.remove and options.add is None, "remove needs --add MIXTURE, whose experts it leaves out"
     yield texts not in (0, count), f"texts must name a file for each of {count} experts, or none; got {texts}"
-    yield adapters and not texts, f"adapters ({', '.join(adapters)}) are fitted on texts of their domain: give --texts"
     trained = options.router == "train" and (not texts or options.add is not None)
     yield trained, "router train needs --texts for every expert of the mixture, and no --add"
     others = options.top_k is not None or options.background or options.router == "train"
@@ -178,7 +178,12 @@ def _fitted(base: Any, name: str, texts: Any, tokenizer: Any, options: ComposeOp
     """The expert for the adapter in a folder; says what was lost."""
     as_large = lora_fit.check_adapter(base, name)
     fit = {"neurons": options.neurons or as_large, "steps": options.steps, "tokenizer": tokenizer}
-    expert = lora_fit.fit_adapter(base, load_fine_tune(name, base), texts, Path(name).resolve().name, **fit)
+    adapted = load_fine_tune(name, base)
+    if texts is None:
+        print(f"{name}: sampling what the adapted model itself says, as --texts names no text of it ...", flush=True)
+        texts, about = lora_fit.own_samples(base, adapted, tokenizer)
+        print(f"{name}: fitted to {about}")
+    expert = lora_fit.fit_adapter(base, adapted, texts, Path(name).resolve().name, **fit)
     facts = expert.facts["training"]
     print(
         f"{expert.name}: {fit['neurons']} neurons keep {facts['kept']:.0%} of the adapter's gain (held-out nats per "

@@ -1,8 +1,9 @@
-"""LoRA adapters of feed-forward networks as experts: neurons are fitted to what an adapter does, on texts.
+"""LoRA adapters as experts: neurons are fitted to what an adapter does, on texts.
 
-An adapter changes a network inside its nonlinearity, which no few neurons beside it can do exactly. So they learn the
-adapted model's predictions (distillation, Hinton et al. 2015, arXiv 1503.02531), and what was lost is measured on texts
-that the fit did not see.
+An adapter changes attention, or a network inside its nonlinearity, which no few neurons beside the networks can do
+exactly. So they learn the adapted model's predictions (distillation, Hinton et al. 2015, arXiv 1503.02531), for which
+the adapter's place does not matter, and what was lost is measured on texts that the fit did not see. Without texts, the
+adapted model's own samples say what it has learnt.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mpoe.data.encode import IGNORED_LABEL
 from mpoe.data.mappings import read_mapping
 from mpoe.data.predict import token_losses
+from mpoe.models.background import own_chats, own_texts
 from mpoe.models.composition import collect_statistics
 from mpoe.models.expert_files import Expert, made_expert, places_for_neurons, start_expert
 from mpoe.models.weight_files import declared_shapes
@@ -24,6 +27,8 @@ from mpoe.models.weight_files import declared_shapes
 LEAST_KEPT = 0.8  # of the adapter's gain over the base on texts that the fit did not see
 HELD_OUT = 5  # one in so many batches is not fitted
 LEARNING_RATE = 3e-3
+SAMPLED = 64  # texts, or chats, that an adapted model writes
+AT_ONCE = 8  # of them in a batch
 Batches = Sequence[Mapping[str, Tensor]]
 
 
@@ -52,19 +57,46 @@ def _adapted_modules(folder: Path) -> dict[str, int]:
 
 
 def check_adapter(base: Any, folder: str | Path) -> int:
-    """Refuse an adapter of anything but feed-forward networks (ValueError); returns its neurons' number, as many as
-    have the adapter's size."""
+    """Refuse an adapter that is not LoRA of the base's modules, in whatever place (ValueError); returns its neurons'
+    number, as many as have the adapter's size."""
     networks = places_for_neurons(base)
-    own = {name for site in networks for name in site.prefixes.values()}
+    there = {name for name, _ in base.named_modules()}
     adapted = _adapted_modules(Path(folder))
-    others = sorted(set(adapted) - own)
+    others = sorted(set(adapted) - there)
     if others:
-        raise ValueError(
-            f"adapter must be of feed-forward networks to become neurons; {folder} also adapts {others[0]} "
-            "(attention cannot: compose merged fine-tunes, or train an expert with mpoe train --expert)"
-        )
+        raise ValueError(f"adapter must be of this base; {folder} adapts {others[0]}, which the base does not have")
     each = sum(site.weight(kind).shape[kind == "down"] for site in networks for kind in site.dense)
     return max(1, round(sum(adapted.values()) / each))
+
+
+def own_samples(base: Any, adapted: Any, tokenizer: Any) -> tuple[list[dict[str, Tensor]], str]:
+    """What an adapted model has learnt, in its own words: `SAMPLED` texts that it writes from its start token, or as
+    many chats from its template, whichever differ more from what the base would write.
+
+    Returns:
+        Batches for `fit_adapter`; a sentence about them.
+
+    Raises:
+        ValueError: a tokenizer without a start or an end token.
+    """
+    written = {
+        "texts": own_texts(adapted, tokenizer, samples=SAMPLED),
+        "chats": own_chats(adapted, tokenizer, samples=SAMPLED),
+    }
+    batches: dict[str, list[dict[str, Tensor]]] = {}
+    difference: dict[str, float] = {}
+    for kind, ids in written.items():
+        if ids is None:
+            continue
+        # Copies, as tensors that were made for inference cannot take part in training.
+        batches[kind] = [{"input_ids": rows, "labels": rows} for rows in ids.clone().split(AT_ONCE)]
+        losses = [token_losses(model, batches[kind]).mean() for model in (base, adapted)]
+        difference[kind] = float(losses[0] - losses[1])
+    most = max(difference, key=lambda kind: difference[kind])
+    about = (
+        f"{SAMPLED} {most} that the adapted model itself writes, {difference[most]:.3f} nats per token off the base's"
+    )
+    return batches[most], about
 
 
 def fit_adapter(
@@ -82,7 +114,8 @@ def fit_adapter(
     Args:
         base: a dense causal language model; it is not changed.
         adapted: the base with the adapter merged into it.
-        batches: ``input_ids`` and ``labels``; every fifth one is held out, so at least two.
+        batches: ``input_ids`` and ``labels``, which name the tokens that the fit counts (`mpoe.data.batches`,
+            `own_samples`); every fifth one is held out, so at least two.
         name: the expert's.
         neurons: m, see `check_adapter`.
         steps: of Adam at 3e-3, on a batch each.
@@ -115,11 +148,12 @@ def fit_adapter(
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
-        ids = fitted[step % len(fitted)]["input_ids"]
+        batch = dict(fitted[step % len(fitted)])
+        counted = batch.pop("labels")[:, 1:] != IGNORED_LABEL
         with torch.no_grad():
-            wanted = adapted(input_ids=ids).logits.float().log_softmax(-1)
-        told = model(input_ids=ids).logits.float().log_softmax(-1)
-        F.kl_div(told.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean").backward()
+            target = adapted(**batch).logits[:, :-1][counted].float().log_softmax(-1)
+        prediction = model(**batch).logits[:, :-1][counted].float().log_softmax(-1)
+        F.kl_div(prediction, target, log_target=True, reduction="batchmean").backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -132,5 +166,6 @@ def fit_adapter(
             "(more neurons, steps or texts may do)"
         )
     facts = {"fitted": "LoRA", "steps": steps, "kept": kept, **losses}
-    statistics = collect_statistics(model, [{"input_ids": each["input_ids"]} for each in batches])
+    read = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+    statistics = collect_statistics(model, read)
     return made_expert(model, name, statistics, tokenizer, facts)

@@ -300,7 +300,9 @@ def test_what_experts_are_worth(folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert "more than the oracle" in capsys.readouterr().out
 
 
-def test_an_adapter_as_an_expert(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_as_an_expert(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     peft = pytest.importorskip("peft")
     base, tokenizer = load_stand_in("gpt2")
     adapter = peft.LoraConfig(r=2, target_modules=["mlp.c_fc", "mlp.c_proj"], fan_in_fan_out=True)
@@ -316,9 +318,15 @@ def test_an_adapter_as_an_expert(folder: Path, tmp_path: Path, capsys: pytest.Ca
     assert load_mpoe(tmp_path / "mix").config.mpoe_experts == ["sea", "none"]
     (expert,) = experts_in(tmp_path / "mix")[0]
     assert expert.facts["training"]["kept"] >= 0.8
-    with pytest.raises(CommandError, match="are fitted on texts of their domain: give --texts"):
-        command.command([BASE, str(tmp_path / "sea"), "--neurons", "16", "--output_dir", str(tmp_path / "x")])
+    monkeypatch.setattr("mpoe.models.lora_fit.SAMPLED", 24)
+    words = [BASE, str(tmp_path / "sea"), "--output_dir", str(tmp_path / "x")]
+    with pytest.raises(ValueError, match="'sea' must keep 80% of its gain as 10 neurons"):
+        command.command([*words, "--steps", "1"])
     assert not (tmp_path / "x").exists()
+    command.command([*words, "--steps", "60", "--neurons", "64"])
+    assert "fitted to 24 texts that the adapted model itself writes" in capsys.readouterr().out
+    (expert,) = experts_in(tmp_path / "x")[0]
+    assert expert.facts["training"]["kept"] >= 0.8
 
 
 def test_faults_leave_nothing_behind(folder: Path, tmp_path: Path) -> None:

@@ -80,7 +80,8 @@ class LogLineCallback(TrainerCallback):
             self._evaluated_since = now
         elif now - self._evaluated_since > PROGRESS_SECONDS and state.is_world_process_zero:
             self._evaluated_since = now
-            self.write(f"validating: batch {self._batches} of {len(eval_dataloader)}")
+            batches = len(eval_dataloader)  # which the base may have read before
+            self.write(f"validating: batch {(self._batches - 1) % batches + 1} of {batches}")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._batches, self._evaluated_since = 0, None

@@ -107,7 +107,7 @@ tests memcheck 180 "$checked" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanit
 bench step 60 --suite models --only 'T5 neurons' --backend auto --minutes .3
 # The first launch of each; containers may refuse ncu.
 part profile 60 ncu --set basic --filter-mode per-launch-config --launch-count 1 \
-    --kernel-name 'regex:^(neurons_hidden|hidden_rows|fused)_kernel$' "$python" -m mpoe_bench.layers
+    --kernel-name 'regex:^(neurons_fused|hidden_rows|fused)_kernel$' "$python" -m mpoe_bench.layers
 # Last, in processes of their own: a capture that breaks off spoils its process.
 tests graphs 80 "$graphs -k graph"
 bench graphs-times 80 --suite layers --only neurons --phases $graph --backend ${kernels%,cuda} --minutes 1

@@ -24,6 +24,10 @@ _TENSOR_MEMORY_COLUMNS = 512  # on sm_100
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
 _BACK = re.compile(r"\bBRA(?:\.\w+)*\s.*?0x([0-9a-f]+)")
 _BARRIER = re.compile(r"\bBAR\.(?:SYNC|RED)")
+_REGISTER = re.compile(r"\bR(\d+)")
+_LOAD = re.compile(r"\b(?:LDG|LD|ATOMG)\.E(?:\.\w+)*?(?:\.(64|128))?(?:\.\w+)* R")
+_PLACE = re.compile(r"\[.*?\]")  # where an instruction reads or writes
+_COPIES_WAIT = re.compile(r"\bDEPBAR\.LE SB0, 0x([0-9a-f]+)")
 _WAIT = re.compile(r"\.TRYWAIT|\.FIND_AND_SET")
 _PRODUCT_SIZES = re.compile(r"\b(?:HGMMA\.(\d+)x(\d+)x(\d+)|HMMA\.(16)(8)(16|8))")
 
@@ -116,8 +120,55 @@ def loops_of(code: Sequence[tuple[int, str]]) -> list[tuple[int, int]]:
     return sorted(loops, key=lambda loop: (loop[0], -loop[1]))
 
 
-def executed(name: str, text: str, trips: Sequence[float]) -> tuple[float, float, float]:
-    """Instructions, barriers and FLOPs of matrix instructions that a warp executes in a kernel's machine code.
+class Executed(NamedTuple):
+    """What a warp of a kernel executes.
+
+    Attributes:
+        instructions, barriers: how many.
+        loads: how often it must wait for global memory: for a loaded number that is used, or for asynchronous copies;
+            of copies that are issued n loop turns ahead, an nth of a wait.
+        flops: of matrix instructions.
+    """
+
+    instructions: float
+    barriers: float
+    loads: float
+    flops: float
+
+
+def _registers(operand: str, count: int = 1) -> set[int]:
+    """Numbers of the registers that begin with the ones that an operand names."""
+    return {int(first) + more for first in _REGISTER.findall(operand) for more in range(count)}
+
+
+def _times(address: int, loops: Sequence[tuple[tuple[int, int], float]]) -> float:
+    return math.prod(n for (first, last), n in loops if first <= address <= last)
+
+
+def _loads(code: Sequence[tuple[int, str]], loops: Sequence[tuple[tuple[int, int], float]]) -> float:
+    """See `Executed`. Loads whose results are first used together count once."""
+    total = 0.0
+    pending: dict[int, float] = {}  # registers that are loaded -> how often
+    for address, words in code:
+        if wait := _COPIES_WAIT.search(words):
+            inside = [(loop, n) for loop, n in loops if loop[0] <= address <= loop[1]]
+            first, last = inside[-1][0] if inside else (address, address)
+            groups = sum(first <= other <= last and "LDGDEPBAR" in text for other, text in code)
+            total += _times(address, loops) / (1 + int(wait[1], 16) / max(1, groups))
+        load = _LOAD.search(words)
+        destination, _, sources = words.partition(",")
+        read = _registers(sources if load or "," in words else words) | _registers(" ".join(_PLACE.findall(words)))
+        if used := [pending[register] for register in read if register in pending]:
+            total += max(used)
+            pending.clear()
+        if load:
+            wide = _registers(destination, int(load[1] or 32) // 32)
+            pending |= dict.fromkeys(wide, _times(address, loops))
+    return total
+
+
+def executed(name: str, text: str, trips: Sequence[float]) -> Executed:
+    """What a warp executes of a kernel's machine code.
 
     ``trips``: how often each loop runs for each run of the loop around it, in the order of `loops_of`. Loops that run
     once, and inner ones (the last), which the compiler unrolled, may be missing in the code. Raises ValueError if it
@@ -129,8 +180,11 @@ def executed(name: str, text: str, trips: Sequence[float]) -> tuple[float, float
     if len(given) < len(loops):
         sizes = [sum(first <= address <= last for address, _ in code) for first, last in loops]
         raise ValueError(f"{name} has loops of {sizes} instructions; tools/gpu_floors.py says how often {trips} run")
-    counts = []
+    counted = list(zip(loops, given, strict=True))
+    instructions = barriers = flops = 0.0
     for address, words in code:
-        times = math.prod(n for (first, last), n in zip(loops, given, strict=True) if first <= address <= last)
-        counts.append((times, times * bool(_BARRIER.search(words)), times * _flops(words)))
-    return tuple(map(sum, zip(*counts, strict=True)))
+        times = _times(address, counted)
+        instructions += times
+        barriers += times * bool(_BARRIER.search(words))
+        flops += times * _flops(words)
+    return Executed(instructions, barriers, _loads(code, counted), flops)

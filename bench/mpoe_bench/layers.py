@@ -55,6 +55,7 @@ class Case:
         experts, top_k: E and the experts of a token.
         limits: the largest times allowed, x dense: forward, and with the backward; None: reported.
         masked: the central cores get no gradient.
+        tokens: for which the limits are.
     """
 
     shape: str
@@ -64,12 +65,16 @@ class Case:
     limits: tuple[float | None, float | None] = (None, None)
     options: dict[str, Any] = field(default_factory=dict)
     masked: bool = False
+    tokens: int = TOKENS
 
     @property
     def name(self) -> str:
-        """``paper max_bond 64 masked d=768 E=8 k=1``."""
-        words = [self.shape, *(f"{key} {value}" for key, value in self.options.items()), "masked" * self.masked]
-        return f"{' '.join(filter(None, words))} d={self.model} E={self.experts} k={self.top_k}"
+        """``paper max_bond 64 masked d=768 E=8 k=1``; of other than `TOKENS` tokens, ``T=64`` too."""
+        words = [self.shape, *(f"{key} {value}" for key, value in self.options.items())]
+        words += ["masked"] * self.masked
+        words += [f"d={self.model} E={self.experts} k={self.top_k}"]
+        words += [f"T={self.tokens}"] * (self.tokens != TOKENS)
+        return " ".join(words)
 
     def layer(
         self,
@@ -105,12 +110,19 @@ class Case:
         return layer
 
 
-def cases(models: tuple[int, ...] = (768, 4096)) -> Iterator[Case]:
-    """Neurons, hidden-side experts, separable ones and the fused chain, masked and not."""
+def cases(models: tuple[int, ...] = (768, 4096), few: bool = False) -> Iterator[Case]:
+    """Neurons, hidden-side experts, separable ones and the fused chain, masked and not.
+
+    Args:
+        models: d.
+        few: also neurons for 64 tokens, as cases of their own.
+    """
     for model in models:
         bond, neurons = min(64, model // 4), min(64, model // 4)
         yield Case("neurons", model, 8, 2, (1.3, 1.4), {"neurons": neurons})
-        yield Case("neurons", model, 64, 8, (1.3, 1.4) if model >= 4096 else (2.0, 2.2), {"neurons": neurons})
+        yield Case("neurons", model, 64, 8, (1.2, 1.2) if model >= 4096 else (1.6, 1.8), {"neurons": neurons})
+        if few and model < 4096:
+            yield Case("neurons", model, 64, 8, (2.5, None), {"neurons": neurons}, tokens=64)
         for experts in (8, 64):
             yield Case("hidden", model, experts, 2, (1.5, 1.7))
         yield Case("separable", model, 8, 1, (1.5, 1.7))

@@ -63,7 +63,7 @@ def test_the_parts_on_a_gpu() -> None:
         assert "--device cuda" in parts[name]
         assert "--suite layers --phases forward,train --only " in parts[name]
     assert "PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9" in parts["memcheck"]
-    three = "regex:^(neurons_hidden|hidden_rows|fused)_kernel$"
+    three = "regex:^(neurons_fused|hidden_rows|fused)_kernel$"
     assert f"--filter-mode per-launch-config --launch-count 1 --kernel-name {three}" in parts["profile"]
     # A capture that breaks off spoils its process, and ncu may be refused: after everything else.
     order = list(parts)

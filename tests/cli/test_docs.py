@@ -115,10 +115,9 @@ def test_links_lead_somewhere() -> None:
     assert all((ROOT / link).exists() for link in links)
 
 
-def test_one_screen_and_a_half() -> None:
-    lines = README.splitlines()
-    assert len(lines) <= 75
-    assert all(len(line) <= 120 for line in lines if not line.startswith("|"))
+def test_lines_of_the_readme_fit_a_window() -> None:
+    long = [line for line in README.splitlines() if len(line) > 120 and not line.startswith("|")]
+    assert not long
 
 
 def test_it_says_so_until_a_gpu_was_measured() -> None:

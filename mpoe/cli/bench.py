@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from mpoe.cli.command import Asked, CommandError, as_command, option
 from mpoe.cli.models import RESULTS_FILE, check_output, write_json
+from mpoe.cli.short_help import SHORT
 from mpoe.models.weight_files import write_text
 
 REPORT_FILE = "report.md"
@@ -33,7 +34,7 @@ class BenchOptions:
     LEAST: ClassVar[dict[str, int]] = {"minutes": 0}
 
 
-@as_command("mpoe bench [--flag value ...]", BenchOptions)
+@as_command(SHORT["bench"].usage, BenchOptions)
 def command(asked: Asked) -> dict[str, Any]:
     """Measure as asked; returns what ``results.json`` holds."""
     (options,) = asked.options

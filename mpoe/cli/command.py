@@ -242,7 +242,7 @@ def as_command(
         groups: dataclasses whose fields are the options.
         words: the fewest and the most words that are no option's, such as the name of a model.
         config: the first word may be a configuration file.
-        first: the options that ``--help`` shows, with a few words about each; all others are shown by ``--help all``.
+        first: the options that a call without arguments shows, with a few words about each (`mpoe.cli.short_help`).
 
     The command raises `CommandError`: see `parse`; also for too few words. It returns None if it printed its help.
     """

@@ -21,6 +21,7 @@ from mpoe.cli.evaluate import metrics_of, score_table
 from mpoe.cli.models import MODEL_OR_RUN, REPORT_FILE, RESULTS_FILE, check_output, write_json
 from mpoe.cli.options import BASELINES
 from mpoe.cli.report import Table
+from mpoe.cli.short_help import SHORT
 from mpoe.data.mappings import flatten
 from mpoe.training.output_dir import METRICS_FILE, RUN_FILE, is_neutral, read_metrics, read_record
 
@@ -64,7 +65,7 @@ class CompareOptions:
     overwrite: bool = option(False, "replace the report in the output folder")
 
 
-@as_command("mpoe compare RUN_DIR RUN_DIR ... [--flag value ...]", CompareOptions, words=(1, MOST_RUNS))
+@as_command(SHORT["compare"].usage, CompareOptions, words=(1, MOST_RUNS))
 def command(asked: Asked) -> None:
     """Compare the runs in the folders; prints tables and writes the report."""
     (options,), paths = asked.options, asked.words

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from mpoe.cli import models
 from mpoe.cli.command import Asked, CommandError, as_command, option
 from mpoe.cli.quiet import background_beside, show_composition
+from mpoe.cli.short_help import SHORT
 from mpoe.config import RouterConfig
 from mpoe.data.batches import read_batches
 from mpoe.models import expert_mixture, lora_fit
@@ -28,7 +29,7 @@ from mpoe.models.table import CAUSAL
 from mpoe.models.weight_files import check_links
 from mpoe.training.published import finish
 
-USAGE = "mpoe compose BASE EXPERT ... --output_dir OUT [--flag value ...]"
+USAGE = SHORT["compose"].usage
 MOST = 1 + 128  # words: the base and its fine-tunes
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from mpoe.cli import models
 from mpoe.cli.command import Asked, CommandError, as_command, option
 from mpoe.cli.options import ExpertOptions
+from mpoe.cli.short_help import SHORT
 from mpoe.models import convert_to_mpoe, import_original
 
 
@@ -21,7 +22,7 @@ class ConvertOptions:
     original_checkpoint: str | None = option(None, "pytorch_model.bin of the original, or its folder; IN is its base")
 
 
-@as_command("mpoe convert IN OUT [--flag value ...]", ConvertOptions, ExpertOptions, words=(2, 2))
+@as_command(SHORT["convert"].usage, ConvertOptions, ExpertOptions, words=(2, 2))
 def command(asked: Asked) -> None:
     """Convert the model IN into the folder OUT."""
     (options, experts), (name, out) = asked.options, asked.words

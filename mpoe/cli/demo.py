@@ -22,6 +22,7 @@ from mpoe.cli import compare, train
 from mpoe.cli.command import Asked, CommandError, as_command, option
 from mpoe.cli.models import MODEL_OR_RUN, REPORT_FILE, RESULTS_FILE, check_output, model_folder, write_json
 from mpoe.cli.report import Table, expert_colours, routes_html, section, write_page
+from mpoe.cli.short_help import SHORT
 from mpoe.config.checks import check_seed
 from mpoe.data.embedded import DOMAINS, domain_text, load_documentation, load_stand_in
 from mpoe.data.predict import token_losses
@@ -51,7 +52,7 @@ class DemoOptions:
         check_seed("seed", self.seed)
 
 
-@as_command("mpoe demo [--flag value ...]", DemoOptions)
+@as_command(SHORT["demo"].usage, DemoOptions)
 def command(asked: Asked) -> None:
     """Train and compose the experts, or compare the arms, in the output folder."""
     (options,) = asked.options

@@ -16,6 +16,7 @@ from mpoe.cli import models
 from mpoe.cli.command import Asked, CommandError, as_command, option
 from mpoe.cli.models import check_writable_file, write_json
 from mpoe.cli.report import Table
+from mpoe.cli.short_help import SHORT
 from mpoe.cli.tasks import DataOptions, data_of_run, model_of_experiment, resolve
 from mpoe.data.encode import (
     encode_labels,
@@ -153,7 +154,7 @@ class EvaluateOptions:
     LEAST: ClassVar[dict[str, int]] = {"batch_size": 1}
 
 
-@as_command("mpoe evaluate MODEL_DIR [--flag value ...]", EvaluateOptions, DataOptions, words=(0, 1))
+@as_command(SHORT["evaluate"].usage, EvaluateOptions, DataOptions, words=(0, 1))
 def command(asked: Asked) -> dict[str, dict[str, float]]:
     """Print and return the scores by task."""
     (options, data), words = asked.options, asked.words

@@ -10,6 +10,7 @@ import dataclasses
 
 from mpoe.cli import models
 from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.cli.short_help import SHORT
 from mpoe.models import merge_experts, push_expert
 from mpoe.models.export import TARGETS, check_export, server_notes
 
@@ -23,7 +24,7 @@ class ExportOptions:
     overwrite: bool = option(False, "replace a model in OUT")
 
 
-@as_command("mpoe export IN OUT --to mixtral [--flag value ...]", ExportOptions, words=(2, 2))
+@as_command(SHORT["export"].usage, ExportOptions, words=(2, 2))
 def command(asked: Asked) -> None:
     """Export the model IN into the folder OUT, or an expert's file IN to the repository OUT of the hub."""
     (options,), (name, out) = asked.options, asked.words

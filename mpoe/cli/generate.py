@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.cli.short_help import SHORT
 from mpoe.config.checks import check_number, check_seed
 
 
@@ -30,7 +31,7 @@ class GenerateOptions:
         check_seed("seed", self.seed)
 
 
-@as_command("mpoe generate MODEL_DIR --prompt TEXT [--flag value ...]", GenerateOptions, words=(1, 1))
+@as_command(SHORT["generate"].usage, GenerateOptions, words=(1, 1))
 def command(asked: Asked) -> None:
     """Print the model's text for every prompt; that of a language model begins with it."""
     (options,), (name,) = asked.options, asked.words

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.cli.short_help import SHORT
 from mpoe.data.mappings import flatten, read_mapping
 from mpoe_kernels import info
 
@@ -26,7 +27,7 @@ class InfoOptions:
     json: bool = option(False, "print JSON instead of tables")
 
 
-@as_command("mpoe info [FILE ...] [--json]", InfoOptions, words=(0, MOST))
+@as_command(SHORT["info"].usage, InfoOptions, words=(0, MOST))
 def command(asked: Asked) -> None:
     """Show the facts of this machine, or of experts."""
     (options,), files = asked.options, asked.words

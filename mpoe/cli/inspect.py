@@ -16,6 +16,7 @@ from mpoe.cli import models, report
 from mpoe.cli.command import Asked, CommandError, as_command, option
 from mpoe.cli.evaluate import encode_task, expert_load, padded_batches
 from mpoe.cli.models import MODEL_OR_RUN, REPORT_FILE, check_output, write_json
+from mpoe.cli.short_help import SHORT
 from mpoe.cli.tasks import DataOptions, data_of_run, resolve
 from mpoe.data.batches import read_batches
 from mpoe.data.task import Task
@@ -79,7 +80,7 @@ class InspectOptions:
             raise ValueError("text must hold words; got an empty one")
 
 
-@as_command("mpoe inspect MODEL [--flag value ...]", InspectOptions, DataOptions, words=(1, 1))
+@as_command(SHORT["inspect"].usage, InspectOptions, DataOptions, words=(1, 1))
 def command(asked: Asked) -> None:
     """Inspect the model; write the numbers and, last, the report."""
     (options, data), (name,) = asked.options, asked.words

@@ -8,7 +8,8 @@ import os
 import sys
 import traceback
 
-from mpoe.cli.command import CommandError, close_matches, is_on_purpose
+from mpoe.cli.command import CommandError, close_matches, is_on_purpose, show_help
+from mpoe.cli.short_help import SHORT
 
 COMMANDS = {
     "train": "Train: mpoe train [CONFIG.json|yaml] --flag value ... (flags win over the file).",
@@ -46,6 +47,10 @@ def run(words: list[str]) -> None:
         if words[0] != "bench":
             # Waiting threads that spin for long cost minutes on shared cores; torch reads this when it loads.
             os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+        asks_help = any(word in ("-h", "--help") for word in words[1:]) and "all" not in words
+        if asks_help:
+            show_help(SHORT[words[0]].usage, COMMANDS[words[0]], (), SHORT[words[0]].options)
+            return
         importlib.import_module(f"mpoe.cli.{words[0]}").command(words[1:])
     else:
         kind = "option" if words[0].startswith("-") else "command"

@@ -26,6 +26,7 @@ from mpoe.cli.command import Asked, CommandError, as_command, option
 from mpoe.cli.models import check_writable_file, read_configuration, write_json
 from mpoe.cli.options import ExpertOptions
 from mpoe.cli.report import Table
+from mpoe.cli.short_help import SHORT
 from mpoe.config import MPOEConfig
 from mpoe.data.mappings import read_mapping
 from mpoe.layers import MPOEmbedding, TopKRouter
@@ -63,7 +64,7 @@ class PlanOptions:
         return 1 if self.inference else 3
 
 
-@as_command("mpoe plan MODEL_OR_CONFIG [--flag value ...]", PlanOptions, ExpertOptions, words=(1, 1))
+@as_command(SHORT["plan"].usage, PlanOptions, ExpertOptions, words=(1, 1))
 def command(asked: Asked) -> None:
     """Print the table, and write everything as JSON if asked."""
     (options, experts), (name,) = asked.options, asked.words

@@ -34,6 +34,7 @@ from mpoe.cli.settle import (
     settle_rate,
     warn_of_rate,
 )
+from mpoe.cli.short_help import SHORT
 from mpoe.cli.tasks import DataOptions, model_of_experiment, read_descriptions, resolve
 from mpoe.data.encode import IGNORED_LABEL, padding_collator
 from mpoe.data.predict import is_classifier
@@ -52,32 +53,6 @@ from mpoe.training.published import check_free_names, publish, staging_folder
 from mpoe.training.run_lock import hold
 from mpoe_kernels.version import __version__
 
-# what `mpoe train --help` shows
-FIRST = {
-    "model": "t5 or gpt2 (tiny stand-ins), a folder, or a hub name (t5-base)",
-    "data_dir": "folder with train, validation and test files, or owner/name on the hub",
-    "tasks": "tasks by name, instead: folders in data_dir, rte, imdb, doc_module, ...",
-    "output_dir": "folder of the run: checkpoints, metrics, report, the final model",
-    "num_experts": "experts of every feed-forward layer (8)",
-    "top_k": "experts per token (2; of neurons up to 8; of other shapes than hidden 1)",
-    "shape": "hidden, neurons, separable, paper, light: what the experts own (hidden)",
-    "baseline": "dense, wider or switch: what the mixture is compared with",
-    "expert": "train one expert as a file, NAME.expert, for mpoe compose",
-    "neurons": "its size: hidden neurons beside every network (64)",
-    "save_base": "keep a copy of the base beside the expert",
-    "adapter": "train experts and routers alone",
-    "max_steps": "optimizer steps",
-    "num_train_epochs": "or passes over the data (3)",
-    "per_device_train_batch_size": "items per step and device (8)",
-    "learning_rate": "default: chosen by family, shape and width",
-    "find_rate": "search for it first: 30 steps with each of three to five",
-    "max_source_length": "tokens of the input, or of a block of running text (128)",
-    "max_target_length": "tokens of the answer (16)",
-    "seed": "of routers, dropout and the order of the data (42)",
-    "use_cpu": "stay on the CPU",
-    "overwrite": "replace the run in output_dir",
-    "resume": "continue the run in output_dir at its last checkpoint",
-}
 # What `transformers.TrainingArguments` offer and a run would not heed -> what there is instead.
 INSTEAD = {
     "resume_from_checkpoint": "--resume continues the run in output_dir at its last checkpoint",
@@ -85,7 +60,6 @@ INSTEAD = {
     "train_sampling_strategy": "every step draws one task (--temperature, --data_seed)",
 }
 GROUPS = (RunOptions, DataOptions, ExpertOptions, MPOETrainingArguments)
-USAGE = "mpoe train [CONFIG.json|yaml] --output_dir DIR [--flag value ...]"
 
 
 @dataclass(frozen=True)
@@ -106,7 +80,7 @@ class Plan:
         return sorted(name for name in names & self.given if name != "load_layer" or self.run.load_layer)
 
 
-@as_command(USAGE, *GROUPS, config=True, first=FIRST)
+@as_command(SHORT["train"].usage, *GROUPS, config=True, first=SHORT["train"].options)
 def command(asked: Asked) -> None:
     """Train as asked."""
     options, data, experts, arguments = asked.options

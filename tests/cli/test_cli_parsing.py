@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import logging
 import shlex
@@ -11,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from mpoe.cli.command import Asked, CommandError, as_command, make_parser, option, option_names, parse
+from mpoe.cli.main import COMMANDS
+from mpoe.cli.short_help import SHORT
 from mpoe.cli.train import GROUPS
 from mpoe_kernels import backend_reasons
 from mpoe_kernels.version import __version__
@@ -63,6 +67,21 @@ def test_lists_and_booleans_from_a_file_and_what_is_empty_there(tmp_path: Path) 
     assert (first.tasks, first.limit, first.careful) == (["c"], 2, True)
     file = write(tmp_path, "c.yaml", "rate:\nsteps:\ntasks:\nfast:\nlong_name:\nlimit:\n")
     assert parse([First, Second], ["--steps", "4"], file)[:2] == ((First(steps=4), Second()), {"steps"})
+
+
+def test_short_help_names_options_that_are_there() -> None:
+    assert set(SHORT) == set(COMMANDS)
+    for name, short in SHORT.items():
+        command = importlib.import_module(f"mpoe.cli.{name}").command
+        groups = inspect.getclosurevars(command).nonlocals["groups"]
+        assert set(short.options) <= set(option_names(make_parser(groups))), name
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; from mpoe.cli.main import run; run(['compose', '--help']); assert 'torch' not in sys.modules"
+    said = run_python("-c", code)
+    assert "--background" in said
+    assert "mpoe compose --help all" in said
 
 
 def test_help_of_train_shows_what_matters_first(cli, refused) -> None:

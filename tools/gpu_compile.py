@@ -1,8 +1,9 @@
 """Compiles every GPU kernel that ships, ahead of time and without a GPU, and checks the machine code.
 
 No kernel may spill registers, use more shared memory than the architecture has, or multiply matrices without
-tensor-core instructions, and nvcc may not warn. Triton's kernels are compiled in every configuration that
-tools/shipped_kernels.py launches, csrc/cuda's files by nvcc (``CUDACXX``, PATH or /usr/local/cuda/bin).
+tensor-core instructions; no program of Triton's may wait for another one, and nvcc may not warn. Triton's kernels are
+compiled in every configuration that tools/shipped_kernels.py launches, csrc/cuda's files by nvcc (``CUDACXX``, PATH or
+/usr/local/cuda/bin).
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ NVCC_FLAGS = [
     *("-Xptxas", "-warn-spills,-warn-lmem-usage", f"-I{CSRC}"),
 ]
 _DOT = re.compile(r"tt\.dot(?:_scaled)? (.*)$", re.MULTILINE)
+# What a program could wait for another by, or count with it; shared memory is a program's own.
+_BETWEEN_PROGRAMS = re.compile(
+    r"(?:atom|red)(?:\.\w+)*\.global\S*|ld(?:\.\w+)*\.acquire\S*|(?:global|flat|buffer)_atomic_\w+"
+)
 # Parameters that are block sizes, not sizes of the problem.
 BLOCK_SIZES = ("BM", "BN", "BK", "BT", "KL", "NL", "KR", "NR", "BLOCK", "PART", "CHUNK")
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -124,8 +129,8 @@ def compiled(job: Job) -> dict[str, Binary]:
     """Its kernels by name; whatever the compiler raises is passed on.
 
     Raises:
-        RuntimeError: Triton's interpreter has replaced the compiler in this process; there is no nvcc, or it fails, as
-            it does over warnings and spills.
+        RuntimeError: Triton's interpreter has replaced the compiler in this process; a kernel's programs may wait for
+            one another; there is no nvcc, or it fails, as it does over warnings and spills.
     """
     return {job.name: _by_triton(job)} if ":" in job.kernel else _by_nvcc(job)
 
@@ -143,6 +148,8 @@ def _by_triton(job: Job) -> Binary:
         {(position[parameter],): [["tt.divisibility", 16]] for parameter in job.aligned},
     )
     built = triton.compile(source, target=TARGETS[job.architecture], options=dict(job.options))
+    if found := _BETWEEN_PROGRAMS.findall(built.asm.get("ptx") or built.asm["amdgcn"]):
+        raise RuntimeError(f"programs may wait for one another: {', '.join(sorted(set(found)))}")
     wants = any("16>" in line or "tf32" in line for line in _DOT.findall(built.asm["ttir"]))
     tensor_memory = getattr(built.metadata, "tmem_size", None) or 0
     if "cubin" in built.asm:

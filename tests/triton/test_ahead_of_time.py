@@ -212,6 +212,19 @@ def test_a_kernel_that_spills_is_stopped(architecture: str, warps: int) -> None:
     assert problem.startswith("spills: ")
 
 
+@pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
+def test_programs_that_wait_for_one_another_are_stopped(architecture: str) -> None:
+    """On AMD's card rows that a wave wrote may become visible after its signal."""
+    signature, constants = (("out", "*i32"), ("SIZE", "constexpr")), (("SIZE", 32),)
+    waiting, counting = (
+        Job(f"{planted_kernels.__name__}:{name}_kernel", architecture, signature, constants, ("out",))
+        for name in ("waiting", "counting")
+    )
+    (line,) = gpu_compile.problems_of(waiting)
+    assert line.startswith("RuntimeError: programs may wait for one another: ")
+    assert gpu_compile.problems_of(counting) == []
+
+
 def test_a_kernel_that_needs_too_much_shared_memory_is_stopped() -> None:
     problems = binary_of(planted(128, 8, 5)).problems("sm_90")
     assert any("bytes of shared memory; sm_90 has 232448" in problem for problem in problems)

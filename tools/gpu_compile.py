@@ -49,7 +49,7 @@ NVCC_FLAGS = [
 _DOT = re.compile(r"tt\.dot(?:_scaled)? (.*)$", re.MULTILINE)
 # What a program could wait for another by, or count with it; shared memory is a program's own.
 _BETWEEN_PROGRAMS = re.compile(
-    r"(?:atom|red)(?:\.\w+)*\.global\S*|ld(?:\.\w+)*\.acquire\S*|(?:global|flat|buffer)_atomic_\w+"
+    r"\b(?:atom|red)(?:\.\w+)*\.global\S*|ld(?:\.\w+)*\.acquire\S*|(?:global|flat|buffer)_atomic_\w+"
 )
 # Parameters that are block sizes, not sizes of the problem.
 BLOCK_SIZES = ("BM", "BN", "BK", "BT", "KL", "NL", "KR", "NR", "BLOCK", "PART", "CHUNK")

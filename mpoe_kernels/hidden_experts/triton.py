@@ -41,12 +41,17 @@ LARGE_TILES = TILES | {
 # Where operands of products are in registers, with the three blocks that gradients of blocks read for every slot.
 IN_REGISTERS = ("sm_80", "gfx942")
 SMALL_TILE = Tile(32, 32, 32, 4, 1)
+SM_100_TILE = Tile(16, 64, 64, 8)  # for "blocks" of the first table; 32 rows of gated ones spill there
 
 
 def _tiles(kernel: str, u: Tensor, block: int) -> tuple[Tile, ...]:
     found = (TILES if block <= LARGEST_BLOCK else LARGE_TILES)[kernel][u.element_size()]
-    if kernel == "blocks" and u.element_size() == 2 and architecture.target_of(u.device).architecture in IN_REGISTERS:
-        found = (SMALL_TILE,)
+    if kernel == "blocks" and u.element_size() == 2:
+        name = architecture.target_of(u.device).architecture
+        if name in IN_REGISTERS:
+            return (SMALL_TILE,)
+        if name == "sm_100" and block <= LARGEST_BLOCK:
+            return (SM_100_TILE,)
     return found
 
 

@@ -41,7 +41,9 @@ def test_ffn_dropout_drops_hidden_activations() -> None:
 def test_one_graph(backend: str, name: str) -> None:
     """Of routing, a network and rows there and back, without a number that the host reads."""
     shape = SMALL_SHAPES[name]
-    require_strategies(backend, shape, torch.float32)
+    strategies = require_strategies(backend, shape, torch.float32)
+    if shape.is_separable and "separable" not in strategies:
+        pytest.skip(f"backend {backend} does not compute the strategy that {name} trains with")
     up, gate = (random_blocks(shape, 4, torch.float32, requires_grad=True) for _ in range(2))
     down = random_blocks(shape.mirrored(), 4, torch.float32, requires_grad=True)
     gate_proj = gate if name == "light" else None

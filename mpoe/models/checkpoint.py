@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import reprlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -56,7 +57,8 @@ def read_mpoe_config(folder: Path) -> tuple[dict[str, Any], type[Any]]:
     cls = next((cls for cls in found if hasattr(cls, "config_class")), None)
     if cls is None or cls.config_class.model_type != model_type:
         raise ValueError(
-            f"architectures in {folder / 'config.json'} must name an MPOE class of {model_type!r}; got {names}"
+            f"architectures in {folder / 'config.json'} must name an MPOE class of {model_type!r}; got "
+            f"{reprlib.repr(names)}"
         )
     return values, cls
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe
+from mpoe import MPOEConfig, collect_statistics, convert_to_mpoe, load_mpoe, save_expert, start_expert
+from mpoe.data.embedded import load_stand_in
 from tests.assertions import in_threads
+from tests.models.tiny_models import tiny_model
 from tests.training.tiny import Rows, dense_model, make_trainer, mpoe_model, resume_options
 
 from .processes import (
@@ -44,19 +46,44 @@ def test_full_disk_loses_nothing(tmp_path: Path, sizes: list[float]) -> None:
         full_disk(tmp_path, 1 + int(size * room), expected)
 
 
+COMMANDS = {
+    "convert": ["convert", "t5", "{}/out", "--num_experts", "2"],
+    "compose": ["compose", "gpt2", "{}/law.expert", "--output_dir", "{}/out", "--background", "{}/train.txt"],
+    "export": ["export", "{}/mixture", "{}/out", "--to", "granitemoeshared"],
+    "train": ["train", "--data_dir", "{}", "--expert", "a", "--neurons", "64", "--output_dir", "{}/out"],
+}
+OF_TRAIN = ["--model", "gpt2", "--max_steps", "1", "--learning_rate", "1e-3", "--max_source_length", "16", "--use_cpu"]
+OF_TRAIN += ["--save_strategy", "no"]
+
+
 @pytest.mark.parametrize("options", [{"size": 20_000}, {"as_user": True}], ids=["full", "read_only"])
-def test_command_line_tells_of_the_disk_in_one_line(tmp_path: Path, options: dict) -> None:
+@pytest.mark.parametrize("command", ["convert", *(pytest.param(name, marks=slow) for name in list(COMMANDS)[1:])])
+def test_command_line_tells_of_the_disk_in_one_line(tmp_path: Path, command: str, options: dict) -> None:
     out = tmp_path / "out"
     if "as_user" in options:
         out.mkdir(mode=0o555)
-    code, text = command_says(["convert", "t5", str(out), "--num_experts", "2"], tmp_path / "log", **options)
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.txt").write_text("A list holds its items in their order.\n\n" * 60)
+    if command == "compose":
+        expert = start_expert(load_stand_in("gpt2")[0], 64)
+        ids = torch.arange(64).view(4, 16)
+        save_expert(expert, tmp_path / "law.expert", statistics=collect_statistics(expert, [{"input_ids": ids}]))
+    elif command == "export":
+        tiny = tiny_model("llama", "LlamaForCausalLM", vocab_size=2048)
+        convert_to_mpoe(tiny, MPOEConfig(num_experts=2, shape="neurons", neurons=8)).save_pretrained(
+            tmp_path / "mixture"
+        )
+        load_stand_in("gpt2")[1].save_pretrained(tmp_path / "mixture")
+    words = [word.format(tmp_path) for word in COMMANDS[command]] + OF_TRAIN * (command == "train")
+    code, text = command_says(words, tmp_path / "log", **options)
     assert code == 2, text
     assert "Traceback" not in text
     lines = [line for line in text.splitlines() if line.startswith("mpoe: error: ")]
     assert len(lines) == 1
     assert ("cannot be" if "as_user" in options else "large") in lines[0]
     assert str(out) in lines[0]
-    assert list(out.glob("*")) == []
+    others = ("run.json", "metrics.jsonl", ".incomplete-model")  # of a run that may go on
+    assert not [path for path in out.glob("*") if path.name not in others * (command == "train")]
 
 
 def test_loads_and_conversions_in_threads(tmp_path: Path) -> None:

@@ -281,6 +281,26 @@ def test_what_other_processes_wrote_stays(seconds: dict[str, float], empty_cache
     assert list(empty_cache.parent.iterdir()) == [empty_cache], "nothing half written is left"
 
 
+def test_two_processes_write_at_once(empty_cache: Path) -> None:
+    """A choice may be lost, and is measured again; the file stays whole, and a link is not written through."""
+    empty_cache.parent.mkdir()
+    victim = empty_cache.with_name("victim")
+    victim.write_text("mine")
+    empty_cache.symlink_to(victim)
+    children = []
+    for number in range(2):
+        children.append(os.fork())
+        if not children[-1]:
+            for turn in range(20):
+                kept.add_choices({f"{number} {turn}": "eager"})
+            os._exit(0)
+    for child in children:
+        os.waitpid(child, 0)
+    assert victim.read_text() == "mine"
+    assert {"0 19", "1 19"} & kept.read_choices().keys()
+    assert sorted(path.name for path in empty_cache.parent.iterdir()) == ["choices.json", "victim"]
+
+
 def test_the_oldest_choices_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept, "MOST_CHOICES", 2)
     for name in "abca":
@@ -301,8 +321,9 @@ def test_the_oldest_choices_go(monkeypatch: pytest.MonkeyPatch) -> None:
         json.dumps({"version": kept.VERSION, "choices": ["a"]}),
         json.dumps({"version": kept.VERSION, "choices": {"a": 3}}),
         json.dumps({"machine": "of an older release", "devices": {}}),
+        json.dumps({"version": float("nan"), "choices": {"a": "b"}}),
     ],
-    ids=["empty", "cut", "nested", "list", "bytes", "large", "newer", "no choices", "no strings", "foreign"],
+    ids=["empty", "cut", "nested", "list", "bytes", "large", "newer", "no choices", "no strings", "foreign", "NaN"],
 )
 def test_a_damaged_or_foreign_file_is_measured_again(
     seconds: dict[str, float], empty_cache: Path, content: str | bytes
@@ -322,7 +343,7 @@ def test_an_entry_that_cannot_run_is_measured_again(seconds: dict[str, float], v
     assert resolve_contraction(PROBLEM).backend == "second"
 
 
-@pytest.mark.parametrize("kind", ["pipe", "folder", "read-only home", "home is a file"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link to itself", "read-only home", "home is a file"])
 def test_an_unwritable_place_is_no_error(
     seconds: dict[str, float], empty_cache: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,6 +355,8 @@ def test_an_unwritable_place_is_no_error(
         os.mkfifo(empty_cache)
     elif kind == "folder":
         empty_cache.mkdir()
+    elif kind == "link to itself":
+        empty_cache.symlink_to(empty_cache)
     elif kind == "read-only home":
 
         def refuse(**_: object) -> None:

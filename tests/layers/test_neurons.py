@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from mpoe import MPOEConfig, RouterConfig
+from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe
 from mpoe.layers import (
     ACTIVATIONS,
     MPOCores,
@@ -20,8 +20,9 @@ from mpoe.layers import (
     NeuronFeedForward,
     routing_context,
 )
-from mpoe_kernels import MPOShape
+from mpoe_kernels import MPOShape, neuron_experts
 
+from ..models.tiny_models import dense_model
 from .test_native_calls import Dense, E, F, I, made
 
 M = 3
@@ -130,6 +131,23 @@ def test_the_dense_networks_dropout_is_not_the_experts() -> None:
     torch.manual_seed(1)
     share = ((found - Dense.forward(asked, x)).abs() < 1e-6).float().mean()
     assert 0.4 < float(share) < 0.6
+    asked.output_dropout = 0.5
+    assert torch.allclose(asked.eval()(x) - Dense.forward(asked, x), added(asked, x), atol=1e-5)
+
+
+def test_sums_in_half_precision_are_of_single_precision() -> None:
+    """512 experts that add 1 / 512 each: in bfloat16 the sum would end at a half."""
+    count = 512
+    ones = torch.ones(count, 1, 4, dtype=torch.bfloat16)
+    gates, index = torch.full((1, count), 1 / count), torch.arange(count)[None]
+    found = neuron_experts(ones[0] / 4, gates, index, ones, ones, None, activation="relu", backend="eager")
+    assert torch.allclose(found.float(), torch.ones(1, 4), rtol=0.01)
+
+
+def test_copies_of_one_neuron_differ() -> None:
+    experts = convert_to_mpoe(dense_model("gpt2"), MPOEConfig(shape="neurons", num_experts=2, neurons=300))
+    up = next(module for module in experts.modules() if isinstance(module, NeuronExperts)).up.flatten(0, 1)
+    assert len(up.unique(dim=0)) == len(up)  # of 96 neurons
 
 
 def test_dtypes() -> None:
@@ -138,6 +156,9 @@ def test_dtypes() -> None:
     want = module(x)
     assert want.dtype == torch.float64
     half = layer().bfloat16()
+    assert torch.allclose(half(x.bfloat16()).double(), want, atol=0.3)
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+    half.experts.float()
     assert torch.allclose(half(x.bfloat16()).double(), want, atol=0.3)
     assert half(x.bfloat16()).dtype == torch.bfloat16
     whole = layer()

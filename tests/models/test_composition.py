@@ -10,6 +10,7 @@ import torch
 from mpoe import MPOEConfig, RouterConfig, compose
 from mpoe.models.composition import (
     LOGITS,
+    _domain_loss,
     _second_moment,
     forced,
     pooled_statistics,
@@ -183,6 +184,12 @@ def test_training_changes_the_routers_alone_and_lowers_the_loss():
         own = [-logits.log_softmax(-1)[:, domain].mean() for logits in out.router_logits]
         wanted += float((out.task_loss + torch.stack(own).mean()).detach())
     assert train_routers(trained, examples, 1)[0] == pytest.approx(wanted, rel=1e-5)
+    padded = {**examples[0][0], "attention_mask": torch.ones_like(examples[0][0]["input_ids"])}
+    padded["attention_mask"][:, -2:] = 0
+    out = trained(**padded, output_router_logits=True)
+    mask = padded["attention_mask"].bool().view(-1)
+    own = [-logits.log_softmax(-1)[mask, 1].mean() for logits in out.router_logits]
+    assert float(_domain_loss(trained, padded, 1)) == pytest.approx(float(out.task_loss + torch.stack(own).mean()))
 
 
 def test_fine_tunes_that_do_not_fit():

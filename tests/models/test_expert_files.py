@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -192,6 +193,28 @@ def test_composition_depends_on_its_arguments_alone(domains: SimpleNamespace, tm
         assert layer.experts.neurons == M + 4
         assert not layer.experts.up[:2, M:].any()
         assert not layer.experts.up[3].any()
+
+
+@torch.no_grad()
+def test_gates_sum_to_one(domains: SimpleNamespace) -> None:
+    """Of two experts that hardly differ, a mixture computes what one of them does alone."""
+    expert = load_expert(domains.files[0])
+    weights = {name: value * (1 + 1e-6) for name, value in expert.weights.items()}
+    twin = dataclasses.replace(expert, facts={**expert.facts, "name": "twin"}, weights=weights)
+    mixture = compose_experts(domains.base, [expert, twin], none=False, top_k=2)
+    ids = domain(0)[0]["input_ids"]
+    want = start_expert(domains.base, expert=expert).eval()(input_ids=ids).logits
+    torch.testing.assert_close(mixture(input_ids=ids).logits, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_whole_mixture_compiles(domains: SimpleNamespace) -> None:
+    mixture = compose_experts(domains.base, domains.files, background=domains.background)
+    ids = domain(0)[0]["input_ids"]
+    want = mixture(input_ids=ids).logits
+    compiled = torch.compile(mixture, backend="aot_eager")
+    torch.testing.assert_close(compiled(input_ids=ids).logits, want, rtol=1e-4, atol=1e-4)
 
 
 def test_without_none(domains: SimpleNamespace) -> None:

@@ -132,6 +132,9 @@ def test_tensors_are_of_the_kinds_that_are_written(
     expert.weights[next(iter(expert.weights))] = torch.ones(3)
     refuses(ValueError, r"must have .* \(32, 32\); it has \(3,\)", start_expert, domains.base, expert=expert)
     expert = load_expert(domains.files[0])
+    del expert.weights["model.layers.1.mlp.up"]
+    refuses(ValueError, r"layers.1.mlp.up \(32, 32\); it has None", start_expert, domains.base, expert=expert)
+    expert = load_expert(domains.files[0])
     expert.statistics[next(name for name in expert.statistics if name.endswith("mean"))] = torch.ones(3)
     with pytest.raises(ValueError, match="the statistics of expert 'domain0' must hold finite numbers"):
         compose_experts(domains.base, [expert], background=domains.background)

@@ -87,8 +87,10 @@ def test_worth_that_is_refused(domains: SimpleNamespace, composed: SimpleNamespa
 
 
 def test_several_experts_in_one_dense_network(domains: SimpleNamespace) -> None:
-    base = domains.base
+    base = copy.deepcopy(domains.base)
+    base.generation_config.max_new_tokens = 7
     merged = merge_expert(base, domains.files, weight=0.5)
+    assert merged.generation_config.max_new_tokens == 7
     assert merged.config.intermediate_size == 48 + 2 * M
     ids = domain(0)[0]["input_ids"]
     apart = [start_expert(base, expert=file).eval() for file in domains.files]
@@ -184,6 +186,16 @@ def test_neurons_for_an_adapter_of_attention(tmp_path: Path) -> None:
     facts = fit_adapter(base, merged, texts(), "law", neurons=20, steps=100).facts["training"]
     assert facts["base"] - facts["adapter"] > 0.5
     assert facts["kept"] >= 0.8
+
+
+def test_held_out_texts_are_not_fitted(adapter: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = texts(5)[:5]  # the first is held out
+    read: list[torch.Tensor] = []
+    own = adapter.merged.forward
+    monkeypatch.setattr(adapter.merged, "forward", lambda **named: read.append(named["input_ids"]) or own(**named))
+    with pytest.raises(ValueError, match="must keep 80%"):
+        fit_adapter(adapter.base, adapter.merged, given, "law", neurons=1, steps=4)
+    assert [sum(torch.equal(batch["input_ids"], ids) for ids in read) for batch in given] == [1, 1, 1, 1, 1]
 
 
 def test_fits_that_are_refused(adapter: SimpleNamespace) -> None:

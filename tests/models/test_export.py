@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 
@@ -15,7 +16,7 @@ from mpoe.cli import export as command
 from mpoe.cli.command import CommandError
 from mpoe.cli.main import main
 from mpoe.data.embedded import load_stand_in
-from mpoe.models.export import as_stock, check_export, server_notes
+from mpoe.models.export import as_stock, check_export, padded_size, server_notes
 from mpoe.models.report import neuron_modules
 from tests.assertions import run_python
 
@@ -106,6 +107,20 @@ def test_the_stock_class_computes_the_same(model_type, to, changes, options, tmp
     assert torch.equal(model(IDS).logits, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_every_number_of_neurons(dtype):
+    """The stock class's default kernels take rows of certain sizes alone."""
+    for count in (1, 3, 5, 8, 10, 13):
+        model = neurons(neurons=count).to(dtype)
+        stock = merge_experts(model, as_=GRANITE)
+        assert stock.config.intermediate_size == padded_size(count), count
+        assert difference(stock(IDS).logits, model(IDS).logits) <= (1e-5 if dtype == torch.float32 else 0.05), count
+    whole = mixture(changes={"intermediate_size": 46}, expert_type="dense")
+    assert difference(merge_experts(whole, as_=MIXTRAL)(IDS).logits, whole(IDS).logits) <= 1e-5
+    assert [padded_size(count) for count in (1, 8, 9)] == [8, 8, 16]
+
+
 @torch.no_grad()
 def test_a_family_whose_configuration_has_no_size_of_heads():
     model = neurons("smollm3", {"no_rope_layers": [1, 1]})
@@ -131,7 +146,9 @@ def test_latent_spaces_merge_and_dtypes_become_one():
 def test_the_file_is_the_one_that_servers_read(tmp_path):
     """Names of the published checkpoints, multipliers that change nothing, and no constant of the gates."""
     model = neurons()
+    model.generation_config.max_new_tokens = 7
     stock = merge_experts(model, as_=GRANITE)
+    assert stock.generation_config.max_new_tokens == 7
     stock.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     names = {name for name in saved if ".layers.1." in name and "self_attn" not in name}
@@ -275,7 +292,7 @@ def test_how_far_logits_may_differ(dtype, allowed, tmp_path, monkeypatch):
     model = mixture().to(dtype)
     merge_experts(model, as_=MIXTRAL).save_pretrained(tmp_path)
     own = model.forward
-    for factor in (0.5, 2.0):
+    for factor in (0.5, 2.0, math.nan):
 
         def shifted(*values, shift=factor * allowed, **named):
             found = own(*values, **named)

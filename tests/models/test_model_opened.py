@@ -38,7 +38,11 @@ OPEN = (
 @pytest.mark.slow
 def test_remote_code_opens_a_model_in_a_program_that_does_not_import_mpoe(converted, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    converted("llama").save_pretrained(tmp_path / "model")
+    for shape in ("neurons", "separable"):
+        converted("llama", shape=shape).save_pretrained(tmp_path / shape)
+    opened = run_python("-c", OPEN.format("trust_remote_code=True"), tmp_path / "neurons", "AutoModelForCausalLM")
+    assert opened.splitlines()[-1] == "MPOELlamaForCausalLM"
+    (tmp_path / "separable").rename(tmp_path / "model")
     assert json.loads((tmp_path / "model" / "config.json").read_text())["auto_map"] == {
         "AutoConfig": "modeling_mpoe.MPOELlamaConfig",
         "AutoModel": "modeling_mpoe.MPOELlamaModel",

@@ -139,15 +139,15 @@ def _faults_of_fine_tunes(names: Sequence[str], options: ComposeOptions) -> Iter
 
 
 def compose_fine_tunes(
-    base: Any, tokenizer: Any, names: Sequence[str], texts: Sequence[Any], options: ComposeOptions, out: Path
+    base: Any, tokenizer: Any, names: Sequence[str], texts: Sequence[Any], options: ComposeOptions, out: models.Output
 ) -> None:
     """Compose the fine-tunes ``names`` of ``base``, each with the batches of its text, and save the mixture."""
     fine_tunes = [load_fine_tune(name, base) for name in names]
     routing = RouterConfig(top_k=options.top_k or 1)
     mixture = compose(base, fine_tunes, texts, routing, router=options.router, steps=options.steps)
-    with models.model_folder(out, options.overwrite, mixture, tokenizer):
+    with models.model_folder(out, mixture, tokenizer):
         pass
-    print(f"saved to {out}")
+    print(f"saved to {out.folder}")
 
 
 # ------------------------------------------------------- experts' files, and adapters fitted as such
@@ -194,7 +194,7 @@ def _fitted(base: Any, name: str, texts: Any, tokenizer: Any, options: ComposeOp
 
 
 def compose_files(
-    base: Any, tokenizer: Any, names: Sequence[str], texts: Sequence[Any], options: ComposeOptions, out: Path
+    base: Any, tokenizer: Any, names: Sequence[str], texts: Sequence[Any], options: ComposeOptions, out: models.Output
 ) -> None:
     """Compose or merge the experts ``names`` of ``base``; ``texts`` has batches for each of them, or nothing."""
     experts: list[Any] = []
@@ -220,9 +220,9 @@ def compose_files(
         by_name |= {} if read is None else {experts[-1].name: read}
     if options.merge:
         merged = merge_expert(base, experts, weight=1 / max(1, len(experts)))
-        with models.model_folder(out, options.overwrite, merged, tokenizer):
+        with models.model_folder(out, merged, tokenizer):
             pass
-        print(f"saved to {out}: a dense {type(merged).__name__}, every expert at weight 1/{len(experts)}")
+        print(f"saved to {out.folder}: a dense {type(merged).__name__}, every expert at weight 1/{len(experts)}")
         return
     parts: list[Any] = []
     if none and background is None and not options.background and options.router != "train":
@@ -245,8 +245,8 @@ def compose_files(
     if options.router == "train":
         of_none = [batch for part in parts for batch in part]
         train_routers(mixture, [*texts, of_none], options.steps)
-    with models.model_folder(out, options.overwrite, mixture, tokenizer) as staging:
+    with models.model_folder(out, mixture, tokenizer) as staging:
         expert_mixture.keep_experts(mixture, staging)
     others = f"tokens go to {mixture.mpoe_config.top_k}" + f"; {NONE!r} adds 0" * none
-    print(f"saved to {out}: {', '.join(mixture.config.mpoe_experts)} ({others})")
+    print(f"saved to {out.folder}: {', '.join(mixture.config.mpoe_experts)} ({others})")
     show_composition(base, tokenizer, mixture, experts)

@@ -38,10 +38,10 @@ def command(asked: Asked) -> None:
         raise CommandError(f"IN is converted already ({source.model_type}); give a dense checkpoint")
     if folder.exists() and Path(source.path).is_dir() and folder.samefile(source.path):
         raise CommandError(f"OUT must be another folder than IN; got {folder} for both")
-    models.check_model_output("OUT", out, options.overwrite)
+    output = models.check_model_output("OUT", out, options.overwrite)
     tokenizer, model = models.tokenizer_if_any(source), models.load_model(source)
     model = convert_to_mpoe(model, config) if original is None else import_original(original, model)
     (model.mpoe_summary if config.expert_type == "mpo" else model.print_trainable_parameters)()
-    with models.model_folder(folder, options.overwrite, model, tokenizer):
+    with models.model_folder(output, model, tokenizer):
         pass
     print(f"saved to {folder}")

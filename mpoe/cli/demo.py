@@ -20,7 +20,15 @@ from transformers.utils import logging
 
 from mpoe.cli import compare, train
 from mpoe.cli.command import Asked, CommandError, as_command, option
-from mpoe.cli.models import MODEL_OR_RUN, REPORT_FILE, RESULTS_FILE, check_output, model_folder, write_json
+from mpoe.cli.models import (
+    MODEL_OR_RUN,
+    REPORT_FILE,
+    RESULTS_FILE,
+    check_model_output,
+    check_output,
+    model_folder,
+    write_json,
+)
 from mpoe.cli.report import Table, expert_colours, routes_html, section, write_page
 from mpoe.cli.short_help import SHORT
 from mpoe.config.checks import check_seed
@@ -167,7 +175,7 @@ def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
     shown = "\n".join(tokenizer.decode(held_out[name][0]["input_ids"][0][:SHOWN]) for name in DOMAINS)
     routes = route_text(mixture, tokenizer, shown)
     first = zip(*([best[0] for best in layer] for layer in routes[0].experts), strict=True)
-    with model_folder(output_dir / MODEL_FOLDER, True, mixture, tokenizer) as staging:
+    with model_folder(check_model_output("model", output_dir / MODEL_FOLDER, True), mixture, tokenizer) as staging:
         keep_experts(mixture, staging)
     results: dict[str, Any] = {
         "steps": steps,

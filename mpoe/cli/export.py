@@ -34,11 +34,11 @@ def command(asked: Asked) -> None:
     source = models.find_to_copy(name)
     if not source.is_mpoe:
         raise CommandError(f"IN must be a mixture; {name} is a dense {source.model_type} (mpoe convert makes one)")
-    folder = models.check_model_output("OUT", out, options.overwrite)
+    output = models.check_model_output("OUT", out, options.overwrite)
     tokenizer, model = models.tokenizer_if_any(source), models.load_model(source)
     stock = merge_experts(model, as_=options.to)
-    with models.model_folder(folder, options.overwrite, stock, tokenizer) as staging:
+    with models.model_folder(output, stock, tokenizer) as staging:
         difference = check_export(model, staging, options.to)
-    print(f"saved to {folder}: a {type(stock).__name__} whose logits differ by {difference:.1e} of the largest")
+    print(f"saved to {output.folder}: a {type(stock).__name__} whose logits differ by {difference:.1e} of the largest")
     for note in server_notes(options.to, stock.config):
         print(f"note: {note}; Transformers computes the same")

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -27,7 +27,7 @@ from mpoe.models.table import ENCODER, TABLE, TYPE_PREFIX, known_type
 from mpoe.models.weight_files import check_links, check_weight_files, write_text
 from mpoe.training.checkpoints import clean_leftovers, delete
 from mpoe.training.output_dir import check_folder
-from mpoe.training.published import finish, foreign_files, publish, staging_folder, written_files
+from mpoe.training.published import CONFIG, finish, foreign_files, publish, staging_folder, written_files
 from mpoe.training.run_lock import check_free, hold
 
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*")
@@ -220,8 +220,17 @@ def check_output(
     return path
 
 
-def check_model_output(name: str, folder: str | Path, overwrite: bool) -> Path:
-    """Return ``folder``, the value of the argument ``name``, into which `model_folder` may write.
+class Output(NamedTuple):
+    """A folder that `check_model_output` has seen: what was given, and the number of its configuration's file then."""
+
+    name: str
+    folder: Path
+    overwrite: bool
+    config: int | None
+
+
+def check_model_output(name: str, folder: str | Path, overwrite: bool) -> Output:
+    """What `model_folder` takes, for the ``folder`` that is the value of the argument ``name``.
 
     Raises:
         NotADirectoryError, PermissionError: it cannot be written or created.
@@ -236,19 +245,22 @@ def check_model_output(name: str, folder: str | Path, overwrite: bool) -> Path:
         raise CommandError(f"{name} {path} holds {foreign[0]}, which mpoe did not write; choose another folder")
     if written_files(path) and not overwrite:
         raise CommandError(f"{name} {path} holds a model; give --overwrite to replace it, or another folder")
-    return path
+    config = path / CONFIG
+    return Output(name, path, overwrite, config.stat().st_ino if config.is_file() else None)
 
 
 @contextlib.contextmanager
-def model_folder(folder: Path, overwrite: bool, *parts: Any) -> Iterator[Path]:
-    """A staging folder into which the ``parts`` (model, tokenizer; None is left out) are saved; its files are in
-    ``folder``, in place of those of an earlier model, when the block ends without an error.
+def model_folder(output: Output, *parts: Any) -> Iterator[Path]:
+    """A staging folder into which the ``parts`` (model, tokenizer; None is left out) are saved; its files are in the
+    folder of ``output``, in place of those of an earlier model, when the block ends without an error.
 
     Raises:
-        CommandError: as `check_model_output`, as another process may have written the folder since.
+        CommandError: as `check_model_output`; another process has written the folder since.
     """
+    folder = output.folder
     with hold(folder):
-        check_model_output("output_dir", folder, overwrite)
+        if check_model_output(*output[:3]) != output:
+            raise CommandError(f"{output.name} {folder} holds a model that another process wrote meanwhile")
         clean_leftovers(folder)
         staging = staging_folder(folder)
         staging.mkdir()

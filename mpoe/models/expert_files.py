@@ -33,7 +33,7 @@ from mpoe.models.convert import check_finite, convert_to_mpoe, converted_class
 from mpoe.models.find import dense_networks, widened
 from mpoe.models.report import base_name, neuron_modules
 from mpoe.models.sites import FFNSite
-from mpoe.models.weight_files import declared_shapes, first_line, tensors_hash
+from mpoe.models.weight_files import check_links, declared_shapes, first_line, tensors_hash
 from mpoe_kernels.version import __version__
 
 FORMAT = 1
@@ -398,6 +398,7 @@ def push_expert(path: str | Path, repo_id: str, *, private: bool | None = None, 
     files = sorted(place.glob("*.expert")) if place.is_dir() else [place]
     if not files:
         raise ValueError(f"path must be an expert's file or a folder with some; {place} holds no *.expert")
+    check_links(place)
     rows = []
     for file, expert in ((file, load_expert(file)) for file in files):
         base = expert.facts["base_name"] or expert.facts["model"]

@@ -69,8 +69,10 @@ def foreign_files(folder: Path) -> list[str]:
     folders: list[str] = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        is_folder = path.is_dir() and not path.is_symlink()
-        if not name.startswith(_LEFTOVERS) and name not in (parents if is_folder else names):
+        is_link = path.is_symlink()
+        is_folder = path.is_dir() and not is_link
+        is_ours = name in (parents if is_folder else names) or name.startswith(_LEFTOVERS)
+        if not is_ours or (is_link and (path.is_dir() or name not in names)):
             (folders if is_folder else files).append(name)
     return files + folders
 

@@ -98,7 +98,7 @@ def _acquire(folder: Path, file: Path) -> int | None:
         return None
     end = time.monotonic() + _PATIENCE
     while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             # A holder deletes the file when it ends: a lock on a deleted file locks nothing.
             if _try(descriptor, fcntl.LOCK_EX):

@@ -215,6 +215,12 @@ def test_a_background_of_other_layers(mixture: Path) -> None:
 # ------------------------------------------------------------------ the hub
 
 
+def test_nothing_behind_a_link_is_sent(domains: SimpleNamespace, tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "law.expert").symlink_to(domains.files[0])
+    refuses(ValueError, "must not be a link that leads out", push_expert, tmp_path / "shared", "me/e")
+
+
 def test_repositories_that_cannot_be(domains: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("", "a b/c", "../x", "a/b/c"):
         refuses(OSError, f"repository '{name}' could not be written: Repo id", push_expert, domains.files[0], name)

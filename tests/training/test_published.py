@@ -35,7 +35,7 @@ class Saved:
 
 
 def save(folder: Path, files: dict[str, str], overwrite: bool = True) -> None:
-    with model_folder(folder, overwrite, Saved(files), None):
+    with model_folder(check_model_output("OUT", folder, overwrite), Saved(files), None):
         pass
 
 
@@ -176,11 +176,14 @@ def test_killed_at_any_change_leaves_the_old_model_or_the_new_one(folder: Path, 
 
 
 def test_one_of_two_wins(tmp_path: Path) -> None:
-    path = check_model_output("OUT", tmp_path / "k", False)  # free when both looked
-    check_model_output("OUT", tmp_path / "k", False)
-    save(path, OLD, overwrite=False)
-    refuses(CommandError, "holds a model", save, path, NEW, False)
-    assert contents(path) == OLD
+    path = tmp_path / "k"
+    for overwrite, message in ((False, "OUT .*k holds a model; give"), (True, "that another process wrote meanwhile")):
+        one, other = (check_model_output("OUT", path, overwrite) for _ in range(2))
+        with model_folder(one, Saved(OLD)):
+            pass
+        with pytest.raises(CommandError, match=message), model_folder(other, Saved(NEW)):
+            pass
+        assert contents(path) == OLD
     child = os.fork()
     if not child:
         with hold(path):
@@ -208,9 +211,17 @@ def test_nothing_outside_is_touched_by_what_a_stranger_left(tmp_path: Path) -> N
     (whole / "experts").mkdir(parents=True)
     (whole / "experts" / "a.expert").write_text("theirs")
     refuses(FileExistsError, "mpoe did not write .*experts", finish, folder)
+    (whole / MANIFEST).write_text('{"files": ["experts", "experts/a.expert", "config.json"]}')
+    refuses(FileExistsError, "mpoe did not write .*experts", finish, folder)
+    refuses(FileExistsError, "mpoe did not write .*experts", finish, folder)
+    assert contents(victim) == {"a.expert": "mine"}
     shutil.rmtree(whole)
     whole.symlink_to(victim)
+    refuses(CommandError, "holds .complete-model, which mpoe did not write", check_model_output, "OUT", folder, True)
     finish(folder)
+    (folder / "_run.lock").symlink_to(victim / "a.expert")
+    with pytest.raises(OSError, match="Too many levels of symbolic links"), hold(folder):
+        pass
     assert contents(victim) == {"a.expert": "mine"}
 
 

@@ -45,7 +45,12 @@ from tests.assertions import refuses
         (MPOEConfig, {"shape": "hidden", "block_size": 0}, ValueError, "block_size must be at least 1"),
         (MPOEConfig, {"shape": "hidden", "block_per_group": 1}, TypeError, "block_per_group must be True or False"),
         (MPOEConfig, {"shape": "hidden", "neurons": 8}, ValueError, "neurons needs shape 'neurons'; got 'hidden'"),
-        (MPOEConfig, {"shape": "neurons", "block_size": 8}, ValueError, "block_size needs shape 'hidden'; got 'neurons'"),
+        (
+            MPOEConfig,
+            {"shape": "neurons", "block_size": 8},
+            ValueError,
+            "block_size needs shape 'hidden'; got 'neurons'",
+        ),
         (MPOEConfig, {"shape": "neurons", "neurons": 8.0}, TypeError, "neurons must be an integer or None"),
         (MPOEConfig, {"shape": "hidden", "moe_type": "moe"}, ValueError, "needs moe_type 'switch' or 'none'"),
         (MPOEConfig, {"shape": "hidden", "router": {"capacity_factor": 1.0}}, ValueError, "router.capacity_factor"),

@@ -16,8 +16,9 @@ from mpoe_kernels.triton.start import cdiv, power_of_two, start
 
 GATED = 2048  # logits of one program
 PART_OF_WIDTH = 512  # of a part of the logits: one token's parts fill as many multiprocessors as its width allows
-LOGITS = {"BM": 32, "BN": 64, "BK": 64, "num_warps": 8, "num_stages": 2}  # 4 warps spill on sm_100
-LOGITS_FEW = LOGITS | {"BM": 16, "BN": 32}
+# 32 experts: 64 spill on sm_100, or with 8 warps on gfx942. Both have the same inner size, the order of sums.
+LOGITS = {"BM": 32, "BN": 32, "BK": 64, "num_warps": 4, "num_stages": 2}
+LOGITS_FEW = LOGITS | {"BM": 16}
 
 
 @triton.jit(do_not_specialize=COUNTS)

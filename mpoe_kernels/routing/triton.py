@@ -69,7 +69,7 @@ def _counted(pairs: int, num_experts: int) -> dict[str, int]:
     """How the kernels that count share the pairs: in parts that are multiples of a block."""
     bins = power_of_two(num_experts + 2)
     size = cdiv(cdiv(pairs, BLOCK), MOST_PARTS) * BLOCK
-    warps = 4 if bins <= MOST_PARTS else 16  # a program holds three numbers of every bin
+    warps = 4 if bins <= MOST_PARTS else 8  # a program holds three numbers of every bin
     return {"size": size, "BINS": bins, "BLOCK": BLOCK, "num_warps": warps}
 
 

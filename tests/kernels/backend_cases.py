@@ -101,9 +101,14 @@ def choices_of(backend: str, shape: MPOShape, dtype: torch.dtype) -> list[str]:
     return ["auto", *found] if found and (not shape.is_separable or "separable" in found) else found
 
 
-def need_of(name: str, backend: str, dtype: torch.dtype = torch.float32) -> None:
-    """Skip a test whose backend lacks the op of a name, of a layer or a network the linear one."""
+def need_of(name: str, backend: str, dtype: torch.dtype = torch.float32, trains: bool = True) -> None:
+    """Skip a test whose backend lacks the op of a name, of a layer or a network the linear one; or the strategy that
+    blocks of bond 1 train with, if the test ``trains``."""
     if name.startswith(("hidden", "neuron", "mpo_embedding", "dispatch", "combine", "route")):
         require(backend, name, dtype)
+    elif name.endswith("hidden"):
+        require(backend, "hidden_experts", dtype)
     else:
-        require_strategies(backend, SMALL_SHAPES["separable"], dtype)
+        strategies = require_strategies(backend, SMALL_SHAPES["separable"], dtype)
+        if trains and "separable" not in strategies and not name.endswith("paper"):
+            pytest.skip(f"backend {backend} does not compute the strategy that {name} trains with")

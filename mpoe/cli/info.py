@@ -52,7 +52,9 @@ def facts_of(place: Path) -> Iterator[dict[str, Any]]:
     """
     from mpoe.models.expert_files import load_expert
     from mpoe.models.expert_mixture import EXPERTS_FOLDER, experts_in
+    from mpoe.training.published import finish
 
+    finish(place)
     if not place.is_file() and not (place / EXPERTS_FOLDER).is_dir():
         raise CommandError(f"info takes experts' files and mixtures that mpoe compose made of them; {place} is none")
     experts = [load_expert(place)] if place.is_file() else experts_in(place)[0]

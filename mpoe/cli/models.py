@@ -221,12 +221,13 @@ def check_output(
 
 
 class Output(NamedTuple):
-    """A folder that `check_model_output` has seen: what was given, and the number of its configuration's file then."""
+    """A folder that `check_model_output` has seen: what was given, and its configuration's file then: its number,
+    which a later file may get again, and its time."""
 
     name: str
     folder: Path
     overwrite: bool
-    config: int | None
+    config: tuple[int, int] | None
 
 
 def check_model_output(name: str, folder: str | Path, overwrite: bool) -> Output:
@@ -246,7 +247,8 @@ def check_model_output(name: str, folder: str | Path, overwrite: bool) -> Output
     if written_files(path) and not overwrite:
         raise CommandError(f"{name} {path} holds a model; give --overwrite to replace it, or another folder")
     config = path / CONFIG
-    return Output(name, path, overwrite, config.stat().st_ino if config.is_file() else None)
+    state = config.stat() if config.is_file() else None
+    return Output(name, path, overwrite, state and (state.st_ino, state.st_mtime_ns))
 
 
 @contextlib.contextmanager

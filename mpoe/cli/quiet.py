@@ -15,6 +15,7 @@ from mpoe.models.background import collect_background, load_background, save_bac
 from mpoe.models.expert_files import Expert
 from mpoe.models.expert_mixture import BACKGROUND_FILE, compose_experts
 from mpoe.models.quiet import Change, measure_change, sample_own_words
+from mpoe.models.weight_files import check_link
 
 HEADER = ("", "the domain", "the base's own texts", "KL on its own answers", "first choice equal")
 WORDS = (
@@ -36,6 +37,7 @@ def background_beside(base: Any, folders: Iterable[Path]) -> dict[str, Tensor] |
         if not file.is_file():
             continue
         try:
+            check_link(file, folder)
             return load_background(file, base)
         except ValueError as error:
             print(f"not used: {error}")

@@ -78,12 +78,19 @@ def check_links(folder: Path) -> None:
     Raises:
         ValueError: that names the link.
     """
+    for path in folder.rglob("*"):
+        check_link(path, folder)
+
+
+def check_link(path: Path, folder: Path) -> None:
+    """As `check_links`, of one file in ``folder``."""
+    if not path.is_symlink():
+        return
     real = folder.resolve()
     blobs = real.parents[1] / "blobs" if real.parent.name == "snapshots" else real
-    for path in folder.rglob("*"):
-        target = Path(os.path.realpath(path))
-        if path.is_symlink() and not (target.is_relative_to(real) or target.is_relative_to(blobs)):
-            raise ValueError(f"{path} must not be a link that leads out of its folder; put the file itself there")
+    target = Path(os.path.realpath(path))
+    if not (target.is_relative_to(real) or target.is_relative_to(blobs)):
+        raise ValueError(f"{path} must not be a link that leads out of its folder; put the file itself there")
 
 
 def check_weight_files(folder: Path, model: Any = None) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from mpoe.cli.command import CommandError
+from mpoe.cli.info import facts_of
 from mpoe.cli.models import check_model_output, model_folder
+from mpoe.cli.quiet import background_beside
 from mpoe.training.published import MANIFEST, check_free_names, finish, publish, staging_folder, written_files
 from mpoe.training.run_lock import FolderInUseError, hold
 from tests.assertions import refuses
@@ -223,6 +225,21 @@ def test_nothing_outside_is_touched_by_what_a_stranger_left(tmp_path: Path) -> N
     with pytest.raises(OSError, match="Too many levels of symbolic links"), hold(folder):
         pass
     assert contents(victim) == {"a.expert": "mine"}
+
+
+def test_info_finishes_what_a_kill_left(folder: Path) -> None:
+    (folder / ".complete-model").mkdir()
+    (folder / "config.json").rename(folder / ".complete-model" / "config.json")
+    refuses(ValueError, "must hold a valid field 'mpoe'", lambda: list(facts_of(folder)))
+    assert contents(folder) == OLD
+
+
+def test_a_background_that_is_a_link_out_is_not_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "private").touch()
+    (tmp_path / "beside" / "background.safetensors").symlink_to(tmp_path / "private")
+    assert background_beside(None, [tmp_path / "beside"]) is None
+    assert "background.safetensors must not be a link that leads out" in capsys.readouterr().out
 
 
 def test_a_run_keeps_other_files_and_refuses_those_in_its_way(tmp_path: Path) -> None:

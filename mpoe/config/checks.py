@@ -6,12 +6,22 @@ import dataclasses
 import functools
 import math
 import re
-import reprlib
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
+
+
+def shortened(text: str, most: int = 100) -> str:
+    """The start and the end of a text that is longer: what a file holds may be of any size."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
+
+
+def quoted(value: object) -> str:
+    """A value as messages show it."""
+    return shortened(repr(value))
 
 
 def hint(value: object, known: Sequence[str]) -> str:
@@ -21,13 +31,15 @@ def hint(value: object, known: Sequence[str]) -> str:
 
 def check_choice(name: str, value: object, known: Sequence[str]) -> None:
     if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}{hint(value, known)}")
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, known))}; got {quoted(value)}{hint(value, known)}"
+        )
 
 
 def check_type(name: str, value: object, kinds: Any, wanted: str) -> None:
     """Require an instance of a class, or of one of several."""
     if not isinstance(value, kinds):
-        raise TypeError(f"{name} must be {wanted}; got {type(value).__name__} {reprlib.repr(value)}")
+        raise TypeError(f"{name} must be {wanted}; got {type(value).__name__} {quoted(value)}")
 
 
 def check_integer(name: str, value: object, least: int, optional: bool = False) -> None:
@@ -35,9 +47,9 @@ def check_integer(name: str, value: object, least: int, optional: bool = False) 
         return
     wanted = "an integer or None" if optional else "an integer"
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be {wanted}; got {type(value).__name__} {value!r}")
+        raise TypeError(f"{name} must be {wanted}; got {type(value).__name__} {quoted(value)}")
     if value < least:
-        raise ValueError(f"{name} must be at least {least}; got {value}")
+        raise ValueError(f"{name} must be at least {least}; got {quoted(value)}")
 
 
 def is_file_name(value: object) -> bool:
@@ -50,16 +62,18 @@ def check_seed(name: str, value: object) -> None:
     """A seed that every random generator in use accepts: NumPy's takes 32 bits."""
     check_integer(name, value, 0)
     if int(str(value)) >= 1 << 32:
-        raise ValueError(f"{name} must be below 2**32; got {value}")
+        raise ValueError(f"{name} must be below 2**32; got {quoted(value)}")
 
 
 def check_number(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number; got {type(value).__name__} {value!r}")
+        raise TypeError(f"{name} must be a number; got {type(value).__name__} {quoted(value)}")
     inside = (value > low if open_low else value >= low) and value <= high and math.isfinite(value)
     if not inside:
         bounds = f"greater than {low}" if open_low else f"at least {low}"
-        raise ValueError(f"{name} must be {bounds}{'' if high == math.inf else f' and at most {high}'}; got {value}")
+        if high != math.inf:
+            bounds += f" and at most {high}"
+        raise ValueError(f"{name} must be {bounds}; got {quoted(value)}")
 
 
 def check_flag(name: str, value: object) -> None:
@@ -78,7 +92,9 @@ def refuse_unknown_fields(cls: type[_T]) -> type[_T]:
         known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
         for name in named:
             if name not in known:
-                raise TypeError(f"{cls.__name__} has no field {name!r}{hint(name, known)}; it has {', '.join(known)}")
+                raise TypeError(
+                    f"{cls.__name__} has no field {quoted(name)}{hint(name, known)}; it has {', '.join(known)}"
+                )
         given = {**dict(zip(known, values, strict=False)), **named}
         self._given = frozenset(name for name, value in given.items() if value is not None)
         construct(self, *values, **named)
@@ -92,7 +108,7 @@ def check_fields(cls: type, values: Mapping[str, Any], what: str) -> None:
     known = [f.name for f in dataclasses.fields(cls)]
     for name in values:
         if name not in known:
-            raise ValueError(f"{what} has no field {name!r}{hint(name, known)}; it has {', '.join(known)}")
+            raise ValueError(f"{what} has no field {quoted(name)}{hint(name, known)}; it has {', '.join(known)}")
 
 
 def checked_ratios(ratios: Any) -> dict[str, list[float]]:
@@ -100,7 +116,7 @@ def checked_ratios(ratios: Any) -> dict[str, list[float]]:
     check_type("rate_ratios", ratios, Mapping, "a mapping")
     for name, values in ratios.items():
         if not isinstance(values, Sequence) or isinstance(values, str):
-            raise TypeError(f"rate_ratios[{name!r}] must be a list of numbers; got {values!r}")
+            raise TypeError(f"rate_ratios[{quoted(name)}] must be a list of numbers; got {quoted(values)}")
         for value in values:
-            check_number(f"rate_ratios[{name!r}]", value, 0.0)
+            check_number(f"rate_ratios[{quoted(name)}]", value, 0.0)
     return {name: [float(value) for value in values] for name, values in ratios.items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import reprlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mpoe.config import MPOEConfig
-from mpoe.config.checks import check_choice, check_type
+from mpoe.config.checks import check_choice, check_type, quoted, shortened
 from mpoe.data.mappings import read_mapping
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.feed_forward import KeptFeedForward, RoutedFeedForward
@@ -48,7 +47,9 @@ def read_mpoe_config(folder: Path) -> tuple[dict[str, Any], type[Any]]:
     model_type = values.get("model_type")
     if model_type not in MODEL_TYPES and values.get("mpoe_sites") is None:
         is_dense = str(model_type) in TABLE
-        advice = f"a dense {model_type}: load it with transformers, then convert_to_mpoe" if is_dense else model_type
+        advice = quoted(model_type)
+        if is_dense:
+            advice = f"a dense {model_type}: load it with transformers, then convert_to_mpoe"
         raise ValueError(
             f"path must hold a converted model (model_type mpoe_...); {folder / 'config.json'} is {advice}"
         )
@@ -57,8 +58,7 @@ def read_mpoe_config(folder: Path) -> tuple[dict[str, Any], type[Any]]:
     cls = next((cls for cls in found if hasattr(cls, "config_class")), None)
     if cls is None or cls.config_class.model_type != model_type:
         raise ValueError(
-            f"architectures in {folder / 'config.json'} must name an MPOE class of {model_type!r}; got "
-            f"{reprlib.repr(names)}"
+            f"architectures in {folder / 'config.json'} must name an MPOE class of {model_type!r}; got {quoted(names)}"
         )
     return values, cls
 
@@ -68,7 +68,8 @@ def parsed_mpoe(values: dict[str, Any], folder: Path) -> MPOEConfig:
     try:
         return MPOEConfig.from_dict(values["mpoe"])
     except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'} must hold a valid field 'mpoe'; {error}") from error
+        reason = shortened(str(error), 1000)
+        raise ValueError(f"{folder / 'config.json'} must hold a valid field 'mpoe'; {reason}") from error
 
 
 @contextlib.contextmanager
@@ -77,8 +78,9 @@ def _refusing(folder: Path, cls: type[Any]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        reason = shortened(str(error), 1000)
         raise ValueError(
-            f"the JSON files in {folder} do not describe a {cls.__name__} that can be built; {error}"
+            f"the JSON files in {folder} do not describe a {cls.__name__} that can be built; {reason}"
         ) from error
 
 

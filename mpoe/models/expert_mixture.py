@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mpoe.config import MPOEConfig, RouterConfig
-from mpoe.config.checks import check_number, check_type, is_file_name
+from mpoe.config.checks import check_number, check_type, is_file_name, quoted, shortened
 from mpoe.data.embedded import load_documentation
 from mpoe.data.mappings import read_mapping
 from mpoe.models.background import background_parts, check_tokens, pooled_background, save_background, token_batches
@@ -233,16 +232,16 @@ def mixture_config(folder: Path) -> tuple[list[str], MPOEConfig, float | None]:
     are_names = all(is_file_name(name) for name in names) and len(set(names)) == len(names)
     if not names or not are_names or NONE in (names[0], *names[:-1]):
         wanted = f"different names of experts, and {NONE!r} last if at all"
-        raise ValueError(f"mpoe_experts in {file} must be {wanted}; got {reprlib.repr(names)}")
+        raise ValueError(f"mpoe_experts in {file} must be {wanted}; got {quoted(names)}")
     config = parsed_mpoe(values, folder)
     if not config.is_neurons or config.num_experts != len(names):
-        has = f"{config.num_experts} of shape {config.shape!r}"
+        has = f"{quoted(config.num_experts)} of shape {quoted(config.shape)}"
         raise ValueError(f"mpoe in {file} must describe {len(names)} experts of shape 'neurons'; it has {has}")
     routing = values.get("mpoe_routing") or {}
     check_type(f"mpoe_routing in {file}", routing, dict, "a mapping")
     for name, value in routing.items():
         if value is not None:
-            check_number(f"{name} of mpoe_routing in {file}", value, -LARGEST, LARGEST)
+            check_number(f"{shortened(name)} of mpoe_routing in {file}", value, -LARGEST, LARGEST)
     return names, config, routing.get("preference")
 
 

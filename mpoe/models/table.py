@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mpoe.config.checks import check_fields, check_type
+from mpoe.config.checks import check_fields, check_type, quoted
 
 SEQ2SEQ, CAUSAL, ENCODER = "seq2seq", "causal", "encoder"
 # prefix of a converted model's `model_type` and of its class name
@@ -216,8 +216,8 @@ def known_type(name: str, values: Mapping[str, Any]) -> str:
     model_type = str(values.get("model_type", "unknown"))
     if model_type not in (*TABLE, *MODEL_TYPES):
         raise ValueError(
-            f"model {name!r} is of the family {model_type!r}, which mpoe does not know; it knows {', '.join(TABLE)} "
-            "(and models converted from them)"
+            f"model {name!r} is of the family {quoted(model_type)}, which mpoe does not know; it knows "
+            f"{', '.join(TABLE)} (and models converted from them)"
         )
     return model_type
 

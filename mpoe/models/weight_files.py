@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, distributed
 
-from mpoe.config.checks import is_file_name
+from mpoe.config.checks import is_file_name, quoted
 from mpoe.data.mappings import read_mapping
 
 WEIGHTS = "model.safetensors"
@@ -148,7 +148,7 @@ def check_repeats(values: Mapping[str, Any], tensors: int, file: Path) -> None:
     for name in _REPEATS:
         count = values.get(name)
         if isinstance(count, int) and count > tensors:
-            raise ValueError(f"{name} in {file} must fit the weights beside it, {tensors} tensors; got {count}")
+            raise ValueError(f"{name} in {file} must fit the weights beside it, {tensors} tensors; got {quoted(count)}")
 
 
 def check_shapes(model: Any, shapes: Shapes, folder: Path) -> None:

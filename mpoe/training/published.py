@@ -18,6 +18,7 @@ from typing import Any
 
 from mpoe.config.checks import is_file_name
 from mpoe.models.base import REMOTE_FILE
+from mpoe.models.composition import NONE
 from mpoe.models.expert_mixture import BACKGROUND_FILE, EXPERTS_FOLDER
 from mpoe.models.report import CARD_FILE, may_write_card
 from mpoe.models.weight_files import BASE_FILE, INDEX, ONLY_FILE, WEIGHTS
@@ -46,7 +47,7 @@ def written_files(folder: Path) -> set[str]:
     else:
         names = {path.name for pattern in _SAVED for path in folder.glob(pattern)}
         composed = _names_in(folder / CONFIG, "mpoe_experts")
-        names |= {f"{EXPERTS_FOLDER}/{name}.expert" for name in composed}
+        names |= {f"{EXPERTS_FOLDER}/{name}.expert" for name in composed - {NONE}}
     return names if may_write_card(folder / CARD_FILE) else names - {CARD_FILE}
 
 

@@ -83,6 +83,12 @@ def test_the_definition(gated: bool, latent: int | None, top_k: int, gates: dict
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_relative_flops_are_of_the_dense_network_and_of_what_experts_add() -> None:
+    assert layer().relative_flops(2) == pytest.approx(1 + 2 * M / F)
+    assert layer(latent=4).relative_flops(2) == pytest.approx(1 + 4 / F + 2 * 4 * M / (I * F))
+    assert layer(gated=True, latent=4).relative_flops(2) == pytest.approx(1 + 2 * 4 / (3 * F) + 2 * 4 * M / (I * F))
+
+
 def test_padding_has_no_expert_and_is_not_counted() -> None:
     module = layer()
     x = torch.randn(2, 3, I)

@@ -14,10 +14,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mpoe import compose_experts, load_expert, start_expert
+from mpoe import compose_experts, load_expert, load_mpoe, start_expert
 from mpoe.models import push_expert
 from mpoe.models.expert_files import _checksum, write_expert
 from mpoe.models.expert_mixture import experts_in, keep_experts, mixture_config
+from mpoe.models.table import known_type
 from mpoe.models.weight_files import check_links
 from tests.assertions import refuses
 
@@ -180,6 +181,33 @@ def test_a_mixtures_config_is_of_one_schema(mixture: Path) -> None:
     del values["mpoe"]
     file.write_text(json.dumps(values))
     refuses(ValueError, "must hold a valid field 'mpoe'", mixture_config, mixture)
+
+
+LETTERS = "a" * 5000
+LONG = (
+    ("model_type", LETTERS),
+    ("architectures", [LETTERS]),
+    ("num_hidden_layers", 10**2000),
+    ("hidden_act", LETTERS),
+    ("mpoe", {LETTERS: 1}),
+    ("mpoe", {"num_experts": LETTERS}),
+    ("mpoe", {"shape": LETTERS}),
+    ("mpoe", {"rate_ratios": {LETTERS: LETTERS}}),
+    ("mpoe_experts", [LETTERS, ""]),
+    ("mpoe_routing", {LETTERS: LETTERS}),
+)
+
+
+def test_messages_quote_little_of_a_long_value(mixture: Path) -> None:
+    file = mixture / "config.json"
+    values = json.loads(file.read_text())
+    for name, value in LONG:
+        file.write_text(json.dumps({**values, name: value}))
+        with pytest.raises((ValueError, TypeError)) as error:
+            (mixture_config if name.startswith("mpoe_") else load_mpoe)(mixture)
+        assert len(str(error.value)) < 1500, (name, value)
+    message = f"of the family '{'a' * 49}...{'a' * 49}', which"
+    refuses(ValueError, message, known_type, "x", {"model_type": LETTERS})
 
 
 @pytest.mark.parametrize("name", ["experts", "experts/domain0.expert", "background.safetensors", "config.json"])

@@ -94,6 +94,7 @@ FOREIGN: dict[str, Callable[[Path], object]] = {
     "run.json": lambda folder: (folder / "run.json").touch(),
     "mine.safetensors": lambda folder: (folder / "mine.safetensors").touch(),
     "experts/mine.expert": lambda folder: (folder / "experts" / "mine.expert").write_text("mine"),
+    "experts/none.expert": lambda folder: (folder / "experts" / "none.expert").write_text("mine"),
     "experts": lambda folder: linked(folder, "experts"),
     "model.safetensors": lambda folder: as_folder(folder, "model.safetensors"),
     "README.md": lambda folder: (folder / "README.md").mkdir(),
@@ -196,6 +197,19 @@ def test_one_of_two_wins(tmp_path: Path) -> None:
     refuses(FolderInUseError, f"in use by process {child}", check_model_output, "OUT", path, True)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("part", ["number", "time"])
+def test_a_model_is_another_by_the_number_or_the_time_of_its_configuration(folder: Path, part: str) -> None:
+    seen, config = check_model_output("OUT", folder, True), folder / "config.json"
+    if part == "number":
+        shutil.copy2(config, folder.parent / "copy")
+        os.replace(folder.parent / "copy", config)
+    else:
+        os.utime(config, ns=(0, 0))
+    with pytest.raises(CommandError, match="that another process wrote meanwhile"), model_folder(seen, Saved(NEW)):
+        pass
+    assert contents(folder) == {**OLD, "_run.lock": ""} or contents(folder) == OLD
 
 
 def test_nothing_outside_is_touched_by_what_a_stranger_left(tmp_path: Path) -> None:

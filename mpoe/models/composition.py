@@ -190,7 +190,8 @@ def check_statistics(statistics: Statistics, sizes: Mapping[str, int], whose: st
             value = statistics[f"{layer}.{part}"]
             least = 0.0 if part in ("rest", "values") else -LARGEST  # those are variances
             is_fine = tuple(value.shape) == shape and value.is_floating_point()
-            if not is_fine or not bool(((value >= least) & (value <= LARGEST)).all()):
+            # In half precision, the bound itself would be infinite.
+            if not is_fine or not bool(((value.double() >= least) & (value.double() <= LARGEST)).all()):
                 needed = f"finite numbers {list(shape)} from {least:g} to {LARGEST:g} as {layer}.{part}"
                 raise ValueError(f"{whose} must hold {needed}; it holds others, {value.dtype} {list(value.shape)}")
 

@@ -331,7 +331,7 @@ def _check(expert: Expert) -> None:
         if value.dim() not in (1, 2) or len(value) != expert.neurons or not value.is_floating_point():
             wanted = f"floating-point numbers of {expert.neurons} neurons"
             raise ValueError(f"{whose} must hold {name} as {wanted}; got {value.dtype} {list(value.shape)}")
-        if not bool((value.abs() <= LARGEST).all()):
+        if not bool((value.double().abs() <= LARGEST).all()):  # in half precision, the bound would be infinite
             raise ValueError(f"{whose} must have finite weights of at most {LARGEST:g}; NaN, Inf or more in {name}")
     if expert.statistics:
         check_statistics(expert.statistics, layer_sizes(expert.weights), f"the statistics of {whose}")

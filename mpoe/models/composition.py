@@ -45,9 +45,9 @@ PARTS = ("mean", "rest", "vectors", "values")
 SHARE = 0.1  # of an expert's bytes is what its statistics may have
 RANK = 512  # eigenvectors, at most, of statistics from texts at hand
 RIDGE = 1e-3  # relative to the mean square of a number of the router's input
-# Of composed experts' routers; chosen on validation texts of the study of quiet experts (bench/studies/quiet.md):
+# Of composed experts' routers: chosen on validation texts, judged in bench/studies/quiet.md.
 LOGITS = 2.8  # the scale of logits is LOGITS / sqrt(E): softer keeps more of many experts, and is less quiet
-PREFERENCE = 0.6  # of *none*, in units of a logit: an expert keeps about 95% of its gain
+PREFERENCE = 0.6  # of *none*, in units of a logit: one expert keeps about 97% of its gain, four 94%
 LEARNING_RATE = 1e-3
 LARGEST = 1e12  # number in statistics; a router's inputs come from a normalisation
 

@@ -175,6 +175,20 @@ def of_methods(plan: QuietPlan, records: Records) -> list[list[Any]]:
     return rows
 
 
+def of_cases(plan: QuietPlan, records: Records) -> list[list[Any]]:
+    """A row for every finished case of every method."""
+    own = cases(plan, "neurons", records)
+    rows = []
+    for method in METHODS:
+        for (domain, seed), case in cases(plan, method, records).items():
+            share = f"{case.gain / own[domain, seed].gain:.1%}" if (domain, seed) in own else ""
+            probes = ", ".join(f"{change:+.3f}" for change in case.probes)
+            worst = f"{max(case.others):+.3f}"
+            answers = f"{case.answers:.4f}"
+            rows.append([domain, seed, NAMES[method], case.gain, share, worst, probes, answers, f"{case.same:.1%}"])
+    return rows
+
+
 def of_many(plan: QuietPlan, records: Records) -> list[list[Any]]:
     """Mixtures of four and their rivals."""
     rows = []
@@ -224,6 +238,12 @@ def quiet_table(plan: QuietPlan, records: Records) -> str:
     sections: list[Section] = [
         ("Success, written down before the first run", "", ("", "measured", "holds"), criteria(plan, records)),
         ("One domain added", "Nats per token beside the base.", (*header, *answers), of_methods(plan, records)),
+        (
+            "Every case",
+            "",
+            ("", "seed", "", "gain", "of own neurons", "worst other domain", ", ".join(plan.probes), *answers[:2]),
+            of_cases(plan, records),
+        ),
         ("Four", "", ("", "gain", "probes", *answers[:2]), of_many(plan, records)),
         (
             "Learnt / lost elsewhere / KL on own answers",

@@ -47,7 +47,7 @@ RANK = 512  # eigenvectors, at most, of statistics from texts at hand
 RIDGE = 1e-3  # relative to the mean square of a number of the router's input
 # Of composed experts' routers: chosen on validation texts, judged in bench/studies/quiet.md.
 LOGITS = 2.8  # the scale of logits is LOGITS / sqrt(E): softer keeps more of many experts, and is less quiet
-PREFERENCE = 0.6  # of *none*, in units of a logit: one expert keeps about 97% of its gain, four 94%
+PREFERENCE = 2.0  # *none* is preferred by PREFERENCE / E logits: among many experts, each text has its own one
 LEARNING_RATE = 1e-3
 LARGEST = 1e12  # number in statistics; a router's inputs come from a normalisation
 
@@ -253,12 +253,12 @@ def solve_routers(
         layers: names.
         none: whether the last class is the background, which the expert *none* has.
         sharpness: ``None`` = `LOGITS` / E^1.5.
-        preference: of *none*; ``None`` = `PREFERENCE`.
+        preference: of *none*; ``None`` = `PREFERENCE` / E.
     """
     if sharpness is None:
         sharpness = LOGITS / len(classes) ** 1.5
     if preference is None:
-        preference = PREFERENCE
+        preference = PREFERENCE / len(classes)
     if not none:
         preference = 0.0
     return {layer: router_weight(classes, layer, sharpness, preference) for layer in layers}

@@ -168,8 +168,9 @@ class QuietStudy:
     # ------------------------------------------------------------ what is measured
 
     @cached_property
-    def answers(self) -> list[tuple[Tensor, int]]:
-        """The base's greedy answers, ids ``[1, T]``, and where each begins."""
+    def answers(self) -> list[tuple[Tensor, int, Tensor]]:
+        """The base's greedy answers, ids ``[1, T]``, where each begins, and the base's log-probabilities of its tokens
+        ``[tokens, V]``."""
         found = []
         for prompt in (*PROMPTS, *MORE_PROMPTS):
             chat = [{"role": "user", "content": prompt}]
@@ -177,7 +178,9 @@ class QuietStudy:
             ids = rendered["input_ids"]
             with torch.inference_mode():
                 answer = self.base.generate(ids, max_new_tokens=ANSWER_TOKENS, do_sample=False)
-            found.append((answer, ids.shape[1]))
+                start = ids.shape[1]
+                before = self.base(input_ids=answer).logits[0, start - 1 : -1].log_softmax(-1)
+            found.append((answer, start, before))
         return found
 
     @torch.inference_mode()
@@ -185,8 +188,7 @@ class QuietStudy:
         """On the base's own answers: the KL divergence from the base, the share of equal greedy tokens, and of the
         tokens before the first other one."""
         divergence, same, prefix, count = 0.0, 0, 0, 0
-        for ids, start in self.answers:
-            before = self.base(input_ids=ids).logits[0, start - 1 : -1].log_softmax(-1)
+        for ids, start, before in self.answers:
             after = model(input_ids=ids).logits[0, start - 1 : -1].log_softmax(-1)
             divergence += float((before.exp() * (before - after)).sum())
             equal = before.argmax(-1) == after.argmax(-1)

@@ -1,11 +1,12 @@
 """Builds the native kernels with CMake where that is possible; the metadata is in pyproject.toml.
 
-The environment variable ``MPOE_BUILD`` decides: ``auto`` (default: build the CPU kernels if a compiler and CMake are
-there, else install without and say so), ``cpu`` (those, or fail), ``cuda`` (the CUDA kernels too, or fail), ``none``.
-The CPU kernels need nothing of torch, so pip may build them in isolation, for the Python that runs it; the CUDA kernels
-are built against the torch of this Python, so they need ``pip install --no-build-isolation``. ``TORCH_CUDA_ARCH_LIST``
-("8.0;9.0a;10.0+PTX") names the GPUs to compile for, ``CUDACXX`` the CUDA compiler. ``CMAKE_ARGS`` is passed on;
-``CMAKE_BUILD_PARALLEL_LEVEL`` limits the compilers that run at once.
+The environment variable ``MPOE_BUILD`` decides: ``auto`` (default: build the CPU kernels if a
+compiler and CMake are there, else install without and say so), ``cpu`` (those, or fail), ``cuda``
+(the CUDA kernels too, or fail), ``none``. The CPU kernels need nothing of torch, so pip may build
+them in isolation, for the Python that runs it; the CUDA kernels are built against the torch of this
+Python, so they need ``pip install --no-build-isolation``. ``TORCH_CUDA_ARCH_LIST``
+("8.0;9.0a;10.0+PTX") names the GPUs to compile for, ``CUDACXX`` the CUDA compiler. ``CMAKE_ARGS``
+is passed on; ``CMAKE_BUILD_PARALLEL_LEVEL`` limits the compilers that run at once.
 """
 
 from __future__ import annotations
@@ -31,9 +32,13 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "mpoe_kernels"
 OLDEST_TORCH = (2, 11)
-OLDEST_SETUPTOOLS = 77  # as in pyproject.toml, whose build requirements pip installs in isolation alone
+OLDEST_SETUPTOOLS = (
+    77  # as in pyproject.toml, whose build requirements pip installs in isolation alone
+)
 CHOICES = ("auto", "cpu", "cuda", "none")
-ON_REQUEST = "the CUDA kernels are built on request: MPOE_BUILD=cuda pip install --no-build-isolation ."
+ON_REQUEST = (
+    "the CUDA kernels are built on request: MPOE_BUILD=cuda pip install --no-build-isolation ."
+)
 
 
 class Module(NamedTuple):
@@ -77,16 +82,24 @@ def compiler() -> str | None:
 def nvcc() -> str | None:
     """The CUDA compiler: ``CUDACXX``, on PATH, or where the toolkit usually is."""
     named = os.environ.get("CUDACXX")
-    return shutil.which(named) if named else shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    return (
+        shutil.which(named)
+        if named
+        else shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    )
 
 
 def cmake_architectures(listed: str) -> str:
-    """``TORCH_CUDA_ARCH_LIST`` in CMake's words: ``"8.0;9.0a+PTX"`` becomes ``"80-real;90a-real;90a-virtual"``."""
+    """``TORCH_CUDA_ARCH_LIST`` in CMake's words: ``"8.0;9.0a+PTX"`` becomes
+    ``"80-real;90a-real;90a-virtual"``."""
     names = []
     for word in listed.replace(",", " ").replace(";", " ").split():
         number, plus, kind = word.partition("+")
         if not re.fullmatch(r"\d+\.\d[af]?", number) or (plus and kind != "PTX"):
-            raise SystemExit(f"TORCH_CUDA_ARCH_LIST must name architectures like 8.0, 9.0a or 10.0+PTX; got {word!r}")
+            raise SystemExit(
+                "TORCH_CUDA_ARCH_LIST must name architectures like 8.0, 9.0a or 10.0+PTX; got "
+                f"{word!r}"
+            )
         number = number.replace(".", "")
         names += [f"{number}-real", *([f"{number}-virtual"] if plus else [])]
     return ";".join(names)
@@ -103,18 +116,23 @@ def obstacle() -> str | None:
     if folder_of("pybind11") is None:
         return "pybind11 was not found: pip install pybind11"
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        return f"Python's headers were not found in {sysconfig.get_path('include')} (Debian's python3-dev)"
+        folder = sysconfig.get_path("include")
+        return f"Python's headers were not found in {folder} (Debian's python3-dev)"
     return None
 
 
 def cuda_obstacle() -> str | None:
     """Why no CUDA kernels can be built where those for CPUs can."""
     if nvcc() is None:
-        return f"nvcc was not found ({os.environ.get('CUDACXX') or 'CUDACXX, PATH, /usr/local/cuda'})"
+        return (
+            f"nvcc was not found ({os.environ.get('CUDACXX') or 'CUDACXX, PATH, /usr/local/cuda'})"
+        )
     if folder_of("torch") is None:
         return (
-            "the CUDA kernels are built against torch, which was not importable (pip builds in isolation by default): "
-            'install torch >= 2.11, "setuptools>=77", cmake and ninja first, then use pip install --no-build-isolation'
+            "the CUDA kernels are built against torch, which was not importable (pip builds in "
+            "isolation by default): "
+            'install torch >= 2.11, "setuptools>=77", cmake and ninja first, then use pip install '
+            "--no-build-isolation"
         )
     version = importlib.metadata.version("torch")
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TORCH:
@@ -163,7 +181,8 @@ def run_cmake(module: Module, folder: Path, version: str) -> Path:
     """Configure and build; the path of the library.
 
     Raises:
-        subprocess.CalledProcessError: CMake or the compiler failed; their messages are on standard output.
+        subprocess.CalledProcessError: CMake or the compiler failed; their messages are on standard
+            output.
     """
     cmake, ninja = program("cmake"), program("ninja")
     assert cmake is not None
@@ -175,7 +194,11 @@ def run_cmake(module: Module, folder: Path, version: str) -> Path:
         f"-Dpybind11_DIR={folder_of('pybind11')}/share/cmake/pybind11",
     ]
     if module is CUDA:
-        arguments += ["-DMPOE_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc()}", f"-DMPOE_TORCH_DIR={folder_of('torch')}"]
+        arguments += [
+            "-DMPOE_CUDA=ON",
+            f"-DCMAKE_CUDA_COMPILER={nvcc()}",
+            f"-DMPOE_TORCH_DIR={folder_of('torch')}",
+        ]
         arguments.append(f"-DMPOE_TORCH_VERSION={importlib.metadata.version('torch')}")
         if listed := os.environ.get("TORCH_CUDA_ARCH_LIST"):
             arguments.append(f"-DCMAKE_CUDA_ARCHITECTURES={cmake_architectures(listed)}")
@@ -184,7 +207,11 @@ def run_cmake(module: Module, folder: Path, version: str) -> Path:
     tell(f"building {module.library} with {compiler()}")
     subprocess.run([cmake, "-S", str(ROOT), "-B", str(folder), *arguments], check=True)
     # Without Ninja, CMake's generator of makefiles runs one compiler at a time unless told.
-    jobs = [] if ninja or "CMAKE_BUILD_PARALLEL_LEVEL" in os.environ else ["--parallel", str(os.cpu_count() or 1)]
+    jobs = (
+        []
+        if ninja or "CMAKE_BUILD_PARALLEL_LEVEL" in os.environ
+        else ["--parallel", str(os.cpu_count() or 1)]
+    )
     subprocess.run([cmake, "--build", str(folder), "--target", module.target, *jobs], check=True)
     tell(f"{module.library} took {time.monotonic() - started:.0f} s")
     return folder / module.library
@@ -204,7 +231,9 @@ class BuildNative(build_ext):
     def build_module(self, module: Module, target: Path) -> str | None:
         """Build and publish; why that failed, where the install may go on without."""
         try:
-            library = run_cmake(module, Path(self.build_temp) / module.target, self.distribution.get_version())
+            library = run_cmake(
+                module, Path(self.build_temp) / module.target, self.distribution.get_version()
+            )
         except subprocess.CalledProcessError as error:
             step = "compiling" if "--build" in error.cmd else "configuring"
             reason = f"{step} them failed; pip install -v shows the messages"
@@ -228,7 +257,9 @@ class BuildPython(build_py):
         super().run()
         if NATIVE in MISSING:
             for module, reason in MISSING.items():
-                record_missing(module, reason, (ROOT if self.editable_mode else Path(self.build_lib)) / PACKAGE)
+                record_missing(
+                    module, reason, (ROOT if self.editable_mode else Path(self.build_lib)) / PACKAGE
+                )
 
 
 if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:

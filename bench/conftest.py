@@ -1,4 +1,5 @@
-"""`pytest bench` takes the options of `mpoe bench` that say what is measured, and ends with its tables."""
+"""`pytest bench` takes the options of `mpoe bench` that say what is measured, and ends with its
+tables."""
 
 from __future__ import annotations
 
@@ -15,14 +16,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("mpoe bench")
     group.addoption("--suite", default="quick", help=", ".join(SUITES))
     group.addoption("--device", default="cpu", help="cpu or cuda")
-    group.addoption("--backend", default=None, help="auto, all, or names with commas; default: auto and eager")
+    group.addoption(
+        "--backend", default=None, help="auto, all, or names with commas; default: auto and eager"
+    )
     group.addoption("--scale", default="real", help="real, or tiny: sizes of a test")
     group.addoption("--minutes", type=float, default=None, help="begin nothing new after so long")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    chosen = {name: config.getoption(name) for name in ("suite", "device", "backend", "scale", "minutes")}
+    chosen = {
+        name: config.getoption(name) for name in ("suite", "device", "backend", "scale", "minutes")
+    }
     try:
         config.pluginmanager.register(Run(**chosen), "mpoe bench")
     except ValueError as error:

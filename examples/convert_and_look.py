@@ -1,11 +1,12 @@
 # %% [markdown]
 # # Convert a model and look inside
 #
-# The embedded T5 becomes a mixture of eight experts in the shape `separable`, which turns every weight into a chain of
-# cores that we can look at. (The default shape, `hidden`, keeps the weights unchanged and puts blocks between them.) We
-# check that the outputs did not change, see what every weight is made of, follow a sentence through the routers, and
-# compare sizes. Runs offline in seconds. The notebook of the same name shows the output; the script runs as a whole, or
-# cell by cell in an editor that supports such cells.
+# The embedded T5 becomes a mixture of eight experts in the shape `separable`, which turns every
+# weight into a chain of cores that we can look at. (The default shape, `hidden`, keeps the weights
+# unchanged and puts blocks between them.) We check that the outputs did not change, see what every
+# weight is made of, follow a sentence through the routers, and compare sizes. Runs offline in
+# seconds. The notebook of the same name shows the output; the script runs as a whole, or cell by
+# cell in an editor that supports such cells.
 
 # %%
 import sys
@@ -23,11 +24,15 @@ dense, tokenizer = load_stand_in("t5")
 model = convert_to_mpoe(dense, MPOEConfig(num_experts=8, shape="separable"))
 
 # %% [markdown]
-# At full bonds, the default, the conversion is exact: the logits differ only by rounding. The routers are random, but
-# all experts are still equal, so it does not matter where a token goes.
+# At full bonds, the default, the conversion is exact: the logits differ only by rounding. The
+# routers are random, but all experts are still equal, so it does not matter where a token goes.
 
 # %%
-batch = tokenizer(["kind: return the number of items in the list."], return_tensors="pt", return_token_type_ids=False)
+batch = tokenizer(
+    ["kind: return the number of items in the list."],
+    return_tensors="pt",
+    return_token_type_ids=False,
+)
 start = torch.zeros(1, 1, dtype=torch.long)
 with torch.inference_mode():
     before = dense(**batch, decoder_input_ids=start).logits
@@ -36,18 +41,20 @@ print(f"largest difference of a logit: {float((after - before).abs().max()):.1e}
 assert torch.allclose(before, after, atol=1e-3)
 
 # %% [markdown]
-# One row per weight: its factors, its bonds, what the experts share (central) and what each one owns (auxiliary), the
-# conversion error, and how a pass over 2,048 tokens would be computed.
+# One row per weight: its factors, its bonds, what the experts share (central) and what each one
+# owns (auxiliary), the conversion error, and how a pass over 2,048 tokens would be computed.
 
 # %%
 model.mpoe_summary()
 
 # %% [markdown]
-# Which expert takes which token? There is one route per stream: the encoder reads the sentence, the decoder writes an
-# answer.
+# Which expert takes which token? There is one route per stream: the encoder reads the sentence, the
+# decoder writes an answer.
 
 # %%
-for route in route_text(model, tokenizer, "kind: return the number of items in the list.", max_new_tokens=6):
+for route in route_text(
+    model, tokenizer, "kind: return the number of items in the list.", max_new_tokens=6
+):
     print(f"\n{route.stream}: {'|'.join(route.tokens)}")
     for layer, experts in zip(route.layers, route.experts, strict=True):
         print(f"  {layer}: {' '.join(str(best[0]) for best in experts)}")
@@ -56,9 +63,17 @@ for route in route_text(model, tokenizer, "kind: return the number of items in t
 # The encoder's route as a picture: one row per layer, one colour per expert.
 
 # %%
-route = route_text(model, tokenizer, "kind: return the number of items in the list.", max_new_tokens=6)[0]
+route = route_text(
+    model, tokenizer, "kind: return the number of items in the list.", max_new_tokens=6
+)[0]
 figure, axes = plt.subplots(figsize=(7, 1.6), layout="constrained")
-axes.imshow([[best[0] for best in layer] for layer in route.experts], cmap="tab10", vmin=0, vmax=9, aspect="auto")
+axes.imshow(
+    [[best[0] for best in layer] for layer in route.experts],
+    cmap="tab10",
+    vmin=0,
+    vmax=9,
+    aspect="auto",
+)
 for row, layer in enumerate(route.experts):
     for column, best in enumerate(layer):
         axes.text(column, row, best[0], ha="center", va="center", color="white")
@@ -67,12 +82,15 @@ axes.set_yticks(range(len(route.layers)), [name.split(".layer")[0] for name in r
 plt.show()
 
 # %% [markdown]
-# How full is each bond? The effective rank counts the directions that matter. If it is close to the bond's dimension,
-# there is nothing to truncate; pretrained weights usually look like that.
+# How full is each bond? The effective rank counts the directions that matter. If it is close to the
+# bond's dimension, there is nothing to truncate; pretrained weights usually look like that.
 
 # %%
 for name, cores in mpo_modules(model):
-    ranks = [f"{float(bond.effective_rank.mean()):.1f} of {bond.dimension}" for bond in bond_spectra(cores)]
+    ranks = [
+        f"{float(bond.effective_rank.mean()):.1f} of {bond.dimension}"
+        for bond in bond_spectra(cores)
+    ]
     print(f"{name}: {', '.join(ranks)}")
 
 # %% [markdown]
@@ -81,7 +99,9 @@ for name, cores in mpo_modules(model):
 # %%
 numbers, ours, switch = (1, 4, 16, 64), [], []
 for experts in numbers:
-    counted = convert_to_mpoe(dense, MPOEConfig(num_experts=experts, shape="separable")).parameter_report()
+    counted = convert_to_mpoe(
+        dense, MPOEConfig(num_experts=experts, shape="separable")
+    ).parameter_report()
     ours.append(counted["total"] / 1e6)
     switch.append(counted["switch_total"] / 1e6)
     print(f"{experts:3d} experts: MPO {ours[-1]:6.2f} M, dense {switch[-1]:6.2f} M")

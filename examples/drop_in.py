@@ -1,4 +1,5 @@
-"""The README's example on the embedded stand-in: convert, train one step, save, load, generate. Runs offline.
+"""The README's example on the embedded stand-in: convert, train one step, save, load, generate.
+Runs offline.
 
 usage: python examples/drop_in.py [FOLDER]
 """
@@ -18,12 +19,16 @@ model.print_trainable_parameters()
 
 batch = tokenizer(["name of: Return the number of items in the queue."], return_tensors="pt")
 labels = tokenizer(["get length"], return_tensors="pt").input_ids
-loss = model.train()(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
+loss = model.train()(
+    input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels
+).loss
 loss.backward()  # includes the routers' balancing loss
 torch.optim.AdamW(model.parameters(), lr=1e-4).step()
 
 folder = sys.argv[1] if len(sys.argv) > 1 else "mpoe-t5"
 model.save_pretrained(folder)
 model = load_mpoe(folder)
-answer = model.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=8)
+answer = model.generate(
+    input_ids=batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=8
+)
 print(tokenizer.decode(answer[0], skip_special_tokens=True))

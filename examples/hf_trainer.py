@@ -1,4 +1,5 @@
-"""A converted model in the unmodified Hugging Face Trainer, with per-core rates and the gradient mask as a callback.
+"""A converted model in the unmodified Hugging Face Trainer, with per-core rates and the gradient
+mask as a callback.
 
 usage: python examples/hf_trainer.py [FOLDER] [STEPS]
 """
@@ -25,8 +26,8 @@ train, validation = (
     for examples in (task.train(), task.examples("validation")[:64])
 )
 
-# The loss already includes the routers' balancing loss. The Trainer cannot know the cores' rates, so it gets a
-# ready-made optimizer. (MPOETrainer does this and more by itself.)
+# The loss already includes the routers' balancing loss. The Trainer cannot know the cores' rates,
+# so it gets a ready-made optimizer. (MPOETrainer does this and more by itself.)
 rates = MPOETrainingArguments(output_dir=folder, learning_rate=1e-3)
 optimizer = torch.optim.AdamW(build_param_groups(model, rates))
 

@@ -1,11 +1,13 @@
 # %% [markdown]
 # # One domain more, nothing else changed
 #
-# An expert of a domain is trained beside a frozen model and composed with *none*, an expert that adds nothing and gets
-# what is like the model's own words. Two commands do it. Here the model is the tiny GPT-2 that comes with the package
-# and the domain C++ headers, so that it runs offline in a minute or two: give your own folders instead.
+# An expert of a domain is trained beside a frozen model and composed with *none*, an expert that
+# adds nothing and gets what is like the model's own words. Two commands do it. Here the model is
+# the tiny GPT-2 that comes with the package and the domain C++ headers, so that it runs offline in
+# a minute or two: give your own folders instead.
 #
-# usage: python examples/one_domain.py [FOLDER [BASE [DATA_DIR]]]    writes into FOLDER, default: one_domain
+# usage: python examples/one_domain.py [FOLDER [BASE [DATA_DIR]]]
+# It writes into FOLDER, default: one_domain
 
 # %%
 import sys
@@ -40,13 +42,19 @@ def command(line):
 # %% [markdown]
 # ## The expert
 #
-# Training ends with a table: the base, the expert always on, and the quiet expert, on the domain's held-out text and on
-# what the base says by itself.
+# Training ends with a table: the base, the expert always on, and the quiet expert, on the domain's
+# held-out text and on what the base says by itself.
 
 # %%
-options = "--neurons 64 --max_steps 60 --max_source_length 128 --per_device_train_batch_size 8 --learning_rate 1e-2"
+options = (
+    "--neurons 64 --max_steps 60 --max_source_length 128 --per_device_train_batch_size 8 "
+    "--learning_rate 1e-2"
+)
 options += " --lr_scheduler_type cosine --disable_tqdm true --overwrite"
-command(f"train --expert code --model {base} --data_dir {data} --output_dir {folder / 'expert'} {options}")
+command(
+    f"train --expert code --model {base} --data_dir {data} --output_dir {folder / 'expert'} "
+    f"{options}"
+)
 
 # %% [markdown]
 # ## The model with the expert
@@ -54,7 +62,10 @@ command(f"train --expert code --model {base} --data_dir {data} --output_dir {fol
 # `--preference` is the dial: more is quieter, less keeps more of the domain.
 
 # %%
-command(f"compose {base} {folder / 'expert' / 'code.expert'} --output_dir {folder / 'model'} --overwrite")
+command(
+    f"compose {base} {folder / 'expert' / 'code.expert'} --output_dir {folder / 'model'} "
+    "--overwrite"
+)
 
 # %% [markdown]
 # ## Before and after
@@ -66,7 +77,10 @@ tokenizer = AutoTokenizer.from_pretrained(base)
 before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
 after = load_mpoe(folder / "model").eval()
 documentation = "\n\n".join(record.text for record in load_documentation("test")[::40])
-texts = {"domain": (data / "validation.txt").read_text(encoding="utf-8"), "documentation": documentation}
+texts = {
+    "domain": (data / "validation.txt").read_text(encoding="utf-8"),
+    "documentation": documentation,
+}
 for name, text in texts.items():
     ids = tokenizer(text[:20_000], return_tensors="pt", verbose=False)["input_ids"][0]
     rows = ids[: len(ids) // 128 * 128].view(-1, 128)

@@ -1,4 +1,5 @@
-"""A plain PyTorch loop that does what the Trainer does for a mixture: per-core rates and the gradient mask.
+"""A plain PyTorch loop that does what the Trainer does for a mixture: per-core rates and the
+gradient mask.
 
 usage: python examples/plain_loop.py [STEPS]
 """
@@ -24,11 +25,13 @@ items = encode_text_to_text(get_task("doc_module").train(), tokenizer, max_sourc
 collate = DataCollatorForSeq2Seq(tokenizer)
 order = random.Random(0)
 
-# Every core gets its own rate, base x RMS(core) / RMS(weight) x a scale: with one raw rate for all, training collapses.
+# Every core gets its own rate, base x RMS(core) / RMS(weight) x a scale: with one raw rate for all,
+# training collapses.
 arguments = MPOETrainingArguments(output_dir="unused", learning_rate=1e-3, use_cpu=True)
 optimizer = torch.optim.AdamW(build_param_groups(model, arguments))
 
-# In half of the steps only the auxiliary cores learn; the central cores' gradients are then not even computed.
+# In half of the steps only the auxiliary cores learn; the central cores' gradients are then not
+# even computed.
 mask = GradientMask(model, probability=0.5, seed=0)
 for step in range(steps):
     with mask.step(step) as masked:
@@ -39,4 +42,7 @@ for step in range(steps):
         optimizer.zero_grad()
     if step % 10 == 0 or step == steps - 1:
         load = out.expert_load.sum(0).tolist()  # [layers, E] -> tokens per expert
-        print(f"step {step}: loss {out.task_loss:.3f} + {out.aux_loss:.3f}, masked {masked}, tokens per expert {load}")
+        print(
+            f"step {step}: loss {out.task_loss:.3f} + {out.aux_loss:.3f}, masked {masked}, tokens "
+            f"per expert {load}"
+        )

@@ -1,8 +1,10 @@
-"""A plain loop over several devices, sharded (FSDP2): every device holds part of the parameters and optimizer state.
+"""A plain loop over several devices, sharded (FSDP2): every device holds part of the parameters and
+optimizer state.
 
 usage: torchrun --nproc_per_node 2 examples/sharded_loop.py OUTPUT_DIR [STEPS]
 
-After an interruption, the same command continues from the last checkpoint, on the same or another number of devices.
+After an interruption, the same command continues from the last checkpoint, on the same or another
+number of devices.
 """
 
 import random
@@ -51,7 +53,8 @@ mask = GradientMask(model, probability=0.5, seed=0)  # the same steps on every r
 items = encode_text_to_text(get_task("doc_module").train(), tokenizer, max_source_length=64)
 collate = DataCollatorForSeq2Seq(tokenizer)
 for step in range(start, steps):
-    # All randomness depends only on the step, so a resumed run draws the same. Every rank takes its part of one batch.
+    # All randomness depends only on the step, so a resumed run draws the same. Every rank takes its
+    # part of one batch.
     torch.manual_seed(step * ranks + rank)  # dropout
     batch = collate(random.Random(step).sample(items, 16)[rank::ranks])
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}

@@ -1,7 +1,8 @@
-"""Parameter-efficient mixtures of experts for Hugging Face models: experts are matrix product operators.
+"""Parameter-efficient mixtures of experts for Hugging Face models: experts are matrix product
+operators.
 
-``import mpoe`` registers the MPOE model classes with Transformers' Auto classes. It is cheap: torch and transformers
-are imported by the first name that needs them.
+``import mpoe`` registers the MPOE model classes with Transformers' Auto classes. It is cheap: torch
+and transformers are imported by the first name that needs them.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ _NAMES = {
         "mpoe.config": "MPOEConfig RouterConfig",
         "mpoe.layers": "MPOEFeedForward MPOEmbedding MPOLinear TopKRouter global_batch",
         "mpoe.models": "collect_statistics compose compose_experts convert_to_mpoe import_original "
-        "load_expert load_mpoe merge_expert merge_experts merge_latent save_expert save_mpoe_only start_expert",
+        "load_expert load_mpoe merge_expert merge_experts merge_latent save_expert save_mpoe_only "
+        "start_expert",
         "mpoe.models.lora": "lora_on_cores",
-        "mpoe.training": "MPOETrainer MPOETrainingArguments freeze_all_but_experts load_sharded_optimizer save_sharded "
-        "save_sharded_checkpoint shard_model",
+        "mpoe.training": "MPOETrainer MPOETrainingArguments freeze_all_but_experts "
+        "load_sharded_optimizer save_sharded save_sharded_checkpoint shard_model",
         "mpoe.training.callbacks": "DivergenceError",
         "mpoe_kernels.version": "__version__",
     }.items()
@@ -66,7 +68,9 @@ _register()
 
 def __getattr__(name: str) -> Any:
     if name not in _NAMES:
-        raise AttributeError(f"module 'mpoe' has no attribute {name!r}; it offers {', '.join(sorted(_NAMES))}")
+        raise AttributeError(
+            f"module 'mpoe' has no attribute {name!r}; it offers {', '.join(sorted(_NAMES))}"
+        )
     value = getattr(importlib.import_module(_NAMES[name]), name)
     globals()[name] = value
     return value

@@ -1,5 +1,5 @@
-"""Looking into an MPOE model: routes of its tokens, spectra of its bonds; and what each expert of a composed mixture is
-worth on texts."""
+"""Looking into an MPOE model: routes of its tokens, spectra of its bonds; and what each expert of a
+composed mixture is worth on texts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class Route:
 
 @torch.inference_mode()
 def route_text(model: Any, tokenizer: Any, text: str, max_new_tokens: int = 24) -> list[Route]:
-    """Routes of a text's tokens; an encoder-decoder first generates an answer, whose tokens are routed too.
+    """Routes of a text's tokens; an encoder-decoder first generates an answer, whose tokens are
+    routed too.
 
     Args:
         model: an MPOE model in eval mode.
@@ -50,7 +51,9 @@ def route_text(model: Any, tokenizer: Any, text: str, max_new_tokens: int = 24) 
     Raises:
         ValueError: a text without tokens.
     """
-    batch = tokenizer([text], return_tensors="pt", truncation=True, return_token_type_ids=False).to(model.device)
+    batch = tokenizer([text], return_tensors="pt", truncation=True, return_token_type_ids=False).to(
+        model.device
+    )
     if not batch["input_ids"].shape[1]:
         raise ValueError(f"text must hold at least one token; got {text!r}")
     ids = {"main": batch["input_ids"][0]}
@@ -67,7 +70,10 @@ def route_text(model: Any, tokenizer: Any, text: str, max_new_tokens: int = 24) 
             continue
         routed = [(layers[k][1].router, logits[k].float()) for k in own]
         best = [router.scores(each)[1].topk(router.top_k).indices for router, each in routed]
-        shares = [torch.softmax(each, -1).gather(-1, index) for (_, each), index in zip(routed, best, strict=True)]
+        shares = [
+            torch.softmax(each, -1).gather(-1, index)
+            for (_, each), index in zip(routed, best, strict=True)
+        ]
         found.append(
             Route(
                 stream,
@@ -105,14 +111,16 @@ class BondSpectrum:
 
     @property
     def entropy(self) -> Tensor:
-        """Entanglement entropy ``-sum p ln p`` of ``p = s^2 / sum s^2``, in nats, ``[E]``; at most ``ln d``."""
+        """Entanglement entropy ``-sum p ln p`` of ``p = s^2 / sum s^2``, in nats, ``[E]``; at most
+        ``ln d``."""
         squared = self.singular_values.square()
         p = squared / squared.sum(-1, keepdim=True).clamp_min(torch.finfo(squared.dtype).tiny)
         return -torch.xlogy(p, p).sum(-1)
 
     @property
     def effective_rank(self) -> Tensor:
-        """``exp(entropy)``, ``[E]``: how many of the d directions carry weight; d if all carry the same."""
+        """``exp(entropy)``, ``[E]``: how many of the d directions carry weight; d if all carry the
+        same."""
         return self.entropy.exp()
 
     @property
@@ -136,9 +144,9 @@ def bond_spectra(cores: MPOCores) -> list[BondSpectrum]:
 
 
 def _chain_spectra(chain: list[Tensor]) -> list[Tensor]:
-    """Singular values at every inner bond, descending, of cores ``[d, i j, d']``: QR decompositions from the left make
-    all cores but the last orthogonal, then every SVD from the right has a bond's values. The whole matrix is never
-    built."""
+    """Singular values at every inner bond, descending, of cores ``[d, i j, d']``: QR decompositions
+    from the left make all cores but the last orthogonal, then every SVD from the right has a bond's
+    values. The whole matrix is never built."""
     carried, orthogonal = chain[0].new_ones(1, 1), []
     for core in chain:
         core = torch.tensordot(carried, core, 1)
@@ -146,7 +154,9 @@ def _chain_spectra(chain: list[Tensor]) -> list[Tensor]:
         orthogonal.append(q.unflatten(0, core.shape[:2]))
     found = []
     for core in reversed(orthogonal[1:]):
-        u, values, _ = torch.linalg.svd(torch.tensordot(core, carried, 1).flatten(1), full_matrices=False)
+        u, values, _ = torch.linalg.svd(
+            torch.tensordot(core, carried, 1).flatten(1), full_matrices=False
+        )
         found.append(values)
         carried = u * values
     return found[::-1]
@@ -180,26 +190,33 @@ class Worth:
     removed: list[float]
 
 
-def composed_worth(mixture: Any, classes: Sequence[Statistics], batches: Sequence[Mapping[str, Tensor]]) -> Worth:
-    """Compare a composed mixture with each of its experts alone and with the mixtures that lack one.
+def composed_worth(
+    mixture: Any, classes: Sequence[Statistics], batches: Sequence[Mapping[str, Tensor]]
+) -> Worth:
+    """Compare a composed mixture with each of its experts alone and with the mixtures that lack
+    one.
 
     Args:
         mixture: see `mpoe.compose_experts`; in eval mode.
-        classes: the statistics of its experts in order, then those of the background if it has *none*.
+        classes: the statistics of its experts in order, then those of the background if it has
+            *none*.
         batches: texts as keyword arguments of the model, with ``labels``.
 
     Raises:
-        ValueError: a model that was not composed, fewer than two experts, statistics of another number of them, batches
-            without labels.
+        ValueError: a model that was not composed, fewer than two experts, statistics of another
+            number of them, batches without labels.
     """
     names = list(getattr(mixture.config, "mpoe_experts", None) or [])
     if len(names) < 2 or len(classes) != len(names):
         raise ValueError(
-            f"mixture must be composed of at least two experts with *none*, each with statistics; it has {names}, "
+            "mixture must be composed of at least two experts with *none*, each with statistics; "
+            f"it has {names}, "
             f"statistics are of {len(classes)}"
         )
     loads: list[Tensor] = []
-    counting = mixture.register_forward_hook(lambda module, given, output: loads.append(output.expert_load))
+    counting = mixture.register_forward_hook(
+        lambda module, given, output: loads.append(output.expert_load)
+    )
     try:
         own = token_losses(mixture, batches)
     finally:

@@ -1,13 +1,13 @@
-"""Makes ``import mpoe`` enough for Transformers' Auto classes to know MPOE checkpoints, and PEFT MPO weights, without
-importing either.
+"""Makes ``import mpoe`` enough for Transformers' Auto classes to know MPOE checkpoints, and PEFT
+MPO weights, without importing either.
 
-Transformers takes seconds to import, and the command line must start at once. So only placeholders are registered with
-`AutoConfig`, as soon as its module is imported; opening the first MPOE checkpoint of a family creates and registers the
-real classes (`mpoe.models.classes`).
+Transformers takes seconds to import, and the command line must start at once. So only placeholders
+are registered with `AutoConfig`, as soon as its module is imported; opening the first MPOE
+checkpoint of a family creates and registers the real classes (`mpoe.models.classes`).
 
-PEFT supports linear layers and parameters; a model cannot register its own layers for a configuration that was read
-from a file. A function of PEFT is therefore wrapped when it is imported: LoRA on `MPOCores` then works without further
-steps.
+PEFT supports linear layers and parameters; a model cannot register its own layers for a
+configuration that was read from a file. A function of PEFT is therefore wrapped when it is
+imported: LoRA on `MPOCores` then works without further steps.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ _AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 
 def _place_holder(model_type: str, auto: Any) -> type:
     def real() -> Any:
-        importlib.import_module("mpoe.models.classes").classes_of(model_type.removeprefix(TYPE_PREFIX))
+        importlib.import_module("mpoe.models.classes").classes_of(
+            model_type.removeprefix(TYPE_PREFIX)
+        )
         return auto.CONFIG_MAPPING[model_type]
 
     class DeferredConfig:
@@ -53,7 +55,8 @@ def _register(auto: Any) -> None:
 
 
 def teach_lora(module: Any) -> None:
-    """Make LoRA (``peft.tuners.lora.model``) create our adapter for MPO weights, with any configuration."""
+    """Make LoRA (``peft.tuners.lora.model``) create our adapter for MPO weights, with any
+    configuration."""
     known: Callable[..., Any] = module.LoraModel._create_new_module
 
     @functools.wraps(known)
@@ -82,7 +85,9 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        after = self._waiting.pop(fullname, None)  # at once: the search below asks this finder again
+        after = self._waiting.pop(
+            fullname, None
+        )  # at once: the search below asks this finder again
         if after is None:
             return None
         spec = importlib.util.find_spec(fullname)
@@ -99,8 +104,8 @@ class _Finder(MetaPathFinder):
 
 
 def register() -> None:
-    """Run the follow-ups of importing Transformers' `AutoConfig` and PEFT: now if they are already imported, otherwise
-    later."""
+    """Run the follow-ups of importing Transformers' `AutoConfig` and PEFT: now if they are already
+    imported, otherwise later."""
     waiting = {}
     for name, after in _AFTER_IMPORT.items():
         if name in sys.modules:

@@ -1,4 +1,5 @@
-"""Kernels of parameter-efficient mixtures of experts: MPO algebra, plans, routing and grouped MPO products."""
+"""Kernels of parameter-efficient mixtures of experts: MPO algebra, plans, routing and grouped MPO
+products."""
 
 from mpoe_kernels.backends import BackendError, available_backends, backend_reasons
 from mpoe_kernels.contract import ContractionPlan, plan_contraction

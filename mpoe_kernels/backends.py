@@ -1,9 +1,10 @@
 """The backends: which of them run here, why the others do not, and which one a call uses.
 
-A backend is a table of kernels, one per op; each takes a call of that op, whose ``op.py`` describes the call and lists
-its kernels by backend. For a contraction, which can be computed in several ways, a backend offers candidates (see
-`mpoe_kernels.contract.autotune`). It returns *reasons* when it cannot run a request; the error for a named backend
-lists them all, and nothing falls back silently.
+A backend is a table of kernels, one per op; each takes a call of that op, whose ``op.py`` describes
+the call and lists its kernels by backend. For a contraction, which can be computed in several ways,
+a backend offers candidates (see `mpoe_kernels.contract.autotune`). It returns *reasons* when it
+cannot run a request; the error for a named backend lists them all, and nothing falls back
+silently.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from mpoe_kernels.native_library import NATIVE_LIBRARY
 AUTO = "auto"
 # Ops that are contractions: backends offer candidates for them instead of a kernel.
 CONTRACTIONS = {"grouped_mpo_linear": "forward", "grouped_mpo_linear_backward": "backward"}
-# Which backends run where none is named, the preferred one first. On the CPU Triton means its interpreter, for tests.
+# Which backends run where none is named, the preferred one first. On the CPU Triton means its
+# interpreter, for tests.
 PREFERRED = {"cpu": ("native", "eager"), "cuda": ("triton", "cuda", "eager")}
 _FEWER_LAUNCHES = ("route", "dispatch", "dispatch_backward", "combine", "combine_backward")
 
@@ -70,7 +72,8 @@ class Candidate(NamedTuple):
         name: the strategy and, if there are several, the variant: ``rebuild``, ``rebuild on chip``.
         strategy: one of `mpoe_kernels.contract.STRATEGIES`.
         run: computes it; takes a `ForwardCall` or a `BackwardCall`.
-        waits: on a GPU it waits for the device, so it runs only if its backend is named or there is no other.
+        waits: on a GPU it waits for the device, so it runs only if its backend is named or there is
+            no other.
     """
 
     backend: str
@@ -123,7 +126,9 @@ class Backend:
 
 def _instead(request: Request) -> str:
     """The backends to take where one has no kernel for an op."""
-    names = [backend.name for backend in preferred_backends(request) if backend.computes(request.op)]
+    names = [
+        backend.name for backend in preferred_backends(request) if backend.computes(request.op)
+    ]
     return f"; take backend={' or '.join(map(repr, (AUTO, *names)))}" if names else ""
 
 
@@ -142,7 +147,8 @@ def add_kernels(backend: str, kernels: Any, functions: Mapping[str, str]) -> Non
 
     Args:
         backend: its name.
-        kernels: a module or an object; its function ``reasons``, if it has one, says why it cannot run a request.
+        kernels: a module or an object; its function ``reasons``, if it has one, says why it cannot
+            run a request.
         functions: op -> name of its function; ops whose function is missing are left out.
     """
     found = {op: getattr(kernels, name) for op, name in functions.items() if hasattr(kernels, name)}
@@ -187,7 +193,8 @@ def preferred_backends(request: Request) -> tuple[Backend, ...]:
 
 
 def places_rows(backend: str) -> bool:
-    """Whether a backend's products can scatter every row like `combine`, times its gate; False for ``"auto"``."""
+    """Whether a backend's products can scatter every row like `combine`, times its gate; False for
+    ``"auto"``."""
     return backend != AUTO and BACKENDS[backend].places_rows
 
 
@@ -207,7 +214,8 @@ def select(request: Request, name: str = AUTO) -> Callable[..., Any]:
     """Kernel of the named backend, or of the most preferred one that can run the request.
 
     Raises:
-        BackendError: with all reasons, when the named backend or every backend cannot run the request.
+        BackendError: with all reasons, when the named backend or every backend cannot run the
+            request.
     """
     if name != AUTO:
         reasons = BACKENDS[name].unsupported_reasons(request)
@@ -220,7 +228,9 @@ def select(request: Request, name: str = AUTO) -> Callable[..., Any]:
         if not refused[backend.name]:
             return backend.kernels[request.op]
     listing = "; ".join(f"{n}: {', '.join(r)}" for n, r in refused.items())
-    raise BackendError(f"no backend can run {request.op} on {request.device_type} {request.dtype}: {listing}")
+    raise BackendError(
+        f"no backend can run {request.op} on {request.device_type} {request.dtype}: {listing}"
+    )
 
 
 # ------------------------------------------------------------------ the backends
@@ -246,14 +256,20 @@ def _native_reasons(request: Request) -> list[str]:
 def _triton_unavailable() -> list[str]:
     reasons = list(architecture.triton_reasons())
     if not architecture.in_interpreter() and not architecture.gpu_available():
-        reasons.append("it needs a CUDA or ROCm device (or Triton's interpreter: TRITON_INTERPRET=1)")
+        reasons.append(
+            "it needs a CUDA or ROCm device (or Triton's interpreter: TRITON_INTERPRET=1)"
+        )
     return reasons
 
 
 def _triton_reasons(request: Request) -> list[str]:
     reasons = []
-    if request.device_type != "cuda" and not (request.device_type == "cpu" and architecture.in_interpreter()):
-        reasons.append(f"it runs on cuda, not on {request.device_type} (without TRITON_INTERPRET=1)")
+    if request.device_type != "cuda" and not (
+        request.device_type == "cpu" and architecture.in_interpreter()
+    ):
+        reasons.append(
+            f"it runs on cuda, not on {request.device_type} (without TRITON_INTERPRET=1)"
+        )
     reasons += _dtype_reasons(request)
     reasons += architecture.card_reasons(torch.device(request.device))
     if reasons or request.op == "route" or architecture.triton_reasons():
@@ -262,7 +278,10 @@ def _triton_reasons(request: Request) -> list[str]:
     needed = _least_shared_bytes(target.architecture, request.dtype)
     if target.shared_memory == architecture.NO_LIMIT or needed <= target.shared_memory:
         return []
-    return [f"its smallest tile needs {needed} bytes of shared memory; the device has {target.shared_memory}"]
+    return [
+        f"its smallest tile needs {needed} bytes of shared memory; the device has "
+        f"{target.shared_memory}"
+    ]
 
 
 @lru_cache(maxsize=64)
@@ -270,7 +289,9 @@ def _least_shared_bytes(name: str, dtype: torch.dtype) -> int:
     return import_module("mpoe_kernels.linear.triton.grouped").least_shared_bytes(name, dtype)
 
 
-def cuda_backend(name: str, device_type: str, unavailable_reasons: Callable[[], list[str]]) -> Backend:
+def cuda_backend(
+    name: str, device_type: str, unavailable_reasons: Callable[[], list[str]]
+) -> Backend:
     """The compiled CUDA kernels as a backend without kernels yet.
 
     Args:
@@ -283,12 +304,23 @@ def cuda_backend(name: str, device_type: str, unavailable_reasons: Callable[[], 
         wrong = [] if request.device_type == device_type else [_elsewhere(device_type, request)]
         return wrong + _dtype_reasons(request)
 
-    return Backend(name, unavailable_reasons=unavailable_reasons, request_reasons=reasons, places_rows=True)
+    return Backend(
+        name, unavailable_reasons=unavailable_reasons, request_reasons=reasons, places_rows=True
+    )
 
 
 EAGER = Backend("eager")
-NATIVE = Backend("native", unavailable_reasons=lambda: list(NATIVE_LIBRARY.reasons), request_reasons=_native_reasons)
-TRITON = Backend("triton", unavailable_reasons=_triton_unavailable, request_reasons=_triton_reasons, places_rows=True)
+NATIVE = Backend(
+    "native",
+    unavailable_reasons=lambda: list(NATIVE_LIBRARY.reasons),
+    request_reasons=_native_reasons,
+)
+TRITON = Backend(
+    "triton",
+    unavailable_reasons=_triton_unavailable,
+    request_reasons=_triton_reasons,
+    places_rows=True,
+)
 CUDA = cuda_backend("cuda", "cuda", cuda_unavailable)
 for _backend in (EAGER, NATIVE, TRITON, CUDA):
     register_backend(_backend)

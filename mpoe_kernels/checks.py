@@ -1,4 +1,5 @@
-"""Argument checks of the public functions: every message names the argument, what was expected and what was given."""
+"""Argument checks of the public functions: every message names the argument, what was expected and
+what was given."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def check_dense(name: str, value: Tensor) -> None:
     """Refuse sparse, nested and mkldnn tensors."""
     if value.layout != torch.strided or value.is_nested:
         raise ValueError(
-            f"{name} must be a dense tensor; got one of the layout {'nested' if value.is_nested else value.layout}"
+            f"{name} must be a dense tensor; got one of the layout "
+            f"{'nested' if value.is_nested else value.layout}"
         )
 
 
@@ -49,22 +51,28 @@ def _extent(value: Tensor) -> int:
 
 
 def holds_values(value: Tensor) -> bool:
-    """Whether the memory of a strided tensor is there, in full: not if its storage was resized, as FSDP does."""
+    """Whether the memory of a strided tensor is there, in full: not if its storage was resized, as
+    FSDP does."""
     size = value.nbytes
     if not size:
         return True
     if not value.is_contiguous():
         size = _extent(value)
-    return value.untyped_storage().nbytes() >= size + value.storage_offset() * value.itemsize and value.data_ptr() != 0
+    return (
+        value.untyped_storage().nbytes() >= size + value.storage_offset() * value.itemsize
+        and value.data_ptr() != 0
+    )
 
 
 def check_memory(name: str, value: Tensor) -> None:
-    """Require a dense tensor whose memory holds its values: not one whose storage was resized, as FSDP does."""
+    """Require a dense tensor whose memory holds its values: not one whose storage was resized, as
+    FSDP does."""
     check_dense(name, value)
     if not value.is_meta and not holds_values(value):
         held = value.untyped_storage().nbytes() if value.data_ptr() else 0
         raise ValueError(
-            f"{name} must hold its values, in {_extent(value) + value.storage_offset() * value.itemsize} bytes; got "
+            f"{name} must hold its values, in "
+            f"{_extent(value) + value.storage_offset() * value.itemsize} bytes; got "
             f"{describe(value)} with a storage of {held} bytes"
         )
 
@@ -73,7 +81,8 @@ def check_floating(name: str, value: Tensor) -> None:
     """Require one of the floating dtypes that the ops compute in."""
     if value.dtype not in FLOATING:
         raise TypeError(
-            f"{name} must have a floating dtype (float64, float32, bfloat16, float16); got {describe(value)}"
+            f"{name} must have a floating dtype (float64, float32, bfloat16, float16); got "
+            f"{describe(value)}"
         )
 
 
@@ -82,46 +91,62 @@ def check_device(reference_name: str, reference: Tensor, **others: Tensor | None
     device = reference.device
     for name, other in others.items():
         if other is not None and other.device != device:
-            raise ValueError(f"{name} must be on the device of {reference_name}, {device}; got {describe(other)}")
+            raise ValueError(
+                f"{name} must be on the device of {reference_name}, {device}; got {describe(other)}"
+            )
 
 
 def check_same(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
-    """Require dtype and device of ``others`` to equal those of ``reference``; under autocast, after its casts."""
+    """Require dtype and device of ``others`` to equal those of ``reference``; under autocast, after
+    its casts."""
     device, dtype = reference.device, reference.dtype
     for name, other in others.items():
         if other is None or (other.dtype == dtype and other.device == device):
             continue
         if other.device != device:
             check_device(reference_name, reference, **{name: other})
-        lowered = torch.is_autocast_enabled(device.type) if device.type in AUTOCAST_DEVICES else False
+        lowered = (
+            torch.is_autocast_enabled(device.type) if device.type in AUTOCAST_DEVICES else False
+        )
         if lowered and {dtype, other.dtype} <= LOWERED:
             continue
         hint = "; autocast leaves float64" if lowered else " (or run under autocast)"
         raise TypeError(
-            f"{name} must have the dtype of {reference_name}, {str(dtype).removeprefix('torch.')}{hint}; "
+            f"{name} must have the dtype of {reference_name}, "
+            f"{str(dtype).removeprefix('torch.')}{hint}; "
             f"got {describe(other)}"
         )
 
 
-def check_integer(name: str, value: object, low: int, high: int | None = None, what: str = "") -> int:
-    """Require an integer (not a bool) in ``low..high``; ``what`` describes ``high`` in the message."""
+def check_integer(
+    name: str, value: object, low: int, high: int | None = None, what: str = ""
+) -> int:
+    """Require an integer (not a bool) in ``low..high``; ``what`` describes ``high`` in the
+    message."""
     if isinstance(value, bool) or not isinstance(value, INTEGERS):
         raise TypeError(f"{name} must be an integer; got {describe(value)}")
     if value < low or (high is not None and value > high):
-        least, between = f"be at least {low}", f"lie between {low} and {what + ' = ' if what else ''}{high}"
-        raise ValueError(f"{name} must {least if value < low and not what else between}; got {value}")
+        least, between = (
+            f"be at least {low}",
+            f"lie between {low} and {what + ' = ' if what else ''}{high}",
+        )
+        raise ValueError(
+            f"{name} must {least if value < low and not what else between}; got {value}"
+        )
     return value  # type: ignore[return-value]
 
 
 def refuse_jit_trace(what: str) -> None:
     """Refuse torch.jit.trace, which would record the sizes and routing of one call as constants."""
     if torch._C._get_tracing_state() is not None:
-        raise NotImplementedError(f"{what} does not support torch.jit.trace; use torch.compile or torch.export")
+        raise NotImplementedError(
+            f"{what} does not support torch.jit.trace; use torch.compile or torch.export"
+        )
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Disable autocast, on devices that support it and on others; entering a disabled one costs as much as a small
-    product."""
+    """Disable autocast, on devices that support it and on others; entering a disabled one costs as
+    much as a small product."""
     active = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if active else nullcontext()
 
@@ -130,7 +155,9 @@ def check_index(name: str, value: object, dims: tuple[str, ...]) -> Tensor:
     """Require an int32 or int64 tensor with the given dimensions."""
     tensor = check_tensor(name, value, dims)
     if tensor.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be int32 or int64 [{', '.join(dims)}]; got {describe(tensor)}")
+        raise TypeError(
+            f"{name} must be int32 or int64 [{', '.join(dims)}]; got {describe(tensor)}"
+        )
     return tensor
 
 
@@ -145,9 +172,12 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
 
 
 def check_range(name: str, index: Tensor, low: int, high: int) -> None:
-    """Refuse an entry outside ``low..high``, only on the CPU: elsewhere the check would wait for the device."""
+    """Refuse an entry outside ``low..high``, only on the CPU: elsewhere the check would wait for
+    the device."""
     if index.numel() == 0 or index.device.type != "cpu":
         return
     smallest, largest = (int(v) for v in index.aminmax())
     if smallest < low or largest > high:
-        raise ValueError(f"{name} must lie in {low}..{high}; got {smallest if smallest < low else largest}")
+        raise ValueError(
+            f"{name} must lie in {low}..{high}; got {smallest if smallest < low else largest}"
+        )

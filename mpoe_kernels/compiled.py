@@ -28,7 +28,8 @@ class CompiledLibrary:
     Attributes:
         path: where the library was looked for.
         reasons: why it is not loaded (empty: it is loaded).
-        info: its own description, such as ``version``, and ``build``, a checksum of its file. Empty unless loaded.
+        info: its own description, such as ``version``, and ``build``, a checksum of its file. Empty
+            unless loaded.
         functions: the opened module, for calls; None if its functions are torch ops.
     """
 
@@ -46,7 +47,8 @@ def _why_missing(path: Path, reason_file: str) -> str:
 
 
 def open_ops(namespace: str) -> Callable[[Path], tuple[str, None]]:
-    """Opener of a library of torch ops for `load_library`: they appear as ``torch.ops.<namespace>``."""
+    """Opener of a library of torch ops for `load_library`: they appear as
+    ``torch.ops.<namespace>``."""
 
     def opened(path: Path) -> tuple[str, None]:
         torch.ops.load_library(path)
@@ -75,7 +77,8 @@ def load_library(
         opened: loads it; returns its description, as lines ``key=value``, and its functions.
         reason_file: file next to the library; setup.py writes it if it does not build.
         info_keys: keys that the description must have; otherwise it was built from older sources.
-        bindings: folder of the sources of its functions; in a source checkout it must be built from those.
+        bindings: folder of the sources of its functions; in a source checkout it must be built from
+            those.
     """
     if not path.is_file():
         return CompiledLibrary(path, (_why_missing(path, reason_file),))
@@ -88,7 +91,9 @@ def load_library(
         return CompiledLibrary(path, (reason,))
     info = dict(line.split("=", 1) for line in text.splitlines())
     ours, built = mpoe_kernels.version.__version__, info.get("version")
-    is_old = bindings is not None and bindings.is_dir() and info.get("bindings") != _digest(bindings)
+    is_old = (
+        bindings is not None and bindings.is_dir() and info.get("bindings") != _digest(bindings)
+    )
     if built != ours or is_old or not info.keys() >= info_keys:
         built = f"mpoe {built}" if built != ours else "an older state of the sources"
         reason = f"{path} was built for {built}, this is mpoe {ours}: build again ({BUILD_COMMAND})"

@@ -13,7 +13,8 @@ from mpoe_kernels.compiled import FOLDER, CompiledLibrary, load_library, open_op
 LIBRARY = "_C_cuda.abi3.so"
 # setup.py writes it if it does not build.
 REASON_FILE = "_cuda_missing.txt"
-# ``architectures``: CMake's names, separated by spaces: 90a-real is machine code, 100-virtual is PTX.
+# ``architectures``: CMake's names, separated by spaces: 90a-real is machine code, 100-virtual is
+# PTX.
 INFO_KEYS = {"version", "torch", "compiler", "architectures"}
 
 
@@ -28,8 +29,8 @@ CUDA_LIBRARY = _load()
 
 
 class RefusingOps:
-    """The ops of a namespace. Their refusals (csrc/cuda/bind.h), which PyTorch raises as RuntimeError, become
-    ValueErrors."""
+    """The ops of a namespace. Their refusals (csrc/cuda/bind.h), which PyTorch raises as
+    RuntimeError, become ValueErrors."""
 
     def __init__(self, ops: Any) -> None:
         self._ops = ops
@@ -54,15 +55,22 @@ CUDA_OPS = RefusingOps(torch.ops.mpoe_cuda)
 
 
 def runs_on(architectures: str, major: int, minor: int) -> bool:
-    """Whether code for ``architectures`` (see `INFO_KEYS`) runs on a GPU of this compute capability.
+    """Whether code for ``architectures`` (see `INFO_KEYS`) runs on a GPU of this compute
+    capability.
 
-    Machine code runs on later minor versions of its major version, PTX on all later ones; 90a only on its own.
+    Machine code runs on later minor versions of its major version, PTX on all later ones; 90a only
+    on its own.
     """
     for name in architectures.split():
         number, _, kind = name.partition("-")
         own = divmod(int(number.rstrip("af")), 10)
-        ptx, machine_code = kind != "real" and own <= (major, minor), kind != "virtual" and own[0] == major
-        if own == (major, minor) or (number.isdigit() and (ptx or (machine_code and own[1] <= minor))):
+        ptx, machine_code = (
+            kind != "real" and own <= (major, minor),
+            kind != "virtual" and own[0] == major,
+        )
+        if own == (major, minor) or (
+            number.isdigit() and (ptx or (machine_code and own[1] <= minor))
+        ):
             return True
     return False
 

@@ -1,4 +1,5 @@
-"""Registers an op (custom_op, fake kernel, autograd, autocast, refusals), and calls it on the backend asked for."""
+"""Registers an op (custom_op, fake kernel, autograd, autocast, refusals), and calls it on the
+backend asked for."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 class _Requested(threading.local):
-    """What `use_backend` set in this thread. torch.compile traces a ``threading.local``, not a ``ContextVar``."""
+    """What `use_backend` set in this thread. torch.compile traces a ``threading.local``, not a
+    ``ContextVar``."""
 
     name: str = AUTO
 
@@ -54,7 +56,8 @@ def requested_backend(name: str | None) -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every op inside this context (and its backward) on one backend; ``"auto"`` restores the automatic choice.
+    """Run every op inside this context (and its backward) on one backend; ``"auto"`` restores the
+    automatic choice.
 
     It applies only to the calling thread.
 
@@ -116,17 +119,20 @@ def define_op(
     saves: Sequence[str] = (),
     autocast: Sequence[str] = (),
 ) -> Any:
-    """Register ``mpoe::<name>``, whose arguments are the fields of a dataclass, and which returns tensors.
+    """Register ``mpoe::<name>``, whose arguments are the fields of a dataclass, and which returns
+    tensors.
 
     Args:
         name: of the op.
-        signature: dataclass whose fields are the arguments of kernels, fake and schema. Not frozen: making a
-            frozen one at every call takes several times as long.
+        signature: dataclass whose fields are the arguments of kernels, fake and schema. Not frozen:
+            making a frozen one at every call takes several times as long.
         results: how many tensors it returns.
-        kernel, fake: take an instance of ``signature``; the fake returns the shapes and dtypes of the results.
-        backward: autograd formula. Without one the op refuses to be differentiated (that is how double backward is
-            refused).
-        saves: fields that it reads: tensors as ``ctx.saved_tensors``, the others as ``ctx.settings``.
+        kernel, fake: take an instance of ``signature``; the fake returns the shapes and dtypes of
+            the results.
+        backward: autograd formula. Without one the op refuses to be differentiated (that is how
+            double backward is refused).
+        saves: fields that it reads: tensors as ``ctx.saved_tensors``, the others as
+            ``ctx.settings``.
         setup_context: saves what it reads instead, results too, after the kernel.
         autocast: fields that autocast casts to its dtype.
 
@@ -135,14 +141,18 @@ def define_op(
     """
     declared = fields(signature)
     arguments = ", ".join(
-        f"{_SCHEMA_TYPES[str(field.type)]} {field.name}{'=None' if field.default is None else ''}" for field in declared
+        f"{_SCHEMA_TYPES[str(field.type)]} {field.name}{'=None' if field.default is None else ''}"
+        for field in declared
     )
     schema = f"({arguments}) -> ({', '.join(['Tensor'] * results)})"
     names = [field.name for field in declared]
-    required = {field.name for field in declared if field.type == "Tensor"}  # None gets through the dispatcher
+    required = {
+        field.name for field in declared if field.type == "Tensor"
+    }  # None gets through the dispatcher
 
     def body(*values: Any, ctx: Any = None, kept: Any = None) -> Any:
-        """``ctx`` gets what a forward keeps for its backward, whose ``kept`` it is, see `Differentiable`."""
+        """``ctx`` gets what a forward keeps for its backward, whose ``kept`` it is, see
+        `Differentiable`."""
         made = signature(*values)
         if kept is not None:
             made.kept = kept
@@ -166,8 +176,12 @@ def define_op(
     elif setup_context is None:
         kinds = {field.name: str(field.type) for field in declared}
         tensors = [names.index(each) for each in saves if kinds[each].startswith("Tensor")]
-        setup_context = _saving(tensors, [names.index(each) for each in saves if not kinds[each].startswith("Tensor")])
-    recorded = _register_autograd(op, body, checked, name, setup_context, backward, is_first=bool(saves))
+        setup_context = _saving(
+            tensors, [names.index(each) for each in saves if not kinds[each].startswith("Tensor")]
+        )
+    recorded = _register_autograd(
+        op, body, checked, name, setup_context, backward, is_first=bool(saves)
+    )
     # Of a backward, which `torch.func.jacrev` maps over; users give a batch as tokens.
     op.register_vmap(one_after_the_other(op) if name.endswith("_backward") else refuse_vmap(name))
     if autocast:
@@ -196,11 +210,14 @@ def _saving(tensors: Sequence[int], settings: Sequence[int]) -> Callable[..., No
 
 
 class Differentiable:
-    """Base of the calls of `define_differentiable`: tensors, then settings, then ``grad`` and ``need`` of a backward.
+    """Base of the calls of `define_differentiable`: tensors, then settings, then ``grad`` and
+    ``need`` of a backward.
 
     Attributes:
-        DIFFERENTIABLE: names of the fields that have gradients, in the order in which the backward returns them.
-        kept: no field: what a forward kernel computed that the backward of a plain call finds here, else None.
+        DIFFERENTIABLE: names of the fields that have gradients, in the order in which the backward
+            returns them.
+        kept: no field: what a forward kernel computed that the backward of a plain call finds here,
+            else None.
     """
 
     DIFFERENTIABLE: ClassVar[tuple[str, ...]]
@@ -215,11 +232,15 @@ class Differentiable:
     def wanted(self) -> list[bool]:
         """Of a backward: which gradients are needed and belong to an argument that was given."""
         need: list[bool] = self.need  # type: ignore[attr-defined]
-        return [value is not None and wants for value, wants in zip(self.differentiable, need, strict=True)]
+        return [
+            value is not None and wants
+            for value, wants in zip(self.differentiable, need, strict=True)
+        ]
 
 
 def new_gradients(call: Any, wanted: Sequence[bool]) -> list[Tensor]:
-    """Memory for the gradients of an experts' backward call: empty where they are not wanted, zeros without a pair."""
+    """Memory for the gradients of an experts' backward call: empty where they are not wanted, zeros
+    without a pair."""
     like = torch.empty_like if call.top_k_index.numel() else torch.zeros_like
     dense = torch.contiguous_format
     return [
@@ -237,24 +258,32 @@ def define_differentiable(
     *,
     autocast: Sequence[str],
 ) -> Any:
-    """`define_op` for an op with one result that saves its arguments, and for its backward, which takes them again.
+    """`define_op` for an op with one result that saves its arguments, and for its backward, which
+    takes them again.
 
     Args:
         name, fake, autocast: as in `define_op`.
         signature: of the op.
-        of_backward: the same, with the fields ``grad`` (of the result) and ``need`` (which gradients).
-        kernels: of the op and of ``<name>_backward``, which returns the gradients; empty where they are not `wanted`.
+        of_backward: the same, with the fields ``grad`` (of the result) and ``need`` (which
+            gradients).
+        kernels: of the op and of ``<name>_backward``, which returns the gradients; empty where they
+            are not `wanted`.
     """
     names = [field.name for field in fields(signature)]  # type: ignore[arg-type]
     positions = [names.index(field) for field in signature.DIFFERENTIABLE]
 
     def backward_fake(call: Any) -> tuple[Tensor, ...]:
-        shapes = (value.shape if wants else (0,) for value, wants in zip(call.differentiable, call.wanted, strict=True))
+        shapes = (
+            value.shape if wants else (0,)
+            for value, wants in zip(call.differentiable, call.wanted, strict=True)
+        )
         likes = (call.grad if value is None else value for value in call.differentiable)
         return tuple(like.new_empty(shape) for like, shape in zip(likes, shapes, strict=True))
 
     of_gradients = f"{name}_backward"
-    backward_op = define_op(of_gradients, of_backward, len(positions), kernels[of_gradients], backward_fake)
+    backward_op = define_op(
+        of_gradients, of_backward, len(positions), kernels[of_gradients], backward_fake
+    )
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         need = [bool(ctx.needs_input_grad[position]) for position in positions]
@@ -263,7 +292,9 @@ def define_differentiable(
         found = {p: g for p, g, wanted in zip(positions, grads, need, strict=True) if wanted}
         return tuple(found.get(position) for position in range(len(names)))
 
-    return define_op(name, signature, 1, kernels[name], fake, backward=backward, saves=names, autocast=autocast)
+    return define_op(
+        name, signature, 1, kernels[name], fake, backward=backward, saves=names, autocast=autocast
+    )
 
 
 def needs_gradients(arguments: Sequence[Any]) -> bool:
@@ -276,12 +307,14 @@ def needs_gradients(arguments: Sequence[Any]) -> bool:
 
 
 def is_plain_call(arguments: Sequence[Any]) -> bool:
-    """Whether the dispatcher would only call the kernel, and record it for a gradient if one is needed.
+    """Whether the dispatcher would only call the kernel, and record it for a gradient if one is
+    needed.
 
-    Dispatching takes as long as the kernel for one token. False if a mode, a transform, a tensor subclass, a compiler
-    or a profiler intercepts the call, if a meta tensor among others makes PyTorch call the fake, or if a tensor's
-    memory does not hold its values: the dispatcher resolves negative bits, zeros without memory and the wrappers that
-    transforms leave, and the kernel it calls refuses the others.
+    Dispatching takes as long as the kernel for one token. False if a mode, a transform, a tensor
+    subclass, a compiler or a profiler intercepts the call, if a meta tensor among others makes
+    PyTorch call the fake, or if a tensor's memory does not hold its values: the dispatcher resolves
+    negative bits, zeros without memory and the wrappers that transforms leave, and the kernel it
+    calls refuses the others.
     """
     if torch.compiler.is_dynamo_compiling() or _others_see_calls():
         return False
@@ -292,9 +325,15 @@ def is_plain_call(arguments: Sequence[Any]) -> bool:
                 device_type = device_type or value.device.type
                 if value.is_neg():
                     return False
-                # The first questions of `holds_values` alone answer for most tensors, without a call.
+                # The first questions of `holds_values` alone answer for most tensors, without a
+                # call.
                 size, begins = value.nbytes, value.is_contiguous() and not value.storage_offset()
-                fits = size and begins and value.untyped_storage().nbytes() >= size and value.data_ptr()
+                fits = (
+                    size
+                    and begins
+                    and value.untyped_storage().nbytes() >= size
+                    and value.data_ptr()
+                )
                 if not fits and (value.is_meta or (size and not holds_values(value))):
                     return False
             elif isinstance(value, Tensor):
@@ -322,7 +361,9 @@ def _in_transform() -> bool:
 
 def _is_below_autograd() -> bool:
     """Inside another op's kernel, where PyTorch records nothing."""
-    return torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality)
+    return torch._C._dispatch_tls_is_dispatch_key_excluded(
+        torch._C.DispatchKey.AutogradFunctionality
+    )
 
 
 def _register_autograd(
@@ -334,12 +375,14 @@ def _register_autograd(
     backward: Callable[..., Any],
     is_first: bool,
 ) -> Callable[..., Any] | None:
-    """Replaces ``op.register_autograd``, which looks up the defaults of all arguments at every call.
+    """Replaces ``op.register_autograd``, which looks up the defaults of all arguments at every
+    call.
 
     A plain call has been checked by the public function; one of the op itself runs ``checked``.
 
     Returns:
-        The function that runs a plain call and records it for its gradient; None where only PyTorch can do so.
+        The function that runs a plain call and records it for its gradient; None where only PyTorch
+        can do so.
     """
     overload, below = op._opoverload, getattr(torch._C, "_after_autograd_keyset", None)
     if below is None:  # a PyTorch with other internal names
@@ -352,11 +395,13 @@ def _register_autograd(
             return overload.redispatch(keyset & below, *arguments)
 
     def run_next_level(keyset: Any, arguments: Sequence[Any]) -> Any:
-        """A function's forward records nothing; the transforms and the autograd around this level do."""
+        """A function's forward records nothing; the transforms and the autograd around this level
+        do."""
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
             return run_below(keyset, arguments)
 
-    # The key set (None for a plain call) comes last, because ``needs_input_grad`` counts from the first argument.
+    # The key set (None for a plain call) comes last, because ``needs_input_grad`` counts from the
+    # first argument.
     def forward(ctx: Any, *given: Any) -> Any:
         *arguments, keyset = given
         if is_first:
@@ -375,8 +420,8 @@ def _register_autograd(
         return (*backward(ctx, *grads), None)
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward_of)}
-    # PyTorch's transforms (`torch.func.grad`, `vjp`, `jacrev`) dispatch an op once at each of their levels, and let
-    # only a function of the second kind record it there.
+    # PyTorch's transforms (`torch.func.grad`, `vjp`, `jacrev`) dispatch an op once at each of their
+    # levels, and let only a function of the second kind record it there.
     made: Any = (
         type(f"Backward_{NAMESPACE}_{name}", (base,), members)
         for base in (torch.autograd.Function, _SingleLevelFunction)
@@ -396,7 +441,9 @@ def _register_autograd(
         with enable_single_level_autograd_function():
             return of_one_level.apply(*arguments, keyset)
 
-    with warnings.catch_warnings():  # PyTorch 2.11 has registered its own kernel, and warns that it is replaced
+    with (
+        warnings.catch_warnings()
+    ):  # PyTorch 2.11 has registered its own kernel, and warns that it is replaced
         warnings.filterwarnings("ignore", r"(?s).*Overriding a previously registered kernel")
         _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True, allow_override=True)
     return recorded

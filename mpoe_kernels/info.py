@@ -61,12 +61,15 @@ def collect(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
         packages: distributions to report.
 
     Returns:
-        ``mpoe``, ``python``, ``platform``: versions. ``packages``: version of each. ``torch_built_for``: toolkit of
-        this torch. ``devices``. ``cores``: usable ones; ``torch_threads``: threads of CPU kernels; ``torch_isa``: the
-        instructions torch uses. ``processor``: its name. ``choices``: the file of timed choices (see
-        `mpoe_kernels.contract.autotune`), ``None`` if nothing is timed. ``native``, ``cuda``: what the compiled kernels
-        were built from and which instructions they use, see `CompiledLibrary.info`; ``None`` if there are none.
-        ``backends``: why each cannot run here, an empty list if it can.
+        ``mpoe``, ``python``, ``platform``: versions. ``packages``: version of each.
+            ``torch_built_for``: toolkit of
+        this torch. ``devices``. ``cores``: usable ones; ``torch_threads``: threads of CPU kernels;
+            ``torch_isa``: the
+        instructions torch uses. ``processor``: its name. ``choices``: the file of timed choices
+        (see `mpoe_kernels.contract.autotune`), ``None`` if nothing is timed. ``native``, ``cuda``:
+        what the compiled kernels were built from and which instructions they use, see
+        `CompiledLibrary.info`; ``None`` if there are none. ``backends``: why each cannot run here,
+        an empty list if it can.
     """
     toolkit = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
     toolkit = f"ROCm {torch.version.hip}" if torch.version.hip else toolkit
@@ -92,10 +95,15 @@ def native_summary(native: dict[str, str] | None) -> str:
     """One line about the compiled kernels."""
     if native is None:
         return "no (see below)"
-    lowered = "" if native["isa_used"] == native["isa_detected"] else f", {native['isa_used']} in use (MPOE_CPU_ISA)"
+    lowered = (
+        ""
+        if native["isa_used"] == native["isa_detected"]
+        else f", {native['isa_used']} in use (MPOE_CPU_ISA)"
+    )
     return (
         f"built by {native['compiler']} for {native['torch']} torch; instructions: "
-        f"{native['isa_detected']} found of {native['isa_compiled'].replace(' ', ', ')} compiled{lowered}"
+        f"{native['isa_detected']} found of {native['isa_compiled'].replace(' ', ', ')} "
+        f"compiled{lowered}"
     )
 
 
@@ -114,7 +122,11 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         *facts["packages"].items(),
         ("torch built for", facts["torch_built_for"]),
         ("devices", ", ".join(facts["devices"])),
-        ("cores", f"{facts['cores']} usable, torch takes {facts['torch_threads']} threads and {facts['torch_isa']}"),
+        (
+            "cores",
+            f"{facts['cores']} usable, torch takes {facts['torch_threads']} threads and "
+            f"{facts['torch_isa']}",
+        ),
         ("processor", facts["processor"] or "unknown"),
         ("choices", facts["choices"] or f"by FLOPs alone ({SETTING}=0)"),
         ("native kernels", native_summary(facts["native"])),
@@ -124,7 +136,11 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 def show(facts: dict[str, Any]) -> str:
     """The facts of `collect` as text."""
-    lines = [f"mpoe {facts['mpoe']}", *(f"  {name:<16}{text}" for name, text in rows(facts)), "kernel backends"]
+    lines = [
+        f"mpoe {facts['mpoe']}",
+        *(f"  {name:<16}{text}" for name, text in rows(facts)),
+        "kernel backends",
+    ]
     for name, reasons in facts["backends"].items():
         lines.append(f"  {name:<16}{'no' if reasons else 'yes'}")
         for reason in reasons:
@@ -136,7 +152,9 @@ def show(facts: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m mpoe_kernels.info``."""
-    parser = argparse.ArgumentParser(prog="python -m mpoe_kernels.info", description="What the kernels run on here.")
+    parser = argparse.ArgumentParser(
+        prog="python -m mpoe_kernels.info", description="What the kernels run on here."
+    )
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
     facts = collect()
     print(json.dumps(facts, indent=2) if parser.parse_args(arguments).json else show(facts))

@@ -1,8 +1,10 @@
-"""A mixture layer's native calls without ops around them: for passes that nobody differentiates, compiles or watches.
+"""A mixture layer's native calls without ops around them: for passes that nobody differentiates,
+compiles or watches.
 
-While decoding, the ops of `route`, `grouped_mpo_linear` and `combine` (checks, dispatch) take longer than their
-kernels. Whoever calls these functions has asked `mpoe_kernels.routing.gating.can_route_natively`. The kernels and
-their order are those of the ops, so the results are the same to the last bit.
+While decoding, the ops of `route`, `grouped_mpo_linear` and `combine` (checks, dispatch) take
+longer than their kernels. Whoever calls these functions has asked
+`mpoe_kernels.routing.gating.can_route_natively`. The kernels and their order are those of the ops,
+so the results are the same to the last bit.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class Rule(NamedTuple):
 
 
 class Chains(NamedTuple):
-    """A feed-forward network's projections, ``down(activation(up x))`` or ``down(activation(gate x) * up x)``.
+    """A feed-forward network's projections, ``down(activation(up x))`` or ``down(activation(gate x)
+    * up x)``.
 
     Attributes:
         up, down, gate: folded blocks; gate may be None.
@@ -53,7 +56,8 @@ class Chains(NamedTuple):
 
     @property
     def of_rows(self) -> tuple[tuple[MPOBlocks, Tensor | None, str], ...]:
-        """The projections of tokens, with their biases and formulas: the gate, if there is one, then up."""
+        """The projections of tokens, with their biases and formulas: the gate, if there is one,
+        then up."""
         formula = ACTIVATIONS[self.activation]
         if self.gate is None:
             return ((self.up, self.up_bias, formula),)
@@ -61,10 +65,15 @@ class Chains(NamedTuple):
 
 
 def routed_ffn(
-    x: Tensor, weight: Tensor, rule: Rule, chains: Chains, token_mask: Tensor | None, backend: str | None
+    x: Tensor,
+    weight: Tensor,
+    rule: Rule,
+    chains: Chains,
+    token_mask: Tensor | None,
+    backend: str | None,
 ) -> Tensor | None:
-    """A router's decision and `mpoe_kernels.mpo_ffn` as one native call, if kernels of the library are chosen for every
-    projection; else None.
+    """A router's decision and `mpoe_kernels.mpo_ffn` as one native call, if kernels of the library
+    are chosen for every projection; else None.
 
     Args:
         x: tokens ``[T, I]``, of the dtype of the chains.
@@ -87,12 +96,16 @@ def routed_ffn(
     kept = []
     for blocks, bias, formula in (*chains.of_rows, (chains.down, chains.down_bias, "none")):
         sizes = (blocks.in_features, blocks.out_features, formula, "auto", asked, False)
-        call = ForwardCall(rows, blocks.left, blocks.central, blocks.right, rows, bias, None, *sizes)
+        call = ForwardCall(
+            rows, blocks.left, blocks.central, blocks.right, rows, bias, None, *sizes
+        )
         candidate = chosen_for("grouped_mpo_linear", call, call.slots, ALL_GRADIENTS, False)
         if candidate.backend != "native" or candidate.strategy == "half_right":
             return None
         left, central, right = own = dense_blocks(call)
-        own_bias = None if bias is None else dense_like("bias", bias, (call.out_features,), call.x.dtype)
+        own_bias = (
+            None if bias is None else dense_like("bias", bias, (call.out_features,), call.x.dtype)
+        )
         kept.append((own, own_bias))
         memory = (left.data_ptr(), central.data_ptr(), right.data_ptr(), address(own_bias))
         projections.append((linear_sizes(call), memory))
@@ -119,7 +132,13 @@ class Neurons(NamedTuple):
 
 
 def routed_neurons(
-    x: Tensor, weight: Tensor, rule: Rule, scale: float, rows: Tensor, neurons: Neurons, token_mask: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    rule: Rule,
+    scale: float,
+    rows: Tensor,
+    neurons: Neurons,
+    token_mask: Tensor | None,
 ) -> Tensor:
     """`mpoe_kernels.neuron_experts` for tokens that are not routed yet, as one native call.
 
@@ -140,7 +159,13 @@ def routed_neurons(
     out = x.new_empty(sizes[0], sizes[2])
     NATIVE_LIBRARY.functions.routed_neurons(
         *(name_of(x.dtype), name_of(weight.dtype), ACTIVATIONS[neurons.activation]),
-        *((*sizes, rule.top_k), x.shape[1], rule.raw, scale, (x.data_ptr(), weight.data_ptr(), address(mask))),
+        *(
+            (*sizes, rule.top_k),
+            x.shape[1],
+            rule.raw,
+            scale,
+            (x.data_ptr(), weight.data_ptr(), address(mask)),
+        ),
         *([address(each) for each in tensors], out.data_ptr()),
     )
     return out

@@ -1,7 +1,9 @@
-"""The compiled CPU kernels, the extension module `mpoe_kernels._C`, loaded if possible, and the tensors it is given.
+"""The compiled CPU kernels, the extension module `mpoe_kernels._C`, loaded if possible, and the
+tensors it is given.
 
-The module does not link to torch: its functions (csrc/bindings) take the tensors' addresses and sizes, and it uses
-torch's threads through function pointers that it gets here. Addresses are taken anew at every call.
+The module does not link to torch: its functions (csrc/bindings) take the tensors' addresses and
+sizes, and it uses torch's threads through function pointers that it gets here. Addresses are taken
+anew at every call.
 """
 
 from __future__ import annotations
@@ -22,11 +24,16 @@ from mpoe_kernels.compiled import FOLDER, load_library
 LIBRARY = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 # setup.py writes it where it does not build.
 REASON_FILE = "_native_missing.txt"
-# The library's description: what it was built from, the torch it needs, and which instructions it uses here
-# (``isa_compiled``: names, separated by spaces).
+# The library's description: what it was built from, the torch it needs, and which instructions it
+# uses here (``isa_compiled``: names, separated by spaces).
 INFO_KEYS = {"version", "torch", "compiler", "isa_compiled", "isa_detected", "isa_used"}
 # As the library calls them.
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
+DTYPES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float64: "float64",
+}
 
 
 def _opened(path: Path) -> tuple[str, ModuleType]:
@@ -42,7 +49,9 @@ def _opened(path: Path) -> tuple[str, ModuleType]:
     return module.build_info(), module
 
 
-NATIVE_LIBRARY = load_library(FOLDER / LIBRARY, _opened, REASON_FILE, INFO_KEYS, FOLDER.parent / "csrc" / "bindings")
+NATIVE_LIBRARY = load_library(
+    FOLDER / LIBRARY, _opened, REASON_FILE, INFO_KEYS, FOLDER.parent / "csrc" / "bindings"
+)
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -58,8 +67,9 @@ def address(tensor: Tensor | None) -> int | None:
 def dense(name: str, tensor: Tensor) -> Tensor:
     """The tensor, or a contiguous copy of it: its address may be handed to the library.
 
-    That its memory holds its values was asked at the door, see `mpoe_kernels.define.is_plain_call`, and what its sizes
-    and dtype are: by the public function or, of a raw op, by `mpoe_kernels.signatures`.
+    That its memory holds its values was asked at the door, see `mpoe_kernels.define.is_plain_call`,
+    and what its sizes and dtype are: by the public function or, of a raw op, by
+    `mpoe_kernels.signatures`.
 
     Raises:
         ValueError: it is not on the CPU.
@@ -76,7 +86,10 @@ def dense_like(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.d
         ValueError: another shape or dtype, or as in `dense`.
     """
     if tensor.shape != shape or tensor.dtype != dtype:
-        raise ValueError(f"{name} must be {str(dtype).removeprefix('torch.')} {list(shape)}; got {describe(tensor)}")
+        raise ValueError(
+            f"{name} must be {str(dtype).removeprefix('torch.')} {list(shape)}; got "
+            f"{describe(tensor)}"
+        )
     return dense(name, tensor)
 
 

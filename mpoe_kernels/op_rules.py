@@ -1,4 +1,5 @@
-"""What PyTorch asks of an op besides its kernel: a fake's devices, `torch.vmap`, autocast, and what the ops refuse."""
+"""What PyTorch asks of an op besides its kernel: a fake's devices, `torch.vmap`, autocast, and what
+the ops refuse."""
 
 from __future__ import annotations
 
@@ -13,11 +14,14 @@ from mpoe_kernels.checks import LOWERED, check_memory, describe, refuse_jit_trac
 
 NAMESPACE = "mpoe"
 PLAIN = (Tensor, torch.nn.Parameter)  # without a subclass of its own
-_NO_SECOND_DERIVATIVES = NAMESPACE + "::{} cannot be differentiated: second derivatives of MPO ops are not supported"
+_NO_SECOND_DERIVATIVES = (
+    NAMESPACE + "::{} cannot be differentiated: second derivatives of MPO ops are not supported"
+)
 
 
 def on_one_device(fake: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """With a meta tensor among others PyTorch calls the fake, whose results are uninitialised memory."""
+    """With a meta tensor among others PyTorch calls the fake, whose results are uninitialised
+    memory."""
 
     def checked(*arguments: Any) -> Any:
         tensors = [value for value in arguments if isinstance(value, Tensor)]
@@ -33,17 +37,22 @@ def on_one_device(fake: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 def refuse_unseen(name: str, arguments: tuple[Any, ...]) -> None:
-    """What a kernel never sees: PyTorch silently drops the tangents of a custom op's arguments, and resolves negative
-    bits by reading memory, whether it is there or not."""
+    """What a kernel never sees: PyTorch silently drops the tangents of a custom op's arguments, and
+    resolves negative bits by reading memory, whether it is there or not."""
     refuse_jit_trace(f"{NAMESPACE}::{name}")
     for value in arguments:
-        if type(value) in PLAIN and value.is_neg() and not torch._C._functorch.is_functorch_wrapped_tensor(value):
+        if (
+            type(value) in PLAIN
+            and value.is_neg()
+            and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+        ):
             check_memory(f"every tensor of {NAMESPACE}::{name}", value)
         if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
             if name.endswith("_backward"):
                 raise NotImplementedError(_NO_SECOND_DERIVATIVES.format(name))
             raise NotImplementedError(
-                f"{NAMESPACE}::{name} does not support forward-mode derivatives (torch.func.jvp, jacfwd, forward_ad); "
+                f"{NAMESPACE}::{name} does not support forward-mode derivatives (torch.func.jvp, "
+                "jacfwd, forward_ad); "
                 "use reverse mode (torch.autograd.grad, torch.func.vjp, jacrev)"
             )
 
@@ -64,7 +73,12 @@ def one_after_the_other(op: Any) -> Callable[..., Any]:
 
     def run(info: Any, in_dims: Any, *arguments: Any) -> Any:
         found = [
-            op(*(v.select(dim, k) if isinstance(dim, int) else v for v, dim in zip(arguments, in_dims, strict=True)))
+            op(
+                *(
+                    v.select(dim, k) if isinstance(dim, int) else v
+                    for v, dim in zip(arguments, in_dims, strict=True)
+                )
+            )
             for k in range(info.batch_size)
         ]
         if isinstance(found[0], Tensor):
@@ -77,7 +91,8 @@ def one_after_the_other(op: Any) -> Callable[..., Any]:
 def refuse_vmap(name: str) -> Callable[..., Any]:
     def refuse(info: Any, in_dims: Any, *arguments: Any) -> Any:
         raise NotImplementedError(
-            f"{NAMESPACE}::{name} does not support torch.vmap; give it the batch as tokens (rows) instead"
+            f"{NAMESPACE}::{name} does not support torch.vmap; give it the batch as tokens (rows) "
+            "instead"
         )
 
     return refuse

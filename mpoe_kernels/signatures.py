@@ -1,7 +1,8 @@
-"""What the raw ops ``torch.ops.mpoe.*`` take, and its check; the public functions check in their own words, earlier.
+"""What the raw ops ``torch.ops.mpoe.*`` take, and its check; the public functions check in their
+own words, earlier.
 
-A table instead of checks in every kernel: a call that reaches a kernel through PyTorch's dispatcher has tensors of
-these dtypes and sizes, whoever made it.
+A table instead of checks in every kernel: a call that reaches a kernel through PyTorch's dispatcher
+has tensors of these dtypes and sizes, whoever made it.
 """
 
 from __future__ import annotations
@@ -29,21 +30,27 @@ _DTYPES: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
 }
 _SLOTS = "expert_offsets:i E+1; token_of_slot:i N; slot_of_token:i T K"
 _LINEAR = (
-    "x:f T I; left:x E iL jL a; central:x a iC jC b; right:x E b iR jR; expert_offsets:i E+1; bias:x F; row_index:i N"
+    "x:f T I; left:x E iL jL a; central:x a iC jC b; right:x E b iR jR; expert_offsets:i "
+    "E+1; bias:x F; row_index:i N"
 )
 _HIDDEN = (
-    "u:f T F; gates:f T K; top_k_index:i T K; right:u E G b b; left:u E G b b; bias:u E F; u_gate:u T F; "
+    "u:f T F; gates:f T K; top_k_index:i T K; right:u E G b b; left:u E G b b; bias:u E F; "
+    "u_gate:u T F; "
     "right_gate:u E G b b"
 )
-_NEURONS = "x:f T I; gates:f T K; top_k_index:i T K; up:x E m I; down:x E m F; bias:x E m; gate_up:x E m I"
+_NEURONS = (
+    "x:f T I; gates:f T K; top_k_index:i T K; up:x E m I; down:x E m F; bias:x E m; gate_up:x E m I"
+)
 _TABLE = "ids:i T; left:f 1 iL jL a; central:left a iC jC b; right:left 1 b iR jR"
-# ``name:dtype axes``: a letter of `_DTYPES` or the argument whose dtype it is; equal axes have equal sizes, ``*`` any.
+# ``name:dtype axes``: a letter of `_DTYPES` or the argument whose dtype it is; equal axes have
+# equal sizes, ``*`` any.
 ARGUMENTS = {
     "route": "top_k_index:i T K; token_mask:b T",
     "dispatch": f"x:f T I; {_SLOTS}",
     "dispatch_backward": "grad:f N I; slot_of_token:i T K",
     "combine": f"y_sorted:f N F; {_SLOTS}; top_k_weights:f T K",
-    "combine_backward": "grad:f T F; y_sorted:grad N F; token_of_slot:i N; slot_of_token:i T K; top_k_weights:f T K",
+    "combine_backward": "grad:f T F; y_sorted:grad N F; token_of_slot:i N; slot_of_token:i T K; "
+    "top_k_weights:f T K",
     "grouped_mpo_linear": f"{_LINEAR}; slot_of_token:i P K; out_index:i N; gates:f N",
     "grouped_mpo_linear_backward": f"{_LINEAR}; grad:x N F; h:x *; saved:x *; slot_of_token:i P K",
     "hidden_experts": _HIDDEN,
@@ -81,14 +88,18 @@ def _arguments(op: str) -> tuple[_Argument, ...]:
 
 
 def check_tensors(names: Sequence[str], values: Sequence[Any], required: Collection[str]) -> None:
-    """Refuse what the dispatcher lets through: ``None`` (a TypeError) in place of a tensor that must be there."""
+    """Refuse what the dispatcher lets through: ``None`` (a TypeError) in place of a tensor that
+    must be there."""
     for name, value in zip(names, values, strict=False):
         if name in required and not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor; got {describe(value)}")
 
 
-def check_signature(op: str, names: Sequence[str], values: Sequence[Any], required: Collection[str]) -> None:
-    """Refuse arguments of a raw op that do not fit its entry in `ARGUMENTS`, or each other; ``required`` are tensors.
+def check_signature(
+    op: str, names: Sequence[str], values: Sequence[Any], required: Collection[str]
+) -> None:
+    """Refuse arguments of a raw op that do not fit its entry in `ARGUMENTS`, or each other;
+    ``required`` are tensors.
 
     Raises:
         TypeError, ValueError: the argument, what was expected, and what was given.
@@ -111,7 +122,9 @@ def check_signature(op: str, names: Sequence[str], values: Sequence[Any], requir
     _check_others(op, given, sizes)
 
 
-def _check_tensor(argument: _Argument, value: Tensor, given: dict[str, Any], sizes: dict[str, int]) -> None:
+def _check_tensor(
+    argument: _Argument, value: Tensor, given: dict[str, Any], sizes: dict[str, int]
+) -> None:
     """Bind the axes that have no size yet."""
     name, kind, axes = argument
     words, dtypes = _DTYPES.get(kind) or (f"of {kind}'s dtype", (given[kind].dtype,))
@@ -122,7 +135,11 @@ def _check_tensor(argument: _Argument, value: Tensor, given: dict[str, Any], siz
     if fits:
         for axis, size in zip(fixed, shape, strict=False):
             more = axis.endswith("+1")  # offsets, of at least one expert
-            wanted = 1 if axis == "1" else sizes.setdefault(axis.removesuffix("+1"), max(size - 1, 1) if more else size)
+            wanted = (
+                1
+                if axis == "1"
+                else sizes.setdefault(axis.removesuffix("+1"), max(size - 1, 1) if more else size)
+            )
             fits = fits and size == wanted + more
     if not fits or value.dtype not in dtypes:
         bound = dict.fromkeys(axis.removesuffix("+1") for axis in fixed)
@@ -139,16 +156,26 @@ def _check_others(op: str, given: dict[str, Any], sizes: dict[str, int]) -> None
     if given.get("capacity") is not None:
         check_integer("capacity", given["capacity"], 1)
     if op == "route" and (sizes["K"] < 1 or sizes["T"] * sizes["K"] > MOST_PAIRS):
-        raise ValueError(f"top_k_index must be [T, K] with K >= 1 and T * K <= {MOST_PAIRS}; got {sizes}")
+        raise ValueError(
+            f"top_k_index must be [T, K] with K >= 1 and T * K <= {MOST_PAIRS}; got {sizes}"
+        )
     for name, choices in (("activation", FORMULAS), ("strategy", (*STRATEGIES, "auto"))):
         if name in given:
             check_choice(name, given[name], choices)
-    for axis, parts in (("I", ("iL", "iC", "iR")), ("V", ("iL", "iC", "iR")), ("F", ("jL", "jC", "jR"))):
+    for axis, parts in (
+        ("I", ("iL", "iC", "iR")),
+        ("V", ("iL", "iC", "iR")),
+        ("F", ("jL", "jC", "jR")),
+    ):
         if axis in sizes and "iL" in sizes:
             whole = math.prod(sizes[part] for part in parts)
             if sizes[axis] > whole:
-                raise ValueError(f"{axis} must be at most {'*'.join(parts)} = {whole}; got {sizes[axis]}")
-    if "G" in sizes and (sizes["b"] < 1 or sizes["F"] % sizes["b"] or sizes["G"] not in (1, sizes["F"] // sizes["b"])):
+                raise ValueError(
+                    f"{axis} must be at most {'*'.join(parts)} = {whole}; got {sizes[axis]}"
+                )
+    if "G" in sizes and (
+        sizes["b"] < 1 or sizes["F"] % sizes["b"] or sizes["G"] not in (1, sizes["F"] // sizes["b"])
+    ):
         raise ValueError(
             f"right must be [E, G, b, b] with b a divisor of F = {sizes['F']} and G = 1 or F / b; "
             f"got {describe(given['right'])}"

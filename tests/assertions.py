@@ -1,4 +1,5 @@
-"""Assertions calibrated against PyTorch's own rounding, refusals, poisoned memory, threads, and processes."""
+"""Assertions calibrated against PyTorch's own rounding, refusals, poisoned memory, threads, and
+processes."""
 
 from __future__ import annotations
 
@@ -21,20 +22,24 @@ T = TypeVar("T")
 def assert_calibrated(
     actual: Tensor, truth: Tensor, same_dtype: Tensor, name: str = "result", factor: float = 2
 ) -> None:
-    """Require the error of ``actual`` against the float64 ``truth`` to stay within ``factor`` of PyTorch's own.
+    """Require the error of ``actual`` against the float64 ``truth`` to stay within ``factor`` of
+    PyTorch's own.
 
     Args:
         actual: the result under test.
         truth: float64 reference.
-        same_dtype: the reference computed by plain PyTorch in the dtype under test: it sets the tolerance, with a floor
-            of four units of rounding of that dtype (128 for a tensor of fewer than 32 elements, 32 in half precision).
+        same_dtype: the reference computed by plain PyTorch in the dtype under test: it sets the
+            tolerance, with a floor of four units of rounding of that dtype (128 for a tensor of
+            fewer than 32 elements, 32 in half precision).
         name: the tensor's name in failure messages.
 
     Raises:
         AssertionError: shape, dtype, non-finite values, or an error too large.
     """
     if actual.shape != truth.shape:
-        raise AssertionError(f"{name}: expected shape {list(truth.shape)}, got {list(actual.shape)}")
+        raise AssertionError(
+            f"{name}: expected shape {list(truth.shape)}, got {list(actual.shape)}"
+        )
     if actual.dtype != same_dtype.dtype:
         raise AssertionError(f"{name}: expected dtype {same_dtype.dtype}, got {actual.dtype}")
     if not bool(torch.isfinite(actual).all()):
@@ -45,7 +50,9 @@ def assert_calibrated(
     allowed = max(factor * own, units * torch.finfo(actual.dtype).eps)
     found = relative_error(actual, truth)
     if found > allowed:
-        raise AssertionError(f"{name}: relative error {found:.3e}, allowed {allowed:.3e} (PyTorch's own: {own:.3e})")
+        raise AssertionError(
+            f"{name}: relative error {found:.3e}, allowed {allowed:.3e} (PyTorch's own: {own:.3e})"
+        )
 
 
 @contextmanager
@@ -60,7 +67,8 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def in_threads(count: int, work: Callable[[int], T]) -> list[T]:
-    """Results of ``work(0) .. work(count - 1)``, which begin at once, each in a thread of its own."""
+    """Results of ``work(0) .. work(count - 1)``, which begin at once, each in a thread of its
+    own."""
     barrier = threading.Barrier(count)
 
     def run(number: int) -> T:
@@ -72,7 +80,8 @@ def in_threads(count: int, work: Callable[[int], T]) -> list[T]:
 
 
 def run_python(*arguments: object, code: int = 0, **options: Any) -> str:
-    """Run Python in a process of its own, which must end with ``code``; returns its output, or its errors."""
+    """Run Python in a process of its own, which must end with ``code``; returns its output, or its
+    errors."""
     command = [sys.executable, *map(str, arguments)]
     answer = subprocess.run(command, capture_output=True, text=True, check=False, **options)
     assert answer.returncode == code, answer.stderr
@@ -81,7 +90,8 @@ def run_python(*arguments: object, code: int = 0, **options: Any) -> str:
 
 @contextmanager
 def poisoned_memory(device: torch.device | str = "cpu") -> Iterator[None]:
-    """Fill everything that ``torch.empty`` and similar functions return with NaN (integers: their largest value).
+    """Fill everything that ``torch.empty`` and similar functions return with NaN (integers: their
+    largest value).
 
     On a GPU nothing is filled: its libraries refuse the setting that this takes.
     """
@@ -107,6 +117,7 @@ def refuses(
     *arguments: Any,
     **options: Any,
 ) -> None:
-    """Require that a call raises ``error`` with a text in which the pattern ``message`` is found."""
+    """Require that a call raises ``error`` with a text in which the pattern ``message`` is
+    found."""
     with pytest.raises(error, match=message):
         call(*arguments, **options)

@@ -9,7 +9,8 @@ from mpoe_kernels import MPOShape
 
 
 def pairwise(*axes: Sequence[object]) -> list:
-    """Every combination of the axes' values; those beyond all pairs with another axis run only as ``exhaustive``.
+    """Every combination of the axes' values; those beyond all pairs with another axis run only as
+    ``exhaustive``.
 
     The first two axes meet in full, and the last one takes turns.
     """
@@ -21,7 +22,8 @@ def pairwise(*axes: Sequence[object]) -> list:
     return cases
 
 
-# Small relatives of every kind of shape: odd sizes, padding, edge positions of the centre, truncated bonds.
+# Small relatives of every kind of shape: odd sizes, padding, edge positions of the centre,
+# truncated bonds.
 SMALL_SHAPES: dict[str, MPOShape] = {
     "paper": MPOShape((3, 2, 2, 2, 1), (2, 2, 2, 3, 2)),
     "paper_bond_4": MPOShape((3, 2, 2, 2, 1), (2, 2, 2, 3, 2), max_bond=4),

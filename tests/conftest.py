@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # The workers share the cores: more threads would only wait for one another, and those of tests of threads sleep
-    # while they wait. Subprocesses inherit it.
+    # The workers share the cores: more threads would only wait for one another, and those of tests
+    # of threads sleep while they wait. Subprocesses inherit it.
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-os.environ["MPOE_AUTOTUNE"] = "0"  # by FLOPs alone: no test waits for a timing, depends on one or writes a cache
+os.environ["MPOE_AUTOTUNE"] = (
+    "0"  # by FLOPs alone: no test waits for a timing, depends on one or writes a cache
+)
 os.fsync = lambda _: None  # no test cuts the power; in processes of their own it is as it was
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network
 
@@ -41,7 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Imports stay out of garbage collections: Accelerate makes one after every training, half a second long."""
+    """Imports stay out of garbage collections: Accelerate makes one after every training, half a
+    second long."""
     gc.collect()
     gc.freeze()
     gc.enable()
@@ -59,7 +62,8 @@ def pytest_unconfigure() -> None:
 
 
 def skip_or_fail(reason: str) -> None:
-    """Skip a test that lacks something, unless ``MPOE_REQUIRE_ALL`` is set, as CI does for its slow tests."""
+    """Skip a test that lacks something, unless ``MPOE_REQUIRE_ALL`` is set, as CI does for its slow
+    tests."""
     if os.environ.get("MPOE_REQUIRE_ALL"):
         pytest.fail(reason)
     pytest.skip(reason)
@@ -76,13 +80,16 @@ def _seed() -> None:
     import torch
 
     torch.default_generator.manual_seed(0)
-    if torch.cuda.is_initialized():  # before, each seed is kept for it with the traceback of who gave it
+    if (
+        torch.cuda.is_initialized()
+    ):  # before, each seed is kept for it with the traceback of who gave it
         torch.cuda.manual_seed_all(0)
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder with the real data sets that experiments use; tests that need it say so when it is absent."""
+    """Folder with the real data sets that experiments use; tests that need it say so when it is
+    absent."""
     folder = SHARED / "data"
     if not folder.is_dir():
         skip_or_fail(f"real data sets not found at {folder}")

@@ -1,4 +1,5 @@
-"""A call of `hidden_experts` or `neuron_experts` with its gradients: inputs, and the comparison with the reference."""
+"""A call of `hidden_experts` or `neuron_experts` with its gradients: inputs, and the comparison
+with the reference."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from .assertions import assert_calibrated, poisoned_memory
 
 @dataclass
 class _Problem:
-    """Inputs in float64, rounded to ``dtype``: T tokens, E experts, K choices, of which ``none_share`` are -1.
+    """Inputs in float64, rounded to ``dtype``: T tokens, E experts, K choices, of which
+    ``none_share`` are -1.
 
     Attributes:
         OP, REFERENCE: what is compared.
@@ -28,7 +30,8 @@ class _Problem:
         NAMES: of the differentiable arguments; ROWS: the one whose rows are the tokens.
         inputs: the differentiable arguments by name, None for those that are not given.
         index, grad: ``top_k_index``, and the gradient of the result.
-        known: what the reference computed, by dtype; it is not computed again after a change of the inputs.
+        known: what the reference computed, by dtype; it is not computed again after a change of the
+            inputs.
     """
 
     OP: ClassVar[Callable[..., Tensor]]
@@ -52,28 +55,45 @@ class _Problem:
 
     def __post_init__(self) -> None:
         self._generator = torch.Generator().manual_seed(self.seed)
-        self.index = torch.randint(0, self.experts, (self.tokens, self.top_k), generator=self._generator)
+        self.index = torch.randint(
+            0, self.experts, (self.tokens, self.top_k), generator=self._generator
+        )
         self.index[torch.rand(self.index.shape, generator=self._generator) < self.none_share] = -1
         # The router's gates stay float32 beside half precision.
-        gates = torch.rand(self.tokens, self.top_k, generator=self._generator, dtype=torch.float64) * 2 - 0.5
+        gates = (
+            torch.rand(self.tokens, self.top_k, generator=self._generator, dtype=torch.float64) * 2
+            - 0.5
+        )
         self._gates = gates.to(torch.promote_types(self.dtype, torch.float32))
 
     def _random(self, *shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=self._generator, dtype=torch.float64) * scale).to(self.dtype)
+        return (torch.randn(shape, generator=self._generator, dtype=torch.float64) * scale).to(
+            self.dtype
+        )
 
-    def run(self, op: Callable[..., Tensor], dtype: torch.dtype, **options: Any) -> dict[str, Tensor]:
-        """``o`` and every gradient, by ``op`` in ``dtype``; gates and their gradient in float32 at least."""
+    def run(
+        self, op: Callable[..., Tensor], dtype: torch.dtype, **options: Any
+    ) -> dict[str, Tensor]:
+        """``o`` and every gradient, by ``op`` in ``dtype``; gates and their gradient in float32 at
+        least."""
         wide = torch.promote_types(dtype, torch.float32)
         leaves = {
-            name: None if value is None else value.to(wide if name == "gates" else dtype).detach().requires_grad_()
+            name: None
+            if value is None
+            else value.to(wide if name == "gates" else dtype).detach().requires_grad_()
             for name, value in self.inputs.items()
         }
         out = op(**leaves, top_k_index=self.index, activation=self.activation, **options)
         given = {name: leaf for name, leaf in leaves.items() if leaf is not None}
         found: tuple[Tensor | None, ...] = (None,) * len(given)
         if out.requires_grad:
-            found = torch.autograd.grad(out, list(given.values()), self.grad.to(dtype), allow_unused=True)
-        grads = {n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(given.items(), found, strict=True)}
+            found = torch.autograd.grad(
+                out, list(given.values()), self.grad.to(dtype), allow_unused=True
+            )
+        grads = {
+            n: torch.zeros_like(x) if g is None else g
+            for (n, x), g in zip(given.items(), found, strict=True)
+        }
         return {"o": out, **{f"d{name}": value for name, value in grads.items()}}
 
     def call(self, backend: str = "auto") -> Any:
@@ -87,9 +107,11 @@ class _Problem:
         return self.CALLS[1](**vars(self.call(backend)), grad=self.grad, need=needed)
 
     def on_quarters(self) -> Self:
-        """All inputs are multiples of 1/4, which multiply and add without rounding: it does not decide on which side of
-        zero a pre-activation is, where the gradient of ReLU jumps."""
-        self.inputs = {n: None if x is None else (x * 4).round() / 4 for n, x in self.inputs.items()}
+        """All inputs are multiples of 1/4, which multiply and add without rounding: it does not
+        decide on which side of zero a pre-activation is, where the gradient of ReLU jumps."""
+        self.inputs = {
+            n: None if x is None else (x * 4).round() / 4 for n, x in self.inputs.items()
+        }
         return self
 
     def computed(self, backend: str) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
-"""What the GPU kernels of `hidden_experts` and `neuron_experts` are tested with, emulated and in Triton's interpreter.
+"""What the GPU kernels of `hidden_experts` and `neuron_experts` are tested with, emulated and in
+Triton's interpreter.
 
-Those of the CPU have tests of their own, tests/kernels/test_experts.py, which run on the emulated kernels too.
+Those of the CPU have tests of their own, tests/kernels/test_experts.py, which run on the emulated
+kernels too.
 """
 
 from __future__ import annotations
@@ -19,15 +21,72 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES: dict[type[Any], dict[str, dict[str, Any]]] = {
     HiddenProblem: {
         "one token": {"tokens": 1, "top_k": 1, "experts": 1},
-        "decoding": {"tokens": 1, "top_k": 4, "experts": 8, "groups": 2, "block": 16, "none_share": 0.0, "gated": True},
+        "decoding": {
+            "tokens": 1,
+            "top_k": 4,
+            "experts": 8,
+            "groups": 2,
+            "block": 16,
+            "none_share": 0.0,
+            "gated": True,
+        },
         "top-1": {"tokens": 33, "top_k": 1, "experts": 3, "groups": 2, "block": 16, "gated": True},
-        "top-4": {"tokens": 19, "top_k": 4, "experts": 4, "groups": 1, "block": 64, "gated": True, "with_bias": True},
-        "no full tile": {"tokens": 37, "experts": 3, "groups": 2, "block": 5, "per_group": True, "with_bias": True},
-        "parts of a tile": {"tokens": 37, "experts": 2, "groups": 2, "block": 40, "per_group": True, "gated": True},
-        "parts of a block": {"tokens": 19, "experts": 2, "groups": 1, "block": 24, "gated": True, "with_bias": True},
-        "wide blocks": {"tokens": 9, "experts": 2, "groups": 2, "block": 72, "gated": True, "with_bias": True},
-        "shared by groups": {"tokens": 20, "experts": 2, "groups": 5, "block": 4, "with_bias": True},
-        "many experts": {"tokens": 9, "top_k": 8, "experts": 64, "groups": 5, "block": 8, "with_bias": True},
+        "top-4": {
+            "tokens": 19,
+            "top_k": 4,
+            "experts": 4,
+            "groups": 1,
+            "block": 64,
+            "gated": True,
+            "with_bias": True,
+        },
+        "no full tile": {
+            "tokens": 37,
+            "experts": 3,
+            "groups": 2,
+            "block": 5,
+            "per_group": True,
+            "with_bias": True,
+        },
+        "parts of a tile": {
+            "tokens": 37,
+            "experts": 2,
+            "groups": 2,
+            "block": 40,
+            "per_group": True,
+            "gated": True,
+        },
+        "parts of a block": {
+            "tokens": 19,
+            "experts": 2,
+            "groups": 1,
+            "block": 24,
+            "gated": True,
+            "with_bias": True,
+        },
+        "wide blocks": {
+            "tokens": 9,
+            "experts": 2,
+            "groups": 2,
+            "block": 72,
+            "gated": True,
+            "with_bias": True,
+        },
+        "shared by groups": {
+            "tokens": 20,
+            "experts": 2,
+            "groups": 5,
+            "block": 4,
+            "with_bias": True,
+        },
+        "many experts": {
+            "tokens": 9,
+            "top_k": 8,
+            "experts": 64,
+            "groups": 5,
+            "block": 8,
+            "with_bias": True,
+        },
         "sixteen choices": {"tokens": 2, "top_k": 16, "experts": 18, "groups": 1, "block": 4},
         "one unit": {"tokens": 5, "experts": 2, "groups": 3, "block": 1, "per_group": True},
         "all to one": {"tokens": 40, "top_k": 1, "experts": 1, "groups": 2, "none_share": 0.0},
@@ -35,14 +94,72 @@ CASES: dict[type[Any], dict[str, dict[str, Any]]] = {
         "no token": {"tokens": 0, "gated": True, "with_bias": True},
     },
     NeuronProblem: {
-        "decoding": {"tokens": 1, "top_k": 8, "experts": 20, "none_share": 0.0, "width": 48, "out": 40, "neurons": 16},
-        "no full tile": {"tokens": 37, "experts": 3, "width": 33, "out": 65, "neurons": 35, "with_bias": True},
-        "whole tiles": {"tokens": 70, "experts": 2, "width": 64, "out": 128, "neurons": 64, "gated": True},
-        "gated": {"tokens": 40, "top_k": 3, "experts": 4, "gated": True, "with_bias": True, "activation": "silu"},
-        "many neurons": {"tokens": 20, "experts": 2, "width": 24, "out": 16, "neurons": 200, "with_bias": True},
-        "many experts": {"tokens": 40, "top_k": 16, "experts": 300, "width": 16, "out": 8, "neurons": 8},
-        "sixteen choices": {"tokens": 2, "top_k": 16, "experts": 18, "neurons": 8, "width": 8, "out": 8},
-        "one neuron": {"tokens": 9, "top_k": 8, "experts": 9, "width": 15, "out": 3, "neurons": 1, "gated": True},
+        "decoding": {
+            "tokens": 1,
+            "top_k": 8,
+            "experts": 20,
+            "none_share": 0.0,
+            "width": 48,
+            "out": 40,
+            "neurons": 16,
+        },
+        "no full tile": {
+            "tokens": 37,
+            "experts": 3,
+            "width": 33,
+            "out": 65,
+            "neurons": 35,
+            "with_bias": True,
+        },
+        "whole tiles": {
+            "tokens": 70,
+            "experts": 2,
+            "width": 64,
+            "out": 128,
+            "neurons": 64,
+            "gated": True,
+        },
+        "gated": {
+            "tokens": 40,
+            "top_k": 3,
+            "experts": 4,
+            "gated": True,
+            "with_bias": True,
+            "activation": "silu",
+        },
+        "many neurons": {
+            "tokens": 20,
+            "experts": 2,
+            "width": 24,
+            "out": 16,
+            "neurons": 200,
+            "with_bias": True,
+        },
+        "many experts": {
+            "tokens": 40,
+            "top_k": 16,
+            "experts": 300,
+            "width": 16,
+            "out": 8,
+            "neurons": 8,
+        },
+        "sixteen choices": {
+            "tokens": 2,
+            "top_k": 16,
+            "experts": 18,
+            "neurons": 8,
+            "width": 8,
+            "out": 8,
+        },
+        "one neuron": {
+            "tokens": 9,
+            "top_k": 8,
+            "experts": 9,
+            "width": 15,
+            "out": 3,
+            "neurons": 1,
+            "gated": True,
+        },
         "all to one": {"tokens": 40, "top_k": 1, "experts": 1, "none_share": 0.0},
         "no expert": {"tokens": 4, "none_share": 1.0, "with_bias": True},
         "no token": {"tokens": 0, "gated": True, "with_bias": True},
@@ -72,21 +189,27 @@ class ExpertScenarios:
             for kind, named in CASES.items():
                 for name, case in named.items():
                     marks = slow[name in self.slow_cases]
-                    found.append(pytest.param(kind, case, id=f"{kind.__name__}-{name}", marks=marks))
+                    found.append(
+                        pytest.param(kind, case, id=f"{kind.__name__}-{name}", marks=marks)
+                    )
             metafunc.parametrize(("kind", "case"), found)
         elif "kind" in metafunc.fixturenames:
             metafunc.parametrize("kind", CASES, ids=lambda kind: kind.__name__)
         if "dtype" in metafunc.fixturenames:
             metafunc.parametrize("dtype", self.dtypes, ids=str)
 
-    def test_values_and_gradients(self, kind: type[Any], case: dict[str, Any], dtype: torch.dtype) -> None:
+    def test_values_and_gradients(
+        self, kind: type[Any], case: dict[str, Any], dtype: torch.dtype
+    ) -> None:
         kind(**case, dtype=dtype).check(self.backend)
 
     @pytest.mark.slow
     def test_every_form(self, kind: type[Any], case: dict[str, Any], dtype: torch.dtype) -> None:
         """Gated and not, the groups' blocks shared and not, all with biases."""
         for gated in (False, True):
-            for more in ({"per_group": False}, {"per_group": True}) if kind is HiddenProblem else ({},):
+            for more in (
+                ({"per_group": False}, {"per_group": True}) if kind is HiddenProblem else ({},)
+            ):
                 form = {**case, **more, "gated": gated, "with_bias": True}
                 kind(**form, dtype=dtype, seed=1).check(self.backend)
 
@@ -109,9 +232,13 @@ class ExpertScenarios:
             assert torch.equal(value, clean[name]), name
 
     @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-    def test_a_spoiled_token_spoils_no_other(self, kind: type[Any], value: float, dtype: torch.dtype) -> None:
+    def test_a_spoiled_token_spoils_no_other(
+        self, kind: type[Any], value: float, dtype: torch.dtype
+    ) -> None:
         """Nor the gradients of experts that it did not choose."""
-        problem = kind(tokens=24, experts=3, gated=True, with_bias=True, dtype=dtype, none_share=0.0)
+        problem = kind(
+            tokens=24, experts=3, gated=True, with_bias=True, dtype=dtype, none_share=0.0
+        )
         problem.index[:, 1] = (problem.index[:, 0] + 1) % 3
         clean = problem.computed(self.backend)
         problem.inputs[problem.ROWS][5] = value

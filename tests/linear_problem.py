@@ -1,4 +1,5 @@
-"""One grouped MPO product, or a network of them, with its gradients: inputs, and the comparison with the reference."""
+"""One grouped MPO product, or a network of them, with its gradients: inputs, and the comparison
+with the reference."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class LinearProblem:
     Attributes:
         shape, dtype, experts, activation: of the layer.
         tokens, top_k, kind, capacity, mask: of the routing, see `expert_choice`.
-        with_bias, gathered: whether there is a bias; whether slots read rows of x through ``row_index``.
+        with_bias, gathered: whether there is a bias; whether slots read rows of x through
+            ``row_index``.
         device: of the tensors.
     """
 
@@ -56,15 +58,21 @@ class LinearProblem:
     x: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        index = expert_choice(self.kind, self.tokens, self.experts, min(self.top_k, self.experts)).to(self.device)
+        index = expert_choice(
+            self.kind, self.tokens, self.experts, min(self.top_k, self.experts)
+        ).to(self.device)
         self.routing = route(index, self.experts, self.capacity, self.mask, backend="eager")
         slots = self.routing.token_of_slot.shape[0]
         blocks = random_blocks(self.shape, self.experts)
-        self.blocks = [t.to(self.device, self.dtype) for t in (blocks.left, blocks.central, blocks.right)]
+        self.blocks = [
+            t.to(self.device, self.dtype) for t in (blocks.left, blocks.central, blocks.right)
+        ]
         self.x = self._random(self.tokens if self.gathered else slots, self.shape.in_features)
         self.bias = self._random(self.shape.out_features) if self.with_bias else None
         self.grad = self._random(slots, self.shape.out_features)
-        if self.activation == "relu":  # its gradient jumps at zero: rounding must not decide the side
+        if (
+            self.activation == "relu"
+        ):  # its gradient jumps at zero: rounding must not decide the side
             z = self.reference(torch.float64, activation="none")[0]
             self.grad = self.grad * (z.detach().abs() > 0.1)
 
@@ -92,16 +100,22 @@ class LinearProblem:
         return int(self.routing.expert_offsets[-1])
 
     def run(self, strategy: str, backward_strategy: str | None = None) -> Sequence[Tensor]:
-        """``y`` and every gradient by the kernels under test; that of the bias, the last one, may be left out."""
+        """``y`` and every gradient by the kernels under test; that of the bias, the last one, may
+        be left out."""
         raise NotImplementedError
 
     def reference(self, dtype: torch.dtype, activation: str | None = None) -> list[Tensor]:
-        """The same by `mpoe_kernels.reference`; with another activation only ``y``, the gradients are zero.
+        """The same by `mpoe_kernels.reference`; with another activation only ``y``, the gradients
+        are zero.
 
         Without a bias the gradient is that of a bias of zeros.
         """
         leaves = [t.to(dtype).requires_grad_() for t in (self.x, *self.blocks)]
-        bias = (self.x.new_zeros(self.sizes[1]) if self.bias is None else self.bias).to(dtype).requires_grad_()
+        bias = (
+            (self.x.new_zeros(self.sizes[1]) if self.bias is None else self.bias)
+            .to(dtype)
+            .requires_grad_()
+        )
         x, left, central, right = leaves
         y = grouped_mpo_linear_reference(
             x,
@@ -116,10 +130,14 @@ class LinearProblem:
             return [y, *(torch.zeros_like(t) for t in inputs)]
         grad = self.grad.to(dtype).nan_to_num(0)
         found = torch.autograd.grad(y, inputs, grad, allow_unused=True)
-        return [y, *(torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found, strict=True))]
+        return [
+            y,
+            *(torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found, strict=True)),
+        ]
 
     def check(self, strategy: str, backward_strategy: str | None = None, factor: float = 2) -> None:
-        """Compare everything with the float64 reference, calibrated by the reference in the same dtype."""
+        """Compare everything with the float64 reference, calibrated by the reference in the same
+        dtype."""
         actual = self.run(strategy, backward_strategy)
         truth, same = self.reference(torch.float64), self.reference(self.dtype)
         assert len(actual) >= len(truth) - 1
@@ -133,7 +151,8 @@ class LinearProblem:
 
 @dataclass
 class KernelProblem(LinearProblem):
-    """One product by a backend's kernels, without the op around them; a strategy may be `ON_CHIP`, a way to rebuild.
+    """One product by a backend's kernels, without the op around them; a strategy may be `ON_CHIP`,
+    a way to rebuild.
 
     Attributes:
         KERNELS: strategy -> what has its ``forward`` and ``backward`` of a call.
@@ -150,16 +169,21 @@ class KernelProblem(LinearProblem):
         named = "rebuild" if strategy == ON_CHIP else strategy, type(self).BACKEND
         return *tensors, *self.sizes, self.activation, *named
 
-    def forward(self, strategy: str, save: bool = True, **placed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, strategy: str, save: bool = True, **placed: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """``(y, h, z)``; ``placed``: out_index and gates of `ForwardCall`."""
         with poisoned_memory():
-            call = ForwardCall(*self._common(strategy), save, self.slot_of_token if placed else None, **placed)
+            call = ForwardCall(
+                *self._common(strategy), save, self.slot_of_token if placed else None, **placed
+            )
             return type(self).KERNELS(strategy).forward(call)
 
     def backward(
         self, strategy: str, saved: tuple[Tensor, Tensor, Tensor], need: Sequence[bool] = ALL_NEEDED
     ) -> tuple[Tensor, ...]:
-        """Gradients of x, the blocks and the bias, from what the forward returned; those not needed are empty."""
+        """Gradients of x, the blocks and the bias, from what the forward returned; those not needed
+        are empty."""
         y, h, z = saved
         kept = self.grad, h, y if self.activation == "relu" else z
         slots, kernels = self.slot_of_token if self.inverse else None, type(self).KERNELS(strategy)
@@ -168,7 +192,9 @@ class KernelProblem(LinearProblem):
 
     def run(self, strategy: str, backward_strategy: str | None = None) -> list[Tensor]:
         saved = self.forward(strategy)
-        grads = self.backward(backward_strategy or strategy, saved, (*ALL_NEEDED[:4], self.with_bias))
+        grads = self.backward(
+            backward_strategy or strategy, saved, (*ALL_NEEDED[:4], self.with_bias)
+        )
         return [saved[0], *grads[: 4 + self.with_bias]]
 
 
@@ -179,8 +205,12 @@ def leaves(blocks: MPOBlocks) -> list[Tensor]:
     return [blocks.left, blocks.central, blocks.right]
 
 
-def cast(blocks: MPOBlocks, dtype: torch.dtype, place: Callable[[Tensor], Tensor] = lambda t: t) -> MPOBlocks:
-    left, central, right = (place(t.detach().to(dtype)).detach().requires_grad_() for t in leaves(blocks))
+def cast(
+    blocks: MPOBlocks, dtype: torch.dtype, place: Callable[[Tensor], Tensor] = lambda t: t
+) -> MPOBlocks:
+    left, central, right = (
+        place(t.detach().to(dtype)).detach().requires_grad_() for t in leaves(blocks)
+    )
     return MPOBlocks(left, central, right, blocks.in_features, blocks.out_features)
 
 
@@ -254,7 +284,9 @@ class Product(LinearProblem):
         inputs = [place(t).detach().requires_grad_() for t in self.inputs]
         with poisoned_memory(self.device):
             y = self.call(inputs, strategy)
-            grads = torch.autograd.grad(y, inputs, place(self.grad).detach(), allow_unused=True, materialize_grads=True)
+            grads = torch.autograd.grad(
+                y, inputs, place(self.grad).detach(), allow_unused=True, materialize_grads=True
+            )
         return [y, *grads]
 
     def reference(self, dtype: torch.dtype, activation: str | None = None) -> list[Tensor]:
@@ -275,7 +307,8 @@ def check_ffn(
     experts: int = 4,
     device: torch.device | str = "cpu",
 ) -> None:
-    """`mpo_ffn` and its gradients with dropped and masked tokens and idle experts, calibrated in the same dtype."""
+    """`mpo_ffn` and its gradients with dropped and masked tokens and idle experts, calibrated in
+    the same dtype."""
     index, mask = expert_choice("some_idle", tokens, experts, 2), torch.arange(tokens) % 4 != 1
     routing = route(index.to(device), experts, capacity=tokens // 2, token_mask=mask.to(device))
     shapes = (shape, shape.mirrored(), *([shape] if gated else []))
@@ -286,7 +319,11 @@ def check_ffn(
     def run(function: Callable[..., Tensor], run_dtype: torch.dtype) -> list[Tensor]:
         up, down, *gate = (cast(block, run_dtype, lambda t: t.to(device)) for block in blocks)
         inputs = [t.to(dtype).to(device, run_dtype).requires_grad_() for t in others]
-        options = {"gate_proj": gate[0] if gated else None, "up_bias": inputs[2], "down_bias": inputs[3]}
+        options = {
+            "gate_proj": gate[0] if gated else None,
+            "up_bias": inputs[2],
+            "down_bias": inputs[3],
+        }
         y = function(inputs[1], routing, inputs[0], up, down, activation="silu", **options)
         of_blocks = [leaf for block in (up, down, *gate) for leaf in leaves(block)]
         return [y, *torch.autograd.grad(y.square().sum(), [*inputs, *of_blocks])]

@@ -1,4 +1,5 @@
-"""What the kernels of every backend are tested with beside their own tests: `KernelProblem` in unusual situations."""
+"""What the kernels of every backend are tested with beside their own tests: `KernelProblem` in
+unusual situations."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ class LinearScenarios:
     Attributes:
         problem: a `KernelProblem` of some kernels.
         strategies: the strategies of a shape.
-        of_every_shape: the strategies that every shape is tested with by default; others are, of all but two shapes,
-            left to the exhaustive suite.
+        of_every_shape: the strategies that every shape is tested with by default; others are, of
+            all but two shapes, left to the exhaustive suite.
     """
 
     problem: Callable[..., Any]
@@ -34,44 +35,63 @@ class LinearScenarios:
 
     def strategy_of_separable(self) -> str:
         """``separable``, if these kernels have it."""
-        return "separable" if "separable" in self.strategies(SMALL_SHAPES["separable"]) else "rebuild"
+        return (
+            "separable" if "separable" in self.strategies(SMALL_SHAPES["separable"]) else "rebuild"
+        )
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "strategy" not in metafunc.fixturenames:
             return
-        pairs = [(name, strategy) for name, shape in SMALL_SHAPES.items() for strategy in self.strategies(shape)]
+        pairs = [
+            (name, strategy)
+            for name, shape in SMALL_SHAPES.items()
+            for strategy in self.strategies(shape)
+        ]
         found = []
         for (name, strategy), dtype in product(pairs, (torch.float32, torch.bfloat16)):
             if dtype == torch.float32 or name in IN_BFLOAT16:
                 few = name not in ("light", "separable") and strategy not in self.of_every_shape
                 few |= dtype == torch.bfloat16 and name in ("paper", "uneven_bonds")
-                found.append(pytest.param(name, strategy, dtype, marks=[pytest.mark.exhaustive] * few))
+                found.append(
+                    pytest.param(name, strategy, dtype, marks=[pytest.mark.exhaustive] * few)
+                )
         metafunc.parametrize(("name", "strategy", "dtype"), found)
 
     def test_shapes(self, name: str, strategy: str, dtype: torch.dtype) -> None:
         self.problem(SMALL_SHAPES[name], dtype).check(strategy)
 
     @pytest.mark.parametrize(
-        ("activation", "gathered"), pairwise(["none", "relu", "gelu", "gelu_tanh", "silu"], [False, True])
+        ("activation", "gathered"),
+        pairwise(["none", "relu", "gelu", "gelu_tanh", "silu"], [False, True]),
     )
     def test_activations_with_and_without_gather(self, activation: str, gathered: bool) -> None:
         shape = SMALL_SHAPES["separable"]
-        self.problem(shape, activation=activation, gathered=gathered).check(self.strategy_of_separable())
-        light = self.problem(SMALL_SHAPES["light"], activation=activation, gathered=gathered, with_bias=False)
+        self.problem(shape, activation=activation, gathered=gathered).check(
+            self.strategy_of_separable()
+        )
+        light = self.problem(
+            SMALL_SHAPES["light"], activation=activation, gathered=gathered, with_bias=False
+        )
         light.check("rebuild")
 
-    @pytest.mark.parametrize(("name", "kind"), pairwise(["light", "separable"], ["all_to_one", "some_idle"]))
+    @pytest.mark.parametrize(
+        ("name", "kind"), pairwise(["light", "separable"], ["all_to_one", "some_idle"])
+    )
     def test_distributions(self, name: str, kind: str) -> None:
         shape = SMALL_SHAPES[name]
         for strategy in self.strategies(shape):
-            case = self.problem(shape, tokens=5, experts=4, top_k=1, capacity=None, kind=kind, activation="silu")
+            case = self.problem(
+                shape, tokens=5, experts=4, top_k=1, capacity=None, kind=kind, activation="silu"
+            )
             case.check(strategy)
 
     @pytest.mark.parametrize("name", ["light", "separable"])
     @pytest.mark.parametrize("activation", ["none", "gelu"])
     def test_no_tokens(self, name: str, activation: str) -> None:
         for strategy in self.strategies(SMALL_SHAPES[name]):
-            self.problem(SMALL_SHAPES[name], tokens=0, top_k=1, activation=activation).check(strategy)
+            self.problem(SMALL_SHAPES[name], tokens=0, top_k=1, activation=activation).check(
+                strategy
+            )
 
     @pytest.mark.parametrize("name", ["paper", "separable"])
     def test_backward_strategy_is_chosen_on_its_own(self, name: str) -> None:
@@ -88,8 +108,11 @@ class LinearScenarios:
             ("separable", torch.bfloat16),
         ],
     )
-    def test_each_gradient_alone_and_the_masked_central_core(self, name: str, dtype: torch.dtype) -> None:
-        """Against float64, not bit for bit: other products run than for all gradients, in other tiles."""
+    def test_each_gradient_alone_and_the_masked_central_core(
+        self, name: str, dtype: torch.dtype
+    ) -> None:
+        """Against float64, not bit for bit: other products run than for all gradients, in other
+        tiles."""
         case = self.problem(SMALL_SHAPES[name], dtype, tokens=3, experts=2, capacity=2)
         truth, same = case.reference(torch.float64)[1:], case.reference(dtype)[1:]
         for strategy in self.strategies(case.shape):
@@ -98,16 +121,30 @@ class LinearScenarios:
                 grads = case.backward(strategy, saved, [k in wanted for k in range(5)])
                 for k, grad in enumerate(grads):
                     if k in wanted:
-                        assert_calibrated(grad, truth[k], same[k], f"{NAMES[k + 1]} ({strategy}, {wanted})")
+                        assert_calibrated(
+                            grad, truth[k], same[k], f"{NAMES[k + 1]} ({strategy}, {wanted})"
+                        )
                     else:
                         assert grad.numel() == 0
 
     @pytest.mark.parametrize("name", ["separable", "separable_mirrored"])
     def test_a_nan_row_spoils_no_other_row_and_no_other_expert_s_block(self, name: str) -> None:
         case = self.problem(
-            SMALL_SHAPES[name], torch.bfloat16, 9, 2, 1, "uniform", None, activation="relu", with_bias=False
+            SMALL_SHAPES[name],
+            torch.bfloat16,
+            9,
+            2,
+            1,
+            "uniform",
+            None,
+            activation="relu",
+            with_bias=False,
         )
-        slot, owner, other = int(case.routing.expert_offsets[1]), 1, 0  # in one tile with the other expert's rows
+        slot, owner, other = (
+            int(case.routing.expert_offsets[1]),
+            1,
+            0,
+        )  # in one tile with the other expert's rows
         token = int(case.routing.token_of_slot[slot])
         strategy = self.strategy_of_separable()
         clean = case.run(strategy)
@@ -123,7 +160,9 @@ class LinearScenarios:
 
     def test_a_nan_row_stays_its_token_s(self) -> None:
         """Beside other rows of its expert, in one tile; in x and in the gradient of y."""
-        case = self.problem(SMALL_SHAPES["paper"], tokens=9, experts=2, top_k=1, capacity=None, activation="silu")
+        case = self.problem(
+            SMALL_SHAPES["paper"], tokens=9, experts=2, top_k=1, capacity=None, activation="silu"
+        )
         case.x[3] = torch.nan
         slots, tokens = torch.arange(9) != int(case.slot_of_token[3, 0]), torch.arange(9) != 3
         for strategy in self.strategies(case.shape):
@@ -148,10 +187,13 @@ class LinearScenarios:
             for first, second in zip(case.run(strategy), case.run(strategy), strict=True):
                 assert torch.equal(first, second)
 
-    @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
+    @pytest.mark.parametrize(
+        "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str
+    )
     @pytest.mark.parametrize("name", ["light", "separable", "separable_mirrored"])
     def test_rows_placed_elsewhere_have_the_same_bits(self, name: str, dtype: torch.dtype) -> None:
-        """The gate multiplies the rounded result; rows of slots without an expert are zero, whatever their gates."""
+        """The gate multiplies the rounded result; rows of slots without an expert are zero,
+        whatever their gates."""
         case = self.problem(SMALL_SHAPES[name], dtype, tokens=13, experts=3, top_k=1, capacity=3)
         out_index, gates = torch.randperm(13), torch.rand(13) + 0.5
         assert 0 < case.filled < 13

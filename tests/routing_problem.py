@@ -17,12 +17,19 @@ def parts_of(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check_route(
-    index: Tensor, experts: int, capacity: int | None = None, mask: Tensor | None = None, *, backend: str
+    index: Tensor,
+    experts: int,
+    capacity: int | None = None,
+    mask: Tensor | None = None,
+    *,
+    backend: str,
 ) -> Routing:
     """The routing, which must be that of the reference."""
     with poisoned_memory():
         routing = route(index, experts, capacity, mask, backend=backend)
-    for found, wanted in zip(parts_of(routing), route_reference(index, experts, capacity, mask), strict=True):
+    for found, wanted in zip(
+        parts_of(routing), route_reference(index, experts, capacity, mask), strict=True
+    ):
         assert found.dtype == wanted.dtype
         assert torch.equal(found, wanted)
     return routing
@@ -36,7 +43,8 @@ def check_rows(
     gate_dtype: torch.dtype = torch.float32,
     place: Callable[[Tensor], Tensor] = lambda t: t,
 ) -> None:
-    """dispatch, combine and their gradients. What nobody reads is NaN: tokens, rows and gates without a slot.
+    """dispatch, combine and their gradients. What nobody reads is NaN: tokens, rows and gates
+    without a slot.
 
     Args:
         routing: where tokens go.
@@ -58,22 +66,36 @@ def check_rows(
 
     def run(run_dtype: torch.dtype, gates_in: torch.dtype, reference: bool) -> list[Tensor]:
         own = (lambda t: t) if reference else place
-        rows, sorted_rows = (own(t.to(dtype).to(run_dtype)).detach().requires_grad_() for t in (x, y))
+        rows, sorted_rows = (
+            own(t.to(dtype).to(run_dtype)).detach().requires_grad_() for t in (x, y)
+        )
         weights = own(gates.to(gates_in)).detach().requires_grad_()
         options = {} if reference else {"backend": backend}
         there = (dispatch_reference if reference else dispatch)(rows, routing, **options)
-        back = (combine_reference if reference else combine)(sorted_rows, routing, weights, **options)
+        back = (combine_reference if reference else combine)(
+            sorted_rows, routing, weights, **options
+        )
         results = [there, back]
-        for result, inputs, grad in ((there, [rows], grads[0]), (back, [sorted_rows, weights], grads[1])):
+        for result, inputs, grad in (
+            (there, [rows], grads[0]),
+            (back, [sorted_rows, weights], grads[1]),
+        ):
             found: tuple[Tensor | None, ...] = (None,) * len(inputs)
             if result.requires_grad:  # without tokens, the reference depends on no input
-                found = torch.autograd.grad(result, inputs, own(grad.to(run_dtype)).detach(), allow_unused=True)
-            results += [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found, strict=True)]
+                found = torch.autograd.grad(
+                    result, inputs, own(grad.to(run_dtype)).detach(), allow_unused=True
+                )
+            results += [
+                torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found, strict=True)
+            ]
         return results
 
     with poisoned_memory():
         actual = run(dtype, gate_dtype, reference=False)
-    truth, same = run(torch.float64, torch.float64, reference=True), run(dtype, gate_dtype, reference=True)
+    truth, same = (
+        run(torch.float64, torch.float64, reference=True),
+        run(dtype, gate_dtype, reference=True),
+    )
     assert torch.equal(actual[0], same[0])
     for name, a, t, s in zip(("rows", "y", "dx", "dy", "dgates"), actual, truth, same, strict=True):
         assert_calibrated(a, t, s, f"{name} {dtype}")

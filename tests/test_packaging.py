@@ -1,4 +1,5 @@
-"""Source distribution, wheels and installs: with a compiler, without, and told what to do. Slow: they compile."""
+"""Source distribution, wheels and installs: with a compiler, without, and told what to do. Slow:
+they compile."""
 
 from __future__ import annotations
 
@@ -26,8 +27,13 @@ needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compil
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run with the environment of this process, without its PYTHONPATH and nvcc; output and errors together."""
-    base = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MPOE_BUILD", "CXX")}
+    """Run with the environment of this process, without its PYTHONPATH and nvcc; output and errors
+    together."""
+    base = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("PYTHONPATH", "MPOE_BUILD", "CXX")
+    }
     base["CUDACXX"] = "absent"  # no test builds the CUDA kernels, which take minutes
     return subprocess.run(
         [str(part) for part in command],
@@ -78,13 +84,18 @@ def source(sdist: Path, tmp_path: Path) -> Path:
 
 
 def environment(folder: Path, packages: tuple[str, ...] = ()) -> Path:
-    """A new virtual environment that sees this one's packages: all others, or only those named; its Python."""
-    done(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)  # pip is one of the packages
+    """A new virtual environment that sees this one's packages: all others, or only those named; its
+    Python."""
+    done(
+        sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent
+    )  # pip is one of the packages
     (site,) = (folder / "lib").glob("python*/site-packages")
     for path in Path(sysconfig.get_paths()["purelib"]).iterdir():
         # An installed mpoe would be taken for the one under test.
         is_wanted = (
-            path.name.startswith(("pip", *packages)) if packages else not path.name.startswith(("mpoe", "__editable__"))
+            path.name.startswith(("pip", *packages))
+            if packages
+            else not path.name.startswith(("mpoe", "__editable__"))
         )
         if is_wanted and path.suffix != ".pth" and not (site / path.name).exists():
             (site / path.name).symlink_to(path)
@@ -102,7 +113,17 @@ def without_compiler(folder: Path) -> str:
 
 
 def install(python: Path, source: Path, *options: str, **variables: str) -> str:
-    arguments = ("-m", "pip", "install", "-v", "--no-deps", "--no-build-isolation", "--no-index", *options, source)
+    arguments = (
+        "-m",
+        "pip",
+        "install",
+        "-v",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        *options,
+        source,
+    )
     return done(python, *arguments, cwd=source.parent, **variables)
 
 
@@ -118,7 +139,18 @@ def complaints_of_pip(python: Path, cwd: Path) -> list[str]:
 
 def wheel_of(python: Path, source: Path, folder: Path) -> tuple[Path, str]:
     """A wheel, and what pip said."""
-    arguments = ("-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder, source)
+    arguments = (
+        "-m",
+        "pip",
+        "wheel",
+        "-v",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        folder,
+        source,
+    )
     output = done(python, *arguments, cwd=source.parent)
     (wheel,) = folder.glob("*.whl")
     return wheel, output
@@ -128,7 +160,10 @@ def keep_little(source: Path) -> None:
     """Leave csrc only what is needed to load, to tell of itself and to route: built in seconds."""
     module = source / "csrc" / "bindings" / "module.cpp"
     for path in [*module.parent.glob("*.cpp"), *(source / "csrc" / "cpu").glob("*/*.cpp")]:
-        if path.name not in ("module.cpp", "threads.cpp", "routing.cpp") and path.parent.name != "routing":
+        if (
+            path.name not in ("module.cpp", "threads.cpp", "routing.cpp")
+            and path.parent.name != "routing"
+        ):
             path.unlink()
     bound = r"^  mpoe::bind_(?!threads|routing)\w+\(module\);\n"
     module.write_text(re.sub(bound, "", module.read_text(), flags=re.MULTILINE))
@@ -148,7 +183,11 @@ def test_source_distribution_is_complete_and_clean(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     tracked = subprocess.run(
-        ["git", "ls-files", "csrc", "mpoe", "mpoe_kernels"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "csrc", "mpoe", "mpoe_kernels"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.split()
     wanted = {name for name in tracked if (ROOT / name).is_file()}
     assert wanted - names == set()
@@ -157,26 +196,45 @@ def test_source_distribution_is_complete_and_clean(sdist: Path) -> None:
 
 
 # What build isolation gives, with what pyproject.toml asks for from where this environment has it.
-BUILD_REQUIREMENTS = ("setuptools", "_distutils_hack", "pkg_resources", "wheel", "cmake", "ninja", "pybind11")
+BUILD_REQUIREMENTS = (
+    "setuptools",
+    "_distutils_hack",
+    "pkg_resources",
+    "wheel",
+    "cmake",
+    "ninja",
+    "pybind11",
+)
 
 
 @needs_compiler
-def test_with_a_compiler_the_wheel_is_native_whatever_torch_there_is(source: Path, tmp_path: Path) -> None:
-    """Built without torch, for this Python; installed, it computes what eager does; `.ci/run` builds all kernels so."""
+def test_with_a_compiler_the_wheel_is_native_whatever_torch_there_is(
+    source: Path, tmp_path: Path
+) -> None:
+    """Built without torch, for this Python; installed, it computes what eager does; `.ci/run`
+    builds all kernels so."""
     keep_little(source)
     builder = environment(tmp_path / "builder", packages=BUILD_REQUIREMENTS)
     assert run(builder, "-c", "import torch", cwd=tmp_path).returncode != 0
     wheel, output = wheel_of(builder, source, tmp_path / "wheels")
     lines = [line.strip() for line in output.splitlines()]
-    (first,) = (k for k, line in enumerate(lines) if line.startswith(f"mpoe: building {LIBRARY} with "))
-    (last,) = (k for k, line in enumerate(lines) if re.fullmatch(rf"mpoe: {re.escape(LIBRARY)} took \d+ s", line))
+    (first,) = (
+        k for k, line in enumerate(lines) if line.startswith(f"mpoe: building {LIBRARY} with ")
+    )
+    (last,) = (
+        k
+        for k, line in enumerate(lines)
+        if re.fullmatch(rf"mpoe: {re.escape(LIBRARY)} took \d+ s", line)
+    )
     assert any("Building CXX object" in line for line in lines[first:last]), "progress is told"
     python_tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
     assert re.search(rf"-{python_tag}-{python_tag}t?-(linux|macosx)", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert [n for n in names if n.endswith(".so")] == [f"mpoe_kernels/{LIBRARY}"]
-    assert [n for n in names if n.endswith("_native_missing.txt") or n.startswith(("tests/", "csrc/"))] == []
+    assert [
+        n for n in names if n.endswith("_native_missing.txt") or n.startswith(("tests/", "csrc/"))
+    ] == []
     assert {f"mpoe/data/standard/{name}.yaml" for name in ("glue", "others", "local")} <= set(names)
 
     python = environment(tmp_path / "user")
@@ -202,7 +260,9 @@ def test_without_compiler_the_install_is_eager_and_says_so(source: Path, tmp_pat
     output = install(python, source, PATH=without_compiler(tmp_path / "path"))
     reason = "no C++ compiler was found (c++, g++, clang++)"
     lines = [line.strip() for line in output.splitlines() if line.strip().startswith("mpoe: ")]
-    assert lines == [f"mpoe: native kernels are not built, the eager backend will be used: {reason}"]
+    assert lines == [
+        f"mpoe: native kernels are not built, the eager backend will be used: {reason}"
+    ]
     facts = facts_of(python, tmp_path)
     assert facts["native"] is None
     assert facts["backends"]["native"] == [f"it was not built: {reason}"]
@@ -214,21 +274,28 @@ def test_without_compiler_the_install_is_eager_and_says_so(source: Path, tmp_pat
 
 
 def test_without_what_binds_the_kernels_the_install_says_so(source: Path, tmp_path: Path) -> None:
-    python = environment(tmp_path / "isolated", packages=tuple(set(BUILD_REQUIREMENTS) - {"pybind11"}))
+    python = environment(
+        tmp_path / "isolated", packages=tuple(set(BUILD_REQUIREMENTS) - {"pybind11"})
+    )
     answer = run(python, "setup.py", "--version", cwd=source, MPOE_BUILD="cpu", CXX=sys.executable)
     assert answer.returncode != 0
     assert "MPOE_BUILD=cpu: pybind11 was not found: pip install pybind11" in answer.stdout
 
 
 @needs_compiler
-def test_the_cuda_kernels_ask_for_the_torch_of_the_environment(source: Path, tmp_path: Path) -> None:
+def test_the_cuda_kernels_ask_for_the_torch_of_the_environment(
+    source: Path, tmp_path: Path
+) -> None:
     python = environment(tmp_path / "isolated", packages=BUILD_REQUIREMENTS)
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\n")
     nvcc.chmod(0o755)
     answer = run(python, "setup.py", "--version", cwd=source, MPOE_BUILD="cuda", CUDACXX=str(nvcc))
     assert answer.returncode != 0
-    assert "MPOE_BUILD=cuda: the CUDA kernels are built against torch, which was not importable" in answer.stdout
+    assert (
+        "MPOE_BUILD=cuda: the CUDA kernels are built against torch, which was not importable"
+        in answer.stdout
+    )
     assert "pip install --no-build-isolation" in answer.stdout
 
 
@@ -254,7 +321,16 @@ def test_the_variable_decides(source: Path, tmp_path: Path) -> None:
         ("cpu", "MPOE_BUILD=cpu: no C++ compiler was found"),
     ):
         answer = run(
-            *(python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", source),
+            *(
+                python,
+                "-m",
+                "pip",
+                "install",
+                "--no-deps",
+                "--no-build-isolation",
+                "--no-index",
+                source,
+            ),
             cwd=tmp_path,
             MPOE_BUILD=value,
             PATH=path,
@@ -262,7 +338,14 @@ def test_the_variable_decides(source: Path, tmp_path: Path) -> None:
         assert answer.returncode != 0
         assert message in answer.stdout
         assert "Traceback" not in answer.stdout
-    answer = run(python, "setup.py", "--version", cwd=source, MPOE_BUILD="cuda", PATH=f"{path}:{os.environ['PATH']}")
+    answer = run(
+        python,
+        "setup.py",
+        "--version",
+        cwd=source,
+        MPOE_BUILD="cuda",
+        PATH=f"{path}:{os.environ['PATH']}",
+    )
     assert "MPOE_BUILD=cuda: nvcc was not found (absent)" in answer.stdout
     install(python, source, MPOE_BUILD="none")
     reasons = facts_of(python, tmp_path)["backends"]["native"]
@@ -271,7 +354,8 @@ def test_the_variable_decides(source: Path, tmp_path: Path) -> None:
 
 @needs_compiler
 def test_build_in_a_checkout(source: Path, tmp_path: Path) -> None:
-    """An editable install without kernels says why; building in place afterwards takes the reason away."""
+    """An editable install without kernels says why; building in place afterwards takes the reason
+    away."""
     package, python = source / "mpoe_kernels", environment(tmp_path / "user")
     keep_little(source)
     install(python, source, "-e", MPOE_BUILD="none")
@@ -294,20 +378,28 @@ def test_build_in_a_checkout(source: Path, tmp_path: Path) -> None:
 def test_architectures_in_the_words_of_torch(listed: str, architectures: str | None) -> None:
     code = (
         "import setuptools; setuptools.setup = lambda **options: None\n"
-        "names = {'__file__': 'setup.py', '__name__': 'setup'}; exec(open('setup.py').read(), names)\n"
+        "names = {'__file__': 'setup.py', '__name__': 'setup'}; exec(open('setup.py').read(), "
+        "names)\n"
         f"print(names['cmake_architectures']({listed!r}))"
     )
     answer = run(sys.executable, "-c", code, cwd=ROOT)
     if architectures:
         assert answer.stdout.splitlines()[-1] == architectures
     else:
-        assert "TORCH_CUDA_ARCH_LIST must name architectures like 8.0, 9.0a or 10.0+PTX; got" in answer.stdout
+        assert (
+            "TORCH_CUDA_ARCH_LIST must name architectures like 8.0, 9.0a or 10.0+PTX; got"
+            in answer.stdout
+        )
 
 
 def test_an_old_setuptools_is_named(source: Path) -> None:
     code = (
-        "import setuptools; setuptools.__version__ = '65.5.0'; exec(open('setup.py').read(), {'__file__': 'setup.py'})"
+        "import setuptools; setuptools.__version__ = '65.5.0'; exec(open('setup.py').read(), "
+        "{'__file__': 'setup.py'})"
     )
     answer = run(sys.executable, "-c", code, cwd=source)
     assert answer.returncode != 0
-    assert "needs setuptools >= 77, found 65.5.0: run pip install --upgrade setuptools" in answer.stdout
+    assert (
+        "needs setuptools >= 77, found 65.5.0: run pip install --upgrade setuptools"
+        in answer.stdout
+    )

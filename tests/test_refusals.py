@@ -1,4 +1,5 @@
-"""Refusals that no other test has a reason to meet: each names the argument, what was expected and what came."""
+"""Refusals that no other test has a reason to meet: each names the argument, what was expected and
+what came."""
 
 from __future__ import annotations
 
@@ -11,7 +12,14 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, import_original, merge_experts, save_mpoe_only
+from mpoe import (
+    MPOEConfig,
+    RouterConfig,
+    convert_to_mpoe,
+    import_original,
+    merge_experts,
+    save_mpoe_only,
+)
 from mpoe.layers import (
     DenseExperts,
     MPOEFeedForward,
@@ -61,27 +69,68 @@ TAKE_MASKS: list[Callable[[object], object]] = [
 MASKS: list[tuple[object, str]] = [
     (torch.zeros(2, 3), r"mask must be bool \(or integers\), .* not additive; got torch.float32"),
     (torch.zeros(2, 3, dtype=torch.complex64), "not additive"),
-    (torch.ones(2, 3).bool().to_sparse(), "mask must be a dense tensor; got one of the layout torch.sparse_coo"),
-    (torch.ones(2, 3).to_mkldnn(), "mask must be a dense tensor; got one of the layout torch._mkldnn"),
-    (torch.nested.nested_tensor([torch.ones(3)]), "mask must be a dense tensor; got one of the layout nested"),
+    (
+        torch.ones(2, 3).bool().to_sparse(),
+        "mask must be a dense tensor; got one of the layout torch.sparse_coo",
+    ),
+    (
+        torch.ones(2, 3).to_mkldnn(),
+        "mask must be a dense tensor; got one of the layout torch._mkldnn",
+    ),
+    (
+        torch.nested.nested_tensor([torch.ones(3)]),
+        "mask must be a dense tensor; got one of the layout nested",
+    ),
     ([[True] * 3] * 2, "mask must be a bool tensor .2, 3.; got list"),
     (torch.ones(3, 2).bool(), r"mask must be \[2, 3\]; got \[3, 2\]"),
 ]
 CASES: list[tuple[Callable[[], object], type[Exception] | tuple[type[Exception], ...], str]] = [
-    (lambda: MPOEConfig(router="switch"), TypeError, "router must be a RouterConfig or its dict; got str"),
-    (lambda: MPOEConfig(target_modules=[]), TypeError, r"target_modules must be a name .*; got \[\]"),
-    (lambda: MPOEConfig(exclude_modules="x"), TypeError, "exclude_modules must be a list .*; got 'x'"),
+    (
+        lambda: MPOEConfig(router="switch"),
+        TypeError,
+        "router must be a RouterConfig or its dict; got str",
+    ),
+    (
+        lambda: MPOEConfig(target_modules=[]),
+        TypeError,
+        r"target_modules must be a name .*; got \[\]",
+    ),
+    (
+        lambda: MPOEConfig(exclude_modules="x"),
+        TypeError,
+        "exclude_modules must be a list .*; got 'x'",
+    ),
     (lambda: MPOEConfig(exclude_modules=[3]), TypeError, r"exclude_modules must be a list .*\[3\]"),
-    (lambda: MPOEConfig(layers_to_transform="0"), TypeError, "layers_to_transform must be a list .*; got '0'"),
-    (lambda: MPOEConfig(shape_pattern={"(": 2}), ValueError, r"shape_pattern must hold regular .*'\('"),
-    (lambda: RouterConfig(is_scale_prob=1), TypeError, "is_scale_prob must be True or False; got int 1"),
+    (
+        lambda: MPOEConfig(layers_to_transform="0"),
+        TypeError,
+        "layers_to_transform must be a list .*; got '0'",
+    ),
+    (
+        lambda: MPOEConfig(shape_pattern={"(": 2}),
+        ValueError,
+        r"shape_pattern must hold regular .*'\('",
+    ),
+    (
+        lambda: RouterConfig(is_scale_prob=1),
+        TypeError,
+        "is_scale_prob must be True or False; got int 1",
+    ),
     (
         lambda: MPOEmbedding.from_embedding(nn.Linear(2, 2)),
         TypeError,
         r"embedding must be an nn\.Embedding; got Linear",
     ),
-    (lambda: MPOLinear.from_linear(nn.ReLU()), TypeError, r"expected an nn\.Linear or a Conv1D; got ReLU"),
-    (lambda: merge_experts(gpt2()), TypeError, "model must be an MPOE model .*; got GPT2LMHeadModel"),
+    (
+        lambda: MPOLinear.from_linear(nn.ReLU()),
+        TypeError,
+        r"expected an nn\.Linear or a Conv1D; got ReLU",
+    ),
+    (
+        lambda: merge_experts(gpt2()),
+        TypeError,
+        "model must be an MPOE model .*; got GPT2LMHeadModel",
+    ),
     (lambda: load_layers(gpt2(), ".", ["mlp"]), TypeError, "model must be an MPOE model"),
     (lambda: step_of("checkpoint-x"), ValueError, "named checkpoint-<step>; got 'checkpoint-x'"),
     (lambda: MPOEConfig(backend=3), TypeError, "backend must be a name or None; got int 3"),
@@ -91,12 +140,24 @@ CASES: list[tuple[Callable[[], object], type[Exception] | tuple[type[Exception],
     (lambda: MPOCores("x", 1), TypeError, "shape must be an MPOShape; got str"),
     (lambda: MPOCores(SHAPE, 0), ValueError, "num_experts must be at least 1; got 0"),
     (lambda: DenseExperts(4, 8, 0), ValueError, "num_experts must be at least 1; got 0"),
-    (lambda: TopKRouter(4, 2, RouterConfig(top_k=3)), ValueError, "top_k must be at most .* 2; got 3"),
+    (
+        lambda: TopKRouter(4, 2, RouterConfig(top_k=3)),
+        ValueError,
+        "top_k must be at most .* 2; got 3",
+    ),
     (lambda: merged().cache_experts(5), ValueError, "cache_experts needs a model with MPO experts"),
     (lambda: freeze_all_but_experts(None), TypeError, "model must be a module; got NoneType"),
     (lambda: save_mpoe_only(gpt2(), "x", gpt2()), TypeError, "model must be an MPOE model"),
-    (lambda: import_original("absent", t5()), ValueError, "source must be a checkpoint of the original"),
-    (lambda: save_sharded(gpt2(), "x"), TypeError, "model must be sharded by shard_model; got a plain"),
+    (
+        lambda: import_original("absent", t5()),
+        ValueError,
+        "source must be a checkpoint of the original",
+    ),
+    (
+        lambda: save_sharded(gpt2(), "x"),
+        TypeError,
+        "model must be sharded by shard_model; got a plain",
+    ),
     (
         lambda: MPOExperts({"up": SHAPE, "down": SHAPE, "gate_proj": MPOShape((2,), (3,))}, 2),
         ValueError,
@@ -107,34 +168,86 @@ CASES: list[tuple[Callable[[], object], type[Exception] | tuple[type[Exception],
     (lambda: TopKRouter(0, 4), ValueError, "in_features must be at least 1; got 0"),
     (lambda: TopKRouter(8, 0), ValueError, "num_experts must be at least 1; got 0"),
     (lambda: TopKRouter(8, 4, {"top_k": 1}), TypeError, "config must be a RouterConfig; got dict"),
-    (lambda: TopKRouter(8, 4, device="moon"), ValueError, "device and dtype must be .* has; got 'moon', None"),
-    (lambda: TopKRouter(8, 4, dtype="x"), ValueError, "device and dtype must be .* has; got None, 'x'"),
-    (lambda: layer()(torch.eye(8).to_sparse()), ValueError, "hidden_states must be a dense tensor; got one of the"),
-    *((lambda take=take: take(ADDITIVE), TypeError, "token_mask must be bool .* not additive") for take in TAKE_MASKS),
-    *((lambda mask=mask: check_mask("mask", mask, (2, 3)), (TypeError, ValueError), text) for mask, text in MASKS),
+    (
+        lambda: TopKRouter(8, 4, device="moon"),
+        ValueError,
+        "device and dtype must be .* has; got 'moon', None",
+    ),
+    (
+        lambda: TopKRouter(8, 4, dtype="x"),
+        ValueError,
+        "device and dtype must be .* has; got None, 'x'",
+    ),
+    (
+        lambda: layer()(torch.eye(8).to_sparse()),
+        ValueError,
+        "hidden_states must be a dense tensor; got one of the",
+    ),
+    *(
+        (lambda take=take: take(ADDITIVE), TypeError, "token_mask must be bool .* not additive")
+        for take in TAKE_MASKS
+    ),
+    *(
+        (lambda mask=mask: check_mask("mask", mask, (2, 3)), (TypeError, ValueError), text)
+        for mask, text in MASKS
+    ),
     (lambda: MPOExperts({"up": SMALL, "down": SMALL}, 2), ValueError, "the down shape must be"),
-    (lambda: MPOLinear(12), TypeError, "takes in_features and out_features, .* got in_features 12, out_features None"),
+    (
+        lambda: MPOLinear(12),
+        TypeError,
+        "takes in_features and out_features, .* got in_features 12, out_features None",
+    ),
     (lambda: MPOLinear(), TypeError, "got in_features None, out_features None, shape None"),
     (lambda: MPOLinear(SMALL, False), TypeError, r"or a shape alone \(then bias goes by name\)"),
     (lambda: MPOLinear(12, 6, shape=SMALL), TypeError, "or a shape alone"),
     (lambda: MPOLinear(0, 6), ValueError, "in_features must be at least 1"),
     (lambda: MPOLinear(12, True), TypeError, "out_features must be an integer"),
-    (lambda: fold(MPOLinear(SMALL).cores.cores(), SMALL), TypeError, r"which goes by name: fold\(cores, shape=shape\)"),
-    (lambda: MPOLinear(SMALL, dtype=torch.int64), ValueError, "dtype must be of floating-point numbers; got"),
+    (
+        lambda: fold(MPOLinear(SMALL).cores.cores(), SMALL),
+        TypeError,
+        r"which goes by name: fold\(cores, shape=shape\)",
+    ),
+    (
+        lambda: MPOLinear(SMALL, dtype=torch.int64),
+        ValueError,
+        "dtype must be of floating-point numbers; got",
+    ),
     (lambda: MPOLinear(SMALL, init_std="x"), TypeError, "init_std must be a number; got str"),
     (lambda: MPOEmbedding(None, 1), TypeError, "shape must be an MPOShape; got NoneType"),
     (lambda: MPOEmbedding(SMALL, 1.5), TypeError, "padding_idx must be an integer; got float 1.5"),
     (lambda: MPOEFeedForward(8, 16, "x"), TypeError, "config must be an MPOEConfig; got str 'x'"),
-    (lambda: MPOEFeedForward(8, None), TypeError, "hidden_features must be an integer; got NoneType"),
+    (
+        lambda: MPOEFeedForward(8, None),
+        TypeError,
+        "hidden_features must be an integer; got NoneType",
+    ),
     (lambda: TopKRouter(8, 4)([1.0]), TypeError, r"x must be a tensor \[T, I\]; got list"),
-    (lambda: TopKRouter(8, 4)(torch.ones(2, 7)), ValueError, r"x must be \[T, I\] with I = 8; got \[2, 7\]"),
-    (lambda: MPOEFeedForward(8, 16)([1.0]), TypeError, r"hidden_states must be a tensor \[..., I\]; got list"),
-    (lambda: MPOEFeedForward(8, 16)(torch.ones(2, 8).long()), TypeError, "must hold floating-point numbers; got"),
-    (lambda: MPOEFeedForward(8, 16)(torch.ones(())), ValueError, r"hidden_states must be \[..., 8\]; got \[\]"),
+    (
+        lambda: TopKRouter(8, 4)(torch.ones(2, 7)),
+        ValueError,
+        r"x must be \[T, I\] with I = 8; got \[2, 7\]",
+    ),
+    (
+        lambda: MPOEFeedForward(8, 16)([1.0]),
+        TypeError,
+        r"hidden_states must be a tensor \[..., I\]; got list",
+    ),
+    (
+        lambda: MPOEFeedForward(8, 16)(torch.ones(2, 8).long()),
+        TypeError,
+        "must hold floating-point numbers; got",
+    ),
+    (
+        lambda: MPOEFeedForward(8, 16)(torch.ones(())),
+        ValueError,
+        r"hidden_states must be \[..., 8\]; got \[\]",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("call", "kind", "message"), CASES, ids=[message for _, _, message in CASES])
+@pytest.mark.parametrize(
+    ("call", "kind", "message"), CASES, ids=[message for _, _, message in CASES]
+)
 def test_refused(call: Callable[[], object], kind: type[Exception], message: str) -> None:
     refuses(kind, message, call)
 
@@ -149,21 +262,37 @@ def test_nothing_left_to_train() -> None:
 
 def test_an_original_that_holds_a_list(tmp_path: Path) -> None:
     torch.save([torch.ones(1)], tmp_path / "pytorch_model.bin")
-    refuses(ValueError, "source must map names to tensors; it holds something else", import_original, tmp_path, t5())
+    refuses(
+        ValueError,
+        "source must map names to tensors; it holds something else",
+        import_original,
+        tmp_path,
+        t5(),
+    )
 
 
 def test_components_that_are_not_in_mpo_form(tmp_path: Path) -> None:
     model = convert_to_mpoe(gpt2(), MPOEConfig(num_experts=2))
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="components must be in MPO form in the model; attention is not"):
+    with pytest.raises(
+        ValueError, match="components must be in MPO form in the model; attention is not"
+    ):
         load_layers(model, tmp_path, ["attention"])
 
 
 def test_components_of_another_model(tmp_path: Path) -> None:
     convert_to_mpoe(gpt2(), MPOEConfig(num_experts=2)).save_pretrained(tmp_path)
     deep, wide = (
-        convert_to_mpoe(gpt2(**sizes), MPOEConfig(num_experts=2)) for sizes in ({"n_layer": 3}, {"n_inner": 12})
+        convert_to_mpoe(gpt2(**sizes), MPOEConfig(num_experts=2))
+        for sizes in ({"n_layer": 3}, {"n_inner": 12})
     )
-    refuses(ValueError, r"must hold transformer\.h\.2\.mlp\..*; it has None", load_layers, deep, tmp_path, ["mlp"])
+    refuses(
+        ValueError,
+        r"must hold transformer\.h\.2\.mlp\..*; it has None",
+        load_layers,
+        deep,
+        tmp_path,
+        ["mlp"],
+    )
     other = r"hold transformer\.h\.0\..* \(.*\), as the model.*; it has \("
     refuses(ValueError, other, load_layers, wide, tmp_path, ["mlp"])

@@ -1,9 +1,10 @@
-"""Compiles every GPU kernel that ships, ahead of time and without a GPU, and checks the machine code.
+"""Compiles every GPU kernel that ships, ahead of time and without a GPU, and checks the machine
+code.
 
-No kernel may spill registers, use more shared memory than the architecture has, or multiply matrices without
-tensor-core instructions; no program of Triton's may wait for another one, and nvcc may not warn. Triton's kernels are
-compiled in every configuration that tools/shipped_kernels.py launches, csrc/cuda's files by nvcc (``CUDACXX``, PATH or
-/usr/local/cuda/bin).
+No kernel may spill registers, use more shared memory than the architecture has, or multiply
+matrices without tensor-core instructions; no program of Triton's may wait for another one, and nvcc
+may not warn. Triton's kernels are compiled in every configuration that tools/shipped_kernels.py
+launches, csrc/cuda's files by nvcc (``CUDACXX``, PATH or /usr/local/cuda/bin).
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ _TYPES |= {torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8", torch.bool
 
 
 class Job(NamedTuple):
-    """A Triton kernel as specialised by a launch (two that compile to the same code are equal), or a CUDA source.
+    """A Triton kernel as specialised by a launch (two that compile to the same code are equal), or
+    a CUDA source.
 
     Attributes:
         kernel: ``module:function``, or the source's path from the repository's root.
@@ -83,9 +85,14 @@ class Job(NamedTuple):
 
     @property
     def configuration(self) -> str:
-        """Block sizes, warps and pipeline stages, e.g. ``BM 64, BN 128, BK 64, num_stages 3, num_warps 4``."""
+        """Block sizes, warps and pipeline stages, e.g. ``BM 64, BN 128, BK 64, num_stages 3,
+        num_warps 4``."""
         words = [*self.constants, *self.options]
-        return ", ".join(f"{name} {value}" for name, value in words if name in BLOCK_SIZES or name.startswith("num_"))
+        return ", ".join(
+            f"{name} {value}"
+            for name, value in words
+            if name in BLOCK_SIZES or name.startswith("num_")
+        )
 
 
 def job_of(launch: Launch, architecture: str) -> Job:
@@ -108,17 +115,30 @@ def job_of(launch: Launch, architecture: str) -> Job:
         if multiple:
             aligned.append(name)
     where = f"{function.fn.__module__}:{function.fn.__name__}"
-    return Job(where, architecture, tuple(signature), tuple(constants), tuple(aligned), tuple(sorted(given.items())))
+    return Job(
+        where,
+        architecture,
+        tuple(signature),
+        tuple(constants),
+        tuple(aligned),
+        tuple(sorted(given.items())),
+    )
 
 
 def _type_of(name: str, value: Any) -> tuple[str, bool]:
     """Triton's type of a run-time argument, and whether it is known to be a multiple of 16."""
     if isinstance(value, torch.Tensor):
-        return f"*{_TYPES[value.dtype]}", int(value.storage_offset()) * value.element_size() % 16 == 0
+        return f"*{_TYPES[value.dtype]}", int(
+            value.storage_offset()
+        ) * value.element_size() % 16 == 0
     if value is None:
         return "constexpr", False
     if isinstance(value, int) and not isinstance(value, bool):
-        return ("constexpr", False) if value == 1 else ("i32" if abs(value) < 2**31 else "i64", value % 16 == 0)
+        return (
+            ("constexpr", False)
+            if value == 1
+            else ("i32" if abs(value) < 2**31 else "i64", value % 16 == 0)
+        )
     if isinstance(value, float):
         return "fp32", False
     raise TypeError(f"{name} must be a tensor, an integer or a float; got {type(value).__name__}")
@@ -129,8 +149,9 @@ def compiled(job: Job) -> dict[str, Binary]:
     """Its kernels by name; whatever the compiler raises is passed on.
 
     Raises:
-        RuntimeError: Triton's interpreter has replaced the compiler in this process; a kernel's programs may wait for
-            one another; there is no nvcc, or it fails, as it does over warnings and spills.
+        RuntimeError: Triton's interpreter has replaced the compiler in this process; a kernel's
+            programs may wait for one another; there is no nvcc, or it fails, as it does over
+            warnings and spills.
     """
     return {job.name: _by_triton(job)} if ":" in job.kernel else _by_nvcc(job)
 
@@ -156,7 +177,9 @@ def _by_triton(job: Job) -> Binary:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             Path(file.name).write_bytes(built.asm["cubin"])
             (found,) = disassembled(Path(file.name)).values()
-        return found._replace(shared=built.metadata.shared, tensor_memory=tensor_memory, wants_matrix=wants)
+        return found._replace(
+            shared=built.metadata.shared, tensor_memory=tensor_memory, wants_matrix=wants
+        )
     code = built.asm["amdgcn"]
     # Scalar registers spill into vector registers, not into memory.
     names = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
@@ -172,7 +195,15 @@ def _by_nvcc(job: Job) -> dict[str, Binary]:
     architecture = job.architecture.replace("sm_90", "sm_90a")
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder) / "built.cubin"
-        command = [nvcc, *NVCC_FLAGS, "-cubin", f"-arch={architecture}", str(ROOT / job.kernel), "-o", str(built)]
+        command = [
+            nvcc,
+            *NVCC_FLAGS,
+            "-cubin",
+            f"-arch={architecture}",
+            str(ROOT / job.kernel),
+            "-o",
+            str(built),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"nvcc failed\n{done.stdout}{done.stderr}")
@@ -182,14 +213,24 @@ def _by_nvcc(job: Job) -> dict[str, Binary]:
 def sources(architectures: Iterable[str]) -> list[Job]:
     """All files of csrc/cuda."""
     names = [path.relative_to(ROOT).as_posix() for path in sorted(CSRC.glob("cuda/*/*.cu"))]
-    return [Job(name, each) for each in architectures if TARGETS[each].backend == "cuda" for name in names]
+    return [
+        Job(name, each)
+        for each in architectures
+        if TARGETS[each].backend == "cuda"
+        for name in names
+    ]
 
 
 def _difficulty(job: Job) -> tuple[int, int, int]:
-    """Tile size, number of extras, variety of sizes and strides: the most difficult job is the likeliest to spill."""
+    """Tile size, number of extras, variety of sizes and strides: the most difficult job is the
+    likeliest to spill."""
     extras = sum(value is True for _, value in job.constants)
     tile = math.prod(value for name, value in job.constants if name in BLOCK_SIZES)
-    numbers = {number for _, value in job.constants for number in (value if isinstance(value, tuple) else (value,))}
+    numbers = {
+        number
+        for _, value in job.constants
+        for number in (value if isinstance(value, tuple) else (value,))
+    }
     return tile, extras, len(numbers)
 
 
@@ -199,10 +240,11 @@ def shipped_jobs(
     quick: bool = False,
     sizes: Iterable[shipped.Sizes] = (shipped.T5_BASE, *shipped.LARGE_SIZES),
 ) -> dict[Job, str]:
-    """The most difficult job for every kernel, architecture, dtype and configuration, with a problem that launches it.
+    """The most difficult job for every kernel, architecture, dtype and configuration, with a
+    problem that launches it.
 
-    Of sizes other than T5-base's, the most difficult one of all configurations together; with ``quick``, of all dtypes
-    and configurations.
+    Of sizes other than T5-base's, the most difficult one of all configurations together; with
+    ``quick``, of all dtypes and configurations.
     """
     groups: dict[tuple[Any, ...], dict[Job, str]] = {}
     for size, dtype in product(sizes, dtypes):
@@ -222,7 +264,9 @@ def problems_of(job: Job) -> list[str]:
     """Why it must not be shipped; what the compiler raises is one of the reasons."""
     try:
         found = compiled.__wrapped__(job)  # the code of thousands is not kept
-    except Exception as error:  # a compiler fails in many ways; the other jobs still run, all are reported
+    except (
+        Exception
+    ) as error:  # a compiler fails in many ways; the other jobs still run, all are reported
         return [f"{type(error).__name__}: {' '.join(str(error).split())[:2000]}"]
     several = len(found) > 1
     return [
@@ -234,10 +278,16 @@ def problems_of(job: Job) -> list[str]:
 
 def main(words: list[str] | None = None) -> int:
     """Returns 1 if a kernel must not be shipped."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kinds", nargs="*", help="triton, cuda; default both")
-    parser.add_argument("--quick", action="store_true", help="one configuration of every Triton kernel")
-    parser.add_argument("--arch", default=",".join(TARGETS), help="comma-separated names; default all")
+    parser.add_argument(
+        "--quick", action="store_true", help="one configuration of every Triton kernel"
+    )
+    parser.add_argument(
+        "--arch", default=",".join(TARGETS), help="comma-separated names; default all"
+    )
     parser.add_argument("--only", default="", help="only kernels or files whose name contains this")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
     chosen = parser.parse_args(words)
@@ -245,20 +295,35 @@ def main(words: list[str] | None = None) -> int:
     for what, values, known in (("--arch", names, TARGETS), ("kinds", kinds, ("triton", "cuda"))):
         if unknown := [value for value in values if value not in known]:
             parser.error(f"{what} must be among {', '.join(known)}; got {', '.join(unknown)}")
-    few: dict[str, Any] = {"dtypes": ("bfloat16",), "quick": True, "sizes": (shipped.T5_BASE,)} if chosen.quick else {}
+    few: dict[str, Any] = (
+        {"dtypes": ("bfloat16",), "quick": True, "sizes": (shipped.T5_BASE,)}
+        if chosen.quick
+        else {}
+    )
     uses: dict[Job, str] = {**shipped_jobs(names, **few)} if "triton" in kinds else {}
     uses |= dict.fromkeys(sources(names), "csrc") if "cuda" in kinds else {}
     jobs = [job for job in uses if chosen.only in job.name]
     print(f"{len(jobs)} to compile, {chosen.jobs} at a time", file=sys.stderr, flush=True)
     wrong = 0
-    with ProcessPoolExecutor(max(1, min(chosen.jobs, len(jobs))), mp_context=get_context("spawn")) as pool:
-        for number, (job, problems) in enumerate(zip(jobs, pool.map(problems_of, jobs), strict=True), 1):
+    with ProcessPoolExecutor(
+        max(1, min(chosen.jobs, len(jobs))), mp_context=get_context("spawn")
+    ) as pool:
+        for number, (job, problems) in enumerate(
+            zip(jobs, pool.map(problems_of, jobs), strict=True), 1
+        ):
             for problem in problems:
-                print(f"{job.name} {job.configuration} on {job.architecture} ({uses[job]}): {problem}", file=sys.stderr)
+                print(
+                    f"{job.name} {job.configuration} on {job.architecture} ({uses[job]}): "
+                    f"{problem}",
+                    file=sys.stderr,
+                )
             wrong += len(problems)
             if number % 100 == 0:
                 print(f"{number} compiled", file=sys.stderr, flush=True)
-    print(f"{len({job.name for job in jobs})} kernels and files, {len(jobs)} configurations, {wrong} failures")
+    print(
+        f"{len({job.name for job in jobs})} kernels and files, {len(jobs)} configurations, {wrong} "
+        "failures"
+    )
     return 1 if wrong else 0
 
 

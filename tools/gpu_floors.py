@@ -1,17 +1,21 @@
-"""How fast the GPU kernels can be at best, from their machine code; needs no GPU. Bounds, nothing is measured.
+"""How fast the GPU kernels can be at best, from their machine code; needs no GPU. Bounds, nothing
+is measured.
 
-A layer is called on tensors without memory, forward and with its backward; every launch is recorded as it would be made
-(with PyTorch's own operations), and every kernel is compiled for an H100. A launch's floor is the largest of four
-times: to *issue* its instructions (4 a cycle and multiprocessor), to move each of its tensors once (*memory*), to
-multiply, padding included (*tensor*), and to *wait*: its programs run in waves, as many at once as registers and shared
-memory allow, and a wave lasts as long as one program's instructions, barriers, waits and dependent loads, at the cycles
-of `BARRIER` and `LOAD`. A warp executes Triton's instructions as often as the loops around them run, `TRIPS`, with
-tokens spread evenly over the experts. Launches follow one another. ``x_dense`` divides the sum of a call's floors by
-that of the dense network's own launches, by the same rules; it has the limits.
+A layer is called on tensors without memory, forward and with its backward; every launch is recorded
+as it would be made (with PyTorch's own operations), and every kernel is compiled for an H100. A
+launch's floor is the largest of four times: to *issue* its instructions (4 a cycle and
+multiprocessor), to move each of its tensors once (*memory*), to multiply, padding included
+(*tensor*), and to *wait*: its programs run in waves, as many at once as registers and shared memory
+allow, and a wave lasts as long as one program's instructions, barriers, waits and dependent loads,
+at the cycles of `BARRIER` and `LOAD`. A warp executes Triton's instructions as often as the loops
+around them run, `TRIPS`, with tokens spread evenly over the experts. Launches follow one another.
+``x_dense`` divides the sum of a call's floors by that of the dense network's own launches, by the
+same rules; it has the limits.
 
-bench/results/ahead-of-time/gpu.json keeps the figures. The tool fails where a call has more launches, a larger floor or
-a larger ``x_dense`` than there, where a limit that was kept is exceeded, and where a call is not there; limits that are
-missed are named; ``--kernels`` prints every launch; ``--write`` keeps the new figures.
+bench/results/ahead-of-time/gpu.json keeps the figures. The tool fails where a call has more
+launches, a larger floor or a larger ``x_dense`` than there, where a limit that was kept is
+exceeded, and where a call is not there; limits that are missed are named; ``--kernels`` prints
+every launch; ``--write`` keeps the new figures.
 """
 
 from __future__ import annotations
@@ -43,19 +47,24 @@ from mpoe_kernels.triton.start import cdiv
 TABLE = Path(__file__).resolve().parents[1] / "bench" / "results" / "ahead-of-time" / "gpu.json"
 MORE = 1.02  # a kernel may have this many times the table's figures
 ARCHITECTURE = "sm_90"
-# An H100 with SXM: multiprocessors, cycles a second, FLOP/s that good 16-bit products reach, bytes a second; registers,
-# bytes of shared memory, of which every program takes some more, and warps of a multiprocessor.
+# An H100 with SXM: multiprocessors, cycles a second, FLOP/s that good 16-bit products reach, bytes
+# a second; registers, bytes of shared memory, of which every program takes some more, and warps of
+# a multiprocessor.
 UNITS, CLOCK, FLOPS, BANDWIDTH = 132, 1.755e9, 800e12, 3e12
 REGISTERS, SHARED, SHARED_MORE, WARPS = 65536, 228 << 10, 1 << 10, 64
-# Cycles, fixed before any figure was seen. Of a load: an H100's L2 cache, 200 (table 3 of PMC10448217, which says 400
-# for its memory). Of a barrier: 20, the table's shared memory, through which a barrier goes at least once.
+# Cycles, fixed before any figure was seen. Of a load: an H100's L2 cache, 200 (table 3 of
+# PMC10448217, which says 400
+# for its memory). Of a barrier: 20, the table's shared memory, through which a barrier goes at
+# least once.
 LOAD, BARRIER = 200, 20
 CASES = {case.name: case for case in cases(few=True)}
 
 
 def recorded(layer: nn.Module, case: Case, training: bool) -> list[Launch | Library]:
     """What a call of a layer without memory launches, in order."""
-    x = torch.empty(case.tokens, case.model, dtype=torch.bfloat16, device="meta", requires_grad=training)
+    x = torch.empty(
+        case.tokens, case.model, dtype=torch.bfloat16, device="meta", requires_grad=training
+    )
     with ExitStack() as patches, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nothing balances the experts of a single layer
         patches.enter_context(patch.object(router, "_on_gpu", lambda _: True))
@@ -84,7 +93,8 @@ def _parts(a: Arguments) -> int:
 
 
 def _steps(a: Arguments, parts: int) -> float:
-    """Tiles of a weight that a program sums over: digits of the central core, and of the side that is summed."""
+    """Tiles of a weight that a program sums over: digits of the central core, and of the side that
+    is summed."""
     side, k, n = (0, "KL", "NL") if a["OF_RIGHT"] else (2, "KR", "NR")
     tiles = cdiv(a["K_SIZES"][side], a[k]) * cdiv(a["N_SIZES"][side], a[n])
     return a["K_SIZES"][1] * a["N_SIZES"][1] / parts * tiles
@@ -102,7 +112,10 @@ TRIPS: dict[str, Callable[[Arguments, tuple[int, ...]], Sequence[float]]] = {
     "grouped_rows_kernel": lambda a, _: (cdiv(a["K"], a["BK"]),),
     "grouped_blocks_kernel": lambda a, _: (_rows(a) * a["P"] / _parts(a) / a["BK"],),
     "grouped_sum_kernel": lambda a, _: divmod(_parts(a), 4),  # the compiler unrolls the loop
-    "fused_kernel": lambda a, _: (cdiv(a["K_SIZES"][2], a["KR"]), cdiv(a["K_SIZES"][0], a["KL"]) * a["K_SIZES"][1]),
+    "fused_kernel": lambda a, _: (
+        cdiv(a["K_SIZES"][2], a["KR"]),
+        cdiv(a["K_SIZES"][0], a["KL"]) * a["K_SIZES"][1],
+    ),
     "gradient_kernel": lambda a, g: (_steps(a, g[1]), a["TOKENS"] / g[2] / a["BT"]),
     # Loops for tokens without an expert count not at all.
     "neurons_fused_kernel": lambda a, g: (
@@ -110,21 +123,27 @@ TRIPS: dict[str, Callable[[Arguments, tuple[int, ...]], Sequence[float]]] = {
         cdiv(a["width"], a["BK"]),
         cdiv(cdiv(a["last"] - a["first"], a["BK"]), g[1]),
     ),
-    "neurons_hidden_kernel": lambda a, _: [cdiv(a[n], a["BK"]) for n in ("width", "out_width")[: 1 + a["BACKWARD"]]],
+    "neurons_hidden_kernel": lambda a, _: [
+        cdiv(a[n], a["BK"]) for n in ("width", "out_width")[: 1 + a["BACKWARD"]]
+    ],
     "neurons_rows_kernel": lambda a, _: (1 + a["GATED"]) * (cdiv(a["neurons"], a["BK"]),),
     "neurons_few_kernel": lambda a, _: (a["TOP_K"], cdiv(a["neurons"], a["BK"])),
     # A loop over slots for each of the gradients; a program runs one of the four, or none.
-    "neurons_weights_kernel": lambda a, _: [math.ceil(_rows(a) / a["BK"]) / 4 for name in _WEIGHTS if a[name]],
+    "neurons_weights_kernel": lambda a, _: [
+        math.ceil(_rows(a) / a["BK"]) / 4 for name in _WEIGHTS if a[name]
+    ],
     "hidden_rows_kernel": lambda a, _: (0, a["share"]),
     "hidden_blocks_kernel": lambda a, _: (a["share"], math.ceil(_rows(a) / a["BM"])),
 }
-# Kernels with a program for every tile of BM rows of an expert; the grid has more, which return at once.
+# Kernels with a program for every tile of BM rows of an expert; the grid has more, which return at
+# once.
 TILED = {"neurons_fused_kernel", "neurons_hidden_kernel", "neurons_rows_kernel"}
 TILED |= {"hidden_rows_kernel", "grouped_rows_kernel", "fused_kernel"}
 
 
 def busy_programs(launch: Launch, a: Arguments) -> float:
-    """Programs that do not return at once; `fused_kernel` has its tiles of columns in the first axis too."""
+    """Programs that do not return at once; `fused_kernel` has its tiles of columns in the first
+    axis too."""
     programs = math.prod(launch.grid)
     if launch.name == "grouped_blocks_kernel":
         return launch.grid[0] * a["EXPERTS"] * _parts(a)
@@ -140,12 +159,14 @@ def busy_programs(launch: Launch, a: Arguments) -> float:
 def at_once(binary: Binary, warps: int) -> int:
     """Programs that a multiprocessor runs together."""
     registers = max(binary.registers, 1) * 32 * warps
-    return max(1, min(REGISTERS // registers, SHARED // (binary.shared + SHARED_MORE), WARPS // warps))
+    return max(
+        1, min(REGISTERS // registers, SHARED // (binary.shared + SHARED_MORE), WARPS // warps)
+    )
 
 
 class Cost(NamedTuple):
-    """Of one launch: see the module; ``instructions``, ``barriers``, ``loads``: of a warp, 0 for PyTorch's
-    operations."""
+    """Of one launch: see the module; ``instructions``, ``barriers``, ``loads``: of a warp, 0 for
+    PyTorch's operations."""
 
     kernel: str
     programs: float
@@ -208,15 +229,23 @@ def worse(call: str, found: Figures, kept: Figures, limit: float | None) -> list
     most["launches"] = kept["launches"]
     if limit is not None and kept["x_dense"] <= limit:
         most["x_dense"] = limit
-    return [f"{call}: {name} {found[name]}; at most {value:g}" for name, value in most.items() if found[name] > value]
+    return [
+        f"{call}: {name} {found[name]}; at most {value:g}"
+        for name, value in most.items()
+        if found[name] > value
+    ]
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Returns 1 if something is worse than the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="only calls whose name contains this")
     parser.add_argument("--kernels", action="store_true", help="print the floors of every launch")
-    parser.add_argument("--write", action="store_true", help="keep the figures instead of comparing them")
+    parser.add_argument(
+        "--write", action="store_true", help="keep the figures instead of comparing them"
+    )
     chosen = parser.parse_args(words)
     table: dict[str, Figures] = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     lines: list[str] = []
@@ -225,12 +254,19 @@ def main(words: Sequence[str] | None = None) -> int:
         if chosen.only not in call:
             continue
         training = phase == "training"
-        costs = [cost_of(launch, case.tokens) for launch in recorded(case.layer("meta"), case, training)]
+        costs = [
+            cost_of(launch, case.tokens) for launch in recorded(case.layer("meta"), case, training)
+        ]
         for cost in costs if chosen.kernels else []:
             print(f"  {cost}")
         found = figures(case, costs, training)
         limit = case.limits[number]
-        print(call, found, f"at most {limit}: missed" if limit and found["x_dense"] > limit else "", flush=True)
+        print(
+            call,
+            found,
+            f"at most {limit}: missed" if limit and found["x_dense"] > limit else "",
+            flush=True,
+        )
         if chosen.write:
             table[call] = found
         elif call in table:

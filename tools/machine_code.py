@@ -15,8 +15,12 @@ import triton
 
 from mpoe_kernels.triton.architecture import SHARED_MEMORY
 
-# Matrix instructions. NVIDIA: warp (HMMA), warpgroup (HGMMA), fifth generation (UTC..MMA). AMD: mfma.
-MATRIX = {"cuda": re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b"), "hip": re.compile(r"\bv_(?:mfma|smfmac)_")}
+# Matrix instructions. NVIDIA: warp (HMMA), warpgroup (HGMMA), fifth generation (UTC..MMA). AMD:
+# mfma.
+MATRIX = {
+    "cuda": re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b"),
+    "hip": re.compile(r"\bv_(?:mfma|smfmac)_"),
+}
 _LOCAL = re.compile(r"\b(?:STL|LDL)\b")
 # Kernels of csrc/cuda that multiply in types of tensor cores, by the compiler's name.
 _PRODUCT = re.compile(r"(?:gradient|rebuilt)_kernelI.*(?:__nv_bfloat16|__half)")
@@ -39,10 +43,12 @@ class Binary(NamedTuple):
         registers: registers per thread.
         spills: instructions (NVIDIA) or registers (AMD) that go through local memory.
         stack: bytes of local memory per thread.
-        shared: bytes of shared memory per program; of csrc/cuda's kernels without what a launch asks for.
+        shared: bytes of shared memory per program; of csrc/cuda's kernels without what a launch
+            asks for.
         tensor_memory: columns of tensor memory; sm_100 only.
         matrix_instructions: number of instructions for tensor or matrix cores.
-        wants_matrix: whether it multiplies types that those cores take: 16-bit floats, or float32 as TF32.
+        wants_matrix: whether it multiplies types that those cores take: 16-bit floats, or float32
+            as TF32.
         code: the instructions.
     """
 
@@ -64,7 +70,10 @@ class Binary(NamedTuple):
         if self.shared > limit:
             found.append(f"needs {self.shared} bytes of shared memory; {architecture} has {limit}")
         if self.tensor_memory > _TENSOR_MEMORY_COLUMNS:
-            found.append(f"needs {self.tensor_memory} columns of tensor memory; there are {_TENSOR_MEMORY_COLUMNS}")
+            found.append(
+                f"needs {self.tensor_memory} columns of tensor memory; there are "
+                f"{_TENSOR_MEMORY_COLUMNS}"
+            )
         if self.wants_matrix and not self.matrix_instructions:
             found.append("multiplies matrices without a tensor-core instruction")
         return found
@@ -81,14 +90,18 @@ def disassembled(cubin: Path) -> dict[str, Binary]:
     for name, code in zip(codes[::2], codes[1::2], strict=True):
         registers, stack, shared = sizes[name]
         matrix, wants = len(MATRIX["cuda"].findall(code)), bool(_PRODUCT.search(name))
-        binaries[name] = Binary(registers, len(_LOCAL.findall(code)), stack, shared, 0, matrix, wants, code)
+        binaries[name] = Binary(
+            registers, len(_LOCAL.findall(code)), stack, shared, 0, matrix, wants, code
+        )
     return binaries
 
 
 def find(program: str) -> str | None:
     """The program's path: on PATH, in the toolkit's usual folder, or in the triton wheel."""
     wheel = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    return shutil.which(program) or shutil.which(program, path=f"/usr/local/cuda/bin{os.pathsep}{wheel}")
+    return shutil.which(program) or shutil.which(
+        program, path=f"/usr/local/cuda/bin{os.pathsep}{wheel}"
+    )
 
 
 def _flops(words: str) -> float:
@@ -107,16 +120,25 @@ def code_of(text: str) -> list[tuple[int, str]]:
 def loops_of(code: Sequence[tuple[int, str]]) -> list[tuple[int, int]]:
     """First and last address of every loop, the outer ones first.
 
-    None are the endless one behind the end, what returns from there, and what only waits for a barrier in memory.
+    None are the endless one behind the end, what returns from there, and what only waits for a
+    barrier in memory.
     """
     found: dict[int, int] = {}
     end = max((address for address, text in code if "EXIT" in text), default=math.inf)
     for address, text in code:
         back = _BACK.search(text)
-        if back and int(back[1], 16) < address and not (address > end and text.startswith("BRA 0x")):
+        if (
+            back
+            and int(back[1], 16) < address
+            and not (address > end and text.startswith("BRA 0x"))
+        ):
             found[int(back[1], 16)] = max(address, found.get(int(back[1], 16), 0))
     waits = {address for address, text in code if _WAIT.search(text)}
-    loops = [each for each in found.items() if each[1] - each[0] > 128 or not waits & set(range(*each, 16))]
+    loops = [
+        each
+        for each in found.items()
+        if each[1] - each[0] > 128 or not waits & set(range(*each, 16))
+    ]
     return sorted(loops, key=lambda loop: (loop[0], -loop[1]))
 
 
@@ -125,8 +147,8 @@ class Executed(NamedTuple):
 
     Attributes:
         instructions, barriers: how many.
-        loads: how often it must wait for global memory: for a loaded number that is used, or for asynchronous copies;
-            of copies that are issued n loop turns ahead, an nth of a wait.
+        loads: how often it must wait for global memory: for a loaded number that is used, or for
+            asynchronous copies; of copies that are issued n loop turns ahead, an nth of a wait.
         flops: of matrix instructions.
     """
 
@@ -145,7 +167,9 @@ def _times(address: int, loops: Sequence[tuple[tuple[int, int], float]]) -> floa
     return math.prod(n for (first, last), n in loops if first <= address <= last)
 
 
-def _loads(code: Sequence[tuple[int, str]], loops: Sequence[tuple[tuple[int, int], float]]) -> float:
+def _loads(
+    code: Sequence[tuple[int, str]], loops: Sequence[tuple[tuple[int, int], float]]
+) -> float:
     """See `Executed`. Loads whose results are first used together count once."""
     total = 0.0
     pending: dict[int, float] = {}  # registers that are loaded -> how often
@@ -157,7 +181,9 @@ def _loads(code: Sequence[tuple[int, str]], loops: Sequence[tuple[tuple[int, int
             total += _times(address, loops) / (1 + int(wait[1], 16) / max(1, groups))
         load = _LOAD.search(words)
         destination, _, sources = words.partition(",")
-        read = _registers(sources if load or "," in words else words) | _registers(" ".join(_PLACE.findall(words)))
+        read = _registers(sources if load or "," in words else words) | _registers(
+            " ".join(_PLACE.findall(words))
+        )
         if used := [pending[register] for register in read if register in pending]:
             total += max(used)
             pending.clear()
@@ -170,16 +196,23 @@ def _loads(code: Sequence[tuple[int, str]], loops: Sequence[tuple[tuple[int, int
 def executed(name: str, text: str, trips: Sequence[float]) -> Executed:
     """What a warp executes of a kernel's machine code.
 
-    ``trips``: how often each loop runs for each run of the loop around it, in the order of `loops_of`. Loops that run
-    once, and inner ones (the last), which the compiler unrolled, may be missing in the code. Raises ValueError if it
-    has more.
+    ``trips``: how often each loop runs for each run of the loop around it, in the order of
+    `loops_of`. Loops that run once, and inner ones (the last), which the compiler unrolled, may be
+    missing in the code. Raises ValueError if it has more.
     """
     code = code_of(text)
     loops = loops_of(code)
-    given = list(trips) if len(trips) == len(loops) else [each for each in trips if each != 1][: len(loops)]
+    given = (
+        list(trips)
+        if len(trips) == len(loops)
+        else [each for each in trips if each != 1][: len(loops)]
+    )
     if len(given) < len(loops):
         sizes = [sum(first <= address <= last for address, _ in code) for first, last in loops]
-        raise ValueError(f"{name} has loops of {sizes} instructions; tools/gpu_floors.py says how often {trips} run")
+        raise ValueError(
+            f"{name} has loops of {sizes} instructions; tools/gpu_floors.py says how often {trips} "
+            "run"
+        )
     counted = list(zip(loops, given, strict=True))
     instructions = barriers = flops = 0.0
     for address, words in code:

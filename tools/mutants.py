@@ -1,13 +1,15 @@
-"""Do the tests see bugs? Plants cosmic-ray's mutations in Python code, one at a time, and runs the tests they reach.
+"""Do the tests see bugs? Plants cosmic-ray's mutations in Python code, one at a time, and runs the
+tests they reach.
 
-    python tools/mutants.py                       # 600 of all areas; continues where an earlier run ended
+    python tools/mutants.py                       # 600 of all areas; continues an earlier run
     python tools/mutants.py --areas router export --count 40
     python tools/mutants.py --areas router checkpoints --count 8 --least .75  # what CI runs
 
-`tools/mutants.toml` lists the areas: files, and the tests that must see a change in them; and the survivors that are
-known, with the reasons. The checkout is not changed: mutations are made in a copy. An area's tests run once to record
-which of them reach which lines, and how long each takes; a mutant then costs the import of our packages and its tests,
-the short ones first, up to the first failure.
+`tools/mutants.toml` lists the areas: files, and the tests that must see a change in them; and the
+survivors that are known, with the reasons. The checkout is not changed: mutations are made in a
+copy. An area's tests run once to record which of them reach which lines, and how long each takes; a
+mutant then costs the import of our packages and its tests, the short ones first, up to the first
+failure.
 """
 
 from __future__ import annotations
@@ -44,17 +46,26 @@ from cosmic_ray.work_item import MutationSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-SAME = ("_Eq_Is", "_NotEq_IsNot", "_Is_Eq", "_IsNot_NotEq")  # operators: of short strings, numbers, classes and None
+SAME = (
+    "_Eq_Is",
+    "_NotEq_IsNot",
+    "_Is_Eq",
+    "_IsNot_NotEq",
+)  # operators: of short strings, numbers, classes and None
 ORDER_OF_TEXTS = r'[<>]=? "'  # in place of == "...": no slip of a writer
-IGNORED = ("strict", "stacklevel", "maxsize")  # arguments: of `zip`, where it holds; of warnings; of caches
+IGNORED = (
+    "strict",
+    "stacklevel",
+    "maxsize",
+)  # arguments: of `zip`, where it holds; of warnings; of caches
 SHORTEST_LIMIT, TIMES = 60.0, 3.0  # seconds; and of what its tests take without a mutation
 DURATIONS = "durations.json"
 
 
 @dataclass(frozen=True)
 class Area:
-    """``files``: globs of what is changed; ``tests``: arguments of pytest that must see it; ``survivors``: how the
-    names of known ones begin, with the reasons."""
+    """``files``: globs of what is changed; ``tests``: arguments of pytest that must see it;
+    ``survivors``: how the names of known ones begin, with the reasons."""
 
     name: str
     files: list[str]
@@ -67,8 +78,8 @@ class Area:
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change: ``name`` tells file, definition and the line before and after; ``text`` is the whole changed file,
-    ``lines`` those of the changed statement."""
+    """One change: ``name`` tells file, definition and the line before and after; ``text`` is the
+    whole changed file, ``lines`` those of the changed statement."""
 
     area: Area
     file: str
@@ -84,13 +95,16 @@ def read_areas(path: Path) -> list[Area]:
 
 
 def mutants_of(area: Area) -> Iterator[Mutant]:
-    """What cosmic-ray's operators can change in the area's files, in an order that looks random and that other files'
-    changes keep."""
+    """What cosmic-ray's operators can change in the area's files, in an order that looks random and
+    that other files' changes keep."""
     paths = sorted(path for glob in area.files for path in ROOT.glob(glob))
     with use_db(":memory:") as database:
         init(paths, database, {})
         found = [change for item in database.work_items for change in item.mutations]
-    names = {f"{each.module_path.relative_to(ROOT)} {each.operator_name} {each.occurrence}": each for each in found}
+    names = {
+        f"{each.module_path.relative_to(ROOT)} {each.operator_name} {each.occurrence}": each
+        for each in found
+    }
     for name in sorted(names, key=lambda name: random.Random(name).random()):
         mutant = mutant_at(area, names[name])
         if mutant is not None:
@@ -102,7 +116,11 @@ def mutant_at(area: Area, change: MutationSpec) -> Mutant | None:
     before = change.module_path.read_text(encoding="utf-8")
     operator = get_operator(change.operator_name)(**change.operator_args)
     after = mutate_code(before, operator, change.occurrence)
-    if after is None or change.operator_name.endswith(SAME) or _meaning(after) in (None, _meaning(before)):
+    if (
+        after is None
+        or change.operator_name.endswith(SAME)
+        or _meaning(after) in (None, _meaning(before))
+    ):
         return None
     pairs = zip(before.splitlines(), after.splitlines(), strict=False)
     old, new = next(((a.strip(), b.strip()) for a, b in pairs if a != b), ("", ""))
@@ -142,7 +160,8 @@ def _statement(tree: ast.Module, line: int) -> range:
 
 
 def sample(areas: list[Area], count: int) -> list[Mutant]:
-    """``count`` mutants, as many of every area as of the others while they last; the same ones every time."""
+    """``count`` mutants, as many of every area as of the others while they last; the same ones
+    every time."""
     turns = itertools.zip_longest(*(mutants_of(area) for area in areas))
     found: dict[str, Mutant] = {}
     for mutant in filter(None, itertools.chain.from_iterable(turns)):
@@ -154,7 +173,9 @@ def sample(areas: list[Area], count: int) -> list[Mutant]:
 
 def copy_of_tree(folder: Path) -> None:
     """What git knows, and the built kernels."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
     built = [str(path.relative_to(ROOT)) for path in ROOT.glob("mpoe_kernels/_*") if path.is_file()]
     for name in {*filter(None, listed.split("\0")), *built}:
         if (ROOT / name).is_file():
@@ -165,8 +186,9 @@ def copy_of_tree(folder: Path) -> None:
 def run_tests(
     tests: list[str], folder: Path, seconds: float | None, record: coverage.Coverage | None = None
 ) -> int | None:
-    """Exit status of pytest in a fork of this process; None if it takes longer than ``seconds``. ``record`` keeps which
-    tests reach a line; that of none is an import. ``folder / DURATIONS`` tells how long each took, with it."""
+    """Exit status of pytest in a fork of this process; None if it takes longer than ``seconds``.
+    ``record`` keeps which tests reach a line; that of none is an import. ``folder / DURATIONS``
+    tells how long each took, with it."""
     durations: dict[str, float] = {}
 
     class Contexts:
@@ -185,10 +207,15 @@ def run_tests(
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.chdir(folder)
-        sys.path[:] = [str(folder), *(path for path in sys.path if path and Path(path).resolve() != ROOT)]
+        sys.path[:] = [
+            str(folder),
+            *(path for path in sys.path if path and Path(path).resolve() != ROOT),
+        ]
         os.environ["PYTHONPATH"] = str(folder)
         sys.dont_write_bytecode = record is None  # what is recorded is not changed
-        with record.collect() if record is not None else nullcontext():  # conftest files import what is recorded
+        with (
+            record.collect() if record is not None else nullcontext()
+        ):  # conftest files import what is recorded
             status = pytest.main([*OPTIONS, *tests], plugins=[Contexts()])
         if record is not None:
             record.save()
@@ -206,21 +233,27 @@ def run_tests(
 
 
 class Reach:
-    """What an area's tests reach, and how many seconds each takes, by running them without a mutation."""
+    """What an area's tests reach, and how many seconds each takes, by running them without a
+    mutation."""
 
     def __init__(self, area: Area, folder: Path) -> None:
         paths = [str(path) for glob in area.files for path in folder.glob(glob)]
-        record = coverage.Coverage(data_file=str(folder / f"reach-{area.name}"), include=paths, messages=False)
+        record = coverage.Coverage(
+            data_file=str(folder / f"reach-{area.name}"), include=paths, messages=False
+        )
         if run_tests(area.tests, folder, None, record) != 0:
             print((folder / "mutants.log").read_text()[-3000:])
-            raise SystemExit(f"the tests of area {area.name} must pass without a mutation; they do not")
+            raise SystemExit(
+                f"the tests of area {area.name} must pass without a mutation; they do not"
+            )
         self.seconds: dict[str, float] = json.loads((folder / DURATIONS).read_text())
         record.load()
         self.lines = {path: record.get_data().contexts_by_lineno(path) for path in paths}
         print(f"{area.name}: {sum(self.seconds.values()):.0f} s")
 
     def tests(self, path: Path, lines: range) -> list[str]:
-        """Those that may see a change of lines, short ones first; all of the file's if an import reaches them."""
+        """Those that may see a change of lines, short ones first; all of the file's if an import
+        reaches them."""
         by_line = self.lines[str(path)]
         found = {test for line, tests in by_line.items() if line in lines for test in tests}
         if "" in found:
@@ -235,20 +268,33 @@ def outcome(mutant: Mutant, reach: Reach, folder: Path) -> str:
     if not tests:
         return "unreached"
     path.write_text(mutant.text, encoding="utf-8")
-    status = run_tests(tests, folder, SHORTEST_LIMIT + TIMES * sum(reach.seconds[test] for test in tests))
+    status = run_tests(
+        tests, folder, SHORTEST_LIMIT + TIMES * sum(reach.seconds[test] for test in tests)
+    )
     shutil.copy2(ROOT / mutant.file, path)
     return "timeout" if status is None else "failed" if status else "passed"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status 1 if fewer than ``--least`` of the mutants are seen, known survivors aside."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     areas = read_areas(ROOT / "tools" / "mutants.toml")
-    parser.add_argument("--areas", nargs="*", choices=[area.name for area in areas], help="only these")
+    parser.add_argument(
+        "--areas", nargs="*", choices=[area.name for area in areas], help="only these"
+    )
     parser.add_argument("--count", type=int, default=600)
-    parser.add_argument("--least", type=float, default=0.95, help="share of them that must be seen; default: .95")
+    parser.add_argument(
+        "--least", type=float, default=0.95, help="share of them that must be seen; default: .95"
+    )
     kept = ROOT / "build" / "mutants.json"
-    parser.add_argument("--results", type=Path, default=kept, help="JSON: what became of every mutant; default: build")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=kept,
+        help="JSON: what became of every mutant; default: build",
+    )
     asked = parser.parse_args(arguments)
     areas = [area for area in areas if not asked.areas or area.name in asked.areas]
     chosen = sample(areas, asked.count)
@@ -270,11 +316,19 @@ def main(arguments: list[str] | None = None) -> int:
             results.with_suffix(".new").write_text(json.dumps(outcomes, indent=1))
             os.replace(results.with_suffix(".new"), results)
     known = [m for m in chosen if m.area.knows(m.name)]
-    survived = [m for m in chosen if outcomes.get(m.name) in ("passed", "unreached") and m not in known]
-    total, missed = Counter(m.area.name for m in chosen), Counter(m.area.name for m in (*survived, *known))
+    survived = [
+        m for m in chosen if outcomes.get(m.name) in ("passed", "unreached") and m not in known
+    ]
+    total, missed = (
+        Counter(m.area.name for m in chosen),
+        Counter(m.area.name for m in (*survived, *known)),
+    )
     for name, count in total.items():
         print(f"{name:20} {count - missed[name]:4} of {count:4} seen")
-    print(f"{len(chosen) - len(survived) - len(known)} of {len(chosen)} seen, {len(known)} known survivors")
+    print(
+        f"{len(chosen) - len(survived) - len(known)} of {len(chosen)} seen, {len(known)} known "
+        "survivors"
+    )
     for mutant in survived:
         print(f"survived: {mutant.name}")
     return 1 if len(survived) > (1 - asked.least) * (len(chosen) - len(known)) else 0

@@ -1,8 +1,10 @@
-"""The notebooks of examples/: made from the scripts there and run, with their output stored; and as pages of the docs.
+"""The notebooks of examples/: made from the scripts there and run, with their output stored; and as
+pages of the docs.
 
     python tools/notebooks.py [NAME ...]    writes examples/NAME.ipynb; needs pip install ".[docs]"
 
-The scripts are the source: every cell of a notebook is a cell (`# %%`) of its script. For mkdocs this is a hook.
+The scripts are the source: every cell of a notebook is a cell (`# %%`) of its script. For mkdocs
+this is a hook.
 """
 
 from __future__ import annotations
@@ -16,11 +18,14 @@ from typing import Any
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 NAMES = ("convert_and_look", "fine_tune_and_compare", "several_domains")
-NO_ARGUMENTS = "import sys\n\nsys.argv = sys.argv[:1]  # those of the notebook's kernel are not the script's"
+NO_ARGUMENTS = (
+    "import sys\n\nsys.argv = sys.argv[:1]  # those of the notebook's kernel are not the script's"
+)
 
 
 def cells_of(script: str) -> list[tuple[str, str]]:
-    """The cells of a script, as ``("markdown" | "code", text)``. A paragraph on shell usage is left out."""
+    """The cells of a script, as ``("markdown" | "code", text)``. A paragraph on shell usage is left
+    out."""
     cells = []
     for part in script.split("# %%")[1:]:
         if part.startswith(" [markdown]"):
@@ -39,7 +44,9 @@ def notebook(name: str) -> Any:
     made = v4.new_notebook()
     cells = cells_of((EXAMPLES / f"{name}.py").read_text(encoding="utf-8"))
     for kind, text in [*cells[:1], ("code", NO_ARGUMENTS), *cells[1:]]:
-        made.cells.append(v4.new_markdown_cell(text) if kind == "markdown" else v4.new_code_cell(text))
+        made.cells.append(
+            v4.new_markdown_cell(text) if kind == "markdown" else v4.new_code_cell(text)
+        )
         made.cells[-1]["id"] = f"cell-{len(made.cells)}"  # not random
     return made
 
@@ -48,16 +55,22 @@ def run(made: Any, folder: Path) -> Any:
     """Execute all cells in ``folder``; an error in a cell stops the run."""
     from nbclient import NotebookClient
 
-    NotebookClient(made, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    NotebookClient(
+        made, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    ).execute()
     for cell in made.cells:
         cell.metadata.pop("execution", None)  # times
-        cell["outputs"] = [output for output in cell.get("outputs", []) if output.get("name") != "stderr"]
+        cell["outputs"] = [
+            output for output in cell.get("outputs", []) if output.get("name") != "stderr"
+        ]
         for output in cell["outputs"]:
             if "text" in output:
                 output["text"] = plain(output["text"])
         if cell.cell_type == "markdown":
             del cell["outputs"]
-    made.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    made.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}
+    }
     return made
 
 
@@ -67,7 +80,8 @@ def plain(text: str) -> str:
 
 
 def page_of(notebook: dict[str, Any]) -> str:
-    """A notebook's JSON as Markdown: text, code, printed output as text, pictures embedded in the page."""
+    """A notebook's JSON as Markdown: text, code, printed output as text, pictures embedded in the
+    page."""
     parts = []
     for cell in notebook["cells"]:
         source = "".join(cell["source"])

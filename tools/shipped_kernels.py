@@ -1,7 +1,8 @@
-"""Calls that between them launch every Triton kernel in every configuration that ships, and what a call launches.
+"""Calls that between them launch every Triton kernel in every configuration that ships, and what a
+call launches.
 
-Calls are made on tensors without memory while launches are recorded, so neither a GPU nor memory is needed. A kernel
-that is launched only at other sizes needs its own call in `problems`.
+Calls are made on tensors without memory while launches are recorded, so neither a GPU nor memory is
+needed. A kernel that is launched only at other sizes needs its own call in `problems`.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def bytes_of(values: Iterable[Any]) -> int:
 
 
 class Recorder(TorchDispatchMode):
-    """Appends PyTorch's operations to ``log``, as `recorded` does Triton's launches, unless ``only_ours``."""
+    """Appends PyTorch's operations to ``log``, as `recorded` does Triton's launches, unless
+    ``only_ours``."""
 
     def __init__(self, log: list[Any], only_ours: bool = False) -> None:
         super().__init__()
@@ -87,16 +89,28 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         inputs, outputs = tree_leaves((args, kwargs)), tree_leaves(result)
         given = {each.untyped_storage()._cdata for each in inputs if isinstance(each, Tensor)}
-        new = any(isinstance(each, Tensor) and each.untyped_storage()._cdata not in given for each in outputs)
+        new = any(
+            isinstance(each, Tensor) and each.untyped_storage()._cdata not in given
+            for each in outputs
+        )
         if "empty" not in str(func) and (new or func._schema.is_mutable):
-            flops = flop_registry.get(func.overloadpacket, lambda *_, **__: 0)(*args, **kwargs, out_val=result)
-            self.log.append(Library(func._schema.name.removeprefix("aten::"), flops, bytes_of([*inputs, *outputs])))
+            flops = flop_registry.get(func.overloadpacket, lambda *_, **__: 0)(
+                *args, **kwargs, out_val=result
+            )
+            self.log.append(
+                Library(
+                    func._schema.name.removeprefix("aten::"), flops, bytes_of([*inputs, *outputs])
+                )
+            )
         return result
 
 
 @contextmanager
-def as_on_gpu(architecture: str, tile: int | None = None, only_ours: bool = False) -> Iterator[list[Any]]:
-    """Calls of our ops on tensors without memory are made as on a GPU; gives the log of what they launch.
+def as_on_gpu(
+    architecture: str, tile: int | None = None, only_ours: bool = False
+) -> Iterator[list[Any]]:
+    """Calls of our ops on tensors without memory are made as on a GPU; gives the log of what they
+    launch.
 
     Args:
         architecture: one of `mpoe_kernels.triton.architecture.ARCHITECTURES`.
@@ -118,7 +132,8 @@ def as_on_gpu(architecture: str, tile: int | None = None, only_ours: bool = Fals
 
 
 class Sizes(NamedTuple):
-    """Widths of a feed-forward layer, and numbers of experts, the first of which is used where one is enough."""
+    """Widths of a feed-forward layer, and numbers of experts, the first of which is used where one
+    is enough."""
 
     model: int
     hidden: int
@@ -130,7 +145,8 @@ LARGE_SIZES = (Sizes(4096, 14336, (8, 64)), Sizes(768, 3072, (1024,)))
 
 
 class Problem(NamedTuple):
-    """Calls of the ops: a description, what makes them, and whether to try all shipped tiles on them."""
+    """Calls of the ops: a description, what makes them, and whether to try all shipped tiles on
+    them."""
 
     name: str
     run: Callable[[], object]
@@ -171,7 +187,10 @@ def shapes(sizes: Sizes = T5_BASE) -> dict[str, tuple[MPOShape, MPOShape]]:
         "light 64": (MPOShape.light(*up, 64), MPOShape.light(*down, 64)),
     }
     for bond in (16, 32, 64, 128, None):
-        found[f"paper {bond or 'full'}"] = MPOShape.paper(*up, max_bond=bond), MPOShape.paper(*down, max_bond=bond)
+        found[f"paper {bond or 'full'}"] = (
+            MPOShape.paper(*up, max_bond=bond),
+            MPOShape.paper(*down, max_bond=bond),
+        )
     return found
 
 
@@ -198,12 +217,24 @@ def run_linear(
     d = BlockDims.of_shape(shape)
     sizes = (experts, d.iL, d.jL, d.a), (d.a, d.iC, d.jC, d.b), (experts, d.b, d.iR, d.jR)
     left, central, right = (_leaf(*size, dtype=dtype) for size in sizes)
-    blocks = MPOBlocks(left, central.requires_grad_(not masked), right, shape.in_features, shape.out_features)
+    blocks = MPOBlocks(
+        left, central.requires_grad_(not masked), right, shape.in_features, shape.out_features
+    )
     bias = None if activation is None or not biased else _leaf(shape.out_features, dtype=dtype)
-    where = Routing(_integers(experts + 1, dtype=torch.int32), _integers(tokens), _integers(tokens, 1))
+    where = Routing(
+        _integers(experts + 1, dtype=torch.int32), _integers(tokens), _integers(tokens, 1)
+    )
     rows, offsets = _leaf(tokens, shape.in_features, dtype=dtype), where.expert_offsets
-    options: dict[str, Any] = {"strategy": strategy, "activation": activation, "row_index": where.token_of_slot}
-    with nullcontext() if on_chip else patch.object(linear_triton, "fused_reasons", lambda *_: ["product by product"]):
+    options: dict[str, Any] = {
+        "strategy": strategy,
+        "activation": activation,
+        "row_index": where.token_of_slot,
+    }
+    with (
+        nullcontext()
+        if on_chip
+        else patch.object(linear_triton, "fused_reasons", lambda *_: ["product by product"])
+    ):
         _called(grouped_mpo_linear, rows, blocks, offsets, bias, **options)
         with torch.no_grad():
             gates = _leaf(tokens, 1, dtype=torch.float32)
@@ -211,9 +242,11 @@ def run_linear(
 
 
 def _linear(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
-    """Every strategy that may be chosen, up (with ReLU and bias) and down (without); some with what is rarer."""
+    """Every strategy that may be chosen, up (with ReLU and bias) and down (without); some with what
+    is rarer."""
     for (name, pair), (experts, tokens) in product(
-        shapes(sizes).items(), product(sizes.experts[: 1 if few else None], TOKENS[:: 2 if few else 1])
+        shapes(sizes).items(),
+        product(sizes.experts[: 1 if few else None], TOKENS[:: 2 if few else 1]),
     ):
         if few and name not in ("paper 64", "separable"):
             continue
@@ -226,7 +259,10 @@ def _linear(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
                 if name in ("paper 64", "separable") and direction == "down":
                     options.append({"masked": True})
                 if name == "separable" and direction == "up":
-                    options += [{"activation": each, "biased": False} for each in ACTIVATIONS[: 1 if few else None]]
+                    options += [
+                        {"activation": each, "biased": False}
+                        for each in ACTIVATIONS[: 1 if few else None]
+                    ]
                 if name in ("paper 32", "separable") and first and direction == "up":
                     options += [{"activation": other} for other in ACTIVATIONS[1:]]
                 for more in options:
@@ -234,29 +270,47 @@ def _linear(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
                     yield Problem(label, partial(run_linear, *given, plan.strategy, **more), first)
 
 
-def run_routing(experts: int, tokens: int, top_k: int, width: int, dtype: torch.dtype, limited: bool) -> None:
-    """A router's gates, the sort, and the rows there and back; ``limited``: with a capacity and masked tokens."""
+def run_routing(
+    experts: int, tokens: int, top_k: int, width: int, dtype: torch.dtype, limited: bool
+) -> None:
+    """A router's gates, the sort, and the rows there and back; ``limited``: with a capacity and
+    masked tokens."""
     for raw in (False, True):
         weight = _integers(experts, width, dtype=torch.float32)
         x = _integers(tokens, width, dtype=dtype)
         for of_router in (weight, weight.to(dtype)):
-            decided = gates_of_router.gate(gates_of_router.router_logits(x, of_router), top_k, raw, 1.0)
+            decided = gates_of_router.gate(
+                gates_of_router.router_logits(x, of_router), top_k, raw, 1.0
+            )
         for dlogits in (None, decided.logits):
             gates_of_router.gate_backward(
                 decided, dlogits, decided.top_k_weights, raw, 1.0, in_parts=dtype == torch.bfloat16
             )
-    limits = (tokens * top_k // experts + 1, _integers(tokens, dtype=torch.bool)) if limited else (None, None)
+    limits = (
+        (tokens * top_k // experts + 1, _integers(tokens, dtype=torch.bool))
+        if limited
+        else (None, None)
+    )
     where = route(_integers(tokens, top_k), experts, *limits, backend="triton")
     _called(dispatch, _leaf(tokens, width, dtype=dtype), where)
-    rows, gates = _leaf(tokens * top_k, width, dtype=dtype), _leaf(tokens, top_k, dtype=torch.float32)
+    rows, gates = (
+        _leaf(tokens * top_k, width, dtype=dtype),
+        _leaf(tokens, top_k, dtype=torch.float32),
+    )
     _called(combine, rows, where, gates)
 
 
 def _routing(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
     """At every power of two of pairs that one program sorts, and beyond."""
     loads = sizes.experts[:1] if few else sizes.experts
-    tokens_of = {1: (4096, *(1 << bit for bit in range(4, routing.FEW.bit_length()))), 2: TOKENS, 8: TOKENS}
-    for experts, (top_k, counts), limited in product((*loads, MOST_EXPERTS), tokens_of.items(), (False, True)):
+    tokens_of = {
+        1: (4096, *(1 << bit for bit in range(4, routing.FEW.bit_length()))),
+        2: TOKENS,
+        8: TOKENS,
+    }
+    for experts, (top_k, counts), limited in product(
+        (*loads, MOST_EXPERTS), tokens_of.items(), (False, True)
+    ):
         for tokens in counts:
             work = partial(run_routing, experts, tokens, top_k, sizes.model, dtype, limited)
             yield Problem(f"routing E={experts} T={tokens} K={top_k}{' limited' * limited}", work)
@@ -269,14 +323,25 @@ NEURON_SIZES = ((8, 2, 64), (8, 2, 512), (64, 8, 128), (64, 16, 8))
 
 
 def run_hidden(
-    units: int, tokens: int, dtype: torch.dtype, gated: bool, experts: int, top_k: int, per_group: bool, block: int
+    units: int,
+    tokens: int,
+    dtype: torch.dtype,
+    gated: bool,
+    experts: int,
+    top_k: int,
+    per_group: bool,
+    block: int,
 ) -> None:
     """`hidden_experts` between the products of the layer, with biases."""
     size = experts, units // block if per_group else 1, block, block
     right, left, right_gate = (_leaf(*size, dtype=dtype) for _ in range(3))
     u, u_gate = (_leaf(tokens, units, dtype=dtype) for _ in range(2))
     gates, bias = _leaf(tokens, top_k, dtype=torch.float32), _leaf(experts, units, dtype=dtype)
-    more = {"activation": "silu", "u_gate": u_gate, "right_gate": right_gate} if gated else {"activation": "gelu"}
+    more = (
+        {"activation": "silu", "u_gate": u_gate, "right_gate": right_gate}
+        if gated
+        else {"activation": "gelu"}
+    )
     _called(hidden_experts, u, gates, _integers(tokens, top_k), right, left, bias, **more)
 
 
@@ -291,15 +356,21 @@ def run_neurons(
     _called(neuron_experts, x, gates, _integers(tokens, top_k), up, down, bias, **more)
 
 
-def _experts(run: Callable[..., None], dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
+def _experts(
+    run: Callable[..., None], dtype: torch.dtype, few: bool, sizes: Sizes
+) -> Iterator[Problem]:
     """Gated and not, on every tile."""
-    kinds, width = (HIDDEN_SIZES, sizes.hidden) if run is run_hidden else (NEURON_SIZES, sizes.model)
+    kinds, width = (
+        (HIDDEN_SIZES, sizes.hidden) if run is run_hidden else (NEURON_SIZES, sizes.model)
+    )
     kinds = kinds[: 2 if few else None]
     if sizes != T5_BASE:
         kinds = tuple((experts, *kind[1:]) for experts in sizes.experts for kind in kinds)
     for kind, gated, tokens in product(kinds, (False, True), TOKENS[:: 2 if few else 1]):
         label = f"{run.__name__} {kind} {'gated ' if gated else ''}T={tokens}"
-        yield Problem(label, partial(run, width, tokens, dtype, gated, *kind), not few and tokens == TOKENS[0])
+        yield Problem(
+            label, partial(run, width, tokens, dtype, gated, *kind), not few and tokens == TOKENS[0]
+        )
 
 
 FAMILIES = {

@@ -1,11 +1,13 @@
-"""Fails a test run that leaves a `raise` statement of the packages unreached, and lists such statements.
+"""Fails a test run that leaves a `raise` statement of the packages unreached, and lists such
+statements.
 
     PYTHONPATH=tools PYTEST_ADDOPTS="-p untested_refusals" python -m pytest -n 2
 
-A pytest plugin: it marks the statements when the packages are imported, so tests run at their usual speed. Statements
-count if they are reached in pytest's own process, in those of pytest-xdist or in those that tests start; random inputs
-do not count, because nobody wrote down which error they should get. A statement that such a run cannot reach says so
-itself: ``# reached only ...`` on its first line, with the reason.
+A pytest plugin: it marks the statements when the packages are imported, so tests run at their usual
+speed. Statements count if they are reached in pytest's own process, in those of pytest-xdist or in
+those that tests start; random inputs do not count, because nobody wrote down which error they
+should get. A statement that such a run cannot reach says so itself: ``# reached only ...`` on its
+first line, with the reason.
 """
 
 from __future__ import annotations
@@ -28,7 +30,13 @@ PACKAGES = ("mpoe", "mpoe_kernels")
 EXCUSE = "# reached only "
 RANDOM = "tests/faults/test_fuzz.py::test_inputs"
 # Part of the language's protocols, not about a user's mistake.
-_PROTOCOL = ("AttributeError", "NotImplementedError", "KeyboardInterrupt", "SystemExit", "StopIteration")
+_PROTOCOL = (
+    "AttributeError",
+    "NotImplementedError",
+    "KeyboardInterrupt",
+    "SystemExit",
+    "StopIteration",
+)
 _FOLDER = "MPOE_REACHED"  # names the folder where every process writes what it reached
 _reached: set[str] = set()
 
@@ -68,7 +76,9 @@ class _Loader(SourceFileLoader):
 
 
 class _Finder(MetaPathFinder):
-    def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: Any = None
+    ) -> ModuleSpec | None:
         if name.partition(".")[0] not in PACKAGES:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
@@ -92,13 +102,22 @@ class _Report:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        reached = {site for file in self.folder.iterdir() for site in file.read_text(encoding="utf-8").splitlines()}
+        reached = {
+            site
+            for file in self.folder.iterdir()
+            for site in file.read_text(encoding="utf-8").splitlines()
+        }
         paths = (path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py")))
         every = [refusal for path in paths for refusal in refusals(path)]
         missed = [(site, line) for site, line in every if site not in reached]
-        untested = [f"{Path(site).relative_to(ROOT)}: {line}" for site, line in missed if EXCUSE not in line]
+        untested = [
+            f"{Path(site).relative_to(ROOT)}: {line}" for site, line in missed if EXCUSE not in line
+        ]
         elsewhere = len(missed) - len(untested)
-        summary = f"{len(every)} refusals: {len(every) - len(missed)} reached, {elsewhere} beyond this run, "
+        summary = (
+            f"{len(every)} refusals: {len(every) - len(missed)} reached, {elsewhere} beyond "
+            "this run, "
+        )
         self.lines = [*untested, f"{summary}{len(untested)} untested"]
         if untested and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

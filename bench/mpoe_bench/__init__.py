@@ -1,1 +1,2 @@
-"""Benchmarks of mpoe: MPO experts and their peers, measured in one process, checked before they are timed."""
+"""Benchmarks of mpoe: MPO experts and their peers, measured in one process, checked before they are
+timed."""

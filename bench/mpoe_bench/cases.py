@@ -15,7 +15,8 @@ from mpoe_kernels.mpo.shape import MPOShape
 
 @lru_cache(maxsize=64)
 def workload_shape(name: str, in_features: int, out_features: int) -> MPOShape:
-    """``paper_full``, ``paper_B`` (bond B), ``light_P``, or ``separable`` for a weight ``[in, out]``.
+    """``paper_full``, ``paper_B`` (bond B), ``light_P``, or ``separable`` for a weight ``[in,
+    out]``.
 
     Raises:
         ValueError: another name.
@@ -24,10 +25,14 @@ def workload_shape(name: str, in_features: int, out_features: int) -> MPOShape:
     if name == "separable":
         return MPOShape.separable(in_features, out_features)
     if kind == "paper" and (size == "full" or size.isdigit()):
-        return MPOShape.paper(in_features, out_features, max_bond=None if size == "full" else int(size))
+        return MPOShape.paper(
+            in_features, out_features, max_bond=None if size == "full" else int(size)
+        )
     if kind == "light" and size.isdigit():
         return MPOShape.light(in_features, out_features, int(size))
-    raise ValueError(f"name must be 'separable', 'paper_full', 'paper_BOND' or 'light_P'; got {name!r}")
+    raise ValueError(
+        f"name must be 'separable', 'paper_full', 'paper_BOND' or 'light_P'; got {name!r}"
+    )
 
 
 @dataclass(frozen=True)
@@ -67,11 +72,14 @@ class Workload:
 
 
 def _held_out() -> tuple[Workload, ...]:
-    """Every 37th of 1,800 combinations, so that every size, shape, number, dtype and phase meets the others."""
+    """Every 37th of 1,800 combinations, so that every size, shape, number, dtype and phase meets
+    the others."""
     sizes = ((512, 2048), (2048, 512), (1024, 4096), (4096, 1024), (3072, 768))
     shapes = ("paper_full", "paper_48", "paper_24", "light_32", "separable")
     phases = ((False, False), (True, False), (True, True))
-    combinations = product(shapes, (4, 16, 48), (torch.float32, torch.bfloat16), (1, 24, 256, 1024), phases, sizes)
+    combinations = product(
+        shapes, (4, 16, 48), (torch.float32, torch.bfloat16), (1, 24, 256, 1024), phases, sizes
+    )
     return tuple(
         Workload(shape, *size, experts, tokens, dtype, *phase)
         for shape, experts, dtype, tokens, phase, size in islice(combinations, 0, None, 37)
@@ -83,7 +91,10 @@ JUDGED_WORKLOADS: tuple[Workload, ...] = _held_out()
 
 
 def random_cores(
-    shape: MPOShape, num_experts: int, dtype: torch.dtype = torch.float64, requires_grad: bool = False
+    shape: MPOShape,
+    num_experts: int,
+    dtype: torch.dtype = torch.float64,
+    requires_grad: bool = False,
 ) -> list[Tensor]:
     """Cores with entries of unit-variance products; auxiliary ones carry the expert axis."""
     cores = []
@@ -95,18 +106,23 @@ def random_cores(
 
 
 def random_blocks(
-    shape: MPOShape, num_experts: int, dtype: torch.dtype = torch.float64, requires_grad: bool = False
+    shape: MPOShape,
+    num_experts: int,
+    dtype: torch.dtype = torch.float64,
+    requires_grad: bool = False,
 ) -> MPOBlocks:
     """Blocks as leaves, for tests of the ops themselves."""
     blocks = fold(random_cores(shape, num_experts, dtype), shape=shape, num_experts=num_experts)
     left, central, right = (
-        t.detach().contiguous().requires_grad_(requires_grad) for t in (blocks.left, blocks.central, blocks.right)
+        t.detach().contiguous().requires_grad_(requires_grad)
+        for t in (blocks.left, blocks.central, blocks.right)
     )
     return MPOBlocks(left, central, right, shape.in_features, shape.out_features, shape)
 
 
 def expert_choice(kind: str, num_tokens: int, num_experts: int, top_k: int = 1) -> Tensor:
-    """``[T, K]`` expert numbers: ``uniform``, ``zipf`` (weights 1/rank), ``all_to_one`` or ``some_idle``."""
+    """``[T, K]`` expert numbers: ``uniform``, ``zipf`` (weights 1/rank), ``all_to_one`` or
+    ``some_idle``."""
     if kind == "all_to_one":
         first = torch.full((num_tokens,), num_experts - 1)
         return torch.stack([(first + k) % num_experts for k in range(top_k)], 1)
@@ -117,14 +133,17 @@ def expert_choice(kind: str, num_tokens: int, num_experts: int, top_k: int = 1) 
     elif kind == "uniform":
         weights = torch.ones(num_experts)
     else:
-        raise ValueError(f"kind must be 'uniform', 'zipf', 'all_to_one' or 'some_idle'; got {kind!r}")
+        raise ValueError(
+            f"kind must be 'uniform', 'zipf', 'all_to_one' or 'some_idle'; got {kind!r}"
+        )
     if num_tokens == 0:
         return torch.zeros(0, top_k, dtype=torch.int64)
     return torch.multinomial(weights.expand(num_tokens, -1), top_k)
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:
-    """``||actual - truth||_2 / ||truth||_2`` in float64; the absolute error where the truth is zero."""
+    """``||actual - truth||_2 / ||truth||_2`` in float64; the absolute error where the truth is
+    zero."""
     truth = truth.detach().double()
     difference = float((actual.detach().double() - truth).norm())
     norm = float(truth.norm())

@@ -1,4 +1,5 @@
-"""A contender: something that computes a case's result, checked against float64 before it is timed, and its memory."""
+"""A contender: something that computes a case's result, checked against float64 before it is timed,
+and its memory."""
 
 from __future__ import annotations
 
@@ -20,10 +21,12 @@ from mpoe_kernels import BackendError
 NOT_HERE = "not here"  # prefix of the reason why a contender cannot take part
 # Results are published, so they must not contain a machine's folder names.
 FOLDERS = re.compile(r"(?<![\w.])/[^\s:'\"]*/")
-# Allowed error: a multiple of the error of the reference run in the same dtype, with a floor in units of rounding.
+# Allowed error: a multiple of the error of the reference run in the same dtype, with a floor in
+# units of rounding.
 ERROR_FACTOR = 3.0
 ERROR_UNITS = 16.0
-# Where rounding decides whether a pre-activation passes ReLU, one element changes a gradient in float32 by more.
+# Where rounding decides whether a pre-activation passes ReLU, one element changes a gradient in
+# float32 by more.
 GRADIENT_ERROR = 4e-3
 Tensors = Mapping[str, Tensor]
 Result = TypeVar("Result")
@@ -32,20 +35,25 @@ Result = TypeVar("Result")
 class CaptureError(RuntimeError):
     """A capture failed after it had begun.
 
-    PyTorch then leaves the device's random generator and allocator capturing: anything that the process does with them
-    from then on fails.
+    PyTorch then leaves the device's random generator and allocator capturing: anything that the
+    process does with them from then on fails.
     """
 
 
 def gradients_of(leaves: Tensors) -> dict[str, Tensor]:
-    """``d<name>`` of every leaf that is trained; zeros where the backward pass never reached it (an idle expert)."""
+    """``d<name>`` of every leaf that is trained; zeros where the backward pass never reached it (an
+    idle expert)."""
     trained = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    return {f"d{n}": torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for n, leaf in trained.items()}
+    return {
+        f"d{n}": torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        for n, leaf in trained.items()
+    }
 
 
 @dataclass(frozen=True)
 class Truth:
-    """Float64 results by name (``y``, and ``d<name>`` for leaves), and the errors of the same formula in a dtype."""
+    """Float64 results by name (``y``, and ``d<name>`` for leaves), and the errors of the same
+    formula in a dtype."""
 
     values: Tensors
     own_errors: Mapping[str, float]
@@ -54,8 +62,13 @@ class Truth:
     @classmethod
     def of(cls, results: Callable[[torch.dtype], Tensors], dtype: torch.dtype) -> Truth:
         """Of something that gives its results in any dtype; it is asked for float64 last."""
-        same, exact = ({n: v.detach().cpu() for n, v in results(kind).items()} for kind in (dtype, torch.float64))
-        return cls(exact, {name: relative_error(same[name], value) for name, value in exact.items()}, dtype)
+        same, exact = (
+            {n: v.detach().cpu() for n, v in results(kind).items()}
+            for kind in (dtype, torch.float64)
+        )
+        return cls(
+            exact, {name: relative_error(same[name], value) for name, value in exact.items()}, dtype
+        )
 
     def compare(self, results: Tensors) -> tuple[dict[str, float], list[str]]:
         """Relative L2 error of every result of the right shape; and what is wrong, in words."""
@@ -80,9 +93,11 @@ class Contender:
     Attributes:
         function: the differentiable computation, whose result is checked.
         leaves: by name, tensors whose gradients a training pass fills, x included.
-        grad_y: gradient of the result for the backward pass, after which the leaves' gradients are checked.
+        grad_y: gradient of the result for the backward pass, after which the leaves' gradients are
+            checked.
         facts: anything the report shows: shape, backend, floor, parameters.
-        step: what ``train`` runs instead of forward and backward: a whole optimizer step; nothing of it is checked.
+        step: what ``train`` runs instead of forward and backward: a whole optimizer step; nothing
+            of it is checked.
         timed: what is timed as a forward pass, if not `function`.
     """
 
@@ -124,9 +139,9 @@ class Comparison:
     Attributes:
         key, title: names in the results and in the report.
         context: makes what the contenders share.
-        contenders: (name, kind, builder), the first of which is the baseline by whose time the others' are divided.
-            Kinds are ``limit``, ``mpoe`` and ``peer``; a builder gets the context and raises `BackendError` with
-            its reason.
+        contenders: (name, kind, builder), the first of which is the baseline by whose time the
+            others' are divided. Kinds are ``limit``, ``mpoe`` and ``peer``; a builder gets the
+            context and raises `BackendError` with its reason.
         tokens: per call, for tokens per second.
         facts: JSON-able description of the case.
         phases: which of ``forward`` and ``train`` (forward + backward) to time.
@@ -163,7 +178,8 @@ def checked(
     """Build a contender, run it forward and backward once, and fill its row except for times.
 
     Returns:
-        The contender if every result agrees with the truth, and its row, whose ``reason`` else says what is wrong.
+        The contender if every result agrees with the truth, and its row, whose ``reason`` else says
+        what is wrong.
     """
     row: dict[str, Any] = {"name": name, "kind": kind, "reason": None}
     memory: dict[str, dict[str, int]] = {}
@@ -171,9 +187,13 @@ def checked(
     try:
         contender, truth = build(context)
         row |= contender.facts
-        for phase, run in (("forward", torch.no_grad()(contender.function)), ("train", contender.call("train"))):
+        for phase, run in (
+            ("forward", torch.no_grad()(contender.function)),
+            ("train", contender.call("train")),
+        ):
             if run is not None:
-                run()  # a first call may time how it computes, or create an optimizer's state: not counted
+                # a first call may time how it computes, or create an optimizer's state: not counted
+                run()
                 contender.release()
                 memory[phase], y = peak_memory(run, device, resident=phase == "train")
                 results |= {"y": y} if phase == "forward" else {}
@@ -183,7 +203,9 @@ def checked(
         contender.release()
     except BackendError as error:
         return None, {**row, "reason": f"{NOT_HERE}: {error}"}
-    except Exception as error:  # any failure: the others are still measured, and the report states the reason
+    except (
+        Exception
+    ) as error:  # any failure: the others are still measured, and the report states the reason
         return None, {**row, "reason": failure_text(error)}
     if faults:
         return None, {**row, "reason": f"wrong result, not timed: {'; '.join(faults)}"}
@@ -191,10 +213,12 @@ def checked(
 
 
 def resident_peak(function: Callable[[], object]) -> int | None:
-    """Call the function; peak growth of resident memory meanwhile, ``None`` where the system does not report it.
+    """Call the function; peak growth of resident memory meanwhile, ``None`` where the system does
+    not report it.
 
-    The C library's free memory is returned first, so that the call must fetch every page that it uses. Call the
-    function once beforehand; otherwise what it loads or compiles the first time counts too.
+    The C library's free memory is returned first, so that the call must fetch every page that it
+    uses. Call the function once beforehand; otherwise what it loads or compiles the first time
+    counts too.
     """
 
     def kibibytes(field: str) -> int:
@@ -218,12 +242,12 @@ def peak_memory(
 ) -> tuple[dict[str, int], Result]:
     """Run ``function``; returns bytes on top of what was allocated before, and its result.
 
-    ``peak``: the most that was held at any time: temporaries, saved activations, results, gradients; ``kept``: the part
-    still alive when the call returned (its result, gradients).
+    ``peak``: the most that was held at any time: temporaries, saved activations, results,
+    gradients; ``kept``: the part still alive when the call returned (its result, gradients).
 
-    On the CPU, every allocation by torch's allocator counts; with ``resident``, what libraries and kernels allocate
-    directly from the system too, by the process's resident memory in a second run. On CUDA, the caching allocator's
-    counters are read.
+    On the CPU, every allocation by torch's allocator counts; with ``resident``, what libraries and
+    kernels allocate directly from the system too, by the process's resident memory in a second run.
+    On CUDA, the caching allocator's counters are read.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -237,20 +261,27 @@ def peak_memory(
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as record:
             result = function()
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
     current = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         current += event.nbytes()
         peak = max(peak, current)
-    return {"peak": max(peak, (resident_peak(function) or 0) if resident else 0), "kept": current}, result
+    return {
+        "peak": max(peak, (resident_peak(function) or 0) if resident else 0),
+        "kept": current,
+    }, result
 
 
 def graphed(function: Callable[[], object]) -> Callable[[], None]:
-    """``function`` captured in a CUDA graph: launch overhead vanishes. Its inputs must keep their storage.
+    """``function`` captured in a CUDA graph: launch overhead vanishes. Its inputs must keep their
+    storage.
 
-    It is called four times before: kernels are compiled, and synchronisation is detected while nothing is captured.
+    It is called four times before: kernels are compiled, and synchronisation is detected while
+    nothing is captured.
 
     Raises:
         RuntimeError: the function synchronises; nothing was captured.

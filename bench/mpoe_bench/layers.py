@@ -1,10 +1,13 @@
-"""Layers with their routers, as models hold them, their peers, and the dense network on the same tokens.
+"""Layers with their routers, as models hold them, their peers, and the dense network on the same
+tokens.
 
-`cases` lists what a GPU must compute fast, with limits: tools/gpu_floors.py bounds them, `bench/gpu.sh` measures them,
-and ``python -m mpoe_bench.layers`` runs them once, forward and backward, for a profiler.
+`cases` lists what a GPU must compute fast, with limits: tools/gpu_floors.py bounds them,
+`bench/gpu.sh` measures them, and ``python -m mpoe_bench.layers`` runs them once, forward and
+backward, for a profiler.
 
-Every contender has weights of its own and is held to the results of a plain module with the same ones in float64. Few
-tokens pass through one layer, whose weights stay in the processor's caches, or through twelve, as in a model.
+Every contender has weights of its own and is held to the results of a plain module with the same
+ones in float64. Few tokens pass through one layer, whose weights stay in the processor's caches, or
+through twelve, as in a model.
 """
 
 from __future__ import annotations
@@ -36,10 +39,14 @@ PHASES = ("forward", "training")
 class Dense(nn.Module):
     """``down(act(up x))``, four times as wide inside unless ``hidden`` says otherwise."""
 
-    def __init__(self, model: int, activation: str, hidden: int | None = None, **placed: Any) -> None:
+    def __init__(
+        self, model: int, activation: str, hidden: int | None = None, **placed: Any
+    ) -> None:
         super().__init__()
         self.act, hidden = ACTIVATIONS[activation], hidden or 4 * model
-        self.up, self.down = (nn.Linear(*s, False, **placed) for s in ((model, hidden), (hidden, model)))
+        self.up, self.down = (
+            nn.Linear(*s, False, **placed) for s in ((model, hidden), (hidden, model))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.act(self.up(x)))
@@ -69,7 +76,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        """``paper max_bond 64 masked d=768 E=8 k=1``; of other than `TOKENS` tokens, ``T=64`` too."""
+        """``paper max_bond 64 masked d=768 E=8 k=1``; of other than `TOKENS` tokens, ``T=64``
+        too."""
         words = [self.shape, *(f"{key} {value}" for key, value in self.options.items())]
         words += ["masked"] * self.masked
         words += [f"d={self.model} E={self.experts} k={self.top_k}"]
@@ -83,7 +91,8 @@ class Case:
         activation: str = "relu",
         dtype: torch.dtype = torch.bfloat16,
     ) -> nn.Module:
-        """With random weights, also of experts that start adding nothing, so that every gradient is one of numbers."""
+        """With random weights, also of experts that start adding nothing, so that every gradient is
+        one of numbers."""
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
         config = MPOEConfig(
             num_experts=self.experts,
@@ -120,7 +129,14 @@ def cases(models: tuple[int, ...] = (768, 4096), few: bool = False) -> Iterator[
     for model in models:
         bond, neurons = min(64, model // 4), min(64, model // 4)
         yield Case("neurons", model, 8, 2, (1.3, 1.4), {"neurons": neurons})
-        yield Case("neurons", model, 64, 8, (1.2, 1.2) if model >= 4096 else (1.6, 1.8), {"neurons": neurons})
+        yield Case(
+            "neurons",
+            model,
+            64,
+            8,
+            (1.2, 1.2) if model >= 4096 else (1.6, 1.8),
+            {"neurons": neurons},
+        )
         if few and model < 4096:
             yield Case("neurons", model, 64, 8, (2.5, None), {"neurons": neurons}, tokens=64)
         for experts in (8, 64):
@@ -132,14 +148,17 @@ def cases(models: tuple[int, ...] = (768, 4096), few: bool = False) -> Iterator[
 
 
 def mixtures(model: int) -> dict[str, Case]:
-    """Around a dense network, by name, for a model's size: those that have a target, or that users run by default."""
+    """Around a dense network, by name, for a model's size: those that have a target, or that users
+    run by default."""
     m = min(64, max(model // 12, 1))
 
     def neurons(experts: int, size: int, top_k: int, **latent: int) -> Case:
         return Case("neurons", model, experts, top_k, options={"neurons": size, **latent})
 
     def hidden(experts: int, per_group: bool) -> Case:
-        return Case("hidden", model, experts, 2, options={"block_size": m, "block_per_group": per_group})
+        return Case(
+            "hidden", model, experts, 2, options={"block_size": m, "block_per_group": per_group}
+        )
 
     return {
         "hidden 8, per group, 2": hidden(8, True),
@@ -152,8 +171,8 @@ def mixtures(model: int) -> dict[str, Case]:
 
 
 def named_case(name: str, model: int, experts: int, masked: bool = False) -> Case:
-    """``paper_full``, ``paper_B`` (bond B), ``light_P`` or ``separable``, one expert per token; of a model made for a
-    test, bonds are smaller."""
+    """``paper_full``, ``paper_B`` (bond B), ``light_P`` or ``separable``, one expert per token; of
+    a model made for a test, bonds are smaller."""
     shape, _, size = name.partition("_")
     options = {"max_bond": min(int(size), max(model // 6, 1))} if size.isdigit() else {}
     return Case(shape, model, experts, 1, options=options, masked=masked)
@@ -173,7 +192,8 @@ class Layer(NamedTuple):
 
     Attributes:
         name, kind: see `Comparison`.
-        make: the module; of True, one with parameters of the same names that computes the same in plain PyTorch.
+        make: the module; of True, one with parameters of the same names that computes the same in
+            plain PyTorch.
         facts: for its row, from the module.
     """
 
@@ -187,21 +207,34 @@ def case_layer(label: str, shape: str, case: Case, backend: str, at: Place) -> L
     """Experts of ours on a backend; ``shape`` is that of its row."""
 
     def facts(layer: Any) -> dict[str, Any]:
-        """The floor: fewest FLOPs of any strategy, router in, relative to the dense network's, by phase."""
+        """The floor: fewest FLOPs of any strategy, router in, relative to the dense network's, by
+        phase."""
         router = case.experts / (8 * case.model)
         if hasattr(layer, "relative_flops"):
             floor = {"forward": layer.relative_flops(case.top_k) + router}
         else:
             floor = {}
             for phase, training in (("forward", False), ("train", True)):
-                options: Any = {"training": training, "mask_central": case.masked, "top_k": case.top_k}
+                options: Any = {
+                    "training": training,
+                    "mask_central": case.masked,
+                    "top_k": case.top_k,
+                }
                 shapes = layer.experts.up.shape, layer.experts.down.shape
-                plans = [plan_contraction(shape, case.experts, at.tokens, at.dtype, **options) for shape in shapes]
-                floor[phase] = sum(plan.flops for plan in plans) / sum(plan.dense_flops for plan in plans) + router
+                plans = [
+                    plan_contraction(shape, case.experts, at.tokens, at.dtype, **options)
+                    for shape in shapes
+                ]
+                floor[phase] = (
+                    sum(plan.flops for plan in plans) / sum(plan.dense_flops for plan in plans)
+                    + router
+                )
         return {"shape": shape, "backend": backend, "masked": case.masked, "floor": floor}
 
     make = partial(case.layer, at.device, dtype=at.dtype)
-    return Layer(f"{label} [{backend}]", "mpoe", lambda plain: make("eager" if plain else backend), facts)
+    return Layer(
+        f"{label} [{backend}]", "mpoe", lambda plain: make("eager" if plain else backend), facts
+    )
 
 
 def peer_layers(names: Sequence[str], experts: int, at: Place) -> Iterator[Layer]:
@@ -219,7 +252,9 @@ def original_layer(shape: str, experts: int, at: Place) -> Layer:
 
 def stock(name: str, at: Place) -> Layer:
     """One of `STOCK_LAYERS`."""
-    return Layer(name, "peer", lambda _: STOCK_LAYERS[name](at.model, at.tokens).to(at.device, at.dtype))
+    return Layer(
+        name, "peer", lambda _: STOCK_LAYERS[name](at.model, at.tokens).to(at.device, at.dtype)
+    )
 
 
 def _built(
@@ -232,7 +267,9 @@ def _built(
     plain.load_state_dict(module.state_dict())
 
     def results(dtype: torch.dtype) -> dict[str, Tensor]:
-        own = plain.double() if dtype == torch.float64 else plain  # routers stay in float32 beside 16 bits
+        own = (
+            plain.double() if dtype == torch.float64 else plain
+        )  # routers stay in float32 beside 16 bits
         own.zero_grad()
         leaf = x.detach().to(dtype).requires_grad_(grad_y is not None)
         y = own(leaf)
@@ -242,14 +279,22 @@ def _built(
         return {"y": y, **gradients_of({"x": leaf, **dict(own.named_parameters())})}
 
     facts = size_facts(modules, dtype) | dict(layer.facts(module))
-    contender = Contender(lambda: module(x), {"x": x, **dict(module.named_parameters())}, grad_y, facts)
+    contender = Contender(
+        lambda: module(x), {"x": x, **dict(module.named_parameters())}, grad_y, facts
+    )
     if count > 1:
         contender.timed = lambda: modules(x)
     return contender, Truth.of(results, dtype)
 
 
 def layers_comparison(
-    key: str, title: str, layers: Sequence[Layer], at: Place, train: bool = True, count: int = 1, **facts: Any
+    key: str,
+    title: str,
+    layers: Sequence[Layer],
+    at: Place,
+    train: bool = True,
+    count: int = 1,
+    **facts: Any,
 ) -> Comparison:
     """``layers`` beside the dense network, on the same tokens.
 
@@ -259,8 +304,8 @@ def layers_comparison(
         layers: the contenders.
         at: where.
         train: whether forward and backward are timed too.
-        count: layers in a row. Of several, which need much memory, the first one's result is checked and the forward
-            passes of all are timed, in evaluation mode.
+        count: layers in a row. Of several, which need much memory, the first one's result is
+            checked and the forward passes of all are timed, in evaluation mode.
         facts: more of the case.
     """
     model, hidden, train = at.model, 4 * at.model, train and count == 1
@@ -273,7 +318,13 @@ def layers_comparison(
     limit = Layer(LIMIT, "limit", lambda _: Dense(model, "relu", device=at.device, dtype=at.dtype))
     built = partial(_built, count=count, dtype=at.dtype)
     builds = [(each.name, each.kind, partial(built, layer=each)) for each in (limit, *layers)]
-    known = {"model": model, "hidden": hidden, "tokens": at.tokens, "layers": count, "dtype": dtype_name(at.dtype)}
+    known = {
+        "model": model,
+        "hidden": hidden,
+        "tokens": at.tokens,
+        "layers": count,
+        "dtype": dtype_name(at.dtype),
+    }
     title = f"{title} {model}x{hidden} T={at.tokens} {dtype_name(at.dtype)}"
     title += f", {count} of them" if count > 1 else ""
     phases = ("forward", "train") if train else ("forward",)
@@ -281,7 +332,8 @@ def layers_comparison(
 
 
 def traced(run: Callable[[], object], folder: Path, name: str) -> None:
-    """Print the kernels of a call by their time, and write its trace, which Chrome and Perfetto open."""
+    """Print the kernels of a call by their time, and write its trace, which Chrome and Perfetto
+    open."""
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
@@ -294,8 +346,12 @@ def traced(run: Callable[[], object], folder: Path, name: str) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Run layers once, forward and backward, for a profiler.")
-    parser.add_argument("--trace", type=Path, help="a folder for torch.profiler's traces, of a second call each")
+    parser = argparse.ArgumentParser(
+        description="Run layers once, forward and backward, for a profiler."
+    )
+    parser.add_argument(
+        "--trace", type=Path, help="a folder for torch.profiler's traces, of a second call each"
+    )
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--backend", help="of the layers; default: the choice")
     chosen = parser.parse_args(words)

@@ -30,17 +30,22 @@ def _runs_on(backend: str, device: str) -> bool:
         return False
 
 
-def backends_to_measure(names: str | None, suite: str = "targets", device: str = "cpu") -> tuple[str, ...]:
+def backends_to_measure(
+    names: str | None, suite: str = "targets", device: str = "cpu"
+) -> tuple[str, ...]:
     """The backends that a run measures.
 
     Args:
-        names: ``None`` (auto, which users get, and eager, which every installation has), ``"all"`` (auto and every
-            backend that runs here), or names separated by commas. ``auto`` is the package's own choice.
+        names: ``None`` (auto, which users get, and eager, which every installation has), ``"all"``
+            (auto and every backend that runs here), or names separated by commas. ``auto`` is the
+            package's own choice.
         suite: the suite to run; by default, quick measures only auto, and gpu all.
-        device: what the backends of ``"all"`` must run on; named backends are checked only when they compute.
+        device: what the backends of ``"all"`` must run on; named backends are checked only when
+            they compute.
 
     Returns:
-        Names, each once. Where eager is the only backend, auto means the same and eager is named instead.
+        Names, each once. Where eager is the only backend, auto means the same and eager is named
+        instead.
 
     Raises:
         ValueError: an unknown backend, or one that cannot run here.
@@ -56,7 +61,9 @@ def backends_to_measure(names: str | None, suite: str = "targets", device: str =
     chosen = tuple(dict.fromkeys(name.strip() for name in names.split(",")))
     for name in chosen:
         if name != AUTO and name not in reasons:
-            raise ValueError(f"backend must be among {', '.join((ALL, AUTO, *reasons))}; got {name!r}")
+            raise ValueError(
+                f"backend must be among {', '.join((ALL, AUTO, *reasons))}; got {name!r}"
+            )
         if name != AUTO and reasons[name]:
             raise ValueError(f"backend {name!r} cannot run here: {'; '.join(reasons[name])}")
     return chosen
@@ -75,7 +82,11 @@ def check_options(
     Raises:
         ValueError: names the option, what was expected, and what was given.
     """
-    for name, value, known in (("suite", suite, SUITES), ("device", device, DEVICES), ("scale", scale, SCALES)):
+    for name, value, known in (
+        ("suite", suite, SUITES),
+        ("device", device, DEVICES),
+        ("scale", scale, SCALES),
+    ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
     for phase in phases:
@@ -86,12 +97,18 @@ def check_options(
     if device == "cuda" and suite == "planner":
         raise ValueError("suite must not be planner on cuda: its cases are a CPU's; got 'planner'")
     cores = usable_cores()
-    if threads is None:  # products of tiny sizes gain nothing from a second thread, and waiting for it costs
+    if (
+        threads is None
+    ):  # products of tiny sizes gain nothing from a second thread, and waiting for it costs
         threads = 1 if scale == "tiny" else cores
     if not 1 <= threads <= cores:
-        raise ValueError(f"threads must be between 1 and {cores}, the processors usable here; got {threads}")
+        raise ValueError(
+            f"threads must be between 1 and {cores}, the processors usable here; got {threads}"
+        )
     if suite == "gpu" and device == "cpu" and scale != "tiny":
-        raise ValueError("scale must be tiny for suite gpu on a CPU, where it is a trial run; got 'real'")
+        raise ValueError(
+            "scale must be tiny for suite gpu on a CPU, where it is a trial run; got 'real'"
+        )
     backends_to_measure(backend, suite)
     return threads
 
@@ -99,11 +116,17 @@ def check_options(
 def revision() -> str | None:
     """The measured commit, with ``+`` if files differ from it; ``None`` outside a checkout."""
     here, said = Path(__file__), ""
-    inside = "ls-files", "--error-unmatch", here.name  # an installed copy may be inside another checkout
+    inside = (
+        "ls-files",
+        "--error-unmatch",
+        here.name,
+    )  # an installed copy may be inside another checkout
     for words in (inside, ("describe", "--always", "--exclude=*", "--abbrev=10", "--dirty=+")):
         try:
             command = ["git", "-C", str(here.parent), *words]
-            said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            said = subprocess.run(
+                command, capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
         except (OSError, subprocess.SubprocessError):
             return None
     return said

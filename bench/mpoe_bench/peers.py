@@ -1,7 +1,7 @@
 """The peers: other mixtures of experts, and how each is made.
 
-Dense experts in a loop and as grouped products, and the original's algorithm, with one expert per token; Transformers'
-own layers.
+Dense experts in a loop and as grouped products, and the original's algorithm, with one expert per
+token; Transformers' own layers.
 """
 
 from __future__ import annotations
@@ -15,9 +15,14 @@ from torch import Tensor, nn
 
 from mpoe_kernels import MPOShape
 
-LOOP, GROUPED, ORIGINAL = "dense experts, loop", "dense experts, grouped_mm", "original: rebuild all"
+LOOP, GROUPED, ORIGINAL = (
+    "dense experts, loop",
+    "dense experts, grouped_mm",
+    "original: rebuild all",
+)
 Sizes = tuple[int, int, int]  # model I, hidden F, experts E
-# x [T, I], experts int64 [T], gates [T, 1], up [E, F, I] and down [E, I, F] (as in nn.Linear) -> [T, I]
+# x [T, I], experts int64 [T], gates [T, 1], up [E, F, I] and down [E, I, F] (as in nn.Linear) ->
+# [T, I]
 Compute = Callable[[Tensor, Tensor, Tensor, Any, Any], Tensor]
 # Of the sizes, the device, the dtype; and whether in plain PyTorch, which gives the same.
 Make = Callable[[Sizes, str, torch.dtype, bool], nn.Module]
@@ -29,7 +34,8 @@ class DenseExpertsLayer(nn.Module):
     Args:
         sizes: model size I, hidden size F, experts E.
         compute: what computes the experts.
-        apart: every expert's weights are separate tensors, as in a module list: a backward pass touches only those.
+        apart: every expert's weights are separate tensors, as in a module list: a backward pass
+            touches only those.
     """
 
     def __init__(self, sizes: Sizes, compute: Compute, apart: bool = False, **placed: Any) -> None:
@@ -44,7 +50,9 @@ class DenseExpertsLayer(nn.Module):
         self.up, self.down = weights(hidden, model), weights(model, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        gates, index = self.router(x).softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32)).max(-1)
+        gates, index = (
+            self.router(x).softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32)).max(-1)
+        )
         return self.compute(x, index, gates[:, None], self.up, self.down)
 
 
@@ -55,8 +63,11 @@ def dense_experts(compute: Compute, apart: bool = False) -> Make:
     )
 
 
-def loop(x: Tensor, index: Tensor, gates: Tensor, up: Sequence[Tensor], down: Sequence[Tensor]) -> Tensor:
-    """As in Switch implementations: for each expert, gather its tokens, run its FFN, scatter the result."""
+def loop(
+    x: Tensor, index: Tensor, gates: Tensor, up: Sequence[Tensor], down: Sequence[Tensor]
+) -> Tensor:
+    """As in Switch implementations: for each expert, gather its tokens, run its FFN, scatter the
+    result."""
     y = torch.zeros_like(x)
     for e, weights in enumerate(zip(up, down, strict=True)):
         rows = (index == e).nonzero()[:, 0]
@@ -69,7 +80,9 @@ def loop(x: Tensor, index: Tensor, gates: Tensor, up: Sequence[Tensor], down: Se
 def grouped_mm(x: Tensor, index: Tensor, gates: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """Sort by expert, `torch.nn.functional.grouped_mm` twice, un-sort."""
     order = torch.argsort(index, stable=True)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    inverse = torch.empty_like(order).scatter_(
+        0, order, torch.arange(len(order), device=order.device)
+    )
     ends = torch.bincount(index, minlength=len(up)).cumsum(0).to(torch.int32)
     hidden = F.relu(F.grouped_mm(x[order], up.mT, offs=ends))
     y = F.grouped_mm(hidden, down.mT, offs=ends)
@@ -79,23 +92,27 @@ def grouped_mm(x: Tensor, index: Tensor, gates: Tensor, up: Tensor, down: Tensor
 def rebuilt(cores: Sequence[Tensor], shape: MPOShape) -> Tensor:
     """An expert's weight ``[I, F]`` from its cores ``[d, i, j, d']``.
 
-    A chain of tensordots leaves the axes in the order (i1, j1, ..., in, jn), one permutation of 2n axes brings them to
-    (i1..in, j1..jn).
+    A chain of tensordots leaves the axes in the order (i1, j1, ..., in, jn), one permutation of 2n
+    axes brings them to (i1..in, j1..jn).
     """
     product, *others = cores
     for core in others:
         product = torch.tensordot(product, core, dims=1)
-    product = product.reshape([size for pair in zip(shape.in_factors, shape.out_factors, strict=True) for size in pair])
+    product = product.reshape(
+        [size for pair in zip(shape.in_factors, shape.out_factors, strict=True) for size in pair]
+    )
     axes = list(range(product.dim()))
     weight = product.permute(axes[0::2] + axes[1::2]).reshape(shape.padded_in, shape.padded_out)
     return weight[: shape.in_features, : shape.out_features]
 
 
 class OriginalLayer(nn.Module):
-    """The original's algorithm (Gao et al., COLING 2022), reimplemented from its description, on the cores of a layer.
+    """The original's algorithm (Gao et al., COLING 2022), reimplemented from its description, on
+    the cores of a layer.
 
-    Every expert's weight is rebuilt in every forward pass, also of those without tokens; a Switch loop follows.
-    Autograd keeps all of this for the backward pass. With ``plain`` the layer computes itself.
+    Every expert's weight is rebuilt in every forward pass, also of those without tokens; a Switch
+    loop follows. Autograd keeps all of this for the backward pass. With ``plain`` the layer
+    computes itself.
     """
 
     def __init__(self, layer: Any, plain: bool) -> None:
@@ -108,13 +125,17 @@ class OriginalLayer(nn.Module):
         decision, experts, weights = self.layer.router(x), self.layer.num_experts, []
         for module in (self.layer.experts.up, self.layer.experts.down):
             cores = [module.get_parameter(name) for name in module.core_names()]
-            apart = [[c] * experts if k == module.shape.central else c.unbind(0) for k, c in enumerate(cores)]
+            apart = [
+                [c] * experts if k == module.shape.central else c.unbind(0)
+                for k, c in enumerate(cores)
+            ]
             weights.append([rebuilt(own, module.shape).T for own in zip(*apart, strict=True)])
         return loop(x, decision.top_k_index[:, 0], decision.top_k_weights, *weights)
 
 
 class _OfTokens(nn.Module):
-    """Sums what layers that take ``[batch, tokens, I]`` make of tokens ``[T, I]``; weights are random."""
+    """Sums what layers that take ``[batch, tokens, I]`` make of tokens ``[T, I]``; weights are
+    random."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -130,7 +151,9 @@ class _OfTokens(nn.Module):
 def switch_layer(model: int, tokens: int) -> nn.Module:
     """Switch with eight experts, one per token; none is dropped."""
     from transformers import SwitchTransformersConfig
-    from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
+    from transformers.models.switch_transformers.modeling_switch_transformers import (
+        SwitchTransformersSparseMLP,
+    )
 
     sizes: Any = {"d_model": model, "d_ff": 4 * model, "num_experts": 8, "expert_capacity": tokens}
     config = SwitchTransformersConfig(**sizes, router_jitter_noise=0.0, dropout_rate=0.0)
@@ -138,8 +161,9 @@ def switch_layer(model: int, tokens: int) -> nn.Module:
 
 
 def granite_layer(model: int, _: int) -> nn.Module:
-    """A dense network and 64 experts beside it, eight per token: the form of neurons. All are gated, so that hidden
-    sizes are two thirds of a plain network's of the same weights and FLOPs."""
+    """A dense network and 64 experts beside it, eight per token: the form of neurons. All are
+    gated, so that hidden sizes are two thirds of a plain network's of the same weights and
+    FLOPs."""
     from transformers import GraniteMoeSharedConfig
     from transformers.models.granitemoeshared import modeling_granitemoeshared as granite
 
@@ -154,8 +178,8 @@ def granite_layer(model: int, _: int) -> nn.Module:
     return _OfTokens(granite.GraniteMoeSharedMLP(config), granite.GraniteMoeSharedMoE(config))
 
 
-# Transformers' own mixture layers, routers included, for a model's size and at most so many tokens: what a model's
-# feed-forward layer, four times as wide inside, could be instead of ours.
+# Transformers' own mixture layers, routers included, for a model's size and at most so many tokens:
+# what a model's feed-forward layer, four times as wide inside, could be instead of ours.
 STOCK_LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
     "transformers Switch 8, 1": switch_layer,
     "transformers GraniteMoeShared 64, 8": granite_layer,

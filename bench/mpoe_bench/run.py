@@ -1,8 +1,9 @@
-"""Run a suite: everything that `mpoe bench` measures, in a session of pytest, as one JSON-able dict.
+"""Run a suite: everything that `mpoe bench` measures, in a session of pytest, as one JSON-able
+dict.
 
-Contenders are checked against float64 first; whatever is wrong is not timed. Each is then timed by pytest-benchmark in
-turn with its case's dense layer: ``extra_info`` holds ``x`` (median over rounds of its time over the dense layer's),
-``tokens_per_second``, errors and memory.
+Contenders are checked against float64 first; whatever is wrong is not timed. Each is then timed by
+pytest-benchmark in turn with its case's dense layer: ``extra_info`` holds ``x`` (median over rounds
+of its time over the dense layer's), ``tokens_per_second``, errors and memory.
 """
 
 from __future__ import annotations
@@ -25,7 +26,15 @@ import numpy as np
 import pytest
 import torch
 
-from mpoe_bench.contender import NOT_HERE, CaptureError, Comparison, Contender, checked, failure_text, graphed
+from mpoe_bench.contender import (
+    NOT_HERE,
+    CaptureError,
+    Comparison,
+    Contender,
+    checked,
+    failure_text,
+    graphed,
+)
 from mpoe_bench.machine import PHASE_NAMES, backends_to_measure, check_options, describe
 from mpoe_bench.suites import SCALES, Plan, judged_of
 from mpoe_bench.targets import check_targets
@@ -36,7 +45,8 @@ GPU_MINUTES = 8.0  # of the suite gpu; what does not fit is left out and named
 
 @dataclass(frozen=True)
 class Budget:
-    """About how long a function is timed, in seconds; fewest and most rounds; the shortest sample, of several calls."""
+    """About how long a function is timed, in seconds; fewest and most rounds; the shortest sample,
+    of several calls."""
 
     seconds: float = 3.0
     fewest: int = 3
@@ -44,13 +54,18 @@ class Budget:
     sample: float = 0.005
 
     def plan(self, once: float) -> tuple[int, int]:
-        """Rounds, and calls of a function in each, from the seconds of one call; what is very slow runs once."""
+        """Rounds, and calls of a function in each, from the seconds of one call; what is very slow
+        runs once."""
         calls = max(1, min(2000, math.ceil(self.sample / max(once, 1e-9))))
         fitting = self.seconds / max(calls * once, 1e-9)
         return max(1, min(self.fewest, int(3 * fitting)), min(self.most, int(fitting))), calls
 
 
-BUDGETS = {"quick": Budget(1.2, most=15), "targets": Budget(2.0, 5, 15), "gpu": Budget(0.12, 7, 15, 0.002)}
+BUDGETS = {
+    "quick": Budget(1.2, most=15),
+    "targets": Budget(2.0, 5, 15),
+    "gpu": Budget(0.12, 7, 15, 0.002),
+}
 TINY = Budget(0.01, 2, 2, 0)
 
 
@@ -61,7 +76,8 @@ def device_clock() -> float:
 
 
 class Run:
-    """A plugin of pytest: what is measured, and the sections so far, comparisons with a row per contender.
+    """A plugin of pytest: what is measured, and the sections so far, comparisons with a row per
+    contender.
 
     Args:
         suite: one of `SUITES`.
@@ -70,13 +86,15 @@ class Run:
         scale: ``real``, or ``tiny`` sizes for tests.
         backend: see `mpoe_bench.machine.backends_to_measure`.
         minutes: begin nothing new after this time; default: no limit, or eight for the gpu suite.
-        only: contenders whose name contains one of these words, which commas separate, beside the dense layer.
+        only: contenders whose name contains one of these words, which commas separate, beside the
+            dense layer.
         phases: which of `PHASE_NAMES` to time; default: all that a comparison has.
         on_section: receives every section when it is finished.
 
     Attributes:
-        sections: in order, JSON-able: ``key``, ``title``, ``baseline``, ``case``, ``rows``; if the capture of a CUDA
-            graph broke off, ``spoilt`` says why nothing more can be measured in this process.
+        sections: in order, JSON-able: ``key``, ``title``, ``baseline``, ``case``, ``rows``; if the
+            capture of a CUDA graph broke off, ``spoilt`` says why nothing more can be measured in
+            this process.
         skipped: titles of those that there was no time for, or that came after a broken capture.
 
     Raises:
@@ -100,7 +118,11 @@ class Run:
         self.phases = phases
         self.suite, self.device, self.on_section = suite, device, on_section
         self.scale, self.backends = SCALES[scale], backends_to_measure(backend, suite, device)
-        self.budget = BUDGETS.get("gpu" if device == "cuda" else suite, Budget()) if self.scale.judged else TINY
+        self.budget = (
+            BUDGETS.get("gpu" if device == "cuda" else suite, Budget())
+            if self.scale.judged
+            else TINY
+        )
         self.timer: Callable[[], float] = time.perf_counter
         minutes = minutes or (GPU_MINUTES if suite == "gpu" else math.inf)
         self.deadline = time.monotonic() + 60 * minutes
@@ -108,7 +130,9 @@ class Run:
         self.skipped: list[str] = []
         self._comparison: Comparison | None = None
         self._context: Any = None
-        self._held: dict[str, tuple[Contender | None, dict[str, Any]]] = {}  # the baseline, and one more
+        self._held: dict[
+            str, tuple[Contender | None, dict[str, Any]]
+        ] = {}  # the baseline, and one more
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_configure(self, config: pytest.Config) -> None:
@@ -119,7 +143,8 @@ class Run:
         self.timer = pkgutil.resolve_name(str(option.benchmark_timer))
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """One test per contender and phase; and per case, phase and backend whose choice is judged."""
+        """One test per contender and phase; and per case, phase and backend whose choice is
+        judged."""
         found = []
         if "comparison" in metafunc.fixturenames:
             for each in Plan(self.scale, self.device, self.backends).of(self.suite):
@@ -129,7 +154,9 @@ class Run:
         elif "case" in metafunc.fixturenames:
             for backend, case in judged_of(self.suite, self.scale, self.device, self.backends):
                 for phase in ("forward", "backward") if case.training else ("forward",):
-                    found.append(pytest.param(backend, case, phase, id=f"{case.name}-{backend}-{phase}"))
+                    found.append(
+                        pytest.param(backend, case, phase, id=f"{case.name}-{backend}-{phase}")
+                    )
             metafunc.parametrize(("backend", "case", "phase"), found)
 
     def timed(self, comparison: Comparison) -> Iterator[tuple[str, str]]:
@@ -154,7 +181,8 @@ class Run:
         self.finish()
 
     def section(self, title: str, **facts: Any) -> dict[str, Any]:
-        """The section of this title, begun if there is none; skips the test if nothing new may begin."""
+        """The section of this title, begun if there is none; skips the test if nothing new may
+        begin."""
         last = self.sections[-1] if self.sections else {"title": None}
         if last["title"] != title:
             if "spoilt" in last or time.monotonic() > self.deadline:
@@ -173,22 +201,30 @@ class Run:
             self.sections[-1]["seconds"] = time.monotonic() - self.sections[-1].pop("began")
             self.on_section(self.sections[-1])
 
-    def _checked(self, comparison: Comparison, name: str) -> tuple[Contender | None, dict[str, Any]]:
+    def _checked(
+        self, comparison: Comparison, name: str
+    ) -> tuple[Contender | None, dict[str, Any]]:
         """A contender and its row, checked once; the tensors of earlier ones are let go."""
         baseline = comparison.contenders[0][0]
         if comparison is not self._comparison:
             self._comparison, self._context, self._held = comparison, comparison.context(), {}
         if name not in self._held:
             self._held = {key: value for key, value in self._held.items() if key == baseline}
-            kind, build = next((kind, build) for own, kind, build in comparison.contenders if own == name)
+            kind, build = next(
+                (kind, build) for own, kind, build in comparison.contenders if own == name
+            )
             if time.monotonic() > self.deadline:
-                self._held[name] = None, {"name": name, "kind": kind, "reason": f"{NOT_HERE}: the time was up"}
+                self._held[name] = (
+                    None,
+                    {"name": name, "kind": kind, "reason": f"{NOT_HERE}: the time was up"},
+                )
             else:
                 self._held[name] = checked(name, kind, build, self._context, self.device)
         return self._held[name]
 
     def measure(self, benchmark: Any, comparison: Comparison, name: str, phase: str) -> None:
-        """Check a contender and time one phase; skips one that is not here, fails if a result of ours is wrong."""
+        """Check a contender and time one phase; skips one that is not here, fails if a result of
+        ours is wrong."""
         baseline, facts = comparison.contenders[0][0], dict(comparison.facts)
         section = self.section(comparison.title, key=comparison.key, baseline=baseline, case=facts)
         contender, row = self._checked(comparison, name)
@@ -201,7 +237,9 @@ class Run:
         if base is None:
             pytest.fail(f"the baseline {baseline!r} cannot be measured: {of_base['reason']}")
         both = {"own": contender} if contender is base else {"own": contender, "base": base}
-        functions = {who: each.call("forward" if phase == "graph" else phase) for who, each in both.items()}
+        functions = {
+            who: each.call("forward" if phase == "graph" else phase) for who, each in both.items()
+        }
         if None in functions.values():
             pytest.skip(f"it takes no part in {phase}")
         try:
@@ -217,18 +255,27 @@ class Run:
         contender.release()
         base.release()
         benchmark.group, benchmark.name = f"{comparison.title}, {phase}", name
-        benchmark.extra_info.update({key: row.get(key) for key in ("errors", "memory", "parameters", "floor")})
+        benchmark.extra_info.update(
+            {key: row.get(key) for key in ("errors", "memory", "parameters", "floor")}
+        )
         if benchmark.stats is not None:  # None with --benchmark-disable
-            row[phase] = facts_of(samples["own"], samples.get("base", samples["own"]), comparison.tokens)
-            benchmark.extra_info.update({key: row[phase][key] for key in ("x", "tokens_per_second")})
+            row[phase] = facts_of(
+                samples["own"], samples.get("base", samples["own"]), comparison.tokens
+            )
+            benchmark.extra_info.update(
+                {key: row[phase][key] for key in ("x", "tokens_per_second")}
+            )
 
     @property
     def failures(self) -> list[str]:
-        """MPO contenders that failed or gave a wrong result; a backend without a kernel is not a failure."""
+        """MPO contenders that failed or gave a wrong result; a backend without a kernel is not a
+        failure."""
         found = []
         for section in self.sections:
             if "spoilt" in section:
-                found.append(f"{section['title']}: {section['spoilt']}; what was to follow is left out")
+                found.append(
+                    f"{section['title']}: {section['spoilt']}; what was to follow is left out"
+                )
             for row in section["rows"]:
                 reason = row.get("reason") or NOT_HERE
                 if row.get("kind", "mpoe") != "peer" and not reason.startswith(NOT_HERE):
@@ -244,9 +291,11 @@ class Run:
 def in_turn(
     benchmark: Any, functions: Mapping[str, Any], budget: Budget, timer: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Seconds of a call of every function, round by round in turn, so that drift of the machine affects all equally.
+    """Seconds of a call of every function, round by round in turn, so that drift of the machine
+    affects all equally.
 
-    The first is timed by pytest-benchmark, the others just before it. Each is called once more at the beginning.
+    The first is timed by pytest-benchmark, the others just before it. Each is called once more at
+    the beginning.
     """
     calls: dict[str, int] = {}
     samples: dict[str, list[float]] = {name: [] for name in functions}
@@ -273,7 +322,8 @@ def in_turn(
 
 
 def facts_of(own: list[float], base: list[float], tokens: int) -> dict[str, Any]:
-    """``x``: median over rounds of the ratio to the baseline's time in the same round; low and high: percentiles."""
+    """``x``: median over rounds of the ratio to the baseline's time in the same round; low and
+    high: percentiles."""
     ratios = [mine / max(theirs, 1e-12) for mine, theirs in zip(own, base, strict=True)]
     low, x, high = (float(np.quantile(ratios, q)) for q in (0.1, 0.5, 0.9))
     seconds = median(own)
@@ -288,9 +338,9 @@ def run_suite(suite: str = "quick", **options: Any) -> dict[str, Any]:
         suite, options: of `Run`.
 
     Returns:
-        ``{"schema", "suite", "scale", "backends", "machine", "sections", "skipped", "targets", "failures",
-        "seconds"}``, JSON-able; ``skipped`` names the sections that there was no time for, or that came after a
-        broken CUDA graph capture, which counts as a failure.
+        ``{"schema", "suite", "scale", "backends", "machine", "sections", "skipped", "targets",
+        "failures", "seconds"}``, JSON-able; ``skipped`` names the sections that there was no time
+        for, or that came after a broken CUDA graph capture, which counts as a failure.
 
     Raises:
         ValueError: see `check_options`; or nothing is left to measure.
@@ -298,9 +348,21 @@ def run_suite(suite: str = "quick", **options: Any) -> dict[str, Any]:
         KeyboardInterrupt: as the session was.
     """
     run, here, said = Run(suite, **options), Path(__file__).parent, io.StringIO()
-    words = [str(here / "test_bench.py"), f"--rootdir={here}", f"--confcutdir={here}", "-o", "addopts=", "-s", "-q"]
+    words = [
+        str(here / "test_bench.py"),
+        f"--rootdir={here}",
+        f"--confcutdir={here}",
+        "-o",
+        "addopts=",
+        "-s",
+        "-q",
+    ]
     words += ["--assert=plain", "-p", "no:cacheprovider"]
-    machine, start, before = describe(run.device, run.threads), time.perf_counter(), torch.get_num_threads()
+    machine, start, before = (
+        describe(run.device, run.threads),
+        time.perf_counter(),
+        torch.get_num_threads(),
+    )
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     torch.set_num_threads(run.threads)
     try:
@@ -313,7 +375,9 @@ def run_suite(suite: str = "quick", **options: Any) -> dict[str, Any]:
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise RuntimeError(f"pytest ended with status {int(code)}: {said.getvalue()[-2000:]}")
     if not run.sections and not run.skipped:
-        raise ValueError(f"only and phases must leave something to measure; got {run.only!r} and {run.phases}")
+        raise ValueError(
+            f"only and phases must leave something to measure; got {run.only!r} and {run.phases}"
+        )
     return {
         "schema": SCHEMA,
         "suite": suite,

@@ -1,4 +1,5 @@
-"""What every suite measures: comparisons that run one after another, and cases that the autotuner is judged on."""
+"""What every suite measures: comparisons that run one after another, and cases that the autotuner
+is judged on."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ class Scale:
         many_tokens, few_tokens: of a training batch and of a small batch.
         few_experts, many_experts: E.
         step_tokens: batch and sequence length of a train step.
-        judged: whether targets count, and the choice is judged on its own cases, not on a few sizes made for a test.
+        judged: whether targets count, and the choice is judged on its own cases, not on a few sizes
+            made for a test.
     """
 
     model: int = 768
@@ -64,15 +66,22 @@ class Scale:
 SCALES = {"real": Scale(), "tiny": Scale(48, 32, 8, 4, 8, (2, 8), judged=False)}
 
 
-def judged_of(suite: str, scale: Scale, device: str, backends: tuple[str, ...]) -> list[tuple[str, Workload]]:
-    """The cases that the choice is judged on, and whose choice: auto's if auto is measured, else each backend's own."""
+def judged_of(
+    suite: str, scale: Scale, device: str, backends: tuple[str, ...]
+) -> list[tuple[str, Workload]]:
+    """The cases that the choice is judged on, and whose choice: auto's if auto is measured, else
+    each backend's own."""
     if device != "cpu" or suite not in ("quick", "planner"):
         return []
     whose = (AUTO,) if AUTO in backends else backends
     judged = JUDGED_WORKLOADS
     if not scale.judged:
         names = ("separable", "paper_4")
-        judged = tuple(Workload(n, 48, 96, 4, 16, torch.float32, train) for n in names for train in (False, True))
+        judged = tuple(
+            Workload(n, 48, 96, 4, 16, torch.float32, train)
+            for n in names
+            for train in (False, True)
+        )
     elif suite == "quick":
         whose, judged = whose[:1], tuple(judged[k] for k in QUICK_JUDGED)
     return [(backend, case) for backend in whose for case in judged]
@@ -80,21 +89,28 @@ def judged_of(suite: str, scale: Scale, device: str, backends: tuple[str, ...]) 
 
 def logits_of(model: Any, ids: Tensor) -> Tensor:
     """Of an encoder and decoder, both on the same tokens, or of a decoder."""
-    return model(input_ids=ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})).logits
+    return model(
+        input_ids=ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+    ).logits
 
 
 def dense_model(name: str, model: int, layers: int, dtype: torch.dtype) -> Any:
-    """``T5`` or ``Llama`` with random weights; layers of T5 are in the encoder and in the decoder."""
+    """``T5`` or ``Llama`` with random weights; layers of T5 are in the encoder and in the
+    decoder."""
     import transformers
 
     torch.manual_seed(0)
     heads, hidden = 12 if model >= 96 else 2, 4 * model
     if name == "T5":
         widths = {"d_model": model, "d_ff": hidden, "d_kv": max(8, model // 12), "num_heads": heads}
-        config: Any = transformers.T5Config(**widths, num_layers=layers, vocab_size=512, decoder_start_token_id=0)
+        config: Any = transformers.T5Config(
+            **widths, num_layers=layers, vocab_size=512, decoder_start_token_id=0
+        )
         return transformers.T5ForConditionalGeneration(config).to(dtype).eval()
     widths = {"hidden_size": model, "intermediate_size": hidden, "num_attention_heads": heads}
-    config = transformers.LlamaConfig(**widths, num_hidden_layers=layers, vocab_size=512, pad_token_id=0)
+    config = transformers.LlamaConfig(
+        **widths, num_hidden_layers=layers, vocab_size=512, pad_token_id=0
+    )
     return transformers.LlamaForCausalLM(config).to(dtype).eval()
 
 
@@ -109,7 +125,9 @@ class Plan(NamedTuple):
         """Of a suite, in order; none of the suite ``planner``."""
         return iter(()) if suite == "planner" else getattr(self, suite)()
 
-    def at(self, tokens: int, dtype: torch.dtype = torch.float32, model: int | None = None) -> Place:
+    def at(
+        self, tokens: int, dtype: torch.dtype = torch.float32, model: int | None = None
+    ) -> Place:
         return Place(model or self.scale.model, tokens, self.device, dtype)
 
     def ffn(
@@ -124,27 +142,39 @@ class Plan(NamedTuple):
         original: Sequence[str] = (),
         masked: Sequence[str] = (),
     ) -> Comparison:
-        """MPO experts of several shapes, one per token, on every backend; ``masked`` again with the central gradient
-        masked; peers with dense experts, and the original's algorithm on some shapes."""
+        """MPO experts of several shapes, one per token, on every backend; ``masked`` again with the
+        central gradient masked; peers with dense experts, and the original's algorithm on some
+        shapes."""
         at, layers = self.at(tokens, dtype), []
         for names, hidden in ((shapes, False), (masked if train else (), True)):
             for name in names:
-                label, case = f"mpoe {name}{', central masked' * hidden}", named_case(name, at.model, experts, hidden)
+                label, case = (
+                    f"mpoe {name}{', central masked' * hidden}",
+                    named_case(name, at.model, experts, hidden),
+                )
                 layers += [case_layer(label, name, case, backend, at) for backend in self.backends]
         layers += peer_layers(peers, experts, at)
         layers += [original_layer(name, experts, at) for name in original]
-        return layers_comparison("ffn", f"FFN E={experts}", layers, at, train=train, experts=experts)
+        return layers_comparison(
+            "ffn", f"FFN E={experts}", layers, at, train=train, experts=experts
+        )
 
     def quick(self) -> Iterator[Comparison]:
         scale, shapes = self.scale, ("separable", "light_64", "paper_64", "paper_full")
         few, many = (scale.few_experts, scale.many_tokens), (scale.many_experts, scale.few_tokens)
         yield self.ffn(shapes, *few, peers=tuple(PEERS), masked=shapes[:1], original=shapes[2:])
-        half: dict[str, Any] = {"dtype": torch.bfloat16, "peers": (LOOP, GROUPED), "original": ("paper_64",)}
+        half: dict[str, Any] = {
+            "dtype": torch.bfloat16,
+            "peers": (LOOP, GROUPED),
+            "original": ("paper_64",),
+        }
         yield self.ffn(("separable", "paper_64"), *few, **half)
         small = ("separable", "paper_64", "paper_32", "paper_16")
         yield self.ffn(small, *many, train=False, peers=tuple(PEERS), original=("paper_16",))
         for tokens in (1, 8):
-            yield self.ffn(("separable", "paper_16"), scale.few_experts, tokens, train=False, peers=(LOOP,))
+            yield self.ffn(
+                ("separable", "paper_16"), scale.few_experts, tokens, train=False, peers=(LOOP,)
+            )
         yield self.model("train_step", SHAPES[:3], scale.step_tokens)
         yield self.beside(mixtures(scale.model), self.at(scale.many_tokens), others=STOCK_LAYERS)
 
@@ -157,7 +187,9 @@ class Plan(NamedTuple):
             few = scale.few_experts, scale.many_tokens, dtype
             yield self.ffn(shapes, *few, peers=(LOOP,), original=original, masked=masked)
             yield self.ffn(("separable",), scale.many_experts, scale.many_tokens, dtype)
-            yield self.ffn(small, scale.many_experts, scale.few_tokens, dtype, train=False, peers=(LOOP,))
+            yield self.ffn(
+                small, scale.many_experts, scale.few_tokens, dtype, train=False, peers=(LOOP,)
+            )
 
     def beside(
         self,
@@ -169,36 +201,54 @@ class Plan(NamedTuple):
     ) -> Comparison:
         """Layers by name, and some of `STOCK_LAYERS`."""
         backends = self.backends if count == 1 else self.backends[:1]
-        found = [case_layer(name, name, case, backend, at) for name, case in named.items() for backend in backends]
+        found = [
+            case_layer(name, name, case, backend, at)
+            for name, case in named.items()
+            for backend in backends
+        ]
         found += [stock(name, at) for name in others]
         return layers_comparison("layers", "layers", found, at, train=train, count=count)
 
     def layers(self) -> Iterator[Comparison]:
         """A training batch, and few tokens through as many layers as a model has."""
         scale, depth = self.scale, LAYERS if self.scale.judged else 2
-        models, counts = ((32,), (1, 64)) if self.device == "cpu" else ((768, 2048, 4096), (1, 64, TOKENS))
+        models, counts = (
+            ((32,), (1, 64)) if self.device == "cpu" else ((768, 2048, 4096), (1, 64, TOKENS))
+        )
         for model in models if self.device == "cuda" or not scale.judged else ():
             named = {case.name: case for case in cases((model,))}
             for tokens in counts:
-                yield self.beside(named, self.at(tokens, torch.bfloat16, model), train=tokens == counts[-1])
+                yield self.beside(
+                    named, self.at(tokens, torch.bfloat16, model), train=tokens == counts[-1]
+                )
         for dtype in HALVES if self.device == "cpu" else ():
             for tokens, count in ((scale.many_tokens, 1), (scale.few_tokens, depth), (1, depth)):
-                yield self.beside(mixtures(scale.model), self.at(tokens, dtype), count, STOCK_LAYERS)
+                yield self.beside(
+                    mixtures(scale.model), self.at(tokens, dtype), count, STOCK_LAYERS
+                )
             wide = self.at(scale.many_tokens, dtype, 2048 if scale.judged else 64)
-            named = {name: case for name, case in mixtures(wide.model).items() if "neurons 64" in name}
+            named = {
+                name: case for name, case in mixtures(wide.model).items() if "neurons 64" in name
+            }
             yield self.beside(named, wide)
 
     def models(self) -> Iterator[Comparison]:
-        """In bfloat16, with layers of T5-base's size: an AdamW step, and `generate` alone and in batches."""
-        step, depth, new = ((8, 256), LAYERS, 24) if self.scale.judged else (self.scale.step_tokens, 1, 3)
+        """In bfloat16, with layers of T5-base's size: an AdamW step, and `generate` alone and in
+        batches."""
+        step, depth, new = (
+            ((8, 256), LAYERS, 24) if self.scale.judged else (self.scale.step_tokens, 1, 3)
+        )
         for name in ("T5", "Llama"):
             yield self.model("train_step", SHAPES[:3], step, depth, torch.bfloat16, name)
             for batch in (1, 8) if name == "T5" else (8,):
                 shapes = SHAPES if name == "T5" else SHAPES[:3]
-                yield self.model("generate", shapes, (batch, new), min(4, depth), torch.bfloat16, name)
+                yield self.model(
+                    "generate", shapes, (batch, new), min(4, depth), torch.bfloat16, name
+                )
 
     def gpu(self) -> Iterator[Comparison]:
-        """A few minutes on a GPU in bfloat16, cases with a target first; decoding is timed as CUDA graphs too."""
+        """A few minutes on a GPU in bfloat16, cases with a target first; decoding is timed as CUDA
+        graphs too."""
         scale, dtype, paper = self.scale, torch.bfloat16, "paper_64"
         every = ("separable", "paper_full", paper, "paper_32", "paper_16", "light_64")
         small, middle, large = scale.few_tokens, TOKENS, 32768
@@ -224,10 +274,12 @@ class Plan(NamedTuple):
         dtype: torch.dtype = torch.float32,
         name: str = "T5",
     ) -> Comparison:
-        """A whole model's train steps, or the tokens that it generates: dense, as a Switch, with experts of ours.
+        """A whole model's train steps, or the tokens that it generates: dense, as a Switch, with
+        experts of ours.
 
         Args:
-            key: ``"train_step"``: an AdamW step; ``"generate"``: a greedy call, the prompt's pass included, alone.
+            key: ``"train_step"``: an AdamW step; ``"generate"``: a greedy call, the prompt's pass
+                included, alone.
             shapes: of `SHAPES`.
             tokens: batch and sequence length; of `generate`, batch and new tokens.
             layers, name: see `dense_model`.
@@ -237,7 +289,9 @@ class Plan(NamedTuple):
 
         def context() -> tuple[Any, Tensor, Truth]:
             dense = dense_model(name, size, layers, dtype)
-            ids = torch.randint(2, 512, (tokens[0], 16) if generates else tokens, device=self.device)
+            ids = torch.randint(
+                2, 512, (tokens[0], 16) if generates else tokens, device=self.device
+            )
 
             @torch.no_grad()
             def results(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -245,11 +299,15 @@ class Plan(NamedTuple):
 
             return dense, ids, Truth.of(results, dtype)
 
-        def build(shared: tuple[Any, Tensor, Truth], fields: dict[str, Any] | None) -> tuple[Contender, Truth]:
+        def build(
+            shared: tuple[Any, Tensor, Truth], fields: dict[str, Any] | None
+        ) -> tuple[Contender, Truth]:
             dense, ids, truth = shared
             model = copy.deepcopy(dense)
             if fields is not None:
-                model = convert_to_mpoe(model, MPOEConfig(num_experts=experts, **fields), inplace=True)
+                model = convert_to_mpoe(
+                    model, MPOEConfig(num_experts=experts, **fields), inplace=True
+                )
             model = model.to(self.device).eval()  # no dropout: all do the same work
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
             length = {"min_new_tokens": tokens[1], "max_new_tokens": tokens[1]}
@@ -261,19 +319,38 @@ class Plan(NamedTuple):
                 optimizer.step()
                 return loss.detach()
 
-            run = {"timed": partial(model.generate, ids, do_sample=False, **length)} if generates else {"step": step}
+            run = (
+                {"timed": partial(model.generate, ids, do_sample=False, **length)}
+                if generates
+                else {"step": step}
+            )
             told: dict[str, Any] = {"facts": size_facts(model, dtype), **run}
-            return Contender(partial(logits_of, model, ids), dict(model.named_parameters()), **told), truth
+            return Contender(
+                partial(logits_of, model, ids), dict(model.named_parameters()), **told
+            ), truth
 
         switch = partial(build, fields={"expert_type": "dense"})
         builds: list[tuple[str, str, Build]] = [
             (f"dense {name}", "limit", partial(build, fields=None)),
             (f"{name} with dense experts (Switch)", "peer", switch),
-            *((f"mpoe {name} {each}", "mpoe", partial(build, fields={"shape": each})) for each in shapes),
+            *(
+                (f"mpoe {name} {each}", "mpoe", partial(build, fields={"shape": each}))
+                for each in shapes
+            ),
         ]
         count, told = tokens[0] * tokens[1], dtype_name(dtype)
-        what = f"generate: {tokens[0]} x {tokens[1]} new tokens" if generates else f"train step: {count} tokens, AdamW"
+        what = (
+            f"generate: {tokens[0]} x {tokens[1]} new tokens"
+            if generates
+            else f"train step: {count} tokens, AdamW"
+        )
         title = f"{what}, {name} {layers} layers {size}x{4 * size} E={experts} {told}"
-        facts = {"experts": experts, "tokens": count, "model": size, "hidden": 4 * size, "dtype": told}
+        facts = {
+            "experts": experts,
+            "tokens": count,
+            "model": size,
+            "hidden": 4 * size,
+            "dtype": told,
+        }
         phases = ("forward",) if generates else ("forward", "train")
         return Comparison(key, title, context, builds, count, facts, phases)

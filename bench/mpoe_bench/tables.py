@@ -9,16 +9,21 @@ from typing import Any, NamedTuple
 from mpoe_bench.targets import TOLERANCE
 
 HOW_TO_READ = (
-    "x dense: time over that of the dense FFN on the same tokens, in the same round of the same process; median over "
-    "rounds, in brackets its 10th and 90th percentile. Floor: the fewest FLOPs of any strategy over the dense FFN's. "
-    "Peak: the most memory that one call held above what was allocated before it (temporaries, saved activations, "
-    "results, gradients), measured. Error: relative L2 error against float64, of the result and the worst of the "
+    "x dense: time over that of the dense FFN on the same tokens, in the same round of the same "
+    "process; median over "
+    "rounds, in brackets its 10th and 90th percentile. Floor: the fewest FLOPs of any strategy "
+    "over the dense FFN's. "
+    "Peak: the most memory that one call held above what was allocated before it (temporaries, "
+    "saved activations, "
+    "results, gradients), measured. Error: relative L2 error against float64, of the result and "
+    "the worst of the "
     "gradients; whatever is wrong has no times. Layers are timed with their routers."
 )
 
 
 class TextTable(NamedTuple):
-    """A title, columns with their cells, and notes below (contenders that were not timed, with the reason)."""
+    """A title, columns with their cells, and notes below (contenders that were not timed, with the
+    reason)."""
 
     title: str
     columns: Mapping[str, Sequence[str]]
@@ -26,11 +31,14 @@ class TextTable(NamedTuple):
 
 
 def ratio_text(timing: Mapping[str, Any] | None) -> str:
-    """``1.23 (1.20-1.31)``: median of x dense with its 10th and 90th percentiles; one round has no spread."""
+    """``1.23 (1.20-1.31)``: median of x dense with its 10th and 90th percentiles; one round has no
+    spread."""
     if timing is None:
         return "-"
     digits = 2 if timing["x"] < 10 else 1 if timing["x"] < 100 else 0
-    spread = "" if timing["rounds"] < 2 else f" ({timing['low']:.{digits}f}-{timing['high']:.{digits}f})"
+    spread = (
+        "" if timing["rounds"] < 2 else f" ({timing['low']:.{digits}f}-{timing['high']:.{digits}f})"
+    )
     return f"{timing['x']:.{digits}f}{spread}"
 
 
@@ -41,12 +49,20 @@ def _floor(row: Mapping[str, Any], phase: str) -> str:
 
 def _peak(row: Mapping[str, Any], phase: str) -> str:
     memory = (row.get("memory") or {}).get(phase)
-    return "-" if memory is None else f"{memory['peak'] / 2**20:{'.0f' if memory['peak'] >= 100 * 2**20 else '.3g'}}"
+    return (
+        "-"
+        if memory is None
+        else f"{memory['peak'] / 2**20:{'.0f' if memory['peak'] >= 100 * 2**20 else '.3g'}}"
+    )
 
 
 def _error(row: Mapping[str, Any], phase: str) -> str:
     """The largest error of the result (``forward``) or of the gradients (``train``)."""
-    errors = [value for name, value in (row.get("errors") or {}).items() if (name == "y") == (phase == "forward")]
+    errors = [
+        value
+        for name, value in (row.get("errors") or {}).items()
+        if (name == "y") == (phase == "forward")
+    ]
     return f"{max(errors):.0e}" if errors else "-"
 
 
@@ -62,14 +78,18 @@ def timing_table(section: Mapping[str, Any]) -> TextTable:
     def pair(cell: Callable[[Mapping[str, Any], str], str], row: Mapping[str, Any]) -> str:
         return " / ".join(cell(row, phase) for phase in phases)
 
-    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {"contender": lambda row: str(row["name"])}
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "contender": lambda row: str(row["name"])
+    }
     for phase in (*phases, *graphs):
         columns[f"{names[phase]} x {base}"] = lambda row, phase=phase: ratio_text(row.get(phase))  # type: ignore[misc]
     if any(row.get("floor") for row in rows):
         columns["floor"] = lambda row: pair(_floor, row)
     columns["peak MiB"] = lambda row: pair(_peak, row)
     columns |= {
-        "tokens/s": lambda row: f"{row['forward']['tokens_per_second']:,.0f}" if row.get("forward") else "-",
+        "tokens/s": lambda row: (
+            f"{row['forward']['tokens_per_second']:,.0f}" if row.get("forward") else "-"
+        ),
         "params M": lambda row: f"{row['parameters'] / 1e6:.2f}" if row.get("parameters") else "-",
         "error": lambda row: pair(_error, row),
     }
@@ -85,10 +105,15 @@ def timing_table(section: Mapping[str, Any]) -> TextTable:
 def planner_table(section: Mapping[str, Any]) -> TextTable:
     """The choice against the best of another timing, misses first."""
     rows = sorted(section["rows"], key=lambda row: -row["ratio"])
-    ratios, firsts = [row["ratio"] for row in rows], [sum(row["first_use"].values()) for row in rows]
+    ratios, firsts = (
+        [row["ratio"] for row in rows],
+        [sum(row["first_use"].values()) for row in rows],
+    )
     title = section["title"]
     if rows:
-        title += f": {sum(ratio <= TOLERANCE for ratio in ratios)} of {len(rows)} within {TOLERANCE}, "
+        title += (
+            f": {sum(ratio <= TOLERANCE for ratio in ratios)} of {len(rows)} within {TOLERANCE}, "
+        )
         title += f"mean {mean(ratios):.3f}, worst {max(ratios):.2f}; "
         title += f"first use: median {median(firsts):.2f} s, worst {max(firsts):.2f} s"
     columns = {
@@ -104,7 +129,9 @@ def target_table(lines: Sequence[Mapping[str, Any]]) -> TextTable:
     """Targets and whether they were reached."""
     columns = {name: [str(line[name]) for line in lines] for name in ("what", "backend", "wanted")}
     for dtype in ("float32", "bfloat16"):
-        columns[dtype] = [line["found"].get(dtype, line["found"].get("both", "-")) for line in lines]
+        columns[dtype] = [
+            line["found"].get(dtype, line["found"].get("both", "-")) for line in lines
+        ]
     reached = [line["reached"] for line in lines]
     columns["reached"] = ["yes" if holds else "NO" for holds in reached]
     return TextTable(f"targets: {sum(reached)} of {len(reached)} reached", columns)
@@ -115,7 +142,9 @@ def table_of(section: Mapping[str, Any]) -> TextTable:
     return (planner_table if section["key"] == "planner" else timing_table)(section)
 
 
-def tables_of(sections: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]]) -> Iterator[TextTable]:
+def tables_of(
+    sections: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]]
+) -> Iterator[TextTable]:
     """Of all that was measured, and the targets."""
     yield from map(table_of, sections)
     if targets:
@@ -124,8 +153,13 @@ def tables_of(sections: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[s
 
 def machine_table(machine: Mapping[str, Any]) -> TextTable:
     """The machine that was measured."""
-    facts = {name: value for name, value in machine.items() if value and name != "libraries"} | machine["libraries"]
-    told = [", ".join(map(str, each)) if isinstance(each, list) else str(each) for each in facts.values()]
+    facts = {
+        name: value for name, value in machine.items() if value and name != "libraries"
+    } | machine["libraries"]
+    told = [
+        ", ".join(map(str, each)) if isinstance(each, list) else str(each)
+        for each in facts.values()
+    ]
     return TextTable("machine", {"": list(facts), "value": told})
 
 
@@ -144,6 +178,13 @@ def text_of(table: TextTable) -> str:
 def markdown_report(results: Mapping[str, Any]) -> str:
     """All tables of a run, as `mpoe_bench.run.run_suite` returned it."""
     head = f"# mpoe bench --suite {results['suite']}\n\n{HOW_TO_READ}\n"
-    skipped = [f"The time did not suffice for: {'; '.join(results['skipped'])}.\n"] if results["skipped"] else []
-    tables = [*tables_of(results["sections"], results["targets"]), machine_table(results["machine"])]
+    skipped = (
+        [f"The time did not suffice for: {'; '.join(results['skipped'])}.\n"]
+        if results["skipped"]
+        else []
+    )
+    tables = [
+        *tables_of(results["sections"], results["targets"]),
+        machine_table(results["machine"]),
+    ]
     return "\n".join([head, *skipped, *map(text_of, tables)])

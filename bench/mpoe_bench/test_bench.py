@@ -1,4 +1,5 @@
-"""What pytest-benchmark times: every contender of a suite beside its case's dense layer; and the autotuner's choices.
+"""What pytest-benchmark times: every contender of a suite beside its case's dense layer; and the
+autotuner's choices.
 
 A choice, made by one timing, is judged against every strategy on every backend in another timing.
 """
@@ -29,7 +30,9 @@ from mpoe_kernels.contract.ranking import Problem
 MOST_FLOPS = 5.0  # strategies of more than this many times the fewest FLOPs are not timed
 
 
-def test_speed(benchmark: Any, bench_run: Run, comparison: Comparison, name: str, phase: str) -> None:
+def test_speed(
+    benchmark: Any, bench_run: Run, comparison: Comparison, name: str, phase: str
+) -> None:
     bench_run.measure(benchmark, comparison, name, phase)
 
 
@@ -39,7 +42,12 @@ def problem_of(case: Workload, backend: str, phase: str) -> Problem:
     if phase == "backward":
         need = (True, True, not case.mask_central, True)
         return Problem("grouped_mpo_linear_backward", *sizes, need, backend=backend)
-    return Problem("grouped_mpo_linear", *sizes, keeps=case.training and case.shape.is_separable, backend=backend)
+    return Problem(
+        "grouped_mpo_linear",
+        *sizes,
+        keeps=case.training and case.shape.is_separable,
+        backend=backend,
+    )
 
 
 def first_use(problem: Problem) -> tuple[Candidate, float]:
@@ -67,7 +75,9 @@ def calls_of(case: Workload) -> Callable[[str, str, str], Callable[[], object]]:
 
     def forward(backend: str, strategy: str) -> Tensor:
         with torch.set_grad_enabled(case.training):
-            return grouped_mpo_linear(x, blocks, offsets, row_index=rows, backend=backend, strategy=strategy)
+            return grouped_mpo_linear(
+                x, blocks, offsets, row_index=rows, backend=backend, strategy=strategy
+            )
 
     def call(phase: str, backend: str, strategy: str) -> Callable[[], object]:
         y = forward(backend, strategy)  # refuses what has no kernel
@@ -95,7 +105,9 @@ def test_choice(benchmark: Any, bench_run: Run, backend: str, case: Workload, ph
                 functions.setdefault(f"{strategy} [{each}]", call(phase, each, strategy))
             except BackendError:
                 continue  # no kernel for this strategy: no candidate
-    budget = replace(bench_run.budget, seconds=bench_run.budget.seconds / 3, most=min(9, bench_run.budget.most))
+    budget = replace(
+        bench_run.budget, seconds=bench_run.budget.seconds / 3, most=min(9, bench_run.budget.most)
+    )
     samples = in_turn(benchmark, functions, budget, bench_run.timer)
     benchmark.group, benchmark.name = title, f"{case.name}, {phase}"
     if benchmark.stats is None:
@@ -108,10 +120,15 @@ def test_choice(benchmark: Any, bench_run: Run, backend: str, case: Workload, ph
     best = min(times, key=times.__getitem__)
     rows = {row["name"]: row for row in section["rows"]}
     if case.name not in rows:
-        section["rows"].append({"name": case.name, "chosen": {}, "best": {}, "seconds": {}, "first_use": {}})
+        section["rows"].append(
+            {"name": case.name, "chosen": {}, "best": {}, "seconds": {}, "first_use": {}}
+        )
     row = section["rows"][-1]
     row["chosen"][phase], row["best"][phase], row["seconds"][phase] = chosen, best, times
     row["first_use"][phase] = seconds
-    took, least = (sum(row["seconds"][each][row[key][each]] for each in row["seconds"]) for key in ("chosen", "best"))
+    took, least = (
+        sum(row["seconds"][each][row[key][each]] for each in row["seconds"])
+        for key in ("chosen", "best")
+    )
     row["ratio"] = took / least
     benchmark.extra_info.update({"x": times[chosen] / times[best], "chosen": chosen, "best": best})

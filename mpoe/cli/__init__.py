@@ -1,1 +1,2 @@
-"""The command line; `mpoe.cli.main` is its entry point. Heavy imports happen inside the commands that need them."""
+"""The command line; `mpoe.cli.main` is its entry point. Heavy imports happen inside the commands
+that need them."""

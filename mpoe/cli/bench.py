@@ -20,16 +20,22 @@ INCOMPLETE_FILE = "incomplete.json"
 class BenchOptions:
     """What to measure, and how."""
 
-    suite: str = option("quick", "quick (minutes), planner (its cases), targets, layers, models, gpu")
+    suite: str = option(
+        "quick", "quick (minutes), planner (its cases), targets, layers, models, gpu"
+    )
     device: str = option("cpu", "cpu or cuda")
     backend: str | None = option(None, "auto, all, or names with commas; default: auto and eager")
     out: Path = option(Path("bench_results"), "folder for report.md and results.json")
     threads: int | None = option(None, "torch threads; default: every usable processor")
     scale: str = option("real", "real, or tiny: everything once on sizes of a test, in seconds")
     overwrite: bool = option(False, "replace the results in the output folder")
-    minutes: float | None = option(None, "begin nothing new after so long; default: none, of gpu eight")
+    minutes: float | None = option(
+        None, "begin nothing new after so long; default: none, of gpu eight"
+    )
     only: str = option("", "only contenders whose name contains one of these words, with commas")
-    phases: str = option("forward,train,graph", "what is timed of each; graph: as a CUDA graph, on a GPU")
+    phases: str = option(
+        "forward,train,graph", "what is timed of each; graph: as a CUDA graph, on a GPU"
+    )
 
     LEAST: ClassVar[dict[str, int]] = {"minutes": 0}
 
@@ -45,7 +51,9 @@ def command(asked: Asked) -> dict[str, Any]:
         if str(error.name).partition(".")[0] not in ("mpoe_bench", "pytest_benchmark"):
             raise
         how = 'in a checkout: pip install -e ".[bench]", or its folder bench on PYTHONPATH'
-        raise CommandError(f"the benchmarks are not installed: no package {error.name} ({how})") from None
+        raise CommandError(
+            f"the benchmarks are not installed: no package {error.name} ({how})"
+        ) from None
     except ValueError as error:
         raise CommandError(str(error)) from None
     if results["failures"]:
@@ -56,7 +64,14 @@ def command(asked: Asked) -> dict[str, Any]:
 def _measure(options: BenchOptions) -> dict[str, Any]:
     import pytest_benchmark  # noqa: F401 - an extra, see pyproject.toml
     from mpoe_bench.run import run_suite
-    from mpoe_bench.tables import HOW_TO_READ, machine_table, markdown_report, table_of, target_table, text_of
+    from mpoe_bench.tables import (
+        HOW_TO_READ,
+        machine_table,
+        markdown_report,
+        table_of,
+        target_table,
+        text_of,
+    )
 
     suite, out, terminal = options.suite, options.out, sys.stdout
     sections: list[dict[str, Any]] = []

@@ -1,8 +1,10 @@
-"""What commands share: options as dataclasses, filled by `transformers.HfArgumentParser` from a configuration file and
-flags, and errors, shown in one line if the user can fix them, with a traceback if they are bugs.
+"""What commands share: options as dataclasses, filled by `transformers.HfArgumentParser` from a
+configuration file and flags, and errors, shown in one line if the user can fix them, with a
+traceback if they are bugs.
 
-Flags override the file, unknown names are refused. Options are spelled ``--like_this`` or ``--like-this``, as in all
-Hugging Face scripts; values from the file are converted like flags, so ``5e-5`` means the same in both places.
+Flags override the file, unknown names are refused. Options are spelled ``--like_this`` or
+``--like-this``, as in all Hugging Face scripts; values from the file are converted like flags, so
+``5e-5`` means the same in both places.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-_PACKAGE_FOLDERS = tuple(str(Path(__file__).resolve().parents[2] / name) for name in ("mpoe", "mpoe_kernels"))
+_PACKAGE_FOLDERS = tuple(
+    str(Path(__file__).resolve().parents[2] / name) for name in ("mpoe", "mpoe_kernels")
+)
 _ON_PURPOSE = (ValueError, TypeError, OSError, RuntimeError)
 
 
@@ -40,9 +44,9 @@ def close_matches(word: str, known: Iterable[str]) -> str:
 def is_on_purpose(error: BaseException) -> bool:
     """Whether the package raised ``error`` deliberately, as a message to the user.
 
-    This is true for a `CommandError`, for errors of the system wherever they occur (a full disk, no permission; not for
-    an absent file), and for errors whose innermost frame is in this package: an exception from inside torch or
-    transformers is a bug, there or here, and keeps its traceback.
+    This is true for a `CommandError`, for errors of the system wherever they occur (a full disk, no
+    permission; not for an absent file), and for errors whose innermost frame is in this package: an
+    exception from inside torch or transformers is a bug, there or here, and keeps its traceback.
     """
     of_the_system = isinstance(error, OSError) and error.errno not in (None, errno.ENOENT)
     if of_the_system or isinstance(error, CommandError):
@@ -53,8 +57,27 @@ def is_on_purpose(error: BaseException) -> bool:
 
 T = TypeVar("T")
 # Exceptions that dataclasses of this package and of Transformers raise for invalid values.
-_UNFIT = (ValueError, TypeError, LookupError, AttributeError, OSError, ImportError, NotImplementedError)
-_TRUTHS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")  # what Transformers' parser takes for a flag
+_UNFIT = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    OSError,
+    ImportError,
+    NotImplementedError,
+)
+_TRUTHS = (
+    "yes",
+    "true",
+    "t",
+    "y",
+    "1",
+    "no",
+    "false",
+    "f",
+    "n",
+    "0",
+)  # what Transformers' parser takes for a flag
 # names that other tools have -> ours
 _MEANT = {
     "batch_size": "per_device_train_batch_size",
@@ -68,8 +91,8 @@ _MEANT = {
 
 
 class Asked(NamedTuple):
-    """A parsed command line: the filled dataclasses, the names of the options that were set, the words that are no
-    option's, and the whole as it was typed."""
+    """A parsed command line: the filled dataclasses, the names of the options that were set, the
+    words that are no option's, and the whole as it was typed."""
 
     options: tuple[Any, ...]
     given: set[str]
@@ -78,7 +101,8 @@ class Asked(NamedTuple):
 
 
 def option(default: Any, text: str, *aliases: str, **argparse_arguments: Any) -> Any:
-    """A dataclass field that is an option; the class may have ``LEAST``, the smallest values of some by name.
+    """A dataclass field that is an option; the class may have ``LEAST``, the smallest values of
+    some by name.
 
     Args:
         default: its value if it is not given; a list is copied.
@@ -86,7 +110,9 @@ def option(default: Any, text: str, *aliases: str, **argparse_arguments: Any) ->
         aliases: other names, without dashes; each may be spelled with underscores or hyphens.
         argparse_arguments: further arguments of `argparse.ArgumentParser.add_argument`.
     """
-    spelled = [f"--{each}" for name in aliases for each in dict.fromkeys((name, name.replace("_", "-")))]
+    spelled = [
+        f"--{each}" for name in aliases for each in dict.fromkeys((name, name.replace("_", "-")))
+    ]
     metadata = {"help": text, **argparse_arguments, **({"aliases": spelled} if spelled else {})}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
@@ -104,7 +130,8 @@ class _Help(argparse.HelpFormatter):
 
 
 def make_parser(dataclass_types: Sequence[type], **texts: str) -> argparse.ArgumentParser:
-    """A parser with one option per dataclass field that raises `CommandError` instead of printing usage.
+    """A parser with one option per dataclass field that raises `CommandError` instead of printing
+    usage.
 
     ``texts``: usage, description and epilog of its help.
     """
@@ -116,13 +143,16 @@ def make_parser(dataclass_types: Sequence[type], **texts: str) -> argparse.Argum
 
     kinds: list[Any] = list(dataclass_types)
     for kind in kinds:
-        if kind.__module__.startswith(__package__):  # the heading of its options: RunOptions are "run"
+        if kind.__module__.startswith(
+            __package__
+        ):  # the heading of its options: RunOptions are "run"
             kind._argument_group_name = kind.__name__.removesuffix("Options").lower()
     parser = Parser(kinds, allow_abbrev=False, add_help=False, formatter_class=_Help, **texts)
     for action in parser._actions:
         action.type = _folder if action.type is Path else action.type
         if isinstance(action, argparse._AppendAction):
-            action.nargs = None  # HfArgumentParser lets every list take several values; this one is repeated instead
+            # HfArgumentParser lets every list take several values; this one is repeated instead
+            action.nargs = None
     return parser
 
 
@@ -156,12 +186,17 @@ def _tokens_of(file: str | os.PathLike[str], known: Mapping[str, argparse.Action
         if isinstance(value, list) and _normal(name) in known and known[_normal(name)].nargs == "+":
             tokens += [f"--{name}", *map(str, value)]
         elif value is not None:
-            tokens.append(f"--{name}={json.dumps(value) if isinstance(value, (dict, list)) else value}")
+            tokens.append(
+                f"--{name}={json.dumps(value) if isinstance(value, (dict, list)) else value}"
+            )
     return tokens
 
 
 def parse(
-    kinds: Sequence[type], flags: Sequence[str], config: str | os.PathLike[str] | None = None, most: int = 0
+    kinds: Sequence[type],
+    flags: Sequence[str],
+    config: str | os.PathLike[str] | None = None,
+    most: int = 0,
 ) -> Asked:
     """Fill the dataclasses ``kinds`` from a configuration file and flags.
 
@@ -172,8 +207,8 @@ def parse(
         most: words that are no option's, such as the name of a model.
 
     Raises:
-        CommandError: unknown option (with similar names), a value of the wrong type (naming file or flag), or a value
-            that a dataclass refuses.
+        CommandError: unknown option (with similar names), a value of the wrong type (naming file or
+            flag), or a value that a dataclass refuses.
     """
     parser = make_parser(kinds)
     known, namespace, given = option_names(parser), argparse.Namespace(), set()
@@ -194,7 +229,9 @@ def parse(
                 raise CommandError(f"{place}{name[:-3]} must have a value; got '--'")
         if most:  # a switch in front of a word does not take it for its value
             tokens = [
-                f"{token}=true" if _stands_alone(token, known) and after.lower() not in _TRUTHS else token
+                f"{token}=true"
+                if _stands_alone(token, known) and after.lower() not in _TRUTHS
+                else token
                 for token, after in zip(tokens, [*tokens[1:], ""], strict=False)
             ]
         try:
@@ -202,7 +239,9 @@ def parse(
         except CommandError as error:
             raise CommandError(f"{place}{error}") from None
         if len(stray) > most or any(word.startswith("-") for word in stray):
-            raise CommandError(f"{place}values without an option: {' '.join(map(repr, stray[most:] or stray))}")
+            raise CommandError(
+                f"{place}values without an option: {' '.join(map(repr, stray[most:] or stray))}"
+            )
         given |= {known[_normal(name)].dest for name in names}
     return Asked(tuple(_build(kind, namespace, given) for kind in kinds), given, stray)
 
@@ -220,7 +259,8 @@ def _build(kind: type, namespace: argparse.Namespace, given: set[str]) -> Any:
         with contextlib.redirect_stdout(io.StringIO()):
             return kind(**values)
     except _UNFIT as error:
-        # Transformers' errors may not name an option: find the one whose value they repeat, or name all given ones.
+        # Transformers' errors may not name an option: find the one whose value they repeat, or name
+        # all given ones.
         message, own = str(error), {name: values[name] for name in given & values.keys()}
         if not any(name in message for name in own):
             repeated = [name for name, value in own.items() if repr(value) in message]
@@ -235,16 +275,19 @@ def as_command(
     config: bool = False,
     first: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[[Asked], T]], Callable[[Sequence[str]], T | None]]:
-    """A decorator: a function of what was `Asked` becomes a command of tokens, whose help is its module's docstring.
+    """A decorator: a function of what was `Asked` becomes a command of tokens, whose help is its
+    module's docstring.
 
     Args:
         usage: the usage line; its second word is the command.
         groups: dataclasses whose fields are the options.
         words: the fewest and the most words that are no option's, such as the name of a model.
         config: the first word may be a configuration file.
-        first: the options that a call without arguments shows, with a few words about each (`mpoe.cli.short_help`).
+        first: the options that a call without arguments shows, with a few words about each
+            (`mpoe.cli.short_help`).
 
-    The command raises `CommandError`: see `parse`; also for too few words. It returns None if it printed its help.
+    The command raises `CommandError`: see `parse`; also for too few words. It returns None if it
+    printed its help.
     """
     name = usage.split()[1]
 
@@ -271,19 +314,41 @@ def as_command(
     return declare
 
 
-def show_help(usage: str, about: str, groups: Sequence[type], first: Mapping[str, str] | None) -> None:
-    """Print the options ``first``, a line each, or all; those that the groups inherit from Transformers by name."""
+def show_help(
+    usage: str, about: str, groups: Sequence[type], first: Mapping[str, str] | None
+) -> None:
+    """Print the options ``first``, a line each, or all; those that the groups inherit from
+    Transformers by name."""
     if first:
         width = max(map(len, first)) + 2
-        print("\n".join([f"Usage: {usage}", "", about, "", *(f"  --{n:{width}}{words}" for n, words in first.items())]))
+        print(
+            "\n".join(
+                [
+                    f"Usage: {usage}",
+                    "",
+                    about,
+                    "",
+                    *(f"  --{n:{width}}{words}" for n, words in first.items()),
+                ]
+            )
+        )
         print(f"\nAll others, with their defaults: {' '.join(usage.split()[:2])} --help all")
         return
-    parser = make_parser(groups, usage=usage, description=f"{about} Options are spelled --like_this or --like-this.")
-    bases = [base for kind in groups for base in kind.__mro__ if not base.__module__.startswith("transformers.")]
+    parser = make_parser(
+        groups, usage=usage, description=f"{about} Options are spelled --like_this or --like-this."
+    )
+    bases = [
+        base
+        for kind in groups
+        for base in kind.__mro__
+        if not base.__module__.startswith("transformers.")
+    ]
     ours = {name for base in bases for name in vars(base).get("__annotations__", ())}
     inherited = sorted({action.dest for action in parser._actions} - ours)
     if inherited:
-        parser.epilog = f"And every option of transformers.TrainingArguments: {', '.join(inherited)}"
+        parser.epilog = (
+            f"And every option of transformers.TrainingArguments: {', '.join(inherited)}"
+        )
     for action in parser._actions:
         action.help = argparse.SUPPRESS if action.dest in inherited else action.help
     parser.print_help()

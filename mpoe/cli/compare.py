@@ -1,6 +1,7 @@
 """`mpoe compare RUN_DIR RUN_DIR ...`: training runs side by side, on the terminal and as a report.
 
-It shows parameters, the settings that differ, scores, curves and time. Unfinished runs are shown as far as they got."""
+It shows parameters, the settings that differ, scores, curves and time. Unfinished runs are shown as
+far as they got."""
 
 from __future__ import annotations
 
@@ -29,31 +30,42 @@ MOST_RUNS = 12
 NUMBERS_FILE = "compare.json"
 _SEEDS = ("seed", "data_seed", "gradient_mask_seed")
 _CURVES = (
-    "From metrics.jsonl. Pale lines are the raw values, the others running means; dots are evaluations. Task loss is "
-    "in nats per target token, without the balancing loss. Entropy / ln E is 1 where experts get equal shares."
+    "From metrics.jsonl. Pale lines are the raw values, the others running means; dots are "
+    "evaluations. Task loss is "
+    "in nats per target token, without the balancing loss. Entropy / ln E is 1 where experts get "
+    "equal shares."
 )
 _LOAD = (
-    "A row for each mixture layer, a column for each expert: the share of the layer's tokens that the router gave it "
+    "A row for each mixture layer, a column for each expert: the share of the layer's tokens that "
+    "the router gave it "
     "in the last logged steps. An expert near 0 learns nothing; balance_loss_weight spreads tokens."
 )
 _SCORES = (
-    "Validation, after the last step; * is the best of a row. Another seed moves a score as well, so compare several "
+    "Validation, after the last step; * is the best of a row. Another seed moves a score as well, "
+    "so compare several "
     "before a small difference is believed. Constant: one answer for all items."
 )
 _ARMS = (
-    "Runs that differ in their seeds alone are one arm: mean ± half of its 95% interval (Student's t). Less the "
-    "first arm's: over runs of the same seed; a difference whose interval holds 0 is not shown to be one."
+    "Runs that differ in their seeds alone are one arm: mean ± half of its 95% interval (Student's "
+    "t). Less the "
+    "first arm's: over runs of the same seed; a difference whose interval holds 0 is not shown to "
+    "be one."
 )
 # Tables with a column for each run -> how to read them.
 _WORDS = {
-    "Runs": "Seconds: since a run was last started; per step: between two log lines without an evaluation or a save.",
-    "Data": "Items, or blocks of tokens of language modelling. Seen: items of all optimizer steps together.",
+    "Runs": "Seconds: since a run was last started; per step: between two log lines without an "
+    "evaluation or a save.",
+    "Data": "Items, or blocks of tokens of language modelling. Seen: items of all optimizer steps "
+    "together.",
     "Parameters": (
-        "central: shared by the experts of a layer; auxiliary: cores of all experts; expert: weights of dense experts; "
-        "rest: embeddings, attention, norms, biases, layers that stayed dense; dense_total: the model before "
+        "central: shared by the experts of a layer; auxiliary: cores of all experts; expert: "
+        "weights of dense experts; "
+        "rest: embeddings, attention, norms, biases, layers that stayed dense; dense_total: the "
+        "model before "
         "conversion; switch_total: as many experts with full weights (Switch)."
     ),
-    "Settings that differ": "Those of run.json that are not the same in all runs and may change what a run computes.",
+    "Settings that differ": "Those of run.json that are not the same in all runs and may change "
+    "what a run computes.",
 }
 
 
@@ -70,9 +82,13 @@ def command(asked: Asked) -> None:
     """Compare the runs in the folders; prints tables and writes the report."""
     (options,), paths = asked.options, asked.words
     if len(paths) < 2:
-        raise CommandError(f"compare needs two runs or more; got {len(paths)}: mpoe compare RUN_DIR RUN_DIR ...")
+        raise CommandError(
+            f"compare needs two runs or more; got {len(paths)}: mpoe compare RUN_DIR RUN_DIR ..."
+        )
     folder = options.output_dir
-    check_output("output_dir", folder, options.overwrite, "an earlier report", [REPORT_FILE], MODEL_OR_RUN)
+    check_output(
+        "output_dir", folder, options.overwrite, "an earlier report", [REPORT_FILE], MODEL_OR_RUN
+    )
     names = [Path(path).resolve().name for path in paths]
     if len(set(names)) < len(names):
         names = [f"{k} {name}" for k, name in enumerate(names, start=1)]
@@ -102,7 +118,8 @@ class RunFolder:
 
     @property
     def mixture(self) -> str:
-        """A short description of the feed-forward layers; empty if neither results nor settings have it."""
+        """A short description of the feed-forward layers; empty if neither results nor settings
+        have it."""
         if self.settings.get("arm.baseline") in BASELINES:
             return BASELINES[self.settings["arm.baseline"]]
         if "mixture" in self.results:
@@ -145,15 +162,24 @@ def mixture_of(model: Any) -> str:
 def write_report(file: Path, runs: Sequence[RunFolder]) -> list[Table]:
     """Write the report of runs side by side, or that of one run; returns its tables."""
     (scores, *tables), (one, *others) = _tables(runs), runs
-    commands = (Markup("<pre>{}: {}</pre>").format(run.name, run.settings.get("command", "-")) for run in runs)
+    commands = (
+        Markup("<pre>{}: {}</pre>").format(run.name, run.settings.get("command", "-"))
+        for run in runs
+    )
     remarks = (f"{run.name}: {remark}" for run in runs for remark in run.results.get("remarks", ()))
-    parts = [*commands, scores.section(), *(Markup('<p class="failed">{}</p>').format(each) for each in remarks)]
+    parts = [
+        *commands,
+        scores.section(),
+        *(Markup('<p class="failed">{}</p>').format(each) for each in remarks),
+    ]
     curves = report.curves({run.name: run.records for run in runs})
     parts.append(report.section("Training", curves, note=_CURVES))
     title = " / ".join(run.name for run in runs)
     if not others:
         title += f": {one.mixture} after {one.results.get('steps', 0):,} steps"
-        load: list[Any] = next((r["expert_load"]["share"] for r in reversed(one.records) if r.get("expert_load")), [])
+        load: list[Any] = next(
+            (r["expert_load"]["share"] for r in reversed(one.records) if r.get("expert_load")), []
+        )
         names = one.results.get("layers") or list(map(str, range(len(load))))
         layers = {name: layer for name, layer in zip(names, load, strict=False) if layer}
         if layers:
@@ -166,10 +192,13 @@ def write_report(file: Path, runs: Sequence[RunFolder]) -> list[Table]:
     return [scores, *tables]
 
 
-# -------------------------------------------------- tables: a row for each fact, a column for each run
+# -------------------------------------------------- tables: a row for each fact, a column for each
+# run
 
 
-def _side_by_side(title: str, runs: Sequence[RunFolder], facts: Sequence[Mapping[str, Any]]) -> Table:
+def _side_by_side(
+    title: str, runs: Sequence[RunFolder], facts: Sequence[Mapping[str, Any]]
+) -> Table:
     """A row for each fact; runs that do not have it get a dash."""
 
     def cell(value: Any) -> str:
@@ -189,43 +218,74 @@ def _tables(runs: Sequence[RunFolder]) -> list[Table]:
     found = [Table(["", *arms], _arm_rows(arms, metrics_of(scores.values())), "Arms", _ARMS)]
     every = [_facts(run, len(runs) == 1) for run in runs]
     found += [_side_by_side(title, runs, [facts[title] for facts in every]) for title in every[0]]
-    names = sorted({name for run in runs for name in run.settings if name != "command" and not is_neutral(name)})
+    names = sorted(
+        {
+            name
+            for run in runs
+            for name in run.settings
+            if name != "command" and not is_neutral(name)
+        }
+    )
     differ = [name for name in names if len({str(run.settings.get(name)) for run in runs}) > 1]
     settings = [{name: run.settings.get(name) for name in differ} for run in runs]
     found.append(_side_by_side("Settings that differ", runs, settings))
-    return [score_table(scores, constants, "Scores", _SCORES), *(table for table in found if table.rows)]
+    return [
+        score_table(scores, constants, "Scores", _SCORES),
+        *(table for table in found if table.rows),
+    ]
 
 
 def _facts(run: RunFolder, alone: bool) -> dict[str, dict[str, Any]]:
     """By table: what the run is, and how it went."""
     own, results, records = run.settings.get, run.results, run.records
-    logged = [(a, b) for a, b in itertools.pairwise(records) if "loss" in a and "loss" in b and b["step"] > a["step"]]
+    logged = [
+        (a, b)
+        for a, b in itertools.pairwise(records)
+        if "loss" in a and "loss" in b and b["step"] > a["step"]
+    ]
     times = [(b["time"] - a["time"]) / (b["step"] - a["step"]) for a, b in logged]
-    losses = [record.get("task_loss", record["loss"]) for record in records if record.get("loss") is not None]
+    losses = [
+        record.get("task_loss", record["loss"])
+        for record in records
+        if record.get("loss") is not None
+    ]
     steps = results.get("steps") or max((record.get("step", 0) for record in records), default=0)
     why = own("learning_rate_from", "") if alone else ""
     runs = {
         "started from": results.get("model") or own("model"),
         "feed-forward layers": run.mixture or None,
         "optimizer steps": f"{steps:,}" if results else f"{steps:,}, not ended",
-        "items of a step": own("training.train_batch_size", 0) * own("training.gradient_accumulation_steps", 1),
+        "items of a step": own("training.train_batch_size", 0)
+        * own("training.gradient_accumulation_steps", 1),
         "learning rate": f"{own('training.learning_rate', 0):g}" + (f": {why}" if why else ""),
         "training loss, last logged": f"{losses[-1]:.4f}" if losses else None,
         "training, seconds": f"{results['seconds']:.0f}" if results else None,
         "seconds per step, median": f"{statistics.median_high(times):.3g}" if times else None,
         "device": results.get("made_with", {}).get("device"),
     }
-    data = {f"{task}: {split}": n for task, sizes in results.get("data", {}).items() for split, n in sizes.items()}
-    return {"Runs": runs, "Data": data, "Parameters": {k: n for k, n in results.get("parameters", {}).items() if n}}
+    data = {
+        f"{task}: {split}": n
+        for task, sizes in results.get("data", {}).items()
+        for split, n in sizes.items()
+    }
+    return {
+        "Runs": runs,
+        "Data": data,
+        "Parameters": {k: n for k, n in results.get("parameters", {}).items() if n},
+    }
 
 
 def arms_of(runs: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
-    """Finished runs that differ in nothing but their seeds, by what their feed-forward layers are; where several arms
-    have the same, the name of their first run is added."""
+    """Finished runs that differ in nothing but their seeds, by what their feed-forward layers are;
+    where several arms have the same, the name of their first run is added."""
     groups: dict[str, list[RunFolder]] = {}
     for run in runs:
         own = {key: value for key, value in run.settings.items() if not is_neutral(key)}
-        key = repr(sorted((name, str(v)) for name, v in own.items() if name.rpartition(".")[2] not in _SEEDS))
+        key = repr(
+            sorted(
+                (name, str(v)) for name, v in own.items() if name.rpartition(".")[2] not in _SEEDS
+            )
+        )
         if run.results:
             groups.setdefault(key, []).append(run)
     kinds = [alike[0].mixture for alike in groups.values()]
@@ -236,7 +296,8 @@ def arms_of(runs: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
 
 
 def mean_and_half_width(values: Sequence[float]) -> str:
-    """The mean, and half the width of its 95% interval (Student's t) if there are several values."""
+    """The mean, and half the width of its 95% interval (Student's t) if there are several
+    values."""
     from scipy.stats import t
 
     if len(values) < 2:
@@ -245,24 +306,41 @@ def mean_and_half_width(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.4f} ± {half:.4f}"
 
 
-def _arm_rows(arms: dict[str, list[RunFolder]], metrics: Sequence[tuple[str, str]]) -> list[list[str]]:
+def _arm_rows(
+    arms: dict[str, list[RunFolder]], metrics: Sequence[tuple[str, str]]
+) -> list[list[str]]:
     """Means over seeds; none if no arm has several runs."""
     if all(len(alike) < 2 for alike in arms.values()):
         return []
     rows = [["runs", *(str(len(alike)) for alike in arms.values())]]
     seeds = {
-        run.name: tuple(value for name, value in run.settings.items() if name.rpartition(".")[2] in _SEEDS)
+        run.name: tuple(
+            value for name, value in run.settings.items() if name.rpartition(".")[2] in _SEEDS
+        )
         for run in itertools.chain(*arms.values())
     }
-    rows.append(["parameters", *(f"{alike[0].results['parameters']['total']:,}" for alike in arms.values())])
+    rows.append(
+        ["parameters", *(f"{alike[0].results['parameters']['total']:,}" for alike in arms.values())]
+    )
     for task, metric in metrics:
         scores = [
-            {run.name: v for run in alike if (v := run.results["validation"].get(task, {}).get(metric)) is not None}
+            {
+                run.name: v
+                for run in alike
+                if (v := run.results["validation"].get(task, {}).get(metric)) is not None
+            }
             for alike in arms.values()
         ]
-        rows.append([f"{task}: {metric}", *(mean_and_half_width([*own.values()]) for own in scores)])
+        rows.append(
+            [f"{task}: {metric}", *(mean_and_half_width([*own.values()]) for own in scores)]
+        )
         first = {seeds[name]: value for name, value in scores[0].items()}
-        less = [[v - first[seeds[name]] for name, v in own.items() if seeds[name] in first] for own in scores[1:]]
+        less = [
+            [v - first[seeds[name]] for name, v in own.items() if seeds[name] in first]
+            for own in scores[1:]
+        ]
         if less:
-            rows.append([f"{task}: {metric}, less the first arm's", "", *map(mean_and_half_width, less)])
+            rows.append(
+                [f"{task}: {metric}, less the first arm's", "", *map(mean_and_half_width, less)]
+            )
     return rows

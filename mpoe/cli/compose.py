@@ -1,9 +1,11 @@
-"""`mpoe compose BASE EXPERT ... --output_dir OUT`: experts of one model that were trained apart become one mixture.
+"""`mpoe compose BASE EXPERT ... --output_dir OUT`: experts of one model that were trained apart
+become one mixture.
 
-An EXPERT is a file of `mpoe train --expert`, composed without any texts, or the folder of a LoRA adapter, fitted as
-`--neurons` on its text, or on what the adapted model itself writes. `--add MIXTURE` starts with the experts of a
-mixture, `--remove` leaves some out, `--merge` makes one dense network. Of fine-tunes (saved models, adapters) in place
-of experts, every network becomes a dense expert; these need `--texts`."""
+An EXPERT is a file of `mpoe train --expert`, composed without any texts, or the folder of a LoRA
+adapter, fitted as `--neurons` on its text, or on what the adapted model itself writes.
+`--add MIXTURE` starts with the experts of a mixture, `--remove` leaves some out, `--merge` makes
+one dense network. Of fine-tunes (saved models, adapters) in place of experts, every network becomes
+a dense expert; these need `--texts`."""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ class ComposeOptions:
         "a file of each one's domain, read as mpoe train does; experts do without",
         nargs="+",
     )
-    router: str = option("ridge", "in closed form; train: then trained alone, on texts", choices=["ridge", "train"])
+    router: str = option(
+        "ridge", "in closed form; train: then trained alone, on texts", choices=["ridge", "train"]
+    )
     top_k: int | None = option(None, "experts per token; default all, at most 8; of fine-tunes 1")
     add: str | None = option(None, "a mixture composed of experts, which gets these more")
     remove: list[str] = option([], "names of experts of the mixture --add to leave out", nargs="+")
@@ -56,8 +60,12 @@ class ComposeOptions:
         None,
         "of 'none', in units of a logit (0.6): more is quieter, less keeps more of each expert",
     )
-    neurons: int | None = option(None, "of experts fitted to LoRA adapters; default: as large as the adapter")
-    merge: bool = option(False, "one dense network with all experts' neurons, equally weighted, and no router")
+    neurons: int | None = option(
+        None, "of experts fitted to LoRA adapters; default: as large as the adapter"
+    )
+    merge: bool = option(
+        False, "one dense network with all experts' neurons, equally weighted, and no router"
+    )
     max_texts: int = option(300, "pieces of each text file that are read")
     max_length: int = option(128, "tokens of a piece; default: at most the base's positions")
     steps: int = option(200, "steps of --router train, and of fitting an adapter")
@@ -73,8 +81,12 @@ def command(asked: Asked) -> None:
     # About experts: it names files of some, or a mixture of them, or adapters to be neurons.
     of_experts = options.neurons is not None or any(name.endswith(".expert") for name in names)
     of_experts = of_experts or (bool(names) and not options.texts and all(map(is_adapter, names)))
-    of_experts = of_experts or (options.add is not None and (Path(options.add) / EXPERTS_FOLDER).is_dir())
-    for wrong, message in (_faults_of_experts if of_experts else _faults_of_fine_tunes)(names, options):
+    of_experts = of_experts or (
+        options.add is not None and (Path(options.add) / EXPERTS_FOLDER).is_dir()
+    )
+    for wrong, message in (_faults_of_experts if of_experts else _faults_of_fine_tunes)(
+        names, options
+    ):
         if wrong:
             raise CommandError(message)
     for kind, files in (("texts", options.texts), ("background", options.background)):
@@ -84,18 +96,25 @@ def command(asked: Asked) -> None:
         raise CommandError(f"compose needs --output_dir: {USAGE}")
     out = models.check_model_output("output_dir", options.output_dir, options.overwrite)
     source = models.find_to_copy(base)
-    if source.is_mpoe or (source.style != CAUSAL and (not of_experts or any(map(is_adapter, names)))):
+    if source.is_mpoe or (
+        source.style != CAUSAL and (not of_experts or any(map(is_adapter, names)))
+    ):
         raise CommandError(
-            f"compose takes the dense model that the experts were trained beside, of others a causal language model"
+            "compose takes the dense model that the experts were trained beside, of others a "
+            "causal language model"
             f"; {base} is a {source.model_type} (mpoe.compose in Python takes batches of any model)"
         )
     tokenizer, dense = models.load_tokenizer(source), models.load_model(source)
     most = getattr(dense.config, "max_position_embeddings", None) or options.max_length
     if options.max_length > most and "max_length" in asked.given:
-        raise CommandError(f"max_length must be at most {most}, the positions of {base}; got {options.max_length}")
+        raise CommandError(
+            f"max_length must be at most {most}, the positions of {base}; got {options.max_length}"
+        )
     options.max_length = min(options.max_length, most)
     texts = [_batches_of(text, tokenizer, options, "texts") for text in options.texts]
-    (compose_files if of_experts else compose_fine_tunes)(dense, tokenizer, names, texts, options, out)
+    (compose_files if of_experts else compose_fine_tunes)(
+        dense, tokenizer, names, texts, options, out
+    )
 
 
 def load_fine_tune(name: str, base: Any) -> Any:
@@ -115,10 +134,14 @@ def load_fine_tune(name: str, base: Any) -> Any:
         adapted: Any = PeftModel.from_pretrained(copy.deepcopy(base), name)
         return adapted.merge_and_unload().eval()
     except (ValueError, RuntimeError, OSError) as error:
-        raise CommandError(f"fine-tune: the adapter {name} does not fit the base: {error}") from error
+        raise CommandError(
+            f"fine-tune: the adapter {name} does not fit the base: {error}"
+        ) from error
 
 
-def _batches_of(file: str, tokenizer: Any, options: ComposeOptions, name: str) -> list[dict[str, Any]]:
+def _batches_of(
+    file: str, tokenizer: Any, options: ComposeOptions, name: str
+) -> list[dict[str, Any]]:
     try:
         return read_batches(file, tokenizer, options.max_length, options.max_texts)
     except ValueError as error:
@@ -128,7 +151,9 @@ def _batches_of(file: str, tokenizer: Any, options: ComposeOptions, name: str) -
 # ---------------------------------------------------------------------------------- fine-tunes
 
 
-def _faults_of_fine_tunes(names: Sequence[str], options: ComposeOptions) -> Iterator[tuple[object, str]]:
+def _faults_of_fine_tunes(
+    names: Sequence[str], options: ComposeOptions
+) -> Iterator[tuple[object, str]]:
     """What must not be, and the message."""
     count, texts = len(names), len(options.texts)
     wrong = options.add is not None or options.preference is not None or options.merge
@@ -139,9 +164,15 @@ def _faults_of_fine_tunes(names: Sequence[str], options: ComposeOptions) -> Iter
 
 
 def compose_fine_tunes(
-    base: Any, tokenizer: Any, names: Sequence[str], texts: Sequence[Any], options: ComposeOptions, out: models.Output
+    base: Any,
+    tokenizer: Any,
+    names: Sequence[str],
+    texts: Sequence[Any],
+    options: ComposeOptions,
+    out: models.Output,
 ) -> None:
-    """Compose the fine-tunes ``names`` of ``base``, each with the batches of its text, and save the mixture."""
+    """Compose the fine-tunes ``names`` of ``base``, each with the batches of its text, and save the
+    mixture."""
     fine_tunes = [load_fine_tune(name, base) for name in names]
     routing = RouterConfig(top_k=options.top_k or 1)
     mixture = compose(base, fine_tunes, texts, routing, router=options.router, steps=options.steps)
@@ -150,17 +181,29 @@ def compose_fine_tunes(
     print(f"saved to {out.folder}")
 
 
-# ------------------------------------------------------- experts' files, and adapters fitted as such
+# ------------------------------------------------------- experts' files, and adapters fitted as
+# such
 
 
-def _faults_of_experts(names: Sequence[str], options: ComposeOptions) -> Iterator[tuple[object, str]]:
+def _faults_of_experts(
+    names: Sequence[str], options: ComposeOptions
+) -> Iterator[tuple[object, str]]:
     """What must not be, and the message."""
     count, texts = len(names), len(options.texts)
     adapters = [name for name in names if is_adapter(name)]
     missing = [name for name in names if not Path(name).is_file() and name not in adapters]
-    yield missing, f"compose takes either fine-tunes or experts' files; {', '.join(missing)}: no file"
-    yield options.remove and options.add is None, "remove needs --add MIXTURE, whose experts it leaves out"
-    yield texts not in (0, count), f"texts must name a file for each of {count} experts, or none; got {texts}"
+    yield (
+        missing,
+        f"compose takes either fine-tunes or experts' files; {', '.join(missing)}: no file",
+    )
+    yield (
+        options.remove and options.add is None,
+        "remove needs --add MIXTURE, whose experts it leaves out",
+    )
+    yield (
+        texts not in (0, count),
+        f"texts must name a file for each of {count} experts, or none; got {texts}",
+    )
     trained = options.router == "train" and (not texts or options.add is not None)
     yield trained, "router train needs --texts for every expert of the mixture, and no --add"
     others = options.top_k is not None or options.background or options.router == "train"
@@ -168,7 +211,8 @@ def _faults_of_experts(names: Sequence[str], options: ComposeOptions) -> Iterato
     unused = options.merge and (others or (texts and not adapters))
     yield (
         unused,
-        "merge makes one network without routers: no top_k, router, background, preference, or texts but of adapters",
+        "merge makes one network without routers: no top_k, router, background, preference, or "
+        "texts but of adapters",
     )
     neurons = options.neurons
     wrong = neurons is not None and (neurons < 1 or not adapters)
@@ -181,22 +225,34 @@ def _fitted(base: Any, name: str, texts: Any, tokenizer: Any, options: ComposeOp
     fit = {"neurons": options.neurons or as_large, "steps": options.steps, "tokenizer": tokenizer}
     adapted = load_fine_tune(name, base)
     if texts is None:
-        print(f"{name}: sampling what the adapted model itself says, as --texts names no text of it ...", flush=True)
+        print(
+            f"{name}: sampling what the adapted model itself says, as --texts names no text of it "
+            "...",
+            flush=True,
+        )
         texts, about = lora_fit.own_samples(base, adapted, tokenizer)
         print(f"{name}: fitted to {about}")
     expert = lora_fit.fit_adapter(base, adapted, texts, Path(name).resolve().name, **fit)
     facts = expert.facts["training"]
     print(
-        f"{expert.name}: {fit['neurons']} neurons keep {facts['kept']:.0%} of the adapter's gain (held-out nats per "
-        f"token: base {facts['base']:.3f}, adapter {facts['adapter']:.3f}, neurons {facts['expert']:.3f})"
+        f"{expert.name}: {fit['neurons']} neurons keep {facts['kept']:.0%} of the adapter's gain "
+        "(held-out nats per "
+        f"token: base {facts['base']:.3f}, adapter {facts['adapter']:.3f}, neurons "
+        f"{facts['expert']:.3f})"
     )
     return expert
 
 
 def compose_files(
-    base: Any, tokenizer: Any, names: Sequence[str], texts: Sequence[Any], options: ComposeOptions, out: models.Output
+    base: Any,
+    tokenizer: Any,
+    names: Sequence[str],
+    texts: Sequence[Any],
+    options: ComposeOptions,
+    out: models.Output,
 ) -> None:
-    """Compose or merge the experts ``names`` of ``base``; ``texts`` has batches for each of them, or nothing."""
+    """Compose or merge the experts ``names`` of ``base``; ``texts`` has batches for each of them,
+    or nothing."""
     experts: list[Any] = []
     background: Any = None
     top_k = options.top_k
@@ -208,7 +264,9 @@ def compose_files(
         known, none = [expert.name for expert in there], background is not None
         unknown = sorted(set(options.remove) - set(known))
         if unknown:
-            raise CommandError(f"remove must name experts of the mixture, {', '.join(known)}; got {unknown[0]}")
+            raise CommandError(
+                f"remove must name experts of the mixture, {', '.join(known)}; got {unknown[0]}"
+            )
         experts = [expert for expert in there if expert.name not in options.remove]
         _, config, own_preference = expert_mixture.mixture_config(Path(options.add))
         if top_k is None and config.top_k != default_top_k(len(there) + none):
@@ -216,13 +274,18 @@ def compose_files(
         preference = own_preference if preference is None else preference
     by_name: dict[str, Any] = {}
     for name, read in zip(names, texts or [None] * len(names), strict=True):
-        experts.append(_fitted(base, name, read, tokenizer, options) if is_adapter(name) else load_expert(name))
+        experts.append(
+            _fitted(base, name, read, tokenizer, options) if is_adapter(name) else load_expert(name)
+        )
         by_name |= {} if read is None else {experts[-1].name: read}
     if options.merge:
         merged = merge_expert(base, experts, weight=1 / max(1, len(experts)))
         with models.model_folder(out, merged, tokenizer):
             pass
-        print(f"saved to {out.folder}: a dense {type(merged).__name__}, every expert at weight 1/{len(experts)}")
+        print(
+            f"saved to {out.folder}: a dense {type(merged).__name__}, every expert at weight "
+            f"1/{len(experts)}"
+        )
         return
     parts: list[Any] = []
     if none and background is None and not options.background and options.router != "train":
@@ -230,7 +293,9 @@ def compose_files(
     if none and (background is None or options.background):
         print("background: sampling what the base itself says ...", flush=True)
         parts = expert_mixture.background_batches(base, tokenizer)
-        parts += [_batches_of(file, tokenizer, options, "background") for file in options.background]
+        parts += [
+            _batches_of(file, tokenizer, options, "background") for file in options.background
+        ]
         background = pooled_background(base, parts)
     mixture = expert_mixture.compose_experts(
         base,

@@ -1,4 +1,5 @@
-"""`mpoe convert IN OUT [flags]`: converts a dense checkpoint to a mixture; shows errors and parameters.
+"""`mpoe convert IN OUT [flags]`: converts a dense checkpoint to a mixture; shows errors and
+parameters.
 
 With `--original_checkpoint` the weights come from a run of the original implementation instead."""
 
@@ -19,7 +20,9 @@ class ConvertOptions:
     """Options that only `convert` has."""
 
     overwrite: bool = option(False, "replace a model in OUT")
-    original_checkpoint: str | None = option(None, "pytorch_model.bin of the original, or its folder; IN is its base")
+    original_checkpoint: str | None = option(
+        None, "pytorch_model.bin of the original, or its folder; IN is its base"
+    )
 
 
 @as_command(SHORT["convert"].usage, ConvertOptions, ExpertOptions, words=(2, 2))
@@ -29,13 +32,20 @@ def command(asked: Asked) -> None:
     chosen = sorted({f.name for f in dataclasses.fields(ExpertOptions)} & asked.given)
     original = options.original_checkpoint
     if original is not None and chosen:
-        raise CommandError(f"original_checkpoint says how its experts are; {', '.join(chosen)} cannot be given with it")
+        raise CommandError(
+            f"original_checkpoint says how its experts are; {', '.join(chosen)} cannot be given "
+            "with it"
+        )
     config = experts.build()
     if config is None:
-        raise CommandError("there is nothing to convert: moe_type none with dense experts is the model as it is")
+        raise CommandError(
+            "there is nothing to convert: moe_type none with dense experts is the model as it is"
+        )
     source, folder = models.find_to_copy(name), Path(out)
     if source.is_mpoe:
-        raise CommandError(f"IN is converted already ({source.model_type}); give a dense checkpoint")
+        raise CommandError(
+            f"IN is converted already ({source.model_type}); give a dense checkpoint"
+        )
     if folder.exists() and Path(source.path).is_dir() and folder.samefile(source.path):
         raise CommandError(f"OUT must be another folder than IN; got {folder} for both")
     output = models.check_model_output("OUT", out, options.overwrite)

@@ -1,7 +1,8 @@
-"""`mpoe demo`: three experts are trained apart beside one small model and composed into a mixture without their texts.
+"""`mpoe demo`: three experts are trained apart beside one small model and composed into a mixture
+without their texts.
 
-Model and texts come with the installation. `--compare` instead compares a dense model, a wider one, Switch and MPO
-experts that are trained alike: gain and size."""
+Model and texts come with the installation. `--compare` instead compares a dense model, a wider one,
+Switch and MPO experts that are trained alike: gain and size."""
 
 from __future__ import annotations
 
@@ -37,7 +38,14 @@ from mpoe.data.predict import token_losses
 from mpoe.inspection import Route, route_text
 from mpoe.models import collect_statistics, compose_experts, merge_expert, save_expert, start_expert
 from mpoe.models.background import own_texts, pooled_background, token_batches
-from mpoe.models.expert_mixture import AT_ONCE, EXPERTS_FOLDER, batches, documentation_batches, keep_experts, pieces
+from mpoe.models.expert_mixture import (
+    AT_ONCE,
+    EXPERTS_FOLDER,
+    batches,
+    documentation_batches,
+    keep_experts,
+    pieces,
+)
 from mpoe.training.run_lock import hold
 
 MODEL_FOLDER = "model"
@@ -47,9 +55,15 @@ MODEL_FOLDER = "model"
 class DemoOptions:
     """Options of the demo."""
 
-    output_dir: Path = option(Path("mpoe_demo"), "folder for report.html, results, and experts and model or the runs")
+    output_dir: Path = option(
+        Path("mpoe_demo"), "folder for report.html, results, and experts and model or the runs"
+    )
     compare: bool = option(False, "compare dense, wider, Switch and MPO experts")
-    model: str = option("t5", "of --compare: t5 (documentation) or gpt2 (language modelling)", choices=["t5", "gpt2"])
+    model: str = option(
+        "t5",
+        "of --compare: t5 (documentation) or gpt2 (language modelling)",
+        choices=["t5", "gpt2"],
+    )
     steps: int | None = option(None, "training steps per expert or arm; default: the tuned budget")
     seed: int = option(0, "of data order, routers and dropout")
     overwrite: bool = option(False, "replace the demo in the output folder")
@@ -65,9 +79,13 @@ def command(asked: Asked) -> None:
     """Train and compose the experts, or compare the arms, in the output folder."""
     (options,) = asked.options
     if "model" in asked.given and not options.compare:
-        raise CommandError("model is for --compare; the experts are trained beside the embedded GPT-2")
+        raise CommandError(
+            "model is for --compare; the experts are trained beside the embedded GPT-2"
+        )
     own = (RESULTS_FILE, REPORT_FILE, EXPERTS_FOLDER, MODEL_FOLDER, *ARMS)
-    folder = check_output("output_dir", options.output_dir, options.overwrite, "an earlier demo", own, MODEL_OR_RUN)
+    folder = check_output(
+        "output_dir", options.output_dir, options.overwrite, "an earlier demo", own, MODEL_OR_RUN
+    )
     with hold(folder):
         for name in (RESULTS_FILE, REPORT_FILE):
             (folder / name).unlink(missing_ok=True)  # stale if this demo is killed
@@ -77,7 +95,8 @@ def command(asked: Asked) -> None:
             train_experts(folder, options.steps or STEPS, options.seed)
 
 
-# ------------------------------------------------------------------------ --compare: `mpoe train`, arm by arm
+# ------------------------------------------------------------------------ --compare: `mpoe train`,
+# arm by arm
 
 _HIDDEN = "--shape hidden --block_size 16 --top_k 2"
 # options of each arm; the wider dense model has as many weights as the hidden mixture
@@ -85,20 +104,26 @@ ARMS = {
     "dense": "--baseline dense",
     "wider": f"--baseline wider {_HIDDEN}",
     "switch": "--baseline switch",
-    "hidden": f"{_HIDDEN} --regime scratch --auxiliary_lr_scale 1.0",  # blocks at the rate of the rest
+    # blocks at the rate of the rest
+    "hidden": f"{_HIDDEN} --regime scratch --auxiliary_lr_scale 1.0",
     "separable": "--shape separable",
 }
-# Options by model, and rates of the baselines and of the mixtures, chosen on the validation items: of T5 from .001,
-# .0015 and .002 with 200 steps of two seeds.
+# Options by model, and rates of the baselines and of the mixtures, chosen on the validation items:
+# of T5 from .001, .0015 and .002 with 200 steps of two seeds.
 SETTINGS = {
     "t5": ("--tasks doc_module --max_steps 200 --per_device_train_batch_size 32", "1e-3", "1.5e-3"),
     "gpt2": ("--tasks doc_lm --max_steps 60 --per_device_train_batch_size 16", "3e-4", "3e-4"),
 }
-_ALIKE = "--lr_scheduler_type cosine --warmup_steps 0.05 --weight_decay 0.01 --logging_steps 5 --eval_strategy no"
+_ALIKE = (
+    "--lr_scheduler_type cosine --warmup_steps 0.05 --weight_decay 0.01 --logging_steps 5 "
+    "--eval_strategy no"
+)
 _ALIKE += " --save_strategy no --use_cpu --disable_tqdm true --report_to none --overwrite"
 _COMPARED = (
-    "The same start, the same items in the same order, one seed. So short a training from a pretrained start hardly "
-    "needs experts, and seeds differ by a point or so: larger models, longer training and other data may differ. "
+    "The same start, the same items in the same order, one seed. So short a training from a "
+    "pretrained start hardly "
+    "needs experts, and seeds differ by a point or so: larger models, longer training and other "
+    "data may differ. "
     "Parameters and FLOPs of a large model: mpoe plan t5-base."
 )
 
@@ -112,11 +137,14 @@ def compare_arms(output_dir: Path, kind: str, steps: int | None, seed: int) -> N
         rate = of_baselines if "--baseline" in options else of_mixtures
         words = f"{own} --learning_rate {rate} {options}"
         train.command([*words.split(), "--output_dir", str(output_dir / arm)])
-    compare.command([*(str(output_dir / arm) for arm in ARMS), "--output_dir", str(output_dir), "--overwrite"])
+    compare.command(
+        [*(str(output_dir / arm) for arm in ARMS), "--output_dir", str(output_dir), "--overwrite"]
+    )
     print(_COMPARED)
 
 
-# ------------------------------------------------------------------------------ experts, trained apart
+# ------------------------------------------------------------------------------ experts, trained
+# apart
 
 STEPS, LENGTH = 60, 128
 NEURONS, RATE = 64, 0.01
@@ -126,16 +154,23 @@ FOREIGN = "documentation"
 COLUMNS = ("base", "own", "composed", "merged")
 HEADER = ("held-out text", "base", "own expert", "composed", "merged")
 _MEANING = (
-    "Nats per token, lower is better. Own expert: the right one is named for every text, and is always on (for "
-    f"{FOREIGN}, which no expert saw: the mean of the three). Composed: one mixture, whose routers were solved from "
-    "the experts' files alone, and nobody says which text is which. Merged: one dense network with the neurons of all "
+    "Nats per token, lower is better. Own expert: the right one is named for every text, and is "
+    "always on (for "
+    f"{FOREIGN}, which no expert saw: the mean of the three). Composed: one mixture, whose routers "
+    "were solved from "
+    "the experts' files alone, and nobody says which text is which. Merged: one dense network with "
+    "the neurons of all "
     "experts at a third of their weight."
 )
-_PICTURE = "Every token of a text that changes its domain, coloured by the expert that most layers sent it to."
+_PICTURE = (
+    "Every token of a text that changes its domain, coloured by the expert that most layers "
+    "sent it to."
+)
 
 
 def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
-    """Experts of three domains, trained apart, become a mixture that sorts by itself; returns the results."""
+    """Experts of three domains, trained apart, become a mixture that sorts by itself; returns the
+    results."""
     logging.disable_progress_bar()
     start = time.perf_counter()
     base, tokenizer = load_stand_in("gpt2")
@@ -158,24 +193,33 @@ def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
         model = _train(base, own, steps, seed + number)
         files.append(output_dir / EXPERTS_FOLDER / f"{name}.expert")
         statistics = collect_statistics(model, batches(own[:256]))
-        save_expert(model, files[-1], statistics=statistics, tokenizer=tokenizer, training={"steps": steps})
+        save_expert(
+            model, files[-1], statistics=statistics, tokenizer=tokenizer, training={"steps": steps}
+        )
         losses[name]["own"] = loss(model, name)
         always_on.append(loss(model, FOREIGN))
         print(
-            f"trained {files[-1]} on {own.numel():,} tokens in {time.perf_counter() - begun:.0f} s: "
+            f"trained {files[-1]} on {own.numel():,} tokens in {time.perf_counter() - begun:.0f} "
+            "s: "
             f"{losses[name]['base']:.2f} -> {losses[name]['own']:.2f} nats per token"
         )
     losses[FOREIGN]["own"] = sum(always_on) / len(always_on)
     # Not the general text of the default background, which is a domain here.
     said = [token_batches(own_texts(base, tokenizer)), documentation_batches(base, tokenizer)]
-    mixture = compose_experts(base, files, background=pooled_background(base, said), tokenizer=tokenizer)
+    mixture = compose_experts(
+        base, files, background=pooled_background(base, said), tokenizer=tokenizer
+    )
     merged = merge_expert(base, files, weight=1 / len(files))
     for text in held_out:
         losses[text] |= {"composed": loss(mixture, text), "merged": loss(merged, text)}
-    shown = "\n".join(tokenizer.decode(held_out[name][0]["input_ids"][0][:SHOWN]) for name in DOMAINS)
+    shown = "\n".join(
+        tokenizer.decode(held_out[name][0]["input_ids"][0][:SHOWN]) for name in DOMAINS
+    )
     routes = route_text(mixture, tokenizer, shown)
     first = zip(*([best[0] for best in layer] for layer in routes[0].experts), strict=True)
-    with model_folder(check_model_output("model", output_dir / MODEL_FOLDER, True), mixture, tokenizer) as staging:
+    with model_folder(
+        check_model_output("model", output_dir / MODEL_FOLDER, True), mixture, tokenizer
+    ) as staging:
         keep_experts(mixture, staging)
     results: dict[str, Any] = {
         "steps": steps,
@@ -183,13 +227,19 @@ def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
         "experts": mixture.config.mpoe_experts,
         "losses": losses,
         "kept": kept(losses),
-        "picture": [(token, mode(of_layers)) for token, of_layers in zip(routes[0].tokens, first, strict=True)],
+        "picture": [
+            (token, mode(of_layers))
+            for token, of_layers in zip(routes[0].tokens, first, strict=True)
+        ],
         "megabytes": {file.name: file.stat().st_size / 1e6 for file in files},
         "seconds": time.perf_counter() - start,
     }
     _tell(output_dir / REPORT_FILE, results, routes)
     write_json(output_dir / RESULTS_FILE, results)
-    print(f"{output_dir / REPORT_FILE}, {output_dir / RESULTS_FILE}, experts and the mixture in {output_dir}")
+    print(
+        f"{output_dir / REPORT_FILE}, {output_dir / RESULTS_FILE}, experts and the mixture in "
+        f"{output_dir}"
+    )
     return results
 
 
@@ -197,8 +247,12 @@ def _train(base: Any, pieces: Any, steps: int, seed: int) -> Any:
     """An expert beside ``base``, trained on random pieces."""
     torch.manual_seed(seed)
     model = start_expert(base, NEURONS).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps + 1, pct_start=0.1)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, RATE, total_steps=steps + 1, pct_start=0.1
+    )
     for _ in range(steps):
         ids = pieces[torch.randint(len(pieces), (AT_ONCE,))]
         model(input_ids=ids, labels=ids).loss.backward()
@@ -211,7 +265,10 @@ def _train(base: Any, pieces: Any, steps: int, seed: int) -> Any:
 def kept(losses: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Share of its own expert's gain that the mixture keeps, by domain."""
     domains = {name: own for name, own in losses.items() if name != FOREIGN}
-    return {n: (own["base"] - own["composed"]) / (own["base"] - own["own"]) for n, own in domains.items()}
+    return {
+        n: (own["base"] - own["composed"]) / (own["base"] - own["own"])
+        for n, own in domains.items()
+    }
 
 
 def conclusions(results: Mapping[str, Any]) -> list[str]:
@@ -221,24 +278,45 @@ def conclusions(results: Mapping[str, Any]) -> list[str]:
     told = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
     return [
         f"Of its own expert's gain the mixture keeps: {told}; nobody said which text is which.",
-        f"Forgetting, on {FOREIGN}, which no expert saw: an expert that is always on {own['own']:+.3f} nats, the "
+        f"Forgetting, on {FOREIGN}, which no expert saw: an expert that is always on "
+        f"{own['own']:+.3f} nats, the "
         f"mixture {own['composed']:+.3f}, merged {own['merged']:+.3f}.",
-        "What this does not show: larger models, longer training, domains that are nearer to each other.",
+        "What this does not show: larger models, longer training, domains that are nearer to each "
+        "other.",
     ]
 
 
 def _tell(file: Path, results: Mapping[str, Any], routes: Sequence[Route]) -> None:
     """Print, and write as ``report.html``: the coloured tokens, the table and what it says."""
     names, said = results["experts"], conclusions(results)
-    rows = [[text, *(f"{own[column]:.3f}" for column in COLUMNS)] for text, own in results["losses"].items()]
-    losses = Table(HEADER, rows, f"mpoe demo: {results['steps']} steps per expert, seed {results['seed']}", _MEANING)
+    rows = [
+        [text, *(f"{own[column]:.3f}" for column in COLUMNS)]
+        for text, own in results["losses"].items()
+    ]
+    losses = Table(
+        HEADER,
+        rows,
+        f"mpoe demo: {results['steps']} steps per expert, seed {results['seed']}",
+        _MEANING,
+    )
     colours = expert_colours(len(names))
-    tokens = [Text(token.replace("\\n", " "), f"black on {colours[expert]}") for token, expert in results["picture"]]
-    known = [Text(f" {name} ", f"black on {colour}") for name, colour in zip(names, colours, strict=True)]
-    Console().print(_PICTURE, Text.assemble(*tokens), Text(" ").join(known), sep="\n", highlight=False)
+    tokens = [
+        Text(token.replace("\\n", " "), f"black on {colours[expert]}")
+        for token, expert in results["picture"]
+    ]
+    known = [
+        Text(f" {name} ", f"black on {colour}") for name, colour in zip(names, colours, strict=True)
+    ]
+    Console().print(
+        _PICTURE, Text.assemble(*tokens), Text(" ").join(known), sep="\n", highlight=False
+    )
     losses.show()
     print("\n".join([*said, f"{results['seconds']:.0f} seconds."]))
-    lines = Markup("<ul>{}</ul>").format(Markup("").join(Markup("<li>{}</li>").format(line) for line in said))
+    lines = Markup("<ul>{}</ul>").format(
+        Markup("").join(Markup("<li>{}</li>").format(line) for line in said)
+    )
     note = "A column for each token, a row for each layer."
     picture = section("Who took which token", routes_html([("", routes)], names), note=note)
-    write_page(file, "mpoe demo: experts trained apart, composed", [lines, losses.section(), picture])
+    write_page(
+        file, "mpoe demo: experts trained apart, composed", [lines, losses.section(), picture]
+    )

@@ -65,12 +65,15 @@ def padded_batches(model: Any, items: Items, tokenizer: Any) -> Iterator[Any]:
 
 
 def expert_load(model: Any, items: Items, tokenizer: Any) -> list[list[int]]:
-    """Tokens per expert on teacher-forced items, [layers][E]; empty for a dense model. Padding is not counted."""
+    """Tokens per expert on teacher-forced items, [layers][E]; empty for a dense model. Padding is
+    not counted."""
     parts = []
     with torch.inference_mode(), evaluation_mode(model):
         for collated in padded_batches(model, items, tokenizer):
             batch = collated.to(model.device)
-            output = model(**{name: value for name, value in batch.items() if value is not None})  # no labels: encoders
+            output = model(
+                **{name: value for name, value in batch.items() if value is not None}
+            )  # no labels: encoders
             if getattr(output, "expert_load", None) is None:
                 return []
             parts.append(output.expert_load)
@@ -78,8 +81,10 @@ def expert_load(model: Any, items: Items, tokenizer: Any) -> list[list[int]]:
 
 
 SCORE_NOTE = (
-    "constant: one answer for all items, the most frequent one or the mean; of perplexity, every token guessed by its "
-    "frequency. Perplexity and loss (in nats) are per token of the model's tokenizer: those of two tokenizers do not "
+    "constant: one answer for all items, the most frequent one or the mean; of perplexity, every "
+    "token guessed by its "
+    "frequency. Perplexity and loss (in nats) are per token of the model's tokenizer: those of two "
+    "tokenizers do not "
     "compare."
 )
 _LOWER_IS_BETTER = ("perplexity", "loss")
@@ -91,9 +96,12 @@ def evaluate_tasks(
     """Scores of every task by name, as results hold them.
 
     Returns:
-        ``scores``: by task; the first entry of each is the metric it is judged by, and ``items`` come last. ``mean``:
-        of the first metric of each, over tasks. ``constant``: by task, the metrics of an answer that ignores the input
-        (`mpoe.data.predict.constant_scores`). ``remarks``: comments on the numbers, one sentence each.
+        ``scores``: by task; the first entry of each is the metric it is judged by, and ``items``
+            come last. ``mean``:
+        of the first metric of each, over tasks. ``constant``: by task, the metrics of an answer
+            that ignores the input
+        (`mpoe.data.predict.constant_scores`). ``remarks``: comments on the numbers, one sentence
+            each.
     """
     scores, constants, remarks = {}, {}, []
     for task in tasks:
@@ -105,8 +113,16 @@ def evaluate_tasks(
         if found.collapse:
             remarks.append(f"{task.name}: {found.collapse}")
         elif value >= constant if metric in _LOWER_IS_BETTER else value <= constant:
-            remarks.append(f"{task.name}: {metric} {value:.4g} is not better than the constant answer's {constant:.4g}")
-    return {"scores": scores, "mean": average_score(scores), "constant": constants, "remarks": remarks}
+            remarks.append(
+                f"{task.name}: {metric} {value:.4g} is not better than the constant answer's "
+                f"{constant:.4g}"
+            )
+    return {
+        "scores": scores,
+        "mean": average_score(scores),
+        "constant": constants,
+        "remarks": remarks,
+    }
 
 
 def metrics_of(columns: Iterable[Scores]) -> list[tuple[str, str]]:
@@ -115,8 +131,11 @@ def metrics_of(columns: Iterable[Scores]) -> list[tuple[str, str]]:
     return [pair for pair in dict.fromkeys(pairs) if pair[1] != "items"]
 
 
-def score_table(columns: Mapping[str, Scores], constants: Scores, title: str, words: str = SCORE_NOTE) -> Table:
-    """Scores side by side, the best of a row marked, constant answers' last; below, the average over several tasks."""
+def score_table(
+    columns: Mapping[str, Scores], constants: Scores, title: str, words: str = SCORE_NOTE
+) -> Table:
+    """Scores side by side, the best of a row marked, constant answers' last; below, the average
+    over several tasks."""
     rows: list[list[str]] = []
     best: set[tuple[int, int]] = set()
     for task, metric in metrics_of(columns.values()):
@@ -124,11 +143,20 @@ def score_table(columns: Mapping[str, Scores], constants: Scores, title: str, wo
         there = [value for value in values if value is not None]
         winner = (min if metric in _LOWER_IS_BETTER else max)(there)
         if min(there) < max(there):
-            best |= {(len(rows), column) for column, value in enumerate(values, start=1) if value == winner}
-        shown = ("-" if value is None else f"{value:.4f}" for value in [*values, constants.get(task, {}).get(metric)])
+            best |= {
+                (len(rows), column)
+                for column, value in enumerate(values, start=1)
+                if value == winner
+            }
+        shown = (
+            "-" if value is None else f"{value:.4f}"
+            for value in [*values, constants.get(task, {}).get(metric)]
+        )
         rows.append([f"{task}: {metric}", *shown])
     if len(constants) > 1:
-        means = (f"{average_score(each):.4f}" if each else "-" for each in (*columns.values(), constants))
+        means = (
+            f"{average_score(each):.4f}" if each else "-" for each in (*columns.values(), constants)
+        )
         rows.append(["average over tasks, of the first of each", *means])
     return Table(["", *columns, "constant"], rows, title, words, best=best)
 
@@ -136,7 +164,9 @@ def score_table(columns: Mapping[str, Scores], constants: Scores, title: str, wo
 def show_scores(found: Mapping[str, Any], title: str) -> None:
     """Print what `evaluate_tasks` returned."""
     items = ", ".join(f"{own['items']:,} of {task}" for task, own in found["scores"].items())
-    score_table({"value": found["scores"]}, found["constant"], title, f"Items: {items}. {SCORE_NOTE}").show()
+    score_table(
+        {"value": found["scores"]}, found["constant"], title, f"Items: {items}. {SCORE_NOTE}"
+    ).show()
     for remark in found["remarks"]:
         print(f"note: {remark}")
 
@@ -147,8 +177,12 @@ class EvaluateOptions:
 
     split: str = option("test", "train, validation or test")
     batch_size: int = option(128, "items per batch", "per_device_eval_batch_size")
-    data_seed: int | None = option(None, "of subsets and of split_validation_test; default: the run's data_seed, or 0")
-    load_experiment: str | None = option(None, "folder of a run, for MODEL_DIR: its model or last checkpoint")
+    data_seed: int | None = option(
+        None, "of subsets and of split_validation_test; default: the run's data_seed, or 0"
+    )
+    load_experiment: str | None = option(
+        None, "folder of a run, for MODEL_DIR: its model or last checkpoint"
+    )
     output_file: str | None = option(None, "also write the scores here, as JSON")
 
     LEAST: ClassVar[dict[str, int]] = {"batch_size": 1}
@@ -159,14 +193,18 @@ def command(asked: Asked) -> dict[str, dict[str, float]]:
     """Print and return the scores by task."""
     (options, data), words = asked.options, asked.words
     if bool(words) == (options.load_experiment is not None):
-        raise CommandError("evaluate needs a model first: mpoe evaluate MODEL_DIR, or --load_experiment RUN_DIR")
+        raise CommandError(
+            "evaluate needs a model first: mpoe evaluate MODEL_DIR, or --load_experiment RUN_DIR"
+        )
     folder = words[0] if words else model_of_experiment(options.load_experiment)
     data, seed, described = data_of_run(folder, data, asked.given)
     if options.output_file:
         check_writable_file("output_file", Path(options.output_file))
     source = models.find(folder)
     if source.style == ENCODER and not source.is_classifier:
-        raise CommandError(f"{folder} is an encoder ({source.model_type}) without a head for labels (mpoe train)")
+        raise CommandError(
+            f"{folder} is an encoder ({source.model_type}) without a head for labels (mpoe train)"
+        )
     seed = seed if options.data_seed is None else options.data_seed
     tasks = resolve(data.eval_tasks or data.tasks, data, source.style, seed, described)
     for task in tasks:

@@ -1,5 +1,5 @@
-"""What `mpoe train --expert` does besides: its settings, as much validation as training can afford, losses beside the
-base's, and the expert's file."""
+"""What `mpoe train --expert` does besides: its settings, as much validation as training can afford,
+losses beside the base's, and the expert's file."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from mpoe.training.published import publish, staging_folder
 if TYPE_CHECKING:
     from mpoe.cli.train import Plan
 
-# Of an expert's run. Beside a frozen model a step costs about two forward passes of its items, so so many items of
-# validation and statistics per trained one take 15% of training's time.
+# Of an expert's run. Beside a frozen model a step costs about two forward passes of its items, so
+# so many items of validation and statistics per trained one take 15% of training's time.
 MEASURED = 0.3
 MOST_STATISTICS, LEAST_STATISTICS = 512, 32  # items
 LEAST_VALIDATION, ENOUGH = 16, 64  # items; with as many as the latter, at `OFTEN` points of a run
@@ -40,23 +40,34 @@ def settle_expert(plan: Plan, source: Source) -> None:
     """Set what a run with --expert needs: one expert of neurons, everything else frozen."""
     name = plan.run.expert
     if not is_file_name(name) or name == NONE:
-        raise CommandError(f"expert must be a name, which the file has too, other than {NONE!r}; got {name!r}")
+        raise CommandError(
+            f"expert must be a name, which the file has too, other than {NONE!r}; got {name!r}"
+        )
     mixtures = set(plan.mixture_options) - {"neurons", "backend"}
     if mixtures:
-        raise CommandError(f"expert trains one expert beside the model; {min(mixtures)} is for mixtures")
+        raise CommandError(
+            f"expert trains one expert beside the model; {min(mixtures)} is for mixtures"
+        )
     if source.is_mpoe or source.style == ENCODER:
-        raise CommandError(f"expert needs a dense language model that stays as it is; {source.path} is or gets another")
+        raise CommandError(
+            f"expert needs a dense language model that stays as it is; {source.path} is or gets "
+            "another"
+        )
     plan.experts.moe_type, plan.experts.shape, plan.arguments.adapter = "none", "neurons", True
     plan.arguments.log_base_loss = True
     plan.arguments.save_only_trained = not plan.run.save_base
 
 
 def limit_measuring(
-    arguments: MPOETrainingArguments, validation: dict[str, list[Any]], trained: int, given: frozenset[str]
+    arguments: MPOETrainingArguments,
+    validation: dict[str, list[Any]],
+    trained: int,
+    given: frozenset[str],
 ) -> int:
     """Keep validation and statistics of an expert's run within about 15% of its training's time.
 
-    Without options that say otherwise, ``validation`` is thinned out in place and ``arguments.eval_steps`` is set.
+    Without options that say otherwise, ``validation`` is thinned out in place and
+    ``arguments.eval_steps`` is set.
 
     Args:
         arguments: of the run.
@@ -80,7 +91,8 @@ def limit_measuring(
     items = sum(map(len, validation.values()))
     if arguments.process_index == 0:
         print(
-            f"validation: {items} items, {points + 1} times with the base's; statistics: {statistics} items ({trained} "
+            f"validation: {items} items, {points + 1} times with the base's; statistics: "
+            f"{statistics} items ({trained} "
             "are trained on)"
         )
     return statistics
@@ -94,13 +106,19 @@ def spread(items: list[Any], most: int) -> list[Any]:
 
 
 def losses_beside_base(trainer: Any, sizes: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
-    """The last evaluation of an expert's run, as `evaluate_tasks` returns scores: losses in nats per predicted token of
-    the base with its expert and of the base. Every process takes part in it."""
+    """The last evaluation of an expert's run, as `evaluate_tasks` returns scores: losses in nats
+    per predicted token of the base with its expert and of the base. Every process takes part in
+    it."""
     step = trainer.state.global_step
 
     def logged() -> dict[str, float]:
         records = (record for record in trainer.state.log_history if record["step"] == step)
-        return {name: value for record in records for name, value in record.items() if name.startswith("eval_")}
+        return {
+            name: value
+            for record in records
+            for name, value in record.items()
+            if name.startswith("eval_")
+        }
 
     if not logged():
         trainer.evaluate()
@@ -109,7 +127,10 @@ def losses_beside_base(trainer: Any, sizes: Mapping[str, Mapping[str, int]]) -> 
     scores: dict[str, dict[str, float]] = {}
     for task in evaluated:
         prefix = "eval_" if len(evaluated) == 1 else f"eval_{task}_"
-        losses = {"loss": measured_last[f"{prefix}loss"], "base_loss": measured_last[f"{prefix}base_loss"]}
+        losses = {
+            "loss": measured_last[f"{prefix}loss"],
+            "base_loss": measured_last[f"{prefix}base_loss"],
+        }
         scores[task] = {**losses, "items": sizes[task]["validation"]}
     return {"scores": scores, "mean": average_score(scores), "constant": {}, "remarks": []}
 
@@ -134,32 +155,46 @@ def save_trained(
     sizes: dict[str, Any],
     seconds: float,
 ) -> None:
-    """Write the expert of a finished run, with statistics of some training items, and print what it changes beside its
-    base: always on, and composed with *none*.
+    """Write the expert of a finished run, with statistics of some training items, and print what it
+    changes beside its base: always on, and composed with *none*.
 
-    ``items`` are those of the statistics, ``held_out`` validation items; ``sizes`` are the numbers of items by task,
-    for the file's facts; ``seconds`` what training took, validation included.
+    ``items`` are those of the statistics, ``held_out`` validation items; ``sizes`` are the numbers
+    of items by task, for the file's facts; ``seconds`` what training took, validation included.
     """
     begun = time.perf_counter()
     folder = Path(str(plan.arguments.output_dir))
     file = folder / f"{plan.run.expert}.expert"
     print(f"statistics of {len(items)} items for the routers of later mixtures", flush=True)
-    statistics = collect_statistics(trainer.model, DataLoader(items, AT_ONCE, collate_fn=trainer.data_collator))
-    facts: dict[str, Any] = {"steps": trainer.state.global_step, "learning_rate": plan.arguments.learning_rate}
+    statistics = collect_statistics(
+        trainer.model, DataLoader(items, AT_ONCE, collate_fn=trainer.data_collator)
+    )
+    facts: dict[str, Any] = {
+        "steps": trainer.state.global_step,
+        "learning_rate": plan.arguments.learning_rate,
+    }
     facts |= {"tasks": plan.data.tasks, "data": sizes}
     staging = staging_folder(folder)
     staging.mkdir(exist_ok=True)
-    expert = save_expert(trainer.model, staging / file.name, statistics=statistics, tokenizer=tokenizer, training=facts)
+    expert = save_expert(
+        trainer.model,
+        staging / file.name,
+        statistics=statistics,
+        tokenizer=tokenizer,
+        training=facts,
+    )
     publish(folder, keep=True)
     collected = time.perf_counter() - begun
     records = trainer.state.log_history
     logged = [pair for record in records for pair in record.items()]
-    validated = sum(value for name, value in logged if name.startswith("eval_") and name.endswith("_runtime"))
+    validated = sum(
+        value for name, value in logged if name.startswith("eval_") and name.endswith("_runtime")
+    )
     training = seconds - validated
     if training > 0:
         share = (validated + collected) / training
         print(
-            f"training took {training:.1f} s; validation {validated:.1f} s and statistics {collected:.1f} s, together "
+            f"training took {training:.1f} s; validation {validated:.1f} s and statistics "
+            f"{collected:.1f} s, together "
             f"{share:.0%} of that"
         )
     base = load_model(source)
@@ -172,4 +207,7 @@ def save_trained(
     facts["held_out"] = losses_of(changes)
     save_expert(trainer.model, file, statistics=statistics, tokenizer=tokenizer, training=facts)
     table_of_changes(f"What {plan.run.expert} changes", changes).show()
-    print(f"the expert alone is {file}; the model with it: mpoe compose {source.path} {file} --output_dir DIR")
+    print(
+        f"the expert alone is {file}; the model with it: mpoe compose {source.path} {file} "
+        "--output_dir DIR"
+    )

@@ -1,8 +1,10 @@
-"""`mpoe export IN OUT --to CLASS`: exports a mixture to a class that other tools can serve: with full matrices to
-mixtral or qwen3_moe; neurons beside a dense network, at their own size, to granitemoeshared or qwen2_moe.
+"""`mpoe export IN OUT --to CLASS`: exports a mixture to a class that other tools can serve: with
+full matrices to mixtral or qwen3_moe; neurons beside a dense network, at their own size, to
+granitemoeshared or qwen2_moe.
 
-The exported model is opened again with the stock class, and its logits are compared. `mpoe export NAME.expert USER/REPO
---to hub` uploads an expert's file, or those in a folder, with a card."""
+The exported model is opened again with the stock class, and its logits are compared.
+`mpoe export NAME.expert USER/REPO --to hub` uploads an expert's file, or those in a folder, with a
+card."""
 
 from __future__ import annotations
 
@@ -19,26 +21,36 @@ from mpoe.models.export import TARGETS, check_export, server_notes
 class ExportOptions:
     """Options of `export`."""
 
-    to: str = option("mixtral", "class, of neurons granitemoeshared or qwen2_moe; or hub", choices=["hub", *TARGETS])
+    to: str = option(
+        "mixtral",
+        "class, of neurons granitemoeshared or qwen2_moe; or hub",
+        choices=["hub", *TARGETS],
+    )
     private: bool = option(False, "of --to hub: a repository that others cannot see")
     overwrite: bool = option(False, "replace a model in OUT")
 
 
 @as_command(SHORT["export"].usage, ExportOptions, words=(2, 2))
 def command(asked: Asked) -> None:
-    """Export the model IN into the folder OUT, or an expert's file IN to the repository OUT of the hub."""
+    """Export the model IN into the folder OUT, or an expert's file IN to the repository OUT of the
+    hub."""
     (options,), (name, out) = asked.options, asked.words
     if options.to == "hub":
         print(f"uploaded to {push_expert(name, out, private=options.private or None)}")
         return
     source = models.find_to_copy(name)
     if not source.is_mpoe:
-        raise CommandError(f"IN must be a mixture; {name} is a dense {source.model_type} (mpoe convert makes one)")
+        raise CommandError(
+            f"IN must be a mixture; {name} is a dense {source.model_type} (mpoe convert makes one)"
+        )
     output = models.check_model_output("OUT", out, options.overwrite)
     tokenizer, model = models.tokenizer_if_any(source), models.load_model(source)
     stock = merge_experts(model, as_=options.to)
     with models.model_folder(output, stock, tokenizer) as staging:
         difference = check_export(model, staging, options.to)
-    print(f"saved to {output.folder}: a {type(stock).__name__} whose logits differ by {difference:.1e} of the largest")
+    print(
+        f"saved to {output.folder}: a {type(stock).__name__} whose logits differ by "
+        f"{difference:.1e} of the largest"
+    )
     for note in server_notes(options.to, stock.config):
         print(f"note: {note}; Transformers computes the same")

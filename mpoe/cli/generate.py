@@ -1,4 +1,5 @@
-"""`mpoe generate MODEL_DIR`: text from a saved model (or t5 / gpt2, the stand-ins), one line per prompt."""
+"""`mpoe generate MODEL_DIR`: text from a saved model (or t5 / gpt2, the stand-ins), one line per
+prompt."""
 
 from __future__ import annotations
 
@@ -45,9 +46,14 @@ def command(asked: Asked) -> None:
     if options.file is not None:
         if not options.file.is_file():
             raise CommandError(f"--file: no such file: {options.file}")
-        prompts = [*prompts, *(line for line in read_utf8("--file", options.file).splitlines() if line.strip())]
+        prompts = [
+            *prompts,
+            *(line for line in read_utf8("--file", options.file).splitlines() if line.strip()),
+        ]
     if not prompts:
-        raise CommandError("generate needs a prompt: --prompt TEXT (may be repeated) or --file FILE")
+        raise CommandError(
+            "generate needs a prompt: --prompt TEXT (may be repeated) or --file FILE"
+        )
     source = find(name)
     if source.style == ENCODER:
         raise CommandError(f"{name} is an encoder ({source.model_type}): it cannot generate text")
@@ -57,10 +63,15 @@ def command(asked: Asked) -> None:
     model = load_model(source)
     torch.manual_seed(options.seed)
     how: dict[str, Any] = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
-    how |= {"do_sample": options.do_sample and not options.no_do_sample, "pad_token_id": tokenizer.pad_token_id}
+    how |= {
+        "do_sample": options.do_sample and not options.no_do_sample,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     how |= {"temperature": options.temperature} if how["do_sample"] else {}
     for prompt in prompts:
-        batch = tokenizer([prompt], return_tensors="pt", return_token_type_ids=False).to(model.device)
+        batch = tokenizer([prompt], return_tensors="pt", return_token_type_ids=False).to(
+            model.device
+        )
         with torch.inference_mode():
             out = model.generate(**batch, **how)
         print(tokenizer.decode(out[0], skip_special_tokens=True).strip())

@@ -1,7 +1,8 @@
-"""`mpoe info [FILE ...]`: versions, available kernel backends, why the others cannot run here, devices and cores.
+"""`mpoe info [FILE ...]`: versions, available kernel backends, why the others cannot run here,
+devices and cores.
 
-Of experts' files, and of folders of composed mixtures, it says instead what each expert was trained beside and on, and
-of mixtures how they are routed: experts per token, *none* and its background."""
+Of experts' files, and of folders of composed mixtures, it says instead what each expert was trained
+beside and on, and of mixtures how they are routed: experts per token, *none* and its background."""
 
 from __future__ import annotations
 
@@ -17,7 +18,16 @@ from mpoe.data.mappings import flatten, read_mapping
 from mpoe_kernels import info
 
 MOST = 128  # files
-PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy", "safetensors", "matplotlib", "datasets")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "accelerate",
+    "numpy",
+    "safetensors",
+    "matplotlib",
+    "datasets",
+)
 
 
 @dataclass
@@ -44,7 +54,8 @@ def command(asked: Asked) -> None:
 
 
 def facts_of(place: Path) -> Iterator[dict[str, Any]]:
-    """JSON-able facts of experts, sizes in bytes: of the one in a file, or of a composed mixture's after its own.
+    """JSON-able facts of experts, sizes in bytes: of the one in a file, or of a composed mixture's
+    after its own.
 
     Raises:
         CommandError: neither.
@@ -56,12 +67,18 @@ def facts_of(place: Path) -> Iterator[dict[str, Any]]:
 
     finish(place)
     if not place.is_file() and not (place / EXPERTS_FOLDER).is_dir():
-        raise CommandError(f"info takes experts' files and mixtures that mpoe compose made of them; {place} is none")
+        raise CommandError(
+            f"info takes experts' files and mixtures that mpoe compose made of them; {place} is "
+            "none"
+        )
     experts = [load_expert(place)] if place.is_file() else experts_in(place)[0]
     if place.is_dir():
         yield mixture_facts(place, experts)
     for each in experts:
-        sizes = {kind: sum(t.nbytes for t in getattr(each, kind).values()) for kind in ("weights", "statistics")}
+        sizes = {
+            kind: sum(t.nbytes for t in getattr(each, kind).values())
+            for kind in ("weights", "statistics")
+        }
         parameters = sum(tensor.numel() for tensor in each.weights.values())
         yield {**each.facts, "parameters": parameters, "bytes": sizes}
 
@@ -74,7 +91,11 @@ def mixture_facts(place: Path, experts: Sequence[Any]) -> dict[str, Any]:
     values = read_mapping(place / "config.json", "configuration")
     names = values["mpoe_experts"]
     background = place / BACKGROUND_FILE
-    routing = {name: value for name, value in (values.get("mpoe_routing") or {}).items() if value is not None}
+    routing = {
+        name: value
+        for name, value in (values.get("mpoe_routing") or {}).items()
+        if value is not None
+    }
     first = experts[0].facts
     return {
         "name": "the mixture",
@@ -82,8 +103,12 @@ def mixture_facts(place: Path, experts: Sequence[Any]) -> dict[str, Any]:
         "base_name": first["base_name"],
         "model": first["model"],
         "experts": names,
-        "none": "adds nothing: what is like the background stays as in the base" if NONE in names else "absent",
-        "background": f"{BACKGROUND_FILE}, {background.stat().st_size:,} bytes" if NONE in names else "absent",
+        "none": "adds nothing: what is like the background stays as in the base"
+        if NONE in names
+        else "absent",
+        "background": f"{BACKGROUND_FILE}, {background.stat().st_size:,} bytes"
+        if NONE in names
+        else "absent",
         "experts_per_token": values["mpoe"]["router"]["top_k"],
         "routing": routing or "defaults",
     }

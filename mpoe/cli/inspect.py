@@ -1,9 +1,11 @@
-"""`mpoe inspect MODEL`: routes of tokens, load, singular values at the bonds and parameters, in one HTML file.
+"""`mpoe inspect MODEL`: routes of tokens, load, singular values at the bonds and parameters, in one
+HTML file.
 
-Of a mixture that `mpoe compose` made of experts it also says what each expert is worth on the texts: the loss without
-it, and the distance to the best single expert of every token.
+Of a mixture that `mpoe compose` made of experts it also says what each expert is worth on the
+texts: the loss without it, and the distance to the best single expert of every token.
 
-MODEL is the folder of a converted model or of a training run, whose own report.html has its curves."""
+MODEL is the folder of a converted model or of a training run, whose own report.html has its
+curves."""
 
 from __future__ import annotations
 
@@ -22,37 +24,60 @@ from mpoe.data.batches import read_batches
 from mpoe.data.task import Task
 from mpoe.inspection import Route, Worth, bond_spectra, composed_worth, route_text
 from mpoe.models.expert_mixture import EXPERTS_FOLDER, experts_in
-from mpoe.models.report import HEADER, LEGEND, facts, mpo_modules, routed_layers, short_name, summarize
+from mpoe.models.report import (
+    HEADER,
+    LEGEND,
+    facts,
+    mpo_modules,
+    routed_layers,
+    short_name,
+    summarize,
+)
 from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ
 
 NUMBERS_FILE = "inspect.json"
-ITEMS, SENTENCES = "the items", "the sentences"  # that tell what experts are worth, where no file does
+ITEMS, SENTENCES = (
+    "the items",
+    "the sentences",
+)  # that tell what experts are worth, where no file does
 NUM_TOKENS = 2048  # of the pass that plans of MPO weights are for
-FLOPS = 6e11  # of the pass that counts the load, about: ten seconds of one core; smaller models read `MOST_ITEMS`
+# of the pass that counts the load, about: ten seconds of one core; smaller models read `MOST_ITEMS`
+FLOPS = 6e11
 MOST_ITEMS = 256
 ITEMS_OF_TEXT = 4  # of a domain's text, for what each expert is worth
 LENGTH = 128  # tokens of such an item
 _MAX_TOKENS = 60  # of the items that are shown when no text is given
 _WORDS = {
     "Which expert took which token": (
-        "A column for each token, a row for each layer; the number is the expert that the router gave the token to, "
-        "and the colour says the same. Hold the pointer over a cell to see the router's probability. A row of one "
-        "colour is a layer that sends everything to one expert; equal tokens show whether a layer sorts by word or by"
+        "A column for each token, a row for each layer; the number is the expert that the router "
+        "gave the token to, "
+        "and the colour says the same. Hold the pointer over a cell to see the router's "
+        "probability. A row of one "
+        "colour is a layer that sends everything to one expert; equal tokens show whether a layer "
+        "sorts by word or by"
         " context."
     ),
     "What each expert is worth": (
-        "Losses in nats per predicted token. \"Alone\": all tokens go to this expert ('none' is the "
-        'base). "Without": the mixture composed without it; what that adds is the price of removing the expert. The '
-        "oracle gives every token the single expert that predicts it best, so it is a bound that no router reaches."
+        "Losses in nats per predicted token. \"Alone\": all tokens go to this expert ('none' is "
+        "the "
+        'base). "Without": the mixture composed without it; what that adds is the price of '
+        "removing the expert. The "
+        "oracle gives every token the single expert that predicts it best, so it is a bound that "
+        "no router reaches."
     ),
     "Expert load": (
-        "The share of its tokens that each layer gave to each expert, counted on {}. Padding is not counted. An "
-        "expert near 0 learns nothing from such data; raise balance_loss_weight if training does not cure it."
+        "The share of its tokens that each layer gave to each expert, counted on {}. Padding is "
+        "not counted. An "
+        "expert near 0 learns nothing from such data; raise balance_loss_weight if training does "
+        "not cure it."
     ),
     "What the bonds carry": (
-        "Cutting an expert's matrix in two at a bond of dimension d leaves d singular values there; their "
-        "entanglement entropy S gives the effective rank exp(S): over how many of the d directions the weight is "
-        "spread. Near 100% of d, a smaller max_bond would cost accuracy; a low share means that truncation is cheap. "
+        "Cutting an expert's matrix in two at a bond of dimension d leaves d singular values "
+        "there; their "
+        "entanglement entropy S gives the effective rank exp(S): over how many of the d directions "
+        "the weight is "
+        "spread. Near 100% of d, a smaller max_bond would cost accuracy; a low share means that "
+        "truncation is cheap. "
         "The lines are the singular values, averaged over the experts."
     ),
 }
@@ -62,16 +87,21 @@ _WORDS = {
 class InspectOptions:
     """Options that only `inspect` has."""
 
-    text: list[str] = option([], "sentences whose tokens are followed; default: the first two items of the data")
+    text: list[str] = option(
+        [], "sentences whose tokens are followed; default: the first two items of the data"
+    )
     output_dir: Path = option(Path("mpoe_inspect"), "folder for report.html and inspect.json")
     overwrite: bool = option(False, "replace the report in the output folder")
     split: str = option("validation", "items that the expert load is counted on")
     texts: list[str] = option(
         [],
-        "of a mixture of experts: a file of each domain, read as mpoe train does, on which each expert's worth is told",
+        "of a mixture of experts: a file of each domain, read as mpoe train does, on which each "
+        "expert's worth is told",
         nargs="+",
     )
-    num_items: int | None = option(None, "at most so many of them, or of each file of --texts (4); default: by size")
+    num_items: int | None = option(
+        None, "at most so many of them, or of each file of --texts (4); default: by size"
+    )
 
     LEAST: ClassVar[dict[str, int]] = {"num_items": 1}
 
@@ -86,11 +116,14 @@ def command(asked: Asked) -> None:
     (options, data), (name,) = asked.options, asked.words
     data, seed, described = data_of_run(name, data, asked.given)
     folder = options.output_dir
-    check_output("output_dir", folder, options.overwrite, "an earlier report", [REPORT_FILE], MODEL_OR_RUN)
+    check_output(
+        "output_dir", folder, options.overwrite, "an earlier report", [REPORT_FILE], MODEL_OR_RUN
+    )
     source = models.find(name)
     if not source.is_mpoe:
         raise CommandError(
-            f"{name} is a dense {source.model_type}; inspect looks into mixtures: mpoe convert {name} OUT, then "
+            f"{name} is a dense {source.model_type}; inspect looks into mixtures: mpoe convert "
+            f"{name} OUT, then "
             "mpoe inspect OUT"
         )
     tokenizer = models.tokenizer_if_any(source)
@@ -98,9 +131,14 @@ def command(asked: Asked) -> None:
     tasks = resolve(data.eval_tasks or data.tasks, data, style, seed, described)
     is_composed = (Path(name) / EXPERTS_FOLDER).is_dir()
     if options.texts and not (is_composed and tokenizer and source.style == CAUSAL):
-        raise CommandError(f"texts are for mixtures that mpoe compose made of experts of a decoder; {name} is another")
+        raise CommandError(
+            f"texts are for mixtures that mpoe compose made of experts of a decoder; {name} is "
+            "another"
+        )
     model = models.load_model(source)
-    most = options.num_items or max(1, min(MOST_ITEMS, int(FLOPS / (2 * LENGTH * model.num_parameters()))))
+    most = options.num_items or max(
+        1, min(MOST_ITEMS, int(FLOPS / (2 * LENGTH * model.num_parameters())))
+    )
     items = _items(source.style, options.split, most, tasks, tokenizer) if tokenizer else []
     counted = f"{len(items)} {options.split} items of {', '.join(task.name for task in tasks)}"
     print(f"{name}: counting {counted}, following tokens, reading bonds", flush=True)
@@ -109,9 +147,14 @@ def command(asked: Asked) -> None:
         told = bool(data.data_dir or data.tasks or data.task_file)
         worth = _worths(Path(name), model, tokenizer, items if told else [], options)
     text = options.text or [
-        tokenizer.decode(item["input_ids"][:_MAX_TOKENS], skip_special_tokens=True) for item in items[:2]
+        tokenizer.decode(item["input_ids"][:_MAX_TOKENS], skip_special_tokens=True)
+        for item in items[:2]
     ]
-    routes = [(each, route_text(model, tokenizer, each)) for each in text if tokenizer and routed_layers(model)]
+    routes = [
+        (each, route_text(model, tokenizer, each))
+        for each in text
+        if tokenizer and routed_layers(model)
+    ]
     load = []
     if routes:
         load = worth[ITEMS].load if ITEMS in worth else expert_load(model, items, tokenizer)
@@ -120,38 +163,54 @@ def command(asked: Asked) -> None:
         worth_table(found, text_name).show()
         over = found.loss - found.oracle
         print(
-            f"on {found.tokens} tokens the mixture has {found.loss:.3f} nats per token, {over:.3f} more than the oracle"
+            f"on {found.tokens} tokens the mixture has {found.loss:.3f} nats per token, {over:.3f} "
+            "more than the oracle"
         )
     if is_composed and not worth:
         print("what each expert is worth: give --texts FILE ..., a file of each domain")
     print(f"report and numbers are in {folder}; open {folder / REPORT_FILE}")
 
 
-def _items(style: str, split: str, most: int, tasks: Sequence[Task], tokenizer: Any) -> list[dict[str, Any]]:
+def _items(
+    style: str, split: str, most: int, tasks: Sequence[Task], tokenizer: Any
+) -> list[dict[str, Any]]:
     """Encoded items on which the expert load is counted; an encoder reads only the inputs."""
     share = -(-most // len(tasks))
     if style != ENCODER:
-        return [item for task in tasks for item in encode_task(task, split, tokenizer, share, style)]
+        return [
+            item for task in tasks for item in encode_task(task, split, tokenizer, share, style)
+        ]
     texts = (example.source for task in tasks for example in task.examples(split)[:share])
-    return [dict(tokenizer(t, truncation=True, max_length=128, return_token_type_ids=False)) for t in texts]
+    return [
+        dict(tokenizer(t, truncation=True, max_length=128, return_token_type_ids=False))
+        for t in texts
+    ]
 
 
 def _worths(
     folder: Path, model: Any, tokenizer: Any, items: list[dict[str, Any]], options: InspectOptions
 ) -> dict[str, Worth]:
-    """What the experts of a composed mixture are worth: on every file of ``texts``, by its name, or else on the
-    sentences of ``text``, or on the items."""
+    """What the experts of a composed mixture are worth: on every file of ``texts``, by its name, or
+    else on the sentences of ``text``, or on the items."""
     experts, background = experts_in(folder)
-    classes = [*(expert.statistics for expert in experts), *([] if background is None else [background])]
+    classes = [
+        *(expert.statistics for expert in experts),
+        *([] if background is None else [background]),
+    ]
     if options.texts:
         most = options.num_items or ITEMS_OF_TEXT
         return {
-            file: composed_worth(model, classes, read_batches(file, tokenizer, LENGTH, most)) for file in options.texts
+            file: composed_worth(model, classes, read_batches(file, tokenizer, LENGTH, most))
+            for file in options.texts
         }
     if options.text and not model.config.is_encoder_decoder:
         rows = tokenizer(list(options.text))["input_ids"]
-        items = [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} for ids in rows]
-        return {SENTENCES: composed_worth(model, classes, list(padded_batches(model, items, tokenizer)))}
+        items = [
+            {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} for ids in rows
+        ]
+        return {
+            SENTENCES: composed_worth(model, classes, list(padded_batches(model, items, tokenizer)))
+        }
     if not items:
         return {}
     return {ITEMS: composed_worth(model, classes, list(padded_batches(model, items, tokenizer)))}
@@ -160,9 +219,16 @@ def _worths(
 def worth_table(worth: Worth, text: str) -> report.Table:
     """Share of tokens, loss alone, loss without and what removing adds, by expert."""
     parts = zip(worth.names, worth.share, worth.alone, worth.removed, strict=True)
-    rows = [[n, f"{s:.0%}", f"{a:.3f}", f"{r:.3f}", f"{r - worth.loss:+.3f}"] for n, s, a, r in parts]
-    rows += [["the mixture", "", f"{worth.loss:.3f}", "", ""], ["oracle", "", f"{worth.oracle:.3f}", "", ""]]
-    return report.Table(("expert", "tokens", "alone", "without", "removed"), rows, f"{text}, {worth.tokens} tokens")
+    rows = [
+        [n, f"{s:.0%}", f"{a:.3f}", f"{r:.3f}", f"{r - worth.loss:+.3f}"] for n, s, a, r in parts
+    ]
+    rows += [
+        ["the mixture", "", f"{worth.loss:.3f}", "", ""],
+        ["oracle", "", f"{worth.oracle:.3f}", "", ""],
+    ]
+    return report.Table(
+        ("expert", "tokens", "alone", "without", "removed"), rows, f"{text}, {worth.tokens} tokens"
+    )
 
 
 def _spectra(model: Any) -> dict[str, dict[str, list[Any]]]:
@@ -189,13 +255,19 @@ def _report(
     config = model.mpoe_config
     layers = [short_name(layer) for layer, _ in routed_layers(model)]
     parts = [report.Table((), list(facts(model).items()), kind="text").html()]
-    numbers: dict[str, Any] = {"model": name, "parameters": model.parameter_report(), "layers": layers}
+    numbers: dict[str, Any] = {
+        "model": name,
+        "parameters": model.parameter_report(),
+        "layers": layers,
+    }
     numbers |= {
         "counted_on": counted,
         "expert_load": load,
         "worth": {text: vars(found) for text, found in worth.items()},
     }
-    numbers["routes"] = [{"text": text, "streams": [vars(route) for route in found]} for text, found in routes]
+    numbers["routes"] = [
+        {"text": text, "streams": [vars(route) for route in found]} for text, found in routes
+    ]
 
     def add(heading: str, *found: Any, words: object = "") -> None:
         parts.append(report.section(heading, *found, note=_WORDS[heading].format(words)))
@@ -205,14 +277,18 @@ def _report(
         names = [f"{k} {own}".strip() for k, own in enumerate(named)]
         add("Which expert took which token", report.routes_html(routes, names))
     if worth:
-        add("What each expert is worth", *(worth_table(found, text).section() for text, found in worth.items()))
+        add(
+            "What each expert is worth",
+            *(worth_table(found, text).section() for text, found in worth.items()),
+        )
     if load:
         add("Expert load", report.load_map(load, layers), words=counted)
     spectra = _spectra(model)
     if spectra:
         add("What the bonds carry", report.spectrum_lines(spectra))
     numbers["bonds"] = {  # effective rank as a share of every bond
-        kind: {layer: [bond.used for bond in bonds] for layer, bonds in own.items()} for kind, own in spectra.items()
+        kind: {layer: [bond.used for bond in bonds] for layer, bonds in own.items()}
+        for kind, own in spectra.items()
     }
     weights = summarize(model, NUM_TOKENS, config.top_k)
     if weights:

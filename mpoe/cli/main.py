@@ -1,4 +1,5 @@
-"""The command ``mpoe``. Every command is a module of this package and imports what it needs itself."""
+"""The command ``mpoe``. Every command is a module of this package and imports what it needs
+itself."""
 
 from __future__ import annotations
 
@@ -13,16 +14,23 @@ from mpoe.cli.short_help import SHORT
 
 COMMANDS = {
     "train": "Train: mpoe train [CONFIG.json|yaml] --flag value ... (flags win over the file).",
-    "compare": "Put runs side by side: mpoe compare RUN_DIR RUN_DIR ... (parameters, settings, scores, curves, time).",
+    "compare": "Put runs side by side: mpoe compare RUN_DIR RUN_DIR ... (parameters, settings, "
+    "scores, curves, time).",
     "evaluate": "Evaluate a saved model: mpoe evaluate MODEL_DIR --data_dir DIR --split test.",
-    "convert": "Convert a dense checkpoint: mpoe convert IN OUT [--num_experts 8 --shape separable ...].",
-    "export": "Export a mixture for other tools: mpoe export IN OUT --to mixtral|granitemoeshared|...",
-    "compose": "Make one mixture of experts trained apart: mpoe compose BASE law.expert med.expert --output_dir OUT.",
+    "convert": "Convert a dense checkpoint: mpoe convert IN OUT [--num_experts 8 --shape separable "
+    "...].",
+    "export": "Export a mixture for other tools: mpoe export IN OUT --to "
+    "mixtral|granitemoeshared|...",
+    "compose": "Make one mixture of experts trained apart: mpoe compose BASE law.expert med.expert "
+    "--output_dir OUT.",
     "plan": "Plan before converting: mpoe plan MODEL_OR_CONFIG --experts 8 --shape separable.",
-    "inspect": 'Look inside: mpoe inspect MODEL_DIR [--text "..." --output_dir DIR]: routes, load, bonds.',
+    "inspect": 'Look inside: mpoe inspect MODEL_DIR [--text "..." --output_dir DIR]: routes, load, '
+    "bonds.",
     "generate": "Generate text with a saved model.",
-    "info": "Show versions, kernel backends (and why the others cannot run here) and devices; or experts' files.",
-    "demo": "Train three experts apart and compose them, on texts that are here (--compare: dense, Switch, MPOE).",
+    "info": "Show versions, kernel backends (and why the others cannot run here) and devices; or "
+    "experts' files.",
+    "demo": "Train three experts apart and compose them, on texts that are here (--compare: dense, "
+    "Switch, MPOE).",
     "bench": "Measure MPO experts against the dense layer and their peers on this machine.",
 }
 USER_ERROR, INTERRUPTED = 2, 130
@@ -36,7 +44,10 @@ def run(words: list[str]) -> None:
     """
     if not words or words[0] in ("-h", "--help"):
         print("Usage: mpoe [--version] [--help] [--debug] COMMAND ...\n")
-        print("Turn a pretrained T5, GPT-2, Llama or BERT into a parameter-efficient mixture of experts.\n")
+        print(
+            "Turn a pretrained T5, GPT-2, Llama or BERT into a parameter-efficient mixture of "
+            "experts.\n"
+        )
         print("\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items()))
         print("\nmpoe COMMAND --help lists the options of a command.")
     elif words[0] == "--version":
@@ -45,7 +56,8 @@ def run(words: list[str]) -> None:
         print(f"mpoe {__version__}")
     elif words[0] in COMMANDS:
         if words[0] != "bench":
-            # Waiting threads that spin for long cost minutes on shared cores; torch reads this when it loads.
+            # Waiting threads that spin for long cost minutes on shared cores; torch reads this when
+            # it loads.
             os.environ.setdefault("GOMP_SPINCOUNT", "30000")
         asks_help = any(word in ("-h", "--help") for word in words[1:]) and "all" not in words
         if asks_help:
@@ -54,18 +66,22 @@ def run(words: list[str]) -> None:
         importlib.import_module(f"mpoe.cli.{words[0]}").command(words[1:])
     else:
         kind = "option" if words[0].startswith("-") else "command"
-        raise CommandError(f"no such {kind} {words[0]!r}{close_matches(words[0], COMMANDS)} (see mpoe --help)")
+        raise CommandError(
+            f"no such {kind} {words[0]!r}{close_matches(words[0], COMMANDS)} (see mpoe --help)"
+        )
 
 
 def _not_of_torchao(record: logging.LogRecord) -> bool:
-    """torchao registers two Enums, of which torch would warn whenever a command imports Transformers."""
+    """torchao registers two Enums, of which torch would warn whenever a command imports
+    Transformers."""
     return "is an Enum subclass" not in str(record.msg)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line on ``arguments`` (default: the process's) and exit.
 
-    Exit codes: 0 success, 1 a bug (with traceback), 2 a refusal (one line on stderr), 130 interrupted.
+    Exit codes: 0 success, 1 a bug (with traceback), 2 a refusal (one line on stderr), 130
+    interrupted.
     """
     logging.getLogger("torch.utils._pytree").addFilter(_not_of_torchao)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -81,7 +97,10 @@ def main(arguments: list[str] | None = None) -> None:
         if debug or not known:
             traceback.print_exception(error)
         if known:
-            print(f"mpoe: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+            print(
+                f"mpoe: error: {' '.join(str(error).split()) or type(error).__name__}",
+                file=sys.stderr,
+            )
         code = USER_ERROR if known else 1
     sys.exit(code)
 

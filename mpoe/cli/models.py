@@ -1,5 +1,5 @@
-"""Models by the name that the user typed (a stand-in, a folder or a hub name), and what commands write: atomic files,
-whole models, and folders that are checked before any work."""
+"""Models by the name that the user typed (a stand-in, a folder or a hub name), and what commands
+write: atomic files, whole models, and folders that are checked before any work."""
 
 from __future__ import annotations
 
@@ -27,7 +27,14 @@ from mpoe.models.table import ENCODER, TABLE, TYPE_PREFIX, known_type
 from mpoe.models.weight_files import check_links, check_weight_files, write_text
 from mpoe.training.checkpoints import clean_leftovers, delete
 from mpoe.training.output_dir import check_folder
-from mpoe.training.published import CONFIG, finish, foreign_files, publish, staging_folder, written_files
+from mpoe.training.published import (
+    CONFIG,
+    finish,
+    foreign_files,
+    publish,
+    staging_folder,
+    written_files,
+)
 from mpoe.training.run_lock import check_free, hold
 
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*")
@@ -37,8 +44,8 @@ _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*")
 class Source:
     """A model that was found but not loaded yet.
 
-    ``path``: argument for ``from_pretrained``; ``model_type`` and ``architecture`` (the class, if named): from its
-    configuration; ``style``: seq2seq, causal or encoder.
+    ``path``: argument for ``from_pretrained``; ``model_type`` and ``architecture`` (the class, if
+    named): from its configuration; ``style``: seq2seq, causal or encoder.
     """
 
     path: str
@@ -68,19 +75,24 @@ def find(name: str) -> Source:
     values = read_configuration(name)
     names = values.get("architectures")
     architecture = str(names[0]) if isinstance(names, list) and names else ""
-    return Source(str(stand_in_path(name)) if name in STAND_INS else name, known_type(name, values), architecture)
+    return Source(
+        str(stand_in_path(name)) if name in STAND_INS else name,
+        known_type(name, values),
+        architecture,
+    )
 
 
 def find_to_copy(name: str) -> Source:
-    """As `find`, of a model that goes into an output: no file of its folder may be a link that leads out of it
-    (ValueError)."""
+    """As `find`, of a model that goes into an output: no file of its folder may be a link that
+    leads out of it (ValueError)."""
     source = find(name)
     check_links(Path(source.path))
     return source
 
 
 def read_configuration(name: str, others: Iterable[str] = ()) -> dict[str, Any]:
-    """The values of the ``config.json`` of a model; ``others`` are further names that a message may suggest.
+    """The values of the ``config.json`` of a model; ``others`` are further names that a message may
+    suggest.
 
     Raises:
         ValueError: nothing of that name, a folder without a model, a broken configuration.
@@ -94,15 +106,20 @@ def read_configuration(name: str, others: Iterable[str] = ()) -> dict[str, Any]:
     if folder.is_dir():
         return read_mapping(folder / "config.json", "configuration")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or _beside(name):
-        raise CommandError(f"model: no such folder: {name}{close_matches(Path(name).name, _beside(name))}")
+        raise CommandError(
+            f"model: no such folder: {name}{close_matches(Path(name).name, _beside(name))}"
+        )
     try:
-        values, _ = transformers.PreTrainedConfig.get_config_dict(name, local_files_only=not _hub_answers())
+        values, _ = transformers.PreTrainedConfig.get_config_dict(
+            name, local_files_only=not _hub_answers()
+        )
         return dict(values)
     except (OSError, ValueError) as error:
         known = [*STAND_INS, *others, *(path.name for path in Path().iterdir() if path.is_dir())]
         reason = str(error).strip().partition("\n")[0]
         raise CommandError(
-            f"model: {name!r} is not a folder here, no built-in model ({', '.join(STAND_INS)}), and the hub did not "
+            f"model: {name!r} is not a folder here, no built-in model ({', '.join(STAND_INS)}), "
+            "and the hub did not "
             f"give it ({reason}){close_matches(name, known)}"
         ) from error
 
@@ -114,7 +131,8 @@ def _beside(name: str) -> list[str]:
 
 
 def _hub_answers() -> bool:
-    """Whether the hub can be reached; its library would try for 30 s. Not asked offline or through a proxy."""
+    """Whether the hub can be reached; its library would try for 30 s. Not asked offline or through
+    a proxy."""
     host = urlsplit(constants.ENDPOINT)
     if constants.HF_HUB_OFFLINE or getproxies():
         return True
@@ -126,8 +144,8 @@ def _hub_answers() -> bool:
 
 
 def labels_for(source: Source, task: Task) -> tuple[str, ...]:
-    """The labels that an encoder's head tells apart, in its order: the model's own if they are the task's, otherwise
-    the task's; none for numbers."""
+    """The labels that an encoder's head tells apart, in its order: the model's own if they are the
+    task's, otherwise the task's; none for numbers."""
     if source.is_classifier:
         own = tuple(transformers.AutoConfig.from_pretrained(source.path).id2label.values())
         if set(own) == set(task.labels):
@@ -136,9 +154,11 @@ def labels_for(source: Source, task: Task) -> tuple[str, ...]:
 
 
 def load_model(source: Source, labels: Sequence[str] | None = None) -> Any:
-    """The model in eval mode: dense ones by their Auto class in float32, mixtures by `load_mpoe` in their own dtype.
+    """The model in eval mode: dense ones by their Auto class in float32, mixtures by `load_mpoe` in
+    their own dtype.
 
-    ``labels``: an encoder gets a head for them (none: for a number), unless it has that head already.
+    ``labels``: an encoder gets a head for them (none: for a number), unless it has that head
+    already.
 
     Raises:
         ValueError: weights that are missing, damaged, or do not match the configuration.
@@ -151,30 +171,44 @@ def load_model(source: Source, labels: Sequence[str] | None = None) -> Any:
         options = {"num_labels": len(names), "problem_type": kind, "ignore_mismatched_sizes": True}
         options |= {"id2label": names, "label2id": {name: index for index, name in names.items()}}
     if source.is_mpoe and options:
-        classes_of(source.model_type.removeprefix(TYPE_PREFIX))  # which registers them with the Auto classes
+        classes_of(
+            source.model_type.removeprefix(TYPE_PREFIX)
+        )  # which registers them with the Auto classes
     elif source.is_mpoe:
         return load_mpoe(source.path)
     is_head = source.is_classifier or options
     auto = "AutoModelForSequenceClassification" if is_head else STYLE_HEADS[source.style]
     try:
-        model = getattr(transformers, auto).from_pretrained(source.path, dtype="float32", **options).eval()
-    except Exception as error:  # Transformers and its file readers have no common exception for damaged files
-        raise CommandError(f"model: the weights of {source.path} cannot be loaded: {error}") from error
+        model = (
+            getattr(transformers, auto)
+            .from_pretrained(source.path, dtype="float32", **options)
+            .eval()
+        )
+    except (
+        Exception
+    ) as error:  # Transformers and its file readers have no common exception for damaged files
+        raise CommandError(
+            f"model: the weights of {source.path} cannot be loaded: {error}"
+        ) from error
     if Path(source.path).is_dir():
         check_weight_files(Path(source.path), model)
     return model
 
 
 def tokenizer_if_any(source: Source) -> Any:
-    """As `load_tokenizer`; None, with a line that says so, for a folder that holds the model alone."""
-    if Path(source.path).is_dir() and not any(any(Path(source.path).glob(names)) for names in _TOKENIZER_FILES):
+    """As `load_tokenizer`; None, with a line that says so, for a folder that holds the model
+    alone."""
+    if Path(source.path).is_dir() and not any(
+        any(Path(source.path).glob(names)) for names in _TOKENIZER_FILES
+    ):
         print(f"{source.path} holds no tokenizer: what needs one is left out")
         return None
     return load_tokenizer(source)
 
 
 def load_tokenizer(source: Source) -> Any:
-    """The tokenizer saved with the model; for a decoder-only model without a padding token, padding uses the end token.
+    """The tokenizer saved with the model; for a decoder-only model without a padding token, padding
+    uses the end token.
 
     Raises:
         CommandError: there is none.
@@ -199,14 +233,19 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def check_output(
-    name: str, folder: str | Path, overwrite: bool, what: str, own: Iterable[str], others: Iterable[str] = ()
+    name: str,
+    folder: str | Path,
+    overwrite: bool,
+    what: str,
+    own: Iterable[str],
+    others: Iterable[str] = (),
 ) -> Path:
     """Return ``folder``, the value of the argument ``name``; nothing is written yet.
 
     Raises:
         NotADirectoryError, PermissionError: it cannot be written or created.
-        CommandError: it holds files of the patterns ``others`` (of models and runs), or without ``overwrite`` of the
-            patterns ``own``, which are ``what``.
+        CommandError: it holds files of the patterns ``others`` (of models and runs), or without
+            ``overwrite`` of the patterns ``own``, which are ``what``.
     """
 
     def holds(patterns: Iterable[str]) -> bool:
@@ -216,13 +255,15 @@ def check_output(
     if holds(others):
         raise CommandError(f"{name} {path} holds a model or a run; choose another folder")
     if holds(own) and not overwrite:
-        raise CommandError(f"{name} {path} holds {what}; give --overwrite to replace it, or another folder")
+        raise CommandError(
+            f"{name} {path} holds {what}; give --overwrite to replace it, or another folder"
+        )
     return path
 
 
 class Output(NamedTuple):
-    """A folder that `check_model_output` has seen: what was given, and its configuration's file then: its number,
-    which a later file may get again, and its time."""
+    """A folder that `check_model_output` has seen: what was given, and its configuration's file
+    then: its number, which a later file may get again, and its time."""
 
     name: str
     folder: Path
@@ -243,9 +284,13 @@ def check_model_output(name: str, folder: str | Path, overwrite: bool) -> Output
     finish(path)
     foreign = foreign_files(path)
     if foreign:
-        raise CommandError(f"{name} {path} holds {foreign[0]}, which mpoe did not write; choose another folder")
+        raise CommandError(
+            f"{name} {path} holds {foreign[0]}, which mpoe did not write; choose another folder"
+        )
     if written_files(path) and not overwrite:
-        raise CommandError(f"{name} {path} holds a model; give --overwrite to replace it, or another folder")
+        raise CommandError(
+            f"{name} {path} holds a model; give --overwrite to replace it, or another folder"
+        )
     config = path / CONFIG
     state = config.stat() if config.is_file() else None
     return Output(name, path, overwrite, state and (state.st_ino, state.st_mtime_ns))
@@ -253,8 +298,9 @@ def check_model_output(name: str, folder: str | Path, overwrite: bool) -> Output
 
 @contextlib.contextmanager
 def model_folder(output: Output, *parts: Any) -> Iterator[Path]:
-    """A staging folder into which the ``parts`` (model, tokenizer; None is left out) are saved; its files are in the
-    folder of ``output``, in place of those of an earlier model, when the block ends without an error.
+    """A staging folder into which the ``parts`` (model, tokenizer; None is left out) are saved; its
+    files are in the folder of ``output``, in place of those of an earlier model, when the block
+    ends without an error.
 
     Raises:
         CommandError: as `check_model_output`; another process has written the folder since.
@@ -262,7 +308,9 @@ def model_folder(output: Output, *parts: Any) -> Iterator[Path]:
     folder = output.folder
     with hold(folder):
         if check_model_output(*output[:3]) != output:
-            raise CommandError(f"{output.name} {folder} holds a model that another process wrote meanwhile")
+            raise CommandError(
+                f"{output.name} {folder} holds a model that another process wrote meanwhile"
+            )
         clean_leftovers(folder)
         staging = staging_folder(folder)
         staging.mkdir()

@@ -1,4 +1,5 @@
-"""Options that several commands have, or that describe a model, as dataclasses, and the objects built from them."""
+"""Options that several commands have, or that describe a model, as dataclasses, and the objects
+built from them."""
 
 from __future__ import annotations
 
@@ -27,38 +28,61 @@ BASELINES = {DENSE: "dense", WIDER: "dense, wider", SWITCH: "dense experts"}
 class RunOptions:
     """What a training run starts from, and what becomes of it."""
 
-    model: str = option("t5", "t5 or gpt2 (tiny stand-ins), a folder, or a hub name", "model_name_or_path")
+    model: str = option(
+        "t5", "t5 or gpt2 (tiny stand-ins), a folder, or a hub name", "model_name_or_path"
+    )
     baseline: str | None = option(
         None,
-        "train what the mixture is compared with: dense (the model as it is), wider (dense, as large as the mixture), "
+        "train what the mixture is compared with: dense (the model as it is), wider (dense, as "
+        "large as the mixture), "
         "switch (dense experts)",
         choices=list(BASELINES),
     )
-    expert: str | None = option(None, "train one expert of --neurons beside the frozen model; saved as NAME.expert too")
-    save_base: bool = option(False, "of --expert: save the base with it too, in output_dir and its checkpoints")
-    find_rate: bool = option(False, "search for the learning rate first: 30 steps with each of three to five")
+    expert: str | None = option(
+        None, "train one expert of --neurons beside the frozen model; saved as NAME.expert too"
+    )
+    save_base: bool = option(
+        False, "of --expert: save the base with it too, in output_dir and its checkpoints"
+    )
+    find_rate: bool = option(
+        False, "search for the learning rate first: 30 steps with each of three to five"
+    )
     overwrite: bool = option(False, "replace the run in output_dir")
     resume: bool = option(False, "continue the run in output_dir at its last checkpoint")
-    load_experiment: str | None = option(None, "folder of an earlier run or a saved model, from which this run goes on")
+    load_experiment: str | None = option(
+        None, "folder of an earlier run or a saved model, from which this run goes on"
+    )
     load_layer: list[str] = option(
         [],
-        "components (word_embed, mlp, attention, pooler) that are taken from load_experiment instead of "
+        "components (word_embed, mlp, attention, pooler) that are taken from load_experiment "
+        "instead of "
         "being decomposed again; everything else comes from --model",
     )
     compute_time: bool = option(False, "report the time of a training step, and items per second")
-    compute_memory: bool = option(False, "report the most memory used: of the GPU, or of the process")
-    print_num_parameters: bool = option(False, "print the number of parameters by kind before training")
+    compute_memory: bool = option(
+        False, "report the most memory used: of the GPU, or of the process"
+    )
+    print_num_parameters: bool = option(
+        False, "print the number of parameters by kind before training"
+    )
 
     def __post_init__(self) -> None:
         from mpoe.models.checkpoint import parse_components
 
-        asked = [value for value in self.load_layer if value != "noload"]  # the original's scripts load nothing so
-        self.load_layer = list(parse_components(",".join(asked), "load_layer") or ()) if asked else []
+        asked = [
+            value for value in self.load_layer if value != "noload"
+        ]  # the original's scripts load nothing so
+        self.load_layer = (
+            list(parse_components(",".join(asked), "load_layer") or ()) if asked else []
+        )
         if self.load_layer and self.load_experiment is None:
-            raise ValueError("load_layer needs load_experiment: the run or model whose cores are taken")
+            raise ValueError(
+                "load_layer needs load_experiment: the run or model whose cores are taken"
+            )
 
 
-# Configuration fields whose option has a different type: JSON or a list; or None for the default of the moe_type.
+# Configuration fields whose option has a different type: JSON or a list; or None for the default of
+# the moe_type.
 _OPTIONS: dict[str, tuple[Any, Any]] = {
     "shape": (str | None, None),
     "shape_pattern": (str | None, None),
@@ -84,10 +108,17 @@ _ALIASES = {
 
 def _described(config: type) -> dict[str, str]:
     """Field -> the first sentence about it in the configuration's docstring."""
-    text = inspect.cleandoc(config.__doc__ or "").partition("Attributes:\n")[2]  # nothing with python -OO
+    text = inspect.cleandoc(config.__doc__ or "").partition("Attributes:\n")[
+        2
+    ]  # nothing with python -OO
     parts = re.split(r"^    (\w+): ", text, flags=re.M)[1:]
-    about = (re.split(r"(?<!eq)(?<!al)\.\s", text.replace("`", ""))[0].split() for text in parts[1::2])
-    return {name: " ".join(words).removesuffix(".") for name, words in zip(parts[::2], about, strict=True)}
+    about = (
+        re.split(r"(?<!eq)(?<!al)\.\s", text.replace("`", ""))[0].split() for text in parts[1::2]
+    )
+    return {
+        name: " ".join(words).removesuffix(".")
+        for name, words in zip(parts[::2], about, strict=True)
+    }
 
 
 def _options_of(config: type) -> Iterator[tuple[str, Any, Any]]:
@@ -95,9 +126,17 @@ def _options_of(config: type) -> Iterator[tuple[str, Any, Any]]:
     kinds, about = get_type_hints(config), _described(config)
     for field in fields(config):
         if field.name not in _NO_OPTIONS:
-            own = (kinds[field.name] | None, None) if field.name in _OPTIONAL else (kinds[field.name], field.default)
+            own = (
+                (kinds[field.name] | None, None)
+                if field.name in _OPTIONAL
+                else (kinds[field.name], field.default)
+            )
             kind, default = _OPTIONS.get(field.name, own)
-            yield field.name, kind, option(default, about.get(field.name, ""), *_ALIASES.get(field.name, ()))
+            yield (
+                field.name,
+                kind,
+                option(default, about.get(field.name, ""), *_ALIASES.get(field.name, ())),
+            )
 
 
 _Fields: Any = make_dataclass("_Fields", [*_options_of(MPOEConfig), *_options_of(RouterConfig)])
@@ -105,15 +144,17 @@ _Fields: Any = make_dataclass("_Fields", [*_options_of(MPOEConfig), *_options_of
 
 @dataclass
 class ExpertOptions(_Fields):  # type: ignore[misc]
-    """How the feed-forward layers become experts: the fields of `MPOEConfig` and `RouterConfig`, and `mpo_layers`.
+    """How the feed-forward layers become experts: the fields of `MPOEConfig` and `RouterConfig`,
+    and `mpo_layers`.
 
-    Options left at None take the defaults of the moe_type and the shape. ``shape`` may also be JSON (kind ->
-    MPOShape), as ``shape_pattern``.
+    Options left at None take the defaults of the moe_type and the shape. ``shape`` may also be JSON
+    (kind -> MPOShape), as ``shape_pattern``.
     """
 
     mpo_layers: list[str] = option(
         [],
-        "components in MPO form, by the original's names: word_embed, mlp, attention, pooler, or nompo; without "
+        "components in MPO form, by the original's names: word_embed, mlp, attention, pooler, or "
+        "nompo; without "
         "mlp the experts are dense",
     )
 
@@ -131,11 +172,19 @@ class ExpertOptions(_Fields):  # type: ignore[misc]
         if self.backend not in (None, "auto", *available_backends()):
             reasons = backend_reasons().get(str(self.backend))
             why = f": it cannot run here: {'; '.join(reasons)}" if reasons else ""
-            raise CommandError(f"backend must be one of {', '.join(available_backends())}; got {self.backend!r}{why}")
+            raise CommandError(
+                f"backend must be one of {', '.join(available_backends())}; got "
+                f"{self.backend!r}{why}"
+            )
         given = {name: value for name, value in vars(self).items() if value not in (None, [])}
         values = {f.name: given[f.name] for f in fields(MPOEConfig) if f.name in given}
-        values |= {"expert_type": expert_type, "target_modules": targets if len(targets) > 1 else targets[0]}
-        values |= {"router": {f.name: given[f.name] for f in fields(RouterConfig) if f.name in given}}
+        values |= {
+            "expert_type": expert_type,
+            "target_modules": targets if len(targets) > 1 else targets[0],
+        }
+        values |= {
+            "router": {f.name: given[f.name] for f in fields(RouterConfig) if f.name in given}
+        }
         if self.shape is not None and self.shape.lstrip().startswith("{"):
             values["shape"] = read_json_option("shape", self.shape)
         elif self.shape is None and self.mpo_layers:
@@ -152,21 +201,34 @@ class ExpertOptions(_Fields):  # type: ignore[misc]
             targets, expert_type = self.target_modules or ["ffn"], self.expert_type
         else:
             if self.target_modules or self.expert_type != "mpo":
-                raise CommandError("mpo_layers sets target_modules and expert_type; give either it or them")
-            layers = [part.strip() for value in self.mpo_layers for part in value.split(",") if part.strip()]
+                raise CommandError(
+                    "mpo_layers sets target_modules and expert_type; give either it or them"
+                )
+            layers = [
+                part.strip()
+                for value in self.mpo_layers
+                for part in value.split(",")
+                if part.strip()
+            ]
             for name in layers:
                 check_choice("mpo_layers", name, (*MPO_LAYERS, NO_MPO))
             if NO_MPO in layers and len(layers) > 1:
-                raise CommandError(f"mpo_layers must be {NO_MPO} alone or names of components; got {', '.join(layers)}")
+                raise CommandError(
+                    f"mpo_layers must be {NO_MPO} alone or names of components; got "
+                    f"{', '.join(layers)}"
+                )
             expert_type = "mpo" if "mlp" in layers else "dense"
             targets = ["ffn", *(MPO_LAYERS[name] for name in layers if name not in (NO_MPO, "mlp"))]
         if self.moe_type == "none" and expert_type == "dense":
-            targets = [target for target in targets if target != "ffn"]  # one dense expert is the existing network
+            targets = [
+                target for target in targets if target != "ffn"
+            ]  # one dense expert is the existing network
         return targets, expert_type
 
 
 def read_json_option(name: str, text: str) -> Any:
-    """The value of an option that is JSON; `CommandError` names the option and the place of the error."""
+    """The value of an option that is JSON; `CommandError` names the option and the place of the
+    error."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

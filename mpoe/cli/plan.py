@@ -1,13 +1,17 @@
-"""`mpoe plan MODEL_OR_CONFIG [flags]`: parameters, FLOPs and memory of a mixture of MPO experts, beside dense experts
-(Switch) and the dense model. No weights are loaded or allocated, and nothing is timed.
+"""`mpoe plan MODEL_OR_CONFIG [flags]`: parameters, FLOPs and memory of a mixture of MPO experts,
+beside dense experts (Switch) and the dense model. No weights are loaded or allocated, and nothing
+is timed.
 
-The mixture is built from the configuration on the meta device, and its modules are counted, so all numbers are exact:
+The mixture is built from the configuration on the meta device, and its modules are counted, so all
+numbers are exact:
 
-* parameters: of the modules; dense experts have ``E * I * F`` for every matrix ``[I, F]``, and both mixtures a router.
-* FLOPs of one device's matrix products in a step: of the contraction that `mpoe_kernels.plan_contraction` ranks first
-  for MPO experts, ``2 T K I F`` for dense ones, three times that with the backward pass. Around hidden-side experts and
-  beside neurons the dense products stay; the backward pass recomputes the activation's input, so what experts own then
-  takes part in four products of up and gate_proj and in three of down.
+* parameters: of the modules; dense experts have ``E * I * F`` for every matrix ``[I, F]``, and both
+  mixtures a router.
+* FLOPs of one device's matrix products in a step: of the contraction that
+  `mpoe_kernels.plan_contraction` ranks first for MPO experts, ``2 T K I F`` for dense ones, three
+  times that with the backward pass. Around hidden-side experts and beside neurons the dense
+  products stay; the backward pass recomputes the activation's input, so what experts own then takes
+  part in four products of up and gate_proj and in three of down.
 """
 
 from __future__ import annotations
@@ -51,8 +55,12 @@ WIDTH = 110  # of a table, if that of the terminal is unknown, as in a pipe
 class PlanOptions:
     """The workload."""
 
-    tokens: int = option(2048, "tokens of one device in one step; of T5: in each of encoder and decoder")
-    dtype: str = option("bf16", "fp32, bf16 or fp16: weights and activations in products", choices=list(DTYPES))
+    tokens: int = option(
+        2048, "tokens of one device in one step; of T5: in each of encoder and decoder"
+    )
+    dtype: str = option(
+        "bf16", "fp32, bf16 or fp16: weights and activations in products", choices=list(DTYPES)
+    )
     inference: bool = option(False, "forward only, without the training's backward pass")
     json: str | None = option(None, "also write everything, matrix by matrix, to this file")
 
@@ -60,7 +68,8 @@ class PlanOptions:
 
     @property
     def passes(self) -> int:
-        """Number of products of a dense linear in the step: the output and, in training, the two gradients."""
+        """Number of products of a dense linear in the step: the output and, in training, the two
+        gradients."""
         return 1 if self.inference else 3
 
 
@@ -73,12 +82,20 @@ def command(asked: Asked) -> None:
     values = read_values(name)
     chosen = sorted({field.name for field in dataclasses.fields(ExpertOptions)} & asked.given)
     if values.get("mpoe") is not None and chosen:
-        raise CommandError(f"{name} is converted already: {', '.join(chosen)} cannot be changed any more")
+        raise CommandError(
+            f"{name} is converted already: {', '.join(chosen)} cannot be changed any more"
+        )
     config = experts.build() if values.get("mpoe") is None else MPOEConfig.from_dict(values["mpoe"])
     if config is None or config.expert_type == "dense":
-        raise CommandError("plan puts dense experts and the dense model beside MPO experts; got no MPO experts")
+        raise CommandError(
+            "plan puts dense experts and the dense model beside MPO experts; got no MPO experts"
+        )
     model = build(name, values, config)
-    found = {"schema": SCHEMA, "name": name, "class": type(model).__name__.removeprefix(CLASS_PREFIX)}
+    found = {
+        "schema": SCHEMA,
+        "name": name,
+        "class": type(model).__name__.removeprefix(CLASS_PREFIX),
+    }
     found |= {"work": vars(options), **costs(model, options)}
     table(found).show(WIDTH)
     if options.json is not None:
@@ -88,9 +105,10 @@ def command(asked: Asked) -> None:
 
 # ------------------------------------------------------------- the model
 
-# Sizes of well-known models, so that they can be planned without network or weights: those of the models' published
-# configurations (Raffel et al., JMLR 2020, sections 3.2 and 3.7; Radford et al. 2019, table 2; Devlin et al., NAACL
-# 2019, section 3); everything else is the default of the model's Hugging Face configuration class.
+# Sizes of well-known models, so that they can be planned without network or weights: those of the
+# models' published configurations (Raffel et al., JMLR 2020, sections 3.2 and 3.7; Radford et al.
+# 2019, table 2; Devlin et al., NAACL 2019, section 3); everything else is the default of the
+# model's Hugging Face configuration class.
 _FIELDS = {
     "t5": ("d_model", "d_ff", "num_layers", "num_heads", "d_kv", "vocab_size"),
     "gpt2": ("n_embd", "n_layer", "n_head"),
@@ -112,7 +130,8 @@ _SIZES = {
 
 
 def read_values(name: str) -> dict[str, Any]:
-    """The configuration of a well-known size such as ``t5-11b``, of a ``.json`` file, or of a model.
+    """The configuration of a well-known size such as ``t5-11b``, of a ``.json`` file, or of a
+    model.
 
     Raises:
         ValueError: nothing of that name; the message suggests the closest known ones.
@@ -131,7 +150,8 @@ def build(name: str, values: Mapping[str, Any], config: MPOEConfig) -> Any:
     Args:
         name: of the model, for messages.
         values: of its ``config.json``.
-        config: of the conversion; its default shape becomes separable where the family takes no blocks.
+        config: of the conversion; its default shape becomes separable where the family takes no
+            blocks.
 
     Raises:
         ValueError: an unknown family, a broken configuration, a ``config`` that does not fit.
@@ -141,12 +161,18 @@ def build(name: str, values: Mapping[str, Any], config: MPOEConfig) -> Any:
     classes = {dense.__name__: made for dense, made in classes_of(family).items()}
     named = [str(each).removeprefix(CLASS_PREFIX) for each in values.get("architectures") or []]
     made = classes[next((each for each in named if each in classes), default_class(family))]
-    fields = {key: value for key, value in values.items() if key not in ("model_type", "mpoe", "architectures")}
+    fields = {
+        key: value
+        for key, value in values.items()
+        if key not in ("model_type", "mpoe", "architectures")
+    }
     try:
         with torch.device("meta"):
             model = made(made.config_class(**fields, mpoe=config))
     except Exception as error:  # configurations and models raise many types of errors
-        raise ValueError(f"model: the configuration of {name!r} builds no {made.__name__}: {error}") from error
+        raise ValueError(
+            f"model: the configuration of {name!r} builds no {made.__name__}: {error}"
+        ) from error
     return model if values.get("tie_word_embeddings", True) else with_own_head(model)
 
 
@@ -155,8 +181,8 @@ def build(name: str, values: Mapping[str, Any], config: MPOEConfig) -> Any:
 
 @dataclass(frozen=True)
 class Cost:
-    """Additive costs of a part of the model: elements, FLOPs of a step, and the peak of weights that a product rebuilds
-    (for a sum, the larger)."""
+    """Additive costs of a part of the model: elements, FLOPs of a step, and the peak of weights
+    that a product rebuilds (for a sum, the larger)."""
 
     parameters: int = 0
     flops: int = 0
@@ -167,7 +193,8 @@ class Cost:
         return Cost(self.parameters + other.parameters, self.flops + other.flops, temporary)
 
     def values(self, work: PlanOptions, dense: Cost | None = None) -> dict[str, Any]:
-        """For JSON: with the bytes of weights and of the training's state, and FLOPs relative to those of ``dense``."""
+        """For JSON: with the bytes of weights and of the training's state, and FLOPs relative to
+        those of ``dense``."""
         return {
             **vars(self),
             "weight_bytes": self.parameters * DTYPES[work.dtype].itemsize,
@@ -187,10 +214,11 @@ def costs(model: Any, work: PlanOptions) -> dict[str, Any]:
     """Costs of a mixture, for JSON.
 
     Returns:
-        ``config``; ``layers``: how many feed-forward layers are converted; ``parts``: groups of equal matrices and
-        networks, with the costs of one of them by design and, of MPOs, ``lossless`` (no bond is truncated) and the
-        ``strategy``; ``totals``: ``converted`` (all of them, with routers), ``rest`` (the same in all designs) and
-        ``whole``. A cost has the fields of `Cost.values`.
+        ``config``; ``layers``: how many feed-forward layers are converted; ``parts``: groups of
+        equal matrices and networks, with the costs of one of them by design and, of MPOs,
+        ``lossless`` (no bond is truncated) and the ``strategy``; ``totals``: ``converted`` (all of
+        them, with routers), ``rest`` (the same in all designs) and ``whole``. A cost has the fields
+        of `Cost.values`.
     """
     groups: dict[str, dict[str, Any]] = {}
     every: list[Costs] = []
@@ -205,20 +233,32 @@ def costs(model: Any, work: PlanOptions) -> dict[str, Any]:
         for values, found in _parts(model, name, module, work):
             every.append(found)
             if values:
-                group = groups.setdefault(repr(values), {**values, "count": 0, **_values(found, work)})
+                group = groups.setdefault(
+                    repr(values), {**values, "count": 0, **_values(found, work)}
+                )
                 group["count"] += 1
     converted = {design: sum((part[design] for part in every), Cost()) for design in DESIGNS}
     others = Cost(total - converted["mpoe"].parameters, flops)
     whole = {design: cost + others for design, cost in converted.items()}
-    totals = {"converted": _values(converted, work), "rest": others.values(work), "whole": _values(whole, work)}
+    totals = {
+        "converted": _values(converted, work),
+        "rest": others.values(work),
+        "whole": _values(whole, work),
+    }
     layers = len(modules_of(model, RoutedFeedForward))
-    return {"config": model.config.mpoe, "layers": layers, "parts": list(groups.values()), "totals": totals}
+    return {
+        "config": model.config.mpoe,
+        "layers": layers,
+        "parts": list(groups.values()),
+        "totals": totals,
+    }
 
 
 def _parts(
     model: Any, name: str, module: nn.Module, work: PlanOptions
 ) -> Iterator[tuple[dict[str, Any] | None, Costs]]:
-    """What a module adds to the converted parts: facts about it (none of a router) and its costs by design."""
+    """What a module adds to the converted parts: facts about it (none of a router) and its costs by
+    design."""
     if isinstance(module, TopKRouter):
         router = Cost(module.weight.numel(), 2 * work.tokens * module.weight.numel() * work.passes)
         yield None, {"mpoe": router, "switch": router, "dense": Cost()}
@@ -240,19 +280,38 @@ def _parts(
         strategies: tuple[str, str | None] = (module.shape, None)
     elif isinstance(model.get_submodule(name.rpartition(".")[0]), MPOEmbedding):
         elements = module.in_features * module.out_features
-        yield None, dict.fromkeys(DESIGNS, Cost(elements)) | {"mpoe": Cost(module.shape.parameters(experts))}
+        yield (
+            None,
+            dict.fromkeys(DESIGNS, Cost(elements))
+            | {"mpoe": Cost(module.shape.parameters(experts))},
+        )
         return
     else:
         plan = plan_contraction(
-            module.shape, experts, work.tokens, DTYPES[work.dtype], top_k=top_k, training=not work.inference
+            module.shape,
+            experts,
+            work.tokens,
+            DTYPES[work.dtype],
+            top_k=top_k,
+            training=not work.inference,
         )
         mpoe = Cost(module.shape.parameters(experts), plan.flops, plan.temporary_bytes)
-        sizes, elements = (module.in_features, module.out_features), module.in_features * module.out_features
+        sizes, elements = (
+            (module.in_features, module.out_features),
+            module.in_features * module.out_features,
+        )
         strategies, lossless = (plan.strategy, plan.backward_strategy), module.shape.is_full
     dense = 2 * work.tokens * elements * work.passes
     values = {"kind": kind, "in_features": sizes[0], "out_features": sizes[1], "lossless": lossless}
     values |= {"strategy": strategies[0], "backward_strategy": strategies[1]}
-    yield values, {"mpoe": mpoe, "switch": Cost(experts * elements, top_k * dense), "dense": Cost(elements, dense)}
+    yield (
+        values,
+        {
+            "mpoe": mpoe,
+            "switch": Cost(experts * elements, top_k * dense),
+            "dense": Cost(elements, dense),
+        },
+    )
 
 
 # ------------------------------------------------------------- what is shown
@@ -273,7 +332,8 @@ def count(number: float) -> str:
 
 
 def table(values: Mapping[str, Any]) -> Table:
-    """Every kind of part, all of them, and the whole model, in the three designs, with how to read it."""
+    """Every kind of part, all of them, and the whole model, in the three designs, with how to read
+    it."""
     config, totals, work = values["config"], values["totals"], values["work"]
     shape = config["shape"] if isinstance(config["shape"], str) else "given"
     title = f"{config['num_experts']:,} experts, top-{config['router']['top_k']}, shape {shape}"
@@ -292,7 +352,10 @@ def table(values: Mapping[str, Any]) -> Table:
         ]
 
     def add(part: str, found: Mapping[str, Any], second: str = "") -> None:
-        rows.extend([first, DESIGNS[d], *cells(found[d])] for d, first in zip(DESIGNS, (part, second, ""), strict=True))
+        rows.extend(
+            [first, DESIGNS[d], *cells(found[d])]
+            for d, first in zip(DESIGNS, (part, second, ""), strict=True)
+        )
 
     for part in values["parts"]:
         by = dict.fromkeys(filter(None, (part["strategy"], part["backward_strategy"])))
@@ -308,26 +371,41 @@ def table(values: Mapping[str, Any]) -> Table:
 def _notes(values: Mapping[str, Any]) -> Iterator[str]:
     work, totals = values["work"], values["totals"]
     phase = "inference" if work["inference"] else "training"
-    model = f"{values['name']} ({values['class']}, {count(totals['whole']['dense']['parameters'])} parameters)"
+    model = (
+        f"{values['name']} ({values['class']}, {count(totals['whole']['dense']['parameters'])} "
+        "parameters)"
+    )
     yield f"{model}, {phase}: {work['tokens']:,} tokens a step"
-    yield "MPOE: experts around shared matrices; Switch: as many dense experts; dense: the model as it is."
-    state = "" if work["inference"] else "state: with gradients and AdamW, float32 (16 bytes per parameter). "
     yield (
-        f"weights: in {work['dtype']}. {state}temporary: rebuilt for one product, at most two experts' of one matrix. "
+        "MPOE: experts around shared matrices; Switch: as many dense experts; "
+        "dense: the model as it is."
+    )
+    state = (
+        ""
+        if work["inference"]
+        else "state: with gradients and AdamW, float32 (16 bytes per parameter). "
+    )
+    yield (
+        f"weights: in {work['dtype']}. {state}temporary: rebuilt for one product, at most two "
+        "experts' of one matrix. "
         "Activations are not counted."
     )
     yield (
-        "FLOP: of one step's matrix products, routers included, attention scores not; x dense: over the dense row's. "
-        "by: the order of the fewest FLOPs, forward / backward; a run times the best few of them once."
+        "FLOP: of one step's matrix products, routers included, attention scores not; x dense: "
+        "over the dense row's. "
+        "by: the order of the fewest FLOPs, forward / backward; a run times the best few of them "
+        "once."
     )
     share = totals["converted"]["mpoe"]["parameters"] / totals["converted"]["switch"]["parameters"]
     if share >= SMALL:
         yield (
-            f"At this width these experts are not small: MPOE's feed-forward layers hold {share:.0%} of Switch's "
+            "At this width these experts are not small: MPOE's feed-forward layers hold "
+            f"{share:.0%} of Switch's "
             "parameters. Compare --shape separable, --shape neurons, and a lower --bond."
         )
     if not all(part["lossless"] for part in values["parts"]):
         yield (
-            "truncated bonds lose most of a pretrained matrix (relative error .59 to .93 at bonds 128 to 32): "
+            "truncated bonds lose most of a pretrained matrix (relative error .59 to .93 at bonds "
+            "128 to 32): "
             "for training from scratch, not for converting."
         )

@@ -1,5 +1,5 @@
-"""What an expert changes beside its base: the background kept beside experts, and the tables of `mpoe train --expert`
-and `mpoe compose`."""
+"""What an expert changes beside its base: the background kept beside experts, and the tables of
+`mpoe train --expert` and `mpoe compose`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from mpoe.models.weight_files import check_link
 
 HEADER = ("", "the domain", "the base's own texts", "KL on its own answers", "first choice equal")
 WORDS = (
-    "Loss in nats per token on held-out texts of the domain and on texts that the base writes by itself; on the base's "
-    "own answers the KL divergence from it in nats per token, and how often the most probable token is the base's."
+    "Loss in nats per token on held-out texts of the domain and on texts that the base writes by "
+    "itself; on the base's "
+    "own answers the KL divergence from it in nats per token, and how often the most probable "
+    "token is the base's."
 )
 
 
@@ -49,7 +51,10 @@ def made_background(base: Any, tokenizer: Any, folder: Path) -> dict[str, Tensor
     known = background_beside(base, [folder])
     if known is not None:
         return known
-    print("background: sampling what the base itself says, once for all experts of this base ...", flush=True)
+    print(
+        "background: sampling what the base itself says, once for all experts of this base ...",
+        flush=True,
+    )
     begun = time.perf_counter()
     background = collect_background(base, tokenizer)
     save_background(background, base, folder / BACKGROUND_FILE)
@@ -72,14 +77,23 @@ def changes_of_expert(
 
 
 def losses_of(changes: Mapping[str, Change]) -> dict[str, float | None]:
-    """Losses on the domain's held-out texts by model, for the file of an expert, which holds no texts."""
+    """Losses on the domain's held-out texts by model, for the file of an expert, which holds no
+    texts."""
     return {name: change.domain for name, change in changes.items()}
 
 
 def kept(losses: Mapping[str, Any]) -> float | None:
-    """The share of an expert's own gain that is left when it is quiet, of the losses in its file."""
-    base, alone, quiet = (losses.get(name) for name in ("base", "expert, always on", "quiet expert"))
-    if not isinstance(base, float) or not isinstance(alone, float) or not isinstance(quiet, float) or alone >= base:
+    """The share of an expert's own gain that is left when it is quiet, of the losses in its
+    file."""
+    base, alone, quiet = (
+        losses.get(name) for name in ("base", "expert, always on", "quiet expert")
+    )
+    if (
+        not isinstance(base, float)
+        or not isinstance(alone, float)
+        or not isinstance(quiet, float)
+        or alone >= base
+    ):
         return None  # of another file, or no gain
     return (base - quiet) / (base - alone)
 
@@ -89,18 +103,22 @@ def table_of_changes(title: str, changes: Mapping[str, Change]) -> Table:
     rows = []
     for name, change in changes.items():
         domain = "" if change.domain is None else f"{change.domain:.3f}"
-        rows.append([name, domain, f"{change.own_texts:.3f}", f"{change.answers:.4f}", f"{change.same:.1%}"])
+        rows.append(
+            [name, domain, f"{change.own_texts:.3f}", f"{change.answers:.4f}", f"{change.same:.1%}"]
+        )
     return Table(HEADER, rows, title, WORDS)
 
 
 def show_composition(base: Any, tokenizer: Any, mixture: Any, experts: Sequence[Expert]) -> None:
-    """Print what the files of the experts say of their gains, and what the mixture changes of the base's own words."""
+    """Print what the files of the experts say of their gains, and what the mixture changes of the
+    base's own words."""
     for expert in experts:
         losses = expert.facts["training"].get("held_out")
         share = kept(losses) if isinstance(losses, dict) else None
         if share is not None:
             print(
-                f"{expert.name}: held-out loss {losses['base']:.3f} of the base, {losses['expert, always on']:.3f} "
+                f"{expert.name}: held-out loss {losses['base']:.3f} of the base, "
+                f"{losses['expert, always on']:.3f} "
                 f"of the expert; composed with 'none' alone it kept {share:.0%} of the difference"
             )
     if speaks(base, tokenizer):

@@ -1,4 +1,5 @@
-"""Tables on the terminal and in HTML, plots, and the one style of all reports: a report is one self-contained file."""
+"""Tables on the terminal and in HTML, plots, and the one style of all reports: a report is one
+self-contained file."""
 
 from __future__ import annotations
 
@@ -98,13 +99,16 @@ class Table:
         ]
 
     def show(self, least_width: int = 0) -> None:
-        """Print it, at least ``least_width`` wide where the width is unknown, as in a pipe; then how to read it."""
+        """Print it, at least ``least_width`` wide where the width is unknown, as in a pipe; then
+        how to read it."""
         console = Console()
         if not console.is_terminal and least_width:
             console = Console(width=max(console.width, least_width))
         drawn = Drawn(title=Text(self.title) if self.title else None, show_header=any(self.header))
         for place, name in enumerate(self.header):
-            drawn.add_column(Text(name), justify="right" if place and self.kind != "text" else "left")
+            drawn.add_column(
+                Text(name), justify="right" if place and self.kind != "text" else "left"
+            )
         for row in self._marked():
             drawn.add_row(*map(Text, row))
         console.print(drawn)
@@ -113,7 +117,11 @@ class Table:
 
     def html(self) -> Markup:
         """The table alone."""
-        return Markup(_TABLE.render(header=self.header, rows=self._marked(), kind=self.kind, best=set(self.best)))
+        return Markup(
+            _TABLE.render(
+                header=self.header, rows=self._marked(), kind=self.kind, best=set(self.best)
+            )
+        )
 
     def section(self) -> Markup:
         """The table under its title, with how to read it."""
@@ -121,10 +129,16 @@ class Table:
 
 
 def section(title: str, *parts: Any, note: str = "") -> Markup:
-    """``parts``, `Markup`, texts or figures of matplotlib, under a heading; ``note`` explains them."""
+    """``parts``, `Markup`, texts or figures of matplotlib, under a heading; ``note`` explains
+    them."""
     image = Markup('<figure><img alt="{}" src="data:image/png;base64,{}"></figure>')
-    encoded = (base64.b64encode(png(part)).decode() if hasattr(part, "savefig") else None for part in parts)
-    shown = [part if data is None else image.format(title, data) for part, data in zip(parts, encoded, strict=True)]
+    encoded = (
+        base64.b64encode(png(part)).decode() if hasattr(part, "savefig") else None for part in parts
+    )
+    shown = [
+        part if data is None else image.format(title, data)
+        for part, data in zip(parts, encoded, strict=True)
+    ]
     below = Markup('<p class="note">{}</p>').format(note) if note else ""
     return Markup("<h2>{}</h2>{}{}").format(title, Markup("").join(shown), below)
 
@@ -145,10 +159,15 @@ def expert_colours(num_experts: int) -> list[str]:
 
 
 def routes_html(texts: Sequence[tuple[str, Sequence[Route]]], names: Sequence[str]) -> Markup:
-    """Which expert took which token: a column for each token, a row for each layer; ``names`` of the experts."""
+    """Which expert took which token: a column for each token, a row for each layer; ``names`` of
+    the experts."""
     from mpoe.models.report import short_name
 
-    return Markup(_ROUTES.render(texts=texts, names=names, colours=expert_colours(len(names)), short=short_name))
+    return Markup(
+        _ROUTES.render(
+            texts=texts, names=names, colours=expert_colours(len(names)), short=short_name
+        )
+    )
 
 
 # ----------------------------------------------------------------- plots, as figures of matplotlib
@@ -194,8 +213,8 @@ _OF_ONE_RUN = {  # panel -> line -> key of a record
 
 
 def curves(runs: Mapping[str, Records]) -> Any:
-    """Training and validation losses of runs by name, side by side; of a single run also its balancing loss and expert
-    load. Pale lines are the raw values, the others running means."""
+    """Training and validation losses of runs by name, side by side; of a single run also its
+    balancing loss and expert load. Pale lines are the raw values, the others running means."""
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for run, records in runs.items():
         task_loss = "task_loss" if any("task_loss" in record for record in records) else "loss"
@@ -203,10 +222,14 @@ def curves(runs: Mapping[str, Records]) -> Any:
         keys |= _OF_ONE_RUN if len(runs) == 1 else {}
         for key in dict.fromkeys(key for record in records for key in record):
             if key.startswith("eval_") and key.endswith("loss"):
-                keys["Validation loss"][key.removeprefix("eval_").removesuffix("loss").strip("_")] = key
+                keys["Validation loss"][
+                    key.removeprefix("eval_").removesuffix("loss").strip("_")
+                ] = key
         for panel, lines in keys.items():
             for label, key in lines.items():
-                line = [(r["step"], r[key]) for r in records if r.get(key) is not None and "step" in r]
+                line = [
+                    (r["step"], r[key]) for r in records if r.get(key) is not None and "step" in r
+                ]
                 name = ", ".join(filter(None, (run if len(runs) > 1 else "", label))) or "all tasks"
                 if line:
                     panels.setdefault(panel, {})[name] = line
@@ -217,25 +240,40 @@ def curves(runs: Mapping[str, Records]) -> Any:
             width = max(1, len(values) // 12)
             means = [fmean(values[max(0, end - width) : end]) for end in range(1, len(values) + 1)]
             axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
-            axes.plot(steps, means, color=colour, label=name, marker="o" if width == 1 else None, markersize=3)
-        axes.set(xlabel="optimizer step", title=panel, **({"ylim": (0, 1.02)} if panel == "Expert load" else {}))
+            axes.plot(
+                steps,
+                means,
+                color=colour,
+                label=name,
+                marker="o" if width == 1 else None,
+                markersize=3,
+            )
+        axes.set(
+            xlabel="optimizer step",
+            title=panel,
+            **({"ylim": (0, 1.02)} if panel == "Expert load" else {}),
+        )
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8)
     return figure
 
 
 def load_map(load: Sequence[Sequence[float]], names: Sequence[str]) -> Any:
-    """Share of its tokens that each layer of ``names`` gave to each expert, ``load [layers][E]``, in per cent: a row
-    for each layer, with numbers where they can be read."""
+    """Share of its tokens that each layer of ``names`` gave to each expert, ``load [layers][E]``,
+    in per cent: a row for each layer, with numbers where they can be read."""
     shares = [[100 * count / (sum(layer) or 1.0) for count in layer] for layer in load]
     experts = len(shares[0])
     figure, (axes,) = _new(1, 1, 8.0, 1.4 + 0.28 * len(load))
     high = max(map(max, shares))
     image = axes.imshow(shares, aspect="auto", cmap="Blues", vmin=0.0, vmax=high)
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    for (row, line), column in itertools.product(enumerate(shares), range(experts if experts <= _READABLE else 0)):
+    for (row, line), column in itertools.product(
+        enumerate(shares), range(experts if experts <= _READABLE else 0)
+    ):
         colour = "white" if line[column] > 0.6 * high else "black"
-        axes.text(column, row, f"{line[column]:.0f}", ha="center", va="center", fontsize=7, color=colour)
+        axes.text(
+            column, row, f"{line[column]:.0f}", ha="center", va="center", fontsize=7, color=colour
+        )
     figure.colorbar(image, ax=axes, label="% of the layer's tokens")
     axes.set(xlabel="expert", title=f"Expert load (even would be {100 / experts:.3g}% each)")
     axes.set_xticks(range(0, experts, max(1, experts // 16)))
@@ -243,8 +281,8 @@ def load_map(load: Sequence[Sequence[float]], names: Sequence[str]) -> Any:
 
 
 def spectrum_lines(spectra: Spectra) -> Any:
-    """Singular values across each bond, relative to the largest, mean over experts: a line for each layer, the darkest
-    the first; in the title the effective rank, mean over the layers."""
+    """Singular values across each bond, relative to the largest, mean over experts: a line for each
+    layer, the darkest the first; in the title the effective rank, mean over the layers."""
     from matplotlib import colormaps
 
     panels = {
@@ -255,7 +293,11 @@ def spectrum_lines(spectra: Spectra) -> Any:
     figure, grid = _new(len(panels), 4, 2.6, 2.5)
     for axes, (title, layers) in zip(grid, panels.items(), strict=False):
         for depth, bond in enumerate(layers):
-            values = (bond.singular_values / bond.singular_values[:, :1].clamp_min(1e-300)).mean(0).clamp_min(1e-6)
+            values = (
+                (bond.singular_values / bond.singular_values[:, :1].clamp_min(1e-300))
+                .mean(0)
+                .clamp_min(1e-6)
+            )
             shade = colormaps["viridis"](depth / len(layers))
             axes.plot(range(1, len(values) + 1), values.tolist(), color=shade, linewidth=1.1)
         rank = f"effective rank {fmean(bond.used for bond in layers):.0%} of d"

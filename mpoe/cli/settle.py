@@ -1,4 +1,5 @@
-"""What a run takes where no option says it: shape, learning rate, length, the order of its items, intervals."""
+"""What a run takes where no option says it: shape, learning rate, length, the order of its items,
+intervals."""
 
 from __future__ import annotations
 
@@ -24,16 +25,24 @@ from mpoe.training.output_dir import read_record
 if TYPE_CHECKING:
     from mpoe.cli.train import Plan
 
-_OF_CORES = {"tensor_learn", "train_AT_index", "update_mpo_layer"}  # training options that only MPO cores have
-_EXPERT_OF = {CAUSAL: rates.EXPERT, SEQ2SEQ: NEURONS}  # style of the base -> kind of layers, for its learning rate
+_OF_CORES = {
+    "tensor_learn",
+    "train_AT_index",
+    "update_mpo_layer",
+}  # training options that only MPO cores have
+_EXPERT_OF = {
+    CAUSAL: rates.EXPERT,
+    SEQ2SEQ: NEURONS,
+}  # style of the base -> kind of layers, for its learning rate
 MOST_ITEMS = 200_000_000  # per run; their order is drawn beforehand and kept in memory
 
 
 def settle_experts(plan: Plan, source: Source) -> MPOEConfig | None:
-    """The `MPOEConfig` of the conversion, or None if there is none; prints one line about a shape that no option named.
+    """The `MPOEConfig` of the conversion, or None if there is none; prints one line about a shape
+    that no option named.
 
-    Without a shape the experts are `MPOEConfig`'s default if the model supports it. Afterwards ``plan.experts`` holds
-    the choice, like the record of the run.
+    Without a shape the experts are `MPOEConfig`'s default if the model supports it. Afterwards
+    ``plan.experts`` holds the choice, like the record of the run.
     """
     experts = plan.experts
     if plan.run.baseline == DENSE:
@@ -50,15 +59,24 @@ def settle_experts(plan: Plan, source: Source) -> MPOEConfig | None:
     if experts.shape is None and config.expert_type == "mpo":
         experts.shape = str(config.shape)
         if plan.arguments.process_index == 0:
-            why = "what gained most with few experts" if config.is_hidden else "what the model or other options need"
-            print(f"shape {experts.shape}, {config.top_k} of {config.num_experts} experts per token: {why} (--shape)")
+            why = (
+                "what gained most with few experts"
+                if config.is_hidden
+                else "what the model or other options need"
+            )
+            print(
+                f"shape {experts.shape}, {config.top_k} of {config.num_experts} experts per token: "
+                f"{why} (--shape)"
+            )
     return config
 
 
 def settle_rate(plan: Plan, source: Source, config: MPOEConfig | None) -> str:
-    """Set ``plan.arguments.learning_rate`` if no option did; prints one line about it, and returns the reason.
+    """Set ``plan.arguments.learning_rate`` if no option did; prints one line about it, and returns
+    the reason.
 
-    A resumed run keeps the rate that it was started with. All others get the rate that worked (`mpoe.training.rates`).
+    A resumed run keeps the rate that it was started with. All others get the rate that worked
+    (`mpoe.training.rates`).
 
     Args:
         plan: the run's plan.
@@ -76,13 +94,17 @@ def settle_rate(plan: Plan, source: Source, config: MPOEConfig | None) -> str:
     try:
         values = AutoConfig.from_pretrained(source.path)
     except Exception as error:  # Transformers has no common exception for invalid values
-        raise CommandError(f"model: the configuration of {source.path} cannot be read: {error}") from error
+        raise CommandError(
+            f"model: the configuration of {source.path} cannot be read: {error}"
+        ) from error
     if source.is_mpoe:
         config = MPOEConfig.from_dict(values.mpoe)
         kind = rates.kind_of(config)
     elif plan.run.baseline == WIDER:
         kind = rates.kind_of(None)
-    rate, reason = rates.recommended_rate(source.model_type, int(values.hidden_size), arguments.regime, kind)
+    rate, reason = rates.recommended_rate(
+        source.model_type, int(values.hidden_size), arguments.regime, kind
+    )
     arguments.learning_rate, why = rate, f"what to start from with {reason}"
     if arguments.process_index == 0 and not plan.run.find_rate:
         print(f"learning_rate {rate:g}: {why} (--learning_rate or --find_rate)")
@@ -90,18 +112,27 @@ def settle_rate(plan: Plan, source: Source, config: MPOEConfig | None) -> str:
 
 
 def warn_of_rate(plan: Plan, source: Source) -> None:
-    """Say, before anything else, if no learning rate is known of the model's family and none is looked for."""
+    """Say, before anything else, if no learning rate is known of the model's family and none is
+    looked for."""
     arguments = plan.arguments
     chosen = "learning_rate" in plan.given or plan.run.find_rate or plan.run.resume
     kind = _EXPERT_OF[source.style] if plan.run.expert is not None else ""
-    if chosen or arguments.process_index or rates.is_known(source.model_type, arguments.regime, kind):
+    if (
+        chosen
+        or arguments.process_index
+        or rates.is_known(source.model_type, arguments.regime, kind)
+    ):
         return
     family = source.model_type.removeprefix(TYPE_PREFIX)
-    print(f"no learning rate is known of {family}: --find_rate searches for one, 30 steps with each of three to five")
+    print(
+        f"no learning rate is known of {family}: --find_rate searches for one, 30 steps with each "
+        "of three to five"
+    )
 
 
 def search_rate(trainer: Any, items: Any) -> str:
-    """Set the trainer's learning rate to the best that a short search on ``items`` finds; returns how it was found."""
+    """Set the trainer's learning rate to the best that a short search on ``items`` finds; returns
+    how it was found."""
     arguments = trainer.args
     arguments.learning_rate, losses = rates.find_rate(trainer, items, arguments.learning_rate)
     tried = ", ".join(f"{rate:g} ({loss:.4f})" for rate, loss in losses.items())
@@ -113,19 +144,31 @@ def search_rate(trainer: Any, items: Any) -> str:
 def order_items(
     pools: dict[str, list[Any]], arguments: MPOETrainingArguments, temperature: float, seed: int
 ) -> tuple[Any, int]:
-    """The items of a whole run, one task per optimizer step; sets ``arguments.max_steps`` to the run's length.
+    """The items of a whole run, one task per optimizer step; sets ``arguments.max_steps`` to the
+    run's length.
 
-    Returns the items, a `torch.utils.data.Subset` of all, and the steps of one pass over all of them.
+    Returns the items, a `torch.utils.data.Subset` of all, and the steps of one pass over all of
+    them.
 
-    The Trainer reads them one after the other. In this order the micro-batches of a step follow each other, rank by
-    rank, so accumulation and several processes also see one task per step.
+    The Trainer reads them one after the other. In this order the micro-batches of a step follow
+    each other, rank by rank, so accumulation and several processes also see one task per step.
     """
-    step = arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+    step = (
+        arguments.per_device_train_batch_size
+        * arguments.world_size
+        * arguments.gradient_accumulation_steps
+    )
     sizes = {name: len(pool) for name, pool in pools.items()}
     per_epoch = math.ceil(sum(sizes.values()) / step)
-    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
+    steps = (
+        arguments.max_steps
+        if arguments.max_steps > 0
+        else math.ceil(arguments.num_train_epochs * per_epoch)
+    )
     if steps * step > MOST_ITEMS:
-        raise CommandError(f"max_steps x items of a step must be at most {MOST_ITEMS}; got {steps} x {step}")
+        raise CommandError(
+            f"max_steps x items of a step must be at most {MOST_ITEMS}; got {steps} x {step}"
+        )
     order = multitask_batches(sizes, step, steps, temperature, seed)
     arguments.max_steps = steps
     arguments.train_sampling_strategy = "sequential"
@@ -134,7 +177,8 @@ def order_items(
 
 
 def set_intervals(arguments: MPOETrainingArguments, per_epoch: int, given: frozenset[str]) -> None:
-    """Default intervals for logging (about every 10 steps), evaluation and saving (four times in a run).
+    """Default intervals for logging (about every 10 steps), evaluation and saving (four times in a
+    run).
 
     The run is one long pass for the Trainer, so "epoch" is converted to steps here.
     """
@@ -149,7 +193,11 @@ def set_intervals(arguments: MPOETrainingArguments, per_epoch: int, given: froze
     if "eval_strategy" not in given and (arguments.do_eval or "do_eval" not in given):
         arguments.eval_strategy, arguments.do_eval = IntervalStrategy.STEPS, True
         arguments.eval_steps = arguments.eval_steps or quarter
-    for kind, enum in (("logging", IntervalStrategy), ("save", SaveStrategy), ("eval", IntervalStrategy)):
+    for kind, enum in (
+        ("logging", IntervalStrategy),
+        ("save", SaveStrategy),
+        ("eval", IntervalStrategy),
+    ):
         if getattr(arguments, f"{kind}_strategy") == "epoch":
             setattr(arguments, f"{kind}_strategy", enum("steps"))
             setattr(arguments, f"{kind}_steps", per_epoch)

@@ -1,4 +1,5 @@
-"""What `mpoe COMMAND --help` shows: the options that matter first, without importing what a command needs to run.
+"""What `mpoe COMMAND --help` shows: the options that matter first, without importing what a command
+needs to run.
 
 `mpoe COMMAND --help all` asks the command itself.
 """
@@ -86,7 +87,8 @@ SHORT = {
         {
             "output_dir": "folder of the mixture",
             "background": "files of what must stay as it is, beside what the base itself says",
-            "preference": "of 'none', in units of a logit: more is quieter, less keeps more of each expert",
+            "preference": "of 'none', in units of a logit: more is quieter, less keeps more of "
+            "each expert",
             "top_k": "experts per token (all, at most 8)",
             "add": "a mixture that gets these experts more",
             "remove": "names of experts of --add to leave out",
@@ -112,7 +114,8 @@ SHORT = {
         {
             "output_dir": "folder for report.html and inspect.json (mpoe_inspect)",
             "text": "sentences whose tokens are followed",
-            "texts": "of a mixture of experts: a file of each domain, for what each expert is worth",
+            "texts": "of a mixture of experts: a file of each domain, for what each expert is "
+            "worth",
             "data_dir": "folder with the items that the load is counted on",
             "num_items": "at most so many of them",
             "overwrite": _OVERWRITE,

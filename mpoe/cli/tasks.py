@@ -49,24 +49,34 @@ class DataOptions:
 
     data_dir: str | None = option(
         None,
-        "folder with train, validation, test files (.jsonl .csv .tsv .txt, also .gz), or a data set on the hub; "
+        "folder with train, validation, test files (.jsonl .csv .tsv .txt, also .gz), or a data "
+        "set on the hub; "
         "with --tasks, one such folder per task",
     )
     tasks: list[str] = option(
         [],
-        "names of tasks: folders in --data_dir, tasks of --task_file, known ones (rte, imdb, ...; from the hub "
+        "names of tasks: folders in --data_dir, tasks of --task_file, known ones (rte, imdb, ...; "
+        "from the hub "
         "where they have no folder) or embedded ones (doc_module, doc_lm, ...)",
     )
-    task_file: list[str] = option([], "YAML or JSON files that describe tasks; without --tasks all of them")
+    task_file: list[str] = option(
+        [], "YAML or JSON files that describe tasks; without --tasks all of them"
+    )
     eval_tasks: list[str] = option([], "tasks to evaluate on; default: those trained on")
     temperature: float = option(1.0, "tasks are drawn with p ~ size^(1/temperature)")
-    kind: str | None = option(None, "classification, regression, generation or language_modeling; default: detected")
+    kind: str | None = option(
+        None, "classification, regression, generation or language_modeling; default: detected"
+    )
     text_columns: list[str] = option([], "columns of the input text; default: detected")
     label_column: str | None = option(None, "column of the answer; default: detected")
-    label_words: str | None = option(None, 'JSON: label -> word to write, {"0": "bad", "1": "good"}')
+    label_words: str | None = option(
+        None, 'JSON: label -> word to write, {"0": "bad", "1": "good"}'
+    )
     column_names: list[str] = option([], "columns of csv/tsv files without a header")
     metrics: list[str] = option([], "metrics of the task; default: by kind")
-    max_source_length: int | None = option(None, "tokens of the input, or of a block of text (the task's; 128)")
+    max_source_length: int | None = option(
+        None, "tokens of the input, or of a block of text (the task's; 128)"
+    )
     max_target_length: int | None = option(None, "tokens of the answer (the task's; 16)")
     split_validation_test: bool = option(False, "take the test items out of the validation items")
     n_train: int | None = option(None, "use a random subset of so many training items")
@@ -79,35 +89,57 @@ class DataOptions:
         # lists may also be comma-separated, as in the original's configurations
         for name in ("tasks", "eval_tasks", "task_file", "text_columns", "column_names", "metrics"):
             values = getattr(self, name)
-            setattr(self, name, [part.strip() for v in values for part in str(v).split(",") if part.strip()])
+            setattr(
+                self,
+                name,
+                [part.strip() for v in values for part in str(v).split(",") if part.strip()],
+            )
         if isinstance(self.label_words, str):  # a mapping in the record of a run
             words = read_json_option("label_words", self.label_words)
             if not isinstance(words, dict):
-                raise CommandError(f"label_words must be a JSON object, label -> word; got {self.label_words}")
+                raise CommandError(
+                    f"label_words must be a JSON object, label -> word; got {self.label_words}"
+                )
             self.label_words = words  # type: ignore[assignment]
 
     def of(self, *names: str) -> dict[str, Any]:
         """Those of the options that are set."""
         values = ((name, getattr(self, name)) for name in names)
-        return {name: value for name, value in values if value is not None and value is not False and value != []}
+        return {
+            name: value
+            for name, value in values
+            if value is not None and value is not False and value != []
+        }
 
 
-def _one_task(name: str, options: DataOptions, described: Mapping[str, TaskSpec], data_seed: int) -> Task:
-    """The task called ``name``: a folder in ``data_dir``, read by its description or by detection; else a task by name.
-    The empty name means ``data_dir`` itself. It has the requested lengths, metrics, splits and sizes."""
+def _one_task(
+    name: str, options: DataOptions, described: Mapping[str, TaskSpec], data_seed: int
+) -> Task:
+    """The task called ``name``: a folder in ``data_dir``, read by its description or by detection;
+    else a task by name. The empty name means ``data_dir`` itself. It has the requested lengths,
+    metrics, splits and sizes."""
     detection = options.of(*DETECTION)
     spec = described.get(name) or find_spec(name)
     folder = None  # of the task's files in data_dir: its name, or the usual name of its folder
     if options.data_dir is not None:
         entries = [name, spec.folder] if spec is not None and spec.folder else [name]
-        folder = next(filter(Path.is_dir, (Path(options.data_dir) / entry for entry in entries)), None)
+        folder = next(
+            filter(Path.is_dir, (Path(options.data_dir) / entry for entry in entries)), None
+        )
     if not name or (folder is not None and (spec is None or detection)):
         if folder is not None and "validation" not in find_files(folder):
-            print(f"{folder} holds no validation file: a tenth of the training items, at most 1,000, is held out")
-        own = task_name(os.path.normpath(name)) if name else None  # en/s and fr/s are two tasks, en_s and fr_s
+            print(
+                f"{folder} holds no validation file: a tenth of the training items, at most 1,000, "
+                "is held out"
+            )
+        own = (
+            task_name(os.path.normpath(name)) if name else None
+        )  # en/s and fr/s are two tasks, en_s and fr_s
         task = load_task_from_folder(folder or str(options.data_dir), own, **detection)
     elif detection:
-        raise CommandError(f"{next(iter(detection))} says how a folder is read; task {name} has none in data_dir")
+        raise CommandError(
+            f"{next(iter(detection))} says how a folder is read; task {name} has none in data_dir"
+        )
     elif spec is not None:
         task = load_task(spec, folder)
     elif options.data_dir is not None and name not in task_names():
@@ -118,7 +150,10 @@ def _one_task(name: str, options: DataOptions, described: Mapping[str, TaskSpec]
         )
     else:
         task = get_task(name)
-    changes = {**options.of(*LENGTHS), **({"metrics": tuple(options.metrics)} if options.metrics else {})}
+    changes = {
+        **options.of(*LENGTHS),
+        **({"metrics": tuple(options.metrics)} if options.metrics else {}),
+    }
     task = with_packages(dataclasses.replace(task, **changes))
     if options.split_validation_test:
         task = with_validation_test_split(task, data_seed)
@@ -136,7 +171,9 @@ def read_descriptions(files: Sequence[str]) -> dict[str, TaskSpec]:
         specs = read_task_file(file)
         twice = sorted(described.keys() & specs)
         if twice:
-            raise CommandError(f"task_file: {file} describes {', '.join(twice)} again; a task has one description")
+            raise CommandError(
+                f"task_file: {file} describes {', '.join(twice)} again; a task has one description"
+            )
         described |= specs
     return described
 
@@ -150,14 +187,20 @@ def resolve(
 ) -> list[Task]:
     """The tasks of these names.
 
-    Without names: the folder ``data_dir`` itself, or every task of ``task_file``, or the embedded ones of the model's
+    Without names: the folder ``data_dir`` itself, or every task of ``task_file``, or the embedded
+    ones of the model's
     style. ``described``: the contents of ``task_file``, if already read.
 
     Raises:
-        ValueError: unknown task, missing folder, file or column, a malformed line (file and line), two tasks with the
-            same name, a kind of task that a model of this ``style`` does not support.
+        ValueError: unknown task, missing folder, file or column, a malformed line (file and line),
+            two tasks with the same name, a kind of task that a model of this ``style`` does not
+            support.
     """
-    if options.data_dir is not None and (names or options.task_file) and not Path(options.data_dir).is_dir():
+    if (
+        options.data_dir is not None
+        and (names or options.task_file)
+        and not Path(options.data_dir).is_dir()
+    ):
         raise CommandError(f"data_dir must be an existing folder; got {options.data_dir!r}")
     described = read_descriptions(options.task_file) if described is None else described
     if not names and options.task_file:
@@ -172,14 +215,18 @@ def resolve(
             example, kinds = _STYLES[style]
             fits = " or ".join(other for other, theirs in _STYLES.values() if task.kind in theirs)
             raise CommandError(
-                f"task {task.name} is {task.kind}; {example} does {', '.join(kinds)} (use {fits}, or set --kind)"
+                f"task {task.name} is {task.kind}; {example} does {', '.join(kinds)} (use {fits}, "
+                "or set --kind)"
             )
     if style == ENCODER and len(tasks) > 1:
-        raise CommandError(f"tasks must be one for an encoder, which has one head; got {', '.join(found)}")
+        raise CommandError(
+            f"tasks must be one for an encoder, which has one head; got {', '.join(found)}"
+        )
     return tasks
 
 
-# -------------------------------------------------------------- for commands that look at a run's model
+# -------------------------------------------------------------- for commands that look at a run's
+# model
 
 
 def model_of_experiment(folder: str) -> str:
@@ -194,20 +241,22 @@ def model_of_experiment(folder: str) -> str:
         return str(path)
     checkpoint = find_last_checkpoint(path)
     if checkpoint is None:
-        raise CommandError(f"load_experiment: {folder} holds neither a model nor a complete checkpoint")
+        raise CommandError(
+            f"load_experiment: {folder} holds neither a model nor a complete checkpoint"
+        )
     return str(checkpoint)
 
 
 def data_of_run(
     model_dir: str, data: DataOptions, flags: set[str]
 ) -> tuple[DataOptions, int, dict[str, TaskSpec] | None]:
-    """Data options as in the run whose model or checkpoint is in ``model_dir``, unless a flag says otherwise: lengths,
-    columns, label words, and the items if no flag selects any.
+    """Data options as in the run whose model or checkpoint is in ``model_dir``, unless a flag says
+    otherwise: lengths, columns, label words, and the items if no flag selects any.
 
     Returns:
-        The options, the seed that split and drew the run's items (0 without a run; with another one,
-        split_validation_test would test on items that the run validated on), and the tasks that its ``task_file``
-        described at that time (None: none, or another file is given).
+        The options, the seed that split and drew the run's items (0 without a run; with another
+        one, split_validation_test would test on items that the run validated on), and the tasks
+        that its ``task_file`` described at that time (None: none, or another file is given).
 
     Raises:
         ValueError: ``run.json`` cannot be read.
@@ -221,9 +270,13 @@ def data_of_run(
     if taken:
         print("as in training: " + ", ".join(f"{name} {value}" for name, value in taken.items()))
     training = run.get("training", {})
-    of_earlier = training.get("seed", 0) if training.get("data_seed") is None else training["data_seed"]
+    of_earlier = (
+        training.get("seed", 0) if training.get("data_seed") is None else training["data_seed"]
+    )
     seed = run.get("drawn_by", of_earlier)
     data = dataclasses.replace(data, **taken) if taken else data
     described = None if "task_file" in flags else run.get("described")
-    specs = {name: TaskSpec.from_mapping(name, values) for name, values in (described or {}).items()}
+    specs = {
+        name: TaskSpec.from_mapping(name, values) for name, values in (described or {}).items()
+    }
     return data, int(seed), specs or None

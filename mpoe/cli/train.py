@@ -1,4 +1,5 @@
-"""`mpoe train [CONFIG.json|yaml] --flag value ...`: convert, train, evaluate, save. Flags override the file."""
+"""`mpoe train [CONFIG.json|yaml] --flag value ...`: convert, train, evaluate, save. Flags override
+the file."""
 
 from __future__ import annotations
 
@@ -23,7 +24,13 @@ from mpoe.cli import models
 from mpoe.cli.command import Asked, CommandError, as_command
 from mpoe.cli.compare import mixture_of, read_run, write_report
 from mpoe.cli.evaluate import encode_task, evaluate_tasks, show_scores
-from mpoe.cli.expert import limit_measuring, losses_beside_base, save_trained, settle_expert, show_losses
+from mpoe.cli.expert import (
+    limit_measuring,
+    losses_beside_base,
+    save_trained,
+    settle_expert,
+    show_losses,
+)
 from mpoe.cli.models import REPORT_FILE, RESULTS_FILE, Source, write_json
 from mpoe.cli.options import WIDER, ExpertOptions, RunOptions
 from mpoe.cli.settle import (
@@ -64,7 +71,8 @@ GROUPS = (RunOptions, DataOptions, ExpertOptions, MPOETrainingArguments)
 
 @dataclass(frozen=True)
 class Plan:
-    """The checked settings of a run, the names of the options that were set, and the command as typed."""
+    """The checked settings of a run, the names of the options that were set, and the command as
+    typed."""
 
     run: RunOptions
     data: DataOptions
@@ -77,7 +85,9 @@ class Plan:
     def mixture_options(self) -> list[str]:
         """Given options that describe a mixture, or what it is compared with."""
         names = {f.name for f in dataclasses.fields(ExpertOptions)} | {"baseline", "load_layer"}
-        return sorted(name for name in names & self.given if name != "load_layer" or self.run.load_layer)
+        return sorted(
+            name for name in names & self.given if name != "load_layer" or self.run.load_layer
+        )
 
 
 @as_command(SHORT["train"].usage, *GROUPS, config=True, first=SHORT["train"].options)
@@ -95,18 +105,25 @@ def run(plan: Plan) -> dict[str, Any]:
     """
     arguments, data = plan.arguments, plan.data
     if "output_dir" not in plan.given or not arguments.output_dir:
-        raise CommandError("train needs --output_dir: the folder for checkpoints, metrics and the final model")
+        raise CommandError(
+            "train needs --output_dir: the folder for checkpoints, metrics and the final model"
+        )
     folder = Path(arguments.output_dir)
     for name, instead in INSTEAD.items():
         if name in plan.given and getattr(arguments, name):
             raise CommandError(f"{name} is no option of mpoe train: {instead}")
     if plan.run.find_rate and "learning_rate" in plan.given:
-        raise CommandError("find_rate looks for the learning rate; give --find_rate or --learning_rate, not both")
+        raise CommandError(
+            "find_rate looks for the learning rate; give --find_rate or --learning_rate, not both"
+        )
     _check_folder(plan)
     start = plan.run.model
     if plan.run.load_experiment is not None and not plan.run.load_layer:
         if "model" in plan.given:
-            raise CommandError("load_experiment says which model to start from; leave out --model, or add --load_layer")
+            raise CommandError(
+                "load_experiment says which model to start from; leave out --model, or add "
+                "--load_layer"
+            )
         start = model_of_experiment(plan.run.load_experiment)
     source = models.find_to_copy(start)
     if plan.run.expert is not None:
@@ -116,17 +133,22 @@ def run(plan: Plan) -> dict[str, Any]:
     warn_of_rate(plan, source)
     config = settle_experts(plan, source)
     if folder.exists() and Path(source.path).is_dir() and folder.samefile(source.path):
-        raise CommandError(f"output_dir must be another folder than the model's; got {folder} for both")
+        raise CommandError(
+            f"output_dir must be another folder than the model's; got {folder} for both"
+        )
     if source.is_mpoe and plan.mixture_options:
         raise CommandError(
-            f"model {source.path!r} is converted already ({source.model_type}): {', '.join(plan.mixture_options)} "
+            f"model {source.path!r} is converted already ({source.model_type}): "
+            f"{', '.join(plan.mixture_options)} "
             "cannot be changed any more"
         )
     data_seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     described = read_descriptions(data.task_file)
     # Not by the run's seed: mpoe evaluate draws the same items for every run, and for the base.
     drawn_by = 0 if arguments.data_seed is None else arguments.data_seed
-    find_tasks = partial(resolve, options=data, style=source.style, data_seed=drawn_by, described=described)
+    find_tasks = partial(
+        resolve, options=data, style=source.style, data_seed=drawn_by, described=described
+    )
     tasks = find_tasks(data.tasks)
     eval_tasks = find_tasks(data.eval_tasks) if data.eval_tasks else tasks
     tokenizer = models.load_tokenizer(source)
@@ -141,10 +163,16 @@ def run(plan: Plan) -> dict[str, Any]:
         chosen = limit_measuring(arguments, validation, len(items), plan.given)
         statistics_of = Subset(items.dataset, items.indices[:chosen])
     rate_from = settle_rate(plan, source, config)
-    settings = {**settings_of(plan, described), "command": plan.command, "learning_rate_from": rate_from}
+    settings = {
+        **settings_of(plan, described),
+        "command": plan.command,
+        "learning_rate_from": rate_from,
+    }
     settings["drawn_by"] = drawn_by
     _check_folder(plan, settings)
-    trainer = make_trainer(_prepare_model(source, config, plan, labels), tokenizer, items, validation, arguments)
+    trainer = make_trainer(
+        _prepare_model(source, config, plan, labels), tokenizer, items, validation, arguments
+    )
     if plan.run.print_num_parameters and trainer.is_world_process_zero():
         total = f"parameters: {sum(p.numel() for p in trainer.model.parameters()):,}"
         getattr(trainer.model, "print_trainable_parameters", partial(print, total))()
@@ -157,11 +185,17 @@ def run(plan: Plan) -> dict[str, Any]:
     with hold(folder) if first else contextlib.nullcontext():
         with arguments.main_process_first(desc="output folder"):
             if first:
-                checkpoint = prepare_output_dir(folder, plan.run.overwrite, plan.run.resume, settings)
+                checkpoint = prepare_output_dir(
+                    folder, plan.run.overwrite, plan.run.resume, settings
+                )
             else:
                 checkpoint = find_last_checkpoint(folder) if plan.run.resume else None
         if plan.run.resume and first:
-            print(f"resuming from {checkpoint.name}" if checkpoint else "no complete checkpoint yet: a new start")
+            print(
+                f"resuming from {checkpoint.name}"
+                if checkpoint
+                else "no complete checkpoint yet: a new start"
+            )
         begun = time.perf_counter()
         with going_on(folder, plan.command):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -178,35 +212,51 @@ def run(plan: Plan) -> dict[str, Any]:
 SHOWN = 400  # characters of a first item
 
 
-def show_first_items(tasks: Sequence[Task], pools: Mapping[str, Sequence[Any]], tokenizer: Any, style: str) -> None:
-    """Print the first training item of every task as the model reads it, special tokens included."""
+def show_first_items(
+    tasks: Sequence[Task], pools: Mapping[str, Sequence[Any]], tokenizer: Any, style: str
+) -> None:
+    """Print the first training item of every task as the model reads it, special tokens
+    included."""
     for task in tasks:
         item = pools[task.name][0]
         read = tokenizer.decode(item["input_ids"])[:SHOWN]
         if style == SEQ2SEQ:
-            print(f"first item of {task.name}: {read!r} -> {tokenizer.decode(item['labels'])[:SHOWN]!r}")
+            print(
+                f"first item of {task.name}: {read!r} -> "
+                f"{tokenizer.decode(item['labels'])[:SHOWN]!r}"
+            )
         elif style == CAUSAL:
             counted = sum(label != IGNORED_LABEL for label in item["labels"])
             kind = "block" if task.kind == "language_modeling" else "item"
-            print(f"first {kind} of {task.name}, {len(item['labels'])} tokens, the loss counts {counted}: {read!r}")
+            print(
+                f"first {kind} of {task.name}, {len(item['labels'])} tokens, the loss counts "
+                f"{counted}: {read!r}"
+            )
 
 
 def _check_folder(plan: Plan, settings: dict[str, Any] | None = None) -> None:
-    """Refuse a folder with another run or nothing to resume; with ``settings``, also a run with other settings."""
-    if plan.arguments.process_index == 0:  # a slower process may check after the first one has claimed the folder
+    """Refuse a folder with another run or nothing to resume; with ``settings``, also a run with
+    other settings."""
+    if (
+        plan.arguments.process_index == 0
+    ):  # a slower process may check after the first one has claimed the folder
         check_output_dir(plan.arguments.output_dir, plan.run.overwrite, plan.run.resume, settings)
         if plan.run.expert is not None:
             check_free_names(Path(str(plan.arguments.output_dir)), [f"{plan.run.expert}.expert"])
 
 
 def _prepare_model(source: Source, config: Any, plan: Plan, labels: Sequence[str] | None) -> Any:
-    """The model to train: converted, unless it already is or stays dense; an encoder with a head for ``labels``."""
+    """The model to train: converted, unless it already is or stays dense; an encoder with a head
+    for ``labels``."""
     transformers.set_seed(plan.arguments.seed)  # for a new head
     model = models.load_model(source, labels).float()  # a mixture has the dtype of its files
     if config is not None and plan.run.baseline == WIDER:
         hidden = hidden_size_as_mixture(model, config)
         model = widened(model, hidden)
-        print(f"baseline wider: hidden size {hidden}, {sum(p.numel() for p in model.parameters()):,} parameters")
+        print(
+            f"baseline wider: hidden size {hidden}, {sum(p.numel() for p in model.parameters()):,} "
+            "parameters"
+        )
     elif config is not None:
         transformers.set_seed(plan.arguments.seed)  # for the routers
         model = convert_to_mpoe(model, config)
@@ -218,14 +268,19 @@ def take_layers(model: Any, options: RunOptions) -> None:
     """Load components of the earlier run into a newly converted model."""
     if not options.load_layer:
         return
-    names = load_layers(model, model_of_experiment(str(options.load_experiment)), options.load_layer)
+    names = load_layers(
+        model, model_of_experiment(str(options.load_experiment)), options.load_layer
+    )
     print(f"{len(names)} modules ({', '.join(options.load_layer)}) from {options.load_experiment}")
 
 
 def _sizes(
-    pools: Mapping[str, Sequence[Any]], order: Sequence[int], validation: Mapping[str, Sequence[Any]]
+    pools: Mapping[str, Sequence[Any]],
+    order: Sequence[int],
+    validation: Mapping[str, Sequence[Any]],
 ) -> dict[str, dict[str, int]]:
-    """Items by task: to train on, read in all steps, to validate on; ``order`` are indices into all pools together."""
+    """Items by task: to train on, read in all steps, to validate on; ``order`` are indices into all
+    pools together."""
     owners = [task for task, pool in pools.items() for _ in pool]
     seen = Counter(owners[index] for index in order)
     found = {task: {"train": len(pool), "seen": seen[task]} for task, pool in pools.items()}
@@ -235,7 +290,11 @@ def _sizes(
 
 
 def make_trainer(
-    model: Any, tokenizer: Any, items: Any, validation: dict[str, list[Any]], arguments: MPOETrainingArguments
+    model: Any,
+    tokenizer: Any,
+    items: Any,
+    validation: dict[str, list[Any]],
+    arguments: MPOETrainingArguments,
 ) -> Any:
     """An `MPOETrainer` over the items; it has its metrics and checkpoints in ``output_dir``."""
     from mpoe.training import MPOETrainer
@@ -262,7 +321,9 @@ def settings_of(plan: Plan, described: Mapping[str, TaskSpec]) -> dict[str, Any]
     """
     training = plan.arguments.to_dict()
     # A run may continue with another number of processes if the global batch stays the same.
-    training["train_batch_size"] = training.pop("per_device_train_batch_size") * plan.arguments.world_size
+    training["train_batch_size"] = (
+        training.pop("per_device_train_batch_size") * plan.arguments.world_size
+    )
     return {
         "model": plan.run.model,
         "experiment": {name: getattr(plan.run, name) for name in ("load_experiment", "load_layer")},
@@ -281,15 +342,24 @@ def going_on(folder: Path, command: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         checkpoint = find_last_checkpoint(folder)
-        where = f"at {checkpoint.name}" if checkpoint else "at step 0, as there is no checkpoint yet"
+        where = (
+            f"at {checkpoint.name}" if checkpoint else "at step 0, as there is no checkpoint yet"
+        )
         words = [word for word in shlex.split(command) if word not in ("--overwrite", "--resume")]
         raise KeyboardInterrupt(f"go on {where} with {shlex.join([*words, '--resume'])}") from None
 
 
 def finish(
-    trainer: Any, tokenizer: Any, tasks: Sequence[Task], plan: Plan, start: str, spent: Any, sizes: dict[str, Any]
+    trainer: Any,
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    plan: Plan,
+    start: str,
+    spent: Any,
+    sizes: dict[str, Any],
 ) -> dict[str, Any]:
-    """Save the model, evaluate it on the tasks' validation items and write the results, which are returned.
+    """Save the model, evaluate it on the tasks' validation items and write the results, which are
+    returned.
 
     Args:
         trainer: of the finished training, on which this process ``spent`` seconds and steps.
@@ -310,13 +380,23 @@ def finish(
     if not trainer.is_world_process_zero():
         return {}
     if not is_expert:
-        found = evaluate_tasks(model, tokenizer, tasks, "validation", arguments.per_device_eval_batch_size * 4)
+        found = evaluate_tasks(
+            model, tokenizer, tasks, "validation", arguments.per_device_eval_batch_size * 4
+        )
     steps = trainer.state.global_step
     report = getattr(model, "parameter_report", None)
-    versions = {"mpoe": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {
+        "mpoe": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     name = torch.cuda.get_device_name(arguments.device) if arguments.device.type == "cuda" else None
     threads = f"{arguments.device.type}, {torch.get_num_threads()} threads"
-    batch = arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+    batch = (
+        arguments.per_device_train_batch_size
+        * arguments.world_size
+        * arguments.gradient_accumulation_steps
+    )
     results: dict[str, Any] = {
         "model": start,
         "class": type(model).__name__,
@@ -326,17 +406,25 @@ def finish(
         "made_with": {**versions, "python": platform.python_version(), "device": name or threads},
         "steps": steps,
         "seconds": round(seconds, 2),
-        "train_loss": next((log["loss"] for log in reversed(trainer.state.log_history) if "loss" in log), None),
+        "train_loss": next(
+            (log["loss"] for log in reversed(trainer.state.log_history) if "loss" in log), None
+        ),
         "validation": found["scores"],
         "mean_validation": found["mean"],
         "constant": found["constant"],
         "remarks": found["remarks"],
-        "parameters": report() if report else dict.fromkeys(("total", "trainable"), model.num_parameters()),
+        "parameters": report()
+        if report
+        else dict.fromkeys(("total", "trainable"), model.num_parameters()),
         **measured(plan.run, seconds, done, batch),
     }
     write_json(folder / RESULTS_FILE, results)
     if isinstance(model, MPOEModelMixin):
-        write_card(model, folder, {f"validation, {task}": values for task, values in found["scores"].items()})
+        write_card(
+            model,
+            folder,
+            {f"validation, {task}": values for task, values in found["scores"].items()},
+        )
     write_report(folder / REPORT_FILE, [read_run(str(folder))])
     (show_losses if is_expert else show_scores)(found, f"validation after {steps} steps")
     model_too = "" if is_expert and not plan.run.save_base else "model, "
@@ -345,7 +433,8 @@ def finish(
 
 
 def measured(options: RunOptions, seconds: float, steps: int, items: int) -> dict[str, Any]:
-    """The requested measurements of ``steps`` steps of ``items`` items each, JSON-able; also prints them."""
+    """The requested measurements of ``steps`` steps of ``items`` items each, JSON-able; also prints
+    them."""
     report: dict[str, Any] = {}
     if options.compute_time and steps:  # none after a run that was resumed at its end
         rates = {"seconds_per_step": seconds / steps, "items_per_second": items * steps / seconds}
@@ -359,7 +448,12 @@ def measured(options: RunOptions, seconds: float, steps: int, items: int) -> dic
         elif sys.platform != "win32":
             import resource  # of Linux and macOS alone
 
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+                1 if sys.platform == "darwin" else 1024
+            )
         report["memory"] = {"device": device, "peak_bytes": peak}
-        print(f"most memory used ({device}): {'unknown' if peak is None else f'{peak / 2**20:.0f} MiB'}")
+        print(
+            f"most memory used ({device}): "
+            f"{'unknown' if peak is None else f'{peak / 2**20:.0f} MiB'}"
+        )
     return report

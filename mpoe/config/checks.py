@@ -32,7 +32,8 @@ def hint(value: object, known: Sequence[str]) -> str:
 def check_choice(name: str, value: object, known: Sequence[str]) -> None:
     if value not in known:
         raise ValueError(
-            f"{name} must be one of {', '.join(map(repr, known))}; got {quoted(value)}{hint(value, known)}"
+            f"{name} must be one of {', '.join(map(repr, known))}; got "
+            f"{quoted(value)}{hint(value, known)}"
         )
 
 
@@ -53,7 +54,8 @@ def check_integer(name: str, value: object, least: int, optional: bool = False) 
 
 
 def is_file_name(value: object) -> bool:
-    """Whether this is the name of a file that any system takes: no folder, drive, hidden file or odd character."""
+    """Whether this is the name of a file that any system takes: no folder, drive, hidden file or
+    odd character."""
     is_text = isinstance(value, str) and value.isprintable() and len(value.encode()) <= 200
     return is_text and re.fullmatch(r"[^./\\:][^/\\:]*", str(value)) is not None
 
@@ -65,7 +67,9 @@ def check_seed(name: str, value: object) -> None:
         raise ValueError(f"{name} must be below 2**32; got {quoted(value)}")
 
 
-def check_number(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+def check_number(
+    name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False
+) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number; got {type(value).__name__} {quoted(value)}")
     inside = (value > low if open_low else value >= low) and value <= high and math.isfinite(value)
@@ -81,7 +85,8 @@ def check_flag(name: str, value: object) -> None:
 
 
 def refuse_unknown_fields(cls: type[_T]) -> type[_T]:
-    """Decorator for a dataclass: an unknown field raises a TypeError that suggests the closest known ones.
+    """Decorator for a dataclass: an unknown field raises a TypeError that suggests the closest
+    known ones.
 
     Instances keep the names of the fields that were given and are not None in ``_given``.
     """
@@ -93,7 +98,8 @@ def refuse_unknown_fields(cls: type[_T]) -> type[_T]:
         for name in named:
             if name not in known:
                 raise TypeError(
-                    f"{cls.__name__} has no field {quoted(name)}{hint(name, known)}; it has {', '.join(known)}"
+                    f"{cls.__name__} has no field {quoted(name)}{hint(name, known)}; it has "
+                    f"{', '.join(known)}"
                 )
         given = {**dict(zip(known, values, strict=False)), **named}
         self._given = frozenset(name for name, value in given.items() if value is not None)
@@ -108,7 +114,9 @@ def check_fields(cls: type, values: Mapping[str, Any], what: str) -> None:
     known = [f.name for f in dataclasses.fields(cls)]
     for name in values:
         if name not in known:
-            raise ValueError(f"{what} has no field {quoted(name)}{hint(name, known)}; it has {', '.join(known)}")
+            raise ValueError(
+                f"{what} has no field {quoted(name)}{hint(name, known)}; it has {', '.join(known)}"
+            )
 
 
 def checked_ratios(ratios: Any) -> dict[str, list[float]]:
@@ -116,7 +124,9 @@ def checked_ratios(ratios: Any) -> dict[str, list[float]]:
     check_type("rate_ratios", ratios, Mapping, "a mapping")
     for name, values in ratios.items():
         if not isinstance(values, Sequence) or isinstance(values, str):
-            raise TypeError(f"rate_ratios[{quoted(name)}] must be a list of numbers; got {quoted(values)}")
+            raise TypeError(
+                f"rate_ratios[{quoted(name)}] must be a list of numbers; got {quoted(values)}"
+            )
         for value in values:
             check_number(f"rate_ratios[{quoted(name)}]", value, 0.0)
     return {name: [float(value) for value in values] for name, values in ratios.items()}

@@ -26,41 +26,52 @@ ONE_EXPERT = {"top_k": 1}  # defaults of a saved router that leaves these out
 @checks.refuse_unknown_fields
 @dataclass
 class RouterConfig:
-    """How tokens are routed to experts. `RouterConfig()` is a Switch router, `RouterConfig.gshard()` GShard's.
+    """How tokens are routed to experts. `RouterConfig()` is a Switch router,
+    `RouterConfig.gshard()` GShard's.
 
     Attributes:
-        top_k: experts per token; ``None`` = 2 for the shape ``"hidden"``, one in eight experts, two to eight, for
-            ``"neurons"``, 1 for others, which is what we have evidence for; an `MPOEConfig` sets the number, at most
-            the number of experts, and keeps it. A router without an `MPOEConfig` uses 1.
-        is_scale_prob: multiply an expert's output by the raw probability p. By default top-1 multiplies by
-            p / stop_grad(p) (value 1, gradient log p's) and top-k renormalises its weights to sum 1.
-        capacity_factor: training capacity of an expert, ``ceil(factor * T * K / E)`` slots; ``None`` = dropless.
+        top_k: experts per token; ``None`` = 2 for the shape ``"hidden"``, one in eight experts, two
+            to eight, for ``"neurons"``, 1 for others, which is what we have evidence for; an
+            `MPOEConfig` sets the number, at most the number of experts, and keeps it. A router
+            without an `MPOEConfig` uses 1.
+        is_scale_prob: multiply an expert's output by the raw probability p. By default top-1
+            multiplies by p / stop_grad(p) (value 1, gradient log p's) and top-k renormalises its
+            weights to sum 1.
+        capacity_factor: training capacity of an expert, ``ceil(factor * T * K / E)`` slots;
+            ``None`` = dropless.
         eval_capacity_factor: the same in eval mode.
         min_capacity: minimum number of slots of an expert if there is a capacity.
-        second_policy: second choices that GShard's gating keeps in training: ``"all"``, ``"none"``, ``"threshold"`` or
-            ``"random"``; ``None`` = no such gating, every token goes to its ``top_k`` experts. GShard's gating
-            (Lepikhin et al. 2021, algorithm 1) needs ``top_k`` 2. ``"threshold"`` keeps second choices whose share of
-            the two gates exceeds ``second_threshold``, ``"random"`` keeps them with probability share /
-            ``second_threshold``, at most 1. A token's gates are renormalised over the choices that are kept, capacity
-            is ``ceil(factor * T / E)``, and the balancing loss counts first choices.
-        eval_second_policy: the same in eval mode, where a random policy would make results irreproducible.
+        second_policy: second choices that GShard's gating keeps in training: ``"all"``, ``"none"``,
+            ``"threshold"`` or ``"random"``; ``None`` = no such gating, every token goes to its
+            ``top_k`` experts. GShard's gating (Lepikhin et al. 2021, algorithm 1) needs ``top_k``
+            2. ``"threshold"`` keeps second choices whose share of the two gates exceeds
+            ``second_threshold``, ``"random"`` keeps them with probability share /
+            ``second_threshold``, at most 1. A token's gates are renormalised over the choices that
+            are kept, capacity is ``ceil(factor * T / E)``, and the balancing loss counts first
+            choices.
+        eval_second_policy: the same in eval mode, where a random policy would make results
+            irreproducible.
         second_threshold: share of the two gates that ``"threshold"`` and ``"random"`` compare with.
-        jitter: in training the router's input is multiplied by uniform noise in ``[1 - jitter, 1 + jitter]``
-            (Switch Transformers, section 2.4).
-        balance_loss_weight: weight of every layer's load-balancing loss (Switch Transformers, eq. 4-6).
+        jitter: in training the router's input is multiplied by uniform noise in ``[1 - jitter, 1 +
+            jitter]`` (Switch Transformers, section 2.4).
+        balance_loss_weight: weight of every layer's load-balancing loss (Switch Transformers, eq.
+            4-6).
         z_loss_weight: weight of every layer's router z-loss (ST-MoE, eq. 5).
-        expert_dropout: dropout rate between an expert's projections (Switch's "expert dropout", the original's
-            ``switch_dropout``); ``None`` = the rate of the dense model's FFN. With the shape ``"neurons"`` it is the
-            rate on the experts' sum, ``None`` = 0, and the dense network keeps its own.
-        scoring_func: what turns logits into the scores that choose experts and become gates: ``"softmax"``, or
-            ``"sigmoid"`` (DeepSeek-V3, arXiv 2412.19437, eq. 13-16).
-        routed_scaling_factor: the gates are multiplied by it, of the shape ``"neurons"`` alone; ``None`` = ``top_k``
-            there, or 1 with ``is_scale_prob``.
-        bias_update_rate: above 0 the router has a bias of the scores, ``e_score_correction_bias``, which takes part in
-            the choice of experts but not in their gates: `MPOETrainer` raises it by this rate after every step for
-            experts with less than the mean load and lowers it for others (balance without a loss, arXiv 2408.15664,
-            algorithm 1; .001 there, with sigmoid scores). The balancing loss keeps its own weight.
-        init_scale: router weights start from a truncated normal of variance ``init_scale / in_features``.
+        expert_dropout: dropout rate between an expert's projections (Switch's "expert dropout", the
+            original's ``switch_dropout``); ``None`` = the rate of the dense model's FFN. With the
+            shape ``"neurons"`` it is the rate on the experts' sum, ``None`` = 0, and the dense
+            network keeps its own.
+        scoring_func: what turns logits into the scores that choose experts and become gates:
+            ``"softmax"``, or ``"sigmoid"`` (DeepSeek-V3, arXiv 2412.19437, eq. 13-16).
+        routed_scaling_factor: the gates are multiplied by it, of the shape ``"neurons"`` alone;
+            ``None`` = ``top_k`` there, or 1 with ``is_scale_prob``.
+        bias_update_rate: above 0 the router has a bias of the scores, ``e_score_correction_bias``,
+            which takes part in the choice of experts but not in their gates: `MPOETrainer` raises
+            it by this rate after every step for experts with less than the mean load and lowers it
+            for others (balance without a loss, arXiv 2408.15664, algorithm 1; .001 there, with
+            sigmoid scores). The balancing loss keeps its own weight.
+        init_scale: router weights start from a truncated normal of variance ``init_scale /
+            in_features``.
     """
 
     top_k: int | None = None
@@ -85,7 +96,13 @@ class RouterConfig:
         checks.check_flag("is_scale_prob", self.is_scale_prob)
         checks.check_integer("min_capacity", self.min_capacity, 1)
         checks.check_choice("scoring_func", self.scoring_func, SCORING_FUNCS)
-        for name in ("balance_loss_weight", "z_loss_weight", "init_scale", "bias_update_rate", "jitter"):
+        for name in (
+            "balance_loss_weight",
+            "z_loss_weight",
+            "init_scale",
+            "bias_update_rate",
+            "jitter",
+        ):
             checks.check_number(name, getattr(self, name), 0.0)
         for name in ("capacity_factor", "eval_capacity_factor", "routed_scaling_factor"):
             if getattr(self, name) is not None:
@@ -104,7 +121,9 @@ class RouterConfig:
                 raise ValueError("eval_second_policy needs second_policy; got None for it")
             return
         if self.eval_second_policy is None:
-            self.eval_second_policy = "all" if self.second_policy == "random" else self.second_policy
+            self.eval_second_policy = (
+                "all" if self.second_policy == "random" else self.second_policy
+            )
         for name in ("second_policy", "eval_second_policy"):
             checks.check_choice(name, getattr(self, name), SECOND_POLICIES)
         if self.top_k != 2:
@@ -117,8 +136,8 @@ class RouterConfig:
 
     @classmethod
     def gshard(cls, **values: Any) -> RouterConfig:
-        """Top-2 gating with the original's numbers: random second choices, capacity 1.25 in training and 2 in
-        evaluation, at least 4 slots; ``values`` replace any of them."""
+        """Top-2 gating with the original's numbers: random second choices, capacity 1.25 in
+        training and 2 in evaluation, at least 4 slots; ``values`` replace any of them."""
         return cls.from_dict({**GSHARD, **values})
 
     @property

@@ -30,11 +30,14 @@ def checked_shape(shape: Any, name: str = "shape") -> Any:
     if isinstance(shape, str):
         check_choice(name, shape, (*NAMED_SHAPES, *KEPT_SHAPES))
         return shape
-    from mpoe_kernels import MPOShape  # here: the command line imports this, and torch is slow to import
+    from mpoe_kernels import (
+        MPOShape,
+    )  # here: the command line imports this, and torch is slow to import
 
     if not isinstance(shape, Mapping):
         raise TypeError(
-            f"{name} must be one of {', '.join(map(repr, (*NAMED_SHAPES, *KEPT_SHAPES)))} or a mapping from "
+            f"{name} must be one of {', '.join(map(repr, (*NAMED_SHAPES, *KEPT_SHAPES)))} or a "
+            "mapping from "
             f"{list(KINDS)} to MPOShape; got {type(shape).__name__} {shape!r}"
         )
     shapes = {}
@@ -42,7 +45,8 @@ def checked_shape(shape: Any, name: str = "shape") -> Any:
         check_choice(f"{name}'s keys", kind, KINDS)
         if not isinstance(value, (MPOShape, Mapping)):
             raise TypeError(
-                f"{name}[{kind!r}] must be an MPOShape or its mapping; got {type(value).__name__} {value!r}"
+                f"{name}[{kind!r}] must be an MPOShape or its mapping; got {type(value).__name__} "
+                f"{value!r}"
             )
         shapes[kind] = value if isinstance(value, MPOShape) else MPOShape.from_dict(value)
     missing = {"up", "down"} - set(shapes)
@@ -52,7 +56,8 @@ def checked_shape(shape: Any, name: str = "shape") -> Any:
 
 
 def checked_patterns(patterns: Any) -> dict[str, Any]:
-    """``shape_pattern``: regular expression -> bond cap, named shape, `MPOShape`, or a dict from kinds to them.
+    """``shape_pattern``: regular expression -> bond cap, named shape, `MPOShape`, or a dict from
+    kinds to them.
 
     Raises:
         TypeError, ValueError: anything else.
@@ -66,7 +71,9 @@ def checked_patterns(patterns: Any) -> dict[str, Any]:
         try:
             re.compile(pattern)
         except (re.error, TypeError) as error:
-            raise ValueError(f"shape_pattern must hold regular expressions; {pattern!r} is none: {error}") from None
+            raise ValueError(
+                f"shape_pattern must hold regular expressions; {pattern!r} is none: {error}"
+            ) from None
         if isinstance(value, int):
             check_integer(name, value, 1)
             checked[pattern] = value
@@ -80,7 +87,8 @@ def checked_patterns(patterns: Any) -> dict[str, Any]:
 
 
 def pattern_matches(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` matches the module ``name``, or its end after a dot (like PEFT's ``rank_pattern``)."""
+    """Whether ``pattern`` matches the module ``name``, or its end after a dot (like PEFT's
+    ``rank_pattern``)."""
     return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
 
 
@@ -90,10 +98,16 @@ def shape_to_json(shape: Any) -> Any:
 
     if isinstance(shape, MPOShape):
         return shape.to_dict()
-    return {kind: value.to_dict() for kind, value in shape.items()} if isinstance(shape, dict) else shape
+    return (
+        {kind: value.to_dict() for kind, value in shape.items()}
+        if isinstance(shape, dict)
+        else shape
+    )
 
 
-def named_shape(name: str, in_features: int, out_features: int, max_bond: int | None, light_p: int) -> MPOShape:
+def named_shape(
+    name: str, in_features: int, out_features: int, max_bond: int | None, light_p: int
+) -> MPOShape:
     """The shape called ``name`` for a weight ``[in_features, out_features]``."""
     from mpoe_kernels import MPOShape
 

@@ -1,4 +1,5 @@
-"""Data: tasks as text, local files, multi-task sampling, metrics, and the embedded documentation and checkpoints.
+"""Data: tasks as text, local files, multi-task sampling, metrics, and the embedded documentation
+and checkpoints.
 
 Importing this package does not import transformers.
 """
@@ -33,4 +34,6 @@ from mpoe.data.tasks import read_task_file as read_task_file
 from mpoe.data.tasks import register_task as register_task
 from mpoe.data.tasks import task_names as task_names
 
-__all__ = [name for name, value in globals().items() if name[0] != "_" and not isinstance(value, _Module)]
+__all__ = [
+    name for name, value in globals().items() if name[0] != "_" and not isinstance(value, _Module)
+]

@@ -17,12 +17,14 @@ AT_ONCE = 8  # items of a batch
 CHARACTERS = 10  # of a token on average, at most: so much of a text is tokenised
 
 
-def read_batches(file: str | Path, tokenizer: Any, length: int, most: int) -> list[dict[str, Tensor]]:
+def read_batches(
+    file: str | Path, tokenizer: Any, length: int, most: int
+) -> list[dict[str, Tensor]]:
     """The start of a file as batches of at most eight items.
 
-    A text file is cut into blocks as it is. So are rows with the column ``text``, each with the end token after it.
-    Conversations (``messages``) go through the chat template, and of these, and of prompts with responses, labels
-    name the responses alone (`mpoe.data.encode`).
+    A text file is cut into blocks as it is. So are rows with the column ``text``, each with the end
+    token after it. Conversations (``messages``) go through the chat template, and of these, and of
+    prompts with responses, labels name the responses alone (`mpoe.data.encode`).
 
     Args:
         file: text, .jsonl, .csv or .tsv, also with .gz.
@@ -31,11 +33,12 @@ def read_batches(file: str | Path, tokenizer: Any, length: int, most: int) -> li
         most: items that are read.
 
     Returns:
-        ``input_ids``, ``attention_mask`` and ``labels`` (-100 where nothing is to be predicted), int64 ``[8, length]``
-        or smaller.
+        ``input_ids``, ``attention_mask`` and ``labels`` (-100 where nothing is to be predicted),
+        int64 ``[8, length]`` or smaller.
 
     Raises:
-        ValueError: a file that cannot be read, holds neither running text nor responses, or less than one block.
+        ValueError: a file that cannot be read, holds neither running text nor responses, or less
+            than one block.
     """
     return as_batches(_items(Path(file), tokenizer, length, most), tokenizer)
 
@@ -59,7 +62,9 @@ def _items(path: Path, tokenizer: Any, length: int, most: int) -> list[dict[str,
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     if spec.kind != "generation":
-        raise ValueError(f"{path}: expected running text, or prompts with responses; got rows for {spec.kind}")
+        raise ValueError(
+            f"{path}: expected running text, or prompts with responses; got rows for {spec.kind}"
+        )
     answer = length // 2
     first = [example for example, _ in zip(examples, range(most), strict=False)]
     return encode_responses(first, tokenizer, length - answer, answer)

@@ -1,4 +1,5 @@
-"""From texts to token ids: text-to-text pairs for T5, running text or responses for GPT-2, labels for BERT."""
+"""From texts to token ids: text-to-text pairs for T5, running text or responses for GPT-2, labels
+for BERT."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ MOST_JOINED = 1 << 20  # characters of running text that are tokenised at once
 
 
 def padding_collator(tokenizer: Any, has_classes: bool = False) -> Any:
-    """Transformers' collator of the items: labels are padded too, with -100, unless each is a class or a number.
+    """Transformers' collator of the items: labels are padded too, with -100, unless each is a class
+    or a number.
 
     It pads on the right: padding before the text would move it to other positions.
 
@@ -24,7 +26,10 @@ def padding_collator(tokenizer: Any, has_classes: bool = False) -> Any:
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
     if tokenizer.pad_token is None:
-        raise ValueError("tokenizer must have a pad_token (tokenizer.pad_token = tokenizer.eos_token); it has none")
+        raise ValueError(
+            "tokenizer must have a pad_token (tokenizer.pad_token = tokenizer.eos_token); it has "
+            "none"
+        )
     own = copy.copy(tokenizer)
     own.padding_side = "right"
     return (DataCollatorWithPadding if has_classes else DataCollatorForSeq2Seq)(own)
@@ -35,30 +40,41 @@ def _item(ids: list[int], labels: Any) -> dict[str, Any]:
 
 
 def encode_text_to_text(
-    examples: Sequence[Example], tokenizer: Any, max_source_length: int = 96, max_target_length: int = 16
+    examples: Sequence[Example],
+    tokenizer: Any,
+    max_source_length: int = 96,
+    max_target_length: int = 16,
 ) -> list[dict[str, list[int]]]:
     """Model inputs of text-to-text items.
 
     Args:
         examples: N items.
-        tokenizer: a Hugging Face tokenizer whose post-processing ends every text with its end token, as T5's does.
-        max_source_length, max_target_length: in tokens, the end token included; longer texts are cut before it.
+        tokenizer: a Hugging Face tokenizer whose post-processing ends every text with its end
+            token, as T5's does.
+        max_source_length, max_target_length: in tokens, the end token included; longer texts are
+            cut before it.
 
     Returns:
         N dictionaries of lists: ``input_ids`` [S], ``attention_mask`` [S] and ``labels`` [L].
 
     Raises:
-        ValueError: a length below 2 (one token and the end token), or a tokenizer that ends no text.
+        ValueError: a length below 2 (one token and the end token), or a tokenizer that ends no
+            text.
     """
     check_integer("max_source_length", max_source_length, 2)  # a token and the end token
     check_integer("max_target_length", max_target_length, 2)
     if not examples:
         return []
-    sources = tokenizer([e.source for e in examples], truncation=True, max_length=max_source_length)["input_ids"]
-    targets = tokenizer([e.target for e in examples], truncation=True, max_length=max_target_length)["input_ids"]
+    sources = tokenizer(
+        [e.source for e in examples], truncation=True, max_length=max_source_length
+    )["input_ids"]
+    targets = tokenizer(
+        [e.target for e in examples], truncation=True, max_length=max_target_length
+    )["input_ids"]
     if any(ids[-1:] != [tokenizer.eos_token_id] for ids in targets):
         raise ValueError(
-            f"tokenizer must end every text with its end token {tokenizer.eos_token!r}, as T5's does; "
+            f"tokenizer must end every text with its end token {tokenizer.eos_token!r}, as T5's "
+            "does; "
             f"{type(tokenizer).__name__} does not (is it a tokenizer for a decoder-only model?)"
         )
     return [_item(*pair) for pair in zip(sources, targets, strict=True)]
@@ -69,9 +85,9 @@ def encode_language_modeling(
 ) -> list[dict[str, list[int]]]:
     """Blocks of running text for a causal language model.
 
-    The texts are tokenised, each with the end token after it, and cut into blocks of ``block_size`` tokens; the
-    incomplete block at the end is dropped. Examples that do not end, as the sections of a text file, have nothing
-    between them. Labels equal the ids (the model shifts them).
+    The texts are tokenised, each with the end token after it, and cut into blocks of ``block_size``
+    tokens; the incomplete block at the end is dropped. Examples that do not end, as the sections of
+    a text file, have nothing between them. Labels equal the ids (the model shifts them).
 
     Returns:
         dictionaries of lists, each [block_size]: ``input_ids``, ``attention_mask``, ``labels``.
@@ -81,28 +97,35 @@ def encode_language_modeling(
     """
     check_integer("block_size", block_size, 2)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer must have an end token (eos_token); {type(tokenizer).__name__} has none")
+        raise ValueError(
+            f"tokenizer must have an end token (eos_token); {type(tokenizer).__name__} has none"
+        )
     joined = list(_whole_texts(texts))
     stream: list[int] = []
     # The tokenizer's warning about its model_max_length does not apply to a stream.
     plain = [text for text, _ in joined]
-    encoded = tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"] if plain else []
+    encoded = (
+        tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"] if plain else []
+    )
     for ids, (_, ends) in zip(encoded, joined, strict=True):
         stream += ids
         if ends:
             stream.append(tokenizer.eos_token_id)
     if len(stream) < block_size:
         raise ValueError(
-            f"texts must give at least one block of block_size={block_size} tokens; got {len(stream)} tokens "
+            f"texts must give at least one block of block_size={block_size} tokens; got "
+            f"{len(stream)} tokens "
             f"from {len(plain)} texts"
         )
-    blocks = (stream[i : i + block_size] for i in range(0, len(stream) - block_size + 1, block_size))
+    blocks = (
+        stream[i : i + block_size] for i in range(0, len(stream) - block_size + 1, block_size)
+    )
     return [_item(block, list(block)) for block in blocks]
 
 
 def _whole_texts(texts: Iterable[str | Example]) -> Iterator[tuple[str, bool]]:
-    """Every text, and whether it ends. Examples that do not end are joined up to `MOST_JOINED` characters: a tokenizer
-    that saw them one by one would make other tokens at their edges."""
+    """Every text, and whether it ends. Examples that do not end are joined up to `MOST_JOINED`
+    characters: a tokenizer that saw them one by one would make other tokens at their edges."""
     parts: list[str] = []
     length = 0
     for text in texts:
@@ -120,41 +143,54 @@ def _whole_texts(texts: Iterable[str | Example]) -> Iterator[tuple[str, bool]]:
 def encode_labels(
     examples: Sequence[Example], tokenizer: Any, labels: Sequence[str], max_length: int = 128
 ) -> list[dict[str, Any]]:
-    """Items for an encoder with a head: ``labels`` is the target's index in ``labels``, or without them its number.
+    """Items for an encoder with a head: ``labels`` is the target's index in ``labels``, or without
+    them its number.
 
     Raises:
         ValueError: a target that is not among ``labels``.
     """
-    encoded = tokenizer([e.source for e in examples], truncation=True, max_length=max_length)["input_ids"]
+    encoded = tokenizer([e.source for e in examples], truncation=True, max_length=max_length)[
+        "input_ids"
+    ]
     odd = next((e.target for e in examples if labels and e.target not in labels), None)
     if odd is not None:
-        raise ValueError(f"targets must be among {', '.join(labels)}, which the model tells apart; got {odd!r}")
+        raise ValueError(
+            f"targets must be among {', '.join(labels)}, which the model tells apart; got {odd!r}"
+        )
     answers = [
-        labels.index(e.target) if labels else float(e.target if e.number is None else e.number) for e in examples
+        labels.index(e.target) if labels else float(e.target if e.number is None else e.number)
+        for e in examples
     ]
     return [_item(*pair) for pair in zip(encoded, answers, strict=True)]
 
 
 def prompt_ids(example: Example, tokenizer: Any) -> list[int]:
-    """What a decoder reads before it answers: the source and a line break, or a conversation in the chat template."""
+    """What a decoder reads before it answers: the source and a line break, or a conversation in the
+    chat template."""
     if example.messages:
         return _chat_ids(example.messages[:-1], tokenizer, add_generation_prompt=True)
     return list(tokenizer(f"{example.source}\n")["input_ids"])
 
 
 def encode_responses(
-    examples: Sequence[Example], tokenizer: Any, max_source_length: int = 512, max_target_length: int = 256
+    examples: Sequence[Example],
+    tokenizer: Any,
+    max_source_length: int = 512,
+    max_target_length: int = 256,
 ) -> list[dict[str, list[int]]]:
     """Items of instruction data for a decoder; the loss counts responses only.
 
-    A pair is the prompt, a line break, the response and the end token. A conversation is written by the tokenizer's
-    chat template; all messages of the assistant are responses. What is too long loses its beginning.
+    A pair is the prompt, a line break, the response and the end token. A conversation is written by
+    the tokenizer's chat template; all messages of the assistant are responses. What is too long
+    loses its beginning.
 
     Returns:
-        dictionaries of lists, each [S]: ``input_ids``, ``attention_mask``, ``labels`` (-100 where no response is).
+        dictionaries of lists, each [S]: ``input_ids``, ``attention_mask``, ``labels`` (-100 where
+            no response is).
 
     Raises:
-        ValueError: a conversation without a chat template, or with one that rewrites what was said before.
+        ValueError: a conversation without a chat template, or with one that rewrites what was said
+            before.
     """
     found = []
     for example in examples:
@@ -162,7 +198,10 @@ def encode_responses(
             ids, labels = _conversation(example, tokenizer, max_source_length + max_target_length)
         else:
             prompt = prompt_ids(example, tokenizer)[-max_source_length:]
-            response = [*tokenizer(example.target, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            response = [
+                *tokenizer(example.target, add_special_tokens=False)["input_ids"],
+                tokenizer.eos_token_id,
+            ]
             ids = prompt + response[:max_target_length]
             labels = [IGNORED_LABEL] * len(prompt) + response[:max_target_length]
         found.append(_item(ids, labels))
@@ -180,7 +219,8 @@ def _conversation(example: Example, tokenizer: Any, most: int) -> tuple[list[int
                 labels[len(before) : len(after)] = ids[len(before) : len(after)]
     if not any(label != IGNORED_LABEL for label in labels):
         raise ValueError(
-            f"the chat template of {type(tokenizer).__name__} must continue a prompt with the response; it rewrites it"
+            f"the chat template of {type(tokenizer).__name__} must continue a prompt with the "
+            "response; it rewrites it"
         )
     return ids[-most:], labels[-most:]
 
@@ -188,7 +228,8 @@ def _conversation(example: Example, tokenizer: Any, most: int) -> tuple[list[int
 def _chat_ids(messages: Sequence[tuple[str, str]], tokenizer: Any, **options: Any) -> list[int]:
     if not tokenizer.chat_template:
         raise ValueError(
-            f"messages need a tokenizer with a chat template; {type(tokenizer).__name__} has none (give columns prompt "
+            f"messages need a tokenizer with a chat template; {type(tokenizer).__name__} has none "
+            "(give columns prompt "
             "and response, or set tokenizer.chat_template and save it with the model)"
         )
     chat = [{"role": role, "content": text} for role, text in messages]

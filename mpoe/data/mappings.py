@@ -18,7 +18,9 @@ def read_utf8(name: str, file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} must be UTF-8 text; byte {error.start} of {file} is not") from None
+        raise ValueError(
+            f"{name} must be UTF-8 text; byte {error.start} of {file} is not"
+        ) from None
 
 
 def read_mapping(path: str | os.PathLike[str], name: str) -> dict[str, Any]:
@@ -29,8 +31,8 @@ def read_mapping(path: str | os.PathLike[str], name: str) -> dict[str, Any]:
         name: what the file is, for messages: "configuration file".
 
     Raises:
-        ValueError: the file is absent, has another suffix, is not UTF-8, is malformed (with the line) or is not a
-            mapping.
+        ValueError: the file is absent, has another suffix, is not UTF-8, is malformed (with the
+            line) or is not a mapping.
     """
     file = Path(path)
     if file.suffix.lower() not in (".json", ".yaml", ".yml"):
@@ -39,7 +41,9 @@ def read_mapping(path: str | os.PathLike[str], name: str) -> dict[str, Any]:
         raise ValueError(f"{name} not found: {file}")
     values = _parsed(file, read_utf8(f"the {name}", file))
     if not isinstance(values, Mapping):
-        raise ValueError(f"{file}: expected a mapping of names to values; got {type(values).__name__}")
+        raise ValueError(
+            f"{file}: expected a mapping of names to values; got {type(values).__name__}"
+        )
     return {str(key): value for key, value in values.items()}
 
 
@@ -57,7 +61,9 @@ def _parsed(file: Path, text: str) -> Any:
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         reason = str(error.problem or error.context)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:
-        reason = str(error)  # a number too long, brackets nested too deeply, or a value that does not fit its tag
+        reason = str(
+            error
+        )  # a number too long, brackets nested too deeply, or a value that does not fit its tag
     raise ValueError(f"{file}{where}: bad {kind}: {reason}")
 
 

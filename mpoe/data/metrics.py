@@ -1,8 +1,10 @@
-"""Metrics: each takes predictions and references of equal length and returns a fraction, not per cent.
+"""Metrics: each takes predictions and references of equal length and returns a fraction, not per
+cent.
 
-scikit-learn and scipy count labels and numbers, the packages of the extra ``metrics`` BLEU and ROUGE. Undefined cases
-return 0.0 (F1 of a class that is nowhere, correlations with a constant input), since a model that always answers the
-same has learned nothing. All metrics of generated texts but BLEU compare lower-case words without punctuation.
+scikit-learn and scipy count labels and numbers, the packages of the extra ``metrics`` BLEU and
+ROUGE. Undefined cases return 0.0 (F1 of a class that is nowhere, correlations with a constant
+input), since a model that always answers the same has learned nothing. All metrics of generated
+texts but BLEU compare lower-case words without punctuation.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from mpoe.config.checks import check_choice
 class Metric:
     """A function of predictions and references, both [N].
 
-    ``kind``: the kind of task it is for (classification: labels, regression: numbers, generation: texts); ``count``:
-    what it computes; ``package``: one of the extra ``metrics`` that it needs.
+    ``kind``: the kind of task it is for (classification: labels, regression: numbers, generation:
+    texts); ``count``: what it computes; ``package``: one of the extra ``metrics`` that it needs.
     """
 
     kind: str
@@ -34,13 +36,23 @@ class Metric:
     package: str = ""
 
     def __call__(self, predictions: Sequence, references: Sequence) -> float:
-        """Raises ValueError for inputs of different lengths, without an item, or with a number that is not finite."""
+        """Raises ValueError for inputs of different lengths, without an item, or with a number that
+        is not finite."""
         if len(predictions) != len(references):
-            raise ValueError(f"predictions and references differ in length: {len(predictions)} and {len(references)}")
+            raise ValueError(
+                f"predictions and references differ in length: {len(predictions)} and "
+                f"{len(references)}"
+            )
         if not len(references):
-            raise ValueError("predictions and references are empty; a metric needs at least one item")
+            raise ValueError(
+                "predictions and references are empty; a metric needs at least one item"
+            )
         for name, values in (("predictions", predictions), ("references", references)):
-            odd = [value for value in values if isinstance(value, float | np.floating) and not np.isfinite(value)]
+            odd = [
+                value
+                for value in values
+                if isinstance(value, float | np.floating) and not np.isfinite(value)
+            ]
             if odd:
                 raise ValueError(f"{name} must be finite numbers; got {odd[0]}")
         return float(self.count(predictions, references))
@@ -56,7 +68,9 @@ def get_metric(name: str) -> Metric:
     check_choice("metric", name, list(METRICS))
     metric = METRICS[name]
     if metric.package and importlib.util.find_spec(metric.package) is None:
-        raise RuntimeError(f'this metric needs the package {metric.package}: pip install "mpoe[metrics]"')
+        raise RuntimeError(
+            f'this metric needs the package {metric.package}: pip install "mpoe[metrics]"'
+        )
     return metric
 
 
@@ -84,7 +98,8 @@ def _f1(predicted: Any, expected: Any, classes: Any) -> Any:
 
 
 def _correlation(name: str, x: Any, y: Any) -> Any:
-    """Matthews' of any number of classes (Gorodkin 2004, eq. 8), Pearson's, or Spearman's (ties share their rank)."""
+    """Matthews' of any number of classes (Gorodkin 2004, eq. 8), Pearson's, or Spearman's (ties
+    share their rank)."""
     from scipy import stats
     from sklearn.metrics import matthews_corrcoef
 
@@ -96,9 +111,15 @@ def _correlation(name: str, x: Any, y: Any) -> Any:
 # ----------------------------------------------------------------------- generated texts
 
 
-def _mean(pair: Callable[[list[str], list[str]], float], predictions: Sequence[str], references: Sequence[str]) -> Any:
+def _mean(
+    pair: Callable[[list[str], list[str]], float],
+    predictions: Sequence[str],
+    references: Sequence[str],
+) -> Any:
     """Mean over texts of ``pair`` of their lower-case words."""
-    words = ([re.findall(r"\w+", text.lower()) for text in texts] for texts in (predictions, references))
+    words = (
+        [re.findall(r"\w+", text.lower()) for text in texts] for texts in (predictions, references)
+    )
     return np.mean([pair(p, e) for p, e in zip(*words, strict=True)])
 
 
@@ -108,28 +129,36 @@ def _shared(p: list[str], e: list[str]) -> float:
 
 
 def _rouge(kind: str, predictions: Sequence[str], references: Sequence[str]) -> Any:
-    """ROUGE (Lin 2004, as F1, no stemming) by rouge-score, with words as here: its own are of ASCII letters alone. Two
-    empty texts agree but in pairs."""
+    """ROUGE (Lin 2004, as F1, no stemming) by rouge-score, with words as here: its own are of ASCII
+    letters alone. Two empty texts agree but in pairs."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer([kind], tokenizer=SimpleNamespace(tokenize=str.split))
 
     def score(p: list[str], e: list[str]) -> float:
-        return scorer.score(" ".join(e), " ".join(p))[kind].fmeasure if p or e else float(kind != "rouge2")
+        return (
+            scorer.score(" ".join(e), " ".join(p))[kind].fmeasure
+            if p or e
+            else float(kind != "rouge2")
+        )
 
     return _mean(score, predictions, references)
 
 
 def _bleu(predictions: Sequence[str], references: Sequence[str]) -> Any:
-    """BLEU-4 of the whole set with one reference each (Papineni et al. 2002), case-sensitive, by sacreBLEU.
+    """BLEU-4 of the whole set with one reference each (Papineni et al. 2002), case-sensitive, by
+    sacreBLEU.
 
-    Tokens are words and single punctuation marks. An order without any match counts as 1/2, 1/4, ... matches (the
-    first, second, ... such order; sacreBLEU's default smoothing); orders that no prediction is long enough for are left
-    out. 0.0 if no word matches.
+    Tokens are words and single punctuation marks. An order without any match counts as 1/2, 1/4,
+    ... matches (the first, second, ... such order; sacreBLEU's default smoothing); orders that no
+    prediction is long enough for are left out. 0.0 if no word matches.
     """
     from sacrebleu import BLEU
 
-    words = [[" ".join(re.findall(r"\w+|[^\w\s]", text)) for text in texts] for texts in (predictions, references)]
+    words = [
+        [" ".join(re.findall(r"\w+|[^\w\s]", text)) for text in texts]
+        for texts in (predictions, references)
+    ]
     metric = BLEU(tokenize="none", effective_order=True, force=True)
     return metric.corpus_score(words[0], [words[1]]).score / 100
 
@@ -137,7 +166,9 @@ def _bleu(predictions: Sequence[str], references: Sequence[str]) -> Any:
 METRICS = {
     "accuracy": Metric("classification", _accuracy),
     "f1": Metric("classification", partial(_f1, classes=[1])),  # of the second class
-    "macro_f1": Metric("classification", lambda p, e: _f1(p, e, np.unique(e))),  # of the references' classes
+    "macro_f1": Metric(
+        "classification", lambda p, e: _f1(p, e, np.unique(e))
+    ),  # of the references' classes
     "matthews": Metric("classification", partial(_correlation, "matthews")),
     "pearson": Metric("regression", partial(_correlation, "pearsonr")),
     "spearman": Metric("regression", partial(_correlation, "spearmanr")),

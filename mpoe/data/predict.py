@@ -1,4 +1,5 @@
-"""A model's predictions for a task (texts, labels or the mean loss of running text) and their scores."""
+"""A model's predictions for a task (texts, labels or the mean loss of running text) and their
+scores."""
 
 from __future__ import annotations
 
@@ -30,8 +31,11 @@ def is_classifier(model: Any) -> bool:
 
 
 def _is_decoder(model: Any) -> bool:
-    """Whether ``model`` continues what it reads; what is no Transformers model reads and writes apart."""
-    return not (is_classifier(model) or getattr(getattr(model, "config", None), "is_encoder_decoder", True))
+    """Whether ``model`` continues what it reads; what is no Transformers model reads and writes
+    apart."""
+    return not (
+        is_classifier(model) or getattr(getattr(model, "config", None), "is_encoder_decoder", True)
+    )
 
 
 @torch.inference_mode()
@@ -43,10 +47,11 @@ def generate_texts(
     max_new_tokens: int = 8,
     batch_size: int = 128,
 ) -> list[str]:
-    """Answers to N items, in their order: what an encoder-decoder or a decoder writes (greedily, without special
-    tokens), or the labels, or the numbers as texts, that an encoder's head gives.
+    """Answers to N items, in their order: what an encoder-decoder or a decoder writes (greedily,
+    without special tokens), or the labels, or the numbers as texts, that an encoder's head gives.
 
-    Items are batched by length, so that little padding is computed. The model's mode and device are not changed.
+    Items are batched by length, so that little padding is computed. The model's mode and device are
+    not changed.
     """
     check_integer("max_new_tokens", max_new_tokens, 1)
     check_integer("batch_size", batch_size, 1)
@@ -57,7 +62,8 @@ def generate_texts(
         rows = [prompt_ids(example, tokenizer)[-max_source_length:] for example in examples]
     else:
         rows = [
-            item["input_ids"] for item in encode_text_to_text([*map(Example, sources)], tokenizer, max_source_length)
+            item["input_ids"]
+            for item in encode_text_to_text([*map(Example, sources)], tokenizer, max_source_length)
         ]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     side = "left" if _is_decoder(model) else "right"  # a decoder continues at the end
@@ -67,16 +73,24 @@ def generate_texts(
             chosen = order[start : start + batch_size]
             ids = {"input_ids": [rows[i] for i in chosen]}
             inputs = tokenizer.pad(
-                ids, padding_side=side, return_attention_mask=True, return_tensors="pt", verbose=False
+                ids,
+                padding_side=side,
+                return_attention_mask=True,
+                return_tensors="pt",
+                verbose=False,
             )
             for i, text in zip(
-                chosen, _answers(model, tokenizer, inputs.to(model.device), max_new_tokens), strict=True
+                chosen,
+                _answers(model, tokenizer, inputs.to(model.device), max_new_tokens),
+                strict=True,
             ):
                 texts[i] = text
     return texts
 
 
-def _answers(model: Any, tokenizer: Any, inputs: Mapping[str, Tensor], max_new_tokens: int) -> list[str]:
+def _answers(
+    model: Any, tokenizer: Any, inputs: Mapping[str, Tensor], max_new_tokens: int
+) -> list[str]:
     if is_classifier(model):
         logits = model(**inputs).logits.float().cpu()
         if model.config.problem_type == "regression":
@@ -92,7 +106,8 @@ def _answers(model: Any, tokenizer: Any, inputs: Mapping[str, Tensor], max_new_t
 
 @torch.inference_mode()
 def token_losses(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
-    """Losses in nats of the tokens that ``labels`` name, in order: those of decoders are predicted one place before.
+    """Losses in nats of the tokens that ``labels`` name, in order: those of decoders are predicted
+    one place before.
 
     They are computed from the logits, so auxiliary losses of a mixture model are not part of them.
 
@@ -108,7 +123,11 @@ def token_losses(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
         labels = moved.pop("labels")[:, 1:] if decodes else moved["labels"]
         logits = model(**moved).logits
         logits, counted = logits[:, :-1] if decodes else logits, labels != IGNORED_LABEL
-        found.append(torch.nn.functional.cross_entropy(logits[counted].float(), labels[counted], reduction="none"))
+        found.append(
+            torch.nn.functional.cross_entropy(
+                logits[counted].float(), labels[counted], reduction="none"
+            )
+        )
     if not sum(map(len, found)):
         raise ValueError("batches must hold tokens to predict; got none")
     return torch.cat(found)
@@ -117,14 +136,16 @@ def token_losses(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
 def language_modeling_loss(
     model: Any, tokenizer: Any, items: Sequence[dict[str, list[int]]], batch_size: int = 32
 ) -> float:
-    """Mean loss in nats per predicted token of a causal model on encoded blocks or responses (labels of -100 are not
-    predicted), see `token_losses`."""
+    """Mean loss in nats per predicted token of a causal model on encoded blocks or responses
+    (labels of -100 are not predicted), see `token_losses`."""
     if not items:
         raise ValueError("items must hold at least one block or response; got none")
     collate = padding_collator(tokenizer)
     with evaluation_mode(model):
         starts = range(0, len(items), batch_size)
-        losses = token_losses(model, (collate(items[start : start + batch_size]) for start in starts))
+        losses = token_losses(
+            model, (collate(items[start : start + batch_size]) for start in starts)
+        )
     return float(losses.double().mean())
 
 
@@ -133,10 +154,11 @@ class Evaluation:
     """A model's scores on a task.
 
     Attributes:
-        scores: by metric, in the order of ``task.metrics``; a decoder adds ``loss``, nats per token of the text or the
-            responses. Perplexity is per token of the tokenizer.
-        constant: the same metrics for an answer that ignores the input: the most frequent target of these items, the
-            mean of their numbers, or the frequencies of their tokens (see `constant_scores`).
+        scores: by metric, in the order of ``task.metrics``; a decoder adds ``loss``, nats per token
+            of the text or the responses. Perplexity is per token of the tokenizer.
+        constant: the same metrics for an answer that ignores the input: the most frequent target of
+            these items, the mean of their numbers, or the frequencies of their tokens (see
+            `constant_scores`).
         collapse: a sentence if the answers have collapsed to few values, else None.
     """
 
@@ -182,12 +204,14 @@ def evaluation_mode(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-# ---- the scores of an answer that ignores the input: if nine of ten labels are equal, a constant answer reaches 90%
+# ---- the scores of an answer that ignores the input: if nine of ten labels are equal, a constant
+# answer reaches 90%
 
 
 def constant_scores(task: Task, targets: Sequence[str]) -> dict[str, float]:
-    """Every metric of a task for the best constant answer to ``targets`` [N], N >= 1: the most frequent target (on ties
-    the first), or the mean of the numbers. Correlations of a constant are 0."""
+    """Every metric of a task for the best constant answer to ``targets`` [N], N >= 1: the most
+    frequent target (on ties the first), or the mean of the numbers. Correlations of a constant are
+    0."""
     answer = Counter(targets).most_common(1)[0][0]
     if task.kind == "regression":
         answer = repr(sum(map(float, targets)) / len(targets))
@@ -195,14 +219,20 @@ def constant_scores(task: Task, targets: Sequence[str]) -> dict[str, float]:
 
 
 def frequency_perplexity(tokens: Iterable[int]) -> float:
-    """Perplexity per token of guessing every token by its frequency among ``tokens``: exp of their entropy."""
+    """Perplexity per token of guessing every token by its frequency among ``tokens``: exp of their
+    entropy."""
     counts = Counter(tokens)
     total = counts.total()
-    return math.exp(-sum(n / total * math.log(n / total) for n in counts.values())) if total else math.nan
+    return (
+        math.exp(-sum(n / total * math.log(n / total) for n in counts.values()))
+        if total
+        else math.nan
+    )
 
 
 def collapse(answers: Sequence[str], targets: Sequence[str]) -> str | None:
-    """A sentence if ``answers`` ``[N]`` have collapsed to few values while ``targets`` ``[N]`` have not, else None."""
+    """A sentence if ``answers`` ``[N]`` have collapsed to few values while ``targets`` ``[N]`` have
+    not, else None."""
     if len(answers) < 2 or len(set(targets)) < 2:
         return None
     counts = Counter(answers)
@@ -210,7 +240,9 @@ def collapse(answers: Sequence[str], targets: Sequence[str]) -> str | None:
     share, expected = most / len(answers), Counter(targets)[answer] / len(targets)
     if share >= 0.95 and share - expected > 0.1:  # the expected ones are not nearly as uniform
         shown = repr(answer if len(answer) <= 40 else answer[:37] + "...")
-        return f"{share:.0%} of the {len(answers)} answers are {shown}, which {expected:.0%} of the expected ones are"
+        common = f"{share:.0%} of the {len(answers)} answers are {shown}"
+        return f"{common}, which {expected:.0%} of the expected ones are"
     if len(counts) * 5 <= len(set(targets)):
-        return f"the {len(answers)} answers have {len(counts)} different values, the expected ones {len(set(targets))}"
+        different = f"the {len(answers)} answers have {len(counts)} different values"
+        return f"{different}, the expected ones {len(set(targets))}"
     return None

@@ -1,4 +1,5 @@
-"""A task described as data: how a row becomes text, the words of its labels, and where its rows are."""
+"""A task described as data: how a row becomes text, the words of its labels, and where its rows
+are."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ _KINDS = (
 class HubData:
     """Where a task's rows are on the Hugging Face hub.
 
-    ``path``: name of the data set; ``config``, ``revision`` and ``folder`` (inside the repository): if needed;
+    ``path``: name of the data set; ``config``, ``revision`` and ``folder`` (inside the repository):
+    if needed;
     ``splits``: its names of splits that are not called train, validation and test.
     """
 
@@ -54,12 +56,12 @@ class TaskSpec:
 
     Args:
         name: name of the task.
-        template: the model's input, with columns in braces: ``"is this good? {sentence}"``. ``{choices.text.0}`` looks
-            inside a cell.
+        template: the model's input, with columns in braces: ``"is this good? {sentence}"``.
+            ``{choices.text.0}`` looks inside a cell.
         label_column: column of the answer; not needed for language modelling.
-        label_words: label in the data -> word the model writes. Several labels may share a word, so one task can read
-            data sets that spell their labels differently; rows whose label has the word None are left out. The second
-            word is the positive class of F1.
+        label_words: label in the data -> word the model writes. Several labels may share a word, so
+            one task can read data sets that spell their labels differently; rows whose label has
+            the word None are left out. The second word is the positive class of F1.
         kind: default: classification if there are label_words.
         metrics: the task is judged by the first one; default: by kind.
         max_source_length, max_target_length: in tokens.
@@ -68,8 +70,10 @@ class TaskSpec:
         data_dir: folder with the files of this task alone.
         folder: usual name of the task's folder in a collection, where it is not ``name``.
         column_names: columns of csv and tsv files without a header line.
-        skip_malformed: leave out lines of csv and tsv files with a wrong number of columns, instead of refusing them.
-        hub: the data set on the hub: its name, or a mapping of the fields of `HubData`; afterwards a `HubData` or None.
+        skip_malformed: leave out lines of csv and tsv files with a wrong number of columns, instead
+            of refusing them.
+        hub: the data set on the hub: its name, or a mapping of the fields of `HubData`; afterwards
+            a `HubData` or None.
 
     Raises:
         ValueError, TypeError: naming the field, what was expected and what was given.
@@ -103,27 +107,45 @@ class TaskSpec:
         self._settle("metrics", tuple(self.metrics) or DEFAULT_METRICS.get(self.kind, of_labels))
         self._settle("column_names", tuple(self.column_names))
         self._settle("hub", _hub(self.name, self.hub))
-        if not self.columns or "{" in _COLUMN.sub("", self.template) or "}" in _COLUMN.sub("", self.template):
+        if (
+            not self.columns
+            or "{" in _COLUMN.sub("", self.template)
+            or "}" in _COLUMN.sub("", self.template)
+        ):
             raise ValueError(
-                f"template of task {self.name} must name columns in braces, as in 'is it good? {{sentence}}'; "
+                f"template of task {self.name} must name columns in braces, as in 'is it good? "
+                "{sentence}'; "
                 f"got {self.template!r}"
             )
         self.task(rows=None)  # which checks the rest
 
     @classmethod
     def from_mapping(cls, name: str, values: Any) -> TaskSpec:
-        """The task called ``name`` as it was read from a file; raises TypeError or ValueError for invalid fields."""
+        """The task called ``name`` as it was read from a file; raises TypeError or ValueError for
+        invalid fields."""
         if isinstance(values, Mapping):
-            values = {key: value for key, value in values.items() if key != "description"}  # of earlier versions
+            values = {
+                key: value for key, value in values.items() if key != "description"
+            }  # of earlier versions
         check_fields(cls, values, f"task {name}")
         if values.get("name", name) != name:
-            raise ValueError(f"name of task {name} must be what its description stands under; got {values['name']!r}")
+            raise ValueError(
+                f"name of task {name} must be what its description stands under; got "
+                f"{values['name']!r}"
+            )
         return cls(**{**values, "name": name})
 
     def to_mapping(self) -> dict[str, Any]:
         """Fields for `from_mapping`, JSON-able, without those that have their default value."""
-        defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}
-        return {name: value for name, value in asdict(self).items() if name != "name" and value != defaults[name]}
+        defaults = {
+            f.name: f.default if f.default_factory is MISSING else f.default_factory()
+            for f in fields(self)
+        }
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name != "name" and value != defaults[name]
+        }
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -144,12 +166,15 @@ class TaskSpec:
         """One row as text; None if there is no text or its label is one to leave out.
 
         Raises:
-            ValueError: a missing column, a value that is neither text nor number, a label without a word, or messages
-            that are no conversation.
+            ValueError: a missing column, a value that is neither text nor number, a label without a
+            word, or messages that are no conversation.
         """
         is_section = isinstance(cells, Section)
         if self.renamed_columns:
-            cells = {**{self.renamed_columns.get(c, c): value for c, value in cells.items()}, **cells}
+            cells = {
+                **{self.renamed_columns.get(c, c): value for c, value in cells.items()},
+                **cells,
+            }
         if self.columns == (MESSAGES,):
             return _conversation(cells, where)
         label, number = "", None
@@ -165,7 +190,8 @@ class TaskSpec:
             if label not in self.label_words:
                 known = ", ".join(list(self.label_words)[:10])
                 raise ValueError(
-                    f"{where}: label_words of task {self.name} must have a word for {label!r}, which is in column "
+                    f"{where}: label_words of task {self.name} must have a word for {label!r}, "
+                    "which is in column "
                     f"{self.label_column!r}; it has words for {known}"
                 )
             word = self.label_words[label]
@@ -174,7 +200,9 @@ class TaskSpec:
             target = word
         asker = f"template of task {self.name}"
         as_it_is = self.kind == "language_modeling"
-        source = _COLUMN.sub(lambda match: read_cell(cells, match[1], where, asker, as_it_is), self.template)
+        source = _COLUMN.sub(
+            lambda match: read_cell(cells, match[1], where, asker, as_it_is), self.template
+        )
         return Example(source, target, number, ends=not is_section) if source.strip() else None
 
     def _words(self) -> dict[str, str | None]:
@@ -182,10 +210,16 @@ class TaskSpec:
         words = {cell_text(label, where): word for label, word in self.label_words.items()}
         wanted = "a text (YAML reads yes, no, on and off as true and false: put them in quotes)"
         for label, word in words.items():
-            check_type(f"the word of label {label} in label_words of task {self.name}", word, str | None, wanted)
+            check_type(
+                f"the word of label {label} in label_words of task {self.name}",
+                word,
+                str | None,
+                wanted,
+            )
         if self.kind == "classification" and len(set(words.values()) - {None}) < 2:
             raise ValueError(
-                f"label_words of task {self.name} must give at least two different words, label -> word; "
+                f"label_words of task {self.name} must give at least two different words, label -> "
+                "word; "
                 f"got {words or 'none'}"
             )
         return words
@@ -195,13 +229,18 @@ class TaskSpec:
 
 
 def _conversation(cells: Cells, where: str) -> Example:
-    """The conversation in the column `MESSAGES`; its source is the text of all messages but the last."""
+    """The conversation in the column `MESSAGES`; its source is the text of all messages but the
+    last."""
     found = cells.get(MESSAGES)
-    messages = tuple((m.get("role"), m.get("content")) if isinstance(m, Mapping) else (None, None) for m in found or ())
+    messages = tuple(
+        (m.get("role"), m.get("content")) if isinstance(m, Mapping) else (None, None)
+        for m in found or ()
+    )
     fits = all(isinstance(role, str) and isinstance(text, str) for role, text in messages)
     if len(messages) < 2 or not fits or messages[-1][0] != "assistant":
         raise ValueError(
-            f'{where}: messages must be two or more of {{"role": ..., "content": ...}}, the last of the assistant; '
+            f'{where}: messages must be two or more of {{"role": ..., "content": ...}}, the last '
+            "of the assistant; "
             f"got {found!r}"
         )
     texts: Any = messages  # of texts alone, as was checked
@@ -210,11 +249,12 @@ def _conversation(cells: Cells, where: str) -> Example:
 
 
 def read_cell(cells: Cells, column: str, where: str, asker: str, as_it_is: bool = False) -> str:
-    """Text of the cell in ``column``; ``choices.text.0`` is the first of the texts in the cell ``choices``. Without
-    blanks around it, unless it is read ``as_it_is``.
+    """Text of the cell in ``column``; ``choices.text.0`` is the first of the texts in the cell
+    ``choices``. Without blanks around it, unless it is read ``as_it_is``.
 
     Raises:
-        ValueError: there is no such column (the message says what needs it), or it holds neither a text nor a number.
+        ValueError: there is no such column (the message says what needs it), or it holds neither a
+            text nor a number.
     """
     value: Any = cells
     for part in [column] if column in cells else column.split("."):
@@ -224,7 +264,8 @@ def read_cell(cells: Cells, column: str, where: str, asker: str, as_it_is: bool 
             value = value[int(part)]
         else:
             raise ValueError(
-                f"{where}: column {column!r} is missing{hint(column, list(cells))}, which {asker} asks for; "
+                f"{where}: column {column!r} is missing{hint(column, list(cells))}, which {asker} "
+                "asks for; "
                 f"got {', '.join(cells) or 'no columns'}"
             )
     if as_it_is and isinstance(value, str):
@@ -233,8 +274,8 @@ def read_cell(cells: Cells, column: str, where: str, asker: str, as_it_is: bool 
 
 
 def cell_text(value: Any, where: str) -> str:
-    """Text of one cell. Numbers lose a redundant ``.0`` and booleans become 0 and 1, so that 1, 1.0 and true are the
-    same label.
+    """Text of one cell. Numbers lose a redundant ``.0`` and booleans become 0 and 1, so that 1, 1.0
+    and true are the same label.
 
     Raises:
         ValueError: neither a text nor a number.
@@ -255,7 +296,8 @@ def is_number(text: str) -> bool:
 
 
 def regression_text(value: float) -> str:
-    """``value`` rounded to the nearest 0.2, with one decimal, as T5 writes STS-B's scores: 2.57 -> "2.6"."""
+    """``value`` rounded to the nearest 0.2, with one decimal, as T5 writes STS-B's scores: 2.57 ->
+    "2.6"."""
     return f"{round(value * 5) / 5 + 0.0:.1f}"
 
 

@@ -1,8 +1,9 @@
-"""The rows of a task's splits, each with its place, for messages: from files in a folder or the Hugging Face hub.
+"""The rows of a task's splits, each with its place, for messages: from files in a folder or the
+Hugging Face hub.
 
-Cells of files stay as they are written. The readers of ``datasets``, which reads the hub, would change some: of a csv
-file with a cell too many they make the first column an index, and cells that a line lacks become empty; texts of a
-json file that look like dates become dates.
+Cells of files stay as they are written. The readers of ``datasets``, which reads the hub, would
+change some: of a csv file with a cell too many they make the first column an index, and cells that
+a line lacks become empty; texts of a json file that look like dates become dates.
 """
 
 from __future__ import annotations
@@ -24,13 +25,19 @@ from mpoe.data.task import SPLITS, Example, Task, hold_out, with_packages
 Table = Sequence[tuple[Cells, str]]  # rows, each with its place
 Tables = Mapping[str, Callable[[], Table]]  # split -> a function that reads it
 TEXT_COLUMN = "text"  # the only column of a text file
-TEXT_SUFFIXES = (".txt", ".raw", ".tokens")  # the last two are WikiText's: wiki.train.raw, wiki.train.tokens
+TEXT_SUFFIXES = (
+    ".txt",
+    ".raw",
+    ".tokens",
+)  # the last two are WikiText's: wiki.train.raw, wiki.train.tokens
 SECTION = 2000  # characters of a text file's rows, at least, unless the file is short
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", *TEXT_SUFFIXES)
 SPLIT_STEMS = {
     "train": "train",
     "test": "test",
-    **dict.fromkeys(("validation", "valid", "val", "dev", "dev_matched", "validation_matched"), "validation"),
+    **dict.fromkeys(
+        ("validation", "valid", "val", "dev", "dev_matched", "validation_matched"), "validation"
+    ),
 }
 
 
@@ -41,33 +48,41 @@ def file_format(path: Path) -> str:
 
 
 def find_files(data_dir: str | Path) -> dict[str, Path]:
-    """The file of each split in a folder: train, validation (or valid, val, dev) and test with a known suffix, also
-    with .gz and with WikiText's prefix ``wiki.``.
+    """The file of each split in a folder: train, validation (or valid, val, dev) and test with a
+    known suffix, also with .gz and with WikiText's prefix ``wiki.``.
 
     Raises:
         ValueError: there is no such folder, it holds no train file, or several files of one split.
     """
     folder = Path(data_dir)
     if not folder.is_dir():
-        raise ValueError(f"data_dir must be an existing folder, or owner/name on the hub; got {str(data_dir)!r}")
+        raise ValueError(
+            f"data_dir must be an existing folder, or owner/name on the hub; got {str(data_dir)!r}"
+        )
     there = sorted(path for path in folder.iterdir() if path.is_file())
     files: dict[str, Path] = {}
     for path in filter(file_format, there):
         stem = path.name.removesuffix(".gz").removesuffix(file_format(path)).removeprefix("wiki.")
         split = SPLIT_STEMS.get(stem, "")
         if split in files:
-            raise ValueError(f"data_dir {folder} must hold one {split} file; got {files[split].name}, {path.name}")
+            raise ValueError(
+                f"data_dir {folder} must hold one {split} file; got {files[split].name}, "
+                f"{path.name}"
+            )
         if split:
             files[split] = path
     if "train" not in files:
         names = ", ".join(path.name for path in there[:8]) or "nothing"
         raise ValueError(
-            f"data_dir {folder} must hold a train file (train with {', '.join(SUFFIXES)}, also .gz); got {names}"
+            f"data_dir {folder} must hold a train file (train with {', '.join(SUFFIXES)}, also "
+            f".gz); got {names}"
         )
     return files
 
 
-def folder_tables(folder: str | Path, column_names: Sequence[str] = (), skip_malformed: bool = False) -> Tables:
+def folder_tables(
+    folder: str | Path, column_names: Sequence[str] = (), skip_malformed: bool = False
+) -> Tables:
     """The files of a folder; raises as `find_files`, and (on reading) as `read_table`."""
     files = find_files(folder).items()
     return {split: partial(read_table, file, column_names, skip_malformed) for split, file in files}
@@ -76,13 +91,15 @@ def folder_tables(folder: str | Path, column_names: Sequence[str] = (), skip_mal
 def read_table(path: Path, column_names: Sequence[str] = (), skip_malformed: bool = False) -> Table:
     """Rows of a .jsonl, .csv, .tsv or text file (UTF-8, also with .gz).
 
-    ``column_names`` names the columns of a csv or tsv file whose first line holds none of them. Blank lines are
-    skipped, and with ``skip_malformed`` lines with too many or too few columns too (a warning counts them). A .tsv
-    file has no quoting (as in GLUE), a .csv file has. A text file, and every file with another suffix, is read as it
-    is: its rows are sections, which together are the text (see `Section`).
+    ``column_names`` names the columns of a csv or tsv file whose first line holds none of them.
+    Blank lines are skipped, and with ``skip_malformed`` lines with too many or too few columns too
+    (a warning counts them). A .tsv file has no quoting (as in GLUE), a .csv file has. A text file,
+    and every file with another suffix, is read as it is: its rows are sections, which together are
+    the text (see `Section`).
 
     Raises:
-        ValueError: a file that cannot be read or is empty, or a malformed line, which the message names.
+        ValueError: a file that cannot be read or is empty, or a malformed line, which the message
+            names.
     """
     try:
         opened: Any = gzip.open if path.suffix == ".gz" else open
@@ -109,7 +126,8 @@ def is_text_file(path: Path) -> bool:
 
 
 def _sections(path: Path, text: str) -> Iterator[tuple[Cells, str]]:
-    """Parts of a text that are the text again when they are joined; they end with a line, if possible a blank one."""
+    """Parts of a text that are the text again when they are joined; they end with a line, if
+    possible a blank one."""
     least = min(SECTION, len(text) // 20)
     number = 1
     part = ""
@@ -130,11 +148,21 @@ def _json_rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[Cells, str]]:
             continue
         try:
             cells = json.loads(line.rstrip())
-        except (ValueError, RecursionError) as error:  # also a number too long, or brackets nested too deeply
-            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # also a number too long, or brackets nested too deeply
+            reason = (
+                f"{error.msg} at column {error.colno}"
+                if isinstance(error, json.JSONDecodeError)
+                else str(error)
+            )
             raise ValueError(f"{path}, line {number}: malformed JSON: {reason}") from error
         if not isinstance(cells, dict):
-            raise ValueError(f"{path}, line {number}: expected one JSON object per line; got a {type(cells).__name__}")
+            raise ValueError(
+                f"{path}, line {number}: expected one JSON object per line; got a "
+                f"{type(cells).__name__}"
+            )
         yield cells, f"{path}, line {number}"
 
 
@@ -168,7 +196,9 @@ def _csv_rows(
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: malformed csv: {error}") from error
     if skipped:
-        warnings.warn(f"{path}: left out {skipped} lines with a wrong number of columns", stacklevel=2)
+        warnings.warn(
+            f"{path}: left out {skipped} lines with a wrong number of columns", stacklevel=2
+        )
 
 
 def hub_tables(hub: HubData, task: str) -> Tables:
@@ -184,7 +214,8 @@ def hub_tables(hub: HubData, task: str) -> Tables:
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"task {task}: there is no folder {hub.path}, and the hub did not give such a data set ({reason}); give "
+            f"task {task}: there is no folder {hub.path}, and the hub did not give such a data set "
+            f"({reason}); give "
             f"data_dir, a folder that holds a folder {task} of local files"
         ) from error
     theirs = {split: hub.splits.get(split, split) for split in SPLITS}
@@ -192,7 +223,10 @@ def hub_tables(hub: HubData, task: str) -> Tables:
         raise ValueError(f"hub data set {hub.path} must have a train split; got {', '.join(found)}")
 
     def read(split: str) -> Table:
-        return [(row, f"{hub.path}, {split}, row {index}") for index, row in enumerate(found[theirs[split]])]
+        return [
+            (row, f"{hub.path}, {split}, row {index}")
+            for index, row in enumerate(found[theirs[split]])
+        ]
 
     return {split: partial(read, split) for split, name in theirs.items() if name in found}
 
@@ -200,12 +234,13 @@ def hub_tables(hub: HubData, task: str) -> Tables:
 def make_task(spec: TaskSpec, tables: Tables, source: str) -> Task:
     """The task of the rows that ``spec`` describes; a split is read when it is first asked for.
 
-    Without validation rows they are taken out of the training ones: a tenth of them, at most a thousand. The choice is
-    the same for every seed, so training never sees an item that a later evaluation uses. ``source``: what holds the
-    tables, for messages.
+    Without validation rows they are taken out of the training ones: a tenth of them, at most a
+    thousand. The choice is the same for every seed, so training never sees an item that a later
+    evaluation uses. ``source``: what holds the tables, for messages.
 
     Raises:
-        ValueError: (on reading) there is no such split, its labels are not public, or a row does not fit.
+        ValueError: (on reading) there is no such split, its labels are not public, or a row does
+            not fit.
         RuntimeError: as `with_packages`.
     """
 
@@ -220,7 +255,9 @@ def make_task(spec: TaskSpec, tables: Tables, source: str) -> Task:
 
     def rows(split: str) -> tuple[Example, ...]:
         if split == "test" and spec.hidden_test:
-            raise ValueError(f"the test labels of task {spec.name} are not public; use split_validation_test")
+            raise ValueError(
+                f"the test labels of task {spec.name} are not public; use split_validation_test"
+            )
         if split != "test" and "validation" not in tables:
             return divided()[split == "validation"]
         if split not in tables:

@@ -1,4 +1,5 @@
-"""What a task is: text in, text out, labels and metrics; smaller and safer splits of any task; batches of several.
+"""What a task is: text in, text out, labels and metrics; smaller and safer splits of any task;
+batches of several.
 
 The registry of tasks is in :mod:`mpoe.data.tasks`."""
 
@@ -23,10 +24,12 @@ KINDS = ("classification", "regression", "generation", "language_modeling")
 
 @dataclass(frozen=True)
 class Example:
-    """One item. ``source``: the model's input (for language modelling: the whole text); ``target``: what it writes.
+    """One item. ``source``: the model's input (for language modelling: the whole text); ``target``:
+    what it writes.
 
-    ``number``: the exact number that a regression's target writes; ``messages``: for a conversation, (role, text) of
-    every message, of which ``target`` is the last; ``ends``: of running text, False if the next item goes on with it.
+    ``number``: the exact number that a regression's target writes; ``messages``: for a
+    conversation, (role, text) of every message, of which ``target`` is the last; ``ends``: of
+    running text, False if the next item goes on with it.
     """
 
     source: str
@@ -40,10 +43,11 @@ class Example:
 class Task:
     """A text-to-text task.
 
-    ``rows(split)`` yields rows of any type, ``to_text(row)`` makes an :class:`Example` of each (default: rows are
-    Examples already). ``kind`` is classification (the target is one of ``labels``), regression (the target is a
-    number written out), generation or language_modeling. The first of ``metrics`` is the one the task is judged by;
-    all are fractions, larger is better, except perplexity. Lengths are in tokens.
+    ``rows(split)`` yields rows of any type, ``to_text(row)`` makes an :class:`Example` of each
+    (default: rows are Examples already). ``kind`` is classification (the target is one of
+    ``labels``), regression (the target is a number written out), generation or language_modeling.
+    The first of ``metrics`` is the one the task is judged by; all are fractions, larger is better,
+    except perplexity. Lengths are in tokens.
     """
 
     name: str
@@ -59,13 +63,22 @@ class Task:
         if not self.name or not self.name.replace("_", "").replace("-", "").isalnum():
             raise ValueError(f"name must be letters, digits, - and _; got {self.name!r}")
         check_choice(f"kind of task {self.name}", self.kind, KINDS)
-        if self.kind == "classification" and (len(self.labels) < 2 or len(set(self.labels)) != len(self.labels)):
-            raise ValueError(f"labels of task {self.name} must be at least two different words; got {self.labels!r}")
-        allowed = [name for name, metric in METRICS.items() if metric.kind == self.kind] or ["perplexity"]
+        if self.kind == "classification" and (
+            len(self.labels) < 2 or len(set(self.labels)) != len(self.labels)
+        ):
+            raise ValueError(
+                f"labels of task {self.name} must be at least two different words; got "
+                f"{self.labels!r}"
+            )
+        allowed = [name for name, metric in METRICS.items() if metric.kind == self.kind] or [
+            "perplexity"
+        ]
         for metric in self.metrics:
             check_choice(f"metrics of the {self.kind} task {self.name}", metric, allowed)
         if not self.metrics:
-            raise ValueError(f"metrics of task {self.name} must name at least one of {allowed}; got none")
+            raise ValueError(
+                f"metrics of task {self.name} must name at least one of {allowed}; got none"
+            )
         for length in ("max_source_length", "max_target_length"):
             check_integer(f"{length} of task {self.name}", getattr(self, length), 1)
 
@@ -75,7 +88,9 @@ class Task:
         rows = tuple(row if self.to_text is None else self.to_text(row) for row in self.rows(split))
         odd = next((row for row in rows if not isinstance(row, Example)), None)
         if odd is not None:
-            raise TypeError(f"rows must be Example, or to_text make them so; got {type(odd).__name__}")
+            raise TypeError(
+                f"rows must be Example, or to_text make them so; got {type(odd).__name__}"
+            )
         return rows
 
     def train(self) -> tuple[Example, ...]:
@@ -93,20 +108,29 @@ class Task:
     def score(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
         """Every metric of the task on generated texts and target texts, both [N].
 
-        A generated text that is no label counts as a wrong answer; one that is no number counts as 0.
+        A generated text that is no label counts as a wrong answer; one that is no number counts as
+        0.
         """
         if self.kind == "language_modeling":
-            raise ValueError(f"task {self.name} is language modelling: its perplexity is that of a model, not of texts")
+            raise ValueError(
+                f"task {self.name} is language modelling: its perplexity is that of a model, not "
+                "of texts"
+            )
         indices = {label.lower(): index for index, label in enumerate(self.labels)}
         read: dict[str, Callable[[str], Any]] = {
             "classification": lambda text: indices.get(text.strip().lower(), -1),
             "regression": _number,
             "generation": str,
         }
-        first, second = list(map(read[self.kind], predictions)), list(map(read[self.kind], references))
+        first, second = (
+            list(map(read[self.kind], predictions)),
+            list(map(read[self.kind], references)),
+        )
         if self.kind == "classification" and -1 in second:
             wrong = references[second.index(-1)]
-            raise ValueError(f"references of task {self.name} must be labels {self.labels}; got {wrong!r}")
+            raise ValueError(
+                f"references of task {self.name} must be labels {self.labels}; got {wrong!r}"
+            )
         return {metric: get_metric(metric)(first, second) for metric in self.metrics}
 
 
@@ -119,7 +143,8 @@ def _number(text: str) -> float:
 
 
 def with_packages(task: Task) -> Task:
-    """The task, if what its metrics need is there: before anything is trained, not when it is scored.
+    """The task, if what its metrics need is there: before anything is trained, not when it is
+    scored.
 
     Raises:
         RuntimeError: a metric needs a package of the extra ``metrics`` that is not installed.
@@ -131,11 +156,17 @@ def with_packages(task: Task) -> Task:
 
 
 def with_subsets(
-    task: Task, n_train: int | None = None, n_val: int | None = None, n_test: int | None = None, data_seed: int = 0
+    task: Task,
+    n_train: int | None = None,
+    n_val: int | None = None,
+    n_test: int | None = None,
+    data_seed: int = 0,
 ) -> Task:
-    """``task`` with at most the given number of items per split, drawn by ``data_seed``; None keeps a split whole.
+    """``task`` with at most the given number of items per split, drawn by ``data_seed``; None keeps
+    a split whole.
 
-    A smaller number with the same seed gives the beginning of a larger one, so growing a set never exchanges items.
+    A smaller number with the same seed gives the beginning of a larger one, so growing a set never
+    exchanges items.
 
     Raises:
         ValueError: a number below 1.
@@ -154,14 +185,16 @@ def with_subsets(
 
 
 def with_validation_test_split(task: Task, seed: int = 0) -> Task:
-    """``task`` whose test items are taken out of its validation items, for data whose test labels are hidden (its own
-    test split is not read).
+    """``task`` whose test items are taken out of its validation items, for data whose test labels
+    are hidden (its own test split is not read).
 
-    Half of the validation items are for the test, by ``seed``. Items with the same source text stay together, and one
-    that training items have too is not in the test, where it would measure memorisation.
+    Half of the validation items are for the test, by ``seed``. Items with the same source text stay
+    together, and one that training items have too is not in the test, where it would measure
+    memorisation.
 
     Raises:
-        ValueError: (on reading) fewer than two different validation items that are not among the training items.
+        ValueError: (on reading) fewer than two different validation items that are not among the
+            training items.
     """
 
     @functools.cache
@@ -186,10 +219,12 @@ def hold_out(
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """(the rest, a ``share`` of the different source texts, at most ``most``), by ``seed``.
 
-    Items of one source text, ignoring case and blanks, stay together; those of the texts ``known`` are in the rest.
+    Items of one source text, ignoring case and blanks, stay together; those of the texts ``known``
+    are in the rest.
 
     Raises:
-        ValueError: fewer than two different items that are not ``known``; the message begins with ``name``.
+        ValueError: fewer than two different items that are not ``known``; the message begins with
+            ``name``.
     """
     from sklearn.model_selection import GroupShuffleSplit
 
@@ -200,7 +235,9 @@ def hold_out(
         rest = " that are not in train" if known else ""
         raise ValueError(f"{name} must hold at least two different items{rest}; got {len(numbers)}")
     size = max(1, min(int(share * len(numbers)), most or len(numbers)))
-    _, chosen = next(GroupShuffleSplit(1, test_size=size, random_state=seed).split(free, groups=groups))
+    _, chosen = next(
+        GroupShuffleSplit(1, test_size=size, random_state=seed).split(free, groups=groups)
+    )
     taken = {free[place] for place in chosen}
     return (
         tuple(item for index, item in enumerate(items) if index not in taken),
@@ -216,14 +253,18 @@ def _source(item: Example) -> str:
 
 
 def multitask_batches(
-    sizes: Mapping[str, int], batch_size: int, num_steps: int, temperature: float = 1.0, seed: int = 0
+    sizes: Mapping[str, int],
+    batch_size: int,
+    num_steps: int,
+    temperature: float = 1.0,
+    seed: int = 0,
 ) -> np.ndarray:
-    """The items of every optimizer step as indices into the concatenation of the tasks' items, in the order of
-    ``sizes``: int64 [num_steps, batch_size].
+    """The items of every optimizer step as indices into the concatenation of the tasks' items, in
+    the order of ``sizes``: int64 [num_steps, batch_size].
 
-    All items of a step come from one task (`datasets.interleave_datasets` draws a task per item); each task's items are
-    visited in shuffled passes. Everything follows from the arguments: a run resumes with the rows from its step on, and
-    rank r of R takes the columns ``[:, r::R]``.
+    All items of a step come from one task (`datasets.interleave_datasets` draws a task per item);
+    each task's items are visited in shuffled passes. Everything follows from the arguments: a run
+    resumes with the rows from its step on, and rank r of R takes the columns ``[:, r::R]``.
 
     Args:
         sizes: items of each task.
@@ -233,7 +274,8 @@ def multitask_batches(
         seed: of tasks and items.
 
     Raises:
-        ValueError: no task, a size or ``batch_size`` < 1, ``num_steps`` < 0, or a temperature that is not > 0.
+        ValueError: no task, a size or ``batch_size`` < 1, ``num_steps`` < 0, or a temperature that
+            is not > 0.
     """
     if not sizes:
         raise ValueError("sizes must hold at least one task; got none")
@@ -244,7 +286,9 @@ def multitask_batches(
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0; got {temperature}")
     # Relative to the largest size, so that no power overflows.
-    powers = (np.array([*sizes.values()], dtype=np.float64) / max(sizes.values())) ** (1.0 / temperature)
+    powers = (np.array([*sizes.values()], dtype=np.float64) / max(sizes.values())) ** (
+        1.0 / temperature
+    )
     draws = _generator(seed).choice(len(sizes), size=num_steps, p=powers / powers.sum())
     found = np.empty((num_steps, batch_size), dtype=np.int64)
     first = 0
@@ -259,5 +303,6 @@ def multitask_batches(
 
 
 def _generator(*seed: int) -> np.random.Generator:
-    """Random numbers by ``seed``, the same on every machine. Zeros at the end of ``seed`` change nothing."""
+    """Random numbers by ``seed``, the same on every machine. Zeros at the end of ``seed`` change
+    nothing."""
     return np.random.Generator(np.random.PCG64(seed))

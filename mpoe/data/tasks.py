@@ -1,7 +1,7 @@
 """The registry of tasks, and files that describe some: those of the package and those of the user.
 
-A task is registered as a `TaskSpec`, which says how its rows in a folder or on the hub are read, or as a `Task` with
-rows from anywhere.
+A task is registered as a `TaskSpec`, which says how its rows in a folder or on the hub are read, or
+as a `Task` with rows from anywhere.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ STANDARD = Path(__file__).resolve().parent / "standard"
 
 
 def read_task_file(path: str | os.PathLike[str]) -> dict[str, TaskSpec]:
-    """Descriptions in a file, by name: a mapping of each task's name to the fields of :class:`TaskSpec`.
+    """Descriptions in a file, by name: a mapping of each task's name to the fields of
+    :class:`TaskSpec`.
 
     A ``data_dir`` in the file is relative to the file.
 
     Raises:
-        ValueError: no such file, malformed, no task in it, or a field that does not fit; the message names the file.
+        ValueError: no such file, malformed, no task in it, or a field that does not fit; the
+            message names the file.
     """
     file = Path(path)
     specs = {}
@@ -72,7 +74,9 @@ def register_task(task: Task | TaskSpec, replace: bool = False) -> Task | TaskSp
     """
     check_type("task", task, Task | TaskSpec, "a Task or a TaskSpec")
     if task.name in _known() and not replace:
-        raise ValueError(f"a task named {task.name!r} is registered already; pass replace=True to exchange it")
+        raise ValueError(
+            f"a task named {task.name!r} is registered already; pass replace=True to exchange it"
+        )
     _REGISTERED[task.name] = task
     return task
 
@@ -83,7 +87,8 @@ def task_names() -> tuple[str, ...]:
 
 
 def find_spec(name: str) -> TaskSpec | None:
-    """The description of the task called ``name``; None if there is no such task or it is more than a description."""
+    """The description of the task called ``name``; None if there is no such task or it is more than
+    a description."""
     task = _known().get(name)
     return task if isinstance(task, TaskSpec) else None
 
@@ -92,8 +97,10 @@ def get_task(name: str) -> Task:
     """The task called ``name``; a described one is read from its own folder or the hub.
 
     Raises:
-        ValueError: no such task, with the close matches; or one that is nowhere but in a folder of the user's.
-        RuntimeError: a metric of the task needs a package of the extra ``metrics`` that is not installed.
+        ValueError: no such task, with the close matches; or one that is nowhere but in a folder of
+            the user's.
+        RuntimeError: a metric of the task needs a package of the extra ``metrics`` that is not
+            installed.
     """
     known = _known()
     check_choice("task", name, list(known))
@@ -104,29 +111,49 @@ def get_task(name: str) -> Task:
 def load_task(spec: TaskSpec, data_dir: str | Path | None = None) -> Task:
     """The task that ``spec`` describes, from the folder ``data_dir``, its own folder, or the hub.
 
-    A split is read and checked when it is first asked for; a data set on the hub is fetched at once. Where there are no
-    validation items they are taken out of the training items: a tenth, at most a thousand.
+    A split is read and checked when it is first asked for; a data set on the hub is fetched at
+    once. Where there are no validation items they are taken out of the training items: a tenth, at
+    most a thousand.
 
     Raises:
-        ValueError: it has no data, the hub does not give it, or (on reading) what is read does not fit.
-        RuntimeError: a metric of the task needs a package of the extra ``metrics`` that is not installed.
+        ValueError: it has no data, the hub does not give it, or (on reading) what is read does not
+            fit.
+        RuntimeError: a metric of the task needs a package of the extra ``metrics`` that is not
+            installed.
     """
     folder = data_dir or spec.data_dir
     if folder:
-        tables, source = folder_tables(folder, spec.column_names, spec.skip_malformed), f"data_dir {folder}"
+        tables, source = (
+            folder_tables(folder, spec.column_names, spec.skip_malformed),
+            f"data_dir {folder}",
+        )
     elif spec.hub is None:
         raise ValueError(
-            f"task {spec.name} comes without data: give data_dir, a folder that holds a folder {spec.name}"
+            f"task {spec.name} comes without data: give data_dir, a folder that holds a folder "
+            f"{spec.name}"
         )
     else:
-        tables, source = hub_tables(spec.hub, spec.name), f"hub data set {spec.hub.path} of task {spec.name}"
+        tables, source = (
+            hub_tables(spec.hub, spec.name),
+            f"hub data set {spec.hub.path} of task {spec.name}",
+        )
     return make_task(spec, tables, source)
 
 
 # ------------------------------------------------------------- data without a description
 
 
-LABEL_COLUMNS = ("label", "labels", "target", "score", "class", "similarity", "gold_label", "rating", "category")
+LABEL_COLUMNS = (
+    "label",
+    "labels",
+    "target",
+    "score",
+    "class",
+    "similarity",
+    "gold_label",
+    "rating",
+    "category",
+)
 ID_COLUMNS = frozenset(("id", "idx", "index", "guid", "uid", "pairid", "promptid", "source_id"))
 MAX_CLASSES = 50
 # columns of instruction data
@@ -134,36 +161,47 @@ PROMPTS, RESPONSES = ("prompt", "instruction", "input"), ("response", "completio
 
 
 def load_task_from_folder(
-    data_dir: str | Path, name: str | None = None, *, column_names: Sequence[str] = (), **detection: Any
+    data_dir: str | Path,
+    name: str | None = None,
+    *,
+    column_names: Sequence[str] = (),
+    **detection: Any,
 ) -> Task:
     """The task of the files in a folder, whose columns are detected.
 
     Args:
-        data_dir: folder with a train file and perhaps validation (valid, val, dev) and test files, or a data set on the
-            hub: a text ``owner/name`` where there is no folder ``owner`` (a ``Path`` is always a folder); without
-            validation, a tenth of the training items, at most a thousand, is held out.
-        name: name of the task (default: the folder's); source texts of labelled items start with it.
+        data_dir: folder with a train file and perhaps validation (valid, val, dev) and test files,
+            or a data set on the hub: a text ``owner/name`` where there is no folder ``owner`` (a
+            ``Path`` is always a folder); without validation, a tenth of the training items, at most
+            a thousand, is held out.
+        name: name of the task (default: the folder's); source texts of labelled items start with
+            it.
         column_names: columns of csv/tsv files that have no header line.
         detection: options of `detect_spec`.
 
     Raises:
-        ValueError: a missing folder or file; a missing column, a malformed line, an unknown label (file and line), of
-            splits other than train when they are first read.
+        ValueError: a missing folder or file; a missing column, a malformed line, an unknown label
+            (file and line), of splits other than train when they are first read.
     """
     name = name or task_name(Path(data_dir).resolve().name)
-    hub_name = re.fullmatch(r"([\w-][\w.-]*)/[\w.-]+", data_dir) if isinstance(data_dir, str) else None
+    hub_name = (
+        re.fullmatch(r"([\w-][\w.-]*)/[\w.-]+", data_dir) if isinstance(data_dir, str) else None
+    )
     if hub_name and not Path(hub_name[1]).exists():
         tables, source = hub_tables(HubData(hub_name[0]), name), f"hub data set {data_dir}"
     else:
         tables, source = folder_tables(data_dir, column_names), f"data_dir {data_dir}"
     rows = tables["train"]()
-    task = make_task(detect_spec(rows, name, **detection), {**tables, "train": lambda: rows}, source)
+    task = make_task(
+        detect_spec(rows, name, **detection), {**tables, "train": lambda: rows}, source
+    )
     task.train()
     return task
 
 
 def task_name(text: str) -> str:
-    """A task's name made of a folder's: all characters other than letters, digits, ``_`` and ``-`` become ``_``."""
+    """A task's name made of a folder's: all characters other than letters, digits, ``_`` and ``-``
+    become ``_``."""
     return re.sub(r"[^\w-]+", "_", text)
 
 
@@ -178,40 +216,50 @@ def detect_spec(
 ) -> TaskSpec:
     """How to read the rows of the train split and of the others.
 
-    The source text is the task's name and every text column's name and value; in language modelling it is only the
-    values. Columns of instruction data (`PROMPTS` and one of `RESPONSES`, or ``messages``) need no options, nor does
-    the column ``text`` alone, which is running text.
+    The source text is the task's name and every text column's name and value; in language modelling
+    it is only the values. Columns of instruction data (`PROMPTS` and one of `RESPONSES`, or
+    ``messages``) need no options, nor does the column ``text`` alone, which is running text.
 
     Args:
         rows: of the train split.
         name: of the task.
-        kind: classification, regression, generation or language_modeling; default: fractions (or more than 50
-            different numbers) are regression, up to 50 labels classification.
-        text_columns, label_column: default: the label is the first column called label, target, score, ...; the texts
-            are the other columns that hold text, except ids.
+        kind: classification, regression, generation or language_modeling; default: fractions (or
+            more than 50 different numbers) are regression, up to 50 labels classification.
+        text_columns, label_column: default: the label is the first column called label, target,
+            score, ...; the texts are the other columns that hold text, except ids.
         label_words: word the model writes for each label (default: the label itself).
-        others: fields of `TaskSpec`, as ``metrics``, ``max_source_length`` and ``max_target_length`` (default 128 and
-            16, of instruction data 512 and 256).
+        others: fields of `TaskSpec`, as ``metrics``, ``max_source_length`` and
+            ``max_target_length`` (default 128 and 16, of instruction data 512 and 256).
 
     Raises:
-        ValueError: no label or text column, or only one label; the message names the place of the first row.
+        ValueError: no label or text column, or only one label; the message names the place of the
+            first row.
     """
     first, where = rows[0]
     columns = list(first)
     template, answer = _instructions(columns)
-    if template and kind in (None, "generation") and not (text_columns or label_column or label_words):
+    if (
+        template
+        and kind in (None, "generation")
+        and not (text_columns or label_column or label_words)
+    ):
         others = {"max_source_length": 512, "max_target_length": 256, **others}
         return TaskSpec(name, template, answer, kind="generation", **others)
     alone = columns == [TEXT_COLUMN]  # whose first paragraph may be a number
-    running = kind == "language_modeling" or (kind is None and alone and not (label_column or label_words))
+    running = kind == "language_modeling" or (
+        kind is None and alone and not (label_column or label_words)
+    )
     label = "" if running else label_column or next((c for c in LABEL_COLUMNS if c in columns), "")
     if not label and not running:
         raise ValueError(
-            f"{where}: no label column among {', '.join(columns)}; expected one of {', '.join(LABEL_COLUMNS)}, "
+            f"{where}: no label column among {', '.join(columns)}; expected one of "
+            f"{', '.join(LABEL_COLUMNS)}, "
             "or give label_column (--label_column NAME)"
         )
     told = {c for c in columns if isinstance(first[c], str) and (alone or not is_number(first[c]))}
-    texts = text_columns or [c for c in columns if c in told - {label} and c.lower() not in ID_COLUMNS]
+    texts = text_columns or [
+        c for c in columns if c in told - {label} and c.lower() not in ID_COLUMNS
+    ]
     if not texts:
         raise ValueError(f"{where}: no text column among {', '.join(columns)}; give text_columns")
     if running:
@@ -221,13 +269,19 @@ def detect_spec(
     labels = {read_cell(row, label, place, f"label_column of task {name}") for row, place in rows}
     kind = kind or ("classification" if words else _kind(labels))
     if kind == "classification" and not words:
-        # Every label is its own word, numbers in numeric order: the second is the positive class of F1.
+        # Every label is its own word, numbers in numeric order: the second is the positive class of
+        # F1.
         numeric = all(map(is_number, labels))
         words = {x: x for x in sorted(labels, key=(lambda x: (float(x), x)) if numeric else None)}
         if len(words) < 2:
-            raise ValueError(f"{where}: classification needs at least two different labels; got {', '.join(words)}")
+            raise ValueError(
+                f"{where}: classification needs at least two different labels; got "
+                f"{', '.join(words)}"
+            )
     template = " ".join([name, *(f"{c}: {{{c}}}" for c in texts)])
-    return TaskSpec(name, template, label, words if kind == "classification" else {}, kind, **others)
+    return TaskSpec(
+        name, template, label, words if kind == "classification" else {}, kind, **others
+    )
 
 
 def _instructions(columns: Sequence[str]) -> tuple[str, str]:
@@ -240,6 +294,8 @@ def _instructions(columns: Sequence[str]) -> tuple[str, str]:
 
 
 def _kind(labels: set[str]) -> str:
-    if all(map(is_number, labels)) and (len(labels) > MAX_CLASSES or not all(float(x).is_integer() for x in labels)):
+    if all(map(is_number, labels)) and (
+        len(labels) > MAX_CLASSES or not all(float(x).is_integer() for x in labels)
+    ):
         return "regression"
     return "classification" if len(labels) <= MAX_CLASSES else "generation"

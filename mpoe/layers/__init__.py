@@ -1,4 +1,5 @@
-"""Layers: routers, experts and drop-in modules in MPO form. They need torch and mpoe_kernels, but not transformers."""
+"""Layers: routers, experts and drop-in modules in MPO form. They need torch and mpoe_kernels, but
+not transformers."""
 
 from types import ModuleType as _Module
 
@@ -30,4 +31,6 @@ from mpoe.layers.neurons import NeuronFeedForward as NeuronFeedForward
 from mpoe.layers.router import RouterOutput as RouterOutput
 from mpoe.layers.router import TopKRouter as TopKRouter
 
-__all__ = [name for name, value in globals().items() if name[0] != "_" and not isinstance(value, _Module)]
+__all__ = [
+    name for name, value in globals().items() if name[0] != "_" and not isinstance(value, _Module)
+]

@@ -1,5 +1,5 @@
-"""Weights of E experts: `MPOCores`, matrix product operators that share their central core, and `ExpertWeights`, full
-matrices ``[E, I, F]``, the Switch-style baseline."""
+"""Weights of E experts: `MPOCores`, matrix product operators that share their central core, and
+`ExpertWeights`, full matrices ``[E, I, F]``, the Switch-style baseline."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ from mpoe_kernels import (
 
 
 def check_placement(device: Any, dtype: Any) -> None:
-    """Refuse what is no device that this machine has, or no dtype of floating-point numbers (ValueError); None means
-    the default."""
+    """Refuse what is no device that this machine has, or no dtype of floating-point numbers
+    (ValueError); None means the default."""
     try:
         is_floating = torch.empty(0, device=device, dtype=dtype).is_floating_point()
     except Exception as error:  # torch raises several kinds
-        raise ValueError(f"device and dtype must be ones that this machine has; got {device!r}, {dtype!r}") from error
+        raise ValueError(
+            f"device and dtype must be ones that this machine has; got {device!r}, {dtype!r}"
+        ) from error
     if not is_floating:
         raise ValueError(f"dtype must be of floating-point numbers; got {dtype}")
 
 
 class FromInitialValues(nn.Module):
-    """A module that initialises its parameters and buffers from `initial_values`; `from_pretrained` uses them for
-    missing ones."""
+    """A module that initialises its parameters and buffers from `initial_values`; `from_pretrained`
+    uses them for missing ones."""
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers by name."""
@@ -68,9 +70,10 @@ class MPOCores(FromInitialValues):
         central: ``[d, i, j, d']``.
         auxiliary: ``[E, d, i, j, d']`` each, in chain order without the central core.
         bias: ``[F]`` or ``None``.
-        central_masked: while True (the gradient mask), `blocks` returns the central core detached, so its gradient is
-            not even computed.
-        rate_ratios: RMS(core) / RMS(weight) for every core in chain order; per-core learning rates use it.
+        central_masked: while True (the gradient mask), `blocks` returns the central core detached,
+            so its gradient is not even computed.
+        rate_ratios: RMS(core) / RMS(weight) for every core in chain order; per-core learning rates
+            use it.
     """
 
     def __init__(
@@ -112,9 +115,10 @@ class MPOCores(FromInitialValues):
         return self.shape.out_features
 
     def cores(self) -> list[Tensor]:
-        """All cores in chain order; the central one ``[d, i, j, d']``, auxiliary ones ``[E, d, i, j, d']``."""
-        # Iterating over a ParameterList takes as long as a small product; a parametrized core is not among its
-        # parameters.
+        """All cores in chain order; the central one ``[d, i, j, d']``, auxiliary ones ``[E, d, i,
+        j, d']``."""
+        # Iterating over a ParameterList takes as long as a small product; a parametrized core is
+        # not among its parameters.
         own = self.auxiliary._parameters.values()
         cores: list[Any] = list(own if len(own) == len(self.auxiliary) else self.auxiliary)
         central = self.central.detach() if self.central_masked else self.central
@@ -136,7 +140,8 @@ class MPOCores(FromInitialValues):
         return sum(core.numel() for core in self.auxiliary)
 
     def core_names(self) -> list[str]:
-        """Parameter names of the cores in chain order, e.g. ``["auxiliary.0", "central", "auxiliary.1"]``."""
+        """Parameter names of the cores in chain order, e.g. ``["auxiliary.0", "central",
+        "auxiliary.1"]``."""
         names = [f"auxiliary.{k}" for k in range(self.shape.num_cores - 1)]
         names.insert(self.shape.central, "central")
         return names
@@ -146,7 +151,8 @@ class MPOCores(FromInitialValues):
         return fold(self.cores(), self.shape.central, self.shape, self.num_experts)
 
     def dense_weights(self) -> Tensor:
-        """Every expert's weight ``[E, I, F]``: for inspection and export, never on the fast path."""
+        """Every expert's weight ``[E, I, F]``: for inspection and export, never on the fast
+        path."""
         return expert_weights(self.blocks())
 
     # ---------------------------------------------------------------- values
@@ -168,14 +174,18 @@ class MPOCores(FromInitialValues):
         return (self.init_std or 1.0) * math.sqrt(padded / self.shape.central_parameters)
 
     def initial_values(self) -> dict[str, Tensor]:
-        """New random values by parameter name: isometric auxiliary cores, a Gaussian centre, zero bias.
+        """New random values by parameter name: isometric auxiliary cores, a Gaussian centre, zero
+        bias.
 
-        The weights then have mean square ``init_std ** 2`` and, at full bonds, independent Gaussian entries.
+        The weights then have mean square ``init_std ** 2`` and, at full bonds, independent Gaussian
+        entries.
         """
         options: dict[str, Any] = {"device": self.central.device, "dtype": torch.float32}
         std = self._central_std() if self.init_std else 0.0
         values = {"central": torch.randn(self.central.shape, **options) * std}
-        for k, (name, (d, i, j, e)) in enumerate(zip(self.core_names(), self.shape.core_shapes, strict=True)):
+        for k, (name, (d, i, j, e)) in enumerate(
+            zip(self.core_names(), self.shape.core_shapes, strict=True)
+        ):
             if name == "central":
                 continue
             # A bond has at most as many columns as its core has rows.
@@ -197,7 +207,8 @@ class MPOCores(FromInitialValues):
         Raises:
             TypeError, ValueError: see `mpoe_kernels.decompose_with_errors`.
         """
-        # Decompose in at least float32: half precision would round twice and lose the conversion's exactness.
+        # Decompose in at least float32: half precision would round twice and lose the conversion's
+        # exactness.
         work = weight.detach()
         work = work if work.dtype == torch.float64 else work.float()
         result = decompose_with_errors(work, self.shape, gauge)
@@ -207,7 +218,8 @@ class MPOCores(FromInitialValues):
 
     @torch.no_grad()
     def set_cores_(self, cores: Sequence[Tensor]) -> None:
-        """Copy a chain of cores ``[d, i, j, d']`` into every expert; cores ``[E, d, i, j, d']`` hold one per expert."""
+        """Copy a chain of cores ``[d, i, j, d']`` into every expert; cores ``[E, d, i, j, d']``
+        hold one per expert."""
         for parameter, core in zip(self.chain(), cores, strict=True):
             parameter.copy_(core.expand_as(parameter))
 
@@ -218,13 +230,20 @@ class MPOCores(FromInitialValues):
 def rate_ratios(cores: Sequence[Tensor], weight: Tensor) -> tuple[float, ...]:
     """RMS of every core divided by that of the weight; 1 for a zero weight."""
     scale = float(weight.double().square().mean().sqrt())
-    return tuple(float(core.double().square().mean().sqrt()) / scale if scale else 1.0 for core in cores)
+    return tuple(
+        float(core.double().square().mean().sqrt()) / scale if scale else 1.0 for core in cores
+    )
 
 
 def _grouped_mm_runs(x: Tensor, weight: Tensor) -> bool:
-    """`torch.nn.functional.grouped_mm` needs float32 or half precision and rows aligned to 16 bytes. On a CPU, few rows
-    take one product after another, which reads the weights of the experts that have some, and no others'."""
-    if x.device.type == "cpu" and x.shape[0] < weight.shape[0] and not torch.compiler.is_compiling():
+    """`torch.nn.functional.grouped_mm` needs float32 or half precision and rows aligned to 16
+    bytes. On a CPU, few rows take one product after another, which reads the weights of the experts
+    that have some, and no others'."""
+    if (
+        x.device.type == "cpu"
+        and x.shape[0] < weight.shape[0]
+        and not torch.compiler.is_compiling()
+    ):
         return False
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.dtype != weight.dtype:
         return False
@@ -238,8 +257,8 @@ def grouped_dense_linear(
     expert_offsets: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """``y[s] = x[s] @ weight[e] + bias`` for the slots s of every expert e: one grouped product if torch supports these
-    sizes, else one product per expert.
+    """``y[s] = x[s] @ weight[e] + bias`` for the slots s of every expert e: one grouped product if
+    torch supports these sizes, else one product per expert.
 
     Args:
         x: ``[N, I]`` in slot order.
@@ -254,14 +273,16 @@ def grouped_dense_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    if bias is not None and bias.dim() == 2:  # a row for every slot; those past the last offset are dropped below
+    if (
+        bias is not None and bias.dim() == 2
+    ):  # a row for every slot; those past the last offset are dropped below
         slots = torch.arange(x.shape[0], device=x.device, dtype=expert_offsets.dtype)
         expert = torch.searchsorted(expert_offsets[1:].contiguous(), slots, right=True)
         bias = bias[expert.clamp_max(len(weight) - 1)]
     if _grouped_mm_runs(x, weight):
         used = (torch.arange(x.shape[0], device=x.device) < expert_offsets[-1])[:, None]
-        # grouped_mm leaves rows past the last offset uninitialised, in the result and in the gradient of x: both
-        # are replaced (not multiplied: garbage may be NaN).
+        # grouped_mm leaves rows past the last offset uninitialised, in the result and in the
+        # gradient of x: both are replaced (not multiplied: garbage may be NaN).
         zero = x.new_zeros(())
         y = nn.functional.grouped_mm(torch.where(used, x, zero), weight, offs=expert_offsets[1:])
         y = y if bias is None else y + bias
@@ -299,9 +320,15 @@ class ExpertWeights(FromInitialValues):
             raise ValueError(f"num_experts must be at least 1; got {num_experts}")
         self.in_features, self.out_features = in_features, out_features
         self.num_experts, self.init_std = num_experts, init_std
-        self.weight = nn.Parameter(torch.empty(num_experts, in_features, out_features, device=device, dtype=dtype))
+        self.weight = nn.Parameter(
+            torch.empty(num_experts, in_features, out_features, device=device, dtype=dtype)
+        )
         size = (num_experts, out_features) if own_bias else (out_features,)
-        self.bias = nn.Parameter(torch.empty(size, device=device, dtype=dtype)) if bias or own_bias else None
+        self.bias = (
+            nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+            if bias or own_bias
+            else None
+        )
         self.reset_parameters()
 
     def initial_values(self) -> dict[str, Tensor]:
@@ -322,8 +349,10 @@ class ExpertWeights(FromInitialValues):
         return self.weight
 
     def forward(self, x: Tensor, expert_offsets: Tensor) -> Tensor:
-        """`grouped_dense_linear` of ``x [N, I]`` -> ``[N, F]``; PEFT's adapters of the weight act here."""
+        """`grouped_dense_linear` of ``x [N, I]`` -> ``[N, F]``; PEFT's adapters of the weight act
+        here."""
         return grouped_dense_linear(x, self.weight, expert_offsets, self.bias)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, num_experts={self.num_experts}"
+        size = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{size}, num_experts={self.num_experts}"

@@ -1,5 +1,5 @@
-"""Drop-ins in MPO form: `MPOLinear` for `nn.Linear` and GPT-2's `Conv1D`, `MPOEmbedding` for `nn.Embedding`, and
-modules that use the same table."""
+"""Drop-ins in MPO form: `MPOLinear` for `nn.Linear` and GPT-2's `Conv1D`, `MPOEmbedding` for
+`nn.Embedding`, and modules that use the same table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from mpoe_kernels import MPOBlocks, MPOShape, mpo_embedding, mpo_linear
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D, recognised by its attributes: layers do not import transformers."""
+    """Whether it is transformers' Conv1D, recognised by its attributes: layers do not import
+    transformers."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
@@ -34,8 +35,9 @@ def linear_weight(module: nn.Module) -> Tensor:
 class MPOLinear(nn.Module):
     """``y = x @ W + bias`` with W ``[in_features, out_features]`` in MPO form.
 
-    ``MPOLinear(in_features, out_features, ...)`` as `nn.Linear`: the paper's factors at full bonds, and random weights
-    of `nn.Linear`'s standard deviation, ``1 / sqrt(3 in_features)``; or ``MPOLinear(shape)``.
+    ``MPOLinear(in_features, out_features, ...)`` as `nn.Linear`: the paper's factors at full bonds,
+    and random weights of `nn.Linear`'s standard deviation, ``1 / sqrt(3 in_features)``; or
+    ``MPOLinear(shape)``.
 
     Args:
         in_features: size of the input, or an `MPOShape`.
@@ -64,17 +66,23 @@ class MPOLinear(nn.Module):
         super().__init__()
         if shape is None and not isinstance(in_features, int):
             in_features, shape = None, in_features
-        if (shape is None) == (in_features is None) or (out_features is None) != (shape is not None):
+        if (shape is None) == (in_features is None) or (out_features is None) != (
+            shape is not None
+        ):
             raise TypeError(
-                "MPOLinear takes in_features and out_features, as nn.Linear does, or a shape alone (then bias goes by "
-                f"name); got in_features {in_features!r}, out_features {out_features!r}, shape {shape!r}"
+                "MPOLinear takes in_features and out_features, as nn.Linear does, or a shape alone "
+                "(then bias goes by "
+                f"name); got in_features {in_features!r}, out_features {out_features!r}, shape "
+                f"{shape!r}"
             )
         if shape is None:
             assert isinstance(in_features, int)
             assert out_features is not None
             shape = MPOShape.paper(in_features, out_features)
             init_std = (3 * in_features) ** -0.5 if init_std is None else init_std
-        self.cores = MPOCores(shape, 1, bias, 0.02 if init_std is None else init_std, device=device, dtype=dtype)
+        self.cores = MPOCores(
+            shape, 1, bias, 0.02 if init_std is None else init_std, device=device, dtype=dtype
+        )
         self.backend = backend
 
     @classmethod
@@ -85,12 +93,15 @@ class MPOLinear(nn.Module):
         gauge: str = "symmetric",
         backend: str | None = None,
     ) -> MPOLinear:
-        """Decompose an `nn.Linear` or `Conv1D`; ``shape=None`` takes the paper's factors at full bonds (lossless)."""
+        """Decompose an `nn.Linear` or `Conv1D`; ``shape=None`` takes the paper's factors at full
+        bonds (lossless)."""
         weight = linear_weight(linear)
         rows, columns = weight.shape
         shape = MPOShape.paper(rows, columns) if shape is None else shape
         bias = getattr(linear, "bias", None)
-        module = cls(shape, None, bias is not None, backend, device=weight.device, dtype=weight.dtype)
+        module = cls(
+            shape, None, bias is not None, backend, device=weight.device, dtype=weight.dtype
+        )
         module.cores.load_weight_(weight, gauge)
         if bias is not None:
             with torch.no_grad():
@@ -111,7 +122,8 @@ class MPOLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight ``[out, in]`` rebuilt (a temporary, oriented like `nn.Linear.weight`); for inspection."""
+        """The weight ``[out, in]`` rebuilt (a temporary, oriented like `nn.Linear.weight`); for
+        inspection."""
         return self.cores.dense_weights()[0].T
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,7 +137,8 @@ class MPOLinear(nn.Module):
 class MPOEmbedding(nn.Module):
     """Rows of a table ``[num_embeddings, embedding_dim]`` in MPO form.
 
-    The factors may multiply to more than the vocabulary; the rows beyond its true size are not visible to the user.
+    The factors may multiply to more than the vocabulary; the rows beyond its true size are not
+    visible to the user.
 
     Args:
         shape: `MPOShape` with ``in_features`` = vocabulary and ``out_features`` = embedding size.
@@ -148,7 +161,10 @@ class MPOEmbedding(nn.Module):
         if padding_idx is not None:
             check_integer("padding_idx", padding_idx, -shape.in_features)
             if not -shape.in_features <= padding_idx < shape.in_features:
-                raise ValueError(f"padding_idx must be within the {shape.in_features} embeddings; got {padding_idx}")
+                raise ValueError(
+                    f"padding_idx must be within the {shape.in_features} embeddings; got "
+                    f"{padding_idx}"
+                )
             padding_idx %= shape.in_features
         self.cores = MPOCores(shape, 1, False, init_std, device=device, dtype=dtype)
         self.padding_idx, self.backend = padding_idx, backend
@@ -161,11 +177,14 @@ class MPOEmbedding(nn.Module):
         gauge: str = "symmetric",
         backend: str | None = None,
     ) -> MPOEmbedding:
-        """Decompose an `nn.Embedding`; ``shape=None`` takes automatic factors, with a padded vocabulary, lossless."""
+        """Decompose an `nn.Embedding`; ``shape=None`` takes automatic factors, with a padded
+        vocabulary, lossless."""
         check_type("embedding", embedding, nn.Embedding, "an nn.Embedding")
         weight = embedding.weight
         shape = MPOShape.automatic(*weight.shape) if shape is None else shape
-        module = cls(shape, embedding.padding_idx, backend, device=weight.device, dtype=weight.dtype)
+        module = cls(
+            shape, embedding.padding_idx, backend, device=weight.device, dtype=weight.dtype
+        )
         module.cores.load_weight_(weight, gauge)
         return module.train(embedding.training)
 
@@ -199,7 +218,8 @@ class MPOEmbedding(nn.Module):
 
 
 class SharedEmbedding(nn.Module):
-    """Looks up the table of an `MPOEmbedding` that lives elsewhere in the model; has no parameters of its own."""
+    """Looks up the table of an `MPOEmbedding` that lives elsewhere in the model; has no parameters
+    of its own."""
 
     def __init__(self, embedding: MPOEmbedding) -> None:
         super().__init__()
@@ -216,7 +236,8 @@ class SharedEmbedding(nn.Module):
 
 
 class TiedHead(SharedEmbedding):
-    """Language-model head ``[..., embedding_dim] -> [..., num_embeddings]``: the transposed table of an embedding.
+    """Language-model head ``[..., embedding_dim] -> [..., num_embeddings]``: the transposed table
+    of an embedding.
 
     Args:
         embedding: the embedding that owns the table.

@@ -1,9 +1,10 @@
 """`ExpertCache`: what `generate` keeps while it runs, folded blocks and experts' full weights.
 
-It trades memory for time: every pass would fold the cores of all experts and rebuild the weights of the same few
-experts for a token or two. Cores do not change inside `generate`, so nothing is checked; and nothing outlives the call,
-because no change of a core between calls can be told for certain (fused optimizers and ``parameter.data`` leave no
-trace). Modules hold none of it, so copies and pickles do not either.
+It trades memory for time: every pass would fold the cores of all experts and rebuild the weights of
+the same few experts for a token or two. Cores do not change inside `generate`, so nothing is
+checked; and nothing outlives the call, because no change of a core between calls can be told for
+certain (fused optimizers and ``parameter.data`` leave no trace). Modules hold none of it, so copies
+and pickles do not either.
 """
 
 from __future__ import annotations
@@ -19,24 +20,28 @@ from torch import Tensor, nn
 
 from mpoe_kernels import MPOBlocks, MPOShape, expert_weights, plan_contraction
 
-# Full weights are used if the cores need more than WORTH times as many FLOPs as the full weights' product and the
-# reading of these, which counts as READ FLOPs for each number. Less does not justify the memory; separable shapes never
-# reach it. On two cores of an EPYC, paper shape with bond 64: one row took 1/1.2 to 1/4 of the time with the cores, at
-# 15 times the FLOPs; two to four rows in float32 up to 1.4 times as long.
+# Full weights are used if the cores need more than WORTH times as many FLOPs as the full weights'
+# product and the reading of these, which counts as READ FLOPs for each number. Less does not
+# justify the memory; separable shapes never reach it. On two cores of an EPYC, paper shape with
+# bond 64: one row took 1/1.2 to 1/4 of the time with the cores, at 15 times the FLOPs; two to four
+# rows in float32 up to 1.4 times as long.
 WORTH = 2
 READ = 16
-# Passes of a layer with folded blocks before full weights are built, so that an answer amortises them: built at the
-# second token they seemed to slow an answer of three tokens by 8%, built at the eighth one of twelve by 5% (shape
-# light, one text; single runs, noise 5%). An encoder, which runs once for a whole text, never gets there, and leaves
-# the room to the decoder.
+# Passes of a layer with folded blocks before full weights are built, so that an answer amortises
+# them: built at the second token they seemed to slow an answer of three tokens by 8%, built at the
+# eighth one of twelve by 5% (shape light, one text; single runs, noise 5%). An encoder, which runs
+# once for a whole text, never gets there, and leaves the room to the decoder.
 PATIENCE = 14
 
 _in_use: ContextVar[ExpertCache | None] = ContextVar("expert_cache", default=None)
 
 
 @lru_cache(maxsize=4096)
-def full_weights_pay(shapes: tuple[MPOShape, ...], experts: int, slots: int, dtype: torch.dtype) -> bool:
-    """Whether products with full weights need so much less work than with the cores that keeping them pays.
+def full_weights_pay(
+    shapes: tuple[MPOShape, ...], experts: int, slots: int, dtype: torch.dtype
+) -> bool:
+    """Whether products with full weights need so much less work than with the cores that keeping
+    them pays.
 
     Args:
         shapes: of an expert's projections.
@@ -50,19 +55,24 @@ def full_weights_pay(shapes: tuple[MPOShape, ...], experts: int, slots: int, dty
 
 
 def _full_weights(chain: MPOBlocks, dtype: torch.dtype) -> Tensor:
-    """``[E, I, F]``, contiguous along the longer axis: products with one row then read it in long runs."""
+    """``[E, I, F]``, contiguous along the longer axis: products with one row then read it in long
+    runs."""
     # In float32 for half precision, in which an intermediate would be rounded twice.
     work = torch.promote_types(chain.central.dtype, torch.float32)
     left, centre, right = (block.to(work) for block in (chain.left, chain.central, chain.right))
-    whole = expert_weights(MPOBlocks(left, centre, right, chain.in_features, chain.out_features)).to(dtype)
-    return whole.contiguous() if chain.in_features <= chain.out_features else whole.mT.contiguous().mT
+    whole = expert_weights(
+        MPOBlocks(left, centre, right, chain.in_features, chain.out_features)
+    ).to(dtype)
+    return (
+        whole.contiguous() if chain.in_features <= chain.out_features else whole.mT.contiguous().mT
+    )
 
 
 class KeptExperts:
     """What a cache keeps of one layer: its folded chains and, where that pays, dense experts.
 
-    These are for all its experts or for none, as a pass with full weights for some and cores for the rest takes longer
-    than one with only cores.
+    These are for all its experts or for none, as a pass with full weights for some and cores for
+    the rest takes longer than one with only cores.
 
     Attributes:
         blocks: the folded chains, by kind of projection.
@@ -83,9 +93,14 @@ class KeptExperts:
             return None
         self._passes += 1
         if self._passes == PATIENCE + 1:
-            elements = sum(chain.in_features * chain.out_features * chain.num_experts for chain in self.blocks.values())
+            elements = sum(
+                chain.in_features * chain.out_features * chain.num_experts
+                for chain in self.blocks.values()
+            )
             if self._cache.reserves(elements * dtype.itemsize):
-                self._dense = self._layer.as_dense(lambda cores: _full_weights(cores.blocks(), dtype))
+                self._dense = self._layer.as_dense(
+                    lambda cores: _full_weights(cores.blocks(), dtype)
+                )
                 self.built = self._layer.num_experts
         return self._dense if self._dense is not None and self._dense.dtype == dtype else None
 
@@ -93,15 +108,16 @@ class KeptExperts:
 class ExpertCache:
     """Folded blocks and full expert weights of several layers, together at most ``max_bytes``.
 
-    Layers that come first stay: the layers of a model run in a cycle, so evicting the least recently used layer would
-    evict the one needed next.
+    Layers that come first stay: the layers of a model run in a cycle, so evicting the least
+    recently used layer would evict the one needed next.
 
     Args:
         max_bytes: bound.
         layers: the layers that it serves.
 
     Attributes:
-        reserved: bytes kept or promised: folded blocks unless they are views of the cores, and full weights.
+        reserved: bytes kept or promised: folded blocks unless they are views of the cores, and full
+            weights.
     """
 
     def __init__(self, max_bytes: int, layers: Sequence[nn.Module]) -> None:
@@ -125,7 +141,8 @@ class ExpertCache:
         return fits
 
     def of(self, layer: Any) -> KeptExperts | None:
-        """What is kept of an `MPOExperts`; None if it is not served, or without room for its blocks."""
+        """What is kept of an `MPOExperts`; None if it is not served, or without room for its
+        blocks."""
         if layer not in self._served:
             return None
         if layer not in self.layers:
@@ -133,13 +150,16 @@ class ExpertCache:
             cores = [core for each in layer.projections().values() for core in each.cores()]
             views = {core.untyped_storage().data_ptr() for core in cores}
             sides = [side for chain in blocks.values() for side in (chain.left, chain.right)]
-            fits = self.reserves(sum(s.nbytes for s in sides if s.untyped_storage().data_ptr() not in views))
+            fits = self.reserves(
+                sum(s.nbytes for s in sides if s.untyped_storage().data_ptr() not in views)
+            )
             self.layers[layer] = KeptExperts(self, layer, blocks) if fits else None
         return self.layers[layer]
 
 
 def kept_experts(layer: nn.Module) -> KeptExperts | None:
-    """What the `generate` of this thread keeps of a layer; compiled graphs and passes with gradients use its cores."""
+    """What the `generate` of this thread keeps of a layer; compiled graphs and passes with
+    gradients use its cores."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
     cache = _in_use.get()

@@ -60,7 +60,8 @@ class _Network(nn.Module):
 
 
 class MPOExperts(_Network):
-    """``y[t] = sum_k gate[t, k] * down_e(activation(up_e x[t]))``, or ``down_e(activation(gate_e x) * up_e x)``.
+    """``y[t] = sum_k gate[t, k] * down_e(activation(up_e x[t]))``, or ``down_e(activation(gate_e x)
+    * up_e x)``.
 
     Children ``up``, ``down`` and, for gated activations, ``gate_proj`` are `MPOCores`.
 
@@ -93,7 +94,10 @@ class MPOExperts(_Network):
         self.num_experts, self.backend = num_experts, backend
         up, down, gate = shapes["up"], shapes["down"], shapes.get("gate_proj")
         size = [up.in_features, up.out_features]
-        for kind, wanted, why in (("down", size[::-1], ", the way back of up"), ("gate_proj", size, " like up")):
+        for kind, wanted, why in (
+            ("down", size[::-1], ", the way back of up"),
+            ("gate_proj", size, " like up"),
+        ):
             given = shapes.get(kind)
             if given is not None and [given.in_features, given.out_features] != wanted:
                 got = [given.in_features, given.out_features]
@@ -101,7 +105,9 @@ class MPOExperts(_Network):
         std = dict(init_std or {})
 
         def cores(kind: str, shape: MPOShape, with_bias: bool) -> MPOCores:
-            return MPOCores(shape, num_experts, with_bias, std.get(kind, 0.02), device=device, dtype=dtype)
+            return MPOCores(
+                shape, num_experts, with_bias, std.get(kind, 0.02), device=device, dtype=dtype
+            )
 
         self.up = cores("up", up, bias)
         self.down = cores("down", down, bias)
@@ -113,15 +119,19 @@ class MPOExperts(_Network):
         return dtype
 
     def full_weights_pay(self, slots: int, dtype: torch.dtype) -> bool:
-        """Whether full weights need much less work for this many slots, of as many experts as there may be."""
+        """Whether full weights need much less work for this many slots, of as many experts as there
+        may be."""
         shapes = tuple(cores.shape for cores in self.projections().values())
         return slots > 0 and full_weights_pay(shapes, min(slots, self.num_experts), slots, dtype)
 
     def as_dense(self, weight_of: Callable[[MPOCores], Tensor]) -> DenseExperts:
-        """Dense experts with the same biases, and these weights ``[E, in, out]`` of every projection."""
+        """Dense experts with the same biases, and these weights ``[E, in, out]`` of every
+        projection."""
         size = (self.up.in_features, self.up.out_features, self.num_experts)
         std = {kind: cores.init_std for kind, cores in self.projections().items()}
-        dense = DenseExperts(*size, self.activation, self.up.bias is not None, self.is_gated, std, device="meta")
+        dense = DenseExperts(
+            *size, self.activation, self.up.bias is not None, self.is_gated, std, device="meta"
+        )
         for kind, cores in self.projections().items():
             weights: ExpertWeights = dense.projections()[kind]
             weights.weight = nn.Parameter(weight_of(cores))
@@ -131,7 +141,9 @@ class MPOExperts(_Network):
 
     # --------------------------------------------------------------- forward
 
-    def forward(self, x: Tensor, routing: Routing, top_k_weights: Tensor, dropout: float = 0.0) -> Tensor:
+    def forward(
+        self, x: Tensor, routing: Routing, top_k_weights: Tensor, dropout: float = 0.0
+    ) -> Tensor:
         """Tokens ``x [T, I]`` through their experts -> ``[T, I]``; a dropped token's row is zero.
 
         ``dropout`` is the rate between the projections; pass it in training only.
@@ -160,10 +172,11 @@ class MPOExperts(_Network):
         )
 
     def routed(self, router: TopKRouter, x: Tensor, token_mask: Tensor | None) -> Tensor | None:
-        """Route tokens ``x [T, I]`` and compute them by one native call in place of the ops of both forwards.
+        """Route tokens ``x [T, I]`` and compute them by one native call in place of the ops of both
+        forwards.
 
-        Returns the result, which is the same, or None with gradients, autocast, a compiler, another backend, several
-        dtypes, or where `forward` has full weights.
+        Returns the result, which is the same, or None with gradients, autocast, a compiler, another
+        backend, several dtypes, or where `forward` has full weights.
         """
         own = [core for cores in self.projections().values() for core in cores.cores()]
         tensors = [*own, *(bias for bias in (self.up.bias, self.down.bias) if bias is not None)]
@@ -181,7 +194,11 @@ class MPOExperts(_Network):
 
     def _chains(self, kept: KeptExperts | None) -> Chains:
         """The folded chains."""
-        blocks = {kind: cores.blocks() for kind, cores in self.projections().items()} if kept is None else kept.blocks
+        blocks = (
+            {kind: cores.blocks() for kind, cores in self.projections().items()}
+            if kept is None
+            else kept.blocks
+        )
         up, down, gate = blocks["up"], blocks["down"], blocks.get("gate_proj")
         return Chains(up, down, gate, self.up.bias, self.down.bias, self.activation)
 
@@ -209,28 +226,38 @@ class DenseExperts(_Network):
         self.num_experts = num_experts
         std = dict(init_std or {})
 
-        def weights(kind: str, rows: int, columns: int, with_bias: bool, own: bool = False) -> ExpertWeights:
+        def weights(
+            kind: str, rows: int, columns: int, with_bias: bool, own: bool = False
+        ) -> ExpertWeights:
             options: dict[str, Any] = {"own_bias": own, "device": device, "dtype": dtype}
-            return ExpertWeights(rows, columns, num_experts, with_bias, std.get(kind, 0.02), **options)
+            return ExpertWeights(
+                rows, columns, num_experts, with_bias, std.get(kind, 0.02), **options
+            )
 
         # If experts have their own biases, so does the projection before the activation.
         own_up = own_bias and (bias or not gated)
         self.up = weights("up", in_features, hidden_features, bias, own_up)
         self.down = weights("down", hidden_features, in_features, bias, bias and own_output_bias)
-        self.gate_proj = weights("gate_proj", in_features, hidden_features, False, own_bias) if gated else None
+        self.gate_proj = (
+            weights("gate_proj", in_features, hidden_features, False, own_bias) if gated else None
+        )
 
     @property
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.up.weight.dtype
         return dtype
 
-    def forward(self, x: Tensor, routing: Routing, top_k_weights: Tensor, dropout: float = 0.0) -> Tensor:
+    def forward(
+        self, x: Tensor, routing: Routing, top_k_weights: Tensor, dropout: float = 0.0
+    ) -> Tensor:
         """As `MPOExperts.forward`."""
         offsets = routing.expert_offsets
         rows = dispatch(x, routing)
         act = ACTIVATIONS[self.activation]
         hidden = self.up(rows, offsets)
-        hidden = act(hidden) if self.gate_proj is None else act(self.gate_proj(rows, offsets)) * hidden
+        hidden = (
+            act(hidden) if self.gate_proj is None else act(self.gate_proj(rows, offsets)) * hidden
+        )
         if dropout > 0.0:
             hidden = nn.functional.dropout(hidden, dropout)
         return combine(self.down(hidden, offsets), routing, top_k_weights)

@@ -1,4 +1,5 @@
-"""`MPOEFeedForward`: a router and experts in place of a dense feed-forward network; `KeptFeedForward`: around one."""
+"""`MPOEFeedForward`: a router and experts in place of a dense feed-forward network;
+`KeptFeedForward`: around one."""
 
 from __future__ import annotations
 
@@ -13,7 +14,13 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from mpoe.config import MPOEConfig
 from mpoe.config.checks import check_integer, check_type
-from mpoe.layers.context import RouterRecord, check_mask, count_choices, current_routing, is_recorded
+from mpoe.layers.context import (
+    RouterRecord,
+    check_mask,
+    count_choices,
+    current_routing,
+    is_recorded,
+)
 from mpoe.layers.drop_in import linear_weight
 from mpoe.layers.experts import DenseExperts, MPOExperts
 from mpoe.layers.router import RouterOutput, TopKRouter
@@ -25,14 +32,21 @@ def is_observed(*modules: nn.Module) -> bool:
     """Whether one of the modules has hooks, or its forward was replaced."""
     for module in modules:
         own = module.__dict__
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        if (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+        ):
             return True
         if "forward" in own:
             return True
     return _has_any_global_hook()
 
 
-def sizes_by_kind(in_features: int, hidden_features: int, gated: bool) -> dict[str, tuple[int, int]]:
+def sizes_by_kind(
+    in_features: int, hidden_features: int, gated: bool
+) -> dict[str, tuple[int, int]]:
     """``(in, out)`` of every projection of a feed-forward network."""
     kinds = {"up": (in_features, hidden_features), "down": (hidden_features, in_features)}
     return {**kinds, "gate_proj": kinds["up"]} if gated else kinds
@@ -42,14 +56,16 @@ def sizes_by_kind(in_features: int, hidden_features: int, gated: bool) -> dict[s
 def _say_that_nothing_balances() -> None:
     """Warn, once in a process, that a layer trains without its balancing loss."""
     warnings.warn(
-        "a mixture's layer trains outside a converted model, so nothing adds its balancing loss: run it in "
+        "a mixture's layer trains outside a converted model, so nothing adds its balancing loss: "
+        "run it in "
         "mpoe.layers.routing_context() and add mpoe.layers.load_balancing_loss of the records",
         stacklevel=4,
     )
 
 
 class RoutedFeedForward(nn.Module):
-    """The common part of mixtures of every shape: the router, the call's token mask, the router's record.
+    """The common part of mixtures of every shape: the router, the call's token mask, the router's
+    record.
 
     Arguments as of `MPOEFeedForward`.
     """
@@ -82,10 +98,19 @@ class RoutedFeedForward(nn.Module):
         self.router: TopKRouter | None = None
         if config.moe_type != "none":
             self.router = TopKRouter(
-                in_features, config.num_experts, config.router, backend=config.backend, device=device
+                in_features,
+                config.num_experts,
+                config.router,
+                backend=config.backend,
+                device=device,
             )
         self.dropout = nn.Dropout(output_dropout)
-        options: dict[str, Any] = {"activation": activation, "gated": gated, "device": device, "dtype": dtype}
+        options: dict[str, Any] = {
+            "activation": activation,
+            "gated": gated,
+            "device": device,
+            "dtype": dtype,
+        }
         self.experts: Any = self.new_experts(config, bias, dict(init_std or {}), options)
 
     def new_experts(
@@ -100,19 +125,27 @@ class RoutedFeedForward(nn.Module):
         """
         raise NotImplementedError
 
-    def tokens(self, hidden_states: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """``[..., I]`` as ``[T, I]`` with zeros for padding, and the mask ``[T]``: the argument's or the call's.
+    def tokens(
+        self, hidden_states: Tensor, token_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """``[..., I]`` as ``[T, I]`` with zeros for padding, and the mask ``[T]``: the argument's
+        or the call's.
 
         Raises:
-            TypeError: what is no tensor of floating-point numbers; a mask that is neither bool nor of integers.
+            TypeError: what is no tensor of floating-point numbers; a mask that is neither bool nor
+                of integers.
             ValueError: sizes that do not fit, tensors that are not dense.
         """
         check_type("hidden_states", hidden_states, Tensor, "a tensor [..., I]")
         check_dense("hidden_states", hidden_states)
         if not hidden_states.is_floating_point():
-            raise TypeError(f"hidden_states must hold floating-point numbers; got {hidden_states.dtype}")
+            raise TypeError(
+                f"hidden_states must hold floating-point numbers; got {hidden_states.dtype}"
+            )
         if not hidden_states.dim() or hidden_states.shape[-1] != self.in_features:
-            raise ValueError(f"hidden_states must be [..., {self.in_features}]; got {list(hidden_states.shape)}")
+            raise ValueError(
+                f"hidden_states must be [..., {self.in_features}]; got {list(hidden_states.shape)}"
+            )
         routing_call = current_routing()
         if token_mask is None and routing_call is not None:
             token_mask = routing_call.masks.get(self.stream)
@@ -126,34 +159,53 @@ class RoutedFeedForward(nn.Module):
             x = x.masked_fill(~token_mask[:, None], 0.0)
         return x, token_mask
 
-    def record(self, decision: RouterOutput, token_mask: Tensor | None, expert_offsets: Tensor | None = None) -> None:
+    def record(
+        self,
+        decision: RouterOutput,
+        token_mask: Tensor | None,
+        expert_offsets: Tensor | None = None,
+    ) -> None:
         """Store the router's decision in the context of the model call in progress.
 
         ``expert_offsets``: of the slots; default: an expert's load is how many chose it.
         """
         call = current_routing()
-        if call is None and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if (
+            call is None
+            and self.training
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+        ):
             _say_that_nothing_balances()
         if call is not None and call.records is not None:
             if expert_offsets is None:
-                expert_load = count_choices(decision.top_k_index, self.num_experts, token_mask).int()
+                expert_load = count_choices(
+                    decision.top_k_index, self.num_experts, token_mask
+                ).int()
             else:
                 expert_load = expert_offsets.diff()
             # The balancing loss of GShard's gating counts first choices.
             counted = decision.top_k_index if decision.kept is None else decision.top_k_index[:, :1]
-            call.records.append(RouterRecord(self.stream, decision.logits, counted, expert_load, token_mask))
+            call.records.append(
+                RouterRecord(self.stream, decision.logits, counted, expert_load, token_mask)
+            )
 
     def skips_ops(self, kind: type[nn.Module]) -> bool:
-        """Whether native calls may replace the forwards of the router and of the experts, if these are of this kind:
-        without gradients, and if nobody observes them."""
+        """Whether native calls may replace the forwards of the router and of the experts, if these
+        are of this kind: without gradients, and if nobody observes them."""
         router, experts = self.router, self.experts
-        if torch.is_grad_enabled() or self.training or type(experts) is not kind or type(router) is not TopKRouter:
+        if (
+            torch.is_grad_enabled()
+            or self.training
+            or type(experts) is not kind
+            or type(router) is not TopKRouter
+        ):
             return False
         return not is_observed(router, experts)
 
     def dropped(self, y: Tensor) -> Tensor:
-        """``y`` after the output dropout; a module that does nothing is not called, because that costs time while
-        decoding."""
+        """``y`` after the output dropout; a module that does nothing is not called, because that
+        costs time while decoding."""
         dropout = self.dropout
         return dropout(y) if dropout.training and dropout.p > 0.0 else y
 
@@ -162,26 +214,29 @@ class RoutedFeedForward(nn.Module):
 
 
 class MPOEFeedForward(RoutedFeedForward):
-    """Mixture of experts ``[..., I] -> [..., I]``; with ``moe_type="none"`` one expert without a router.
+    """Mixture of experts ``[..., I] -> [..., I]``; with ``moe_type="none"`` one expert without a
+    router.
 
     Args:
         in_features: model size I.
         hidden_features: size F of the dense network's, or the experts', hidden layer.
-        config: `MPOEConfig`: experts, shapes, router. Hidden-side experts get projections of their own, `nn.Linear`
-            up, down and, if gated, gate_proj.
+        config: `MPOEConfig`: experts, shapes, router. Hidden-side experts get projections of their
+            own, `nn.Linear` up, down and, if gated, gate_proj.
         activation: name of the activation.
         gated: whether the network is ``down(act(gate x) * up x)``.
         bias: biases on up and down, shared by the experts.
         dropout: rate between the projections, unless ``config.router.expert_dropout`` replaces it.
         output_dropout: rate on the result.
-        stream: which of the call's token masks this layer reads: ``"main"``, ``"encoder"`` or ``"decoder"``.
+        stream: which of the call's token masks this layer reads: ``"main"``, ``"encoder"`` or
+            ``"decoder"``.
         init_std: per kind of projection, for random weights.
     """
 
     def new_experts(
         self, config: MPOEConfig, bias: bool, init_std: dict[str, float], options: dict[str, Any]
     ) -> nn.Module:
-        """`MPOExperts` or `DenseExperts`; of the shape "hidden", `HiddenExperts` and projections around them."""
+        """`MPOExperts` or `DenseExperts`; of the shape "hidden", `HiddenExperts` and projections
+        around them."""
         if config.is_hidden:
             from mpoe.layers.hidden import HiddenMixture  # which is made of this class
 
@@ -190,7 +245,10 @@ class MPOEFeedForward(RoutedFeedForward):
             return HiddenMixture.new_experts(made, config, bias, init_std, options)
         sizes = (self.in_features, self.hidden_features)
         if config.expert_type == "dense":
-            options |= {"own_bias": config.expert_bias, "own_output_bias": config.expert_output_bias}
+            options |= {
+                "own_bias": config.expert_bias,
+                "own_output_bias": config.expert_output_bias,
+            }
             return DenseExperts(*sizes, config.num_experts, bias=bias, init_std=init_std, **options)
         kinds = sizes_by_kind(*sizes, options.pop("gated")).items()
         shapes = {kind: config.shape_for(kind, *size) for kind, size in kinds}
@@ -201,16 +259,18 @@ class MPOEFeedForward(RoutedFeedForward):
         """Route every token and compute its experts.
 
         Args:
-            hidden_states: ``[..., I]``, floating; cast to the experts' dtype, or by autocast. A dense network that
-                stays does not cast.
-            token_mask: bool ``[...]``, ``False`` = padding, which is neither routed nor counted and yields zero.
-                ``None`` reads the mask of the model call in progress, if there is one.
+            hidden_states: ``[..., I]``, floating; cast to the experts' dtype, or by autocast. A
+                dense network that stays does not cast.
+            token_mask: bool ``[...]``, ``False`` = padding, which is neither routed nor counted and
+                yields zero. ``None`` reads the mask of the model call in progress, if there is one.
 
         Returns:
-            ``[..., I]`` in the experts' dtype, also for tokens in another dtype; under autocast in autocast's.
+            ``[..., I]`` in the experts' dtype, also for tokens in another dtype; under autocast in
+            autocast's.
 
         Raises:
-            TypeError: what is no tensor of floating-point numbers; a mask that is neither bool nor of integers.
+            TypeError: what is no tensor of floating-point numbers; a mask that is neither bool nor
+                of integers.
             ValueError: sizes that do not fit, tensors that are not dense.
         """
         x, token_mask = self.tokens(hidden_states, token_mask)
@@ -236,26 +296,34 @@ class MPOEFeedForward(RoutedFeedForward):
 
 
 class KeptFeedForward(RoutedFeedForward):
-    """The common part of mixtures around a dense network's own projections, which keep their types and names.
+    """The common part of mixtures around a dense network's own projections, which keep their types
+    and names.
 
     Args:
-        names: attribute of each projection by kind: ``up``, ``gate_proj`` if gated, ``down``; without those that are in
-            another module.
+        names: attribute of each projection by kind: ``up``, ``gate_proj`` if gated, ``down``;
+            without those that are in another module.
         columns: if two kinds share one projection, which of its outputs belong to each.
         sizes, options: as in `MPOEFeedForward`; ``gated`` also if `names` has a gate.
 
     Attributes:
         shape: name of the shape in `MPOEConfig`.
-        experts: the experts' own parameters, of which `own_cores` have a learning rate of their own.
+        experts: the experts' own parameters, of which `own_cores` have a learning rate of their
+            own.
         central_masked: while True (the gradient mask) what all experts share has no gradient.
     """
 
     shape: str
 
     def __init__(
-        self, *sizes: Any, names: Mapping[str, str], columns: Mapping[str, slice] | None = None, **options: Any
+        self,
+        *sizes: Any,
+        names: Mapping[str, str],
+        columns: Mapping[str, slice] | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(*sizes, **{**options, "gated": options.get("gated") or "gate_proj" in names})
+        super().__init__(
+            *sizes, **{**options, "gated": options.get("gated") or "gate_proj" in names}
+        )
         self.keep(names, columns or {})
 
     def keep(self, names: Mapping[str, str], columns: Mapping[str, slice]) -> None:
@@ -265,11 +333,14 @@ class KeptFeedForward(RoutedFeedForward):
         self._central_masked = False
 
     def adopt(self, projections: Mapping[str, nn.Module]) -> None:
-        """Take over the dense projections, by kind; those that are not in `names` stay where they are."""
+        """Take over the dense projections, by kind; those that are not in `names` stay where they
+        are."""
         for kind, name in self.names.items():
             self.add_module(name, projections[kind])
         # A plain dict, so that modules that live elsewhere are not registered here too.
-        self._projections = {kind: module for kind, module in projections.items() if kind not in self.names}
+        self._projections = {
+            kind: module for kind, module in projections.items() if kind not in self.names
+        }
 
     def projections(self) -> dict[str, nn.Module]:
         """The dense projections by kind, including one in another module."""
@@ -277,7 +348,8 @@ class KeptFeedForward(RoutedFeedForward):
         return {**own, **self._projections}
 
     def _decision(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Gates and experts ``[T, K]`` of tokens ``x [T, I]``, -1 for padding; stores the router's record."""
+        """Gates and experts ``[T, K]`` of tokens ``x [T, I]``, -1 for padding; stores the router's
+        record."""
         if self.router is None:
             gates = torch.ones(x.shape[0], 1, dtype=torch.float32, device=x.device)
             index = torch.zeros_like(gates, dtype=torch.int64)
@@ -298,7 +370,8 @@ class KeptFeedForward(RoutedFeedForward):
         return found
 
     def central_parameters(self) -> dict[str, nn.Parameter]:
-        """What all experts share, by name: the weights of the projections, and `shared_parameters`."""
+        """What all experts share, by name: the weights of the projections, and
+        `shared_parameters`."""
         return {**self.dense_parameters(), **self.shared_parameters()}
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
@@ -311,12 +384,13 @@ class KeptFeedForward(RoutedFeedForward):
         return sum(part.numel() for part in parameters) - sum(part.numel() for part in shared)
 
     def relative_flops(self, top_k: int) -> float:
-        """FLOPs of a forward pass with ``top_k`` experts per token, relative to the dense network's; without the
-        router's."""
+        """FLOPs of a forward pass with ``top_k`` experts per token, relative to the dense
+        network's; without the router's."""
         raise NotImplementedError
 
     def described(self) -> tuple[str, str]:
-        """Cells of `mpoe_summary`: how the experts are built, and the size that they have instead of a bond."""
+        """Cells of `mpoe_summary`: how the experts are built, and the size that they have instead
+        of a bond."""
         raise NotImplementedError
 
     def central_weight(self, kind: str) -> Tensor:
@@ -342,8 +416,13 @@ class KeptFeedForward(RoutedFeedForward):
         """
         for kind, module in self.projections().items():
             weight = getattr(module, "weight", None)
-            if not isinstance(weight, nn.Parameter) or not weight.requires_grad or not weight.is_floating_point():
+            if (
+                not isinstance(weight, nn.Parameter)
+                or not weight.requires_grad
+                or not weight.is_floating_point()
+            ):
                 raise ValueError(
-                    f"the gradient mask needs projections that train; {name}.{self.names.get(kind, kind)} "
+                    "the gradient mask needs projections that train; "
+                    f"{name}.{self.names.get(kind, kind)} "
                     f"({type(module).__name__}) is frozen or quantised"
                 )

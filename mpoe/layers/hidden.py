@@ -1,4 +1,5 @@
-"""Experts that own blocks only on the hidden side of a feed-forward network, whose projections stay unchanged."""
+"""Experts that own blocks only on the hidden side of a feed-forward network, whose projections stay
+unchanged."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from mpoe_kernels.hidden_experts import ACTIVATIONS, hidden_experts, routed
 
 
 class HiddenExperts(FromInitialValues):
-    """The blocks of E experts: ``o = sum_k gate_k act(u R_e + bias_e) L_e``, within groups of b hidden units.
+    """The blocks of E experts: ``o = sum_k gate_k act(u R_e + bias_e) L_e``, within groups of b
+    hidden units.
 
     They start as identities, which do not change the result.
 
@@ -32,7 +34,8 @@ class HiddenExperts(FromInitialValues):
         backend: name of a kernel backend, or ``None``.
 
     Attributes:
-        auxiliary: ``right``, ``left`` and, if gated, ``right_gate``: ``[E, G', b, b]``, G' = F / b or 1.
+        auxiliary: ``right``, ``left`` and, if gated, ``right_gate``: ``[E, G', b, b]``, G' = F / b
+            or 1.
         bias: ``[E, F]`` or ``None``.
     """
 
@@ -52,13 +55,26 @@ class HiddenExperts(FromInitialValues):
     ) -> None:
         super().__init__()
         self.activation = check_activation(activation)
-        self.hidden_features, self.num_experts, self.block_size = hidden_features, num_experts, block_size
+        self.hidden_features, self.num_experts, self.block_size = (
+            hidden_features,
+            num_experts,
+            block_size,
+        )
         self.backend = backend
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        size = (num_experts, hidden_features // block_size if per_group else 1, block_size, block_size)
+        size = (
+            num_experts,
+            hidden_features // block_size if per_group else 1,
+            block_size,
+            block_size,
+        )
         names = ("right", "left", "right_gate") if gated else ("right", "left")
-        self.auxiliary = nn.ParameterDict({name: nn.Parameter(torch.empty(size, **options)) for name in names})
-        self.bias = nn.Parameter(torch.empty(num_experts, hidden_features, **options)) if bias else None
+        self.auxiliary = nn.ParameterDict(
+            {name: nn.Parameter(torch.empty(size, **options)) for name in names}
+        )
+        self.bias = (
+            nn.Parameter(torch.empty(num_experts, hidden_features, **options)) if bias else None
+        )
         self.reset_parameters()
 
     @property
@@ -88,7 +104,9 @@ class HiddenExperts(FromInitialValues):
             values["bias"] = torch.zeros(self.bias.shape, device=self.bias.device)
         return values
 
-    def forward(self, u: Tensor, gates: Tensor, index: Tensor, u_gate: Tensor | None = None) -> Tensor:
+    def forward(
+        self, u: Tensor, gates: Tensor, index: Tensor, u_gate: Tensor | None = None
+    ) -> Tensor:
         """``[T, F] -> [T, F]``, see `mpoe_kernels.hidden_experts`."""
         blocks = self.auxiliary
         return hidden_experts(
@@ -105,29 +123,50 @@ class HiddenExperts(FromInitialValues):
         )
 
     def routed(
-        self, router: TopKRouter, x: Tensor, u: Tensor, u_gate: Tensor | None = None, overwrites: bool = False
+        self,
+        router: TopKRouter,
+        x: Tensor,
+        u: Tensor,
+        u_gate: Tensor | None = None,
+        overwrites: bool = False,
     ) -> tuple[Tensor, RouterOutput] | None:
-        """Route tokens ``x [T, I]`` and compute their experts; returns the result and the router's decision.
+        """Route tokens ``x [T, I]`` and compute their experts; returns the result and the router's
+        decision.
 
-        One native call replaces both forwards, see `RoutedFeedForward.skips_ops`. Returns None with autocast or
-        another backend. ``overwrites``: nobody needs ``u`` any more, the result may take its place.
+        One native call replaces both forwards, see `RoutedFeedForward.skips_ops`. Returns None with
+        autocast or another backend. ``overwrites``: nobody needs ``u`` any more, the result may
+        take its place.
         """
         blocks: dict[str, Any] = self.auxiliary._parameters
-        if self.backend != router.backend or not router.can_gate_natively(x, u, u_gate, *blocks.values(), self.bias):
+        if self.backend != router.backend or not router.can_gate_natively(
+            x, u, u_gate, *blocks.values(), self.bias
+        ):
             return None
         raw, activation = router.config.is_scale_prob, ACTIVATIONS[self.activation]
-        found = routed(x, router.weight, router.top_k, raw, u, blocks, self.bias, u_gate, activation, overwrites)
+        found = routed(
+            x,
+            router.weight,
+            router.top_k,
+            raw,
+            u,
+            blocks,
+            self.bias,
+            u_gate,
+            activation,
+            overwrites,
+        )
         return None if found is None else (found[0], RouterOutput(*found[1]))
 
     def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, block_size={self.block_size}, per_group={self.per_group}"
+        blocks = f"block_size={self.block_size}, per_group={self.per_group}"
+        return f"num_experts={self.num_experts}, {blocks}"
 
 
 class HiddenFeedForward(KeptFeedForward):
     """``down(experts(up x))`` in place of a dense network, whose projections it takes over.
 
-    Only this module's forward is new. If the down projection is in another module (BERT), the result is that
-    projection's input.
+    Only this module's forward is new. If the down projection is in another module (BERT), the
+    result is that projection's input.
 
     Arguments as of `KeptFeedForward`, with ``config.shape="hidden"``.
     """
@@ -148,7 +187,10 @@ class HiddenFeedForward(KeptFeedForward):
 
     def described(self) -> tuple[str, str]:
         own = self.experts
-        blocks = f"{self.hidden_features // own.block_size} blocks, {'own' if own.per_group else 'shared'}"
+        blocks = (
+            f"{self.hidden_features // own.block_size} blocks, "
+            f"{'own' if own.per_group else 'shared'}"
+        )
         return blocks, str(own.block_size)
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
@@ -165,8 +207,8 @@ class HiddenFeedForward(KeptFeedForward):
             ValueError: sizes that do not fit.
         """
         x, token_mask = self.tokens(hidden_states, token_mask)
-        # Multiply in the same shape as the dense model, so that the result is bit-identical. Nothing holds u while the
-        # next product runs, so its memory is reused.
+        # Multiply in the same shape as the dense model, so that the result is bit-identical.
+        # Nothing holds u while the next product runs, so its memory is reused.
         shaped = hidden_states if token_mask is None else x.view(hidden_states.shape)
         if token_mask is None and self.skips_ops(HiddenExperts):
             o = self._routed(x, *self._hidden(shaped))
@@ -177,7 +219,11 @@ class HiddenFeedForward(KeptFeedForward):
             return self.dropped(o)
         down = getattr(self, self.names["down"])
         wanted = getattr(down, "weight", o).dtype  # Transformers keeps T5's `wo` in float32
-        if wanted.is_floating_point and o.dtype != wanted and not torch.is_autocast_enabled(o.device.type):
+        if (
+            wanted.is_floating_point
+            and o.dtype != wanted
+            and not torch.is_autocast_enabled(o.device.type)
+        ):
             o = o.to(wanted)
         y = down(o)
         if token_mask is not None:
@@ -186,7 +232,9 @@ class HiddenFeedForward(KeptFeedForward):
 
     def _routed(self, x: Tensor, u: Tensor, u_gate: Tensor | None) -> Tensor:
         """Like `_between`, for tokens ``x [T, I]`` that are not routed yet; without gradients."""
-        up = getattr(self, self.names["up"])  # of no other kind of module is it known that nobody else has its result
+        up = getattr(
+            self, self.names["up"]
+        )  # of no other kind of module is it known that nobody else has its result
         overwrites = (type(up) is nn.Linear or is_conv1d(up)) and not is_observed(up)
         found = self.experts.routed(self.router, x, u, u_gate, overwrites)
         if found is None:
@@ -208,17 +256,28 @@ class HiddenFeedForward(KeptFeedForward):
     def _between(self, u: Tensor, u_gate: Tensor | None, gates: Tensor, index: Tensor) -> Tensor:
         """``u [..., F]`` through the experts and the dropout between the projections."""
         if not torch.is_autocast_enabled(u.device.type):
-            u, u_gate = u.to(self.experts.dtype), None if u_gate is None else u_gate.to(self.experts.dtype)
-        flat = [None if value is None else value.reshape(-1, value.shape[-1]) for value in (u, u_gate)]
+            u, u_gate = (
+                u.to(self.experts.dtype),
+                None if u_gate is None else u_gate.to(self.experts.dtype),
+            )
+        flat = [
+            None if value is None else value.reshape(-1, value.shape[-1]) for value in (u, u_gate)
+        ]
         assert flat[0] is not None
         o = self.experts(flat[0], gates, index, flat[1]).view(u.shape)
-        return nn.functional.dropout(o, self.expert_dropout) if self.training and self.expert_dropout else o
+        return (
+            nn.functional.dropout(o, self.expert_dropout)
+            if self.training and self.expert_dropout
+            else o
+        )
 
     @torch.no_grad()
     def expert_weights(self, kind: str, rows: Tensor | None = None) -> Tensor:
-        """Every expert's full weight ``[E, I, F]`` (``down``: ``[E, F, I]``), or what its blocks make of other rows
-        ``[n, F]`` of an up or gate projection: for export and inspection."""
-        core = self.experts.auxiliary[{"up": "right", "gate_proj": "right_gate", "down": "left"}[kind]]
+        """Every expert's full weight ``[E, I, F]`` (``down``: ``[E, F, I]``), or what its blocks
+        make of other rows ``[n, F]`` of an up or gate projection: for export and inspection."""
+        core = self.experts.auxiliary[
+            {"up": "right", "gate_proj": "right_gate", "down": "left"}[kind]
+        ]
         weight = (self.central_weight(kind) if rows is None else rows).to(core.dtype)
         groups, size = self.hidden_features // self.experts.block_size, self.experts.block_size
         own = core.expand(-1, groups, -1, -1)
@@ -228,7 +287,8 @@ class HiddenFeedForward(KeptFeedForward):
 
 
 class HiddenMixture(HiddenFeedForward, MPOEFeedForward):
-    """An `MPOEFeedForward` of the shape "hidden": hidden-side experts between projections of its own."""
+    """An `MPOEFeedForward` of the shape "hidden": hidden-side experts between projections of its
+    own."""
 
     def new_experts(
         self, config: MPOEConfig, bias: bool, init_std: dict[str, float], options: dict[str, Any]
@@ -237,7 +297,10 @@ class HiddenMixture(HiddenFeedForward, MPOEFeedForward):
         kinds = sizes_by_kind(self.in_features, self.hidden_features, options["gated"])
         self.keep({kind: kind for kind in kinds}, {})
         placed: dict[str, Any] = {name: options[name] for name in ("device", "dtype")}
-        made = {kind: nn.Linear(*size, bias and kind != "gate_proj", **placed) for kind, size in kinds.items()}
+        made = {
+            kind: nn.Linear(*size, bias and kind != "gate_proj", **placed)
+            for kind, size in kinds.items()
+        }
         for kind, std in init_std.items():
             nn.init.normal_(made[kind].weight, std=std)
         self.adopt(made)

@@ -26,8 +26,8 @@ START_NOISE = 0.5  # of copied neurons, relative to the standard deviation of th
 class NeuronExperts(FromInitialValues):
     """m hidden neurons of each of E experts: ``o = [sum_k gate_k act(x P a_e + bias_e) b_e] Q``.
 
-    Without a latent size P and Q are identities. Gated: ``act(x P ag_e + bias_e) * (x P a_e)``. Every b_e starts at 0,
-    so that the experts contribute nothing.
+    Without a latent size P and Q are identities. Gated: ``act(x P ag_e + bias_e) * (x P a_e)``.
+    Every b_e starts at 0, so that the experts contribute nothing.
 
     Args:
         in_features: model size I.
@@ -38,7 +38,8 @@ class NeuronExperts(FromInitialValues):
         gated: the neurons are gated.
         bias: every expert has its own bias before the activation.
         backend: name of a kernel backend, or ``None``.
-        init_std: standard deviation of a dense neuron's weights, for random weights; ``None`` = I^-1/2.
+        init_std: standard deviation of a dense neuron's weights, for random weights; ``None`` =
+            I^-1/2.
 
     Attributes:
         up: a_e, ``[E, m, l or I]``; a neuron is a row.
@@ -66,7 +67,12 @@ class NeuronExperts(FromInitialValues):
     ) -> None:
         super().__init__()
         self.activation = check_activation(activation)
-        self.in_features, self.num_experts, self.neurons, self.latent = in_features, num_experts, neurons, latent
+        self.in_features, self.num_experts, self.neurons, self.latent = (
+            in_features,
+            num_experts,
+            neurons,
+            latent,
+        )
         self.backend, self.init_std = backend, in_features**-0.5 if init_std is None else init_std
 
         def new(*size: int) -> nn.Parameter:
@@ -96,7 +102,8 @@ class NeuronExperts(FromInitialValues):
         return self.down.dtype
 
     def initial_values(self) -> dict[str, Tensor]:
-        """Random neurons whose inner products have the scale of a dense neuron's; by parameter name."""
+        """Random neurons whose inner products have the scale of a dense neuron's; by parameter
+        name."""
         values: dict[str, Tensor] = {}
         for name, parameter in self.named_parameters():
             if name in ("down", "bias"):
@@ -106,11 +113,15 @@ class NeuronExperts(FromInitialValues):
             if name in self.shared:
                 values[name] = value * parameter.shape[0] ** -0.5
             else:  # P gives every latent number the size of x / sqrt(I)
-                values[name] = value * (self.init_std * (self.in_features / parameter.shape[-1]) ** 0.5)
+                values[name] = value * (
+                    self.init_std * (self.in_features / parameter.shape[-1]) ** 0.5
+                )
         return values
 
     @torch.no_grad()
-    def copy_neurons_(self, weights: Mapping[str, Tensor], bias: Tensor | None, noise: float) -> None:
+    def copy_neurons_(
+        self, weights: Mapping[str, Tensor], bias: Tensor | None, noise: float
+    ) -> None:
         """Start from random neurons of a dense network, and Gaussian noise so that they differ.
 
         Args:
@@ -118,7 +129,9 @@ class NeuronExperts(FromInitialValues):
             bias: ``[F]``, or ``None``.
             noise: relative to the weights' standard deviation.
         """
-        chosen = torch.randint(weights["up"].shape[1], (self.num_experts * self.neurons,)).to(weights["up"].device)
+        chosen = torch.randint(weights["up"].shape[1], (self.num_experts * self.neurons,)).to(
+            weights["up"].device
+        )
         for name, weight in weights.items():
             own: nn.Parameter = getattr(self, name)
             own.copy_(weight.t()[chosen].view(own.shape))
@@ -131,15 +144,20 @@ class NeuronExperts(FromInitialValues):
         """``[T, I] -> [T, I]``, see `mpoe_kernels.neuron_experts`."""
         x = x if self.latent_in is None else x @ self.latent_in
         weights: Any = self.up, self.down, self.bias
-        options: Any = {"activation": self.activation, "gate_up": self.gate_proj, "backend": self.backend}
+        options: Any = {
+            "activation": self.activation,
+            "gate_up": self.gate_proj,
+            "backend": self.backend,
+        }
         o: Tensor = neuron_experts(x, gates, index, *weights, **options)
         return o if self.latent_out is None else o @ self.latent_out
 
     def routed(self, router: TopKRouter, x: Tensor, token_mask: Tensor | None) -> Tensor | None:
-        """Route tokens ``x [T, I]`` and compute them by one native call in place of the ops of both forwards.
+        """Route tokens ``x [T, I]`` and compute them by one native call in place of the ops of both
+        forwards.
 
-        Returns the result, which is the same, or None with gradients, autocast, a compiler, another backend or another
-        dtype of the tokens.
+        Returns the result, which is the same, or None with gradients, autocast, a compiler, another
+        backend or another dtype of the tokens.
         """
         own: Any = self._parameters  # as attributes, they would be looked for in vain before
         if self.backend != router.backend or x.dtype != own["down"].dtype:
@@ -149,19 +167,30 @@ class NeuronExperts(FromInitialValues):
         rule = Rule(router.top_k, router.config.is_scale_prob, None)
         latent_in, latent_out = own.get("latent_in"), own.get("latent_out")
         rows = x if latent_in is None else x @ latent_in
-        neurons = Neurons(own["up"], own["down"], own.get("bias"), own.get("gate_proj"), self.activation)
+        neurons = Neurons(
+            own["up"], own["down"], own.get("bias"), own.get("gate_proj"), self.activation
+        )
         o = routed_neurons(x, router.weight, rule, router.scale, rows, neurons, token_mask)
         return o if latent_out is None else o @ latent_out
 
     @torch.no_grad()
     def merged(self) -> NeuronExperts:
-        """The same experts without a latent size: ``a_e <- P a_e``, ``b_e <- b_e Q``, exact up to rounding."""
+        """The same experts without a latent size: ``a_e <- P a_e``, ``b_e <- b_e Q``, exact up to
+        rounding."""
         whole = copy.deepcopy(self)
         if self.latent_in is not None and self.latent_out is not None:
-            sides = {"up": self.latent_in.t(), "gate_proj": self.latent_in.t(), "down": self.latent_out}
+            sides = {
+                "up": self.latent_in.t(),
+                "gate_proj": self.latent_in.t(),
+                "down": self.latent_out,
+            }
             for name, side in sides.items():
                 own: nn.Parameter | None = getattr(self, name)
-                setattr(whole, name, None if own is None else nn.Parameter(own @ side, own.requires_grad))
+                setattr(
+                    whole,
+                    name,
+                    None if own is None else nn.Parameter(own @ side, own.requires_grad),
+                )
             whole.latent = whole.latent_in = whole.latent_out = None
         return whole
 
@@ -172,12 +201,13 @@ class NeuronExperts(FromInitialValues):
 class NeuronFeedForward(KeptFeedForward):
     """A dense feed-forward network, unchanged, whose result the experts of a token add to.
 
-    `around` turns the dense module into one: an instance of a class below its own, with the same submodules and
-    attributes. Its forward is still the dense module's, so whatever works on that works here.
+    `around` turns the dense module into one: an instance of a class below its own, with the same
+    submodules and attributes. Its forward is still the dense module's, so whatever works on that
+    works here.
 
     Args:
-        adds_input: the dense module is not the network itself but the one that ends it, called with its input too, and
-            adds that (BERT): ``forward(hidden, x)``.
+        adds_input: the dense module is not the network itself but the one that ends it, called with
+            its input too, and adds that (BERT): ``forward(hidden, x)``.
         dropout: not used, as the dense network applies its own.
         output_dropout: of the dense module's result.
         sizes, options: as in `KeptFeedForward`, with ``config.shape="neurons"``.
@@ -188,7 +218,12 @@ class NeuronFeedForward(KeptFeedForward):
     adds_experts = True  # False: computes what the dense network does (`without_experts`)
 
     def __init__(
-        self, *sizes: Any, adds_input: bool = False, dropout: float = 0.0, output_dropout: float = 0.0, **options: Any
+        self,
+        *sizes: Any,
+        adds_input: bool = False,
+        dropout: float = 0.0,
+        output_dropout: float = 0.0,
+        **options: Any,
     ) -> None:
         super().__init__(*sizes, **options)
         del self.dropout  # the dense module's may have this name
@@ -217,13 +252,15 @@ class NeuronFeedForward(KeptFeedForward):
         self.__class__ = _class_around(type(dense))  # type: ignore[assignment, arg-type]  # classes can be hashed
         self.adopt(projections)
 
-    def forward(self, hidden_states: Tensor, *others: Any, token_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, *others: Any, token_mask: Tensor | None = None
+    ) -> Tensor:
         """The dense network's result plus that of every token's experts.
 
         Args:
             hidden_states, others: what the dense module takes.
-            token_mask: bool like the tokens, ``False`` = padding, which has no experts and is not counted; as in
-                `MPOEFeedForward.forward`.
+            token_mask: bool like the tokens, ``False`` = padding, which has no experts and is not
+                counted; as in `MPOEFeedForward.forward`.
 
         Raises:
             ValueError: sizes that do not fit.
@@ -271,8 +308,14 @@ class NeuronFeedForward(KeptFeedForward):
         latent = self.experts.latent
         return f"{self.experts.neurons} neurons", "-" if latent is None else str(latent)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:  # a class that was made here has no name to be found by
-        return super().__reduce_ex__(protocol) if self.dense_class is None else (_bare, (self.dense_class,), vars(self))
+    def __reduce_ex__(
+        self, protocol: Any
+    ) -> Any:  # a class that was made here has no name to be found by
+        return (
+            super().__reduce_ex__(protocol)
+            if self.dense_class is None
+            else (_bare, (self.dense_class,), vars(self))
+        )
 
 
 @contextlib.contextmanager

@@ -1,5 +1,5 @@
-"""`TopKRouter`: which experts a token goes to, and with which weights; its logits in float32, without a float32 copy of
-the tokens where the device allows it."""
+"""`TopKRouter`: which experts a token goes to, and with which weights; its logits in float32,
+without a float32 copy of the tokens where the device allows it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,22 @@ from mpoe.config.checks import check_integer, check_type
 from mpoe.layers.cores import FromInitialValues, check_placement
 from mpoe_kernels import Routing, route
 from mpoe_kernels.checks import no_autocast
-from mpoe_kernels.routing.gating import best_experts, can_route_natively, gating_on_gpu, native_gating, native_logits
+from mpoe_kernels.routing.gating import (
+    best_experts,
+    can_route_natively,
+    gating_on_gpu,
+    native_gating,
+    native_logits,
+)
 
 
 def float32_logits(x: Tensor, weight: Tensor, backend: str | None = None) -> Tensor:
     """``x [T, I] weight^T [I, E]`` in float32 arithmetic, ``[T, E]``, whatever the dtypes.
 
-    The backward saves x itself instead of a float32 copy. The forward makes no copy either on a GPU, where products of
-    two 16-bit numbers are exact in float32, in which tensor cores accumulate them, nor in the native kernels; nor does
-    the backward on a GPU for bfloat16.
-    ``backend``: name of a kernel backend, or ``None``.
+    The backward saves x itself instead of a float32 copy. The forward makes no copy either on a
+    GPU, where products of two 16-bit numbers are exact in float32, in which tensor cores accumulate
+    them, nor in the native kernels; nor does the backward on a GPU for bfloat16. ``backend``: name
+    of a kernel backend, or ``None``.
     """
     if x.dtype == torch.float32:
         return F.linear(x, weight.float())
@@ -47,8 +53,8 @@ def _logits(x: Tensor, weight: Tensor, backend: str | None) -> Tensor:
 
 
 def logits_of_low_precision(x: Tensor, weight: Tensor) -> Tensor | None:
-    """The same with 16-bit products, which PyTorch supports on GPUs; None for dtypes for which they are not as
-    exact."""
+    """The same with 16-bit products, which PyTorch supports on GPUs; None for dtypes for which they
+    are not as exact."""
     if x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
     if (x.dtype, weight.dtype) == (torch.bfloat16, torch.float32):
@@ -58,7 +64,8 @@ def logits_of_low_precision(x: Tensor, weight: Tensor) -> Tensor | None:
 
 
 def bfloat16_parts(weight: Tensor) -> Tensor:
-    """Three bfloat16 numbers ``[3, E, I]`` whose sum is the float32 one: each holds 8 of its 24 bits."""
+    """Three bfloat16 numbers ``[3, E, I]`` whose sum is the float32 one: each holds 8 of its 24
+    bits."""
     first = weight.bfloat16()
     rest = weight - first
     second = rest.bfloat16()
@@ -86,7 +93,9 @@ class _Logits(torch.autograd.Function):
         if not need_weight:
             return dx, None, None
         if _on_gpu(x) and x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
-            parts = torch.bmm(bfloat16_parts(grad).mT, x.expand(3, *x.shape), out_dtype=torch.float32)
+            parts = torch.bmm(
+                bfloat16_parts(grad).mT, x.expand(3, *x.shape), out_dtype=torch.float32
+            )
             return dx, parts.sum(0).to(weight.dtype), None
         return dx, (grad.t() @ x.float()).to(weight.dtype), None
 
@@ -114,11 +123,12 @@ class RouterOutput:
 class TopKRouter(FromInitialValues):
     """Softmax router in float32, regardless of autocast and the parameters' dtype.
 
-    Gate (a new conversion must not change outputs): top-1 multiplies by ``p / stop_grad(p)``, whose value
-    is exactly 1 and whose gradient is that of log p; top-k weights are renormalised to sum 1; ``is_scale_prob`` uses
-    the raw probabilities, as Switch Transformers does. Sigmoid scores are treated alike. Gates are multiplied by
-    ``routed_scaling_factor``. With a second-expert policy (GShard) the gates of a token are
-    renormalised over the choices that are kept; a lone one gets ``p / stop_grad(p)``.
+    Gate (a new conversion must not change outputs): top-1 multiplies by ``p / stop_grad(p)``, whose
+    value is exactly 1 and whose gradient is that of log p; top-k weights are renormalised to sum 1;
+    ``is_scale_prob`` uses the raw probabilities, as Switch Transformers does. Sigmoid scores are
+    treated alike. Gates are multiplied by ``routed_scaling_factor``. With a second-expert policy
+    (GShard) the gates of a token are renormalised over the choices that are kept; a lone one gets
+    ``p / stop_grad(p)``.
 
     Args:
         in_features: size I of a token.
@@ -127,11 +137,12 @@ class TopKRouter(FromInitialValues):
         backend: name of a kernel backend, or ``None``.
 
     Attributes:
-        e_score_correction_bias: float32 ``[E]``, added to the scores for the choice alone, or ``None``; starts at 0.
-            See `mpoe.training.update_correction_bias`.
+        e_score_correction_bias: float32 ``[E]``, added to the scores for the choice alone, or
+            ``None``; starts at 0. See `mpoe.training.update_correction_bias`.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, sizes below 1, ``top_k`` larger than ``num_experts``.
+        TypeError, ValueError: an argument of the wrong type, sizes below 1, ``top_k`` larger than
+            ``num_experts``.
     """
 
     e_score_correction_bias: Tensor | None
@@ -156,14 +167,17 @@ class TopKRouter(FromInitialValues):
         if self.top_k > num_experts:
             raise ValueError(f"top_k must be at most num_experts = {num_experts}; got {self.top_k}")
         self.in_features, self.num_experts, self.backend = in_features, num_experts, backend
-        self.weight = nn.Parameter(torch.empty(num_experts, in_features, device=device, dtype=dtype))
+        self.weight = nn.Parameter(
+            torch.empty(num_experts, in_features, device=device, dtype=dtype)
+        )
         corrects = self.config.bias_update_rate > 0
         bias = torch.empty(num_experts, device=device, dtype=torch.float32) if corrects else None
         self.register_buffer("e_score_correction_bias", bias)
         self.reset_parameters()
 
     def initial_values(self) -> dict[str, Tensor]:
-        """By name: truncated normal of variance ``init_scale / in_features`` (Switch Transformers, section 2.4)."""
+        """By name: truncated normal of variance ``init_scale / in_features`` (Switch Transformers,
+        section 2.4)."""
         std = math.sqrt(self.config.init_scale / self.in_features)
         value = torch.empty(self.weight.shape, dtype=torch.float32, device=self.weight.device)
         if std:
@@ -172,13 +186,17 @@ class TopKRouter(FromInitialValues):
             value.zero_()
         if self.e_score_correction_bias is None:
             return {"weight": value}
-        return {"weight": value, "e_score_correction_bias": torch.zeros_like(self.e_score_correction_bias)}
+        return {
+            "weight": value,
+            "e_score_correction_bias": torch.zeros_like(self.e_score_correction_bias),
+        }
 
     def capacity(self, num_tokens: int) -> int | None:
-        """Slots an expert may own, ``ceil(factor * T * K / E)``, with GShard's gating ``ceil(factor * T / E)``; at
-        least ``min_capacity`` and at most 2^31 - 1; ``None`` = no limit.
+        """Slots an expert may own, ``ceil(factor * T * K / E)``, with GShard's gating ``ceil(factor
+        * T / E)``; at least ``min_capacity`` and at most 2^31 - 1; ``None`` = no limit.
 
-        T counts every token of the batch, including padding, so the bound does not depend on the mask.
+        T counts every token of the batch, including padding, so the bound does not depend on the
+        mask.
         """
         factor = self.config.capacity_factor if self.training else self.config.eval_capacity_factor
         if factor is None:
@@ -188,12 +206,14 @@ class TopKRouter(FromInitialValues):
         return min(max(self.config.min_capacity, math.ceil(wanted)), _MOST_SLOTS)
 
     def route(self, decision: RouterOutput, token_mask: Tensor | None = None) -> Routing:
-        """Slots of the kept choices, within the capacity; ``token_mask`` as in `mpoe_kernels.route`."""
+        """Slots of the kept choices, within the capacity; ``token_mask`` as in
+        `mpoe_kernels.route`."""
         index, kept = decision.top_k_index, decision.kept
         capacity = self.capacity(index.shape[0])
         if kept is None:
             return route(index, self.num_experts, capacity, token_mask)
-        # Dropped choices go to an additional expert, whose slots come after all others and are then treated as empty.
+        # Dropped choices go to an additional expert, whose slots come after all others and are then
+        # treated as empty.
         index = index.masked_fill(~kept, self.num_experts)
         routing = route(index, self.num_experts + 1, capacity, token_mask)
         slots = routing.slot_of_token.masked_fill(~kept, -1)
@@ -207,12 +227,18 @@ class TopKRouter(FromInitialValues):
         with no_autocast(x.device):
             if self.training and self.config.jitter:
                 x = x.float()
-                x = x * torch.empty_like(x).uniform_(1.0 - self.config.jitter, 1.0 + self.config.jitter)
+                x = x * torch.empty_like(x).uniform_(
+                    1.0 - self.config.jitter, 1.0 + self.config.jitter
+                )
             elif self.can_gate_natively(x):
                 decided = native_gating(x, self.weight, self.top_k, self.config.is_scale_prob)
-                return RouterOutput(decided.logits, decided.top_k_index, self._scaled(decided.top_k_weights))
+                return RouterOutput(
+                    decided.logits, decided.top_k_index, self._scaled(decided.top_k_weights)
+                )
             if self._is_softmax_alone:
-                found = gating_on_gpu(x, self.weight, self.top_k, self.config.is_scale_prob, self.scale, self.backend)
+                found = gating_on_gpu(
+                    x, self.weight, self.top_k, self.config.is_scale_prob, self.scale, self.backend
+                )
                 if found is not None:
                     return RouterOutput(*found)
             logits = float32_logits(x, self.weight, self.backend)
@@ -222,13 +248,24 @@ class TopKRouter(FromInitialValues):
             if self.config.is_gshard:
                 return self._gshard(logits, weights, index)
             if not self.config.is_scale_prob:
-                weights = weights / (weights.detach() if self.top_k == 1 else weights.sum(-1, keepdim=True))
+                weights = weights / (
+                    weights.detach() if self.top_k == 1 else weights.sum(-1, keepdim=True)
+                )
         return RouterOutput(logits, index, self._scaled(weights))
 
     def scores(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Experts' scores ``[T, E]``, and those that choose: with the correction bias."""
-        scores = logits.sigmoid() if self.config.scoring_func == "sigmoid" else torch.softmax(logits, dim=-1)
-        return scores, scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
+        scores = (
+            logits.sigmoid()
+            if self.config.scoring_func == "sigmoid"
+            else torch.softmax(logits, dim=-1)
+        )
+        return (
+            scores,
+            scores
+            if self.e_score_correction_bias is None
+            else scores + self.e_score_correction_bias,
+        )
 
     @property
     def scale(self) -> float:
@@ -240,16 +277,24 @@ class TopKRouter(FromInitialValues):
         return gates if self.config.routed_scaling_factor is None else gates * self.scale
 
     def can_gate_natively(self, x: Tensor, *others: Tensor | None) -> bool:
-        """Whether one native call can do the gating, see `mpoe_kernels.routing.gating`; ``others`` are its other
-        tensors."""
+        """Whether one native call can do the gating, see `mpoe_kernels.routing.gating`; ``others``
+        are its other tensors."""
         jitters = self.training and self.config.jitter
-        return not jitters and self._is_softmax_alone and can_route_natively(x, self.weight, self.backend, *others)
+        return (
+            not jitters
+            and self._is_softmax_alone
+            and can_route_natively(x, self.weight, self.backend, *others)
+        )
 
     @property
     def _is_softmax_alone(self) -> bool:
         """Whether the gates are the largest probabilities, or these divided by their sum."""
         config = self.config
-        return not config.is_gshard and config.scoring_func == "softmax" and self.e_score_correction_bias is None
+        return (
+            not config.is_gshard
+            and config.scoring_func == "softmax"
+            and self.e_score_correction_bias is None
+        )
 
     def _gshard(self, logits: Tensor, weights: Tensor, index: Tensor) -> RouterOutput:
         policy = self.config.second_policy if self.training else self.config.eval_second_policy

@@ -1,7 +1,8 @@
 """Hugging Face models with MPO experts.
 
-Importing this package is cheap. The classes of a family (``MPOELlamaForCausalLM``, ``MPOELlamaConfig``, ...) are
-created, and registered with Transformers' Auto classes, when one of them is first used.
+Importing this package is cheap. The classes of a family (``MPOELlamaForCausalLM``,
+``MPOELlamaConfig``, ...) are created, and registered with Transformers' Auto classes, when one of
+them is first used.
 """
 
 from __future__ import annotations
@@ -25,7 +26,12 @@ _NAMES = {
 }
 # The classes named in the documentation; those of all other families are found in the same way.
 _CLASSES = (
-    *("MPOEBertConfig", "MPOEBertForMaskedLM", "MPOEBertForSequenceClassification", "MPOEBertModel"),
+    *(
+        "MPOEBertConfig",
+        "MPOEBertForMaskedLM",
+        "MPOEBertForSequenceClassification",
+        "MPOEBertModel",
+    ),
     *("MPOEGPT2Config", "MPOEGPT2LMHeadModel", "MPOEGPT2Model"),
     *("MPOELlamaConfig", "MPOELlamaForCausalLM", "MPOELlamaModel"),
     *("MPOET5Config", "MPOET5ForConditionalGeneration", "MPOET5Model"),

@@ -1,8 +1,10 @@
-"""What a model itself says, as the background of the expert *none*: what must stay as it is when experts are added.
+"""What a model itself says, as the background of the expert *none*: what must stay as it is when
+experts are added.
 
-A causal model is sampled from its start token, and, if its tokenizer has a chat template, from the beginning of a
-user's turn, so that it writes questions and answers (as Magpie, Xu et al. 2024, arXiv 2406.08464). A general text, the
-licences of a few installed packages, is pooled in. Nothing of a user's is needed, and statistics alone are kept.
+A causal model is sampled from its start token, and, if its tokenizer has a chat template, from the
+beginning of a user's turn, so that it writes questions and answers (as Magpie, Xu et al. 2024,
+arXiv 2406.08464). A general text, the licences of a few installed packages, is pooled in. Nothing
+of a user's is needed, and statistics alone are kept.
 """
 
 from __future__ import annotations
@@ -36,10 +38,12 @@ _QUESTION = "\ue000question\ue000"  # stands in a rendered template where a user
 
 @torch.inference_mode()
 def sample_tokens(model: Any, prompt: Tensor, new_tokens: int, seed: int) -> Tensor:
-    """Continue ``prompt`` (int64 ``[N, P]``) at temperature 1 with all of the vocabulary, never ending early.
+    """Continue ``prompt`` (int64 ``[N, P]``) at temperature 1 with all of the vocabulary, never
+    ending early.
 
     Returns:
-        int64 ``[N, P + new_tokens]``, on the CPU; the same for a seed, without a change of torch's own generators.
+        int64 ``[N, P + new_tokens]``, on the CPU; the same for a seed, without a change of torch's
+        own generators.
     """
     check_integer("new_tokens", new_tokens, 1)
     check_seed("seed", seed)
@@ -54,16 +58,21 @@ def sample_tokens(model: Any, prompt: Tensor, new_tokens: int, seed: int) -> Ten
     models_own = model.generation_config
     with torch.random.fork_rng(devices), evaluation_mode(model):
         torch.manual_seed(seed)
-        model.generation_config = settings  # in place of the model's own, whose end token would end a sample
+        model.generation_config = (
+            settings  # in place of the model's own, whose end token would end a sample
+        )
         try:
-            ids = model.generate(prompt.to(model.device), attention_mask=torch.ones_like(prompt).to(model.device))
+            ids = model.generate(
+                prompt.to(model.device), attention_mask=torch.ones_like(prompt).to(model.device)
+            )
         finally:
             model.generation_config = models_own
     return ids.cpu()
 
 
 def chat_opening(tokenizer: Any) -> list[int] | None:
-    """The tokens of a chat up to where the user's first words begin; ``None`` without a chat template."""
+    """The tokens of a chat up to where the user's first words begin; ``None`` without a chat
+    template."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     messages = [{"role": "user", "content": _QUESTION}]
@@ -75,7 +84,8 @@ def chat_opening(tokenizer: Any) -> list[int] | None:
 
 
 def start_token(tokenizer: Any) -> int | None:
-    """The token before a text: the tokenizer's beginning, or its end of the text before; ``None`` if it has neither.
+    """The token before a text: the tokenizer's beginning, or its end of the text before; ``None``
+    if it has neither.
 
     A beginning that opens every turn of a chat starts no text, so the end counts then.
     """
@@ -90,8 +100,8 @@ def start_token(tokenizer: Any) -> int | None:
 
 
 def own_texts(model: Any, tokenizer: Any, seed: int = 0, samples: int | None = None) -> Tensor:
-    """Texts that a causal model writes from its start token, int64 ``[samples, length]``: 32 of 128 tokens, or as long
-    as the model can read.
+    """Texts that a causal model writes from its start token, int64 ``[samples, length]``: 32 of 128
+    tokens, or as long as the model can read.
 
     Raises:
         ValueError: a tokenizer without a start or an end token.
@@ -103,9 +113,12 @@ def own_texts(model: Any, tokenizer: Any, seed: int = 0, samples: int | None = N
     return sample_tokens(model, prompt, _most_tokens(model, TEXT_LENGTH) - 1, seed)
 
 
-def own_chats(model: Any, tokenizer: Any, seed: int = 0, samples: int | None = None) -> Tensor | None:
-    """Chats that a causal model writes from the beginning of a user's turn, int64 ``[samples, length]``: 32 of 160 new
-    tokens; ``None`` if the tokenizer has no chat template, or if the model is too short for one."""
+def own_chats(
+    model: Any, tokenizer: Any, seed: int = 0, samples: int | None = None
+) -> Tensor | None:
+    """Chats that a causal model writes from the beginning of a user's turn, int64 ``[samples,
+    length]``: 32 of 160 new tokens; ``None`` if the tokenizer has no chat template, or if the model
+    is too short for one."""
     opening = chat_opening(tokenizer)
     if opening is None:
         return None
@@ -122,7 +135,8 @@ def _most_tokens(model: Any, wanted: int) -> int:
 
 
 def general_text(model: Any, tokenizer: Any) -> Tensor:
-    """The general text, int64 ``[N, length]``: licences of installed packages, 128 pieces of 128 tokens at most.
+    """The general text, int64 ``[N, length]``: licences of installed packages, 128 pieces of 128
+    tokens at most.
 
     Raises:
         ValueError: a tokenizer that makes other tokens than the model has.
@@ -137,8 +151,8 @@ def general_text(model: Any, tokenizer: Any) -> Tensor:
 
 
 def background_parts(model: Any, tokenizer: Any, seed: int = 0) -> dict[str, Tensor]:
-    """What `collect_background` pools, by name: token ids ``[N, length]`` of ``texts``, ``chats`` and ``general``, as
-    far as there are some."""
+    """What `collect_background` pools, by name: token ids ``[N, length]`` of ``texts``, ``chats``
+    and ``general``, as far as there are some."""
     parts = {}
     if start_token(tokenizer) is not None:
         parts["texts"] = own_texts(model, tokenizer, seed)
@@ -151,7 +165,9 @@ def background_parts(model: Any, tokenizer: Any, seed: int = 0) -> dict[str, Ten
     return parts
 
 
-def pooled_background(model: Any, parts: Sequence[Iterable[Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+def pooled_background(
+    model: Any, parts: Sequence[Iterable[Mapping[str, Tensor]]]
+) -> dict[str, Tensor]:
     """The statistics of several texts as one class, each of equal weight however long it is.
 
     Args:
@@ -163,7 +179,8 @@ def pooled_background(model: Any, parts: Sequence[Iterable[Mapping[str, Tensor]]
 
 
 def collect_background(model: Any, tokenizer: Any, seed: int = 0) -> dict[str, Tensor]:
-    """The default background of a causal model: statistics of its own texts, its own chats and the general text.
+    """The default background of a causal model: statistics of its own texts, its own chats and the
+    general text.
 
     Args:
         model: dense; it is not changed.
@@ -174,7 +191,8 @@ def collect_background(model: Any, tokenizer: Any, seed: int = 0) -> dict[str, T
         Tensors by name, see `mpoe.models.composition`.
 
     Raises:
-        TypeError, ValueError: as `collect_statistics`; a tokenizer that makes other tokens than the model has.
+        TypeError, ValueError: as `collect_statistics`; a tokenizer that makes other tokens than the
+            model has.
     """
     parts = background_parts(model, tokenizer, seed)
     return pooled_background(model, [token_batches(ids) for ids in parts.values()])
@@ -183,16 +201,21 @@ def collect_background(model: Any, tokenizer: Any, seed: int = 0) -> dict[str, T
 def check_tokens(model: Any, ids: Tensor) -> None:
     """Refuse tokens that the model does not have (ValueError)."""
     if ids.numel() and int(ids.max()) >= model.get_input_embeddings().num_embeddings:
-        raise ValueError("tokenizer must be the base's; it does not make the model's tokens of the packaged text")
+        raise ValueError(
+            "tokenizer must be the base's; it does not make the model's tokens of the packaged text"
+        )
 
 
 def token_batches(ids: Tensor) -> list[dict[str, Tensor]]:
     """Token ids ``[N, length]`` as batches of a few rows."""
-    return [{"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in ids.split(AT_ONCE)]
+    return [
+        {"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in ids.split(AT_ONCE)
+    ]
 
 
 def save_background(statistics: Mapping[str, Tensor], base: Any, file: Path) -> None:
-    """Write the statistics of a background, as a whole or not at all, with the identity of their base."""
+    """Write the statistics of a background, as a whole or not at all, with the identity of their
+    base."""
     tensors = {name: value.contiguous() for name, value in statistics.items()}
     with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=file.parent) as aside:
         staged = Path(aside) / file.name

@@ -1,5 +1,6 @@
-"""`MPOEModelMixin`: the mixture-of-experts part of a Hugging Face model class. No modelling code is copied:
-subclasses call their dense parent's forward inside a routing context and add the auxiliary loss."""
+"""`MPOEModelMixin`: the mixture-of-experts part of a Hugging Face model class. No modelling code is
+copied: subclasses call their dense parent's forward inside a routing context and add the auxiliary
+loss."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ from mpoe_kernels.version import __version__
 # of every model's output, see `mpoe.models.classes.RoutingFields`
 ROUTING_FIELDS = ("task_loss", "aux_loss", "router_logits", "expert_load")
 REMOTE_FILE = "modeling_mpoe.py"
-REMOTE_CODE = '''"""Opens this model in programs that do not import mpoe (with ``trust_remote_code=True``)."""
+REMOTE_CODE = '''"""Opens this model in programs that do not import mpoe (``trust_remote_code=True``)."""
 
 try:
     from mpoe.models import {names}
@@ -65,8 +66,8 @@ def last_tokens(mask: Any, kwargs: Mapping[str, Any], ids: str, embeds: str) -> 
 
 
 def _without_padding(masks: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """The masks, None where nothing is padding: a prompt may have padding, the tokens after it have none. Only on the
-    CPU, as a GPU would have to be waited for."""
+    """The masks, None where nothing is padding: a prompt may have padding, the tokens after it have
+    none. Only on the CPU, as a GPU would have to be waited for."""
     return {
         stream: None if mask is None or (mask.device.type == "cpu" and bool(mask.all())) else mask
         for stream, mask in masks.items()
@@ -76,29 +77,39 @@ def _without_padding(masks: Mapping[str, Tensor | None]) -> dict[str, Tensor | N
 def auxiliary_loss(records: list[RouterRecord], balance_weight: float, z_weight: float) -> Tensor:
     """``sum over layers of balance_weight * balancing loss + z_weight * z-loss``, float32 scalar.
 
-    Layers of one stream share tokens and mask and are computed together, but independently. In a `global_batch` the
-    average over the ranks is the loss over the tokens of all ranks.
+    Layers of one stream share tokens and mask and are computed together, but independently. In a
+    `global_batch` the average over the ranks is the loss over the tokens of all ranks.
     """
     experts = records[0].logits.shape[-1]
     streams = dict.fromkeys(record.stream for record in records)
     layers = [[record for record in records if record.stream == stream] for stream in streams]
     indices = [torch.stack([record.top_k_index for record in alike]) for alike in layers]
-    own = [count_choices(index, experts, alike[0].token_mask) for index, alike in zip(indices, layers, strict=True)]
+    own = [
+        count_choices(index, experts, alike[0].token_mask)
+        for index, alike in zip(indices, layers, strict=True)
+    ]
     everyone, ranks = sum_over_ranks(torch.cat(own))
     total = records[0].logits.new_zeros(())
-    for alike, index, mine, ours in zip(layers, indices, own, everyone.split([len(o) for o in own]), strict=True):
+    for alike, index, mine, ours in zip(
+        layers, indices, own, everyone.split([len(o) for o in own]), strict=True
+    ):
         logits = torch.stack([record.logits for record in alike])
         mask = alike[0].token_mask
-        # Means over this rank's tokens, weighted by its tokens relative to those of an average rank: 1 for one rank.
+        # Means over this rank's tokens, weighted by its tokens relative to those of an average
+        # rank: 1 for one rank.
         weight = mine.sum(-1) * ranks / ours.sum(-1).clamp_min(1)
         if balance_weight:
-            total = total + balance_weight * (weight * load_balancing_loss(logits, index, mask, ours)).sum()
+            total = (
+                total
+                + balance_weight * (weight * load_balancing_loss(logits, index, mask, ours)).sum()
+            )
         if z_weight:
             total = total + z_weight * (weight * router_z_loss(logits, mask)).sum()
     return total
 
 
-# For the type checker the mixin is a model; at run time it is a plain class before the dense class in the bases.
+# For the type checker the mixin is a model; at run time it is a plain class before the dense class
+# in the bases.
 if TYPE_CHECKING:
     _Model = PreTrainedModel
 else:
@@ -113,7 +124,8 @@ class MPOEModelMixin(_Model):
     mpoe_family: ClassVar[str]
     mpoe_output: ClassVar[type]
     auto_classes: dict[str, str]  # Auto class -> name of the converted class
-    # T5's and BERT's losses ignore `num_items_in_batch`; the Trainer must know, or accumulation scales them wrongly.
+    # T5's and BERT's losses ignore `num_items_in_batch`; the Trainer must know, or accumulation
+    # scales them wrongly.
     accepts_loss_kwargs = False
     _keep_in_fp32_modules_strict = ["router"]  # noqa: RUF012 - declared so by Transformers
     _forward_names: ClassVar[tuple[str, ...]] = ()
@@ -125,7 +137,8 @@ class MPOEModelMixin(_Model):
             cls._forward_names = tuple(inspect.signature(cls.forward).parameters)[1:]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        # Constructors that get their base from `AutoModel` must get the dense one, so they see a dense configuration.
+        # Constructors that get their base from `AutoModel` must get the dense one, so they see a
+        # dense configuration.
         plain = copy.copy(config)
         plain.__class__ = self.dense_class.config_class
         super().__init__(plain, *args, **kwargs)
@@ -137,7 +150,8 @@ class MPOEModelMixin(_Model):
             elif type(own) is type(plain):
                 own.__class__ = type(config)  # T5's stacks have copies
         if self.accepts_loss_kwargs:
-            # Transformers finds a model's loss by its class name; a causal model gets the causal loss.
+            # Transformers finds a model's loss by its class name; a causal model gets the causal
+            # loss.
             self.loss_type = "ForCausalLM"
         self.install_experts()
 
@@ -149,7 +163,8 @@ class MPOEModelMixin(_Model):
         return MPOEConfig.from_dict(self.config.mpoe)
 
     def install_experts(self) -> None:
-        """Replace the dense modules that ``config.mpoe`` selects by MPOE modules with random weights."""
+        """Replace the dense modules that ``config.mpoe`` selects by MPOE modules with random
+        weights."""
         config = self.mpoe_config
         install_empty(self, find_sites(self, config), config)
         for name, cores in report.mpo_modules(self):
@@ -160,35 +175,53 @@ class MPOEModelMixin(_Model):
         self.init_weights()
 
     def forget_dense_names(self) -> None:
-        """Remove converted modules from Transformers' lists of names: parallel plans, float32 modules.
+        """Remove converted modules from Transformers' lists of names: parallel plans, float32
+        modules.
 
-        Modules that are not in the tensor-parallel plan, including experts and MPO projections, are replicated on every
-        rank. The projections of one block are either all sharded or none, as experts between them need whole rows.
+        Modules that are not in the tensor-parallel plan, including experts and MPO projections, are
+        replicated on every rank. The projections of one block are either all sharded or none, as
+        experts between them need whole rows.
         """
         modules = [(re.sub(r"\d+", "*", name), module) for name, module in self.named_modules()]
-        names = {name for name, module in modules if not isinstance(module, (MPOEmbedding, SharedEmbedding, TiedHead))}
+        names = {
+            name
+            for name, module in modules
+            if not isinstance(module, (MPOEmbedding, SharedEmbedding, TiedHead))
+        }
         names |= {re.sub(r"\d+", "*", name) for name, _ in self.named_parameters()}
-        whole = {name.rpartition(".")[0] for name, module in modules if isinstance(module, MPOLinear)}
+        whole = {
+            name.rpartition(".")[0] for name, module in modules if isinstance(module, MPOLinear)
+        }
         whole |= {name for name, module in modules if getattr(module, "shape", None) == HIDDEN}
         for attribute in ("_tp_plan", "_ep_plan"):
             plan = getattr(self, attribute, None) or {}
-            kept = {key: how for key, how in plan.items() if key in names and key.rpartition(".")[0] not in whole}
+            kept = {
+                key: how
+                for key, how in plan.items()
+                if key in names and key.rpartition(".")[0] not in whole
+            }
             setattr(self, attribute, kept)
         parts = {part for name in names for part in name.split(".")}
-        self._keep_in_fp32_modules = {name for name in self._keep_in_fp32_modules or () if name in parts}
+        self._keep_in_fp32_modules = {
+            name for name in self._keep_in_fp32_modules or () if name in parts
+        }
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """Initialise MPOE parameters that no checkpoint filled, then everything else.
 
-        This must come first, because nested stacks dispatch to their own ``_init_weights``, which does not know our
-        modules.
+        This must come first, because nested stacks dispatch to their own ``_init_weights``, which
+        does not know our modules.
         """
         for module in self.modules():
-            if not isinstance(module, FromInitialValues) or getattr(module, "_is_hf_initialized", False):
+            if not isinstance(module, FromInitialValues) or getattr(
+                module, "_is_hf_initialized", False
+            ):
                 continue
             parameters = module.named_tensors()
-            if not all(getattr(p, "_is_hf_initialized", False) or p.is_meta for p in parameters.values()):
+            if not all(
+                getattr(p, "_is_hf_initialized", False) or p.is_meta for p in parameters.values()
+            ):
                 for name, value in module.initial_values().items():
                     if not getattr(parameters[name], "_is_hf_initialized", False):
                         parameters[name].copy_(value)
@@ -202,14 +235,22 @@ class MPOEModelMixin(_Model):
 
         Labels are not used here: a causal model's prompt has labels of -100 but is not padding.
         """
-        return {"main": last_tokens(kwargs.get("attention_mask"), kwargs, "input_ids", "inputs_embeds")}
+        return {
+            "main": last_tokens(kwargs.get("attention_mask"), kwargs, "input_ids", "inputs_embeds")
+        }
 
-    def generation_masks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor | None]:
-        """Token masks ``[B, S]`` by stream of what `generate` runs apart from the model's forward."""
+    def generation_masks(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Tensor | None]:
+        """Token masks ``[B, S]`` by stream of what `generate` runs apart from the model's
+        forward."""
         return {}
 
-    def _routed_forward(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The dense parent's ``forward`` inside a routing context, with the auxiliary loss added."""
+    def _routed_forward(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The dense parent's ``forward`` inside a routing context, with the auxiliary loss
+        added."""
         kwargs = {**dict(zip(self._forward_names, args, strict=False)), **kwargs}
         return_dict = kwargs.pop("return_dict", None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
@@ -225,16 +266,24 @@ class MPOEModelMixin(_Model):
             output = forward(**kwargs, return_dict=True)
         output = self._with_routing(output, context.records or [], kwargs)
         if shown is False:
-            output = self.mpoe_output(**{name: value for name, value in output.items() if name not in ROUTING_FIELDS})
+            output = self.mpoe_output(
+                **{name: value for name, value in output.items() if name not in ROUTING_FIELDS}
+            )
         return output if return_dict else output.to_tuple()
 
-    def _with_routing(self, output: Any, records: list[RouterRecord], kwargs: dict[str, Any]) -> Any:
+    def _with_routing(
+        self, output: Any, records: list[RouterRecord], kwargs: dict[str, Any]
+    ) -> Any:
         fields = dict(output.items())
         if records:
             router = self.config.mpoe["router"]
-            fields["aux_loss"] = auxiliary_loss(records, router["balance_loss_weight"], router["z_loss_weight"])
+            fields["aux_loss"] = auxiliary_loss(
+                records, router["balance_loss_weight"], router["z_loss_weight"]
+            )
             fields["router_logits"] = tuple(record.logits for record in records)
-            fields["expert_load"] = torch.stack([record.expert_load for record in records]).long().detach()
+            fields["expert_load"] = (
+                torch.stack([record.expert_load for record in records]).long().detach()
+            )
         if fields.get("loss") is not None:
             fields["task_loss"] = fields["loss"]
             if records:
@@ -246,8 +295,9 @@ class MPOEModelMixin(_Model):
     def _accumulation_share(self, kwargs: dict[str, Any]) -> Tensor | None:
         """Weight of this call's auxiliary loss when the Trainer accumulates gradients.
 
-        A model that accepts loss arguments divides its task loss by the items of all micro-batches; the auxiliary
-        loss gets the weight of its micro-batch among them, so that their sum is a mean.
+        A model that accepts loss arguments divides its task loss by the items of all micro-batches;
+        the auxiliary loss gets the weight of its micro-batch among them, so that their sum is a
+        mean.
         """
         items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
         if not self.accepts_loss_kwargs or items is None or labels is None:
@@ -255,31 +305,41 @@ class MPOEModelMixin(_Model):
         return labels[..., 1:].ne(-100).sum() / items
 
     def cache_experts(self, max_bytes: int | None) -> None:
-        """Set how much memory `generate` may take, while it runs, for folded blocks and full weights of experts.
+        """Set how much memory `generate` may take, while it runs, for folded blocks and full
+        weights of experts.
 
-        Decoding on a CPU gets faster for shapes whose weights are costly to rebuild; outputs stay the same up to
-        rounding. A layer keeps full weights for all its experts or for none, once an answer is long enough to
-        amortise them. Compiled graphs use the cores; on a GPU, only blocks are kept, if a bound is set. Nothing is kept
-        between calls. Hidden-side experts and neurons have nothing to rebuild.
+        Decoding on a CPU gets faster for shapes whose weights are costly to rebuild; outputs stay
+        the same up to rounding. A layer keeps full weights for all its experts or for none, once an
+        answer is long enough to amortise them. Compiled graphs use the cores; on a GPU, only blocks
+        are kept, if a bound is set. Nothing is kept between calls. Hidden-side experts and neurons
+        have nothing to rebuild.
 
         Args:
-            max_bytes: bound for the whole model; 0: keep nothing; ``None``, as in a new model: the size of the dense
-                layers.
+            max_bytes: bound for the whole model; 0: keep nothing; ``None``, as in a new model: the
+                size of the dense layers.
 
         Raises:
-            TypeError, ValueError: ``max_bytes`` is not an integer, or is negative; a model without MPO experts.
+            TypeError, ValueError: ``max_bytes`` is not an integer, or is negative; a model without
+                MPO experts.
         """
         if not report.modules_of(self, MPOExperts) and not report.kept_modules(self):
-            raise ValueError(f"cache_experts needs a model with MPO experts; {type(self).__name__} has none")
+            raise ValueError(
+                f"cache_experts needs a model with MPO experts; {type(self).__name__} has none"
+            )
         check_integer("max_bytes", max_bytes, 0, optional=True)
         self._expert_cache_bytes = max_bytes
 
     # -------------------------------------------------------- checkpointing
 
     def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, *args: Any, **kwargs: Any
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Any = checkpoint,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
-        """As in Transformers, always non-reentrant: recomputed layers must see the call's token masks again.
+        """As in Transformers, always non-reentrant: recomputed layers must see the call's token
+        masks again.
 
         ``use_reentrant=True`` is replaced, with a warning; the gradients are the same.
         """
@@ -291,24 +351,28 @@ class MPOEModelMixin(_Model):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """Nothing to do: `save_pretrained` writes the remote code itself, not a copy of a module of mpoe."""
+        """Nothing to do: `save_pretrained` writes the remote code itself, not a copy of a module of
+        mpoe."""
 
     def complete_config(self) -> None:
-        """Put every core's rate ratio into the config, and take a base's path on this machine out of it."""
+        """Put every core's rate ratio into the config, and take a base's path on this machine out
+        of it."""
         ratios = {name: list(cores.rate_ratios) for name, cores in report.mpo_modules(self)}
         self.config.mpoe = {**self.config.mpoe, "rate_ratios": ratios}
         self.config.mpoe_base = report.base_name(self)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers; the config also carries every core's rate ratio and an ``auto_map``, and a model card
-        and the file that ``auto_map`` names are written.
+        """As in Transformers; the config also carries every core's rate ratio and an ``auto_map``,
+        and a model card and the file that ``auto_map`` names are written.
 
         Raises:
             OSError: the folder cannot be written, or the disk is full.
         """
         self.complete_config()
         names = {"AutoConfig": type(self.config).__name__, **self.auto_classes}
-        self.config.auto_map = {auto: f"{Path(REMOTE_FILE).stem}.{name}" for auto, name in names.items()}
+        self.config.auto_map = {
+            auto: f"{Path(REMOTE_FILE).stem}.{name}" for auto, name in names.items()
+        }
         try:
             result = super().save_pretrained(save_directory, *args, **kwargs)
         except SafetensorError as error:
@@ -317,13 +381,16 @@ class MPOEModelMixin(_Model):
             # Otherwise an earlier MPOE-only save in this folder would be loaded instead.
             (Path(save_directory) / name).unlink(missing_ok=True)
         if kwargs.get("is_main_process", True):
-            code = REMOTE_CODE.format(names=", ".join(sorted(set(names.values()))), version=__version__)
+            code = REMOTE_CODE.format(
+                names=", ".join(sorted(set(names.values()))), version=__version__
+            )
             (Path(save_directory) / REMOTE_FILE).write_text(code, encoding="utf-8")
             report.write_card(self, save_directory)
         return result
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, with our card in place of the one that it creates for a repository without any."""
+        """As in Transformers, with our card in place of the one that it creates for a repository
+        without any."""
         card = Path(working_dir) / report.CARD_FILE
         if card.is_file() and report.TEMPLATE in card.read_text(encoding="utf-8"):
             card.unlink()
@@ -337,11 +404,13 @@ class MPOEModelMixin(_Model):
         return report.parameter_report(self)
 
     def print_trainable_parameters(self) -> None:
-        """Print trainable and total counts, their split, and the comparison with dense and Switch models."""
+        """Print trainable and total counts, their split, and the comparison with dense and Switch
+        models."""
         print(report.format_report(self.parameter_report()))
 
     def mpoe_summary(self, num_tokens: int = 2048) -> None:
-        """Print a table with a row for every MPO weight: factors, bonds, parameters, conversion error, plan.
+        """Print a table with a row for every MPO weight: factors, bonds, parameters, conversion
+        error, plan.
 
         Args:
             num_tokens: tokens of the forward pass that the plans are made for.
@@ -352,14 +421,17 @@ class MPOEModelMixin(_Model):
         check_integer("num_tokens", num_tokens, 0)
         rows = report.summarize(self, num_tokens, self.mpoe_config.top_k)
         if not rows:
-            raise ValueError(f"mpoe_summary needs a model with MPO weights; {type(self).__name__} has none")
+            raise ValueError(
+                f"mpoe_summary needs a model with MPO weights; {type(self).__name__} has none"
+            )
         report.print_summary(rows, num_tokens)
         self.print_trainable_parameters()
 
     # -------------------------------------------------------------- freezing
 
     def freeze_central(self) -> None:
-        """Stop training what all experts share: central cores, or the dense projections that stay (and P and Q).
+        """Stop training what all experts share: central cores, or the dense projections that stay
+        (and P and Q).
 
         Raises:
             ValueError: a model without MPO weights.
@@ -371,9 +443,15 @@ class MPOEModelMixin(_Model):
         self._train_central(True)
 
     def _train_central(self, trained: bool) -> None:
-        parts = [module for module in self.modules() if isinstance(module, (MPOCores, KeptFeedForward))]
-        found = [parameter for module in parts for parameter in module.central_parameters().values()]
+        parts = [
+            module for module in self.modules() if isinstance(module, (MPOCores, KeptFeedForward))
+        ]
+        found = [
+            parameter for module in parts for parameter in module.central_parameters().values()
+        ]
         if not found:
-            raise ValueError(f"there are no central cores to freeze: {type(self).__name__} has none")
+            raise ValueError(
+                f"there are no central cores to freeze: {type(self).__name__} has none"
+            )
         for each in found:
             each.requires_grad_(trained)

@@ -1,4 +1,5 @@
-"""Loading and saving: `load_mpoe`, saves with only the MPOE parameters, and taking components from a checkpoint."""
+"""Loading and saving: `load_mpoe`, saves with only the MPOE parameters, and taking components from
+a checkpoint."""
 
 from __future__ import annotations
 
@@ -51,14 +52,20 @@ def read_mpoe_config(folder: Path) -> tuple[dict[str, Any], type[Any]]:
         if is_dense:
             advice = f"a dense {model_type}: load it with transformers, then convert_to_mpoe"
         raise ValueError(
-            f"path must hold a converted model (model_type mpoe_...); {folder / 'config.json'} is {advice}"
+            f"path must hold a converted model (model_type mpoe_...); {folder / 'config.json'} is "
+            f"{advice}"
         )
     names = values.get("architectures")
-    found = [class_named(name) for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    found = (
+        [class_named(name) for name in names if isinstance(name, str)]
+        if isinstance(names, list)
+        else []
+    )
     cls = next((cls for cls in found if hasattr(cls, "config_class")), None)
     if cls is None or cls.config_class.model_type != model_type:
         raise ValueError(
-            f"architectures in {folder / 'config.json'} must name an MPOE class of {model_type!r}; got {quoted(names)}"
+            f"architectures in {folder / 'config.json'} must name an MPOE class of {model_type!r}; "
+            f"got {quoted(names)}"
         )
     return values, cls
 
@@ -69,32 +76,40 @@ def parsed_mpoe(values: dict[str, Any], folder: Path) -> MPOEConfig:
         return MPOEConfig.from_dict(values["mpoe"])
     except (KeyError, ValueError, TypeError) as error:
         reason = shortened(str(error), 1000)
-        raise ValueError(f"{folder / 'config.json'} must hold a valid field 'mpoe'; {reason}") from error
+        raise ValueError(
+            f"{folder / 'config.json'} must hold a valid field 'mpoe'; {reason}"
+        ) from error
 
 
 @contextlib.contextmanager
 def _refusing(folder: Path, cls: type[Any]) -> Iterator[None]:
-    """Turn any error that Transformers' constructors raise on unchecked fields into a ValueError."""
+    """Turn any error that Transformers' constructors raise on unchecked fields into a
+    ValueError."""
     try:
         yield
     except Exception as error:
         reason = shortened(str(error), 1000)
         raise ValueError(
-            f"the JSON files in {folder} do not describe a {cls.__name__} that can be built; {reason}"
+            f"the JSON files in {folder} do not describe a {cls.__name__} that can be built; "
+            f"{reason}"
         ) from error
 
 
 def _check_ratios(modules: Mapping[str, MPOCores], ratios: Mapping[str, Any], folder: Path) -> None:
     for name, cores in modules.items():
         if len(ratios.get(name, ())) != len(cores.rate_ratios):
-            raise ValueError(f"rate_ratios in {folder / 'config.json'} must have one number for every core of {name}")
+            raise ValueError(
+                f"rate_ratios in {folder / 'config.json'} must have one number for every core of "
+                f"{name}"
+            )
 
 
 @one_at_a_time()
 def load_mpoe(path: str | Path, base: Any = None, **kwargs: Any) -> Any:
     """Load a model saved with ``save_pretrained``, or MPOE parameters saved with `save_mpoe_only`.
 
-    A folder whose weights are damaged or do not match its configuration is refused before memory is allocated.
+    A folder whose weights are damaged or do not match its configuration is refused before memory is
+    allocated.
 
     Args:
         path: folder. Only safetensors and JSON are read.
@@ -106,8 +121,8 @@ def load_mpoe(path: str | Path, base: Any = None, **kwargs: Any) -> Any:
 
     Raises:
         TypeError: ``path`` is not a path.
-        ValueError: no such folder, a foreign or damaged checkpoint, missing or unexpected parameters, a base that is
-            missing or not the one that the save was made from.
+        ValueError: no such folder, a foreign or damaged checkpoint, missing or unexpected
+            parameters, a base that is missing or not the one that the save was made from.
     """
     check_type("path", path, (str, os.PathLike), "the folder of a saved model")
     folder = Path(path)
@@ -126,19 +141,31 @@ def load_mpoe(path: str | Path, base: Any = None, **kwargs: Any) -> Any:
         _check_ratios(dict(mpo_modules(skeleton)), ratios, folder)
         given = _joined(skeleton, files, theirs, digest)
         config = cls.config_class.from_dict(values)
-        source: dict[str, Any] = {"pretrained_model_name_or_path": None, "config": config, "state_dict": given}
+        source: dict[str, Any] = {
+            "pretrained_model_name_or_path": None,
+            "config": config,
+            "state_dict": given,
+        }
     else:
         check_shapes(skeleton, shapes, folder)
         declared_shapes(files, skeleton)
         source = {"pretrained_model_name_or_path": folder, "use_safetensors": True}
     with _refusing(folder, cls):
         model, info = cls.from_pretrained(**source, output_loading_info=True, **kwargs)
-    labels = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "of another shape"}
+    labels = {
+        "missing_keys": "missing",
+        "unexpected_keys": "unexpected",
+        "mismatched_keys": "of another shape",
+    }
     problems = [
-        f"{label}: {', '.join(map(str, sorted(info[key])[:5]))}" for key, label in labels.items() if info.get(key)
+        f"{label}: {', '.join(map(str, sorted(info[key])[:5]))}"
+        for key, label in labels.items()
+        if info.get(key)
     ]
     if problems:
-        raise ValueError(f"the weights in {folder} must match its config.json; {'; '.join(problems)}")
+        raise ValueError(
+            f"the weights in {folder} must match its config.json; {'; '.join(problems)}"
+        )
     return model
 
 
@@ -151,7 +178,8 @@ def _is_mpoe(name: str) -> bool:
 
 
 def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
-    """Save only routers, experts and MPO cores, with a hash that identifies the dense model that holds the rest.
+    """Save only routers, experts and MPO cores, with a hash that identifies the dense model that
+    holds the rest.
 
     Args:
         model: an MPOE model whose other parameters are still the base's.
@@ -160,8 +188,8 @@ def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
 
     Raises:
         TypeError: a model that is not an MPOE model, a path of another type.
-        ValueError: parameters outside the MPOE modules that differ from the base (save with save_pretrained then),
-            a folder that holds a whole model.
+        ValueError: parameters outside the MPOE modules that differ from the base (save with
+            save_pretrained then), a folder that holds a whole model.
         NotADirectoryError: ``path`` is a file, or a link that does not lead to a folder.
     """
     check_type("model", model, MPOEModelMixin, "an MPOE model (see convert_to_mpoe)")
@@ -170,7 +198,11 @@ def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
     dense, name = _base_model(base, type(model))
     state, theirs = module.state_dict(), dense.state_dict()
     rest = {n: value for n, value in state.items() if not _is_mpoe(n)}
-    differing = [n for n, value in rest.items() if n not in theirs or not torch.equal(value.cpu(), theirs[n].cpu())]
+    differing = [
+        n
+        for n, value in rest.items()
+        if n not in theirs or not torch.equal(value.cpu(), theirs[n].cpu())
+    ]
     if differing:
         raise ValueError(
             f"{len(differing)} parameters outside the MPOE modules differ from the base, e.g. "
@@ -201,18 +233,26 @@ def _base_model(base: Any, cls: type[Any]) -> tuple[PreTrainedModel, str]:
     dense_class = cls.dense_class
     if isinstance(base, (str, Path)):
         if not str(base) or not Path(base).is_dir():
-            raise ValueError(f"base must be a dense model or its folder; {str(base)!r} is not a folder")
+            raise ValueError(
+                f"base must be a dense model or its folder; {str(base)!r} is not a folder"
+            )
         try:
             return dense_class.from_pretrained(base, use_safetensors=True), str(base)
-        except Exception as error:  # Transformers raises several kinds for a folder that has no model of this class
-            raise ValueError(f"base must be a {dense_class.__name__} or its folder; {base}: {error}") from error
+        # Transformers raises several kinds for a folder that has no model of this class
+        except Exception as error:
+            raise ValueError(
+                f"base must be a {dense_class.__name__} or its folder; {base}: {error}"
+            ) from error
     if type(base) is not dense_class:
-        raise ValueError(f"base must be a {dense_class.__name__} or its folder; got {type(base).__name__}")
+        raise ValueError(
+            f"base must be a {dense_class.__name__} or its folder; got {type(base).__name__}"
+        )
     return base, str(getattr(base.config, "_name_or_path", "") or "")
 
 
 def _base_of(folder: Path, cls: type[Any], base: Any) -> tuple[dict[str, Tensor], str]:
-    """The dense model's parameters, and the hash that an MPOE-only save has of those that it needs."""
+    """The dense model's parameters, and the hash that an MPOE-only save has of those that it
+    needs."""
     if not (folder / BASE_FILE).is_file():
         raise ValueError(f"an MPOE-only save must hold {BASE_FILE}; {folder} has none")
     identity = read_mapping(folder / BASE_FILE, "base's description")
@@ -224,26 +264,34 @@ def _base_of(folder: Path, cls: type[Any], base: Any) -> tuple[dict[str, Tensor]
     return _base_model(base, cls)[0].state_dict(), str(identity.get("sha256"))
 
 
-def _joined(skeleton: nn.Module, files: list[Path], theirs: dict[str, Tensor], digest: str) -> dict[str, Tensor]:
+def _joined(
+    skeleton: nn.Module, files: list[Path], theirs: dict[str, Tensor], digest: str
+) -> dict[str, Tensor]:
     """All parameters of an MPOE-only save's model: those in its file, and copies of the base's."""
     wanted = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
     own, shapes = {name for name in wanted if _is_mpoe(name)}, declared_shapes(files, skeleton)
-    odd = sorted(name for name in {*shapes, *own} if name not in own or shapes.get(name) != wanted[name])[:5]
+    odd = sorted(
+        name for name in {*shapes, *own} if name not in own or shapes.get(name) != wanted[name]
+    )[:5]
     if odd:
         raise ValueError(f"{files[0]} must hold the parameters its config names; differing: {odd}")
     rest = {name: theirs[name].clone() for name in wanted if name not in own and name in theirs}
     if tensors_hash(rest) != digest:
-        raise ValueError(f"base must be the model that {files[0].parent} was saved from; its weights differ (SHA-256)")
+        raise ValueError(
+            f"base must be the model that {files[0].parent} was saved from; its weights differ "
+            "(SHA-256)"
+        )
     return {**rest, **read_tensors(files)}
 
 
-# ------------------------------------------------------------- components of a model, by the original's names
+# ------------------------------------------------------------- components of a model, by the
+# original's names
 
 
 COMPONENTS = ("word_embed", "mlp", "attention", "pooler")
 _ALIASES = {"ffn": "mlp", "embedding": "word_embed", "embeddings": "word_embed"}
-# Words in a module's name that identify its component; the first component that matches wins (BERT's FFN is at
-# `encoder.layer.0.…`, its attention's output at `…attention.output.dense`).
+# Words in a module's name that identify its component; the first component that matches wins
+# (BERT's FFN is at `encoder.layer.0.…`, its attention's output at `…attention.output.dense`).
 _WORDS = {
     "pooler": ("pooler",),
     "word_embed": ("shared", "embed", "wte", "lm_head"),
@@ -262,7 +310,8 @@ def component_of(name: str) -> str:
 
 
 def parse_components(text: str | None, option: str = "update_mpo_layer") -> tuple[str, ...] | None:
-    """'mlp, attention' -> ('mlp', 'attention'); None means all. Raises ValueError on unknown names, for ``option``."""
+    """'mlp, attention' -> ('mlp', 'attention'); None means all. Raises ValueError on unknown names,
+    for ``option``."""
     if text is None:
         return None
     names = [part.strip().lower() for part in text.split(",") if part.strip()]
@@ -270,17 +319,21 @@ def parse_components(text: str | None, option: str = "update_mpo_layer") -> tupl
     for name in names:
         check_choice(option, name, COMPONENTS)
     if not names:
-        raise ValueError(f"{option} must name at least one of {', '.join(COMPONENTS)}; got {text!r}")
+        raise ValueError(
+            f"{option} must name at least one of {', '.join(COMPONENTS)}; got {text!r}"
+        )
     return tuple(dict.fromkeys(names))
 
 
 @torch.no_grad()
 def load_layers(model: Any, path: str | Path, components: Sequence[str]) -> list[str]:
-    """Replace the parameters of ``components`` in ``model`` by those of a checkpoint, dense projections that stay too.
+    """Replace the parameters of ``components`` in ``model`` by those of a checkpoint, dense
+    projections that stay too.
 
     Args:
         model: an MPOE model, changed in place.
-        path: folder of a saved MPOE model of the same family, whole or MPOE-only (without dense projections).
+        path: folder of a saved MPOE model of the same family, whole or MPOE-only (without dense
+            projections).
         components: of word_embed, mlp (experts with their routers), attention and pooler.
 
     Returns:
@@ -288,8 +341,8 @@ def load_layers(model: Any, path: str | Path, components: Sequence[str]) -> list
 
     Raises:
         TypeError: a model that is not an MPOE model.
-        ValueError: no checkpoint there, a component that the model does not have in MPO form, parameters that are
-            missing in the checkpoint or of another shape.
+        ValueError: no checkpoint there, a component that the model does not have in MPO form,
+            parameters that are missing in the checkpoint or of another shape.
     """
     check_type("model", model, MPOEModelMixin, "an MPOE model (see convert_to_mpoe)")
     folder, cores_of = Path(path), dict(mpo_modules(model))
@@ -300,18 +353,31 @@ def load_layers(model: Any, path: str | Path, components: Sequence[str]) -> list
     component |= dict.fromkeys(whole, "mlp")
     missing = sorted(set(components) - set(component.values()))
     if missing:
-        raise ValueError(f"components must be in MPO form in the model; {', '.join(missing)} is not")
+        raise ValueError(
+            f"components must be in MPO form in the model; {', '.join(missing)} is not"
+        )
     names = [name for name, _ in model.named_modules() if component.get(name) in components]
     files = [folder / ONLY_FILE] if (folder / ONLY_FILE).is_file() else weight_files(folder)
     shapes = declared_shapes(files, model)
     parts = [model.get_submodule(name) for name in names]
-    parts += [part for layer in parts if isinstance(layer, KeptFeedForward) for part in layer.projections().values()]
+    parts += [
+        part
+        for layer in parts
+        if isinstance(layer, KeptFeedForward)
+        for part in layer.projections().values()
+    ]
     ids = {id(value) for part in parts for value in part.state_dict(keep_vars=True).values()}
-    wanted = {key: value for key, value in model.state_dict(keep_vars=True).items() if id(value) in ids}
-    wanted = {key: value for key, value in wanted.items() if files[0].name != ONLY_FILE or _is_mpoe(key)}
+    wanted = {
+        key: value for key, value in model.state_dict(keep_vars=True).items() if id(value) in ids
+    }
+    wanted = {
+        key: value for key, value in wanted.items() if files[0].name != ONLY_FILE or _is_mpoe(key)
+    }
     for key, parameter in wanted.items():
         if shapes.get(key) != (size := tuple(parameter.shape)):
-            raise ValueError(f"{folder} must hold {key} {size}, as the model does; it has {shapes.get(key)}")
+            raise ValueError(
+                f"{folder} must hold {key} {size}, as the model does; it has {shapes.get(key)}"
+            )
     changed = {name: cores for name, cores in cores_of.items() if name.startswith(tuple(names))}
     _check_ratios(changed, ratios, folder)
     tensors = read_tensors(files)

@@ -1,8 +1,9 @@
-"""Model and configuration classes, created by a rule from a dense class, its family and its head; what their `generate`
-keeps: folded blocks and rebuilt weights, by default in as much memory as dense layers take.
+"""Model and configuration classes, created by a rule from a dense class, its family and its head;
+what their `generate` keeps: folded blocks and rebuilt weights, by default in as much memory as
+dense layers take.
 
-Transformers' own tables list the class of each family for each head. They are read, and the classes created, when a
-family is first used.
+Transformers' own tables list the class of each family for each head. They are read, and the classes
+created, when a family is first used.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from mpoe.models.table import CAUSAL, CLASS_PREFIX, ENCODER, SEQ2SEQ, TABLE, TYP
 
 
 def _may_cache(layer: MPOExperts, on_gpus: bool) -> bool:
-    """Whether a cache may serve a layer: in evaluation, with cores that are neither adapted nor sharded."""
+    """Whether a cache may serve a layer: in evaluation, with cores that are neither adapted nor
+    sharded."""
     projections = layer.projections().values()
     if layer.training or any(type(cores) is not MPOCores for cores in projections):
         return False
@@ -41,8 +43,11 @@ def _may_cache(layer: MPOExperts, on_gpus: bool) -> bool:
 
 
 def decoding_bytes(layers: list[MPOExperts]) -> int:
-    """Bound of `generate`'s cache unless `cache_experts` sets one: a dense feed-forward network for each layer."""
-    projections = [(cores, layer.dtype.itemsize) for layer in layers for cores in layer.projections().values()]
+    """Bound of `generate`'s cache unless `cache_experts` sets one: a dense feed-forward network for
+    each layer."""
+    projections = [
+        (cores, layer.dtype.itemsize) for layer in layers for cores in layer.projections().values()
+    ]
     return sum(cores.in_features * cores.out_features * size for cores, size in projections)
 
 
@@ -55,7 +60,11 @@ def kept_while_generating(model: nn.Module, max_bytes: int | None) -> Iterator[E
         max_bytes: bound; ``None``: `decoding_bytes`, on a CPU; 0: no cache.
     """
     experts = (module for module in model.modules() if isinstance(module, MPOExperts))
-    layers = [] if torch.compiler.is_compiling() else [e for e in experts if _may_cache(e, max_bytes is not None)]
+    layers = (
+        []
+        if torch.compiler.is_compiling()
+        else [e for e in experts if _may_cache(e, max_bytes is not None)]
+    )
     bound = decoding_bytes(layers) if max_bytes is None else max_bytes
     if bound == 0 or not layers:
         yield None
@@ -68,11 +77,12 @@ class MPOESeq2SeqMixin(MPOEModelMixin):
     """Mixture-of-experts part of T5, BART and similar models."""
 
     def token_masks(self, kwargs: dict[str, Any]) -> dict[str, Tensor | None]:
-        """Encoder: ``attention_mask``. Decoder: ``decoder_attention_mask``, else all tokens up to the last label !=
-        -100.
+        """Encoder: ``attention_mask``. Decoder: ``decoder_attention_mask``, else all tokens up to
+        the last label != -100.
 
-        An ignored label in the middle of a target is not padding: its position is still attended to. Only a language
-        model's labels are tokens. A model with only one side uses only ``attention_mask``.
+        An ignored label in the middle of a target is not padding: its position is still attended
+        to. Only a language model's labels are tokens. A model with only one side uses only
+        ``attention_mask``.
         """
         main = last_tokens(kwargs.get("attention_mask"), kwargs, "input_ids", "inputs_embeds")
         if "decoder_input_ids" not in self._forward_names:
@@ -81,10 +91,14 @@ class MPOESeq2SeqMixin(MPOEModelMixin):
         if decoder_mask is None and labels is not None and self.can_generate():
             decoder = labels.ne(-100).flip(-1).cumsum(-1).flip(-1) > 0
         else:
-            decoder = last_tokens(decoder_mask, kwargs, "decoder_input_ids", "decoder_inputs_embeds")
+            decoder = last_tokens(
+                decoder_mask, kwargs, "decoder_input_ids", "decoder_inputs_embeds"
+            )
         return {"encoder": main, "decoder": decoder}
 
-    def generation_masks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor | None]:
+    def generation_masks(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Tensor | None]:
         """Transformers runs the encoder separately: it must also see which tokens are padding."""
         if "decoder_input_ids" not in self._forward_names:
             return {}
@@ -94,7 +108,8 @@ class MPOESeq2SeqMixin(MPOEModelMixin):
             pad, end = self.generation_config.pad_token_id, self.generation_config.eos_token_id
             pad = self.config.pad_token_id if pad is None else pad
             ends = end if isinstance(end, list) else [end]
-            # As in Transformers: if padding and end of text are the same token, they cannot be told apart.
+            # As in Transformers: if padding and end of text are the same token, they cannot be told
+            # apart.
             if isinstance(ids, Tensor) and ids.dim() == 2 and pad is not None and pad not in ends:
                 mask = ids.ne(pad)
         return {"encoder": last_tokens(mask, {}, "", "")}
@@ -108,8 +123,8 @@ class RoutingFields:
         task_loss: the loss without ``aux_loss``; present when labels are given.
         aux_loss: weighted sum over layers of the load-balancing and z-losses, float32 scalar.
         router_logits: raw logits per layer in order of execution, float32 ``[B * S, E]`` each.
-        expert_load: slots each expert worked on, int64 ``[layers, E]``, detached; padding and dropped tokens are not
-            counted.
+        expert_load: slots each expert worked on, int64 ``[layers, E]``, detached; padding and
+            dropped tokens are not counted.
     """
 
     task_loss: Tensor | None = None
@@ -122,7 +137,11 @@ class RoutingFields:
 def output_with_routing(dense: type[ModelOutput]) -> type[ModelOutput]:
     """``dense`` with `RoutingFields`, named ``MPOE<dense>``."""
     documentation = f"`{dense.__name__}` with `RoutingFields`."
-    made = type(f"MPOE{dense.__name__}", (RoutingFields, dense), {"__doc__": documentation, "__module__": __name__})
+    made = type(
+        f"MPOE{dense.__name__}",
+        (RoutingFields, dense),
+        {"__doc__": documentation, "__module__": __name__},
+    )
     return dataclass(made)
 
 
@@ -146,7 +165,11 @@ HEADS = {
     "AutoModelForTextEncoding": "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES",
 }
 # head of a family when nothing else is known
-STYLE_HEADS = {SEQ2SEQ: "AutoModelForSeq2SeqLM", CAUSAL: "AutoModelForCausalLM", ENCODER: "AutoModel"}
+STYLE_HEADS = {
+    SEQ2SEQ: "AutoModelForSeq2SeqLM",
+    CAUSAL: "AutoModelForCausalLM",
+    ENCODER: "AutoModel",
+}
 MODULE = "mpoe.models"
 IGNORED_AT_INFERENCE = ["cache", "past_key_values", *ROUTING_FIELDS]
 
@@ -157,11 +180,13 @@ else:
 
 
 class MPOEConfigMixin(_Config):
-    """Goes before the dense configuration in the bases. ``mpoe`` is the dict of an `mpoe.MPOEConfig`.
+    """Goes before the dense configuration in the bases. ``mpoe`` is the dict of an
+    `mpoe.MPOEConfig`.
 
-    ``output_router_logits`` is Transformers' option of that name: ``None`` (the default) and ``True`` return the
-    routers' outputs, ``False`` leaves out the fields of `RoutingFields`; the loss always contains
-    the auxiliary losses. The expert-parallel plan is empty: experts and routers are replicated on every rank.
+    ``output_router_logits`` is Transformers' option of that name: ``None`` (the default) and
+    ``True`` return the routers' outputs, ``False`` leaves out the fields of `RoutingFields`; the
+    loss always contains the auxiliary losses. The expert-parallel plan is empty: experts and
+    routers are replicated on every rank.
     """
 
     mpoe: dict[str, Any]
@@ -176,7 +201,9 @@ def config_class_for(dense: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The configuration class of converted ``dense`` models."""
 
     def __init__(self: Any, mpoe: Any = None, **kwargs: Any) -> None:
-        self.mpoe = (mpoe if isinstance(mpoe, MPOEConfig) else MPOEConfig.from_dict(mpoe or {})).to_dict()
+        self.mpoe = (
+            mpoe if isinstance(mpoe, MPOEConfig) else MPOEConfig.from_dict(mpoe or {})
+        ).to_dict()
         dense.__init__(self, **kwargs)
 
     ignored = [*IGNORED_AT_INFERENCE, *(getattr(dense, "keys_to_ignore_at_inference", None) or [])]
@@ -186,7 +213,8 @@ def config_class_for(dense: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         {
             "__init__": __init__,
             "__module__": MODULE,
-            "__doc__": f"`{dense.__name__}` with a field ``mpoe``: the dict of an `mpoe.MPOEConfig`.",
+            "__doc__": f"`{dense.__name__}` with a field ``mpoe``: the dict of an "
+            "`mpoe.MPOEConfig`.",
             "model_type": f"{TYPE_PREFIX}{dense.model_type}",
             "keys_to_ignore_at_inference": list(dict.fromkeys(ignored)),
         },
@@ -202,7 +230,11 @@ def _config_name(model_type: str) -> str:
 def dense_names(model_type: str) -> dict[str, str]:
     """Auto class -> name of the dense class that a family has for it."""
     found = {auto: getattr(modeling_auto, table).get(model_type) for auto, table in HEADS.items()}
-    return {auto: name if isinstance(name, str) else name[0] for auto, name in found.items() if name is not None}
+    return {
+        auto: name if isinstance(name, str) else name[0]
+        for auto, name in found.items()
+        if name is not None
+    }
 
 
 def make_class(
@@ -221,7 +253,10 @@ def make_class(
         mixin: `MPOEModelMixin` or a class below it.
         autos: Auto class -> name of the converted class, for the whole family.
     """
-    causal = "AutoModelForCausalLM" in autos and autos["AutoModelForCausalLM"] == f"{CLASS_PREFIX}{dense.__name__}"
+    causal = (
+        "AutoModelForCausalLM" in autos
+        and autos["AutoModelForCausalLM"] == f"{CLASS_PREFIX}{dense.__name__}"
+    )
     original = inspect.unwrap(dense.forward)
 
     @functools.wraps(dense.forward)
@@ -246,17 +281,22 @@ def make_class(
         "dense_class": dense,
         "mpoe_family": model_type,
         "mpoe_output": output_of(dense.forward),
-        # Current causal heads pass them to `loss_function`; older ones compute their loss themselves.
+        # Current causal heads pass them to `loss_function`; older ones compute their loss
+        # themselves.
         "accepts_loss_kwargs": causal and "loss_function" in original.__code__.co_names,
         "auto_classes": {
-            auto: name for auto, name in autos.items() if auto == "AutoModel" or name == CLASS_PREFIX + dense.__name__
+            auto: name
+            for auto, name in autos.items()
+            if auto == "AutoModel" or name == CLASS_PREFIX + dense.__name__
         },
         "_keep_in_fp32_modules_strict": {
             *(mixin._keep_in_fp32_modules_strict or ()),
             *(dense._keep_in_fp32_modules_strict or ()),
         },
         # Transformers looks for it in the file that defines the class.
-        "_can_set_attn_implementation": classmethod(lambda cls: dense._can_set_attn_implementation()),
+        "_can_set_attn_implementation": classmethod(
+            lambda cls: dense._can_set_attn_implementation()
+        ),
     }
     bases: tuple[type[Any], ...] = (mixin, dense)
     if issubclass(dense, GenerationMixin):
@@ -269,7 +309,8 @@ def make_class(
 def _made(
     dense_of: Mapping[str, Any], config: type[PreTrainedConfig], model_type: str, mixin: type[Any]
 ) -> dict[type[PreTrainedModel], type[Any]]:
-    """Dense class -> MPOE class, registered with Transformers' Auto classes, for the dense class of each Auto class."""
+    """Dense class -> MPOE class, registered with Transformers' Auto classes, for the dense class of
+    each Auto class."""
     AutoConfig.register(config.model_type, config, exist_ok=True)
     autos = {auto: f"{CLASS_PREFIX}{dense.__name__}" for auto, dense in dense_of.items() if auto}
     made: dict[type[PreTrainedModel], type[Any]] = {}
@@ -294,9 +335,20 @@ def classes_of(model_type: str) -> dict[type[PreTrainedModel], type[Any]]:
 @functools.cache
 def foreign_class(dense: Any) -> type[Any]:
     """The MPOE class of a dense class whose family is not in `TABLE`."""
-    head = next((auto for auto, table in HEADS.items() if dense.__name__ in getattr(modeling_auto, table).values()), "")
+    head = next(
+        (
+            auto
+            for auto, table in HEADS.items()
+            if dense.__name__ in getattr(modeling_auto, table).values()
+        ),
+        "",
+    )
     config = config_class_for(dense.config_class)
-    mixin = MPOESeq2SeqMixin if "decoder_input_ids" in inspect.signature(dense.forward).parameters else MPOEModelMixin
+    mixin = (
+        MPOESeq2SeqMixin
+        if "decoder_input_ids" in inspect.signature(dense.forward).parameters
+        else MPOEModelMixin
+    )
     return _made({head: dense}, config, dense.config_class.model_type, mixin)[dense]
 
 
@@ -314,9 +366,19 @@ def class_named(name: str) -> type[Any] | None:
         is_config = dense == _config_name(model_type)
         if is_config or dense in dense_names(model_type).values():
             made = classes_of(model_type).values()
-            return next(cls.config_class if is_config else cls for cls in made if is_config or cls.__name__ == name)
-    found = getattr(transformers, dense, None)  # of a Transformers model outside `TABLE`, converted with ``sites``
+            return next(
+                cls.config_class if is_config else cls
+                for cls in made
+                if is_config or cls.__name__ == name
+            )
+    found = getattr(
+        transformers, dense, None
+    )  # of a Transformers model outside `TABLE`, converted with ``sites``
     if inspect.isclass(found) and issubclass(found, PreTrainedConfig):
         return config_class_for(found)
     known: Any = found
-    return foreign_class(known) if inspect.isclass(found) and issubclass(found, PreTrainedModel) else None
+    return (
+        foreign_class(known)
+        if inspect.isclass(found) and issubclass(found, PreTrainedModel)
+        else None
+    )

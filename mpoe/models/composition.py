@@ -1,19 +1,22 @@
-"""`compose`: several fine-tunes of one model become the experts of one mixture; and routers in closed form, from
-statistics of domains, optionally followed by training, which `compose_experts` uses too.
+"""`compose`: several fine-tunes of one model become the experts of one mixture; and routers in
+closed form, from statistics of domains, optionally followed by training, which `compose_experts`
+uses too.
 
-Feed-forward networks become experts, one per fine-tune; all other parameters are the mean over the fine-tunes
-(Branch-Train-MiX, Sukhbaatar et al. 2024, arXiv 2403.07816).
+Feed-forward networks become experts, one per fine-tune; all other parameters are the mean over the
+fine-tunes (Branch-Train-MiX, Sukhbaatar et al. 2024, arXiv 2403.07816).
 
-A domain's statistics are, for every layer, those of its router's input over the tokens of the domain, while all of them
-go to the domain's own expert: the mean, and the covariance as a sketch, ``sum_i values_i vectors_i vectors_i' +
-diag(rest)``: its largest eigenvalues, and what its diagonal has beyond them. As tensors by name, of a layer NAME:
+A domain's statistics are, for every layer, those of its router's input over the tokens of the
+domain, while all of them go to the domain's own expert: the mean, and the covariance as a sketch,
+``sum_i values_i vectors_i vectors_i' + diag(rest)``: its largest eigenvalues, and what its diagonal
+has beyond them. As tensors by name, of a layer NAME:
 
 - ``NAME.mean``, ``NAME.rest``: float32 ``[I]``,
 - ``NAME.vectors``: float16 ``[r, I]``, of length 1,
 - ``NAME.values``: float32 ``[r]``.
 
-A router is a linear discriminant of the domains, the ridge regression of the domain on its input. That needs nothing
-but these statistics, so domains can be added and removed later without the others' texts.
+A router is a linear discriminant of the domains, the ridge regression of the domain on its input.
+That needs nothing but these statistics, so domains can be added and removed later without the
+others' texts.
 """
 
 from __future__ import annotations
@@ -46,16 +49,20 @@ SHARE = 0.1  # of an expert's bytes is what its statistics may have
 RANK = 512  # eigenvectors, at most, of statistics from texts at hand
 RIDGE = 1e-3  # relative to the mean square of a number of the router's input
 # Of composed experts' routers: chosen on validation texts, judged in bench/studies/quiet.md.
-LOGITS = 2.8  # the scale of logits is LOGITS / sqrt(E): softer keeps more of many experts, and is less quiet
-PREFERENCE = 2.0  # *none* is preferred by PREFERENCE / E logits: among many experts, each text has its own one
+# the scale of logits is LOGITS / sqrt(E): softer keeps more of many experts, and is less quiet
+LOGITS = 2.8
+# *none* is preferred by PREFERENCE / E logits: among many experts, each text has its own one
+PREFERENCE = 2.0
 LEARNING_RATE = 1e-3
 LARGEST = 1e12  # number in statistics; a router's inputs come from a normalisation
 
 
 @contextlib.contextmanager
-def _routed_to(mixture: nn.Module, known: list[int], rows: Mapping[str, Tensor], **changes: Any) -> Iterator[None]:
-    """Tokens go to the experts ``known`` alone, by routers ``rows [len(known), I]`` of every layer (default: 0) with
-    these changes of their configuration."""
+def _routed_to(
+    mixture: nn.Module, known: list[int], rows: Mapping[str, Tensor], **changes: Any
+) -> Iterator[None]:
+    """Tokens go to the experts ``known`` alone, by routers ``rows [len(known), I]`` of every layer
+    (default: 0) with these changes of their configuration."""
     own: dict[str, Any] = {name: layer.router for name, layer in routed_layers(mixture)}
     try:
         for name, router in own.items():
@@ -76,13 +83,22 @@ def _routed_to(mixture: nn.Module, known: list[int], rows: Mapping[str, Tensor],
 
 def forced(mixture: nn.Module, expert: int) -> contextlib.AbstractContextManager[None]:
     """Every token goes to one expert of every layer, with gate 1, regardless of capacity."""
-    limits = ("capacity_factor", "eval_capacity_factor", "second_policy", "eval_second_policy", "routed_scaling_factor")
+    limits = (
+        "capacity_factor",
+        "eval_capacity_factor",
+        "second_policy",
+        "eval_second_policy",
+        "routed_scaling_factor",
+    )
     alone: dict[str, Any] = {**dict.fromkeys(limits), "top_k": 1, "is_scale_prob": False}
     return _routed_to(mixture, [expert], {}, **alone)
 
 
-def without(mixture: Any, expert: int, weights: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[None]:
-    """No token goes to one expert; ``weights [E - 1, I]`` by layer are the routers of the others."""
+def without(
+    mixture: Any, expert: int, weights: Mapping[str, Tensor]
+) -> contextlib.AbstractContextManager[None]:
+    """No token goes to one expert; ``weights [E - 1, I]`` by layer are the routers of the
+    others."""
     config = mixture.mpoe_config
     known = [number for number in range(config.num_experts) if number != expert]
     return _routed_to(mixture, known, weights, top_k=min(config.top_k, len(known)))
@@ -103,7 +119,8 @@ def _sketch(outer: Tensor, total: Tensor, tokens: int, rank: int) -> dict[str, T
 def _statistics(
     model: Any, layers: Mapping[str, Any], batches: Iterable[Mapping[str, Tensor]], rank: int | None
 ) -> dict[str, Tensor]:
-    # Sums over tokens of the outer products [I, I] of a router's inputs and of these, [I], float64; and their number.
+    # Sums over tokens of the outer products [I, I] of a router's inputs and of these, [I], float64;
+    # and their number.
     sums: dict[str, tuple[Any, Any, int]] = dict.fromkeys(layers, (0.0, 0.0, 0))
 
     def hook(name: str) -> Any:
@@ -111,7 +128,11 @@ def _statistics(
             """Adds the tokens that a layer's experts see; padding reads as zeros."""
             rows = given[0][given[0].ne(0).any(-1)].float()
             outer, total, tokens = sums[name]
-            sums[name] = outer + (rows.mT @ rows).double(), total + rows.double().sum(0), tokens + len(rows)
+            sums[name] = (
+                outer + (rows.mT @ rows).double(),
+                total + rows.double().sum(0),
+                tokens + len(rows),
+            )
 
         return add
 
@@ -120,8 +141,13 @@ def _statistics(
         for name, layer in layers.items():
             until_then.callback(layer.experts.register_forward_pre_hook(hook(name)).remove)
         for batch in batches:
-            if not isinstance(batch, Mapping) or not all(isinstance(value, Tensor) for value in batch.values()):
-                raise TypeError(f"batches must hold tensors by argument of the model; got {type(batch).__name__}")
+            if not isinstance(batch, Mapping) or not all(
+                isinstance(value, Tensor) for value in batch.values()
+            ):
+                raise TypeError(
+                    "batches must hold tensors by argument of the model; got "
+                    f"{type(batch).__name__}"
+                )
             model(**{name: value.to(model.device) for name, value in batch.items()})
     found: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -129,9 +155,13 @@ def _statistics(
         if not tokens:
             raise ValueError(f"batches must hold tokens; {name} got none")
         if not bool(torch.isfinite(outer).all()):
-            raise ValueError(f"batches must give finite inputs to every router; those of {name} hold NaN or Inf")
+            raise ValueError(
+                f"batches must give finite inputs to every router; those of {name} hold NaN or Inf"
+            )
         own, most = layer.in_features, rank
-        if most is None:  # as many as fit into a tenth of the expert; a mean and a diagonal are always there
+        if (
+            most is None
+        ):  # as many as fit into a tenth of the expert; a mean and a diagonal are always there
             left = SHARE * sum(part.nbytes for part in layer.experts.parameters()) - 8 * own
             most = max(0, int(left / (2 * own + 4)))
         sketch = _sketch(outer, total, tokens, min(own, most))
@@ -143,46 +173,59 @@ def _statistics(
 def collect_statistics(
     model: Any, batches: Iterable[Mapping[str, Tensor]], rank: int | None = None
 ) -> dict[str, Tensor]:
-    """The statistics of a domain for the routers of a later mixture, from one pass over texts of it.
+    """The statistics of a domain for the routers of a later mixture, from one pass over texts of
+    it.
 
     Args:
         model: with an expert, see `start_expert`; it is not changed.
-        batches: keyword arguments of the model, some thousand tokens or more; what ``attention_mask`` leaves out is not
-            counted.
-        rank: eigenvectors of each layer's sketch, as many as there are at most; ``None`` = as many as make the
-            statistics at most a tenth of the expert's bytes. Mean and diagonal alone are more than that with fewer than
-            10 neurons (7 gated ones; in 16 bits 20 and 14).
+        batches: keyword arguments of the model, some thousand tokens or more; what
+            ``attention_mask`` leaves out is not counted.
+        rank: eigenvectors of each layer's sketch, as many as there are at most; ``None`` = as many
+            as make the statistics at most a tenth of the expert's bytes. Mean and diagonal alone
+            are more than that with fewer than 10 neurons (7 gated ones; in 16 bits 20 and 14).
 
     Returns:
         Tensors by name, see `mpoe.models.composition`.
 
     Raises:
-        TypeError: ``model`` is not an MPOE model, a batch holds no tensors by name, a ``rank`` that is no integer.
-        ValueError: a model without neurons, no tokens, a negative ``rank``, inputs that are not finite.
+        TypeError: ``model`` is not an MPOE model, a batch holds no tensors by name, a ``rank`` that
+            is no integer.
+        ValueError: a model without neurons, no tokens, a negative ``rank``, inputs that are not
+            finite.
     """
     check_type("model", model, MPOEModelMixin, "a model with an expert (see start_expert)")
     layers = neuron_modules(model)
     if not layers:
-        raise ValueError(f"model must have experts of the shape 'neurons' (see start_expert); {type(model).__name__}")
+        raise ValueError(
+            "model must have experts of the shape 'neurons' (see start_expert); "
+            f"{type(model).__name__}"
+        )
     check_finite(model)
     check_integer("rank", rank, 0, optional=True)
     return _statistics(model, layers, batches, rank)
 
 
 @torch.no_grad()
-def statistics_of_expert(mixture: Any, expert: int, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """As `collect_statistics`, while every token goes to one expert of a mixture, with up to `RANK` eigenvectors."""
+def statistics_of_expert(
+    mixture: Any, expert: int, batches: Iterable[Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """As `collect_statistics`, while every token goes to one expert of a mixture, with up to `RANK`
+    eigenvectors."""
     with forced(mixture, expert):
         return _statistics(mixture, dict(routed_layers(mixture)), batches, RANK)
 
 
 def check_statistics(statistics: Statistics, sizes: Mapping[str, int], whose: str) -> None:
-    """Refuse statistics that are not those of layers of these sizes, by name (TypeError, ValueError)."""
+    """Refuse statistics that are not those of layers of these sizes, by name (TypeError,
+    ValueError)."""
     check_type(whose, statistics, Mapping, "a mapping (see collect_statistics)")
     wanted = {f"{layer}.{part}" for layer in sizes for part in PARTS}
     if wanted != set(statistics):
         odd = sorted(map(str, wanted.symmetric_difference(statistics)))[0]
-        raise ValueError(f"{whose} must hold mean, rest, vectors and values of every layer and nothing else; see {odd}")
+        raise ValueError(
+            f"{whose} must hold mean, rest, vectors and values of every layer and nothing else; "
+            f"see {odd}"
+        )
     for layer, size in sizes.items():
         rank = statistics[f"{layer}.values"].numel()
         shapes = {"mean": (size,), "rest": (size,), "vectors": (rank, size), "values": (rank,)}
@@ -191,9 +234,16 @@ def check_statistics(statistics: Statistics, sizes: Mapping[str, int], whose: st
             least = 0.0 if part in ("rest", "values") else -LARGEST  # those are variances
             is_fine = tuple(value.shape) == shape and value.is_floating_point()
             # In half precision, the bound itself would be infinite.
-            if not is_fine or not bool(((value.double() >= least) & (value.double() <= LARGEST)).all()):
-                needed = f"finite numbers {list(shape)} from {least:g} to {LARGEST:g} as {layer}.{part}"
-                raise ValueError(f"{whose} must hold {needed}; it holds others, {value.dtype} {list(value.shape)}")
+            if not is_fine or not bool(
+                ((value.double() >= least) & (value.double() <= LARGEST)).all()
+            ):
+                needed = (
+                    f"finite numbers {list(shape)} from {least:g} to {LARGEST:g} as {layer}.{part}"
+                )
+                raise ValueError(
+                    f"{whose} must hold {needed}; it holds others, {value.dtype} "
+                    f"{list(value.shape)}"
+                )
 
 
 def _second_moment(statistics: Statistics, layer: str) -> Tensor:
@@ -202,7 +252,8 @@ def _second_moment(statistics: Statistics, layer: str) -> Tensor:
 
 
 def pooled_statistics(texts: Sequence[Statistics], rank: int = RANK) -> dict[str, Tensor]:
-    """The statistics of several texts as one class: the mean of their means, and of their second moments.
+    """The statistics of several texts as one class: the mean of their means, and of their second
+    moments.
 
     Every text has the same weight, however many tokens it had.
     """
@@ -218,16 +269,20 @@ def pooled_statistics(texts: Sequence[Statistics], rank: int = RANK) -> dict[str
     return pooled
 
 
-def router_weight(classes: Sequence[Statistics], layer: str, sharpness: float = 3.0, preference: float = 0.0) -> Tensor:
-    """The router of ``layer`` for these classes, float64 ``[E, I]``: a linear discriminant without a constant.
+def router_weight(
+    classes: Sequence[Statistics], layer: str, sharpness: float = 3.0, preference: float = 0.0
+) -> Tensor:
+    """The router of ``layer`` for these classes, float64 ``[E, I]``: a linear discriminant without
+    a constant.
 
-    It is the ridge regression of the class on the input, all classes with equal weight, from their second moments:
-    ``W = s E (S + r)^-1 (means - their mean)``. There is no constant term, because routers have none: targets are
-    centred, since a softmax ignores a common offset. The regression's outputs are probabilities minus 1/E, so with
-    ``sharpness`` s = 1/E the softmax agrees with them to first order.
+    It is the ridge regression of the class on the input, all classes with equal weight, from their
+    second moments: ``W = s E (S + r)^-1 (means - their mean)``. There is no constant term, because
+    routers have none: targets are centred, since a softmax ignores a common offset. The
+    regression's outputs are probabilities minus 1/E, so with ``sharpness`` s = 1/E the softmax
+    agrees with them to first order.
 
-    ``preference`` is what the last class gets on top, in units of a logit: ``b (S + r)^-1 mean`` of that class, since
-    an input x of the class has ``x (S + r)^-1 mean`` about 1.
+    ``preference`` is what the last class gets on top, in units of a logit: ``b (S + r)^-1 mean`` of
+    that class, since an input x of the class has ``x (S + r)^-1 mean`` about 1.
     """
     means = torch.stack([statistics[f"{layer}.mean"].double() for statistics in classes])
     pooled = torch.stack([_second_moment(statistics, layer) for statistics in classes]).mean(0)
@@ -264,14 +319,18 @@ def solve_routers(
     return {layer: router_weight(classes, layer, sharpness, preference) for layer in layers}
 
 
-def train_routers(mixture: Any, examples: Sequence[Iterable[Mapping[str, Tensor]]], steps: int) -> list[float]:
-    """Train only the routers (AdamW, 1e-3) on the cross-entropy of the domain at every router, plus the model's own
-    loss if batches have labels. Everything else stays bit-identical.
+def train_routers(
+    mixture: Any, examples: Sequence[Iterable[Mapping[str, Tensor]]], steps: int
+) -> list[float]:
+    """Train only the routers (AdamW, 1e-3) on the cross-entropy of the domain at every router, plus
+    the model's own loss if batches have labels. Everything else stays bit-identical.
 
     Returns:
         The loss of every step; a step uses one batch of each domain.
     """
-    weights = [layer.router.weight for _, layer in routed_layers(mixture) if layer.router is not None]
+    weights = [
+        layer.router.weight for _, layer in routed_layers(mixture) if layer.router is not None
+    ]
     was = [(p, p.requires_grad) for p in mixture.parameters()]
     for p, _ in was:
         p.requires_grad_(any(p is weight for weight in weights))
@@ -280,7 +339,10 @@ def train_routers(mixture: Any, examples: Sequence[Iterable[Mapping[str, Tensor]
     losses = []
     with torch.enable_grad():
         for _ in range(steps):
-            parts = [_domain_loss(mixture, next(batches), number) for number, batches in enumerate(domains)]
+            parts = [
+                _domain_loss(mixture, next(batches), number)
+                for number, batches in enumerate(domains)
+            ]
             optimizer.zero_grad()
             total = torch.stack(parts).sum()
             total.backward()
@@ -310,14 +372,22 @@ def _domain_loss(mixture: Any, batch: Mapping[str, Tensor], domain: int) -> Tens
 
 
 def _check_alike(base: Any, fine_tunes: Sequence[Any]) -> None:
-    wanted = {"class": type(base).__name__, **{name: tuple(p.shape) for name, p in base.named_parameters()}}
+    wanted = {
+        "class": type(base).__name__,
+        **{name: tuple(p.shape) for name, p in base.named_parameters()},
+    }
     for place, model in enumerate(fine_tunes):
         check_type(f"fine_tunes[{place}]", model, nn.Module, "a dense model")
-        own = {"class": type(model).__name__, **{name: tuple(p.shape) for name, p in model.named_parameters()}}
+        own = {
+            "class": type(model).__name__,
+            **{name: tuple(p.shape) for name, p in model.named_parameters()},
+        }
         odd = next((name for name in {**wanted, **own} if wanted.get(name) != own.get(name)), None)
         if odd is not None:
             differs = f"number {place} differs in {odd}: {own.get(odd)} for {wanted.get(odd)}"
-            raise ValueError(f"fine_tunes must be of the class of base and have its parameters; {differs}")
+            raise ValueError(
+                f"fine_tunes must be of the class of base and have its parameters; {differs}"
+            )
 
 
 @torch.no_grad()
@@ -333,11 +403,13 @@ def compose(
     """Combine several fine-tunes of one model into a mixture with one expert each.
 
     Args:
-        base: the dense model that they started from, of a family in `mpoe.models.table`. It is not changed.
-        fine_tunes: dense models of the class of ``base``; those trained with LoRA after ``merge_and_unload``.
-        examples: for every fine-tune, batches of its domain as keyword arguments of the model (``input_ids``,
-            ``attention_mask``, ``labels``); a few hundred texts each are enough. ``None`` leaves the routers
-            random: set them later, or train the mixture.
+        base: the dense model that they started from, of a family in `mpoe.models.table`. It is not
+            changed.
+        fine_tunes: dense models of the class of ``base``; those trained with LoRA after
+            ``merge_and_unload``.
+        examples: for every fine-tune, batches of its domain as keyword arguments of the model
+            (``input_ids``, ``attention_mask``, ``labels``); a few hundred texts each are enough.
+            ``None`` leaves the routers random: set them later, or train the mixture.
         routing: experts per token, capacity and so on; default: one expert per token.
         router: ``"ridge"``: closed form, see `router_weight`; ``"train"``: additionally trained,
             with everything else frozen.
@@ -348,8 +420,8 @@ def compose(
 
     Raises:
         TypeError: ``routing`` of another type, fine-tunes that are no models.
-        ValueError: no fine-tunes, models that differ in more than values, a number of examples other than one per
-            fine-tune, examples without tokens, a mixture as ``base``.
+        ValueError: no fine-tunes, models that differ in more than values, a number of examples
+            other than one per fine-tune, examples without tokens, a mixture as ``base``.
     """
     if not fine_tunes:
         raise ValueError("fine_tunes must hold at least one model; got none")
@@ -358,15 +430,25 @@ def compose(
     check_choice("router", router, ("ridge", "train"))
     check_integer("steps", steps, 1)
     if examples is not None and len(examples) != len(fine_tunes):
-        raise ValueError(f"examples must hold batches for each of {len(fine_tunes)} fine-tunes; got {len(examples)}")
-    config = MPOEConfig(num_experts=len(fine_tunes), expert_type="dense", router=routing or RouterConfig(top_k=1))
+        raise ValueError(
+            f"examples must hold batches for each of {len(fine_tunes)} fine-tunes; got "
+            f"{len(examples)}"
+        )
+    config = MPOEConfig(
+        num_experts=len(fine_tunes), expert_type="dense", router=routing or RouterConfig(top_k=1)
+    )
     sites = dense_networks(base, config)
     # Every expert has biases of its own.
     config.expert_bias = any(site.bias("up") is not None for site in sites)
     config.expert_output_bias = any(site.bias("down") is not None for site in sites)
     mean = copy.deepcopy(base)
-    for name, parameter in mean.named_parameters():  # in float64, in which the mean of equal weights is these
-        parameter.copy_(torch.stack([model.get_parameter(name).double() for model in fine_tunes]).mean(0))
+    for (
+        name,
+        parameter,
+    ) in mean.named_parameters():  # in float64, in which the mean of equal weights is these
+        parameter.copy_(
+            torch.stack([model.get_parameter(name).double() for model in fine_tunes]).mean(0)
+        )
     mixture = convert_to_mpoe(mean, config, inplace=True).eval()
     for number, model in enumerate(fine_tunes):
         for site in dense_networks(model, config):
@@ -376,7 +458,10 @@ def compose(
                 if bias is not None:
                     weights.bias[number] = bias
     if examples is not None:
-        classes = [statistics_of_expert(mixture, number, batches) for number, batches in enumerate(examples)]
+        classes = [
+            statistics_of_expert(mixture, number, batches)
+            for number, batches in enumerate(examples)
+        ]
         for name, layer in routed_layers(mixture):
             own: Any = layer.router
             own.weight.copy_(router_weight(classes, name, sharpness=1 / len(classes)))

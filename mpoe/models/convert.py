@@ -1,4 +1,5 @@
-"""`convert_to_mpoe` (dense model to MPO experts) and `merge_experts` (MPO experts to dense experts)."""
+"""`convert_to_mpoe` (dense model to MPO experts) and `merge_experts` (MPO experts to dense
+experts)."""
 
 from __future__ import annotations
 
@@ -35,8 +36,8 @@ _LOCK = threading.RLock()
 def one_at_a_time() -> Iterator[None]:
     """For a decorator: a function waits until no other thread is inside any function decorated so.
 
-    While Transformers loads a model it changes global state: initialisers, the default dtype, the tying of weights. A
-    model that another thread builds meanwhile would stay uninitialised.
+    While Transformers loads a model it changes global state: initialisers, the default dtype, the
+    tying of weights. A model that another thread builds meanwhile would stay uninitialised.
     """
     with _LOCK:
         yield
@@ -45,18 +46,23 @@ def one_at_a_time() -> Iterator[None]:
 def converted_class(model: Any, sites: Any = None) -> type[Any]:
     """The class of ``model`` after conversion."""
     if isinstance(model, MPOEModelMixin):
-        raise ValueError(f"model must be dense; got {type(model).__name__}, which is an MPOE model already")
+        raise ValueError(
+            f"model must be dense; got {type(model).__name__}, which is an MPOE model already"
+        )
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if any(getattr(config, name, None) for name in EXPERT_COUNTS):
-        raise ValueError(f"model must be dense; got a {model_type}, which is a mixture of experts already")
+        raise ValueError(
+            f"model must be dense; got a {model_type}, which is a mixture of experts already"
+        )
     if sites is not None:
         return foreign_class(type(model))  # type: ignore[arg-type]  # classes can be hashed
     known = classes_of(model_type) if model_type in TABLE else {}
     if type(model) not in known:
         heads = ", ".join(sorted(cls.__name__ for cls in known)) or f"a model of {', '.join(TABLE)}"
         raise ValueError(
-            f"model must be {'one of ' if known else ''}{heads}; got {type(model).__name__} (for another model, name "
+            f"model must be {'one of ' if known else ''}{heads}; got {type(model).__name__} (for "
+            "another model, name "
             "its projections with sites=...)"
         )
     return known[type(model)]
@@ -67,7 +73,8 @@ def check_finite(model: nn.Module) -> None:
     absent = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
     if absent is not None:
         raise ValueError(
-            f"model must hold weights; {absent} is on the device meta, without any (load the model first; `mpoe plan`"
+            f"model must hold weights; {absent} is on the device meta, without any (load the model "
+            "first; `mpoe plan`"
             " answers from its configuration alone)"
         )
     bad = [
@@ -86,7 +93,9 @@ def _copy_without(model: Model, shared: Sequence[nn.Module]) -> Model:
     return copy.deepcopy(model, memo)
 
 
-def _mpoe_model_config(config: PreTrainedConfig, cls: type[Any], mpoe: MPOEConfig) -> PreTrainedConfig:
+def _mpoe_model_config(
+    config: PreTrainedConfig, cls: type[Any], mpoe: MPOEConfig
+) -> PreTrainedConfig:
     values = config.to_dict()
     for key in ("model_type", "architectures", "transformers_version"):
         values.pop(key, None)
@@ -107,45 +116,58 @@ def adopt_class(model: PreTrainedModel, cls: type[Any], mpoe: MPOEConfig) -> Non
                 mapped[id(config)] = _mpoe_model_config(config, cls, mpoe)
             module.config = mapped[id(config)]  # type: ignore[assignment]
     model.__class__ = cls
-    # A model on the meta device shows what the constructor sets on an instance of the new class, and registers the
-    # class for output capturing.
+    # A model on the meta device shows what the constructor sets on an instance of the new class,
+    # and registers the class for output capturing.
     with torch.device("meta"):
         skeleton = cls(model.config)
-    for name in ("loss_type", "_keep_in_fp32_modules", "_keep_in_fp32_modules_strict", "_tp_plan", "_ep_plan"):
+    for name in (
+        "loss_type",
+        "_keep_in_fp32_modules",
+        "_keep_in_fp32_modules_strict",
+        "_tp_plan",
+        "_ep_plan",
+    ):
         setattr(model, name, getattr(skeleton, name))
 
 
 @one_at_a_time()
 @torch.no_grad()
 def convert_to_mpoe(
-    model: Any, config: MPOEConfig | None = None, inplace: bool = False, sites: Mapping[str, Any] | None = None
+    model: Any,
+    config: MPOEConfig | None = None,
+    inplace: bool = False,
+    sites: Mapping[str, Any] | None = None,
 ) -> Any:
     """Turn a dense model into a mixture of experts that, at full bonds, computes the same.
 
-    Every feed-forward network gets a router (see ``moe_type``) and experts: blocks between its own projections
-    (``shape="hidden"``, the default), hidden neurons beside it (``shape="neurons"``), or its matrices are decomposed
-    once and copied to all experts, which share the central core. Networks that are not a module of their own (BART,
-    OPT) support neither blocks nor neurons and get separable experts if no shape is named. Attention projections, the
-    embedding with its tied head and BERT's pooler become MPOs if ``target_modules`` lists them. Nothing else changes.
+    Every feed-forward network gets a router (see ``moe_type``) and experts: blocks between its own
+    projections (``shape="hidden"``, the default), hidden neurons beside it (``shape="neurons"``),
+    or its matrices are decomposed once and copied to all experts, which share the central core.
+    Networks that are not a module of their own (BART, OPT) support neither blocks nor neurons and
+    get separable experts if no shape is named. Attention projections, the embedding with its tied
+    head and BERT's pooler become MPOs if ``target_modules`` lists them. Nothing else changes.
 
     Args:
-        model: of a family in `mpoe.models.table`, with any of its usual heads, in float32, float64, bfloat16 or
-            float16; with ``sites`` any Transformers model.
+        model: of a family in `mpoe.models.table`, with any of its usual heads, in float32, float64,
+            bfloat16 or float16; with ``sites`` any Transformers model.
         config: `MPOEConfig`; default ``MPOEConfig()``.
         inplace: convert ``model`` itself (its class and config change) instead of a copy.
         sites: for a model outside the table, how its feed-forward networks are built: the fields of
             `mpoe.models.table.FFN`, e.g. ``{"holder": "layers.*.mlp", "up": "up_proj", "gate_proj":
-            "gate_proj", "down": "down_proj", "activation": "silu"}``. They are saved with the model.
+            "gate_proj", "down": "down_proj", "activation": "silu"}``. They are saved with the
+            model.
 
     Returns:
-        The converted model, an instance of a registered Hugging Face class, in the same training mode. Its attribute
-        ``conversion_report`` maps the name of every MPO weight to its `Decomposition` errors:
-        ``{"local_errors", "error_bound", "relative_error_bound"}``; the last is kept in ``config.conversion_errors``.
+        The converted model, an instance of a registered Hugging Face class, in the same training
+        mode. Its attribute ``conversion_report`` maps the name of every MPO weight to its
+        `Decomposition` errors: ``{"local_errors", "error_bound", "relative_error_bound"}``; the
+        last is kept in ``config.conversion_errors``.
 
     Raises:
-        ValueError: an unknown model class (the message lists the known ones), NaN or Inf in a parameter (by name),
-            parameters on the device ``meta``, invalid shapes, exclusions, layer indices or ``sites``, all before any
-            work; a gauge or a dtype's range that does not fit.
+        ValueError: an unknown model class (the message lists the known ones), NaN or Inf in a
+            parameter (by name), parameters on the device ``meta``, invalid shapes, exclusions,
+            layer indices or ``sites``, all before any work; a gauge or a dtype's range that does
+            not fit.
         TypeError: ``config`` or ``sites`` of another type.
     """
     given = None if sites is None else checked_sites(sites)
@@ -160,7 +182,11 @@ def convert_to_mpoe(
     for site in found:
         site.check(config)
     tied = all(site.is_tied(model) for site in found if isinstance(site, EmbeddingSite))
-    check_choice("backend", "auto" if config.backend is None else config.backend, ["auto", *backend_reasons()])
+    check_choice(
+        "backend",
+        "auto" if config.backend is None else config.backend,
+        ["auto", *backend_reasons()],
+    )
     check_finite(model)
     config = dataclasses.replace(config, rate_ratios={}, tied_head=tied)
     if not inplace:
@@ -183,35 +209,41 @@ def convert_to_mpoe(
         }
         for name, result in report.items()
     }
-    model.config.conversion_errors = {name: result.relative_error_bound for name, result in report.items()}
+    model.config.conversion_errors = {
+        name: result.relative_error_bound for name, result in report.items()
+    }
     return model
 
 
 @one_at_a_time()
 @torch.no_grad()
 def merge_experts(model: Any, as_: str | None = None) -> Any:
-    """A Switch-style model of the same class whose experts are full matrices and which computes the same.
+    """A Switch-style model of the same class whose experts are full matrices and which computes the
+    same.
 
-    A mixture cannot merge into one feed-forward network: every expert's weight is rebuilt as a separate dense expert.
-    Everything else in MPO form is unchanged.
+    A mixture cannot merge into one feed-forward network: every expert's weight is rebuilt as a
+    separate dense expert. Everything else in MPO form is unchanged.
 
     Args:
         model: an MPOE model with ``expert_type="mpo"``; it is not changed.
-        as_: ``"mixtral"`` or ``"qwen3_moe"``, for experts of shape ``"neurons"`` ``"granitemoeshared"`` or
-            ``"qwen2_moe"``: returns an instance of that Transformers class, which every tool that supports the class
-            can open (see `mpoe.models.export`). In this case the model's experts may already be dense.
+        as_: ``"mixtral"`` or ``"qwen3_moe"``, for experts of shape ``"neurons"``
+            ``"granitemoeshared"`` or ``"qwen2_moe"``: returns an instance of that Transformers
+            class, which every tool that supports the class can open (see `mpoe.models.export`). In
+            this case the model's experts may already be dense.
 
     Raises:
         TypeError: a model that is not an MPOE model.
-        ValueError: without ``as_``, experts that are already dense or neurons beside a dense network; a model that
-            ``as_`` cannot represent exactly, with the reasons.
+        ValueError: without ``as_``, experts that are already dense or neurons beside a dense
+            network; a model that ``as_`` cannot represent exactly, with the reasons.
     """
     check_type("model", model, MPOEModelMixin, "an MPOE model (see convert_to_mpoe)")
     has_neurons = bool(neuron_modules(model))
     if has_neurons and as_ is None:
         raise ValueError(
-            "model must have experts that each are a whole network; those of shape 'neurons' are added to a dense one, "
-            "and no mixture of full matrices computes the same (merge_latent removes their latent space)"
+            "model must have experts that each are a whole network; those of shape 'neurons' are "
+            "added to a dense one, "
+            "and no mixture of full matrices computes the same (merge_latent removes their latent "
+            "space)"
         )
     mpoe = model.mpoe_config
     is_dense = mpoe.expert_type != "mpo"
@@ -223,10 +255,16 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
     merged = _copy_without(source, list(modules_of(source, MPOExperts).values()))
     for module in merged.modules():
         if isinstance(module, MPOEFeedForward) and isinstance(module.experts, MPOExperts):
-            module.experts = module.experts.as_dense(lambda cores: cores.dense_weights().contiguous())
+            module.experts = module.experts.as_dense(
+                lambda cores: cores.dense_weights().contiguous()
+            )
     layers = hidden_modules(merged)
-    # A bias before the activation passes through an expert's block, so every dense expert needs its own.
-    biases = [(layer.experts.bias, getattr(layer.projections()["up"], "bias", None)) for layer in layers.values()]
+    # A bias before the activation passes through an expert's block, so every dense expert needs its
+    # own.
+    biases = [
+        (layer.experts.bias, getattr(layer.projections()["up"], "bias", None))
+        for layer in layers.values()
+    ]
     own = any(bias is not None for both in biases for bias in both)
     config = dataclasses.replace(mpoe, expert_type="dense", expert_bias=own, rate_ratios={})
     for site in dense_networks(merged) if layers else ():
@@ -234,16 +272,21 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
             dense: Any = site.build(config)
             fill_merged(dense, layers[site.name])
             site.install(merged, dense, config)
-    for each in modules_of(merged, MPOEFeedForward).values() if own else ():  # other shapes have one bias or none
+    for each in (
+        modules_of(merged, MPOEFeedForward).values() if own else ()
+    ):  # other shapes have one bias or none
         weights: Any = each.experts.gate_proj if each.experts.is_gated else each.experts.up
-        bias = weights.weight.new_zeros(weights.out_features) if weights.bias is None else weights.bias
+        bias = (
+            weights.weight.new_zeros(weights.out_features) if weights.bias is None else weights.bias
+        )
         weights.bias = nn.Parameter(bias.expand(weights.num_experts, -1).clone())
     return _with_config(merged, config)
 
 
 @torch.no_grad()
 def fill_merged(merged: MPOEFeedForward, layer: HiddenFeedForward) -> None:
-    """Set dense experts to the weights that the hidden-side blocks of ``layer`` are equivalent to."""
+    """Set dense experts to the weights that the hidden-side blocks of ``layer`` are equivalent
+    to."""
     if merged.router is not None and layer.router is not None:
         merged.router.load_state_dict(layer.router.state_dict())
     experts, dense = layer.experts, layer.projections()
@@ -259,7 +302,8 @@ def fill_merged(merged: MPOEFeedForward, layer: HiddenFeedForward) -> None:
 
 
 def _with_config(model: Any, config: MPOEConfig) -> Any:
-    """``model``, with ``config`` and its rate ratios in its configurations and those of its parts."""
+    """``model``, with ``config`` and its rate ratios in its configurations and those of its
+    parts."""
     config.rate_ratios = {name: list(cores.rate_ratios) for name, cores in mpo_modules(model)}
     for holder in model.modules():
         if isinstance(getattr(holder, "config", None), type(model.config)):
@@ -271,7 +315,8 @@ def _with_config(model: Any, config: MPOEConfig) -> Any:
 def merge_latent(model: Any) -> Any:
     """A copy whose experts read and write the model's own space: exact up to rounding.
 
-    Every expert's weights become the products with the shared matrices P and Q, ``a_e <- P a_e``, ``b_e <- b_e Q``.
+    Every expert's weights become the products with the shared matrices P and Q, ``a_e <- P a_e``,
+    ``b_e <- b_e Q``.
 
     Args:
         model: an MPOE model with ``MPOEConfig(shape="neurons", latent=l)``; it is not changed.
@@ -282,9 +327,14 @@ def merge_latent(model: Any) -> Any:
     """
     check_type("model", model, MPOEModelMixin, "an MPOE model with neurons (latent=l)")
     merged = copy.deepcopy(model)
-    layers = [layer for layer in neuron_modules(merged).values() if layer.experts.latent is not None]
+    layers = [
+        layer for layer in neuron_modules(merged).values() if layer.experts.latent is not None
+    ]
     if not layers:
-        raise ValueError(f"model must have neurons in a latent space (latent=l); this {type(model).__name__} has none")
+        raise ValueError(
+            f"model must have neurons in a latent space (latent=l); this {type(model).__name__} "
+            "has none"
+        )
     for layer in layers:
         layer.experts = layer.experts.merged()
     return _with_config(merged, dataclasses.replace(model.mpoe_config, latent=None))

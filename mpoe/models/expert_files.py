@@ -1,8 +1,9 @@
-"""An expert is a file: hidden neurons that were trained beside a frozen dense model, to be merged or composed later.
+"""An expert is a file: hidden neurons that were trained beside a frozen dense model, to be merged
+or composed later.
 
-The file is one of safetensors. Its tensors are ``weights.LAYER.up`` (``gate_proj``, ``down``: ``[m, I]``; ``bias``:
-``[m]``) and ``statistics.LAYER.*`` (see `mpoe.models.composition`); its metadata hold a JSON object, `Expert.facts`,
-and the SHA-256 of both.
+The file is one of safetensors. Its tensors are ``weights.LAYER.up`` (``gate_proj``, ``down``: ``[m,
+I]``; ``bias``: ``[m]``) and ``statistics.LAYER.*`` (see `mpoe.models.composition`); its metadata
+hold a JSON object, `Expert.facts`, and the SHA-256 of both.
 """
 
 from __future__ import annotations
@@ -58,8 +59,9 @@ tags: [mpoe, mixture-of-experts]
 ---
 # Experts
 
-Each file is an expert: hidden neurons that were trained beside a frozen base model. `mpoe compose BASE FILE ...` makes
-a mixture of several, without their texts; `mpoe info FILE` says what a file needs.
+Each file is an expert: hidden neurons that were trained beside a frozen base model. `mpoe compose
+BASE FILE ...` makes a mixture of several, without their texts; `mpoe info FILE` says what a file
+needs.
 
 | file | base | neurons per layer | SHA-256 of the base |
 |---|---|---|---|
@@ -73,9 +75,9 @@ class Expert:
     """An expert by itself.
 
     Attributes:
-        facts: ``format``, ``version``, ``name`` (the file's), ``base`` and ``tokenizer`` (SHA-256 of the base's weights
-            and of the vocabulary, or ``None``), ``base_name`` (on the hub), ``model``, ``neurons``, ``activation``,
-            ``gated``, ``training``.
+        facts: ``format``, ``version``, ``name`` (the file's), ``base`` and ``tokenizer`` (SHA-256
+            of the base's weights and of the vocabulary, or ``None``), ``base_name`` (on the hub),
+            ``model``, ``neurons``, ``activation``, ``gated``, ``training``.
         weights: ``LAYER.up``, ``gate_proj``, ``down``: ``[m, I]``; ``bias``: ``[m]``.
         statistics: see `mpoe.models.composition`; empty if there are none.
     """
@@ -95,10 +97,12 @@ class Expert:
 
 
 def base_identity(model: Any) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all weights of a dense model, or of the one inside a mixture of
-    neurons."""
+    """SHA-256 over names, dtypes, shapes and bytes of all weights of a dense model, or of the one
+    inside a mixture of neurons."""
     own = tuple(f"{layer}.{part}." for layer in neuron_modules(model) for part in _PARTS)
-    return tensors_hash({name: value for name, value in model.state_dict().items() if not name.startswith(own)})
+    return tensors_hash(
+        {name: value for name, value in model.state_dict().items() if not name.startswith(own)}
+    )
 
 
 def vocabulary_identity(tokenizer: Any) -> str:
@@ -108,7 +112,9 @@ def vocabulary_identity(tokenizer: Any) -> str:
         TypeError: what has no ``get_vocab``.
     """
     if not hasattr(tokenizer, "get_vocab"):
-        raise TypeError(f"tokenizer must be a tokenizer of Transformers; got {type(tokenizer).__name__}")
+        raise TypeError(
+            f"tokenizer must be a tokenizer of Transformers; got {type(tokenizer).__name__}"
+        )
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
@@ -125,8 +131,8 @@ def experts_of(base: Any, experts: Iterable[Any]) -> list[Expert]:
     """Experts, or those in files, that were trained beside a dense model.
 
     Raises:
-        TypeError, ValueError: as `load_expert`; a base that is no known dense model or not finite; an expert of another
-            base, or with weights of other names or shapes.
+        TypeError, ValueError: as `load_expert`; a base that is no known dense model or not finite;
+            an expert of another base, or with weights of other names or shapes.
     """
     found = [expert if isinstance(expert, Expert) else load_expert(expert) for expert in experts]
     converted_class(base)
@@ -136,30 +142,42 @@ def experts_of(base: Any, experts: Iterable[Any]) -> list[Expert]:
         if expert.facts["base"] != identity:
             raise ValueError(
                 f"expert {expert.name!r} must be of this base; it was trained beside a "
-                f"{expert.facts['model']} ({expert.facts['base_name'] or 'local'}), whose weights are not bit for bit "
+                f"{expert.facts['model']} ({expert.facts['base_name'] or 'local'}), whose weights "
+                "are not bit for bit "
                 f"those of this {type(base).__name__} in {base.dtype}"
             )
         wanted: dict[str, tuple[int, ...]] = {}
         for site in networks:
-            wanted |= {f"{site.place}.{kind}": (expert.neurons, site.weight("up").shape[0]) for kind in site.dense}
+            wanted |= {
+                f"{site.place}.{kind}": (expert.neurons, site.weight("up").shape[0])
+                for kind in site.dense
+            }
             wanted |= {} if site.bias("up") is None else {f"{site.place}.bias": (expert.neurons,)}
         shapes = {name: tuple(value.shape) for name, value in expert.weights.items()}
         if shapes != wanted:
-            odd = sorted(name for name in {*shapes, *wanted} if shapes.get(name) != wanted.get(name))[0]
-            raise ValueError(f"expert {expert.name!r} must have {odd} {wanted.get(odd)}; it has {shapes.get(odd)}")
+            odd = sorted(
+                name for name in {*shapes, *wanted} if shapes.get(name) != wanted.get(name)
+            )[0]
+            raise ValueError(
+                f"expert {expert.name!r} must have {odd} {wanted.get(odd)}; it has "
+                f"{shapes.get(odd)}"
+            )
     return found
 
 
 @torch.no_grad()
-def start_expert(model: Any, neurons: int = 64, *, expert: Any = None, inplace: bool = False) -> Any:
+def start_expert(
+    model: Any, neurons: int = 64, *, expert: Any = None, inplace: bool = False
+) -> Any:
     """Put one expert beside every feed-forward network of a dense model; only it trains.
 
-    Everything else is frozen, so that any training loop (an unmodified ``Trainer``, weight decay included) leaves it as
-    it is, bit for bit. There is no router: the expert adds to every token.
+    Everything else is frozen, so that any training loop (an unmodified ``Trainer``, weight decay
+    included) leaves it as it is, bit for bit. There is no router: the expert adds to every token.
 
     Args:
         model: of a dense family in `mpoe.models.table` (networks that are a module, or BERT's).
-        neurons: the expert's hidden neurons per network, m: copies of random dense ones that contribute nothing yet.
+        neurons: the expert's hidden neurons per network, m: copies of random dense ones that
+            contribute nothing yet.
         expert: an `Expert` or its file, to continue from; its size counts then, not ``neurons``.
         inplace: change ``model`` itself instead of a copy.
 
@@ -169,7 +187,9 @@ def start_expert(model: Any, neurons: int = 64, *, expert: Any = None, inplace: 
     if expert is not None:
         (expert,) = experts_of(model, [expert])
         neurons = expert.neurons
-    started = convert_to_mpoe(model, MPOEConfig(moe_type="none", shape="neurons", neurons=neurons), inplace=inplace)
+    started = convert_to_mpoe(
+        model, MPOEConfig(moe_type="none", shape="neurons", neurons=neurons), inplace=inplace
+    )
     started.requires_grad_(False)
     for layer, module in neuron_modules(started).items():
         module.experts.requires_grad_(True)
@@ -187,11 +207,17 @@ def made_expert(
 ) -> Expert:
     """The expert of a model under a name; arguments and errors as those of `save_expert`."""
     layers = neuron_modules(model) if isinstance(model, MPOEModelMixin) else {}
-    if not layers or any(layer.router is not None or layer.experts.latent is not None for layer in layers.values()):
-        raise TypeError(f"model must have one expert (see start_expert); this {type(model).__name__} does not")
+    if not layers or any(
+        layer.router is not None or layer.experts.latent is not None for layer in layers.values()
+    ):
+        raise TypeError(
+            f"model must have one expert (see start_expert); this {type(model).__name__} does not"
+        )
     check_type("training", training, Mapping | None, "a mapping of facts")
     if statistics is not None:
-        check_statistics(statistics, {name: layer.in_features for name, layer in layers.items()}, "statistics")
+        check_statistics(
+            statistics, {name: layer.in_features for name, layer in layers.items()}, "statistics"
+        )
     module: Any = model
     check_finite(module)
     first = next(iter(layers.values())).experts
@@ -208,7 +234,11 @@ def made_expert(
         "gated": first.gate_proj is not None,
         "training": dict(training or {}),
     }
-    weights = {f"{place}.{part}": v for place, layer in layers.items() for part, v in _values(layer.experts).items()}
+    weights = {
+        f"{place}.{part}": v
+        for place, layer in layers.items()
+        for part, v in _values(layer.experts).items()
+    }
     expert = Expert(facts, weights, dict(statistics or {}))
     _check(expert)
     return expert
@@ -226,14 +256,17 @@ def save_expert(
 
     Args:
         model: from `start_expert`.
-        path: of the file, e.g. ``law.expert``; its name is the expert's. An existing file is replaced.
-        statistics: from `collect_statistics`; without them an expert can be merged but not composed.
+        path: of the file, e.g. ``law.expert``; its name is the expert's. An existing file is
+            replaced.
+        statistics: from `collect_statistics`; without them an expert can be merged but not
+            composed.
         tokenizer: its vocabulary is noted, and `compose_experts` refuses experts of different ones.
         training: facts to keep with it, for JSON: data, steps, rates, losses.
 
     Raises:
         TypeError: a model without such an expert, a path or ``training`` of another type.
-        ValueError: weights or statistics with NaN, statistics of another model, a path that cannot be a file.
+        ValueError: weights or statistics with NaN, statistics of another model, a path that cannot
+            be a file.
     """
     check_type("path", path, (str, os.PathLike), "the path of a file")
     file = Path(path)
@@ -271,7 +304,8 @@ def load_expert(path: str | Path) -> Expert:
 
     Raises:
         TypeError: a path of another type.
-        ValueError: no file, one that is damaged or not an expert's, of a newer format, without facts, or with NaN.
+        ValueError: no file, one that is damaged or not an expert's, of a newer format, without
+            facts, or with NaN.
     """
     check_type("path", path, (str, os.PathLike), "an expert's file")
     file = Path(path)
@@ -283,12 +317,16 @@ def load_expert(path: str | Path) -> Expert:
         metadata = source.metadata() or {}
         tensors = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118
     if "expert" not in metadata:
-        raise ValueError(f"path must be an expert's file (see save_expert); {file} is another safetensors file")
+        raise ValueError(
+            f"path must be an expert's file (see save_expert); {file} is another safetensors file"
+        )
     if metadata.get("sha256") != _checksum(metadata["expert"], tensors):
         raise ValueError(f"{file} is damaged: its contents have another SHA-256 than it says")
     facts = _read_facts(metadata["expert"], file)
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-        raise ValueError(f"{file} must be of format {FORMAT}; got {metadata['expert'][:60]} (of a newer mpoe?)")
+        raise ValueError(
+            f"{file} must be of format {FORMAT}; got {metadata['expert'][:60]} (of a newer mpoe?)"
+        )
     parts: dict[str, dict[str, Tensor]] = {"weights": {}, "statistics": {}}
     for name, value in tensors.items():
         kind, _, rest = name.partition(".")
@@ -301,7 +339,8 @@ def load_expert(path: str | Path) -> Expert:
 
 
 def _read_facts(text: str, file: Path) -> Any:
-    """Facts from JSON, if that is neither large nor nested deeply, of finite numbers and text (ValueError)."""
+    """Facts from JSON, if that is neither large nor nested deeply, of finite numbers and text
+    (ValueError)."""
     levels = itertools.accumulate((letter in "[{") - (letter in "]}") for letter in text)
     try:
         if len(text) > MOST_LETTERS or max(levels, default=0) > MOST_LEVELS:
@@ -316,11 +355,14 @@ def _read_facts(text: str, file: Path) -> Any:
 
 def _check_name(name: str) -> None:
     if not is_file_name(name):
-        raise ValueError(f"an expert must have the name of a file, of letters, digits and the like; got {name!r}")
+        raise ValueError(
+            f"an expert must have the name of a file, of letters, digits and the like; got {name!r}"
+        )
 
 
 def _check(expert: Expert) -> None:
-    """Refuse an expert whose facts, weights or statistics are not of the kinds that are written (ValueError)."""
+    """Refuse an expert whose facts, weights or statistics are not of the kinds that are written
+    (ValueError)."""
     whose = f"expert {expert.facts['name']!r}"
     _check_name(expert.name)
     for name, pattern in _FACTS.items():
@@ -328,34 +370,57 @@ def _check(expert: Expert) -> None:
         if re.fullmatch(pattern, text, re.DOTALL) is None:
             raise ValueError(f"{whose} must hold {name} as {pattern}; got {text[:80]}")
     for name, value in expert.weights.items():
-        if value.dim() not in (1, 2) or len(value) != expert.neurons or not value.is_floating_point():
+        if (
+            value.dim() not in (1, 2)
+            or len(value) != expert.neurons
+            or not value.is_floating_point()
+        ):
             wanted = f"floating-point numbers of {expert.neurons} neurons"
-            raise ValueError(f"{whose} must hold {name} as {wanted}; got {value.dtype} {list(value.shape)}")
-        if not bool((value.double().abs() <= LARGEST).all()):  # in half precision, the bound would be infinite
-            raise ValueError(f"{whose} must have finite weights of at most {LARGEST:g}; NaN, Inf or more in {name}")
+            raise ValueError(
+                f"{whose} must hold {name} as {wanted}; got {value.dtype} {list(value.shape)}"
+            )
+        if not bool(
+            (value.double().abs() <= LARGEST).all()
+        ):  # in half precision, the bound would be infinite
+            raise ValueError(
+                f"{whose} must have finite weights of at most {LARGEST:g}; NaN, Inf or more in "
+                f"{name}"
+            )
     if expert.statistics:
-        check_statistics(expert.statistics, layer_sizes(expert.weights), f"the statistics of {whose}")
+        check_statistics(
+            expert.statistics, layer_sizes(expert.weights), f"the statistics of {whose}"
+        )
 
 
 def layer_sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
     """Input features by layer, from an expert's weights."""
-    return {name.rpartition(".")[0]: value.shape[1] for name, value in weights.items() if value.dim() == 2}
+    return {
+        name.rpartition(".")[0]: value.shape[1]
+        for name, value in weights.items()
+        if value.dim() == 2
+    }
 
 
 @torch.no_grad()
 def merge_expert(model: Any, expert: Any, *, weight: float = 1.0) -> Any:
-    """A dense model of the same class with F + m hidden neurons that computes what ``model`` and the expert do.
+    """A dense model of the same class with F + m hidden neurons that computes what ``model`` and
+    the expert do.
 
     Args:
         model: the expert's base; it is not changed.
-        expert: an `Expert`, its file, or a list of several, whose neurons then all add to every token.
+        expert: an `Expert`, its file, or a list of several, whose neurons then all add to every
+            token.
         weight: factor of what they add, such as one over their number.
 
     Raises:
-        TypeError, ValueError: as `load_expert`; no expert, a model outside the table of dense families, or of another
-            base, a weight that is no finite number.
+        TypeError, ValueError: as `load_expert`; no expert, a model outside the table of dense
+            families, or of another base, a weight that is no finite number.
     """
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+    if (
+        isinstance(weight, bool)
+        or not isinstance(weight, (int, float))
+        or not math.isfinite(weight)
+    ):
         raise ValueError(f"weight must be a finite number; got {weight!r}")
     found = experts_of(model, expert if isinstance(expert, (list, tuple)) else [expert])
     if not found:
@@ -377,7 +442,9 @@ def merge_expert(model: Any, expert: Any, *, weight: float = 1.0) -> Any:
     return merged
 
 
-def push_expert(path: str | Path, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+def push_expert(
+    path: str | Path, repo_id: str, *, private: bool | None = None, token: str | None = None
+) -> str:
     """Upload an expert's file, or all files ``*.expert`` of a folder, in one commit with a card.
 
     Args:
@@ -389,7 +456,8 @@ def push_expert(path: str | Path, repo_id: str, *, private: bool | None = None, 
         The address of the commit.
 
     Raises:
-        TypeError, ValueError: as `load_expert`, before anything is uploaded; a folder without experts.
+        TypeError, ValueError: as `load_expert`, before anything is uploaded; a folder without
+            experts.
         OSError: the hub could not be reached, or refused, or no repository can have that name.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -397,7 +465,9 @@ def push_expert(path: str | Path, repo_id: str, *, private: bool | None = None, 
     place = Path(path)
     files = sorted(place.glob("*.expert")) if place.is_dir() else [place]
     if not files:
-        raise ValueError(f"path must be an expert's file or a folder with some; {place} holds no *.expert")
+        raise ValueError(
+            f"path must be an expert's file or a folder with some; {place} holds no *.expert"
+        )
     check_links(place)
     rows = []
     for file, expert in ((file, load_expert(file)) for file in files):
@@ -412,4 +482,6 @@ def push_expert(path: str | Path, repo_id: str, *, private: bool | None = None, 
         repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         return str(api.create_commit(repository, operations, commit_message=message).commit_url)
     except Exception as error:  # of the connection, the hub, or its library's file readers
-        raise OSError(f"repository {repo_id!r} could not be written: {first_line(error)}") from error
+        raise OSError(
+            f"repository {repo_id!r} could not be written: {first_line(error)}"
+        ) from error

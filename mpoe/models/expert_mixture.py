@@ -1,4 +1,5 @@
-"""`compose_experts`: experts that were trained apart become one mixture, without texts of theirs or joint training."""
+"""`compose_experts`: experts that were trained apart become one mixture, without texts of theirs or
+joint training."""
 
 from __future__ import annotations
 
@@ -14,9 +15,23 @@ from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.config.checks import check_number, check_type, is_file_name, quoted, shortened
 from mpoe.data.embedded import load_documentation
 from mpoe.data.mappings import read_mapping
-from mpoe.models.background import background_parts, check_tokens, pooled_background, save_background, token_batches
+from mpoe.models.background import (
+    background_parts,
+    check_tokens,
+    pooled_background,
+    save_background,
+    token_batches,
+)
 from mpoe.models.checkpoint import parsed_mpoe
-from mpoe.models.composition import LARGEST, NONE, RANK, Statistics, check_statistics, collect_statistics, solve_routers
+from mpoe.models.composition import (
+    LARGEST,
+    NONE,
+    RANK,
+    Statistics,
+    check_statistics,
+    collect_statistics,
+    solve_routers,
+)
 from mpoe.models.convert import convert_to_mpoe
 from mpoe.models.expert_files import (
     Expert,
@@ -32,7 +47,11 @@ from mpoe.models.weight_files import check_links, read_tensors, tensors_hash
 
 # In the folder of a mixture, next to the model: what it was composed of.
 EXPERTS_FOLDER, BACKGROUND_FILE = "experts", "background.safetensors"
-PIECES, LENGTH, AT_ONCE = 128, 128, 8  # of the packaged text: pieces, tokens of each, pieces of a batch
+PIECES, LENGTH, AT_ONCE = (
+    128,
+    128,
+    8,
+)  # of the packaged text: pieces, tokens of each, pieces of a batch
 
 
 MOST_PER_TOKEN = 8  # experts of a token where nobody says how many
@@ -49,7 +68,8 @@ def pieces(text: str, tokenizer: Any, length: int, most: int, name: str) -> Tens
     Raises:
         ValueError: a text, called ``name``, that is shorter than one piece.
     """
-    # A token has fewer than ten characters on average: this reads enough, without reading a large text completely.
+    # A token has fewer than ten characters on average: this reads enough, without reading a large
+    # text completely.
     ids = tokenizer(text[: 10 * most * length], verbose=False)["input_ids"]
     count = min(len(ids) // length, most)
     if not count:
@@ -66,7 +86,8 @@ def documentation_batches(model: Any, tokenizer: Any) -> list[dict[str, Tensor]]
     """The start of the packaged text, documentation of Python, for `collect_statistics`.
 
     Raises:
-        ValueError: a tokenizer that makes fewer tokens of it than one piece has, or other tokens than the model's.
+        ValueError: a tokenizer that makes fewer tokens of it than one piece has, or other tokens
+            than the model's.
     """
     length = min(LENGTH, getattr(model.config, "max_position_embeddings", None) or LENGTH)
     text = "\n\n".join(record.text for record in load_documentation("train")[::20])
@@ -78,8 +99,8 @@ def documentation_batches(model: Any, tokenizer: Any) -> list[dict[str, Tensor]]
 
 
 def background_batches(base: Any, tokenizer: Any) -> list[list[dict[str, Tensor]]]:
-    """Batches of every text of the default background: what a causal model itself says and a general text
-    (`mpoe.models.background`); of other models Python's documentation.
+    """Batches of every text of the default background: what a causal model itself says and a
+    general text (`mpoe.models.background`); of other models Python's documentation.
 
     Raises:
         ValueError: as `documentation_batches`.
@@ -104,10 +125,13 @@ def _checked(base: Any, experts: Any, tokenizer: Any, texts: Mapping[str, Any]) 
             raise ValueError(f"experts must differ; {expert.name!r} is there twice")
         if expert.name in names:
             raise ValueError(
-                f"experts must have names of their own, not {NONE!r}; got {expert.name!r} (rename its file)"
+                f"experts must have names of their own, not {NONE!r}; got {expert.name!r} (rename "
+                "its file)"
             )
         if not expert.statistics and expert.name not in texts:
-            raise ValueError(f"expert {expert.name!r} must hold statistics (see collect_statistics); it has none")
+            raise ValueError(
+                f"expert {expert.name!r} must hold statistics (see collect_statistics); it has none"
+            )
         known.add(own)
         names.add(expert.name)
         if expert.facts["tokenizer"] is not None:
@@ -117,10 +141,15 @@ def _checked(base: Any, experts: Any, tokenizer: Any, texts: Mapping[str, Any]) 
         raise ValueError(f"experts must be of one tokenizer; the vocabularies of {odd} differ")
     unknown = sorted(set(texts) - names | set(texts) & {NONE})
     if unknown:
-        raise ValueError(f"texts must be by names of experts, {', '.join(e.name for e in found)}; got {unknown[0]!r}")
+        raise ValueError(
+            f"texts must be by names of experts, {', '.join(e.name for e in found)}; got "
+            f"{unknown[0]!r}"
+        )
     for place, expert in enumerate(found):
         if expert.name in texts:
-            statistics = collect_statistics(start_expert(base, expert=expert), texts[expert.name], RANK)
+            statistics = collect_statistics(
+                start_expert(base, expert=expert), texts[expert.name], RANK
+            )
             found[place] = dataclasses.replace(expert, statistics=statistics)
     return found
 
@@ -138,45 +167,55 @@ def compose_experts(
     sharpness: float | None = None,
     preference: float | None = None,
 ) -> Any:
-    """Combine experts of one base into a mixture whose routers are solved from the statistics in their files.
+    """Combine experts of one base into a mixture whose routers are solved from the statistics in
+    their files.
 
-    A router's logits are a linear discriminant (`mpoe.models.composition.router_weight`), its gates sum to 1. The
-    last expert is *none*, which adds nothing: tokens that are more like the background than like any domain stay as in
-    the base. The result depends on ``base``, the experts in their order, ``background`` and the options alone, so a
-    mixture with one expert more or fewer is composed in the same way, with the ``background_statistics`` of this one.
+    A router's logits are a linear discriminant (`mpoe.models.composition.router_weight`), its gates
+    sum to 1. The last expert is *none*, which adds nothing: tokens that are more like the
+    background than like any domain stay as in the base. The result depends on ``base``, the experts
+    in their order, ``background`` and the options alone, so a mixture with one expert more or fewer
+    is composed in the same way, with the ``background_statistics`` of this one.
 
     Args:
         base: the dense model that all were trained beside; it is not changed.
         experts: `Expert`s or their files; smaller ones are padded with neurons that are 0.
         top_k: experts of a token, *none* among them; ``None`` = all, at most 8.
         none: have the expert *none*.
-        background: batches of a text of no domain (keyword arguments of the model), or statistics; ``None`` = see
-            `background_batches`, for which ``tokenizer`` is needed. Not used without *none*.
+        background: batches of a text of no domain (keyword arguments of the model), or statistics;
+            ``None`` = see `background_batches`, for which ``tokenizer`` is needed. Not used without
+            *none*.
         tokenizer: of the base.
-        texts: batches by expert's name, some thousand tokens each: the expert's statistics are then taken from them,
-            with a covariance of up to 512 eigenvectors, in place of the sketch in its file.
-        sharpness, preference: how decided the routers are, and how much they prefer *none*: the dial between what
-            experts keep of their gains and what else stays as it is; see `solve_routers`.
+        texts: batches by expert's name, some thousand tokens each: the expert's statistics are then
+            taken from them, with a covariance of up to 512 eigenvectors, in place of the sketch in
+            its file.
+        sharpness, preference: how decided the routers are, and how much they prefer *none*: the
+            dial between what experts keep of their gains and what else stays as it is; see
+            `solve_routers`.
 
     Returns:
-        The mixture (``shape="neurons"``), in eval mode, with ``background_statistics``, its experts as ``composed_of``,
-        and their names in its config as ``mpoe_experts``.
+        The mixture (``shape="neurons"``), in eval mode, with ``background_statistics``, its experts
+        as ``composed_of``, and their names in its config as ``mpoe_experts``.
 
     Raises:
-        TypeError, ValueError: as `load_expert`; no experts, one that is there twice, two of one name, one of another
-            base or tokenizer or without statistics; no background and no tokenizer; ``top_k`` larger than the number of
-            experts; texts of an expert that is not there.
+        TypeError, ValueError: as `load_expert`; no experts, one that is there twice, two of one
+            name, one of another base or tokenizer or without statistics; no background and no
+            tokenizer; ``top_k`` larger than the number of experts; texts of an expert that is not
+            there.
     """
     found = _checked(base, experts, tokenizer, texts or {})
     number = len(found) + bool(none)
     routing = RouterConfig(
-        top_k=default_top_k(number) if top_k is None else top_k, routed_scaling_factor=1.0, balance_loss_weight=0.0
+        top_k=default_top_k(number) if top_k is None else top_k,
+        routed_scaling_factor=1.0,
+        balance_loss_weight=0.0,
     )
     neurons = max(expert.neurons for expert in found)
     config = MPOEConfig(num_experts=number, shape="neurons", neurons=neurons, router=routing)
     if none and not isinstance(background, Mapping):
         if background is None and tokenizer is None:
-            raise ValueError("background must be batches or statistics, or tokenizer the base's; got neither")
+            raise ValueError(
+                "background must be batches or statistics, or tokenizer the base's; got neither"
+            )
         if background is None:
             background = pooled_background(base, background_batches(base, tokenizer))
         else:
@@ -217,11 +256,13 @@ def keep_experts(mixture: Any, folder: Path) -> None:
 
 
 def mixture_config(folder: Path) -> tuple[list[str], MPOEConfig, float | None]:
-    """Names of a composed mixture's experts in their order, its configuration, and how much *none* is preferred.
+    """Names of a composed mixture's experts in their order, its configuration, and how much *none*
+    is preferred.
 
     Raises:
-        TypeError, ValueError: a folder without a composed mixture, or with links that lead out of it; names that are no
-            names of files, or not as many as experts; settings of routers that are no numbers.
+        TypeError, ValueError: a folder without a composed mixture, or with links that lead out of
+            it; names that are no names of files, or not as many as experts; settings of routers
+            that are no numbers.
     """
     file = folder / "config.json"
     values = read_mapping(file, "configuration") if file.is_file() else {}
@@ -236,7 +277,9 @@ def mixture_config(folder: Path) -> tuple[list[str], MPOEConfig, float | None]:
     config = parsed_mpoe(values, folder)
     if not config.is_neurons or config.num_experts != len(names):
         has = f"{quoted(config.num_experts)} of shape {quoted(config.shape)}"
-        raise ValueError(f"mpoe in {file} must describe {len(names)} experts of shape 'neurons'; it has {has}")
+        raise ValueError(
+            f"mpoe in {file} must describe {len(names)} experts of shape 'neurons'; it has {has}"
+        )
     routing = values.get("mpoe_routing") or {}
     check_type(f"mpoe_routing in {file}", routing, dict, "a mapping")
     for name, value in routing.items():
@@ -246,13 +289,16 @@ def mixture_config(folder: Path) -> tuple[list[str], MPOEConfig, float | None]:
 
 
 def experts_in(folder: Path) -> tuple[list[Expert], dict[str, Tensor] | None]:
-    """The experts of a mixture in their order, without *none*, and its background's statistics if it has *none*.
+    """The experts of a mixture in their order, without *none*, and its background's statistics if
+    it has *none*.
 
     Raises:
         TypeError, ValueError: as `mixture_config`, or damaged files.
     """
     names, _, _ = mixture_config(folder)
-    experts = [load_expert(folder / EXPERTS_FOLDER / f"{name}.expert") for name in names if name != NONE]
+    experts = [
+        load_expert(folder / EXPERTS_FOLDER / f"{name}.expert") for name in names if name != NONE
+    ]
     if NONE not in names:
         return experts, None
     background = read_tensors([folder / BACKGROUND_FILE])

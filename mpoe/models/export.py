@@ -1,10 +1,12 @@
-"""Exports to mixtures of Transformers that other tools can serve: Mixtral and Qwen3-MoE, with full matrices per expert;
-GraniteMoeShared and Qwen2-MoE, at their own size, for neurons beside a dense network.
+"""Exports to mixtures of Transformers that other tools can serve: Mixtral and Qwen3-MoE, with full
+matrices per expert; GraniteMoeShared and Qwen2-MoE, at their own size, for neurons beside a dense
+network.
 
-A Llama whose networks are mixtures of dense experts computes what a Mixtral computes; the weights have other names and
-are transposed. Beside neurons the dense network is the shared expert, an expert's neurons are one of their experts;
-routers take the softmax of the chosen logits, whose sum is 1, and a constant factor of the gates goes into the down
-projections. Exports that would not be exact are refused.
+A Llama whose networks are mixtures of dense experts computes what a Mixtral computes; the weights
+have other names and are transposed. Beside neurons the dense network is the shared expert, an
+expert's neurons are one of their experts; routers take the softmax of the chosen logits, whose sum
+is 1, and a constant factor of the gates goes into the down projections. Exports that would not be
+exact are refused.
 """
 
 from __future__ import annotations
@@ -25,9 +27,30 @@ from mpoe.models.report import neuron_modules
 
 # Fields that a Llama, Mistral or Qwen3 shares with its mixture.
 _COMMON = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act"),
-    *("num_key_value_heads", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "dtype"),
-    *("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "rope_parameters", "attention_dropout"),
+    *(
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "hidden_act",
+    ),
+    *(
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "initializer_range",
+        "rms_norm_eps",
+        "use_cache",
+        "dtype",
+    ),
+    *(
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "tie_word_embeddings",
+        "rope_parameters",
+        "attention_dropout",
+    ),
 )
 
 
@@ -38,10 +61,11 @@ class Target:
     Attributes:
         name: of its classes, before ``Config`` and ``ForCausalLM``.
         families: dense families of which it is the mixture.
-        experts, inner: its configuration's fields for the number of experts and the size of their hidden layer.
+        experts, inner: its configuration's fields for the number of experts and the size of their
+            hidden layer.
         renormalises: whether the gates of a token always sum to 1.
-        shared: its configuration's field for the size of the dense network beside the experts, of which they are
-            neurons; ``None`` = every expert is a whole network.
+        shared: its configuration's field for the size of the dense network beside the experts, of
+            which they are neurons; ``None`` = every expert is a whole network.
     """
 
     name: str
@@ -54,20 +78,32 @@ class Target:
 
 _SHARED = "shared_intermediate_size", "shared_expert_intermediate_size"
 TARGETS = {
-    "mixtral": Target("Mixtral", ("llama", "mistral"), "num_local_experts", "intermediate_size", True),
+    "mixtral": Target(
+        "Mixtral", ("llama", "mistral"), "num_local_experts", "intermediate_size", True
+    ),
     "qwen3_moe": Target("Qwen3Moe", ("qwen3",), "num_experts", "moe_intermediate_size", False),
     "granitemoeshared": Target(
-        "GraniteMoeShared", ("llama", "mistral", "smollm3"), "num_local_experts", "intermediate_size", True, _SHARED[0]
+        "GraniteMoeShared",
+        ("llama", "mistral", "smollm3"),
+        "num_local_experts",
+        "intermediate_size",
+        True,
+        _SHARED[0],
     ),
-    "qwen2_moe": Target("Qwen2Moe", ("qwen2",), "num_experts", "moe_intermediate_size", True, _SHARED[1]),
+    "qwen2_moe": Target(
+        "Qwen2Moe", ("qwen2",), "num_experts", "moe_intermediate_size", True, _SHARED[1]
+    ),
 }
 QWEN3_NEURONS = (
-    ", beside which no stock class has experts of neurons (HunYuanMoE normalises heads after their rotation, Dots1 and "
-    "GLM-4-MoE take gates from sigmoids): serve it with trust_remote_code, or convert with whole experts to qwen3_moe"
+    ", beside which no stock class has experts of neurons (HunYuanMoE normalises heads after their "
+    "rotation, Dots1 and "
+    "GLM-4-MoE take gates from sigmoids): serve it with trust_remote_code, or convert with whole "
+    "experts to qwen3_moe"
 )
 # Transformers multiplies matrices whose rows begin at multiples of 16 bytes: of so many numbers.
 ROWS = 8
-# Relative to max|logit|, in float32; 16-bit routers round their weights, which Transformers keeps in the model's dtype.
+# Relative to max|logit|, in float32; 16-bit routers round their weights, which Transformers keeps
+# in the model's dtype.
 TOLERANCE, HALF_TOLERANCE = 1e-5, 0.05
 
 
@@ -76,44 +112,68 @@ def _reasons(model: Any, to: str) -> list[str]:
     target, config, mpoe = TARGETS[to], model.config, model.mpoe_config
     if model.mpoe_family not in target.families:
         note = QWEN3_NEURONS if model.mpoe_family == "qwen3" and target.shared is not None else ""
-        return [f"{to} is the mixture of a {' or '.join(target.families)}; this is a {model.mpoe_family}{note}"]
+        return [
+            f"{to} is the mixture of a {' or '.join(target.families)}; this is a "
+            f"{model.mpoe_family}{note}"
+        ]
     neurons = list(neuron_modules(model).values())
     whole = [module for module in model.modules() if isinstance(module, MPOEFeedForward)]
     if neurons and target.shared is None:
         fitting = " or ".join(name for name, other in TARGETS.items() if other.shared is not None)
         return [
-            f"{to}: its experts are whole networks; those of shape 'neurons' are added to a dense one, as those of "
+            f"{to}: its experts are whole networks; those of shape 'neurons' are added to a dense "
+            "one, as those of "
             f"{fitting} are"
         ]
     if whole and target.shared is not None:
-        return [f"{to}: its experts are neurons beside a dense network (shape 'neurons'); these are whole networks"]
+        return [
+            f"{to}: its experts are neurons beside a dense network (shape 'neurons'); these are "
+            "whole networks"
+        ]
     router = mpoe.router
+    kind = type(model).__name__
+    targets = list(mpoe.targets)
     checks = {
-        f"it takes a causal language model; this is a {type(model).__name__}": not model.can_generate(),
+        f"it takes a causal language model; this is a {kind}": not model.can_generate(),
         f"it has a router; moe_type is {mpoe.moe_type!r}": mpoe.moe_type == "none",
         "it has no second-expert policies (moe_type 'moe')": router.is_gshard,
-        "its experts have no capacity (eval_capacity_factor)": router.eval_capacity_factor is not None,
-        "its gates sum to 1; is_scale_prob keeps raw probabilities": router.is_scale_prob and target.renormalises,
-        f"its gates are a softmax; scoring_func is {router.scoring_func!r}": router.scoring_func != "softmax",
+        "its experts have no capacity (eval_capacity_factor)": router.eval_capacity_factor
+        is not None,
+        "its gates sum to 1; is_scale_prob keeps raw probabilities": router.is_scale_prob
+        and target.renormalises,
+        f"its gates are a softmax; scoring_func is {router.scoring_func!r}": router.scoring_func
+        != "softmax",
         "its router has no bias of the scores (bias_update_rate)": router.bias_update_rate > 0,
-        "every layer is a mixture; some are dense here": len(neurons or whole) != config.num_hidden_layers,
-        f"only the feed-forward networks may be in MPO form; target_modules is {list(mpoe.targets)}": set(mpoe.targets)
-        != {"ffn"},
+        "every layer is a mixture; some are dense here": len(neurons or whole)
+        != config.num_hidden_layers,
+        f"only the feed-forward networks may be in MPO form; target_modules is {targets}": (
+            set(targets) != {"ffn"}
+        ),
     }
     if neurons:
         checks |= _neuron_checks(config, neurons)
     else:
-        biased = any(weights.bias is not None for layer in whole for weights in layer.experts.projections().values())
+        biased = any(
+            weights.bias is not None
+            for layer in whole
+            for weights in layer.experts.projections().values()
+        )
         named = any(getattr(config, name, False) for name in ("mlp_bias", "attention_bias"))
         checks["its projections have no biases"] = biased or named
-        checks["its layers attend alike; use_sliding_window is on"] = getattr(config, "use_sliding_window", False)
+        checks["its layers attend alike; use_sliding_window is on"] = getattr(
+            config, "use_sliding_window", False
+        )
     return [f"{to}: {reason}" for reason, holds in checks.items() if holds]
 
 
 def _neuron_checks(config: Any, layers: list[NeuronFeedForward]) -> dict[str, bool]:
     """What the classes ask of a model and its layers -> whether that is missing."""
     dense = [module for layer in layers for module in layer.projections().values()]
-    plain = [m for m in dense if type(m) is nn.Linear and type(m.weight) is nn.Parameter and m.bias is None]
+    plain = [
+        m
+        for m in dense
+        if type(m) is nn.Linear and type(m.weight) is nn.Parameter and m.bias is None
+    ]
     size = getattr(config, "sliding_window", None)  # a Mistral has a window unless its size is None
     slides = bool(getattr(config, "use_sliding_window", size is not None))
     return {
@@ -121,9 +181,12 @@ def _neuron_checks(config: Any, layers: list[NeuronFeedForward]) -> dict[str, bo
         "every layer has rotary positions; no_rope_layers leaves some without": not all(
             getattr(config, "no_rope_layers", None) or ()
         ),
-        "its dense projections are nn.Linear without biases; merge adapters or dequantise first": len(plain)
-        < len(dense),
-        "its experts have no biases (expert_bias)": any(layer.experts.bias is not None for layer in layers),
+        "its dense projections are nn.Linear without biases; merge adapters or dequantise first": (
+            len(plain) < len(dense)
+        ),
+        "its experts have no biases (expert_bias)": any(
+            layer.experts.bias is not None for layer in layers
+        ),
     }
 
 
@@ -131,7 +194,10 @@ def _target_config(model: Any, to: str) -> Any:
     """The configuration of the class ``to`` that makes it compute what ``model`` does."""
     target, config, mpoe = TARGETS[to], model.config, model.mpoe_config
     values = {name: getattr(config, name) for name in _COMMON if hasattr(config, name)}
-    inner = next((layer.experts.neurons for layer in neuron_modules(model).values()), config.intermediate_size)
+    inner = next(
+        (layer.experts.neurons for layer in neuron_modules(model).values()),
+        config.intermediate_size,
+    )
     inner = padded_size(inner)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     values |= {
@@ -148,11 +214,19 @@ def _target_config(model: Any, to: str) -> Any:
     if to == "qwen3_moe":
         values["norm_topk_prob"] = not mpoe.router.is_scale_prob
     elif to == "qwen2_moe":  # explicit layer types, as its default differs from a Qwen2's
-        values |= {"norm_topk_prob": True, "layer_types": ["full_attention"] * config.num_hidden_layers}
+        values |= {
+            "norm_topk_prob": True,
+            "layer_types": ["full_attention"] * config.num_hidden_layers,
+        }
     elif to == "granitemoeshared":
-        values |= dict.fromkeys(("embedding_multiplier", "logits_scaling", "residual_multiplier"), 1.0)
+        values |= dict.fromkeys(
+            ("embedding_multiplier", "logits_scaling", "residual_multiplier"), 1.0
+        )
         # Biases of all four projections, as in a Llama.
-        values |= {"attention_multiplier": head**-0.5, "attention_bias": getattr(config, "attention_bias", False)}
+        values |= {
+            "attention_multiplier": head**-0.5,
+            "attention_bias": getattr(config, "attention_bias", False),
+        }
     return getattr(transformers, f"{target.name}Config")(**values)
 
 
@@ -162,16 +236,21 @@ def padded_size(neurons: int) -> int:
 
 
 def padded(weight: Tensor) -> Tensor:
-    """Weights ``[E, m, I]`` with neurons that are 0 up to their `padded_size`, at which an activation's result adds
-    nothing."""
+    """Weights ``[E, m, I]`` with neurons that are 0 up to their `padded_size`, at which an
+    activation's result adds nothing."""
     return F.pad(weight, (0, 0, 0, padded_size(weight.shape[1]) - weight.shape[1]))
 
 
 def _tensors(name: str, layer: Any, to: str) -> dict[str, Tensor]:
-    """The weights of ``layer``, called ``name`` in its model, under the names of the class ``to``."""
+    """The weights of ``layer``, called ``name`` in its model, under the names of the class
+    ``to``."""
     if isinstance(layer, MPOEFeedForward):
         weights = {kind: part.weight for kind, part in layer.experts.projections().items()}
-        up, gate, down = weights["up"].transpose(1, 2), weights["gate_proj"].transpose(1, 2), weights["down"]
+        up, gate, down = (
+            weights["up"].transpose(1, 2),
+            weights["gate_proj"].transpose(1, 2),
+            weights["down"],
+        )
         shared, dtype = {}, up.dtype
     else:
         experts = layer.experts if layer.experts.latent is None else layer.experts.merged()
@@ -188,7 +267,8 @@ def _tensors(name: str, layer: Any, to: str) -> dict[str, Tensor]:
         own |= {
             "shared_expert.gate_proj.weight": shared["gate_proj"],
             "shared_expert.up_proj.weight": shared["up"],
-            "shared_expert.down_proj.weight": 2 * shared["down"],  # its gate multiplies by sigmoid(0) = 1/2
+            "shared_expert.down_proj.weight": 2
+            * shared["down"],  # its gate multiplies by sigmoid(0) = 1/2
             "shared_expert_gate.weight": shared["down"].new_zeros(1, layer.in_features),
         }
     if to != "granitemoeshared":
@@ -204,10 +284,12 @@ def _tensors(name: str, layer: Any, to: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def as_stock(merged: Any, to: str) -> Any:
-    """``merged``, a model with dense experts or with neurons, as the Transformers class that computes the same.
+    """``merged``, a model with dense experts or with neurons, as the Transformers class that
+    computes the same.
 
     Raises:
-        ValueError: an unknown class, or a model that it cannot represent exactly, with every reason.
+        ValueError: an unknown class, or a model that it cannot represent exactly, with every
+            reason.
     """
     check_choice("as_", to, tuple(TARGETS))
     reasons = _reasons(merged, to)
@@ -219,7 +301,9 @@ def as_stock(merged: Any, to: str) -> Any:
         if isinstance(layer, (MPOEFeedForward, NeuronFeedForward)):
             state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
             state |= _tensors(name, layer, to)
-    stock.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)  # nothing is shared
+    stock.load_state_dict(
+        {name: value.clone() for name, value in state.items()}, assign=True
+    )  # nothing is shared
     stock.tie_weights()
     stock.generation_config = merged.generation_config
     return stock.train(merged.training).requires_grad_(True)
@@ -249,16 +333,22 @@ def check_export(model: Any, folder: Path, to: str) -> float:
 
 
 def server_notes(to: str, config: Any) -> list[str]:
-    """Which other servers compute something else for this configuration of the class ``to``; Transformers is right."""
+    """Which other servers compute something else for this configuration of the class ``to``;
+    Transformers is right."""
     if to == "qwen2_moe":
-        return ["llama.cpp divides 0 by 0 in this class's shared gate, which is 0 here, and never renormalises gates"]
+        return [
+            "llama.cpp divides 0 by 0 in this class's shared gate, which is 0 here, and never "
+            "renormalises gates"
+        ]
     if to != "granitemoeshared":
         return []
     heads = config.hidden_size // config.num_attention_heads
     problems = {
-        f"llama.cpp and vLLM expect heads of {heads} (hidden_size / num_attention_heads) for this class; these have "
+        f"llama.cpp and vLLM expect heads of {heads} (hidden_size / num_attention_heads) for this "
+        "class; these have "
         f"{config.head_dim}": config.head_dim != heads,
         "vLLM's class has no biases in attention; this model has them": config.attention_bias,
-        f"vLLM's class computes silu; this model has {config.hidden_act}": config.hidden_act != "silu",
+        f"vLLM's class computes silu; this model has {config.hidden_act}": config.hidden_act
+        != "silu",
     }
     return [note for note, holds in problems.items() if holds]

@@ -1,4 +1,5 @@
-"""Which modules a configuration converts; the dense model with wider networks, the baseline of equal size."""
+"""Which modules a configuration converts; the dense model with wider networks, the baseline of
+equal size."""
 
 from __future__ import annotations
 
@@ -33,14 +34,20 @@ def _ffn_sites(model: Any, family: Family) -> Iterator[FFNSite]:
     patterns = [(ffn, name_pattern(ffn.holder)) for ffn in family.ffn]
     up_std, down_std = family.init_std(model.config)
     for name, holder in model.named_modules():
-        found = ((ffn, match) for ffn, pattern in patterns if (match := pattern.match(name)) is not None)
+        found = (
+            (ffn, match) for ffn, pattern in patterns if (match := pattern.match(name)) is not None
+        )
         ffn, match, dense = next(
-            ((ffn, m, parts) for ffn, m in found if (parts := _dense_parts(holder, ffn))), (None,) * 3
+            ((ffn, m, parts) for ffn, m in found if (parts := _dense_parts(holder, ffn))),
+            (None,) * 3,
         )
         if ffn is None or match is None or dense is None:
             continue
         if getattr(dense.get("gate_proj"), "bias", None) is not None:
-            raise ValueError(f"{name}.{ffn.kinds()['gate_proj']} must have no bias: the gates of experts have none")
+            raise ValueError(
+                f"{name}.{ffn.kinds()['gate_proj']} must have no bias: the gates of experts have "
+                "none"
+            )
         width = linear_weight(dense["up"]).shape[1] // max(len(ffn.fused), 1)
         settings = ffn.settings(model.config)
         check_activation(settings["activation"])
@@ -56,16 +63,25 @@ def _ffn_sites(model: Any, family: Family) -> Iterator[FFNSite]:
                 "bias": getattr(dense["up"], "bias", None) is not None,
                 "init_std": {"up": up_std, "gate_proj": up_std, "down": down_std},
             },
-            columns={kind: slice(place * width, (place + 1) * width) for place, kind in enumerate(ffn.fused)},
+            columns={
+                kind: slice(place * width, (place + 1) * width)
+                for place, kind in enumerate(ffn.fused)
+            },
             emptied=tuple(f"{name}.{part}" for part in ffn.emptied),
-            zeroed=tuple((name, attribute) for attribute in ffn.zeroed if hasattr(holder, attribute)),
+            zeroed=tuple(
+                (name, attribute) for attribute in ffn.zeroed if hasattr(holder, attribute)
+            ),
             sums=f"{name}.{ffn.sums}" if ffn.sums else "",
         )
 
 
 def _linear_sites(model: nn.Module, family: Family, config: MPOEConfig) -> Iterator[LinearSite]:
     attention = [name_pattern(glob) for glob in family.attention if "attention" in config.targets]
-    pooler = name_pattern(family.pooler) if "pooler" in config.targets and family.pooler is not None else None
+    pooler = (
+        name_pattern(family.pooler)
+        if "pooler" in config.targets and family.pooler is not None
+        else None
+    )
     for name, module in model.named_modules():
         match = next(filter(None, (pattern.match(name) for pattern in attention)), None)
         if match is not None:
@@ -82,15 +98,23 @@ def _embedding_site(model: Any) -> EmbeddingSite | None:
     name = next(n for n, module in model.named_modules() if module is table)
     if type(table).forward is not nn.Embedding.forward:
         raise ValueError(
-            f"target_modules must not hold 'embedding' for {type(model).__name__}: {name} is a {type(table).__name__}, "
+            f"target_modules must not hold 'embedding' for {type(model).__name__}: {name} is a "
+            f"{type(table).__name__}, "
             "which does more than look up rows"
         )
     ties = type(model)._tied_weights_keys or {}
-    targets = [target.removesuffix(".weight") for target, source in ties.items() if source == f"{name}.weight"]
+    targets = [
+        target.removesuffix(".weight")
+        for target, source in ties.items()
+        if source == f"{name}.weight"
+    ]
     views = tuple(n for n in targets if isinstance(model.get_submodule(n), nn.Embedding))
     head = next((n for n in targets if n not in views), None)
-    # T5 draws its table with standard deviation 1 (times a factor), the others with their initializer_range.
-    std = getattr(model.config, "initializer_factor", getattr(model.config, "initializer_range", 1.0))
+    # T5 draws its table with standard deviation 1 (times a factor), the others with their
+    # initializer_range.
+    std = getattr(
+        model.config, "initializer_factor", getattr(model.config, "initializer_range", 1.0)
+    )
     return EmbeddingSite(name, None, table, "embedding", views, head, float(std))
 
 
@@ -104,12 +128,17 @@ def _select(sites: list[AnySite], config: MPOEConfig) -> list[AnySite]:
         for pattern in getattr(config, option):
             if not any(fits(pattern, name) for name in names):
                 raise ValueError(
-                    f"{option} names {pattern!r}, which is none of the {len(names)} targets{hint(pattern, names)}"
+                    f"{option} names {pattern!r}, which is none of the {len(names)} "
+                    f"targets{hint(pattern, names)}"
                 )
     known = sorted({site.layer for site in sites if site.layer is not None})
     for index in layers or []:
         if index not in known:
-            wanted = f"layer indices {known[0]}..{known[-1]}" if known else "nothing: no target lies in a layer"
+            wanted = (
+                f"layer indices {known[0]}..{known[-1]}"
+                if known
+                else "nothing: no target lies in a layer"
+            )
             raise ValueError(f"layers_to_transform must hold {wanted}; got {index}")
     chosen = [
         site
@@ -119,18 +148,21 @@ def _select(sites: list[AnySite], config: MPOEConfig) -> list[AnySite]:
     ]
     if not chosen:
         raise ValueError(
-            "nothing is left to convert: layers_to_transform and exclude_modules leave out every module; got "
+            "nothing is left to convert: layers_to_transform and exclude_modules leave out every "
+            "module; got "
             f"layers_to_transform={layers}, exclude_modules={config.exclude_modules}"
         )
     return chosen
 
 
 def find_sites(model: Any, config: MPOEConfig, family: Family | None = None) -> list[AnySite]:
-    """Dense modules of ``model``, of this family or of the one that its configuration names, that ``config`` converts.
+    """Dense modules of ``model``, of this family or of the one that its configuration names, that
+    ``config`` converts.
 
     Raises:
-        ValueError: nothing to convert, ``exclude_modules``, ``shape_pattern`` or ``layers_to_transform`` that match
-            nothing, an activation experts cannot compute, an embedding that scales its rows.
+        ValueError: nothing to convert, ``exclude_modules``, ``shape_pattern`` or
+            ``layers_to_transform`` that match nothing, an activation experts cannot compute, an
+            embedding that scales its rows.
     """
     if family is None:
         given = getattr(model.config, "mpoe_sites", None)
@@ -143,7 +175,9 @@ def find_sites(model: Any, config: MPOEConfig, family: Family | None = None) -> 
     if table is not None:
         sites.append(table)
     if not sites:
-        raise ValueError(f"{type(model).__name__} has no dense {' or '.join(config.targets)} modules to convert")
+        raise ValueError(
+            f"{type(model).__name__} has no dense {' or '.join(config.targets)} modules to convert"
+        )
     return [
         dataclasses.replace(site, keeps=own.shape)
         if isinstance(site, FFNSite) and (own := config.for_experts(site.name)).keeps_network
@@ -153,15 +187,20 @@ def find_sites(model: Any, config: MPOEConfig, family: Family | None = None) -> 
 
 
 def dense_networks(model: Any, config: MPOEConfig | None = None) -> list[FFNSite]:
-    """The feed-forward networks of a dense model that ``config`` converts; default: all, with dense experts."""
+    """The feed-forward networks of a dense model that ``config`` converts; default: all, with dense
+    experts."""
     found = find_sites(model, MPOEConfig(expert_type="dense") if config is None else config)
     return [site for site in found if isinstance(site, FFNSite)]
 
 
 def with_own_head(model: Any, like: Any = None) -> Any:
-    """``model``, whose output projection has a weight of its own if that of ``like`` has: Transformers 5 constructs
-    every T5 with a tied one, which a checkpoint's own (T5 v1.1, Flan) replaces."""
-    head, of_like = model.get_output_embeddings(), None if like is None else like.get_output_embeddings()
+    """``model``, whose output projection has a weight of its own if that of ``like`` has:
+    Transformers 5 constructs every T5 with a tied one, which a checkpoint's own (T5 v1.1, Flan)
+    replaces."""
+    head, of_like = (
+        model.get_output_embeddings(),
+        None if like is None else like.get_output_embeddings(),
+    )
     tied = of_like is not None and of_like.weight is like.get_input_embeddings().weight
     if isinstance(head, nn.Linear) and not tied:
         head.weight = nn.Parameter(torch.empty_like(head.weight))
@@ -173,26 +212,34 @@ _FIELDS = ("d_ff", "n_inner", "intermediate_size", "ffn_dim", "encoder_ffn_dim",
 
 
 def hidden_size_as_mixture(dense: Any, config: MPOEConfig) -> int:
-    """The hidden size at which ``dense`` has as many parameters as after its conversion with ``config``.
+    """The hidden size at which ``dense`` has as many parameters as after its conversion with
+    ``config``.
 
     Raises:
         ValueError: a model outside the table.
     """
     if dense.config.model_type not in TABLE:
-        raise ValueError(f"a wider model must be of {', '.join(TABLE)}; got {dense.config.model_type}")
+        raise ValueError(
+            f"a wider model must be of {', '.join(TABLE)}; got {dense.config.model_type}"
+        )
     with torch.device("meta"):
         mixture = with_own_head(type(dense)(dense.config), dense)
     install_empty(mixture, find_sites(mixture, config), config)
     more = sum(p.numel() for p in mixture.parameters()) - sum(p.numel() for p in dense.parameters())
     sites = dense_networks(dense)
-    rows = [site.weight(kind).shape[0 if kind != "down" else 1] for site in sites for kind in site.dense]
-    per_unit = sum(rows) + sum(site.bias(kind) is not None for site in sites for kind in site.dense if kind != "down")
+    rows = [
+        site.weight(kind).shape[0 if kind != "down" else 1] for site in sites for kind in site.dense
+    ]
+    per_unit = sum(rows) + sum(
+        site.bias(kind) is not None for site in sites for kind in site.dense if kind != "down"
+    )
     return int(sites[0].weight("up").shape[1]) + round(more / per_unit)
 
 
 @torch.no_grad()
 def widened(dense: Any, hidden: int) -> Any:
-    """A copy of a dense model with more hidden units that computes the same: the new units' output weights are 0.
+    """A copy of a dense model with more hidden units that computes the same: the new units' output
+    weights are 0.
 
     Their input weights are random, as large as the model's own.
 
@@ -204,12 +251,18 @@ def widened(dense: Any, hidden: int) -> Any:
     for name in _FIELDS:
         if hasattr(config, name):
             setattr(config, name, hidden)
-    model = with_own_head(type(dense)(config), dense).to(dense.device, dense.dtype).train(dense.training)
+    model = (
+        with_own_head(type(dense)(config), dense)
+        .to(dense.device, dense.dtype)
+        .train(dense.training)
+    )
     if hasattr(dense, "loss_type"):
         model.loss_type = dense.loss_type
     networks = list(zip(dense_networks(dense), dense_networks(model), strict=True))
     own = tuple(f"{prefix}." for old, _ in networks for prefix in old.prefixes.values())
-    model.load_state_dict({n: v for n, v in dense.state_dict().items() if not n.startswith(own)}, strict=False)
+    model.load_state_dict(
+        {n: v for n, v in dense.state_dict().items() if not n.startswith(own)}, strict=False
+    )
     for old, new in networks:
         for kind, module in new.dense.items():
             if kind == "down":

@@ -1,8 +1,8 @@
 """LoRA on MPO cores through PEFT, whose own layers support only matrices and 3-D parameters.
 
-Every core, read as the matrix ``[d i, j d']`` (one per expert for auxiliary cores), gets a low-rank addition
-``scale * B A`` (Hu et al. 2021, arXiv 2106.09685). The central core's addition is shared by the experts, like the core
-itself. Needs the extra ``peft``.
+Every core, read as the matrix ``[d i, j d']`` (one per expert for auxiliary cores), gets a low-rank
+addition ``scale * B A`` (Hu et al. 2021, arXiv 2106.09685). The central core's addition is shared
+by the experts, like the core itself. Needs the extra ``peft``.
 """
 
 from __future__ import annotations
@@ -28,26 +28,30 @@ _UNSUPPORTED = ("use_dora", "lora_bias", "lora_dropout")
 
 
 def lora_on_cores(config: LoraConfig) -> LoraConfig:
-    """Let ``config`` adapt the MPO weights that its ``target_modules`` name: ``up``, ``down``, ``gate_proj``
-    of the experts, ``cores`` of MPO attention projections.
+    """Let ``config`` adapt the MPO weights that its ``target_modules`` name: ``up``, ``down``,
+    ``gate_proj`` of the experts, ``cores`` of MPO attention projections.
 
     Every `LoraConfig` that PEFT applies to MPO weights goes through here, so that a plain
-    ``PeftModel.from_pretrained(model, folder)`` loads an adapter. Calling it beforehand only checks the options
-    earlier.
+    ``PeftModel.from_pretrained(model, folder)`` loads an adapter. Calling it beforehand only checks
+    the options earlier.
 
     Returns:
         ``config`` itself.
 
     Raises:
         TypeError: a config of a method other than LoRA.
-        ValueError: an option that has no meaning on cores (DoRA, dropout, bias, another initialisation).
+        ValueError: an option that has no meaning on cores (DoRA, dropout, bias, another
+            initialisation).
     """
     check_type("config", config, LoraConfig, "a peft.LoraConfig")
     given = [name for name in _UNSUPPORTED if getattr(config, name)]
     if given:
         raise ValueError(f"LoRA on MPO cores has no {', '.join(given)}; leave it at its default")
     if not isinstance(config.init_lora_weights, bool):
-        raise ValueError(f"init_lora_weights must be True or False on MPO cores; got {config.init_lora_weights!r}")
+        raise ValueError(
+            "init_lora_weights must be True or False on MPO cores; got "
+            f"{config.init_lora_weights!r}"
+        )
     config._register_custom_module({MPOCores: LoraCores})
     return config
 
@@ -84,7 +88,9 @@ class LoraCores(nn.Module, LoraLayer):
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+    def update_layer(
+        self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any
+    ) -> None:
         """Add an adapter with random A and zero B, so the output does not change yet."""
         if r <= 0:
             raise ValueError(f"r must be at least 1; got {r}")
@@ -112,7 +118,9 @@ class LoraCores(nn.Module, LoraLayer):
     def delta(self, adapter_name: str, name: str) -> Tensor:
         """The addition of an adapter to the core called ``name``, in the core's shape."""
         key, core = name.replace(".", "_"), self.get_base_layer().get_parameter(name)
-        b, a = (cast(nn.ParameterDict, side[adapter_name])[key] for side in (self.lora_B, self.lora_A))
+        b, a = (
+            cast(nn.ParameterDict, side[adapter_name])[key] for side in (self.lora_B, self.lora_A)
+        )
         return (self.scaling[adapter_name] * (b @ a)).view(core.shape).to(core.dtype)
 
     # ---------------------------------------------------- what experts read
@@ -125,9 +133,14 @@ class LoraCores(nn.Module, LoraLayer):
         cores = base.cores()
         if self.disable_adapters or self.merged:
             return cores
-        with torch.autocast(cores[0].device.type, enabled=False):  # as in fold: rounded once, in the product
+        with torch.autocast(
+            cores[0].device.type, enabled=False
+        ):  # as in fold: rounded once, in the product
             for adapter in (a for a in self.active_adapters if a in self.lora_A):
-                cores = [core + self.delta(adapter, name) for core, name in zip(cores, base.core_names(), strict=True)]
+                cores = [
+                    core + self.delta(adapter, name)
+                    for core, name in zip(cores, base.core_names(), strict=True)
+                ]
         return cores
 
     blocks, dense_weights = MPOCores.blocks, MPOCores.dense_weights  # of these cores
@@ -144,15 +157,19 @@ class LoraCores(nn.Module, LoraLayer):
         """Add the adapters' products to the cores.
 
         Raises:
-            ValueError: with ``safe_merge``, an addition that is not finite; the cores are then unchanged.
+            ValueError: with ``safe_merge``, an addition that is not finite; the cores are then
+                unchanged.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        names = [
+            name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A
+        ]
         if safe_merge:
             for adapter in names:
                 for core in self.core_names():
                     if not bool(torch.isfinite(self.delta(adapter, core)).all()):
                         raise ValueError(
-                            f"adapter {adapter} must be finite to be merged; its addition to {core} is not"
+                            f"adapter {adapter} must be finite to be merged; its addition to "
+                            f"{core} is not"
                         )
         for adapter in names:
             self._add(adapter, 1.0)

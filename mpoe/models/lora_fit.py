@@ -1,9 +1,10 @@
 """LoRA adapters as experts: neurons are fitted to what an adapter does, on texts.
 
-An adapter changes attention, or a network inside its nonlinearity, which no few neurons beside the networks can do
-exactly. So they learn the adapted model's predictions (distillation, Hinton et al. 2015, arXiv 1503.02531), for which
-the adapter's place does not matter, and what was lost is measured on texts that the fit did not see. Without texts, the
-adapted model's own samples say what it has learnt.
+An adapter changes attention, or a network inside its nonlinearity, which no few neurons beside the
+networks can do exactly. So they learn the adapted model's predictions (distillation, Hinton et al.
+2015, arXiv 1503.02531), for which the adapter's place does not matter, and what was lost is
+measured on texts that the fit did not see. Without texts, the adapted model's own samples say what
+it has learnt.
 """
 
 from __future__ import annotations
@@ -57,21 +58,25 @@ def _adapted_modules(folder: Path) -> dict[str, int]:
 
 
 def check_adapter(base: Any, folder: str | Path) -> int:
-    """Refuse an adapter that is not LoRA of the base's modules, in whatever place (ValueError); returns its neurons'
-    number, as many as have the adapter's size."""
+    """Refuse an adapter that is not LoRA of the base's modules, in whatever place (ValueError);
+    returns its neurons' number, as many as have the adapter's size."""
     networks = places_for_neurons(base)
     there = {name for name, _ in base.named_modules()}
     adapted = _adapted_modules(Path(folder))
     others = sorted(set(adapted) - there)
     if others:
-        raise ValueError(f"adapter must be of this base; {folder} adapts {others[0]}, which the base does not have")
+        raise ValueError(
+            f"adapter must be of this base; {folder} adapts {others[0]}, which the base does not "
+            "have"
+        )
     each = sum(site.weight(kind).shape[kind == "down"] for site in networks for kind in site.dense)
     return max(1, round(sum(adapted.values()) / each))
 
 
 def own_samples(base: Any, adapted: Any, tokenizer: Any) -> tuple[list[dict[str, Tensor]], str]:
-    """What an adapted model has learnt, in its own words: `SAMPLED` texts that it writes from its start token, or as
-    many chats from its template, whichever differ more from what the base would write.
+    """What an adapted model has learnt, in its own words: `SAMPLED` texts that it writes from its
+    start token, or as many chats from its template, whichever differ more from what the base would
+    write.
 
     Returns:
         Batches for `fit_adapter`; a sentence about them.
@@ -94,7 +99,8 @@ def own_samples(base: Any, adapted: Any, tokenizer: Any) -> tuple[list[dict[str,
         difference[kind] = float(losses[0] - losses[1])
     most = max(difference, key=lambda kind: difference[kind])
     about = (
-        f"{SAMPLED} {most} that the adapted model itself writes, {difference[most]:.3f} nats per token off the base's"
+        f"{SAMPLED} {most} that the adapted model itself writes, {difference[most]:.3f} nats "
+        "per token off the base's"
     )
     return batches[most], about
 
@@ -114,23 +120,26 @@ def fit_adapter(
     Args:
         base: a dense causal language model; it is not changed.
         adapted: the base with the adapter merged into it.
-        batches: ``input_ids`` and ``labels``, which name the tokens that the fit counts (`mpoe.data.batches`,
-            `own_samples`); every fifth one is held out, so at least two.
+        batches: ``input_ids`` and ``labels``, which name the tokens that the fit counts
+            (`mpoe.data.batches`, `own_samples`); every fifth one is held out, so at least two.
         name: the expert's.
         neurons: m, see `check_adapter`.
         steps: of Adam at 3e-3, on a batch each.
         tokenizer: see `save_expert`.
 
     Returns:
-        The expert, with statistics from the batches; its ``training`` facts hold the held-out losses of ``base``,
-        ``adapter`` and ``expert`` in nats per token, and ``kept``, the share of the adapter's gain.
+        The expert, with statistics from the batches; its ``training`` facts hold the held-out
+        losses of ``base``, ``adapter`` and ``expert`` in nats per token, and ``kept``, the share of
+        the adapter's gain.
 
     Raises:
-        ValueError: fewer than two batches, an adapter that gains nothing on them, or neurons that keep less than 80% of
-            its gain.
+        ValueError: fewer than two batches, an adapter that gains nothing on them, or neurons that
+            keep less than 80% of its gain.
     """
     if len(batches) < 2:
-        raise ValueError(f"batches must be at least two, of which one is held out; got {len(batches)}")
+        raise ValueError(
+            f"batches must be at least two, of which one is held out; got {len(batches)}"
+        )
     held_out = batches[::HELD_OUT]
     fitted = [batch for place, batch in enumerate(batches) if place % HELD_OUT]
     losses = {
@@ -140,7 +149,8 @@ def fit_adapter(
     gain = losses["base"] - losses["adapter"]
     if not gain > 0:
         raise ValueError(
-            f"adapter {name!r} must be better than the base on its texts to be fitted; it has {losses['adapter']:.3f} "
+            f"adapter {name!r} must be better than the base on its texts to be fitted; it has "
+            f"{losses['adapter']:.3f} "
             f"nats per token, the base {losses['base']:.3f}"
         )
     model = start_expert(base, neurons)
@@ -161,8 +171,10 @@ def fit_adapter(
     kept = (losses["base"] - losses["expert"]) / gain
     if not kept >= LEAST_KEPT:
         raise ValueError(
-            f"adapter {name!r} must keep {LEAST_KEPT:.0%} of its gain as {neurons} neurons; it keeps {kept:.0%}: base "
-            f"{losses['base']:.3f}, adapter {losses['adapter']:.3f}, neurons {losses['expert']:.3f} nats per token "
+            f"adapter {name!r} must keep {LEAST_KEPT:.0%} of its gain as {neurons} neurons; it "
+            f"keeps {kept:.0%}: base "
+            f"{losses['base']:.3f}, adapter {losses['adapter']:.3f}, neurons "
+            f"{losses['expert']:.3f} nats per token "
             "(more neurons, steps or texts may do)"
         )
     facts = {"fitted": "LoRA", "steps": steps, "kept": kept, **losses}

@@ -1,14 +1,16 @@
-"""Reads checkpoints of the original implementation (RUCAIBox/MPOE, T5), with its key names and order of cores.
+"""Reads checkpoints of the original implementation (RUCAIBox/MPOE, T5), with its key names and
+order of cores.
 
-There, a weight matrix is ``nn.Linear``'s ``[out, in]``, core k is ``[d, out_k, in_k, d']``, and the central core, index
-2 of 5, is saved once per expert although all share it::
+There, a weight matrix is ``nn.Linear``'s ``[out, in]``, core k is ``[d, out_k, in_k, d']``, and the
+central core, index 2 of 5, is saved once per expert although all share it::
 
-    <layer>.sffn.experts.<e>.wi_mpo.tensor_set.<k>      moe_type switch; router: <layer>.sffn.switch.weight, .bias
-    <layer>.moe_layer.experts.w1_mpo.<k>                moe_type moe, [E, ...] each but the central core; b1, b2;
-                                                        router: <layer>.moe_layer.gate.w_gating [in, E]
-    <layer>.DenseReluDense.wi_mpo.tensor_set.<k>        moe_type none
-    <layer>.SelfAttention.q_mpo.tensor_set.<k>          attention
-    shared_mpo.tensor_set.<k>                           embedding, [d, vocabulary_k, model_k, d']
+    <layer>.sffn.experts.<e>.wi_mpo.tensor_set.<k>  moe_type switch
+        router: <layer>.sffn.switch.weight, .bias
+    <layer>.moe_layer.experts.w1_mpo.<k>            moe_type moe, [E, ...] (not the central); b1, b2
+        router: <layer>.moe_layer.gate.w_gating [in, E]
+    <layer>.DenseReluDense.wi_mpo.tensor_set.<k>    moe_type none
+    <layer>.SelfAttention.q_mpo.tensor_set.<k>      attention
+    shared_mpo.tensor_set.<k>                       embedding, [d, vocabulary_k, model_k, d']
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ _CORE = r"_mpo(?:\.tensor_set)?\.(?P<core>\d+)"
 _EXPERTS = re.compile(
     rf"{_LAYER}\.(?:sffn\.experts\.(?P<expert>\d+)|moe_layer\.experts|DenseReluDense)\.(?P<kind>w[io12]){_CORE}"
 )
-_LINEAR = re.compile(rf"(?P<name>{_LAYER}\.(?:SelfAttention|EncDecAttention)\.[qkvo]|shared){_CORE}")
+_LINEAR = re.compile(
+    rf"(?P<name>{_LAYER}\.(?:SelfAttention|EncDecAttention)\.[qkvo]|shared){_CORE}"
+)
 _ROUTER = re.compile(rf"{_LAYER}\.(?:sffn\.switch\.weight|moe_layer\.gate\.w_gating)")
 _BIAS = re.compile(rf"{_LAYER}\.(?:sffn\.switch\.bias|moe_layer\.experts\.b[12])")
 # the same table again, under the names of modules that share it; matrices that cores came from
@@ -58,12 +62,20 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         check_type("source", source, (str, os.PathLike), "a state dict or a path")
         path = Path(source) / "pytorch_model.bin" if Path(source).is_dir() else Path(source)
         if not path.is_file():
-            raise ValueError(f"source must be a checkpoint of the original, or its folder; {path} is no file")
+            raise ValueError(
+                f"source must be a checkpoint of the original, or its folder; {path} is no file"
+            )
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds for files that are none or hold more than tensors
-            raise ValueError(f"source must hold tensors and nothing else; {path}: {first_line(error)}") from error
-    if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        except (
+            Exception
+        ) as error:  # torch raises many kinds for files that are none or hold more than tensors
+            raise ValueError(
+                f"source must hold tensors and nothing else; {path}: {first_line(error)}"
+            ) from error
+    if not isinstance(tensors, Mapping) or not all(
+        isinstance(value, Tensor) for value in tensors.values()
+    ):
         raise ValueError("source must map names to tensors; it holds something else")
     return tensors
 
@@ -73,7 +85,8 @@ class _Checkpoint:
 
     Attributes:
         moe_type, num_experts: of the mixture.
-        chains: module -> index of core -> cores, in our order ``[E or nothing, d, in_k, out_k, d']``.
+        chains: module -> index of core -> cores, in our order ``[E or nothing, d, in_k, out_k,
+            d']``.
         parameters: routers ``[E, in]``, and what has the same name in both.
         lost: names of biases other than zero, of routers and of the experts of moe_type moe.
     """
@@ -82,10 +95,15 @@ class _Checkpoint:
         self.moe_type, self.num_experts, self.lost = "none", 1, list[str]()
         self.chains: dict[str, dict[int, Tensor]] = defaultdict(dict)
         self.parameters: dict[str, Tensor] = {}
-        apart: dict[tuple[str, int], dict[int, Tensor]] = defaultdict(dict)  # (module, core) -> expert -> core
+        apart: dict[tuple[str, int], dict[int, Tensor]] = defaultdict(
+            dict
+        )  # (module, core) -> expert -> core
         for key, tensor in tensors.items():
             if found := _EXPERTS.fullmatch(key):
-                name, core = f"{found['layer']}.DenseReluDense.experts.{_KINDS[found['kind']]}", int(found["core"])
+                name, core = (
+                    f"{found['layer']}.DenseReluDense.experts.{_KINDS[found['kind']]}",
+                    int(found["core"]),
+                )
                 if found["expert"]:
                     self.moe_type = "switch"
                     apart[name, core][int(found["expert"])] = tensor.transpose(-2, -3)
@@ -105,33 +123,53 @@ class _Checkpoint:
                 self.parameters[key] = tensor
         for (name, core), of in apart.items():
             if sorted(of) != list(range(self.num_experts)):
-                raise ValueError(f"the checkpoint must hold every core of {name}, of {self.num_experts} experts")
+                raise ValueError(
+                    f"the checkpoint must hold every core of {name}, of {self.num_experts} experts"
+                )
             if core == CENTRAL and not all(torch.equal(own, of[0]) for own in of.values()):
-                raise ValueError(f"the experts of {name} must share their central core; they differ")
-            self.chains[name][core] = of[0] if core == CENTRAL else torch.stack([of[e] for e in sorted(of)])
+                raise ValueError(
+                    f"the experts of {name} must share their central core; they differ"
+                )
+            self.chains[name][core] = (
+                of[0] if core == CENTRAL else torch.stack([of[e] for e in sorted(of)])
+            )
 
     def shape(self, name: str, weight: Tensor) -> MPOShape:
-        """Shape of the chain for a weight ``[in, out]``, with factors and bonds read from the cores."""
+        """Shape of the chain for a weight ``[in, out]``, with factors and bonds read from the
+        cores."""
         chain = self.chains.get(name, {})
         if len(chain) <= CENTRAL or sorted(chain) != list(range(len(chain))):
-            raise ValueError(f"the checkpoint must hold every core of {name}; it has {sorted(chain)}")
+            raise ValueError(
+                f"the checkpoint must hold every core of {name}; it has {sorted(chain)}"
+            )
         left, ins, outs, _ = zip(*(chain[k].shape[-4:] for k in range(len(chain))), strict=True)
         return MPOShape(ins, outs, left[1:], CENTRAL, *weight.shape)
 
     def config(self, base: Any) -> MPOEConfig:
         """The configuration of a converted ``base`` with these modules."""
         marks = {"ffn": ".experts.", "attention": "Attention.", "embedding": "shared."}
-        targets = [target for target, mark in marks.items() if any(mark in name for name in self.chains)]
+        targets = [
+            target for target, mark in marks.items() if any(mark in name for name in self.chains)
+        ]
         if not targets:
-            raise ValueError("source must be a checkpoint of the original implementation; it holds no MPO cores")
+            raise ValueError(
+                "source must be a checkpoint of the original implementation; it holds no MPO cores"
+            )
         patterns: dict[str, Any] = {}
         for site in find_sites(base, MPOEConfig(shape="separable", target_modules=targets)):
             if isinstance(site, FFNSite):
-                shapes = {kind: self.shape(f"{site.name}.experts.{kind}", site.weight(kind)) for kind in site.dense}
+                shapes = {
+                    kind: self.shape(f"{site.name}.experts.{kind}", site.weight(kind))
+                    for kind in site.dense
+                }
                 patterns[re.escape(site.name)] = shapes
             else:
                 patterns[re.escape(site.name)] = self.shape(f"{site.name}.cores", site.weight)
-        mixture: dict[str, Any] = {"moe_type": self.moe_type, "num_experts": self.num_experts, "shape": "separable"}
+        mixture: dict[str, Any] = {
+            "moe_type": self.moe_type,
+            "num_experts": self.num_experts,
+            "shape": "separable",
+        }
         return MPOEConfig(**mixture, shape_pattern=patterns, target_modules=targets)
 
 
@@ -142,19 +180,19 @@ def import_original(source: str | Path | Mapping[str, Tensor], base: Any) -> Any
 
     Args:
         source: the original's state dict, its ``pytorch_model.bin``, or the folder of one.
-        base: the dense `T5ForConditionalGeneration` (ReLU) that was fine-tuned; provides the configuration and the
-            parameters that are not in the checkpoint.
+        base: the dense `T5ForConditionalGeneration` (ReLU) that was fine-tuned; provides the
+            configuration and the parameters that are not in the checkpoint.
 
     Returns:
         The model, in eval mode. Matrices, routers and all dense parameters are the checkpoint's.
 
     Raises:
         TypeError: a base of another class, a source of another type.
-        ValueError: no such checkpoint, cores that are missing, do not match the base or differ although experts share
-            them, names that neither side knows.
+        ValueError: no such checkpoint, cores that are missing, do not match the base or differ
+            although experts share them, names that neither side knows.
 
-    Warns:
-        UserWarning: biases other than zero of the original's routers, or of its experts of moe_type moe, which our
+    Warns: UserWarning: biases other than zero of the original's routers, or of its experts of
+        moe_type moe, which our
             layers do not have.
     """
     if type(base) is not T5ForConditionalGeneration:
@@ -168,14 +206,22 @@ def import_original(source: str | Path | Mapping[str, Tensor], base: Any) -> Any
             chain = [checkpoint.chains[name][place] for place in range(cores.shape.num_cores)]
             cores.set_cores_(chain)
             first = [core[0] if core.dim() == 5 else core for core in chain]
-            cores.rate_ratios = rate_ratios(first, reconstruct(first)[: cores.in_features, : cores.out_features])
+            cores.rate_ratios = rate_ratios(
+                first, reconstruct(first)[: cores.in_features, : cores.out_features]
+            )
         missing, unknown = model.load_state_dict(checkpoint.parameters, strict=False)
     except RuntimeError as error:
-        raise ValueError(f"the checkpoint must be of a model of the sizes of base; {error}") from error
+        raise ValueError(
+            f"the checkpoint must be of a model of the sizes of base; {error}"
+        ) from error
     obsolete = model._keys_to_ignore_on_load_unexpected or []
-    unknown = [name for name in unknown if not any(re.search(pattern, name) for pattern in obsolete)]
+    unknown = [
+        name for name in unknown if not any(re.search(pattern, name) for pattern in obsolete)
+    ]
     if unknown:
-        raise ValueError(f"the checkpoint holds {unknown[0]!r}, which a T5 with these MPO layers has not")
+        raise ValueError(
+            f"the checkpoint holds {unknown[0]!r}, which a T5 with these MPO layers has not"
+        )
     missing = [name for name in missing if name.endswith(".router.weight")]
     if missing:
         raise ValueError(f"the checkpoint must hold every router; missing {missing[:3]}")
@@ -183,6 +229,8 @@ def import_original(source: str | Path | Mapping[str, Tensor], base: Any) -> Any
     adopt_class(model, converted_class(base), config)
     if lost := checkpoint.lost:
         warnings.warn(
-            f"{len(lost)} biases of the original are left out, e.g. {lost[0]}: MPOE layers have none", stacklevel=2
+            f"{len(lost)} biases of the original are left out, e.g. {lost[0]}: MPOE layers have "
+            "none",
+            stacklevel=2,
         )
     return model.eval()

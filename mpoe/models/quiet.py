@@ -1,4 +1,5 @@
-"""How quiet an expert is: what a model gains on a domain, and what it changes of what its base says by itself."""
+"""How quiet an expert is: what a model gains on a domain, and what it changes of what its base says
+by itself."""
 
 from __future__ import annotations
 
@@ -39,8 +40,8 @@ class Change:
     Attributes:
         domain: loss on the domain's held-out texts, nats per token; ``None`` where there are none.
         own_texts: loss on the base's own texts, nats per token.
-        answers: KL divergence from the base to the model on the base's own chats (its texts without a chat template),
-            nats per token.
+        answers: KL divergence from the base to the model on the base's own chats (its texts without
+            a chat template), nats per token.
         same: share of these tokens for which both find the same token most probable.
     """
 
@@ -88,7 +89,10 @@ def measure_change(
     count = 0
     changes: dict[str, Change] = {}
     for rows in chats.split(AT_ONCE):
-        inputs = {"input_ids": rows.to(base.device), "attention_mask": torch.ones_like(rows).to(base.device)}
+        inputs = {
+            "input_ids": rows.to(base.device),
+            "attention_mask": torch.ones_like(rows).to(base.device),
+        }
         with evaluation_mode(base):
             before = base(**inputs).logits[:, opening - 1 : -1].float().log_softmax(-1)
         count += before[..., 0].numel()
@@ -97,7 +101,9 @@ def measure_change(
                 after = model(**inputs).logits[:, opening - 1 : -1].float().log_softmax(-1)
             divergence[name] += float((before.exp() * (before - after)).sum())
             same[name] += int((before.argmax(-1) == after.argmax(-1)).sum())
-    own_texts_batches = [batch | {"labels": batch["input_ids"]} for batch in token_batches(own.texts)]
+    own_texts_batches = [
+        batch | {"labels": batch["input_ids"]} for batch in token_batches(own.texts)
+    ]
     for name, model in compared.items():
         changes[name] = Change(
             domain=mean_loss(model, domain) if domain else None,

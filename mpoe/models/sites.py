@@ -1,4 +1,5 @@
-"""The dense modules of a model that become MPOE modules: their replacements and the initial weights."""
+"""The dense modules of a model that become MPOE modules: their replacements and the initial
+weights."""
 
 from __future__ import annotations
 
@@ -28,18 +29,21 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class FFNSite:
-    """A dense feed-forward network, which becomes an `MPOEFeedForward`, or a `KeptFeedForward` around its projections.
+    """A dense feed-forward network, which becomes an `MPOEFeedForward`, or a `KeptFeedForward`
+    around its projections.
 
     Attributes:
         name: name of the `MPOEFeedForward`.
         stream: the stream whose token mask it reads.
         layer: index of its layer in the stream.
-        dense: its dense projections by kind; ``prefixes`` has the prefixes of their parameter names.
+        dense: its dense projections by kind; ``prefixes`` has the prefixes of their parameter
+            names.
         options: keyword arguments of `MPOEFeedForward`.
         columns: for projections that share one matrix ``[in, out]``, the columns of each kind.
         emptied: names of modules whose work the experts do.
         zeroed: attributes that are set to 0, as ``(name of a module, name of its attribute)``.
-        sums: name of the module that ends the network and adds its input, if it is not one module (see `FFN`).
+        sums: name of the module that ends the network and adds its input, if it is not one module
+            (see `FFN`).
         keeps: the shape of its experts, ``"hidden"`` or ``"neurons"``, if the projections stay.
     """
 
@@ -69,7 +73,11 @@ class FFNSite:
     def inside(self) -> dict[str, str]:
         """Attribute name of each projection inside that module."""
         start = f"{self.place}."
-        return {kind: prefix.removeprefix(start) for kind, prefix in self.prefixes.items() if prefix.startswith(start)}
+        return {
+            kind: prefix.removeprefix(start)
+            for kind, prefix in self.prefixes.items()
+            if prefix.startswith(start)
+        }
 
     @property
     def obstacle(self) -> str | None:
@@ -93,12 +101,20 @@ class FFNSite:
     def check(self, config: MPOEConfig) -> None:
         """Refuse projections of another structure, and mismatched shapes."""
         if self.keeps and self.obstacle is not None:
-            raise ValueError(f"{self.name}: shape {self.keeps!r} needs {self.obstacle} (shape='separable' supports it)")
+            raise ValueError(
+                f"{self.name}: shape {self.keeps!r} needs {self.obstacle} (shape='separable' "
+                "supports it)"
+            )
         own, (rows, columns) = config.for_experts(self.name), self.weight("up").shape
         for kind in self.dense if config.expert_type == "mpo" else ():
-            sizes, wanted = list(self.weight(kind).shape), [columns, rows] if kind == "down" else [rows, columns]
+            sizes, wanted = (
+                list(self.weight(kind).shape),
+                [columns, rows] if kind == "down" else [rows, columns],
+            )
             if self.keeps and sizes != wanted:
-                raise ValueError(f"{self.prefixes[kind]} must be for a weight {wanted}; got {sizes}")
+                raise ValueError(
+                    f"{self.prefixes[kind]} must be for a weight {wanted}; got {sizes}"
+                )
             try:
                 if self.keeps == HIDDEN:
                     own.hidden_block(columns)
@@ -108,9 +124,15 @@ class FFNSite:
                 raise ValueError(f"{self.prefixes[kind]}: {error}") from error
 
     def build(self, config: MPOEConfig) -> RoutedFeedForward:
-        """The layer, of these sizes, device and dtype, whose weights the caller fills or initialises."""
+        """The layer, of these sizes, device and dtype, whose weights the caller fills or
+        initialises."""
         up = self.weight("up")
-        options: dict[str, Any] = {**self.options, "stream": self.stream, "device": "meta", "dtype": up.dtype}
+        options: dict[str, Any] = {
+            **self.options,
+            "stream": self.stream,
+            "device": "meta",
+            "dtype": up.dtype,
+        }
         kind: Any = MPOEFeedForward
         if self.keeps:
             kind = HiddenFeedForward if self.keeps == HIDDEN else NeuronFeedForward
@@ -122,8 +144,9 @@ class FFNSite:
     def load(self, module: Any, config: MPOEConfig) -> Report:
         """Give ``module`` a new router and experts that compute what the dense network does.
 
-        Dense weights are copied into every expert, each decomposed once; nothing is decomposed for experts between the
-        projections or beside them: identities, or neurons that contribute nothing yet.
+        Dense weights are copied into every expert, each decomposed once; nothing is decomposed for
+        experts between the projections or beside them: identities, or neurons that contribute
+        nothing yet.
         """
         if module.router is not None:
             module.router.reset_parameters()
@@ -139,7 +162,9 @@ class FFNSite:
         report: Report = {}
         for kind, projection in () if self.keeps else experts.projections().items():
             if isinstance(projection, MPOCores):
-                report[f"{self.name}.experts.{kind}"] = projection.load_weight_(self.weight(kind), config.gauge)
+                report[f"{self.name}.experts.{kind}"] = projection.load_weight_(
+                    self.weight(kind), config.gauge
+                )
             else:
                 projection.load_weight_(self.weight(kind))
             bias = self.bias(kind)
@@ -191,7 +216,9 @@ class MatrixSite:
     @property
     def weight(self) -> Tensor:
         """``[in_features, out_features]``; a table is ``[vocabulary, model size]``."""
-        return self.dense.weight if isinstance(self.dense, nn.Embedding) else linear_weight(self.dense)
+        return (
+            self.dense.weight if isinstance(self.dense, nn.Embedding) else linear_weight(self.dense)
+        )
 
     def shape(self, config: MPOEConfig) -> MPOShape:
         """Its shape in MPO form; ValueError for one of other sizes."""
@@ -213,7 +240,11 @@ class LinearSite(MatrixSite):
 
     def build(self, config: MPOEConfig) -> MPOLinear:
         bias, weight = getattr(self.dense, "bias", None) is not None, self.weight
-        options: dict[str, Any] = {"init_std": float(weight.shape[0]) ** -0.5, "device": "meta", "dtype": weight.dtype}
+        options: dict[str, Any] = {
+            "init_std": float(weight.shape[0]) ** -0.5,
+            "device": "meta",
+            "dtype": weight.dtype,
+        }
         made = MPOLinear(self.shape(config), bias=bias, backend=config.backend, **options)
         return made.to_empty(device=weight.device)
 
@@ -233,7 +264,11 @@ class EmbeddingSite(MatrixSite):
     init_std: float
 
     def build(self, config: MPOEConfig) -> MPOEmbedding:
-        options: dict[str, Any] = {"init_std": self.init_std, "device": "meta", "dtype": self.weight.dtype}
+        options: dict[str, Any] = {
+            "init_std": self.init_std,
+            "device": "meta",
+            "dtype": self.weight.dtype,
+        }
         made = MPOEmbedding(self.shape(config), self.dense.padding_idx, config.backend, **options)
         return made.to_empty(device=self.weight.device)
 
@@ -245,11 +280,15 @@ class EmbeddingSite(MatrixSite):
         """
         for view in self.views:
             if model.get_submodule(view).weight is not self.dense.weight:
-                raise ValueError(f"{view} must share the table of {self.name} for an MPO embedding; it has its own")
+                raise ValueError(
+                    f"{view} must share the table of {self.name} for an MPO embedding; it has its "
+                    "own"
+                )
         return self.head is None or model.get_submodule(self.head).weight is self.dense.weight
 
     def install(self, model: Any, module: Any, config: MPOEConfig) -> None:
-        """Install ``module`` and the modules that share it; Transformers must no longer tie weights to the table."""
+        """Install ``module`` and the modules that share it; Transformers must no longer tie weights
+        to the table."""
         set_module(model, self.name, module)
         for view in self.views:
             set_module(model, view, SharedEmbedding(module))
@@ -257,7 +296,15 @@ class EmbeddingSite(MatrixSite):
             set_module(model, self.head, TiedHead(module, model.get_submodule(self.head).bias))
         for name in ("_tied_weights_keys", "all_tied_weights_keys"):
             ties = getattr(model, name, None) or {}
-            setattr(model, name, {target: source for target, source in ties.items() if source != f"{self.name}.weight"})
+            setattr(
+                model,
+                name,
+                {
+                    target: source
+                    for target, source in ties.items()
+                    if source != f"{self.name}.weight"
+                },
+            )
 
 
 def install_empty(model: nn.Module, sites: Sequence[Any], config: MPOEConfig) -> None:

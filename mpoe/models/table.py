@@ -1,4 +1,5 @@
-"""The model families that conversion knows, and how each builds its layers. Nothing here imports torch."""
+"""The model families that conversion knows, and how each builds its layers. Nothing here imports
+torch."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ TYPE_PREFIX, CLASS_PREFIX = "mpoe_", "MPOE"
 def name_pattern(glob: str) -> re.Pattern[str]:
     """Regular expression for module names, with or without a prefix.
 
-    The first ``*`` is the layer's index (group ``layer``), later ones any number; ``{a,b}`` is a or b.
+    The first ``*`` is the layer's index (group ``layer``), later ones any number; ``{a,b}`` is a or
+    b.
     """
     text = re.escape(glob).replace(r"\{", "(?:").replace(r"\}", ")").replace(",", "|")
     text = text.replace(r"\*", r"(?P<layer>\d+)", 1).replace(r"\*", r"\d+")
@@ -25,31 +27,40 @@ def name_pattern(glob: str) -> re.Pattern[str]:
 
 
 def _of_any_name(config: Any, *names: str, default: Any = None) -> Any:
-    """The value of the first of these fields that a configuration has: families call the same thing differently."""
-    return next((getattr(config, name) for name in names if getattr(config, name, None) is not None), default)
+    """The value of the first of these fields that a configuration has: families call the same thing
+    differently."""
+    return next(
+        (getattr(config, name) for name in names if getattr(config, name, None) is not None),
+        default,
+    )
 
 
 @dataclass(frozen=True)
 class FFN:
-    """One way to build a feed-forward network: names of its parts, and settings; also the argument ``sites`` of
-    `convert_to_mpoe`.
+    """One way to build a feed-forward network: names of its parts, and settings; also the argument
+    ``sites`` of `convert_to_mpoe`.
 
     Attributes:
         holder: names of the modules that hold one, for `name_pattern`.
-        up, down, gate_proj: dense projections inside the holder. Orientation follows from their type: `nn.Linear`
-            holds ``[out, in]``, `Conv1D` ``[in, out]``.
-        fused: kinds whose weights are concatenated along the outputs of ``up``, in order, e.g. ``("gate_proj", "up")``.
-        place: name, inside the holder, of the module that an `MPOEFeedForward` replaces; empty = the holder itself.
+        up, down, gate_proj: dense projections inside the holder. Orientation follows from their
+            type: `nn.Linear` holds ``[out, in]``, `Conv1D` ``[in, out]``.
+        fused: kinds whose weights are concatenated along the outputs of ``up``, in order, e.g.
+            ``("gate_proj", "up")``.
+        place: name, inside the holder, of the module that an `MPOEFeedForward` replaces; empty =
+            the holder itself.
         emptied: modules inside the holder whose work the experts do; they become identities.
-        zeroed: attributes of the holder that are set to 0: a dropout that the experts apply, a chunk size.
-        sums: name, inside the holder, of the module that ends a network that is not a module of its own: it holds
-            ``down`` and is called with what ``up`` gave and the network's input, which it adds.
+        zeroed: attributes of the holder that are set to 0: a dropout that the experts apply, a
+            chunk size.
+        sums: name, inside the holder, of the module that ends a network that is not a module of its
+            own: it holds ``down`` and is called with what ``up`` gave and the network's input,
+            which it adds.
         stream: the tokens that it processes: ``"main"``, ``"encoder"`` or ``"decoder"``.
-        activation: name of the activation between the projections, see `mpoe.layers.experts`; of a known family
-            the model's configuration names it.
-        dropout: rate between the projections; ``None`` = that of the model's configuration (``sites``: default 0).
-        output_dropout: rate that the dense network applies to its result inside the holder, or the configuration's
-            field of it.
+        activation: name of the activation between the projections, see `mpoe.layers.experts`; of a
+            known family the model's configuration names it.
+        dropout: rate between the projections; ``None`` = that of the model's configuration
+            (``sites``: default 0).
+        output_dropout: rate that the dense network applies to its result inside the holder, or the
+            configuration's field of it.
     """
 
     holder: str
@@ -76,7 +87,9 @@ class FFN:
         activations = ("dense_act_fn", "hidden_activation", "activation_function", "hidden_act")
         dropout, last = self.dropout, self.output_dropout
         if dropout is None:
-            dropout = _of_any_name(config, "activation_dropout", "mlp_dropout", "dropout_rate", default=0.0)
+            dropout = _of_any_name(
+                config, "activation_dropout", "mlp_dropout", "dropout_rate", default=0.0
+            )
         return {
             "activation": self.activation or _of_any_name(config, *activations),
             "dropout": float(dropout),
@@ -95,7 +108,8 @@ class Family:
 
     Attributes:
         models: Hugging Face `model_type`s of the dense models.
-        style: how the command line trains and evaluates them: ``"seq2seq"``, ``"causal"`` or ``"encoder"``.
+        style: how the command line trains and evaluates them: ``"seq2seq"``, ``"causal"`` or
+            ``"encoder"``.
         ffn: their feed-forward networks; the first one that matches a module is used.
         attention: names of attention projections, for `name_pattern`.
         pooler: name of the pooler's projection, if there is one.
@@ -148,14 +162,19 @@ _FAMILIES = (
         "bart",
         SEQ2SEQ,
         ffn=(replace(_BART, holder="encoder.layers.*", stream="encoder"), _BART),
-        attention=("{encoder,decoder}.layers.*.{self_attn,encoder_attn}.{q_proj,k_proj,v_proj,out_proj}",),
+        attention=(
+            "{encoder,decoder}.layers.*.{self_attn,encoder_attn}.{q_proj,k_proj,v_proj,out_proj}",
+        ),
     ),
     Family(
         "gpt2",
         CAUSAL,
         ffn=(FFN("h.*.mlp", up="c_fc", down="c_proj", output_dropout="resid_pdrop"),),
         attention=("h.*.{attn,crossattention}.{c_attn,q_attn,c_proj}",),
-        init_std=lambda config: (config.initializer_range, config.initializer_range / (2 * config.n_layer) ** 0.5),
+        init_std=lambda config: (
+            config.initializer_range,
+            config.initializer_range / (2 * config.n_layer) ** 0.5,
+        ),
     ),
     Family(
         "gpt_neox",
@@ -163,7 +182,12 @@ _FAMILIES = (
         ffn=(FFN("layers.*.mlp", up="dense_h_to_4h", down="dense_4h_to_h"),),
         attention=("layers.*.attention.{query_key_value,dense}",),
     ),
-    Family("opt", CAUSAL, ffn=(_HELD,), attention=("decoder.layers.*.self_attn.{q_proj,k_proj,v_proj,out_proj}",)),
+    Family(
+        "opt",
+        CAUSAL,
+        ffn=(_HELD,),
+        attention=("decoder.layers.*.self_attn.{q_proj,k_proj,v_proj,out_proj}",),
+    ),
     Family(
         "llama mistral qwen2 qwen3 olmo2 smollm3 gemma2 gemma3_text phi3",
         CAUSAL,
@@ -192,7 +216,10 @@ _FAMILIES = (
     Family(
         "vit",
         ENCODER,
-        ffn=(FFN("{layer,layers}.*.mlp", up="fc1", down="fc2"), _INTERMEDIATE),  # newer and older versions
+        ffn=(
+            FFN("{layer,layers}.*.mlp", up="fc1", down="fc2"),
+            _INTERMEDIATE,
+        ),  # newer and older versions
         attention=(
             "{layer,layers}.*.attention.{q_proj,k_proj,v_proj,o_proj,out_proj}",
             "{layer,layers}.*.attention.{attention.query,attention.key,attention.value,output.dense}",
@@ -208,7 +235,8 @@ MODEL_TYPES = tuple(TYPE_PREFIX + model_type for model_type in TABLE)
 
 
 def known_type(name: str, values: Mapping[str, Any]) -> str:
-    """The ``model_type`` in a configuration of the model ``name``, if it is in the table, converted or not.
+    """The ``model_type`` in a configuration of the model ``name``, if it is in the table, converted
+    or not.
 
     Raises:
         ValueError: it is another.
@@ -216,7 +244,8 @@ def known_type(name: str, values: Mapping[str, Any]) -> str:
     model_type = str(values.get("model_type", "unknown"))
     if model_type not in (*TABLE, *MODEL_TYPES):
         raise ValueError(
-            f"model {name!r} is of the family {quoted(model_type)}, which mpoe does not know; it knows "
+            f"model {name!r} is of the family {quoted(model_type)}, which mpoe does not know; it "
+            "knows "
             f"{', '.join(TABLE)} (and models converted from them)"
         )
     return model_type
@@ -226,7 +255,9 @@ def family_for(sites: Mapping[str, Any] | None, model_type: str) -> Family:
     """The family that checked ``sites`` describe, or that of ``model_type`` if they are None."""
     if sites is None:
         return TABLE[model_type]
-    values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in sites.items()}
+    values: dict[str, Any] = {
+        n: tuple(value) if isinstance(value, list) else value for n, value in sites.items()
+    }
     return Family(model_type, CAUSAL, (FFN(**{"dropout": 0.0, **values}),))
 
 
@@ -241,7 +272,10 @@ def checked_sites(sites: Any) -> dict[str, Any]:
     check_fields(FFN, sites, "sites")
     missing = [name for name in ("holder", "up", "down", "activation") if not sites.get(name)]
     if missing:
-        raise ValueError(f"sites must name 'holder', 'up', 'down' and 'activation'; {', '.join(missing)} is missing")
+        raise ValueError(
+            f"sites must name 'holder', 'up', 'down' and 'activation'; {', '.join(missing)} is "
+            "missing"
+        )
     for name in ("holder", "up", "down", "gate_proj", "place", "sums", "stream"):
         if not isinstance(sites.get(name) or "", str):
             raise TypeError(f"sites[{name!r}] must be a name; got {sites[name]!r}")
@@ -250,5 +284,9 @@ def checked_sites(sites: Any) -> dict[str, Any]:
         if isinstance(given, str) or not isinstance(given, Sequence):
             raise TypeError(f"sites[{name!r}] must be a list of names; got {given!r}")
     if "*" not in sites["holder"]:
-        raise ValueError(f"sites['holder'] must hold a * for the number of the layer; got {sites['holder']!r}")
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in sites.items()}
+        raise ValueError(
+            f"sites['holder'] must hold a * for the number of the layer; got {sites['holder']!r}"
+        )
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in sites.items()
+    }

@@ -1,7 +1,9 @@
-"""Checks what a checkpoint's safetensors files declare, before any tensor is read or any memory is allocated.
+"""Checks what a checkpoint's safetensors files declare, before any tensor is read or any memory is
+allocated.
 
-A checkpoint may come from anywhere. Only the files that its own folder names are opened, and the sizes they declare
-are compared with what its configuration describes before a model of that size is built.
+A checkpoint may come from anywhere. Only the files that its own folder names are opened, and the
+sizes they declare are compared with what its configuration describes before a model of that size is
+built.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # of a save that holds MPOE parameters only (see `mpoe.models.checkpoint`)
 ONLY_FILE, BASE_FILE = "mpoe_only.safetensors", "mpoe_base.json"
-# An absent parameter is reported by name later; a configuration of a far larger model is refused at once.
+# An absent parameter is reported by name later; a configuration of a far larger model is refused at
+# once.
 _SLACK = 1 << 20
 # Fields of Transformers' configurations that say how often a module is repeated.
 _REPEATS = ("num_layers", "num_decoder_layers", "n_layer", "num_hidden_layers")
@@ -33,8 +36,11 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text under a temporary name (a rank's own; a killed run's is taken over), sync it, rename it."""
-    rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    """Write UTF-8 text under a temporary name (a rank's own; a killed run's is taken over), sync
+    it, rename it."""
+    rank = (
+        distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    )
     scratch = path.with_name(f".incomplete-{rank}-{path.name}")
     with scratch.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -44,7 +50,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """The message of an error, without the long advice that torch adds; its type if it has no message."""
+    """The message of an error, without the long advice that torch adds; its type if it has no
+    message."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
@@ -52,7 +59,8 @@ def weight_files(folder: Path) -> list[Path]:
     """``model.safetensors`` of a folder, or the shards that its index names.
 
     Raises:
-        ValueError: neither is there, the index is malformed, or it names a file outside the folder or an absent one.
+        ValueError: neither is there, the index is malformed, or it names a file outside the folder
+            or an absent one.
     """
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
@@ -60,7 +68,11 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         raise ValueError(f"path must hold {WEIGHTS} or {INDEX}; {folder} has neither")
     shards = read_mapping(index, "index").get("weight_map")
-    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+    if (
+        not isinstance(shards, dict)
+        or not shards
+        or not all(isinstance(name, str) for name in shards.values())
+    ):
         raise ValueError(f"weight_map in {index} must map names of parameters to names of files")
     names = sorted(set(shards.values()))
     for name in names:
@@ -72,8 +84,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_links(folder: Path) -> None:
-    """Refuse a folder in which a link leads out of it: nothing from elsewhere shall get into an output. A snapshot in
-    the hub's cache may lead to the blobs beside it.
+    """Refuse a folder in which a link leads out of it: nothing from elsewhere shall get into an
+    output. A snapshot in the hub's cache may lead to the blobs beside it.
 
     Raises:
         ValueError: that names the link.
@@ -90,12 +102,14 @@ def check_link(path: Path, folder: Path) -> None:
     blobs = real.parents[1] / "blobs" if real.parent.name == "snapshots" else real
     target = Path(os.path.realpath(path))
     if not (target.is_relative_to(real) or target.is_relative_to(blobs)):
-        raise ValueError(f"{path} must not be a link that leads out of its folder; put the file itself there")
+        raise ValueError(
+            f"{path} must not be a link that leads out of its folder; put the file itself there"
+        )
 
 
 def check_weight_files(folder: Path, model: Any = None) -> None:
-    """Refuse damaged safetensors files, an index that names files elsewhere, and integers where ``model`` has none
-    (ValueError); other files are not opened."""
+    """Refuse damaged safetensors files, an index that names files elsewhere, and integers where
+    ``model`` has none (ValueError); other files are not opened."""
     if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
         declared_shapes(weight_files(folder), model)
 
@@ -104,22 +118,33 @@ def declared_shapes(files: Sequence[Path], model: Any = None) -> Shapes:
     """Shapes by name from the headers of safetensors files; no tensor is read.
 
     Raises:
-        ValueError: a file that is not a safetensors file, is truncated, or whose header contradicts its length; one
-            that declares integers where ``model`` has floating-point parameters, as they would become weights.
+        ValueError: a file that is not a safetensors file, is truncated, or whose header contradicts
+            its length; one that declares integers where ``model`` has floating-point parameters, as
+            they would become weights.
     """
-    floating = set() if model is None else {n for n, value in model.state_dict().items() if value.is_floating_point()}
+    floating = (
+        set()
+        if model is None
+        else {n for n, value in model.state_dict().items() if value.is_floating_point()}
+    )
     shapes: Shapes = {}
     for file in files:
         try:
-            with safe_open(file, framework="np") as opened:  # torch would reserve the file in memory
+            with safe_open(
+                file, framework="np"
+            ) as opened:  # torch would reserve the file in memory
                 slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
                 shapes |= {name: tuple(each.get_shape()) for name, each in slices.items()}
-                dtypes = {name: str(slices[name].get_dtype()) for name in sorted(floating & slices.keys())}
+                dtypes = {
+                    name: str(slices[name].get_dtype()) for name in sorted(floating & slices.keys())
+                }
         except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"{file} must be a whole safetensors file; {error}") from error
         for name, dtype in dtypes.items():
             if not dtype.startswith(("F", "BF")):
-                raise ValueError(f"{name} must hold floating-point numbers; the header of {file} says {dtype}")
+                raise ValueError(
+                    f"{name} must hold floating-point numbers; the header of {file} says {dtype}"
+                )
     return shapes
 
 
@@ -148,7 +173,10 @@ def check_repeats(values: Mapping[str, Any], tensors: int, file: Path) -> None:
     for name in _REPEATS:
         count = values.get(name)
         if isinstance(count, int) and count > tensors:
-            raise ValueError(f"{name} in {file} must fit the weights beside it, {tensors} tensors; got {quoted(count)}")
+            raise ValueError(
+                f"{name} in {file} must fit the weights beside it, {tensors} tensors; got "
+                f"{quoted(count)}"
+            )
 
 
 def check_shapes(model: Any, shapes: Shapes, folder: Path) -> None:
@@ -161,12 +189,14 @@ def check_shapes(model: Any, shapes: Shapes, folder: Path) -> None:
     for name in expected.keys() & shapes.keys():
         if expected[name] != shapes[name]:
             raise ValueError(
-                f"{name} must be of the shape {list(expected[name])} that {folder / 'config.json'} describes; "
+                f"{name} must be of the shape {list(expected[name])} that {folder / 'config.json'} "
+                "describes; "
                 f"the weights have {list(shapes[name])}"
             )
     described = sum(parameter.numel() for parameter in model.parameters())  # tied ones once
     held = sum(model.state_dict()[name].numel() for name in expected.keys() & shapes.keys())
     if described > 2 * held + _SLACK:
         raise ValueError(
-            f"weights in {folder} must match its config.json; it describes {described:,} numbers, they hold {held:,}"
+            f"weights in {folder} must match its config.json; it describes {described:,} numbers, "
+            f"they hold {held:,}"
         )

@@ -1,6 +1,7 @@
 """Training a mixture of MPO experts: gradient mask, per-core rates, Trainer, several processes.
 
-Names are loaded on first use: the Trainer takes seconds to import, and the gradient mask does not need it.
+Names are loaded on first use: the Trainer takes seconds to import, and the gradient mask does not
+need it.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from mpoe.config.checks import check_choice, check_flag, check_number, check_see
 from mpoe.models.checkpoint import COMPONENTS, parse_components
 from mpoe.training.freezing import GradientMask, parse_core_indices
 
-# (central, auxiliary): factors that worked in each regime, on top of base x RMS(core) / RMS(weight).
+# (central, auxiliary): factors that worked in each regime, on top of base x RMS(core) /
+# RMS(weight).
 LR_SCALES = {"finetune": (0.35, 0.5), "scratch": (1.0, 0.1)}
 
 
@@ -29,21 +30,26 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
     """Arguments of `MPOETrainer`; each field's `help` describes it.
 
     Raises:
-        TypeError, ValueError: on construction, naming the argument, what was expected and what was given.
+        TypeError, ValueError: on construction, naming the argument, what was expected and what was
+            given.
     """
 
     mpo_lr: float | None = _argument(
-        None, "Base learning rate of the MPO cores; default: learning_rate. Per-core scaling multiplies it."
+        None,
+        "Base learning rate of the MPO cores; default: learning_rate. Per-core scaling multiplies "
+        "it.",
     )
     regime: str = _argument(
         "finetune",
-        "'finetune' (a pretrained model) or 'scratch' (random weights): chooses the defaults of central_lr_scale "
+        "'finetune' (a pretrained model) or 'scratch' (random weights): chooses the defaults of "
+        "central_lr_scale "
         "and auxiliary_lr_scale (.35 / .5 and 1 / .1).",
         choices=sorted(LR_SCALES),
     )
     scale_core_lr: bool = _argument(
         True,
-        "Give every core its own rate, base x RMS(core) / RMS(weight) x its scale. Without it all cores use one raw"
+        "Give every core its own rate, base x RMS(core) / RMS(weight) x its scale. Without it all "
+        "cores use one raw"
         " rate, at which some shapes collapse.",
     )
     central_lr_scale: float | None = _argument(
@@ -54,50 +60,66 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
     )
     router_lr_scale: float = _argument(1.0, "Factor on learning_rate for the routers.")
     dense_expert_lr_scale: float = _argument(
-        1.0, "Factor on learning_rate for dense experts (the Switch baseline; about .3 when fine-tuning)."
+        1.0,
+        "Factor on learning_rate for dense experts (the Switch baseline; about .3 when "
+        "fine-tuning).",
     )
     gradient_mask_prob: float = _argument(
-        0.0, "p_b: the share of optimizer steps, drawn at random, that leave all central cores untouched."
+        0.0,
+        "p_b: the share of optimizer steps, drawn at random, that leave all central cores "
+        "untouched.",
     )
-    gradient_mask_seed: int | None = _argument(None, "Seed of the gradient mask's own random stream; default: seed.")
+    gradient_mask_seed: int | None = _argument(
+        None, "Seed of the gradient mask's own random stream; default: seed."
+    )
     update_mpo_layer: str | None = _argument(
         None,
         "Comma-separated components whose MPO cores are trained, the others' are frozen:"
         f" any of {', '.join(COMPONENTS)}; default: all.",
     )
     tensor_learn: bool = _argument(
-        False, "Lightweight fine-tuning: freeze all central cores; auxiliary cores and the rest of the model train."
+        False,
+        "Lightweight fine-tuning: freeze all central cores; auxiliary cores and the rest of the "
+        "model train.",
     )
     train_AT_index: str | None = _argument(
         None,
-        "Comma-separated indices of cores that stay FROZEN, counted from 0 along the chain: of five cores, '2' "
+        "Comma-separated indices of cores that stay FROZEN, counted from 0 along the chain: of "
+        "five cores, '2' "
         "trains the four auxiliary ones and '1,2,3' only the outer two.",
     )
     label_smoothing_factor: float = _argument(
         0.0,
-        "Share of the target's probability that is spread over the vocabulary in the training loss.",
+        "Share of the target's probability that is spread over the vocabulary in the training "
+        "loss.",
         aliases=["--label_smoothing", "--label-smoothing"],
     )
     global_router_losses: bool = _argument(
         True,
-        "With several processes: balance the experts over the tokens of all of them, as one process with the whole "
+        "With several processes: balance the experts over the tokens of all of them, as one "
+        "process with the whole "
         "batch would, instead of over each process's own.",
     )
     allow_non_finite: bool = _argument(
         False,
-        "Train on when the loss, the gradients or the weights are not finite, instead of ending with an error. "
+        "Train on when the loss, the gradients or the weights are not finite, instead of ending "
+        "with an error. "
         "(Gradients that overflow under loss scaling are skipped, which is no error.)",
     )
     adapter: bool = _argument(
-        False, "Train experts and routers alone, everything else is frozen (`freeze_all_but_experts`)."
+        False,
+        "Train experts and routers alone, everything else is frozen (`freeze_all_but_experts`).",
     )
     log_base_loss: bool = _argument(
         False,
-        "Of neurons beside a frozen network: log the loss without them too, on the same items; in training on one "
+        "Of neurons beside a frozen network: log the loss without them too, on the same items; in "
+        "training on one "
         "micro-batch of every log's.",
     )
     save_only_trained: bool = _argument(
-        False, "Checkpoints hold the parameters that train alone; a run goes on beside the same frozen rest."
+        False,
+        "Checkpoints hold the parameters that train alone; a run goes on beside the same frozen "
+        "rest.",
     )
 
     def __post_init__(self) -> None:
@@ -113,7 +135,9 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
         check_seed("seed", self.seed)
         if self.data_seed is not None:
             check_seed("data_seed", self.data_seed)
-        self.gradient_mask_prob = GradientMask(None, self.gradient_mask_prob, self.mask_seed).probability
+        self.gradient_mask_prob = GradientMask(
+            None, self.gradient_mask_prob, self.mask_seed
+        ).probability
         # Configuration files may hold lists or a bare number; the stored value is always text.
         self.update_mpo_layer = _as_text(self.update_mpo_layer)
         self.train_AT_index = _as_text(self.train_AT_index)
@@ -122,23 +146,31 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
         if self.gradient_mask_prob > 0:
             if self.ddp_find_unused_parameters is False:
                 raise ValueError(
-                    "ddp_find_unused_parameters must not be False when gradient_mask_prob > 0: in a masked step the"
+                    "ddp_find_unused_parameters must not be False when gradient_mask_prob > 0: in "
+                    "a masked step the"
                     " central cores take no part in the backward pass, and DDP would wait for them"
                 )
             self.ddp_find_unused_parameters = True
         if self.allow_non_finite:
-            self.logging_nan_inf_filter = False  # it would log a non-finite loss as an earlier one, or as 0
+            self.logging_nan_inf_filter = (
+                False  # it would log a non-finite loss as an earlier one, or as 0
+            )
         if self.fsdp:
-            advice = "shard the model in a plain loop with mpoe.shard_model (see examples/sharded_loop.py)"
+            advice = (
+                "shard the model in a plain loop with mpoe.shard_model (see "
+                "examples/sharded_loop.py)"
+            )
             if self.use_cpu or not torch.accelerator.is_available():
-                raise ValueError(f"fsdp must be off on a CPU, where the Trainer would silently run DDP; {advice}")
+                raise ValueError(
+                    f"fsdp must be off on a CPU, where the Trainer would silently run DDP; {advice}"
+                )
             warnings.warn(f"fsdp is not tested with MPOETrainer; what is: {advice}", stacklevel=3)
         super().__post_init__()
 
     @property
     def device(self) -> torch.device:
-        """As in Transformers, but a CPU has no index, because torch 2.11 cannot load a checkpoint to one with an
-        index."""
+        """As in Transformers, but a CPU has no index, because torch 2.11 cannot load a checkpoint
+        to one with an index."""
         device = super().device
         return torch.device("cpu") if device.type == "cpu" else device
 

@@ -1,5 +1,5 @@
-"""Trainer callbacks of mpoe; they work in any Hugging Face Trainer. One ends a diverged run with an error, before the
-optimizer spreads what is not finite."""
+"""Trainer callbacks of mpoe; they work in any Hugging Face Trainer. One ends a diverged run with an
+error, before the optimizer spreads what is not finite."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from mpoe.training.freezing import GradientMask
 class GradientMaskCallback(TrainerCallback):
     """Runs a `GradientMask` inside a Trainer.
 
-    The draw happens on `on_step_begin`: once per optimizer step, before its first micro-batch, and keyed by
-    `state.global_step`, so a resumed run continues the same stream. (`on_pre_optimizer_step` would be too late: it
-    fires after clipping, when the gradients have already been computed.)
+    The draw happens on `on_step_begin`: once per optimizer step, before its first micro-batch, and
+    keyed by `state.global_step`, so a resumed run continues the same stream.
+    (`on_pre_optimizer_step` would be too late: it fires after clipping, when the gradients have
+    already been computed.)
 
     Args:
         mask: the mask to run; it is bound to the Trainer's model when training begins.
@@ -31,7 +32,9 @@ class GradientMaskCallback(TrainerCallback):
     def __init__(self, mask: GradientMask) -> None:
         self.mask = mask
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         if model is not None:
             self.mask.bind(model)
 
@@ -48,8 +51,9 @@ PROGRESS_SECONDS = 20.0  # between the lines of a long evaluation
 
 
 class LogLineCallback(TrainerCallback):
-    """A line for every log call: the step, the loss (without the balancing loss) and, if it was logged, the base's, the
-    learning rate, the speed and the time that is left. The rest is in `metrics.jsonl`.
+    """A line for every log call: the step, the loss (without the balancing loss) and, if it was
+    logged, the base's, the learning rate, the speed and the time that is left. The rest is in
+    `metrics.jsonl`.
 
     The speed is that of the optimizer steps since the last line, without evaluation and saving.
 
@@ -98,14 +102,21 @@ class LogLineCallback(TrainerCallback):
             base = f"  base {logs['base_loss']:.4f}" if "base_loss" in logs else ""
             self.write(f"{step}  loss {loss:.4f}{base}  rate {rate:.2e}  {speed:.3g} steps/s{left}")
         for name, value in logs.items():
-            if name.startswith("eval_") and name.endswith("loss") and not name.endswith("base_loss"):
+            if (
+                name.startswith("eval_")
+                and name.endswith("loss")
+                and not name.endswith("base_loss")
+            ):
                 task = name.removeprefix("eval_").removesuffix("loss").strip("_")
                 base_loss = logs.get(f"{name.removesuffix('loss')}base_loss")
                 base = "" if base_loss is None else f"  base {base_loss:.4f}"
-                self.write(f"{step}  validation loss {value:.4f}{base}{f'  {task}' if task else ''}")
+                self.write(
+                    f"{step}  validation loss {value:.4f}{base}{f'  {task}' if task else ''}"
+                )
 
 
-# Every skipped step halves the scale of the loss: after so many in a row the scale (2^16 at first) is not the reason.
+# Every skipped step halves the scale of the loss: after so many in a row the scale (2^16 at first)
+# is not the reason.
 MOST_SKIPPED = 32
 
 
@@ -114,25 +125,33 @@ class DivergenceError(RuntimeError):
 
     Attributes:
         step: optimizer step at which it was noticed, counted from 1.
-        checkpoint: the last complete checkpoint of the run, whose weights are finite; None if there is none.
+        checkpoint: the last complete checkpoint of the run, whose weights are finite; None if there
+            is none.
     """
 
     def __init__(self, what: str, step: int, run_dir: str | Path) -> None:
         saved = list_checkpoints(run_dir)
         self.step, self.checkpoint = step, saved[-1] if saved else None
-        last = f"the last good checkpoint is {self.checkpoint}" if saved else "no checkpoint was written before"
+        last = (
+            f"the last good checkpoint is {self.checkpoint}"
+            if saved
+            else "no checkpoint was written before"
+        )
         super().__init__(
-            f"training diverged at step {step}: {what}; {last}, and nothing was published. Lower learning_rate, warm up"
-            " longer (warmup_steps) or clip harder (max_grad_norm); allow_non_finite trains on regardless"
+            f"training diverged at step {step}: {what}; {last}, and nothing was published. Lower "
+            "learning_rate, warm up"
+            " longer (warmup_steps) or clip harder (max_grad_norm); allow_non_finite trains on "
+            "regardless"
         )
 
 
 class DivergenceGuard(TrainerCallback):
     """Raises `DivergenceError` in all processes at the same step.
 
-    It looks at the loss and at the norm of the gradients before the optimizer uses them, so that the weights in memory
-    stay those of the step before. Under loss scaling (float16) gradients that overflow are no divergence: the optimizer
-    skips that step, and the guard looks after it. `MOST_SKIPPED` skipped steps in a row are one.
+    It looks at the loss and at the norm of the gradients before the optimizer uses them, so that
+    the weights in memory stay those of the step before. Under loss scaling (float16) gradients that
+    overflow are no divergence: the optimizer skips that step, and the guard looks after it.
+    `MOST_SKIPPED` skipped steps in a row are one.
 
     Args:
         accelerator: of the Trainer; it knows the other processes and the loss scaler.
@@ -141,7 +160,9 @@ class DivergenceGuard(TrainerCallback):
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
         self._loss: Tensor | None = None
-        self.norm: Any = None  # of the step's gradients (a number or 0-d tensor), if somebody computed it
+        self.norm: Any = (
+            None  # of the step's gradients (a number or 0-d tensor), if somebody computed it
+        )
         self._skipped = 0
         self._scale = 0.0
 
@@ -163,7 +184,8 @@ class DivergenceGuard(TrainerCallback):
         scaler = getattr(self._accelerator, "scaler", None)
         if scaler is None:
             return
-        # Not `optimizer_step_was_skipped`: fused optimizers skip inside, where Accelerate does not see it.
+        # Not `optimizer_step_was_skipped`: fused optimizers skip inside, where Accelerate does not
+        # see it.
         if scaler.get_scale() >= self._scale:
             self._skipped = 0
             self._check(str(args.output_dir), state.global_step)
@@ -171,14 +193,18 @@ class DivergenceGuard(TrainerCallback):
         self._loss = self.norm = None
         self._skipped += 1
         if self._skipped >= MOST_SKIPPED:
-            what = f"the gradients of {self._skipped} steps in a row overflowed, however small the loss was scaled"
+            what = (
+                f"the gradients of {self._skipped} steps in a row overflowed, however small the "
+                "loss was scaled"
+            )
             raise DivergenceError(what, state.global_step, str(args.output_dir))
 
     def _check(self, run_dir: str, step: int) -> None:
         values = [0.0 if value is None else float(value) for value in (self._loss, self.norm)]
         self._loss = self.norm = None
         if self._accelerator.num_processes > 1:
-            # The sum over the processes is finite only if every one's is: all of them see it, and end together.
+            # The sum over the processes is finite only if every one's is: all of them see it, and
+            # end together.
             together = torch.tensor(values, dtype=torch.float64, device=self._accelerator.device)
             values = self._accelerator.reduce(together, reduction="sum").tolist()
         for name, value in zip(("the loss", "the norm of the gradients"), values, strict=True):
@@ -190,6 +216,8 @@ def check_weights(model: nn.Module, step: int, run_dir: str | Path) -> None:
     """Raise `DivergenceError` if a parameter is not finite; reads all parameters."""
     for name, parameter in model.named_parameters():
         if parameter.numel() and parameter.is_floating_point():
-            largest = torch.linalg.vector_norm(parameter.detach(), ord=math.inf)  # NaN if there is one; no temporary
+            largest = torch.linalg.vector_norm(
+                parameter.detach(), ord=math.inf
+            )  # NaN if there is one; no temporary
             if not float(largest) < math.inf:
                 raise DivergenceError(f"the weights are not finite ({name})", step, run_dir)

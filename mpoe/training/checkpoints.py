@@ -1,9 +1,11 @@
-"""Checkpoint folders that are either complete or absent, whenever the process dies; which one a run resumes from.
+"""Checkpoint folders that are either complete or absent, whenever the process dies; which one a run
+resumes from.
 
-A checkpoint is written under `.incomplete-checkpoints/`, every file is synced to disk, a manifest with the size and the
-CRC-32 of every file is added, and only then is the folder renamed to `checkpoint-N`. Deleting an old one renames it
-first. So a kill at any moment leaves complete folders, plus leftovers under names that are never resumed from; a run
-resumes from the newest checkpoint whose contents are intact.
+A checkpoint is written under `.incomplete-checkpoints/`, every file is synced to disk, a manifest
+with the size and the CRC-32 of every file is added, and only then is the folder renamed to
+`checkpoint-N`. Deleting an old one renames it first. So a kill at any moment leaves complete
+folders, plus leftovers under names that are never resumed from; a run resumes from the newest
+checkpoint whose contents are intact.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ def staging_root(run_dir: str | Path) -> Path:
 
 
 def publish(staged: Path, run_dir: str | Path) -> Path:
-    """Make a fully written folder `staged` (named `checkpoint-N`) a checkpoint of `run_dir`, atomically.
+    """Make a fully written folder `staged` (named `checkpoint-N`) a checkpoint of `run_dir`,
+    atomically.
 
     Returns the final path; an existing checkpoint of the same step is replaced.
     """
@@ -65,12 +68,14 @@ def is_complete(checkpoint: str | Path) -> bool:
     checkpoint = Path(checkpoint)
     sizes = _manifest(checkpoint).get("files")
     return sizes is not None and all(
-        (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size for name, size in sizes.items()
+        (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size
+        for name, size in sizes.items()
     )
 
 
 def damaged_files(checkpoint: str | Path) -> list[str]:
-    """Names of files that are not, byte for byte, what was written (CRC-32); reads the whole checkpoint."""
+    """Names of files that are not, byte for byte, what was written (CRC-32); reads the whole
+    checkpoint."""
     checkpoint, record = Path(checkpoint), _manifest(Path(checkpoint))
     sums = record.get("crc32", {})
     # Only files whose size was checked: any other name could be of a device that never ends.
@@ -87,8 +92,8 @@ def check_whole(checkpoint: str | Path) -> None:
 
 @contextlib.contextmanager
 def reading(checkpoint: str | Path | None) -> Iterator[None]:
-    """torch.load with weights_only refuses files that could run code, and raises many kinds of errors for invalid
-    ones: ValueError instead."""
+    """torch.load with weights_only refuses files that could run code, and raises many kinds of
+    errors for invalid ones: ValueError instead."""
     try:
         yield
     except Exception as error:
@@ -96,7 +101,8 @@ def reading(checkpoint: str | Path | None) -> Iterator[None]:
 
 
 def choices_of(checkpoint: str | Path) -> dict[str, str]:
-    """How the run computed its products (`mpoe_kernels.contract.autotune.choices`); a resumed run goes on so.
+    """How the run computed its products (`mpoe_kernels.contract.autotune.choices`); a resumed run
+    goes on so.
 
     Empty for checkpoints that recorded none.
     """
@@ -109,7 +115,9 @@ def _manifest(checkpoint: Path) -> dict[str, Any]:
         record = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, ValueError):
         return {}
-    is_ours = isinstance(record, dict) and all(isinstance(record.get(key, {}), dict) for key in _MAPPINGS)
+    is_ours = isinstance(record, dict) and all(
+        isinstance(record.get(key, {}), dict) for key in _MAPPINGS
+    )
     return record if is_ours else {}
 
 
@@ -125,14 +133,19 @@ def step_of(checkpoint: str | Path) -> int:
     """The optimizer step in a folder name `checkpoint-N`; raises ValueError on any other name."""
     match = _FINAL.fullmatch(Path(checkpoint).name)
     if match is None:
-        raise ValueError(f"a checkpoint folder is named checkpoint-<step>; got {Path(checkpoint).name!r}")
+        raise ValueError(
+            f"a checkpoint folder is named checkpoint-<step>; got {Path(checkpoint).name!r}"
+        )
     return int(match.group(1))
 
 
 def checkpoint_folders(run_dir: str | Path) -> list[Path]:
-    """All folders named ``checkpoint-N``, oldest step first; ``checkpoint-of-mine`` belongs to the user."""
+    """All folders named ``checkpoint-N``, oldest step first; ``checkpoint-of-mine`` belongs to the
+    user."""
     found = Path(run_dir).iterdir() if Path(run_dir).is_dir() else []
-    return sorted((path for path in found if _FINAL.fullmatch(path.name) and path.is_dir()), key=step_of)
+    return sorted(
+        (path for path in found if _FINAL.fullmatch(path.name) and path.is_dir()), key=step_of
+    )
 
 
 def list_checkpoints(run_dir: str | Path) -> list[Path]:
@@ -141,21 +154,30 @@ def list_checkpoints(run_dir: str | Path) -> list[Path]:
 
 
 def find_last_checkpoint(run_dir: str | Path) -> Path | None:
-    """The complete and undamaged checkpoint with the highest step, or None; warns of newer ones that are damaged."""
+    """The complete and undamaged checkpoint with the highest step, or None; warns of newer ones
+    that are damaged."""
     for checkpoint in reversed(list_checkpoints(run_dir)):
         damaged = damaged_files(checkpoint)
         if not damaged:
             return checkpoint
-        warnings.warn(f"{checkpoint} is passed over: {', '.join(damaged)} changed since it was written", stacklevel=2)
+        warnings.warn(
+            f"{checkpoint} is passed over: {', '.join(damaged)} changed since it was written",
+            stacklevel=2,
+        )
     return None
 
 
 def rotate(run_dir: str | Path, limit: int | None, keep: str | Path | None = None) -> None:
-    """Delete the oldest complete checkpoints until `limit` are left; never the newest, nor `keep` (the best one)."""
+    """Delete the oldest complete checkpoints until `limit` are left; never the newest, nor `keep`
+    (the best one)."""
     if limit is None or limit <= 0:
         return
     checkpoints = list_checkpoints(run_dir)
-    protected = {path for path in checkpoints if path == checkpoints[-1] or (keep and path.name == Path(keep).name)}
+    protected = {
+        path
+        for path in checkpoints
+        if path == checkpoints[-1] or (keep and path.name == Path(keep).name)
+    }
     surplus = len(checkpoints) - max(limit, len(protected))
     for path in [path for path in checkpoints if path not in protected][: max(surplus, 0)]:
         remove(path)
@@ -170,7 +192,8 @@ def remove(checkpoint: Path) -> None:
 
 
 def delete(folder: Path) -> None:
-    """Delete a folder if it is there; of a symbolic link the link alone, never what it points to."""
+    """Delete a folder if it is there; of a symbolic link the link alone, never what it points
+    to."""
     if folder.is_symlink():
         folder.unlink()
     elif folder.exists():
@@ -210,7 +233,8 @@ else:
 def go_on_with_choices(checkpoint: str | None, arguments: Any) -> None:
     """Compute products as the run that is resumed did, and on all processes as the first one does.
 
-    Timings choose among ways that round differently, so two machines or processes may choose differently.
+    Timings choose among ways that round differently, so two machines or processes may choose
+    differently.
 
     Args:
         checkpoint: the folder that the run is resumed from, if any.
@@ -226,7 +250,8 @@ def go_on_with_choices(checkpoint: str | None, arguments: Any) -> None:
 
 
 class CheckpointMixin(_Base):
-    """A Hugging Face Trainer whose checkpoints are complete or absent (see `mpoe.training.checkpoints`).
+    """A Hugging Face Trainer whose checkpoints are complete or absent (see
+    `mpoe.training.checkpoints`).
 
     Raises:
         ValueError: on loading, a checkpoint that lacks weights, has too many, or cannot be read.
@@ -238,18 +263,24 @@ class CheckpointMixin(_Base):
     _staging: Path | None = None  # where a checkpoint is being assembled
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # A checkpoint stores a tied weight under one of its names; the Trainer would report the others as missing. A
-        # weight that is missing under every name would continue from random values.
+        # A checkpoint stores a tied weight under one of its names; the Trainer would report the
+        # others as missing. A weight that is missing under every name would continue from random
+        # values.
         tensors = self.model.state_dict(keep_vars=True)
         missing = load_result.missing_keys
         loaded = {id(tensor) for name, tensor in tensors.items() if name not in set(missing)}
         absent = [name for name in missing if id(tensors.get(name)) not in loaded]
         if self.args.save_only_trained:
-            trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+            trained = {
+                name for name, parameter in self.model.named_parameters() if parameter.requires_grad
+            }
             absent = [name for name in absent if name in trained]
         for problem, names in (("lacks", absent), ("has too many", load_result.unexpected_keys)):
             if names:
-                raise ValueError(f"the checkpoint {problem} weights of this model: {', '.join(sorted(names)[:5])}")
+                raise ValueError(
+                    f"the checkpoint {problem} weights of this model: "
+                    f"{', '.join(sorted(names)[:5])}"
+                )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with reading(checkpoint):
@@ -262,7 +293,9 @@ class CheckpointMixin(_Base):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.save_only_trained:
             whole = self.model.state_dict() if state_dict is None else state_dict
-            trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+            trained = {
+                name for name, parameter in self.model.named_parameters() if parameter.requires_grad
+            }
             state_dict = {name: value for name, value in whole.items() if name in trained}
         super()._save(output_dir, state_dict)
 
@@ -271,7 +304,9 @@ class CheckpointMixin(_Base):
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        from transformers.trainer import TRAINER_STATE_NAME  # here, since only a run should wait for its import
+        from transformers.trainer import (
+            TRAINER_STATE_NAME,
+        )  # here, since only a run should wait for its import
 
         run_dir = Path(super()._get_output_dir(trial))
         staging = staging_root(run_dir)
@@ -282,8 +317,14 @@ class CheckpointMixin(_Base):
         self._staging = staging
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # each library raises its own for a full disk
-            raise OSError(f"checkpoint {staged.name} could not be written to {run_dir}: {error}") from error
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # each library raises its own for a full disk
+            raise OSError(
+                f"checkpoint {staged.name} could not be written to {run_dir}: {error}"
+            ) from error
         finally:
             self._staging = None
         self.accelerator.wait_for_everyone()

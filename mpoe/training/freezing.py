@@ -1,14 +1,16 @@
-"""What trains: by `requires_grad` (`adapter`, `update_mpo_layer`, `tensor_learn`, `train_AT_index`), and by the mask of
-gradients, which leaves only the auxiliary cores in some optimizer steps.
+"""What trains: by `requires_grad` (`adapter`, `update_mpo_layer`, `tensor_learn`,
+`train_AT_index`), and by the mask of gradients, which leaves only the auxiliary cores in some
+optimizer steps.
 
-Source of the mask: Gao et al., *Parameter-Efficient Mixture-of-Experts Architecture for Pre-trained Language Models*
-(arXiv 2203.01104), section "Optimization": each iteration draws P_m; if P_m < p_b the step updates only the auxiliary
-cores. The central core receives gradients from every expert and would otherwise be updated far more often than each
-expert's auxiliary cores.
+Source of the mask: Gao et al., *Parameter-Efficient Mixture-of-Experts Architecture for Pre-trained
+Language Models* (arXiv 2203.01104), section "Optimization": each iteration draws P_m; if P_m < p_b
+the step updates only the auxiliary cores. The central core receives gradients from every expert and
+would otherwise be updated far more often than each expert's auxiliary cores.
 
-"Masked" means *not updated at all*. A gradient of zeros would still move the core, through Adam's momentum and through
-weight decay; therefore a masked core gets no gradient (`central.grad is None`), which optimizers and gradient clipping
-skip, and the operations never compute it.
+"Masked" means *not updated at all*. A gradient of zeros would still move the core, through Adam's
+momentum and through weight decay; therefore a masked core gets no gradient
+(`central.grad is None`), which optimizers and gradient clipping skip, and the operations never
+compute it.
 """
 
 from __future__ import annotations
@@ -28,22 +30,25 @@ from mpoe.models.report import mpo_modules
 
 
 def parse_core_indices(text: str | None) -> tuple[int, ...]:
-    """'1,2,3' -> (1, 2, 3); None means none. Raises ValueError on anything but non-negative integers."""
+    """'1,2,3' -> (1, 2, 3); None means none. Raises ValueError on anything but non-negative
+    integers."""
     if text is None:
         return ()
     parts = [part.strip() for part in text.split(",")]
     if not all(map(str.isdecimal, parts)):
         raise ValueError(
-            f"train_AT_index must be comma-separated core indices, counted from 0, such as '2' or '1,2,3'; got {text!r}"
+            "train_AT_index must be comma-separated core indices, counted from 0, such as '2' or "
+            f"'1,2,3'; got {text!r}"
         )
     return tuple(sorted(set(map(int, parts))))
 
 
 def freeze_all_but_experts(model: nn.Module) -> int:
-    """Train experts and routers alone, in place: a mixture of any shape as an adapter of the model around it.
+    """Train experts and routers alone, in place: a mixture of any shape as an adapter of the model
+    around it.
 
-    Of hidden-side experts these are the blocks, of experts in MPO form all cores (`freeze_central` freezes the shared
-    ones), of dense experts their weights.
+    Of hidden-side experts these are the blocks, of experts in MPO form all cores (`freeze_central`
+    freezes the shared ones), of dense experts their weights.
 
     Returns:
         The number of parameters that train.
@@ -52,9 +57,16 @@ def freeze_all_but_experts(model: nn.Module) -> int:
         TypeError, ValueError: what is no module; a model without experts.
     """
     check_type("model", model, nn.Module, "a module")
-    parts = [part for m in model.modules() if isinstance(m, RoutedFeedForward) for part in (m.router, m.experts)]
+    parts = [
+        part
+        for m in model.modules()
+        if isinstance(m, RoutedFeedForward)
+        for part in (m.router, m.experts)
+    ]
     if not parts:
-        raise ValueError(f"model must have experts (see convert_to_mpoe); {type(model).__name__} has none")
+        raise ValueError(
+            f"model must have experts (see convert_to_mpoe); {type(model).__name__} has none"
+        )
     model.requires_grad_(False)
     for part in parts:
         if isinstance(part, nn.Module):
@@ -72,15 +84,18 @@ def freeze_cores(
     """Freeze cores in place (`requires_grad_(False)`); everything else is left unchanged.
 
     Args:
-        update_mpo_layer: components whose cores train; the cores of all other components are frozen.
+        update_mpo_layer: components whose cores train; the cores of all other components are
+            frozen.
         tensor_learn: freeze every central core.
-        train_AT_index: indices along the chain whose cores are frozen (modules with shorter chains skip them).
+        train_AT_index: indices along the chain whose cores are frozen (modules with shorter chains
+            skip them).
 
     Returns:
         `{"frozen": tensors, "trained": tensors}` counted over all cores.
 
     Raises:
-        ValueError: a name or index is invalid or matches no module of this model, or nothing would be trained.
+        ValueError: a name or index is invalid or matches no module of this model, or nothing would
+            be trained.
     """
     components = parse_components(update_mpo_layer)
     indices = parse_core_indices(train_AT_index)
@@ -89,30 +104,37 @@ def freeze_cores(
     if asked and not modules:
         raise ValueError(
             "update_mpo_layer, tensor_learn and train_AT_index need a model with MPO cores;"
-            f" {type(model).__name__} has none (shape='separable' has them; model.freeze_central() freezes what"
+            f" {type(model).__name__} has none (shape='separable' has them; model.freeze_central() "
+            "freezes what"
             " hidden-side experts and neurons share)"
         )
     present = {component_of(name) for name, _ in modules}
     if components is not None and not set(components) <= present:
         missing = ", ".join(sorted(set(components) - present))
         raise ValueError(
-            f"update_mpo_layer names {missing}, but this model's MPO cores are in: {', '.join(sorted(present))}"
+            f"update_mpo_layer names {missing}, but this model's MPO cores are in: "
+            f"{', '.join(sorted(present))}"
         )
     longest = max((cores.shape.num_cores for _, cores in modules), default=0)
     if indices and indices[-1] >= longest:
         raise ValueError(
-            f"train_AT_index must be below the number of cores (here at most {longest}); got {train_AT_index!r}"
+            f"train_AT_index must be below the number of cores (here at most {longest}); got "
+            f"{train_AT_index!r}"
         )
     counts = {"frozen": 0, "trained": 0}
     for name, cores in modules:
         trained = components is None or component_of(name) in components
         for index, parameter in enumerate(cores.chain()):
-            frozen = not trained or index in indices or (tensor_learn and index == cores.shape.central)
+            frozen = (
+                not trained or index in indices or (tensor_learn and index == cores.shape.central)
+            )
             if frozen:
                 parameter.requires_grad_(False)
             counts["trained" if parameter.requires_grad else "frozen"] += 1
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("update_mpo_layer, tensor_learn and train_AT_index together leave nothing to train")
+        raise ValueError(
+            "update_mpo_layer, tensor_learn and train_AT_index together leave nothing to train"
+        )
     return counts
 
 
@@ -124,8 +146,9 @@ _WORD = (1 << 64) - 1
 def mask_draw(seed: int, step: int) -> float:
     """P_m of one optimizer step: uniform in [0, 1), a pure function of `(seed, step)`.
 
-    Counter-based (Philox 4x64), so every rank, and a run resumed at any step, sees the same number without saved state.
-    Only raw words of the bit generator are used: numpy guarantees that those never change.
+    Counter-based (Philox 4x64), so every rank, and a run resumed at any step, sees the same number
+    without saved state. Only raw words of the bit generator are used: numpy guarantees that those
+    never change.
 
     Args:
         seed: any integer.
@@ -139,8 +162,9 @@ def mask_draw(seed: int, step: int) -> float:
 
 
 class GradientMask:
-    """Draws the mask once per optimizer step and applies it to every `MPOCores` of a model and to the dense
-    projections that hidden-side experts and neurons share (and to P and Q of a latent space).
+    """Draws the mask once per optimizer step and applies it to every `MPOCores` of a model and to
+    the dense projections that hidden-side experts and neurons share (and to P and Q of a latent
+    space).
 
     In a plain PyTorch loop::
 
@@ -152,7 +176,8 @@ class GradientMask:
                 optimizer.step()
                 optimizer.zero_grad()
 
-    Under the Hugging Face Trainer use `mpoe.training.callbacks.GradientMaskCallback` (`MPOETrainer` adds it).
+    Under the Hugging Face Trainer use `mpoe.training.callbacks.GradientMaskCallback` (`MPOETrainer`
+    adds it).
 
     Args:
         model: any module that contains `MPOCores`; may be None and set later with `bind`.
@@ -178,33 +203,40 @@ class GradientMask:
         """Set the model whose central cores are masked, and release an earlier one.
 
         Raises:
-            ValueError: the mask is on, but the model has no MPO cores to mask, or a dense projection that stays is
-                not trained.
+            ValueError: the mask is on, but the model has no MPO cores to mask, or a dense
+                projection that stays is not trained.
         """
         self.end_step()
-        found = {name: m for name, m in model.named_modules() if isinstance(m, MPOCores | KeptFeedForward)}
+        found = {
+            name: m
+            for name, m in model.named_modules()
+            if isinstance(m, MPOCores | KeptFeedForward)
+        }
         for name, module in found.items():
             if self.probability > 0 and isinstance(module, KeptFeedForward):
                 module.check_maskable(name)
         self._cores = list(found.values())
         if self.probability > 0 and not self._cores:
             raise ValueError(
-                f"gradient_mask_prob={self.probability} needs a model with MPO cores; {type(model).__name__} has none"
+                f"gradient_mask_prob={self.probability} needs a model with MPO cores; "
+                f"{type(model).__name__} has none"
                 " (convert it with mpoe.convert_to_mpoe, or leave the mask off)"
             )
 
     def is_masked(self, step: int) -> bool:
-        """Whether optimizer step `step` (the number of steps before it) skips the central cores: P_m < p_b."""
+        """Whether optimizer step `step` (the number of steps before it) skips the central cores:
+        P_m < p_b."""
         return mask_draw(self.seed, step) < self.probability
 
     def begin_step(self, step: int) -> bool:
-        """Draw the mask for optimizer step `step` and apply it until `end_step`. Call before the step's first
-        forward."""
+        """Draw the mask for optimizer step `step` and apply it until `end_step`. Call before the
+        step's first forward."""
         self.active = self.is_masked(step)
         for cores in self._cores:
             cores.central_masked = self.active
             if self.active:
-                # With a gradient left by zero_grad(set_to_none=False) the optimizer would move the core.
+                # With a gradient left by zero_grad(set_to_none=False) the optimizer would move the
+                # core.
                 for weight in cores.central_parameters().values():
                     weight.grad = None
         return self.active

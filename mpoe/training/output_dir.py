@@ -1,5 +1,6 @@
-"""Guards the output folder: one run per folder, and a run is resumed only with its own configuration; and
-`metrics.jsonl`: one JSON object per log call, appended and flushed, readable after any crash."""
+"""Guards the output folder: one run per folder, and a run is resumed only with its own
+configuration; and `metrics.jsonl`: one JSON object per log call, appended and flushed, readable
+after any crash."""
 
 from __future__ import annotations
 
@@ -14,7 +15,13 @@ from typing import Any
 from mpoe.config.mixture import OBSOLETE
 from mpoe.data.mappings import flatten, read_mapping
 from mpoe.models.weight_files import check_weight_files, write_text
-from mpoe.training.checkpoints import check_whole, checkpoint_folders, clean_leftovers, delete, find_last_checkpoint
+from mpoe.training.checkpoints import (
+    check_whole,
+    checkpoint_folders,
+    clean_leftovers,
+    delete,
+    find_last_checkpoint,
+)
 from mpoe.training.published import CONFIG, WEIGHT_FILES, finish, remove, written_files
 from mpoe.training.run_lock import check_free, hold
 
@@ -23,21 +30,64 @@ RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
 # These do not change what a run computes, so a resumed run may change them.
 NEUTRAL_KEYS = frozenset(
     {
-        *("output_dir", "overwrite", "resume", "overwrite_output_dir", "resume_from_checkpoint", "run_name"),
-        *("report_to", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
-        *("command", "learning_rate_from", "task_file"),  # the contents of the last are kept instead
-        *("logging_steps", "logging_strategy", "logging_first_step", "log_level", "log_level_replica", "disable_tqdm"),
+        *(
+            "output_dir",
+            "overwrite",
+            "resume",
+            "overwrite_output_dir",
+            "resume_from_checkpoint",
+            "run_name",
+        ),
+        *(
+            "report_to",
+            "project",
+            "trackio_space_id",
+            "trackio_bucket_id",
+            "trackio_static_space_id",
+        ),
+        *(
+            "command",
+            "learning_rate_from",
+            "task_file",
+        ),  # the contents of the last are kept instead
+        *(
+            "logging_steps",
+            "logging_strategy",
+            "logging_first_step",
+            "log_level",
+            "log_level_replica",
+            "disable_tqdm",
+        ),
         *("log_core_norms", "log_base_loss", "save_only_trained", "save_base"),
         *("log_expert_load", "log_on_each_node", "local_rank", "save_total_limit", "push_to_hub"),
-        *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "skip_memory_metrics"),
-        *("per_device_eval_batch_size", "eval_accumulation_steps", "save_only_model", "debug", "ddp_timeout"),
+        *(
+            "dataloader_num_workers",
+            "dataloader_pin_memory",
+            "dataloader_persistent_workers",
+            "skip_memory_metrics",
+        ),
+        *(
+            "per_device_eval_batch_size",
+            "eval_accumulation_steps",
+            "save_only_model",
+            "debug",
+            "ddp_timeout",
+        ),
         *("allow_non_finite", "logging_nan_inf_filter", "description"),
         *OBSOLETE,
     }
 )
-# Other files that a run writes at the top of its folder; `overwrite` deletes them, its model and the checkpoints.
+# Other files that a run writes at the top of its folder; `overwrite` deletes them, its model and
+# the checkpoints.
 _RUN_FILES = (
-    *(RUN_FILE, METRICS_FILE, "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"),
+    *(
+        RUN_FILE,
+        METRICS_FILE,
+        "trainer_state.json",
+        "all_results.json",
+        "train_results.json",
+        "eval_results.json",
+    ),
     *("results.json", "report.html"),
 )
 
@@ -50,21 +100,25 @@ def prepare_output_dir(
 ) -> Path | None:
     """Make `output_dir` ready for a run, or refuse before any work is done.
 
-    If several processes compete for a folder, one of them gets it. `MPOETrainer.train` locks it while it trains;
-    callers that do more work there should lock it themselves (`with mpoe.training.run_lock.hold(output_dir):`).
+    If several processes compete for a folder, one of them gets it. `MPOETrainer.train` locks it
+    while it trains; callers that do more work there should lock it themselves
+    (`with mpoe.training.run_lock.hold(output_dir):`).
 
     Args:
-        output_dir: folder of the run; created if absent. Files in it that no run wrote are not touched.
+        output_dir: folder of the run; created if absent. Files in it that no run wrote are not
+            touched.
         overwrite: delete an earlier run in this folder.
         resume: continue the run in this folder; its `run.json` must hold the same configuration.
         run_config: everything that determines what the run computes (JSON-able).
 
     Returns:
-        The last complete checkpoint when resuming (None if the run died before its first), else None.
+        The last complete checkpoint when resuming (None if the run died before its first), else
+        None.
 
     Raises:
-        ValueError: both switches are given; the folder holds a run or a model and neither is; there is nothing to
-            resume; the configuration differs (the message lists the keys with both values).
+        ValueError: both switches are given; the folder holds a run or a model and neither is; there
+            is nothing to resume; the configuration differs (the message lists the keys with both
+            values).
         FolderInUseError: another process uses the folder; a `ValueError` that says which.
         NotADirectoryError: `output_dir` is a file, or a broken or circular symbolic link.
         PermissionError: `output_dir`, or its parent folder, cannot be written.
@@ -95,11 +149,14 @@ def check_output_dir(
 ) -> None:
     """Refuse what `prepare_output_dir` would refuse, without writing anything.
 
-    Args and Raises as there, but with `run_config=None` configurations are not compared, for use before it is known.
+    Args and Raises as there, but with `run_config=None` configurations are not compared, for use
+    before it is known.
     """
     folder = Path(output_dir)
     if overwrite and resume:
-        raise ValueError("overwrite and resume exclude each other: delete the earlier run, or continue it")
+        raise ValueError(
+            "overwrite and resume exclude each other: delete the earlier run, or continue it"
+        )
     check_folder("output_dir", output_dir)
     check_free(folder)
     finish(folder)
@@ -112,33 +169,45 @@ def check_output_dir(
         raise ValueError(f"nothing to resume: {folder} holds no {RUN_FILE} of an earlier run")
     differences = differing_keys(saved, run_config) if run_config is not None else {}
     if differences:
-        listed = "; ".join(f"{key}: was {old!r}, now {new!r}" for key, (old, new) in differences.items())
+        listed = "; ".join(
+            f"{key}: was {old!r}, now {new!r}" for key, (old, new) in differences.items()
+        )
         raise ValueError(f"cannot resume {folder} with a different configuration ({listed})")
 
 
 def check_folder(name: str, folder: str | Path) -> Path:
     """``folder`` as a path, if it can be written or created.
 
-    Raises: NotADirectoryError: a file is in its way, or a broken or circular symbolic link. PermissionError: this
-        process may not write or create it.
+    Raises: NotADirectoryError: a file is in its way, or a broken or circular symbolic link.
+        PermissionError: this process may not write or create it.
     """
-    if not str(folder) or any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in str(folder)):
-        raise NotADirectoryError(f"{name} must be a folder; got {str(folder)!r}, which is no name in UTF-8")
+    if not str(folder) or any(
+        letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in str(folder)
+    ):
+        raise NotADirectoryError(
+            f"{name} must be a folder; got {str(folder)!r}, which is no name in UTF-8"
+        )
     path = Path(folder)
     upward = (path, *path.absolute().parents)
     lost = next((p for p in upward if p.is_symlink() and not p.exists()), None)
     if lost is not None:
-        raise NotADirectoryError(f"{name} must be a folder; {lost} is a symbolic link that leads to none")
+        raise NotADirectoryError(
+            f"{name} must be a folder; {lost} is a symbolic link that leads to none"
+        )
     there = next(p for p in upward if p.exists())
     if not there.is_dir():
         raise NotADirectoryError(f"{name} must be a folder; {there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+    if not os.access(
+        there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids
+    ):
         raise PermissionError(f"{name} must be a folder that can be written; {there} cannot be")
     if there != path:
         try:
             tempfile.TemporaryDirectory(dir=there).cleanup()
         except OSError as error:  # a system folder
-            raise PermissionError(f"{name} must be a folder that can be created; {there} holds none: {error}") from None
+            raise PermissionError(
+                f"{name} must be a folder that can be created; {there} holds none: {error}"
+            ) from None
     return path
 
 
@@ -146,18 +215,24 @@ def _contents(folder: Path) -> str | None:
     """What is in ``folder`` that a run must not mix with; None if there is nothing of the kind."""
     if not folder.is_dir():
         return None
-    if any((folder / name).exists() for name in (RUN_FILE, METRICS_FILE)) or checkpoint_folders(folder):
+    if any((folder / name).exists() for name in (RUN_FILE, METRICS_FILE)) or checkpoint_folders(
+        folder
+    ):
         return "another run; continue it with --resume, delete it with --overwrite,"
-    # What `save_pretrained` and other commands write; a run in the same folder would be mixed with it.
+    # What `save_pretrained` and other commands write; a run in the same folder would be mixed with
+    # it.
     if any(any(folder.glob(name)) for name in (CONFIG, "results.json", *WEIGHT_FILES)):
         return "a saved model or results; delete them with --overwrite,"
     return None
 
 
 def differing_keys(
-    saved: Mapping[str, Any], current: Mapping[str, Any], neutral_keys: frozenset[str] = NEUTRAL_KEYS
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    neutral_keys: frozenset[str] = NEUTRAL_KEYS,
 ) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (saved value, current value) of all relevant differences; absent values are None."""
+    """Dotted key -> (saved value, current value) of all relevant differences; absent values are
+    None."""
     old, new = dict(flatten(_jsonable(dict(saved)))), dict(flatten(_jsonable(dict(current))))
     keys = [key for key in dict.fromkeys([*old, *new]) if not is_neutral(key, neutral_keys)]
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
@@ -184,7 +259,8 @@ def checkpoint_to_resume(asked: str | Path | bool | None, run_dir: Path, model: 
         model: the model that is to continue.
 
     Raises:
-        ValueError: there is none, or it holds weights alone; the given one is incomplete, damaged or of another model.
+        ValueError: there is none, or it holds weights alone; the given one is incomplete, damaged
+            or of another model.
     """
     if not asked:
         return None
@@ -193,8 +269,13 @@ def checkpoint_to_resume(asked: str | Path | bool | None, run_dir: Path, model: 
         raise ValueError(f"nothing to resume: no complete checkpoint in {run_dir}")
     if asked is not True:
         check_whole(folder)
-    if not any(any(folder.glob(name)) for name in ("*optimizer*", "global_step*")):  # the latter is DeepSpeed's
-        raise ValueError(f"checkpoint {folder} holds no optimizer's state (--save_only_model): a run cannot go on")
+    if not any(
+        any(folder.glob(name)) for name in ("*optimizer*", "global_step*")
+    ):  # the latter is DeepSpeed's
+        raise ValueError(
+            f"checkpoint {folder} holds no optimizer's state (--save_only_model): a run cannot go "
+            "on"
+        )
     check_weight_files(folder, model)
     if getattr(model, "config", None) is not None:
         _check_same_model(folder, model.config)
@@ -202,25 +283,32 @@ def checkpoint_to_resume(asked: str | Path | bool | None, run_dir: Path, model: 
 
 
 def _check_same_model(checkpoint: Path, config: Any) -> None:
-    """Refuse a checkpoint whose ``config.json`` is of another ``model_type`` or has other experts than ``config``."""
+    """Refuse a checkpoint whose ``config.json`` is of another ``model_type`` or has other experts
+    than ``config``."""
     file = checkpoint / "config.json"
     if not file.is_file():
         return  # a module that is no Hugging Face model saves none
     both = (read_mapping(file, "configuration"), json.loads(config.to_json_string(use_diff=False)))
-    theirs, ours = ({"model_type": each.get("model_type"), "mpoe": each.get("mpoe") or {}} for each in both)
+    theirs, ours = (
+        {"model_type": each.get("model_type"), "mpoe": each.get("mpoe") or {}} for each in both
+    )
     differing = differing_keys(theirs, ours, OBSOLETE | {"rate_ratios", "backend"}).items()
     if differing:
         listed = "; ".join(f"{name} was {a!r}, the model has {b!r}" for name, (a, b) in differing)
-        raise ValueError(f"resume_from_checkpoint must be of the same model: in {checkpoint} {listed}")
+        raise ValueError(
+            f"resume_from_checkpoint must be of the same model: in {checkpoint} {listed}"
+        )
 
 
 def _jsonable(config: dict[str, Any]) -> dict[str, Any]:
-    # Through JSON and back, so that values compare equal to those from a file on resume (tuples become lists).
+    # Through JSON and back, so that values compare equal to those from a file on resume (tuples
+    # become lists).
     return json.loads(json.dumps(config, default=str))
 
 
 def is_neutral(dotted: str, neutral_keys: frozenset[str] = NEUTRAL_KEYS) -> bool:
-    """Whether a dotted name contains one of ``neutral_keys``: such a setting does not change what a run computes."""
+    """Whether a dotted name contains one of ``neutral_keys``: such a setting does not change what a
+    run computes."""
     return any(part in neutral_keys for part in dotted.split("."))
 
 
@@ -228,11 +316,15 @@ def is_neutral(dotted: str, neutral_keys: frozenset[str] = NEUTRAL_KEYS) -> bool
 
 
 def write_metrics(folder: str | Path, record: Mapping[str, Any]) -> None:
-    """Append a record, stamped with the time (seconds since the epoch), to ``folder/metrics.jsonl``; numbers that JSON
-    cannot hold (NaN, infinity) are written as null, arrays and tensors as lists."""
+    """Append a record, stamped with the time (seconds since the epoch), to
+    ``folder/metrics.jsonl``; numbers that JSON cannot hold (NaN, infinity) are written as null,
+    arrays and tensors as lists."""
     path = Path(folder) / METRICS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    stamped = json.dumps({**record, "time": round(time.time(), 3)}, default=lambda v: getattr(v, "tolist", v.__str__)())
+    stamped = json.dumps(
+        {**record, "time": round(time.time(), 3)},
+        default=lambda v: getattr(v, "tolist", v.__str__)(),
+    )
     line = json.dumps(json.loads(stamped, parse_constant=lambda _: None))
     with path.open("a+b") as file:
         if file.tell():
@@ -245,8 +337,8 @@ def write_metrics(folder: str | Path, record: Mapping[str, Any]) -> None:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The records of a metrics file (or of the folder that holds one), in order.
 
-    Half-written lines are skipped. If a resumed run repeated records (those after the step at which it resumed), only
-    the later ones are kept.
+    Half-written lines are skipped. If a resumed run repeated records (those after the step at which
+    it resumed), only the later ones are kept.
     """
     path = Path(path)
     if path.is_dir():

@@ -1,9 +1,10 @@
-"""The model of a folder is replaced as a whole: whenever the process dies, the folder has the old one or the new one.
+"""The model of a folder is replaced as a whole: whenever the process dies, the folder has the old
+one or the new one.
 
-A new model is assembled in a folder inside, together with a manifest of its files, and synced to disk. One rename says
-that it is whole. From then on its files are moved out, over the old model's; what a kill interrupts there, the next
-call finishes. Only files that an earlier manifest names are replaced or deleted, or, in a folder without one, those
-that would have been written.
+A new model is assembled in a folder inside, together with a manifest of its files, and synced to
+disk. One rename says that it is whole. From then on its files are moved out, over the old model's;
+what a kill interrupts there, the next call finishes. Only files that an earlier manifest names are
+replaced or deleted, or, in a folder without one, those that would have been written.
 """
 
 from __future__ import annotations
@@ -34,13 +35,22 @@ _LEFTOVERS = (LOCK_FILE, ".incomplete-", _WHOLE)
 WEIGHT_FILES = (WEIGHTS, "model-*-of-*.safetensors", INDEX, ONLY_FILE, BACKGROUND_FILE)
 # What models and tokenizers save.
 _SAVED = (
-    *(CONFIG, "generation_config.json", "training_args.bin", *WEIGHT_FILES, BASE_FILE, REMOTE_FILE, CARD_FILE),
+    *(
+        CONFIG,
+        "generation_config.json",
+        "training_args.bin",
+        *WEIGHT_FILES,
+        BASE_FILE,
+        REMOTE_FILE,
+        CARD_FILE,
+    ),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
 )
 
 
 def written_files(folder: Path) -> set[str]:
-    """Names of the files of ``folder`` that may be replaced; a card that a user edited is not among them."""
+    """Names of the files of ``folder`` that may be replaced; a card that a user edited is not among
+    them."""
     names = _names_in(folder / MANIFEST, "files")
     if names:
         names.add(MANIFEST)
@@ -63,7 +73,8 @@ def _names_in(file: Path, field: str) -> set[str]:
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """Names of what is in ``folder`` and that no model that we wrote has there: files, links, and then folders."""
+    """Names of what is in ``folder`` and that no model that we wrote has there: files, links, and
+    then folders."""
     names = {*written_files(folder), CARD_FILE}
     parents = _parents(names)
     files: list[str] = []
@@ -83,7 +94,8 @@ def _parents(names: Iterable[str]) -> set[str]:
 
 
 def check_free_names(folder: Path, names: Sequence[str]) -> None:
-    """Refuse to write files ``names`` where something that we did not write has such a name, or that of their folder.
+    """Refuse to write files ``names`` where something that we did not write has such a name, or
+    that of their folder.
 
     Raises:
         FileExistsError: that says which.
@@ -91,19 +103,23 @@ def check_free_names(folder: Path, names: Sequence[str]) -> None:
     wanted = {*names, *_parents(names)}
     for name in foreign_files(folder):
         if name in wanted:
-            raise FileExistsError(errno.EEXIST, f"mpoe did not write {folder / name}: move it, or take another folder")
+            raise FileExistsError(
+                errno.EEXIST, f"mpoe did not write {folder / name}: move it, or take another folder"
+            )
 
 
 def staging_folder(folder: Path) -> Path:
-    """The folder inside ``folder`` in which a model is assembled; `publish` makes it the folder's."""
+    """The folder inside ``folder`` in which a model is assembled; `publish` makes it the
+    folder's."""
     return folder / _STAGING
 
 
 def publish(folder: Path, keep: bool = False) -> None:
-    """Put the fully written model in the staging folder in place of the one in ``folder``, which the caller holds.
+    """Put the fully written model in the staging folder in place of the one in ``folder``, which
+    the caller holds.
 
-    A user's own or edited model card is kept, as is every file that we did not write; to ``keep`` is to keep our own
-    files of other names as well.
+    A user's own or edited model card is kept, as is every file that we did not write; to ``keep``
+    is to keep our own files of other names as well.
 
     Raises:
         FileExistsError: such a file has the name of a new one; the old model is still there.
@@ -111,7 +127,9 @@ def publish(folder: Path, keep: bool = False) -> None:
     staging = staging_folder(folder)
     if not may_write_card(folder / CARD_FILE):
         (staging / CARD_FILE).unlink(missing_ok=True)
-    names = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if not path.is_dir())
+    names = sorted(
+        path.relative_to(staging).as_posix() for path in staging.rglob("*") if not path.is_dir()
+    )
     check_free_names(folder, names)
     old = written_files(folder) - {*names, MANIFEST}
     if keep:
@@ -142,7 +160,8 @@ def _finish(folder: Path) -> None:
     if whole.is_symlink() or not whole.is_dir():
         return
     files = [path for path in whole.rglob("*") if path.name != _OLD and not path.is_dir()]
-    # The manifest says that the others may be replaced. Nothing can be loaded until the configuration is there.
+    # The manifest says that the others may be replaced. Nothing can be loaded until the
+    # configuration is there.
     files.sort(key=lambda path: (path == whole / CONFIG, path != whole / MANIFEST))
     old = _names_in(whole / _OLD, "files")
     remove(folder, old | {CONFIG} if whole / CONFIG in files else old)
@@ -155,7 +174,8 @@ def _finish(folder: Path) -> None:
 
 
 def remove(folder: Path, names: Iterable[str]) -> None:
-    """Delete files, configuration first, manifest last, and folders that become empty; nothing behind a link."""
+    """Delete files, configuration first, manifest last, and folders that become empty; nothing
+    behind a link."""
     for name in sorted(names, key=lambda name: (name == MANIFEST, name != CONFIG)):
         file = folder / name
         parents = [folder / parent for parent in Path(name).parents[:-1]]

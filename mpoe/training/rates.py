@@ -1,14 +1,17 @@
-"""Learning rates: of every core, to match its scale; those that worked (the table used by `mpoe train` and
-docs/fine_tuning.md); and a short search for one.
+"""Learning rates: of every core, to match its scale; those that worked (the table used by
+`mpoe train` and docs/fine_tuning.md); and a short search for one.
 
-Why every core has its own: in the symmetric gauge the central core's RMS is .16-.28 of the weight's and the auxiliary
-cores' 1.2-5.2. Adam changes every number by about its rate, so with a single rate the central core changes 4-6 times
-too fast relative to its size, and separable shapes collapse. The rate used here is
+Why every core has its own: in the symmetric gauge the central core's RMS is .16-.28 of the weight's
+and the auxiliary cores' 1.2-5.2. Adam changes every number by about its rate, so with a single rate
+the central core changes 4-6 times too fast relative to its size, and separable shapes collapse. The
+rate used here is
 
-    rate(core) = (mpo_lr or learning_rate) x RMS(core) / RMS(weight) x (central_lr_scale | auxiliary_lr_scale)
+    rate(core) = (mpo_lr or learning_rate) x RMS(core) / RMS(weight) x (central_lr_scale |
+    auxiliary_lr_scale)
 
-with the ratios measured when the model was converted (`MPOCores.rate_ratios`). LR schedulers multiply every group's
-`lr` by the same factor, so the proportions hold through warm-up and decay.
+with the ratios measured when the model was converted (`MPOCores.rate_ratios`). LR schedulers
+multiply every group's `lr` by the same factor, so the proportions hold through warm-up and
+decay.
 """
 
 from __future__ import annotations
@@ -41,15 +44,17 @@ KINDS = ("rest", "router", "dense_expert", "central", "auxiliary")
 def build_param_groups(model: nn.Module, args: MPOETrainingArguments) -> list[dict[str, Any]]:
     """Parameter groups for a torch optimizer, over all parameters that require a gradient.
 
-    Each group is `{"params", "lr", "weight_decay", "kind"}`; parameters of equal kind, rate and decay share a
-    group. Biases, norms and other vectors are not decayed.
+    Each group is `{"params", "lr", "weight_decay", "kind"}`; parameters of equal kind, rate and
+    decay share a group. Biases, norms and other vectors are not decayed.
 
     Raises:
         ValueError: nothing in the model requires a gradient.
     """
     cores = _core_rates(model, args)
     modules = list(model.modules())
-    dense_experts = {id(p) for module in modules if isinstance(module, DenseExperts) for p in module.parameters()}
+    dense_experts = {
+        id(p) for module in modules if isinstance(module, DenseExperts) for p in module.parameters()
+    }
     norms = [module for module in modules if "norm" in type(module).__name__.lower()]
     undecayed = {id(p) for norm in norms for p in norm.parameters(recurse=False)}
     groups: dict[tuple, dict[str, Any]] = {}
@@ -68,8 +73,13 @@ def build_param_groups(model: nn.Module, args: MPOETrainingArguments) -> list[di
         new = {"params": [], "lr": rate, "weight_decay": decay, "kind": kind}
         groups.setdefault((kind, rate, decay), new)["params"].append(parameter)
     if not groups:
-        raise ValueError(f"no parameter of {type(model).__name__} requires a gradient: nothing to train")
-    return sorted(groups.values(), key=lambda group: (KINDS.index(group["kind"]), -group["weight_decay"], -group["lr"]))
+        raise ValueError(
+            f"no parameter of {type(model).__name__} requires a gradient: nothing to train"
+        )
+    return sorted(
+        groups.values(),
+        key=lambda group: (KINDS.index(group["kind"]), -group["weight_decay"], -group["lr"]),
+    )
 
 
 def keep_state(previous: torch.optim.Optimizer, optimizer: torch.optim.Optimizer) -> None:
@@ -81,11 +91,14 @@ def keep_state(previous: torch.optim.Optimizer, optimizer: torch.optim.Optimizer
     before = getattr(previous, "optimizer", previous)  # Accelerate's wrapper has it
     if type(before) is not type(optimizer):
         names = type(optimizer).__name__, type(before).__name__
-        raise ValueError(f"previous_optimizer must be of the kind that trains now, {names[0]}; got {names[1]}")
+        raise ValueError(
+            f"previous_optimizer must be of the kind that trains now, {names[0]}; got {names[1]}"
+        )
     kept = [p for group in optimizer.param_groups for p in group["params"] if p in before.state]
     if not kept:
         raise ValueError(
-            "previous_optimizer must have the state of parameters of this model: it must have made steps, and the model"
+            "previous_optimizer must have the state of parameters of this model: it must have made "
+            "steps, and the model"
             " must be converted with inplace=True; got one that has none"
         )
     for parameter in kept:
@@ -97,19 +110,32 @@ def _core_rates(model: nn.Module, args: MPOETrainingArguments) -> dict[int, tupl
     central_scale, auxiliary_scale = args.lr_scales
     rates: dict[int, tuple[str, float]] = {}
     for name, cores in mpo_modules(model):
-        for index, (parameter, ratio) in enumerate(zip(cores.chain(), _ratios(name, cores), strict=True)):
-            kind, scale = ("central", central_scale) if index == cores.shape.central else ("auxiliary", auxiliary_scale)
-            rates[id(parameter)] = (kind, args.core_lr * (ratio if args.scale_core_lr else 1.0) * scale)
+        for index, (parameter, ratio) in enumerate(
+            zip(cores.chain(), _ratios(name, cores), strict=True)
+        ):
+            kind, scale = (
+                ("central", central_scale)
+                if index == cores.shape.central
+                else ("auxiliary", auxiliary_scale)
+            )
+            rates[id(parameter)] = (
+                kind,
+                args.core_lr * (ratio if args.scale_core_lr else 1.0) * scale,
+            )
     for layer in kept_modules(model).values():
-        # Blocks start as identities, regardless of the scale of the weights around them. Neurons have the scale of a
-        # dense network's and took its rate in our trials; a scale is then only what was asked for.
+        # Blocks start as identities, regardless of the scale of the weights around them. Neurons
+        # have the scale of a dense network's and took its rate in our trials; a scale is then only
+        # what was asked for.
         own_scale, shared_scale = auxiliary_scale, args.central_lr_scale
         if layer.shape == NEURONS:
             own_scale = 1.0 if args.auxiliary_lr_scale is None else args.auxiliary_lr_scale
         for parameter in layer.experts.own_cores:
             rates[id(parameter)] = ("auxiliary", args.core_lr * own_scale)
         for parameter in layer.shared_parameters().values():
-            rates[id(parameter)] = ("central", args.core_lr * (1.0 if shared_scale is None else shared_scale))
+            rates[id(parameter)] = (
+                "central",
+                args.core_lr * (1.0 if shared_scale is None else shared_scale),
+            )
     return rates
 
 
@@ -117,12 +143,18 @@ def _ratios(name: str, cores: MPOCores) -> list[float]:
     ratios = cores.rate_ratios
     usable = [ratio if math.isfinite(ratio) and ratio > 0 else 1.0 for ratio in ratios]
     if usable != list(ratios):  # an all-zero weight has no scale to compare with
-        warnings.warn(f"{name} has unusable rate ratios {ratios}: those cores train at the unscaled rate", stacklevel=2)
+        warnings.warn(
+            f"{name} has unusable rate ratios {ratios}: those cores train at the unscaled rate",
+            stacklevel=2,
+        )
     return usable
 
 
 SCRATCH = "scratch"  # `MPOETrainingArguments.regime`
-_DENSE, _SWITCH = "dense", "switch"  # kinds of feed-forward layers; every other kind is a shape's name
+_DENSE, _SWITCH = (
+    "dense",
+    "switch",
+)  # kinds of feed-forward layers; every other kind is a shape's name
 
 
 class Tried(NamedTuple):
@@ -143,11 +175,30 @@ class Tried(NamedTuple):
 
 EXPERT = "expert"  # kind: one expert of neurons beside a frozen decoder (`mpoe train --expert`)
 TRIED = {
-    "t5": Tried(128, 1e-3, {"separable": 1.5e-3, "hidden": 1.5e-3}, "`mpoe demo --compare`: three rates, two seeds"),
-    "gpt2": Tried(128, 3e-3, {}, "the stand-in on three texts, 100 and 300 steps: the best of five rates"),
-    "bert": Tried(384, 3e-4, {}, "MiniLM on short sentences, .00025 to .0005 in every arm ([Evidence](evidence.md))"),
-    EXPERT: Tried(576, 0.01, {}, "SmolLM2-135M-Instruct alone: a Llama; no weights of other families were at hand"),
-    SCRATCH: Tried(48, 0.016, {_SWITCH: 0.008}, "language modelling, two layers ([Evidence](evidence.md))"),
+    "t5": Tried(
+        128,
+        1e-3,
+        {"separable": 1.5e-3, "hidden": 1.5e-3},
+        "`mpoe demo --compare`: three rates, two seeds",
+    ),
+    "gpt2": Tried(
+        128, 3e-3, {}, "the stand-in on three texts, 100 and 300 steps: the best of five rates"
+    ),
+    "bert": Tried(
+        384,
+        3e-4,
+        {},
+        "MiniLM on short sentences, .00025 to .0005 in every arm ([Evidence](evidence.md))",
+    ),
+    EXPERT: Tried(
+        576,
+        0.01,
+        {},
+        "SmolLM2-135M-Instruct alone: a Llama; no weights of other families were at hand",
+    ),
+    SCRATCH: Tried(
+        48, 0.016, {_SWITCH: 0.008}, "language modelling, two layers ([Evidence](evidence.md))"
+    ),
 }
 _SAME = {"mt5": "t5", "umt5": "t5", "roberta": "bert", "deberta-v2": "bert", "modernbert": "bert"}
 _EXPERTS_OF = "llama"  # the family whose experts were tried
@@ -163,17 +214,18 @@ def is_known(model_type: str, regime: str, kind: str) -> bool:
 
 
 def recommended_rate(model_type: str, width: int, regime: str, kind: str) -> tuple[float, str]:
-    """The base learning rate to start from, with AdamW, when the whole model is trained, and its reason in words.
+    """The base learning rate to start from, with AdamW, when the whole model is trained, and its
+    reason in words.
 
-    It is the rate that worked for the family and the kind of layer. For wider models it falls as 1 / width, like Adam's
-    best rate (Yang et al., Tensor Programs V, arXiv 2203.03466, Table 3).
+    It is the rate that worked for the family and the kind of layer. For wider models it falls as 1
+    / width, like Adam's best rate (Yang et al., Tensor Programs V, arXiv 2203.03466, Table 3).
 
     Args:
         model_type: Hugging Face's name of the family, optionally prefixed with ``mpoe_``.
         width: hidden size of the model.
         regime: ``"finetune"`` or ``"scratch"``.
-        kind: ``"dense"``, ``"switch"`` (dense experts), ``"expert"`` (alone beside a frozen model) or the name of a
-            shape.
+        kind: ``"dense"``, ``"switch"`` (dense experts), ``"expert"`` (alone beside a frozen model)
+            or the name of a shape.
     """
     family = model_type.removeprefix(TYPE_PREFIX)
     known = is_known(model_type, regime, kind)
@@ -195,7 +247,8 @@ def recommended_rate(model_type: str, width: int, regime: str, kind: str) -> tup
 
 
 def kind_of(config: Any) -> str:
-    """The kind of feed-forward layers of an `MPOEConfig`, in the terms of `Tried`; None means dense."""
+    """The kind of feed-forward layers of an `MPOEConfig`, in the terms of `Tried`; None means
+    dense."""
     if config is None or "ffn" not in config.targets:
         return _DENSE
     if config.expert_type == "dense":
@@ -203,7 +256,8 @@ def kind_of(config: Any) -> str:
     return config.shape if isinstance(config.shape, str) else "own"
 
 
-# ---------------------------------------------- a short search: small runs, judged on items that none sees
+# ---------------------------------------------- a short search: small runs, judged on items that
+# none sees
 
 
 STEPS, HELD_OUT = 30, 128
@@ -211,7 +265,9 @@ _FACTOR, _MOST = 3.0, 5  # between neighbouring rates; rates that are tried at m
 # arguments of a trial: nothing is logged, saved or reported, and the rate falls to 0 over its steps
 _TRIAL: dict[str, Any] = {
     **{f"{kind}_strategy": "no" for kind in ("logging", "eval", "save")},
-    **dict.fromkeys(("load_best_model_at_end", "push_to_hub", "predict_with_generate", "eval_on_start"), False),
+    **dict.fromkeys(
+        ("load_best_model_at_end", "push_to_hub", "predict_with_generate", "eval_on_start"), False
+    ),
     "log_base_loss": False,
     "lr_scheduler_type": "linear",
     "lr_scheduler_kwargs": None,
@@ -221,11 +277,13 @@ _TRIAL: dict[str, Any] = {
 }
 
 
-def find_rate(trainer: Any, items: Sequence[Any], start: float, steps: int = STEPS) -> tuple[float, dict[float, float]]:
+def find_rate(
+    trainer: Any, items: Sequence[Any], start: float, steps: int = STEPS
+) -> tuple[float, dict[float, float]]:
     """The base rate, of three to five around ``start``, with the least loss on held-out items.
 
-    Every trial is a short run of a copy of the model, with the trainer's arguments and its seed. The model and
-    torch's random numbers are as before afterwards, bit for bit.
+    Every trial is a short run of a copy of the model, with the trainer's arguments and its seed.
+    The model and torch's random numbers are as before afterwards, bit for bit.
 
     Args:
         trainer: an `MPOETrainer` that has not begun.
@@ -241,7 +299,10 @@ def find_rate(trainer: Any, items: Sequence[Any], start: float, steps: int = STE
     """
     args = trainer.args
     if args.world_size > 1:
-        raise ValueError(f"find_rate needs one process; got {args.world_size} (search in one, then give learning_rate)")
+        raise ValueError(
+            f"find_rate needs one process; got {args.world_size} (search in one, then give "
+            "learning_rate)"
+        )
     if len(items) < 2:
         raise ValueError(f"find_rate needs two training items at least; got {len(items)}")
     order = list(range(len(items)))
@@ -252,7 +313,12 @@ def find_rate(trainer: Any, items: Sequence[Any], start: float, steps: int = STE
     def tried(rate: float) -> float:
         own = copy.copy(args)
         with tempfile.TemporaryDirectory() as folder:
-            for name, value in {**_TRIAL, "output_dir": folder, "learning_rate": rate, "max_steps": steps}.items():
+            for name, value in {
+                **_TRIAL,
+                "output_dir": folder,
+                "learning_rate": rate,
+                "max_steps": steps,
+            }.items():
                 setattr(own, name, value)
             model, how = copy.deepcopy(trainer.model), {"data_collator": trainer.data_collator}
             trial = type(trainer)(model=model, args=own, train_dataset=rest, **how)
@@ -274,7 +340,9 @@ def find_rate(trainer: Any, items: Sequence[Any], start: float, steps: int = STE
 
 def _search(tried: Callable[[float], float], start: float) -> dict[float, float]:
     """Rate -> loss: three rates, and further ones while the best is at an end."""
-    losses = {rate: tried(rate) for rate in (_rounded(start / _FACTOR), start, _rounded(start * _FACTOR))}
+    losses = {
+        rate: tried(rate) for rate in (_rounded(start / _FACTOR), start, _rounded(start * _FACTOR))
+    }
     while len(losses) < _MOST:
         best = min(losses, key=lambda rate: (losses[rate], rate))
         if best not in (min(losses), max(losses)):

@@ -1,7 +1,9 @@
-"""Only one process at a time writes to a run's folder: an operating-system lock, and a file that names the holder.
+"""Only one process at a time writes to a run's folder: an operating-system lock, and a file that
+names the holder.
 
-The lock is `flock` on a file in the folder. The kernel releases it when the process ends, however it ends, so a killed
-run never blocks the next one; the leftover file locks nothing. `docs/reliability.md` covers network file systems.
+The lock is `flock` on a file in the folder. The kernel releases it when the process ends, however
+it ends, so a killed run never blocks the next one; the leftover file locks nothing.
+`docs/reliability.md` covers network file systems.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ except ImportError:  # Windows has no flock: folders are not locked there
 LOCK_FILE = "_run.lock"  # the Trainer does not upload names with this prefix to a hub
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-_PATIENCE = 5.0  # seconds; we wait only for processes that check whether a folder is free, which takes microseconds
+# seconds; we wait only for processes that check whether a folder is free, which takes microseconds
+_PATIENCE = 5.0
 
 
 class FolderInUseError(ValueError):
@@ -37,22 +40,26 @@ class FolderInUseError(ValueError):
 
     def __init__(self, folder: Path, holder: str) -> None:
         super().__init__(
-            f"output_dir {folder} is in use by {holder}; wait until it has ended, or choose another folder"
+            f"output_dir {folder} is in use by {holder}; wait until it has ended, or choose "
+            "another folder"
         )
 
 
-_held: dict[Path, list[int]] = {}  # this process's locks: the folder's real path -> descriptor, how often it is held
+_held: dict[
+    Path, list[int]
+] = {}  # this process's locks: the folder's real path -> descriptor, how often it is held
 _guard = threading.RLock()
 
 
 @contextlib.contextmanager
 def hold(folder: str | Path) -> Iterator[None]:
-    """Lock ``folder`` for this process, creating it if needed; a process may lock a folder more than once.
+    """Lock ``folder`` for this process, creating it if needed; a process may lock a folder more
+    than once.
 
     Raises:
         FolderInUseError: another process holds it.
-        OSError: the folder cannot be created or written. Such errors from inside the block, for example on a full disk,
-            also name it.
+        OSError: the folder cannot be created or written. Such errors from inside the block, for
+            example on a full disk, also name it.
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
@@ -66,17 +73,23 @@ def hold(folder: str | Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         # Errors on writing to an open file do not name it: add the folder.
-        if str(path) in str(error) or (isinstance(error, OSError) and error.errno not in _OF_THE_DISK):
+        if str(path) in str(error) or (
+            isinstance(error, OSError) and error.errno not in _OF_THE_DISK
+        ):
             raise
         said = f"output_dir {path} could not be written: {error}"
-        raise (OSError(error.errno, said) if isinstance(error, OSError) else OSError(said)) from error
+        raise (
+            OSError(error.errno, said) if isinstance(error, OSError) else OSError(said)
+        ) from error
     finally:
         with _guard:
             if real in _held:  # not in a forked child, and not where there are no locks
                 _held[real][1] -= 1
                 if not _held[real][1]:
                     descriptor, _ = _held.pop(real)
-                    with contextlib.suppress(OSError):  # somebody may have deleted the folder, or made it read-only
+                    with contextlib.suppress(
+                        OSError
+                    ):  # somebody may have deleted the folder, or made it read-only
                         if _is_at(descriptor, real / LOCK_FILE):
                             (real / LOCK_FILE).unlink()
                     os.close(descriptor)
@@ -115,12 +128,15 @@ def _acquire(folder: Path, file: Path) -> int | None:
             os.close(descriptor)
             if error.errno in _NO_LOCKS:
                 warnings.warn(
-                    f"the file system of output_dir {folder} has no locks ({error.strerror}): nothing keeps a second"
+                    f"the file system of output_dir {folder} has no locks ({error.strerror}): "
+                    "nothing keeps a second"
                     " process out of it",
                     stacklevel=4,
                 )
                 return None
-            raise OSError(error.errno, f"output_dir {folder} cannot be locked: {error.strerror}") from error
+            raise OSError(
+                error.errno, f"output_dir {folder} cannot be locked: {error.strerror}"
+            ) from error
         except BaseException:
             os.close(descriptor)
             raise

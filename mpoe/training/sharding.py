@@ -1,11 +1,14 @@
-"""FSDP2 in a plain loop: every device keeps a shard of every parameter, gradient and optimizer state.
+"""FSDP2 in a plain loop: every device keeps a shard of every parameter, gradient and optimizer
+state.
 
-`torch.distributed.fsdp.fully_shard` makes every transformer block a unit: its parameters are gathered just before it
-runs and freed after it. The rest (embeddings, last norm, head) is another unit. Cores ``[E, d, i, j, d']`` are sharded
-along their first axis; kernels see whole cores, because they run inside a gathered block.
+`torch.distributed.fsdp.fully_shard` makes every transformer block a unit: its parameters are
+gathered just before it runs and freed after it. The rest (embeddings, last norm, head) is another
+unit. Cores ``[E, d, i, j, d']`` are sharded along their first axis; kernels see whole cores,
+because they run inside a gathered block.
 
-Checkpoints hold whole weights and optimizer state, from which any number of ranks can continue: parameters are gathered
-one at a time, and only the first rank keeps their state; on loading every rank reads its own shard.
+Checkpoints hold whole weights and optimizer state, from which any number of ranks can continue:
+parameters are gathered one at a time, and only the first rank keeps their state; on loading every
+rank reads its own shard.
 """
 
 from __future__ import annotations
@@ -32,17 +35,20 @@ from mpoe.models.base import MPOEModelMixin
 from mpoe.training import checkpoints
 
 
-def shard_model(model: Any, mesh: DeviceMesh | None = None, dtype: torch.dtype | None = None) -> Any:
+def shard_model(
+    model: Any, mesh: DeviceMesh | None = None, dtype: torch.dtype | None = None
+) -> Any:
     """Shard an MPOE model in place over the ranks of a process group; every rank must call it.
 
-    Create the optimizer and bind a `GradientMask` afterwards, because parameters are replaced. All ranks start from the
-    first rank's weights, as under DDP. Gradients are averaged over the ranks.
+    Create the optimizer and bind a `GradientMask` afterwards, because parameters are replaced. All
+    ranks start from the first rank's weights, as under DDP. Gradients are averaged over the ranks.
 
     Args:
-        model: from `convert_to_mpoe` or `load_mpoe`, on its device, in the parameters' dtype (float32 for training).
+        model: from `convert_to_mpoe` or `load_mpoe`, on its device, in the parameters' dtype
+            (float32 for training).
         mesh: one-dimensional; default: all ranks.
-        dtype: dtype in which parameters are gathered and computed, e.g. bfloat16; gradients are reduced in float32,
-            routers are unchanged. Default: the parameters' dtype.
+        dtype: dtype in which parameters are gathered and computed, e.g. bfloat16; gradients are
+            reduced in float32, routers are unchanged. Default: the parameters' dtype.
 
     Returns:
         ``model``.
@@ -50,14 +56,19 @@ def shard_model(model: Any, mesh: DeviceMesh | None = None, dtype: torch.dtype |
     Raises:
         TypeError: a model that is not an MPOE model.
         ValueError: a model that is already sharded.
-        RuntimeError: there is no process group (start with torchrun and call `torch.distributed.init_process_group`).
+        RuntimeError: there is no process group (start with torchrun and call
+            `torch.distributed.init_process_group`).
     """
     if not isinstance(model, MPOEModelMixin):
-        raise TypeError(f"model must be an MPOE model (see convert_to_mpoe); got {type(model).__name__}")
+        raise TypeError(
+            f"model must be an MPOE model (see convert_to_mpoe); got {type(model).__name__}"
+        )
     if isinstance(model, FSDPModule):
         raise ValueError("model must not be sharded already; it is")
     if not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError("shard_model needs a process group: start with torchrun, call init_process_group first")
+        raise RuntimeError(
+            "shard_model needs a process group: start with torchrun, call init_process_group first"
+        )
     module: Any = model
     group = None if mesh is None else mesh.get_group()
     with torch.no_grad():
@@ -68,7 +79,9 @@ def shard_model(model: Any, mesh: DeviceMesh | None = None, dtype: torch.dtype |
         for router in [part for part in module.modules() if isinstance(part, TopKRouter)]:
             fully_shard(router, **options)
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    names = set(module._no_split_modules)  # the transformer blocks, which Transformers itself never splits
+    names = set(
+        module._no_split_modules
+    )  # the transformer blocks, which Transformers itself never splits
     lists = [holder for holder in module.modules() if isinstance(holder, nn.ModuleList)]
     for block in [block for holder in lists for block in holder if type(block).__name__ in names]:
         fully_shard(block, **options)
@@ -82,15 +95,19 @@ def check_sharded(model: object) -> None:
 
 
 def save_sharded(model: Any, folder: str | Path) -> None:
-    """Gather a sharded model in the first rank's memory and save it; `load_mpoe` reads it. All ranks call it.
+    """Gather a sharded model in the first rank's memory and save it; `load_mpoe` reads it. All
+    ranks call it.
 
-    To continue training later, use `mpoe.training.save_sharded_checkpoint`, which also saves the optimizer state.
+    To continue training later, use `mpoe.training.save_sharded_checkpoint`, which also saves the
+    optimizer state.
 
     Raises:
         TypeError: a model that `shard_model` has not sharded.
     """
     check_sharded(model)
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the other ranks get an empty state dict
+    options = StateDictOptions(
+        full_state_dict=True, cpu_offload=True
+    )  # the other ranks get an empty state dict
     module: Any = model
     state = get_model_state_dict(module, options=options)
     if dist.get_rank() == 0:
@@ -102,12 +119,17 @@ OPTIMIZER = "optimizer.safetensors"
 
 
 def save_sharded_checkpoint(
-    model: Any, optimizer: torch.optim.Optimizer, folder: str | Path, step: int, limit: int | None = None
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    folder: str | Path,
+    step: int,
+    limit: int | None = None,
 ) -> Path:
     """Write ``folder/checkpoint-STEP``, complete or not at all; all ranks call it.
 
-    `mpoe.training.find_last_checkpoint` finds it again, `load_mpoe` reads the weights and `load_sharded_optimizer` the
-    rest. The loop's random state is not saved: seed it by the step, as `GradientMask` does.
+    `mpoe.training.find_last_checkpoint` finds it again, `load_mpoe` reads the weights and
+    `load_sharded_optimizer` the rest. The loop's random state is not saved: seed it by the step, as
+    `GradientMask` does.
 
     Args:
         model: sharded by `shard_model`.
@@ -120,8 +142,8 @@ def save_sharded_checkpoint(
         The checkpoint's folder.
 
     Raises:
-        TypeError: a model that is not sharded; a step that is not an integer; an optimizer setting that JSON cannot
-            hold.
+        TypeError: a model that is not sharded; a step that is not an integer; an optimizer setting
+            that JSON cannot hold.
         ValueError: an optimizer parameter that does not belong to the model.
     """
     check_sharded(model)
@@ -132,14 +154,17 @@ def save_sharded_checkpoint(
         checkpoints.clean_leftovers(folder)
     save_sharded(model, staged)
     groups = [
-        {**group, "params": own} for group, own in zip(optimizer.param_groups, _names(model, optimizer), strict=True)
+        {**group, "params": own}
+        for group, own in zip(optimizer.param_groups, _names(model, optimizer), strict=True)
     ]
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}  # what an optimizer keeps that is no tensor
     for name, parameter in _named(model, optimizer).items():
         # A parameter that has not been trained yet, such as a masked central core, has no state.
         for key, value in sorted(optimizer.state.get(parameter, {}).items()):
-            whole = value.full_tensor() if isinstance(value, DTensor) else value  # all ranks take part
+            whole = (
+                value.full_tensor() if isinstance(value, DTensor) else value
+            )  # all ranks take part
             if not isinstance(whole, Tensor):
                 numbers.setdefault(name, {})[key] = whole
             elif first:
@@ -154,7 +179,9 @@ def save_sharded_checkpoint(
     return Path(folder) / staged.name
 
 
-def load_sharded_optimizer(model: Any, optimizer: torch.optim.Optimizer, checkpoint: str | Path) -> int:
+def load_sharded_optimizer(
+    model: Any, optimizer: torch.optim.Optimizer, checkpoint: str | Path
+) -> int:
     """Load an optimizer's state from a checkpoint of `save_sharded_checkpoint`; all ranks call it.
 
     Args:
@@ -167,34 +194,50 @@ def load_sharded_optimizer(model: Any, optimizer: torch.optim.Optimizer, checkpo
 
     Raises:
         TypeError: what is no path.
-        ValueError: a checkpoint that is damaged, incomplete or without optimizer state, or parameters that differ.
+        ValueError: a checkpoint that is damaged, incomplete or without optimizer state, or
+            parameters that differ.
     """
     if not isinstance(checkpoint, (str, os.PathLike)):
-        raise TypeError(f"checkpoint must be the folder of one; got {type(checkpoint).__name__} {checkpoint!r}")
+        raise TypeError(
+            f"checkpoint must be the folder of one; got {type(checkpoint).__name__} {checkpoint!r}"
+        )
     folder = Path(checkpoint)
     step = checkpoints.step_of(folder)
     if not (folder / OPTIMIZER).is_file():
-        raise ValueError(f"checkpoint must be a whole folder written by save_sharded_checkpoint; got {folder}")
+        raise ValueError(
+            f"checkpoint must be a whole folder written by save_sharded_checkpoint; got {folder}"
+        )
     checkpoints.check_whole(folder)
     with checkpoints.reading(folder), safe_open(folder / OPTIMIZER, framework="pt") as file:
-        groups, states = (json.loads((file.metadata() or {})[what]) for what in ("groups", "numbers"))
+        groups, states = (
+            json.loads((file.metadata() or {})[what]) for what in ("groups", "numbers")
+        )
         for name, _, key in (whole.rpartition(":") for whole in file.keys()):  # noqa: SIM118
             states.setdefault(name, {})[key] = file.get_tensor(f"{name}:{key}")
     if [group["params"] for group in groups] != _names(model, optimizer):
-        raise ValueError(f"optimizer must have the groups of parameters that {folder / OPTIMIZER} lists; they differ")
+        raise ValueError(
+            f"optimizer must have the groups of parameters that {folder / OPTIMIZER} lists; they "
+            "differ"
+        )
     own: dict[int, dict[str, Any]] = {}
     for number, (name, parameter) in enumerate(_named(model, optimizer).items()):
         for key, value in states.get(name, {}).items():
             if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
                 got = list(value.shape)
-                raise ValueError(f"{name}:{key} in {folder} must have the shape of its parameter; got {got}")
-            if isinstance(value, Tensor) and value.dim() and isinstance(parameter, DTensor):  # not a count of steps
+                raise ValueError(
+                    f"{name}:{key} in {folder} must have the shape of its parameter; got {got}"
+                )
+            if (
+                isinstance(value, Tensor) and value.dim() and isinstance(parameter, DTensor)
+            ):  # not a count of steps
                 here, mesh = value.to(parameter.device), parameter.device_mesh
                 value = distribute_tensor(here, mesh, parameter.placements, src_data_rank=None)
             own.setdefault(number, {})[key] = value
     numbered = optimizer.state_dict()["param_groups"]
     for now, then in zip(numbered, groups, strict=True):
-        now |= {name: _setting(now.get(name), value) for name, value in then.items() if name != "params"}
+        now |= {
+            name: _setting(now.get(name), value) for name, value in then.items() if name != "params"
+        }
     optimizer.load_state_dict({"state": own, "param_groups": numbered})
     return step
 
@@ -203,9 +246,13 @@ def _names(model: Any, optimizer: torch.optim.Optimizer) -> list[list[str]]:
     """Names of the parameters in every group."""
     known = {parameter: name for name, parameter in model.named_parameters()}
     try:
-        return [[known[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+        return [
+            [known[parameter] for parameter in group["params"]] for group in optimizer.param_groups
+        ]
     except KeyError:
-        raise ValueError("optimizer must be over the parameters of model alone; make it after shard_model") from None
+        raise ValueError(
+            "optimizer must be over the parameters of model alone; make it after shard_model"
+        ) from None
 
 
 def _named(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -218,11 +265,14 @@ def _as_number(value: Any) -> Any:
     """For JSON: an optimizer may keep its rate in a tensor."""
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.item()
-    raise TypeError(f"settings of optimizer must be numbers, texts or lists of them; got {type(value).__name__}")
+    raise TypeError(
+        f"settings of optimizer must be numbers, texts or lists of them; got {type(value).__name__}"
+    )
 
 
 def _setting(now: Any, saved: Any) -> Any:
-    """Convert a value from JSON to the optimizer's current type: JSON has neither tuples nor tensors."""
+    """Convert a value from JSON to the optimizer's current type: JSON has neither tuples nor
+    tensors."""
     if isinstance(now, Tensor):
         return torch.full_like(now, saved)
     return tuple(saved) if isinstance(saved, list) else saved

@@ -23,7 +23,12 @@ from mpoe.models.classes import IGNORED_AT_INFERENCE
 from mpoe.models.report import write_card
 from mpoe.training import checkpoints
 from mpoe.training.arguments import MPOETrainingArguments
-from mpoe.training.callbacks import DivergenceError, DivergenceGuard, GradientMaskCallback, check_weights
+from mpoe.training.callbacks import (
+    DivergenceError,
+    DivergenceGuard,
+    GradientMaskCallback,
+    check_weights,
+)
 from mpoe.training.checkpoints import CheckpointMixin, go_on_with_choices
 from mpoe.training.freezing import GradientMask, freeze_all_but_experts, freeze_cores
 from mpoe.training.output_dir import METRICS_FILE, checkpoint_to_resume, write_metrics
@@ -42,42 +47,55 @@ from mpoe.training.statistics import (
     update_correction_bias,
 )
 
-# Everything that models return besides the logits; it does not belong in an evaluation's predictions.
+# Everything that models return besides the logits; it does not belong in an evaluation's
+# predictions.
 _NOT_PREDICTIONS = (
-    *(*IGNORED_AT_INFERENCE, "hidden_states", "attentions", "cross_attentions", "encoder_last_hidden_state"),
+    *(
+        *IGNORED_AT_INFERENCE,
+        "hidden_states",
+        "attentions",
+        "cross_attentions",
+        "encoder_last_hidden_state",
+    ),
     *(f"{side}coder_{what}" for side in ("en", "de") for what in ("hidden_states", "attentions")),
 )
 
 
 class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
-    """Trains converted models (and, with the same numbers in the logs, dense ones) for all three families.
+    """Trains converted models (and, with the same numbers in the logs, dense ones) for all three
+    families.
 
     What it adds to the Trainer:
 
     * the gradient mask, per-core rates and frozen cores, as `MPOETrainingArguments` asks;
-    * a loss that does not depend on how a batch is split into micro-batches (see `mpoe.training.statistics`), and
-      `eval_loss` per target rather than per batch, without the routers' losses; for language models also
-      `eval_perplexity`, per token of their tokenizer;
-    * a warning about an expert that takes most tokens; logs of task and auxiliary loss and expert load, also as
-      `metrics.jsonl` in the output folder;
-    * under torchrun (DDP), router losses over the tokens of all processes, so a step equals that of one process with
-      the same global batch; a lock, so that no other process trains in the same folder (see `mpoe.training.run_lock`);
-    * a diverging run ends with a `DivergenceError` (see `mpoe.training.callbacks`); checkpoints that are complete or
-      absent (see `mpoe.training.checkpoints`); `train(resume_from_checkpoint=True)` continues from the last complete
-      one, on the CPU to bit-identical weights: all processes, and a resumed run, compute their products in the ways
+    * a loss that does not depend on how a batch is split into micro-batches (see
+      `mpoe.training.statistics`), and `eval_loss` per target rather than per batch, without the
+      routers' losses; for language models also `eval_perplexity`, per token of their tokenizer;
+    * a warning about an expert that takes most tokens; logs of task and auxiliary loss and expert
+      load, also as `metrics.jsonl` in the output folder;
+    * under torchrun (DDP), router losses over the tokens of all processes, so a step equals that of
+      one process with the same global batch; a lock, so that no other process trains in the same
+      folder (see `mpoe.training.run_lock`);
+    * a diverging run ends with a `DivergenceError` (see `mpoe.training.callbacks`); checkpoints
+      that are complete or absent (see `mpoe.training.checkpoints`);
+      `train(resume_from_checkpoint=True)` continues from the last complete one, on the CPU to
+      bit-identical weights: all processes, and a resumed run, compute their products in the ways
       that were chosen first (see `mpoe.training.checkpoints.go_on_with_choices`).
 
-    T5 is evaluated on generated text with `predict_with_generate=True`; other models by their logits.
+    T5 is evaluated on generated text with `predict_with_generate=True`; other models by their
+    logits.
 
     Args:
-        model, args, **kwargs: as for `transformers.Seq2SeqTrainer`; `args` is an `MPOETrainingArguments`.
-        previous_optimizer: the one that trained the dense model before it was converted in place: parameters that
-            stayed (with neurons, the whole dense network) keep its state, such as AdamW's moments and count of steps.
+        model, args, **kwargs: as for `transformers.Seq2SeqTrainer`; `args` is an
+            `MPOETrainingArguments`.
+        previous_optimizer: the one that trained the dense model before it was converted in place:
+            parameters that stayed (with neurons, the whole dense network) keep its state, such as
+            AdamW's moments and count of steps.
 
     Raises:
         TypeError: `args` or `previous_optimizer` of another type.
-        ValueError: the arguments do not match the model (mask or freezing without MPO cores, generation with a model
-            that is not an encoder-decoder).
+        ValueError: the arguments do not match the model (mask or freezing without MPO cores,
+            generation with a model that is not an encoder-decoder).
     """
 
     args: MPOETrainingArguments
@@ -93,23 +111,35 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
     ) -> None:
         check_type("args", args, MPOETrainingArguments, "MPOETrainingArguments")
         assert args is not None
-        check_type("previous_optimizer", previous_optimizer, torch.optim.Optimizer | None, "an optimizer")
+        check_type(
+            "previous_optimizer", previous_optimizer, torch.optim.Optimizer | None, "an optimizer"
+        )
         self._previous_optimizer = previous_optimizer
         config = getattr(model, "config", None)
-        if args.predict_with_generate and config is not None and not getattr(config, "is_encoder_decoder", False):
+        if (
+            args.predict_with_generate
+            and config is not None
+            and not getattr(config, "is_encoder_decoder", False)
+        ):
             raise ValueError(
-                f"predict_with_generate needs an encoder-decoder model such as T5; got {type(model).__name__}"
+                "predict_with_generate needs an encoder-decoder model such as T5; got "
+                f"{type(model).__name__}"
                 " (language models are evaluated by eval_loss and eval_perplexity)"
             )
         super().__init__(model=model, args=args, **kwargs)
-        # This class scales the loss of every model, T5 included: the Trainer only divides by the accumulation steps.
+        # This class scales the loss of every model, T5 included: the Trainer only divides by the
+        # accumulation steps.
         self.model_accepts_loss_kwargs = False
         self._shifts_labels = shifts_labels(self.model)
         self._log, self._is_warned = RunLog(), False
         self._corrects_bias = corrects_bias(self.model)
         self._step_load: Tensor | None = None  # of the optimizer step in progress
-        self._base_excess: Tensor | None = None  # loss without experts less that with them, since the last log
-        self._base_losses: dict[str, float] = {}  # of evaluations without experts, by prefix of their metrics
+        self._base_excess: Tensor | None = (
+            None  # loss without experts less that with them, since the last log
+        )
+        self._base_losses: dict[
+            str, float
+        ] = {}  # of evaluations without experts, by prefix of their metrics
         self._evaluation: Tensor | None = None  # [sum of losses over targets, targets]
         self.gradient_mask: GradientMask | None = None
         if args.adapter:
@@ -130,27 +160,39 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
 
     # ------------------------------------------------------------- training
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """As `Trainer.train`; `resume_from_checkpoint=True` picks the last *complete* checkpoint.
 
         Raises:
-            ValueError: there is none, or the given one is incomplete, damaged, of another model, without an optimizer's
-                state, or holds more than tensors.
-            FolderInUseError: another process trains in ``output_dir``; a `ValueError` that says which.
-            DivergenceError: loss, gradients or weights are not finite; no checkpoint contains them, and the model in
-                memory has the weights of the previous step (unless these were already not finite).
+            ValueError: there is none, or the given one is incomplete, damaged, of another model,
+                without an optimizer's state, or holds more than tensors.
+            FolderInUseError: another process trains in ``output_dir``; a `ValueError` that says
+                which.
+            DivergenceError: loss, gradients or weights are not finite; no checkpoint contains them,
+                and the model in memory has the weights of the previous step (unless these were
+                already not finite).
         """
         # With several processes, the first one writes the folder.
-        with hold(str(self.args.output_dir)) if self.is_world_process_zero() else contextlib.nullcontext():
+        with (
+            hold(str(self.args.output_dir))
+            if self.is_world_process_zero()
+            else contextlib.nullcontext()
+        ):
             return self._train_alone(resume_from_checkpoint, *args, **kwargs)
 
-    def _train_alone(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
+    def _train_alone(
+        self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any
+    ) -> Any:
         run_dir = Path(str(self.args.output_dir))
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, run_dir, self.model)
         step = 0
         if self.args.should_save:
             if resume_from_checkpoint:
-                step = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)).global_step
+                step = TrainerState.load_from_json(
+                    str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)
+                ).global_step
             if (run_dir / METRICS_FILE).exists() or step:
                 # Readers drop records that an earlier attempt logged after this step.
                 write_metrics(run_dir, {"event": "resume", "step": step})
@@ -170,10 +212,12 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
                 self.gradient_mask.end_step()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer of `args.optim` over `build_param_groups`, unless the caller passed its own groups.
+        """The optimizer of `args.optim` over `build_param_groups`, unless the caller passed its own
+        groups.
 
         Raises:
-            ValueError: `previous_optimizer` is of another kind, or has the state of no parameter of the model.
+            ValueError: `previous_optimizer` is of another kind, or has the state of no parameter of
+                the model.
         """
         if self.optimizer is None:
             module: Any = self.model if model is None else model
@@ -191,7 +235,9 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
             return made
         return super().create_optimizer(model)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
         with global_batch() if self.args.global_router_losses else contextlib.nullcontext():
             loss = super().training_step(model, inputs, *args, **kwargs)
         if self.accelerator.sync_gradients and self._step_load is not None:
@@ -218,7 +264,8 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """In training, this micro-batch's share of the step's loss (see `step_share`); in evaluation the task loss."""
+        """In training, this micro-batch's share of the step's loss (see `step_share`); in
+        evaluation the task loss."""
         if self.compute_loss_func is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs.get("labels")
@@ -252,7 +299,9 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         with torch.random.fork_rng(devices), without_experts(model):
             return split_loss(model(**inputs))[0]
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+    def _get_num_items_in_batch(
+        self, batch_samples: list, device: torch.device
+    ) -> Tensor | int | None:
         if self.compute_loss_func is not None:
             return super()._get_num_items_in_batch(batch_samples, device)
         if not batch_samples or not isinstance(batch_samples[0].get("labels"), Tensor):
@@ -277,7 +326,9 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         if self.args.predict_with_generate and not prediction_loss_only:
             # Seq2SeqTrainer calls the model only for the loss, outside compute_loss.
             model = partial(self._forward_with_task_loss, model)  # type: ignore[assignment]
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys, **gen_kwargs)
+        return super().prediction_step(
+            model, inputs, prediction_loss_only, ignore_keys=ignore_keys, **gen_kwargs
+        )
 
     def evaluation_loop(
         self,
@@ -290,11 +341,17 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         if self.args.log_base_loss and metric_key_prefix not in self._base_losses:
             self._base_losses[metric_key_prefix] = math.nan  # while it is computed
             with without_experts(self.model):
-                base: Any = self.evaluation_loop(dataloader, description, True, metric_key_prefix=metric_key_prefix)
+                base: Any = self.evaluation_loop(
+                    dataloader, description, True, metric_key_prefix=metric_key_prefix
+                )
             self._base_losses[metric_key_prefix] = base.metrics[f"{metric_key_prefix}_loss"]
         self._evaluation = torch.zeros(2, dtype=torch.float64)
         output: Any = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+            dataloader,
+            description,
+            prediction_loss_only,
+            ignore_keys,
+            metric_key_prefix=metric_key_prefix,
         )
         if metric_key_prefix in self._base_losses:
             output.metrics[f"{metric_key_prefix}_base_loss"] = self._base_losses[metric_key_prefix]
@@ -321,7 +378,9 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
             return
         targets = int(count_targets(labels, self._shifts_labels))
         if targets:
-            self._evaluation += torch.tensor([float(task_loss) * targets, targets], dtype=torch.float64)
+            self._evaluation += torch.tensor(
+                [float(task_loss) * targets, targets], dtype=torch.float64
+            )
 
     # --------------------------------------------------------------- logging
 
@@ -332,7 +391,9 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
             details = self._training_details(logs)
         super().log(logs, *args, **kwargs)
         if self.is_world_process_zero():
-            write_metrics(str(self.args.output_dir), {"step": self.state.global_step, **logs, **details})
+            write_metrics(
+                str(self.args.output_dir), {"step": self.state.global_step, **logs, **details}
+            )
 
     def _training_details(self, logs: dict[str, float]) -> dict[str, Any]:
         """Adds scalars to `logs`; returns what is too long for a log line. Called on all ranks."""
@@ -347,29 +408,44 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         if counts is None:
             return {}
         logs.update(load_summary(counts))
-        router = self.model.mpoe_config.router  # GShard's second choices may be dropped: a token has one for certain
-        found = None if self._is_warned else one_sided(counts, 1 if router.second_policy else router.top_k)
+        router = (
+            self.model.mpoe_config.router
+        )  # GShard's second choices may be dropped: a token has one for certain
+        found = (
+            None
+            if self._is_warned
+            else one_sided(counts, 1 if router.second_policy else router.top_k)
+        )
         if found is not None and self.is_world_process_zero():
             self._is_warned = True
             warnings.warn(found, stacklevel=2)
         return {"expert_load": {"share": load_shares(counts)}}
 
-    def _note_training(self, task: Tensor, auxiliary: Tensor | None, outputs: Any, micro_batches: int) -> None:
+    def _note_training(
+        self, task: Tensor, auxiliary: Tensor | None, outputs: Any, micro_batches: int
+    ) -> None:
         load = outputs.get("expert_load") if isinstance(outputs, Mapping) else None
         if self._corrects_bias:
             if load is None:
-                raise ValueError("bias_update_rate needs the model's expert_load; output_router_logits is False")
+                raise ValueError(
+                    "bias_update_rate needs the model's expert_load; output_router_logits is False"
+                )
             self._step_load = load if self._step_load is None else self._step_load + load
         self._log.note(task, auxiliary, load, micro_batches)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.create_model_card`, for MPOE models: `mpoe.models.report` with the last evaluation's metrics."""
+        """As `Trainer.create_model_card`, for MPOE models: `mpoe.models.report` with the last
+        evaluation's metrics."""
         if not isinstance(self.model, MPOEModelMixin):
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
             evaluations = [record for record in self.state.log_history if "eval_loss" in record]
             last = (evaluations or [{}])[-1].items()
-            metrics = {name: value for name, value in last if not name.endswith(("_runtime", "_per_second"))}
+            metrics = {
+                name: value
+                for name, value in last
+                if not name.endswith(("_runtime", "_per_second"))
+            }
             write_card(self.model, str(self.args.output_dir), metrics)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

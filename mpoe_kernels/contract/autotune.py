@@ -1,13 +1,16 @@
-"""Chooses how a contraction is computed: few FLOPs first, then time the best of them once, and keep the fastest.
+"""Chooses how a contraction is computed: few FLOPs first, then time the best of them once, and keep
+the fastest.
 
-The strategies of a contraction are ranked by their exact FLOPs, and the backends that can run it by a fixed order of
-preference. The first time a problem is seen, the two best strategies are timed with the two best backends on tensors of
-the same sizes; the fastest is kept in memory and in a file (`mpoe_kernels.contract.kept`).
+The strategies of a contraction are ranked by their exact FLOPs, and the backends that can run it by
+a fixed order of preference. The first time a problem is seen, the two best strategies are timed
+with the two best backends on tensors of the same sizes; the fastest is kept in memory and in a file
+(`mpoe_kernels.contract.kept`).
 
 Nothing is timed, and the first of the ranking runs, where results must not depend on a clock: after
-``torch.use_deterministic_algorithms(True)``, while a graph is traced, exported or captured, with several ranks of
-``torch.distributed``, and with ``MPOE_AUTOTUNE=0``. `choices` gives what was chosen to a checkpoint or to other ranks;
-`adopt` takes it over, before any timing. A deterministic program ranks alone, whatever was adopted.
+``torch.use_deterministic_algorithms(True)``, while a graph is traced, exported or captured, with
+several ranks of ``torch.distributed``, and with ``MPOE_AUTOTUNE=0``. `choices` gives what was
+chosen to a checkpoint or to other ranks; `adopt` takes it over, before any timing. A deterministic
+program ranks alone, whatever was adopted.
 """
 
 from __future__ import annotations
@@ -34,12 +37,16 @@ from mpoe_kernels.native_library import NATIVE_LIBRARY
 from mpoe_kernels.version import __version__
 
 SETTING = "MPOE_AUTOTUNE"
-# Most rows and FLOPs of a timed call, of each CPU thread and of a GPU. The FLOPs are the best strategy's.
+# Most rows and FLOPs of a timed call, of each CPU thread and of a GPU. The FLOPs are the best
+# strategy's.
 ROWS, FLOPS = {"cpu": 256, "cuda": 16384}, {"cpu": 2e9, "cuda": 2e12}
 SECONDS, MOST_ROUNDS = 0.2, 20  # of all interleaved repetitions together
-# A strategy of this many times the fewest FLOPs is not timed, a candidate this many times as slow is not repeated.
+# A strategy of this many times the fewest FLOPs is not timed, a candidate this many times as slow
+# is not repeated.
 MOST_FLOPS, HOPELESS = 8, 2.5
-MOST_BYTES = 1 << 28  # of rebuilt weights and rows of a timed candidate, unless the first of the ranking holds more
+MOST_BYTES = (
+    1 << 28
+)  # of rebuilt weights and rows of a timed candidate, unless the first of the ranking holds more
 _LOG = logging.getLogger(__name__)
 
 
@@ -47,15 +54,20 @@ _LOG = logging.getLogger(__name__)
 Example = Callable[[Problem, int, int], Any]
 EXAMPLES: dict[str, Example] = {}
 
-# Keyed by everything a choice depends on, with the sizes of the blocks: repeated calls look up once.
+# Keyed by everything a choice depends on, with the sizes of the blocks: repeated calls look up
+# once.
 _CHOSEN: dict[tuple[Any, ...], tuple[Candidate, BlockDims]] = {}
 _MOST_CHOSEN = 8192
 _MADE: dict[str, str] = {}  # key text -> "backend name": what `choices` returns
 _TIMED: dict[str, str] = {}
 _ADOPTED: dict[str, str] = {}
-_ADOPTED_BY_RANKS: dict[str, str] = {}  # by the problem alone: ranks on unlike machines must not differ
+_ADOPTED_BY_RANKS: dict[
+    str, str
+] = {}  # by the problem alone: ranks on unlike machines must not differ
 _LOCK = threading.RLock()
-_has_ranks: Callable[[], bool] = torch.distributed.is_initialized if torch.distributed.is_available() else bool
+_has_ranks: Callable[[], bool] = (
+    torch.distributed.is_initialized if torch.distributed.is_available() else bool
+)
 
 
 def several_ranks() -> bool:
@@ -73,13 +85,15 @@ if hasattr(os, "register_at_fork"):  # another thread of the parent may have bee
 
 
 def choices() -> dict[str, str]:
-    """Everything that this process has chosen or adopted so far: what was solved where -> ``"backend candidate"``."""
+    """Everything that this process has chosen or adopted so far: what was solved where ->
+    ``"backend candidate"``."""
     with _LOCK:
         return {**_ADOPTED, **_MADE}
 
 
 def adopt(choices: Mapping[str, str]) -> None:
-    """Take over choices of another process, before any timing; those that cannot run here are ignored.
+    """Take over choices of another process, before any timing; those that cannot run here are
+    ignored.
 
     Args:
         choices: as `choices` returned them.
@@ -88,7 +102,9 @@ def adopt(choices: Mapping[str, str]) -> None:
         TypeError: no mapping of strings to strings.
     """
     if not isinstance(choices, Mapping):
-        raise TypeError(f"choices must be a mapping of strings to strings; got {type(choices).__name__}")
+        raise TypeError(
+            f"choices must be a mapping of strings to strings; got {type(choices).__name__}"
+        )
     for key, value in choices.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise TypeError(f"choices must map strings to strings; got {key!r}: {value!r}")
@@ -107,7 +123,8 @@ def forget() -> None:
 
 
 def _key(problem: Problem) -> str:
-    """Everything that a time depends on, as text: the machine, the versions, the kernels' build, the problem."""
+    """Everything that a time depends on, as text: the machine, the versions, the kernels' build,
+    the problem."""
     if problem.device_type == "cuda":
         library = CUDA_LIBRARY
         capability = torch.cuda.get_device_capability(problem.device)
@@ -116,14 +133,20 @@ def _key(problem: Problem) -> str:
         library = NATIVE_LIBRARY
         isa = library.info.get("isa_used", "no native kernels")
         threads = torch.get_num_threads()
-        machine = f"{processor_name()}, {isa}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
+        machine = (
+            f"{processor_name()}, {isa}, {torch.backends.cpu.get_cpu_capability()}, "
+            f"{threads} threads"
+        )
     build = library.info.get("build", "")
     return f"{machine} | torch {torch.__version__}, mpoe {__version__} {build} | {problem}"
 
 
 def is_traced() -> bool:
-    """Whether a graph is being made, whose results must not depend on when it is made, and which must not wait."""
-    return torch.compiler.is_compiling() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    """Whether a graph is being made, whose results must not depend on when it is made, and which
+    must not wait."""
+    return torch.compiler.is_compiling() or (
+        torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    )
 
 
 def _may_time(problem: Problem) -> bool:
@@ -137,13 +160,18 @@ def _may_time(problem: Problem) -> bool:
 
 
 def _timed_sizes(problem: Problem) -> tuple[int, int]:
-    """Experts and slots of a timed call: so few experts that it is short, with all their rows up to a limit.
+    """Experts and slots of a timed call: so few experts that it is short, with all their rows up to
+    a limit.
 
     At least as many experts as threads, over which some kernels divide their work.
     """
     kind, experts = problem.device_type, problem.num_experts
     threads = torch.get_num_threads() if kind == "cpu" else 1
-    share = min(1.0, FLOPS[kind] * threads / max(1, problem.plans()[0].flops), ROWS[kind] * threads / problem.slots)
+    share = min(
+        1.0,
+        FLOPS[kind] * threads / max(1, problem.plans()[0].flops),
+        ROWS[kind] * threads / problem.slots,
+    )
     fewer = min(experts, max(threads, int(experts * share)))
     return fewer, min(math.ceil(problem.slots * fewer / experts), max(ROWS[kind] * threads, fewer))
 
@@ -168,7 +196,10 @@ def _seconds(runs: Sequence[Callable[[], object]], device: str) -> list[float]:
     for k in range(len(runs)):
         try:
             found[k] = sample(k)  # compiles, and brings in memory what later ones find there
-        except (RuntimeError, MemoryError) as error:  # too little memory, or a kernel that this device refuses
+        except (
+            RuntimeError,
+            MemoryError,
+        ) as error:  # too little memory, or a kernel that this device refuses
             _LOG.info("a candidate failed when it was timed: %s", error)
         else:
             able.append(k)
@@ -190,7 +221,9 @@ def _fastest(problem: Problem, able: list[Candidate]) -> Candidate:
     held = {name: plan.temporary_bytes + plan.activation_bytes for name, plan in plans.items()}
     first = able[0].strategy
     flops, memory = MOST_FLOPS * whole[first], max(MOST_BYTES, held[first])
-    listed = [c for c in shortlist(able) if whole[c.strategy] <= flops and held[c.strategy] <= memory]
+    listed = [
+        c for c in shortlist(able) if whole[c.strategy] <= flops and held[c.strategy] <= memory
+    ]
     if len(listed) == 1:
         return listed[0]
     experts, slots = _timed_sizes(problem)
@@ -200,7 +233,10 @@ def _fastest(problem: Problem, able: list[Candidate]) -> Candidate:
         runs = [partial(each.run, replace(call, strategy=each.strategy)) for each in listed]
         seconds = _seconds(runs, problem.device)
     part = {plan.strategy: plan.flops for plan in sample.plans()}
-    scaled = [s * whole[c.strategy] / max(1, part[c.strategy]) for s, c in zip(seconds, listed, strict=True)]
+    scaled = [
+        s * whole[c.strategy] / max(1, part[c.strategy])
+        for s, c in zip(seconds, listed, strict=True)
+    ]
     return listed[scaled.index(min(scaled))]
 
 
@@ -209,10 +245,12 @@ def _named(value: str | None, able: list[Candidate]) -> Candidate | None:
 
 
 def resolve_contraction(problem: Problem) -> Candidate:
-    """What runs: adopted, kept or timed now, or the first of the ranking where nothing may be timed.
+    """What runs: adopted, kept or timed now, or the first of the ranking where nothing may be
+    timed.
 
     Raises:
-        BackendError: with all reasons, when the named backend or every backend can run no candidate.
+        BackendError: with all reasons, when the named backend or every backend can run no
+            candidate.
     """
     problem = problem.rounded()
     able = rank(problem)
@@ -234,7 +272,8 @@ def resolve_contraction(problem: Problem) -> Candidate:
 
 
 def chosen_for(op: str, call: Any, slots: int, need: Need, keeps: bool) -> Candidate:
-    """The result of `resolve_contraction` for a call of the linear op, whose strategy and dims it sets.
+    """The result of `resolve_contraction` for a call of the linear op, whose strategy and dims it
+    sets.
 
     Args:
         op: one of `mpoe_kernels.backends.CONTRACTIONS`.
@@ -246,14 +285,38 @@ def chosen_for(op: str, call: Any, slots: int, need: Need, keeps: bool) -> Candi
     x, left, central, right = call.x, call.left, call.central, call.right
     on_gpu = x.device.type == "cuda"
     key = (
-        *(op, left.shape, central.shape, right.shape, call.in_features, call.out_features, slots, x.dtype, x.device),
-        *(need, keeps, call.backend, call.strategy, torch.are_deterministic_algorithms_enabled(), _has_ranks()),
-        *(torch.get_num_threads(), on_gpu and torch.backends.cuda.matmul.fp32_precision, *BACKENDS.values()),
+        *(
+            op,
+            left.shape,
+            central.shape,
+            right.shape,
+            call.in_features,
+            call.out_features,
+            slots,
+            x.dtype,
+            x.device,
+        ),
+        *(
+            need,
+            keeps,
+            call.backend,
+            call.strategy,
+            torch.are_deterministic_algorithms_enabled(),
+            _has_ranks(),
+        ),
+        *(
+            torch.get_num_threads(),
+            on_gpu and torch.backends.cuda.matmul.fp32_precision,
+            *BACKENDS.values(),
+        ),
     )
     found = _CHOSEN.get(key)
     if found is None:
         sizes = (call.dims, call.num_experts, slots, x.dtype, str(x.device))
-        found = resolve_contraction(Problem(op, *sizes, need, keeps, call.backend, call.strategy)), call.dims
+        found = (
+            resolve_contraction(Problem(op, *sizes, need, keeps, call.backend, call.strategy)),
+            call.dims,
+        )
         if len(_CHOSEN) >= _MOST_CHOSEN:
             _CHOSEN.clear()
         if not is_traced():

@@ -1,8 +1,8 @@
-"""The file of kept choices: ``$XDG_CACHE_HOME/mpoe/choices.json`` (default ``~/.cache``; without a home, the temporary
-folder).
+"""The file of kept choices: ``$XDG_CACHE_HOME/mpoe/choices.json`` (default ``~/.cache``; without a
+home, the temporary folder).
 
-A file that cannot be read, is damaged or has another format counts as empty, and is replaced where that is possible:
-whatever it held is measured again.
+A file that cannot be read, is damaged or has another format counts as empty, and is replaced where
+that is possible: whatever it held is measured again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _LOG = logging.getLogger(__name__)
 
 
 def choices_file() -> Path:
-    """Where choices are kept: in this user's cache; below the temporary folder for a user without a home."""
+    """Where choices are kept: in this user's cache; below the temporary folder for a user without a
+    home."""
     base, home = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~")
     if not os.path.isabs(base):  # the specification ignores relative paths
         # Without HOME and with an unknown user, as in containers, there is no home.
@@ -35,10 +36,18 @@ def choices_file() -> Path:
 
 @lru_cache(maxsize=1)
 def processor_name() -> str:
-    """Model of this machine's processor, as the system names it; a virtual machine's may be short."""
+    """Model of this machine's processor, as the system names it; a virtual machine's may be
+    short."""
     try:
         info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        return next((line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")), "")
+        return next(
+            (
+                line.split(":", 1)[1].strip()
+                for line in info.splitlines()
+                if line.startswith("model name")
+            ),
+            "",
+        )
     except OSError:  # not Linux
         return platform.processor()
 
@@ -48,7 +57,8 @@ def read_json(path: Path) -> Any:
 
     Raises:
         OSError: a file that cannot be read.
-        ValueError: not a regular file (reading a pipe would wait for a writer), too large, or not JSON.
+        ValueError: not a regular file (reading a pipe would wait for a writer), too large, or not
+            JSON.
     """
     try:
         found = path.stat()

@@ -1,10 +1,12 @@
-"""Orders of contracting {x, left, central, right}: sizes, FLOPs and the cheapest order inside each strategy.
+"""Orders of contracting {x, left, central, right}: sizes, FLOPs and the cheapest order inside each
+strategy.
 
-The blocks ``L [iL, jL, a]``, ``C [a, iC, jC, b]``, ``R [b, iR, jR]`` and the rows ``x [n, iL, iC, iR]`` form a
-network in which every index joins two tensors or is an index of the result ``y [n, jL, jC, jR]``. So contracting two
-tensors costs one multiply-add for each element of the union of their indices, and the result has the symmetric
-difference (Smith and Gray, "opt_einsum", JOSS 2018, count the same way). Nothing here depends on the number of rows:
-all orders of a strategy scale with it in the same way.
+The blocks ``L [iL, jL, a]``, ``C [a, iC, jC, b]``, ``R [b, iR, jR]`` and the rows ``x [n, iL, iC,
+iR]`` form a network in which every index joins two tensors or is an index of the result ``y [n, jL,
+jC, jR]``. So contracting two tensors costs one multiply-add for each element of the union of their
+indices, and the result has the symmetric difference (Smith and Gray, "opt_einsum", JOSS 2018, count
+the same way). Nothing here depends on the number of rows: all orders of a strategy scale with it in
+the same way.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ import torch
 
 from mpoe_kernels.mpo.shape import MPOShape
 
-# Axes of the blocks and of what is built from them, in memory order. "LC" and "CR" are half-built weights, "W" is the
-# whole one.
+# Axes of the blocks and of what is built from them, in memory order. "LC" and "CR" are half-built
+# weights, "W" is the whole one.
 AXES = {
     "L": ("iL", "jL", "a"),
     "C": ("a", "iC", "jC", "b"),
@@ -34,8 +36,9 @@ X_INDICES = frozenset(X_AXES)
 
 STRATEGIES = ("rebuild", "half_left", "half_right", "chain", "separable")
 SEPARABLE_ORDER = ("L", "C", "R")
-# A chain writes the rows between two operands and copies them into the order that the next one needs. An element takes
-# as long as about this many FLOPs on a core; on a GPU, whose arithmetic is faster still, as long as more.
+# A chain writes the rows between two operands and copies them into the order that the next one
+# needs. An element takes as long as about this many FLOPs on a core; on a GPU, whose arithmetic is
+# faster still, as long as more.
 MOVE_FLOPS = 150
 
 
@@ -55,9 +58,15 @@ class BlockDims(NamedTuple):
 
     @classmethod
     def of_blocks(
-        cls, left: torch.Tensor, central: torch.Tensor, right: torch.Tensor, in_features: int, out_features: int
+        cls,
+        left: torch.Tensor,
+        central: torch.Tensor,
+        right: torch.Tensor,
+        in_features: int,
+        out_features: int,
     ) -> BlockDims:
-        """Sizes of ``left [E, iL, jL, a]``, ``central [a, iC, jC, b]``, ``right [E, b, iR, jR]``."""
+        """Sizes of ``left [E, iL, jL, a]``, ``central [a, iC, jC, b]``, ``right [E, b, iR,
+        jR]``."""
         _, rows_l, cols_l, a = left.shape
         _, rows_c, cols_c, b = central.shape
         _, _, rows_r, cols_r = right.shape
@@ -66,10 +75,13 @@ class BlockDims(NamedTuple):
     @classmethod
     def of_shape(cls, shape: MPOShape) -> BlockDims:
         """Sizes of the blocks of a shape."""
-        return cls(**shape.block_dims, in_features=shape.in_features, out_features=shape.out_features)
+        return cls(
+            **shape.block_dims, in_features=shape.in_features, out_features=shape.out_features
+        )
 
     def elements(self, indices: frozenset[str]) -> int:
-        """Product of the sizes of ``indices``: elements of a tensor, or multiply-adds of a contraction."""
+        """Product of the sizes of ``indices``: elements of a tensor, or multiply-adds of a
+        contraction."""
         return math.prod(getattr(self, index) for index in indices)
 
     @property
@@ -84,22 +96,26 @@ class BlockDims(NamedTuple):
     @property
     @lru_cache  # noqa: B019 (of few sizes, no larger than their key; every call that rebuilds asks)
     def left_first(self) -> bool:
-        """Whether rebuilding should contract left with central before right (because that is cheaper)."""
+        """Whether rebuilding should contract left with central before right (because that is
+        cheaper)."""
         return _rebuild_flops(self, True) <= _rebuild_flops(self, False)
 
     @property
     def half_left_order(self) -> tuple[str, ...]:
-        """Order in which x is multiplied by ``LC`` and ``R``: ``("LC", "R")`` or ``("R", "LC")``."""
+        """Order in which x is multiplied by ``LC`` and ``R``: ``("LC", "R")`` or ``("R",
+        "LC")``."""
         return _cheapest_order(self, ("LC", "R"))
 
     @property
     def half_right_order(self) -> tuple[str, ...]:
-        """Order in which x is multiplied by ``L`` and ``CR``: ``("L", "CR")`` or ``("CR", "L")``."""
+        """Order in which x is multiplied by ``L`` and ``CR``: ``("L", "CR")`` or ``("CR",
+        "L")``."""
         return _cheapest_order(self, ("L", "CR"))
 
     @property
     def chain_order(self) -> tuple[str, ...]:
-        """Order in which x is multiplied by ``L``, ``C`` and ``R``: the cheapest of six, moves of the rows included."""
+        """Order in which x is multiplied by ``L``, ``C`` and ``R``: the cheapest of six, moves of
+        the rows included."""
         return _cheapest_order(self, SEPARABLE_ORDER, MOVE_FLOPS)
 
     @property
@@ -109,18 +125,21 @@ class BlockDims(NamedTuple):
 
 
 def exchanged(dims: BlockDims) -> BlockDims:
-    """The problem with rows and columns of the weight exchanged, for products with gradients of y."""
+    """The problem with rows and columns of the weight exchanged, for products with gradients of
+    y."""
     d = dims
     return BlockDims(d.jL, d.iL, d.a, d.jC, d.iC, d.b, d.jR, d.iR, d.out_features, d.in_features)
 
 
 def meets_half_first(dims: BlockDims, strategy: str) -> bool:
-    """Whether the order of a half strategy meets the half-built weight before the remaining block."""
+    """Whether the order of a half strategy meets the half-built weight before the remaining
+    block."""
     return "C" in (dims.half_right_order if strategy == "half_right" else dims.half_left_order)[0]
 
 
 def expected_busy_experts(num_experts: int, slots: int) -> int:
-    """Expected number of experts that get at least one of ``slots`` under uniform random routing, rounded."""
+    """Expected number of experts that get at least one of ``slots`` under uniform random routing,
+    rounded."""
     if slots == 0:
         return 0
     return max(1, round(num_experts * (1 - (1 - 1 / num_experts) ** slots)))
@@ -155,7 +174,8 @@ def merge_flops(dims: BlockDims, first: str, second: str) -> int:
 
 @lru_cache(maxsize=4096)
 def applications(dims: BlockDims, order: tuple[str, ...]) -> tuple[Application, ...]:
-    """The products of x with the operands in ``order``; together the operands make the whole weight."""
+    """The products of x with the operands in ``order``; together the operands make the whole
+    weight."""
     if order == ("W",):  # the whole weight is cropped to its true size before it is used
         i, f = dims.in_features, dims.out_features
         return (Application("W", i, f, 1, f, i),)
@@ -175,12 +195,16 @@ def order_flops(dims: BlockDims, order: tuple[str, ...]) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _cheapest_order(dims: BlockDims, operands: tuple[str, ...], move_flops: int = 0) -> tuple[str, ...]:
-    """The order with the fewest FLOPs per row, and ``move_flops`` for every element of the rows between two operands;
-    on ties the first one listed."""
+def _cheapest_order(
+    dims: BlockDims, operands: tuple[str, ...], move_flops: int = 0
+) -> tuple[str, ...]:
+    """The order with the fewest FLOPs per row, and ``move_flops`` for every element of the rows
+    between two operands; on ties the first one listed."""
 
     def cost(order: tuple[str, ...]) -> int:
-        return order_flops(dims, order) + move_flops * sum(s.after for s in applications(dims, order)[:-1])
+        return order_flops(dims, order) + move_flops * sum(
+            s.after for s in applications(dims, order)[:-1]
+        )
 
     return min(permutations(operands), key=cost)
 

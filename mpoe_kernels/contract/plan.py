@@ -1,8 +1,8 @@
 """What to compute, from sizes alone: every strategy's FLOPs and memory, fewest FLOPs first.
 
-These are exact counts of a strategy's products, each computed once; to stay within two weights' memory, a kernel may
-compute one again, as eager's `rebuild` does. Nothing here knows backends or devices; `mpoe_kernels.contract.autotune`
-chooses what runs among the first of these strategies.
+These are exact counts of a strategy's products, each computed once; to stay within two weights'
+memory, a kernel may compute one again, as eager's `rebuild` does. Nothing here knows backends or
+devices; `mpoe_kernels.contract.autotune` chooses what runs among the first of these strategies.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ from functools import lru_cache
 
 import torch
 
-from mpoe_kernels.contract.orders import INDICES, STRATEGIES, BlockDims, applications, expected_busy_experts
+from mpoe_kernels.contract.orders import (
+    INDICES,
+    STRATEGIES,
+    BlockDims,
+    applications,
+    expected_busy_experts,
+)
 from mpoe_kernels.contract.program import (
     ALL_GRADIENTS,
     MERGE,
@@ -71,8 +77,11 @@ class Contraction:
         return self.device.partition(":")[0]
 
 
-def _product_flops(product: Product, program: Program, dims: BlockDims, busy: int, slots: int) -> int:
-    """FLOPs of one product for so many slots of so many experts; a whole weight has its true size."""
+def _product_flops(
+    product: Product, program: Program, dims: BlockDims, busy: int, slots: int
+) -> int:
+    """FLOPs of one product for so many slots of so many experts; a whole weight has its true
+    size."""
     kind, result, first, second, _ = product
     of_weight = "W" in (value_of(second), value_of(result)) and kind != MERGE
     axes = frozenset(program.axes[first]) | frozenset(program.axes[second])
@@ -81,7 +90,8 @@ def _product_flops(product: Product, program: Program, dims: BlockDims, busy: in
 
 
 def _temporary_elements(dims: BlockDims, strategy: str, phase: str, need: Need) -> int:
-    """Peak of weights: W together with the half that it is built from; a half together with its gradient."""
+    """Peak of weights: W together with the half that it is built from; a half together with its
+    gradient."""
     if strategy == "rebuild":
         return dims.weight_elements + dims.elements(INDICES["LC" if dims.left_first else "CR"])
     if strategy in ("half_left", "half_right"):
@@ -91,7 +101,8 @@ def _temporary_elements(dims: BlockDims, strategy: str, phase: str, need: Need) 
 
 
 def _activation_elements(dims: BlockDims, strategy: str) -> int:
-    """Intermediate rows per slot: the largest pair of consecutive ones, where one is computed from the other."""
+    """Intermediate rows per slot: the largest pair of consecutive ones, where one is computed from
+    the other."""
     _, order = recipe(dims, strategy)
     between = [step.after for step in applications(dims, order)[:-1]]
     if not between:
@@ -131,7 +142,9 @@ def contraction(
         dtype=dtype,
         need=need,
         flops=flops,
-        temporary_bytes=_temporary_elements(dims, strategy, phase, need) * dtype.itemsize if slots else 0,
+        temporary_bytes=_temporary_elements(dims, strategy, phase, need) * dtype.itemsize
+        if slots
+        else 0,
         activation_bytes=_activation_elements(dims, strategy) * slots * dtype.itemsize,
         device=device,
         keeps=keeps,
@@ -139,7 +152,8 @@ def contraction(
 
 
 def candidate_strategies(dims: BlockDims) -> Iterator[str]:
-    """Strategies worth considering for a shape: a separable shape's chain is called ``separable``."""
+    """Strategies worth considering for a shape: a separable shape's chain is called
+    ``separable``."""
     for strategy in STRATEGIES:
         if strategy != ("chain" if dims.is_separable else "separable"):
             yield strategy
@@ -156,8 +170,8 @@ def contractions(
     device: str = "cpu",
     keeps: bool = False,
 ) -> tuple[Contraction, ...]:
-    """Every strategy of one phase whose temporary weights stay within two experts' weights, fewest FLOPs first; with
-    the same FLOPs, in the order of `STRATEGIES`.
+    """Every strategy of one phase whose temporary weights stay within two experts' weights, fewest
+    FLOPs first; with the same FLOPs, in the order of `STRATEGIES`.
 
     Args:
         dims: sizes of the blocks.
@@ -248,14 +262,22 @@ class ContractionPlan:
 
     @property
     def temporary_bytes(self) -> int:
-        """Largest weight memory alive at once besides the blocks: never above two experts' weights."""
+        """Largest weight memory alive at once besides the blocks: never above two experts'
+        weights."""
         return max(phase.temporary_bytes for phase in self.phases)
 
     @property
     def dense_flops(self) -> int:
-        """FLOPs of a dense layer on the same rows, forward, or forward and backward when training."""
+        """FLOPs of a dense layer on the same rows, forward, or forward and backward when
+        training."""
         rows = self.num_tokens * self.top_k
-        return 2 * self.shape.in_features * self.shape.out_features * rows * (3 if self.training else 1)
+        return (
+            2
+            * self.shape.in_features
+            * self.shape.out_features
+            * rows
+            * (3 if self.training else 1)
+        )
 
     @property
     def x_dense(self) -> float:
@@ -266,23 +288,36 @@ class ContractionPlan:
         """Every strategy's FLOPs and memory, the best first: what `mpoe_kernels` chooses from."""
         what = "forward and backward" if self.training else "forward"
         masked = ", central gradient masked" if self.training and self.mask_central else ""
-        size = f"{self.shape.in_features} x {self.shape.out_features}, {str(self.dtype).removeprefix('torch.')}"
+        size = (
+            f"{self.shape.in_features} x {self.shape.out_features}, "
+            f"{str(self.dtype).removeprefix('torch.')}"
+        )
         busy = self.forward.busy_experts
         lines = [
-            f"{size}; {self.num_experts:,} experts ({busy:,} expected busy), {self.parameters:,} parameters, "
+            f"{size}; {self.num_experts:,} experts ({busy:,} expected busy), {self.parameters:,} "
+            "parameters, "
             f"{self.num_tokens:,} tokens x top-{self.top_k}; {what}{masked}",
-            f"in all {format_flops(self.flops)} ({self.x_dense:.3g} x dense), {format_bytes(self.temporary_bytes)} of "
+            f"in all {format_flops(self.flops)} ({self.x_dense:.3g} x dense), "
+            f"{format_bytes(self.temporary_bytes)} of "
             "temporary weights",
         ]
         for ranked in self.ranked:
             rows = [(f"{ranked[0].phase}", "rows meet", "work", "temporary")]
             rows += [
-                (c.strategy, ", ".join(c.order), format_flops(c.flops), format_bytes(c.temporary_bytes)) for c in ranked
+                (
+                    c.strategy,
+                    ", ".join(c.order),
+                    format_flops(c.flops),
+                    format_bytes(c.temporary_bytes),
+                )
+                for c in ranked
             ]
             widths = [max(len(row[k]) for row in rows) for k in range(4)]
             for row in rows:  # words to the left, numbers to the right
                 cells = enumerate(zip(row, widths, strict=True))
-                lines.append("  ".join(["", *(c.ljust(w) if k < 2 else c.rjust(w) for k, (c, w) in cells)]))
+                lines.append(
+                    "  ".join(["", *(c.ljust(w) if k < 2 else c.rjust(w) for k, (c, w) in cells)])
+                )
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -305,11 +340,13 @@ def plan_contraction(
     training: bool = False,
     mask_central: bool = False,
 ) -> ContractionPlan:
-    """Rank the strategies for contracting ``num_tokens * top_k`` rows with ``num_experts`` experts of ``shape``.
+    """Rank the strategies for contracting ``num_tokens * top_k`` rows with ``num_experts`` experts
+    of ``shape``.
 
-    The ops rank in the same way whenever they run, and time the first two with the backends that are here once, see
-    `mpoe_kernels.contract.autotune`; in compiled graphs they are opaque, so one graph serves any number of rows. This
-    function shows the ranking; it is plain Python, for use outside graphs.
+    The ops rank in the same way whenever they run, and time the first two with the backends that
+    are here once, see `mpoe_kernels.contract.autotune`; in compiled graphs they are opaque, so one
+    graph serves any number of rows. This function shows the ranking; it is plain Python, for use
+    outside graphs.
 
     Args:
         shape: shape of the matrix.
@@ -324,19 +361,27 @@ def plan_contraction(
         A frozen, printable plan.
 
     Raises:
-        TypeError, ValueError: a shape that is no `MPOShape`, counts that are not positive integers (tokens: negative),
-            a dtype that is not a floating ``torch.dtype``.
+        TypeError, ValueError: a shape that is no `MPOShape`, counts that are not positive integers
+            (tokens: negative), a dtype that is not a floating ``torch.dtype``.
     """
     if not isinstance(shape, MPOShape):
         raise TypeError(f"shape must be an MPOShape; got {type(shape).__name__}")
-    for name, value, least in (("num_experts", num_experts, 1), ("num_tokens", num_tokens, 0), ("top_k", top_k, 1)):
+    for name, value, least in (
+        ("num_experts", num_experts, 1),
+        ("num_tokens", num_tokens, 0),
+        ("top_k", top_k, 1),
+    ):
         _check_count(name, value, least)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating torch.dtype; got {dtype!r}")
     dims = BlockDims.of_shape(shape)
     need = (True, True, not mask_central, True)
-    ranked = [contractions(dims, num_experts, num_tokens * top_k, dtype, phase, need) for phase in PHASES]
-    if training and dims.is_separable:  # whose forward saves its central step's result for the backward
+    ranked = [
+        contractions(dims, num_experts, num_tokens * top_k, dtype, phase, need) for phase in PHASES
+    ]
+    if (
+        training and dims.is_separable
+    ):  # whose forward saves its central step's result for the backward
         ranked[0] = tuple(c for c in ranked[0] if c.strategy == "separable")
     return ContractionPlan(
         shape=shape,

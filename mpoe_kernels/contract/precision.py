@@ -5,9 +5,11 @@ from torch import Tensor
 
 
 def may_round_to_tf32(dtype: torch.dtype) -> bool:
-    """Whether PyTorch may round the factors of a product to TF32 on a GPU, whichever setting was used.
+    """Whether PyTorch may round the factors of a product to TF32 on a GPU, whichever setting was
+    used.
 
-    ``torch.backends.cuda.matmul.allow_tf32`` would raise once a program has used PyTorch's newer settings.
+    ``torch.backends.cuda.matmul.allow_tf32`` would raise once a program has used PyTorch's newer
+    settings.
     """
     return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
@@ -16,4 +18,8 @@ def float32_mm(first: Tensor, second: Tensor) -> Tensor:
     """The product, accumulated and returned in float32."""
     if first.dtype == torch.float32:
         return first @ second
-    return first.float() @ second.float() if first.is_cpu else torch.mm(first, second, out_dtype=torch.float32)
+    return (
+        first.float() @ second.float()
+        if first.is_cpu
+        else torch.mm(first, second, out_dtype=torch.float32)
+    )

@@ -1,10 +1,12 @@
 """What a strategy computes, as a value: products of named tensors, in order.
 
-A program is made once from sizes. Its FLOPs are counted product by product (`mpoe_kernels.contract.plan`), and backends
-that compute product by product walk it (`run`), so that there what is counted is what runs.
+A program is made once from sizes. Its FLOPs are counted product by product
+(`mpoe_kernels.contract.plan`), and backends that compute product by product walk it (`run`), so
+that there what is counted is what runs.
 
-Names: ``x``, ``rows1``, ``rows2``, ``y`` are the rows before the first operand, between operands and after the last
-one; ``L C R`` are the blocks, ``LC CR W`` what is built from them; ``d`` before a name is its gradient.
+Names: ``x``, ``rows1``, ``rows2``, ``y`` are the rows before the first operand, between operands
+and after the last one; ``L C R`` are the blocks, ``LC CR W`` what is built from them; ``d`` before
+a name is its gradient.
 """
 
 from __future__ import annotations
@@ -14,7 +16,14 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
-from mpoe_kernels.contract.orders import AXES, SEPARABLE_ORDER, STRATEGIES, X_AXES, Y_AXES, BlockDims
+from mpoe_kernels.contract.orders import (
+    AXES,
+    SEPARABLE_ORDER,
+    STRATEGIES,
+    X_AXES,
+    Y_AXES,
+    BlockDims,
+)
 
 # Which gradients a backward computes: x, left, central, right.
 Need = tuple[bool, bool, bool, bool]
@@ -26,8 +35,8 @@ KEPT = "rows2"
 # What is built from blocks.
 COMPOSITES = ("LC", "CR", "W")
 
-# Kinds of products. Rows meet an operand; rows before and gradients of rows after give an operand's gradient; two
-# operands make a third.
+# Kinds of products. Rows meet an operand; rows before and gradients of rows after give an operand's
+# gradient; two operands make a third.
 ROWS, GRADIENT, MERGE = "rows", "gradient", "merge"
 
 
@@ -35,7 +44,8 @@ class Product(NamedTuple):
     """One contraction of two named tensors over the axes that the result lacks.
 
     Attributes:
-        kind: ``rows`` (rows, operand), ``gradient`` (rows, gradients of rows) or ``merge`` (operand, operand).
+        kind: ``rows`` (rows, operand), ``gradient`` (rows, gradients of rows) or ``merge``
+            (operand, operand).
         result: name of what it makes.
         first, second: names of what it reads.
         last_reads: names that no later product reads.
@@ -93,7 +103,8 @@ def _rows_name(position: int, count: int) -> str:
 
 
 def _axes_of(order: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """Axes of every name: rows keep their remaining axes in front, what an operand brings comes last."""
+    """Axes of every name: rows keep their remaining axes in front, what an operand brings comes
+    last."""
     axes = {**AXES, "x": X_AXES, "y": Y_AXES}
     state: tuple[str, ...] = X_AXES
     for position, operand in enumerate(order[:-1], start=1):
@@ -121,7 +132,8 @@ def _parts(operand: str) -> str:
 def _merge_gradients(merges: tuple[tuple[str, str, str], ...], wanted: set[str]) -> list[Product]:
     """From the gradients of what was built to those of the blocks.
 
-    A plain block's comes first: after it, nobody reads the value of the built one, whose memory can be used again.
+    A plain block's comes first: after it, nobody reads the value of the built one, whose memory can
+    be used again.
     """
     found = []
     for result, first, second in reversed(merges):
@@ -130,15 +142,24 @@ def _merge_gradients(merges: tuple[tuple[str, str, str], ...], wanted: set[str])
                 (first, Product(MERGE, f"d {first}", f"d {result}", second)),
                 (second, Product(MERGE, f"d {second}", first, f"d {result}")),
             ]
-            found += [product for name, product in sorted(pair, key=lambda p: len(p[0])) if name in wanted]
+            found += [
+                product for name, product in sorted(pair, key=lambda p: len(p[0])) if name in wanted
+            ]
     return found
 
 
-def _read_values(merges: tuple[tuple[str, str, str], ...], used: set[str], wanted: set[str]) -> set[str]:
-    """Operands whose values a backward reads: ``used`` by rows, or the other factor in a merge's gradient."""
+def _read_values(
+    merges: tuple[tuple[str, str, str], ...], used: set[str], wanted: set[str]
+) -> set[str]:
+    """Operands whose values a backward reads: ``used`` by rows, or the other factor in a merge's
+    gradient."""
     for result, first, second in reversed(merges):
         if result in wanted:
-            used = used | ({second} if first in wanted else set()) | ({first} if second in wanted else set())
+            used = (
+                used
+                | ({second} if first in wanted else set())
+                | ({first} if second in wanted else set())
+            )
     for result, first, second in reversed(merges):
         if result in used:
             used = used | {first, second}
@@ -146,9 +167,11 @@ def _read_values(merges: tuple[tuple[str, str, str], ...], used: set[str], wante
 
 
 @lru_cache(maxsize=4096)
-def recipe(dims: BlockDims, strategy: str) -> tuple[tuple[tuple[str, str, str], ...], tuple[str, ...]]:
-    """``(merges, order)``: what a strategy builds once per expert, as (result, first, second), and what x is then
-    multiplied by.
+def recipe(
+    dims: BlockDims, strategy: str
+) -> tuple[tuple[tuple[str, str, str], ...], tuple[str, ...]]:
+    """``(merges, order)``: what a strategy builds once per expert, as (result, first, second), and
+    what x is then multiplied by.
 
     Raises:
         ValueError: an unknown strategy, or ``separable`` for a shape that is not.
@@ -183,7 +206,8 @@ def forward_program(dims: BlockDims, strategy: str) -> Program:
 
 @lru_cache(maxsize=8192)
 def backward_program(dims: BlockDims, strategy: str, need: Need, kept: bool) -> Program:
-    """The gradients in ``need`` from ``d y``: rows that are read are computed again, those of the forward come back.
+    """The gradients in ``need`` from ``d y``: rows that are read are computed again, those of the
+    forward come back.
 
     Args:
         dims: sizes of the blocks.
@@ -198,28 +222,39 @@ def backward_program(dims: BlockDims, strategy: str, need: Need, kept: bool) -> 
     wanted = {operand for operand in AXES if needed & set(_parts(operand))}
     before_needed = [need[0] or any(o in wanted for o in order[:k]) for k in range(count)]
     given = {2} if kept else set()
-    recomputed = max((k for k in range(1, count) if order[k] in wanted and k not in given), default=0)
+    recomputed = max(
+        (k for k in range(1, count) if order[k] in wanted and k not in given), default=0
+    )
     used = {operand for k, operand in enumerate(order) if before_needed[k] or k < recomputed}
     values = _read_values(merges, used, wanted)
     products = [Product(MERGE, *merge) for merge in merges if merge[0] in values]
-    again = [Product(ROWS, _rows_name(k + 1, count), _rows_name(k, count), order[k]) for k in range(recomputed)]
+    again = [
+        Product(ROWS, _rows_name(k + 1, count), _rows_name(k, count), order[k])
+        for k in range(recomputed)
+    ]
     # The rows that only C's gradient reads come last, beside what else reads x and L.
     late = again if kept else []
     products += [] if kept else again
     for k in reversed(range(count)):
         after, before = f"d {_rows_name(k + 1, count)}", _rows_name(k, count)
-        # Towards x first: then nobody reads the value of a built operand, whose gradient takes its memory.
+        # Towards x first: then nobody reads the value of a built operand, whose gradient takes its
+        # memory.
         if before_needed[k]:
             products.append(Product(ROWS, f"d {before}", after, order[k]))
         if order[k] in wanted:
-            (late if late and k == 1 else products).append(Product(GRADIENT, f"d {order[k]}", before, after))
+            (late if late and k == 1 else products).append(
+                Product(GRADIENT, f"d {order[k]}", before, after)
+            )
     products += late
     products += _merge_gradients(merges, wanted)
     return Program(strategy, "backward", order, _with_last_reads(products), _axes_of(order))
 
 
-def program_of(dims: BlockDims, strategy: str, phase: str, need: Need = ALL_GRADIENTS, kept: bool = True) -> Program:
-    """The program of a phase. ``kept`` counts only for a separable backward, which alone reads `KEPT`.
+def program_of(
+    dims: BlockDims, strategy: str, phase: str, need: Need = ALL_GRADIENTS, kept: bool = True
+) -> Program:
+    """The program of a phase. ``kept`` counts only for a separable backward, which alone reads
+    `KEPT`.
 
     Raises:
         ValueError: an unknown strategy or phase, or ``separable`` for a shape that is not.
@@ -232,11 +267,12 @@ def program_of(dims: BlockDims, strategy: str, phase: str, need: Need = ALL_GRAD
 
 
 def run(program: Program, chunks: Iterable[Any]) -> None:
-    """Compute all products of a program, for one chunk of experts after the other; a tensor lives until its last reader
-    has run, so no weight of one chunk is alive when the next one's are built.
+    """Compute all products of a program, for one chunk of experts after the other; a tensor lives
+    until its last reader has run, so no weight of one chunk is alive when the next one's are built.
 
-    A chunk has the methods ``given`` (a tensor that is not the result of a product), ``rows``, ``gradient`` and
-    ``merge`` (the kinds of products), in its backend's own representation of tensors.
+    A chunk has the methods ``given`` (a tensor that is not the result of a product), ``rows``,
+    ``gradient`` and ``merge`` (the kinds of products), in its backend's own representation of
+    tensors.
     """
     for chunk in chunks:
         compute = {ROWS: chunk.rows, GRADIENT: chunk.gradient, MERGE: chunk.merge}
@@ -245,6 +281,8 @@ def run(program: Program, chunks: Iterable[Any]) -> None:
             for name in (product.first, product.second):
                 if name not in values:
                     values[name] = chunk.given(name)
-            values[product.result] = compute[product.kind](product, values[product.first], values[product.second])
+            values[product.result] = compute[product.kind](
+                product, values[product.first], values[product.second]
+            )
             for name in product.last_reads:
                 del values[name]

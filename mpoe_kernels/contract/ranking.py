@@ -1,4 +1,5 @@
-"""What can compute a contraction: fewest FLOPs first, then the preferred backend; and which of that is worth timing."""
+"""What can compute a contraction: fewest FLOPs first, then the preferred backend; and which of that
+is worth timing."""
 
 from __future__ import annotations
 
@@ -66,23 +67,36 @@ class Problem(NamedTuple):
 
     def plans(self) -> tuple[Contraction, ...]:
         """Every contraction that solves the problem, fewest FLOPs first."""
-        sizes = (self.dims, self.num_experts, self.slots, self.dtype, CONTRACTIONS[self.op], self.need)
+        sizes = (
+            self.dims,
+            self.num_experts,
+            self.slots,
+            self.dtype,
+            CONTRACTIONS[self.op],
+            self.need,
+        )
         where = (self.device, self.keeps)
         strategy = "separable" if self.keeps else self.strategy
-        return contractions(*sizes, *where) if strategy == AUTO else (contraction(strategy, *sizes, *where),)
+        return (
+            contractions(*sizes, *where)
+            if strategy == AUTO
+            else (contraction(strategy, *sizes, *where),)
+        )
 
     def __str__(self) -> str:
         need, keeps = "".join(str(int(n)) for n in self.need), ", keeps" * self.keeps
         sizes = f"{'x'.join(map(str, self.dims))} E{self.num_experts} N{self.slots}"
         kind = str(self.dtype).removeprefix("torch.") + " tf32" * self.may_round
-        return f"{self.op} {self.device_type} {kind} {sizes} need {need}{keeps}, {self.backend} {self.strategy}"
+        problem = f"{self.op} {self.device_type} {kind} {sizes} need {need}{keeps}"
+        return f"{problem}, {self.backend} {self.strategy}"
 
 
 def rank(problem: Problem) -> list[Candidate]:
     """All candidates: fewest FLOPs first, then the preferred backend.
 
     Raises:
-        BackendError: with all reasons, when the named backend or every backend can run no candidate.
+        BackendError: with all reasons, when the named backend or every backend can run no
+            candidate.
     """
     request = Request(problem.op, problem.device, problem.dtype)
     named = problem.backend != AUTO
@@ -94,22 +108,28 @@ def rank(problem: Problem) -> list[Candidate]:
             if not backend.unsupported_reasons(request):
                 reasons = backend.contraction_reasons(plan)
                 able += [] if reasons else backend.candidates(plan)
-                refused[backend.name] += [reason for reason in reasons if reason not in refused[backend.name]]
+                refused[backend.name] += [
+                    reason for reason in reasons if reason not in refused[backend.name]
+                ]
     if not able:
         if named:
             listing = "; ".join(refused[problem.backend])
             raise BackendError(f"backend {problem.backend!r} cannot run {problem.op}: {listing}")
         listing = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
-        raise BackendError(f"no backend can run {problem.op} on {problem.device_type} {problem.dtype}: {listing}")
+        raise BackendError(
+            f"no backend can run {problem.op} on {problem.device_type} {problem.dtype}: {listing}"
+        )
     if problem.device_type == "cpu":
         return able
-    # Those that wait for the device come last, and only if their backend is named or there are no others.
+    # Those that wait for the device come last, and only if their backend is named or there are no
+    # others.
     going, waiting = ([each for each in able if each.waits == waits] for waits in (False, True))
     return going + waiting if named or not going else going
 
 
 def shortlist(able: Iterable[Candidate]) -> list[Candidate]:
-    """What is timed of a ranking: the first of the first two strategies on the first two backends, then variants."""
+    """What is timed of a ranking: the first of the first two strategies on the first two backends,
+    then variants."""
     groups: dict[tuple[str, str], list[Candidate]] = {}
     strategies: dict[str, None] = {}
     backends: dict[str, None] = {}

@@ -1,9 +1,9 @@
 """Rows of an MPO table.
 
-Row number = (iL, iC, iR). For few rows, the row of left selected by iL is multiplied by the slice of the central block
-selected by iC, then by the slice of right selected by iR. For more rows, central and right are multiplied once for all,
-and the rows of left are multiplied by the slices of that product, pair (iC, iR) by pair. For very many rows the table
-is rebuilt.
+Row number = (iL, iC, iR). For few rows, the row of left selected by iL is multiplied by the slice
+of the central block selected by iC, then by the slice of right selected by iR. For more rows,
+central and right are multiplied once for all, and the rows of left are multiplied by the slices of
+that product, pair (iC, iR) by pair. For very many rows the table is rebuilt.
 """
 
 from __future__ import annotations
@@ -22,18 +22,22 @@ from mpoe_kernels.linear.eager.rows import grouped_mm, grouped_outer
 if TYPE_CHECKING:
     from mpoe_kernels.embedding.op import EmbeddingBackwardCall, EmbeddingCall
 
-# Rows of left gathered at a time: their memory is reused soon, so the system need not clear new pages.
+# Rows of left gathered at a time: their memory is reused soon, so the system need not clear new
+# pages.
 _ELEMENTS = 2**19
 
 
 @lru_cache(maxsize=1024)
 def _way(dims: BlockDims, rows: int, device_type: str = "cpu") -> str:
-    """``gather``, ``pairs`` or ``rebuild``: the fewest FLOPs, without copying more than rebuilding, which holds the
-    table twice. On a GPU ``rebuild``, which alone does not wait for it."""
+    """``gather``, ``pairs`` or ``rebuild``: the fewest FLOPs, without copying more than rebuilding,
+    which holds the table twice. On a GPU ``rebuild``, which alone does not wait for it."""
     d = dims
     if device_type != "cpu":
         return "rebuild"
-    flops = {"rebuild": d.rebuild_flops, "pairs": 2 * d.a * d.jC * d.jR * (d.iC * d.b * d.iR + rows * d.jL)}
+    flops = {
+        "rebuild": d.rebuild_flops,
+        "pairs": 2 * d.a * d.jC * d.jR * (d.iC * d.b * d.iR + rows * d.jL),
+    }
     if rows * d.b * d.jR <= 2 * d.weight_elements:  # a slice of right for every row
         flops["gather"] = 2 * rows * d.jL * d.jC * d.b * (d.a + d.jR)
     return min(flops, key=lambda name: flops[name])
@@ -57,11 +61,14 @@ class _Part(NamedTuple):
 
 
 def _parts(ids: Tensor, dims: BlockDims, pairs: bool) -> Iterator[_Part]:
-    """The tokens grouped by their digit iC, or by (iC, iR); in parts of whole groups, so that their rows stay small."""
+    """The tokens grouped by their digit iC, or by (iC, iR); in parts of whole groups, so that their
+    rows stay small."""
     d = dims
     group = ids % (d.iC * d.iR) if pairs else ids // d.iR % d.iC
     order = torch.argsort(group, stable=True)
-    numbers, counts = (found.tolist() for found in torch.unique_consecutive(group[order], return_counts=True))
+    numbers, counts = (
+        found.tolist() for found in torch.unique_consecutive(group[order], return_counts=True)
+    )
     most = max(1, _ELEMENTS // (d.jL * max(d.a, d.jC * (d.jR if pairs else d.b))))
     first, start = 0, 0
     while first < len(numbers):
@@ -70,12 +77,15 @@ def _parts(ids: Tensor, dims: BlockDims, pairs: bool) -> Iterator[_Part]:
             end, last = end + counts[last], last + 1
         tokens = order[start:end]
         here = ids[tokens]
-        yield _Part(tokens, numbers[first:last], counts[first:last], here // (d.iC * d.iR), here % d.iR)
+        yield _Part(
+            tokens, numbers[first:last], counts[first:last], here // (d.iC * d.iR), here % d.iR
+        )
         first, start = last, end
 
 
 def _slices(central: Tensor, right: Tensor, dims: BlockDims, pairs: bool) -> Tensor:
-    """``[iC, a, jC b]`` of the central block, or ``[iC iR, a, jC jR]`` of its product with right."""
+    """``[iC, a, jC b]`` of the central block, or ``[iC iR, a, jC jR]`` of its product with
+    right."""
     d = dims
     if not pairs:
         return central.transpose(0, 1).reshape(d.iC, d.a, d.jC * d.b)
@@ -88,13 +98,17 @@ def _check_ids(call: EmbeddingCall | EmbeddingBackwardCall) -> None:
     if call.ids.is_cpu and call.ids.numel():
         low, high = (int(v) for v in call.ids.aminmax())
         if low < 0 or high >= call.num_embeddings:
-            raise IndexError(f"ids must lie in 0..{call.num_embeddings - 1}; got {low if low < 0 else high}")
+            raise IndexError(
+                f"ids must lie in 0..{call.num_embeddings - 1}; got {low if low < 0 else high}"
+            )
 
 
 def forward(call: EmbeddingCall) -> Tensor:
     """Computed in the cheapest way."""
     ids, left, central, right = call.ids, call.left[0], call.central, call.right[0]
-    dims = BlockDims.of_blocks(call.left, central, call.right, call.num_embeddings, call.embedding_dim)
+    dims = BlockDims.of_blocks(
+        call.left, central, call.right, call.num_embeddings, call.embedding_dim
+    )
     _check_ids(call)
     way = _way(dims, ids.numel(), ids.device.type)
     if way == "rebuild":
@@ -102,9 +116,13 @@ def forward(call: EmbeddingCall) -> Tensor:
     slices = _slices(central, right, dims, way == "pairs")
     y = left.new_empty(ids.numel(), dims.jL * dims.jC * dims.jR)
     for part in _parts(ids, dims, way == "pairs"):
-        rows = grouped_mm(left[part.left_digit].flatten(0, 1), [slices[n] for n in part.groups], part.counts)
+        rows = grouped_mm(
+            left[part.left_digit].flatten(0, 1), [slices[n] for n in part.groups], part.counts
+        )
         if way == "gather":
-            rows = torch.bmm(rows.view(-1, dims.jL * dims.jC, dims.b), right.transpose(0, 1)[part.right_digit])
+            rows = torch.bmm(
+                rows.view(-1, dims.jL * dims.jC, dims.b), right.transpose(0, 1)[part.right_digit]
+            )
         y.index_copy_(0, part.tokens, rows.view(part.tokens.numel(), -1))
     return y[:, : call.embedding_dim].contiguous()
 
@@ -122,7 +140,9 @@ def backward(call: EmbeddingBackwardCall) -> tuple[Tensor, ...]:
 def _gradients(call: EmbeddingBackwardCall) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Computed in the same way as the forward, for one expert."""
     grad, ids, left, central, right = call.grad, call.ids, call.left[0], call.central, call.right[0]
-    dims = BlockDims.of_blocks(call.left, central, call.right, call.num_embeddings, call.embedding_dim)
+    dims = BlockDims.of_blocks(
+        call.left, central, call.right, call.num_embeddings, call.embedding_dim
+    )
     way = _way(dims, ids.numel(), ids.device.type)
     if way == "rebuild":
         table = Weights(left, dims)

@@ -1,4 +1,5 @@
-"""`mpo_embedding`: lookup of rows in a table stored as an MPO, by PyTorch's operations on every device."""
+"""`mpo_embedding`: lookup of rows in a table stored as an MPO, by PyTorch's operations on every
+device."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ class EmbeddingCall(Differentiable):
 
     Attributes:
         ids: int64 ``[T]``.
-        left, central, right: folded blocks of one expert, ``[1, iL, jL, a]``, ``[a, iC, jC, b]``, ``[1, b, iR, jR]``.
+        left, central, right: folded blocks of one expert, ``[1, iL, jL, a]``, ``[a, iC, jC, b]``,
+            ``[1, b, iR, jR]``.
         num_embeddings, embedding_dim: sizes of the table.
         backend: the requested backend, or ``"auto"``.
     """
@@ -37,7 +39,8 @@ class EmbeddingCall(Differentiable):
 
 @dataclass
 class EmbeddingBackwardCall(EmbeddingCall):
-    """Its kernel returns the gradients of left, central and right; those that are not needed are empty.
+    """Its kernel returns the gradients of left, central and right; those that are not needed are
+    empty.
 
     Attributes: grad: ``[T, embedding_dim]``. need: which gradients are needed.
     """
@@ -64,7 +67,8 @@ def mpo_embedding(ids: Tensor, blocks: MPOBlocks, *, backend: str | None = None)
     """Rows ``ids`` of the table ``[num_embeddings, embedding_dim]`` that ``blocks`` represent.
 
     Args:
-        ids: int32 or int64 of any shape; entries below the true vocabulary size ``blocks.in_features``.
+        ids: int32 or int64 of any shape; entries below the true vocabulary size
+            ``blocks.in_features``.
         blocks: folded cores with E = 1; I is the vocabulary, F the embedding size.
         backend: as in `grouped_mpo_linear`; PyTorch's operations compute every one.
 
@@ -80,7 +84,9 @@ def mpo_embedding(ids: Tensor, blocks: MPOBlocks, *, backend: str | None = None)
     if not isinstance(blocks, MPOBlocks):
         raise TypeError(f"blocks must be MPOBlocks (see fold); got {type(blocks).__name__}")
     if blocks.left.shape[0] != 1:
-        raise ValueError(f"blocks must hold one expert for mpo_embedding; got {blocks.left.shape[0]}")
+        raise ValueError(
+            f"blocks must hold one expert for mpo_embedding; got {blocks.left.shape[0]}"
+        )
     check_same("central", blocks.central, left=blocks.left, right=blocks.right)
     check_device("central", blocks.central, ids=ids)
     flat = ids.reshape(-1).long()

@@ -1,4 +1,5 @@
-"""Plain PyTorch: one expert after the other, each on its own tokens, so that no Inf or NaN of one reaches others.
+"""Plain PyTorch: one expert after the other, each on its own tokens, so that no Inf or NaN of one
+reaches others.
 
 The experts are summed in order, so results do not depend on the distribution of tokens.
 """
@@ -20,9 +21,14 @@ if TYPE_CHECKING:
 
 
 def activate_(name: str, z: Tensor) -> Tensor:
-    """Activation of ``z``; may overwrite it. ``gelu_new`` is `gelu_tanh` bit-identical to Transformers' formula."""
+    """Activation of ``z``; may overwrite it. ``gelu_new`` is `gelu_tanh` bit-identical to
+    Transformers' formula."""
     if name == "gelu_new":
-        return 0.5 * z * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * torch.pow(z, 3.0))))
+        return (
+            0.5
+            * z
+            * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * torch.pow(z, 3.0))))
+        )
     return ACTIVATION[name](z)
 
 
@@ -44,7 +50,8 @@ class Share(NamedTuple):
 
 
 def _shares(gates: Tensor, index: Tensor, experts: int) -> Iterator[Share]:
-    """The experts that have tokens, in order. A token that chose an expert twice counts once, with both gates."""
+    """The experts that have tokens, in order. A token that chose an expert twice counts once, with
+    both gates."""
     numbers = torch.arange(experts, device=index.device)
     gate = gates.new_zeros(gates.shape[0], experts)
     chosen = torch.zeros(gate.shape, dtype=torch.bool, device=index.device)
@@ -66,7 +73,11 @@ def _by_blocks(x: Tensor, blocks: Tensor) -> Tensor:
     groups, size, _ = blocks.shape
     if groups == 1:
         return (x.reshape(-1, size) @ blocks[0]).view(x.shape)
-    return torch.bmm(x.view(len(x), groups, size).transpose(0, 1), blocks).transpose(0, 1).reshape(x.shape)
+    return (
+        torch.bmm(x.view(len(x), groups, size).transpose(0, 1), blocks)
+        .transpose(0, 1)
+        .reshape(x.shape)
+    )
 
 
 def _block_gradient(x: Tensor, grad: Tensor, like: Tensor) -> Tensor:
@@ -74,7 +85,10 @@ def _block_gradient(x: Tensor, grad: Tensor, like: Tensor) -> Tensor:
     groups, size, _ = like.shape
     if groups == 1:
         return (x.reshape(-1, size).T @ grad.reshape(-1, size))[None]
-    return torch.bmm(x.view(len(x), groups, size).permute(1, 2, 0), grad.view(len(x), groups, size).transpose(0, 1))
+    return torch.bmm(
+        x.view(len(x), groups, size).permute(1, 2, 0),
+        grad.view(len(x), groups, size).transpose(0, 1),
+    )
 
 
 def _add(total: Tensor, rows: Tensor | None, value: Tensor) -> Tensor:
@@ -84,12 +98,20 @@ def _add(total: Tensor, rows: Tensor | None, value: Tensor) -> Tensor:
 
 def _total(like: Tensor) -> Tensor:
     """Zeros in a dtype with enough precision for sums over experts."""
-    return torch.zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    return torch.zeros(
+        like.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device
+    )
 
 
 def forward(call: HiddenCall) -> Tensor:
     """See `hidden_experts`."""
-    gates, top_k_index, right, left, bias = call.gates, call.top_k_index, call.right, call.left, call.bias
+    gates, top_k_index, right, left, bias = (
+        call.gates,
+        call.top_k_index,
+        call.right,
+        call.left,
+        call.bias,
+    )
     right_gate, activation = call.right_gate, call.activation
     check_range("top_k_index", top_k_index, -1, right.shape[0] - 1)
     u, u_gate = call.u.contiguous(), None if call.u_gate is None else call.u_gate.contiguous()
@@ -111,7 +133,13 @@ def _with_bias(z: Tensor, bias: Tensor | None, expert: int) -> Tensor:
 
 def backward(call: HiddenBackwardCall) -> tuple[Tensor, ...]:
     """See `HiddenBackwardCall`."""
-    gates, top_k_index, right, left, bias = call.gates, call.top_k_index, call.right, call.left, call.bias
+    gates, top_k_index, right, left, bias = (
+        call.gates,
+        call.top_k_index,
+        call.right,
+        call.left,
+        call.bias,
+    )
     right_gate, activation, grad = call.right_gate, call.activation, call.grad
     u, u_gate = call.u.contiguous(), None if call.u_gate is None else call.u_gate.contiguous()
     inputs, wanted = call.differentiable, call.wanted
@@ -154,4 +182,7 @@ def backward(call: HiddenBackwardCall) -> tuple[Tensor, ...]:
         if need_bias:
             dbias[e] = dz.sum(0)
     sums = (du, dgates, dright, dleft, dbias, du_gate, dright_gate)
-    return tuple(total.to(u.dtype if value is None else value.dtype) for total, value in zip(sums, inputs, strict=True))
+    return tuple(
+        total.to(u.dtype if value is None else value.dtype)
+        for total, value in zip(sums, inputs, strict=True)
+    )

@@ -26,13 +26,26 @@ def reasons(request: Request) -> list[str]:
 
 
 def _inputs(call: HiddenCall) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
-    """Arguments of both passes, and the tensors that they point to, which the caller must keep until the call
-    returns."""
+    """Arguments of both passes, and the tensors that they point to, which the caller must keep
+    until the call returns."""
     (tokens, features), (experts, groups, block, _) = call.u.shape, call.right.shape
     index = dense_index("top_k_index", call.top_k_index)
-    given = {name: getattr(call, name) for name in ("u_gate", "right", "left", "right_gate", "bias")}
-    u_gate, right, left, right_gate, bias = (v if v is None else dense(name, v) for name, v in given.items())
-    kept = dense("u", call.u), u_gate, dense("gates", call.gates).float(), index, right, left, right_gate, bias
+    given = {
+        name: getattr(call, name) for name in ("u_gate", "right", "left", "right_gate", "bias")
+    }
+    u_gate, right, left, right_gate, bias = (
+        v if v is None else dense(name, v) for name, v in given.items()
+    )
+    kept = (
+        dense("u", call.u),
+        u_gate,
+        dense("gates", call.gates).float(),
+        index,
+        right,
+        left,
+        right_gate,
+        bias,
+    )
     sizes = (tokens, features, block, experts, groups, index.shape[1])
     return (name_of(call.u.dtype), call.activation, sizes, [address(each) for each in kept]), kept
 
@@ -60,11 +73,12 @@ def routed(
 ) -> tuple[Tensor, Gating] | None:
     """The router's decision, and `forward` of the chosen experts, in one call.
 
-    While decoding, checking every argument takes longer than computing: invalid arguments are left to the op, which
-    raises the error.
+    While decoding, checking every argument takes longer than computing: invalid arguments are left
+    to the op, which raises the error.
 
     Args:
-        x: the router's tokens ``[T, I]``, where `routing.gating.can_route_natively` holds, for all tensors given here.
+        x: the router's tokens ``[T, I]``, where `routing.gating.can_route_natively` holds, for all
+            tensors given here.
         router_weight: ``[E, I]``.
         top_k: K.
         raw: as in `native_gating`.
@@ -78,7 +92,9 @@ def routed(
     Returns:
         ``o [..., F]`` and the decision; None if the op must be called instead.
     """
-    right, left, right_gate = map(blocks.get, ("right", "left", "right_gate"))  # none where it is parametrized
+    right, left, right_gate = map(
+        blocks.get, ("right", "left", "right_gate")
+    )  # none where it is parametrized
     if right is None or left is None or (u_gate is None) != (right_gate is None):
         return None
     if right.dim() != 4 or right.shape[2] != right.shape[3]:
@@ -95,7 +111,13 @@ def routed(
         return None
     x, router_weight = dense("x", x), dense("weight", router_weight)
     given = (
-        *((u, u.shape), (u_gate, u.shape), (right, right.shape), (left, right.shape), (right_gate, right.shape)),
+        *(
+            (u, u.shape),
+            (u_gate, u.shape),
+            (right, right.shape),
+            (left, right.shape),
+            (right_gate, right.shape),
+        ),
         (bias, (experts, features)),
     )
     for each, shape in given:
@@ -107,8 +129,18 @@ def routed(
     inputs = (u, u_gate, found.top_k_weights, found.top_k_index, right, left, right_gate, bias)
     NATIVE_LIBRARY.functions.routed_hidden_experts(
         *(name_of(x.dtype), name_of(router_weight.dtype), x.shape[1], raw),
-        *(x.data_ptr(), router_weight.data_ptr(), found.logits.data_ptr(), name_of(u.dtype), activation),
-        *((tokens, features, block, experts, groups, top_k), [address(each) for each in inputs], out.data_ptr()),
+        *(
+            x.data_ptr(),
+            router_weight.data_ptr(),
+            found.logits.data_ptr(),
+            name_of(u.dtype),
+            activation,
+        ),
+        *(
+            (tokens, features, block, experts, groups, top_k),
+            [address(each) for each in inputs],
+            out.data_ptr(),
+        ),
     )
     return out, found
 

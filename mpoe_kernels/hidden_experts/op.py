@@ -1,8 +1,9 @@
 """`hidden_experts`: its arguments, kernels and public function.
 
-A feed-forward network is ``act(x C1) C2``. Experts that own blocks only on the hidden side have the weights ``C1 (1_G
-(x) R_e)`` and ``(1_G (x) L_e) C2``: both dense products run once per token, whatever the number of experts, and this op
-computes the part between them. Forward saves its inputs; backward recomputes the hidden activations from ``u``.
+A feed-forward network is ``act(x C1) C2``. Experts that own blocks only on the hidden side have the
+weights ``C1 (1_G (x) R_e)`` and ``(1_G (x) L_e) C2``: both dense products run once per token,
+whatever the number of experts, and this op computes the part between them. Forward saves its
+inputs; backward recomputes the hidden activations from ``u``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ from mpoe_kernels.checks import (
     check_tensor,
     describe,
 )
-from mpoe_kernels.define import Differentiable, backend_kernel, define_differentiable, requested_backend
+from mpoe_kernels.define import (
+    Differentiable,
+    backend_kernel,
+    define_differentiable,
+    requested_backend,
+)
 from mpoe_kernels.hidden_experts import eager, native
 
 # Activation names in Hugging Face configs -> names in the kernels.
@@ -93,14 +99,15 @@ class HiddenCall(Differentiable):
 
     @property
     def kernel_activation(self) -> str:
-        """``gelu_new`` becomes ``gelu_tanh`` where results need not be bit-identical to Transformers' formula."""
+        """``gelu_new`` becomes ``gelu_tanh`` where results need not be bit-identical to
+        Transformers' formula."""
         return "gelu_tanh" if self.activation == "gelu_new" else self.activation
 
 
 @dataclass
 class HiddenBackwardCall(HiddenCall):
-    """A backward pass. Its kernel returns gradients in the order of `differentiable`; gradients that are not needed are
-    empty.
+    """A backward pass. Its kernel returns gradients in the order of `differentiable`; gradients
+    that are not needed are empty.
 
     Attributes: grad: ``[T, F]``. need: which of the gradients are needed.
     """
@@ -119,7 +126,14 @@ _forward = define_differentiable(
     HiddenBackwardCall,
     {op: backend_kernel(op, "u") for op in FUNCTIONS},
     _fake,
-    autocast=("u", "right", "left", "bias", "u_gate", "right_gate"),  # gates keep the router's float32
+    autocast=(
+        "u",
+        "right",
+        "left",
+        "bias",
+        "u_gate",
+        "right_gate",
+    ),  # gates keep the router's float32
 )
 
 
@@ -136,21 +150,23 @@ def hidden_experts(
     right_gate: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """``o[t, g, :] = sum_k gates[t, k] * act(u[t, g, :] R_e + bias_e) L_e`` with ``e = top_k_index[t, k]``.
+    """``o[t, g, :] = sum_k gates[t, k] * act(u[t, g, :] R_e + bias_e) L_e`` with ``e =
+    top_k_index[t, k]``.
 
-    With ``u_gate`` the hidden activation is ``act(u_gate R^gate_e + bias_e) * (u R_e)``. F = G b hidden units form G
-    groups of b consecutive ones. Blocks with G' = 1 are shared by the groups: plain MPO cores. With G' = G each group
-    has its own: a block-diagonal core.
+    With ``u_gate`` the hidden activation is ``act(u_gate R^gate_e + bias_e) * (u R_e)``. F = G b
+    hidden units form G groups of b consecutive ones. Blocks with G' = 1 are shared by the groups:
+    plain MPO cores. With G' = G each group has its own: a block-diagonal core.
 
     Args:
         u: ``[T, F]``, floating: the first dense product, before the activation.
         gates: ``[T, K]``, floating, used as given.
-        top_k_index: int32 or int64 ``[T, K]``, entries in ``-1..E-1``; -1 = no expert. Out of range entries are
-            refused on the CPU.
-        right, left: ``[E, G', b, b]`` or, if shared by the groups, ``[E, b, b]``; both have the same shape.
+        top_k_index: int32 or int64 ``[T, K]``, entries in ``-1..E-1``; -1 = no expert. Out of range
+            entries are refused on the CPU.
+        right, left: ``[E, G', b, b]`` or, if shared by the groups, ``[E, b, b]``; both have the
+            same shape.
         bias: ``[E, F]``, one per expert, added before the activation.
-        activation: ``"relu"``, ``"gelu"``, ``"gelu_new"``, ``"gelu_pytorch_tanh"``, ``"silu"``, ``"swish"`` or
-            ``"none"``.
+        activation: ``"relu"``, ``"gelu"``, ``"gelu_new"``, ``"gelu_pytorch_tanh"``, ``"silu"``,
+            ``"swish"`` or ``"none"``.
         u_gate: ``[T, F]``: the dense product of a gated network that goes through the activation.
         right_gate: as ``right``; given with ``u_gate``.
         backend: name of a backend, or ``None`` / ``"auto"``.
@@ -159,7 +175,8 @@ def hidden_experts(
         ``[T, F]`` in the dtype of ``u``. Differentiable once in every floating argument.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, dtype or device, named with what was expected.
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device, named with
+            what was expected.
         BackendError: the named backend cannot run it.
     """
     right, left = _blocks("right", right), _blocks("left", left)
@@ -170,28 +187,36 @@ def hidden_experts(
     if gates.shape[0] != u.shape[0]:
         raise ValueError(f"gates must be [T, K] with T = {u.shape[0]}; got {describe(gates)}")
     if index.shape != gates.shape:
-        raise ValueError(f"top_k_index must be {list(gates.shape)} like gates; got {describe(top_k_index)}")
+        raise ValueError(
+            f"top_k_index must be {list(gates.shape)} like gates; got {describe(top_k_index)}"
+        )
     features, groups, size = u.shape[1], right.shape[1], right.shape[2]
     if features % size or groups not in (1, features // size):
         raise ValueError(
-            f"right must be [E, G', b, b] with b a divisor of F = {features} and G' = 1 or F / b; got {describe(right)}"
+            f"right must be [E, G', b, b] with b a divisor of F = {features} and G' = 1 or F / b; "
+            f"got {describe(right)}"
         )
     if left.shape != right.shape:
         raise ValueError(f"left must be {list(right.shape)} like right; got {describe(left)}")
     if (u_gate is None) != (right_gate is None):
         given = ["None" if each is None else "a tensor" for each in (u_gate, right_gate)]
         raise ValueError(
-            f"right_gate must be given with u_gate, and only with it; got u_gate {given[0]} and right_gate {given[1]}"
+            f"right_gate must be given with u_gate, and only with it; got u_gate {given[0]} and "
+            f"right_gate {given[1]}"
         )
     if u_gate is not None and right_gate is not None:
         if u_gate.shape != u.shape:
             raise ValueError(f"u_gate must be {list(u.shape)} like u; got {describe(u_gate)}")
         if right_gate.shape != right.shape:
-            raise ValueError(f"right_gate must be {list(right.shape)} like right; got {describe(right_gate)}")
+            raise ValueError(
+                f"right_gate must be {list(right.shape)} like right; got {describe(right_gate)}"
+            )
     if bias is not None:
         check_tensor("bias", bias, ("E", "F"))
         if bias.shape != (right.shape[0], u.shape[1]):
-            raise ValueError(f"bias must be [E, F] = {[right.shape[0], u.shape[1]]}; got {describe(bias)}")
+            raise ValueError(
+                f"bias must be [E, F] = {[right.shape[0], u.shape[1]]}; got {describe(bias)}"
+            )
     check_choice("activation", activation, ACTIVATIONS)
     check_same("u", u, right=right, left=left, bias=bias, u_gate=u_gate, right_gate=right_gate)
     check_device("u", u, gates=gates, top_k_index=index)

@@ -1,4 +1,5 @@
-"""`hidden_experts` written as its definition: loops over tokens, choices and groups. Only tests and bench import it."""
+"""`hidden_experts` written as its definition: loops over tokens, choices and groups. Only tests and
+bench import it."""
 
 from __future__ import annotations
 
@@ -22,8 +23,12 @@ def hidden_experts_reference(
 ) -> Tensor:
     """See `mpoe_kernels.hidden_experts`; blocks are ``[E, G', b, b]``."""
     size, own_groups = right.shape[-1], right.shape[1]
-    # Views of all blocks are taken at once: the gradient of each taken alone would be as large as the whole.
-    blocks = [None if x is None else [own.unbind() for own in x.unbind()] for x in (right, left, right_gate)]
+    # Views of all blocks are taken at once: the gradient of each taken alone would be as large as
+    # the whole.
+    blocks = [
+        None if x is None else [own.unbind() for own in x.unbind()]
+        for x in (right, left, right_gate)
+    ]
     (rights, lefts, right_gates) = blocks
     assert rights is not None
     assert lefts is not None
@@ -37,7 +42,11 @@ def hidden_experts_reference(
             for g in range(u.shape[1] // size):
                 units, own = slice(g * size, (g + 1) * size), g if own_groups > 1 else 0
                 value = u[t, units] @ rights[e][own]
-                z = value if u_gate is None or right_gates is None else u_gate[t, units] @ right_gates[e][own]
+                z = (
+                    value
+                    if u_gate is None or right_gates is None
+                    else u_gate[t, units] @ right_gates[e][own]
+                )
                 h = activation_reference(activation, z if bias is None else z + bias[e, units])
                 h = h if u_gate is None else h * value
                 parts.append(h @ lefts[e][own])

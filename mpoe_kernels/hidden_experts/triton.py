@@ -1,10 +1,10 @@
 """Launches of the Triton kernels of `hidden_experts`.
 
 Forward: sort pairs by expert (`routing.triton.sort_slots`; few pairs are not sorted), rows of pairs
-(`hidden_rows_kernel`) and their sum. Backward: sort, `hidden_rows_kernel` for du, du_gate and parts of the gates'
-gradients, sums, `hidden_blocks_kernel` for the blocks and biases; parts are added last. No program waits for another.
-The largest temporaries are rows of pairs, ``[T K, F]`` in the tokens' dtype or as many groups of them as `MOST_ROWS`
-holds.
+(`hidden_rows_kernel`) and their sum. Backward: sort, `hidden_rows_kernel` for du, du_gate and parts
+of the gates' gradients, sums, `hidden_blocks_kernel` for the blocks and biases; parts are added
+last. No program waits for another. The largest temporaries are rows of pairs, ``[T K, F]`` in the
+tokens' dtype or as many groups of them as `MOST_ROWS` holds.
 """
 
 from __future__ import annotations
@@ -21,15 +21,28 @@ from mpoe_kernels.hidden_experts.op import HiddenBackwardCall, HiddenCall
 from mpoe_kernels.hidden_experts.triton_kernels import hidden_blocks_kernel, hidden_rows_kernel
 from mpoe_kernels.routing.triton import SortedSlots, sort_slots, sum_choices
 from mpoe_kernels.triton import architecture
-from mpoe_kernels.triton.start import Options, Tile, cdiv, fitted, power_of_two, precision, start, start_best
+from mpoe_kernels.triton.start import (
+    Options,
+    Tile,
+    cdiv,
+    fitted,
+    power_of_two,
+    precision,
+    start,
+    start_best,
+)
 
 FEW = 64  # pairs that are not sorted, as in `neurons.triton`
 MOST_SHARE = 4  # groups that a program of rows computes one after the other, if programs abound
 LARGEST_BLOCK = 64  # of the first table; products with larger ones run in loops of their own
-# kernel -> bytes of an element -> tiles, the first of them where nothing is timed; for few slots the last alone. Those
-# of a kernel have the same columns, which decide over partial results, and the same inner size, the order of sums.
+# kernel -> bytes of an element -> tiles, the first of them where nothing is timed; for few slots
+# the last alone. Those of a kernel have the same columns, which decide over partial results, and
+# the same inner size, the order of sums.
 TILES: dict[str, dict[int, tuple[Tile, ...]]] = {
-    "forward": {2: (Tile(64, 64, 64, 4), Tile(32, 64, 64, 4), Tile(16, 64, 64, 4)), 4: (Tile(16, 64, 16, 8),)},
+    "forward": {
+        2: (Tile(64, 64, 64, 4), Tile(32, 64, 64, 4), Tile(16, 64, 64, 4)),
+        4: (Tile(16, 64, 16, 8),),
+    },
     "rows": {2: (Tile(32, 64, 64, 4), Tile(16, 64, 64, 4, 1)), 4: (Tile(16, 32, 32, 8),)},
     "blocks": {2: (Tile(32, 64, 64, 8),), 4: (Tile(16, 32, 16, 8),)},
 }
@@ -38,10 +51,13 @@ LARGE_TILES = TILES | {
     "rows": {2: (Tile(32, 64, 32, 8),), 4: TILES["rows"][4]},
     "blocks": {2: (Tile(16, 32, 32, 8, 1),), 4: TILES["blocks"][4]},
 }
-# Where operands of products are in registers, with the three blocks that gradients of blocks read for every slot.
+# Where operands of products are in registers, with the three blocks that gradients of blocks read
+# for every slot.
 IN_REGISTERS = ("sm_80", "gfx942")
 SMALL_TILE = Tile(32, 32, 32, 4, 1)
-SM_100_TILE = Tile(16, 64, 64, 8)  # for "blocks" of the first table; 32 rows of gated ones spill there
+SM_100_TILE = Tile(
+    16, 64, 64, 8
+)  # for "blocks" of the first table; 32 rows of gated ones spill there
 
 
 def _tiles(kernel: str, u: Tensor, block: int) -> tuple[Tile, ...]:
@@ -57,7 +73,14 @@ def _tiles(kernel: str, u: Tensor, block: int) -> tuple[Tile, ...]:
 
 def _common(call: HiddenCall) -> dict[str, Any]:
     """Arguments of every kernel. Missing tensors get placeholders that are never read."""
-    u, right, left, bias, u_gate, right_gate = call.u, call.right, call.left, call.bias, call.u_gate, call.right_gate
+    u, right, left, bias, u_gate, right_gate = (
+        call.u,
+        call.right,
+        call.left,
+        call.bias,
+        call.u_gate,
+        call.right_gate,
+    )
     right = right.contiguous()
     return {
         "u": u.contiguous(),
@@ -85,9 +108,12 @@ def _share(groups: int, programs: int, device: torch.device) -> int:
     return max(1, min(groups, MOST_SHARE, programs // enough))
 
 
-def _rows(call: HiddenCall, slots: SortedSlots | None, kernel: str, outs: Sequence[Tensor], **others: Any) -> Tensor:
-    """Writes `hidden_rows_kernel`'s results ``outs [T, F]``, of a backward du and du_gate, those that are needed;
-    returns the shares ``[shares, T, K]`` of the gates' gradients. Without ``slots`` a program has a pair."""
+def _rows(
+    call: HiddenCall, slots: SortedSlots | None, kernel: str, outs: Sequence[Tensor], **others: Any
+) -> Tensor:
+    """Writes `hidden_rows_kernel`'s results ``outs [T, F]``, of a backward du and du_gate, those
+    that are needed; returns the shares ``[shares, T, K]`` of the gates' gradients. Without
+    ``slots`` a program has a pair."""
     u, index, block = call.u, call.top_k_index.contiguous(), call.block
     tiles, groups, pairs = _tiles(kernel, u, block), u.shape[1] // block, index.numel()
     ways = fitted(tuple(tiles[-1:] if slots is None else slots.among(tiles)), block, block)
@@ -103,7 +129,11 @@ def _rows(call: HiddenCall, slots: SortedSlots | None, kernel: str, outs: Sequen
     def write(rows: Sequence[Tensor], first: int, last: int) -> None:
         start_best(
             hidden_rows_kernel,
-            lambda way: (tiles_of(way), cdiv((last - first) // block, share), cdiv(block, way["BN"])),
+            lambda way: (
+                tiles_of(way),
+                cdiv((last - first) // block, share),
+                cdiv(block, way["BN"]),
+            ),
             ways,
             order=None if slots is None else slots.order,
             index=index if slots is None else None,
@@ -131,7 +161,9 @@ def forward(call: HiddenCall) -> Tensor:
     u, index = call.u, call.top_k_index
     if index.numel() == 0:
         return torch.zeros_like(u, memory_format=torch.contiguous_format)
-    check_range("top_k_index", index, -1, call.num_experts - 1)  # for the interpreter: it checks only the CPU
+    check_range(
+        "top_k_index", index, -1, call.num_experts - 1
+    )  # for the interpreter: it checks only the CPU
     slots = call.kept = None if index.numel() <= FEW else sort_slots(index, call.num_experts)
     out = torch.empty_like(u, memory_format=torch.contiguous_format)
     needs = {"BACKWARD": False, "NEED_OUT": True, "NEED_OUT_GATE": False, "NEED_GATES": False}
@@ -149,7 +181,12 @@ def backward(call: HiddenBackwardCall) -> tuple[Tensor, ...]:
     slots = sort_slots(index, call.num_experts) if call.kept is None else call.kept
     grad = call.grad.contiguous()
     if need_u or need_gates or need_u_gate:
-        needs = {"BACKWARD": True, "NEED_OUT": need_u, "NEED_OUT_GATE": need_u_gate, "NEED_GATES": need_gates}
+        needs = {
+            "BACKWARD": True,
+            "NEED_OUT": need_u,
+            "NEED_OUT_GATE": need_u_gate,
+            "NEED_GATES": need_gates,
+        }
         outs = [results[place] for place, needed in ((0, need_u), (5, need_u_gate)) if needed]
         gate_parts = _rows(call, slots, "rows", outs, grad=grad, **needs)
         results[1] = gate_parts.sum(0).to(call.gates.dtype) if need_gates else results[1]
@@ -158,7 +195,8 @@ def backward(call: HiddenBackwardCall) -> tuple[Tensor, ...]:
 
 
 def _blocks(call: HiddenBackwardCall, common: dict[str, Any], results: list[Tensor]) -> None:
-    """The gradients of blocks and biases; those of blocks that groups share are sums over shares of the groups."""
+    """The gradients of blocks and biases; those of blocks that groups share are sums over shares of
+    the groups."""
     _, _, dright, dleft, dbias, _, dright_gate = results
     kept = [dright, dright_gate, dleft]
     if not any(each.numel() for each in (*kept, dbias)):

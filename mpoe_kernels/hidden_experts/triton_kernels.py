@@ -1,17 +1,19 @@
-"""Kernels of `hidden_experts`: a program has slots of one expert and some groups of units; slots are sorted by expert
-or, of few tokens, a pair each.
+"""Kernels of `hidden_experts`: a program has slots of one expert and some groups of units; slots
+are sorted by expert or, of few tokens, a pair each.
 
-How arrays are indexed (t: token, j: choice, e: expert, p = t TOP_K + j: pair, g: group, f = g B + b: hidden unit):
+How arrays are indexed (t: token, j: choice, e: expert, p = t TOP_K + j: pair, g: group, f = g B +
+b: hidden unit):
 
-    u[t, f], u_gate[t, f], grad[t, f]                   tokens
-    gates[p], index[p]                                  of a pair: weight, expert
-    order[e], order[EXPERTS + 2 + s]                    first place of an expert (EXPERTS: none), the pair at a place
-    right[e, g % OWN, b, b'], right_gate, left          blocks; OWN: groups that own some, 1 if they share them
+    u[t, f], u_gate[t, f], grad[t, f]           tokens
+    gates[p], index[p]                          of a pair: weight, expert
+    order[e]                                    first place of an expert (EXPERTS: none)
+    order[EXPERTS + 2 + s]                      the pair at a place
+    right[e, g % OWN, b, b'], right_gate, left  blocks; OWN: groups that own some, 1 if they share
     bias[e, f]
-    out[p, f - first B], out_gate                       rows of pairs, which `sum_choices_kernel` adds
+    out[p, f - first B], out_gate               rows of pairs, which `sum_choices_kernel` adds
 
-A row of a product depends on one slot alone, so an Inf or NaN stays with its token. Blocks of more than ``BN`` units
-are computed in parts, each of which recomputes the hidden activations.
+A row of a product depends on one slot alone, so an Inf or NaN stays with its token. Blocks of more
+than ``BN`` units are computed in parts, each of which recomputes the hidden activations.
 """
 
 from __future__ import annotations
@@ -68,8 +70,8 @@ def hidden_rows_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Grid ``(tiles of BM slots, shares of the groups, parts of BN of a group's units)``. Of a group's parts, the first
-    one also computes the gates' gradients."""
+    """Grid ``(tiles of BM slots, shares of the groups, parts of BN of a group's units)``. Of a
+    group's parts, the first one also computes the gates' gradients."""
     expert, place, pair, used = slots_of_program(order, index, EXPERTS, SCAN, BM)
     if expert > EXPERTS:
         return
@@ -129,10 +131,14 @@ def hidden_rows_kernel(
                 dvalue, dz = slopes(dh * weight, value, z, ACTIVATION, GATED)
                 if NEED_OUT:
                     block = matrix_tile(right + at, n, B, unit, B, True)
-                    acc = tl.dot(dvalue.to(right.dtype.element_ty), block, acc, input_precision=PRECISION)
+                    acc = tl.dot(
+                        dvalue.to(right.dtype.element_ty), block, acc, input_precision=PRECISION
+                    )
                 if NEED_OUT_GATE:
                     block = matrix_tile(right_gate + at, n, B, unit, B, True)
-                    acc_gate = tl.dot(dz.to(right.dtype.element_ty), block, acc_gate, input_precision=PRECISION)
+                    acc_gate = tl.dot(
+                        dz.to(right.dtype.element_ty), block, acc_gate, input_precision=PRECISION
+                    )
             else:
                 block = matrix_tile(left + at, n, B, unit, B, False)
                 acc = tl.dot(h.to(left.dtype.element_ty), block, acc, input_precision=PRECISION)
@@ -158,7 +164,8 @@ def hidden_blocks_kernel(
     right_gate,
     left,
     bias,
-    dright,  # as the blocks, or of shared ones [shares, EXPERTS, B, B]: one share of the groups each
+    # as the blocks, or of shared ones [shares, EXPERTS, B, B]: one share of the groups each
+    dright,
     dright_gate,
     dleft,
     dbias,
@@ -180,7 +187,8 @@ def hidden_blocks_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Grid ``(EXPERTS, shares of the groups, parts of BN x BN of a block)``: groups and slots in order."""
+    """Grid ``(EXPERTS, shares of the groups, parts of BN x BN of a block)``: groups and slots in
+    order."""
     PARTS: tl.constexpr = (B + BN - 1) // BN
     e = tl.program_id(0).to(tl.int64)
     n = tl.program_id(2) % PARTS * BN + tl.arange(0, BN)
@@ -204,25 +212,50 @@ def hidden_blocks_kernel(
             rows, rows_gate = u + start, u_gate + start
             blocks, blocks_gate = right + at, right_gate + at
             value, z = pre_activation(
-                rows, rows_gate, used, B, blocks, blocks_gate, own_bias, n, B, False, GATED, HAS_BIAS, BK, PRECISION
+                rows,
+                rows_gate,
+                used,
+                B,
+                blocks,
+                blocks_gate,
+                own_bias,
+                n,
+                B,
+                False,
+                GATED,
+                HAS_BIAS,
+                BK,
+                PRECISION,
             )
             if NEED_LEFT:
                 h = activate(z, ACTIVATION)
                 if GATED:
                     h = h * value
                 h = tl.where(used[:, None], h * weight[:, None], 0.0).to(left.dtype.element_ty)
-                acc_left = tl.dot(tl.trans(h), row_tile(grad + start, used, m, B), acc_left, input_precision=PRECISION)
+                acc_left = tl.dot(
+                    tl.trans(h),
+                    row_tile(grad + start, used, m, B),
+                    acc_left,
+                    input_precision=PRECISION,
+                )
             if NEED_RIGHT or NEED_RIGHT_GATE or NEED_BIAS:
-                dh = rows_times(grad + start, used, B, left + at, n, B, True, BK, PRECISION) * weight[:, None]
+                dh = (
+                    rows_times(grad + start, used, B, left + at, n, B, True, BK, PRECISION)
+                    * weight[:, None]
+                )
                 dvalue, dz = slopes(dh, value, z, ACTIVATION, GATED)
                 dvalue = tl.where(used[:, None], dvalue, 0.0)
                 dz = tl.where(used[:, None], dz, 0.0)
                 if NEED_RIGHT:
                     inputs = tl.trans(row_tile(rows, used, m, B))
-                    acc = tl.dot(inputs, dvalue.to(right.dtype.element_ty), acc, input_precision=PRECISION)
+                    acc = tl.dot(
+                        inputs, dvalue.to(right.dtype.element_ty), acc, input_precision=PRECISION
+                    )
                 if NEED_RIGHT_GATE:
                     inputs = tl.trans(row_tile(rows_gate, used, m, B))
-                    acc_gate = tl.dot(inputs, dz.to(right.dtype.element_ty), acc_gate, input_precision=PRECISION)
+                    acc_gate = tl.dot(
+                        inputs, dz.to(right.dtype.element_ty), acc_gate, input_precision=PRECISION
+                    )
                 if NEED_BIAS:
                     total += tl.sum(dz, 0)
         if NEED_BIAS:
@@ -231,11 +264,19 @@ def hidden_blocks_kernel(
     block = (tl.program_id(1) * EXPERTS + e if OWN == 1 else e * OWN + first) * B * B
     if NEED_RIGHT:
         inside = (m < B)[:, None] & (n < B)[None, :]
-        tl.store(dright + block + m[:, None] * B + n[None, :], acc.to(dright.dtype.element_ty), mask=inside)
+        tl.store(
+            dright + block + m[:, None] * B + n[None, :],
+            acc.to(dright.dtype.element_ty),
+            mask=inside,
+        )
     if NEED_RIGHT_GATE:
         inside = (m < B)[:, None] & (n < B)[None, :]
         at_gate = dright_gate + block + m[:, None] * B + n[None, :]
         tl.store(at_gate, acc_gate.to(dright_gate.dtype.element_ty), mask=inside)
     if NEED_LEFT:
         inside = (n < B)[:, None] & (m < B)[None, :]
-        tl.store(dleft + block + n[:, None] * B + m[None, :], acc_left.to(dleft.dtype.element_ty), mask=inside)
+        tl.store(
+            dleft + block + n[:, None] * B + m[None, :],
+            acc_left.to(dleft.dtype.element_ty),
+            mask=inside,
+        )

@@ -1,8 +1,10 @@
-"""Grouped MPO linear by the kernels of csrc/cuda/linear: the strategy `rebuild` as a fused chain, for any bonds.
+"""Grouped MPO linear by the kernels of csrc/cuda/linear: the strategy `rebuild` as a fused chain,
+for any bonds.
 
-Weights and their gradients never leave the chip. Forward: one launch gathers the rows, rebuilds the weights,
-multiplies, and applies bias, activation and the scatter with gates. Backward: one launch of the same kernel for x, one
-of the gradient kernel for left and central, one for right, with a library product each.
+Weights and their gradients never leave the chip. Forward: one launch gathers the rows, rebuilds the
+weights, multiplies, and applies bias, activation and the scatter with gates. Backward: one launch
+of the same kernel for x, one of the gradient kernel for left and central, one for right, with a
+library product each.
 """
 
 from __future__ import annotations
@@ -15,7 +17,14 @@ from torch import Tensor
 
 from mpoe_kernels.backends import Candidate
 from mpoe_kernels.contract import Contraction
-from mpoe_kernels.linear.gradients import Backward, Forward, Slots, fused_backward, fused_forward, prepared
+from mpoe_kernels.linear.gradients import (
+    Backward,
+    Forward,
+    Slots,
+    fused_backward,
+    fused_forward,
+    prepared,
+)
 from mpoe_kernels.linear.grouped import ON_CHIP, counting_reasons
 
 if TYPE_CHECKING:

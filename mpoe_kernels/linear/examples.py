@@ -1,4 +1,5 @@
-"""Calls of the grouped MPO linear on made-up tensors, which `mpoe_kernels.contract.autotune` times."""
+"""Calls of the grouped MPO linear on made-up tensors, which `mpoe_kernels.contract.autotune`
+times."""
 
 from __future__ import annotations
 
@@ -13,11 +14,18 @@ from mpoe_kernels.linear.op import BackwardCall, ForwardCall
 
 
 def _made_up(problem: Problem, experts: int, slots: int) -> dict[str, Any]:
-    """Arguments of a `LinearCall` on constants: the slots spread evenly over as many experts as are expected to be
-    busy. It draws no random numbers."""
+    """Arguments of a `LinearCall` on constants: the slots spread evenly over as many experts as are
+    expected to be busy. It draws no random numbers."""
     d = problem.dims
-    shapes = (slots, d.in_features), (experts, d.iL, d.jL, d.a), (d.a, d.iC, d.jC, d.b), (experts, d.b, d.iR, d.jR)
-    tensors = (torch.full(shape, 0.01, dtype=problem.dtype, device=problem.device) for shape in shapes)
+    shapes = (
+        (slots, d.in_features),
+        (experts, d.iL, d.jL, d.a),
+        (d.a, d.iC, d.jC, d.b),
+        (experts, d.b, d.iR, d.jR),
+    )
+    tensors = (
+        torch.full(shape, 0.01, dtype=problem.dtype, device=problem.device) for shape in shapes
+    )
     busy = expected_busy_experts(experts, slots)
     ends = [slots * min(e, busy) // busy for e in range(experts + 1)]
     return dict(

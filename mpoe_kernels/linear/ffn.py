@@ -1,4 +1,5 @@
-"""`mpo_ffn`: a whole mixture-of-experts feed-forward network over routed tokens, composed of the other ops."""
+"""`mpo_ffn`: a whole mixture-of-experts feed-forward network over routed tokens, composed of the
+other ops."""
 
 from __future__ import annotations
 
@@ -56,18 +57,26 @@ def mpo_ffn(
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout must lie between 0 and 1; got {dropout}")
     offsets = routing.expert_offsets
-    rows: dict[str, Any] = {"row_index": routing.token_of_slot, "slot_of_token": routing.slot_of_token}
+    rows: dict[str, Any] = {
+        "row_index": routing.token_of_slot,
+        "slot_of_token": routing.slot_of_token,
+    }
     if gate_proj is None:
-        hidden = grouped_mpo_linear(x, up, offsets, up_bias, **rows, activation=activation, backend=backend)
+        hidden = grouped_mpo_linear(
+            x, up, offsets, up_bias, **rows, activation=activation, backend=backend
+        )
     else:
         if not isinstance(up, MPOBlocks) or not isinstance(gate_proj, MPOBlocks):
             found = gate_proj if isinstance(up, MPOBlocks) else up
             raise TypeError(f"up and gate_proj must be MPOBlocks (see fold); got {describe(found)}")
         if up.out_features != gate_proj.out_features:
             raise ValueError(
-                f"gate_proj must have {up.out_features} out_features like up; got {gate_proj.out_features}"
+                f"gate_proj must have {up.out_features} out_features like up; got "
+                f"{gate_proj.out_features}"
             )
-        hidden = grouped_mpo_linear(x, gate_proj, offsets, **rows, activation=activation, backend=backend)
+        hidden = grouped_mpo_linear(
+            x, gate_proj, offsets, **rows, activation=activation, backend=backend
+        )
         hidden = hidden * grouped_mpo_linear(x, up, offsets, up_bias, **rows, backend=backend)
     if dropout > 0.0:
         hidden = torch.nn.functional.dropout(hidden, dropout)
@@ -87,8 +96,8 @@ def placed_mpo_linear(
     backend: str | None,
     strategy: str = "auto",
 ) -> Tensor:
-    """``combine(grouped_mpo_linear(x, ...), routing, top_k_weights)`` for one expert per token, with one launch less on
-    a GPU.
+    """``combine(grouped_mpo_linear(x, ...), routing, top_k_weights)`` for one expert per token,
+    with one launch less on a GPU.
 
     The result is bit-identical. There is no gradient: x and the gates must not require one.
 
@@ -105,22 +114,40 @@ def placed_mpo_linear(
     check_gates(top_k_weights, routing)
     check_device("x", x, top_k_weights=top_k_weights, routing=routing.slot_of_token)
     if x.shape[0] != routing.token_of_slot.shape[0]:
-        raise ValueError(f"x must be [N, I] with N = {routing.token_of_slot.shape[0]}; got {describe(x)}")
+        raise ValueError(
+            f"x must be [N, I] with N = {routing.token_of_slot.shape[0]}; got {describe(x)}"
+        )
     y, _, _ = forward_op(
         *(x, blocks.left, blocks.central, blocks.right, expert_offsets, bias, None),
-        *(blocks.in_features, blocks.out_features, "none", strategy, requested_backend(backend), False),
-        *(routing.slot_of_token.long(), routing.token_of_slot.long(), top_k_weights.float().flatten()),
+        *(
+            blocks.in_features,
+            blocks.out_features,
+            "none",
+            strategy,
+            requested_backend(backend),
+            False,
+        ),
+        *(
+            routing.slot_of_token.long(),
+            routing.token_of_slot.long(),
+            top_k_weights.float().flatten(),
+        ),
     )
     return y
 
 
 def _may_place(
-    hidden: Tensor, down: MPOBlocks, bias: Tensor | None, routing: Routing, gates: Tensor, backend: str | None
+    hidden: Tensor,
+    down: MPOBlocks,
+    bias: Tensor | None,
+    routing: Routing,
+    gates: Tensor,
+    backend: str | None,
 ) -> bool:
     """Whether the last product may scatter its rows to their tokens, times their gates.
 
-    This requires one slot per token (from `route`), no gradients (a gate's gradient needs the unscaled rows), and
-    kernels that may run on a GPU.
+    This requires one slot per token (from `route`), no gradients (a gate's gradient needs the
+    unscaled rows), and kernels that may run on a GPU.
     """
     if not routing.is_routed or routing.slot_of_token.shape[1] != 1:
         return False

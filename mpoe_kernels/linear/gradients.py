@@ -1,7 +1,8 @@
-"""What surrounds the products of a linear op on a GPU, for Triton, CUDA and PyTorch's grouped products.
+"""What surrounds the products of a linear op on a GPU, for Triton, CUDA and PyTorch's grouped
+products.
 
-Slots of some experts, gradients of bias and activation, and blocks' gradients by kernels that keep the gradient of a
-weight on chip.
+Slots of some experts, gradients of bias and activation, and blocks' gradients by kernels that keep
+the gradient of a weight on chip.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def experts_at_once(dims: BlockDims, built: tuple[str, ...], experts: int, copies: int = 2) -> int:
-    """Experts whose weights are built together: what is built, and by default once more in the order in which it is
-    multiplied, takes at most a quarter of the dense experts' memory, or two weights if that is more."""
+    """Experts whose weights are built together: what is built, and by default once more in the
+    order in which it is multiplied, takes at most a quarter of the dense experts' memory, or two
+    weights if that is more."""
     if not built:
         return max(experts, 1)
     largest = max(dims.elements(INDICES[name]) for name in built)
@@ -62,15 +64,21 @@ class Slots:
         return (number >= self.offsets[0]) & (number < self.offsets[-1])
 
 
-def around_gradients(call: BackwardCall, gradients: Callable[[Tensor], Gradients], activates: bool = False) -> Backward:
+def around_gradients(
+    call: BackwardCall, gradients: Callable[[Tensor], Gradients], activates: bool = False
+) -> Backward:
     """Gradients of bias and activation, and of x by its own rows.
 
     Args:
         call: of the op.
-        gradients: dz ``[N, F]`` -> those of slots ``[N, I]``, left, central, right; None where not needed.
+        gradients: dz ``[N, F]`` -> those of slots ``[N, I]``, left, central, right; None where not
+            needed.
         activates: it applies the activation's itself.
     """
-    dz, dbias = ACTIVATION_GRADIENT["none" if activates else call.activation](call.grad, call.saved), None
+    dz, dbias = (
+        ACTIVATION_GRADIENT["none" if activates else call.activation](call.grad, call.saved),
+        None,
+    )
     if call.need[4]:
         owned = Slots(call.expert_offsets, call.slots).owned
         dbias = torch.where(owned[:, None], dz, 0).sum(0, dtype=torch.float32).to(dz.dtype)
@@ -81,17 +89,30 @@ def around_gradients(call: BackwardCall, gradients: Callable[[Tensor], Gradients
         else:
             sum_rows = kernel_for("dispatch_backward", dx.device, dx.dtype, call.backend)
             dx = sum_rows(DispatchBackwardCall(dx, call.slot_of_token, call.backend))
-    results = [dz.new_empty(0) if part is None else part.contiguous() for part in (dx, dleft, dcentral, dright, dbias)]
+    results = [
+        dz.new_empty(0) if part is None else part.contiguous()
+        for part in (dx, dleft, dcentral, dright, dbias)
+    ]
     return results[0], results[1], results[2], results[3], results[4]
 
 
 Call = TypeVar("Call", "ForwardCall", "BackwardCall")
-_DENSE = ("expert_offsets", "bias", "row_index", "slot_of_token", "out_index", "gates", "grad", "h", "saved")
+_DENSE = (
+    "expert_offsets",
+    "bias",
+    "row_index",
+    "slot_of_token",
+    "out_index",
+    "gates",
+    "grad",
+    "h",
+    "saved",
+)
 
 
 def prepared(call: Call, *more: str) -> Call:
-    """The call with dense tensors except for x and the blocks, as far as ``more`` does not name them; the columns of x
-    are contiguous."""
+    """The call with dense tensors except for x and the blocks, as far as ``more`` does not name
+    them; the columns of x are contiguous."""
     changed: dict[str, Any] = {}
     for name in (*_DENSE, *more):
         tensor = getattr(call, name, None)
@@ -102,8 +123,8 @@ def prepared(call: Call, *more: str) -> Call:
     return replace(call, **changed) if changed else call
 
 
-# A kernel that multiplies rows by weights that it rebuilds on chip: call, rows, what it writes to, the pre-activation
-# or None, and whether by the transposed weights.
+# A kernel that multiplies rows by weights that it rebuilds on chip: call, rows, what it writes to,
+# the pre-activation or None, and whether by the transposed weights.
 Product = Callable[[Any, Tensor, Tensor, Tensor | None, bool], None]
 # See `block_gradients`.
 Times = Callable[["BackwardCall", Tensor, Tensor, bool, Slots], Tensor]
@@ -129,19 +150,28 @@ def fused_backward(call: BackwardCall, product: Product, times: Times) -> Backwa
     return around_gradients(call, gradients)
 
 
-def block_gradients(call: BackwardCall, dz: Tensor, times: Times) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of left, central and right that are needed, by a kernel that keeps the gradient of a weight on chip.
+def block_gradients(
+    call: BackwardCall, dz: Tensor, times: Times
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of left, central and right that are needed, by a kernel that keeps the gradient of
+    a weight on chip.
 
-    It multiplies ``dW_e = x^T dz`` by right, which gives the gradient of left · central, or by left · central, which
-    gives the gradient of right. The rest is shared products. Some experts' left · central exist at a time.
+    It multiplies ``dW_e = x^T dz`` by right, which gives the gradient of left · central, or by left
+    · central, which gives the gradient of right. The rest is shared products. Some experts' left ·
+    central exist at a time.
 
     Args:
         call: of the op.
         dz: ``[N, F]``.
-        times: function of call, dz, right ``[E, b, iR, jR]`` or left · central ``[E, iL, jL, iC, jC, b]`` of some
-            experts, whether it is the latter, and their slots; returns the product in the shape of the other one.
+        times: function of call, dz, right ``[E, b, iR, jR]`` or left · central ``[E, iL, jL, iC,
+            jC, b]`` of some experts, whether it is the latter, and their slots; returns the product
+            in the shape of the other one.
     """
-    d, experts, (_, need_left, need_central, need_right) = call.dims, call.num_experts, call.need_of_plan
+    d, experts, (_, need_left, need_central, need_right) = (
+        call.dims,
+        call.num_experts,
+        call.need_of_plan,
+    )
     central, parts = call.central.reshape(d.a, -1), {name: list[Tensor]() for name in "LCR"}
     size = experts_at_once(d, ("LC",), experts, copies=1)
     for first in range(0, experts if need_left or need_central or need_right else 0, size):
@@ -149,12 +179,18 @@ def block_gradients(call: BackwardCall, dz: Tensor, times: Times) -> tuple[Tenso
         slots = Slots(call.expert_offsets[first : last + 1], call.slots, size < experts)
         left = torch.where(slots.busy[:, None, None, None], call.left[first:last], 0).view(-1, d.a)
         if need_left or need_central:
-            half = times(call, dz, call.right[first:last], False, slots).view(left.shape[0], central.shape[1])
+            half = times(call, dz, call.right[first:last], False, slots).view(
+                left.shape[0], central.shape[1]
+            )
             parts["L"] += [half @ central.T] if need_left else []
             parts["C"] += [float32_mm(left.T, half)] if need_central else []
         if need_right:
             half = (left @ central).view(last - first, d.iL, d.jL, d.iC, d.jC, d.b)
             parts["R"].append(times(call, dz, half, True, slots))
     dleft = torch.cat(parts["L"]).view(call.left.shape) if need_left else None
-    dcentral = torch.stack(parts["C"]).sum(0).to(dz.dtype).view(call.central.shape) if need_central else None
+    dcentral = (
+        torch.stack(parts["C"]).sum(0).to(dz.dtype).view(call.central.shape)
+        if need_central
+        else None
+    )
     return dleft, dcentral, torch.cat(parts["R"]).to(dz.dtype) if need_right else None

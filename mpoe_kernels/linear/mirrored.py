@@ -1,8 +1,8 @@
 """half_right as half_left of the mirrored problem.
 
-With every (L, C, R) read as (R, C, L), the weight has the blocks right ``[iR, jR, b]``, central ``[b, iC, jC, a]`` and
-left ``[a, iL, jL]``. Rows, bias and blocks are copied to that order, and results are copied back; in the mirrored
-sides, padding becomes real zeros.
+With every (L, C, R) read as (R, C, L), the weight has the blocks right ``[iR, jR, b]``, central
+``[b, iC, jC, a]`` and left ``[a, iL, jL]``. Rows, bias and blocks are copied to that order, and
+results are copied back; in the mirrored sides, padding becomes real zeros.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def _out_sides(call: LinearCall) -> tuple[int, int, int]:
 
 
 def _turned(rows: Tensor, sides: tuple[int, int, int]) -> Tensor:
-    """Whole rows ``[N, R C L]`` from rows ``[N, features]`` of sides (L, C, R), or nothing from nothing."""
+    """Whole rows ``[N, R C L]`` from rows ``[N, features]`` of sides (L, C, R), or nothing from
+    nothing."""
     left, central, right = sides
     if rows.shape[-1] == 0:
         return rows
@@ -74,7 +75,8 @@ def mirrored_forward(
 def mirrored_backward(
     call: BackwardCall, half_left: Callable[[BackwardCall], tuple[Tensor, ...]]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`, by the backward of half_left."""
+    """``(dx, dleft, dcentral, dright, dbias)``, see `BackwardCall`, by the backward of
+    half_left."""
     sides = _out_sides(call)
     x, left, central, right, bias = call.need
     turned = _mirrored(call, grad=_turned(call.grad, sides), saved=_turned(call.saved, sides))

@@ -50,7 +50,10 @@ def _sizes(
 ) -> Any:
     """What does not change from call to call, checked once: the library's LinearSizes."""
     if not (len(left) == len(central) == len(right) == 4):
-        raise ValueError(f"left, central and right must have 4 axes; got {len(left)}, {len(central)}, {len(right)}")
+        raise ValueError(
+            f"left, central and right must have 4 axes; got {len(left)}, {len(central)}, "
+            f"{len(right)}"
+        )
     if 0 in (*left, *central, *right):
         raise ValueError("blocks must not have an axis of size 0")
     (experts, iL, jL, a), (iC, jC, b), (iR, jR) = left, central[1:], right[2:]
@@ -76,7 +79,9 @@ def linear_sizes(call: LinearCall) -> Any:
     if not left.dtype == central.dtype == right.dtype == dtype:
         given = (("left", left), ("central", central), ("right", right))
         name, block = next((name, block) for name, block in given if block.dtype != dtype)
-        raise ValueError(f"{name} must have the dtype of x, {name_of(dtype)}; got {describe(block)}")
+        raise ValueError(
+            f"{name} must have the dtype of x, {name_of(dtype)}; got {describe(block)}"
+        )
     sizes = (call.in_features, call.out_features, left.shape, central.shape, right.shape)
     return _sizes(dtype, call.activation, call.strategy, *sizes)
 
@@ -87,15 +92,24 @@ def dense_blocks(call: LinearCall) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _inputs(call: LinearCall) -> tuple[tuple[Any, ...], tuple[Any, ...], int]:
-    """Arguments of both passes; the tensors that they point to, which the caller must keep until the call returns; the
-    number of slots."""
+    """Arguments of both passes; the tensors that they point to, which the caller must keep until
+    the call returns; the number of slots."""
     sizes, (left, central, right), x = linear_sizes(call), dense_blocks(call), dense("x", call.x)
     offsets = dense("expert_offsets", call.expert_offsets)
     rows = None if call.row_index is None else dense_index("row_index", call.row_index)
     tokens = len(x)
     slots = tokens if rows is None else len(rows)
     blocks = (left.data_ptr(), central.data_ptr(), right.data_ptr())
-    arguments = (sizes, tokens, slots, offsets.itemsize, x.data_ptr(), blocks, offsets.data_ptr(), address(rows))
+    arguments = (
+        sizes,
+        tokens,
+        slots,
+        offsets.itemsize,
+        x.data_ptr(),
+        blocks,
+        offsets.data_ptr(),
+        address(rows),
+    )
     return arguments, (x, left, central, right, offsets, rows), slots
 
 
@@ -113,7 +127,11 @@ def linear_forward(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
     x = call.x
     bias = None if call.bias is None else dense("bias", call.bias)
     y = x.new_empty(slots, call.out_features)
-    h = x.new_empty(slots * call.central.shape[2], call.central.shape[3]) if call.saves_h else x.new_empty(0)
+    h = (
+        x.new_empty(slots * call.central.shape[2], call.central.shape[3])
+        if call.saves_h
+        else x.new_empty(0)
+    )
     z = torch.empty_like(y) if call.saves_z else x.new_empty(0)
     results = (y.data_ptr(), h.data_ptr(), z.data_ptr())
     NATIVE_LIBRARY.functions.linear_forward(*arguments, address(bias), *results)
@@ -138,7 +156,12 @@ def linear_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor,
         for each, need in zip((x, left, central, right), needed, strict=True)
     ]
     results.append(x.new_empty(call.out_features if needs_bias else 0))
-    memory = (grad.data_ptr(), address(h), address(saved), [result.data_ptr() for result in results])
+    memory = (
+        grad.data_ptr(),
+        address(h),
+        address(saved),
+        [result.data_ptr() for result in results],
+    )
     NATIVE_LIBRARY.functions.linear_backward(*arguments, *memory)
     dx, dleft, dcentral, dright, dbias = results
     return dx, dleft, dcentral, dright, dbias

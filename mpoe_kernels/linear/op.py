@@ -1,4 +1,5 @@
-"""`grouped_mpo_linear`: each expert's MPO product on its slots; `mpo_linear` is the single-expert case."""
+"""`grouped_mpo_linear`: each expert's MPO product on its slots; `mpo_linear` is the single-expert
+case."""
 
 from __future__ import annotations
 
@@ -61,13 +62,15 @@ class LinearCall:
 
     Attributes:
         x: ``[T, I]``; without ``row_index`` ``[N, I]``, in slot order.
-        left, central, right: folded blocks ``[E, iL, jL, a]``, ``[a, iC, jC, b]``, ``[E, b, iR, jR]``, dtype of x.
+        left, central, right: folded blocks ``[E, iL, jL, a]``, ``[a, iC, jC, b]``, ``[E, b, iR,
+            jR]``, dtype of x.
         expert_offsets: integers ``[E + 1]``.
         bias: ``[F]`` or None.
         row_index: int64 ``[N]`` or None.
         in_features, out_features: I and F.
         activation: a value of `ACTIVATIONS`.
-        strategy: one of `mpoe_kernels.contract.STRATEGIES`; ``"auto"`` until `chosen_for` has chosen.
+        strategy: one of `mpoe_kernels.contract.STRATEGIES`; ``"auto"`` until `chosen_for` has
+            chosen.
         backend: the requested backend, or ``"auto"``.
     """
 
@@ -87,7 +90,9 @@ class LinearCall:
     @cached_property
     def dims(self) -> BlockDims:
         """Sizes of the blocks."""
-        return BlockDims.of_blocks(self.left, self.central, self.right, self.in_features, self.out_features)
+        return BlockDims.of_blocks(
+            self.left, self.central, self.right, self.in_features, self.out_features
+        )
 
     @property
     def blocks(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,13 +112,15 @@ class LinearCall:
 
 @dataclass
 class ForwardCall(LinearCall):
-    """A forward pass. Its kernel returns ``(y [N, F], h, z)``; h and z are empty unless a backward will need them.
+    """A forward pass. Its kernel returns ``(y [N, F], h, z)``; h and z are empty unless a backward
+    will need them.
 
     Attributes:
         save: whether a backward may follow.
         slot_of_token: for the backward, or with ``out_index``.
-        out_index: int64 ``[N]``, a permutation: the row of y to which each slot is scattered, times its gate; empty
-            slots write zeros. Never with ``save``, and only for backends that place rows; `mpo_ffn` alone asks for it.
+        out_index: int64 ``[N]``, a permutation: the row of y to which each slot is scattered, times
+            its gate; empty slots write zeros. Never with ``save``, and only for backends that place
+            rows; `mpo_ffn` alone asks for it.
         gates: float32 ``[N]`` by row of y, with ``out_index``.
     """
 
@@ -124,32 +131,39 @@ class ForwardCall(LinearCall):
 
     @cached_property
     def saves_h(self) -> bool:
-        """Whether the strategy is ``separable`` and h, the rows ``[N jC, b]`` after its central step, is saved.
+        """Whether the strategy is ``separable`` and h, the rows ``[N jC, b]`` after its central
+        step, is saved.
 
-        The rule does not depend on slot counts, so it also works for fakes and before one is chosen.
+        The rule does not depend on slot counts, so it also works for fakes and before one is
+        chosen.
         """
-        is_separable = self.strategy in ("auto", "separable") and self.left.shape[2] == self.right.shape[2] == 1
+        is_separable = (
+            self.strategy in ("auto", "separable")
+            and self.left.shape[2] == self.right.shape[2] == 1
+        )
         return self.save and is_separable
 
     @property
     def around(self) -> tuple[Tensor | None, Tensor | None, str, Tensor | None, Tensor | None]:
-        """What surrounds the product of rows and weights: row_index, bias, activation, out_index, gates."""
+        """What surrounds the product of rows and weights: row_index, bias, activation, out_index,
+        gates."""
         return self.row_index, self.bias, self.activation, self.out_index, self.gates
 
     @property
     def saves_z(self) -> bool:
-        """Whether z, the pre-activation ``[N, F]``, is saved: the gradient of relu reads y; without an activation
-        neither is read."""
+        """Whether z, the pre-activation ``[N, F]``, is saved: the gradient of relu reads y; without
+        an activation neither is read."""
         return self.save and self.activation not in ("none", "relu")
 
 
 @dataclass
 class BackwardCall(LinearCall):
-    """A backward pass. Its kernel returns ``(dx, dleft, dcentral, dright, dbias)``; gradients that are not needed are
-    empty.
+    """A backward pass. Its kernel returns ``(dx, dleft, dcentral, dright, dbias)``; gradients that
+    are not needed are empty.
 
-    Attributes: grad: ``[N, F]``. h: from the forward. saved: y for relu, z for other activations. need: which of the
-        results. slot_of_token: int64 ``[T, K]`` or None, the slots that read each row of x; -1: none.
+    Attributes: grad: ``[N, F]``. h: from the forward. saved: y for relu, z for other activations.
+        need: which of the results. slot_of_token: int64 ``[T, K]`` or None, the slots that read
+        each row of x; -1: none.
     """
 
     grad: Tensor
@@ -191,12 +205,16 @@ def _forward_fake(call: ForwardCall) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward_kernel(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return chosen_for("grouped_mpo_linear_backward", call, call.slots, call.need_of_plan, False).run(call)
+    return chosen_for(
+        "grouped_mpo_linear_backward", call, call.slots, call.need_of_plan, False
+    ).run(call)
 
 
 def _backward_fake(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dx, dleft, dcentral, dright, dbias = (
-        torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed and t is not None else call.grad.new_empty(0)
+        torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        if needed and t is not None
+        else call.grad.new_empty(0)
         for t, needed in zip((call.x, *call.blocks, call.bias), call.need, strict=True)
     )
     return dx, dleft, dcentral, dright, dbias
@@ -206,22 +224,29 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     tensors, ctx.settings, activation = (*inputs[:7], inputs[13]), inputs[7:12], inputs[9]
     y, h, z = output
     ctx.set_materialize_grads(False)
-    # relu's backward reads the output, other activations' the pre-activation; without an activation neither is needed.
+    # relu's backward reads the output, other activations' the pre-activation; without an activation
+    # neither is needed.
     ctx.save_for_backward(*tensors, h, y if activation == "relu" else z)
 
 
-def _autograd(ctx: Any, grad: Tensor | None, _grad_h: Any, _grad_z: Any) -> tuple[Tensor | None, ...]:
+def _autograd(
+    ctx: Any, grad: Tensor | None, _grad_h: Any, _grad_z: Any
+) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 16
     needs = ctx.needs_input_grad
     need = [needs[0], needs[1], needs[2], needs[3], needs[5]]
     *tensors, slot_of_token, h, saved = ctx.saved_tensors
     grads = backward_op(*tensors, *ctx.settings, grad.contiguous(), h, saved, need, slot_of_token)
-    dx, dleft, dcentral, dright, dbias = (g if n else None for g, n in zip(grads, need, strict=True))
+    dx, dleft, dcentral, dright, dbias = (
+        g if n else None for g, n in zip(grads, need, strict=True)
+    )
     return dx, dleft, dcentral, dright, None, dbias, *(None,) * 10
 
 
-backward_op = define_op("grouped_mpo_linear_backward", BackwardCall, 5, _backward_kernel, _backward_fake)
+backward_op = define_op(
+    "grouped_mpo_linear_backward", BackwardCall, 5, _backward_kernel, _backward_fake
+)
 forward_op = define_op(
     "grouped_mpo_linear",
     ForwardCall,
@@ -252,20 +277,30 @@ def check_call(
     check_index("expert_offsets", expert_offsets, ("E + 1",))
     num_experts = blocks.left.shape[0]
     if expert_offsets.shape[0] != num_experts + 1:
-        raise ValueError(f"expert_offsets must be [E + 1] with E = {num_experts}; got {describe(expert_offsets)}")
+        raise ValueError(
+            f"expert_offsets must be [E + 1] with E = {num_experts}; got {describe(expert_offsets)}"
+        )
     if bias is not None:
         check_tensor("bias", bias, ("F",))
         if bias.shape[0] != blocks.out_features:
-            raise ValueError(f"bias must be [F] with F = {blocks.out_features}; got {describe(bias)}")
+            raise ValueError(
+                f"bias must be [F] with F = {blocks.out_features}; got {describe(bias)}"
+            )
     if row_index is not None:
         check_index("row_index", row_index, ("N",))
     if slot_of_token is not None:
         check_index("slot_of_token", slot_of_token, ("T", "K"))
         if row_index is None or slot_of_token.shape[0] != x.shape[0]:
-            expected = f"be [T, K] with T = {x.shape[0]}" if row_index is not None else "be None without row_index"
+            expected = (
+                f"be [T, K] with T = {x.shape[0]}"
+                if row_index is not None
+                else "be None without row_index"
+            )
             raise ValueError(f"slot_of_token must {expected}; got {describe(slot_of_token)}")
     check_same("x", x, left=blocks.left, central=blocks.central, right=blocks.right, bias=bias)
-    check_device("x", x, expert_offsets=expert_offsets, row_index=row_index, slot_of_token=slot_of_token)
+    check_device(
+        "x", x, expert_offsets=expert_offsets, row_index=row_index, slot_of_token=slot_of_token
+    )
 
 
 def grouped_mpo_linear(
@@ -282,28 +317,33 @@ def grouped_mpo_linear(
 ) -> Tensor:
     """``y[s] = activation(x[row_index[s]] @ W_e + bias)`` for the slots s of every expert e.
 
-    On CPUs no more than two experts' rebuilt weights exist at any time; on GPUs, where no fused kernel keeps them on
-    chip, those of a quarter of the experts, or two. None is saved for backward.
+    On CPUs no more than two experts' rebuilt weights exist at any time; on GPUs, where no fused
+    kernel keeps them on chip, those of a quarter of the experts, or two. None is saved for
+    backward.
 
     Args:
         x: ``[T, I]`` with ``row_index``, else ``[N, I]`` already in slot order; floating.
         blocks: folded cores of E experts, dtype of x (any floating dtype under autocast).
-        expert_offsets: int32 ``[E + 1]``, from 0 to N at most, non-decreasing; expert e owns slots ``[offsets[e],
-            offsets[e + 1])``. Values are checked on the CPU, also those of ``row_index``; GPU kernels do not check
-            them, because that would wait for the device: with invalid values the result is undefined.
+        expert_offsets: int32 ``[E + 1]``, from 0 to N at most, non-decreasing; expert e owns slots
+            ``[offsets[e], offsets[e + 1])``. Values are checked on the CPU, also those of
+            ``row_index``; GPU kernels do not check them, because that would wait for the device:
+            with invalid values the result is undefined.
         bias: ``[F]``, shared by the experts.
         row_index: int ``[N]``, the row of x that each slot reads.
-        slot_of_token: int ``[T, K]``, the inverse of ``row_index`` as returned by `route`: the slots that read each row
-            of x, -1 for none; slots from ``expert_offsets[-1]`` on may be left out. With it a GPU sums gradients of x
-            without sorting ``row_index``; it has no other use.
+        slot_of_token: int ``[T, K]``, the inverse of ``row_index`` as returned by `route`: the
+            slots that read each row of x, -1 for none; slots from ``expert_offsets[-1]`` on may be
+            left out. With it a GPU sums gradients of x without sorting ``row_index``; it has no
+            other use.
         activation: ``None``, ``"relu"``, ``"gelu"``, ``"gelu_new"`` (tanh form), ``"silu"``.
-        backend: name of a backend; default: the one set by `use_backend`, else the one that is chosen by timing.
+        backend: name of a backend; default: the one set by `use_backend`, else the one that is
+            chosen by timing.
         strategy: force one strategy for forward and backward, instead of the choice by one timing:
             ``"rebuild"``, ``"half_left"``, ``"half_right"``, ``"chain"``, ``"separable"``.
 
     Returns:
-        ``[N, F]``; rows from ``expert_offsets[-1]`` on are zero, also in gradients. Differentiable in x, the blocks and
-        the bias; gradients that are not needed are not computed. Second derivatives and vmap are refused.
+        ``[N, F]``; rows from ``expert_offsets[-1]`` on are zero, also in gradients. Differentiable
+        in x, the blocks and the bias; gradients that are not needed are not computed. Second
+        derivatives and vmap are refused.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, by name.
@@ -317,7 +357,9 @@ def grouped_mpo_linear(
     if strategy == "separable" and not (blocks.left.shape[2] == 1 and blocks.right.shape[2] == 1):
         raise ValueError("strategy 'separable' needs blocks with jL = iR = 1")
     left, central, right = blocks.left, blocks.central, blocks.right
-    has_gradient = x.requires_grad or left.requires_grad or central.requires_grad or right.requires_grad
+    has_gradient = (
+        x.requires_grad or left.requires_grad or central.requires_grad or right.requires_grad
+    )
     save = torch.is_grad_enabled() and (has_gradient or (bias is not None and bias.requires_grad))
     y, _, _ = forward_op(
         x,
@@ -353,7 +395,8 @@ def mpo_linear(
         x: ``[..., I]``, floating.
         blocks: folded cores with E = 1.
         bias: ``[F]``.
-        activation, backend, strategy: as in `grouped_mpo_linear`, which also lists the errors raised.
+        activation, backend, strategy: as in `grouped_mpo_linear`, which also lists the errors
+            raised.
 
     Returns:
         ``[..., F]``.
@@ -364,5 +407,7 @@ def mpo_linear(
         raise ValueError(f"blocks must hold one expert for mpo_linear; got {blocks.num_experts}")
     rows = x.reshape(-1, x.shape[-1])
     offsets = torch.arange(2, dtype=torch.int32, device=x.device) * rows.shape[0]
-    y = grouped_mpo_linear(rows, blocks, offsets, bias, activation=activation, backend=backend, strategy=strategy)
+    y = grouped_mpo_linear(
+        rows, blocks, offsets, bias, activation=activation, backend=backend, strategy=strategy
+    )
     return y.view(*x.shape[:-1], blocks.out_features)

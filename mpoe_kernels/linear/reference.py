@@ -13,7 +13,9 @@ from mpoe_kernels.routing.reference import combine_reference
 
 def weight_reference(blocks: MPOBlocks, expert: int) -> Tensor:
     """``W_e[iL iC iR, jL jC jR] = sum_ab left_e central right_e``, cropped to ``[I, F]``."""
-    full = torch.einsum("xya,aijb,bpq->xipyjq", blocks.left[expert], blocks.central, blocks.right[expert])
+    full = torch.einsum(
+        "xya,aijb,bpq->xipyjq", blocks.left[expert], blocks.central, blocks.right[expert]
+    )
     rows = full.shape[0] * full.shape[1] * full.shape[2]
     return full.reshape(rows, -1)[: blocks.in_features, : blocks.out_features]
 
@@ -42,7 +44,8 @@ def grouped_mpo_linear_reference(
     row_index: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """``y[s] = activation(x[row_index[s]] @ W_e + bias)`` for the slots of expert e; zero past the last."""
+    """``y[s] = activation(x[row_index[s]] @ W_e + bias)`` for the slots of expert e; zero past the
+    last."""
     offsets = expert_offsets.tolist()
     rows = x if row_index is None else x[row_index.long()]
     out = []
@@ -74,7 +77,9 @@ def mpo_ffn_reference(
     """``combine(down(activation(up x)))``, or with a gate ``down(activation(gate x) * up x)``."""
     common = {"row_index": routing.token_of_slot}
     if gate_proj is None:
-        hidden = grouped_mpo_linear_reference(x, up, routing.expert_offsets, up_bias, activation=activation, **common)
+        hidden = grouped_mpo_linear_reference(
+            x, up, routing.expert_offsets, up_bias, activation=activation, **common
+        )
     else:
         hidden = grouped_mpo_linear_reference(
             x, gate_proj, routing.expert_offsets, activation=activation, **common

@@ -1,10 +1,11 @@
 """From a matrix to its cores.
 
-Method: tensor-train SVD of the interleaved matrix (Oseledets 2011; Gao et al., COLING 2022, section 3.1), swept
-from both ends towards the central core. Only the bonds next to the centre are large, so no step needs a full SVD: the
-orthonormal basis of a bond is found from the Gram matrix of the unfolding's short side, accumulated in float64. Every
-step is an orthogonal projection of the previous step's result, hence the squared local errors add up to the squared
-total error, and no truncation is worse than truncating all bonds at once in the symmetric gauge.
+Method: tensor-train SVD of the interleaved matrix (Oseledets 2011; Gao et al., COLING 2022, section
+3.1), swept from both ends towards the central core. Only the bonds next to the centre are large, so
+no step needs a full SVD: the orthonormal basis of a bond is found from the Gram matrix of the
+unfolding's short side, accumulated in float64. Every step is an orthogonal projection of the
+previous step's result, hence the squared local errors add up to the squared total error, and no
+truncation is worse than truncating all bonds at once in the symmetric gauge.
 """
 
 from __future__ import annotations
@@ -15,10 +16,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mpoe_kernels.checks import check_choice, check_floating, check_memory, check_tensor, describe, no_autocast
+from mpoe_kernels.checks import (
+    check_choice,
+    check_floating,
+    check_memory,
+    check_tensor,
+    describe,
+    no_autocast,
+)
 from mpoe_kernels.mpo.shape import MPOShape
 
-# Entries from 2^60 on are scaled to about 2^30: norms of entries below it stay inside float32's range, 2^128.
+# Entries from 2^60 on are scaled to about 2^30: norms of entries below it stay inside float32's
+# range, 2^128.
 RANGE_EXPONENT = 60
 GAUGES = ("symmetric", "orthogonal", "identity")
 
@@ -30,7 +39,8 @@ class Decomposition:
     Attributes:
         cores: ``[d_{k-1}, i_k, j_k, d_k]`` in chain order.
         shape: the shape of the chain.
-        local_errors: for each inner bond, the root of the sum of its dropped squared singular values.
+        local_errors: for each inner bond, the root of the sum of its dropped squared singular
+            values.
         norm: Frobenius norm of the matrix.
     """
 
@@ -54,12 +64,13 @@ def _short_side_basis(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, float]
     """Leading left singular vectors of ``matrix [m, n]``.
 
     Returns:
-        ``basis [m, rank]`` with orthonormal columns, ``singular [rank]`` (float64), dropped ``eps``.
+        ``basis [m, rank]`` with orthonormal columns, ``singular [rank]`` (float64), dropped
+        ``eps``.
     """
     rows, columns = matrix.shape
     if rows <= columns and matrix.dtype != torch.float64:
-        # float64 products of float32 entries: singular values down to 1e-8 of the largest are resolved, below
-        # what float32 can hold; and the basis is orthonormal whatever the rank.
+        # float64 products of float32 entries: singular values down to 1e-8 of the largest are
+        # resolved, below what float32 can hold; and the basis is orthonormal whatever the rank.
         wide = matrix.double()
         squared, basis = torch.linalg.eigh(wide @ wide.T)
         squared, basis = squared.flip(0).clamp_min(0), basis.flip(1)
@@ -73,8 +84,8 @@ def _short_side_basis(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, float]
 def _gauge_scale(singular: Tensor, dtype: torch.dtype) -> Tensor:
     """Square roots of the singular values, bounded away from zero.
 
-    Any positive scale is a valid gauge (it is divided out on the other side of the bond), so null directions of a
-    rank-deficient or zero matrix get the floor instead of a division by zero.
+    Any positive scale is a valid gauge (it is divided out on the other side of the bond), so null
+    directions of a rank-deficient or zero matrix get the floor instead of a division by zero.
     """
     largest = float(singular.max())
     if largest == 0.0:
@@ -83,7 +94,8 @@ def _gauge_scale(singular: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _interleave(weight: Tensor, shape: MPOShape) -> Tensor:
-    """``[I, F] -> [i_1 j_1, i_2 j_2, ..., i_n j_n]``, zero-padded at the end where the factors exceed the sizes."""
+    """``[I, F] -> [i_1 j_1, i_2 j_2, ..., i_n j_n]``, zero-padded at the end where the factors
+    exceed the sizes."""
     padded = torch.nn.functional.pad(
         weight, (0, shape.padded_out - shape.out_features, 0, shape.padded_in - shape.in_features)
     )
@@ -93,7 +105,8 @@ def _interleave(weight: Tensor, shape: MPOShape) -> Tensor:
 
 
 def _identity_cores(interleaved: Tensor, shape: MPOShape) -> list[Tensor]:
-    """Identity cores around the weight's own entries: every outer bond only enumerates the factors outside it."""
+    """Identity cores around the weight's own entries: every outer bond only enumerates the factors
+    outside it."""
     cores = []
     for k, (before, i, j, after) in enumerate(shape.core_shapes):
         inner, product = (after, before * i * j) if k < shape.central else (before, i * j * after)
@@ -102,7 +115,8 @@ def _identity_cores(interleaved: Tensor, shape: MPOShape) -> list[Tensor]:
             continue
         if inner != product:
             raise ValueError(
-                f"gauge 'identity' needs bonds equal to the product of the factors on their outer side; core {k} of "
+                "gauge 'identity' needs bonds equal to the product of the factors on their outer "
+                f"side; core {k} of "
                 f"{shape} has {inner}, not {product}"
             )
         eye = torch.eye(product, dtype=interleaved.dtype, device=interleaved.device)
@@ -111,24 +125,29 @@ def _identity_cores(interleaved: Tensor, shape: MPOShape) -> list[Tensor]:
 
 
 @torch.no_grad()
-def decompose_with_errors(weight: Tensor, shape: MPOShape, gauge: str = "symmetric") -> Decomposition:
+def decompose_with_errors(
+    weight: Tensor, shape: MPOShape, gauge: str = "symmetric"
+) -> Decomposition:
     """Decompose ``weight`` and report the error of every bond.
 
     Args:
-        weight: ``[in_features, out_features]``, floating; float16 and bfloat16 are computed in float32.
+        weight: ``[in_features, out_features]``, floating; float16 and bfloat16 are computed in
+            float32.
         shape: factors, bonds and central core; sizes beyond the true ones are padded with zeros.
-        gauge: ``"symmetric"`` puts the square root of each bond's singular values on both of its sides, as the original
-            does; ``"orthogonal"`` makes auxiliary cores orthonormal and puts all scale into the central core;
-            ``"identity"`` makes auxiliary cores identities and puts the weight's own entries into the central core.
+        gauge: ``"symmetric"`` puts the square root of each bond's singular values on both of its
+            sides, as the original does; ``"orthogonal"`` makes auxiliary cores orthonormal and puts
+            all scale into the central core; ``"identity"`` makes auxiliary cores identities and
+            puts the weight's own entries into the central core.
 
     Returns:
         The cores in the weight's dtype and on its device, with local errors.
 
     Raises:
         TypeError: a weight that is not a floating matrix, a shape that is not an `MPOShape`.
-        ValueError: sizes that differ from the shape's, NaN or Inf in the weight, a weight without values (on the meta
-            device) or so large that its cores exceed the range of its dtype, an unknown gauge, or, for the gauge
-            ``"identity"``, a bond below the product of the factors between it and the end of the chain.
+        ValueError: sizes that differ from the shape's, NaN or Inf in the weight, a weight without
+            values (on the meta device) or so large that its cores exceed the range of its dtype, an
+            unknown gauge, or, for the gauge ``"identity"``, a bond below the product of the factors
+            between it and the end of the chain.
     """
     check_tensor("weight", weight, ("I", "F"))
     check_floating("weight", weight)
@@ -137,7 +156,8 @@ def decompose_with_errors(weight: Tensor, shape: MPOShape, gauge: str = "symmetr
         raise TypeError(f"shape must be an MPOShape; got {type(shape).__name__}")
     if tuple(weight.shape) != (shape.in_features, shape.out_features):
         raise ValueError(
-            f"weight must be [in_features, out_features] = [{shape.in_features}, {shape.out_features}]; "
+            f"weight must be [in_features, out_features] = [{shape.in_features}, "
+            f"{shape.out_features}]; "
             f"got {list(weight.shape)}"
         )
     check_choice("gauge", gauge, GAUGES)
@@ -152,14 +172,16 @@ def decompose_with_errors(weight: Tensor, shape: MPOShape, gauge: str = "symmetr
     cores = tuple(core.to(weight.dtype).contiguous() for core in found.cores)
     if not all(bool(torch.isfinite(core).all()) for core in cores):
         raise ValueError(
-            f"weight is too large: with the gauge {gauge!r} its cores pass the range of {weight.dtype}; "
+            f"weight is too large: with the gauge {gauge!r} its cores pass the range of "
+            f"{weight.dtype}; "
             f"its norm is {found.norm:.3g}"
         )
     return replace(found, cores=cores)
 
 
 def _range_scale(work: Tensor) -> float:
-    """A power of 4 that scales a matrix near the limit of its dtype's range so that sums stay in range; otherwise 1."""
+    """A power of 4 that scales a matrix near the limit of its dtype's range so that sums stay in
+    range; otherwise 1."""
     exponent = math.frexp(float(work.abs().max()))[1]
     return 4.0 ** ((exponent - RANGE_EXPONENT // 2) // 2) if exponent > RANGE_EXPONENT else 1.0
 
@@ -174,7 +196,9 @@ def _decompose(work: Tensor, shape: MPOShape, gauge: str) -> Decomposition:
     sizes = [i * j for i, j in zip(shape.in_factors, shape.out_factors, strict=True)]
     remainder = _interleave(work, shape).reshape(-1)
     if gauge == "identity":
-        return Decomposition(tuple(_identity_cores(remainder * scale, shape)), shape, (0.0,) * (n - 1), norm)
+        return Decomposition(
+            tuple(_identity_cores(remainder * scale, shape)), shape, (0.0,) * (n - 1), norm
+        )
     cores: list[Tensor] = [remainder] * n
     scales: list[Tensor] = [remainder.new_ones(1)] * (n + 1)
     local_errors = [0.0] * (n - 1)
@@ -193,16 +217,16 @@ def _decompose(work: Tensor, shape: MPOShape, gauge: str) -> Decomposition:
         remainder = unfolding @ basis
     cores[centre] = remainder
 
-    # Every bond's singular values are those of the scaled matrix: each side of a bond takes the square root of the
-    # scale.
+    # Every bond's singular values are those of the scaled matrix: each side of a bond takes the
+    # square root of the scale.
     root = math.sqrt(scale)
     finished = []
     for k, core in enumerate(cores):
         core = core.reshape(shape.core_shapes[k])
         if gauge == "symmetric":
-            # Orthonormal cores left of the centre carry no scale: they are multiplied by the root of their right bond
-            # and divided by that of their left one; right of the centre it is the other way round; the centre is
-            # divided by both.
+            # Orthonormal cores left of the centre carry no scale: they are multiplied by the root
+            # of their right bond and divided by that of their left one; right of the centre it is
+            # the other way round; the centre is divided by both.
             before = scales[k] if k > centre else 1 / scales[k]
             after = scales[k + 1] if k < centre else 1 / scales[k + 1]
             core = core * before.reshape(-1, 1, 1, 1) * after
@@ -211,9 +235,12 @@ def _decompose(work: Tensor, shape: MPOShape, gauge: str) -> Decomposition:
         elif k == centre:
             core = core * scale
         finished.append(core)
-    return Decomposition(tuple(finished), shape, tuple(error * scale for error in local_errors), norm)
+    return Decomposition(
+        tuple(finished), shape, tuple(error * scale for error in local_errors), norm
+    )
 
 
 def decompose(weight: Tensor, shape: MPOShape, gauge: str = "symmetric") -> list[Tensor]:
-    """Cores ``[d, i, j, d']`` of ``weight [I, F]``; see `decompose_with_errors` for arguments and errors raised."""
+    """Cores ``[d, i, j, d']`` of ``weight [I, F]``; see `decompose_with_errors` for arguments and
+    errors raised."""
     return list(decompose_with_errors(weight, shape, gauge).cores)

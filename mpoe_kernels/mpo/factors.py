@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
-# (in_features, out_features) -> (in_factors, out_factors): the original's defaults, both orientations of each.
+# (in_features, out_features) -> (in_factors, out_factors): the original's defaults, both
+# orientations of each.
 _PAPER: dict[tuple[int, int], tuple[tuple[int, ...], tuple[int, ...]]] = {
     (768, 3072): ((3, 4, 4, 4, 4), (4, 4, 8, 6, 4)),
     (3072, 768): ((4, 4, 8, 6, 4), (3, 4, 4, 4, 4)),
@@ -59,8 +60,8 @@ def _smooth(size: int) -> int:
 def balanced_factors(size: int, num_cores: int, name: str = "size") -> tuple[int, ...]:
     """``num_cores`` factors as equal as possible, the largest in the middle.
 
-    A large size with a prime factor above 7 (a vocabulary, a prime) is padded to the next number without one, if that
-    costs at most an eighth; otherwise its own factors are used.
+    A large size with a prime factor above 7 (a vocabulary, a prime) is padded to the next number
+    without one, if that costs at most an eighth; otherwise its own factors are used.
 
     Args:
         size: number of features.
@@ -86,23 +87,34 @@ def balanced_factors(size: int, num_cores: int, name: str = "size") -> tuple[int
 
 
 def paper_factors(in_features: int, out_features: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The original's factors for its sizes; otherwise five balanced factors, larger towards the middle."""
+    """The original's factors for its sizes; otherwise five balanced factors, larger towards the
+    middle."""
     check_size("in_features", in_features)
     check_size("out_features", out_features)
     known = _PAPER.get((in_features, out_features))
     if known:
         return known
-    return balanced_factors(in_features, 5, "in_features"), balanced_factors(out_features, 5, "out_features")
+    return balanced_factors(in_features, 5, "in_features"), balanced_factors(
+        out_features, 5, "out_features"
+    )
 
 
 def _closest_pair(in_features: int, out_features: int, p: int) -> tuple[int, int]:
-    """Divisors ``i`` of I and ``j`` of F whose product is closest to ``p``; among ties, the most similar ones."""
-    pairs = [(i, j) for i in divisors(in_features) for j in divisors(out_features) if i * j <= 4 * p]
-    return min(pairs, key=lambda ij: (abs(math.log(ij[0] * ij[1] / p)), abs(math.log(ij[0] / ij[1]))))
+    """Divisors ``i`` of I and ``j`` of F whose product is closest to ``p``; among ties, the most
+    similar ones."""
+    pairs = [
+        (i, j) for i in divisors(in_features) for j in divisors(out_features) if i * j <= 4 * p
+    ]
+    return min(
+        pairs, key=lambda ij: (abs(math.log(ij[0] * ij[1] / p)), abs(math.log(ij[0] / ij[1])))
+    )
 
 
-def light_factors(in_features: int, out_features: int, p: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Three cores with products ``i * j`` of about ``p`` at both ends and everything else in the centre."""
+def light_factors(
+    in_features: int, out_features: int, p: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Three cores with products ``i * j`` of about ``p`` at both ends and everything else in the
+    centre."""
     check_size("in_features", in_features)
     check_size("out_features", out_features)
     check_size("p", p)
@@ -123,7 +135,8 @@ def separable_factors(
     smaller_is_in = in_features <= out_features
 
     def default(size: int, on_smaller_side: bool) -> int:
-        # 256 of 768 and 64 of 3072 for T5-base: a third of the smaller side, a forty-eighth of the larger.
+        # 256 of 768 and 64 of 3072 for T5-base: a third of the smaller side, a forty-eighth of the
+        # larger.
         target = size / 3 if on_smaller_side else size / 48
         target = min(max(target, 8), 256 if on_smaller_side else 64)
         return min(divisors(size), key=lambda d: (abs(math.log(d / target)), -d))
@@ -138,7 +151,9 @@ def separable_factors(
         check_size(name, value)
         if size % value:
             side = "in_features" if name == "left" else "out_features"
-            raise ValueError(f"{name} must divide {side} = {size}; got {value} (divisors: {divisors(size)})")
+            raise ValueError(
+                f"{name} must divide {side} = {size}; got {value} (divisors: {divisors(size)})"
+            )
         chosen.append(value)
     left_size, right_size = chosen
     return (left_size, in_features // left_size, 1), (1, out_features // right_size, right_size)

@@ -1,4 +1,5 @@
-"""Folding a chain of cores around its central core into three blocks: exact, cheap and differentiable."""
+"""Folding a chain of cores around its central core into three blocks: exact, cheap and
+differentiable."""
 
 from __future__ import annotations
 
@@ -44,15 +45,18 @@ class MPOBlocks:
                 raise ValueError(f"{name} must have no axis of size 0; got {describe(block)}")
         if left.shape[3] != central.shape[0]:
             raise ValueError(
-                f"left [.., a] and central [a, ..] must agree in a; got {describe(left)}, {describe(central)}"
+                f"left [.., a] and central [a, ..] must agree in a; got {describe(left)}, "
+                f"{describe(central)}"
             )
         if right.shape[1] != central.shape[3]:
             raise ValueError(
-                f"right [E, b, ..] and central [.., b] must agree in b; got {describe(right)}, {describe(central)}"
+                f"right [E, b, ..] and central [.., b] must agree in b; got {describe(right)}, "
+                f"{describe(central)}"
             )
         if left.shape[0] != right.shape[0]:
             raise ValueError(
-                f"left and right must hold the same number of experts; got {describe(left)} and {describe(right)}"
+                f"left and right must hold the same number of experts; got {describe(left)} and "
+                f"{describe(right)}"
             )
         padded_in = left.shape[1] * central.shape[1] * right.shape[2]
         padded_out = left.shape[2] * central.shape[2] * right.shape[3]
@@ -77,7 +81,9 @@ class MPOBlocks:
 def _experts_of(cores: Sequence[Tensor]) -> int:
     counts = {core.shape[0] for core in cores if core.dim() == 5}
     if len(counts) > 1:
-        raise ValueError(f"auxiliary cores must agree in their number of experts; got {sorted(counts)}")
+        raise ValueError(
+            f"auxiliary cores must agree in their number of experts; got {sorted(counts)}"
+        )
     return counts.pop() if counts else 1
 
 
@@ -85,23 +91,34 @@ def _check_cores(cores: Sequence[Tensor], central: int) -> None:
     if isinstance(central, bool) or not isinstance(central, int):
         raise TypeError(f"central must be an integer; got {central!r}")
     if not 0 <= central < len(cores):
-        raise ValueError(f"central must index one of the {len(cores)} cores (0..{len(cores) - 1}); got {central}")
+        raise ValueError(
+            f"central must index one of the {len(cores)} cores (0..{len(cores) - 1}); got {central}"
+        )
     for k, core in enumerate(cores):
         allowed = (4,) if k == central else (4, 5)
         if not isinstance(core, Tensor) or core.dim() not in allowed:
-            kind = "[d, i, j, d'] (the central core is shared)" if k == central else "[d, i, j, d'] or [E, d, i, j, d']"
+            kind = (
+                "[d, i, j, d'] (the central core is shared)"
+                if k == central
+                else "[d, i, j, d'] or [E, d, i, j, d']"
+            )
             raise ValueError(f"cores[{k}] must be {kind}; got {describe(core)}")
     for k, (core, following) in enumerate(zip(cores, cores[1:], strict=False)):
         if core.device != following.device:
             raise ValueError(
-                f"cores must be on one device; cores[{k}] is {describe(core)}, cores[{k + 1}] {describe(following)}"
+                f"cores must be on one device; cores[{k}] is {describe(core)}, cores[{k + 1}] "
+                f"{describe(following)}"
             )
         if core.shape[-1] != following.shape[-4]:
             raise ValueError(
-                f"cores[{k}] and cores[{k + 1}] must share a bond; got {describe(core)} and {describe(following)}"
+                f"cores[{k}] and cores[{k + 1}] must share a bond; got {describe(core)} and "
+                f"{describe(following)}"
             )
     if cores[0].shape[-4] != 1 or cores[-1].shape[-1] != 1:
-        raise ValueError(f"the outer bonds of the chain must be 1; got {cores[0].shape[-4]} and {cores[-1].shape[-1]}")
+        raise ValueError(
+            f"the outer bonds of the chain must be 1; got {cores[0].shape[-4]} and "
+            f"{cores[-1].shape[-1]}"
+        )
 
 
 def _fold_left(cores: Sequence[Tensor], experts: int, like: Tensor) -> Tensor:
@@ -125,7 +142,9 @@ def _fold_right(cores: Sequence[Tensor], experts: int, like: Tensor) -> Tensor:
     for core in reversed(cores[:-1]):
         d, i, j, d_next = core.shape[-4:]
         _, _, rows, columns = block.shape
-        product = core.reshape(-1, d * i * j, d_next) @ block.reshape(experts, d_next, rows * columns)
+        product = core.reshape(-1, d * i * j, d_next) @ block.reshape(
+            experts, d_next, rows * columns
+        )
         # [E, d, i, j, I, J] -> [E, d, (i I), (j J)]
         product = product.view(experts, d, i, j, rows, columns).transpose(3, 4)
         block = product.reshape(experts, d, i * rows, j * columns)
@@ -140,7 +159,8 @@ def fold(
 ) -> MPOBlocks:
     """Fold a chain of cores around its central core.
 
-    ``W_e[iL iC iR, jL jC jR] = sum_ab left_e[iL,jL,a] central[a,iC,jC,b] right_e[b,iR,jR]`` holds exactly.
+    ``W_e[iL iC iR, jL jC jR] = sum_ab left_e[iL,jL,a] central[a,iC,jC,b] right_e[b,iR,jR]`` holds
+    exactly.
 
     Args:
         cores: ``[d, i, j, d']`` each; auxiliary cores may be ``[E, d, i, j, d']``.
@@ -149,18 +169,22 @@ def fold(
         num_experts: E, needed only if no core has an expert axis (a chain without auxiliary cores).
 
     Returns:
-        The blocks; a side without cores is filled with ones, and E = 1 without an expert axis. Differentiable.
+        The blocks; a side without cores is filled with ones, and E = 1 without an expert axis.
+        Differentiable.
 
     Raises:
         TypeError, ValueError: cores that do not form a chain.
     """
     if not isinstance(cores, Sequence) or not cores:
-        raise TypeError(f"cores must be a non-empty sequence of tensors [d, i, j, d']; got {describe(cores)}")
+        raise TypeError(
+            f"cores must be a non-empty sequence of tensors [d, i, j, d']; got {describe(cores)}"
+        )
     if shape is not None and not isinstance(shape, MPOShape):
         raise TypeError(f"shape must be an MPOShape or None; got {describe(shape)}")
     if isinstance(central, MPOShape):
         raise TypeError(
-            "central must be the index of the central core, or None; got an MPOShape, which goes by name:"
+            "central must be the index of the central core, or None; got an MPOShape, which goes "
+            "by name:"
             " fold(cores, shape=shape)"
         )
     refuse_jit_trace("fold")
@@ -171,7 +195,9 @@ def fold(
     experts = _experts_of(cores)
     if num_experts is not None and check_integer("num_experts", num_experts, 1) != experts:
         if experts != 1:
-            raise ValueError(f"num_experts must equal the cores' expert axis, {experts}; got {num_experts}")
+            raise ValueError(
+                f"num_experts must equal the cores' expert axis, {experts}; got {num_experts}"
+            )
         experts = num_experts
     # The fold is exact in the cores' own dtype; autocast would round every partial product.
     with no_autocast(middle.device):

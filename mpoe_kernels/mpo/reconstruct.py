@@ -13,7 +13,8 @@ from mpoe_kernels.mpo.shape import MPOShape
 
 
 def expert_weights(blocks: MPOBlocks) -> Tensor:
-    """All experts' weights ``[E, I, F]``: for inspection and export, never on the fast path. Differentiable.
+    """All experts' weights ``[E, I, F]``: for inspection and export, never on the fast path.
+    Differentiable.
 
     Raises:
         TypeError: ``blocks`` is not an `MPOBlocks`.
@@ -31,7 +32,9 @@ def expert_weights(blocks: MPOBlocks) -> Tensor:
     _, _, rows_r, cols_r = blocks.right.shape
     half = blocks.left.reshape(experts, -1, a) @ blocks.central.reshape(a, -1)
     full = half.reshape(experts, -1, b) @ blocks.right.reshape(experts, b, -1)
-    full = full.view(experts, rows_l, cols_l, rows_c, cols_c, rows_r, cols_r).permute(0, 1, 3, 5, 2, 4, 6)
+    full = full.view(experts, rows_l, cols_l, rows_c, cols_c, rows_r, cols_r).permute(
+        0, 1, 3, 5, 2, 4, 6
+    )
     padded = full.reshape(experts, rows_l * rows_c * rows_r, cols_l * cols_c * cols_r)
     return padded[:, : blocks.in_features, : blocks.out_features]
 
@@ -40,7 +43,8 @@ def reconstruct(cores: Sequence[Tensor], shape: MPOShape | None = None) -> Tenso
     """Weight of a chain of cores.
 
     Args:
-        cores: ``[d, i, j, d']`` each; with an expert axis ``[E, d, i, j, d']`` on auxiliary cores the result has one.
+        cores: ``[d, i, j, d']`` each; with an expert axis ``[E, d, i, j, d']`` on auxiliary cores
+            the result has one.
         shape: crops the zero padding when the factors exceed the true sizes.
 
     Returns:

@@ -1,4 +1,5 @@
-"""`MPOShape`: how a matrix is cut into a chain of cores. The words are those of docs/what_is_mpoe.md."""
+"""`MPOShape`: how a matrix is cut into a chain of cores. The words are those of
+docs/what_is_mpoe.md."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def _true_size(name: str, size: int | None, factors: tuple[int, ...]) -> int:
         raise TypeError(f"{name} must be an integer; got {size!r}")
     if not 1 <= size <= padded:
         raise ValueError(
-            f"{name} must lie between 1 and the product of its factors {list(factors)} = {padded}; got {size}"
+            f"{name} must lie between 1 and the product of its factors {list(factors)} = {padded}; "
+            f"got {size}"
         )
     return size
 
@@ -44,16 +46,18 @@ class MPOShape:
     """Shape of a matrix product operator for a weight ``[in_features, out_features]``.
 
     Attributes:
-        in_factors: ``i_k`` for every core; their product is at least ``in_features`` (zero padding at the end).
+        in_factors: ``i_k`` for every core; their product is at least ``in_features`` (zero padding
+            at the end).
         out_factors: ``j_k`` for every core; their product is at least ``out_features``.
-        max_bond: cap of the inner bond dimensions: ``None`` (full bonds), one integer for all, or one entry
-            (integer or ``None``) for each of the ``n - 1`` inner bonds.
+        max_bond: cap of the inner bond dimensions: ``None`` (full bonds), one integer for all, or
+            one entry (integer or ``None``) for each of the ``n - 1`` inner bonds.
         central: index of the central core; ``None`` selects the middle one, ``n // 2``.
         in_features: true number of input features; ``None`` = product of ``in_factors``.
         out_features: true number of output features; ``None`` = product of ``out_factors``.
 
     Raises:
-        TypeError, ValueError: a factor, bond, index or size that does not fit, named in the message.
+        TypeError, ValueError: a factor, bond, index or size that does not fit, named in the
+            message.
     """
 
     in_factors: tuple[int, ...]
@@ -82,7 +86,8 @@ class MPOShape:
             raise TypeError(f"central must be an integer; got {central!r}")
         if not 0 <= central < len(in_factors):
             raise ValueError(
-                f"central must index one of the {len(in_factors)} cores (0..{len(in_factors) - 1}); got {central}"
+                f"central must index one of the {len(in_factors)} cores "
+                f"(0..{len(in_factors) - 1}); got {central}"
             )
         set_field("central", central)
 
@@ -96,10 +101,13 @@ class MPOShape:
             entries = tuple(caps)
             if len(entries) != inner:
                 raise ValueError(
-                    f"max_bond must have one entry per inner bond ({inner} for {inner + 1} cores); got {list(entries)}"
+                    f"max_bond must have one entry per inner bond ({inner} for {inner + 1} cores); "
+                    f"got {list(entries)}"
                 )
         else:
-            raise TypeError(f"max_bond must be None, an integer or a sequence of them; got {caps!r}")
+            raise TypeError(
+                f"max_bond must be None, an integer or a sequence of them; got {caps!r}"
+            )
         for cap in entries:
             if cap is None:
                 continue
@@ -125,18 +133,21 @@ class MPOShape:
 
     @cached_property
     def full_bond_dims(self) -> tuple[int, ...]:
-        """Full bonds ``(1, d_1, ..., d_{n-1}, 1)``: the smaller product of ``i * j`` on either side."""
+        """Full bonds ``(1, d_1, ..., d_{n-1}, 1)``: the smaller product of ``i * j`` on either
+        side."""
         sizes = [i * j for i, j in zip(self.in_factors, self.out_factors, strict=True)]
         return tuple(
-            min(math.prod(sizes[:k]), math.prod(sizes[k:])) if 0 < k < len(sizes) else 1 for k in range(len(sizes) + 1)
+            min(math.prod(sizes[:k]), math.prod(sizes[k:])) if 0 < k < len(sizes) else 1
+            for k in range(len(sizes) + 1)
         )
 
     @cached_property
     def bond_dims(self) -> tuple[int, ...]:
-        """Bonds ``(1, d_1, ..., d_{n-1}, 1)`` after the caps: ``min(max_bond_k, full_k)``, as in the original.
+        """Bonds ``(1, d_1, ..., d_{n-1}, 1)`` after the caps: ``min(max_bond_k, full_k)``, as in
+        the original.
 
-        With different caps per bond a small one also bounds its neighbours: a bond never exceeds what the neighbouring
-        core can carry, ``d_{k-1} i_k j_k`` or ``i_{k+1} j_{k+1} d_{k+1}``.
+        With different caps per bond a small one also bounds its neighbours: a bond never exceeds
+        what the neighbouring core can carry, ``d_{k-1} i_k j_k`` or ``i_{k+1} j_{k+1} d_{k+1}``.
         """
         caps = self.max_bond
         inner = self.num_cores - 1
@@ -162,7 +173,8 @@ class MPOShape:
         """Shape ``(d_{k-1}, i_k, j_k, d_k)`` of every core."""
         d = self.bond_dims
         return tuple(
-            (d[k], i, j, d[k + 1]) for k, (i, j) in enumerate(zip(self.in_factors, self.out_factors, strict=True))
+            (d[k], i, j, d[k + 1])
+            for k, (i, j) in enumerate(zip(self.in_factors, self.out_factors, strict=True))
         )
 
     @cached_property
@@ -182,7 +194,8 @@ class MPOShape:
 
     @property
     def is_separable(self) -> bool:
-        """Left cores act on the input only and right cores on the output only: ``y = right(central(left x))``."""
+        """Left cores act on the input only and right cores on the output only: ``y =
+        right(central(left x))``."""
         dims = self.block_dims
         return dims["jL"] == 1 and dims["iR"] == 1
 
@@ -206,7 +219,8 @@ class MPOShape:
 
     @property
     def compression_ratio(self) -> float:
-        """``sum_k d_{k-1} i_k j_k d_k / (I F)``: elements of the cores of one matrix divided by its own elements."""
+        """``sum_k d_{k-1} i_k j_k d_k / (I F)``: elements of the cores of one matrix divided by its
+        own elements."""
         return self.parameters() / (self.in_features * self.out_features)
 
     # --------------------------------------------------------- constructors
@@ -235,15 +249,19 @@ class MPOShape:
 
     @classmethod
     def paper(cls, in_features: int, out_features: int, *, max_bond: MaxBond = None) -> MPOShape:
-        """The five factors the original uses for its sizes (Gao et al., COLING 2022), balanced ones elsewhere."""
+        """The five factors the original uses for its sizes (Gao et al., COLING 2022), balanced ones
+        elsewhere."""
         from mpoe_kernels.mpo.factors import paper_factors
 
         in_factors, out_factors = paper_factors(in_features, out_features)
         return cls(in_factors, out_factors, max_bond, None, in_features, out_features)  # type: ignore[arg-type]
 
     @classmethod
-    def light(cls, in_features: int, out_features: int, p: int = 64, *, max_bond: MaxBond = None) -> MPOShape:
-        """Three cores whose outer products of ``i * j`` are about ``p``: auxiliary cores hold about ``2 p^2``."""
+    def light(
+        cls, in_features: int, out_features: int, p: int = 64, *, max_bond: MaxBond = None
+    ) -> MPOShape:
+        """Three cores whose outer products of ``i * j`` are about ``p``: auxiliary cores hold about
+        ``2 p^2``."""
         from mpoe_kernels.mpo.factors import light_factors
 
         in_factors, out_factors = light_factors(in_features, out_features, p)
@@ -259,10 +277,11 @@ class MPOShape:
         *,
         max_bond: MaxBond = None,
     ) -> MPOShape:
-        """``(left, I/left, 1) x (1, F/right, right)``: ``y = right_e(central(left_e x))``, lossless at full bonds.
+        """``(left, I/left, 1) x (1, F/right, right)``: ``y = right_e(central(left_e x))``, lossless
+        at full bonds.
 
-        ``left`` and ``right`` default to about 256 on the smaller side of the matrix and 64 on the larger one
-        (scaled down for small matrices); they must divide the sizes.
+        ``left`` and ``right`` default to about 256 on the smaller side of the matrix and 64 on the
+        larger one (scaled down for small matrices); they must divide the sizes.
         """
         from mpoe_kernels.mpo.factors import separable_factors
 
@@ -272,8 +291,8 @@ class MPOShape:
     def mirrored(self) -> MPOShape:
         """The shape of the opposite projection: a weight ``[out_features, in_features]``.
 
-        A separable shape stays separable: its left (input) factor becomes the new right (output) factor. Any
-        other shape swaps the roles of its factors core by core.
+        A separable shape stays separable: its left (input) factor becomes the new right (output)
+        factor. Any other shape swaps the roles of its factors core by core.
         """
         if self.is_separable and self.num_cores > 1:
             caps = self.max_bond[::-1] if isinstance(self.max_bond, tuple) else self.max_bond
@@ -286,7 +305,12 @@ class MPOShape:
                 self.in_features,
             )
         return MPOShape(
-            self.out_factors, self.in_factors, self.max_bond, self.central, self.out_features, self.in_features
+            self.out_factors,
+            self.in_factors,
+            self.max_bond,
+            self.central,
+            self.out_features,
+            self.in_features,
         )
 
     # -------------------------------------------------------- serialisation
@@ -307,12 +331,15 @@ class MPOShape:
     def from_dict(cls, values: Mapping[str, Any]) -> MPOShape:
         """Inverse of `to_dict`; unknown or missing keys are refused."""
         if not isinstance(values, Mapping):
-            raise TypeError(f"an MPOShape is described by a mapping; got {type(values).__name__} {values!r}")
+            raise TypeError(
+                f"an MPOShape is described by a mapping; got {type(values).__name__} {values!r}"
+            )
         known = {"in_factors", "out_factors", "max_bond", "central", "in_features", "out_features"}
         unknown, missing = set(values) - known, {"in_factors", "out_factors"} - set(values)
         if unknown or missing:
             raise ValueError(
-                f"an MPOShape has the keys {sorted(known)}; unknown: {sorted(unknown)}, missing: {sorted(missing)}"
+                f"an MPOShape has the keys {sorted(known)}; unknown: {sorted(unknown)}, missing: "
+                f"{sorted(missing)}"
             )
         return cls(**values)
 

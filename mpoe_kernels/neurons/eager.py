@@ -1,7 +1,9 @@
-"""Plain PyTorch: slots sorted by expert, in blocks of rows of one expert, many blocks in one batched product.
+"""Plain PyTorch: slots sorted by expert, in blocks of rows of one expert, many blocks in one
+batched product.
 
-A block's rows are padded with rows of zeros that count for nothing. Few slots make blocks of one row, which gather the
-weights of chosen experts alone. A piece of the blocks is computed at a time, so that no temporary grows with T x K.
+A block's rows are padded with rows of zeros that count for nothing. Few slots make blocks of one
+row, which gather the weights of chosen experts alone. A piece of the blocks is computed at a time,
+so that no temporary grows with T x K.
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ PIECE = 1 << 22  # elements of rows and weights that are gathered at once
 
 
 class Piece(NamedTuple):
-    """Some blocks of `rows` slots: the expert of each ``[n]``, its slots' numbers and tokens ``[n, rows]``.
+    """Some blocks of `rows` slots: the expert of each ``[n]``, its slots' numbers and tokens ``[n,
+    rows]``.
 
-    Slots past a block's end have the numbers T K and T; ``padding [n, rows, 1]`` marks them, None if there are none.
+    Slots past a block's end have the numbers T K and T; ``padding [n, rows, 1]`` marks them, None
+    if there are none.
     """
 
     experts: Tensor
@@ -53,8 +57,8 @@ class Piece(NamedTuple):
 
 
 def _pieces(index: Tensor, experts: int, per_row: int, per_expert: int) -> Iterator[Piece]:
-    """All slots with an expert, in the order of experts and tokens. ``per_row`` and ``per_expert``: elements that a
-    piece gathers."""
+    """All slots with an expert, in the order of experts and tokens. ``per_row`` and ``per_expert``:
+    elements that a piece gathers."""
     top_k, flat = index.shape[1], index.reshape(-1)
     _, order = torch.sort(flat, stable=True)
     counts = torch.bincount(flat + 1, minlength=experts + 1)
@@ -66,7 +70,9 @@ def _pieces(index: Tensor, experts: int, per_row: int, per_expert: int) -> Itera
     size = min(LARGEST_BLOCK, 1 << max(0, mean.bit_length() - 1))
     blocks = (counts[1:] + size - 1) // size
     of_block = torch.repeat_interleave(torch.arange(experts, device=index.device), blocks)
-    number = torch.arange(len(of_block), device=index.device) - (blocks.cumsum(0) - blocks)[of_block]
+    number = (
+        torch.arange(len(of_block), device=index.device) - (blocks.cumsum(0) - blocks)[of_block]
+    )
     most = max(1, PIECE // (size * per_row + per_expert))
     for first in range(0, len(of_block), most):
         own, numbers = of_block[first : first + most], number[first : first + most]
@@ -84,12 +90,16 @@ def _total(rows: int, *shape: int, like: Tensor) -> Tensor:
 
 
 def _add(total: Tensor, index: Tensor, values: Tensor) -> None:
-    total.index_add_(0, index.view(-1), values.reshape(index.numel(), *total.shape[1:]).to(total.dtype))
+    total.index_add_(
+        0, index.view(-1), values.reshape(index.numel(), *total.shape[1:]).to(total.dtype)
+    )
 
 
 def _sizes(call: NeuronCall) -> tuple[int, int]:
     """Elements that one slot, and one block's expert, gather and compute."""
-    weights = sum(each[0].numel() for each in (call.up, call.down, call.gate_up) if each is not None)
+    weights = sum(
+        each[0].numel() for each in (call.up, call.down, call.gate_up) if each is not None
+    )
     return call.x.shape[1] + call.down.shape[2] + 4 * call.up.shape[1], weights
 
 
@@ -102,7 +112,9 @@ class Hidden(NamedTuple):
     value: Tensor | None
 
 
-def _hidden(call: NeuronCall, piece: Piece, x: Tensor, up: Tensor, gate_up: Tensor | None) -> Hidden:
+def _hidden(
+    call: NeuronCall, piece: Piece, x: Tensor, up: Tensor, gate_up: Tensor | None
+) -> Hidden:
     value = torch.bmm(x, up.transpose(1, 2))
     z = value if gate_up is None else torch.bmm(x, gate_up.transpose(1, 2))
     if call.bias is not None:
@@ -134,7 +146,12 @@ def backward(call: NeuronBackwardCall) -> tuple[Tensor, ...]:
         for value, wants in zip(call.differentiable[2:], call.wanted[2:], strict=True)
     )
     for piece in _pieces(call.top_k_index, num_experts, *_sizes(call)):
-        rows, grad, gate, experts = piece.rows(x), piece.rows(call.grad), piece.gates(call.gates), piece.experts
+        rows, grad, gate, experts = (
+            piece.rows(x),
+            piece.rows(call.grad),
+            piece.gates(call.gates),
+            piece.experts,
+        )
         up, gate_up = piece.of(call.up), None if call.gate_up is None else piece.of(call.gate_up)
         hidden = _hidden(call, piece, rows, up, gate_up)
         dh = torch.bmm(grad, piece.of(call.down).transpose(1, 2))
@@ -144,7 +161,9 @@ def backward(call: NeuronBackwardCall) -> tuple[Tensor, ...]:
             h = piece.clear((hidden.h * gate).to(x.dtype))
             _add(ddown, experts, torch.bmm(h.transpose(1, 2), grad))
         dh = piece.clear((dh * gate).to(x.dtype))
-        dvalue = dz = ACTIVATION_GRADIENT[call.activation](dh if hidden.value is None else dh * hidden.value, hidden.z)
+        dvalue = dz = ACTIVATION_GRADIENT[call.activation](
+            dh if hidden.value is None else dh * hidden.value, hidden.z
+        )
         if hidden.value is not None:
             dvalue, dz = piece.clear(dh * hidden.act), piece.clear(dz)
         if need_x:

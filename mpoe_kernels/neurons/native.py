@@ -9,7 +9,14 @@ from torch import Tensor
 
 from mpoe_kernels.backends import Request
 from mpoe_kernels.checks import describe
-from mpoe_kernels.native_library import NATIVE_LIBRARY, address, dense, dense_index, dense_like, name_of
+from mpoe_kernels.native_library import (
+    NATIVE_LIBRARY,
+    address,
+    dense,
+    dense_index,
+    dense_like,
+    name_of,
+)
 
 if TYPE_CHECKING:
     from mpoe_kernels.neurons.op import NeuronBackwardCall, NeuronCall
@@ -32,25 +39,37 @@ def network(
     """
     if x.dim() != 2 or up.dim() != 3 or down.dim() != 3:
         raise ValueError(f"x must have 2 axes, up and down 3; got {describe(x)}, {describe(up)}")
-    dtype, (tokens, width), (experts, neurons, _), out_features = x.dtype, x.shape, up.shape, down.shape[2]
+    dtype, (tokens, width), (experts, neurons, _), out_features = (
+        x.dtype,
+        x.shape,
+        up.shape,
+        down.shape[2],
+    )
     tensors = (
         dense("x", x),
         dense_like("up", up, (experts, neurons, width), dtype),
         dense_like("down", down, (experts, neurons, out_features), dtype),
         None if bias is None else dense_like("bias", bias, (experts, neurons), dtype),
-        None if gate_up is None else dense_like("gate_up", gate_up, (experts, neurons, width), dtype),
+        None
+        if gate_up is None
+        else dense_like("gate_up", gate_up, (experts, neurons, width), dtype),
     )
     return (tokens, width, out_features, neurons, experts), tensors
 
 
 def _inputs(call: NeuronCall) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
-    """Arguments of both passes; x, gates, the weights and the index, which the caller must keep until the call
-    returns."""
+    """Arguments of both passes; x, gates, the weights and the index, which the caller must keep
+    until the call returns."""
     sizes, (x, *weights) = network(call.x, call.up, call.down, call.bias, call.gate_up)
     index, gates = dense_index("top_k_index", call.top_k_index), dense("gates", call.gates).float()
     memory = [address(each) for each in (x, *weights)]
     names_and_sizes = (name_of(call.x.dtype), call.activation, (*sizes, index.shape[1]))
-    return (*names_and_sizes, memory, gates.data_ptr(), index.data_ptr()), (x, gates, *weights, index)
+    return (*names_and_sizes, memory, gates.data_ptr(), index.data_ptr()), (
+        x,
+        gates,
+        *weights,
+        index,
+    )
 
 
 def forward(call: NeuronCall) -> Tensor:

@@ -1,8 +1,9 @@
 """`neuron_experts`: its arguments, kernels and public function.
 
-Beside a dense feed-forward network, expert e owns m hidden neurons: a token adds the outputs of the neurons of the
-experts that it chose. A neuron is one row of ``up``, ``down``, ``bias`` and ``gate_up``: adding, removing and merging
-neurons are slices. Forward saves its inputs; backward recomputes the hidden activations.
+Beside a dense feed-forward network, expert e owns m hidden neurons: a token adds the outputs of the
+neurons of the experts that it chose. A neuron is one row of ``up``, ``down``, ``bias`` and
+``gate_up``: adding, removing and merging neurons are slices. Forward saves its inputs; backward
+recomputes the hidden activations.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ from mpoe_kernels.checks import (
     check_tensor,
     describe,
 )
-from mpoe_kernels.define import Differentiable, backend_kernel, define_differentiable, requested_backend
+from mpoe_kernels.define import (
+    Differentiable,
+    backend_kernel,
+    define_differentiable,
+    requested_backend,
+)
 from mpoe_kernels.hidden_experts import ACTIVATIONS
 from mpoe_kernels.neurons import eager, native
 
@@ -67,8 +73,8 @@ class NeuronCall(Differentiable):
 
 @dataclass
 class NeuronBackwardCall(NeuronCall):
-    """A backward pass. Its kernel returns gradients in the order of `differentiable`; gradients that are not needed are
-    empty.
+    """A backward pass. Its kernel returns gradients in the order of `differentiable`; gradients
+    that are not needed are empty.
 
     Attributes: grad: ``[T, O]``. need: which of the gradients are needed.
     """
@@ -103,20 +109,21 @@ def neuron_experts(
     gate_up: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """``o[t] = sum_k gates[t, k] * act(x[t] up_e^T + bias_e) down_e`` with ``e = top_k_index[t, k]``.
+    """``o[t] = sum_k gates[t, k] * act(x[t] up_e^T + bias_e) down_e`` with ``e = top_k_index[t,
+    k]``.
 
     With ``gate_up`` the hidden activation is ``act(x[t] gate_up_e^T + bias_e) * (x[t] up_e^T)``.
 
     Args:
         x: ``[T, I]``, floating.
         gates: ``[T, K]``, floating, used as given.
-        top_k_index: int32 or int64 ``[T, K]``, entries in ``-1..E-1``; -1 = no expert. Out of range entries are
-            refused on the CPU. An expert that a token chose twice counts twice.
+        top_k_index: int32 or int64 ``[T, K]``, entries in ``-1..E-1``; -1 = no expert. Out of range
+            entries are refused on the CPU. An expert that a token chose twice counts twice.
         up: ``[E, m, I]``: the m neurons of each expert, a row each.
         down: ``[E, m, O]``.
         bias: ``[E, m]``, added before the activation.
-        activation: ``"relu"``, ``"gelu"``, ``"gelu_new"``, ``"gelu_pytorch_tanh"``, ``"silu"``, ``"swish"`` or
-            ``"none"``.
+        activation: ``"relu"``, ``"gelu"``, ``"gelu_new"``, ``"gelu_pytorch_tanh"``, ``"silu"``,
+            ``"swish"`` or ``"none"``.
         gate_up: ``[E, m, I]``: what goes through the activation of gated neurons.
         backend: name of a backend, or ``None`` / ``"auto"``.
 
@@ -124,7 +131,8 @@ def neuron_experts(
         ``[T, O]`` in the dtype of ``x``. Differentiable once in every floating argument.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, dtype or device, named with what was expected.
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device, named with
+            what was expected.
         BackendError: the named backend cannot run it.
     """
     check_floating("x", check_tensor("x", x, ("T", "I")))
@@ -133,14 +141,20 @@ def neuron_experts(
     if gates.shape[0] != x.shape[0]:
         raise ValueError(f"gates must be [T, K] with T = {x.shape[0]}; got {describe(gates)}")
     if index.shape != gates.shape:
-        raise ValueError(f"top_k_index must be {list(gates.shape)} like gates; got {describe(top_k_index)}")
+        raise ValueError(
+            f"top_k_index must be {list(gates.shape)} like gates; got {describe(top_k_index)}"
+        )
     check_tensor("up", up, ("E", "m", "I"))
     experts, neurons, width = up.shape
     if 0 in up.shape or width != x.shape[1]:
-        raise ValueError(f"up must be [E, m, I] with E, m, I >= 1 and I = {x.shape[1]}; got {describe(up)}")
+        raise ValueError(
+            f"up must be [E, m, I] with E, m, I >= 1 and I = {x.shape[1]}; got {describe(up)}"
+        )
     check_tensor("down", down, ("E", "m", "O"))
     if down.shape[:2] != up.shape[:2] or down.shape[2] < 1:
-        raise ValueError(f"down must be [E, m, O] = {[experts, neurons]} and O >= 1; got {describe(down)}")
+        raise ValueError(
+            f"down must be [E, m, O] = {[experts, neurons]} and O >= 1; got {describe(down)}"
+        )
     if bias is not None and check_tensor("bias", bias, ("E", "m")).shape != up.shape[:2]:
         raise ValueError(f"bias must be [E, m] = {[experts, neurons]}; got {describe(bias)}")
     if gate_up is not None and check_tensor("gate_up", gate_up, ("E", "m", "I")).shape != up.shape:

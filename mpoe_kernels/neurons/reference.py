@@ -1,4 +1,5 @@
-"""`neuron_experts` written as its definition: loops over tokens and choices. Only tests and bench import it."""
+"""`neuron_experts` written as its definition: loops over tokens and choices. Only tests and bench
+import it."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ def neuron_experts_reference(
     gate_up: Tensor | None = None,
 ) -> Tensor:
     """See `mpoe_kernels.neuron_experts`."""
-    # Views of all experts are taken at once: the gradient of each taken alone would be as large as the whole.
+    # Views of all experts are taken at once: the gradient of each taken alone would be as large as
+    # the whole.
     ups, downs = up.unbind(), down.unbind()
     gate_ups = ups if gate_up is None else gate_up.unbind()
     rows = []

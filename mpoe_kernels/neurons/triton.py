@@ -1,13 +1,16 @@
 """Launches of the Triton kernels of `neuron_experts`.
 
-Forward: sort pairs by expert (`routing.triton.sort_slots`), rows of pairs with the hidden neurons on chip
-(`neurons_fused_kernel`; more neurons than fit: `neurons_hidden_kernel` and `neurons_rows_kernel`), and their sum. Few
-pairs are not sorted: `neurons_hidden_kernel` and `neurons_few_kernel`, with the same bits. Backward: sort, hidden
-activations and their gradients (`neurons_hidden_kernel`), dx (`neurons_rows_kernel` and the sum), all weights
-(`neurons_weights_kernel`). No program waits for another. The largest temporaries are rows of pairs, ``[T K, O]`` in the
-tokens' dtype or as many columns of them as `MOST_ROWS` holds, and hidden activations ``[T K, m]``.
+Forward: sort pairs by expert (`routing.triton.sort_slots`), rows of pairs with the hidden neurons
+on chip (`neurons_fused_kernel`; more neurons than fit: `neurons_hidden_kernel` and
+`neurons_rows_kernel`), and their sum. Few pairs are not sorted: `neurons_hidden_kernel` and
+`neurons_few_kernel`, with the same bits. Backward: sort, hidden activations and their gradients
+(`neurons_hidden_kernel`), dx (`neurons_rows_kernel` and the sum), all weights
+(`neurons_weights_kernel`). No program waits for another. The largest temporaries are rows of pairs,
+``[T K, O]`` in the tokens' dtype or as many columns of them as `MOST_ROWS` holds, and hidden
+activations ``[T K, m]``.
 
-`torch.nn.functional.grouped_mm` is not used: below sm_90 it waits for the device, and rows would be copied for it.
+`torch.nn.functional.grouped_mm` is not used: below sm_90 it waits for the device, and rows would be
+copied for it.
 """
 
 from __future__ import annotations
@@ -30,18 +33,36 @@ from mpoe_kernels.neurons.triton_kernels import (
 )
 from mpoe_kernels.routing.triton import SortedSlots, sort_slots, sum_choices
 from mpoe_kernels.triton import architecture
-from mpoe_kernels.triton.start import Options, Tile, cdiv, fitted, power_of_two, precision, start, start_best
+from mpoe_kernels.triton.start import (
+    Options,
+    Tile,
+    cdiv,
+    fitted,
+    power_of_two,
+    precision,
+    start,
+    start_best,
+)
 
-FEW = 64  # pairs that are not sorted: at most one tile of 16 rows for each, as sorted ones of 64 experts mostly have
+# pairs that are not sorted: at most one tile of 16 rows for each, as sorted ones of 64 experts
+# mostly have
+FEW = 64
 ON_CHIP = {2: 128, 4: 64}  # bytes of an element -> most neurons of an expert that stay on chip
-# kernel -> bytes of an element -> tiles, the first of them where nothing is timed; for few slots of an expert the last
-# alone. Those of a kernel have the same columns, which decide over partial results, and the same inner size, the order
-# of sums; so have "fused", "hidden" and "few hidden", and the two of the other product. 64 in 16 bits: a cache line of
-# 128 bytes; 16 in 32 bits: without tensor cores operands are in registers. 64 rows of gated "hidden" spill on sm_80.
+# kernel -> bytes of an element -> tiles, the first of them where nothing is timed; for few slots of
+# an expert the last alone. Those of a kernel have the same columns, which decide over partial
+# results, and the same inner size, the order of sums; so have "fused", "hidden" and "few hidden",
+# and the two of the other product. 64 in 16 bits: a cache line of 128 bytes; 16 in 32 bits: without
+# tensor cores operands are in registers. 64 rows of gated "hidden" spill on sm_80.
 TILES: dict[str, dict[int, tuple[Tile, ...]]] = {
-    "fused": {2: (Tile(64, 128, 64, 8), Tile(32, 128, 64, 4), Tile(16, 128, 64, 4)), 4: (Tile(32, 64, 16, 8),)},
+    "fused": {
+        2: (Tile(64, 128, 64, 8), Tile(32, 128, 64, 4), Tile(16, 128, 64, 4)),
+        4: (Tile(32, 64, 16, 8),),
+    },
     "hidden": {2: (Tile(32, 64, 64, 8), Tile(16, 64, 64, 4)), 4: (Tile(32, 32, 16, 8),)},
-    "rows": {2: (Tile(64, 64, 64, 4), Tile(128, 64, 64, 8), Tile(16, 64, 64, 4)), 4: (Tile(32, 32, 16, 8),)},
+    "rows": {
+        2: (Tile(64, 64, 64, 4), Tile(128, 64, 64, 8), Tile(16, 64, 64, 4)),
+        4: (Tile(32, 32, 16, 8),),
+    },
     "weights": {2: (Tile(64, 64, 64, 4), Tile(64, 128, 32, 8)), 4: (Tile(32, 32, 16, 4),)},
     # Narrow, so that one token's programs fill a card.
     "few hidden": {2: (Tile(16, 16, 64, 4),), 4: (Tile(16, 16, 16, 4),)},
@@ -50,7 +71,8 @@ TILES: dict[str, dict[int, tuple[Tile, ...]]] = {
 
 
 class _Call:
-    """A call of either pass: arguments that its launches share. Missing tensors get placeholders that are never read.
+    """A call of either pass: arguments that its launches share. Missing tensors get placeholders
+    that are never read.
 
     Args:
         call: the op's.
@@ -58,10 +80,16 @@ class _Call:
 
     def __init__(self, call: NeuronCall) -> None:
         self.experts, self.neurons, self.width = call.up.shape
-        self.out_width, self.like, self.index = call.down.shape[2], call.x, call.top_k_index.contiguous()
+        self.out_width, self.like, self.index = (
+            call.down.shape[2],
+            call.x,
+            call.top_k_index.contiguous(),
+        )
         self.tokens, self.top_k = self.index.shape
         self.size = call.x.element_size()
-        check_range("top_k_index", self.index, -1, self.experts - 1)  # for the interpreter: it checks only CPUs
+        check_range(
+            "top_k_index", self.index, -1, self.experts - 1
+        )  # for the interpreter: it checks only CPUs
         self.up = call.up.contiguous()
         self.down = call.down.contiguous()
         self.gates = call.gates.contiguous()
@@ -97,7 +125,9 @@ class _Call:
     def few(self) -> Tensor:
         """``[T, O]``, of few pairs."""
         h = self.like.new_empty(self.tokens * self.top_k, self.neurons)
-        (way,) = fitted(TILES["few hidden"][self.size], self.neurons, max(self.width, self.out_width))
+        (way,) = fitted(
+            TILES["few hidden"][self.size], self.neurons, max(self.width, self.out_width)
+        )
         start(
             neurons_hidden_kernel,
             (self.tokens * self.top_k, cdiv(self.neurons, way["BN"])),
@@ -138,8 +168,11 @@ class _Call:
         """``[T, O]``, of neurons that fit on chip."""
         ways = self._ways("fused", slots, self.neurons, max(self.width, self.out_width))
         step = ways[0]["BK"]
-        # Every part of the columns computes the hidden activations again, so parts only fill an idle device.
-        idle = architecture.target_of(self.like.device).multiprocessors // slots.tiles(ways[0]["BM"])
+        # Every part of the columns computes the hidden activations again, so parts only fill an
+        # idle device.
+        idle = architecture.target_of(self.like.device).multiprocessors // slots.tiles(
+            ways[0]["BM"]
+        )
         out = self.like.new_empty(self.tokens, self.out_width)
 
         def write(rows: Sequence[Tensor], first: int, last: int) -> None:
@@ -158,15 +191,19 @@ class _Call:
         sum_choices([out], self.top_k, step, write)
         return out
 
-    def hidden(self, slots: SortedSlots, grad: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """h by place; for a backward times the gate, and the gradients of ``x up`` and ``x gate_up [T K, m]``, and the
-        gates' gradients in parts ``[parts, T, K]``."""
+    def hidden(
+        self, slots: SortedSlots, grad: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """h by place; for a backward times the gate, and the gradients of ``x up`` and ``x gate_up
+        [T K, m]``, and the gates' gradients in parts ``[parts, T, K]``."""
         ways = self._ways("hidden", slots, self.neurons, max(self.width, self.out_width))
         h = self.like.new_empty(slots.pairs, self.neurons)
         dz = h if grad is None else torch.empty_like(h)
         dvalue = torch.empty_like(h) if grad is not None and self.shared["GATED"] else dz
         parts = cdiv(self.neurons, ways[0]["BN"])
-        gate_parts = h.new_empty(parts if grad is not None else 0, *self.gates.shape, dtype=torch.float32)
+        gate_parts = h.new_empty(
+            parts if grad is not None else 0, *self.gates.shape, dtype=torch.float32
+        )
         start_best(
             neurons_hidden_kernel,
             lambda way: (slots.tiles(way["BM"]), parts),
@@ -185,9 +222,14 @@ class _Call:
         return h, dvalue, dz, gate_parts
 
     def rows(
-        self, slots: SortedSlots, pairs: Sequence[tuple[Tensor, Tensor]], gates: Tensor | None, out: Tensor
+        self,
+        slots: SortedSlots,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        gates: Tensor | None,
+        out: Tensor,
     ) -> Tensor:
-        """Writes the sum of one or two products: rows ``[T K, m]`` by place times ``[E, m, columns]``."""
+        """Writes the sum of one or two products: rows ``[T K, m]`` by place times ``[E, m,
+        columns]``."""
         columns = pairs[0][1].shape[2]
         ways = self._ways("rows", slots, columns, self.neurons)
         step = ways[0]["BN"]
@@ -218,7 +260,11 @@ class _Call:
         return out
 
     def weights(
-        self, slots: SortedSlots, grad: Tensor, rows: tuple[Tensor, Tensor, Tensor], results: list[Tensor]
+        self,
+        slots: SortedSlots,
+        grad: Tensor,
+        rows: tuple[Tensor, Tensor, Tensor],
+        results: list[Tensor],
     ) -> None:
         """Writes the gradients of up, down, bias and gate_up that are not empty."""
         _, _, dup, ddown, dbias, dgate_up = results
@@ -261,7 +307,9 @@ def forward(call: NeuronCall) -> Tensor:
     if this.on_chip:
         return this.fused(slots)
     h, *_ = this.hidden(slots)
-    return this.rows(slots, [(h, this.down)], this.gates, this.like.new_empty(this.tokens, this.out_width))
+    return this.rows(
+        slots, [(h, this.down)], this.gates, this.like.new_empty(this.tokens, this.out_width)
+    )
 
 
 def backward(call: NeuronBackwardCall) -> tuple[Tensor, ...]:

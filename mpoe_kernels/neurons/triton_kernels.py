@@ -1,16 +1,21 @@
-"""Kernels of `neuron_experts`: a program has slots of one expert, sorted by expert or, of few tokens, a pair each.
+"""Kernels of `neuron_experts`: a program has slots of one expert, sorted by expert or, of few
+tokens, a pair each.
 
-How arrays are indexed (t: token, j: choice, e: expert, p = t TOP_K + j: pair, s: place of a pair in the order):
+How arrays are indexed (t: token, j: choice, e: expert, p = t TOP_K + j: pair, s: place of a pair in
+the order):
 
-    x[t, i], grad[t, o]             tokens
-    gates[p], index[p]              of a pair: weight, expert
-    order[e], order[EXPERTS + 2 + s]    first place of an expert (EXPERTS: none), the pair at a place
-    up[e, n, i], gate_up[e, n, i], down[e, n, o], bias[e, n]    n: neuron
+    x[t, i], grad[t, o]         tokens
+    gates[p], index[p]          of a pair: weight, expert
+    order[e]                    first place of an expert (EXPERTS: none)
+    order[EXPERTS + 2 + s]      the pair at a place
+    up[e, n, i], gate_up[e, n, i], down[e, n, o], bias[e, n]        n: neuron
     h_rows[s, n], dvalue_rows[s, n], dz_rows[s, n]      by place; where nothing is sorted, by pair
-    out[p, c - first]               rows of pairs, which `sum_choices_kernel` adds; c: column from first to last
+    out[p, c - first]           rows of pairs, which `sum_choices_kernel` adds
+                                c: column, from first to last
 
-A row of a product depends on one slot alone, so an Inf or NaN stays with its token; sums over widths and neurons are
-made in steps of the same size in every way, so a token's result does not depend on its batch.
+A row of a product depends on one slot alone, so an Inf or NaN stays with its token; sums over
+widths and neurons are made in steps of the same size in every way, so a token's result does not
+depend on its batch.
 """
 
 from __future__ import annotations
@@ -57,7 +62,8 @@ def neurons_fused_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Grid ``(tiles of BM slots, parts of the columns)``: rows of pairs, with all neurons of an expert on chip.
+    """Grid ``(tiles of BM slots, parts of the columns)``: rows of pairs, with all neurons of an
+    expert on chip.
 
     Every part of the columns computes the hidden activations.
     """
@@ -135,8 +141,8 @@ def neurons_hidden_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Grid ``(tiles of BM slots, parts of BN neurons)``: hidden activations; of a backward those times the gate, and
-    the gradients of ``x up`` and ``x gate_up``."""
+    """Grid ``(tiles of BM slots, parts of BN neurons)``: hidden activations; of a backward those
+    times the gate, and the gradients of ``x up`` and ``x gate_up``."""
     expert, place, pair, used = slots_of_program(order, index, EXPERTS, SCAN, BM)
     if expert > EXPERTS:
         return
@@ -173,7 +179,9 @@ def neurons_hidden_kernel(
     if BACKWARD:
         gate = tl.load(gates + pair, mask=used, other=0.0).to(tl.float32)[:, None]
         weights = down + e * neurons * out_width
-        dh = rows_times(grad + token * out_width, used, out_width, weights, n, neurons, True, BK, PRECISION)
+        dh = rows_times(
+            grad + token * out_width, used, out_width, weights, n, neurons, True, BK, PRECISION
+        )
         tl.store(at_gate, tl.sum(h * dh, 1), mask=used)
         dvalue, dz = slopes(dh * gate, value, z, ACTIVATION, GATED)
         if GATED:
@@ -204,7 +212,8 @@ def neurons_rows_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Grid ``(tiles of BM slots, parts of BN columns)``: rows of places times their experts' weights, times the gate;
+    """Grid ``(tiles of BM slots, parts of BN columns)``: rows of places times their experts'
+    weights, times the gate;
     GATED: the sum of two such products."""
     expert, place, pair, used = slots_of_program(order, None, EXPERTS, SCAN, BM)
     if expert > EXPERTS:
@@ -215,7 +224,9 @@ def neurons_rows_kernel(
     own = expert.to(tl.int64) * neurons * columns
     acc = rows_times(rows + at, used, size, weights + own, c, columns, False, BK, PRECISION)
     if GATED:
-        acc += rows_times(more_rows + at, used, size, more_weights + own, c, columns, False, BK, PRECISION)
+        acc += rows_times(
+            more_rows + at, used, size, more_weights + own, c, columns, False, BK, PRECISION
+        )
     if gates is not None:
         gate = tl.load(gates + pair, mask=used, other=0.0).to(tl.float32)
         acc = tl.where(expert == EXPERTS, 0.0, acc * gate[:, None])
@@ -238,7 +249,8 @@ def neurons_few_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Grid ``(tokens, parts of BN columns)``: the sum over a token's choices in order; of BM rows the first counts."""
+    """Grid ``(tokens, parts of BN columns)``: the sum over a token's choices in order; of BM rows
+    the first counts."""
     used = tl.arange(0, BM) == 0
     c = tl.program_id(1) * BN + tl.arange(0, BN)
     total = tl.zeros((BM, BN), dtype=tl.float32)
@@ -251,7 +263,8 @@ def neurons_few_kernel(
         size = tl.where(chosen, neurons, 0)
         acc = rows_times(rows, used, size, weights, c, out_width, False, BK, PRECISION)
         gate = tl.load(gates + pair, mask=chosen, other=0.0).to(tl.float32)
-        # Rounded before it is added, as rows of pairs are: of float32 a choice keeps the two from becoming one FMA.
+        # Rounded before it is added, as rows of pairs are: of float32 a choice keeps the two from
+        # becoming one FMA.
         row = tl.where(chosen, acc * gate, 0.0).to(out.dtype.element_ty)
         total += row.to(tl.float32)
     token = (tl.program_id(0) + tl.arange(0, BM)).to(tl.int64)
@@ -288,7 +301,11 @@ def weight_gradient(
             right = row_tile(tokens + token * columns, used, c, columns)
             acc = tl.dot(tl.trans(row), right, acc, input_precision=PRECISION)
         where = out + n[:, None] * columns + c[None, :]
-        tl.store(where, acc.to(out.dtype.element_ty), mask=(n < neurons)[:, None] & (c < columns)[None, :])
+        tl.store(
+            where,
+            acc.to(out.dtype.element_ty),
+            mask=(n < neurons)[:, None] & (c < columns)[None, :],
+        )
 
 
 @triton.jit
@@ -317,8 +334,8 @@ def neurons_weights_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Grid ``(EXPERTS, parts of BM neurons and BN columns, 4)``: gradients of weights, over an expert's slots in
-    order; the last axis is up, down, gate_up and bias."""
+    """Grid ``(EXPERTS, parts of BM neurons and BN columns, 4)``: gradients of weights, over an
+    expert's slots in order; the last axis is up, down, gate_up and bias."""
     e = tl.program_id(0).to(tl.int64)
     low = tl.load(order + e)
     high = tl.load(order + e + 1)
@@ -327,15 +344,21 @@ def neurons_weights_kernel(
     if which == 0:
         if NEED_UP:
             to = dup + e * neurons * width
-            weight_gradient(dvalue_rows, x, pairs, low, high, to, width, neurons, TOP_K, PRECISION, BM, BN, BK)
+            weight_gradient(
+                dvalue_rows, x, pairs, low, high, to, width, neurons, TOP_K, PRECISION, BM, BN, BK
+            )
     elif which == 1:
         if NEED_DOWN:
             to = ddown + e * neurons * out_width
-            weight_gradient(h_rows, grad, pairs, low, high, to, out_width, neurons, TOP_K, PRECISION, BM, BN, BK)
+            weight_gradient(
+                h_rows, grad, pairs, low, high, to, out_width, neurons, TOP_K, PRECISION, BM, BN, BK
+            )
     elif which == 2:
         if NEED_GATE_UP:
             to = dgate_up + e * neurons * width
-            weight_gradient(dz_rows, x, pairs, low, high, to, width, neurons, TOP_K, PRECISION, BM, BN, BK)
+            weight_gradient(
+                dz_rows, x, pairs, low, high, to, width, neurons, TOP_K, PRECISION, BM, BN, BK
+            )
     elif NEED_BIAS:
         n = tl.program_id(1) * BM + tl.arange(0, BM)
         if tl.program_id(1) * BM < neurons:

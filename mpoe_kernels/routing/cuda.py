@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from mpoe_kernels.routing.op import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
+    from mpoe_kernels.routing.op import (
+        CombineBackwardCall,
+        CombineCall,
+        DispatchBackwardCall,
+        DispatchCall,
+        RouteCall,
+    )
 
 
 def _index(numbers: Tensor) -> Tensor:
@@ -26,14 +32,19 @@ class RoutingKernels:
     ops: Any
 
     def route(self, call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
-        """One launch for up to 1024 pairs. Entries outside ``0..E-1`` count as masked, as checking them would wait."""
+        """One launch for up to 1024 pairs. Entries outside ``0..E-1`` count as masked, as checking
+        them would wait."""
         mask = None if call.token_mask is None else call.token_mask.contiguous()
         return self.ops.route(_index(call.top_k_index), call.num_experts, call.capacity, mask)
 
     def dispatch(self, call: DispatchCall) -> Tensor:
         """A slot's only row is its token's; slots past the last offset are zero."""
-        x = call.x if call.x.stride(1) == 1 else call.x.contiguous()  # rows may have gaps, or even overlap
-        return self.ops.combine(x, _index(call.token_of_slot)[:, None], None, call.expert_offsets[-1:].int())
+        x = (
+            call.x if call.x.stride(1) == 1 else call.x.contiguous()
+        )  # rows may have gaps, or even overlap
+        return self.ops.combine(
+            x, _index(call.token_of_slot)[:, None], None, call.expert_offsets[-1:].int()
+        )
 
     def dispatch_backward(self, call: DispatchBackwardCall) -> Tensor:
         """Summed in float32."""
@@ -47,7 +58,12 @@ class RoutingKernels:
     def combine_backward(self, call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
         """Gradients of rows and gates, each by a launch."""
         where, gates = map(_index, (call.token_of_slot, call.slot_of_token)), call.top_k_weights
-        given = call.grad.contiguous(), call.y_sorted.contiguous(), *where, gates.float().contiguous()
+        given = (
+            call.grad.contiguous(),
+            call.y_sorted.contiguous(),
+            *where,
+            gates.float().contiguous(),
+        )
         dy, dweights = self.ops.combine_backward(*given, call.need_y, call.need_weights)
         return (
             dy if call.need_y else call.grad.new_empty(0),

@@ -1,4 +1,5 @@
-"""Routing without host synchronisation: stable sorts, searches and gathers of fixed size. Calls: see `op`."""
+"""Routing without host synchronisation: stable sorts, searches and gathers of fixed size. Calls:
+see `op`."""
 
 from __future__ import annotations
 
@@ -10,7 +11,13 @@ from torch import Tensor
 from mpoe_kernels.checks import check_range
 
 if TYPE_CHECKING:
-    from mpoe_kernels.routing.op import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
+    from mpoe_kernels.routing.op import (
+        CombineBackwardCall,
+        CombineCall,
+        DispatchBackwardCall,
+        DispatchCall,
+        RouteCall,
+    )
 
 
 def _stable_order(keys: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -22,7 +29,12 @@ def _stable_order(keys: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 def route(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
     """Key E marks a pair that is masked or dropped."""
-    top_k_index, num_experts, capacity, token_mask = call.top_k_index, call.num_experts, call.capacity, call.token_mask
+    top_k_index, num_experts, capacity, token_mask = (
+        call.top_k_index,
+        call.num_experts,
+        call.capacity,
+        call.token_mask,
+    )
     tokens, top_k = top_k_index.shape
     keys = top_k_index
     if token_mask is not None:
@@ -59,7 +71,9 @@ def dispatch(call: DispatchCall) -> Tensor:
 def _rows_of_pairs(rows: Tensor, slot_of_token: Tensor) -> Tensor:
     """``[N, F] -> [T, K, F]``; a pair without a slot gets any row."""
     check_range("slot_of_token", slot_of_token, -1, rows.shape[0] - 1)
-    return rows.index_select(0, slot_of_token.clamp_min(0).reshape(-1)).view(*slot_of_token.shape, rows.shape[1])
+    return rows.index_select(0, slot_of_token.clamp_min(0).reshape(-1)).view(
+        *slot_of_token.shape, rows.shape[1]
+    )
 
 
 def dispatch_backward(call: DispatchBackwardCall) -> Tensor:
@@ -71,7 +85,8 @@ def dispatch_backward(call: DispatchBackwardCall) -> Tensor:
 def combine(call: CombineCall) -> Tensor:
     """Dropped pairs contribute nothing, even if their slot holds NaN."""
     rows = _rows_of_pairs(call.y_sorted, call.slot_of_token)
-    # Masked last: neither the row nor the weight of a dropped pair may reach the sum, whatever they hold.
+    # Masked last: neither the row nor the weight of a dropped pair may reach the sum, whatever they
+    # hold.
     rows = rows.mul_(call.top_k_weights.to(rows.dtype).unsqueeze(2))
     rows = rows.masked_fill_((call.slot_of_token < 0).unsqueeze(2), 0)
     return rows.squeeze(1) if rows.shape[1] == 1 else rows.sum(1)

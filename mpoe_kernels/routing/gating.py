@@ -1,8 +1,8 @@
 """A router's native calls: top-k gating as a whole, its logits, its choice.
 
-While decoding, the router's six ops of PyTorch take longer than the products of a layer's experts; with many tokens in
-16 bits, PyTorch copies them all to float32. These are no ops: what differentiates, compiles or watches a call sees
-PyTorch's.
+While decoding, the router's six ops of PyTorch take longer than the products of a layer's experts;
+with many tokens in 16 bits, PyTorch copies them all to float32. These are no ops: what
+differentiates, compiles or watches a call sees PyTorch's.
 """
 
 from __future__ import annotations
@@ -36,11 +36,15 @@ class Gating(NamedTuple):
     top_k_weights: Tensor
 
 
-def can_route_natively(x: Tensor, weight: Tensor, backend: str | None = None, *others: Tensor | None) -> bool:
-    """Whether the native kernels may compute with tokens ``x [T, I]`` and a router's weight ``[E, I]``.
+def can_route_natively(
+    x: Tensor, weight: Tensor, backend: str | None = None, *others: Tensor | None
+) -> bool:
+    """Whether the native kernels may compute with tokens ``x [T, I]`` and a router's weight ``[E,
+    I]``.
 
-    Not on other devices, for another backend (asked for here or by `use_backend`), nor where a gradient, a compiler or
-    a mode has a part in the call. ``others``: tensors that the call computes with besides.
+    Not on other devices, for another backend (asked for here or by `use_backend`), nor where a
+    gradient, a compiler or a mode has a part in the call. ``others``: tensors that the call
+    computes with besides.
     """
     return (
         not torch.compiler.is_dynamo_compiling()
@@ -67,28 +71,36 @@ def new_gating(x: Tensor, num_experts: int, top_k: int) -> Gating:
 
 
 def native_gating(x: Tensor, weight: Tensor, top_k: int, raw: bool) -> Gating:
-    """Decide where `can_route_natively`; ``raw``: gates are probabilities, otherwise they sum to 1."""
+    """Decide where `can_route_natively`; ``raw``: gates are probabilities, otherwise they sum to
+    1."""
     arguments, _kept = _inputs(x, weight)
     found = new_gating(x, weight.shape[0], top_k)
     names_and_sizes, memory = arguments[:3], arguments[3:]
-    NATIVE_LIBRARY.functions.gating(*names_and_sizes, top_k, raw, *memory, *[each.data_ptr() for each in found])
+    NATIVE_LIBRARY.functions.gating(
+        *names_and_sizes, top_k, raw, *memory, *[each.data_ptr() for each in found]
+    )
     return found
 
 
 def gating_on_gpu(
     x: Tensor, weight: Tensor, top_k: int, raw: bool, scale: float, backend: str | None = None
 ) -> Gating | None:
-    """Decide for tokens ``x [T, I]`` in two launches of the backend ``triton``, with a backward; ``raw`` as in
-    `native_gating`, gates times ``scale``.
+    """Decide for tokens ``x [T, I]`` in two launches of the backend ``triton``, with a backward;
+    ``raw`` as in `native_gating`, gates times ``scale``.
 
-    None where it cannot run or another backend is named, and where a compiler or a mode has a part in the call.
+    None where it cannot run or another backend is named, and where a compiler or a mode has a part
+    in the call.
     """
     if torch.compiler.is_dynamo_compiling() or weight.shape[0] > MOST_GATED:
         return None
     asked, on_gpu = requested_backend(backend), BACKENDS["triton"]
-    if asked not in ((AUTO, "triton") if x.is_cuda else ("triton",)) or not is_plain_call((x, weight)):
+    if asked not in ((AUTO, "triton") if x.is_cuda else ("triton",)) or not is_plain_call(
+        (x, weight)
+    ):
         return None
-    if weight.dtype not in _DTYPES or on_gpu.unsupported_reasons(Request("gate", str(x.device), x.dtype)):
+    if weight.dtype not in _DTYPES or on_gpu.unsupported_reasons(
+        Request("gate", str(x.device), x.dtype)
+    ):
         return None
     if needs_gradients((x, weight)):
         return Gating(*_Gate.apply(x, weight, top_k, raw, scale))
@@ -110,7 +122,8 @@ def gates_of(logits: Tensor, index: Tensor, raw: bool, scale: float) -> Tensor:
 
 
 class _Gate(torch.autograd.Function):
-    """`Gating` from tokens and a router's weight. The copies that gradients need are made in the backward."""
+    """`Gating` from tokens and a router's weight. The copies that gradients need are made in the
+    backward."""
 
     @staticmethod
     def forward(
@@ -130,7 +143,9 @@ class _Gate(torch.autograd.Function):
         if dlogits is None and dgates is None:
             return (None,) * 5
         gradients = _differentiable if torch.is_grad_enabled() else _gradients
-        dx, dweight = gradients(ctx.saved_tensors, ctx.rule, dlogits, dgates, ctx.needs_input_grad[:2])
+        dx, dweight = gradients(
+            ctx.saved_tensors, ctx.rule, dlogits, dgates, ctx.needs_input_grad[:2]
+        )
         return dx, dweight, None, None, None
 
 
@@ -149,7 +164,9 @@ def _gradients(
     need_x, need_weight = needs
     in_parts = need_weight and x.dtype == torch.bfloat16
     decided = Gating(logits, index, logits)
-    dlogits, parts = BACKENDS["triton"].kernels["gate_backward"](decided, dlogits, dgates, *rule, in_parts)
+    dlogits, parts = BACKENDS["triton"].kernels["gate_backward"](
+        decided, dlogits, dgates, *rule, in_parts
+    )
     dx = (dlogits @ weight.float()).to(x.dtype) if need_x else None
     dweight = None
     if in_parts:  # products of 16 bits without a float32 copy of the tokens
@@ -180,7 +197,10 @@ def _inputs(x: Tensor, weight: Tensor) -> tuple[tuple[Any, ...], tuple[Tensor, T
     """Dtypes, sizes and addresses, and the tensors that must live until the call returns."""
     x, weight = dense("x", x), dense("weight", weight)
     sizes = (*x.shape, weight.shape[0])
-    return (name_of(x.dtype), name_of(weight.dtype), sizes, x.data_ptr(), weight.data_ptr()), (x, weight)
+    return (name_of(x.dtype), name_of(weight.dtype), sizes, x.data_ptr(), weight.data_ptr()), (
+        x,
+        weight,
+    )
 
 
 def native_logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -192,9 +212,11 @@ def native_logits(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def best_experts(scores: Tensor, top_k: int, backend: str | None = None) -> Tensor:
-    """Experts with the largest of scores ``[T, E]``, best first, int64 ``[T, K]``; NaN counts as the largest.
+    """Experts with the largest of scores ``[T, E]``, best first, int64 ``[T, K]``; NaN counts as
+    the largest.
 
-    `torch.topk` takes a tenth of the time of a layer's experts, so the native kernels choose where they may.
+    `torch.topk` takes a tenth of the time of a layer's experts, so the native kernels choose where
+    they may.
     """
     scores = scores.detach()
     native = (
@@ -209,5 +231,7 @@ def best_experts(scores: Tensor, top_k: int, backend: str | None = None) -> Tens
         return scores.topk(top_k, dim=-1).indices
     scores = dense("scores", scores)
     index = scores.new_empty(len(scores), top_k, dtype=torch.int64)
-    NATIVE_LIBRARY.functions.best_experts((*scores.shape, top_k), scores.data_ptr(), index.data_ptr())
+    NATIVE_LIBRARY.functions.best_experts(
+        (*scores.shape, top_k), scores.data_ptr(), index.data_ptr()
+    )
     return index

@@ -10,7 +10,13 @@ from torch import Tensor
 from mpoe_kernels.native_library import NATIVE_LIBRARY, address, dense, dense_index, name_of
 
 if TYPE_CHECKING:
-    from mpoe_kernels.routing.op import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
+    from mpoe_kernels.routing.op import (
+        CombineBackwardCall,
+        CombineCall,
+        DispatchBackwardCall,
+        DispatchCall,
+        RouteCall,
+    )
 
 
 def _gates(top_k_weights: Tensor, like: Tensor) -> Tensor:
@@ -27,7 +33,13 @@ def route(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
     token_of_slot, slot_of_token = index.new_empty(tokens * top_k), torch.empty_like(index)
     NATIVE_LIBRARY.functions.route(
         *(tokens, top_k, call.num_experts, -1 if call.capacity is None else call.capacity),
-        *(index.data_ptr(), address(mask), offsets.data_ptr(), token_of_slot.data_ptr(), slot_of_token.data_ptr()),
+        *(
+            index.data_ptr(),
+            address(mask),
+            offsets.data_ptr(),
+            token_of_slot.data_ptr(),
+            slot_of_token.data_ptr(),
+        ),
     )
     return offsets, token_of_slot, slot_of_token
 
@@ -35,12 +47,26 @@ def route(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
 def dispatch(call: DispatchCall) -> Tensor:
     """Slots past the last offset are zero."""
     # Rows may lie apart, even overlap.
-    x = call.x if call.x.is_cpu and (call.x.stride(1) == 1 or call.x.shape[1] == 1) else dense("x", call.x)
-    index, offsets = dense_index("token_of_slot", call.token_of_slot), dense("expert_offsets", call.expert_offsets)
+    x = (
+        call.x
+        if call.x.is_cpu and (call.x.stride(1) == 1 or call.x.shape[1] == 1)
+        else dense("x", call.x)
+    )
+    index, offsets = (
+        dense_index("token_of_slot", call.token_of_slot),
+        dense("expert_offsets", call.expert_offsets),
+    )
     (tokens, features), slots, element = x.shape, len(index), x.itemsize
     out = x.new_empty(slots, features)
     NATIVE_LIBRARY.functions.dispatch(
-        *(tokens, slots, len(offsets) - 1, features * element, x.stride(0) * element, offsets.itemsize),
+        *(
+            tokens,
+            slots,
+            len(offsets) - 1,
+            features * element,
+            x.stride(0) * element,
+            offsets.itemsize,
+        ),
         *(x.data_ptr(), index.data_ptr(), offsets.data_ptr(), out.data_ptr()),
     )
     return out
@@ -55,7 +81,9 @@ def _combined(rows: Tensor, index: Tensor, gates: Tensor | None) -> Tensor:
 
 def dispatch_backward(call: DispatchBackwardCall) -> Tensor:
     """Summed in float32 (float64 for float64)."""
-    return _combined(dense("grad", call.grad), dense_index("slot_of_token", call.slot_of_token), None)
+    return _combined(
+        dense("grad", call.grad), dense_index("slot_of_token", call.slot_of_token), None
+    )
 
 
 def combine(call: CombineCall) -> Tensor:
@@ -71,5 +99,7 @@ def combine_backward(call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
     dy = torch.empty_like(rows) if call.need_y else rows.new_empty(0)
     dweights = torch.empty_like(gates) if call.need_weights else gates.new_empty(0)
     memory = [each.data_ptr() for each in (index, gates, rows, grad, dy, dweights)]
-    NATIVE_LIBRARY.functions.combine_backward(name_of(rows.dtype), (*index.shape, *rows.shape), *memory)
+    NATIVE_LIBRARY.functions.combine_backward(
+        name_of(rows.dtype), (*index.shape, *rows.shape), *memory
+    )
     return dy, dweights.to(call.top_k_weights.dtype)

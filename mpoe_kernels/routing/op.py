@@ -1,4 +1,5 @@
-"""`route`, `dispatch`, `combine`: tokens to slots sorted by expert, and back. No host synchronisation."""
+"""`route`, `dispatch`, `combine`: tokens to slots sorted by expert, and back. No host
+synchronisation."""
 
 from __future__ import annotations
 
@@ -35,26 +36,32 @@ KERNELS = {
 FUNCTIONS = {op: op for op in OPS}
 for _backend, _kernels in KERNELS.items():
     add_kernels(_backend, _kernels, FUNCTIONS)
-add_kernels("triton", lazily("mpoe_kernels.routing.triton_gates", *GATING), {name: name for name in GATING})
+add_kernels(
+    "triton", lazily("mpoe_kernels.routing.triton_gates", *GATING), {name: name for name in GATING}
+)
 
 
 @dataclass(frozen=True)
 class Routing:
     """Which token sits in which slot.
 
-    Sizes and dtypes are checked here. Values are checked only on the CPU, where a routing is used: on a GPU that would
-    wait for the device, so a routing that `route` did not make gives undefined results if its indices are out of range.
+    Sizes and dtypes are checked here. Values are checked only on the CPU, where a routing is used:
+    on a GPU that would wait for the device, so a routing that `route` did not make gives undefined
+    results if its indices are out of range.
 
     Attributes:
-        expert_offsets: int32 ``[E + 1]``; expert e owns slots ``expert_offsets[e] : expert_offsets[e + 1]``.
-        token_of_slot: int64 ``[N]`` with N = T * K; slots from ``expert_offsets[-1]`` on are empty (dropped or masked
-            pairs are sorted there).
+        expert_offsets: int32 ``[E + 1]``; expert e owns slots ``expert_offsets[e] :
+            expert_offsets[e + 1]``.
+        token_of_slot: int64 ``[N]`` with N = T * K; slots from ``expert_offsets[-1]`` on are empty
+            (dropped or masked pairs are sorted there).
         slot_of_token: int64 ``[T, K]``; -1 = dropped or masked.
-        is_routed: whether `route` made it, so that with K = 1 ``token_of_slot`` names every token once. Only then may a
-            product scatter its rows to their tokens; otherwise some rows might stay unwritten.
+        is_routed: whether `route` made it, so that with K = 1 ``token_of_slot`` names every token
+            once. Only then may a product scatter its rows to their tokens; otherwise some rows
+            might stay unwritten.
 
     Raises:
-        TypeError, ValueError: tensors of other dtypes, numbers of axes, sizes, or on several devices.
+        TypeError, ValueError: tensors of other dtypes, numbers of axes, sizes, or on several
+            devices.
     """
 
     expert_offsets: Tensor
@@ -135,25 +142,27 @@ def route(
     """Stable counting sort of (token, choice) pairs by expert.
 
     Args:
-        top_k_index: ``[T, K]`` int64 (int32 is converted), entries in ``0..E-1``. Checked on the CPU, but not on a GPU,
-            because that would wait for the device.
+        top_k_index: ``[T, K]`` int64 (int32 is converted), entries in ``0..E-1``. Checked on the
+            CPU, but not on a GPU, because that would wait for the device.
         num_experts: E, at most 2^20.
-        capacity: maximum number of slots per expert; first choices are served before second ones, earlier tokens before
-            later ones. ``None``: dropless.
+        capacity: maximum number of slots per expert; first choices are served before second ones,
+            earlier tokens before later ones. ``None``: dropless.
         token_mask: bool ``[T]``; ``False`` tokens (padding) are neither routed nor counted.
 
     Returns:
         `Routing`.
 
     Raises:
-        TypeError, ValueError: wrong shapes, dtypes or devices, no choices, 2^31 pairs or more, ``num_experts`` or
-            ``capacity`` below 1 or not an integer, an entry outside ``0..E-1`` (CPU).
+        TypeError, ValueError: wrong shapes, dtypes or devices, no choices, 2^31 pairs or more,
+            ``num_experts`` or ``capacity`` below 1 or not an integer, an entry outside ``0..E-1``
+            (CPU).
     """
     index = check_index("top_k_index", top_k_index, ("T", "K")).long()
     check_integer("num_experts", num_experts, 1, MOST_EXPERTS)
     if index.shape[1] < 1 or index.shape[0] * index.shape[1] > MOST_PAIRS:
         raise ValueError(
-            f"top_k_index must be [T, K] with K >= 1 and T * K <= {MOST_PAIRS}; got {describe(top_k_index)}"
+            f"top_k_index must be [T, K] with K >= 1 and T * K <= {MOST_PAIRS}; got "
+            f"{describe(top_k_index)}"
         )
     if capacity is not None:
         check_integer("capacity", capacity, 1)
@@ -162,8 +171,12 @@ def route(
         check_tensor("token_mask", token_mask, ("T",))
         check_device("top_k_index", index, token_mask=token_mask)
         if token_mask.dtype != torch.bool or token_mask.shape[0] != index.shape[0]:
-            raise ValueError(f"token_mask must be bool [T] with T = {index.shape[0]}; got {describe(token_mask)}")
-    offsets, token_of_slot, slot_of_token = _route(index, num_experts, capacity, token_mask, requested_backend(backend))
+            raise ValueError(
+                f"token_mask must be bool [T] with T = {index.shape[0]}; got {describe(token_mask)}"
+            )
+    offsets, token_of_slot, slot_of_token = _route(
+        index, num_experts, capacity, token_mask, requested_backend(backend)
+    )
     return Routing(offsets, token_of_slot, slot_of_token, by_route=True)
 
 
@@ -189,7 +202,8 @@ class DispatchCall:
 
 @dataclass
 class DispatchBackwardCall:
-    """Its kernel returns the gradient ``[T, I]`` of x, every row a sum over its slots in a fixed order.
+    """Its kernel returns the gradient ``[T, I]`` of x, every row a sum over its slots in a fixed
+    order.
 
     Attributes:
         grad: ``[N, I]``.
@@ -211,7 +225,13 @@ def _dispatch_backward_fake(call: DispatchBackwardCall) -> Tensor:
 
 
 def _dispatch_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _dispatch_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings), None, None, None, None
+    return (
+        _dispatch_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings),
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 _dispatch_backward = define_op(
@@ -243,12 +263,14 @@ def check_gates(top_k_weights: Tensor, routing: Routing) -> None:
     check_floating("top_k_weights", top_k_weights)
     if top_k_weights.shape != routing.slot_of_token.shape:
         raise ValueError(
-            f"top_k_weights must be [T, K] = {list(routing.slot_of_token.shape)}; got {describe(top_k_weights)}"
+            f"top_k_weights must be [T, K] = {list(routing.slot_of_token.shape)}; got "
+            f"{describe(top_k_weights)}"
         )
 
 
 def dispatch(x: Tensor, routing: Routing, *, backend: str | None = None) -> Tensor:
-    """Copy rows into slot order: ``x_sorted[s] = x[token_of_slot[s]]``, zero in empty slots. Differentiable in x.
+    """Copy rows into slot order: ``x_sorted[s] = x[token_of_slot[s]]``, zero in empty slots.
+    Differentiable in x.
 
     Args:
         x: ``[T, I]``, floating.
@@ -262,9 +284,15 @@ def dispatch(x: Tensor, routing: Routing, *, backend: str | None = None) -> Tens
     check_floating("x", x)
     check_device("x", x, routing=routing.slot_of_token)
     if x.shape[0] != routing.slot_of_token.shape[0]:
-        raise ValueError(f"x must be [T, I] with T = {routing.slot_of_token.shape[0]}; got {describe(x)}")
+        raise ValueError(
+            f"x must be [T, I] with T = {routing.slot_of_token.shape[0]}; got {describe(x)}"
+        )
     return _dispatch(
-        x, routing.expert_offsets, routing.token_of_slot, routing.slot_of_token, requested_backend(backend)
+        x,
+        routing.expert_offsets,
+        routing.token_of_slot,
+        routing.slot_of_token,
+        requested_backend(backend),
     )
 
 
@@ -273,7 +301,8 @@ def dispatch(x: Tensor, routing: Routing, *, backend: str | None = None) -> Tens
 
 @dataclass
 class CombineCall:
-    """Its kernel returns ``[T, F]``, the gated sum of a token's rows; pairs without a slot contribute nothing.
+    """Its kernel returns ``[T, F]``, the gated sum of a token's rows; pairs without a slot
+    contribute nothing.
 
     Attributes:
         y_sorted: ``[N, F]``.
@@ -292,7 +321,8 @@ class CombineCall:
 
 @dataclass
 class CombineBackwardCall:
-    """Its kernel returns the gradients of ``y_sorted`` and ``top_k_weights``; what is not needed is empty.
+    """Its kernel returns the gradients of ``y_sorted`` and ``top_k_weights``; what is not needed is
+    empty.
 
     Attributes:
         grad: ``[T, F]``.
@@ -322,12 +352,18 @@ def _combine_backward_fake(call: CombineBackwardCall) -> tuple[Tensor, Tensor]:
 
 def _combine_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_y, need_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
-    dy, dweights = _combine_backward(grad.contiguous(), *ctx.saved_tensors, need_y, need_weights, *ctx.settings)
+    dy, dweights = _combine_backward(
+        grad.contiguous(), *ctx.saved_tensors, need_y, need_weights, *ctx.settings
+    )
     return dy if need_y else None, None, None, None, dweights if need_weights else None, None
 
 
 _combine_backward = define_op(
-    "combine_backward", CombineBackwardCall, 2, backend_kernel("combine_backward", "grad"), _combine_backward_fake
+    "combine_backward",
+    CombineBackwardCall,
+    2,
+    backend_kernel("combine_backward", "grad"),
+    _combine_backward_fake,
 )
 _combine = define_op(
     "combine",
@@ -340,8 +376,11 @@ _combine = define_op(
 )
 
 
-def combine(y_sorted: Tensor, routing: Routing, top_k_weights: Tensor, *, backend: str | None = None) -> Tensor:
-    """Gate and un-sort: ``y[t] = sum_k top_k_weights[t, k] * y_sorted[slot_of_token[t, k]]`` over kept pairs.
+def combine(
+    y_sorted: Tensor, routing: Routing, top_k_weights: Tensor, *, backend: str | None = None
+) -> Tensor:
+    """Gate and un-sort: ``y[t] = sum_k top_k_weights[t, k] * y_sorted[slot_of_token[t, k]]`` over
+    kept pairs.
 
     Args:
         y_sorted: ``[N, F]``, floating.
@@ -349,7 +388,8 @@ def combine(y_sorted: Tensor, routing: Routing, top_k_weights: Tensor, *, backen
         top_k_weights: the gates, floating ``[T, K]``, of any floating dtype (usually float32).
 
     Returns:
-        ``[T, F]`` in the dtype of ``y_sorted``; tokens without a kept pair are zero. Differentiable in both.
+        ``[T, F]`` in the dtype of ``y_sorted``; tokens without a kept pair are zero. Differentiable
+        in both.
     """
     check_routing(routing)
     check_gates(top_k_weights, routing)
@@ -357,7 +397,10 @@ def combine(y_sorted: Tensor, routing: Routing, top_k_weights: Tensor, *, backen
     check_floating("y_sorted", y_sorted)
     check_device("y_sorted", y_sorted, top_k_weights=top_k_weights, routing=routing.slot_of_token)
     if y_sorted.shape[0] != routing.token_of_slot.shape[0]:
-        raise ValueError(f"y_sorted must be [N, F] with N = {routing.token_of_slot.shape[0]}; got {describe(y_sorted)}")
+        raise ValueError(
+            f"y_sorted must be [N, F] with N = {routing.token_of_slot.shape[0]}; got "
+            f"{describe(y_sorted)}"
+        )
     return _combine(
         y_sorted,
         routing.expert_offsets,

@@ -7,9 +7,13 @@ from torch import Tensor
 
 
 def route_reference(
-    top_k_index: Tensor, num_experts: int, capacity: int | None = None, token_mask: Tensor | None = None
+    top_k_index: Tensor,
+    num_experts: int,
+    capacity: int | None = None,
+    token_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(expert_offsets, token_of_slot, slot_of_token)``: first choices claim capacity before second choices do."""
+    """``(expert_offsets, token_of_slot, slot_of_token)``: first choices claim capacity before
+    second choices do."""
     tokens, top_k = top_k_index.shape
     index = top_k_index.tolist()
     kept: set[tuple[int, int]] = set()
@@ -24,7 +28,12 @@ def route_reference(
                 kept.add((t, k))
     offsets, order = [0], []
     for e in range(num_experts):
-        order += [(t, k) for t in range(tokens) for k in range(top_k) if (t, k) in kept and index[t][k] == e]
+        order += [
+            (t, k)
+            for t in range(tokens)
+            for k in range(top_k)
+            if (t, k) in kept and index[t][k] == e
+        ]
         offsets.append(len(order))
     slot_of_token = torch.full((tokens, top_k), -1, dtype=torch.int64)
     for slot, (t, k) in enumerate(order):
@@ -38,7 +47,9 @@ def dispatch_reference(x: Tensor, routing) -> Tensor:
     """``x_sorted[s] = x[token_of_slot[s]]`` for filled slots, zero for the rest."""
     filled = int(routing.expert_offsets[-1])
     slots = torch.arange(routing.token_of_slot.shape[0]) < filled
-    return torch.where(slots[:, None], x[routing.token_of_slot.long()], torch.zeros((), dtype=x.dtype))
+    return torch.where(
+        slots[:, None], x[routing.token_of_slot.long()], torch.zeros((), dtype=x.dtype)
+    )
 
 
 def combine_reference(y_sorted: Tensor, routing, top_k_weights: Tensor) -> Tensor:

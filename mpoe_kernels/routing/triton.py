@@ -1,4 +1,5 @@
-"""`route`, `dispatch`, `combine` and their gradients on the kernels of `triton_kernels`. Calls: see `op`."""
+"""`route`, `dispatch`, `combine` and their gradients on the kernels of `triton_kernels`. Calls: see
+`op`."""
 
 from __future__ import annotations
 
@@ -9,13 +10,21 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels.routing import triton_kernels as kernels
-from mpoe_kernels.routing.op import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
+from mpoe_kernels.routing.op import (
+    CombineBackwardCall,
+    CombineCall,
+    DispatchBackwardCall,
+    DispatchCall,
+    RouteCall,
+)
 from mpoe_kernels.triton.start import Tile, cdiv, power_of_two, start
 
 BLOCK = 128  # pairs of one program; ranks inside a block compare all of them with one another
 FEW = 128  # at most so many pairs are sorted by one program: more would spill registers
 MOST_AT_ONCE = 4096  # pairs sorted by one launch, in which every expert's program reads them all
-MOST_PARTS = 512  # of the pairs that two launches sort, in which a program reads the counts of them all
+MOST_PARTS = (
+    512  # of the pairs that two launches sort, in which a program reads the counts of them all
+)
 COUNTED = 4096  # counts that it holds at once
 MOST_ROWS = 1 << 28  # bytes of pairs' rows that wait for their sum at once
 SORT_BLOCK = 1024  # pairs that it reads at once
@@ -24,7 +33,10 @@ SUMMED = {"BM": 4, "BN": 512, "num_warps": 4}  # where a program sums over a row
 
 
 def sort_pairs(
-    top_k_index: Tensor, num_experts: int, capacity: int | None = None, token_mask: Tensor | None = None
+    top_k_index: Tensor,
+    num_experts: int,
+    capacity: int | None = None,
+    token_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a `RouteCall` asks for."""
     tokens, top_k = top_k_index.shape
@@ -86,8 +98,8 @@ class SortedSlots(NamedTuple):
     """(token, choice) pairs sorted by expert; those without an expert are last.
 
     Attributes:
-        order: int32 ``[E + 2 + T K]``: the first place of every expert, that of the pairs without one, T K; then the
-            pair ``token K + choice`` at every place.
+        order: int32 ``[E + 2 + T K]``: the first place of every expert, that of the pairs without
+            one, T K; then the pair ``token K + choice`` at every place.
         experts, top_k: E and K.
     """
 
@@ -110,15 +122,20 @@ class SortedSlots(NamedTuple):
         return (self.pairs + min(self.pairs, self.experts + 1) * (rows - 1)) // rows
 
     def among(self, tiles: Sequence[Tile]) -> Sequence[Tile]:
-        """Of several tiles, the last of which is for few slots of an expert: that one, or all others."""
+        """Of several tiles, the last of which is for few slots of an expert: that one, or all
+        others."""
         if len(tiles) == 1:
             return tiles
-        return tiles[-1:] if self.pairs <= min(self.pairs, self.experts) * tiles[-1].rows else tiles[:-1]
+        return (
+            tiles[-1:]
+            if self.pairs <= min(self.pairs, self.experts) * tiles[-1].rows
+            else tiles[:-1]
+        )
 
 
 def sort_slots(top_k_index: Tensor, num_experts: int) -> SortedSlots:
-    """Sort the pairs of ``top_k_index [T, K]``; an entry outside ``0..E-1``: no expert. In one launch, of more pairs
-    in two."""
+    """Sort the pairs of ``top_k_index [T, K]``; an entry outside ``0..E-1``: no expert. In one
+    launch, of more pairs in two."""
     index, pairs = top_k_index.contiguous(), top_k_index.numel()
     order = index.new_empty(num_experts + 2 + pairs, dtype=torch.int32)
     if pairs <= MOST_AT_ONCE:
@@ -133,18 +150,32 @@ def sort_slots(top_k_index: Tensor, num_experts: int) -> SortedSlots:
             num_warps=4,
         )
     else:  # a pair is a token with one choice
-        given: dict[str, Any] = {"index": index, "mask": None, "tokens": pairs, "EXPERTS": num_experts, "TOP_K": 1}
-        places: dict[str, Any] = {"offsets": order, "token_of_slot": order[num_experts + 2 :], "slot_of_token": None}
+        given: dict[str, Any] = {
+            "index": index,
+            "mask": None,
+            "tokens": pairs,
+            "EXPERTS": num_experts,
+            "TOP_K": 1,
+        }
+        places: dict[str, Any] = {
+            "offsets": order,
+            "token_of_slot": order[num_experts + 2 :],
+            "slot_of_token": None,
+        }
         given |= _counted(pairs, num_experts)
         _two(given, False, kernels.scatter_kernel, OFFSETS=num_experts + 2, **places)
     return SortedSlots(order, num_experts, top_k_index.shape[1])
 
 
 def sum_choices(
-    outs: Sequence[Tensor], top_k: int, step: int, write: Callable[[Sequence[Tensor], int, int], None]
+    outs: Sequence[Tensor],
+    top_k: int,
+    step: int,
+    write: Callable[[Sequence[Tensor], int, int], None],
 ) -> None:
-    """Sums ``[T, F]`` over a token's choices, in order, of rows ``[T K, columns]`` that ``write(rows, first, last)``
-    writes for some of the columns, a multiple of ``step``: as many as `MOST_ROWS` holds. All ``outs`` are alike."""
+    """Sums ``[T, F]`` over a token's choices, in order, of rows ``[T K, columns]`` that
+    ``write(rows, first, last)`` writes for some of the columns, a multiple of ``step``: as many as
+    `MOST_ROWS` holds. All ``outs`` are alike."""
     tokens, columns = outs[0].shape
     if top_k == 1:
         write(outs, 0, columns)
@@ -172,7 +203,8 @@ def sum_choices(
 def collect_rows(
     rows: Tensor, slot_of_token: Tensor, weights: Tensor | None = None, filled: Tensor | None = None
 ) -> Tensor:
-    """``[N, F] -> [T, F]``: a gather over slots, so it is deterministic. Dropped pairs contribute nothing, even NaN.
+    """``[N, F] -> [T, F]``: a gather over slots, so it is deterministic. Dropped pairs contribute
+    nothing, even NaN.
 
     Tokens from the number ``filled [1]`` on, if it is given, have no pairs."""
     tokens, top_k = slot_of_token.shape

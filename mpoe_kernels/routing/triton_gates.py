@@ -1,4 +1,5 @@
-"""A router's logits and gates, and their gradient, on Triton: launches and kernels, for `routing.gating`.
+"""A router's logits and gates, and their gradient, on Triton: launches and kernels, for
+`routing.gating`.
 
 Arrays are indexed by token and expert, or by token and choice; weights by expert and feature.
 """
@@ -15,8 +16,10 @@ from mpoe_kernels.triton.device_functions import COUNTS
 from mpoe_kernels.triton.start import cdiv, power_of_two, start
 
 GATED = 2048  # logits of one program
-PART_OF_WIDTH = 512  # of a part of the logits: one token's parts fill as many multiprocessors as its width allows
-# 32 experts: 64 spill on sm_100, or with 8 warps on gfx942. Both have the same inner size, the order of sums.
+# of a part of the logits: one token's parts fill as many multiprocessors as its width allows
+PART_OF_WIDTH = 512
+# 32 experts: 64 spill on sm_100, or with 8 warps on gfx942. Both have the same inner size, the
+# order of sums.
 LOGITS = {"BM": 32, "BN": 32, "BK": 64, "num_warps": 4, "num_stages": 2}
 LOGITS_FEW = LOGITS | {"BM": 16}
 
@@ -34,8 +37,9 @@ def logits_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Grid ``(token blocks, expert blocks, parts of the width)``: ``x weight^T`` in 16-bit products, exact in float32;
-    a float32 weight is split into three numbers of 8 bits each as it is loaded, so no parts of it are kept."""
+    """Grid ``(token blocks, expert blocks, parts of the width)``: ``x weight^T`` in 16-bit
+    products, exact in float32; a float32 weight is split into three numbers of 8 bits each as it is
+    loaded, so no parts of it are kept."""
     token = tl.program_id(0) * BM + tl.arange(0, BM)
     expert = tl.program_id(1) * BN + tl.arange(0, BN)
     rows = x + token.to(tl.int64)[:, None] * width
@@ -45,8 +49,12 @@ def logits_kernel(
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for k0 in tl.range(begin, end, BK):
         k = k0 + tl.arange(0, BK)
-        row = tl.load(rows + k[None, :], mask=(token < tokens)[:, None] & (k < end)[None, :], other=0.0)
-        column = tl.load(columns + k[:, None], mask=(expert < EXPERTS)[None, :] & (k < end)[:, None], other=0.0)
+        row = tl.load(
+            rows + k[None, :], mask=(token < tokens)[:, None] & (k < end)[None, :], other=0.0
+        )
+        column = tl.load(
+            columns + k[:, None], mask=(expert < EXPERTS)[None, :] & (k < end)[:, None], other=0.0
+        )
         first = column.to(x.dtype.element_ty)
         if weight.dtype.element_ty == tl.float32:
             rest = column - first.to(tl.float32)
@@ -55,7 +63,11 @@ def logits_kernel(
             acc = tl.dot(row, third, acc)
             acc = tl.dot(row, second, acc)
         acc = tl.dot(row, first, acc)
-    at = parts + (tl.program_id(2).to(tl.int64) * tokens + token[:, None]) * EXPERTS + expert[None, :]
+    at = (
+        parts
+        + (tl.program_id(2).to(tl.int64) * tokens + token[:, None]) * EXPERTS
+        + expert[None, :]
+    )
     tl.store(at, acc, mask=(token < tokens)[:, None] & (expert < EXPERTS)[None, :])
 
 
@@ -82,7 +94,8 @@ def gate_kernel(
     KP: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """Grid ``(token blocks,)``: softmax and the largest of it, of equal ones the smaller number first; NaN is largest.
+    """Grid ``(token blocks,)``: softmax and the largest of it, of equal ones the smaller number
+    first; NaN is largest.
 
     ``SCAN`` and ``KP`` are powers of two that are at least ``EXPERTS`` and ``TOP_K``.
     """
@@ -93,7 +106,9 @@ def gate_kernel(
     at = token.to(tl.int64)[:, None] * EXPERTS + expert[None, :]
     z = tl.load(parts + at, mask=inside, other=0.0)
     for part in tl.static_range(1, PARTS):
-        z += tl.load(parts + tl.cast(part, tl.int64) * tokens * EXPERTS + at, mask=inside, other=0.0)
+        z += tl.load(
+            parts + tl.cast(part, tl.int64) * tokens * EXPERTS + at, mask=inside, other=0.0
+        )
     if logits is not None:
         tl.store(logits + at, z, mask=inside)
     p = probabilities(tl.where(known, z, float("-inf")))
@@ -132,8 +147,9 @@ def gate_backward_kernel(
     KP: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """Grid ``(token blocks,)``: a gate is a probability, RAW, or divided by the sum of the chosen ones; a single one
-    then is 1 with the gradient of log p. With c_j, the gradient of log p_j, that of a logit is ``c - p sum c``."""
+    """Grid ``(token blocks,)``: a gate is a probability, RAW, or divided by the sum of the chosen
+    ones; a single one then is 1 with the gradient of log p. With c_j, the gradient of log p_j, that
+    of a logit is ``c - p sum c``."""
     token = tl.program_id(0) * BM + tl.arange(0, BM)
     expert, choice = tl.arange(0, SCAN), tl.arange(0, KP)
     known = (expert < EXPERTS)[None, :]
@@ -143,7 +159,9 @@ def gate_backward_kernel(
     if given is not None:
         grad = tl.load(given + at, mask=inside, other=0.0)
     if dweights is not None:
-        p = probabilities(tl.where(known, tl.load(logits + at, mask=inside, other=0.0), float("-inf")))
+        p = probabilities(
+            tl.where(known, tl.load(logits + at, mask=inside, other=0.0), float("-inf"))
+        )
         row = token.to(tl.int64)[:, None] * TOP_K + choice[None, :]
         of_choice = (token < tokens)[:, None] & (choice < TOP_K)[None, :]
         dw = tl.load(dweights + row, mask=of_choice, other=0.0) * scale
@@ -172,14 +190,16 @@ def gate_backward_kernel(
 
 
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """``x weight^T [T, E]`` in parts ``[P, T, E]`` float32, which `gate` adds; P depends on the width alone. One launch
-    for 16-bit tokens and a weight of their dtype, or bfloat16 ones and a float32 weight."""
+    """``x weight^T [T, E]`` in parts ``[P, T, E]`` float32, which `gate` adds; P depends on the
+    width alone. One launch for 16-bit tokens and a weight of their dtype, or bfloat16 ones and a
+    float32 weight."""
     tokens, width, experts = *x.shape, weight.shape[0]
     if (
         x.dtype == torch.float32
         or weight.dtype not in (x.dtype, torch.float32)
         or (
-            x.dtype == torch.float16 and weight.dtype == torch.float32  # whose last digits float16 cannot hold
+            x.dtype == torch.float16
+            and weight.dtype == torch.float32  # whose last digits float16 cannot hold
         )
     ):
         return torch.mm(x.float(), weight.float().t())[None]
@@ -204,16 +224,25 @@ def _gated(tokens: int, experts: int, top_k: int) -> tuple[tuple[int], dict[str,
     """Grid and options of the gates' kernels."""
     scan = power_of_two(max(2, experts))
     rows = max(1, min(16, GATED // scan))
-    options = {"EXPERTS": experts, "TOP_K": top_k, "SCAN": scan, "KP": power_of_two(top_k), "BM": rows}
+    options = {
+        "EXPERTS": experts,
+        "TOP_K": top_k,
+        "SCAN": scan,
+        "KP": power_of_two(top_k),
+        "BM": rows,
+    }
     return (cdiv(tokens, rows),), {**options, "num_warps": 4}
 
 
 def gate(parts: Tensor, top_k: int, raw: bool, scale: float) -> Gating:
-    """From parts of logits ``[P, T, E]``. One launch. ``raw``: gates are probabilities, otherwise they sum to 1; both
-    times ``scale``."""
+    """From parts of logits ``[P, T, E]``. One launch. ``raw``: gates are probabilities, otherwise
+    they sum to 1; both times ``scale``."""
     count, tokens, experts = parts.shape
     logits = parts[0] if count == 1 else parts.new_empty(tokens, experts)
-    weights, index = parts.new_empty(tokens, top_k), parts.new_empty(tokens, top_k, dtype=torch.int64)
+    weights, index = (
+        parts.new_empty(tokens, top_k),
+        parts.new_empty(tokens, top_k, dtype=torch.int64),
+    )
     grid, options = _gated(tokens, experts, top_k)
     start(
         gate_kernel,
@@ -232,10 +261,15 @@ def gate(parts: Tensor, top_k: int, raw: bool, scale: float) -> Gating:
 
 
 def gate_backward(
-    decided: Gating, dlogits: Tensor | None, dweights: Tensor | None, raw: bool, scale: float, in_parts: bool
+    decided: Gating,
+    dlogits: Tensor | None,
+    dweights: Tensor | None,
+    raw: bool,
+    scale: float,
+    in_parts: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of the logits ``[T, E]`` from those of both results, of which one may be missing, and its bfloat16
-    parts ``[T, 3 E]``, empty unless ``in_parts``. One launch."""
+    """The gradient of the logits ``[T, E]`` from those of both results, of which one may be
+    missing, and its bfloat16 parts ``[T, 3 E]``, empty unless ``in_parts``. One launch."""
     logits, index = decided.logits, decided.top_k_index
     (tokens, experts), top_k = logits.shape, index.shape[1]
     found = logits.new_empty(tokens, experts)

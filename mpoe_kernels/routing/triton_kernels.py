@@ -1,10 +1,12 @@
 """A stable counting sort of (token, choice) pairs, and the row movements it describes.
 
-Arrays are indexed by token, by pair ``token TOP_K + choice``, by expert, or by slot: the place of a pair in the sort.
+Arrays are indexed by token, by pair ``token TOP_K + choice``, by expert, or by slot: the place of a
+pair in the sort.
 
-Counting takes two launches: a histogram for every part of the pairs, and a stable scatter, in which a program adds the
-histograms of all parts. A few pairs (decoding) take one, and so do some thousands where nothing is masked or dropped
-(`sort_kernel`). No launch depends on a number that only the device knows.
+Counting takes two launches: a histogram for every part of the pairs, and a stable scatter, in which
+a program adds the histograms of all parts. A few pairs (decoding) take one, and so do some
+thousands where nothing is masked or dropped (`sort_kernel`). No launch depends on a number that
+only the device knows.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from mpoe_kernels.triton.device_functions import COUNTS
 
 @triton.jit
 def pair_key(pair, inside, index, mask, EXPERTS: tl.constexpr, TOP_K: tl.constexpr):
-    """Expert of a pair, ``EXPERTS`` if it has none or its token is masked, ``EXPERTS + 1`` outside."""
+    """Expert of a pair, ``EXPERTS`` if it has none or its token is masked, ``EXPERTS + 1``
+    outside."""
     found = tl.load(index + pair, mask=inside, other=0)
     key = tl.where((found >= 0) & (found < EXPERTS), found, EXPERTS).to(tl.int32)
     if mask is not None:
@@ -27,7 +30,8 @@ def pair_key(pair, inside, index, mask, EXPERTS: tl.constexpr, TOP_K: tl.constex
 
 @triton.jit
 def pair_at(position, tokens, TOP_K: tl.constexpr, BY_CHOICE: tl.constexpr):
-    """Pair ``token * TOP_K + choice`` at a position of the order: by token, or all first choices first."""
+    """Pair ``token * TOP_K + choice`` at a position of the order: by token, or all first choices
+    first."""
     if BY_CHOICE:
         position = (position % tokens) * TOP_K + position // tokens
     return position
@@ -52,14 +56,16 @@ def histogram_kernel(
     for first in tl.range(begin, begin + size, BLOCK):
         position = first + tl.arange(0, BLOCK)
         pair = pair_at(position, tokens, TOP_K, BY_CHOICE)
-        total += tl.histogram(pair_key(pair, position < tokens * TOP_K, index, mask, EXPERTS, TOP_K), BINS)
+        total += tl.histogram(
+            pair_key(pair, position < tokens * TOP_K, index, mask, EXPERTS, TOP_K), BINS
+        )
     tl.store(counts + tl.program_id(0) * BINS + tl.arange(0, BINS), total)
 
 
 @triton.jit
 def counted_pairs(counts, BINS: tl.constexpr, CHUNK: tl.constexpr):
-    """``(total, earlier) [BINS]``: pairs of every key in all programs' parts, ``CHUNK`` of which are read at once, and
-    in those before this program's."""
+    """``(total, earlier) [BINS]``: pairs of every key in all programs' parts, ``CHUNK`` of which
+    are read at once, and in those before this program's."""
     total = tl.zeros((BINS,), dtype=tl.int32)
     earlier = tl.zeros((BINS,), dtype=tl.int32)
     for first in tl.range(0, tl.num_programs(0), CHUNK):
@@ -86,7 +92,8 @@ def drop_kernel(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Grid ``(parts of the pairs,)``: pairs that come ``capacity`` or more pairs late for their expert lose it."""
+    """Grid ``(parts of the pairs,)``: pairs that come ``capacity`` or more pairs late for their
+    expert lose it."""
     _total, earlier = counted_pairs(counts, BINS, CHUNK)
     begin = tl.program_id(0) * size
     here = tl.arange(0, BLOCK)
@@ -141,7 +148,9 @@ def scatter_kernel(
         token = (pair // TOP_K).to(token_of_slot.dtype.element_ty)
         tl.store(token_of_slot + slot, token, mask=inside)
         if slot_of_token is not None:
-            tl.store(slot_of_token + pair, tl.where(key == EXPERTS, -1, slot).to(tl.int64), mask=inside)
+            tl.store(
+                slot_of_token + pair, tl.where(key == EXPERTS, -1, slot).to(tl.int64), mask=inside
+            )
         earlier += tl.histogram(key, BINS)
 
 
@@ -184,8 +193,8 @@ def sort_kernel(
     EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid ``(EXPERTS + 1,)``: each counts the pairs of earlier experts and gives its own their places, in order; the
-    last expert is none."""
+    """Grid ``(EXPERTS + 1,)``: each counts the pairs of earlier experts and gives its own their
+    places, in order; the last expert is none."""
     e = tl.program_id(0)
     earlier = tl.zeros((BLOCK,), dtype=tl.int32)
     for first in tl.range(0, slots, BLOCK):
@@ -219,8 +228,8 @@ def sum_choices_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Grid ``(token blocks, column blocks)``: sums of a token's rows in order, rounded once, in columns from ``first``
-    to ``last``."""
+    """Grid ``(token blocks, column blocks)``: sums of a token's rows in order, rounded once, in
+    columns from ``first`` to ``last``."""
     token = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
     mask = (token < tokens)[:, None] & (column < last - first)[None, :]
@@ -228,7 +237,11 @@ def sum_choices_kernel(
     total = tl.zeros((BM, BN), dtype=tl.float32)
     for choice in tl.static_range(TOP_K):
         total += tl.load(at + choice * (last - first), mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + token[:, None] * columns + first + column[None, :], total.to(out.dtype.element_ty), mask=mask)
+    tl.store(
+        out + token[:, None] * columns + first + column[None, :],
+        total.to(out.dtype.element_ty),
+        mask=mask,
+    )
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -244,7 +257,8 @@ def collect_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Grid ``(token blocks, column blocks)``: sum of a token's rows, weighted; dropped pairs are not even read."""
+    """Grid ``(token blocks, column blocks)``: sum of a token's rows, weighted; dropped pairs are
+    not even read."""
     token = tl.program_id(0) * BM + tl.arange(0, BM)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
     total = tl.zeros((BM, BN), dtype=tl.float32)
@@ -252,13 +266,21 @@ def collect_kernel(
     for choice in tl.static_range(TOP_K):
         slot = tl.load(slot_of_token + token * TOP_K + choice, mask=with_rows, other=-1)
         kept = (slot >= 0)[:, None] & (column < F)[None, :]
-        value = tl.load(rows + slot[:, None] * F + column[None, :], mask=kept, other=0.0).to(tl.float32)
+        value = tl.load(rows + slot[:, None] * F + column[None, :], mask=kept, other=0.0).to(
+            tl.float32
+        )
         if weights is not None:
-            weight = tl.load(weights + token * TOP_K + choice, mask=slot >= 0, other=0.0).to(tl.float32)
+            weight = tl.load(weights + token * TOP_K + choice, mask=slot >= 0, other=0.0).to(
+                tl.float32
+            )
             value = value * weight[:, None]
         total += value
     at = token.to(tl.int64)[:, None] * F + column[None, :]
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=(token < tokens)[:, None] & (column < F)[None, :])
+    tl.store(
+        out + at,
+        total.to(out.dtype.element_ty),
+        mask=(token < tokens)[:, None] & (column < F)[None, :],
+    )
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -276,8 +298,8 @@ def combine_backward_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Grid ``(slot blocks,)``: of rows, the gradient of their token times its weight, zero in a slot that no pair kept;
-    of weights, that gradient times the row."""
+    """Grid ``(slot blocks,)``: of rows, the gradient of their token times its weight, zero in a
+    slot that no pair kept; of weights, that gradient times the row."""
     slot = tl.program_id(0) * BM + tl.arange(0, BM)
     token = tl.load(token_of_slot + slot, mask=slot < slots, other=0)
     weight = tl.zeros((BM,), dtype=tl.float32)
@@ -294,7 +316,9 @@ def combine_backward_kernel(
         column = first + tl.arange(0, BN)
         kept = owned[:, None] & (column < F)[None, :]
         at_row = slot.to(tl.int64)[:, None] * F + column[None, :]
-        g = tl.load(grad + token[:, None] * F + column[None, :], mask=kept, other=0.0).to(tl.float32)
+        g = tl.load(grad + token[:, None] * F + column[None, :], mask=kept, other=0.0).to(
+            tl.float32
+        )
         if dweights is not None:
             total += tl.sum(g * tl.load(rows + at_row, mask=kept, other=0.0).to(tl.float32), 1)
         if dy is not None:

@@ -1,4 +1,5 @@
-"""Launches of Triton kernels that are recorded instead of made, for tests and tools; needs no GPU."""
+"""Launches of Triton kernels that are recorded instead of made, for tests and tools; needs no
+GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from mpoe_kernels.triton import architecture, start
 
 @dataclass(frozen=True)
 class Launch:
-    """A recorded launch: the kernel, its grid, and every argument by name (options such as num_warps included)."""
+    """A recorded launch: the kernel, its grid, and every argument by name (options such as
+    num_warps included)."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -35,12 +37,13 @@ def _only(entry: int, table: Callable[..., tuple[Any, ...]]) -> Callable[..., tu
 
 @contextmanager
 def recorded(name: str, tile: int | None = None) -> Iterator[list[Launch]]:
-    """Record launches as they would be on an architecture (see `ARCHITECTURES`); tensors may be ``meta`` ones.
+    """Record launches as they would be on an architecture (see `ARCHITECTURES`); tensors may be
+    ``meta`` ones.
 
     Args:
         name: of the architecture.
-        tile: take this entry of every kernel's table of tiles (the last one of shorter tables) instead of the one for
-            the problem.
+        tile: take this entry of every kernel's table of tiles (the last one of shorter tables)
+            instead of the one for the problem.
 
     Raises:
         ValueError: an unknown architecture.
@@ -49,7 +52,10 @@ def recorded(name: str, tile: int | None = None) -> Iterator[list[Launch]]:
 
     def record(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
         # Other objects of the same memory: autograd copies a gradient that somebody else holds.
-        kept = {key: value.detach() if isinstance(value, Tensor) else value for key, value in arguments.items()}
+        kept = {
+            key: value.detach() if isinstance(value, Tensor) else value
+            for key, value in arguments.items()
+        }
         launches.append(Launch(kernel, grid, kept))
 
     with ExitStack() as patches:
@@ -57,7 +63,11 @@ def recorded(name: str, tile: int | None = None) -> Iterator[list[Launch]]:
         patches.enter_context(patch.object(start, "_launch", record))
         patches.enter_context(patch.object(start, "_may_time", lambda: False))
         if tile is not None:
-            patches.enter_context(patch.object(start, "_first", lambda tiles: tiles[min(tile, len(tiles) - 1)]))
+            patches.enter_context(
+                patch.object(start, "_first", lambda tiles: tiles[min(tile, len(tiles) - 1)])
+            )
             for module, table in ((grouped, "shipped_tiles"), (fused_tiles, "shipped_fused")):
-                patches.enter_context(patch.object(module, table, _only(tile, getattr(module, table))))
+                patches.enter_context(
+                    patch.object(module, table, _only(tile, getattr(module, table)))
+                )
         yield launches

@@ -21,7 +21,8 @@ NO_LIMIT = 1 << 62
 
 
 def in_interpreter() -> bool:
-    """Whether kernels run on the CPU in Triton's interpreter (``TRITON_INTERPRET=1`` before Triton is imported)."""
+    """Whether kernels run on the CPU in Triton's interpreter (``TRITON_INTERPRET=1`` before Triton
+    is imported)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -41,7 +42,9 @@ def _gpu_architecture(index: int) -> str:
     if torch.version.hip is not None:
         return AMD
     major, _ = torch.cuda.get_device_capability(index)
-    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")  # sm_120 multiplies as sm_80 does
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(
+        major, "sm_80"
+    )  # sm_120 multiplies as sm_80 does
 
 
 class Target(NamedTuple):
@@ -66,15 +69,25 @@ def target_named(architecture: str) -> Target:
     """
     if architecture not in (*ARCHITECTURES, INTERPRETER):
         raise ValueError(f"architecture must be one of {ARCHITECTURES}; got {architecture!r}")
-    return Target(architecture, SHARED_MEMORY.get(architecture, NO_LIMIT), _MULTIPROCESSORS.get(architecture, 1))
+    return Target(
+        architecture,
+        SHARED_MEMORY.get(architecture, NO_LIMIT),
+        _MULTIPROCESSORS.get(architecture, 1),
+    )
 
 
 @lru_cache(maxsize=16)
 def _gpu(index: int) -> Target:
-    """A GPU of this machine, which may have less shared memory than the architecture its tables were made for."""
-    named, properties = target_named(_gpu_architecture(index)), torch.cuda.get_device_properties(index)
+    """A GPU of this machine, which may have less shared memory than the architecture its tables
+    were made for."""
+    named, properties = (
+        target_named(_gpu_architecture(index)),
+        torch.cuda.get_device_properties(index),
+    )
     own = getattr(properties, "shared_memory_per_block_optin", 0) or named.shared_memory
-    return Target(named.architecture, min(named.shared_memory, own), properties.multi_processor_count)
+    return Target(
+        named.architecture, min(named.shared_memory, own), properties.multi_processor_count
+    )
 
 
 def target_of(device: torch.device) -> Target:
@@ -86,13 +99,18 @@ def target_of(device: torch.device) -> Target:
 
 @lru_cache(maxsize=16)
 def card_reasons(device: torch.device) -> tuple[str, ...]:
-    """Why no kernel is made for a GPU of this machine: an AMD card with other instructions than an MI300's."""
+    """Why no kernel is made for a GPU of this machine: an AMD card with other instructions than an
+    MI300's."""
     if torch.version.hip is None or device.type != "cuda" or not gpu_available():
         return ()
     index = device.index if device.index is not None else torch.cuda.current_device()
     properties = torch.cuda.get_device_properties(index)
     name = properties.gcnArchName.partition(":")[0]
-    return () if name == AMD else (f"of AMD's cards it runs on {AMD}, not on {name} ({properties.name})",)
+    return (
+        ()
+        if name == AMD
+        else (f"of AMD's cards it runs on {AMD}, not on {name} ({properties.name})",)
+    )
 
 
 OLDEST = (3, 6)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Names of kernels' arguments that grow with the tokens. One compiled kernel takes them all, so that a captured graph
-# of other tokens loads nothing.
+# Names of kernels' arguments that grow with the tokens. One compiled kernel takes them all, so that
+# a captured graph of other tokens loads nothing.
 COUNTS = ("tokens", "slots", "blocks", "size", "capacity")
 
 
@@ -14,8 +14,8 @@ COUNTS = ("tokens", "slots", "blocks", "size", "capacity")
 def segments(offsets, slots, EXPERTS: tl.constexpr, SCAN: tl.constexpr):
     """First and last slot of every segment, ``[SCAN]`` each.
 
-    Segments are the experts' slots and, last, the empty slots after ``offsets[EXPERTS]``. ``SCAN`` is a power of two
-    above the number of experts; unused entries are empty.
+    Segments are the experts' slots and, last, the empty slots after ``offsets[EXPERTS]``. ``SCAN``
+    is a power of two above the number of experts; unused entries are empty.
     """
     segment = tl.arange(0, SCAN)
     start = tl.load(offsets + segment, mask=segment <= EXPERTS, other=0).to(tl.int32)
@@ -30,9 +30,17 @@ def pick(values, position):
 
 
 @triton.jit
-def part_ends(offsets, slots, size, P: tl.constexpr, EXPERTS: tl.constexpr, SCAN: tl.constexpr, CLEAR: tl.constexpr):
-    """Segments and where their parts of at most ``size`` rows end, counted over all segments, ``[SCAN]`` each; the
-    empty slots are a segment if ``CLEAR``."""
+def part_ends(
+    offsets,
+    slots,
+    size,
+    P: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    SCAN: tl.constexpr,
+    CLEAR: tl.constexpr,
+):
+    """Segments and where their parts of at most ``size`` rows end, counted over all segments,
+    ``[SCAN]`` each; the empty slots are a segment if ``CLEAR``."""
     start, stop = segments(offsets, slots, EXPERTS, SCAN)
     wanted = tl.arange(0, SCAN) < (EXPERTS + 1 if CLEAR else EXPERTS)
     return start, stop, tl.cumsum(tl.where(wanted, ((stop - start) * P + size - 1) // size, 0), 0)
@@ -40,9 +48,17 @@ def part_ends(offsets, slots, size, P: tl.constexpr, EXPERTS: tl.constexpr, SCAN
 
 @triton.jit
 def part_of_rows(
-    offsets, part, slots, size, P: tl.constexpr, EXPERTS: tl.constexpr, SCAN: tl.constexpr, CLEAR: tl.constexpr
+    offsets,
+    part,
+    slots,
+    size,
+    P: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    SCAN: tl.constexpr,
+    CLEAR: tl.constexpr,
 ):
-    """``(e, lo, first, rows)``: a part's expert, the expert's first slot, the part's first row of its rows, and their
+    """``(e, lo, first, rows)``: a part's expert, the expert's first slot, the part's first row of
+    its rows, and their
     number: none past the last part."""
     start, stop, ends = part_ends(offsets, slots, size, P, EXPERTS, SCAN, CLEAR)
     e = tl.sum((ends <= part).to(tl.int32))
@@ -52,11 +68,12 @@ def part_of_rows(
 
 @triton.jit
 def expert_tile(order, tile, EXPERTS: tl.constexpr, SCAN: tl.constexpr, BM: tl.constexpr):
-    """``(expert, place, pair, used)`` of a tile of at most ``BM`` slots of one expert: their places and pairs ``[BM]``,
-    and which of them are the expert's. ``order``: see `routing.triton.SortedSlots`.
+    """``(expert, place, pair, used)`` of a tile of at most ``BM`` slots of one expert: their places
+    and pairs ``[BM]``, and which of them are the expert's. ``order``: see
+    `routing.triton.SortedSlots`.
 
-    Expert ``EXPERTS`` is none. The grid has more tiles than there are: past the last one the expert is ``EXPERTS + 1``.
-    ``SCAN`` is a power of two that is at least ``EXPERTS``.
+    Expert ``EXPERTS`` is none. The grid has more tiles than there are: past the last one the expert
+    is ``EXPERTS + 1``. ``SCAN`` is a power of two that is at least ``EXPERTS``.
     """
     e = tl.arange(0, SCAN)
     low = tl.load(order + e, mask=e < EXPERTS, other=0)
@@ -84,7 +101,8 @@ def pair_tile(index, pair, EXPERTS: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def slots_of_program(order, index, EXPERTS: tl.constexpr, SCAN: tl.constexpr, BM: tl.constexpr):
-    """`expert_tile`, or `pair_tile` where nothing is sorted (``order`` is None), of a program's number."""
+    """`expert_tile`, or `pair_tile` where nothing is sorted (``order`` is None), of a program's
+    number."""
     if order is None:
         expert, place, pair, used = pair_tile(index, tl.program_id(0), EXPERTS, BM)
     else:
@@ -96,7 +114,9 @@ def slots_of_program(order, index, EXPERTS: tl.constexpr, SCAN: tl.constexpr, BM
 def store_rows(out, rows, values, used, columns, last):
     """Values of rows, by their numbers, in columns of ``out [.., last]``."""
     at = rows[:, None] * last + columns[None, :]
-    tl.store(out + at, values.to(out.dtype.element_ty), mask=used[:, None] & (columns < last)[None, :])
+    tl.store(
+        out + at, values.to(out.dtype.element_ty), mask=used[:, None] & (columns < last)[None, :]
+    )
 
 
 @triton.jit
@@ -123,7 +143,8 @@ def activate(z, NAME: tl.constexpr):
 
 @triton.jit
 def through_activation(grad, z, NAME: tl.constexpr):
-    """Gradient of the pre-activation ``z`` from that of the activation; of relu also by the output."""
+    """Gradient of the pre-activation ``z`` from that of the activation; of relu also by the
+    output."""
     if NAME == "relu":
         grad = tl.where(z <= 0, 0.0, grad)
     elif NAME == "gelu":
@@ -153,15 +174,15 @@ def slopes(dh, value, z, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
 
 @triton.jit
 def row_tile(rows, used, k, size):
-    """``[BM, BK]``: elements ``k`` of rows of a size, given by pointers; zero where not ``used``, whatever memory
-    contains."""
+    """``[BM, BK]``: elements ``k`` of rows of a size, given by pointers; zero where not ``used``,
+    whatever memory contains."""
     return tl.load(rows[:, None] + k[None, :], mask=used[:, None] & (k < size)[None, :], other=0.0)
 
 
 @triton.jit
 def matrix_tile(matrix, k, k_size, n, n_size, BY_COLUMN: tl.constexpr):
-    """``[BK, BN]`` elements of a dense matrix ``[k_size, n_size]``, or of the transpose of ``[n_size, k_size]``
-    (``BY_COLUMN``); zero outside."""
+    """``[BK, BN]`` elements of a dense matrix ``[k_size, n_size]``, or of the transpose of
+    ``[n_size, k_size]`` (``BY_COLUMN``); zero outside."""
     at = k[:, None] * n_size + n[None, :]
     if BY_COLUMN:
         at = n[None, :] * k_size + k[:, None]
@@ -170,9 +191,18 @@ def matrix_tile(matrix, k, k_size, n, n_size, BY_COLUMN: tl.constexpr):
 
 @triton.jit
 def rows_times(
-    rows, used, k_size, matrix, n, n_size, BY_COLUMN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
+    rows,
+    used,
+    k_size,
+    matrix,
+    n,
+    n_size,
+    BY_COLUMN: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """Columns ``n`` of the product of rows and a matrix, see `row_tile` and `matrix_tile`, in float32."""
+    """Columns ``n`` of the product of rows and a matrix, see `row_tile` and `matrix_tile`, in
+    float32."""
     acc = tl.zeros((rows.shape[0], n.shape[0]), dtype=tl.float32)
     for k0 in tl.range(0, k_size, BK):
         k = k0 + tl.arange(0, BK)
@@ -198,7 +228,8 @@ def pre_activation(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``(value, z) [BM, BN]``: rows up and the input of the activation; without a gate they differ only by the bias."""
+    """``(value, z) [BM, BN]``: rows up and the input of the activation; without a gate they differ
+    only by the bias."""
     value = tl.zeros((rows.shape[0], n.shape[0]), dtype=tl.float32)
     z = tl.zeros((rows.shape[0], n.shape[0]), dtype=tl.float32)
     for k0 in tl.range(0, size, BK):

@@ -1,4 +1,5 @@
-"""The one place where kernels start: on the GPU of their tensors, and with an error that says what did not fit."""
+"""The one place where kernels start: on the GPU of their tensors, and with an error that says what
+did not fit."""
 
 from __future__ import annotations
 
@@ -35,13 +36,20 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def _on_device(index: int) -> AbstractContextManager[Any]:
-    """Makes the GPU of the tensors the current one: Triton launches on the current one, wherever its arguments are."""
-    return nullcontext() if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
+    """Makes the GPU of the tensors the current one: Triton launches on the current one, wherever
+    its arguments are."""
+    return (
+        nullcontext()
+        if index < 0 or index == torch.cuda.current_device()
+        else torch.cuda.device(index)
+    )
 
 
 def _device_of(arguments: Mapping[str, Any]) -> int:
     """Number of the GPU; -1: the CPU."""
-    return next((value.get_device() for value in arguments.values() if isinstance(value, Tensor)), -1)
+    return next(
+        (value.get_device() for value in arguments.values() if isinstance(value, Tensor)), -1
+    )
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
@@ -51,12 +59,15 @@ def _launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> No
 
 
 def start(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """Launch ``kernel[grid](**arguments)`` on the device of its tensors. An empty grid is no launch.
+    """Launch ``kernel[grid](**arguments)`` on the device of its tensors. An empty grid is no
+    launch.
 
-    Products and sums are fused (one rounding each), whatever the default of the installed Triton is.
+    Products and sums are fused (one rounding each), whatever the default of the installed Triton
+    is.
 
     Raises:
-        BackendError: the device has too little of a resource (shared memory or registers) for the kernel.
+        BackendError: the device has too little of a resource (shared memory or registers) for the
+            kernel.
     """
     _start(kernel, grid, arguments)
 
@@ -68,9 +79,14 @@ def _start(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> Non
     try:
         _launch(kernel, grid, arguments)
     except OutOfResources as error:
-        blocks = {name: value for name, value in arguments.items() if isinstance(value, int) and name.startswith("B")}
+        blocks = {
+            name: value
+            for name, value in arguments.items()
+            if isinstance(value, int) and name.startswith("B")
+        }
         raise BackendError(
-            f"backend 'triton' cannot run {kernel.__name__} with {blocks}: it needs {error.required} of "
+            f"backend 'triton' cannot run {kernel.__name__} with {blocks}: it needs "
+            f"{error.required} of "
             f"{error.name}; this device has {error.limit}"
         ) from error
 
@@ -130,8 +146,9 @@ RUNS = 5
 
 
 def _problem(kernel: Any, ways: Sequence[Options], arguments: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Everything that decides which way is the fastest: the card, dtypes, widths and constants as they are, and by
-    their power of two the tensors' rows and other numbers that grow with the tokens."""
+    """Everything that decides which way is the fastest: the card, dtypes, widths and constants as
+    they are, and by their power of two the tensors' rows and other numbers that grow with the
+    tokens."""
     found: list[Any] = [kernel, _device_of(arguments)]
     for name, value in arguments.items():
         if isinstance(value, Tensor):
@@ -143,7 +160,8 @@ def _problem(kernel: Any, ways: Sequence[Options], arguments: Mapping[str, Any])
 
 
 def _milliseconds(run: Callable[[], None]) -> float:
-    """Of a launch on the current stream: the shortest of some, after one that compiles and loads."""
+    """Of a launch on the current stream: the shortest of some, after one that compiles and
+    loads."""
     run()
     found = math.inf
     for _ in range(RUNS):
@@ -158,9 +176,13 @@ def _milliseconds(run: Callable[[], None]) -> float:
 
 
 def _fastest(
-    kernel: Any, grid: Callable[[Mapping[str, int]], tuple[int, ...]], ways: Sequence[Options], arguments: Any
+    kernel: Any,
+    grid: Callable[[Mapping[str, int]], tuple[int, ...]],
+    ways: Sequence[Options],
+    arguments: Any,
 ) -> Options:
-    """Times every way, launched as it will be later: so every module is loaded before a graph is captured.
+    """Times every way, launched as it will be later: so every module is loaded before a graph is
+    captured.
 
     Raises:
         BackendError: no way fits the device.
@@ -181,9 +203,13 @@ def _fastest(
 
 
 def start_best(
-    kernel: Any, grid: Callable[[Mapping[str, int]], tuple[int, ...]], ways: Sequence[Options], **arguments: Any
+    kernel: Any,
+    grid: Callable[[Mapping[str, int]], tuple[int, ...]],
+    ways: Sequence[Options],
+    **arguments: Any,
 ) -> None:
-    """`start` in the way that was the fastest for such a problem; in the first one where nothing may be timed.
+    """`start` in the way that was the fastest for such a problem; in the first one where nothing
+    may be timed.
 
     Args:
         kernel: with the constants of the ways; a launch may be repeated without another result.

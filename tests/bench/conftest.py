@@ -1,4 +1,5 @@
-"""A tiny run of the quick suite through the command line, shared by the tests that read its results."""
+"""A tiny run of the quick suite through the command line, shared by the tests that read its
+results."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from mpoe.cli.main import main
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
-    """Tiny products on two threads spend their time waiting for each other when others use the cores too."""
+    """Tiny products on two threads spend their time waiting for each other when others use the
+    cores too."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,5 @@
-"""The script for a GPU, tried on the CPU: what its parts select, its limits, its report; and the suite ``gpu``."""
+"""The script for a GPU, tried on the CPU: what its parts select, its limits, its report; and the
+suite ``gpu``."""
 
 from __future__ import annotations
 
@@ -62,14 +63,22 @@ def test_the_parts_on_a_gpu() -> None:
     for name in ("neurons-times", "others-times"):
         assert "--device cuda" in parts[name]
         assert "--suite layers --phases forward,train --only " in parts[name]
-    assert "PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9" in parts["memcheck"]
+    assert (
+        "PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9"
+        in parts["memcheck"]
+    )
     three = "regex:^(neurons_fused|hidden_rows|fused)_kernel$"
-    assert f"--filter-mode per-launch-config --launch-count 1 --kernel-name {three}" in parts["profile"]
+    assert (
+        f"--filter-mode per-launch-config --launch-count 1 --kernel-name {three}"
+        in parts["profile"]
+    )
     # A capture that breaks off spoils its process, and ncu may be refused: after everything else.
     order = list(parts)
     assert order.index("trace") < order.index("profile") < order.index("graphs")
     assert order[-2:] == ["graphs", "graphs-times"]
-    assert [name for name, command in parts.items() if "--phases graph" in command] == ["graphs-times"]
+    assert [name for name, command in parts.items() if "--phases graph" in command] == [
+        "graphs-times"
+    ]
     assert "build_ext" not in " ".join(parts.values())
 
 
@@ -87,21 +96,31 @@ def test_a_visit_tries_every_part_without_a_gpu(tmp_path: Path) -> None:
     walked = tmp_path / "trial"
     done = script("--device", "cpu", "--minutes", "60", "--out", str(walked))
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = re.findall(r"^\| ([\w-]+) \| ([\w ]+) \|", (walked / "visit.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| ([\w-]+) \| ([\w ]+) \|", (walked / "visit.md").read_text(), re.MULTILINE
+    )
     results = dict(rows)
     assert list(results) == ["part", *ON_CPU]
-    assert {name for name, result in results.items() if result == "passed"} >= {*ON_CPU} - {"profile"}
+    assert {name for name, result in results.items() if result == "passed"} >= {*ON_CPU} - {
+        "profile"
+    }
     assert results["profile"] in ("passed", "not here")
     names = [case.name for case in cases((32,))]
-    timed = (walked / "neurons-times" / "report.md").read_text() + (walked / "others-times" / "report.md").read_text()
+    timed = (walked / "neurons-times" / "report.md").read_text() + (
+        walked / "others-times" / "report.md"
+    ).read_text()
     for name in names:
         assert timed.count(f"| {name} [eager] ") == 2, name  # one token, and 64
     traces = {path.stem for path in (walked / "traces").iterdir()}
     assert traces == {name.replace(" ", "-") for name in names if name.startswith("neurons")}
     assert "| mpoe T5 neurons " in (walked / "step" / "report.md").read_text()
-    assert (walked / "done").read_text().split() == [name for name in ON_CPU if results[name] == "passed"]
+    assert (walked / "done").read_text().split() == [
+        name for name in ON_CPU if results[name] == "passed"
+    ]
     with tarfile.open(f"{walked}.tar.gz") as archive:
-        assert {"trial/visit.md", "trial/step.log", "trial/others-times/report.md"} <= set(archive.getnames())
+        assert {"trial/visit.md", "trial/step.log", "trial/others-times/report.md"} <= set(
+            archive.getnames()
+        )
 
     def selected(part: str) -> list[str]:
         lines = (walked / f"{part}.log").read_text().splitlines()
@@ -122,7 +141,9 @@ def test_a_visit_tries_every_part_without_a_gpu(tmp_path: Path) -> None:
         checked.append(f"test_strategies[{backend}-light-bfloat16]")
     assert selected("memcheck") == sorted(checked)
     again = script("--device", "cpu", "--out", str(walked))
-    assert {line.split()[1] for line in again.stdout.splitlines() if line.startswith("|")} <= {"profile"}
+    assert {line.split()[1] for line in again.stdout.splitlines() if line.startswith("|")} <= {
+        "profile"
+    }
 
 
 def trial(tmp_path: Path, code: str, *words: str) -> tuple[int, str]:
@@ -142,10 +163,15 @@ def trial(tmp_path: Path, code: str, *words: str) -> tuple[int, str]:
         ("any_number_of_tokens", "experts.py tests", "E       assert False"),
     ],
 )
-def test_after_a_wrong_result_a_visit_goes_on(tmp_path: Path, failing: str, wrong: str, line: str) -> None:
+def test_after_a_wrong_result_a_visit_goes_on(
+    tmp_path: Path, failing: str, wrong: str, line: str
+) -> None:
     """Its status says so; it does not of a missing package, nor of a program that fails."""
     missing = "E   ModuleNotFoundError: no"
-    code = f'case "$*" in *"{failing}"*) echo "{missing}"; exit 1 ;; *"{wrong}"*) echo "{line}"; exit 2 ;; esac'
+    code = (
+        f'case "$*" in *"{failing}"*) echo "{missing}"; exit 1 ;; *"{wrong}"*) echo "{line}"; '
+        "exit 2 ;; esac"
+    )
     status, report = trial(tmp_path, code)
     assert status == 1
     assert report.count("| failed |") >= 1
@@ -155,20 +181,39 @@ def test_after_a_wrong_result_a_visit_goes_on(tmp_path: Path, failing: str, wron
 
 
 def test_what_gave_a_wrong_result_is_left_out_afterwards(tmp_path: Path) -> None:
-    """By its backend and op: of two tests that ask for the same, the first of which is wrong, and in the next run."""
+    """By its backend and op: of two tests that ask for the same, the first of which is wrong, and
+    in the next run."""
     (tmp_path / "conftest.py").write_text("from tests.device.conftest import *\n")
     (tmp_path / "test_two.py").write_text(
         'def test_wrong(check_able):\n    check_able("eager", "combine")\n    assert 1 == 2\n'
-        'def test_after(check_able):\n    check_able("eager", "combine")\n    raise RuntimeError("not skipped")\n'
+        'def test_after(check_able):\n    check_able("eager", "combine")\n    raise '
+        'RuntimeError("not skipped")\n'
         'def test_other(check_able):\n    check_able("eager", "route")\n'
-        'def test_missing(check_able):\n    check_able("eager", "route")\n    raise ImportError("no package")\n'
+        'def test_missing(check_able):\n    check_able("eager", "route")\n    raise '
+        'ImportError("no package")\n'
     )
     path = tmp_path / "wrong"
-    environment = os.environ | {"MPOE_TEST_WRONG": str(path), "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts="]
+    environment = os.environ | {
+        "MPOE_TEST_WRONG": str(path),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-o",
+        "addopts=",
+    ]
     command += [f"--rootdir={tmp_path}", str(tmp_path)]
     for counts in ("2 failed, 1 passed, 1 skipped", "1 failed, 1 passed, 2 skipped"):
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+        )
         assert counts in done.stdout, done.stdout + done.stderr
         assert path.read_text() == "eager combine\n"
 
@@ -191,7 +236,9 @@ def test_what_has_no_time_is_named() -> None:
     assert results["skipped"] == list(dict.fromkeys(titles))
 
 
-def test_after_a_capture_that_broke_off_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_capture_that_broke_off_nothing_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Not in that section, not in a later one; the run has failed and says why."""
 
     def graphed(function):
@@ -202,17 +249,23 @@ def test_after_a_capture_that_broke_off_nothing_is_measured(monkeypatch: pytest.
         return Contender(lambda: y), Truth({"y": y.double()}, {"y": 0.0}, y.dtype)
 
     def comparison(title: str) -> Comparison:
-        return Comparison("", title, dict, [("one", "limit", build), ("two", "mpoe", build)], 2, {}, ("graph",))
+        return Comparison(
+            "", title, dict, [("one", "limit", build), ("two", "mpoe", build)], 2, {}, ("graph",)
+        )
 
     monkeypatch.setattr(run, "graphed", graphed)
     monkeypatch.setattr(Plan, "of", lambda *_: [comparison("first"), comparison("second")])
     results = run_suite("gpu", threads=1, scale="tiny", backend="eager")
     assert [each["title"] for each in results["sections"]] == ["first"]
-    assert results["sections"][0]["rows"][0]["graph_reason"] == "the capture of a CUDA graph failed: no"
+    assert (
+        results["sections"][0]["rows"][0]["graph_reason"]
+        == "the capture of a CUDA graph failed: no"
+    )
     assert not any("graph" in row for row in results["sections"][0]["rows"])
     assert results["skipped"] == ["second"]
     assert results["failures"] == [
-        "first: failed: CaptureError: the capture of a CUDA graph failed: no; what was to follow is left out"
+        "first: failed: CaptureError: the capture of a CUDA graph failed: no; what was to follow "
+        "is left out"
     ]
 
 

@@ -33,7 +33,11 @@ def test_quick_measures_everything_and_nothing_is_wrong(quick) -> None:
     main_section = results["sections"][0]
     rows = {row["name"]: row for row in main_section["rows"]}
     backend = "eager" if available_backends() == ("eager",) else "auto"
-    for name in (f"mpoe separable [{backend}]", f"mpoe paper_full [{backend}]", "dense experts, grouped_mm"):
+    for name in (
+        f"mpoe separable [{backend}]",
+        f"mpoe paper_full [{backend}]",
+        "dense experts, grouped_mm",
+    ):
         assert rows[name]["forward"]["x"] > 0
         assert rows[name]["train"]["low"] <= rows[name]["train"]["x"] <= rows[name]["train"]["high"]
     ours = rows[f"mpoe separable [{backend}]"]
@@ -64,7 +68,10 @@ def test_results_tell_the_machine_but_not_whose_it_is(quick) -> None:
 
 def test_failures_are_told_without_folders() -> None:
     error = RuntimeError("kernels_of, /some/where/csrc/linear.cpp:98, no kernel at 3 tokens/s")
-    assert failure_text(error) == "failed: RuntimeError: kernels_of, linear.cpp:98, no kernel at 3 tokens/s"
+    assert (
+        failure_text(error)
+        == "failed: RuntimeError: kernels_of, linear.cpp:98, no kernel at 3 tokens/s"
+    )
 
 
 def test_results_are_json_without_nan(quick) -> None:
@@ -91,14 +98,18 @@ def test_other_suites(suite: str, monkeypatch: pytest.MonkeyPatch) -> None:
             assert row["ratio"] >= 1.0
             assert row["chosen"].keys() == row["best"].keys() == row["seconds"].keys()
             assert all(row["chosen"][phase] in times for phase, times in row["seconds"].items())
-            assert all(name.endswith("[eager]") for times in row["seconds"].values() for name in times)
+            assert all(
+                name.endswith("[eager]") for times in row["seconds"].values() for name in times
+            )
     else:
         assert [section["key"] for section in seen] == ["ffn"] * 3
         assert {section["case"]["dtype"] for section in seen} == {"bfloat16"}
         assert dtypes == ["float32"] * 3 + ["bfloat16"] * 3
         masked = [row for section in seen for row in section["rows"] if row.get("masked")]
         assert masked
-        assert all("forward" not in row and row["train"]["x"] > 0 for row in masked)  # masking changes no forward
+        assert all(
+            "forward" not in row and row["train"]["x"] > 0 for row in masked
+        )  # masking changes no forward
 
 
 @pytest.mark.slow
@@ -117,7 +128,9 @@ def test_mixtures_around_a_dense_network(monkeypatch: pytest.MonkeyPatch) -> Non
             assert set(trained.values()) == {is_batch}, trained
             continue
         neurons = rows[f"neurons 64 x {model // 12}, 8 [eager]"]
-        assert neurons["floor"]["forward"] == pytest.approx(1 + 8 * (model // 12) / hidden + 64 / (2 * hidden))
+        assert neurons["floor"]["forward"] == pytest.approx(
+            1 + 8 * (model // 12) / hidden + 64 / (2 * hidden)
+        )
         assert neurons["parameters"] > rows["dense FFN"]["parameters"]
         assert ("train" in neurons) == (section["case"]["layers"] == 1)
         assert neurons["forward"]["x"] > 0
@@ -143,13 +156,19 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--suite", "slow"], "suite must be one of quick, planner, targets, layers, models, gpu; got 'slow'"),
+        (
+            ["--suite", "slow"],
+            "suite must be one of quick, planner, targets, layers, models, gpu; got 'slow'",
+        ),
         (["--device", "tpu"], "device must be one of cpu, cuda; got 'tpu'"),
         (["--threads", 0], f"threads must be between 1 and {CORES}"),
         (["--threads", CORES + 1], f"threads must be between 1 and {CORES}"),
         (["--backend", "quantum"], "backend must be among all, auto, eager"),
         (["--backend", "eager,"], "backend must be among all, auto, eager"),
-        (["--phases", "forward,backward"], "phases must be among forward, train, graph; got 'backward'"),
+        (
+            ["--phases", "forward,backward"],
+            "phases must be among forward, train, graph; got 'backward'",
+        ),
         (
             ["--suite", "layers", "--scale", "tiny", "--only", "nobody"],
             "only and phases must leave something to measure; got 'nobody'",
@@ -181,10 +200,23 @@ def test_earlier_results_are_not_overwritten_by_accident(capsys, quick) -> None:
 @pytest.mark.slow
 def test_pytest_benchmark_suites_pass_on_tiny_sizes() -> None:
     pytest.importorskip("pytest_benchmark")
-    command = [sys.executable, "-m", "pytest", "bench", "--scale", "tiny", "--benchmark-disable", "-q"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "bench",
+        "--scale",
+        "tiny",
+        "--benchmark-disable",
+        "-q",
+    ]
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
+    }
     environment["OMP_NUM_THREADS"] = "1"
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, check=False, env=environment
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None

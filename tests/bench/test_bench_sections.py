@@ -45,7 +45,9 @@ def honest() -> Comparison:
     return comparison_of([ours("separable"), *peer_layers(("dense experts, loop",), EXPERTS, AT)])
 
 
-def builds_of(change: Change, kind: str = "peer", baseline: Change = lambda contender: contender) -> list:
+def builds_of(
+    change: Change, kind: str = "peer", baseline: Change = lambda contender: contender
+) -> list:
     """The dense FFN, MPO experts, and a peer that ``change`` has changed."""
     (limit, limits, dense), own, (_, _, peer) = honest().contenders
 
@@ -56,7 +58,11 @@ def builds_of(change: Change, kind: str = "peer", baseline: Change = lambda cont
 
         return made
 
-    return [(limit, limits, changed(dense, baseline)), own, ("sabotaged", kind, changed(peer, change))]
+    return [
+        (limit, limits, changed(dense, baseline)),
+        own,
+        ("sabotaged", kind, changed(peer, change)),
+    ]
 
 
 def shared() -> tuple:
@@ -83,7 +89,9 @@ def rows_of(results: dict) -> dict[str, dict]:
 
 def result(how: Callable[[torch.Tensor], torch.Tensor], **others: object) -> Change:
     """A change of what a contender computes."""
-    return lambda contender: replace(contender, function=lambda: how(contender.function()), **others)
+    return lambda contender: replace(
+        contender, function=lambda: how(contender.function()), **others
+    )
 
 
 wrong_result = result(lambda y: y * 1.01)
@@ -127,7 +135,10 @@ def test_absent_and_failing_contenders_say_why() -> None:
     def broken(_: Contender) -> Contender:
         raise MemoryError("out of it")
 
-    for change, reason in ((absent, f"{NOT_HERE}: no such package"), (broken, "failed: MemoryError: out of it")):
+    for change, reason in (
+        (absent, f"{NOT_HERE}: no such package"),
+        (broken, "failed: MemoryError: out of it"),
+    ):
         *_, (name, kind, build) = builds_of(change)
         assert checked(name, kind, build, shared())[1]["reason"] == reason
 
@@ -143,7 +154,10 @@ def test_every_peer_computes_the_truth(dtype: torch.dtype) -> None:
     at = AT._replace(dtype=dtype)
     layers = [
         *peer_layers(tuple(PEERS), EXPERTS, at),
-        *(original_layer(shape, EXPERTS, at) for shape in ("separable", "paper_4", "paper_full", "light_8")),
+        *(
+            original_layer(shape, EXPERTS, at)
+            for shape in ("separable", "paper_4", "paper_full", "light_8")
+        ),
         stock("transformers Switch 8, 1", at),
     ]
     comparison = comparison_of(layers, at)

@@ -1,4 +1,5 @@
-"""Targets judged on made-up results: the worse of two dtypes counts, each kind of backend by its own limits."""
+"""Targets judged on made-up results: the worse of two dtypes counts, each kind of backend by its
+own limits."""
 
 from __future__ import annotations
 
@@ -16,12 +17,16 @@ def row(name: str, forward: float, train: float | None = None, **facts: object) 
     return found
 
 
-def ours(shape: str, backend: str, forward: float, train: float | None = None, masked: bool = False) -> dict:
+def ours(
+    shape: str, backend: str, forward: float, train: float | None = None, masked: bool = False
+) -> dict:
     facts = {"kind": "mpoe", "shape": shape, "backend": backend, "masked": masked}
     return row(f"mpoe {shape} [{backend}]", forward, train, **facts)
 
 
-def section(dtype: str, rows: list[dict], experts: int = 8, tokens: int = 2048, **case: object) -> dict:
+def section(
+    dtype: str, rows: list[dict], experts: int = 8, tokens: int = 2048, **case: object
+) -> dict:
     known = {"experts": experts, "tokens": tokens, "dtype": dtype, "model": 768, "hidden": 3072}
     return {"key": "ffn", "title": f"FFN {dtype}", "case": known | case, "rows": rows}
 
@@ -48,14 +53,18 @@ def test_faster_than_a_peer_is_a_ratio_of_times() -> None:
     loop = row("dense experts, loop", 10.0)
     sections = [
         section("float32", [ours("paper_64", "eager", 2.0, 2.1), original]),
-        section("float32", [ours("paper_16", "auto", 4.0), ours("paper_64", "auto", 20.0), loop], 64, 64),
+        section(
+            "float32", [ours("paper_16", "auto", 4.0), ours("paper_64", "auto", 20.0), loop], 64, 64
+        ),
         section("bfloat16", [ours("paper_16", "auto", 4.1), loop], 64, 64),
     ]
     lines = lines_of(sections)
     forward = lines["paper_64, E=8 T=2048, forward, against original: rebuild all", "eager"]
     assert forward["found"] == {"float32": "1.30"}
     assert forward["reached"]
-    assert not lines["paper_64, E=8 T=2048, forward + backward, against original: rebuild all", "eager"]["reached"]
+    assert not lines[
+        "paper_64, E=8 T=2048, forward + backward, against original: rebuild all", "eager"
+    ]["reached"]
     small = lines["paper_16, E=64 T=64, forward, against dense experts, loop", "auto"]
     assert small["found"] == {"float32": "2.50", "bfloat16": "2.44"}
     assert not small["reached"]
@@ -63,7 +72,10 @@ def test_faster_than_a_peer_is_a_ratio_of_times() -> None:
 
 
 def test_masked_and_memory() -> None:
-    whole, masked = ours("paper_full", "auto", 3.0, 4.0), ours("paper_full", "auto", 3.0, 3.5, masked=True)
+    whole, masked = (
+        ours("paper_full", "auto", 3.0, 4.0),
+        ours("paper_full", "auto", 3.0, 3.5, masked=True),
+    )
     loop = row("dense experts, loop", 1.0, 1.0, weight_bytes=200, memory={"train": {"peak": 100}})
     whole |= {"weight_bytes": 50, "memory": {"train": {"peak": 251}}}
     lines = lines_of([section("float32", [whole, masked, loop])])
@@ -80,7 +92,10 @@ def test_mixtures_around_a_dense_network() -> None:
     neurons = ours(shape, "auto", 1.1, 1.25) | needs(12)
     dense = row("dense FFN", 1.0, 1.0) | {"kind": "limit"} | needs(10)
     many = {**section("float32", [dense, neurons], layers=1), "key": "layers"}
-    deep = {**section("float32", [dense, neurons | {"forward": timing(1.3)}], tokens=64, layers=12), "key": "layers"}
+    deep = {
+        **section("float32", [dense, neurons | {"forward": timing(1.3)}], tokens=64, layers=12),
+        "key": "layers",
+    }
     lines = lines_of([many, deep])
     assert lines[f"{shape}, layers=1 T=2048, forward", "auto"]["reached"]
     assert not lines[f"{shape}, layers=1 T=2048, forward + backward", "auto"]["reached"]

@@ -12,7 +12,8 @@ from mpoe_bench.run import Budget, facts_of, in_turn
 
 
 class Machine:
-    """A clock that functions move by hand, and that slows down for all alike; and what stands for pytest-benchmark."""
+    """A clock that functions move by hand, and that slows down for all alike; and what stands for
+    pytest-benchmark."""
 
     def __init__(self, drift: float = 0.0) -> None:
         self.now, self.drift, self.log = 0.0, drift, []
@@ -25,7 +26,9 @@ class Machine:
 
         return run
 
-    def pedantic(self, function: Callable[[], object], setup: Callable[[], None], rounds: int) -> None:
+    def pedantic(
+        self, function: Callable[[], object], setup: Callable[[], None], rounds: int
+    ) -> None:
         for _ in range(rounds):
             setup()
             start = self.now

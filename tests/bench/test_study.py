@@ -1,4 +1,5 @@
-"""Studies: a tiny one end to end, stopped and continued; what files may say; sizes, statistics, routers."""
+"""Studies: a tiny one end to end, stopped and continued; what files may say; sizes, statistics,
+routers."""
 
 from __future__ import annotations
 
@@ -77,7 +78,10 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("sms_spam", "movie_sentiment"):
         (folder / name).mkdir()
         for split in ("train", "validation", "test"):
-            rows = [{"sentence": f"the {name} of {split} number {i} is full of words", "label": 0} for i in range(40)]
+            rows = [
+                {"sentence": f"the {name} of {split} number {i} is full of words", "label": 0}
+                for i in range(40)
+            ]
             (folder / name / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
@@ -97,7 +101,9 @@ def study_file(tmp_path: Path) -> Path:
     return file
 
 
-def test_a_study_runs_what_is_missing_and_nothing_twice(study_file: Path, data: Path, capsys) -> None:
+def test_a_study_runs_what_is_missing_and_nothing_twice(
+    study_file: Path, data: Path, capsys
+) -> None:
     words = [str(study_file), "--data_dir", str(data)]
     first = "16/4 neurons 0.004 0"
     assert main([*words, "--run", first]) == 0
@@ -110,7 +116,8 @@ def test_a_study_runs_what_is_missing_and_nothing_twice(study_file: Path, data: 
     study = read_study(study_file)
     assert records[first] == before
     assert not open_study(study_file).waiting(records)
-    # Two candidates of every arm, and the second seed of the chosen one; at the longer corner both seeds.
+    # Two candidates of every arm, and the second seed of the chosen one; at the longer corner both
+    # seeds.
     assert len(records) == 3 * 2 + 2 + 2 * 2
     rate = chosen_rate(study, 16, "neurons", records)
     losses = {each: records[f"16/4 neurons {each:g} 0"]["validation"] for each in study.rates[16]}
@@ -136,7 +143,9 @@ def test_a_run_made_again_is_the_same(study_file: Path, data: Path) -> None:
 
 
 def test_a_run_whose_loss_is_not_finite_is_kept_as_the_worst(study_file: Path, data: Path) -> None:
-    record = run_once(read_study(study_file), Run(Corner(16, 4), "dense", math.inf, 0), read_blocks(data), {})
+    record = run_once(
+        read_study(study_file), Run(Corner(16, 4), "dense", math.inf, 0), read_blocks(data), {}
+    )
     assert "is nan in step 1" in record["diverged"]
     assert record["validation"] == math.inf
 
@@ -144,14 +153,28 @@ def test_a_run_whose_loss_is_not_finite_is_kept_as_the_worst(study_file: Path, d
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (("hidden =", "hiden ="), "arms.fine must have fields among name, experts, .*; unknown or missing: hiden"),
-        (('title = "Tiny"', ""), "the study must have fields among title, .*; unknown or missing: title"),
-        (('reference = "dense"', 'reference = "thin"'), "arms must be among dense, neurons, fine, large; got 'thin'"),
-        (("16 = [0.004, 0.008]", "8 = [0.004]"), "rates must have candidates for the model's size 16"),
+        (
+            ("hidden =", "hiden ="),
+            "arms.fine must have fields among name, experts, .*; unknown or missing: hiden",
+        ),
+        (
+            ('title = "Tiny"', ""),
+            "the study must have fields among title, .*; unknown or missing: title",
+        ),
+        (
+            ('reference = "dense"', 'reference = "thin"'),
+            "arms must be among dense, neurons, fine, large; got 'thin'",
+        ),
+        (
+            ("16 = [0.004, 0.008]", "8 = [0.004]"),
+            "rates must have candidates for the model's size 16",
+        ),
         (("steps = 8\n", "steps = 8\nlayers = 0\n"), "layers of a stage must be at least 1; got 0"),
     ],
 )
-def test_files_that_make_no_sense_are_refused(study_file: Path, change: tuple[str, str], words: str, capsys) -> None:
+def test_files_that_make_no_sense_are_refused(
+    study_file: Path, change: tuple[str, str], words: str, capsys
+) -> None:
     study_file.write_text(TINY.replace(*change))
     with pytest.raises(ValueError, match=words):
         read_study(study_file)
@@ -159,7 +182,9 @@ def test_files_that_make_no_sense_are_refused(study_file: Path, change: tuple[st
     assert re.search(words, capsys.readouterr().err)
 
 
-def test_unknown_runs_and_absent_data_are_refused(study_file: Path, data: Path, monkeypatch, capsys) -> None:
+def test_unknown_runs_and_absent_data_are_refused(
+    study_file: Path, data: Path, monkeypatch, capsys
+) -> None:
     assert main([str(study_file), "--data_dir", str(data), "--run", "16/5 dense 0.004 0"]) == 2
     wanted = "run must be one that waits, as '16/4 neurons 0.004 0'; got '16/5 dense 0.004 0'"
     assert wanted in capsys.readouterr().err
@@ -184,9 +209,9 @@ def test_sizes_of_the_study_of_neurons() -> None:
     assert found["flops"].flops == pytest.approx(found["neurons"].flops, rel=0.02)
     assert found["large"].parameters == pytest.approx(found["neurons"].parameters, rel=0.01)
     spent = 0.25 * dense.whole + 0.75 * found["neurons"].whole
-    assert steps_of(study, "large_budget", Corner(48, 1600)) * found["large"].whole == pytest.approx(
-        1600 * spent, rel=0.002
-    )
+    assert steps_of(study, "large_budget", Corner(48, 1600)) * found[
+        "large"
+    ].whole == pytest.approx(1600 * spent, rel=0.002)
     assert steps_of(study, "neurons", Corner(48, 1600)) == 1600
 
 
@@ -202,8 +227,12 @@ def test_deeper_models_have_corners_of_their_own() -> None:
     assert four.whole - head == 2 * (two.whole - head)
 
 
-def test_a_stage_names_its_layers_and_rates_are_chosen_with_two(study_file: Path, data: Path) -> None:
-    study_file.write_text(TINY.replace("steps = 8\n", "steps = 8\nlayers = 3\n").replace("must_win = true", ""))
+def test_a_stage_names_its_layers_and_rates_are_chosen_with_two(
+    study_file: Path, data: Path
+) -> None:
+    study_file.write_text(
+        TINY.replace("steps = 8\n", "steps = 8\nlayers = 3\n").replace("must_win = true", "")
+    )
     assert main([str(study_file), "--data_dir", str(data)]) == 0
     records = records_in(study_file.with_suffix(".json"))
     study = read_study(study_file)
@@ -221,12 +250,17 @@ def test_a_stage_names_its_layers_and_rates_are_chosen_with_two(study_file: Path
 
 def test_a_rate_that_is_known_is_not_searched(study_file: Path) -> None:
     known = 'name = "as large"\nknown_rates = { 16 = 0.002 }'
-    study_file.write_text(TINY.replace('name = "as large"', known).replace("16 = [0.004, 0.008]", "16 = [0.004]"))
+    study_file.write_text(
+        TINY.replace('name = "as large"', known).replace("16 = [0.004, 0.008]", "16 = [0.004]")
+    )
     study = read_study(study_file)
     assert study.candidates(16, "large") == []
     assert chosen_rate(study, 16, "large", {}) == 0.002
     waiting = open_study(study_file).waiting({})
-    assert [key for key in waiting if " large " in key] == ["16/8 large 0.002 0", "16/8 large 0.002 1"]
+    assert [key for key in waiting if " large " in key] == [
+        "16/8 large 0.002 0",
+        "16/8 large 0.002 1",
+    ]
     assert "16/4 neurons 0.004 0" in waiting
 
 
@@ -283,7 +317,11 @@ def test_a_comparison_waits_for_all_seeds(study_file: Path) -> None:
     def record(loss: float) -> dict[str, float]:
         return {"validation": loss, "test": loss}
 
-    records = {f"16/4 {arm} {rate} 0": record(1.0) for arm in ("dense", "neurons") for rate in ("0.004", "0.008")}
+    records = {
+        f"16/4 {arm} {rate} 0": record(1.0)
+        for arm in ("dense", "neurons")
+        for rate in ("0.004", "0.008")
+    }
     records["16/4 neurons 0.008 0"] = record(0.9)
     found = gain(study, Corner(16, 4), "neurons", "dense", records)
     assert found is not None
@@ -295,8 +333,12 @@ def test_a_comparison_waits_for_all_seeds(study_file: Path) -> None:
     assert "has failed" in success(study, records)
 
 
-@pytest.mark.parametrize(("losses", "verdict"), [((0.9, 1.12), "enough"), ((0.9, 1.17), "not enough")])
-def test_a_mean_gain_may_be_enough(study_file: Path, losses: tuple[float, float], verdict: str) -> None:
+@pytest.mark.parametrize(
+    ("losses", "verdict"), [((0.9, 1.12), "enough"), ((0.9, 1.17), "not enough")]
+)
+def test_a_mean_gain_may_be_enough(
+    study_file: Path, losses: tuple[float, float], verdict: str
+) -> None:
     known = 'name = "{0}"\nknown_rates = {{ 16 = 0.004 }}'
     text = TINY.replace("must_win = true", "must_win = true\nat_least = 0.03")
     for arm in ("dense", "neurons"):
@@ -309,15 +351,21 @@ def test_a_mean_gain_may_be_enough(study_file: Path, losses: tuple[float, float]
     assert [row[-1] for row in section[3]] == [verdict]
     assert section[1].startswith("0 paired t-tests")
     assert section[1].endswith("*Enough*: the mean gain is at least what the study's file names.")
-    assert f"The study has {'succeeded' if verdict == 'enough' else 'failed'}" in success(study, records)
+    assert f"The study has {'succeeded' if verdict == 'enough' else 'failed'}" in success(
+        study, records
+    )
 
 
 def test_what_explains_an_expert() -> None:
     classes = torch.arange(400) % 4
     assert mutual_information(classes, classes[:, None], 4) == pytest.approx(1.0)
-    assert mutual_information(classes, torch.zeros(400, 1, dtype=torch.long), 4) == pytest.approx(0.0)
+    assert mutual_information(classes, torch.zeros(400, 1, dtype=torch.long), 4) == pytest.approx(
+        0.0
+    )
     logits = 50 * torch.nn.functional.one_hot(classes, 4).float()
-    facts = router_facts([[logits[:200]], [logits[200:]]], 1, classes, torch.zeros(400, dtype=torch.long))
+    facts = router_facts(
+        [[logits[:200]], [logits[200:]]], 1, classes, torch.zeros(400, dtype=torch.long)
+    )
     assert facts["entropy"] == pytest.approx(0.0, abs=1e-3)
     assert facts["token"] == pytest.approx(1.0, abs=0.05)
     assert facts["domain"] == 0.0
@@ -336,7 +384,9 @@ def test_runs_of_composed_experts_wait_for_their_rates(tmp_path: Path, capsys) -
     first = study.waiting({})
     assert first[:2] == ["base", "neurons novels 40 0.003 0"]
     assert len(first) == 1 + 2 * 3 * 4
-    records = {key: {"validation": 1.0, "test": 1.0, "documentation": 1.0, "sources": 1.0} for key in first}
+    records = {
+        key: {"validation": 1.0, "test": 1.0, "documentation": 1.0, "sources": 1.0} for key in first
+    }
     records["base"] |= dict.fromkeys((*study.plan.domains, *study.plan.probes), 2.0)
     records["lora novels 40 0.012 0"]["validation"] = 0.9
     assert (study.plan.rate("neurons", records), study.plan.rate("lora", records)) == (0.003, 0.012)
@@ -348,7 +398,9 @@ def test_runs_of_composed_experts_wait_for_their_rates(tmp_path: Path, capsys) -
     assert text.count("| waits |") == 10
     assert "| own neurons, label given | 1.000 | 1.000 |" in text
     assert main([str(file)]) == 2
-    assert "data_dir must be given for experts that are composed; got none" in capsys.readouterr().err
+    assert (
+        "data_dir must be given for experts that are composed; got none" in capsys.readouterr().err
+    )
 
 
 def test_success_of_composed_experts() -> None:
@@ -376,7 +428,12 @@ def tiny_study(folder: Path, data: Path, plan: Path, smaller: dict[str, str]) ->
     tokenizer = load_stand_in("gpt2")[1]
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     config = LlamaConfig(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
@@ -399,7 +456,12 @@ def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quiet, "PROMPTS", composed.PROMPTS[:1])
     monkeypatch.setattr(quiet, "MORE_PROMPTS", quiet.MORE_PROMPTS[:1])
     monkeypatch.setattr(quiet, "ANSWER_TOKENS", 4)
-    for name, value in {"SAMPLES": 4, "TEXT_LENGTH": 16, "CHAT_LENGTH": 16, "GENERAL_PIECES": 4}.items():
+    for name, value in {
+        "SAMPLES": 4,
+        "TEXT_LENGTH": 16,
+        "CHAT_LENGTH": 16,
+        "GENERAL_PIECES": 4,
+    }.items():
         monkeypatch.setattr(background, name, value)
 
 
@@ -407,13 +469,17 @@ def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
 def tiny_composition(tmp_path: Path, tiny_data: Path, short_texts: None) -> list[str]:
     smaller = {
         "[0.003, 0.006, 0.012]": "[0.003]",
-        '["numpy", "sympy", "matplotlib", "torch", "transformers", "sklearn"]': '["jinja2", "safetensors"]',
+        '["numpy", "sympy", "matplotlib", "torch", "transformers", "sklearn"]': (
+            '["jinja2", "safetensors"]'
+        ),
     }
     return tiny_study(tmp_path, tiny_data, COMPOSED, smaller)
 
 
 @pytest.mark.slow
-def test_a_study_of_composed_experts_from_its_first_run_to_its_table(tiny_composition: list[str]) -> None:
+def test_a_study_of_composed_experts_from_its_first_run_to_its_table(
+    tiny_composition: list[str],
+) -> None:
     file = Path(tiny_composition[0])
     assert main(tiny_composition) == 0
     records = records_in(file.with_suffix(".json"))
@@ -430,12 +496,22 @@ def test_runs_and_success_of_quiet_experts() -> None:
     study = open_study(QUIET)
     plan = study.plan
     waiting = study.waiting({})
-    assert waiting[:4] == ["base", "neurons novels 40 0.012 0", "lora novels 40 0.003 0", "quiet novels 0"]
+    assert waiting[:4] == [
+        "base",
+        "neurons novels 40 0.012 0",
+        "lora novels 40 0.003 0",
+        "quiet novels 0",
+    ]
     assert waiting[-1] == "tenants 10", "what needs replay's rate must wait"
     texts_of = [*plan.domains, *(f"{domain}, all" for domain in plan.domains), *plan.probes]
 
     def record(loss: float, answers: float = 0.0) -> dict[str, float]:
-        return dict.fromkeys(texts_of, loss) | {"answers": answers, "same": 1.0, "prefix": 1.0, "objective": loss}
+        return dict.fromkeys(texts_of, loss) | {
+            "answers": answers,
+            "same": 1.0,
+            "prefix": 1.0,
+            "objective": loss,
+        }
 
     records = {key: record(3.0) for key in waiting if key.startswith(("neurons", "lora", "replay"))}
     records["base"] = record(4.0)
@@ -457,8 +533,16 @@ def test_runs_and_success_of_quiet_experts() -> None:
     assert verdicts["one: worst other domain"] == "**no**"
     assert verdicts["one expert: share of its own gain"] == "**no**"
     records["mixture 0"] = record(3.04, answers=0.01)
-    records["rivals"] = {"Arrow, top 1": record(3.1), "mean of LoRAs": record(3.3), "cpu_seconds": 1}
-    records["tenants 10"] = {"mixture": record(3.0), "numpy": [4.0, 3.0, 3.05], "torch": [4.0, 3.0, 3.15]}
+    records["rivals"] = {
+        "Arrow, top 1": record(3.1),
+        "mean of LoRAs": record(3.3),
+        "cpu_seconds": 1,
+    }
+    records["tenants 10"] = {
+        "mixture": record(3.0),
+        "numpy": [4.0, 3.0, 3.05],
+        "torch": [4.0, 3.0, 3.15],
+    }
     verdicts = {what: holds for what, _, holds in criteria(plan, records)}
     assert verdicts["four: nats ahead of Arrow, top 1"] == "**no**"
     assert verdicts["four: nats ahead of mean of LoRAs"] == "yes"

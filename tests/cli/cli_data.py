@@ -28,7 +28,8 @@ def write_sentiment(folder: Path) -> Path:
     folder.mkdir(parents=True)
     for split, size in (("train", 24), ("validation", 8), ("test", 8)):
         rows = [
-            {"sentence": f"the film number {i} is {'good' if i % 2 else 'bad'}", "label": i % 2} for i in range(size)
+            {"sentence": f"the film number {i} is {'good' if i % 2 else 'bad'}", "label": i % 2}
+            for i in range(size)
         ]
         write_rows(folder / f"{split}.jsonl", rows)
     return folder
@@ -38,10 +39,16 @@ def write_described(data_dir: Path, spec: TaskSpec) -> Path:
     """A folder ``spec.name`` in ``data_dir`` with a few rows that the description fits."""
     folder = data_dir / spec.name
     folder.mkdir(parents=True, exist_ok=True)
-    labels: list[Any] = [label for label, word in spec.label_words.items() if word is not None] or [0.4, 3]
+    labels: list[Any] = [label for label, word in spec.label_words.items() if word is not None] or [
+        0.4,
+        3,
+    ]
     for split, size in (("train", 16), ("validation", 8), ("test", 4)):
         rows = [
-            {**{column: f"{column} {i} of {split}" for column in spec.columns}, spec.label_column: labels[i % 2]}
+            {
+                **{column: f"{column} {i} of {split}" for column in spec.columns},
+                spec.label_column: labels[i % 2],
+            }
             for i in range(size)
         ]
         write_rows(folder / f"{split}.jsonl", rows)

@@ -32,17 +32,23 @@ def drawn() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _what_takes_long_is_short(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plots, which would take as long as a short training, are painted on nothing, and documentation is short."""
+def _what_takes_long_is_short(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plots, which would take as long as a short training, are painted on nothing, and
+    documentation is short."""
     shorten_documentation(monkeypatch)
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr(report, "_new", lambda panels, *_: (MagicMock(), [MagicMock() for _ in range(panels)]))
+        monkeypatch.setattr(
+            report, "_new", lambda panels, *_: (MagicMock(), [MagicMock() for _ in range(panels)])
+        )
         monkeypatch.setattr(report, "png", lambda figure: b"\x89PNG")
 
 
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str]) -> Run:
-    """``cli("info", "--json")`` runs `mpoe info --json`; an exit code other than ``code`` fails the test."""
+    """``cli("info", "--json")`` runs `mpoe info --json`; an exit code other than ``code`` fails the
+    test."""
 
     def run(*arguments: object, code: int = 0) -> Answer:
         capsys.readouterr()
@@ -57,7 +63,8 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture
 def refused(cli: Run) -> Callable[..., str]:
-    """Run what must be refused: exit code 2, one line on stderr and no traceback; returns the line."""
+    """Run what must be refused: exit code 2, one line on stderr and no traceback; returns the
+    line."""
 
     def run(*arguments: object) -> str:
         answer = cli(*arguments, code=2)
@@ -81,6 +88,9 @@ def prose(tmp_path: Path) -> Path:
     folder = tmp_path / "prose"
     folder.mkdir()
     for split, size in (("train", 30), ("validation", 10), ("test", 10)):
-        paragraphs = [f"Paragraph {i} of {split} tells that a list holds items in their order." for i in range(size)]
+        paragraphs = [
+            f"Paragraph {i} of {split} tells that a list holds items in their order."
+            for i in range(size)
+        ]
         (folder / f"{split}.txt").write_text("\n\n".join(paragraphs))
     return folder

@@ -20,17 +20,45 @@ from mpoe.models.expert_mixture import experts_in
 from mpoe.training.callbacks import LogLineCallback
 from tests.assertions import run_python
 
-PARAMETERS = {"central": 60, "auxiliary": 30, "expert": 0, "router": 2, "rest": 8, "total": 100, "dense_total": 80}
+PARAMETERS = {
+    "central": 60,
+    "auxiliary": 30,
+    "expert": 0,
+    "router": 2,
+    "rest": 8,
+    "total": 100,
+    "dense_total": 80,
+}
 
 
-def make_run(folder: Path, accuracy: float, rate: float, ended: bool = True, **more: object) -> Path:
+def make_run(
+    folder: Path, accuracy: float, rate: float, ended: bool = True, **more: object
+) -> Path:
     folder.mkdir()
-    training = {"learning_rate": rate, "train_batch_size": 4, "gradient_accumulation_steps": 2, "seed": 0}
-    config = {"model": "t5", "training": {**training, "output_dir": str(folder)}, "experts": {"num_experts": 2}}
-    config |= {"command": f"mpoe train --output_dir {folder.name} <b>", "learning_rate_from": "as given"}
+    training = {
+        "learning_rate": rate,
+        "train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "seed": 0,
+    }
+    config = {
+        "model": "t5",
+        "training": {**training, "output_dir": str(folder)},
+        "experts": {"num_experts": 2},
+    }
+    config |= {
+        "command": f"mpoe train --output_dir {folder.name} <b>",
+        "learning_rate_from": "as given",
+    }
     (folder / "run.json").write_text(json.dumps({"config": config}))
     records = [
-        {"step": k, "loss": 3 / k, "task_loss": 2 / k, "time": 10.0 + k, "expert_load": {"share": [[0.3, 0.7]]}}
+        {
+            "step": k,
+            "loss": 3 / k,
+            "task_loss": 2 / k,
+            "time": 10.0 + k,
+            "expert_load": {"share": [[0.3, 0.7]]},
+        }
         for k in (1, 2, 3)
     ]
     records.append({"step": 3, "eval_loss": 0.5, "time": 20.0})
@@ -59,7 +87,11 @@ def test_runs_side_by_side(cli, tmp_path: Path) -> None:
     first, second = make_run(tmp_path / "a", 0.6, 1e-3), make_run(tmp_path / "b", 0.7, 2e-3)
     third = make_run(tmp_path / "c", 0.0, 1e-3, ended=False)
     answer = cli("compare", first, second, third, "--output_dir", tmp_path / "out")
-    lines = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in answer.out.splitlines() if "│" in line}
+    lines = {
+        line.split("│")[1].strip(): line.split("│")[2:-1]
+        for line in answer.out.splitlines()
+        if "│" in line
+    }
     cells = {name: [cell.strip() for cell in row] for name, row in lines.items()}
     assert cells["task: accuracy"] == ["0.6000", "0.7000 *", "-", "0.5000"]
     assert cells["task: loss"] == ["0.4000", "0.3000 *", "-", "-"]  # lower is better
@@ -68,12 +100,18 @@ def test_runs_side_by_side(cli, tmp_path: Path) -> None:
     assert cells["seconds per step, median"] == ["1", "1", "1"]
     assert cells["auxiliary"] == ["30", "30", "-"]
     assert cells["training.learning_rate"] == ["0.001", "0.002", "0.001"]
-    assert not {"training.output_dir", "command", "training.seed"} & set(cells)  # neutral, or the same in all
+    assert not {"training.output_dir", "command", "training.seed"} & set(
+        cells
+    )  # neutral, or the same in all
     text = (tmp_path / "out" / "report.html").read_text()
     assert "&lt;b&gt;" in text
     assert "<td class=best>0.7000 *</td>" in text
     assert text.count("data:image/png;base64,iVBOR") == 1
-    assert [run["name"] for run in json.loads((tmp_path / "out" / "compare.json").read_text())] == ["a", "b", "c"]
+    assert [run["name"] for run in json.loads((tmp_path / "out" / "compare.json").read_text())] == [
+        "a",
+        "b",
+        "c",
+    ]
 
 
 def test_means_over_seeds(cli, tmp_path: Path) -> None:
@@ -100,14 +138,18 @@ def test_names_and_refusals(cli, refused, tmp_path: Path) -> None:
     first, second = make_run(tmp_path / "a", 0.6, 1e-3), make_run(tmp_path / "b", 0.6, 1e-3)
     out = ["--output_dir", tmp_path / "out"]
     assert "needs two runs or more; got 1" in refused("compare", first, *out)
-    assert "is not the folder of a run: it holds no run.json" in refused("compare", first, tmp_path, *out)
+    assert "is not the folder of a run: it holds no run.json" in refused(
+        "compare", first, tmp_path, *out
+    )
     assert "holds a model or a run" in refused("compare", first, second, "--output_dir", first)
     answer = cli("compare", first, second, *out)
     assert "*" not in answer.out.split("Scores")[1].split("Validation")[0]  # a tie has no best
     assert "earlier report" in refused("compare", first, second, *out)
     assert "1 a" in cli("compare", first, first, *out, "--overwrite").out
     (second / "results.json").write_text("[")
-    assert "holds a run that cannot be read" in refused("compare", first, second, *out, "--overwrite")
+    assert "holds a run that cannot be read" in refused(
+        "compare", first, second, *out, "--overwrite"
+    )
 
 
 @pytest.mark.usefixtures("drawn")
@@ -115,7 +157,10 @@ def test_the_report_of_a_run_says_everything(tmp_path: Path) -> None:
     run = read_run(str(make_run(tmp_path / "a", 0.6, 1e-3)))
     write_report(tmp_path / "report.html", [run])
     text = (tmp_path / "report.html").read_text()
-    assert "<h1>a: 2 MPO experts after 3 steps</h1><pre>a: mpoe train --output_dir a &lt;b&gt;</pre>" in text
+    assert (
+        "<h1>a: 2 MPO experts after 3 steps</h1><pre>a: mpoe train --output_dir a &lt;b&gt;</pre>"
+        in text
+    )
     for row in (
         "task: accuracy</td><td>0.6000</td><td>0.5000",
         "task: train</td><td>1,200",
@@ -139,24 +184,36 @@ def test_a_line_for_each_log_call() -> None:
     call = (None, state, TrainerControl())
     shown.on_step_begin(*call)
     shown.on_step_end(*call)
-    shown.on_log(*call, logs={"loss": 0.7, "task_loss": 0.5, "learning_rate": 1e-3, "grad_norm": 2.0})
+    shown.on_log(
+        *call, logs={"loss": 0.7, "task_loss": 0.5, "learning_rate": 1e-3, "grad_norm": 2.0}
+    )
     shown.on_log(*call, logs={"eval_loss": 0.25, "eval_runtime": 1.0})
     shown.on_log(*call, logs={"eval_film_loss": 0.125})
     shown.on_log(*call, logs={"train_runtime": 3.0})
     state.is_world_process_zero = False
     shown.on_log(*call, logs={"loss": 1.0})
-    assert re.fullmatch(r"step  20/500  loss 0\.5000  rate 1\.00e-03  \S+ steps/s  \d+ s left", lines[0])
-    assert lines[1:] == ["step  20/500  validation loss 0.2500", "step  20/500  validation loss 0.1250  film"]
+    assert re.fullmatch(
+        r"step  20/500  loss 0\.5000  rate 1\.00e-03  \S+ steps/s  \d+ s left", lines[0]
+    )
+    assert lines[1:] == [
+        "step  20/500  validation loss 0.2500",
+        "step  20/500  validation loss 0.1250  film",
+    ]
 
 
-def test_an_interrupted_run_says_how_to_go_on(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_says_how_to_go_on(
+    cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stop(words: list[str]) -> None:
         with going_on(tmp_path, shlex.join(["mpoe", "train", *words])):
             raise KeyboardInterrupt
 
     monkeypatch.setattr("mpoe.cli.train.command", stop)
     said = cli("train", "--output_dir", "my run", "--overwrite", code=130).err
-    assert re.match(r"mpoe: interrupted: go on at step 0, .* with mpoe train --output_dir 'my run' --resume\n", said)
+    assert re.match(
+        r"mpoe: interrupted: go on at step 0, .* with mpoe train --output_dir 'my run' --resume\n",
+        said,
+    )
 
 
 # ------------------------------------------------------------------ demos
@@ -164,9 +221,12 @@ def test_an_interrupted_run_says_how_to_go_on(cli, tmp_path: Path, monkeypatch: 
 
 def test_a_short_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     short = " --n_train 64 --n_val 16 --per_device_train_batch_size 2"
-    monkeypatch.setitem(demo.SETTINGS, "t5", (demo.SETTINGS["t5"][0] + short, *demo.SETTINGS["t5"][1:]))
+    monkeypatch.setitem(
+        demo.SETTINGS, "t5", (demo.SETTINGS["t5"][0] + short, *demo.SETTINGS["t5"][1:])
+    )
     monkeypatch.setattr(
-        "mpoe.data.predict.generate_texts", lambda model, tokenizer, examples, *_: ["x"] * len(examples)
+        "mpoe.data.predict.generate_texts",
+        lambda model, tokenizer, examples, *_: ["x"] * len(examples),
     )
     run(["demo", "--compare", "--steps", "1", "--output_dir", str(tmp_path / "demo")])
     out = capsys.readouterr().out
@@ -189,10 +249,16 @@ def test_a_short_demo_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     demo.command(["--output_dir", str(tmp_path / "demo"), "--steps", "2"])
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert list(results["losses"]) == ["law", "code", "names", "documentation"]
-    assert all(list(own) == ["base", "own", "composed", "merged"] for own in results["losses"].values())
+    assert all(
+        list(own) == ["base", "own", "composed", "merged"] for own in results["losses"].values()
+    )
     assert results["experts"] == ["law", "code", "names", "none"]
     assert {expert for _, expert in results["picture"]} <= {0, 1, 2, 3}
-    assert [expert.name for expert in experts_in(tmp_path / "demo" / "model")[0]] == ["law", "code", "names"]
+    assert [expert.name for expert in experts_in(tmp_path / "demo" / "model")[0]] == [
+        "law",
+        "code",
+        "names",
+    ]
     page = (tmp_path / "demo" / "report.html").read_text()
     assert page.count('title="expert ') == 4 * len(results["picture"])  # in each layer
     out = capsys.readouterr().out
@@ -202,7 +268,12 @@ def test_a_short_demo_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_what_the_demo_says_of_its_numbers() -> None:
     own = {"base": 5.0, "own": 4.0, "composed": 4.25, "merged": 4.5}
-    losses = {"law": own, "code": own, "names": own, "documentation": {**own, "own": 5.5, "composed": 5.125}}
+    losses = {
+        "law": own,
+        "code": own,
+        "names": own,
+        "documentation": {**own, "own": 5.5, "composed": 5.125},
+    }
     assert demo.kept(losses) == {"law": 0.75, "code": 0.75, "names": 0.75}
     lines = demo.conclusions({"losses": losses, "kept": demo.kept(losses)})
     assert "law 75%, code 75%, names 75%" in lines[0]
@@ -224,9 +295,14 @@ slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 
 @pytest.mark.parametrize(
     ("task", "margin"),
-    [pytest.param("movie_sentiment", 0.06, marks=exhaustive), pytest.param("doc_module", 0.1, marks=slow)],
+    [
+        pytest.param("movie_sentiment", 0.06, marks=exhaustive),
+        pytest.param("doc_module", 0.1, marks=slow),
+    ],
 )
-def test_the_readme_trains_clearly_above_the_majority(request, tmp_path: Path, task: str, margin: float) -> None:
+def test_the_readme_trains_clearly_above_the_majority(
+    request, tmp_path: Path, task: str, margin: float
+) -> None:
     readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
     (line,) = [line for line in readme.splitlines() if line.startswith("mpoe train ")]
     words = shlex.split(line)[1:]
@@ -235,7 +311,9 @@ def test_the_readme_trains_clearly_above_the_majority(request, tmp_path: Path, t
     data = words.index("--data_dir")
     embedded = task.startswith("doc_")
     words[data : data + 2] = (
-        ["--tasks", task] if embedded else ["--data_dir", str(request.getfixturevalue("shared_data") / task)]
+        ["--tasks", task]
+        if embedded
+        else ["--data_dir", str(request.getfixturevalue("shared_data") / task)]
     )
     out = run_python("-m", "mpoe", *words)
     assert "learning_rate 0.0015: what to start from" in out
@@ -250,29 +328,50 @@ def test_demo(tmp_path: Path) -> None:
     ready = os.environ.get("MPOE_DEMO")  # CI has run the README's
     folder = Path(ready) if ready else tmp_path / "demo"
     if not folder.is_dir():
-        assert "Of its own expert's gain the mixture keeps" in run_python("-m", "mpoe", "demo", "--output_dir", folder)
+        assert "Of its own expert's gain the mixture keeps" in run_python(
+            "-m", "mpoe", "demo", "--output_dir", folder
+        )
     results = json.loads((folder / "results.json").read_text())
     losses = results["losses"]
-    assert all(losses[name]["own"] < losses[name]["base"] - 0.2 for name in ("law", "code", "names"))
+    assert all(
+        losses[name]["own"] < losses[name]["base"] - 0.2 for name in ("law", "code", "names")
+    )
     assert min(results["kept"].values()) > 0.4
-    lost = {column: value - losses["documentation"]["base"] for column, value in losses["documentation"].items()}
+    lost = {
+        column: value - losses["documentation"]["base"]
+        for column, value in losses["documentation"].items()
+    }
     assert lost["composed"] < 0.7 * lost["own"]
-    assert {path.name for path in (folder / "experts").iterdir()} == {f"{n}.expert" for n in ("law", "code", "names")}
+    assert {path.name for path in (folder / "experts").iterdir()} == {
+        f"{n}.expert" for n in ("law", "code", "names")
+    }
     assert results["seconds"] < 600  # three minutes on two cores that are free
 
 
-@pytest.mark.parametrize("kind", [pytest.param("t5", marks=slow), pytest.param("gpt2", marks=exhaustive)])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("t5", marks=slow), pytest.param("gpt2", marks=exhaustive)]
+)
 def test_comparison(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "demo"
     run_python("-m", "mpoe", "demo", "--compare", "--output_dir", folder, "--model", kind)
-    runs = {each["name"]: each["results"] for each in json.loads((folder / "compare.json").read_text())}
+    runs = {
+        each["name"]: each["results"] for each in json.loads((folder / "compare.json").read_text())
+    }
     assert list(runs) == ["dense", "wider", "switch", "hidden", "separable"]
     scores = {name: results["mean_validation"] for name, results in runs.items()}
     sizes = {
-        name: results["parameters"]["auxiliary"] for name, results in runs.items() if "central" in results["parameters"]
+        name: results["parameters"]["auxiliary"]
+        for name, results in runs.items()
+        if "central" in results["parameters"]
     }
-    assert sizes["hidden"] + runs["hidden"]["parameters"]["central"] < 0.5 * runs["switch"]["parameters"]["expert"]
-    assert all(sum(values["items"] for values in each["validation"].values()) > 400 for each in runs.values())
+    assert (
+        sizes["hidden"] + runs["hidden"]["parameters"]["central"]
+        < 0.5 * runs["switch"]["parameters"]["expert"]
+    )
+    assert all(
+        sum(values["items"] for values in each["validation"].values()) > 400
+        for each in runs.values()
+    )
     if kind == "t5":  # not below Switch's by more than two points, and no task is saturated
         assert scores["hidden"] > scores["switch"] - 0.02
         assert max(scores.values()) < 0.95

@@ -1,4 +1,5 @@
-"""`mpoe compose`: fine-tunes, adapters or experts' files into one mixture, an expert more or fewer, and refusals."""
+"""`mpoe compose`: fine-tunes, adapters or experts' files into one mixture, an expert more or fewer,
+and refusals."""
 
 from __future__ import annotations
 
@@ -14,7 +15,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mpoe import collect_statistics, convert_to_mpoe, load_expert, load_mpoe, save_expert, start_expert
+from mpoe import (
+    collect_statistics,
+    convert_to_mpoe,
+    load_expert,
+    load_mpoe,
+    save_expert,
+    start_expert,
+)
 from mpoe.cli import compose as command
 from mpoe.cli import train
 from mpoe.cli.command import CommandError
@@ -38,14 +46,20 @@ SMALL = ["--max_texts", "4", "--max_length", "16"]
 @pytest.fixture(autouse=True)
 def _short_background(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few and short samples of the base."""
-    for name, value in {"SAMPLES": 2, "TEXT_LENGTH": 8, "CHAT_LENGTH": 8, "GENERAL_PIECES": 2}.items():
+    for name, value in {
+        "SAMPLES": 2,
+        "TEXT_LENGTH": 8,
+        "CHAT_LENGTH": 8,
+        "GENERAL_PIECES": 2,
+    }.items():
         monkeypatch.setattr(f"mpoe.models.background.{name}", value)
     monkeypatch.setattr("mpoe.models.quiet.HELD_OUT", 2)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the tiny GPT-2 two fine-tunes with their texts, and three experts; a text of no domain; what does not fit."""
+    """Of the tiny GPT-2 two fine-tunes with their texts, and three experts; a text of no domain;
+    what does not fit."""
     out = tmp_path_factory.mktemp("compose")
     base, tokenizer = load_stand_in("gpt2")
     for number in range(2):
@@ -55,7 +69,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if ".mlp." in name:
                 p.data += 0.02 * torch.randn_like(p)
         model.save_pretrained(out / f"ft{number}")
-    for number, text in enumerate(("ship sea sail wave ", "list tuple dict set ", "rain snow wind sun ")):
+    for number, text in enumerate(
+        ("ship sea sail wave ", "list tuple dict set ", "rain snow wind sun ")
+    ):
         (out / f"t{number}.txt").write_text(text * 60)
     for number, name in enumerate(("law", "med", "code")):
         model = start_expert(base, 8 + number)
@@ -73,7 +89,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (out / "cut" / name).write_text("{")
     (out / "odd").mkdir()
-    (out / "odd" / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["nothing"], "r": 2}')
+    (out / "odd" / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "target_modules": ["nothing"], "r": 2}'
+    )
     return out
 
 
@@ -81,7 +99,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapter(folder: Path) -> str:
     """A LoRA adapter of the tiny GPT-2."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["c_fc"], init_lora_weights=False, fan_in_fan_out=True)
+    config = peft.LoraConfig(
+        r=2, target_modules=["c_fc"], init_lora_weights=False, fan_in_fan_out=True
+    )
     peft.get_peft_model(load_stand_in("gpt2")[0], config).save_pretrained(folder / "ft2")
     return str(folder / "ft2")
 
@@ -105,7 +125,18 @@ def test_two_fine_tunes_and_an_adapter(folder: Path, adapter: str) -> None:
 
 
 def test_a_trained_router(folder: Path) -> None:
-    options = ["--texts", "{}/t0.txt", "{}/t1.txt", "--router", "train", "--steps", "1", "--top_k", "2", *SMALL]
+    options = [
+        "--texts",
+        "{}/t0.txt",
+        "{}/t1.txt",
+        "--router",
+        "train",
+        "--steps",
+        "1",
+        "--top_k",
+        "2",
+        *SMALL,
+    ]
     compose(folder, "{}/ft0", "{}/ft1", "--output_dir", "{}/trained_pair", *options)
     config = load_mpoe(folder / "trained_pair").mpoe_config
     assert (config.expert_type, config.router.top_k) == ("dense", 2)
@@ -117,7 +148,16 @@ def test_a_base_of_few_positions(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     same_length = lambda *given: read(*given) if given[2] == 64 else pytest.fail(str(given))  # noqa: E731
     monkeypatch.setattr(command, "read_batches", same_length)
     monkeypatch.setattr(command.models, "load_model", lambda source: base)
-    compose(folder, "{}/law.expert", "--output_dir", "{}/few", "--background", "{}/none.txt", "--max_texts", "4")
+    compose(
+        folder,
+        "{}/law.expert",
+        "--output_dir",
+        "{}/few",
+        "--background",
+        "{}/none.txt",
+        "--max_texts",
+        "4",
+    )
 
 
 def test_an_adapter_without_peft(adapter: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,18 +170,32 @@ def test_one_more_and_one_fewer(folder: Path, capsys: pytest.CaptureFixture[str]
     compose(folder, "{}/law.expert", "{}/med.expert", "--output_dir", "{}/two", *text)
     assert "law, med, none" in capsys.readouterr().out
     compose(folder, "{}/code.expert", "--add", "{}/two", "--output_dir", "{}/three")
-    compose(folder, "{}/law.expert", "{}/med.expert", "{}/code.expert", "--output_dir", "{}/at_once", *text)
+    compose(
+        folder,
+        "{}/law.expert",
+        "{}/med.expert",
+        "{}/code.expert",
+        "--output_dir",
+        "{}/at_once",
+        *text,
+    )
     assert same(folder / "three", folder / "at_once")
     compose(folder, "--add", "{}/three", "--remove", "code", "--output_dir", "{}/again")
     assert same(folder / "two", folder / "again")
     assert not same(folder / "two", folder / "three")
     three = load_mpoe(folder / "three")
     assert three.config.mpoe_experts == ["law", "med", "code", "none"]
-    assert (three.mpoe_config.num_experts, three.mpoe_config.neurons, three.mpoe_config.top_k) == (4, 10, 4)
+    assert (three.mpoe_config.num_experts, three.mpoe_config.neurons, three.mpoe_config.top_k) == (
+        4,
+        10,
+        4,
+    )
     assert [expert.name for expert in experts_in(folder / "three")[0]] == ["law", "med", "code"]
 
 
-def test_the_background_beside_an_expert_is_taken(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_background_beside_an_expert_is_taken(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base, tokenizer = load_stand_in("gpt2")
     beside = folder / "beside"
     beside.mkdir()
@@ -173,7 +227,10 @@ def test_the_background_beside_an_expert_is_taken(folder: Path, capsys: pytest.C
         ([BASE, "--output_dir", "{}/x", "--max_length", "1"], "max_length must be at least 2"),
         ([BASE, "--output_dir", "{}/x"], "texts must name a file for each of 1 fine-tunes; got 0"),
         ([BASE, "--output_dir", "{}/x", "--texts", "{}/none"], "texts: no such file"),
-        ([BASE, "--output_dir", "{}/ft0", "--texts", "{}/t0.txt"], "holds a model; give --overwrite"),
+        (
+            [BASE, "--output_dir", "{}/ft0", "--texts", "{}/t0.txt"],
+            "holds a model; give --overwrite",
+        ),
         (["{}/ft9", "--output_dir", "{}/x", "--texts", "{}/t0.txt"], "no such folder"),
         ([BASE, "--output_dir", "{}/x", "--texts", "{}/bad.txt"], "texts: .*expected UTF-8 text"),
         (
@@ -181,25 +238,60 @@ def test_the_background_beside_an_expert_is_taken(folder: Path, capsys: pytest.C
             "short.txt: texts must give at least one block of block_size=128",
         ),
         (["{}/odd", "--output_dir", "{}/x", "--texts", "{}/t0.txt"], "does not fit the base"),
-        (["{}/law.expert", "--texts", "{}/none.txt", "{}/none.txt"], "texts must name a file for each of 1 experts"),
+        (
+            ["{}/law.expert", "--texts", "{}/none.txt", "{}/none.txt"],
+            "texts must name a file for each of 1 experts",
+        ),
         (["{}/law.expert", "--router", "train"], "router train needs --texts for every expert"),
         (["{}/law.expert", "--router", "best"], "argument --router: invalid choice: 'best'"),
-        (["{}/law.expert", "--merge", "--top_k", "2"], "merge makes one network without routers: no top_k"),
+        (
+            ["{}/law.expert", "--merge", "--top_k", "2"],
+            "merge makes one network without routers: no top_k",
+        ),
         (["{}/law.expert", "--merge", "--texts", "{}/t0.txt"], "or texts but of adapters"),
-        (["{}/law.expert", "--texts", "{}/t0.txt", "--output_dir", "{}/x", "--max_length", "512"], "at most 256, the"),
-        (["{}/cut", "--neurons", "4", "--output_dir", "{}/x", "--texts", "{}/t0.txt"], "line 1, column 2: bad JSON"),
-        (["{}/law.expert", "--neurons", "8"], "neurons must be at least 1, of experts fitted to adapters; got 8"),
+        (
+            [
+                "{}/law.expert",
+                "--texts",
+                "{}/t0.txt",
+                "--output_dir",
+                "{}/x",
+                "--max_length",
+                "512",
+            ],
+            "at most 256, the",
+        ),
+        (
+            ["{}/cut", "--neurons", "4", "--output_dir", "{}/x", "--texts", "{}/t0.txt"],
+            "line 1, column 2: bad JSON",
+        ),
+        (
+            ["{}/law.expert", "--neurons", "8"],
+            "neurons must be at least 1, of experts fitted to adapters; got 8",
+        ),
         (["{}/law.expert", "--steps", "0"], "steps must be at least 1; got 0"),
-        (["{}/law.expert", "--output_dir", "{}/x", "--top_k", "0"], "top_k must be at least 1; got 0"),
+        (
+            ["{}/law.expert", "--output_dir", "{}/x", "--top_k", "0"],
+            "top_k must be at least 1; got 0",
+        ),
         (["{}/law.expert", "--output_dir", ""], "compose needs --output_dir"),
         (["{}/law.expert", "{}/absent.expert"], "absent.expert: no file"),
         (["{}/law.expert", "{}/bad"], "either fine-tunes or experts' files"),
         (["{}/law.expert", "--remove", "law"], "remove needs --add MIXTURE"),
-        (["{}/law.expert", "--background", "{}/absent.txt", "--output_dir", "{}/x"], "background: no such file"),
-        (["{}/law.expert", "--add", "{}/bad", "--output_dir", "{}/x"], "a mixture that was composed of experts"),
+        (
+            ["{}/law.expert", "--background", "{}/absent.txt", "--output_dir", "{}/x"],
+            "background: no such file",
+        ),
+        (
+            ["{}/law.expert", "--add", "{}/bad", "--output_dir", "{}/x"],
+            "a mixture that was composed of experts",
+        ),
         (["{}/law.expert", "{}/law.expert", "--output_dir", "{}/x"], "'law' is there twice"),
         (["{}/bad", "--preference", "1"], "add, remove, merge, background and preference are for"),
-        (["{}/bad", "--background", "{}/none.txt"], "add, remove, merge, background and preference are for"),
+        (
+            ["{}/bad", "--background", "{}/none.txt"],
+            "add, remove, merge, background and preference are for",
+        ),
     ],
 )
 def test_refused(folder: Path, words: list[str], message: str) -> None:
@@ -210,12 +302,20 @@ def test_refused(folder: Path, words: list[str], message: str) -> None:
 def test_names_that_are_refused(folder: Path, adapter: str) -> None:
     for name in (["t5"], [adapter, "--neurons", "8"]):
         with pytest.raises(CommandError, match="of others a causal language model"):
-            command.command(["t5", *name, "--output_dir", str(folder / "x"), "--texts", str(folder / "t0.txt")])
-    compose(folder, "{}/law.expert", "--output_dir", "{}/one", "--background", "{}/none.txt", *SMALL)
+            command.command(
+                ["t5", *name, "--output_dir", str(folder / "x"), "--texts", str(folder / "t0.txt")]
+            )
+    compose(
+        folder, "{}/law.expert", "--output_dir", "{}/one", "--background", "{}/none.txt", *SMALL
+    )
     with pytest.raises(CommandError, match="remove must name experts of the mixture, law; got med"):
         compose(folder, "--add", "{}/one", "--remove", "med", "--output_dir", "{}/x")
-    with pytest.raises(CommandError, match="takes the dense model that the experts were trained beside"):
-        command.command([str(folder / "one"), str(folder / "law.expert"), "--output_dir", str(folder / "x")])
+    with pytest.raises(
+        CommandError, match="takes the dense model that the experts were trained beside"
+    ):
+        command.command(
+            [str(folder / "one"), str(folder / "law.expert"), "--output_dir", str(folder / "x")]
+        )
     base, _ = load_stand_in("gpt2")
     model = start_expert(base, 8)
     (folder / "other").mkdir()
@@ -225,17 +325,37 @@ def test_names_that_are_refused(folder: Path, adapter: str) -> None:
         compose(folder, "{}/law.expert", "{}/other/law.expert", "--output_dir", "{}/x")
 
 
-def test_texts_a_trained_router_and_one_network(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_texts_a_trained_router_and_one_network(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files, texts = ["{}/law.expert", "{}/med.expert"], ["--texts", "{}/none.txt", "{}/none.txt"]
     compose(folder, *files, "--output_dir", "{}/refined", *texts, *SMALL)
-    compose(folder, *files, "--output_dir", "{}/trained", *texts, *SMALL, "--router", "train", "--steps", "2")
+    compose(
+        folder,
+        *files,
+        "--output_dir",
+        "{}/trained",
+        *texts,
+        *SMALL,
+        "--router",
+        "train",
+        "--steps",
+        "2",
+    )
     compose(folder, *files, "--output_dir", "{}/plain")
     assert not same(folder / "refined", folder / "plain")
     assert not same(folder / "refined", folder / "trained")
     capsys.readouterr()
     (folder / "plain" / "mine.safetensors").touch()
     merged = ["--output_dir", "{}/plain", "--merge", "--overwrite"]
-    refuses(CommandError, "plain holds mine.safetensors, which mpoe did not write", compose, folder, *files, *merged)
+    refuses(
+        CommandError,
+        "plain holds mine.safetensors, which mpoe did not write",
+        compose,
+        folder,
+        *files,
+        *merged,
+    )
     (folder / "plain" / "mine.safetensors").unlink()
     compose(folder, *files, *merged)
     assert "every expert at weight 1/2" in capsys.readouterr().out
@@ -245,9 +365,18 @@ def test_texts_a_trained_router_and_one_network(folder: Path, capsys: pytest.Cap
     assert (type(merged).__name__, merged.config.n_inner) == ("GPT2LMHeadModel", 512 + 8 + 9)
 
 
-def test_what_a_file_expects_and_what_a_mixture_holds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_file_expects_and_what_a_mixture_holds(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     compose(
-        folder, "{}/law.expert", "{}/code.expert", "--output_dir", "{}/listed", "--background", "{}/none.txt", *SMALL
+        folder,
+        "{}/law.expert",
+        "{}/code.expert",
+        "--output_dir",
+        "{}/listed",
+        "--background",
+        "{}/none.txt",
+        *SMALL,
     )
     law, mixture = str(folder / "law.expert"), str(folder / "listed")
     capsys.readouterr()
@@ -263,10 +392,17 @@ def test_what_a_file_expects_and_what_a_mixture_holds(folder: Path, capsys: pyte
     assert (told[law][0]["neurons"], told[law][0]["parameters"]) == (8, 4 * 8 * (2 * 128 + 1))
     assert not run(["info", law])
     assert told[law][0]["base"][:12] in capsys.readouterr().out
-    refuses(CommandError, "info takes experts' files and mixtures", run, ["info", law, str(folder / "bad")])
+    refuses(
+        CommandError,
+        "info takes experts' files and mixtures",
+        run,
+        ["info", law, str(folder / "bad")],
+    )
 
 
-def test_upload(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_upload(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked = []
 
     def push(path: str, repository: str, private: bool | None) -> str:
@@ -279,13 +415,35 @@ def test_upload(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert "uploaded to https://hub/commit/1" in capsys.readouterr().out
 
 
-def test_what_experts_are_worth(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    compose(folder, "{}/law.expert", "{}/med.expert", "--output_dir", "{}/seen", "--background", "{}/none.txt", *SMALL)
-    words = ["inspect", str(folder / "seen"), "--output_dir", str(tmp_path / "out"), "--num_items", "2"]
+def test_what_experts_are_worth(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compose(
+        folder,
+        "{}/law.expert",
+        "{}/med.expert",
+        "--output_dir",
+        "{}/seen",
+        "--background",
+        "{}/none.txt",
+        *SMALL,
+    )
+    words = [
+        "inspect",
+        str(folder / "seen"),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--num_items",
+        "2",
+    ]
     assert not run(words)
-    assert "give --texts FILE" in capsys.readouterr().out  # of no domain, the default items tell nothing
+    assert (
+        "give --texts FILE" in capsys.readouterr().out
+    )  # of no domain, the default items tell nothing
     assert not run([*words, "--overwrite", "--text", "Return the first item of the list."])
-    assert list(json.loads((tmp_path / "out" / "inspect.json").read_text())["worth"]) == ["the sentences"]
+    assert list(json.loads((tmp_path / "out" / "inspect.json").read_text())["worth"]) == [
+        "the sentences"
+    ]
     files = [str(folder / "t0.txt"), str(folder / "t1.txt")]
     assert not run([*words, "--overwrite", "--texts", *files])
     worth = json.loads((tmp_path / "out" / "inspect.json").read_text())["worth"]
@@ -301,19 +459,34 @@ def test_what_experts_are_worth(folder: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_an_adapter_as_an_expert(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     peft = pytest.importorskip("peft")
     base, tokenizer = load_stand_in("gpt2")
     adapter = peft.LoraConfig(r=2, target_modules=["mlp.c_fc", "mlp.c_proj"], fan_in_fan_out=True)
     model = peft.get_peft_model(base, adapter)
-    (tmp_path / "sea.txt").write_text("The sea was calm, and the ship went on its way to the islands. " * 40)
+    (tmp_path / "sea.txt").write_text(
+        "The sea was calm, and the ship went on its way to the islands. " * 40
+    )
     ids = torch.tensor(tokenizer((tmp_path / "sea.txt").read_text())["input_ids"][:256]).view(4, 64)
     fit(model, [{"input_ids": ids, "labels": ids}] * 6)
     model.save_pretrained(tmp_path / "sea")
     words = ["--texts", str(tmp_path / "sea.txt"), "--max_texts", "20", "--max_length", "32"]
     words += ["--steps", "30"]
-    command.command([BASE, str(tmp_path / "sea"), "--neurons", "64", "--output_dir", str(tmp_path / "mix"), *words])
+    command.command(
+        [
+            BASE,
+            str(tmp_path / "sea"),
+            "--neurons",
+            "64",
+            "--output_dir",
+            str(tmp_path / "mix"),
+            *words,
+        ]
+    )
     assert "sea: 64 neurons keep" in capsys.readouterr().out
     assert load_mpoe(tmp_path / "mix").config.mpoe_experts == ["sea", "none"]
     (expert,) = experts_in(tmp_path / "mix")[0]
@@ -332,7 +505,9 @@ def test_an_adapter_as_an_expert(
 def test_faults_leave_nothing_behind(folder: Path, tmp_path: Path) -> None:
     base, tokenizer = load_stand_in("gpt2")
     expert = load_expert(folder / "law.expert")
-    compose(folder, "{}/med.expert", "--output_dir", "{}/of_med", "--background", "{}/none.txt", *SMALL)
+    compose(
+        folder, "{}/med.expert", "--output_dir", "{}/of_med", "--background", "{}/none.txt", *SMALL
+    )
     tokenizer.add_tokens(["another"])
     expert.facts["tokenizer"] = vocabulary_identity(tokenizer)
     write_expert(expert, tmp_path / "tokenizer.expert")
@@ -348,11 +523,19 @@ def test_faults_leave_nothing_behind(folder: Path, tmp_path: Path) -> None:
     }.items():
         for first in (["{}/med.expert"], ["--add", "{}/of_med"]):
             with pytest.raises(ValueError, match=message):
-                compose(folder, str(tmp_path / f"{kind}.expert"), *first, "--output_dir", str(tmp_path / "mix"))
+                compose(
+                    folder,
+                    str(tmp_path / f"{kind}.expert"),
+                    *first,
+                    "--output_dir",
+                    str(tmp_path / "mix"),
+                )
             assert set(tmp_path.iterdir()) == there
 
 
-def test_from_texts_to_a_mixture(prose: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_texts_to_a_mixture(
+    prose: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(prose, prose.parent / "sea")
     (prose.parent / "sea" / "train.txt").write_text("ship sea sail wave " * 400)
     seen: list[Any] = []  # for the statistics
@@ -363,12 +546,23 @@ def test_from_texts_to_a_mixture(prose: Path, folder: Path, tmp_path: Path, monk
         return collect_statistics(model, seen)
 
     monkeypatch.setattr("mpoe.cli.expert.collect_statistics", collect)
-    flags = ["--model", "gpt2", "--data_dir", str(prose.parent), "--tasks", "prose", "sea", "--use_cpu"]
+    flags = [
+        "--model",
+        "gpt2",
+        "--data_dir",
+        str(prose.parent),
+        "--tasks",
+        "prose",
+        "sea",
+        "--use_cpu",
+    ]
     flags += ["--max_source_length", "32", "--max_steps", "2"]
     flags += ["--learning_rate", "1e-2", "--weight_decay", "0.1", "--neurons", "16"]
     assert not run(["train", *flags, "--expert", "a", "--output_dir", str(tmp_path / "a")])
     expert = load_expert(tmp_path / "a" / "a.expert")
-    assert any(load_stand_in("gpt2")[1](" sea")["input_ids"][0] in batch["input_ids"] for batch in seen)
+    assert any(
+        load_stand_in("gpt2")[1](" sea")["input_ids"][0] in batch["input_ids"] for batch in seen
+    )
     assert (expert.facts["training"]["steps"], expert.neurons) == (2, 16)
     assert any(value.any() for name, value in expert.weights.items() if name.endswith("down"))
     assert expert.facts["base"] == base_identity(load_stand_in("gpt2")[0])
@@ -391,7 +585,18 @@ def test_from_texts_to_a_mixture(prose: Path, folder: Path, tmp_path: Path, monk
 
 
 def test_a_run_of_an_expert_goes_on(prose: Path, tmp_path: Path) -> None:
-    flags = ["train", "--model", "gpt2", "--data_dir", str(prose), "--use_cpu", "--expert", "a", "--neurons", "4"]
+    flags = [
+        "train",
+        "--model",
+        "gpt2",
+        "--data_dir",
+        str(prose),
+        "--use_cpu",
+        "--expert",
+        "a",
+        "--neurons",
+        "4",
+    ]
     flags += ["--max_source_length", "32", "--max_steps", "2", "--save_steps", "1"]
     flags += ["--learning_rate", "1e-2", "--output_dir", str(tmp_path / "run")]
     run(flags)
@@ -411,18 +616,25 @@ def test_a_run_of_an_expert_goes_on(prose: Path, tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--save_base"], "save_base is for --expert"),
-        *((["--expert", name], "expert must be a name") for name in ("a/b", "..", "", "none", "a\nb")),
+        *(
+            (["--expert", name], "expert must be a name")
+            for name in ("a/b", "..", "", "none", "a\nb")
+        ),
         (["--expert", "mine"], r"did not write .*run/mine\.expert"),
         (["--expert", "a", "--num_experts", "2"], "num_experts is for mixtures"),
         (["--expert", "a", "--baseline", "dense"], "baseline is for mixtures"),
         (["--expert", "a", "--model", "{}"], "expert needs a dense language model"),
     ],
 )
-def test_training_that_is_refused(prose: Path, tmp_path: Path, words: list[str], message: str) -> None:
+def test_training_that_is_refused(
+    prose: Path, tmp_path: Path, words: list[str], message: str
+) -> None:
     convert_to_mpoe(load_stand_in("gpt2")[0]).save_pretrained(tmp_path / "mixture")
     words = [word.format(tmp_path / "mixture") for word in words]
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.expert").write_text("mine")
     with pytest.raises((CommandError, FileExistsError), match=message):
-        train.command(["--data_dir", str(prose), "--output_dir", str(tmp_path / "run"), "--use_cpu", *words])
+        train.command(
+            ["--data_dir", str(prose), "--output_dir", str(tmp_path / "run"), "--use_cpu", *words]
+        )
     assert [path.read_text() for path in (tmp_path / "run").iterdir()] == ["mine"]

@@ -25,7 +25,9 @@ from .cli_data import described, write_described
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
-def test_drop_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_drop_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["drop_in.py", str(tmp_path / "model")])
     runpy.run_path(str(EXAMPLES / "drop_in.py"), run_name="__main__")
     assert "central:" in capsys.readouterr().out
@@ -35,19 +37,42 @@ def test_drop_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 @pytest.mark.slow
 def test_plain_loop() -> None:
     out = run_python(EXAMPLES / "plain_loop.py", 3)
-    assert re.search(r"step 0: loss .*, masked True, tokens per expert .*\nstep 2: loss .*, masked False", out)
+    assert re.search(
+        r"step 0: loss .*, masked True, tokens per expert .*\nstep 2: loss .*, masked False", out
+    )
 
 
 def wikitext(folder: Path) -> Path:
     folder.mkdir()
     for split in ("train", "valid", "test"):
-        lines = "".join(f" \n Paragraph {i} of {split} tells what a list holds . \n" for i in range(12))
+        lines = "".join(
+            f" \n Paragraph {i} of {split} tells what a list holds . \n" for i in range(12)
+        )
         (folder / f"wiki.{split}.raw").write_text(" \n = Lists = \n" + lines)
     return folder
 
 
-FLAGS = ["--max_steps", 1, "--eval_steps", 1, "--num_experts", 2, "--per_device_train_batch_size", 2, "--use_cpu"]
-FLAGS += ["--max_source_length", 16, "--logging_steps", 1, "--save_strategy", "no", "--disable_tqdm", "true"]
+FLAGS = [
+    "--max_steps",
+    1,
+    "--eval_steps",
+    1,
+    "--num_experts",
+    2,
+    "--per_device_train_batch_size",
+    2,
+    "--use_cpu",
+]
+FLAGS += [
+    "--max_source_length",
+    16,
+    "--logging_steps",
+    1,
+    "--save_strategy",
+    "no",
+    "--disable_tqdm",
+    "true",
+]
 
 
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("train_*.yaml")), ids=lambda p: p.stem)
@@ -70,7 +95,9 @@ def test_configurations(cli, sentiment: Path, prose: Path, tmp_path: Path, file:
 
 @pytest.mark.parametrize("name", ["finetune.sh", "finetune_single_task.sh"])
 def test_scripts_of_the_original_are_one_line(cli, tmp_path: Path, name: str) -> None:
-    lines = [line for line in (EXAMPLES / name).read_text().splitlines() if not line.startswith("#")]
+    lines = [
+        line for line in (EXAMPLES / name).read_text().splitlines() if not line.startswith("#")
+    ]
     assert len(lines) == 1
     program, *arguments, more = shlex.split(lines[0])
     assert (program, more) == ("mpoe", "$@")
@@ -85,7 +112,19 @@ def test_tasks_of_a_file(cli, refused, tmp_path: Path) -> None:
     for spec in read_task_file(file).values():
         write_described(tmp_path / "data", spec)
     data = ["--task_file", file, "--data_dir", tmp_path / "data"]
-    train = ["train", "--model", "t5", *data, *FLAGS, "--max_steps", 2, "--save_strategy", "steps", "--save_steps", 1]
+    train = [
+        "train",
+        "--model",
+        "t5",
+        *data,
+        *FLAGS,
+        "--max_steps",
+        2,
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        1,
+    ]
     answer = cli(*train, "--output_dir", tmp_path / "run")
     assert "average over tasks" in answer.out
 
@@ -97,19 +136,32 @@ def test_tasks_of_a_file(cli, refused, tmp_path: Path) -> None:
         (torn / name).unlink()
     answer = cli(*train, "--output_dir", torn, "--resume")
     assert "resuming from checkpoint-1" in answer.out
-    assert (torn / "model.safetensors").read_bytes() == (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert (torn / "model.safetensors").read_bytes() == (
+        tmp_path / "run" / "model.safetensors"
+    ).read_bytes()
     assert (torn / "report.html").is_file()
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert list(results["validation"]) == ["review", "headline"]
     assert set(results["validation"]["headline"]) == {"rouge_l", "bleu", "items"}
 
     scores = tmp_path / "scores.json"
-    answer = cli("evaluate", tmp_path / "run", *data, "--tasks", "review", "--split", "test", "--output_file", scores)
+    answer = cli(
+        "evaluate",
+        tmp_path / "run",
+        *data,
+        "--tasks",
+        "review",
+        "--split",
+        "test",
+        "--output_file",
+        scores,
+    )
     found = json.loads(scores.read_text())
     assert found["scores"]["review"]["items"] == 4
     assert found["mean"] == found["scores"]["review"]["accuracy"]
 
-    # without the file, or with another in its place, a run is evaluated on what the file said when it was trained
+    # without the file, or with another in its place, a run is evaluated on what the file said when
+    # it was trained
     kept = tmp_path / "moved.yaml"
     shutil.copy(file, kept)
     run_file = tmp_path / "run" / "run.json"
@@ -118,8 +170,12 @@ def test_tasks_of_a_file(cli, refused, tmp_path: Path) -> None:
     again = ["evaluate", tmp_path / "run", "--split", "test", "--output_file", scores]
     cli(*again)
     assert json.loads(scores.read_text())["scores"]["review"] == found["scores"]["review"]
-    assert "label_words of task review must give at least two different words" in refused(*again, "--task_file", kept)
-    assert "label_words" in refused(*train, "--output_dir", tmp_path / "run", "--resume", "--task_file", kept)
+    assert "label_words of task review must give at least two different words" in refused(
+        *again, "--task_file", kept
+    )
+    assert "label_words" in refused(
+        *train, "--output_dir", tmp_path / "run", "--resume", "--task_file", kept
+    )
     kept.write_text(file.read_text().replace("rouge_l, bleu", "bleu"))
     message = refused(*train, "--output_dir", tmp_path / "run", "--resume", "--task_file", kept)
     assert "described.headline.metrics: was ['rouge_l', 'bleu'], now ['bleu']" in message
@@ -141,7 +197,9 @@ def test_convert_and_look(run_script, tmp_path: Path, capsys: pytest.CaptureFixt
     names = run_script("convert_and_look.py", tmp_path / "model")
     assert (tmp_path / "model" / "model.safetensors").is_file()
     out = capsys.readouterr().out
-    assert out.count("DenseReluDense: ") == len(names["model"].mpoe_config.rate_ratios) // 2  # a route for each layer
+    assert (
+        out.count("DenseReluDense: ") == len(names["model"].mpoe_config.rate_ratios) // 2
+    )  # a route for each layer
 
 
 @pytest.mark.slow
@@ -214,13 +272,23 @@ def test_notebooks_hold_the_cells_of_their_scripts_and_pictures(name: str) -> No
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=pytest.mark.slow if n == "convert_and_look" else pytest.mark.exhaustive)
+        pytest.param(
+            n, marks=pytest.mark.slow if n == "convert_and_look" else pytest.mark.exhaustive
+        )
         for n in notebooks.NAMES
     ],
 )
 def test_notebooks_run(name: str, lacks, tmp_path: Path) -> None:
-    if importlib.util.find_spec("nbclient") is None or importlib.util.find_spec("ipykernel") is None:
+    if (
+        importlib.util.find_spec("nbclient") is None
+        or importlib.util.find_spec("ipykernel") is None
+    ):
         lacks('pip install ".[docs]"')
     made = notebooks.run(notebooks.notebook(name), tmp_path)
     assert all(cell["execution_count"] for cell in made.cells if cell.cell_type == "code")
-    assert [o for cell in made.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+    assert [
+        o
+        for cell in made.cells
+        for o in cell.get("outputs", [])
+        if "image/png" in o.get("data", {})
+    ]

@@ -1,4 +1,5 @@
-"""`mpoe inspect`: a report that stands alone, and its numbers; spectra, routes and totals in it; refusals."""
+"""`mpoe inspect`: a report that stands alone, and its numbers; spectra, routes and totals in it;
+refusals."""
 
 from __future__ import annotations
 
@@ -25,7 +26,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     for name, kind, values in (
         ("t5", "t5", {"shape": "separable"}),
-        ("gpt2", "gpt2", {"shape": "paper", "target_modules": ["ffn", "attention"], "router": {"top_k": 2}}),
+        (
+            "gpt2",
+            "gpt2",
+            {"shape": "paper", "target_modules": ["ffn", "attention"], "router": {"top_k": 2}},
+        ),
         ("dense", "gpt2", {"expert_type": "dense"}),
         ("none", "gpt2", {"moe_type": "none"}),
     ):
@@ -37,7 +42,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def page(folder: Path) -> str:
     text = (folder / "report.html").read_text(encoding="utf-8")
-    assert not re.search(r'(src|href)="(?!data:)', text), "the report must need nothing beside itself"
+    assert not re.search(r'(src|href)="(?!data:)', text), (
+        "the report must need nothing beside itself"
+    )
     assert text.count("<table") == text.count("</table>")
     return text
 
@@ -45,7 +52,16 @@ def page(folder: Path) -> str:
 @pytest.mark.usefixtures("drawn")
 def test_report_of_a_t5(cli, models: Path, sentiment: Path, tmp_path: Path) -> None:
     out, run = tmp_path / "out", models / "t5"
-    arguments = ["inspect", run, "--data_dir", sentiment, "--output_dir", out, "--text", "the film is <good>"]
+    arguments = [
+        "inspect",
+        run,
+        "--data_dir",
+        sentiment,
+        "--output_dir",
+        out,
+        "--text",
+        "the film is <good>",
+    ]
     cli(*arguments)
     text = page(out)
     assert {p.name for p in out.iterdir()} == {"report.html", "inspect.json"}
@@ -54,7 +70,9 @@ def test_report_of_a_t5(cli, models: Path, sentiment: Path, tmp_path: Path) -> N
     numbers = json.loads((out / "inspect.json").read_text())
     (followed,) = numbers["routes"]
     assert [stream["stream"] for stream in followed["streams"]] == ["encoder", "decoder"]
-    cells = re.findall(r'<td style="background:#\w{6}" title="expert (\d): p = [\d.]+">\1</td>', text)
+    cells = re.findall(
+        r'<td style="background:#\w{6}" title="expert (\d): p = [\d.]+">\1</td>', text
+    )
     assert len(cells) == sum(len(s["tokens"]) * len(s["layers"]) for s in followed["streams"])
     # 8 items of the split; every token of every layer is counted once
     assert len({sum(layer) for layer in numbers["expert_load"][:2]}) == 1
@@ -85,7 +103,10 @@ def test_help_and_refusals(cli, refused, models: Path, tmp_path: Path) -> None:
         (["--text", "x"], "inspect needs a model first"),
         (["t5", *out], "t5 is a dense t5; inspect looks into mixtures: mpoe convert t5 OUT"),
         ([t5, "--text", " "], "text must hold words; got an empty one"),
-        ([t5, "--texts", "a.txt"], "texts are for mixtures that mpoe compose made of experts of a decoder"),
+        (
+            [t5, "--texts", "a.txt"],
+            "texts are for mixtures that mpoe compose made of experts of a decoder",
+        ),
         ([t5, "--num_items", 0], "num_items must be at least 1; got 0"),
         ([t5, "--output_dir", t5], "holds a model or a run; choose another folder"),
         ([t5, "--output_dir", tmp_path / "old"], "holds an earlier report; give --overwrite"),
@@ -97,13 +118,25 @@ def test_help_and_refusals(cli, refused, models: Path, tmp_path: Path) -> None:
 
 def test_a_runs_load_is_counted_on_its_own_data(cli, prose: Path, tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
-    flags = ["--data_dir", prose, "--max_source_length", 16, "--num_experts", 2, "--max_steps", 1, "--use_cpu"]
+    flags = [
+        "--data_dir",
+        prose,
+        "--max_source_length",
+        16,
+        "--num_experts",
+        2,
+        "--max_steps",
+        1,
+        "--use_cpu",
+    ]
     cli("train", "--model", "gpt2", *flags, "--learning_rate", 1e-3, "--output_dir", run)
     cli("inspect", run, "--output_dir", out)
     numbers = json.loads((out / "inspect.json").read_text())
     assert numbers["counted_on"].endswith("validation items of prose")
     blocks = int(numbers["counted_on"].split()[0])
-    assert {sum(layer) for layer in numbers["expert_load"]} == {blocks * 16 * 2}  # top-2 of 16 tokens a block
+    assert {sum(layer) for layer in numbers["expert_load"]} == {
+        blocks * 16 * 2
+    }  # top-2 of 16 tokens a block
     assert numbers["counted_on"] in page(out)
 
 
@@ -121,13 +154,17 @@ def unfolding(weight: torch.Tensor, shape: MPOShape, bond: int) -> torch.Tensor:
     n = shape.num_cores
     tensor = weight.reshape(*shape.in_factors, *shape.out_factors)
     tensor = tensor.permute([axis for k in range(n) for axis in (k, n + k)])
-    return tensor.reshape(math.prod(shape.in_factors[:bond]) * math.prod(shape.out_factors[:bond]), -1)
+    return tensor.reshape(
+        math.prod(shape.in_factors[:bond]) * math.prod(shape.out_factors[:bond]), -1
+    )
 
 
 def full_weights(cores: MPOCores) -> torch.Tensor:
     """``[E, padded I, padded F]``, of the chain itself: values in the padding count too."""
     shape = cores.shape
-    whole = MPOShape(shape.in_factors, shape.out_factors, max_bond=shape.max_bond, central=shape.central)
+    whole = MPOShape(
+        shape.in_factors, shape.out_factors, max_bond=shape.max_bond, central=shape.central
+    )
     padded = MPOCores(whole, cores.num_experts, dtype=torch.float64)
     padded.load_state_dict({n: p for n, p in cores.state_dict().items() if n != "bias"})
     return padded.dense_weights().detach()
@@ -145,20 +182,26 @@ def test_spectra_are_singular_values_of_the_unfoldings(name: str) -> None:
         for k, bond in enumerate(spectra):
             expected = torch.linalg.svdvals(unfolding(weight, shape, k + 1))
             found = bond.singular_values[expert]
-            torch.testing.assert_close(found, expected[: len(found)], rtol=1e-6, atol=1e-6 * float(expected[0]))
+            torch.testing.assert_close(
+                found, expected[: len(found)], rtol=1e-6, atol=1e-6 * float(expected[0])
+            )
 
 
 def test_entropy_counts_the_directions_in_use() -> None:
     cores = MPOCores(MPOShape((4, 4), (4, 4), central=0), 1, dtype=torch.float64)
     left, right = torch.linalg.qr(torch.randn(2, 16, 16, dtype=torch.float64))[0]
-    tensor = torch.einsum("pk,qk->pq", left[:, :5], right[:, :5])  # 5 equal singular values across the bond
+    tensor = torch.einsum(
+        "pk,qk->pq", left[:, :5], right[:, :5]
+    )  # 5 equal singular values across the bond
     cores.load_weight_(tensor.reshape(4, 4, 4, 4).permute(0, 2, 1, 3).reshape(16, 16))
     (bond,) = bond_spectra(cores)
     assert bond.effective_rank.item() == pytest.approx(5)
     assert bond.used == pytest.approx(5 / 16)
     cores.load_weight_(torch.zeros(16, 16, dtype=torch.float64))
     assert bond_spectra(cores)[0].entropy.item() == 0.0
-    assert bond_spectra(MPOCores(MPOShape((12,), (8,)), 2)) == []  # a chain of one core has no bonds
+    assert (
+        bond_spectra(MPOCores(MPOShape((12,), (8,)), 2)) == []
+    )  # a chain of one core has no bonds
 
 
 @pytest.mark.parametrize(("kind", "top_k"), [("t5", 1), ("gpt2", 2)])
@@ -171,17 +214,33 @@ def test_routes_are_the_routers_choices(kind: str, top_k: int) -> None:
     text = "return the number of items in the list."
     routes = route_text(model, tokenizer, text, max_new_tokens=5)
     layers = routed_layers(model)
-    assert [route.stream for route in routes] == (["encoder", "decoder"] if kind == "t5" else ["main"])
+    assert [route.stream for route in routes] == (
+        ["encoder", "decoder"] if kind == "t5" else ["main"]
+    )
     assert [name for route in routes for name in route.layers] == [name for name, _ in layers]
     seen: dict[str, torch.Tensor] = {}
     for name, layer in layers:
-        layer.router.register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out.top_k_index}))
+        layer.router.register_forward_hook(
+            lambda _m, _i, out, name=name: seen.update({name: out.top_k_index})
+        )
     first = routes[0]
     assert "".join(first.tokens).replace("</s>", "").strip() == text
     extra = {"decoder_input_ids": torch.zeros(1, 1, dtype=torch.long)} if kind == "t5" else {}
     with torch.no_grad():
         model(input_ids=tokenizer([text], return_tensors="pt").input_ids, **extra)
-    for name, experts, probabilities in zip(first.layers, first.experts, first.probabilities, strict=True):
+    for name, experts, probabilities in zip(
+        first.layers, first.experts, first.probabilities, strict=True
+    ):
         assert experts == seen[name].tolist()
-        assert all(len(p) == top_k and p == sorted(p, reverse=True) and 0 < sum(p) <= 1 + 1e-6 for p in probabilities)
-    refuses(ValueError, "text must hold at least one token; got ''", route_text, model, load_stand_in("gpt2")[1], "")
+        assert all(
+            len(p) == top_k and p == sorted(p, reverse=True) and 0 < sum(p) <= 1 + 1e-6
+            for p in probabilities
+        )
+    refuses(
+        ValueError,
+        "text must hold at least one token; got ''",
+        route_text,
+        model,
+        load_stand_in("gpt2")[1],
+        "",
+    )

@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from mpoe.cli.command import Asked, CommandError, as_command, make_parser, option, option_names, parse
+from mpoe.cli.command import (
+    Asked,
+    CommandError,
+    as_command,
+    make_parser,
+    option,
+    option_names,
+    parse,
+)
 from mpoe.cli.main import COMMANDS
 from mpoe.cli.short_help import SHORT
 from mpoe.cli.train import GROUPS
@@ -60,13 +68,18 @@ def test_dashes_and_underscores_and_aliases_name_the_same_option() -> None:
 
 
 def test_lists_and_booleans_from_a_file_and_what_is_empty_there(tmp_path: Path) -> None:
-    file = write(tmp_path, "c.json", '{"tasks": ["a", "b"], "fast": true, "careful": false, "limit": null}')
+    file = write(
+        tmp_path, "c.json", '{"tasks": ["a", "b"], "fast": true, "careful": false, "limit": null}'
+    )
     (first,), *_ = parse([First], [], file)
     assert (first.tasks, first.fast, first.careful, first.limit) == (["a", "b"], True, False, 7)
     (first,), *_ = parse([First], ["--tasks", "c", "--limit", "2", "--careful"], file)
     assert (first.tasks, first.limit, first.careful) == (["c"], 2, True)
     file = write(tmp_path, "c.yaml", "rate:\nsteps:\ntasks:\nfast:\nlong_name:\nlimit:\n")
-    assert parse([First, Second], ["--steps", "4"], file)[:2] == ((First(steps=4), Second()), {"steps"})
+    assert parse([First, Second], ["--steps", "4"], file)[:2] == (
+        (First(steps=4), Second()),
+        {"steps"},
+    )
 
 
 def test_short_help_names_options_that_are_there() -> None:
@@ -78,7 +91,10 @@ def test_short_help_names_options_that_are_there() -> None:
 
 
 def test_help_needs_no_torch() -> None:
-    code = "import sys; from mpoe.cli.main import run; run(['compose', '--help']); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from mpoe.cli.main import run; run(['compose', '--help']); assert 'torch' "
+        "not in sys.modules"
+    )
     said = run_python("-c", code)
     assert "--background" in said
     assert "mpoe compose --help all" in said
@@ -92,7 +108,9 @@ def test_help_of_train_shows_what_matters_first(cli, refused) -> None:
     names = [line.split()[0] for line in lines if line.startswith("  --")]
     assert {name.removeprefix("--") for name in names} <= set(option_names(make_parser(GROUPS)))
     assert "mpoe train --help all" in short
-    assert all(f"--{name}" in full for name in ("linear_trunc", "temperature", "gauge", "load_experiment"))
+    assert all(
+        f"--{name}" in full for name in ("linear_trunc", "temperature", "gauge", "load_experiment")
+    )
     assert "warmup_steps" in full  # of the Trainer's own, the names
     assert "did you mean '--per_device_train_batch_size'?" in refused("train", "--batch_size", "4")
 
@@ -105,7 +123,10 @@ def test_help_of_train_shows_what_matters_first(cli, refused) -> None:
         (["--steps", "few"], r"^argument --steps: invalid int value: 'few'"),
         (["--steps", "0"], "steps must be at least 1; got 0"),
         (["stray", ""], r"^values without an option: 'stray' ''$"),
-        *(([f"--{name}=--"], rf"^--{name} must have a value; got '--'$") for name in ("rate", "tasks", "fast")),
+        *(
+            ([f"--{name}=--"], rf"^--{name} must have a value; got '--'$")
+            for name in ("rate", "tasks", "fast")
+        ),
     ],
 )
 def test_flags_that_are_refused(flags: list[str], message: str) -> None:
@@ -115,7 +136,11 @@ def test_flags_that_are_refused(flags: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("c.yaml", "lon_name: a\n", r"c\.yaml: unknown option '--lon_name'; did you mean '--long_name'"),
+        (
+            "c.yaml",
+            "lon_name: a\n",
+            r"c\.yaml: unknown option '--lon_name'; did you mean '--long_name'",
+        ),
         ("c.yaml", "steps: many\n", r"c\.yaml: argument --steps: invalid int value: 'many'"),
         ("c.yaml", "tasks: []\n", r"c\.yaml: argument --tasks: expected at least one argument"),
         ("c.yaml", "tasks: [a, -x]\n", r"c\.yaml: values without an option: '-x'"),
@@ -129,7 +154,14 @@ def test_flags_that_are_refused(flags: list[str], message: str) -> None:
 )
 def test_files_that_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
     refuses(CommandError, message, parse, [First, Second], [], write(tmp_path, name, text))
-    refuses(CommandError, "configuration file not found", parse, [First, Second], [], tmp_path / "absent.yaml")
+    refuses(
+        CommandError,
+        "configuration file not found",
+        parse,
+        [First, Second],
+        [],
+        tmp_path / "absent.yaml",
+    )
 
 
 @dataclass
@@ -149,7 +181,18 @@ def read(asked: Asked) -> Asked:
 
 
 def test_words_may_follow_options_and_surplus_ones_are_refused() -> None:
-    tokens = ["m", "--prompt", "a", "--fast", "--prompt=b", "--items", "1", "2", "--learning-rate", "1e-3"]
+    tokens = [
+        "m",
+        "--prompt",
+        "a",
+        "--fast",
+        "--prompt=b",
+        "--items",
+        "1",
+        "2",
+        "--learning-rate",
+        "1e-3",
+    ]
     typed = shlex.join(["mpoe", "x", *tokens])
     given = {"prompt", "fast", "items", "rate"}
     assert read(tokens) == Asked((Third(["a", "b"], True, [1, 2], 1e-3),), given, ["m"], typed)
@@ -159,17 +202,33 @@ def test_words_may_follow_options_and_surplus_ones_are_refused() -> None:
     asked = read(["--rate", "1", "m", "--fast"])
     assert asked is not None
     assert (asked.words, asked.options) == (["m"], (Third(fast=True, rate=1.0),))
-    assert read(["--fast", "m"])[:3] == read(["m", "--fast"])[:3] == ((Third(fast=True),), {"fast"}, ["m"])
-    refuses(CommandError, r"^x needs a model first: mpoe x MODEL \(see mpoe x --help\)$", read, ["--items", "3"])
+    assert (
+        read(["--fast", "m"])[:3]
+        == read(["m", "--fast"])[:3]
+        == ((Third(fast=True),), {"fast"}, ["m"])
+    )
+    refuses(
+        CommandError,
+        r"^x needs a model first: mpoe x MODEL \(see mpoe x --help\)$",
+        read,
+        ["--items", "3"],
+    )
 
 
 def test_help_is_printed_wherever_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     for tokens in (["-h"], ["m", "--fast", "--help"], []):
         assert read(tokens) is None
         out = capsys.readouterr().out
-        for words in ("mpoe x MODEL", "Configuration files and flags", "--rate, --learning_rate", "hurry"):
+        for words in (
+            "mpoe x MODEL",
+            "Configuration files and flags",
+            "--rate, --learning_rate",
+            "hurry",
+        ):
             assert words in out  # the second one is this module's docstring
-    anything = as_command("mpoe z", Third)(lambda asked: asked.options)  # a command that takes no words runs
+    anything = as_command("mpoe z", Third)(
+        lambda asked: asked.options
+    )  # a command that takes no words runs
     assert anything([]) == (Third(),)
 
 
@@ -186,7 +245,9 @@ def test_help_lists_the_commands_without_importing_torch() -> None:
 
 def test_info_shows_versions_and_backends(cli) -> None:
     assert cli("--version").out == f"mpoe {__version__}\n"
-    of_torchao = logging.makeLogRecord({"msg": "%s is an Enum subclass and is now natively supported by"})
+    of_torchao = logging.makeLogRecord(
+        {"msg": "%s is an Enum subclass and is now natively supported by"}
+    )
     assert not logging.getLogger("torch.utils._pytree").filter(of_torchao)
     answer = cli("info")
     assert "eager" in answer.out

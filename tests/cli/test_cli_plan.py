@@ -1,4 +1,5 @@
-"""`mpoe plan`: its numbers against converted models and by hand, its table, refusals, and huge models."""
+"""`mpoe plan`: its numbers against converted models and by hand, its table, refusals, and huge
+models."""
 
 from __future__ import annotations
 
@@ -15,9 +16,24 @@ from mpoe.cli.plan import PlanOptions, build, costs, read_values
 from tests.cases import pairwise
 
 DESIGNS = ("mpoe", "switch", "dense")
-T5 = {"model_type": "t5", "d_model": 64, "d_ff": 128, "num_layers": 2, "num_heads": 2, "d_kv": 32, "vocab_size": 100}
+T5 = {
+    "model_type": "t5",
+    "d_model": 64,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 2,
+    "d_kv": 32,
+    "vocab_size": 100,
+}
 GATED = {**T5, "feed_forward_proj": "gated-gelu"}
-GPT2 = {"model_type": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 2, "vocab_size": 100, "n_positions": 16}
+GPT2 = {
+    "model_type": "gpt2",
+    "n_embd": 48,
+    "n_layer": 2,
+    "n_head": 2,
+    "vocab_size": 100,
+    "n_positions": 16,
+}
 
 
 def plan(cli, tmp_path: Path, *arguments: object) -> dict:
@@ -28,11 +44,13 @@ def plan(cli, tmp_path: Path, *arguments: object) -> dict:
 
 
 def costs_of(model: str, training: bool = True, **config) -> dict:
-    return costs(build(model, read_values(model), MPOEConfig(**config)), PlanOptions(inference=not training))
+    return costs(
+        build(model, read_values(model), MPOEConfig(**config)), PlanOptions(inference=not training)
+    )
 
 
-# Millions of parameters at full bonds: dense, dense experts, MPOE with the paper's shapes (Gao et al., COLING 2022,
-# recomputed from the shapes with biases shared).
+# Millions of parameters at full bonds: dense, dense experts, MPOE with the paper's shapes (Gao et
+# al., COLING 2022, recomputed from the shapes with biases shared).
 REFERENCE = [
     ("t5-base", 8, 222.9, 1015.8, 294.0),
     ("t5-base", 16, 222.9, 1921.9, 365.1),
@@ -44,11 +62,19 @@ REFERENCE = [
 
 
 @pytest.mark.parametrize(("model", "experts", "dense", "switch", "mpoe"), REFERENCE)
-def test_parameters_of_the_reference_table(cli, tmp_path, model, experts, dense, switch, mpoe) -> None:
+def test_parameters_of_the_reference_table(
+    cli, tmp_path, model, experts, dense, switch, mpoe
+) -> None:
     values = plan(cli, tmp_path, model, "--experts", experts, "--shape", "paper")
     whole = values["totals"]["whole"]
-    assert [round(whole[d]["parameters"] / 1e6, 1) for d in ("dense", "switch", "mpoe")] == [dense, switch, mpoe]
-    for design in DESIGNS:  # bfloat16 weights; float32 parameters, gradients and AdamW's two moments
+    assert [round(whole[d]["parameters"] / 1e6, 1) for d in ("dense", "switch", "mpoe")] == [
+        dense,
+        switch,
+        mpoe,
+    ]
+    for (
+        design
+    ) in DESIGNS:  # bfloat16 weights; float32 parameters, gradients and AdamW's two moments
         assert whole[design]["weight_bytes"] == 2 * whole[design]["parameters"]
         assert whole[design]["state_bytes"] == 16 * whole[design]["parameters"]
 
@@ -73,22 +99,40 @@ def test_parameters_are_those_of_the_converted_model(tmp_path, values: dict, sha
     own = {k: v for k, v in values.items() if k != "model_type"}
     model = cls(AutoConfig.for_model(values["model_type"], **own))
     report = convert_to_mpoe(model, MPOEConfig(num_experts=3, **shape)).parameter_report()
-    assert [costs[d]["parameters"] for d in DESIGNS] == [report[k] for k in ("total", "switch_total", "dense_total")]
+    assert [costs[d]["parameters"] for d in DESIGNS] == [
+        report[k] for k in ("total", "switch_total", "dense_total")
+    ]
 
 
 def test_json_has_every_number(cli, tmp_path) -> None:
     values = plan(cli, tmp_path, "t5-base", "--shape", "separable")
-    assert (values["schema"], values["name"], values["class"]) == (3, "t5-base", "T5ForConditionalGeneration")
-    work = {"tokens": 2048, "dtype": "bf16", "inference": False, "json": str(tmp_path / "plan.json")}
+    assert (values["schema"], values["name"], values["class"]) == (
+        3,
+        "t5-base",
+        "T5ForConditionalGeneration",
+    )
+    work = {
+        "tokens": 2048,
+        "dtype": "bf16",
+        "inference": False,
+        "json": str(tmp_path / "plan.json"),
+    }
     assert (values["work"], values["layers"]) == (work, 24)
     assert [(part["kind"], part["count"]) for part in values["parts"]] == [("up", 24), ("down", 24)]
-    assert {(p["strategy"], p["backward_strategy"]) for p in values["parts"]} == {("separable", "separable")}
+    assert {(p["strategy"], p["backward_strategy"]) for p in values["parts"]} == {
+        ("separable", "separable")
+    }
     totals = values["totals"]
     for design in DESIGNS:
         for number, router in (("parameters", 24 * 768 * 8), ("flops", 24 * 2048 * 6 * 768 * 8)):
             of_parts = sum(part["count"] * part[design][number] for part in values["parts"])
-            assert totals["converted"][design][number] == of_parts + (router if design != "dense" else 0)
-            assert totals["whole"][design][number] == totals["converted"][design][number] + totals["rest"][number]
+            assert totals["converted"][design][number] == of_parts + (
+                router if design != "dense" else 0
+            )
+            assert (
+                totals["whole"][design][number]
+                == totals["converted"][design][number] + totals["rest"][number]
+            )
     assert totals["whole"]["dense"]["parameters"] == 222_903_552
     assert totals["whole"]["dense"]["x_dense"] == 1.0
 
@@ -105,13 +149,17 @@ def test_operations_of_the_designs_by_hand(cli, tmp_path) -> None:
     again = rows * 256  # the backward recomputes what the left cores give
     assert up["mpoe"]["flops"] == 2 * 2 * tokens * (3 * each + again)
     assert up["mpoe"]["x_dense"] == pytest.approx(2 * (3 * each + again) / (3 * rows * columns))
-    # the head 768 -> 50257 and four times as many attention weights as 768 x 768 in each of 12 layers
-    assert values["totals"]["rest"]["flops"] == 3 * 2 * tokens * (12 * 4 * rows * rows + rows * 50257)
+    # the head 768 -> 50257 and four times as many attention weights as 768 x 768 in each of 12
+    # layers
+    assert values["totals"]["rest"]["flops"] == 3 * 2 * tokens * (
+        12 * 4 * rows * rows + rows * 50257
+    )
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_hidden_side_blocks_add_their_products(tmp_path, training: bool) -> None:
-    """FLOPs 1 + k b / I forward, 1 + 7/6 k b / I with the backward pass, which recomputes; no rows are copied."""
+    """FLOPs 1 + k b / I forward, 1 + 7/6 k b / I with the backward pass, which recomputes; no rows
+    are copied."""
     (tmp_path / "config.json").write_text(json.dumps(T5))
     shape = {"shape": "hidden", "num_experts": 8, "block_size": 16, "router": RouterConfig(top_k=2)}
     (network,) = costs_of(str(tmp_path), training, **shape)["parts"]
@@ -124,9 +172,16 @@ def test_hidden_side_blocks_add_their_products(tmp_path, training: bool) -> None
 @pytest.mark.parametrize("latent", [None, 16])
 @pytest.mark.parametrize("training", [False, True])
 def test_neurons_add_their_products(tmp_path, training: bool, latent: int | None) -> None:
-    """As `NeuronFeedForward.relative_flops`; with the backward pass, which recomputes, 4, 4 and 3 products."""
+    """As `NeuronFeedForward.relative_flops`; with the backward pass, which recomputes, 4, 4 and 3
+    products."""
     (tmp_path / "config.json").write_text(json.dumps(GATED))
-    shape = {"shape": "neurons", "num_experts": 8, "neurons": 8, "latent": latent, "router": RouterConfig(top_k=2)}
+    shape = {
+        "shape": "neurons",
+        "num_experts": 8,
+        "neurons": 8,
+        "latent": latent,
+        "router": RouterConfig(top_k=2),
+    }
     (network,) = costs_of(str(tmp_path), training, **shape)["parts"]
     own = 2 * 8 * (64 if latent is None else latent) * (4 + 4 + 3 if training else 3)
     shared = 0 if latent is None else 2 * 64 * latent * (3 if training else 1)
@@ -176,16 +231,23 @@ def test_the_table_fits_and_says_what_it_counts(cli, monkeypatch) -> None:
     for word in ("MPOE", "Switch", "768x3072 by rebuild", "AdamW", "24 feed-forward layers"):
         assert word in answer.out
     assert "truncated" not in answer.out
-    assert "lose most of a pretrained matrix" in " ".join(cli("plan", "t5-base", "--bond", 64).out.split())
+    assert "lose most of a pretrained matrix" in " ".join(
+        cli("plan", "t5-base", "--bond", 64).out.split()
+    )
 
 
 @pytest.mark.parametrize(
-    ("model", "shape", "share"), [("t5", "hidden", "63%"), ("t5", "separable", None), ("gpt2", "hidden", None)]
+    ("model", "shape", "share"),
+    [("t5", "hidden", "63%"), ("t5", "separable", None), ("gpt2", "hidden", None)],
 )
-def test_experts_that_are_not_small_are_told(cli, model: str, shape: str, share: str | None) -> None:
+def test_experts_that_are_not_small_are_told(
+    cli, model: str, shape: str, share: str | None
+) -> None:
     told = " ".join(cli("plan", model, "--shape", shape).out.split())
     assert ("At this width these experts are not small" in told) == (share is not None)
-    assert share is None or f"MPOE's feed-forward layers hold {share} of Switch's parameters" in told
+    assert (
+        share is None or f"MPOE's feed-forward layers hold {share} of Switch's parameters" in told
+    )
 
 
 @pytest.mark.parametrize("flags", [[], ["--inference"]])
@@ -199,22 +261,53 @@ def test_no_tokens(cli, tmp_path, flags: list[str]) -> None:
 
 def test_configuration_files_and_converted_models(cli, refused, tmp_path) -> None:
     (tmp_path / "c.json").write_text(json.dumps(GATED))
-    values = plan(cli, tmp_path, tmp_path / "c.json", "--layers_to_transform", 1, "--shape", "separable")
-    assert [(part["kind"], part["count"]) for part in values["parts"]] == [("up", 2), ("down", 2), ("gate_proj", 2)]
+    values = plan(
+        cli, tmp_path, tmp_path / "c.json", "--layers_to_transform", 1, "--shape", "separable"
+    )
+    assert [(part["kind"], part["count"]) for part in values["parts"]] == [
+        ("up", 2),
+        ("down", 2),
+        ("gate_proj", 2),
+    ]
     mpoe = {"num_experts": 5, "shape": "light", "light_p": 16, "router": {"top_k": 2}}
-    converted = {**T5, "model_type": "mpoe_t5", "architectures": ["MPOET5ForConditionalGeneration"], "mpoe": mpoe}
+    converted = {
+        **T5,
+        "model_type": "mpoe_t5",
+        "architectures": ["MPOET5ForConditionalGeneration"],
+        "mpoe": mpoe,
+    }
     (tmp_path / "config.json").write_text(json.dumps(converted))
     own = plan(cli, tmp_path, tmp_path)["config"]
-    assert (own["num_experts"], own["shape"], own["light_p"], own["router"]["top_k"]) == (5, "light", 16, 2)
-    assert "is converted already: num_experts cannot be changed any more" in refused("plan", tmp_path, "--experts", 3)
+    assert (own["num_experts"], own["shape"], own["light_p"], own["router"]["top_k"]) == (
+        5,
+        "light",
+        16,
+        2,
+    )
+    assert "is converted already: num_experts cannot be changed any more" in refused(
+        "plan", tmp_path, "--experts", 3
+    )
 
 
 def test_other_modules_in_mpo_form(cli, tmp_path) -> None:
-    values = plan(cli, tmp_path, "gpt2", "--shape", "separable", "--target_modules", "ffn", "attention", "embedding")
+    values = plan(
+        cli,
+        tmp_path,
+        "gpt2",
+        "--shape",
+        "separable",
+        "--target_modules",
+        "ffn",
+        "attention",
+        "embedding",
+    )
     kinds = {part["kind"]: part for part in values["parts"]}
     assert list(kinds) == ["c_attn", "c_proj", "up", "down"]
     assert kinds["c_attn"]["switch"] == kinds["c_attn"]["dense"]  # one expert
-    whole, plain = values["totals"]["whole"], plan(cli, tmp_path, "gpt2", "--shape", "separable")["totals"]["whole"]
+    whole, plain = (
+        values["totals"]["whole"],
+        plan(cli, tmp_path, "gpt2", "--shape", "separable")["totals"]["whole"],
+    )
     assert whole["dense"] == plain["dense"]
     assert whole["mpoe"]["parameters"] > plain["mpoe"]["parameters"]  # at full bonds
 
@@ -259,7 +352,10 @@ def test_refusals(refused, flags: list, message: str) -> None:
 def test_refusals_of_files(refused, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     for text, message in (
-        ('{"model_type": "mamba"}', "of the family 'mamba', which mpoe does not know; it knows t5, "),
+        (
+            '{"model_type": "mamba"}',
+            "of the family 'mamba', which mpoe does not know; it knows t5, ",
+        ),
         ('{"model_type": "t5", "d_model": "wide"}', "'d_model'"),
         ('{"model_type": "gpt2", "n_embd": 8, "n_head": 3}', "builds no MPOEGPT2LMHeadModel"),
     ):

@@ -1,4 +1,5 @@
-"""Every refusal: exit code 2, one line, and nothing written. What commands write is whole or not there."""
+"""Every refusal: exit code 2, one line, and nothing written. What commands write is whole or not
+there."""
 
 from __future__ import annotations
 
@@ -30,10 +31,19 @@ REFUSED = [
     ([*HERE, "--seed", -1], "seed must be at least 0; got -1"),
     ([*HERE, "--data_seed", 2**32], "data_seed must be below 2**32"),
     ([*HERE, "--max_steps", 10**9], "max_steps x items of a step must be at most"),
-    ([*RUN, "--accelerator_config", "lost"], "accelerator_config: [Errno 2] No such file or directory: 'lost'"),
+    (
+        [*RUN, "--accelerator_config", "lost"],
+        "accelerator_config: [Errno 2] No such file or directory: 'lost'",
+    ),
     ([*RUN, "--load_best_model_at_end"], "load_best_model_at_end requires"),
-    (["generate", "t5", "--prompt", "x", "--temperature", 0], "temperature must be greater than 0; got 0.0"),
-    (["generate", "t5", "--prompt", "x", "--max_new_tokens", 0], "max_new_tokens must be at least 1"),
+    (
+        ["generate", "t5", "--prompt", "x", "--temperature", 0],
+        "temperature must be greater than 0; got 0.0",
+    ),
+    (
+        ["generate", "t5", "--prompt", "x", "--max_new_tokens", 0],
+        "max_new_tokens must be at least 1",
+    ),
     (["generate", "t5", "--prompt", "x", "--seed", 2**40], "seed must be below 2**32"),
     (["evaluate", "t5", "--batch_size", 0], "batch_size must be at least 1; got 0"),
     (["evaluate", "t5", "--split", "tset"], "got 'tset' (did you mean 'test'?)"),
@@ -43,17 +53,35 @@ REFUSED = [
     (["trian"], "no such command 'trian'; did you mean 'train'? (see mpoe --help)"),
     (["train", "--model", "t5", "--data_dir", "."], "train needs --output_dir"),
     ([*HERE, "--overwrite", "--resume"], "exclude each other"),
-    ([*HERE, "--resume_from_checkpoint", "run"], "resume_from_checkpoint is no option of mpoe train: --resume"),
+    (
+        [*HERE, "--resume_from_checkpoint", "run"],
+        "resume_from_checkpoint is no option of mpoe train: --resume",
+    ),
     ([*HERE, "--do_predict"], "do_predict is no option of mpoe train: mpoe evaluate"),
-    ([*HERE, "--model", "t5", "--load_experiment", "."], "load_experiment says which model to start from"),
+    (
+        [*HERE, "--model", "t5", "--load_experiment", "."],
+        "load_experiment says which model to start from",
+    ),
     ([*HERE, "--load_layer", "mlp"], "load_layer needs load_experiment"),
     ([*HERE, "--resume"], "nothing to resume"),
-    ([*HERE, "--resume", "--output_dir", "spoilt"], "different configuration (model: was 'gpt2', now 't5'; "),
+    (
+        [*HERE, "--resume", "--output_dir", "spoilt"],
+        "different configuration (model: was 'gpt2', now 't5'; ",
+    ),
     ([*HERE, "--mpo_layers", "mpl"], "mpo_layers must be one of 'word_embed', 'mlp', 'attention',"),
     (["convert", "t5", "run", "--mpo_layers", "mlp,nompo"], "mpo_layers must be nompo alone"),
-    (["convert", "t5", "run", "--mpo_layers", "mlp", "--target_modules", "ffn"], "mpo_layers sets target_modules"),
-    (["convert", "t5", "run", "--original_checkpoint", "x", "--num_experts", 2], "num_experts cannot be given with it"),
-    (["convert", "t5", "run", "--moe_type", "none", "--expert_type", "dense"], "nothing to convert"),
+    (
+        ["convert", "t5", "run", "--mpo_layers", "mlp", "--target_modules", "ffn"],
+        "mpo_layers sets target_modules",
+    ),
+    (
+        ["convert", "t5", "run", "--original_checkpoint", "x", "--num_experts", 2],
+        "num_experts cannot be given with it",
+    ),
+    (
+        ["convert", "t5", "run", "--moe_type", "none", "--expert_type", "dense"],
+        "nothing to convert",
+    ),
     (["export", "mixture", "run", "--to", "mistral"], "argument --to: invalid choice: 'mistral'"),
     (["convert", "t5"], "convert needs two arguments"),
     (["generate", "--seed", 1], "generate needs a model first: mpoe generate MODEL_DIR"),
@@ -66,21 +94,45 @@ REFUSED = [
     (["generate", "t5", "--file", "absent.txt"], "no such file"),
     (["generate", "gpt2", "--file", "latin"], "--file must be UTF-8 text; byte 3"),
     (["train", "latin.yaml"], "the configuration file must be UTF-8 text; byte 3"),
-    (["generate", "notes", "--prompt", "x"], "model must be a folder, a hub name, t5 or gpt2; notes is a file"),
+    (
+        ["generate", "notes", "--prompt", "x"],
+        "model must be a folder, a hub name, t5 or gpt2; notes is a file",
+    ),
     (["generate", "empty", "--prompt", "x"], "holds no config.json"),
     (["generate", "./absent", "--prompt", "x"], "no such folder"),
-    (["generate", "runs/frist", "--prompt", "x"], "no such folder: runs/frist; did you mean 'first'?"),
-    (["generate", "no-such/model", "--prompt", "x"], "'no-such/model' is not a folder here, no built-in model (t5, "),
+    (
+        ["generate", "runs/frist", "--prompt", "x"],
+        "no such folder: runs/frist; did you mean 'first'?",
+    ),
+    (
+        ["generate", "no-such/model", "--prompt", "x"],
+        "'no-such/model' is not a folder here, no built-in model (t5, ",
+    ),
     (["evaluate", "broken"], "broken/config.json, line 1, column 2: bad JSON"),
     (["evaluate", "spoilt"], "task a must be a mapping; got int"),
-    (["evaluate", "--load_experiment", "run"], "load_experiment must be the folder of an earlier run; got 'run'"),
-    (["evaluate", "--load_experiment", "."], "load_experiment: . holds neither a model nor a complete checkpoint"),
-    (["evaluate", "t5", "--data_dir", ".", "--output_file", "no/s.json"], "output_file must be in an existing folder"),
+    (
+        ["evaluate", "--load_experiment", "run"],
+        "load_experiment must be the folder of an earlier run; got 'run'",
+    ),
+    (
+        ["evaluate", "--load_experiment", "."],
+        "load_experiment: . holds neither a model nor a complete checkpoint",
+    ),
+    (
+        ["evaluate", "t5", "--data_dir", ".", "--output_file", "no/s.json"],
+        "output_file must be in an existing folder",
+    ),
     (["evaluate", "t5", "--data_dir", ".", "--output_file", "empty"], "output_file must be a file"),
     (["demo", "--output_dir", "old"], "old holds an earlier demo; give --overwrite"),
-    (["demo", "--output_dir", "spoilt", "--overwrite"], "holds a model or a run; choose another folder"),
+    (
+        ["demo", "--output_dir", "spoilt", "--overwrite"],
+        "holds a model or a run; choose another folder",
+    ),
     (["convert", "t5", "bert"], "OUT bert holds a model; give --overwrite"),
-    (["convert", "t5", "spoilt", "--overwrite"], "OUT spoilt holds run.json, which mpoe did not write"),
+    (
+        ["convert", "t5", "spoilt", "--overwrite"],
+        "OUT spoilt holds run.json, which mpoe did not write",
+    ),
     (["convert", "t5", ""], "OUT must be a folder; got '', which is no name"),
     (["convert", "t5", "a\0b"], "which is no name in UTF-8"),
     (["convert", "t5", "/proc/x"], "OUT must be a folder that can be created; /proc holds none"),
@@ -90,13 +142,22 @@ REFUSED = [
     # models and data that do not fit each other
     (["generate", "bert", "--prompt", "x"], "bert is an encoder (bert): it cannot generate text"),
     (["evaluate", "bert"], "bert is an encoder (bert) without a head for labels (mpoe train)"),
-    ([*RUN, "--model", "bert", "--tasks", "doc_lm"], "task doc_lm is language_modeling; a BERT does classification"),
+    (
+        [*RUN, "--model", "bert", "--tasks", "doc_lm"],
+        "task doc_lm is language_modeling; a BERT does classification",
+    ),
     (
         [*RUN, "--model", "bert", "--tasks", "two,doc_module", "--data_dir", "."],
         "tasks must be one for an encoder, which has one",
     ),
-    ([*RUN, "--tasks", "rte", "--data_dir", "absent"], "data_dir must be an existing folder; got 'absent'"),
-    ([*RUN, "--data_dir", ".", "--tasks", "two", "./two"], "tasks must have different names; got two, two"),
+    (
+        [*RUN, "--tasks", "rte", "--data_dir", "absent"],
+        "data_dir must be an existing folder; got 'absent'",
+    ),
+    (
+        [*RUN, "--data_dir", ".", "--tasks", "two", "./two"],
+        "tasks must have different names; got two, two",
+    ),
     ([*HERE, "--label_words", "{"], "label_words: bad JSON: Expecting property name"),
     ([*HERE, "--label_words", "[3]"], "label_words must be a JSON object, label -> word; got [3]"),
     ([*HERE, "--split_validation_test"], "which split_validation_test divides,"),
@@ -105,14 +166,19 @@ REFUSED = [
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A working folder with data, a file, and models of which a configuration is enough; none may be loaded."""
+    """A working folder with data, a file, and models of which a configuration is enough; none may
+    be loaded."""
 
     def load(*_: object) -> None:
         raise AssertionError("a model was loaded before the refusal")
 
     monkeypatch.setattr("mpoe.cli.models.load_model", load)
     monkeypatch.chdir(tmp_path)
-    for name, text in {"bert": '{"model_type": "bert"}', "spoilt": '{"model_type": "t5"}', "broken": "{"}.items():
+    for name, text in {
+        "bert": '{"model_type": "bert"}',
+        "spoilt": '{"model_type": "t5"}',
+        "broken": "{",
+    }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(text)
     (tmp_path / "mixture").mkdir()
@@ -132,14 +198,18 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[message[:40] for _, message in REFUSED])
+@pytest.mark.parametrize(
+    ("arguments", "message"), REFUSED, ids=[message[:40] for _, message in REFUSED]
+)
 def test_refused(refused, here: Path, arguments: list, message: str) -> None:
     assert message in refused(*arguments)
     assert not (here / "run").exists()
     assert (here / "old" / "results.json").read_text() == "{}"
 
 
-def test_a_hub_that_does_not_answer_is_asked_once(refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_hub_that_does_not_answer_is_asked_once(
+    refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     for name in list(os.environ):
         if name.lower().endswith("_proxy"):
@@ -153,7 +223,10 @@ def test_a_hub_that_does_not_answer_is_asked_once(refused, monkeypatch: pytest.M
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("socket.create_connection", no_way)
     line = refused("generate", "no-such-run", "--prompt", "x")
-    assert "'no-such-run' is not a folder here, no built-in model (t5, gpt2), and the hub did not give it" in line
+    assert (
+        "'no-such-run' is not a folder here, no built-in model (t5, gpt2), and the hub did not "
+        "give it" in line
+    )
     assert asked == [("huggingface.co", 443)]
 
 
@@ -161,30 +234,41 @@ def test_a_hub_that_does_not_answer_is_asked_once(refused, monkeypatch: pytest.M
     ("spoil", "message"),
     [
         (lambda folder: os.truncate(folder / "model.safetensors", 5000), "cannot be loaded"),
-        (lambda folder: os.rename(folder / "model.safetensors", folder / "pytorch_model.bin"), "cannot be loaded"),
+        (
+            lambda folder: os.rename(folder / "model.safetensors", folder / "pytorch_model.bin"),
+            "cannot be loaded",
+        ),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "no usable tokenizer"),
     ],
     ids=["cut", "no_pickle", "tokenizer"],
 )
-def test_damaged_dense_models(refused, tmp_path: Path, spoil: Callable[[Path], object], message: str) -> None:
+def test_damaged_dense_models(
+    refused, tmp_path: Path, spoil: Callable[[Path], object], message: str
+) -> None:
     shutil.copytree(stand_in_path("t5"), tmp_path / "t5")
     spoil(tmp_path / "t5")
     assert message in refused("convert", tmp_path / "t5", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_benchmarks_that_are_wrong_or_absent(refused, monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
+def test_benchmarks_that_are_wrong_or_absent(
+    refused, monkeypatch: pytest.MonkeyPatch, here: Path
+) -> None:
     monkeypatch.setattr(bench, "_measure", lambda options: {"failures": ["linear: a wrong sum"]})
     assert "wrong or failed: linear: a wrong sum" in refused("bench")
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "mpoe_bench.run", None)
-    assert "the benchmarks are not installed: no package mpoe_bench.run" in refused("bench", "--out", "other")
+    assert "the benchmarks are not installed: no package mpoe_bench.run" in refused(
+        "bench", "--out", "other"
+    )
 
 
 # ------------------------------------------------------------------ files
 
 
-def test_convert_that_fails_while_saving_leaves_no_model(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_convert_that_fails_while_saving_leaves_no_model(
+    cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import PreTrainedTokenizerBase
 
     def full(*_: object, **__: object) -> None:

@@ -1,4 +1,5 @@
-"""`mpoe train`: a tiny run from start to end, resumed and used; the rate and the shape that it takes."""
+"""`mpoe train`: a tiny run from start to end, resumed and used; the rate and the shape that it
+takes."""
 
 from __future__ import annotations
 
@@ -26,7 +27,16 @@ from mpoe.training.rates import find_rate
 from ..models.tiny_models import tiny_model
 from .cli_data import same_weights, write_sentiment
 
-BASE = ["--max_steps", 3, "--per_device_train_batch_size", 4, "--learning_rate", 1e-3, "--num_experts", 2]
+BASE = [
+    "--max_steps",
+    3,
+    "--per_device_train_batch_size",
+    4,
+    "--learning_rate",
+    1e-3,
+    "--num_experts",
+    2,
+]
 BASE += ["--save_steps", 1, "--save_total_limit", 5, "--disable_tqdm", "true", "--use_cpu"]
 
 
@@ -77,14 +87,17 @@ def test_resumed_run_ends_in_the_same_weights(cli, refused, t5_run, tmp_path: Pa
         shutil.rmtree(torn / name)
     for name in ("model.safetensors", "results.json"):
         (torn / name).unlink()
-    # what a kill while saving leaves: a folder that looks like the newest checkpoint, without its weights
+    # what a kill while saving leaves: a folder that looks like the newest checkpoint, without its
+    # weights
     (torn / "checkpoint-2").mkdir()
     (torn / "checkpoint-2" / "trainer_state.json").write_text('{"global_step": 2')
 
     assert "learning_rate: was 0.001, now 0.1" in refused(
         *flags, "--output_dir", torn, "--resume", "--learning_rate", 0.1
     )
-    assert "num_experts: was 2, now 4" in refused(*flags, "--output_dir", torn, "--resume", "--num_experts", 4)
+    assert "num_experts: was 2, now 4" in refused(
+        *flags, "--output_dir", torn, "--resume", "--num_experts", 4
+    )
     answer = cli(*flags, "--output_dir", torn, "--resume", "--compute_time")
     time = json.loads((torn / "results.json").read_text())["time"]
     assert time["seconds_per_step"] == time["train_seconds"] / 2
@@ -96,7 +109,10 @@ def test_finished_run_is_refused_resumed_and_overwritten(cli, refused, t5_run) -
     flags, run = t5_run
     assert "holds another run" in refused(*flags, "--output_dir", run)
     before = (run / "model.safetensors").read_bytes()
-    assert "resuming from checkpoint-3" in cli(*flags, "--output_dir", run, "--resume", "--compute_time").out
+    assert (
+        "resuming from checkpoint-3"
+        in cli(*flags, "--output_dir", run, "--resume", "--compute_time").out
+    )
     assert (run / "model.safetensors").read_bytes() == before
     assert not [path.name for path in run.iterdir() if path.name.startswith(".")]  # no staging
     for name in ("notes.txt", "README.md"):
@@ -109,8 +125,10 @@ def test_finished_run_is_refused_resumed_and_overwritten(cli, refused, t5_run) -
 
 def test_gpt2_from_a_yaml_file_with_flags_on_top(cli, prose: Path, tmp_path: Path) -> None:
     (tmp_path / "gpt2.yaml").write_text(
-        f"model: gpt2\ndata_dir: {prose}\noutput_dir: {tmp_path / 'run'}\nmax_source_length: 16\nshape: light\n"
-        "num_experts: 4\nmax_steps: 9\nlearning_rate: 5e-4\nper_device_train_batch_size: 4\nuse_cpu: true\n"
+        f"model: gpt2\ndata_dir: {prose}\noutput_dir: {tmp_path / 'run'}\nmax_source_length: "
+        "16\nshape: light\n"
+        "num_experts: 4\nmax_steps: 9\nlearning_rate: 5e-4\nper_device_train_batch_size: "
+        "4\nuse_cpu: true\n"
     )
     cli("train", tmp_path / "gpt2.yaml", "--max-steps", 2, "--num_experts", 2)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -122,33 +140,75 @@ def test_gpt2_from_a_yaml_file_with_flags_on_top(cli, prose: Path, tmp_path: Pat
 
 
 def test_the_originals_baseline_trains_too(cli, sentiment: Path, tmp_path: Path) -> None:
-    flags = ["train", "--model", "t5", "--data_dir", sentiment, "--output_dir", tmp_path / "run", "--max_steps", 1]
-    answer = cli(*flags, "--per_device_train_batch_size", 4, "--moe_type", "none", "--mpo_layers", "nompo")
+    flags = [
+        "train",
+        "--model",
+        "t5",
+        "--data_dir",
+        sentiment,
+        "--output_dir",
+        tmp_path / "run",
+        "--max_steps",
+        1,
+    ]
+    answer = cli(
+        *flags, "--per_device_train_batch_size", 4, "--moe_type", "none", "--mpo_layers", "nompo"
+    )
     run = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
     assert run["training"]["learning_rate"] == 1e-3
     assert f"learning_rate 0.001: {run['learning_rate_from']}" in answer.out
     assert run["command"].startswith("mpoe train --model t5 ")
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["class"] == "T5ForConditionalGeneration"
+    assert (
+        json.loads((tmp_path / "run" / "results.json").read_text())["class"]
+        == "T5ForConditionalGeneration"
+    )
 
 
-@pytest.mark.parametrize("baseline", [pytest.param("dense", marks=pytest.mark.exhaustive), "wider", "switch"])
+@pytest.mark.parametrize(
+    "baseline", [pytest.param("dense", marks=pytest.mark.exhaustive), "wider", "switch"]
+)
 def test_named_baselines(cli, refused, sentiment: Path, tmp_path: Path, baseline: str) -> None:
-    flags = ["train", "--model", "t5", "--data_dir", sentiment, *BASE, "--max_steps", 1, "--baseline", baseline]
+    flags = [
+        "train",
+        "--model",
+        "t5",
+        "--data_dir",
+        sentiment,
+        *BASE,
+        "--max_steps",
+        1,
+        "--baseline",
+        baseline,
+    ]
     cli(*flags, "--output_dir", tmp_path / "run")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     dense, _ = load_stand_in("t5")
     mixture = convert_to_mpoe(dense, MPOEConfig(num_experts=2)).parameter_report()
     total = results["parameters"]["total"]
     assert results["parameters"]["trainable"] == total
-    assert results["class"] == ("MPOET5ForConditionalGeneration" if baseline == "switch" else type(dense).__name__)
+    assert results["class"] == (
+        "MPOET5ForConditionalGeneration" if baseline == "switch" else type(dense).__name__
+    )
     if baseline == "wider":
         assert total == pytest.approx(mixture["total"], rel=2e-3)
     else:
-        assert total == (mixture["dense_total"] if baseline == "dense" else results["parameters"]["switch_total"])
+        assert total == (
+            mixture["dense_total"] if baseline == "dense" else results["parameters"]["switch_total"]
+        )
     cli(*flags, "--output_dir", tmp_path / "run", "--resume")
     if baseline == "switch":
-        again = ["train", "--model", tmp_path / "run", "--baseline", "dense", "--output_dir", tmp_path / "again"]
-        assert "is converted already (mpoe_t5): baseline cannot be changed any more" in refused(*again)
+        again = [
+            "train",
+            "--model",
+            tmp_path / "run",
+            "--baseline",
+            "dense",
+            "--output_dir",
+            tmp_path / "again",
+        ]
+        assert "is converted already (mpoe_t5): baseline cannot be changed any more" in refused(
+            *again
+        )
 
 
 def test_convert_shows_errors_and_parameters_and_train_takes_the_result(
@@ -161,28 +221,59 @@ def test_convert_shows_errors_and_parameters_and_train_takes_the_result(
     load_mpoe(out).bfloat16().save_pretrained(out)
     same = ["train", "--model", out, "--data_dir", sentiment, "--output_dir", out, "--overwrite"]
     assert "output_dir must be another folder than the model's" in refused(*same)
-    flags = ["train", "--model", out, "--data_dir", sentiment, "--output_dir", tmp_path / "run", "--max_steps", 1]
+    flags = [
+        "train",
+        "--model",
+        out,
+        "--data_dir",
+        sentiment,
+        "--output_dir",
+        tmp_path / "run",
+        "--max_steps",
+        1,
+    ]
     assert "num_experts cannot be changed any more" in refused(*flags, "--num_experts", 8)
     cli(*flags, "--per_device_train_batch_size", 4)
-    assert load_mpoe(tmp_path / "run").dtype == torch.float32  # AdamW's steps would vanish in bfloat16
+    assert (
+        load_mpoe(tmp_path / "run").dtype == torch.float32
+    )  # AdamW's steps would vanish in bfloat16
 
 
-def test_neurons_are_converted_trained_continued_and_inspected(cli, sentiment: Path, tmp_path: Path) -> None:
+def test_neurons_are_converted_trained_continued_and_inspected(
+    cli, sentiment: Path, tmp_path: Path
+) -> None:
     shape = ["--shape", "neurons", "--neurons", 8, "--latent", 16, "--num_experts", 4]
     cli("convert", "t5", tmp_path / "converted", *shape)
     router = ["--scoring_func", "sigmoid", "--bias_update_rate", 0.001]
-    flags = ["train", "--model", "t5", "--data_dir", sentiment, "--output_dir", tmp_path / "run", *shape, *router]
+    flags = [
+        "train",
+        "--model",
+        "t5",
+        "--data_dir",
+        sentiment,
+        "--output_dir",
+        tmp_path / "run",
+        *shape,
+        *router,
+    ]
     flags += ["--per_device_train_batch_size", 4, "--save_steps", 1, "--save_strategy", "steps"]
     for more in (["--max_steps", 2], ["--max_steps", 2, "--resume"]):
         cli(*flags, *more)
     found = json.loads((tmp_path / "run" / "config.json").read_text())["mpoe"]
-    assert (found["shape"], found["neurons"], found["latent"], found["router"]["top_k"]) == ("neurons", 8, 16, 2)
+    assert (found["shape"], found["neurons"], found["latent"], found["router"]["top_k"]) == (
+        "neurons",
+        8,
+        16,
+        2,
+    )
     assert found["router"]["routed_scaling_factor"] == 2.0
     cli("inspect", tmp_path / "run", "--output_dir", tmp_path / "seen")
     assert "8 neurons" in (tmp_path / "seen" / "report.html").read_text()
 
 
-def test_a_model_without_a_tokenizer_is_converted_exported_and_inspected(cli, tmp_path: Path) -> None:
+def test_a_model_without_a_tokenizer_is_converted_exported_and_inspected(
+    cli, tmp_path: Path
+) -> None:
     tiny_model("llama", "LlamaForCausalLM").save_pretrained(tmp_path / "llama")
     answer = cli("convert", tmp_path / "llama", tmp_path / "mixture", "--num_experts", 2)
     assert "llama holds no tokenizer: what needs one is left out" in answer.out
@@ -197,8 +288,16 @@ def test_a_train_file_alone_is_enough(cli, sentiment: Path, tmp_path: Path) -> N
         (sentiment / f"{split}.jsonl").unlink()
     flags = ["train", "--model", "t5", "--data_dir", sentiment, *BASE, "--max_steps", 1]
     answer = cli(*flags, "--output_dir", tmp_path / "run")
-    assert "holds no validation file: a tenth of the training items, at most 1,000, is held out" in answer.out
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["validation"]["sentiment"]["items"] == 2
+    assert (
+        "holds no validation file: a tenth of the training items, at most 1,000, is held out"
+        in answer.out
+    )
+    assert (
+        json.loads((tmp_path / "run" / "results.json").read_text())["validation"]["sentiment"][
+            "items"
+        ]
+        == 2
+    )
     report = (tmp_path / "run" / "report.html").read_text()
     assert "<td>items of a step</td><td>4</td>" in report
     assert "<td>training.train_batch_size</td><td>4</td>" in report.split("<details>")[1]
@@ -213,7 +312,11 @@ def test_generate_from_a_file_with_the_dense_stand_ins(cli, tmp_path: Path) -> N
 
 def test_several_tasks_one_per_step_at_any_accumulation() -> None:
     pools = {"a": [("a", i) for i in range(40)], "b": [("b", i) for i in range(24)]}
-    batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
+    batch = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 2,
+    }
     arguments = MPOETrainingArguments(output_dir="unused", **batch, use_cpu=True)
     dataset, per_epoch = order_items(pools, arguments, temperature=1.0, seed=3)
     assert (per_epoch, arguments.max_steps, len(dataset)) == (8, 16, 16 * 8)
@@ -224,11 +327,26 @@ def test_several_tasks_one_per_step_at_any_accumulation() -> None:
 
 
 def test_a_diverged_run_publishes_nothing(cli, refused, sentiment: Path, tmp_path: Path) -> None:
-    flags = ["train", "--model", "t5", "--data_dir", sentiment, *BASE, "--max_steps", 5, "--learning_rate", 1e30]
+    flags = [
+        "train",
+        "--model",
+        "t5",
+        "--data_dir",
+        sentiment,
+        *BASE,
+        "--max_steps",
+        5,
+        "--learning_rate",
+        1e30,
+    ]
     line = refused(*flags, "--output_dir", tmp_path / "run")
     assert "training diverged at step" in line
     assert "the last good checkpoint is " + str(tmp_path / "run" / "checkpoint-") in line
-    left = {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith("checkpoint-")}
+    left = {
+        path.name
+        for path in (tmp_path / "run").iterdir()
+        if not path.name.startswith("checkpoint-")
+    }
     assert left == {"run.json", "metrics.jsonl"}  # no model, no results, no report
 
     cli(*flags, "--max_steps", 3, "--output_dir", tmp_path / "allowed", "--allow_non_finite")
@@ -236,9 +354,32 @@ def test_a_diverged_run_publishes_nothing(cli, refused, sentiment: Path, tmp_pat
 
 
 def test_of_the_command(sentiment: Path, tmp_path: Path) -> None:
-    flags = ["--max_steps", "2", "--num_experts", "2", "--learning_rate", "1e-3", "--use_cpu", "--adapter"]
-    run(["train", "--model", "t5", "--data_dir", str(sentiment), *flags, "--output_dir", str(tmp_path / "run")])
-    before, after = (load_file(folder / "model.safetensors") for folder in (stand_in_path("t5"), tmp_path / "run"))
+    flags = [
+        "--max_steps",
+        "2",
+        "--num_experts",
+        "2",
+        "--learning_rate",
+        "1e-3",
+        "--use_cpu",
+        "--adapter",
+    ]
+    run(
+        [
+            "train",
+            "--model",
+            "t5",
+            "--data_dir",
+            str(sentiment),
+            *flags,
+            "--output_dir",
+            str(tmp_path / "run"),
+        ]
+    )
+    before, after = (
+        load_file(folder / "model.safetensors")
+        for folder in (stand_in_path("t5"), tmp_path / "run")
+    )
     assert all(torch.equal(value, after[name]) for name, value in before.items() if name in after)
     blocks = [value[0, 0] for name, value in after.items() if name.endswith("auxiliary.left")]
     assert not any(torch.equal(block, torch.eye(len(block))) for block in blocks)
@@ -246,12 +387,22 @@ def test_of_the_command(sentiment: Path, tmp_path: Path) -> None:
     assert parameters["trainable"] == parameters["auxiliary"] + parameters["router"]
 
 
-def test_runs_report_and_go_on_from_earlier_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_report_and_go_on_from_earlier_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("one", "other"):
         write_sentiment(tmp_path / "data" / name)
     first, second = tmp_path / "first", tmp_path / "second"
     data = ["--data_dir", tmp_path / "data", "--eval_tasks", "other", "--n_val", 4]
-    common = ["--per_device_train_batch_size", 4, "--max_steps", 1, "--use_cpu", "--disable_tqdm", "true"]
+    common = [
+        "--per_device_train_batch_size",
+        4,
+        "--max_steps",
+        1,
+        "--use_cpu",
+        "--disable_tqdm",
+        "true",
+    ]
     flags = [*data, "--tasks", "one", *common, "--num_experts", 2]
     reports = ["--compute_time", "--compute_memory", "--print_num_parameters"]
     train([str(flag) for flag in [*flags, *reports, "--output_dir", first]])
@@ -262,7 +413,9 @@ def test_runs_report_and_go_on_from_earlier_ones(tmp_path: Path, capsys: pytest.
     assert results["time"]["seconds_per_step"] > 0
     assert results["memory"]["peak_bytes"] > 0
 
-    (first / "config.json").rename(first / "config.away")  # as after a kill: no final model, but a checkpoint
+    (first / "config.json").rename(
+        first / "config.away"
+    )  # as after a kill: no final model, but a checkpoint
     go_on = [*data, "--tasks", "one", *common, "--load_experiment", first, "--learning_rate", 1e-12]
     train([str(flag) for flag in [*go_on, "--output_dir", second]])
     again = json.loads((second / "results.json").read_text())
@@ -305,11 +458,21 @@ def settle(planned):
     return settled
 
 
-def test_family_shape_and_regime_decide(settle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert settle("--model", "t5") == (1.5e-3, "what to start from with a pretrained t5, hidden experts, width 128")
-    assert capsys.readouterr().out.startswith("learning_rate 0.0015: what to start from with a pretrained t5")
+def test_family_shape_and_regime_decide(
+    settle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert settle("--model", "t5") == (
+        1.5e-3,
+        "what to start from with a pretrained t5, hidden experts, width 128",
+    )
+    assert capsys.readouterr().out.startswith(
+        "learning_rate 0.0015: what to start from with a pretrained t5"
+    )
     assert settle("--shape", "paper")[0] == 1e-3
-    assert settle("--max_bond", "8")[1] == "what to start from with a pretrained t5, separable experts, width 128"
+    assert (
+        settle("--max_bond", "8")[1]
+        == "what to start from with a pretrained t5, separable experts, width 128"
+    )
     assert settle("--mpo_layers", "nompo", "--moe_type", "none")[0] == 1e-3
     assert settle("--model", "gpt2")[0] == 3e-3
     assert settle("--model", "gpt2", "--regime", "scratch")[0] == pytest.approx(0.006)
@@ -328,7 +491,9 @@ def test_a_resumed_run_keeps_its_rate(settle, tmp_path: Path) -> None:
     record = {"config": {"training": {"learning_rate": 5e-5}, "learning_rate_from": "a search"}}
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
     assert settle("--resume") == (5e-5, "a search")
-    (tmp_path / "run" / "run.json").write_text('{"config": {}}')  # of another program: refused later
+    (tmp_path / "run" / "run.json").write_text(
+        '{"config": {}}'
+    )  # of another program: refused later
     assert settle("--resume")[0] != 5e-5
 
 
@@ -346,7 +511,9 @@ def test_a_resumed_run_keeps_its_rate(settle, tmp_path: Path) -> None:
         ([], "bert", "hidden", 2),
     ],
 )
-def test_shapes(planned, capsys: pytest.CaptureFixture[str], flags: list, kind: str, shape: str, top_k: int) -> None:
+def test_shapes(
+    planned, capsys: pytest.CaptureFixture[str], flags: list, kind: str, shape: str, top_k: int
+) -> None:
     plan, source = planned(*flags), Source("somewhere", kind)
     config = settle_experts(plan, source)
     assert config is not None
@@ -354,7 +521,11 @@ def test_shapes(planned, capsys: pytest.CaptureFixture[str], flags: list, kind: 
     assert plan.experts.shape == shape  # as it is recorded
     out = capsys.readouterr().out
     if "--tensor_learn=true" not in flags:
-        why = "what gained most with few experts" if shape == "hidden" else "what the model or other options need"
+        why = (
+            "what gained most with few experts"
+            if shape == "hidden"
+            else "what the model or other options need"
+        )
         assert f"shape {shape}, {top_k} of 8 experts per token: {why}" in out
     assert settle_experts(plan, source) == config
 
@@ -364,12 +535,19 @@ def test_where_there_is_no_shape_to_speak_of(planned, capsys: pytest.CaptureFixt
         plan = planned(*flags)
         settle_experts(plan, find(plan.run.model))
         assert plan.experts.shape is None
-    assert settle_experts(planned(), Source("somewhere", "mpoe_t5")) is None  # of a converted model its own counts
+    assert (
+        settle_experts(planned(), Source("somewhere", "mpoe_t5")) is None
+    )  # of a converted model its own counts
     assert "shape" not in capsys.readouterr().out
 
 
 def test_when_a_run_evaluates(planned) -> None:
-    for flags, wanted in {"": 25, "--do_eval": 25, "--do_eval=false": None, "--eval_steps=7": 7}.items():
+    for flags, wanted in {
+        "": 25,
+        "--do_eval": 25,
+        "--do_eval=false": None,
+        "--eval_steps=7": 7,
+    }.items():
         plan = planned("--max_steps", "100", *flags.split())
         set_intervals(plan.arguments, 50, plan.given)
         assert (plan.arguments.eval_steps, plan.arguments.do_eval) == (wanted, wanted is not None)
@@ -380,13 +558,29 @@ def test_a_rate_that_is_searched_for_is_recorded_and_kept(
     cli, refused, sentiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mpoe.training.rates.find_rate", partial(find_rate, steps=1))
-    flags = ["train", "--model", "t5", "--data_dir", sentiment, "--max_steps", 1, "--num_experts", 2, "--use_cpu"]
+    flags = [
+        "train",
+        "--model",
+        "t5",
+        "--data_dir",
+        sentiment,
+        "--max_steps",
+        1,
+        "--num_experts",
+        2,
+        "--use_cpu",
+    ]
     flags += ["--per_device_train_batch_size", 2, "--find_rate", "--output_dir", tmp_path / "run"]
-    assert "give --find_rate or --learning_rate, not both" in refused(*flags, "--learning_rate", 1e-3)
+    assert "give --find_rate or --learning_rate, not both" in refused(
+        *flags, "--learning_rate", 1e-3
+    )
     answer = cli(*flags)
     record = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
     rate = record["training"]["learning_rate"]
-    assert f"learning_rate {rate:g}: the least loss on held-out training items after 30 steps of each" in answer.out
+    assert (
+        f"learning_rate {rate:g}: the least loss on held-out training items after 30 steps of each"
+        in answer.out
+    )
     assert record["learning_rate_from"].startswith("the least loss on held-out")
     answer = cli(*flags, "--resume")
     assert "least loss" not in answer.out

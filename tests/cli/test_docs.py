@@ -1,4 +1,5 @@
-"""Commands and examples of the README and of docs/ run, on small data; what pages list is what there is."""
+"""Commands and examples of the README and of docs/ run, on small data; what pages list is what
+there is."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def run_commands(cli: Callable[..., Any], text: str) -> set[str]:
-    """Every `mpoe` command of a page, with small models and few steps; returns the names of those that ran."""
+    """Every `mpoe` command of a page, with small models and few steps; returns the names of those
+    that ran."""
     ran = set()
     for line in "".join(blocks(text, "bash")).splitlines():
         if not line.strip() or INSTALL in line or line.startswith(LAUNCH):
@@ -45,9 +47,20 @@ def run_commands(cli: Callable[..., Any], text: str) -> set[str]:
         arguments = [str(stand_in_path("t5")) if a in names else a for a in arguments]
         if command == "train":
             arguments[arguments.index("--max_steps") + 1] = "1"
-            arguments += ["--per_device_train_batch_size=4", "--max_target_length=4", "--save_strategy=no", "--use_cpu"]
+            arguments += [
+                "--per_device_train_batch_size=4",
+                "--max_target_length=4",
+                "--save_strategy=no",
+                "--use_cpu",
+            ]
         if command == "bench":
-            arguments += ["--scale", "tiny", "--overwrite", "--minutes", ".001"]  # tests/bench measures
+            arguments += [
+                "--scale",
+                "tiny",
+                "--overwrite",
+                "--minutes",
+                ".001",
+            ]  # tests/bench measures
         cli(command, *arguments)
         ran.add(command)
     return ran
@@ -73,12 +86,16 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_page(cli, page: Path, sentiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page(
+    cli, page: Path, sentiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = page.read_text(encoding="utf-8")
-    fences = len(re.findall(r"^```\w", text, flags=re.M)) - len(re.findall(r"^<!-- run: ", text, flags=re.M))
-    assert fences == sum(len(blocks(text, language)) for language in ("python", "bash", "text", "yaml")), (
-        "a block nobody runs"
+    fences = len(re.findall(r"^```\w", text, flags=re.M)) - len(
+        re.findall(r"^<!-- run: ", text, flags=re.M)
     )
+    assert fences == sum(
+        len(blocks(text, language)) for language in ("python", "bash", "text", "yaml")
+    ), "a block nobody runs"
     monkeypatch.chdir(tmp_path)
     sentiment.rename(tmp_path / "my_folder")
     write_files(text, tmp_path)
@@ -87,21 +104,42 @@ def test_page(cli, page: Path, sentiment: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_every_described_task_is_listed() -> None:
-    rows = [line for line in (DOCS / "tasks.md").read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    rows = [
+        line
+        for line in (DOCS / "tasks.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("| `")
+    ]
     for name, spec in standard_specs().items():
         (row,) = (row.split(" | ") for row in rows if f"`{name}`" in row.split(" | ")[0])
         assert set(row[1].split(", ")) == set(spec.labels) or not spec.labels, name
         assert row[2] == ", ".join(spec.metrics), name
-        assert row[3].removesuffix(" |") == (spec.hub.path if spec.hub else "(a folder of yours)"), name
+        assert row[3].removesuffix(" |") == (
+            spec.hub.path if spec.hub else "(a folder of yours)"
+        ), name
 
 
 def test_every_public_name_is_described() -> None:
-    pages = {name: (DOCS / f"api_{name}.md").read_text() for name in ("mpoe", "parts", "data", "kernels")}
+    pages = {
+        name: (DOCS / f"api_{name}.md").read_text() for name in ("mpoe", "parts", "data", "kernels")
+    }
     words = {name: set(re.findall(r"\w+", text)) for name, text in pages.items()}
-    for package, described in ((mpoe, words["mpoe"]), (mpoe.data, words["data"]), (mpoe_kernels, words["kernels"])):
+    for package, described in (
+        (mpoe, words["mpoe"]),
+        (mpoe.data, words["data"]),
+        (mpoe_kernels, words["kernels"]),
+    ):
         assert {*package.__all__} - {"__version__"} <= described
-    for package in (mpoe.config, mpoe.layers, mpoe.models, mpoe.training):  # of the families' classes one
-        names = {name for name in package.__all__ if name not in dir(mpoe.models) or name in mpoe.models._NAMES}
+    for package in (
+        mpoe.config,
+        mpoe.layers,
+        mpoe.models,
+        mpoe.training,
+    ):  # of the families' classes one
+        names = {
+            name
+            for name in package.__all__
+            if name not in dir(mpoe.models) or name in mpoe.models._NAMES
+        }
         assert names <= words["mpoe"] | words["parts"]
 
 
@@ -140,12 +178,18 @@ def listed_folders() -> list[str]:
 def test_the_tree_is_the_real_one(lacks) -> None:
     listed = listed_folders()
     for package in ("mpoe", "mpoe_kernels"):
-        inside = {f"{package}/{path.parent.name}" for path in (ROOT / package).glob("*/__init__.py")}
+        inside = {
+            f"{package}/{path.parent.name}" for path in (ROOT / package).glob("*/__init__.py")
+        }
         assert inside == {path for path in listed if path.startswith(f"{package}/")}
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.split()
     if not tracked:
         lacks("not a checkout of git")
-    folders = {file.partition("/")[0] for file in tracked if "/" in file and not file.startswith(".")}
+    folders = {
+        file.partition("/")[0] for file in tracked if "/" in file and not file.startswith(".")
+    }
     assert folders == {path for path in listed if "/" not in path}
 
 
@@ -154,7 +198,8 @@ LINES = [line for block in blocks(PAGE, "bash") for line in block.splitlines()]
 
 
 def launch(folder: Path, example: bool) -> str:
-    """Run a launch line as it stands on the page, with few steps and small batches; returns what it printed."""
+    """Run a launch line as it stands on the page, with few steps and small batches; returns what it
+    printed."""
     launches = [line for line in LINES if line.startswith(LAUNCH)]
     assert sorted("examples/" in line for line in launches) == [False, True]
     arguments = next(shlex.split(line)[1:] for line in launches if ("examples/" in line) == example)

@@ -1,7 +1,8 @@
-"""Nothing that a user could name when `surface.json` was written is gone or has another default; more may be there.
+"""Nothing that a user could name when `surface.json` was written is gone or has another default;
+more may be there.
 
-``python -m tests.contract.test_surface`` prints today's names as JSON. What changes on purpose, with a line in the
-changelog, changes in the file too.
+``python -m tests.contract.test_surface`` prints today's names as JSON. What changes on purpose,
+with a line in the changelog, changes in the file too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ from typing import Any
 
 import pytest
 
-MODULES = ("mpoe", "mpoe.config", "mpoe.data", "mpoe.layers", "mpoe.models", "mpoe.training", "mpoe_kernels")
+MODULES = (
+    "mpoe",
+    "mpoe.config",
+    "mpoe.data",
+    "mpoe.layers",
+    "mpoe.models",
+    "mpoe.training",
+    "mpoe_kernels",
+)
 FURTHER = ("mpoe.models.base.MPOEModelMixin",)  # documented, in no `__all__`
 FOREIGN = ("torch", "transformers", "peft", "builtins", "accelerate")
 
@@ -59,7 +68,11 @@ def _shown(default: Any) -> str:
     """A default without addresses, which differ from run to run."""
     if isinstance(default, frozenset):
         return "a set"
-    return "required" if default is inspect.Parameter.empty else re.sub(r" at 0x[0-9a-f]+", "", repr(default))
+    return (
+        "required"
+        if default is inspect.Parameter.empty
+        else re.sub(r" at 0x[0-9a-f]+", "", repr(default))
+    )
 
 
 def _own_parameters(kind: type) -> dict[str, str]:
@@ -71,7 +84,9 @@ def _own_parameters(kind: type) -> dict[str, str]:
         if base.__module__.startswith(FOREIGN) and dataclasses.is_dataclass(base)
         for field in dataclasses.fields(base)
     }
-    own = set().union(*(vars(b).get("__annotations__", {}) for b in kind.__mro__ if not _foreign(b)))
+    own = set().union(
+        *(vars(b).get("__annotations__", {}) for b in kind.__mro__ if not _foreign(b))
+    )
     return {name: text for name, text in parameters.items() if name not in foreign or name in own}
 
 
@@ -92,9 +107,11 @@ def _members(kind: type) -> dict[str, Any]:
 
 
 def options() -> dict[str, dict[str, dict[str, Any]]]:
-    """Command -> option as it is written -> its default, whether it may stand alone, whether it takes several values.
+    """Command -> option as it is written -> its default, whether it may stand alone, whether it
+    takes several values.
 
-    Of the Trainer's own arguments, which differ from release to release, only those are listed that are declared here.
+    Of the Trainer's own arguments, which differ from release to release, only those are listed that
+    are declared here.
     """
     from transformers import Seq2SeqTrainingArguments
 
@@ -119,7 +136,9 @@ def options() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _jsonable(value: Any) -> Any:
-    return value if value is None or isinstance(value, (bool, int, float, str, list)) else str(value)
+    return (
+        value if value is None or isinstance(value, (bool, int, float, str, list)) else str(value)
+    )
 
 
 def missing(earlier: dict[str, Any], today: dict[str, Any], path: str = "") -> list[str]:
@@ -140,7 +159,10 @@ def missing(earlier: dict[str, Any], today: dict[str, Any], path: str = "") -> l
 
 def _starts_like(today: dict[str, str], earlier: dict[str, str]) -> bool:
     """Whether what could be given by position still can."""
-    old, new = ([n for n, text in each.items() if text.startswith("POSITIONAL")] for each in (earlier, today))
+    old, new = (
+        [n for n, text in each.items() if text.startswith("POSITIONAL")]
+        for each in (earlier, today)
+    )
     return new[: len(old)] == old
 
 

@@ -1,4 +1,5 @@
-"""The CUDA kernels, compiled for the CPU and run by the emulator of tests/emulator: ops ``torch.ops.mpoe_emulated``."""
+"""The CUDA kernels, compiled for the CPU and run by the emulator of tests/emulator: ops
+``torch.ops.mpoe_emulated``."""
 
 from __future__ import annotations
 
@@ -20,7 +21,11 @@ from mpoe_kernels.routing import op as routing
 from mpoe_kernels.routing.cuda import RoutingKernels
 from tests.emulator import cuda_emulate
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # numbered as in csrc/common/types.h
+DTYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+}  # numbered as in csrc/common/types.h
 OPS = torch.ops.mpoe_emulated
 
 
@@ -61,7 +66,8 @@ class Emulator:
         self._library = ctypes.CDLL(path)
 
     def configure(self, order: str = "ascending", copies: str = "lazy", seed: int = 0) -> None:
-        """Set which ready thread runs next (blocks likewise), and whether cp.async copies at the wait or at issue."""
+        """Set which ready thread runs next (blocks likewise), and whether cp.async copies at the
+        wait or at issue."""
         lazy = ("eager", "lazy").index(copies)
         self._library.emu_configure(self.ORDERS.index(order), lazy, ctypes.c_uint64(seed))
 
@@ -74,8 +80,8 @@ class Emulator:
 
 @lru_cache(maxsize=1)
 def library() -> Emulator:
-    """The emulated kernels, compiled if necessary; ``MPOE_EMULATED`` names another build, such as one with a
-    sanitizer."""
+    """The emulated kernels, compiled if necessary; ``MPOE_EMULATED`` names another build, such as
+    one with a sanitizer."""
     return Emulator(os.environ.get("MPOE_EMULATED") or str(cuda_emulate.library()))
 
 
@@ -105,7 +111,10 @@ KERNELS = LinearKernels(REFUSING, "emulated")
 def register() -> None:
     """The backend ``emulated``, until `unregister`."""
     library()
-    EMULATED.candidates, EMULATED.contraction_reasons = KERNELS.candidates, KERNELS.contraction_reasons
+    EMULATED.candidates, EMULATED.contraction_reasons = (
+        KERNELS.candidates,
+        KERNELS.contraction_reasons,
+    )
     register_backend(EMULATED)
     add_kernels("emulated", ROUTING, routing.FUNCTIONS)
 

@@ -1,4 +1,5 @@
-"""Bugs for the emulator and the sanitizers to find; each is a textual change to one kernel source."""
+"""Bugs for the emulator and the sanitizers to find; each is a textual change to one kernel
+source."""
 
 from __future__ import annotations
 
@@ -7,10 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# The sweep that runs a file's kernels; of each bug its name, what is wrong, what must detect it, and the lines without
-# (-) and with it (+). ``values``: wrong results on every schedule; ``values: ...``: on the schedules with this word in
-# their name; ``error: ...``: the emulator stops with this message; ``address``, ``thread``: the sanitizer reports it;
-# ``banks``: bank conflicts are counted.
+# The sweep that runs a file's kernels; of each bug its name, what is wrong, what must detect it,
+# and the lines without (-) and with it (+). ``values``: wrong results on every schedule; ``values:
+# ...``: on the schedules with this word in their name; ``error: ...``: the emulator stops with this
+# message; ``address``, ``thread``: the sanitizer reports it; ``banks``: bank conflicts are
+# counted.
 PATCHES = r"""
 @ cuda/block_gemm.cuh in linear
 missing_barrier: no barrier between the arrival of a stage and its use [values, thread]
@@ -140,18 +142,24 @@ class Bug:
         """
         text = (csrc / self.file).read_text()
         if text.count(self.before) != 1:
-            raise ValueError(f"{self.name}: {self.before!r} occurs {text.count(self.before)} times in {self.file}")
+            raise ValueError(
+                f"{self.name}: {self.before!r} occurs {text.count(self.before)} times in {self.file}"
+            )
         target = overlay / self.file
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text.replace(self.before, self.after))
 
 
 def _read(patches: str) -> Iterator[Bug]:
-    for file, part, bugs in re.findall(r"^@ (\S+) in (\w+)\n((?:[^@].*\n)+)", patches, re.MULTILINE):
+    for file, part, bugs in re.findall(
+        r"^@ (\S+) in (\w+)\n((?:[^@].*\n)+)", patches, re.MULTILINE
+    ):
         for name, what, lanes, old, new in re.findall(
             r"^(\w+): (.*) \[(.*)\]\n((?:-.*\n)+)((?:\+.*\n)*)", bugs, re.MULTILINE
         ):
-            before, after = ("\n".join(line[1:] for line in lines.splitlines()) for lines in (old, new))
+            before, after = (
+                "\n".join(line[1:] for line in lines.splitlines()) for lines in (old, new)
+            )
             yield Bug(name, what, file, part, before, after, tuple(lanes.split(", ")))
 
 

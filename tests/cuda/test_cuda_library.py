@@ -1,4 +1,5 @@
-"""The compiled library: which GPUs it runs on, what it reports if it cannot run, and what it offers."""
+"""The compiled library: which GPUs it runs on, what it reports if it cannot run, and what it
+offers."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ SHIPPED = "80-real 90a-real 100-real 100-virtual"
         ("90a-virtual", (9, 0), True),
     ],
 )
-def test_which_gpus_the_code_runs_on(architectures: str, capability: tuple[int, int], runs: bool) -> None:
+def test_which_gpus_the_code_runs_on(
+    architectures: str, capability: tuple[int, int], runs: bool
+) -> None:
     assert runs_on(architectures, *capability) == runs
 
 
@@ -56,7 +59,10 @@ def test_without_a_gpu_the_backend_says_so() -> None:
 
 def test_requests_of_other_devices_and_dtypes_are_refused() -> None:
     reasons = CUDA.request_reasons(Request("combine", "cpu", torch.float64))
-    assert reasons == ["it runs on cuda, not on cpu", "it computes in float32, bfloat16, float16, not in float64"]
+    assert reasons == [
+        "it runs on cuda, not on cpu",
+        "it computes in float32, bfloat16, float16, not in float64",
+    ]
     assert CUDA.request_reasons(Request("route", "cuda", torch.int64)) == []
 
 
@@ -93,10 +99,14 @@ EXPERTS = ("hidden_experts", "hidden_experts_backward", "neuron_experts", "neuro
 
 
 @pytest.mark.parametrize("op", EXPERTS)
-def test_experts_are_refused_by_name_with_what_to_take_instead(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_are_refused_by_name_with_what_to_take_instead(
+    op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for backend in (CUDA, TRITON):
         monkeypatch.setattr(backend, "unavailable_reasons", list)
-    monkeypatch.setattr(architecture, "triton_reasons", lambda: ["not here"])  # asks no device for its limits
+    monkeypatch.setattr(
+        architecture, "triton_reasons", lambda: ["not here"]
+    )  # asks no device for its limits
     request = Request(op, "cuda:0", torch.bfloat16)
     instead = f"it has no kernel for {op}; take backend='auto' or 'triton' or 'eager'"
     with pytest.raises(BackendError, match=re.escape(f"backend 'cuda' cannot run {op}: {instead}")):
@@ -109,5 +119,7 @@ def test_the_fused_chain_refuses_other_strategies_by_name(monkeypatch: pytest.Mo
     dims = BlockDims.of_shape(workload_shape("separable", 768, 3072))
     problem = Problem("grouped_mpo_linear", dims, 8, 64, torch.bfloat16, "cuda:0", backend="cuda")
     assert [candidate.strategy for candidate in rank(problem)] == ["rebuild"]
-    with pytest.raises(BackendError, match=r"'cuda' cannot run .* not 'separable'; take backend='auto' or 'triton'"):
+    with pytest.raises(
+        BackendError, match=r"'cuda' cannot run .* not 'separable'; take backend='auto' or 'triton'"
+    ):
         rank(problem._replace(keeps=True))  # a forward that trains: the strategy is separable

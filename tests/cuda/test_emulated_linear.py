@@ -15,13 +15,16 @@ from tests.linear_scenarios import LinearScenarios
 from .emulation import KERNELS, SCHEDULE_PARTS, library, schedule, stats
 
 ALL = [True] * 5
-# Sizes that are multiples of 16 bytes: asynchronous copies, several tiles, several steps of every pipeline.
+# Sizes that are multiples of 16 bytes: asynchronous copies, several tiles, several steps of every
+# pipeline.
 WIDE = {
     "light": MPOShape((8, 2, 8), (4, 3, 8)),
     "bond_24": MPOShape((16, 8), (8, 16), max_bond=24, central=1),
     "separable": MPOShape((16, 16, 1), (1, 16, 16)),
     "bond_72": MPOShape((16, 8), (16, 8), max_bond=72, central=1),  # more than are summed at once
-    "runs": MPOShape((2, 2, 80), (2, 2, 96), max_bond=16, central=1),  # digits of right in several tiles
+    "runs": MPOShape(
+        (2, 2, 80), (2, 2, 96), max_bond=16, central=1
+    ),  # digits of right in several tiles
 }
 
 
@@ -57,7 +60,9 @@ def test_asynchronous_copies(name: str, dtype: torch.dtype) -> None:
     assert (counted["ldmatrix"] > 0) == (dtype != torch.float32)
 
 
-@pytest.mark.parametrize(("order", "copies", "dtype"), pairwise(*SCHEDULE_PARTS, [torch.float32, torch.bfloat16]))
+@pytest.mark.parametrize(
+    ("order", "copies", "dtype"), pairwise(*SCHEDULE_PARTS, [torch.float32, torch.bfloat16])
+)
 def test_schedules(order: str, copies: str, dtype: torch.dtype) -> None:
     with schedule(order, copies):
         for name in ("light", "separable"):
@@ -75,7 +80,9 @@ def test_random_schedule() -> None:
 def test_rows_in_several_tiles(columns: int) -> None:
     """One block computes 128 rows and either number of columns."""
     shape = MPOShape((16, 4), (16, columns // 8), max_bond=32, central=1)
-    case = Case(shape, torch.bfloat16, tokens=150, experts=1, top_k=1, capacity=None, activation="none")
+    case = Case(
+        shape, torch.bfloat16, tokens=150, experts=1, top_k=1, capacity=None, activation="none"
+    )
     case.check("rebuild")
 
 
@@ -83,7 +90,11 @@ def test_what_is_not_needed_is_not_computed() -> None:
     case = Case(SMALL_SHAPES["light"])
     saved = case.forward("rebuild")
     counts = []
-    for need in (ALL, [True, True, False, True, True], *([k == needed for k in range(5)] for needed in range(5))):
+    for need in (
+        ALL,
+        [True, True, False, True, True],
+        *([k == needed for k in range(5)] for needed in range(5)),
+    ):
         stats()
         case.backward("rebuild", saved, need)
         counts.append(stats()["launches"])
@@ -92,7 +103,8 @@ def test_what_is_not_needed_is_not_computed() -> None:
 
 
 def test_launches() -> None:
-    """Forward one, whatever follows the product or is saved; backward one for x, left and central, and right each."""
+    """Forward one, whatever follows the product or is saved; backward one for x, left and central,
+    and right each."""
     case = Case(WIDE["light"], experts=2, activation="gelu", gathered=False)
     stats()
     saved = case.forward("rebuild")

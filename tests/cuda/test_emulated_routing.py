@@ -1,4 +1,5 @@
-"""Route, dispatch, combine and their gradients on the emulated CUDA kernels, against the reference."""
+"""Route, dispatch, combine and their gradients on the emulated CUDA kernels, against the
+reference."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ def test_many_experts() -> None:
 
 @pytest.mark.parametrize("tokens", [40, 1200])
 def test_indices_out_of_range_count_as_masked(tokens: int) -> None:
-    """The op does not check them, because that would wait for the device; memory must stay intact."""
+    """The op does not check them, because that would wait for the device; memory must stay
+    intact."""
     index = torch.randint(0, 4, (tokens, 1))
     mask = torch.rand(tokens) > 0.3
     wild = torch.where(mask[:, None], index, torch.where(index > 1, -5, 4 << 40))
@@ -65,12 +67,21 @@ def test_indices_out_of_range_count_as_masked(tokens: int) -> None:
 
 @settings(max_examples=40)
 @given(
-    st.integers(0, 60), st.integers(1, 9), st.integers(1, 4), st.sampled_from([None, 1, 3]), st.booleans(), st.data()
+    st.integers(0, 60),
+    st.integers(1, 9),
+    st.integers(1, 4),
+    st.sampled_from([None, 1, 3]),
+    st.booleans(),
+    st.data(),
 )
-def test_any_route(tokens: int, experts: int, top_k: int, capacity: int | None, masked: bool, data) -> None:
+def test_any_route(
+    tokens: int, experts: int, top_k: int, capacity: int | None, masked: bool, data
+) -> None:
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     index = torch.randint(0, experts, (tokens, top_k), generator=generator)
-    check(index, experts, capacity, torch.rand(tokens, generator=generator) > 0.5 if masked else None)
+    check(
+        index, experts, capacity, torch.rand(tokens, generator=generator) > 0.5 if masked else None
+    )
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=str)

@@ -1,4 +1,5 @@
-"""Tests of the emulator itself: every mistake in tests/emulator/probes.cuh is detected by what should detect it."""
+"""Tests of the emulator itself: every mistake in tests/emulator/probes.cuh is detected by what
+should detect it."""
 
 from __future__ import annotations
 
@@ -9,8 +10,9 @@ import pytest
 
 from .emulation import SCHEDULES, Schedule, cuda_emulate
 
-# What detects the mistake: "values" on every schedule, or on the named half of them; "error": the emulator stops with
-# a message; "address", "thread": a sanitizer; "banks": the bank conflict counter.
+# What detects the mistake: "values" on every schedule, or on the named half of them; "error": the
+# emulator stops with a message; "address", "thread": a sanitizer; "banks": the bank conflict
+# counter.
 DETECTED_BY = {
     "reverse": {"values", "thread"},
     "neighbours": {"values", "thread"},
@@ -30,7 +32,9 @@ PAIRS = [
 ]
 
 
-def run(probe: str, mistake: bool, schedule: Schedule, sanitizer: str = "") -> subprocess.CompletedProcess[str]:
+def run(
+    probe: str, mistake: bool, schedule: Schedule, sanitizer: str = ""
+) -> subprocess.CompletedProcess[str]:
     program = cuda_emulate.build("probe", cuda_emulate.PROBE, sanitizer)
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "report_bugs=1"}
     command = [str(program), probe, str(int(mistake)), *schedule]

@@ -1,4 +1,5 @@
-"""Tests of the tests: every bug of planted.py, built from the real sources, is found by what should find it."""
+"""Tests of the tests: every bug of planted.py, built from the real sources, is found by what should
+find it."""
 
 from __future__ import annotations
 
@@ -12,15 +13,26 @@ import pytest
 from .emulation import SCHEDULES, Schedule, cuda_emulate
 from .planted import BUGS, Bug
 
-# Each recompiles kernels: CI's slow tests run one bug per lane, the others run with `pytest -m exhaustive`.
-IN_CI = ("unstable_scatter", "divergent_barrier", "past_the_row", "plain_increment", "past_shared_memory")
+# Each recompiles kernels: CI's slow tests run one bug per lane, the others run with
+# `pytest -m exhaustive`.
+IN_CI = (
+    "unstable_scatter",
+    "divergent_barrier",
+    "past_the_row",
+    "plain_increment",
+    "past_shared_memory",
+)
 
 
 def marks_of(bug: Bug) -> tuple[pytest.MarkDecorator, ...]:
     return (pytest.mark.slow,) if bug.name in IN_CI else (pytest.mark.exhaustive,)
 
 
-CASES = [pytest.param(bug, lane, id=f"{bug.name}-{lane}", marks=marks_of(bug)) for bug in BUGS for lane in bug.found_by]
+CASES = [
+    pytest.param(bug, lane, id=f"{bug.name}-{lane}", marks=marks_of(bug))
+    for bug in BUGS
+    for lane in bug.found_by
+]
 
 
 REPORTS = {
@@ -33,7 +45,9 @@ def run(program: Path, schedule: Schedule) -> subprocess.CompletedProcess[str]:
     options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
     # Older compilers' thread sanitizers cannot handle newer Linux kernels' address randomisation.
     command = ["setarch", "-R", str(program), *schedule]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | options, timeout=600)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | options, timeout=600
+    )
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
@@ -48,10 +62,15 @@ def test_the_bug_is_found(bug: Bug, lane: str, tmp_path: Path) -> None:
     sanitizer = lane if lane in REPORTS else ""
     program = cuda_emulate.sweep(bug.part, sanitizer, tmp_path)
     if sanitizer:  # late copies reveal some races, early copies others
-        assert any(re.search(REPORTS[lane], run(program, schedule).stderr) for schedule in SCHEDULES)
+        assert any(
+            re.search(REPORTS[lane], run(program, schedule).stderr) for schedule in SCHEDULES
+        )
         return
     if lane.startswith("error: "):
-        ends = [(done.returncode, done.stderr) for done in (run(program, schedule) for schedule in SCHEDULES)]
+        ends = [
+            (done.returncode, done.stderr)
+            for done in (run(program, schedule) for schedule in SCHEDULES)
+        ]
         assert any(code == 2 and lane.removeprefix("error: ") in said for code, said in ends), ends
         return
     for schedule in SCHEDULES:

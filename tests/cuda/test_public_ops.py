@@ -15,15 +15,22 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 # Of the linear op's tests, only those that its own emulated tests do not cover.
-FEWER = "not sizes_beyond and not medium_separable and not (test_opcheck and not padded and not light)"
+FEWER = (
+    "not sizes_beyond and not medium_separable and not (test_opcheck and not padded and not light)"
+)
 ALL = ("linear", "routing", "ffn", "spoiled", "every_op")
 
 
 CASES = [
     # Their own emulated tests are in the default suite.
-    *(pytest.param(name, FEWER if name == "linear" else "", "", marks=pytest.mark.slow, id=name) for name in ALL),
+    *(
+        pytest.param(name, FEWER if name == "linear" else "", "", marks=pytest.mark.slow, id=name)
+        for name in ALL
+    ),
     pytest.param("linear", "", "", marks=pytest.mark.exhaustive, id="linear, every case"),
-    pytest.param("spoiled", "", "slow", marks=pytest.mark.exhaustive, id="spoiled, the other cases"),
+    pytest.param(
+        "spoiled", "", "slow", marks=pytest.mark.exhaustive, id="spoiled, the other cases"
+    ),
 ]
 
 
@@ -43,6 +50,8 @@ def test_on_the_emulated_backend(name: str, which: str, mark: str) -> None:
         *(["-m", mark] if mark else []),
         f"tests/kernels/test_{name}.py",
     )
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout.splitlines()[-1]

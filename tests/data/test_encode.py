@@ -1,4 +1,5 @@
-"""Encoding, padding, generation and scoring, with a word-level tokenizer; sampling; metrics and constant answers."""
+"""Encoding, padding, generation and scoring, with a word-level tokenizer; sampling; metrics and
+constant answers."""
 
 from __future__ import annotations
 
@@ -35,17 +36,27 @@ PAD, END, UNKNOWN, A, B, C, YES, NO = range(8)
 
 
 def word_tokenizer(ends: bool = True, **special: str) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if ends:
-        tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", END)])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            "$A </s>", special_tokens=[("</s>", END)]
+        )
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", **special}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def test_text_to_text_ends_and_is_cut_before_the_end_token():
-    items = encode_text_to_text([Example("a b c a b", "yes"), Example("a", "no no no no")], word_tokenizer(), 4, 3)
-    assert items[0] == {"input_ids": [A, B, C, END], "attention_mask": [1] * 4, "labels": [YES, END]}
+    items = encode_text_to_text(
+        [Example("a b c a b", "yes"), Example("a", "no no no no")], word_tokenizer(), 4, 3
+    )
+    assert items[0] == {
+        "input_ids": [A, B, C, END],
+        "attention_mask": [1] * 4,
+        "labels": [YES, END],
+    }
     assert items[1] == {"input_ids": [A, END], "attention_mask": [1, 1], "labels": [NO, NO, END]}
     assert encode_text_to_text([], word_tokenizer()) == []
 
@@ -57,8 +68,14 @@ def test_language_modelling_blocks():
     assert blocks[0]["labels"] is not blocks[0]["input_ids"]
     assert len(encode_language_modeling(["a b c a b c"], word_tokenizer(ends=False), 3)) == 2
     sections = [Example("a ", ends=False), Example("b c a", ends=False), Example("b c", ends=False)]
-    assert [b["input_ids"] for b in encode_language_modeling(sections, word_tokenizer(), 2)] == [[A, B], [C, UNKNOWN]]
-    assert encode_language_modeling([*sections, Example("b")], word_tokenizer(), 6)[0]["input_ids"][-1] == END
+    assert [b["input_ids"] for b in encode_language_modeling(sections, word_tokenizer(), 2)] == [
+        [A, B],
+        [C, UNKNOWN],
+    ]
+    assert (
+        encode_language_modeling([*sections, Example("b")], word_tokenizer(), 6)[0]["input_ids"][-1]
+        == END
+    )
 
 
 def test_files_are_read_as_training_reads_them(tmp_path):
@@ -73,14 +90,25 @@ def test_files_are_read_as_training_reads_them(tmp_path):
     assert [len(batch["input_ids"]) for batch in batches] == [8, 1]
     assert batches[0]["input_ids"][1].tolist() == [A, B, C, A]
     file.write_text('{"sentence": "a", "label": 1}\n{"sentence": "b", "label": 0}\n')
-    refuses(ValueError, "or prompts with responses; got rows for classification", read_batches, file, None, 4, 1)
+    refuses(
+        ValueError,
+        "or prompts with responses; got rows for classification",
+        read_batches,
+        file,
+        None,
+        4,
+        1,
+    )
 
 
 def test_batches_are_padded_on_the_right_whatever_the_tokenizer_says():
     left = word_tokenizer(padding_side="left")
     items = encode_text_to_text([Example("a b", "yes"), Example("a", "no")], left)
     batch = padding_collator(left)(items)
-    assert (batch["input_ids"].tolist(), left.padding_side) == ([[A, B, END], [A, END, PAD]], "left")
+    assert (batch["input_ids"].tolist(), left.padding_side) == (
+        [[A, B, END], [A, END, PAD]],
+        "left",
+    )
     classes = padding_collator(left, has_classes=True)([{**item, "labels": 1} for item in items])
     assert classes["labels"].tolist() == [1, 1]
 
@@ -88,19 +116,31 @@ def test_batches_are_padded_on_the_right_whatever_the_tokenizer_says():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: padding_collator(word_tokenizer(pad_token=None)), "tokenizer must have a pad_token"),
+        (
+            lambda: padding_collator(word_tokenizer(pad_token=None)),
+            "tokenizer must have a pad_token",
+        ),
         (
             lambda: encode_text_to_text([Example("a")], word_tokenizer(), 1),
             "max_source_length must be at least 2; got 1",
         ),
-        (lambda: encode_text_to_text([Example("a")], word_tokenizer(), 4, 0), "max_target_length must be at least 2"),
-        (lambda: encode_text_to_text([Example("a", "b")], word_tokenizer(ends=False)), "must end every text with"),
+        (
+            lambda: encode_text_to_text([Example("a")], word_tokenizer(), 4, 0),
+            "max_target_length must be at least 2",
+        ),
+        (
+            lambda: encode_text_to_text([Example("a", "b")], word_tokenizer(ends=False)),
+            "must end every text with",
+        ),
         (
             lambda: encode_language_modeling(["a"], word_tokenizer(), 3),
             r"block_size=3 tokens; got 2 tokens from 1 texts",
         ),
         (lambda: encode_language_modeling([], word_tokenizer(), 3), "got 0 tokens from 0 texts"),
-        (lambda: encode_language_modeling(["a"], SimpleNamespace(eos_token_id=None), 3), "must have an end token"),
+        (
+            lambda: encode_language_modeling(["a"], SimpleNamespace(eos_token_id=None), 3),
+            "must have an end token",
+        ),
     ],
 )
 def test_encoding_refuses(call, message):
@@ -122,7 +162,9 @@ class Echo(torch.nn.Module):
         assert torch.equal(attention_mask.bool(), input_ids != PAD)
         self.widths.append(input_ids.shape[1])
         answer = torch.where((input_ids == A).any(1), YES, UNKNOWN)
-        return torch.stack([torch.full_like(answer, PAD), answer, torch.full_like(answer, END)], dim=1)
+        return torch.stack(
+            [torch.full_like(answer, PAD), answer, torch.full_like(answer, END)], dim=1
+        )
 
 
 def test_generation_keeps_order_and_the_mode():
@@ -136,16 +178,34 @@ def test_generation_keeps_order_and_the_mode():
     with evaluation_mode(model):
         pass
     assert not model.training
-    refuses(ValueError, "must be at least 1", generate_texts, model, word_tokenizer(), [], batch_size=0)
+    refuses(
+        ValueError, "must be at least 1", generate_texts, model, word_tokenizer(), [], batch_size=0
+    )
 
 
 def test_evaluate_task_scores_generated_texts():
-    rows = {"test": [Example("a", "yes"), Example("b", "no"), Example("a c", "no"), Example("b a", "yes")], "train": []}
+    rows = {
+        "test": [
+            Example("a", "yes"),
+            Example("b", "no"),
+            Example("a c", "no"),
+            Example("b a", "yes"),
+        ],
+        "train": [],
+    }
     task = Task("t", lambda split: rows[split], labels=("no", "yes"), metrics=("accuracy", "f1"))
     found = evaluate_task(Echo(), word_tokenizer(), task, "test")
     assert found.scores == {"accuracy": 0.5, "f1": pytest.approx(0.8)}
     assert found.constant == {"accuracy": 0.5, "f1": pytest.approx(2 / 3)}  # "yes" comes first
-    refuses(ValueError, "split train of task t has no items", evaluate_task, Echo(), word_tokenizer(), task, "train")
+    refuses(
+        ValueError,
+        "split train of task t has no items",
+        evaluate_task,
+        Echo(),
+        word_tokenizer(),
+        task,
+        "train",
+    )
 
 
 def test_language_modelling_loss_of_a_uniform_model():
@@ -161,11 +221,17 @@ def test_language_modelling_loss_of_a_uniform_model():
     loss = language_modeling_loss(Uniform(), word_tokenizer(), blocks, batch_size=3)
     assert loss == pytest.approx(math.log(8.0), rel=1e-6)
     task = Task(
-        "lm", lambda s: [Example("a b c a")], kind="language_modeling", metrics=("perplexity",), max_source_length=4
+        "lm",
+        lambda s: [Example("a b c a")],
+        kind="language_modeling",
+        metrics=("perplexity",),
+        max_source_length=4,
     )
     scores = evaluate_task(Uniform(), word_tokenizer(), task, "test").scores
     assert scores["perplexity"] == pytest.approx(8.0, rel=1e-6)
-    refuses(ValueError, "at least one block", language_modeling_loss, Uniform(), word_tokenizer(), [])
+    refuses(
+        ValueError, "at least one block", language_modeling_loss, Uniform(), word_tokenizer(), []
+    )
 
 
 # ------------------------------------------------------------------ sampling
@@ -174,7 +240,9 @@ def test_language_modelling_loss_of_a_uniform_model():
 SIZES = {"large": 1600, "small": 100}
 
 
-@pytest.mark.parametrize(("temperature", "share"), [(1.0, 16 / 17), (2.0, 4 / 5), (4.0, 2 / 3), (float("inf"), 1 / 2)])
+@pytest.mark.parametrize(
+    ("temperature", "share"), [(1.0, 16 / 17), (2.0, 4 / 5), (4.0, 2 / 3), (float("inf"), 1 / 2)]
+)
 def test_tasks_are_drawn_by_their_sizes(temperature, share):
     found = multitask_batches(SIZES, 1, 20_000, temperature, seed=1)
     assert np.mean(found < 1600) == pytest.approx(share, abs=0.015)
@@ -185,7 +253,14 @@ def test_no_power_of_a_size_overflows():
 
 
 def batches(**changes) -> np.ndarray:
-    fields = {"sizes": {"a": 10, "b": 7}, "batch_size": 6, "num_steps": 40, "temperature": 2.0, "seed": 5, **changes}
+    fields = {
+        "sizes": {"a": 10, "b": 7},
+        "batch_size": 6,
+        "num_steps": 40,
+        "temperature": 2.0,
+        "seed": 5,
+        **changes,
+    }
     return multitask_batches(**fields)
 
 
@@ -197,7 +272,9 @@ def test_one_task_per_step_and_every_item_once_per_pass():
     for first, size in ((0, 10), (10, 7)):
         visited = found[of_second.any(1) == (first == 10)].ravel().tolist()
         for turn in range(len(visited) // size):
-            assert sorted(visited[turn * size : (turn + 1) * size]) == list(range(first, first + size))
+            assert sorted(visited[turn * size : (turn + 1) * size]) == list(
+                range(first, first + size)
+            )
         assert visited[:size] != visited[size : 2 * size]
 
 
@@ -205,7 +282,10 @@ def test_everything_follows_from_the_arguments():
     assert np.array_equal(batches(), batches())
     assert not np.array_equal(batches(), batches(seed=6))
     assert batches(num_steps=0).shape == (0, 6)
-    assert Counter(batches(sizes={"a": 2}, batch_size=5, num_steps=2).ravel().tolist()) == {0: 5, 1: 5}
+    assert Counter(batches(sizes={"a": 2}, batch_size=5, num_steps=2).ravel().tolist()) == {
+        0: 5,
+        1: 5,
+    }
 
 
 @pytest.mark.parametrize(
@@ -246,9 +326,11 @@ VALUES = [
     ("rouge1", CAT, MAT, 2 * 4 / 12),  # the, cat, on, mat shared (one "the" is surplus)
     ("rouge2", CAT, MAT, 2 * 1 / 10),  # only "the cat" is shared, of 5 and 5 pairs
     ("rouge_l", ["b a"], ["a b"], 2 * 1 / 4),  # order matters
-    # 1: the(1 of 2 kept) cat on mat -> 4/6; 2: "the cat" -> 1/5; 3 and 4 have none -> 1/2 of 4, 1/4 of 3
+    # 1: the(1 of 2 kept) cat on mat -> 4/6; 2: "the cat" -> 1/5; 3 and 4 have none -> 1/2 of 4, 1/4
+    # of 3
     ("bleu", CAT, MAT, (4 / 6 * 1 / 5 * 0.5 / 4 * 0.25 / 3) ** 0.25),
-    # counts of the set, not a mean of sentences: 3 of 4 words, 1 of 2 pairs; no longer n-grams at all
+    # counts of the set, not a mean of sentences: 3 of 4 words, 1 of 2 pairs; no longer n-grams at
+    # all
     ("bleu", ["a b", "c d"], ["a b", "c x"], math.sqrt(3 / 4 * 1 / 2)),
     ("bleu", [""], ["y"], 0.0),
 ]
@@ -267,20 +349,37 @@ def test_every_metric_refuses_unequal_and_empty_input(name):
 
 
 def test_wrong_values_do_not_pass() -> None:
-    for name, odd in (("spearman", [math.nan, 1]), ("pearson", np.float32([np.inf] * 2)), ("accuracy", [math.nan, 1])):
+    for name, odd in (
+        ("spearman", [math.nan, 1]),
+        ("pearson", np.float32([np.inf] * 2)),
+        ("accuracy", [math.nan, 1]),
+    ):
         refuses(ValueError, "predictions must be finite numbers; got", METRICS[name], odd, [1, 2])
-    refuses(ValueError, "Mix of label input types", METRICS["accuracy"], ["1"], [1])  # texts and numbers
-    refuses(ValueError, r"metric must be one of .*; got 'acuracy' \(did you mean 'accuracy'", m.get_metric, "acuracy")
+    refuses(
+        ValueError, "Mix of label input types", METRICS["accuracy"], ["1"], [1]
+    )  # texts and numbers
+    refuses(
+        ValueError,
+        r"metric must be one of .*; got 'acuracy' \(did you mean 'accuracy'",
+        m.get_metric,
+        "acuracy",
+    )
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch) -> None:
     monkeypatch.setattr(m.importlib.util, "find_spec", lambda asked: None)
-    refuses(RuntimeError, r'needs the package rouge_score: pip install "mpoe\[metrics\]"', m.get_metric, "rouge_l")
+    refuses(
+        RuntimeError,
+        r'needs the package rouge_score: pip install "mpoe\[metrics\]"',
+        m.get_metric,
+        "rouge_l",
+    )
     assert m.get_metric("matthews")([0, 1], [0, 1]) == 1.0
 
 
 def test_without_the_extra_only_tasks_that_need_it_are_refused(monkeypatch) -> None:
-    """Before anything is trained; the embedded tasks and the names of all others need none of its packages."""
+    """Before anything is trained; the embedded tasks and the names of all others need none of its
+    packages."""
     monkeypatch.setattr(m.importlib.util, "find_spec", lambda asked: None)
     for task in EMBEDDED_TASKS:
         assert tasks.get_task(task.name) is task
@@ -297,11 +396,15 @@ def task(**options: object) -> Task:
 def test_the_most_frequent_label_or_text_and_the_mean() -> None:
     labels = task(labels=("no", "yes"), metrics=("accuracy", "f1", "matthews"))
     targets = ["yes"] * 9 + ["no"]
-    assert constant_scores(labels, targets) == pytest.approx({"accuracy": 0.9, "f1": 18 / 19, "matthews": 0.0})
+    assert constant_scores(labels, targets) == pytest.approx(
+        {"accuracy": 0.9, "f1": 18 / 19, "matthews": 0.0}
+    )
     numbers = task(kind="regression", metrics=("pearson", "spearman"))
     assert constant_scores(numbers, ["1.0", "2.0", "6"]) == {"pearson": 0.0, "spearman": 0.0}
     texts = task(kind="generation", metrics=("exact_match", "token_f1"))
-    assert constant_scores(texts, ["a b", "a b", "c"]) == pytest.approx({"exact_match": 2 / 3, "token_f1": 2 / 3})
+    assert constant_scores(texts, ["a b", "a b", "c"]) == pytest.approx(
+        {"exact_match": 2 / 3, "token_f1": 2 / 3}
+    )
 
 
 def test_tokens_by_their_frequency() -> None:
@@ -315,7 +418,11 @@ def test_tokens_by_their_frequency() -> None:
 @pytest.mark.parametrize(
     ("answers", "targets", "words"),
     [
-        (["a"] * 8, ["a", "b"] * 4, "100% of the 8 answers are 'a', which 50% of the expected ones are"),
+        (
+            ["a"] * 8,
+            ["a", "b"] * 4,
+            "100% of the 8 answers are 'a', which 50% of the expected ones are",
+        ),
         (["a"] * 99 + ["b"], ["a", "b"] * 50, "99% of the 100 answers are 'a', which 50%"),
         (["a"] * 97 + ["b"] * 3, ["a"] * 92 + ["b"] * 8, None),  # nearly as the expected ones
         (

@@ -40,7 +40,11 @@ def test_formats_give_the_same_task(tmp_path, suffix):
         text = jsonl(ROWS)
     else:
         mark = "," if suffix.startswith(".csv") else "\t"
-        text = mark.join(ROWS[0]) + "\r\n" + "".join(mark.join(map(str, r.values())) + "\r\n" for r in ROWS)
+        text = (
+            mark.join(ROWS[0])
+            + "\r\n"
+            + "".join(mark.join(map(str, r.values())) + "\r\n" for r in ROWS)
+        )
     for stem in ("train", "dev", "test"):
         write(tmp_path / "my.task" / f"{stem}{suffix}", "\ufeff" + text)
     task = load_task_from_folder(tmp_path / "my.task")
@@ -65,7 +69,9 @@ def test_labels_words_and_numbers(tmp_path):
     task = load_task_from_folder(folder_of(tmp_path / "n", rows))
     assert task.labels == ("2", "10")  # numeric order, 2.0 is 2
     assert task.train()[0].source == "n text: a more: b"
-    task = load_task_from_folder(tmp_path / "n", label_words={2: "low", "10": "high"}, text_columns=["more"])
+    task = load_task_from_folder(
+        tmp_path / "n", label_words={2: "low", "10": "high"}, text_columns=["more"]
+    )
     assert task.labels == ("low", "high")
     assert task.train()[0] == Example("n more: b", "high")
     words = [{"text": "a", "label": x} for x in ("spam", "ham", "eggs")]
@@ -105,7 +111,10 @@ def test_a_text_file_is_read_as_it_is(tmp_path):
     task = load_task_from_folder(tmp_path / "lm")
     assert not task.train()[0].ends
     rows = load_task_from_folder(folder_of(tmp_path / "rows", [{"text": "  a\n"}, {"text": "b"}]))
-    assert [(example.source, example.ends) for example in rows.train()] == [("  a\n", True), ("b", True)]
+    assert [(example.source, example.ends) for example in rows.train()] == [
+        ("  a\n", True),
+        ("b", True),
+    ]
 
 
 def test_text_files_are_language_modelling(tmp_path):
@@ -115,7 +124,13 @@ def test_text_files_are_language_modelling(tmp_path):
     assert (task.kind, task.metrics) == ("language_modeling", ("perplexity",))
     assert task.train() == (Example("one\n"), Example("two\n"))
     refuses(ValueError, r"data_dir .*lm has no test split; use split_validation_test", task.test)
-    refuses(ValueError, "no label column among text", load_task_from_folder, tmp_path / "lm", kind="regression")
+    refuses(
+        ValueError,
+        "no label column among text",
+        load_task_from_folder,
+        tmp_path / "lm",
+        kind="regression",
+    )
     table = load_task_from_folder(folder_of(tmp_path / "t", ROWS), kind="language_modeling")
     assert table.train()[0] == Example("sentence 0")
 
@@ -127,14 +142,23 @@ CUT = gzip.compress(GOOD.encode() * 200, mtime=0)[:60]
 @pytest.mark.parametrize(
     ("train", "message"),
     [
-        (GOOD + '{"sentence": "x", "label": \n', r"train\.jsonl, line 7: malformed JSON: .* at column 27"),
+        (
+            GOOD + '{"sentence": "x", "label": \n',
+            r"train\.jsonl, line 7: malformed JSON: .* at column 27",
+        ),
         (GOOD + "[1, 2]\n", r"train\.jsonl, line 7: expected one JSON object per line; got a list"),
         (
             GOOD + '\n{"sentense": "x", "label": 1}\n',
             r"line 8: column 'sentence' is missing \(did you mean 'sentense'\?\)",
         ),
-        (GOOD + '{"sentence": "x", "label": null}\n', r"line 7: column 'label' must hold a text or a number; got None"),
-        ('{"sentence": "x", "value": 1}\n', r"train\.jsonl, line 1: no label column among sentence, value"),
+        (
+            GOOD + '{"sentence": "x", "label": null}\n',
+            r"line 7: column 'label' must hold a text or a number; got None",
+        ),
+        (
+            '{"sentence": "x", "value": 1}\n',
+            r"train\.jsonl, line 1: no label column among sentence, value",
+        ),
         ('{"words": 3, "label": 1}\n', r"train\.jsonl, line 1: no text column among words, label"),
         (
             '{"sentence": "x", "label": 1}\n',
@@ -148,20 +172,44 @@ def test_bad_json_lines_are_refused_with_file_and_line(tmp_path, train, message)
 
 
 def test_bad_rows_of_other_splits_are_refused_too(tmp_path):
-    unknown = load_task_from_folder(folder_of(tmp_path, ROWS, test=GOOD + '{"sentence": "x", "label": 2}\n'))
-    refuses(ValueError, r"test\.jsonl, line 7: label_words .* a word for '2', .* words for 0, 1", unknown.test)
+    unknown = load_task_from_folder(
+        folder_of(tmp_path, ROWS, test=GOOD + '{"sentence": "x", "label": 2}\n')
+    )
+    refuses(
+        ValueError,
+        r"test\.jsonl, line 7: label_words .* a word for '2', .* words for 0, 1",
+        unknown.test,
+    )
     rows = [{"sentence": "x", "score": 0.5}]
-    bad = load_task_from_folder(folder_of(tmp_path / "r", rows, validation='{"sentence": "x", "score": "high"}\n'))
-    refuses(ValueError, r"validation\.jsonl, line 1: expected a finite number; got 'high'", bad.validation)
+    bad = load_task_from_folder(
+        folder_of(tmp_path / "r", rows, validation='{"sentence": "x", "score": "high"}\n')
+    )
+    refuses(
+        ValueError,
+        r"validation\.jsonl, line 1: expected a finite number; got 'high'",
+        bad.validation,
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
         ("a.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', r"a\.jsonl: expected UTF-8 text; .* byte 0xe9"),
-        ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", r"a\.jsonl, line 1: malformed JSON: Exceeds the limit"),
-        ("a.csv", b"text,label\nx,y,1\n", r"a\.csv, line 2: expected 2 columns \(text, label\); got 3"),
-        ("a.csv", b"text,label\nx,1\nx\n", r"a\.csv, line 3: expected 2 columns \(text, label\); got 1"),
+        (
+            "a.jsonl",
+            b'{"a": ' + b"9" * 5000 + b"}",
+            r"a\.jsonl, line 1: malformed JSON: Exceeds the limit",
+        ),
+        (
+            "a.csv",
+            b"text,label\nx,y,1\n",
+            r"a\.csv, line 2: expected 2 columns \(text, label\); got 3",
+        ),
+        (
+            "a.csv",
+            b"text,label\nx,1\nx\n",
+            r"a\.csv, line 3: expected 2 columns \(text, label\); got 1",
+        ),
         ("a.csv", b'text,label\n"x"y,1\n', r"a\.csv, line 2: malformed csv"),
         ("a.tsv", b"text\ttext\nx\t1\n", r"a\.tsv, line 1: column names must differ"),
         ("a.jsonl.gz", b"plain text", r"a\.jsonl\.gz: cannot be read: Not a gzipped file"),
@@ -184,9 +232,16 @@ def test_bad_folders_and_arguments_are_refused(tmp_path):
     words = r"line 2: label_words .* must have a word for '1'.* words for 0, 2"
     refuses(ValueError, words, load_task_from_folder, tmp_path, label_words={0: "no", 2: "yes"})
     write(tmp_path / "val.csv", "text,label\nx,1\n")
-    refuses(ValueError, r"must hold one validation file; got dev\.jsonl, val\.csv", load_task_from_folder, tmp_path)
+    refuses(
+        ValueError,
+        r"must hold one validation file; got dev\.jsonl, val\.csv",
+        load_task_from_folder,
+        tmp_path,
+    )
 
 
-@pytest.mark.parametrize(("folder", "name"), [("my (data)", "my_data_"), ("a.b c", "a_b_c"), ("naïve-1", "naïve-1")])
+@pytest.mark.parametrize(
+    ("folder", "name"), [("my (data)", "my_data_"), ("a.b c", "a_b_c"), ("naïve-1", "naïve-1")]
+)
 def test_task_is_named_after_its_folder(tmp_path, folder, name):
     assert load_task_from_folder(folder_of(tmp_path / folder, ROWS)).name == name

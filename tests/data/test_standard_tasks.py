@@ -1,4 +1,5 @@
-"""The tasks that come described, from the hub and from the official folders; the embedded corpus and stand-ins."""
+"""The tasks that come described, from the hub and from the official folders; the embedded corpus
+and stand-ins."""
 
 from __future__ import annotations
 
@@ -39,7 +40,14 @@ from mpoe.data.encode import encode_language_modeling, encode_text_to_text
 from mpoe.data.predict import language_modeling_loss
 from mpoe.data.spec import HubData
 from mpoe.data.task import SPLITS, Example, with_subsets
-from mpoe.data.tasks import STANDARD, find_spec, get_task, load_task, load_task_from_folder, standard_specs
+from mpoe.data.tasks import (
+    STANDARD,
+    find_spec,
+    get_task,
+    load_task,
+    load_task_from_folder,
+    standard_specs,
+)
 from tests.assertions import refuses
 
 GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
@@ -47,12 +55,25 @@ SUPERGLUE = ("superglue-boolq", "superglue-cb", "superglue-rte")
 CHOICES = ("social_i_qa", "cosmos_qa", "winogrande", "hellaswag", "commonsense_qa")
 TRANSLATION = ("wmt16-ro-en", "wmt16-en-ro", "wmt16-en-cs", "wmt16-en-fi", "wmt14-hi-en")
 TRANSLATION += ("iwslt2017-ro-nl", "iwslt2017-en-nl")
-OTHERS = ("imdb", "snli", "scitail", "paws", "sick", "trec", "yelp_polarity", "wikitext-2", "wikitext-103")
+OTHERS = (
+    "imdb",
+    "snli",
+    "scitail",
+    "paws",
+    "sick",
+    "trec",
+    "yelp_polarity",
+    "wikitext-2",
+    "wikitext-103",
+)
 LOCAL = ("movie_sentiment", "sms_spam", "word_in_context", "sentiment_rating")
 
 # columns of the hub's data sets: template columns, label column, labels
 HUB_LABELS = {
-    **dict.fromkeys(("cola", "sst2", "mrpc", "qqp", "qnli", "rte", "wnli", "paws", "imdb", "yelp_polarity"), (0, 1)),
+    **dict.fromkeys(
+        ("cola", "sst2", "mrpc", "qqp", "qnli", "rte", "wnli", "paws", "imdb", "yelp_polarity"),
+        (0, 1),
+    ),
     **dict.fromkeys(("superglue-boolq", "superglue-rte"), (0, 1)),
     **dict.fromkeys(("mnli", "superglue-cb", "sick"), (0, 1, 2)),
     **dict.fromkeys(("cosmos_qa", "hellaswag"), (0, 1, 2, 3)),
@@ -69,7 +90,11 @@ HUB_LABELS = {
 def test_all_are_there_and_hidden_tests_are_marked() -> None:
     specs = standard_specs()
     assert set(specs) == {*GLUE, *SUPERGLUE, *CHOICES, *TRANSLATION, *OTHERS, *LOCAL}
-    assert {name for name, spec in specs.items() if spec.hidden_test} == {*GLUE, *SUPERGLUE, *CHOICES}
+    assert {name for name, spec in specs.items() if spec.hidden_test} == {
+        *GLUE,
+        *SUPERGLUE,
+        *CHOICES,
+    }
     assert {name for name, spec in specs.items() if spec.hub is None} == set(LOCAL)
     assert len({path.name for path in STANDARD.glob("*.yaml")}) == 6
 
@@ -99,7 +124,10 @@ def test_from_the_hub(hub, name: str) -> None:
     def load(path: str, config: str | None, data_dir: str | None, revision: str | None) -> dict:
         calls.append((path, config or data_dir))
         rows = [
-            {**{column: f"{column} {i}" for column in spec.columns}, spec.label_column: labels[i % len(labels)]}
+            {
+                **{column: f"{column} {i}" for column in spec.columns},
+                spec.label_column: labels[i % len(labels)],
+            }
             for i in range(24)
         ]
         splits = {"train": rows, "test": rows[:2]}
@@ -111,31 +139,57 @@ def test_from_the_hub(hub, name: str) -> None:
     task = get_task(name)
     train, validation = task.train(), task.validation()
     assert len(calls) == 1
-    assert len(train) + (len(validation) if len(validation) == 2 else 0) == (18 if name == "snli" else 24)
-    assert all(f"{column} " in train[0].source and f"{{{column}}}" not in train[0].source for column in spec.columns)
+    assert len(train) + (len(validation) if len(validation) == 2 else 0) == (
+        18 if name == "snli" else 24
+    )
+    assert all(
+        f"{column} " in train[0].source and f"{{{column}}}" not in train[0].source
+        for column in spec.columns
+    )
     if task.kind == "classification":
         assert {example.target for example in train} == set(task.labels)
         assert all(set(task.score([word], [word])) == set(task.metrics) for word in task.labels)
     if spec.hidden_test:
-        refuses(ValueError, f"the test labels of task {name} are not public; use split_validation", task.test)
+        refuses(
+            ValueError,
+            f"the test labels of task {name} are not public; use split_validation",
+            task.test,
+        )
     elif task.kind != "language_modeling":
         assert len(task.test()) == 2
 
 
-# Files as the official archives hold them: header line or none, and rows with the labels 0/1 in their spelling.
+# Files as the official archives hold them: header line or none, and rows with the labels 0/1 in
+# their spelling.
 OFFICIAL = {
     "cola": ("CoLA", None, ["gj04\t1\t\tIt is raining.", "gj04\t0\t*\tRaining it."]),
     "sst2": ("SST-2", "sentence\tlabel", ["a treat\t1", "a chore\t0"]),
-    "mrpc": ("MRPC", "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", ["1\t7\t8\tone\tuno", '0\t7\t9\t"one\ttwo']),
-    "qqp": ("QQP", "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", ["1\t2\t3\ta?\tb?\t1", "1\t2\t3\ta?\tc?\t0"]),
+    "mrpc": (
+        "MRPC",
+        "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String",
+        ["1\t7\t8\tone\tuno", '0\t7\t9\t"one\ttwo'],
+    ),
+    "qqp": (
+        "QQP",
+        "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
+        ["1\t2\t3\ta?\tb?\t1", "1\t2\t3\ta?\tc?\t0"],
+    ),
     "stsb": ("STS-B", "index\tsentence1\tsentence2\tscore", ["0\ta\tb\t3.800", "1\ta\tc\t0.25"]),
     "mnli": (
         "MNLI",
         "index\tsentence1\tsentence2\tlabel1\tgold_label",
         ["0\ta\tb\tneutral\tentailment", "1\ta\tc\tneutral\tcontradiction"],
     ),
-    "qnli": ("QNLI", "index\tquestion\tsentence\tlabel", ["0\ta?\tb\tentailment", "1\ta?\tc\tnot_entailment"]),
-    "rte": ("RTE", "index\tsentence1\tsentence2\tlabel", ["0\ta\tb\tentailment", "1\ta\tc\tnot_entailment"]),
+    "qnli": (
+        "QNLI",
+        "index\tquestion\tsentence\tlabel",
+        ["0\ta?\tb\tentailment", "1\ta?\tc\tnot_entailment"],
+    ),
+    "rte": (
+        "RTE",
+        "index\tsentence1\tsentence2\tlabel",
+        ["0\ta\tb\tentailment", "1\ta\tc\tnot_entailment"],
+    ),
     "wnli": ("WNLI", "index\tsentence1\tsentence2\tlabel", ["0\ta\tb\t1", "1\ta\tc\t0"]),
 }
 EXPECTED = {
@@ -149,7 +203,8 @@ EXPECTED = {
 
 
 def write_glue(folder: Path, name: str) -> Path:
-    """The folder of a GLUE task with two rows in each of train and dev, and a test file without labels."""
+    """The folder of a GLUE task with two rows in each of train and dev, and a test file without
+    labels."""
     official, header, rows = OFFICIAL[name]
     (folder / official).mkdir(parents=True, exist_ok=True)
     text = "".join(f"{line}\n" for line in ([header] if header else []) + rows)
@@ -188,24 +243,37 @@ def test_what_the_hub_does_not_give(hub) -> None:
 
     hub(offline)
     with pytest.raises(
-        ValueError, match=r"task rte: there is no folder nyu-mll/glue, and .* \(Couldn't reach it\); give data_"
+        ValueError,
+        match=r"task rte: there is no folder nyu-mll/glue, and .* \(Couldn't reach it\); give data",
     ):
         get_task("rte")
     hub(lambda *_, **__: {"dev": []})
     for read in (lambda: get_task("mnli"), lambda: load_task_from_folder("nyu-mll/glue")):
         refuses(ValueError, r"hub data set nyu-mll/glue must have a train split; got dev", read)
-    refuses(ValueError, "data_dir must be an existing folder", load_task_from_folder, Path("nyu-mll/glue"))
+    refuses(
+        ValueError,
+        "data_dir must be an existing folder",
+        load_task_from_folder,
+        Path("nyu-mll/glue"),
+    )
     rows = [{"text": f"text {i}", "coarse_label": i % 6} for i in range(24)]
     hub(lambda *_, **__: {"train": rows})
-    with pytest.raises(ValueError, match="hub data set CogComp/trec of task trec has no test split; use split_"):
+    with pytest.raises(
+        ValueError, match="hub data set CogComp/trec of task trec has no test split; use split_"
+    ):
         get_task("trec").test()
 
 
 def test_the_datasets_package_itself_reads_such_a_repository(tmp_path: Path) -> None:
-    for folder in ("boolq", "cb"):  # as the hub lays out a converted data set: a folder per configuration
+    for folder in (
+        "boolq",
+        "cb",
+    ):  # as the hub lays out a converted data set: a folder per configuration
         (tmp_path / "set" / folder).mkdir(parents=True)
         for split in ("train", "validation", "test"):
-            rows = [{"question": f"{folder} {split}", "passage": "p", "label": i % 2} for i in range(4)]
+            rows = [
+                {"question": f"{folder} {split}", "passage": "p", "label": i % 2} for i in range(4)
+            ]
             file = tmp_path / "set" / folder / f"{split}.jsonl"
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     boolq = find_spec("superglue-boolq")
@@ -266,7 +334,12 @@ def test_unreadable_and_test_files_are_skipped(tmp_path):
 def test_a_machine_without_sources(tmp_path, monkeypatch):
     monkeypatch.setattr(mpoe.data.embedded.sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.setattr(mpoe.data.embedded, "_corpus", mpoe.data.embedded._corpus.__wrapped__)
-    refuses(FileNotFoundError, f"no documented Python source files found in {tmp_path}", load_documentation, "train")
+    refuses(
+        FileNotFoundError,
+        f"no documented Python source files found in {tmp_path}",
+        load_documentation,
+        "train",
+    )
 
 
 def test_the_corpus_is_large_and_an_object_has_its_split_by_package_and_name_alone():
@@ -278,12 +351,15 @@ def test_the_corpus_is_large_and_an_object_has_its_split_by_package_and_name_alo
     assert len(splits["train"]) / len(records) == pytest.approx(0.72, abs=0.03)
     assert len(splits["test"]) / len(records) == pytest.approx(0.20, abs=0.03)
     refuses(ValueError, r"split must be one of 'train'.*'dev'", load_documentation, "dev")
-    # Values written down once: a change of hash would move test items into the training split of shipped checkpoints.
+    # Values written down once: a change of hash would move test items into the training split of
+    # shipped checkpoints.
     assert unit_hash("mpoe") == pytest.approx(0.9296015736222284, abs=1e-12)
-    assert [split_of("email", f"object{i}") for i in range(12)] == ["train"] * 6 + ["test"] + ["train"] * 5
-    assert next(r for r in records if r.name == "email.message.Message.get_payload").split == split_of(
-        "email", "Message.get_payload"
-    )
+    assert [split_of("email", f"object{i}") for i in range(12)] == ["train"] * 6 + ["test"] + [
+        "train"
+    ] * 5
+    assert next(
+        r for r in records if r.name == "email.message.Message.get_payload"
+    ).split == split_of("email", "Message.get_payload")
     held_out = {r.name for r in splits["test"]}
     assert not any(e.source.split("\n", 1)[0] in held_out for e in get_task("doc_lm").train())
 
@@ -293,7 +369,10 @@ def test_moved_modules_keep_their_split():
     assert dotted_name("numpy", ("lib", "_function_base_impl.py")) == "numpy.lib.function_base"
     assert dotted_name("", ("_pydecimal.py",)) == "decimal"
     assert dotted_name("", ("email", "__init__.py")) == "email"
-    old, new = (next(read_module(ast.parse('def f():\n  "text"'), name)) for name in ("pathlib", "pathlib.local"))
+    old, new = (
+        next(read_module(ast.parse('def f():\n  "text"'), name))
+        for name in ("pathlib", "pathlib.local")
+    )
     assert old.split == new.split
 
 
@@ -314,7 +393,8 @@ def test_doc_module_shares_no_source_text_and_shows_no_name_of_its_module():
 
 def test_items_of_one_record():
     text = (
-        "Return the payload of the message. It is an email.message.Message or a str. Third words come here. And fourth."
+        "Return the payload of the message. It is an email.message.Message or a str. Third "
+        "words come here. And fourth."
     )
     record = DocRecord("email.message.Message.get_payload", text, "train")
     first, second, third = module_items(record)
@@ -336,7 +416,9 @@ def test_items_of_one_record():
 def test_folder_is_small_and_complete(kind):
     folder = stand_in_path(kind)
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= set(sizes)
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= set(
+        sizes
+    )
     assert sum(sizes.values()) < 6_000_000
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == kind
@@ -344,7 +426,12 @@ def test_folder_is_small_and_complete(kind):
 
 
 def test_unknown_stand_in_is_refused():
-    refuses(ValueError, r"stand-in must be one of 't5', 'gpt2'; got 't6' \(did you mean 't5'", stand_in_path, "t6")
+    refuses(
+        ValueError,
+        r"stand-in must be one of 't5', 'gpt2'; got 't6' \(did you mean 't5'",
+        stand_in_path,
+        "t6",
+    )
 
 
 @pytest.mark.parametrize("kind", sorted(STAND_INS))
@@ -366,7 +453,9 @@ def test_t5_tokenizer_round_trips_and_labels_are_single_tokens():
     _, tokenizer = load_stand_in("t5")
     [item] = encode_text_to_text([Example("name of: return the mean", "mean")], tokenizer)
     assert item["input_ids"][-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(item["input_ids"], skip_special_tokens=True) == "name of: return the mean"
+    assert (
+        tokenizer.decode(item["input_ids"], skip_special_tokens=True) == "name of: return the mean"
+    )
     for label in get_task("doc_module").labels:
         assert len(tokenizer(label)["input_ids"]) == 2, label
     assert len(tokenizer("[it]")["input_ids"]) <= 3
@@ -380,7 +469,9 @@ def test_gpt2_tokenizer_is_lossless():
 
 def test_gpt2_predicts_held_out_documentation():
     model, tokenizer = load_stand_in("gpt2")
-    blocks = encode_language_modeling(with_subsets(get_task("doc_lm"), n_test=40).test(), tokenizer, 128)
+    blocks = encode_language_modeling(
+        with_subsets(get_task("doc_lm"), n_test=40).test(), tokenizer, 128
+    )
     loss = language_modeling_loss(model, tokenizer, blocks)
     assert loss < 4.2  # log(2048) = 7.6 knows nothing
     loss = model(**{k: torch.tensor([blocks[0][k]]) for k in ("input_ids", "labels")}).loss

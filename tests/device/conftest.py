@@ -1,8 +1,9 @@
-"""The same tests on any device: ``MPOE_TEST_DEVICE=cuda pytest tests/device`` on a GPU, the CPU by default.
+"""The same tests on any device: ``MPOE_TEST_DEVICE=cuda pytest tests/device`` on a GPU, the CPU by
+default.
 
-With ``MPOE_TEST_REQUIRED="triton cuda"`` a backend of these that is absent is a failure. ``MPOE_TEST_WRONG`` names a
-file that keeps which backend gave a wrong result for which op: later tests of that pair, also in later runs, are
-skipped.
+With ``MPOE_TEST_REQUIRED="triton cuda"`` a backend of these that is absent is a failure.
+``MPOE_TEST_WRONG`` names a file that keeps which backend gave a wrong result for which op: later
+tests of that pair, also in later runs, are skipped.
 
 They are few and small: on a GPU every shape and dtype compiles kernels of its own.
 """
@@ -20,7 +21,8 @@ from mpoe_kernels import backend_reasons
 from mpoe_kernels.backends import BACKENDS, Request
 
 DEVICE = os.environ.get("MPOE_TEST_DEVICE", "cpu")
-# Names of backends that must be able to run there: their tests fail where they are not, instead of being skipped.
+# Names of backends that must be able to run there: their tests fail where they are not, instead of
+# being skipped.
 REQUIRED = os.environ.get("MPOE_TEST_REQUIRED", "").split()
 Able = Callable[..., None]
 
@@ -41,7 +43,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     """Keep what gave a wrong result: the last kernel that the test asked for."""
     kernels = [value for name, value in item.user_properties if name == "kernel"]
     path = wrong_file()
-    if path is not None and kernels and call.excinfo is not None and call.excinfo.errisinstance(AssertionError):
+    if (
+        path is not None
+        and kernels
+        and call.excinfo is not None
+        and call.excinfo.errisinstance(AssertionError)
+    ):
         with open(path, "a") as file:
             file.write(f"{kernels[-1]}\n")
     return (yield)
@@ -67,9 +74,12 @@ def device() -> torch.device:
 
 @pytest.fixture
 def check_able(request: pytest.FixtureRequest) -> Able:
-    """Skips a test whose backend cannot run an op on the device, or was wrong; fails if it should be able to."""
+    """Skips a test whose backend cannot run an op on the device, or was wrong; fails if it should
+    be able to."""
 
-    def check(backend: str, op: str = "grouped_mpo_linear", dtype: torch.dtype = torch.float32) -> None:
+    def check(
+        backend: str, op: str = "grouped_mpo_linear", dtype: torch.dtype = torch.float32
+    ) -> None:
         kernel = f"{backend} {op}"
         request.node.user_properties.append(("kernel", kernel))
         if is_wrong(kernel):

@@ -1,4 +1,5 @@
-"""Hidden-side experts and neurons on the device, in the sizes people use first, against the float64 reference."""
+"""Hidden-side experts and neurons on the device, in the sizes people use first, against the float64
+reference."""
 
 from __future__ import annotations
 
@@ -16,10 +17,30 @@ ON_GPU = DEVICE.startswith("cuda")
 TOKENS = 300 if ON_GPU else 19
 COUNTS = (1, 8, 9, 64, 300, 4096) if ON_GPU else (1, 9)
 SIZES: dict[str, dict[str, Any]] = {
-    "neurons": {"experts": 8, "top_k": 2, "width": 768 if ON_GPU else 32, "neurons": 64 if ON_GPU else 16},
-    "neurons of 64": {"experts": 64, "top_k": 8, "width": 768 if ON_GPU else 32, "neurons": 64 if ON_GPU else 16},
-    "hidden": {"experts": 8, "top_k": 2, "groups": 48 if ON_GPU else 3, "block": 64 if ON_GPU else 16},
-    "hidden of 64": {"experts": 64, "top_k": 2, "groups": 48 if ON_GPU else 3, "block": 64 if ON_GPU else 16},
+    "neurons": {
+        "experts": 8,
+        "top_k": 2,
+        "width": 768 if ON_GPU else 32,
+        "neurons": 64 if ON_GPU else 16,
+    },
+    "neurons of 64": {
+        "experts": 64,
+        "top_k": 8,
+        "width": 768 if ON_GPU else 32,
+        "neurons": 64 if ON_GPU else 16,
+    },
+    "hidden": {
+        "experts": 8,
+        "top_k": 2,
+        "groups": 48 if ON_GPU else 3,
+        "block": 64 if ON_GPU else 16,
+    },
+    "hidden of 64": {
+        "experts": 64,
+        "top_k": 2,
+        "groups": 48 if ON_GPU else 3,
+        "block": 64 if ON_GPU else 16,
+    },
 }
 # bfloat16 first: it is what people compute in.
 CASES = [(dtype, name) for dtype in (torch.bfloat16, torch.float32) for name in SIZES]
@@ -33,7 +54,9 @@ def problem_of(name: str, dtype: torch.dtype, device: torch.device, **options: A
         made: Any = HiddenProblem(per_group=True, **sizes)
     else:
         made = NeuronProblem(out=sizes["width"], **sizes)
-    made.inputs = {n: None if value is None else value.to(device) for n, value in made.inputs.items()}
+    made.inputs = {
+        n: None if value is None else value.to(device) for n, value in made.inputs.items()
+    }
     made.index, made.grad = made.index.to(device), made.grad.to(device)
     return made
 
@@ -43,13 +66,17 @@ def op_of(name: str) -> str:
 
 
 @pytest.mark.parametrize(("dtype", "name"), CASES, ids=IDS)
-def test_experts(dtype: torch.dtype, name: str, backend: str, device: torch.device, check_able: Able) -> None:
+def test_experts(
+    dtype: torch.dtype, name: str, backend: str, device: torch.device, check_able: Able
+) -> None:
     check_able(backend, op_of(name))
     problem_of(name, dtype, device).check(backend, 3)
 
 
 @pytest.mark.parametrize("tokens", COUNTS, ids=[f"T{tokens}" for tokens in COUNTS])
-def test_neurons_of_any_number_of_tokens(tokens: int, backend: str, device: torch.device, check_able: Able) -> None:
+def test_neurons_of_any_number_of_tokens(
+    tokens: int, backend: str, device: torch.device, check_able: Able
+) -> None:
     """Forward and backward; few pairs of token and choice have launches of their own."""
     check_able(backend, "neuron_experts")
     problem_of("neurons of 64", torch.bfloat16, device, tokens=tokens).check(backend, 3)

@@ -1,4 +1,5 @@
-"""opcheck, torch.compile, CUDA graphs and repeated runs on the device, for every backend that runs there."""
+"""opcheck, torch.compile, CUDA graphs and repeated runs on the device, for every backend that runs
+there."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ def offsets(device: torch.device) -> Tensor:
     return torch.tensor([0, 4, 4, 9], dtype=torch.int32, device=device)
 
 
-def product(backend: str, x: Tensor, left: Tensor, central: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+def product(
+    backend: str, x: Tensor, left: Tensor, central: Tensor, right: Tensor, ends: Tensor
+) -> Tensor:
     blocks = MPOBlocks(left, central, right, SHAPE.in_features, SHAPE.out_features)
     return grouped_mpo_linear(x, blocks, ends, activation="gelu", backend=backend)
 
@@ -39,7 +42,8 @@ def product(backend: str, x: Tensor, left: Tensor, central: Tensor, right: Tenso
 def test_opcheck(able: str, device: torch.device) -> None:
     sizes = (SHAPE.in_features, SHAPE.out_features, "gelu", "rebuild", able, True)
     torch.library.opcheck(
-        torch.ops.mpoe.grouped_mpo_linear.default, (*tensors(device), offsets(device), None, None, *sizes)
+        torch.ops.mpoe.grouped_mpo_linear.default,
+        (*tensors(device), offsets(device), None, None, *sizes),
     )
     index = expert_choice("zipf", 9, 3).to(device)
     torch.library.opcheck(torch.ops.mpoe.route.default, (index, 3, 2, None, able))
@@ -71,7 +75,8 @@ def test_two_runs_agree_bit_for_bit(able: str, device: torch.device) -> None:
 
 
 def run_apart(function: Callable[..., None], *arguments: object) -> None:
-    """Call a function in a new process, so that what it leaves behind is gone; raises what it raised."""
+    """Call a function in a new process, so that what it leaves behind is gone; raises what it
+    raised."""
     torch.multiprocessing.spawn(_without_rank, (function, *arguments))
 
 
@@ -89,8 +94,13 @@ def replay_a_decoding_step(backend: str, name: str, device: str) -> None:
     torch.manual_seed(0)
     shape = SMALL_SHAPES[name]
     down_shape = shape.mirrored() if shape.is_separable else shape
-    parts = [make_blocks(each, 3, torch.float32, torch.device(device)) for each in (shape, down_shape)]
-    x, index = torch.randn(4, shape.in_features, device=device), torch.tensor([[0], [1], [1], [2]], device=device)
+    parts = [
+        make_blocks(each, 3, torch.float32, torch.device(device)) for each in (shape, down_shape)
+    ]
+    x, index = (
+        torch.randn(4, shape.in_features, device=device),
+        torch.tensor([[0], [1], [1], [2]], device=device),
+    )
     gates = torch.ones(4, 1, device=device)
     found = torch.empty(4, down_shape.out_features, device=device)
 

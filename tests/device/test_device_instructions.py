@@ -1,4 +1,5 @@
-"""On an NVIDIA GPU, the instructions that tests/emulator imitates give the emulator's results, bit for bit."""
+"""On an NVIDIA GPU, the instructions that tests/emulator imitates give the emulator's results, bit
+for bit."""
 
 from __future__ import annotations
 
@@ -26,14 +27,20 @@ def test_instructions_are_as_emulated(device: torch.device, tmp_path: Path) -> N
     """mma.sync, ldmatrix, cp.async, roundings, shuffles and votes."""
     if device.type != "cuda":
         pytest.skip("a CPU has no such instructions")
-    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    nvcc = (
+        os.environ.get("CUDACXX")
+        or shutil.which("nvcc")
+        or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    )
     if nvcc is None or cuda_emulate.compiler() is None:
         pytest.skip("nvcc and a C++ compiler are needed")
     emulated = results_of(cuda_emulate.build("instructions", [cuda_emulate.EMULATOR, SOURCE]))
     major, minor = torch.cuda.get_device_capability(device)
     architecture, program = f"sm_{major}{minor}{'a' * (major == 9)}", tmp_path / "instructions"
     flags = ["-std=c++20", "-O3", f"-I{cuda_emulate.CSRC}", f"-arch={architecture}"]
-    done = subprocess.run([nvcc, *flags, str(SOURCE), "-o", str(program)], capture_output=True, text=True)
+    done = subprocess.run(
+        [nvcc, *flags, str(SOURCE), "-o", str(program)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert emulated
     assert results_of(program) == emulated

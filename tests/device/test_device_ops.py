@@ -1,4 +1,5 @@
-"""Every backend that runs on the device, through the public ops, against the float64 reference on the same device."""
+"""Every backend that runs on the device, through the public ops, against the float64 reference on
+the same device."""
 
 from __future__ import annotations
 
@@ -10,7 +11,16 @@ from mpoe_bench.cases import expert_choice, random_blocks
 from torch import Tensor
 
 from mpoe.layers.router import float32_logits
-from mpoe_kernels import MPOBlocks, MPOShape, Routing, combine, dispatch, grouped_mpo_linear, mpo_embedding, route
+from mpoe_kernels import (
+    MPOBlocks,
+    MPOShape,
+    Routing,
+    combine,
+    dispatch,
+    grouped_mpo_linear,
+    mpo_embedding,
+    route,
+)
 from mpoe_kernels.backends import BACKENDS
 from mpoe_kernels.contract import BlockDims, contraction
 from mpoe_kernels.contract.program import PHASES
@@ -21,28 +31,47 @@ from tests.cases import SMALL_SHAPES
 from tests.linear_problem import Product, check_ffn, planned_strategies
 
 # A shape of every kind: on tiles that are never full, and, large, on many full ones.
-LARGE = {"paper": MPOShape.paper(768, 3072, max_bond=32), "separable": MPOShape.separable(768, 3072)}
-LARGE_ON_CPU = {"paper": MPOShape.paper(192, 384, max_bond=32), "separable": MPOShape.separable(192, 384)}
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+LARGE = {
+    "paper": MPOShape.paper(768, 3072, max_bond=32),
+    "separable": MPOShape.separable(768, 3072),
+}
+LARGE_ON_CPU = {
+    "paper": MPOShape.paper(192, 384, max_bond=32),
+    "separable": MPOShape.separable(192, 384),
+}
+dtypes = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"]
+)
 
 
-def make_blocks(shape: MPOShape, experts: int, dtype: torch.dtype, device: torch.device) -> MPOBlocks:
+def make_blocks(
+    shape: MPOShape, experts: int, dtype: torch.dtype, device: torch.device
+) -> MPOBlocks:
     made = random_blocks(shape, experts)
     parts = (t.to(device, dtype) for t in (made.left, made.central, made.right))
     return MPOBlocks(*parts, shape.in_features, shape.out_features)
 
 
-def make_routing(tokens: int, experts: int, kind: str, device: torch.device, capacity: int | None = None) -> Routing:
-    return route(expert_choice(kind, tokens, experts).to(device), experts, capacity, backend="eager")
+def make_routing(
+    tokens: int, experts: int, kind: str, device: torch.device, capacity: int | None = None
+) -> Routing:
+    return route(
+        expert_choice(kind, tokens, experts).to(device), experts, capacity, backend="eager"
+    )
 
 
-def strategies_of(backend: str, shape: MPOShape, dtype: torch.dtype, device: torch.device) -> list[str]:
+def strategies_of(
+    backend: str, shape: MPOShape, dtype: torch.dtype, device: torch.device
+) -> list[str]:
     """Strategies that a backend has kernels for, forward and backward."""
     dims, reasons = BlockDims.of_shape(shape), BACKENDS[backend].contraction_reasons
     return [
         strategy
         for strategy in planned_strategies(shape)
-        if not any(reasons(contraction(strategy, dims, 5, 37, dtype, phase, device=str(device))) for phase in PHASES)
+        if not any(
+            reasons(contraction(strategy, dims, 5, 37, dtype, phase, device=str(device)))
+            for phase in PHASES
+        )
     ]
 
 
@@ -54,10 +83,22 @@ def require_strategy(backend: str, strategy: str, dtype: torch.dtype, device: to
 
 
 def check_linear(
-    backend: str, strategies: list[str], shape: MPOShape, dtype: torch.dtype, device: torch.device, **options: Any
+    backend: str,
+    strategies: list[str],
+    shape: MPOShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    **options: Any,
 ) -> None:
     """Forward and backward with bias and ReLU; the op is told which slots read a token."""
-    options = {"tokens": 37, "experts": 5, "top_k": 1, "activation": "relu", "inverse": True, **options}
+    options = {
+        "tokens": 37,
+        "experts": 5,
+        "top_k": 1,
+        "activation": "relu",
+        "inverse": True,
+        **options,
+    }
     product = Product(shape, dtype, backend=backend, device=device, **options)
     for strategy in strategies:
         product.check(strategy, factor=3)
@@ -81,13 +122,17 @@ def test_large_shapes(able: str, name: str, dtype: torch.dtype, device: torch.de
     check_linear(able, ["auto"], LARGE[name], dtype, device, tokens=3)
 
 
-@pytest.mark.parametrize(("kind", "tokens"), [("all_to_one", 37), ("some_idle", 37), ("uniform", 37), ("uniform", 0)])
+@pytest.mark.parametrize(
+    ("kind", "tokens"), [("all_to_one", 37), ("some_idle", 37), ("uniform", 37), ("uniform", 0)]
+)
 def test_loads(able: str, kind: str, tokens: int, device: torch.device) -> None:
     way = ["rebuild" if tokens else "auto"]
     check_linear(able, way, SMALL_SHAPES["light"], torch.float32, device, kind=kind, tokens=tokens)
 
 
-@pytest.mark.parametrize(("tokens", "experts", "top_k", "capacity"), [(5, 3, 2, None), (700, 64, 2, 11), (0, 3, 1, 2)])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "capacity"), [(5, 3, 2, None), (700, 64, 2, 11), (0, 3, 1, 2)]
+)
 def test_routing_is_the_same_everywhere(
     able: str, tokens: int, experts: int, top_k: int, capacity: int | None, device: torch.device
 ) -> None:
@@ -110,13 +155,17 @@ def test_dispatch_and_combine(able: str, device: torch.device) -> None:
         return [y.detach(), *torch.autograd.grad(y.square().sum(), (x, gates))]
 
     truth, same = run("eager", torch.float64), run("eager", torch.float32)
-    for name, found, exact, plain in zip(("y", "dx", "dgates"), run(able, torch.float32), truth, same, strict=True):
+    for name, found, exact, plain in zip(
+        ("y", "dx", "dgates"), run(able, torch.float32), truth, same, strict=True
+    ):
         assert_calibrated(found, exact, plain, name)
 
 
 @dtypes
 @pytest.mark.parametrize("name", ["paper_bond_4", "light", "separable", "padded", *LARGE])
-def test_rows_at_their_tokens(able: str, name: str, dtype: torch.dtype, device: torch.device) -> None:
+def test_rows_at_their_tokens(
+    able: str, name: str, dtype: torch.dtype, device: torch.device
+) -> None:
     """The last product of a network without gradients: the bits of `combine`."""
     large = LARGE if device.type == "cuda" else LARGE_ON_CPU  # whose tiles are full long before
     shape = large[name] if name in large else SMALL_SHAPES[name]
@@ -128,13 +177,18 @@ def test_rows_at_their_tokens(able: str, name: str, dtype: torch.dtype, device: 
     for strategy in strategies_of(able, shape, dtype, device):
         y = grouped_mpo_linear(*rows, backend=able, strategy=strategy)
         wanted = combine(y, routing, gates, backend=able)
-        assert torch.equal(placed_mpo_linear(*rows, routing, gates, able, strategy), wanted), strategy
+        assert torch.equal(placed_mpo_linear(*rows, routing, gates, able, strategy), wanted), (
+            strategy
+        )
 
 
 @pytest.mark.parametrize("rows", [3, 500])
 def test_embedding(rows: int, device: torch.device) -> None:
     shape = SMALL_SHAPES["padded"]
-    blocks, ids = make_blocks(shape, 1, torch.float32, device), torch.randint(shape.in_features, (rows,)).to(device)
+    blocks, ids = (
+        make_blocks(shape, 1, torch.float32, device),
+        torch.randint(shape.in_features, (rows,)).to(device),
+    )
     grad = torch.randn(rows, shape.out_features, device=device)
 
     def run(function, kind: torch.dtype) -> list[Tensor]:
@@ -142,26 +196,37 @@ def test_embedding(rows: int, device: torch.device) -> None:
         y = function(ids, MPOBlocks(*leaves, shape.in_features, shape.out_features))
         return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(kind))]
 
-    truth, same = run(mpo_embedding_reference, torch.float64), run(mpo_embedding_reference, torch.float32)
+    truth, same = (
+        run(mpo_embedding_reference, torch.float64),
+        run(mpo_embedding_reference, torch.float32),
+    )
     actual = run(mpo_embedding, torch.float32)
-    for name, found, exact, plain in zip(("y", "dleft", "dcentral", "dright"), actual, truth, same, strict=True):
+    for name, found, exact, plain in zip(
+        ("y", "dleft", "dcentral", "dright"), actual, truth, same, strict=True
+    ):
         assert_calibrated(found, exact, plain, name, 3)
 
 
 @dtypes
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("name", ["light", "padded", "separable", *LARGE])
-def test_networks(able: str, name: str, gated: bool, dtype: torch.dtype, device: torch.device) -> None:
+def test_networks(
+    able: str, name: str, gated: bool, dtype: torch.dtype, device: torch.device
+) -> None:
     if name in LARGE and device.type == "cpu":
         pytest.skip("tiles are full on a GPU alone; the other tests have the CPU's sizes")
     shape, tokens = (LARGE[name], 300) if name in LARGE else (SMALL_SHAPES[name], 37)
-    require_strategy(able, "separable" if shape.is_separable else "rebuild", dtype, device)  # what it trains with
+    require_strategy(
+        able, "separable" if shape.is_separable else "rebuild", dtype, device
+    )  # what it trains with
     check_ffn(able, shape, dtype, gated, tokens, 5, device)
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_float32_logits(dtype: torch.dtype, weight_dtype: torch.dtype, device: torch.device) -> None:
+def test_float32_logits(
+    dtype: torch.dtype, weight_dtype: torch.dtype, device: torch.device
+) -> None:
     """The router's logits, against float64."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(70, 96, generator=generator).to(device, dtype).requires_grad_()
@@ -171,5 +236,9 @@ def test_float32_logits(dtype: torch.dtype, weight_dtype: torch.dtype, device: t
     torch.testing.assert_close(logits.double(), truth, rtol=1e-5, atol=1e-4)
     dx, dweight = torch.autograd.grad(logits.sum(), (x, weight))
     rounding = {"rtol": 1e-2, "atol": 1e-2}
-    torch.testing.assert_close(dx.double(), weight.detach().double().sum(0).expand(70, 96), **rounding)
-    torch.testing.assert_close(dweight.double(), x.detach().double().sum(0).expand(6, 96), **rounding)
+    torch.testing.assert_close(
+        dx.double(), weight.detach().double().sum(0).expand(70, 96), **rounding
+    )
+    torch.testing.assert_close(
+        dweight.double(), x.detach().double().sum(0).expand(6, 96), **rounding
+    )

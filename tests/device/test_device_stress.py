@@ -1,4 +1,5 @@
-"""Runs on the device that must agree bit for bit: many in a row, on two streams beside a busy third."""
+"""Runs on the device that must agree bit for bit: many in a row, on two streams beside a busy
+third."""
 
 from __future__ import annotations
 
@@ -33,13 +34,17 @@ def chain_step(backend: str, device: torch.device, tokens: int) -> Step:
     leaves = [part.detach().requires_grad_() for part in (x, gates)]
 
     def step() -> list[Tensor]:
-        y = mpo_ffn(leaves[0], route(index, 8, backend=backend), leaves[1], *blocks, backend=backend)
+        y = mpo_ffn(
+            leaves[0], route(index, 8, backend=backend), leaves[1], *blocks, backend=backend
+        )
         return [y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)]
 
     return step
 
 
-def step_of(kind: str, backend: str, device: torch.device, check_able: Able, tokens: int = 300) -> Step:
+def step_of(
+    kind: str, backend: str, device: torch.device, check_able: Able, tokens: int = 300
+) -> Step:
     """A call whose results are compared."""
     tokens = tokens if ON_GPU else 9
     if kind == "chain":
@@ -74,7 +79,9 @@ def test_many_runs_agree(kind: str, backend: str, device: torch.device, check_ab
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_streams_beside_a_busy_one_agree(kind: str, backend: str, device: torch.device, check_able: Able) -> None:
+def test_two_streams_beside_a_busy_one_agree(
+    kind: str, backend: str, device: torch.device, check_able: Able
+) -> None:
     step = step_of(kind, backend, device, check_able)
     first = step()
     load = torch.randn(4096 if ON_GPU else 16, 4096 if ON_GPU else 16, device=device)
@@ -100,7 +107,10 @@ def test_a_token_s_result_does_not_depend_on_its_batch(
     """Of kernels that promise it."""
     check_able(backend, op_of(kind))
     if backend != "triton":
-        pytest.skip("the rows of one product of PyTorch's or the CPU's may be summed in another order than one row's")
+        pytest.skip(
+            "the rows of one product of PyTorch's or the CPU's may be summed in another order than "
+            "one row's"
+        )
     problem = problem_of(kind, torch.bfloat16, device)
     whole = problem.run(type(problem).OP, torch.bfloat16, backend=backend)["o"]
     for name in ("x", "u", "gates"):

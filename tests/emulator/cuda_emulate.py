@@ -1,8 +1,8 @@
 """Compiles the CUDA kernels for the CPU: `python -m tests.emulator.cuda_emulate [sanitizer]`.
 
-Prints the path of the shared library, which holds the ops ``torch.ops.mpoe_emulated`` and the emulator's controls.
-Compiled files are kept in build/emulated under a hash of all their inputs, so a second call compiles nothing.
-Sanitizers: ``address`` (with undefined behaviour), ``thread``.
+Prints the path of the shared library, which holds the ops ``torch.ops.mpoe_emulated`` and the
+emulator's controls. Compiled files are kept in build/emulated under a hash of all their inputs, so
+a second call compiles nothing. Sanitizers: ``address`` (with undefined behaviour), ``thread``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ CSRC = ROOT / "csrc"
 TESTS = ROOT / "tests"
 EMULATION = TESTS / "emulator"
 CACHE = ROOT / "build" / "emulated"
-SANITIZERS = {"": [], "address": ["-g1", "-fsanitize=address,undefined"], "thread": ["-g1", "-fsanitize=thread"]}
+SANITIZERS = {
+    "": [],
+    "address": ["-g1", "-fsanitize=address,undefined"],
+    "thread": ["-g1", "-fsanitize=thread"],
+}
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 DEFINES = ["-DMPOE_CUDA_EMULATED"]
 CUDA = CSRC / "cuda"
@@ -57,7 +61,8 @@ def _hash(words: Sequence[str], files: Sequence[Path]) -> str:
 
 
 def _headers(source: Path, folders: Sequence[Path]) -> list[Path]:
-    """What a source includes from its own folder or from ``folders`` (first match), directly and indirectly."""
+    """What a source includes from its own folder or from ``folders`` (first match), directly and
+    indirectly."""
     found: list[Path] = []
     waiting = [source]
     while waiting:
@@ -72,7 +77,8 @@ def _headers(source: Path, folders: Sequence[Path]) -> list[Path]:
 
 
 def _torch_flags() -> list[str]:
-    """Flags for torch's stable ABI headers; -O0, because parsing them takes too long for optimisation to pay off."""
+    """Flags for torch's stable ABI headers; -O0, because parsing them takes too long for
+    optimisation to pay off."""
     defines = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
     return ["-O0", *defines, "-isystem", str(_torch() / "include")]
 
@@ -85,7 +91,8 @@ def _torch() -> Path:
 
 
 def _make(target: Path, command: Sequence[str]) -> Path:
-    """Run ``command -o target`` unless the target exists; other processes wait for the one that runs it."""
+    """Run ``command -o target`` unless the target exists; other processes wait for the one that
+    runs it."""
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +108,8 @@ def _make(target: Path, command: Sequence[str]) -> Path:
 
 
 def _precompiled(flags: Sequence[str]) -> list[str]:
-    """Flags that include `HEADER` first, precompiled once for all sources: it is a third of their compile time."""
+    """Flags that include `HEADER` first, precompiled once for all sources: it is a third of their
+    compile time."""
     flags = [*flags, f"-I{CSRC}", f"-I{TESTS}"]
     folder = CACHE / "headers" / _hash(flags, [HEADER, *_headers(HEADER, [CSRC, TESTS])])
     own = folder / "own.h"
@@ -114,8 +122,11 @@ def _precompiled(flags: Sequence[str]) -> list[str]:
     return ["-include", str(own)]
 
 
-def build(name: str, sources: Sequence[Path], sanitizer: str = "", overlay: Path | None = None) -> Path:
-    """Path of the shared library (``name`` ends in .so) or program, compiled if it does not exist yet.
+def build(
+    name: str, sources: Sequence[Path], sanitizer: str = "", overlay: Path | None = None
+) -> Path:
+    """Path of the shared library (``name`` ends in .so) or program, compiled if it does not exist
+    yet.
 
     Args:
         name: file name of the result.
@@ -135,17 +146,33 @@ def build(name: str, sources: Sequence[Path], sanitizer: str = "", overlay: Path
     objects, keys = [], []
     for source in sources:
         flags = [*base, *(_torch_flags() if source == BINDINGS else ())]
-        if overlay and source.is_relative_to(CSRC) and (overlay / source.relative_to(CSRC)).is_file():
+        if (
+            overlay
+            and source.is_relative_to(CSRC)
+            and (overlay / source.relative_to(CSRC)).is_file()
+        ):
             source = overlay / source.relative_to(CSRC)
         headers = _headers(source, folders)
         # A source that reads nothing from the overlay shares the plain build's object.
-        changed = overlay is not None and any(path.is_relative_to(overlay) for path in (source, *headers))
-        used = flags if changed else [flag for flag in flags if overlay is None or flag != f"-I{overlay}"]
+        changed = overlay is not None and any(
+            path.is_relative_to(overlay) for path in (source, *headers)
+        )
+        used = (
+            flags
+            if changed
+            else [flag for flag in flags if overlay is None or flag != f"-I{overlay}"]
+        )
         keys.append(_hash(used, [source, *headers]))
         compiled = CACHE / "objects" / f"{source.stem}-{keys[-1]}.o"
         # torch's headers must come before the emulator's, whose keywords are macros.
-        usual = HEADER in headers and source != BINDINGS and not (overlay and (overlay / "emulator").exists())
-        usual = usual and len(sources) > len(PROBE)  # for two sources it costs as much time as it saves
+        usual = (
+            HEADER in headers
+            and source != BINDINGS
+            and not (overlay and (overlay / "emulator").exists())
+        )
+        usual = usual and len(sources) > len(
+            PROBE
+        )  # for two sources it costs as much time as it saves
         first = _precompiled(plain) if usual else []
         objects.append(str(_make(compiled, [*used, *first, "-x", "c++", "-c", str(source)])))
     target = CACHE / _hash([name, *keys], []) / name
@@ -161,7 +188,8 @@ def library(sanitizer: str = "") -> Path:
 
 
 def sweep(part: str, sanitizer: str = "", overlay: Path | None = None) -> Path:
-    """The program that runs and checks the kernels of one part (key of `SWEEPS`); see tests/emulator/sweep.h."""
+    """The program that runs and checks the kernels of one part (key of `SWEEPS`); see
+    tests/emulator/sweep.h."""
     return build(f"sweep_{part}", SWEEPS[part], sanitizer, overlay)
 
 

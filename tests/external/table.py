@@ -1,7 +1,7 @@
 """Counts the results of `tools/external_suites.sh`: ``python tests/external/table.py RESULTS``.
 
-Exit status 1 if a failure is open: our class fails the test, the dense class passes it, and no line below explains why.
-``--failed FILE`` lists one file's failed tests instead.
+Exit status 1 if a failure is open: our class fails the test, the dense class passes it, and no line
+below explains why. ``--failed FILE`` lists one file's failed tests instead.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# test -> why ours fails or is skipped although the dense class passes. Only for tests whose code names classes or dense
-# weights.
+# test -> why ours fails or is skipped although the dense class passes. Only for tests whose code
+# names classes or dense weights.
 EXPLAINED = {
-    "test_can_load_from_already_mapped_keys": "renames keys of older checkpoints, which mixtures never had",
-    "test_eager_matches_batched_and_grouped_inference*": "asks that Transformers' own functions compute the experts; "
-    "ours have their own, and the dense class has no experts",
+    "test_can_load_from_already_mapped_keys": "renames keys of older checkpoints, which mixtures "
+    "never had",
+    "test_eager_matches_batched_and_grouped_inference*": "asks that Transformers' own functions "
+    "compute the experts; ours have their own, and the dense class has no experts",
     "test_reverse_loading_mapping": "renames keys of older checkpoints, which mixtures never had",
 }
 # The same for skipped tests; a failure of one would be open.
@@ -34,11 +35,14 @@ Results = dict[str, dict[str, Any]]
 def _explanation(test: str, outcome: str) -> tuple[str, str] | None:
     """The pattern of all tests that share this one's explanation, and the explanation."""
     known = EXPLAINED | (SKIPPED if outcome == "skipped" else {})
-    return next(((pattern, why) for pattern, why in known.items() if fnmatch.fnmatch(test, pattern)), None)
+    return next(
+        ((pattern, why) for pattern, why in known.items() if fnmatch.fnmatch(test, pattern)), None
+    )
 
 
 def compare(ours: Results, dense: Results) -> tuple[dict[str, int], list[str]]:
-    """Counts of one suite, and a line per failure or skip that the dense class lacks; equal lines are merged."""
+    """Counts of one suite, and a line per failure or skip that the dense class lacks; equal lines
+    are merged."""
     counts = {"passed": 0, "skipped": 0, "failed": 0, "open": 0}
     lines = []
     for test, result in sorted(ours.items()):
@@ -67,22 +71,32 @@ def suites(folder: Path) -> list[tuple[str, Results, Results]]:
         for name, result in tests.items():
             case, _, test = name.partition("::")
             split[case.partition("_")[0]][test] = result
-        found.append((f"Transformers: {file.stem.partition('-')[2]}", split["MPOE"], split["Dense"]))
+        found.append(
+            (f"Transformers: {file.stem.partition('-')[2]}", split["MPOE"], split["Dense"])
+        )
     if (folder / "peft-mpoe.json").is_file():
-        ours, dense = (json.loads((folder / f"peft-{kind}.json").read_text()) for kind in ("mpoe", "dense"))
+        ours, dense = (
+            json.loads((folder / f"peft-{kind}.json").read_text()) for kind in ("mpoe", "dense")
+        )
         found.append(("PEFT", ours, dense))
     return found
 
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("results", type=Path, nargs="?")
     parser.add_argument("--failed", type=Path)
     options = parser.parse_args()
     if options.failed is not None:
         tests = json.loads(options.failed.read_text())
-        print(*(test["id"] for test in tests.values() if test["outcome"] == "failed"), sep="\n", end="")
+        print(
+            *(test["id"] for test in tests.values() if test["outcome"] == "failed"),
+            sep="\n",
+            end="",
+        )
         return
     if options.results is None:
         parser.error("RESULTS is missing")
@@ -91,7 +105,10 @@ def main() -> None:
     remain = 0
     for name, ours, dense in suites(options.results):
         counts, lines = compare(ours, dense)
-        table.append(f"| {name} | {' | '.join(str(counts[key]) for key in ('passed', 'skipped', 'failed', 'open'))} |")
+        table.append(
+            f"| {name} | "
+            f"{' | '.join(str(counts[key]) for key in ('passed', 'skipped', 'failed', 'open'))} |"
+        )
         for line in lines:
             notes.setdefault(line, []).append(name.removeprefix("Transformers: "))
         remain += counts["open"]

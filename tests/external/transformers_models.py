@@ -1,8 +1,10 @@
-"""Adapters, made by a rule, that run Transformers' own model tests on our classes and on the dense ones.
+"""Adapters, made by a rule, that run Transformers' own model tests on our classes and on the dense
+ones.
 
-Not collected here: `tools/external_suites.sh` copies this file beside nothing else, as ``test_models.py``, and puts a
-checkout of Transformers on the path. ``MPOE_FAMILIES`` (default: every family) names the families to run,
-``MPOE_SHAPE`` (default: separable) the shape of the experts.
+Not collected here: `tools/external_suites.sh` copies this file beside nothing else, as
+``test_models.py``, and puts a checkout of Transformers on the path. ``MPOE_FAMILIES`` (default:
+every family) names the families to run, ``MPOE_SHAPE`` (default: separable) the shape of the
+experts.
 """
 
 from __future__ import annotations
@@ -23,7 +25,11 @@ from mpoe.models.table import TABLE
 # folder of the checkout, where it is not the family's name
 FOLDERS = {"gemma3_text": "gemma3", "deberta-v2": "deberta_v2"}
 OTHERS = ("Integration", "Generation", "Embeddings", "Vision", "EncoderOnly", "Standalone")
-SETTINGS = {"num_experts": 4, "shape": os.environ.get("MPOE_SHAPE", "separable"), "backend": "eager"}
+SETTINGS = {
+    "num_experts": 4,
+    "shape": os.environ.get("MPOE_SHAPE", "separable"),
+    "backend": "eager",
+}
 
 
 def _dense_test(module: Any) -> type[unittest.TestCase]:
@@ -31,7 +37,9 @@ def _dense_test(module: Any) -> type[unittest.TestCase]:
     return next(
         cls
         for name, cls in vars(module).items()
-        if isinstance(cls, type) and issubclass(cls, unittest.TestCase) and cls.__module__ == module.__name__
+        if isinstance(cls, type)
+        and issubclass(cls, unittest.TestCase)
+        and cls.__module__ == module.__name__
         if not any(word in name for word in OTHERS)
     )
 
@@ -70,8 +78,8 @@ def _adapted(base: Any, module: Any, model_type: str) -> type[unittest.TestCase]
             for name in dir(tester):
                 if name.startswith("get_") and "config" in name:
                     setattr(tester, name, _with_experts(getattr(tester, name), config_class))
-            # The family's own checks build its classes by name; the shared ones know a class's head by its name in
-            # Transformers' tables.
+            # The family's own checks build its classes by name; the shared ones know a class's head
+            # by its name in Transformers' tables.
             patches = [mock.patch.dict(vars(module), names)]
             for table in HEADS.values():
                 known = getattr(modeling_auto, table)
@@ -90,7 +98,10 @@ for _family in os.environ.get("MPOE_FAMILIES", " ".join(TABLE)).split():
     _folder = FOLDERS.get(_family, _family)
     _module = importlib.import_module(f"tests.models.{_folder}.test_modeling_{_folder}")
     _base: Any = _dense_test(_module)
-    for _kind, _made in (("MPOE", _adapted(_base, _module, _family)), ("Dense", type("Dense", (_base,), {}))):
+    for _kind, _made in (
+        ("MPOE", _adapted(_base, _module, _family)),
+        ("Dense", type("Dense", (_base,), {})),
+    ):
         _made.__name__ = _made.__qualname__ = f"{_kind}_{_family.replace('-', '_')}"
         _made.__module__ = __name__
         globals()[_made.__name__] = _made

@@ -1,4 +1,5 @@
-"""Bad calls of every public name: one or two of the arguments that fit are exchanged for something else.
+"""Bad calls of every public name: one or two of the arguments that fit are exchanged for something
+else.
 
 That is something of another kind, size, device or dtype, or a path that is not what it seems.
 """
@@ -69,12 +70,23 @@ def tokens() -> Arguments:
 
 
 def routed() -> Arguments:
-    return {"routing": route(index(), EXPERTS), "top_k_weights": torch.full((TOKENS, 1), 0.5), "backend": None}
+    return {
+        "routing": route(index(), EXPERTS),
+        "top_k_weights": torch.full((TOKENS, 1), 0.5),
+        "backend": None,
+    }
 
 
 def linear(**others: Any) -> Arguments:
     blocks = fold(chain(), 1, shape())
-    return {**tokens(), "blocks": blocks, "bias": torch.zeros(OUT), **others, "activation": "relu", "backend": None}
+    return {
+        **tokens(),
+        "blocks": blocks,
+        "bias": torch.zeros(OUT),
+        **others,
+        "activation": "relu",
+        "backend": None,
+    }
 
 
 def chosen(x: str, **others: Any) -> Arguments:
@@ -101,7 +113,12 @@ def model(**options: Any) -> Any:
 
 
 def composed() -> Arguments:
-    return {"base": base(), "fine_tunes": [base(), dense_model("gpt2")], "examples": None, "router": "ridge"}
+    return {
+        "base": base(),
+        "fine_tunes": [base(), dense_model("gpt2")],
+        "examples": None,
+        "router": "ridge",
+    }
 
 
 def texts() -> list[Any]:
@@ -111,7 +128,12 @@ def texts() -> list[Any]:
 def trained(folder: Path) -> Arguments:
     model = mpoe.start_expert(base(), 4)
     statistics = mpoe.collect_statistics(model, texts())
-    return {"model": model, "path": folder / "an.expert", "statistics": statistics, "training": {"steps": 3}}
+    return {
+        "model": model,
+        "path": folder / "an.expert",
+        "statistics": statistics,
+        "training": {"steps": 3},
+    }
 
 
 def expert(folder: Path) -> Path:
@@ -126,17 +148,37 @@ def optimizer() -> Arguments:
 def arguments(folder: Path) -> dict[str, Callable[[], Arguments]]:
     """By public name. Sharding is always refused, for want of a process group."""
     saved = folder / "model"
-    weight, sizes = {"weight": torch.randn(WIDTH, OUT), "shape": shape()}, {"num_experts": 8, "num_tokens": 64}
+    weight, sizes = (
+        {"weight": torch.randn(WIDTH, OUT), "shape": shape()},
+        {"num_experts": 8, "num_tokens": 64},
+    )
     one = {"blocks": fold(one_chain(), 1, shape())}
     light = {"num_experts": 4, "shape": "light", "light_p": 8, "router": {"top_k": 2}}
-    run = {"output_dir": str(folder / "run"), "use_cpu": True, "learning_rate": 1e-3, "gradient_mask_prob": 0.5}
-    slots = {"row_index": torch.arange(TOKENS, dtype=torch.int32), "slot_of_token": torch.arange(TOKENS)[:, None]}
+    run = {
+        "output_dir": str(folder / "run"),
+        "use_cpu": True,
+        "learning_rate": 1e-3,
+        "gradient_mask_prob": 0.5,
+    }
+    slots = {
+        "row_index": torch.arange(TOKENS, dtype=torch.int32),
+        "slot_of_token": torch.arange(TOKENS)[:, None],
+    }
     sides = {name: torch.randn(EXPERTS, 1, 4, 4) for name in ("right", "left")}
     own = {name: torch.randn(EXPERTS, 3, WIDTH) for name in ("up", "down", "gate_up")}
-    limited = {"in_features": WIDTH, "num_experts": 4, "config": mpoe.RouterConfig(capacity_factor=1.0)}
+    limited = {
+        "in_features": WIDTH,
+        "num_experts": 4,
+        "config": mpoe.RouterConfig(capacity_factor=1.0),
+    }
     dense = {"in_features": WIDTH, "hidden_features": 16, "config": config(), "bias": True}
     return {
-        "MPOShape": lambda: {"in_factors": (2, 4), "out_factors": (3, 4), "max_bond": 3, "central": 1},
+        "MPOShape": lambda: {
+            "in_factors": (2, 4),
+            "out_factors": (3, 4),
+            "max_bond": 3,
+            "central": 1,
+        },
         "MPOBlocks": lambda: parts(linear()["blocks"]),
         "Routing": lambda: parts(routed()["routing"]),
         "decompose": lambda: {**weight, "gauge": "symmetric"},
@@ -144,16 +186,35 @@ def arguments(folder: Path) -> dict[str, Callable[[], Arguments]]:
         "reconstruct": lambda: {"cores": one_chain(), "shape": shape()},
         "fold": lambda: {"cores": chain(), "central": 1, "shape": shape(), "num_experts": EXPERTS},
         "expert_weights": lambda: {"blocks": linear()["blocks"]},
-        "route": lambda: {"top_k_index": index(), "num_experts": EXPERTS, "capacity": 5, "token_mask": None},
+        "route": lambda: {
+            "top_k_index": index(),
+            "num_experts": EXPERTS,
+            "capacity": 5,
+            "token_mask": None,
+        },
         "dispatch": lambda: {**tokens(), "routing": routed()["routing"], "backend": None},
         "combine": lambda: {"y_sorted": tokens()["x"], **routed()},
         "mpo_linear": lambda: linear(**one),
-        "grouped_mpo_linear": lambda: linear(expert_offsets=routed()["routing"].expert_offsets, **slots),
-        "mpo_ffn": lambda: {**tokens(), **routed(), "up": linear()["blocks"], "down": down_blocks(), "dropout": 0.0},
+        "grouped_mpo_linear": lambda: linear(
+            expert_offsets=routed()["routing"].expert_offsets, **slots
+        ),
+        "mpo_ffn": lambda: {
+            **tokens(),
+            **routed(),
+            "up": linear()["blocks"],
+            "down": down_blocks(),
+            "dropout": 0.0,
+        },
         "hidden_experts": lambda: chosen("u", **sides),
         "neuron_experts": lambda: chosen("x", **own),
         "mpo_embedding": lambda: {"ids": torch.arange(5), **one},
-        "plan_contraction": lambda: {"shape": shape(), **sizes, "top_k": 1, "dtype": torch.float32, "training": True},
+        "plan_contraction": lambda: {
+            "shape": shape(),
+            **sizes,
+            "top_k": 1,
+            "dtype": torch.float32,
+            "training": True,
+        },
         "use_backend": lambda: {"name": "eager"},
         "RouterConfig": lambda: {"top_k": 2, "capacity_factor": 1.0, "jitter": 0.1},
         "MPOEConfig": lambda: dict(light),
@@ -166,7 +227,11 @@ def arguments(folder: Path) -> dict[str, Callable[[], Arguments]]:
         "convert_to_mpoe": lambda: {"model": base(), "config": config(), "inplace": False},
         "compose": composed,
         "start_expert": lambda: {"model": base(), "neurons": 4, "expert": None},
-        "collect_statistics": lambda: {"model": mpoe.start_expert(base(), 4), "batches": texts(), "rank": 2},
+        "collect_statistics": lambda: {
+            "model": mpoe.start_expert(base(), 4),
+            "batches": texts(),
+            "rank": 2,
+        },
         "save_expert": lambda: trained(folder),
         "load_expert": lambda: {"path": expert(folder)},
         "merge_expert": lambda: {"model": base(), "expert": expert(folder)},
@@ -222,7 +287,10 @@ def starts(folder: Path) -> dict[str, tuple[Callable[..., Any], Callable[[], Arg
 def of_raw_ops() -> dict[str, tuple[Callable[..., Any], Callable[[], Arguments]]]:
     """The ops behind the public names."""
     return {
-        f"torch.ops.mpoe.{op}{'+grad' * r}": (lambda op=op, r=r, **given: run(op, given, r), partial(calls, "auto", op))
+        f"torch.ops.mpoe.{op}{'+grad' * r}": (
+            lambda op=op, r=r, **given: run(op, given, r),
+            partial(calls, "auto", op),
+        )
         for op, r in itertools.product(ARGUMENTS, (False, True))
     }
 
@@ -236,14 +304,28 @@ def odd_tensors(draw: random.Random, like: torch.Tensor) -> Iterator[tuple[str, 
     yield "on meta", like.to("meta")
     yield "empty", like.new_zeros([0] * len(size))
     if size:
-        yield f"size 0 of axis {axis}", like.new_zeros([0 if i == axis else n for i, n in enumerate(size)])
+        yield (
+            f"size 0 of axis {axis}",
+            like.new_zeros([0 if i == axis else n for i, n in enumerate(size)]),
+        )
         yield f"axis {axis} too long", torch.cat([like, like], axis)
         yield f"axis {axis} too short", like.narrow(axis, 0, max(size[axis] - 1, 0))
         yield "a huge view", like.new_zeros(()).expand([1 << 40, *size[1:]])
-        yield "strided", torch.cat([like, like], axis)[(slice(None),) * axis + (slice(None, None, 2),)]
+        yield (
+            "strided",
+            torch.cat([like, like], axis)[(slice(None),) * axis + (slice(None, None, 2),)],
+        )
     yield "an axis more", like[None]
     yield "a number", like.new_zeros(())
-    for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int64, torch.bool, torch.complex64):
+    for dtype in (
+        torch.float64,
+        torch.float16,
+        torch.bfloat16,
+        torch.int8,
+        torch.int64,
+        torch.bool,
+        torch.complex64,
+    ):
         if dtype != like.dtype:
             yield str(dtype), like.to(dtype)
     yield "sparse", like.to_sparse()
@@ -262,7 +344,10 @@ def odd_tensors(draw: random.Random, like: torch.Tensor) -> Iterator[tuple[str, 
     else:
         yield "with NaN", torch.full_like(like, math.nan) if like.is_floating_point() else like
         yield "3e38", torch.full_like(like, 3e38) if like.dtype == torch.float32 else like
-        yield "needs a gradient", like.clone().requires_grad_() if like.is_floating_point() else like
+        yield (
+            "needs a gradient",
+            like.clone().requires_grad_() if like.is_floating_point() else like,
+        )
 
 
 def resized(like: torch.Tensor, size: int) -> torch.Tensor:
@@ -275,7 +360,11 @@ def resized(like: torch.Tensor, size: int) -> torch.Tensor:
 def odd_paths(folder: Path) -> list[tuple[str, Any]]:
     """Paths that are not what they seem."""
     names = ("absent", "file", "loop", "dangling", "fifo", "fifo_model", "lying", "cut", "deep")
-    return [(name, folder / name) for name in names] + [("no path", "\0"), ("a long path", "x" * 5000), ("", "")]
+    return [(name, folder / name) for name in names] + [
+        ("no path", "\0"),
+        ("a long path", "x" * 5000),
+        ("", ""),
+    ]
 
 
 def make_paths(folder: Path) -> None:
@@ -296,7 +385,21 @@ def make_paths(folder: Path) -> None:
     (folder / "deep" / "config.json").write_text("[" * 100_000)
 
 
-ODD = (*fuzz.ODD, 7, "12", "relu", "cuda", (), (0, 2), (2, -1), object(), b"x", int, torch.half, torch.device("meta"))
+ODD = (
+    *fuzz.ODD,
+    7,
+    "12",
+    "relu",
+    "cuda",
+    (),
+    (0, 2),
+    (2, -1),
+    object(),
+    b"x",
+    int,
+    torch.half,
+    torch.device("meta"),
+)
 
 
 def exchange(value: Any, draw: random.Random, folder: Path) -> tuple[str, Any]:
@@ -308,7 +411,12 @@ def exchange(value: Any, draw: random.Random, folder: Path) -> tuple[str, Any]:
         name = draw.choice([name for name, part in own.items() if isinstance(part, torch.Tensor)])
         what, own[name] = draw.choice(list(odd_tensors(draw, own[name])))
         return f"{name} {what}", type(value)(**own)
-    if isinstance(value, list) and value and isinstance(value[0], torch.Tensor) and draw.random() < 0.8:
+    if (
+        isinstance(value, list)
+        and value
+        and isinstance(value[0], torch.Tensor)
+        and draw.random() < 0.8
+    ):
         place = draw.randrange(len(value))
         what, tensor = draw.choice(list(odd_tensors(draw, value[place])))
         return f"[{place}] {what}", [*value[:place], tensor, *value[place + 1 :]]
@@ -322,8 +430,17 @@ def exchange(value: Any, draw: random.Random, folder: Path) -> tuple[str, Any]:
 
 # ------------------------------------------------------------------ what comes of them
 
-# PyTorch's own refusals: views of a storage that is too short, layouts without a kernel, types that a schema excludes.
-PYTORCHS = ("setStorage: ", "Could not run ", "ested", "parse", "kldnn", "Cast error details: ", "materialize all")
+# PyTorch's own refusals: views of a storage that is too short, layouts without a kernel, types that
+# a schema excludes.
+PYTORCHS = (
+    "setStorage: ",
+    "Could not run ",
+    "ested",
+    "parse",
+    "kldnn",
+    "Cast error details: ",
+    "materialize all",
+)
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
@@ -336,18 +453,28 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
 
 
 def stray(result: Any) -> str | None:
-    """What a result holds that nobody wrote: NaN, or the largest integer, with which fresh memory is filled."""
+    """What a result holds that nobody wrote: NaN, or the largest integer, with which fresh memory
+    is filled."""
     held: list[torch.Tensor] = []
     for tensor in tensors_of(result):
-        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_nested or not 0 < tensor.numel() <= 1 << 24:
+        if (
+            tensor.is_meta
+            or tensor.layout != torch.strided
+            or tensor.is_nested
+            or not 0 < tensor.numel() <= 1 << 24
+        ):
             continue
         with contextlib.suppress(ValueError):
-            check_memory("result", tensor)  # an argument without its memory that was given back is not to be read
+            check_memory(
+                "result", tensor
+            )  # an argument without its memory that was given back is not to be read
             held.append(tensor)
     for tensor in held:
         if tensor.is_floating_point() and bool(tensor.isnan().any()):
             return f"NaN in a result {list(tensor.shape)}"
-        if tensor.dtype in (torch.int32, torch.int64) and bool((tensor == torch.iinfo(tensor.dtype).max).any()):
+        if tensor.dtype in (torch.int32, torch.int64) and bool(
+            (tensor == torch.iinfo(tensor.dtype).max).any()
+        ):
             return f"the largest integer in a result {list(tensor.shape)}"
     return None
 
@@ -360,7 +487,9 @@ def bad_calls(draw: random.Random, folder: Path) -> Iterator[fuzz.Case]:
         yield fuzz.Case(name, partial(bad_call, *makers[name], draw, folder), " ")
 
 
-def bad_call(function: Callable[..., Any], make: Callable[[], Arguments], draw: random.Random, folder: Path) -> None:
+def bad_call(
+    function: Callable[..., Any], make: Callable[[], Arguments], draw: random.Random, folder: Path
+) -> None:
     """Call with one or two arguments exchanged."""
     torch.manual_seed(draw.randrange(1000))
     arguments, said = make(), ""
@@ -375,8 +504,12 @@ def bad_call(function: Callable[..., Any], make: Callable[[], Arguments], draw: 
     except Exception as error:
         error.add_note(said)
         by_index = isinstance(error, IndexError) and "; got " in str(error)
-        if by_index or (isinstance(error, RuntimeError) and any(words in str(error) for words in PYTORCHS)):
+        if by_index or (
+            isinstance(error, RuntimeError) and any(words in str(error) for words in PYTORCHS)
+        ):
             raise fuzz.Refused(str(error)) from error
         raise
-    if not any(word in said for word in ("NaN", "nan", "inf", "3e38", "1e300")) and (found := stray(result)):
+    if not any(word in said for word in ("NaN", "nan", "inf", "3e38", "1e300")) and (
+        found := stray(result)
+    ):
         raise AssertionError(f"{found}: {said}")

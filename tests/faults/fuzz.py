@@ -1,4 +1,5 @@
-"""What a random input may lead to: it works, or is refused in our own words; damage to values, bytes and files.
+"""What a random input may lead to: it works, or is refused in our own words; damage to values,
+bytes and files.
 
 Files are data, configurations of runs, and saved models, read through the public functions.
 """
@@ -31,8 +32,35 @@ SECONDS = 20.0  # of processor time that one input may take
 ODD: tuple[Any, ...] = (
     *(None, True, False, -1, 0, 1, 2, 3, 5, 8, 24, 48, 64, 2**31, 2**63, 10**30),
     *(-0.5, 0.0, 0.25, 1.0, 1.5, 1e300, float("nan"), float("inf"), float("-inf")),
-    *("", " ", "x", "0", "é☃", "a" * 2000, "\x00", "(", "ffn", "attention", "switch", "moe", "mpo", "paper"),
-    *([], [0], [-1], [None], ["ffn", "embedding"], [[1]], [1.5], ["", "x"], {}, {"a": 1}, {"up": {}, "down": {}}),
+    *(
+        "",
+        " ",
+        "x",
+        "0",
+        "é☃",
+        "a" * 2000,
+        "\x00",
+        "(",
+        "ffn",
+        "attention",
+        "switch",
+        "moe",
+        "mpo",
+        "paper",
+    ),
+    *(
+        [],
+        [0],
+        [-1],
+        [None],
+        ["ffn", "embedding"],
+        [[1]],
+        [1.5],
+        ["", "x"],
+        {},
+        {"a": 1},
+        {"up": {}, "down": {}},
+    ),
     *({"up": 3}, {".*": 4}, {"(": 2}, {"x": None}, {"x": [1.0, "2"]}, {"top_k": 2}),
     {"in_factors": [2], "out_factors": [3]},
 )
@@ -105,7 +133,17 @@ def spoil_bytes(data: bytes, draw: random.Random) -> bytes:
 _PIECES = (
     *(b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\n", b"\r\n", b"\t", b"[" * 3000),
     *(bytes([mark]) for mark in b"\"',{}]:"),
-    *(b"9" * 5000, b"1e999", b"NaN", b"null", b"-", b"&a *a", b"!!python/object:os.system", b"2001-99-99", b"<<: 1"),
+    *(
+        b"9" * 5000,
+        b"1e999",
+        b"NaN",
+        b"null",
+        b"-",
+        b"&a *a",
+        b"!!python/object:os.system",
+        b"2001-99-99",
+        b"<<: 1",
+    ),
     *(b"? [x]", b"\\u0000", b"\xc3\x28", b"=", b"#", b"%", b"y" * 200_000),
 )
 
@@ -127,7 +165,9 @@ def what_became_of(case: Case) -> str:
     try:
         case.call()
     except Exception as error:
-        if "can't allocate memory" in str(error):  # PyTorch's own words, for a size that some machines have
+        if "can't allocate memory" in str(
+            error
+        ):  # PyTorch's own words, for a size that some machines have
             return "refused"
         if not isinstance(error, Refused) and not is_on_purpose(error):
             raise
@@ -150,8 +190,10 @@ TABLES = {
     ".txt": "\n\n".join(text for text, _ in ROWS),
 }
 CONFIGS = {
-    ".json": '{"model": "t5", "num_experts": 4, "tasks": ["a", "b"], "capacity_factor": 1.25, "text_columns": null}',
-    ".yaml": "model: t5\nnum_experts: 4\ntasks: [a, b]\ncapacity_factor: 1.25\nlabel_words: {0: bad, 1: good}\n",
+    ".json": '{"model": "t5", "num_experts": 4, "tasks": ["a", "b"], "capacity_factor": 1.25, '
+    '"text_columns": null}',
+    ".yaml": "model: t5\nnum_experts: 4\ntasks: [a, b]\ncapacity_factor: 1.25\n"
+    "label_words: {0: bad, 1: good}\n",
 }
 
 
@@ -166,14 +208,18 @@ def data_files(draw: random.Random, folder: Path) -> Iterator[Case]:
             file.write_bytes(spoil_bytes(CONFIGS[suffix].encode(), draw))
             groups = [RunOptions, DataOptions, ExpertOptions]
             options = [name for group in groups for name in group.__dataclass_fields__]
-            yield Case(f"{file}", partial(parse, groups, [], file), [str(file), "configuration", *options])
+            yield Case(
+                f"{file}", partial(parse, groups, [], file), [str(file), "configuration", *options]
+            )
             continue
         suffix = draw.choice(sorted(TABLES))
         good = TABLES[suffix].encode()
         for split in ("train", "validation"):
             data = spoil_bytes(good, draw) if split == "train" or draw.random() < 0.3 else good
             if draw.random() < 0.15:
-                (own / f"{split}{suffix}.gz").write_bytes(spoil_bytes(gzip.compress(data, mtime=0), draw))
+                (own / f"{split}{suffix}.gz").write_bytes(
+                    spoil_bytes(gzip.compress(data, mtime=0), draw)
+                )
             else:
                 (own / f"{split}{suffix}").write_bytes(data)
         yield Case(f"{own}/train{suffix}", partial(load, own), [str(own), "data_dir"])
@@ -189,7 +235,8 @@ def load(folder: Path) -> None:
 
 
 def checkpoints(draw: random.Random, folder: Path) -> Iterator[Case]:
-    """An endless stream; the good models lie in ``folder``, beside a copy that is damaged again for every case."""
+    """An endless stream; the good models lie in ``folder``, beside a copy that is damaged again for
+    every case."""
     kinds = make_models(folder)
     base, work = dense_model("gpt2"), folder / "spoilt"
     base.load_state_dict(torch.load(folder / "base.pt"))
@@ -198,11 +245,17 @@ def checkpoints(draw: random.Random, folder: Path) -> Iterator[Case]:
         if work.exists():
             shutil.rmtree(work)
         shutil.copytree(folder / kind, work)
-        file = draw.choice(sorted(path for path in work.iterdir() if path.suffix in (".json", ".safetensors")))
+        file = draw.choice(
+            sorted(path for path in work.iterdir() if path.suffix in (".json", ".safetensors"))
+        )
         how = draw.choice((spoil_json, spoil_file))
         how(file, draw)
         call = partial(load_mpoe, work, base if kind == "only" else None)
-        yield Case(f"{kind}: {how.__name__} of {file.name}", call, [str(work), "config.json", "architectures", "base"])
+        yield Case(
+            f"{kind}: {how.__name__} of {file.name}",
+            call,
+            [str(work), "config.json", "architectures", "base"],
+        )
 
 
 def make_models(folder: Path) -> list[str]:
@@ -210,7 +263,9 @@ def make_models(folder: Path) -> list[str]:
     torch.manual_seed(0)
     base = dense_model("gpt2")
     torch.save(base.state_dict(), folder / "base.pt")
-    save_mpoe_only(convert_to_mpoe(base, MPOEConfig(num_experts=2, shape="separable")), folder / "only", base)
+    save_mpoe_only(
+        convert_to_mpoe(base, MPOEConfig(num_experts=2, shape="separable")), folder / "only", base
+    )
     model = mpoe_model("t5", num_experts=2)
     model.save_pretrained(folder / "whole")
     model.save_pretrained(folder / "shards", max_shard_size="20KB")
@@ -218,11 +273,21 @@ def make_models(folder: Path) -> list[str]:
 
 
 # Where no weights are, in the place of a shard.
-ELSEWHERE = ("../config.json", "/etc/passwd", "..", "absent.safetensors", "a/../model.safetensors", "", 3, None)
+ELSEWHERE = (
+    "../config.json",
+    "/etc/passwd",
+    "..",
+    "absent.safetensors",
+    "a/../model.safetensors",
+    "",
+    3,
+    None,
+)
 
 
 def spoil_json(file: Path, draw: random.Random) -> None:
-    """Change values of config.json, of the index, of the base's record, or of a safetensors header."""
+    """Change values of config.json, of the index, of the base's record, or of a safetensors
+    header."""
     data, start = file.read_bytes(), 8 * (file.suffix != ".json")
     end = start + int.from_bytes(data[:start], "little") if start else len(data)
     values = json.loads(data[start:end])

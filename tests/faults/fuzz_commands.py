@@ -24,16 +24,99 @@ from mpoe.cli.main import main
 from .fuzz import TABLES, Case, Refused, some
 
 # Options of the Trainer that change the process, reach beyond it, or only name things.
-LEFT_OUT = ("hub", "deepspeed", "ddp_", "local_rank", "log_level", "torch_compile", "run_name", "logging_dir")
+LEFT_OUT = (
+    "hub",
+    "deepspeed",
+    "ddp_",
+    "local_rank",
+    "log_level",
+    "torch_compile",
+    "run_name",
+    "logging_dir",
+)
 LEFT_OUT += ("trackio", "full_determinism", "tf32", "liger")
 # Values of some options, of none, or of another one.
 VALUES = (
-    *("", "-1", "0", "1", "2", "3", "8", "1000000000000", "-0.5", "0.1", "1.0", "nan", "inf", "1e309", "true", "false"),
-    *("None", "x", "é☃", "{", "[]", "null", '{"up": 1}', '{"a": "b"}', "[" * 3000, "9" * 5000, "a,b", "--", "-x"),
-    *(",", "..", "/dev/null", "/proc/version", "here/data", "here/out", "plan.json", "the film", "cpu", "eager"),
-    *("t5", "gpt2", "doc_lm", "doc_lm,doc_module", "sentence", "label", "accuracy,f1", "train", "validation", "test"),
-    *("switch", "moe", "none", "dense", "separable", "paper", "light", "random", "threshold", "identity", "sgd", "0,1"),
-    *("ffn", "attention,embedding", "word_embed,mlp", "nompo", "decoder", '{".*wo": 4}', '{"0": "bad", "1": "good"}'),
+    *(
+        "",
+        "-1",
+        "0",
+        "1",
+        "2",
+        "3",
+        "8",
+        "1000000000000",
+        "-0.5",
+        "0.1",
+        "1.0",
+        "nan",
+        "inf",
+        "1e309",
+        "true",
+        "false",
+    ),
+    *(
+        "None",
+        "x",
+        "é☃",
+        "{",
+        "[]",
+        "null",
+        '{"up": 1}',
+        '{"a": "b"}',
+        "[" * 3000,
+        "9" * 5000,
+        "a,b",
+        "--",
+        "-x",
+    ),
+    *(
+        ",",
+        "..",
+        "/dev/null",
+        "/proc/version",
+        "here/data",
+        "here/out",
+        "plan.json",
+        "the film",
+        "cpu",
+        "eager",
+    ),
+    *(
+        "t5",
+        "gpt2",
+        "doc_lm",
+        "doc_lm,doc_module",
+        "sentence",
+        "label",
+        "accuracy,f1",
+        "train",
+        "validation",
+        "test",
+    ),
+    *(
+        "switch",
+        "moe",
+        "none",
+        "dense",
+        "separable",
+        "paper",
+        "light",
+        "random",
+        "threshold",
+        "identity",
+        "sgd",
+        "0,1",
+    ),
+    *(
+        "ffn",
+        "attention,embedding",
+        "word_embed,mlp",
+        "nompo",
+        "decoder",
+        '{".*wo": 4}',
+        '{"0": "bad", "1": "good"}',
+    ),
 )
 COMMANDS = ("train", "evaluate", "convert", "plan", "inspect", "generate", "demo", "bench", "info")
 
@@ -41,13 +124,19 @@ COMMANDS = ("train", "evaluate", "convert", "plan", "inspect", "generate", "demo
 @functools.cache
 def parser_of(command: str) -> Any:
     """The parser of a command's options."""
-    declared = importlib.import_module(f"mpoe.cli.{command}").command  # by `as_command`, with its groups of options
+    declared = importlib.import_module(
+        f"mpoe.cli.{command}"
+    ).command  # by `as_command`, with its groups of options
     return make_parser(inspect.getclosurevars(declared).nonlocals["groups"])
 
 
 def options_of(command: str) -> list[Any]:
     """The parser's actions for every option of a command."""
-    return [a for a in parser_of(command)._actions if a.option_strings and not any(part in a.dest for part in LEFT_OUT)]
+    return [
+        a
+        for a in parser_of(command)._actions
+        if a.option_strings and not any(part in a.dest for part in LEFT_OUT)
+    ]
 
 
 def words_of(option: Any) -> Sequence[str]:
@@ -81,7 +170,10 @@ def cases(draw: random.Random, folder: Path) -> Iterator[Case]:
     inside = prepare(folder)
     for number in itertools.count():
         command = draw.choice(COMMANDS)
-        tokens, names = [command, *start_of(command, number)], ["model", "configuration file", "here/data"]
+        tokens, names = (
+            [command, *start_of(command, number)],
+            ["model", "configuration file", "here/data"],
+        )
         if draw.random() < 0.05:  # for train this is a configuration file
             tokens[1:2] = [draw.choice(VALUES)]
             names.append(tokens[1][:2])
@@ -89,7 +181,11 @@ def cases(draw: random.Random, folder: Path) -> Iterator[Case]:
             flag, word = draw.choice(option.option_strings), draw.choice(words_of(option))
             if draw.random() < 0.2:
                 word = draw.choice(VALUES)
-            own = [flag] if option.nargs == 0 else draw.choice(([flag, word], [flag, word], [f"{flag}={word}"]))
+            own = (
+                [flag]
+                if option.nargs == 0
+                else draw.choice(([flag, word], [flag, word], [f"{flag}={word}"]))
+            )
             if draw.random() < 0.1:
                 own = draw.choice(([flag[:-1], word], [flag]))
             tokens += own
@@ -111,7 +207,9 @@ def prepare(folder: Path) -> Path:
     for split in ("train", "validation", "test"):
         (data / f"{split}.jsonl").write_text(TABLES[".jsonl"])
     dense = AutoModelForSeq2SeqLM.from_pretrained(stand_in_path("t5"))
-    convert_to_mpoe(dense, MPOEConfig(num_experts=2, shape="separable")).save_pretrained(inside / "mixture")
+    convert_to_mpoe(dense, MPOEConfig(num_experts=2, shape="separable")).save_pretrained(
+        inside / "mixture"
+    )
     AutoTokenizer.from_pretrained(stand_in_path("t5")).save_pretrained(inside / "mixture")
     return inside
 
@@ -120,7 +218,18 @@ def start_of(command: str, number: int) -> list[str]:
     """Arguments with which the command works."""
     data, out = ["--data_dir", "here/data"], f"out{number}"
     return {
-        "train": ["--model", "t5", *data, "--output_dir", out, "--max_steps", "2", "--use_cpu", "--report_to", "none"],
+        "train": [
+            "--model",
+            "t5",
+            *data,
+            "--output_dir",
+            out,
+            "--max_steps",
+            "2",
+            "--use_cpu",
+            "--report_to",
+            "none",
+        ],
         "evaluate": ["mixture", *data],
         "convert": ["t5", out],
         "plan": ["t5"],
@@ -133,7 +242,8 @@ def start_of(command: str, number: int) -> list[str]:
 
 
 def run(tokens: Sequence[str], inside: Path) -> None:
-    """Run a command line: exit code 0 or taken is well, 2 a refusal; a defect (1) raises with its traceback."""
+    """Run a command line: exit code 0 or taken is well, 2 a refusal; a defect (1) raises with its
+    traceback."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.ExitStack() as stack:
         for gate in WORK:

@@ -1,6 +1,8 @@
-"""Work in forked processes that have torch imported already: runs to be killed, disks that are full or read-only.
+"""Work in forked processes that have torch imported already: runs to be killed, disks that are full
+or read-only.
 
-What was saved must stay whole. ``SEED`` is that of the exhaustive tests, ``SEED=1`` in the environment tries others.
+What was saved must stay whole. ``SEED`` is that of the exhaustive tests, ``SEED=1`` in the
+environment tries others.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ from mpoe.training.output_dir import RUN_FILE
 from mpoe.training.published import publish, staging_folder
 from tests.training.tiny import make_trainer, resume_options
 
-tqdm.monitor_interval = 0  # its thread may hold tqdm's lock at a fork, and the child would wait for ever
+tqdm.monitor_interval = (
+    0  # its thread may hold tqdm's lock at a fork, and the child would wait for ever
+)
 SEED = int(os.environ.get("SEED", "0"))
 _VERSION_3, _DAC_OVERRIDE, _DAC_READ_SEARCH = 0x20080522, 1, 2  # linux/capability.h
 
@@ -65,7 +69,8 @@ class Child(multiprocessing.context.ForkProcess):
 
 
 def fork(work: Callable[[], object], log: Path) -> Child:
-    """Run ``work`` in a child process: exit status 0, 1 with a traceback in ``log``, or that of a SystemExit."""
+    """Run ``work`` in a child process: exit status 0, 1 with a traceback in ``log``, or that of a
+    SystemExit."""
     child = Child(work, log)
     child.start()
     return child
@@ -73,7 +78,8 @@ def fork(work: Callable[[], object], log: Path) -> Child:
 
 @contextlib.contextmanager
 def limited_files(size: int) -> Iterator[None]:
-    """Let no file of this process grow beyond ``size`` bytes: a write then fails, as on a full disk."""
+    """Let no file of this process grow beyond ``size`` bytes: a write then fails, as on a full
+    disk."""
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
@@ -84,7 +90,8 @@ def limited_files(size: int) -> Iterator[None]:
 
 
 def obey_permissions() -> None:
-    """Make root obey the permissions of files, as everybody else does, for the rest of this process."""
+    """Make root obey the permissions of files, as everybody else does, for the rest of this
+    process."""
     libc = ctypes.CDLL(None, use_errno=True)
     header, words = (ctypes.c_uint32 * 2)(_VERSION_3, 0), (ctypes.c_uint32 * 6)()
     if libc.capget(header, words) != 0:
@@ -118,7 +125,8 @@ def victim(folder: Path) -> None:
 
 
 def kill_runs(kills: int, seed: int, folder: Path) -> Counter[str]:
-    """Kill ``kills`` processes, spread over as many runs as that takes; every run is then let through to its end."""
+    """Kill ``kills`` processes, spread over as many runs as that takes; every run is then let
+    through to its end."""
     draw, tally = random.Random(seed), Counter[str]()
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
@@ -134,14 +142,16 @@ def kill_runs(kills: int, seed: int, folder: Path) -> Counter[str]:
             if child.exitcode != -9:
                 break  # it was faster
             tally.update(killed=1, while_saving=was_saving)
-        # Undisturbed to its end; where a killed one had reached it, only its leftovers are cleared away.
+        # Undisturbed to its end; where a killed one had reached it, only its leftovers are cleared
+        # away.
         finish(run, expected, folder / f"{run.name}.log")
         tally["runs"] += 1
     return tally
 
 
 def kill_sometime(child: Child, run: Path, draw: random.Random, length: float) -> bool:
-    """Kill a child at a random moment of its run, or within a save; returns whether a save was in progress."""
+    """Kill a child at a random moment of its run, or within a save; returns whether a save was in
+    progress."""
     staging = [checkpoints.staging_root(run), run / ".incomplete-model"]
     if draw.random() < 0.5:
         end = time.monotonic() + draw.uniform(0.0, length)
@@ -168,7 +178,9 @@ def check_saved(run: Path, last: Path | None) -> None:
         assert checkpoints.is_complete(path), path
         assert not checkpoints.damaged_files(path), path
     now = find_last_checkpoint(run)
-    assert last is None or (now and checkpoints.step_of(now) >= checkpoints.step_of(last)), f"{last} is lost"
+    assert last is None or (now and checkpoints.step_of(now) >= checkpoints.step_of(last)), (
+        f"{last} is lost"
+    )
     if (run / "config.json").exists():
         load_mpoe(run)  # what looks like a model is one
 
@@ -177,8 +189,12 @@ def finish(run: Path, expected: dict[str, torch.Tensor], log: Path) -> None:
     """Let a run through to its end: it must equal one that nobody disturbed."""
     assert fork(partial(victim, run), log).wait() == 0, log.read_text()[-500:]
     got = load_file(run / "model.safetensors")
-    assert [name for name in expected if not torch.equal(got.get(name, torch.zeros(0)), expected[name])] == [], run
-    assert [record["step"] for record in read_metrics(run) if "loss" in record] == list(range(1, STEPS + 1)), run
+    assert [
+        name for name in expected if not torch.equal(got.get(name, torch.zeros(0)), expected[name])
+    ] == [], run
+    assert [record["step"] for record in read_metrics(run) if "loss" in record] == list(
+        range(1, STEPS + 1)
+    ), run
     assert [path.name for path in run.iterdir() if path.name.startswith(".")] == [], "left behind"
 
 
@@ -190,7 +206,8 @@ def straight_run(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def full_disk(folder: Path, size: int, expected: dict[str, torch.Tensor]) -> None:
-    """Train where no file may grow beyond ``size`` bytes, which ends in an OSError, then where it may."""
+    """Train where no file may grow beyond ``size`` bytes, which ends in an OSError, then where it
+    may."""
     run, log = folder / f"full-{size}", folder / f"full-{size}.log"
 
     def starved() -> None:
@@ -199,12 +216,16 @@ def full_disk(folder: Path, size: int, expected: dict[str, torch.Tensor]) -> Non
             victim(run)
 
     assert fork(starved, log).wait() == 1
-    assert re.search(r"^(OSError|safetensors_rust|.*SafetensorError)", log.read_text(), re.M), log.read_text()[-500:]
+    assert re.search(r"^(OSError|safetensors_rust|.*SafetensorError)", log.read_text(), re.M), (
+        log.read_text()[-500:]
+    )
     check_saved(run, None)
     finish(run, expected, log)
 
 
-def command_says(arguments: list[str], log: Path, size: int | None = None, as_user: bool = False) -> tuple[int, str]:
+def command_says(
+    arguments: list[str], log: Path, size: int | None = None, as_user: bool = False
+) -> tuple[int, str]:
     """Exit code and output of the command line on a full disk, or without root's rights."""
 
     def work() -> None:

@@ -1,4 +1,5 @@
-"""Damaged and malicious checkpoints are refused in our words, without running anything or taking memory."""
+"""Damaged and malicious checkpoints are refused in our words, without running anything or taking
+memory."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ def integers_as_weights(data: bytes) -> bytes:
 
 
 def claims(edge: int, end: int, is_there: bool) -> Spoil:
-    """A header that asks for ``edge`` x ``edge`` numbers, perhaps in a file as long (holes take no space on a disk)."""
+    """A header that asks for ``edge`` x ``edge`` numbers, perhaps in a file as long (holes take no
+    space on a disk)."""
     entry = {"dtype": "F32", "shape": [edge, edge], "data_offsets": [0, end]}
     header = json.dumps({"lm_head.weight": entry}).encode()
 
@@ -81,7 +83,8 @@ def swapped_shapes(folder: Path) -> None:
 
 
 def in_shards(name: str, outside: bool = False) -> Spoil:
-    """The weights are a shard; one tensor is said to be in the file ``name``, perhaps one that is there outside."""
+    """The weights are a shard; one tensor is said to be in the file ``name``, perhaps one that is
+    there outside."""
 
     def spoil(folder: Path) -> None:
         if outside:
@@ -89,7 +92,9 @@ def in_shards(name: str, outside: bool = False) -> Spoil:
         os.rename(weights(folder), folder / "a.safetensors")
         names = dict.fromkeys(load_file(folder / "a.safetensors"), "a.safetensors")
         values = {**names, next(iter(names)): name.format(folder.parent.resolve())}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": values}))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": values})
+        )
 
     return spoil
 
@@ -119,7 +124,10 @@ DAMAGES: dict[str, tuple[Spoil, str]] = {
         changed(integers_as_weights),
         "must hold floating-point numbers; the header",
     ),
-    "header of 4 exabytes": (changed(lambda data: (1 << 62).to_bytes(8, "little") + data[8:]), WHOLE),
+    "header of 4 exabytes": (
+        changed(lambda data: (1 << 62).to_bytes(8, "little") + data[8:]),
+        WHOLE,
+    ),
     "tensor of 4 terabytes in a sparse file": (claims(1 << 20, 1 << 42, True), NUMBERS),
     "tensor of 16 exabytes": (claims(1 << 31, 1 << 62, False), WHOLE),
     "pickle beside the config": (pickled_weights, r"must hold model\.safetensors"),
@@ -133,19 +141,37 @@ DAMAGES: dict[str, tuple[Spoil, str]] = {
         in_shards("../outside.safetensors", True),
         "must name files of its own folder; got '../outside",
     ),
-    "shard by absolute path": (in_shards("{}/outside.safetensors", True), "must name files of its own folder; got '/"),
+    "shard by absolute path": (
+        in_shards("{}/outside.safetensors", True),
+        "must name files of its own folder; got '/",
+    ),
     "shard that is absent": (in_shards("b.safetensors"), r"names b\.safetensors"),
     "config of a trillion numbers": (change_config(d_model=1_000_000, d_ff=1_000_000), NUMBERS),
-    "config of a billion layers": (change_config(num_layers=10**9), "num_layers in .* must fit the weights"),
+    "config of a billion layers": (
+        change_config(num_layers=10**9),
+        "num_layers in .* must fit the weights",
+    ),
     "config of a billion experts": (change_config(num_experts=10**9), NUMBERS),
-    "config of a bad field": (change_config(num_experts="many"), "valid field 'mpoe'; num_experts must be an integer"),
+    "config of a bad field": (
+        change_config(num_experts="many"),
+        "valid field 'mpoe'; num_experts must be an integer",
+    ),
     "config of another class": (
         change_config(architectures=["os.system"]),
         "architectures in .* must name an MPOE class of",
     ),
-    "config that is a list": (replaced("config.json", "[1, 2]"), "expected a mapping of names to values; got list"),
-    "index that names no files": (index_of_nothing, "weight_map in .* must map names of parameters"),
-    "config of deep brackets": (replaced("config.json", '{"a":' + "[" * 100_000), "bad JSON: maximum recursion depth"),
+    "config that is a list": (
+        replaced("config.json", "[1, 2]"),
+        "expected a mapping of names to values; got list",
+    ),
+    "index that names no files": (
+        index_of_nothing,
+        "weight_map in .* must map names of parameters",
+    ),
+    "config of deep brackets": (
+        replaced("config.json", '{"a":' + "[" * 100_000),
+        "bad JSON: maximum recursion depth",
+    ),
 }
 
 
@@ -157,7 +183,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_refused(saved: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damage_is_refused(
+    saved: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, (spoil, message) = tmp_path / "model", DAMAGES[name]
     shutil.copytree(saved, folder)
     spoil(folder)
@@ -169,7 +197,8 @@ def test_damage_is_refused(saved: Path, tmp_path: Path, name: str, monkeypatch: 
 
 
 def test_shards_and_links_in_their_own_folder_load(saved: Path, tmp_path: Path) -> None:
-    """The hub's cache holds links to its files: reading through one is as safe as reading a file."""
+    """The hub's cache holds links to its files: reading through one is as safe as reading a
+    file."""
     folder = tmp_path / "model"
     shutil.copytree(saved, folder)
     in_shards("a.safetensors")(folder)
@@ -195,10 +224,14 @@ def test_parts_of_a_damaged_checkpoint_are_not_taken(saved: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("content", [b"", b"half", pickle.dumps(Evil()), pickle.dumps([1, 2])])
-def test_pickles_of_the_original_are_refused(tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickles_of_the_original_are_refused(
+    tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(content)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"source must (hold tensors and nothing else|map names to tensors)"):
+    with pytest.raises(
+        ValueError, match=r"source must (hold tensors and nothing else|map names to tensors)"
+    ):
         import_original(tmp_path, dense_model("t5"))
     assert not (tmp_path / "pwned").exists()
 
@@ -206,7 +239,9 @@ def test_pickles_of_the_original_are_refused(tmp_path: Path, content: bytes, mon
 @pytest.mark.parametrize("change", ["cut", "config", "record", "ratios"])
 def test_damaged_mpoe_only_saves(tmp_path: Path, change: str) -> None:
     base = dense_model("gpt2")
-    save_mpoe_only(convert_to_mpoe(base, MPOEConfig(num_experts=2, shape="separable")), tmp_path, base)
+    save_mpoe_only(
+        convert_to_mpoe(base, MPOEConfig(num_experts=2, shape="separable")), tmp_path, base
+    )
     files = {"cut": "mpoe_only.safetensors", "record": "mpoe_base.json"}
     file = files.get(change, "config.json")
     text = (tmp_path / file).read_bytes()
@@ -217,7 +252,10 @@ def test_damaged_mpoe_only_saves(tmp_path: Path, change: str) -> None:
             "must hold the parameters its config",
         ),
         "record": (b"{}", "SHA-256"),
-        "ratios": (text.replace(b'"transformer.h.0.mlp', b'"h.0.mlp'), "must have one number for every core of"),
+        "ratios": (
+            text.replace(b'"transformer.h.0.mlp', b'"h.0.mlp'),
+            "must have one number for every core of",
+        ),
     }[change]
     (tmp_path / file).write_bytes(spoilt)
     refuses(ValueError, message, load_mpoe, tmp_path, base)
@@ -231,7 +269,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"]
+)
 def test_flipped_bit_in_a_checkpoint(trained: Path, tmp_path: Path, name: str) -> None:
     """Sizes fit, sums do not: the run goes on from the checkpoint before."""
     shutil.copytree(trained, tmp_path / "run")
@@ -247,7 +287,14 @@ def test_flipped_bit_in_a_checkpoint(trained: Path, tmp_path: Path, name: str) -
 
 @pytest.mark.parametrize(
     "text",
-    ["[]", "{", '{"files": []}', '{"files": {}, "crc32": 3}', '{"files": {"../../x": 0}}', '{"files": {"a": "b"}}'],
+    [
+        "[]",
+        "{",
+        '{"files": []}',
+        '{"files": {}, "crc32": 3}',
+        '{"files": {"../../x": 0}}',
+        '{"files": {"a": "b"}}',
+    ],
 )
 def test_foreign_manifests_are_no_checkpoints(tmp_path: Path, text: str) -> None:
     (tmp_path / "checkpoint-1").mkdir()
@@ -255,7 +302,9 @@ def test_foreign_manifests_are_no_checkpoints(tmp_path: Path, text: str) -> None
     assert find_last_checkpoint(tmp_path) is None
 
 
-@pytest.mark.parametrize("name", ["checkpoint-7", ".incomplete-checkpoints", ".deleting-checkpoint-3"])
+@pytest.mark.parametrize(
+    "name", ["checkpoint-7", ".incomplete-checkpoints", ".deleting-checkpoint-3"]
+)
 def test_links_are_removed_and_not_followed(trained: Path, tmp_path: Path, name: str) -> None:
     shutil.copytree(trained, tmp_path / "run")
     precious = tmp_path / "precious"
@@ -267,7 +316,9 @@ def test_links_are_removed_and_not_followed(trained: Path, tmp_path: Path, name:
     assert (precious / "work.txt").read_text() == "years of it"
 
 
-def test_pickled_optimizer_state_is_refused(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickled_optimizer_state_is_refused(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Someone else's checkpoint, with a manifest to match."""
     staged = checkpoints.staging_root(tmp_path) / "checkpoint-6"
     shutil.copytree(trained / "checkpoint-6", staged)

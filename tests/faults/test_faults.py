@@ -1,4 +1,5 @@
-"""Killed runs, full disks, folders that cannot be written, memory: slow in a slice, exhaustive at length."""
+"""Killed runs, full disks, folders that cannot be written, memory: slow in a slice, exhaustive at
+length."""
 
 from __future__ import annotations
 
@@ -9,7 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from mpoe import MPOEConfig, collect_statistics, convert_to_mpoe, load_mpoe, save_expert, start_expert
+from mpoe import (
+    MPOEConfig,
+    collect_statistics,
+    convert_to_mpoe,
+    load_mpoe,
+    save_expert,
+    start_expert,
+)
 from mpoe.data.embedded import load_stand_in
 from tests.assertions import in_threads
 from tests.models.tiny_models import tiny_model
@@ -36,10 +44,14 @@ def test_killed_runs_go_on_to_the_same_weights(tmp_path: Path, count: int) -> No
 
 @pytest.mark.parametrize(
     "sizes",
-    [pytest.param((0.0, 1.01), marks=slow), pytest.param([2 * number / 5 for number in range(6)], marks=exhaustive)],
+    [
+        pytest.param((0.0, 1.01), marks=slow),
+        pytest.param([2 * number / 5 for number in range(6)], marks=exhaustive),
+    ],
 )
 def test_full_disk_loses_nothing(tmp_path: Path, sizes: list[float]) -> None:
-    """By what the weights take: before the first checkpoint, with room for them and not for the optimizer's state."""
+    """By what the weights take: before the first checkpoint, with room for them and not for the
+    optimizer's state."""
     expected = straight_run(tmp_path)
     room = (tmp_path / "straight" / "model.safetensors").stat().st_size
     for size in sizes:
@@ -48,17 +60,51 @@ def test_full_disk_loses_nothing(tmp_path: Path, sizes: list[float]) -> None:
 
 COMMANDS = {
     "convert": ["convert", "t5", "{}/out", "--num_experts", "2"],
-    "compose": ["compose", "gpt2", "{}/law.expert", "--output_dir", "{}/out", "--background", "{}/train.txt"],
+    "compose": [
+        "compose",
+        "gpt2",
+        "{}/law.expert",
+        "--output_dir",
+        "{}/out",
+        "--background",
+        "{}/train.txt",
+    ],
     "export": ["export", "{}/mixture", "{}/out", "--to", "granitemoeshared"],
-    "train": ["train", "--data_dir", "{}", "--expert", "a", "--neurons", "64", "--output_dir", "{}/out"],
+    "train": [
+        "train",
+        "--data_dir",
+        "{}",
+        "--expert",
+        "a",
+        "--neurons",
+        "64",
+        "--output_dir",
+        "{}/out",
+    ],
 }
-OF_TRAIN = ["--model", "gpt2", "--max_steps", "1", "--learning_rate", "1e-3", "--max_source_length", "16", "--use_cpu"]
+OF_TRAIN = [
+    "--model",
+    "gpt2",
+    "--max_steps",
+    "1",
+    "--learning_rate",
+    "1e-3",
+    "--max_source_length",
+    "16",
+    "--use_cpu",
+]
 OF_TRAIN += ["--save_strategy", "no"]
 
 
-@pytest.mark.parametrize("options", [{"size": 20_000}, {"as_user": True}], ids=["full", "read_only"])
-@pytest.mark.parametrize("command", ["convert", *(pytest.param(name, marks=slow) for name in list(COMMANDS)[1:])])
-def test_command_line_tells_of_the_disk_in_one_line(tmp_path: Path, command: str, options: dict) -> None:
+@pytest.mark.parametrize(
+    "options", [{"size": 20_000}, {"as_user": True}], ids=["full", "read_only"]
+)
+@pytest.mark.parametrize(
+    "command", ["convert", *(pytest.param(name, marks=slow) for name in list(COMMANDS)[1:])]
+)
+def test_command_line_tells_of_the_disk_in_one_line(
+    tmp_path: Path, command: str, options: dict
+) -> None:
     out = tmp_path / "out"
     if "as_user" in options:
         out.mkdir(mode=0o555)
@@ -67,12 +113,16 @@ def test_command_line_tells_of_the_disk_in_one_line(tmp_path: Path, command: str
     if command == "compose":
         expert = start_expert(load_stand_in("gpt2")[0], 64)
         ids = torch.arange(64).view(4, 16)
-        save_expert(expert, tmp_path / "law.expert", statistics=collect_statistics(expert, [{"input_ids": ids}]))
+        save_expert(
+            expert,
+            tmp_path / "law.expert",
+            statistics=collect_statistics(expert, [{"input_ids": ids}]),
+        )
     elif command == "export":
         tiny = tiny_model("llama", "LlamaForCausalLM", vocab_size=2048)
-        convert_to_mpoe(tiny, MPOEConfig(num_experts=2, shape="neurons", neurons=8)).save_pretrained(
-            tmp_path / "mixture"
-        )
+        convert_to_mpoe(
+            tiny, MPOEConfig(num_experts=2, shape="neurons", neurons=8)
+        ).save_pretrained(tmp_path / "mixture")
         load_stand_in("gpt2")[1].save_pretrained(tmp_path / "mixture")
     words = [word.format(tmp_path) for word in COMMANDS[command]] + OF_TRAIN * (command == "train")
     code, text = command_says(words, tmp_path / "log", **options)
@@ -82,14 +132,21 @@ def test_command_line_tells_of_the_disk_in_one_line(tmp_path: Path, command: str
     assert len(lines) == 1
     assert ("cannot be" if "as_user" in options else "large") in lines[0]
     assert str(out) in lines[0]
-    left = [path for path in out.rglob("*") if path.suffix in (".expert", ".safetensors") or command != "train"]
+    left = [
+        path
+        for path in out.rglob("*")
+        if path.suffix in (".expert", ".safetensors") or command != "train"
+    ]
     assert [path for path in left if ".incomplete-model" not in path.parts] == []
 
 
 def test_loads_and_conversions_in_threads(tmp_path: Path) -> None:
     dense, model = dense_model("gpt2"), mpoe_model("t5")
     model.save_pretrained(tmp_path)
-    expected = [model.state_dict(), convert_to_mpoe(dense, MPOEConfig(num_experts=2, shape="separable")).state_dict()]
+    expected = [
+        model.state_dict(),
+        convert_to_mpoe(dense, MPOEConfig(num_experts=2, shape="separable")).state_dict(),
+    ]
 
     def work(number: int) -> dict[str, torch.Tensor]:
         for _ in range(3):
@@ -104,7 +161,11 @@ def test_loads_and_conversions_in_threads(tmp_path: Path) -> None:
         wanted = expected[number % 2]
         assert got.keys() == wanted.keys()
         routers = [name for name in wanted if "router" in name]  # of a conversion they are random
-        assert all(torch.equal(got[name], wanted[name]) for name in wanted if name not in routers or number % 2 == 0)
+        assert all(
+            torch.equal(got[name], wanted[name])
+            for name in wanted
+            if name not in routers or number % 2 == 0
+        )
         assert not any(value.is_meta for value in got.values())
     assert torch.get_default_dtype() == torch.float32
     assert not torch.empty(1).is_meta
@@ -112,11 +173,15 @@ def test_loads_and_conversions_in_threads(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["t5", "gpt2"])
 def test_same_seed_same_bits(tmp_path: Path, family: str) -> None:
-    """Six steps with dropout, jitter and the gradient mask, twice in one process, once with forked readers of data."""
+    """Six steps with dropout, jitter and the gradient mask, twice in one process, once with forked
+    readers of data."""
     finals, losses = [], []
     for workers in (0, 2):
         torch.manual_seed(workers)  # whatever state the process is in
-        options = resume_options(family, 6) | {"dataloader_num_workers": workers, "save_strategy": "no"}
+        options = resume_options(family, 6) | {
+            "dataloader_num_workers": workers,
+            "save_strategy": "no",
+        }
         trainer = make_trainer(tmp_path / str(workers), **options)
         trainer.train()
         finals.append(trainer.model.state_dict())
@@ -135,7 +200,8 @@ def count_tensors() -> int:
     [pytest.param(150, 50, 20_000, marks=slow), pytest.param(1000, 200, 2_000, marks=exhaustive)],
 )
 def test_memory_stays_flat(steps: int, warm: int, most: int) -> None:
-    """Bytes per step by least squares; batches change their sizes, and the first ``warm`` ones fill caches."""
+    """Bytes per step by least squares; batches change their sizes, and the first ``warm`` ones fill
+    caches."""
     model = mpoe_model("t5", dropout=0.1, jitter=0.1).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     rows, samples, tensors = Rows("t5").rows, [], 0
@@ -149,7 +215,10 @@ def test_memory_stays_flat(steps: int, warm: int, most: int) -> None:
             tensors = count_tensors()
         if step >= warm:
             samples.append(resident_bytes())
-    slope, new = float(np.polyfit(np.arange(len(samples)), samples, 1)[0]), count_tensors() - tensors
+    slope, new = (
+        float(np.polyfit(np.arange(len(samples)), samples, 1)[0]),
+        count_tensors() - tensors,
+    )
     print(f"{slope:+.0f} bytes per step, {new:+d} tensors")
     assert slope < most
     assert new <= 0

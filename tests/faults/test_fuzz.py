@@ -1,4 +1,5 @@
-"""Random inputs: each works or is refused in our words; exhaustive, hundreds of each kind. What public names take."""
+"""Random inputs: each works or is refused in our words; exhaustive, hundreds of each kind. What
+public names take."""
 
 from __future__ import annotations
 
@@ -64,8 +65,14 @@ def configurations(draw: random.Random) -> Iterator[Case]:
         names = [field.name for field in dataclasses.fields(kind)]
         if draw.random() < 0.5:
             good = {name: value for name, value in GOOD[kind].items() if draw.random() < 0.6}
-            values = {name: good[name] if name in good else odd(draw) for name in some(draw, names, 4)}
-            make = partial(kind, **values) if kind is not MPOShape else partial(kind.from_dict, {**SHAPE, **values})
+            values = {
+                name: good[name] if name in good else odd(draw) for name in some(draw, names, 4)
+            }
+            make = (
+                partial(kind, **values)
+                if kind is not MPOShape
+                else partial(kind.from_dict, {**SHAPE, **values})
+            )
         else:
             values = spoil_values(GOOD[kind], draw)
             if draw.random() < 0.5:
@@ -99,7 +106,8 @@ ROOM = 6 << 30  # bytes of address space that may be taken: a fair machine, not 
 
 
 def try_inputs(kind: str, count: int, seed: int, folder: Path) -> None:
-    """In a child: new memory is filled with NaN, so that a result that holds what nobody wrote is seen."""
+    """In a child: new memory is filled with NaN, so that a result that holds what nobody wrote is
+    seen."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, resource.RLIM_INFINITY))
     os.chdir(folder)  # where a relative path may lead to without harm
@@ -109,7 +117,9 @@ def try_inputs(kind: str, count: int, seed: int, folder: Path) -> None:
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     found: Counter[str] = Counter()
-    for case, _ in zip(KINDS[kind](random.Random(f"{kind} {seed}"), folder), range(count), strict=False):
+    for case, _ in zip(
+        KINDS[kind](random.Random(f"{kind} {seed}"), folder), range(count), strict=False
+    ):
         print(case.what, flush=True)
         found[what_became_of(case)] += 1
     print(f"{kind}: {dict(found)}")
@@ -117,7 +127,9 @@ def try_inputs(kind: str, count: int, seed: int, folder: Path) -> None:
     assert found["refused"] > 0
 
 
-@pytest.mark.parametrize(("count", "seed"), [(25, 0), pytest.param(500, SEED, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    ("count", "seed"), [(25, 0), pytest.param(500, SEED, marks=pytest.mark.exhaustive)]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_inputs(kind: str, count: int, seed: int, tmp_path: Path) -> None:
     """In a forked process: what that dies of, or hangs in, is its last words."""
@@ -157,9 +169,13 @@ def test_what_is_exchanged_worked(tmp_path: Path) -> None:
             assert stray(function(**make())) is None, name
 
 
-# Axes that may have another, or a larger, size: tokens, where no other tensor has them; features that come out.
+# Axes that may have another, or a larger, size: tokens, where no other tensor has them; features
+# that come out.
 FREE = {
-    "MPOBlocks": {f"{block} +1" for block in ("left 1", "left 2", "central 1", "central 2", "right 2", "right 3")},
+    "MPOBlocks": {
+        f"{block} +1"
+        for block in ("left 1", "left 2", "central 1", "central 2", "right 2", "right 3")
+    },
     "Routing": {"expert_offsets 0"},
     "combine": {"y_sorted 1"},
     "dispatch": {"x 1"},
@@ -181,6 +197,8 @@ def test_every_size(name: str) -> None:
         for axis, more in product(range(len(shape)), (-1, 1)):
             if {f"{argument} {axis}", f"{argument} {axis} {more:+}"} & FREE.get(name, set()):
                 continue
-            wrong = value.new_zeros([size + more * (place == axis) for place, size in enumerate(shape)])
+            wrong = value.new_zeros(
+                [size + more * (place == axis) for place, size in enumerate(shape)]
+            )
             with pytest.raises((TypeError, ValueError), match=" must "):
                 function(**{**make(), argument: wrong})

@@ -1,6 +1,8 @@
-"""Processes that start in one folder at once, or continue a run that is still going: one is in, the others are told.
+"""Processes that start in one folder at once, or continue a run that is still going: one is in, the
+others are told.
 
-Whoever is in makes a folder `inside` and removes it when it leaves, so that two at once cannot go unnoticed.
+Whoever is in makes a folder `inside` and removes it when it leaves, so that two at once cannot go
+unnoticed.
 """
 
 from __future__ import annotations
@@ -29,7 +31,11 @@ from tests.training.tiny import make_trainer
 from ..cli.cli_data import write_sentiment
 from .processes import SEED, Child, command_says, fork
 
-TOLD, LATE, TWO_INSIDE = 3, 4, 5  # exit statuses: refused while one is in, refused after it, and what must not be
+TOLD, LATE, TWO_INSIDE = (
+    3,
+    4,
+    5,
+)  # exit statuses: refused while one is in, refused after it, and what must not be
 
 
 class Inside(TrainerCallback):
@@ -65,7 +71,8 @@ def train(folder: Path) -> None:
 
 
 def live(folder: Path, go_on: int) -> None:
-    """A run in the middle of a save; it ends when ``go_on`` is closed and its files are as it wrote them."""
+    """A run in the middle of a save; it ends when ``go_on`` is closed and its files are as it wrote
+    them."""
     with hold(folder):
         prepare_output_dir(folder, run_config={"steps": 1})
         staged = checkpoints.staging_root(folder) / "checkpoint-1"
@@ -107,7 +114,10 @@ def at_once(works: list[Callable[[], object]], folder: Path) -> list[Child]:
 
         return run
 
-    children = [fork(waiting(work), folder.with_name(f"{folder.name}-{i}.log")) for i, work in enumerate(works)]
+    children = [
+        fork(waiting(work), folder.with_name(f"{folder.name}-{i}.log"))
+        for i, work in enumerate(works)
+    ]
     os.close(ready)
     os.close(go)
     return children
@@ -134,7 +144,8 @@ def double_training(folder: Path, draw: random.Random, tally: Counter[str]) -> N
 
 
 def resume_of_live(folder: Path, draw: random.Random, tally: Counter[str]) -> None:
-    """Three processes want to continue, or to replace, a run that is still going; it may then be killed."""
+    """Three processes want to continue, or to replace, a run that is still going; it may then be
+    killed."""
     waiting, go_on = os.pipe()
 
     def work() -> None:
@@ -145,7 +156,9 @@ def resume_of_live(folder: Path, draw: random.Random, tally: Counter[str]) -> No
     os.close(waiting)
     while not (folder / "inside").is_dir() and holder.is_alive():
         time.sleep(0.001)
-    wishes = [draw.choice([{"resume": True}, {"resume": True}, {"overwrite": True}, {}]) for _ in range(3)]
+    wishes = [
+        draw.choice([{"resume": True}, {"resume": True}, {"overwrite": True}, {}]) for _ in range(3)
+    ]
     others = at_once([partial(claim, folder, 0.0, **wish) for wish in wishes], folder)
     for child in others:
         assert child.wait(60) == TOLD, said_by(child)
@@ -157,7 +170,9 @@ def resume_of_live(folder: Path, draw: random.Random, tally: Counter[str]) -> No
     os.close(go_on)
     assert holder.wait(60) == (-9 if killed else 0), said_by(holder)
     # Whatever became of it, nothing stands in the way of the next one.
-    again = fork(told(partial(claim, folder, 0.0, resume=True)), folder.with_name(f"{folder.name}-again.log"))
+    again = fork(
+        told(partial(claim, folder, 0.0, resume=True)), folder.with_name(f"{folder.name}-again.log")
+    )
     assert again.wait(60) == 0, said_by(again)
     tally.update(processes=5, entered=2, told=3)
 
@@ -172,7 +187,9 @@ def judge(children: list[Child], tally: Counter[str], most: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("races", "seed"), [(5, 7), pytest.param(200, SEED, marks=pytest.mark.exhaustive)], ids=["a slice", "at length"]
+    ("races", "seed"),
+    [(5, 7), pytest.param(200, SEED, marks=pytest.mark.exhaustive)],
+    ids=["a slice", "at length"],
 )
 def test_races(tmp_path: Path, races: int, seed: int) -> None:
     """Four of ten are double starts, four resumes of a live run, two of Trainers."""
@@ -208,14 +225,19 @@ def test_who_holds_a_folder_is_named_and_a_killed_process_holds_none(tmp_path: P
     folder, link = tmp_path / "run", tmp_path / "link"
     link.symlink_to(folder)
     child = holding(folder)
-    who = rf"output_dir .*(run|link) is in use by process {child.pid} on {socket.gethostname()}, since 20\d\d-"
+    who = (
+        f"output_dir .*(run|link) is in use by process {child.pid} on {socket.gethostname()}, "
+        r"since 20\d\d-"
+    )
     for path in (folder, link):  # by whatever name
         with pytest.raises(FolderInUseError, match=who), hold(path):
             pass
         refuses(FolderInUseError, who, check_free, path)
         refuses(FolderInUseError, who, prepare_output_dir, path)
     child.kill()
-    assert json.loads((folder / LOCK_FILE).read_text())["pid"] == child.pid  # the file stays, the lock does not
+    assert (
+        json.loads((folder / LOCK_FILE).read_text())["pid"] == child.pid
+    )  # the file stays, the lock does not
     check_free(folder)
     with hold(folder), hold(link):  # what a process holds it may hold again
         assert json.loads((folder / LOCK_FILE).read_text())["pid"] == os.getpid()
@@ -243,12 +265,17 @@ def test_children_do_not_keep_the_lock_of_a_process_that_has_ended(tmp_path: Pat
 def test_a_lock_that_says_nothing_about_its_holder(tmp_path: Path) -> None:
     child = holding(tmp_path / "run")
     (tmp_path / "run" / LOCK_FILE).write_text("{")
-    with pytest.raises(FolderInUseError, match="is in use by another process;"), hold(tmp_path / "run"):
+    with (
+        pytest.raises(FolderInUseError, match="is in use by another process;"),
+        hold(tmp_path / "run"),
+    ):
         pass
     child.kill()
 
 
-def test_a_lock_on_a_file_that_was_deleted_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_on_a_file_that_was_deleted_meanwhile_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original, calls = run_lock._try, []
 
     def first_too_late(descriptor: int, kind: int) -> bool:
@@ -271,7 +298,10 @@ def test_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(run_lock.fcntl, "flock", flock)
 
     refuse(errno.ENOLCK)
-    with pytest.warns(UserWarning, match=r"has no locks .*nothing keeps a second process out"), hold(tmp_path):
+    with (
+        pytest.warns(UserWarning, match=r"has no locks .*nothing keeps a second process out"),
+        hold(tmp_path),
+    ):
         pass
     refuse(errno.EIO)
     with pytest.raises(OSError, match=rf"output_dir {tmp_path} cannot be locked"), hold(tmp_path):
@@ -284,7 +314,8 @@ def test_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.slow
 def test_the_command_line_beside_a_run_that_is_going(tmp_path: Path) -> None:
     data, folder = write_sentiment(tmp_path / "data"), tmp_path / "run"
-    words = f"train --model t5 --data_dir {data} --output_dir {folder} --num_experts 2 --use_cpu".split()
+    words = f"train --model t5 --data_dir {data} --output_dir {folder}".split()
+    words += ["--num_experts", "2", "--use_cpu"]
     words += ["--per_device_train_batch_size", "2", "--save_steps", "5", "--disable_tqdm", "true"]
 
     def run() -> None:

@@ -1,4 +1,5 @@
-"""The backends that op tests run on. What each supports is read from its table, so new kernels are tested at once."""
+"""The backends that op tests run on. What each supports is read from its table, so new kernels are
+tested at once."""
 
 from __future__ import annotations
 
@@ -31,9 +32,12 @@ def supports(backend: str, op: str, dtype: torch.dtype) -> bool:
 
 
 def candidate_backend(
-    name: str, kernels: dict[str, Callable[..., object]], reasons: Callable[[Contraction], list[str]] = lambda _: []
+    name: str,
+    kernels: dict[str, Callable[..., object]],
+    reasons: Callable[[Contraction], list[str]] = lambda _: [],
 ) -> Backend:
-    """A backend with one candidate per strategy of the ops in ``kernels``; a kernel takes a call."""
+    """A backend with one candidate per strategy of the ops in ``kernels``; a kernel takes a
+    call."""
     ops = {phase: op for op, phase in CONTRACTIONS.items()}
 
     def candidates(plan: Contraction) -> list[Candidate]:
@@ -54,7 +58,8 @@ def dtypes_of(backend: str, op: str) -> list[torch.dtype]:
 
 
 def require(backend: str, op: str = "route", dtype: torch.dtype | None = None) -> None:
-    """Skip a test whose backend is missing (with ``MPOE_REQUIRE_ALL``: fail) or lacks this op or dtype."""
+    """Skip a test whose backend is missing (with ``MPOE_REQUIRE_ALL``: fail) or lacks this op or
+    dtype."""
     if reasons := backend_reasons()[backend]:
         skip_or_fail(f"backend {backend} cannot run here: {'; '.join(reasons)}")
     if dtype is None and not dtypes_of(backend, op) and op != "route":
@@ -67,7 +72,9 @@ def _computes(backend: str, phase: str, strategy: str, shape: MPOShape, dtype: t
     dims = BlockDims.of_shape(shape)
     op = LINEAR if phase == "forward" else f"{LINEAR}_backward"
     try:
-        resolve_contraction(Problem(op, dims, 2, 8, dtype, "cpu", backend=backend, strategy=strategy))
+        resolve_contraction(
+            Problem(op, dims, 2, 8, dtype, "cpu", backend=backend, strategy=strategy)
+        )
     except BackendError:
         return False
     return True
@@ -79,7 +86,9 @@ def strategies_of(backend: str, shape: MPOShape, dtype: torch.dtype) -> list[str
         strategy
         for strategy in STRATEGIES
         if (strategy != "separable" or shape.is_separable)
-        and all(_computes(backend, phase, strategy, shape, dtype) for phase in ("forward", "backward"))
+        and all(
+            _computes(backend, phase, strategy, shape, dtype) for phase in ("forward", "backward")
+        )
     ]
 
 
@@ -101,9 +110,11 @@ def choices_of(backend: str, shape: MPOShape, dtype: torch.dtype) -> list[str]:
     return ["auto", *found] if found and (not shape.is_separable or "separable" in found) else found
 
 
-def need_of(name: str, backend: str, dtype: torch.dtype = torch.float32, trains: bool = True) -> None:
-    """Skip a test whose backend lacks the op of a name, of a layer or a network the linear one; or the strategy that
-    blocks of bond 1 train with, if the test ``trains``."""
+def need_of(
+    name: str, backend: str, dtype: torch.dtype = torch.float32, trains: bool = True
+) -> None:
+    """Skip a test whose backend lacks the op of a name, of a layer or a network the linear one; or
+    the strategy that blocks of bond 1 train with, if the test ``trains``."""
     if name.startswith(("hidden", "neuron", "mpo_embedding", "dispatch", "combine", "route")):
         require(backend, name, dtype)
     elif name.endswith("hidden"):

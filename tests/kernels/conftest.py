@@ -24,17 +24,24 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 
 @pytest.fixture
 def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """Times of two stand-ins, ``first`` (preferred) and ``second``, by name of backend; their calls compute nothing."""
+    """Times of two stand-ins, ``first`` (preferred) and ``second``, by name of backend; their calls
+    compute nothing."""
     found = {"first": 2.0, "second": 1.0}
 
     def backend(name: str) -> Backend:
         # A kernel by which `_seconds` below can tell whose it is.
-        return Backend(name, {}, candidates=lambda plan: [Candidate(name, plan.strategy, plan.strategy, name.index)])
+        return Backend(
+            name,
+            {},
+            candidates=lambda plan: [Candidate(name, plan.strategy, plan.strategy, name.index)],
+        )
 
     for name in found:
         monkeypatch.setitem(backends.BACKENDS, name, backend(name))
     monkeypatch.setitem(backends.PREFERRED, "cpu", tuple(found))
     monkeypatch.setattr(
-        autotune, "_seconds", lambda runs, device: [found[run.func.__self__] + (k > 1) for k, run in enumerate(runs)]
+        autotune,
+        "_seconds",
+        lambda runs, device: [found[run.func.__self__] + (k > 1) for k, run in enumerate(runs)],
     )
     return found

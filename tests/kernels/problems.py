@@ -1,4 +1,5 @@
-"""Functions of every op with tensors that fit, and the arguments of the raw ops that they lead to."""
+"""Functions of every op with tensors that fit, and the arguments of the raw ops that they lead
+to."""
 
 from __future__ import annotations
 
@@ -35,12 +36,16 @@ def given(blocks: MPOBlocks, left: Tensor, central: Tensor) -> MPOBlocks:
     return MPOBlocks(left, central, blocks.right, blocks.in_features, blocks.out_features)
 
 
-def problems(shape: MPOShape = SHAPE, strategy: str = "auto") -> dict[str, tuple[Function, tuple[Tensor, ...]]]:
+def problems(
+    shape: MPOShape = SHAPE, strategy: str = "auto"
+) -> dict[str, tuple[Function, tuple[Tensor, ...]]]:
     """By public name: a function of floating tensors, and those."""
     index = expert_choice("zipf", TOKENS, EXPERTS, TOP_K)
     routing = route(index, EXPERTS)
     gates = torch.rand(TOKENS, TOP_K)
-    one, up, gate = (random_blocks(shape, experts, torch.float32) for experts in (1, EXPERTS, EXPERTS))
+    one, up, gate = (
+        random_blocks(shape, experts, torch.float32) for experts in (1, EXPERTS, EXPERTS)
+    )
     down = random_blocks(shape.mirrored(), EXPERTS, torch.float32)
     x, bias = torch.randn(TOKENS, shape.in_features), torch.randn(shape.out_features)
     wide = torch.randn(TOKENS, 12)
@@ -52,14 +57,20 @@ def problems(shape: MPOShape = SHAPE, strategy: str = "auto") -> dict[str, tuple
         return grouped_mpo_linear(x, given(up, left, central), offsets, bias, **how)
 
     def ffn(x: Tensor, gates: Tensor, left: Tensor, central: Tensor) -> Tensor:
-        return mpo_ffn(x, routing, gates, given(up, left, central), down, gate_proj=gate, activation="silu")
+        return mpo_ffn(
+            x, routing, gates, given(up, left, central), down, gate_proj=gate, activation="silu"
+        )
 
-    def hidden(u: Tensor, gates: Tensor, right: Tensor, left: Tensor, bias: Tensor, *of_gate: Tensor) -> Tensor:
+    def hidden(
+        u: Tensor, gates: Tensor, right: Tensor, left: Tensor, bias: Tensor, *of_gate: Tensor
+    ) -> Tensor:
         u_gate, right_gate = of_gate
         both = {"u_gate": u_gate, "right_gate": right_gate}
         return hidden_experts(u, gates, index, right, left, bias, activation="silu", **both)
 
-    def neurons(x: Tensor, gates: Tensor, up: Tensor, down: Tensor, bias: Tensor, gate_up: Tensor) -> Tensor:
+    def neurons(
+        x: Tensor, gates: Tensor, up: Tensor, down: Tensor, bias: Tensor, gate_up: Tensor
+    ) -> Tensor:
         return neuron_experts(x, gates, index, up, down, bias, activation="silu", gate_up=gate_up)
 
     own = torch.randn(EXPERTS, 4, 12)
@@ -75,7 +86,10 @@ def problems(shape: MPOShape = SHAPE, strategy: str = "auto") -> dict[str, tuple
             (wide, gates, own, torch.randn(EXPERTS, 4, 7), torch.randn(EXPERTS, 4), own.clone()),
         ),
         "dispatch": (lambda x: dispatch(x, routing), (x,)),
-        "combine": (lambda y, gates: combine(y, routing, gates), (torch.randn(TOKENS * TOP_K, 4), gates)),
+        "combine": (
+            lambda y, gates: combine(y, routing, gates),
+            (torch.randn(TOKENS * TOP_K, 4), gates),
+        ),
         "mpo_embedding": (lambda *b: mpo_embedding(ids, given(one, *b)), (one.left, one.central)),
     }
 
@@ -87,12 +101,23 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.calls: dict[str, dict[str, Any]] = {}
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if function.namespace == "mpoe":
             schema = function._schema
-            values = [*args, *(argument.default_value for argument in schema.arguments[len(args) :])]
-            named = {argument.name: value for argument, value in zip(schema.arguments, values, strict=True)}
-            found = {n: value.detach() if isinstance(value, Tensor) else value for n, value in named.items()}
+            values = [
+                *args,
+                *(argument.default_value for argument in schema.arguments[len(args) :]),
+            ]
+            named = {
+                argument.name: value
+                for argument, value in zip(schema.arguments, values, strict=True)
+            }
+            found = {
+                n: value.detach() if isinstance(value, Tensor) else value
+                for n, value in named.items()
+            }
             self.calls.setdefault(schema.name.removeprefix("mpoe::"), found)
         return function(*args, **(kwargs or {}))
 
@@ -102,7 +127,12 @@ def calls(backend: str, op: str, shape: MPOShape = SHAPE, strategy: str = "auto"
     made, public = problems(shape, strategy), op.removesuffix("_backward")
     with use_backend(backend), Recorder() as recorder:
         if op == "route":
-            route(torch.randint(0, EXPERTS, (TOKENS, TOP_K)), EXPERTS, 2, torch.ones(TOKENS, dtype=torch.bool))
+            route(
+                torch.randint(0, EXPERTS, (TOKENS, TOP_K)),
+                EXPERTS,
+                2,
+                torch.ones(TOKENS, dtype=torch.bool),
+            )
         else:
             leaves = [value.requires_grad_() for value in made[public][1]]
             y = made[public][0](*leaves)
@@ -114,5 +144,8 @@ def run(op: str, arguments: dict[str, Any], recorded: bool = False) -> Any:
     """``recorded``: with a gradient for every tensor that can have one."""
     values = [*arguments.values()]
     if recorded:
-        values = [v.detach().requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v for v in values]
+        values = [
+            v.detach().requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v
+            for v in values
+        ]
     return getattr(torch.ops.mpoe, op)(*values)

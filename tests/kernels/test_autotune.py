@@ -1,4 +1,5 @@
-"""The choice by one timing: what is timed, what it depends on, where nothing is timed, and the file that keeps it."""
+"""The choice by one timing: what is timed, what it depends on, where nothing is timed, and the file
+that keeps it."""
 
 from __future__ import annotations
 
@@ -97,7 +98,9 @@ def first_of(problem: Problem = PROBLEM) -> tuple[str, str]:
     return "first", problem.rounded().plans()[0].strategy
 
 
-def test_the_setting_turns_timing_off(seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_setting_turns_timing_off(
+    seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MPOE_AUTOTUNE", "0")
     kept.add_choices({autotune._key(PROBLEM): f"second {first_of()[1]}"})
     assert ranked() == first_of(), "the file does not count either"
@@ -115,7 +118,9 @@ def test_deterministic_programs_rank_alone(seconds: dict[str, float]) -> None:
     assert ranked()[0] == "second"
 
 
-@pytest.mark.parametrize("true", ["compiler.is_compiling", "cuda.is_initialized cuda.is_current_stream_capturing"])
+@pytest.mark.parametrize(
+    "true", ["compiler.is_compiling", "cuda.is_initialized cuda.is_current_stream_capturing"]
+)
 def test_under_capture_and_tracing_nothing_is_timed(
     seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch, true: str
 ) -> None:
@@ -161,7 +166,9 @@ def test_adopted_choices_come_before_timing(seconds: dict[str, float], empty_cac
 
 @pytest.mark.parametrize("wrong", [None, 3, ["a"], {"a": 1}, {1: "a"}])
 def test_what_cannot_be_adopted(wrong: object) -> None:
-    with pytest.raises(TypeError, match=r"choices must (be a mapping of|map) strings to strings; got"):
+    with pytest.raises(
+        TypeError, match=r"choices must (be a mapping of|map) strings to strings; got"
+    ):
         adopt(wrong)  # type: ignore[arg-type]
 
 
@@ -171,7 +178,9 @@ def test_what_fails_when_it_is_timed_does_not_run() -> None:
     assert found[1] < 1
 
 
-@pytest.mark.parametrize(("takes", "calls"), [((1, 2, 3), (21, 21, 1)), ((40, 41), (4, 4)), ((300, 301), (2, 2))])
+@pytest.mark.parametrize(
+    ("takes", "calls"), [((1, 2, 3), (21, 21, 1)), ((40, 41), (4, 4)), ((300, 301), (2, 2))]
+)
 def test_how_often_candidates_are_timed(
     takes: tuple[int, ...], calls: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,8 +204,11 @@ def test_how_often_candidates_are_timed(
         (4, 1, [(1, 4), (2, 8)]),
     ],
 )
-def test_a_timed_call_is_short(rows: int, share: float, sizes: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 8 experts and 64 slots, by one thread and by two, for so many rows and this share of the FLOPs of each."""
+def test_a_timed_call_is_short(
+    rows: int, share: float, sizes: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 8 experts and 64 slots, by one thread and by two, for so many rows and this share of the
+    FLOPs of each."""
     monkeypatch.setitem(autotune.ROWS, "cpu", rows)
     monkeypatch.setitem(autotune.FLOPS, "cpu", share * PROBLEM.plans()[0].flops)
     for threads, wanted in enumerate(sizes, 1):
@@ -209,7 +221,9 @@ def test_what_holds_too_much_memory_is_not_timed(
     slots: int, strategies: int, seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timed: list[int] = []
-    monkeypatch.setattr(autotune, "_seconds", lambda runs, device: timed.append(len(runs)) or [1.0] * len(runs))
+    monkeypatch.setattr(
+        autotune, "_seconds", lambda runs, device: timed.append(len(runs)) or [1.0] * len(runs)
+    )
     problem = PROBLEM._replace(slots=slots)
     resolve_contraction(problem)
     held = [plan.temporary_bytes + plan.activation_bytes for plan in problem.plans()[:2]]
@@ -247,7 +261,9 @@ def test_a_compiled_graph_times_when_it_runs() -> None:
     shape = SMALL_SHAPES["light"]
     blocks, offsets = random_blocks(shape, 2, torch.float32), torch.tensor([0, 2, 4])
     x = torch.ones(4, shape.in_features)
-    compiled = torch.compile(lambda: grouped_mpo_linear(x, blocks, offsets), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda: grouped_mpo_linear(x, blocks, offsets), fullgraph=True, backend="aot_eager"
+    )
     assert torch.equal(compiled(), grouped_mpo_linear(x, blocks, offsets))
     assert len(choices()) == 1
 
@@ -263,7 +279,9 @@ def test_two_threads_at_once(seconds: dict[str, float], monkeypatch: pytest.Monk
 # ------------------------------------------------------------------ the file, whatever it holds
 
 
-def test_two_machines_share_a_home(seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_machines_share_a_home(
+    seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = []
     for machine, second in (("one", 1.0), ("other", 3.0), ("one", 9.0), ("other", 9.0)):
         monkeypatch.setattr(autotune, "processor_name", lambda name=machine: name)
@@ -282,7 +300,8 @@ def test_what_other_processes_wrote_stays(seconds: dict[str, float], empty_cache
 
 
 def test_two_processes_write_at_once(empty_cache: Path) -> None:
-    """A choice may be lost, and is measured again; the file stays whole, and a link is not written through."""
+    """A choice may be lost, and is measured again; the file stays whole, and a link is not written
+    through."""
     empty_cache.parent.mkdir()
     victim = empty_cache.with_name("victim")
     victim.write_text("mine")
@@ -323,7 +342,19 @@ def test_the_oldest_choices_go(monkeypatch: pytest.MonkeyPatch) -> None:
         json.dumps({"machine": "of an older release", "devices": {}}),
         json.dumps({"version": float("nan"), "choices": {"a": "b"}}),
     ],
-    ids=["empty", "cut", "nested", "list", "bytes", "large", "newer", "no choices", "no strings", "foreign", "NaN"],
+    ids=[
+        "empty",
+        "cut",
+        "nested",
+        "list",
+        "bytes",
+        "large",
+        "newer",
+        "no choices",
+        "no strings",
+        "foreign",
+        "NaN",
+    ],
 )
 def test_a_damaged_or_foreign_file_is_measured_again(
     seconds: dict[str, float], empty_cache: Path, content: str | bytes
@@ -343,7 +374,9 @@ def test_an_entry_that_cannot_run_is_measured_again(seconds: dict[str, float], v
     assert resolve_contraction(PROBLEM).backend == "second"
 
 
-@pytest.mark.parametrize("kind", ["pipe", "folder", "link to itself", "read-only home", "home is a file"])
+@pytest.mark.parametrize(
+    "kind", ["pipe", "folder", "link to itself", "read-only home", "home is a file"]
+)
 def test_an_unwritable_place_is_no_error(
     seconds: dict[str, float], empty_cache: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -368,7 +401,9 @@ def test_an_unwritable_place_is_no_error(
     assert resolve_contraction(PROBLEM).backend == "second", "in memory"
 
 
-@pytest.mark.parametrize(("home", "expected"), [("relative", "/home/of/user/.cache"), ("", "/home/of/user/.cache")])
+@pytest.mark.parametrize(
+    ("home", "expected"), [("relative", "/home/of/user/.cache"), ("", "/home/of/user/.cache")]
+)
 def test_the_place_of_the_file(home: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", home)
     monkeypatch.setenv("HOME", "/home/of/user")

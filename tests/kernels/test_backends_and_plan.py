@@ -1,4 +1,5 @@
-"""The registry's reasons, the planner's choices, the memory guarantee; ``python -m mpoe_kernels.info``."""
+"""The registry's reasons, the planner's choices, the memory guarantee; ``python -m
+mpoe_kernels.info``."""
 
 from __future__ import annotations
 
@@ -57,7 +58,9 @@ def broken_backend(monkeypatch: pytest.MonkeyPatch) -> backends.Backend:
 
 def run(**options: object) -> torch.Tensor:
     blocks = random_blocks(SMALL_SHAPES["light"], 2)
-    return grouped_mpo_linear(torch.ones(3, 12, dtype=torch.float64), blocks, torch.tensor([0, 1, 3]), **options)
+    return grouped_mpo_linear(
+        torch.ones(3, 12, dtype=torch.float64), blocks, torch.tensor([0, 1, 3]), **options
+    )
 
 
 def test_eager_is_always_there() -> None:
@@ -67,19 +70,27 @@ def test_eager_is_always_there() -> None:
         assert run().shape == (3, 12)
 
 
-def test_a_named_backend_answers_with_all_reasons_and_never_falls_back(broken_backend: backends.Backend) -> None:
+def test_a_named_backend_answers_with_all_reasons_and_never_falls_back(
+    broken_backend: backends.Backend,
+) -> None:
     assert "broken" not in available_backends()
     assert backend_reasons()["broken"] == ["it needs a device that is not here"]
     with pytest.raises(BackendError) as caught:
         run(backend="broken")
-    for reason in ("needs a device", "no kernel for grouped_mpo_linear", "cannot take torch.float64"):
+    for reason in (
+        "needs a device",
+        "no kernel for grouped_mpo_linear",
+        "cannot take torch.float64",
+    ):
         assert reason in str(caught.value)
     with pytest.raises(BackendError, match="needs a device"), use_backend("broken"):
         raise AssertionError("not reached")
     assert run().shape == (3, 12), "the automatic choice passes it over"
 
 
-def test_the_preferred_backend_is_chosen_and_backward_follows_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_preferred_backend_is_chosen_and_backward_follows_the_context(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     calls = []
 
     def logged(name: str):
@@ -89,7 +100,9 @@ def test_the_preferred_backend_is_chosen_and_backward_follows_the_context(monkey
     monkeypatch.setitem(backends.BACKENDS, "first", first)
     run()
     assert calls == [], "one that is not in the list of preferred ones runs only if it is named"
-    monkeypatch.setitem(backends.BACKENDS, "first", replace(first))  # another one: nothing is remembered of it
+    monkeypatch.setitem(
+        backends.BACKENDS, "first", replace(first)
+    )  # another one: nothing is remembered of it
     monkeypatch.setitem(backends.PREFERRED, "cpu", ("first", "eager"))
     run()
     assert calls == ["grouped_mpo_linear"]
@@ -106,7 +119,8 @@ def test_the_preferred_backend_is_chosen_and_backward_follows_the_context(monkey
 
 
 def test_backend_and_strategy_are_chosen_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewest FLOPs on the preferred backend, forward and backward independently; naming a strategy forces both."""
+    """Fewest FLOPs on the preferred backend, forward and backward independently; naming a strategy
+    forces both."""
     calls = []
 
     def logged(op: str):
@@ -129,7 +143,10 @@ def test_backend_and_strategy_are_chosen_together(monkeypatch: pytest.MonkeyPatc
     grouped_mpo_linear(x, blocks, torch.tensor([0, 3]), strategy="rebuild")
     assert calls == [("grouped_mpo_linear", "rebuild")]
     y = grouped_mpo_linear(x, blocks, torch.tensor([0, 3]), backend="picky")
-    with pytest.raises(BackendError, match="backend 'picky' cannot run grouped_mpo_linear_backward: it only rebuilds"):
+    with pytest.raises(
+        BackendError,
+        match="backend 'picky' cannot run grouped_mpo_linear_backward: it only rebuilds",
+    ):
         y.sum().backward()
 
 
@@ -162,7 +179,9 @@ def test_compiled_graphs_follow_use_backend(monkeypatch: pytest.MonkeyPatch) -> 
 
     assert torch.compile(inside, fullgraph=True, backend="aot_eager")().shape == (3, 12)
     assert calls == ["slow"]
-    around = torch.compile(lambda: grouped_mpo_linear(x, blocks, offsets), fullgraph=True, backend="aot_eager")
+    around = torch.compile(
+        lambda: grouped_mpo_linear(x, blocks, offsets), fullgraph=True, backend="aot_eager"
+    )
     around()
     with use_backend("slow"):
         around()
@@ -170,7 +189,9 @@ def test_compiled_graphs_follow_use_backend(monkeypatch: pytest.MonkeyPatch) -> 
     assert calls == ["slow", "slow"]
 
 
-def test_no_backend_at_all_lists_everyone(monkeypatch: pytest.MonkeyPatch, broken_backend: backends.Backend) -> None:
+def test_no_backend_at_all_lists_everyone(
+    monkeypatch: pytest.MonkeyPatch, broken_backend: backends.Backend
+) -> None:
     # A copy: an item that is deleted and set again would be last in every later test.
     others = {name: backend for name, backend in backends.BACKENDS.items() if name != "eager"}
     monkeypatch.setattr(backends, "BACKENDS", others)
@@ -207,7 +228,8 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize("experts", [2, 12])
 def test_at_most_two_rebuilt_weights_are_alive(experts: int) -> None:
-    """Peak memory of forward and backward kernels beyond inputs and results: two weights, for any E."""
+    """Peak memory of forward and backward kernels beyond inputs and results: two weights, for any
+    E."""
     shape = MPOShape((4, 4, 4), (4, 8, 4))
     blocks = random_blocks(shape, experts, torch.float32)
     x = torch.randn(experts, shape.in_features)
@@ -240,17 +262,38 @@ class Flops(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", SMALL_SHAPES)
 def test_eager_computes_the_products_that_are_counted(name: str) -> None:
-    """Once each, but for the half of `rebuild`, which a backward that needs x's gradient too builds twice."""
+    """Once each, but for the half of `rebuild`, which a backward that needs x's gradient too builds
+    twice."""
     shape, experts, slots = SMALL_SHAPES[name], 3, 12
     dims, blocks = BlockDims.of_shape(shape), random_blocks(shape, experts)
-    x, offsets = torch.randn(slots, shape.in_features, dtype=torch.float64), torch.tensor([0, 4, 8, 12])
-    given = (x, blocks.left, blocks.central, blocks.right, offsets, None, None, shape.in_features, shape.out_features)
+    x, offsets = (
+        torch.randn(slots, shape.in_features, dtype=torch.float64),
+        torch.tensor([0, 4, 8, 12]),
+    )
+    given = (
+        x,
+        blocks.left,
+        blocks.central,
+        blocks.right,
+        offsets,
+        None,
+        None,
+        shape.in_features,
+        shape.out_features,
+    )
     for strategy in candidate_strategies(dims):
-        for need in (ALL_GRADIENTS, (True, True, False, True), (False, True, True, False), (False, False, False, True)):
+        for need in (
+            ALL_GRADIENTS,
+            (True, True, False, True),
+            (False, True, True, False),
+            (False, False, False, True),
+        ):
             with Flops() as forward:
                 y, h, z = linear_forward(ForwardCall(*given, "none", strategy, "eager", save=True))
             with Flops() as backward:
-                linear_backward(BackwardCall(*given, "none", strategy, "eager", y, h, z, need=[*need, False]))
+                linear_backward(
+                    BackwardCall(*given, "none", strategy, "eager", y, h, z, need=[*need, False])
+                )
             again = 0
             if strategy == "rebuild" and need[0] and need[3 if dims.left_first else 1]:
                 again = experts * merge_flops(dims, *("LC" if dims.left_first else "CR"))
@@ -266,7 +309,12 @@ def test_what_a_compiled_kernel_refuses_is_a_value_error() -> None:
         raise RuntimeError(message)
 
     ops = RefusingOps(SimpleNamespace(kernel=kernel))
-    refuses(ValueError, r"^x must be dense$", ops.kernel, "somewhere.cpp:12: mpoe refuses: x must be dense")
+    refuses(
+        ValueError,
+        r"^x must be dense$",
+        ops.kernel,
+        "somewhere.cpp:12: mpoe refuses: x must be dense",
+    )
     refuses(RuntimeError, "out of memory", ops.kernel, "out of memory")
 
 
@@ -290,7 +338,13 @@ def test_text_names_every_fact_and_every_reason() -> None:
     facts = info.collect(("torch", "no-such-package"))
     facts["backends"] = {"eager": [], "abacus": ["its beads are gone", "it has no frame"]}
     text = info.show(facts)
-    for expected in (facts["mpoe"], facts["python"], torch.__version__.split("+")[0], "not installed", "cpu"):
+    for expected in (
+        facts["mpoe"],
+        facts["python"],
+        torch.__version__.split("+")[0],
+        "not installed",
+        "cpu",
+    ):
         assert expected in text
     assert "  eager           yes\n  abacus          no\n" in text
     assert "its beads are gone" in text
@@ -309,15 +363,23 @@ def test_where_choices_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 def test_native_summary() -> None:
-    built = {"compiler": "gcc 12", "torch": "any", "isa_compiled": "generic avx2 avx512", "isa_detected": "avx512"}
+    built = {
+        "compiler": "gcc 12",
+        "torch": "any",
+        "isa_compiled": "generic avx2 avx512",
+        "isa_detected": "avx512",
+    }
     assert info.native_summary(None).startswith("no")
     assert info.native_summary({**built, "isa_used": "avx512"}) == (
-        "built by gcc 12 for any torch; instructions: avx512 found of generic, avx2, avx512 compiled"
+        "built by gcc 12 for any torch; instructions: avx512 found of generic, avx2, avx512 "
+        "compiled"
     )
     assert info.native_summary({**built, "isa_used": "avx2"}).endswith("avx2 in use (MPOE_CPU_ISA)")
 
 
-def test_command_as_json_and_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_as_json_and_text(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     info.main(["--json"])
     facts = json.loads(capsys.readouterr().out)
     assert facts["mpoe"] == info.__version__
@@ -328,6 +390,8 @@ def test_command_as_json_and_text(capsys: pytest.CaptureFixture[str], monkeypatc
     architecture.triton_reasons.cache_clear()
     text = capsys.readouterr().out
     assert facts["mpoe"] in text
-    answer, reason = text[text.index("  triton          ", text.index("kernel backends")) :].splitlines()[:2]
+    answer, reason = text[
+        text.index("  triton          ", text.index("kernel backends")) :
+    ].splitlines()[:2]
     assert answer.endswith("no")
     assert "triton" in reason.lower()

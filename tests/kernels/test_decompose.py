@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from mpoe_bench.cases import random_cores, relative_error
 from torch import Tensor
 
-from mpoe_kernels import MPOShape, decompose, decompose_with_errors, expert_weights, fold, reconstruct
+from mpoe_kernels import (
+    MPOShape,
+    decompose,
+    decompose_with_errors,
+    expert_weights,
+    fold,
+    reconstruct,
+)
 from mpoe_kernels.mpo.factors import balanced_factors
 from mpoe_kernels.reference import weight_reference
 from tests.cases import SMALL_SHAPES
@@ -39,11 +46,16 @@ def test_t5_base_bonds_and_counts() -> None:
         ((32128, 1024), None, None, 0.0626),
     ],
 )
-def test_counts_of_the_original_shapes(sizes: tuple, bond: int | None, central: int | None, auxiliary: float) -> None:
+def test_counts_of_the_original_shapes(
+    sizes: tuple, bond: int | None, central: int | None, auxiliary: float
+) -> None:
     """Of full bonds the share of the auxiliary cores, as the original says."""
     shape = MPOShape.paper(*sizes, max_bond=bond)
     assert shape.is_full == (bond is None)
-    assert central is None or (shape.central_parameters, shape.auxiliary_parameters) == (central, auxiliary)
+    assert central is None or (shape.central_parameters, shape.auxiliary_parameters) == (
+        central,
+        auxiliary,
+    )
     share = shape.auxiliary_parameters / (shape.padded_in * shape.padded_out)
     assert central is not None or share == pytest.approx(auxiliary, abs=6e-5)
 
@@ -71,7 +83,9 @@ def test_light_is_small_and_lossless() -> None:
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 7))
-def test_automatic_factors_cover_any_size(in_features: int, out_features: int, num_cores: int) -> None:
+def test_automatic_factors_cover_any_size(
+    in_features: int, out_features: int, num_cores: int
+) -> None:
     shape = MPOShape.automatic(in_features, out_features, num_cores)
     assert shape.in_features == in_features
     assert in_features <= shape.padded_in <= math.ceil(in_features * 1.125)
@@ -95,15 +109,21 @@ def test_balanced_factors_put_the_largest_in_the_middle() -> None:
 
 # ------------------------------------------------------------------ matrices
 
-GAUGES = ("symmetric", "orthogonal")  # for every shape; "identity" needs particular bonds and has its own tests
+GAUGES = (
+    "symmetric",
+    "orthogonal",
+)  # for every shape; "identity" needs particular bonds and has its own tests
 
 
 def original_algorithm(weight: Tensor, shape: MPOShape) -> Tensor:
-    """Yardstick: full SVD sweep from left to right, symmetric gauge, then all bonds truncated at once."""
+    """Yardstick: full SVD sweep from left to right, symmetric gauge, then all bonds truncated at
+    once."""
     n = shape.num_cores
     full = MPOShape(shape.in_factors, shape.out_factors)
     order = [axis for k in range(n) for axis in (k, n + k)]
-    rest = weight.double().reshape(*shape.in_factors, *shape.out_factors).permute(order).reshape(1, -1)
+    rest = (
+        weight.double().reshape(*shape.in_factors, *shape.out_factors).permute(order).reshape(1, -1)
+    )
     cores, spectra = [], []
     for k in range(n - 1):
         i, j = shape.in_factors[k], shape.out_factors[k]
@@ -112,12 +132,16 @@ def original_algorithm(weight: Tensor, shape: MPOShape) -> Tensor:
         cores.append(u[:, :d].reshape(full.bond_dims[k], i, j, d))
         spectra.append(s[:d])
         rest = s[:d, None] * v[:d]
-    cores.append(rest.reshape(full.bond_dims[n - 1], shape.in_factors[-1], shape.out_factors[-1], 1))
+    cores.append(
+        rest.reshape(full.bond_dims[n - 1], shape.in_factors[-1], shape.out_factors[-1], 1)
+    )
     for k, s in enumerate(spectra):
         root = s.clamp_min(1e-300).sqrt()
         cores[k] = cores[k] * root
         cores[k + 1] = cores[k + 1] / root[:, None, None, None]
-    cut = [core[: shape.bond_dims[k], :, :, : shape.bond_dims[k + 1]] for k, core in enumerate(cores)]
+    cut = [
+        core[: shape.bond_dims[k], :, :, : shape.bond_dims[k + 1]] for k, core in enumerate(cores)
+    ]
     return reconstruct(cut)
 
 
@@ -135,7 +159,9 @@ def test_full_bonds_are_exact_and_truncation_meets_its_bound(name: str, gauge: s
     else:
         assert 0 < error <= result.error_bound * (1 + 1e-9)
         assert len(result.local_errors) == shape.num_cores - 1
-        assert result.relative_error_bound == pytest.approx(result.error_bound / float(weight.norm()))
+        assert result.relative_error_bound == pytest.approx(
+            result.error_bound / float(weight.norm())
+        )
 
 
 @settings(max_examples=60, deadline=None)
@@ -143,8 +169,12 @@ def test_full_bonds_are_exact_and_truncation_meets_its_bound(name: str, gauge: s
 def test_any_size_any_chain_any_centre(
     in_features: int, out_features: int, num_cores: int, data: st.DataObject
 ) -> None:
-    """Also matrices without full rank, with zero rows, and all zero: neither side of a bond is divided by zero."""
-    central, bond = data.draw(st.integers(0, num_cores - 1)), data.draw(st.none() | st.integers(1, 3))
+    """Also matrices without full rank, with zero rows, and all zero: neither side of a bond is
+    divided by zero."""
+    central, bond = (
+        data.draw(st.integers(0, num_cores - 1)),
+        data.draw(st.none() | st.integers(1, 3)),
+    )
     shape = MPOShape.automatic(in_features, out_features, num_cores, central=central, max_bond=bond)
     rank, zeros = data.draw(st.integers(0, 3)), data.draw(st.integers(0, in_features))
     left, right = torch.randn(in_features, rank).double(), torch.randn(rank, out_features).double()
@@ -188,8 +218,12 @@ def test_orthogonal_gauge_leaves_all_scale_in_the_centre() -> None:
     for k, core in enumerate(cores):
         if k != shape.central:
             d, i, j, e = core.shape
-            matrix = core.reshape(d * i * j, e) if k < shape.central else core.reshape(d, i * j * e).T
-            assert torch.allclose(matrix.T @ matrix, torch.eye(matrix.shape[1], dtype=torch.float64))
+            matrix = (
+                core.reshape(d * i * j, e) if k < shape.central else core.reshape(d, i * j * e).T
+            )
+            assert torch.allclose(
+                matrix.T @ matrix, torch.eye(matrix.shape[1], dtype=torch.float64)
+            )
     assert float(cores[shape.central].norm()) == pytest.approx(float(weight.norm()))
 
 
@@ -209,7 +243,9 @@ def test_identity_gauge_leaves_the_weight_in_the_centre(name: str) -> None:
             assert torch.equal(core.reshape(edge, edge), torch.eye(edge))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)]
+)
 def test_low_precision_comes_back_in_its_dtype(dtype: torch.dtype, tolerance: float) -> None:
     shape = SMALL_SHAPES["padded"]
     weight = torch.randn(shape.in_features, shape.out_features).to(dtype)
@@ -246,9 +282,13 @@ def test_fold_and_reconstruct_agree_with_the_definition(name: str) -> None:
 
 
 @pytest.mark.parametrize("gauge", ["symmetric", "orthogonal", "identity"])
-@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e37), (torch.float64, 1e300), (torch.bfloat16, 1e37)])
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float32, 1e37), (torch.float64, 1e300), (torch.bfloat16, 1e37)]
+)
 @pytest.mark.parametrize("factors", [((2, 3, 2), (3, 2, 2)), ((2, 6), (6, 2)), ((12,), (12,))])
-def test_decompose_large_numbers(gauge: str, dtype: torch.dtype, size: float, factors: tuple) -> None:
+def test_decompose_large_numbers(
+    gauge: str, dtype: torch.dtype, size: float, factors: tuple
+) -> None:
     weight = (torch.randn(12, 12, dtype=torch.float64) / 3).to(dtype)
     shape = MPOShape(*factors)
     same, found = (decompose_with_errors(w, shape, gauge) for w in (weight, weight * size))
@@ -257,4 +297,6 @@ def test_decompose_large_numbers(gauge: str, dtype: torch.dtype, size: float, fa
     assert all(bool(torch.isfinite(core).all()) for core in cores)
     cores[-1] = cores[-1] / size
     rounding = 60 * torch.finfo(dtype).eps
-    torch.testing.assert_close(reconstruct(cores, shape), weight.double(), rtol=rounding, atol=rounding)
+    torch.testing.assert_close(
+        reconstruct(cores, shape), weight.double(), rtol=rounding, atol=rounding
+    )

@@ -1,4 +1,5 @@
-"""What holds for every op on every backend: registration, gradients, memory, transforms, refusals of raw calls."""
+"""What holds for every op on every backend: registration, gradients, memory, transforms, refusals
+of raw calls."""
 
 from __future__ import annotations
 
@@ -51,14 +52,18 @@ def fitting(op: str, backend: str) -> Iterator[dict[str, Any]]:
 @on_every_backend
 @pytest.mark.parametrize("op", ARGUMENTS)
 def test_opcheck(op: str, backend: str) -> None:
-    """Of a few gradients each has the bits that it has among all; a result, if nothing is kept for a backward."""
+    """Of a few gradients each has the bits that it has among all; a result, if nothing is kept for
+    a backward."""
     need_of(op.removesuffix("_backward"), backend, trains=False)
     for number, given in enumerate(fitting(op, backend)):
         check = getattr(torch.ops.mpoe, op).default
-        utils = FEW_UTILS if number else ALL_UTILS  # the others take most of the time, and depend on no size
+        utils = (
+            FEW_UTILS if number else ALL_UTILS
+        )  # the others take most of the time, and depend on no size
         if not op.endswith("_backward"):
             leaves = [
-                v.requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v for v in given.values()
+                v.requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v
+                for v in given.values()
             ]
             opcheck(check, tuple(leaves), test_utils=utils)
             if "save" in given:
@@ -70,19 +75,30 @@ def test_opcheck(op: str, backend: str) -> None:
             continue
         count = len(given["need"])
         whole = run(op, {**given, "need": [True] * count})
-        for wanted in (each for size in (1, 2, count - 1, count) for each in combinations(range(count), size)):
+        for wanted in (
+            each for size in (1, 2, count - 1, count) for each in combinations(range(count), size)
+        ):
             need = [place in wanted for place in range(count)]
-            alone = len(wanted) == 1 and (not number or number % count in wanted)  # further cases take turns
+            alone = len(wanted) == 1 and (
+                not number or number % count in wanted
+            )  # further cases take turns
             if alone or len(wanted) == count:
-                opcheck(check, tuple({**given, "need": need}.values()), test_utils=utils if all(need) else FEW_UTILS)
+                opcheck(
+                    check,
+                    tuple({**given, "need": need}.values()),
+                    test_utils=utils if all(need) else FEW_UTILS,
+                )
             with poisoned_memory():
                 found = run(op, {**given, "need": need})
             assert [grad.numel() > 0 for grad in found] == need
             for grad, among_all in zip(found, whole, strict=True):
-                # Few gradients may be planned in another way; of a bias alone PyTorch sums all rows at once.
+                # Few gradients may be planned in another way; of a bias alone PyTorch sums all rows
+                # at once.
                 planned = given.get("strategy") == "auto" or (backend == "eager" and "linear" in op)
                 assert not grad.numel() or torch.equal(grad, among_all) or planned
-                torch.testing.assert_close(grad, among_all if grad.numel() else grad, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(
+                    grad, among_all if grad.numel() else grad, rtol=1e-4, atol=1e-4
+                )
 
 
 @on_every_backend
@@ -108,13 +124,20 @@ def test_layouts_of_memory(name: str, layout: str, backend: str) -> None:
 
 @on_every_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["grouped_mpo_linear", "mpo_linear", "mpo_ffn", "hidden_experts", "neuron_experts"])
-def test_autocast_is_a_cast_of_all_but_the_gates(name: str, dtype: torch.dtype, backend: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["grouped_mpo_linear", "mpo_linear", "mpo_ffn", "hidden_experts", "neuron_experts"]
+)
+def test_autocast_is_a_cast_of_all_but_the_gates(
+    name: str, dtype: torch.dtype, backend: str
+) -> None:
     need_of(name, backend, dtype)
     function, inputs = of_ops()[name]
     leaves = [value.requires_grad_() for value in inputs]
     names = [*inspect.signature(function).parameters, *[""] * len(leaves)]
-    low = [leaf if n == "gates" else leaf.detach().to(dtype) for n, leaf in zip(names, leaves, strict=False)]
+    low = [
+        leaf if n == "gates" else leaf.detach().to(dtype)
+        for n, leaf in zip(names, leaves, strict=False)
+    ]
     with torch.autocast("cpu", dtype), use_backend(backend):
         y, same = function(*leaves), function(*low)
     assert y.dtype == dtype
@@ -133,7 +156,9 @@ def problems() -> dict[str, tuple[Function, tuple[Tensor, ...]]]:
     found["MPOLinear"] = of_module(MPOLinear(12, 8), torch.randn(TOKENS, 12))
     for shape, top_k in (("paper", 2), ("separable", 1), ("hidden", 2)):
         config = MPOEConfig(num_experts=3, shape=shape, router=RouterConfig(top_k=top_k))
-        found[f"MPOEFeedForward {shape}"] = of_module(MPOEFeedForward(12, 24, config).eval(), torch.randn(TOKENS, 12))
+        found[f"MPOEFeedForward {shape}"] = of_module(
+            MPOEFeedForward(12, 24, config).eval(), torch.randn(TOKENS, 12)
+        )
     return found
 
 
@@ -165,11 +190,15 @@ def test_the_gradients_of_transforms_are_autograds(name: str, backend: str) -> N
         pulled = pull(weights)
         graded = func.grad(lambda *v: (function(*v) * weights).sum(), argnums=all_of_them)(*inputs)
         of_first = func.jacrev(function)(*inputs)
-        nested = func.grad(lambda *v: (func.vjp(function, *v)[0] * weights).sum(), argnums=all_of_them)(*inputs)
+        nested = func.grad(
+            lambda *v: (func.vjp(function, *v)[0] * weights).sum(), argnums=all_of_them
+        )(*inputs)
     assert torch.equal(same, y)
     for want, *found in zip(wanted, pulled, graded, nested, strict=True):
         assert all(torch.equal(each, want) for each in found)
-    torch.testing.assert_close(torch.tensordot(weights, of_first, dims=weights.dim()), wanted[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.tensordot(weights, of_first, dims=weights.dim()), wanted[0], rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -188,19 +217,31 @@ def test_what_transforms_refuse(name: str) -> None:
         lambda: func.hessian(lambda *v: function(*v).square().sum())(*inputs),
         in_dual_level,
     ):
-        refuses(NotImplementedError, r"does not support forward-mode derivatives .* use reverse mode", call)
-    with pytest.raises(NotImplementedError, match="second derivatives of MPO ops are not supported"):
+        refuses(
+            NotImplementedError,
+            r"does not support forward-mode derivatives .* use reverse mode",
+            call,
+        )
+    with pytest.raises(
+        NotImplementedError, match="second derivatives of MPO ops are not supported"
+    ):
         func.grad(lambda *v: gradient(*v).sum())(*inputs)
     leaf = inputs[0].clone().requires_grad_()
-    first = torch.autograd.grad(function(leaf, *inputs[1:]).square().sum(), leaf, create_graph=True)[0]
-    with pytest.raises(NotImplementedError, match="second derivatives of MPO ops are not supported"):
+    first = torch.autograd.grad(
+        function(leaf, *inputs[1:]).square().sum(), leaf, create_graph=True
+    )[0]
+    with pytest.raises(
+        NotImplementedError, match="second derivatives of MPO ops are not supported"
+    ):
         first.sum().backward()
     if name in OPS:
         with pytest.raises(NotImplementedError, match=r"mpoe::\w+ does not support torch\.vmap"):
             torch.vmap(lambda x: function(x, *inputs[1:]))(torch.stack([inputs[0]] * 2))
         with (
             pytest.warns(),
-            pytest.raises(NotImplementedError, match=r"does not support torch\.jit\.trace; use torch\."),
+            pytest.raises(
+                NotImplementedError, match=r"does not support torch\.jit\.trace; use torch\."
+            ),
         ):
             torch.jit.trace(lambda x: function(x, *inputs[1:]), (inputs[0],))
 
@@ -214,7 +255,9 @@ def test_autograd_around_a_transform() -> None:
     assert outer.grad is not None
     assert torch.equal(outer.grad, leaf.grad)
     by_left = func.grad(lambda left: function(outer, left, others[1]).sum())(others[0])
-    with pytest.raises(NotImplementedError, match="second derivatives of MPO ops are not supported"):
+    with pytest.raises(
+        NotImplementedError, match="second derivatives of MPO ops are not supported"
+    ):
         by_left.sum().backward()
 
 
@@ -222,7 +265,10 @@ def test_autograd_around_a_transform() -> None:
 
 
 def stand_ins(value: Tensor) -> list[tuple[Tensor, Tensor]]:
-    return [(torch._neg_view(value), -value), (torch._efficientzerotensor(value.shape), torch.zeros_like(value))]
+    return [
+        (torch._neg_view(value), -value),
+        (torch._efficientzerotensor(value.shape), torch.zeros_like(value)),
+    ]
 
 
 @on_every_backend
@@ -234,13 +280,17 @@ def test_what_stands_for_other_values_is_resolved(name: str, backend: str) -> No
     with use_backend(backend):
         for k, value in enumerate(inputs):
             for stand_in, real in stand_ins(value):
-                y, wanted = (function(*inputs[:k], each, *inputs[k + 1 :]) for each in (stand_in, real))
+                y, wanted = (
+                    function(*inputs[:k], each, *inputs[k + 1 :]) for each in (stand_in, real)
+                )
                 assert torch.equal(y, wanted)
             leaf = value.clone().requires_grad_()
             y = function(*inputs[:k], leaf, *inputs[k + 1 :])
             grad = torch.randn_like(y)
             for stand_in, real in stand_ins(grad):
-                found, wanted = (torch.autograd.grad(y, leaf, g, retain_graph=True)[0] for g in (stand_in, real))
+                found, wanted = (
+                    torch.autograd.grad(y, leaf, g, retain_graph=True)[0] for g in (stand_in, real)
+                )
                 assert torch.equal(found, wanted)
 
 
@@ -251,16 +301,29 @@ def test_a_resized_storage_is_refused(name: str, backend: str, left_over: int) -
     """By the op, or by PyTorch where a view is made first."""
     need_of(name, backend)
     function, inputs = of_ops()[name]
-    refused = rf"must hold its values, in \d+ bytes; got .* of {left_over} bytes|setStorage: .* are out of bounds"
+    refused = (
+        rf"must hold its values, in \d+ bytes; got .* of {left_over} bytes|setStorage: .* "
+        "are out of bounds"
+    )
     with use_backend(backend):
         for k, value in enumerate(inputs):
             leaf = value.clone().requires_grad_()
             y = function(*inputs[:k], leaf, *inputs[k + 1 :])
             grad = torch.randn_like(y)
-            for emptied, call in ((value.clone(), function), (grad, lambda *given, y=y, k=k: y.backward(given[k]))):
+            for emptied, call in (
+                (value.clone(), function),
+                (grad, lambda *given, y=y, k=k: y.backward(given[k])),
+            ):
                 emptied.untyped_storage().resize_(left_over)
                 for lost in (emptied, torch._neg_view(emptied)):
-                    refuses((ValueError, RuntimeError), refused, call, *inputs[:k], lost, *inputs[k + 1 :])
+                    refuses(
+                        (ValueError, RuntimeError),
+                        refused,
+                        call,
+                        *inputs[:k],
+                        lost,
+                        *inputs[k + 1 :],
+                    )
 
 
 def test_views_of_larger_and_of_shared_memory_are_fine() -> None:
@@ -274,5 +337,9 @@ def test_views_of_larger_and_of_shared_memory_are_fine() -> None:
     cut.untyped_storage().resize_(second.nbytes)  # as long as the view, which begins in its middle
     with use_backend("eager"), pytest.raises(ValueError, match="x must hold its values"):
         torch.ops.mpoe.dispatch(
-            second, torch.tensor([0, TOKENS]), torch.arange(TOKENS), torch.arange(TOKENS)[:, None], "auto"
+            second,
+            torch.tensor([0, TOKENS]),
+            torch.arange(TOKENS),
+            torch.arange(TOKENS)[:, None],
+            "auto",
         )

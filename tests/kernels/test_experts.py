@@ -1,4 +1,5 @@
-"""hidden_experts and neuron_experts on every backend, and mpo_embedding, against the float64 reference."""
+"""hidden_experts and neuron_experts on every backend, and mpo_embedding, against the float64
+reference."""
 
 from __future__ import annotations
 
@@ -37,7 +38,15 @@ LARGER: dict[type[Any], list[dict[str, Any]]] = {
     ],
     NeuronProblem: [
         {"tokens": 65, "experts": 64, "width": 16, "out": 100, "neurons": 8},
-        {"tokens": 130, "top_k": 2, "experts": 6, "width": 7, "out": 31, "neurons": 64, "none_share": 0.5},
+        {
+            "tokens": 130,
+            "top_k": 2,
+            "experts": 6,
+            "width": 7,
+            "out": 31,
+            "neurons": 64,
+            "none_share": 0.5,
+        },
         {"tokens": 270, "top_k": 2, "experts": 2, "width": 40, "out": 24, "neurons": 17},
         {"tokens": 40, "top_k": 16, "experts": 3, "width": 8, "out": 8, "neurons": 100},
     ],
@@ -53,8 +62,15 @@ def problem(number: int, gated: bool, dtype: torch.dtype) -> Any:
     """One for all backends, which are compared with one result of the reference."""
     kind, case = SIZES[number]
     own = {"per_group": number % 2 == 0} if kind is HiddenProblem else {}
-    form = {"gated": gated, "with_bias": number % 4 != 3, "activation": "silu" if gated else "gelu", **own}
-    return kind(**{**case, **form}, dtype=dtype, seed=2)  # others find one gate of one token at an unlucky place
+    form = {
+        "gated": gated,
+        "with_bias": number % 4 != 3,
+        "activation": "silu" if gated else "gelu",
+        **own,
+    }
+    return kind(
+        **{**case, **form}, dtype=dtype, seed=2
+    )  # others find one gate of one token at an unlucky place
 
 
 @on_every_backend
@@ -73,23 +89,50 @@ def test_against_reference(backend: str, number: int, gated: bool, dtype: torch.
 @on_every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("top_k", "experts", "neurons"), [(16, 1024, 8), (3, 4, 512)])
-def test_the_largest_sizes(backend: str, dtype: torch.dtype, top_k: int, experts: int, neurons: int) -> None:
+def test_the_largest_sizes(
+    backend: str, dtype: torch.dtype, top_k: int, experts: int, neurons: int
+) -> None:
     require(backend, "neuron_experts", dtype)
-    size = {"tokens": 24, "top_k": top_k, "experts": experts, "width": 8, "out": 12, "neurons": neurons}
+    size = {
+        "tokens": 24,
+        "top_k": top_k,
+        "experts": experts,
+        "width": 8,
+        "out": 12,
+        "neurons": neurons,
+    }
     NeuronProblem(**size, dtype=dtype).check(backend)
 
 
 @on_every_backend
 @pytest.mark.parametrize(
     ("op", "activation", "gated", "dtype"),
-    pairwise(list(PROBLEMS), ["relu", "gelu", "gelu_new", "silu", "none"], [False, True], [FLOATS[0], *FLOATS[1::2]]),
+    pairwise(
+        list(PROBLEMS),
+        ["relu", "gelu", "gelu_new", "silu", "none"],
+        [False, True],
+        [FLOATS[0], *FLOATS[1::2]],
+    ),
 )
-def test_every_activation(backend: str, op: str, activation: str, gated: bool, dtype: torch.dtype) -> None:
+def test_every_activation(
+    backend: str, op: str, activation: str, gated: bool, dtype: torch.dtype
+) -> None:
     require(backend, op, dtype)
-    own = {"groups": 2, "block": 16, "per_group": True} if op == "hidden_experts" else {"width": 16, "neurons": 32}
-    form = {"gated": gated, "activation": activation, "dtype": dtype, "with_bias": op != "hidden_experts"}
+    own = (
+        {"groups": 2, "block": 16, "per_group": True}
+        if op == "hidden_experts"
+        else {"width": 16, "neurons": 32}
+    )
+    form = {
+        "gated": gated,
+        "activation": activation,
+        "dtype": dtype,
+        "with_bias": op != "hidden_experts",
+    }
     problem = PROBLEMS[op](tokens=40, experts=4, **form, **own)
-    (problem.on_quarters() if activation == "relu" and dtype != torch.float64 else problem).check(backend)
+    (problem.on_quarters() if activation == "relu" and dtype != torch.float64 else problem).check(
+        backend
+    )
 
 
 @on_every_backend
@@ -100,8 +143,16 @@ def test_random_problems(backend: str, op: str, data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
     require(backend, op, dtype)
     size = {
-        "hidden_experts": {"groups": st.integers(1, 4), "block": st.integers(1, 20), "per_group": st.booleans()},
-        "neuron_experts": {"width": st.integers(1, 50), "out": st.integers(1, 50), "neurons": st.integers(1, 70)},
+        "hidden_experts": {
+            "groups": st.integers(1, 4),
+            "block": st.integers(1, 20),
+            "per_group": st.booleans(),
+        },
+        "neuron_experts": {
+            "width": st.integers(1, 50),
+            "out": st.integers(1, 50),
+            "neurons": st.integers(1, 70),
+        },
     }[op]
     PROBLEMS[op](
         tokens=data.draw(st.integers(0, 60 if op == "neuron_experts" else 20)),
@@ -118,14 +169,22 @@ def test_random_problems(backend: str, op: str, data: st.DataObject) -> None:
 
 
 THREADS = [  # the neurons of one expert are shared out too
-    *(("hidden_experts", {"experts": 6, "groups": 11, "block": 16, "per_group": own}) for own in (True, False)),
-    *(("neuron_experts", {"experts": e, "width": 48, "out": 200, "neurons": 100, "gated": True}) for e in (1, 6, 40)),
+    *(
+        ("hidden_experts", {"experts": 6, "groups": 11, "block": 16, "per_group": own})
+        for own in (True, False)
+    ),
+    *(
+        ("neuron_experts", {"experts": e, "width": 48, "out": 200, "neurons": 100, "gated": True})
+        for e in (1, 6, 40)
+    ),
 ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("op", "options"), THREADS)
-def test_native_bits_do_not_depend_on_threads(op: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+def test_native_bits_do_not_depend_on_threads(
+    op: str, options: dict[str, Any], dtype: torch.dtype
+) -> None:
     require("native", op, dtype)
     problem, found = PROBLEMS[op](tokens=130, with_bias=True, dtype=dtype, **options), []
     for threads in (1, 2):
@@ -138,18 +197,27 @@ def test_native_bits_do_not_depend_on_threads(op: str, options: dict[str, Any], 
 @pytest.mark.parametrize(
     ("op", "options"),
     [
-        # With blocks of 1,024, a tile of sums holds 256 tokens; groups of a part that follow each other share sums.
+        # With blocks of 1,024, a tile of sums holds 256 tokens; groups of a part that follow each
+        # other share sums.
         ("hidden_experts", {"tokens": 300, "groups": 1, "block": 1024}),
-        ("hidden_experts", {"tokens": 1100, "groups": 20, "block": 64, "per_group": True, "with_bias": True}),
+        (
+            "hidden_experts",
+            {"tokens": 1100, "groups": 20, "block": 64, "per_group": True, "with_bias": True},
+        ),
         # Native computes 2^23 hidden neurons at a time, eager 2^22 elements.
-        ("neuron_experts", {"tokens": 1100, "top_k": 16, "width": 9, "out": 5, "neurons": 512, "none_share": 0.0}),
+        (
+            "neuron_experts",
+            {"tokens": 1100, "top_k": 16, "width": 9, "out": 5, "neurons": 512, "none_share": 0.0},
+        ),
     ],
 )
 def test_more_than_is_computed_at_once(op: str, options: dict[str, Any]) -> None:
     require("native", op, torch.float32)
     assert 1100 * 16 * 512 > 1 << 23 > eager.PIECE
     problem = PROBLEMS[op](experts=3, dtype=torch.float32, **options)
-    native, plain = (problem.run(problem.OP, torch.float32, backend=name) for name in ("native", "eager"))
+    native, plain = (
+        problem.run(problem.OP, torch.float32, backend=name) for name in ("native", "eager")
+    )
     for name, value in native.items():
         assert relative_error(value, plain[name]) < 1e-5, name
 
@@ -158,8 +226,11 @@ def test_more_than_is_computed_at_once(op: str, options: dict[str, Any]) -> None
     ("elements", "tokens", "sizes"),
     [(170, 28, [(2, 4)] * 3 + [(1, 4)]), (10, 28, [(1, 4)] * 7), (10**6, 2100, [(21, 128)])],
 )
-def test_what_neurons_gather_at_once(elements: int, tokens: int, sizes: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 4 rows if an expert has 4, of 128 at most; they and their expert take 4 x 10 + 20 elements."""
+def test_what_neurons_gather_at_once(
+    elements: int, tokens: int, sizes: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 4 rows if an expert has 4, of 128 at most; they and their expert take 4 x 10 + 20
+    elements."""
     monkeypatch.setattr(eager, "PIECE", elements)
     pieces = eager._pieces(torch.arange(tokens)[:, None] % 7, 7, 10, 20)
     assert [piece.slots.shape for piece in pieces] == sizes
@@ -171,13 +242,22 @@ def test_what_neurons_gather_at_once(elements: int, tokens: int, sizes: list, mo
 @on_every_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sums_of_half_precision_are_wide(backend: str, dtype: torch.dtype) -> None:
-    """Of eight experts whose terms cancel but for what half precision would lose, and of a gate's gradient."""
+    """Of eight experts whose terms cancel but for what half precision would lose, and of a gate's
+    gradient."""
     require(backend, "hidden_experts", dtype)
     tokens, experts = 3, 8
-    u, eye = torch.ones(tokens, 4, dtype=dtype), torch.eye(4, dtype=dtype).expand(experts, 1, 4, 4).contiguous()
+    u, eye = (
+        torch.ones(tokens, 4, dtype=dtype),
+        torch.eye(4, dtype=dtype).expand(experts, 1, 4, 4).contiguous(),
+    )
     index = torch.arange(experts).expand(tokens, experts)
     large = 512.0 if dtype == torch.float16 else 256.0
-    gates = torch.tensor([large, *[0.125] * 6, -large]).expand(tokens, experts).contiguous().requires_grad_()
+    gates = (
+        torch.tensor([large, *[0.125] * 6, -large])
+        .expand(tokens, experts)
+        .contiguous()
+        .requires_grad_()
+    )
     y = hidden_experts(u, gates, index, eye, eye, activation="none", backend=backend)
     assert torch.equal(y, torch.full_like(y, 0.75))
     # A row's sum of 1 + 3 * 2^-12 is no number of half precision.
@@ -190,7 +270,9 @@ def test_sums_of_half_precision_are_wide(backend: str, dtype: torch.dtype) -> No
 @on_every_backend
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("experts", [1, 2, 8])
-def test_identity_blocks_and_gate_one_change_no_bit(backend: str, dtype: torch.dtype, experts: int) -> None:
+def test_identity_blocks_and_gate_one_change_no_bit(
+    backend: str, dtype: torch.dtype, experts: int
+) -> None:
     if backend not in ("auto", "eager", "native"):
         pytest.skip("promised on the CPU alone")
     require(backend, "hidden_experts", dtype)
@@ -217,7 +299,10 @@ def test_shared_blocks_need_no_axis_of_groups() -> None:
 @pytest.mark.parametrize(
     ("way", "name", "rows"),
     pairwise(
-        [(None, by_eager._ELEMENTS), *product(["gather", "pairs", "rebuild"], [1, by_eager._ELEMENTS])],
+        [
+            (None, by_eager._ELEMENTS),
+            *product(["gather", "pairs", "rebuild"], [1, by_eager._ELEMENTS]),
+        ],
         ["light", "padded", "one_core", "centre_last", "seven_cores", "separable"],
         [0, 1, 5, 400],
     ),
@@ -225,7 +310,8 @@ def test_shared_blocks_need_no_axis_of_groups() -> None:
 def test_embedding_against_reference(
     way: tuple[str | None, int], name: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the way that is chosen in every dtype and layout; by every way, one group at a time or all at once."""
+    """By the way that is chosen in every dtype and layout; by every way, one group at a time or all
+    at once."""
     way, elements = way
     if way is not None:
         monkeypatch.setattr(by_eager, "_way", lambda *_: way)
@@ -236,7 +322,9 @@ def test_embedding_against_reference(
     want = mpo_embedding_reference(ids, true)
     grad = torch.randn(want.shape, dtype=torch.float64)
     wanted = torch.autograd.grad(want, leaves(true), grad)
-    for dtype, layout in product(DTYPES, LAYOUTS.values()) if way is None else [(torch.float64, LAYOUTS["dense"])]:
+    for dtype, layout in (
+        product(DTYPES, LAYOUTS.values()) if way is None else [(torch.float64, LAYOUTS["dense"])]
+    ):
         blocks, plain = cast(true, dtype, layout), cast(true, dtype)
         with poisoned_memory():
             got = mpo_embedding(ids, blocks)
@@ -255,9 +343,15 @@ def test_embedding_against_reference(
     ("sizes", "pairs", "rebuild"),
     [((4, 2, 3, 4, 4, 3, 4, 3, 64, 24), 24, 56), ((2, 2, 4, 4, 2, 30, 5, 6, 40, 24), 11, 40)],
 )
-def test_more_rows_are_looked_up_in_another_way(sizes: tuple[int, ...], pairs: int, rebuild: int) -> None:
-    """The second shape's gathered slices take more memory than its table before they take more FLOPs."""
-    ways = [by_eager._way(BlockDims(*sizes), rows) for rows in (1, pairs - 1, pairs, rebuild - 1, rebuild)]
+def test_more_rows_are_looked_up_in_another_way(
+    sizes: tuple[int, ...], pairs: int, rebuild: int
+) -> None:
+    """The second shape's gathered slices take more memory than its table before they take more
+    FLOPs."""
+    ways = [
+        by_eager._way(BlockDims(*sizes), rows)
+        for rows in (1, pairs - 1, pairs, rebuild - 1, rebuild)
+    ]
     assert ways == ["gather", "gather", "pairs", "pairs", "rebuild"]
     assert by_eager._way(BlockDims(*sizes), 1, "cuda") == "rebuild"
 

@@ -1,4 +1,5 @@
-"""mpo_ffn against the float64 reference, and compiled; products by PyTorch's grouped GEMMs, as a GPU would run them."""
+"""mpo_ffn against the float64 reference, and compiled; products by PyTorch's grouped GEMMs, as a
+GPU would run them."""
 
 from __future__ import annotations
 
@@ -51,16 +52,36 @@ def test_one_graph(backend: str, name: str) -> None:
     def mix(x: Tensor, logits: Tensor) -> Tensor:
         weights, index = logits.softmax(-1).topk(1)
         routing = route(index, 4, capacity=3, backend=backend)
-        y = mpo_ffn(x, routing, weights, up, down, gate_proj=gate_proj, activation="gelu_new", backend=backend)
+        y = mpo_ffn(
+            x,
+            routing,
+            weights,
+            up,
+            down,
+            gate_proj=gate_proj,
+            activation="gelu_new",
+            backend=backend,
+        )
         return y + combine(dispatch(x, routing, backend=backend), routing, weights, backend=backend)
 
     compiled = torch.compile(mix, fullgraph=True, backend="aot_eager", dynamic=True)
     for tokens in (9, 5):
-        x, logits = torch.randn(tokens, 12, requires_grad=True), torch.randn(tokens, 4, requires_grad=True)
-        inputs = [x, logits, *leaves(up), *leaves(down), *([] if gate_proj is None else leaves(gate))]
+        x, logits = (
+            torch.randn(tokens, 12, requires_grad=True),
+            torch.randn(tokens, 4, requires_grad=True),
+        )
+        inputs = [
+            x,
+            logits,
+            *leaves(up),
+            *leaves(down),
+            *([] if gate_proj is None else leaves(gate)),
+        ]
         expected, got = mix(x, logits), compiled(x, logits)
         assert torch.equal(got, expected)
-        pairs = zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (got, expected)), strict=True)
+        pairs = zip(
+            *(torch.autograd.grad(y.square().sum(), inputs) for y in (got, expected)), strict=True
+        )
         assert all(torch.allclose(a, b) for a, b in pairs)
 
 
@@ -80,7 +101,9 @@ MASK = torch.arange(TOKENS) % 5 != 1
 
 def routing_of(capacity: int | None = 3) -> Routing:
     """Some tokens are masked, some are dropped, and one expert is idle."""
-    return route(expert_choice("some_idle", TOKENS, EXPERTS, 1), EXPERTS, capacity=capacity, token_mask=MASK)
+    return route(
+        expert_choice("some_idle", TOKENS, EXPERTS, 1), EXPERTS, capacity=capacity, token_mask=MASK
+    )
 
 
 def gates_of(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -92,7 +115,8 @@ def gates_of(dtype: torch.dtype = torch.float32) -> Tensor:
 @on_every_backend
 @pytest.mark.parametrize("capacity", [None, 1, 3])
 def test_every_token_has_one_slot(backend: str, capacity: int | None) -> None:
-    """Placing rows relies on this; masked and dropped tokens have one too, among the empty slots."""
+    """Placing rows relies on this; masked and dropped tokens have one too, among the empty
+    slots."""
     require(backend)
     index = expert_choice("zipf", TOKENS, EXPERTS, 1)
     routing = route(index, EXPERTS, capacity=capacity, token_mask=MASK, backend=backend)
@@ -107,7 +131,10 @@ def test_the_bits_of_combine(name: str, backend: str, dtype: torch.dtype, biased
     shape = SMALL_SHAPES[name]
     able = require_strategies(backend, shape, dtype)
     blocks, routing, gates = random_blocks(shape, EXPERTS, dtype), routing_of(), gates_of()
-    x, bias = torch.randn(TOKENS, shape.in_features).to(dtype), torch.randn(shape.out_features).to(dtype)
+    x, bias = (
+        torch.randn(TOKENS, shape.in_features).to(dtype),
+        torch.randn(shape.out_features).to(dtype),
+    )
     rows = x, blocks, routing.expert_offsets, bias if biased else None
     for strategy in able:
         with poisoned_memory():
@@ -128,7 +155,9 @@ def test_a_network_without_gradients_places_its_rows(
     routing, gates, x = routing_of(), gates_of(gate_dtype), torch.randn(TOKENS, shape.in_features)
     placed: list[int] = []
     once = ffn.placed_mpo_linear
-    monkeypatch.setattr(ffn, "placed_mpo_linear", lambda *arguments: placed.append(1) or once(*arguments))
+    monkeypatch.setattr(
+        ffn, "placed_mpo_linear", lambda *arguments: placed.append(1) or once(*arguments)
+    )
     y = mpo_ffn(x, routing, gates, up, down, backend=backend)
     assert len(placed) == places_rows(backend)
     monkeypatch.setattr(ffn, "places_rows", lambda _: False)
@@ -146,13 +175,16 @@ def test_when_rows_are_not_placed(case: str, monkeypatch: pytest.MonkeyPatch) ->
     down = random_blocks(SMALL_SHAPES["separable"], 2, torch.float32, requires_grad=case == "block")
     assert not ffn._may_place(hidden, down, None, routing, gates, None)
     with torch.no_grad():
-        assert ffn._may_place(hidden, down, None, routing, gates, None) == (case in ("gate", "block"))
+        assert ffn._may_place(hidden, down, None, routing, gates, None) == (
+            case in ("gate", "block")
+        )
 
 
 @on_every_backend
 @pytest.mark.parametrize("how", ["by hand", "by replacing"])
 def test_a_routing_made_by_hand_is_combined(how: str, backend: str) -> None:
-    """If rows were placed, a routing with token 0 in every slot would leave the other tokens' rows unwritten."""
+    """If rows were placed, a routing with token 0 in every slot would leave the other tokens' rows
+    unwritten."""
     shape = SMALL_SHAPES["separable"]
     require_strategies(backend, shape, torch.float32)
     made, rows = routing_of(), torch.zeros(TOKENS, dtype=torch.int64)
@@ -162,18 +194,25 @@ def test_a_routing_made_by_hand_is_combined(how: str, backend: str) -> None:
         routing = replace(made, token_of_slot=rows)
     assert (made.is_routed, routing.is_routed) == (True, False)
     up, x = random_blocks(shape, EXPERTS, torch.float32), torch.randn(TOKENS, shape.in_features)
-    down, gates, offsets = random_blocks(shape.mirrored(), EXPERTS, torch.float32), gates_of(), routing.expert_offsets
+    down, gates, offsets = (
+        random_blocks(shape.mirrored(), EXPERTS, torch.float32),
+        gates_of(),
+        routing.expert_offsets,
+    )
     with poisoned_memory():
         y = mpo_ffn(x, routing, gates, up, down, backend=backend)
     hidden = grouped_mpo_linear(x, up, offsets, row_index=rows, activation="relu", backend=backend)
-    assert torch.equal(y, combine(grouped_mpo_linear(hidden, down, offsets, backend=backend), routing, gates))
+    assert torch.equal(
+        y, combine(grouped_mpo_linear(hidden, down, offsets, backend=backend), routing, gates)
+    )
 
 
 # ------------------------------------------------------------------ grouped GEMMs
 
 
 LIBRARY = SimpleNamespace(
-    forward=lambda call: grouped.forward(call, Library()), backward=lambda call: grouped.backward(call, Library())
+    forward=lambda call: grouped.forward(call, Library()),
+    backward=lambda call: grouped.backward(call, Library()),
 )
 
 
@@ -194,7 +233,9 @@ class Problem(KernelProblem):
         """An idle expert's blocks must never be read."""
         x, left, central, right, *others = super()._common(strategy)
         idle = self.routing.expert_offsets.diff() == 0
-        left, right = (block.masked_fill(idle.view(-1, 1, 1, 1), torch.nan) for block in (left, right))
+        left, right = (
+            block.masked_fill(idle.view(-1, 1, 1, 1), torch.nan) for block in (left, right)
+        )
         return x, left, central, right, *others
 
 
@@ -208,7 +249,9 @@ def test_without_the_slots_of_tokens() -> None:
 
 
 @pytest.mark.parametrize("phase", ["forward", "backward"])
-def test_on_a_gpu_eager_offers_them_where_they_do_not_wait(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_eager_offers_them_where_they_do_not_wait(
+    phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Under separate names; PyTorch has a kernel for bfloat16 and two generations of GPUs."""
     dims, card = BlockDims.of_shape(SMALL_SHAPES["separable"]), {"capability": (9, 0)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: card["capability"])
@@ -221,7 +264,11 @@ def test_on_a_gpu_eager_offers_them_where_they_do_not_wait(phase: str, monkeypat
         alone, able = [(strategy, True)], (f"{strategy} by grouped GEMMs", False)
         for card["capability"] in ((9, 0), (10, 0)):
             assert offered(strategy, torch.bfloat16, "cuda:0") == [*alone, able]
-            assert offered(strategy, torch.float32, "cuda:0") == offered(strategy, torch.bfloat16, "cpu") == alone
+            assert (
+                offered(strategy, torch.float32, "cuda:0")
+                == offered(strategy, torch.bfloat16, "cpu")
+                == alone
+            )
         for card["capability"] in ((8, 0), (8, 9), (12, 0)):
             assert offered(strategy, torch.bfloat16, "cuda:0") == alone
     monkeypatch.setattr(torch.version, "hip", "6.4")
@@ -231,7 +278,9 @@ def test_on_a_gpu_eager_offers_them_where_they_do_not_wait(phase: str, monkeypat
 
 @pytest.mark.parametrize("experts", [2, 8, 64])
 @pytest.mark.parametrize("built", [("LC", "W"), ("CR", "W"), ("LC",), ("CR",)])
-def test_what_is_built_and_its_copy_fit_two_weights_or_a_quarter(built: tuple[str, ...], experts: int) -> None:
+def test_what_is_built_and_its_copy_fit_two_weights_or_a_quarter(
+    built: tuple[str, ...], experts: int
+) -> None:
     for bond in (16, 64, None):
         dims = BlockDims.of_shape(MPOShape.paper(768, 3072, max_bond=bond))
         at_once = grouped.experts_at_once(dims, built, experts)

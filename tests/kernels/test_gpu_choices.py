@@ -1,4 +1,5 @@
-"""What runs on a GPU, without one: choices that wait for nothing, cards that differ, and products rounded to TF32."""
+"""What runs on a GPU, without one: choices that wait for nothing, cards that differ, and products
+rounded to TF32."""
 
 from __future__ import annotations
 
@@ -42,10 +43,22 @@ def card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.usefixtures("card")
 def test_what_waits_is_never_chosen() -> None:
     """960 problems for each card."""
-    for op, shape, size, dtype in product(OPS, SHAPES, SIZES, (torch.float32, torch.float16, torch.bfloat16)):
+    for op, shape, size, dtype in product(
+        OPS, SHAPES, SIZES, (torch.float32, torch.float16, torch.bfloat16)
+    ):
         dims = BlockDims.of_shape(workload_shape(shape, *size))
         for experts, slots in product((1, 8, 64, 1024), (0, 1, 64, 4096, 32768)):
-            able = rank(Problem(op, dims, experts, slots, dtype, "cuda:0", keeps=dims.is_separable and op == OPS[0]))
+            able = rank(
+                Problem(
+                    op,
+                    dims,
+                    experts,
+                    slots,
+                    dtype,
+                    "cuda:0",
+                    keeps=dims.is_separable and op == OPS[0],
+                )
+            )
             assert able
             assert not any(candidate.waits for candidate in able)
             assert shortlist(able)
@@ -61,7 +74,8 @@ def test_experts_and_routing_have_kernels() -> None:
 
 @pytest.mark.parametrize(("case", "top_k"), pairwise(list(cases((768,))), [1, 2, 8]))
 def test_layers_run_on_tensors_without_memory(case: Case, top_k: int) -> None:
-    """Forward and backward, decoding and training: what reads a number from such a tensor raises an error."""
+    """Forward and backward, decoding and training: what reads a number from such a tensor raises an
+    error."""
     pytest.importorskip("triton")
     from shipped_kernels import as_on_gpu
 
@@ -77,12 +91,16 @@ def test_layers_run_on_tensors_without_memory(case: Case, top_k: int) -> None:
 
 
 @pytest.mark.usefixtures("card")
-def test_what_waits_runs_if_it_is_named_or_there_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_waits_runs_if_it_is_named_or_there_is_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     dims = BlockDims.of_shape(workload_shape("paper_64", 768, 3072))
     problem = Problem(OPS[0], dims, 8, 64, torch.float32, "cuda:0")
     assert all(candidate.waits for candidate in rank(problem._replace(backend="eager")))
     monkeypatch.setattr(BACKENDS["triton"], "unavailable_reasons", lambda: ["it is not installed"])
-    assert {(candidate.backend, candidate.waits) for candidate in rank(problem)} == {("eager", True)}
+    assert {(candidate.backend, candidate.waits) for candidate in rank(problem)} == {
+        ("eager", True)
+    }
 
 
 class NothingIsRead(TorchDispatchMode):
@@ -137,7 +155,9 @@ def gpus(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: NAMES[_index(device)])
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: CAPABILITIES[_index(device)])
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device=None: CAPABILITIES[_index(device)]
+    )
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     yield
     monkeypatch.undo()
@@ -226,7 +246,8 @@ def _set(where: object, name: str, value: object) -> Callable[[], None]:
     return lambda: setattr(where, name, value)
 
 
-# The older settings, then the newer ones; once a newer one is used, PyTorch refuses to read the older ones.
+# The older settings, then the newer ones; once a newer one is used, PyTorch refuses to read the
+# older ones.
 WAYS = {
     "nothing": (lambda: None, False),
     "allow_tf32": (_set(MATMUL, "allow_tf32", True), True),

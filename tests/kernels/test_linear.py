@@ -1,4 +1,5 @@
-"""grouped_mpo_linear on every backend, strategy, dtype and layout of memory, against the float64 reference."""
+"""grouped_mpo_linear on every backend, strategy, dtype and layout of memory, against the float64
+reference."""
 
 from __future__ import annotations
 
@@ -36,18 +37,23 @@ BOTH = (torch.float32, torch.bfloat16)
 # Several panels, tiles and k steps, with remainders everywhere.
 MEDIUM = {
     "medium": MPOShape((6, 5, 4), (4, 6, 7), max_bond=20, in_features=117, out_features=165),
-    "medium_separable": MPOShape((40, 9, 1), (1, 7, 36), max_bond=(24, 30), in_features=357, out_features=249),
+    "medium_separable": MPOShape(
+        (40, 9, 1), (1, 7, 36), max_bond=(24, 30), in_features=357, out_features=249
+    ),
     "medium_mirrored": MPOShape((40, 9, 1), (1, 7, 36), max_bond=(24, 30)).mirrored(),
 }
-# For native kernels: several blocks in k and in n, with a smaller last one; bonds that do not fill a granule; both
-# orders of half_left; for separable several pieces of k and column strips, and odd bonds, which bfloat16 pads.
+# For native kernels: several blocks in k and in n, with a smaller last one; bonds that do not fill
+# a granule; both orders of half_left; for separable several pieces of k and column strips, and odd
+# bonds, which bfloat16 pads.
 LARGER = {
     "many_blocks": MPOShape((8, 13, 16), (8, 11, 16), max_bond=40),
     "many_blocks_mirrored": MPOShape((8, 9, 24), (12, 11, 16), max_bond=40),
     "wide_left": MPOShape((24, 3, 4), (16, 5, 2), max_bond=33),
     "wide_right": MPOShape((4, 3, 24), (4, 5, 24), max_bond=33),
     "cropped": MPOShape((6, 5, 4), (4, 6, 7), max_bond=20, in_features=101, out_features=123),
-    "cropped_right_first": MPOShape((4, 5, 6), (7, 6, 4), max_bond=20, in_features=101, out_features=123),
+    "cropped_right_first": MPOShape(
+        (4, 5, 6), (7, 6, 4), max_bond=20, in_features=101, out_features=123
+    ),
     "few_rows": MPOShape((4, 9, 3), (4, 37, 8), max_bond=(11, 13)),
     "few_rows_central_first": MPOShape((2, 60, 4), (4, 4, 8), max_bond=8),
     "even": MPOShape((48, 11, 1), (1, 37, 40), max_bond=(40, 36)),
@@ -57,17 +63,22 @@ LARGER = {
     "longest_sums": MPOShape((64, 256, 1), (1, 3, 8)),  # the central step sums 16,384 products
     "many_rows": MPOShape((5, 4, 1), (1, 3, 6), max_bond=(5, 6)),
 }
-# A chain packs central piece by piece for up to 64 rows, in a backward 128: 12 of each slot, or 8 if it is first; after
-# left, for 481 columns, it has to be fewer rows. Separable packs central as a whole above 128 slots (64 in a backward),
-# and sums its gradient over 1,024 rows at a time.
+# A chain packs central piece by piece for up to 64 rows, in a backward 128: 12 of each slot, or 8
+# if it is first; after left, for 481 columns, it has to be fewer rows. Separable packs central as a
+# whole above 128 slots (64 in a backward), and sums its gradient over 1,024 rows at a time.
 NATIVE_SIZES = [
     *((name, 70) for name in LARGER),
-    *((name, tokens) for name in ("few_rows", "few_rows_central_first") for tokens in (1, 2, 3, 8, 11, 40, 41)),
+    *(
+        (name, tokens)
+        for name in ("few_rows", "few_rows_central_first")
+        for tokens in (1, 2, 3, 8, 11, 40, 41)
+    ),
     *((name, tokens) for name in ("even", "odd") for tokens in (1, 2, 3, 8, 64, 65, 128, 129, 400)),
     *(("long_sums", slots) for slots in (8, 17, 24, 33, 48, 100)),
     *(("longest_sums", 3), ("longest_sums", 148), ("many_rows", 2061)),
 ]
-# One shape for each order of contracting x with the three blocks: initials of left, central and right.
+# One shape for each order of contracting x with the three blocks: initials of left, central and
+# right.
 CHAIN_ORDERS = {
     "LCR": ((2, 2, 2), (2, 2, 3)),
     "RCL": ((2, 2, 2), (3, 2, 2)),
@@ -82,7 +93,9 @@ def cpu_dtypes(backend: str) -> list[torch.dtype]:
     """Dtypes in which a backend computes anything, among those whose rounding the tests know."""
     shapes = (SMALL_SHAPES["light"], SMALL_SHAPES["separable"])
     dtypes = (torch.float64, torch.float32, torch.bfloat16)
-    return [dtype for dtype in dtypes if any(strategies_of(backend, shape, dtype) for shape in shapes)]
+    return [
+        dtype for dtype in dtypes if any(strategies_of(backend, shape, dtype) for shape in shapes)
+    ]
 
 
 @on_every_backend
@@ -132,9 +145,13 @@ def test_random_problems(
 @pytest.mark.parametrize("dtype", BOTH)
 @pytest.mark.parametrize("name", MEDIUM)
 def test_sizes_beyond_one_tile(backend: str, name: str, dtype: torch.dtype) -> None:
-    """More rows than a tile, more columns than a panel, and remainders of both; an idle and a one-row expert."""
+    """More rows than a tile, more columns than a panel, and remainders of both; an idle and a
+    one-row expert."""
     strategies = require_strategies(backend, MEDIUM[name], dtype)
-    for options in ({"tokens": 83, "kind": "some_idle", "activation": "silu"}, {"tokens": 1, "activation": "relu"}):
+    for options in (
+        {"tokens": 83, "kind": "some_idle", "activation": "silu"},
+        {"tokens": 1, "activation": "relu"},
+    ):
         product = Product(MEDIUM[name], dtype, experts=4, top_k=1, backend=backend, **options)  # type: ignore[arg-type]
         for strategy in strategies:
             product.check(strategy)
@@ -144,12 +161,19 @@ def test_sizes_beyond_one_tile(backend: str, name: str, dtype: torch.dtype) -> N
 def test_blocks_and_pieces_of_native_kernels(size: tuple[str, int], dtype: torch.dtype) -> None:
     name, tokens = size
     experts, kind, activation = (4, "some_idle", "silu") if tokens == 70 else (2, "zipf", "gelu")
-    product = Product(LARGER[name], dtype, tokens, experts, 1, kind, activation=activation, backend="native")
+    product = Product(
+        LARGER[name], dtype, tokens, experts, 1, kind, activation=activation, backend="native"
+    )
     # All of one sign, otherwise the bias gradient may be a small difference of large numbers.
     product.grad = product.grad.abs() + 0.5
     strategies = require_strategies("native", LARGER[name], dtype)
-    # Rebuilt and half rebuilt weights do not depend on the number of tokens: of the largest they are compared once.
-    for strategy in strategies[3:] if tokens != 70 and name in ("even", "long_sums", "longest_sums") else strategies:
+    # Rebuilt and half rebuilt weights do not depend on the number of tokens: of the largest they
+    # are compared once.
+    for strategy in (
+        strategies[3:]
+        if tokens != 70 and name in ("even", "long_sums", "longest_sums")
+        else strategies
+    ):
         product.check(strategy)
 
 
@@ -166,7 +190,9 @@ def test_every_chain_order(backend: str, order: str, dtype: torch.dtype) -> None
 @on_every_backend
 @pytest.mark.parametrize("dtype", BOTH)
 @pytest.mark.parametrize("name", ["medium", "medium_separable"])
-def test_odd_alignment_and_strides_change_no_bit(backend: str, name: str, dtype: torch.dtype) -> None:
+def test_odd_alignment_and_strides_change_no_bit(
+    backend: str, name: str, dtype: torch.dtype
+) -> None:
     product = Product(MEDIUM[name], dtype, 20, backend=backend)
     for strategy in require_strategies(backend, MEDIUM[name], dtype):
         product.layout = "dense"
@@ -176,20 +202,29 @@ def test_odd_alignment_and_strides_change_no_bit(backend: str, name: str, dtype:
                 if backend == "native":
                     assert torch.equal(a, b), f"{label} ({strategy}, {product.layout})"
                 else:  # torch's own products may round differently there
-                    assert relative_error(a, b) < 8 * torch.finfo(dtype).eps, f"{label} ({strategy}, {product.layout})"
+                    assert relative_error(a, b) < 8 * torch.finfo(dtype).eps, (
+                        f"{label} ({strategy}, {product.layout})"
+                    )
 
 
 @pytest.mark.parametrize(
     ("shape", "tokens", "experts", "dtype"),
     pairwise(
-        [MEDIUM["medium_mirrored"], *(LARGER[name] for name in ("many_blocks", "cropped", "few_rows", "even"))],
+        [
+            MEDIUM["medium_mirrored"],
+            *(LARGER[name] for name in ("many_blocks", "cropped", "few_rows", "even")),
+        ],
         (1, 50),
         (1, 5),  # with few experts, one expert's rows of dleft and dright are shared out
         BOTH,
     ),
 )
-def test_native_bits_do_not_depend_on_threads(shape: MPOShape, tokens: int, experts: int, dtype: torch.dtype) -> None:
-    product = Product(shape, dtype, tokens, experts=experts, activation="gelu_new", backend="native")
+def test_native_bits_do_not_depend_on_threads(
+    shape: MPOShape, tokens: int, experts: int, dtype: torch.dtype
+) -> None:
+    product = Product(
+        shape, dtype, tokens, experts=experts, activation="gelu_new", backend="native"
+    )
     for strategy in require_strategies("native", shape, dtype):
         results = []
         for threads in (1, 3):
@@ -201,19 +236,26 @@ def test_native_bits_do_not_depend_on_threads(shape: MPOShape, tokens: int, expe
 
 @pytest.mark.parametrize("name", ["paper", "separable"])
 def test_masked_central_core_is_never_computed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A detached central core reaches the backward kernel as "not needed", and its gradient stays None."""
+    """A detached central core reaches the backward kernel as "not needed", and its gradient stays
+    None."""
     seen: list[list[bool]] = []
     kernels = {op: eager_kernel(op) for op in backends.CONTRACTIONS}
     backward = kernels["grouped_mpo_linear_backward"]
-    kernels["grouped_mpo_linear_backward"] = lambda call: (seen.append(call.need), backward(call))[1]
+    kernels["grouped_mpo_linear_backward"] = lambda call: (seen.append(call.need), backward(call))[
+        1
+    ]
     monkeypatch.setitem(backends.BACKENDS, "seen", candidate_backend("seen", kernels))
     monkeypatch.setitem(backends.PREFERRED, "cpu", ("seen", "eager"))
     shape = SMALL_SHAPES[name]
     blocks = random_blocks(shape, 2, requires_grad=True)
-    masked = MPOBlocks(blocks.left, blocks.central.detach(), blocks.right, shape.in_features, shape.out_features)
+    masked = MPOBlocks(
+        blocks.left, blocks.central.detach(), blocks.right, shape.in_features, shape.out_features
+    )
     x = torch.randn(5, shape.in_features, dtype=torch.float64, requires_grad=True)
     offsets = torch.tensor([0, 2, 5])
-    strategy = "separable" if shape.is_separable else "half_left"  # unforced, masked ones may choose another
+    strategy = (
+        "separable" if shape.is_separable else "half_left"
+    )  # unforced, masked ones may choose another
     grouped_mpo_linear(x, masked, offsets, strategy=strategy).sum().backward()
     assert seen == [[True, True, False, True, False]]
     assert blocks.central.grad is None
@@ -221,7 +263,11 @@ def test_masked_central_core_is_never_computed(name: str, monkeypatch: pytest.Mo
 
 def test_nothing_is_kept_for_a_backward_that_cannot_follow() -> None:
     shape = SMALL_SHAPES["separable"]
-    blocks, x, offsets = random_blocks(shape, 1), torch.randn(4, shape.in_features).double(), torch.tensor([0, 4])
+    blocks, x, offsets = (
+        random_blocks(shape, 1),
+        torch.randn(4, shape.in_features).double(),
+        torch.tensor([0, 4]),
+    )
     saved: list[bool] = []
 
     class Seen(TorchDispatchMode):
@@ -232,7 +278,9 @@ def test_nothing_is_kept_for_a_backward_that_cannot_follow() -> None:
 
     with Seen():
         grouped_mpo_linear(x, blocks, offsets)
-        grouped_mpo_linear(x, blocks, offsets, torch.ones(shape.out_features).double().requires_grad_())
+        grouped_mpo_linear(
+            x, blocks, offsets, torch.ones(shape.out_features).double().requires_grad_()
+        )
         with torch.no_grad():
             grouped_mpo_linear(x.clone().requires_grad_(), blocks, offsets)
     assert saved == [False, True, False]
@@ -249,8 +297,12 @@ def test_linear_keeps_leading_dimensions_and_transposed_blocks_are_the_tied_head
     assert torch.allclose(mpo_linear(hidden, blocks.transposed()), hidden @ weight.T)
 
 
-@pytest.mark.parametrize(("left", "right"), [((1, 1, 2, 20), (1, 6, 2, 2)), ((1, 2, 2, 6), (1, 20, 1, 2))])
-def test_what_a_weight_is_rebuilt_from_may_be_larger(left: tuple[int, ...], right: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("left", "right"), [((1, 1, 2, 20), (1, 6, 2, 2)), ((1, 2, 2, 6), (1, 20, 1, 2))]
+)
+def test_what_a_weight_is_rebuilt_from_may_be_larger(
+    left: tuple[int, ...], right: tuple[int, ...]
+) -> None:
     sizes = left, (left[-1], 3, 1, right[1]), right
     blocks = MPOBlocks(*(torch.randn(size, dtype=torch.float64) for size in sizes), 6, 4)
     x = torch.randn(5, 6, dtype=torch.float64)
@@ -264,7 +316,9 @@ def test_every_public_activation_has_a_reference() -> None:
     x, offsets = torch.randn(4, 12, dtype=torch.float64), torch.tensor([0, 4])
     for name, formula in ACTIVATIONS.items():
         got = grouped_mpo_linear(x, blocks, offsets, activation=name)
-        assert torch.allclose(got, grouped_mpo_linear_reference(x, blocks, offsets, activation=formula))
+        assert torch.allclose(
+            got, grouped_mpo_linear_reference(x, blocks, offsets, activation=formula)
+        )
 
 
 ISAS = ("generic", "avx2", "avx512", "avx512bf16", "amx")
@@ -272,7 +326,11 @@ ISAS = ("generic", "avx2", "avx512", "avx512bf16", "amx")
 
 # tools/native_sanitizers.sh also runs these kernels with every instruction set under sanitizers.
 @pytest.mark.parametrize(
-    "isa", [pytest.param(isa, marks=pytest.mark.slow if isa == "avx2" else pytest.mark.exhaustive) for isa in ISAS]
+    "isa",
+    [
+        pytest.param(isa, marks=pytest.mark.slow if isa == "avx2" else pytest.mark.exhaustive)
+        for isa in ISAS
+    ],
 )
 def test_every_instruction_set_of_this_machine(isa: str) -> None:
     require("native")
@@ -280,6 +338,16 @@ def test_every_instruction_set_of_this_machine(isa: str) -> None:
     if ISAS.index(isa) >= ISAS.index(best):
         pytest.skip(f"this machine's best is {best}")
     environment = os.environ | {"MPOE_CPU_ISA": isa}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "native"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "native",
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]

@@ -1,5 +1,5 @@
-"""The planner's candidates against opt_einsum's optimum; its ranking. What it counts is compared with what runs in
-test_backends_and_plan.py."""
+"""The planner's candidates against opt_einsum's optimum; its ranking. What it counts is compared
+with what runs in test_backends_and_plan.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from mpoe_bench.cases import workload_shape
 
 from mpoe_kernels import MPOShape, plan_contraction
-from mpoe_kernels.contract import STRATEGIES, BlockDims, contraction, contractions, expected_busy_experts
+from mpoe_kernels.contract import (
+    STRATEGIES,
+    BlockDims,
+    contraction,
+    contractions,
+    expected_busy_experts,
+)
 from mpoe_kernels.contract.orders import MOVE_FLOPS, SEPARABLE_ORDER, applications, order_flops
 from tests.cases import SMALL_SHAPES
 
@@ -26,18 +32,23 @@ def optimal_flops(dims: BlockDims, rows: int) -> float:
     """opt_einsum's cheapest order for one expert; it counts two operations per multiply-add."""
     d = dims
     views = ((rows, d.iL, d.iC, d.iR), (d.iL, d.jL, d.a), (d.a, d.iC, d.jC, d.b), (d.b, d.iR, d.jR))
-    _, info = opt_einsum.contract_path("nipu,ija,apqb,buv->njqv", *views, shapes=True, optimize="optimal")
+    _, info = opt_einsum.contract_path(
+        "nipu,ija,apqb,buv->njqv", *views, shapes=True, optimize="optimal"
+    )
     return float(info.opt_cost)
 
 
 def check_against_optimum(shape: MPOShape, rows: int) -> None:
     dims = BlockDims.of_shape(shape)
     optimum = optimal_flops(dims, rows)
-    # A missing side is a scalar: kernels multiply the rows by it, opt_einsum folds it into the smallest tensor.
+    # A missing side is a scalar: kernels multiply the rows by it, opt_einsum folds it into the
+    # smallest tensor.
     scalars = (dims.iL * dims.jL * dims.a == 1) + (dims.iR * dims.jR * dims.b == 1)
     allowed = 1.05 * optimum + scalars * 2 * rows * max(dims.in_features, dims.out_features)
     fewest = min(order_flops(dims, order) for order in itertools.permutations(SEPARABLE_ORDER))
-    more = rows * (order_flops(dims, dims.chain_order) - fewest)  # of a chain that moves fewer elements
+    more = rows * (
+        order_flops(dims, dims.chain_order) - fewest
+    )  # of a chain that moves fewer elements
     assert plan_contraction(shape, 1, rows).flops <= allowed + more
 
 
@@ -48,12 +59,16 @@ def test_never_more_flops_than_the_optimum(name: str) -> None:
 
 
 def test_a_chain_pays_for_the_elements_that_it_moves() -> None:
-    """Central first takes 0.6 of the FLOPs for both; it is worth it unless it leaves eight times as many elements."""
+    """Central first takes 0.6 of the FLOPs for both; it is worth it unless it leaves eight times as
+    many elements."""
     for sizes, order in (((768, 3072), ("L", "C", "R")), ((3072, 768), ("C", "L", "R"))):
         dims = BlockDims.of_shape(workload_shape("light_32", *sizes))
         assert order_flops(dims, ("C", "L", "R")) < 0.6 * order_flops(dims, ("L", "C", "R"))
         assert dims.chain_order == order
-        moved = {o: sum(s.after for s in applications(dims, o)[:-1]) for o in itertools.permutations("LCR")}
+        moved = {
+            o: sum(s.after for s in applications(dims, o)[:-1])
+            for o in itertools.permutations("LCR")
+        }
         cost = {o: order_flops(dims, o) + MOVE_FLOPS * elements for o, elements in moved.items()}
         assert cost[order] == min(cost.values())
 
@@ -104,14 +119,20 @@ def test_any_plan_ranks_by_flops_and_shows_every_strategy(**arguments) -> None:
 
 _DIMS = BlockDims(iL=2, jL=3, a=4, iC=2, jC=2, b=2, iR=2, jR=5, in_features=8, out_features=30)
 COUNTED = {strategy: _DIMS for strategy in STRATEGIES if strategy != "separable"}
-COUNTED["separable"] = BlockDims(iL=3, jL=1, a=3, iC=2, jC=2, b=2, iR=1, jR=2, in_features=6, out_features=4)
+COUNTED["separable"] = BlockDims(
+    iL=3, jL=1, a=3, iC=2, jC=2, b=2, iR=1, jR=2, in_features=6, out_features=4
+)
 
 
 def test_masked_and_partial_backwards_leave_out_what_is_not_needed() -> None:
     for strategy, dims in COUNTED.items():
         whole = contraction(strategy, dims, 2, 12, torch.float32, "backward")
-        masked = contraction(strategy, dims, 2, 12, torch.float32, "backward", (True, True, False, True))
-        only_x = contraction(strategy, dims, 2, 12, torch.float32, "backward", (True, False, False, False))
+        masked = contraction(
+            strategy, dims, 2, 12, torch.float32, "backward", (True, True, False, True)
+        )
+        only_x = contraction(
+            strategy, dims, 2, 12, torch.float32, "backward", (True, False, False, False)
+        )
         nothing = contraction(strategy, dims, 2, 12, torch.float32, "backward", (False,) * 4)
         assert masked.flops < whole.flops
         assert "d C" in {product.result for product in whole.program.products}
@@ -122,11 +143,15 @@ def test_masked_and_partial_backwards_leave_out_what_is_not_needed() -> None:
 
 
 def test_expected_busy_experts() -> None:
-    found = [expected_busy_experts(*sizes) for sizes in ((8, 0), (8, 1), (1, 5), (64, 64), (8, 10_000))]
+    found = [
+        expected_busy_experts(*sizes) for sizes in ((8, 0), (8, 1), (1, 5), (64, 64), (8, 10_000))
+    ]
     assert found == [0, 1, 1, 41, 8]  # 64 (1 - (63/64)^64) = 40.6
 
 
-@pytest.mark.parametrize("shape", [SHAPES["paper_full"], SHAPES["separable"], SMALL_SHAPES["one_core"]])
+@pytest.mark.parametrize(
+    "shape", [SHAPES["paper_full"], SHAPES["separable"], SMALL_SHAPES["one_core"]]
+)
 @pytest.mark.parametrize("training", [False, True])
 def test_zero_tokens(shape: MPOShape, training: bool) -> None:
     plan = plan_contraction(shape, 8, 0, training=training)
@@ -140,7 +165,9 @@ def test_decode_and_training_get_different_plans() -> None:
         assert (training.strategy, training.backward_strategy) == ("rebuild", "rebuild")
     assert plan_contraction(MPOShape.paper(768, 3072, max_bond=8), 64, 64).strategy == "chain"
     assert plan_contraction(SHAPES["paper_full"], 8, 2048).temporary_bytes == 2 * 768 * 3072 * 4
-    assert plan_contraction(SHAPES["paper_full"], 8, 2048).parameters == SHAPES["paper_full"].parameters(8)
+    assert plan_contraction(SHAPES["paper_full"], 8, 2048).parameters == SHAPES[
+        "paper_full"
+    ].parameters(8)
 
 
 def test_a_separable_training_forward_is_always_the_one_that_saves() -> None:
@@ -151,7 +178,8 @@ def test_a_separable_training_forward_is_always_the_one_that_saves() -> None:
 
 
 def test_bonds_larger_than_needed_are_refused_for_memory() -> None:
-    """Blocks may have a larger bond than their right side needs; a half-built weight is then larger than the whole."""
+    """Blocks may have a larger bond than their right side needs; a half-built weight is then larger
+    than the whole."""
     dims = BlockDims(iL=4, jL=4, a=4, iC=2, jC=2, b=64, iR=2, jR=2, in_features=16, out_features=16)
     names = {c.strategy for c in contractions(dims, 2, 8, torch.float32, "forward")}
     assert "half_left" not in names

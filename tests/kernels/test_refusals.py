@@ -48,8 +48,14 @@ X, PAIRS, GATES = ONES(3, 6), torch.zeros(3, 1).long(), ONES(3, 1)
 ROUTING = route(PAIRS, 1)
 OFFSETS = torch.tensor([0, 1, 3]).int()
 META = X.to("meta")
-LINEAR = {"x": ONES(5, 12), "blocks": random_blocks(LIGHT, 2, torch.float32), "expert_offsets": torch.tensor([0, 3, 5])}
-UP, DOWN, GATE = (random_blocks(shape, 2, torch.float32) for shape in (SEPARABLE, SEPARABLE.mirrored(), SEPARABLE))
+LINEAR = {
+    "x": ONES(5, 12),
+    "blocks": random_blocks(LIGHT, 2, torch.float32),
+    "expert_offsets": torch.tensor([0, 3, 5]),
+}
+UP, DOWN, GATE = (
+    random_blocks(shape, 2, torch.float32) for shape in (SEPARABLE, SEPARABLE.mirrored(), SEPARABLE)
+)
 NETWORK = ONES(3, 12), route(PAIRS, 2), GATES, UP, DOWN
 SEVERAL = route(torch.arange(9).view(-1, 1).expand(9, 2) % 4, 4)
 BIG = torch.zeros(1 << 16, 1 << 15, dtype=torch.int64, device="meta")
@@ -69,8 +75,15 @@ def named(blocks: MPOBlocks, **changes: int) -> MPOBlocks:
     return MPOBlocks(blocks.left, blocks.central, blocks.right, **sizes)
 
 
-def blocks(left: tuple = (1, 2, 3, 4), central: tuple = (4, 1, 1, 4), right: tuple = (1, 4, 3, 2), **sizes: int) -> Any:
-    return MPOBlocks(ONES(left), ONES(central), ONES(right), **{"in_features": 6, "out_features": 6, **sizes})
+def blocks(
+    left: tuple = (1, 2, 3, 4),
+    central: tuple = (4, 1, 1, 4),
+    right: tuple = (1, 4, 3, 2),
+    **sizes: int,
+) -> Any:
+    return MPOBlocks(
+        ONES(left), ONES(central), ONES(right), **{"in_features": 6, "out_features": 6, **sizes}
+    )
 
 
 def shape(**changes: Any) -> MPOShape:
@@ -82,19 +95,31 @@ def linear(**changes: Any) -> Tensor:
 
 
 def plan(**changes: Any) -> Any:
-    return plan_contraction(**{"shape": MPOShape.paper(8, 8), "num_experts": 2, "num_tokens": 4, **changes})
+    return plan_contraction(
+        **{"shape": MPOShape.paper(8, 8), "num_experts": 2, "num_tokens": 4, **changes}
+    )
 
 
 def experts(kind: type[Any], **changes: Any) -> Tensor:
     problem = kind()
-    return problem.OP(**{**problem.inputs, "top_k_index": problem.index, "activation": "gelu", **changes})
+    return problem.OP(
+        **{**problem.inputs, "top_k_index": problem.index, "activation": "gelu", **changes}
+    )
 
 
 TYPES, VALUES, cast_linear = TypeError, ValueError, torch.autocast("cpu")(mpo_linear)
 CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
     # shapes
-    (lambda: shape(out_factors=(2,)), VALUES, "in_factors and out_factors must have the same length"),
-    (lambda: shape(in_factors=(), out_factors=()), VALUES, "in_factors must hold at least one factor"),
+    (
+        lambda: shape(out_factors=(2,)),
+        VALUES,
+        "in_factors and out_factors must have the same length",
+    ),
+    (
+        lambda: shape(in_factors=(), out_factors=()),
+        VALUES,
+        "in_factors must hold at least one factor",
+    ),
     (lambda: shape(in_factors=(2, 0)), VALUES, "in_factors must hold positive integers; got 0"),
     (lambda: shape(in_factors=(2.5, 2)), TYPES, r"in_factors must hold integers; got 2.5"),
     (lambda: shape(in_factors=3), TYPES, "in_factors must be a sequence of integers; got 3"),
@@ -107,44 +132,96 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: shape(in_features=5), VALUES, r"product of its factors \[2, 2\] = 4; got 5"),
     (lambda: shape(out_features=0), VALUES, "out_features must lie between 1"),
     (lambda: shape(in_features="x"), TYPES, "in_features must be an integer; got 'x'"),
-    (lambda: MPOShape.separable(768, 3072, left=100), VALUES, "left must divide in_features = 768; got 100"),
-    (lambda: MPOShape.from_dict({**shape().to_dict(), "ranks": 3}), VALUES, r"unknown: \['ranks'\]"),
+    (
+        lambda: MPOShape.separable(768, 3072, left=100),
+        VALUES,
+        "left must divide in_features = 768; got 100",
+    ),
+    (
+        lambda: MPOShape.from_dict({**shape().to_dict(), "ranks": 3}),
+        VALUES,
+        r"unknown: \['ranks'\]",
+    ),
     (lambda: MPOShape.from_dict("x"), TYPES, "an MPOShape is described by a mapping; got str 'x'"),
     (lambda: MPOShape.paper(8, 8).parameters(0), VALUES, "num_experts must be at least 1"),
     (lambda: MPOShape.paper("x", 3), TYPES, "must be an integer; got 'x'"),
     (lambda: MPOShape.paper(0, 3), VALUES, "must be at least 1; got 0"),
-    (lambda: MPOShape.separable(16, 2**63), VALUES, "out_features must be at most 1099511627776; got 922337203685477"),
-    (lambda: MPOShape.light(16, 2**63), VALUES, "out_features must be at most 1099511627776; got 9223372036854775808"),
-    (lambda: workload_shape("paper_x", 6, 6), VALUES, "name must be 'separable', .*; got 'paper_x'"),
+    (
+        lambda: MPOShape.separable(16, 2**63),
+        VALUES,
+        "out_features must be at most 1099511627776; got 922337203685477",
+    ),
+    (
+        lambda: MPOShape.light(16, 2**63),
+        VALUES,
+        "out_features must be at most 1099511627776; got 9223372036854775808",
+    ),
+    (
+        lambda: workload_shape("paper_x", 6, 6),
+        VALUES,
+        "name must be 'separable', .*; got 'paper_x'",
+    ),
     # decompositions
     (lambda: decompose(ONES(3, 3, 3), LIGHT), VALUES, r"weight must be \[I, F\]"),
     (lambda: decompose(ONES(12, 12).long(), LIGHT), TYPES, "weight must have a floating dtype"),
     (lambda: decompose(torch.full((12, 12), torch.nan), LIGHT), VALUES, "weight must be finite"),
     (lambda: decompose(torch.full((12, 12), torch.inf), LIGHT), VALUES, "weight must be finite"),
-    (lambda: decompose(ONES(12, 12), LIGHT, "symetric"), VALUES, "gauge must be one of .*did you mean 'symmetric'"),
+    (
+        lambda: decompose(ONES(12, 12), LIGHT, "symetric"),
+        VALUES,
+        "gauge must be one of .*did you mean 'symmetric'",
+    ),
     (lambda: decompose(ONES(12, 12), (12, 12)), TYPES, "shape must be an MPOShape"),
-    (lambda: decompose(ONES(6, 6, device="meta"), SHAPE), VALUES, r"weight must have values to decompose; .* on meta"),
-    (lambda: decompose(torch.eye(6).to_sparse(), SHAPE), VALUES, "weight must be a dense tensor; .* torch.sparse_coo"),
+    (
+        lambda: decompose(ONES(6, 6, device="meta"), SHAPE),
+        VALUES,
+        r"weight must have values to decompose; .* on meta",
+    ),
+    (
+        lambda: decompose(torch.eye(6).to_sparse(), SHAPE),
+        VALUES,
+        "weight must be a dense tensor; .* torch.sparse_coo",
+    ),
     (lambda: decompose(lost(ONES(6, 6)), SHAPE), VALUES, "weight must hold its values"),
     (
-        lambda: decompose(ONES(96, 192), MPOShape((3, 4, 4, 2), (4, 4, 3, 4), max_bond=8), "identity"),
+        lambda: decompose(
+            ONES(96, 192), MPOShape((3, 4, 4, 2), (4, 4, 3, 4), max_bond=8), "identity"
+        ),
         VALUES,
         r"gauge 'identity' needs bonds equal .* core 0 of .* has 8, not 12",
     ),
-    (lambda: decompose(ONES(6, 6) * 3e38, SHAPE, "orthogonal"), VALUES, "too large: with the gauge 'orthogonal' its"),
+    (
+        lambda: decompose(ONES(6, 6) * 3e38, SHAPE, "orthogonal"),
+        VALUES,
+        "too large: with the gauge 'orthogonal' its",
+    ),
     # cores and blocks
     (lambda: fold(None), TYPES, "cores must be a non-empty sequence"),
-    (lambda: fold([CORES[0], CORES[1][1:]]), VALUES, r"cores\[0\] and cores\[1\] must share a bond"),
+    (
+        lambda: fold([CORES[0], CORES[1][1:]]),
+        VALUES,
+        r"cores\[0\] and cores\[1\] must share a bond",
+    ),
     (lambda: fold(CORES, central=3), VALUES, "central must index one of the 2 cores"),
     (lambda: fold(CORES, "x"), TYPES, "central must be an integer; got 'x'"),
-    (lambda: fold(random_cores(LIGHT, 2), 0), VALUES, r"cores\[0\] must be \[d, i, j, d'\] \(the central core is"),
+    (
+        lambda: fold(random_cores(LIGHT, 2), 0),
+        VALUES,
+        r"cores\[0\] must be \[d, i, j, d'\] \(the central core is",
+    ),
     (lambda: fold([ONES(2, 2), *CORES], 1), VALUES, r"cores\[0\] must be"),
     (
-        lambda: fold([core[:k] if k == 1 else core for k, core in enumerate(random_cores(LIGHT, 2), 1)]),
+        lambda: fold(
+            [core[:k] if k == 1 else core for k, core in enumerate(random_cores(LIGHT, 2), 1)]
+        ),
         VALUES,
         "auxiliary cores must agree in their number of experts",
     ),
-    (lambda: fold(random_cores(LIGHT, 2), num_experts=3), VALUES, "must equal the cores' expert axis, 2; got 3"),
+    (
+        lambda: fold(random_cores(LIGHT, 2), num_experts=3),
+        VALUES,
+        "must equal the cores' expert axis, 2; got 3",
+    ),
     (lambda: fold(CORES, 1, num_experts=0), VALUES, "num_experts must be at least 1; got 0"),
     (lambda: fold(CORES, 1, num_experts="2"), TYPES, "num_experts must be an integer; got str '2'"),
     (lambda: fold([ONES(2, 2, 3, 6), CORES[1]], 1), VALUES, "outer bonds .* must be 1; got 2"),
@@ -155,27 +232,49 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: named(ONE, out_features=6.0), TYPES, "out_features must be an integer"),
     (lambda: blocks(left=(1, 2, 3, 5)), VALUES, r"left .* must agree in a; got .*1, 2, 3, 5"),
     (lambda: blocks(right=(1, 5, 3, 2)), VALUES, r"right .* must agree in b; got .*1, 5, 3, 2"),
-    (lambda: blocks(right=(2, 4, 3, 2)), VALUES, "left and right must hold the same number of experts"),
+    (
+        lambda: blocks(right=(2, 4, 3, 2)),
+        VALUES,
+        "left and right must hold the same number of experts",
+    ),
     (lambda: blocks(in_features=0), VALUES, r"in_features must lie between 1 and .* = 6; got 0"),
-    (lambda: blocks(out_features=13), VALUES, r"out_features must lie between 1 and .* = 6; got 13"),
+    (
+        lambda: blocks(out_features=13),
+        VALUES,
+        r"out_features must lie between 1 and .* = 6; got 13",
+    ),
     *(
         (
-            lambda name=name, axis=axis, size=size: blocks(**{name: (*size[:axis], 0, *size[axis + 1 :])}),
+            lambda name=name, axis=axis, size=size: blocks(
+                **{name: (*size[:axis], 0, *size[axis + 1 :])}
+            ),
             VALUES,
             f"{name} must have no axis of size 0",
         )
-        for name, size in (("left", (1, 2, 3, 4)), ("central", (4, 3, 2, 5)), ("right", (1, 5, 2, 2)))
+        for name, size in (
+            ("left", (1, 2, 3, 4)),
+            ("central", (4, 3, 2, 5)),
+            ("right", (1, 5, 2, 2)),
+        )
         for axis in range(4)
     ),
     (lambda: expert_weights((1, 2)), TYPES, r"blocks must be MPOBlocks .*; got tuple"),
-    (lambda: expert_weights(replace(ONE, left=lost(ONE.left))), VALUES, "left must hold its values"),
+    (
+        lambda: expert_weights(replace(ONE, left=lost(ONE.left))),
+        VALUES,
+        "left must hold its values",
+    ),
     # plans
     (lambda: plan(num_experts=0), VALUES, "num_experts must be at least 1; got 0"),
     (lambda: plan(num_experts=2.0), TYPES, "num_experts must be an integer; got float 2.0"),
     (lambda: plan(num_tokens=-1), VALUES, "num_tokens must be at least 0"),
     (lambda: plan(top_k=0), VALUES, "top_k must be at least 1"),
     (lambda: plan(shape="paper"), TYPES, "shape must be an MPOShape; got str"),
-    (lambda: plan(dtype=torch.int32), TYPES, "dtype must be a floating torch.dtype; got torch.int32"),
+    (
+        lambda: plan(dtype=torch.int32),
+        TYPES,
+        "dtype must be a floating torch.dtype; got torch.int32",
+    ),
     (lambda: plan(dtype="float32"), TYPES, "got .float32."),
     (lambda: contracted("separable"), VALUES, "strategy 'separable' needs blocks with jL = iR = 1"),
     (lambda: contracted("fast"), VALUES, r"strategy must be one of .*got 'fast'"),
@@ -185,11 +284,23 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: linear(x=3), TYPES, r"x must be a tensor \[T, I\]; got int 3"),
     (lambda: linear(blocks="no"), TYPES, "blocks must be MPOBlocks"),
     (lambda: linear(bias=ONES(12).double()), TYPES, "bias must have the dtype of x"),
-    (lambda: linear(slot_of_token=ONES(5, 1).long()), VALUES, "slot_of_token must be None without row_index; got"),
+    (
+        lambda: linear(slot_of_token=ONES(5, 1).long()),
+        VALUES,
+        "slot_of_token must be None without row_index; got",
+    ),
     (lambda: linear(activation="relo"), VALUES, "activation must be one of .*did you mean 'relu'"),
     (lambda: linear(strategy="fast"), VALUES, "strategy must be one of"),
-    (lambda: linear(strategy="separable"), VALUES, "strategy 'separable' needs blocks with jL = iR = 1"),
-    (lambda: linear(backend="abacus"), VALUES, r"backend must be one of \['auto', .*'eager'.*got 'abacus'"),
+    (
+        lambda: linear(strategy="separable"),
+        VALUES,
+        "strategy 'separable' needs blocks with jL = iR = 1",
+    ),
+    (
+        lambda: linear(backend="abacus"),
+        VALUES,
+        r"backend must be one of \['auto', .*'eager'.*got 'abacus'",
+    ),
     (lambda: activation_reference("tanh", X), VALUES, "no reference for activation 'tanh'"),
     (lambda: mpo_linear(torch.tensor(1.0), ONE), VALUES, r"x must be a tensor \[\.\.\., I\]; got"),
     (lambda: mpo_linear([1.0], ONE), VALUES, r"x must be a tensor \[\.\.\., I\]; got"),
@@ -198,7 +309,11 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: mpo_embedding(PAIRS, TWO), VALUES, "one expert .*; got 2"),
     (lambda: mpo_embedding(X, ONE), TYPES, "ids must be an int32 or int64 tensor"),
     (lambda: mpo_embedding(PAIRS - 1, ONE), IndexError, r"ids must lie in 0\.\.5; got -1"),
-    (lambda: mpo_embedding(PAIRS.expand(3, 200) + 6, ONE), IndexError, r"ids must lie in 0\.\.5; got 6"),
+    (
+        lambda: mpo_embedding(PAIRS.expand(3, 200) + 6, ONE),
+        IndexError,
+        r"ids must lie in 0\.\.5; got 6",
+    ),
     # routing
     (lambda: route(GATES, 2), TYPES, "top_k_index must be int32 or int64"),
     (lambda: route(PAIRS, 2, token_mask=ONES(2).bool()), VALUES, "token_mask must be bool"),
@@ -207,28 +322,68 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: route(PAIRS, None), TYPES, "num_experts must be an integer; got NoneType None"),
     (lambda: route(PAIRS, 3.0), TYPES, r"num_experts must be an integer; got float 3\.0"),
     (lambda: route(PAIRS, True), TYPES, "num_experts must be an integer; got bool True"),
-    (lambda: route(PAIRS, 2**63), VALUES, "num_experts must lie between 1 and 1048576; got 9223372036854775808"),
+    (
+        lambda: route(PAIRS, 2**63),
+        VALUES,
+        "num_experts must lie between 1 and 1048576; got 9223372036854775808",
+    ),
     (lambda: route(PAIRS, 2, capacity=0), VALUES, "capacity must be at least 1; got 0"),
     (lambda: route(PAIRS, 1, capacity=1.5), TYPES, r"capacity must be an integer; got float 1\.5"),
     (lambda: route(PAIRS, 1, backend=[]), VALUES, r"backend must be one of .*; got \[\]"),
     (lambda: use_backend(None).__enter__(), TYPES, "name must be that of a backend; got None"),
-    (lambda: select(Request("mpo_x", "cpu", torch.float32)), BackendError, "mpo_x .*eager: it has no kernel for mpo_x"),
+    (
+        lambda: select(Request("mpo_x", "cpu", torch.float32)),
+        BackendError,
+        "mpo_x .*eager: it has no kernel for mpo_x",
+    ),
     (lambda: Routing(None, None, None), TYPES, "expert_offsets must be a tensor"),
-    (lambda: replace(ROUTING, expert_offsets=OFFSETS[:1]), VALUES, r"expert_offsets must be .* with E >= 1"),
+    (
+        lambda: replace(ROUTING, expert_offsets=OFFSETS[:1]),
+        VALUES,
+        r"expert_offsets must be .* with E >= 1",
+    ),
     (lambda: replace(ROUTING, token_of_slot=torch.arange(4)), VALUES, r"must have N = T \* K"),
     (lambda: dispatch(X, None), TYPES, "routing must be a Routing"),
     (lambda: dispatch(ONES(4, 2), SEVERAL), VALUES, r"x must be \[T, I\] with T = 9"),
-    (lambda: combine(ONES(4, 2), SEVERAL, ONES(9, 2)), VALUES, r"y_sorted must be \[N, F\] with N = 18"),
-    (lambda: combine(ONES(18, 2), SEVERAL, ONES(9, 1)), VALUES, r"top_k_weights must be \[T, K\] = \[9, 2\]"),
+    (
+        lambda: combine(ONES(4, 2), SEVERAL, ONES(9, 2)),
+        VALUES,
+        r"y_sorted must be \[N, F\] with N = 18",
+    ),
+    (
+        lambda: combine(ONES(18, 2), SEVERAL, ONES(9, 1)),
+        VALUES,
+        r"top_k_weights must be \[T, K\] = \[9, 2\]",
+    ),
     # networks
-    (lambda: mpo_ffn(X, None, GATES, ONE, ONE), TYPES, "routing must be a Routing .*; got NoneType"),
+    (
+        lambda: mpo_ffn(X, None, GATES, ONE, ONE),
+        TYPES,
+        "routing must be a Routing .*; got NoneType",
+    ),
     (lambda: mpo_ffn(*NETWORK, dropout=-1), VALUES, "dropout must lie .*; got -1"),
     (lambda: mpo_ffn(*NETWORK, dropout=1.5), VALUES, r"dropout must lie .*; got 1\.5"),
     (lambda: mpo_ffn(*NETWORK, dropout="x"), TYPES, "dropout must be a number; got str 'x'"),
-    (lambda: mpo_ffn(*NETWORK, gate_proj=named(GATE, in_features=11)), VALUES, r"x must be \[T, I\] with I = 11"),
-    (lambda: mpo_ffn(*NETWORK, gate_proj=named(GATE, out_features=9)), VALUES, "have 10 out_features like up; got 9"),
-    (lambda: mpo_ffn(*NETWORK, gate_proj=GATE, activation="tanh"), VALUES, "activation must be one of"),
-    (lambda: mpo_ffn(*NETWORK, gate_proj=GATE.left), TYPES, r"up and gate_proj must be MPOBlocks .*; got"),
+    (
+        lambda: mpo_ffn(*NETWORK, gate_proj=named(GATE, in_features=11)),
+        VALUES,
+        r"x must be \[T, I\] with I = 11",
+    ),
+    (
+        lambda: mpo_ffn(*NETWORK, gate_proj=named(GATE, out_features=9)),
+        VALUES,
+        "have 10 out_features like up; got 9",
+    ),
+    (
+        lambda: mpo_ffn(*NETWORK, gate_proj=GATE, activation="tanh"),
+        VALUES,
+        "activation must be one of",
+    ),
+    (
+        lambda: mpo_ffn(*NETWORK, gate_proj=GATE.left),
+        TYPES,
+        r"up and gate_proj must be MPOBlocks .*; got",
+    ),
     *(
         (lambda gates=gates, run=run: run(gates), (TYPES, VALUES), message)
         for gates, message in (
@@ -237,13 +392,32 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
             (ONES(3), r"top_k_weights must be \[T, K\]; got"),
             ([1.0] * 3, "top_k_weights must be a tensor"),
         )
-        for run in (lambda g: placed_mpo_linear(*PLACED, g, None), lambda g: combine(X, PLACED[-1], g))
+        for run in (
+            lambda g: placed_mpo_linear(*PLACED, g, None),
+            lambda g: combine(X, PLACED[-1], g),
+        )
     ),
-    (lambda: placed_mpo_linear(ONES(2, 12), *PLACED[1:], GATES, None), VALUES, r"x must be \[N, I\] with N = 3"),
+    (
+        lambda: placed_mpo_linear(ONES(2, 12), *PLACED[1:], GATES, None),
+        VALUES,
+        r"x must be \[N, I\] with N = 3",
+    ),
     # autocast leaves float64 alone, so it must not be mixed with other dtypes
-    (lambda: cast_linear(X, ONE, ONES(6).double()), TYPES, "of x, float32; autocast leaves float64; got float64"),
-    (lambda: cast_linear(X.double(), ONE), TYPES, "left must have the dtype of x, float64; autocast leaves float64"),
-    (lambda: cast_linear(X, replace(ONE, left=ONE.left.long())), TYPES, "left must have the dtype of x"),
+    (
+        lambda: cast_linear(X, ONE, ONES(6).double()),
+        TYPES,
+        "of x, float32; autocast leaves float64; got float64",
+    ),
+    (
+        lambda: cast_linear(X.double(), ONE),
+        TYPES,
+        "left must have the dtype of x, float64; autocast leaves float64",
+    ),
+    (
+        lambda: cast_linear(X, replace(ONE, left=ONE.left.long())),
+        TYPES,
+        "left must have the dtype of x",
+    ),
 ]
 OF_BOTH = [
     ({"top_k_index": torch.full((7, 2), 5)}, r"top_k_index must lie in -1\.\.4; got 5"),
@@ -256,20 +430,41 @@ WRONG: dict[type[Any], list[tuple[dict[str, Any], str]]] = {
         ({"u": ONES(7, 12)}, "right must have the dtype of u"),
         ({"right": ONES(4, 4)}, r"right must be a tensor \[E, b, b\]"),
         ({"right": ONES(5, 1, 5, 5)}, "b a divisor of F = 12"),
-        ({"right": ONES(5, 4, 3)}, r"right must be \[E, G', b, b\] with E, G', b >= 1; got .*5, 4, 3"),
-        ({"right": ONES(5, 3, 4)}, r"right must be \[E, G', b, b\] with E, G', b >= 1; got .*5, 3, 4"),
-        ({"left": ONES(0, 4, 4)}, r"left must be \[E, G', b, b\] with E, G', b >= 1; got .*0, 4, 4"),
+        (
+            {"right": ONES(5, 4, 3)},
+            r"right must be \[E, G', b, b\] with E, G', b >= 1; got .*5, 4, 3",
+        ),
+        (
+            {"right": ONES(5, 3, 4)},
+            r"right must be \[E, G', b, b\] with E, G', b >= 1; got .*5, 3, 4",
+        ),
+        (
+            {"left": ONES(0, 4, 4)},
+            r"left must be \[E, G', b, b\] with E, G', b >= 1; got .*0, 4, 4",
+        ),
         ({"left": ONES(5, 3, 4, 4).double()}, r"left must be \[5, 1, 4, 4\] like right"),
-        ({"u_gate": ONES(7, 12)}, "right_gate must be given .*; got u_gate a tensor and right_gate None"),
-        ({"u_gate": ONES(7, 8), "right_gate": ONES(5, 1, 4, 4)}, r"u_gate must be \[7, 12\] like u"),
+        (
+            {"u_gate": ONES(7, 12)},
+            "right_gate must be given .*; got u_gate a tensor and right_gate None",
+        ),
+        (
+            {"u_gate": ONES(7, 8), "right_gate": ONES(5, 1, 4, 4)},
+            r"u_gate must be \[7, 12\] like u",
+        ),
         ({"bias": ONES(6, 12)}, r"bias must be \[E, F\] = \[5, 12\]"),
-        ({"u_gate": ONES(7, 12), "right_gate": ONES(5, 3, 4, 4)}, r"right_gate must be \[5, 1, 4, 4\] like right"),
+        (
+            {"u_gate": ONES(7, 12), "right_gate": ONES(5, 3, 4, 4)},
+            r"right_gate must be \[5, 1, 4, 4\] like right",
+        ),
     ],
     NeuronProblem: [
         *OF_BOTH,
         ({"x": ONES(7, 12)}, "up must have the dtype of x"),
         ({"up": ONES(4, 4)}, r"up must be \[E, m, I\]"),
-        *(({"up": ONES(sizes)}, "E, m, I >= 1 and I = 12") for sizes in ((0, 6, 12), (5, 6, 11), (5, 6, 13))),
+        *(
+            ({"up": ONES(sizes)}, "E, m, I >= 1 and I = 12")
+            for sizes in ((0, 6, 12), (5, 6, 11), (5, 6, 13))
+        ),
         ({"bias": ONES(5, 7)}, r"bias must be \[E, m\] = \[5, 6\]"),
         ({"down": ONES(4, 4)}, r"down must be \[E, m, O\]"),
     ],
@@ -286,7 +481,9 @@ def contracted(strategy: str, phase: str = "forward") -> object:
     return contraction(strategy, dims, 1, 1, torch.float32, phase)
 
 
-@pytest.mark.parametrize(("call", "kind", "message"), CASES, ids=[message for _, _, message in CASES])
+@pytest.mark.parametrize(
+    ("call", "kind", "message"), CASES, ids=[message for _, _, message in CASES]
+)
 def test_refused(call: Callable[[], object], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         call()
@@ -302,7 +499,9 @@ def test_tensors_on_two_devices(autocast: bool) -> None:
             X, blocks, where, row_index=rows, slot_of_token=rows[:, None].to("meta")
         ),
         "ids": lambda: mpo_embedding(rows.to("meta"), ONE),
-        "token_mask": lambda: route(PAIRS, 3, token_mask=torch.ones(3, dtype=torch.bool, device="meta")),
+        "token_mask": lambda: route(
+            PAIRS, 3, token_mask=torch.ones(3, dtype=torch.bool, device="meta")
+        ),
         "routing": lambda: dispatch(X, elsewhere),
         "top_k_weights": lambda: combine(X, ROUTING, GATES.to("meta")),
         "token_of_slot": lambda: replace(ROUTING, token_of_slot=ROUTING.token_of_slot.to("meta")),
@@ -327,7 +526,10 @@ def test_ops_called_directly_with_tensors_on_two_devices() -> None:
 
 def test_tracing_a_fold_is_refused_in_words() -> None:
     cores = (torch.ones(2, 1, 3, 3, 2), torch.ones(2, 2, 2, 1))
-    with pytest.raises(NotImplementedError, match=r"fold does not support torch\.jit\.trace"), pytest.warns():
+    with (
+        pytest.raises(NotImplementedError, match=r"fold does not support torch\.jit\.trace"),
+        pytest.warns(),
+    ):
         torch.jit.trace(lambda core: fold([core, cores[1]], central=1).left, (cores[0],))
 
 
@@ -339,7 +541,9 @@ def test_what_is_at_the_edge_is_taken() -> None:
     assert (blocks.left.device.type, blocks.num_experts) == ("meta", 1)
     assert mpo_linear(META, blocks).shape == (3, 6)
     assert reconstruct([core.to("meta") for core in CORES]).shape == (6, 6)
-    assert all(bool(torch.isfinite(core).all()) for core in decompose(torch.full((6, 6), 3e38), SHAPE))
+    assert all(
+        bool(torch.isfinite(core).all()) for core in decompose(torch.full((6, 6), 3e38), SHAPE)
+    )
     with torch.autocast("cpu"):
         wide = fold([core.double() for core in CORES], 1)
         assert mpo_linear(X.double(), wide, ONES(6).double()).dtype == torch.float64

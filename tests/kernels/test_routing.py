@@ -1,4 +1,5 @@
-"""route, dispatch, combine on every backend: compared with loops; poisoned memory, alignment, threads, gradients."""
+"""route, dispatch, combine on every backend: compared with loops; poisoned memory, alignment,
+threads, gradients."""
 
 import pytest
 import torch
@@ -8,7 +9,13 @@ from mpoe_bench.cases import expert_choice
 
 from mpoe_kernels import combine, dispatch, route, use_backend
 from mpoe_kernels.routing import eager as kernels
-from mpoe_kernels.routing.op import CombineBackwardCall, CombineCall, DispatchBackwardCall, DispatchCall, RouteCall
+from mpoe_kernels.routing.op import (
+    CombineBackwardCall,
+    CombineCall,
+    DispatchBackwardCall,
+    DispatchCall,
+    RouteCall,
+)
 from tests.assertions import torch_threads
 from tests.linear_problem import LAYOUTS
 from tests.routing_problem import check_route, check_rows, parts_of
@@ -35,7 +42,8 @@ def test_route_equals_loops(
 @on_every_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_of_gates_are_summed_in_float32(dtype: torch.dtype, backend: str) -> None:
-    """Products of two 16-bit numbers are exact in float32, so a long sum is as accurate as float32 allows."""
+    """Products of two 16-bit numbers are exact in float32, so a long sum is as accurate as float32
+    allows."""
     require(backend, "combine_backward", dtype)
     rows, grad = torch.rand(1, 20_000).to(dtype), torch.rand(1, 20_000).to(dtype)
     gates = torch.ones(1, 1, requires_grad=True)
@@ -98,7 +106,9 @@ def test_eager_kernels_do_not_synchronise_with_the_host() -> None:
         offsets, token_of_slot, slot_of_token = kernels.route(RouteCall(index, 4, 3, mask, "eager"))
         x, weights = torch.randn(9, 3), torch.rand(9, 2)
         rows = kernels.dispatch(DispatchCall(x, offsets, token_of_slot, slot_of_token, "eager"))
-        y = kernels.combine(CombineCall(rows, offsets, token_of_slot, slot_of_token, weights, "eager"))
+        y = kernels.combine(
+            CombineCall(rows, offsets, token_of_slot, slot_of_token, weights, "eager")
+        )
         where = token_of_slot, slot_of_token
         kernels.combine_backward(CombineBackwardCall(y, rows, *where, weights, True, True, "eager"))
         kernels.dispatch_backward(DispatchBackwardCall(rows, slot_of_token, "eager"))

@@ -1,4 +1,5 @@
-"""Raw ops refuse in words what does not fit: no kernel of any backend sees it; how ops are registered."""
+"""Raw ops refuse in words what does not fit: no kernel of any backend sees it; how ops are
+registered."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ EXCHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 @on_every_backend
 @pytest.mark.parametrize("op", ARGUMENTS)
 def test_every_tensor_of_every_op(op: str, backend: str) -> None:
-    """Refused for its dtype, number of axes or memory, by its name. Layouts other than dense PyTorch refuses."""
+    """Refused for its dtype, number of axes or memory, by its name. Layouts other than dense
+    PyTorch refuses."""
     need_of(op.removesuffix("_backward"), backend)
     given = calls(backend, op)
     run(op, given)
@@ -52,17 +54,33 @@ def test_every_tensor_of_every_op(op: str, backend: str) -> None:
             refuses((TypeError, ValueError), rf"{name} must .*; got", run, op, arguments, recorded)
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
             lost = torch._neg_view(emptied(value.clone()))
-            refuses(ValueError, rf"every tensor of mpoe::{op} must hold its values", run, op, {**given, name: lost})
+            refuses(
+                ValueError,
+                rf"every tensor of mpoe::{op} must hold its values",
+                run,
+                op,
+                {**given, name: lost},
+            )
 
 
 @pytest.mark.parametrize("op", ARGUMENTS)
 def test_a_missing_tensor(op: str) -> None:
-    """PyTorch's dispatcher lets None through where a schema wants a tensor, also to the fake of meta tensors."""
+    """PyTorch's dispatcher lets None through where a schema wants a tensor, also to the fake of
+    meta tensors."""
     own = calls("auto", op)
-    wanted = [a.name for a in getattr(torch.ops.mpoe, op).default._schema.arguments if str(a.type) == "Tensor"]
-    on_meta = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in own.items()}
+    wanted = [
+        a.name
+        for a in getattr(torch.ops.mpoe, op).default._schema.arguments
+        if str(a.type) == "Tensor"
+    ]
+    on_meta = {
+        name: value.to("meta") if isinstance(value, Tensor) else value
+        for name, value in own.items()
+    }
     for name, given in product(wanted, (own, on_meta)):
-        refuses(TypeError, f"{name} must be a tensor; got NoneType None", run, op, {**given, name: None})
+        refuses(
+            TypeError, f"{name} must be a tensor; got NoneType None", run, op, {**given, name: None}
+        )
 
 
 def chosen(last: int) -> Tensor:
@@ -77,27 +95,51 @@ PLACED = {
     "save": False,
 }
 WRONG: list[tuple[str, dict[str, Any], str]] = [
-    ("route", {"num_experts": 2**31}, f"num_experts must lie between 1 and {MOST_EXPERTS}; got 2147483648"),
+    (
+        "route",
+        {"num_experts": 2**31},
+        f"num_experts must lie between 1 and {MOST_EXPERTS}; got 2147483648",
+    ),
     ("route", {"num_experts": 0}, "num_experts must"),
     ("combine", {"backend": "relu"}, "backend must be one of .*; got 'relu'"),
     ("route", {"capacity": 0}, "capacity must be at least 1; got 0"),
     *(
-        (op, {"expert_offsets": torch.zeros(size, dtype=torch.int32)}, r"expert_offsets must be .* \[E\+1\], E = ")
+        (
+            op,
+            {"expert_offsets": torch.zeros(size, dtype=torch.int32)},
+            r"expert_offsets must be .* \[E\+1\], E = ",
+        )
         for op in ("dispatch", "combine", "grouped_mpo_linear")
         for size in (0, 1)
     ),
     ("route", {"top_k_index": torch.zeros(TOKENS, 0).long()}, "top_k_index must be .* with K >= 1"),
-    ("route", {"token_mask": torch.zeros(TOKENS)}, r"token_mask must be bool \[T\], T = 5; got float32"),
+    (
+        "route",
+        {"token_mask": torch.zeros(TOKENS)},
+        r"token_mask must be bool \[T\], T = 5; got float32",
+    ),
     ("grouped_mpo_linear", {"activation": "tanh"}, "activation must be one of .*; got 'tanh'"),
     ("grouped_mpo_linear", {"strategy": "fast"}, "strategy must be one of .*; got 'fast'"),
     ("grouped_mpo_linear", {"in_features": 99}, r"I = 99|I must be at most"),
     ("grouped_mpo_linear", {"out_features": 0}, "out_features must be at least 1"),
-    ("grouped_mpo_linear", {"out_features": 99, "bias": None}, r"F must be at most jL\*jC\*jR = 10; got 99"),
+    (
+        "grouped_mpo_linear",
+        {"out_features": 99, "bias": None},
+        r"F must be at most jL\*jC\*jR = 10; got 99",
+    ),
     ("grouped_mpo_linear_backward", {"need": [True]}, "need must name every gradient, 5; got"),
-    ("grouped_mpo_linear_backward", {"activation": "gelu", "saved": torch.ones(1, 10, 9)}, r"saved must be \[N, F\]"),
+    (
+        "grouped_mpo_linear_backward",
+        {"activation": "gelu", "saved": torch.ones(1, 10, 9)},
+        r"saved must be \[N, F\]",
+    ),
     ("hidden_experts_backward", {"need": [True]}, "need must name every gradient, 7; got"),
     ("neuron_experts_backward", {"need": [True]}, "need must name every gradient, 6; got"),
-    ("neuron_experts", {"down": torch.randn(EXPERTS, 5, 9)}, r"down must be of x's dtype \[E, m, F\], E = 3, m = 4"),
+    (
+        "neuron_experts",
+        {"down": torch.randn(EXPERTS, 5, 9)},
+        r"down must be of x's dtype \[E, m, F\], E = 3, m = 4",
+    ),
     ("hidden_experts", {"u_gate": None}, "u_gate and right_gate must be given together"),
     ("hidden_experts", {"activation": "gelu_pytorch"}, "activation must be one of"),
     (
@@ -105,30 +147,54 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         {n: torch.randn(EXPERTS, 1, 5, 5) for n in ("right", "left", "right_gate")},
         r"right must be \[E, G, b, b\] with b a divisor of F = 12",
     ),
-    ("mpo_embedding", {"left": torch.randn(1, 2, 2, 3000)}, r"central must be .* \[a, iC, jC, b\], a = 3000"),
+    (
+        "mpo_embedding",
+        {"left": torch.randn(1, 2, 2, 3000)},
+        r"central must be .* \[a, iC, jC, b\], a = 3000",
+    ),
     *(
-        (op, {"ids": torch.tensor([0, 0, 0, 0, 2**30])}, r"ids must lie in 0\.\.\d+; got 1073741824")
+        (
+            op,
+            {"ids": torch.tensor([0, 0, 0, 0, 2**30])},
+            r"ids must lie in 0\.\.\d+; got 1073741824",
+        )
         for op in ("mpo_embedding", "mpo_embedding_backward")
     ),
     ("mpo_embedding", {"num_embeddings": 10**6}, r"V must be at most iL\*iC\*iR = 12; got 1000000"),
     # what a kernel would write or read beyond a tensor's end
     *(
-        (op, {"expert_offsets": torch.tensor(ends).int()}, "expert_offsets must start at 0, not fall, and end at 10 at")
+        (
+            op,
+            {"expert_offsets": torch.tensor(ends).int()},
+            "expert_offsets must start at 0, not fall, and end at 10 at",
+        )
         for op in ("grouped_mpo_linear", "grouped_mpo_linear_backward")
         for ends in ((1, 3, 5, 10), (0, -1, 3, 10), (0, 3, 2, 10), (0, 2, 6, 11), (-1, 2, 3, 10))
     ),
     *(
-        (op, {"row_index": torch.tensor([0] * 9 + [row])}, rf"row_index must lie in 0\.\.4; got {row}")
+        (
+            op,
+            {"row_index": torch.tensor([0] * 9 + [row])},
+            rf"row_index must lie in 0\.\.4; got {row}",
+        )
         for op in ("grouped_mpo_linear", "grouped_mpo_linear_backward")
         for row in (-1, 5, 9)
     ),
     *(
-        ("route", {"capacity": most, "top_k_index": chosen(expert)}, rf"top_k_index must lie in 0\.\.2; got {expert}")
+        (
+            "route",
+            {"capacity": most, "top_k_index": chosen(expert)},
+            rf"top_k_index must lie in 0\.\.2; got {expert}",
+        )
         for most in (None, 1)
         for expert in (-1, 3, 2**40)
     ),
     *(
-        (op, {"slot_of_token": chosen(slot), **more}, rf"slot_of_token must lie in -1\.\.9; got {slot}")
+        (
+            op,
+            {"slot_of_token": chosen(slot), **more},
+            rf"slot_of_token must lie in -1\.\.9; got {slot}",
+        )
         for op, more in (
             *(("combine", {}), ("dispatch_backward", {}), ("combine_backward", {})),
             ("combine_backward", {"need_weights": False}),
@@ -136,12 +202,20 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         for slot in (-2, 10)
     ),
     *(
-        ("dispatch", {"token_of_slot": torch.tensor([0] * 9 + [row])}, rf"token_of_slot must lie in 0\.\.4; got {row}")
+        (
+            "dispatch",
+            {"token_of_slot": torch.tensor([0] * 9 + [row])},
+            rf"token_of_slot must lie in 0\.\.4; got {row}",
+        )
         for row in (-1, 5)
     ),
     # rows that are placed need gates and slots
     ("grouped_mpo_linear", {**PLACED, "gates": None}, "gates must be given with out_index"),
-    ("grouped_mpo_linear", {**PLACED, "slot_of_token": None}, "slot_of_token must be given with out_index"),
+    (
+        "grouped_mpo_linear",
+        {**PLACED, "slot_of_token": None},
+        "slot_of_token must be given with out_index",
+    ),
 ]
 
 
@@ -150,7 +224,10 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
 def test_other_arguments(number: int, backend: str) -> None:
     op, changes, message = WRONG[number]
     need_of(op.removesuffix("_backward"), backend)
-    arguments, errors = {**calls(backend, op), **changes}, (TypeError, ValueError, IndexError, BackendError)
+    arguments, errors = (
+        {**calls(backend, op), **changes},
+        (TypeError, ValueError, IndexError, BackendError),
+    )
     for recorded in (False, True):
         refuses(errors, message, run, op, arguments, recorded)
 
@@ -213,7 +290,9 @@ def test_a_plain_call_skips_the_dispatcher() -> None:
     real = torch.ops.mpoe.scaled_plainly.default
 
     class Seen(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             if func is real:
                 dispatched.append("mode")
             return func(*args, **(kwargs or {}))
@@ -222,7 +301,11 @@ def test_a_plain_call_skips_the_dispatcher() -> None:
     with Seen():
         assert torch.equal(op(x, 2.0), 2 * x)
     assert dispatched == ["mode"]
-    for plain, value in ((True, x), (True, nn.Parameter(x, requires_grad=False)), (False, x.as_subclass(Subclass))):
+    for plain, value in (
+        (True, x),
+        (True, nn.Parameter(x, requires_grad=False)),
+        (False, x.as_subclass(Subclass)),
+    ):
         assert is_plain_call((value, 2.0)) == plain
     assert not is_plain_call((x.to("meta"), 2.0))
     assert not is_plain_call((x, 2.0, x.to("meta")))
@@ -230,7 +313,9 @@ def test_a_plain_call_skips_the_dispatcher() -> None:
         op(x, 2.0, x.to("meta"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not is_plain_call((x, 2.0))
-    assert torch.equal(torch.compile(lambda y: op(y, 2.0), fullgraph=True, backend="aot_eager")(x), 2 * x)
+    assert torch.equal(
+        torch.compile(lambda y: op(y, 2.0), fullgraph=True, backend="aot_eager")(x), 2 * x
+    )
     with torch.profiler.profile() as profile:
         op(x, 2.0)
     assert any(event.key == "mpoe::scaled_plainly" for event in profile.key_averages())
@@ -241,7 +326,9 @@ def test_a_plain_call_is_seen_by_function_modes() -> None:
     seen: list[str] = []
 
     class Seen(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             seen.append(str(func))
             return func(*args, **(kwargs or {}))
 
@@ -252,12 +339,17 @@ def test_a_plain_call_is_seen_by_function_modes() -> None:
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.full((3,), 2.0))
 
 
-def test_a_plain_call_is_recorded_for_its_gradient_without_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same gradients in fewer steps; nothing is recorded inside another op's kernel, as in PyTorch."""
+def test_a_plain_call_is_recorded_for_its_gradient_without_the_dispatcher(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same gradients in fewer steps; nothing is recorded inside another op's kernel, as in
+    PyTorch."""
     op = scaled("scaled_and_recorded")
     x = torch.ones(3, requires_grad=True)
     with monkeypatch.context() as patched:
-        patched.setattr(torch.library.CustomOpDef, "__call__", lambda *_: pytest.fail("is dispatched"))
+        patched.setattr(
+            torch.library.CustomOpDef, "__call__", lambda *_: pytest.fail("is dispatched")
+        )
         y = op(x, 2.5)
         assert op(x.detach(), 2.5).grad_fn is None
         with torch.no_grad():

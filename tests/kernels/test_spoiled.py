@@ -1,4 +1,5 @@
-"""Inf and NaN stay with their token and their expert: nobody else multiplies by them, not even with a gate of zero."""
+"""Inf and NaN stay with their token and their expert: nobody else multiplies by them, not even with
+a gate of zero."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ from tests.expert_problems import HiddenProblem, NeuronProblem
 from .backend_cases import on_every_backend, require
 
 FEW, MANY = 6, 66  # tokens
-# Of six tokens; token 5 has none. With two experts each token that has one chooses both or one of them.
+# Of six tokens; token 5 has none. With two experts each token that has one chooses both or one of
+# them.
 CHOICES = {
     3: torch.tensor([[0, 1], [1, 2], [2, 0], [0, 1], [2, 1], [-1, -1]]),
     2: torch.tensor([[0, -1], [1, -1], [0, -1], [1, -1], [1, -1], [-1, -1]]),
@@ -70,15 +72,21 @@ class Case:
 
     def run(self, grad: Tensor | None = None) -> dict[str, Tensor]:
         """``y``, also without gradients, and the gradients."""
-        leaves = {name: t.clone().requires_grad_() for name, t in {**self.of_tokens, **self.of_experts}.items()}
+        leaves = {
+            name: t.clone().requires_grad_()
+            for name, t in {**self.of_tokens, **self.of_experts}.items()
+        }
         y = self.call(*leaves.values())
-        grads = torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y) if grad is None else grad)
+        grads = torch.autograd.grad(
+            y, list(leaves.values()), torch.ones_like(y) if grad is None else grad
+        )
         with torch.no_grad():
             again = self.call(*leaves.values())
         return {"y": y.detach(), "again": again, **dict(zip(leaves, grads, strict=True))}
 
     def places(self, turn: int, grad: Tensor) -> Iterator[tuple[str, Tensor, set[int], set[int]]]:
-        """What is spoiled in this turn, in words and as a row, and the tokens and experts that it may change."""
+        """What is spoiled in this turn, in words and as a row, and the tokens and experts that it
+        may change."""
         chosen = [set(row) for row in self.index.tolist()]
         token = turn % len(grad)
         for name, rows in {**self.of_tokens, "grad": grad}.items():
@@ -104,14 +112,23 @@ class Case:
                 assert same(found[name][others], before[others]), (what, name)
 
 
-def of_experts(kind: type[Any], experts: int, gated: bool, tokens: int, dtype: torch.dtype, **own: Any) -> Case:
+def of_experts(
+    kind: type[Any], experts: int, gated: bool, tokens: int, dtype: torch.dtype, **own: Any
+) -> Case:
     made = kind(tokens, experts, gated=gated, with_bias=True, dtype=dtype, **own)
     given = {name: value for name, value in made.inputs.items() if value is not None}
     rows = {name: value for name, value in given.items() if name in ("u", "x", "gates", "u_gate")}
-    weights, index = {name: value for name, value in given.items() if name not in rows}, choices(experts, tokens)
+    weights, index = (
+        {name: value for name, value in given.items() if name not in rows},
+        choices(experts, tokens),
+    )
 
     def call(*values: Tensor) -> Tensor:
-        return made.OP(**dict(zip((*rows, *weights), values, strict=True)), top_k_index=index, activation="silu")
+        return made.OP(
+            **dict(zip((*rows, *weights), values, strict=True)),
+            top_k_index=index,
+            activation="silu",
+        )
 
     return Case(call, rows, index, weights)
 
@@ -128,12 +145,20 @@ def latent(gated: bool, tokens: int, dtype: torch.dtype) -> Case:
     """Neurons between shared maps, whose gradients every token reaches."""
     index = choices(3, tokens)
     layer = NeuronExperts(12, 3, 5, 4, "gelu", gated, bias=True).to(dtype)
-    own = {name: torch.randn_like(value) for name, value in layer.named_parameters() if name not in layer.shared}
+    own = {
+        name: torch.randn_like(value)
+        for name, value in layer.named_parameters()
+        if name not in layer.shared
+    }
 
     def call(x: Tensor, gates: Tensor, *values: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, dict(zip(own, values, strict=True)), (x, gates, index))
+        return torch.func.functional_call(
+            layer, dict(zip(own, values, strict=True)), (x, gates, index)
+        )
 
-    return Case(call, {"x": tokens_of(tokens, 12, dtype), "gates": torch.rand(tokens, 2)}, index, own)
+    return Case(
+        call, {"x": tokens_of(tokens, 12, dtype), "gates": torch.rand(tokens, 2)}, index, own
+    )
 
 
 def given(blocks: MPOBlocks, left: Tensor, right: Tensor) -> MPOBlocks:
@@ -150,7 +175,9 @@ def linear(name: str, strategy: str, tokens: int, dtype: torch.dtype) -> Case:
     def call(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         where = {"row_index": routing.token_of_slot, "slot_of_token": routing.slot_of_token}
         own = given(blocks, left, right)
-        y = grouped_mpo_linear(x, own, routing.expert_offsets, activation="silu", strategy=strategy, **where)
+        y = grouped_mpo_linear(
+            x, own, routing.expert_offsets, activation="silu", strategy=strategy, **where
+        )
         padded = torch.cat([y, y.new_zeros(1, y.shape[1])])
         return padded[routing.slot_of_token]  # -1: zeros
 
@@ -165,7 +192,9 @@ def ffn(gated: bool, tokens: int, dtype: torch.dtype) -> Case:
     down = random_blocks(shape.mirrored(), 3, dtype)
 
     def call(x: Tensor, gates: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        return mpo_ffn(x, routing, gates, given(up, left, right), down, gate_proj=gate, activation="gelu")
+        return mpo_ffn(
+            x, routing, gates, given(up, left, right), down, gate_proj=gate, activation="gelu"
+        )
 
     rows = {"x": tokens_of(tokens, shape.in_features, dtype), "gates": torch.rand(tokens, 2)}
     return Case(call, rows, index, {"left": up.left, "right": up.right})
@@ -189,7 +218,8 @@ def gating(top_k: int, scoring: str, tokens: int, dtype: torch.dtype) -> Case:
 
 
 def embedding(part: str, tokens: int, dtype: torch.dtype) -> Case:
-    """Of one of the cores, the slice of an id's digit is its expert; how many they are decides how it is computed."""
+    """Of one of the cores, the slice of an id's digit is its expert; how many they are decides how
+    it is computed."""
     shape = SMALL_SHAPES["padded"]
     blocks = random_blocks(shape, 1, dtype)
     ids = torch.arange(tokens) * 5 % shape.in_features
@@ -206,26 +236,37 @@ def embedding(part: str, tokens: int, dtype: torch.dtype) -> Case:
 
 
 def mixture(shape: str, gated: bool, top_k: int, tokens: int, dtype: torch.dtype) -> Case:
-    """A layer: a token that is not finite chooses any expert, so that other tokens' products round differently."""
+    """A layer: a token that is not finite chooses any expert, so that other tokens' products round
+    differently."""
     config = MPOEConfig(num_experts=3, shape=shape, router=RouterConfig(top_k=top_k))
     layer = MPOEFeedForward(12, 24, config, activation="gelu", gated=gated).eval().to(dtype)
-    return Case(layer, {"x": tokens_of(tokens, 12, dtype)}, torch.full((tokens, 1), -1), exact=False)
+    return Case(
+        layer, {"x": tokens_of(tokens, 12, dtype)}, torch.full((tokens, 1), -1), exact=False
+    )
 
 
 def problems() -> dict[str, Callable[[int, torch.dtype], Case]]:
-    def over(make: Callable[..., Case], *choices: tuple[object, ...]) -> dict[str, Callable[[int, torch.dtype], Case]]:
+    def over(
+        make: Callable[..., Case], *choices: tuple[object, ...]
+    ) -> dict[str, Callable[[int, torch.dtype], Case]]:
         picked = itertools.product(*choices)
         return {" ".join((make.__name__, *map(str, each))): partial(make, *each) for each in picked}
 
     strategies = {
-        name: [each for each in STRATEGIES if each != "separable" or SMALL_SHAPES[name].is_separable]
+        name: [
+            each for each in STRATEGIES if each != "separable" or SMALL_SHAPES[name].is_separable
+        ]
         for name in ("separable", "padded_separable", "light", "paper", "padded")
     }
     return {
         **over(hidden, (2, 3), (False, True), (False, True)),
         **over(neurons, (2, 3), (False, True)),
         **over(latent, (False, True)),
-        **{n: p for name, each in strategies.items() for n, p in over(linear, (name,), tuple(each)).items()},
+        **{
+            n: p
+            for name, each in strategies.items()
+            for n, p in over(linear, (name,), tuple(each)).items()
+        },
         **over(ffn, (False, True)),
         **over(slots, (None, 2)),
         **over(gating, (1, 2), ("softmax", "sigmoid")),
@@ -239,14 +280,18 @@ EVERY = 17  # of the cases one is in the default suite
 
 
 CASES = [
-    pytest.param(*names, number, marks=[pytest.mark.slow] if number % EVERY else [], id=", ".join(names))
+    pytest.param(
+        *names, number, marks=[pytest.mark.slow] if number % EVERY else [], id=", ".join(names)
+    )
     for number, names in enumerate(itertools.product(PROBLEMS, DTYPES, VALUES))
 ]
 
 
 @on_every_backend
 @pytest.mark.parametrize(("problem", "dtype", "value", "turn"), CASES)
-def test_others_do_not_change(backend: str, problem: str, dtype: str, value: str, turn: int) -> None:
+def test_others_do_not_change(
+    backend: str, problem: str, dtype: str, value: str, turn: int
+) -> None:
     require(backend)
     try:
         with use_backend(backend):

@@ -1,4 +1,5 @@
-"""`MPOEFeedForward`, its experts and the call context; properties for random sizes, against a float64 loop."""
+"""`MPOEFeedForward`, its experts and the call context; properties for random sizes, against a
+float64 loop."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ from mpoe.layers import (
 from mpoe.layers.cores import _grouped_mm_runs
 from mpoe.layers.feed_forward import _say_that_nothing_balances
 
-# Covers eager PyTorch's own error in these dtypes, for sums of at most 2 x 60 products and two gates.
+# Covers eager PyTorch's own error in these dtypes, for sums of at most 2 x 60 products and two
+# gates.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float64: 1e-12}
 
 
@@ -53,7 +55,12 @@ def layers(draw) -> tuple[MPOEFeedForward, torch.Tensor, torch.Tensor | None]:
     activation = draw(st.sampled_from(sorted(ACTIVATIONS)))
     dtype = draw(st.sampled_from(tuple(TOLERANCE)))
     layer = MPOEFeedForward(
-        *sizes, config, activation=activation, gated=draw(st.booleans()), bias=draw(st.booleans()), dtype=dtype
+        *sizes,
+        config,
+        activation=activation,
+        gated=draw(st.booleans()),
+        bias=draw(st.booleans()),
+        dtype=dtype,
     ).eval()
     tokens = draw(st.integers(0, 12))
     x = torch.randn(tokens, sizes[0], dtype=dtype)
@@ -73,7 +80,9 @@ def by_hand(layer: MPOEFeedForward, x: torch.Tensor, mask: torch.Tensor | None) 
     decision = layer.router(x)
     routing = layer.router.route(decision, mask)
     weights = {kind: p.dense_weights().double() for kind, p in experts.projections().items()}
-    bias = {kind: 0 if p.bias is None else p.bias.double() for kind, p in experts.projections().items()}
+    bias = {
+        kind: 0 if p.bias is None else p.bias.double() for kind, p in experts.projections().items()
+    }
     act, y = ACTIVATIONS[experts.activation], torch.zeros(x.shape, dtype=torch.float64)
     for t, row in enumerate(x.double()):
         for k, e in enumerate(decision.top_k_index[t]):
@@ -81,7 +90,9 @@ def by_hand(layer: MPOEFeedForward, x: torch.Tensor, mask: torch.Tensor | None) 
                 continue  # dropped, or padding
             up = row @ weights["up"][e] + bias["up"]
             hidden = act(row @ weights["gate_proj"][e]) * up if experts.is_gated else act(up)
-            y[t] += decision.top_k_weights[t, k].double() * (hidden @ weights["down"][e] + bias["down"])
+            y[t] += decision.top_k_weights[t, k].double() * (
+                hidden @ weights["down"][e] + bias["down"]
+            )
     return y
 
 
@@ -94,7 +105,9 @@ def test_the_layer_is_the_loop(drawn) -> None:
         expected = by_hand(layer, x, mask)
     assert y.dtype == x.dtype
     scale = max(float(expected.abs().max()) if expected.numel() else 0.0, 1e-3)
-    torch.testing.assert_close(y.double() / scale, expected / scale, rtol=0, atol=TOLERANCE[x.dtype])
+    torch.testing.assert_close(
+        y.double() / scale, expected / scale, rtol=0, atol=TOLERANCE[x.dtype]
+    )
     valid = x.shape[0] if mask is None else int(mask.sum())
     load = routing.records[0].expert_load
     assert int(load.sum()) <= valid * layer.router.config.top_k
@@ -107,15 +120,21 @@ def test_the_layer_is_the_loop(drawn) -> None:
 def test_gradients_are_those_of_the_loop(drawn) -> None:
     layer, x, mask = drawn
     layer.double().train()
-    x = x.double().nan_to_num(0).requires_grad_()  # NaN times a gate's gradient of zero is no number
+    x = (
+        x.double().nan_to_num(0).requires_grad_()
+    )  # NaN times a gate's gradient of zero is no number
     inputs, grad = [x, *layer.parameters()], torch.randn(x.shape, dtype=torch.float64)
     found, expected = (
         torch.autograd.grad(y, inputs, grad, allow_unused=True, materialize_grads=True)
         for y in (layer(x, mask), by_hand(layer, x, mask) + 0 * layer.router.weight.sum())
     )
-    for name, got, want in zip(["x", *dict(layer.named_parameters())], found, expected, strict=True):
+    for name, got, want in zip(
+        ["x", *dict(layer.named_parameters())], found, expected, strict=True
+    ):
         scale = max(float(want.abs().max()) if want.numel() else 0.0, 1.0)
-        torch.testing.assert_close(got / scale, want / scale, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got / scale, want / scale, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
     if mask is not None:
         assert bool((found[0][~mask] == 0).all())
 
@@ -162,7 +181,9 @@ def test_expert_dropout_replaces_the_familys_rate_in_training_only():
 def test_compiles_fullgraph_inside_and_outside_a_context(expert_type):
     if expert_type == "dense" and torch.__version__ < "2.15":
         pytest.skip("the baseline's F.grouped_mm compiles in bfloat16 only before torch 2.15")
-    ffn = feed_forward(gated=True, bias=False, expert_type=expert_type, router=RouterConfig(top_k=2))
+    ffn = feed_forward(
+        gated=True, bias=False, expert_type=expert_type, router=RouterConfig(top_k=2)
+    )
     x = torch.randn(2, 5, 24)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]]).bool()
 
@@ -222,24 +243,42 @@ def test_random_weights_have_the_scale_of_their_projection(kind: str) -> None:
 @pytest.mark.parametrize("gated", [False, True])
 def test_one_config_means_the_same_in_a_layer_and_in_a_model(gated: bool) -> None:
     config = MPOEConfig(num_experts=3)
-    layer = MPOEFeedForward(8, 32, config, activation="silu", gated=gated, bias=not gated, init_std={"up": 0.5})
-    sizes = {"hidden_size": 8, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
-    model = convert_to_mpoe(LlamaModel(LlamaConfig(vocab_size=9, num_key_value_heads=2, **sizes)), config)
+    layer = MPOEFeedForward(
+        8, 32, config, activation="silu", gated=gated, bias=not gated, init_std={"up": 0.5}
+    )
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+    }
+    model = convert_to_mpoe(
+        LlamaModel(LlamaConfig(vocab_size=9, num_key_value_heads=2, **sizes)), config
+    )
     converted = model.layers[0].mlp
     assert isinstance(layer, MPOEFeedForward)
     assert layer.router.top_k == converted.router.top_k == 2
     experts = dict(layer.experts.auxiliary)
     assert {"right", "left", *(["right_gate"] if gated else [])} == set(experts)
-    assert {block.shape for block in experts.values()} == {converted.experts.auxiliary["right"].shape}
+    assert {block.shape for block in experts.values()} == {
+        converted.experts.auxiliary["right"].shape
+    }
     x = torch.randn(2, 3, 8)
-    u = nn.functional.silu(layer.gate_proj(x)) * layer.up(x) if gated else nn.functional.silu(layer.up(x))
+    u = (
+        nn.functional.silu(layer.gate_proj(x)) * layer.up(x)
+        if gated
+        else nn.functional.silu(layer.up(x))
+    )
     torch.testing.assert_close(layer(x), layer.down(u))  # experts begin as identities
     for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(again(x), layer(x))
 
 
 def test_one_expert_without_a_router_is_a_dense_network() -> None:
-    layer, x = MPOEFeedForward(8, 16, MPOEConfig(num_experts=1, moe_type="none", shape="hidden")), torch.randn(2, 3, 8)
+    layer, x = (
+        MPOEFeedForward(8, 16, MPOEConfig(num_experts=1, moe_type="none", shape="hidden")),
+        torch.randn(2, 3, 8),
+    )
     torch.testing.assert_close(layer(x), layer.down(layer.up(x).relu()))
 
 
@@ -254,5 +293,8 @@ def test_a_layer_that_trains_alone_says_that_nothing_balances_it() -> None:
             layer(x)
         layer.eval()(x)
     assert load_balancing_loss(routing.records[0].logits, routing.records[0].top_k_index) > 0
-    with pytest.warns(UserWarning, match=r"nothing adds its balancing loss: run it in mpoe\.layers\.routing_context"):
+    with pytest.warns(
+        UserWarning,
+        match=r"nothing adds its balancing loss: run it in mpoe\.layers\.routing_context",
+    ):
         layer.train()(x)

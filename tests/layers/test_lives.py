@@ -1,4 +1,5 @@
-"""What happens to a layer between two of its calls; after each, it computes what its parameters say, or refuses."""
+"""What happens to a layer between two of its calls; after each, it computes what its parameters
+say, or refuses."""
 
 from __future__ import annotations
 
@@ -128,7 +129,9 @@ def kept(layer: Layer, x: Tensor) -> Tensor:
 
 
 def by_vjp(layer: Layer, x: Tensor) -> Tensor:
-    y, pull = func.vjp(lambda rows: func.functional_call(layer, dict(layer.named_parameters()), rows), x)
+    y, pull = func.vjp(
+        lambda rows: func.functional_call(layer, dict(layer.named_parameters()), rows), x
+    )
     pull(torch.ones_like(y))
     return y
 
@@ -156,7 +159,9 @@ def in_a_fork(layer: Layer, x: Tensor) -> Tensor:
     """In a child, which inherits memory, caches and locks."""
     y = torch.full((len(x) + 1, I), torch.nan).share_memory_()[1:]
     with torch_threads(1):  # a pool of threads cannot be forked
-        child = multiprocessing.get_context("fork").Process(target=lambda: y.copy_(plainly(layer, x)))
+        child = multiprocessing.get_context("fork").Process(
+            target=lambda: y.copy_(plainly(layer, x))
+        )
         child.start()
         child.join()
     assert child.exitcode is not None
@@ -214,9 +219,14 @@ KINDS = ("separable", "light", "paper", "hidden", "neurons")
 def test_a_layer_is_its_parameters(kind: str, event: str, every_way: bool) -> None:
     """After every event, in every way of a call: with no token, with one and with several.
 
-    By default in every third way, others of the next kind and of the next event: all three meet every event.
+    By default in every third way, others of the next kind and of the next event: all three meet
+    every event.
     """
-    ways = {name: way for name, way in WAYS.items() if kind not in ("hidden", "neurons") or "cache" not in name}
+    ways = {
+        name: way
+        for name, way in WAYS.items()
+        if kind not in ("hidden", "neurons") or "cache" not in name
+    }
     if "cache" in event and ways.keys() != WAYS.keys():
         pytest.skip("there is nothing to cache")
     turn = KINDS.index(kind) + list(EVENTS).index(event)
@@ -228,9 +238,14 @@ def test_a_layer_is_its_parameters(kind: str, event: str, every_way: bool) -> No
             plainly(layer, torch.randn(tokens, I))
         other = EVENTS[event](layer)
         layer = other if isinstance(other, nn.Module) else layer
-        filler = [torch.full((size,), torch.nan) for size in range(1, 400)]  # takes memory that was freed
+        filler = [
+            torch.full((size,), torch.nan) for size in range(1, 400)
+        ]  # takes memory that was freed
         if event == "no memory":
-            with pytest.raises((ValueError, RuntimeError), match=r"must hold its values|setStorage: .* out of bounds"):
+            with pytest.raises(
+                (ValueError, RuntimeError),
+                match=r"must hold its values|setStorage: .* out of bounds",
+            ):
                 take(layer, torch.randn(5, I))
             continue
         wanted = by_eager(layer)

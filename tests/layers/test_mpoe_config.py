@@ -1,4 +1,5 @@
-"""`MPOEConfig` and `RouterConfig`: every field is checked, and both survive JSON; what `moe_type` computes."""
+"""`MPOEConfig` and `RouterConfig`: every field is checked, and both survive JSON; what `moe_type`
+computes."""
 
 from __future__ import annotations
 
@@ -25,38 +26,131 @@ from tests.assertions import refuses
         (MPOEConfig, {"expert_type": "mop"}, ValueError, "did you mean 'mpo'"),
         (MPOEConfig, {"shape": "sepparable"}, ValueError, "did you mean 'separable'"),
         (MPOEConfig, {"shape": 3}, TypeError, "shape must be"),
-        (MPOEConfig, {"shape": {"up": 3, "down": 3}}, TypeError, "['up'] must be an MPOShape or its mapping; got int"),
-        (MPOEConfig, {"shape": {"up": {"in_factors": [2], "out_factors": [3]}}}, ValueError, "missing ['down']"),
+        (
+            MPOEConfig,
+            {"shape": {"up": 3, "down": 3}},
+            TypeError,
+            "['up'] must be an MPOShape or its mapping; got int",
+        ),
+        (
+            MPOEConfig,
+            {"shape": {"up": {"in_factors": [2], "out_factors": [3]}}},
+            ValueError,
+            "missing ['down']",
+        ),
         (MPOEConfig, {"shape": {"upp": {}}}, ValueError, "did you mean 'up'"),
         (MPOEConfig, {"gauge": "symetric"}, ValueError, "did you mean 'symmetric'"),
-        (MPOEConfig, {"num_experts": 2, "router": {"top_k": 3}}, ValueError, "at most num_experts = 2; got 3"),
+        (
+            MPOEConfig,
+            {"num_experts": 2, "router": {"top_k": 3}},
+            ValueError,
+            "at most num_experts = 2; got 3",
+        ),
         (MPOEConfig, {"target_modules": "fnn"}, ValueError, "did you mean 'ffn'"),
         (MPOEConfig, {"layers_to_transform": [-1]}, ValueError, "layers_to_transform"),
         (MPOEConfig, {"separable_left": 0}, ValueError, "separable_left"),
         (MPOEConfig, {"moe_type": "mop"}, ValueError, "did you mean 'moe'"),
-        (MPOEConfig, {"moe_type": "moe", "router": RouterConfig(top_k=2)}, ValueError, "router with a second_policy"),
-        (MPOEConfig, {"router": RouterConfig.gshard()}, ValueError, "router with second_policy None; got 'random'"),
-        (MPOEConfig, {"moe_type": "moe", "router": {"top_k": 1}}, ValueError, "second_policy needs top_k 2; got 1"),
-        (MPOEConfig, {"moe_type": "moe", "router": {"second_policy": "rand"}}, ValueError, "did you mean 'random'"),
-        (MPOEConfig, {"moe_type": "moe", "num_experts": 1}, ValueError, "top_k must be at most num_experts = 1; got 2"),
-        (MPOEConfig, {"router": {"eval_second_policy": "all"}}, ValueError, "eval_second_policy needs second_policy"),
-        (MPOEConfig, {"router": {"second_threshold": 0.0}}, ValueError, "second_threshold must be greater than 0"),
-        (MPOEConfig, {"router": {"min_capacity": 0}}, ValueError, "min_capacity must be at least 1"),
-        (MPOEConfig, {"shape": "hidden", "block_size": 0}, ValueError, "block_size must be at least 1"),
-        (MPOEConfig, {"shape": "hidden", "block_per_group": 1}, TypeError, "block_per_group must be True or False"),
-        (MPOEConfig, {"shape": "hidden", "neurons": 8}, ValueError, "neurons needs shape 'neurons'; got 'hidden'"),
+        (
+            MPOEConfig,
+            {"moe_type": "moe", "router": RouterConfig(top_k=2)},
+            ValueError,
+            "router with a second_policy",
+        ),
+        (
+            MPOEConfig,
+            {"router": RouterConfig.gshard()},
+            ValueError,
+            "router with second_policy None; got 'random'",
+        ),
+        (
+            MPOEConfig,
+            {"moe_type": "moe", "router": {"top_k": 1}},
+            ValueError,
+            "second_policy needs top_k 2; got 1",
+        ),
+        (
+            MPOEConfig,
+            {"moe_type": "moe", "router": {"second_policy": "rand"}},
+            ValueError,
+            "did you mean 'random'",
+        ),
+        (
+            MPOEConfig,
+            {"moe_type": "moe", "num_experts": 1},
+            ValueError,
+            "top_k must be at most num_experts = 1; got 2",
+        ),
+        (
+            MPOEConfig,
+            {"router": {"eval_second_policy": "all"}},
+            ValueError,
+            "eval_second_policy needs second_policy",
+        ),
+        (
+            MPOEConfig,
+            {"router": {"second_threshold": 0.0}},
+            ValueError,
+            "second_threshold must be greater than 0",
+        ),
+        (
+            MPOEConfig,
+            {"router": {"min_capacity": 0}},
+            ValueError,
+            "min_capacity must be at least 1",
+        ),
+        (
+            MPOEConfig,
+            {"shape": "hidden", "block_size": 0},
+            ValueError,
+            "block_size must be at least 1",
+        ),
+        (
+            MPOEConfig,
+            {"shape": "hidden", "block_per_group": 1},
+            TypeError,
+            "block_per_group must be True or False",
+        ),
+        (
+            MPOEConfig,
+            {"shape": "hidden", "neurons": 8},
+            ValueError,
+            "neurons needs shape 'neurons'; got 'hidden'",
+        ),
         (
             MPOEConfig,
             {"shape": "neurons", "block_size": 8},
             ValueError,
             "block_size needs shape 'hidden'; got 'neurons'",
         ),
-        (MPOEConfig, {"shape": "neurons", "neurons": 8.0}, TypeError, "neurons must be an integer or None"),
-        (MPOEConfig, {"shape": "hidden", "moe_type": "moe"}, ValueError, "needs moe_type 'switch' or 'none'"),
-        (MPOEConfig, {"shape": "hidden", "router": {"capacity_factor": 1.0}}, ValueError, "router.capacity_factor"),
-        (MPOEConfig, {"router": {"routed_scaling_factor": 2.0}}, ValueError, "routed_scaling_factor needs shape"),
         (
-            *(MPOEConfig, {"shape_pattern": {"encoder": "neurons"}, "router": {"routed_scaling_factor": 2.0}}),
+            MPOEConfig,
+            {"shape": "neurons", "neurons": 8.0},
+            TypeError,
+            "neurons must be an integer or None",
+        ),
+        (
+            MPOEConfig,
+            {"shape": "hidden", "moe_type": "moe"},
+            ValueError,
+            "needs moe_type 'switch' or 'none'",
+        ),
+        (
+            MPOEConfig,
+            {"shape": "hidden", "router": {"capacity_factor": 1.0}},
+            ValueError,
+            "router.capacity_factor",
+        ),
+        (
+            MPOEConfig,
+            {"router": {"routed_scaling_factor": 2.0}},
+            ValueError,
+            "routed_scaling_factor needs shape",
+        ),
+        (
+            *(
+                MPOEConfig,
+                {"shape_pattern": {"encoder": "neurons"}, "router": {"routed_scaling_factor": 2.0}},
+            ),
             *(ValueError, "routed_scaling_factor needs shape 'neurons'"),
         ),
         (RouterConfig, {"top_k": 0}, ValueError, "top_k"),
@@ -67,9 +161,24 @@ from tests.assertions import refuses
         (RouterConfig, {"z_loss_weight": float("nan")}, ValueError, "z_loss_weight"),
         (RouterConfig, {"expert_dropout": 1.0}, ValueError, "expert_dropout"),
         (RouterConfig, {"init_scale": -0.1}, ValueError, "init_scale"),
-        (RouterConfig, {"scoring_func": "tanh"}, ValueError, "must be one of 'softmax', 'sigmoid'; got 'tanh'"),
-        (RouterConfig, {"routed_scaling_factor": 0.0}, ValueError, "routed_scaling_factor must be greater than 0"),
-        (RouterConfig, {"bias_update_rate": -1.0}, ValueError, "bias_update_rate must be at least 0"),
+        (
+            RouterConfig,
+            {"scoring_func": "tanh"},
+            ValueError,
+            "must be one of 'softmax', 'sigmoid'; got 'tanh'",
+        ),
+        (
+            RouterConfig,
+            {"routed_scaling_factor": 0.0},
+            ValueError,
+            "routed_scaling_factor must be greater than 0",
+        ),
+        (
+            RouterConfig,
+            {"bias_update_rate": -1.0},
+            ValueError,
+            "bias_update_rate must be at least 0",
+        ),
         (
             RouterConfig,
             {"top_k": 2, "second_policy": "all", "scoring_func": "sigmoid"},
@@ -85,11 +194,17 @@ def test_refusals_name_the_field(kind, values, error, words):
 
 
 @pytest.mark.parametrize(
-    ("kind", "odd", "known"), [(MPOEConfig, "num_expert", "num_experts"), (RouterConfig, "topk", "top_k")]
+    ("kind", "odd", "known"),
+    [(MPOEConfig, "num_expert", "num_experts"), (RouterConfig, "topk", "top_k")],
 )
 def test_unknown_fields_offer_close_matches(kind, odd, known):
     refuses(ValueError, f"did you mean '{known}'", kind.from_dict, {odd: 4})
-    refuses(TypeError, rf"{kind.__name__} has no field '{odd}' \(did you mean '{known}'", kind, **{odd: 4})
+    refuses(
+        TypeError,
+        rf"{kind.__name__} has no field '{odd}' \(did you mean '{known}'",
+        kind,
+        **{odd: 4},
+    )
 
 
 @pytest.mark.parametrize(
@@ -97,7 +212,10 @@ def test_unknown_fields_offer_close_matches(kind, odd, known):
     [
         MPOEConfig(),
         MPOEConfig(shape="separable"),
-        *(MPOEConfig(moe_type=moe_type, router={"jitter": 0.1}) for moe_type in ("switch", "moe", "none")),
+        *(
+            MPOEConfig(moe_type=moe_type, router={"jitter": 0.1})
+            for moe_type in ("switch", "moe", "none")
+        ),
         MPOEConfig(
             num_experts=3,
             shape={"up": MPOShape.paper(48, 96), "down": MPOShape.paper(96, 48)},
@@ -121,8 +239,12 @@ def test_shapes_by_name():
     assert MPOEConfig(shape="separable").shape_for("gate_proj", 768, 3072) == up
     left = MPOEConfig(separable_left=128, separable_right=32).shape_for("up", 768, 3072)
     assert (left.in_factors[0], left.out_factors[-1]) == (128, 32)
-    assert MPOEConfig(shape="paper", max_bond=9).shape_for("up", 768, 3072) == MPOShape.paper(768, 3072, max_bond=9)
-    assert MPOEConfig(shape="light", light_p=16).shape_for("up", 48, 96) == MPOShape.light(48, 96, 16)
+    assert MPOEConfig(shape="paper", max_bond=9).shape_for("up", 768, 3072) == MPOShape.paper(
+        768, 3072, max_bond=9
+    )
+    assert MPOEConfig(shape="light", light_p=16).shape_for("up", 48, 96) == MPOShape.light(
+        48, 96, 16
+    )
 
 
 def test_given_shapes_must_fit_the_weight():
@@ -196,7 +318,9 @@ def test_a_chosen_shape_stays() -> None:
     assert copy.deepcopy(config) == config
     assert MPOEConfig(max_bond=4, shape="hidden").shape == "hidden"
     config = {"shape": "neurons", "neurons": 8, "latent": 6}
-    assert MPOEConfig(expert_type="dense", **config).top_k == 1  # flags of the mixture that a Switch is compared with
+    assert (
+        MPOEConfig(expert_type="dense", **config).top_k == 1
+    )  # flags of the mixture that a Switch is compared with
     assert MPOEConfig(**config, shape_pattern={"wo": 16}).for_experts("wo").latent == 6
 
 
@@ -215,13 +339,16 @@ TOKENS, EXPERTS = 40, 4
 
 
 def gshard(**values):
-    return TopKRouter(6, EXPERTS, RouterConfig.gshard(capacity_factor=None, eval_capacity_factor=None, **values))
+    return TopKRouter(
+        6, EXPERTS, RouterConfig.gshard(capacity_factor=None, eval_capacity_factor=None, **values)
+    )
 
 
 @pytest.mark.parametrize("policy", ["all", "none", "threshold"])
 @pytest.mark.parametrize("raw", [False, True])
 def test_gating_by_hand(policy, raw):
-    """Gates of the kept choices sum to 1, a lone one has the gradient of log p; dropped ones take no slot."""
+    """Gates of the kept choices sum to 1, a lone one has the gradient of log p; dropped ones take
+    no slot."""
     router = gshard(second_policy=policy, second_threshold=0.48, init_scale=4.0, is_scale_prob=raw)
     x, mask = torch.randn(TOKENS, 6), torch.arange(TOKENS) % 5 > 0
     p, index = torch.softmax(x @ router.weight.T, -1).topk(2)
@@ -236,7 +363,10 @@ def test_gating_by_hand(policy, raw):
     assert torch.equal(decision.kept, kept)
     assert policy != "threshold" or 0 < int(second.sum()) < TOKENS
     torch.testing.assert_close(decision.top_k_weights, gates)
-    found, wanted = (torch.autograd.grad((g * factors).sum(), router.weight) for g in (decision.top_k_weights, gates))
+    found, wanted = (
+        torch.autograd.grad((g * factors).sum(), router.weight)
+        for g in (decision.top_k_weights, gates)
+    )
     torch.testing.assert_close(found, wanted)
     routing, used = router.route(decision, mask), kept & mask[:, None]
     assert torch.equal(routing.expert_load.long(), torch.bincount(index[used], minlength=EXPERTS))
@@ -246,12 +376,17 @@ def test_gating_by_hand(policy, raw):
 
 
 def test_a_second_choice_at_the_threshold_is_dropped():
-    router = gshard(second_policy="threshold", second_threshold=0.5, init_scale=0.0)  # both gates are equal
+    router = gshard(
+        second_policy="threshold", second_threshold=0.5, init_scale=0.0
+    )  # both gates are equal
     assert not router(torch.randn(3, 6)).kept[:, 1].any()
 
 
 def test_random_policy_keeps_seconds_in_proportion_to_their_share():
-    router, x = gshard(second_policy="random", second_threshold=0.8), torch.randn(1, 6).expand(20_000, 6)
+    router, x = (
+        gshard(second_policy="random", second_threshold=0.8),
+        torch.randn(1, 6).expand(20_000, 6),
+    )
     p = torch.softmax(x[0] @ router.weight.T, -1).topk(2).values.tolist()
     expected = p[1] / sum(p) / 0.8
     assert float(router(x).kept[:, 1].float().mean()) == pytest.approx(expected, abs=0.02)
@@ -275,7 +410,9 @@ def test_equal_experts_compute_one_network_whatever_is_kept(expert_type, policy)
     router = {"second_policy": policy, "capacity_factor": None}
     config = MPOEConfig(moe_type="moe", num_experts=EXPERTS, expert_type=expert_type, router=router)
     ffn = MPOEFeedForward(24, 48, config, activation="gelu").train()
-    alone = MPOEFeedForward(24, 48, MPOEConfig(moe_type="none", expert_type="dense"), activation="gelu")
+    alone = MPOEFeedForward(
+        24, 48, MPOEConfig(moe_type="none", expert_type="dense"), activation="gelu"
+    )
     for kind, projection in ffn.experts.projections().items():
         projection.load_weight_(alone.experts.projections()[kind].weight[0])
     x = torch.randn(3, 7, 24, requires_grad=True)
@@ -305,6 +442,9 @@ def test_without_a_router(expert_type):
     x, mask = torch.randn(11, 24), torch.rand(11) > 0.3
     with routing_context() as routing:
         y = ffn(x, mask)
-    expected = torch.relu(x @ weights["up"] + ffn.experts.up.bias) @ weights["down"] + ffn.experts.down.bias
+    expected = (
+        torch.relu(x @ weights["up"] + ffn.experts.up.bias) @ weights["down"]
+        + ffn.experts.down.bias
+    )
     torch.testing.assert_close(y, expected * mask[:, None], rtol=1e-4, atol=1e-5)
     assert routing.records == []

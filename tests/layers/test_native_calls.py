@@ -1,4 +1,5 @@
-"""Layers without gradients: native calls in place of the ops of router and experts, with the same results."""
+"""Layers without gradients: native calls in place of the ops of router and experts, with the same
+results."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ from mpoe.layers.context import routing_context
 from mpoe.layers.expert_cache import ExpertCache
 from mpoe_kernels import available_backends, mixture, use_backend
 
-pytestmark = pytest.mark.skipif("native" not in available_backends(), reason="the native kernels are not built")
+pytestmark = pytest.mark.skipif(
+    "native" not in available_backends(), reason="the native kernels are not built"
+)
 F32, BF16 = torch.float32, torch.bfloat16
 I, F, E = 12, 40, 5
 every_kind = pytest.mark.parametrize("kind", ["separable", "hidden", "neurons"])
@@ -39,17 +42,34 @@ class Dense(nn.Module):
         return self.scale * self.down(self.dropout(h))
 
 
-def made(kind: str = "separable", gated: bool = False, bias: bool = False, dtype=F32, options=None, **router) -> Any:
+def made(
+    kind: str = "separable",
+    gated: bool = False,
+    bias: bool = False,
+    dtype=F32,
+    options=None,
+    **router,
+) -> Any:
     """5 experts that contribute, in eval mode; ``options``: of the `MPOEConfig`."""
     torch.manual_seed(0)
-    own = {"hidden": {"block_size": 8, "expert_bias": bias}, "neurons": {"neurons": 7, "expert_bias": bias}}
+    own = {
+        "hidden": {"block_size": 8, "expert_bias": bias},
+        "neurons": {"neurons": 7, "expert_bias": bias},
+    }
     settings = RouterConfig(**{"init_scale": 4.0, "top_k": 2, **router})
-    config = MPOEConfig(shape=kind, num_experts=E, router=settings, **{**own.get(kind, {}), **(options or {})})
+    config = MPOEConfig(
+        shape=kind, num_experts=E, router=settings, **{**own.get(kind, {}), **(options or {})}
+    )
     activation = "silu" if gated else "gelu"
     if kind not in own:
-        layer: Any = MPOEFeedForward(I, F, config, activation=activation, gated=gated, bias=bias, dtype=dtype)
+        layer: Any = MPOEFeedForward(
+            I, F, config, activation=activation, gated=gated, bias=bias, dtype=dtype
+        )
     else:
-        dense, names = Dense(gated, dtype), {"up": "up", "down": "down"} | ({"gate_proj": "gate"} if gated else {})
+        dense, names = (
+            Dense(gated, dtype),
+            {"up": "up", "down": "down"} | ({"gate_proj": "gate"} if gated else {}),
+        )
         class_ = HiddenFeedForward if kind == "hidden" else NeuronFeedForward
         layer = class_(I, F, config, names=names, activation=activation, gated=gated, dtype=dtype)
         (layer.adopt if kind == "hidden" else lambda parts: layer.around(dense, parts))(
@@ -105,16 +125,25 @@ OF_KIND = {"separable": "routed_ffn", "hidden": "routed", "neurons": "routed_neu
     masks=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_the_same_bits_as_the_ops(kind, tokens, gated, bias, dtype, router, capacity, variant, masks, seed) -> None:
-    """``variant``: shared blocks of hidden-side experts, neurons in a latent space. x and mask have gaps."""
-    options = {"hidden": {"block_per_group": not variant}, "neurons": {"latent": 6 if variant else None}}.get(kind, {})
+def test_the_same_bits_as_the_ops(
+    kind, tokens, gated, bias, dtype, router, capacity, variant, masks, seed
+) -> None:
+    """``variant``: shared blocks of hidden-side experts, neurons in a latent space. x and mask have
+    gaps."""
+    options = {
+        "hidden": {"block_per_group": not variant},
+        "neurons": {"latent": 6 if variant else None},
+    }.get(kind, {})
     if kind == "neurons":
         router = {**router, "routed_scaling_factor": 1.5 if variant else None}
     elif kind != "hidden":
         router = {**router, "eval_capacity_factor": capacity, "min_capacity": 1}
     layer = made(kind, gated, bias, dtype, options, **router)
     torch.manual_seed(seed)
-    x, mask = torch.randn(I, tokens).t().to(dtype), (torch.rand(tokens, 2) < 0.7)[:, 0] if masks else None
+    x, mask = (
+        torch.randn(I, tokens).t().to(dtype),
+        (torch.rand(tokens, 2) < 0.7)[:, 0] if masks else None,
+    )
     with torch.no_grad():
         want = by_ops(layer, x, mask)
         if kind == "hidden":
@@ -138,7 +167,9 @@ def test_what_runs(kind: str, calls: list[str]) -> None:
         assert calls.pop() == OF_KIND[kind]
         with routing_context():
             layer(x)
-        assert calls[3:] == (["routed"] if kind == "hidden" else [])  # the router's decision is shown
+        assert calls[3:] == (
+            ["routed"] if kind == "hidden" else []
+        )  # the router's decision is shown
         if kind != "separable":
             calls.clear()
             layer(x[:0])
@@ -166,7 +197,9 @@ HOOKS = {
     "forward pre": lambda module: module.register_forward_pre_hook(lambda *_: None),
     "backward": lambda module: module.register_full_backward_hook(lambda *_: None),
     "backward pre": lambda module: module.register_full_backward_pre_hook(lambda *_: None),
-    "of every module": lambda module: nn.modules.module.register_module_forward_hook(lambda *_: None),
+    "of every module": lambda module: nn.modules.module.register_module_forward_hook(
+        lambda *_: None
+    ),
 }
 
 
@@ -221,7 +254,9 @@ def test_who_else_has_a_part_in_a_call_gets_the_ops(calls: list[str], kind: str)
             assert calls == []
 
 
-def test_another_backend_for_a_projection_gets_the_ops(calls, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_backend_for_a_projection_gets_the_ops(
+    calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layer, x, chosen = made(), torch.randn(3, I), mixture.chosen_for
 
     def eager_for_down(op: str, call: Any, *rest: Any) -> Any:
@@ -238,10 +273,13 @@ def test_another_backend_for_a_projection_gets_the_ops(calls, monkeypatch: pytes
 @pytest.mark.parametrize("tokens", [1, 4, 300])
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_result_takes_the_place_of_what_nobody_needs(gated: bool, tokens: int) -> None:
-    """Of a plain projection's rows; those that a hook, another module's result or a caller might hold stay."""
+    """Of a plain projection's rows; those that a hook, another module's result or a caller might
+    hold stay."""
     layer, x, kept = made("hidden", gated), torch.randn(tokens, I), []
     own = layer.experts.routed
-    layer.experts.routed = lambda *arguments: kept.append((arguments[2], own(*arguments))) or kept[-1][1]
+    layer.experts.routed = lambda *arguments: (
+        kept.append((arguments[2], own(*arguments))) or kept[-1][1]
+    )
     with torch.no_grad():
         want = layer(x)
         u, (o, _) = kept.pop()
@@ -275,14 +313,40 @@ def with_part(kind: str, name: str, value: Any) -> Any:
 @pytest.mark.parametrize(
     ("layer", "error", "message"),
     [
-        (lambda: spoiled(left=torch.zeros(E, 5, 8, 8, dtype=BF16)), TypeError, "left must have the dtype of u"),
+        (
+            lambda: spoiled(left=torch.zeros(E, 5, 8, 8, dtype=BF16)),
+            TypeError,
+            "left must have the dtype of u",
+        ),
         (lambda: spoiled(left=torch.zeros(E, 5, 4, 4)), ValueError, "left must be"),
-        (lambda: spoiled(left=torch.zeros(E, 1, 16, 20)), ValueError, "left must be"),  # as many numbers
-        (lambda: spoiled(right=torch.zeros(25, 8, 8)), (TypeError, ValueError), "right must be|left must be"),
+        (
+            lambda: spoiled(left=torch.zeros(E, 1, 16, 20)),
+            ValueError,
+            "left must be",
+        ),  # as many numbers
+        (
+            lambda: spoiled(right=torch.zeros(25, 8, 8)),
+            (TypeError, ValueError),
+            "right must be|left must be",
+        ),
         (lambda: with_part("hidden", "up", nn.Linear(I, 24)), ValueError, "right must be"),
-        (lambda: with_part("hidden", "router.weight", nn.Parameter(torch.zeros(E, 7))), RuntimeError, "multiplied"),
-        (lambda: with_part("separable", "experts.up.bias", nn.Parameter(torch.zeros(39))), ValueError, "bias"),
-        (lambda: with_part("separable", "experts.up.bias", nn.Parameter(torch.zeros(F).to(BF16))), TypeError, "bias"),
+        (
+            lambda: with_part("hidden", "router.weight", nn.Parameter(torch.zeros(E, 7))),
+            RuntimeError,
+            "multiplied",
+        ),
+        (
+            lambda: with_part("separable", "experts.up.bias", nn.Parameter(torch.zeros(39))),
+            ValueError,
+            "bias",
+        ),
+        (
+            lambda: with_part(
+                "separable", "experts.up.bias", nn.Parameter(torch.zeros(F).to(BF16))
+            ),
+            TypeError,
+            "bias",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_as_by_the_ops(calls, layer, error, message: str) -> None:
@@ -302,7 +366,13 @@ def test_what_does_not_fit_is_refused_as_by_the_ops(calls, layer, error, message
 )
 def test_neurons_that_do_not_fit(changed: dict[str, Any], message: str) -> None:
     x, up = torch.ones(3, 12), torch.ones(5, 7, 12)
-    given = {"x": x, "weight": torch.ones(5, 12), "rule": mixture.Rule(2, False, None), "scale": 1.0, "rows": x}
+    given = {
+        "x": x,
+        "weight": torch.ones(5, 12),
+        "rule": mixture.Rule(2, False, None),
+        "scale": 1.0,
+        "rows": x,
+    }
     given |= {"neurons": mixture.Neurons(up, up, None, None, "relu"), "token_mask": None}
     with pytest.raises(ValueError, match=message):
         mixture.routed_neurons(**(given | changed))

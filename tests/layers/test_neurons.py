@@ -1,4 +1,5 @@
-"""Experts of their own neurons: the formula, padding, dropout, dtypes; `MPOCores`, `MPOLinear`, `MPOEmbedding`."""
+"""Experts of their own neurons: the formula, padding, dropout, dtypes; `MPOCores`, `MPOLinear`,
+`MPOEmbedding`."""
 
 from __future__ import annotations
 
@@ -67,7 +68,12 @@ def added(module: NeuronFeedForward, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("top_k", [1, 2, E])
 @pytest.mark.parametrize(
     "gates",
-    [{}, {"routed_scaling_factor": 2.0}, {"is_scale_prob": True}, {"scoring_func": "sigmoid", "bias_update_rate": 0.1}],
+    [
+        {},
+        {"routed_scaling_factor": 2.0},
+        {"is_scale_prob": True},
+        {"scoring_func": "sigmoid", "bias_update_rate": 0.1},
+    ],
     ids=["sum to 1", "times a factor", "raw", "sigmoid with a correction bias"],
 )
 def test_the_definition(gated: bool, latent: int | None, top_k: int, gates: dict) -> None:
@@ -79,14 +85,18 @@ def test_the_definition(gated: bool, latent: int | None, top_k: int, gates: dict
     found, want = module(x), Dense.forward(module, x) + added(module, x.view(-1, I)).view(x.shape)
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
     inputs, weight = [x, *module.parameters()], torch.randn(2, 4, I)
-    mine, theirs = (torch.autograd.grad((y * weight).sum(), inputs, allow_unused=True) for y in (found, want))
+    mine, theirs = (
+        torch.autograd.grad((y * weight).sum(), inputs, allow_unused=True) for y in (found, want)
+    )
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_relative_flops_are_of_the_dense_network_and_of_what_experts_add() -> None:
     assert layer().relative_flops(2) == pytest.approx(1 + 2 * M / F)
     assert layer(latent=4).relative_flops(2) == pytest.approx(1 + 4 / F + 2 * 4 * M / (I * F))
-    assert layer(gated=True, latent=4).relative_flops(2) == pytest.approx(1 + 2 * 4 / (3 * F) + 2 * 4 * M / (I * F))
+    assert layer(gated=True, latent=4).relative_flops(2) == pytest.approx(
+        1 + 2 * 4 / (3 * F) + 2 * 4 * M / (I * F)
+    )
 
 
 def test_padding_has_no_expert_and_is_not_counted() -> None:
@@ -112,7 +122,9 @@ def test_padding_has_no_expert_and_is_not_counted() -> None:
 def test_a_network_that_ends_in_a_module_that_adds_its_input() -> None:
     torch.manual_seed(0)
     dense, up = Ending(), nn.Linear(I, F)
-    config = MPOEConfig(shape="neurons", num_experts=E, neurons=M, router=RouterConfig(top_k=2), backend="eager")
+    config = MPOEConfig(
+        shape="neurons", num_experts=E, neurons=M, router=RouterConfig(top_k=2), backend="eager"
+    )
     module = NeuronFeedForward(I, F, config, names={"down": "dense"}, adds_input=True)
     module.around(dense, {"up": up, "down": dense.dense})
     nn.init.normal_(module.experts.down)
@@ -146,13 +158,19 @@ def test_sums_in_half_precision_are_of_single_precision() -> None:
     count = 512
     ones = torch.ones(count, 1, 4, dtype=torch.bfloat16)
     gates, index = torch.full((1, count), 1 / count), torch.arange(count)[None]
-    found = neuron_experts(ones[0] / 4, gates, index, ones, ones, None, activation="relu", backend="eager")
+    found = neuron_experts(
+        ones[0] / 4, gates, index, ones, ones, None, activation="relu", backend="eager"
+    )
     assert torch.allclose(found.float(), torch.ones(1, 4), rtol=0.01)
 
 
 def test_copies_of_one_neuron_differ() -> None:
-    experts = convert_to_mpoe(dense_model("gpt2"), MPOEConfig(shape="neurons", num_experts=2, neurons=300))
-    up = next(module for module in experts.modules() if isinstance(module, NeuronExperts)).up.flatten(0, 1)
+    experts = convert_to_mpoe(
+        dense_model("gpt2"), MPOEConfig(shape="neurons", num_experts=2, neurons=300)
+    )
+    up = next(
+        module for module in experts.modules() if isinstance(module, NeuronExperts)
+    ).up.flatten(0, 1)
     assert len(up.unique(dim=0)) == len(up)  # of 96 neurons
 
 
@@ -221,13 +239,16 @@ def rms(tensor):
 
 @pytest.mark.parametrize(
     ("shape", "gauge"),
-    [(shape, gauge) for shape in SHAPES[:3] for gauge in ("symmetric", "orthogonal")] + [(SHAPES[2], "identity")],
+    [(shape, gauge) for shape in SHAPES[:3] for gauge in ("symmetric", "orthogonal")]
+    + [(SHAPES[2], "identity")],
     ids=str,
 )
 def test_load_weight_copies_to_every_expert_and_measures(shape, gauge):
     cores, weight = MPOCores(shape, 3), torch.randn(24, 48)
     result = cores.load_weight_(weight, gauge)
-    torch.testing.assert_close(cores.dense_weights(), weight.expand(3, 24, 48), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        cores.dense_weights(), weight.expand(3, 24, 48), rtol=1e-4, atol=1e-5
+    )
     assert result.relative_error_bound < 1e-5
     assert len(result.local_errors) == shape.num_cores - 1
     for ratio, name in zip(cores.rate_ratios, cores.core_names(), strict=True):
@@ -255,7 +276,9 @@ def test_random_weights_have_the_wanted_scale_and_expected_ratios(shape):
         if k != shape.central:  # an isometry
             columns = core[0].flatten(0, 2) if k < shape.central else core[0].flatten(1).T
             torch.testing.assert_close(columns.T @ columns, torch.eye(columns.shape[1]))
-    parametrize.register_parametrization(cores.auxiliary, "1", nn.Identity())  # no parameter of the list any more
+    parametrize.register_parametrization(
+        cores.auxiliary, "1", nn.Identity()
+    )  # no parameter of the list any more
     assert torch.equal(cores.dense_weights(), weights)
 
 
@@ -310,7 +333,12 @@ def test_a_chain_without_auxiliary_cores_still_has_all_experts() -> None:
 
 @pytest.mark.parametrize(
     ("values", "named"),
-    [((12, 6), {}), ((12, 6, False), {}), ((12,), {"out_features": 6}), ((), {"in_features": 12, "out_features": 6})],
+    [
+        ((12, 6), {}),
+        ((12, 6, False), {}),
+        ((12,), {"out_features": 6}),
+        ((), {"in_features": 12, "out_features": 6}),
+    ],
 )
 def test_called_as_nn_linear(values: tuple, named: dict) -> None:
     layer, like = MPOLinear(*values, **named), nn.Linear(*values, **named)

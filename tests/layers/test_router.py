@@ -82,10 +82,15 @@ def test_capacities():
     assert [router.capacity(10), router.eval().capacity(10)] == [7, 10]  # ceil(1.25 * 10 * 2 / 4)
     assert TopKRouter(6, 4).capacity(10) is None
     x = torch.randn(9, 6)
-    for options in ({"capacity_factor": 1e300}, {"capacity_factor": 1.0, "min_capacity": 10**30}):  # beyond all slots
+    for options in (
+        {"capacity_factor": 1e300},
+        {"capacity_factor": 1.0, "min_capacity": 10**30},
+    ):  # beyond all slots
         router = TopKRouter(6, 4, RouterConfig(**options))
         assert router.capacity(10**12) == 2**31 - 1
-        assert torch.equal(router.route(router(x)).slot_of_token.sort(0).values.squeeze(-1), torch.arange(9))
+        assert torch.equal(
+            router.route(router(x)).slot_of_token.sort(0).values.squeeze(-1), torch.arange(9)
+        )
 
 
 @pytest.mark.parametrize("config", [RouterConfig(top_k=2), RouterConfig.gshard()])
@@ -99,13 +104,16 @@ def test_init_is_truncated_normal_of_the_switch_scale():
     weight = TopKRouter(1000, 8, RouterConfig(init_scale=0.1)).weight
     std = (0.1 / 1000) ** 0.5
     assert weight.abs().max() <= 2 * std
-    assert float(weight.detach().std()) == pytest.approx(std * 0.88, rel=0.05)  # of a normal cut at two sigmas
+    assert float(weight.detach().std()) == pytest.approx(
+        std * 0.88, rel=0.05
+    )  # of a normal cut at two sigmas
 
 
 @pytest.mark.parametrize("padding", [0.0, float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("valid", [0, 3, 5])
 def test_losses_by_hand(valid, padding):
-    """Of two layers, over valid tokens alone: what padding holds changes neither losses nor gradients."""
+    """Of two layers, over valid tokens alone: what padding holds changes neither losses nor
+    gradients."""
     logits, index = torch.randn(2, 5, 3), torch.randint(0, 3, (2, 5, 2))
     mask = torch.tensor([True] * valid + [False] * (5 - valid))[torch.randperm(5)]
     given = torch.where(mask[:, None], logits, padding).requires_grad_()
@@ -113,7 +121,10 @@ def test_losses_by_hand(valid, padding):
     fraction = torch.nn.functional.one_hot(index[:, mask].flatten(1), 3).float().mean(1)
     balance = 3 * (fraction * kept.softmax(-1).mean(1)).sum(-1)
     z = kept.logsumexp(-1).square().mean(1)
-    for found, want in ((load_balancing_loss(given, index, mask), balance), (router_z_loss(given, mask), z)):
+    for found, want in (
+        (load_balancing_loss(given, index, mask), balance),
+        (router_z_loss(given, mask), z),
+    ):
         torch.testing.assert_close(found, want if valid else torch.zeros(2))
         (gradient,) = torch.autograd.grad(found.sum(), given)
         assert not gradient[:, ~mask].any()
@@ -123,14 +134,20 @@ def test_losses_by_hand(valid, padding):
 def test_balancing_loss_is_one_when_balanced_and_e_when_collapsed():
     even = load_balancing_loss(torch.zeros(8, 4), torch.arange(8)[:, None] % 4)
     assert float(even) == pytest.approx(1.0)
-    collapsed = load_balancing_loss(torch.tensor([[50.0, 0, 0, 0]] * 8), torch.zeros(8, 1, dtype=torch.long))
+    collapsed = load_balancing_loss(
+        torch.tensor([[50.0, 0, 0, 0]] * 8), torch.zeros(8, 1, dtype=torch.long)
+    )
     assert float(collapsed) == pytest.approx(4.0)
-    assert float(load_balancing_loss(torch.zeros(6, 3), torch.tensor([[0, 1]] * 6))) == pytest.approx(1.0)  # top-2
+    assert float(
+        load_balancing_loss(torch.zeros(6, 3), torch.tensor([[0, 1]] * 6))
+    ) == pytest.approx(1.0)  # top-2
 
 
 def test_bad_shapes():
     for odd in (torch.randn(3), [1.0]):
-        refuses(ValueError, r"logits must be \[\.\.\., T, E\]; got (\[3\]|list)", router_z_loss, odd)
+        refuses(
+            ValueError, r"logits must be \[\.\.\., T, E\]; got (\[3\]|list)", router_z_loss, odd
+        )
     wrong = r"top_k_index .* leading axes \[4\]; got \[5, 1\]"
     refuses(ValueError, wrong, load_balancing_loss, torch.randn(4, 3), torch.zeros(5, 1).long())
 
@@ -146,7 +163,10 @@ def test_losses_of_parts_with_the_choices_of_all_average_to_the_whole():
         share = mask[part].sum() / mask.sum()
         total += share * load_balancing_loss(logits[:, part], index[:, part], mask[part], whole)
     torch.testing.assert_close(total, load_balancing_loss(logits, index, mask))
-    local = [load_balancing_loss(logits[:, part], index[:, part], mask[part]) for part in (slice(0, 3), slice(3, 9))]
+    local = [
+        load_balancing_loss(logits[:, part], index[:, part], mask[part])
+        for part in (slice(0, 3), slice(3, 9))
+    ]
     assert not torch.allclose((local[0] * 2 + local[1] * 4) / 6, total, rtol=1e-3)
 
 
@@ -159,7 +179,9 @@ def test_without_torch_distributed_a_global_batch_is_this_one():
 # ------------------------------------------------------------- one native call without gradients
 
 
-NATIVE = pytest.mark.skipif("native" not in available_backends(), reason="the native kernels are not built")
+NATIVE = pytest.mark.skipif(
+    "native" not in available_backends(), reason="the native kernels are not built"
+)
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -175,15 +197,23 @@ def test_a_router_decides_as_pytorch_does(sizes, top_k, raw, dtypes, seed) -> No
     torch.manual_seed(seed)
     tokens, features, experts = sizes
     config = RouterConfig(top_k=min(top_k, experts), is_scale_prob=raw, init_scale=4.0)
-    router, x = TopKRouter(features, experts, config, dtype=dtypes[1]), torch.randn(tokens, features).to(dtypes[0])
+    router, x = (
+        TopKRouter(features, experts, config, dtype=dtypes[1]),
+        torch.randn(tokens, features).to(dtypes[0]),
+    )
     with torch.no_grad():
         assert router.can_gate_natively(x)
         found = router(x)
     with use_backend("eager"):
         wanted = router(x)
     torch.testing.assert_close(found.logits, wanted.logits.detach(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.top_k_weights, wanted.top_k_weights.detach(), rtol=1e-5, atol=1e-6)
-    chosen, theirs = found.logits.gather(-1, found.top_k_index), wanted.logits.gather(-1, wanted.top_k_index)
+    torch.testing.assert_close(
+        found.top_k_weights, wanted.top_k_weights.detach(), rtol=1e-5, atol=1e-6
+    )
+    chosen, theirs = (
+        found.logits.gather(-1, found.top_k_index),
+        wanted.logits.gather(-1, wanted.top_k_index),
+    )
     torch.testing.assert_close(chosen, theirs.detach(), rtol=1e-5, atol=1e-5)
     assert all(len(set(row)) == len(row) for row in found.top_k_index.tolist())
 
@@ -207,7 +237,11 @@ def test_what_is_not_a_number_reaches_the_gates(raw: bool, bad: float, top_k: in
     router = TopKRouter(3, 4, RouterConfig(top_k=top_k, is_scale_prob=raw))
     router.weight.fill_(1.0)
     found = router(torch.tensor([[1.0, 1.0, 1.0], [bad, 1.0, 1.0]]))
-    assert found.top_k_weights.isnan().all(1).tolist() == found.top_k_weights.isnan().any(1).tolist() == [False, True]
+    assert (
+        found.top_k_weights.isnan().all(1).tolist()
+        == found.top_k_weights.isnan().any(1).tolist()
+        == [False, True]
+    )
     assert ((found.top_k_index >= 0) & (found.top_k_index < 4)).all()
 
 
@@ -230,7 +264,8 @@ def test_routers_that_take_pytorch_ops() -> None:
             assert not router.can_gate_natively(x)
 
 
-# ------------------------------------------------------------- the product: float32, without a float32 copy of tokens
+# ------------------------------------------------------------- the product: float32, without a
+# float32 copy of tokens
 
 
 LOW = [BF16, F16]
@@ -257,8 +292,16 @@ def test_native_products_and_gradients(tokens, features, experts, dtypes, frozen
     """Against double precision, and only of what needs gradients."""
     generator = torch.Generator().manual_seed(seed)
     grad = torch.randn(tokens, experts, generator=generator)
-    x = torch.randn(tokens, features, generator=generator).to(dtypes[0]).requires_grad_(frozen != "tokens")
-    weight = torch.randn(experts, features, generator=generator).to(dtypes[1]).requires_grad_(frozen != "weight")
+    x = (
+        torch.randn(tokens, features, generator=generator)
+        .to(dtypes[0])
+        .requires_grad_(frozen != "tokens")
+    )
+    weight = (
+        torch.randn(experts, features, generator=generator)
+        .to(dtypes[1])
+        .requires_grad_(frozen != "weight")
+    )
     logits = float32_logits(x, weight, "native")
     logits.backward(grad)
     want = x.detach().double() @ weight.detach().double().t()
@@ -267,9 +310,14 @@ def test_native_products_and_gradients(tokens, features, experts, dtypes, frozen
         assert torch.equal(float32_logits(x, weight, "native"), logits)
     assert (x.grad is None) == (frozen == "tokens")
     assert (weight.grad is None) == (frozen == "weight")
-    for got, value in ((x.grad, grad.double() @ weight.double()), (weight.grad, grad.double().t() @ x.double())):
+    for got, value in (
+        (x.grad, grad.double() @ weight.double()),
+        (weight.grad, grad.double().t() @ x.double()),
+    ):
         if got is not None:
-            torch.testing.assert_close(got, value.to(got.dtype), rtol=2e-2 if got.dtype in LOW else 1e-5, atol=1e-4)
+            torch.testing.assert_close(
+                got, value.to(got.dtype), rtol=2e-2 if got.dtype in LOW else 1e-5, atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -313,14 +361,20 @@ class Recorded(TorchDispatchMode):
         (torch.bfloat16, torch.bfloat16, False),
         (torch.float16, torch.float16, False),
         (torch.bfloat16, torch.float32, False),
-        (torch.float16, torch.float32, True),  # float16's range cannot hold the remainders of a float32 weight
+        (
+            torch.float16,
+            torch.float32,
+            True,
+        ),  # float16's range cannot hold the remainders of a float32 weight
     ],
     ids=str,
 )
 def test_no_copy_of_the_tokens_on_a_gpu(dtype, weight_dtype, copies, grad):
     router = TopKRouter(FEATURES, EXPERTS, device="meta")
     with FakeTensorMode(), torch.set_grad_enabled(grad):
-        router.weight = torch.nn.Parameter(torch.empty(EXPERTS, FEATURES, device="cuda", dtype=weight_dtype))
+        router.weight = torch.nn.Parameter(
+            torch.empty(EXPERTS, FEATURES, device="cuda", dtype=weight_dtype)
+        )
         x = torch.empty(TOKENS, FEATURES, device="cuda", dtype=dtype)
         with Recorded() as recorded:
             out = router(x)

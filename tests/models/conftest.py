@@ -21,14 +21,17 @@ def converted():
     """Factory: a converted model of a family, see `tiny_models.FAMILIES`."""
 
     def make(family, **config):
-        return convert_to_mpoe(dense_model(family), MPOEConfig(**{"num_experts": 4, "shape": "separable", **config}))
+        return convert_to_mpoe(
+            dense_model(family), MPOEConfig(**{"num_experts": 4, "shape": "separable", **config})
+        )
 
     return make
 
 
 @pytest.fixture(scope="session")
 def domains(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A base, two experts trained on texts of disjoint vocabularies, their files, and losses with the right one."""
+    """A base, two experts trained on texts of disjoint vocabularies, their files, and losses with
+    the right one."""
     folder, base = tmp_path_factory.mktemp("experts"), language_model()
     files, own = [], []
     for number in (0, 1):
@@ -37,7 +40,9 @@ def domains(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         fit(model, lessons(number, 20))
         files.append(folder / f"domain{number}.expert")
         statistics = collect_statistics(model, domain(number, seed=20))
-        save_expert(model, files[-1], statistics=statistics, tokenizer=tokenizer(), training={"steps": 40})
+        save_expert(
+            model, files[-1], statistics=statistics, tokenizer=tokenizer(), training={"steps": 40}
+        )
         own.append(loss(model, number))
     return SimpleNamespace(base=base, files=files, own=own, background=domain(2))
 
@@ -49,25 +54,35 @@ class Hub:
         self.files: dict[str, bytes] = {}
         self.asked: list[tuple[Any, ...]] = []
         self.card: str | None = None
-        monkeypatch.setattr(HfApi, "create_repo", lambda api, name, **options: self.create(api.token, name, options))
+        monkeypatch.setattr(
+            HfApi, "create_repo", lambda api, name, **options: self.create(api.token, name, options)
+        )
         monkeypatch.setattr(HfApi, "create_commit", self.commit)
         monkeypatch.setattr(HfApi, "upload_folder", self.upload)
         own = ModelCard.load
-        monkeypatch.setattr(ModelCard, "load", lambda name, **_: own(name) if Path(name).exists() else self.load())
+        monkeypatch.setattr(
+            ModelCard, "load", lambda name, **_: own(name) if Path(name).exists() else self.load()
+        )
 
     def create(self, token: Any, name: str, options: dict[str, Any]) -> SimpleNamespace:
         self.asked.append((token, name, options))
         return SimpleNamespace(repo_id=name if "/" in name else f"me/{name}")
 
-    def commit(self, repo_id: str, operations: list[Any], commit_message: str, **_: Any) -> SimpleNamespace:
+    def commit(
+        self, repo_id: str, operations: list[Any], commit_message: str, **_: Any
+    ) -> SimpleNamespace:
         self.asked.append((repo_id, commit_message))
         for each in operations:
             content = each.path_or_fileobj
-            self.files[each.path_in_repo] = content if isinstance(content, bytes) else Path(content).read_bytes()
+            self.files[each.path_in_repo] = (
+                content if isinstance(content, bytes) else Path(content).read_bytes()
+            )
         return SimpleNamespace(commit_url="https://hub/commit/1")
 
     def upload(self, folder_path: str, **_: Any) -> None:
-        self.files |= {path.name: path.read_bytes() for path in Path(folder_path).iterdir() if path.is_file()}
+        self.files |= {
+            path.name: path.read_bytes() for path in Path(folder_path).iterdir() if path.is_file()
+        }
 
     def load(self) -> ModelCard:
         if self.card is None:

@@ -50,7 +50,8 @@ def test_samples_depend_on_the_seed_alone(model_and_tokenizer) -> None:
 
 
 def test_samples_follow_the_models_probabilities(model_and_tokenizer) -> None:
-    """The shares of many second tokens are near the probabilities, and no end token ends a sample."""
+    """The shares of many second tokens are near the probabilities, and no end token ends a
+    sample."""
     model, tokenizer = model_and_tokenizer
     start = torch.full((2_000, 1), tokenizer.eos_token_id)
     sampled = sample_tokens(model, start, 1, seed=0)[:, 1]
@@ -96,7 +97,9 @@ def test_the_default_background_pools_the_parts(model_and_tokenizer) -> None:
     for name, value in pooled.items():
         if name.endswith(".mean"):
             expected = torch.stack([statistics[name] for statistics in each_part]).mean(0)
-            torch.testing.assert_close(value, expected, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                value, expected, msg=lambda text, name=name: f"{name}: {text}"
+            )
     again = pooled_background(model, [token_batches(ids) for ids in parts.values()])
     assert all(torch.equal(again[name], value) for name, value in pooled.items())
 
@@ -105,7 +108,9 @@ def test_a_model_without_a_start_token_has_the_general_text(model_and_tokenizer)
     model, tokenizer = model_and_tokenizer
     tokenizer.bos_token = tokenizer.eos_token = None
     assert set(background_parts(model, tokenizer)) == {"general"}
-    with pytest.raises(ValueError, match="tokenizer must have a token that begins or ends a text; it has neither"):
+    with pytest.raises(
+        ValueError, match="tokenizer must have a token that begins or ends a text; it has neither"
+    ):
         own_texts(model, tokenizer)
 
 
@@ -117,7 +122,8 @@ def test_tokens_that_the_model_lacks(model_and_tokenizer, monkeypatch: pytest.Mo
 
 
 def test_the_preference_is_the_dial_between_kept_and_quiet(domains: SimpleNamespace) -> None:
-    """More preference of *none*: nearer to the base on what it says, farther from the expert on its domain."""
+    """More preference of *none*: nearer to the base on what it says, farther from the expert on its
+    domain."""
     tokens = torch.cat([batch["input_ids"] for batch in domain(2, seed=5)])
     own = SimpleNamespace(texts=tokens, chats=None, opening=0)
     held_out = domain(0, seed=9)
@@ -140,7 +146,9 @@ def test_own_words_are_held_out(model_and_tokenizer, monkeypatch: pytest.MonkeyP
     tokenizer.chat_template = TURNS
     own = sample_own_words(model, tokenizer)
     assert own.opening == len(chat_opening(tokenizer))
-    known = {tuple(row) for ids in background_parts(model, tokenizer).values() for row in ids.tolist()}
+    known = {
+        tuple(row) for ids in background_parts(model, tokenizer).values() for row in ids.tolist()
+    }
     assert not known & {tuple(row[:16]) for row in own.texts.tolist()}
     identical = measure_change(model, {"same": model}, own, None)["same"]
     assert identical.domain is None

@@ -31,7 +31,9 @@ def tuned(base, seed, only="ffn"):
     torch.manual_seed(seed)
     model = copy.deepcopy(base).eval()
     for name, p in model.named_parameters():
-        inside = any(part in name for part in ("mlp", "DenseReluDense", "intermediate", "output.dense"))
+        inside = any(
+            part in name for part in ("mlp", "DenseReluDense", "intermediate", "output.dense")
+        )
         if only == "all" or (inside and "attention" not in name):
             p.data += 0.1 * torch.randn_like(p)
     return model
@@ -107,11 +109,17 @@ def statistics_of(x):
     """Statistics of a layer h whose inputs are ``x [T, I]``."""
     mean, covariance = x.mean(0), x.mT @ x / len(x) - torch.outer(x.mean(0), x.mean(0))
     values, vectors = torch.linalg.eigh(covariance)
-    return {"h.mean": mean, "h.rest": torch.zeros_like(mean), "h.vectors": vectors.mT, "h.values": values}
+    return {
+        "h.mean": mean,
+        "h.rest": torch.zeros_like(mean),
+        "h.vectors": vectors.mT,
+        "h.values": values,
+    }
 
 
 def test_a_router_is_the_discriminant_of_the_statistics():
-    """``3 E (S + r)^-1 (means - their mean)``, by another way: S is the mean of the classes' second moments."""
+    """``3 E (S + r)^-1 (means - their mean)``, by another way: S is the mean of the classes' second
+    moments."""
     rows = [(torch.randn(50, 6) @ torch.randn(6, 6) + number).double() for number in range(3)]
     every = torch.stack([x.mT @ x / 50 for x in rows]).mean(0)
     every += 1e-3 * every.trace() / 6 * torch.eye(6)
@@ -122,31 +130,43 @@ def test_a_router_is_the_discriminant_of_the_statistics():
 
 
 def test_the_preferred_class_gets_as_much_more():
-    """Of a class whose tokens have little variance, every token gets ``preference`` more for the last class."""
+    """Of a class whose tokens have little variance, every token gets ``preference`` more for the
+    last class."""
     rows = [(0.01 * torch.randn(50, 6) + torch.eye(6)[number]).double() for number in range(3)]
     classes = [statistics_of(x) for x in rows]
     routers = {
-        preference: solve_routers(classes, ["h"], none=True, preference=preference)["h"] for preference in (0.0, 2.0)
+        preference: solve_routers(classes, ["h"], none=True, preference=preference)["h"]
+        for preference in (0.0, 2.0)
     }
     more = rows[2] @ (routers[2.0] - routers[0.0]).mT / 3  # one of three classes
-    torch.testing.assert_close(more, torch.tensor([0.0, 0.0, 2.0]).double().expand(50, 3), atol=0.1, rtol=0)
+    torch.testing.assert_close(
+        more, torch.tensor([0.0, 0.0, 2.0]).double().expand(50, 3), atol=0.1, rtol=0
+    )
     without_none = solve_routers(classes, ["h"], none=False, preference=2.0)["h"]
     torch.testing.assert_close(without_none, router_weight(classes, "h", LOGITS / 3**1.5))
 
 
 def test_pooled_statistics_weigh_texts_alike():
-    """A long text counts as much as a short one: mean and second moment are the means over texts."""
+    """A long text counts as much as a short one: mean and second moment are the means over
+    texts."""
     rows = [(torch.randn(count, 6) + number).double() for number, count in enumerate((50, 400))]
     pooled = pooled_statistics([statistics_of(x) for x in rows])
-    torch.testing.assert_close(pooled["h.mean"].double(), torch.stack([x.mean(0) for x in rows]).mean(0))
+    torch.testing.assert_close(
+        pooled["h.mean"].double(), torch.stack([x.mean(0) for x in rows]).mean(0)
+    )
     moment = torch.stack([x.mT @ x / len(x) for x in rows]).mean(0)
-    torch.testing.assert_close(_second_moment(pooled, "h"), moment, rtol=2e-3, atol=2e-3)  # vectors in 16 bits
+    torch.testing.assert_close(
+        _second_moment(pooled, "h"), moment, rtol=2e-3, atol=2e-3
+    )  # vectors in 16 bits
 
 
 def test_a_mask_of_other_tokens_hides_none():
     """A decoder with more tokens than its encoder: the mask is the encoder's."""
     base = dense("t5").eval()
-    ids = [{"input_ids": torch.full((2, 3), d + 2), "labels": torch.full((2, 5), d + 2)} for d in range(2)]
+    ids = [
+        {"input_ids": torch.full((2, 3), d + 2), "labels": torch.full((2, 5), d + 2)}
+        for d in range(2)
+    ]
     examples = [[{**each, "attention_mask": torch.ones(2, 3)}] for each in ids]
     mixture = compose(base, [tuned(base, 1), tuned(base, 2)], examples, router="train", steps=2)
     assert all(parameter.isfinite().all() for parameter in mixture.parameters())
@@ -157,7 +177,9 @@ def test_a_capacity_keeps_no_token_from_the_regression():
     base = dense("llama").eval()
     fine_tunes = [tuned(base, seed) for seed in (1, 2)]
     routers = [RouterConfig(), RouterConfig(eval_capacity_factor=0.5)]
-    free, bound = (compose(base, fine_tunes, [batches(d) for d in range(2)], router) for router in routers)
+    free, bound = (
+        compose(base, fine_tunes, [batches(d) for d in range(2)], router) for router in routers
+    )
     for (_, one), (_, other) in zip(routed_layers(free), routed_layers(bound), strict=True):
         assert torch.equal(one.router.weight, other.router.weight)
 
@@ -189,21 +211,29 @@ def test_training_changes_the_routers_alone_and_lowers_the_loss():
     out = trained(**padded, output_router_logits=True)
     mask = padded["attention_mask"].bool().view(-1)
     own = [-logits.log_softmax(-1)[mask, 1].mean() for logits in out.router_logits]
-    assert float(_domain_loss(trained, padded, 1)) == pytest.approx(float(out.task_loss + torch.stack(own).mean()))
+    assert float(_domain_loss(trained, padded, 1)) == pytest.approx(
+        float(out.task_loss + torch.stack(own).mean())
+    )
 
 
 def test_fine_tunes_that_do_not_fit():
     base = dense("llama")
     other = dense("gpt2")
     refuses(ValueError, "at least one model", compose, base, [])
-    refuses(ValueError, "number 0 differs in class: GPT2LMHeadModel for Llama", compose, base, [other])
+    refuses(
+        ValueError, "number 0 differs in class: GPT2LMHeadModel for Llama", compose, base, [other]
+    )
     longer = copy.deepcopy(base)
     longer.resize_token_embeddings(70)
     refuses(ValueError, r"number 0 differs in .*70", compose, base, [longer])
     wrong = "router must be a RouterConfig or its dict; got MPOEConfig"
     refuses(TypeError, wrong, compose, base, [base], routing=MPOEConfig())
-    refuses(ValueError, "router must be one of 'ridge', 'train'", compose, base, [base], router="rigde")
+    refuses(
+        ValueError, "router must be one of 'ridge', 'train'", compose, base, [base], router="rigde"
+    )
     refuses(ValueError, "steps must be at least 1; got 0", compose, base, [base], steps=0)
-    refuses(ValueError, "each of 1 fine-tunes; got 2", compose, base, [base], [batches(0), batches(1)])
+    refuses(
+        ValueError, "each of 1 fine-tunes; got 2", compose, base, [base], [batches(0), batches(1)]
+    )
     refuses(ValueError, "each of 2 fine-tunes; got 1", compose, base, [base, base], [batches(0)])
     refuses(ValueError, "batches must hold tokens", compose, base, [base], [[]])

@@ -1,4 +1,5 @@
-"""Experts as files: trained beside a frozen base, saved, merged, composed with routers from their own statistics."""
+"""Experts as files: trained beside a frozen base, saved, merged, composed with routers from their
+own statistics."""
 
 from __future__ import annotations
 
@@ -10,7 +11,15 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from mpoe import collect_statistics, compose_experts, load_expert, load_mpoe, merge_expert, save_expert, start_expert
+from mpoe import (
+    collect_statistics,
+    compose_experts,
+    load_expert,
+    load_mpoe,
+    merge_expert,
+    save_expert,
+    start_expert,
+)
 from mpoe.models import push_expert
 from mpoe.models.composition import _second_moment, check_statistics
 from mpoe.models.expert_files import base_identity
@@ -44,10 +53,21 @@ def test_trainer_leaves_the_base_as_it_is(family: str, tmp_path: Path) -> None:
     model = start_expert(base, 8)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     inputs = {name: value[0] for name, value in batch(family).items()}
-    options = {"max_steps": 4, "learning_rate": 0.01, "weight_decay": 0.5, "report_to": [], "use_cpu": True}
-    arguments = TrainingArguments(str(tmp_path), per_device_train_batch_size=2, save_strategy="no", **options)
+    options = {
+        "max_steps": 4,
+        "learning_rate": 0.01,
+        "weight_decay": 0.5,
+        "report_to": [],
+        "use_cpu": True,
+    }
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=2, save_strategy="no", **options
+    )
     Trainer(model, arguments, train_dataset=[inputs] * 8).train()
-    after, own = model.state_dict(), {name for name, p in model.named_parameters() if p.requires_grad}
+    after, own = (
+        model.state_dict(),
+        {name for name, p in model.named_parameters() if p.requires_grad},
+    )
     assert own == {name for name in before if ".experts." in name}
     assert all(torch.equal(after[name], value) for name, value in before.items() if name not in own)
     assert not all(torch.equal(after[name], before[name]) for name in own)
@@ -70,7 +90,9 @@ def test_round_trip(tmp_path: Path) -> None:
     base.config._name_or_path = str(tmp_path)  # is nobody else's business
     model = stirred(start_expert(base, M))
     statistics = collect_statistics(model, [batch("gpt2")])
-    saved = save_expert(model, tmp_path / "law.expert", statistics=statistics, training={"data": "laws", "steps": 3})
+    saved = save_expert(
+        model, tmp_path / "law.expert", statistics=statistics, training={"data": "laws", "steps": 3}
+    )
     assert [file.name for file in tmp_path.iterdir()] == ["law.expert"]
     loaded = load_expert(str(tmp_path / "law.expert"))
     assert loaded.facts == saved.facts
@@ -80,10 +102,17 @@ def test_round_trip(tmp_path: Path) -> None:
     assert (loaded.name, loaded.neurons) == ("law", M)
     for kind in ("weights", "statistics"):
         assert getattr(loaded, kind).keys() == getattr(saved, kind).keys()
-        assert all(torch.equal(value, getattr(saved, kind)[name]) for name, value in getattr(loaded, kind).items())
-    again = start_expert(base, expert=(tmp_path / "law.expert").rename(tmp_path / "rulings.v2.expert"))
+        assert all(
+            torch.equal(value, getattr(saved, kind)[name])
+            for name, value in getattr(loaded, kind).items()
+        )
+    again = start_expert(
+        base, expert=(tmp_path / "law.expert").rename(tmp_path / "rulings.v2.expert")
+    )
     assert load_expert(tmp_path / "rulings.v2.expert").name == "rulings.v2"
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items()
+    )
     assert [n for n, p in again.named_parameters() if p.requires_grad] == [
         n for n, p in model.named_parameters() if p.requires_grad
     ]
@@ -97,14 +126,17 @@ def test_merged_computes_the_same(family: str, tmp_path: Path) -> None:
     merged = merge_expert(base, tmp_path / "an.expert")
     inputs = batch(family)
     with torch.no_grad():
-        expected, found = (text_rows(result(each.eval()(**inputs)), inputs) for each in (model, merged))
+        expected, found = (
+            text_rows(result(each.eval()(**inputs)), inputs) for each in (model, merged)
+        )
         assert not torch.allclose(expected, text_rows(result(base(**inputs)), inputs))
     assert type(merged) is type(base)
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-12
 
 
 @pytest.mark.parametrize(
-    ("model_type", "name"), [("phi3", "Phi3ForCausalLM"), ("gpt_neox", "GPTNeoXForCausalLM"), ("vit", "ViTModel")]
+    ("model_type", "name"),
+    [("phi3", "Phi3ForCausalLM"), ("gpt_neox", "GPTNeoXForCausalLM"), ("vit", "ViTModel")],
 )
 def test_other_structures_merge(model_type: str, name: str, tmp_path: Path) -> None:
     base = tiny_model(model_type, name)
@@ -112,7 +144,9 @@ def test_other_structures_merge(model_type: str, name: str, tmp_path: Path) -> N
     merged = merge_expert(base, save_expert(model, tmp_path / "an.expert"))
     inputs = tiny_batch(base, model_type)
     with torch.no_grad():
-        expected, found = (text_rows(result(each.eval()(**inputs)), inputs) for each in (model, merged))
+        expected, found = (
+            text_rows(result(each.eval()(**inputs)), inputs) for each in (model, merged)
+        )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -131,11 +165,20 @@ def test_statistics_of_full_rank_are_exact_and_without_padding() -> None:
     x = seen["x"][inputs["attention_mask"].bool()].double()
     torch.testing.assert_close(statistics[f"{name}.mean"].double(), x.mean(0), rtol=1e-5, atol=1e-5)
     moment = _second_moment(statistics, name)
-    torch.testing.assert_close(moment, x.T @ x / len(x), rtol=2e-3, atol=2e-3 * float(moment.abs().max()))
+    torch.testing.assert_close(
+        moment, x.T @ x / len(x), rtol=2e-3, atol=2e-3 * float(moment.abs().max())
+    )
     sketch = _second_moment(collect_statistics(model, [inputs], rank=3), name)
     torch.testing.assert_close(sketch.diagonal(), moment.diagonal(), rtol=2e-3, atol=2e-3)
     one = {f"{name}.{part}": statistics[f"{name}.{part}"] for part in ("mean", "vectors", "values")}
-    refuses(ValueError, rf"the law must hold .*see {name}\.rest", check_statistics, one, {name: x.shape[1]}, "the law")
+    refuses(
+        ValueError,
+        rf"the law must hold .*see {name}\.rest",
+        check_statistics,
+        one,
+        {name: x.shape[1]},
+        "the law",
+    )
 
 
 @pytest.mark.parametrize("neurons", [40, 46])
@@ -154,13 +197,17 @@ def test_statistics_are_a_tenth_and_one_vector_more_would_be_too_much(neurons: i
 
 
 def test_tokens_find_their_expert(domains: SimpleNamespace, tmp_path: Path) -> None:
-    mixture = compose_experts(domains.base, domains.files, background=domains.background, tokenizer=tokenizer())
+    mixture = compose_experts(
+        domains.base, domains.files, background=domains.background, tokenizer=tokenizer()
+    )
     for number, own in enumerate(domains.own):
         gain = loss(domains.base, number) - own
         assert gain > 1.5
         assert loss(mixture, number) < own + 0.1 * gain
     always_on = start_expert(domains.base, expert=domains.files[0])
-    change, change_always_on = (abs(loss(each, 2) - loss(domains.base, 2)) for each in (mixture, always_on))
+    change, change_always_on = (
+        abs(loss(each, 2) - loss(domains.base, 2)) for each in (mixture, always_on)
+    )
     assert change < 0.5 * change_always_on
     assert mixture.config.mpoe_experts == ["domain0", "domain1", "none"]
     mixture.save_pretrained(tmp_path)
@@ -172,7 +219,9 @@ def test_tokens_find_their_expert(domains: SimpleNamespace, tmp_path: Path) -> N
 
 
 def test_none_adds_nothing(domains: SimpleNamespace) -> None:
-    mixture = compose_experts(domains.base, domains.files[:1], background=domains.background, top_k=1)
+    mixture = compose_experts(
+        domains.base, domains.files[:1], background=domains.background, top_k=1
+    )
     for layer in neuron_modules(mixture).values():
         layer.router.weight.data.zero_()  # all logits are 0; the first expert would win
         layer.experts.down.data[0].zero_()
@@ -181,14 +230,20 @@ def test_none_adds_nothing(domains: SimpleNamespace) -> None:
         assert torch.equal(mixture(input_ids=ids).logits, domains.base(input_ids=ids).logits)
 
 
-def test_composition_depends_on_its_arguments_alone(domains: SimpleNamespace, tmp_path: Path) -> None:
+def test_composition_depends_on_its_arguments_alone(
+    domains: SimpleNamespace, tmp_path: Path
+) -> None:
     wide, model = tmp_path / "wide.expert", stirred(start_expert(domains.base, M + 4))
     save_expert(model, wide, statistics=collect_statistics(model, domain(3)))
     first = compose_experts(domains.base, domains.files, background=domains.background)
-    three = compose_experts(domains.base, [*domains.files, wide], background=first.background_statistics)
+    three = compose_experts(
+        domains.base, [*domains.files, wide], background=first.background_statistics
+    )
     torch.manual_seed(5)
     again = compose_experts(domains.base, domains.files, background=three.background_statistics)
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in first.state_dict().items())
+    assert all(
+        torch.equal(value, again.state_dict()[name]) for name, value in first.state_dict().items()
+    )
     for layer in neuron_modules(three).values():
         assert layer.experts.neurons == M + 4
         assert not layer.experts.up[:2, M:].any()
@@ -224,7 +279,9 @@ def test_without_none(domains: SimpleNamespace) -> None:
     assert loss(mixture, 0) < loss(domains.base, 0)
 
 
-def test_an_encoder_decoders_background_is_the_packaged_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_decoders_background_is_the_packaged_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     shorten_documentation(monkeypatch)
     base = dense_model("t5")
     batches = documentation_batches(base, tokenizer())

@@ -1,4 +1,5 @@
-"""Files of experts and folders of mixtures that somebody else wrote: whole, with valid checksums, and wrong."""
+"""Files of experts and folders of mixtures that somebody else wrote: whole, with valid checksums,
+and wrong."""
 
 from __future__ import annotations
 
@@ -57,7 +58,10 @@ TEXTS = {
     "another format": ('{"format": 2}', 'must be of format 1; got {"format": 2'),
     "no mapping": ("[1]", "must be of format 1"),
     "malformed": ("{", "must hold facts as JSON"),
-    "nested deeply": ("[" * 100_000, "must hold facts as JSON of at most 1048576 letters in 64 levels"),
+    "nested deeply": (
+        "[" * 100_000,
+        "must hold facts as JSON of at most 1048576 letters in 64 levels",
+    ),
     "nested": ("[" * 65 + "]" * 65, "is nested deeper"),
     "large": (f'"{"a" * (1 << 20)}"', "it has 1048578 letters"),
     "a long number": ("9" * 10_000, "must hold facts as JSON"),
@@ -84,35 +88,70 @@ def test_facts_are_of_one_schema(whole: SimpleNamespace, tmp_path: Path) -> None
         assert message in str(error.value), name
     for name, value in FACTS:
         with pytest.raises(ValueError) as error:
-            load_expert(signed(tmp_path / "a.expert", json.dumps({**facts, name: value}), whole.tensors))
+            load_expert(
+                signed(tmp_path / "a.expert", json.dumps({**facts, name: value}), whole.tensors)
+            )
         assert f"expert 'a' must hold {name} as" in str(error.value), (name, value)
-    older = {name: facts[name] for name in ("format", "base", "base_name", "model", "tokenizer", "neurons")}
+    older = {
+        name: facts[name]
+        for name in ("format", "base", "base_name", "model", "tokenizer", "neurons")
+    }
     assert load_expert(signed(tmp_path / "a.expert", json.dumps(older), whole.tensors)).neurons == M
     expert = load_expert(tmp_path / "a.expert")
     for training in ({"x": "a" * (1 << 20)}, {"x": json.loads("[" * 65 + "]" * 65)}):
         expert.facts["training"] = training
-        refuses(ValueError, "must hold facts as JSON of at most", write_expert, expert, tmp_path / "b.expert")
+        refuses(
+            ValueError,
+            "must hold facts as JSON of at most",
+            write_expert,
+            expert,
+            tmp_path / "b.expert",
+        )
     assert not (tmp_path / "b.expert").exists()
 
 
 TENSORS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
-    "complex": (".up", lambda value: value.to(torch.complex64), "floating-point numbers of 32 neurons"),
-    "integers": (".down", lambda value: value.to(torch.int32), "floating-point numbers of 32 neurons"),
-    "fewer neurons": (".up", lambda value: value[1:].clone(), "floating-point numbers of 32 neurons"),
+    "complex": (
+        ".up",
+        lambda value: value.to(torch.complex64),
+        "floating-point numbers of 32 neurons",
+    ),
+    "integers": (
+        ".down",
+        lambda value: value.to(torch.int32),
+        "floating-point numbers of 32 neurons",
+    ),
+    "fewer neurons": (
+        ".up",
+        lambda value: value[1:].clone(),
+        "floating-point numbers of 32 neurons",
+    ),
     "no axis": (".up", lambda value: torch.tensor(1.0), "floating-point numbers of 32 neurons"),
     "NaN": (".gate_proj", lambda value: value * float("nan"), "finite weights of at most 1e+06"),
     "Inf": (".up", lambda value: value + float("inf"), "finite weights of at most 1e+06"),
-    "Inf in half precision": (".up", lambda value: (value + float("inf")).half(), "finite weights of at most 1e+06"),
+    "Inf in half precision": (
+        ".up",
+        lambda value: (value + float("inf")).half(),
+        "finite weights of at most 1e+06",
+    ),
     "3e38": (".down", lambda value: value * 0 - 3e38, "finite weights of at most 1e+06"),
     "negative values": (".values", lambda value: value - 1e4, "from 0 to 1e+12 as"),
     "negative rest": (".rest", lambda value: value - 1e4, "from 0 to 1e+12 as"),
     "values of 3e38": (".values", lambda value: value * 0 + 3e38, "from 0 to 1e+12 as"),
     "means of -3e38": (".mean", lambda value: value * 0 - 3e38, "from -1e+12 to 1e+12 as"),
     "means of NaN": (".mean", lambda value: value * float("nan"), "from -1e+12 to 1e+12 as"),
-    "vectors of Inf in half precision": (".vectors", lambda value: (value + float("inf")).half(), "finite numbers"),
+    "vectors of Inf in half precision": (
+        ".vectors",
+        lambda value: (value + float("inf")).half(),
+        "finite numbers",
+    ),
     "vectors without axes": (".vectors", lambda value: torch.tensor(1.0), "finite numbers"),
     "complex vectors": (".vectors", lambda value: value.to(torch.complex64), "torch.complex64"),
-    "values without axes": (".values", lambda value: torch.tensor(1.0), "finite numbers [1, 32] from -1e+12"),
+    "values without axes": (
+        ".values",
+        lambda value: torch.tensor(1.0),
+        "finite numbers [1, 32] from -1e+12",
+    ),
     "integer rest": (".rest", lambda value: value.to(torch.int64), "torch.int64"),
 }
 
@@ -130,16 +169,34 @@ def test_tensors_are_of_the_kinds_that_are_written(
     refuses(ValueError, "must hold weights and statistics; got 'other'", load_expert, file)
     for name in ("a:b", "a\nb", ".a", "a\\b", "\udcff"):
         shutil.copy(domains.files[0], tmp_path / f"{name}.expert")
-        refuses(ValueError, "must have the name of a file", load_expert, tmp_path / f"{name}.expert")
+        refuses(
+            ValueError, "must have the name of a file", load_expert, tmp_path / f"{name}.expert"
+        )
     expert = load_expert(domains.files[0])
     expert.weights[next(iter(expert.weights))] = torch.ones(3)
-    refuses(ValueError, r"must have .* \(32, 32\); it has \(3,\)", start_expert, domains.base, expert=expert)
+    refuses(
+        ValueError,
+        r"must have .* \(32, 32\); it has \(3,\)",
+        start_expert,
+        domains.base,
+        expert=expert,
+    )
     expert = load_expert(domains.files[0])
     del expert.weights["model.layers.1.mlp.up"]
-    refuses(ValueError, r"layers.1.mlp.up \(32, 32\); it has None", start_expert, domains.base, expert=expert)
+    refuses(
+        ValueError,
+        r"layers.1.mlp.up \(32, 32\); it has None",
+        start_expert,
+        domains.base,
+        expert=expert,
+    )
     expert = load_expert(domains.files[0])
-    expert.statistics[next(name for name in expert.statistics if name.endswith("mean"))] = torch.ones(3)
-    with pytest.raises(ValueError, match="the statistics of expert 'domain0' must hold finite numbers"):
+    expert.statistics[next(name for name in expert.statistics if name.endswith("mean"))] = (
+        torch.ones(3)
+    )
+    with pytest.raises(
+        ValueError, match="the statistics of expert 'domain0' must hold finite numbers"
+    ):
         compose_experts(domains.base, [expert], background=domains.background)
 
 
@@ -157,8 +214,20 @@ def mixture(domains: SimpleNamespace, tmp_path: Path) -> Path:
 
 
 NAMES = (
-    *(["../../secret", "none"], ["{}/secret", "domain0", "none"], ["..", "domain0", "none"], ["a/b", "c", "none"]),
-    *(["domain0", "domain0", "none"], ["none", "domain0", "domain1"], ["none"], [], [3, None, "none"], [["a"]]),
+    *(
+        ["../../secret", "none"],
+        ["{}/secret", "domain0", "none"],
+        ["..", "domain0", "none"],
+        ["a/b", "c", "none"],
+    ),
+    *(
+        ["domain0", "domain0", "none"],
+        ["none", "domain0", "domain1"],
+        ["none"],
+        [],
+        [3, None, "none"],
+        [["a"]],
+    ),
 )
 
 
@@ -174,12 +243,16 @@ def test_a_mixtures_config_is_of_one_schema(mixture: Path) -> None:
         assert "mpoe_experts in " in str(error.value), names
     for names in ("domain0", None, {}):
         file.write_text(json.dumps({**values, "mpoe_experts": names}))
-        refuses(ValueError, "must hold a mixture that was composed of experts", mixture_config, mixture)
+        refuses(
+            ValueError, "must hold a mixture that was composed of experts", mixture_config, mixture
+        )
     for mpoe in (None, 3, {}, {"top_k": 2}, {**values["mpoe"], "num_experts": 2, "router": None}):
         file.write_text(json.dumps({**values, "mpoe": mpoe}))
         with pytest.raises(ValueError) as error:
             mixture_config(mixture)
-        assert "must hold a valid field 'mpoe'" in str(error.value) or "must describe 3" in str(error.value), mpoe
+        assert "must hold a valid field 'mpoe'" in str(error.value) or "must describe 3" in str(
+            error.value
+        ), mpoe
     del values["mpoe"]
     file.write_text(json.dumps(values))
     refuses(ValueError, "must hold a valid field 'mpoe'", mixture_config, mixture)
@@ -212,11 +285,15 @@ def test_messages_quote_little_of_a_long_value(mixture: Path) -> None:
     refuses(ValueError, message, known_type, "x", {"model_type": LETTERS})
 
 
-@pytest.mark.parametrize("name", ["experts", "experts/domain0.expert", "background.safetensors", "config.json"])
+@pytest.mark.parametrize(
+    "name", ["experts", "experts/domain0.expert", "background.safetensors", "config.json"]
+)
 def test_links_that_lead_out_are_not_followed(mixture: Path, name: str) -> None:
     shutil.move(mixture / name, mixture.parent / "elsewhere")
     (mixture / name).symlink_to(mixture.parent / "elsewhere")
-    refuses(ValueError, f"{name} must not be a link that leads out of its folder", experts_in, mixture)
+    refuses(
+        ValueError, f"{name} must not be a link that leads out of its folder", experts_in, mixture
+    )
 
 
 def test_links_of_the_hubs_cache_are_followed(mixture: Path) -> None:
@@ -248,11 +325,27 @@ def test_a_background_of_other_layers(mixture: Path) -> None:
 def test_nothing_behind_a_link_is_sent(domains: SimpleNamespace, tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared" / "law.expert").symlink_to(domains.files[0])
-    refuses(ValueError, "must not be a link that leads out", push_expert, tmp_path / "shared", "me/e")
+    refuses(
+        ValueError, "must not be a link that leads out", push_expert, tmp_path / "shared", "me/e"
+    )
 
 
-def test_repositories_that_cannot_be(domains: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repositories_that_cannot_be(
+    domains: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("", "a b/c", "../x", "a/b/c"):
-        refuses(OSError, f"repository '{name}' could not be written: Repo id", push_expert, domains.files[0], name)
+        refuses(
+            OSError,
+            f"repository '{name}' could not be written: Repo id",
+            push_expert,
+            domains.files[0],
+            name,
+        )
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    refuses(OSError, "repository 'me/e' could not be written: .*offline", push_expert, domains.files[0], "me/e")
+    refuses(
+        OSError,
+        "repository 'me/e' could not be written: .*offline",
+        push_expert,
+        domains.files[0],
+        "me/e",
+    )

@@ -1,4 +1,5 @@
-"""What each expert is worth; several merged; routers from texts; LoRA adapters that become experts; refusals."""
+"""What each expert is worth; several merged; routers from texts; LoRA adapters that become experts;
+refusals."""
 
 from __future__ import annotations
 
@@ -47,7 +48,10 @@ from .tiny_models import (
 @pytest.fixture
 def composed(domains: SimpleNamespace) -> SimpleNamespace:
     mixture = compose_experts(domains.base, domains.files, background=domains.background)
-    classes = [*(load_expert(file).statistics for file in domains.files), mixture.background_statistics]
+    classes = [
+        *(load_expert(file).statistics for file in domains.files),
+        mixture.background_statistics,
+    ]
     return SimpleNamespace(mixture=mixture, classes=classes)
 
 
@@ -59,14 +63,24 @@ def test_worth(domains: SimpleNamespace, composed: SimpleNamespace) -> None:
     assert found.names == ["domain0", "domain1", "none"]
     assert found.tokens == 2 * 32 * 15
     assert sum(found.share) == pytest.approx(1.0)
-    assert found.loss == pytest.approx((loss(composed.mixture, 0) + loss(composed.mixture, 1)) / 2, abs=1e-4)
-    assert found.alone[2] == pytest.approx((loss(domains.base, 0) + loss(domains.base, 1)) / 2, abs=1e-4)
+    assert found.loss == pytest.approx(
+        (loss(composed.mixture, 0) + loss(composed.mixture, 1)) / 2, abs=1e-4
+    )
+    assert found.alone[2] == pytest.approx(
+        (loss(domains.base, 0) + loss(domains.base, 1)) / 2, abs=1e-4
+    )
     for number, file in enumerate(domains.files):
         on = start_expert(domains.base, expert=file)
-        assert found.alone[number] == pytest.approx(float(token_losses(on, batches).mean()), abs=1e-4)
+        assert found.alone[number] == pytest.approx(
+            float(token_losses(on, batches).mean()), abs=1e-4
+        )
         others = [each for each in domains.files if each != file]
-        less = compose_experts(domains.base, others, background=composed.mixture.background_statistics)
-        assert found.removed[number] == pytest.approx(float(token_losses(less, batches).mean()), abs=1e-4)
+        less = compose_experts(
+            domains.base, others, background=composed.mixture.background_statistics
+        )
+        assert found.removed[number] == pytest.approx(
+            float(token_losses(less, batches).mean()), abs=1e-4
+        )
         assert found.removed[number] > found.loss + 0.3
     assert found.oracle < found.loss < min(found.alone)
 
@@ -79,7 +93,14 @@ def test_worth_without_none(domains: SimpleNamespace) -> None:
 
 
 def test_worth_that_is_refused(domains: SimpleNamespace, composed: SimpleNamespace) -> None:
-    refuses(ValueError, "at least two experts", composed_worth, composed.mixture, composed.classes[:2], domain(0))
+    refuses(
+        ValueError,
+        "at least two experts",
+        composed_worth,
+        composed.mixture,
+        composed.classes[:2],
+        domain(0),
+    )
     refuses(ValueError, "at least two experts", composed_worth, domains.base, [], domain(0))
     with pytest.raises(ValueError, match="batches must hold labels; got input_ids"):
         composed_worth(composed.mixture, composed.classes, [{"input_ids": torch.ones(1, 4).long()}])
@@ -97,35 +118,63 @@ def test_several_experts_in_one_dense_network(domains: SimpleNamespace) -> None:
     x = torch.randn(5, 32)
     for layer in range(2):
         expected = sum(model.model.layers[layer].mlp(x) for model in apart) / 2
-        torch.testing.assert_close(merged.model.layers[layer].mlp(x), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            merged.model.layers[layer].mlp(x), expected, rtol=1e-5, atol=1e-5
+        )
     assert merged(input_ids=ids).logits.isfinite().all()
     refuses(ValueError, "expert must be at least one; got an empty list", merge_expert, base, [])
     for weight in (math.nan, "a", True):
-        refuses(ValueError, "weight must be a finite number", merge_expert, base, domains.files, weight=weight)
+        refuses(
+            ValueError,
+            "weight must be a finite number",
+            merge_expert,
+            base,
+            domains.files,
+            weight=weight,
+        )
 
 
 def test_biases_of_several_experts() -> None:
     base = dense_model("gpt2")
     expert = start_expert(base, 4)
     merged = merge_expert(base, [made_expert(expert, "a"), made_expert(expert, "b")])
-    assert merged.transformer.h[0].mlp.c_fc.bias.shape == (base.transformer.h[0].mlp.c_fc.bias.shape[0] + 8,)
+    assert merged.transformer.h[0].mlp.c_fc.bias.shape == (
+        base.transformer.h[0].mlp.c_fc.bias.shape[0] + 8,
+    )
 
 
 def test_texts_refine_the_router(domains: SimpleNamespace, tmp_path: Path) -> None:
     texts = {f"domain{number}": domain(number, seed=30) for number in (0, 1)}
     plain = compose_experts(domains.base, domains.files, background=domains.background)
-    refined = compose_experts(domains.base, domains.files, background=domains.background, texts=texts)
-    assert [len(each.statistics["model.layers.0.mlp.vectors"]) for each in refined.composed_of] == [32, 32]
+    refined = compose_experts(
+        domains.base, domains.files, background=domains.background, texts=texts
+    )
+    assert [len(each.statistics["model.layers.0.mlp.vectors"]) for each in refined.composed_of] == [
+        32,
+        32,
+    ]
     assert all(loss(refined, number) < loss(plain, number) + 0.05 for number in (0, 1))
     routers = {name: layer.router.weight for name, layer in neuron_modules(plain).items()}
-    assert not any(torch.equal(layer.router.weight, routers[n]) for n, layer in neuron_modules(refined).items())
-    again = compose_experts(domains.base, refined.composed_of, background=plain.background_statistics)
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in refined.state_dict().items())
+    assert not any(
+        torch.equal(layer.router.weight, routers[n]) for n, layer in neuron_modules(refined).items()
+    )
+    again = compose_experts(
+        domains.base, refined.composed_of, background=plain.background_statistics
+    )
+    assert all(
+        torch.equal(value, again.state_dict()[name]) for name, value in refined.state_dict().items()
+    )
     bare = load_expert(domains.files[0])
     bare.statistics.clear()
-    compose_experts(domains.base, [bare], background=domains.background, texts={"domain0": texts["domain0"]})
-    with pytest.raises(ValueError, match="texts must be by names of experts, domain0, domain1; got 'law'"):
-        compose_experts(domains.base, domains.files, background=domains.background, texts={"law": []})
+    compose_experts(
+        domains.base, [bare], background=domains.background, texts={"domain0": texts["domain0"]}
+    )
+    with pytest.raises(
+        ValueError, match="texts must be by names of experts, domain0, domain1; got 'law'"
+    ):
+        compose_experts(
+            domains.base, domains.files, background=domains.background, texts={"law": []}
+        )
 
 
 def test_routers_of_neurons_train(domains: SimpleNamespace) -> None:
@@ -134,7 +183,9 @@ def test_routers_of_neurons_train(domains: SimpleNamespace) -> None:
     examples = [domain(0, seed=31), domain(1, seed=31), domains.background]
     losses = train_routers(mixture, examples, 5)
     assert losses[-1] < losses[0]
-    changed = {name for name, value in mixture.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {
+        name for name, value in mixture.state_dict().items() if not torch.equal(value, before[name])
+    }
     assert changed == {name for name in before if "router" in name}
 
 
@@ -143,7 +194,8 @@ NETWORK = ["gate_proj", "up_proj", "down_proj"]
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """An adapter of rank 4, trained on texts of domain 2: its folder and the model that it was merged into."""
+    """An adapter of rank 4, trained on texts of domain 2: its folder and the model that it was
+    merged into."""
     peft = pytest.importorskip("peft")
     folder, base = tmp_path_factory.mktemp("adapter") / "law", language_model()
     torch.manual_seed(0)
@@ -161,13 +213,19 @@ def test_neurons_keep_the_adapters_gain(adapter: SimpleNamespace) -> None:
     assert is_adapter(adapter.folder)
     # 4 (32 + 48) numbers for each of three matrices, beside 3 x 32 of a neuron.
     assert check_adapter(adapter.base, adapter.folder) == 10
-    expert = fit_adapter(adapter.base, adapter.merged, texts(), "law", neurons=20, steps=100, tokenizer=tokenizer())
+    expert = fit_adapter(
+        adapter.base, adapter.merged, texts(), "law", neurons=20, steps=100, tokenizer=tokenizer()
+    )
     facts = expert.facts["training"]
     assert expert.name == "law"
     assert facts["base"] - facts["adapter"] > 1.0
-    assert facts["kept"] == pytest.approx((facts["base"] - facts["expert"]) / (facts["base"] - facts["adapter"]))
+    assert facts["kept"] == pytest.approx(
+        (facts["base"] - facts["expert"]) / (facts["base"] - facts["adapter"])
+    )
     own = loss(start_expert(adapter.base, expert=expert), 2)
-    assert own < loss(adapter.base, 2) - 0.8 * (loss(adapter.base, 2) - loss(adapter.merged, 2)) + 0.05
+    assert (
+        own < loss(adapter.base, 2) - 0.8 * (loss(adapter.base, 2) - loss(adapter.merged, 2)) + 0.05
+    )
     mixture = compose_experts(adapter.base, [expert], background=domain(1), tokenizer=tokenizer())
     assert loss(mixture, 2) < own + 0.2
 
@@ -181,47 +239,79 @@ def test_neurons_for_an_adapter_of_attention(tmp_path: Path) -> None:
     )
     fit(model, lessons(2, 10))
     model.save_pretrained(tmp_path)
-    assert check_adapter(base, tmp_path) == 8  # 4 (32 + 32) numbers for each of three matrices, beside 3 x 32
+    assert (
+        check_adapter(base, tmp_path) == 8
+    )  # 4 (32 + 32) numbers for each of three matrices, beside 3 x 32
     merged = model.merge_and_unload().eval()
     facts = fit_adapter(base, merged, texts(), "law", neurons=20, steps=100).facts["training"]
     assert facts["base"] - facts["adapter"] > 0.5
     assert facts["kept"] >= 0.8
 
 
-def test_held_out_texts_are_not_fitted(adapter: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_out_texts_are_not_fitted(
+    adapter: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = texts(5)[:5]  # the first is held out
     read: list[torch.Tensor] = []
     own = adapter.merged.forward
-    monkeypatch.setattr(adapter.merged, "forward", lambda **named: read.append(named["input_ids"]) or own(**named))
+    monkeypatch.setattr(
+        adapter.merged, "forward", lambda **named: read.append(named["input_ids"]) or own(**named)
+    )
     with pytest.raises(ValueError, match="must keep 80%"):
         fit_adapter(adapter.base, adapter.merged, given, "law", neurons=1, steps=4)
-    assert [sum(torch.equal(batch["input_ids"], ids) for ids in read) for batch in given] == [1, 1, 1, 1, 1]
+    assert [sum(torch.equal(batch["input_ids"], ids) for ids in read) for batch in given] == [
+        1,
+        1,
+        1,
+        1,
+        1,
+    ]
 
 
 def test_fits_that_are_refused(adapter: SimpleNamespace) -> None:
     base, merged = adapter.base, adapter.merged
-    with pytest.raises(ValueError, match=r"'law' must keep 80% of its gain as 1 neurons; it keeps -?\d+%: base"):
+    with pytest.raises(
+        ValueError, match=r"'law' must keep 80% of its gain as 1 neurons; it keeps -?\d+%: base"
+    ):
         fit_adapter(base, merged, texts(), "law", neurons=1, steps=2)
     with pytest.raises(ValueError, match="'law' must be better than the base on its texts"):
         fit_adapter(base, copy.deepcopy(base), texts(), "law", neurons=1)
-    with pytest.raises(ValueError, match="batches must be at least two, of which one is held out; got 1"):
+    with pytest.raises(
+        ValueError, match="batches must be at least two, of which one is held out; got 1"
+    ):
         fit_adapter(base, merged, texts()[:1], "law", neurons=1)
 
 
 def saved(base: Any, folder: Path, **config: Any) -> Path:
     peft = pytest.importorskip("peft")
-    peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**{"r": 2, **config})).save_pretrained(folder)
+    peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**{"r": 2, **config})).save_pretrained(
+        folder
+    )
     return folder
 
 
 def test_adapters_that_are_refused(adapter: SimpleNamespace, tmp_path: Path) -> None:
     small = saved(adapter.base, tmp_path / "small", r=1, target_modules=["layers.0.mlp.up_proj"])
-    assert check_adapter(adapter.base, small) == 1  # 32 + 48 numbers, fewer than half a neuron of two layers
-    with pytest.raises(ValueError, match=r"adapts model\.layers\.0\..*, which the base does not have"):
+    assert (
+        check_adapter(adapter.base, small) == 1
+    )  # 32 + 48 numbers, fewer than half a neuron of two layers
+    with pytest.raises(
+        ValueError, match=r"adapts model\.layers\.0\..*, which the base does not have"
+    ):
         check_adapter(dense_model("gpt2"), adapter.folder)
-    refuses(ValueError, "must be a folder of PEFT's with safetensors", check_adapter, adapter.base, tmp_path)
-    trained = saved(adapter.base, tmp_path / "more", target_modules=NETWORK, modules_to_save=["lm_head"])
-    with pytest.raises(ValueError, match=r"must be a plain LoRA; .* is LORA and holds base_model\.model\.lm_head"):
+    refuses(
+        ValueError,
+        "must be a folder of PEFT's with safetensors",
+        check_adapter,
+        adapter.base,
+        tmp_path,
+    )
+    trained = saved(
+        adapter.base, tmp_path / "more", target_modules=NETWORK, modules_to_save=["lm_head"]
+    )
+    with pytest.raises(
+        ValueError, match=r"must be a plain LoRA; .* is LORA and holds base_model\.model\.lm_head"
+    ):
         check_adapter(adapter.base, trained)
     other = saved(adapter.base, tmp_path / "other", target_modules=NETWORK)
     facts = json.loads((other / "adapter_config.json").read_text())
@@ -244,41 +334,83 @@ def test_other_bases_are_refused(domains: SimpleNamespace) -> None:
         lambda: merge_expert(copy.deepcopy(domains.base).to(torch.bfloat16), domains.files[0]),
     ):
         refuses(ValueError, r"'domain0' must be of this base.*LlamaForCausalLM", refused)
-    refuses(ValueError, "MPOE model already", merge_expert, start_expert(domains.base), domains.files[0])
+    refuses(
+        ValueError, "MPOE model already", merge_expert, start_expert(domains.base), domains.files[0]
+    )
 
 
 def test_compositions_that_are_refused(domains: SimpleNamespace, tmp_path: Path) -> None:
     def compose(experts: Any, **options: Any) -> Any:
-        return compose_experts(domains.base, experts, **{"background": domains.background, **options})
+        return compose_experts(
+            domains.base, experts, **{"background": domains.background, **options}
+        )
 
     with pytest.raises(ValueError, match="experts must differ; 'domain0' is there twice"):
         compose([domains.files[0], domains.files[1], domains.files[0]])
     for experts in ([], "ab", None):
         refuses(ValueError, "experts must be a list", compose, experts)
-    with pytest.raises(ValueError, match="one tokenizer; the vocabularies of the tokenizer and expert 'domain0'"):
+    with pytest.raises(
+        ValueError, match="one tokenizer; the vocabularies of the tokenizer and expert 'domain0'"
+    ):
         compose(domains.files, tokenizer=tokenizer(7))
     refuses(TypeError, "tokenizer must be", compose, domains.files, tokenizer=3)
     save_expert(stirred(start_expert(domains.base, 4)), tmp_path / "bare.expert")
-    refuses(ValueError, "'bare' must hold statistics", compose, [*domains.files, tmp_path / "bare.expert"])
+    refuses(
+        ValueError,
+        "'bare' must hold statistics",
+        compose,
+        [*domains.files, tmp_path / "bare.expert"],
+    )
     with pytest.raises(ValueError, match="background must be batches or statistics, or tokenizer"):
         compose(domains.files, background=None)
     refuses(ValueError, "top_k must be at most", compose, domains.files, top_k=4)
-    refuses(ValueError, "background must hold mean", compose, domains.files, background={"x": torch.ones(2)})
+    refuses(
+        ValueError,
+        "background must hold mean",
+        compose,
+        domains.files,
+        background={"x": torch.ones(2)},
+    )
 
 
 def test_saves_that_are_refused(tmp_path: Path) -> None:
     base = dense_model("llama")
     model, file = start_expert(base, 8), tmp_path / "an.expert"
     mixture = convert_to_mpoe(base, MPOEConfig(shape="neurons", neurons=4))
-    latent = convert_to_mpoe(base, MPOEConfig(moe_type="none", shape="neurons", neurons=4, latent=4))
+    latent = convert_to_mpoe(
+        base, MPOEConfig(moe_type="none", shape="neurons", neurons=4, latent=4)
+    )
     for odd in (base, mixture, latent, convert_to_mpoe(base)):
         refuses(TypeError, "model must have one expert", save_expert, odd, file)
     refuses(TypeError, "path must be the path of a file", save_expert, model, 3)
     for path in (tmp_path, tmp_path / "absent" / "an.expert"):
-        refuses(ValueError, "path must be of a file in a folder that is there", save_expert, model, path)
-    refuses(TypeError, "training must hold what JSON can", save_expert, model, file, training={"x": base})
-    refuses(TypeError, "training must hold what JSON can", save_expert, model, file, training={"loss": float("nan")})
-    refuses(TypeError, "training must be a mapping of facts; got int", save_expert, model, file, training=3)
+        refuses(
+            ValueError, "path must be of a file in a folder that is there", save_expert, model, path
+        )
+    refuses(
+        TypeError,
+        "training must hold what JSON can",
+        save_expert,
+        model,
+        file,
+        training={"x": base},
+    )
+    refuses(
+        TypeError,
+        "training must hold what JSON can",
+        save_expert,
+        model,
+        file,
+        training={"loss": float("nan")},
+    )
+    refuses(
+        TypeError,
+        "training must be a mapping of facts; got int",
+        save_expert,
+        model,
+        file,
+        training=3,
+    )
     refuses(TypeError, "statistics must be a mapping", save_expert, model, file, statistics=[1])
     refuses(TypeError, "tokenizer must be a tokenizer", save_expert, model, file, tokenizer="a")
     next(iter(neuron_modules(model).values())).experts.up.data[0, 0, 0] = float("nan")
@@ -292,9 +424,22 @@ def test_statistics_that_are_refused() -> None:
     refuses(ValueError, "shape 'neurons'", collect_statistics, convert_to_mpoe(base), [])
     model = start_expert(base, 8)
     refuses(ValueError, "rank must be at least 0; got -1", collect_statistics, model, [], rank=-1)
-    refuses(TypeError, "rank must be an integer or None; got bool", collect_statistics, model, [], rank=True)
+    refuses(
+        TypeError,
+        "rank must be an integer or None; got bool",
+        collect_statistics,
+        model,
+        [],
+        rank=True,
+    )
     refuses(ValueError, "batches must hold tokens", collect_statistics, model, [])
     for odd in (3, {"input_ids": [1, 2]}):
-        refuses(TypeError, "batches must hold tensors by argument of the model", collect_statistics, model, [odd])
+        refuses(
+            TypeError,
+            "batches must hold tensors by argument of the model",
+            collect_statistics,
+            model,
+            [odd],
+        )
     embeds = torch.full((1, 4, 24), float("nan"))
     refuses(ValueError, "finite inputs", collect_statistics, model, [{"inputs_embeds": embeds}])

@@ -1,4 +1,5 @@
-"""A mixture as a stock Transformers class: exact, opened without mpoe, and refused if it would not be exact."""
+"""A mixture as a stock Transformers class: exact, opened without mpoe, and refused if it would not
+be exact."""
 
 from __future__ import annotations
 
@@ -24,23 +25,35 @@ from .tiny_models import tiny_model
 
 IDS = torch.randint(2, 60, (3, 17), generator=torch.Generator().manual_seed(3))
 MIXTRAL, QWEN3, GRANITE, QWEN = "mixtral", "qwen3_moe", "granitemoeshared", "qwen2_moe"
-CAUSAL = {"llama": "Llama", "mistral": "Mistral", "smollm3": "SmolLM3", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+CAUSAL = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "smollm3": "SmolLM3",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+}
 NAMES = {**{name: f"{own}ForCausalLM" for name, own in CAUSAL.items()}, "gpt2": "GPT2LMHeadModel"}
 STOCK = {MIXTRAL: "Mixtral", QWEN3: "Qwen3Moe", GRANITE: "GraniteMoeShared", QWEN: "Qwen2Moe"}
 CLASSES = {to: f"{name}ForCausalLM" for to, name in STOCK.items()}
-RAW, SIGMOID = RouterConfig(top_k=2, is_scale_prob=True), RouterConfig(top_k=2, scoring_func="sigmoid")
+RAW, SIGMOID = (
+    RouterConfig(top_k=2, is_scale_prob=True),
+    RouterConfig(top_k=2, scoring_func="sigmoid"),
+)
 TOP = {k: RouterConfig(top_k=k) for k in (1, 2, 3, 4)}
 
 
 @torch.no_grad()
 def mixture(model_type="llama", changes=None, **config):
-    """A model whose experts and routers differ and matter; ``changes``: of the dense configuration."""
+    """A model whose experts and routers differ and matter; ``changes``: of the dense
+    configuration."""
     config = {"num_experts": 4, "shape": "separable", "router": TOP[2], **config}
     changes = changes or {}
     if config["shape"] == "neurons":
         config = {"neurons": 8, **config}
         changes = {"sliding_window": None, **changes} if model_type == "mistral" else changes
-    model = convert_to_mpoe(tiny_model(model_type, NAMES[model_type], **changes), MPOEConfig(**config)).eval()
+    model = convert_to_mpoe(
+        tiny_model(model_type, NAMES[model_type], **changes), MPOEConfig(**config)
+    ).eval()
     torch.manual_seed(4)
     for name, parameter in model.named_parameters():
         if ".router." in name:
@@ -72,14 +85,34 @@ def difference(one, other):
         ("qwen3", QWEN3, {"head_dim": 6}, {}),
         ("qwen3", QWEN3, {}, {"router": RAW}),
         ("llama", GRANITE, {}, {"shape": "neurons"}),
-        ("llama", GRANITE, {"tie_word_embeddings": True, "head_dim": 12}, {"shape": "neurons", "router": TOP[1]}),
-        ("llama", GRANITE, {"attention_bias": True, "hidden_act": "gelu"}, {"shape": "neurons", "router": TOP[4]}),
+        (
+            "llama",
+            GRANITE,
+            {"tie_word_embeddings": True, "head_dim": 12},
+            {"shape": "neurons", "router": TOP[1]},
+        ),
+        (
+            "llama",
+            GRANITE,
+            {"attention_bias": True, "hidden_act": "gelu"},
+            {"shape": "neurons", "router": TOP[4]},
+        ),
         ("llama", GRANITE, {}, {"shape": "neurons", "latent": 6}),
-        ("llama", GRANITE, {}, {"shape": "neurons", "router": RouterConfig(top_k=3, routed_scaling_factor=0.7)}),
+        (
+            "llama",
+            GRANITE,
+            {},
+            {"shape": "neurons", "router": RouterConfig(top_k=3, routed_scaling_factor=0.7)},
+        ),
         ("mistral", GRANITE, {}, {"shape": "neurons"}),
         ("smollm3", GRANITE, {"no_rope_layers": [1, 1]}, {"shape": "neurons"}),
         ("qwen2", QWEN, {}, {"shape": "neurons"}),
-        ("qwen2", QWEN, {"tie_word_embeddings": True}, {"shape": "neurons", "latent": 6, "router": TOP[3]}),
+        (
+            "qwen2",
+            QWEN,
+            {"tie_word_embeddings": True},
+            {"shape": "neurons", "latent": 6, "router": TOP[3]},
+        ),
     ],
     ids=str,
 )
@@ -90,18 +123,27 @@ def test_the_stock_class_computes_the_same(model_type, to, changes, options, tmp
     want = model(IDS).logits
     assert difference(tiny_model(model_type, NAMES[model_type], **changes)(IDS).logits, want) > 0.01
     stock = merge_experts(model, as_=to)
-    assert (type(stock).__name__, type(stock).__module__.partition(".")[0]) == (CLASSES[to], "transformers")
+    assert (type(stock).__name__, type(stock).__module__.partition(".")[0]) == (
+        CLASSES[to],
+        "transformers",
+    )
     stock.save_pretrained(tmp_path)
     again = type(stock).from_pretrained(tmp_path)
     assert difference(again(IDS).logits, want) <= 1e-5
-    assert all(getattr(again.config, name) == value for name, value in changes.items() if name != "no_rope_layers")
+    assert all(
+        getattr(again.config, name) == value
+        for name, value in changes.items()
+        if name != "no_rope_layers"
+    )
     chosen, own = (m(IDS, output_router_logits=True).router_logits for m in (again, model))
     for logits, ours in zip(chosen, own, strict=True):
         k = model.mpoe_config.top_k
         assert torch.equal(logits.view(-1, 4).topk(k).indices, ours.view(-1, 4).topk(k).indices)
     greedy = {"max_new_tokens": 8, "do_sample": False}
     assert torch.equal(again.generate(IDS[:1], **greedy), model.generate(IDS[:1], **greedy))
-    assert (again.lm_head.weight is again.model.embed_tokens.weight) == model.config.tie_word_embeddings
+    assert (
+        again.lm_head.weight is again.model.embed_tokens.weight
+    ) == model.config.tie_word_embeddings
     for parameter in stock.parameters():  # nothing is shared
         parameter.zero_()
     assert torch.equal(model(IDS).logits, want)
@@ -115,7 +157,9 @@ def test_every_number_of_neurons(dtype):
         model = neurons(neurons=count).to(dtype)
         stock = merge_experts(model, as_=GRANITE)
         assert stock.config.intermediate_size == padded_size(count), count
-        assert difference(stock(IDS).logits, model(IDS).logits) <= (1e-5 if dtype == torch.float32 else 0.05), count
+        assert difference(stock(IDS).logits, model(IDS).logits) <= (
+            1e-5 if dtype == torch.float32 else 0.05
+        ), count
     whole = mixture(changes={"intermediate_size": 46}, expert_type="dense")
     assert difference(merge_experts(whole, as_=MIXTRAL)(IDS).logits, whole(IDS).logits) <= 1e-5
     assert [padded_size(count) for count in (1, 8, 9)] == [8, 8, 16]
@@ -133,7 +177,9 @@ def test_a_family_whose_configuration_has_no_size_of_heads():
 def test_latent_spaces_merge_and_dtypes_become_one():
     model = neurons(latent=6)
     one, other = merge_experts(model, as_=GRANITE), merge_experts(merge_latent(model), as_=GRANITE)
-    assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+    assert all(
+        torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items()
+    )
     for experts in (torch.float32, torch.bfloat16):
         half = neurons("qwen2").to(torch.bfloat16)
         for layer in neuron_modules(half).values():
@@ -144,7 +190,8 @@ def test_latent_spaces_merge_and_dtypes_become_one():
 
 
 def test_the_file_is_the_one_that_servers_read(tmp_path):
-    """Names of the published checkpoints, multipliers that change nothing, and no constant of the gates."""
+    """Names of the published checkpoints, multipliers that change nothing, and no constant of the
+    gates."""
     model = neurons()
     model.generation_config.max_new_tokens = 7
     stock = merge_experts(model, as_=GRANITE)
@@ -160,8 +207,16 @@ def test_the_file_is_the_one_that_servers_read(tmp_path):
     }
     config = stock.config
     assert config.attention_multiplier == model.config.head_dim**-0.5
-    assert (config.embedding_multiplier, config.logits_scaling, config.residual_multiplier) == (1.0, 1.0, 1.0)
-    assert (config.intermediate_size, config.shared_intermediate_size, config.num_local_experts) == (8, 48, 4)
+    assert (config.embedding_multiplier, config.logits_scaling, config.residual_multiplier) == (
+        1.0,
+        1.0,
+        1.0,
+    )
+    assert (
+        config.intermediate_size,
+        config.shared_intermediate_size,
+        config.num_local_experts,
+    ) == (8, 48, 4)
     layer = next(iter(neuron_modules(model).values()))
     own = stock.model.layers[0].block_sparse_moe.experts.down_proj
     assert torch.equal(own, 2 * layer.experts.down.transpose(1, 2))  # gates times k = 2
@@ -194,7 +249,9 @@ assert type(model).__name__ == sys.argv[4]
         pytest.param("qwen2", QWEN, {"shape": "neurons"}, marks=pytest.mark.slow),
     ],
 )
-def test_the_command_writes_what_opens_without_mpoe(model_type, to, options, tmp_path, capsys, monkeypatch):
+def test_the_command_writes_what_opens_without_mpoe(
+    model_type, to, options, tmp_path, capsys, monkeypatch
+):
     """The slow ones in a process of their own, the others as if there were no mpoe in this one."""
     mixture(model_type, {"vocab_size": 512}, **options).save_pretrained(tmp_path / "in")
     load_stand_in("gpt2")[1].save_pretrained(tmp_path / "in")
@@ -208,7 +265,9 @@ def test_the_command_writes_what_opens_without_mpoe(model_type, to, options, tmp
         alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         run_python("-c", OPENED, *arguments, cwd=tmp_path, env=alone)
     with monkeypatch.context() as patch:
-        for name in [name for name in sys.modules if name.partition(".")[0] in ("mpoe", "mpoe_kernels")]:
+        for name in [
+            name for name in sys.modules if name.partition(".")[0] in ("mpoe", "mpoe_kernels")
+        ]:
             patch.delitem(sys.modules, name)
         patch.setattr(sys, "argv", ["", *map(str, arguments)])
         exec(OPENED, {})
@@ -218,7 +277,9 @@ def test_the_command_writes_what_opens_without_mpoe(model_type, to, options, tmp
     assert torch.equal(result["tokens"], ours.generate(IDS[:1], max_new_tokens=8, do_sample=False))
 
 
-@pytest.mark.parametrize(("to", "words"), [(GRANITE, "its experts have no biases"), (MIXTRAL, "as those of granite")])
+@pytest.mark.parametrize(
+    ("to", "words"), [(GRANITE, "its experts have no biases"), (MIXTRAL, "as those of granite")]
+)
 def test_a_refusal_writes_nothing(to, words, tmp_path, capsys):
     neurons(expert_bias=True).save_pretrained(tmp_path / "in")
     with pytest.raises(SystemExit) as caught:
@@ -253,22 +314,64 @@ WHOLE = {"shape": "separable"}
         ("llama", QWEN3, {}, WHOLE, "qwen3_moe is the mixture of a qwen3; this is a llama"),
         ("llama", MIXTRAL, {}, {**WHOLE, "router": RAW}, "its gates sum to 1"),
         ("llama", MIXTRAL, {}, {**WHOLE, "router": SIGMOID}, "its gates are a softmax"),
-        ("llama", MIXTRAL, {}, {**WHOLE, "router": RouterConfig(eval_capacity_factor=2.0)}, "no capacity"),
-        ("llama", MIXTRAL, {}, {**WHOLE, "moe_type": "moe", "router": RouterConfig.gshard()}, "no second-expert"),
+        (
+            "llama",
+            MIXTRAL,
+            {},
+            {**WHOLE, "router": RouterConfig(eval_capacity_factor=2.0)},
+            "no capacity",
+        ),
+        (
+            "llama",
+            MIXTRAL,
+            {},
+            {**WHOLE, "moe_type": "moe", "router": RouterConfig.gshard()},
+            "no second-expert",
+        ),
         ("llama", MIXTRAL, {}, {**WHOLE, **NONE}, "it has a router; moe_type is 'none'"),
         ("llama", MIXTRAL, {}, {**WHOLE, "layers_to_transform": [1]}, "every layer is a mixture"),
         ("llama", MIXTRAL, {}, {**WHOLE, **PARTS}, "only the feed-forward networks may be"),
-        ("qwen3", QWEN3, {"use_sliding_window": True}, WHOLE, "its layers attend alike; use_sliding_window is on"),
+        (
+            "qwen3",
+            QWEN3,
+            {"use_sliding_window": True},
+            WHOLE,
+            "its layers attend alike; use_sliding_window is on",
+        ),
         ("llama", GRANITE, {}, WHOLE, "its experts are neurons beside a dense"),
-        ("qwen2", GRANITE, {}, {}, "granitemoeshared is the mixture of a llama or mistral or smollm3; this is a qwen2"),
+        (
+            "qwen2",
+            GRANITE,
+            {},
+            {},
+            "granitemoeshared is the mixture of a llama or mistral or smollm3; this is a qwen2",
+        ),
         ("llama", QWEN, {}, {}, "qwen2_moe is the mixture of a qwen2; this is a llama"),
-        ("qwen3", QWEN, {}, {}, "qwen2_moe is the mixture of a qwen2; this is a qwen3, beside which no stock class"),
+        (
+            "qwen3",
+            QWEN,
+            {},
+            {},
+            "qwen2_moe is the mixture of a qwen2; this is a qwen3, beside which no stock class",
+        ),
         ("gpt2", GRANITE, {}, {}, "this is a gpt2"),
         ("llama", MIXTRAL, {}, {}, "as those of granitemoeshared or qwen2_moe are"),
-        ("llama", GRANITE, {}, {"router": RouterConfig(top_k=2, bias_update_rate=0.001)}, "no bias of the scores"),
+        (
+            "llama",
+            GRANITE,
+            {},
+            {"router": RouterConfig(top_k=2, bias_update_rate=0.001)},
+            "no bias of the scores",
+        ),
         ("llama", GRANITE, {}, {"expert_bias": True}, "its experts have no biases (expert_bias)"),
         ("llama", GRANITE, {"mlp_bias": True}, {}, "gate_proj must have no bias"),
-        ("mistral", GRANITE, {"sliding_window": 4}, {}, "its attention has no sliding windows; sliding_window is 4"),
+        (
+            "mistral",
+            GRANITE,
+            {"sliding_window": 4},
+            {},
+            "its attention has no sliding windows; sliding_window is 4",
+        ),
         ("qwen2", QWEN, {"use_sliding_window": True}, {}, "its attention has no sliding windows"),
         ("smollm3", GRANITE, {"no_rope_layers": [1, 0]}, {}, "no_rope_layers leaves some without"),
     ],
@@ -283,7 +386,9 @@ def test_projections_that_are_no_plain_linear_layers():
     peft = pytest.importorskip("peft")
     model = neurons()
     peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["up_proj"]))
-    with pytest.raises(ValueError, match=r"projections are nn\.Linear without biases; merge adapters or dequantise"):
+    with pytest.raises(
+        ValueError, match=r"projections are nn\.Linear without biases; merge adapters or dequantise"
+    ):
         as_stock(model, GRANITE)
 
 
@@ -303,7 +408,9 @@ def test_how_far_logits_may_differ(dtype, allowed, tmp_path, monkeypatch):
         if factor < 1:
             assert check_export(model, tmp_path, MIXTRAL) < allowed
         else:
-            with pytest.raises(ValueError, match="the exported model must compute the same; its logits differ by"):
+            with pytest.raises(
+                ValueError, match="the exported model must compute the same; its logits differ by"
+            ):
                 check_export(model, tmp_path, MIXTRAL)
 
 
@@ -311,7 +418,11 @@ def test_how_far_logits_may_differ(dtype, allowed, tmp_path, monkeypatch):
     ("changes", "words"),
     [
         ({}, None),
-        ({"head_dim": 12}, "llama.cpp and vLLM expect heads of 6 (hidden_size / num_attention_heads) for this class"),
+        (
+            {"head_dim": 12},
+            "llama.cpp and vLLM expect heads of 6 (hidden_size / num_attention_heads) for this "
+            "class",
+        ),
         ({"attention_bias": True}, "vLLM's class has no biases in attention"),
         ({"hidden_act": "gelu"}, "vLLM's class computes silu; this model has gelu"),
     ],

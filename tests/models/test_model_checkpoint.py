@@ -1,4 +1,5 @@
-"""Round trips of saved models; checkpoints that earlier versions and the original implementation saved."""
+"""Round trips of saved models; checkpoints that earlier versions and the original implementation
+saved."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ COMPONENTS = [("mlp",), ("mlp", "attention", "word_embed")]
 
 def same_state(one, other):
     a, b = one.state_dict(), other.state_dict()
-    return list(a) == list(b) and all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+    return list(a) == list(b) and all(
+        torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -47,7 +50,10 @@ def test_half_precision_round_trip(dtype, converted, tmp_path):
 
 def test_a_network_in_two_modules_is_loaded_whole(tmp_path):
     """BERT's, with what its router has learnt; of experts alone, without the dense projections."""
-    dense, config = dense_model("bert"), MPOEConfig(num_experts=4, router={"bias_update_rate": 0.01})
+    dense, config = (
+        dense_model("bert"),
+        MPOEConfig(num_experts=4, router={"bias_update_rate": 0.01}),
+    )
     model, experts, whole = (convert_to_mpoe(dense, config) for _ in range(3))
     for name, value in whole.state_dict().items():
         value.add_(1)
@@ -57,8 +63,14 @@ def test_a_network_in_two_modules_is_loaded_whole(tmp_path):
     load_layers(model, tmp_path / "experts", ["mlp"])
     assert same_state(model, experts)
     load_layers(model, tmp_path / "whole", ["mlp"])
-    found = {name for name, value in whole.state_dict().items() if torch.equal(value, model.state_dict()[name])}
-    assert found == {n for n in whole.state_dict() if ".intermediate." in n or re.search(r"\d\.output\.dense", n)}
+    found = {
+        name
+        for name, value in whole.state_dict().items()
+        if torch.equal(value, model.state_dict()[name])
+    }
+    assert found == {
+        n for n in whole.state_dict() if ".intermediate." in n or re.search(r"\d\.output\.dense", n)
+    }
 
 
 @pytest.mark.parametrize(("family", "key"), pairwise(["t5", "gpt2", "bert"], KEYS))
@@ -93,38 +105,68 @@ def test_load_mpoe_refusals(converted, tmp_path):
     refuses(ValueError, "must be a folder", load_mpoe, tmp_path / "absent")
     refuses(ValueError, r"must hold config\.json", load_mpoe, tmp_path)
     dense_model("gpt2").save_pretrained(tmp_path / "dense")
-    refuses(ValueError, r"config\.json is a dense gpt2: load it with transformers", load_mpoe, tmp_path / "dense")
+    refuses(
+        ValueError,
+        r"config\.json is a dense gpt2: load it with transformers",
+        load_mpoe,
+        tmp_path / "dense",
+    )
     model = converted("gpt2")
     model.save_pretrained(tmp_path / "model")
-    refuses(ValueError, "base is for MPOE-only saves", load_mpoe, tmp_path / "model", base=dense_model("gpt2"))
+    refuses(
+        ValueError,
+        "base is for MPOE-only saves",
+        load_mpoe,
+        tmp_path / "model",
+        base=dense_model("gpt2"),
+    )
 
 
 def test_configs_bases_and_disks_that_do_not_fit(converted, tmp_path, monkeypatch):
     model = converted("gpt2")
-    with pytest.raises(ValueError, match="base must be a dense model or its folder; 'absent' is not a folder"):
+    with pytest.raises(
+        ValueError, match="base must be a dense model or its folder; 'absent' is not a folder"
+    ):
         save_mpoe_only(model, tmp_path / "parts", "absent")
     with pytest.raises(ValueError, match="base must be a GPT2LMHeadModel or its folder; got T5For"):
         save_mpoe_only(model, tmp_path / "parts", dense_model("t5"))
-    refuses(TypeError, "path must be a folder's path; got int", save_mpoe_only, model, 7, dense_model("gpt2"))
+    refuses(
+        TypeError,
+        "path must be a folder's path; got int",
+        save_mpoe_only,
+        model,
+        7,
+        dense_model("gpt2"),
+    )
     model.save_pretrained(tmp_path / "model")
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "n_embd": "wide"}))
     with pytest.raises(
-        ValueError, match=r"JSON files in .*model do not describe a MPOEGPT2LMHeadModel that can be .*n_"
+        ValueError,
+        match=r"JSON files in .*model do not describe a MPOEGPT2LMHeadModel that can be .*n_",
     ):
         load_mpoe(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"must match its config\.json; it describes 2,001,000 numbers, they hold 0$"):
+    with pytest.raises(
+        ValueError,
+        match=r"must match its config\.json; it describes 2,001,000 numbers, they hold 0$",
+    ):
         check_shapes(torch.nn.Linear(2000, 1000, device="meta"), {}, tmp_path)
 
     def full(*_, **__):
         raise SafetensorError("no space left")
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
-    refuses(OSError, r"weights could not be written to .*out: no space left", model.save_pretrained, tmp_path / "out")
+    refuses(
+        OSError,
+        r"weights could not be written to .*out: no space left",
+        model.save_pretrained,
+        tmp_path / "out",
+    )
 
 
 @pytest.mark.parametrize(
-    ("family", "more"), [("t5", ["embedding"]), ("gpt2", []), ("bert", []), ("bert_mlm", ["embedding"])]
+    ("family", "more"),
+    [("t5", ["embedding"]), ("gpt2", []), ("bert", []), ("bert_mlm", ["embedding"])],
 )
 def test_mpoe_only_save(family, more, converted, tmp_path):
     model, base = stirred(converted(family, target_modules=["ffn", *more])), dense_model(family)
@@ -140,12 +182,20 @@ def test_mpoe_only_save(family, more, converted, tmp_path):
     with torch.no_grad():
         next(p for n, p in base.named_parameters() if "norm" in n.lower() or "ln_" in n)[0] += 1
     refuses(ValueError, "SHA-256", load_mpoe, tmp_path, base=base)
-    refuses(ValueError, "outside the MPOE modules differ", save_mpoe_only, model, tmp_path / "other", base)
+    refuses(
+        ValueError,
+        "outside the MPOE modules differ",
+        save_mpoe_only,
+        model,
+        tmp_path / "other",
+        base,
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "order", ["import mpoe, transformers", "import transformers.models.auto.configuration_auto, mpoe"]
+    "order",
+    ["import mpoe, transformers", "import transformers.models.auto.configuration_auto, mpoe"],
 )
 def test_import_mpoe_registers_in_either_order(order, converted, tmp_path):
     converted("gpt2").save_pretrained(tmp_path)
@@ -177,7 +227,14 @@ def test_saves_of_parameters_alone_refuse_what_is_no_folder(converted, tmp_path)
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for name in ("file", "dangling", "no\0path"):
-        refuses(NotADirectoryError, r"path must be a folder; .* is none", save_mpoe_only, model, tmp_path / name, dense)
+        refuses(
+            NotADirectoryError,
+            r"path must be a folder; .* is none",
+            save_mpoe_only,
+            model,
+            tmp_path / name,
+            dense,
+        )
     with pytest.raises(ValueError, match="base must be a GPT2LMHeadModel or its folder; "):
         save_mpoe_only(model, tmp_path / "out", tmp_path)
 
@@ -192,7 +249,9 @@ MODELS = sorted(path.name for path in SAVED.iterdir() if path.is_dir())
 def inputs_and_logits(name: str) -> tuple[dict[str, Tensor], Tensor]:
     family, _, shape = name.partition("_")
     tensors = load_file(SAVED / f"{family}.safetensors")
-    return {key: value for key, value in tensors.items() if not key.startswith("logits")}, tensors[f"logits_{shape}"]
+    return {key: value for key, value in tensors.items() if not key.startswith("logits")}, tensors[
+        f"logits_{shape}"
+    ]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -213,11 +272,20 @@ def test_they_give_their_logits_and_keep_their_configuration(name: str, tmp_path
         assert (model(**inputs).logits - logits).abs().max() > 1e-4
 
 
-def test_a_mixture_of_transformers_converted_by_an_earlier_version_is_refused(tmp_path: Path) -> None:
+def test_a_mixture_of_transformers_converted_by_an_earlier_version_is_refused(
+    tmp_path: Path,
+) -> None:
     shutil.copytree(SAVED / "gpt2_hidden", tmp_path / "saved")
     file = tmp_path / "saved" / "config.json"
-    file.write_text(file.read_text().replace('"existing_experts": "keep"', '"existing_experts": "mpo"'))
-    refuses(ValueError, r"field 'mpoe'; existing_experts must be 'keep': .*; got 'mpo'", load_mpoe, tmp_path / "saved")
+    file.write_text(
+        file.read_text().replace('"existing_experts": "keep"', '"existing_experts": "mpo"')
+    )
+    refuses(
+        ValueError,
+        r"field 'mpoe'; existing_experts must be 'keep': .*; got 'mpo'",
+        load_mpoe,
+        tmp_path / "saved",
+    )
 
 
 def _known(today: Any, earlier: Any) -> Any:
@@ -245,7 +313,12 @@ def test_a_configuration_that_names_no_shape_is_of_separable_experts(tmp_path: P
 
 EXPERTS = 3
 UP, DOWN = MPOShape.paper(24, 48, max_bond=6), MPOShape.paper(48, 24, max_bond=6)
-TABLES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+TABLES = (
+    "shared.weight",
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    "lm_head.weight",
+)
 SQUARE, TABLE = MPOShape.paper(24, 24), MPOShape.paper(60, 24)
 
 
@@ -259,7 +332,8 @@ def randomised(cores):
 
 
 def original_checkpoint(model, moe_type, components=("mlp",)):
-    """A state dict as the original saves it, and the matrices ``[in, out]`` that it represents, by our names."""
+    """A state dict as the original saves it, and the matrices ``[in, out]`` that it represents, by
+    our names."""
     torch.manual_seed(3)
     state, matrices = {}, {}
     weights = model.state_dict()
@@ -286,8 +360,14 @@ def original_checkpoint(model, moe_type, components=("mlp",)):
                 state[f"{layer}.sffn.switch.bias"] = torch.zeros(EXPERTS)
             elif kind == "wi" and moe_type == "moe":
                 state[f"{layer}.moe_layer.gate.w_gating"] = torch.randn(24, EXPERTS)
-                state |= {f"{layer}.moe_layer.experts.b{n}": torch.zeros(48 if n == 1 else 24) for n in (1, 2)}
-        elif name.endswith(tuple(f"Attention.{p}.weight" for p in "qkvo")) and "attention" in components:
+                state |= {
+                    f"{layer}.moe_layer.experts.b{n}": torch.zeros(48 if n == 1 else 24)
+                    for n in (1, 2)
+                }
+        elif (
+            name.endswith(tuple(f"Attention.{p}.weight" for p in "qkvo"))
+            and "attention" in components
+        ):
             cores = randomised(decompose(weight.T, SQUARE))
             matrices[f"{name.removesuffix('.weight')}.cores"] = reconstruct(cores, SQUARE)[None]
             for k, core in enumerate(theirs(cores)):
@@ -299,14 +379,21 @@ def original_checkpoint(model, moe_type, components=("mlp",)):
                 cores = randomised(decompose(weight, TABLE))
                 matrices["shared.cores"] = reconstruct(cores, TABLE)[None]
                 for k, core in enumerate(cores):
-                    for owner in ("shared_mpo", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head_mpo"):
+                    for owner in (
+                        "shared_mpo",
+                        "encoder.embed_tokens",
+                        "decoder.embed_tokens",
+                        "lm_head_mpo",
+                    ):
                         state[f"{owner}.tensor_set.{k}"] = core
         else:
             state[name] = torch.randn_like(weight)
     return state, matrices
 
 
-@pytest.mark.parametrize(("moe_type", "components"), pairwise(["switch", "moe", "none"], COMPONENTS))
+@pytest.mark.parametrize(
+    ("moe_type", "components"), pairwise(["switch", "moe", "none"], COMPONENTS)
+)
 @torch.no_grad()
 def test_import_reproduces_the_matrices(moe_type, components, tmp_path):
     base = dense_model("t5")
@@ -336,7 +423,9 @@ def test_matrices_that_the_cores_came_from_are_ignored():
     base = dense_model("t5")
     state, matrices = original_checkpoint(base, "moe")
     name = next(iter(matrices))
-    state[f"{name.partition('.DenseReluDense')[0]}.moe_layer.experts.w1"] = torch.zeros(EXPERTS, 24, 48)
+    state[f"{name.partition('.DenseReluDense')[0]}.moe_layer.experts.w1"] = torch.zeros(
+        EXPERTS, 24, 48
+    )
     assert import_original(state, base).mpoe_config.expert_type == "mpo"
 
 
@@ -355,17 +444,28 @@ PREFIX = "encoder.block.0.layer.1.sffn"
     [
         (lambda s: s.pop(f"{PREFIX}.experts.0.wi_mpo.tensor_set.1"), "must hold every core of"),
         (
-            lambda s: s.update({f"{PREFIX}.experts.1.wi_mpo.tensor_set.2": torch.zeros(1, 1, 1, 1)}),
+            lambda s: s.update(
+                {f"{PREFIX}.experts.1.wi_mpo.tensor_set.2": torch.zeros(1, 1, 1, 1)}
+            ),
             "must share their central",
         ),
         (
-            lambda s: [s.pop(k) for k in list(s) if f"{PREFIX}.experts" in k and "wi_mpo.tensor_set.3" in k],
-            "must hold every core of encoder.block.0.layer.1.DenseReluDense.experts.up; it has [0, 1, 2, 4]",
+            lambda s: [
+                s.pop(k) for k in list(s) if f"{PREFIX}.experts" in k and "wi_mpo.tensor_set.3" in k
+            ],
+            "must hold every core of encoder.block.0.layer.1.DenseReluDense.experts.up; it has [0, "
+            "1, 2, 4]",
         ),
         (lambda s: s.pop(f"{PREFIX}.switch.weight"), "must hold every router"),
-        (lambda s: s.update({f"{PREFIX}.switch.weight": torch.zeros(2, 24)}), "model of the sizes of base"),
+        (
+            lambda s: s.update({f"{PREFIX}.switch.weight": torch.zeros(2, 24)}),
+            "model of the sizes of base",
+        ),
         (lambda s: s.update({"adapter.weight": torch.zeros(1)}), "'adapter.weight', which a T5"),
-        (lambda s: s.update({"shared.weight": torch.zeros(61, 24)}), "size mismatch for shared.weight"),
+        (
+            lambda s: s.update({"shared.weight": torch.zeros(61, 24)}),
+            "size mismatch for shared.weight",
+        ),
         (
             lambda s: [s.pop(k) for k in list(s) if "block.0.layer.1.sffn.experts" in k],
             "must hold every core of encoder.block.0",
@@ -382,8 +482,18 @@ def test_checkpoints_that_do_not_fit(change, words):
 
 def test_biases_that_are_left_out_are_named():
     state, base = broken(lambda s: s.update({f"{PREFIX}.switch.bias": torch.ones(EXPERTS)}))
-    with pytest.warns(UserWarning, match=r"1 biases of the original are left out, e\.g\. encoder\.block\.0"):
+    with pytest.warns(
+        UserWarning, match=r"1 biases of the original are left out, e\.g\. encoder\.block\.0"
+    ):
         import_original(state, base)
-    refuses(TypeError, "base must be a T5ForConditionalGeneration", import_original, state, dense_model("gpt2"))
+    refuses(
+        TypeError,
+        "base must be a T5ForConditionalGeneration",
+        import_original,
+        state,
+        dense_model("gpt2"),
+    )
     for source in (None, 3, ["a"]):
-        refuses(TypeError, "source must be a state dict or a path; got", import_original, source, base)
+        refuses(
+            TypeError, "source must be a state dict or a path; got", import_original, source, base
+        )

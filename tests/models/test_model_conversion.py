@@ -1,4 +1,5 @@
-"""Conversion: every family, head, shape and component keeps the results, and loads as it was saved; what is refused."""
+"""Conversion: every family, head, shape and component keeps the results, and loads as it was saved;
+what is refused."""
 
 from __future__ import annotations
 
@@ -37,9 +38,12 @@ from .tiny_models import (
     tiny_model,
 )
 
-# Families without a module for the feed-forward network, so that nothing can go beside or between the projections.
+# Families without a module for the feed-forward network, so that nothing can go beside or between
+# the projections.
 WITHOUT_A_MODULE = ("bart", "opt")
-FIRST = {TABLE[t].models: t for t in reversed(TABLE)}.values()  # of families with the same structure
+FIRST = {
+    TABLE[t].models: t for t in reversed(TABLE)
+}.values()  # of families with the same structure
 SHAPES = ("separable", "paper", "light")
 AUTOS = {name: auto for _, auto, name in GENERATED}
 SIGMOID = {"top_k": 4, "scoring_func": "sigmoid", "bias_update_rate": 0.001}
@@ -51,38 +55,68 @@ CONFIGS = {
     "dense": {"expert_type": "dense", "router": {"top_k": 2}},
     # Every expert has room for all tokens: nothing is dropped.
     "gshard": {"moe_type": "moe", "router": {"eval_capacity_factor": 4.0}},
-    "gshard dense": {"moe_type": "moe", "expert_type": "dense", "router": {"eval_capacity_factor": 4.0}},
+    "gshard dense": {
+        "moe_type": "moe",
+        "expert_type": "dense",
+        "router": {"eval_capacity_factor": 4.0},
+    },
     "none": {"moe_type": "none", "shape": "paper"},
     "none dense": {"moe_type": "none", "expert_type": "dense"},
     "hidden": {"shape": "hidden", "block_size": 8, "expert_bias": True, "router": {"top_k": 2}},
     "hidden top-1": {"shape": "hidden", "block_size": 8, "router": {"top_k": 1}},
-    "hidden shared": {"shape": "hidden", "block_size": 8, "block_per_group": False, "router": {"top_k": 4}},
+    "hidden shared": {
+        "shape": "hidden",
+        "block_size": 8,
+        "block_per_group": False,
+        "router": {"top_k": 4},
+    },
     "hidden alone": {"shape": "hidden", "moe_type": "none"},
     "neurons": {"shape": "neurons", "neurons": 8, "expert_bias": True, "router": SIGMOID},
-    "neurons raw": {"shape": "neurons", "neurons": 8, "router": {"top_k": 2, "is_scale_prob": True}},
-    "latent": {"shape": "neurons", "neurons": 8, "latent": 6, "router": {"top_k": 1, "routed_scaling_factor": 1.0}},
+    "neurons raw": {
+        "shape": "neurons",
+        "neurons": 8,
+        "router": {"top_k": 2, "is_scale_prob": True},
+    },
+    "latent": {
+        "shape": "neurons",
+        "neurons": 8,
+        "latent": 6,
+        "router": {"top_k": 1, "routed_scaling_factor": 1.0},
+    },
     "latent alone": {"shape": "neurons", "neurons": 8, "latent": 6, "moe_type": "none"},
 }
 
 
 def cases():
-    """Every class in every MPO shape and as neurons, one of each family without a shape; some structures in every
-    configuration.
+    """Every class in every MPO shape and as neurons, one of each family without a shape; some
+    structures in every configuration.
 
-    By default a class has one of these shapes, by turns, and a configuration one of the structures; of families with
-    the same structure all classes of the first come, and the others' language models.
+    By default a class has one of these shapes, by turns, and a configuration one of the structures;
+    of families with the same structure all classes of the first come, and the others' language
+    models.
     """
     language = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM")
-    one_of_each = {t: name for t, _, name in sorted(GENERATED, key=lambda case: case[1] in language)}
+    one_of_each = {
+        t: name for t, _, name in sorted(GENERATED, key=lambda case: case[1] in language)
+    }
     for place, (model_type, auto, name) in enumerate(GENERATED):
         shapes = [*SHAPES, *(["neurons"] if model_type not in WITHOUT_A_MODULE else [])]
         shapes += [None] if one_of_each[model_type] == name else []
         mpo_only = 0 if model_type in FIRST else len(SHAPES)
-        turn = None if None in shapes and not mpo_only else shapes[place % (mpo_only or len(shapes))]
+        turn = (
+            None if None in shapes and not mpo_only else shapes[place % (mpo_only or len(shapes))]
+        )
         for shape in shapes:
             default = shape == turn and (model_type in FIRST or auto in language)
             marks = [] if default else [pytest.mark.slow]
-            yield pytest.param(model_type, name, {}, {"shape": shape}, id=f"{model_type}-{name}-{shape}", marks=marks)
+            yield pytest.param(
+                model_type,
+                name,
+                {},
+                {"shape": shape},
+                id=f"{model_type}-{name}-{shape}",
+                marks=marks,
+            )
     for place, (family, structure) in enumerate(FAMILIES.items()):
         for number, (kind, fields) in enumerate(CONFIGS.items()):
             marks = [pytest.mark.exhaustive] if (place + number) % len(FAMILIES) else []
@@ -98,15 +132,21 @@ def test_converts_exactly_and_reloads(model_type, name, changes, fields, tmp_pat
     converted = convert_to_mpoe(model, MPOEConfig(**{"num_experts": 4, **fields}))
     settings, output = converted.mpoe_config, converted(**inputs)
     assert type(converted).__name__ == f"MPOE{name}"
-    kind = {"hidden": HiddenFeedForward, "neurons": NeuronFeedForward}.get(settings.shape, MPOEFeedForward)
-    if fields.get("shape", "") is None:  # hidden-side experts, two per token; where blocks do not fit, separable ones
+    kind = {"hidden": HiddenFeedForward, "neurons": NeuronFeedForward}.get(
+        settings.shape, MPOEFeedForward
+    )
+    if (
+        fields.get("shape", "") is None
+    ):  # hidden-side experts, two per token; where blocks do not fit, separable ones
         without = model_type in WITHOUT_A_MODULE
         assert (settings.shape, settings.top_k) == (("separable", 1) if without else ("hidden", 2))
     layers = [module for module in converted.modules() if isinstance(module, kind)]
     assert {layer.num_experts for layer in layers} == {settings.num_experts}
     has_router = settings.moe_type != "none"
     found, expected = (text_rows(each, inputs) for each in (result(output), whole))
-    assert (found - expected).abs().max() <= (0 if settings.shape == "neurons" else 2e-5) * expected.abs().max()
+    assert (found - expected).abs().max() <= (
+        0 if settings.shape == "neurons" else 2e-5
+    ) * expected.abs().max()
     if kind is not MPOEFeedForward:  # the dense network is as it was
         after = dict(converted.named_parameters())
         assert all(torch.equal(after[each], value) for each, value in before.items())
@@ -139,7 +179,16 @@ def test_losses_are_kept(family):
 
 
 MIXED = {"mixed": {**CONFIGS["hidden"], "shape_pattern": {r".*\.1\..*": "separable"}}}
-MERGED = ("separable", "gshard", "none", "hidden", "hidden top-1", "hidden shared", "latent", "mixed")
+MERGED = (
+    "separable",
+    "gshard",
+    "none",
+    "hidden",
+    "hidden top-1",
+    "hidden shared",
+    "latent",
+    "mixed",
+)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +203,11 @@ MERGED = ("separable", "gshard", "none", "hidden", "hidden top-1", "hidden share
 def test_merged_experts_compute_the_same(family, kind, tmp_path):
     """Into dense experts; what lies in a latent space, into neurons."""
     model, inputs = (
-        stirred(convert_to_mpoe(dense_model(family), MPOEConfig(num_experts=4, **(CONFIGS | MIXED)[kind]))),
+        stirred(
+            convert_to_mpoe(
+                dense_model(family), MPOEConfig(num_experts=4, **(CONFIGS | MIXED)[kind])
+            )
+        ),
         batch(family),
     )
     merge, want = merge_latent if kind == "latent" else merge_experts, model(**inputs)
@@ -167,7 +220,9 @@ def test_merged_experts_compute_the_same(family, kind, tmp_path):
     assert (merged.mpoe_config.expert_type == "dense") == (kind != "latent")
     merged.save_pretrained(tmp_path)
     assert torch.equal(result(load_mpoe(tmp_path)(**inputs)), result(merged(**inputs)))
-    refuses(ValueError, r"expert_type='dense'|model must have neurons in a latent space", merge, merged)
+    refuses(
+        ValueError, r"expert_type='dense'|model must have neurons in a latent space", merge, merged
+    )
 
 
 @pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
@@ -200,7 +255,10 @@ def test_ties_dtype_and_attention_are_kept():
     converted = convert_to_mpoe(model, MPOEConfig(shape="separable"))
     assert converted.lm_head.weight is converted.shared.weight
     assert converted.config._attn_implementation == "eager"
-    assert converted.encoder.block[0].layer[1].DenseReluDense.experts.up.central.dtype == torch.bfloat16
+    assert (
+        converted.encoder.block[0].layer[1].DenseReluDense.experts.up.central.dtype
+        == torch.bfloat16
+    )
     assert converted.encoder.block[0].layer[1].DenseReluDense.router.weight.dtype == torch.float32
     untied = dense_model("t5")
     untied.lm_head.weight = nn.Parameter(torch.randn_like(untied.lm_head.weight))
@@ -209,7 +267,8 @@ def test_ties_dtype_and_attention_are_kept():
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"), pairwise(["t5", "gpt2", "bert"], [torch.bfloat16, torch.float16, torch.float64])
+    ("family", "dtype"),
+    pairwise(["t5", "gpt2", "bert"], [torch.bfloat16, torch.float16, torch.float64]),
 )
 @torch.no_grad()
 def test_other_dtypes(family, dtype):
@@ -226,7 +285,9 @@ def test_report_and_rate_ratios():
     converted = convert_to_mpoe(model, MPOEConfig(num_experts=2, shape="paper", max_bond=8))
     names = [name for name, _ in mpo_modules(converted)]
     assert len(names) == 3 * 3
-    assert set(converted.conversion_report) == set(converted.config.mpoe["rate_ratios"]) == set(names)
+    assert (
+        set(converted.conversion_report) == set(converted.config.mpoe["rate_ratios"]) == set(names)
+    )
     cores = converted.get_submodule(names[0])
     weight = model.encoder.block[0].layer[1].DenseReluDense.wi_1.weight.T
     error = (cores.dense_weights()[0] - weight).norm().item()
@@ -242,11 +303,17 @@ def test_layers_and_exclusions():
     names = [n for n, m in converted.named_modules() if isinstance(m, MPOEFeedForward)]
     assert names == ["encoder.block.1.layer.1.DenseReluDense"]
     converted = convert_to_mpoe(
-        model, MPOEConfig(exclude_modules=["encoder.block.0.layer.1.DenseReluDense"], shape="separable")
+        model,
+        MPOEConfig(exclude_modules=["encoder.block.0.layer.1.DenseReluDense"], shape="separable"),
     )
     assert len([m for m in converted.modules() if isinstance(m, MPOEFeedForward)]) == 2
     with pytest.raises(ValueError, match=r"did you mean .*DenseReluDense"):
-        convert_to_mpoe(model, MPOEConfig(exclude_modules=["encoder.block.0.layer.1.DenseReluDens"], shape="separable"))
+        convert_to_mpoe(
+            model,
+            MPOEConfig(
+                exclude_modules=["encoder.block.0.layer.1.DenseReluDens"], shape="separable"
+            ),
+        )
     with pytest.raises(ValueError, match=r"layer indices 0\.\.1; got 7"):
         convert_to_mpoe(model, MPOEConfig(layers_to_transform=[7], shape="separable"))
 
@@ -256,14 +323,22 @@ def test_refusals_come_before_any_work():
     with torch.no_grad():
         model.transformer.h[1].mlp.c_fc.weight[0, 0] = float("nan")
         model.transformer.h[0].ln_1.bias[0] = float("inf")
-    with pytest.raises(ValueError, match=r"transformer\.h\.0\.ln_1\.bias, transformer\.h\.1\.mlp\.c_fc\.weight"):
+    with pytest.raises(
+        ValueError, match=r"transformer\.h\.0\.ln_1\.bias, transformer\.h\.1\.mlp\.c_fc\.weight"
+    ):
         convert_to_mpoe(model, inplace=True)
     assert type(model) is GPT2LMHeadModel
-    tiny = DistilBertModel(DistilBertConfig(dim=8, n_heads=2, hidden_dim=8, n_layers=1, vocab_size=9))
-    refuses(ValueError, r"a model of t5, .* vit; got DistilBertModel .*sites=", convert_to_mpoe, tiny)
+    tiny = DistilBertModel(
+        DistilBertConfig(dim=8, n_heads=2, hidden_dim=8, n_layers=1, vocab_size=9)
+    )
+    refuses(
+        ValueError, r"a model of t5, .* vit; got DistilBertModel .*sites=", convert_to_mpoe, tiny
+    )
     with pytest.raises(TypeError, match="config must be an MPOEConfig; got dict"):
         convert_to_mpoe(dense_model("gpt2"), {"num_experts": 2})
-    refuses(ValueError, "an MPOE model already", convert_to_mpoe, convert_to_mpoe(dense_model("gpt2")))
+    refuses(
+        ValueError, "an MPOE model already", convert_to_mpoe, convert_to_mpoe(dense_model("gpt2"))
+    )
     shapes = {"up": MPOShape.paper(24, 40), "down": MPOShape.paper(40, 24)}
     with pytest.raises(ValueError, match=r"transformer\.h\.0\.mlp\.c_fc.*\[24, 96\]"):
         convert_to_mpoe(dense_model("gpt2"), MPOEConfig(shape=shapes))
@@ -271,13 +346,21 @@ def test_refusals_come_before_any_work():
         ({"backend": "egaer"}, "got 'egaer'"),
         ({"layers_to_transform": []}, "nothing is left to"),
     ):
-        refuses(ValueError, message, convert_to_mpoe, dense_model("t5"), MPOEConfig(num_experts=2, **options))
+        refuses(
+            ValueError,
+            message,
+            convert_to_mpoe,
+            dense_model("t5"),
+            MPOEConfig(num_experts=2, **options),
+        )
     with pytest.raises(ValueError, match="did you mean 'gelu"):
         convert_to_mpoe(tiny_model("gpt2", "GPT2LMHeadModel", activation_function="quick_gelu"))
 
 
 def test_biases_that_the_dense_network_lacks_start_at_zero():
-    model = convert_to_mpoe(dense_model("llama"), MPOEConfig(num_experts=4, expert_type="dense", expert_bias=True))
+    model = convert_to_mpoe(
+        dense_model("llama"), MPOEConfig(num_experts=4, expert_type="dense", expert_bias=True)
+    )
     biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias")]
     assert [bool(each.any()) for each in biases] == [False] * 2
 
@@ -294,19 +377,25 @@ def test_scale_decoder_outputs_survives():
 def test_a_model_without_weights_and_a_path_that_is_none_are_refused():
     with torch.device("meta"):
         model = dense_model("gpt2")
-    refuses(ValueError, r"model must hold weights; .* is on the device meta", convert_to_mpoe, model)
+    refuses(
+        ValueError, r"model must hold weights; .* is on the device meta", convert_to_mpoe, model
+    )
     for path in (None, 3):
         refuses(TypeError, "path must be the folder of a saved model; got", load_mpoe, path)
 
 
-@pytest.mark.parametrize("family", [pytest.param(t, marks=[pytest.mark.exhaustive] * (t not in FIRST)) for t in TABLE])
+@pytest.mark.parametrize(
+    "family", [pytest.param(t, marks=[pytest.mark.exhaustive] * (t not in FIRST)) for t in TABLE]
+)
 def test_of_every_family(family: str) -> None:
     name = next(name for model_type, _, name in GENERATED if model_type == family)
     dense = tiny_model(family, name)
     mixture = convert_to_mpoe(dense, MPOEConfig(num_experts=4))
     hidden = hidden_size_as_mixture(dense, mixture.mpoe_config)
     wide, less = widened(dense, hidden), widened(dense, hidden - 1)
-    size, smaller, wanted = (sum(p.numel() for p in model.parameters()) for model in (wide, less, mixture))
+    size, smaller, wanted = (
+        sum(p.numel() for p in model.parameters()) for model in (wide, less, mixture)
+    )
     assert abs(size - wanted) <= (size - smaller) / 2
     batch = tiny_batch(dense, family)
     with torch.inference_mode():
@@ -322,10 +411,14 @@ def test_new_units_learn_from_the_first_step_on(kind: str) -> None:
         dense.lm_head.weight = torch.nn.Parameter(torch.randn_like(dense.lm_head.weight))
     wide = widened(dense, size + 24)
     assert torch.equal(wide.get_input_embeddings().weight, dense.get_input_embeddings().weight)
-    assert getattr(wide, "loss_type", None) == getattr(dense, "loss_type", None)  # without it GPT-2 warns
+    assert getattr(wide, "loss_type", None) == getattr(
+        dense, "loss_type", None
+    )  # without it GPT-2 warns
     tokens = torch.randint(0, 100, (2, 9))
     wide(tokens, labels=tokens).loss.backward()
-    (name,) = [n for n, _ in wide.named_parameters() if n.endswith(("wo.weight", "mlp.c_proj.weight"))][:1]
+    (name,) = [
+        n for n, _ in wide.named_parameters() if n.endswith(("wo.weight", "mlp.c_proj.weight"))
+    ][:1]
     grad = wide.get_parameter(name).grad
     assert (grad[:, size:] if kind == "t5" else grad[size:]).abs().sum() > 0
 
@@ -335,9 +428,18 @@ def test_a_mixture_is_refused(family: str) -> None:
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(tiny_config(family))
     words = f"model must be dense; got a {family}, which is a mixture of experts already"
-    for sites in (None, {"holder": "layers.*.mlp", "up": "up", "down": "down", "activation": "silu"}):
+    for sites in (
+        None,
+        {"holder": "layers.*.mlp", "up": "up", "down": "down", "activation": "silu"},
+    ):
         refuses(ValueError, words, convert_to_mpoe, model, sites=sites)
-    refuses(ValueError, f"a wider model must be of t5, .*; got {family}", hidden_size_as_mixture, model, MPOEConfig())
+    refuses(
+        ValueError,
+        f"a wider model must be of t5, .*; got {family}",
+        hidden_size_as_mixture,
+        model,
+        MPOEConfig(),
+    )
 
 
 @pytest.mark.slow
@@ -353,10 +455,14 @@ def test_real_weights_are_kept(shape, gauge, lacks):
     dense = transformers.BertForSequenceClassification.from_pretrained(folder).eval()
     converted = convert_to_mpoe(dense, MPOEConfig(num_experts=8, shape=shape, gauge=gauge)).eval()
     texts = ["A film that is far too long, and worth every minute.", "Dull."]
-    inputs = transformers.AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
+    inputs = transformers.AutoTokenizer.from_pretrained(folder)(
+        texts, padding=True, return_tensors="pt"
+    )
     found, expected = (model(**inputs, output_hidden_states=True) for model in (converted, dense))
     for one, other in zip(
-        (found.logits, *found.hidden_states), (expected.logits, *expected.hidden_states), strict=True
+        (found.logits, *found.hidden_states),
+        (expected.logits, *expected.hidden_states),
+        strict=True,
     ):
         one, other = text_rows(one, inputs), text_rows(other, inputs)
         assert (one - other).abs().max() <= 1e-5 * other.abs().max()

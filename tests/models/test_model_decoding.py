@@ -1,4 +1,5 @@
-"""What `generate` keeps while it runs: same tokens, within its bound, gone afterwards, nothing where it is useless.
+"""What `generate` keeps while it runs: same tokens, within its bound, gone afterwards, nothing
+where it is useless.
 
 Below it, `ExpertCache` with layers alone: same results as without, only while it is in use.
 """
@@ -37,7 +38,8 @@ def _deeper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Full weights wherever they are allowed, and early: models this small never benefit from them."""
+    """Full weights wherever they are allowed, and early: models this small never benefit from
+    them."""
     monkeypatch.setattr("mpoe.layers.expert_cache.PATIENCE", 2)
     monkeypatch.setattr("mpoe.layers.experts.full_weights_pay", lambda *_: True)
 
@@ -58,7 +60,13 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[ExpertCache]:
 def call(family: str, **options) -> dict:
     mask = MASK if family.startswith("t5") else MASK.flip(1)
     ids = batch(family, labels=False)["input_ids"]
-    return {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 6, "do_sample": False, **options}
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "max_new_tokens": 6,
+        "do_sample": False,
+        **options,
+    }
 
 
 def experts(model) -> list[MPOExperts]:
@@ -100,7 +108,8 @@ def test_same_tokens(family, options, mode, converted, made):
 
 @pytest.mark.parametrize("tokens", [PATIENCE, PATIENCE + 2])
 def test_a_short_answer_builds_nothing(tokens, converted, made, monkeypatch):
-    """Folded blocks are kept at once; building full weights takes longer than a few tokens with the cores."""
+    """Folded blocks are kept at once; building full weights takes longer than a few tokens with the
+    cores."""
     monkeypatch.setattr("mpoe.layers.experts.full_weights_pay", lambda *_: True)
     model = converted("gpt2", **LIGHT)
     model.generate(**{**call("gpt2"), "max_new_tokens": tokens, "min_new_tokens": tokens})
@@ -202,9 +211,11 @@ def test_gone_where_generate_fails(converted, made):
     ],
     ids=str,
 )
-def test_memory_is_taken_where_something_is_gained(config, holds_blocks, pays, converted, made, request):
-    """Hidden-side and dense experts have nothing to cache; separable ones, and models this small, only views of their
-    cores."""
+def test_memory_is_taken_where_something_is_gained(
+    config, holds_blocks, pays, converted, made, request
+):
+    """Hidden-side and dense experts have nothing to cache; separable ones, and models this small,
+    only views of their cores."""
     if pays:
         request.getfixturevalue("always")
     model = converted("gpt2", **config)
@@ -222,7 +233,9 @@ def test_nothing_of_weights_that_may_not_be_kept(change, converted, made):
         model.to("meta")
     else:
         for layer in experts(model):
-            torch.nn.utils.parametrize.register_parametrization(layer.up, "central", torch.nn.Identity())
+            torch.nn.utils.parametrize.register_parametrization(
+                layer.up, "central", torch.nn.Identity()
+            )
     for bound in (None, 10**9):
         with kept_while_generating(model, bound) as cache:
             assert cache is None
@@ -231,7 +244,10 @@ def test_nothing_of_weights_that_may_not_be_kept(change, converted, made):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_bound_is_the_size_of_the_dense_layers(dtype, converted):
-    assert decoding_bytes(experts(converted("llama", **LIGHT).to(dtype))) == 4 * 3 * 24 * 48 * dtype.itemsize
+    assert (
+        decoding_bytes(experts(converted("llama", **LIGHT).to(dtype)))
+        == 4 * 3 * 24 * 48 * dtype.itemsize
+    )
 
 
 # ------------------------------------------------------------------ the cache with layers alone
@@ -246,9 +262,13 @@ def at_once(always: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mpoe.layers.expert_cache.PATIENCE", 0)
 
 
-def feed_forward(shape: str = "paper", gated: bool = False, top_k: int = 1, **options) -> MPOEFeedForward:
+def feed_forward(
+    shape: str = "paper", gated: bool = False, top_k: int = 1, **options
+) -> MPOEFeedForward:
     config = MPOEConfig(num_experts=EXPERTS, shape=shape, router=RouterConfig(top_k=top_k))
-    ffn = MPOEFeedForward(24, 48, config, activation="gelu_new", gated=gated, bias=True, **options).eval()
+    ffn = MPOEFeedForward(
+        24, 48, config, activation="gelu_new", gated=gated, bias=True, **options
+    ).eval()
     for projection in ffn.experts.projections().values():
         if projection.bias is not None:
             torch.nn.init.normal_(projection.bias)
@@ -257,7 +277,10 @@ def feed_forward(shape: str = "paper", gated: bool = False, top_k: int = 1, **op
 
 @contextlib.contextmanager
 def kept(*layers: MPOEFeedForward, max_bytes: int = PLENTY) -> Iterator[ExpertCache]:
-    with torch.no_grad(), ExpertCache(max_bytes, [layer.experts for layer in layers]).in_use() as cache:
+    with (
+        torch.no_grad(),
+        ExpertCache(max_bytes, [layer.experts for layer in layers]).in_use() as cache,
+    ):
         yield cache
 
 
@@ -292,7 +315,8 @@ def test_same_results(shape: str, gated: bool, dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("at_once")
 def test_layers_share_the_bound_and_the_first_one_stays() -> None:
-    """A layer has full weights for all its experts or for none: then every pass uses the cores and the kept blocks."""
+    """A layer has full weights for all its experts or for none: then every pass uses the cores and
+    the kept blocks."""
     first, second, other = (feed_forward("light", top_k=2) for _ in range(3))
     with kept(first) as cache:
         first(torch.randn(1, 24))
@@ -345,7 +369,10 @@ def test_training_another_dtype_and_compiled_graphs_use_the_cores() -> None:
         torch.manual_seed(3)
         with torch.set_grad_enabled(grad):
             y = ffn(x)
-            return [y, *(torch.autograd.grad(y.square().sum(), list(ffn.parameters())) if grad else ())]
+            return [
+                y,
+                *(torch.autograd.grad(y.square().sum(), list(ffn.parameters())) if grad else ()),
+            ]
 
     with kept(ffn) as cache:
         found = run(True)
@@ -373,7 +400,10 @@ def test_training_another_dtype_and_compiled_graphs_use_the_cores() -> None:
 def test_where_full_weights_pay(dtype: torch.dtype) -> None:
     """Costly to rebuild: yes. Contracted at no more than a dense layer's cost: no, at any size."""
     costly = [MPOShape.paper(768, 3072), MPOShape.light(768, 3072, 64)]
-    cheap = [MPOShape.separable(768, 3072, left=256, right=64), MPOShape.paper(768, 3072, max_bond=8)]
+    cheap = [
+        MPOShape.separable(768, 3072, left=256, right=64),
+        MPOShape.paper(768, 3072, max_bond=8),
+    ]
     for experts, slots in ((1, 1), (4, 4), (8, 64), (14, 16)):
         for shape in costly:
             assert full_weights_pay((shape, shape.mirrored()), experts, slots, dtype)

@@ -19,10 +19,14 @@ from tests.cases import pairwise
 from .tiny_models import FAMILIES, MASK, batch, dense_model, result, stirred, text_rows
 
 
-@pytest.mark.parametrize(("family", "shape"), pairwise(list(FAMILIES), ["separable", "hidden", "neurons"]))
+@pytest.mark.parametrize(
+    ("family", "shape"), pairwise(list(FAMILIES), ["separable", "hidden", "neurons"])
+)
 @torch.no_grad()
 def test_padding_is_neither_routed_nor_counted(family, shape, converted):
-    model = stirred(converted(family, shape=shape, router=RouterConfig(top_k=2, z_loss_weight=1e-3)))
+    model = stirred(
+        converted(family, shape=shape, router=RouterConfig(top_k=2, z_loss_weight=1e-3))
+    )
     inputs = batch(family)
     out = model(**inputs)
     expected = 2 * int(MASK.sum())
@@ -55,7 +59,9 @@ def test_prompt_labels_are_not_a_padding_mask_for_gpt2(converted):
 
 
 def test_auxiliary_loss_by_hand(converted):
-    model = converted("t5", router=RouterConfig(top_k=2, balance_loss_weight=0.03, z_loss_weight=0.2))
+    model = converted(
+        "t5", router=RouterConfig(top_k=2, balance_loss_weight=0.03, z_loss_weight=0.2)
+    )
     inputs = batch("t5")
     out = model(**inputs)
     masks = [MASK.bool()] * 2 + [inputs["labels"] != -100]
@@ -67,7 +73,9 @@ def test_auxiliary_loss_by_hand(converted):
     torch.testing.assert_close(out.aux_loss, expected)
     torch.testing.assert_close(out.loss, out.task_loss + out.aux_loss)
     out.loss.backward()
-    assert all(m.router.weight.grad.abs().sum() > 0 for m in model.modules() if hasattr(m, "router"))
+    assert all(
+        m.router.weight.grad.abs().sum() > 0 for m in model.modules() if hasattr(m, "router")
+    )
 
 
 def test_tuple_output_starts_like_the_dense_one(converted):
@@ -94,12 +102,19 @@ def test_auxiliary_loss_is_averaged_over_micro_batches(converted):
     assert model.accepts_loss_kwargs is True
 
 
-@pytest.mark.parametrize(("family", "options"), pairwise(["t5", "t5_gated", "gpt2"], [{}, {"num_beams": 2}]))
+@pytest.mark.parametrize(
+    ("family", "options"), pairwise(["t5", "t5_gated", "gpt2"], [{}, {"num_beams": 2}])
+)
 def test_generation_with_and_without_cache_equals_dense(family, options, converted):
     dense, model = dense_model(family), converted(family)
     inputs = batch(family, labels=False)
     mask = MASK if family.startswith("t5") else MASK.flip(1)
-    call = {"input_ids": inputs["input_ids"], "attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    call = {
+        "input_ids": inputs["input_ids"],
+        "attention_mask": mask,
+        "max_new_tokens": 6,
+        "do_sample": False,
+    }
     cached = model.generate(**call, **options)
     assert torch.equal(cached, model.generate(**call, use_cache=False, **options))
     assert torch.equal(cached, dense.generate(**call, **options))
@@ -108,7 +123,12 @@ def test_generation_with_and_without_cache_equals_dense(family, options, convert
 def test_generation_does_not_route_padding_in_the_encoder(converted):
     model = converted("t5", router=RouterConfig(eval_capacity_factor=1.0))
     inputs = batch("t5", labels=False)
-    call = {"attention_mask": MASK, "max_new_tokens": 1, "output_scores": True, "return_dict_in_generate": True}
+    call = {
+        "attention_mask": MASK,
+        "max_new_tokens": 1,
+        "output_scores": True,
+        "return_dict_in_generate": True,
+    }
     other = torch.where(MASK.bool(), inputs["input_ids"], 9)
     scores = [model.generate(ids, **call).scores[0] for ids in (inputs["input_ids"], other)]
     # With a capacity, routed padding would push text tokens out of their experts.
@@ -116,11 +136,15 @@ def test_generation_does_not_route_padding_in_the_encoder(converted):
 
 
 @pytest.mark.parametrize(
-    ("family", "reentrant"), [("t5", False), ("gpt2", False), ("bert_classifier", False), ("gpt2", True)]
+    ("family", "reentrant"),
+    [("t5", False), ("gpt2", False), ("bert_classifier", False), ("gpt2", True)],
 )
 def test_checkpointing_gives_the_same_gradients(family, reentrant, converted):
     """A reentrant one is replaced, with a warning."""
-    model, inputs = converted(family, router=RouterConfig(z_loss_weight=1e-2, capacity_factor=1.5)), batch(family)
+    model, inputs = (
+        converted(family, router=RouterConfig(z_loss_weight=1e-2, capacity_factor=1.5)),
+        batch(family),
+    )
     model.train()
     plain = model(**inputs)
     plain.loss.backward()
@@ -134,7 +158,9 @@ def test_checkpointing_gives_the_same_gradients(family, reentrant, converted):
     assert len(out.router_logits) == len(plain.router_logits)
     for name, parameter in model.named_parameters():
         if name in expected:
-            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+            torch.testing.assert_close(
+                parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name
+            )
 
 
 def test_a_users_checkpoint_contexts_run_too(converted):
@@ -165,7 +191,12 @@ def inductor(tmp_path, monkeypatch, lacks):
 @pytest.mark.parametrize(
     ("family", "backend"),
     [
-        *(("gpt2", "aot_eager"), ("t5", "aot_eager"), ("bert_classifier", "aot_eager"), ("t5", "inductor")),
+        *(
+            ("gpt2", "aot_eager"),
+            ("t5", "aot_eager"),
+            ("bert_classifier", "aot_eager"),
+            ("t5", "inductor"),
+        ),
         pytest.param("gpt2", "inductor", marks=pytest.mark.exhaustive),
     ],
 )
@@ -182,7 +213,9 @@ def test_training_steps_compile_fullgraph(family, backend, converted):
         for output in (expected, found):
             output.loss.backward()
         for (name, eager), other in zip(model.named_parameters(), twin.parameters(), strict=True):
-            torch.testing.assert_close(other.grad, eager.grad, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                other.grad, eager.grad, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            )
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -197,13 +230,24 @@ def test_decoding_steps_compile(family, shape, converted):
     """With a cache of fixed size, one graph serves every step after the first."""
     model = converted(family, shape=shape)
     mask = MASK if family == "t5" else MASK.flip(1)
-    call = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "cache_implementation": "static"}
-    call |= {"inputs": batch(family, labels=False)["input_ids"], "output_logits": True, "return_dict_in_generate": True}
+    call = {
+        "attention_mask": mask,
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "cache_implementation": "static",
+    }
+    call |= {
+        "inputs": batch(family, labels=False)["input_ids"],
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     expected = model.generate(**call)
     model.forward = torch.compile(model.forward, fullgraph=True)
     found = model.generate(**call)
     assert torch.equal(found.sequences, expected.sequences)
-    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4
+    )
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 

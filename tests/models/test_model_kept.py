@@ -1,4 +1,5 @@
-"""Models whose experts keep the dense projections; embedding, head, pooler and attention in MPO form."""
+"""Models whose experts keep the dense projections; embedding, head, pooler and attention in MPO
+form."""
 
 from __future__ import annotations
 
@@ -16,7 +17,17 @@ from mpoe_kernels import MPOShape
 from tests.assertions import refuses
 from tests.cases import pairwise
 
-from .tiny_models import KEPT, batch, config, every_kind, every_model, logits, relative_difference, stirred, tiny_model
+from .tiny_models import (
+    KEPT,
+    batch,
+    config,
+    every_kind,
+    every_model,
+    logits,
+    relative_difference,
+    stirred,
+    tiny_model,
+)
 from .tiny_models import dense_model as dense
 
 TABLES = {"target_modules": ["ffn", "embedding"], "shape": "separable"}
@@ -49,7 +60,9 @@ def test_masked_steps_leave_what_is_shared_alone(kind: str, family: str) -> None
             assert torch.allclose(masked[name], free[name], rtol=1e-4, atol=1e-6), name
 
 
-@pytest.mark.parametrize(("kind", "family"), pairwise(list(KEPT), ["t5_gated", "bert_mlm", "llama"]))
+@pytest.mark.parametrize(
+    ("kind", "family"), pairwise(list(KEPT), ["t5_gated", "bert_mlm", "llama"])
+)
 def test_one_graph_and_export(kind: str, family: str) -> None:
     layer = layers_of(stirred(convert_to_mpoe(dense(family), config(kind))))[0]
     x = torch.randn(2, 5, 24)
@@ -68,10 +81,16 @@ def test_one_graph_and_export(kind: str, family: str) -> None:
 def test_lora_on_the_projections_through_plain_peft(kind: str, family: str) -> None:
     """PEFT wraps the projections as in the dense model; whatever module is there is called."""
     peft = pytest.importorskip("peft")
-    targets = {"gpt2": ["c_fc"], "llama": ["up_proj", "gate_proj", "down_proj"], "bert_mlm": ["output.dense"]}[family]
+    targets = {
+        "gpt2": ["c_fc"],
+        "llama": ["up_proj", "gate_proj", "down_proj"],
+        "bert_mlm": ["output.dense"],
+    }[family]
     model = stirred(convert_to_mpoe(dense(family), config(kind)))
     want = logits(model, family)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, fan_in_fan_out=family == "gpt2"))
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=targets, fan_in_fan_out=family == "gpt2")
+    )
     assert torch.allclose(logits(adapted, family), want)  # LoRA starts at 0
     adapted(**batch(family)).logits.sum().backward()
     found = [p.grad for name, p in adapted.named_parameters() if "lora_B" in name]
@@ -88,12 +107,17 @@ def test_projections_quantised_by_torchao(kind: str, bits: int) -> None:
     if bits == 4:
         granularity = quantization.granularity.PerGroup(8)
         how = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity)
-    model = stirred(convert_to_mpoe(tiny_model("llama", "LlamaForCausalLM", num_hidden_layers=1), config(kind)))
+    model = stirred(
+        convert_to_mpoe(tiny_model("llama", "LlamaForCausalLM", num_hidden_layers=1), config(kind))
+    )
     want = logits(model, "llama")
     targets = ("up_proj", "gate_proj", "down_proj")
     quantization.quantize_(model, how, filter_fn=lambda _, name: name.endswith(targets))
     (layer,) = layers_of(model)
-    assert all(type(module.weight).__module__.startswith("torchao") for module in layer.projections().values())
+    assert all(
+        type(module.weight).__module__.startswith("torchao")
+        for module in layer.projections().values()
+    )
     error = float((logits(model, "llama") - want).abs().max() / want.abs().max())
     assert 0 < error < (0.01 if bits == 8 else 0.2)
     model(**batch("llama")).logits.sum().backward()
@@ -108,7 +132,9 @@ def test_reports(kind: str, family: str, capsys: pytest.CaptureFixture) -> None:
     report, untouched = model.parameter_report(), dense(family)
     assert report["dense_total"] == sum(p.numel() for p in untouched.parameters())
     shared = 0 if latent is None else len(layers) * 2 * 24 * latent
-    assert report["total"] == report["dense_total"] + report["auxiliary"] + report["router"] + shared
+    assert (
+        report["total"] == report["dense_total"] + report["auxiliary"] + report["router"] + shared
+    )
     matrices = 3 if family in ("t5_gated", "llama", "phi3") else 2
     biases = 8 if family in ("gpt2", "bert_mlm") and kind != "hidden" else 0
     f = next(iter(layers.values())).hidden_features
@@ -125,18 +151,25 @@ def test_reports(kind: str, family: str, capsys: pytest.CaptureFixture) -> None:
     assert len(cells) == len(HEADER)
     assert cells[-2:] == (KEPT[kind]["shape"], f"{ratio:.2f}")
     model.mpoe_summary()
-    assert (f" {f // 8} blocks, own" if kind == "hidden" else "8 neurons") in capsys.readouterr().out
-    assert ("block_size=8" if kind == "hidden" else f"neurons=8, latent={latent}") in model_card(model)
+    assert (
+        f" {f // 8} blocks, own" if kind == "hidden" else "8 neurons"
+    ) in capsys.readouterr().out
+    assert ("block_size=8" if kind == "hidden" else f"neurons=8, latent={latent}") in model_card(
+        model
+    )
     assert [name for name, _ in routed_layers(model)] == list(layers)
 
 
 @every_kind
 def test_rates(kind: str) -> None:
-    """A neuron has the scale of a dense one, and by default its rate, from scratch and fine-tuned."""
+    """A neuron has the scale of a dense one, and by default its rate, from scratch and
+    fine-tuned."""
     model = convert_to_mpoe(dense("gpt2"), config(kind))
 
     def groups(**options) -> dict[str, dict]:
-        arguments = MPOETrainingArguments(output_dir="unused", learning_rate=1.0, report_to=[], **options)
+        arguments = MPOETrainingArguments(
+            output_dir="unused", learning_rate=1.0, report_to=[], **options
+        )
         return {group["kind"]: group for group in build_param_groups(model, arguments)}
 
     for regime in ("finetune", "scratch") if kind == "latent" else ():
@@ -164,13 +197,18 @@ def test_shapes_that_a_weight_cannot_have() -> None:
 def test_a_projection_of_another_size_is_refused(kind: str) -> None:
     model = dense("llama")
     model.model.layers[0].mlp.down_proj = nn.Linear(20, 24, bias=False)
-    with pytest.raises(ValueError, match=r"mlp.down_proj must be for a weight \[48, 24\]; got \[20, 24\]"):
+    with pytest.raises(
+        ValueError, match=r"mlp.down_proj must be for a weight \[48, 24\]; got \[20, 24\]"
+    ):
         convert_to_mpoe(model, config(kind))
 
 
 @every_kind
 def test_networks_that_are_no_module_are_refused(kind: str) -> None:
-    message = rf"shape '{KEPT[kind]['shape']}' needs its up projection inside the module \(shape='separable' supports"
+    message = (
+        f"shape '{KEPT[kind]['shape']}' needs its up projection inside the module "
+        r"\(shape='separable' supports"
+    )
     for family, name in (("opt", "OPTForCausalLM"), ("bart", "BartForConditionalGeneration")):
         refuses(ValueError, message, convert_to_mpoe, tiny_model(family, name), config(kind))
 
@@ -187,8 +225,12 @@ def test_tied_head_and_table_learn_together(family):
     bias = 0 if head.bias is None else head.bias
     torch.testing.assert_close(head(x), x @ table.weight.T + bias, rtol=1e-4, atol=1e-4)
     model(**batch(family)).loss.backward()
-    assert all(core.grad is not None and core.grad.abs().sum() > 0 for core in table.cores.parameters())
-    names = [name for name, _ in model.named_parameters() if "head" in name or "decoder.cores" in name]
+    assert all(
+        core.grad is not None and core.grad.abs().sum() > 0 for core in table.cores.parameters()
+    )
+    names = [
+        name for name, _ in model.named_parameters() if "head" in name or "decoder.cores" in name
+    ]
     assert not [name for name in names if "cores" in name]
 
 
@@ -214,7 +256,9 @@ def test_tables_that_are_not_shared_are_refused():
 def test_caps_of_each_component():
     caps = {"max_bond": 7, "attention_max_bond": 6, "embedding_max_bond": 5, "pooler_max_bond": 4}
     targets = ["ffn", "attention", "embedding", "pooler"]
-    model = convert_to_mpoe(dense("bert"), MPOEConfig(shape="paper", target_modules=targets, **caps))
+    model = convert_to_mpoe(
+        dense("bert"), MPOEConfig(shape="paper", target_modules=targets, **caps)
+    )
     largest = {}
     for name, cores in mpo_modules(model):
         kind = next(k for k in ("pooler", "embedding", "attention", "experts") if k in name)
@@ -227,7 +271,9 @@ def test_caps_of_each_component():
 def test_vocabularies_are_padded_and_unknown_ids_refused():
     model = dense("gpt2")
     shape = MPOShape((4, 4, 4), (2, 4, 3), None, None, 60, 24)
-    config = MPOEConfig(target_modules=["embedding"], shape_pattern={"wte": shape}, shape="separable")
+    config = MPOEConfig(
+        target_modules=["embedding"], shape_pattern={"wte": shape}, shape="separable"
+    )
     converted = convert_to_mpoe(model, config)
     table = converted.get_input_embeddings()
     assert (table.cores.shape.padded_in, table.num_embeddings) == (64, 60)
@@ -246,7 +292,9 @@ def test_shapes_by_pattern(tmp_path):
         r"attn\.c_attn": 5,
     }
     model, inputs = dense("gpt2"), batch("gpt2")
-    config = MPOEConfig(num_experts=2, target_modules=["ffn", "attention"], shape_pattern=pattern, shape="separable")
+    config = MPOEConfig(
+        num_experts=2, target_modules=["ffn", "attention"], shape_pattern=pattern, shape="separable"
+    )
     converted = convert_to_mpoe(model, config)
     shapes = {name: cores.shape for name, cores in mpo_modules(converted)}
     assert shapes["transformer.h.0.mlp.experts.up"] == MPOShape.paper(24, 96)
@@ -263,7 +311,10 @@ def test_shapes_by_pattern(tmp_path):
     [
         ({r"h\.7\.mlp": "paper"}, "which is none of the"),
         ({"mlp": MPOShape.paper(24, 96)}, "a mapping with 'up' and 'down'"),
-        ({"wte": {"up": MPOShape.paper(24, 96), "down": MPOShape.paper(96, 24)}}, "which is one matrix"),
+        (
+            {"wte": {"up": MPOShape.paper(24, 96), "down": MPOShape.paper(96, 24)}},
+            "which is one matrix",
+        ),
         ({"wte": MPOShape.paper(24, 24)}, "must be for a weight [60, 24]; got one for [24, 24]"),
     ],
 )

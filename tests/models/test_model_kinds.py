@@ -1,4 +1,5 @@
-"""What models with hidden-side experts, or with neurons, do alone: merging, starts, blocks, patterns, refusals."""
+"""What models with hidden-side experts, or with neurons, do alone: merging, starts, blocks,
+patterns, refusals."""
 
 from __future__ import annotations
 
@@ -25,12 +26,20 @@ def test_shared_blocks_are_plain_mpos(family: str) -> None:
     features, block = layer.hidden_features, 8
     for kind in layer.projections():
         up = kind != "down"
-        factors = ((24, 1), (features // block, block)) if up else ((features // block, block), (24, 1))
+        factors = (
+            ((24, 1), (features // block, block)) if up else ((features // block, block), (24, 1))
+        )
         shape = MPOShape(*factors, central=0)
-        core = layer.experts.auxiliary[{"up": "right", "gate_proj": "right_gate", "down": "left"}[kind]][2, 0]
+        core = layer.experts.auxiliary[
+            {"up": "right", "gate_proj": "right_gate", "down": "left"}[kind]
+        ][2, 0]
         weight = layer.projections()[kind].weight.detach()
         weight = weight if family == "gpt2" else weight.T
-        centre = weight.view(1, 24, -1, block) if up else weight.view(-1, block, 24).permute(0, 2, 1)[None]
+        centre = (
+            weight.view(1, 24, -1, block)
+            if up
+            else weight.view(-1, block, 24).permute(0, 2, 1)[None]
+        )
         cores = [centre, (core if up else core.T).reshape(shape.core_shapes[1])]
         assert tuple(centre.shape) == shape.core_shapes[0]
         found = layer.expert_weights(kind)
@@ -57,7 +66,14 @@ def test_the_mask_compiles_into_two_graphs() -> None:
 
 def test_default_blocks_are_the_largest_divisor_up_to_64() -> None:
     settings = MPOEConfig(shape="hidden")
-    assert [settings.hidden_block(f) for f in (3072, 192, 24, 2816, 11008, 67)] == [64, 64, 24, 64, 64, 1]
+    assert [settings.hidden_block(f) for f in (3072, 192, 24, 2816, 11008, 67)] == [
+        64,
+        64,
+        24,
+        64,
+        64,
+        1,
+    ]
 
 
 def test_dropout_and_padding() -> None:
@@ -93,7 +109,9 @@ def test_training_starts_where_the_dense_model_is(family: str) -> None:
 def test_a_model_from_its_configuration_alone() -> None:
     """Random weights; the experts contribute nothing yet."""
     router = {"scoring_func": "sigmoid", "bias_update_rate": 0.001}
-    wanted = convert_to_mpoe(dense("llama"), config("neurons", 2, router, latent=6, expert_bias=True))
+    wanted = convert_to_mpoe(
+        dense("llama"), config("neurons", 2, router, latent=6, expert_bias=True)
+    )
     torch.manual_seed(0)
     model = type(wanted)(wanted.config).eval()
     layer = next(iter(neuron_modules(model).values()))
@@ -109,20 +127,28 @@ def test_the_start_follows_torch_seed(latent: int | None) -> None:
     model, found = dense("llama"), []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        layer = next(iter(neuron_modules(convert_to_mpoe(model, config("neurons", latent=latent))).values()))
-        found.append(torch.cat([parameter.detach().flatten() for parameter in layer.experts.parameters()]))
+        layer = next(
+            iter(neuron_modules(convert_to_mpoe(model, config("neurons", latent=latent))).values())
+        )
+        found.append(
+            torch.cat([parameter.detach().flatten() for parameter in layer.experts.parameters()])
+        )
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "phi3"])
-def test_neurons_start_as_copies_of_dense_ones(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neurons_start_as_copies_of_dense_ones(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = dense(family)
     noisy, *_ = neuron_modules(convert_to_mpoe(model, config("neurons"))).values()
     monkeypatch.setattr("mpoe.models.sites.START_NOISE", 1e-6)
     layer, *_ = neuron_modules(convert_to_mpoe(model, config("neurons"))).values()
     known = layer.central_weight("up").t()
-    for row, bias in zip(layer.experts.up[2], layer.experts.bias[2] if family == "gpt2" else range(8), strict=True):
+    for row, bias in zip(
+        layer.experts.up[2], layer.experts.bias[2] if family == "gpt2" else range(8), strict=True
+    ):
         place = int((known - row).abs().sum(1).argmin())
         assert torch.allclose(known[place], row, atol=1e-4)
         if family == "gpt2":
@@ -131,13 +157,18 @@ def test_neurons_start_as_copies_of_dense_ones(family: str, monkeypatch: pytest.
             gate = layer.central_weight("gate_proj").t()[place]
             assert (layer.experts.gate_proj[2] - gate).abs().sum(1).min() < 1e-3
     distance = torch.cdist(noisy.experts.up[0].detach(), known.detach()).min(1).values
-    assert 0.1 < float(distance.mean() / 24**0.5 / known.detach().std()) < 0.7  # noise of half the standard deviation
+    assert (
+        0.1 < float(distance.mean() / 24**0.5 / known.detach().std()) < 0.7
+    )  # noise of half the standard deviation
 
 
 def test_shapes_by_pattern() -> None:
     """Some layers have neurons and others blocks: each shape gets its own options."""
     model = dense("llama")
-    for base, pattern in (("neurons", {"layers.1.mlp": "hidden"}), ("hidden", {"layers.0.mlp": "neurons"})):
+    for base, pattern in (
+        ("neurons", {"layers.1.mlp": "hidden"}),
+        ("hidden", {"layers.0.mlp": "neurons"}),
+    ):
         mixed = convert_to_mpoe(model, config("neurons", 2, shape=base, shape_pattern=pattern))
         assert list(neuron_modules(mixed)) == ["model.layers.0.mlp"]
         assert list(hidden_modules(mixed)) == ["model.layers.1.mlp"]
@@ -148,26 +179,42 @@ def test_shapes_by_pattern() -> None:
 
 
 def test_sites_of_a_network_that_ends_in_another_module() -> None:
-    sites = {"holder": "encoder.layer.*", "up": "intermediate.dense", "down": "output.dense", "activation": "gelu"}
+    sites = {
+        "holder": "encoder.layer.*",
+        "up": "intermediate.dense",
+        "down": "output.dense",
+        "activation": "gelu",
+    }
     sites |= {"place": "intermediate", "sums": "output"}
     model = tiny_model("electra", "ElectraForMaskedLM", num_hidden_layers=1, embedding_size=24)
     converted = convert_to_mpoe(model, config("neurons"), sites=sites)
     assert list(neuron_modules(converted)) == ["electra.encoder.layer.0.output"]
     assert torch.equal(logits(converted, "bert_mlm"), logits(model, "bert_mlm"))
-    with pytest.raises(ValueError, match="shape 'neurons' needs its down projection inside the module"):
+    with pytest.raises(
+        ValueError, match="shape 'neurons' needs its down projection inside the module"
+    ):
         convert_to_mpoe(model, config("neurons"), sites={**sites, "sums": ""})
-    with pytest.raises(ValueError, match="shape 'neurons' needs its down projection inside the module"):
+    with pytest.raises(
+        ValueError, match="shape 'neurons' needs its down projection inside the module"
+    ):
         convert_to_mpoe(model, config("neurons"), sites={**sites, "sums": "attention"})
     with pytest.raises(TypeError, match=r"sites\['sums'\] must be a name"):
         convert_to_mpoe(model, config("neurons"), sites={**sites, "sums": 1})
 
 
 def test_what_needs_a_dense_network_is_refused() -> None:
-    refuses(TypeError, r"must be an MPOE model with neurons \(latent=l\); got GPT2", merge_latent, dense("gpt2"))
+    refuses(
+        TypeError,
+        r"must be an MPOE model with neurons \(latent=l\); got GPT2",
+        merge_latent,
+        dense("gpt2"),
+    )
     with pytest.raises(ValueError, match="shape 'neurons' needs a dense network that stays"):
         MPOEFeedForward(16, 24, config("neurons"))
     switch = convert_to_mpoe(dense("llama"), MPOEConfig(num_experts=2, expert_type="dense"))
-    refuses(ValueError, "model must have MPO experts; got expert_type='dense'", merge_experts, switch)
+    refuses(
+        ValueError, "model must have MPO experts; got expert_type='dense'", merge_experts, switch
+    )
     with pytest.raises(ValueError, match="those of shape 'neurons' are added to a dense one"):
         merge_experts(convert_to_mpoe(dense("llama"), config("neurons")))
 
@@ -180,4 +227,6 @@ def test_defaults() -> None:
     assert [each.router.routed_scaling_factor for each in found] == [1.0, 2.0, 2.0, 4.0, 8.0]
     raw = MPOEConfig(shape="neurons", router=RouterConfig(is_scale_prob=True))
     assert raw.router.routed_scaling_factor == 1.0
-    assert MPOEConfig.from_dict(config("neurons", latent=6).to_dict()) == config("neurons", latent=6)
+    assert MPOEConfig.from_dict(config("neurons", latent=6).to_dict()) == config(
+        "neurons", latent=6
+    )

@@ -1,4 +1,5 @@
-"""What other tools expect of a model class and do with a model: remote code, plans, models outside the table."""
+"""What other tools expect of a model class and do with a model: remote code, plans, models outside
+the table."""
 
 from __future__ import annotations
 
@@ -36,11 +37,15 @@ OPEN = (
 
 
 @pytest.mark.slow
-def test_remote_code_opens_a_model_in_a_program_that_does_not_import_mpoe(converted, tmp_path, monkeypatch):
+def test_remote_code_opens_a_model_in_a_program_that_does_not_import_mpoe(
+    converted, tmp_path, monkeypatch
+):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     for shape in ("neurons", "separable"):
         converted("llama", shape=shape).save_pretrained(tmp_path / shape)
-    opened = run_python("-c", OPEN.format("trust_remote_code=True"), tmp_path / "neurons", "AutoModelForCausalLM")
+    opened = run_python(
+        "-c", OPEN.format("trust_remote_code=True"), tmp_path / "neurons", "AutoModelForCausalLM"
+    )
     assert opened.splitlines()[-1] == "MPOELlamaForCausalLM"
     (tmp_path / "separable").rename(tmp_path / "model")
     assert json.loads((tmp_path / "model" / "config.json").read_text())["auto_map"] == {
@@ -49,11 +54,18 @@ def test_remote_code_opens_a_model_in_a_program_that_does_not_import_mpoe(conver
         "AutoModelForCausalLM": "modeling_mpoe.MPOELlamaForCausalLM",
     }
     program = OPEN.format("trust_remote_code=True")
-    for auto, name in (("AutoModelForCausalLM", "MPOELlamaForCausalLM"), ("AutoModel", "MPOELlamaModel")):
+    for auto, name in (
+        ("AutoModelForCausalLM", "MPOELlamaForCausalLM"),
+        ("AutoModel", "MPOELlamaModel"),
+    ):
         assert run_python("-c", program, tmp_path / "model", auto).splitlines()[-1] == name
-    blocked = "import sys; sys.modules['mpoe'] = None; sys.modules['mpoe.models'] = None\n" + program
+    blocked = (
+        "import sys; sys.modules['mpoe'] = None; sys.modules['mpoe.models'] = None\n" + program
+    )
     told = run_python("-c", blocked, tmp_path / "model", "AutoModelForCausalLM", code=1)
-    assert told.splitlines()[-1].startswith("ImportError: this model needs the package mpoe: pip install")
+    assert told.splitlines()[-1].startswith(
+        "ImportError: this model needs the package mpoe: pip install"
+    )
     assert told.rstrip().endswith(f'"mpoe>={mpoe.__version__}"')
 
 
@@ -63,8 +75,12 @@ def test_a_model_opened_by_remote_code_is_saved_as_ever(converted, tmp_path):
     type(model).register_for_auto_class("AutoModelForCausalLM")
     type(model.config).register_for_auto_class()
     model.save_pretrained(tmp_path / "two")
-    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(p.name for p in (tmp_path / "one").iterdir())
-    assert (tmp_path / "two" / "modeling_mpoe.py").read_text() == (tmp_path / "one" / "modeling_mpoe.py").read_text()
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(
+        p.name for p in (tmp_path / "one").iterdir()
+    )
+    assert (tmp_path / "two" / "modeling_mpoe.py").read_text() == (
+        tmp_path / "one" / "modeling_mpoe.py"
+    ).read_text()
 
 
 @torch.no_grad()
@@ -87,11 +103,15 @@ def test_the_tensor_parallel_plan_names_only_what_is_there(converted):
     assert "model.layers.*.mlp.up_proj" in converted("llama", shape="neurons").tp_plan
     hidden = converted("llama", shape="hidden", layers_to_transform=[0])
     assert not [key for key in hidden.tp_plan if ".mlp." in key]
-    assert not {"lm_head", "model.embed_tokens"} & {*converted("llama", target_modules=["ffn", "embedding"]).tp_plan}
+    assert not {"lm_head", "model.embed_tokens"} & {
+        *converted("llama", target_modules=["ffn", "embedding"]).tp_plan
+    }
     partly = converted("llama", layers_to_transform=[1])
     assert "model.layers.*.mlp.up_proj" in partly.tp_plan
     attention = converted(
-        "llama", target_modules=["ffn", "attention"], exclude_modules=["model.layers.0.self_attn.o_proj"]
+        "llama",
+        target_modules=["ffn", "attention"],
+        exclude_modules=["model.layers.0.self_attn.o_proj"],
     )
     assert any(isinstance(module, MPOLinear) for module in attention.modules())
     assert not [key for key in attention.tp_plan if ".layers." in key and "_proj" in key]
@@ -142,7 +162,9 @@ OUTSIDER = ("granite", "GraniteForCausalLM")
 def test_sites_convert_a_model_outside_the_table(tmp_path, monkeypatch):
     model = tiny_model(*OUTSIDER)
     inputs = batch("llama")
-    converted = convert_to_mpoe(model, MPOEConfig(num_experts=2, shape="separable"), sites=LLAMA_SITES)
+    converted = convert_to_mpoe(
+        model, MPOEConfig(num_experts=2, shape="separable"), sites=LLAMA_SITES
+    )
     expected, found = (text_rows(m(**inputs).logits, inputs) for m in (model, converted))
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert len([m for m in converted.modules() if isinstance(m, MPOEFeedForward)]) == 2
@@ -153,8 +175,11 @@ def test_sites_convert_a_model_outside_the_table(tmp_path, monkeypatch):
     beside = convert_to_mpoe(model, MPOEConfig(num_experts=2, shape="neurons"), sites=LLAMA_SITES)
     assert torch.equal(beside(**inputs).logits, model(**inputs).logits)
     save_mpoe_only(converted, tmp_path / "only", model)
-    assert torch.equal(load_mpoe(tmp_path / "only", model)(**inputs).logits, converted(**inputs).logits)
-    # In this process, with its own folder for remote code; a program without mpoe is tested above, with a Llama.
+    assert torch.equal(
+        load_mpoe(tmp_path / "only", model)(**inputs).logits, converted(**inputs).logits
+    )
+    # In this process, with its own folder for remote code; a program without mpoe is tested above,
+    # with a Llama.
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
@@ -163,8 +188,15 @@ def test_sites_convert_a_model_outside_the_table(tmp_path, monkeypatch):
 
 def test_sites_of_an_encoder_see_its_padding():
     inside = {kind: f"DenseReluDense.{name}" for kind, name in (("up", "wi"), ("down", "wo"))}
-    sites = {**inside, "holder": "encoder.block.*.layer.1", "place": "DenseReluDense", "activation": "relu"}
-    model = convert_to_mpoe(dense_model("t5"), MPOEConfig(num_experts=2), sites={**sites, "stream": "encoder"})
+    sites = {
+        **inside,
+        "holder": "encoder.block.*.layer.1",
+        "place": "DenseReluDense",
+        "activation": "relu",
+    }
+    model = convert_to_mpoe(
+        dense_model("t5"), MPOEConfig(num_experts=2), sites={**sites, "stream": "encoder"}
+    )
     tokens = int(batch("t5")["attention_mask"].sum())
     assert model(**batch("t5")).expert_load.sum(1).tolist() == [2 * tokens] * 2
 
@@ -176,12 +208,23 @@ def test_sites_with_fused_projections_and_parts_left_empty():
         (
             "phi3",
             "Phi3ForCausalLM",
-            {"up": "gate_up_proj", "down": "down_proj", "fused": ["gate_proj", "up"], "activation": "silu"},
+            {
+                "up": "gate_up_proj",
+                "down": "down_proj",
+                "fused": ["gate_proj", "up"],
+                "activation": "silu",
+            },
         ),
         (
             "opt",
             "OPTForCausalLM",
-            {"up": "fc1", "down": "fc2", "place": "fc1", "emptied": ["activation_fn", "fc2"], "activation": "relu"},
+            {
+                "up": "fc1",
+                "down": "fc2",
+                "place": "fc1",
+                "emptied": ["activation_fn", "fc2"],
+                "activation": "relu",
+            },
         ),
     ):
         holder = "layers.*.mlp" if model_type == "phi3" else "decoder.layers.*"
@@ -197,30 +240,53 @@ def test_sites_with_fused_projections_and_parts_left_empty():
 @pytest.mark.parametrize(
     ("sites", "kind", "words"),
     [
-        ("mlp", TypeError, "sites must be a mapping with 'holder', 'up', 'down', 'activation'; got str"),
+        (
+            "mlp",
+            TypeError,
+            "sites must be a mapping with 'holder', 'up', 'down', 'activation'; got str",
+        ),
         ({**LLAMA_SITES, "gate": "x"}, ValueError, "sites has no field 'gate'"),
         ({"holder": "layers.*.mlp", "up": "up_proj"}, ValueError, "down, activation is missing"),
         ({**LLAMA_SITES, "up": 3}, TypeError, "sites['up'] must be a name; got 3"),
-        ({**LLAMA_SITES, "emptied": "act"}, TypeError, "sites['emptied'] must be a list of names; got 'act'"),
-        ({**LLAMA_SITES, "holder": "mlp"}, ValueError, "must hold a * for the number of the layer; got 'mlp'"),
+        (
+            {**LLAMA_SITES, "emptied": "act"},
+            TypeError,
+            "sites['emptied'] must be a list of names; got 'act'",
+        ),
+        (
+            {**LLAMA_SITES, "holder": "mlp"},
+            ValueError,
+            "must hold a * for the number of the layer; got 'mlp'",
+        ),
         ({**LLAMA_SITES, "activation": "silo"}, ValueError, "did you mean 'silu'"),
-        ({**LLAMA_SITES, "holder": "blocks.*.mlp"}, ValueError, "has no dense ffn modules to convert"),
+        (
+            {**LLAMA_SITES, "holder": "blocks.*.mlp"},
+            ValueError,
+            "has no dense ffn modules to convert",
+        ),
     ],
 )
 def test_sites_that_do_not_fit(sites, kind, words):
     with pytest.raises(kind) as caught:
-        convert_to_mpoe(tiny_model(*OUTSIDER), MPOEConfig(num_experts=2, shape="separable"), sites=sites)
+        convert_to_mpoe(
+            tiny_model(*OUTSIDER), MPOEConfig(num_experts=2, shape="separable"), sites=sites
+        )
     assert words in str(caught.value)
 
 
 def test_classes_of_a_known_family_without_a_usual_head_are_refused():
     model = transformers.BertForNextSentencePrediction(dense_model("bert").config)
-    with pytest.raises(ValueError, match=r"one of .*BertForMaskedLM.*; got BertForNextSentencePrediction .*sites="):
+    with pytest.raises(
+        ValueError, match=r"one of .*BertForMaskedLM.*; got BertForNextSentencePrediction .*sites="
+    ):
         convert_to_mpoe(model)
 
 
 def test_tables_that_scale_their_rows_are_refused():
-    with pytest.raises(ValueError, match=r"embed_tokens is a Gemma3TextScaledWordEmbedding, which does more than look"):
+    with pytest.raises(
+        ValueError,
+        match=r"embed_tokens is a Gemma3TextScaledWordEmbedding, which does more than look",
+    ):
         convert_to_mpoe(
             tiny_model("gemma3_text", "Gemma3ForCausalLM"),
             MPOEConfig(target_modules=["ffn", "embedding"], shape="separable"),

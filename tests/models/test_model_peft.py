@@ -37,7 +37,9 @@ GATED = ("t5_gated", "llama")
 
 def core_config(family: str, **values: object):
     experts = ["up", "down", *(["gate_proj"] if family in GATED else [])]
-    return lora_on_cores(peft.LoraConfig(r=3, target_modules=[*ATTENTION[family], *experts], **values))
+    return lora_on_cores(
+        peft.LoraConfig(r=3, target_modules=[*ATTENTION[family], *experts], **values)
+    )
 
 
 @torch.no_grad()
@@ -50,14 +52,18 @@ def test_trains_saves_loads_and_merges(family, shape, converted, tmp_path):
     base, inputs = converted(family, shape=shape), batch(family)
     before = logits(base, inputs)
     state = copy.deepcopy(base.state_dict())
-    adapted = peft.get_peft_model(copy.deepcopy(base), core_config(family, modules_to_save=["router"]))
+    adapted = peft.get_peft_model(
+        copy.deepcopy(base), core_config(family, modules_to_save=["router"])
+    )
     torch.testing.assert_close(logits(adapted, inputs), before)
     losses = fit(adapted, [inputs] * 3)
     assert losses[-1] < losses[0]
     after = logits(adapted, inputs)
     assert (after - before).abs().max() > 1e-3
     # every core of every expert projection takes part
-    moved = [name for name, p in adapted.named_parameters() if "lora_B" in name and p.abs().max() > 0]
+    moved = [
+        name for name, p in adapted.named_parameters() if "lora_B" in name and p.abs().max() > 0
+    ]
     for name, cores in mpo_modules(adapted):
         stem = name.removesuffix(".base_layer")
         assert sum(m.startswith(f"{stem}.") for m in moved) == cores.shape.num_cores
@@ -86,10 +92,14 @@ def test_an_adapted_expert_is_its_cores_plus_the_product(rooted, scale, converte
     assert {k: base.parameter_report()[k] for k in same} == {k: report[k] for k in same}
     added = base.parameter_report()["rest"] - report["rest"]
     assert base.parameter_report()["dense_total"] == report["dense_total"] + added
-    layer = next(module for module in adapted.modules() if isinstance(module, MPOEFeedForward)).experts.up
+    layer = next(
+        module for module in adapted.modules() if isinstance(module, MPOEFeedForward)
+    ).experts.up
     for values in (*layer.lora_A["default"].values(), *layer.lora_B["default"].values()):
         torch.nn.init.normal_(values)
-    for name, core, plain in zip(layer.core_names(), layer.cores(), layer.base_layer.cores(), strict=True):
+    for name, core, plain in zip(
+        layer.core_names(), layer.cores(), layer.base_layer.cores(), strict=True
+    ):
         key = name.replace(".", "_")
         a, b = layer.lora_A["default"][key], layer.lora_B["default"][key]
         d, i, j, d_next = plain.shape[-4:]
@@ -119,19 +129,27 @@ def test_dense_experts_are_parameters_that_peft_knows(converted, tmp_path):
     base, inputs = merge_experts(converted("t5_gated")), batch("t5_gated")
     before = logits(base, inputs)
     config = peft.LoraConfig(
-        r=2, target_modules=["q", "v"], target_parameters=[f"experts.{k}.weight" for k in ("up", "gate_proj", "down")]
+        r=2,
+        target_modules=["q", "v"],
+        target_parameters=[f"experts.{k}.weight" for k in ("up", "gate_proj", "down")],
     )
     adapted = peft.get_peft_model(copy.deepcopy(base), config)
     torch.testing.assert_close(logits(adapted, inputs), before, rtol=1e-4, atol=1e-4)
     losses = fit(adapted, [inputs] * 3)
     assert losses[-1] < losses[0]
-    moved = [n for n, p in adapted.named_parameters() if "experts.up" in n and "lora_B" in n and p.abs().max() > 0]
+    moved = [
+        n
+        for n, p in adapted.named_parameters()
+        if "experts.up" in n and "lora_B" in n and p.abs().max() > 0
+    ]
     assert len(moved) == 3  # in every layer
     after = logits(adapted, inputs)
     adapted.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     torch.testing.assert_close(logits(loaded, inputs), after, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(logits(loaded.merge_and_unload(), inputs), after, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits(loaded.merge_and_unload(), inputs), after, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -145,28 +163,45 @@ def test_dense_experts_are_parameters_that_peft_knows(converted, tmp_path):
 )
 def test_what_has_no_meaning_on_cores_is_refused(values, message):
     refuses(ValueError, message, lora_on_cores, peft.LoraConfig(target_modules=["up"], **values))
-    refuses(TypeError, r"must be a peft\.LoraConfig; got IA3Config", lora_on_cores, peft.IA3Config())
+    refuses(
+        TypeError, r"must be a peft\.LoraConfig; got IA3Config", lora_on_cores, peft.IA3Config()
+    )
 
 
 def test_a_configuration_that_names_cores_needs_no_preparation(converted, tmp_path):
     base, inputs = converted("gpt2"), batch("gpt2")
-    adapted = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["up", "down"]))
+    adapted = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["up", "down"])
+    )
     fit(adapted, [inputs] * 3)
     adapted.save_pretrained(tmp_path)
-    config = lora_on_cores(peft.LoraConfig.from_pretrained(tmp_path))  # the earlier way, which must still work
+    config = lora_on_cores(
+        peft.LoraConfig.from_pretrained(tmp_path)
+    )  # the earlier way, which must still work
     loaded = peft.PeftModel.from_pretrained(base, tmp_path, config=config).eval()
     assert torch.equal(logits(loaded, inputs), logits(adapted.eval(), inputs))
     with pytest.raises(ValueError, match="LoRA on MPO cores has no use_dora"):
-        peft.get_peft_model(converted("gpt2"), peft.LoraConfig(target_modules=["up"], use_dora=True))
+        peft.get_peft_model(
+            converted("gpt2"), peft.LoraConfig(target_modules=["up"], use_dora=True)
+        )
 
 
 def test_an_infinite_addition_is_not_merged(converted):
     adapted = peft.get_peft_model(converted("gpt2"), core_config("gpt2"))
     before = copy.deepcopy(adapted.state_dict())
-    layer = next(module for module in adapted.modules() if isinstance(module, MPOEFeedForward)).experts.up
+    layer = next(
+        module for module in adapted.modules() if isinstance(module, MPOEFeedForward)
+    ).experts.up
     layer.lora_B["default"]["central"].data.fill_(float("inf"))
-    refuses(ValueError, "must be finite to be merged; its addition to central is not", layer.merge, safe_merge=True)
-    assert all(torch.equal(v, before[n]) for n, v in adapted.state_dict().items() if "base_layer" in n)
+    refuses(
+        ValueError,
+        "must be finite to be merged; its addition to central is not",
+        layer.merge,
+        safe_merge=True,
+    )
+    assert all(
+        torch.equal(v, before[n]) for n, v in adapted.state_dict().items() if "base_layer" in n
+    )
 
 
 def test_without_peft_the_extra_is_named(monkeypatch):

@@ -1,4 +1,5 @@
-"""The table of a model's MPO weights, freezing the parts that the experts share, and the model card."""
+"""The table of a model's MPO weights, freezing the parts that the experts share, and the model
+card."""
 
 from __future__ import annotations
 
@@ -11,7 +12,14 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from mpoe import MPOEConfig, MPOETrainer, MPOETrainingArguments, convert_to_mpoe, load_mpoe, save_mpoe_only
+from mpoe import (
+    MPOEConfig,
+    MPOETrainer,
+    MPOETrainingArguments,
+    convert_to_mpoe,
+    load_mpoe,
+    save_mpoe_only,
+)
 from mpoe.models import MPOEGPT2Model, mpo_modules, parameter_kind
 from mpoe.models.report import CARD_FILE, HEADER, model_card, short_name, summarize, write_card
 from mpoe.training import freeze_all_but_experts
@@ -31,7 +39,9 @@ def test_a_row_for_every_weight(converted):
         told = f"{error:.1e}" if error else "0", plan.strategy, f"{plan.x_dense:.2f}"
         assert rows[name][6:] == told
     report = model.parameter_report()
-    central, own = ([cells[column].replace(",", "") for cells in rows.values()] for column in (4, 5))
+    central, own = (
+        [cells[column].replace(",", "") for cells in rows.values()] for column in (4, 5)
+    )
     assert sum(map(int, central)) == report["central"]
     assert sum(math.prod(map(int, each.split(" x "))) for each in own) == report["auxiliary"]
 
@@ -71,7 +81,9 @@ def test_errors_that_a_checkpoint_does_not_hold(converted, tmp_path, kept):
     converted("gpt2", max_bond=3, shape="paper").save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     values["conversion_errors"] = kept
-    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({k: v for k, v in values.items() if v is not None})
+    )
     assert {cells[6] for cells in summarize(load_mpoe(tmp_path), 8).values()} == {"-"}
 
 
@@ -119,7 +131,9 @@ def test_base_survives_saving_and_folders_stay_private(tmp_path: Path) -> None:
     assert "base_model" not in local
 
 
-@pytest.mark.parametrize("edit", [lambda text: "# Mine\n", lambda text: text.replace("0.5", "0.9"), lambda text: ""])
+@pytest.mark.parametrize(
+    "edit", [lambda text: "# Mine\n", lambda text: text.replace("0.5", "0.9"), lambda text: ""]
+)
 def test_only_our_own_unedited_card_is_replaced(tmp_path: Path, edit: Any) -> None:
     model, file = mixture(), tmp_path / CARD_FILE
     assert write_card(model, tmp_path, {"loss": 0.5})
@@ -159,7 +173,9 @@ def test_a_card_on_the_hub_stays(hub) -> None:
 
 def test_pushing_from_the_trainer(hub, tmp_path: Path) -> None:
     model = mixture()
-    arguments = MPOETrainingArguments(str(tmp_path), use_cpu=True, hub_model_id="me/mixture", report_to="none")
+    arguments = MPOETrainingArguments(
+        str(tmp_path), use_cpu=True, hub_model_id="me/mixture", report_to="none"
+    )
     trainer = MPOETrainer(model=model, args=arguments)
     trainer.state.log_history = [{"eval_loss": 0.25, "eval_runtime": 3.0, "step": 7}, {"loss": 1.0}]
     trainer.push_to_hub()

@@ -1,4 +1,5 @@
-"""Tiny random models of every family and head that conversion supports, batches for them, experts of domains."""
+"""Tiny random models of every family and head that conversion supports, batches for them, experts
+of domains."""
 
 from __future__ import annotations
 
@@ -35,7 +36,14 @@ USUAL = {
     "eos_token_id": 1,
     "num_labels": 3,
 }
-T5 = {"d_model": HIDDEN, "d_ff": INNER, "d_kv": 6, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+T5 = {
+    "d_model": HIDDEN,
+    "d_ff": INNER,
+    "d_kv": 6,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
 T5 |= {"num_decoder_layers": 1}
 OWN = {
     "t5": {**T5, "feed_forward_proj": "relu"},
@@ -54,7 +62,11 @@ OWN = {
         "decoder_attention_heads": 4,
     },
     "roberta": {"max_position_embeddings": 40},
-    "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4},
+    "deberta-v2": {
+        "relative_attention": True,
+        "pos_att_type": ["c2p", "p2c"],
+        "position_buckets": 4,
+    },
     "modernbert": {"cls_token_id": 0, "sep_token_id": 1, "num_hidden_layers": 3},
     "vit": {"image_size": 8, "patch_size": 4},
     "gemma3_text": {"sliding_window": 4, "num_hidden_layers": 3},
@@ -66,7 +78,9 @@ def heads_of(families):
     return [
         (model_type, auto, name)
         for model_type in families
-        for auto, name in {name: (auto, name) for auto, name in reversed(dense_names(model_type).items())}.values()
+        for auto, name in {
+            name: (auto, name) for auto, name in reversed(dense_names(model_type).items())
+        }.values()
     ]
 
 
@@ -76,8 +90,14 @@ GENERATED = heads_of(TABLE)
 def tiny_config(model_type, **changes):
     """The configuration of a tiny dense model."""
     old = model_type in ("t5", "mt5", "umt5", "gpt2")  # they use other names for sizes
-    usual = {k: v for k, v in USUAL.items() if not old or k in ("vocab_size", "num_labels") or k.endswith("_id")}
-    return transformers.AutoConfig.for_model(model_type, **{**usual, **OWN.get(model_type, {}), **changes})
+    usual = {
+        k: v
+        for k, v in USUAL.items()
+        if not old or k in ("vocab_size", "num_labels") or k.endswith("_id")
+    }
+    return transformers.AutoConfig.for_model(
+        model_type, **{**usual, **OWN.get(model_type, {}), **changes}
+    )
 
 
 def tiny_model(model_type, name, **changes):
@@ -119,8 +139,14 @@ def result(output):
 
 def text_rows(tensor, inputs):
     """The rows of a result that are not padding, if it has one row per label or input token."""
-    labels, mask = inputs.get("labels", torch.empty(0)), inputs.get("attention_mask", torch.empty(0))
-    kept = next((k for k in (labels != -100, mask.bool()) if k.dim() == 2 and k.shape == tensor.shape[:2]), None)
+    labels, mask = (
+        inputs.get("labels", torch.empty(0)),
+        inputs.get("attention_mask", torch.empty(0)),
+    )
+    kept = next(
+        (k for k in (labels != -100, mask.bool()) if k.dim() == 2 and k.shape == tensor.shape[:2]),
+        None,
+    )
     return tensor if kept is None else tensor[kept]
 
 
@@ -135,7 +161,10 @@ NO_DROPOUT = {
 _T5 = ("t5", "T5ForConditionalGeneration")
 FAMILIES = {
     "t5": (*_T5, NO_DROPOUT["t5"]),
-    "t5_gated": (*_T5, {**NO_DROPOUT["t5"], "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "t5_gated": (
+        *_T5,
+        {**NO_DROPOUT["t5"], "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
     "gpt2": ("gpt2", "GPT2LMHeadModel", NO_DROPOUT["gpt2"]),
     "bert": ("bert", "BertModel", NO_DROPOUT["bert"]),
     "bert_classifier": ("bert", "BertForSequenceClassification", NO_DROPOUT["bert"]),
@@ -172,7 +201,8 @@ def batch(family, labels=True):
 
 
 def relative_difference(one, other, inputs):
-    """The largest difference between two outputs' rows that are not padding, relative to the largest number."""
+    """The largest difference between two outputs' rows that are not padding, relative to the
+    largest number."""
     a, b = (text_rows(result(output), inputs) for output in (one, other))
     return float((a - b).abs().max() / a.abs().max())
 
@@ -184,7 +214,8 @@ def logits(model, family):
         return text_rows(result(model(**inputs)), inputs)
 
 
-# ------------------------------------------------------------- experts that keep the dense projections
+# ------------------------------------------------------------- experts that keep the dense
+# projections
 
 # name -> the fields of its configuration
 KEPT = {
@@ -212,7 +243,9 @@ def stirred(model):
             for parameter in module.experts.parameters():
                 nn.init.normal_(parameter, std=0.4)
         elif isinstance(module, NeuronFeedForward):
-            for parameter in filter(lambda p: p is not None, (module.experts.down, module.experts.bias)):
+            for parameter in filter(
+                lambda p: p is not None, (module.experts.down, module.experts.bias)
+            ):
                 nn.init.normal_(parameter, std=0.4)
         elif isinstance(module, MPOCores):
             for core in module.auxiliary:
@@ -224,7 +257,10 @@ def stirred(model):
 
 def fit(model: Any, batches: list[dict[str, torch.Tensor]], rate: float = 0.02) -> list[float]:
     """A step of AdamW for each batch; returns the losses."""
-    optimizer, losses = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], rate), []
+    optimizer, losses = (
+        torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], rate),
+        [],
+    )
     for each in batches:
         loss = model(**each).loss
         loss.backward()
@@ -235,7 +271,8 @@ def fit(model: Any, batches: list[dict[str, torch.Tensor]], rate: float = 0.02) 
     return losses
 
 
-# ------------------------------------------------------------- experts trained apart, on domains of disjoint words
+# ------------------------------------------------------------- experts trained apart, on domains of
+# disjoint words
 
 few_records = functools.cache(
     lambda: tuple(embedded.read_package(Path(numpy.polynomial.__file__).parent, "numpy.polynomial"))
@@ -261,7 +298,8 @@ def tokenizer(words: int = VOCABULARY) -> Any:
 
 
 def domain(number: int, seed: int = 0, rows: int = 32) -> list[dict[str, torch.Tensor]]:
-    """Texts of one domain: every token is followed by a fixed one of the same domain, or, one in five, by any."""
+    """Texts of one domain: every token is followed by a fixed one of the same domain, or, one in
+    five, by any."""
     generator = torch.Generator().manual_seed(100 * number + seed)
     follower = torch.randperm(DOMAIN, generator=torch.Generator().manual_seed(number))
     ids = torch.randint(DOMAIN, (rows, 16), generator=generator)
@@ -279,8 +317,15 @@ def lessons(number: int, rounds: int) -> list[dict[str, torch.Tensor]]:
 
 def language_model() -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=32, pad_token_id=0, **sizes)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, max_position_embeddings=32, pad_token_id=0, **sizes
+    )
     model = transformers.LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

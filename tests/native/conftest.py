@@ -1,4 +1,5 @@
-"""If the compiled backend is not built, its tests skip and give the reason (with ``MPOE_REQUIRE_ALL``: fail)."""
+"""If the compiled backend is not built, its tests skip and give the reason (with
+``MPOE_REQUIRE_ALL``: fail)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""The compiled hot loop of every CPU micro-kernel: multiply-adds, loads and loop control, and nothing else.
+"""The compiled hot loop of every CPU micro-kernel: multiply-adds, loads and loop control, and
+nothing else.
 
-Read with binutils (objdump, c++filt) from the built library. The limits are what GCC 12 and GCC 14 reach. The
-baseline's loops (*_generic.cpp) are told but not checked: SSE2 has neither multiply-adds nor broadcasts from memory.
+Read with binutils (objdump, c++filt) from the built library. The limits are what GCC 12 and GCC 14
+reach. The baseline's loops (*_generic.cpp) are told but not checked: SSE2 has neither multiply-adds
+nor broadcasts from memory.
 """
 
 from __future__ import annotations
@@ -18,22 +20,32 @@ import pytest
 
 from mpoe_kernels.native_library import NATIVE_LIBRARY
 
-# Functions with a micro-kernel's loop: rows times a packed panel, dots of rows, few rows of a hidden-side expert.
+# Functions with a micro-kernel's loop: rows times a packed panel, dots of rows, few rows of a
+# hidden-side expert.
 KERNEL = re.compile(r"\b(register_tile|tile_of|multiply_tiles|dot_tile|few_columns)<")
 MULTIPLY_ADD = re.compile(r"vfmadd\d+ps|vdpbf16ps|tdpbf16ps|mulps")
 LOAD = re.compile(r"v?(movdq|movup|movap|movss|pbroadcast|broadcast|pmovzxwd)\w*|tileloadd")
 CONTROL = re.compile(r"add|sub|inc|dec|cmp|test|lea|j\w+")  # in registers
 MOST_CONTROL = 6  # three pointers, the count, a comparison, the jump
 COPY = re.compile(r"%r\w+,%r\w+")  # of a mov between general registers, which renaming makes free
-UNPACK = re.compile(r"vp(slld|andd?)|vandps")  # splits a pair of bfloat16 numbers where no instruction multiplies them
-# Number of loops per file, float32 and bfloat16. Tiles: one per number of rows, reading in place and from a packed
-# panel; with 16 floats per vector also one for half a panel; AMX: tiles of up to 16 and up to 32 rows. Dots: of whole
-# tiles and of the last rows and columns.
-TILES = {"gemm_avx2": (12, 10), "gemm_avx512": (42, 39), "gemm_avx512bf16": (42, 42), "gemm_amx": (0, 2)}
+UNPACK = re.compile(
+    r"vp(slld|andd?)|vandps"
+)  # splits a pair of bfloat16 numbers where no instruction multiplies them
+# Number of loops per file, float32 and bfloat16. Tiles: one per number of rows, reading in place
+# and from a packed panel; with 16 floats per vector also one for half a panel; AMX: tiles of up to
+# 16 and up to 32 rows. Dots: of whole tiles and of the last rows and columns.
+TILES = {
+    "gemm_avx2": (12, 10),
+    "gemm_avx512": (42, 39),
+    "gemm_avx512bf16": (42, 42),
+    "gemm_amx": (0, 2),
+}
 LOOPS = {
     **{(name, "tile"): counts for name, counts in TILES.items()},
     **{(f"gemm_{isa}", "dot_tile"): (4, 4) for isa in ("avx2", "avx512", "avx512bf16")},
-    **{(f"hidden_experts_{isa}", "few_columns"): (2, 2) for isa in ("avx2", "avx512", "avx512bf16")},
+    **{
+        (f"hidden_experts_{isa}", "few_columns"): (2, 2) for isa in ("avx2", "avx512", "avx512bf16")
+    },
 }
 
 
@@ -44,7 +56,8 @@ class Instruction(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """The loop of a micro-kernel: its source file without suffix, its function as written, and what is in it."""
+    """The loop of a micro-kernel: its source file without suffix, its function as written, and what
+    is in it."""
 
     file: str
     kernel: str
@@ -62,10 +75,13 @@ class Loop(NamedTuple):
     @property
     def unpacks(self) -> bool:
         """Whether numbers of bfloat16 become floats in the loop."""
-        return self.half and (self.kind == "few_columns" or self.file in ("gemm_avx2", "gemm_avx512"))
+        return self.half and (
+            self.kind == "few_columns" or self.file in ("gemm_avx2", "gemm_avx512")
+        )
 
     def most_loads(self) -> int | None:
-        """Operands of the loop, each loaded once in every step; None: not known from the function's name."""
+        """Operands of the loop, each loaded once in every step; None: not known from the function's
+        name."""
         numbers = [int(n) for n in re.findall(r"(?<=[ ,])\d+(?=[,>])", self.kernel)]
         steps = 2 if self.unpacks and self.kind != "few_columns" else 1
         if self.kernel.startswith("multiply_tiles"):
@@ -80,7 +96,8 @@ def output(*command: str) -> str:
 
 
 def kernels(library: Path) -> dict[int, tuple[str, str]]:
-    """Address of every function with a micro-kernel's loop -> its source file and its demangled name."""
+    """Address of every function with a micro-kernel's loop -> its source file and its demangled
+    name."""
     found, source = {}, ""
     for line in output("objdump", "-t", "-C", str(library)).splitlines():
         match = re.match(r"([0-9a-f]+) (.{7}) \S+\s+[0-9a-f]+\s+(.*)", line)
@@ -106,7 +123,8 @@ def functions(library: Path) -> dict[int, list[Instruction]]:
 
 
 def hot_loops(body: list[Instruction]) -> list[list[Instruction]]:
-    """The innermost loops that contain a multiply-add; what calls or returns is a jump back from code aside."""
+    """The innermost loops that contain a multiply-add; what calls or returns is a jump back from
+    code aside."""
     place = {instruction.address: i for i, instruction in enumerate(body)}
     spans = []
     for i, (_, name, operands) in enumerate(body):
@@ -118,7 +136,8 @@ def hot_loops(body: list[Instruction]) -> list[list[Instruction]]:
     return [
         loop
         for loop in loops
-        if any(MULTIPLY_ADD.fullmatch(i.name) for i in loop) and not any(i.name in ("call", "ret") for i in loop)
+        if any(MULTIPLY_ADD.fullmatch(i.name) for i in loop)
+        and not any(i.name in ("call", "ret") for i in loop)
     ]
 
 
@@ -127,7 +146,9 @@ def find_loops(library: Path) -> list[Loop]:
     for address, (file, name) in sorted(kernels(library).items(), key=lambda item: item[1]):
         kernel = re.sub(r"\(anonymous namespace\)::|mpoe::|void |>\((?!anon).*", "", name) + ">"
         # None: the function calls the one with the loop.
-        loops += [Loop(file, kernel, instructions) for instructions in hot_loops(bodies.get(address, []))]
+        loops += [
+            Loop(file, kernel, instructions) for instructions in hot_loops(bodies.get(address, []))
+        ]
     return loops
 
 
@@ -145,7 +166,9 @@ def complaints(loop: Loop) -> list[str]:
         loads += "(" in operands
         allowed = MULTIPLY_ADD.fullmatch(name) or (loop.unpacks and UNPACK.fullmatch(name))
         # Between registers: a copy before a multiply-add that overwrites its operand.
-        if not allowed and not (LOAD.fullmatch(name) and ("(" in operands or (loop.unpacks and "ap" in name))):
+        if not allowed and not (
+            LOAD.fullmatch(name) and ("(" in operands or (loop.unpacks and "ap" in name))
+        ):
             wrong.append(f"{name} {operands} is no multiply-add, load or loop control")
     if control > MOST_CONTROL:
         wrong.append(f"{control} instructions of loop control, at most {MOST_CONTROL} allowed")
@@ -165,7 +188,10 @@ def faults(loops: list[Loop]) -> list[str]:
     for (file, kind), expected in LOOPS.items():
         for half in (False, True):
             if (count := seen[file, kind, half]) != expected[half]:
-                found.append(f"{file}.cpp: {count} loops of {kind}, expected {expected[half]} (bfloat16: {half})")
+                found.append(
+                    f"{file}.cpp: {count} loops of {kind}, expected {expected[half]} (bfloat16: "
+                    f"{half})"
+                )
     return found
 
 
@@ -185,7 +211,9 @@ jne 0 <loop>"""
 
 
 @pytest.mark.slow  # of GCC; other compilers may need more
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the counts are of x86-64")
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="the counts are of x86-64"
+)
 def test_loops_of_the_built_library() -> None:
     if shutil.which("objdump") is None:
         pytest.skip("binutils is not installed")
@@ -194,7 +222,9 @@ def test_loops_of_the_built_library() -> None:
 
 def body(text: str) -> list[Instruction]:
     lines = (line.partition(" ") for line in text.splitlines())
-    return [Instruction(address, name, operands) for address, (name, _, operands) in enumerate(lines)]
+    return [
+        Instruction(address, name, operands) for address, (name, _, operands) in enumerate(lines)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -203,16 +233,28 @@ def body(text: str) -> list[Instruction]:
         ("", "", None),
         ("%zmm0,%zmm2,%zmm3", "-0x40(%rsp),%zmm2,%zmm3", "touches the stack"),
         ("%zmm0,%zmm2,%zmm5", "(%rcx),%zmm2,%zmm5", "5 loads of 4 operands"),
-        ("vbroadcastss (%rax),%zmm2", "vbroadcastss %xmm7,%zmm2", "is no multiply-add, load or loop control"),
+        (
+            "vbroadcastss (%rax),%zmm2",
+            "vbroadcastss %xmm7,%zmm2",
+            "is no multiply-add, load or loop control",
+        ),
         ("cmp %rdi,%rsi", "cmp %rdi,(%rsi)", "is no multiply-add, load or loop control"),
         ("add $0x4,%rax", "vpslld $0x10,%zmm0,%zmm0", "is no multiply-add, load or loop control"),
-        ("add $0x4,%rax", "\n".join(["add $0x4,%rax"] * 5), "7 instructions of loop control, at most 6 allowed"),
+        (
+            "add $0x4,%rax",
+            "\n".join(["add $0x4,%rax"] * 5),
+            "7 instructions of loop control, at most 6 allowed",
+        ),
     ],
 )
 def test_each_fault_is_named(old: str, new: str, said: str | None) -> None:
     (loop,) = hot_loops(body(TILE))
     assert loop == body(TILE)
     found = complaints(
-        Loop("gemm_avx512", "register_tile<float, 2, 2, RowOffsets<2> >", body(TILE.replace(old, new) if old else TILE))
+        Loop(
+            "gemm_avx512",
+            "register_tile<float, 2, 2, RowOffsets<2> >",
+            body(TILE.replace(old, new) if old else TILE),
+        )
     )
     assert any(fault.endswith(said) for fault in found) if said else found == []

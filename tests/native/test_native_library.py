@@ -30,7 +30,10 @@ SHAPE = MPOShape((4, 3, 1), (1, 5, 2), max_bond=3)
 
 
 def forward_call(**changes: Any) -> ForwardCall:
-    blocks, routing = random_blocks(SHAPE, 2, torch.float32), route(torch.tensor([[0], [1], [1]]), 2)
+    blocks, routing = (
+        random_blocks(SHAPE, 2, torch.float32),
+        route(torch.tensor([[0], [1], [1]]), 2),
+    )
     call = ForwardCall(
         x=torch.randn(3, SHAPE.in_features),
         left=blocks.left,
@@ -54,7 +57,9 @@ def backward_call() -> BackwardCall:
     given = {name: getattr(forward_call(), name) for name in shared}
     slots, bond = 3, given["right"].shape[1]
     rows = torch.randn(slots, SHAPE.out_features)
-    return BackwardCall(**given, grad=rows, h=torch.randn(slots * 5, bond), saved=rows, need=[True] * 4 + [False])
+    return BackwardCall(
+        **given, grad=rows, h=torch.randn(slots * 5, bond), saved=rows, need=[True] * 4 + [False]
+    )
 
 
 def plain(error: pytest.ExceptionInfo[ValueError]) -> None:
@@ -69,8 +74,15 @@ def offsets(*values: int) -> Tensor:
 
 META = torch.empty(3, SHAPE.in_features, device="meta")
 OTHER = random_blocks(MPOShape((2, 3, 2), (2, 5, 2), max_bond=3), 2, torch.float32)
-NOT_SEPARABLE = {"left": OTHER.left, "central": OTHER.central, "right": OTHER.right, "out_features": 20}
-DOUBLE = {name: getattr(forward_call(), name).double() for name in ("x", "left", "central", "right")}
+NOT_SEPARABLE = {
+    "left": OTHER.left,
+    "central": OTHER.central,
+    "right": OTHER.right,
+    "out_features": 20,
+}
+DOUBLE = {
+    name: getattr(forward_call(), name).double() for name in ("x", "left", "central", "right")
+}
 ROUTING = route(torch.tensor([[0], [1], [0]]), 2)
 ROWS, ONES, CHOSEN = torch.randn(3, 4), torch.ones(3, 1), torch.zeros(3, 1).long()
 GIVEN = (ROUTING.expert_offsets, ROUTING.token_of_slot, ROUTING.slot_of_token)
@@ -80,15 +92,29 @@ KERNELS: dict[str, tuple[Callable[[Any], Any], Any]] = {
     "forward": (linear_forward, forward_call()),
     "backward": (linear_backward, backward_call()),
     "route": (routing.route, RouteCall(CHOSEN, 2, None, None, "native")),
-    "hidden": (hidden_forward, HiddenCall(ROWS, ONES, CHOSEN, CORE, CORE, None, None, None, "relu", "native")),
-    "neurons": (neurons_forward, NeuronCall(ROWS, ONES, CHOSEN, WEIGHTS, WEIGHTS, None, None, "relu", "native")),
+    "hidden": (
+        hidden_forward,
+        HiddenCall(ROWS, ONES, CHOSEN, CORE, CORE, None, None, None, "relu", "native"),
+    ),
+    "neurons": (
+        neurons_forward,
+        NeuronCall(ROWS, ONES, CHOSEN, WEIGHTS, WEIGHTS, None, None, "relu", "native"),
+    ),
 }
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("forward", {"x": META}, r"x must be on the CPU; got float32 \[3, 12\] on meta"),
-    ("forward", {"left": torch.zeros(2, 4, 1)}, "left, central and right must have 4 axes; got 3, 4, 4"),
+    (
+        "forward",
+        {"left": torch.zeros(2, 4, 1)},
+        "left, central and right must have 4 axes; got 3, 4, 4",
+    ),
     ("forward", {"left": torch.zeros(2, 4, 1, 9)}, r"blocks must be left \[E, iL, jL, a\]"),
     ("forward", {"central": torch.zeros(3, 3, 5, 3).double()}, "central must have the dtype of x"),
-    ("forward", {"out_features": 11}, "blocks are smaller than the weight: they give 12 x 10, wanted are 12 x 11"),
+    (
+        "forward",
+        {"out_features": 11},
+        "blocks are smaller than the weight: they give 12 x 10, wanted are 12 x 11",
+    ),
     ("forward", {"out_features": 0}, "in_features and out_features must be positive"),
     ("forward", {"activation": "tanh"}, "unknown activation tanh"),
     ("forward", {"strategy": "guess"}, "no native kernel for strategy guess"),
@@ -99,9 +125,17 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {name: value.long() for name, value in DOUBLE.items()},
         r"dtype must be float32, bfloat16, float16 or float64; got torch\.int64",
     ),
-    ("forward", {"expert_offsets": offsets(0, 1, 4)}, "must start at 0, not fall, and end at 3 at most; got 4"),
+    (
+        "forward",
+        {"expert_offsets": offsets(0, 1, 4)},
+        "must start at 0, not fall, and end at 3 at most; got 4",
+    ),
     ("forward", {"row_index": offsets(0, 1, 3)}, r"row_index must lie in 0\.\.2; got 3"),
-    ("backward", {"activation": "gelu", "saved": torch.zeros(3, 9)}, r"saved must be float32 \[3, 10\]; got"),
+    (
+        "backward",
+        {"activation": "gelu", "saved": torch.zeros(3, 9)},
+        r"saved must be float32 \[3, 10\]; got",
+    ),
     ("backward", {"h": torch.zeros(3, 3)}, r"h must be float32 \[15, 2\]; got float32 \[3, 3\]"),
     ("route", {"top_k_index": CHOSEN[:, :0]}, r"with K >= 1; got \[3, 0\]"),
     ("route", {"num_experts": 0}, "num_experts must be"),
@@ -129,9 +163,15 @@ def test_refused_plainly(number: int) -> None:
 
 @pytest.mark.parametrize("sizes", [(0, 2, 3, 4), (1, 0, 3, 4), (1, 2, 0, 4), (1, 2, 3, 0)])
 def test_blocks_without_elements(sizes: tuple[int, ...]) -> None:
-    none = {"left": torch.ones(sizes), "central": torch.ones(sizes[3], 1, 1, 1), "right": torch.ones(sizes[0], 1, 1, 1)}
+    none = {
+        "left": torch.ones(sizes),
+        "central": torch.ones(sizes[3], 1, 1, 1),
+        "right": torch.ones(sizes[0], 1, 1, 1),
+    }
     where = {"expert_offsets": torch.zeros(sizes[0] + 1, dtype=torch.int32), "row_index": None}
-    call = forward_call(**none, **where, x=torch.ones(3, 2), in_features=2, out_features=3, strategy="rebuild")
+    call = forward_call(
+        **none, **where, x=torch.ones(3, 2), in_features=2, out_features=3, strategy="rebuild"
+    )
     with pytest.raises(ValueError, match=r"^blocks must not have an axis of size 0$"):
         linear_forward(call)
 
@@ -152,7 +192,9 @@ def fresh_arguments() -> Iterator[None]:
         (({"L", "C"}, "R"), "the chain must meet left, central and right once each"),
     ],
 )
-def test_a_chain_in_no_order(operands: tuple, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chain_in_no_order(
+    operands: tuple, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Numbers:
         def index(self, operand: str) -> int:
             return next(number for number, names in enumerate(operands) if operand in names)
@@ -165,11 +207,19 @@ def test_a_chain_in_no_order(operands: tuple, message: str, monkeypatch: pytest.
 
 @pytest.mark.usefixtures("fresh_arguments")
 @pytest.mark.parametrize("order", list(permutations("LCR")), ids="".join)
-def test_a_chain_takes_the_order_that_it_is_given(order: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chain_takes_the_order_that_it_is_given(
+    order: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The planner decides; every other order has bits of its own."""
     shape = MPOShape((3, 4, 5), (5, 3, 4), max_bond=7)
     blocks = random_blocks(shape, 2, torch.float32)
-    same = {"left": blocks.left, "central": blocks.central, "right": blocks.right, "strategy": "chain", "save": False}
+    same = {
+        "left": blocks.left,
+        "central": blocks.central,
+        "right": blocks.right,
+        "strategy": "chain",
+        "save": False,
+    }
     call = forward_call(**same, x=torch.randn(3, 60), in_features=60, out_features=60)
     planned, *_ = linear_forward(call)
     was = BlockDims.of_shape(shape).chain_order
@@ -181,7 +231,9 @@ def test_a_chain_takes_the_order_that_it_is_given(order: tuple, monkeypatch: pyt
 
 
 def test_no_memory_is_a_memory_error() -> None:
-    with pytest.raises(MemoryError, match="the native kernels got no memory for what they compute with"):
+    with pytest.raises(
+        MemoryError, match="the native kernels got no memory for what they compute with"
+    ):
         NATIVE_LIBRARY.functions.dispatch(0, 0, 1 << 50, 4, 4, 4, None, None, None, None)
 
 
@@ -192,21 +244,45 @@ MEMORY = [None] * 4
 @pytest.mark.parametrize(
     ("function", "arguments", "message"),
     [
-        ("linear_forward", (SIZES, 1, 1, 2, None, MEMORY[:3], *MEMORY, None, None), "must be int32 or int64"),
-        ("linear_forward", (SIZES, 1, 2, 4, 0, [0] * 3, 0, None, None, None, None, None), "as many slots as rows of x"),
-        ("routed_ffn", ("float32", (1, 1, -1), 0, *MEMORY[:3], [], (SIZES, MEMORY), 0), "one projection of x, or two"),
+        (
+            "linear_forward",
+            (SIZES, 1, 1, 2, None, MEMORY[:3], *MEMORY, None, None),
+            "must be int32 or int64",
+        ),
+        (
+            "linear_forward",
+            (SIZES, 1, 2, 4, 0, [0] * 3, 0, None, None, None, None, None),
+            "as many slots as rows of x",
+        ),
+        (
+            "routed_ffn",
+            ("float32", (1, 1, -1), 0, *MEMORY[:3], [], (SIZES, MEMORY), 0),
+            "one projection of x, or two",
+        ),
         (
             "routed_ffn",
             ("float32", (1, 1, -1), 0, *MEMORY[:3], [(SIZES, MEMORY)], (SIZES, MEMORY), 0),
             "the projections of a network must fit each other",
         ),
-        ("gating", ("float64", "float32", (1, 1, 1), 1, False, *[None] * 5), "x and weight must not be float64"),
-        ("gating", ("float32", "float32", (1, 1, 1), 2, False, *[None] * 5), r"top_k must lie in 1\.\.1; got 2"),
+        (
+            "gating",
+            ("float64", "float32", (1, 1, 1), 1, False, *[None] * 5),
+            "x and weight must not be float64",
+        ),
+        (
+            "gating",
+            ("float32", "float32", (1, 1, 1), 2, False, *[None] * 5),
+            r"top_k must lie in 1\.\.1; got 2",
+        ),
         ("best_experts", ((1, 1, 2), None, None), r"top_k must lie in 1\.\.1; got 2"),
     ],
 )
-def test_the_library_refuses_what_no_caller_gives_it(function: str, arguments: tuple, message: str) -> None:
-    if function == "linear_forward" and arguments[3] == 4:  # the first refusal needs no offsets, the second does
+def test_the_library_refuses_what_no_caller_gives_it(
+    function: str, arguments: tuple, message: str
+) -> None:
+    if (
+        function == "linear_forward" and arguments[3] == 4
+    ):  # the first refusal needs no offsets, the second does
         offsets = torch.zeros(3, dtype=torch.int32)
         arguments = (*arguments[:6], offsets.data_ptr(), *arguments[7:])
     with pytest.raises(ValueError, match=message) as error:
@@ -235,12 +311,19 @@ def test_every_value_of_two_bytes_survives(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_is_that_of_torch(dtype: torch.dtype) -> None:
-    """A gate times one is rounded as torch rounds that float32: also ties, overflow, subnormals and NaN."""
+    """A gate times one is rounded as torch rounds that float32: also ties, overflow, subnormals and
+    NaN."""
     rows = 200_000
     bits = torch.randint(-(2**31), 2**31, (rows, 1), dtype=torch.int64)
-    near_limits = torch.tensor([65504.0, 65519.99, 65520.0, 65536.0, 2**-14, 2**-24, 2**-25, 2**-25 * 1.01, 0.0, -0.0])
-    ties = (torch.randint(-(2**15), 2**15, (rows, 1), dtype=torch.int32).short().view(dtype)).float() * (1 + 2**-9)
-    gates = torch.cat([bits.int().view(torch.float32), ties, near_limits.view(-1, 1), -near_limits.view(-1, 1)])
+    near_limits = torch.tensor(
+        [65504.0, 65519.99, 65520.0, 65536.0, 2**-14, 2**-24, 2**-25, 2**-25 * 1.01, 0.0, -0.0]
+    )
+    ties = (
+        torch.randint(-(2**15), 2**15, (rows, 1), dtype=torch.int32).short().view(dtype)
+    ).float() * (1 + 2**-9)
+    gates = torch.cat(
+        [bits.int().view(torch.float32), ties, near_limits.view(-1, 1), -near_limits.view(-1, 1)]
+    )
     routing = route(torch.zeros(gates.shape[0], 1, dtype=torch.int64), 1)
     got = combine(torch.ones(gates.shape[0], 1, dtype=dtype), routing, gates, backend="native")
     want = gates.to(dtype)
@@ -251,7 +334,9 @@ def test_rounding_is_that_of_torch(dtype: torch.dtype) -> None:
 
 def test_offsets_may_be_int64_and_rows_int32() -> None:
     wide = Routing(ROUTING.expert_offsets.long(), *GIVEN[1:])
-    assert torch.equal(dispatch(ROWS, wide, backend="native"), dispatch(ROWS, ROUTING, backend="native"))
+    assert torch.equal(
+        dispatch(ROWS, wide, backend="native"), dispatch(ROWS, ROUTING, backend="native")
+    )
     call = forward_call()
     other = replace(call, expert_offsets=call.expert_offsets.long(), row_index=call.row_index.int())
     assert torch.equal(linear_forward(other)[0], linear_forward(call)[0])
@@ -284,7 +369,8 @@ def test_ties_at_top_k_3_go_to_the_first_experts() -> None:
 
 @pytest.mark.parametrize("expert", range(4))
 def test_the_nan_guard_of_the_router(expert: int) -> None:
-    """Wherever the NaN is, the token gets different experts in range, and NaN for its gates; other tokens nothing."""
+    """Wherever the NaN is, the token gets different experts in range, and NaN for its gates; other
+    tokens nothing."""
     logits = torch.randn(4, 4)
     spoiled = logits.clone()
     spoiled[1, expert] = torch.nan
@@ -319,5 +405,7 @@ def test_the_best_experts_are_those_of_topk(tokens: int, experts: int, top_k: in
 
 def test_the_best_experts_of_equal_scores_and_of_nan() -> None:
     nan, inf = torch.nan, torch.inf
-    scores = torch.tensor([[1.0, 2.0, 2.0, 2.0], [0.0, 3.0, nan, 4.0], [nan] * 4, [-inf, -inf, -1.0, -inf]])
+    scores = torch.tensor(
+        [[1.0, 2.0, 2.0, 2.0], [0.0, 3.0, nan, 4.0], [nan] * 4, [-inf, -inf, -1.0, -inf]]
+    )
     assert best_experts(scores, 2).tolist() == [[1, 2], [2, 3], [0, 1], [2, 0]]

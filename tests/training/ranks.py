@@ -1,6 +1,7 @@
 """Runs that one process and two (gloo) must do alike; `main` is one rank's part of the named ones.
 
-Every run goes through the same global batches: rank r of R takes rows r, r + R, ... of each, or the Trainer's share.
+Every run goes through the same global batches: rank r of R takes rows r, r + R, ... of each, or the
+Trainer's share.
 """
 
 from __future__ import annotations
@@ -40,7 +41,17 @@ from mpoe.training import (
 )
 from mpoe_kernels.contract import autotune
 
-from .tiny import CHECKPOINTING, LAST, Rows, Watch, arguments, make_trainer, mpoe_model, preferring, weights
+from .tiny import (
+    CHECKPOINTING,
+    LAST,
+    Rows,
+    Watch,
+    arguments,
+    make_trainer,
+    mpoe_model,
+    preferring,
+    weights,
+)
 
 STEPS = 4
 BATCH = 8
@@ -49,7 +60,9 @@ EMBEDDING = {"target_modules": ["ffn", "embedding"]}
 MANY = {"num_experts": 32}  # more than a rank has tokens in a layer: some get none
 
 
-def by_trainer(folder: Path, ranks: int, family: str, config: dict[str, Any], **options: Any) -> dict[str, Any]:
+def by_trainer(
+    folder: Path, ranks: int, family: str, config: dict[str, Any], **options: Any
+) -> dict[str, Any]:
     """`MPOETrainer`: DDP with two ranks; two micro-batches a step, clipping, decay and warm-up."""
     resume = options.pop("resume", None)
     arguments: dict[str, Any] = {
@@ -63,7 +76,11 @@ def by_trainer(folder: Path, ranks: int, family: str, config: dict[str, Any], **
         **options,
     }
     trainer = make_trainer(
-        folder, family, mpoe_model(family, **config), train_dataset=Rows(family, rows=32), **arguments
+        folder,
+        family,
+        mpoe_model(family, **config),
+        train_dataset=Rows(family, rows=32),
+        **arguments,
     )
     trainer.add_callback(watch := Watch())
     trainer.train(resume_from_checkpoint=resume)
@@ -123,7 +140,11 @@ def _plain_loop(
         batch = [rows[number * BATCH + i] for i in range(rank, BATCH, ranks)]
         inputs = {name: torch.stack([row[name] for row in batch]) for name in batch[0]}
         watch.on_step_begin(None, None, None, inner, optimizer)
-        with mask.step(number) as active, global_batch(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with (
+            mask.step(number) as active,
+            global_batch(),
+            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+        ):
             loss = rank_share(model(**inputs), inputs["labels"], model)
             step(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -151,12 +172,17 @@ def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
 def by_accelerate(folder: Path, ranks: int, family: str, config: dict[str, Any]) -> dict[str, Any]:
     """A plain loop of Accelerate: DDP with two ranks."""
     AcceleratorState._reset_state()  # of an earlier run, whose precision would be kept
-    find_unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # masked cores take no part
+    find_unused = DistributedDataParallelKwargs(
+        find_unused_parameters=True
+    )  # masked cores take no part
     accelerator = Accelerator(cpu=True, kwargs_handlers=[find_unused])
     assert accelerator.num_processes == ranks
     model = mpoe_model(family, **config)
     prepared, optimizer = accelerator.prepare(model, _optimizer(model))
-    return {**_plain_loop(prepared, family, accelerator.backward, optimizer), "weights": weights(model)}
+    return {
+        **_plain_loop(prepared, family, accelerator.backward, optimizer),
+        "weights": weights(model),
+    }
 
 
 def by_sharding(
@@ -169,12 +195,16 @@ def by_sharding(
     dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """A plain loop; with two ranks sharded (FSDP2), gathered and saved at the end."""
-    model = mpoe_model(family, seed=dist.get_rank() if ranks > 1 else 0, **config)  # rank 0's weights win
+    model = mpoe_model(
+        family, seed=dist.get_rank() if ranks > 1 else 0, **config
+    )  # rank 0's weights win
     if checkpointing:
         model.activation_checkpointing_enable()
     if ranks > 1:
         shard_model(model, dtype=dtype)
-    result = _plain_loop(model, family, torch.Tensor.backward, _optimizer(model), bf16 or dtype is not None)
+    result = _plain_loop(
+        model, family, torch.Tensor.backward, _optimizer(model), bf16 or dtype is not None
+    )
     if ranks > 1:
         save_sharded(model, folder)
     else:
@@ -186,17 +216,21 @@ def by_sharding(
 
 
 LOOP_STEPS, SAVED = 6, 2
-# Masks the first two steps: in the checkpoint after them the central cores have no optimizer state yet.
+# Masks the first two steps: in the checkpoint after them the central cores have no optimizer state
+# yet.
 LOOP_SEED = 0
 
 
 def kept_loop(folder: Path, kill_after: int | None = None) -> list[float]:
-    """A sharded loop that keeps checkpoints: losses of the steps from the last one in the folder on, or of all."""
+    """A sharded loop that keeps checkpoints: losses of the steps from the last one in the folder
+    on, or of all."""
     checkpoint = find_last_checkpoint(folder)
     model = shard_model(load_mpoe(checkpoint).train() if checkpoint else mpoe_model("t5"))
     optimizer = torch.optim.AdamW(build_param_groups(model, arguments("unused")))
     start = load_sharded_optimizer(model, optimizer, checkpoint) if checkpoint else 0
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.8**step, last_epoch=start - 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.8**step, last_epoch=start - 1
+    )
 
     def after(step: int) -> None:
         schedule.step()
@@ -206,7 +240,9 @@ def kept_loop(folder: Path, kill_after: int | None = None) -> list[float]:
             os.kill(os.getpid(), signal.SIGKILL)
 
     options: Any = {"numbers": range(start, LOOP_STEPS), "seed": LOOP_SEED, "after": after}
-    losses: list[float] = _plain_loop(model, "t5", torch.Tensor.backward, optimizer, **options)["losses"]
+    losses: list[float] = _plain_loop(model, "t5", torch.Tensor.backward, optimizer, **options)[
+        "losses"
+    ]
     return losses
 
 
@@ -220,7 +256,12 @@ RUNS: dict[str, tuple[Callable[..., dict[str, Any]], str, dict[str, Any], dict[s
 HIDDEN = {"shape": "hidden", "block_size": 8, "expert_bias": True}
 MORE_RUNS = {
     "trainer, bfloat16": (by_trainer, "t5", {}, {"bf16": True}),
-    "trainer, idle dense experts": (by_trainer, "t5", {**MANY, "expert_type": "dense"}, {"gradient_mask_prob": 0.0}),
+    "trainer, idle dense experts": (
+        by_trainer,
+        "t5",
+        {**MANY, "expert_type": "dense"},
+        {"gradient_mask_prob": 0.0},
+    ),
     "accelerate, bert": (by_accelerate, "bert", {}, {}),
     "sharded, t5 with MPO embedding": (by_sharding, "t5", EMBEDDING, {}),
     "sharded, dense experts": (by_sharding, "t5", {"expert_type": "dense"}, {}),
@@ -239,14 +280,21 @@ def run(name: str, folder: Path, ranks: int) -> dict[str, Any]:
 # ------------------------------------------------------------------ models
 
 
-SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 
 
 def mixture(**config: Any) -> Any:
     """A gated model whose experts differ and contribute, the same one on every rank."""
     torch.manual_seed(0)
     model = convert_to_mpoe(
-        LlamaForCausalLM(LlamaConfig(**SIZES)), MPOEConfig(num_experts=4, expert_bias=True, **config)
+        LlamaForCausalLM(LlamaConfig(**SIZES)),
+        MPOEConfig(num_experts=4, expert_bias=True, **config),
     )
     for layer in kept_modules(model).values():
         for parameter in layer.experts.parameters():
@@ -292,7 +340,10 @@ def kept(folder: Path) -> None:
         parts = [name for name, p in split.named_parameters() if hasattr(p, "to_local")]
         assert any("self_attn" in name for name in parts)
         assert any("mlp" in name for name in parts) == (shape == "neurons")
-        replicated, sharded = DistributedDataParallel(copy.deepcopy(alone)), shard_model(copy.deepcopy(alone))
+        replicated, sharded = (
+            DistributedDataParallel(copy.deepcopy(alone)),
+            shard_model(copy.deepcopy(alone)),
+        )
         one = one_step(alone)
         for kind, model, rows in (
             ("tensor parallel", split, slice(None)),
@@ -307,7 +358,9 @@ def routes(model: Any) -> dict[str, Any]:
     found: dict[str, list[Any]] = {}
     hooks = [
         layer.router.register_forward_hook(
-            lambda _, __, routed, name=name: found.setdefault(name, []).append(routed.top_k_index.tolist())
+            lambda _, __, routed, name=name: found.setdefault(name, []).append(
+                routed.top_k_index.tolist()
+            )
         )
         for name, layer in routed_layers(model)
     ]
@@ -321,15 +374,17 @@ def routes(model: Any) -> dict[str, Any]:
 
 
 def choices(folder: Path) -> None:
-    """Ranks whose clocks disagree write what each computed: the same tokens of a model whose experts are replicated,
-    first alone, then a training."""
+    """Ranks whose clocks disagree write what each computed: the same tokens of a model whose
+    experts are replicated, first alone, then a training."""
     rank = int(os.environ["RANK"])
     os.environ["XDG_CACHE_HOME"] = str(folder / f"cache-{rank}")  # as on two hosts
     os.environ[autotune.SETTING] = "1"
     autotune._seconds = preferring(LAST if rank else 0)
     torch.manual_seed(0)
     config = MPOEConfig(shape="paper", num_experts=4, router=RouterConfig(top_k=2))
-    model = convert_to_mpoe(LlamaForCausalLM(LlamaConfig(**SIZES, pad_token_id=0, eos_token_id=None)), config).eval()
+    model = convert_to_mpoe(
+        LlamaForCausalLM(LlamaConfig(**SIZES, pad_token_id=0, eos_token_id=None)), config
+    ).eval()
     for name, parameter in model.named_parameters():
         if "auxiliary" in name or "router" in name:
             torch.nn.init.normal_(parameter, std=0.4)
@@ -337,11 +392,15 @@ def choices(folder: Path) -> None:
     result: dict[str, Any] = {"alone": routes(model), "chosen alone": autotune.choices()}
     dist.init_process_group("gloo")
     split = type(model).from_pretrained(folder / f"model-{rank}", tp_plan="auto").eval()
-    assert any(hasattr(parameter, "to_local") for parameter in split.parameters()), "nothing is split"
+    assert any(hasattr(parameter, "to_local") for parameter in split.parameters()), (
+        "nothing is split"
+    )
     result["split"] = routes(split)
     trainer = make_trainer(folder / "run", "t5", max_steps=2, save_strategy="steps", save_steps=2)
     trainer.train()
-    result["weights"] = {name: weight.flatten().tolist() for name, weight in weights(trainer.model).items()}
+    result["weights"] = {
+        name: weight.flatten().tolist() for name, weight in weights(trainer.model).items()
+    }
     result["chosen"] = autotune.choices()
     (folder / f"rank-{rank}.json").write_text(json.dumps(result))
     dist.barrier()
@@ -352,7 +411,14 @@ def choices(folder: Path) -> None:
 
 def torchrun(name: str, *arguments: Any, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """`torchrun` with a module of this folder, its output in `stdout`."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        2,
+    ]
     command = [*launcher, "-m", f"{__package__}.{name}", *arguments]
     return subprocess.run(
         list(map(str, command)),
@@ -366,9 +432,11 @@ def torchrun(name: str, *arguments: Any, timeout: float = 300) -> subprocess.Com
 
 
 def main() -> None:
-    """`torchrun -m tests.training.ranks FOLDER NAME ...` writes what came out of these runs into FOLDER.
+    """`torchrun -m tests.training.ranks FOLDER NAME ...` writes what came out of these runs into
+    FOLDER.
 
-    ``loop`` and ``kill`` are `kept_loop`, which is killed in the second case; ``kept`` and ``choices`` see there.
+    ``loop`` and ``kill`` are `kept_loop`, which is killed in the second case; ``kept`` and
+    ``choices`` see there.
     """
     folder, names = Path(sys.argv[1]), sys.argv[2:]
     torch.set_num_threads(1)
@@ -380,12 +448,16 @@ def main() -> None:
     if names == ["kill"]:
         kept_loop(folder / "killed", kill_after=SAVED + 1)
     if names == ["loop"]:
-        results: dict[str, Any] = {name: kept_loop(folder / name) for name in ("straight", "killed", "from one")}
+        results: dict[str, Any] = {
+            name: kept_loop(folder / name) for name in ("straight", "killed", "from one")
+        }
     else:
         results = {name: run(name, folder / "two", 2) for name in names}
     if (folder / "resume").is_dir():  # with a checkpoint of one process
         results["resumed"] = by_trainer(folder / "resume", 2, "t5", {}, resume=True)
-        results["own router losses"] = by_trainer(folder / "own", 2, "t5", {}, global_router_losses=False)
+        results["own router losses"] = by_trainer(
+            folder / "own", 2, "t5", {}, global_router_losses=False
+        )
         results["diverged"] = diverged(folder / "diverged")
     torch.save(results, folder / f"rank-{dist.get_rank()}.pt")
     dist.barrier()

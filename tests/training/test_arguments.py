@@ -1,4 +1,5 @@
-"""MPOETrainingArguments: defaults, help texts, refusals; every argument of the original under its name."""
+"""MPOETrainingArguments: defaults, help texts, refusals; every argument of the original under its
+name."""
 
 from __future__ import annotations
 
@@ -39,18 +40,27 @@ def test_defaults(tmp_path: Path) -> None:
 
 def test_regime_and_overrides(tmp_path: Path) -> None:
     assert MPOETrainingArguments(output_dir=str(tmp_path), regime="scratch").lr_scales == (1.0, 0.1)
-    args = MPOETrainingArguments(output_dir=str(tmp_path), regime="scratch", auxiliary_lr_scale=0.2, seed=7)
+    args = MPOETrainingArguments(
+        output_dir=str(tmp_path), regime="scratch", auxiliary_lr_scale=0.2, seed=7
+    )
     assert args.lr_scales == (1.0, 0.2)
     assert args.mask_seed == 7
-    assert MPOETrainingArguments(output_dir=str(tmp_path), seed=7, gradient_mask_seed=0).mask_seed == 0
-    assert MPOETrainingArguments(output_dir=str(tmp_path), scale_core_lr=False).lr_scales == (1.0, 1.0)
+    assert (
+        MPOETrainingArguments(output_dir=str(tmp_path), seed=7, gradient_mask_seed=0).mask_seed == 0
+    )
+    assert MPOETrainingArguments(output_dir=str(tmp_path), scale_core_lr=False).lr_scales == (
+        1.0,
+        1.0,
+    )
 
 
 def test_mask_needs_ddp_to_expect_unused_parameters(tmp_path: Path) -> None:
     args = MPOETrainingArguments(output_dir=str(tmp_path), gradient_mask_prob=0.5)
     assert args.ddp_find_unused_parameters is True
     with pytest.raises(ValueError, match="ddp_find_unused_parameters must not be False"):
-        MPOETrainingArguments(output_dir=str(tmp_path), gradient_mask_prob=0.5, ddp_find_unused_parameters=False)
+        MPOETrainingArguments(
+            output_dir=str(tmp_path), gradient_mask_prob=0.5, ddp_find_unused_parameters=False
+        )
 
 
 def test_every_own_argument_has_help() -> None:
@@ -61,7 +71,11 @@ def test_every_own_argument_has_help() -> None:
 
 def test_lists(tmp_path: Path) -> None:
     parser = HfArgumentParser(MPOETrainingArguments)
-    config = {"output_dir": str(tmp_path), "train_AT_index": 2, "update_mpo_layer": ["mlp", "attention"]}
+    config = {
+        "output_dir": str(tmp_path),
+        "train_AT_index": 2,
+        "update_mpo_layer": ["mlp", "attention"],
+    }
     (args,) = parser.parse_dict(config)
     assert (args.train_AT_index, args.update_mpo_layer) == ("2", "mlp,attention")
     again = MPOETrainingArguments(output_dir=str(tmp_path), train_AT_index=args.train_AT_index)
@@ -71,25 +85,58 @@ def test_lists(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"regime": "pretrain"}, ValueError, "regime must be one of 'finetune', 'scratch'; got 'pretrain'"),
+        (
+            {"regime": "pretrain"},
+            ValueError,
+            "regime must be one of 'finetune', 'scratch'; got 'pretrain'",
+        ),
         ({"mpo_lr": 0.0}, ValueError, "mpo_lr must be greater than 0; got 0.0"),
         ({"mpo_lr": "fast"}, TypeError, "mpo_lr must be a number; got str 'fast'"),
         ({"central_lr_scale": -1}, ValueError, "central_lr_scale must be greater than 0; got -1"),
-        ({"auxiliary_lr_scale": float("inf")}, ValueError, "auxiliary_lr_scale must be greater than 0; got inf"),
-        ({"router_lr_scale": None}, TypeError, "router_lr_scale must be a number; got NoneType None"),
-        ({"gradient_mask_prob": 1.01}, ValueError, "gradient_mask_prob must be at least 0 and at most 1; got 1.01"),
+        (
+            {"auxiliary_lr_scale": float("inf")},
+            ValueError,
+            "auxiliary_lr_scale must be greater than 0; got inf",
+        ),
+        (
+            {"router_lr_scale": None},
+            TypeError,
+            "router_lr_scale must be a number; got NoneType None",
+        ),
+        (
+            {"gradient_mask_prob": 1.01},
+            ValueError,
+            "gradient_mask_prob must be at least 0 and at most 1; got 1.01",
+        ),
         ({"gradient_mask_prob": "often"}, TypeError, "gradient_mask_prob must be a number"),
         ({"gradient_mask_seed": 0.5}, TypeError, "gradient_mask_seed must be an integer; got 0.5"),
         ({"update_mpo_layer": "mpl"}, ValueError, r"got 'mpl' \(did you mean 'mlp'"),
         ({"update_mpo_layer": ""}, ValueError, "update_mpo_layer must name at least one of"),
-        ({"train_AT_index": "1;2"}, ValueError, "train_AT_index must be comma-separated core indices"),
-        ({"train_AT_index": "-1"}, ValueError, "train_AT_index must be comma-separated core indices"),
+        (
+            {"train_AT_index": "1;2"},
+            ValueError,
+            "train_AT_index must be comma-separated core indices",
+        ),
+        (
+            {"train_AT_index": "-1"},
+            ValueError,
+            "train_AT_index must be comma-separated core indices",
+        ),
         ({"tensor_learn": "yes"}, TypeError, "tensor_learn must be True or False; got str 'yes'"),
-        *(({"output_dir": odd}, TypeError, "output_dir must be a path; got") for odd in (3, 1.5, ["runs"], {})),
-        ({"global_router_losses": 1}, TypeError, "global_router_losses must be True or False; got int 1"),
+        *(
+            ({"output_dir": odd}, TypeError, "output_dir must be a path; got")
+            for odd in (3, 1.5, ["runs"], {})
+        ),
+        (
+            {"global_router_losses": 1},
+            TypeError,
+            "global_router_losses must be True or False; got int 1",
+        ),
     ],
 )
-def test_refusals(tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_refusals(
+    tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
     refuses(error, message, MPOETrainingArguments, **{"output_dir": str(tmp_path), **options})
 
 
@@ -97,7 +144,8 @@ def test_refusals(tmp_path: Path, options: dict[str, Any], error: type[Exception
 
 GROUPS = [RunOptions, DataOptions, ExpertOptions, MPOETrainingArguments]
 HERE = ("--output_dir", "unused", "--use_cpu")
-# Flags of the original's README and code, and what the options, or the configuration that is built of them, then hold.
+# Flags of the original's README and code, and what the options, or the configuration that is built
+# of them, then hold.
 ORIGINAL: list[tuple[type, str, dict[str, Any] | None]] = [
     (DataOptions, "--data_dir there", {"data_dir": "there"}),
     (DataOptions, "--tasks one,other third", {"tasks": ["one", "other", "third"]}),
@@ -105,19 +153,35 @@ ORIGINAL: list[tuple[type, str, dict[str, Any] | None]] = [
     (DataOptions, "--eval_tasks other", {"eval_tasks": ["other"]}),
     (DataOptions, "--split_validation_test", {"split_validation_test": True}),
     (DataOptions, "--n_train 3 --n_val 4 --n_test 5", {"n_train": 3, "n_val": 4, "n_test": 5}),
-    (DataOptions, "--max_source_length 6 --max_target_length 7", {"max_source_length": 6, "max_target_length": 7}),
-    (MPOETrainingArguments, "--data_seed 7 --label_smoothing .3", {"data_seed": 7, "label_smoothing_factor": 0.3}),
+    (
+        DataOptions,
+        "--max_source_length 6 --max_target_length 7",
+        {"max_source_length": 6, "max_target_length": 7},
+    ),
+    (
+        MPOETrainingArguments,
+        "--data_seed 7 --label_smoothing .3",
+        {"data_seed": 7, "label_smoothing_factor": 0.3},
+    ),
     (MPOETrainingArguments, "--mpo_lr 1e-3 --tensor_learn", {"mpo_lr": 1e-3, "tensor_learn": True}),
     (MPOETrainingArguments, "--gradient_mask_prob .25", {"gradient_mask_prob": 0.25}),
     (MPOETrainingArguments, "--train_AT_index 1,3", {"train_AT_index": "1,3"}),
     (MPOETrainingArguments, "--update_mpo_layer attention", {"update_mpo_layer": "attention"}),
     (ExpertOptions, "--mpo_layers mlp", {"target_modules": "ffn", "shape": "separable"}),
-    (ExpertOptions, "--mpo_layers word_embed,attention,mlp", {"target_modules": ["ffn", "embedding", "attention"]}),
+    (
+        ExpertOptions,
+        "--mpo_layers word_embed,attention,mlp",
+        {"target_modules": ["ffn", "embedding", "attention"]},
+    ),
     (ExpertOptions, "--mpo_layers mlp pooler", {"target_modules": ["ffn", "pooler"]}),
     (ExpertOptions, "--mpo_layers nompo", {"target_modules": "ffn", "expert_type": "dense"}),
     (ExpertOptions, "--mpo_layers nompo --moe_type none", None),
     (ExpertOptions, "--emb_trunc 3 --linear_trunc 4", {"embedding_max_bond": 3, "max_bond": 4}),
-    (ExpertOptions, "--attention_trunc 5 --pooler_trunc 6", {"attention_max_bond": 5, "pooler_max_bond": 6}),
+    (
+        ExpertOptions,
+        "--attention_trunc 5 --pooler_trunc 6",
+        {"attention_max_bond": 5, "pooler_max_bond": 6},
+    ),
     (ExpertOptions, "--moe_type switch --shape paper", {"moe_type": "switch", "router.top_k": 1}),
     (ExpertOptions, "--moe_type moe --num_experts 5", {"router.is_gshard": True, "num_experts": 5}),
     (
@@ -133,19 +197,29 @@ ORIGINAL: list[tuple[type, str, dict[str, Any] | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "flags", "held"), ORIGINAL, ids=[flags for _, flags, _ in ORIGINAL])
+@pytest.mark.parametrize(
+    ("kind", "flags", "held"), ORIGINAL, ids=[flags for _, flags, _ in ORIGINAL]
+)
 def test_arguments_of_the_original(kind: type, flags: str, held: dict[str, Any] | None) -> None:
     """As the commands read them; what the fields do is tested where they are used."""
-    assert {word[2:] for word in flags.split() if word.startswith("--")} <= set(option_names(make_parser(GROUPS)))
+    assert {word[2:] for word in flags.split() if word.startswith("--")} <= set(
+        option_names(make_parser(GROUPS))
+    )
     made, before = (
-        read(kind, *(HERE if kind is MPOETrainingArguments else ()), *given) for given in (flags.split(), ())
+        read(kind, *(HERE if kind is MPOETrainingArguments else ()), *given)
+        for given in (flags.split(), ())
     )
     if kind is ExpertOptions:
         made, before = made.build(), before.build()
     assert (made is None) == (held is None)
-    found, default = ({name: attrgetter(name)(each) for name in held or ()} for each in (made, before))
+    found, default = (
+        {name: attrgetter(name)(each) for name in held or ()} for each in (made, before)
+    )
     assert found == (held or {})
-    assert found != default or flags in ("--load_layer noload", "--mpo_layers nompo --moe_type none")
+    assert found != default or flags in (
+        "--load_layer noload",
+        "--mpo_layers nompo --moe_type none",
+    )
 
 
 def read(kind: type, *flags: object) -> Any:

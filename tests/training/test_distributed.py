@@ -1,4 +1,5 @@
-"""Two processes (gloo, by torchrun) do what one does; a sharded loop (FSDP2) that was killed goes on."""
+"""Two processes (gloo, by torchrun) do what one does; a sharded loop (FSDP2) that was killed goes
+on."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def continue_from(checkpoint: Path, folder: Path) -> None:
 
 
 def check_alike(name: str, one: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
-    """Losses within 1e-5, masks and what they spare bit for bit, weights of both ranks identical."""
+    """Losses within 1e-5, masks and what they spare bit for bit, weights of both ranks
+    identical."""
     relative = tolerance(name)
     for other in ranks:
         assert other["losses"] == pytest.approx(one["losses"], rel=relative), name
@@ -56,7 +58,8 @@ def check_alike(name: str, one: dict[str, Any], ranks: list[dict[str, Any]]) -> 
 
 
 def do_both(names: Iterable[str], folder: Path) -> list[dict[str, Any]]:
-    """The runs in this process and in two, compared; returns one process's results and those of both ranks."""
+    """The runs in this process and in two, compared; returns one process's results and those of
+    both ranks."""
     one = {name: run(name, folder / "one", 1) for name in names}
     if FIRST in one:
         continue_from(folder / "one" / FIRST / "checkpoint-2", folder / "resume")
@@ -66,7 +69,12 @@ def do_both(names: Iterable[str], folder: Path) -> list[dict[str, Any]]:
     for name in names:
         check_alike(name, one[name], [rank[name] for rank in ranks])
         if "logits" in one[name]:
-            check_saved(folder / "two" / name, ranks[0][name]["logits"], one[name]["logits"], tolerance(name))
+            check_saved(
+                folder / "two" / name,
+                ranks[0][name]["logits"],
+                one[name]["logits"],
+                tolerance(name),
+            )
     return [one, *ranks]
 
 
@@ -78,7 +86,9 @@ def check_saved(folder: Path, sharded: torch.Tensor, alone: torch.Tensor, relati
     with torch.no_grad():
         logits = loaded(**inputs).logits
     assert type(loaded) is type(mpoe_model(family))
-    torch.testing.assert_close(logits, sharded.float(), rtol=0, atol=1e-5 if relative < BFLOAT16 else 0.1)
+    torch.testing.assert_close(
+        logits, sharded.float(), rtol=0, atol=1e-5 if relative < BFLOAT16 else 0.1
+    )
     torch.testing.assert_close(logits, alone, rtol=0, atol=1e-4 if relative < BFLOAT16 else 0.1)
 
 
@@ -91,7 +101,9 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     straight = one[FIRST]["losses"]
     assert [rank["resumed"]["losses"] for rank in ranks] == [pytest.approx(straight, rel=1e-5)] * 2
     continue_from(tmp_path / "two" / FIRST / "checkpoint-2", tmp_path / "back")
-    assert by_trainer(tmp_path / "back", 1, "t5", {}, resume=True)["losses"] == pytest.approx(straight, rel=1e-5)
+    assert by_trainer(tmp_path / "back", 1, "t5", {}, resume=True)["losses"] == pytest.approx(
+        straight, rel=1e-5
+    )
 
     # What one rank alone sees ends both at the same step.
     assert [rank["diverged"]["step"] for rank in ranks] == [2, 2]
@@ -115,13 +127,29 @@ def test_sharding_is_refused_without_a_process_group_or_mixture() -> None:
     refuses(TypeError, "must be an MPOE model", shard_model, dense_model("gpt2"))
     model = mpoe_model("t5")
     optimizer = torch.optim.AdamW(model.parameters())
-    refuses(TypeError, "checkpoint must be the folder of one; got None", load_sharded_optimizer, model, optimizer, None)
-    refuses(TypeError, "must be sharded by shard_model; got a plain", save_sharded_checkpoint, model, optimizer, "x", 1)
+    refuses(
+        TypeError,
+        "checkpoint must be the folder of one; got None",
+        load_sharded_optimizer,
+        model,
+        optimizer,
+        None,
+    )
+    refuses(
+        TypeError,
+        "must be sharded by shard_model; got a plain",
+        save_sharded_checkpoint,
+        model,
+        optimizer,
+        "x",
+        1,
+    )
 
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_run_and_the_run_continues(tmp_path: Path) -> None:
-    """The launcher notices, says which rank and stops the other; the same command goes on to the same weights."""
+    """The launcher notices, says which rank and stops the other; the same command goes on to the
+    same weights."""
     straight = torchrun("tiny", tmp_path / "straight", "t5", 8, "never")
     assert straight.returncode == 0, straight.stdout
     killed = torchrun("tiny", tmp_path / "run", "t5", 8, "step-5", timeout=120)
@@ -157,7 +185,9 @@ def seal(checkpoint: Path) -> None:
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[None]:
     """A process group of this process."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1
+    )
     yield
     dist.destroy_process_group()
 
@@ -168,22 +198,34 @@ def test_one_rank_goes_on(alone: None, tmp_path: Path) -> None:
     assert loop(tmp_path) == pytest.approx(straight[SAVED:], rel=1e-6)
     assert find_last_checkpoint(tmp_path) == tmp_path / f"checkpoint-{SAVED}"
     assert not list(tmp_path.glob(".incomplete*"))
-    with safe_open(tmp_path / f"checkpoint-{SAVED}" / "optimizer.safetensors", framework="pt") as file:
+    with safe_open(
+        tmp_path / f"checkpoint-{SAVED}" / "optimizer.safetensors", framework="pt"
+    ) as file:
         kept = {name.rpartition(":")[0] for name in file.keys()}  # noqa: SIM118
-        parameters = {name for group in json.loads(file.metadata()["groups"]) for name in group["params"]}
+        parameters = {
+            name for group in json.loads(file.metadata()["groups"]) for name in group["params"]
+        }
     # Both steps were masked: a central core has no momentum yet, and must not get any.
     assert kept == {name for name in parameters if "central" not in name}
 
 
 def test_settings_come_back_as_they_were(alone: None, tmp_path: Path) -> None:
     model = shard_model(mpoe_model("t5"))
-    optimizer, again = (torch.optim.AdamW(model.parameters(), lr=torch.tensor(rate)) for rate in (0.5, 0.1))
+    optimizer, again = (
+        torch.optim.AdamW(model.parameters(), lr=torch.tensor(rate)) for rate in (0.5, 0.1)
+    )
     optimizer.param_groups[0]["odd"] = ("a", 1)
     for step in (1, 2, 3):
         checkpoint = save_sharded_checkpoint(model, optimizer, tmp_path, step, limit=2)
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-3",
+    ]
     assert load_sharded_optimizer(model, again, checkpoint) == 3
-    assert (again.param_groups[0]["lr"], again.param_groups[0]["odd"]) == (torch.tensor(0.5), ("a", 1))
+    assert (again.param_groups[0]["lr"], again.param_groups[0]["odd"]) == (
+        torch.tensor(0.5),
+        ("a", 1),
+    )
 
 
 def test_what_does_not_fit_a_sharded_checkpoint(alone: None, tmp_path: Path) -> None:
@@ -192,9 +234,13 @@ def test_what_does_not_fit_a_sharded_checkpoint(alone: None, tmp_path: Path) -> 
     with pytest.raises(TypeError, match="model must be sharded by shard_model"):
         save_sharded_checkpoint(mpoe_model("t5"), optimizer, tmp_path, 3)
     with pytest.raises(ValueError, match="make it after shard_model"):
-        save_sharded_checkpoint(model, torch.optim.AdamW(mpoe_model("t5").parameters()), tmp_path, 3)
+        save_sharded_checkpoint(
+            model, torch.optim.AdamW(mpoe_model("t5").parameters()), tmp_path, 3
+        )
     optimizer.param_groups[0]["odd"] = object()
-    with pytest.raises(TypeError, match="settings of optimizer must be numbers, texts or lists of them; got object"):
+    with pytest.raises(
+        TypeError, match="settings of optimizer must be numbers, texts or lists of them; got object"
+    ):
         save_sharded_checkpoint(model, optimizer, tmp_path, 3)
     del optimizer.param_groups[0]["odd"]
     assert find_last_checkpoint(tmp_path) is None
@@ -211,14 +257,28 @@ def test_what_does_not_fit_a_sharded_checkpoint(alone: None, tmp_path: Path) -> 
     damaged = r"checkpoint .*checkpoint-3 is damaged: optimizer\.safetensors changed"
     refuses(ValueError, damaged, load_sharded_optimizer, model, optimizer, checkpoint)
     seal(checkpoint)
-    refuses(ValueError, "checkpoint-3 cannot be read", load_sharded_optimizer, model, optimizer, checkpoint)
+    refuses(
+        ValueError,
+        "checkpoint-3 cannot be read",
+        load_sharded_optimizer,
+        model,
+        optimizer,
+        checkpoint,
+    )
     file.write_bytes(written)
     with safe_open(file, framework="pt") as opened:
         settings = opened.metadata()
     shape = r"shared\.weight:exp_avg in .* its parameter; got \[3\]"
     for metadata, message in ((settings, shape), (None, "cannot be read: 'groups'")):
         save_file({"shared.weight:exp_avg": torch.ones(3)}, file, metadata=metadata)
-        refuses(ValueError, r"is damaged|is incomplete", load_sharded_optimizer, model, optimizer, checkpoint)
+        refuses(
+            ValueError,
+            r"is damaged|is incomplete",
+            load_sharded_optimizer,
+            model,
+            optimizer,
+            checkpoint,
+        )
         seal(checkpoint)
         refuses(ValueError, message, load_sharded_optimizer, model, optimizer, checkpoint)
 

@@ -1,4 +1,5 @@
-"""A run that diverges ends with an error; the rates that a run starts from, and the search for one."""
+"""A run that diverges ends with an error; the rates that a run starts from, and the search for
+one."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ class At(TrainerCallback):
     def __init__(self, step: int, action: Callable[[torch.nn.Module], None]) -> None:
         self.step, self.action = step, action
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         if state.global_step + 1 == self.step:
             self.action(model)
 
@@ -45,7 +48,9 @@ def spoil(model: torch.nn.Module) -> None:
 
 
 def test_a_rate_far_too_high(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, learning_rate=1e30, save_strategy="steps", save_steps=1, max_steps=20)
+    trainer = make_trainer(
+        tmp_path, learning_rate=1e30, save_strategy="steps", save_steps=1, max_steps=20
+    )
     with pytest.raises(
         DivergenceError, match=r"training diverged at step \d+: the .* is (nan|inf); the last good"
     ) as e:
@@ -58,7 +63,9 @@ def test_a_rate_far_too_high(tmp_path: Path) -> None:
     assert all_finite(trainer.model)  # the optimizer has not used what is not finite
     last = read_metrics(tmp_path)[-1]
     assert (last["event"], last["step"]) == ("diverged", step)
-    assert all(record["loss"] for record in read_metrics(tmp_path) if "loss" in record)  # none that stands for nan
+    assert all(
+        record["loss"] for record in read_metrics(tmp_path) if "loss" in record
+    )  # none that stands for nan
 
 
 def test_gradients_that_are_not_finite_do_not_reach_the_weights(tmp_path: Path) -> None:
@@ -71,15 +78,23 @@ def test_gradients_that_are_not_finite_do_not_reach_the_weights(tmp_path: Path) 
         return gradient * math.nan if len(calls) == 3 else gradient
 
     parameter.register_hook(poison)
-    refuses(DivergenceError, r"step 3: the norm of the gradients is nan; no checkpoint was written", trainer.train)
+    refuses(
+        DivergenceError,
+        r"step 3: the norm of the gradients is nan; no checkpoint was written",
+        trainer.train,
+    )
     assert all_finite(trainer.model)
 
 
 @pytest.mark.parametrize(("step", "saving"), [(2, True), (6, False)])
-def test_weights_are_looked_at_before_a_checkpoint_and_at_the_end(tmp_path: Path, step: int, saving: bool) -> None:
+def test_weights_are_looked_at_before_a_checkpoint_and_at_the_end(
+    tmp_path: Path, step: int, saving: bool
+) -> None:
     options = {"save_strategy": "steps", "save_steps": 1} if saving else {}
     trainer = make_trainer(tmp_path, callbacks=[At(step, spoil)], **options)
-    with pytest.raises(DivergenceError, match=rf"step {step}: the weights are not finite \(.+\)") as e:
+    with pytest.raises(
+        DivergenceError, match=rf"step {step}: the weights are not finite \(.+\)"
+    ) as e:
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"] * saving
     assert e.value.checkpoint == (tmp_path / "checkpoint-1" if saving else None)
@@ -119,21 +134,31 @@ def scaled(tmp_path: Path, scale: float, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused"])
-def test_an_overflow_that_loss_scaling_skips_is_no_divergence(tmp_path: Path, optimizer: str) -> None:
+def test_an_overflow_that_loss_scaling_skips_is_no_divergence(
+    tmp_path: Path, optimizer: str
+) -> None:
     trainer = scaled(tmp_path, 2.0**20, max_steps=12, optim=optimizer)
     for parameter in trainer.model.parameters():
         parameter.register_hook(lambda gradient: gradient.half().float())  # infinite beyond 65504
     before = weights(trainer.model)
     trainer.train()
     assert trainer.accelerator.scaler.get_scale() < 2.0**20
-    assert any(not torch.equal(before[name], value) for name, value in weights(trainer.model).items())
+    assert any(
+        not torch.equal(before[name], value) for name, value in weights(trainer.model).items()
+    )
     assert all_finite(trainer.model)
 
 
 def test_overflows_that_do_not_end_are_a_divergence(tmp_path: Path) -> None:
     trainer = scaled(tmp_path, 2.0**16, max_steps=50)
-    next(p for p in trainer.model.parameters() if p.ndim > 1).register_hook(lambda gradient: gradient * math.nan)
-    refuses(DivergenceError, rf"step {MOST_SKIPPED}: the gradients of {MOST_SKIPPED} steps in a row", trainer.train)
+    next(p for p in trainer.model.parameters() if p.ndim > 1).register_hook(
+        lambda gradient: gradient * math.nan
+    )
+    refuses(
+        DivergenceError,
+        rf"step {MOST_SKIPPED}: the gradients of {MOST_SKIPPED} steps in a row",
+        trainer.train,
+    )
     assert all_finite(trainer.model)
 
 
@@ -141,7 +166,9 @@ def test_a_loss_that_is_not_finite_under_scaling_is_one(tmp_path: Path) -> None:
     trainer = scaled(tmp_path, 2.0**4)
     original = trainer.compute_loss
     # The gradient of an added constant is nothing: the optimizer would step on.
-    trainer.compute_loss = lambda *a, **k: original(*a, **k) + (math.inf if trainer.state.global_step == 2 else 0.0)
+    trainer.compute_loss = lambda *a, **k: (
+        original(*a, **k) + (math.inf if trainer.state.global_step == 2 else 0.0)
+    )
     refuses(DivergenceError, "step 3: the loss is inf", trainer.train)
 
 
@@ -175,11 +202,18 @@ def test_an_unknown_family_gets_the_lower_rate_and_is_told() -> None:
     assert rate == pytest.approx(3e-4 * 384 / 768)
     assert "none is known of qwen3" in why
     assert rate <= min(tried.rate for tried in TRIED.values())
-    assert "none is known of qwen3, so that of llama" in recommended_rate("qwen3", 768, "finetune", "expert")[1]
+    assert (
+        "none is known of qwen3, so that of llama"
+        in recommended_rate("qwen3", 768, "finetune", "expert")[1]
+    )
 
 
 def test_kinds() -> None:
-    assert kind_of(None) == kind_of(MPOEConfig(target_modules=["attention"], moe_type="none")) == "dense"
+    assert (
+        kind_of(None)
+        == kind_of(MPOEConfig(target_modules=["attention"], moe_type="none"))
+        == "dense"
+    )
     assert kind_of(MPOEConfig(expert_type="dense", shape="separable")) == "switch"
     assert kind_of(MPOEConfig(shape="paper")) == "paper"
 
@@ -201,20 +235,29 @@ def test_the_documentation_shows_this_table() -> None:
 def test_the_trainer_warns(tmp_path: Path) -> None:
     model = mpoe_model("gpt2", router={"balance_loss_weight": 0.0})
     for _, layer in routed_layers(model):
-        torch.nn.init.zeros_(layer.router.weight).requires_grad_(False)  # all tokens go to the first expert
+        torch.nn.init.zeros_(layer.router.weight).requires_grad_(
+            False
+        )  # all tokens go to the first expert
     trainer = make_trainer(tmp_path, "gpt2", model, max_steps=16, logging_steps=8)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.train()
     said = [str(warning.message) for warning in caught]
-    assert sum(text.startswith("expert 0 of mixture layer 0 took 100% of its tokens") for text in said) == 1
+    assert (
+        sum(text.startswith("expert 0 of mixture layer 0 took 100% of its tokens") for text in said)
+        == 1
+    )
 
 
 def test_loads_that_are_no_reason_to_warn() -> None:
     assert one_sided(torch.tensor([[100, 100, 100, 100], [280, 40, 40, 40]]), 1) is not None
     for fine in ([[700, 300]], [[300, 40, 40, 0], [0, 0, 0, 0]], [[10_000]], [[100, 99, 101, 100]]):
-        assert one_sided(torch.tensor(fine), 1) is None  # of two 70% is not most; too few to tell; one has no choice
-    assert "took 98% of its tokens" in str(one_sided(torch.tensor([[490, 170, 170, 170]]), 2))  # half is every token
+        assert (
+            one_sided(torch.tensor(fine), 1) is None
+        )  # of two 70% is not most; too few to tell; one has no choice
+    assert "took 98% of its tokens" in str(
+        one_sided(torch.tensor([[490, 170, 170, 170]]), 2)
+    )  # half is every token
     for fine in ([[370, 210, 210, 210]], [[500, 500]]):
         assert one_sided(torch.tensor(fine), 2) is None
 
@@ -222,7 +265,9 @@ def test_loads_that_are_no_reason_to_warn() -> None:
 def test_finds_the_same_rate_twice_and_leaves_everything_as_it_was(tmp_path: Path) -> None:
     model = mpoe_model("gpt2", dropout=0.1, jitter=0.1)
     items = [Rows("gpt2", rows=1)[0]] * 12
-    trainer = make_trainer(tmp_path, "gpt2", model, per_device_train_batch_size=4, learning_rate=7e-4)
+    trainer = make_trainer(
+        tmp_path, "gpt2", model, per_device_train_batch_size=4, learning_rate=7e-4
+    )
     before = {name: value.clone() for name, value in model.state_dict().items()}
     numbers, mode = torch.get_rng_state(), model.training
     found = find_rate(trainer, items, 1e-5, steps=3)
@@ -243,7 +288,9 @@ def test_it_goes_on_while_the_best_is_at_an_end() -> None:
     assert list(_search(lambda rate: rate, 1e-3)) == [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
 
 
-@pytest.mark.parametrize(("ranks", "items", "message"), [(2, 5, "one process; got 2"), (1, 1, "two training items")])
+@pytest.mark.parametrize(
+    ("ranks", "items", "message"), [(2, 5, "one process; got 2"), (1, 1, "two training items")]
+)
 def test_refusals(ranks: int, items: int, message: str) -> None:
     trainer = SimpleNamespace(args=SimpleNamespace(world_size=ranks), model=None)
     with pytest.raises(ValueError, match=message):

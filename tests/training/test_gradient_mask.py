@@ -1,4 +1,5 @@
-"""The gradient mask in a plain PyTorch loop; it, frozen cores and rates under the Hugging Face Trainer."""
+"""The gradient mask in a plain PyTorch loop; it, frozen cores and rates under the Hugging Face
+Trainer."""
 
 from __future__ import annotations
 
@@ -14,7 +15,17 @@ from mpoe.training import GradientMask, GradientMaskCallback
 from mpoe.training.freezing import mask_draw
 from tests.assertions import refuses
 
-from .tiny import CHECKPOINTING, Rows, Toy, Watch, all_masked, arguments, make_trainer, mpoe_model, weights
+from .tiny import (
+    CHECKPOINTING,
+    Rows,
+    Toy,
+    Watch,
+    all_masked,
+    arguments,
+    make_trainer,
+    mpoe_model,
+    weights,
+)
 
 
 @pytest.mark.parametrize("shape", ["separable", "paper", "light"])
@@ -91,14 +102,28 @@ def test_error_in_a_masked_step_releases_the_model() -> None:
 
 def test_refusals() -> None:
     for probability in (-0.1, 1.5, float("nan")):
-        refuses(ValueError, "gradient_mask_prob must be at least 0 and at most 1", GradientMask, Toy(), probability)
+        refuses(
+            ValueError,
+            "gradient_mask_prob must be at least 0 and at most 1",
+            GradientMask,
+            Toy(),
+            probability,
+        )
     refuses(ValueError, "step must be at least 0", mask_draw, 0, -1)
-    refuses(ValueError, "needs a model with MPO cores; Linear has none", GradientMask, nn.Linear(2, 2), 0.5)
+    refuses(
+        ValueError,
+        "needs a model with MPO cores; Linear has none",
+        GradientMask,
+        nn.Linear(2, 2),
+        0.5,
+    )
     GradientMask(nn.Linear(2, 2), 0.0)  # off: nothing to refuse
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_masked_steps_change_everything_but_the_centrals(tmp_path: Path, checkpointing: bool) -> None:
+def test_masked_steps_change_everything_but_the_centrals(
+    tmp_path: Path, checkpointing: bool
+) -> None:
     """Also where the backward pass computes activations again."""
     watch = Watch()
     trainer = make_trainer(
@@ -130,11 +155,18 @@ def test_mask_is_off_during_evaluation(tmp_path: Path) -> None:
     seen: list[bool] = []
 
     class Look(TrainerCallback):
-        def on_prediction_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        def on_prediction_step(
+            self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+        ) -> None:
             seen.append(all_masked(model))
 
     trainer = make_trainer(
-        tmp_path, gradient_mask_prob=1.0, eval_strategy="steps", eval_steps=1, max_steps=2, callbacks=[Look()]
+        tmp_path,
+        gradient_mask_prob=1.0,
+        eval_strategy="steps",
+        eval_steps=1,
+        max_steps=2,
+        callbacks=[Look()],
     )
     trainer.train()
     assert seen
@@ -143,7 +175,9 @@ def test_mask_is_off_during_evaluation(tmp_path: Path) -> None:
 
 def test_error_in_training_releases_the_model(tmp_path: Path) -> None:
     class Fail(TrainerCallback):
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        def on_pre_optimizer_step(
+            self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+        ) -> None:
             assert all_masked(model)
             raise RuntimeError("stop here")
 
@@ -157,7 +191,10 @@ def test_callback_alone_in_the_ordinary_trainer(tmp_path: Path) -> None:
     before = weights(model)
     callback = GradientMaskCallback(GradientMask(None, 1.0, seed=0))
     trainer = Trainer(
-        model=model, args=arguments(tmp_path, max_steps=2), train_dataset=Rows("bert"), callbacks=[callback]
+        model=model,
+        args=arguments(tmp_path, max_steps=2),
+        train_dataset=Rows("bert"),
+        callbacks=[callback],
     )
     trainer.train()
     for name, parameter in model.named_parameters():
@@ -170,15 +207,21 @@ def test_optimizer_uses_per_core_rates_under_the_scheduler(tmp_path: Path) -> No
     seen: list[dict[int, float]] = []
 
     class Look(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-            seen.append({id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]})
+        def on_step_begin(
+            self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
+        ) -> None:
+            seen.append(
+                {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+            )
 
     trainer.add_callback(Look())
     trainer.train()
     up = trainer.model.encoder.block[0].layer[1].DenseReluDense.experts.up
     assert seen[0][id(up.central)] == pytest.approx(2e-3 * 0.35 * up.rate_ratios[up.shape.central])
     for step, rates in enumerate(seen):
-        assert rates == pytest.approx({each: rate * (1 - step / 4) for each, rate in seen[0].items()})
+        assert rates == pytest.approx(
+            {each: rate * (1 - step / 4) for each, rate in seen[0].items()}
+        )
 
 
 def test_own_optimizer_is_left_alone(tmp_path: Path) -> None:

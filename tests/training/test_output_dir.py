@@ -46,8 +46,14 @@ def make_checkpoint(run_dir: Path, step: int) -> Path:
 @pytest.mark.parametrize(
     ("sign", "said"),
     [
-        *((name, "another run; continue it with --resume") for name in ("metrics.jsonl", "checkpoint-5/", RUN_FILE)),
-        *((name, "a saved model or results") for name in ("config.json", "model.safetensors", "results.json")),
+        *(
+            (name, "another run; continue it with --resume")
+            for name in ("metrics.jsonl", "checkpoint-5/", RUN_FILE)
+        ),
+        *(
+            (name, "a saved model or results")
+            for name in ("config.json", "model.safetensors", "results.json")
+        ),
     ],
 )
 def test_what_counts_as_a_run(tmp_path: Path, sign: str, said: str) -> None:
@@ -59,7 +65,14 @@ def test_what_counts_as_a_run(tmp_path: Path, sign: str, said: str) -> None:
     assert before == [path.stat().st_mtime_ns for path in (tmp_path, file)]
     assert list(tmp_path.iterdir()) == [file]
     if sign.endswith("s.json"):
-        refuses(ValueError, "nothing to resume", prepare_output_dir, tmp_path, resume=True, run_config=CONFIG)
+        refuses(
+            ValueError,
+            "nothing to resume",
+            prepare_output_dir,
+            tmp_path,
+            resume=True,
+            run_config=CONFIG,
+        )
     prepare_output_dir(tmp_path, overwrite=True, run_config=CONFIG)
     assert [path.name for path in tmp_path.iterdir()] == [RUN_FILE]
     if not sign.endswith("/"):
@@ -85,7 +98,9 @@ def test_foreign_files_are_no_run_and_survive_overwrite(tmp_path: Path) -> None:
 
 def test_resume_finds_the_last_complete_checkpoint(tmp_path: Path) -> None:
     prepare_output_dir(tmp_path, run_config=CONFIG)
-    assert prepare_output_dir(tmp_path, resume=True, run_config=CONFIG) is None  # died before its first checkpoint
+    assert (
+        prepare_output_dir(tmp_path, resume=True, run_config=CONFIG) is None
+    )  # died before its first checkpoint
     make_checkpoint(tmp_path, 9)
     make_checkpoint(tmp_path, 10)
     cut_short = make_checkpoint(tmp_path, 11)
@@ -126,7 +141,14 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     refuses(NotADirectoryError, "is a file", prepare_output_dir, tmp_path / "file")
     (tmp_path / RUN_FILE).write_text("{")
-    refuses(ValueError, "does not describe a run", prepare_output_dir, tmp_path, resume=True, run_config=CONFIG)
+    refuses(
+        ValueError,
+        "does not describe a run",
+        prepare_output_dir,
+        tmp_path,
+        resume=True,
+        run_config=CONFIG,
+    )
 
 
 def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
@@ -136,13 +158,19 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
         checkpoints.rotate(tmp_path, limit)
     assert len(checkpoints.list_checkpoints(tmp_path)) == 4
     checkpoints.rotate(tmp_path, 2, keep=tmp_path / "checkpoint-11")
-    assert [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(tmp_path)] == [11, 100]
+    assert [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(tmp_path)] == [
+        11,
+        100,
+    ]
     checkpoints.rotate(tmp_path, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-100"]
 
 
-def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its files, the manifest and the folder before the new name, which the run's folder then gets to keep."""
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files, the manifest and the folder before the new name, which the run's folder then gets
+    to keep."""
     told: list[tuple[str, bool]] = []
     final = tmp_path / "checkpoint-5"
     monkeypatch.setattr(checkpoints, "sync", lambda path: told.append((path.name, final.exists())))
@@ -160,7 +188,9 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monk
 
 def test_metrics_survive_a_torn_line_and_drop_repeated_steps(tmp_path: Path) -> None:
     for step in (1, 2, 3):
-        write_metrics(tmp_path, {"step": step, "loss": torch.tensor(float(step)), "bad": float("nan")})
+        write_metrics(
+            tmp_path, {"step": step, "loss": torch.tensor(float(step)), "bad": float("nan")}
+        )
     with (tmp_path / METRICS_FILE).open("a") as handle:
         handle.write('{"step": 4, "lo')
     write_metrics(tmp_path, {"event": "resume", "step": 2})
@@ -185,7 +215,8 @@ def test_expert_load() -> None:
 def test_a_folder_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda *_, **__: False)  # as root may write everywhere
     with pytest.raises(
-        PermissionError, match=rf"output_dir must be a folder that can be written; {tmp_path} cannot be"
+        PermissionError,
+        match=rf"output_dir must be a folder that can be written; {tmp_path} cannot be",
     ):
         check_folder("output_dir", tmp_path / "run")
 
@@ -194,7 +225,9 @@ def test_a_folder_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_links_that_lead_to_no_folder(tmp_path: Path, target: str) -> None:
     (tmp_path / "link").symlink_to(tmp_path / target)
     for folder in (tmp_path / "link", tmp_path / "link" / "run"):
-        with pytest.raises(NotADirectoryError, match=r"output_dir must be a folder; .*link is a symbolic link that"):
+        with pytest.raises(
+            NotADirectoryError, match=r"output_dir must be a folder; .*link is a symbolic link that"
+        ):
             prepare_output_dir(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
     (tmp_path / "there").mkdir()
@@ -205,14 +238,24 @@ def test_links_that_lead_to_no_folder(tmp_path: Path, target: str) -> None:
 
 def test_a_full_disk_is_named_with_its_folder(tmp_path: Path) -> None:
     with (
-        pytest.raises(OSError, match=rf"output_dir {tmp_path} could not be written: .*No space") as error,
+        pytest.raises(
+            OSError, match=rf"output_dir {tmp_path} could not be written: .*No space"
+        ) as error,
         hold(tmp_path),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")  # as of a file that is open already
     assert error.value.errno == errno.ENOSPC
-    with pytest.raises(OSError, match=rf"output_dir {tmp_path} could not be written: .*os error 28"), hold(tmp_path):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    for other in (ConnectionError("no route"), OSError(errno.ENOSPC, "full", str(tmp_path / "file"))):
+    with (
+        pytest.raises(OSError, match=rf"output_dir {tmp_path} could not be written: .*os error 28"),
+        hold(tmp_path),
+    ):
+        raise SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
+    for other in (
+        ConnectionError("no route"),
+        OSError(errno.ENOSPC, "full", str(tmp_path / "file")),
+    ):
         with pytest.raises(OSError) as same, hold(tmp_path):
             raise other
         assert same.value is other
@@ -225,4 +268,11 @@ def test_check_refuses_and_writes_nothing(tmp_path: Path) -> None:
     assert not folder.exists()
     prepare_output_dir(folder, run_config=CONFIG)
     check_output_dir(folder, resume=True)  # the configuration is not known yet
-    refuses(ValueError, "seed: was 1, now 2", check_output_dir, folder, resume=True, run_config={**CONFIG, "seed": 2})
+    refuses(
+        ValueError,
+        "seed: was 1, now 2",
+        check_output_dir,
+        folder,
+        resume=True,
+        run_config={**CONFIG, "seed": 2},
+    )

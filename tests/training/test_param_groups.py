@@ -14,7 +14,12 @@ from transformers import Trainer
 from mpoe import MPOEConfig, RouterConfig
 from mpoe.models import convert_to_mpoe
 from mpoe.models.report import mpo_modules, neuron_modules, routed_layers
-from mpoe.training import MPOETrainingArguments, build_param_groups, freeze_cores, update_correction_bias
+from mpoe.training import (
+    MPOETrainingArguments,
+    build_param_groups,
+    freeze_cores,
+    update_correction_bias,
+)
 from tests.assertions import refuses
 from tests.cases import pairwise
 
@@ -23,7 +28,9 @@ from .tiny import arguments as run_arguments
 
 
 def arguments(tmp_path: Path, **kwargs: Any) -> MPOETrainingArguments:
-    return MPOETrainingArguments(output_dir=str(tmp_path), learning_rate=1e-3, weight_decay=0.1, **kwargs)
+    return MPOETrainingArguments(
+        output_dir=str(tmp_path), learning_rate=1e-3, weight_decay=0.1, **kwargs
+    )
 
 
 def rates(groups: list[dict[str, Any]]) -> dict[int, tuple[float, float, str]]:
@@ -36,7 +43,9 @@ def pretrained_toy(gauge: str = "symmetric") -> Toy:
     """Cores decomposed from weights, so that their ratios differ from each other."""
     model = Toy()
     for _, cores in mpo_modules(model):
-        cores.load_weight_(torch.randn(cores.shape.in_features, cores.shape.out_features) * 0.05, gauge)
+        cores.load_weight_(
+            torch.randn(cores.shape.in_features, cores.shape.out_features) * 0.05, gauge
+        )
     return model
 
 
@@ -51,7 +60,12 @@ def pretrained_toy(gauge: str = "symmetric") -> Toy:
     ],
 )
 def test_core_rates(
-    tmp_path: Path, gauge: str, options: dict[str, Any], base: float, central: float, auxiliary: float
+    tmp_path: Path,
+    gauge: str,
+    options: dict[str, Any],
+    base: float,
+    central: float,
+    auxiliary: float,
 ) -> None:
     model = pretrained_toy(gauge)
     found = rates(build_param_groups(model, arguments(tmp_path, **options)))
@@ -68,7 +82,9 @@ def test_one_raw_rate_without_scaling(tmp_path: Path) -> None:
     found = rates(build_param_groups(model, arguments(tmp_path, scale_core_lr=False, mpo_lr=5e-4)))
     cores = [core for _, module in mpo_modules(model) for core in module.chain()]
     assert {found[id(core)][0] for core in cores} == {5e-4}
-    half = rates(build_param_groups(model, arguments(tmp_path, scale_core_lr=False, central_lr_scale=0.5)))
+    half = rates(
+        build_param_groups(model, arguments(tmp_path, scale_core_lr=False, central_lr_scale=0.5))
+    )
     assert {half[id(core)][0] for core in model.centrals()} == {5e-4}
 
 
@@ -122,9 +138,13 @@ def test_frozen_cores_are_in_no_group(tmp_path: Path) -> None:
 
 def test_freezing_refusals() -> None:
     mixed = mpoe_model("t5", target_modules=["ffn", "attention"])
-    with pytest.raises(ValueError, match=r"names word_embed, but this model's MPO cores are in: attention, mlp"):
+    with pytest.raises(
+        ValueError, match=r"names word_embed, but this model's MPO cores are in: attention, mlp"
+    ):
         freeze_cores(mixed, update_mpo_layer="word_embed")
-    with pytest.raises(ValueError, match=r"must be below the number of cores \(here at most 5\); got '5'"):
+    with pytest.raises(
+        ValueError, match=r"must be below the number of cores \(here at most 5\); got '5'"
+    ):
         freeze_cores(mixed, train_AT_index="5")
     refuses(ValueError, "Linear has none", freeze_cores, nn.Linear(2, 2), tensor_learn=True)
     assert freeze_cores(nn.Linear(2, 2)) == {"frozen": 0, "trained": 0}
@@ -147,21 +167,34 @@ def test_attention_biases_of_t5_are_not_decayed(tmp_path: Path) -> None:
 
 
 NEURONS = {"shape": "neurons", "neurons": 8, "num_experts": 4, "router": RouterConfig(top_k=2)}
-BALANCED = RouterConfig(top_k=2, scoring_func="sigmoid", bias_update_rate=0.01, balance_loss_weight=0.0)
+BALANCED = RouterConfig(
+    top_k=2, scoring_func="sigmoid", bias_update_rate=0.01, balance_loss_weight=0.0
+)
 
 
 @pytest.mark.parametrize(("family", "latent"), pairwise(["t5", "gpt2", "bert"], [None, 8]))
 def test_the_loss_falls(family: str, latent: int | None, tmp_path: Path) -> None:
-    """With the dense network and P, Q frozen in every step, so that only the experts and the router learn in it."""
+    """With the dense network and P, Q frozen in every step, so that only the experts and the router
+    learn in it."""
     model = mpoe_model(family, **NEURONS, latent=latent)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     trainer = make_trainer(
-        tmp_path, family, model, max_steps=12, learning_rate=0.02, gradient_mask_prob=1.0, logging_steps=1
+        tmp_path,
+        family,
+        model,
+        max_steps=12,
+        learning_rate=0.02,
+        gradient_mask_prob=1.0,
+        logging_steps=1,
     )
     trainer.train()
     losses = [record["task_loss"] for record in trainer.state.log_history if "task_loss" in record]
     assert sum(losses[-3:]) < sum(losses[:3])
-    shared = {id(w) for layer in neuron_modules(model).values() for w in layer.central_parameters().values()}
+    shared = {
+        id(w)
+        for layer in neuron_modules(model).values()
+        for w in layer.central_parameters().values()
+    }
     for name, parameter in model.named_parameters():
         if id(parameter) in shared:
             assert torch.equal(parameter, before[name]), name
@@ -195,7 +228,9 @@ def test_the_trainer_moves_the_correction_bias_against_the_load(tmp_path: Path) 
 def test_loads_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     model = mpoe_model("gpt2", **{**NEURONS, "router": BALANCED})
     for size in ((3, 4), (2, 1)):
-        with pytest.raises(ValueError, match=r"expert_load must be \[2, E\], a row per layer; got \["):
+        with pytest.raises(
+            ValueError, match=r"expert_load must be \[2, E\], a row per layer; got \["
+        ):
             update_correction_bias(model, torch.zeros(size))
     model.config.output_router_logits = False
     with pytest.raises(ValueError, match="bias_update_rate needs the model's expert_load"):
@@ -204,11 +239,17 @@ def test_loads_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("latent", [None, 8])
 def test_the_dense_networks_moments_survive_conversion(latent: int | None, tmp_path: Path) -> None:
-    """A run of the dense model, converted, goes on with AdamW's moments and steps; only what is new starts anew."""
+    """A run of the dense model, converted, goes on with AdamW's moments and steps; only what is new
+    starts anew."""
     dense = dense_model("gpt2")
-    first = Trainer(dense, run_arguments(tmp_path / "dense", max_steps=3), train_dataset=Rows("gpt2"))
+    first = Trainer(
+        dense, run_arguments(tmp_path / "dense", max_steps=3), train_dataset=Rows("gpt2")
+    )
     first.train()
-    before = {id(p): {n: v.clone() for n, v in state.items()} for p, state in first.optimizer.state.items()}
+    before = {
+        id(p): {n: v.clone() for n, v in state.items()}
+        for p, state in first.optimizer.state.items()
+    }
     converted = convert_to_mpoe(dense, MPOEConfig(**NEURONS, latent=latent), inplace=True)
     options: dict[str, Any] = {"max_steps": 2, "previous_optimizer": first.optimizer}
     trainer = make_trainer(tmp_path / "mixture", "gpt2", converted, **options)
@@ -218,9 +259,13 @@ def test_the_dense_networks_moments_survive_conversion(latent: int | None, tmp_p
     assert all("experts" in name or "router" in name for name in new)
     assert len(state) == len(before)
     for parameter, values in state.items():
-        assert all(torch.equal(value, before[id(parameter)][name]) for name, value in values.items())
+        assert all(
+            torch.equal(value, before[id(parameter)][name]) for name, value in values.items()
+        )
     trainer.train()
-    steps = {name: int(trainer.optimizer.state[p]["step"]) for name, p in converted.named_parameters()}
+    steps = {
+        name: int(trainer.optimizer.state[p]["step"]) for name, p in converted.named_parameters()
+    }
     assert all(count == (2 if name in new else 5) for name, count in steps.items())
 
 
@@ -229,8 +274,14 @@ def test_a_previous_optimizer_that_does_not_fit_is_refused(tmp_path: Path) -> No
     with pytest.raises(TypeError, match="previous_optimizer must be an optimizer; got str"):
         make_trainer(tmp_path, "gpt2", model, previous_optimizer="adamw")
     for other, words in (
-        (torch.optim.SGD(model.parameters()), "must be of the kind that trains now, AdamW; got SGD"),
-        (torch.optim.AdamW(dense_model("gpt2").parameters()), "converted with inplace=True; got one that has none"),
+        (
+            torch.optim.SGD(model.parameters()),
+            "must be of the kind that trains now, AdamW; got SGD",
+        ),
+        (
+            torch.optim.AdamW(dense_model("gpt2").parameters()),
+            "converted with inplace=True; got one that has none",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             make_trainer(tmp_path, "gpt2", model, previous_optimizer=other).train()

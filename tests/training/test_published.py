@@ -15,11 +15,22 @@ from mpoe.cli.command import CommandError
 from mpoe.cli.info import facts_of
 from mpoe.cli.models import check_model_output, model_folder
 from mpoe.cli.quiet import background_beside
-from mpoe.training.published import MANIFEST, check_free_names, finish, publish, staging_folder, written_files
+from mpoe.training.published import (
+    MANIFEST,
+    check_free_names,
+    finish,
+    publish,
+    staging_folder,
+    written_files,
+)
 from mpoe.training.run_lock import FolderInUseError, hold
 from tests.assertions import refuses
 
-OLD = {"config.json": '{"mpoe_experts": ["law", "none"]}', "model.safetensors": "old", "tokenizer.json": "old"}
+OLD = {
+    "config.json": '{"mpoe_experts": ["law", "none"]}',
+    "model.safetensors": "old",
+    "tokenizer.json": "old",
+}
 OLD |= {"experts/law.expert": "law", "background.safetensors": "old"}
 NEW = {"config.json": "{}", "model-00001-of-00001.safetensors": "new", "experts/med.expert": "med"}
 
@@ -100,7 +111,9 @@ FOREIGN: dict[str, Callable[[Path], object]] = {
     "README.md": lambda folder: (folder / "README.md").mkdir(),
     "dead": lambda folder: (folder / "dead").symlink_to("nowhere"),
     "logs": lambda folder: (folder / "logs").mkdir(),
-    MANIFEST: lambda folder: (folder / MANIFEST).write_text('{"files": ["../victim", "config.json"]}'),
+    MANIFEST: lambda folder: (folder / MANIFEST).write_text(
+        '{"files": ["../victim", "config.json"]}'
+    ),
 }
 
 
@@ -109,7 +122,14 @@ def test_what_we_did_not_write_is_named_and_stays(folder: Path, name: str) -> No
     FOREIGN[name](folder)
     before = contents(folder)
     for overwrite in (False, True):
-        refuses(CommandError, f"k holds {name}, which mpoe did not write", check_model_output, "OUT", folder, overwrite)
+        refuses(
+            CommandError,
+            f"k holds {name}, which mpoe did not write",
+            check_model_output,
+            "OUT",
+            folder,
+            overwrite,
+        )
         refuses(CommandError, f"holds {name}, which", save, folder, NEW, overwrite)
         assert contents(folder) == before, overwrite
 
@@ -118,7 +138,9 @@ def test_an_experts_file_without_a_model(tmp_path: Path) -> None:
     save(tmp_path, OLD)
     for name in (MANIFEST, "config.json"):
         (tmp_path / name).unlink()
-    refuses(CommandError, "holds experts/law.expert, which", check_model_output, "OUT", tmp_path, True)
+    refuses(
+        CommandError, "holds experts/law.expert, which", check_model_output, "OUT", tmp_path, True
+    )
     (tmp_path / "config.json").write_text('{"mpoe_experts": ["../../victim", "law"]}')
     assert "experts/law.expert" not in written_files(tmp_path)
 
@@ -158,15 +180,25 @@ def killed(folder: Path, at: int) -> bool:
         os._exit(0)
 
 
-def test_killed_at_any_change_leaves_the_old_model_or_the_new_one(folder: Path, tmp_path: Path) -> None:
+def test_killed_at_any_change_leaves_the_old_model_or_the_new_one(
+    folder: Path, tmp_path: Path
+) -> None:
     at, seen = 1, []
     while killed(shutil.copytree(folder, tmp_path / str(at)), at):
         there = tmp_path / str(at)
         hidden = {name for name in contents(there) if name.startswith(".complete-model/")}
         is_begun = bool(hidden) and contents(there).keys() - hidden != OLD.keys() | {"_run.lock"}
-        assert not is_begun or not (there / "config.json").exists() or not hidden & {".complete-model/config.json"}, at
+        assert (
+            not is_begun
+            or not (there / "config.json").exists()
+            or not hidden & {".complete-model/config.json"}
+        ), at
         finish(there)
-        left = {name: text for name, text in contents(there).items() if not name.startswith((".incomplete", "_run"))}
+        left = {
+            name: text
+            for name, text in contents(there).items()
+            if not name.startswith((".incomplete", "_run"))
+        }
         assert left in (OLD, NEW), at
         assert not seen or left == NEW or seen[-1] == OLD, at  # never back
         seen.append(left)
@@ -180,7 +212,10 @@ def test_killed_at_any_change_leaves_the_old_model_or_the_new_one(folder: Path, 
 
 def test_one_of_two_wins(tmp_path: Path) -> None:
     path = tmp_path / "k"
-    for overwrite, message in ((False, "OUT .*k holds a model; give"), (True, "that another process wrote meanwhile")):
+    for overwrite, message in (
+        (False, "OUT .*k holds a model; give"),
+        (True, "that another process wrote meanwhile"),
+    ):
         one, other = (check_model_output("OUT", path, overwrite) for _ in range(2))
         with model_folder(one, Saved(OLD)):
             pass
@@ -200,14 +235,19 @@ def test_one_of_two_wins(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["number", "time"])
-def test_a_model_is_another_by_the_number_or_the_time_of_its_configuration(folder: Path, part: str) -> None:
+def test_a_model_is_another_by_the_number_or_the_time_of_its_configuration(
+    folder: Path, part: str
+) -> None:
     seen, config = check_model_output("OUT", folder, True), folder / "config.json"
     if part == "number":
         shutil.copy2(config, folder.parent / "copy")
         os.replace(folder.parent / "copy", config)
     else:
         os.utime(config, ns=(0, 0))
-    with pytest.raises(CommandError, match="that another process wrote meanwhile"), model_folder(seen, Saved(NEW)):
+    with (
+        pytest.raises(CommandError, match="that another process wrote meanwhile"),
+        model_folder(seen, Saved(NEW)),
+    ):
         pass
     assert contents(folder) == {**OLD, "_run.lock": ""} or contents(folder) == OLD
 
@@ -217,7 +257,14 @@ def test_nothing_outside_is_touched_by_what_a_stranger_left(tmp_path: Path) -> N
     victim.mkdir()
     (victim / "a.expert").write_text("mine")
     whole = folder / ".complete-model"
-    for old in (["../victim/a.expert"], [str(victim / "a.expert")], ["experts/a.expert"], [3], "x", None):
+    for old in (
+        ["../victim/a.expert"],
+        [str(victim / "a.expert")],
+        ["experts/a.expert"],
+        [3],
+        "x",
+        None,
+    ):
         shutil.rmtree(folder, ignore_errors=True)
         whole.mkdir(parents=True)
         (folder / "experts").symlink_to(victim)
@@ -233,7 +280,14 @@ def test_nothing_outside_is_touched_by_what_a_stranger_left(tmp_path: Path) -> N
     assert contents(victim) == {"a.expert": "mine"}
     shutil.rmtree(whole)
     whole.symlink_to(victim)
-    refuses(CommandError, "holds .complete-model, which mpoe did not write", check_model_output, "OUT", folder, True)
+    refuses(
+        CommandError,
+        "holds .complete-model, which mpoe did not write",
+        check_model_output,
+        "OUT",
+        folder,
+        True,
+    )
     finish(folder)
     (folder / "_run.lock").symlink_to(victim / "a.expert")
     with pytest.raises(OSError, match="Too many levels of symbolic links"), hold(folder):
@@ -248,7 +302,9 @@ def test_info_finishes_what_a_kill_left(folder: Path) -> None:
     assert contents(folder) == OLD
 
 
-def test_a_background_that_is_a_link_out_is_not_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_background_that_is_a_link_out_is_not_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "beside").mkdir()
     (tmp_path / "private").touch()
     (tmp_path / "beside" / "background.safetensors").symlink_to(tmp_path / "private")
@@ -259,7 +315,13 @@ def test_a_background_that_is_a_link_out_is_not_taken(tmp_path: Path, capsys: py
 def test_a_run_keeps_other_files_and_refuses_those_in_its_way(tmp_path: Path) -> None:
     for name in ("notes.txt", "law.expert"):
         (tmp_path / name).write_text("mine")
-    refuses(FileExistsError, "mpoe did not write .*law.expert", check_free_names, tmp_path, ["law.expert"])
+    refuses(
+        FileExistsError,
+        "mpoe did not write .*law.expert",
+        check_free_names,
+        tmp_path,
+        ["law.expert"],
+    )
     check_free_names(tmp_path, ["med.expert"])
     staging_folder(tmp_path).mkdir()
     Saved({"config.json": "{}", "law.expert": "law"}).save_pretrained(staging_folder(tmp_path))

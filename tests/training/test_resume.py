@@ -1,4 +1,5 @@
-"""A killed or stopped run continues to the very weights of an uninterrupted one, and computes products as that did."""
+"""A killed or stopped run continues to the very weights of an uninterrupted one, and computes
+products as that did."""
 
 from __future__ import annotations
 
@@ -20,10 +21,21 @@ from mpoe_kernels.contract import autotune
 from tests.assertions import refuses
 
 from .ranks import torchrun
-from .tiny import LAST, Rows, dense_model, make_trainer, mpoe_model, preferring, resume_options, weights
+from .tiny import (
+    LAST,
+    Rows,
+    dense_model,
+    make_trainer,
+    mpoe_model,
+    preferring,
+    resume_options,
+    weights,
+)
 
 # The older name of activation checkpointing, which every Transformers 5 knows.
-pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`gradient_checkpointing` is deprecated:FutureWarning"
+)
 MIXTURES: dict[str, dict[str, Any]] = {
     "switch": {},
     "moe": {"moe_type": "moe", "router": {"jitter": 0.1}},
@@ -34,7 +46,12 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "neurons": {
         "shape": "neurons",
         "neurons": 8,
-        "router": {"top_k": 2, "scoring_func": "sigmoid", "bias_update_rate": 0.01, "balance_loss_weight": 0.0},
+        "router": {
+            "top_k": 2,
+            "scoring_func": "sigmoid",
+            "bias_update_rate": 0.01,
+            "balance_loss_weight": 0.0,
+        },
     },
 }
 
@@ -52,15 +69,24 @@ def assert_identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
 @pytest.mark.parametrize(
     ("name", "family", "steps"),
     [("switch", "t5", (1, 2, 3)), ("switch", "gpt2", (1,)), ("switch", "bert", (1,))]
-    + [(name, family, (1,)) for name, family in zip(list(MIXTURES)[1:], ["t5", "gpt2"] * 3, strict=False)],
+    + [
+        (name, family, (1,))
+        for name, family in zip(list(MIXTURES)[1:], ["t5", "gpt2"] * 3, strict=False)
+    ],
 )
-def test_resume_is_bit_identical(tmp_path: Path, name: str, family: str, steps: tuple[int, ...]) -> None:
-    """Epochs have two steps: checkpoint 1 lies inside the first, 2 at its end, 3 inside the second."""
+def test_resume_is_bit_identical(
+    tmp_path: Path, name: str, family: str, steps: tuple[int, ...]
+) -> None:
+    """Epochs have two steps: checkpoint 1 lies inside the first, 2 at its end, 3 inside the
+    second."""
     last = steps[-1] + 2
 
     def made(folder: Path) -> Any:
         model = mpoe_model(family, dropout=0.1, jitter=0.1, **MIXTURES[name])
-        options = resume_options(family, last) | {"model": model, "gradient_checkpointing": name != "switch"}
+        options = resume_options(family, last) | {
+            "model": model,
+            "gradient_checkpointing": name != "switch",
+        }
         options |= {"save_steps": 1, "train_dataset": Rows(family, rows=16)}
         if not any(each.endswith(".central") for each, _ in model.named_parameters()):
             options["gradient_mask_prob"] = 0.0
@@ -71,7 +97,9 @@ def test_resume_is_bit_identical(tmp_path: Path, name: str, family: str, steps: 
     straight.train()
     expected = final_state(straight)
     assert all(torch.isfinite(value).all() for value in expected.values())
-    still = [key for key, value in weights(straight.model).items() if torch.equal(value, start[key])]
+    still = [
+        key for key, value in weights(straight.model).items() if torch.equal(value, start[key])
+    ]
     assert not [key for key in still if not key.endswith(".central")]
     for step in steps:
         folder = tmp_path / f"from-{step}"
@@ -81,11 +109,15 @@ def test_resume_is_bit_identical(tmp_path: Path, name: str, family: str, steps: 
         resumed.train(resume_from_checkpoint=True)
         assert resumed.state.global_step == last
         assert_identical(expected, final_state(resumed))
-        logged = [record["loss"] for record in straight.state.log_history if "loss" in record][step:]
+        logged = [record["loss"] for record in straight.state.log_history if "loss" in record][
+            step:
+        ]
         assert [record["loss"] for record in read_metrics(folder) if "loss" in record] == logged
 
 
-def test_crash_while_saving_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crash_while_saving_leaves_the_previous_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     straight = make_trainer(tmp_path / "straight", **resume_options("t5", 6))
     straight.train()
     trainer = make_trainer(tmp_path / "run", **resume_options("t5", 6))
@@ -103,7 +135,11 @@ def test_crash_while_saving_leaves_the_previous_checkpoint(tmp_path: Path, monke
     resumed = make_trainer(tmp_path / "run", **resume_options("t5", 6))
     resumed.train(resume_from_checkpoint=True)
     assert_identical(final_state(straight), final_state(resumed))
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint-3", "checkpoint-6", "metrics.jsonl"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "checkpoint-3",
+        "checkpoint-6",
+        "metrics.jsonl",
+    }
 
 
 def test_run_that_died_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
@@ -136,7 +172,9 @@ def test_best_checkpoint_is_kept_and_loaded(tmp_path: Path) -> None:
     losses = iter([2.0, 1.0, 3.0, 4.0])
 
     class Score(TrainerCallback):
-        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        def on_evaluate(
+            self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
+        ) -> None:
             metrics["eval_score"] = next(losses)
 
     options = resume_options("t5", 4) | {
@@ -152,7 +190,10 @@ def test_best_checkpoint_is_kept_and_loaded(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, **options)
     trainer.train()
     best = tmp_path / "checkpoint-2"
-    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == [
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
     assert trainer.state.best_model_checkpoint == str(best)
     for folder in ("checkpoint-2", "checkpoint-4"):
         state = json.loads((tmp_path / folder / "trainer_state.json").read_text())
@@ -168,10 +209,17 @@ def test_best_checkpoint_is_kept_and_loaded(tmp_path: Path) -> None:
         (None, "model_type was 'mpoe_gpt2', the model has 'gpt2'"),
     ],
 )
-def test_resuming_from_another_model_is_refused(tmp_path: Path, other: dict | None, message: str) -> None:
+def test_resuming_from_another_model_is_refused(
+    tmp_path: Path, other: dict | None, message: str
+) -> None:
     config = {"num_experts": 4, "shape": "separable"}
     first = make_trainer(
-        tmp_path, "gpt2", mpoe_model("gpt2", **config), max_steps=1, save_steps=1, save_strategy="steps"
+        tmp_path,
+        "gpt2",
+        mpoe_model("gpt2", **config),
+        max_steps=1,
+        save_steps=1,
+        save_strategy="steps",
     )
     first.train()
     model = dense_model("gpt2") if other is None else mpoe_model("gpt2", **(config | other))
@@ -186,7 +234,9 @@ def test_a_tied_weight_is_not_missing_and_an_absent_one_is_refused(
     make_trainer(tmp_path, "t5", mpoe_model("t5"), max_steps=1, **options).train()
     checkpoint = tmp_path / "checkpoint-1"
     weights = load_file(checkpoint / "model.safetensors")
-    assert not {"lm_head.weight", "encoder.embed_tokens.weight"} & set(weights)  # names of shared.weight
+    assert not {"lm_head.weight", "encoder.embed_tokens.weight"} & set(
+        weights
+    )  # names of shared.weight
     said: list[str] = []
     monkeypatch.setattr("transformers.trainer.logger.warning", lambda text, *_: said.append(text))
     resumed = make_trainer(tmp_path, "t5", mpoe_model("t5", seed=5), max_steps=2, **options)
@@ -196,13 +246,24 @@ def test_a_tied_weight_is_not_missing_and_an_absent_one_is_refused(
 
     (checkpoint / MANIFEST).unlink()  # as if somebody else had written it
     for changed, message in (
-        ({name: value for name, value in weights.items() if name != "shared.weight"}, "lacks .*lm_head.weight, shared"),
-        ({"shared.weight": weights["shared.weight"]}, r"lacks weights of this model: (\S+, ){4}[^ ,]+$"),
-        (weights | {"more": weights["shared.weight"].clone()}, "has too many weights of this model: more"),
+        (
+            {name: value for name, value in weights.items() if name != "shared.weight"},
+            "lacks .*lm_head.weight, shared",
+        ),
+        (
+            {"shared.weight": weights["shared.weight"]},
+            r"lacks weights of this model: (\S+, ){4}[^ ,]+$",
+        ),
+        (
+            weights | {"more": weights["shared.weight"].clone()},
+            "has too many weights of this model: more",
+        ),
     ):
         save_file(changed, checkpoint / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=message):
-            make_trainer(tmp_path, "t5", mpoe_model("t5"), max_steps=2).train(resume_from_checkpoint=str(checkpoint))
+            make_trainer(tmp_path, "t5", mpoe_model("t5"), max_steps=2).train(
+                resume_from_checkpoint=str(checkpoint)
+            )
 
 
 # ------------------------------------------------------------------ how products are computed
@@ -213,7 +274,8 @@ Machine = Callable[[int], None]
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    """A new process on a new machine, on which the n-th candidate of those that are timed is the fastest."""
+    """A new process on a new machine, on which the n-th candidate of those that are timed is the
+    fastest."""
     monkeypatch.setenv(autotune.SETTING, "1")
 
     def move(place: int) -> None:
@@ -232,7 +294,9 @@ def train(folder: Path, steps: int, resume: bool = False) -> dict[str, torch.Ten
     return weights(trainer.model)
 
 
-def test_a_resumed_run_goes_on_with_its_choices_bit_for_bit(machine: Machine, tmp_path: Path) -> None:
+def test_a_resumed_run_goes_on_with_its_choices_bit_for_bit(
+    machine: Machine, tmp_path: Path
+) -> None:
     machine(0)
     whole, chosen = train(tmp_path / "run", 4), autotune.choices()
     assert chosen
@@ -248,19 +312,26 @@ def test_a_resumed_run_goes_on_with_its_choices_bit_for_bit(machine: Machine, tm
     assert not set(autotune.choices().items()) & set(chosen.items())
 
 
-@pytest.mark.parametrize("entries", [{}, {"choices": None}, {"choices": {"some": 3, "other": "eager x"}}])
-def test_checkpoints_without_choices_choose_anew(machine: Machine, tmp_path: Path, entries: dict) -> None:
+@pytest.mark.parametrize(
+    "entries", [{}, {"choices": None}, {"choices": {"some": 3, "other": "eager x"}}]
+)
+def test_checkpoints_without_choices_choose_anew(
+    machine: Machine, tmp_path: Path, entries: dict
+) -> None:
     """Those that recorded none, and what no run wrote: a choice of nothing that is asked for."""
     machine(LAST)
     manifest = tmp_path / checkpoints.MANIFEST
     manifest.write_text(json.dumps({"files": {}, **entries}))
     go_on_with_choices(str(tmp_path), SimpleNamespace(world_size=1))
-    assert autotune.choices() == {name: how for name, how in (entries.get("choices") or {}).items() if name == "other"}
+    assert autotune.choices() == {
+        name: how for name, how in (entries.get("choices") or {}).items() if name == "other"
+    }
 
 
 @pytest.mark.slow
 def test_ranks_whose_clocks_disagree_compute_the_same(tmp_path: Path) -> None:
-    """Tensor parallelism: the same tokens, the same experts, the same bits. Data parallelism: one set of choices."""
+    """Tensor parallelism: the same tokens, the same experts, the same bits. Data parallelism: one
+    set of choices."""
     answer = torchrun("ranks", tmp_path, "choices")
     assert answer.returncode == 0, answer.stdout
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))

@@ -22,12 +22,21 @@ class Gradients(TrainerCallback):
     def __init__(self) -> None:
         self.steps: list[dict[str, torch.Tensor]] = []
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        self.steps.append(
+            {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        )
 
 
 def one_step(
-    tmp_path: Path, family: str, rows: torch.utils.data.Dataset, size: int, pieces: int, **options: Any
+    tmp_path: Path,
+    family: str,
+    rows: torch.utils.data.Dataset,
+    size: int,
+    pieces: int,
+    **options: Any,
 ) -> tuple[float, dict[str, torch.Tensor]]:
     gradients = Gradients()
     model = options.pop("model", None) or mpoe_model(family)
@@ -46,7 +55,9 @@ def one_step(
     return trainer.state.log_history[0]["loss"], gradients.steps[-1]
 
 
-def assert_same_step(one: tuple[float, dict[str, torch.Tensor]], other: tuple[float, dict[str, torch.Tensor]]) -> None:
+def assert_same_step(
+    one: tuple[float, dict[str, torch.Tensor]], other: tuple[float, dict[str, torch.Tensor]]
+) -> None:
     assert one[0] == pytest.approx(other[0], rel=1e-6)
     assert one[1].keys() == other[1].keys()
     for name, gradient in one[1].items():
@@ -55,7 +66,8 @@ def assert_same_step(one: tuple[float, dict[str, torch.Tensor]], other: tuple[fl
 
 
 def repeated(family: str) -> Rows:
-    """16 rows: the same four, four times; every micro-batch of four then has the same auxiliary loss."""
+    """16 rows: the same four, four times; every micro-batch of four then has the same auxiliary
+    loss."""
     rows = Rows(family, rows=4)
     rows.rows = rows.rows * 4
     return rows
@@ -85,8 +97,11 @@ def without_auxiliary(family: str) -> Any:
     [("t5", "mpoe"), ("gpt2", "mpoe"), ("bert", "mpoe"), ("t5", "dense")]
     + [pytest.param(family, "dense", marks=pytest.mark.exhaustive) for family in ("gpt2", "bert")],
 )
-def test_targets_weigh_alike_whatever_their_micro_batch(tmp_path: Path, family: str, kind: str) -> None:
-    """Rows have different numbers of targets, so that a mean of micro-batch means would be wrong."""
+def test_targets_weigh_alike_whatever_their_micro_batch(
+    tmp_path: Path, family: str, kind: str
+) -> None:
+    """Rows have different numbers of targets, so that a mean of micro-batch means would be
+    wrong."""
 
     def model() -> Any:
         torch.manual_seed(0)
@@ -133,19 +148,27 @@ def test_counting_targets() -> None:
     assert int(count_targets(labels, shifted=False)) == 4
     assert int(count_targets(labels, shifted=True)) == 3
     assert int(count_targets(torch.tensor([0, 1]), shifted=True)) == 2
-    assert [shifts_labels(dense_model(family)) for family in ("t5", "gpt2", "bert")] == [False, True, False]
+    assert [shifts_labels(dense_model(family)) for family in ("t5", "gpt2", "bert")] == [
+        False,
+        True,
+        False,
+    ]
     assert shifts_labels(mpoe_model("gpt2"))
     with pytest.raises(ValueError, match="the model returned no loss"):
         split_loss({"logits": 1})
 
 
 @pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
-def test_evaluation_loss_is_per_target_and_without_auxiliary_loss(tmp_path: Path, family: str) -> None:
+def test_evaluation_loss_is_per_target_and_without_auxiliary_loss(
+    tmp_path: Path, family: str
+) -> None:
     model = mpoe_model(family)
     rows = Rows(family, rows=11, seed=5)
     losses = []
     for size in (3, 11):  # per-batch averages would differ
-        trainer = make_trainer(tmp_path, family, model=model, eval_dataset=rows, per_device_eval_batch_size=size)
+        trainer = make_trainer(
+            tmp_path, family, model=model, eval_dataset=rows, per_device_eval_batch_size=size
+        )
         losses.append(trainer.evaluate())
     batch = {key: torch.stack([row[key] for row in rows.rows]) for key in rows.rows[0]}
     with torch.no_grad():
@@ -154,7 +177,9 @@ def test_evaluation_loss_is_per_target_and_without_auxiliary_loss(tmp_path: Path
     for metrics in losses:
         assert metrics["eval_loss"] == pytest.approx(float(outputs.task_loss), rel=1e-5)
         if family == "gpt2":
-            assert metrics["eval_perplexity"] == pytest.approx(float(outputs.task_loss.exp()), rel=1e-5)
+            assert metrics["eval_perplexity"] == pytest.approx(
+                float(outputs.task_loss.exp()), rel=1e-5
+            )
         else:
             assert "eval_perplexity" not in metrics
 
@@ -166,7 +191,9 @@ def test_t5_is_evaluated_on_generated_text(tmp_path: Path) -> None:
         seen.append(prediction)
         return {"rows": float(len(prediction.predictions))}
 
-    trainer = make_trainer(tmp_path, "t5", compute_metrics=metric, predict_with_generate=True, generation_max_length=7)
+    trainer = make_trainer(
+        tmp_path, "t5", compute_metrics=metric, predict_with_generate=True, generation_max_length=7
+    )
     metrics = trainer.evaluate()
     assert metrics["eval_rows"] == 20
     # Generated to length 7 and padded by the Trainer to the model's own maximum.
@@ -186,7 +213,9 @@ def test_predictions_are_the_logits_alone(tmp_path: Path, family: str) -> None:
 
 
 def test_logs(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, "t5", logging_steps=2, gradient_accumulation_steps=2, max_steps=4)
+    trainer = make_trainer(
+        tmp_path, "t5", logging_steps=2, gradient_accumulation_steps=2, max_steps=4
+    )
     trainer.train()
     trainer.evaluate()
     records = read_metrics(tmp_path)
@@ -203,7 +232,9 @@ def test_logs(tmp_path: Path) -> None:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="args must be MPOETrainingArguments; got TrainingArguments"):
+    with pytest.raises(
+        TypeError, match="args must be MPOETrainingArguments; got TrainingArguments"
+    ):
         MPOETrainer(model=mpoe_model("t5"), args=TrainingArguments(output_dir=str(tmp_path)))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="predict_with_generate needs an encoder-decoder"):
         make_trainer(tmp_path, "gpt2", predict_with_generate=True)

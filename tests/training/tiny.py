@@ -36,8 +36,16 @@ PAD, EOS = 0, 1
 
 def dense_model(family: str, dropout: float = 0.0) -> PreTrainedModel:
     name, rates, sizes = {
-        "t5": ("T5ForConditionalGeneration", ["dropout_rate"], {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 1}),
-        "gpt2": ("GPT2LMHeadModel", ["resid_pdrop", "embd_pdrop", "attn_pdrop"], {"n_embd": 32, "bos_token_id": EOS}),
+        "t5": (
+            "T5ForConditionalGeneration",
+            ["dropout_rate"],
+            {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 1},
+        ),
+        "gpt2": (
+            "GPT2LMHeadModel",
+            ["resid_pdrop", "embd_pdrop", "attn_pdrop"],
+            {"n_embd": 32, "bos_token_id": EOS},
+        ),
         "bert": (
             "BertForSequenceClassification",
             ["hidden_dropout_prob", "attention_probs_dropout_prob"],
@@ -48,7 +56,9 @@ def dense_model(family: str, dropout: float = 0.0) -> PreTrainedModel:
     return getattr(transformers, name)(config)
 
 
-def mpoe_model(family: str, dropout: float = 0.0, jitter: float = 0.0, seed: int = 0, **config: Any) -> PreTrainedModel:
+def mpoe_model(
+    family: str, dropout: float = 0.0, jitter: float = 0.0, seed: int = 0, **config: Any
+) -> PreTrainedModel:
     torch.manual_seed(seed)
     router = RouterConfig(jitter=jitter, balance_loss_weight=0.05, z_loss_weight=0.01)
     options = {"num_experts": 4, "shape": "separable", "router": router, **config}
@@ -58,7 +68,9 @@ def mpoe_model(family: str, dropout: float = 0.0, jitter: float = 0.0, seed: int
 class Rows(torch.utils.data.Dataset):
     """Random sequences of different lengths, padded to one; targets have different lengths too."""
 
-    def __init__(self, family: str, rows: int = 48, seed: int = 1, equal_lengths: bool = False) -> None:
+    def __init__(
+        self, family: str, rows: int = 48, seed: int = 1, equal_lengths: bool = False
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.rows: list[dict[str, torch.Tensor]] = []
         for _ in range(rows):
@@ -68,7 +80,9 @@ class Rows(torch.utils.data.Dataset):
             row = {"input_ids": ids * mask, "attention_mask": mask}
             if family == "t5":
                 # Sorting-like task: the target is the first tokens of the source.
-                targets = 6 if equal_lengths else int(torch.randint(1, 7, (1,), generator=generator))
+                targets = (
+                    6 if equal_lengths else int(torch.randint(1, 7, (1,), generator=generator))
+                )
                 row["labels"] = torch.where(torch.arange(6) < targets, ids[:6], -100)
             elif family == "gpt2":
                 row["labels"] = torch.where(mask.bool(), ids, -100)
@@ -111,7 +125,8 @@ def make_trainer(
 
 
 class Watch(TrainerCallback):
-    """Names of the parameters that every optimizer step changes, or whose Adam state it does; when they are masked."""
+    """Names of the parameters that every optimizer step changes, or whose Adam state it does; when
+    they are masked."""
 
     def __init__(self) -> None:
         self.changed: list[set[str]] = []
@@ -120,21 +135,39 @@ class Watch(TrainerCallback):
     def held(self, model: Any, optimizer: Any) -> dict[str, list[torch.Tensor]]:
         """Of a sharded model, this rank's part."""
         state = getattr(optimizer, "optimizer", optimizer).state
-        own = {name: [p, *(v for _, v in sorted(state.get(p, {}).items()))] for name, p in model.named_parameters()}
-        return {name: [getattr(v, "_local_tensor", v).detach().clone() for v in each] for name, each in own.items()}
+        own = {
+            name: [p, *(v for _, v in sorted(state.get(p, {}).items()))]
+            for name, p in model.named_parameters()
+        }
+        return {
+            name: [getattr(v, "_local_tensor", v).detach().clone() for v in each]
+            for name, each in own.items()
+        }
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any
+    ) -> None:
         self.before = self.held(model, optimizer)
 
-    def on_substep_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_substep_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         self.masked.append(all_masked(model))
 
     on_pre_optimizer_step = on_substep_end
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any) -> None:
-        pairs = ((name, self.before[name], now) for name, now in self.held(model, optimizer).items())
+    def on_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any
+    ) -> None:
+        pairs = (
+            (name, self.before[name], now) for name, now in self.held(model, optimizer).items()
+        )
         self.changed.append(
-            {name for name, old, new in pairs if len(old) != len(new) or not all(map(torch.equal, old, new))}
+            {
+                name
+                for name, old, new in pairs
+                if len(old) != len(new) or not all(map(torch.equal, old, new))
+            }
         )
 
 
@@ -152,7 +185,8 @@ LAST = -1
 
 
 def preferring(place: int) -> Callable[[list[Any], str], list[float]]:
-    """In place of `autotune._seconds`: the candidate at ``place`` of those that are timed is the fastest."""
+    """In place of `autotune._seconds`: the candidate at ``place`` of those that are timed is the
+    fastest."""
 
     def seconds(runs: list[Any], device: str) -> list[float]:
         return [0.001 if k == place % len(runs) else 1.0 for k in range(len(runs))]
@@ -161,9 +195,11 @@ def preferring(place: int) -> Callable[[list[Any], str], list[float]]:
 
 
 def main() -> None:
-    """A run for tests that kill processes: `python -m tests.training.tiny OUTPUT_DIR FAMILY STEPS KILL_AT [resume]`.
+    """A run for tests that kill processes: `python -m tests.training.tiny OUTPUT_DIR FAMILY STEPS
+    KILL_AT [resume]`.
 
-    KILL_AT is "step-N" (kill the last rank after optimizer step N) or "never". Works under torchrun.
+    KILL_AT is "step-N" (kill the last rank after optimizer step N) or "never". Works under
+    torchrun.
     """
     output_dir, family, steps, kill_at = sys.argv[1:5]
 
@@ -181,7 +217,8 @@ def main() -> None:
 
 
 def resume_options(family: str, steps: int) -> dict[str, Any]:
-    """A run in which everything random takes part: dropout, jitter, shuffling, the gradient mask, accumulation."""
+    """A run in which everything random takes part: dropout, jitter, shuffling, the gradient mask,
+    accumulation."""
     return {
         "family": family,
         "model": mpoe_model(family, dropout=0.1, jitter=0.1),

@@ -1,4 +1,5 @@
-"""Kernels run in Triton's interpreter in a separate process: the flag must be set before Triton is imported."""
+"""Kernels run in Triton's interpreter in a separate process: the flag must be set before Triton is
+imported."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ import triton.language as tl
 
 @triton.jit
 def product_kernel(a, b, out, SIZE: tl.constexpr, STAGES: tl.constexpr):
-    """``[SIZE, SIZE]`` tiles: few warps cannot hold large ones in registers, many stages fill shared memory."""
+    """``[SIZE, SIZE]`` tiles: few warps cannot hold large ones in registers, many stages fill
+    shared memory."""
     line = tl.arange(0, SIZE)
     at = line[:, None] * SIZE + line[None, :]
     acc = tl.zeros((SIZE, SIZE), dtype=tl.float32)

@@ -1,4 +1,5 @@
-"""The checks of `tools/gpu_compile.py`: it finds every kernel and lets nothing through that it should stop."""
+"""The checks of `tools/gpu_compile.py`: it finds every kernel and lets nothing through that it
+should stop."""
 
 from __future__ import annotations
 
@@ -47,15 +48,20 @@ def kernels_of_the_backend() -> set[str]:
 
 
 on_architectures = pytest.mark.parametrize(
-    "architecture", [pytest.param(a, marks=[pytest.mark.slow] * (a in ("sm_80", "sm_100"))) for a in ARCHITECTURES]
+    "architecture",
+    [pytest.param(a, marks=[pytest.mark.slow] * (a in ("sm_80", "sm_100"))) for a in ARCHITECTURES],
 )
 
 
 @on_architectures
 def test_every_kernel_is_found_on_every_architecture(architecture: str) -> None:
-    jobs = gpu_compile.shipped_jobs((architecture,), ("bfloat16",), quick=True, sizes=(shipped.T5_BASE,))
+    jobs = gpu_compile.shipped_jobs(
+        (architecture,), ("bfloat16",), quick=True, sizes=(shipped.T5_BASE,)
+    )
     assert len(kernels_of_the_backend()) >= 14
-    assert all(("enable_fp_fusion", True) in job.options for job in jobs), "the default differs between Tritons"
+    assert all(("enable_fp_fusion", True) in job.options for job in jobs), (
+        "the default differs between Tritons"
+    )
     assert {job.name for job in jobs} == kernels_of_the_backend()
 
 
@@ -70,17 +76,29 @@ def test_every_shipped_tile_is_compiled() -> None:
             if launch.name == kernel
             for a in [launch.arguments]
         }
-        assert {(t.rows, t.columns, t.inner, t.warps, t.stages) for t in grouped.TILES["sm_90"]} <= compiled
+        assert {
+            (t.rows, t.columns, t.inner, t.warps, t.stages) for t in grouped.TILES["sm_90"]
+        } <= compiled
 
 
 @on_architectures
-def test_blocks_that_share_a_reading_of_rows_are_compiled_with_every_activation(architecture: str) -> None:
+def test_blocks_that_share_a_reading_of_rows_are_compiled_with_every_activation(
+    architecture: str,
+) -> None:
     problems = list(shipped.FAMILIES["linear"](torch.bfloat16, False, shipped.T5_BASE))
-    chosen = [each for each in problems if each.name.startswith("separable") and "E=8 T=4096" in each.name]
-    started = [launch for each in chosen for launch in each._replace(every_tile=False).launches(architecture)]
+    chosen = [
+        each for each in problems if each.name.startswith("separable") and "E=8 T=4096" in each.name
+    ]
+    started = [
+        launch
+        for each in chosen
+        for launch in each._replace(every_tile=False).launches(architecture)
+    ]
     shared = [launch.arguments for launch in started if launch.arguments.get("da") is not None]
     tile = grouped.BOTH_TILES[architecture]
-    assert {(a["BK"], a["num_warps"], a["num_stages"]) for a in shared} == {(tile.inner, tile.warps, tile.stages)}
+    assert {(a["BK"], a["num_warps"], a["num_stages"]) for a in shared} == {
+        (tile.inner, tile.warps, tile.stages)
+    }
     found = {(a["ACTIVATION"], a["again"] is not None) for a in shared}
     assert found == {*((each, False) for each in ("none", *shipped.ACTIVATIONS)), ("none", True)}
 
@@ -93,14 +111,26 @@ def test_every_tile_of_experts_is_compiled(architecture: str, dtype: torch.dtype
     for family in tables:
         problems = shipped.FAMILIES[family](dtype, False, shipped.T5_BASE)
         started = [launch for problem in problems for launch in problem.launches(architecture)]
-        found = {(x.name, x.arguments["BM"], x.arguments["num_warps"]) for x in started if "BM" in x.arguments}
+        found = {
+            (x.name, x.arguments["BM"], x.arguments["num_warps"])
+            for x in started
+            if "BM" in x.arguments
+        }
         for table in tables[family]:
             for kernel, tiles in table.items():
                 special_names = {"forward": "rows", "few hidden": "hidden", "few rows": "few"}
                 name = f"{family}_{special_names.get(kernel, kernel)}_kernel"
-                special = kernel == "blocks" and architecture in hidden.IN_REGISTERS and dtype == torch.bfloat16
+                special = (
+                    kernel == "blocks"
+                    and architecture in hidden.IN_REGISTERS
+                    and dtype == torch.bfloat16
+                )
                 wanted = [hidden.SMALL_TILE] if special else tiles[dtype.itemsize]
-                if (architecture, kernel, table) == ("sm_100", "blocks", hidden.TILES) and dtype == torch.bfloat16:
+                if (architecture, kernel, table) == (
+                    "sm_100",
+                    "blocks",
+                    hidden.TILES,
+                ) and dtype == torch.bfloat16:
                     wanted = [hidden.SM_100_TILE]
                 for tile in wanted:
                     assert (name, tile.rows, tile.warps) in found
@@ -109,9 +139,12 @@ def test_every_tile_of_experts_is_compiled(architecture: str, dtype: torch.dtype
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_kernels_of_experts_fit_smaller_cards(dtype: str) -> None:
-    """sm_86, sm_89 and sm_120, whose code uses as much shared memory as sm_80's, have 99 KiB for a program."""
+    """sm_86, sm_89 and sm_120, whose code uses as much shared memory as sm_80's, have 99 KiB for a
+    program."""
     jobs = gpu_compile.shipped_jobs(("sm_80",), (dtype,), sizes=(shipped.T5_BASE,))
-    built = [compiled(job)[job.name] for job in jobs if job.name.startswith(("hidden_", "neurons_"))]
+    built = [
+        compiled(job)[job.name] for job in jobs if job.name.startswith(("hidden_", "neurons_"))
+    ]
     assert [binary.problems("sm_80") for binary in built] == [[]] * len(built)
     assert max(binary.shared for binary in built) <= 99 << 10
 
@@ -123,7 +156,9 @@ def test_every_number_of_pairs_that_one_program_sorts_is_compiled() -> None:
         for launch in each.launches("sm_90")
     ]
     wanted = {max(16, 1 << (pairs - 1).bit_length()) for pairs in range(1, routing.FEW + 1)}
-    assert {launch.arguments["BLOCK"] for launch in started if launch.name == "route_few_kernel"} == wanted
+    assert {
+        launch.arguments["BLOCK"] for launch in started if launch.name == "route_few_kernel"
+    } == wanted
 
 
 @pytest.mark.parametrize("sizes", shipped.LARGE_SIZES, ids=str)
@@ -143,7 +178,9 @@ def test_of_other_sizes_every_kernel_gives_its_hardest_configuration() -> None:
     found = Counter(job.name for job in uses)
     assert found["grouped_rows_kernel"] == len(shipped.LARGE_SIZES)
     widest = grouped.TILES["gfx942"][0].rows
-    assert {dict(job.constants)["BM"] for job in uses if job.name == "grouped_rows_kernel"} == {widest}
+    assert {dict(job.constants)["BM"] for job in uses if job.name == "grouped_rows_kernel"} == {
+        widest
+    }
 
 
 def test_jobs_are_what_triton_would_specialise() -> None:
@@ -182,12 +219,25 @@ def binary_of(job: Job) -> Binary:
     return compiled(job)[job.name]
 
 
-def planted(size: int, warps: int, stages: int, kind: str = "*bf16", architecture: str = "sm_90") -> Job:
-    signature = (("a", kind), ("b", kind), ("out", "*fp32"), ("SIZE", "constexpr"), ("STAGES", "constexpr"))
+def planted(
+    size: int, warps: int, stages: int, kind: str = "*bf16", architecture: str = "sm_90"
+) -> Job:
+    signature = (
+        ("a", kind),
+        ("b", kind),
+        ("out", "*fp32"),
+        ("SIZE", "constexpr"),
+        ("STAGES", "constexpr"),
+    )
     constants = (("SIZE", size), ("STAGES", stages))
     options = (("num_stages", stages), ("num_warps", warps))
     return Job(
-        f"{planted_kernels.__name__}:product_kernel", architecture, signature, constants, ("a", "b", "out"), options
+        f"{planted_kernels.__name__}:product_kernel",
+        architecture,
+        signature,
+        constants,
+        ("a", "b", "out"),
+        options,
     )
 
 
@@ -220,7 +270,13 @@ def test_programs_that_wait_for_one_another_are_stopped(architecture: str) -> No
     """On AMD's card rows that a wave wrote may become visible after its signal."""
     signature, constants = (("out", "*i32"), ("SIZE", "constexpr")), (("SIZE", 32),)
     waiting, counting = (
-        Job(f"{planted_kernels.__name__}:{name}_kernel", architecture, signature, constants, ("out",))
+        Job(
+            f"{planted_kernels.__name__}:{name}_kernel",
+            architecture,
+            signature,
+            constants,
+            ("out",),
+        )
         for name in ("waiting", "counting")
     )
     (line,) = gpu_compile.problems_of(waiting)
@@ -242,13 +298,20 @@ def test_problems_of_a_binary() -> None:
 
 
 @pytest.mark.usefixtures("forks")
-def test_the_command_fails_when_a_kernel_spills_or_does_not_compile(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_the_command_fails_when_a_kernel_spills_or_does_not_compile(
+    monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     jobs = [planted(128, 2, 1, architecture="sm_80"), planted(48, 2, 1)]
-    monkeypatch.setattr(gpu_compile, "shipped_jobs", lambda *_, **__: dict.fromkeys(jobs, "planted"))
+    monkeypatch.setattr(
+        gpu_compile, "shipped_jobs", lambda *_, **__: dict.fromkeys(jobs, "planted")
+    )
     assert gpu_compile.main(["triton", "--quick", "--jobs", "1"]) == 1
     done = capsys.readouterr()
     assert "product_kernel num_stages 1, num_warps 2 on sm_80 (planted): spills: " in done.err
-    assert "product_kernel num_stages 1, num_warps 2 on sm_90 (planted): CompilationError: " in done.err
+    assert (
+        "product_kernel num_stages 1, num_warps 2 on sm_90 (planted): CompilationError: "
+        in done.err
+    )
     assert "2 configurations, 2 failures" in done.out
 
 
@@ -265,7 +328,8 @@ __global__ void __launch_bounds__(1024) gradient_kernel(float* x, int n) {
 
 @pytest.mark.skipif(not (os.environ.get("CUDACXX") or gpu_compile.find("nvcc")), reason="no nvcc")
 @pytest.mark.parametrize(
-    ("code", "problem"), [(SPILLING, "nvcc failed"), ("__global__ void f() { int unused; }", "never referenced")]
+    ("code", "problem"),
+    [(SPILLING, "nvcc failed"), ("__global__ void f() { int unused; }", "never referenced")],
 )
 def test_what_nvcc_warns_of_is_stopped(code: str, problem: str, tmp_path: Path) -> None:
     source = tmp_path / "planted.cu"

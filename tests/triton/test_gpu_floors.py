@@ -34,14 +34,23 @@ CODE = """
 def test_instructions_count_as_often_as_their_loops_run() -> None:
     found = machine_code.executed("some_kernel", CODE, (2, 5))
     assert found == (3 + 2 * (2 + 5 * 3), 2, 0, 10 * (2 * 16 * 8 * 16 + 2 * 64 * 128 * 16 / 4))
-    assert machine_code.executed("some_kernel", CODE, (1, 2, 5)) == found, "a loop that runs once is none"
-    assert machine_code.executed("some_kernel", CODE, (2, 5, 4)) == found, "the innermost was unrolled"
-    with pytest.raises(ValueError, match=r"some_kernel has loops of \[5, 3\] instructions; tools/gpu_floors.py says"):
+    assert machine_code.executed("some_kernel", CODE, (1, 2, 5)) == found, (
+        "a loop that runs once is none"
+    )
+    assert machine_code.executed("some_kernel", CODE, (2, 5, 4)) == found, (
+        "the innermost was unrolled"
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"some_kernel has loops of \[5, 3\] instructions; tools/gpu_floors.py says",
+    ):
         machine_code.executed("some_kernel", CODE, (2,))
 
 
 def code_of(*lines: str) -> str:
-    return "".join(f"\n        /*{16 * at:04x}*/                   {words} ;" for at, words in enumerate(lines))
+    return "".join(
+        f"\n        /*{16 * at:04x}*/                   {words} ;" for at, words in enumerate(lines)
+    )
 
 
 def test_loads_count_where_their_results_are_first_used() -> None:
@@ -49,7 +58,12 @@ def test_loads_count_where_their_results_are_first_used() -> None:
     ahead = ["LDG.E R2, desc[UR4][R8.64]", "LDG.E.128 R4, desc[UR4][R8.64+0x10]"]
     together = [*ahead, "FADD R0, R7, R1", "FADD R0, R2, R0", "EXIT"]  # R7 is the last of four
     assert machine_code.executed("some_kernel", code_of(*together), ()).loads == 1
-    chain = ["LDG.E.64 R2, desc[UR4][R8.64]", "LDG.E R6, desc[UR4][R2.64]", "STG.E desc[UR4][R8.64], R6", "EXIT"]
+    chain = [
+        "LDG.E.64 R2, desc[UR4][R8.64]",
+        "LDG.E R6, desc[UR4][R2.64]",
+        "STG.E desc[UR4][R8.64], R6",
+        "EXIT",
+    ]
     assert machine_code.executed("some_kernel", code_of(*chain), ()).loads == 2
     unused = [*ahead, "MOV R2, R1", "EXIT"]
     assert machine_code.executed("some_kernel", code_of(*unused), ()).loads == 0
@@ -58,18 +72,34 @@ def test_loads_count_where_their_results_are_first_used() -> None:
 
 
 @pytest.mark.parametrize(("ahead", "loads"), [("0x0", 6), ("0x1", 3), ("0x2", 2)])
-def test_asynchronous_copies_that_were_issued_turns_ahead_wait_for_a_part(ahead: str, loads: float) -> None:
+def test_asynchronous_copies_that_were_issued_turns_ahead_wait_for_a_part(
+    ahead: str, loads: float
+) -> None:
     turn = [f"DEPBAR.LE SB0, {ahead}", "BAR.SYNC.DEFER_BLOCKING 0x0"]
-    turn += ["LDGSTS.E.BYPASS.128 [R7], desc[UR8][R8.64]", "LDGDEPBAR", *["MOV R1, R3"] * 6, "@!P5 BRA 0x0", "EXIT"]
+    turn += [
+        "LDGSTS.E.BYPASS.128 [R7], desc[UR8][R8.64]",
+        "LDGDEPBAR",
+        *["MOV R1, R3"] * 6,
+        "@!P5 BRA 0x0",
+        "EXIT",
+    ]
     assert machine_code.executed("some_kernel", code_of(*turn), (6,)).loads == loads
 
 
 def test_what_waits_and_what_returns_from_behind_the_end_are_no_loops() -> None:
     lines = ["UTCATOMSWS.FIND_AND_SET.ALIGN UP0, UR4, UR6", "BRA.U !UP0, 0x0"]
     lines += ["SYNCS.PHASECHK.TRANS64.TRYWAIT P4, [UR31], R4", "@!P4 BRA 0xd0"]  # 0x20: the loop
-    lines += ["UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR9], tmem[UR20], idesc[UR21]", *["MOV R1, R2"] * 6]
+    lines += [
+        "UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR9], tmem[UR20], idesc[UR21]",
+        *["MOV R1, R2"] * 6,
+    ]
     lines += ["BRA.U UP3, 0x20", "EXIT"]
-    lines += ["SYNCS.PHASECHK.TRANS64.TRYWAIT P4, [UR31], R4", "@!P4 BRA 0xd0", "BRA 0x40", "BRA 0x100"]  # from 0xd0 on
+    lines += [
+        "SYNCS.PHASECHK.TRANS64.TRYWAIT P4, [UR31], R4",
+        "@!P4 BRA 0xd0",
+        "BRA 0x40",
+        "BRA 0x100",
+    ]  # from 0xd0 on
     code = code_of(*lines)
     assert machine_code.loops_of(machine_code.code_of(code)) == [(0x20, 0xB0)]
     assert machine_code.executed("some_kernel", code, (7,)) == (2 + 7 * 10 + 5, 0, 0, 0)
@@ -77,7 +107,10 @@ def test_what_waits_and_what_returns_from_behind_the_end_are_no_loops() -> None:
 
 def test_bytes_are_those_of_different_tensors() -> None:
     x = torch.empty(8, 4, device="meta")
-    assert bytes_of([x, x[:2], x.t(), 3, None, torch.empty(2, dtype=torch.int64, device="meta")]) == 128 + 16
+    assert (
+        bytes_of([x, x[:2], x.t(), 3, None, torch.empty(2, dtype=torch.int64, device="meta")])
+        == 128 + 16
+    )
     assert bytes_of([x[:2], x.expand(5, 8, 4)]) == 128
 
 
@@ -95,7 +128,8 @@ def test_a_call_is_recorded_with_everything_that_it_launches() -> None:
 
 
 def test_the_dense_network() -> None:
-    """Two products at the card's FLOP/s, in training three times as many; what is between them is bound by bytes."""
+    """Two products at the card's FLOP/s, in training three times as many; what is between them is
+    bound by bytes."""
     case = floors.CASES["hidden d=768 E=8 k=2"]
     product = 2 * 4096 * 768 * 3072 / 800e12
     between = 2 * 4096 * 3072 * 2 / 3e12
@@ -104,7 +138,10 @@ def test_the_dense_network() -> None:
 
 
 def test_programs_run_in_waves_as_long_as_one_of_them() -> None:
-    few, many = [machine_code.Binary(registers, 0, 0, shared, 0, 0, False) for registers, shared in ((64, 0), (255, 0))]
+    few, many = [
+        machine_code.Binary(registers, 0, 0, shared, 0, 0, False)
+        for registers, shared in ((64, 0), (255, 0))
+    ]
     assert floors.at_once(few, 4) == 8
     assert floors.at_once(many, 8) == 1
     assert floors.at_once(few._replace(shared=100 << 10), 4) == 2
@@ -112,13 +149,19 @@ def test_programs_run_in_waves_as_long_as_one_of_them() -> None:
 
 
 def test_a_launch_s_floor_counts_barriers_and_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = code_of("LDG.E R2, desc[UR4][R8.64]", "BAR.SYNC.DEFER_BLOCKING 0x0", "FADD R0, R2, R1", "EXIT")
+    text = code_of(
+        "LDG.E R2, desc[UR4][R8.64]", "BAR.SYNC.DEFER_BLOCKING 0x0", "FADD R0, R2, R1", "EXIT"
+    )
     binary = machine_code.Binary(128, 0, 0, 0, 0, 0, False, text)
     monkeypatch.setattr(floors, "job_of", lambda *_: None)
     monkeypatch.setattr(floors, "compiled", lambda _: {"some_kernel": binary})
     kernel = SimpleNamespace(fn=SimpleNamespace(__name__="some_kernel"))
     cycles = 4 + floors.BARRIER + floors.LOAD
-    for programs, waves in ((1, 1), (528, 1), (529, 2)):  # four at a time on each of 132 multiprocessors
+    for programs, waves in (
+        (1, 1),
+        (528, 1),
+        (529, 2),
+    ):  # four at a time on each of 132 multiprocessors
         cost = floors.cost_of(Launch(kernel, (programs,), {"num_warps": 4}), 64)
         assert cost.floor == cost.times[3] == pytest.approx(waves * cycles / 1.755e9), programs
         assert cost[3:6] == (4, 1, 1)
@@ -130,7 +173,10 @@ def test_the_table_has_every_call() -> None:
 
 
 def test_the_page_says_the_tables_figures_and_which_miss_their_limits() -> None:
-    calls, page = json.loads(floors.TABLE.read_text()), (ROOT / "docs" / "kernels_triton.md").read_text()
+    calls, page = (
+        json.loads(floors.TABLE.read_text()),
+        (ROOT / "docs" / "kernels_triton.md").read_text(),
+    )
     wanted = []
     for name, case in floors.CASES.items():
         if case.masked:
@@ -141,8 +187,13 @@ def test_the_page_says_the_tables_figures_and_which_miss_their_limits() -> None:
             mark = "**" * bool(limit and x_dense > limit)
             words.append(f"{mark}{x_dense:.2f}{mark}")
         wanted.append(" / ".join(words))
-    rows = [line.split(" | ") for line in page.splitlines() if "k = " in line and line.startswith("|")]
-    first, few = [row[1] for row in rows if "T = 64" not in row[0]], [row[1] for row in rows if "T = 64" in row[0]]
+    rows = [
+        line.split(" | ") for line in page.splitlines() if "k = " in line and line.startswith("|")
+    ]
+    first, few = (
+        [row[1] for row in rows if "T = 64" not in row[0]],
+        [row[1] for row in rows if "T = 64" in row[0]],
+    )
     large = [row[3] for row in rows if "T = 64" not in row[0]]
     assert [*first[:2], *few, *first[2:], *large] == wanted
 
@@ -169,7 +220,9 @@ def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict:
         ({"x_dense": 1.4, "limit": 1.44}, "x_dense 1.45; at most 1.44"),
     ],
 )
-def test_what_is_worse_than_the_table_fails(planted: dict, change: dict, line: str, capsys, monkeypatch) -> None:
+def test_what_is_worse_than_the_table_fails(
+    planted: dict, change: dict, line: str, capsys, monkeypatch
+) -> None:
     (call,) = planted
     if "limit" in change:
         limits = (change.pop("limit"), None)
@@ -190,13 +243,19 @@ def test_a_call_that_the_table_lacks_fails(planted: dict, capsys) -> None:
     assert floors.main(["--only", call]) == 0
 
 
-def test_a_limit_that_was_kept_must_be_kept_and_one_that_is_missed_is_named(planted: dict, capsys, monkeypatch) -> None:
+def test_a_limit_that_was_kept_must_be_kept_and_one_that_is_missed_is_named(
+    planted: dict, capsys, monkeypatch
+) -> None:
     (call,) = planted
     kept = {"x_dense": 1.3, "floor_us": 10.0, "launches": 3}
-    assert floors.worse("a call", {**kept, "x_dense": 1.31}, kept, 1.3) == ["a call: x_dense 1.31; at most 1.3"]
+    assert floors.worse("a call", {**kept, "x_dense": 1.31}, kept, 1.3) == [
+        "a call: x_dense 1.31; at most 1.3"
+    ]
     missed = {**kept, "x_dense": 1.31}
     assert floors.worse("a call", missed, missed, 1.3) == []
-    assert floors.worse("a call", {**kept, "x_dense": 1.35}, missed, 1.3) == ["a call: x_dense 1.35; at most 1.3362"]
+    assert floors.worse("a call", {**kept, "x_dense": 1.35}, missed, 1.3) == [
+        "a call: x_dense 1.35; at most 1.3362"
+    ]
     monkeypatch.setattr(floors, "figures", lambda *_: {**planted[call], "x_dense": 1.51})
     assert floors.main(["--only", call, "--write"]) == 0
     assert "at most 1.5: missed" in capsys.readouterr().out

@@ -27,11 +27,20 @@ def marked(mark: str) -> list[Path]:
 def run(paths: list[Path], *options: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment["MPOE_TEST_BACKENDS"] = "triton"  # of tests/kernels
-    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # no plugin is needed, and importing some takes seconds
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = (
+        "1"  # no plugin is needed, and importing some takes seconds
+    )
     if options:  # not in the default suite, where it would take half of the time
         environment["MPOE_INTERPRETER_CHECKS_OVERFLOW"] = "1"
     command = [sys.executable, "-m", "pytest", "-q", "--durations=5", *options, *map(str, paths)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=FOLDER.parents[2], timeout=1800)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=FOLDER.parents[2],
+        timeout=1800,
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
@@ -56,7 +65,10 @@ def test_slow_ones_in_a_process_of_their_own(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "which",
-    [pytest.param("not slow", marks=pytest.mark.slow), pytest.param("slow", marks=pytest.mark.exhaustive)],
+    [
+        pytest.param("not slow", marks=pytest.mark.slow),
+        pytest.param("slow", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_spoiled_rows(which: str) -> None:
     spoiled = FOLDER.parents[1] / "kernels" / "test_spoiled.py"

@@ -1,4 +1,5 @@
-"""What Triton would load, by a driver that has no device: a captured graph must find every module loaded."""
+"""What Triton would load, by a driver that has no device: a captured graph must find every module
+loaded."""
 
 from __future__ import annotations
 
@@ -82,10 +83,14 @@ SEPARABLE = shipped.shapes()["separable"][0]
 # What runs for some tokens, by name.
 OPS: dict[str, Callable[[int], None]] = {
     "neurons": lambda tokens: shipped.run_neurons(768, tokens, torch.bfloat16, True, 64, 8, 64),
-    "many neurons": lambda tokens: shipped.run_neurons(768, tokens, torch.bfloat16, False, 8, 2, 512),
+    "many neurons": lambda tokens: shipped.run_neurons(
+        768, tokens, torch.bfloat16, False, 8, 2, 512
+    ),
     "hidden": lambda tokens: shipped.run_hidden(3072, tokens, torch.bfloat16, True, 8, 2, True, 64),
     "fused": lambda tokens: shipped.run_linear(SHAPE, 8, tokens, torch.bfloat16, "rebuild", "relu"),
-    "grouped": lambda tokens: shipped.run_linear(SEPARABLE, 8, tokens, torch.bfloat16, "separable", "gelu"),
+    "grouped": lambda tokens: shipped.run_linear(
+        SEPARABLE, 8, tokens, torch.bfloat16, "separable", "gelu"
+    ),
     "routing": lambda tokens: shipped.run_routing(64, tokens, 8, 768, torch.bfloat16, False),
 }
 
@@ -93,7 +98,8 @@ OPS: dict[str, Callable[[int], None]] = {
 @pytest.mark.parametrize("fastest", range(WAYS))
 @pytest.mark.parametrize("name", OPS)
 def test_a_captured_graph_loads_nothing_after_tuning(name: str, fastest: int, loads: Loads) -> None:
-    """Whichever tile was the fastest; nor for other tokens, whether their power of two was timed or not."""
+    """Whichever tile was the fastest; nor for other tokens, whether their power of two was timed or
+    not."""
     loads.fastest = fastest
     OPS[name](4096)
     assert loads.timed > 0 or name == "routing"
@@ -115,11 +121,15 @@ def test_every_power_of_two_of_tokens_and_every_width_is_timed(loads: Loads) -> 
     assert loads.timed == timed
 
 
-def test_a_launch_of_another_kind_would_be_seen(loads: Loads, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_of_another_kind_would_be_seen(
+    loads: Loads, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a captured launch was once: with its options in another order and one more."""
     OPS["neurons"](4096)
     loads.captured, loads.new = True, []
     launch = start._launch
-    monkeypatch.setattr(start, "_launch", lambda k, grid, given: launch(k, grid, {**given, "num_ctas": 1}))
+    monkeypatch.setattr(
+        start, "_launch", lambda k, grid, given: launch(k, grid, {**given, "num_ctas": 1})
+    )
     OPS["neurons"](4096)
     assert "neurons_fused_kernel" in loads.new

@@ -1,4 +1,5 @@
-"""Wrong use of the Triton backend through the public ops gives its reasons, not a stack trace from inside Triton."""
+"""Wrong use of the Triton backend through the public ops gives its reasons, not a stack trace from
+inside Triton."""
 
 from __future__ import annotations
 
@@ -16,14 +17,22 @@ from mpoe_kernels.triton import architecture
 from tests.assertions import refuses
 from tests.kernels.problems import calls, run
 
-pytestmark = pytest.mark.skipif(architecture.in_interpreter(), reason="the interpreter takes CPU tensors")
+pytestmark = pytest.mark.skipif(
+    architecture.in_interpreter(), reason="the interpreter takes CPU tensors"
+)
 OPS = [op for op in ARGUMENTS if not op.startswith("mpo_embedding")]  # which PyTorch computes
 
 
 def run_on_triton(op: str, dtype: torch.dtype = torch.float32) -> None:
     """The raw op, with tensors of the CPU."""
     given = {**calls("eager", op), "backend": "triton"}
-    run(op, {n: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in given.items()})
+    run(
+        op,
+        {
+            n: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
+            for n, v in given.items()
+        },
+    )
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -32,7 +41,11 @@ def test_cpu_tensors_and_float64_are_named_together(op: str) -> None:
     refuses(BackendError, message, run_on_triton, op)
     if op != "route":
         refuses(
-            BackendError, f"{message}.* float32, bfloat16, float16, not in float64", run_on_triton, op, torch.float64
+            BackendError,
+            f"{message}.* float32, bfloat16, float16, not in float64",
+            run_on_triton,
+            op,
+            torch.float64,
         )
 
 
@@ -52,10 +65,16 @@ def test_without_triton(forgetful: pytest.MonkeyPatch) -> None:
     assert "the package triton is not installed" in backend_reasons()["triton"]
     for op in OPS:
         refuses(BackendError, "the package triton is not installed", run_on_triton, op)
-    refuses(BackendError, "cannot run here: the package triton is not installed", use_backend("triton").__enter__)
+    refuses(
+        BackendError,
+        "cannot run here: the package triton is not installed",
+        use_backend("triton").__enter__,
+    )
 
 
-@pytest.mark.parametrize(("name", "reasons"), [("gfx942:sramecc+:xnack-", 0), ("gfx90a:sramecc+", 1), ("gfx1100", 1)])
+@pytest.mark.parametrize(
+    ("name", "reasons"), [("gfx942:sramecc+:xnack-", 0), ("gfx90a:sramecc+", 1), ("gfx1100", 1)]
+)
 def test_of_amds_cards_others_than_the_mi300_are_refused_by_name(
     name: str, reasons: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,7 +100,9 @@ def test_of_amds_cards_others_than_the_mi300_are_refused_by_name(
 def test_with_an_old_triton(found: str, forgetful: pytest.MonkeyPatch) -> None:
     forgetful.setattr(architecture, "find_spec", lambda _: object())
     forgetful.setattr(architecture, "version", lambda _: found)
-    with pytest.raises(BackendError, match=rf"it needs triton 3\.6 or newer; found {found.replace('+', '.')}"):
+    with pytest.raises(
+        BackendError, match=rf"it needs triton 3\.6 or newer; found {found.replace('+', '.')}"
+    ):
         run_on_triton("grouped_mpo_linear")
 
 
@@ -99,7 +120,10 @@ def test_what_no_kernel_is_made_for() -> None:
     from mpoe_kernels.testing.launches import recorded
 
     sides = Sides((8, 8, 8), (8, 8, 8), 10_000, 10_000)
-    with recorded("sm_80"), pytest.raises(ValueError, match=r"no tile of the fused kernels fits .*a=10000.* on sm_80"):
+    with (
+        recorded("sm_80"),
+        pytest.raises(ValueError, match=r"no tile of the fused kernels fits .*a=10000.* on sm_80"),
+    ):
         fused_choice(torch.empty(1, device="meta"), sides, 1.0, "rows")
 
 

@@ -1,4 +1,5 @@
-"""`python -m mpoe_bench.study STUDY.toml`: make the runs that are missing, one after another, and write the table."""
+"""`python -m mpoe_bench.study STUDY.toml`: make the runs that are missing, one after another, and
+write the table."""
 
 from __future__ import annotations
 
@@ -22,12 +23,24 @@ Runner = ArmsStudy | ComposedStudy | QuietStudy
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m mpoe_bench.study", description=__doc__)
-    p.add_argument("study", type=Path, help="its file; results stand beside it as .json, the table as .md")
-    p.add_argument("--data_dir", type=Path, help="folder with austen, sms_spam, movie_sentiment, word_in_context")
-    p.add_argument("--model", type=Path, help="of experts that are composed: folder of SmolLM2-135M-Instruct")
-    p.add_argument("--work_dir", type=Path, help="of experts that are composed: folder that keeps their files")
+    p.add_argument(
+        "study", type=Path, help="its file; results stand beside it as .json, the table as .md"
+    )
+    p.add_argument(
+        "--data_dir",
+        type=Path,
+        help="folder with austen, sms_spam, movie_sentiment, word_in_context",
+    )
+    p.add_argument(
+        "--model", type=Path, help="of experts that are composed: folder of SmolLM2-135M-Instruct"
+    )
+    p.add_argument(
+        "--work_dir", type=Path, help="of experts that are composed: folder that keeps their files"
+    )
     p.add_argument("--run", help="only this run, by its key, of those that --table names")
-    p.add_argument("--table", action="store_true", help="run nothing; write the table and name what is missing")
+    p.add_argument(
+        "--table", action="store_true", help="run nothing; write the table and name what is missing"
+    )
     return p
 
 
@@ -58,7 +71,9 @@ def store(study_file: Path, runner: Runner, made: dict[str, Any]) -> None:
         found = records_in(file)
         records = found | made | found  # of a run that two processes made, the first record
         if made:
-            write_text(file, json.dumps({"study": study_file.name, "runs": records}, indent=1) + "\n")
+            write_text(
+                file, json.dumps({"study": study_file.name, "runs": records}, indent=1) + "\n"
+            )
         write_text(study_file.with_suffix(".md"), runner.table(records))
 
 
@@ -74,7 +89,9 @@ def main(argv: list[str]) -> int:
             print("\n".join(runner.waiting(records_in(results))))
             return 0
         runner.prepare(arguments)
-        while (waiting := runner.waiting(records := records_in(results))) and arguments.run not in records:
+        while (
+            waiting := runner.waiting(records := records_in(results))
+        ) and arguments.run not in records:
             key = arguments.run or waiting[0]
             if key not in waiting:
                 raise ValueError(f"run must be one that waits, as {waiting[0]!r}; got {key!r}")

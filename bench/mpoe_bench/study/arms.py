@@ -29,8 +29,8 @@ from mpoe_bench.study.tables import Records, runs_of, study_table
 from mpoe_bench.study.texts import BATCH, BLOCK, Blocks, batches, read_blocks
 
 VOCABULARY = 256
-# GPT-2's .02 is for models ten times as wide; here, models would learn so slowly that width would be mistaken for
-# capacity.
+# GPT-2's .02 is for models ten times as wide; here, models would learn so slowly that width would
+# be mistaken for capacity.
 INIT_STD = 0.1
 
 
@@ -74,7 +74,8 @@ class Costs(NamedTuple):
     """Sizes of a feed-forward layer of an arm and its model's FLOPs.
 
     Attributes:
-        weights: matrices of the dense network and the experts; ``parameters``: biases and the router too.
+        weights: matrices of the dense network and the experts; ``parameters``: biases and the
+            router too.
         flops: multiply-adds of a token in the layer, router in.
         whole: of a token in the whole model, head in; attention sees half of a block on average.
     """
@@ -102,25 +103,31 @@ def costs_of(arm: Arm, model: int, hidden: int, layers: int = LAYERS) -> Costs:
         relative = kept.relative_flops(config.top_k) if config.keeps_network else config.top_k
         flops = relative * dense + model * config.num_experts
     named = list(made.transformer.h[0].mlp.named_parameters())
-    weights = sum(p.numel() for n, p in named if p.ndim > 1 and "router" not in n and "bias" not in n)
+    weights = sum(
+        p.numel() for n, p in named if p.ndim > 1 and "router" not in n and "bias" not in n
+    )
     attention = 4 * model**2 + 2 * model * (BLOCK + 1) / 2
     whole = layers * (attention + flops) + model * VOCABULARY
     return Costs(weights, sum(p.numel() for _, p in named), flops, whole)
 
 
 def dense_hidden(study: Study, key: str, model: int) -> int:
-    """Hidden size of an arm's dense network: its own, or, to the next multiple of 8, as costly as another arm's."""
+    """Hidden size of an arm's dense network: its own, or, to the next multiple of 8, as costly as
+    another arm's."""
     arm = study.arms[key]
     if arm.flops_of:
         return round(costs(study, arm.flops_of, model).flops / (2 * model) / 8) * 8
     if arm.size_of:
         parameters = costs(study, arm.size_of, model).parameters
-        return round((parameters - model) / (2 * model + 1) / 8) * 8  # each hidden unit has a bias, and each output
+        return (
+            round((parameters - model) / (2 * model + 1) / 8) * 8
+        )  # each hidden unit has a bias, and each output
     return int(Fraction(arm.hidden) * 4 * model)
 
 
 def steps_of(study: Study, key: str, corner: Corner) -> int:
-    """The steps of an arm: those of the corner, or as many as another arm's training FLOPs allow."""
+    """The steps of an arm: those of the corner, or as many as another arm's training FLOPs
+    allow."""
     arm = study.arms[key]
     if arm.budget_of is None:
         return corner.steps
@@ -142,11 +149,15 @@ def mutual_information(classes: Tensor, chosen: Tensor, experts: int) -> float:
         chosen: experts of every token, int64 ``[T, K]``.
         experts: E.
     """
-    told = mutual_info_score(classes.repeat_interleave(chosen.shape[1]).numpy(), chosen.flatten().numpy())
+    told = mutual_info_score(
+        classes.repeat_interleave(chosen.shape[1]).numpy(), chosen.flatten().numpy()
+    )
     return float(told) / (math.log(experts) or 1.0)
 
 
-def router_facts(logits: Sequence[Sequence[Tensor]], top_k: int, tokens: Tensor, domains: Tensor) -> dict[str, float]:
+def router_facts(
+    logits: Sequence[Sequence[Tensor]], top_k: int, tokens: Tensor, domains: Tensor
+) -> dict[str, float]:
     """Means over layers.
 
     Args:
@@ -155,10 +166,11 @@ def router_facts(logits: Sequence[Sequence[Tensor]], top_k: int, tokens: Tensor,
         tokens, domains: of all calls' tokens, int64 ``[T]``.
 
     Returns:
-        ``entropy`` of a token's probabilities relative to log E (0: decided, 1: undecided), and ``mass`` of the chosen
-        ones; ``token`` and ``domain``: how much the byte and the domain tell about the expert (`mutual_information`,
-        less that of shuffled classes, which only measures how few tokens there are); ``use``: entropy of the experts'
-        shares of all tokens, relative to log E.
+        ``entropy`` of a token's probabilities relative to log E (0: decided, 1: undecided), and
+        ``mass`` of the chosen ones; ``token`` and ``domain``: how much the byte and the domain tell
+        about the expert (`mutual_information`, less that of shuffled classes, which only measures
+        how few tokens there are); ``use``: entropy of the experts' shares of all tokens, relative
+        to log E.
     """
     facts = dict.fromkeys(("entropy", "mass", "token", "domain", "use"), 0.0)
     shuffled = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))
@@ -216,7 +228,8 @@ def train_steps(
     numbered: Iterable[tuple[int, Tensor]],
     loss_of: Callable[[Any, Tensor], Tensor] | None = None,
 ) -> list[tuple[int, float]]:
-    """Train in some of the ``steps`` of a run, at most at ``adam``'s rates; returns losses along the way.
+    """Train in some of the ``steps`` of a run, at most at ``adam``'s rates; returns losses along
+    the way.
 
     ``loss_of``: the model and token ids -> the loss; default: the model's own.
 
@@ -228,7 +241,9 @@ def train_steps(
     for step, ids in numbered:
         for group, rate in zip(adam.param_groups, rates, strict=True):
             group["lr"] = rate * schedule(step, steps)
-        loss: Tensor = model(input_ids=ids, labels=ids).loss if loss_of is None else loss_of(model, ids)
+        loss: Tensor = (
+            model(input_ids=ids, labels=ids).loss if loss_of is None else loss_of(model, ids)
+        )
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, CLIP)
         adam.step()
@@ -249,8 +264,11 @@ class Trained(NamedTuple):
     seconds: float
 
 
-def train(study: Study, run: Run, data: dict[str, Blocks], starts: dict[tuple[Any, ...], Trained]) -> Trained:
-    """Train a run's model. ``starts``: mixtures of one seed and rate start from the same dense model, trained once.
+def train(
+    study: Study, run: Run, data: dict[str, Blocks], starts: dict[tuple[Any, ...], Trained]
+) -> Trained:
+    """Train a run's model. ``starts``: mixtures of one seed and rate start from the same dense
+    model, trained once.
 
     Raises:
         FloatingPointError: the loss is not finite.
@@ -295,24 +313,36 @@ def evaluate(model: Any, blocks: Blocks, routed: bool) -> tuple[dict[str, float]
     if not routed:
         return losses, {}
     sizes = torch.tensor([ids.numel() for ids in blocks.values()])
-    tokens, domains = torch.cat(list(blocks.values())).flatten(), torch.arange(len(sizes)).repeat_interleave(sizes)
+    tokens, domains = (
+        torch.cat(list(blocks.values())).flatten(),
+        torch.arange(len(sizes)).repeat_interleave(sizes),
+    )
     return losses, router_facts(logits, model.mpoe_config.top_k, tokens, domains)
 
 
-def run_once(study: Study, run: Run, data: dict[str, Blocks], starts: dict[tuple[Any, ...], Trained]) -> dict[str, Any]:
+def run_once(
+    study: Study, run: Run, data: dict[str, Blocks], starts: dict[tuple[Any, ...], Trained]
+) -> dict[str, Any]:
     """Train and evaluate; returns one JSON-able record. ``starts``: see `train`.
 
-    ``cpu_seconds`` is the process's CPU time for the training alone; losses are means over domains, in nats per byte.
+    ``cpu_seconds`` is the process's CPU time for the training alone; losses are means over domains,
+    in nats per byte.
     """
     try:
         model, history, seconds = train(study, run, data, starts)
     except FloatingPointError as error:
-        return {"diverged": f"the loss of {run.key} {error}", "validation": math.inf, "test": math.inf}
+        return {
+            "diverged": f"the loss of {run.key} {error}",
+            "validation": math.inf,
+            "test": math.inf,
+        }
     model.eval()
     arm, size = study.arms[run.arm], run.corner.model
     validation, _ = evaluate(model, data["validation"], False)
     test, router = evaluate(model, data["test"], arm.experts is not None)
-    found, dense = (costs(study, key, size, run.corner.layers) for key in (run.arm, study.reference))
+    found, dense = (
+        costs(study, key, size, run.corner.layers) for key in (run.arm, study.reference)
+    )
     return {
         "validation": round(sum(validation.values()) / len(validation), 5),
         "test": round(sum(test.values()) / len(test), 5),
@@ -337,7 +367,8 @@ class ArmsStudy:
         self.starts: dict[tuple[Any, ...], Trained] = {}
 
     def waiting(self, records: Records) -> list[str]:
-        """Keys of runs that are missing and whose rate is known, in order: of a stage first those that choose rates."""
+        """Keys of runs that are missing and whose rate is known, in order: of a stage first those
+        that choose rates."""
         study, found = self.study, []
         for stage in study.stages:
             for arm in stage.arms:

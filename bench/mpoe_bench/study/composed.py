@@ -1,4 +1,5 @@
-"""A study of experts that are trained apart and composed: neurons and LoRA beside one base, and its runs."""
+"""A study of experts that are trained apart and composed: neurons and LoRA beside one base, and its
+runs."""
 
 from __future__ import annotations
 
@@ -50,15 +51,24 @@ def drawn(train_pieces: Sequence[Tensor], steps: int, seed: int) -> list[Tensor]
     return [text[torch.randint(len(text), (BATCH,), generator=generator)] for text in texts]
 
 
-def trained(kind: str, base: Any, size: int, batches: Sequence[Tensor], rate: float, seed: int) -> Any:
-    """An expert (``kind`` "neurons") or a LoRA adapter beside ``base``, on its feed-forward networks, trained by AdamW.
+def trained(
+    kind: str, base: Any, size: int, batches: Sequence[Tensor], rate: float, seed: int
+) -> Any:
+    """An expert (``kind`` "neurons") or a LoRA adapter beside ``base``, on its feed-forward
+    networks, trained by AdamW.
 
     Raises:
         FloatingPointError: the loss is not finite.
     """
     torch.manual_seed(seed)
-    config = LoraConfig(r=size, lora_alpha=2 * size, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM")
-    model = start_expert(base, size) if kind == "neurons" else get_peft_model(copy.deepcopy(base), config)
+    config = LoraConfig(
+        r=size, lora_alpha=2 * size, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM"
+    )
+    model = (
+        start_expert(base, size)
+        if kind == "neurons"
+        else get_peft_model(copy.deepcopy(base), config)
+    )
     parameters = [p for p in model.parameters() if p.requires_grad]
     adam = torch.optim.AdamW(parameters, lr=rate, betas=BETAS, weight_decay=0.0, fused=True)
     train_steps(model.train(), adam, len(batches), enumerate(batches))
@@ -87,16 +97,21 @@ def adapters(base: Any, places: Mapping[str, Path]) -> Any:
 
 
 class RoutedAdapters(nn.Module):
-    """A feed-forward network whose LoRA adapters are mixed by a router, token by token; the last expert is none."""
+    """A feed-forward network whose LoRA adapters are mixed by a router, token by token; the last
+    expert is none."""
 
-    def __init__(self, network: nn.Module, names: Sequence[str], weight: Tensor, top_k: int) -> None:
+    def __init__(
+        self, network: nn.Module, names: Sequence[str], weight: Tensor, top_k: int
+    ) -> None:
         super().__init__()
         self.network, self.names, self.top_k = network, list(names), top_k
         self.register_buffer("weight", weight.float())
 
     def forward(self, x: Tensor) -> Tensor:
         chosen = (x @ self.weight.mT).topk(self.top_k)
-        gates = torch.zeros(*x.shape[:-1], len(self.weight)).scatter(-1, chosen.indices, chosen.values.softmax(-1))
+        gates = torch.zeros(*x.shape[:-1], len(self.weight)).scatter(
+            -1, chosen.indices, chosen.values.softmax(-1)
+        )
         layers = [layer for layer in self.network.modules() if isinstance(layer, LoraLayer)]
         y = torch.zeros_like(x)
         for number, name in enumerate([*self.names, None]):
@@ -145,7 +160,9 @@ class ComposedStudy:
 
     def prepare(self, arguments: argparse.Namespace) -> None:
         self.folder, self.tokenizer, self.base = started(arguments)
-        self.texts = read_texts(self.tokenizer, arguments.data_dir, self.plan.domains, self.plan.probes)
+        self.texts = read_texts(
+            self.tokenizer, arguments.data_dir, self.plan.domains, self.plan.probes
+        )
 
     def waiting(self, records: Records) -> list[str]:
         return [key for key in self.runs(records) if key not in records]
@@ -182,7 +199,9 @@ class ComposedStudy:
                 yield from (plan.key(kind, domain, seed, records) for domain in plan.domains)
             yield f"composed {seed}"
         for kind in KINDS:
-            yield from (plan.key(kind, plan.forgetting, first, records, steps) for steps in plan.lengths)
+            yield from (
+                plan.key(kind, plan.forgetting, first, records, steps) for steps in plan.lengths
+            )
         yield "one_adapter"
         yield from (plan.key("neurons", tenant, first, records) for tenant in plan.tenants)
         yield from ("tenants", "answers")
@@ -193,8 +212,11 @@ class ComposedStudy:
         name = key.replace(" ", "-")
         return self.folder / (f"{name}.expert" if key.startswith("neurons") else name)
 
-    def files(self, kind: str, records: Records, seed: int, names: Sequence[str] = ()) -> dict[str, Path]:
-        """Experts of a seed at the chosen rate, by default the domains'; those without a file are trained again."""
+    def files(
+        self, kind: str, records: Records, seed: int, names: Sequence[str] = ()
+    ) -> dict[str, Path]:
+        """Experts of a seed at the chosen rate, by default the domains'; those without a file are
+        trained again."""
         found, rate = {}, self.plan.rate(kind, records)
         assert rate is not None
         for domain in names or self.plan.domains:
@@ -207,12 +229,16 @@ class ComposedStudy:
     def background(self) -> Mapping[str, Tensor]:
         """The base's statistics on texts of no domain."""
         some = next(self.folder.glob("*.expert"))
-        return compose_experts(self.base, [some], background=batched(self.texts.background)).background_statistics
+        return compose_experts(
+            self.base, [some], background=batched(self.texts.background)
+        ).background_statistics
 
     def composed(self, parts: Sequence[Any], **options: Any) -> Any:
         """The mixture of experts or their files, with the routers that were the default then."""
         settings: dict[str, Any] = {"top_k": 2, "sharpness": 3.0, "preference": 0.0}
-        return compose_experts(self.base, parts, **{"background": self.background, **settings, **options})
+        return compose_experts(
+            self.base, parts, **{"background": self.background, **settings, **options}
+        )
 
     def mixture(self, records: Records, seed: int) -> Any:
         """Of a seed's files."""
@@ -231,7 +257,9 @@ class ComposedStudy:
         known = self.texts.splits.get(domain)
         text, validation, test = known or tenant_texts(self.tokenizer, domain)
         try:
-            model = trained(kind, self.base, self.plan.size(kind), drawn([text], steps, seed), rate, seed)
+            model = trained(
+                kind, self.base, self.plan.size(kind), drawn([text], steps, seed), rate, seed
+            )
         except FloatingPointError as error:
             return {"diverged": f"the loss {error}", "validation": math.inf, "test": math.inf}
         place = self.place(run_key(kind, domain, steps, rate, seed))
@@ -244,16 +272,21 @@ class ComposedStudy:
         return record | {name: mean(losses(model, ids)) for name, ids in self.texts.probes.items()}
 
     def merges(self, records: Records) -> Iterator[tuple[str, Any]]:
-        """Mean, TIES and DARE of the LoRAs, by PEFT, their weight chosen on validation texts; LoRA under the mixture's
-        routers."""
+        """Mean, TIES and DARE of the LoRAs, by PEFT, their weight chosen on validation texts; LoRA
+        under the mixture's routers."""
         files = self.files("lora", records, self.plan.seeds[0])
 
         def merged(how: str, weight: float, density: float | None = None) -> Any:
-            """A weighted sum ("cat") or another of PEFT's merges, of as large a rank as all together."""
+            """A weighted sum ("cat") or another of PEFT's merges, of as large a rank as all
+            together."""
             torch.manual_seed(0)  # DARE drops at random
             model = adapters(self.base, files)
             rank = None if how == "cat" else self.plan.rank * len(files)
-            options: dict[str, Any] = {"combination_type": how, "density": density, "svd_rank": rank}
+            options: dict[str, Any] = {
+                "combination_type": how,
+                "density": density,
+                "svd_rank": rank,
+            }
             model.add_weighted_adapter(list(files), [weight] * len(files), "merged", **options)
             model.set_adapter("merged")
             return model
@@ -263,10 +296,17 @@ class ComposedStudy:
 
         yield "mean of LoRAs", merged("cat", 1 / len(files))
         for name, how in (("TIES", "ties_svd"), ("DARE", "dare_ties_svd")):
-            yield f"{name} of LoRAs", min((merged(how, weight, 0.5) for weight in (0.3, 0.6, 1.0)), key=validation)
+            yield (
+                f"{name} of LoRAs",
+                min((merged(how, weight, 0.5) for weight in (0.3, 0.6, 1.0)), key=validation),
+            )
         routed, mixture = adapters(self.base, files), self.mixture(records, self.plan.seeds[0])
-        for own, other in zip(routed.get_base_model().model.layers, mixture.model.layers, strict=True):
-            own.mlp = RoutedAdapters(own.mlp, list(files), other.mlp.router.weight, mixture.mpoe_config.top_k)
+        for own, other in zip(
+            routed.get_base_model().model.layers, mixture.model.layers, strict=True
+        ):
+            own.mlp = RoutedAdapters(
+                own.mlp, list(files), other.mlp.router.weight, mixture.mpoe_config.top_k
+            )
         yield "the same routers, LoRA", routed
 
     def variants(self, records: Records) -> Iterator[tuple[str, Any]]:
@@ -276,29 +316,45 @@ class ComposedStudy:
 
         def means_alone(statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
             """The class's mean with the background's covariance."""
-            return {name: value if name.endswith(".mean") else background[name] for name, value in statistics.items()}
+            return {
+                name: value if name.endswith(".mean") else background[name]
+                for name, value in statistics.items()
+            }
 
         bare = [dataclasses.replace(e, statistics=means_alone(e.statistics)) for e in loaded]
-        seen = {e.name: batched(self.texts.splits[d][0][:SAMPLED]) for e, d in zip(loaded, files, strict=True)}
+        seen = {
+            e.name: batched(self.texts.splits[d][0][:SAMPLED])
+            for e, d in zip(loaded, files, strict=True)
+        }
         yield "means alone", self.composed(bare)
         yield "with texts", self.composed(loaded, texts=seen)
         yield "top-1", self.composed(loaded, top_k=1)
 
     def request_router(self, records: Records) -> dict[str, Any]:
-        """One expert or adapter for a whole request, by the routers' preference over all layers and its first half; and
-        the best one for every token (an oracle)."""
+        """One expert or adapter for a whole request, by the routers' preference over all layers and
+        its first half; and the best one for every token (an oracle)."""
         domains, mixture = self.plan.domains, self.mixture(records, self.plan.seeds[0])
         model = adapters(self.base, self.files("lora", records, self.plan.seeds[0]))
 
         @torch.inference_mode()
         def chosen(ids: Tensor) -> Tensor:
-            logits = mixture(input_ids=ids[:, : LENGTH // 2], output_router_logits=True).router_logits
+            logits = mixture(
+                input_ids=ids[:, : LENGTH // 2], output_router_logits=True
+            ).router_logits
             stacked = torch.stack([layer.view(len(ids), -1, layer.shape[-1]) for layer in logits])
             return stacked.softmax(-1)[..., :-1].mean((0, 2)).argmax(-1)  # the last is none
 
-        found: dict[str, Any] = {"request router, LoRA": {}, "request router, neurons": {}, "oracle, neurons": {}}
+        found: dict[str, Any] = {
+            "request router, LoRA": {},
+            "request router, neurons": {},
+            "oracle, neurons": {},
+        }
         right: dict[str, float] = {}
-        for text, ids in {**self.texts.test, **self.texts.probes, "requests": self.texts.halfway}.items():
+        for text, ids in {
+            **self.texts.test,
+            **self.texts.probes,
+            "requests": self.texts.halfway,
+        }.items():
             told = by_request if text == "requests" else mean
             picked = torch.cat([chosen(part) for part in ids.split(8)])
             of: dict[str, list[Tensor]] = {"LoRA": [], "neurons": []}
@@ -308,15 +364,20 @@ class ComposedStudy:
                 with forced(mixture, number):
                     of["neurons"].append(losses(mixture, ids))
             for kind, each in of.items():
-                found[f"request router, {kind}"][text] = told(torch.stack(each)[picked, torch.arange(len(ids))])
+                found[f"request router, {kind}"][text] = told(
+                    torch.stack(each)[picked, torch.arange(len(ids))]
+                )
             found["oracle, neurons"][text] = told(torch.stack(of["neurons"]).min(0).values)
             if text not in self.texts.probes:
-                wanted = self.texts.first if text == "requests" else torch.tensor(domains.index(text))
+                wanted = (
+                    self.texts.first if text == "requests" else torch.tensor(domains.index(text))
+                )
                 right[text] = round(float((picked == wanted).float().mean()), 3)
         return found | {"request router is right": right}
 
     def one_adapter(self, records: Records) -> Iterator[tuple[str, Any]]:
-        """One LoRA on the domains in turn, and one on all of them at once, each with as many steps as all"""
+        """One LoRA on the domains in turn, and one on all of them at once, each with as many steps
+        as all"""
         plan, texts = self.plan, [text for text, _, _ in self.texts.splits.values()]
         rate, seed = plan.rate("lora", records), plan.seeds[0]
         assert rate is not None
@@ -326,8 +387,8 @@ class ComposedStudy:
             yield name, trained("lora", self.base, plan.rank, batches, rate, seed)
 
     def tenants(self, records: Records) -> dict[str, Any]:
-        """Mixtures of 2, 4, ... experts: the mean share of their own experts' gain; the best of the others, always
-        on."""
+        """Mixtures of 2, 4, ... experts: the mean share of their own experts' gain; the best of the
+        others, always on."""
         every, test = [*self.plan.domains, *self.plan.tenants], dict(self.texts.test)
         test |= {tenant: tenant_texts(self.tokenizer, tenant)[2] for tenant in self.plan.tenants}
         files, found = self.files("neurons", records, self.plan.seeds[0], every), {}
@@ -339,21 +400,33 @@ class ComposedStudy:
         for number, expert in enumerate(every):
             with forced(mixture, number):
                 for domain in every:
-                    alone[domain][expert] = mean(losses(mixture, test[domain])) if domain != expert else math.inf
-        return found | {"best wrong expert": {domain: min(losses.values()) for domain, losses in alone.items()}}
+                    alone[domain][expert] = (
+                        mean(losses(mixture, test[domain])) if domain != expert else math.inf
+                    )
+        return found | {
+            "best wrong expert": {domain: min(losses.values()) for domain, losses in alone.items()}
+        }
 
     def answers(self, records: Records) -> dict[str, Any]:
-        """How much the mixture changes the base's own answers: nats per token, and greedy tokens that are equal."""
+        """How much the mixture changes the base's own answers: nats per token, and greedy tokens
+        that are equal."""
         mixture = self.mixture(records, self.plan.seeds[0])
         told, equal, count = {"base": 0.0, "mixture": 0.0}, 0, 0
         for prompt in PROMPTS:
             chat = [{"role": "user", "content": prompt}]
-            ids = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+            ids = self.tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, return_tensors="pt"
+            )["input_ids"]
             with torch.inference_mode():
-                own, other = (m.generate(ids, max_new_tokens=48, do_sample=False) for m in (self.base, mixture))
+                own, other = (
+                    m.generate(ids, max_new_tokens=48, do_sample=False)
+                    for m in (self.base, mixture)
+                )
             for name, model in (("base", self.base), ("mixture", mixture)):
                 told[name] += float(losses(model, own)[:, ids.shape[1] - 1 :].sum())
             same = own[0, : other.shape[1]] == other[0, : own.shape[1]]
             equal += int(same[ids.shape[1] :].long().cumprod(0).sum())
             count += own.shape[1] - ids.shape[1]
-        return {name: round(total / count, 4) for name, total in told.items()} | {"equal at the start": equal / count}
+        return {name: round(total / count, 4) for name, total in told.items()} | {
+            "equal at the start": equal / count
+        }

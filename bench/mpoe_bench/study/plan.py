@@ -11,8 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Records = Mapping[str, Mapping[str, Any]]  # a run's key -> its record
-LAYERS = 2  # of the model where a stage names no number of layers, and of the runs that choose a rate
-SIZES = ("neurons", "latent", "block_size")  # of an `MPOEConfig`: a fraction in quotes is of the model's size
+LAYERS = (
+    2  # of the model where a stage names no number of layers, and of the runs that choose a rate
+)
+SIZES = (
+    "neurons",
+    "latent",
+    "block_size",
+)  # of an `MPOEConfig`: a fraction in quotes is of the model's size
 
 
 class Corner(NamedTuple):
@@ -34,13 +40,18 @@ class Arm:
     Attributes:
         name: for tables.
         experts: fields of its `MPOEConfig`; ``None`` = a dense model.
-        hidden: hidden size of the dense network, as a fraction of the usual one, four times the model's size.
-        flops_of: an arm; the hidden size is chosen so that both feed-forward layers, router in, take as many FLOPs.
+        hidden: hidden size of the dense network, as a fraction of the usual one, four times the
+            model's size.
+        flops_of: an arm; the hidden size is chosen so that both feed-forward layers, router in,
+            take as many FLOPs.
         size_of: the same for parameters, router in.
-        budget_of: an arm; as many steps as the whole model can train for its training FLOPs, with a schedule to zero.
-        dense_until: the share of steps after which the dense model is converted, and the optimiser restarted.
+        budget_of: an arm; as many steps as the whole model can train for its training FLOPs, with a
+            schedule to zero.
+        dense_until: the share of steps after which the dense model is converted, and the optimiser
+            restarted.
         own_start: experts start from their own random weights instead of the dense network's.
-        known_rates: model's size in quotes -> the rate that an earlier study chose; the others are chosen by runs.
+        known_rates: model's size in quotes -> the rate that an earlier study chose; the others are
+            chosen by runs.
     """
 
     name: str
@@ -85,7 +96,8 @@ class Comparison:
     """``arm`` is compared with ``beside`` at every corner that has both.
 
     Attributes:
-        must_win: the study has succeeded only if ``arm`` is significantly better at each of these corners.
+        must_win: the study has succeeded only if ``arm`` is significantly better at each of these
+            corners.
         at_least: the mean gain that is enough, in nats per byte; it takes the place of the t-test.
     """
 
@@ -148,13 +160,21 @@ class Study:
     def compared(self) -> list[tuple[Corner, Comparison]]:
         """Every test of the study: a comparison at a corner."""
         corners = self.corners()
-        return [(at, c) for c in self.comparisons for at, arms in corners.items() if {c.arm, c.beside} <= set(arms)]
+        return [
+            (at, c)
+            for c in self.comparisons
+            for at, arms in corners.items()
+            if {c.arm, c.beside} <= set(arms)
+        ]
 
     def candidates(self, model: int, arm: str) -> list[Run]:
         """The runs that choose an arm's rate at a model's size; none where it is known."""
         if self.arms[arm].known_rate(model) is not None:
             return []
-        return [Run(Corner(model, self.rate_steps), arm, rate, self.seeds[0]) for rate in self.rates[model]]
+        return [
+            Run(Corner(model, self.rate_steps), arm, rate, self.seeds[0])
+            for rate in self.rates[model]
+        ]
 
 
 def made(kind: type, where: str, values: dict[str, Any]) -> Any:
@@ -164,10 +184,21 @@ def made(kind: type, where: str, values: dict[str, Any]) -> Any:
         ValueError: names a field that is unknown or missing.
     """
     known = {f.name: f.default is not dataclasses.MISSING for f in dataclasses.fields(kind)}
-    wrong = [*(values.keys() - known.keys()), *(n for n, optional in known.items() if not optional and n not in values)]
+    wrong = [
+        *(values.keys() - known.keys()),
+        *(n for n, optional in known.items() if not optional and n not in values),
+    ]
     if wrong:
-        raise ValueError(f"{where} must have fields among {', '.join(known)}; unknown or missing: {', '.join(wrong)}")
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        raise ValueError(
+            f"{where} must have fields among {', '.join(known)}; unknown or missing: "
+            f"{', '.join(wrong)}"
+        )
+    return kind(
+        **{
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -192,16 +223,21 @@ class Composition:
         return self.neurons if kind == "neurons" else self.rank
 
     def rate(self, kind: str, records: Records) -> float | None:
-        """Best on the validation texts of all domains, with the first seed; ``None`` while one is missing."""
+        """Best on the validation texts of all domains, with the first seed; ``None`` while one is
+        missing."""
         keys = {
-            rate: [run_key(kind, domain, self.steps, rate, self.seeds[0]) for domain in self.domains]
+            rate: [
+                run_key(kind, domain, self.steps, rate, self.seeds[0]) for domain in self.domains
+            ]
             for rate in self.rates
         }
         if any(key not in records for some in keys.values() for key in some):
             return None
         return min(keys, key=lambda rate: sum(records[key]["validation"] for key in keys[rate]))
 
-    def key(self, kind: str, domain: str, seed: int, records: Records, steps: int | None = None) -> str:
+    def key(
+        self, kind: str, domain: str, seed: int, records: Records, steps: int | None = None
+    ) -> str:
         """Of an expert's run at the chosen rate; of no run while that is not known."""
         rate = self.rate(kind, records)
         return "" if rate is None else run_key(kind, domain, steps or self.steps, rate, seed)
@@ -226,22 +262,33 @@ def read_study(path: Path) -> Study:
     """
     values = values_of(path)
     values["rates"] = {int(model): tuple(rates) for model, rates in values.get("rates", {}).items()}
-    values["arms"] = {key: made(Arm, f"arms.{key}", arm) for key, arm in values.get("arms", {}).items()}
+    values["arms"] = {
+        key: made(Arm, f"arms.{key}", arm) for key, arm in values.get("arms", {}).items()
+    }
     values["stages"] = [made(Stage, "stages", stage) for stage in values.get("stages", [])]
-    values["comparisons"] = [made(Comparison, "comparisons", one) for one in values.get("comparisons", [])]
+    values["comparisons"] = [
+        made(Comparison, "comparisons", one) for one in values.get("comparisons", [])
+    ]
     study: Study = made(Study, "the study", values)
     named = [*(arm for stage in study.stages for arm in stage.arms), study.reference]
     named += [arm for one in study.comparisons for arm in (one.arm, one.beside)]
-    named += [of for arm in study.arms.values() for of in (arm.flops_of, arm.size_of, arm.budget_of) if of]
+    named += [
+        of for arm in study.arms.values() for of in (arm.flops_of, arm.size_of, arm.budget_of) if of
+    ]
     for name in named:
         if name not in study.arms:
             raise ValueError(f"arms must be among {', '.join(study.arms)}; got {name!r}")
     for stage in study.stages:
         if stage.layers < 1:
             raise ValueError(f"layers of a stage must be at least 1; got {stage.layers}")
-        chosen_by_runs = [arm for arm in stage.arms if study.arms[arm].known_rate(stage.model) is None]
+        chosen_by_runs = [
+            arm for arm in stage.arms if study.arms[arm].known_rate(stage.model) is None
+        ]
         if chosen_by_runs and stage.model not in study.rates:
-            raise ValueError(f"rates must have candidates for the model's size {stage.model}; got {list(study.rates)}")
+            raise ValueError(
+                f"rates must have candidates for the model's size {stage.model}; got "
+                f"{list(study.rates)}"
+            )
     return study
 
 

@@ -1,4 +1,5 @@
-"""The study of quiet experts: a domain is added to a chat model, and what else has changed; see quiet.toml."""
+"""The study of quiet experts: a domain is added to a chat model, and what else has changed; see
+quiet.toml."""
 
 from __future__ import annotations
 
@@ -24,7 +25,17 @@ from mpoe.models.background import background_parts, pooled_background, token_ba
 from mpoe.models.composition import compose
 from mpoe.models.report import routed_layers
 from mpoe_bench.study.arms import BETAS, train_steps
-from mpoe_bench.study.composed import PROMPTS, SAMPLED, adapters, batched, drawn, losses, mean, started, trained
+from mpoe_bench.study.composed import (
+    PROMPTS,
+    SAMPLED,
+    adapters,
+    batched,
+    drawn,
+    losses,
+    mean,
+    started,
+    trained,
+)
 from mpoe_bench.study.plan import Records, made, run_key, values_of
 from mpoe_bench.study.quiet_tables import quiet_table
 from mpoe_bench.study.texts import Split, domain_texts, pieces, probe_texts, split_of, tenant_texts
@@ -77,10 +88,14 @@ class QuietPlan:
         return self.steps // 2
 
     def replay_rate(self, records: Records) -> float | None:
-        """The best by replay's own loss on validation texts, mean over domains; ``None`` while one is missing."""
+        """The best by replay's own loss on validation texts, mean over domains; ``None`` while one
+        is missing."""
         totals = {}
         for rate in self.replay_rates:
-            keys = [run_key("replay", domain, self.equal_time, rate, self.seeds[0]) for domain in self.domains]
+            keys = [
+                run_key("replay", domain, self.equal_time, rate, self.seeds[0])
+                for domain in self.domains
+            ]
             if any(key not in records for key in keys):
                 return None
             totals[rate] = sum(records[key]["objective"] for key in keys)
@@ -107,7 +122,10 @@ class QuietStudy:
         for domain in self.plan.domains:
             texts = [domain_texts(data, domain, split) for split in ("train", "validation", "test")]
             self.splits[domain] = split_of(self.tokenizer, *texts)
-        self.probes = {probe: pieces(self.tokenizer, probe_texts(data, probe), SHOWN) for probe in self.plan.probes}
+        self.probes = {
+            probe: pieces(self.tokenizer, probe_texts(data, probe), SHOWN)
+            for probe in self.plan.probes
+        }
 
     def waiting(self, records: Records) -> list[str]:
         return [key for key in self.runs(records) if key not in records]
@@ -169,12 +187,14 @@ class QuietStudy:
 
     @cached_property
     def answers(self) -> list[tuple[Tensor, int, Tensor]]:
-        """The base's greedy answers, ids ``[1, T]``, where each begins, and the base's log-probabilities of its tokens
-        ``[tokens, V]``."""
+        """The base's greedy answers, ids ``[1, T]``, where each begins, and the base's
+        log-probabilities of its tokens ``[tokens, V]``."""
         found = []
         for prompt in (*PROMPTS, *MORE_PROMPTS):
             chat = [{"role": "user", "content": prompt}]
-            rendered = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+            rendered = self.tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, return_tensors="pt"
+            )
             ids = rendered["input_ids"]
             with torch.inference_mode():
                 answer = self.base.generate(ids, max_new_tokens=ANSWER_TOKENS, do_sample=False)
@@ -185,8 +205,8 @@ class QuietStudy:
 
     @torch.inference_mode()
     def change_of_answers(self, model: Any) -> dict[str, float]:
-        """On the base's own answers: the KL divergence from the base, the share of equal greedy tokens, and of the
-        tokens before the first other one."""
+        """On the base's own answers: the KL divergence from the base, the share of equal greedy
+        tokens, and of the tokens before the first other one."""
         divergence, same, prefix, count = 0.0, 0, 0, 0
         for ids, start, before in self.answers:
             after = model(input_ids=ids).logits[0, start - 1 : -1].log_softmax(-1)
@@ -202,8 +222,8 @@ class QuietStudy:
         }
 
     def tests(self, model: Any, whole: Sequence[str] = ()) -> dict[str, float]:
-        """Losses on every domain's test text (all of it for the domains ``whole``) and the probes, and the change of
-        the base's own answers."""
+        """Losses on every domain's test text (all of it for the domains ``whole``) and the probes,
+        and the change of the base's own answers."""
         found = {}
         for domain, (_, _, test) in self.splits.items():
             found[domain] = mean(losses(model, test[:SHOWN]))
@@ -265,10 +285,15 @@ class QuietStudy:
         with torch.no_grad():
             wanted = self.base(input_ids=ids).logits.log_softmax(-1)
         learnt = model(input_ids=ids).logits.log_softmax(-1)
-        return F.kl_div(learnt.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean")
+        return F.kl_div(
+            learnt.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean"
+        )
 
-    def trained_with_replay(self, pieces_of_domain: Sequence[Tensor], rate: float, seed: int) -> Any:
-        """A LoRA adapter; every step adds the divergence on as many pieces of the base's own texts."""
+    def trained_with_replay(
+        self, pieces_of_domain: Sequence[Tensor], rate: float, seed: int
+    ) -> Any:
+        """A LoRA adapter; every step adds the divergence on as many pieces of the base's own
+        texts."""
         model = trained("lora", self.base, self.plan.rank, [], rate, seed)
         generator = torch.Generator().manual_seed(REPLAY_SEED)
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -276,7 +301,9 @@ class QuietStudy:
 
         def loss(model: Any, ids: Tensor) -> Tensor:
             chosen = torch.randint(len(self.replayed), (len(ids),), generator=generator)
-            total: Tensor = model(input_ids=ids, labels=ids).loss + self.divergence(model, self.replayed[chosen])
+            total: Tensor = model(input_ids=ids, labels=ids).loss + self.divergence(
+                model, self.replayed[chosen]
+            )
             return total
 
         train_steps(model.train(), adam, len(pieces_of_domain), enumerate(pieces_of_domain), loss)
@@ -292,7 +319,9 @@ class QuietStudy:
     def own(self, kind: str, domain: str, steps: int, rate: float, seed: int) -> dict[str, Any]:
         """An expert or an adapter by itself, always on."""
         place = self.place(kind, domain, steps, rate, seed)
-        model = self.opened(place) if place.exists() else self.train(kind, domain, steps, rate, seed)
+        model = (
+            self.opened(place) if place.exists() else self.train(kind, domain, steps, rate, seed)
+        )
         known = [domain] if domain in self.splits else []
         record: dict[str, Any] = self.tests(model, known)
         if kind == "replay":
@@ -339,8 +368,8 @@ class QuietStudy:
         return self.tests(model, [domain]) | {"scale": high}
 
     def rivals(self) -> dict[str, Any]:
-        """Of the first seed's adapters: PEFT's Arrow and merges, each at the best of its settings on validation
-        texts."""
+        """Of the first seed's adapters: PEFT's Arrow and merges, each at the best of its settings
+        on validation texts."""
         seed = self.plan.seeds[0]
         files = {domain: self.file("lora", domain, seed) for domain in self.plan.domains}
         paths = [str(path) for path in files.values()]
@@ -349,7 +378,11 @@ class QuietStudy:
             torch.manual_seed(0)  # DARE drops at random
             model = adapters(self.base, files)
             rank = None if how == "cat" else self.plan.rank * len(files)
-            options: dict[str, Any] = {"combination_type": how, "density": density, "svd_rank": rank}
+            options: dict[str, Any] = {
+                "combination_type": how,
+                "density": density,
+                "svd_rank": rank,
+            }
             model.add_weighted_adapter(list(files), [weight] * len(files), "merged", **options)
             model.set_adapter("merged")
             return model
@@ -367,14 +400,16 @@ class QuietStudy:
             best = min((merged(how, weight, 0.5) for weight in (0.3, 0.6, 1.0)), key=validation)
             found[name] = self.tests(best, domains)
         for top_k in sorted({1, 2, len(files)}):
-            best = min((arrow(top_k, temperature) for temperature in (0.3, 1.0, 3.0)), key=validation)
+            best = min(
+                (arrow(top_k, temperature) for temperature in (0.3, 1.0, 3.0)), key=validation
+            )
             found[f"Arrow, top {top_k}"] = self.tests(best, domains)
         found["mean hidden states"] = self.tests(self.mean_hidden_states(files), domains)
         return found
 
     def mean_hidden_states(self, files: Mapping[str, Path]) -> Any:
-        """The adapters' merged networks as dense experts, two per token, whose routers' rows are the mean inputs of
-        validation texts, each of length 1 (mergekit's hidden mode)."""
+        """The adapters' merged networks as dense experts, two per token, whose routers' rows are
+        the mean inputs of validation texts, each of length 1 (mergekit's hidden mode)."""
         merged = []
         for path in files.values():
             adapted: Any = PeftModel.from_pretrained(copy.deepcopy(self.base), str(path))
@@ -387,7 +422,8 @@ class QuietStudy:
         return mixture
 
     def tenants(self, number: int) -> dict[str, Any]:
-        """A mixture of so many experts of the first seed: the losses with each expert alone and in the mixture."""
+        """A mixture of so many experts of the first seed: the losses with each expert alone and in
+        the mixture."""
         names = [*self.plan.domains, *self.plan.tenants][:number]
         seed = self.plan.seeds[0]
         mixture = self.mixture(names, seed)
@@ -408,7 +444,9 @@ def mean_inputs(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> list[Ten
 
         def add(module: Any, given: tuple[Tensor, ...], number: int = number) -> None:
             rows = given[0].flatten(0, -2)
-            sums[number] = sums.get(number, torch.zeros(rows.shape[-1])) + rows.mean(0) / len(batches)
+            sums[number] = sums.get(number, torch.zeros(rows.shape[-1])) + rows.mean(0) / len(
+                batches
+            )
 
         handles.append(layer.mlp.register_forward_pre_hook(add))
     for batch in batches:

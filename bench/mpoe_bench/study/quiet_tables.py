@@ -24,9 +24,12 @@ NAMES = {
 
 
 class Case:
-    """One domain added by one method: what it gains and what it changes; losses in nats per token."""
+    """One domain added by one method: what it gains and what it changes; losses in nats per
+    token."""
 
-    def __init__(self, plan: QuietPlan, base: Mapping[str, Any], domain: str, record: Mapping[str, Any]) -> None:
+    def __init__(
+        self, plan: QuietPlan, base: Mapping[str, Any], domain: str, record: Mapping[str, Any]
+    ) -> None:
         whole = f"{domain}, all"
         self.gain: float = base[whole] - record[whole]
         self.others = [record[other] - base[other] for other in plan.domains if other != domain]
@@ -110,8 +113,11 @@ def over_probes(plan: QuietPlan, records: Records, record: Mapping[str, Any]) ->
 Line = tuple[str, str, str]  # what must hold, what was measured, whether it does
 
 
-def line(what: str, values: Sequence[float], limit: float, at_least: bool = False, worst: bool = False) -> Line:
-    """That the mean of the values (their largest, for ``worst``) is at most, or at least, a limit."""
+def line(
+    what: str, values: Sequence[float], limit: float, at_least: bool = False, worst: bool = False
+) -> Line:
+    """That the mean of the values (their largest, for ``worst``) is at most, or at least, a
+    limit."""
     if not values:
         return what, "waits", ""
     measured = max(values) if worst else fmean(values)
@@ -128,15 +134,33 @@ def criteria(plan: QuietPlan, records: Records) -> list[Line]:
     four = mixtures(plan, records)
     over = [change for record in four.values() for change in over_probes(plan, records, record)]
     lines = [
-        line("one expert: share of its own gain", kept_of_one(plan, "quiet", records), limits["own_kept"], True),
+        line(
+            "one expert: share of its own gain",
+            kept_of_one(plan, "quiet", records),
+            limits["own_kept"],
+            True,
+        ),
         line("one: other domains over the base", others, limits["others"]),
         line("one: worst other domain", others, limits["others_worst"], worst=True),
-        line("one: probes over the base", [p for case in quiet for p in case.probes], limits["probes"]),
+        line(
+            "one: probes over the base",
+            [p for case in quiet for p in case.probes],
+            limits["probes"],
+        ),
         line("one: KL on own answers", [case.answers for case in quiet], limits["answers"]),
         line("one: greedy tokens equal", [case.same for case in quiet], limits["same"], True),
-        line("four experts: share of their own gains", kept_of_four(plan, records), limits["four_kept"], True),
+        line(
+            "four experts: share of their own gains",
+            kept_of_four(plan, records),
+            limits["four_kept"],
+            True,
+        ),
         line("four: probes over the base", over, limits["four_probes"]),
-        line("four: KL on own answers", [record["answers"] for record in four.values()], limits["four_answers"]),
+        line(
+            "four: KL on own answers",
+            [record["answers"] for record in four.values()],
+            limits["four_answers"],
+        ),
     ]
     first = four.get(plan.seeds[0])
     for name, rival in records.get("rivals", {}).items():
@@ -145,7 +169,14 @@ def criteria(plan: QuietPlan, records: Records) -> list[Line]:
             lines.append(line(f"four: nats ahead of {name}", [ahead], limits["ahead"], True))
     for number, name in ((10, "ten_kept"), (20, "twenty_kept")):
         shares = kept_of_tenants(records, number)
-        lines.append(line(f"{number} tenants: share of their own gains", list(shares.values()), limits[name], True))
+        lines.append(
+            line(
+                f"{number} tenants: share of their own gains",
+                list(shares.values()),
+                limits[name],
+                True,
+            )
+        )
     return lines
 
 
@@ -185,19 +216,45 @@ def of_cases(plan: QuietPlan, records: Records) -> list[list[Any]]:
             probes = ", ".join(f"{change:+.3f}" for change in case.probes)
             worst = f"{max(case.others):+.3f}"
             answers = f"{case.answers:.4f}"
-            rows.append([domain, seed, NAMES[method], case.gain, share, worst, probes, answers, f"{case.same:.1%}"])
+            rows.append(
+                [
+                    domain,
+                    seed,
+                    NAMES[method],
+                    case.gain,
+                    share,
+                    worst,
+                    probes,
+                    answers,
+                    f"{case.same:.1%}",
+                ]
+            )
     return rows
 
 
 def of_many(plan: QuietPlan, records: Records) -> list[list[Any]]:
     """Mixtures of four and their rivals."""
     rows = []
-    named = {f"quiet experts, seed {seed}": record for seed, record in mixtures(plan, records).items()}
-    named |= {name: record for name, record in records.get("rivals", {}).items() if isinstance(record, Mapping)}
+    named = {
+        f"quiet experts, seed {seed}": record for seed, record in mixtures(plan, records).items()
+    }
+    named |= {
+        name: record
+        for name, record in records.get("rivals", {}).items()
+        if isinstance(record, Mapping)
+    }
     for name, record in named.items():
         probes = over_probes(plan, records, record)
         gain = gain_of_many(plan, records, record)
-        rows.append([name, gain, f"{fmean(probes):+.3f}", f"{record['answers']:.4f}", f"{record['same']:.1%}"])
+        rows.append(
+            [
+                name,
+                gain,
+                f"{fmean(probes):+.3f}",
+                f"{record['answers']:.4f}",
+                f"{record['same']:.1%}",
+            ]
+        )
     return rows
 
 
@@ -209,7 +266,9 @@ def of_lengths(plan: QuietPlan, records: Records) -> list[list[Any]]:
     for method in ("neurons", "quiet", "lora", "replay"):
         row: list[Any] = [method]
         for steps in sorted([*plan.lengths, plan.steps]):
-            key: str | None = f"quiet {domain} {seed}" + (f" {steps}" if steps != plan.steps else "")
+            key: str | None = f"quiet {domain} {seed}" + (
+                f" {steps}" if steps != plan.steps else ""
+            )
             if method != "quiet":
                 key = plan.key(method, domain, steps, seed, records)
             record = records.get(key or "")
@@ -228,20 +287,44 @@ def quiet_table(plan: QuietPlan, records: Records) -> str:
     header = ("", "cases", "gain", "of own neurons", "other domains (worst)", "probes (worst)")
     answers = ("KL, own answers", "greedy equal", "prefix equal")
     tenants = [
-        [f"{number}", name, share] for number in (10, 20) for name, share in kept_of_tenants(records, number).items()
+        [f"{number}", name, share]
+        for number in (10, 20)
+        for name, share in kept_of_tenants(records, number).items()
     ]
     rates = []
     for rate in plan.replay_rates:
-        keys = [run_key("replay", domain, plan.equal_time, rate, plan.seeds[0]) for domain in plan.domains]
+        keys = [
+            run_key("replay", domain, plan.equal_time, rate, plan.seeds[0])
+            for domain in plan.domains
+        ]
         if all(key in records for key in keys):
             rates.append([f"{rate:g}", fmean(records[key]["objective"] for key in keys)])
     sections: list[Section] = [
-        ("Success, written down before the first run", "", ("", "measured", "holds"), criteria(plan, records)),
-        ("One domain added", "Nats per token beside the base.", (*header, *answers), of_methods(plan, records)),
+        (
+            "Success, written down before the first run",
+            "",
+            ("", "measured", "holds"),
+            criteria(plan, records),
+        ),
+        (
+            "One domain added",
+            "Nats per token beside the base.",
+            (*header, *answers),
+            of_methods(plan, records),
+        ),
         (
             "Every case",
             "",
-            ("", "seed", "", "gain", "of own neurons", "worst other domain", ", ".join(plan.probes), *answers[:2]),
+            (
+                "",
+                "seed",
+                "",
+                "gain",
+                "of own neurons",
+                "worst other domain",
+                ", ".join(plan.probes),
+                *answers[:2],
+            ),
             of_cases(plan, records),
         ),
         ("Four", "", ("", "gain", "probes", *answers[:2]), of_many(plan, records)),

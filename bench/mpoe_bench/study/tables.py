@@ -1,4 +1,5 @@
-"""Studies' tables in Markdown: what is finished, gains, paired t-tests; and which lines of a success hold so far."""
+"""Studies' tables in Markdown: what is finished, gains, paired t-tests; and which lines of a
+success hold so far."""
 
 from __future__ import annotations
 
@@ -9,7 +10,16 @@ from typing import Any, NamedTuple
 
 from scipy.stats import t as student
 
-from mpoe_bench.study.plan import LAYERS, Comparison, Composition, Corner, Records, Run, Study, run_key
+from mpoe_bench.study.plan import (
+    LAYERS,
+    Comparison,
+    Composition,
+    Corner,
+    Records,
+    Run,
+    Study,
+    run_key,
+)
 
 
 class Spread(NamedTuple):
@@ -27,7 +37,9 @@ class Spread(NamedTuple):
         """Whether a paired difference is more than the variation between seeds explains, at 95%."""
         if self.deviation is None:
             return "one seed"
-        if abs(self.mean) <= student.ppf(0.975, self.number - 1) * self.deviation / math.sqrt(self.number):
+        if abs(self.mean) <= student.ppf(0.975, self.number - 1) * self.deviation / math.sqrt(
+            self.number
+        ):
             return "not significant"
         return "better" if self.mean > 0 else "worse"
 
@@ -38,14 +50,17 @@ class Spread(NamedTuple):
 
 def markdown(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> list[str]:
     """A table's lines; what a row lacks at its end is empty."""
-    shown = ([f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows)
+    shown = (
+        [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows
+    )
     whole = ([*cells, *[""] * (len(header) - len(cells))] for cells in shown)
     first, *others = (f"| {' | '.join(cells)} |" for cells in (list(map(str, header)), *whole))
     return [first, f"|{'---|' * len(header)}", *others, ""]
 
 
 def chosen_rate(study: Study, model: int, arm: str, records: Records) -> float | None:
-    """The known rate, or the candidate that is best on the validation split; ``None`` until every one has finished."""
+    """The known rate, or the candidate that is best on the validation split; ``None`` until every
+    one has finished."""
     known = study.arms[arm].known_rate(model)
     if known is not None:
         return known
@@ -61,9 +76,15 @@ def runs_of(study: Study, corner: Corner, arm: str, records: Records) -> list[Ru
     return [] if rate is None else [Run(corner, arm, rate, seed) for seed in study.seeds]
 
 
-def finished(study: Study, corner: Corner, arm: str, records: Records) -> dict[int, Mapping[str, Any]]:
+def finished(
+    study: Study, corner: Corner, arm: str, records: Records
+) -> dict[int, Mapping[str, Any]]:
     """seed -> record of an arm's finished runs at the rate that was chosen."""
-    return {run.seed: records[run.key] for run in runs_of(study, corner, arm, records) if run.key in records}
+    return {
+        run.seed: records[run.key]
+        for run in runs_of(study, corner, arm, records)
+        if run.key in records
+    }
 
 
 def gain(study: Study, corner: Corner, arm: str, beside: str, records: Records) -> Spread | None:
@@ -86,17 +107,24 @@ def judged(difference: Spread | None, study: Study, comparison: Comparison) -> s
 
 def success(study: Study, records: Records) -> str:
     """Whether the study has succeeded, as far as it has gone."""
-    needed: list[tuple[Corner, Comparison]] = [(at, one) for at, one in study.compared() if one.must_win]
+    needed: list[tuple[Corner, Comparison]] = [
+        (at, one) for at, one in study.compared() if one.must_win
+    ]
     if not needed:
         return "No comparison was written down as one that must be won."
-    words = [judged(gain(study, at, one.arm, one.beside, records), study, one) for at, one in needed]
+    words = [
+        judged(gain(study, at, one.arm, one.beside, records), study, one) for at, one in needed
+    ]
     won = sum(word in ("better", "enough") for word in words)
     lost = sum(word in ("worse", "not significant", "not enough") for word in words)
     state = "has succeeded" if won == len(needed) else "has failed" if lost else "has no result yet"
-    return f"The study {state}: of {len(needed)} comparisons that it must win, {won} are won and {lost} are not."
+    counts = f"of {len(needed)} comparisons that it must win, {won} are won and {lost} are not"
+    return f"The study {state}: {counts}."
 
 
-Section = tuple[str, str, Sequence[Any], Iterable[Sequence[Any]]]  # title, words, and a table's header and rows
+Section = tuple[
+    str, str, Sequence[Any], Iterable[Sequence[Any]]
+]  # title, words, and a table's header and rows
 
 
 def page(title: str, lead: Sequence[str], sections: Iterable[Section]) -> str:
@@ -105,13 +133,25 @@ def page(title: str, lead: Sequence[str], sections: Iterable[Section]) -> str:
     for words in lead:
         lines += [words, ""]
     for title, words, header, rows in sections:
-        lines += [*([f"## {title}", ""] if title else []), *([words, ""] if words else []), *markdown(header, rows)]
+        lines += [
+            *([f"## {title}", ""] if title else []),
+            *([words, ""] if words else []),
+            *markdown(header, rows),
+        ]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def of_corner(study: Study, corner: Corner, arms: Sequence[str], records: Records) -> Section:
     """One row for every arm of a corner, also of those that wait."""
-    header = ["arm", "rate", "seeds", "steps", "FFN weights, x dense", "with router and biases", "FFN FLOPs, x dense"]
+    header = [
+        "arm",
+        "rate",
+        "seeds",
+        "steps",
+        "FFN weights, x dense",
+        "with router and biases",
+        "FFN FLOPs, x dense",
+    ]
     header += ["test loss", f"gain over {study.arms[study.reference].name}"]
     rows: list[Sequence[str]] = []
     for arm in arms:
@@ -119,7 +159,9 @@ def of_corner(study: Study, corner: Corner, arms: Sequence[str], records: Record
         if not done:
             rows.append((study.arms[arm].name, "waits", f"0 of {len(study.seeds)}"))
             continue
-        over = None if arm == study.reference else gain(study, corner, arm, study.reference, records)
+        over = (
+            None if arm == study.reference else gain(study, corner, arm, study.reference, records)
+        )
         cells = (
             study.arms[arm].name,
             f"{chosen_rate(study, corner.model, arm, records):g}",
@@ -147,7 +189,8 @@ def of_comparisons(study: Study, records: Records) -> Section:
     thresholds = [one.at_least for _, one in compared if one.at_least is not None]
     tests = len(compared) - len(thresholds)
     words = (
-        f"{tests} paired t-tests over seeds, at 95%: by chance alone, {0.05 * tests:.1f} of them would be"
+        f"{tests} paired t-tests over seeds, at 95%: by chance alone, {0.05 * tests:.1f} of them "
+        "would be"
         " significant. *Must win*: the study succeeds only if all of these are better."
     )
     if thresholds:
@@ -161,12 +204,24 @@ def of_routers(study: Study, records: Records) -> Section:
     names, rows = ("entropy", "mass", "token", "domain", "use"), []
     for corner, arms in study.corners().items():
         for arm in arms:
-            done = [r["router"] for r in finished(study, corner, arm, records).values() if r.get("router")]
+            done = [
+                r["router"]
+                for r in finished(study, corner, arm, records).values()
+                if r.get("router")
+            ]
             if done:
-                rows.append((corner, study.arms[arm].name, *(fmean(facts[name] for facts in done) for name in names)))
+                rows.append(
+                    (
+                        corner,
+                        study.arms[arm].name,
+                        *(fmean(facts[name] for facts in done) for name in names),
+                    )
+                )
     words = (
-        "Entropy of a token's probabilities (0 decided, 1 undecided) and the mass of its chosen experts; how much the"
-        " byte and the domain tell about the expert, less what chance tells; entropy of the shares of all tokens. All"
+        "Entropy of a token's probabilities (0 decided, 1 undecided) and the mass of its chosen "
+        "experts; how much the"
+        " byte and the domain tell about the expert, less what chance tells; entropy of the shares "
+        "of all tokens. All"
         " but the mass are relative to log E."
     )
     return "Routers", words, ("corner", "arm", *names), rows
@@ -174,14 +229,19 @@ def of_routers(study: Study, records: Records) -> Section:
 
 def of_rates(study: Study, records: Records) -> list[Section]:
     """Validation losses of the candidates."""
-    title, words = "Rates", f"Validation loss after {study.rate_steps:,} steps, seed {study.seeds[0]}."
+    title, words = (
+        "Rates",
+        f"Validation loss after {study.rate_steps:,} steps, seed {study.seeds[0]}.",
+    )
     sections: list[Section] = []
     for model, rates in study.rates.items():
         rows = []
         for arm in study.arms:
             keys = [run.key for run in study.candidates(model, arm)]
             if any(key in records for key in keys):
-                losses = (f"{records[key]['validation']:.4f}" if key in records else "" for key in keys)
+                losses = (
+                    f"{records[key]['validation']:.4f}" if key in records else "" for key in keys
+                )
                 rows.append((study.arms[arm].name, *losses))
         header = f"model of size {model}", *(f"{rate:g}" for rate in rates)
         sections.append(("" if sections else title, "" if sections else words, header, rows))
@@ -191,7 +251,12 @@ def of_rates(study: Study, records: Records) -> list[Section]:
 def study_table(study: Study, records: Records) -> str:
     """The whole page."""
     corners = [of_corner(study, corner, arms, records) for corner, arms in study.corners().items()]
-    sections = [*corners, of_comparisons(study, records), of_routers(study, records), *of_rates(study, records)]
+    sections = [
+        *corners,
+        of_comparisons(study, records),
+        of_routers(study, records),
+        *of_rates(study, records),
+    ]
     return page(study.title, [study.question, success(study, records)], sections)
 
 
@@ -202,11 +267,17 @@ class Found:
         self.plan, self.records = plan, records
 
     def own(self, kind: str, seed: int) -> dict[str, float] | None:
-        """By domain: the loss of a seed's own experts at the chosen rate; of the probes the mean, one always on."""
-        keys = {domain: self.plan.key(kind, domain, seed, self.records) for domain in self.plan.domains}
+        """By domain: the loss of a seed's own experts at the chosen rate; of the probes the mean,
+        one always on."""
+        keys = {
+            domain: self.plan.key(kind, domain, seed, self.records) for domain in self.plan.domains
+        }
         if any(key not in self.records for key in keys.values()):
             return None
-        probes = {probe: fmean(self.records[key][probe] for key in keys.values()) for probe in self.plan.probes}
+        probes = {
+            probe: fmean(self.records[key][probe] for key in keys.values())
+            for probe in self.plan.probes
+        }
         return {domain: self.records[key]["test"] for domain, key in keys.items()} | probes
 
     def arms(self) -> dict[str, Mapping[str, Any]]:
@@ -215,21 +286,32 @@ class Found:
         found: dict[str, Mapping[str, Any]] = {}
         if "base" in self.records:
             found["base"] = self.records["base"]
-        for kind, name in (("neurons", "own neurons, label given"), ("lora", "own LoRA, label given")):
+        for kind, name in (
+            ("neurons", "own neurons, label given"),
+            ("lora", "own LoRA, label given"),
+        ):
             if own := self.own(kind, first):
                 found[name] = own
         if f"composed {first}" in self.records:
             found["composed of files"] = self.records[f"composed {first}"]
         for key in ("variants", "merges", "request_router", "one_adapter"):
             parts = self.records.get(key, {})
-            found |= {name: part for name, part in parts.items() if isinstance(part, Mapping) and "right" not in name}
+            found |= {
+                name: part
+                for name, part in parts.items()
+                if isinstance(part, Mapping) and "right" not in name
+            }
         return found
 
     def over_seeds(self) -> list[tuple[dict[str, float], dict[str, float], Mapping[str, Any]]]:
         """Own neurons, own LoRA and the mixture of every finished seed."""
         found = []
         for seed in self.plan.seeds:
-            parts = self.own("neurons", seed), self.own("lora", seed), self.records.get(f"composed {seed}")
+            parts = (
+                self.own("neurons", seed),
+                self.own("lora", seed),
+                self.records.get(f"composed {seed}"),
+            )
             if all(part is not None for part in parts):
                 found.append(parts)
         return found  # type: ignore[return-value]
@@ -238,7 +320,9 @@ class Found:
         """Steps, what one expert has learnt, and what it costs the probes, always on."""
         plan, base, found = self.plan, self.records.get("base"), []
         for steps in sorted([plan.steps, *plan.lengths]):
-            own = self.records.get(plan.key(kind, plan.forgetting, plan.seeds[0], self.records, steps))
+            own = self.records.get(
+                plan.key(kind, plan.forgetting, plan.seeds[0], self.records, steps)
+            )
             if own is not None and base is not None:
                 cost = fmean(own[probe] - base[probe] for probe in plan.probes)
                 found.append((steps, base[plan.forgetting] - own["test"], cost))
@@ -253,10 +337,14 @@ def _at(curve: Sequence[tuple[int, float, float]], gain: float) -> float | None:
     return None
 
 
-Line = tuple[str, str, bool]  # what must hold, what was measured (empty: nothing yet), whether it does
+Line = tuple[
+    str, str, bool
+]  # what must hold, what was measured (empty: nothing yet), whether it does
 
 
-def _line(what: str, values: Sequence[float], holds: Callable[[float], bool], of: Any = fmean) -> Line:
+def _line(
+    what: str, values: Sequence[float], holds: Callable[[float], bool], of: Any = fmean
+) -> Line:
     """That ``of`` the values ``holds``."""
     told = f"{of(values):+.3f} ({min(values):+.3f} to {max(values):+.3f})" if values else ""
     return what, told, bool(values) and holds(of(values))
@@ -274,7 +362,11 @@ def criteria(plan: Composition, records: Records) -> list[Line]:
     kept = [fmean([mix[d] - own[d] for own, _, mix in seeds]) for d in domains] if seeds else []
     lines = [
         _line("own neurons at most .05 behind own LoRA", behind, lambda value: value <= 0.05),
-        ("less forgetting than LoRA at equal learning (neurons : LoRA)", text, all(a < b for a, b in known)),
+        (
+            "less forgetting than LoRA at equal learning (neurons : LoRA)",
+            text,
+            all(a < b for a, b in known),
+        ),
         _line("composed at most .04 behind own neurons", kept, lambda value: value <= 0.04),
         _line("on every domain at most .06", kept, lambda value: value <= 0.06, max),
     ]
@@ -288,10 +380,16 @@ def criteria(plan: Composition, records: Records) -> list[Line]:
     if router and mixture:
         pairs = zip(router["requests"], mixture["requests"], strict=True)
         spread = Spread.of([theirs - ours for theirs, ours in pairs])
-        words, better = f"{spread.text(sign=True)} over {spread.number} requests", spread.verdict() == "better"
+        words, better = (
+            f"{spread.text(sign=True)} over {spread.number} requests",
+            spread.verdict() == "better",
+        )
     lines.append((halfway, words, better))
     shares = list(gains(plan, records).values())[-1:]
-    return [*lines, _line("at least 90% of the gain at ten tenants", shares, lambda value: value >= 0.9)]
+    return [
+        *lines,
+        _line("at least 90% of the gain at ten tenants", shares, lambda value: value >= 0.9),
+    ]
 
 
 def gains(plan: Composition, records: Records) -> dict[int, float]:
@@ -320,28 +418,43 @@ def composed_table(plan: Composition, records: Records) -> str:
     for name, losses in found.arms().items():
         cells = [losses.get(text, "") for text in texts]
         gain = fmean(base[d] - losses[d] for d in plan.domains) if base else ""
-        of_arms.append([name, *(fmean(cell) if isinstance(cell, list) else cell for cell in cells), gain])
+        of_arms.append(
+            [name, *(fmean(cell) if isinstance(cell, list) else cell for cell in cells), gain]
+        )
     seeds = []
     for seed, parts in zip(plan.seeds, found.over_seeds(), strict=False):
         kept = [(base[d] - parts[2][d]) / (base[d] - parts[0][d]) for d in plan.domains if base]
         shown = [" : ".join(f"{part[d]:.3f}" for part in parts) for d in plan.domains]
         seeds.append([seed, *shown, fmean(kept) if kept else ""])
-    curves = [[kind, *(f"{gain:+.3f} / {cost:+.3f}" for _, gain, cost in found.curve(kind))] for kind in kinds]
+    curves = [
+        [kind, *(f"{gain:+.3f} / {cost:+.3f}" for _, gain, cost in found.curve(kind))]
+        for kind in kinds
+    ]
     rates: list[list[Any]] = []
     for kind in kinds:
         rates.append([kind])
         for rate in plan.rates:
-            own = [records.get(run_key(kind, d, plan.steps, rate, plan.seeds[0])) for d in plan.domains]
+            own = [
+                records.get(run_key(kind, d, plan.steps, rate, plan.seeds[0])) for d in plan.domains
+            ]
             rates[-1].append(fmean([one["validation"] for one in own if one]) if all(own) else "")
     wrong = records.get("tenants", {}).get("best wrong expert", {})
-    told = {name: value for name, value in records.get("answers", {}).items() if name != "cpu_seconds"}
+    told = {
+        name: value for name, value in records.get("answers", {}).items() if name != "cpu_seconds"
+    }
     sections: list[Section] = [
         ("Success, written down before the first run", "", ("", "measured", "holds"), verdicts),
         ("Nats per token, first seed", "", ("", *texts, "gain"), of_arms),
-        ("Own neurons : own LoRA : composed, every seed", "", ("seed", *plan.domains, "gain kept"), seeds),
+        (
+            "Own neurons : own LoRA : composed, every seed",
+            "",
+            ("seed", *plan.domains, "gain kept"),
+            seeds,
+        ),
         (
             "Learnt / forgotten",
-            f"One expert of {plan.forgetting}, always on: its gain, and what the probes lose in the mean.",
+            f"One expert of {plan.forgetting}, always on: its gain, and what the probes lose in "
+            "the mean.",
             ("steps", *lengths),
             curves,
         ),

@@ -1,4 +1,5 @@
-"""Texts of studies: domains with held-out texts, as bytes or as tokens, and what composed experts also read."""
+"""Texts of studies: domains with held-out texts, as bytes or as tokens, and what composed experts
+also read."""
 
 from __future__ import annotations
 
@@ -33,9 +34,23 @@ Blocks = dict[str, Tensor]  # domain -> int64 [N, BLOCK]
 LENGTH = 128  # tokens of a piece
 PIECES = 16  # pieces of a text to validate on, and to test on
 REQUESTS = 4  # for every pair of domains
-LICENSED = ("numpy", "matplotlib", "scikit-learn", "torch")  # packages whose licences are the background
+LICENSED = (
+    "numpy",
+    "matplotlib",
+    "scikit-learn",
+    "torch",
+)  # packages whose licences are the background
 PROBES = ("documentation", "sources")
-DESCRIBED = ("numpy", "scipy", "pandas", "networkx", "matplotlib", "scikit-learn", "rich", "hypothesis")
+DESCRIBED = (
+    "numpy",
+    "scipy",
+    "pandas",
+    "networkx",
+    "matplotlib",
+    "scikit-learn",
+    "rich",
+    "hypothesis",
+)
 Split = tuple[Tensor, Tensor, Tensor]  # train, validation, test
 
 
@@ -84,14 +99,17 @@ def read_blocks(folder: Path) -> dict[str, Blocks]:
     found: dict[str, Blocks] = {}
     for split in ("train", "validation", "test"):
         parts = {domain: byte_blocks(domain_texts(folder, domain, split)) for domain in DOMAINS}
-        found[split] = parts if split == "train" else {domain: ids[:HELD_OUT] for domain, ids in parts.items()}
+        found[split] = (
+            parts if split == "train" else {domain: ids[:HELD_OUT] for domain, ids in parts.items()}
+        )
     return found
 
 
 def batches(train: Blocks, seed: int, steps: int) -> Iterator[Tensor]:
     """``steps`` batches ``[BATCH, BLOCK]``, the same for every arm.
 
-    Domains are drawn in proportion to the square roots of their sizes, blocks in shuffled passes over a domain.
+    Domains are drawn in proportion to the square roots of their sizes, blocks in shuffled passes
+    over a domain.
     """
     generator = torch.Generator().manual_seed(10_000 + seed)
     weights = torch.tensor([math.sqrt(len(ids)) for ids in train.values()])
@@ -113,7 +131,8 @@ class Texts(NamedTuple):
         splits: by domain.
         probes: by name.
         background: of no domain.
-        halfway: requests; the first half of each is of the domain ``first``, the second of another one.
+        halfway: requests; the first half of each is of the domain ``first``, the second of another
+            one.
         first: numbers of domains, in the order of ``splits``, ``[N]``.
     """
 
@@ -134,13 +153,20 @@ def pieces(tokenizer: Any, texts: Sequence[str], most: int | None = None) -> Ten
     return cut(torch.tensor(tokenizer(joined, verbose=False)["input_ids"]), LENGTH)[:most]
 
 
-def split_of(tokenizer: Any, train: Sequence[str], validation: Sequence[str], test: Sequence[str]) -> Split:
+def split_of(
+    tokenizer: Any, train: Sequence[str], validation: Sequence[str], test: Sequence[str]
+) -> Split:
     """Pieces of a domain's or a tenant's texts."""
-    return pieces(tokenizer, train), pieces(tokenizer, validation, PIECES), pieces(tokenizer, test, PIECES)
+    return (
+        pieces(tokenizer, train),
+        pieces(tokenizer, validation, PIECES),
+        pieces(tokenizer, test, PIECES),
+    )
 
 
 def docstrings(package: str) -> Iterator[str]:
-    """Those of a package's modules, classes and functions, from its sources in the order of their names."""
+    """Those of a package's modules, classes and functions, from its sources in the order of their
+    names."""
     spec = util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"tenants must be packages that are installed; {package} is not")
@@ -164,14 +190,23 @@ def tenant_texts(tokenizer: Any, package: str) -> Split:
 
 
 def _licences() -> list[str]:
-    files = [file for name in LICENSED for file in metadata.files(name) or [] if "LICENSE" in file.name.upper()]
+    files = [
+        file
+        for name in LICENSED
+        for file in metadata.files(name) or []
+        if "LICENSE" in file.name.upper()
+    ]
     return [file.read_text(encoding="utf-8") for file in files if file.suffix in ("", ".txt")]
 
 
 def _sources() -> list[str]:
     """The middle of modules of the standard library."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    return [text[20_000:24_000] for text in (file.read_text(encoding="utf-8") for file in files) if len(text) > 24_000]
+    return [
+        text[20_000:24_000]
+        for text in (file.read_text(encoding="utf-8") for file in files)
+        if len(text) > 24_000
+    ]
 
 
 def _headers() -> list[str]:
@@ -208,7 +243,9 @@ def _halfway(test: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat(requests), torch.tensor([one for one, _ in pairs]).repeat_interleave(REQUESTS)
 
 
-def read_texts(tokenizer: Any, folder: Path, domains: Sequence[str], probes: Sequence[str]) -> Texts:
+def read_texts(
+    tokenizer: Any, folder: Path, domains: Sequence[str], probes: Sequence[str]
+) -> Texts:
     """All texts but the tenants'.
 
     Raises:
@@ -223,7 +260,11 @@ def read_texts(tokenizer: Any, folder: Path, domains: Sequence[str], probes: Seq
         parts = (domain_texts(folder, domain, split) for split in ("train", "validation", "test"))
         splits[domain] = split_of(tokenizer, *parts)
     probed = {
-        name: pieces(tokenizer, _sources() if name == "sources" else domain_texts(folder, name, "test"), PIECES)
+        name: pieces(
+            tokenizer,
+            _sources() if name == "sources" else domain_texts(folder, name, "test"),
+            PIECES,
+        )
         for name in probes
     }
     halfway = _halfway([test for _, _, test in splits.values()])

@@ -1,7 +1,8 @@
-"""Grouped MPO linear in PyTorch: offsets, bias, activation and their gradients around the products of a strategy.
+"""Grouped MPO linear in PyTorch: offsets, bias, activation and their gradients around the products
+of a strategy.
 
-`rebuild` makes one expert's weight after the other; the other strategies multiply rows by blocks, in `rows`, as the
-program says (`mpoe_kernels.contract.program`).
+`rebuild` makes one expert's weight after the other; the other strategies multiply rows by blocks,
+in `rows`, as the program says (`mpoe_kernels.contract.program`).
 """
 
 from __future__ import annotations
@@ -23,16 +24,21 @@ if TYPE_CHECKING:
 
 LIBRARY = lazily("mpoe_kernels.linear.eager.library", "forward", "backward", "is_able")
 Group = tuple[int, int, int]  # expert, first slot, last slot + 1
-BlockGradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # x by slot, left, central, right
+BlockGradients = tuple[
+    Tensor | None, Tensor | None, Tensor | None, Tensor | None
+]  # x by slot, left, central, right
 
 
 def candidates(plan: Contraction) -> list[Candidate]:
-    """Expert by expert, which needs the offsets on the CPU; on a GPU also by grouped products, which need not."""
+    """Expert by expert, which needs the offsets on the CPU; on a GPU also by grouped products,
+    which need not."""
     compute = linear_forward if plan.phase == "forward" else linear_backward
     found = [Candidate("eager", plan.strategy, plan.strategy, compute, waits=True)]
     if plan.device_type == "cuda" and LIBRARY.is_able(plan):
         by_gemms = getattr(LIBRARY, plan.phase)
-        found.append(Candidate("eager", f"{plan.strategy} by grouped GEMMs", plan.strategy, by_gemms))
+        found.append(
+            Candidate("eager", f"{plan.strategy} by grouped GEMMs", plan.strategy, by_gemms)
+        )
     return found
 
 
@@ -63,7 +69,9 @@ def linear_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor,
     if not any(call.need_of_plan):
         upstream.rows(0, last)
     else:
-        found = (rebuild_backward if call.strategy == "rebuild" else _rows_backward)(call, upstream, groups)
+        found = (rebuild_backward if call.strategy == "rebuild" else _rows_backward)(
+            call, upstream, groups
+        )
     dx, dleft, dcentral, dright = found
     idle = sorted(set(range(call.num_experts)) - {expert for expert, _, _ in groups})
     for stacked in (dleft, dright):
@@ -71,10 +79,16 @@ def linear_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor,
             stacked[idle] = 0
     if dx is not None:
         dx[last:] = 0
-        dx = dx if call.row_index is None else torch.zeros_like(call.x).index_add_(0, call.row_index, dx)
+        dx = (
+            dx
+            if call.row_index is None
+            else torch.zeros_like(call.x).index_add_(0, call.row_index, dx)
+        )
     dbias = None if upstream.bias is None else upstream.bias.to(call.grad.dtype)
     results = (dx, dleft, dcentral, dright, dbias)
-    first, *others = (call.grad.new_empty(0) if each is None else each.contiguous() for each in results)
+    first, *others = (
+        call.grad.new_empty(0) if each is None else each.contiguous() for each in results
+    )
     return first, others[0], others[1], others[2], others[3]
 
 
@@ -82,7 +96,9 @@ def _busy_experts(call: LinearCall) -> tuple[list[Group], int]:
     """The experts that have slots, and the number of filled slots."""
     offsets, slots = call.expert_offsets.tolist(), call.slots
     if offsets[0] != 0 or offsets[-1] > slots or offsets != sorted(offsets):
-        raise ValueError(f"expert_offsets must start at 0, not fall, and end at {slots} at most; got {offsets}")
+        raise ValueError(
+            f"expert_offsets must start at 0, not fall, and end at {slots} at most; got {offsets}"
+        )
     if call.row_index is not None and call.row_index.is_cpu and slots:
         lowest, highest = (int(bound) for bound in call.row_index.aminmax())
         if lowest < 0 or highest >= call.x.shape[0]:
@@ -93,12 +109,13 @@ def _busy_experts(call: LinearCall) -> tuple[list[Group], int]:
 
 
 def _rows_forward(call: ForwardCall, groups: list[Group]) -> tuple[Tensor, Tensor | None]:
-    """``(z [N, F], h)``: pre-activation without bias, and the central step's result ``[N jC, b]`` if separable is to
-    save it; both are undefined in slots without an expert."""
+    """``(z [N, F], h)``: pre-activation without bias, and the central step's result ``[N jC, b]``
+    if separable is to save it; both are undefined in slots without an expert."""
     x, dims = call.x, call.dims
     program = forward_program(dims, call.strategy)
     whole = Pass(program, call)
-    # A separable shape's last rows are padded in memory, so they can be written directly to their place.
+    # A separable shape's last rows are padded in memory, so they can be written directly to their
+    # place.
     padded = dims.jC * dims.jR if program.strategy == "separable" else dims.out_features
     whole.rows["y"] = x.new_empty(call.slots, padded)
     if call.save and program.strategy == "separable":
@@ -109,7 +126,8 @@ def _rows_forward(call: ForwardCall, groups: list[Group]) -> tuple[Tensor, Tenso
 
 
 def _rows_backward(call: BackwardCall, upstream: Upstream, groups: list[Group]) -> BlockGradients:
-    """Rows other than h, which the forward of separable saved, are computed again if they are read."""
+    """Rows other than h, which the forward of separable saved, are computed again if they are
+    read."""
     x, dims, need, h = call.x, call.dims, call.need_of_plan, call.saved_h
     program = backward_program(dims, call.strategy, need, h is not None)
     whole = Pass(program, call, upstream)
@@ -117,7 +135,11 @@ def _rows_backward(call: BackwardCall, upstream: Upstream, groups: list[Group]) 
         whole.rows["d x"] = x.new_empty(call.slots, dims.iL * dims.iC * dims.iR)
     if h is not None:
         whole.rows[KEPT] = h.view(call.slots, dims.jC * dims.b)
-    whole.aux = {f"d {k}": x.new_empty(whole.blocks[k].shape) for k, n in (("L", need[1]), ("R", need[3])) if n}
+    whole.aux = {
+        f"d {k}": x.new_empty(whole.blocks[k].shape)
+        for k, n in (("L", need[1]), ("R", need[3]))
+        if n
+    }
     run(program, whole.chunks(groups))
     dx = whole.rows["d x"][:, : dims.in_features] if need[0] else None
     dcentral = None
@@ -128,8 +150,9 @@ def _rows_backward(call: BackwardCall, upstream: Upstream, groups: list[Group]) 
 
 
 class Upstream:
-    """The gradient of the pre-activations; the activation's is applied only when rows are requested, so they are still
-    in cache when an expert's products read them. Every row must be requested exactly once.
+    """The gradient of the pre-activations; the activation's is applied only when rows are
+    requested, so they are still in cache when an expert's products read them. Every row must be
+    requested exactly once.
 
     Attributes:
         bias: gradient of the bias, summed over the rows requested so far; None if it is not needed.

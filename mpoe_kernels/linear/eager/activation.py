@@ -1,4 +1,5 @@
-"""Activations and their derivatives, as PyTorch computes them, by the names of the ops' arguments."""
+"""Activations and their derivatives, as PyTorch computes them, by the names of the ops'
+arguments."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
 }
-# ``d loss / d z`` from the gradient of the output, and from the output for relu, the pre-activation for the others.
+# ``d loss / d z`` from the gradient of the output, and from the output for relu, the pre-activation
+# for the others.
 ACTIVATION_GRADIENT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "none": lambda grad, _: grad,
     "relu": lambda grad, y: torch.ops.aten.threshold_backward(grad, y, 0),

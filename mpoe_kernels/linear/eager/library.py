@@ -31,7 +31,9 @@ class Library:
         order = (0, 2, 1) if turned else (0, 1, 2)  # of F, in which bias is
         found = found.permute(order)
         y, z = finished(last, found.flatten(1), slots.owned)
-        return y.view(found.shape).permute(order), None if z is None else z.view(found.shape).permute(order)
+        return y.view(found.shape).permute(order), None if z is None else z.view(
+            found.shape
+        ).permute(order)
 
     def blocks(self, given: BlocksProduct) -> Tensor:
         rows, row_index, grads, slots, *_ = given
@@ -52,8 +54,9 @@ def backward(call: BackwardCall) -> Backward:
 
 
 def is_able(plan: Contraction) -> bool:
-    """Whether grouped_mm computes a contraction without reading the offsets on the CPU: it reads them for lack of a
-    kernel, which PyTorch has for bfloat16 on NVIDIA's compute capabilities 9 and 10."""
+    """Whether grouped_mm computes a contraction without reading the offsets on the CPU: it reads
+    them for lack of a kernel, which PyTorch has for bfloat16 on NVIDIA's compute capabilities 9 and
+    10."""
     return (
         plan.dtype == torch.bfloat16
         and torch.version.hip is None

@@ -1,7 +1,7 @@
 """Weights rebuilt from their blocks, one at a time, and gradients of blocks from that of a weight.
 
-Besides inputs and results, memory for two weights is alive, whatever E is. Products of blocks are in *block order*
-``[(iL jL iC jC), (iR jR)]``, weights in ``[(iL iC iR), (jL jC jR)]``.
+Besides inputs and results, memory for two weights is alive, whatever E is. Products of blocks are
+in *block order* ``[(iL jL iC jC), (iR jR)]``, weights in ``[(iL iC iR), (jL jC jR)]``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 
 class Weights:
-    """Memory for a weight in both orders; the half that it is built from, or its gradient's, takes the place of one.
+    """Memory for a weight in both orders; the half that it is built from, or its gradient's, takes
+    the place of one.
 
     Args:
         like: of the blocks' dtype and device.
@@ -31,7 +32,11 @@ class Weights:
 
     def __init__(self, like: Tensor, dims: BlockDims) -> None:
         self.dims, core = dims, dims.iC * dims.jC
-        half = dims.iL * dims.jL * core * dims.b if dims.left_first else dims.a * core * dims.iR * dims.jR
+        half = (
+            dims.iL * dims.jL * core * dims.b
+            if dims.left_first
+            else dims.a * core * dims.iR * dims.jR
+        )
         self._size = dims.iL * dims.jL * core * dims.iR * dims.jR
         self._memory = like.new_empty(2, max(self._size, half))
 
@@ -40,7 +45,8 @@ class Weights:
         return torch.mm(first, second, out=self._memory[place, : math.prod(shape)].view(shape))
 
     def _orders(self) -> tuple[Tensor, Tensor]:
-        """One place as a weight, the other as one in block order, both ``[iL, iC, iR, jL, jC, jR]``."""
+        """One place as a weight, the other as one in block order, both ``[iL, iC, iR, jL, jC,
+        jR]``."""
         d = self.dims
         own, blocks = self._memory[:, : self._size]
         blocks = blocks.view(d.iL, d.jL, d.iC, d.jC, d.iR, d.jR).permute(0, 2, 4, 1, 3, 5)
@@ -51,7 +57,8 @@ class Weights:
         return weight.view(d.iL * d.iC * d.iR, -1)[: d.in_features, : d.out_features]
 
     def weight(self, left: Tensor, central: Tensor, right: Tensor) -> Tensor:
-        """``[I, F]`` of ``left [iL, jL, a]``, ``central [a, iC, jC, b]`` and ``right [b, iR, jR]``; for a while."""
+        """``[I, F]`` of ``left [iL, jL, a]``, ``central [a, iC, jC, b]`` and ``right [b, iR, jR]``;
+        for a while."""
         d = self.dims
         if d.left_first:
             half = self._product(0, left.reshape(-1, d.a), central.reshape(d.a, -1))
@@ -75,8 +82,9 @@ class Weights:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of the blocks that are needed, from that of the weight, which is lost.
 
-        The gradient of the block outside the half needs the half again, which the weight has overwritten since: for a
-        backward that also needs x's gradient this is one merge more than the program counts.
+        The gradient of the block outside the half needs the half again, which the weight has
+        overwritten since: for a backward that also needs x's gradient this is one merge more than
+        the program counts.
         """
         d, (need_left, need_central, need_right) = self.dims, need
         own, blocks = self._orders()
@@ -121,9 +129,11 @@ def rebuild_forward(call: ForwardCall, groups: list[Group]) -> Tensor:
 
 
 def rebuild_backward(call: BackwardCall, upstream: Upstream, groups: list[Group]) -> BlockGradients:
-    """Gradients of slots ``[N, I]``, left, central, right; ``None`` where not needed, undefined where no expert is.
+    """Gradients of slots ``[N, I]``, left, central, right; ``None`` where not needed, undefined
+    where no expert is.
 
-    The weight is rebuilt rather than saved. The sum over experts is accumulated in at least float32.
+    The weight is rebuilt rather than saved. The sum over experts is accumulated in at least
+    float32.
     """
     (need_x, *need), weights = call.need_of_plan, Weights(call.x, call.dims)
     dx = call.x.new_empty(call.slots, call.in_features) if need_x else None

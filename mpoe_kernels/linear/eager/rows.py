@@ -1,8 +1,9 @@
-"""Strategies that multiply rows by operands (half_left, half_right, chain, separable): the three products in PyTorch.
+"""Strategies that multiply rows by operands (half_left, half_right, chain, separable): the three
+products in PyTorch.
 
-Slots are processed in chunks of whole experts, so that half-built weights stay below two weights' memory and rows
-between operands stay small. A tensor is copied only if the axes that a GEMM contracts are not its last ones; for a
-separable shape, only the first rows.
+Slots are processed in chunks of whole experts, so that half-built weights stay below two weights'
+memory and rows between operands stay small. A tensor is copied only if the axes that a GEMM
+contracts are not its last ones; for a separable shape, only the first rows.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
     from mpoe_kernels.linear.eager import Group, Upstream
     from mpoe_kernels.linear.op import LinearCall
 
-# Half-built weights of a chunk of experts: at most this fraction of a weight. They exist up to twice (the rows may need
-# another layout than the one they are built in), and so do their gradients.
+# Half-built weights of a chunk of experts: at most this fraction of a weight. They exist up to
+# twice (the rows may need another layout than the one they are built in), and so do their
+# gradients.
 HALF_SHARE = 0.5
-# Rows between operands of a chunk of experts (one expert's may be larger): about the size of a last-level cache.
+# Rows between operands of a chunk of experts (one expert's may be larger): about the size of a
+# last-level cache.
 STATE_BYTES = 32 << 20
 
 
@@ -92,9 +95,11 @@ class Pass:
 
 
 @lru_cache(maxsize=1024)
-def most_at_once(dims: BlockDims, built: tuple[str, ...], order: tuple[str, ...], itemsize: int) -> tuple[int, int]:
-    """Experts and slots of a chunk, within the memory bounds for half-built weights and for rows; separable's rows are
-    no larger than its results."""
+def most_at_once(
+    dims: BlockDims, built: tuple[str, ...], order: tuple[str, ...], itemsize: int
+) -> tuple[int, int]:
+    """Experts and slots of a chunk, within the memory bounds for half-built weights and for rows;
+    separable's rows are no larger than its results."""
     largest = max((dims.elements(INDICES[name]) for name in built), default=0)
     experts = max(1, int(HALF_SHARE * dims.weight_elements / largest)) if largest else sys.maxsize
     if dims.is_separable and order == SEPARABLE_ORDER:
@@ -119,7 +124,11 @@ class EagerChunk:
         if name in ("L", "R"):
             return Named(self.whole.blocks[name], axes, self.experts)
         if name == "x":
-            x, index, slots = self.whole.call.x, self.whole.call.row_index, slice(self.start, self.stop)
+            x, index, slots = (
+                self.whole.call.x,
+                self.whole.call.row_index,
+                slice(self.start, self.stop),
+            )
             rows = x[slots] if index is None else x.index_select(0, index[slots])
         elif name == "d y" and self.whole.upstream is not None:
             rows = self.whole.upstream.rows(self.start, self.stop)
@@ -153,11 +162,18 @@ class EagerChunk:
         return found
 
     def _direct(self, name: str, axes: tuple[str, ...]) -> Tensor | None:
-        """Where rows with these axes can be written directly: the call's memory, or new memory if None."""
-        if name not in self.whole.rows or _wide(self.dims, axes) != _wide(self.dims, self.whole.program.axes[name]):
+        """Where rows with these axes can be written directly: the call's memory, or new memory if
+        None."""
+        if name not in self.whole.rows or _wide(self.dims, axes) != _wide(
+            self.dims, self.whole.program.axes[name]
+        ):
             return None
         target = self._target(name)
-        return target if target.shape[1] == math.prod(_sizes(self.dims, axes)) and target.is_contiguous() else None
+        return (
+            target
+            if target.shape[1] == math.prod(_sizes(self.dims, axes)) and target.is_contiguous()
+            else None
+        )
 
     def _copy(self, name: str, found: Named) -> None:
         target, result = self._target(name), found.arranged(self.whole.program.axes[name])
@@ -170,7 +186,9 @@ class EagerChunk:
         axes = self.whole.program.axes[product.result]
         shared, m = _split(rows.axes, axes)
         n = _split(grads.axes, axes)[1]
-        if product.result == "d C":  # fewer rows than the block has elements are quicker to rearrange
+        if (
+            product.result == "d C"
+        ):  # fewer rows than the block has elements are quicker to rearrange
             inside, outside = _split(axes, m)[1], _split(axes, n)[1]
             moved = (m != inside) * rows.data.numel() + (n != outside) * grads.data.numel()
             if moved < math.prod(_sizes(self.dims, axes)):
@@ -192,13 +210,19 @@ class EagerChunk:
     def merge(self, product: Product, first: Named, second: Named) -> Named | None:
         axes = self.whole.program.axes[product.result]
         first, second = first.alone(), second.alone()
-        k, m, n = _split(first.axes, second.axes)[1], _split(axes, first.axes)[1], _split(axes, second.axes)[1]
+        k, m, n = (
+            _split(first.axes, second.axes)[1],
+            _split(axes, first.axes)[1],
+            _split(axes, second.axes)[1],
+        )
         if product.result == "d C":
             self._merge_central(first.matrices(k, m), second.matrices(k, n))
             return None  # nobody reads it
         p, q = first.matrices(m, k), second.matrices(k, n)
         # `torch.bmm`, whose algorithm, unlike `torch.matmul`'s, never depends on ``requires_grad``.
-        found = p.flatten(0, 1) @ q[0] if len(q) == 1 else torch.bmm(p.expand(len(q), *p.shape[1:]), q)
+        found = (
+            p.flatten(0, 1) @ q[0] if len(q) == 1 else torch.bmm(p.expand(len(q), *p.shape[1:]), q)
+        )
         merged = found.view(-1, *_sizes(self.dims, (*m, *n))).permute(_order((*m, *n), axes))
         target = self.whole.aux.get(product.result)
         if target is not None:
@@ -218,17 +242,20 @@ class EagerChunk:
 class Named:
     """A tensor ``[n, axes...]`` of rows or experts (n = 1: shared by the experts), of any strides.
 
-    With ``experts`` it is the stack of all experts, of which these are in use; only `each` can take them from it, other
-    methods need them `alone`.
+    With ``experts`` it is the stack of all experts, of which these are in use; only `each` can take
+    them from it, other methods need them `alone`.
     """
 
-    def __init__(self, data: Tensor, axes: tuple[str, ...], experts: list[int] | None = None) -> None:
+    def __init__(
+        self, data: Tensor, axes: tuple[str, ...], experts: list[int] | None = None
+    ) -> None:
         self.data, self.axes, self.experts = data, axes, experts
         self._alone: Named | None = None
         self._last: tuple[tuple[Sequence[str], Sequence[str], bool], Tensor] | None = None
 
     def matrices(self, first: Sequence[str], second: Sequence[str]) -> Tensor:
-        """``[n, first, second]``, each group of axes merged into one; a view if possible. The last one is cached."""
+        """``[n, first, second]``, each group of axes merged into one; a view if possible. The last
+        one is cached."""
         return self._reshaped(first, second, False)
 
     def matrix(self, first: Sequence[str], second: Sequence[str]) -> Tensor:
@@ -258,8 +285,8 @@ class Named:
         return self._alone
 
     def each(self, first: Sequence[str], second: Sequence[str]) -> list[Tensor]:
-        """`factors` of every expert in use; views where possible: copying a block takes as long as multiplying a few
-        rows by it."""
+        """`factors` of every expert in use; views where possible: copying a block takes as long as
+        multiplying a few rows by it."""
         if self.experts is not None:
             one = Named(self.data[:1], self.axes).factors(first, second)
             if one.data_ptr() == self.data.data_ptr():
@@ -268,7 +295,8 @@ class Named:
         return list(self.alone().factors(first, second).unbind(0))
 
     def factors(self, first: Sequence[str], second: Sequence[str]) -> Tensor:
-        """`matrices` for a GEMM that accepts both layouts: copies, where needed, keep contiguous runs."""
+        """`matrices` for a GEMM that accepts both layouts: copies, where needed, keep contiguous
+        runs."""
         is_transposed = self.axes[-1] in first
         return self.matrices(second, first).mT if is_transposed else self.matrices(first, second)
 
@@ -291,7 +319,9 @@ def _order(axes: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=1024)
-def _split(axes: tuple[str, ...], other: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _split(
+    axes: tuple[str, ...], other: tuple[str, ...]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Axes that ``other`` lacks, and those that it has."""
     return tuple(a for a in axes if a not in other), tuple(a for a in axes if a in other)
 
@@ -330,7 +360,9 @@ def accumulate_mm(total: Tensor, first: Tensor, second: Tensor) -> None:
         total += first @ second
 
 
-def grouped_mm(rows: Tensor, weights: list[Tensor], counts: list[int], out: Tensor | None = None) -> Tensor:
+def grouped_mm(
+    rows: Tensor, weights: list[Tensor], counts: list[int], out: Tensor | None = None
+) -> Tensor:
     """``out_e = rows_e @ weights[e]`` for consecutive groups of rows; exactly one call per group.
 
     Args:
@@ -354,18 +386,21 @@ def grouped_mm(rows: Tensor, weights: list[Tensor], counts: list[int], out: Tens
     return out
 
 
-def grouped_outer(rows: Tensor, grads: Tensor, counts: list[int], targets: Iterable[Tensor]) -> None:
+def grouped_outer(
+    rows: Tensor, grads: Tensor, counts: list[int], targets: Iterable[Tensor]
+) -> None:
     """``targets[e] = rows_e^T @ grads_e``: gradient of a grouped GEMM's weights.
 
     Args:
         rows, grads: ``[slots * p, k]`` and ``[slots * p, m]``, p consecutive rows for each slot.
         counts: slots of each group; all rows belong to one.
-        targets: one for each group; any shape whose elements, in order, are those of ``[k, m]``, any strides.
+        targets: one for each group; any shape whose elements, in order, are those of ``[k, m]``,
+            any strides.
     """
     each = rows.shape[0] // sum(counts)
     sizes = [count * each for count in counts]
-    # With few columns MKL accumulates the long sum sequentially; transposed, the rounding error is several times
-    # smaller.
+    # With few columns MKL accumulates the long sum sequentially; transposed, the rounding error is
+    # several times smaller.
     narrow = grads.shape[1] < 16 < rows.shape[1]
     parts, of_parts = torch.split_with_sizes(rows, sizes), torch.split_with_sizes(grads, sizes)
     for part, grad, target in zip(parts, of_parts, targets, strict=True):

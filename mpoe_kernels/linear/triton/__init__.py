@@ -1,4 +1,5 @@
-"""Triton kernels. Importing this package does not import Triton: a kernel's module is imported when it first runs."""
+"""Triton kernels. Importing this package does not import Triton: a kernel's module is imported when
+it first runs."""
 
 from __future__ import annotations
 

@@ -1,17 +1,19 @@
 """Rows times weights that are rebuilt on chip, tile by tile (a grouped GEMM), epilogue included.
 
-``out[slot, n] = sum_k x[row(slot), k] * W_e[k, n]``, where the tile of ``W_e`` for a step is computed from the expert's
-blocks in the same step and never leaves the multiprocessor. With one value of the central digits (iC, jC) it is
-``(left[rows, a] @ central[a, b]) @ right[b, columns]``: its rows pair digits of iL and jL, its columns digits of iR and
-jR. Regrouping the digits turns that product into a tile of W.
+``out[slot, n] = sum_k x[row(slot), k] * W_e[k, n]``, where the tile of ``W_e`` for a step is
+computed from the expert's blocks in the same step and never leaves the multiprocessor. With one
+value of the central digits (iC, jC) it is ``(left[rows, a] @ central[a, b]) @ right[b, columns]``:
+its rows pair digits of iL and jL, its columns digits of iR and jR. Regrouping the digits turns that
+product into a tile of W.
 
-The order of digits inside rows and columns is free, since rows of left and columns of right may be loaded in any order.
-Here it is chosen so that the 8 columns of W that a thread must store together are the ones that it holds after a
-tensor-core product (bits 0, 3 and 4 of a column number): the regrouping then costs only the 16-byte stores to shared
-memory that the second product needs anyway.
+The order of digits inside rows and columns is free, since rows of left and columns of right may be
+loaded in any order. Here it is chosen so that the 8 columns of W that a thread must store together
+are the ones that it holds after a tensor-core product (bits 0, 3 and 4 of a column number): the
+regrouping then costs only the 16-byte stores to shared memory that the second product needs anyway.
 
-The gradient of the rows is the same product with the roles of i and j exchanged: which digits are summed is up to the
-strides. So below, "k" are the digits that are summed and "n" those of the result.
+The gradient of the rows is the same product with the roles of i and j exchanged: which digits are
+summed is up to the strides. So below, "k" are the digits that are summed and "n" those of the
+result.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ def row_digits(TK: tl.constexpr, TN: tl.constexpr, TNR: tl.constexpr):
 
 @triton.jit
 def column_digits(TK: tl.constexpr, TN: tl.constexpr):
-    """``(k, n)`` of every column of a rebuilt tile: digits (high k, high n, low k (4), low n (2))."""
+    """``(k, n)`` of every column of a rebuilt tile: digits (high k, high n, low k (4), low n
+    (2))."""
     K_LOW: tl.constexpr = min(4, TK)
     N_LOW: tl.constexpr = min(2, TN)
     column = tl.arange(0, TK * TN)
@@ -44,7 +47,8 @@ def column_digits(TK: tl.constexpr, TN: tl.constexpr):
 
 @triton.jit
 def regroup(product, TKL: tl.constexpr, TNL: tl.constexpr, TKR: tl.constexpr, TNR: tl.constexpr):
-    """``[rows, columns]`` in the orders above -> tile of W ``[(k of row, k of column), (n of row, n of column)]``."""
+    """``[rows, columns]`` in the orders above -> tile of W ``[(k of row, k of column), (n of row, n
+    of column)]``."""
     LOW: tl.constexpr = min(TNL, max(1, 32 // TNR))
     K_LOW: tl.constexpr = min(4, TKR)
     N_LOW: tl.constexpr = min(2, TNR)
@@ -90,10 +94,13 @@ def fused_kernel(
     DB: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid: at least ``row tiles * column tiles`` programs. Limits crop padded columns of x and out (0: none)."""
+    """Grid: at least ``row tiles * column tiles`` programs. Limits crop padded columns of x and out
+    (0: none)."""
     right_tiles: tl.constexpr = (N_SIZES[2] + NR - 1) // NR
     n_tiles: tl.constexpr = ((N_SIZES[0] + NL - 1) // NL) * N_SIZES[1] * right_tiles
-    e, lo, first, rows = part_of_rows(offsets, tl.program_id(0) // n_tiles, slots, BM, 1, EXPERTS, SCAN, True)
+    e, lo, first, rows = part_of_rows(
+        offsets, tl.program_id(0) // n_tiles, slots, BM, 1, EXPERTS, SCAN, True
+    )
     if first >= rows:
         return
     r = first + tl.arange(0, BM)
@@ -119,12 +126,14 @@ def fused_kernel(
     x_rows = x + source * X_SLOT
     left_at = left + expert * LEFT[0] + row_k[:, None] * LEFT[1] + (nl0 + row_n)[:, None] * LEFT[2]
     left_at += bond_a[None, :] * LEFT[3]
-    central_at = central + nc * CENTRAL[1] + bond_a[:, None] * CENTRAL[2] + bond_b[None, :] * CENTRAL[3]
+    central_at = (
+        central + nc * CENTRAL[1] + bond_a[:, None] * CENTRAL[2] + bond_b[None, :] * CENTRAL[3]
+    )
     right_at = right + expert * RIGHT[0] + bond_b[:, None] * RIGHT[3]
     right_at += column_k[None, :] * RIGHT[1] + (nr0 + column_n)[None, :] * RIGHT[2]
 
-    # Empty slots take no steps. The count must be unknown at compile time, or the compiler would unroll the loop and
-    # run out of registers.
+    # Empty slots take no steps. The count must be unknown at compile time, or the compiler would
+    # unroll the loop and run out of registers.
     steps = tl.where(e == EXPERTS, 0, ((K_SIZES[0] + KL - 1) // KL) * K_SIZES[1])
     acc = tl.zeros((BM, NL * NR), dtype=tl.float32)
     for kr0 in tl.range(0, K_SIZES[2], KR, num_stages=1):
@@ -135,7 +144,9 @@ def fused_kernel(
             kc = step % K_SIZES[1]
             kl0 = (step // K_SIZES[1]) * KL
             left_mask = (
-                (row_k < K_SIZES[0] - kl0)[:, None] & (row_n < N_SIZES[0] - nl0)[:, None] & (bond_a < A)[None, :]
+                (row_k < K_SIZES[0] - kl0)[:, None]
+                & (row_n < N_SIZES[0] - nl0)[:, None]
+                & (bond_a < A)[None, :]
             )
             central_mask = (bond_a < A)[:, None] & (bond_b < B)[None, :]
             lt = tl.load(left_at + kl0 * LEFT[1], mask=left_mask, other=0.0)
@@ -145,7 +156,9 @@ def fused_kernel(
             column = ((kl0 + k_left) * K_SIZES[1] + kc) * K_SIZES[2] + kr0 + k_right
             x_mask = inside[:, None]
             if K_SIZES[0] % KL != 0 or K_SIZES[2] % KR != 0:
-                x_mask = x_mask & ((k_left < K_SIZES[0] - kl0) & (k_right < K_SIZES[2] - kr0))[None, :]
+                x_mask = (
+                    x_mask & ((k_left < K_SIZES[0] - kl0) & (k_right < K_SIZES[2] - kr0))[None, :]
+                )
             if X_LIMIT > 0:
                 x_mask = x_mask & (column < X_LIMIT)[None, :]
             xt = tl.load(x_rows[:, None] + column[None, :], mask=x_mask, other=0.0)

@@ -1,10 +1,11 @@
 """Gradients of the blocks from the rows, without a weight gradient in memory.
 
-The gradient of a tile of ``W_e`` is ``x^T @ grad`` over the slots of e. It is computed on chip, regrouped into ``[rows,
-columns]`` (see `fused`) and multiplied immediately: by right, which gives the gradient of left @ central, and by left
-@ central, which gives that of right. Those of left and central are library products with the former. Every result is
-written by one program or is a sum of a few partial ones, which the host adds: there are no atomics, and results are
-bit-identical every time.
+The gradient of a tile of ``W_e`` is ``x^T @ grad`` over the slots of e. It is computed on chip,
+regrouped into ``[rows, columns]`` (see `fused`) and multiplied immediately: by right, which gives
+the gradient of left @ central, and by left @ central, which gives that of right. Those of left and
+central are library products with the former. Every result is written by one program or is a sum of
+a few partial ones, which the host adds: there are no atomics, and results are bit-identical every
+time.
 """
 
 from __future__ import annotations
@@ -24,13 +25,24 @@ def tile_columns(left, c, right, SIZES: tl.constexpr, TL: tl.constexpr, TR: tl.c
 
 @triton.jit
 def load_rows(
-    rows, inside, column, left, right, SIZES: tl.constexpr, LIMIT: tl.constexpr, TL: tl.constexpr, TR: tl.constexpr
+    rows,
+    inside,
+    column,
+    left,
+    right,
+    SIZES: tl.constexpr,
+    LIMIT: tl.constexpr,
+    TL: tl.constexpr,
+    TR: tl.constexpr,
 ):
     """``[rows, columns]`` with zeros for padding; only rows are masked if nothing is padded."""
     mask = inside[:, None]
     position = tl.arange(0, TL * TR)
     if SIZES[0] % TL != 0 or SIZES[2] % TR != 0:
-        mask = mask & ((position // TR < SIZES[0] - left) & (position % TR < SIZES[2] - right))[None, :]
+        mask = (
+            mask
+            & ((position // TR < SIZES[0] - left) & (position % TR < SIZES[2] - right))[None, :]
+        )
     if LIMIT > 0:
         mask = mask & (column < LIMIT)[None, :]
     return tl.load(rows[:, None] + column[None, :], mask=mask, other=0.0)
@@ -63,7 +75,8 @@ def weight_gradient(
     NR: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Gradient of a tile of W over the slots ``lo .. hi``, as ``[(k, n) of left, (k, n) of right]``."""
+    """Gradient of a tile of W over the slots ``lo .. hi``, as ``[(k, n) of left, (k, n) of
+    right]``."""
     x_column = tile_columns(kl0, kc, kr0, K_SIZES, KL, KR)
     grad_column = tile_columns(nl0, nc, nr0, N_SIZES, NL, NR)
     acc = tl.zeros((KL * KR, NL * NR), dtype=tl.float32)
@@ -75,7 +88,9 @@ def weight_gradient(
         if row_index is not None:
             source = tl.load(row_index + slot, mask=inside, other=0).to(tl.int64)
         xt = load_rows(x + source * X_SLOT, inside, x_column, kl0, kr0, K_SIZES, X_LIMIT, KL, KR)
-        gt = load_rows(grad + slot * GRAD_SLOT, inside, grad_column, nl0, nr0, N_SIZES, GRAD_LIMIT, NL, NR)
+        gt = load_rows(
+            grad + slot * GRAD_SLOT, inside, grad_column, nl0, nr0, N_SIZES, GRAD_LIMIT, NL, NR
+        )
         acc = tl.dot(tl.trans(xt), gt, acc, input_precision=PRECISION)
     digits = tl.reshape(acc.to(x.dtype.element_ty), (KL, KR, NL, NR))
     return tl.reshape(tl.permute(digits, 0, 2, 1, 3), (KL * NL, KR * NR))
@@ -109,8 +124,8 @@ def gradient_kernel(
     DB: tl.constexpr,  # the bond, filled up to what a tensor core takes
     STAGES: tl.constexpr,
 ):
-    """Grid (tiles of the digits of left, or OF_RIGHT, parts of the central digits, experts): ``dW @ other`` summed over
-    a part of the central digits and over the digits of the other side."""
+    """Grid (tiles of the digits of left, or OF_RIGHT, parts of the central digits, experts): ``dW @
+    other`` summed over a part of the central digits and over the digits of the other side."""
     left_n_tiles: tl.constexpr = (N_SIZES[0] + NL - 1) // NL
     left_tiles: tl.constexpr = ((K_SIZES[0] + KL - 1) // KL) * left_n_tiles
     right_n_tiles: tl.constexpr = (N_SIZES[2] + NR - 1) // NR
@@ -146,7 +161,11 @@ def gradient_kernel(
         )  # fmt: skip
         k = (kl0 if OF_RIGHT else kr0) + position // SUM_N
         n = (nl0 if OF_RIGHT else nr0) + position % SUM_N
-        mask = (k < K_SIZES[2 - side])[:, None] & (n < N_SIZES[2 - side])[:, None] & (bond < BOND)[None, :]
+        mask = (
+            (k < K_SIZES[2 - side])[:, None]
+            & (n < N_SIZES[2 - side])[:, None]
+            & (bond < BOND)[None, :]
+        )
         at = other + expert * OTHER[0] + kc * OTHER[3] + nc * OTHER[4] + bond[None, :] * OTHER[5]
         factor = tl.load(at + k[:, None] * OTHER[1] + n[:, None] * OTHER[2], mask=mask, other=0.0)
         acc = tl.dot(tl.trans(dw) if OF_RIGHT else dw, factor, acc, input_precision=PRECISION)

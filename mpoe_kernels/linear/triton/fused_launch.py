@@ -1,7 +1,7 @@
 """The fused contraction: weights and their gradients that never leave the chip.
 
-Forward: one launch of `fused_kernel`. Backward: one of it for x, one of `gradient_kernel` with a library product each
-for left and central, one of it for right; none for what is masked.
+Forward: one launch of `fused_kernel`. Backward: one of it for x, one of `gradient_kernel` with a
+library product each for left and central, one of it for right; none for what is masked.
 """
 
 from __future__ import annotations
@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpoe_kernels.linear.gradients import Backward, Forward, Slots, fused_backward, fused_forward, prepared
+from mpoe_kernels.linear.gradients import (
+    Backward,
+    Forward,
+    Slots,
+    fused_backward,
+    fused_forward,
+    prepared,
+)
 from mpoe_kernels.linear.op import BackwardCall, ForwardCall, LinearCall
 from mpoe_kernels.linear.triton.fused import fused_kernel
 from mpoe_kernels.linear.triton.fused_gradient import gradient_kernel
@@ -35,7 +42,8 @@ def backward(call: BackwardCall) -> Backward:
 
 
 def _strides(call: LinearCall, transposed: bool = False) -> dict[str, tuple[int, ...]]:
-    """Strides of the blocks along (expert, k, n, last axis) for ``x W``, or for ``dy W^T`` if ``transposed``."""
+    """Strides of the blocks along (expert, k, n, last axis) for ``x W``, or for ``dy W^T`` if
+    ``transposed``."""
     i, j = (2, 1) if transposed else (1, 2)
     left, central, right = (block.stride() for block in call.blocks)
     return {
@@ -46,7 +54,12 @@ def _strides(call: LinearCall, transposed: bool = False) -> dict[str, tuple[int,
 
 
 def _common(sides: Sides, dtype: torch.dtype) -> dict[str, Any]:
-    return {"K_SIZES": sides.k, "N_SIZES": sides.n, "PRECISION": precision(dtype), "DB": filled_up(sides.b)}
+    return {
+        "K_SIZES": sides.k,
+        "N_SIZES": sides.n,
+        "PRECISION": precision(dtype),
+        "DB": filled_up(sides.b),
+    }
 
 
 def _options(tile: FusedTile, extents: Cut) -> Options:
@@ -60,10 +73,15 @@ def _limit(digits: tuple[int, int, int], true_columns: int) -> int:
 
 
 def rows_times_weight(
-    call: ForwardCall | BackwardCall, rows: Tensor, out: Tensor, pre: Tensor | None, transposed: bool
+    call: ForwardCall | BackwardCall,
+    rows: Tensor,
+    out: Tensor,
+    pre: Tensor | None,
+    transposed: bool,
 ) -> None:
-    """See `mpoe_kernels.linear.gradients.Product`: ``out[s] = activation(rows[row_index[s]] W_e + bias)``, or ``rows
-    W_e^T``. One launch. Columns are contiguous; empty slots of ``out`` become zero."""
+    """See `mpoe_kernels.linear.gradients.Product`: ``out[s] = activation(rows[row_index[s]] W_e +
+    bias)``, or ``rows W_e^T``. One launch. Columns are contiguous; empty slots of ``out`` become
+    zero."""
     slots, experts = out.shape[0], call.num_experts
     row_index, bias, activation, out_index, gates = call.around
     sides = Sides.of(call.dims, transposed)
@@ -75,7 +93,10 @@ def rows_times_weight(
     start_best(
         fused_kernel,
         grid,
-        [{"BM": tile.m, **_options(tile, extents)} for tile, extents in fused_choice(rows, sides, slots / experts)],
+        [
+            {"BM": tile.m, **_options(tile, extents)}
+            for tile, extents in fused_choice(rows, sides, slots / experts)
+        ],
         x=rows,
         left=call.left,
         central=call.central,
@@ -103,7 +124,9 @@ def rows_times_weight(
     )
 
 
-def weight_gradient_times(call: BackwardCall, grad: Tensor, other: Tensor, of_right: bool, slots: Slots) -> Tensor:
+def weight_gradient_times(
+    call: BackwardCall, grad: Tensor, other: Tensor, of_right: bool, slots: Slots
+) -> Tensor:
     """See `mpoe_kernels.linear.gradients.block_gradients`. One launch."""
     x, d, row_index, sides = call.x, call.dims, call.row_index, Sides.of(call.dims)
     experts = other.shape[0]

@@ -1,8 +1,10 @@
-"""Tiles of the fused kernels, as data, and how a tile divides a weight. Plain Python, without Triton.
+"""Tiles of the fused kernels, as data, and how a tile divides a weight. Plain Python, without
+Triton.
 
-A tile of W is a product of ``rows`` (digits of iL and jL) and ``columns`` (digits of iR and jR) for one value of iC and
-jC. The choice of digits determines how much of W is padding, how wide the product with the tokens' rows is, and what a
-program keeps in registers and shared memory; `cut` takes the cheapest choice that fits.
+A tile of W is a product of ``rows`` (digits of iL and jL) and ``columns`` (digits of iR and jR) for
+one value of iC and jC. The choice of digits determines how much of W is padding, how wide the
+product with the tokens' rows is, and what a program keeps in registers and shared memory; `cut`
+takes the cheapest choice that fits.
 """
 
 from __future__ import annotations
@@ -47,10 +49,14 @@ class FusedTile:
 
 Table = dict[str, dict[int, tuple[FusedTile, ...]]]  # architecture -> bytes of an element -> tiles
 
-# None for float32: without tensor cores every tile took too many registers, so its weights are rebuilt step by step.
+# None for float32: without tensor cores every tile took too many registers, so its weights are
+# rebuilt step by step.
 _ROWS_HOPPER = tuple(FusedTile(m, 64, 128, 16384, 4, 2) for m in (128, 64, 32, 16))
 _ROWS_BLACKWELL = (FusedTile(128, 64, 128, 12288, 4, 2), *_ROWS_HOPPER[1:])
-_ROWS_AMPERE = (FusedTile(64, 64, 64, 12288, 8, 2), *(FusedTile(m, 64, 64, 12288, 4, 2) for m in (32, 16)))
+_ROWS_AMPERE = (
+    FusedTile(64, 64, 64, 12288, 8, 2),
+    *(FusedTile(m, 64, 64, 12288, 4, 2) for m in (32, 16)),
+)
 _ROWS_CDNA = tuple(FusedTile(m, 64, 64, 12288, 4, 1) for m in (64, 32, 16))
 ROWS_TILES: Table = {
     "sm_80": {2: _ROWS_AMPERE, 4: ()},
@@ -70,12 +76,14 @@ for _table in (ROWS_TILES, GRADIENT_TILES):
 
 
 def shipped_fused(purpose: str, name: str, dtype: torch.dtype) -> tuple[FusedTile, ...]:
-    """Tiles for rows times W (``"rows"``) or the blocks' gradients (``"gradient"``) on an architecture."""
+    """Tiles for rows times W (``"rows"``) or the blocks' gradients (``"gradient"``) on an
+    architecture."""
     return (GRADIENT_TILES if purpose == "gradient" else ROWS_TILES)[name][dtype.itemsize]
 
 
 class Sides(NamedTuple):
-    """Sizes of the left, central and right digits of what a product sums (k) and leaves (n), and the bonds."""
+    """Sizes of the left, central and right digits of what a product sums (k) and leaves (n), and
+    the bonds."""
 
     k: tuple[int, int, int]
     n: tuple[int, int, int]
@@ -131,7 +139,8 @@ def rebuild_work(sides: Sides, found: Cut) -> float:
 
 
 def shared_bytes(sides: Sides, found: Cut, tile: FusedTile, itemsize: int, purpose: str) -> int:
-    """Estimate of a program's shared memory: the operands of all stages, resident data, and the tile of W."""
+    """Estimate of a program's shared memory: the operands of all stages, resident data, and the
+    tile of W."""
     a, b = filled_up(sides.a), filled_up(sides.b)
     if purpose == "gradient":
         step, stays = tile.m * (found.k + found.n), b * max(found.rows, found.columns)
@@ -156,7 +165,8 @@ def step_operands(sides: Sides, found: Cut, tile: FusedTile, purpose: str) -> in
 
 
 def row_tile_work(sides: Sides, found: Cut, tile: FusedTile, purpose: str) -> float:
-    """Multiply-adds for a tile of tokens' rows: those of the GEMM, of computing W, and the cost of reading operands.
+    """Multiply-adds for a tile of tokens' rows: those of the GEMM, of computing W, and the cost of
+    reading operands.
 
     Reads count as work because the cache is no faster; pieces shorter than 8 cost more.
     """
@@ -176,9 +186,12 @@ def _powers(size: int) -> list[int]:
 
 @lru_cache(maxsize=4096)
 def cut(sides: Sides, tile: FusedTile, itemsize: int, limit: int, purpose: str) -> Cut | None:
-    """The cheapest way to cut W into tiles; ``None`` if none fits into ``limit`` bytes of shared memory."""
+    """The cheapest way to cut W into tiles; ``None`` if none fits into ``limit`` bytes of shared
+    memory."""
     best: tuple[tuple[float, ...], Cut] | None = None
-    for extents in product(*(_powers(size) for size in (sides.k[0], sides.n[0], sides.k[2], sides.n[2]))):
+    for extents in product(
+        *(_powers(size) for size in (sides.k[0], sides.n[0], sides.k[2], sides.n[2]))
+    ):
         found = Cut(*extents)
         if not (LEAST <= found.rows <= tile.rows and LEAST <= found.columns <= tile.columns):
             continue
@@ -202,18 +215,25 @@ def expected_row_tiles(rows: float, tile: FusedTile) -> float:
 def best_tiles(
     tiles: tuple[FusedTile, ...], sides: Sides, rows: float, itemsize: int, limit: int, purpose: str
 ) -> list[tuple[FusedTile, Cut]]:
-    """The two tiles with the least work for ``rows`` rows per expert, of a gradient one; as far as they fit."""
+    """The two tiles with the least work for ``rows`` rows per expert, of a gradient one; as far as
+    they fit."""
     cuts = ((tile, cut(sides, tile, itemsize, limit, purpose)) for tile in tiles)
     able = [(tile, extents) for tile, extents in cuts if extents is not None]
     if purpose == "gradient":
         return able[:1]
-    able.sort(key=lambda pair: expected_row_tiles(rows, pair[0]) * row_tile_work(sides, pair[1], pair[0], purpose))
+    able.sort(
+        key=lambda pair: (
+            expected_row_tiles(rows, pair[0]) * row_tile_work(sides, pair[1], pair[0], purpose)
+        )
+    )
     return able[:2]
 
 
-def fused_choice(like: Tensor, sides: Sides, rows: float, purpose: str = "rows") -> list[tuple[FusedTile, Cut]]:
-    """Tiles of a fused kernel for ``rows`` rows per expert on the device of ``like``, and their divisions of the
-    weight, the best one first.
+def fused_choice(
+    like: Tensor, sides: Sides, rows: float, purpose: str = "rows"
+) -> list[tuple[FusedTile, Cut]]:
+    """Tiles of a fused kernel for ``rows`` rows per expert on the device of ``like``, and their
+    divisions of the weight, the best one first.
 
     Raises:
         ValueError: no tile fits; `fused_reasons` says so beforehand.
@@ -236,7 +256,12 @@ def fused_reasons(dims: BlockDims, dtype: torch.dtype, target: Target) -> list[s
     if reasons:
         return reasons
     for transposed, purpose in ((False, "rows"), (True, "rows"), (False, "gradient")):
-        tiles, sides = shipped_fused(purpose, target.architecture, dtype), Sides.of(dims, transposed)
+        tiles, sides = (
+            shipped_fused(purpose, target.architecture, dtype),
+            Sides.of(dims, transposed),
+        )
         if not best_tiles(tiles, sides, 1.0, dtype.itemsize, target.shared_memory, purpose):
-            reasons.append(f"no {purpose} tile fits bonds {dims.a} and {dims.b} on {target.architecture}")
+            reasons.append(
+                f"no {purpose} tile fits bonds {dims.a} and {dims.b} on {target.architecture}"
+            )
     return list(dict.fromkeys(reasons))

@@ -1,15 +1,19 @@
-"""Grouped products by Triton: every expert's rows times its own block, and the gradient of the blocks.
+"""Grouped products by Triton: every expert's rows times its own block, and the gradient of the
+blocks.
 
-PyTorch has such a kernel for bfloat16 on some GPUs only, and everywhere else reads the offsets on the CPU. Here rows
-are also gathered, and blocks read in any layout, as they are loaded. One program computes one tile of one expert:
+PyTorch has such a kernel for bfloat16 on some GPUs only, and everywhere else reads the offsets on
+the CPU. Here rows are also gathered, and blocks read in any layout, as they are loaded. One program
+computes one tile of one expert:
 
-    rows: grid (tiles of rows, tiles of columns), ``out[s, p, n] = sum_k a[row_index[s], p, k] b[e, k, n]``
-    blocks: grid (tiles, experts or parts of their rows), ``out[e, m, n] = sum_{s, p} a[row_index[s], p, m] g[s, p, n]``
+    rows: grid (tiles of rows, tiles of columns), ``out[s, p, n] = sum_k a[row_index[s], p, k] b[e,
+        k, n]``
+    blocks: grid (tiles, experts or parts of their rows), ``out[e, m, n] = sum_{s, p}
+        a[row_index[s], p, m] g[s, p, n]``
     both: as blocks, with ``da[s, p, m] = sum_n g[s, p, n] b[e, m, n]`` from the same reading of g
 
-Sums run in a fixed order: those of parts are stored and added by another launch. Tiles follow from sizes and the card;
-of two that fit, `rows` takes the faster where something may be timed. Each is compiled ahead of time by
-``tools/gpu_compile.py``.
+Sums run in a fixed order: those of parts are stored and added by another launch. Tiles follow from
+sizes and the card; of two that fit, `rows` takes the faster where something may be timed. Each is
+compiled ahead of time by ``tools/gpu_compile.py``.
 """
 
 from __future__ import annotations
@@ -38,19 +42,31 @@ LEAST_STEPS = 8  # inner steps of a part, so that it can prefetch and is worth t
 SUM_BLOCK = 256  # elements of a block that one program adds
 
 # The widest problem's first; the same for both kernels, ``rows`` and ``blocks``.
-_NVIDIA = (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(32, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3))
+_NVIDIA = (
+    Tile(128, 128, 64, 8, 3),
+    Tile(64, 128, 64, 4, 3),
+    Tile(32, 64, 64, 4, 3),
+    Tile(16, 64, 64, 4, 3),
+)
 _AMD = tuple(tile._replace(inner=32, stages=2) for tile in _NVIDIA)
 TILES = {"sm_80": _NVIDIA, "sm_90": _NVIDIA, "sm_100": _NVIDIA, "gfx942": _AMD}
 # Of `both`: the whole block, and rows at once.
-BOTH_TILES = {"sm_80": Tile(64, 64, 32, 4, 3), "gfx942": Tile(64, 64, 32, 4, 2), INTERPRETER: Tile(64, 64, 64, 4, 1)}
+BOTH_TILES = {
+    "sm_80": Tile(64, 64, 32, 4, 3),
+    "gfx942": Tile(64, 64, 32, 4, 2),
+    INTERPRETER: Tile(64, 64, 64, 4, 1),
+}
 BOTH_TILES |= dict.fromkeys(("sm_90", "sm_100"), Tile(64, 64, 128, 8, 3))
 # Without a GPU, kernels run in the interpreter, where small tiles would only add steps.
 TILES[INTERPRETER] = (Tile(64, 64, 64, 4, 1),)
 
 
 def _for_float32(tile: Tile) -> Tile:
-    """A smaller tile: without tensor cores a thread holds its rows and columns of all k in registers."""
-    warps = 8 if tile.rows >= 64 else tile.warps  # wide ones spill if there are few registers per thread
+    """A smaller tile: without tensor cores a thread holds its rows and columns of all k in
+    registers."""
+    warps = (
+        8 if tile.rows >= 64 else tile.warps
+    )  # wide ones spill if there are few registers per thread
     return Tile(min(tile.rows, 64), min(tile.columns, 64), 16, warps, tile.stages)
 
 
@@ -66,16 +82,27 @@ def least_shared_bytes(name: str, dtype: torch.dtype) -> int:
 
 
 def tiles_of(like: Tensor, m: float, n: float, k: float, interleaved: bool) -> list[Tile]:
-    """Tiles of an ``m x n x k`` GEMM on the device of ``like``: the widest that its rows fill and that fits into shared
-    memory, then the next one; no larger than the problem. ``interleaved``: some elements are loaded or stored one by
-    one, with an address each, for which a large tile lacks registers."""
+    """Tiles of an ``m x n x k`` GEMM on the device of ``like``: the widest that its rows fill and
+    that fits into shared memory, then the next one; no larger than the problem. ``interleaved``:
+    some elements are loaded or stored one by one, with an address each, for which a large tile
+    lacks registers."""
     target = architecture.target_of(like.device)
     shipped = shipped_tiles(target.architecture, like.dtype)
-    able = [tile for tile in shipped if tile.shared_bytes(like.dtype) <= target.shared_memory] or shipped[-1:]
+    able = [
+        tile for tile in shipped if tile.shared_bytes(like.dtype) <= target.shared_memory
+    ] or shipped[-1:]
     first = next((i for i, tile in enumerate(able) if tile.rows <= m), len(able) - 1)
-    columns, inner = (min(_side(size), most) if interleaved else _side(size) for size, most in ((n, 64), (k, 32)))
+    columns, inner = (
+        min(_side(size), most) if interleaved else _side(size) for size, most in ((n, 64), (k, 32))
+    )
     found = (
-        Tile(min(tile.rows, _side(m)), min(tile.columns, columns), min(tile.inner, inner), tile.warps, tile.stages)
+        Tile(
+            min(tile.rows, _side(m)),
+            min(tile.columns, columns),
+            min(tile.inner, inner),
+            tile.warps,
+            tile.stages,
+        )
         for tile in able[first : first + 2]
     )
     return list(dict.fromkeys(found))
@@ -141,7 +168,9 @@ def grouped_rows_kernel(
     mask = inside[:, None] & (n < N)[None, :]
     column = (r % P)[:, None] * OUT[1] + n[None, :] * OUT[2]
     if bias is not None:  # empty slots stay zero
-        acc += tl.where(e == EXPERTS, 0.0, tl.load(bias + column, mask=mask, other=0.0).to(tl.float32))
+        acc += tl.where(
+            e == EXPERTS, 0.0, tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
+        )
     if pre is not None:
         tl.store(pre + slot[:, None] * (P * N) + column, acc.to(pre.dtype.element_ty), mask=mask)
     value = activate(acc, ACTIVATION).to(out.dtype.element_ty)
@@ -185,7 +214,9 @@ def grouped_blocks_kernel(
     m = (tl.program_id(0) // n_tiles) * BM + tl.arange(0, BM)
     n = (tl.program_id(0) % n_tiles) * BN + tl.arange(0, BN)
     if IN_PARTS:
-        e, lo, first, rows = part_of_rows(offsets, tl.program_id(1), slots, size, P, EXPERTS, SCAN, b is not None)
+        e, lo, first, rows = part_of_rows(
+            offsets, tl.program_id(1), slots, size, P, EXPERTS, SCAN, b is not None
+        )
         if first >= rows:
             return
         last = tl.minimum(first + size, rows)
@@ -197,7 +228,9 @@ def grouped_blocks_kernel(
         last = rows
     if b is not None:
         at_b = e.to(tl.int64) * B[0] + m[:, None] * B[1] + n[None, :] * B[2]
-        bt = tl.load(b + at_b, mask=(m < M)[:, None] & (n < tl.where(e < EXPERTS, N, 0))[None, :], other=0.0)
+        bt = tl.load(
+            b + at_b, mask=(m < M)[:, None] & (n < tl.where(e < EXPERTS, N, 0))[None, :], other=0.0
+        )
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for r0 in tl.range(first, last, BK):
         r = r0 + tl.arange(0, BK)
@@ -217,13 +250,19 @@ def grouped_blocks_kernel(
             z = tl.dot(tl.trans(at), bt, input_precision=PRECISION)
         if again is not None:
             again_at = slot[:, None] * (P * N) + (r % P)[:, None] * RE[1] + (n * RE[2])[None, :]
-            tl.store(again + again_at, z.to(again.dtype.element_ty), mask=inside[:, None] & (n < N)[None, :])
+            tl.store(
+                again + again_at,
+                z.to(again.dtype.element_ty),
+                mask=inside[:, None] & (n < N)[None, :],
+            )
         if ACTIVATION != "none":
             gt = through_activation(gt.to(tl.float32), z, ACTIVATION).to(g.dtype.element_ty)
         if b is not None:
             da_at = slot[:, None] * (P * M) + (r % P)[:, None] * DA[1] + (m * DA[2])[None, :]
             found = tl.dot(gt, tl.trans(bt), input_precision=PRECISION)
-            tl.store(da + da_at, found.to(da.dtype.element_ty), mask=inside[:, None] & (m < M)[None, :])
+            tl.store(
+                da + da_at, found.to(da.dtype.element_ty), mask=inside[:, None] & (m < M)[None, :]
+            )
         acc = tl.dot(at, gt, acc, input_precision=PRECISION)
     at_out = tl.program_id(1).to(tl.int64) * (M * N) + m[:, None] * N + n[None, :]
     tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
@@ -256,9 +295,13 @@ def grouped_sum_kernel(
 
 
 def _loadable(rows: Tensor) -> Tensor:
-    """Rows that can be loaded 8 elements at a time, as copies if need be: single ones load several times slower, except
-    a few that lie beside each other (see `_interleaved`), which cost less than a copy."""
-    able = any(stride == 1 and size % 8 == 0 for stride, size in zip(rows.stride()[1:], rows.shape[1:], strict=True))
+    """Rows that can be loaded 8 elements at a time, as copies if need be: single ones load several
+    times slower, except a few that lie beside each other (see `_interleaved`), which cost less than
+    a copy."""
+    able = any(
+        stride == 1 and size % 8 == 0
+        for stride, size in zip(rows.stride()[1:], rows.shape[1:], strict=True)
+    )
     return rows if able or _interleaved(rows) else rows.contiguous()
 
 
@@ -272,13 +315,27 @@ def rows(given: RowsProduct) -> tuple[Tensor, Tensor | None]:
     rows, row_index, blocks, slots, last, out, turned = given
     a, (experts, k, n), p = _loadable(rows), blocks.shape, rows.shape[1]
     if out is None:
-        out = a.new_empty(slots.count, n, p).transpose(1, 2) if turned else a.new_empty(slots.count, p, n)
+        out = (
+            a.new_empty(slots.count, n, p).transpose(1, 2)
+            if turned
+            else a.new_empty(slots.count, p, n)
+        )
     pre = torch.empty_like(out) if last is not None and last.saves_z else None
-    bias, out_index, gates = (None,) * 3 if last is None else (last.bias, last.out_index, last.gates)
+    bias, out_index, gates = (
+        (None,) * 3 if last is None else (last.bias, last.out_index, last.gates)
+    )
     start_best(
         grouped_rows_kernel,
-        lambda tile: (cdiv(slots.count * p, tile["BM"]) + experts + 1 if slots.count else 0, cdiv(n, tile["BN"])),
-        [tile.options for tile in tiles_of(a, slots.count * p / experts, n, k, _interleaved(a) or _interleaved(out))],
+        lambda tile: (
+            cdiv(slots.count * p, tile["BM"]) + experts + 1 if slots.count else 0,
+            cdiv(n, tile["BN"]),
+        ),
+        [
+            tile.options
+            for tile in tiles_of(
+                a, slots.count * p / experts, n, k, _interleaved(a) or _interleaved(out)
+            )
+        ],
         a=a,
         b=blocks,
         out=out,
@@ -306,7 +363,8 @@ def rows(given: RowsProduct) -> tuple[Tensor, Tensor | None]:
 
 
 def blocks(given: BlocksProduct) -> Tensor:
-    """See `mpoe_kernels.linear.grouped.Grouped`. One launch, and one for the sum if there are parts."""
+    """See `mpoe_kernels.linear.grouped.Grouped`. One launch, and one for the sum if there are
+    parts."""
     a, g, b, slots = _loadable(given.rows), _loadable(given.grads), given.blocks, given.slots
     (_, p, m), n, experts = a.shape, g.shape[2], slots.offsets.shape[0] - 1
     target, rows = architecture.target_of(a.device), slots.count * p
@@ -350,5 +408,14 @@ def blocks(given: BlocksProduct) -> Tensor:
     )
     if in_parts:
         grid = cdiv(m * n, SUM_BLOCK), experts
-        start(grouped_sum_kernel, grid, parts=found, out=out, SIZE=m * n, BLOCK=SUM_BLOCK, num_warps=4, **where)
+        start(
+            grouped_sum_kernel,
+            grid,
+            parts=found,
+            out=out,
+            SIZE=m * n,
+            BLOCK=SUM_BLOCK,
+            num_warps=4,
+            **where,
+        )
     return out

@@ -1,7 +1,9 @@
-"""Caches what Triton's interpreter recomputes for every operation, half of its time; for tests only.
+"""Caches what Triton's interpreter recomputes for every operation, half of its time; for tests
+only.
 
-Every operation makes a tensor, whose type and shape are costly objects; a test has a few hundred different ones and
-makes them a hundred thousand times. Nothing that a kernel computes goes through here.
+Every operation makes a tensor, whose type and shape are costly objects; a test has a few hundred
+different ones and makes them a hundred thousand times. Nothing that a kernel computes goes through
+here.
 """
 
 from __future__ import annotations
@@ -59,11 +61,14 @@ def _keep_shapes_of_tensors() -> None:
 
 
 def _keep_names_of_builtins() -> None:
-    """Otherwise every launch searches all members of the language for those that it replaces while it runs."""
+    """Otherwise every launch searches all members of the language for those that it replaces while
+    it runs."""
     plain = interpreter._patch_builtin
     packages = (tl, tl.core, tl.tensor, tl.math, tl.core.tensor_descriptor_base)
     names = {
-        id(package): [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+        id(package): [
+            name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)
+        ]
         for package in packages
     }
 

@@ -1,11 +1,13 @@
-"""Repairs of Triton's interpreter, for tests only: its bfloat16, and half of its time. Import before any kernel.
+"""Repairs of Triton's interpreter, for tests only: its bfloat16, and half of its time. Import
+before any kernel.
 
-Triton's interpreter stores bfloat16 numbers as 16-bit patterns; `tl.dot` then multiplies the patterns as integers, and
-conversion from float32 cuts off the low bits. Both are changed to what a GPU does: products of the numbers, accumulated
-in float32, and rounding to nearest even.
+Triton's interpreter stores bfloat16 numbers as 16-bit patterns; `tl.dot` then multiplies the
+patterns as integers, and conversion from float32 cuts off the low bits. Both are changed to what a
+GPU does: products of the numbers, accumulated in float32, and rounding to nearest even.
 
-Half of the time goes into asserting that no integer sum overflows (now done only in the slow tests) and into patching
-`triton.language` again for every function call inside a kernel, although the launch has already patched it.
+Half of the time goes into asserting that no integer sum overflows (now done only in the slow tests)
+and into patching `triton.language` again for every function call inside a kernel, although the
+launch has already patched it.
 """
 
 from __future__ import annotations
@@ -44,11 +46,14 @@ class _Scope:
 
 
 def _patched_once(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Runs ``patch`` once per launch, and within it only for functions that see a language module not yet patched."""
+    """Runs ``patch`` once per launch, and within it only for functions that see a language module
+    not yet patched."""
     patched: set[int] = set()
 
     def patch_lang(function: Any) -> Any:
-        seen = {id(value) for value in function.__globals__.values() if value is tl or value is tl.core}
+        seen = {
+            id(value) for value in function.__globals__.values() if value is tl or value is tl.core
+        }
         if patched and seen <= patched:
             return _Scope(lambda: None)
         is_launch = not patched
@@ -70,13 +75,19 @@ def repair() -> None:
     if getattr(_Builder, "_mpoe_repaired", False):
         return
     if not os.environ.get("MPOE_INTERPRETER_CHECKS_OVERFLOW"):
-        interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+        interpreter.interpreter_builder.options = interpreter.InterpreterOptions(
+            sanitize_overflow=False
+        )
     interpreter_memory.keep()
     interpreter._patch_lang = _patched_once(interpreter._patch_lang)
     dot, cast, convert = _Builder.create_dot, _Builder.cast_impl, _Builder.create_fp_to_fp
 
     def widened(handle):  # type: ignore[no-untyped-def]
-        return _Handle(to_float(handle.data), tl.float32) if handle.dtype.scalar == tl.bfloat16 else handle
+        return (
+            _Handle(to_float(handle.data), tl.float32)
+            if handle.dtype.scalar == tl.bfloat16
+            else handle
+        )
 
     def create_dot(self, a, b, *rest):  # type: ignore[no-untyped-def]
         return dot(self, widened(a), widened(b), *rest)
@@ -94,7 +105,15 @@ def repair() -> None:
             return cast_impl(self, source, target)
         return convert(self, source, target, mode)
 
-    _Builder.create_dot, _Builder.cast_impl, _Builder.create_fp_to_fp = create_dot, cast_impl, create_fp_to_fp
-    if not hasattr(_Builder, "get_bf16"):  # Triton 3.6: a Python number combined with a bfloat16 tensor
-        _Builder.get_bf16 = lambda self, value: _Handle(to_bits(np.array([value], np.float32)), tl.bfloat16)
+    _Builder.create_dot, _Builder.cast_impl, _Builder.create_fp_to_fp = (
+        create_dot,
+        cast_impl,
+        create_fp_to_fp,
+    )
+    if not hasattr(
+        _Builder, "get_bf16"
+    ):  # Triton 3.6: a Python number combined with a bfloat16 tensor
+        _Builder.get_bf16 = lambda self, value: _Handle(
+            to_bits(np.array([value], np.float32)), tl.bfloat16
+        )
     _Builder._mpoe_repaired = True

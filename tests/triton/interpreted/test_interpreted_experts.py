@@ -1,4 +1,5 @@
-"""Hidden-side experts and neurons: every kernel and gradient against the float64 reference, and the launches."""
+"""Hidden-side experts and neurons: every kernel and gradient against the float64 reference, and the
+launches."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ class TestScenarios(ExpertScenarios):
 
 
 def mostly_slow(kind: type[Any], *default: str) -> pytest.MarkDecorator:
-    cases = [pytest.param(name, marks=[pytest.mark.slow] * (name not in default)) for name in CASES[kind]]
+    cases = [
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in default)) for name in CASES[kind]
+    ]
     return pytest.mark.parametrize("name", cases)
 
 
@@ -65,7 +68,8 @@ def test_a_thousand_experts() -> None:
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(
-    ("kind", "own"), [(HiddenProblem, {"groups": 1, "block": 16}), (NeuronProblem, {"neurons": 130})]
+    ("kind", "own"),
+    [(HiddenProblem, {"groups": 1, "block": 16}), (NeuronProblem, {"neurons": 130})],
 )
 def test_half_precision(kind: type[Any], own: dict[str, int], dtype: torch.dtype) -> None:
     kind(tokens=18, experts=2, gated=True, with_bias=True, dtype=dtype, **own).check("triton")
@@ -73,16 +77,24 @@ def test_half_precision(kind: type[Any], own: dict[str, int], dtype: torch.dtype
 
 @pytest.mark.parametrize(
     ("of", "dtype"),
-    pairwise([(kind, kernel) for kind in KERNELS for kernel in KERNELS[kind].TILES], [torch.float32, torch.bfloat16]),
+    pairwise(
+        [(kind, kernel) for kind in KERNELS for kernel in KERNELS[kind].TILES],
+        [torch.float32, torch.bfloat16],
+    ),
 )
 def test_a_row_of_nan_with_an_expert_stays_alone_on_every_tile(
     of: tuple[type[Any], str], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind, kernel = of
-    tiles, own = KERNELS[kind].TILES[kernel], {"groups": 2, "block": 8} if kind is HiddenProblem else {}
+    tiles, own = (
+        KERNELS[kind].TILES[kernel],
+        {"groups": 2, "block": 8} if kind is HiddenProblem else {},
+    )
     problem = kind(tokens=20, experts=2, dtype=dtype, gated=True, none_share=0.0, **own)
     others = torch.arange(20) != 7
-    monkeypatch.setattr(neurons, "ON_CHIP", dict.fromkeys(SIZES, 1000 * (kernel == "fused")))  # else it is not launched
+    monkeypatch.setattr(
+        neurons, "ON_CHIP", dict.fromkeys(SIZES, 1000 * (kernel == "fused"))
+    )  # else it is not launched
     for tile in tiles[dtype.itemsize]:
         monkeypatch.setitem(tiles, dtype.itemsize, (tile,))
         clean, rows = problem.computed("triton"), problem.inputs[problem.ROWS]
@@ -97,8 +109,14 @@ def test_a_row_of_nan_with_an_expert_stays_alone_on_every_tile(
 
 def tokens_of(call: Any, tokens: slice) -> Any:
     """The same call for some of the tokens."""
-    rows = {name: getattr(call, name) for name in ("x", "u", "u_gate", "gates", "top_k_index") if hasattr(call, name)}
-    return replace(call, **{name: None if value is None else value[tokens] for name, value in rows.items()})
+    rows = {
+        name: getattr(call, name)
+        for name in ("x", "u", "u_gate", "gates", "top_k_index")
+        if hasattr(call, name)
+    }
+    return replace(
+        call, **{name: None if value is None else value[tokens] for name, value in rows.items()}
+    )
 
 
 ALONE = {
@@ -110,7 +128,8 @@ ALONE = {
 
 
 def product_in_order(a: np.ndarray, b: np.ndarray, dtype: Any = None) -> np.ndarray:
-    """The interpreter's product as matrix units sum it: by the inner index in order, whatever the number of rows.
+    """The interpreter's product as matrix units sum it: by the inner index in order, whatever the
+    number of rows.
 
     BLAS, which NumPy calls, sums otherwise for other numbers of rows on some processors.
     """
@@ -125,7 +144,8 @@ def product_in_order(a: np.ndarray, b: np.ndarray, dtype: Any = None) -> np.ndar
 def test_a_token_has_the_same_bits_alone_and_in_any_batch(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 300 tokens: sorted in one launch or two, on every tile; alone: not sorted, narrow tiles."""
+    """Of 300 tokens: sorted in one launch or two, on every tile; alone: not sorted, narrow
+    tiles."""
     monkeypatch.setattr(np, "matmul", product_in_order)
     kind, sizes = ALONE[name]
     call, kernels = kind(tokens=300, experts=4, top_k=2, dtype=dtype, **sizes).call(), KERNELS[kind]
@@ -140,9 +160,13 @@ def test_a_token_has_the_same_bits_alone_and_in_any_batch(
 
 
 @of_each_kind
-def test_rows_of_pairs_that_do_not_fit_go_in_pieces(kind: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_pairs_that_do_not_fit_go_in_pieces(
+    kind: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of as many columns as fit; the bits stay."""
-    sizes: dict[str, int] = {"groups": 4, "block": 5} if kind is HiddenProblem else {"width": 80, "out": 70}
+    sizes: dict[str, int] = (
+        {"groups": 4, "block": 5} if kind is HiddenProblem else {"width": 80, "out": 70}
+    )
     problem = kind(tokens=40, experts=3, gated=True, with_bias=True, dtype=torch.float32, **sizes)
     monkeypatch.setattr(hidden, "_share", lambda *_: 1)
     whole = problem.computed("triton")
@@ -166,7 +190,9 @@ def test_rows_of_pairs_that_do_not_fit_go_in_pieces(kind: type[Any], monkeypatch
 
 @pytest.mark.parametrize("complete", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_opcheck(complete: bool) -> None:
-    problem = HiddenProblem(tokens=2, experts=2, top_k=1, groups=1, gated=True, with_bias=True, dtype=torch.float32)
+    problem = HiddenProblem(
+        tokens=2, experts=2, top_k=1, groups=1, gated=True, with_bias=True, dtype=torch.float32
+    )
     quick = ("test_schema", "test_autograd_registration", "test_faketensor")
     utils = (*quick, "test_aot_dispatch_dynamic") if complete else quick
     call, backward = (
@@ -174,7 +200,11 @@ def test_opcheck(complete: bool) -> None:
         problem.backward_call([True, False, True, True, True, False, True], "triton"),
     )
     opcheck(torch.ops.mpoe.hidden_experts.default, tuple(vars(call).values()), test_utils=utils)
-    opcheck(torch.ops.mpoe.hidden_experts_backward.default, tuple(vars(backward).values()), test_utils=quick)
+    opcheck(
+        torch.ops.mpoe.hidden_experts_backward.default,
+        tuple(vars(backward).values()),
+        test_utils=quick,
+    )
 
 
 # ------------------------------------------------------------------ launches
@@ -184,7 +214,9 @@ def started(problem: Any, *need: bool) -> list[Any]:
     """What a call launches on a GPU: the forward, or the needed gradients."""
     kernels = KERNELS[type(problem)]
     with recorded("sm_90") as found:
-        kernels.backward(problem.backward_call(list(need))) if need else kernels.forward(problem.call())
+        kernels.backward(problem.backward_call(list(need))) if need else kernels.forward(
+            problem.call()
+        )
     return found
 
 
@@ -196,14 +228,19 @@ def names(problem: Any, *need: bool) -> list[str]:
 @pytest.mark.parametrize("per_group", [False, True])
 def test_launches_of_the_hidden_side(per_group: bool, gated: bool) -> None:
     sizes: dict[str, Any] = {"tokens": 50, "experts": 8, "groups": 3, "block": 4}
-    problem = HiddenProblem(**sizes, per_group=per_group, gated=gated, with_bias=True, dtype=torch.float32)
+    problem = HiddenProblem(
+        **sizes, per_group=per_group, gated=gated, with_bias=True, dtype=torch.float32
+    )
     rows = ["sort_kernel", "hidden_rows_kernel", "sum_choices_kernel"]
     assert names(problem) == rows
     sums = ["sum_choices_kernel"] * gated
     assert names(problem, True, False, False, False, False, True, False) == [*rows, *sums]
     assert names(problem, *[True] * 7) == [*rows, *sums, "hidden_blocks_kernel"]
     assert names(problem, False, True, *[False] * 5) == rows[:2], "the gates' gradients are no rows"
-    assert names(problem, False, False, True, True, True, False, True) == ["sort_kernel", "hidden_blocks_kernel"]
+    assert names(problem, False, False, True, True, True, False, True) == [
+        "sort_kernel",
+        "hidden_blocks_kernel",
+    ]
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -224,7 +261,11 @@ def test_no_token_is_no_launch(kind: type[Any]) -> None:
 
 def test_a_few_pairs_are_not_sorted() -> None:
     """Two launches, with programs for a whole card."""
-    found = started(NeuronProblem(tokens=1, top_k=8, experts=64, width=768, out=768, neurons=64, dtype=torch.bfloat16))
+    found = started(
+        NeuronProblem(
+            tokens=1, top_k=8, experts=64, width=768, out=768, neurons=64, dtype=torch.bfloat16
+        )
+    )
     assert [(one.name, one.grid) for one in found] == [
         ("neurons_hidden_kernel", (8, 4)),
         ("neurons_few_kernel", (1, 24)),
@@ -240,7 +281,11 @@ def test_the_backward_finds_the_forwards_sort(kind: type[Any]) -> None:
         kind(tokens=50, dtype=torch.float32).computed("triton")
     sorts = [launch for launch in found if launch.name == "sort_kernel"]
     assert len(sorts) == 1
-    order = {launch.arguments["order"].data_ptr() for launch in found if launch.arguments.get("order") is not None}
+    order = {
+        launch.arguments["order"].data_ptr()
+        for launch in found
+        if launch.arguments.get("order") is not None
+    }
     assert order == {sorts[0].arguments["order"].data_ptr()}
     with recorded("sm_90") as found, torch.autograd.profiler.profile():
         kind(tokens=50, dtype=torch.float32).computed("triton")
@@ -254,18 +299,33 @@ def test_one_choice_needs_no_sum(kind: type[Any]) -> None:
 
 @pytest.mark.parametrize(("tokens", "least"), [(64, 0.45), (4096, 0.9)])
 def test_most_rows_of_tiles_are_in_use(tokens: int, least: float) -> None:
-    """64 experts, eight per token, chosen at random: more rows in a tile than slots of an expert would be idle."""
+    """64 experts, eight per token, chosen at random: more rows in a tile than slots of an expert
+    would be idle."""
     index = torch.rand(tokens, 64).topk(8).indices
     slots = SortedSlots(torch.empty(66 + index.numel()), 64, 8)
     counts = index.flatten().bincount(minlength=64)
     rows = slots.among(neurons.TILES["fused"][2])[0].rows
-    assert index.numel() / (rows * (counts + rows - 1).div(rows, rounding_mode="floor").sum()) >= least
+    assert (
+        index.numel() / (rows * (counts + rows - 1).div(rows, rounding_mode="floor").sum()) >= least
+    )
 
 
 def test_few_tokens_share_an_idle_device() -> None:
     """Programs for parts of the columns, each of which computes the hidden activations."""
-    sizes: dict[str, Any] = {"top_k": 2, "experts": 8, "width": 256, "out": 4096, "neurons": 32, "none_share": 0.0}
-    calls = [started(NeuronProblem(tokens=tokens, dtype=torch.bfloat16, **sizes)) for tokens in (33, 4096)]
-    (_, parts), (tiles, one) = (each.grid for call in calls for each in call if each.name == "neurons_fused_kernel")
+    sizes: dict[str, Any] = {
+        "top_k": 2,
+        "experts": 8,
+        "width": 256,
+        "out": 4096,
+        "neurons": 32,
+        "none_share": 0.0,
+    }
+    calls = [
+        started(NeuronProblem(tokens=tokens, dtype=torch.bfloat16, **sizes))
+        for tokens in (33, 4096)
+    ]
+    (_, parts), (tiles, one) = (
+        each.grid for call in calls for each in call if each.name == "neurons_fused_kernel"
+    )
     assert parts > 8
     assert (tiles > 128, one) == (True, 1)

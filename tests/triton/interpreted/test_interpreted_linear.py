@@ -31,7 +31,10 @@ def strategies_of(shape: MPOShape) -> list[str]:
 
 
 class Case(KernelProblem):
-    KERNELS, BACKEND = staticmethod(lambda strategy: fused_launch if strategy == ON_CHIP else BY_PRODUCTS), "triton"
+    KERNELS, BACKEND = (
+        staticmethod(lambda strategy: fused_launch if strategy == ON_CHIP else BY_PRODUCTS),
+        "triton",
+    )
 
 
 class TestScenarios(LinearScenarios):
@@ -50,7 +53,8 @@ class Products(TorchDispatchMode):
 
 
 def test_masked_backward_computes_less() -> None:
-    """The central gradient is not computed and then discarded: it has no launch, or no product of the library."""
+    """The central gradient is not computed and then discarded: it has no launch, or no product of
+    the library."""
     case = Case(SMALL_SHAPES["paper"], torch.bfloat16)  # float32 has no fused kernels there
     for strategy in strategies_of(case.shape):
         saved = case.forward(strategy)
@@ -86,13 +90,23 @@ def test_many_small_tiles_and_partial_sums(
     monkeypatch.setattr(grouped, "BOTH_TILES", {"interpreter": tile})
     monkeypatch.setattr(grouped, "LEAST_STEPS", 1)
     monkeypatch.setattr(architecture, "target_of", lambda _: Target("interpreter", NO_LIMIT, 132))
-    case = Case(SMALL_SHAPES[name], torch.bfloat16, 23, 3, capacity=19, with_bias=False, activation=activation)
+    case = Case(
+        SMALL_SHAPES[name],
+        torch.bfloat16,
+        23,
+        3,
+        capacity=19,
+        with_bias=False,
+        activation=activation,
+    )
     case.check(strategy)
     for first, second in zip(case.run(strategy), case.run(strategy), strict=True):
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh", "silu"])
 def test_one_reading_of_rows_gives_both_gradients(activation: str, dtype: torch.dtype) -> None:
     """Experts without slots, slots without an expert."""
@@ -105,7 +119,10 @@ def test_one_reading_of_rows_gives_both_gradients(activation: str, dtype: torch.
     with recorded("sm_90") as started:
         case.backward("separable", saved, [True] * 4 + [False])
     shared = [one.arguments for one in started if one.arguments.get("da") is not None]
-    assert [(one["ACTIVATION"], one["again"] is not None) for one in shared] == [(activation, False), ("none", True)]
+    assert [(one["ACTIVATION"], one["again"] is not None) for one in shared] == [
+        (activation, False),
+        ("none", True),
+    ]
 
 
 def test_strided_input_and_blocks() -> None:
@@ -120,7 +137,11 @@ def test_strided_input_and_blocks() -> None:
     truth = grouped_mpo_linear_reference(x.double(), doubles, offsets)
     same = grouped_mpo_linear_reference(x, blocks, offsets)
     for strategy in planned_strategies(shape):
-        assert_calibrated(grouped_mpo_linear(x, strided, offsets, strategy=strategy, backend="triton"), truth, same)
+        assert_calibrated(
+            grouped_mpo_linear(x, strided, offsets, strategy=strategy, backend="triton"),
+            truth,
+            same,
+        )
 
 
 def test_a_gated_network_with_its_gradients() -> None:
@@ -153,7 +174,8 @@ def test_slots_of_tokens_take_the_place_of_a_sort(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("strategy", ["rebuild", "chain", None])
 @pytest.mark.parametrize("name", ["bias", "row_index", "expert_offsets"])
 def test_arguments_that_lie_apart(name: str, strategy: str | None) -> None:
-    """Every other element of a longer tensor; reading the elements in between would change the result."""
+    """Every other element of a longer tensor; reading the elements in between would change the
+    result."""
     shape = SMALL_SHAPES["light"]
     arguments = {
         "bias": torch.randn(shape.out_features),
@@ -189,8 +211,12 @@ def test_fused_launches() -> None:
 
 
 def test_many_small_fused_tiles_and_partial_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_tiles, "shipped_fused", lambda *_: (FusedTile(16, 16, 16, 1 << 20, 1, 1),))
-    monkeypatch.setattr(fused_launch, "parts_of", lambda _, programs, most: max(1, min(16, most, 16 // programs)))
+    monkeypatch.setattr(
+        fused_tiles, "shipped_fused", lambda *_: (FusedTile(16, 16, 16, 1 << 20, 1, 1),)
+    )
+    monkeypatch.setattr(
+        fused_launch, "parts_of", lambda _, programs, most: max(1, min(16, most, 16 // programs))
+    )
     for shape in (UNEVEN, UNEVEN.mirrored()):
         Case(shape, tokens=20, experts=2, capacity=None, top_k=1).check(ON_CHIP)
 
@@ -198,16 +224,26 @@ def test_many_small_fused_tiles_and_partial_sums(monkeypatch: pytest.MonkeyPatch
 # ------------------------------------------------------------------ what cannot be computed
 
 
-def with_shared_memory(size: int, monkeypatch: pytest.MonkeyPatch, name: str = "interpreter") -> None:
+def with_shared_memory(
+    size: int, monkeypatch: pytest.MonkeyPatch, name: str = "interpreter"
+) -> None:
     monkeypatch.setattr(architecture, "target_of", lambda _: Target(name, size, 1))
 
 
 def test_a_dtype_or_a_device_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(dtype: torch.dtype) -> None:
-        blocks, offsets = random_blocks(SMALL_SHAPES["light"], 2, dtype), torch.tensor([0, 1, 3]).int()
+        blocks, offsets = (
+            random_blocks(SMALL_SHAPES["light"], 2, dtype),
+            torch.tensor([0, 1, 3]).int(),
+        )
         grouped_mpo_linear(torch.ones(3, 12, dtype=dtype), blocks, offsets, backend="triton")
 
-    refuses(BackendError, "linear: it computes in float32, bfloat16, float16, not in float64$", run, torch.float64)
+    refuses(
+        BackendError,
+        "linear: it computes in float32, bfloat16, float16, not in float64$",
+        run,
+        torch.float64,
+    )
     with_shared_memory(1024, monkeypatch)
     smallest = r"its smallest tile needs \d+ bytes of shared memory; the device has 1024"
     refuses(BackendError, smallest, run, torch.float32)

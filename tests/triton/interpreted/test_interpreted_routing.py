@@ -1,4 +1,5 @@
-"""Routing kernels against loops (integers: equal), dispatch and combine against the float64 reference."""
+"""Routing kernels against loops (integers: equal), dispatch and combine against the float64
+reference."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ def test_route_equals_loops(
     check_route(index, experts, capacity, mask, backend="triton")
 
 
-def decided(x: torch.Tensor, weight: torch.Tensor, top_k: int, raw: bool = True, scale: float = 1.0) -> Gating:
+def decided(
+    x: torch.Tensor, weight: torch.Tensor, top_k: int, raw: bool = True, scale: float = 1.0
+) -> Gating:
     with poisoned_memory():
         found = gating_on_gpu(x, weight, top_k, raw, scale, "triton")
     assert found is not None
@@ -68,10 +71,13 @@ GATES = [(0, 4, 2), (1, 1, 1), (37, 5, 3), (3, 1000, 16), (5, 8, 1)]  # tokens, 
 
 @pytest.mark.parametrize(("dtypes", "sizes", "raw"), pairwise(DTYPES, GATES, [False, True]))
 def test_gates_and_gradients(
-    dtypes: tuple[torch.dtype, torch.dtype], sizes: tuple[int, int, int], raw: bool, monkeypatch: pytest.MonkeyPatch
+    dtypes: tuple[torch.dtype, torch.dtype],
+    sizes: tuple[int, int, int],
+    raw: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Against float64, of logits that are the sum of several parts of the width; with a gradient of the logits, of the
-    gates, and of both."""
+    """Against float64, of logits that are the sum of several parts of the width; with a gradient of
+    the logits, of the gates, and of both."""
     monkeypatch.setattr(triton_gates, "PART_OF_WIDTH", 64)
     tokens, experts, top_k = sizes
     x = torch.randn(tokens, 130).to(dtypes[0]).requires_grad_()
@@ -86,12 +92,16 @@ def test_gates_and_gradients(
     grads = torch.randn(tokens, experts), torch.randn(tokens, top_k)
     close = [1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps for dtype in dtypes]
     for used in ((0, 1), (0,), (1,)):
-        outs, given = [[values[i] for i in used] for values in ((found.logits, found.top_k_weights), grads)]
+        outs, given = [
+            [values[i] for i in used] for values in ((found.logits, found.top_k_weights), grads)
+        ]
         with poisoned_memory():
             actual = torch.autograd.grad(outs, (x, weight), given, retain_graph=True)
         assert tuple(value.dtype for value in actual) == dtypes
         true = [(logits, gates)[i] for i in used]
-        wanted = torch.autograd.grad(true, wide, [grad.double() for grad in given], retain_graph=True)
+        wanted = torch.autograd.grad(
+            true, wide, [grad.double() for grad in given], retain_graph=True
+        )
         for value, truth, most in zip(actual, wanted, close, strict=True):
             scale = truth.abs().max().item() if truth.numel() else 1.0
             torch.testing.assert_close(value.double(), truth, rtol=most, atol=most * scale + 1e-9)
@@ -106,7 +116,9 @@ def test_gradients_of_gates_have_gradients() -> None:
 
     index = decided(x, weight, 2).top_k_index
     actual = first_derivative(lambda: decided(x, weight, 2).top_k_weights)
-    torch.testing.assert_close(actual, first_derivative(lambda: gates_of(x @ weight.t(), index, True, 1.0)))
+    torch.testing.assert_close(
+        actual, first_derivative(lambda: gates_of(x @ weight.t(), index, True, 1.0))
+    )
 
 
 def test_logits_of_a_token_do_not_depend_on_its_batch() -> None:
@@ -120,7 +132,9 @@ def test_logits_of_a_token_do_not_depend_on_its_batch() -> None:
 
 def test_gate_of_ties_infinities_and_nan() -> None:
     infinite, nan = float("inf"), float("nan")
-    logits = torch.tensor([[1.0, 1, 1, 0, 1], [-infinite, -infinite, 2, -infinite, 3], [0, nan, 1, 2, 3]])
+    logits = torch.tensor(
+        [[1.0, 1, 1, 0, 1], [-infinite, -infinite, 2, -infinite, 3], [0, nan, 1, 2, 3]]
+    )
     found = triton_gates.gate(logits[None], 3, True, 1.0)
     assert found.top_k_index[:2].tolist() == [[0, 1, 2], [4, 2, 0]]
     assert found.top_k_index[2].unique().numel() == 3
@@ -132,7 +146,9 @@ def test_gate_of_ties_infinities_and_nan() -> None:
 def test_what_is_not_gated_in_two_launches() -> None:
     x, weight = torch.zeros(1, 6), torch.zeros(4, 6)
 
-    def gated(x: torch.Tensor, weight: torch.Tensor, backend: str | None = "triton") -> Gating | None:
+    def gated(
+        x: torch.Tensor, weight: torch.Tensor, backend: str | None = "triton"
+    ) -> Gating | None:
         return gating_on_gpu(x, weight, 1, True, 1.0, backend)
 
     assert gated(x, weight) is not None
@@ -160,7 +176,9 @@ def test_slots_sorted_by_expert(
         found = routing.sort_slots(index, experts)
     assert found.pairs == tokens * top_k
     assert torch.equal(found.order[experts + 2 :].long(), keys.argsort(stable=True))
-    assert found.order[: experts + 2].tolist() == [int((keys < e).sum()) for e in range(experts + 2)]
+    assert found.order[: experts + 2].tolist() == [
+        int((keys < e).sum()) for e in range(experts + 2)
+    ]
     sizes = keys.bincount(minlength=experts + 1)
     for rows in (1, 16):
         assert ((sizes + rows - 1) // rows).sum() <= found.tiles(rows)
@@ -176,7 +194,9 @@ def test_dispatch_and_combine_with_gradients(dtype: torch.dtype, top_k: int) -> 
 def test_only_needed_gradients() -> None:
     found = route(torch.randint(0, 3, (6, 1)), 3)
     grad, y, weights = torch.randn(6, 4), torch.randn(6, 4), torch.rand(6, 1)
-    call = CombineBackwardCall(grad, y, found.token_of_slot, found.slot_of_token, weights, True, False, "triton")
+    call = CombineBackwardCall(
+        grad, y, found.token_of_slot, found.slot_of_token, weights, True, False, "triton"
+    )
     dy, dweights = routing.combine_backward(call)
     assert (dy.shape, dweights.numel()) == ((6, 4), 0)
     dy, dweights = routing.combine_backward(replace(call, need_y=False, need_weights=True))

@@ -1,4 +1,5 @@
-"""Which of a kernel's tiles a launch takes: the fastest for such a problem, or without timing the first."""
+"""Which of a kernel's tiles a launch takes: the fastest for such a problem, or without timing the
+first."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ TILES = (start.Tile(16, 16, 16, 4), start.Tile(32, 16, 16, 4))
 
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Where the interpreter may time, every run takes less time than the one before; the numbers of runs."""
+    """Where the interpreter may time, every run takes less time than the one before; the numbers of
+    runs."""
     runs: list[int] = []
 
     def milliseconds(run: Callable[[], None]) -> float:
@@ -29,7 +31,9 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(start, "in_interpreter", lambda: False)
     monkeypatch.setattr(start, "_milliseconds", milliseconds)
     monkeypatch.setattr(start, "_FASTEST", {})
-    monkeypatch.setattr(hidden, "TILES", dict.fromkeys(hidden.TILES, dict.fromkeys((2, 4), (*TILES, TILES[0]))))
+    monkeypatch.setattr(
+        hidden, "TILES", dict.fromkeys(hidden.TILES, dict.fromkeys((2, 4), (*TILES, TILES[0])))
+    )
     return runs
 
 
@@ -57,11 +61,15 @@ def test_widths_experts_and_powers_of_two_of_tokens_choose_for_themselves(timed:
     assert len(start._FASTEST) == 3
 
 
-def test_a_captured_graph_takes_what_was_timed_before(timed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_captured_graph_takes_what_was_timed_before(
+    timed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     forward()
     rows: list[int] = []
     launch = start._launch
-    monkeypatch.setattr(start, "_launch", lambda k, g, a: rows.append(a.get("BM", 0)) or launch(k, g, a))
+    monkeypatch.setattr(
+        start, "_launch", lambda k, g, a: rows.append(a.get("BM", 0)) or launch(k, g, a)
+    )
     monkeypatch.setattr(start, "is_traced", lambda: True)
     forward()
     assert rows[1] == 32
@@ -70,7 +78,9 @@ def test_a_captured_graph_takes_what_was_timed_before(timed: list[int], monkeypa
     assert timed == [0, 1]
 
 
-def test_a_tile_that_does_not_fit_is_passed_over(timed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tile_that_does_not_fit_is_passed_over(
+    timed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     launch = start._launch
 
     def refuse(kernel, grid, arguments) -> None:
@@ -104,11 +114,14 @@ def test_nothing_is_timed_where_results_must_not_depend_on_a_clock(
 
 
 def test_tiles_of_a_kernel_share_the_order_of_sums_and_the_number_of_parts() -> None:
-    """Partial results are allocated before the tile is known, and a token's bits must not depend on it."""
+    """Partial results are allocated before the tile is known, and a token's bits must not depend on
+    it."""
     for table in (hidden.TILES, hidden.LARGE_TILES, neurons.TILES):
         for kernel, by_size in table.items():
             for tiles in by_size.values():
-                assert len({(tile.columns, tile.inner) for tile in tiles}) == 1 or kernel == "weights"
+                assert (
+                    len({(tile.columns, tile.inner) for tile in tiles}) == 1 or kernel == "weights"
+                )
     for size in (2, 4):
         for same in (("fused", "hidden", "few hidden"), ("rows", "few rows")):
             assert len({neurons.TILES[kernel][size][0].inner for kernel in same}) == 1

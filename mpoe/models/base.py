@@ -45,7 +45,7 @@ from mpoe_kernels.version import __version__
 # of every model's output, see `mpoe.models.classes.RoutingFields`
 ROUTING_FIELDS = ("task_loss", "aux_loss", "router_logits", "expert_load")
 REMOTE_FILE = "modeling_mpoe.py"
-REMOTE_CODE = '''"""Opens this model in programs that do not import mpoe (``trust_remote_code=True``)."""
+REMOTE_CODE = '''"""Opens this model in programs without mpoe (``trust_remote_code=True``)."""
 
 try:
     from mpoe.models import {names}

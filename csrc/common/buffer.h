@@ -12,8 +12,8 @@
 
 namespace mpoe {
 
-// Uninitialised memory aligned to cache lines. On Linux, large buffers get huge pages if the system grants them on
-// request.
+// Uninitialised memory aligned to cache lines. On Linux, large buffers get huge pages if the system
+// grants them on request.
 template <class T>
 class Buffer {
  public:
@@ -23,10 +23,13 @@ class Buffer {
     const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T) + 64;
     const bool large = bytes >= 2 * kHugePage;
     void* memory = nullptr;
-    if (posix_memalign(&memory, large ? kHugePage : 64, bytes) != 0) throw std::bad_alloc();
+    if (posix_memalign(&memory, large ? kHugePage : 64, bytes) != 0)
+      throw std::bad_alloc();
     data_ = static_cast<T*>(memory);
 #if defined(__linux__)
-    if (large) madvise(data_, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // a hint: failure changes nothing
+    if (large)
+      madvise(
+          data_, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // a hint: failure changes nothing
 #endif
   }
   Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }

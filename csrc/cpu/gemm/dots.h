@@ -1,4 +1,5 @@
-// Products with the transpose of a matrix that is read in place, for rows too few to repay packing it.
+// Products with the transpose of a matrix that is read in place, for rows too few to repay packing
+// it.
 #pragma once
 
 #include "cpu/gemm/gemm.h"
@@ -13,8 +14,11 @@ constexpr std::int64_t kLongestDot = 384;  // vectors summed before their lanes 
 
 // sum[r][c] += one step of a unit (vector.h) of rows `a` times rows `b`
 template <class T, int step, int rows, int columns>
-inline void dot_step(
-    Floats (&sum)[rows][columns], const T* a, std::int64_t a_stride, const T* b, std::int64_t b_stride) {
+inline void dot_step(Floats (&sum)[rows][columns],
+                     const T* a,
+                     std::int64_t a_stride,
+                     const T* b,
+                     std::int64_t b_stride) {
   using Product = UnitProduct<T>;
   typename Product::Operand left[rows];
 #pragma GCC unroll 4
@@ -23,30 +27,42 @@ inline void dot_step(
 #pragma GCC unroll 4
   for (int c = 0; c < columns; ++c) {
     auto right = Product::template load<step>(reinterpret_cast<const char*>(b + c * b_stride));
-    if constexpr (rows > 1) keep(right);
+    if constexpr (rows > 1)
+      keep(right);
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) sum[r][c] = Product::multiply(sum[r][c], left[r], right);
+    for (int r = 0; r < rows; ++r)
+      sum[r][c] = Product::multiply(sum[r][c], left[r], right);
   }
 }
 
 // Not inlined: tests/native/test_hot_loops.py finds it.
 template <class T, int rows, int columns>
-[[gnu::noinline]] void dot_tile(
-    std::int64_t k, const T* a, std::int64_t a_stride, const T* b, std::int64_t b_stride, float* out,
-    std::int64_t out_stride, bool accumulate) {
+[[gnu::noinline]] void dot_tile(std::int64_t k,
+                                const T* a,
+                                std::int64_t a_stride,
+                                const T* b,
+                                std::int64_t b_stride,
+                                float* out,
+                                std::int64_t out_stride,
+                                bool accumulate) {
   constexpr std::int64_t kVector = kWidth * 4 / sizeof(T);
   Floats sum[rows][columns] = {};
-  const auto add = [&sum](const T* left, std::int64_t left_stride, const T* right, std::int64_t right_stride) {
-    dot_step<T, 0>(sum, left, left_stride, right, right_stride);
-    if constexpr (UnitProduct<T>::kSteps == 2) dot_step<T, 1>(sum, left, left_stride, right, right_stride);
-  };
+  const auto add =
+      [&sum](const T* left, std::int64_t left_stride, const T* right, std::int64_t right_stride) {
+        dot_step<T, 0>(sum, left, left_stride, right, right_stride);
+        if constexpr (UnitProduct<T>::kSteps == 2)
+          dot_step<T, 1>(sum, left, left_stride, right, right_stride);
+      };
   std::int64_t i = 0;
 #pragma GCC unroll 1
-  for (; i + kVector <= k; i += kVector) add(a + i, a_stride, b + i, b_stride);
+  for (; i + kVector <= k; i += kVector)
+    add(a + i, a_stride, b + i, b_stride);
   if (i < k) {
     alignas(64) T tail[rows + columns][kVector] = {};
-    for (int r = 0; r < rows; ++r) std::memcpy(tail[r], a + r * a_stride + i, (k - i) * sizeof(T));
-    for (int c = 0; c < columns; ++c) std::memcpy(tail[rows + c], b + c * b_stride + i, (k - i) * sizeof(T));
+    for (int r = 0; r < rows; ++r)
+      std::memcpy(tail[r], a + r * a_stride + i, (k - i) * sizeof(T));
+    for (int c = 0; c < columns; ++c)
+      std::memcpy(tail[rows + c], b + c * b_stride + i, (k - i) * sizeof(T));
     add(tail[0], kVector, tail[rows], kVector);
   }
 #pragma GCC unroll 4
@@ -59,31 +75,56 @@ template <class T, int rows, int columns>
 }
 
 template <class T, int columns>
-void dot_rows(
-    std::int64_t rows, std::int64_t k, const T* a, std::int64_t a_stride, const T* b, std::int64_t b_stride, float* out,
-    std::int64_t out_stride) {
+void dot_rows(std::int64_t rows,
+              std::int64_t k,
+              const T* a,
+              std::int64_t a_stride,
+              const T* b,
+              std::int64_t b_stride,
+              float* out,
+              std::int64_t out_stride) {
   constexpr std::int64_t kLongest = kLongestDot * kWidth * 4 / sizeof(T);
   for (std::int64_t first = 0; first < k; first += kLongest) {
     const std::int64_t length = k - first < kLongest ? k - first : kLongest;
     std::int64_t r = 0;
     for (; r + kDotRows <= rows; r += kDotRows)
-      dot_tile<T, kDotRows, columns>(
-          length, a + r * a_stride + first, a_stride, b + first, b_stride, out + r * out_stride, out_stride, first > 0);
+      dot_tile<T, kDotRows, columns>(length,
+                                     a + r * a_stride + first,
+                                     a_stride,
+                                     b + first,
+                                     b_stride,
+                                     out + r * out_stride,
+                                     out_stride,
+                                     first > 0);
     for (; r < rows; ++r)
-      dot_tile<T, 1, columns>(
-          length, a + r * a_stride + first, a_stride, b + first, b_stride, out + r * out_stride, out_stride, first > 0);
+      dot_tile<T, 1, columns>(length,
+                              a + r * a_stride + first,
+                              a_stride,
+                              b + first,
+                              b_stride,
+                              out + r * out_stride,
+                              out_stride,
+                              first > 0);
   }
 }
 
 template <class T>
-void multiply_dots(
-    std::int64_t rows, std::int64_t columns, std::int64_t k, const void* a, std::int64_t a_stride, const void* b,
-    std::int64_t b_stride, float* out, std::int64_t out_stride) {
+void multiply_dots(std::int64_t rows,
+                   std::int64_t columns,
+                   std::int64_t k,
+                   const void* a,
+                   std::int64_t a_stride,
+                   const void* b,
+                   std::int64_t b_stride,
+                   float* out,
+                   std::int64_t out_stride) {
   const T *left = static_cast<const T*>(a), *right = static_cast<const T*>(b);
   std::int64_t c = 0;
   for (; c + kDotColumns <= columns; c += kDotColumns)
-    dot_rows<T, kDotColumns>(rows, k, left, a_stride, right + c * b_stride, b_stride, out + c, out_stride);
-  for (; c < columns; ++c) dot_rows<T, 1>(rows, k, left, a_stride, right + c * b_stride, b_stride, out + c, out_stride);
+    dot_rows<T, kDotColumns>(
+        rows, k, left, a_stride, right + c * b_stride, b_stride, out + c, out_stride);
+  for (; c < columns; ++c)
+    dot_rows<T, 1>(rows, k, left, a_stride, right + c * b_stride, b_stride, out + c, out_stride);
 }
 
 }  // namespace

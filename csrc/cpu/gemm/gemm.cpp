@@ -11,7 +11,8 @@ namespace {
 GemmKernels amx_kernels() {
   GemmKernels kernels = kGemmAvx512Bf16[1];
   kernels.best_rows = kMaxRows;
-  kernels.longest_sum = 1024;  // bfloat16 rounding outweighs that of longer sums, and starting tiles takes time
+  // Bfloat16 rounding outweighs that of longer sums, and starting tiles takes time
+  kernels.longest_sum = 1024;
   kernels.multiply_rows = amx_multiply_rows;
   kernels.multiply_columns = amx_multiply_columns;
   return kernels;
@@ -24,7 +25,8 @@ const GemmKernels& gemm_kernels(Dtype dtype) {
   const int index = dtype == Dtype::kBFloat16 ? 1 : 0;
 #if defined(__x86_64__)
   static const GemmKernels amx = amx_kernels();
-  if (index == 1 && active_isa() == Isa::kAmx) return amx;
+  if (index == 1 && active_isa() == Isa::kAmx)
+    return amx;
 #endif
   return MPOE_TABLE_IN_USE(kGemm)[index];
 }

@@ -1,7 +1,8 @@
-// bfloat16 products with AMX: tiles of 16 rows of 64 bytes, C [16, 16] += A [16, 16 units] B [16 units, 16]. Sixteen
-// units of a packed panel already are two such B, and rows read in place are A. Two by two of them make 32 x 32.
-// AVX512-BF16 does short sums and the remainders of others: starting tiles takes as long as 300 of its instructions.
-// The choice depends only on units, since the number of rows at a time may depend on the number of threads.
+// bfloat16 products with AMX: tiles of 16 rows of 64 bytes, C [16, 16] += A [16, 16 units] B [16
+// units, 16]. Sixteen units of a packed panel already are two such B, and rows read in place are A.
+// Two by two of them make 32 x 32. AVX512-BF16 does short sums and the remainders of others:
+// starting tiles takes as long as 300 of its instructions. The choice depends only on units, since
+// the number of rows at a time may depend on the number of threads.
 
 #include <immintrin.h>
 
@@ -23,10 +24,15 @@ constexpr int64_t kShortSum = 2 * kSide;  // fewer units than this do not justif
 const GemmKernels& vectors = kGemmAvx512Bf16[1];
 
 // Units that AMX tiles multiply.
-int64_t tile_units(int64_t units) { return units < kShortSum ? 0 : units / kSide * kSide; }
+int64_t tile_units(int64_t units) {
+  return units < kShortSum ? 0 : units / kSide * kSide;
+}
 
-// The tile intrinsics do not tell the compiler what memory they read: all pending writes must come before them.
-inline void finish_writes(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
+// The tile intrinsics do not tell the compiler what memory they read: all pending writes must come
+// before them.
+inline void finish_writes(const void* memory) {
+  asm volatile("" : : "r"(memory) : "memory");
+}
 
 // What LDTILECFG reads (Intel's Architecture Instruction Set Extensions, chapter 3).
 struct alignas(64) TileShapes {
@@ -57,9 +63,13 @@ void shape_tiles(int64_t rows) {
 
 // C (accumulate: +)= `steps` steps of 16 units. both: more than 16 rows.
 template <bool both>
-void multiply_tiles(
-    int64_t steps, const char* a, int64_t a_row, const char* panel, float* tile, int64_t tile_stride,
-    bool accumulate) {
+void multiply_tiles(int64_t steps,
+                    const char* a,
+                    int64_t a_row,
+                    const char* panel,
+                    float* tile,
+                    int64_t tile_stride,
+                    bool accumulate) {
   const int64_t bytes = tile_stride * 4;
   float* const below = tile + kSide * tile_stride;
   if (accumulate) {
@@ -101,19 +111,29 @@ void multiply_tiles(
   }
 }
 
-void multiply_shaped(
-    int64_t rows, int64_t steps, const char* a, int64_t a_row, const char* panel, float* tile, int64_t tile_stride,
-    bool accumulate) {
+void multiply_shaped(int64_t rows,
+                     int64_t steps,
+                     const char* a,
+                     int64_t a_row,
+                     const char* panel,
+                     float* tile,
+                     int64_t tile_stride,
+                     bool accumulate) {
   finish_writes(a);
-  (rows > kSide ? multiply_tiles<true> : multiply_tiles<false>)(
-      steps, a, a_row, panel, tile, tile_stride, accumulate);
+  (rows > kSide ? multiply_tiles<true>
+                : multiply_tiles<false>)(steps, a, a_row, panel, tile, tile_stride, accumulate);
 }
 
 }  // namespace
 
-void amx_multiply_rows(
-    int64_t rows, int64_t units, const void* a, int64_t a_stride, const void* panel, float* tile, int64_t tile_stride,
-    bool accumulate) {
+void amx_multiply_rows(int64_t rows,
+                       int64_t units,
+                       const void* a,
+                       int64_t a_stride,
+                       const void* panel,
+                       float* tile,
+                       int64_t tile_stride,
+                       bool accumulate) {
   const char* const left = static_cast<const char*>(a);
   const char* const right = static_cast<const char*>(panel);
   const int64_t whole = tile_units(units);
@@ -121,24 +141,40 @@ void amx_multiply_rows(
     // Whole tiles first rather than equal ones: changing the shape takes as long as a tile's sum.
     for (int64_t first = 0; first < rows; first += kMaxRows) {
       const int64_t count = std::min(kMaxRows, rows - first);
-      if (first == 0 || count < kMaxRows) shape_tiles(count);
-      multiply_shaped(
-          count, whole / kSide, left + first * a_stride * 4, a_stride * 4, right, tile + first * tile_stride,
-          tile_stride,
-          accumulate);
+      if (first == 0 || count < kMaxRows)
+        shape_tiles(count);
+      multiply_shaped(count,
+                      whole / kSide,
+                      left + first * a_stride * 4,
+                      a_stride * 4,
+                      right,
+                      tile + first * tile_stride,
+                      tile_stride,
+                      accumulate);
     }
     _tile_release();
   }
-  if (whole == units) return;
-  vectors.multiply_rows(
-      rows, units - whole, left + whole * 4, a_stride, right + whole * kPanelRow, tile, tile_stride,
-      accumulate || whole > 0);
+  if (whole == units)
+    return;
+  vectors.multiply_rows(rows,
+                        units - whole,
+                        left + whole * 4,
+                        a_stride,
+                        right + whole * kPanelRow,
+                        tile,
+                        tile_stride,
+                        accumulate || whole > 0);
 }
 
-void amx_multiply_columns(
-    int64_t rows, int64_t units, const void* a, const void* panel, float* tile, int64_t tile_stride, bool accumulate) {
-  // Units of a row are apart in a panel of A but adjacent in a tile: transposed piece by piece, into rows of an odd
-  // number of cache lines.
+void amx_multiply_columns(int64_t rows,
+                          int64_t units,
+                          const void* a,
+                          const void* panel,
+                          float* tile,
+                          int64_t tile_stride,
+                          bool accumulate) {
+  // Units of a row are apart in a panel of A but adjacent in a tile: transposed piece by piece,
+  // into rows of an odd number of cache lines.
   constexpr int64_t kPiece = 128, kRow = (kPiece + kSide) * 4;
   alignas(64) char turned[kPanel * kRow];
   const char* const left = static_cast<const char*>(a);
@@ -148,17 +184,31 @@ void amx_multiply_columns(
     const int64_t count = std::min(kPiece, whole - first);
     for (int64_t r = 0; r < rows; r += kSide)
       for (int64_t u = 0; u < count; u += kSide)
-        transpose_units(left + (first + u) * kPanelRow + r * 4, kPanelRow, turned + r * kRow + u * 4, kRow);
-    if (first == 0) shape_tiles(rows);
-    multiply_shaped(
-        rows, count / kSide, turned, kRow, right + first * kPanelRow, tile, tile_stride, accumulate || first > 0);
+        transpose_units(
+            left + (first + u) * kPanelRow + r * 4, kPanelRow, turned + r * kRow + u * 4, kRow);
+    if (first == 0)
+      shape_tiles(rows);
+    multiply_shaped(rows,
+                    count / kSide,
+                    turned,
+                    kRow,
+                    right + first * kPanelRow,
+                    tile,
+                    tile_stride,
+                    accumulate || first > 0);
   }
-  if (whole > 0) _tile_release();
-  if (whole == units) return;
+  if (whole > 0)
+    _tile_release();
+  if (whole == units)
+    return;
   for (int64_t r = 0; r < rows; r += vectors.best_rows)
-    vectors.multiply_columns(
-        std::min(vectors.best_rows, rows - r), units - whole, left + whole * kPanelRow + r * 4,
-        right + whole * kPanelRow, tile + r * tile_stride, tile_stride, accumulate || whole > 0);
+    vectors.multiply_columns(std::min(vectors.best_rows, rows - r),
+                             units - whole,
+                             left + whole * kPanelRow + r * 4,
+                             right + whole * kPanelRow,
+                             tile + r * tile_stride,
+                             tile_stride,
+                             accumulate || whole > 0);
 }
 
 }  // namespace mpoe

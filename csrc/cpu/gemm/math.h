@@ -7,17 +7,25 @@
 namespace mpoe {
 namespace {
 
-inline Floats select(Words mask, Floats yes, Floats no) { return (Floats)(((Words)yes & mask) | ((Words)no & ~mask)); }
-inline Floats maximum(Floats a, Floats b) { return select((Words)(a > b), a, b); }
-inline Floats minimum(Floats a, Floats b) { return select((Words)(a < b), a, b); }
+inline Floats select(Words mask, Floats yes, Floats no) {
+  return (Floats)(((Words)yes & mask) | ((Words)no & ~mask));
+}
+inline Floats maximum(Floats a, Floats b) {
+  return select((Words)(a > b), a, b);
+}
+inline Floats minimum(Floats a, Floats b) {
+  return select((Words)(a < b), a, b);
+}
 
-// e^x: x = n ln 2 + r, a Taylor polynomial of degree 7 in r, |r| <= ln 2 / 2 (error below 1e-8), times 2^n.
+// e^x: x = n ln 2 + r, a Taylor polynomial of degree 7 in r, |r| <= ln 2 / 2 (error below 1e-8),
+// times 2^n.
 inline Floats exponential(Floats x) {
   const Floats bounded = minimum(maximum(x, splat(-87.0f)), splat(88.0f));
   constexpr float kRound = 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
   const Floats shifted = bounded * 1.44269504f + kRound;
   const Floats n = shifted - kRound;
-  const Floats r = multiply_add(n, splat(1.90465421e-9f), multiply_add(n, splat(-0.693147182f), bounded));
+  const Floats r =
+      multiply_add(n, splat(1.90465421e-9f), multiply_add(n, splat(-0.693147182f), bounded));
   Floats p = splat(1.0f / 5040);
   p = multiply_add(p, r, splat(1.0f / 720));
   p = multiply_add(p, r, splat(1.0f / 120));
@@ -31,9 +39,12 @@ inline Floats exponential(Floats x) {
   return select((Words)(x != x), x, result);
 }
 
-inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
+inline Floats sigmoid(Floats x) {
+  return 1.0f / (1.0f + exponential(-x));
+}
 
-// erf by the rational approximation of degree 13 over 8 that Eigen and XLA use, relative error < 4e-7.
+// erf by the rational approximation of degree 13 over 8 that Eigen and XLA use, relative error <
+// 4e-7.
 inline Floats error_function(Floats x) {
   const Floats c = minimum(maximum(x, splat(-3.74392116f)), splat(3.74392116f));
   const Floats s = c * c;
@@ -49,7 +60,8 @@ inline Floats error_function(Floats x) {
   q = multiply_add(q, s, splat(0.11098505178285362f));
   q = multiply_add(q, s, splat(0.49746925110067538f));
   q = multiply_add(q, s, splat(1.0f));
-  // Beyond the clamp erf is within 2e-7 of 1. A large pre-activation would multiply any error: return the sign itself.
+  // Beyond the clamp erf is within 2e-7 of 1. A large pre-activation would multiply any error:
+  // return the sign itself.
   const Floats sign = select((Words)(x < 0.0f), splat(-1.0f), splat(1.0f));
   const Floats result = select((Words)(c * sign > 3.7439f), sign, c * p / q);
   return select((Words)(x != x), x, result);
@@ -59,23 +71,29 @@ constexpr float kGeluTanhScale = 2 * 0.7978845608f;  // tanh(u) = 2 sigmoid(2 u)
 
 template <Activation kind>
 inline Floats activate(Floats z) {
-  if constexpr (kind == Activation::kRelu) return select((Words)(z < 0.0f), Floats{}, z);  // NaN stays
-  if constexpr (kind == Activation::kGelu) return 0.5f * z * (1.0f + error_function(z * 0.70710678f));
-  if constexpr (kind == Activation::kGeluTanh) return z * sigmoid(kGeluTanhScale * (z + 0.044715f * z * z * z));
-  if constexpr (kind == Activation::kSilu) return z * sigmoid(z);
+  if constexpr (kind == Activation::kRelu)
+    return select((Words)(z < 0.0f), Floats{}, z);  // NaN stays
+  if constexpr (kind == Activation::kGelu)
+    return 0.5f * z * (1.0f + error_function(z * 0.70710678f));
+  if constexpr (kind == Activation::kGeluTanh)
+    return z * sigmoid(kGeluTanhScale * (z + 0.044715f * z * z * z));
+  if constexpr (kind == Activation::kSilu)
+    return z * sigmoid(z);
   return z;
 }
 
 // grad * activation'(saved)
 template <Activation kind>
 inline Floats deactivate(Floats grad, Floats saved) {
-  if constexpr (kind == Activation::kRelu) return select((Words)(saved > 0.0f), grad, Floats{});
+  if constexpr (kind == Activation::kRelu)
+    return select((Words)(saved > 0.0f), grad, Floats{});
   if constexpr (kind == Activation::kGelu) {
     const Floats cdf = 0.5f * (1.0f + error_function(saved * 0.70710678f));
     return grad * (cdf + saved * 0.39894228f * exponential(-0.5f * saved * saved));
   }
   if constexpr (kind == Activation::kGeluTanh) {
-    const Floats falling = exponential(-kGeluTanhScale * (saved + 0.044715f * saved * saved * saved));
+    const Floats falling =
+        exponential(-kGeluTanhScale * (saved + 0.044715f * saved * saved * saved));
     const Floats s = 1.0f / (1.0f + falling);
     const Floats slope = falling * s * s;  // s (1 - s), exact where s is near 1
     return grad * (s + saved * slope * kGeluTanhScale * (1.0f + 3 * 0.044715f * saved * saved));

@@ -1,5 +1,5 @@
-// Products A^T B, summed over the rows of both: weight gradients. A batch of rows at a time, A is transposed and B is
-// packed into panels; the rows are the inner axis. Sums are float32.
+// Products A^T B, summed over the rows of both: weight gradients. A batch of rows at a time, A is
+// transposed and B is packed into panels; the rows are the inner axis. Sums are float32.
 #pragma once
 
 #include <algorithm>
@@ -12,43 +12,67 @@ namespace mpoe {
 
 // out[c] = column c of `rows` rows, padded with zeros to whole units.
 template <class T>
-void turn_rows(
-    const GemmKernels& gemm, const T* in, std::int64_t stride, std::int64_t rows, std::int64_t columns, T* out,
-    std::int64_t out_stride) {
+void turn_rows(const GemmKernels& gemm,
+               const T* in,
+               std::int64_t stride,
+               std::int64_t rows,
+               std::int64_t columns,
+               T* out,
+               std::int64_t out_stride) {
   gemm.transpose(in, stride, rows, columns, out, out_stride);
   for (std::int64_t k = rows; k < padded_k(gemm, rows); ++k)
-    for (std::int64_t c = 0; c < columns; ++c) out[c * out_stride + k] = T{};
+    for (std::int64_t c = 0; c < columns; ++c)
+      out[c * out_stride + k] = T{};
 }
 
-// sum[i][j] = (accumulate: +) sum_r A(r, i) B(r, j) for i < m and the columns j of the panels `columns` of B.
-// `k`: rows, in whole units. `a` holds A^T with rows `a_stride` apart; `sum` has rows `stride` floats apart, in whole
-// panels.
+// sum[i][j] = (accumulate: +) sum_r A(r, i) B(r, j) for i < m and the columns j of the panels
+// `columns` of B. `k`: rows, in whole units. `a` holds A^T with rows `a_stride` apart; `sum` has
+// rows `stride` floats apart, in whole panels.
 template <class T>
-void multiply_outer(
-    const GemmKernels& gemm, std::int64_t k, std::int64_t m, const T* a, std::int64_t a_stride, Span columns,
-    const T* b_panels, float* sum, std::int64_t stride, bool accumulate) {
+void multiply_outer(const GemmKernels& gemm,
+                    std::int64_t k,
+                    std::int64_t m,
+                    const T* a,
+                    std::int64_t a_stride,
+                    Span columns,
+                    const T* b_panels,
+                    float* sum,
+                    std::int64_t stride,
+                    bool accumulate) {
   // Rows of A^T that stay in the L2 cache while panels of B stream past.
   const std::int64_t row_bytes = k * static_cast<std::int64_t>(sizeof(T));
-  const std::int64_t group = std::max<std::int64_t>(1, 512 * 1024 / row_bytes / kStripRows) * kStripRows;
+  const std::int64_t group =
+      std::max<std::int64_t>(1, 512 * 1024 / row_bytes / kStripRows) * kStripRows;
   for (std::int64_t start = 0; start < m; start += group)
-    multiply_all(
-        gemm, std::min(group, m - start), k, a + start * a_stride, a_stride, b_panels + columns.first * kPanel * k,
-        (columns.last - columns.first) * kPanel,
-        [&](std::int64_t first, std::int64_t rows, std::int64_t c, const float* tile) {
-          for (std::int64_t r = 0; r < rows; ++r) {
-            float* to = sum + (start + first + r) * stride + columns.first * kPanel + c;
-            const float* from = tile + r * kPanel;
-            for (std::int64_t i = 0; i < kPanel; ++i) to[i] = accumulate ? to[i] + from[i] : from[i];
-          }
-        });
+    multiply_all(gemm,
+                 std::min(group, m - start),
+                 k,
+                 a + start * a_stride,
+                 a_stride,
+                 b_panels + columns.first * kPanel * k,
+                 (columns.last - columns.first) * kPanel,
+                 [&](std::int64_t first, std::int64_t rows, std::int64_t c, const float* tile) {
+                   for (std::int64_t r = 0; r < rows; ++r) {
+                     float* to = sum + (start + first + r) * stride + columns.first * kPanel + c;
+                     const float* from = tile + r * kPanel;
+                     for (std::int64_t i = 0; i < kPanel; ++i)
+                       to[i] = accumulate ? to[i] + from[i] : from[i];
+                   }
+                 });
 }
 
-// out [m, n] = A^T B of few rows, rounded. A tile goes straight to its place, one row of tiles after the other: `out`
-// is written nearly in memory order, and there are no sums in memory.
+// out [m, n] = A^T B of few rows, rounded. A tile goes straight to its place, one row of tiles
+// after the other: `out` is written nearly in memory order, and there are no sums in memory.
 template <class T>
-void outer_of_few(
-    const GemmKernels& gemm, std::int64_t rows, const T* a, std::int64_t a_stride, std::int64_t m, const T* b,
-    std::int64_t b_stride, std::int64_t n, T* out) {
+void outer_of_few(const GemmKernels& gemm,
+                  std::int64_t rows,
+                  const T* a,
+                  std::int64_t a_stride,
+                  std::int64_t m,
+                  const T* b,
+                  std::int64_t b_stride,
+                  std::int64_t n,
+                  T* out) {
   const std::int64_t units = ceil_divide(rows, gemm.unit), panel = units * gemm.unit * kPanel;
   const std::int64_t panels = ceil_divide(n, kPanel);
   Buffer<T> a_panels(ceil_divide(m, kPanel) * panel), b_panels(panels * panel);
@@ -57,11 +81,19 @@ void outer_of_few(
   parallel_for(0, ceil_divide(m, kPanel), 1, [&](std::int64_t begin, std::int64_t end) {
     alignas(64) float tile[kMaxRows * kPanel];
     for_column_tiles(
-        gemm, std::min(m, end * kPanel) - begin * kPanel, units, a_panels.get() + begin * panel, panels,
+        gemm,
+        std::min(m, end * kPanel) - begin * kPanel,
+        units,
+        a_panels.get() + begin * panel,
+        panels,
         [&](const T* columns, std::int64_t first, std::int64_t count, std::int64_t p) {
-          multiply_columns(gemm, count, units, columns, b_panels.get() + p * panel, tile, kPanel, false);
-          gemm.store(
-              tile, count, std::min(kPanel, n - p * kPanel), out + (begin * kPanel + first) * n + p * kPanel, n);
+          multiply_columns(
+              gemm, count, units, columns, b_panels.get() + p * panel, tile, kPanel, false);
+          gemm.store(tile,
+                     count,
+                     std::min(kPanel, n - p * kPanel),
+                     out + (begin * kPanel + first) * n + p * kPanel,
+                     n);
         });
   });
 }
@@ -71,25 +103,41 @@ template <class T>
 class OuterSum {
  public:
   OuterSum(const GemmKernels& gemm, std::int64_t m, std::int64_t n)
-      : gemm_(gemm), m_(m), n_(n), stride_(round_up(n, kPanel)),
+      : gemm_(gemm),
+        m_(m),
+        n_(n),
+        stride_(round_up(n, kPanel)),
         most_units_(std::clamp<std::int64_t>(512 * 1024 / (4 * (m + n)), 64, 1024)),
-        a_stride_(row_stride(gemm, most_units_ * gemm.unit)), a_(m * a_stride_),
+        a_stride_(row_stride(gemm, most_units_ * gemm.unit)),
+        a_(m * a_stride_),
         b_(most_units_ * gemm.unit * stride_) {}
 
   // Row stride of a sum, in floats.
   std::int64_t stride() const { return stride_; }
 
   // sum [m, stride] (+)= the product over `rows` rows of a [rows, m] and b [rows, n].
-  void operator()(
-      std::int64_t rows, const T* a, std::int64_t a_stride, const T* b, std::int64_t b_stride, float* sum,
-      bool accumulate) {
+  void operator()(std::int64_t rows,
+                  const T* a,
+                  std::int64_t a_stride,
+                  const T* b,
+                  std::int64_t b_stride,
+                  float* sum,
+                  bool accumulate) {
     const std::int64_t most = most_units_ * gemm_.unit;
     for (std::int64_t first = 0; first < rows; first += most) {
       const std::int64_t count = std::min(most, rows - first), k = padded_k(gemm_, count);
       turn_rows(gemm_, a + first * a_stride, a_stride, count, m_, a_.get(), a_stride_);
       gemm_.pack(b_.get(), k / gemm_.unit, b + first * b_stride, b_stride, count, n_);
-      multiply_outer(
-          gemm_, k, m_, a_.get(), a_stride_, {0, stride_ / kPanel}, b_.get(), sum, stride_, accumulate || first > 0);
+      multiply_outer(gemm_,
+                     k,
+                     m_,
+                     a_.get(),
+                     a_stride_,
+                     {0, stride_ / kPanel},
+                     b_.get(),
+                     sum,
+                     stride_,
+                     accumulate || first > 0);
     }
   }
 

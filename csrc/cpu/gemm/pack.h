@@ -8,7 +8,9 @@ namespace mpoe {
 namespace {
 
 // 32 units of one panel row from one row (float) or two rows (bfloat16; `next` null: zeros) of B.
-inline void interleave(const float* row, const float*, float* units) { std::memcpy(units, row, kPanel * 4); }
+inline void interleave(const float* row, const float*, float* units) {
+  std::memcpy(units, row, kPanel * 4);
+}
 inline void interleave(const BFloat16* row, const BFloat16* next, float* units) {
 #if defined(__AVX512BW__)
   alignas(64) static constexpr std::uint16_t kOrder[64] = {
@@ -18,11 +20,13 @@ inline void interleave(const BFloat16* row, const BFloat16* next, float* units) 
   const __m512i low = _mm512_loadu_si512(row);
   const __m512i high = next == nullptr ? _mm512_setzero_si512() : _mm512_loadu_si512(next);
   _mm512_storeu_si512(units, _mm512_permutex2var_epi16(low, _mm512_load_si512(kOrder), high));
-  _mm512_storeu_si512(units + 16, _mm512_permutex2var_epi16(low, _mm512_load_si512(kOrder + 32), high));
+  _mm512_storeu_si512(units + 16,
+                      _mm512_permutex2var_epi16(low, _mm512_load_si512(kOrder + 32), high));
 #else
   for (std::int64_t c = 0; c < kPanel; c += kWidth) {
     Words value = widen(load_vector<Halves>(row + c));
-    if (next != nullptr) value |= widen(load_vector<Halves>(next + c)) << 16;
+    if (next != nullptr)
+      value |= widen(load_vector<Halves>(next + c)) << 16;
     store_vector(units + c, value);
   }
 #endif
@@ -33,15 +37,21 @@ template <class T>
 inline void interleave_part(const T* row, const T* next, std::int64_t columns, float* units) {
   T padded[2][kPanel] = {};
   std::memcpy(padded[0], row, columns * sizeof(T));
-  if (next != nullptr) std::memcpy(padded[1], next, columns * sizeof(T));
+  if (next != nullptr)
+    std::memcpy(padded[1], next, columns * sizeof(T));
   interleave(padded[0], padded[1], units);
 }
 
 template <class T>
-void pack(
-    void* panels, std::int64_t panel_units, const void* b, std::int64_t stride, std::int64_t k, std::int64_t columns) {
+void pack(void* panels,
+          std::int64_t panel_units,
+          const void* b,
+          std::int64_t stride,
+          std::int64_t k,
+          std::int64_t columns) {
   constexpr std::int64_t unit = 4 / sizeof(T);
-  // Panels written at the same time: enough to use whole pages of B, few enough for the ways of a cache set.
+  // Panels written at the same time: enough to use whole pages of B, few enough for the ways of a
+  // cache set.
   constexpr std::int64_t kGroup = 4;
   constexpr std::int64_t kAhead = 8;  // units
   const std::int64_t units = ceil_divide(k, unit);
@@ -51,8 +61,8 @@ void pack(
     for (std::int64_t u = 0; u < units; ++u) {
       const T* row = source + u * unit * stride;
       const T* next = unit == 2 && u * unit + 1 < k ? row + stride : nullptr;
-      // Rows are in different pages, and the hardware does not prefetch across pages: fetch what comes kAhead units
-      // later, in this group or the next.
+      // Rows are in different pages, and the hardware does not prefetch across pages: fetch what
+      // comes kAhead units later, in this group or the next.
       const std::int64_t wrapped = u + kAhead < units ? 0 : kGroup * kPanel - units * unit * stride;
       const std::int64_t ahead = kAhead * unit * stride + wrapped;
       for (std::int64_t c = first; c < last; c += kPanel) {
@@ -69,7 +79,8 @@ void pack(
 }
 
 template <class T>
-void pack_granules(void* panel, const void* b, std::int64_t stride, std::int64_t k, const ColumnMap& columns) {
+void pack_granules(
+    void* panel, const void* b, std::int64_t stride, std::int64_t k, const ColumnMap& columns) {
   constexpr std::int64_t unit = 4 / sizeof(T);
   const T* source = static_cast<const T*>(b);
   float* target = static_cast<float*>(panel);
@@ -84,7 +95,8 @@ void pack_granules(void* panel, const void* b, std::int64_t stride, std::int64_t
           std::memcpy(granule, from, kGranule * sizeof(T));
         } else {
           const std::int64_t valid = exists ? columns.valid[g] : 0;
-          for (std::int64_t c = 0; c < kGranule; ++c) granule[c] = c < valid ? from[c] : T{};
+          for (std::int64_t c = 0; c < kGranule; ++c)
+            granule[c] = c < valid ? from[c] : T{};
         }
       }
     }
@@ -123,15 +135,21 @@ inline void transpose_words(__m512i row[16]) {
 }
 #endif
 
-// 16 columns x 16 units from [column][unit] to [unit][column]; false: not available, nothing is done.
-inline bool transpose_units(const char* from, std::int64_t from_bytes, char* to, std::int64_t to_bytes) {
+// 16 columns x 16 units from [column][unit] to [unit][column]; false: not available, nothing is
+// done.
+inline bool transpose_units(const char* from,
+                            std::int64_t from_bytes,
+                            char* to,
+                            std::int64_t to_bytes) {
 #if defined(__AVX512F__)
   __m512i rows[16];
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512(from + i * from_bytes);
+  for (int i = 0; i < 16; ++i)
+    rows[i] = _mm512_loadu_si512(from + i * from_bytes);
   transpose_words(rows);
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_bytes, rows[i]);
+  for (int i = 0; i < 16; ++i)
+    _mm512_storeu_si512(to + i * to_bytes, rows[i]);
   return true;
 #else
   (void)from, (void)from_bytes, (void)to, (void)to_bytes;
@@ -140,33 +158,42 @@ inline bool transpose_units(const char* from, std::int64_t from_bytes, char* to,
 }
 
 template <class T>
-void pack_transposed(
-    void* panels, std::int64_t panel_units, const void* b, std::int64_t stride, std::int64_t k, std::int64_t columns) {
+void pack_transposed(void* panels,
+                     std::int64_t panel_units,
+                     const void* b,
+                     std::int64_t stride,
+                     std::int64_t k,
+                     std::int64_t columns) {
   constexpr std::int64_t unit = 4 / sizeof(T);
   const std::int64_t units = ceil_divide(k, unit), whole = k / unit;
   const T* source = static_cast<const T*>(b);
   for (std::int64_t first = 0; first < columns; first += 16) {
-    float* panel = static_cast<float*>(panels) + first / kPanel * kPanel * panel_units + first % kPanel;
+    float* panel =
+        static_cast<float*>(panels) + first / kPanel * kPanel * panel_units + first % kPanel;
     const T* rows = source + first * stride;
     std::int64_t u = 0;
     if (first + 16 <= columns)
       for (; u + 16 <= whole; u += 16)
-        if (!transpose_units(
-                reinterpret_cast<const char*>(rows + u * unit), stride * sizeof(T),
-                reinterpret_cast<char*>(panel + u * kPanel), kPanel * 4))
+        if (!transpose_units(reinterpret_cast<const char*>(rows + u * unit),
+                             stride * sizeof(T),
+                             reinterpret_cast<char*>(panel + u * kPanel),
+                             kPanel * 4))
           break;
     for (; u < units; ++u)
       for (std::int64_t c = 0; c < 16; ++c) {
         T pair[unit] = {};
         if (first + c < columns)
-          for (std::int64_t i = 0; i < unit && u * unit + i < k; ++i) pair[i] = rows[c * stride + u * unit + i];
+          for (std::int64_t i = 0; i < unit && u * unit + i < k; ++i)
+            pair[i] = rows[c * stride + u * unit + i];
         std::memcpy(panel + u * kPanel + c, pair, 4);
       }
   }
   const std::int64_t half = round_up(columns, 16);
-  if (half % kPanel == 0) return;
+  if (half % kPanel == 0)
+    return;
   float* panel = static_cast<float*>(panels) + half / kPanel * kPanel * panel_units + 16;
-  for (std::int64_t u = 0; u < units; ++u) std::memset(panel + u * kPanel, 0, 64);
+  for (std::int64_t u = 0; u < units; ++u)
+    std::memset(panel + u * kPanel, 0, 64);
 }
 
 // Side of the largest block that can be transposed in registers, or 1 if there is none.
@@ -177,11 +204,15 @@ constexpr std::int64_t kBlock16 =
     1;
 #endif
 
-inline void transpose_block(const BFloat16* in, std::int64_t in_stride, BFloat16* out, std::int64_t out_stride) {
+inline void transpose_block(const BFloat16* in,
+                            std::int64_t in_stride,
+                            BFloat16* out,
+                            std::int64_t out_stride) {
 #if defined(__SSE2__)
   __m128i a[8], b[8];
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) a[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i * in_stride));
+  for (int i = 0; i < 8; ++i)
+    a[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i * in_stride));
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     b[2 * i] = _mm_unpacklo_epi16(a[i], a[i + 4]);
@@ -198,16 +229,20 @@ inline void transpose_block(const BFloat16* in, std::int64_t in_stride, BFloat16
     b[2 * i + 1] = _mm_unpackhi_epi16(a[i], a[i + 4]);
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i * out_stride), b[i]);
+  for (int i = 0; i < 8; ++i)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i * out_stride), b[i]);
 #else
   (void)in, (void)in_stride, (void)out, (void)out_stride;
 #endif
 }
 
 template <class T>
-void transpose(
-    const void* in, std::int64_t in_stride, std::int64_t rows, std::int64_t columns, void* out,
-    std::int64_t out_stride) {
+void transpose(const void* in,
+               std::int64_t in_stride,
+               std::int64_t rows,
+               std::int64_t columns,
+               void* out,
+               std::int64_t out_stride) {
   const T* from = static_cast<const T*>(in);
   T* to = static_cast<T*>(out);
   std::int64_t whole_rows = 0, whole_columns = 0;
@@ -223,9 +258,10 @@ void transpose(
     whole_columns = whole_rows == 0 ? 0 : columns / 16 * 16;
     for (std::int64_t r = 0; r < whole_rows; r += 16)
       for (std::int64_t c = 0; c < whole_columns; c += 16)
-        transpose_units(
-            reinterpret_cast<const char*>(from + r * in_stride + c), in_stride * 4,
-            reinterpret_cast<char*>(to + c * out_stride + r), out_stride * 4);
+        transpose_units(reinterpret_cast<const char*>(from + r * in_stride + c),
+                        in_stride * 4,
+                        reinterpret_cast<char*>(to + c * out_stride + r),
+                        out_stride * 4);
 #elif defined(__SSE2__)
     whole_rows = rows / 4 * 4;
     whole_columns = whole_rows == 0 ? 0 : columns / 4 * 4;
@@ -233,10 +269,12 @@ void transpose(
       for (std::int64_t c = 0; c < whole_columns; c += 4) {
         __m128 row[4];
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) row[i] = _mm_loadu_ps(from + (r + i) * in_stride + c);
+        for (int i = 0; i < 4; ++i)
+          row[i] = _mm_loadu_ps(from + (r + i) * in_stride + c);
         _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) _mm_storeu_ps(to + (c + i) * out_stride + r, row[i]);
+        for (int i = 0; i < 4; ++i)
+          _mm_storeu_ps(to + (c + i) * out_stride + r, row[i]);
       }
 #endif
   }

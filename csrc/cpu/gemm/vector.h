@@ -1,5 +1,6 @@
-// Vectors of the instruction set that the including file is compiled for, with the compilers' vector extension.
-// Everything is in an anonymous namespace: files compiled for different instruction sets must not share a copy.
+// Vectors of the instruction set that the including file is compiled for, with the compilers'
+// vector extension. Everything is in an anonymous namespace: files compiled for different
+// instruction sets must not share a copy.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +23,8 @@ constexpr int kTileRows = 6, kTileVectors = 2;
 #else
 constexpr int kWidth = 4;  // SSE2, NEON
 #if defined(__aarch64__)
-constexpr int kTileRows = 8, kTileVectors = 2;  // 32 registers; sums for four pipelines of multiply-adds
+constexpr int kTileRows = 8,
+              kTileVectors = 2;  // 32 registers; sums for four pipelines of multiply-adds
 #else
 constexpr int kTileRows = 6, kTileVectors = 2;
 #endif
@@ -43,10 +45,14 @@ inline void store_vector(void* address, V value) {
   std::memcpy(address, &value, sizeof value);
 }
 
-// `0 + value` would be an addition, since 0 + -0 is 0; `value - 0` is value: one broadcast, from memory if it is there.
-inline Floats splat(float value) { return value - Floats{}; }
+// `0 + value` would be an addition, since 0 + -0 is 0; `value - 0` is value: one broadcast, from
+// memory if it is there.
+inline Floats splat(float value) {
+  return value - Floats{};
+}
 
-// Keeps an operand of several products in a register: compilers would load it again for each where they are few.
+// Keeps an operand of several products in a register: compilers would load it again for each where
+// they are few.
 template <class V>
 inline void keep([[maybe_unused]] V& value) {
 #if defined(__AVX2__)
@@ -76,11 +82,19 @@ inline Words widen(Halves value) {
 }
 
 // kWidth floats from and to memory of T.
-inline Floats load_floats(const float* address) { return load_vector<Floats>(address); }
-inline Floats load_floats(const BFloat16* address) { return (Floats)(widen(load_vector<Halves>(address)) << 16); }
+inline Floats load_floats(const float* address) {
+  return load_vector<Floats>(address);
+}
+inline Floats load_floats(const BFloat16* address) {
+  return (Floats)(widen(load_vector<Halves>(address)) << 16);
+}
 #if defined(__AVX512BF16__)
-inline Halves round_to_bfloat16(Floats value) { return (Halves)_mm512_cvtneps_pbh((__m512)value); }
-inline Words bfloat16_bits(Floats value) { return widen(round_to_bfloat16(value)); }
+inline Halves round_to_bfloat16(Floats value) {
+  return (Halves)_mm512_cvtneps_pbh((__m512)value);
+}
+inline Words bfloat16_bits(Floats value) {
+  return widen(round_to_bfloat16(value));
+}
 #else
 inline Words bfloat16_bits(Floats value) {
   const Words bits = (Words)value;
@@ -88,29 +102,39 @@ inline Words bfloat16_bits(Floats value) {
   const Words nan = (Words)(value != value);
   return (rounded & ~nan) | (nan & 0x7fc0u);
 }
-inline Halves round_to_bfloat16(Floats value) { return __builtin_convertvector(bfloat16_bits(value), Halves); }
+inline Halves round_to_bfloat16(Floats value) {
+  return __builtin_convertvector(bfloat16_bits(value), Halves);
+}
 #endif
-inline void store_floats(float* address, Floats value) { store_vector(address, value); }
-inline void store_floats(BFloat16* address, Floats value) { store_vector(address, round_to_bfloat16(value)); }
+inline void store_floats(float* address, Floats value) {
+  store_vector(address, value);
+}
+inline void store_floats(BFloat16* address, Floats value) {
+  store_vector(address, round_to_bfloat16(value));
+}
 
 // One number in every place: two copies of a bfloat16 number shifted to one float.
-inline Floats splat_of(const float* address) { return splat(*address); }
+inline Floats splat_of(const float* address) {
+  return splat(*address);
+}
 inline Floats splat_of(const BFloat16* address) {
   using Pairs = std::uint16_t __attribute__((vector_size(4 * kWidth)));
   return (Floats)((Words)(address->bits - Pairs{}) << 16);
 }
 
-// The sum of a vector's numbers, by halves. In registers: a loop over elements in memory waits for its own stores.
+// The sum of a vector's numbers, by halves. In registers: a loop over elements in memory waits for
+// its own stores.
 inline float sum_of(Floats value) {
   using Quarters = float __attribute__((vector_size(16)));
 #if defined(__AVX512F__)
-  const __m256 eight =
-      _mm256_add_ps(_mm512_castps512_ps256((__m512)value), _mm512_extractf32x8_ps((__m512)value, 1));
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256((__m512)value),
+                                     _mm512_extractf32x8_ps((__m512)value, 1));
 #elif defined(__AVX2__)
   const __m256 eight = (__m256)value;
 #endif
 #if defined(__AVX2__)
-  const Quarters four = (Quarters)_mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const Quarters four =
+      (Quarters)_mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
 #else
   const Quarters four = value;
 #endif
@@ -128,9 +152,10 @@ inline float load_float(const char* address) {
   return value;
 }
 
-// acc + a0 b0 (+ a1 b1 for bfloat16), for one unit `a` and a vector of units `b`, in kSteps multiply-adds, each loading
-// its operands: the first for all rows, then the second, so that registers hold one step's operands at a time.
-// kRows: rows of a tile, as many as leave registers for the operands.
+// acc + a0 b0 (+ a1 b1 for bfloat16), for one unit `a` and a vector of units `b`, in kSteps
+// multiply-adds, each loading its operands: the first for all rows, then the second, so that
+// registers hold one step's operands at a time. kRows: rows of a tile, as many as leave registers
+// for the operands.
 template <class T>
 struct UnitProduct;
 
@@ -139,10 +164,16 @@ struct UnitProduct<float> {
   static constexpr int kSteps = 1, kRows = kTileRows;
   using Operand = Floats;
   template <int step>
-  static inline Operand broadcast(const char* address) { return splat(load_float(address)); }
+  static inline Operand broadcast(const char* address) {
+    return splat(load_float(address));
+  }
   template <int step>
-  static inline Operand load(const char* address) { return load_vector<Floats>(address); }
-  static inline Floats multiply(Floats acc, Operand a, Operand b) { return multiply_add(a, b, acc); }
+  static inline Operand load(const char* address) {
+    return load_vector<Floats>(address);
+  }
+  static inline Floats multiply(Floats acc, Operand a, Operand b) {
+    return multiply_add(a, b, acc);
+  }
 };
 
 template <>
@@ -157,7 +188,9 @@ struct UnitProduct<BFloat16> {
     return _mm512_set1_epi32(value);
   }
   template <int step>
-  static inline Operand load(const char* address) { return _mm512_loadu_si512(address); }
+  static inline Operand load(const char* address) {
+    return _mm512_loadu_si512(address);
+  }
   static inline Floats multiply(Floats acc, Operand a, Operand b) {
     return (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
   }
@@ -165,12 +198,20 @@ struct UnitProduct<BFloat16> {
   static constexpr int kSteps = 2, kRows = kTileRows - 1;  // the mask needs a register too
   using Operand = Floats;
   template <int step>
-  static inline Operand half(Words units) { return (Floats)(step == 0 ? units << 16 : units & 0xffff0000u); }
+  static inline Operand half(Words units) {
+    return (Floats)(step == 0 ? units << 16 : units & 0xffff0000u);
+  }
   template <int step>
-  static inline Operand broadcast(const char* address) { return half<step>((Words)splat(load_float(address))); }
+  static inline Operand broadcast(const char* address) {
+    return half<step>((Words)splat(load_float(address)));
+  }
   template <int step>
-  static inline Operand load(const char* address) { return half<step>(load_vector<Words>(address)); }
-  static inline Floats multiply(Floats acc, Operand a, Operand b) { return multiply_add(a, b, acc); }
+  static inline Operand load(const char* address) {
+    return half<step>(load_vector<Words>(address));
+  }
+  static inline Floats multiply(Floats acc, Operand a, Operand b) {
+    return multiply_add(a, b, acc);
+  }
 #endif
 };
 

@@ -1,11 +1,14 @@
-// o[t, g, :] = sum_k gates[t, k] act(u[t, g, :] R_e + bias_e) L_e, e = index[t, k], and its gradients, on raw pointers.
+// o[t, g, :] = sum_k gates[t, k] act(u[t, g, :] R_e + bias_e) L_e, e = index[t, k], and its
+// gradients, on raw pointers.
 //
-// Everything is local to a group g of `block` hidden units. Slots are sorted by expert once, for all groups. Per
-// (expert, group), rows are gathered, multiplied with the packed blocks and added to float32 sums, expert by expert:
-// the order of every sum is fixed, whatever the number of threads. A token's last slot writes its sum to the result.
-// Groups with their own blocks are processed together if few tokens make few sums, `kOwnFloats`: an expert's blocks are
-// read in the order of memory. Groups that share their blocks are always processed together, each group of a token as a
-// row, in tiles of tokens with at most `kTileFloats` sums. Nothing of size T x K x F is stored.
+// Everything is local to a group g of `block` hidden units. Slots are sorted by expert once, for
+// all groups. Per (expert, group), rows are gathered, multiplied with the packed blocks and added
+// to float32 sums, expert by expert: the order of every sum is fixed, whatever the number of
+// threads. A token's last slot writes its sum to the result. Groups with their own blocks are
+// processed together if few tokens make few sums, `kOwnFloats`: an expert's blocks are read in the
+// order of memory. Groups that share their blocks are always processed together, each group of a
+// token as a row, in tiles of tokens with at most `kTileFloats` sums. Nothing of size T x K x F is
+// stored.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +20,8 @@ namespace mpoe {
 
 struct HiddenExperts {
   Dtype dtype;  // kFloat32 or kBFloat16: dtype of everything except the gates
-  std::int64_t tokens, features, block, experts, own_groups, top_k;  // own_groups: features / block, or 1: shared
+  std::int64_t tokens, features, block, experts, own_groups,
+      top_k;  // own_groups: features / block, or 1: shared
   Activation activation;
   const void* u;              // [T, F]
   const void* u_gate;         // [T, F] or null
@@ -43,14 +47,19 @@ struct HiddenExpertsGradients {
   void* du_gate;
   void* dright_gate;
 };
-void hidden_experts_backward(const HiddenExperts& in, const void* grad, const HiddenExpertsGradients& out);
+void hidden_experts_backward(const HiddenExperts& in,
+                             const void* grad,
+                             const HiddenExpertsGradients& out);
 
-// ------------------------------------------------------------------ between hidden_experts.cpp and its bodies
+// --------------------------------------------------- between hidden_experts.cpp and its bodies
 
-constexpr std::int64_t kTileFloats = 1 << 18;  // 1 MiB of sums, more if those of kChunk tokens are more
-constexpr std::int64_t kOwnFloats = 1 << 16;   // the same for groups with their own blocks; more if one group's are
-constexpr std::int64_t kChunk = 64;            // maximum rows that are processed at once
-constexpr std::int64_t kFewRows = 3;           // of an expert: packing its blocks costs more than reading them per row
+// 1 MiB of sums, more if those of kChunk tokens are more
+constexpr std::int64_t kTileFloats = 1 << 18;
+// The same for groups with their own blocks; more if one group's are
+constexpr std::int64_t kOwnFloats = 1 << 16;
+constexpr std::int64_t kChunk = 64;  // maximum rows that are processed at once
+// Of an expert: packing its blocks costs more than reading them per row.
+constexpr std::int64_t kFewRows = 3;
 
 // Whether a slot is the first or the last of its token.
 constexpr std::uint8_t kFirst = 1, kLast = 2;
@@ -78,15 +87,20 @@ static inline std::int64_t rows_at_once(const HiddenExperts& in, const HiddenSlo
 struct HiddenPart {
   std::int64_t first, last;
   float* scratch;
-  float* cores;       // [E, 2 or 3 (right, left, right_gate), b, b], sums of this part; E = 1 if groups have their own
+  float* cores;  // [E, 2 or 3 (right, left, right_gate), b, b], sums of this part; E = 1 if groups
+                 // have their own
   float* slot_gates;  // [groups, T * K]: gradients of gates, by group; null: not wanted
 };
 
 struct HiddenKernels {
-  void (*forward)(const GemmKernels&, const HiddenExperts&, const HiddenSlots&, const HiddenPart&, void* out);
-  void (*backward)(
-      const GemmKernels&, const HiddenExperts&, const HiddenSlots&, const HiddenPart&, const void* grad,
-      const HiddenExpertsGradients&);
+  void (*forward)(
+      const GemmKernels&, const HiddenExperts&, const HiddenSlots&, const HiddenPart&, void* out);
+  void (*backward)(const GemmKernels&,
+                   const HiddenExperts&,
+                   const HiddenSlots&,
+                   const HiddenPart&,
+                   const void* grad,
+                   const HiddenExpertsGradients&);
 };
 
 // Indexed by is_bfloat16.

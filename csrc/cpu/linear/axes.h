@@ -1,5 +1,5 @@
-// The axes of the blocks and of the rows that they multiply, the addresses of elements, and copies that change the
-// order of axes in a state of the rows.
+// The axes of the blocks and of the rows that they multiply, the addresses of elements, and copies
+// that change the order of axes in a state of the rows.
 #pragma once
 
 #include <array>
@@ -8,17 +8,30 @@
 
 namespace mpoe {
 
-enum Axis : int { kInLeft, kOutLeft, kBondLeft, kInCentral, kOutCentral, kBondRight, kInRight, kOutRight };
+enum Axis : int {
+  kInLeft,
+  kOutLeft,
+  kBondLeft,
+  kInCentral,
+  kOutCentral,
+  kBondRight,
+  kInRight,
+  kOutRight
+};
 constexpr int kAxes = 8;
 
-using Axes = std::vector<Axis>;                    // from the slowest to the fastest
-using AxisValues = std::array<std::int64_t, kAxes>;  // per axis: its size, or its stride in elements
+using Axes = std::vector<Axis>;  // from the slowest to the fastest
+// Per axis: its size, or its stride in elements
+using AxisValues = std::array<std::int64_t, kAxes>;
 
-inline AxisValues axis_sizes(const BlockDims& d) { return {d.iL, d.jL, d.a, d.iC, d.jC, d.b, d.iR, d.jR}; }
+inline AxisValues axis_sizes(const BlockDims& d) {
+  return {d.iL, d.jL, d.a, d.iC, d.jC, d.b, d.iR, d.jR};
+}
 
 inline std::int64_t product(const AxisValues& sizes, const Axes& axes) {
   std::int64_t elements = 1;
-  for (const Axis axis : axes) elements *= sizes[axis];
+  for (const Axis axis : axes)
+    elements *= sizes[axis];
   return elements;
 }
 
@@ -35,9 +48,11 @@ struct AxisMatrix {
   AxisValues strides(const AxisValues& sizes) const {
     AxisValues found{};
     std::int64_t step = 1;
-    for (auto axis = columns.rbegin(); axis != columns.rend(); ++axis) found[*axis] = step, step *= sizes[*axis];
+    for (auto axis = columns.rbegin(); axis != columns.rend(); ++axis)
+      found[*axis] = step, step *= sizes[*axis];
     step = row_stride;
-    for (auto axis = rows.rbegin(); axis != rows.rend(); ++axis) found[*axis] = step, step *= sizes[*axis];
+    for (auto axis = rows.rbegin(); axis != rows.rend(); ++axis)
+      found[*axis] = step, step *= sizes[*axis];
     return found;
   }
 };
@@ -51,9 +66,11 @@ class Permutation {
     std::vector<Move> moves;
     for (const Axis axis : to.rows + to.columns) {
       const Move next{sizes[axis], from_strides[axis], to_strides[axis]};
-      if (next.size == 1) continue;
+      if (next.size == 1)
+        continue;
       // Axes adjacent in both orders are merged.
-      if (!moves.empty() && moves.back().from == next.size * next.from && moves.back().to == next.size * next.to)
+      if (!moves.empty() && moves.back().from == next.size * next.from &&
+          moves.back().to == next.size * next.to)
         moves.back() = {moves.back().size * next.size, next.from, next.to};
       else
         moves.push_back(next);
@@ -62,7 +79,8 @@ class Permutation {
       inner_ = moves.back();
       moves.pop_back();
     }
-    const auto fastest = std::find_if(moves.begin(), moves.end(), [](const Move& move) { return move.from == 1; });
+    const auto fastest =
+        std::find_if(moves.begin(), moves.end(), [](const Move& move) { return move.from == 1; });
     if (inner_.to == 1 && fastest != moves.end()) {
       across_ = *fastest;
       moves.erase(fastest);
@@ -72,30 +90,41 @@ class Permutation {
       const auto before = std::move(places_);
       places_.clear();
       for (const auto& [source, target] : before)
-        for (std::int64_t i = 0; i < move.size; ++i) places_.push_back({source + i * move.from, target + i * move.to});
+        for (std::int64_t i = 0; i < move.size; ++i)
+          places_.push_back({source + i * move.from, target + i * move.to});
     }
   }
 
-  // Copies `count` tensors, `in_step` elements apart, to others `out_step` apart. `gemm` is for the elements' dtype.
+  // Copies `count` tensors, `in_step` elements apart, to others `out_step` apart. `gemm` is for the
+  // elements' dtype.
   template <class T>
-  void run(
-      const GemmKernels& gemm, std::int64_t count, const T* in, std::int64_t in_step, T* out,
-      std::int64_t out_step) const {
-    for (std::int64_t k = 0; k < count; ++k, in += in_step, out += out_step) copy(gemm, 0, places(), in, out);
+  void run(const GemmKernels& gemm,
+           std::int64_t count,
+           const T* in,
+           std::int64_t in_step,
+           T* out,
+           std::int64_t out_step) const {
+    for (std::int64_t k = 0; k < count; ++k, in += in_step, out += out_step)
+      copy(gemm, 0, places(), in, out);
   }
   // One tensor, by all threads.
   template <class T>
   void run_by_all(const GemmKernels& gemm, const T* in, T* out) const {
     const std::int64_t grain = ceil_divide(16 * 1024, inner_.size * across_.size);
-    parallel_for(0, places(), grain, [&](std::int64_t begin, std::int64_t end) { copy(gemm, begin, end, in, out); });
+    parallel_for(0, places(), grain, [&](std::int64_t begin, std::int64_t end) {
+      copy(gemm, begin, end, in, out);
+    });
   }
   // Whether both orders are the same, without padding.
-  bool is_identity() const { return places() == 1 && across_.size == 1 && inner_.from == 1 && inner_.to == 1; }
+  bool is_identity() const {
+    return places() == 1 && across_.size == 1 && inner_.from == 1 && inner_.to == 1;
+  }
 
  private:
   std::int64_t places() const { return static_cast<std::int64_t>(places_.size()); }
   template <class T>
-  void copy(const GemmKernels& gemm, std::int64_t begin, std::int64_t end, const T* in, T* out) const {
+  void copy(
+      const GemmKernels& gemm, std::int64_t begin, std::int64_t end, const T* in, T* out) const {
     for (std::int64_t p = begin; p < end; ++p) {
       const auto& [from, to] = places_[p];
       if (inner_.from == 1 && inner_.to == 1)
@@ -103,15 +132,17 @@ class Permutation {
       else if (across_.size > 1)
         gemm.transpose(in + from, inner_.from, inner_.size, across_.size, out + to, across_.to);
       else
-        for (std::int64_t i = 0; i < inner_.size; ++i) out[to + i * inner_.to] = in[from + i * inner_.from];
+        for (std::int64_t i = 0; i < inner_.size; ++i)
+          out[to + i * inner_.to] = in[from + i * inner_.from];
     }
   }
 
   struct Move {
     std::int64_t size, from, to;  // of an axis, and its strides in both orders
   };
-  Move inner_{1, 1, 1};   // the fastest axis of the target
-  Move across_{1, 1, 1};  // the fastest axis of the source, if it is a different one and `inner_` is dense
+  Move inner_{1, 1, 1};  // the fastest axis of the target
+  Move across_{
+      1, 1, 1};  // the fastest axis of the source, if it is a different one and `inner_` is dense
   std::vector<std::pair<std::int64_t, std::int64_t>> places_;  // offsets along the others in both
 };
 

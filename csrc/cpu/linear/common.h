@@ -1,4 +1,5 @@
-// Shared by the strategies of the grouped linear layer: tiles of slots, rows of tokens, columns and bias of a result.
+// Shared by the strategies of the grouped linear layer: tiles of slots, rows of tokens, columns and
+// bias of a result.
 #pragma once
 
 #include <algorithm>
@@ -16,10 +17,12 @@ namespace mpoe {
 // Calls f(expert, slots) for every expert with slots in `block`.
 template <class F>
 void for_each_expert(const LinearInputs& in, Span block, const F& f) {
-  std::int64_t e = std::upper_bound(in.offsets, in.offsets + in.experts + 1, block.first) - in.offsets - 1;
+  std::int64_t e =
+      std::upper_bound(in.offsets, in.offsets + in.experts + 1, block.first) - in.offsets - 1;
   for (; e < in.experts && in.offsets[e] < block.last; ++e) {
     const Span slots{std::max(block.first, in.offsets[e]), std::min(block.last, in.offsets[e + 1])};
-    if (slots.first < slots.last) f(e, slots);
+    if (slots.first < slots.last)
+      f(e, slots);
   }
 }
 
@@ -34,7 +37,8 @@ inline ColumnMap consecutive(std::int64_t first, std::int64_t limit) {
   ColumnMap map{};
   for (std::int64_t g = 0; g < kPanel / kGranule; ++g) {
     map.offset[g] = first + g * kGranule;
-    map.valid[g] = static_cast<std::int32_t>(std::clamp<std::int64_t>(limit - map.offset[g], 0, kGranule));
+    map.valid[g] =
+        static_cast<std::int32_t>(std::clamp<std::int64_t>(limit - map.offset[g], 0, kGranule));
   }
   return map;
 }
@@ -50,13 +54,16 @@ inline void load_bias(const LinearForward& in, std::int64_t first, std::int64_t 
 // Zeros the rows [first, last) of a result.
 inline void zero_rows(void* out, std::int64_t first, std::int64_t last, std::int64_t row_bytes) {
   if (out != nullptr && last > first)
-    std::memset(static_cast<char*>(out) + first * row_bytes, 0, static_cast<std::size_t>((last - first) * row_bytes));
+    std::memset(static_cast<char*>(out) + first * row_bytes,
+                0,
+                static_cast<std::size_t>((last - first) * row_bytes));
 }
 
 // Zeros the rows of the results that no expert owns; whether there are others.
 template <class T>
 inline bool zero_the_rest(const LinearForward& in) {
-  for (void* rows : {in.y, in.saved}) zero_rows(rows, in.filled(), in.slots, in.dims.out_features * sizeof(T));
+  for (void* rows : {in.y, in.saved})
+    zero_rows(rows, in.filled(), in.slots, in.dims.out_features * sizeof(T));
   zero_rows(in.h, in.filled(), in.slots, in.dims.jC * in.dims.b * sizeof(T));
   return in.filled() > 0;
 }

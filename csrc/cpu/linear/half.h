@@ -1,10 +1,12 @@
-// The strategy half_left, for few slots per expert: LC = left_e central is built per expert, and rows are multiplied by
-// LC and right_e in the given order. Both orders work chunk by chunk, so that LC and the rows between the two
-// products stay in cache:
-//   LC first:  u[t, iR, (jL jC b)] = x[t, iR, (iC iL)] LC,   y[t, (jL jC), jR] = u[t, (jL jC), (iR b)] right, by jL
-//   R first:   s[(iL iC b), (t jR)] = x[t, (iL iC), iR] right,   y^T[(jL jC), (t jR)] = LC[(jL jC), (iL iC b)] s, by iL
-// b is padded to whole granules. Products write their results in the place and the layout in which the next one reads
-// them.
+// The strategy half_left, for few slots per expert: LC = left_e central is built per expert, and
+// rows are multiplied by LC and right_e in the given order. Both orders work chunk by chunk, so
+// that LC and the rows between the two products stay in cache:
+//   LC first:  u[t, iR, (jL jC b)] = x[t, iR, (iC iL)] LC,
+//              y[t, (jL jC), jR] = u[t, (jL jC), (iR b)] right, by jL
+//   R first:   s[(iL iC b), (t jR)] = x[t, (iL iC), iR] right,
+//              y^T[(jL jC), (t jR)] = LC[(jL jC), (iL iC b)] s, by iL
+// b is padded to whole granules. Products write their results in the place and the layout in which
+// the next one reads them.
 #pragma once
 
 #include "cpu/linear/blocks.h"
@@ -16,38 +18,47 @@ constexpr std::int64_t kChunkBytes = 256 * 1024;
 
 // Shared by both orders.
 struct HalfPlan {
-  std::int64_t b;              // in whole granules
+  std::int64_t b;               // in whole granules
   std::int64_t central_panels;  // of columns (jC b)
   std::int64_t a_units;
   bool half_first;
 
   HalfPlan(const GemmKernels& gemm, const BlockDims& d, bool half_first)
-      : b(round_up(d.b, kGranule)), central_panels(ceil_divide(d.jC * b, kPanel)),
-        a_units(ceil_divide(d.a, gemm.unit)), half_first(half_first) {}
+      : b(round_up(d.b, kGranule)),
+        central_panels(ceil_divide(d.jC * b, kPanel)),
+        a_units(ceil_divide(d.a, gemm.unit)),
+        half_first(half_first) {}
 
-  // Places of the panels' columns (jC b) where the rows b of different jC are `stride` elements apart.
+  // Places of the panels' columns (jC b) where the rows b of different jC are `stride` elements
+  // apart.
   std::vector<ColumnMap> columns(const BlockDims& d, std::int64_t stride) const {
     std::vector<ColumnMap> maps;
     for (std::int64_t p = 0; p < central_panels; ++p) {
       maps.push_back(side_columns({1, d.jC, b, d.jC * b}, {0, d.jC}, p));
-      for (std::int64_t& offset : maps.back().offset) offset = offset / b * stride + offset % b;
+      for (std::int64_t& offset : maps.back().offset)
+        offset = offset / b * stride + offset % b;
     }
     return maps;
   }
 };
 
-// panels [iC, central_panels, a in units, 32] of central, shared by all experts. `exchanged`: `d` has iC and jC
-// exchanged, central [a, jC, iC, b] has not.
+// panels [iC, central_panels, a in units, 32] of central, shared by all experts. `exchanged`: `d`
+// has iC and jC exchanged, central [a, jC, iC, b] has not.
 template <class T>
-inline Buffer<T> pack_central(
-    const GemmKernels& gemm, const BlockDims& d, const void* central, const HalfPlan& plan, bool exchanged = false) {
+inline Buffer<T> pack_central(const GemmKernels& gemm,
+                              const BlockDims& d,
+                              const void* central,
+                              const HalfPlan& plan,
+                              bool exchanged = false) {
   const std::int64_t panel = plan.a_units * kPanel * gemm.unit;
   const std::int64_t i_step = exchanged ? d.b : d.jC * d.b, j_step = exchanged ? d.iC * d.b : d.b;
   Buffer<T> panels(d.iC * plan.central_panels * panel);
   parallel_for(0, d.iC * plan.central_panels, 8, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t k = begin; k < end; ++k) {
-      ColumnMap columns = side_columns({1, d.jC, d.b, d.jC * d.b}, {0, d.jC}, k % plan.central_panels);
-      for (std::int64_t& offset : columns.offset) offset = offset / d.b * j_step + offset % d.b;
+      ColumnMap columns =
+          side_columns({1, d.jC, d.b, d.jC * d.b}, {0, d.jC}, k % plan.central_panels);
+      for (std::int64_t& offset : columns.offset)
+        offset = offset / d.b * j_step + offset % d.b;
       const T* source = static_cast<const T*>(central) + k / plan.central_panels * i_step;
       gemm.pack_granules(panels.get() + k * panel, source, d.iC * d.jC * d.b, d.a, columns);
     }
@@ -58,10 +69,20 @@ inline Buffer<T> pack_central(
 template <class T>
 class HalfFirst {
  public:
-  HalfFirst(const GemmKernels& gemm, const LinearForward& in, const HalfPlan& plan, const T* central)
-      : gemm_(gemm), in_(in), d_(in.dims), plan_(plan), central_(central), left_rows_(padded_k(gemm, d_.iL)),
-        left_stride_(row_stride(gemm, plan.a_units * gemm.unit)), x_stride_(row_stride(gemm, d_.iC * left_rows_)),
-        k_units_(d_.iC * left_rows_ / gemm.unit), u_stride_(row_stride(gemm, d_.iR * plan.b)),
+  HalfFirst(const GemmKernels& gemm,
+            const LinearForward& in,
+            const HalfPlan& plan,
+            const T* central)
+      : gemm_(gemm),
+        in_(in),
+        d_(in.dims),
+        plan_(plan),
+        central_(central),
+        left_rows_(padded_k(gemm, d_.iL)),
+        left_stride_(row_stride(gemm, plan.a_units * gemm.unit)),
+        x_stride_(row_stride(gemm, d_.iC * left_rows_)),
+        k_units_(d_.iC * left_rows_ / gemm.unit),
+        u_stride_(row_stride(gemm, d_.iR * plan.b)),
         right_units_(d_.iR * plan.b / gemm.unit) {
     const std::int64_t slab_bytes = plan.central_panels * kPanel * k_units_ * 4;  // of one jL
     chunk_ = std::clamp<std::int64_t>(kChunkBytes / slab_bytes, 1, d_.jL);
@@ -71,7 +92,8 @@ class HalfFirst {
     slab_ = Buffer<T>(chunk_ * plan.central_panels * k_units_ * kPanel * gemm.unit);
     x_ = zeros<T>(rows_ * d_.iR * x_stride_);
     u_ = Buffer<T>(rows_ * chunk_ * d_.jC * u_stride_);
-    if (d_.padded_in() != d_.in_features) whole_.resize(d_.padded_in());
+    if (d_.padded_in() != d_.in_features)
+      whole_.resize(d_.padded_in());
     u_columns_ = plan.columns(d_, u_stride_);
   }
 
@@ -84,7 +106,8 @@ class HalfFirst {
       place_rows(count);
       for (std::int64_t first = begin; first < end; first += rows_) {
         const std::int64_t rows = std::min(rows_, end - first);
-        if (j == 0 || end - begin > rows_) arrange(first, rows);
+        if (j == 0 || end - begin > rows_)
+          arrange(first, rows);
         meet_half(rows, count);
         meet_right(first, rows, j, count);
       }
@@ -96,21 +119,28 @@ class HalfFirst {
     const T* left = static_cast<const T*>(in_.left) + expert * d_.iL * d_.jL * d_.a;
     for (std::int64_t i = 0; i < d_.iL; ++i)
       for (std::int64_t j = 0; j < d_.jL; ++j)
-        std::memcpy(
-            left_.get() + (j * left_rows_ + i) * left_stride_, left + (i * d_.jL + j) * d_.a, d_.a * sizeof(T));
+        std::memcpy(left_.get() + (j * left_rows_ + i) * left_stride_,
+                    left + (i * d_.jL + j) * d_.a,
+                    d_.a * sizeof(T));
     const T* right = static_cast<const T*>(in_.right) + expert * d_.b * d_.iR * d_.jR;
     for (std::int64_t r = 0; r < d_.iR; ++r)
-      gemm_.pack(
-          right_.get() + r * plan_.b * kPanel, right_units_, right + r * d_.jR, d_.iR * d_.jR, d_.b, d_.jR);
+      gemm_.pack(right_.get() + r * plan_.b * kPanel,
+                 right_units_,
+                 right + r * d_.jR,
+                 d_.iR * d_.jR,
+                 d_.b,
+                 d_.jR);
   }
 
   // Rows of u for a chunk of `count`: [t, (jL jC)].
   void place_rows(std::int64_t count) {
-    if (count == placed_) return;
+    if (count == placed_)
+      return;
     placed_ = count;
     u_row_.clear();
     for (std::int64_t t = 0; t < rows_; ++t)
-      for (std::int64_t r = 0; r < d_.iR; ++r) u_row_.push_back(t * count * d_.jC * u_stride_ + r * plan_.b);
+      for (std::int64_t r = 0; r < d_.iR; ++r)
+        u_row_.push_back(t * count * d_.jC * u_stride_ + r * plan_.b);
   }
 
   // slab [jL of the chunk, central_panels, (iC iL) in units, 32]
@@ -120,15 +150,21 @@ class HalfFirst {
     const std::int64_t panel = k_units_ * kPanel * gemm_.unit;
     for (std::int64_t i = 0; i < d_.iC; ++i)
       for (std::int64_t p = 0; p < plan_.central_panels; ++p) {
-        const T* columns = central_ + (i * plan_.central_panels + p) * plan_.a_units * kPanel * gemm_.unit;
+        const T* columns =
+            central_ + (i * plan_.central_panels + p) * plan_.a_units * kPanel * gemm_.unit;
         for (std::int64_t c = 0; c < count; ++c) {
           T* out = slab_.get() + (c * plan_.central_panels + p) * panel + i * left_rows_ * kPanel;
           const std::int64_t most = gemm_.best_rows / gemm_.unit;
           for_each_tile(left_rows_ / gemm_.unit, most, [&](std::int64_t first, std::int64_t units) {
             const std::int64_t row = first * gemm_.unit, rows = units * gemm_.unit;
-            multiply_rows(
-                gemm_, rows, plan_.a_units, left_.get() + ((j + c) * left_rows_ + row) * left_stride_, left_stride_,
-                columns, tile, false);
+            multiply_rows(gemm_,
+                          rows,
+                          plan_.a_units,
+                          left_.get() + ((j + c) * left_rows_ + row) * left_stride_,
+                          left_stride_,
+                          columns,
+                          tile,
+                          false);
             gemm_.store(tile, rows, kPanel, rounded, kPanel);
             gemm_.pack(out + row * kPanel, units, rounded, kPanel, rows, kPanel);
           });
@@ -146,7 +182,8 @@ class HalfFirst {
       }
       T* out = x_.get() + t * d_.iR * x_stride_;
       for (std::int64_t i = 0; i < d_.iC; ++i)
-        gemm_.transpose(row + i * d_.iR, d_.iC * d_.iR, d_.iL, d_.iR, out + i * left_rows_, x_stride_);
+        gemm_.transpose(
+            row + i * d_.iR, d_.iC * d_.iR, d_.iL, d_.iR, out + i * left_rows_, x_stride_);
     }
   }
 
@@ -155,12 +192,21 @@ class HalfFirst {
     const std::int64_t k = k_units_ * gemm_.unit, columns = plan_.central_panels * kPanel;
     for (std::int64_t c = 0; c < count; ++c)
       multiply_all(
-          gemm_, rows * d_.iR, k, x_.get(), x_stride_, slab_.get() + c * columns * k, columns,
+          gemm_,
+          rows * d_.iR,
+          k,
+          x_.get(),
+          x_stride_,
+          slab_.get() + c * columns * k,
+          columns,
           [&](std::int64_t first, std::int64_t tile_rows, std::int64_t column, const float* tile) {
-            gemm_.finish(
-                tile, tile_rows, u_.get() + c * d_.jC * u_stride_, u_row_.data() + first, 0,
-                u_columns_[column / kPanel],
-                Finish{});
+            gemm_.finish(tile,
+                         tile_rows,
+                         u_.get() + c * d_.jC * u_stride_,
+                         u_row_.data() + first,
+                         0,
+                         u_columns_[column / kPanel],
+                         Finish{});
           });
   }
 
@@ -175,24 +221,40 @@ class HalfFirst {
       for_each_tile(whole, gemm_.best_rows, [&](std::int64_t row, std::int64_t tile_rows) {
         right_tile(u, place, begin, row, tile_rows, d_.jR);
       });
-      if (partial) right_tile(u, place, begin, whole, 1, width % d_.jR);
+      if (partial)
+        right_tile(u, place, begin, whole, 1, width % d_.jR);
     }
   }
 
-  void right_tile(
-      const T* u, std::int64_t place, std::int64_t begin, std::int64_t row, std::int64_t rows, std::int64_t valid) {
+  void right_tile(const T* u,
+                  std::int64_t place,
+                  std::int64_t begin,
+                  std::int64_t row,
+                  std::int64_t rows,
+                  std::int64_t valid) {
     alignas(64) float tile[kMaxRows * kPanel];
     Finish finish{.bias = nullptr, .activation = in_.activation, .saved = nullptr};
-    if (in_.saved != nullptr) finish.saved = static_cast<T*>(in_.saved) + place + row * d_.jR;
+    if (in_.saved != nullptr)
+      finish.saved = static_cast<T*>(in_.saved) + place + row * d_.jR;
     for (std::int64_t c = 0; c < valid; c += kPanel) {
       if (in_.bias != nullptr)
         for (std::int64_t r = 0; r < rows; ++r)
           load_bias<T>(in_, (begin + row + r) * d_.jR + c, kPanel, tile + r * kPanel);
-      multiply_rows(
-          gemm_, rows, right_units_, u + row * u_stride_, u_stride_, right_.get() + c * right_units_ * gemm_.unit, tile,
-          in_.bias != nullptr);
-      gemm_.finish(
-          tile, rows, static_cast<T*>(in_.y) + place + row * d_.jR, nullptr, d_.jR, consecutive(c, valid), finish);
+      multiply_rows(gemm_,
+                    rows,
+                    right_units_,
+                    u + row * u_stride_,
+                    u_stride_,
+                    right_.get() + c * right_units_ * gemm_.unit,
+                    tile,
+                    in_.bias != nullptr);
+      gemm_.finish(tile,
+                   rows,
+                   static_cast<T*>(in_.y) + place + row * d_.jR,
+                   nullptr,
+                   d_.jR,
+                   consecutive(c, valid),
+                   finish);
     }
   }
 
@@ -206,8 +268,8 @@ class HalfFirst {
   std::int64_t chunk_;        // of jL
   std::int64_t rows_;         // slots at a time
   std::int64_t placed_ = -1;  // the chunk that u_row_ is for
-  Buffer<T> left_;      // [jL, iL, a]
-  Buffer<T> right_;     // panels of jR, inner (iR b)
+  Buffer<T> left_;            // [jL, iL, a]
+  Buffer<T> right_;           // panels of jR, inner (iR b)
   Buffer<T> slab_, x_, u_;
   std::vector<T> whole_;  // a row with its padding, if there is any
   std::vector<std::int64_t> u_row_;
@@ -217,13 +279,23 @@ class HalfFirst {
 template <class T>
 class RightFirst {
  public:
-  RightFirst(
-      const GemmKernels& gemm, const LinearForward& in, const HalfPlan& plan, const T* central, std::int64_t most)
-      : gemm_(gemm), in_(in), d_(in.dims), plan_(plan), central_(central),
-        left_stride_(row_stride(gemm, plan.a_units * gemm.unit)), x_stride_(padded_k(gemm, d_.iR)),
-        granules_(ceil_divide(d_.jR, kGranule)), columns_(gemm.unit, d_.b, d_.iR * d_.jR, d_.jR) {
+  RightFirst(const GemmKernels& gemm,
+             const LinearForward& in,
+             const HalfPlan& plan,
+             const T* central,
+             std::int64_t most)
+      : gemm_(gemm),
+        in_(in),
+        d_(in.dims),
+        plan_(plan),
+        central_(central),
+        left_stride_(row_stride(gemm, plan.a_units * gemm.unit)),
+        x_stride_(padded_k(gemm, d_.iR)),
+        granules_(ceil_divide(d_.jR, kGranule)),
+        columns_(gemm.unit, d_.b, d_.iR * d_.jR, d_.jR) {
     const std::int64_t per_left = d_.iC * plan.b;  // inner elements of one iL
-    const std::int64_t bytes = std::max(d_.jL * d_.jC, 2 * granules_ * kGranule) * per_left * sizeof(T);
+    const std::int64_t bytes =
+        std::max(d_.jL * d_.jC, 2 * granules_ * kGranule) * per_left * sizeof(T);
     chunk_ = std::clamp<std::int64_t>(kChunkBytes / bytes, 1, d_.iL);
     units_ = chunk_ * per_left / gemm.unit;
     rows_ = std::max<std::int64_t>(1, kChunkBytes / (granules_ * kGranule * units_ * 4));
@@ -256,7 +328,9 @@ class RightFirst {
   }
 
  private:
-  std::int64_t panels(std::int64_t rows) const { return ceil_divide(rows * granules_ * kGranule, kPanel); }
+  std::int64_t panels(std::int64_t rows) const {
+    return ceil_divide(rows * granules_ * kGranule, kPanel);
+  }
 
   void plan_places() {
     const std::int64_t b_units = plan_.b / gemm_.unit;
@@ -264,13 +338,15 @@ class RightFirst {
       for (std::int64_t l = 0; l < chunk_ * d_.iC; ++l)
         for (std::int64_t g = 0; g < granules_; ++g) {
           const std::int64_t column = (t * granules_ + g) * kGranule;
-          s_place_.push_back(static_cast<std::int32_t>(
-              column / kPanel * units_ * kPanel + column % kPanel + l * b_units * kPanel));
+          s_place_.push_back(static_cast<std::int32_t>(column / kPanel * units_ * kPanel +
+                                                       column % kPanel + l * b_units * kPanel));
         }
     for (std::int64_t i = 0; i < chunk_; ++i)
-      for (std::int64_t j = 0; j < d_.jL; ++j) half_row_.push_back(j * d_.jC * half_stride_ + i * d_.iC * plan_.b);
+      for (std::int64_t j = 0; j < d_.jL; ++j)
+        half_row_.push_back(j * d_.jC * half_stride_ + i * d_.iC * plan_.b);
     half_columns_ = plan_.columns(d_, half_stride_);
-    for (std::int64_t row = 0; row < d_.jL * d_.jC; ++row) y_row_.push_back(row * d_.jR);
+    for (std::int64_t row = 0; row < d_.jL * d_.jC; ++row)
+      y_row_.push_back(row * d_.jR);
   }
 
   void load(std::int64_t expert, std::int64_t first, std::int64_t count) {
@@ -282,10 +358,16 @@ class RightFirst {
     }
     const T* right = static_cast<const T*>(in_.right) + expert * d_.b * d_.iR * d_.jR;
     for (std::int64_t p = 0; p < columns_.panels; ++p)
-      gemm_.pack_granules(right_.get() + p * x_stride_ * kPanel, right, d_.jR, d_.iR, columns_.map[p]);
+      gemm_.pack_granules(
+          right_.get() + p * x_stride_ * kPanel, right, d_.jR, d_.iR, columns_.map[p]);
     arrange_rows<T>(
-        {d_.iL * d_.iC, 1, d_.iR, d_.in_features}, gemm_.unit, {0, 1}, count,
-        [&](std::int64_t t) { return row_of<T>(in_, first + t); }, x_.get(), d_.iL * d_.iC * x_stride_);
+        {d_.iL * d_.iC, 1, d_.iR, d_.in_features},
+        gemm_.unit,
+        {0, 1},
+        count,
+        [&](std::int64_t t) { return row_of<T>(in_, first + t); },
+        x_.get(),
+        d_.iL * d_.iC * x_stride_);
   }
 
   // half [(jL jC), (iL iC b)] for the iL of a chunk
@@ -293,11 +375,21 @@ class RightFirst {
     const std::int64_t k = plan_.a_units * gemm_.unit, columns = plan_.central_panels * kPanel;
     for (std::int64_t c = 0; c < d_.iC; ++c)
       multiply_all(
-          gemm_, lefts * d_.jL, k, left_.get() + i * d_.jL * left_stride_, left_stride_, central_ + c * columns * k,
-          columns, [&](std::int64_t first, std::int64_t rows, std::int64_t column, const float* tile) {
-            gemm_.finish(
-                tile, rows, half_.get() + c * plan_.b, half_row_.data() + first, 0, half_columns_[column / kPanel],
-                Finish{});
+          gemm_,
+          lefts * d_.jL,
+          k,
+          left_.get() + i * d_.jL * left_stride_,
+          left_stride_,
+          central_ + c * columns * k,
+          columns,
+          [&](std::int64_t first, std::int64_t rows, std::int64_t column, const float* tile) {
+            gemm_.finish(tile,
+                         rows,
+                         half_.get() + c * plan_.b,
+                         half_row_.data() + first,
+                         0,
+                         half_columns_[column / kPanel],
+                         Finish{});
           });
   }
 
@@ -308,12 +400,22 @@ class RightFirst {
       const T* x = x_.get() + ((t + k) * d_.iL + i) * d_.iC * x_stride_;
       const std::int32_t* places = s_place_.data() + k * chunk_ * d_.iC * granules_;
       multiply_all(
-          gemm_, lefts * d_.iC, x_stride_, x, x_stride_, right_.get(), columns_.panels * kPanel,
+          gemm_,
+          lefts * d_.iC,
+          x_stride_,
+          x,
+          x_stride_,
+          right_.get(),
+          columns_.panels * kPanel,
           [&](std::int64_t first, std::int64_t count, std::int64_t column, const float* tile) {
             const std::int64_t granule = column / kPanel * per_panel;
-            gemm_.store_units(
-                tile, count, s_.get(), places + first * granules_, granules_, columns_.which.data() + granule,
-                columns_.unit_offset.data() + granule);
+            gemm_.store_units(tile,
+                              count,
+                              s_.get(),
+                              places + first * granules_,
+                              granules_,
+                              columns_.which.data() + granule,
+                              columns_.unit_offset.data() + granule);
           });
     }
   }
@@ -321,37 +423,61 @@ class RightFirst {
   // sums [panel of (t jR), (jL jC), 32] (+)= half s
   void meet_half(std::int64_t rows, std::int64_t lefts, float* sums, bool accumulate) {
     const std::int64_t units = lefts * d_.iC * plan_.b / gemm_.unit, height = d_.jL * d_.jC;
-    rows_times_panels(
-        gemm_, height, units, half_.get(), half_stride_, s_.get(), units_, panels(rows), sums, height, accumulate);
+    rows_times_panels(gemm_,
+                      height,
+                      units,
+                      half_.get(),
+                      half_stride_,
+                      s_.get(),
+                      units_,
+                      panels(rows),
+                      sums,
+                      height,
+                      accumulate);
   }
 
   void finish(std::int64_t slot, std::int64_t rows, float* sums) {
     const std::int64_t width = d_.out_features, height = d_.jL * d_.jC;
-    const std::int64_t whole = std::min(height, width / d_.jR);  // rows (jL jC) of which all of jR exist
-    if (in_.bias != nullptr) add_bias(panels(rows), sums);
+    const std::int64_t whole =
+        std::min(height, width / d_.jR);  // rows (jL jC) of which all of jR exist
+    if (in_.bias != nullptr)
+      add_bias(panels(rows), sums);
     for (std::int64_t p = 0; p < panels(rows); ++p) {
       const float* source = sums + p * height * kPanel;
       store_rows(slot, rows, p, source, 0, whole, d_.jR);
-      if (whole < height && width % d_.jR != 0) store_rows(slot, rows, p, source, whole, 1, width % d_.jR);
+      if (whole < height && width % d_.jR != 0)
+        store_rows(slot, rows, p, source, whole, 1, width % d_.jR);
     }
   }
 
-  void store_rows(
-      std::int64_t slot, std::int64_t rows, std::int64_t panel, const float* source, std::int64_t first,
-      std::int64_t count, std::int64_t valid) {
+  void store_rows(std::int64_t slot,
+                  std::int64_t rows,
+                  std::int64_t panel,
+                  const float* source,
+                  std::int64_t first,
+                  std::int64_t count,
+                  std::int64_t valid) {
     const std::int64_t width = d_.out_features;
     ColumnMap columns{};
     for (std::int64_t g = 0; g < kPanel / kGranule; ++g) {
-      const std::int64_t q = panel * (kPanel / kGranule) + g, t = q / granules_, r = q % granules_ * kGranule;
-      if (t >= rows) continue;
+      const std::int64_t q = panel * (kPanel / kGranule) + g, t = q / granules_,
+                         r = q % granules_ * kGranule;
+      if (t >= rows)
+        continue;
       columns.offset[g] = t * width + r;
-      columns.valid[g] = static_cast<std::int32_t>(std::clamp<std::int64_t>(valid - r, 0, kGranule));
+      columns.valid[g] =
+          static_cast<std::int32_t>(std::clamp<std::int64_t>(valid - r, 0, kGranule));
     }
     Finish finish{.bias = nullptr, .activation = in_.activation, .saved = nullptr};
-    if (in_.saved != nullptr) finish.saved = static_cast<T*>(in_.saved) + slot * width;
-    gemm_.finish(
-        source + first * kPanel, count, static_cast<T*>(in_.y) + slot * width, y_row_.data() + first, 0, columns,
-        finish);
+    if (in_.saved != nullptr)
+      finish.saved = static_cast<T*>(in_.saved) + slot * width;
+    gemm_.finish(source + first * kPanel,
+                 count,
+                 static_cast<T*>(in_.y) + slot * width,
+                 y_row_.data() + first,
+                 0,
+                 columns,
+                 finish);
   }
 
   void add_bias(std::int64_t count, float* sums) const {
@@ -361,8 +487,10 @@ class RightFirst {
       for (std::int64_t g = 0; g < granules_; ++g) {
         load_bias<T>(in_, row * d_.jR + g * kGranule, kGranule, bias);
         for (std::int64_t q = g; q < count * (kPanel / kGranule); q += granules_) {
-          float* out = sums + (q / (kPanel / kGranule) * height + row) * kPanel + q % (kPanel / kGranule) * kGranule;
-          for (std::int64_t c = 0; c < kGranule; ++c) out[c] += bias[c];
+          float* out = sums + (q / (kPanel / kGranule) * height + row) * kPanel +
+                       q % (kPanel / kGranule) * kGranule;
+          for (std::int64_t c = 0; c < kGranule; ++c)
+            out[c] += bias[c];
         }
       }
   }
@@ -379,7 +507,7 @@ class RightFirst {
   std::int64_t rows_;           // slots at a time
   Buffer<T> left_;              // [iL jL, a]
   Buffer<T> right_, half_, s_;
-  Buffer<T> x_;                 // [slots of the expert, (iL iC), iR]
+  Buffer<T> x_;  // [slots of the expert, (iL iC), iR]
   Buffer<float> sums_;
   std::vector<ColumnMap> half_columns_;
   std::vector<std::int32_t> s_place_;

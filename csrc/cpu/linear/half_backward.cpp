@@ -1,9 +1,11 @@
-// Backward of half_left, one expert at a time. dx = dz W^T is the forward with the sides of the blocks exchanged
-// (`OneExpert`). The gradients of the blocks never build that of W: with u = x LC and du = dz right^T,
+// Backward of half_left, one expert at a time. dx = dz W^T is the forward with the sides of the
+// blocks exchanged
+// (`OneExpert`). The gradients of the blocks never build that of W: with u = x LC and du = dz
+// right^T,
 //   dright = u^T dz,   dLC = x^T du,   dleft = dLC central^T,   dcentral += left^T dLC
-// in the order that multiplies by LC first; a shape where right comes first uses the exchanged blocks instead.
-// Experts are split into groups, whose number does not depend on the number of threads; dcentral and dbias are summed
-// within a group in the order of experts, then over groups.
+// in the order that multiplies by LC first; a shape where right comes first uses the exchanged
+// blocks instead. Experts are split into groups, whose number does not depend on the number of
+// threads; dcentral and dbias are summed within a group in the order of experts, then over groups.
 #include <memory>
 
 #include "cpu/linear/half_gradient.h"
@@ -29,7 +31,8 @@ struct OneExpert {
     in.activation = Activation::kNone;
     in.experts = 1;
     in.offsets = offsets;
-    if (!exchange) return;
+    if (!exchange)
+      return;
     in.dims = exchanged(full.dims);
     in.row_index = nullptr;
     left = Buffer<T>(in.dims.iL * in.dims.jL * in.dims.a);
@@ -50,7 +53,8 @@ struct OneExpert {
     }
     for (std::int64_t i = 0; i < d.iL; ++i)
       for (std::int64_t j = 0; j < d.jL; ++j)
-        std::memcpy(left.get() + (j * d.iL + i) * d.a, from_left + (i * d.jL + j) * d.a, d.a * sizeof(T));
+        std::memcpy(
+            left.get() + (j * d.iL + i) * d.a, from_left + (i * d.jL + j) * d.a, d.a * sizeof(T));
     for (std::int64_t b = 0; b < d.b; ++b)
       gemm.transpose(
           from_right + b * d.iR * d.jR, d.jR, d.iR, d.jR, right.get() + b * d.iR * d.jR, d.iR);
@@ -62,32 +66,47 @@ std::int64_t place_of(const BlockDims& d, bool exchange, std::int64_t pair) {
   return exchange ? pair % d.jC * d.iC + pair / d.jC : pair;
 }
 
-// Panels of central^T: columns a, inner (iC jC b) of the possibly exchanged problem `d`, b in whole granules.
+// Panels of central^T: columns a, inner (iC jC b) of the possibly exchanged problem `d`, b in whole
+// granules.
 template <class T>
-Buffer<T> turn_central(
-    const GemmKernels& gemm, const BlockDims& d, bool exchange, const void* central, const HalfPlan& plan) {
-  const std::int64_t pairs = d.iC * d.jC, inner = pairs * plan.b, size = round_up(d.a, kPanel) * inner;
+Buffer<T> turn_central(const GemmKernels& gemm,
+                       const BlockDims& d,
+                       bool exchange,
+                       const void* central,
+                       const HalfPlan& plan) {
+  const std::int64_t pairs = d.iC * d.jC, inner = pairs * plan.b,
+                     size = round_up(d.a, kPanel) * inner;
   Buffer<T> panels = plan.b == d.b ? Buffer<T>(size) : zeros<T>(size);
-  parallel_for(0, pairs, ceil_divide(16 * 1024, d.a * plan.b), [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t pair = begin; pair < end; ++pair)
-      gemm.pack_transposed(
-          panels.get() + pair * plan.b * kPanel, inner / gemm.unit,
-          static_cast<const T*>(central) + place_of(d, exchange, pair) * d.b, pairs * d.b, d.b, d.a);
-  });
+  parallel_for(
+      0, pairs, ceil_divide(16 * 1024, d.a * plan.b), [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t pair = begin; pair < end; ++pair)
+          gemm.pack_transposed(panels.get() + pair * plan.b * kPanel,
+                               inner / gemm.unit,
+                               static_cast<const T*>(central) + place_of(d, exchange, pair) * d.b,
+                               pairs * d.b,
+                               d.b,
+                               d.a);
+      });
   return panels;
 }
 
 // dcentral from sums [group, panels of (iC jC b), a, 32] of the possibly exchanged problem `d`.
 template <class T>
-void store_central(
-    const GemmKernels& gemm, const LinearBackward& in, const BlockDims& d, bool exchange, const HalfPlan& plan,
-    std::int64_t groups, float* sums) {
-  const std::int64_t pairs = d.iC * d.jC, panels = ceil_divide(pairs * plan.b, kPanel), panel = d.a * kPanel;
+void store_central(const GemmKernels& gemm,
+                   const LinearBackward& in,
+                   const BlockDims& d,
+                   bool exchange,
+                   const HalfPlan& plan,
+                   std::int64_t groups,
+                   float* sums) {
+  const std::int64_t pairs = d.iC * d.jC, panels = ceil_divide(pairs * plan.b, kPanel),
+                     panel = d.a * kPanel;
   const GemmKernels& floats = gemm_kernels(Dtype::kFloat32);
   parallel_for(0, panels, ceil_divide(16 * 1024, panel), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t p = begin; p < end; ++p) {
       float* total = sums + p * panel;
-      for (std::int64_t g = 1; g < groups; ++g) floats.add_row(total + g * panels * panel, total, panel);
+      for (std::int64_t g = 1; g < groups; ++g)
+        floats.add_row(total + g * panels * panel, total, panel);
       // In runs of the columns of one pair.
       const std::int64_t last = std::min((p + 1) * kPanel, pairs * plan.b);
       for (std::int64_t column = p * kPanel, run = 0; column < last; column += run) {
@@ -106,15 +125,23 @@ template <class T>
 class Backward {
  public:
   Backward(const GemmKernels& gemm, const LinearBackward& in)
-      : gemm_(gemm), in_(in), d_(in.dims), plan_(gemm, in.dims, in.order.half_first),
-        turned_plan_(gemm, exchanged(in.dims), in.order.transposed_half_first), wanted_(in),
-        exchange_(!plan_.half_first), weight_dims_(exchange_ ? exchanged(d_) : d_),
+      : gemm_(gemm),
+        in_(in),
+        d_(in.dims),
+        plan_(gemm, in.dims, in.order.half_first),
+        turned_plan_(gemm, exchanged(in.dims), in.order.transposed_half_first),
+        wanted_(in),
+        exchange_(!plan_.half_first),
+        weight_dims_(exchange_ ? exchanged(d_) : d_),
         weight_plan_(exchange_ ? turned_plan_ : plan_) {
-    for (std::int64_t e = 0; e < in.experts; ++e) most_ = std::max(most_, in.offsets[e + 1] - in.offsets[e]);
+    for (std::int64_t e = 0; e < in.experts; ++e)
+      most_ = std::max(most_, in.offsets[e + 1] - in.offsets[e]);
     if (in.dx != nullptr || (wanted_.weight() && exchange_))
       turned_panels_ = pack_central<T>(gemm, exchanged(d_), in.central, turned_plan_, true);
-    if (wanted_.weight() && !exchange_) own_panels_ = pack_central<T>(gemm, d_, in.central, plan_);
-    if (wanted_.left) inverse_panels_ = turn_central<T>(gemm, weight_dims_, exchange_, in.central, weight_plan_);
+    if (wanted_.weight() && !exchange_)
+      own_panels_ = pack_central<T>(gemm, d_, in.central, plan_);
+    if (wanted_.left)
+      inverse_panels_ = turn_central<T>(gemm, weight_dims_, exchange_, in.central, weight_plan_);
     plan_groups();
   }
 
@@ -123,13 +150,16 @@ class Backward {
     T* dx = in_.dx == nullptr ? nullptr : gradients.row(0);
     const std::int64_t groups = static_cast<std::int64_t>(groups_.size());
     parallel_for(0, groups, 1, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t g = begin; g < end; ++g) run_group(g, dx);
+      for (std::int64_t g = begin; g < end; ++g)
+        run_group(g, dx);
     });
     if (wanted_.central)
-      store_central<T>(gemm_, in_, weight_dims_, exchange_, weight_plan_, groups, central_sums_.get());
+      store_central<T>(
+          gemm_, in_, weight_dims_, exchange_, weight_plan_, groups, central_sums_.get());
     if (in_.dbias != nullptr) {
       for (std::int64_t g = 1; g < groups; ++g)
-        for (std::int64_t c = 0; c < d_.out_features; ++c) bias_sums_[c] += bias_sums_[g * d_.out_features + c];
+        for (std::int64_t c = 0; c < d_.out_features; ++c)
+          bias_sums_[c] += bias_sums_[g * d_.out_features + c];
       gemm_.round_row(bias_sums_.data(), in_.dbias, d_.out_features);
     }
     gradients.finish(gemm_);
@@ -139,13 +169,17 @@ class Backward {
   // As many groups as memory allows: their sums of dcentral may take as much as two weights.
   void plan_groups() {
     const std::int64_t size = ceil_divide(d_.iC * d_.jC * plan_.b, kPanel) * d_.a * kPanel;
-    const std::int64_t room = 2 * d_.padded_in() * d_.padded_out() * static_cast<std::int64_t>(sizeof(T)) / (size * 4);
-    const std::int64_t count = std::clamp<std::int64_t>(std::min(room, in_.experts), 1, kMostGroups);
+    const std::int64_t room =
+        2 * d_.padded_in() * d_.padded_out() * static_cast<std::int64_t>(sizeof(T)) / (size * 4);
+    const std::int64_t count =
+        std::clamp<std::int64_t>(std::min(room, in_.experts), 1, kMostGroups);
     for (std::int64_t g = 0; g < count; ++g)
       groups_.push_back({in_.experts * g / count, in_.experts * (g + 1) / count});
-    if (wanted_.central) central_sums_ = zeros<float>(count * size);
+    if (wanted_.central)
+      central_sums_ = zeros<float>(count * size);
     central_size_ = size;
-    if (in_.dbias != nullptr) bias_sums_.assign(count * d_.out_features, 0.0f);
+    if (in_.dbias != nullptr)
+      bias_sums_.assign(count * d_.out_features, 0.0f);
   }
 
   void run_group(std::int64_t group, T* dx) {
@@ -157,11 +191,17 @@ class Backward {
     if (dx != nullptr && turned_plan_.half_first)
       x_half = std::make_unique<HalfFirst<T>>(gemm_, turned.in, turned_plan_, turned_panels_.get());
     else if (dx != nullptr)
-      x_right = std::make_unique<RightFirst<T>>(gemm_, turned.in, turned_plan_, turned_panels_.get(), most_);
+      x_right = std::make_unique<RightFirst<T>>(
+          gemm_, turned.in, turned_plan_, turned_panels_.get(), most_);
     if (wanted_.weight())
       weights = std::make_unique<HalfGradient<T>>(
-          gemm_, own.in, weight_plan_, exchange_ ? turned_panels_.get() : own_panels_.get(), inverse_panels_.get(),
-          wanted_, wanted_.central ? central_sums_.get() + group * central_size_ : nullptr);
+          gemm_,
+          own.in,
+          weight_plan_,
+          exchange_ ? turned_panels_.get() : own_panels_.get(),
+          inverse_panels_.get(),
+          wanted_,
+          wanted_.central ? central_sums_.get() + group * central_size_ : nullptr);
     Buffer<T> gradient(in_.activation == Activation::kNone ? 0 : most_ * d_.out_features);
     Buffer<T> gathered(exchange_ && in_.row_index != nullptr ? most_ * d_.in_features : 0);
     for (std::int64_t e = groups_[group].first; e < groups_[group].last; ++e) {
@@ -174,18 +214,21 @@ class Backward {
       const T* dz = gradient_rows(first, count, gradient.get());
       if (in_.dbias != nullptr)
         for (std::int64_t t = 0; t < count; ++t)
-          gemm_.add_row(
-              dz + t * d_.out_features, bias_sums_.data() + group * d_.out_features,
-              d_.out_features);
+          gemm_.add_row(dz + t * d_.out_features,
+                        bias_sums_.data() + group * d_.out_features,
+                        d_.out_features);
       if (dx != nullptr) {
         turned.load(gemm_, in_, e);
         turned.offsets[1] = count;
         turned.in.x = dz;
         turned.in.y = dx + first * d_.in_features;
-        if (x_half) x_half->run(0);
-        if (x_right) x_right->run(0);
+        if (x_half)
+          x_half->run(0);
+        if (x_right)
+          x_right->run(0);
       }
-      if (!weights) continue;
+      if (!weights)
+        continue;
       own.load(gemm_, in_, e);
       run_weights(*weights, own, e, first, count, dz, gathered.get());
     }
@@ -194,33 +237,47 @@ class Backward {
   const T* gradient_rows(std::int64_t first, std::int64_t count, T* out) const {
     const std::int64_t width = d_.out_features;
     const T* grad = static_cast<const T*>(in_.grad) + first * width;
-    if (in_.activation == Activation::kNone) return grad;
+    if (in_.activation == Activation::kNone)
+      return grad;
     gemm_.activation_backward(
         in_.activation, grad, static_cast<const T*>(in_.saved) + first * width, out, count * width);
     return out;
   }
 
-  void run_weights(
-      HalfGradient<T>& weights, OneExpert<T>& own, std::int64_t expert, std::int64_t first, std::int64_t count,
-      const T* dz, T* gathered) const {
+  void run_weights(HalfGradient<T>& weights,
+                   OneExpert<T>& own,
+                   std::int64_t expert,
+                   std::int64_t first,
+                   std::int64_t count,
+                   const T* dz,
+                   T* gathered) const {
     T* left = static_cast<T*>(in_.dleft) + (wanted_.left ? expert * d_.iL * d_.jL * d_.a : 0);
     T* right = static_cast<T*>(in_.dright) + (wanted_.right ? expert * d_.b * d_.iR * d_.jR : 0);
     if (!exchange_) {
       weights.run(
-          first, count, dz, [&](std::int64_t i, std::int64_t j) { return left + (i * d_.jL + j) * d_.a; },
-          [&](std::int64_t b, std::int64_t r) { return right + (b * d_.iR + r) * d_.jR; }, 1);
+          first,
+          count,
+          dz,
+          [&](std::int64_t i, std::int64_t j) { return left + (i * d_.jL + j) * d_.a; },
+          [&](std::int64_t b, std::int64_t r) { return right + (b * d_.iR + r) * d_.jR; },
+          1);
       return;
     }
     const T* x = static_cast<const T*>(in_.x) + first * d_.in_features;
     if (in_.row_index != nullptr) {
       for (std::int64_t t = 0; t < count; ++t)
-        std::memcpy(gathered + t * d_.in_features, row_of<T>(in_, first + t), d_.in_features * sizeof(T));
+        std::memcpy(
+            gathered + t * d_.in_features, row_of<T>(in_, first + t), d_.in_features * sizeof(T));
       x = gathered;
     }
     own.in.x = dz;
     weights.run(
-        0, count, x, [&](std::int64_t j, std::int64_t i) { return left + (i * d_.jL + j) * d_.a; },
-        [&](std::int64_t b, std::int64_t c) { return right + b * d_.iR * d_.jR + c; }, d_.jR);
+        0,
+        count,
+        x,
+        [&](std::int64_t j, std::int64_t i) { return left + (i * d_.jL + j) * d_.a; },
+        [&](std::int64_t b, std::int64_t c) { return right + b * d_.iR * d_.jR + c; },
+        d_.jR);
   }
 
   const GemmKernels& gemm_;
@@ -241,7 +298,8 @@ class Backward {
 }  // namespace
 
 void half_left_backward(const LinearBackward& in) {
-  with_element_type(in.dtype, [&]<class T>(const GemmKernels& gemm, T) { Backward<T>(gemm, in).run(); });
+  with_element_type(in.dtype,
+                    [&]<class T>(const GemmKernels& gemm, T) { Backward<T>(gemm, in).run(); });
 }
 
 }  // namespace mpoe

@@ -1,7 +1,7 @@
-// Grouped MPO linear on raw pointers: y[s] = activation(x[row_index[s]] W_e + bias) for the slots s of expert e, with
-// W_e[(iL iC iR), (jL jC jR)] = sum_ab left_e[iL, jL, a] central[a, iC, jC, b] right_e[b, iR, jR].
-// All arrays are dense, of `dtype` (float32 or bfloat16) unless noted otherwise; products are summed in float32.
-// Results do not depend on the number of threads.
+// Grouped MPO linear on raw pointers: y[s] = activation(x[row_index[s]] W_e + bias) for the slots s
+// of expert e, with W_e[(iL iC iR), (jL jC jR)] = sum_ab left_e[iL, jL, a] central[a, iC, jC, b]
+// right_e[b, iR, jR]. All arrays are dense, of `dtype` (float32 or bfloat16) unless noted
+// otherwise; products are summed in float32. Results do not depend on the number of threads.
 #pragma once
 
 #include <array>
@@ -14,7 +14,8 @@ namespace mpoe {
 
 struct BlockDims {
   std::int64_t iL, jL, a, iC, jC, b, iR, jR;
-  std::int64_t in_features, out_features;  // true sizes; the products of the factors may exceed them
+  std::int64_t in_features,
+      out_features;  // true sizes; the products of the factors may exceed them
 
   std::int64_t padded_in() const { return iL * iC * iR; }
   std::int64_t padded_out() const { return jL * jC * jR; }
@@ -25,7 +26,8 @@ enum class Operand { kLeft, kCentral, kRight };
 // What rows are multiplied by, in order, as the caller planned it.
 struct ProductOrder {
   std::array<Operand, 3> chain;
-  // half_left: rows meet the half-built weight before right; the same for rows of dz, which meet both transposed.
+  // half_left: rows meet the half-built weight before right; the same for rows of dz, which meet
+  // both transposed.
   bool half_first, transposed_half_first;
 };
 
@@ -33,12 +35,12 @@ struct LinearInputs {
   Dtype dtype;
   BlockDims dims;
   ProductOrder order;
-  const void* x;           // [T, I]
-  std::int64_t tokens;     // T
-  const void* left;        // [E, iL, jL, a]
-  const void* central;     // [a, iC, jC, b]
-  const void* right;       // [E, b, iR, jR]
-  std::int64_t experts;    // E
+  const void* x;                  // [T, I]
+  std::int64_t tokens;            // T
+  const void* left;               // [E, iL, jL, a]
+  const void* central;            // [a, iC, jC, b]
+  const void* right;              // [E, b, iR, jR]
+  std::int64_t experts;           // E
   const std::int64_t* offsets;    // [E + 1], non-decreasing, the last one <= slots
   const std::int64_t* row_index;  // [N], each in 0..T-1; null: slot s reads row s
   std::int64_t slots;             // N
@@ -66,12 +68,15 @@ struct LinearBackward : LinearInputs {
   void* dbias;     // [F]
 };
 
-// One pair per strategy of the planner; half_right is half_left of a mirrored problem, which the caller makes.
+// One pair per strategy of the planner; half_right is half_left of a mirrored problem, which the
+// caller makes.
 //
-// Shapes with jL = iR = 1: left per expert, one dense product with central for all slots, right per expert.
+// Shapes with jL = iR = 1: left per expert, one dense product with central for all slots, right per
+// expert.
 void separable_forward(const LinearForward& in);
 void separable_backward(const LinearBackward& in);
-// One slab of one expert's weight at a time, written as the packed operand of the product that consumes it.
+// One slab of one expert's weight at a time, written as the packed operand of the product that
+// consumes it.
 void rebuild_forward(const LinearForward& in);
 void rebuild_backward(const LinearBackward& in);
 // left and central contracted per expert, right applied to activations.

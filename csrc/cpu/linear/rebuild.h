@@ -1,8 +1,11 @@
-// Rebuilds an expert's weight block by block. A block is a range of the contracted side times a range of the other one:
+// Rebuilds an expert's weight block by block. A block is a range of the contracted side times a
+// range of the other one:
 //   LC[pair, (iL jL), b] = left_e central   for every pair (iC, jC) (`build_half`)
-//   W[pair, (iL jL), (iR jR)] = LC right_e  (`build_slab`), stored as the packed operand that multiplies rows.
-// k is the side that is contracted with the rows: (iL, iC, iR) in x W and (jL, jC, jR) in dz W^T; n is the other side.
-// In a block, k runs as (kC, kL, kR) with kR in whole units, and columns run as (nC, nL, nR) with nR in whole granules.
+//   W[pair, (iL jL), (iR jR)] = LC right_e  (`build_slab`), stored as the packed operand that
+//   multiplies rows.
+// k is the side that is contracted with the rows: (iL, iC, iR) in x W and (jL, jC, jR) in dz W^T; n
+// is the other side. In a block, k runs as (kC, kL, kR) with kR in whole units, and columns run as
+// (nC, nL, nR) with nR in whole granules.
 #pragma once
 
 #include "cpu/linear/blocks.h"
@@ -31,26 +34,34 @@ inline std::int64_t equal_part(std::int64_t count, std::int64_t most) {
 // Sizes of blocks, their layout, and the tables that place the granules of rebuilt tiles.
 struct RebuildPlan {
   Side k, n;
-  bool transposed;              // k is the output side
-  std::int64_t unit;            // of k
-  std::int64_t left_rows;       // iL jL
-  std::int64_t right_columns;   // iR jR
-  std::int64_t a_units, b_units;    // as inner sizes
-  std::int64_t b_panels;            // b as columns
-  std::int64_t half_row;            // row stride of LC, in elements
-  std::int64_t n_block, n_left;     // most nC and nL per block
-  std::int64_t k_block;             // most kC per block
-  std::int64_t k_units;         // of one kC: kL times kR in units
-  std::int64_t granules;        // of one nL: nR in granules
-  std::int64_t x_row;           // row stride, in elements, of what a slab multiplies
-  UnitColumns right;            // columns [kR, nR] of right_e
-  std::vector<std::int32_t> row_unit;  // [n_block, n_left, kL, granules]: where a row's granules start in the slab
+  bool transposed;                // k is the output side
+  std::int64_t unit;              // of k
+  std::int64_t left_rows;         // iL jL
+  std::int64_t right_columns;     // iR jR
+  std::int64_t a_units, b_units;  // as inner sizes
+  std::int64_t b_panels;          // b as columns
+  std::int64_t half_row;          // row stride of LC, in elements
+  std::int64_t n_block, n_left;   // most nC and nL per block
+  std::int64_t k_block;           // most kC per block
+  std::int64_t k_units;           // of one kC: kL times kR in units
+  std::int64_t granules;          // of one nL: nR in granules
+  std::int64_t x_row;             // row stride, in elements, of what a slab multiplies
+  UnitColumns right;              // columns [kR, nR] of right_e
+  std::vector<std::int32_t>
+      row_unit;  // [n_block, n_left, kL, granules]: where a row's granules start in the slab
 
-  // For x W, in blocks of a few columns. For dz W^T (`transposed`), in at most kMostBlocks blocks of whole nC.
+  // For x W, in blocks of a few columns. For dz W^T (`transposed`), in at most kMostBlocks blocks
+  // of whole nC.
   RebuildPlan(const GemmKernels& gemm, const BlockDims& d, bool turned, std::int64_t element_bytes)
-      : k(turned ? out_side(d) : in_side(d)), n(turned ? in_side(d) : out_side(d)), transposed(turned), unit(gemm.unit),
-        left_rows(d.iL * d.jL), right_columns(d.iR * d.jR), a_units(ceil_divide(d.a, unit)),
-        b_units(ceil_divide(d.b, unit)), b_panels(ceil_divide(d.b, kPanel)),
+      : k(turned ? out_side(d) : in_side(d)),
+        n(turned ? in_side(d) : out_side(d)),
+        transposed(turned),
+        unit(gemm.unit),
+        left_rows(d.iL * d.jL),
+        right_columns(d.iR * d.jR),
+        a_units(ceil_divide(d.a, unit)),
+        b_units(ceil_divide(d.b, unit)),
+        b_panels(ceil_divide(d.b, kPanel)),
         half_row(row_stride(gemm, b_panels * kPanel)),
         right(unit, k.R, n.R, n.R) {
     const std::int64_t k_right = ceil_divide(k.R, unit);
@@ -64,7 +75,8 @@ struct RebuildPlan {
       n_left = equal_part(n.L, kBlockColumns / left_width);
       n_block = n_left < n.L ? 1 : equal_part(n.C, kBlockColumns / width);
     }
-    k_block = equal_part(k.C, kSlabBytes / (most_panels() * kPanel * k_units * unit * element_bytes));
+    k_block =
+        equal_part(k.C, kSlabBytes / (most_panels() * kPanel * k_units * unit * element_bytes));
     x_row = row_stride(gemm, panel_units() * unit);
 
     row_unit.reserve(n_block * n_left * k.L * granules);
@@ -73,28 +85,37 @@ struct RebuildPlan {
         for (std::int64_t kl = 0; kl < k.L; ++kl)
           for (std::int64_t g = 0; g < granules; ++g) {
             const std::int64_t column = ((c * n_left + l) * granules + g) * kGranule;
-            row_unit.push_back(static_cast<std::int32_t>(
-                column / kPanel * panel_units() * kPanel + column % kPanel + kl * k_right * kPanel));
+            row_unit.push_back(static_cast<std::int32_t>(column / kPanel * panel_units() * kPanel +
+                                                         column % kPanel + kl * k_right * kPanel));
           }
   }
 
-  std::int64_t central_size() const { return a_units * b_panels * kPanel * unit; }  // of a packed [a, b]
+  std::int64_t central_size() const {
+    return a_units * b_panels * kPanel * unit;
+  }  // of a packed [a, b]
   std::int64_t panel_units() const { return k_block * k_units; }
   std::int64_t panels(std::int64_t n_cs, std::int64_t n_ls) const {
     return ceil_divide(n_cs * n_ls * granules * kGranule, kPanel);
   }
-  std::int64_t panels(const BlockColumns& columns) const { return panels(columns.cs(), columns.ls()); }
+  std::int64_t panels(const BlockColumns& columns) const {
+    return panels(columns.cs(), columns.ls());
+  }
   std::int64_t most_panels() const { return panels(n_block, n_left); }
   std::int64_t slab_size() const { return most_panels() * panel_units() * kPanel * unit; }
   std::int64_t k_blocks() const { return ceil_divide(k.C, k_block); }
   std::int64_t n_blocks() const { return ceil_divide(n.C, n_block) * ceil_divide(n.L, n_left); }
-  Span k_span(std::int64_t block) const { return {block * k_block, std::min(k.C, (block + 1) * k_block)}; }
+  Span k_span(std::int64_t block) const {
+    return {block * k_block, std::min(k.C, (block + 1) * k_block)};
+  }
   BlockColumns n_columns(std::int64_t block) const {
-    const std::int64_t c = block / ceil_divide(n.L, n_left) * n_block, l = block % ceil_divide(n.L, n_left) * n_left;
+    const std::int64_t c = block / ceil_divide(n.L, n_left) * n_block,
+                       l = block % ceil_divide(n.L, n_left) * n_left;
     return {{c, std::min(n.C, c + n_block)}, {l, std::min(n.L, l + n_left)}};
   }
   // (iC, jC) in the order of central.
-  std::int64_t pair(std::int64_t kc, std::int64_t nc) const { return transposed ? nc * k.C + kc : kc * n.C + nc; }
+  std::int64_t pair(std::int64_t kc, std::int64_t nc) const {
+    return transposed ? nc * k.C + kc : kc * n.C + nc;
+  }
 };
 
 // One expert's left and right blocks in the forms that the products need.
@@ -109,10 +130,13 @@ struct ExpertBlocks {
       : left_row(row_stride(gemm, padded_k(gemm, d.a))) {
     left = Buffer<T>(plan.left_rows * left_row);
     right = Buffer<T>(plan.right.panels * kPanel * padded_k(gemm, d.b));
-    if (plan.transposed) right_turned = Buffer<T>(d.b * plan.right_columns);
+    if (plan.transposed)
+      right_turned = Buffer<T>(d.b * plan.right_columns);
   }
-  void load(
-      const GemmKernels& gemm, const LinearInputs& in, const RebuildPlan& plan, std::int64_t expert) {
+  void load(const GemmKernels& gemm,
+            const LinearInputs& in,
+            const RebuildPlan& plan,
+            std::int64_t expert) {
     const BlockDims& d = in.dims;
     const T* source = static_cast<const T*>(in.left) + expert * plan.left_rows * d.a;
     for (std::int64_t i = 0; i < d.iL; ++i)
@@ -124,8 +148,12 @@ struct ExpertBlocks {
     const T* from = static_cast<const T*>(in.right) + expert * d.b * plan.right_columns;
     if (plan.transposed) {
       for (std::int64_t b = 0; b < d.b; ++b)
-        gemm.transpose(
-            from + b * plan.right_columns, d.jR, d.iR, d.jR, right_turned.get() + b * plan.right_columns, d.iR);
+        gemm.transpose(from + b * plan.right_columns,
+                       d.jR,
+                       d.iR,
+                       d.jR,
+                       right_turned.get() + b * plan.right_columns,
+                       d.iR);
       from = right_turned.get();
     }
     const std::int64_t panel = kPanel * padded_k(gemm, d.b);
@@ -136,9 +164,12 @@ struct ExpertBlocks {
 
 // Panels of [a, b] of `count` pairs from `pair` on, one pair after another.
 template <class T>
-void pack_central(
-    const GemmKernels& gemm, const LinearInputs& in, const RebuildPlan& plan, std::int64_t pair, std::int64_t count,
-    T* panels) {
+void pack_central(const GemmKernels& gemm,
+                  const LinearInputs& in,
+                  const RebuildPlan& plan,
+                  std::int64_t pair,
+                  std::int64_t count,
+                  T* panels) {
   const BlockDims& d = in.dims;
   const std::int64_t stride = d.iC * d.jC * d.b;
   const T* central = static_cast<const T*>(in.central) + pair * d.b;
@@ -150,58 +181,98 @@ void pack_central(
     gemm.pack(panels + q * plan.central_size(), plan.a_units, central + q * d.b, stride, d.a, d.b);
 }
 
-// half [nL of the range, kL, half_row] of one pair; columns from b to the end of the last panel are zero.
+// half [nL of the range, kL, half_row] of one pair; columns from b to the end of the last panel are
+// zero.
 template <class T>
-void build_half(
-    const GemmKernels& gemm, const RebuildPlan& plan, const ExpertBlocks<T>& blocks, Span n_left, const T* central,
-    T* half) {
+void build_half(const GemmKernels& gemm,
+                const RebuildPlan& plan,
+                const ExpertBlocks<T>& blocks,
+                Span n_left,
+                const T* central,
+                T* half) {
   const T* left = blocks.left.get() + n_left.first * plan.k.L * blocks.left_row;
-  multiply_all(
-      gemm, (n_left.last - n_left.first) * plan.k.L, plan.a_units * gemm.unit, left, blocks.left_row, central,
-      plan.b_panels * kPanel, [&](std::int64_t first, std::int64_t count, std::int64_t c, const float* tile) {
-        gemm.store(tile, count, kPanel, half + first * plan.half_row + c, plan.half_row);
-      });
+  multiply_all(gemm,
+               (n_left.last - n_left.first) * plan.k.L,
+               plan.a_units * gemm.unit,
+               left,
+               blocks.left_row,
+               central,
+               plan.b_panels * kPanel,
+               [&](std::int64_t first, std::int64_t count, std::int64_t c, const float* tile) {
+                 gemm.store(tile, count, kPanel, half + first * plan.half_row + c, plan.half_row);
+               });
 }
 
-// The slab's part for one pair, the `kc`-th and `nc`-th of a block: panels [k units][32], panel_units apart.
+// The slab's part for one pair, the `kc`-th and `nc`-th of a block: panels [k units][32],
+// panel_units apart.
 template <class T>
-void build_slab(
-    const GemmKernels& gemm, const RebuildPlan& plan, const ExpertBlocks<T>& blocks, std::int64_t n_lefts,
-    std::int64_t kc, std::int64_t nc, const T* half, T* slab) {
+void build_slab(const GemmKernels& gemm,
+                const RebuildPlan& plan,
+                const ExpertBlocks<T>& blocks,
+                std::int64_t n_lefts,
+                std::int64_t kc,
+                std::int64_t nc,
+                const T* half,
+                T* slab) {
   const std::int64_t per_panel = plan.right.per_panel;
   T* target = slab + kc * plan.k_units * kPanel * gemm.unit;
   const std::int32_t* places = plan.row_unit.data() + nc * plan.n_left * plan.k.L * plan.granules;
-  multiply_all(
-      gemm, n_lefts * plan.k.L, plan.b_units * gemm.unit, half, plan.half_row, blocks.right.get(),
-      plan.right.panels * kPanel, [&](std::int64_t first, std::int64_t count, std::int64_t c, const float* tile) {
-        const std::int64_t granule = c / kPanel * per_panel;
-        gemm.store_units(
-            tile, count, target, places + first * plan.granules, plan.granules, plan.right.which.data() + granule,
-            plan.right.unit_offset.data() + granule);
-      });
+  multiply_all(gemm,
+               n_lefts * plan.k.L,
+               plan.b_units * gemm.unit,
+               half,
+               plan.half_row,
+               blocks.right.get(),
+               plan.right.panels * kPanel,
+               [&](std::int64_t first, std::int64_t count, std::int64_t c, const float* tile) {
+                 const std::int64_t granule = c / kPanel * per_panel;
+                 gemm.store_units(tile,
+                                  count,
+                                  target,
+                                  places + first * plan.granules,
+                                  plan.granules,
+                                  plan.right.which.data() + granule,
+                                  plan.right.unit_offset.data() + granule);
+               });
 }
 
-// Running sums of a block over k: [tile of rows][panel][row of the tile][32], for all rows or for one tile.
+// Running sums of a block over k: [tile of rows][panel][row of the tile][32], for all rows or for
+// one tile.
 struct BlockSums {
   float* data;
   bool all;
-  float* tile(std::int64_t first, std::int64_t panels) const { return data + (all ? first * panels * kPanel : 0); }
+  float* tile(std::int64_t first, std::int64_t panels) const {
+    return data + (all ? first * panels * kPanel : 0);
+  }
 };
 
-// sums (+)= rows x slab. `done(first, count, tile)` gets every tile of rows while it is in the L1 cache.
+// sums (+)= rows x slab. `done(first, count, tile)` gets every tile of rows while it is in the L1
+// cache.
 template <class T, class F>
-void multiply_slab(
-    const GemmKernels& gemm, const RebuildPlan& plan, std::int64_t kcs, std::int64_t panels, std::int64_t count,
-    const T* rows, const T* slab, const BlockSums& sums, bool accumulate, const F& done) {
+void multiply_slab(const GemmKernels& gemm,
+                   const RebuildPlan& plan,
+                   std::int64_t kcs,
+                   std::int64_t panels,
+                   std::int64_t count,
+                   const T* rows,
+                   const T* slab,
+                   const BlockSums& sums,
+                   bool accumulate,
+                   const F& done) {
   for_each_tile(count, gemm.best_rows, [&](std::int64_t first, std::int64_t tile_rows) {
     float* tile = sums.tile(first, panels);
-    for_each_tile(kcs * plan.k_units, gemm.longest_sum, [&](std::int64_t start, std::int64_t units) {
-      for (std::int64_t p = 0; p < panels; ++p)
-        gemm.multiply_rows(
-            tile_rows, units, rows + first * plan.x_row + start * gemm.unit, plan.x_row / gemm.unit,
-            slab + (p * plan.panel_units() + start) * kPanel * gemm.unit, tile + p * tile_rows * kPanel, kPanel,
-            accumulate || start > 0);
-    });
+    for_each_tile(
+        kcs * plan.k_units, gemm.longest_sum, [&](std::int64_t start, std::int64_t units) {
+          for (std::int64_t p = 0; p < panels; ++p)
+            gemm.multiply_rows(tile_rows,
+                               units,
+                               rows + first * plan.x_row + start * gemm.unit,
+                               plan.x_row / gemm.unit,
+                               slab + (p * plan.panel_units() + start) * kPanel * gemm.unit,
+                               tile + p * tile_rows * kPanel,
+                               kPanel,
+                               accumulate || start > 0);
+        });
     done(first, tile_rows, tile);
   });
 }

@@ -1,5 +1,5 @@
-// Forward of the rebuild strategy. A task is one expert and one block of columns; threads get runs of tasks of equal
-// cost.
+// Forward of the rebuild strategy. A task is one expert and one block of columns; threads get runs
+// of tasks of equal cost.
 #include "cpu/linear/rebuild.h"
 
 namespace mpoe {
@@ -10,18 +10,27 @@ template <class T>
 class ForwardWorker {
  public:
   // `central`: packed pairs in the order of central.
-  ForwardWorker(
-      const GemmKernels& gemm, const LinearForward& in, const RebuildPlan& plan, const T* central,
-      std::int64_t most_rows)
-      : gemm_(gemm), in_(in), plan_(plan), central_(central), blocks_(gemm, in.dims, plan),
-        rows_(plan.k_blocks() * most_rows * plan.x_row), half_(plan.n_left * plan.k.L * plan.half_row),
+  ForwardWorker(const GemmKernels& gemm,
+                const LinearForward& in,
+                const RebuildPlan& plan,
+                const T* central,
+                std::int64_t most_rows)
+      : gemm_(gemm),
+        in_(in),
+        plan_(plan),
+        central_(central),
+        blocks_(gemm, in.dims, plan),
+        rows_(plan.k_blocks() * most_rows * plan.x_row),
+        half_(plan.n_left * plan.k.L * plan.half_row),
         slab_(zeros<T>(plan.slab_size())),
         sums_((plan.k_blocks() > 1 ? most_rows : kMaxRows) * plan.most_panels() * kPanel),
-        bias_(plan.most_panels() * kPanel, 0.0f), columns_(plan.most_panels()) {}
+        bias_(plan.most_panels() * kPanel, 0.0f),
+        columns_(plan.most_panels()) {}
 
   void run(std::int64_t expert, std::int64_t block) {
     const std::int64_t first = in_.offsets[expert], count = in_.offsets[expert + 1] - first;
-    if (expert != loaded_) load(expert, first, count);
+    if (expert != loaded_)
+      load(expert, first, count);
     const BlockColumns n = plan_.n_columns(block);
     const std::int64_t panels = plan_.panels(n), blocks = plan_.k_blocks();
     place(n, panels);
@@ -29,14 +38,34 @@ class ForwardWorker {
       const Span k = plan_.k_span(kb);
       for (std::int64_t kc = k.first; kc < k.last; ++kc)
         for (std::int64_t nc = n.c.first; nc < n.c.last; ++nc) {
-          build_half(gemm_, plan_, blocks_, n.l, central_ + plan_.pair(kc, nc) * plan_.central_size(), half_.get());
-          build_slab(gemm_, plan_, blocks_, n.ls(), kc - k.first, nc - n.c.first, half_.get(), slab_.get());
+          build_half(gemm_,
+                     plan_,
+                     blocks_,
+                     n.l,
+                     central_ + plan_.pair(kc, nc) * plan_.central_size(),
+                     half_.get());
+          build_slab(gemm_,
+                     plan_,
+                     blocks_,
+                     n.ls(),
+                     kc - k.first,
+                     nc - n.c.first,
+                     half_.get(),
+                     slab_.get());
         }
-      multiply_slab(
-          gemm_, plan_, k.last - k.first, panels, count, rows_.get() + kb * count * plan_.x_row, slab_.get(),
-          BlockSums{sums_.get(), blocks > 1}, kb > 0, [&](std::int64_t row, std::int64_t rows, const float* tile) {
-            if (kb == blocks - 1) finish(first + row, rows, panels, tile);
-          });
+      multiply_slab(gemm_,
+                    plan_,
+                    k.last - k.first,
+                    panels,
+                    count,
+                    rows_.get() + kb * count * plan_.x_row,
+                    slab_.get(),
+                    BlockSums{sums_.get(), blocks > 1},
+                    kb > 0,
+                    [&](std::int64_t row, std::int64_t rows, const float* tile) {
+                      if (kb == blocks - 1)
+                        finish(first + row, rows, panels, tile);
+                    });
     }
   }
 
@@ -46,15 +75,21 @@ class ForwardWorker {
     blocks_.load(gemm_, in_, plan_, expert);
     for (std::int64_t kb = 0; kb < plan_.k_blocks(); ++kb)
       arrange_rows<T>(
-          plan_.k, gemm_.unit, plan_.k_span(kb), count, [&](std::int64_t t) { return row_of<T>(in_, first + t); },
-          rows_.get() + kb * count * plan_.x_row, plan_.x_row);
+          plan_.k,
+          gemm_.unit,
+          plan_.k_span(kb),
+          count,
+          [&](std::int64_t t) { return row_of<T>(in_, first + t); },
+          rows_.get() + kb * count * plan_.x_row,
+          plan_.x_row);
   }
 
   // Sets where the columns of a block are, and their bias.
   void place(const BlockColumns& n, std::int64_t panels) {
     for (std::int64_t p = 0; p < panels; ++p) {
       columns_[p] = side_columns(plan_.n, n.c, n.l, p);
-      if (in_.bias == nullptr) continue;
+      if (in_.bias == nullptr)
+        continue;
       for (std::int64_t c = 0; c < kPanel; ++c) {
         const std::int64_t g = c / kGranule, i = c % kGranule;
         bias_[p * kPanel + c] = i < columns_[p].valid[g] ? bias(columns_[p].offset[g] + i) : 0.0f;
@@ -62,16 +97,24 @@ class ForwardWorker {
     }
   }
 
-  float bias(std::int64_t column) const { return mpoe::load(static_cast<const T*>(in_.bias)[column]); }
+  float bias(std::int64_t column) const {
+    return mpoe::load(static_cast<const T*>(in_.bias)[column]);
+  }
 
   void finish(std::int64_t slot, std::int64_t rows, std::int64_t panels, const float* tile) {
     const std::int64_t width = plan_.n.features;
     T* saved = in_.saved == nullptr ? nullptr : static_cast<T*>(in_.saved) + slot * width;
     Finish finish{.bias = nullptr, .activation = in_.activation, .saved = saved};
     for (std::int64_t p = 0; p < panels; ++p) {
-      if (in_.bias != nullptr) finish.bias = bias_.data() + p * kPanel;
-      gemm_.finish(
-          tile + p * rows * kPanel, rows, static_cast<T*>(in_.y) + slot * width, nullptr, width, columns_[p], finish);
+      if (in_.bias != nullptr)
+        finish.bias = bias_.data() + p * kPanel;
+      gemm_.finish(tile + p * rows * kPanel,
+                   rows,
+                   static_cast<T*>(in_.y) + slot * width,
+                   nullptr,
+                   width,
+                   columns_[p],
+                   finish);
     }
   }
 
@@ -81,7 +124,8 @@ class ForwardWorker {
   const T* central_;
   ExpertBlocks<T> blocks_;
   Buffer<T> rows_, half_;
-  Buffer<T> slab_;  // columns that no granule fills are zero: multiplied too, their results are discarded
+  Buffer<T>
+      slab_;  // columns that no granule fills are zero: multiplied too, their results are discarded
   Buffer<float> sums_;
   std::vector<float> bias_;
   std::vector<ColumnMap> columns_;
@@ -89,7 +133,9 @@ class ForwardWorker {
 };
 
 template <class T>
-Buffer<T> pack_whole_central(const GemmKernels& gemm, const LinearInputs& in, const RebuildPlan& plan) {
+Buffer<T> pack_whole_central(const GemmKernels& gemm,
+                             const LinearInputs& in,
+                             const RebuildPlan& plan) {
   const std::int64_t pairs = in.dims.iC * in.dims.jC;
   Buffer<T> panels(pairs * plan.central_size());
   parallel_for(0, pairs, 4, [&](std::int64_t begin, std::int64_t end) {
@@ -98,7 +144,8 @@ Buffer<T> pack_whole_central(const GemmKernels& gemm, const LinearInputs& in, co
   return panels;
 }
 
-// Experts with slots, whose blocks are the tasks, in order; and the cost of the experts before each, in rows per block.
+// Experts with slots, whose blocks are the tasks, in order; and the cost of the experts before
+// each, in rows per block.
 struct Tasks {
   std::vector<std::int64_t> experts, before{0};
   std::int64_t blocks, most_rows = 0;
@@ -108,7 +155,8 @@ struct Tasks {
     const std::int64_t rebuild = in.dims.b + ceil_divide(in.dims.a * in.dims.b, plan.right_columns);
     for (std::int64_t e = 0; e < in.experts; ++e) {
       const std::int64_t count = in.offsets[e + 1] - in.offsets[e];
-      if (count == 0) continue;
+      if (count == 0)
+        continue;
       experts.push_back(e);
       before.push_back(before.back() + rebuild + count);
       most_rows = std::max(most_rows, count);
@@ -118,15 +166,18 @@ struct Tasks {
   // The first task of a part when all are split into `parts` of equal cost.
   std::int64_t first(std::int64_t part, std::int64_t parts) const {
     const std::int64_t target = before.back() * part / parts;
-    const std::int64_t k = std::upper_bound(before.begin(), before.end(), target) - before.begin() - 1;
-    if (k == static_cast<std::int64_t>(experts.size())) return k * blocks;
+    const std::int64_t k =
+        std::upper_bound(before.begin(), before.end(), target) - before.begin() - 1;
+    if (k == static_cast<std::int64_t>(experts.size()))
+      return k * blocks;
     return k * blocks + (target - before[k]) * blocks / (before[k + 1] - before[k]);
   }
 };
 
 template <class T>
 void forward(const GemmKernels& gemm, const LinearForward& in) {
-  if (!zero_the_rest<T>(in)) return;
+  if (!zero_the_rest<T>(in))
+    return;
   const RebuildPlan plan(gemm, in.dims, false, sizeof(T));
   const Tasks tasks(in, plan);
   const Buffer<T> central = pack_whole_central<T>(gemm, in, plan);
@@ -134,9 +185,11 @@ void forward(const GemmKernels& gemm, const LinearForward& in) {
   parallel_for(0, parts, 1, [&](std::int64_t begin, std::int64_t end) {
     const std::int64_t last = tasks.first(end, parts);
     std::int64_t task = tasks.first(begin, parts);
-    if (task == last) return;
+    if (task == last)
+      return;
     ForwardWorker<T> worker(gemm, in, plan, central.get(), tasks.most_rows);
-    for (; task < last; ++task) worker.run(tasks.experts[task / tasks.blocks], task % tasks.blocks);
+    for (; task < last; ++task)
+      worker.run(tasks.experts[task / tasks.blocks], task % tasks.blocks);
   });
 }
 

@@ -6,15 +6,22 @@ namespace {
 
 // Panels of central, b / 32 for every jC: rows of B are (iC, a), columns (jC, b).
 template <class T>
-void pack_central(const GemmKernels& gemm, const BlockDims& d, const SeparableSizes& sizes, const T* central, T* out) {
+void pack_central(const GemmKernels& gemm,
+                  const BlockDims& d,
+                  const SeparableSizes& sizes,
+                  const T* central,
+                  T* out) {
   const bool together = sizes.b == d.b;  // then columns of several jC are contiguous
   const std::int64_t group = together ? ceil_divide(4 * kPanel, d.b) : 1;
   parallel_for(0, ceil_divide(d.jC, group), 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t j = begin * group; j < std::min(end * group, d.jC); j += group)
       for (std::int64_t i = 0; i < d.iC; ++i)
-        gemm.pack(
-            out + j * sizes.b * sizes.t_k + i * sizes.a * kPanel, sizes.t_k / gemm.unit,
-            central + (i * d.jC + j) * d.b, d.iC * d.jC * d.b, d.a, std::min(group, d.jC - j) * d.b);
+        gemm.pack(out + j * sizes.b * sizes.t_k + i * sizes.a * kPanel,
+                  sizes.t_k / gemm.unit,
+                  central + (i * d.jC + j) * d.b,
+                  d.iC * d.jC * d.b,
+                  d.a,
+                  std::min(group, d.jC - j) * d.b);
   });
 }
 
@@ -26,7 +33,8 @@ struct BiasRows {
 
   explicit BiasRows(const LinearForward& in) : row(round_up(in.dims.jR, kPanel)) {
     const BlockDims& d = in.dims;
-    if (in.bias == nullptr) return;
+    if (in.bias == nullptr)
+      return;
     values = zeros<float>(d.jC * row);
     for (std::int64_t f = 0; f < d.out_features; ++f)
       values.get()[f / d.jR * row + f % d.jR] = load(static_cast<const T*>(in.bias)[f]);
@@ -46,7 +54,8 @@ struct OutputStep {
     const std::int64_t count = block.last - block.first;
     // As many jC at a time as keep the central step's result in cache for the right step.
     const std::int64_t row_bytes = count * sizes.b * static_cast<std::int64_t>(sizeof(T));
-    const std::int64_t group = std::clamp<std::int64_t>(256 * 1024 / row_bytes, 1, columns.last - columns.first);
+    const std::int64_t group =
+        std::clamp<std::int64_t>(256 * 1024 / row_bytes, 1, columns.last - columns.first);
     Buffer<T> h(count * group * sizes.b);
     for (std::int64_t j = columns.first; j < columns.last; j += group) {
       const Span part{j, std::min(j + group, columns.last)};
@@ -61,8 +70,12 @@ struct OutputStep {
     const std::int64_t right_k = padded_k(gemm, d.b);
     Buffer<T> panels(round_up(d.jR, kPanel) * right_k);
     for_each_expert(in, block, [&](std::int64_t expert, Span slots) {
-      gemm.pack(
-          panels.get(), right_k / gemm.unit, static_cast<const T*>(in.right) + expert * d.b * d.jR, d.jR, d.b, d.jR);
+      gemm.pack(panels.get(),
+                right_k / gemm.unit,
+                static_cast<const T*>(in.right) + expert * d.b * d.jR,
+                d.jR,
+                d.b,
+                d.jR);
       const std::int64_t first_row = (slots.first - block.first) * (part.last - part.first);
       right_product(slots, part, h + first_row * h_row, h_row, panels.get(), right_k);
     });
@@ -73,20 +86,31 @@ struct OutputStep {
   void central_step(Span block, Span part, const T* t, T* h) const {
     const BlockDims& d = in.dims;
     const std::int64_t width = (part.last - part.first) * sizes.b;
-    multiply_all(
-        gemm, block.last - block.first, sizes.t_k, t, sizes.t_row, central_panels + part.first * sizes.b * sizes.t_k,
-        width, [&](std::int64_t first, std::int64_t rows, std::int64_t c, const float* tile) {
-          gemm.store(tile, rows, kPanel, h + first * width + c, width);
-          if (in.h == nullptr) return;
-          const std::int64_t j = part.first + c / sizes.b, column = c % sizes.b;
-          T* kept = static_cast<T*>(in.h) + ((block.first + first) * d.jC + j) * d.b + column;
-          gemm.store(tile, rows, std::min(kPanel, d.b - column), kept, d.jC * d.b);
-        });
+    multiply_all(gemm,
+                 block.last - block.first,
+                 sizes.t_k,
+                 t,
+                 sizes.t_row,
+                 central_panels + part.first * sizes.b * sizes.t_k,
+                 width,
+                 [&](std::int64_t first, std::int64_t rows, std::int64_t c, const float* tile) {
+                   gemm.store(tile, rows, kPanel, h + first * width + c, width);
+                   if (in.h == nullptr)
+                     return;
+                   const std::int64_t j = part.first + c / sizes.b, column = c % sizes.b;
+                   T* kept =
+                       static_cast<T*>(in.h) + ((block.first + first) * d.jC + j) * d.b + column;
+                   gemm.store(tile, rows, std::min(kPanel, d.b - column), kept, d.jC * d.b);
+                 });
   }
 
   // y of `slots`, all of one expert.
-  void right_product(
-      Span slots, Span part, const T* h, std::int64_t h_row, const T* panels, std::int64_t right_k) const {
+  void right_product(Span slots,
+                     Span part,
+                     const T* h,
+                     std::int64_t h_row,
+                     const T* panels,
+                     std::int64_t right_k) const {
     const BlockDims& d = in.dims;
     const std::int64_t width = part.last - part.first, total = (slots.last - slots.first) * width;
     // About one strip ahead.
@@ -98,7 +122,13 @@ struct OutputStep {
     // If the last columns do not exist, rows of different jC end differently.
     const bool whole = d.padded_out() == d.out_features;
     multiply_all(
-        gemm, total, right_k, h, h_row, panels, d.jR,
+        gemm,
+        total,
+        right_k,
+        h,
+        h_row,
+        panels,
+        d.jR,
         [&](std::int64_t first, std::int64_t rows, std::int64_t c, const float* tile) {
           std::int64_t row_offset[kMaxRows], bias_offset[kMaxRows];
           const std::int64_t slot = slots.first + first / width;
@@ -106,7 +136,8 @@ struct OutputStep {
           for (std::int64_t r = 0; r < rows; ++r) {
             row_offset[r] = start + j * d.jR;
             bias_offset[r] = j * bias.row;
-            // A write waits for its cache line, and the writes after it wait too: prefetch those of the next strip.
+            // A write waits for its cache line, and the writes after it wait too: prefetch those of
+            // the next strip.
             if (first + r + kStripRows < total) {
               const T* later = y + row_offset[r] + later_rows + c;
               for (std::int64_t i = 0; i < kPanel * static_cast<std::int64_t>(sizeof(T)); i += 64)
@@ -119,9 +150,11 @@ struct OutputStep {
           }
           finish.bias = bias.values ? bias.values.get() + c : nullptr;
           finish.bias_offset = bias_offset;
-          if (whole) return gemm.finish(tile, rows, y, row_offset, 0, consecutive(c, d.jR), finish);
+          if (whole)
+            return gemm.finish(tile, rows, y, row_offset, 0, consecutive(c, d.jR), finish);
           for (std::int64_t r = 0; r < rows; ++r) {
-            const std::int64_t end = std::min(d.jR, d.out_features - (part.first + (first + r) % width) * d.jR);
+            const std::int64_t end =
+                std::min(d.jR, d.out_features - (part.first + (first + r) % width) * d.jR);
             finish.bias_offset = bias_offset + r;
             gemm.finish(tile + r * kPanel, 1, y, row_offset + r, 0, consecutive(c, end), finish);
           }
@@ -130,20 +163,25 @@ struct OutputStep {
 };
 
 // Central is packed piece by piece, and every piece is multiplied immediately.
-constexpr std::int64_t kFewSums = 512;  // units of k whose pieces are summed separately from those before
+// Units of k whose pieces are summed separately from those before.
+constexpr std::int64_t kFewSums = 512;
 
-// h [filled, jC b] from rows `t` of the slots, `row` apart and in the order of central's rows: (a, iC).
+// h [filled, jC b] from rows `t` of the slots, `row` apart and in the order of central's rows: (a,
+// iC).
 template <class T>
-void central_of_few(const GemmKernels& gemm, const LinearForward& in, const T* t, std::int64_t row, T* h) {
+void central_of_few(
+    const GemmKernels& gemm, const LinearForward& in, const T* t, std::int64_t row, T* h) {
   const BlockDims& d = in.dims;
   const std::int64_t filled = in.filled(), k = d.a * d.iC, n = d.jC * d.b, unit = gemm.unit;
-  // Sums of a strip of columns stay in cache throughout the loop over k; the fewer the slots, the wider the strip and
-  // the fewer rows of central at a time, so that these are read nearly in memory order.
+  // Sums of a strip of columns stay in cache throughout the loop over k; the fewer the slots, the
+  // wider the strip and the fewer rows of central at a time, so that these are read nearly in
+  // memory order.
   constexpr std::int64_t kGroup = 4 * kPanel;  // columns packed at a time
   const std::int64_t most_units = std::clamp<std::int64_t>(round_up(filled, 8), 32, kFewSlots);
   const std::int64_t most_columns = kFewSlots * kFewSlots * 2 / most_units / kGroup * kGroup;
   parallel_for(0, ceil_divide(n, kPanel), 1, [&](std::int64_t begin, std::int64_t end) {
-    const std::int64_t last = std::min(n, end * kPanel), stride = std::min(most_columns, round_up(last, kPanel));
+    const std::int64_t last = std::min(n, end * kPanel),
+                       stride = std::min(most_columns, round_up(last, kPanel));
     Buffer<T> panels(kGroup * most_units * unit);
     Buffer<float> sums(filled * stride), part(filled * stride);
     for (std::int64_t strip = begin * kPanel; strip < last; strip += most_columns) {
@@ -152,24 +190,38 @@ void central_of_few(const GemmKernels& gemm, const LinearForward& in, const T* t
         float* sum = first_k == 0 ? sums.get() : part.get();
         const std::int64_t last_k = std::min(k, first_k + kFewSums * unit);
         for (std::int64_t i = first_k; i < last_k; i += most_units * unit) {
-          const std::int64_t count = std::min(most_units * unit, last_k - i), units = ceil_divide(count, unit);
+          const std::int64_t count = std::min(most_units * unit, last_k - i),
+                             units = ceil_divide(count, unit);
           const T* rows_of_central = static_cast<const T*>(in.central) + i * n + strip;
           for (std::int64_t c = 0; c < columns; c += kPanel) {
             const std::int64_t place = c % kGroup;
             if (place == 0)
-              gemm.pack(panels.get(), units, rows_of_central + c, n, count, std::min(kGroup, columns - c));
+              gemm.pack(panels.get(),
+                        units,
+                        rows_of_central + c,
+                        n,
+                        count,
+                        std::min(kGroup, columns - c));
             for_each_tile(filled, gemm.best_rows, [&](std::int64_t first, std::int64_t rows) {
-              gemm.multiply_rows(
-                  rows, units, t + first * row + i, row / unit, panels.get() + place * units * unit,
-                  sum + first * stride + c, stride, i > first_k);
+              gemm.multiply_rows(rows,
+                                 units,
+                                 t + first * row + i,
+                                 row / unit,
+                                 panels.get() + place * units * unit,
+                                 sum + first * stride + c,
+                                 stride,
+                                 i > first_k);
             });
           }
         }
-        if (first_k == 0) continue;
+        if (first_k == 0)
+          continue;
         for (std::int64_t s = 0; s < filled; ++s)
-          for (std::int64_t c = 0; c < columns; ++c) sums.get()[s * stride + c] += part.get()[s * stride + c];
+          for (std::int64_t c = 0; c < columns; ++c)
+            sums.get()[s * stride + c] += part.get()[s * stride + c];
       }
-      for (std::int64_t s = 0; s < filled; ++s) gemm.round_row(sums.get() + s * stride, h + s * n + strip, columns);
+      for (std::int64_t s = 0; s < filled; ++s)
+        gemm.round_row(sums.get() + s * stride, h + s * n + strip, columns);
     }
   });
 }
@@ -196,8 +248,10 @@ void forward(const GemmKernels& gemm, const LinearForward& in) {
   const BlockDims& d = in.dims;
   const SeparableSizes sizes(gemm, d);
   const std::int64_t filled = in.filled();
-  if (!zero_the_rest<T>(in)) return;
-  if (are_few(gemm, in, kFewSlots)) return forward_of_few<T>(gemm, in, sizes);
+  if (!zero_the_rest<T>(in))
+    return;
+  if (are_few(gemm, in, kFewSlots))
+    return forward_of_few<T>(gemm, in, sizes);
   Buffer<T> central_panels(sizes.h_k * sizes.t_k);
   pack_central(gemm, d, sizes, static_cast<const T*>(in.central), central_panels.get());
   const BiasRows<T> bias(in);
@@ -214,17 +268,21 @@ void forward(const GemmKernels& gemm, const LinearForward& in) {
     });
     return;
   }
-  // Few slots per thread: split them more finely for the left step; for the other steps, split the columns too.
+  // Few slots per thread: split them more finely for the left step; for the other steps, split the
+  // columns too.
   Buffer<T> t(filled * sizes.t_row);
   parallel_for(0, filled, 1, [&](std::int64_t begin, std::int64_t end) {
     left_step<T>(gemm, in, sizes, {begin, end}, nullptr, t.get() + begin * sizes.t_row);
   });
-  const std::int64_t parts = std::clamp<std::int64_t>(ceil_divide(4 * num_threads(), count), 1, d.jC);
+  const std::int64_t parts =
+      std::clamp<std::int64_t>(ceil_divide(4 * num_threads(), count), 1, d.jC);
   parallel_for(0, count * parts, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t k = begin; k < end; ++k) {
       const std::int64_t part = k % parts;
       const Span block = blocks[k / parts];
-      step.run(block, {d.jC * part / parts, d.jC * (part + 1) / parts}, t.get() + block.first * sizes.t_row);
+      step.run(block,
+               {d.jC * part / parts, d.jC * (part + 1) / parts},
+               t.get() + block.first * sizes.t_row);
     }
   });
 }

@@ -1,7 +1,8 @@
-// Steps that the forward and the backward of separable shapes share. A slot's row of x is [iL, iC]; transposed,
-// [iC, iL], it is iC rows that left maps to [iC, a]: one row t of the central product, whose result [jC, b] is jC rows
-// that right maps to [jC, jR]. So left and right are products with (number of slots) x iC or jC short rows, and central
-// is one product over all slots, whatever their experts.
+// Steps that the forward and the backward of separable shapes share. A slot's row of x is [iL, iC];
+// transposed, [iC, iL], it is iC rows that left maps to [iC, a]: one row t of the central product,
+// whose result [jC, b] is jC rows that right maps to [jC, jR]. So left and right are products with
+// (number of slots) x iC or jC short rows, and central is one product over all slots, whatever
+// their experts.
 #pragma once
 
 #include "cpu/linear/common.h"
@@ -18,25 +19,37 @@ struct SeparableSizes {
   std::int64_t b;       // b in whole panels
   std::int64_t h_k;     // [jC, b]: after central
   SeparableSizes(const GemmKernels& gemm, const BlockDims& d)
-      : left_k(padded_k(gemm, d.iL)), x_row(d.iC * left_k), a(padded_k(gemm, d.a)), t_k(d.iC * a),
-        t_row(row_stride(gemm, t_k)), b(round_up(d.b, kPanel)), h_k(d.jC * b) {}
+      : left_k(padded_k(gemm, d.iL)),
+        x_row(d.iC * left_k),
+        a(padded_k(gemm, d.a)),
+        t_k(d.iC * a),
+        t_row(row_stride(gemm, t_k)),
+        b(round_up(d.b, kPanel)),
+        h_k(d.jC * b) {}
 };
 
 // Runs of slots whose rows of `row_bytes` fill about half of the L2 cache, regardless of experts.
 inline std::vector<Span> slot_blocks(std::int64_t slots, std::int64_t row_bytes) {
-  const std::int64_t most = std::max<std::int64_t>(56, 512 * 1024 / std::max<std::int64_t>(row_bytes, 1));
+  const std::int64_t most =
+      std::max<std::int64_t>(56, 512 * 1024 / std::max<std::int64_t>(row_bytes, 1));
   std::vector<Span> blocks;
-  for_each_tile(slots, most, [&](std::int64_t first, std::int64_t count) { blocks.push_back({first, first + count}); });
+  for_each_tile(slots, most, [&](std::int64_t first, std::int64_t count) {
+    blocks.push_back({first, first + count});
+  });
   return blocks;
 }
 
 // xs[s - slots.first] = x row of slot s as [iC, left_k], zero where padded.
 template <class T>
-void transpose_rows(
-    const GemmKernels& gemm, const LinearInputs& in, const SeparableSizes& sizes, Span slots, T* xs) {
+void transpose_rows(const GemmKernels& gemm,
+                    const LinearInputs& in,
+                    const SeparableSizes& sizes,
+                    Span slots,
+                    T* xs) {
   const BlockDims& d = in.dims;
   std::vector<T> whole;  // a row with its padding, if there is any
-  if (d.padded_in() != d.in_features) whole.resize(d.padded_in());
+  if (d.padded_in() != d.in_features)
+    whole.resize(d.padded_in());
   for (std::int64_t s = slots.first; s < slots.last; ++s) {
     const T* row = row_of<T>(in, s);
     T* out = xs + (s - slots.first) * sizes.x_row;
@@ -44,16 +57,21 @@ void transpose_rows(
       std::memcpy(static_cast<void*>(whole.data()), row, d.in_features * sizeof(T));
       row = whole.data();
     }
-    if (sizes.left_k != d.iL) std::memset(static_cast<void*>(out), 0, sizes.x_row * sizeof(T));
+    if (sizes.left_k != d.iL)
+      std::memset(static_cast<void*>(out), 0, sizes.x_row * sizeof(T));
     gemm.transpose(row, d.iC, d.iL, d.iC, out, sizes.left_k);
   }
 }
 
-// t[s - block.first] = left_e applied to the row of slot s, for the slots of `block`. Keeps the transposed rows in
-// xs [block, x_row] if that is given.
+// t[s - block.first] = left_e applied to the row of slot s, for the slots of `block`. Keeps the
+// transposed rows in xs [block, x_row] if that is given.
 template <class T>
-void left_step(
-    const GemmKernels& gemm, const LinearInputs& in, const SeparableSizes& sizes, Span block, T* xs, T* t) {
+void left_step(const GemmKernels& gemm,
+               const LinearInputs& in,
+               const SeparableSizes& sizes,
+               Span block,
+               T* xs,
+               T* t) {
   const BlockDims& d = in.dims;
   Buffer<T> panels(round_up(d.a, kPanel) * sizes.left_k);
   Buffer<T> scratch(xs == nullptr ? (block.last - block.first) * sizes.x_row : 0);
@@ -61,11 +79,21 @@ void left_step(
     const std::int64_t offset = slots.first - block.first, count = slots.last - slots.first;
     T* rows = (xs == nullptr ? scratch.get() : xs) + offset * sizes.x_row;
     transpose_rows(gemm, in, sizes, slots, rows);
-    gemm.pack(
-        panels.get(), sizes.left_k / gemm.unit, static_cast<const T*>(in.left) + expert * d.iL * d.a, d.a, d.iL, d.a);
+    gemm.pack(panels.get(),
+              sizes.left_k / gemm.unit,
+              static_cast<const T*>(in.left) + expert * d.iL * d.a,
+              d.a,
+              d.iL,
+              d.a);
     T* out = t + offset * sizes.t_row;
     multiply_all(
-        gemm, count * d.iC, sizes.left_k, rows, sizes.left_k, panels.get(), sizes.a,
+        gemm,
+        count * d.iC,
+        sizes.left_k,
+        rows,
+        sizes.left_k,
+        panels.get(),
+        sizes.a,
         [&](std::int64_t first, std::int64_t tile_rows, std::int64_t c, const float* tile) {
           std::int64_t row_offset[kMaxRows];
           for (std::int64_t r = 0; r < tile_rows; ++r)
@@ -76,8 +104,9 @@ void left_step(
   });
 }
 
-// Few slots: central is read in memory order, and panels of it are never written to memory. With one slot, that traffic
-// would take all the time. Rows t of the slots, and their gradients, are then in the order of central's rows, (a, iC).
+// Few slots: central is read in memory order, and panels of it are never written to memory. With
+// one slot, that traffic would take all the time. Rows t of the slots, and their gradients, are
+// then in the order of central's rows, (a, iC).
 constexpr std::int64_t kFewSlots = 128;     // of the forward
 constexpr std::int64_t kFewGradients = 64;  // of the backward
 
@@ -88,15 +117,20 @@ inline bool are_few(const GemmKernels& gemm, const LinearInputs& in, std::int64_
 
 // left_step for few slots: t [block, t_row], with rows (a, iC) in whole units.
 template <class T>
-void left_step_of_few(
-    const GemmKernels& gemm, const LinearInputs& in, const SeparableSizes& sizes, Span block, T* xs, T* t,
-    std::int64_t t_row) {
+void left_step_of_few(const GemmKernels& gemm,
+                      const LinearInputs& in,
+                      const SeparableSizes& sizes,
+                      Span block,
+                      T* xs,
+                      T* t,
+                      std::int64_t t_row) {
   const BlockDims& d = in.dims;
   Buffer<T> rows((block.last - block.first) * sizes.t_row);
   left_step<T>(gemm, in, sizes, block, xs, rows.get());
   for (std::int64_t s = 0; s < block.last - block.first; ++s, t += t_row) {
     gemm.transpose(rows.get() + s * sizes.t_row, sizes.a, d.iC, d.a, t, d.iC);
-    if (d.a * d.iC % gemm.unit != 0) t[d.a * d.iC] = T{};
+    if (d.a * d.iC % gemm.unit != 0)
+      t[d.a * d.iC] = T{};
   }
 }
 

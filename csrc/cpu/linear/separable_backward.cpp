@@ -1,5 +1,5 @@
-// Backward of separable shapes. Per slot, in the notation of separable.h: dh = dz right^T, dt = dh central^T,
-// dx = dt left^T; over slots, dright = h^T dz, dcentral = t^T dh, dleft = x^T dt.
+// Backward of separable shapes. Per slot, in the notation of separable.h: dh = dz right^T, dt = dh
+// central^T, dx = dt left^T; over slots, dright = h^T dz, dcentral = t^T dh, dleft = x^T dt.
 #include "cpu/gemm/outer.h"
 #include "cpu/linear/gradient.h"
 #include "cpu/linear/separable.h"
@@ -11,9 +11,17 @@ template <class T>
 class Backward {
  public:
   Backward(const GemmKernels& gemm, const LinearBackward& in)
-      : gemm_(gemm), in_(in), d_(in.dims), sizes_(gemm, d_), filled_(in.filled()),
-        are_few_(are_few(gemm, in, kFewGradients)), right_k_(padded_k(gemm, d_.jR)), b_(padded_k(gemm, d_.b)),
-        dh_k_(d_.jC * b_), dh_row_(row_stride(gemm, dh_k_)), x_gradients_(in) {}
+      : gemm_(gemm),
+        in_(in),
+        d_(in.dims),
+        sizes_(gemm, d_),
+        filled_(in.filled()),
+        are_few_(are_few(gemm, in, kFewGradients)),
+        right_k_(padded_k(gemm, d_.jR)),
+        b_(padded_k(gemm, d_.b)),
+        dh_k_(d_.jC * b_),
+        dh_row_(row_stride(gemm, dh_k_)),
+        x_gradients_(in) {}
 
   void run() {
     zero_gradients();
@@ -28,9 +36,16 @@ class Backward {
         block_gradient(d_.b, d_.jR, d_.jC, h, d_.b, dz_, right_k_, static_cast<T*>(in_.dright));
       }
       if (in_.dleft != nullptr)
-        block_gradient(
-            d_.iL, d_.a, d_.iC, xs_.get(), sizes_.left_k, dt_.get(), sizes_.a, static_cast<T*>(in_.dleft));
-      if (in_.dcentral != nullptr && !are_few_) central_gradient();
+        block_gradient(d_.iL,
+                       d_.a,
+                       d_.iC,
+                       xs_.get(),
+                       sizes_.left_k,
+                       dt_.get(),
+                       sizes_.a,
+                       static_cast<T*>(in_.dleft));
+      if (in_.dcentral != nullptr && !are_few_)
+        central_gradient();
     }
     x_gradients_.finish(gemm_);
   }
@@ -41,64 +56,81 @@ class Backward {
     zero_rows(in_.dbias, 0, filled_ == 0 ? 1 : 0, d_.out_features * sizeof(T));
     zero_rows(in_.dcentral, 0, filled_ == 0 ? 1 : 0, d_.a * d_.iC * d_.jC * d_.b * sizeof(T));
     for (std::int64_t e = 0; e < in_.experts; ++e) {
-      if (in_.offsets[e] != in_.offsets[e + 1]) continue;
+      if (in_.offsets[e] != in_.offsets[e + 1])
+        continue;
       zero_rows(in_.dleft, e, e + 1, d_.iL * d_.a * sizeof(T));
       zero_rows(in_.dright, e, e + 1, d_.b * d_.jR * sizeof(T));
     }
   }
 
-  // Makes dz_ rows [filled * jC, right_k]; copies only if columns are missing or not in whole units.
+  // Makes dz_ rows [filled * jC, right_k]; copies only if columns are missing or not in whole
+  // units.
   void pad_dz() {
-    if (d_.padded_out() == d_.out_features && right_k_ == d_.jR) return;
+    if (d_.padded_out() == d_.out_features && right_k_ == d_.jR)
+      return;
     padded_dz_ = Buffer<T>(filled_ * d_.jC * right_k_);
     for (std::int64_t s = 0; s < filled_; ++s)
       for (std::int64_t j = 0; j < d_.jC; ++j) {
         T* row = padded_dz_.get() + (s * d_.jC + j) * right_k_;
         const std::int64_t valid = std::clamp<std::int64_t>(d_.out_features - j * d_.jR, 0, d_.jR);
         std::memset(static_cast<void*>(row), 0, right_k_ * sizeof(T));
-        std::memcpy(static_cast<void*>(row), dz_ + s * d_.out_features + j * d_.jR, valid * sizeof(T));
+        std::memcpy(
+            static_cast<void*>(row), dz_ + s * d_.out_features + j * d_.jR, valid * sizeof(T));
       }
     dz_ = padded_dz_.get();
   }
 
-  // Everything with one row per slot: t and the transposed x again, dh, dt, dx. Keeps what later sums need.
+  // Everything with one row per slot: t and the transposed x again, dh, dt, dx. Keeps what later
+  // sums need.
   void slot_step() {
-    const bool need_central = in_.dcentral != nullptr, need_left = in_.dleft != nullptr, need_x = in_.dx != nullptr;
-    if (!need_central && !need_left && !need_x) return;
-    if (are_few_) return few_slots_step(need_central, need_left, need_x);
-    if (need_central) dh_ = Buffer<T>(filled_ * dh_row_), t_ = Buffer<T>(filled_ * sizes_.t_row);
-    if (need_left) xs_ = Buffer<T>(filled_ * sizes_.x_row), dt_ = Buffer<T>(filled_ * sizes_.t_k);
+    const bool need_central = in_.dcentral != nullptr, need_left = in_.dleft != nullptr,
+               need_x = in_.dx != nullptr;
+    if (!need_central && !need_left && !need_x)
+      return;
+    if (are_few_)
+      return few_slots_step(need_central, need_left, need_x);
+    if (need_central)
+      dh_ = Buffer<T>(filled_ * dh_row_), t_ = Buffer<T>(filled_ * sizes_.t_row);
+    if (need_left)
+      xs_ = Buffer<T>(filled_ * sizes_.x_row), dt_ = Buffer<T>(filled_ * sizes_.t_k);
     if (need_left || need_x) {
       central_panels_ = Buffer<T>(d_.iC * round_up(d_.a, kPanel) * dh_k_);
       pack_central();
     }
     const std::vector<Span> blocks = slot_blocks(filled_, dh_row_ * sizeof(T));
-    parallel_for(0, static_cast<std::int64_t>(blocks.size()), 1, [&](std::int64_t begin, std::int64_t end) {
-      const std::int64_t most = blocks[0].last - blocks[0].first + 1;
-      Buffer<T> dh(need_central ? 0 : most * dh_row_), dt(need_left ? 0 : most * sizes_.t_k);
-      for (std::int64_t k = begin; k < end; ++k) {
-        const Span block = blocks[k];
-        if (need_central)
-          left_step<T>(
-              gemm_, in_, sizes_, block, need_left ? xs_.get() + block.first * sizes_.x_row : nullptr,
-              t_.get() + block.first * sizes_.t_row);
-        else if (need_left)
-          transpose_rows<T>(gemm_, in_, sizes_, block, xs_.get() + block.first * sizes_.x_row);
-        T* dh_rows = need_central ? dh_.get() + block.first * dh_row_ : dh.get();
-        right_step(block, dh_rows);
-        if (!need_left && !need_x) continue;
-        T* dt_rows = need_left ? dt_.get() + block.first * sizes_.t_k : dt.get();
-        central_step(block, dh_rows, dt_rows);
-        if (need_x) left_gradient_step(block, dt_rows);
-      }
-    });
+    parallel_for(
+        0, static_cast<std::int64_t>(blocks.size()), 1, [&](std::int64_t begin, std::int64_t end) {
+          const std::int64_t most = blocks[0].last - blocks[0].first + 1;
+          Buffer<T> dh(need_central ? 0 : most * dh_row_), dt(need_left ? 0 : most * sizes_.t_k);
+          for (std::int64_t k = begin; k < end; ++k) {
+            const Span block = blocks[k];
+            if (need_central)
+              left_step<T>(gemm_,
+                           in_,
+                           sizes_,
+                           block,
+                           need_left ? xs_.get() + block.first * sizes_.x_row : nullptr,
+                           t_.get() + block.first * sizes_.t_row);
+            else if (need_left)
+              transpose_rows<T>(gemm_, in_, sizes_, block, xs_.get() + block.first * sizes_.x_row);
+            T* dh_rows = need_central ? dh_.get() + block.first * dh_row_ : dh.get();
+            right_step(block, dh_rows);
+            if (!need_left && !need_x)
+              continue;
+            T* dt_rows = need_left ? dt_.get() + block.first * sizes_.t_k : dt.get();
+            central_step(block, dh_rows, dt_rows);
+            if (need_x)
+              left_gradient_step(block, dt_rows);
+          }
+        });
   }
 
   // The same for few slots, with the gradient of central.
   void few_slots_step(bool need_central, bool need_left, bool need_x) {
     const std::int64_t m = d_.a * d_.iC, t_row = padded_k(gemm_, m);
     dh_ = Buffer<T>(filled_ * dh_row_);
-    if (need_left) xs_ = Buffer<T>(filled_ * sizes_.x_row);
+    if (need_left)
+      xs_ = Buffer<T>(filled_ * sizes_.x_row);
     Buffer<T> t(need_central ? filled_ * t_row : 0), turned(need_left || need_x ? filled_ * m : 0);
     parallel_for(0, filled_, 1, [&](std::int64_t begin, std::int64_t end) {
       T* xs = need_left ? xs_.get() + begin * sizes_.x_row : nullptr;
@@ -109,15 +141,25 @@ class Backward {
       right_step({begin, end}, dh_.get() + begin * dh_row_);
     });
     if (need_central)
-      outer_of_few(
-          gemm_, filled_, t.get(), t_row, m, dh_.get(), dh_row_, dh_k_, static_cast<T*>(in_.dcentral));
-    if (!need_left && !need_x) return;
+      outer_of_few(gemm_,
+                   filled_,
+                   t.get(),
+                   t_row,
+                   m,
+                   dh_.get(),
+                   dh_row_,
+                   dh_k_,
+                   static_cast<T*>(in_.dcentral));
+    if (!need_left && !need_x)
+      return;
     central_step_of_few(turned.get());
     dt_ = sizes_.a == d_.a ? Buffer<T>(filled_ * sizes_.t_k) : zeros<T>(filled_ * sizes_.t_k);
     parallel_for(0, filled_, 1, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t s = begin; s < end; ++s)
-        gemm_.transpose(turned.get() + s * m, d_.iC, d_.a, d_.iC, dt_.get() + s * sizes_.t_k, sizes_.a);
-      if (need_x) left_gradient_step({begin, end}, dt_.get() + begin * sizes_.t_k);
+        gemm_.transpose(
+            turned.get() + s * m, d_.iC, d_.a, d_.iC, dt_.get() + s * sizes_.t_k, sizes_.a);
+      if (need_x)
+        left_gradient_step({begin, end}, dt_.get() + begin * sizes_.t_k);
     });
   }
 
@@ -131,7 +173,8 @@ class Backward {
         const std::int64_t rows = std::min(kRows, m - i);
         const T* central = static_cast<const T*>(in_.central) + i * n;
         gemm_.multiply_dots(filled_, rows, n, dh_.get(), dh_row_, central, n, sums.get(), kRows);
-        for (std::int64_t s = 0; s < filled_; ++s) gemm_.round_row(sums.get() + s * kRows, dt + s * m + i, rows);
+        for (std::int64_t s = 0; s < filled_; ++s)
+          gemm_.round_row(sums.get() + s * kRows, dt + s * m + i, rows);
       }
     });
   }
@@ -140,13 +183,17 @@ class Backward {
   void pack_central() {
     const T* central = static_cast<const T*>(in_.central);
     const std::int64_t row = d_.jC * d_.b, a = round_up(d_.a, kPanel);
-    const std::int64_t parts = b_ == d_.b ? 1 : d_.jC;  // of the rows of B: one per jC if they are padded
+    // Of the rows of B: one per jC if they are padded
+    const std::int64_t parts = b_ == d_.b ? 1 : d_.jC;
     parallel_for(0, d_.iC, 1, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = begin; i < end; ++i)
         for (std::int64_t p = 0; p < parts; ++p)
-          gemm_.pack_transposed(
-              central_panels_.get() + i * a * dh_k_ + p * b_ * kPanel, dh_k_ / gemm_.unit,
-              central + i * row + p * d_.b, d_.iC * row, row / parts, d_.a);
+          gemm_.pack_transposed(central_panels_.get() + i * a * dh_k_ + p * b_ * kPanel,
+                                dh_k_ / gemm_.unit,
+                                central + i * row + p * d_.b,
+                                d_.iC * row,
+                                row / parts,
+                                d_.a);
     });
   }
 
@@ -154,64 +201,98 @@ class Backward {
   void right_step(Span block, T* dh) const {
     Buffer<T> panels(round_up(d_.b, kPanel) * right_k_);
     for_each_expert(in_, block, [&](std::int64_t expert, Span slots) {
-      gemm_.pack_transposed(
-          panels.get(), right_k_ / gemm_.unit, static_cast<const T*>(in_.right) + expert * d_.b * d_.jR, d_.jR,
-          d_.jR, d_.b);
+      gemm_.pack_transposed(panels.get(),
+                            right_k_ / gemm_.unit,
+                            static_cast<const T*>(in_.right) + expert * d_.b * d_.jR,
+                            d_.jR,
+                            d_.jR,
+                            d_.b);
       T* out = dh + (slots.first - block.first) * dh_row_;
-      multiply_all(
-          gemm_, (slots.last - slots.first) * d_.jC, right_k_, dz_ + slots.first * d_.jC * right_k_, right_k_,
-          panels.get(), b_, [&](std::int64_t first, std::int64_t rows, std::int64_t c, const float* tile) {
-            std::int64_t row_offset[kMaxRows];
-            for (std::int64_t r = 0; r < rows; ++r)
-              row_offset[r] = (first + r) / d_.jC * dh_row_ + (first + r) % d_.jC * b_;
-            gemm_.finish(tile, rows, out, row_offset, 0, consecutive(c, b_), Finish{});
-          });
+      multiply_all(gemm_,
+                   (slots.last - slots.first) * d_.jC,
+                   right_k_,
+                   dz_ + slots.first * d_.jC * right_k_,
+                   right_k_,
+                   panels.get(),
+                   b_,
+                   [&](std::int64_t first, std::int64_t rows, std::int64_t c, const float* tile) {
+                     std::int64_t row_offset[kMaxRows];
+                     for (std::int64_t r = 0; r < rows; ++r)
+                       row_offset[r] = (first + r) / d_.jC * dh_row_ + (first + r) % d_.jC * b_;
+                     gemm_.finish(tile, rows, out, row_offset, 0, consecutive(c, b_), Finish{});
+                   });
     });
   }
 
   // dt [block, t_k]
   void central_step(Span block, const T* dh, T* dt) const {
     const std::int64_t a = round_up(d_.a, kPanel);
-    multiply_all(
-        gemm_, block.last - block.first, dh_k_, dh, dh_row_, central_panels_.get(), d_.iC * a,
-        [&](std::int64_t first, std::int64_t rows, std::int64_t c, const float* tile) {
-          const std::int64_t i = c / a, column = c % a;
-          if (column >= sizes_.a) return;
-          gemm_.store(
-              tile, rows, std::min(kPanel, sizes_.a - column), dt + first * sizes_.t_k + i * sizes_.a + column,
-              sizes_.t_k);
-        });
+    multiply_all(gemm_,
+                 block.last - block.first,
+                 dh_k_,
+                 dh,
+                 dh_row_,
+                 central_panels_.get(),
+                 d_.iC * a,
+                 [&](std::int64_t first, std::int64_t rows, std::int64_t c, const float* tile) {
+                   const std::int64_t i = c / a, column = c % a;
+                   if (column >= sizes_.a)
+                     return;
+                   gemm_.store(tile,
+                               rows,
+                               std::min(kPanel, sizes_.a - column),
+                               dt + first * sizes_.t_k + i * sizes_.a + column,
+                               sizes_.t_k);
+                 });
   }
 
   // dx of the block's slots
   void left_gradient_step(Span block, const T* dt) {
-    Buffer<T> panels(round_up(d_.iL, kPanel) * sizes_.a), turned((block.last - block.first) * d_.iC * d_.iL);
+    Buffer<T> panels(round_up(d_.iL, kPanel) * sizes_.a),
+        turned((block.last - block.first) * d_.iC * d_.iL);
     const bool whole = d_.padded_in() == d_.in_features;
     std::vector<T> padded(whole ? 0 : d_.padded_in());
     for_each_expert(in_, block, [&](std::int64_t expert, Span slots) {
-      gemm_.pack_transposed(
-          panels.get(), sizes_.a / gemm_.unit, static_cast<const T*>(in_.left) + expert * d_.iL * d_.a, d_.a, d_.a,
-          d_.iL);
+      gemm_.pack_transposed(panels.get(),
+                            sizes_.a / gemm_.unit,
+                            static_cast<const T*>(in_.left) + expert * d_.iL * d_.a,
+                            d_.a,
+                            d_.a,
+                            d_.iL);
       const std::int64_t count = slots.last - slots.first;
       multiply_all(
-          gemm_, count * d_.iC, sizes_.a, dt + (slots.first - block.first) * sizes_.t_k, sizes_.a, panels.get(),
-          d_.iL, [&](std::int64_t first, std::int64_t rows, std::int64_t c, const float* tile) {
-            gemm_.store(tile, rows, std::min(kPanel, d_.iL - c), turned.get() + first * d_.iL + c, d_.iL);
+          gemm_,
+          count * d_.iC,
+          sizes_.a,
+          dt + (slots.first - block.first) * sizes_.t_k,
+          sizes_.a,
+          panels.get(),
+          d_.iL,
+          [&](std::int64_t first, std::int64_t rows, std::int64_t c, const float* tile) {
+            gemm_.store(
+                tile, rows, std::min(kPanel, d_.iL - c), turned.get() + first * d_.iL + c, d_.iL);
           });
       for (std::int64_t s = 0; s < count; ++s) {
         T* row = x_gradients_.row(slots.first + s);
         T* out = whole ? row : padded.data();
         gemm_.transpose(turned.get() + s * d_.iC * d_.iL, d_.iL, d_.iC, d_.iL, out, d_.iC);
-        if (!whole) std::memcpy(static_cast<void*>(row), out, d_.in_features * sizeof(T));
+        if (!whole)
+          std::memcpy(static_cast<void*>(row), out, d_.in_features * sizeof(T));
       }
     });
   }
 
   // out[e] [m, n] = sum over expert e's slots and their `per_slot` rows of a [., m] and b [., n].
-  void block_gradient(
-      std::int64_t m, std::int64_t n, std::int64_t per_slot, const T* a, std::int64_t a_stride, const T* b,
-      std::int64_t b_stride, T* out) const {
-    // A task computes some rows of the result of one expert: several tasks per expert if experts are few.
+  void block_gradient(std::int64_t m,
+                      std::int64_t n,
+                      std::int64_t per_slot,
+                      const T* a,
+                      std::int64_t a_stride,
+                      const T* b,
+                      std::int64_t b_stride,
+                      T* out) const {
+    // A task computes some rows of the result of one expert: several tasks per expert if experts
+    // are few.
     const std::int64_t parts =
         std::clamp<std::int64_t>(4 * num_threads() / in_.experts, 1, ceil_divide(m, kPanel));
     const std::int64_t part_m = num_threads() == 1 ? m : round_up(ceil_divide(m, parts), kPanel);
@@ -219,12 +300,20 @@ class Backward {
     parallel_for(0, in_.experts * cuts, 1, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t task = begin; task < end; ++task) {
         const std::int64_t e = task / cuts, first_m = task % cuts * part_m;
-        const std::int64_t first = in_.offsets[e] * per_slot, rows = in_.offsets[e + 1] * per_slot - first;
-        if (rows == 0) continue;
+        const std::int64_t first = in_.offsets[e] * per_slot,
+                           rows = in_.offsets[e + 1] * per_slot - first;
+        if (rows == 0)
+          continue;
         const std::int64_t own_m = std::min(part_m, m - first_m);
         OuterSum<T> product(gemm_, own_m, n);
         Buffer<float> sum(own_m * product.stride());
-        product(rows, a + first * a_stride + first_m, a_stride, b + first * b_stride, b_stride, sum.get(), false);
+        product(rows,
+                a + first * a_stride + first_m,
+                a_stride,
+                b + first * b_stride,
+                b_stride,
+                sum.get(),
+                false);
         for (std::int64_t i = 0; i < own_m; ++i)
           gemm_.round_row(sum.get() + i * product.stride(), out + (e * m + first_m + i) * n, n);
       }
@@ -234,7 +323,8 @@ class Backward {
   void central_gradient() {
     constexpr std::int64_t kRows = 1024;  // slots whose rows are packed at a time
     const std::int64_t m = sizes_.t_k, n = dh_k_, stride = round_up(n, kPanel), unit = gemm_.unit;
-    const std::int64_t most = round_up(std::min(kRows, filled_), unit), a_stride = row_stride(gemm_, most);
+    const std::int64_t most = round_up(std::min(kRows, filled_), unit),
+                       a_stride = row_stride(gemm_, most);
     Buffer<T> a(m * a_stride), b(stride * most);
     Buffer<float> sum(m * stride);
     constexpr std::int64_t kColumns = 4 * kPanel;  // that one task turns or packs together
@@ -246,15 +336,25 @@ class Backward {
     for (std::int64_t first = 0; first < filled_; first += kRows) {
       const std::int64_t count = std::min(kRows, filled_ - first), k = padded_k(gemm_, count);
       in_parts(m, [&](std::int64_t start, std::int64_t columns) {
-        turn_rows(
-            gemm_, t_.get() + first * sizes_.t_row + start, sizes_.t_row, count, columns, a.get() + start * a_stride,
-            a_stride);
+        turn_rows(gemm_,
+                  t_.get() + first * sizes_.t_row + start,
+                  sizes_.t_row,
+                  count,
+                  columns,
+                  a.get() + start * a_stride,
+                  a_stride);
       });
       in_parts(n, [&](std::int64_t start, std::int64_t columns) {
-        gemm_.pack(b.get() + start * k, k / unit, dh_.get() + first * dh_row_ + start, dh_row_, count, columns);
+        gemm_.pack(b.get() + start * k,
+                   k / unit,
+                   dh_.get() + first * dh_row_ + start,
+                   dh_row_,
+                   count,
+                   columns);
       });
       parallel_for(0, stride / kPanel, 1, [&](std::int64_t begin, std::int64_t end) {
-        multiply_outer(gemm_, k, m, a.get(), a_stride, {begin, end}, b.get(), sum.get(), stride, first > 0);
+        multiply_outer(
+            gemm_, k, m, a.get(), a_stride, {begin, end}, b.get(), sum.get(), stride, first > 0);
       });
     }
     T* out = static_cast<T*>(in_.dcentral);
@@ -267,7 +367,8 @@ class Backward {
             gemm_.round_row(from, to, d_.jC * d_.b);
             continue;
           }
-          for (std::int64_t j = 0; j < d_.jC; ++j) gemm_.round_row(from + j * b_, to + j * d_.b, d_.b);
+          for (std::int64_t j = 0; j < d_.jC; ++j)
+            gemm_.round_row(from + j * b_, to + j * d_.b, d_.b);
         }
     });
   }
@@ -278,8 +379,8 @@ class Backward {
   const SeparableSizes sizes_;
   const std::int64_t filled_;
   const bool are_few_;
-  const std::int64_t right_k_;       // jR in whole units
-  const std::int64_t b_;             // b in whole units
+  const std::int64_t right_k_;        // jR in whole units
+  const std::int64_t b_;              // b in whole units
   const std::int64_t dh_k_, dh_row_;  // [jC, b], and its row stride
   RowGradients<T> x_gradients_;
   const T* dz_ = nullptr;
@@ -294,7 +395,8 @@ class Backward {
 }  // namespace
 
 void separable_backward(const LinearBackward& in) {
-  with_element_type(in.dtype, [&]<class T>(const GemmKernels& gemm, T) { Backward<T>(gemm, in).run(); });
+  with_element_type(in.dtype,
+                    [&]<class T>(const GemmKernels& gemm, T) { Backward<T>(gemm, in).run(); });
 }
 
 }  // namespace mpoe

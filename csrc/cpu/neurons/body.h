@@ -1,5 +1,5 @@
-// Bodies of neurons.h. Included by one file per instruction set, which defines MPOE_NEURONS, the name of its table.
-// Nothing here may use inline functions that other files share.
+// Bodies of neurons.h. Included by one file per instruction set, which defines MPOE_NEURONS, the
+// name of its table. Nothing here may use inline functions that other files share.
 #include <cstring>
 
 #include "cpu/gemm/math.h"
@@ -10,19 +10,22 @@ namespace {
 
 using std::int64_t;
 
-// Vectors of a row of which `columns` exist: zeros are read past its end, and nothing is written there.
+// Vectors of a row of which `columns` exist: zeros are read past its end, and nothing is written
+// there.
 struct Columns {
   int64_t columns;
   template <class T>
   Floats read(const T* row, int64_t c) const {
-    if (c + kWidth <= columns) return load_floats(row + c);
+    if (c + kWidth <= columns)
+      return load_floats(row + c);
     alignas(64) T part[kWidth] = {};
     std::memcpy(part, row + c, (columns - c) * sizeof(T));
     return load_floats(part);
   }
   template <class T>
   void write(T* row, int64_t c, Floats value) const {
-    if (c + kWidth <= columns) return store_floats(row + c, value);
+    if (c + kWidth <= columns)
+      return store_floats(row + c, value);
     alignas(64) T part[kWidth];
     store_floats(part, value);
     std::memcpy(row + c, part, (columns - c) * sizeof(T));
@@ -37,7 +40,8 @@ void activate_tile(const NeuronTile& tile) {
     const Floats shift = bias == nullptr ? Floats{} : columns.read(bias, c);
     for (int64_t r = 0; r < tile.rows; ++r) {
       Floats h = activate<kind>(columns.read(tile.z + r * kPanel, c) + shift);
-      if (tile.value != nullptr) h *= columns.read(tile.value + r * kPanel, c);
+      if (tile.value != nullptr)
+        h *= columns.read(tile.value + r * kPanel, c);
       columns.write(static_cast<T*>(tile.h) + r * tile.h_stride, c, h * splat(tile.gates[r]));
     }
   }
@@ -47,7 +51,8 @@ template <class T, Activation kind>
 void turn_back_tile(const NeuronTile& tile) {
   const Columns columns{tile.columns};
   const T* const bias = static_cast<const T*>(tile.bias);
-  for (int64_t r = 0; r < tile.rows; ++r) tile.dgates[r] = 0;
+  for (int64_t r = 0; r < tile.rows; ++r)
+    tile.dgates[r] = 0;
   for (int64_t c = 0; c < tile.columns; c += kWidth) {
     const Floats shift = bias == nullptr ? Floats{} : columns.read(bias, c);
     Floats dbias = columns.read(tile.dbias, c);
@@ -83,33 +88,48 @@ void add_rows(const float* tile, int64_t rows, const int64_t* owners, float* sum
 template <class T, int count>
 void add_scaled(const T* factors, const T* weights, int64_t width, int64_t columns, float* sum) {
   Floats factor[count];
-  for (int j = 0; j < count; ++j) factor[j] = splat_of(factors + j);
+  for (int j = 0; j < count; ++j)
+    factor[j] = splat_of(factors + j);
   int64_t c = 0;
 #pragma GCC unroll 1
   for (; c + kWidth <= columns; c += kWidth) {
     Floats value = load_floats(sum + c);
 #pragma GCC unroll 8
-    for (int j = 0; j < count; ++j) value = multiply_add(factor[j], load_floats(weights + j * width + c), value);
+    for (int j = 0; j < count; ++j)
+      value = multiply_add(factor[j], load_floats(weights + j * width + c), value);
     store_floats(sum + c, value);
   }
   for (; c < columns; ++c)
-    for (int j = 0; j < count; ++j) sum[c] += load(factors[j]) * load(weights[j * width + c]);
+    for (int j = 0; j < count; ++j)
+      sum[c] += load(factors[j]) * load(weights[j * width + c]);
 }
 
 template <class T>
-void add_products(
-    const void* h, int64_t h_stride, int64_t rows, const int64_t* owners, const void* weights, int64_t width,
-    int64_t neurons, int64_t columns, float* sums, int64_t stride) {
+void add_products(const void* h,
+                  int64_t h_stride,
+                  int64_t rows,
+                  const int64_t* owners,
+                  const void* weights,
+                  int64_t width,
+                  int64_t neurons,
+                  int64_t columns,
+                  float* sums,
+                  int64_t stride) {
   constexpr int kTogether = 8;
   const T *const factors = static_cast<const T*>(h), *const matrix = static_cast<const T*>(weights);
   const auto add = [&](auto count, int64_t j) {
     for (int64_t r = 0; r < rows; ++r)
-      add_scaled<T, decltype(count)::value>(
-          factors + r * h_stride + j, matrix + j * width, width, columns, sums + owners[r] * stride);
+      add_scaled<T, decltype(count)::value>(factors + r * h_stride + j,
+                                            matrix + j * width,
+                                            width,
+                                            columns,
+                                            sums + owners[r] * stride);
   };
   int64_t j = 0;
-  for (; j + kTogether <= neurons; j += kTogether) add(std::integral_constant<int, kTogether>{}, j);
-  for (; j < neurons; ++j) add(std::integral_constant<int, 1>{}, j);
+  for (; j + kTogether <= neurons; j += kTogether)
+    add(std::integral_constant<int, kTogether>{}, j);
+  for (; j < neurons; ++j)
+    add(std::integral_constant<int, 1>{}, j);
 }
 
 template <class T>

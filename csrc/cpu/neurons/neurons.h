@@ -1,11 +1,12 @@
-// o[t] = sum_k gates[t, k] h down_e, h = act(x[t] up_e^T + bias_e), e = index[t, k], and its gradients, on raw
-// pointers.
+// o[t] = sum_k gates[t, k] h down_e, h = act(x[t] up_e^T + bias_e), e = index[t, k], and its
+// gradients, on raw pointers.
 //
-// Slots are sorted by expert. First each expert's neurons: its rows of x are gathered into a block that stays in the
-// cache and meet its packed weights; h, times the gate, is kept per slot, [T K, m]. Then the output, some columns at a
-// time: expert by expert, rows of h meet those columns of its weights and are added to float32 sums of their tokens,
-// all of which stay in the cache. The gradient of x is the same sum, of dz and up. Weight gradients are sums over an
-// expert's rows. The order of every sum is fixed, whatever the number of threads. An expert with few rows reads its
+// Slots are sorted by expert. First each expert's neurons: its rows of x are gathered into a block
+// that stays in the cache and meet its packed weights; h, times the gate, is kept per slot, [T K,
+// m]. Then the output, some columns at a time: expert by expert, rows of h meet those columns of
+// its weights and are added to float32 sums of their tokens, all of which stay in the cache. The
+// gradient of x is the same sum, of dz and up. Weight gradients are sums over an expert's rows. The
+// order of every sum is fixed, whatever the number of threads. An expert with few rows reads its
 // weights in place. Nothing of size T x K x I is stored.
 #pragma once
 
@@ -39,9 +40,11 @@ struct NeuronExpertsGradients {
   void* dbias;
   void* dgate_up;
 };
-void neuron_experts_backward(const NeuronExperts& in, const void* grad, const NeuronExpertsGradients& out);
+void neuron_experts_backward(const NeuronExperts& in,
+                             const void* grad,
+                             const NeuronExpertsGradients& out);
 
-// ------------------------------------------------------------------ between neurons.cpp and its bodies
+// --------------------------------------------------- between neurons.cpp and its bodies
 
 // At most 32 neurons of some rows of one expert. Tiles of floats are [rows, 32].
 struct NeuronTile {
@@ -64,12 +67,23 @@ struct NeuronKernels {
   void (*activate)(Activation, const NeuronTile&);
   void (*turn_back)(Activation, const NeuronTile&);
   // sums[owners[r]] += row r of tile, 32 columns; sums are `stride` floats apart
-  void (*add_rows)(
-      const float* tile, std::int64_t rows, const std::int64_t* owners, float* sums, std::int64_t stride);
-  // sums[owners[r]] += h[r] weights, weights [neurons, columns] read in place, `width` elements from row to row
-  void (*add_products)(
-      const void* h, std::int64_t h_stride, std::int64_t rows, const std::int64_t* owners, const void* weights,
-      std::int64_t width, std::int64_t neurons, std::int64_t columns, float* sums, std::int64_t stride);
+  void (*add_rows)(const float* tile,
+                   std::int64_t rows,
+                   const std::int64_t* owners,
+                   float* sums,
+                   std::int64_t stride);
+  // sums[owners[r]] += h[r] weights, weights [neurons, columns] read in place, `width` elements
+  // from row to row
+  void (*add_products)(const void* h,
+                       std::int64_t h_stride,
+                       std::int64_t rows,
+                       const std::int64_t* owners,
+                       const void* weights,
+                       std::int64_t width,
+                       std::int64_t neurons,
+                       std::int64_t columns,
+                       float* sums,
+                       std::int64_t stride);
 };
 
 // Indexed by is_bfloat16.

@@ -1,6 +1,6 @@
-// Routing on raw pointers: stable counting sort of (token, choice) pairs by expert, gathers and gated sums of rows.
-// T tokens, K choices per token, N = T * K slots, E experts; all arrays dense unless a stride is given (in elements).
-// Results do not depend on the number of threads.
+// Routing on raw pointers: stable counting sort of (token, choice) pairs by expert, gathers and
+// gated sums of rows. T tokens, K choices per token, N = T * K slots, E experts; all arrays dense
+// unless a stride is given (in elements). Results do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -11,13 +11,19 @@
 namespace mpoe {
 
 // Position of the first value outside [low, high], or -1.
-std::int64_t first_outside(const std::int64_t* values, std::int64_t count, std::int64_t low, std::int64_t high);
+std::int64_t first_outside(const std::int64_t* values,
+                           std::int64_t count,
+                           std::int64_t low,
+                           std::int64_t high);
 
-// Sorts the pairs t * K + k of a range that have an expert, index >= 0, by expert: writes slots [filled..) and the
-// experts' offsets [E + 1] in them; returns the last offset.
-std::int64_t sort_pairs(
-    const std::int64_t* index, Span pairs, std::int64_t experts, std::int64_t filled, std::int64_t* offsets,
-    std::int64_t* slots);
+// Sorts the pairs t * K + k of a range that have an expert, index >= 0, by expert: writes slots
+// [filled..) and the experts' offsets [E + 1] in them; returns the last offset.
+std::int64_t sort_pairs(const std::int64_t* index,
+                        Span pairs,
+                        std::int64_t experts,
+                        std::int64_t filled,
+                        std::int64_t* offsets,
+                        std::int64_t* slots);
 
 struct Route {
   const std::int64_t* index;  // [T, K], each in 0..E-1
@@ -31,7 +37,8 @@ struct Route {
 // The caller has checked `index`.
 void route(const Route& arguments);
 
-// out[s] = x[token_of_slot[s]] for s < filled, else 0. Any type of `width` bytes per row; x_stride in bytes.
+// out[s] = x[token_of_slot[s]] for s < filled, else 0. Any type of `width` bytes per row; x_stride
+// in bytes.
 struct Dispatch {
   const void* x;
   std::int64_t x_stride, width;
@@ -41,8 +48,8 @@ struct Dispatch {
 };
 void dispatch(const Dispatch& arguments);
 
-// The gated sum and its gradients, over rows of `features` elements of `dtype`. Gates have the accumulator's type:
-// double for kFloat64, else float.
+// The gated sum and its gradients, over rows of `features` elements of `dtype`. Gates have the
+// accumulator's type: double for kFloat64, else float.
 struct Combine {
   Dtype dtype;
   std::int64_t tokens, top_k, slots, features;
@@ -52,8 +59,9 @@ struct Combine {
 // out[t] = sum_k gates[t, k] * rows[slot_of_token[t, k]] over the pairs that were kept.
 void combine(const Combine& arguments, const void* rows, void* out);
 
-// drows[slot_of_token[t, k]] = gates[t, k] * grad[t], 0 in slots without a pair; dgates[t, k] = <rows[slot], grad[t]>.
-// Either result may be null; rows is only read for dgates.
-void combine_backward(const Combine& arguments, const void* grad, const void* rows, void* drows, void* dgates);
+// drows[slot_of_token[t, k]] = gates[t, k] * grad[t], 0 in slots without a pair; dgates[t, k] =
+// <rows[slot], grad[t]>. Either result may be null; rows is only read for dgates.
+void combine_backward(
+    const Combine& arguments, const void* grad, const void* rows, void* drows, void* dgates);
 
 }  // namespace mpoe

@@ -8,9 +8,14 @@
 namespace mpoe {
 
 struct RowFunctions {
-  // out = sum over k < count of gates[k] * (row slots[k] of rows), skipping negative slots; gates null: all 1.
-  void (*weighted_sum)(
-      const void* rows, const std::int64_t* slots, const void* gates, std::int64_t count, void* out, std::int64_t n);
+  // out = sum over k < count of gates[k] * (row slots[k] of rows), skipping negative slots; gates
+  // null: all 1.
+  void (*weighted_sum)(const void* rows,
+                       const std::int64_t* slots,
+                       const void* gates,
+                       std::int64_t count,
+                       void* out,
+                       std::int64_t n);
   // out = gate * row
   void (*scale)(const void* row, const void* gate, void* out, std::int64_t n);
   // result = <a, b>

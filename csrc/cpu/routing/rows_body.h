@@ -1,4 +1,5 @@
-// Bodies of rows.h. Included by one file per instruction set, which defines MPOE_ROWS, the name of its table.
+// Bodies of rows.h. Included by one file per instruction set, which defines MPOE_ROWS, the name of
+// its table.
 #include "cpu/routing/rows.h"
 
 namespace mpoe {
@@ -6,28 +7,41 @@ namespace {
 
 // Elements summed at a time.
 constexpr std::int64_t kBlock = 256;
-// Independent partial sums of a dot product: they fix its order of summation, the same on every machine.
+// Independent partial sums of a dot product: they fix its order of summation, the same on every
+// machine.
 constexpr std::int64_t kLanes = 64;
 
 template <class T>
-[[gnu::always_inline]] inline void weighted_sum_block(
-    const T* rows, const std::int64_t* slots, const typename Accumulator<T>::type* gates, std::int64_t count, T* out,
-    std::int64_t stride, std::int64_t length) {
+[[gnu::always_inline]] inline void weighted_sum_block(const T* rows,
+                                                      const std::int64_t* slots,
+                                                      const typename Accumulator<T>::type* gates,
+                                                      std::int64_t count,
+                                                      T* out,
+                                                      std::int64_t stride,
+                                                      std::int64_t length) {
   using A = typename Accumulator<T>::type;
   A sum[kBlock];
-  for (std::int64_t i = 0; i < length; ++i) sum[i] = 0;
+  for (std::int64_t i = 0; i < length; ++i)
+    sum[i] = 0;
   for (std::int64_t k = 0; k < count; ++k) {
-    if (slots[k] < 0) continue;
+    if (slots[k] < 0)
+      continue;
     const T* row = rows + slots[k] * stride;
     const A gate = gates == nullptr ? A(1) : gates[k];
-    for (std::int64_t i = 0; i < length; ++i) sum[i] += gate * load(row[i]);
+    for (std::int64_t i = 0; i < length; ++i)
+      sum[i] += gate * load(row[i]);
   }
-  for (std::int64_t i = 0; i < length; ++i) store(out[i], sum[i]);
+  for (std::int64_t i = 0; i < length; ++i)
+    store(out[i], sum[i]);
 }
 
 template <class T>
-void weighted_sum(
-    const void* rows, const std::int64_t* slots, const void* gates, std::int64_t count, void* out, std::int64_t n) {
+void weighted_sum(const void* rows,
+                  const std::int64_t* slots,
+                  const void* gates,
+                  std::int64_t count,
+                  void* out,
+                  std::int64_t n) {
   using A = typename Accumulator<T>::type;
   const T* source = static_cast<const T*>(rows);
   const A* gate = static_cast<const A*>(gates);
@@ -35,7 +49,8 @@ void weighted_sum(
   std::int64_t begin = 0;
   for (; begin + kBlock <= n; begin += kBlock)  // the known length keeps the sums in registers
     weighted_sum_block(source + begin, slots, gate, count, target + begin, n, kBlock);
-  if (begin < n) weighted_sum_block(source + begin, slots, gate, count, target + begin, n, n - begin);
+  if (begin < n)
+    weighted_sum_block(source + begin, slots, gate, count, target + begin, n, n - begin);
 }
 
 template <class T>
@@ -44,7 +59,8 @@ void scale(const void* row, const void* gate, void* out, std::int64_t n) {
   const A factor = *static_cast<const A*>(gate);
   const T* source = static_cast<const T*>(row);
   T* target = static_cast<T*>(out);
-  for (std::int64_t i = 0; i < n; ++i) store(target[i], factor * load(source[i]));
+  for (std::int64_t i = 0; i < n; ++i)
+    store(target[i], factor * load(source[i]));
 }
 
 template <class T>
@@ -53,19 +69,24 @@ void dot(const void* a, const void* b, void* result, std::int64_t n) {
   const T* left = static_cast<const T*>(a);
   const T* right = static_cast<const T*>(b);
   A partial[kLanes];
-  for (std::int64_t i = 0; i < kLanes; ++i) partial[i] = 0;
+  for (std::int64_t i = 0; i < kLanes; ++i)
+    partial[i] = 0;
   std::int64_t begin = 0;
   for (; begin + kLanes <= n; begin += kLanes)
-    for (std::int64_t i = 0; i < kLanes; ++i) partial[i] += load(left[begin + i]) * load(right[begin + i]);
-  for (std::int64_t i = 0; begin + i < n; ++i) partial[i] += load(left[begin + i]) * load(right[begin + i]);
+    for (std::int64_t i = 0; i < kLanes; ++i)
+      partial[i] += load(left[begin + i]) * load(right[begin + i]);
+  for (std::int64_t i = 0; begin + i < n; ++i)
+    partial[i] += load(left[begin + i]) * load(right[begin + i]);
   for (std::int64_t width = kLanes / 2; width > 0; width /= 2)
-    for (std::int64_t i = 0; i < width; ++i) partial[i] += partial[i + width];
+    for (std::int64_t i = 0; i < width; ++i)
+      partial[i] += partial[i + width];
   *static_cast<A*>(result) = partial[0];
 }
 
 template <class T>
 void widen(const void* row, float* out, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(load(static_cast<const T*>(row)[i]));
+  for (std::int64_t i = 0; i < n; ++i)
+    out[i] = static_cast<float>(load(static_cast<const T*>(row)[i]));
 }
 
 }  // namespace

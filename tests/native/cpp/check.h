@@ -1,4 +1,5 @@
-// What the sanitizer programs share: random numbers, arrays whose ends are the ends of their allocation, comparison.
+// What the sanitizer programs share: random numbers, arrays whose ends are the ends of their
+// allocation, comparison.
 #pragma once
 
 #include <bit>
@@ -23,7 +24,8 @@ namespace check {
 inline int failures = 0;
 
 inline void require(bool condition, const std::string& what) {
-  if (condition) return;
+  if (condition)
+    return;
   std::printf("FAILED: %s\n", what.c_str());
   ++failures;
 }
@@ -38,22 +40,28 @@ class Random {
     return state_;
   }
   // In [0, n).
-  std::int64_t below(std::int64_t n) { return static_cast<std::int64_t>(bits() % static_cast<std::uint64_t>(n)); }
+  std::int64_t below(std::int64_t n) {
+    return static_cast<std::int64_t>(bits() % static_cast<std::uint64_t>(n));
+  }
   // In (-1, 1).
-  double uniform() { return static_cast<double>(static_cast<std::int64_t>(bits() >> 11)) * 0x1p-52 - 1; }
+  double uniform() {
+    return static_cast<double>(static_cast<std::int64_t>(bits() >> 11)) * 0x1p-52 - 1;
+  }
 
  private:
   std::uint64_t state_;
 };
 
-// `count` elements that start `shift` elements after a 64-byte aligned address and end where the allocation ends.
+// `count` elements that start `shift` elements after a 64-byte aligned address and end where the
+// allocation ends.
 class Array {
  public:
   Array() = default;
   Array(Dtype dtype, std::int64_t count, std::int64_t shift = 0) : dtype_(dtype), count_(count) {
     const std::size_t bytes = static_cast<std::size_t>((count + shift) * size_of(dtype));
     void* memory = nullptr;
-    if (posix_memalign(&memory, 64, bytes) != 0) std::abort();
+    if (posix_memalign(&memory, 64, bytes) != 0)
+      std::abort();
     memory_ = memory;
     data_ = static_cast<char*>(memory) + shift * size_of(dtype);
     std::memset(memory, 0xff, bytes);  // NaN in every dtype
@@ -70,9 +78,11 @@ class Array {
   }
   ~Array() { std::free(memory_); }
 
-  static Array random(Dtype dtype, std::int64_t count, Random& random, double scale = 1, std::int64_t shift = 0) {
+  static Array random(
+      Dtype dtype, std::int64_t count, Random& random, double scale = 1, std::int64_t shift = 0) {
     Array array(dtype, count, shift);
-    for (std::int64_t i = 0; i < count; ++i) array.set(i, scale * random.uniform());
+    for (std::int64_t i = 0; i < count; ++i)
+      array.set(i, scale * random.uniform());
     return array;
   }
 
@@ -81,31 +91,41 @@ class Array {
   std::int64_t count() const { return count_; }
   double get(std::int64_t i) const {
     const char* place = data_ + i * size_of(dtype_);
-    if (dtype_ == Dtype::kFloat64) return at<double>(place);
-    if (dtype_ == Dtype::kFloat32) return at<float>(place);
-    if (dtype_ == Dtype::kBFloat16) return load(BFloat16{at<std::uint16_t>(place)});
+    if (dtype_ == Dtype::kFloat64)
+      return at<double>(place);
+    if (dtype_ == Dtype::kFloat32)
+      return at<float>(place);
+    if (dtype_ == Dtype::kBFloat16)
+      return load(BFloat16{at<std::uint16_t>(place)});
     return load(Float16{at<std::uint16_t>(place)});
   }
   void set(std::int64_t i, double value) {
     char* place = data_ + i * size_of(dtype_);
-    if (dtype_ == Dtype::kFloat64) std::memcpy(place, &value, 8);
+    if (dtype_ == Dtype::kFloat64)
+      std::memcpy(place, &value, 8);
     const float single = static_cast<float>(value);
-    if (dtype_ == Dtype::kFloat32) std::memcpy(place, &single, 4);
+    if (dtype_ == Dtype::kFloat32)
+      std::memcpy(place, &single, 4);
     BFloat16 brain;
     Float16 half;
     store(brain, single);
     store(half, single);
-    if (dtype_ == Dtype::kBFloat16) std::memcpy(place, &brain, 2);
-    if (dtype_ == Dtype::kFloat16) std::memcpy(place, &half, 2);
+    if (dtype_ == Dtype::kBFloat16)
+      std::memcpy(place, &brain, 2);
+    if (dtype_ == Dtype::kFloat16)
+      std::memcpy(place, &half, 2);
   }
   std::vector<double> values() const {
     std::vector<double> all(static_cast<std::size_t>(count_));
-    for (std::int64_t i = 0; i < count_; ++i) all[i] = get(i);
+    for (std::int64_t i = 0; i < count_; ++i)
+      all[i] = get(i);
     return all;
   }
   bool same_bits(const Array& other) const {
     return count_ == other.count_ &&
-           (count_ == 0 || std::memcmp(data_, other.data_, static_cast<std::size_t>(count_ * size_of(dtype_))) == 0);
+           (count_ == 0 ||
+            std::memcmp(data_, other.data_, static_cast<std::size_t>(count_ * size_of(dtype_))) ==
+                0);
   }
 
  private:
@@ -122,11 +142,13 @@ class Array {
   char* data_ = nullptr;
 };
 
-// ||actual - truth|| / ||truth||; infinite if `actual` is not finite everywhere. A truth of zeros is compared exactly.
+// ||actual - truth|| / ||truth||; infinite if `actual` is not finite everywhere. A truth of zeros
+// is compared exactly.
 inline double relative_error(const std::vector<double>& actual, const std::vector<double>& truth) {
   double difference = 0, norm = 0;
   for (std::size_t i = 0; i < truth.size(); ++i) {
-    if (!std::isfinite(actual[i])) return INFINITY;
+    if (!std::isfinite(actual[i]))
+      return INFINITY;
     difference += (actual[i] - truth[i]) * (actual[i] - truth[i]);
     norm += truth[i] * truth[i];
   }
@@ -134,11 +156,16 @@ inline double relative_error(const std::vector<double>& actual, const std::vecto
 }
 
 inline double tolerance(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? 1e-13 : dtype == Dtype::kFloat32 ? 2e-6 : dtype == Dtype::kBFloat16 ? 1.5e-2 : 2e-3;
+  return dtype == Dtype::kFloat64    ? 1e-13
+         : dtype == Dtype::kFloat32  ? 2e-6
+         : dtype == Dtype::kBFloat16 ? 1.5e-2
+                                     : 2e-3;
 }
 
-inline void require_close(
-    const Array& actual, const std::vector<double>& truth, double allowed, const std::string& what) {
+inline void require_close(const Array& actual,
+                          const std::vector<double>& truth,
+                          double allowed,
+                          const std::string& what) {
   const bool sizes = actual.count() == static_cast<std::int64_t>(truth.size());
   const double error = sizes ? relative_error(actual.values(), truth) : INFINITY;
   require(error <= allowed, what + ": relative error " + std::to_string(error));
@@ -153,7 +180,8 @@ struct Wanted {
   std::int64_t shift = 0;
 };
 
-// `run` fills the results; with one thread they are near the truth, with three they have the same bits.
+// `run` fills the results; with one thread they are near the truth, with three they have the same
+// bits.
 template <class Run>
 void compare(const std::string& what, const std::vector<Wanted>& wanted, const Run& run) {
   std::vector<Array> before;
@@ -179,7 +207,8 @@ inline const char* name_of(Dtype dtype) {
   return kNames[static_cast<int>(dtype)];
 }
 
-// If false, main returns 77: the instruction set that MPOE_CPU_ISA names does not exist here, and nothing is run.
+// If false, main returns 77: the instruction set that MPOE_CPU_ISA names does not exist here, and
+// nothing is run.
 inline bool isa_exists() {
   const char* wanted = std::getenv("MPOE_CPU_ISA");
   return wanted == nullptr || std::strcmp(wanted, isa_name(active_isa())) == 0;

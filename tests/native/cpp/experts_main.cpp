@@ -1,5 +1,5 @@
-// Hidden-side experts, and experts of their own neurons, under sanitizers: results and all gradients against loops in
-// double precision, with 1 and 3 threads.
+// Hidden-side experts, and experts of their own neurons, under sanitizers: results and all
+// gradients against loops in double precision, with 1 and 3 threads.
 #include "cpu/hidden_experts/hidden_experts.h"
 #include "cpu/neurons/neurons.h"
 #include "hidden_truth.h"
@@ -12,19 +12,29 @@ using check::HiddenCase;
 using Values = std::vector<double>;
 
 const HiddenCase kHiddenCases[] = {
-    {0, 1, 2, 8, 2, true, false, false},   {1, 2, 3, 5, 3, true, true, true},    {7, 1, 9, 1, 4, false, false, true},
-    {40, 2, 4, 33, 2, true, false, true},  {130, 2, 3, 64, 2, true, true, false}, {150, 1, 1, 64, 3, false, true, true},
-    {65, 4, 5, 48, 3, false, false, true}, {90, 1, 1, 100, 1, true, false, false},
+    {0, 1, 2, 8, 2, true, false, false},
+    {1, 2, 3, 5, 3, true, true, true},
+    {7, 1, 9, 1, 4, false, false, true},
+    {40, 2, 4, 33, 2, true, false, true},
+    {130, 2, 3, 64, 2, true, true, false},
+    {150, 1, 1, 64, 3, false, true, true},
+    {65, 4, 5, 48, 3, false, false, true},
+    {90, 1, 1, 100, 1, true, false, false},
     // Few rows of each expert: whole vectors of columns, single ones and the rest.
-    {2, 2, 4, 84, 1, true, true, false},   {3, 1, 5, 40, 2, false, false, true},
+    {2, 2, 4, 84, 1, true, true, false},
+    {3, 1, 5, 40, 2, false, false, true},
 };
 
 // Results of a call by name; the last ones are of a gate, the one before them of a bias.
-std::vector<check::Wanted> wanted(
-    Dtype dtype, const std::vector<const char*>& names, std::vector<Values> truth, bool bias, bool gated) {
+std::vector<check::Wanted> wanted(Dtype dtype,
+                                  const std::vector<const char*>& names,
+                                  std::vector<Values> truth,
+                                  bool bias,
+                                  bool gated) {
   std::vector<check::Wanted> all;
   for (std::size_t k = 0; k < truth.size(); ++k) {
-    if ((k == 5 && !bias) || (k > 5 && !gated)) truth[k].clear();
+    if ((k == 5 && !bias) || (k > 5 && !gated))
+      truth[k].clear();
     const Dtype own = k == 2 ? Dtype::kFloat32 : dtype;  // of gates
     all.push_back({names[k], own, std::move(truth[k]), check::tolerance(dtype)});
   }
@@ -38,29 +48,46 @@ std::string name_of(const char* kind, Dtype dtype, int number) {
 void check_hidden(const HiddenCase& c, Dtype dtype, int number) {
   check::Random random(static_cast<std::uint64_t>(number) + 1);
   const check::HiddenArrays in = check::hidden_inputs(c, dtype, random);
-  const HiddenExperts arguments{
-      .dtype = dtype, .tokens = c.tokens, .features = c.block * c.groups, .block = c.block, .experts = c.experts,
-      .own_groups = c.own ? c.groups : 1, .top_k = c.top_k,
-      .activation = c.gated ? Activation::kSilu : Activation::kRelu, .u = in.u.data(),
-      .u_gate = c.gated ? in.u_gate.data() : nullptr, .gates = static_cast<const float*>(in.gates.data()),
-      .index = in.index.data(), .right = in.right.data(), .left = in.left.data(),
-      .right_gate = c.gated ? in.right_gate.data() : nullptr, .bias = c.bias ? in.bias.data() : nullptr};
+  const HiddenExperts arguments{.dtype = dtype,
+                                .tokens = c.tokens,
+                                .features = c.block * c.groups,
+                                .block = c.block,
+                                .experts = c.experts,
+                                .own_groups = c.own ? c.groups : 1,
+                                .top_k = c.top_k,
+                                .activation = c.gated ? Activation::kSilu : Activation::kRelu,
+                                .u = in.u.data(),
+                                .u_gate = c.gated ? in.u_gate.data() : nullptr,
+                                .gates = static_cast<const float*>(in.gates.data()),
+                                .index = in.index.data(),
+                                .right = in.right.data(),
+                                .left = in.left.data(),
+                                .right_gate = c.gated ? in.right_gate.data() : nullptr,
+                                .bias = c.bias ? in.bias.data() : nullptr};
   const std::string what = name_of("hidden", dtype, number);
-  const std::vector<const char*> names{"out", "du", "dgates", "dright", "dleft", "dbias", "du_gate", "dright_gate"};
-  check::compare(what, wanted(dtype, names, hidden_truth(c, in), c.bias, c.gated), [&](std::vector<Array>& found) {
-    hidden_experts(arguments, found[0].data());
-    Array in_place(dtype, in.u.count());
-    if (in.u.count() > 0) std::memcpy(in_place.data(), in.u.data(), in.u.count() * size_of(dtype));
-    HiddenExperts overwriting = arguments;
-    overwriting.u = in_place.data();
-    hidden_experts(overwriting, in_place.data());
-    check::require(in_place.same_bits(found[0]), what + ": other bits in place");
-    hidden_experts_backward(
-        arguments, in.grad.data(),
-        {.du = found[1].data(), .dgates = static_cast<float*>(found[2].data()), .dright = found[3].data(),
-         .dleft = found[4].data(), .dbias = c.bias ? found[5].data() : nullptr,
-         .du_gate = c.gated ? found[6].data() : nullptr, .dright_gate = c.gated ? found[7].data() : nullptr});
-  });
+  const std::vector<const char*> names{
+      "out", "du", "dgates", "dright", "dleft", "dbias", "du_gate", "dright_gate"};
+  check::compare(what,
+                 wanted(dtype, names, hidden_truth(c, in), c.bias, c.gated),
+                 [&](std::vector<Array>& found) {
+                   hidden_experts(arguments, found[0].data());
+                   Array in_place(dtype, in.u.count());
+                   if (in.u.count() > 0)
+                     std::memcpy(in_place.data(), in.u.data(), in.u.count() * size_of(dtype));
+                   HiddenExperts overwriting = arguments;
+                   overwriting.u = in_place.data();
+                   hidden_experts(overwriting, in_place.data());
+                   check::require(in_place.same_bits(found[0]), what + ": other bits in place");
+                   hidden_experts_backward(arguments,
+                                           in.grad.data(),
+                                           {.du = found[1].data(),
+                                            .dgates = static_cast<float*>(found[2].data()),
+                                            .dright = found[3].data(),
+                                            .dleft = found[4].data(),
+                                            .dbias = c.bias ? found[5].data() : nullptr,
+                                            .du_gate = c.gated ? found[6].data() : nullptr,
+                                            .dright_gate = c.gated ? found[7].data() : nullptr});
+                 });
 }
 
 struct NeuronCase {
@@ -69,9 +96,14 @@ struct NeuronCase {
 };
 
 const NeuronCase kNeuronCases[] = {
-    {0, 1, 2, 8, 5, 4, true, true},      {1, 2, 3, 5, 33, 7, true, true},   {7, 1, 9, 1, 8, 1, false, false},
-    {40, 2, 4, 33, 65, 40, false, true}, {60, 16, 3, 64, 17, 31, true, false}, {150, 1, 1, 100, 64, 96, false, true},
-    {30, 4, 40, 16, 48, 50, true, true}, {300, 3, 2, 40, 70, 33, true, true},
+    {0, 1, 2, 8, 5, 4, true, true},
+    {1, 2, 3, 5, 33, 7, true, true},
+    {7, 1, 9, 1, 8, 1, false, false},
+    {40, 2, 4, 33, 65, 40, false, true},
+    {60, 16, 3, 64, 17, 31, true, false},
+    {150, 1, 1, 100, 64, 96, false, true},
+    {30, 4, 40, 16, 48, 50, true, true},
+    {300, 3, 2, 40, 70, 33, true, true},
 };
 
 struct NeuronArrays {
@@ -82,10 +114,12 @@ struct NeuronArrays {
 // The result, then dx, dgates, dup, ddown, dbias, dgate_up; relu without a gate, silu with one.
 std::vector<Values> truth_of(const NeuronCase& c, const NeuronArrays& in) {
   Values out(c.tokens * c.out), dx(c.tokens * c.width), dgates(c.tokens * c.top_k);
-  Values dup(c.experts * c.neurons * c.width), ddown(c.experts * c.neurons * c.out), dbias(c.experts * c.neurons);
+  Values dup(c.experts * c.neurons * c.width), ddown(c.experts * c.neurons * c.out),
+      dbias(c.experts * c.neurons);
   Values dgate_up(dup.size());
   for (std::int64_t s = 0; s < c.tokens * c.top_k; ++s) {
-    if (in.index[s] < 0) continue;
+    if (in.index[s] < 0)
+      continue;
     const std::int64_t x = s / c.top_k * c.width, o = s / c.top_k * c.out;
     const double gate = in.gates.get(s);
     for (std::int64_t j = 0; j < c.neurons; ++j) {
@@ -93,11 +127,15 @@ std::vector<Values> truth_of(const NeuronCase& c, const NeuronArrays& in) {
       double value = 0, z = 0, dh = 0;
       for (std::int64_t i = 0; i < c.width; ++i) {
         value += in.x.get(x + i) * in.up.get(neuron * c.width + i);
-        if (c.gated) z += in.x.get(x + i) * in.gate_up.get(neuron * c.width + i);
+        if (c.gated)
+          z += in.x.get(x + i) * in.gate_up.get(neuron * c.width + i);
       }
-      if (!c.gated) z = value;
-      if (c.bias) z += in.bias.get(neuron);
-      for (std::int64_t i = 0; i < c.out; ++i) dh += in.grad.get(o + i) * in.down.get(neuron * c.out + i);
+      if (!c.gated)
+        z = value;
+      if (c.bias)
+        z += in.bias.get(neuron);
+      for (std::int64_t i = 0; i < c.out; ++i)
+        dh += in.grad.get(o + i) * in.down.get(neuron * c.out + i);
       const double share = check::sigmoid(z), act = c.gated ? z * share : std::max(z, 0.0);
       const double slope = c.gated ? share * (1 + z * (1 - share)) : static_cast<double>(z > 0);
       const double h = c.gated ? act * value : act, dz = gate * dh * slope * (c.gated ? value : 1);
@@ -111,7 +149,8 @@ std::vector<Values> truth_of(const NeuronCase& c, const NeuronArrays& in) {
       for (std::int64_t i = 0; i < c.width; ++i) {
         dx[x + i] += dvalue * in.up.get(neuron * c.width + i);
         dup[neuron * c.width + i] += dvalue * in.x.get(x + i);
-        if (!c.gated) continue;
+        if (!c.gated)
+          continue;
         dx[x + i] += dz * in.gate_up.get(neuron * c.width + i);
         dgate_up[neuron * c.width + i] += dz * in.x.get(x + i);
       }
@@ -126,26 +165,43 @@ void check_neurons(const NeuronCase& c, Dtype dtype, int number) {
     return Array::random(dtype, count, random, 1 / std::sqrt(static_cast<double>(length)));
   };
   const std::int64_t rows = c.experts * c.neurons;
-  NeuronArrays in{
-      filled(c.tokens * c.width, 1), Array::random(Dtype::kFloat32, c.tokens * c.top_k, random),
-      filled(rows * c.width, c.width), filled(rows * c.out, c.neurons), filled(rows, 1),
-      filled(rows * c.width, c.width), filled(c.tokens * c.out, 1), std::vector<std::int64_t>(c.tokens * c.top_k)};
-  for (std::int64_t& e : in.index) e = std::min(random.below(c.experts + 1) - (c.experts > 1 ? 1 : 0), c.experts - 1);
-  const NeuronExperts arguments{
-      .dtype = dtype, .tokens = c.tokens, .in_features = c.width, .out_features = c.out, .neurons = c.neurons,
-      .experts = c.experts, .top_k = c.top_k, .activation = c.gated ? Activation::kSilu : Activation::kRelu,
-      .x = in.x.data(), .gates = static_cast<const float*>(in.gates.data()), .index = in.index.data(),
-      .up = in.up.data(), .down = in.down.data(), .bias = c.bias ? in.bias.data() : nullptr,
-      .gate_up = c.gated ? in.gate_up.data() : nullptr};
+  NeuronArrays in{filled(c.tokens * c.width, 1),
+                  Array::random(Dtype::kFloat32, c.tokens * c.top_k, random),
+                  filled(rows * c.width, c.width),
+                  filled(rows * c.out, c.neurons),
+                  filled(rows, 1),
+                  filled(rows * c.width, c.width),
+                  filled(c.tokens * c.out, 1),
+                  std::vector<std::int64_t>(c.tokens * c.top_k)};
+  for (std::int64_t& e : in.index)
+    e = std::min(random.below(c.experts + 1) - (c.experts > 1 ? 1 : 0), c.experts - 1);
+  const NeuronExperts arguments{.dtype = dtype,
+                                .tokens = c.tokens,
+                                .in_features = c.width,
+                                .out_features = c.out,
+                                .neurons = c.neurons,
+                                .experts = c.experts,
+                                .top_k = c.top_k,
+                                .activation = c.gated ? Activation::kSilu : Activation::kRelu,
+                                .x = in.x.data(),
+                                .gates = static_cast<const float*>(in.gates.data()),
+                                .index = in.index.data(),
+                                .up = in.up.data(),
+                                .down = in.down.data(),
+                                .bias = c.bias ? in.bias.data() : nullptr,
+                                .gate_up = c.gated ? in.gate_up.data() : nullptr};
   const std::vector<const char*> names{"out", "dx", "dgates", "dup", "ddown", "dbias", "dgate_up"};
   const std::vector<check::Wanted> results = wanted(dtype, names, truth_of(c, in), c.bias, c.gated);
   check::compare(name_of("neurons", dtype, number), results, [&](std::vector<Array>& found) {
     neuron_experts(arguments, found[0].data());
-    neuron_experts_backward(
-        arguments, in.grad.data(),
-        {.dx = found[1].data(), .dgates = static_cast<float*>(found[2].data()), .dup = found[3].data(),
-         .ddown = found[4].data(), .dbias = c.bias ? found[5].data() : nullptr,
-         .dgate_up = c.gated ? found[6].data() : nullptr});
+    neuron_experts_backward(arguments,
+                            in.grad.data(),
+                            {.dx = found[1].data(),
+                             .dgates = static_cast<float*>(found[2].data()),
+                             .dup = found[3].data(),
+                             .ddown = found[4].data(),
+                             .dbias = c.bias ? found[5].data() : nullptr,
+                             .dgate_up = c.gated ? found[6].data() : nullptr});
   });
 }
 
@@ -154,12 +210,15 @@ void check_neurons(const NeuronCase& c, Dtype dtype, int number) {
 
 int main() {
   using namespace mpoe;
-  if (!check::isa_exists()) return 77;
+  if (!check::isa_exists())
+    return 77;
   for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16}) {
     int number = 0;
-    for (const auto& c : kHiddenCases) check_hidden(c, dtype, number++);
+    for (const auto& c : kHiddenCases)
+      check_hidden(c, dtype, number++);
     number = 0;
-    for (const auto& c : kNeuronCases) check_neurons(c, dtype, number++);
+    for (const auto& c : kNeuronCases)
+      check_neurons(c, dtype, number++);
   }
   return check::finish("experts");
 }

@@ -1,9 +1,10 @@
-// An allocator for LD_PRELOAD: whatever posix_memalign returns (PyTorch's CPU tensors, the kernels' buffers) ends at an
-// inaccessible page, so that an access beyond it raises SIGSEGV at the offending instruction. Freed memory becomes
-// inaccessible too, and its addresses are not used again. New memory is NaN. tools/native_guard.sh builds and uses it.
+// An allocator for LD_PRELOAD: whatever posix_memalign returns (PyTorch's CPU tensors, the kernels'
+// buffers) ends at an inaccessible page, so that an access beyond it raises SIGSEGV at the
+// offending instruction. Freed memory becomes inaccessible too, and its addresses are not used
+// again. New memory is NaN. tools/native_guard.sh builds and uses it.
 //
-// Between the last byte and the page there is a gap if the alignment requires it (MPOE_GUARD_ALIGN, at most the
-// caller's): a write there is detected when the memory is freed, a read is not.
+// Between the last byte and the page there is a gap if the alignment requires it (MPOE_GUARD_ALIGN,
+// at most the caller's): a write there is detected when the memory is freed, a read is not.
 #include <dlfcn.h>
 #include <errno.h>
 #include <malloc.h>
@@ -18,9 +19,10 @@
 namespace {
 
 constexpr std::size_t kPage = 4096;
-constexpr std::size_t kReserved = std::size_t{8} << 40;  // only addresses: memory is allocated when it is written
-constexpr unsigned char kGap = 0xA5;                     // between the last byte and the page
-constexpr unsigned char kNew = 0xFF;                     // NaN in every floating dtype
+constexpr std::size_t kReserved = std::size_t{8}
+                                  << 40;  // only addresses: memory is allocated when it is written
+constexpr unsigned char kGap = 0xA5;      // between the last byte and the page
+constexpr unsigned char kNew = 0xFF;      // NaN in every floating dtype
 
 // Stored in the page before the memory, for free() to read.
 struct Header {
@@ -28,7 +30,9 @@ struct Header {
   std::size_t bytes;
 };
 
-std::size_t round_up(std::size_t count, std::size_t step) { return (count + step - 1) / step * step; }
+std::size_t round_up(std::size_t count, std::size_t step) {
+  return (count + step - 1) / step * step;
+}
 
 [[noreturn]] void fail(const char* what) {
   const ssize_t ignored = write(2, what, std::strlen(what));
@@ -37,8 +41,10 @@ std::size_t round_up(std::size_t count, std::size_t step) { return (count + step
 }
 
 std::uintptr_t reserve() {
-  void* const base = mmap(nullptr, kReserved, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (base == MAP_FAILED) fail("guard pages: no addresses\n");
+  void* const base =
+      mmap(nullptr, kReserved, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (base == MAP_FAILED)
+    fail("guard pages: no addresses\n");
   return reinterpret_cast<std::uintptr_t>(base);
 }
 
@@ -51,13 +57,15 @@ std::atomic<std::size_t> used{0};
 std::atomic<bool> started{false};  // before that, nothing is ours
 
 bool is_ours(const void* pointer) {
-  if (!started.load(std::memory_order_acquire)) return false;
+  if (!started.load(std::memory_order_acquire))
+    return false;
   const auto address = reinterpret_cast<std::uintptr_t>(pointer);
   return address >= first_address() && address < first_address() + kReserved;
 }
 
 Header* header_of(void* pointer) {
-  return reinterpret_cast<Header*>(reinterpret_cast<std::uintptr_t>(pointer) / kPage * kPage - kPage);
+  return reinterpret_cast<Header*>(reinterpret_cast<std::uintptr_t>(pointer) / kPage * kPage -
+                                   kPage);
 }
 
 std::size_t most_alignment() {
@@ -87,9 +95,11 @@ int posix_memalign(void** result, std::size_t alignment, std::size_t bytes) {
   const std::size_t space = bytes == 0 ? kPage : round_up(bytes, alignment);
   const std::size_t pages = 1 + round_up(space, kPage) / kPage;
   const std::size_t at = used.fetch_add((pages + 1) * kPage);  // one more stays inaccessible
-  if (at + (pages + 1) * kPage > kReserved) return ENOMEM;
+  if (at + (pages + 1) * kPage > kReserved)
+    return ENOMEM;
   const std::uintptr_t first = first_address() + at, end = first + pages * kPage;
-  if (mprotect(reinterpret_cast<void*>(first), pages * kPage, PROT_READ | PROT_WRITE) != 0) return ENOMEM;
+  if (mprotect(reinterpret_cast<void*>(first), pages * kPage, PROT_READ | PROT_WRITE) != 0)
+    return ENOMEM;
   started.store(true, std::memory_order_release);
   const std::uintptr_t start = end - space;
   *reinterpret_cast<Header*>(start / kPage * kPage - kPage) = {pages, bytes};
@@ -108,11 +118,13 @@ void free(void* pointer) {
   const int kept = errno;
   const Header header = *header_of(pointer);
   const auto start = reinterpret_cast<std::uintptr_t>(pointer);
-  const std::uintptr_t first = reinterpret_cast<std::uintptr_t>(header_of(pointer)), end = first + header.pages * kPage;
+  const std::uintptr_t first = reinterpret_cast<std::uintptr_t>(header_of(pointer)),
+                       end = first + header.pages * kPage;
   for (std::uintptr_t at = start + header.bytes; at < end; ++at)
-    if (*reinterpret_cast<const unsigned char*>(at) != kGap) fail("guard pages: written beyond the end of a tensor\n");
-  // Mapped again, not only protected: the system then merges it with adjacent inaccessible mappings. Mappings that were
-  // in use stay separate, and a process may have 65,530 of them.
+    if (*reinterpret_cast<const unsigned char*>(at) != kGap)
+      fail("guard pages: written beyond the end of a tensor\n");
+  // Mapped again, not only protected: the system then merges it with adjacent inaccessible
+  // mappings. Mappings that were in use stay separate, and a process may have 65,530 of them.
   constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
   if (mmap(reinterpret_cast<void*>(first), end - first, PROT_NONE, kFlags, -1, 0) == MAP_FAILED)
     fail("guard pages: a free failed\n");
@@ -126,7 +138,8 @@ std::size_t malloc_usable_size(void* pointer) {
 
 void* realloc(void* pointer, std::size_t bytes) {
   static const auto real = next<void* (*)(void*, std::size_t)>("realloc");
-  if (!is_ours(pointer)) return real(pointer, bytes);
+  if (!is_ours(pointer))
+    return real(pointer, bytes);
   void* const moved = std::malloc(bytes);
   if (moved != nullptr) {
     const std::size_t before = header_of(pointer)->bytes;

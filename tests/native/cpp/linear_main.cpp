@@ -1,5 +1,6 @@
-// The grouped MPO linear layer under sanitizers: every strategy, forward and backward, against double precision. Arrays
-// end where their allocation ends, most start at odd addresses, and results are NaN before they are written.
+// The grouped MPO linear layer under sanitizers: every strategy, forward and backward, against
+// double precision. Arrays end where their allocation ends, most start at odd addresses, and
+// results are NaN before they are written.
 #include <functional>
 
 #include "check.h"
@@ -63,7 +64,8 @@ const Load kLoads[] = {
     {"few slots", {0, 2, 2, 3}, 4, true},
     {"many slots", {0, 40, 66}, 67, true},
 };
-const Load kTiles{"tiles of all heights", {0, 1, 3, 6, 10, 15, 21, 28, 36, 45, 55, 66, 78, 91, 105}, 105, true};
+const Load kTiles{
+    "tiles of all heights", {0, 1, 3, 6, 10, 15, 21, 28, 36, 45, 55, 66, 78, 91, 105}, 105, true};
 
 // Arrays of one call. Every run allocates new results.
 struct Memory {
@@ -71,11 +73,18 @@ struct Memory {
   Array y, h, saved, dx, dleft, dcentral, dright, dbias;
 };
 
-void run(
-    const Strategy& strategy, const Problem& p, Dtype dtype, Memory& m, bool with_bias, bool save,
-    const bool (&need)[5], std::int64_t shift) {
+void run(const Strategy& strategy,
+         const Problem& p,
+         Dtype dtype,
+         Memory& m,
+         bool with_bias,
+         bool save,
+         const bool (&need)[5],
+         std::int64_t shift) {
   const BlockDims& d = p.dims;
-  const auto empty = [&](std::int64_t count) { return Array(dtype, count, shift); };
+  const auto empty = [&](std::int64_t count) {
+    return Array(dtype, count, shift);
+  };
   LinearInputs inputs{
       .dtype = dtype,
       .dims = d,
@@ -91,7 +100,8 @@ void run(
       .slots = p.slots,
       .activation = p.activation,
   };
-  const bool save_z = save && p.activation != Activation::kNone && p.activation != Activation::kRelu;
+  const bool save_z =
+      save && p.activation != Activation::kNone && p.activation != Activation::kRelu;
   const bool save_h = save && strategy.separable_only;
   m.y = empty(p.slots * d.out_features);
   m.h = empty(save_h ? p.slots * d.jC * d.b : 0);
@@ -103,9 +113,11 @@ void run(
   forward.h = save_h ? m.h.data() : nullptr;
   forward.saved = save_z ? m.saved.data() : nullptr;
   strategy.forward(forward);
-  if (!save) return;
+  if (!save)
+    return;
 
-  const std::int64_t counts[5] = {m.x.count(), m.left.count(), m.central.count(), m.right.count(), d.out_features};
+  const std::int64_t counts[5] = {
+      m.x.count(), m.left.count(), m.central.count(), m.right.count(), d.out_features};
   Array* const results[5] = {&m.dx, &m.dleft, &m.dcentral, &m.dright, &m.dbias};
   void* places[5];
   for (int k = 0; k < 5; ++k) {
@@ -116,7 +128,9 @@ void run(
   static_cast<LinearInputs&>(backward) = inputs;
   backward.grad = m.grad.data();
   backward.h = save_h ? m.h.data() : nullptr;
-  backward.saved = p.activation == Activation::kRelu ? m.y.data() : save_z ? m.saved.data() : nullptr;
+  backward.saved = p.activation == Activation::kRelu ? m.y.data()
+                   : save_z                          ? m.saved.data()
+                                                     : nullptr;
   backward.dx = places[0];
   backward.dleft = places[1];
   backward.dcentral = places[2];
@@ -128,14 +142,17 @@ void run(
 // All orders, by number.
 ProductOrder order_of(int number) {
   constexpr Operand L = Operand::kLeft, C = Operand::kCentral, R = Operand::kRight;
-  constexpr std::array<Operand, 3> kChains[] = {{L, C, R}, {L, R, C}, {C, L, R}, {C, R, L}, {R, L, C}, {R, C, L}};
+  constexpr std::array<Operand, 3> kChains[] = {
+      {L, C, R}, {L, R, C}, {C, L, R}, {C, R, L}, {R, L, C}, {R, C, L}};
   return {kChains[number % 6], (number & 1) != 0, (number & 2) != 0};
 }
 
-void check_case(const Shape& shape, const Load& load, Activation activation, Dtype dtype, int number) {
+void check_case(
+    const Shape& shape, const Load& load, Activation activation, Dtype dtype, int number) {
   check::Random random(static_cast<std::uint64_t>(number) + 1);
   const BlockDims& d = shape.dims;
-  const std::int64_t experts = static_cast<std::int64_t>(load.offsets.size()) - 1, shift = number % 3;
+  const std::int64_t experts = static_cast<std::int64_t>(load.offsets.size()) - 1,
+                     shift = number % 3;
   Problem p{};
   p.dims = d;
   p.order = order_of(number / 2);  // numbers of one dtype
@@ -145,7 +162,8 @@ void check_case(const Shape& shape, const Load& load, Activation activation, Dty
   p.tokens = load.gathered ? 11 : load.slots;
   p.activation = activation;
   if (load.gathered)
-    for (std::int64_t s = 0; s < load.slots; ++s) p.row_index.push_back(random.below(p.tokens));
+    for (std::int64_t s = 0; s < load.slots; ++s)
+      p.row_index.push_back(random.below(p.tokens));
 
   const auto array = [&](std::int64_t count, double scale) {
     return Array::random(dtype, count, random, scale, shift);
@@ -165,21 +183,28 @@ void check_case(const Shape& shape, const Load& load, Activation activation, Dty
   m.grad = array(load.slots * d.out_features, 1);
   p.grad = m.grad.values();
   const Result truth = truth::solve(p, 0.1);
-  for (std::int64_t i = 0; i < m.grad.count(); ++i) m.grad.set(i, p.grad[i]);
+  for (std::int64_t i = 0; i < m.grad.count(); ++i)
+    m.grad.set(i, p.grad[i]);
 
   for (const Strategy& strategy : kStrategies) {
-    if (strategy.separable_only && (d.jL != 1 || d.iR != 1)) continue;
-    const std::string what = std::string(strategy.name) + ", " + shape.name + ", " + load.name + ", " +
-                             check::name_of(dtype) + ", activation " + std::to_string(static_cast<int>(activation));
+    if (strategy.separable_only && (d.jL != 1 || d.iR != 1))
+      continue;
+    const std::string what = std::string(strategy.name) + ", " + shape.name + ", " + load.name +
+                             ", " + check::name_of(dtype) + ", activation " +
+                             std::to_string(static_cast<int>(activation));
     const double allowed = check::tolerance(dtype);
-    const bool all[5] = {true, true, true, true, true}, few[5] = {number % 2 == 1, true, false, number % 3 == 0, false};
-    const auto same = [&](const Array& a, const Array& b) { check::require(a.same_bits(b), what + ": other bits"); };
+    const bool all[5] = {true, true, true, true, true},
+               few[5] = {number % 2 == 1, true, false, number % 3 == 0, false};
+    const auto same = [&](const Array& a, const Array& b) {
+      check::require(a.same_bits(b), what + ": other bits");
+    };
 
     set_threads(1);
     run(strategy, p, dtype, m, with_bias, true, all, shift);
     check::require_close(m.y, truth.y, allowed, what + ": y");
-    Array y = std::move(m.y), dx = std::move(m.dx), dleft = std::move(m.dleft), dcentral = std::move(m.dcentral),
-          dright = std::move(m.dright), dbias = std::move(m.dbias);
+    Array y = std::move(m.y), dx = std::move(m.dx), dleft = std::move(m.dleft),
+          dcentral = std::move(m.dcentral), dright = std::move(m.dright),
+          dbias = std::move(m.dbias);
     check::require_close(dx, truth.dx, allowed, what + ": dx");
     check::require_close(dleft, truth.dleft, allowed, what + ": dleft");
     check::require_close(dcentral, truth.dcentral, allowed, what + ": dcentral");
@@ -189,13 +214,18 @@ void check_case(const Shape& shape, const Load& load, Activation activation, Dty
     set_threads(3);
     run(strategy, p, dtype, m, with_bias, true, all, shift);
     same(m.y, y);
-    for (const auto& [a, b] : {std::pair(&m.dx, &dx), {&m.dleft, &dleft}, {&m.dcentral, &dcentral},
-                               {&m.dright, &dright}, {&m.dbias, &dbias}})
+    for (const auto& [a, b] : {std::pair(&m.dx, &dx),
+                               {&m.dleft, &dleft},
+                               {&m.dcentral, &dcentral},
+                               {&m.dright, &dright},
+                               {&m.dbias, &dbias}})
       same(*a, *b);
     run(strategy, p, dtype, m, with_bias, true, few, shift);
     same(m.dleft, dleft);
-    if (few[0]) same(m.dx, dx);
-    if (few[3]) same(m.dright, dright);
+    if (few[0])
+      same(m.dx, dx);
+    if (few[3])
+      same(m.dright, dright);
     run(strategy, p, dtype, m, with_bias, false, all, shift);
     same(m.y, y);
   }
@@ -206,7 +236,8 @@ void check_case(const Shape& shape, const Load& load, Activation activation, Dty
 
 int main() {
   using namespace mpoe;
-  if (!check::isa_exists()) return 77;
+  if (!check::isa_exists())
+    return 77;
   int number = 0;
   for (const Shape& shape : kShapes)
     for (const Load& load : kLoads)

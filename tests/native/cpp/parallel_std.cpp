@@ -13,13 +13,22 @@ thread_local bool inside = false;
 
 }  // namespace
 
-void set_threads(int count) { threads = count; }
+void set_threads(int count) {
+  threads = count;
+}
 
-int num_threads() { return threads; }
+int num_threads() {
+  return threads;
+}
 
-void parallel_range(std::int64_t begin, std::int64_t end, std::int64_t grain, RangeFunction function, void* context) {
+void parallel_range(std::int64_t begin,
+                    std::int64_t end,
+                    std::int64_t grain,
+                    RangeFunction function,
+                    void* context) {
   const std::int64_t count = end - begin;
-  const std::int64_t most = inside ? 1 : std::min<std::int64_t>(threads, count / std::max<std::int64_t>(1, grain));
+  const std::int64_t most =
+      inside ? 1 : std::min<std::int64_t>(threads, count / std::max<std::int64_t>(1, grain));
   if (most <= 1) {
     function(begin, end, context);
     return;
@@ -30,7 +39,8 @@ void parallel_range(std::int64_t begin, std::int64_t end, std::int64_t grain, Ra
       inside = true;
       function(begin + count * part / most, begin + count * (part + 1) / most, context);
     });
-  for (std::thread& worker : workers) worker.join();
+  for (std::thread& worker : workers)
+    worker.join();
 }
 
 }  // namespace mpoe

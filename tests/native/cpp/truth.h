@@ -13,7 +13,7 @@ using Values = std::vector<double>;
 struct Problem {
   BlockDims dims;
   ProductOrder order;  // which the results do not depend on but for rounding
-  Values x, left, central, right, bias, grad;  // bias may be empty
+  Values x, left, central, right, bias, grad;    // bias may be empty
   std::vector<std::int64_t> offsets, row_index;  // row_index may be empty
   std::int64_t tokens, slots, experts;
   Activation activation;
@@ -26,7 +26,8 @@ struct Result {
 
 double activate(Activation activation, double z);
 double derivative(Activation activation, double z);
-// Everything. For relu, gradients are taken as if `grad` were zero where |z| < relu_margin (it is zeroed in `problem`).
+// Everything. For relu, gradients are taken as if `grad` were zero where |z| < relu_margin (it is
+// zeroed in `problem`).
 Result solve(Problem& problem, double relu_margin);
 
 }  // namespace mpoe::truth

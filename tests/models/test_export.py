@@ -162,7 +162,8 @@ def test_every_number_of_neurons(dtype):
         ), count
     whole = mixture(changes={"intermediate_size": 46}, expert_type="dense")
     assert difference(merge_experts(whole, as_=MIXTRAL)(IDS).logits, whole(IDS).logits) <= 1e-5
-    assert [padded_size(count) for count in (1, 8, 9)] == [8, 8, 16]
+    sizes = {1: 32, 32: 32, 33: 64, 59: 64, 224: 224, 228: 256, 256: 256, 257: 288, 500: 512}
+    assert {count: padded_size(count) for count in sizes} == sizes
 
 
 @torch.no_grad()
@@ -216,10 +217,11 @@ def test_the_file_is_the_one_that_servers_read(tmp_path):
         config.intermediate_size,
         config.shared_intermediate_size,
         config.num_local_experts,
-    ) == (8, 48, 4)
+    ) == (32, 48, 4)
     layer = next(iter(neuron_modules(model).values()))
     own = stock.model.layers[0].block_sparse_moe.experts.down_proj
-    assert torch.equal(own, 2 * layer.experts.down.transpose(1, 2))  # gates times k = 2
+    assert torch.equal(own[..., :8], 2 * layer.experts.down.transpose(1, 2))  # gates times k = 2
+    assert not own[..., 8:].any()
 
 
 # ------------------------------------------------------------- the command

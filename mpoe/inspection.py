@@ -62,28 +62,28 @@ def route_text(model: Any, tokenizer: Any, text: str, max_new_tokens: int = 24) 
         batch["decoder_input_ids"] = answer
         ids = {"encoder": batch["input_ids"][0], "decoder": answer[0]}
     layers: Any = routed_layers(model)
-    found = []
+    routes = []
     logits = model(**batch).router_logits or ()
     for stream, stream_ids in ids.items():
-        own = [k for k, (_, layer) in enumerate(layers) if layer.stream == stream]
-        if not own:
+        stream_layers = [k for k, (_, layer) in enumerate(layers) if layer.stream == stream]
+        if not stream_layers:
             continue
-        routed = [(layers[k][1].router, logits[k].float()) for k in own]
-        best = [router.scores(each)[1].topk(router.top_k).indices for router, each in routed]
+        routed = [(layers[k][1].router, logits[k].float()) for k in stream_layers]
+        best = [router.scores(scored)[1].topk(router.top_k).indices for router, scored in routed]
         shares = [
-            torch.softmax(each, -1).gather(-1, index)
-            for (_, each), index in zip(routed, best, strict=True)
+            torch.softmax(scored, -1).gather(-1, index)
+            for (_, scored), index in zip(routed, best, strict=True)
         ]
-        found.append(
+        routes.append(
             Route(
                 stream,
                 [_as_text(tokenizer, token) for token in stream_ids.tolist()],
-                [layers[k][0] for k in own],
-                [each.tolist() for each in best],
-                [each.tolist() for each in shares],
+                [layers[k][0] for k in stream_layers],
+                [scored.tolist() for scored in best],
+                [scored.tolist() for scored in shares],
             )
         )
-    return found
+    return routes
 
 
 def _as_text(tokenizer: Any, token: int) -> str:
@@ -138,8 +138,8 @@ def bond_spectra(cores: MPOCores) -> list[BondSpectrum]:
     """
     per_expert = []
     for expert in range(cores.num_experts):
-        own = (core[expert] if core.dim() == 5 else core for core in cores.cores())
-        per_expert.append(_chain_spectra([core.double().flatten(1, 2) for core in own]))
+        chain = (core[expert] if core.dim() == 5 else core for core in cores.cores())
+        per_expert.append(_chain_spectra([core.double().flatten(1, 2) for core in chain]))
     return [BondSpectrum(torch.stack(values)) for values in zip(*per_expert, strict=True)]
 
 
@@ -152,14 +152,14 @@ def _chain_spectra(chain: list[Tensor]) -> list[Tensor]:
         core = torch.tensordot(carried, core, 1)
         q, carried = torch.linalg.qr(core.flatten(0, 1))
         orthogonal.append(q.unflatten(0, core.shape[:2]))
-    found = []
+    spectra = []
     for core in reversed(orthogonal[1:]):
         u, values, _ = torch.linalg.svd(
             torch.tensordot(core, carried, 1).flatten(1), full_matrices=False
         )
-        found.append(values)
+        spectra.append(values)
         carried = u * values
-    return found[::-1]
+    return spectra[::-1]
 
 
 # ------------------------------------------------------------- what composed experts are worth
@@ -218,7 +218,7 @@ def composed_worth(
         lambda module, given, output: loads.append(output.expert_load)
     )
     try:
-        own = token_losses(mixture, batches)
+        losses = token_losses(mixture, batches)
     finally:
         counting.remove()
     load = torch.stack(loads).sum(0)
@@ -235,11 +235,11 @@ def composed_worth(
             removed.append(float(token_losses(mixture, batches).mean()))
     return Worth(
         names,
-        len(own),
-        float(own.mean()),
+        len(losses),
+        float(losses.mean()),
         float(torch.stack(alone).amin(0).mean()),
         (load.sum(0) / load.sum()).tolist(),
         load.tolist(),
-        [float(each.mean()) for each in alone],
+        [float(expert_losses.mean()) for expert_losses in alone],
         removed,
     )

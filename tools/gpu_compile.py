@@ -44,8 +44,16 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 NVCC_FLAGS = [
-    *("-std=c++20", "-O3", "-lineinfo", "--Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra"),
-    *("-Xptxas", "-warn-spills,-warn-lmem-usage", f"-I{CSRC}"),
+    "-std=c++20",
+    "-O3",
+    "-lineinfo",
+    "--Werror",
+    "all-warnings",
+    "-Xcompiler",
+    "-Wall,-Wextra",
+    "-Xptxas",
+    "-warn-spills,-warn-lmem-usage",
+    f"-I{CSRC}",
 ]
 _DOT = re.compile(r"tt\.dot(?:_scaled)? (.*)$", re.MULTILINE)
 # What a program could wait for another by, or count with it; shared memory is a program's own.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.cli.command import CommandError, Request, as_command, option
 from mpoe.cli.models import RESULTS_FILE, check_output, write_json
 from mpoe.cli.short_help import SHORT
 from mpoe.models.weight_files import write_text
@@ -41,9 +41,9 @@ class BenchOptions:
 
 
 @as_command(SHORT["bench"].usage, BenchOptions)
-def command(asked: Asked) -> dict[str, Any]:
-    """Measure as asked; returns what ``results.json`` holds."""
-    (options,) = asked.options
+def command(request: Request) -> dict[str, Any]:
+    """Measure as the options say; returns what ``results.json`` holds."""
+    (options,) = request.options
     check_output("out", options.out, options.overwrite, "earlier results", [RESULTS_FILE])
     try:
         results = _measure(options)

@@ -90,7 +90,7 @@ _MEANT = {
 }
 
 
-class Asked(NamedTuple):
+class Request(NamedTuple):
     """A parsed command line: the filled dataclasses, the names of the options that were set, the
     words that are no option's, and the whole as it was typed."""
 
@@ -111,7 +111,9 @@ def option(default: Any, text: str, *aliases: str, **argparse_arguments: Any) ->
         argparse_arguments: further arguments of `argparse.ArgumentParser.add_argument`.
     """
     spelled = [
-        f"--{each}" for name in aliases for each in dict.fromkeys((name, name.replace("_", "-")))
+        f"--{spelling}"
+        for name in aliases
+        for spelling in dict.fromkeys((name, name.replace("_", "-")))
     ]
     metadata = {"help": text, **argparse_arguments, **({"aliases": spelled} if spelled else {})}
     if isinstance(default, list):
@@ -197,7 +199,7 @@ def parse(
     flags: Sequence[str],
     config: str | os.PathLike[str] | None = None,
     most: int = 0,
-) -> Asked:
+) -> Request:
     """Fill the dataclasses ``kinds`` from a configuration file and flags.
 
     Args:
@@ -223,7 +225,9 @@ def parse(
             if _normal(name) not in known:
                 meant = _MEANT.get(_normal(name))
                 hint = f"; did you mean '--{meant}'?" if meant in known else ""
-                hint = hint or close_matches(f"--{_normal(name)}", [f"--{each}" for each in known])
+                hint = hint or close_matches(
+                    f"--{_normal(name)}", [f"--{option_name}" for option_name in known]
+                )
                 raise CommandError(f"{place}unknown option {name.partition('=')[0]!r}{hint}")
             if name.partition("=")[2] == "--":  # argparse would drop it
                 raise CommandError(f"{place}{name[:-3]} must have a value; got '--'")
@@ -243,7 +247,7 @@ def parse(
                 f"{place}values without an option: {' '.join(map(repr, stray[most:] or stray))}"
             )
         given |= {known[_normal(name)].dest for name in names}
-    return Asked(tuple(_build(kind, namespace, given) for kind in kinds), given, stray)
+    return Request(tuple(_build(kind, namespace, given) for kind in kinds), given, stray)
 
 
 def _stands_alone(token: str, known: Mapping[str, argparse.Action]) -> bool:
@@ -261,10 +265,10 @@ def _build(kind: type, namespace: argparse.Namespace, given: set[str]) -> Any:
     except _UNFIT as error:
         # Transformers' errors may not name an option: find the one whose value they repeat, or name
         # all given ones.
-        message, own = str(error), {name: values[name] for name in given & values.keys()}
-        if not any(name in message for name in own):
-            repeated = [name for name, value in own.items() if repr(value) in message]
-            message = f"{', '.join(sorted(repeated or own))}: {message}"
+        message, given_values = str(error), {name: values[name] for name in given & values.keys()}
+        if not any(name in message for name in given_values):
+            repeated = [name for name, value in given_values.items() if repr(value) in message]
+            message = f"{', '.join(sorted(repeated or given_values))}: {message}"
         raise CommandError(message) from error
 
 
@@ -274,8 +278,8 @@ def as_command(
     words: tuple[int, int] = (0, 0),
     config: bool = False,
     first: Mapping[str, str] | None = None,
-) -> Callable[[Callable[[Asked], T]], Callable[[Sequence[str]], T | None]]:
-    """A decorator: a function of what was `Asked` becomes a command of tokens, whose help is its
+) -> Callable[[Callable[[Request], T]], Callable[[Sequence[str]], T | None]]:
+    """A decorator: a function of a `Request` becomes a command of tokens, whose help is its
     module's docstring.
 
     Args:
@@ -291,7 +295,7 @@ def as_command(
     """
     name = usage.split()[1]
 
-    def declare(body: Callable[[Asked], T]) -> Callable[[Sequence[str]], T | None]:
+    def declare(body: Callable[[Request], T]) -> Callable[[Sequence[str]], T | None]:
         about = str(sys.modules[body.__module__].__doc__ or "").strip().split("\n\n")[0]
 
         @functools.wraps(body)
@@ -301,13 +305,13 @@ def as_command(
                 show_help(usage, about, groups, None if "all" in arguments else first)
                 return None
             if not arguments:  # without Transformers, whose import takes a second
-                return body(Asked(tuple(kind() for kind in groups), set()))
+                return body(Request(tuple(kind() for kind in groups), set()))
             file = arguments[0] if config and not _is_flag(arguments[0]) else None
-            asked = parse(groups, arguments[file is not None :], file, words[1])
-            if len(asked.words) < words[0]:
+            request = parse(groups, arguments[file is not None :], file, words[1])
+            if len(request.words) < words[0]:
                 needed = "a model first" if words[0] == 1 else "two arguments"
                 raise CommandError(f"{name} needs {needed}: {usage} (see mpoe {name} --help)")
-            return body(asked._replace(typed=shlex.join(["mpoe", name, *arguments])))
+            return body(request._replace(typed=shlex.join(["mpoe", name, *arguments])))
 
         return run
 
@@ -321,17 +325,9 @@ def show_help(
     Transformers by name."""
     if first:
         width = max(map(len, first)) + 2
-        print(
-            "\n".join(
-                [
-                    f"Usage: {usage}",
-                    "",
-                    about,
-                    "",
-                    *(f"  --{n:{width}}{words}" for n, words in first.items()),
-                ]
-            )
-        )
+        print(f"Usage: {usage}\n\n{about}\n")
+        for name, words in first.items():
+            print(f"  --{name:{width}}{words}")
         print(f"\nAll others, with their defaults: {' '.join(usage.split()[:2])} --help all")
         return
     parser = make_parser(

@@ -17,7 +17,7 @@ from typing import Any
 from markupsafe import Markup
 
 from mpoe.cli import report
-from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.cli.command import CommandError, Request, as_command, option
 from mpoe.cli.evaluate import metrics_of, score_table
 from mpoe.cli.models import MODEL_OR_RUN, REPORT_FILE, RESULTS_FILE, check_output, write_json
 from mpoe.cli.options import BASELINES
@@ -78,9 +78,9 @@ class CompareOptions:
 
 
 @as_command(SHORT["compare"].usage, CompareOptions, words=(1, MOST_RUNS))
-def command(asked: Asked) -> None:
+def command(request: Request) -> None:
     """Compare the runs in the folders; prints tables and writes the report."""
-    (options,), paths = asked.options, asked.words
+    (options,), paths = request.options, request.words
     if len(paths) < 2:
         raise CommandError(
             f"compare needs two runs or more; got {len(paths)}: mpoe compare RUN_DIR RUN_DIR ..."
@@ -161,17 +161,16 @@ def mixture_of(model: Any) -> str:
 
 def write_report(file: Path, runs: Sequence[RunFolder]) -> list[Table]:
     """Write the report of runs side by side, or that of one run; returns its tables."""
-    (scores, *tables), (one, *others) = _tables(runs), runs
-    commands = (
-        Markup("<pre>{}: {}</pre>").format(run.name, run.settings.get("command", "-"))
-        for run in runs
-    )
-    remarks = (f"{run.name}: {remark}" for run in runs for remark in run.results.get("remarks", ()))
-    parts = [
-        *commands,
-        scores.section(),
-        *(Markup('<p class="failed">{}</p>').format(each) for each in remarks),
-    ]
+    scores, *tables = _tables(runs)
+    one, *others = runs
+    parts = []
+    for run in runs:
+        command_line = run.settings.get("command", "-")
+        parts.append(Markup("<pre>{}: {}</pre>").format(run.name, command_line))
+    parts.append(scores.section())
+    for run in runs:
+        for remark in run.results.get("remarks", ()):
+            parts.append(Markup('<p class="failed">{}: {}</p>').format(run.name, remark))
     curves = report.curves({run.name: run.records for run in runs})
     parts.append(report.section("Training", curves, note=_CURVES))
     title = " / ".join(run.name for run in runs)
@@ -204,8 +203,8 @@ def _side_by_side(
     def cell(value: Any) -> str:
         return f"{value:,}" if type(value) is int else "-" if value is None else str(value)
 
-    names = dict.fromkeys(name for own in facts for name in own)
-    rows = [[name, *(cell(own.get(name)) for own in facts)] for name in names]
+    names = dict.fromkeys(name for values in facts for name in values)
+    rows = [[name, *(cell(values.get(name)) for values in facts)] for name in names]
     kind = "" if title in ("Data", "Parameters") else "text"
     return Table(["", *(run.name for run in runs)], rows, title, _WORDS.get(title, ""), kind)
 
@@ -213,11 +212,13 @@ def _side_by_side(
 def _tables(runs: Sequence[RunFolder]) -> list[Table]:
     """Scores come first."""
     scores = {run.name: run.results.get("validation", {}) for run in runs}
-    constants = {task: own for run in runs for task, own in run.results.get("constant", {}).items()}
+    constants = {
+        task: score for run in runs for task, score in run.results.get("constant", {}).items()
+    }
     arms = arms_of(runs)
-    found = [Table(["", *arms], _arm_rows(arms, metrics_of(scores.values())), "Arms", _ARMS)]
+    tables = [Table(["", *arms], _arm_rows(arms, metrics_of(scores.values())), "Arms", _ARMS)]
     every = [_facts(run, len(runs) == 1) for run in runs]
-    found += [_side_by_side(title, runs, [facts[title] for facts in every]) for title in every[0]]
+    tables += [_side_by_side(title, runs, [facts[title] for facts in every]) for title in every[0]]
     names = sorted(
         {
             name
@@ -228,16 +229,14 @@ def _tables(runs: Sequence[RunFolder]) -> list[Table]:
     )
     differ = [name for name in names if len({str(run.settings.get(name)) for run in runs}) > 1]
     settings = [{name: run.settings.get(name) for name in differ} for run in runs]
-    found.append(_side_by_side("Settings that differ", runs, settings))
-    return [
-        score_table(scores, constants, "Scores", _SCORES),
-        *(table for table in found if table.rows),
-    ]
+    tables.append(_side_by_side("Settings that differ", runs, settings))
+    first = score_table(scores, constants, "Scores", _SCORES)
+    return [first] + [table for table in tables if table.rows]
 
 
 def _facts(run: RunFolder, alone: bool) -> dict[str, dict[str, Any]]:
     """By table: what the run is, and how it went."""
-    own, results, records = run.settings.get, run.results, run.records
+    setting, results, records = run.settings.get, run.results, run.records
     logged = [
         (a, b)
         for a, b in itertools.pairwise(records)
@@ -250,14 +249,14 @@ def _facts(run: RunFolder, alone: bool) -> dict[str, dict[str, Any]]:
         if record.get("loss") is not None
     ]
     steps = results.get("steps") or max((record.get("step", 0) for record in records), default=0)
-    why = own("learning_rate_from", "") if alone else ""
+    why = setting("learning_rate_from", "") if alone else ""
     runs = {
-        "started from": results.get("model") or own("model"),
+        "started from": results.get("model") or setting("model"),
         "feed-forward layers": run.mixture or None,
         "optimizer steps": f"{steps:,}" if results else f"{steps:,}, not ended",
-        "items of a step": own("training.train_batch_size", 0)
-        * own("training.gradient_accumulation_steps", 1),
-        "learning rate": f"{own('training.learning_rate', 0):g}" + (f": {why}" if why else ""),
+        "items of a step": setting("training.train_batch_size", 0)
+        * setting("training.gradient_accumulation_steps", 1),
+        "learning rate": f"{setting('training.learning_rate', 0):g}" + (f": {why}" if why else ""),
         "training loss, last logged": f"{losses[-1]:.4f}" if losses else None,
         "training, seconds": f"{results['seconds']:.0f}" if results else None,
         "seconds per step, median": f"{statistics.median_high(times):.3g}" if times else None,
@@ -280,10 +279,12 @@ def arms_of(runs: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
     where several arms have the same, the name of their first run is added."""
     groups: dict[str, list[RunFolder]] = {}
     for run in runs:
-        own = {key: value for key, value in run.settings.items() if not is_neutral(key)}
+        settings = {key: value for key, value in run.settings.items() if not is_neutral(key)}
         key = repr(
             sorted(
-                (name, str(v)) for name, v in own.items() if name.rpartition(".")[2] not in _SEEDS
+                (name, str(v))
+                for name, v in settings.items()
+                if name.rpartition(".")[2] not in _SEEDS
             )
         )
         if run.results:
@@ -331,13 +332,12 @@ def _arm_rows(
             }
             for alike in arms.values()
         ]
-        rows.append(
-            [f"{task}: {metric}", *(mean_and_half_width([*own.values()]) for own in scores)]
-        )
+        cells = [mean_and_half_width([*by_run.values()]) for by_run in scores]
+        rows.append([f"{task}: {metric}", *cells])
         first = {seeds[name]: value for name, value in scores[0].items()}
         less = [
-            [v - first[seeds[name]] for name, v in own.items() if seeds[name] in first]
-            for own in scores[1:]
+            [v - first[seeds[name]] for name, v in by_run.items() if seeds[name] in first]
+            for by_run in scores[1:]
         ]
         if less:
             rows.append(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mpoe.cli import models
-from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.cli.command import CommandError, Request, as_command, option
 from mpoe.cli.quiet import background_beside, show_composition
 from mpoe.cli.short_help import SHORT
 from mpoe.config import RouterConfig
@@ -75,9 +75,9 @@ class ComposeOptions:
 
 
 @as_command(USAGE, ComposeOptions, words=(1, MOST))
-def command(asked: Asked) -> None:
+def command(request: Request) -> None:
     """Compose the experts or fine-tunes of the base, and save the mixture or the merged network."""
-    (options,), (base, *names) = asked.options, asked.words
+    (options,), (base, *names) = request.options, request.words
     # About experts: it names files of some, or a mixture of them, or adapters to be neurons.
     of_experts = options.neurons is not None or any(name.endswith(".expert") for name in names)
     of_experts = of_experts or (bool(names) and not options.texts and all(map(is_adapter, names)))
@@ -106,7 +106,7 @@ def command(asked: Asked) -> None:
         )
     tokenizer, dense = models.load_tokenizer(source), models.load_model(source)
     most = getattr(dense.config, "max_position_embeddings", None) or options.max_length
-    if options.max_length > most and "max_length" in asked.given:
+    if options.max_length > most and "max_length" in request.given:
         raise CommandError(
             f"max_length must be at most {most}, the positions of {base}; got {options.max_length}"
         )

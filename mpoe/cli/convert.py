@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 
 from mpoe.cli import models
-from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.cli.command import CommandError, Request, as_command, option
 from mpoe.cli.options import ExpertOptions
 from mpoe.cli.short_help import SHORT
 from mpoe.models import convert_to_mpoe, import_original
@@ -26,10 +26,10 @@ class ConvertOptions:
 
 
 @as_command(SHORT["convert"].usage, ConvertOptions, ExpertOptions, words=(2, 2))
-def command(asked: Asked) -> None:
+def command(request: Request) -> None:
     """Convert the model IN into the folder OUT."""
-    (options, experts), (name, out) = asked.options, asked.words
-    chosen = sorted({f.name for f in dataclasses.fields(ExpertOptions)} & asked.given)
+    (options, experts), (name, out) = request.options, request.words
+    chosen = sorted({f.name for f in dataclasses.fields(ExpertOptions)} & request.given)
     original = options.original_checkpoint
     if original is not None and chosen:
         raise CommandError(

@@ -20,7 +20,7 @@ from rich.text import Text
 from transformers.utils import logging
 
 from mpoe.cli import compare, train
-from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.cli.command import CommandError, Request, as_command, option
 from mpoe.cli.models import (
     MODEL_OR_RUN,
     REPORT_FILE,
@@ -75,16 +75,21 @@ class DemoOptions:
 
 
 @as_command(SHORT["demo"].usage, DemoOptions)
-def command(asked: Asked) -> None:
+def command(request: Request) -> None:
     """Train and compose the experts, or compare the arms, in the output folder."""
-    (options,) = asked.options
-    if "model" in asked.given and not options.compare:
+    (options,) = request.options
+    if "model" in request.given and not options.compare:
         raise CommandError(
             "model is for --compare; the experts are trained beside the embedded GPT-2"
         )
-    own = (RESULTS_FILE, REPORT_FILE, EXPERTS_FOLDER, MODEL_FOLDER, *ARMS)
+    patterns = (RESULTS_FILE, REPORT_FILE, EXPERTS_FOLDER, MODEL_FOLDER, *ARMS)
     folder = check_output(
-        "output_dir", options.output_dir, options.overwrite, "an earlier demo", own, MODEL_OR_RUN
+        "output_dir",
+        options.output_dir,
+        options.overwrite,
+        "an earlier demo",
+        patterns,
+        MODEL_OR_RUN,
     )
     with hold(folder):
         for name in (RESULTS_FILE, REPORT_FILE):
@@ -130,12 +135,14 @@ _COMPARED = (
 
 def compare_arms(output_dir: Path, kind: str, steps: int | None, seed: int) -> None:
     """Train the arms alike, each in a folder of its own, and put them side by side."""
-    own, of_baselines, of_mixtures = SETTINGS[kind]
-    own += f" --model {kind} --seed {seed} {_ALIKE}" + (f" --max_steps {steps}" if steps else "")
+    settings, of_baselines, of_mixtures = SETTINGS[kind]
+    settings += f" --model {kind} --seed {seed} {_ALIKE}" + (
+        f" --max_steps {steps}" if steps else ""
+    )
     for arm, options in ARMS.items():
         print(f"{arm}:")
         rate = of_baselines if "--baseline" in options else of_mixtures
-        words = f"{own} --learning_rate {rate} {options}"
+        words = f"{settings} --learning_rate {rate} {options}"
         train.command([*words.split(), "--output_dir", str(output_dir / arm)])
     compare.command(
         [*(str(output_dir / arm) for arm in ARMS), "--output_dir", str(output_dir), "--overwrite"]
@@ -189,18 +196,19 @@ def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
     files, always_on = [], []
     (output_dir / EXPERTS_FOLDER).mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(DOMAINS):
-        begun, own = time.perf_counter(), cut(domain_text(name, False))
-        model = _train(base, own, steps, seed + number)
+        started = time.perf_counter()
+        domain_pieces = cut(domain_text(name, False))
+        model = _train(base, domain_pieces, steps, seed + number)
         files.append(output_dir / EXPERTS_FOLDER / f"{name}.expert")
-        statistics = collect_statistics(model, batches(own[:256]))
+        statistics = collect_statistics(model, batches(domain_pieces[:256]))
         save_expert(
             model, files[-1], statistics=statistics, tokenizer=tokenizer, training={"steps": steps}
         )
         losses[name]["own"] = loss(model, name)
         always_on.append(loss(model, FOREIGN))
+        seconds = time.perf_counter() - started
         print(
-            f"trained {files[-1]} on {own.numel():,} tokens in {time.perf_counter() - begun:.0f} "
-            "s: "
+            f"trained {files[-1]} on {domain_pieces.numel():,} tokens in {seconds:.0f} s: "
             f"{losses[name]['base']:.2f} -> {losses[name]['own']:.2f} nats per token"
         )
     losses[FOREIGN]["own"] = sum(always_on) / len(always_on)
@@ -264,23 +272,25 @@ def _train(base: Any, pieces: Any, steps: int, seed: int) -> Any:
 
 def kept(losses: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Share of its own expert's gain that the mixture keeps, by domain."""
-    domains = {name: own for name, own in losses.items() if name != FOREIGN}
+    domains = {name: losses_of_text for name, losses_of_text in losses.items() if name != FOREIGN}
     return {
-        n: (own["base"] - own["composed"]) / (own["base"] - own["own"])
-        for n, own in domains.items()
+        n: (losses_of_text["base"] - losses_of_text["composed"])
+        / (losses_of_text["base"] - losses_of_text["own"])
+        for n, losses_of_text in domains.items()
     }
 
 
 def conclusions(results: Mapping[str, Any]) -> list[str]:
     """What the numbers say, and what they do not."""
     losses, shares = results["losses"], results["kept"]
-    own = {column: value - losses[FOREIGN]["base"] for column, value in losses[FOREIGN].items()}
-    told = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    excess = {column: value - losses[FOREIGN]["base"] for column, value in losses[FOREIGN].items()}
+    kept_shares = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
     return [
-        f"Of its own expert's gain the mixture keeps: {told}; nobody said which text is which.",
+        f"Of its own expert's gain the mixture keeps: {kept_shares}; nobody said which "
+        "text is which.",
         f"Forgetting, on {FOREIGN}, which no expert saw: an expert that is always on "
-        f"{own['own']:+.3f} nats, the "
-        f"mixture {own['composed']:+.3f}, merged {own['merged']:+.3f}.",
+        f"{excess['own']:+.3f} nats, the "
+        f"mixture {excess['composed']:+.3f}, merged {excess['merged']:+.3f}.",
         "What this does not show: larger models, longer training, domains that are nearer to each "
         "other.",
     ]
@@ -290,8 +300,8 @@ def _tell(file: Path, results: Mapping[str, Any], routes: Sequence[Route]) -> No
     """Print, and write as ``report.html``: the coloured tokens, the table and what it says."""
     names, said = results["experts"], conclusions(results)
     rows = [
-        [text, *(f"{own[column]:.3f}" for column in COLUMNS)]
-        for text, own in results["losses"].items()
+        [text, *(f"{by_column[column]:.3f}" for column in COLUMNS)]
+        for text, by_column in results["losses"].items()
     ]
     losses = Table(
         HEADER,

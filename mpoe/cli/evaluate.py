@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from mpoe.cli import models
-from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.cli.command import CommandError, Request, as_command, option
 from mpoe.cli.models import check_writable_file, write_json
 from mpoe.cli.report import Table
 from mpoe.cli.short_help import SHORT
@@ -105,13 +105,13 @@ def evaluate_tasks(
     """
     scores, constants, remarks = {}, {}, []
     for task in tasks:
-        found = evaluate_task(model, tokenizer, task, split, batch_size)
-        scores[task.name] = {**found.scores, "items": len(task.examples(split))}
-        constants[task.name] = found.constant
+        result = evaluate_task(model, tokenizer, task, split, batch_size)
+        scores[task.name] = {**result.scores, "items": len(task.examples(split))}
+        constants[task.name] = result.constant
         metric = task.metrics[0]
-        value, constant = found.scores[metric], found.constant[metric]
-        if found.collapse:
-            remarks.append(f"{task.name}: {found.collapse}")
+        value, constant = result.scores[metric], result.constant[metric]
+        if result.collapse:
+            remarks.append(f"{task.name}: {result.collapse}")
         elif value >= constant if metric in _LOWER_IS_BETTER else value <= constant:
             remarks.append(
                 f"{task.name}: {metric} {value:.4g} is not better than the constant answer's "
@@ -127,7 +127,9 @@ def evaluate_tasks(
 
 def metrics_of(columns: Iterable[Scores]) -> list[tuple[str, str]]:
     """(task, metric) of all scores, in order."""
-    pairs = ((task, metric) for scores in columns for task, own in scores.items() for metric in own)
+    pairs = (
+        (task, metric) for scores in columns for task, values in scores.items() for metric in values
+    )
     return [pair for pair in dict.fromkeys(pairs) if pair[1] != "items"]
 
 
@@ -155,19 +157,25 @@ def score_table(
         rows.append([f"{task}: {metric}", *shown])
     if len(constants) > 1:
         means = (
-            f"{average_score(each):.4f}" if each else "-" for each in (*columns.values(), constants)
+            f"{average_score(column_scores):.4f}" if column_scores else "-"
+            for column_scores in (*columns.values(), constants)
         )
         rows.append(["average over tasks, of the first of each", *means])
     return Table(["", *columns, "constant"], rows, title, words, best=best)
 
 
-def show_scores(found: Mapping[str, Any], title: str) -> None:
+def show_scores(evaluated: Mapping[str, Any], title: str) -> None:
     """Print what `evaluate_tasks` returned."""
-    items = ", ".join(f"{own['items']:,} of {task}" for task, own in found["scores"].items())
+    items = ", ".join(
+        f"{score['items']:,} of {task}" for task, score in evaluated["scores"].items()
+    )
     score_table(
-        {"value": found["scores"]}, found["constant"], title, f"Items: {items}. {SCORE_NOTE}"
+        {"value": evaluated["scores"]},
+        evaluated["constant"],
+        title,
+        f"Items: {items}. {SCORE_NOTE}",
     ).show()
-    for remark in found["remarks"]:
+    for remark in evaluated["remarks"]:
         print(f"note: {remark}")
 
 
@@ -189,15 +197,15 @@ class EvaluateOptions:
 
 
 @as_command(SHORT["evaluate"].usage, EvaluateOptions, DataOptions, words=(0, 1))
-def command(asked: Asked) -> dict[str, dict[str, float]]:
+def command(request: Request) -> dict[str, dict[str, float]]:
     """Print and return the scores by task."""
-    (options, data), words = asked.options, asked.words
+    (options, data), words = request.options, request.words
     if bool(words) == (options.load_experiment is not None):
         raise CommandError(
             "evaluate needs a model first: mpoe evaluate MODEL_DIR, or --load_experiment RUN_DIR"
         )
     folder = words[0] if words else model_of_experiment(options.load_experiment)
-    data, seed, described = data_of_run(folder, data, asked.given)
+    data, seed, described = data_of_run(folder, data, request.given)
     if options.output_file:
         check_writable_file("output_file", Path(options.output_file))
     source = models.find(folder)
@@ -210,8 +218,10 @@ def command(asked: Asked) -> dict[str, dict[str, float]]:
     for task in tasks:
         task.examples(options.split)  # a missing split is refused before the model is loaded
     tokenizer, model = models.load_tokenizer(source), models.load_model(source)
-    found = evaluate_tasks(model, tokenizer, tasks, options.split, options.batch_size)
-    show_scores(found, f"{folder} on {options.split}")
+    evaluated = evaluate_tasks(model, tokenizer, tasks, options.split, options.batch_size)
+    show_scores(evaluated, f"{folder} on {options.split}")
     if options.output_file:
-        write_json(Path(options.output_file), {"model": folder, "split": options.split, **found})
-    return found["scores"]
+        write_json(
+            Path(options.output_file), {"model": folder, "split": options.split, **evaluated}
+        )
+    return evaluated["scores"]

@@ -85,9 +85,9 @@ def limit_measuring(
     if not given & {"eval_steps", "eval_strategy", "do_eval"}:
         arguments.eval_steps = math.ceil(arguments.max_steps / points)
     if "n_val" not in given:
-        each = max(LEAST_VALIDATION, (most - statistics) // (points + 1)) // len(validation)
-        for task, own in validation.items():
-            validation[task] = spread(own, max(1, each))
+        per_task = max(LEAST_VALIDATION, (most - statistics) // (points + 1)) // len(validation)
+        for task, task_items in validation.items():
+            validation[task] = spread(task_items, max(1, per_task))
     items = sum(map(len, validation.values()))
     if arguments.process_index == 0:
         print(
@@ -123,7 +123,7 @@ def losses_beside_base(trainer: Any, sizes: Mapping[str, Mapping[str, int]]) -> 
     if not logged():
         trainer.evaluate()
     measured_last = logged()
-    evaluated = [task for task, own in sizes.items() if "validation" in own]
+    evaluated = [task for task, counts in sizes.items() if "validation" in counts]
     scores: dict[str, dict[str, float]] = {}
     for task in evaluated:
         prefix = "eval_" if len(evaluated) == 1 else f"eval_{task}_"
@@ -135,12 +135,12 @@ def losses_beside_base(trainer: Any, sizes: Mapping[str, Mapping[str, int]]) -> 
     return {"scores": scores, "mean": average_score(scores), "constant": {}, "remarks": []}
 
 
-def show_losses(found: Mapping[str, Any], title: str) -> None:
+def show_losses(evaluated: Mapping[str, Any], title: str) -> None:
     """Print what `losses_beside_base` returned."""
     rows = []
-    for task, own in found["scores"].items():
-        losses = (own["base_loss"], own["loss"], own["loss"] - own["base_loss"])
-        rows.append([task, f"{own['items']:,}", *(f"{loss:.4f}" for loss in losses)])
+    for task, score in evaluated["scores"].items():
+        losses = (score["base_loss"], score["loss"], score["loss"] - score["base_loss"])
+        rows.append([task, f"{score['items']:,}", *(f"{loss:.4f}" for loss in losses)])
     note = "In nats per predicted token."
     Table(("", "items", "base", "with its expert", "difference"), rows, title, note).show()
 

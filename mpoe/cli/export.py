@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 
 from mpoe.cli import models
-from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.cli.command import CommandError, Request, as_command, option
 from mpoe.cli.short_help import SHORT
 from mpoe.models import merge_experts, push_expert
 from mpoe.models.export import TARGETS, check_export, server_notes
@@ -31,10 +31,10 @@ class ExportOptions:
 
 
 @as_command(SHORT["export"].usage, ExportOptions, words=(2, 2))
-def command(asked: Asked) -> None:
+def command(request: Request) -> None:
     """Export the model IN into the folder OUT, or an expert's file IN to the repository OUT of the
     hub."""
-    (options,), (name, out) = asked.options, asked.words
+    (options,), (name, out) = request.options, request.words
     if options.to == "hub":
         print(f"uploaded to {push_expert(name, out, private=options.private or None)}")
         return

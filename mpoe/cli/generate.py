@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.cli.command import CommandError, Request, as_command, option
 from mpoe.cli.short_help import SHORT
 from mpoe.config.checks import check_number, check_seed
 
@@ -33,9 +33,9 @@ class GenerateOptions:
 
 
 @as_command(SHORT["generate"].usage, GenerateOptions, words=(1, 1))
-def command(asked: Asked) -> None:
+def command(request: Request) -> None:
     """Print the model's text for every prompt; that of a language model begins with it."""
-    (options,), (name,) = asked.options, asked.words
+    (options,), (name,) = request.options, request.words
     from mpoe.cli.models import find, load_model, load_tokenizer
     from mpoe.data.mappings import read_utf8
     from mpoe.models.table import ENCODER
@@ -46,10 +46,8 @@ def command(asked: Asked) -> None:
     if options.file is not None:
         if not options.file.is_file():
             raise CommandError(f"--file: no such file: {options.file}")
-        prompts = [
-            *prompts,
-            *(line for line in read_utf8("--file", options.file).splitlines() if line.strip()),
-        ]
+        lines = read_utf8("--file", options.file).splitlines()
+        prompts = prompts + [line for line in lines if line.strip()]
     if not prompts:
         raise CommandError(
             "generate needs a prompt: --prompt TEXT (may be repeated) or --file FILE"

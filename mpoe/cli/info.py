@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.cli.command import CommandError, Request, as_command, option
 from mpoe.cli.short_help import SHORT
 from mpoe.data.mappings import flatten, read_mapping
 from mpoe_kernels import info
@@ -38,19 +38,19 @@ class InfoOptions:
 
 
 @as_command(SHORT["info"].usage, InfoOptions, words=(0, MOST))
-def command(asked: Asked) -> None:
+def command(request: Request) -> None:
     """Show the facts of this machine, or of experts."""
-    (options,), files = asked.options, asked.words
-    found = {name: list(facts_of(Path(name))) for name in files} or info.collect(PACKAGES)
+    (options,), files = request.options, request.words
+    collected = {name: list(facts_of(Path(name))) for name in files} or info.collect(PACKAGES)
     if options.json or not files:
-        print(json.dumps(found, indent=2) if options.json else info.show(found))
+        print(json.dumps(collected, indent=2) if options.json else info.show(collected))
         return
     from mpoe.cli.report import Table
 
-    for name, experts in found.items():
-        for each in experts:
-            rows = [(key, str(value)) for key, value in flatten(each) if key != "name"]
-            Table((), rows, f"{name}: {each['name']}", kind="text").show()
+    for name, experts in collected.items():
+        for described in experts:
+            rows = [(key, str(value)) for key, value in flatten(described) if key != "name"]
+            Table((), rows, f"{name}: {described['name']}", kind="text").show()
 
 
 def facts_of(place: Path) -> Iterator[dict[str, Any]]:
@@ -74,13 +74,13 @@ def facts_of(place: Path) -> Iterator[dict[str, Any]]:
     experts = [load_expert(place)] if place.is_file() else experts_in(place)[0]
     if place.is_dir():
         yield mixture_facts(place, experts)
-    for each in experts:
+    for expert in experts:
         sizes = {
-            kind: sum(t.nbytes for t in getattr(each, kind).values())
+            kind: sum(t.nbytes for t in getattr(expert, kind).values())
             for kind in ("weights", "statistics")
         }
-        parameters = sum(tensor.numel() for tensor in each.weights.values())
-        yield {**each.facts, "parameters": parameters, "bytes": sizes}
+        parameters = sum(tensor.numel() for tensor in expert.weights.values())
+        yield {**expert.facts, "parameters": parameters, "bytes": sizes}
 
 
 def mixture_facts(place: Path, experts: Sequence[Any]) -> dict[str, Any]:

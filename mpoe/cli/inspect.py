@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mpoe.cli import models, report
-from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.cli.command import CommandError, Request, as_command, option
 from mpoe.cli.evaluate import encode_task, expert_load, padded_batches
 from mpoe.cli.models import MODEL_OR_RUN, REPORT_FILE, check_output, write_json
 from mpoe.cli.short_help import SHORT
@@ -111,10 +111,10 @@ class InspectOptions:
 
 
 @as_command(SHORT["inspect"].usage, InspectOptions, DataOptions, words=(1, 1))
-def command(asked: Asked) -> None:
+def command(request: Request) -> None:
     """Inspect the model; write the numbers and, last, the report."""
-    (options, data), (name,) = asked.options, asked.words
-    data, seed, described = data_of_run(name, data, asked.given)
+    (options, data), (name,) = request.options, request.words
+    data, seed, described = data_of_run(name, data, request.given)
     folder = options.output_dir
     check_output(
         "output_dir", folder, options.overwrite, "an earlier report", [REPORT_FILE], MODEL_OR_RUN
@@ -144,27 +144,27 @@ def command(asked: Asked) -> None:
     print(f"{name}: counting {counted}, following tokens, reading bonds", flush=True)
     worth: dict[str, Worth] = {}
     if is_composed and tokenizer and source.style != ENCODER:
-        told = bool(data.data_dir or data.tasks or data.task_file)
-        worth = _worths(Path(name), model, tokenizer, items if told else [], options)
+        is_data_given = bool(data.data_dir or data.tasks or data.task_file)
+        worth = _worths(Path(name), model, tokenizer, items if is_data_given else [], options)
     text = options.text or [
         tokenizer.decode(item["input_ids"][:_MAX_TOKENS], skip_special_tokens=True)
         for item in items[:2]
     ]
     routes = [
-        (each, route_text(model, tokenizer, each))
-        for each in text
+        (sample, route_text(model, tokenizer, sample))
+        for sample in text
         if tokenizer and routed_layers(model)
     ]
     load = []
     if routes:
         load = worth[ITEMS].load if ITEMS in worth else expert_load(model, items, tokenizer)
     _report(folder, name, model, routes, load, counted, worth)
-    for text_name, found in worth.items():
-        worth_table(found, text_name).show()
-        over = found.loss - found.oracle
+    for text_name, result in worth.items():
+        worth_table(result, text_name).show()
+        over = result.loss - result.oracle
         print(
-            f"on {found.tokens} tokens the mixture has {found.loss:.3f} nats per token, {over:.3f} "
-            "more than the oracle"
+            f"on {result.tokens} tokens the mixture has {result.loss:.3f} nats per token, "
+            f"{over:.3f} more than the oracle"
         )
     if is_composed and not worth:
         print("what each expert is worth: give --texts FILE ..., a file of each domain")
@@ -193,10 +193,9 @@ def _worths(
     """What the experts of a composed mixture are worth: on every file of ``texts``, by its name, or
     else on the sentences of ``text``, or on the items."""
     experts, background = experts_in(folder)
-    classes = [
-        *(expert.statistics for expert in experts),
-        *([] if background is None else [background]),
-    ]
+    classes = [expert.statistics for expert in experts]
+    if background is not None:
+        classes.append(background)
     if options.texts:
         most = options.num_items or ITEMS_OF_TEXT
         return {
@@ -233,13 +232,13 @@ def worth_table(worth: Worth, text: str) -> report.Table:
 
 def _spectra(model: Any) -> dict[str, dict[str, list[Any]]]:
     """Bonds of MPO weights by kind (up, down, an attention projection's name, ...) and layer."""
-    found: dict[str, dict[str, list[Any]]] = {}
+    by_kind: dict[str, dict[str, list[Any]]] = {}
     for name, cores in mpo_modules(model):
         layer, _, kind = short_name(name).rpartition(".")
         bonds = bond_spectra(cores)
         if bonds:
-            found.setdefault(kind, {})[layer or kind] = bonds
-    return found
+            by_kind.setdefault(kind, {})[layer or kind] = bonds
+    return by_kind
 
 
 def _report(
@@ -263,32 +262,30 @@ def _report(
     numbers |= {
         "counted_on": counted,
         "expert_load": load,
-        "worth": {text: vars(found) for text, found in worth.items()},
+        "worth": {text: vars(result) for text, result in worth.items()},
     }
     numbers["routes"] = [
-        {"text": text, "streams": [vars(route) for route in found]} for text, found in routes
+        {"text": text, "streams": [vars(route) for route in streams]} for text, streams in routes
     ]
 
-    def add(heading: str, *found: Any, words: object = "") -> None:
-        parts.append(report.section(heading, *found, note=_WORDS[heading].format(words)))
+    def add(heading: str, *contents: Any, words: object = "") -> None:
+        parts.append(report.section(heading, *contents, note=_WORDS[heading].format(words)))
 
     if routes:
         named = getattr(model.config, "mpoe_experts", None) or [""] * config.num_experts
-        names = [f"{k} {own}".strip() for k, own in enumerate(named)]
+        names = [f"{k} {expert_name}".strip() for k, expert_name in enumerate(named)]
         add("Which expert took which token", report.routes_html(routes, names))
     if worth:
-        add(
-            "What each expert is worth",
-            *(worth_table(found, text).section() for text, found in worth.items()),
-        )
+        tables = [worth_table(result, text).section() for text, result in worth.items()]
+        add("What each expert is worth", *tables)
     if load:
         add("Expert load", report.load_map(load, layers), words=counted)
     spectra = _spectra(model)
     if spectra:
         add("What the bonds carry", report.spectrum_lines(spectra))
     numbers["bonds"] = {  # effective rank as a share of every bond
-        kind: {layer: [bond.used for bond in bonds] for layer, bonds in own.items()}
-        for kind, own in spectra.items()
+        kind: {layer: [bond.used for bond in bonds] for layer, bonds in layers_of_kind.items()}
+        for kind, layers_of_kind in spectra.items()
     }
     weights = summarize(model, NUM_TOKENS, config.top_k)
     if weights:

@@ -147,9 +147,9 @@ def labels_for(source: Source, task: Task) -> tuple[str, ...]:
     """The labels that an encoder's head tells apart, in its order: the model's own if they are the
     task's, otherwise the task's; none for numbers."""
     if source.is_classifier:
-        own = tuple(transformers.AutoConfig.from_pretrained(source.path).id2label.values())
-        if set(own) == set(task.labels):
-            return own
+        labels = tuple(transformers.AutoConfig.from_pretrained(source.path).id2label.values())
+        if set(labels) == set(task.labels):
+            return labels
     return task.labels
 
 
@@ -237,7 +237,7 @@ def check_output(
     folder: str | Path,
     overwrite: bool,
     what: str,
-    own: Iterable[str],
+    patterns: Iterable[str],
     others: Iterable[str] = (),
 ) -> Path:
     """Return ``folder``, the value of the argument ``name``; nothing is written yet.
@@ -245,16 +245,16 @@ def check_output(
     Raises:
         NotADirectoryError, PermissionError: it cannot be written or created.
         CommandError: it holds files of the patterns ``others`` (of models and runs), or without
-            ``overwrite`` of the patterns ``own``, which are ``what``.
+            ``overwrite`` of ``patterns``, which are ``what``.
     """
 
-    def holds(patterns: Iterable[str]) -> bool:
-        return any(any(path.glob(pattern)) for pattern in patterns)
+    def holds(globs: Iterable[str]) -> bool:
+        return any(any(path.glob(pattern)) for pattern in globs)
 
     path = check_folder(name, folder)
     if holds(others):
         raise CommandError(f"{name} {path} holds a model or a run; choose another folder")
-    if holds(own) and not overwrite:
+    if holds(patterns) and not overwrite:
         raise CommandError(
             f"{name} {path} holds {what}; give --overwrite to replace it, or another folder"
         )

@@ -69,11 +69,11 @@ class RunOptions:
     def __post_init__(self) -> None:
         from mpoe.models.checkpoint import parse_components
 
-        asked = [
+        components = [
             value for value in self.load_layer if value != "noload"
         ]  # the original's scripts load nothing so
         self.load_layer = (
-            list(parse_components(",".join(asked), "load_layer") or ()) if asked else []
+            list(parse_components(",".join(components), "load_layer") or ()) if components else []
         )
         if self.load_layer and self.load_experiment is None:
             raise ValueError(
@@ -91,8 +91,15 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
     "layers_to_transform": (list[int], []),
 }
 _OPTIONAL = (
-    *("gauge", "light_p", "block_per_group", "expert_bias", "expert_output_bias"),
-    *("min_capacity", "second_threshold", "scoring_func", "bias_update_rate"),
+    "gauge",
+    "light_p",
+    "block_per_group",
+    "expert_bias",
+    "expert_output_bias",
+    "min_capacity",
+    "second_threshold",
+    "scoring_func",
+    "bias_update_rate",
 )
 _NO_OPTIONS = ("router", "rate_ratios", "tied_head")
 # the original's names, and short ones
@@ -126,12 +133,12 @@ def _options_of(config: type) -> Iterator[tuple[str, Any, Any]]:
     kinds, about = get_type_hints(config), _described(config)
     for field in fields(config):
         if field.name not in _NO_OPTIONS:
-            own = (
+            declared = (
                 (kinds[field.name] | None, None)
                 if field.name in _OPTIONAL
                 else (kinds[field.name], field.default)
             )
-            kind, default = _OPTIONS.get(field.name, own)
+            kind, default = _OPTIONS.get(field.name, declared)
             yield (
                 field.name,
                 kind,

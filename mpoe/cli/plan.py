@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from mpoe.cli.command import Asked, CommandError, as_command, option
+from mpoe.cli.command import CommandError, Request, as_command, option
 from mpoe.cli.models import check_writable_file, read_configuration, write_json
 from mpoe.cli.options import ExpertOptions
 from mpoe.cli.report import Table
@@ -74,13 +74,13 @@ class PlanOptions:
 
 
 @as_command(SHORT["plan"].usage, PlanOptions, ExpertOptions, words=(1, 1))
-def command(asked: Asked) -> None:
-    """Print the table, and write everything as JSON if asked."""
-    (options, experts), (name,) = asked.options, asked.words
+def command(request: Request) -> None:
+    """Print the table, and write everything as JSON if wanted."""
+    (options, experts), (name,) = request.options, request.words
     if options.json is not None:
         check_writable_file("json", Path(options.json))
     values = read_values(name)
-    chosen = sorted({field.name for field in dataclasses.fields(ExpertOptions)} & asked.given)
+    chosen = sorted({field.name for field in dataclasses.fields(ExpertOptions)} & request.given)
     if values.get("mpoe") is not None and chosen:
         raise CommandError(
             f"{name} is converted already: {', '.join(chosen)} cannot be changed any more"
@@ -91,15 +91,15 @@ def command(asked: Asked) -> None:
             "plan puts dense experts and the dense model beside MPO experts; got no MPO experts"
         )
     model = build(name, values, config)
-    found = {
+    planned = {
         "schema": SCHEMA,
         "name": name,
         "class": type(model).__name__.removeprefix(CLASS_PREFIX),
     }
-    found |= {"work": vars(options), **costs(model, options)}
-    table(found).show(WIDTH)
+    planned |= {"work": vars(options), **costs(model, options)}
+    table(planned).show(WIDTH)
     if options.json is not None:
-        write_json(Path(options.json), found)
+        write_json(Path(options.json), planned)
         print(f"written to {options.json}")
 
 
@@ -159,8 +159,16 @@ def build(name: str, values: Mapping[str, Any], config: MPOEConfig) -> Any:
     family = known_type(name, values).removeprefix(TYPE_PREFIX)
     config = config if TABLE[family].takes_blocks else config.with_cores()
     classes = {dense.__name__: made for dense, made in classes_of(family).items()}
-    named = [str(each).removeprefix(CLASS_PREFIX) for each in values.get("architectures") or []]
-    made = classes[next((each for each in named if each in classes), default_class(family))]
+    named = [
+        str(architecture).removeprefix(CLASS_PREFIX)
+        for architecture in values.get("architectures") or []
+    ]
+    made = classes[
+        next(
+            (architecture for architecture in named if architecture in classes),
+            default_class(family),
+        )
+    ]
     fields = {
         key: value
         for key, value in values.items()
@@ -206,8 +214,8 @@ class Cost:
 Costs = Mapping[str, Cost]  # by design
 
 
-def _values(found: Costs, work: PlanOptions) -> dict[str, Any]:
-    return {design: cost.values(work, found["dense"]) for design, cost in found.items()}
+def _values(part_costs: Costs, work: PlanOptions) -> dict[str, Any]:
+    return {design: cost.values(work, part_costs["dense"]) for design, cost in part_costs.items()}
 
 
 def costs(model: Any, work: PlanOptions) -> dict[str, Any]:
@@ -230,11 +238,11 @@ def costs(model: Any, work: PlanOptions) -> dict[str, Any]:
             flops += 2 * work.tokens * linear_weight(module).numel() * work.passes
         elif isinstance(module, MPOEmbedding) and model.mpoe_config.tied_head:
             flops += 2 * work.tokens * module.num_embeddings * module.embedding_dim * work.passes
-        for values, found in _parts(model, name, module, work):
-            every.append(found)
+        for values, part_costs in _parts(model, name, module, work):
+            every.append(part_costs)
             if values:
                 group = groups.setdefault(
-                    repr(values), {**values, "count": 0, **_values(found, work)}
+                    repr(values), {**values, "count": 0, **_values(part_costs, work)}
                 )
                 group["count"] += 1
     converted = {design: sum((part[design] for part in every), Cost()) for design in DESIGNS}
@@ -272,10 +280,12 @@ def _parts(
         shared = sum(weight.numel() for weight in module.shared_parameters().values())
         matrices = len(module.projections())
         forward, of_shared = 2 * work.tokens * elements, 2 * work.tokens * shared
-        own = round(forward * (module.relative_flops(top_k) - 1)) - of_shared
-        own = own if work.inference else own * (4 * matrices - 1) // matrices
+        added_flops = round(forward * (module.relative_flops(top_k) - 1)) - of_shared
+        added_flops = (
+            added_flops if work.inference else added_flops * (4 * matrices - 1) // matrices
+        )
         parameters = elements + shared + module.own_parameters()
-        mpoe = Cost(parameters, (forward + of_shared) * work.passes + own)
+        mpoe = Cost(parameters, (forward + of_shared) * work.passes + added_flops)
         sizes, lossless, kind = (module.in_features, module.hidden_features), True, "network"
         strategies: tuple[str, str | None] = (module.shape, None)
     elif isinstance(model.get_submodule(name.rpartition(".")[0]), MPOEmbedding):
@@ -342,18 +352,17 @@ def table(values: Mapping[str, Any]) -> Table:
 
     def cells(cost: Mapping[str, Any]) -> list[str]:
         temporary, x_dense = cost["temporary_bytes"], cost["x_dense"]
-        return [
-            count(cost["parameters"]),
-            scaled(cost["weight_bytes"], "B"),
-            *(scaled(cost["state_bytes"], "B") for _ in state),
-            scaled(temporary, "B") if temporary else "-",
-            scaled(cost["flops"]),
-            "-" if x_dense is None else f"{x_dense:.2f}",
-        ]
+        texts = [count(cost["parameters"]), scaled(cost["weight_bytes"], "B")]
+        if state:
+            texts.append(scaled(cost["state_bytes"], "B"))
+        texts.append(scaled(temporary, "B") if temporary else "-")
+        texts.append(scaled(cost["flops"]))
+        texts.append("-" if x_dense is None else f"{x_dense:.2f}")
+        return texts
 
-    def add(part: str, found: Mapping[str, Any], second: str = "") -> None:
+    def add(part: str, design_costs: Mapping[str, Any], second: str = "") -> None:
         rows.extend(
-            [first, DESIGNS[d], *cells(found[d])]
+            [first, DESIGNS[d], *cells(design_costs[d])]
             for d, first in zip(DESIGNS, (part, second, ""), strict=True)
         )
 

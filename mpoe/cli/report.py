@@ -150,12 +150,12 @@ def write_page(file: Path, title: str, parts: Iterable[Any]) -> None:
 
 def expert_colours(num_experts: int) -> list[str]:
     """Light backgrounds for black text; consecutive experts have very different hues."""
-    found = []
+    colours = []
     for expert in range(num_experts):
         hue = (expert * 0.618034) % 1.0 if num_experts > 12 else expert / num_experts
         rgb = colorsys.hls_to_rgb(hue, (0.78, 0.86)[expert % 2], 0.75)
-        found.append("#" + "".join(f"{round(255 * part):02x}" for part in rgb))
-    return found
+        colours.append("#" + "".join(f"{round(255 * part):02x}" for part in rgb))
+    return colours
 
 
 def routes_html(texts: Sequence[tuple[str, Sequence[Route]]], names: Sequence[str]) -> Markup:

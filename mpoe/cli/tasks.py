@@ -132,10 +132,10 @@ def _one_task(
                 f"{folder} holds no validation file: a tenth of the training items, at most 1,000, "
                 "is held out"
             )
-        own = (
+        given_name = (
             task_name(os.path.normpath(name)) if name else None
         )  # en/s and fr/s are two tasks, en_s and fr_s
-        task = load_task_from_folder(folder or str(options.data_dir), own, **detection)
+        task = load_task_from_folder(folder or str(options.data_dir), given_name, **detection)
     elif detection:
         raise CommandError(
             f"{next(iter(detection))} says how a folder is read; task {name} has none in data_dir"
@@ -207,9 +207,9 @@ def resolve(
         names = list(described)
     names = names or ([""] if options.data_dir is not None else DEFAULT_TASKS[style])
     tasks = [_one_task(name, options, described, data_seed) for name in names]
-    found = [task.name for task in tasks]
-    if len(set(found)) < len(found):
-        raise CommandError(f"tasks must have different names; got {', '.join(found)}")
+    chosen = [task.name for task in tasks]
+    if len(set(chosen)) < len(chosen):
+        raise CommandError(f"tasks must have different names; got {', '.join(chosen)}")
     for task in tasks:
         if task.kind not in _STYLES[style][1]:
             example, kinds = _STYLES[style]
@@ -220,7 +220,7 @@ def resolve(
             )
     if style == ENCODER and len(tasks) > 1:
         raise CommandError(
-            f"tasks must be one for an encoder, which has one head; got {', '.join(found)}"
+            f"tasks must be one for an encoder, which has one head; got {', '.join(chosen)}"
         )
     return tasks
 

@@ -21,7 +21,7 @@ import transformers
 from torch.utils.data import Subset
 
 from mpoe.cli import models
-from mpoe.cli.command import Asked, CommandError, as_command
+from mpoe.cli.command import CommandError, Request, as_command
 from mpoe.cli.compare import mixture_of, read_run, write_report
 from mpoe.cli.evaluate import encode_task, evaluate_tasks, show_scores
 from mpoe.cli.expert import (
@@ -91,10 +91,10 @@ class Plan:
 
 
 @as_command(SHORT["train"].usage, *GROUPS, config=True, first=SHORT["train"].options)
-def command(asked: Asked) -> None:
-    """Train as asked."""
-    options, data, experts, arguments = asked.options
-    run(Plan(options, data, experts, arguments, frozenset(asked.given), asked.typed))
+def command(request: Request) -> None:
+    """Train as the options say."""
+    options, data, experts, arguments = request.options
+    run(Plan(options, data, experts, arguments, frozenset(request.given), request.typed))
 
 
 def run(plan: Plan) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def run(plan: Plan) -> dict[str, Any]:
         sizes = _sizes(pools, items.indices, validation)
         results = finish(trainer, tokenizer, eval_tasks, plan, start, spent, sizes)
         if statistics_of is not None and trainer.is_world_process_zero():
-            held_out = [item for own in validation.values() for item in own]
+            held_out = [item for task_items in validation.values() for item in task_items]
             save_trained(trainer, tokenizer, statistics_of, held_out, plan, source, sizes, seconds)
         return results
 
@@ -283,10 +283,10 @@ def _sizes(
     pools together."""
     owners = [task for task, pool in pools.items() for _ in pool]
     seen = Counter(owners[index] for index in order)
-    found = {task: {"train": len(pool), "seen": seen[task]} for task, pool in pools.items()}
-    for task, own in validation.items():
-        found.setdefault(task, {})["validation"] = len(own)
-    return found
+    sizes = {task: {"train": len(pool), "seen": seen[task]} for task, pool in pools.items()}
+    for task, task_items in validation.items():
+        sizes.setdefault(task, {})["validation"] = len(task_items)
+    return sizes
 
 
 def make_trainer(
@@ -376,11 +376,11 @@ def finish(
         if arguments.should_save:
             tokenizer.save_pretrained(staging_folder(folder))
             publish(folder, keep=True)
-    found = losses_beside_base(trainer, sizes) if is_expert else {}
+    evaluated = losses_beside_base(trainer, sizes) if is_expert else {}
     if not trainer.is_world_process_zero():
         return {}
     if not is_expert:
-        found = evaluate_tasks(
+        evaluated = evaluate_tasks(
             model, tokenizer, tasks, "validation", arguments.per_device_eval_batch_size * 4
         )
     steps = trainer.state.global_step
@@ -409,10 +409,10 @@ def finish(
         "train_loss": next(
             (log["loss"] for log in reversed(trainer.state.log_history) if "loss" in log), None
         ),
-        "validation": found["scores"],
-        "mean_validation": found["mean"],
-        "constant": found["constant"],
-        "remarks": found["remarks"],
+        "validation": evaluated["scores"],
+        "mean_validation": evaluated["mean"],
+        "constant": evaluated["constant"],
+        "remarks": evaluated["remarks"],
         "parameters": report()
         if report
         else dict.fromkeys(("total", "trainable"), model.num_parameters()),
@@ -423,10 +423,10 @@ def finish(
         write_card(
             model,
             folder,
-            {f"validation, {task}": values for task, values in found["scores"].items()},
+            {f"validation, {task}": values for task, values in evaluated["scores"].items()},
         )
     write_report(folder / REPORT_FILE, [read_run(str(folder))])
-    (show_losses if is_expert else show_scores)(found, f"validation after {steps} steps")
+    (show_losses if is_expert else show_scores)(evaluated, f"validation after {steps} steps")
     model_too = "" if is_expert and not plan.run.save_base else "model, "
     print(f"{model_too}metrics.jsonl, {RESULTS_FILE} and {REPORT_FILE} are in {folder}")
     return results

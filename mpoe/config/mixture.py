@@ -21,8 +21,15 @@ _CHOICES = {
     "gauge": ("symmetric", "orthogonal", "identity"),
 }
 _OPTIONAL_COUNTS = (
-    *("block_size", "neurons", "latent", "max_bond", "separable_left", "separable_right"),
-    *("attention_max_bond", "embedding_max_bond", "pooler_max_bond"),
+    "block_size",
+    "neurons",
+    "latent",
+    "max_bond",
+    "separable_left",
+    "separable_right",
+    "attention_max_bond",
+    "embedding_max_bond",
+    "pooler_max_bond",
 )
 TARGETS = ("ffn", "attention", "embedding", "pooler")
 # Fields that apply only to MPO cores.
@@ -438,10 +445,10 @@ class MPOEConfig:
         """
         if isinstance(values, Mapping):
             if values.get("existing_experts", "keep") != "keep":
-                found = values["existing_experts"]
+                policy = values["existing_experts"]
                 raise ValueError(
                     "existing_experts must be 'keep': mixtures are not converted any more; got "
-                    f"{found!r}"
+                    f"{policy!r}"
                 )
             values = {name: value for name, value in values.items() if name not in OBSOLETE}
         checks.check_fields(cls, values, "MPOEConfig")

@@ -278,7 +278,9 @@ TELLING = frozenset(
 
 def family_of(name: str) -> str | None:
     """Family of an object or module, None outside all families."""
-    return next((family for family, own in FAMILIES.items() if f"{name}.".startswith(own)), None)
+    return next(
+        (family for family, prefixes in FAMILIES.items() if f"{name}.".startswith(prefixes)), None
+    )
 
 
 def mask_names(text: str, names: set[str]) -> str:
@@ -306,14 +308,14 @@ def _modules() -> dict[str, list[Example]]:
     """All items of doc_module by split, in an order that depends only on the texts; a source text
     occurs once, in training if it can."""
     known: set[str] = set()
-    found: dict[str, list[Example]] = {split: [] for split in SPLITS}
-    for split, items in found.items():
+    examples: dict[str, list[Example]] = {split: [] for split in SPLITS}
+    for split, items in examples.items():
         for example in itertools.chain.from_iterable(map(module_items, load_documentation(split))):
             if example.source.lower() not in known:
                 known.add(example.source.lower())
                 items.append(example)
         items.sort(key=lambda example: unit_hash(f"order:{example.source}"))
-    return found
+    return examples
 
 
 EMBEDDED_TASKS = (

@@ -30,9 +30,9 @@ def padding_collator(tokenizer: Any, has_classes: bool = False) -> Any:
             "tokenizer must have a pad_token (tokenizer.pad_token = tokenizer.eos_token); it has "
             "none"
         )
-    own = copy.copy(tokenizer)
-    own.padding_side = "right"
-    return (DataCollatorWithPadding if has_classes else DataCollatorForSeq2Seq)(own)
+    padding = copy.copy(tokenizer)
+    padding.padding_side = "right"
+    return (DataCollatorWithPadding if has_classes else DataCollatorForSeq2Seq)(padding)
 
 
 def _item(ids: list[int], labels: Any) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def encode_responses(
         ValueError: a conversation without a chat template, or with one that rewrites what was said
             before.
     """
-    found = []
+    encoded = []
     for example in examples:
         if example.messages:
             ids, labels = _conversation(example, tokenizer, max_source_length + max_target_length)
@@ -204,8 +204,8 @@ def encode_responses(
             ]
             ids = prompt + response[:max_target_length]
             labels = [IGNORED_LABEL] * len(prompt) + response[:max_target_length]
-        found.append(_item(ids, labels))
-    return found
+        encoded.append(_item(ids, labels))
+    return encoded
 
 
 def _conversation(example: Example, tokenizer: Any, most: int) -> tuple[list[int], list[int]]:

@@ -115,7 +115,7 @@ def token_losses(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
         ValueError: batches without labels, or none that counts.
     """
     decodes = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    found = []
+    losses = []
     for batch in batches:
         if "labels" not in batch:
             raise ValueError(f"batches must hold labels; got {', '.join(batch)}")
@@ -123,14 +123,14 @@ def token_losses(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
         labels = moved.pop("labels")[:, 1:] if decodes else moved["labels"]
         logits = model(**moved).logits
         logits, counted = logits[:, :-1] if decodes else logits, labels != IGNORED_LABEL
-        found.append(
+        losses.append(
             torch.nn.functional.cross_entropy(
                 logits[counted].float(), labels[counted], reduction="none"
             )
         )
-    if not sum(map(len, found)):
+    if not sum(map(len, losses)):
         raise ValueError("batches must hold tokens to predict; got none")
-    return torch.cat(found)
+    return torch.cat(losses)
 
 
 def language_modeling_loss(

@@ -231,17 +231,17 @@ class TaskSpec:
 def _conversation(cells: Cells, where: str) -> Example:
     """The conversation in the column `MESSAGES`; its source is the text of all messages but the
     last."""
-    found = cells.get(MESSAGES)
+    cell = cells.get(MESSAGES)
     messages = tuple(
         (m.get("role"), m.get("content")) if isinstance(m, Mapping) else (None, None)
-        for m in found or ()
+        for m in cell or ()
     )
     fits = all(isinstance(role, str) and isinstance(text, str) for role, text in messages)
     if len(messages) < 2 or not fits or messages[-1][0] != "assistant":
         raise ValueError(
             f'{where}: messages must be two or more of {{"role": ..., "content": ...}}, the last '
             "of the assistant; "
-            f"got {found!r}"
+            f"got {cell!r}"
         )
     texts: Any = messages  # of texts alone, as was checked
     source = "\n".join(f"{role}: {text}" for role, text in texts[:-1])

@@ -210,7 +210,7 @@ def hub_tables(hub: HubData, task: str) -> Tables:
     from datasets import load_dataset
 
     try:
-        found = load_dataset(hub.path, hub.config, data_dir=hub.folder, revision=hub.revision)
+        splits = load_dataset(hub.path, hub.config, data_dir=hub.folder, revision=hub.revision)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
@@ -219,16 +219,18 @@ def hub_tables(hub: HubData, task: str) -> Tables:
             f"data_dir, a folder that holds a folder {task} of local files"
         ) from error
     theirs = {split: hub.splits.get(split, split) for split in SPLITS}
-    if theirs["train"] not in found:
-        raise ValueError(f"hub data set {hub.path} must have a train split; got {', '.join(found)}")
+    if theirs["train"] not in splits:
+        raise ValueError(
+            f"hub data set {hub.path} must have a train split; got {', '.join(splits)}"
+        )
 
     def read(split: str) -> Table:
         return [
             (row, f"{hub.path}, {split}, row {index}")
-            for index, row in enumerate(found[theirs[split]])
+            for index, row in enumerate(splits[theirs[split]])
         ]
 
-    return {split: partial(read, split) for split, name in theirs.items() if name in found}
+    return {split: partial(read, split) for split, name in theirs.items() if name in splits}
 
 
 def make_task(spec: TaskSpec, tables: Tables, source: str) -> Task:
@@ -246,8 +248,8 @@ def make_task(spec: TaskSpec, tables: Tables, source: str) -> Task:
 
     @functools.cache
     def read(split: str) -> tuple[Example, ...]:
-        found = (spec.example(cells, where) for cells, where in tables[split]())
-        return tuple(example for example in found if example is not None)
+        examples = (spec.example(cells, where) for cells, where in tables[split]())
+        return tuple(example for example in examples if example is not None)
 
     @functools.cache
     def divided() -> tuple[tuple[Example, ...], tuple[Example, ...]]:

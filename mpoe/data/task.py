@@ -290,16 +290,16 @@ def multitask_batches(
         1.0 / temperature
     )
     draws = _generator(seed).choice(len(sizes), size=num_steps, p=powers / powers.sum())
-    found = np.empty((num_steps, batch_size), dtype=np.int64)
+    batches = np.empty((num_steps, batch_size), dtype=np.int64)
     first = 0
     for task, size in enumerate(sizes.values()):
         count = int((draws == task).sum())
         turns = range(math.ceil(count * batch_size / size))
         if turns:
             passes = [_generator(seed, task + 1, turn).permutation(size) for turn in turns]
-            found[draws == task] = first + np.resize(passes, (count, batch_size))
+            batches[draws == task] = first + np.resize(passes, (count, batch_size))
         first += size
-    return found
+    return batches
 
 
 def _generator(*seed: int) -> np.random.Generator:

@@ -256,9 +256,11 @@ def detect_spec(
             f"{', '.join(LABEL_COLUMNS)}, "
             "or give label_column (--label_column NAME)"
         )
-    told = {c for c in columns if isinstance(first[c], str) and (alone or not is_number(first[c]))}
+    textual = {
+        c for c in columns if isinstance(first[c], str) and (alone or not is_number(first[c]))
+    }
     texts = text_columns or [
-        c for c in columns if c in told - {label} and c.lower() not in ID_COLUMNS
+        c for c in columns if c in textual - {label} and c.lower() not in ID_COLUMNS
     ]
     if not texts:
         raise ValueError(f"{where}: no text column among {', '.join(columns)}; give text_columns")

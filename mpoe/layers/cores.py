@@ -119,8 +119,10 @@ class MPOCores(FromInitialValues):
         j, d']``."""
         # Iterating over a ParameterList takes as long as a small product; a parametrized core is
         # not among its parameters.
-        own = self.auxiliary._parameters.values()
-        cores: list[Any] = list(own if len(own) == len(self.auxiliary) else self.auxiliary)
+        parameters = self.auxiliary._parameters.values()
+        cores: list[Any] = list(
+            parameters if len(parameters) == len(self.auxiliary) else self.auxiliary
+        )
         central = self.central.detach() if self.central_masked else self.central
         cores.insert(self.shape.central, central)
         return cores

@@ -147,7 +147,7 @@ class ExpertCache:
             return None
         if layer not in self.layers:
             blocks = {kind: cores.blocks() for kind, cores in layer.projections().items()}
-            cores = [core for each in layer.projections().values() for core in each.cores()]
+            cores = [core for weight in layer.projections().values() for core in weight.cores()]
             views = {core.untyped_storage().data_ptr() for core in cores}
             sides = [side for chain in blocks.values() for side in (chain.left, chain.right)]
             fits = self.reserves(

@@ -178,8 +178,8 @@ class MPOExperts(_Network):
         Returns the result, which is the same, or None with gradients, autocast, a compiler, another
         backend, several dtypes, or where `forward` has full weights.
         """
-        own = [core for cores in self.projections().values() for core in cores.cores()]
-        tensors = [*own, *(bias for bias in (self.up.bias, self.down.bias) if bias is not None)]
+        tensors = [core for cores in self.projections().values() for core in cores.cores()]
+        tensors += [bias for bias in (self.up.bias, self.down.bias) if bias is not None]
         if (
             self.backend != router.backend
             or any(tensor.dtype != x.dtype for tensor in tensors)

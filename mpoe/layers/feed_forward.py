@@ -31,15 +31,15 @@ from mpoe_kernels.checks import check_dense
 def is_observed(*modules: nn.Module) -> bool:
     """Whether one of the modules has hooks, or its forward was replaced."""
     for module in modules:
-        own = module.__dict__
+        attributes = module.__dict__
         if (
-            own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or own["_backward_hooks"]
-            or own["_backward_pre_hooks"]
+            attributes["_forward_hooks"]
+            or attributes["_forward_pre_hooks"]
+            or attributes["_backward_hooks"]
+            or attributes["_backward_pre_hooks"]
         ):
             return True
-        if "forward" in own:
+        if "forward" in attributes:
             return True
     return _has_any_global_hook()
 
@@ -344,8 +344,8 @@ class KeptFeedForward(RoutedFeedForward):
 
     def projections(self) -> dict[str, nn.Module]:
         """The dense projections by kind, including one in another module."""
-        own = {kind: getattr(self, name) for kind, name in self.names.items()}
-        return {**own, **self._projections}
+        dense = {kind: getattr(self, name) for kind, name in self.names.items()}
+        return {**dense, **self._projections}
 
     def _decision(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Gates and experts ``[T, K]`` of tokens ``x [T, I]``, -1 for padding; stores the router's
@@ -363,11 +363,11 @@ class KeptFeedForward(RoutedFeedForward):
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
         """Weights of the projections by kind. A weight of two kinds is listed under the first."""
-        found: dict[str, nn.Parameter] = {}
+        parameters: dict[str, nn.Parameter] = {}
         for kind, module in self.projections().items():
-            if not any(module.weight is weight for weight in found.values()):
-                found[kind] = module.weight  # type: ignore[assignment]
-        return found
+            if not any(module.weight is weight for weight in parameters.values()):
+                parameters[kind] = module.weight  # type: ignore[assignment]
+        return parameters
 
     def central_parameters(self) -> dict[str, nn.Parameter]:
         """What all experts share, by name: the weights of the projections, and

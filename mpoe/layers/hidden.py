@@ -143,7 +143,7 @@ class HiddenExperts(FromInitialValues):
         ):
             return None
         raw, activation = router.config.is_scale_prob, ACTIVATIONS[self.activation]
-        found = routed(
+        results = routed(
             x,
             router.weight,
             router.top_k,
@@ -155,7 +155,7 @@ class HiddenExperts(FromInitialValues):
             activation,
             overwrites,
         )
-        return None if found is None else (found[0], RouterOutput(*found[1]))
+        return None if results is None else (results[0], RouterOutput(*results[1]))
 
     def extra_repr(self) -> str:
         blocks = f"block_size={self.block_size}, per_group={self.per_group}"
@@ -186,12 +186,12 @@ class HiddenFeedForward(KeptFeedForward):
         return 1 + top_k * self.experts.block_size / self.in_features
 
     def described(self) -> tuple[str, str]:
-        own = self.experts
+        experts = self.experts
         blocks = (
-            f"{self.hidden_features // own.block_size} blocks, "
-            f"{'own' if own.per_group else 'shared'}"
+            f"{self.hidden_features // experts.block_size} blocks, "
+            f"{'own' if experts.per_group else 'shared'}"
         )
-        return blocks, str(own.block_size)
+        return blocks, str(experts.block_size)
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Route every token, and compute its experts between the dense products.
@@ -236,11 +236,11 @@ class HiddenFeedForward(KeptFeedForward):
             self, self.names["up"]
         )  # of no other kind of module is it known that nobody else has its result
         overwrites = (type(up) is nn.Linear or is_conv1d(up)) and not is_observed(up)
-        found = self.experts.routed(self.router, x, u, u_gate, overwrites)
-        if found is None:
+        routed = self.experts.routed(self.router, x, u, u_gate, overwrites)
+        if routed is None:
             return self._between(u, u_gate, *self._decision(x, None))
-        self.record(found[1], None)
-        return found[0]
+        self.record(routed[1], None)
+        return routed[0]
 
     def _hidden(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``u [..., F]`` and, if gated, the gate's."""
@@ -280,10 +280,14 @@ class HiddenFeedForward(KeptFeedForward):
         ]
         weight = (self.central_weight(kind) if rows is None else rows).to(core.dtype)
         groups, size = self.hidden_features // self.experts.block_size, self.experts.block_size
-        own = core.expand(-1, groups, -1, -1)
+        blocks = core.expand(-1, groups, -1, -1)
         if kind == "down":
-            return torch.einsum("egab,gbi->egai", own, weight.view(groups, size, -1)).flatten(1, 2)
-        return torch.einsum("iga,egab->eigb", weight.reshape(-1, groups, size), own).flatten(2, 3)
+            return torch.einsum("egab,gbi->egai", blocks, weight.view(groups, size, -1)).flatten(
+                1, 2
+            )
+        return torch.einsum("iga,egab->eigb", weight.reshape(-1, groups, size), blocks).flatten(
+            2, 3
+        )
 
 
 class HiddenMixture(HiddenFeedForward, MPOEFeedForward):

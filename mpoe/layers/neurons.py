@@ -133,10 +133,10 @@ class NeuronExperts(FromInitialValues):
             weights["up"].device
         )
         for name, weight in weights.items():
-            own: nn.Parameter = getattr(self, name)
-            own.copy_(weight.t()[chosen].view(own.shape))
+            parameter: nn.Parameter = getattr(self, name)
+            parameter.copy_(weight.t()[chosen].view(parameter.shape))
             if noise:
-                own.add_(torch.randn_like(own) * (noise * weight.float().std()))
+                parameter.add_(torch.randn_like(parameter) * (noise * weight.float().std()))
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias[chosen].view(self.bias.shape))
 
@@ -159,16 +159,20 @@ class NeuronExperts(FromInitialValues):
         Returns the result, which is the same, or None with gradients, autocast, a compiler, another
         backend or another dtype of the tokens.
         """
-        own: Any = self._parameters  # as attributes, they would be looked for in vain before
-        if self.backend != router.backend or x.dtype != own["down"].dtype:
+        parameters: Any = self._parameters  # as attributes, they would be looked for in vain before
+        if self.backend != router.backend or x.dtype != parameters["down"].dtype:
             return None
-        if not router.can_gate_natively(x, token_mask, *own.values()):
+        if not router.can_gate_natively(x, token_mask, *parameters.values()):
             return None
         rule = Rule(router.top_k, router.config.is_scale_prob, None)
-        latent_in, latent_out = own.get("latent_in"), own.get("latent_out")
+        latent_in, latent_out = parameters.get("latent_in"), parameters.get("latent_out")
         rows = x if latent_in is None else x @ latent_in
         neurons = Neurons(
-            own["up"], own["down"], own.get("bias"), own.get("gate_proj"), self.activation
+            parameters["up"],
+            parameters["down"],
+            parameters.get("bias"),
+            parameters.get("gate_proj"),
+            self.activation,
         )
         o = routed_neurons(x, router.weight, rule, router.scale, rows, neurons, token_mask)
         return o if latent_out is None else o @ latent_out
@@ -185,11 +189,11 @@ class NeuronExperts(FromInitialValues):
                 "down": self.latent_out,
             }
             for name, side in sides.items():
-                own: nn.Parameter | None = getattr(self, name)
+                weight: nn.Parameter | None = getattr(self, name)
                 setattr(
                     whole,
                     name,
-                    None if own is None else nn.Parameter(own @ side, own.requires_grad),
+                    None if weight is None else nn.Parameter(weight @ side, weight.requires_grad),
                 )
             whole.latent = whole.latent_in = whole.latent_out = None
         return whole
@@ -244,9 +248,9 @@ class NeuronFeedForward(KeptFeedForward):
         ``projections``: by kind; those that are not in `names` are in other modules.
         """
         for name, value in vars(dense).items():
-            own = vars(self).get(name)
-            if isinstance(own, dict) and isinstance(value, dict):
-                own.update(value)  # parameters, buffers, submodules, hooks
+            entries = vars(self).get(name)
+            if isinstance(entries, dict) and isinstance(value, dict):
+                entries.update(value)  # parameters, buffers, submodules, hooks
             elif name not in vars(self) and name != "forward":
                 setattr(self, name, value)
         self.__class__ = _class_around(type(dense))  # type: ignore[assignment, arg-type]  # classes can be hashed
@@ -278,9 +282,9 @@ class NeuronFeedForward(KeptFeedForward):
             return torch.zeros_like(like)
         x, token_mask = self.tokens(hidden_states, token_mask)
         if self.skips_ops(NeuronExperts) and not is_recorded():
-            found: Tensor | None = self.experts.routed(self.router, x, token_mask)
-            if found is not None:
-                return found.view(hidden_states.shape).to(like.dtype)
+            routed: Tensor | None = self.experts.routed(self.router, x, token_mask)
+            if routed is not None:
+                return routed.view(hidden_states.shape).to(like.dtype)
         gates, index = self._decision(x, token_mask)
         if x.dtype != self.experts.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.experts.dtype)

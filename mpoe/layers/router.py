@@ -236,11 +236,11 @@ class TopKRouter(FromInitialValues):
                     decided.logits, decided.top_k_index, self._scaled(decided.top_k_weights)
                 )
             if self._is_softmax_alone:
-                found = gating_on_gpu(
+                gating = gating_on_gpu(
                     x, self.weight, self.top_k, self.config.is_scale_prob, self.scale, self.backend
                 )
-                if found is not None:
-                    return RouterOutput(*found)
+                if gating is not None:
+                    return RouterOutput(*gating)
             logits = float32_logits(x, self.weight, self.backend)
             scores, corrected = self.scores(logits)
             index = best_experts(corrected, self.top_k, self.backend)

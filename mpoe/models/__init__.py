@@ -26,15 +26,19 @@ _NAMES = {
 }
 # The classes named in the documentation; those of all other families are found in the same way.
 _CLASSES = (
-    *(
-        "MPOEBertConfig",
-        "MPOEBertForMaskedLM",
-        "MPOEBertForSequenceClassification",
-        "MPOEBertModel",
-    ),
-    *("MPOEGPT2Config", "MPOEGPT2LMHeadModel", "MPOEGPT2Model"),
-    *("MPOELlamaConfig", "MPOELlamaForCausalLM", "MPOELlamaModel"),
-    *("MPOET5Config", "MPOET5ForConditionalGeneration", "MPOET5Model"),
+    "MPOEBertConfig",
+    "MPOEBertForMaskedLM",
+    "MPOEBertForSequenceClassification",
+    "MPOEBertModel",
+    "MPOEGPT2Config",
+    "MPOEGPT2LMHeadModel",
+    "MPOEGPT2Model",
+    "MPOELlamaConfig",
+    "MPOELlamaForCausalLM",
+    "MPOELlamaModel",
+    "MPOET5Config",
+    "MPOET5ForConditionalGeneration",
+    "MPOET5Model",
 )
 __all__ = [*_CLASSES, *_NAMES]
 

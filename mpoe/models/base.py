@@ -84,14 +84,14 @@ def auxiliary_loss(records: list[RouterRecord], balance_weight: float, z_weight:
     streams = dict.fromkeys(record.stream for record in records)
     layers = [[record for record in records if record.stream == stream] for stream in streams]
     indices = [torch.stack([record.top_k_index for record in alike]) for alike in layers]
-    own = [
+    choices = [
         count_choices(index, experts, alike[0].token_mask)
         for index, alike in zip(indices, layers, strict=True)
     ]
-    everyone, ranks = sum_over_ranks(torch.cat(own))
+    everyone, ranks = sum_over_ranks(torch.cat(choices))
     total = records[0].logits.new_zeros(())
     for alike, index, mine, ours in zip(
-        layers, indices, own, everyone.split([len(o) for o in own]), strict=True
+        layers, indices, choices, everyone.split([len(o) for o in choices]), strict=True
     ):
         logits = torch.stack([record.logits for record in alike])
         mask = alike[0].token_mask
@@ -144,11 +144,11 @@ class MPOEModelMixin(_Model):
         super().__init__(plain, *args, **kwargs)
         config.__dict__.update(plain.__dict__)
         for module in self.modules():
-            own = getattr(module, "config", None)
-            if own is plain:
+            module_config = getattr(module, "config", None)
+            if module_config is plain:
                 module.config = config
-            elif type(own) is type(plain):
-                own.__class__ = type(config)  # T5's stacks have copies
+            elif type(module_config) is type(plain):
+                module_config.__class__ = type(config)  # T5's stacks have copies
         if self.accepts_loss_kwargs:
             # Transformers finds a model's loss by its class name; a causal model gets the causal
             # loss.
@@ -446,12 +446,12 @@ class MPOEModelMixin(_Model):
         parts = [
             module for module in self.modules() if isinstance(module, (MPOCores, KeptFeedForward))
         ]
-        found = [
+        central = [
             parameter for module in parts for parameter in module.central_parameters().values()
         ]
-        if not found:
+        if not central:
             raise ValueError(
                 f"there are no central cores to freeze: {type(self).__name__} has none"
             )
-        for each in found:
-            each.requires_grad_(trained)
+        for parameter in central:
+            parameter.requires_grad_(trained)

@@ -56,12 +56,12 @@ def read_mpoe_config(folder: Path) -> tuple[dict[str, Any], type[Any]]:
             f"{advice}"
         )
     names = values.get("architectures")
-    found = (
+    classes = (
         [class_named(name) for name in names if isinstance(name, str)]
         if isinstance(names, list)
         else []
     )
-    cls = next((cls for cls in found if hasattr(cls, "config_class")), None)
+    cls = next((cls for cls in classes if hasattr(cls, "config_class")), None)
     if cls is None or cls.config_class.model_type != model_type:
         raise ValueError(
             f"architectures in {folder / 'config.json'} must name an MPOE class of {model_type!r}; "
@@ -216,13 +216,13 @@ def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
         raise ValueError(f"path must not hold a whole model; {folder} has {', '.join(whole)}")
     module.complete_config()
     module.config.architectures = [type(module).__name__]
-    own = {n: value.contiguous().cpu() for n, value in state.items() if _is_mpoe(n)}
+    mpoe_tensors = {n: value.contiguous().cpu() for n, value in state.items() if _is_mpoe(n)}
     identity = {"base": name, "class": type(dense).__name__, "sha256": tensors_hash(rest)}
     folder.mkdir(parents=True, exist_ok=True)
     # Moved into place, the config last: an interrupted save leaves nothing that looks like a model.
     with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=folder) as aside:
         staged = Path(aside)
-        save_file(own, staged / ONLY_FILE, metadata={"format": "pt"})
+        save_file(mpoe_tensors, staged / ONLY_FILE, metadata={"format": "pt"})
         (staged / BASE_FILE).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
         module.config.save_pretrained(staged)
         for file in (ONLY_FILE, BASE_FILE, "config.json"):
@@ -269,13 +269,20 @@ def _joined(
 ) -> dict[str, Tensor]:
     """All parameters of an MPOE-only save's model: those in its file, and copies of the base's."""
     wanted = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
-    own, shapes = {name for name in wanted if _is_mpoe(name)}, declared_shapes(files, skeleton)
+    mpoe_names, shapes = (
+        {name for name in wanted if _is_mpoe(name)},
+        declared_shapes(files, skeleton),
+    )
     odd = sorted(
-        name for name in {*shapes, *own} if name not in own or shapes.get(name) != wanted[name]
+        name
+        for name in {*shapes, *mpoe_names}
+        if name not in mpoe_names or shapes.get(name) != wanted[name]
     )[:5]
     if odd:
         raise ValueError(f"{files[0]} must hold the parameters its config names; differing: {odd}")
-    rest = {name: theirs[name].clone() for name in wanted if name not in own and name in theirs}
+    rest = {
+        name: theirs[name].clone() for name in wanted if name not in mpoe_names and name in theirs
+    }
     if tensors_hash(rest) != digest:
         raise ValueError(
             f"base must be the model that {files[0].parent} was saved from; its weights differ "

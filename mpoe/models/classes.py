@@ -148,8 +148,8 @@ def output_with_routing(dense: type[ModelOutput]) -> type[ModelOutput]:
 def output_of(forward: Callable[..., Any]) -> type[ModelOutput]:
     """The output class of a dense model's ``forward``, by its annotation, with `RoutingFields`."""
     annotation = get_type_hints(forward)["return"]
-    found = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
-    return output_with_routing(next(kind for kind in found if issubclass(kind, ModelOutput)))
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+    return output_with_routing(next(kind for kind in kinds if issubclass(kind, ModelOutput)))
 
 
 # Auto class -> Transformers' table of its classes
@@ -229,10 +229,10 @@ def _config_name(model_type: str) -> str:
 
 def dense_names(model_type: str) -> dict[str, str]:
     """Auto class -> name of the dense class that a family has for it."""
-    found = {auto: getattr(modeling_auto, table).get(model_type) for auto, table in HEADS.items()}
+    heads = {auto: getattr(modeling_auto, table).get(model_type) for auto, table in HEADS.items()}
     return {
         auto: name if isinstance(name, str) else name[0]
-        for auto, name in found.items()
+        for auto, name in heads.items()
         if name is not None
     }
 
@@ -272,6 +272,8 @@ def make_class(
         with Entered(context), kept_while_generating(self, self._expert_cache_bytes):
             return super(made, self).generate(*args, **kwargs)
 
+    in_float32 = set(mixin._keep_in_fp32_modules_strict or ())
+    in_float32 |= set(dense._keep_in_fp32_modules_strict or ())
     namespace = {
         "__doc__": f"`{dense.__name__}` whose feed-forward networks are mixtures of experts.",
         "__module__": MODULE,
@@ -289,10 +291,7 @@ def make_class(
             for auto, name in autos.items()
             if auto == "AutoModel" or name == CLASS_PREFIX + dense.__name__
         },
-        "_keep_in_fp32_modules_strict": {
-            *(mixin._keep_in_fp32_modules_strict or ()),
-            *(dense._keep_in_fp32_modules_strict or ()),
-        },
+        "_keep_in_fp32_modules_strict": in_float32,
         # Transformers looks for it in the file that defines the class.
         "_can_set_attn_implementation": classmethod(
             lambda cls: dense._can_set_attn_implementation()
@@ -371,14 +370,14 @@ def class_named(name: str) -> type[Any] | None:
                 for cls in made
                 if is_config or cls.__name__ == name
             )
-    found = getattr(
+    exported = getattr(
         transformers, dense, None
     )  # of a Transformers model outside `TABLE`, converted with ``sites``
-    if inspect.isclass(found) and issubclass(found, PreTrainedConfig):
-        return config_class_for(found)
-    known: Any = found
+    if inspect.isclass(exported) and issubclass(exported, PreTrainedConfig):
+        return config_class_for(exported)
+    known: Any = exported
     return (
         foreign_class(known)
-        if inspect.isclass(found) and issubclass(found, PreTrainedModel)
+        if inspect.isclass(exported) and issubclass(exported, PreTrainedModel)
         else None
     )

@@ -63,9 +63,9 @@ def _routed_to(
 ) -> Iterator[None]:
     """Tokens go to the experts ``known`` alone, by routers ``rows [len(known), I]`` of every layer
     (default: 0) with these changes of their configuration."""
-    own: dict[str, Any] = {name: layer.router for name, layer in routed_layers(mixture)}
+    routers: dict[str, Any] = {name: layer.router for name, layer in routed_layers(mixture)}
     try:
-        for name, router in own.items():
+        for name, router in routers.items():
             config = dataclasses.replace(router.config, bias_update_rate=1.0, **changes)
             like = {"device": router.weight.device, "dtype": router.weight.dtype}
             made: Any = TopKRouter(router.in_features, router.num_experts, config, **like)
@@ -77,7 +77,7 @@ def _routed_to(
             mixture.get_submodule(name).router = made.eval()
         yield
     finally:
-        for name, router in own.items():
+        for name, router in routers.items():
             mixture.get_submodule(name).router = router
 
 
@@ -110,8 +110,8 @@ def _sketch(outer: Tensor, total: Tensor, tokens: int, rank: int) -> dict[str, T
     values, vectors = torch.linalg.eigh(covariance)  # ascending
     first = len(mean) - rank
     values, vectors = values[first:].clamp_min(0).float(), vectors[:, first:].mT.half()
-    told = (values[:, None].double() * vectors.double().square()).sum(0)
-    rest = (covariance.diagonal() - told).clamp_min(0)
+    explained = (values[:, None].double() * vectors.double().square()).sum(0)
+    rest = (covariance.diagonal() - explained).clamp_min(0)
     parts = (mean.float(), rest.float(), vectors, values)
     return {name: part.contiguous().cpu() for name, part in zip(PARTS, parts, strict=True)}
 
@@ -149,7 +149,7 @@ def _statistics(
                     f"{type(batch).__name__}"
                 )
             model(**{name: value.to(model.device) for name, value in batch.items()})
-    found: dict[str, Tensor] = {}
+    statistics: dict[str, Tensor] = {}
     for name, layer in layers.items():
         outer, total, tokens = sums[name]
         if not tokens:
@@ -158,15 +158,15 @@ def _statistics(
             raise ValueError(
                 f"batches must give finite inputs to every router; those of {name} hold NaN or Inf"
             )
-        own, most = layer.in_features, rank
+        size, most = layer.in_features, rank
         if (
             most is None
         ):  # as many as fit into a tenth of the expert; a mean and a diagonal are always there
-            left = SHARE * sum(part.nbytes for part in layer.experts.parameters()) - 8 * own
-            most = max(0, int(left / (2 * own + 4)))
-        sketch = _sketch(outer, total, tokens, min(own, most))
-        found |= {f"{name}.{part}": value for part, value in sketch.items()}
-    return found
+            left = SHARE * sum(part.nbytes for part in layer.experts.parameters()) - 8 * size
+            most = max(0, int(left / (2 * size + 4)))
+        sketch = _sketch(outer, total, tokens, min(size, most))
+        statistics |= {f"{name}.{part}": value for part, value in sketch.items()}
+    return statistics
 
 
 @torch.no_grad()
@@ -357,13 +357,13 @@ def _domain_loss(mixture: Any, batch: Mapping[str, Tensor], domain: int) -> Tens
     batch = {name: value.to(mixture.device) for name, value in batch.items()}
     out = mixture(**batch, return_dict=True, output_router_logits=True)
     mask = batch.get("attention_mask")
-    own = []
+    losses = []
     for logits in out.router_logits:
         target = logits.new_full((len(logits),), domain, dtype=torch.int64)
         if mask is not None and mask.numel() == len(logits):
             target = target.masked_fill(~mask.reshape(-1).bool(), -100)
-        own.append(F.cross_entropy(logits, target))
-    loss: Tensor = torch.stack(own).mean()
+        losses.append(F.cross_entropy(logits, target))
+    loss: Tensor = torch.stack(losses).mean()
     task = getattr(out, "task_loss", None)
     return loss if task is None else loss + task
 
@@ -378,13 +378,15 @@ def _check_alike(base: Any, fine_tunes: Sequence[Any]) -> None:
     }
     for place, model in enumerate(fine_tunes):
         check_type(f"fine_tunes[{place}]", model, nn.Module, "a dense model")
-        own = {
+        shapes = {
             "class": type(model).__name__,
             **{name: tuple(p.shape) for name, p in model.named_parameters()},
         }
-        odd = next((name for name in {**wanted, **own} if wanted.get(name) != own.get(name)), None)
+        odd = next(
+            (name for name in {**wanted, **shapes} if wanted.get(name) != shapes.get(name)), None
+        )
         if odd is not None:
-            differs = f"number {place} differs in {odd}: {own.get(odd)} for {wanted.get(odd)}"
+            differs = f"number {place} differs in {odd}: {shapes.get(odd)} for {wanted.get(odd)}"
             raise ValueError(
                 f"fine_tunes must be of the class of base and have its parameters; {differs}"
             )
@@ -463,8 +465,8 @@ def compose(
             for number, batches in enumerate(examples)
         ]
         for name, layer in routed_layers(mixture):
-            own: Any = layer.router
-            own.weight.copy_(router_weight(classes, name, sharpness=1 / len(classes)))
+            routing_layer: Any = layer.router
+            routing_layer.weight.copy_(router_weight(classes, name, sharpness=1 / len(classes)))
     if examples is not None and router == "train":
         train_routers(mixture, examples, steps)
     return mixture

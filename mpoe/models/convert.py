@@ -175,13 +175,13 @@ def convert_to_mpoe(
     config = MPOEConfig() if config is None else config
     check_type("config", config, MPOEConfig, "an MPOEConfig")
     family = family_for(given, cls.mpoe_family)
-    found = find_sites(model, config, family)
-    if config.is_hidden and any(isinstance(site, FFNSite) and site.obstacle for site in found):
+    places = find_sites(model, config, family)
+    if config.is_hidden and any(isinstance(site, FFNSite) and site.obstacle for site in places):
         config = config.with_cores()
-        found = find_sites(model, config, family)
-    for site in found:
+        places = find_sites(model, config, family)
+    for site in places:
         site.check(config)
-    tied = all(site.is_tied(model) for site in found if isinstance(site, EmbeddingSite))
+    tied = all(site.is_tied(model) for site in places if isinstance(site, EmbeddingSite))
     check_choice(
         "backend",
         "auto" if config.backend is None else config.backend,
@@ -190,10 +190,10 @@ def convert_to_mpoe(
     check_finite(model)
     config = dataclasses.replace(config, rate_ratios={}, tied_head=tied)
     if not inplace:
-        model = _copy_without(model, [module for site in found for module in site.replaced])
-        found = find_sites(model, config, family)
+        model = _copy_without(model, [module for site in places for module in site.replaced])
+        places = find_sites(model, config, family)
     report: Report = {}
-    for site in found:
+    for site in places:
         module: Any = site.build(config)
         report.update(site.load(module, config))
         site.install(model, module, config)
@@ -265,21 +265,22 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
         (layer.experts.bias, getattr(layer.projections()["up"], "bias", None))
         for layer in layers.values()
     ]
-    own = any(bias is not None for both in biases for bias in both)
-    config = dataclasses.replace(mpoe, expert_type="dense", expert_bias=own, rate_ratios={})
-    for site in dense_networks(merged) if layers else ():
-        if site.name in layers:
-            dense: Any = site.build(config)
-            fill_merged(dense, layers[site.name])
-            site.install(merged, dense, config)
-    for each in (
-        modules_of(merged, MPOEFeedForward).values() if own else ()
-    ):  # other shapes have one bias or none
-        weights: Any = each.experts.gate_proj if each.experts.is_gated else each.experts.up
-        bias = (
-            weights.weight.new_zeros(weights.out_features) if weights.bias is None else weights.bias
-        )
-        weights.bias = nn.Parameter(bias.expand(weights.num_experts, -1).clone())
+    has_bias = any(bias is not None for both in biases for bias in both)
+    config = dataclasses.replace(mpoe, expert_type="dense", expert_bias=has_bias, rate_ratios={})
+    if layers:
+        for site in dense_networks(merged):
+            if site.name in layers:
+                dense: Any = site.build(config)
+                fill_merged(dense, layers[site.name])
+                site.install(merged, dense, config)
+    if has_bias:  # other shapes have one bias or none
+        for feed_forward in modules_of(merged, MPOEFeedForward).values():
+            experts = feed_forward.experts
+            weights: Any = experts.gate_proj if experts.is_gated else experts.up
+            bias = weights.bias
+            if bias is None:
+                bias = weights.weight.new_zeros(weights.out_features)
+            weights.bias = nn.Parameter(bias.expand(weights.num_experts, -1).clone())
     return _with_config(merged, config)
 
 

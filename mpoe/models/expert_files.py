@@ -99,9 +99,9 @@ class Expert:
 def base_identity(model: Any) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of all weights of a dense model, or of the one
     inside a mixture of neurons."""
-    own = tuple(f"{layer}.{part}." for layer in neuron_modules(model) for part in _PARTS)
+    prefixes = tuple(f"{layer}.{part}." for layer in neuron_modules(model) for part in _PARTS)
     return tensors_hash(
-        {name: value for name, value in model.state_dict().items() if not name.startswith(own)}
+        {name: value for name, value in model.state_dict().items() if not name.startswith(prefixes)}
     )
 
 
@@ -134,11 +134,11 @@ def experts_of(base: Any, experts: Iterable[Any]) -> list[Expert]:
         TypeError, ValueError: as `load_expert`; a base that is no known dense model or not finite;
             an expert of another base, or with weights of other names or shapes.
     """
-    found = [expert if isinstance(expert, Expert) else load_expert(expert) for expert in experts]
+    loaded = [expert if isinstance(expert, Expert) else load_expert(expert) for expert in experts]
     converted_class(base)
     check_finite(base)
     identity, networks = base_identity(base), places_for_neurons(base)
-    for expert in found:
+    for expert in loaded:
         if expert.facts["base"] != identity:
             raise ValueError(
                 f"expert {expert.name!r} must be of this base; it was trained beside a "
@@ -162,7 +162,7 @@ def experts_of(base: Any, experts: Iterable[Any]) -> list[Expert]:
                 f"expert {expert.name!r} must have {odd} {wanted.get(odd)}; it has "
                 f"{shapes.get(odd)}"
             )
-    return found
+    return loaded
 
 
 @torch.no_grad()
@@ -193,8 +193,9 @@ def start_expert(
     started.requires_grad_(False)
     for layer, module in neuron_modules(started).items():
         module.experts.requires_grad_(True)
-        for part, value in _values(module.experts).items() if expert is not None else ():
-            value.copy_(expert.weights[f"{layer}.{part}"])
+        if expert is not None:
+            for part, value in _values(module.experts).items():
+                value.copy_(expert.weights[f"{layer}.{part}"])
     return started
 
 
@@ -422,21 +423,21 @@ def merge_expert(model: Any, expert: Any, *, weight: float = 1.0) -> Any:
         or not math.isfinite(weight)
     ):
         raise ValueError(f"weight must be a finite number; got {weight!r}")
-    found = experts_of(model, expert if isinstance(expert, (list, tuple)) else [expert])
-    if not found:
+    added = experts_of(model, expert if isinstance(expert, (list, tuple)) else [expert])
+    if not added:
         raise ValueError("expert must be at least one; got an empty list")
     hidden = places_for_neurons(model)[0].weight("up").shape[1]
-    merged = widened(model, hidden + sum(each.neurons for each in found))
+    merged = widened(model, hidden + sum(part.neurons for part in added))
     for site in places_for_neurons(merged):
         for kind in site.dense:
-            own = torch.cat([each.weights[f"{site.place}.{kind}"] for each in found])
+            rows = torch.cat([part.weights[f"{site.place}.{kind}"] for part in added])
             if kind == "down":
-                site.weight(kind)[hidden:] = own * weight
+                site.weight(kind)[hidden:] = rows * weight
             else:
-                site.weight(kind)[:, hidden:] = own.t()
+                site.weight(kind)[:, hidden:] = rows.t()
         bias = site.bias("up")
         if bias is not None:
-            bias[hidden:] = torch.cat([each.weights[f"{site.place}.bias"] for each in found])
+            bias[hidden:] = torch.cat([part.weights[f"{site.place}.bias"] for part in added])
     if merged.can_generate():
         merged.generation_config = model.generation_config
     return merged

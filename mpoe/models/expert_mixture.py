@@ -115,13 +115,13 @@ def _checked(base: Any, experts: Any, tokenizer: Any, texts: Mapping[str, Any]) 
     """The experts, with statistics from ``texts`` where there are some."""
     if isinstance(experts, (str, bytes)) or not isinstance(experts, Sequence) or not experts:
         raise ValueError(f"experts must be a list of at least one expert; got {experts!r}")
-    found = experts_of(base, experts)
+    loaded = experts_of(base, experts)
     known: set[str] = set()
     names = {NONE}
     vocabularies = {} if tokenizer is None else {vocabulary_identity(tokenizer): "the tokenizer"}
-    for expert in found:
-        own = tensors_hash(expert.weights)
-        if own in known:
+    for expert in loaded:
+        digest = tensors_hash(expert.weights)
+        if digest in known:
             raise ValueError(f"experts must differ; {expert.name!r} is there twice")
         if expert.name in names:
             raise ValueError(
@@ -132,7 +132,7 @@ def _checked(base: Any, experts: Any, tokenizer: Any, texts: Mapping[str, Any]) 
             raise ValueError(
                 f"expert {expert.name!r} must hold statistics (see collect_statistics); it has none"
             )
-        known.add(own)
+        known.add(digest)
         names.add(expert.name)
         if expert.facts["tokenizer"] is not None:
             vocabularies.setdefault(expert.facts["tokenizer"], f"expert {expert.name!r}")
@@ -142,16 +142,16 @@ def _checked(base: Any, experts: Any, tokenizer: Any, texts: Mapping[str, Any]) 
     unknown = sorted(set(texts) - names | set(texts) & {NONE})
     if unknown:
         raise ValueError(
-            f"texts must be by names of experts, {', '.join(e.name for e in found)}; got "
+            f"texts must be by names of experts, {', '.join(e.name for e in loaded)}; got "
             f"{unknown[0]!r}"
         )
-    for place, expert in enumerate(found):
+    for place, expert in enumerate(loaded):
         if expert.name in texts:
             statistics = collect_statistics(
                 start_expert(base, expert=expert), texts[expert.name], RANK
             )
-            found[place] = dataclasses.replace(expert, statistics=statistics)
-    return found
+            loaded[place] = dataclasses.replace(expert, statistics=statistics)
+    return loaded
 
 
 @torch.no_grad()
@@ -202,14 +202,14 @@ def compose_experts(
             tokenizer; ``top_k`` larger than the number of experts; texts of an expert that is not
             there.
     """
-    found = _checked(base, experts, tokenizer, texts or {})
-    number = len(found) + bool(none)
+    loaded = _checked(base, experts, tokenizer, texts or {})
+    number = len(loaded) + bool(none)
     routing = RouterConfig(
         top_k=default_top_k(number) if top_k is None else top_k,
         routed_scaling_factor=1.0,
         balance_loss_weight=0.0,
     )
-    neurons = max(expert.neurons for expert in found)
+    neurons = max(expert.neurons for expert in loaded)
     config = MPOEConfig(num_experts=number, shape="neurons", neurons=neurons, router=routing)
     if none and not isinstance(background, Mapping):
         if background is None and tokenizer is None:
@@ -223,9 +223,9 @@ def compose_experts(
     mixture = convert_to_mpoe(base, config).eval()
     layers = neuron_modules(mixture)
     sizes = {name: layer.in_features for name, layer in layers.items()}
-    for expert in found:
+    for expert in loaded:
         check_statistics(expert.statistics, sizes, f"the statistics of expert {expert.name!r}")
-    classes: list[Statistics] = [expert.statistics for expert in found]
+    classes: list[Statistics] = [expert.statistics for expert in loaded]
     mixture.background_statistics = None
     if none:
         assert isinstance(background, Mapping)
@@ -236,13 +236,13 @@ def compose_experts(
     for name, layer in layers.items():
         for part, parameter in layer.experts.named_parameters():
             parameter.zero_()
-            for place, expert in enumerate(found):
+            for place, expert in enumerate(loaded):
                 parameter[place, : expert.neurons] = expert.weights[f"{name}.{part}"].to(parameter)
         router: Any = layer.router
         router.weight.copy_(routers[name])
     mixture.config.mpoe_routing = {"sharpness": sharpness, "preference": preference}
-    mixture.config.mpoe_experts = [expert.name for expert in found] + [NONE] * bool(none)
-    mixture.composed_of = found
+    mixture.config.mpoe_experts = [expert.name for expert in loaded] + [NONE] * bool(none)
+    mixture.composed_of = loaded
     return mixture
 
 

@@ -27,30 +27,24 @@ from mpoe.models.report import neuron_modules
 
 # Fields that a Llama, Mistral or Qwen3 shares with its mixture.
 _COMMON = (
-    *(
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "hidden_act",
-    ),
-    *(
-        "num_key_value_heads",
-        "max_position_embeddings",
-        "initializer_range",
-        "rms_norm_eps",
-        "use_cache",
-        "dtype",
-    ),
-    *(
-        "pad_token_id",
-        "bos_token_id",
-        "eos_token_id",
-        "tie_word_embeddings",
-        "rope_parameters",
-        "attention_dropout",
-    ),
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_act",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "dtype",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "attention_dropout",
 )
 
 
@@ -263,13 +257,13 @@ def _tensors(name: str, layer: Any, to: str) -> dict[str, Tensor]:
         dtype = shared["down"].dtype  # routers and experts may be float32 beside a 16-bit network
         gate, up = experts.gate_proj, experts.up
         down = experts.down * (layer.router.config.routed_scaling_factor or 1.0)
-    own = {
+    tensors = {
         "experts.gate_up_proj": torch.cat([padded(gate), padded(up)], 1).to(dtype).contiguous(),
         "experts.down_proj": padded(down).to(dtype).transpose(1, 2).contiguous(),
         "gate.weight": layer.router.weight.to(dtype),
     }
     if to == "qwen2_moe":
-        own |= {
+        tensors |= {
             "shared_expert.gate_proj.weight": shared["gate_proj"],
             "shared_expert.up_proj.weight": shared["up"],
             "shared_expert.down_proj.weight": 2
@@ -277,11 +271,11 @@ def _tensors(name: str, layer: Any, to: str) -> dict[str, Tensor]:
             "shared_expert_gate.weight": shared["down"].new_zeros(1, layer.in_features),
         }
     if to != "granitemoeshared":
-        return {f"{name}.{part}": value for part, value in own.items()}
+        return {f"{name}.{part}": value for part, value in tensors.items()}
     place = name.rpartition(".")[0]
-    own["router.weight"] = own.pop("gate.weight")
+    tensors["router.weight"] = tensors.pop("gate.weight")
     return {
-        **{f"{place}.block_sparse_moe.{part}": value for part, value in own.items()},
+        **{f"{place}.block_sparse_moe.{part}": value for part, value in tensors.items()},
         f"{place}.shared_mlp.input_linear.weight": torch.cat([shared["gate_proj"], shared["up"]]),
         f"{place}.shared_mlp.output_linear.weight": shared["down"],
     }
@@ -328,8 +322,8 @@ def check_export(model: Any, folder: Path, to: str) -> float:
     stock = kind.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (2, 16), generator=generator).to(model.device)
-    expected, found = model.eval()(input_ids=ids).logits, stock(input_ids=ids).logits
-    difference = float((found - expected).abs().max() / expected.abs().max())
+    expected, logits = model.eval()(input_ids=ids).logits, stock(input_ids=ids).logits
+    difference = float((logits - expected).abs().max() / expected.abs().max())
     allowed = HALF_TOLERANCE if model.dtype in (torch.bfloat16, torch.float16) else TOLERANCE
     if not difference <= allowed:
         problem = f"its logits differ by {difference:.1e} of the largest"

@@ -34,11 +34,11 @@ def _ffn_sites(model: Any, family: Family) -> Iterator[FFNSite]:
     patterns = [(ffn, name_pattern(ffn.holder)) for ffn in family.ffn]
     up_std, down_std = family.init_std(model.config)
     for name, holder in model.named_modules():
-        found = (
+        matches = (
             (ffn, match) for ffn, pattern in patterns if (match := pattern.match(name)) is not None
         )
         ffn, match, dense = next(
-            ((ffn, m, parts) for ffn, m in found if (parts := _dense_parts(holder, ffn))),
+            ((ffn, m, parts) for ffn, m in matches if (parts := _dense_parts(holder, ffn))),
             (None,) * 3,
         )
         if ffn is None or match is None or dense is None:
@@ -179,8 +179,8 @@ def find_sites(model: Any, config: MPOEConfig, family: Family | None = None) -> 
             f"{type(model).__name__} has no dense {' or '.join(config.targets)} modules to convert"
         )
     return [
-        dataclasses.replace(site, keeps=own.shape)
-        if isinstance(site, FFNSite) and (own := config.for_experts(site.name)).keeps_network
+        dataclasses.replace(site, keeps=settings.shape)
+        if isinstance(site, FFNSite) and (settings := config.for_experts(site.name)).keeps_network
         else site
         for site in _select(sites, config)
     ]
@@ -189,8 +189,8 @@ def find_sites(model: Any, config: MPOEConfig, family: Family | None = None) -> 
 def dense_networks(model: Any, config: MPOEConfig | None = None) -> list[FFNSite]:
     """The feed-forward networks of a dense model that ``config`` converts; default: all, with dense
     experts."""
-    found = find_sites(model, MPOEConfig(expert_type="dense") if config is None else config)
-    return [site for site in found if isinstance(site, FFNSite)]
+    sites = find_sites(model, MPOEConfig(expert_type="dense") if config is None else config)
+    return [site for site in sites if isinstance(site, FFNSite)]
 
 
 def with_own_head(model: Any, like: Any = None) -> Any:
@@ -259,9 +259,9 @@ def widened(dense: Any, hidden: int) -> Any:
     if hasattr(dense, "loss_type"):
         model.loss_type = dense.loss_type
     networks = list(zip(dense_networks(dense), dense_networks(model), strict=True))
-    own = tuple(f"{prefix}." for old, _ in networks for prefix in old.prefixes.values())
+    replaced = tuple(f"{prefix}." for old, _ in networks for prefix in old.prefixes.values())
     model.load_state_dict(
-        {n: v for n, v in dense.state_dict().items() if not n.startswith(own)}, strict=False
+        {n: v for n, v in dense.state_dict().items() if not n.startswith(replaced)}, strict=False
     )
     for old, new in networks:
         for kind, module in new.dense.items():

@@ -48,13 +48,13 @@ def _adapted_modules(folder: Path) -> dict[str, int]:
     if not is_adapter(folder) or not file.is_file():
         raise ValueError(f"adapter must be a folder of PEFT's with safetensors; {folder} is not")
     kind = read_mapping(folder / "adapter_config.json", "adapter's configuration").get("peft_type")
-    found: dict[str, int] = {}
+    numbers: dict[str, int] = {}
     for name, shape in declared_shapes([file]).items():
         module, is_lora, _ = name.removeprefix("base_model.model.").partition(".lora_")
         if not is_lora or kind != "LORA":
             raise ValueError(f"adapter must be a plain LoRA; {folder} is {kind} and holds {name}")
-        found[module] = found.get(module, 0) + torch.Size(shape).numel()
-    return found
+        numbers[module] = numbers.get(module, 0) + torch.Size(shape).numel()
+    return numbers
 
 
 def check_adapter(base: Any, folder: str | Path) -> int:
@@ -69,8 +69,10 @@ def check_adapter(base: Any, folder: str | Path) -> int:
             f"adapter must be of this base; {folder} adapts {others[0]}, which the base does not "
             "have"
         )
-    each = sum(site.weight(kind).shape[kind == "down"] for site in networks for kind in site.dense)
-    return max(1, round(sum(adapted.values()) / each))
+    per_neuron = sum(
+        site.weight(kind).shape[kind == "down"] for site in networks for kind in site.dense
+    )
+    return max(1, round(sum(adapted.values()) / per_neuron))
 
 
 def own_samples(base: Any, adapted: Any, tokenizer: Any) -> tuple[list[dict[str, Tensor]], str]:

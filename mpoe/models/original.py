@@ -99,23 +99,23 @@ class _Checkpoint:
             dict
         )  # (module, core) -> expert -> core
         for key, tensor in tensors.items():
-            if found := _EXPERTS.fullmatch(key):
+            if match := _EXPERTS.fullmatch(key):
                 name, core = (
-                    f"{found['layer']}.DenseReluDense.experts.{_KINDS[found['kind']]}",
-                    int(found["core"]),
+                    f"{match['layer']}.DenseReluDense.experts.{_KINDS[match['kind']]}",
+                    int(match["core"]),
                 )
-                if found["expert"]:
+                if match["expert"]:
                     self.moe_type = "switch"
-                    apart[name, core][int(found["expert"])] = tensor.transpose(-2, -3)
+                    apart[name, core][int(match["expert"])] = tensor.transpose(-2, -3)
                 else:
                     self.moe_type = "moe" if ".moe_layer." in key else self.moe_type
                     self.chains[name][core] = tensor.transpose(-2, -3)
-            elif found := _LINEAR.fullmatch(key):
-                value = tensor if found["name"] == "shared" else tensor.transpose(-2, -3)
-                self.chains[f"{found['name']}.cores"][int(found["core"])] = value
-            elif found := _ROUTER.fullmatch(key):
+            elif match := _LINEAR.fullmatch(key):
+                value = tensor if match["name"] == "shared" else tensor.transpose(-2, -3)
+                self.chains[f"{match['name']}.cores"][int(match["core"])] = value
+            elif match := _ROUTER.fullmatch(key):
                 weight = tensor if ".switch." in key else tensor.T
-                self.parameters[f"{found['layer']}.DenseReluDense.router.weight"] = weight
+                self.parameters[f"{match['layer']}.DenseReluDense.router.weight"] = weight
                 self.num_experts = len(weight)
             elif _BIAS.fullmatch(key):
                 self.lost += [key] if bool(tensor.any()) else []
@@ -126,7 +126,9 @@ class _Checkpoint:
                 raise ValueError(
                     f"the checkpoint must hold every core of {name}, of {self.num_experts} experts"
                 )
-            if core == CENTRAL and not all(torch.equal(own, of[0]) for own in of.values()):
+            if core == CENTRAL and not all(
+                torch.equal(core_of_expert, of[0]) for core_of_expert in of.values()
+            ):
                 raise ValueError(
                     f"the experts of {name} must share their central core; they differ"
                 )

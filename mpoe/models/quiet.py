@@ -69,7 +69,7 @@ def mean_loss(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> float:
 def measure_change(
     base: Any,
     models: Mapping[str, Any],
-    own: OwnWords,
+    words: OwnWords,
     domain: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> dict[str, Change]:
     """What each of several models changes, and the base itself under the name ``base``.
@@ -77,13 +77,15 @@ def measure_change(
     Args:
         base: the dense model.
         models: by name.
-        own: see `sample_own_words`.
+        words: see `sample_own_words`.
         domain: batches of held-out texts with ``labels``, or ``None``.
     """
     compared = {"base": base, **models}
-    chats, opening = own.texts, 1
-    if own.chats is not None:
-        chats, opening = own.chats, own.opening
+    chats = words.texts
+    opening = 1
+    if words.chats is not None:
+        chats = words.chats
+        opening = words.opening
     divergence = dict.fromkeys(compared, 0.0)
     same = dict.fromkeys(compared, 0)
     count = 0
@@ -102,7 +104,7 @@ def measure_change(
             divergence[name] += float((before.exp() * (before - after)).sum())
             same[name] += int((before.argmax(-1) == after.argmax(-1)).sum())
     own_texts_batches = [
-        batch | {"labels": batch["input_ids"]} for batch in token_batches(own.texts)
+        batch | {"labels": batch["input_ids"]} for batch in token_batches(words.texts)
     ]
     for name, model in compared.items():
         changes[name] = Change(

@@ -116,8 +116,8 @@ def parameter_kind(model: nn.Module) -> dict[str, str]:
         if isinstance(module, KeptFeedForward):
             kinds.update(
                 {
-                    f"{prefix}experts.{own}": "auxiliary"
-                    for own, _ in module.experts.named_parameters()
+                    f"{prefix}experts.{parameter}": "auxiliary"
+                    for parameter, _ in module.experts.named_parameters()
                 }
             )
             kinds.update(
@@ -201,8 +201,8 @@ def summarize(model: Any, num_tokens: int, top_k: int = 1) -> dict[str, tuple[st
     Raises:
         TypeError, ValueError: ``num_tokens`` is not a count.
     """
-    told = getattr(model.config, "conversion_errors", None)
-    errors: dict[str, Any] = told if isinstance(told, dict) else {}
+    recorded = getattr(model.config, "conversion_errors", None)
+    errors: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
     rows: dict[str, tuple[str, ...]] = {}
     for name, module in model.named_modules():
         error: Any = 0.0
@@ -230,11 +230,11 @@ def summarize(model: Any, num_tokens: int, top_k: int = 1) -> dict[str, tuple[st
         else:
             continue
         central = sum(weight.numel() for weight in module.central_parameters().values())
-        own = f"{module.own_parameters() // experts:,}"
-        own = own if experts == 1 and isinstance(module, MPOCores) else f"{experts} x {own}"
+        owned = f"{module.own_parameters() // experts:,}"
+        owned = owned if experts == 1 and isinstance(module, MPOCores) else f"{experts} x {owned}"
         known = isinstance(error, (int, float))  # a file may hold anything
         off = f"{error:.1e}" if known and error else "0" if known else "-"
-        rows[name] = (short_name(name), *built, f"{central:,}", own, off, by, f"{x_dense:.2f}")
+        rows[name] = (short_name(name), *built, f"{central:,}", owned, off, by, f"{x_dense:.2f}")
     return rows
 
 
@@ -351,11 +351,9 @@ def base_name(model: Any) -> str:
 
 
 def _table(first: str, rows: Mapping[str, str]) -> str:
-    lines = [
-        f"| {first} | value |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in rows.items()),
-    ]
+    lines = [f"| {first} | value |", "|---|---|"]
+    for name, value in rows.items():
+        lines.append(f"| {name} | {value} |")
     return "\n".join(lines)
 
 

@@ -105,21 +105,22 @@ class FFNSite:
                 f"{self.name}: shape {self.keeps!r} needs {self.obstacle} (shape='separable' "
                 "supports it)"
             )
-        own, (rows, columns) = config.for_experts(self.name), self.weight("up").shape
-        for kind in self.dense if config.expert_type == "mpo" else ():
-            sizes, wanted = (
-                list(self.weight(kind).shape),
-                [columns, rows] if kind == "down" else [rows, columns],
-            )
+        if config.expert_type != "mpo":
+            return
+        settings = config.for_experts(self.name)
+        rows, columns = self.weight("up").shape
+        for kind in self.dense:
+            sizes = list(self.weight(kind).shape)
+            wanted = [columns, rows] if kind == "down" else [rows, columns]
             if self.keeps and sizes != wanted:
                 raise ValueError(
                     f"{self.prefixes[kind]} must be for a weight {wanted}; got {sizes}"
                 )
             try:
                 if self.keeps == HIDDEN:
-                    own.hidden_block(columns)
+                    settings.hidden_block(columns)
                 elif not self.keeps:
-                    own.shape_for(kind, *sizes)
+                    settings.shape_for(kind, *sizes)
             except ValueError as error:
                 raise ValueError(f"{self.prefixes[kind]}: {error}") from error
 

@@ -134,7 +134,7 @@ def declared_shapes(files: Sequence[Path], model: Any = None) -> Shapes:
                 file, framework="np"
             ) as opened:  # torch would reserve the file in memory
                 slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-                shapes |= {name: tuple(each.get_shape()) for name, each in slices.items()}
+                shapes |= {name: tuple(part.get_shape()) for name, part in slices.items()}
                 dtypes = {
                     name: str(slices[name].get_dtype()) for name in sorted(floating & slices.keys())
                 }

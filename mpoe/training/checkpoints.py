@@ -106,8 +106,8 @@ def choices_of(checkpoint: str | Path) -> dict[str, str]:
 
     Empty for checkpoints that recorded none.
     """
-    found = _manifest(Path(checkpoint)).get("choices", {})
-    return {problem: choice for problem, choice in found.items() if isinstance(choice, str)}
+    choices = _manifest(Path(checkpoint)).get("choices", {})
+    return {problem: choice for problem, choice in choices.items() if isinstance(choice, str)}
 
 
 def _manifest(checkpoint: Path) -> dict[str, Any]:
@@ -142,9 +142,9 @@ def step_of(checkpoint: str | Path) -> int:
 def checkpoint_folders(run_dir: str | Path) -> list[Path]:
     """All folders named ``checkpoint-N``, oldest step first; ``checkpoint-of-mine`` belongs to the
     user."""
-    found = Path(run_dir).iterdir() if Path(run_dir).is_dir() else []
+    entries = Path(run_dir).iterdir() if Path(run_dir).is_dir() else []
     return sorted(
-        (path for path in found if _FINAL.fullmatch(path.name) and path.is_dir()), key=step_of
+        (path for path in entries if _FINAL.fullmatch(path.name) and path.is_dir()), key=step_of
     )
 
 
@@ -242,11 +242,11 @@ def go_on_with_choices(checkpoint: str | None, arguments: Any) -> None:
     """
     from accelerate.utils import broadcast_object_list
 
-    found = [{} if checkpoint is None else choices_of(checkpoint)]
+    by_rank = [{} if checkpoint is None else choices_of(checkpoint)]
     if arguments.world_size > 1:
-        found = [{**autotune.choices(), **found[0]}]
-        broadcast_object_list(found)
-    autotune.adopt(found[0])
+        by_rank = [{**autotune.choices(), **by_rank[0]}]
+        broadcast_object_list(by_rank)
+    autotune.adopt(by_rank[0])
 
 
 class CheckpointMixin(_Base):

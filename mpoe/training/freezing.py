@@ -100,8 +100,8 @@ def freeze_cores(
     components = parse_components(update_mpo_layer)
     indices = parse_core_indices(train_AT_index)
     modules = list(mpo_modules(model))
-    asked = components is not None or tensor_learn or bool(indices)
-    if asked and not modules:
+    is_selective = components is not None or tensor_learn or bool(indices)
+    if is_selective and not modules:
         raise ValueError(
             "update_mpo_layer, tensor_learn and train_AT_index need a model with MPO cores;"
             f" {type(model).__name__} has none (shape='separable' has them; model.freeze_central() "
@@ -207,15 +207,15 @@ class GradientMask:
                 projection that stays is not trained.
         """
         self.end_step()
-        found = {
+        modules = {
             name: m
             for name, m in model.named_modules()
             if isinstance(m, MPOCores | KeptFeedForward)
         }
-        for name, module in found.items():
+        for name, module in modules.items():
             if self.probability > 0 and isinstance(module, KeptFeedForward):
                 module.check_maskable(name)
-        self._cores = list(found.values())
+        self._cores = list(modules.values())
         if self.probability > 0 and not self._cores:
             raise ValueError(
                 f"gradient_mask_prob={self.probability} needs a model with MPO cores; "

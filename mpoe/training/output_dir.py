@@ -30,65 +30,61 @@ RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
 # These do not change what a run computes, so a resumed run may change them.
 NEUTRAL_KEYS = frozenset(
     {
-        *(
-            "output_dir",
-            "overwrite",
-            "resume",
-            "overwrite_output_dir",
-            "resume_from_checkpoint",
-            "run_name",
-        ),
-        *(
-            "report_to",
-            "project",
-            "trackio_space_id",
-            "trackio_bucket_id",
-            "trackio_static_space_id",
-        ),
-        *(
-            "command",
-            "learning_rate_from",
-            "task_file",
-        ),  # the contents of the last are kept instead
-        *(
-            "logging_steps",
-            "logging_strategy",
-            "logging_first_step",
-            "log_level",
-            "log_level_replica",
-            "disable_tqdm",
-        ),
-        *("log_core_norms", "log_base_loss", "save_only_trained", "save_base"),
-        *("log_expert_load", "log_on_each_node", "local_rank", "save_total_limit", "push_to_hub"),
-        *(
-            "dataloader_num_workers",
-            "dataloader_pin_memory",
-            "dataloader_persistent_workers",
-            "skip_memory_metrics",
-        ),
-        *(
-            "per_device_eval_batch_size",
-            "eval_accumulation_steps",
-            "save_only_model",
-            "debug",
-            "ddp_timeout",
-        ),
-        *("allow_non_finite", "logging_nan_inf_filter", "description"),
+        "output_dir",
+        "overwrite",
+        "resume",
+        "overwrite_output_dir",
+        "resume_from_checkpoint",
+        "run_name",
+        "report_to",
+        "project",
+        "trackio_space_id",
+        "trackio_bucket_id",
+        "trackio_static_space_id",
+        "command",
+        "learning_rate_from",
+        "task_file",  # the contents of the last are kept instead
+        "logging_steps",
+        "logging_strategy",
+        "logging_first_step",
+        "log_level",
+        "log_level_replica",
+        "disable_tqdm",
+        "log_core_norms",
+        "log_base_loss",
+        "save_only_trained",
+        "save_base",
+        "log_expert_load",
+        "log_on_each_node",
+        "local_rank",
+        "save_total_limit",
+        "push_to_hub",
+        "dataloader_num_workers",
+        "dataloader_pin_memory",
+        "dataloader_persistent_workers",
+        "skip_memory_metrics",
+        "per_device_eval_batch_size",
+        "eval_accumulation_steps",
+        "save_only_model",
+        "debug",
+        "ddp_timeout",
+        "allow_non_finite",
+        "logging_nan_inf_filter",
+        "description",
         *OBSOLETE,
     }
 )
 # Other files that a run writes at the top of its folder; `overwrite` deletes them, its model and
 # the checkpoints.
 _RUN_FILES = (
-    *(
-        RUN_FILE,
-        METRICS_FILE,
-        "trainer_state.json",
-        "all_results.json",
-        "train_results.json",
-        "eval_results.json",
-    ),
-    *("results.json", "report.html"),
+    RUN_FILE,
+    METRICS_FILE,
+    "trainer_state.json",
+    "all_results.json",
+    "train_results.json",
+    "eval_results.json",
+    "results.json",
+    "report.html",
 )
 
 
@@ -161,8 +157,8 @@ def check_output_dir(
     check_free(folder)
     finish(folder)
     if not resume:
-        if not overwrite and (found := _contents(folder)) is not None:
-            raise ValueError(f"output_dir {folder} holds {found} or choose another folder")
+        if not overwrite and (contents := _contents(folder)) is not None:
+            raise ValueError(f"output_dir {folder} holds {contents} or choose another folder")
         return
     saved = read_record(folder)
     if saved is None:
@@ -251,23 +247,25 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
         raise ValueError(f"{file} does not describe a run: {error}") from None
 
 
-def checkpoint_to_resume(asked: str | Path | bool | None, run_dir: Path, model: Any) -> str | None:
+def checkpoint_to_resume(
+    requested: str | Path | bool | None, run_dir: Path, model: Any
+) -> str | None:
     """The checked folder to resume from; None for a new start.
 
     Args:
-        asked: True for the last complete checkpoint of ``run_dir``, or a folder.
+        requested: True for the last complete checkpoint of ``run_dir``, or a folder.
         model: the model that is to continue.
 
     Raises:
         ValueError: there is none, or it holds weights alone; the given one is incomplete, damaged
             or of another model.
     """
-    if not asked:
+    if not requested:
         return None
-    folder = find_last_checkpoint(run_dir) if asked is True else Path(str(asked))
+    folder = find_last_checkpoint(run_dir) if requested is True else Path(str(requested))
     if folder is None:
         raise ValueError(f"nothing to resume: no complete checkpoint in {run_dir}")
-    if asked is not True:
+    if requested is not True:
         check_whole(folder)
     if not any(
         any(folder.glob(name)) for name in ("*optimizer*", "global_step*")
@@ -290,7 +288,8 @@ def _check_same_model(checkpoint: Path, config: Any) -> None:
         return  # a module that is no Hugging Face model saves none
     both = (read_mapping(file, "configuration"), json.loads(config.to_json_string(use_diff=False)))
     theirs, ours = (
-        {"model_type": each.get("model_type"), "mpoe": each.get("mpoe") or {}} for each in both
+        {"model_type": configuration.get("model_type"), "mpoe": configuration.get("mpoe") or {}}
+        for configuration in both
     )
     differing = differing_keys(theirs, ours, OBSOLETE | {"rate_ratios", "backend"}).items()
     if differing:

@@ -35,16 +35,17 @@ _LEFTOVERS = (LOCK_FILE, ".incomplete-", _WHOLE)
 WEIGHT_FILES = (WEIGHTS, "model-*-of-*.safetensors", INDEX, ONLY_FILE, BACKGROUND_FILE)
 # What models and tokenizers save.
 _SAVED = (
-    *(
-        CONFIG,
-        "generation_config.json",
-        "training_args.bin",
-        *WEIGHT_FILES,
-        BASE_FILE,
-        REMOTE_FILE,
-        CARD_FILE,
-    ),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    CONFIG,
+    "generation_config.json",
+    "training_args.bin",
+    *WEIGHT_FILES,
+    BASE_FILE,
+    REMOTE_FILE,
+    CARD_FILE,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
 )
 
 

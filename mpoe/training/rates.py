@@ -311,7 +311,7 @@ def find_rate(
     judged, rest = [items[k] for k in order[:held]], [items[k] for k in order[held:]]
 
     def tried(rate: float) -> float:
-        own = copy.copy(args)
+        trial_args = copy.copy(args)
         with tempfile.TemporaryDirectory() as folder:
             for name, value in {
                 **_TRIAL,
@@ -319,9 +319,9 @@ def find_rate(
                 "learning_rate": rate,
                 "max_steps": steps,
             }.items():
-                setattr(own, name, value)
+                setattr(trial_args, name, value)
             model, how = copy.deepcopy(trainer.model), {"data_collator": trainer.data_collator}
-            trial = type(trainer)(model=model, args=own, train_dataset=rest, **how)
+            trial = type(trainer)(model=model, args=trial_args, train_dataset=rest, **how)
             trial.remove_callback(PrinterCallback)
             try:
                 trial.train()

@@ -154,8 +154,8 @@ def save_sharded_checkpoint(
         checkpoints.clean_leftovers(folder)
     save_sharded(model, staged)
     groups = [
-        {**group, "params": own}
-        for group, own in zip(optimizer.param_groups, _names(model, optimizer), strict=True)
+        {**group, "params": names}
+        for group, names in zip(optimizer.param_groups, _names(model, optimizer), strict=True)
     ]
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}  # what an optimizer keeps that is no tensor
@@ -219,7 +219,7 @@ def load_sharded_optimizer(
             f"optimizer must have the groups of parameters that {folder / OPTIMIZER} lists; they "
             "differ"
         )
-    own: dict[int, dict[str, Any]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for number, (name, parameter) in enumerate(_named(model, optimizer).items()):
         for key, value in states.get(name, {}).items():
             if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
@@ -232,13 +232,13 @@ def load_sharded_optimizer(
             ):  # not a count of steps
                 here, mesh = value.to(parameter.device), parameter.device_mesh
                 value = distribute_tensor(here, mesh, parameter.placements, src_data_rank=None)
-            own.setdefault(number, {})[key] = value
+            state.setdefault(number, {})[key] = value
     numbered = optimizer.state_dict()["param_groups"]
     for now, then in zip(numbered, groups, strict=True):
         now |= {
             name: _setting(now.get(name), value) for name, value in then.items() if name != "params"
         }
-    optimizer.load_state_dict({"state": own, "param_groups": numbered})
+    optimizer.load_state_dict({"state": state, "param_groups": numbered})
     return step
 
 

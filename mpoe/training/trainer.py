@@ -50,14 +50,15 @@ from mpoe.training.statistics import (
 # Everything that models return besides the logits; it does not belong in an evaluation's
 # predictions.
 _NOT_PREDICTIONS = (
-    *(
-        *IGNORED_AT_INFERENCE,
-        "hidden_states",
-        "attentions",
-        "cross_attentions",
-        "encoder_last_hidden_state",
-    ),
-    *(f"{side}coder_{what}" for side in ("en", "de") for what in ("hidden_states", "attentions")),
+    *IGNORED_AT_INFERENCE,
+    "hidden_states",
+    "attentions",
+    "cross_attentions",
+    "encoder_last_hidden_state",
+    "encoder_hidden_states",
+    "encoder_attentions",
+    "decoder_hidden_states",
+    "decoder_attentions",
 )
 
 
@@ -411,14 +412,14 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         router = (
             self.model.mpoe_config.router
         )  # GShard's second choices may be dropped: a token has one for certain
-        found = (
+        warning = (
             None
             if self._is_warned
             else one_sided(counts, 1 if router.second_policy else router.top_k)
         )
-        if found is not None and self.is_world_process_zero():
+        if warning is not None and self.is_world_process_zero():
             self._is_warned = True
-            warnings.warn(found, stacklevel=2)
+            warnings.warn(warning, stacklevel=2)
         return {"expert_load": {"share": load_shares(counts)}}
 
     def _note_training(

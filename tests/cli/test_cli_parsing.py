@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from mpoe.cli.command import (
-    Asked,
     CommandError,
+    Request,
     as_command,
     make_parser,
     option,
@@ -175,9 +175,9 @@ class Third:
 
 
 @as_command("mpoe x MODEL", Third, words=(1, 1))
-def read(asked: Asked) -> Asked:
+def read(request: Request) -> Request:
     """Return what was asked."""
-    return asked
+    return request
 
 
 def test_words_may_follow_options_and_surplus_ones_are_refused() -> None:
@@ -195,13 +195,13 @@ def test_words_may_follow_options_and_surplus_ones_are_refused() -> None:
     ]
     typed = shlex.join(["mpoe", "x", *tokens])
     given = {"prompt", "fast", "items", "rate"}
-    assert read(tokens) == Asked((Third(["a", "b"], True, [1, 2], 1e-3),), given, ["m"], typed)
+    assert read(tokens) == Request((Third(["a", "b"], True, [1, 2], 1e-3),), given, ["m"], typed)
     for others in (("m", "n"), ("m", "--rate", "1", "n")):
         refuses(CommandError, "values without an option: 'n'", read, others)
     refuses(CommandError, "argument --prompt: expected one argument", read, ["m", "--prompt"])
-    asked = read(["--rate", "1", "m", "--fast"])
-    assert asked is not None
-    assert (asked.words, asked.options) == (["m"], (Third(fast=True, rate=1.0),))
+    request = read(["--rate", "1", "m", "--fast"])
+    assert request is not None
+    assert (request.words, request.options) == (["m"], (Third(fast=True, rate=1.0),))
     assert (
         read(["--fast", "m"])[:3]
         == read(["m", "--fast"])[:3]
@@ -227,7 +227,7 @@ def test_help_is_printed_wherever_it_is_asked_for(capsys: pytest.CaptureFixture[
         ):
             assert words in out  # the second one is this module's docstring
     anything = as_command("mpoe z", Third)(
-        lambda asked: asked.options
+        lambda request: request.options
     )  # a command that takes no words runs
     assert anything([]) == (Third(),)
 

@@ -43,10 +43,10 @@ class Dense(nn.Module):
         self, model: int, activation: str, hidden: int | None = None, **placed: Any
     ) -> None:
         super().__init__()
-        self.act, hidden = ACTIVATIONS[activation], hidden or 4 * model
-        self.up, self.down = (
-            nn.Linear(*s, False, **placed) for s in ((model, hidden), (hidden, model))
-        )
+        hidden = hidden or 4 * model
+        self.act = ACTIVATIONS[activation]
+        self.up = nn.Linear(model, hidden, False, **placed)
+        self.down = nn.Linear(hidden, model, False, **placed)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.act(self.up(x)))
@@ -210,25 +210,25 @@ def case_layer(label: str, shape: str, case: Case, backend: str, at: Place) -> L
         """The floor: fewest FLOPs of any strategy, router in, relative to the dense network's, by
         phase."""
         router = case.experts / (8 * case.model)
+        floor = {}
         if hasattr(layer, "relative_flops"):
-            floor = {"forward": layer.relative_flops(case.top_k) + router}
+            floor["forward"] = layer.relative_flops(case.top_k) + router
         else:
-            floor = {}
             for phase, training in (("forward", False), ("train", True)):
-                options: Any = {
-                    "training": training,
-                    "mask_central": case.masked,
-                    "top_k": case.top_k,
-                }
-                shapes = layer.experts.up.shape, layer.experts.down.shape
-                plans = [
-                    plan_contraction(shape, case.experts, at.tokens, at.dtype, **options)
-                    for shape in shapes
-                ]
-                floor[phase] = (
-                    sum(plan.flops for plan in plans) / sum(plan.dense_flops for plan in plans)
-                    + router
-                )
+                flops = dense_flops = 0
+                for projection in (layer.experts.up, layer.experts.down):
+                    plan = plan_contraction(
+                        projection.shape,
+                        case.experts,
+                        at.tokens,
+                        at.dtype,
+                        training=training,
+                        mask_central=case.masked,
+                        top_k=case.top_k,
+                    )
+                    flops += plan.flops
+                    dense_flops += plan.dense_flops
+                floor[phase] = flops / dense_flops + router
         return {"shape": shape, "backend": backend, "masked": case.masked, "floor": floor}
 
     make = partial(case.layer, at.device, dtype=at.dtype)
@@ -262,21 +262,22 @@ def _built(
 ) -> tuple[Contender, Truth]:
     x, grad_y = shared
     torch.manual_seed(1)
-    modules = nn.Sequential(*(layer.make(False) for _ in range(count))).train(grad_y is not None)
-    module, plain = modules[0], layer.make(True).train(grad_y is not None)
+    trains = grad_y is not None
+    modules = nn.Sequential(*(layer.make(False) for _ in range(count))).train(trains)
+    module = modules[0]
+    plain = layer.make(True).train(trains)
     plain.load_state_dict(module.state_dict())
 
     def results(dtype: torch.dtype) -> dict[str, Tensor]:
-        own = (
-            plain.double() if dtype == torch.float64 else plain
-        )  # routers stay in float32 beside 16 bits
-        own.zero_grad()
-        leaf = x.detach().to(dtype).requires_grad_(grad_y is not None)
-        y = own(leaf)
+        if dtype == torch.float64:
+            plain.double()  # routers stay in float32 beside 16 bits
+        plain.zero_grad()
+        leaf = x.detach().to(dtype).requires_grad_(trains)
+        y = plain(leaf)
         if grad_y is None:
             return {"y": y}
         y.backward(grad_y.to(dtype))
-        return {"y": y, **gradients_of({"x": leaf, **dict(own.named_parameters())})}
+        return {"y": y, **gradients_of({"x": leaf, **dict(plain.named_parameters())})}
 
     facts = size_facts(modules, dtype) | dict(layer.facts(module))
     contender = Contender(
@@ -308,16 +309,22 @@ def layers_comparison(
             checked and the forward passes of all are timed, in evaluation mode.
         facts: more of the case.
     """
-    model, hidden, train = at.model, 4 * at.model, train and count == 1
+    model = at.model
+    hidden = 4 * model
+    train = train and count == 1
 
     def context() -> tuple[Tensor, Tensor | None]:
         torch.manual_seed(0)
-        x, grad_y = (torch.randn(at.tokens, model).to(at.device, at.dtype) for _ in range(2))
+        x = torch.randn(at.tokens, model).to(at.device, at.dtype)
+        grad_y = torch.randn(at.tokens, model).to(at.device, at.dtype)
         return x.requires_grad_(train), grad_y if train else None
 
     limit = Layer(LIMIT, "limit", lambda _: Dense(model, "relu", device=at.device, dtype=at.dtype))
     built = partial(_built, count=count, dtype=at.dtype)
-    builds = [(each.name, each.kind, partial(built, layer=each)) for each in (limit, *layers)]
+    builds = [
+        (contender.name, contender.kind, partial(built, layer=contender))
+        for contender in (limit, *layers)
+    ]
     known = {
         "model": model,
         "hidden": hidden,

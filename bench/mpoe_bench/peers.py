@@ -15,11 +15,9 @@ from torch import Tensor, nn
 
 from mpoe_kernels import MPOShape
 
-LOOP, GROUPED, ORIGINAL = (
-    "dense experts, loop",
-    "dense experts, grouped_mm",
-    "original: rebuild all",
-)
+LOOP = "dense experts, loop"
+GROUPED = "dense experts, grouped_mm"
+ORIGINAL = "original: rebuild all"
 Sizes = tuple[int, int, int]  # model I, hidden F, experts E
 # x [T, I], experts int64 [T], gates [T, 1], up [E, F, I] and down [E, I, F] (as in nn.Linear) ->
 # [T, I]
@@ -122,15 +120,19 @@ class OriginalLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.plain:
             return self.layer(x)
-        decision, experts, weights = self.layer.router(x), self.layer.num_experts, []
-        for module in (self.layer.experts.up, self.layer.experts.down):
-            cores = [module.get_parameter(name) for name in module.core_names()]
-            apart = [
-                [c] * experts if k == module.shape.central else c.unbind(0)
-                for k, c in enumerate(cores)
-            ]
-            weights.append([rebuilt(own, module.shape).T for own in zip(*apart, strict=True)])
-        return loop(x, decision.top_k_index[:, 0], decision.top_k_weights, *weights)
+        decision = self.layer.router(x)
+        up = self.weights(self.layer.experts.up)
+        down = self.weights(self.layer.experts.down)
+        return loop(x, decision.top_k_index[:, 0], decision.top_k_weights, up, down)
+
+    def weights(self, module: Any) -> list[Tensor]:
+        """Of every expert, as in nn.Linear."""
+        cores: list[Sequence[Tensor]] = []
+        for number, name in enumerate(module.core_names()):
+            core = module.get_parameter(name)
+            is_shared = number == module.shape.central
+            cores.append([core] * self.layer.num_experts if is_shared else core.unbind(0))
+        return [rebuilt(chain, module.shape).T for chain in zip(*cores, strict=True)]
 
 
 class _OfTokens(nn.Module):

@@ -116,13 +116,14 @@ class Run:
         self.threads = check_options(suite, device, threads, scale, backend, phases)
         self.only = only
         self.phases = phases
-        self.suite, self.device, self.on_section = suite, device, on_section
-        self.scale, self.backends = SCALES[scale], backends_to_measure(backend, suite, device)
-        self.budget = (
-            BUDGETS.get("gpu" if device == "cuda" else suite, Budget())
-            if self.scale.judged
-            else TINY
-        )
+        self.suite = suite
+        self.device = device
+        self.on_section = on_section
+        self.scale = SCALES[scale]
+        self.backends = backends_to_measure(backend, suite, device)
+        self.budget = BUDGETS.get("gpu" if device == "cuda" else suite, Budget())
+        if not self.scale.judged:
+            self.budget = TINY
         self.timer: Callable[[], float] = time.perf_counter
         minutes = minutes or (GPU_MINUTES if suite == "gpu" else math.inf)
         self.deadline = time.monotonic() + 60 * minutes
@@ -145,19 +146,19 @@ class Run:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """One test per contender and phase; and per case, phase and backend whose choice is
         judged."""
-        found = []
+        parameters = []
         if "comparison" in metafunc.fixturenames:
-            for each in Plan(self.scale, self.device, self.backends).of(self.suite):
-                for name, phase in self.timed(each):
-                    found.append(pytest.param(each, name, phase, id=f"{each.title}-{name}-{phase}"))
-            metafunc.parametrize(("comparison", "name", "phase"), found)
+            for comparison in Plan(self.scale, self.device, self.backends).of(self.suite):
+                for name, phase in self.timed(comparison):
+                    label = f"{comparison.title}-{name}-{phase}"
+                    parameters.append(pytest.param(comparison, name, phase, id=label))
+            metafunc.parametrize(("comparison", "name", "phase"), parameters)
         elif "case" in metafunc.fixturenames:
             for backend, case in judged_of(self.suite, self.scale, self.device, self.backends):
                 for phase in ("forward", "backward") if case.training else ("forward",):
-                    found.append(
-                        pytest.param(backend, case, phase, id=f"{case.name}-{backend}-{phase}")
-                    )
-            metafunc.parametrize(("backend", "case", "phase"), found)
+                    label = f"{case.name}-{backend}-{phase}"
+                    parameters.append(pytest.param(backend, case, phase, id=label))
+            metafunc.parametrize(("backend", "case", "phase"), parameters)
 
     def timed(self, comparison: Comparison) -> Iterator[tuple[str, str]]:
         """Contenders and phases of a comparison; none if there is nobody beside the dense layer."""
@@ -210,14 +211,11 @@ class Run:
             self._comparison, self._context, self._held = comparison, comparison.context(), {}
         if name not in self._held:
             self._held = {key: value for key, value in self._held.items() if key == baseline}
-            kind, build = next(
-                (kind, build) for own, kind, build in comparison.contenders if own == name
-            )
+            of_name = {contender[0]: contender for contender in comparison.contenders}
+            _, kind, build = of_name[name]
             if time.monotonic() > self.deadline:
-                self._held[name] = (
-                    None,
-                    {"name": name, "kind": kind, "reason": f"{NOT_HERE}: the time was up"},
-                )
+                row = {"name": name, "kind": kind, "reason": f"{NOT_HERE}: the time was up"}
+                self._held[name] = None, row
             else:
                 self._held[name] = checked(name, kind, build, self._context, self.device)
         return self._held[name]
@@ -236,10 +234,10 @@ class Run:
         base, of_base = self._checked(comparison, baseline)
         if base is None:
             pytest.fail(f"the baseline {baseline!r} cannot be measured: {of_base['reason']}")
-        both = {"own": contender} if contender is base else {"own": contender, "base": base}
-        functions = {
-            who: each.call("forward" if phase == "graph" else phase) for who, each in both.items()
-        }
+        call = "forward" if phase == "graph" else phase
+        functions = {"contender": contender.call(call)}
+        if contender is not base:
+            functions["base"] = base.call(call)
         if None in functions.values():
             pytest.skip(f"it takes no part in {phase}")
         try:
@@ -255,32 +253,29 @@ class Run:
         contender.release()
         base.release()
         benchmark.group, benchmark.name = f"{comparison.title}, {phase}", name
-        benchmark.extra_info.update(
-            {key: row.get(key) for key in ("errors", "memory", "parameters", "floor")}
-        )
+        for key in ("errors", "memory", "parameters", "floor"):
+            benchmark.extra_info[key] = row.get(key)
         if benchmark.stats is not None:  # None with --benchmark-disable
-            row[phase] = facts_of(
-                samples["own"], samples.get("base", samples["own"]), comparison.tokens
-            )
-            benchmark.extra_info.update(
-                {key: row[phase][key] for key in ("x", "tokens_per_second")}
-            )
+            ours = samples["contender"]
+            row[phase] = facts_of(ours, samples.get("base", ours), comparison.tokens)
+            for key in ("x", "tokens_per_second"):
+                benchmark.extra_info[key] = row[phase][key]
 
     @property
     def failures(self) -> list[str]:
         """MPO contenders that failed or gave a wrong result; a backend without a kernel is not a
         failure."""
-        found = []
+        reasons = []
         for section in self.sections:
             if "spoilt" in section:
-                found.append(
+                reasons.append(
                     f"{section['title']}: {section['spoilt']}; what was to follow is left out"
                 )
             for row in section["rows"]:
                 reason = row.get("reason") or NOT_HERE
                 if row.get("kind", "mpoe") != "peer" and not reason.startswith(NOT_HERE):
-                    found.append(f"{row['name']} ({section['title']}): {reason}")
-        return found
+                    reasons.append(f"{row['name']} ({section['title']}): {reason}")
+        return reasons
 
     @property
     def targets(self) -> list[dict[str, Any]]:
@@ -321,13 +316,13 @@ def in_turn(
     return samples
 
 
-def facts_of(own: list[float], base: list[float], tokens: int) -> dict[str, Any]:
+def facts_of(ours: list[float], theirs: list[float], tokens: int) -> dict[str, Any]:
     """``x``: median over rounds of the ratio to the baseline's time in the same round; low and
     high: percentiles."""
-    ratios = [mine / max(theirs, 1e-12) for mine, theirs in zip(own, base, strict=True)]
+    ratios = [one / max(other, 1e-12) for one, other in zip(ours, theirs, strict=True)]
     low, x, high = (float(np.quantile(ratios, q)) for q in (0.1, 0.5, 0.9))
-    seconds = median(own)
-    facts = {"seconds": seconds, "x": x, "low": low, "high": high, "rounds": len(own)}
+    seconds = median(ours)
+    facts = {"seconds": seconds, "x": x, "low": low, "high": high, "rounds": len(ours)}
     return facts | {"tokens_per_second": tokens / max(seconds, 1e-12)}
 
 
@@ -347,7 +342,9 @@ def run_suite(suite: str = "quick", **options: Any) -> dict[str, Any]:
         RuntimeError: pytest itself failed.
         KeyboardInterrupt: as the session was.
     """
-    run, here, said = Run(suite, **options), Path(__file__).parent, io.StringIO()
+    run = Run(suite, **options)
+    here = Path(__file__).parent
+    printed = io.StringIO()
     words = [
         str(here / "test_bench.py"),
         f"--rootdir={here}",
@@ -358,22 +355,20 @@ def run_suite(suite: str = "quick", **options: Any) -> dict[str, Any]:
         "-q",
     ]
     words += ["--assert=plain", "-p", "no:cacheprovider"]
-    machine, start, before = (
-        describe(run.device, run.threads),
-        time.perf_counter(),
-        torch.get_num_threads(),
-    )
+    machine = describe(run.device, run.threads)
+    start = time.perf_counter()
+    before = torch.get_num_threads()
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     torch.set_num_threads(run.threads)
     try:
-        with patch.dict(os.environ, clean, clear=True), contextlib.redirect_stdout(said):
+        with patch.dict(os.environ, clean, clear=True), contextlib.redirect_stdout(printed):
             code = pytest.main(words, plugins=[run])
     finally:
         torch.set_num_threads(before)
     if code == pytest.ExitCode.INTERRUPTED:
         raise KeyboardInterrupt
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-        raise RuntimeError(f"pytest ended with status {int(code)}: {said.getvalue()[-2000:]}")
+        raise RuntimeError(f"pytest ended with status {int(code)}: {printed.getvalue()[-2000:]}")
     if not run.sections and not run.skipped:
         raise ValueError(
             f"only and phases must leave something to measure; got {run.only!r} and {run.phases}"

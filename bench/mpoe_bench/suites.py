@@ -145,14 +145,18 @@ class Plan(NamedTuple):
         """MPO experts of several shapes, one per token, on every backend; ``masked`` again with the
         central gradient masked; peers with dense experts, and the original's algorithm on some
         shapes."""
-        at, layers = self.at(tokens, dtype), []
-        for names, hidden in ((shapes, False), (masked if train else (), True)):
-            for name in names:
-                label, case = (
-                    f"mpoe {name}{', central masked' * hidden}",
-                    named_case(name, at.model, experts, hidden),
-                )
-                layers += [case_layer(label, name, case, backend, at) for backend in self.backends]
+        at = self.at(tokens, dtype)
+        layers = []
+        for name in shapes:
+            case = named_case(name, at.model, experts)
+            for backend in self.backends:
+                layers.append(case_layer(f"mpoe {name}", name, case, backend, at))
+        if train:
+            for name in masked:
+                case = named_case(name, at.model, experts, masked=True)
+                for backend in self.backends:
+                    label = f"mpoe {name}, central masked"
+                    layers.append(case_layer(label, name, case, backend, at))
         layers += peer_layers(peers, experts, at)
         layers += [original_layer(name, experts, at) for name in original]
         return layers_comparison(
@@ -201,36 +205,36 @@ class Plan(NamedTuple):
     ) -> Comparison:
         """Layers by name, and some of `STOCK_LAYERS`."""
         backends = self.backends if count == 1 else self.backends[:1]
-        found = [
-            case_layer(name, name, case, backend, at)
-            for name, case in named.items()
-            for backend in backends
-        ]
-        found += [stock(name, at) for name in others]
-        return layers_comparison("layers", "layers", found, at, train=train, count=count)
+        contenders = []
+        for name, case in named.items():
+            contenders += [case_layer(name, name, case, backend, at) for backend in backends]
+        contenders += [stock(name, at) for name in others]
+        return layers_comparison("layers", "layers", contenders, at, train=train, count=count)
 
     def layers(self) -> Iterator[Comparison]:
         """A training batch, and few tokens through as many layers as a model has."""
-        scale, depth = self.scale, LAYERS if self.scale.judged else 2
-        models, counts = (
-            ((32,), (1, 64)) if self.device == "cpu" else ((768, 2048, 4096), (1, 64, TOKENS))
-        )
-        for model in models if self.device == "cuda" or not scale.judged else ():
+        scale = self.scale
+        depth = LAYERS if scale.judged else 2
+        if self.device == "cuda":
+            yield from self.gpu_layers((768, 2048, 4096), (1, 64, TOKENS))
+            return
+        if not scale.judged:
+            yield from self.gpu_layers((32,), (1, 64))
+        for dtype in HALVES:
+            named = mixtures(scale.model)
+            for tokens, count in ((scale.many_tokens, 1), (scale.few_tokens, depth), (1, depth)):
+                yield self.beside(named, self.at(tokens, dtype), count, STOCK_LAYERS)
+            wide = self.at(scale.many_tokens, dtype, 2048 if scale.judged else 64)
+            named = mixtures(wide.model)
+            yield self.beside({n: case for n, case in named.items() if "neurons 64" in n}, wide)
+
+    def gpu_layers(self, models: Sequence[int], counts: Sequence[int]) -> Iterator[Comparison]:
+        """`cases` of every model's size, trained on the last of the numbers of tokens."""
+        for model in models:
             named = {case.name: case for case in cases((model,))}
             for tokens in counts:
-                yield self.beside(
-                    named, self.at(tokens, torch.bfloat16, model), train=tokens == counts[-1]
-                )
-        for dtype in HALVES if self.device == "cpu" else ():
-            for tokens, count in ((scale.many_tokens, 1), (scale.few_tokens, depth), (1, depth)):
-                yield self.beside(
-                    mixtures(scale.model), self.at(tokens, dtype), count, STOCK_LAYERS
-                )
-            wide = self.at(scale.many_tokens, dtype, 2048 if scale.judged else 64)
-            named = {
-                name: case for name, case in mixtures(wide.model).items() if "neurons 64" in name
-            }
-            yield self.beside(named, wide)
+                at = self.at(tokens, torch.bfloat16, model)
+                yield self.beside(named, at, train=tokens == counts[-1])
 
     def models(self) -> Iterator[Comparison]:
         """In bfloat16, with layers of T5-base's size: an AdamW step, and `generate` alone and in
@@ -285,7 +289,9 @@ class Plan(NamedTuple):
             layers, name: see `dense_model`.
             dtype: of the weights.
         """
-        generates, size, experts = key == "generate", self.scale.model, self.scale.few_experts
+        generates = key == "generate"
+        size = self.scale.model
+        experts = self.scale.few_experts
 
         def context() -> tuple[Any, Tensor, Truth]:
             dense = dense_model(name, size, layers, dtype)
@@ -319,38 +325,36 @@ class Plan(NamedTuple):
                 optimizer.step()
                 return loss.detach()
 
-            run = (
-                {"timed": partial(model.generate, ids, do_sample=False, **length)}
-                if generates
-                else {"step": step}
+            contender = Contender(
+                partial(logits_of, model, ids),
+                dict(model.named_parameters()),
+                facts=size_facts(model, dtype),
             )
-            told: dict[str, Any] = {"facts": size_facts(model, dtype), **run}
-            return Contender(
-                partial(logits_of, model, ids), dict(model.named_parameters()), **told
-            ), truth
+            if generates:
+                contender.timed = partial(model.generate, ids, do_sample=False, **length)
+            else:
+                contender.step = step
+            return contender, truth
 
         switch = partial(build, fields={"expert_type": "dense"})
         builds: list[tuple[str, str, Build]] = [
             (f"dense {name}", "limit", partial(build, fields=None)),
             (f"{name} with dense experts (Switch)", "peer", switch),
-            *(
-                (f"mpoe {name} {each}", "mpoe", partial(build, fields={"shape": each}))
-                for each in shapes
-            ),
         ]
-        count, told = tokens[0] * tokens[1], dtype_name(dtype)
-        what = (
-            f"generate: {tokens[0]} x {tokens[1]} new tokens"
-            if generates
-            else f"train step: {count} tokens, AdamW"
-        )
-        title = f"{what}, {name} {layers} layers {size}x{4 * size} E={experts} {told}"
+        for shape in shapes:
+            ours = partial(build, fields={"shape": shape})
+            builds.append((f"mpoe {name} {shape}", "mpoe", ours))
+        count = tokens[0] * tokens[1]
         facts = {
             "experts": experts,
             "tokens": count,
             "model": size,
             "hidden": 4 * size,
-            "dtype": told,
+            "dtype": dtype_name(dtype),
         }
+        what = f"train step: {count} tokens, AdamW"
+        if generates:
+            what = f"generate: {tokens[0]} x {tokens[1]} new tokens"
+        title = f"{what}, {name} {layers} layers {size}x{4 * size} E={experts} {facts['dtype']}"
         phases = ("forward",) if generates else ("forward", "train")
         return Comparison(key, title, context, builds, count, facts, phases)

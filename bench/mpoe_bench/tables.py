@@ -98,17 +98,15 @@ def timing_table(section: Mapping[str, Any]) -> TextTable:
         if row.get("reason"):
             notes.setdefault(row["reason"], []).append(row["name"])
     cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
-    found = [f"{', '.join(who)}: {reason}" for reason, who in notes.items()]
-    return TextTable(section["title"], cells, found)
+    lines = [f"{', '.join(who)}: {reason}" for reason, who in notes.items()]
+    return TextTable(section["title"], cells, lines)
 
 
 def planner_table(section: Mapping[str, Any]) -> TextTable:
     """The choice against the best of another timing, misses first."""
     rows = sorted(section["rows"], key=lambda row: -row["ratio"])
-    ratios, firsts = (
-        [row["ratio"] for row in rows],
-        [sum(row["first_use"].values()) for row in rows],
-    )
+    ratios = [row["ratio"] for row in rows]
+    firsts = [sum(row["first_use"].values()) for row in rows]
     title = section["title"]
     if rows:
         title += (
@@ -153,14 +151,12 @@ def tables_of(
 
 def machine_table(machine: Mapping[str, Any]) -> TextTable:
     """The machine that was measured."""
-    facts = {
-        name: value for name, value in machine.items() if value and name != "libraries"
-    } | machine["libraries"]
-    told = [
-        ", ".join(map(str, each)) if isinstance(each, list) else str(each)
-        for each in facts.values()
-    ]
-    return TextTable("machine", {"": list(facts), "value": told})
+    facts = {name: fact for name, fact in machine.items() if fact and name != "libraries"}
+    facts |= machine["libraries"]
+    values = []
+    for fact in facts.values():
+        values.append(", ".join(map(str, fact)) if isinstance(fact, list) else str(fact))
+    return TextTable("machine", {"": list(facts), "value": values})
 
 
 def text_of(table: TextTable) -> str:

@@ -9,15 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mpoe_bench.layers import TOKENS, cases
+from mpoe_bench.layers import TOKENS, Case, cases
 from mpoe_bench.peers import GROUPED, LOOP, ORIGINAL
 
 PHASES = {"forward": "forward", "train": "forward + backward"}
 MOST_MEMORY = 1.2  # of mixtures around a dense network, x dense
-TOLERANCE, WANTED_SHARE = (
-    1.15,
-    0.9,
-)  # of the autotuner's choice: x the best measured, and of how many cases
+TOLERANCE = 1.15  # of the autotuner's choice: x the best measured
+WANTED_SHARE = 0.9  # of the cases
 
 
 @dataclass(frozen=True)
@@ -76,34 +74,34 @@ LAYER_TARGETS = (
 )
 # On an H100, in bfloat16; eager has no targets there.
 GPU_TARGETS = (
-    *(
-        Target("separable", experts, tokens, 1.35)
-        for experts in (8, 64)
-        for tokens in (4096, 32768)
-    ),
+    Target("separable", 8, 4096, 1.35),
+    Target("separable", 8, 32768, 1.35),
+    Target("separable", 64, 4096, 1.35),
+    Target("separable", 64, 32768, 1.35),
     Target("paper_32", 64, 64, 3.0, None, GROUPED),
     Target("paper_full", 8, 32768, 1 / 1.3, None, GROUPED),
-    *(
-        Target(case.name, 1, TOKENS, *case.limits, key="layers", sizes=(case.model, 4 * case.model))
-        for case in cases()
-    ),
 )
+
+
+def of_layer(case: Case) -> Target:
+    """The target of a layer with its router."""
+    sizes = (case.model, 4 * case.model)
+    return Target(case.name, 1, TOKENS, *case.limits, key="layers", sizes=sizes)
 
 
 def targets_of(backend: str, device: str = "cpu") -> tuple[Target, ...]:
     """The targets that a backend is held to."""
-    if device == "cuda":
-        return () if backend == "eager" else GPU_TARGETS
-    return EAGER_TARGETS if backend == "eager" else (*KERNEL_TARGETS, *LAYER_TARGETS)
+    if device == "cpu":
+        return EAGER_TARGETS if backend == "eager" else KERNEL_TARGETS + LAYER_TARGETS
+    return () if backend == "eager" else GPU_TARGETS + tuple(map(of_layer, cases()))
 
 
 def _timed(section: Mapping[str, Any], phase: str, **wanted: Any) -> float | None:
     """``x`` of the first row that was timed in a phase and has these values."""
-    rows = (row for row in section["rows"] if row.get(phase))
-    return next(
-        (row[phase]["x"] for row in rows if all(row.get(k, False) == v for k, v in wanted.items())),
-        None,
-    )
+    for row in section["rows"]:
+        if row.get(phase) and all(row.get(k, False) == v for k, v in wanted.items()):
+            return row[phase]["x"]
+    return None
 
 
 Judged = Iterator[tuple[str, str, str, bool]]  # what, wanted, found, reached
@@ -113,9 +111,11 @@ def _against_limits(section: Mapping[str, Any], row: Mapping[str, Any], device: 
     case = section["case"]
     number = case.get("experts" if section["key"] == "ffn" else "layers")
     sizes = case.get("model"), case.get("hidden")
-    found = section["key"], row.get("shape"), number, case["tokens"], sizes
-    for target in () if row.get("masked") else targets_of(row["backend"], device):
-        if (target.key, target.shape, target.experts, target.tokens, target.sizes) != found:
+    place = section["key"], row.get("shape"), number, case["tokens"], sizes
+    if row.get("masked"):
+        return
+    for target in targets_of(row["backend"], device):
+        if (target.key, target.shape, target.experts, target.tokens, target.sizes) != place:
             continue
         wide = "" if target.sizes == Target.sizes else f" {target.sizes[0]}x{target.sizes[1]}"
         what = (
@@ -130,60 +130,59 @@ def _against_limits(section: Mapping[str, Any], row: Mapping[str, Any], device: 
             if peer is None:
                 yield f"{what}, {words}", f"<= {limit:g} x dense", f"{x:.2f}", x <= limit
             elif (other := _timed(section, phase, name=peer)) is not None:
-                wanted = f">= {limit:.3g} x faster"
-                yield (
-                    f"{what}, {words}, against {target.peer}",
-                    wanted,
-                    f"{other / x:.2f}",
-                    other / x >= limit,
-                )
+                faster = other / x
+                named = f"{what}, {words}, against {target.peer}"
+                yield named, f">= {limit:.3g} x faster", f"{faster:.2f}", faster >= limit
 
 
 def _against_others(section: Mapping[str, Any], row: Mapping[str, Any], device: str) -> Judged:
     """Masked against unmasked training, and the memory of training against the dense network's or
     dense experts'."""
     case, key, words = section["case"], section["key"], PHASES["train"]
-    rows = {each["name"]: each for each in section["rows"] if "train" in (each.get("memory") or {})}
-    memory = {name: each["memory"]["train"] for name, each in rows.items()}
-    dense = next((name for name, each in rows.items() if each["kind"] == "limit"), None)
-    what, own = (
-        f"{row.get('shape')}, E={case.get('experts')} T={case['tokens']}, ",
-        memory.get(row["name"]),
-    )
+    rows = {
+        other["name"]: other for other in section["rows"] if "train" in (other.get("memory") or {})
+    }
+    memory = {name: other["memory"]["train"] for name, other in rows.items()}
+    dense = next((name for name, other in rows.items() if other["kind"] == "limit"), None)
+    what = f"{row.get('shape')}, E={case.get('experts')} T={case['tokens']}, "
+    used = memory.get(row["name"])
     whole = _timed(
         section, "train", kind="mpoe", shape=row.get("shape"), backend=row["backend"], masked=False
     )
-    if key == "layers" and device == "cpu" and own and dense:
-        ratio = (own["peak"] - own["kept"]) / (memory[dense]["peak"] - memory[dense]["kept"])
+    if key == "layers" and device == "cpu" and used and dense:
+        ratio = (used["peak"] - used["kept"]) / (memory[dense]["peak"] - memory[dense]["kept"])
         what = f"{row['shape']} {case['model']}x{case['hidden']}, memory of {words}"
         yield what, f"<= {MOST_MEMORY:g} x dense", f"{ratio:.2f}", ratio <= MOST_MEMORY
     elif key == "ffn" and row.get("masked") and row.get("train") and whole is not None:
         x = row["train"]["x"]
-        yield (
-            f"{what}{words}, central masked",
-            "less than unmasked",
-            f"{x:.2f} of {whole:.2f}",
-            x < whole,
-        )
-    elif key == "ffn" and not row.get("masked") and own and LOOP in rows and case["experts"] >= 4:
-        needs = [memory[name]["peak"] + rows[name]["weight_bytes"] for name in (row["name"], LOOP)]
-        found = " of ".join(f"{need / 2**20:.0f}" for need in needs)
-        yield (
-            f"{what}weights + peak of {words}",
-            "below dense experts'",
-            f"{found} MiB",
-            needs[0] < needs[1],
-        )
+        what += f"{words}, central masked"
+        yield what, "less than unmasked", f"{x:.2f} of {whole:.2f}", x < whole
+    elif key == "ffn" and not row.get("masked") and used and LOOP in rows and case["experts"] >= 4:
+        ours = used["peak"] + row["weight_bytes"]
+        theirs = memory[LOOP]["peak"] + rows[LOOP]["weight_bytes"]
+        text = f"{ours / 2**20:.0f} of {theirs / 2**20:.0f} MiB"
+        yield f"{what}weights + peak of {words}", "below dense experts'", text, ours < theirs
 
 
-def _choice(section: Mapping[str, Any], _: object, device: str) -> Judged:
+def _choice(section: Mapping[str, Any]) -> Judged:
     """The autotuner's choices."""
-    within, count = sum(row["ratio"] <= TOLERANCE for row in section["rows"]), len(section["rows"])
-    what, wanted = (
-        f"choice within {TOLERANCE} x the best measured",
-        f">= {WANTED_SHARE:.0%} of cases",
-    )
+    count = len(section["rows"])
+    within = sum(row["ratio"] <= TOLERANCE for row in section["rows"])
+    what = f"choice within {TOLERANCE} x the best measured"
+    wanted = f">= {WANTED_SHARE:.0%} of cases"
     yield what, wanted, f"{within} of {count}", within >= WANTED_SHARE * count
+
+
+def _judged(section: Mapping[str, Any], device: str) -> Iterator[tuple[str, str | None, Judged]]:
+    """Backend, dtype and what was judged, of the rows of a section."""
+    if section["key"] == "planner":
+        yield section["backend"], "both", _choice(section)
+        return
+    for row in section["rows"]:
+        if row.get("backend"):
+            dtype = section["case"].get("dtype")
+            yield row["backend"], dtype, _against_limits(section, row, device)
+            yield row["backend"], dtype, _against_others(section, row, device)
 
 
 def check_targets(
@@ -196,20 +195,19 @@ def check_targets(
     """
     lines: dict[tuple[str, str], dict[str, Any]] = {}
     for section in sections:
-        planner = section["key"] == "planner"
-        dtype = "both" if planner else section["case"].get("dtype")
-        for row in [section] if planner else [row for row in section["rows"] if row.get("backend")]:
-            for judge in (_choice,) if planner else (_against_limits, _against_others):
-                for what, wanted, found, reached in judge(section, row, device):
-                    made: dict[str, Any] = {
+        for backend, dtype, judged in _judged(section, device):
+            for what, wanted, measured, reached in judged:
+                line = lines.setdefault(
+                    (what, backend),
+                    {
                         "what": what,
-                        "backend": row["backend"],
+                        "backend": backend,
                         "wanted": wanted,
-                    }
-                    line = lines.setdefault(
-                        (what, row["backend"]), {**made, "found": {}, "reached": reached}
-                    )
-                    if dtype not in line["found"]:
-                        line["found"][dtype] = found
-                        line["reached"] = reached and line["reached"]
+                        "found": {},
+                        "reached": reached,
+                    },
+                )
+                if dtype not in line["found"]:
+                    line["found"][dtype] = measured
+                    line["reached"] = reached and line["reached"]
     return sorted(lines.values(), key=lambda line: line["backend"])

@@ -56,10 +56,10 @@ def first_use(problem: Problem) -> tuple[Candidate, float]:
         os.environ.pop(autotune.SETTING, None)
         autotune.forget()
         start = time.perf_counter()
-        found = autotune.resolve_contraction(problem)
+        candidate = autotune.resolve_contraction(problem)
         seconds = time.perf_counter() - start
     autotune.forget()
-    return found, seconds
+    return candidate, seconds
 
 
 def calls_of(case: Workload) -> Callable[[str, str, str], Callable[[], object]]:
@@ -99,10 +99,10 @@ def test_choice(benchmark: Any, bench_run: Run, backend: str, case: Workload, ph
     strategies = [plan.strategy for plan in plans if plan.flops <= MOST_FLOPS * plans[0].flops]
     call = calls_of(case)
     functions = {chosen: call(phase, candidate.backend, candidate.strategy)}
-    for each in available_backends() if backend == AUTO else (backend,):
+    for kernels in available_backends() if backend == AUTO else (backend,):
         for strategy in dict.fromkeys((*strategies, candidate.strategy)):
             try:
-                functions.setdefault(f"{strategy} [{each}]", call(phase, each, strategy))
+                functions.setdefault(f"{strategy} [{kernels}]", call(phase, kernels, strategy))
             except BackendError:
                 continue  # no kernel for this strategy: no candidate
     budget = replace(
@@ -112,11 +112,11 @@ def test_choice(benchmark: Any, bench_run: Run, backend: str, case: Workload, ph
     benchmark.group, benchmark.name = title, f"{case.name}, {phase}"
     if benchmark.stats is None:
         return
-    own = samples[chosen]
-    times = {
-        name: median(mine / ours for mine, ours in zip(each, own, strict=True)) * median(own)
-        for name, each in samples.items()
-    }
+    chosen_seconds = samples[chosen]
+    times = {}
+    for name, seconds_of_rounds in samples.items():
+        pairs = zip(seconds_of_rounds, chosen_seconds, strict=True)
+        times[name] = median(one / other for one, other in pairs) * median(chosen_seconds)
     best = min(times, key=times.__getitem__)
     rows = {row["name"]: row for row in section["rows"]}
     if case.name not in rows:
@@ -126,9 +126,7 @@ def test_choice(benchmark: Any, bench_run: Run, backend: str, case: Workload, ph
     row = section["rows"][-1]
     row["chosen"][phase], row["best"][phase], row["seconds"][phase] = chosen, best, times
     row["first_use"][phase] = seconds
-    took, least = (
-        sum(row["seconds"][each][row[key][each]] for each in row["seconds"])
-        for key in ("chosen", "best")
-    )
+    took = sum(seconds[row["chosen"][phase]] for phase, seconds in row["seconds"].items())
+    least = sum(seconds[row["best"][phase]] for phase, seconds in row["seconds"].items())
     row["ratio"] = took / least
     benchmark.extra_info.update({"x": times[chosen] / times[best], "chosen": chosen, "best": best})

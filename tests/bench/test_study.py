@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mpoe_bench.study import arms, composed, quiet, tables, texts
+from mpoe_bench.study import arms, quiet, tables, texts
 from mpoe_bench.study.__main__ import main, open_study, records_in
 from mpoe_bench.study.arms import (
     costs,
@@ -375,42 +375,21 @@ def test_what_explains_an_expert() -> None:
 
 
 COMPOSED = NEURONS.with_name("composed.toml")
+QUIET = NEURONS.with_name("quiet.toml")
 
 
-def test_runs_of_composed_experts_wait_for_their_rates(tmp_path: Path, capsys) -> None:
-    file = tmp_path / "composed.toml"
-    file.write_text(COMPOSED.read_text())
-    study = open_study(file)
-    first = study.waiting({})
-    assert first[:2] == ["base", "neurons novels 40 0.003 0"]
-    assert len(first) == 1 + 2 * 3 * 4
-    records = {
-        key: {"validation": 1.0, "test": 1.0, "documentation": 1.0, "sources": 1.0} for key in first
-    }
-    records["base"] |= dict.fromkeys((*study.plan.domains, *study.plan.probes), 2.0)
-    records["lora novels 40 0.012 0"]["validation"] = 0.9
-    assert (study.plan.rate("neurons", records), study.plan.rate("lora", records)) == (0.003, 0.012)
-    then = study.waiting(records)
-    assert then[:4] == ["composed 0", "merges", "variants", "request_router"]
-    assert "lora novels 40 0.012 2" in then
-    assert then[-2:] == ["tenants", "answers"]
-    text = study.table(records)
-    assert text.count("| waits |") == 10
-    assert "| own neurons, label given | 1.000 | 1.000 |" in text
-    assert main([str(file)]) == 2
+def test_a_study_that_no_runner_is_for_is_refused(capsys) -> None:
+    assert main([str(COMPOSED), "--table"]) == 2
     assert (
-        "data_dir must be given for experts that are composed; got none" in capsys.readouterr().err
+        "must have arms, or the success of quiet experts; it has title," in capsys.readouterr().err
     )
 
 
-def test_success_of_composed_experts() -> None:
-    plan = open_study(COMPOSED).plan
-    curve = [(1, 0.1, 0.01), (2, 0.2, 0.03)]
-    assert tables._at(curve, 0.15) == pytest.approx(0.02)
-    assert tables._at(curve, 0.3) is None
-    lines = tables.criteria(plan, {})
-    assert len(lines) == 10
-    assert not any(told for _, told, _ in lines)
+def test_quiet_experts_need_a_model(tmp_path: Path, capsys) -> None:
+    file = tmp_path / "quiet.toml"
+    file.write_text(QUIET.read_text())
+    assert main([str(file)]) == 2
+    assert "data_dir must be given for quiet experts; got none" in capsys.readouterr().err
 
 
 SMALLER = {
@@ -448,12 +427,9 @@ def tiny_study(folder: Path, data: Path, plan: Path, smaller: dict[str, str]) ->
 
 @pytest.fixture
 def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (texts, composed):
-        monkeypatch.setattr(module, "LENGTH", 16)
+    monkeypatch.setattr(texts, "LENGTH", 16)
     monkeypatch.setattr(texts, "PIECES", 4)
-    monkeypatch.setattr(texts, "REQUESTS", 1)
-    monkeypatch.setattr(composed, "PROMPTS", composed.PROMPTS[:1])
-    monkeypatch.setattr(quiet, "PROMPTS", composed.PROMPTS[:1])
+    monkeypatch.setattr(quiet, "PROMPTS", quiet.PROMPTS[:1])
     monkeypatch.setattr(quiet, "MORE_PROMPTS", quiet.MORE_PROMPTS[:1])
     monkeypatch.setattr(quiet, "ANSWER_TOKENS", 4)
     for name, value in {
@@ -463,33 +439,6 @@ def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
         "GENERAL_PIECES": 4,
     }.items():
         monkeypatch.setattr(background, name, value)
-
-
-@pytest.fixture
-def tiny_composition(tmp_path: Path, tiny_data: Path, short_texts: None) -> list[str]:
-    smaller = {
-        "[0.003, 0.006, 0.012]": "[0.003]",
-        '["numpy", "sympy", "matplotlib", "torch", "transformers", "sklearn"]': (
-            '["jinja2", "safetensors"]'
-        ),
-    }
-    return tiny_study(tmp_path, tiny_data, COMPOSED, smaller)
-
-
-@pytest.mark.slow
-def test_a_study_of_composed_experts_from_its_first_run_to_its_table(
-    tiny_composition: list[str],
-) -> None:
-    file = Path(tiny_composition[0])
-    assert main(tiny_composition) == 0
-    records = records_in(file.with_suffix(".json"))
-    assert not open_study(file).waiting(records)
-    table = file.with_suffix(".md").read_text()
-    assert table.count("| waits |") <= 1  # two lengths may have no gain in common
-    assert "| 4 | " in table
-
-
-QUIET = NEURONS.with_name("quiet.toml")
 
 
 def test_runs_and_success_of_quiet_experts() -> None:

@@ -14,11 +14,10 @@ import torch
 
 from mpoe.models.weight_files import write_text
 from mpoe_bench.study.arms import ArmsStudy
-from mpoe_bench.study.composed import ComposedStudy
 from mpoe_bench.study.plan import values_of
 from mpoe_bench.study.quiet import QuietStudy
 
-Runner = ArmsStudy | ComposedStudy | QuietStudy
+Runner = ArmsStudy | QuietStudy
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,12 +30,8 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         help="folder with austen, sms_spam, movie_sentiment, word_in_context",
     )
-    p.add_argument(
-        "--model", type=Path, help="of experts that are composed: folder of SmolLM2-135M-Instruct"
-    )
-    p.add_argument(
-        "--work_dir", type=Path, help="of experts that are composed: folder that keeps their files"
-    )
+    p.add_argument("--model", type=Path, help="of quiet experts: folder of SmolLM2-135M-Instruct")
+    p.add_argument("--work_dir", type=Path, help="of quiet experts: folder that keeps their files")
     p.add_argument("--run", help="only this run, by its key, of those that --table names")
     p.add_argument(
         "--table", action="store_true", help="run nothing; write the table and name what is missing"
@@ -48,14 +43,17 @@ def open_study(file: Path) -> Runner:
     """A study by its file.
 
     Raises:
-        FileNotFoundError, ValueError: see `read_study`.
+        FileNotFoundError: there is none.
+        ValueError: it has neither arms nor a success of quiet experts; see also `read_study`.
     """
     values = values_of(file)
     if "arms" in values:
         return ArmsStudy(file)
     if "success" in values:
         return QuietStudy(file)
-    return ComposedStudy(file)
+    raise ValueError(
+        f"{file} must have arms, or the success of quiet experts; it has {', '.join(values)}"
+    )
 
 
 def records_in(file: Path) -> dict[str, Any]:
@@ -68,8 +66,9 @@ def store(study_file: Path, runner: Runner, made: dict[str, Any]) -> None:
     file = study_file.with_suffix(".json")
     with study_file.open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        found = records_in(file)
-        records = found | made | found  # of a run that two processes made, the first record
+        records = records_in(file)
+        for key, record in made.items():
+            records.setdefault(key, record)  # of a run that two processes made, the first record
         if made:
             write_text(
                 file, json.dumps({"study": study_file.name, "runs": records}, indent=1) + "\n"
@@ -97,8 +96,8 @@ def main(argv: list[str]) -> int:
                 raise ValueError(f"run must be one that waits, as {waiting[0]!r}; got {key!r}")
             record = runner.make(key, records)
             store(file, runner, {key: record})
-            told = {name: value for name, value in record.items() if isinstance(value, float | int)}
-            print(f"{key}: {told}", flush=True)
+            numbers = {n: value for n, value in record.items() if isinstance(value, float | int)}
+            print(f"{key}: {numbers}", flush=True)
         return 0
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -149,10 +149,10 @@ def mutual_information(classes: Tensor, chosen: Tensor, experts: int) -> float:
         chosen: experts of every token, int64 ``[T, K]``.
         experts: E.
     """
-    told = mutual_info_score(
+    information = mutual_info_score(
         classes.repeat_interleave(chosen.shape[1]).numpy(), chosen.flatten().numpy()
     )
-    return float(told) / (math.log(experts) or 1.0)
+    return float(information) / (math.log(experts) or 1.0)
 
 
 def router_facts(
@@ -179,15 +179,15 @@ def router_facts(
         experts = scores.shape[1]
         mass, chosen = scores.topk(top_k, -1)
         share = torch.bincount(chosen.reshape(-1), minlength=experts) / chosen.numel()
-        found = {
+        of_layer = {
             "entropy": float(-torch.xlogy(scores, scores).sum(-1).mean()) / math.log(experts),
             "mass": float(mass.sum(-1).mean()),
             "use": float(-torch.xlogy(share, share).sum()) / math.log(experts),
         }
         for name, classes in (("token", tokens), ("domain", domains)):
             by_chance = mutual_information(classes[shuffled], chosen, experts)
-            found[name] = mutual_information(classes, chosen, experts) - by_chance
-        for name, value in found.items():
+            of_layer[name] = mutual_information(classes, chosen, experts) - by_chance
+        for name, value in of_layer.items():
             facts[name] += value / len(logits[0])
     return {name: round(value, 4) for name, value in facts.items()}
 
@@ -279,9 +279,9 @@ def train(
     hidden = dense_hidden(study, run.arm, size)
     numbered = enumerate(batches(data["train"], run.seed, steps))
 
-    def trained(model: Any, some: Iterable[tuple[int, Tensor]]) -> Trained:
+    def trained(model: Any, drawn: Iterable[tuple[int, Tensor]]) -> Trained:
         begin = time.process_time()
-        history = train_steps(model.train(), optimiser(model, run.rate), steps, some)
+        history = train_steps(model.train(), optimiser(model, run.rate), steps, drawn)
         return Trained(model, history, time.process_time() - begin)
 
     dense = dense_model(size, hidden, run.seed, layers)
@@ -340,19 +340,18 @@ def run_once(
     arm, size = study.arms[run.arm], run.corner.model
     validation, _ = evaluate(model, data["validation"], False)
     test, router = evaluate(model, data["test"], arm.experts is not None)
-    found, dense = (
-        costs(study, key, size, run.corner.layers) for key in (run.arm, study.reference)
-    )
+    mixture = costs(study, run.arm, size, run.corner.layers)
+    dense = costs(study, study.reference, size, run.corner.layers)
     return {
         "validation": round(sum(validation.values()) / len(validation), 5),
         "test": round(sum(test.values()) / len(test), 5),
         "parts": {domain: round(loss, 4) for domain, loss in test.items()},
         "hidden": dense_hidden(study, run.arm, size),
         "steps": steps_of(study, run.arm, run.corner),
-        "weights": round(found.weights / dense.weights, 3),
-        "parameters": round(found.parameters / dense.parameters, 3),
-        "flops": round(found.flops / dense.flops, 3),
-        "whole_flops": round(found.whole / dense.whole, 3),
+        "weights": round(mixture.weights / dense.weights, 3),
+        "parameters": round(mixture.parameters / dense.parameters, 3),
+        "flops": round(mixture.flops / dense.flops, 3),
+        "whole_flops": round(mixture.whole / dense.whole, 3),
         "router": router,
         "cpu_seconds": round(seconds, 1),
         "loss": history,
@@ -369,15 +368,16 @@ class ArmsStudy:
     def waiting(self, records: Records) -> list[str]:
         """Keys of runs that are missing and whose rate is known, in order: of a stage first those
         that choose rates."""
-        study, found = self.study, []
+        study = self.study
+        keys = []
         for stage in study.stages:
             for arm in stage.arms:
-                found += [run.key for run in study.candidates(stage.model, arm)]
+                keys += [run.key for run in study.candidates(stage.model, arm)]
             for seed in study.seeds:
                 for arm in stage.arms:
                     runs = runs_of(study, stage.corner, arm, records)
-                    found += [run.key for run in runs if run.seed == seed]
-        return [key for key in dict.fromkeys(found) if key not in records]
+                    keys += [run.key for run in runs if run.seed == seed]
+        return [key for key in dict.fromkeys(keys) if key not in records]
 
     def prepare(self, arguments: argparse.Namespace) -> None:
         """Read what the runs need.

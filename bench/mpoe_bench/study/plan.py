@@ -70,11 +70,11 @@ class Arm:
 
     def fields(self, model: int) -> dict[str, Any]:
         """Fields of the `MPOEConfig` for a model's size."""
-        found = dict(self.experts or {})
+        fields = dict(self.experts or {})
         for name in SIZES:
-            if isinstance(found.get(name), str):
-                found[name] = int(Fraction(found[name]) * model)
-        return found
+            if isinstance(fields.get(name), str):
+                fields[name] = int(Fraction(fields[name]) * model)
+        return fields
 
 
 @dataclass(frozen=True)
@@ -151,11 +151,11 @@ class Study:
 
     def corners(self) -> dict[Corner, list[str]]:
         """The arms of every corner, each once, in order."""
-        found: dict[Corner, list[str]] = {}
+        corners: dict[Corner, list[str]] = {}
         for stage in self.stages:
-            arms = found.setdefault(stage.corner, [])
+            arms = corners.setdefault(stage.corner, [])
             arms += [arm for arm in stage.arms if arm not in arms]
-        return found
+        return corners
 
     def compared(self) -> list[tuple[Corner, Comparison]]:
         """Every test of the study: a comparison at a corner."""
@@ -184,63 +184,15 @@ def made(kind: type, where: str, values: dict[str, Any]) -> Any:
         ValueError: names a field that is unknown or missing.
     """
     known = {f.name: f.default is not dataclasses.MISSING for f in dataclasses.fields(kind)}
-    wrong = [
-        *(values.keys() - known.keys()),
-        *(n for n, optional in known.items() if not optional and n not in values),
-    ]
+    wrong = [name for name in values if name not in known]
+    wrong += [name for name, optional in known.items() if not optional and name not in values]
     if wrong:
         raise ValueError(
             f"{where} must have fields among {', '.join(known)}; unknown or missing: "
             f"{', '.join(wrong)}"
         )
-    return kind(
-        **{
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in values.items()
-        }
-    )
-
-
-@dataclass(frozen=True)
-class Composition:
-    """What the file of a study of composed experts says; see bench/studies/composed.toml."""
-
-    title: str
-    question: str
-    seeds: tuple[int, ...]
-    rates: tuple[float, ...]
-    steps: int
-    lengths: tuple[int, ...]
-    domains: tuple[str, ...]
-    forgetting: str
-    probes: tuple[str, ...]
-    tenants: tuple[str, ...]
-    neurons: int
-    rank: int
-
-    def size(self, kind: str) -> int:
-        """Of an expert: neurons of a layer, or the rank of a LoRA."""
-        return self.neurons if kind == "neurons" else self.rank
-
-    def rate(self, kind: str, records: Records) -> float | None:
-        """Best on the validation texts of all domains, with the first seed; ``None`` while one is
-        missing."""
-        keys = {
-            rate: [
-                run_key(kind, domain, self.steps, rate, self.seeds[0]) for domain in self.domains
-            ]
-            for rate in self.rates
-        }
-        if any(key not in records for some in keys.values() for key in some):
-            return None
-        return min(keys, key=lambda rate: sum(records[key]["validation"] for key in keys[rate]))
-
-    def key(
-        self, kind: str, domain: str, seed: int, records: Records, steps: int | None = None
-    ) -> str:
-        """Of an expert's run at the chosen rate; of no run while that is not known."""
-        rate = self.rate(kind, records)
-        return "" if rate is None else run_key(kind, domain, steps or self.steps, rate, seed)
+    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return kind(**fields)
 
 
 def run_key(kind: str, domain: str, steps: int, rate: float, seed: int) -> str:
@@ -270,13 +222,15 @@ def read_study(path: Path) -> Study:
         made(Comparison, "comparisons", one) for one in values.get("comparisons", [])
     ]
     study: Study = made(Study, "the study", values)
-    named = [*(arm for stage in study.stages for arm in stage.arms), study.reference]
-    named += [arm for one in study.comparisons for arm in (one.arm, one.beside)]
-    named += [
-        of for arm in study.arms.values() for of in (arm.flops_of, arm.size_of, arm.budget_of) if of
-    ]
+    named: list[str | None] = [study.reference]
+    for stage in study.stages:
+        named += stage.arms
+    for one in study.comparisons:
+        named += [one.arm, one.beside]
+    for arm in study.arms.values():
+        named += [arm.flops_of, arm.size_of, arm.budget_of]
     for name in named:
-        if name not in study.arms:
+        if name is not None and name not in study.arms:
             raise ValueError(f"arms must be among {', '.join(study.arms)}; got {name!r}")
     for stage in study.stages:
         if stage.layers < 1:
@@ -290,13 +244,3 @@ def read_study(path: Path) -> Study:
                 f"{list(study.rates)}"
             )
     return study
-
-
-def read_composition(path: Path) -> Composition:
-    """Read the file of a study of composed experts.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: names a field that is unknown or missing.
-    """
-    return made(Composition, "the study", values_of(path))

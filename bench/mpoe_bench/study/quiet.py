@@ -25,7 +25,7 @@ from mpoe.models.background import background_parts, pooled_background, token_ba
 from mpoe.models.composition import compose
 from mpoe.models.report import routed_layers
 from mpoe_bench.study.arms import BETAS, train_steps
-from mpoe_bench.study.composed import (
+from mpoe_bench.study.experts import (
     PROMPTS,
     SAMPLED,
     adapters,
@@ -189,7 +189,7 @@ class QuietStudy:
     def answers(self) -> list[tuple[Tensor, int, Tensor]]:
         """The base's greedy answers, ids ``[1, T]``, where each begins, and the base's
         log-probabilities of its tokens ``[tokens, V]``."""
-        found = []
+        answers = []
         for prompt in (*PROMPTS, *MORE_PROMPTS):
             chat = [{"role": "user", "content": prompt}]
             rendered = self.tokenizer.apply_chat_template(
@@ -200,8 +200,8 @@ class QuietStudy:
                 answer = self.base.generate(ids, max_new_tokens=ANSWER_TOKENS, do_sample=False)
                 start = ids.shape[1]
                 before = self.base(input_ids=answer).logits[0, start - 1 : -1].log_softmax(-1)
-            found.append((answer, start, before))
-        return found
+            answers.append((answer, start, before))
+        return answers
 
     @torch.inference_mode()
     def change_of_answers(self, model: Any) -> dict[str, float]:
@@ -224,14 +224,14 @@ class QuietStudy:
     def tests(self, model: Any, whole: Sequence[str] = ()) -> dict[str, float]:
         """Losses on every domain's test text (all of it for the domains ``whole``) and the probes,
         and the change of the base's own answers."""
-        found = {}
+        results = {}
         for domain, (_, _, test) in self.splits.items():
-            found[domain] = mean(losses(model, test[:SHOWN]))
+            results[domain] = mean(losses(model, test[:SHOWN]))
             if domain in whole:
-                found[f"{domain}, all"] = mean(losses(model, test))
+                results[f"{domain}, all"] = mean(losses(model, test))
         for probe, ids in self.probes.items():
-            found[probe] = mean(losses(model, ids))
-        return found | self.change_of_answers(model)
+            results[probe] = mean(losses(model, ids))
+        return results | self.change_of_answers(model)
 
     # ------------------------------------------------------------ parts
 
@@ -395,17 +395,17 @@ class QuietStudy:
             return sum(mean(losses(model, ids[:SHOWN])) for _, ids, _ in self.splits.values())
 
         domains = self.plan.domains
-        found = {"mean of LoRAs": self.tests(merged("cat", 1 / len(files), None), domains)}
+        rivals = {"mean of LoRAs": self.tests(merged("cat", 1 / len(files), None), domains)}
         for name, how in (("TIES of LoRAs", "ties_svd"), ("DARE of LoRAs", "dare_ties_svd")):
             best = min((merged(how, weight, 0.5) for weight in (0.3, 0.6, 1.0)), key=validation)
-            found[name] = self.tests(best, domains)
+            rivals[name] = self.tests(best, domains)
         for top_k in sorted({1, 2, len(files)}):
             best = min(
                 (arrow(top_k, temperature) for temperature in (0.3, 1.0, 3.0)), key=validation
             )
-            found[f"Arrow, top {top_k}"] = self.tests(best, domains)
-        found["mean hidden states"] = self.tests(self.mean_hidden_states(files), domains)
-        return found
+            rivals[f"Arrow, top {top_k}"] = self.tests(best, domains)
+        rivals["mean hidden states"] = self.tests(self.mean_hidden_states(files), domains)
+        return rivals
 
     def mean_hidden_states(self, files: Mapping[str, Path]) -> Any:
         """The adapters' merged networks as dense experts, two per token, whose routers' rows are

@@ -63,9 +63,9 @@ def cases(plan: QuietPlan, method: str, records: Records) -> dict[tuple[str, int
 
 def kept_of_one(plan: QuietPlan, method: str, records: Records) -> list[float]:
     """The shares of the own expert's gain, over the cases that both have finished."""
-    own = cases(plan, "neurons", records)
+    always_on = cases(plan, "neurons", records)
     theirs = cases(plan, method, records)
-    return [theirs[case].gain / own[case].gain for case in theirs if case in own]
+    return [theirs[case].gain / always_on[case].gain for case in theirs if case in always_on]
 
 
 def gain_of_many(plan: QuietPlan, records: Records, record: Mapping[str, Any]) -> float:
@@ -76,20 +76,20 @@ def gain_of_many(plan: QuietPlan, records: Records, record: Mapping[str, Any]) -
 
 def mixtures(plan: QuietPlan, records: Records) -> dict[int, Mapping[str, Any]]:
     """By seed: of four experts whose own runs have finished too."""
-    own = cases(plan, "neurons", records)
+    always_on = cases(plan, "neurons", records)
     finished = {}
     for seed in plan.seeds:
         record = records.get(f"mixture {seed}")
-        if record is not None and all((domain, seed) in own for domain in plan.domains):
+        if record is not None and all((domain, seed) in always_on for domain in plan.domains):
             finished[seed] = record
     return finished
 
 
 def kept_of_four(plan: QuietPlan, records: Records) -> list[float]:
-    own = cases(plan, "neurons", records)
+    always_on = cases(plan, "neurons", records)
     shares = []
     for seed, record in mixtures(plan, records).items():
-        most = fmean(own[domain, seed].gain for domain in plan.domains)
+        most = fmean(always_on[domain, seed].gain for domain in plan.domains)
         shares.append(gain_of_many(plan, records, record) / most)
     return shares
 
@@ -98,10 +98,10 @@ def kept_of_tenants(records: Records, number: int) -> dict[str, float]:
     """The share of its own gain that each of several experts keeps."""
     record = records.get(f"tenants {number}", {})
     shares = {}
-    for name, found in record.items():
-        if isinstance(found, list):
-            base, own, mixture = found
-            shares[name] = (base - mixture) / (base - own)
+    for name, losses in record.items():
+        if isinstance(losses, list):
+            base, alone, mixture = losses
+            shares[name] = (base - mixture) / (base - alone)
     return shares
 
 
@@ -122,8 +122,8 @@ def line(
         return what, "waits", ""
     measured = max(values) if worst else fmean(values)
     holds = measured >= limit if at_least else measured <= limit
-    told = f"{measured:.4f} ({min(values):+.4f} to {max(values):+.4f}, {len(values)})"
-    return what, told, "yes" if holds else "**no**"
+    text = f"{measured:.4f} ({min(values):+.4f} to {max(values):+.4f}, {len(values)})"
+    return what, text, "yes" if holds else "**no**"
 
 
 def criteria(plan: QuietPlan, records: Records) -> list[Line]:
@@ -208,52 +208,34 @@ def of_methods(plan: QuietPlan, records: Records) -> list[list[Any]]:
 
 def of_cases(plan: QuietPlan, records: Records) -> list[list[Any]]:
     """A row for every finished case of every method."""
-    own = cases(plan, "neurons", records)
+    always_on = cases(plan, "neurons", records)
     rows = []
     for method in METHODS:
         for (domain, seed), case in cases(plan, method, records).items():
-            share = f"{case.gain / own[domain, seed].gain:.1%}" if (domain, seed) in own else ""
-            probes = ", ".join(f"{change:+.3f}" for change in case.probes)
-            worst = f"{max(case.others):+.3f}"
-            answers = f"{case.answers:.4f}"
-            rows.append(
-                [
-                    domain,
-                    seed,
-                    NAMES[method],
-                    case.gain,
-                    share,
-                    worst,
-                    probes,
-                    answers,
-                    f"{case.same:.1%}",
-                ]
-            )
+            share = ""
+            if (domain, seed) in always_on:
+                share = f"{case.gain / always_on[domain, seed].gain:.1%}"
+            row = [domain, seed, NAMES[method], case.gain, share, f"{max(case.others):+.3f}"]
+            row.append(", ".join(f"{change:+.3f}" for change in case.probes))
+            row += [f"{case.answers:.4f}", f"{case.same:.1%}"]
+            rows.append(row)
     return rows
 
 
 def of_many(plan: QuietPlan, records: Records) -> list[list[Any]]:
     """Mixtures of four and their rivals."""
+    named = {}
+    for seed, mixture in mixtures(plan, records).items():
+        named[f"quiet experts, seed {seed}"] = mixture
+    for name, rival in records.get("rivals", {}).items():
+        if isinstance(rival, Mapping):
+            named[name] = rival
     rows = []
-    named = {
-        f"quiet experts, seed {seed}": record for seed, record in mixtures(plan, records).items()
-    }
-    named |= {
-        name: record
-        for name, record in records.get("rivals", {}).items()
-        if isinstance(record, Mapping)
-    }
     for name, record in named.items():
-        probes = over_probes(plan, records, record)
         gain = gain_of_many(plan, records, record)
+        probes = fmean(over_probes(plan, records, record))
         rows.append(
-            [
-                name,
-                gain,
-                f"{fmean(probes):+.3f}",
-                f"{record['answers']:.4f}",
-                f"{record['same']:.1%}",
-            ]
+            [name, gain, f"{probes:+.3f}", f"{record['answers']:.4f}", f"{record['same']:.1%}"]
         )
     return rows
 
@@ -266,11 +248,11 @@ def of_lengths(plan: QuietPlan, records: Records) -> list[list[Any]]:
     for method in ("neurons", "quiet", "lora", "replay"):
         row: list[Any] = [method]
         for steps in sorted([*plan.lengths, plan.steps]):
-            key: str | None = f"quiet {domain} {seed}" + (
-                f" {steps}" if steps != plan.steps else ""
-            )
+            key: str | None = f"quiet {domain} {seed}"
             if method != "quiet":
                 key = plan.key(method, domain, steps, seed, records)
+            elif steps != plan.steps:
+                key = f"{key} {steps}"
             record = records.get(key or "")
             if record is None or base is None:
                 row.append("")
@@ -286,11 +268,10 @@ def quiet_table(plan: QuietPlan, records: Records) -> str:
     """The whole page."""
     header = ("", "cases", "gain", "of own neurons", "other domains (worst)", "probes (worst)")
     answers = ("KL, own answers", "greedy equal", "prefix equal")
-    tenants = [
-        [f"{number}", name, share]
-        for number in (10, 20)
-        for name, share in kept_of_tenants(records, number).items()
-    ]
+    tenants: list[list[Any]] = []
+    for number in (10, 20):
+        for name, share in kept_of_tenants(records, number).items():
+            tenants.append([number, name, share])
     rates = []
     for rate in plan.replay_rates:
         keys = [

@@ -4,7 +4,7 @@ success hold so far."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
@@ -13,12 +13,10 @@ from scipy.stats import t as student
 from mpoe_bench.study.plan import (
     LAYERS,
     Comparison,
-    Composition,
     Corner,
     Records,
     Run,
     Study,
-    run_key,
 )
 
 
@@ -89,9 +87,12 @@ def finished(
 
 def gain(study: Study, corner: Corner, arm: str, beside: str, records: Records) -> Spread | None:
     """How much lower ``arm``'s test loss is, seed by seed; ``None`` if no seed has both."""
-    own, other = (finished(study, corner, key, records) for key in (arm, beside))
-    both = sorted(own.keys() & other.keys())
-    return Spread.of([other[seed]["test"] - own[seed]["test"] for seed in both]) if both else None
+    ours = finished(study, corner, arm, records)
+    theirs = finished(study, corner, beside, records)
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return None
+    return Spread.of([theirs[seed]["test"] - ours[seed]["test"] for seed in seeds])
 
 
 def judged(difference: Spread | None, study: Study, comparison: Comparison) -> str:
@@ -133,11 +134,11 @@ def page(title: str, lead: Sequence[str], sections: Iterable[Section]) -> str:
     for words in lead:
         lines += [words, ""]
     for title, words, header, rows in sections:
-        lines += [
-            *([f"## {title}", ""] if title else []),
-            *([words, ""] if words else []),
-            *markdown(header, rows),
-        ]
+        if title:
+            lines += [f"## {title}", ""]
+        if words:
+            lines += [words, ""]
+        lines += markdown(header, rows)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -159,17 +160,22 @@ def of_corner(study: Study, corner: Corner, arms: Sequence[str], records: Record
         if not done:
             rows.append((study.arms[arm].name, "waits", f"0 of {len(study.seeds)}"))
             continue
-        over = (
-            None if arm == study.reference else gain(study, corner, arm, study.reference, records)
-        )
+        first = done[0]
+        over = "-"
+        if arm != study.reference:
+            difference = gain(study, corner, arm, study.reference, records)
+            if difference is not None:
+                over = f"{difference.text(sign=True)} ({difference.verdict()})"
         cells = (
             study.arms[arm].name,
             f"{chosen_rate(study, corner.model, arm, records):g}",
             f"{len(done)} of {len(study.seeds)}",
-            f"{done[0]['steps']:,}",
-            *(f"{done[0][name]:.2f}" for name in ("weights", "parameters", "flops")),
+            f"{first['steps']:,}",
+            f"{first['weights']:.2f}",
+            f"{first['parameters']:.2f}",
+            f"{first['flops']:.2f}",
             Spread.of([record["test"] for record in done]).text(),
-            "-" if over is None else f"{over.text(sign=True)} ({over.verdict()})",
+            over,
         )
         rows.append(cells)
     layers = "" if corner.layers == LAYERS else f", {corner.layers} layers"
@@ -201,22 +207,15 @@ def of_comparisons(study: Study, records: Records) -> Section:
 
 def of_routers(study: Study, records: Records) -> Section:
     """What the routers do, in the mean over finished seeds."""
-    names, rows = ("entropy", "mass", "token", "domain", "use"), []
+    names = ("entropy", "mass", "token", "domain", "use")
+    rows = []
     for corner, arms in study.corners().items():
         for arm in arms:
-            done = [
-                r["router"]
-                for r in finished(study, corner, arm, records).values()
-                if r.get("router")
-            ]
-            if done:
-                rows.append(
-                    (
-                        corner,
-                        study.arms[arm].name,
-                        *(fmean(facts[name] for facts in done) for name in names),
-                    )
-                )
+            done = finished(study, corner, arm, records).values()
+            routers = [record["router"] for record in done if record.get("router")]
+            if routers:
+                means = [fmean(router[name] for router in routers) for name in names]
+                rows.append((corner, study.arms[arm].name, *means))
     words = (
         "Entropy of a token's probabilities (0 decided, 1 undecided) and the mass of its chosen "
         "experts; how much the"
@@ -229,10 +228,8 @@ def of_routers(study: Study, records: Records) -> Section:
 
 def of_rates(study: Study, records: Records) -> list[Section]:
     """Validation losses of the candidates."""
-    title, words = (
-        "Rates",
-        f"Validation loss after {study.rate_steps:,} steps, seed {study.seeds[0]}.",
-    )
+    title = "Rates"
+    words = f"Validation loss after {study.rate_steps:,} steps, seed {study.seeds[0]}."
     sections: list[Section] = []
     for model, rates in study.rates.items():
         rows = []
@@ -258,209 +255,3 @@ def study_table(study: Study, records: Records) -> str:
         *of_rates(study, records),
     ]
     return page(study.title, [study.question, success(study, records)], sections)
-
-
-class Found:
-    """Numbers of the finished runs; ``None`` where one is missing."""
-
-    def __init__(self, plan: Composition, records: Records) -> None:
-        self.plan, self.records = plan, records
-
-    def own(self, kind: str, seed: int) -> dict[str, float] | None:
-        """By domain: the loss of a seed's own experts at the chosen rate; of the probes the mean,
-        one always on."""
-        keys = {
-            domain: self.plan.key(kind, domain, seed, self.records) for domain in self.plan.domains
-        }
-        if any(key not in self.records for key in keys.values()):
-            return None
-        probes = {
-            probe: fmean(self.records[key][probe] for key in keys.values())
-            for probe in self.plan.probes
-        }
-        return {domain: self.records[key]["test"] for domain, key in keys.items()} | probes
-
-    def arms(self) -> dict[str, Mapping[str, Any]]:
-        """What was measured on all texts, of the first seed."""
-        first = self.plan.seeds[0]
-        found: dict[str, Mapping[str, Any]] = {}
-        if "base" in self.records:
-            found["base"] = self.records["base"]
-        for kind, name in (
-            ("neurons", "own neurons, label given"),
-            ("lora", "own LoRA, label given"),
-        ):
-            if own := self.own(kind, first):
-                found[name] = own
-        if f"composed {first}" in self.records:
-            found["composed of files"] = self.records[f"composed {first}"]
-        for key in ("variants", "merges", "request_router", "one_adapter"):
-            parts = self.records.get(key, {})
-            found |= {
-                name: part
-                for name, part in parts.items()
-                if isinstance(part, Mapping) and "right" not in name
-            }
-        return found
-
-    def over_seeds(self) -> list[tuple[dict[str, float], dict[str, float], Mapping[str, Any]]]:
-        """Own neurons, own LoRA and the mixture of every finished seed."""
-        found = []
-        for seed in self.plan.seeds:
-            parts = (
-                self.own("neurons", seed),
-                self.own("lora", seed),
-                self.records.get(f"composed {seed}"),
-            )
-            if all(part is not None for part in parts):
-                found.append(parts)
-        return found  # type: ignore[return-value]
-
-    def curve(self, kind: str) -> list[tuple[int, float, float]]:
-        """Steps, what one expert has learnt, and what it costs the probes, always on."""
-        plan, base, found = self.plan, self.records.get("base"), []
-        for steps in sorted([plan.steps, *plan.lengths]):
-            own = self.records.get(
-                plan.key(kind, plan.forgetting, plan.seeds[0], self.records, steps)
-            )
-            if own is not None and base is not None:
-                cost = fmean(own[probe] - base[probe] for probe in plan.probes)
-                found.append((steps, base[plan.forgetting] - own["test"], cost))
-        return found
-
-
-def _at(curve: Sequence[tuple[int, float, float]], gain: float) -> float | None:
-    """The cost at a gain, between the measured ones."""
-    for (_, low, cost), (_, high, more) in zip(curve, curve[1:], strict=False):
-        if low <= gain <= high:
-            return cost + (more - cost) * (gain - low) / max(high - low, 1e-9)
-    return None
-
-
-Line = tuple[
-    str, str, bool
-]  # what must hold, what was measured (empty: nothing yet), whether it does
-
-
-def _line(
-    what: str, values: Sequence[float], holds: Callable[[float], bool], of: Any = fmean
-) -> Line:
-    """That ``of`` the values ``holds``."""
-    told = f"{of(values):+.3f} ({min(values):+.3f} to {max(values):+.3f})" if values else ""
-    return what, told, bool(values) and holds(of(values))
-
-
-def criteria(plan: Composition, records: Records) -> list[Line]:
-    """Every line that was written down before the first run."""
-    found, domains = Found(plan, records), plan.domains
-    seeds, arms, base = found.over_seeds(), found.arms(), records.get("base")
-    behind = [fmean([own[d] - lora[d] for d in domains]) for own, lora, _ in seeds]
-    neurons, lora = (found.curve(kind) for kind in ("neurons", "lora"))
-    costs = [(cost, _at(lora, gain)) for _, gain, cost in neurons]
-    known = [(ours, theirs) for ours, theirs in costs if theirs is not None]
-    text = "; ".join(f"{ours:+.3f} : {theirs:+.3f}" for ours, theirs in known)
-    kept = [fmean([mix[d] - own[d] for own, _, mix in seeds]) for d in domains] if seeds else []
-    lines = [
-        _line("own neurons at most .05 behind own LoRA", behind, lambda value: value <= 0.05),
-        (
-            "less forgetting than LoRA at equal learning (neurons : LoRA)",
-            text,
-            all(a < b for a, b in known),
-        ),
-        _line("composed at most .04 behind own neurons", kept, lambda value: value <= 0.04),
-        _line("on every domain at most .06", kept, lambda value: value <= 0.06, max),
-    ]
-    mixture, router = arms.get("composed of files"), arms.get("request router, LoRA")
-    for name in ("mean of LoRAs", "TIES of LoRAs", "DARE of LoRAs"):
-        ahead = [arms[name][d] - mixture[d] for d in domains] if name in arms and mixture else []
-        lines.append(_line(f"ahead of {name} by more than .05", ahead, lambda value: value > 0.05))
-    over = [mix[p] - base[p] for _, _, mix in seeds for p in plan.probes] if base else []
-    lines.append(_line("probes at most .01 over the base", over, lambda value: value <= 0.01, max))
-    halfway, words, better = "requests that change halfway: ahead of the request router", "", False
-    if router and mixture:
-        pairs = zip(router["requests"], mixture["requests"], strict=True)
-        spread = Spread.of([theirs - ours for theirs, ours in pairs])
-        words, better = (
-            f"{spread.text(sign=True)} over {spread.number} requests",
-            spread.verdict() == "better",
-        )
-    lines.append((halfway, words, better))
-    shares = list(gains(plan, records).values())[-1:]
-    return [
-        *lines,
-        _line("at least 90% of the gain at ten tenants", shares, lambda value: value >= 0.9),
-    ]
-
-
-def gains(plan: Composition, records: Records) -> dict[int, float]:
-    """Number of tenants -> mean share of their own experts' gain that the mixture keeps."""
-    tenants, base, found = records.get("tenants", {}), records.get("base", {}), {}
-    for number, losses in ((int(key), part) for key, part in tenants.items() if key.isdigit()):
-        shares = []
-        for domain in [*plan.domains, *plan.tenants][:number]:
-            own = records[plan.key("neurons", domain, plan.seeds[0], records)]
-            before = own.get("base", base.get(domain))
-            shares.append((before - losses[domain]) / (before - own["test"]))
-        found[number] = fmean(shares)
-    return found
-
-
-def composed_table(plan: Composition, records: Records) -> str:
-    """The whole page."""
-    found, kinds = Found(plan, records), ("neurons", "lora")
-    texts, lengths = [*plan.domains, *plan.probes, "requests"], sorted([plan.steps, *plan.lengths])
-    verdicts = [
-        (what, told or "waits", told and ("yes" if holds else "**no**"))
-        for what, told, holds in criteria(plan, records)
-    ]
-    base = records.get("base", {})
-    of_arms = []
-    for name, losses in found.arms().items():
-        cells = [losses.get(text, "") for text in texts]
-        gain = fmean(base[d] - losses[d] for d in plan.domains) if base else ""
-        of_arms.append(
-            [name, *(fmean(cell) if isinstance(cell, list) else cell for cell in cells), gain]
-        )
-    seeds = []
-    for seed, parts in zip(plan.seeds, found.over_seeds(), strict=False):
-        kept = [(base[d] - parts[2][d]) / (base[d] - parts[0][d]) for d in plan.domains if base]
-        shown = [" : ".join(f"{part[d]:.3f}" for part in parts) for d in plan.domains]
-        seeds.append([seed, *shown, fmean(kept) if kept else ""])
-    curves = [
-        [kind, *(f"{gain:+.3f} / {cost:+.3f}" for _, gain, cost in found.curve(kind))]
-        for kind in kinds
-    ]
-    rates: list[list[Any]] = []
-    for kind in kinds:
-        rates.append([kind])
-        for rate in plan.rates:
-            own = [
-                records.get(run_key(kind, d, plan.steps, rate, plan.seeds[0])) for d in plan.domains
-            ]
-            rates[-1].append(fmean([one["validation"] for one in own if one]) if all(own) else "")
-    wrong = records.get("tenants", {}).get("best wrong expert", {})
-    told = {
-        name: value for name, value in records.get("answers", {}).items() if name != "cpu_seconds"
-    }
-    sections: list[Section] = [
-        ("Success, written down before the first run", "", ("", "measured", "holds"), verdicts),
-        ("Nats per token, first seed", "", ("", *texts, "gain"), of_arms),
-        (
-            "Own neurons : own LoRA : composed, every seed",
-            "",
-            ("seed", *plan.domains, "gain kept"),
-            seeds,
-        ),
-        (
-            "Learnt / forgotten",
-            f"One expert of {plan.forgetting}, always on: its gain, and what the probes lose in "
-            "the mean.",
-            ("steps", *lengths),
-            curves,
-        ),
-        ("Tenants", "", ("experts", "share of the gain kept"), gains(plan, records).items()),
-        ("With the best of the other experts always on", "", ("", "loss"), wrong.items()),
-        ("The base's own answers to eight questions, nats per token", "", ("", ""), told.items()),
-        ("Rates", "Validation loss, mean over domains, first seed.", ("", *plan.rates), rates),
-    ]
-    return page(plan.title, [plan.question], sections)

@@ -1,16 +1,13 @@
-"""Texts of studies: domains with held-out texts, as bytes or as tokens, and what composed experts
-also read."""
+"""Texts of studies: domains with held-out texts, as bytes or as tokens; tenants and probes."""
 
 from __future__ import annotations
 
 import ast
-import itertools
 import math
-import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,14 +30,6 @@ Blocks = dict[str, Tensor]  # domain -> int64 [N, BLOCK]
 
 LENGTH = 128  # tokens of a piece
 PIECES = 16  # pieces of a text to validate on, and to test on
-REQUESTS = 4  # for every pair of domains
-LICENSED = (
-    "numpy",
-    "matplotlib",
-    "scikit-learn",
-    "torch",
-)  # packages whose licences are the background
-PROBES = ("documentation", "sources")
 DESCRIBED = (
     "numpy",
     "scipy",
@@ -96,13 +85,13 @@ def read_blocks(folder: Path) -> dict[str, Blocks]:
     Raises:
         FileNotFoundError: see `domain_texts`.
     """
-    found: dict[str, Blocks] = {}
+    blocks: dict[str, Blocks] = {}
     for split in ("train", "validation", "test"):
-        parts = {domain: byte_blocks(domain_texts(folder, domain, split)) for domain in DOMAINS}
-        found[split] = (
-            parts if split == "train" else {domain: ids[:HELD_OUT] for domain, ids in parts.items()}
-        )
-    return found
+        most = None if split == "train" else HELD_OUT
+        blocks[split] = {}
+        for domain in DOMAINS:
+            blocks[split][domain] = byte_blocks(domain_texts(folder, domain, split))[:most]
+    return blocks
 
 
 def batches(train: Blocks, seed: int, steps: int) -> Iterator[Tensor]:
@@ -122,29 +111,6 @@ def batches(train: Blocks, seed: int, steps: int) -> Iterator[Tensor]:
     for _ in range(steps):
         chosen = torch.multinomial(weights, BATCH, replacement=True, generator=generator).tolist()
         yield torch.stack([next(pools[index]) for index in chosen])
-
-
-class Texts(NamedTuple):
-    """Token ids, int64 ``[N, LENGTH]``.
-
-    Attributes:
-        splits: by domain.
-        probes: by name.
-        background: of no domain.
-        halfway: requests; the first half of each is of the domain ``first``, the second of another
-            one.
-        first: numbers of domains, in the order of ``splits``, ``[N]``.
-    """
-
-    splits: Mapping[str, Split]
-    probes: Mapping[str, Tensor]
-    background: Tensor
-    halfway: Tensor
-    first: Tensor
-
-    @property
-    def test(self) -> dict[str, Tensor]:
-        return {domain: test for domain, (_, _, test) in self.splits.items()}
 
 
 def pieces(tokenizer: Any, texts: Sequence[str], most: int | None = None) -> Tensor:
@@ -173,40 +139,20 @@ def docstrings(package: str) -> Iterator[str]:
     for file in sorted(Path(spec.submodule_search_locations[0]).rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_bytes())):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                found = ast.get_docstring(node) or ""
-                if len(found) > 300:
-                    yield found
+                text = ast.get_docstring(node) or ""
+                if len(text) > 300:
+                    yield text
 
 
 def tenant_texts(tokenizer: Any, package: str) -> Split:
     """Train, validation and test of a package's docstrings, cut where a docstring ends."""
-    found: list[str] = []
+    texts: list[str] = []
     for text in docstrings(package):
-        found.append(text)
-        if sum(map(len, found)) > 1_500_000:
+        texts.append(text)
+        if sum(map(len, texts)) > 1_500_000:
             break
-    part = len(found) // 8
-    return split_of(tokenizer, found[2 * part :], found[:part], found[part : 2 * part])
-
-
-def _licences() -> list[str]:
-    files = [
-        file
-        for name in LICENSED
-        for file in metadata.files(name) or []
-        if "LICENSE" in file.name.upper()
-    ]
-    return [file.read_text(encoding="utf-8") for file in files if file.suffix in ("", ".txt")]
-
-
-def _sources() -> list[str]:
-    """The middle of modules of the standard library."""
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    return [
-        text[20_000:24_000]
-        for text in (file.read_text(encoding="utf-8") for file in files)
-        if len(text) > 24_000
-    ]
+    part = len(texts) // 8
+    return split_of(tokenizer, texts[2 * part :], texts[:part], texts[part : 2 * part])
 
 
 def _headers() -> list[str]:
@@ -231,41 +177,3 @@ def probe_texts(folder: Path, probe: str) -> list[str]:
     if probe == "descriptions":
         return [str(metadata.metadata(package).get_payload()) for package in DESCRIBED]
     raise ValueError(f"probes must be headers, ratings or descriptions; got {probe!r}")
-
-
-def _halfway(test: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    half, requests = LENGTH // 2, []
-    pairs = list(itertools.permutations(range(len(test)), 2))
-    for number, (one, other) in enumerate(pairs):
-        start = REQUESTS * number % (PIECES - REQUESTS)
-        begins, ends = (test[each][start:][:REQUESTS] for each in (one, other))
-        requests.append(torch.cat([begins[:, :half], ends[:, half:]], 1))
-    return torch.cat(requests), torch.tensor([one for one, _ in pairs]).repeat_interleave(REQUESTS)
-
-
-def read_texts(
-    tokenizer: Any, folder: Path, domains: Sequence[str], probes: Sequence[str]
-) -> Texts:
-    """All texts but the tenants'.
-
-    Raises:
-        FileNotFoundError: ``folder`` lacks a domain.
-        ValueError: a domain or probe that is not known.
-    """
-    for name, known in (*((d, DOMAINS) for d in domains), *((p, PROBES) for p in probes)):
-        if name not in known:
-            raise ValueError(f"domains and probes must be among {', '.join(known)}; got {name!r}")
-    splits: dict[str, Split] = {}
-    for domain in domains:
-        parts = (domain_texts(folder, domain, split) for split in ("train", "validation", "test"))
-        splits[domain] = split_of(tokenizer, *parts)
-    probed = {
-        name: pieces(
-            tokenizer,
-            _sources() if name == "sources" else domain_texts(folder, name, "test"),
-            PIECES,
-        )
-        for name in probes
-    }
-    halfway = _halfway([test for _, _, test in splits.values()])
-    return Texts(splits, probed, pieces(tokenizer, _licences(), 256), *halfway)

@@ -136,17 +136,14 @@ def job_of(launch: Launch, architecture: str) -> Job:
 def _type_of(name: str, value: Any) -> tuple[str, bool]:
     """Triton's type of a run-time argument, and whether it is known to be a multiple of 16."""
     if isinstance(value, torch.Tensor):
-        return f"*{_TYPES[value.dtype]}", int(
-            value.storage_offset()
-        ) * value.element_size() % 16 == 0
+        offset = int(value.storage_offset()) * value.element_size()
+        return f"*{_TYPES[value.dtype]}", offset % 16 == 0
     if value is None:
         return "constexpr", False
     if isinstance(value, int) and not isinstance(value, bool):
-        return (
-            ("constexpr", False)
-            if value == 1
-            else ("i32" if abs(value) < 2**31 else "i64", value % 16 == 0)
-        )
+        if value == 1:
+            return "constexpr", False
+        return "i32" if abs(value) < 2**31 else "i64", value % 16 == 0
     if isinstance(value, float):
         return "fp32", False
     raise TypeError(f"{name} must be a tensor, an integer or a float; got {type(value).__name__}")
@@ -177,15 +174,15 @@ def _by_triton(job: Job) -> Binary:
         {(position[parameter],): [["tt.divisibility", 16]] for parameter in job.aligned},
     )
     built = triton.compile(source, target=TARGETS[job.architecture], options=dict(job.options))
-    if found := _BETWEEN_PROGRAMS.findall(built.asm.get("ptx") or built.asm["amdgcn"]):
-        raise RuntimeError(f"programs may wait for one another: {', '.join(sorted(set(found)))}")
+    if waits := _BETWEEN_PROGRAMS.findall(built.asm.get("ptx") or built.asm["amdgcn"]):
+        raise RuntimeError(f"programs may wait for one another: {', '.join(sorted(set(waits)))}")
     wants = any("16>" in line or "tf32" in line for line in _DOT.findall(built.asm["ttir"]))
     tensor_memory = getattr(built.metadata, "tmem_size", None) or 0
     if "cubin" in built.asm:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             Path(file.name).write_bytes(built.asm["cubin"])
-            (found,) = disassembled(Path(file.name)).values()
-        return found._replace(
+            (binary,) = disassembled(Path(file.name)).values()
+        return binary._replace(
             shared=built.metadata.shared, tensor_memory=tensor_memory, wants_matrix=wants
         )
     code = built.asm["amdgcn"]
@@ -221,12 +218,11 @@ def _by_nvcc(job: Job) -> dict[str, Binary]:
 def sources(architectures: Iterable[str]) -> list[Job]:
     """All files of csrc/cuda."""
     names = [path.relative_to(ROOT).as_posix() for path in sorted(CSRC.glob("cuda/*/*.cu"))]
-    return [
-        Job(name, each)
-        for each in architectures
-        if TARGETS[each].backend == "cuda"
-        for name in names
-    ]
+    jobs = []
+    for architecture in architectures:
+        if TARGETS[architecture].backend == "cuda":
+            jobs += [Job(name, architecture) for name in names]
+    return jobs
 
 
 def _difficulty(job: Job) -> tuple[int, int, int]:
@@ -271,15 +267,15 @@ def shipped_jobs(
 def problems_of(job: Job) -> list[str]:
     """Why it must not be shipped; what the compiler raises is one of the reasons."""
     try:
-        found = compiled.__wrapped__(job)  # the code of thousands is not kept
+        binaries = compiled.__wrapped__(job)  # the code of thousands is not kept
     except (
         Exception
     ) as error:  # a compiler fails in many ways; the other jobs still run, all are reported
         return [f"{type(error).__name__}: {' '.join(str(error).split())[:2000]}"]
-    several = len(found) > 1
+    several = len(binaries) > 1
     return [
         f"{name}: {problem}" if several else problem
-        for name, binary in found.items()
+        for name, binary in binaries.items()
         for problem in binary.problems(job.architecture)
     ]
 
@@ -303,28 +299,23 @@ def main(words: list[str] | None = None) -> int:
     for what, values, known in (("--arch", names, TARGETS), ("kinds", kinds, ("triton", "cuda"))):
         if unknown := [value for value in values if value not in known]:
             parser.error(f"{what} must be among {', '.join(known)}; got {', '.join(unknown)}")
-    few: dict[str, Any] = (
-        {"dtypes": ("bfloat16",), "quick": True, "sizes": (shipped.T5_BASE,)}
-        if chosen.quick
-        else {}
-    )
-    uses: dict[Job, str] = {**shipped_jobs(names, **few)} if "triton" in kinds else {}
-    uses |= dict.fromkeys(sources(names), "csrc") if "cuda" in kinds else {}
+    uses: dict[Job, str] = {}
+    if "triton" in kinds and chosen.quick:
+        uses |= shipped_jobs(names, ("bfloat16",), quick=True, sizes=(shipped.T5_BASE,))
+    elif "triton" in kinds:
+        uses |= shipped_jobs(names)
+    if "cuda" in kinds:
+        uses |= dict.fromkeys(sources(names), "csrc")
     jobs = [job for job in uses if chosen.only in job.name]
     print(f"{len(jobs)} to compile, {chosen.jobs} at a time", file=sys.stderr, flush=True)
     wrong = 0
-    with ProcessPoolExecutor(
-        max(1, min(chosen.jobs, len(jobs))), mp_context=get_context("spawn")
-    ) as pool:
-        for number, (job, problems) in enumerate(
-            zip(jobs, pool.map(problems_of, jobs), strict=True), 1
-        ):
+    processes = max(1, min(chosen.jobs, len(jobs)))
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        judged = zip(jobs, pool.map(problems_of, jobs), strict=True)
+        for number, (job, problems) in enumerate(judged, 1):
             for problem in problems:
-                print(
-                    f"{job.name} {job.configuration} on {job.architecture} ({uses[job]}): "
-                    f"{problem}",
-                    file=sys.stderr,
-                )
+                where = f"{job.name} {job.configuration} on {job.architecture} ({uses[job]})"
+                print(f"{where}: {problem}", file=sys.stderr)
             wrong += len(problems)
             if number % 100 == 0:
                 print(f"{number} compiled", file=sys.stderr, flush=True)

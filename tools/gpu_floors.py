@@ -192,18 +192,18 @@ def cost_of(launch: Launch | Library, tokens: int) -> Cost:
     warps = a.get("num_warps", 4)
     trips = TRIPS[launch.name](a, launch.grid) if launch.name in TRIPS else ()
     binary = compiled(job_of(launch, ARCHITECTURE))[launch.name]
-    found = executed(launch.name, binary.code, trips)
+    warp = executed(launch.name, binary.code, trips)
     moved = bytes_of(launch.arguments.values())
     total = programs * warps
     waves = math.ceil(programs / (UNITS * at_once(binary, warps)))
-    chain = found.instructions * max(1, warps / 4) + found.barriers * BARRIER + found.loads * LOAD
+    chain = warp.instructions * max(1, warps / 4) + warp.barriers * BARRIER + warp.loads * LOAD
     times = (
-        total * found.instructions / (4 * UNITS * CLOCK),
+        total * warp.instructions / (4 * UNITS * CLOCK),
         moved / BANDWIDTH,
-        total * found.flops / FLOPS,
+        total * warp.flops / FLOPS,
         waves * chain / CLOCK,
     )
-    counts = [round(number, 1) for number in (found.instructions, found.barriers, found.loads)]
+    counts = [round(number, 1) for number in (warp.instructions, warp.barriers, warp.loads)]
     return Cost(launch.name, programs, warps, *counts, moved, times)
 
 
@@ -223,16 +223,16 @@ def figures(case: Case, costs: Sequence[Cost], training: bool) -> Figures:
     return {"x_dense": round(x_dense, 3), "floor_us": round(1e6 * floor, 1), "launches": len(costs)}
 
 
-def worse(call: str, found: Figures, kept: Figures, limit: float | None) -> list[str]:
+def worse(call: str, bounds: Figures, kept: Figures, limit: float | None) -> list[str]:
     """In what a call is worse than the table says: one line each."""
     most = {name: MORE * value for name, value in kept.items()}
     most["launches"] = kept["launches"]
     if limit is not None and kept["x_dense"] <= limit:
         most["x_dense"] = limit
     return [
-        f"{call}: {name} {found[name]}; at most {value:g}"
+        f"{call}: {name} {bounds[name]}; at most {value:g}"
         for name, value in most.items()
-        if found[name] > value
+        if bounds[name] > value
     ]
 
 
@@ -254,23 +254,19 @@ def main(words: Sequence[str] | None = None) -> int:
         if chosen.only not in call:
             continue
         training = phase == "training"
-        costs = [
-            cost_of(launch, case.tokens) for launch in recorded(case.layer("meta"), case, training)
-        ]
-        for cost in costs if chosen.kernels else []:
-            print(f"  {cost}")
-        found = figures(case, costs, training)
+        launches = recorded(case.layer("meta"), case, training)
+        costs = [cost_of(launch, case.tokens) for launch in launches]
+        if chosen.kernels:
+            for cost in costs:
+                print(f"  {cost}")
+        bounds = figures(case, costs, training)
         limit = case.limits[number]
-        print(
-            call,
-            found,
-            f"at most {limit}: missed" if limit and found["x_dense"] > limit else "",
-            flush=True,
-        )
+        missed = limit and bounds["x_dense"] > limit
+        print(call, bounds, f"at most {limit}: missed" if missed else "", flush=True)
         if chosen.write:
-            table[call] = found
+            table[call] = bounds
         elif call in table:
-            lines += worse(call, found, table[call], limit)
+            lines += worse(call, bounds, table[call], limit)
         else:
             lines.append(f"{call}: not in {TABLE.name}")
     if chosen.write:

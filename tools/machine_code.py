@@ -63,20 +63,22 @@ class Binary(NamedTuple):
 
     def problems(self, architecture: str) -> list[str]:
         """Reasons why it must not be shipped; empty if it may be."""
-        found = []
+        reasons = []
         if self.spills or self.stack:
-            found.append(f"spills: {self.spills} accesses, {self.stack} bytes of local memory")
+            reasons.append(f"spills: {self.spills} accesses, {self.stack} bytes of local memory")
         limit = SHARED_MEMORY[architecture]
         if self.shared > limit:
-            found.append(f"needs {self.shared} bytes of shared memory; {architecture} has {limit}")
+            reasons.append(
+                f"needs {self.shared} bytes of shared memory; {architecture} has {limit}"
+            )
         if self.tensor_memory > _TENSOR_MEMORY_COLUMNS:
-            found.append(
+            reasons.append(
                 f"needs {self.tensor_memory} columns of tensor memory; there are "
                 f"{_TENSOR_MEMORY_COLUMNS}"
             )
         if self.wants_matrix and not self.matrix_instructions:
-            found.append("multiplies matrices without a tensor-core instruction")
-        return found
+            reasons.append("multiplies matrices without a tensor-core instruction")
+        return reasons
 
 
 def disassembled(cubin: Path) -> dict[str, Binary]:
@@ -85,7 +87,7 @@ def disassembled(cubin: Path) -> dict[str, Binary]:
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage, *codes = re.split(r"^\s+Function : (\S+)$", text, flags=re.MULTILINE)
     fields = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)"
-    sizes = {name: [int(size) for size in found] for name, *found in re.findall(fields, usage)}
+    sizes = {name: [int(size) for size in counts] for name, *counts in re.findall(fields, usage)}
     binaries = {}
     for name, code in zip(codes[::2], codes[1::2], strict=True):
         registers, stack, shared = sizes[name]
@@ -123,22 +125,20 @@ def loops_of(code: Sequence[tuple[int, str]]) -> list[tuple[int, int]]:
     None are the endless one behind the end, what returns from there, and what only waits for a
     barrier in memory.
     """
-    found: dict[int, int] = {}
+    last_of_loop: dict[int, int] = {}
     end = max((address for address, text in code if "EXIT" in text), default=math.inf)
     for address, text in code:
         back = _BACK.search(text)
-        if (
-            back
-            and int(back[1], 16) < address
-            and not (address > end and text.startswith("BRA 0x"))
-        ):
-            found[int(back[1], 16)] = max(address, found.get(int(back[1], 16), 0))
+        if back is None or (address > end and text.startswith("BRA 0x")):
+            continue
+        first = int(back[1], 16)
+        if first < address:
+            last_of_loop[first] = max(address, last_of_loop.get(first, 0))
     waits = {address for address, text in code if _WAIT.search(text)}
-    loops = [
-        each
-        for each in found.items()
-        if each[1] - each[0] > 128 or not waits & set(range(*each, 16))
-    ]
+    loops = []
+    for first, last in last_of_loop.items():
+        if last - first > 128 or not waits & set(range(first, last, 16)):
+            loops.append((first, last))
     return sorted(loops, key=lambda loop: (loop[0], -loop[1]))
 
 
@@ -202,18 +202,16 @@ def executed(name: str, text: str, trips: Sequence[float]) -> Executed:
     """
     code = code_of(text)
     loops = loops_of(code)
-    given = (
-        list(trips)
-        if len(trips) == len(loops)
-        else [each for each in trips if each != 1][: len(loops)]
-    )
-    if len(given) < len(loops):
+    counts = list(trips)
+    if len(counts) != len(loops):
+        counts = [count for count in trips if count != 1][: len(loops)]
+    if len(counts) < len(loops):
         sizes = [sum(first <= address <= last for address, _ in code) for first, last in loops]
         raise ValueError(
             f"{name} has loops of {sizes} instructions; tools/gpu_floors.py says how often {trips} "
             "run"
         )
-    counted = list(zip(loops, given, strict=True))
+    counted = list(zip(loops, counts, strict=True))
     instructions = barriers = flops = 0.0
     for address, words in code:
         times = _times(address, counted)

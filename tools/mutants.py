@@ -100,10 +100,9 @@ def mutants_of(area: Area) -> Iterator[Mutant]:
     paths = sorted(path for glob in area.files for path in ROOT.glob(glob))
     with use_db(":memory:") as database:
         init(paths, database, {})
-        found = [change for item in database.work_items for change in item.mutations]
+        changes = [change for item in database.work_items for change in item.mutations]
     names = {
-        f"{each.module_path.relative_to(ROOT)} {each.operator_name} {each.occurrence}": each
-        for each in found
+        f"{c.module_path.relative_to(ROOT)} {c.operator_name} {c.occurrence}": c for c in changes
     }
     for name in sorted(names, key=lambda name: random.Random(name).random()):
         mutant = mutant_at(area, names[name])
@@ -151,24 +150,24 @@ def _meaning(text: str) -> str | None:
 
 def _statement(tree: ast.Module, line: int) -> range:
     """Lines of the innermost statement at a line; of one with a body, those of its head."""
-    found = range(line, line + 1)
+    lines = range(line, line + 1)
     for node in ast.walk(tree):  # the outer ones first
         if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or 0):
             body = getattr(node, "body", None)
-            found = range(node.lineno, body[0].lineno if body else (node.end_lineno or line) + 1)
-    return found
+            lines = range(node.lineno, body[0].lineno if body else (node.end_lineno or line) + 1)
+    return lines
 
 
 def sample(areas: list[Area], count: int) -> list[Mutant]:
     """``count`` mutants, as many of every area as of the others while they last; the same ones
     every time."""
     turns = itertools.zip_longest(*(mutants_of(area) for area in areas))
-    found: dict[str, Mutant] = {}
+    chosen: dict[str, Mutant] = {}
     for mutant in filter(None, itertools.chain.from_iterable(turns)):
-        found.setdefault(mutant.name, mutant)
-        if len(found) == count:
+        chosen.setdefault(mutant.name, mutant)
+        if len(chosen) == count:
             break
-    return list(found.values())
+    return list(chosen.values())
 
 
 def copy_of_tree(folder: Path) -> None:
@@ -207,10 +206,8 @@ def run_tests(
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.chdir(folder)
-        sys.path[:] = [
-            str(folder),
-            *(path for path in sys.path if path and Path(path).resolve() != ROOT),
-        ]
+        others = [path for path in sys.path if path and Path(path).resolve() != ROOT]
+        sys.path[:] = [str(folder)] + others
         os.environ["PYTHONPATH"] = str(folder)
         sys.dont_write_bytecode = record is None  # what is recorded is not changed
         with (
@@ -255,10 +252,10 @@ class Reach:
         """Those that may see a change of lines, short ones first; all of the file's if an import
         reaches them."""
         by_line = self.lines[str(path)]
-        found = {test for line, tests in by_line.items() if line in lines for test in tests}
-        if "" in found:
-            found = {test for tests in by_line.values() for test in tests}
-        return sorted(found - {""}, key=lambda test: (int(self.seconds[test]), test))
+        reaching = {test for line, tests in by_line.items() if line in lines for test in tests}
+        if "" in reaching:
+            reaching = {test for tests in by_line.values() for test in tests}
+        return sorted(reaching - {""}, key=lambda test: (int(self.seconds[test]), test))
 
 
 def outcome(mutant: Mutant, reach: Reach, folder: Path) -> str:
@@ -295,10 +292,10 @@ def main(arguments: list[str] | None = None) -> int:
         default=kept,
         help="JSON: what became of every mutant; default: build",
     )
-    asked = parser.parse_args(arguments)
-    areas = [area for area in areas if not asked.areas or area.name in asked.areas]
-    chosen = sample(areas, asked.count)
-    results: Path = asked.results
+    options = parser.parse_args(arguments)
+    areas = [area for area in areas if not options.areas or area.name in options.areas]
+    chosen = sample(areas, options.count)
+    results: Path = options.results
     outcomes: dict[str, str] = json.loads(results.read_text()) if results.is_file() else {}
     results.parent.mkdir(parents=True, exist_ok=True)
     reached: dict[str, Reach] = {}
@@ -319,10 +316,8 @@ def main(arguments: list[str] | None = None) -> int:
     survived = [
         m for m in chosen if outcomes.get(m.name) in ("passed", "unreached") and m not in known
     ]
-    total, missed = (
-        Counter(m.area.name for m in chosen),
-        Counter(m.area.name for m in (*survived, *known)),
-    )
+    total = Counter(m.area.name for m in chosen)
+    missed = Counter(m.area.name for m in survived + known)
     for name, count in total.items():
         print(f"{name:20} {count - missed[name]:4} of {count:4} seen")
     print(
@@ -331,7 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     for mutant in survived:
         print(f"survived: {mutant.name}")
-    return 1 if len(survived) > (1 - asked.least) * (len(chosen) - len(known)) else 0
+    return 1 if len(survived) > (1 - options.least) * (len(chosen) - len(known)) else 0
 
 
 if __name__ == "__main__":

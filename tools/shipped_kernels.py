@@ -58,13 +58,17 @@ class Library(NamedTuple):
 
 def bytes_of(values: Iterable[Any]) -> int:
     """Of all different tensors among the values; views of one tensor count as their largest."""
-    found: dict[int, int] = {}
+    sizes: dict[int, int] = {}
     for value in values:
         if isinstance(value, Tensor):
             storage = value.untyped_storage()
             used = min(value.numel() * value.element_size(), storage.nbytes())
-            found[storage._cdata] = max(found.get(storage._cdata, 0), used)
-    return sum(found.values())
+            sizes[storage._cdata] = max(sizes.get(storage._cdata, 0), used)
+    return sum(sizes.values())
+
+
+def _storages(values: Iterable[Any]) -> set[int]:
+    return {v.untyped_storage()._cdata for v in values if isinstance(v, Tensor)}
 
 
 class Recorder(TorchDispatchMode):
@@ -88,20 +92,12 @@ class Recorder(TorchDispatchMode):
             return result
         result = func(*args, **kwargs)
         inputs, outputs = tree_leaves((args, kwargs)), tree_leaves(result)
-        given = {each.untyped_storage()._cdata for each in inputs if isinstance(each, Tensor)}
-        new = any(
-            isinstance(each, Tensor) and each.untyped_storage()._cdata not in given
-            for each in outputs
-        )
-        if "empty" not in str(func) and (new or func._schema.is_mutable):
-            flops = flop_registry.get(func.overloadpacket, lambda *_, **__: 0)(
-                *args, **kwargs, out_val=result
-            )
-            self.log.append(
-                Library(
-                    func._schema.name.removeprefix("aten::"), flops, bytes_of([*inputs, *outputs])
-                )
-            )
+        is_new = bool(_storages(outputs) - _storages(inputs))
+        if "empty" not in str(func) and (is_new or func._schema.is_mutable):
+            count = flop_registry.get(func.overloadpacket, lambda *_, **__: 0)
+            flops = count(*args, **kwargs, out_val=result)
+            name = func._schema.name.removeprefix("aten::")
+            self.log.append(Library(name, flops, bytes_of([*inputs, *outputs])))
         return result
 
 
@@ -119,13 +115,13 @@ def as_on_gpu(
     autotune.forget()
     backends._selected.cache_clear()
     with ExitStack() as patches:
-        for each in (
+        for change in (
             patch.object(torch, "is_autocast_enabled", lambda *_: False),
             patch.object(backends.Backend, "unsupported_reasons", lambda *_: []),
             patch.dict(backends.PREFERRED, meta=("triton",)),
             patch.dict(os.environ, {autotune.SETTING: "0"}),  # the first of the ranking
         ):
-            patches.enter_context(each)
+            patches.enter_context(change)
         log = patches.enter_context(recorded(architecture, tile))
         patches.enter_context(Recorder(log, only_ours))
         yield log
@@ -154,12 +150,15 @@ class Problem(NamedTuple):
 
     def launches(self, architecture: str) -> list[Launch]:
         """With the suitable tiles, and with all others in turn if requested."""
-        found: list[Launch] = []
-        for tile in (None, *(range(TILES) if self.every_tile else ())):
+        launches: list[Launch] = []
+        tiles: list[int | None] = [None]
+        if self.every_tile:
+            tiles += range(TILES)
+        for tile in tiles:
             with as_on_gpu(architecture, tile=tile, only_ours=True) as log:
                 self.run()
-            found += log
-        return found
+            launches += log
+        return launches
 
 
 def _leaf(*size: int, dtype: torch.dtype) -> Tensor:
@@ -182,16 +181,16 @@ def shapes(sizes: Sizes = T5_BASE) -> dict[str, tuple[MPOShape, MPOShape]]:
     """Those of the up and the down projection by name."""
     up, down = (sizes.model, sizes.hidden), (sizes.hidden, sizes.model)
     separable = MPOShape.separable(*up)
-    found = {
+    pairs = {
         "separable": (separable, separable.mirrored()),
         "light 64": (MPOShape.light(*up, 64), MPOShape.light(*down, 64)),
     }
     for bond in (16, 32, 64, 128, None):
-        found[f"paper {bond or 'full'}"] = (
+        pairs[f"paper {bond or 'full'}"] = (
             MPOShape.paper(*up, max_bond=bond),
             MPOShape.paper(*down, max_bond=bond),
         )
-    return found
+    return pairs
 
 
 def run_linear(
@@ -260,8 +259,8 @@ def _linear(dtype: torch.dtype, few: bool, sizes: Sizes) -> Iterator[Problem]:
                     options.append({"masked": True})
                 if name == "separable" and direction == "up":
                     options += [
-                        {"activation": each, "biased": False}
-                        for each in ACTIVATIONS[: 1 if few else None]
+                        {"activation": function, "biased": False}
+                        for function in ACTIVATIONS[: 1 if few else None]
                     ]
                 if name in ("paper 32", "separable") and first and direction == "up":
                     options += [{"activation": other} for other in ACTIVATIONS[1:]]
@@ -286,17 +285,13 @@ def run_routing(
             gates_of_router.gate_backward(
                 decided, dlogits, decided.top_k_weights, raw, 1.0, in_parts=dtype == torch.bfloat16
             )
-    limits = (
-        (tokens * top_k // experts + 1, _integers(tokens, dtype=torch.bool))
-        if limited
-        else (None, None)
-    )
+    limits: tuple[Any, Any] = (None, None)
+    if limited:
+        limits = tokens * top_k // experts + 1, _integers(tokens, dtype=torch.bool)
     where = route(_integers(tokens, top_k), experts, *limits, backend="triton")
     _called(dispatch, _leaf(tokens, width, dtype=dtype), where)
-    rows, gates = (
-        _leaf(tokens * top_k, width, dtype=dtype),
-        _leaf(tokens, top_k, dtype=torch.float32),
-    )
+    rows = _leaf(tokens * top_k, width, dtype=dtype)
+    gates = _leaf(tokens, top_k, dtype=torch.float32)
     _called(combine, rows, where, gates)
 
 
@@ -337,11 +332,9 @@ def run_hidden(
     right, left, right_gate = (_leaf(*size, dtype=dtype) for _ in range(3))
     u, u_gate = (_leaf(tokens, units, dtype=dtype) for _ in range(2))
     gates, bias = _leaf(tokens, top_k, dtype=torch.float32), _leaf(experts, units, dtype=dtype)
-    more = (
-        {"activation": "silu", "u_gate": u_gate, "right_gate": right_gate}
-        if gated
-        else {"activation": "gelu"}
-    )
+    more: dict[str, Any] = {"activation": "gelu"}
+    if gated:
+        more = {"activation": "silu", "u_gate": u_gate, "right_gate": right_gate}
     _called(hidden_experts, u, gates, _integers(tokens, top_k), right, left, bias, **more)
 
 
@@ -360,10 +353,13 @@ def _experts(
     run: Callable[..., None], dtype: torch.dtype, few: bool, sizes: Sizes
 ) -> Iterator[Problem]:
     """Gated and not, on every tile."""
-    kinds, width = (
-        (HIDDEN_SIZES, sizes.hidden) if run is run_hidden else (NEURON_SIZES, sizes.model)
-    )
-    kinds = kinds[: 2 if few else None]
+    kinds: tuple[Any, ...] = NEURON_SIZES
+    width = sizes.model
+    if run is run_hidden:
+        kinds = HIDDEN_SIZES
+        width = sizes.hidden
+    if few:
+        kinds = kinds[:2]
     if sizes != T5_BASE:
         kinds = tuple((experts, *kind[1:]) for experts in sizes.experts for kind in kinds)
     for kind, gated, tokens in product(kinds, (False, True), TOKENS[:: 2 if few else 1]):

@@ -45,7 +45,10 @@ def run_commands(cli: Callable[..., Any], text: str) -> set[str]:
         assert program == "mpoe", line
         names = {"path/to/t5"} | ({"t5-base"} if command == "convert" else set())
         arguments = [str(stand_in_path("t5")) if a in names else a for a in arguments]
+        arguments = [str(stand_in_path("gpt2")) if a == "path/to/model" else a for a in arguments]
         if command == "train":
+            if "--max_steps" not in arguments:
+                arguments += ["--max_steps", "1"]
             arguments[arguments.index("--max_steps") + 1] = "1"
             arguments += [
                 "--per_device_train_batch_size=4",
@@ -98,9 +101,13 @@ def test_page(
     ), "a block nobody runs"
     monkeypatch.chdir(tmp_path)
     sentiment.rename(tmp_path / "my_folder")
+    (tmp_path / "law").mkdir()
+    sentence = "In case {} the court found for the plaintiff.\n"
+    (tmp_path / "law" / "train.txt").write_text("".join(map(sentence.format, range(900))))
     write_files(text, tmp_path)
     run_blocks(text)
-    assert run_commands(cli, text) == {"train", "plan"} or page.stem != "README"
+    ran = run_commands(cli, text)
+    assert ran == {"train", "compose", "plan"} or page.stem != "README"
 
 
 def test_every_described_task_is_listed() -> None:
@@ -218,6 +225,9 @@ def launch(folder: Path, example: bool) -> str:
 @pytest.mark.slow
 def test_the_launch_line_runs(sentiment: Path, tmp_path: Path) -> None:
     sentiment.rename(tmp_path / "my_folder")
+    (tmp_path / "law").mkdir()
+    sentence = "In case {} the court found for the plaintiff.\n"
+    (tmp_path / "law" / "train.txt").write_text("".join(map(sentence.format, range(900))))
     launch(tmp_path, example=False)
     assert (tmp_path / "runs" / "two" / "results.json").is_file()
 

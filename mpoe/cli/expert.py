@@ -3,6 +3,7 @@ losses beside the base's, and the expert's file."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -20,9 +21,10 @@ from mpoe.data.batches import as_batches
 from mpoe.data.metrics import average_score
 from mpoe.models import collect_statistics, save_expert
 from mpoe.models.composition import NONE
+from mpoe.models.expert_files import Expert, write_expert
 from mpoe.models.table import ENCODER
 from mpoe.training import MPOETrainingArguments
-from mpoe.training.published import publish, staging_folder
+from mpoe.training.published import staging_folder
 
 if TYPE_CHECKING:
     from mpoe.cli.train import Plan
@@ -145,25 +147,21 @@ def show_losses(evaluated: Mapping[str, Any], title: str) -> None:
     Table(("", "items", "base", "with its expert", "difference"), rows, title, note).show()
 
 
-def save_trained(
+def stage_expert(
     trainer: Any,
     tokenizer: Any,
     items: Subset[Any],
-    held_out: Sequence[Any],
     plan: Plan,
-    source: Source,
     sizes: dict[str, Any],
     seconds: float,
-) -> None:
-    """Write the expert of a finished run, with statistics of some training items, and print what it
-    changes beside its base: always on, and composed with *none*.
+) -> Expert:
+    """Write the expert of a finished run, with statistics of some training items, into the staging
+    folder of the run's, and return it.
 
-    ``items`` are those of the statistics, ``held_out`` validation items; ``sizes`` are the numbers
-    of items by task, for the file's facts; ``seconds`` what training took, validation included.
+    ``items`` are those of the statistics; ``sizes`` are the numbers of items by task, for the
+    file's facts; ``seconds`` what training took, validation included.
     """
     begun = time.perf_counter()
-    folder = Path(str(plan.arguments.output_dir))
-    file = folder / f"{plan.run.expert}.expert"
     print(f"statistics of {len(items)} items for the routers of later mixtures", flush=True)
     statistics = collect_statistics(
         trainer.model, DataLoader(items, AT_ONCE, collate_fn=trainer.data_collator)
@@ -173,16 +171,15 @@ def save_trained(
         "learning_rate": plan.arguments.learning_rate,
     }
     facts |= {"tasks": plan.data.tasks, "data": sizes}
-    staging = staging_folder(folder)
+    staging = staging_folder(Path(str(plan.arguments.output_dir)))
     staging.mkdir(exist_ok=True)
     expert = save_expert(
         trainer.model,
-        staging / file.name,
+        staging / f"{plan.run.expert}.expert",
         statistics=statistics,
         tokenizer=tokenizer,
         training=facts,
     )
-    publish(folder, keep=True)
     collected = time.perf_counter() - begun
     records = trainer.state.log_history
     logged = [pair for record in records for pair in record.items()]
@@ -197,16 +194,34 @@ def save_trained(
             f"{collected:.1f} s, together "
             f"{share:.0%} of that"
         )
+    return expert
+
+
+def show_expert(
+    model: Any,
+    tokenizer: Any,
+    expert: Expert,
+    held_out: Sequence[Any],
+    folder: Path,
+    source: Source,
+) -> None:
+    """Print what the published expert of a run changes beside its base, always on and composed with
+    *none*, and note the losses in its file.
+
+    ``model`` is the base with the expert, ``held_out`` are validation items.
+    """
+    file = folder / f"{expert.name}.expert"
     base = load_model(source)
     if not speaks(base, tokenizer):
         print(f"the expert alone is {file} (mpoe compose)")
         return
     background = made_background(base, tokenizer, folder)
     batches = as_batches(held_out, tokenizer)
-    changes = changes_of_expert(base, tokenizer, trainer.model, expert, batches, background)
-    facts["held_out"] = losses_of(changes)
-    save_expert(trainer.model, file, statistics=statistics, tokenizer=tokenizer, training=facts)
-    table_of_changes(f"What {plan.run.expert} changes", changes).show()
+    changes = changes_of_expert(base, tokenizer, model, expert, batches, background)
+    training = {**expert.facts["training"], "held_out": losses_of(changes)}
+    facts = {**expert.facts, "training": training}
+    write_expert(dataclasses.replace(expert, facts=facts), file)
+    table_of_changes(f"What {expert.name} changes", changes).show()
     print(
         f"the expert alone is {file}; the model with it: mpoe compose {source.path} {file} "
         "--output_dir DIR"

@@ -25,7 +25,7 @@ from mpoe.data.tasks import (
 )
 from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ
 from mpoe.training import find_last_checkpoint
-from mpoe.training.output_dir import read_record
+from mpoe.training.output_dir import holds_earlier_model, read_record
 
 DEFAULT_TASKS = {SEQ2SEQ: ["doc_module"], CAUSAL: ["doc_lm"], ENCODER: ["doc_module"]}
 # style of a model -> an example, the kinds of task it does
@@ -237,12 +237,13 @@ def model_of_experiment(folder: str) -> str:
     path = Path(folder)
     if not path.is_dir():
         raise CommandError(f"load_experiment must be the folder of an earlier run; got {folder!r}")
-    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+    is_model = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+    if is_model and not holds_earlier_model(path):
         return str(path)
     checkpoint = find_last_checkpoint(path)
     if checkpoint is None:
         raise CommandError(
-            f"load_experiment: {folder} holds neither a model nor a complete checkpoint"
+            f"load_experiment: {folder} holds neither its run's model nor a complete checkpoint"
         )
     return str(checkpoint)
 
@@ -261,7 +262,11 @@ def data_of_run(
     Raises:
         ValueError: ``run.json`` cannot be read.
     """
-    run = read_record(Path(model_dir)) or read_record(Path(model_dir).resolve().parent) or {}
+    folder = Path(model_dir)
+    run = read_record(folder) or read_record(folder.resolve().parent) or {}
+    if holds_earlier_model(folder):
+        print(f"{folder} holds the model of a run before the one in run.json, which is not used")
+        run = {}
     kept = run.get("data", {})
     names = {f.name for f in dataclasses.fields(DataOptions) if f.name not in flags} & set(kept)
     if flags & SOURCES:

@@ -27,9 +27,10 @@ from mpoe.cli.evaluate import encode_task, evaluate_tasks, show_scores
 from mpoe.cli.expert import (
     limit_measuring,
     losses_beside_base,
-    save_trained,
     settle_expert,
+    show_expert,
     show_losses,
+    stage_expert,
 )
 from mpoe.cli.models import REPORT_FILE, RESULTS_FILE, Source, write_json
 from mpoe.cli.options import WIDER, ExpertOptions, RunOptions
@@ -55,8 +56,8 @@ from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ
 from mpoe.training import MPOETrainingArguments, find_last_checkpoint, prepare_output_dir
 from mpoe.training.callbacks import LogLineCallback
 from mpoe.training.checkpoints import step_of
-from mpoe.training.output_dir import check_output_dir
-from mpoe.training.published import check_free_names, publish, staging_folder
+from mpoe.training.output_dir import check_output_dir, publish_run
+from mpoe.training.published import check_free_names, staging_folder
 from mpoe.training.run_lock import hold
 from mpoe_kernels.version import __version__
 
@@ -185,8 +186,9 @@ def run(plan: Plan) -> dict[str, Any]:
     with hold(folder) if first else contextlib.nullcontext():
         with arguments.main_process_first(desc="output folder"):
             if first:
+                _check_folder(plan, settings)  # what is there now, as nobody else writes it
                 checkpoint = prepare_output_dir(
-                    folder, plan.run.overwrite, plan.run.resume, settings
+                    folder, plan.run.overwrite, plan.run.resume, settings, keep_model=True
                 )
             else:
                 checkpoint = find_last_checkpoint(folder) if plan.run.resume else None
@@ -202,10 +204,20 @@ def run(plan: Plan) -> dict[str, Any]:
         seconds = time.perf_counter() - begun
         spent = seconds, trainer.state.global_step - (step_of(checkpoint) if checkpoint else 0)
         sizes = _sizes(pools, items.indices, validation)
-        results = finish(trainer, tokenizer, eval_tasks, plan, start, spent, sizes)
+        staging = staging_folder(folder)
+        expert = None
+        if plan.run.expert is None or plan.run.save_base:
+            trainer.save_model(str(staging))  # every process takes part in it
+            if arguments.should_save:
+                tokenizer.save_pretrained(staging)
         if statistics_of is not None and trainer.is_world_process_zero():
+            expert = stage_expert(trainer, tokenizer, statistics_of, plan, sizes, seconds)
+        if arguments.should_save and staging.is_dir():
+            publish_run(folder)
+        results = finish(trainer, tokenizer, eval_tasks, plan, start, spent, sizes)
+        if expert is not None:
             held_out = [item for task_items in validation.values() for item in task_items]
-            save_trained(trainer, tokenizer, statistics_of, held_out, plan, source, sizes, seconds)
+            show_expert(trainer.model, tokenizer, expert, held_out, folder, source)
         return results
 
 
@@ -358,8 +370,7 @@ def finish(
     spent: Any,
     sizes: dict[str, Any],
 ) -> dict[str, Any]:
-    """Save the model, evaluate it on the tasks' validation items and write the results, which are
-    returned.
+    """Evaluate the model on the tasks' validation items and write the results, which are returned.
 
     Args:
         trainer: of the finished training, on which this process ``spent`` seconds and steps.
@@ -371,11 +382,6 @@ def finish(
     arguments, model, folder = plan.arguments, trainer.model, Path(str(plan.arguments.output_dir))
     seconds, done = spent
     is_expert = plan.run.expert is not None
-    if not is_expert or plan.run.save_base:
-        trainer.save_model(str(staging_folder(folder)))  # every process takes part in it
-        if arguments.should_save:
-            tokenizer.save_pretrained(staging_folder(folder))
-            publish(folder, keep=True)
     evaluated = losses_beside_base(trainer, sizes) if is_expert else {}
     if not trainer.is_world_process_zero():
         return {}

@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,17 @@ from mpoe.training.checkpoints import (
     delete,
     find_last_checkpoint,
 )
-from mpoe.training.published import CONFIG, WEIGHT_FILES, finish, remove, written_files
+from mpoe.training.published import (
+    CONFIG,
+    MANIFEST,
+    WEIGHT_FILES,
+    finish,
+    publish,
+    published_by,
+    read_field,
+    remove,
+    written_files,
+)
 from mpoe.training.run_lock import check_free, hold
 
 RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
@@ -74,10 +85,9 @@ NEUTRAL_KEYS = frozenset(
         *OBSOLETE,
     }
 )
-# Other files that a run writes at the top of its folder; `overwrite` deletes them, its model and
-# the checkpoints.
+# Other files that a run writes at the top of its folder; `overwrite` deletes them and the
+# checkpoints.
 _RUN_FILES = (
-    RUN_FILE,
     METRICS_FILE,
     "trainer_state.json",
     "all_results.json",
@@ -93,6 +103,7 @@ def prepare_output_dir(
     overwrite: bool = False,
     resume: bool = False,
     run_config: Mapping[str, Any] | None = None,
+    keep_model: bool = False,
 ) -> Path | None:
     """Make `output_dir` ready for a run, or refuse before any work is done.
 
@@ -106,6 +117,8 @@ def prepare_output_dir(
         overwrite: delete an earlier run in this folder.
         resume: continue the run in this folder; its `run.json` must hold the same configuration.
         run_config: everything that determines what the run computes (JSON-able).
+        keep_model: leave the model that ``overwrite`` would delete where it is, for `publish_run`
+            to replace when the run has ended.
 
     Returns:
         The last complete checkpoint when resuming (None if the run died before its first), else
@@ -124,17 +137,40 @@ def prepare_output_dir(
     check_output_dir(output_dir, overwrite, resume, config)
     with hold(folder):
         check_output_dir(folder, overwrite, resume, config)  # another may have claimed it meanwhile
+        clean_leftovers(folder)
         if resume:
-            clean_leftovers(folder)
             return find_last_checkpoint(folder)
+        # In its own order, which matters for label words.
+        record: dict[str, Any] = {"config": config}
         if overwrite and _contents(folder) is not None:
-            clean_leftovers(folder)
+            # The record of the earlier run goes last, by being replaced: no other run can be
+            # resumed from its checkpoints.
             for path in checkpoint_folders(folder):
                 delete(path)
-            remove(folder, [*written_files(folder), *_RUN_FILES])
-        # In its own order, which matters for label words.
-        write_text(folder / RUN_FILE, json.dumps({"config": config}, indent=1))
+            remove(folder, _RUN_FILES)
+            if keep_model:
+                record["run"] = uuid.uuid4().hex
+            else:
+                remove(folder, written_files(folder))
+        write_text(folder / RUN_FILE, json.dumps(record, indent=1))
     return None
+
+
+def holds_earlier_model(folder: Path) -> bool:
+    """Whether the model in ``folder`` is one that its run is to replace, and has not yet (see
+    `publish_run`)."""
+    run = read_field(folder / RUN_FILE, "run")
+    return run is not None and run != published_by(folder)
+
+
+def publish_run(folder: Path) -> None:
+    """Publish the model that a run, which holds ``folder``, has in its staging folder: in place of
+    an earlier run's, but beside what this run has published before.
+
+    Raises:
+        FileExistsError: as `publish`.
+    """
+    publish(folder, not holds_earlier_model(folder), read_field(folder / RUN_FILE, "run"))
 
 
 def check_output_dir(
@@ -217,7 +253,7 @@ def _contents(folder: Path) -> str | None:
         return "another run; continue it with --resume, delete it with --overwrite,"
     # What `save_pretrained` and other commands write; a run in the same folder would be mixed with
     # it.
-    if any(any(folder.glob(name)) for name in (CONFIG, "results.json", *WEIGHT_FILES)):
+    if any(any(folder.glob(name)) for name in (CONFIG, MANIFEST, "results.json", *WEIGHT_FILES)):
         return "a saved model or results; delete them with --overwrite,"
     return None
 

@@ -62,11 +62,23 @@ def written_files(folder: Path) -> set[str]:
     return names if may_write_card(folder / CARD_FILE) else names - {CARD_FILE}
 
 
+def published_by(folder: Path) -> str | None:
+    """The identity of the run that published the model in ``folder``, if the manifest names one."""
+    run = read_field(folder / MANIFEST, "run")
+    return run if isinstance(run, str) else None
+
+
+def read_field(file: Path, field: str) -> Any:
+    """The value of ``field`` in a JSON file; ``None`` if there is none, or no such file."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))[field]
+    return None
+
+
 def _names_in(file: Path, field: str) -> set[str]:
     """The list ``field`` of a JSON file if it holds plain names, else nothing."""
-    values: Any = ()
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-        values = json.loads(file.read_text(encoding="utf-8"))[field] if file.is_file() else ()
+    values = read_field(file, field)
     are_names = isinstance(values, list) and all(isinstance(name, str) for name in values)
     if not are_names or not all(is_file_name(part) for name in values for part in name.split("/")):
         return set()
@@ -115,12 +127,13 @@ def staging_folder(folder: Path) -> Path:
     return folder / _STAGING
 
 
-def publish(folder: Path, keep: bool = False) -> None:
+def publish(folder: Path, keep: bool = False, run: str | None = None) -> None:
     """Put the fully written model in the staging folder in place of the one in ``folder``, which
     the caller holds.
 
     A user's own or edited model card is kept, as is every file that we did not write; to ``keep``
-    is to keep our own files of other names as well.
+    is to keep our own files of other names as well. ``run`` is what `published_by` returns from
+    now on.
 
     Raises:
         FileExistsError: such a file has the name of a new one; the old model is still there.
@@ -136,7 +149,10 @@ def publish(folder: Path, keep: bool = False) -> None:
     if keep:
         names = sorted(old.union(names))
         old = set()
-    (staging / MANIFEST).write_text(json.dumps({"files": names}, indent=1) + "\n", encoding="utf-8")
+    manifest: dict[str, Any] = {"files": names}
+    if run is not None:
+        manifest["run"] = run
+    (staging / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     (staging / _OLD).write_text(json.dumps({"files": sorted(old)}), encoding="utf-8")
     sync_tree(staging)
     os.rename(staging, folder / _WHOLE)

@@ -116,7 +116,7 @@ REFUSED = [
     ),
     (
         ["evaluate", "--load_experiment", "."],
-        "load_experiment: . holds neither a model nor a complete checkpoint",
+        "load_experiment: . holds neither its run's model nor a complete checkpoint",
     ),
     (
         ["evaluate", "t5", "--data_dir", ".", "--output_file", "no/s.json"],

@@ -16,11 +16,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from mpoe.cli.command import CommandError
 from mpoe.cli.evaluate import score_table
-from mpoe.cli.tasks import DataOptions, data_of_run, resolve
+from mpoe.cli.tasks import DataOptions, data_of_run, model_of_experiment, resolve
 from mpoe.data import load_stand_in, load_task_from_folder
 from mpoe.data.encode import encode_responses
 from mpoe.data.task import Example
+from mpoe.training import prepare_output_dir
+from mpoe.training.checkpoints import publish, staging_root
 from tests.assertions import refuses
 
 from .cli_data import described, write_rows
@@ -189,6 +192,22 @@ def test_evaluation_divides_the_data_as_the_run_did(tmp_path: Path) -> None:
         DataOptions(),
         set(),
     )
+
+
+def test_a_model_of_an_earlier_run_is_not_taken_for_the_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    prepare_output_dir(tmp_path, True, run_config={"drawn_by": 5}, keep_model=True)
+    assert data_of_run(str(tmp_path), DataOptions(), set())[1] == 0
+    assert "holds the model of a run before the one in run.json" in capsys.readouterr().out
+    refuses(CommandError, "holds neither its run's model", model_of_experiment, str(tmp_path))
+    staged = staging_root(tmp_path) / "checkpoint-3"
+    staged.mkdir(parents=True)
+    publish(staged, tmp_path)
+    assert model_of_experiment(str(tmp_path)) == str(tmp_path / "checkpoint-3")
+    assert data_of_run(str(tmp_path / "checkpoint-3"), DataOptions(), set())[1] == 5
 
 
 def test_evaluation_reads_the_data_as_the_run_did(

@@ -4,7 +4,10 @@ length."""
 from __future__ import annotations
 
 import gc
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +17,15 @@ from mpoe import (
     MPOEConfig,
     collect_statistics,
     convert_to_mpoe,
+    load_expert,
     load_mpoe,
     save_expert,
     start_expert,
 )
+from mpoe.cli import train
 from mpoe.data.embedded import load_stand_in
-from tests.assertions import in_threads
+from mpoe.training.published import finish
+from tests.assertions import in_threads, refuses
 from tests.models.tiny_models import tiny_model
 from tests.training.tiny import Rows, dense_model, make_trainer, mpoe_model, resume_options
 
@@ -138,6 +144,76 @@ def test_command_line_tells_of_the_disk_in_one_line(
         if path.suffix in (".expert", ".safetensors") or command != "train"
     ]
     assert [path for path in left if ".incomplete-model" not in path.parts] == []
+
+
+ENDS = {  # of a run that replaces another, in their order: where it is killed
+    "a step": "mpoe.training.trainer.MPOETrainer.training_step",
+    "the statistics": "mpoe.cli.expert.collect_statistics",
+    "the files": "mpoe.training.published.sync_tree",
+    "the exchange": "mpoe.training.published._finish",
+    "the results": "mpoe.cli.train.write_json",
+}
+
+
+@pytest.mark.parametrize(
+    "point",
+    [name if name == "the exchange" else pytest.param(name, marks=slow) for name in ENDS],
+)
+def test_a_killed_run_leaves_the_earlier_expert_or_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    run = tmp_path / "out"
+    run.mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.txt").write_text("A list holds its items in their order.\n\n" * 12)
+    save_expert(start_expert(load_stand_in("gpt2")[0], 8), run / "a.expert")
+    for name, text in {
+        "background.safetensors": "old",
+        "mpoe_files.json": '{"files": ["a.expert", "b.expert"]}',
+        "b.expert": "old",
+        "run.json": '{"config": {}}',
+    }.items():
+        (run / name).write_text(text)
+    (run / "checkpoint-9").mkdir()
+    earlier = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    del earlier["run.json"]
+    monkeypatch.setattr(ENDS[point], lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    words = [word.format(tmp_path) for word in COMMANDS["train"]] + OF_TRAIN
+    code, text = command_says([*words, "--overwrite"], tmp_path / "log")
+    assert code == -signal.SIGKILL, text
+    if point != "the results":
+        assert {name: (run / name).read_bytes() for name in earlier} == earlier
+        assert not (run / "checkpoint-9").exists()
+        assert load_expert(run / "a.expert").neurons == 8
+    monkeypatch.undo()
+    finish(run)
+    is_new = point in ("the exchange", "the results")
+    assert load_expert(run / "a.expert").neurons == (64 if is_new else 8)
+    assert (run / "b.expert").exists() is not is_new
+    assert (run / "background.safetensors").read_text() == "old"
+
+
+def test_a_file_that_appears_meanwhile_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "out"
+    run.mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.txt").write_text("A list holds its items in their order.\n\n" * 12)
+    (run / "mpoe_files.json").write_text('{"files": ["b.expert"]}')
+    (run / "b.expert").write_text("earlier")
+    make = train.make_trainer
+
+    def late(*arguments: Any) -> Any:
+        (run / "a.expert").write_text("mine")
+        return make(*arguments)
+
+    monkeypatch.setattr(train, "make_trainer", late)
+    words = [word.format(tmp_path) for word in COMMANDS["train"][1:]]
+    words += [*OF_TRAIN, "--overwrite"]
+    refuses(FileExistsError, r"did not write .*out/a\.expert", train.command, words)
+    assert (run / "a.expert").read_text() == "mine"
+    assert (run / "b.expert").read_text() == "earlier"
 
 
 def test_loads_and_conversions_in_threads(tmp_path: Path) -> None:

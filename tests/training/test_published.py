@@ -15,6 +15,12 @@ from mpoe.cli.command import CommandError
 from mpoe.cli.info import facts_of
 from mpoe.cli.models import check_model_output, model_folder
 from mpoe.cli.quiet import background_beside
+from mpoe.training.output_dir import (
+    RUN_FILE,
+    holds_earlier_model,
+    prepare_output_dir,
+    publish_run,
+)
 from mpoe.training.published import (
     MANIFEST,
     check_free_names,
@@ -338,3 +344,41 @@ def test_a_run_keeps_other_files_and_refuses_those_in_its_way(tmp_path: Path) ->
     every = {"config.json": "{}", "law.expert": "law", "med.expert": "med"}
     assert contents(tmp_path) == {"notes.txt": "mine", **every}
     assert json.loads((tmp_path / MANIFEST).read_text())["files"] == sorted(every)
+
+
+def end_run(folder: Path, files: dict[str, str]) -> None:
+    staging_folder(folder).mkdir()
+    Saved(files).save_pretrained(staging_folder(folder))
+    publish_run(folder)
+
+
+def test_a_run_replaces_an_earlier_model_when_it_ends(folder: Path) -> None:
+    (folder / "notes.txt").write_text("mine")
+    before = contents(folder)
+    for seed in range(3):  # two that were killed
+        prepare_output_dir(folder, True, run_config={"seed": seed}, keep_model=True)
+        (folder / "results.json").touch()  # of a run that died later still
+        assert holds_earlier_model(folder)
+        after = contents(folder)
+        assert json.loads(after.pop(RUN_FILE))["config"] == {"seed": seed}
+        assert after == {**before, "results.json": ""}
+    end_run(folder, NEW)
+    assert not holds_earlier_model(folder)
+    new = {**NEW, "results.json": "", "notes.txt": "mine"}
+    after = contents(folder)
+    del after[RUN_FILE]
+    assert after == new
+    assert prepare_output_dir(folder, resume=True, run_config={"seed": 2}) is None
+    end_run(folder, {"law.expert": "law"})  # beside what the same run has published before
+    after = contents(folder)
+    del after[RUN_FILE]
+    assert after == {**new, "law.expert": "law"}
+
+
+def test_what_a_manifest_names_is_not_replaced_without_being_asked(tmp_path: Path) -> None:
+    prepare_output_dir(tmp_path, keep_model=True)
+    assert not holds_earlier_model(tmp_path)
+    end_run(tmp_path, {"law.expert": "law"})
+    (tmp_path / RUN_FILE).unlink()
+    refuses(ValueError, "holds a saved model", prepare_output_dir, tmp_path, keep_model=True)
+    assert contents(tmp_path) == {"law.expert": "law"}

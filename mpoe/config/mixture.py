@@ -237,9 +237,10 @@ class MPOEConfig:
     def _check_kept(self) -> None:
         if self.is_neurons:
             self.neurons = DEFAULT_NEURONS if self.neurons is None else self.neurons
-            if self.block_size is not None and shapes.HIDDEN not in self.shape_pattern.values():
-                raise ValueError(f"block_size needs shape 'hidden'; got {self.shape!r}")
-        elif shapes.NEURONS not in (self.shape, *self.shape_pattern.values()):
+        kinds = (self.shape, *self.shape_pattern.values())
+        if self.block_size is not None and shapes.HIDDEN not in kinds:
+            raise ValueError(f"block_size needs shape 'hidden'; got {self.shape!r}")
+        if shapes.NEURONS not in kinds:
             for name in ("neurons", "latent"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} needs shape 'neurons'; got {self.shape!r}")
@@ -385,7 +386,7 @@ class MPOEConfig:
         if self.is_neurons and change.get("shape", shapes.NEURONS) != shapes.NEURONS:
             router = dataclasses.replace(self.router, routed_scaling_factor=None)
             change |= {"neurons": None, "latent": None, "router": router}
-        if self.is_hidden and change.get("shape") == shapes.NEURONS:
+        if self.is_hidden and change.get("shape", shapes.HIDDEN) != shapes.HIDDEN:
             change["block_size"] = None
         return dataclasses.replace(self, **change)
 

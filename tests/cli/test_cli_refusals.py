@@ -295,3 +295,10 @@ def test_text_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(OSError, match="disk full"):
         weight_files.write_text(file, "new")
     assert file.read_text() == "old"
+
+
+def test_how_many_words_compose_takes(refused: Callable[..., str]) -> None:
+    """A base and 128 others."""
+    words = ["compose", "base", *(["x"] * 128)]
+    assert "texts must name a file for each of 128 fine-tunes" in refused(*words)
+    assert "values without an option: 'x'" in refused(*words, "x")

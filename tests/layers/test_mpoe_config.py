@@ -124,6 +124,12 @@ from tests.assertions import refuses
         ),
         (
             MPOEConfig,
+            {"shape": "separable", "block_size": 8},
+            ValueError,
+            "block_size needs shape 'hidden'; got 'separable'",
+        ),
+        (
+            MPOEConfig,
             {"shape": "neurons", "neurons": 8.0},
             TypeError,
             "neurons must be an integer or None",
@@ -448,3 +454,10 @@ def test_without_a_router(expert_type):
     )
     torch.testing.assert_close(y, expected * mask[:, None], rtol=1e-4, atol=1e-5)
     assert routing.records == []
+
+
+def test_a_block_size_is_of_hidden_experts_alone() -> None:
+    config = MPOEConfig(block_size=8, shape_pattern={"a": "separable"})
+    assert (config.for_experts("a").block_size, config.for_experts("b").block_size) == (None, 8)
+    config = MPOEConfig(shape="separable", block_size=8, shape_pattern={"a": "hidden"})
+    assert config.for_experts("a").block_size == 8

@@ -134,6 +134,17 @@ def test_a_network_that_ends_in_a_module_that_adds_its_input() -> None:
     assert module.projections() == {"down": module.dense, "up": up}
 
 
+def test_what_the_layer_has_itself_is_not_taken_from_the_dense_network() -> None:
+    dense = Ending()
+    dense.in_features, dense.note = 99, "of the dense network"
+    dense.forward = lambda *_: None
+    config = MPOEConfig(shape="neurons", num_experts=E, neurons=M)
+    module = NeuronFeedForward(I, F, config, names={"down": "dense"}, adds_input=True)
+    module.around(dense, {"up": nn.Linear(I, F), "down": dense.dense})
+    assert (module.in_features, module.note) == (I, "of the dense network")
+    assert "forward" not in vars(module)
+
+
 def test_the_dense_networks_dropout_is_not_the_experts() -> None:
     module = layer()
     module.train().dropout.p = 0.5

@@ -405,3 +405,12 @@ def test_the_backend_asked_for_computes(monkeypatch):
         with torch.no_grad():
             float32_logits(*problem(torch.bfloat16, torch.bfloat16), backend)
     assert len(called) == 2 * ("native" in available_backends())
+
+
+def test_a_second_choice_of_no_share_is_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    router = TopKRouter(2, 2, RouterConfig.gshard(second_policy="random")).train()
+    monkeypatch.setattr(torch, "rand_like", torch.zeros_like)  # the least that is drawn
+    with torch.no_grad():
+        router.weight.copy_(torch.tensor([[200.0, 0.0], [0.0, 0.0]]))
+    out = router(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    assert out.kept.tolist() == [[True, False], [True, True]]

@@ -16,7 +16,7 @@ from transformers.models.distilbert import DistilBertConfig, DistilBertModel
 
 from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe, merge_experts, merge_latent
 from mpoe.data.embedded import load_stand_in
-from mpoe.layers import HiddenFeedForward, MPOEFeedForward, NeuronFeedForward
+from mpoe.layers import HiddenFeedForward, MPOEFeedForward, MPOLinear, NeuronFeedForward
 from mpoe.models import mpo_modules
 from mpoe.models.find import hidden_size_as_mixture, widened
 from mpoe.models.table import TABLE
@@ -466,3 +466,16 @@ def test_real_weights_are_kept(shape, gauge, lacks):
     ):
         one, other = text_rows(one, inputs), text_rows(other, inputs)
         assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+def test_random_cores_are_as_large_as_the_familys_dense_weights() -> None:
+    dense = dense_model("gpt2")
+    config = dense.config
+    model = convert_to_mpoe(
+        dense, MPOEConfig(num_experts=2, shape="separable", target_modules=["ffn", "attention"])
+    )
+    ffn = model.transformer.h[0].mlp.experts
+    assert ffn.up.init_std == config.initializer_range
+    assert ffn.down.init_std == config.initializer_range / (2 * config.n_layer) ** 0.5
+    projections = [module for module in model.modules() if isinstance(module, MPOLinear)]
+    assert {module.cores.init_std for module in projections} == {config.n_embd**-0.5}

@@ -94,6 +94,15 @@ def test_no_weights_no_summary(converted):
         converted("gpt2", shape="hidden").mpoe_summary(-1)
 
 
+def test_as_many_dense_experts_have_the_same_routers(converted):
+    report = converted("gpt2", num_experts=3, shape="separable").parameter_report()
+    dense, config = dense_model("gpt2"), dense_model("gpt2").config
+    matrices = config.n_layer * 2 * config.n_embd * (config.n_inner or 4 * config.n_embd)
+    assert report["router"] == config.n_layer * 3 * config.n_embd
+    assert report["dense_total"] == dense.num_parameters()
+    assert report["switch_total"] == dense.num_parameters() + 2 * matrices + report["router"]
+
+
 def mixture(base: str = "some-group/small-t5", **options: Any) -> Any:
     dense = dense_model("t5")
     dense.config._name_or_path = base

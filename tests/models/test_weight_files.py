@@ -1,0 +1,43 @@
+"""Which files hold a model's weights, and what its configuration may claim of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mpoe.models.weight_files import check_repeats, check_shapes, weight_files
+from tests.assertions import refuses
+
+
+def test_shards_are_those_of_the_index_in_its_folder(tmp_path: Path) -> None:
+    refuses(ValueError, "has neither", weight_files, tmp_path)
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    weight_map = {"a": names[1], "b": names[0], "c": names[1]}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / names[0]).touch()
+    refuses(ValueError, f"names {names[1]}", weight_files, tmp_path)
+    (tmp_path / names[1]).touch()
+    assert weight_files(tmp_path) == [tmp_path / name for name in names]
+    (tmp_path / "model.safetensors").touch()
+    assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+
+
+def test_a_model_may_be_larger_than_its_weights_but_not_far_larger(tmp_path: Path) -> None:
+    """Up to 2^20 numbers are left to the report of missing parameters, which names them."""
+    with torch.device("meta"):
+        small = nn.Linear(1000, 1000)
+        large = nn.Linear(1000, 1100)
+    check_shapes(small, {"bias": (1000,)}, tmp_path)
+    with pytest.raises(ValueError, match="describes 1,101,100 numbers, they hold 1,100"):
+        check_shapes(large, {"bias": (1100,)}, tmp_path)
+    check_shapes(large, {"bias": (1100,), "weight": (1100, 1000)}, tmp_path)
+
+
+def test_as_many_layers_as_tensors_are_possible(tmp_path: Path) -> None:
+    check_repeats({"n_layer": 3, "num_layers": "many"}, 3, tmp_path)
+    refuses(ValueError, "n_layer in .*3 tensors; got 4", check_repeats, {"n_layer": 4}, 3, tmp_path)

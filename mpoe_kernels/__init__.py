@@ -5,7 +5,7 @@ from mpoe_kernels.backends import BackendError, available_backends, backend_reas
 from mpoe_kernels.contract import ContractionPlan, plan_contraction
 from mpoe_kernels.define import use_backend
 from mpoe_kernels.embedding.op import mpo_embedding
-from mpoe_kernels.hidden_experts import hidden_experts
+from mpoe_kernels.experts import hidden_experts, neuron_experts
 from mpoe_kernels.linear.ffn import mpo_ffn
 from mpoe_kernels.linear.op import grouped_mpo_linear, mpo_linear
 from mpoe_kernels.mpo import (
@@ -18,7 +18,6 @@ from mpoe_kernels.mpo import (
     fold,
     reconstruct,
 )
-from mpoe_kernels.neurons import neuron_experts
 from mpoe_kernels.routing.op import Routing, combine, dispatch, route
 from mpoe_kernels.version import __version__
 

@@ -21,7 +21,6 @@ from mpoe_kernels.linear.native import dense_blocks, linear_sizes
 from mpoe_kernels.linear.op import ACTIVATIONS, ForwardCall
 from mpoe_kernels.mpo.fold import MPOBlocks
 from mpoe_kernels.native_library import NATIVE_LIBRARY, address, dense, dense_like, name_of
-from mpoe_kernels.neurons.native import network
 
 
 class Rule(NamedTuple):
@@ -118,54 +117,3 @@ def routed_ffn(
         *(of_rows, down, y.data_ptr()),
     )
     return y
-
-
-class Neurons(NamedTuple):
-    """Experts' own neurons: ``up``, ``down``, ``bias``, ``gate_up`` and ``activation`` of
-    `mpoe_kernels.neuron_experts`."""
-
-    up: Tensor
-    down: Tensor
-    bias: Tensor | None
-    gate_up: Tensor | None
-    activation: str
-
-
-def routed_neurons(
-    x: Tensor,
-    weight: Tensor,
-    rule: Rule,
-    scale: float,
-    rows: Tensor,
-    neurons: Neurons,
-    token_mask: Tensor | None,
-) -> Tensor:
-    """`mpoe_kernels.neuron_experts` for tokens that are not routed yet, as one native call.
-
-    Args:
-        x, weight, rule: as in `routed_ffn`; without a capacity.
-        scale: of the gates.
-        rows: what the experts read, ``[T, l]``, of the dtype of x.
-        neurons: of the same dtype.
-        token_mask: bool ``[T]``: the tokens that have experts; None: all.
-
-    Raises:
-        ValueError: sizes or dtypes that do not fit.
-    """
-    sizes, tensors = network(rows, *neurons[:4])
-    x = dense_like("x", x, (sizes[0], weight.shape[1]), rows.dtype)
-    weight = dense_like("weight", weight, (sizes[4], x.shape[1]), weight.dtype)
-    mask = None if token_mask is None else dense("token_mask", token_mask)
-    out = x.new_empty(sizes[0], sizes[2])
-    NATIVE_LIBRARY.functions.routed_neurons(
-        *(name_of(x.dtype), name_of(weight.dtype), ACTIVATIONS[neurons.activation]),
-        *(
-            (*sizes, rule.top_k),
-            x.shape[1],
-            rule.raw,
-            scale,
-            (x.data_ptr(), weight.data_ptr(), address(mask)),
-        ),
-        *([address(each) for each in tensors], out.data_ptr()),
-    )
-    return out

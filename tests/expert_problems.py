@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from mpoe_kernels import hidden_experts, neuron_experts
-from mpoe_kernels.hidden_experts.op import HiddenBackwardCall, HiddenCall
-from mpoe_kernels.hidden_experts.reference import hidden_experts_reference
-from mpoe_kernels.neurons.op import NeuronBackwardCall, NeuronCall
-from mpoe_kernels.neurons.reference import neuron_experts_reference
+from mpoe_kernels.experts.op import HiddenBackwardCall, HiddenCall, NeuronBackwardCall, NeuronCall
+from mpoe_kernels.experts.reference import hidden_experts_reference, neuron_experts_reference
 
 from .assertions import assert_calibrated, poisoned_memory
 

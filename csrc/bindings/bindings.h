@@ -1,7 +1,8 @@
-// What the bindings of the kernels share. They need no torch: a tensor is given by its address, None for one that is
-// left out. Arrays are dense, row-major and of the call's dtype unless noted otherwise. The caller guarantees that each
-// has the number of elements that the sizes imply; everything else is checked before memory is touched: a function that
-// refuses its arguments raises ValueError, one without memory MemoryError. The GIL is released while kernels run.
+// What the bindings of the kernels share. They need no torch: a tensor is given by its address,
+// None for one that is left out. Arrays are dense, row-major and of the call's dtype unless noted
+// otherwise. The caller guarantees that each has the number of elements that the sizes imply;
+// everything else is checked before memory is touched: a function that refuses its arguments raises
+// ValueError, one without memory MemoryError. The GIL is released while kernels run.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -46,27 +47,33 @@ template <class... Parts>
 
 template <class... Parts>
 void require(bool condition, const Parts&... parts) {
-  if (!condition) refuse(parts...);
+  if (!condition)
+    refuse(parts...);
 }
 
 Dtype dtype_named(std::string_view name);
 Activation activation_named(std::string_view name);
 
 // Slots and tokens become addresses: a wrong one must not be dereferenced.
-void require_range(
-    const std::int64_t* values, std::int64_t count, std::int64_t low, std::int64_t high, const char* name);
+void require_range(const std::int64_t* values,
+                   std::int64_t count,
+                   std::int64_t low,
+                   std::int64_t high,
+                   const char* name);
 
-// The expert_offsets of a call as int64: [experts + 1], starting at 0, non-decreasing, at most `slots`.
-std::vector<std::int64_t> checked_offsets(
-    Address offsets, std::int64_t offset_bytes, std::int64_t experts, std::int64_t slots);
+// The expert_offsets of a call as int64: [experts + 1], starting at 0, non-decreasing, at most
+// `slots`.
+std::vector<std::int64_t> checked_offsets(Address offsets,
+                                          std::int64_t offset_bytes,
+                                          std::int64_t experts,
+                                          std::int64_t slots);
 
 // Each adds an op's functions to the module.
 void bind_threads(pybind11::module_& module);
 void bind_routing(pybind11::module_& module);
 void bind_router(pybind11::module_& module);
 void bind_linear(pybind11::module_& module);
-void bind_hidden_experts(pybind11::module_& module);
-void bind_neurons(pybind11::module_& module);
+void bind_experts(pybind11::module_& module);
 void bind_ffn(pybind11::module_& module);
 
 }  // namespace mpoe
@@ -76,10 +83,13 @@ struct pybind11::detail::type_caster<mpoe::Address> {
   PYBIND11_TYPE_CASTER(mpoe::Address, const_name("int | None"));
 
   bool load(handle source, bool) {
-    if (source.is_none()) return true;
-    if (!PyLong_Check(source.ptr())) return false;
+    if (source.is_none())
+      return true;
+    if (!PyLong_Check(source.ptr()))
+      return false;
     value.value = static_cast<std::uintptr_t>(PyLong_AsUnsignedLongLong(source.ptr()));
-    if (PyErr_Occurred() == nullptr) return true;
+    if (PyErr_Occurred() == nullptr)
+      return true;
     PyErr_Clear();
     return false;
   }

@@ -1,5 +1,6 @@
-// routed_ffn: a mixture of feed-forward networks for tokens that are not routed yet: the kernels of gating, route,
-// linear_forward (up and, if there is one, gate, whose results are multiplied; down) and combine, one after another.
+// routed_ffn: a mixture of feed-forward networks for tokens that are not routed yet: the kernels of
+// gating, route, linear_forward (up and, if there is one, gate, whose results are multiplied; down)
+// and combine, one after another.
 #include <limits>
 #include <utility>
 
@@ -14,11 +15,17 @@ namespace {
 // Left, central, right; bias or none.
 using Projection = std::pair<LinearSizes, Addresses<4>>;
 
-Address address_of(const void* memory) { return {reinterpret_cast<std::uintptr_t>(memory)}; }
+Address address_of(const void* memory) {
+  return {reinterpret_cast<std::uintptr_t>(memory)};
+}
 
-void project(
-    const Projection& projection, Address x, std::int64_t tokens, const std::vector<std::int64_t>& offsets,
-    Address rows, std::int64_t slots, void* y) {
+void project(const Projection& projection,
+             Address x,
+             std::int64_t tokens,
+             const std::vector<std::int64_t>& offsets,
+             Address rows,
+             std::int64_t slots,
+             void* y) {
   const auto& [sizes, memory] = projection;
   LinearForward in{};
   static_cast<LinearInputs&>(in) =
@@ -31,27 +38,34 @@ void project(
 template <class T>
 void multiply(void* values, const void* factors, std::int64_t count) {
   T* out = static_cast<T*>(values);
-  for (std::int64_t i = 0; i < count; ++i) store(out[i], load(out[i]) * load(static_cast<const T*>(factors)[i]));
+  for (std::int64_t i = 0; i < count; ++i)
+    store(out[i], load(out[i]) * load(static_cast<const T*>(factors)[i]));
 }
 
-// sizes: tokens, top_k, capacity (negative: no limit). x: [tokens, features]; weight: of the router, [experts,
-// features]; mask: bool [tokens] or none; of_rows: one projection of x, or two, whose results are multiplied;
-// y: like x.
-void routed_ffn(
-    std::string_view weight_dtype, const Sizes<3>& sizes, bool raw, Address x, Address weight, Address mask,
-    const std::vector<Projection>& of_rows, const Projection& down, Address y) {
+// sizes: tokens, top_k, capacity (negative: no limit). x: [tokens, features]; weight: of the
+// router, [experts, features]; mask: bool [tokens] or none; of_rows: one projection of x, or two,
+// whose results are multiplied; y: like x.
+void routed_ffn(std::string_view weight_dtype,
+                const Sizes<3>& sizes,
+                bool raw,
+                Address x,
+                Address weight,
+                Address mask,
+                const std::vector<Projection>& of_rows,
+                const Projection& down,
+                Address y) {
   require(of_rows.size() == 1 || of_rows.size() == 2, "there must be one projection of x, or two");
   const auto [tokens, top_k, capacity] = sizes;
   const LinearSizes& up = of_rows.back().first;
   const Dtype dtype = up.dtype;
-  const std::int64_t experts = up.experts, features = up.dims.in_features, hidden = up.dims.out_features;
+  const std::int64_t experts = up.experts, features = up.dims.in_features,
+                     hidden = up.dims.out_features;
   const auto fits = [&](const LinearSizes& other, std::int64_t in, std::int64_t out) {
     return other.experts == experts && other.dtype == dtype && other.dims.in_features == in &&
            other.dims.out_features == out;
   };
-  require(
-      fits(of_rows.front().first, features, hidden) && fits(down.first, hidden, features),
-      "the projections of a network must fit each other");
+  require(fits(of_rows.front().first, features, hidden) && fits(down.first, hidden, features),
+          "the projections of a network must fit each other");
   const Router router{dtype, dtype_named(weight_dtype), tokens, features, experts, x, weight};
   require(router.weight_dtype != Dtype::kFloat64, "the router's weight must not be float64");
   const std::int64_t slots = tokens * top_k;
@@ -79,8 +93,10 @@ void routed_ffn(
   project(of_rows.front(), x, tokens, offsets, address_of(token_of_slot.get()), slots, rows.get());
   if (of_rows.size() == 2) {
     factors = Buffer<char>(slots * hidden * element);
-    project(of_rows.back(), x, tokens, offsets, address_of(token_of_slot.get()), slots, factors.get());
-    (dtype == Dtype::kFloat32 ? multiply<float> : multiply<BFloat16>)(rows.get(), factors.get(), slots * hidden);
+    project(
+        of_rows.back(), x, tokens, offsets, address_of(token_of_slot.get()), slots, factors.get());
+    (dtype == Dtype::kFloat32 ? multiply<float>
+                              : multiply<BFloat16>)(rows.get(), factors.get(), slots * hidden);
   }
   project(down, address_of(rows.get()), slots, offsets, {}, slots, out.get());
   combine({dtype, tokens, top_k, slots, features, slot_of_token.get(), gates.get()}, out.get(), y);
@@ -88,6 +104,8 @@ void routed_ffn(
 
 }  // namespace
 
-void bind_ffn(pybind11::module_& module) { module.def("routed_ffn", routed_ffn, WithoutGil()); }
+void bind_ffn(pybind11::module_& module) {
+  module.def("routed_ffn", routed_ffn, WithoutGil());
+}
 
 }  // namespace mpoe

@@ -3,9 +3,12 @@
 
 namespace mpoe {
 
-LinearInputs LinearSizes::inputs(
-    Address x, std::int64_t tokens, const Addresses<3>& blocks, const std::vector<std::int64_t>& offsets, Address rows,
-    std::int64_t slots) const {
+LinearInputs LinearSizes::inputs(Address x,
+                                 std::int64_t tokens,
+                                 const Addresses<3>& blocks,
+                                 const std::vector<std::int64_t>& offsets,
+                                 Address rows,
+                                 std::int64_t slots) const {
   if (rows.is_given())
     require_range(rows, slots, 0, tokens - 1, "row_index");
   else
@@ -38,18 +41,21 @@ constexpr LinearStrategy kStrategies[] = {
 
 const LinearStrategy& strategy_named(std::string_view name) {
   for (const LinearStrategy& strategy : kStrategies)
-    if (strategy.name == name) return strategy;
+    if (strategy.name == name)
+      return strategy;
   refuse("no native kernel for strategy ", name);
 }
 
 // chain: a permutation of left (0), central (1) and right (2), the order in which rows meet them.
-// half_first: half_left: rows meet the half-built weight before right; transposed_half_first: the same for rows of the
-// gradient.
+// half_first: half_left: rows meet the half-built weight before right; transposed_half_first: the
+// same for rows of the gradient.
 ProductOrder checked_order(const Sizes<3>& chain, bool half_first, bool transposed_half_first) {
   ProductOrder order{};
   int met = 0;
   for (std::size_t s = 0; s < 3; ++s) {
-    require(chain[s] >= 0 && chain[s] <= 2, "an operand of the chain must be 0, 1 or 2; got ", chain[s]);
+    require(chain[s] >= 0 && chain[s] <= 2,
+            "an operand of the chain must be 0, 1 or 2; got ",
+            chain[s]);
     order.chain[s] = static_cast<Operand>(chain[s]);
     met |= 1 << chain[s];
   }
@@ -60,32 +66,54 @@ ProductOrder checked_order(const Sizes<3>& chain, bool half_first, bool transpos
 }
 
 // sizes: iL, jL, a, iC, jC, b, iR, jR, in_features, out_features.
-LinearSizes checked_sizes(
-    std::string_view dtype, std::string_view activation, std::string_view strategy, std::int64_t experts,
-    const Sizes<10>& sizes, const Sizes<3>& chain, bool half_first, bool transposed_half_first) {
+LinearSizes checked_sizes(std::string_view dtype,
+                          std::string_view activation,
+                          std::string_view strategy,
+                          std::int64_t experts,
+                          const Sizes<10>& sizes,
+                          const Sizes<3>& chain,
+                          bool half_first,
+                          bool transposed_half_first) {
   const auto [iL, jL, a, iC, jC, b, iR, jR, in_features, out_features] = sizes;
   const BlockDims dims{iL, jL, a, iC, jC, b, iR, jR, in_features, out_features};
   const Dtype type = dtype_named(dtype);
-  require(type == Dtype::kFloat32 || type == Dtype::kBFloat16, "x must be float32 or bfloat16; got ", dtype);
+  require(type == Dtype::kFloat32 || type == Dtype::kBFloat16,
+          "x must be float32 or bfloat16; got ",
+          dtype);
   const Activation function = activation_named(activation);
   require(in_features >= 1 && out_features >= 1, "in_features and out_features must be positive");
-  require(
-      dims.padded_in() >= in_features && dims.padded_out() >= out_features,
-      "blocks are smaller than the weight: they give ", dims.padded_in(), " x ", dims.padded_out(), ", wanted are ",
-      in_features, " x ", out_features);
+  require(dims.padded_in() >= in_features && dims.padded_out() >= out_features,
+          "blocks are smaller than the weight: they give ",
+          dims.padded_in(),
+          " x ",
+          dims.padded_out(),
+          ", wanted are ",
+          in_features,
+          " x ",
+          out_features);
   const ProductOrder order = checked_order(chain, half_first, transposed_half_first);
   const LinearSizes found{type, function, &strategy_named(strategy), experts, dims, order};
-  require(!found.is_separable() || (jL == 1 && iR == 1), "strategy separable needs blocks with jL = iR = 1");
+  require(!found.is_separable() || (jL == 1 && iR == 1),
+          "strategy separable needs blocks with jL = iR = 1");
   return found;
 }
 
-// x: [tokens, in_features]; blocks: left [experts, iL, jL, a], central [a, iC, jC, b], right [experts, b, iR, jR];
-// offsets: [experts + 1]; rows: int64 [slots], none: slot s reads row s; bias: [out_features] or none. Results: y
-// [slots, out_features]; h [slots * jC, b], only by strategy separable, and z, the pre-activation, like y: none:
-// not saved.
-void bound_linear(
-    const LinearSizes& sizes, std::int64_t tokens, std::int64_t slots, std::int64_t offset_bytes, Address x,
-    const Addresses<3>& blocks, Address offsets, Address rows, Address bias, Address y, Address h, Address z) {
+// x: [tokens, in_features]; blocks: left [experts, iL, jL, a], central [a, iC, jC, b], right
+// [experts, b, iR, jR]; offsets: [experts + 1]; rows: int64 [slots], none: slot s reads row s;
+// bias: [out_features] or none. Results: y [slots, out_features]; h [slots * jC, b], only by
+// strategy separable, and z, the pre-activation, like y: none: not saved.
+void bound_linear(const LinearSizes& sizes,
+                  std::int64_t tokens,
+                  std::int64_t slots,
+                  std::int64_t offset_bytes,
+                  Address x,
+                  const Addresses<3>& blocks,
+                  Address offsets,
+                  Address rows,
+                  Address bias,
+                  Address y,
+                  Address h,
+                  Address z) {
   const auto checked = checked_offsets(offsets, offset_bytes, sizes.experts, slots);
   require(!h.is_given() || sizes.is_separable(), "only strategy separable saves its central step");
   LinearForward in{};
@@ -97,13 +125,21 @@ void bound_linear(
   sizes.strategy->forward(in);
 }
 
-// grad: [slots, out_features]; h: of the forward, read only by strategy separable; saved: like grad, y of the forward
-// for relu, z for the rest, not read without an activation. results: dx, dleft, dcentral, dright, dbias; none: not
-// wanted.
-void bound_linear_backward(
-    const LinearSizes& sizes, std::int64_t tokens, std::int64_t slots, std::int64_t offset_bytes, Address x,
-    const Addresses<3>& blocks, Address offsets, Address rows, Address grad, Address h, Address saved,
-    const Addresses<5>& results) {
+// grad: [slots, out_features]; h: of the forward, read only by strategy separable; saved: like
+// grad, y of the forward for relu, z for the rest, not read without an activation. results: dx,
+// dleft, dcentral, dright, dbias; none: not wanted.
+void bound_linear_backward(const LinearSizes& sizes,
+                           std::int64_t tokens,
+                           std::int64_t slots,
+                           std::int64_t offset_bytes,
+                           Address x,
+                           const Addresses<3>& blocks,
+                           Address offsets,
+                           Address rows,
+                           Address grad,
+                           Address h,
+                           Address saved,
+                           const Addresses<5>& results) {
   const auto checked = checked_offsets(offsets, offset_bytes, sizes.experts, slots);
   LinearBackward in{};
   static_cast<LinearInputs&>(in) = sizes.inputs(x, tokens, blocks, checked, rows, slots);
@@ -121,7 +157,8 @@ void bound_linear_backward(
 }  // namespace
 
 void bind_linear(pybind11::module_& module) {
-  pybind11::class_<LinearSizes>(module, "LinearSizes", pybind11::module_local()).def(pybind11::init(&checked_sizes));
+  pybind11::class_<LinearSizes>(module, "LinearSizes", pybind11::module_local())
+      .def(pybind11::init(&checked_sizes));
   module.def("linear_forward", bound_linear, WithoutGil());
   module.def("linear_backward", bound_linear_backward, WithoutGil());
 }

@@ -23,9 +23,12 @@ struct LinearSizes {
 
   bool is_separable() const { return strategy->name == "separable"; }
   // blocks: left, central, right. `offsets` must outlive the result.
-  LinearInputs inputs(
-      Address x, std::int64_t tokens, const Addresses<3>& blocks, const std::vector<std::int64_t>& offsets,
-      Address rows, std::int64_t slots) const;
+  LinearInputs inputs(Address x,
+                      std::int64_t tokens,
+                      const Addresses<3>& blocks,
+                      const std::vector<std::int64_t>& offsets,
+                      Address rows,
+                      std::int64_t slots) const;
 };
 
 }  // namespace mpoe

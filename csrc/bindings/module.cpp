@@ -1,4 +1,5 @@
-// The Python module mpoe_kernels._C: what it reports about itself, and the checks that its functions share.
+// The Python module mpoe_kernels._C: what it reports about itself, and the checks that its
+// functions share.
 #include "bindings/bindings.h"
 
 #include <new>
@@ -32,38 +33,55 @@ void translate_no_memory(std::exception_ptr thrown) {
   try {
     std::rethrow_exception(thrown);
   } catch (const std::bad_alloc&) {
-    PyErr_SetString(PyExc_MemoryError, "the native kernels got no memory for what they compute with");
+    PyErr_SetString(PyExc_MemoryError,
+                    "the native kernels got no memory for what they compute with");
   }
 }
 
 }  // namespace
 
 Dtype dtype_named(std::string_view name) {
-  if (name == "float32") return Dtype::kFloat32;
-  if (name == "bfloat16") return Dtype::kBFloat16;
-  if (name == "float16") return Dtype::kFloat16;
-  if (name == "float64") return Dtype::kFloat64;
+  if (name == "float32")
+    return Dtype::kFloat32;
+  if (name == "bfloat16")
+    return Dtype::kBFloat16;
+  if (name == "float16")
+    return Dtype::kFloat16;
+  if (name == "float64")
+    return Dtype::kFloat64;
   refuse("dtype must be float32, bfloat16, float16 or float64; got ", name);
 }
 
 Activation activation_named(std::string_view name) {
-  if (name == "none") return Activation::kNone;
-  if (name == "relu") return Activation::kRelu;
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "gelu_tanh" || name == "gelu_new") return Activation::kGeluTanh;
-  if (name == "silu") return Activation::kSilu;
+  if (name == "none")
+    return Activation::kNone;
+  if (name == "relu")
+    return Activation::kRelu;
+  if (name == "gelu")
+    return Activation::kGelu;
+  if (name == "gelu_tanh" || name == "gelu_new")
+    return Activation::kGeluTanh;
+  if (name == "silu")
+    return Activation::kSilu;
   refuse("unknown activation ", name);
 }
 
-void require_range(
-    const std::int64_t* values, std::int64_t count, std::int64_t low, std::int64_t high, const char* name) {
+void require_range(const std::int64_t* values,
+                   std::int64_t count,
+                   std::int64_t low,
+                   std::int64_t high,
+                   const char* name) {
   const std::int64_t bad = first_outside(values, count, low, high);
-  if (bad >= 0) refuse(name, " must lie in ", low, "..", high, "; got ", values[bad]);
+  if (bad >= 0)
+    refuse(name, " must lie in ", low, "..", high, "; got ", values[bad]);
 }
 
-std::vector<std::int64_t> checked_offsets(
-    Address offsets, std::int64_t offset_bytes, std::int64_t experts, std::int64_t slots) {
-  require(experts >= 1, "expert_offsets must be [E + 1] for at least one expert; got E = ", experts);
+std::vector<std::int64_t> checked_offsets(Address offsets,
+                                          std::int64_t offset_bytes,
+                                          std::int64_t experts,
+                                          std::int64_t slots) {
+  require(
+      experts >= 1, "expert_offsets must be [E + 1] for at least one expert; got E = ", experts);
   require(offset_bytes == 4 || offset_bytes == 8, "expert_offsets must be int32 or int64");
   const std::int32_t* narrow = offsets;
   const std::int64_t* wide = offsets;
@@ -71,10 +89,11 @@ std::vector<std::int64_t> checked_offsets(
   std::int64_t before = 0;
   for (std::int64_t e = 0; e <= experts; ++e) {
     const std::int64_t value = offset_bytes == 4 ? narrow[e] : wide[e];
-    require(
-        value >= before && value <= slots && (e > 0 || value == 0),
-        "expert_offsets must start at 0, not fall, and end at ",
-        slots, " at most; got ", value);
+    require(value >= before && value <= slots && (e > 0 || value == 0),
+            "expert_offsets must start at 0, not fall, and end at ",
+            slots,
+            " at most; got ",
+            value);
     values[static_cast<std::size_t>(e)] = before = value;
   }
   return values;
@@ -89,7 +108,6 @@ PYBIND11_MODULE(_C, module) {
   mpoe::bind_routing(module);
   mpoe::bind_router(module);
   mpoe::bind_linear(module);
-  mpoe::bind_hidden_experts(module);
-  mpoe::bind_neurons(module);
+  mpoe::bind_experts(module);
   mpoe::bind_ffn(module);
 }

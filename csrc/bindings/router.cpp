@@ -3,30 +3,53 @@
 
 namespace mpoe {
 
-Router checked_router(
-    std::string_view x_dtype, std::string_view weight_dtype, const Sizes<3>& sizes, Address x, Address weight) {
+Router checked_router(std::string_view x_dtype,
+                      std::string_view weight_dtype,
+                      const Sizes<3>& sizes,
+                      Address x,
+                      Address weight) {
   const Dtype x_type = dtype_named(x_dtype), weight_type = dtype_named(weight_dtype);
-  require(x_type != Dtype::kFloat64 && weight_type != Dtype::kFloat64, "x and weight must not be float64");
+  require(x_type != Dtype::kFloat64 && weight_type != Dtype::kFloat64,
+          "x and weight must not be float64");
   return {x_type, weight_type, sizes[0], sizes[1], sizes[2], x, weight};
 }
 
-Gating checked_gating(
-    const Router& router, std::int64_t top_k, bool raw, float* logits, std::int64_t* index, float* gates) {
-  require(top_k >= 1 && top_k <= router.experts, "top_k must lie in 1..", router.experts, "; got ", top_k);
+Gating checked_gating(const Router& router,
+                      std::int64_t top_k,
+                      bool raw,
+                      float* logits,
+                      std::int64_t* index,
+                      float* gates) {
+  require(top_k >= 1 && top_k <= router.experts,
+          "top_k must lie in 1..",
+          router.experts,
+          "; got ",
+          top_k);
   return {router, top_k, raw, logits, index, gates};
 }
 
 namespace {
 
-void bound_gating(
-    std::string_view x_dtype, std::string_view weight_dtype, const Sizes<3>& sizes, std::int64_t top_k, bool raw,
-    Address x, Address weight, Address logits, Address index, Address gates) {
-  gating(checked_gating(checked_router(x_dtype, weight_dtype, sizes, x, weight), top_k, raw, logits, index, gates));
+void bound_gating(std::string_view x_dtype,
+                  std::string_view weight_dtype,
+                  const Sizes<3>& sizes,
+                  std::int64_t top_k,
+                  bool raw,
+                  Address x,
+                  Address weight,
+                  Address logits,
+                  Address index,
+                  Address gates) {
+  gating(checked_gating(
+      checked_router(x_dtype, weight_dtype, sizes, x, weight), top_k, raw, logits, index, gates));
 }
 
-void bound_logits(
-    std::string_view x_dtype, std::string_view weight_dtype, const Sizes<3>& sizes, Address x, Address weight,
-    Address logits) {
+void bound_logits(std::string_view x_dtype,
+                  std::string_view weight_dtype,
+                  const Sizes<3>& sizes,
+                  Address x,
+                  Address weight,
+                  Address logits) {
   router_logits(checked_router(x_dtype, weight_dtype, sizes, x, weight), logits);
 }
 

@@ -6,12 +6,20 @@
 
 namespace mpoe {
 
-// sizes: tokens, features, experts; x: [tokens, features] and weight: [experts, features], with dtypes of their own.
-Router checked_router(
-    std::string_view x_dtype, std::string_view weight_dtype, const Sizes<3>& sizes, Address x, Address weight);
-// raw: gates are probabilities, otherwise they sum to 1. Results: logits float32 [tokens, experts], index int64
-// [tokens, top_k], gates float32 [tokens, top_k].
-Gating checked_gating(
-    const Router& router, std::int64_t top_k, bool raw, float* logits, std::int64_t* index, float* gates);
+// sizes: tokens, features, experts; x: [tokens, features] and weight: [experts, features], with
+// dtypes of their own.
+Router checked_router(std::string_view x_dtype,
+                      std::string_view weight_dtype,
+                      const Sizes<3>& sizes,
+                      Address x,
+                      Address weight);
+// raw: gates are probabilities, otherwise they sum to 1. Results: logits float32 [tokens, experts],
+// index int64 [tokens, top_k], gates float32 [tokens, top_k].
+Gating checked_gating(const Router& router,
+                      std::int64_t top_k,
+                      bool raw,
+                      float* logits,
+                      std::int64_t* index,
+                      float* gates);
 
 }  // namespace mpoe

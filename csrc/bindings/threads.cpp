@@ -1,5 +1,6 @@
-// common/parallel.h on torch's thread pool. The loader passes in torch's functions, so nothing here links to torch or
-// OpenMP: the process has a single pool, of torch.set_num_threads threads, and nested calls are recognized.
+// common/parallel.h on torch's thread pool. The loader passes in torch's functions, so nothing here
+// links to torch or OpenMP: the process has a single pool, of torch.set_num_threads threads, and
+// nested calls are recognized.
 #include <atomic>
 #include <new>
 
@@ -14,7 +15,8 @@ using TorchParallelFor =
     int (*)(std::int64_t begin, std::int64_t end, std::int64_t grain, RangeFunction, void* context);
 using TorchGetNumThreads = int (*)(std::uint32_t* count);
 
-int sequential_for(std::int64_t begin, std::int64_t end, std::int64_t, RangeFunction function, void* context) {
+int sequential_for(
+    std::int64_t begin, std::int64_t end, std::int64_t, RangeFunction function, void* context) {
   function(begin, end, context);
   return 0;
 }
@@ -29,9 +31,14 @@ std::atomic<TorchGetNumThreads> num_threads_of_torch = one_thread;
 
 }  // namespace
 
-void parallel_range(std::int64_t begin, std::int64_t end, std::int64_t grain, RangeFunction function, void* context) {
+void parallel_range(std::int64_t begin,
+                    std::int64_t end,
+                    std::int64_t grain,
+                    RangeFunction function,
+                    void* context) {
   // It fails only if `function` throws.
-  if (parallel_for_of_torch.load(std::memory_order_relaxed)(begin, end, grain, function, context) != 0)
+  if (parallel_for_of_torch.load(std::memory_order_relaxed)(begin, end, grain, function, context) !=
+      0)
     throw std::bad_alloc();
 }
 
@@ -41,7 +48,8 @@ int num_threads() {
   return static_cast<int>(count);
 }
 
-// use_threads(parallel_for, get_num_threads): addresses of torch's functions. To be called before any kernel.
+// use_threads(parallel_for, get_num_threads): addresses of torch's functions. To be called before
+// any kernel.
 void bind_threads(pybind11::module_& module) {
   module.def("use_threads", [](std::uintptr_t parallel_for, std::uintptr_t get_num_threads) {
     parallel_for_of_torch = reinterpret_cast<TorchParallelFor>(parallel_for);

@@ -14,7 +14,7 @@ from mpoe.layers.drop_in import is_conv1d
 from mpoe.layers.experts import check_activation
 from mpoe.layers.feed_forward import KeptFeedForward, MPOEFeedForward, is_observed, sizes_by_kind
 from mpoe.layers.router import RouterOutput, TopKRouter
-from mpoe_kernels.hidden_experts import ACTIVATIONS, hidden_experts, routed
+from mpoe_kernels.experts import ACTIVATIONS, hidden_experts, routed_hidden
 
 
 class HiddenExperts(FromInitialValues):
@@ -143,7 +143,7 @@ class HiddenExperts(FromInitialValues):
         ):
             return None
         raw, activation = router.config.is_scale_prob, ACTIVATIONS[self.activation]
-        results = routed(
+        results = routed_hidden(
             x,
             router.weight,
             router.top_k,

@@ -18,7 +18,7 @@ from mpoe.layers.experts import check_activation
 from mpoe.layers.feed_forward import KeptFeedForward
 from mpoe.layers.router import TopKRouter
 from mpoe_kernels import neuron_experts
-from mpoe_kernels.mixture import Neurons, Rule, routed_neurons
+from mpoe_kernels.experts import ACTIVATIONS, routed_neurons
 
 START_NOISE = 0.5  # of copied neurons, relative to the standard deviation of the dense network's
 
@@ -164,17 +164,20 @@ class NeuronExperts(FromInitialValues):
             return None
         if not router.can_gate_natively(x, token_mask, *parameters.values()):
             return None
-        rule = Rule(router.top_k, router.config.is_scale_prob, None)
         latent_in, latent_out = parameters.get("latent_in"), parameters.get("latent_out")
-        rows = x if latent_in is None else x @ latent_in
-        neurons = Neurons(
-            parameters["up"],
-            parameters["down"],
-            parameters.get("bias"),
-            parameters.get("gate_proj"),
-            self.activation,
+        o = routed_neurons(
+            x,
+            router.weight,
+            router.top_k,
+            router.config.is_scale_prob,
+            router.scale,
+            token_mask,
+            x if latent_in is None else x @ latent_in,
+            parameters,
+            ACTIVATIONS[self.activation],
         )
-        o = routed_neurons(x, router.weight, rule, router.scale, rows, neurons, token_mask)
+        if o is None:
+            return None
         return o if latent_out is None else o @ latent_out
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ from mpoe_bench.cases import random_blocks, relative_error
 from mpoe_kernels import hidden_experts, mpo_embedding
 from mpoe_kernels.contract import BlockDims
 from mpoe_kernels.embedding import eager as by_eager
-from mpoe_kernels.neurons import eager
+from mpoe_kernels.experts import eager
 from mpoe_kernels.reference import mpo_embedding_reference
 from tests.assertions import assert_calibrated, poisoned_memory, torch_threads
 from tests.cases import SMALL_SHAPES, pairwise

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mpoe.config import MPOEConfig, RouterConfig
-from mpoe.layers import HiddenFeedForward, MPOEFeedForward, NeuronFeedForward, hidden
+from mpoe.layers import HiddenFeedForward, MPOEFeedForward, NeuronFeedForward
 from mpoe.layers.context import routing_context
 from mpoe.layers.expert_cache import ExpertCache
-from mpoe_kernels import available_backends, mixture, use_backend
+from mpoe_kernels import available_backends, experts, mixture, use_backend
 
 pytestmark = pytest.mark.skipif(
     "native" not in available_backends(), reason="the native kernels are not built"
@@ -103,12 +103,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         monkeypatch.setattr(f"mpoe.layers.{module}.{name}", call)
 
     watched("experts", "routed_ffn", mixture.routed_ffn)
-    watched("neurons", "routed_neurons", mixture.routed_neurons)
-    watched("hidden", "routed", hidden.routed)
+    watched("neurons", "routed_neurons", experts.routed_neurons)
+    watched("hidden", "routed_hidden", experts.routed_hidden)
     return seen
 
 
-OF_KIND = {"separable": "routed_ffn", "hidden": "routed", "neurons": "routed_neurons"}
+OF_KIND = {"separable": "routed_ffn", "hidden": "routed_hidden", "neurons": "routed_neurons"}
 
 # ------------------------------------------------------------- with experts
 
@@ -168,7 +168,7 @@ def test_what_runs(kind: str, calls: list[str]) -> None:
         with routing_context():
             layer(x)
         assert calls[3:] == (
-            ["routed"] if kind == "hidden" else []
+            ["routed_hidden"] if kind == "hidden" else []
         )  # the router's decision is shown
         if kind != "separable":
             calls.clear()
@@ -355,24 +355,31 @@ def test_what_does_not_fit_is_refused_as_by_the_ops(calls, layer, error, message
     assert calls == []
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"x": torch.ones(2, 12)}, r"x must be float32 \[3, 12\]; got"),
-        ({"weight": torch.ones(4, 12)}, r"weight must be float32 \[5, 12\]; got"),
-        ({"rows": torch.ones(3, 11)}, r"up must be float32 \[5, 7, 11\]; got"),
-        ({"rule": mixture.Rule(6, False, None)}, r"top_k must lie in 1\.\.5; got 6"),
-    ],
-)
-def test_neurons_that_do_not_fit(changed: dict[str, Any], message: str) -> None:
+def routed_neurons(**changed: Any) -> Tensor | None:
     x, up = torch.ones(3, 12), torch.ones(5, 7, 12)
-    given = {
+    given: dict[str, Any] = {
         "x": x,
-        "weight": torch.ones(5, 12),
-        "rule": mixture.Rule(2, False, None),
+        "router_weight": torch.ones(5, 12),
+        "top_k": 2,
+        "raw": False,
         "scale": 1.0,
+        "token_mask": None,
         "rows": x,
+        "neurons": {"up": up, "down": up},
+        "activation": "relu",
     }
-    given |= {"neurons": mixture.Neurons(up, up, None, None, "relu"), "token_mask": None}
-    with pytest.raises(ValueError, match=message):
-        mixture.routed_neurons(**(given | changed))
+    return experts.routed_neurons(**(given | changed))
+
+
+def test_neurons_that_do_not_fit_are_left_to_the_op() -> None:
+    assert routed_neurons() is not None
+    up = torch.ones(5, 7, 12)
+    for name, value in {
+        "x": torch.ones(2, 12),
+        "router_weight": torch.ones(4, 12),
+        "rows": torch.ones(3, 11),
+        "neurons": {"up": up, "down": up.double()},
+    }.items():
+        assert routed_neurons(**{name: value}) is None, name
+    with pytest.raises(ValueError, match=r"top_k must lie in 1\.\.5; got 6"):
+        routed_neurons(top_k=6)

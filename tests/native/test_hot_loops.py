@@ -43,9 +43,7 @@ TILES = {
 LOOPS = {
     **{(name, "tile"): counts for name, counts in TILES.items()},
     **{(f"gemm_{isa}", "dot_tile"): (4, 4) for isa in ("avx2", "avx512", "avx512bf16")},
-    **{
-        (f"hidden_experts_{isa}", "few_columns"): (2, 2) for isa in ("avx2", "avx512", "avx512bf16")
-    },
+    **{(f"experts_{isa}", "few_columns"): (2, 2) for isa in ("avx2", "avx512", "avx512bf16")},
 }
 
 

@@ -19,9 +19,9 @@ import triton
 from gpu_compile import Binary, Job, compiled, job_of
 
 import mpoe_kernels
-from mpoe_kernels.hidden_experts import triton as hidden
+from mpoe_kernels.experts import hidden_triton as hidden
+from mpoe_kernels.experts import neurons_triton as neurons
 from mpoe_kernels.linear.triton import MOST_EXPERTS, grouped
-from mpoe_kernels.neurons import triton as neurons
 from mpoe_kernels.routing import triton as routing
 from mpoe_kernels.testing.launches import Launch, recorded
 from mpoe_kernels.triton.architecture import ARCHITECTURES

@@ -1,7 +1,6 @@
 // Hidden-side experts, and experts of their own neurons, under sanitizers: results and all
 // gradients against loops in double precision, with 1 and 3 threads.
-#include "cpu/hidden_experts/hidden_experts.h"
-#include "cpu/neurons/neurons.h"
+#include "cpu/experts/experts.h"
 #include "hidden_truth.h"
 
 namespace mpoe {
@@ -48,45 +47,46 @@ std::string name_of(const char* kind, Dtype dtype, int number) {
 void check_hidden(const HiddenCase& c, Dtype dtype, int number) {
   check::Random random(static_cast<std::uint64_t>(number) + 1);
   const check::HiddenArrays in = check::hidden_inputs(c, dtype, random);
-  const HiddenExperts arguments{.dtype = dtype,
-                                .tokens = c.tokens,
-                                .features = c.block * c.groups,
-                                .block = c.block,
-                                .experts = c.experts,
-                                .own_groups = c.own ? c.groups : 1,
-                                .top_k = c.top_k,
-                                .activation = c.gated ? Activation::kSilu : Activation::kRelu,
-                                .u = in.u.data(),
-                                .u_gate = c.gated ? in.u_gate.data() : nullptr,
-                                .gates = static_cast<const float*>(in.gates.data()),
-                                .index = in.index.data(),
-                                .right = in.right.data(),
-                                .left = in.left.data(),
-                                .right_gate = c.gated ? in.right_gate.data() : nullptr,
-                                .bias = c.bias ? in.bias.data() : nullptr};
+  HiddenExperts arguments{};
+  arguments.dtype = dtype;
+  arguments.tokens = c.tokens;
+  arguments.features = c.block * c.groups;
+  arguments.block = c.block;
+  arguments.experts = c.experts;
+  arguments.own_groups = c.own ? c.groups : 1;
+  arguments.top_k = c.top_k;
+  arguments.activation = c.gated ? Activation::kSilu : Activation::kRelu;
+  arguments.x = in.u.data();
+  arguments.x_gate = c.gated ? in.u_gate.data() : nullptr;
+  arguments.gates = static_cast<const float*>(in.gates.data());
+  arguments.index = in.index.data();
+  arguments.right = in.right.data();
+  arguments.left = in.left.data();
+  arguments.right_gate = c.gated ? in.right_gate.data() : nullptr;
+  arguments.bias = c.bias ? in.bias.data() : nullptr;
   const std::string what = name_of("hidden", dtype, number);
   const std::vector<const char*> names{
       "out", "du", "dgates", "dright", "dleft", "dbias", "du_gate", "dright_gate"};
   check::compare(what,
                  wanted(dtype, names, hidden_truth(c, in), c.bias, c.gated),
                  [&](std::vector<Array>& found) {
-                   hidden_experts(arguments, found[0].data());
+                   experts_forward(arguments, found[0].data());
                    Array in_place(dtype, in.u.count());
                    if (in.u.count() > 0)
                      std::memcpy(in_place.data(), in.u.data(), in.u.count() * size_of(dtype));
                    HiddenExperts overwriting = arguments;
-                   overwriting.u = in_place.data();
-                   hidden_experts(overwriting, in_place.data());
+                   overwriting.x = in_place.data();
+                   experts_forward(overwriting, in_place.data());
                    check::require(in_place.same_bits(found[0]), what + ": other bits in place");
-                   hidden_experts_backward(arguments,
-                                           in.grad.data(),
-                                           {.du = found[1].data(),
-                                            .dgates = static_cast<float*>(found[2].data()),
-                                            .dright = found[3].data(),
-                                            .dleft = found[4].data(),
-                                            .dbias = c.bias ? found[5].data() : nullptr,
-                                            .du_gate = c.gated ? found[6].data() : nullptr,
-                                            .dright_gate = c.gated ? found[7].data() : nullptr});
+                   experts_backward(arguments,
+                                    in.grad.data(),
+                                    {.dx = found[1].data(),
+                                     .dgates = static_cast<float*>(found[2].data()),
+                                     .dright = found[3].data(),
+                                     .dleft = found[4].data(),
+                                     .dbias = c.bias ? found[5].data() : nullptr,
+                                     .dx_gate = c.gated ? found[6].data() : nullptr,
+                                     .dright_gate = c.gated ? found[7].data() : nullptr});
                  });
 }
 
@@ -175,33 +175,35 @@ void check_neurons(const NeuronCase& c, Dtype dtype, int number) {
                   std::vector<std::int64_t>(c.tokens * c.top_k)};
   for (std::int64_t& e : in.index)
     e = std::min(random.below(c.experts + 1) - (c.experts > 1 ? 1 : 0), c.experts - 1);
-  const NeuronExperts arguments{.dtype = dtype,
-                                .tokens = c.tokens,
-                                .in_features = c.width,
-                                .out_features = c.out,
-                                .neurons = c.neurons,
-                                .experts = c.experts,
-                                .top_k = c.top_k,
-                                .activation = c.gated ? Activation::kSilu : Activation::kRelu,
-                                .x = in.x.data(),
-                                .gates = static_cast<const float*>(in.gates.data()),
-                                .index = in.index.data(),
-                                .up = in.up.data(),
-                                .down = in.down.data(),
-                                .bias = c.bias ? in.bias.data() : nullptr,
-                                .gate_up = c.gated ? in.gate_up.data() : nullptr};
+  NeuronExperts arguments{};
+  arguments.dtype = dtype;
+  arguments.tokens = c.tokens;
+  arguments.in_features = c.width;
+  arguments.out_features = c.out;
+  arguments.neurons = c.neurons;
+  arguments.experts = c.experts;
+  arguments.top_k = c.top_k;
+  arguments.activation = c.gated ? Activation::kSilu : Activation::kRelu;
+  arguments.x = in.x.data();
+  arguments.gates = static_cast<const float*>(in.gates.data());
+  arguments.index = in.index.data();
+  arguments.right = in.up.data();
+  arguments.left = in.down.data();
+  arguments.bias = c.bias ? in.bias.data() : nullptr;
+  arguments.right_gate = c.gated ? in.gate_up.data() : nullptr;
   const std::vector<const char*> names{"out", "dx", "dgates", "dup", "ddown", "dbias", "dgate_up"};
   const std::vector<check::Wanted> results = wanted(dtype, names, truth_of(c, in), c.bias, c.gated);
   check::compare(name_of("neurons", dtype, number), results, [&](std::vector<Array>& found) {
-    neuron_experts(arguments, found[0].data());
-    neuron_experts_backward(arguments,
-                            in.grad.data(),
-                            {.dx = found[1].data(),
-                             .dgates = static_cast<float*>(found[2].data()),
-                             .dup = found[3].data(),
-                             .ddown = found[4].data(),
-                             .dbias = c.bias ? found[5].data() : nullptr,
-                             .dgate_up = c.gated ? found[6].data() : nullptr});
+    experts_forward(arguments, found[0].data());
+    experts_backward(arguments,
+                     in.grad.data(),
+                     {.dx = found[1].data(),
+                      .dgates = static_cast<float*>(found[2].data()),
+                      .dright = found[3].data(),
+                      .dleft = found[4].data(),
+                      .dbias = c.bias ? found[5].data() : nullptr,
+                      .dx_gate = nullptr,
+                      .dright_gate = c.gated ? found[6].data() : nullptr});
   });
 }
 

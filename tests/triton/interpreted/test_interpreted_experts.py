@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from mpoe_kernels.hidden_experts import triton as hidden
-from mpoe_kernels.neurons import triton as neurons
+from mpoe_kernels.experts import hidden_triton as hidden
+from mpoe_kernels.experts import neurons_triton as neurons
 from mpoe_kernels.routing import triton as routing
 from mpoe_kernels.routing.triton import SortedSlots
 from mpoe_kernels.testing.launches import recorded

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mpoe_kernels.hidden_experts import triton as hidden
-from mpoe_kernels.neurons import triton as neurons
+from mpoe_kernels.experts import hidden_triton as hidden
+from mpoe_kernels.experts import neurons_triton as neurons
 from mpoe_kernels.triton import start
 from tests.expert_problems import HiddenProblem
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mpoe_kernels.checks import check_range
 from mpoe_kernels.define import new_gradients
-from mpoe_kernels.hidden_experts.op import HiddenBackwardCall, HiddenCall
-from mpoe_kernels.hidden_experts.triton_kernels import hidden_blocks_kernel, hidden_rows_kernel
+from mpoe_kernels.experts.hidden_triton_kernels import hidden_blocks_kernel, hidden_rows_kernel
+from mpoe_kernels.experts.op import HiddenBackwardCall, HiddenCall
 from mpoe_kernels.routing.triton import SortedSlots, sort_slots, sum_choices
 from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.start import (
@@ -32,7 +32,7 @@ from mpoe_kernels.triton.start import (
     start_best,
 )
 
-FEW = 64  # pairs that are not sorted, as in `neurons.triton`
+FEW = 64  # pairs that are not sorted, as in `neurons_triton`
 MOST_SHARE = 4  # groups that a program of rows computes one after the other, if programs abound
 LARGEST_BLOCK = 64  # of the first table; products with larger ones run in loops of their own
 # kernel -> bytes of an element -> tiles, the first of them where nothing is timed; for few slots

@@ -1,9 +1,11 @@
-// Bodies of neurons.h. Included by one file per instruction set, which defines MPOE_NEURONS, the
-// name of its table. Nothing here may use inline functions that other files share.
+// What neurons.cpp computes between its products. Part of the bodies of each instruction set;
+// nothing here may use inline functions that other files share.
+#pragma once
+
 #include <cstring>
 
-#include "cpu/gemm/math.h"
-#include "cpu/neurons/neurons.h"
+#include "cpu/experts/kernels.h"
+#include "cpu/experts/turn_back.h"
 
 namespace mpoe {
 namespace {
@@ -50,6 +52,7 @@ void activate_tile(const NeuronTile& tile) {
 template <class T, Activation kind>
 void turn_back_tile(const NeuronTile& tile) {
   const Columns columns{tile.columns};
+  const bool gated = tile.value != nullptr;
   const T* const bias = static_cast<const T*>(tile.bias);
   for (int64_t r = 0; r < tile.rows; ++r)
     tile.dgates[r] = 0;
@@ -57,26 +60,25 @@ void turn_back_tile(const NeuronTile& tile) {
     const Floats shift = bias == nullptr ? Floats{} : columns.read(bias, c);
     Floats dbias = columns.read(tile.dbias, c);
     for (int64_t r = 0; r < tile.rows; ++r) {
-      const Floats gate = splat(tile.gates[r]), dh = columns.read(tile.dh + r * kPanel, c);
-      const Floats z = columns.read(tile.z + r * kPanel, c) + shift, act = activate<kind>(z);
-      Floats h = act, down = gate * dh;
-      if (tile.value != nullptr) {
-        const Floats value = columns.read(tile.value + r * kPanel, c);
-        h = act * value;
-        columns.write(static_cast<T*>(tile.dvalue) + r * tile.stride, c, down * act);
-        down *= value;
-      }
-      const Floats dz = deactivate<kind>(down, z);
-      columns.write(static_cast<T*>(tile.h) + r * tile.h_stride, c, h * gate);
-      columns.write(static_cast<T*>(tile.dz) + r * tile.stride, c, dz);
-      tile.dgates[r] += sum_of(h * dh);
-      dbias += dz;
+      const Floats gate = splat(tile.gates[r]);
+      const Floats dh = columns.read(tile.dh + r * kPanel, c);
+      const Floats z = columns.read(tile.z + r * kPanel, c) + shift;
+      Floats value = {};
+      if (gated)
+        value = columns.read(tile.value + r * kPanel, c);
+      const TurnedBack turned = turn_back<kind>(z, dh, gate, gated ? &value : nullptr);
+      if (gated)
+        columns.write(static_cast<T*>(tile.dvalue) + r * tile.stride, c, turned.dvalue);
+      columns.write(static_cast<T*>(tile.h) + r * tile.h_stride, c, turned.h * gate);
+      columns.write(static_cast<T*>(tile.dz) + r * tile.stride, c, turned.dz);
+      tile.dgates[r] += sum_of(turned.h * dh);
+      dbias += turned.dz;
     }
     columns.write(tile.dbias, c, dbias);
   }
 }
 
-void add_rows(const float* tile, int64_t rows, const int64_t* owners, float* sums, int64_t stride) {
+void add_tile(const float* tile, int64_t rows, const int64_t* owners, float* sums, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r) {
     float* const sum = sums + owners[r] * stride;
     for (int64_t c = 0; c < kPanel; c += kWidth)
@@ -116,7 +118,8 @@ void add_products(const void* h,
                   float* sums,
                   int64_t stride) {
   constexpr int kTogether = 8;
-  const T *const factors = static_cast<const T*>(h), *const matrix = static_cast<const T*>(weights);
+  const T* const factors = static_cast<const T*>(h);
+  const T* const matrix = static_cast<const T*>(weights);
   const auto add = [&](auto count, int64_t j) {
     for (int64_t r = 0; r < rows; ++r)
       add_scaled<T, decltype(count)::value>(factors + r * h_stride + j,
@@ -142,10 +145,4 @@ void turn_back_as(Activation activation, const NeuronTile& tile) {
 }
 
 }  // namespace
-
-const NeuronKernels MPOE_NEURONS[2] = {
-    {activate_as<float>, turn_back_as<float>, add_rows, add_products<float>},
-    {activate_as<BFloat16>, turn_back_as<BFloat16>, add_rows, add_products<BFloat16>},
-};
-
 }  // namespace mpoe

@@ -1,50 +1,28 @@
-#include "cpu/neurons/neurons.h"
-
+// First each expert's neurons: its rows of x are gathered into a block that stays in the cache and
+// meet its packed weights; h, times the gate, is kept per slot, [T K, m]. Then the output, some
+// columns at a time: expert by expert, rows of h meet those columns of its weights and are added to
+// float32 sums of their tokens, all of which stay in the cache. The gradient of x is the same sum,
+// of dz and right. Weight gradients are sums over an expert's rows. An expert with few rows reads
+// its weights in place.
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
 #include "common/buffer.h"
-#include "common/cpu_features.h"
 #include "common/parallel.h"
+#include "cpu/experts/kernels.h"
 #include "cpu/gemm/multiply.h"
-#include "cpu/routing/routing.h"
 
 namespace mpoe {
 namespace {
 
 using std::int64_t;
 
-// Of an expert: packing its weights costs more than reading them in place
+// Of an expert: packing its weights costs more than reading them in place.
 constexpr int64_t kFewRows = 8;
-constexpr int64_t kBlockBytes =
-    384 * 1024;                          // of rows that are gathered at once, if that is a tile's
-constexpr int64_t kSumFloats = 1 << 19;  // of sums that stay in the cache
+constexpr int64_t kBlockBytes = 384 * 1024;   // of rows that are gathered at once, if a tile's fit
+constexpr int64_t kSumFloats = 1 << 19;       // of sums that stay in the cache
 constexpr int64_t kHiddenElements = 1 << 23;  // of h that the forward keeps at once
-
-const NeuronKernels& neuron_kernels(Dtype dtype) {
-  return MPOE_TABLE_IN_USE(kNeurons)[dtype == Dtype::kBFloat16 ? 1 : 0];
-}
-
-// The slots that have an expert, by expert and token.
-struct SortedSlots {
-  std::vector<int64_t> slots, owners;  // t * K + k, and t
-  std::vector<int64_t> offsets;        // [E + 1]
-  std::vector<int64_t> used;           // experts with slots
-
-  explicit SortedSlots(const NeuronExperts& in)
-      : slots(in.tokens * in.top_k), offsets(in.experts + 1) {
-    slots.resize(sort_pairs(
-        in.index, {0, in.tokens * in.top_k}, in.experts, 0, offsets.data(), slots.data()));
-    for (const int64_t slot : slots)
-      owners.push_back(slot / in.top_k);
-    for (int64_t e = 0; e < in.experts; ++e)
-      if (rows(e) > 0)
-        used.push_back(e);
-  }
-  int64_t count() const { return static_cast<int64_t>(slots.size()); }
-  int64_t rows(int64_t e) const { return offsets[e + 1] - offsets[e]; }
-};
 
 // Some neurons of one expert, whole panels but for the last.
 struct Part {
@@ -56,118 +34,71 @@ class Neurons {
  public:
   Neurons(const GemmKernels& gemm, const NeuronExperts& in)
       : gemm_(gemm),
-        kernels_(neuron_kernels(in.dtype)),
+        kernels_(expert_kernels(in.dtype)),
         in_(in),
-        sorted_(in),
+        sorted_(in, std::max<int64_t>(1, in.tokens)),
+        slots_(sorted_.view()),
         panels_(ceil_divide(in.neurons, kPanel)),
         stride_(row_stride(gemm, in.neurons)) {
-    const int64_t size = sizeof(T), widest = std::max(in.in_features, in.out_features),
-                  tile = gemm.best_rows;
-    for (const int64_t e : sorted_.used)
+    const std::vector<int64_t>& used = sorted_.used_experts();
+    for (const int64_t e : used)
       most_ = std::max(most_, sorted_.rows(e));
-    block_ = std::clamp<int64_t>(
-        kBlockBytes / std::max<int64_t>(1, widest * size) / tile * tile, tile, 8 * tile);
-    block_ = std::min(block_, most_);
+    const int64_t tile = gemm.best_rows;
+    const int64_t row = std::max(in.in_features, in.out_features) * size_of(in.dtype);
+    const int64_t rows = kBlockBytes / std::max<int64_t>(1, row) / tile * tile;
+    block_ = std::min(std::clamp<int64_t>(rows, tile, 8 * tile), most_);
     // A few parts per thread, so that none waits long for the last.
-    const int64_t used = static_cast<int64_t>(sorted_.used.size()), threads = num_threads();
-    const int64_t wanted = threads == 1 || used == 0 ? 1 : ceil_divide(4 * threads, used);
+    const int64_t threads = num_threads();
+    int64_t wanted = 1;
+    if (threads > 1 && !used.empty())
+      wanted = ceil_divide(4 * threads, std::ssize(used));
     part_ = ceil_divide(panels_, std::min(wanted, panels_)) * kPanel;
-    for (const int64_t e : sorted_.used)
+    for (const int64_t e : used)
       for (int64_t first = 0; first < in.neurons; first += part_)
         parts_.push_back({e, first, std::min(part_, in.neurons - first)});
   }
 
   void forward(T* out) {
     Buffer<T> hidden = slot_rows();
-    share_out(parts(), [&] {
+    share_out(std::ssize(parts_), [&] {
       return [&, work = Work(*this)](int64_t number) mutable {
-        const Part& part = parts_[number];
-        work.begin(part);
-        work.for_each_block(part, [&](int64_t first, int64_t rows) {
-          work.products(part, first, rows);
-          for (int64_t c = 0; c < part.count; c += kPanel) {
-            NeuronTile tile = work.tile(part, rows, c);
-            tile.h = hidden.get() + first * stride_ + part.first + c;
-            tile.h_stride = stride_;
-            kernels_.activate(in_.activation, tile);
-          }
-        });
+        activate(parts_[number], work, hidden.get());
       };
     });
-    collect({{hidden.get(), static_cast<const T*>(in_.down)}}, in_.out_features, out);
+    collect({{hidden.get(), static_cast<const T*>(in_.left)}}, in_.out_features, out);
   }
 
-  void backward(const T* grad, const NeuronExpertsGradients& out) {
-    const int64_t m = in_.neurons;
-    const bool gated = in_.gate_up != nullptr;
-    Buffer<T> dz = slot_rows(), dvalue = gated ? slot_rows() : Buffer<T>();
+  void backward(const T* grad, const ExpertsGradients& out) {
+    Buffer<T> dz = slot_rows();
+    Buffer<T> dvalue = in_.gated() ? slot_rows() : Buffer<T>();
+    const SlotGradients rows{dz.get(), in_.gated() ? dvalue.get() : dz.get()};
     Buffer<float> dgates(panels_ * sorted_.count());
-    share_out(parts(), [&] {
+    share_out(std::ssize(parts_), [&] {
       return [&, work = Work(*this), back = Back(*this)](int64_t number) mutable {
-        const Part& part = parts_[number];
-        work.begin(part);
-        back.begin(part);
-        work.for_each_block(part, [&](int64_t first, int64_t rows) {
-          const bool adds = first > sorted_.offsets[part.expert];
-          back.product(part, grad, first, rows);
-          work.products(part, first, rows);
-          T* const own_dz = dz.get() + first * stride_ + part.first;
-          T* const own_dvalue = gated ? dvalue.get() + first * stride_ + part.first : own_dz;
-          for (int64_t c = 0; c < part.count; c += kPanel) {
-            NeuronTile tile = work.tile(part, rows, c);
-            tile.dh = back.dh.get() + c * block_;
-            tile.h = back.h.get() + c;
-            tile.h_stride = back.h_stride;
-            tile.dz = own_dz + c;
-            tile.dvalue = own_dvalue + c;
-            tile.stride = stride_;
-            tile.dbias = back.dbias.get() + c;
-            tile.dgates = dgates.get() + (part.first + c) / kPanel * sorted_.count() + first;
-            kernels_.turn_back(in_.activation, tile);
-          }
-          if (out.ddown != nullptr) {
-            back.turn(rows, back.rows.get(), back.rows_stride, in_.out_features);
-            back.add(part, back.h.get(), back.h_stride, rows, in_.out_features, back.ddown, adds);
-          }
-          if (out.dup != nullptr || out.dgate_up != nullptr)
-            back.turn(rows, work.rows.get(), work.rows_stride, in_.in_features);
-          if (out.dup != nullptr)
-            back.add(part, own_dvalue, stride_, rows, in_.in_features, back.dup, adds);
-          if (out.dgate_up != nullptr)
-            back.add(part, own_dz, stride_, rows, in_.in_features, back.dgate_up, adds);
-        });
-        const int64_t row = part.expert * m + part.first;
-        store(part, back.dup, in_.in_features, out.dup, row);
-        store(part, back.ddown, in_.out_features, out.ddown, row);
-        store(part, back.dgate_up, in_.in_features, out.dgate_up, row);
-        if (out.dbias != nullptr)
-          gemm_.round_row(back.dbias.get(), static_cast<T*>(out.dbias) + row, part.count);
+        turn_back(parts_[number], work, back, grad, rows, dgates.get(), out);
+        store_part(parts_[number], back, out);
       };
     });
-    for (int64_t e = 0; e < in_.experts; ++e) {
-      if (sorted_.rows(e) > 0)
-        continue;
-      clear(out.dup, e, m * in_.in_features);
-      clear(out.ddown, e, m * in_.out_features);
-      clear(out.dgate_up, e, m * in_.in_features);
-      clear(out.dbias, e, m);
-    }
-    if (out.dgates != nullptr) {
-      std::fill_n(out.dgates, in_.tokens * in_.top_k, 0.0f);
-      for (int64_t p = 0; p < panels_; ++p)
-        for (int64_t s = 0; s < sorted_.count(); ++s)
-          out.dgates[sorted_.slots[s]] += dgates.get()[p * sorted_.count() + s];
-    }
+    clear_unused(out);
+    if (out.dgates != nullptr)
+      add_gates(dgates.get(), out.dgates);
     if (out.dx == nullptr)
       return;
-    std::vector<Term> terms{{(gated ? dvalue : dz).get(), static_cast<const T*>(in_.up)}};
-    if (gated)
-      terms.push_back({dz.get(), static_cast<const T*>(in_.gate_up)});
+    std::vector<Term> terms{{rows.dvalue, static_cast<const T*>(in_.right)}};
+    if (in_.gated())
+      terms.push_back({rows.dz, static_cast<const T*>(in_.right_gate)});
     collect(terms, in_.in_features, static_cast<T*>(out.dx));
   }
 
  private:
-  int64_t parts() const { return static_cast<int64_t>(parts_.size()); }
+  struct Work;
+  struct Back;
+  // Of slots [slots, stride_].
+  struct SlotGradients {
+    T* dz;
+    T* dvalue;
+  };
+
   bool few(int64_t expert) const { return sorted_.rows(expert) <= kFewRows; }
   // Memory for packed weights, if an expert needs it.
   Buffer<T> for_panels(int64_t elements) const {
@@ -183,16 +114,108 @@ class Neurons {
     return rows;
   }
 
+  // f(first slot, rows)
+  template <class F>
+  void for_each_block(const Part& part, const F& f) const {
+    const int64_t last = slots_.offsets[part.expert + 1];
+    for (int64_t first = slots_.offsets[part.expert]; first < last; first += block_)
+      f(first, std::min(block_, last - first));
+  }
+
+  // hidden [slots, stride_] = h of a part, times the gates.
+  void activate(const Part& part, Work& work, T* hidden) const {
+    work.begin(part);
+    for_each_block(part, [&](int64_t first, int64_t rows) {
+      work.products(part, first, rows);
+      for (int64_t c = 0; c < part.count; c += kPanel) {
+        NeuronTile tile = work.tile(part, rows, c);
+        tile.h = hidden + first * stride_ + part.first + c;
+        tile.h_stride = stride_;
+        kernels_.activate(in_.activation, tile);
+      }
+    });
+  }
+
+  // A part's gradients: of its slots in `slot_gradients`, of its weights in `back`.
+  void turn_back(const Part& part,
+                 Work& work,
+                 Back& back,
+                 const T* grad,
+                 const SlotGradients& slot_gradients,
+                 float* dgates,
+                 const ExpertsGradients& out) const {
+    work.begin(part);
+    back.begin(part);
+    for_each_block(part, [&](int64_t first, int64_t rows) {
+      back.product(part, grad, first, rows);
+      work.products(part, first, rows);
+      const int64_t place = first * stride_ + part.first;
+      T* const dz = slot_gradients.dz + place;
+      T* const dvalue = slot_gradients.dvalue + place;
+      for (int64_t c = 0; c < part.count; c += kPanel) {
+        NeuronTile tile = work.tile(part, rows, c);
+        tile.dh = back.dh.get() + c * block_;
+        tile.h = back.h.get() + c;
+        tile.h_stride = back.h_stride;
+        tile.dz = dz + c;
+        tile.dvalue = dvalue + c;
+        tile.stride = stride_;
+        tile.dbias = back.dbias.get() + c;
+        tile.dgates = dgates + (part.first + c) / kPanel * sorted_.count() + first;
+        kernels_.turn_back(in_.activation, tile);
+      }
+      const bool adds = first > slots_.offsets[part.expert];
+      if (out.dleft != nullptr) {
+        back.turn(rows, back.rows.get(), back.rows_stride, in_.out_features);
+        back.add(part, back.h.get(), back.h_stride, rows, in_.out_features, back.dleft, adds);
+      }
+      if (out.dright != nullptr || out.dright_gate != nullptr)
+        back.turn(rows, work.rows.get(), work.rows_stride, in_.in_features);
+      if (out.dright != nullptr)
+        back.add(part, dvalue, stride_, rows, in_.in_features, back.dright, adds);
+      if (out.dright_gate != nullptr)
+        back.add(part, dz, stride_, rows, in_.in_features, back.dright_gate, adds);
+    });
+  }
+
+  void store_part(const Part& part, Back& back, const ExpertsGradients& out) const {
+    const int64_t row = part.expert * in_.neurons + part.first;
+    store(part, back.dright, in_.in_features, out.dright, row);
+    store(part, back.dleft, in_.out_features, out.dleft, row);
+    store(part, back.dright_gate, in_.in_features, out.dright_gate, row);
+    if (out.dbias != nullptr)
+      gemm_.round_row(back.dbias.get(), static_cast<T*>(out.dbias) + row, part.count);
+  }
+
+  void clear_unused(const ExpertsGradients& out) const {
+    for (int64_t e = 0; e < in_.experts; ++e) {
+      if (sorted_.rows(e) > 0)
+        continue;
+      clear(out.dright, e, in_.neurons * in_.in_features);
+      clear(out.dleft, e, in_.neurons * in_.out_features);
+      clear(out.dright_gate, e, in_.neurons * in_.in_features);
+      clear(out.dbias, e, in_.neurons);
+    }
+  }
+
+  // dgates [T, K] from those of every panel of neurons, in the order of slots.
+  void add_gates(const float* of_panels, float* dgates) const {
+    std::fill_n(dgates, in_.tokens * in_.top_k, 0.0f);
+    for (int64_t p = 0; p < panels_; ++p)
+      for (int64_t s = 0; s < sorted_.count(); ++s)
+        dgates[slots_.slots[s]] += of_panels[p * sorted_.count() + s];
+  }
+
   void gather(
       const T* from, int64_t width, int64_t first, int64_t rows, T* to, int64_t stride) const {
     constexpr int64_t kAhead = 4, kLine = 64 / sizeof(T);
     for (int64_t r = 0; r < rows; ++r) {
       if (r + kAhead < rows) {
-        const T* const later = from + sorted_.owners[first + r + kAhead] * width;
+        const T* const later = from + slots_.owners[first + r + kAhead] * width;
         for (int64_t c = 0; c < std::min<int64_t>(width, 8 * kLine); c += kLine)
           __builtin_prefetch(later + c);
       }
-      std::memcpy(to + r * stride, from + sorted_.owners[first + r] * width, width * sizeof(T));
+      std::memcpy(to + r * stride, from + slots_.owners[first + r] * width, width * sizeof(T));
       for (int64_t c = width; c < padded_k(gemm_, width); ++c)
         to[r * stride + c] = T{};
     }
@@ -261,47 +284,39 @@ class Neurons {
           rows_stride(row_stride(all.gemm_, all.in_.in_features)),
           rows(all.block_ * rows_stride),
           panels(all.for_panels(all.part_ * padded_k(all.gemm_, all.in_.in_features))),
-          gate_panels(all.for_panels(all.in_.gate_up == nullptr
-                                         ? 0
-                                         : all.part_ * padded_k(all.gemm_, all.in_.in_features))),
+          gate_panels(all.for_panels(
+              !all.in_.gated() ? 0 : all.part_ * padded_k(all.gemm_, all.in_.in_features))),
           z(all.part_ * all.block_),
-          value(all.in_.gate_up == nullptr ? 0 : all.part_ * all.block_),
+          value(!all.in_.gated() ? 0 : all.part_ * all.block_),
           gates(all.block_) {}
 
     void begin(const Part& part) {
       if (all.few(part.expert))
         return;
-      all.pack_weights(part, all.in_.up, all.in_.in_features, panels.get());
-      if (all.in_.gate_up != nullptr)
-        all.pack_weights(part, all.in_.gate_up, all.in_.in_features, gate_panels.get());
-    }
-    // f(first slot, rows)
-    template <class F>
-    void for_each_block(const Part& part, const F& f) const {
-      const int64_t last = all.sorted_.offsets[part.expert + 1];
-      for (int64_t first = all.sorted_.offsets[part.expert]; first < last; first += all.block_)
-        f(first, std::min(all.block_, last - first));
+      all.pack_weights(part, all.in_.right, all.in_.in_features, panels.get());
+      if (all.in_.gated())
+        all.pack_weights(part, all.in_.right_gate, all.in_.in_features, gate_panels.get());
     }
     void products(const Part& part, int64_t first, int64_t count) {
       const NeuronExperts& in = all.in_;
-      const bool gated = in.gate_up != nullptr;
+      const bool gated = in.gated();
       all.gather(
           static_cast<const T*>(in.x), in.in_features, first, count, rows.get(), rows_stride);
       for (int64_t r = 0; r < count; ++r)
-        gates.get()[r] = in.gates[all.sorted_.slots[first + r]];
+        gates.get()[r] = in.gates[all.slots_.slots[first + r]];
       const auto times = [&](const void* weights, const T* packed, float* tiles) {
         all.multiply(part, rows.get(), rows_stride, count, in.in_features, weights, packed, tiles);
       };
-      times(in.up, panels.get(), (gated ? value : z).get());
+      times(in.right, panels.get(), (gated ? value : z).get());
       if (gated)
-        times(in.gate_up, gate_panels.get(), z.get());
+        times(in.right_gate, gate_panels.get(), z.get());
     }
     NeuronTile tile(const Part& part, int64_t count, int64_t c) const {
       NeuronTile tile{};
       tile.rows = count;
       tile.columns = std::min(kPanel, part.count - c);
       tile.z = z.get() + c * all.block_;
-      if (all.in_.gate_up != nullptr)
+      if (all.in_.gated())
         tile.value = value.get() + c * all.block_;
       tile.gates = gates.get();
       if (all.in_.bias != nullptr)
@@ -330,23 +345,21 @@ class Neurons {
           right(round_up(widest, kPanel) * padded_k(all.gemm_, all.block_)),
           dh(all.part_ * all.block_),
           dbias(all.part_),
-          dup(all.part_ * round_up(all.in_.in_features, kPanel)),
-          ddown(all.part_ * round_up(all.in_.out_features, kPanel)),
-          dgate_up(all.in_.gate_up == nullptr ? 0
-                                              : all.part_ * round_up(all.in_.in_features, kPanel)) {
-    }
+          dright(all.part_ * round_up(all.in_.in_features, kPanel)),
+          dleft(all.part_ * round_up(all.in_.out_features, kPanel)),
+          dright_gate(!all.in_.gated() ? 0 : all.part_ * round_up(all.in_.in_features, kPanel)) {}
 
     void begin(const Part& part) {
       std::fill_n(dbias.get(), all.part_, 0.0f);
       if (!all.few(part.expert))
-        all.pack_weights(part, all.in_.down, all.in_.out_features, panels.get());
+        all.pack_weights(part, all.in_.left, all.in_.out_features, panels.get());
     }
     // dh = grad down^T
     void product(const Part& part, const T* grad, int64_t first, int64_t count) {
       const int64_t width = all.in_.out_features;
       all.gather(grad, width, first, count, rows.get(), rows_stride);
       all.multiply(
-          part, rows.get(), rows_stride, count, width, all.in_.down, panels.get(), dh.get());
+          part, rows.get(), rows_stride, count, width, all.in_.left, panels.get(), dh.get());
     }
     // Packs the right operand of `add`.
     void turn(int64_t count, const T* b, int64_t stride, int64_t width) {
@@ -385,7 +398,7 @@ class Neurons {
     const Neurons& all;
     const int64_t rows_stride, h_stride, widest;
     Buffer<T> rows, panels, h, left, right;
-    Buffer<float> dh, dbias, dup, ddown, dgate_up;
+    Buffer<float> dh, dbias, dright, dleft, dright_gate;
   };
 
   void store(const Part& part, Buffer<float>& sum, int64_t width, void* out, int64_t row) const {
@@ -418,11 +431,11 @@ class Neurons {
                  int64_t number) mutable {
         const int64_t first = number * step, columns = std::min(step, width - first);
         std::fill_n(sums.get(), in_.tokens * step, 0.0f);
-        for (const int64_t e : sorted_.used)
+        for (const int64_t e : sorted_.used_experts())
           for (const Term& term : terms) {
             const T* const weights = term.weights + e * m * width + first;
-            const T* const rows = term.rows + sorted_.offsets[e] * stride_;
-            const int64_t* const owners = sorted_.owners.data() + sorted_.offsets[e];
+            const T* const rows = term.rows + slots_.offsets[e] * stride_;
+            const int64_t* const owners = slots_.owners + slots_.offsets[e];
             if (few(e)) {
               for (int64_t j = 0; j < m; ++j)
                 fetch(weights + j * width, columns);
@@ -480,9 +493,10 @@ class Neurons {
   }
 
   const GemmKernels& gemm_;
-  const NeuronKernels& kernels_;
+  const ExpertKernels& kernels_;
   const NeuronExperts& in_;
   const SortedSlots sorted_;
+  const SlotsView& slots_;
   const int64_t panels_, stride_;
   int64_t most_ = 0;      // rows of an expert
   int64_t block_, part_;  // rows gathered at once; neurons of a part
@@ -491,7 +505,7 @@ class Neurons {
 
 }  // namespace
 
-void neuron_experts(const NeuronExperts& in, void* out) {
+void experts_forward(const NeuronExperts& in, void* out) {
   // A piece of the tokens at a time: h of all would be [T K, m].
   const int64_t most =
       std::max<int64_t>(1, kHiddenElements / std::max<int64_t>(1, in.top_k * in.neurons));
@@ -507,9 +521,7 @@ void neuron_experts(const NeuronExperts& in, void* out) {
   });
 }
 
-void neuron_experts_backward(const NeuronExperts& in,
-                             const void* grad,
-                             const NeuronExpertsGradients& out) {
+void experts_backward(const NeuronExperts& in, const void* grad, const ExpertsGradients& out) {
   with_element_type(in.dtype, [&]<class T>(const GemmKernels& gemm, T) {
     Neurons<T>(gemm, in).backward(static_cast<const T*>(grad), out);
   });

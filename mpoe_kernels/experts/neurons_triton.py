@@ -23,14 +23,14 @@ from torch import Tensor
 
 from mpoe_kernels.checks import check_range
 from mpoe_kernels.define import new_gradients
-from mpoe_kernels.neurons.op import NeuronBackwardCall, NeuronCall
-from mpoe_kernels.neurons.triton_kernels import (
+from mpoe_kernels.experts.neurons_triton_kernels import (
     neurons_few_kernel,
     neurons_fused_kernel,
     neurons_hidden_kernel,
     neurons_rows_kernel,
     neurons_weights_kernel,
 )
+from mpoe_kernels.experts.op import NeuronBackwardCall, NeuronCall
 from mpoe_kernels.routing.triton import SortedSlots, sort_slots, sum_choices
 from mpoe_kernels.triton import architecture
 from mpoe_kernels.triton.start import (

@@ -1,0 +1,2 @@
+#define MPOE_EXPERTS kExpertsAvx2
+#include "cpu/experts/body.h"

@@ -1,0 +1,2 @@
+#define MPOE_EXPERTS kExpertsAvx512
+#include "cpu/experts/body.h"

@@ -1,0 +1,2 @@
+#define MPOE_EXPERTS kExpertsGeneric
+#include "cpu/experts/body.h"

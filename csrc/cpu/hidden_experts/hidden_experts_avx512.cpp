@@ -1,2 +1,0 @@
-#define MPOE_HIDDEN kHiddenAvx512
-#include "cpu/hidden_experts/body.h"

@@ -1,2 +1,0 @@
-#define MPOE_HIDDEN kHiddenGeneric
-#include "cpu/hidden_experts/body.h"

@@ -1,2 +1,0 @@
-#define MPOE_NEURONS kNeuronsAvx2
-#include "cpu/neurons/body.h"

@@ -1,2 +1,0 @@
-#define MPOE_NEURONS kNeuronsAvx512Bf16
-#include "cpu/neurons/body.h"

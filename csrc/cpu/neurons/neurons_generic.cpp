@@ -1,2 +1,0 @@
-#define MPOE_NEURONS kNeuronsGeneric
-#include "cpu/neurons/body.h"

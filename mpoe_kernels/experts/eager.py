@@ -1,0 +1,287 @@
+"""Plain PyTorch, of both forms: slots sorted by expert, in blocks of rows of one expert, many
+blocks in one batched product.
+
+A block's rows are padded with rows of zeros that count for nothing, so no Inf or NaN of one expert
+reaches another's tokens. Few slots make blocks of one row, which gather the weights of chosen
+experts alone. A piece of the blocks is computed at a time, so that no temporary grows with T x K.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mpoe_kernels.checks import check_range
+from mpoe_kernels.linear.eager.activation import ACTIVATION, ACTIVATION_GRADIENT
+
+if TYPE_CHECKING:
+    from mpoe_kernels.experts.op import (
+        HiddenBackwardCall,
+        HiddenCall,
+        NeuronBackwardCall,
+        NeuronCall,
+    )
+
+LARGEST_BLOCK = 128  # rows
+PIECE = 1 << 22  # elements of rows and weights that are gathered at once
+
+
+def _activate(name: str, z: Tensor) -> Tensor:
+    """Activation of ``z``; may overwrite it. ``gelu_new`` is `gelu_tanh` bit-identical to
+    Transformers' formula."""
+    if name != "gelu_new":
+        return ACTIVATION[name](z)
+    inner = math.sqrt(2.0 / math.pi) * (z + 0.044715 * torch.pow(z, 3.0))
+    return 0.5 * z * (1.0 + torch.tanh(inner))
+
+
+def _activation_gradient(name: str, grad: Tensor, z: Tensor) -> Tensor:
+    """``d loss / d z`` from the pre-activation."""
+    return ACTIVATION_GRADIENT["gelu_tanh" if name == "gelu_new" else name](grad, z)
+
+
+class Piece(NamedTuple):
+    """Some blocks of `rows` slots: the expert of each ``[n]``, its slots' numbers and tokens ``[n,
+    rows]``.
+
+    Slots past a block's end have the numbers T K and T; ``padding [n, rows, 1]`` marks them, None
+    if there are none.
+    """
+
+    experts: Tensor
+    slots: Tensor
+    tokens: Tensor
+    padding: Tensor | None
+
+    def rows(self, values: Tensor) -> Tensor:
+        """``[n, rows, width]`` from ``[T, width]``; zeros for padding."""
+        taken = values.index_select(0, self.tokens.clamp(max=len(values) - 1).view(-1))
+        return self.clear(taken.view(*self.tokens.shape, -1))
+
+    def gates(self, gates: Tensor) -> Tensor:
+        """``[n, rows, 1]`` from ``[T, K]``; zeros for padding."""
+        taken = gates.reshape(-1).index_select(0, self.slots.clamp(max=gates.numel() - 1).view(-1))
+        return self.clear(taken.view(*self.slots.shape, 1))
+
+    def clear(self, values: Tensor) -> Tensor:
+        """Zeros in the rows of padding, which may have met an expert's NaN."""
+        return values if self.padding is None else values.masked_fill_(self.padding, 0)
+
+    def of(self, weights: Tensor) -> Tensor:
+        """The experts' weights ``[n, ...]``."""
+        return weights.index_select(0, self.experts)
+
+
+def _pieces(index: Tensor, experts: int, per_row: int, per_expert: int) -> Iterator[Piece]:
+    """All slots with an expert, in the order of experts and tokens. ``per_row`` and ``per_expert``:
+    elements that a piece gathers."""
+    top_k, flat = index.shape[1], index.reshape(-1)
+    _, order = torch.sort(flat, stable=True)
+    counts = torch.bincount(flat + 1, minlength=experts + 1)
+    starts = counts.cumsum(0) - counts
+    used = int((counts[1:] > 0).sum())
+    if not used:
+        return
+    mean = (flat.numel() - int(counts[0])) // used
+    size = min(LARGEST_BLOCK, 1 << max(0, mean.bit_length() - 1))
+    blocks = (counts[1:] + size - 1) // size
+    of_block = torch.repeat_interleave(torch.arange(experts, device=index.device), blocks)
+    number = torch.arange(len(of_block), device=index.device)
+    number -= (blocks.cumsum(0) - blocks)[of_block]
+    most = max(1, PIECE // (size * per_row + per_expert))
+    for first in range(0, len(of_block), most):
+        chosen = of_block[first : first + most]
+        within = number[first : first + most, None] * size
+        within = within + torch.arange(size, device=index.device)
+        padding = within >= counts[1:][chosen][:, None]
+        place = (starts[1:][chosen][:, None] + within).masked_fill(padding, 0)
+        slots = order[place].masked_fill(padding, flat.numel())
+        marks = padding[:, :, None] if bool(padding.any()) else None
+        yield Piece(chosen, slots, slots // top_k, marks)
+
+
+def _operands(call: HiddenCall | NeuronCall) -> list[Any]:
+    return [None if name is None else getattr(call, name) for name in call.OPERANDS]
+
+
+def _right(piece: Piece, weights: Tensor) -> Tensor:
+    """``[n, G', p, q]``, which multiply rows, from the blocks ``[E, G', p, q]`` of hidden-side
+    experts, or from neurons ``[E, q, p]``."""
+    chosen = piece.of(weights)
+    return chosen if chosen.dim() == 4 else chosen[:, None].transpose(2, 3)
+
+
+def _left(piece: Piece, weights: Tensor) -> Tensor:
+    """The same of ``[E, G', p, q]`` or ``[E, p, q]``."""
+    chosen = piece.of(weights)
+    return chosen if chosen.dim() == 4 else chosen[:, None]
+
+
+def _by_blocks(x: Tensor, blocks: Tensor, onto: Tensor | None = None) -> Tensor:
+    """``(onto +) x`` times block-diagonal matrices.
+
+    Args:
+        x: ``[n, rows, G p]``.
+        blocks: ``[n, G', p, q]``; G' is 1 if the groups share them.
+        onto: like the result ``[n, rows, G q]``; may be overwritten.
+    """
+    n, groups, size, out = blocks.shape
+    if groups > 1:
+        x = x.view(n, -1, groups, size).transpose(1, 2)
+        product = torch.matmul(x, blocks).transpose(1, 2).reshape(n, x.shape[2], groups * out)
+        return product if onto is None else onto + product
+    rows, blocks = x.reshape(n, -1, size), blocks[:, 0]
+    if onto is None:
+        product = torch.bmm(rows, blocks)
+    else:
+        product = onto.view(n, -1, out).baddbmm_(rows, blocks)
+    return product.view(n, x.shape[1], -1)
+
+
+def _back_by_blocks(grad: Tensor, blocks: Tensor, onto: Tensor | None = None) -> Tensor:
+    return _by_blocks(grad, blocks.transpose(2, 3), onto)
+
+
+def _block_gradient(x: Tensor, grad: Tensor, like: Tensor) -> Tensor:
+    """``sum over rows x^T grad`` per block: ``[n, rows, G p], [n, rows, G q]`` to ``[n, G', p, q]``
+    or ``[n, p, q]``, as ``like`` is."""
+    n, (size, out) = x.shape[0], like.shape[-2:]
+    if like.dim() == 3 or like.shape[1] == 1:
+        return torch.bmm(x.reshape(n, -1, size).transpose(1, 2), grad.reshape(n, -1, out))
+    groups = like.shape[1]
+    x = x.view(n, -1, groups, size).permute(0, 2, 3, 1)
+    return torch.matmul(x, grad.view(n, -1, groups, out).transpose(1, 2))
+
+
+def _right_gradient(x: Tensor, grad: Tensor, like: Tensor) -> Tensor:
+    """The same of weights that `_right` takes."""
+    return _block_gradient(x, grad, like) if like.dim() == 4 else _block_gradient(grad, x, like)
+
+
+def _total(rows: int, *shape: int, like: Tensor) -> Tensor:
+    """Zeros in a dtype with enough precision for sums over experts."""
+    return like.new_zeros(rows, *shape, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+def _add(total: Tensor, index: Tensor, values: Tensor) -> None:
+    values = values.reshape(index.numel(), *total.shape[1:])
+    total.index_add_(0, index.view(-1), values.to(total.dtype))
+
+
+def _sizes(call: HiddenCall | NeuronCall) -> tuple[int, int]:
+    """Elements that one slot, and one block's expert, gather and compute."""
+    x, _, _, right, left, _, _, right_gate = _operands(call)
+    weights = right[0].numel() + left[0].numel()
+    if right_gate is not None:
+        weights += right_gate[0].numel()
+    hidden = right.shape[1] if right.dim() == 3 else x.shape[1]
+    return x.shape[1] + call.out_features + 4 * hidden, weights
+
+
+class Hidden(NamedTuple):
+    """Hidden activations of a piece: ``h``, and what its gradient needs."""
+
+    h: Tensor
+    z: Tensor
+    act: Tensor
+    value: Tensor | None
+    x: Tensor
+    x_gate: Tensor
+
+
+def _hidden(call: HiddenCall | NeuronCall, piece: Piece) -> Hidden:
+    x, _, _, right, _, bias, x_gate, right_gate = _operands(call)
+    rows = piece.rows(x)
+    rows_gate = rows if x_gate is None else piece.rows(x_gate)
+    value = _by_blocks(rows, _right(piece, right))
+    z = value if right_gate is None else _by_blocks(rows_gate, _right(piece, right_gate))
+    if bias is not None:
+        z = z + piece.of(bias)[:, None]
+    act = _activate(call.activation, z.clone() if call.activation == "relu" else z)
+    if right_gate is None:
+        return Hidden(act, z, act, None, rows, rows_gate)
+    return Hidden(act * value, z, act, value, rows, rows_gate)
+
+
+def forward(call: HiddenCall | NeuronCall) -> Tensor:
+    """See `hidden_experts` and `neuron_experts`."""
+    x, gates, index, _, left, _, _, _ = _operands(call)
+    check_range("top_k_index", index, -1, call.num_experts - 1)
+    out = _total(len(x) + 1, call.out_features, like=x)  # the last row takes the padding's
+    for piece in _pieces(index, call.num_experts, *_sizes(call)):
+        rows = _by_blocks(_hidden(call, piece).h, _left(piece, left))
+        _add(out, piece.tokens, rows * piece.gates(gates))
+    return out[: len(x)].to(x.dtype)
+
+
+def _new_totals(call: HiddenBackwardCall | NeuronBackwardCall) -> dict[str, Tensor]:
+    """Zeros for the gradients that are wanted, by their names; of rows and gates, the last one
+    takes the padding's."""
+    x_name, gates_name, _, _, _, _, x_gate_name, _ = call.OPERANDS
+    totals = {}
+    for name, value, wanted in zip(
+        call.DIFFERENTIABLE, call.differentiable, call.wanted, strict=True
+    ):
+        if not wanted or value is None:
+            continue
+        if name == gates_name:
+            totals[name] = _total(value.numel() + 1, like=value)
+        elif name in (x_name, x_gate_name):
+            totals[name] = _total(len(value) + 1, value.shape[1], like=value)
+        else:
+            totals[name] = _total(*value.shape, like=value)
+    return totals
+
+
+def backward(call: HiddenBackwardCall | NeuronBackwardCall) -> tuple[Tensor, ...]:
+    """See `HiddenBackwardCall` and `NeuronBackwardCall`."""
+    x, _, index, *_ = _operands(call)
+    totals = _new_totals(call)
+    by_operand = [totals.get(name or "") for name in call.OPERANDS]
+    for piece in _pieces(index, call.num_experts, *_sizes(call)):
+        _add_gradients(call, piece, by_operand)
+    results = []
+    for name, value in zip(call.DIFFERENTIABLE, call.differentiable, strict=True):
+        if name not in totals or value is None:
+            results.append(x.new_empty(0))
+            continue
+        total = totals[name].view(-1)[: value.numel()]
+        results.append(total.to(value.dtype).view(value.shape))
+    return tuple(results)
+
+
+def _add_gradients(
+    call: HiddenBackwardCall | NeuronBackwardCall, piece: Piece, totals: list[Tensor | None]
+) -> None:
+    """Add those of a piece to ``totals``, in the order of the operands; None: not wanted."""
+    x, gates, _, right, left, _, x_gate, right_gate = _operands(call)
+    dx, dgates, _, dright, dleft, dbias, dx_gate, dright_gate = totals
+    grad, gate, hidden = piece.rows(call.grad), piece.gates(gates), _hidden(call, piece)
+    dh = _back_by_blocks(grad, _left(piece, left))
+    if dgates is not None:
+        _add(dgates, piece.slots, (hidden.h.to(dgates.dtype) * dh.to(dgates.dtype)).sum(-1))
+    if dleft is not None:
+        h = piece.clear((hidden.h * gate).to(x.dtype))
+        _add(dleft, piece.experts, _block_gradient(h, grad, left))
+    dh = piece.clear((dh * gate).to(x.dtype))
+    of_act = dh if hidden.value is None else dh * hidden.value
+    dvalue = dz = _activation_gradient(call.activation, of_act, hidden.z)
+    if hidden.value is not None:
+        dvalue, dz = piece.clear(dh * hidden.act), piece.clear(dz)
+    if dx is not None:
+        back = _back_by_blocks(dvalue, _right(piece, right))
+        if right_gate is not None and x_gate is None:
+            back = _back_by_blocks(dz, _right(piece, right_gate), back)
+        _add(dx, piece.tokens, back)
+    if dx_gate is not None:
+        _add(dx_gate, piece.tokens, _back_by_blocks(dz, _right(piece, right_gate)))
+    if dright is not None:
+        _add(dright, piece.experts, _right_gradient(hidden.x, dvalue, right))
+    if dright_gate is not None:
+        _add(dright_gate, piece.experts, _right_gradient(hidden.x_gate, dz, right_gate))
+    if dbias is not None:
+        _add(dbias, piece.experts, dz.sum(1))

@@ -1,0 +1,36 @@
+"""A buffer that scratch memory has no room for: debug builds and those of the sanitizers stop."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPILER = shutil.which("c++")
+
+
+@pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+@pytest.mark.parametrize("flags", [["-O0"], ["-O1", "-fsanitize=address,undefined"], None])
+def test_a_buffer_too_many(flags: list[str] | None, tmp_path: Path) -> None:
+    """None: a release build, which does not look."""
+    checked = ["-O3"] if flags is None else [*flags, "-DMPOE_CHECKS"]
+    program = tmp_path / "scratch"
+    source = ROOT / "tests" / "native" / "cpp" / "scratch_main.cpp"
+    command = [str(COMPILER), "-std=c++20", *checked, "-I", str(ROOT / "csrc"), str(source)]
+    subprocess.run([*command, "-o", str(program)], check=True)
+    ran = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    if flags is None:
+        assert ran.returncode == 3, ran.stderr
+    else:
+        assert ran.returncode not in (0, 2, 3), ran.stderr
+        assert ran.stderr.startswith("scratch memory holds 48 floats; 64 are used"), ran.stderr
+
+
+def test_builds_that_look() -> None:
+    debug = (ROOT / "CMakeLists.txt").read_text()
+    sanitized = (ROOT / "tests" / "native" / "cpp" / "CMakeLists.txt").read_text()
+    assert "$<$<CONFIG:Debug>:MPOE_CHECKS>" in debug
+    assert "target_compile_definitions(kernels PRIVATE MPOE_CHECKS)" in sanitized

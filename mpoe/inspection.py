@@ -13,7 +13,7 @@ from torch import Tensor
 from mpoe.data.predict import token_losses
 from mpoe.layers.cores import MPOCores
 from mpoe.models.composition import NONE, Statistics, forced, solve_routers, without
-from mpoe.models.report import routed_layers
+from mpoe.models.walk import routed_layers
 
 # ------------------------------------------------------------- which expert took which token
 

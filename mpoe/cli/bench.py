@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mpoe.cli.command import CommandError, Request, as_command, option
-from mpoe.cli.models import RESULTS_FILE, check_output, write_json
+from mpoe.cli.outputs import RESULTS_FILE, check_output, write_json
 from mpoe.cli.short_help import SHORT
 from mpoe.models.weight_files import write_text
 

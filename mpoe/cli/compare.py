@@ -19,8 +19,8 @@ from markupsafe import Markup
 from mpoe.cli import report
 from mpoe.cli.command import CommandError, Request, as_command, option
 from mpoe.cli.evaluate import metrics_of, score_table
-from mpoe.cli.models import MODEL_OR_RUN, REPORT_FILE, RESULTS_FILE, check_output, write_json
 from mpoe.cli.options import BASELINES
+from mpoe.cli.outputs import MODEL_OR_RUN, REPORT_FILE, RESULTS_FILE, check_output, write_json
 from mpoe.cli.report import Table
 from mpoe.cli.short_help import SHORT
 from mpoe.data.mappings import flatten

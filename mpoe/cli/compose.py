@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from mpoe.cli import models
 from mpoe.cli.command import CommandError, Request, as_command, option
+from mpoe.cli.outputs import Output, check_model_output, model_folder
 from mpoe.cli.quiet import background_beside, show_composition
 from mpoe.cli.short_help import SHORT
 from mpoe.config import RouterConfig
@@ -94,7 +95,7 @@ def command(request: Request) -> None:
             raise CommandError(f"{kind}: no such file: {absent[0]}")
     if not options.output_dir:
         raise CommandError(f"compose needs --output_dir: {USAGE}")
-    out = models.check_model_output("output_dir", options.output_dir, options.overwrite)
+    out = check_model_output("output_dir", options.output_dir, options.overwrite)
     source = models.find_to_copy(base)
     if source.is_mpoe or (
         source.style != CAUSAL and (not of_experts or any(map(is_adapter, names)))
@@ -169,14 +170,14 @@ def compose_fine_tunes(
     names: Sequence[str],
     texts: Sequence[Any],
     options: ComposeOptions,
-    out: models.Output,
+    out: Output,
 ) -> None:
     """Compose the fine-tunes ``names`` of ``base``, each with the batches of its text, and save the
     mixture."""
     fine_tunes = [load_fine_tune(name, base) for name in names]
     routing = RouterConfig(top_k=options.top_k or 1)
     mixture = compose(base, fine_tunes, texts, routing, router=options.router, steps=options.steps)
-    with models.model_folder(out, mixture, tokenizer):
+    with model_folder(out, mixture, tokenizer):
         pass
     print(f"saved to {out.folder}")
 
@@ -249,7 +250,7 @@ def compose_files(
     names: Sequence[str],
     texts: Sequence[Any],
     options: ComposeOptions,
-    out: models.Output,
+    out: Output,
 ) -> None:
     """Compose or merge the experts ``names`` of ``base``; ``texts`` has batches for each of them,
     or nothing."""
@@ -280,7 +281,7 @@ def compose_files(
         by_name |= {} if read is None else {experts[-1].name: read}
     if options.merge:
         merged = merge_expert(base, experts, weight=1 / max(1, len(experts)))
-        with models.model_folder(out, merged, tokenizer):
+        with model_folder(out, merged, tokenizer):
             pass
         print(
             f"saved to {out.folder}: a dense {type(merged).__name__}, every expert at weight "
@@ -310,7 +311,7 @@ def compose_files(
     if options.router == "train":
         of_none = [batch for part in parts for batch in part]
         train_routers(mixture, [*texts, of_none], options.steps)
-    with models.model_folder(out, mixture, tokenizer) as staging:
+    with model_folder(out, mixture, tokenizer) as staging:
         expert_mixture.keep_experts(mixture, staging)
     others = f"tokens go to {mixture.mpoe_config.top_k}" + f"; {NONE!r} adds 0" * none
     print(f"saved to {out.folder}: {', '.join(mixture.config.mpoe_experts)} ({others})")

@@ -11,6 +11,7 @@ from pathlib import Path
 from mpoe.cli import models
 from mpoe.cli.command import CommandError, Request, as_command, option
 from mpoe.cli.options import ExpertOptions
+from mpoe.cli.outputs import check_model_output, model_folder
 from mpoe.cli.short_help import SHORT
 from mpoe.models import convert_to_mpoe, import_original
 
@@ -48,10 +49,10 @@ def command(request: Request) -> None:
         )
     if folder.exists() and Path(source.path).is_dir() and folder.samefile(source.path):
         raise CommandError(f"OUT must be another folder than IN; got {folder} for both")
-    output = models.check_model_output("OUT", out, options.overwrite)
+    output = check_model_output("OUT", out, options.overwrite)
     tokenizer, model = models.tokenizer_if_any(source), models.load_model(source)
     model = convert_to_mpoe(model, config) if original is None else import_original(original, model)
     (model.mpoe_summary if config.expert_type == "mpo" else model.print_trainable_parameters)()
-    with models.model_folder(output, model, tokenizer):
+    with model_folder(output, model, tokenizer):
         pass
     print(f"saved to {folder}")

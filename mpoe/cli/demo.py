@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from mpoe.cli import compare, train
 from mpoe.cli.command import CommandError, Request, as_command, option
-from mpoe.cli.models import (
+from mpoe.cli.outputs import (
     MODEL_OR_RUN,
     REPORT_FILE,
     RESULTS_FILE,
@@ -33,8 +33,10 @@ from mpoe.cli.models import (
 from mpoe.cli.report import Table, expert_colours, routes_html, section, write_page
 from mpoe.cli.short_help import SHORT
 from mpoe.config.checks import check_seed
-from mpoe.data.embedded import DOMAINS, domain_text, load_documentation, load_stand_in
+from mpoe.data.documentation import load_documentation
+from mpoe.data.domains import DOMAINS, domain_text
 from mpoe.data.predict import token_losses
+from mpoe.data.stand_in_models import load_stand_in
 from mpoe.inspection import Route, route_text
 from mpoe.models import collect_statistics, compose_experts, merge_expert, save_expert, start_expert
 from mpoe.models.background import own_texts, pooled_background, token_batches

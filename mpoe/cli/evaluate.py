@@ -14,7 +14,7 @@ import torch
 
 from mpoe.cli import models
 from mpoe.cli.command import CommandError, Request, as_command, option
-from mpoe.cli.models import check_writable_file, write_json
+from mpoe.cli.outputs import check_writable_file, write_json
 from mpoe.cli.report import Table
 from mpoe.cli.short_help import SHORT
 from mpoe.cli.tasks import DataOptions, data_of_run, model_of_experiment, resolve

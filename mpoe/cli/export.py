@@ -12,6 +12,7 @@ import dataclasses
 
 from mpoe.cli import models
 from mpoe.cli.command import CommandError, Request, as_command, option
+from mpoe.cli.outputs import check_model_output, model_folder
 from mpoe.cli.short_help import SHORT
 from mpoe.models import merge_experts, push_expert
 from mpoe.models.export import TARGETS, check_export, server_notes
@@ -43,10 +44,10 @@ def command(request: Request) -> None:
         raise CommandError(
             f"IN must be a mixture; {name} is a dense {source.model_type} (mpoe convert makes one)"
         )
-    output = models.check_model_output("OUT", out, options.overwrite)
+    output = check_model_output("OUT", out, options.overwrite)
     tokenizer, model = models.tokenizer_if_any(source), models.load_model(source)
     stock = merge_experts(model, as_=options.to)
-    with models.model_folder(output, stock, tokenizer) as staging:
+    with model_folder(output, stock, tokenizer) as staging:
         difference = check_export(model, staging, options.to)
     print(
         f"saved to {output.folder}: a {type(stock).__name__} whose logits differ by "

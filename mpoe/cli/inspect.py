@@ -17,23 +17,17 @@ from typing import Any, ClassVar
 from mpoe.cli import models, report
 from mpoe.cli.command import CommandError, Request, as_command, option
 from mpoe.cli.evaluate import encode_task, expert_load, padded_batches
-from mpoe.cli.models import MODEL_OR_RUN, REPORT_FILE, check_output, write_json
+from mpoe.cli.outputs import MODEL_OR_RUN, REPORT_FILE, check_output, write_json
 from mpoe.cli.short_help import SHORT
 from mpoe.cli.tasks import DataOptions, data_of_run, resolve
 from mpoe.data.batches import read_batches
 from mpoe.data.task import Task
 from mpoe.inspection import Route, Worth, bond_spectra, composed_worth, route_text
+from mpoe.models.card import facts
 from mpoe.models.expert_mixture import EXPERTS_FOLDER, experts_in
-from mpoe.models.report import (
-    HEADER,
-    LEGEND,
-    facts,
-    mpo_modules,
-    routed_layers,
-    short_name,
-    summarize,
-)
+from mpoe.models.report import HEADER, LEGEND, summarize
 from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ
+from mpoe.models.walk import mpo_modules, routed_layers, short_name
 
 NUMBERS_FILE = "inspect.json"
 ITEMS, SENTENCES = (

@@ -27,8 +27,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mpoe.cli.command import CommandError, Request, as_command, option
-from mpoe.cli.models import check_writable_file, read_configuration, write_json
+from mpoe.cli.models import read_configuration
 from mpoe.cli.options import ExpertOptions
+from mpoe.cli.outputs import check_writable_file, write_json
 from mpoe.cli.report import Table
 from mpoe.cli.short_help import SHORT
 from mpoe.config import MPOEConfig
@@ -39,8 +40,8 @@ from mpoe.layers.drop_in import linear_weight
 from mpoe.layers.feed_forward import KeptFeedForward, RoutedFeedForward
 from mpoe.models.classes import classes_of, default_class
 from mpoe.models.find import with_own_head
-from mpoe.models.report import kept_modules, modules_of, short_name
 from mpoe.models.table import CLASS_PREFIX, TABLE, TYPE_PREFIX, known_type
+from mpoe.models.walk import kept_modules, modules_of, short_name
 from mpoe_kernels import plan_contraction
 
 SCHEMA = 3

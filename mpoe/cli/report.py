@@ -161,7 +161,7 @@ def expert_colours(num_experts: int) -> list[str]:
 def routes_html(texts: Sequence[tuple[str, Sequence[Route]]], names: Sequence[str]) -> Markup:
     """Which expert took which token: a column for each token, a row for each layer; ``names`` of
     the experts."""
-    from mpoe.models.report import short_name
+    from mpoe.models.walk import short_name
 
     return Markup(
         _ROUTES.render(

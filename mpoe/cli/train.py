@@ -32,8 +32,9 @@ from mpoe.cli.expert import (
     show_losses,
     stage_expert,
 )
-from mpoe.cli.models import REPORT_FILE, RESULTS_FILE, Source, write_json
+from mpoe.cli.models import Source
 from mpoe.cli.options import WIDER, ExpertOptions, RunOptions
+from mpoe.cli.outputs import REPORT_FILE, RESULTS_FILE, write_json
 from mpoe.cli.settle import (
     order_items,
     search_rate,
@@ -50,9 +51,10 @@ from mpoe.data.spec import TaskSpec
 from mpoe.data.task import Task
 from mpoe.models import convert_to_mpoe, load_layers
 from mpoe.models.base import MPOEModelMixin
+from mpoe.models.card import write_card
 from mpoe.models.find import hidden_size_as_mixture, widened
-from mpoe.models.report import routed_layers, short_name, write_card
 from mpoe.models.table import CAUSAL, ENCODER, SEQ2SEQ
+from mpoe.models.walk import routed_layers, short_name
 from mpoe.training import MPOETrainingArguments, find_last_checkpoint, prepare_output_dir
 from mpoe.training.callbacks import LogLineCallback
 from mpoe.training.checkpoints import step_of

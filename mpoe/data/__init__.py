@@ -6,10 +6,8 @@ Importing this package does not import transformers.
 
 from types import ModuleType as _Module
 
-from mpoe.data.embedded import DocRecord as DocRecord
-from mpoe.data.embedded import load_documentation as load_documentation
-from mpoe.data.embedded import load_stand_in as load_stand_in
-from mpoe.data.embedded import stand_in_path as stand_in_path
+from mpoe.data.documentation import DocRecord as DocRecord
+from mpoe.data.documentation import load_documentation as load_documentation
 from mpoe.data.encode import encode_language_modeling as encode_language_modeling
 from mpoe.data.encode import encode_text_to_text as encode_text_to_text
 from mpoe.data.metrics import METRICS as METRICS
@@ -21,6 +19,8 @@ from mpoe.data.predict import generate_texts as generate_texts
 from mpoe.data.predict import language_modeling_loss as language_modeling_loss
 from mpoe.data.spec import HubData as HubData
 from mpoe.data.spec import TaskSpec as TaskSpec
+from mpoe.data.stand_in_models import load_stand_in as load_stand_in
+from mpoe.data.stand_in_models import stand_in_path as stand_in_path
 from mpoe.data.task import Example as Example
 from mpoe.data.task import Task as Task
 from mpoe.data.task import multitask_batches as multitask_batches

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mpoe.config.checks import check_choice, check_type
-from mpoe.data.embedded import EMBEDDED_TASKS
+from mpoe.data.embedded_tasks import EMBEDDED_TASKS
 from mpoe.data.mappings import read_mapping
 from mpoe.data.spec import MESSAGES, HubData, TaskSpec, is_number, read_cell
 from mpoe.data.tables import TEXT_COLUMN, Table, folder_tables, hub_tables, make_task

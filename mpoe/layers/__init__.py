@@ -8,8 +8,6 @@ from mpoe.layers.context import RoutingContext as RoutingContext
 from mpoe.layers.context import checkpoint_contexts as checkpoint_contexts
 from mpoe.layers.context import current_routing as current_routing
 from mpoe.layers.context import global_batch as global_batch
-from mpoe.layers.context import load_balancing_loss as load_balancing_loss
-from mpoe.layers.context import router_z_loss as router_z_loss
 from mpoe.layers.context import routing_context as routing_context
 from mpoe.layers.cores import ExpertWeights as ExpertWeights
 from mpoe.layers.cores import MPOCores as MPOCores
@@ -26,6 +24,8 @@ from mpoe.layers.feed_forward import MPOEFeedForward as MPOEFeedForward
 from mpoe.layers.feed_forward import RoutedFeedForward as RoutedFeedForward
 from mpoe.layers.hidden import HiddenExperts as HiddenExperts
 from mpoe.layers.hidden import HiddenFeedForward as HiddenFeedForward
+from mpoe.layers.losses import load_balancing_loss as load_balancing_loss
+from mpoe.layers.losses import router_z_loss as router_z_loss
 from mpoe.layers.neurons import NeuronExperts as NeuronExperts
 from mpoe.layers.neurons import NeuronFeedForward as NeuronFeedForward
 from mpoe.layers.router import RouterOutput as RouterOutput

@@ -14,15 +14,10 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from mpoe.config import MPOEConfig
 from mpoe.config.checks import check_integer, check_type
-from mpoe.layers.context import (
-    RouterRecord,
-    check_mask,
-    count_choices,
-    current_routing,
-    is_recorded,
-)
+from mpoe.layers.context import RouterRecord, check_mask, current_routing, is_recorded
 from mpoe.layers.drop_in import linear_weight
 from mpoe.layers.experts import DenseExperts, MPOExperts
+from mpoe.layers.losses import count_choices
 from mpoe.layers.router import RouterOutput, TopKRouter
 from mpoe_kernels import Routing, route
 from mpoe_kernels.checks import check_dense

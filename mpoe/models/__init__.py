@@ -20,7 +20,8 @@ _NAMES = {
         "expert_files": "load_expert merge_expert push_expert save_expert start_expert",
         "expert_mixture": "compose_experts",
         "original": "import_original",
-        "report": "mpo_modules parameter_kind parameter_report",
+        "report": "parameter_kind parameter_report",
+        "walk": "mpo_modules",
     }.items()
     for name in names.split()
 }

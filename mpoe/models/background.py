@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from mpoe.config.checks import check_integer, check_seed
-from mpoe.data.embedded import domain_text
+from mpoe.data.domains import domain_text
 from mpoe.data.predict import evaluation_mode
 from mpoe.models.composition import RANK, check_statistics, collect_statistics, pooled_statistics
 from mpoe.models.expert_files import base_identity, places_for_neurons, start_expert

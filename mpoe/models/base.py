@@ -26,19 +26,18 @@ from mpoe.layers.context import (
     RouterRecord,
     RoutingContext,
     checkpoint_arguments,
-    count_choices,
     current_routing,
-    load_balancing_loss,
-    router_z_loss,
     sum_over_ranks,
 )
 from mpoe.layers.cores import FromInitialValues, MPOCores
 from mpoe.layers.drop_in import MPOEmbedding, MPOLinear, SharedEmbedding, TiedHead
 from mpoe.layers.experts import MPOExperts
 from mpoe.layers.feed_forward import KeptFeedForward
-from mpoe.models import report
+from mpoe.layers.losses import count_choices, load_balancing_loss, router_z_loss
+from mpoe.models import card, report
 from mpoe.models.find import find_sites
 from mpoe.models.sites import install_empty
+from mpoe.models.walk import kept_modules, modules_of, mpo_modules, names_in_checkpoints
 from mpoe.models.weight_files import BASE_FILE, ONLY_FILE
 from mpoe_kernels.version import __version__
 
@@ -167,8 +166,8 @@ class MPOEModelMixin(_Model):
         weights."""
         config = self.mpoe_config
         install_empty(self, find_sites(self, config), config)
-        for name, cores in report.mpo_modules(self):
-            for known in report.names_in_checkpoints(self, name):
+        for name, cores in mpo_modules(self):
+            for known in names_in_checkpoints(self, name):
                 if known in config.rate_ratios:
                     cores.rate_ratios = tuple(config.rate_ratios[known])
         self.forget_dense_names()
@@ -322,7 +321,7 @@ class MPOEModelMixin(_Model):
             TypeError, ValueError: ``max_bytes`` is not an integer, or is negative; a model without
                 MPO experts.
         """
-        if not report.modules_of(self, MPOExperts) and not report.kept_modules(self):
+        if not modules_of(self, MPOExperts) and not kept_modules(self):
             raise ValueError(
                 f"cache_experts needs a model with MPO experts; {type(self).__name__} has none"
             )
@@ -357,9 +356,9 @@ class MPOEModelMixin(_Model):
     def complete_config(self) -> None:
         """Put every core's rate ratio into the config, and take a base's path on this machine out
         of it."""
-        ratios = {name: list(cores.rate_ratios) for name, cores in report.mpo_modules(self)}
+        ratios = {name: list(cores.rate_ratios) for name, cores in mpo_modules(self)}
         self.config.mpoe = {**self.config.mpoe, "rate_ratios": ratios}
-        self.config.mpoe_base = report.base_name(self)
+        self.config.mpoe_base = card.base_name(self)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers; the config also carries every core's rate ratio and an ``auto_map``,
@@ -385,16 +384,16 @@ class MPOEModelMixin(_Model):
                 names=", ".join(sorted(set(names.values()))), version=__version__
             )
             (Path(save_directory) / REMOTE_FILE).write_text(code, encoding="utf-8")
-            report.write_card(self, save_directory)
+            card.write_card(self, save_directory)
         return result
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers, with our card in place of the one that it creates for a repository
         without any."""
-        card = Path(working_dir) / report.CARD_FILE
-        if card.is_file() and report.TEMPLATE in card.read_text(encoding="utf-8"):
-            card.unlink()
-            report.write_card(self, working_dir)
+        file = Path(working_dir) / card.CARD_FILE
+        if file.is_file() and card.TEMPLATE in file.read_text(encoding="utf-8"):
+            file.unlink()
+            card.write_card(self, working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     # ------------------------------------------------------------ reporting

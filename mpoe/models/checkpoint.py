@@ -24,8 +24,8 @@ from mpoe.layers.feed_forward import KeptFeedForward, RoutedFeedForward
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.classes import class_named
 from mpoe.models.convert import one_at_a_time
-from mpoe.models.report import modules_of, mpo_modules
 from mpoe.models.table import MODEL_TYPES, TABLE
+from mpoe.models.walk import modules_of, mpo_modules
 from mpoe.models.weight_files import (
     BASE_FILE,
     ONLY_FILE,

@@ -39,7 +39,7 @@ from mpoe.layers.router import TopKRouter
 from mpoe.models.base import MPOEModelMixin
 from mpoe.models.convert import check_finite, convert_to_mpoe, converted_class
 from mpoe.models.find import dense_networks
-from mpoe.models.report import neuron_modules, routed_layers
+from mpoe.models.walk import neuron_modules, routed_layers
 
 Batches = Sequence[Iterable[Mapping[str, Tensor]]]
 Statistics = Mapping[str, Tensor]

@@ -23,9 +23,9 @@ from mpoe.models.base import MPOEModelMixin
 from mpoe.models.classes import classes_of, foreign_class
 from mpoe.models.export import as_stock
 from mpoe.models.find import dense_networks, find_sites
-from mpoe.models.report import hidden_modules, modules_of, mpo_modules, neuron_modules
 from mpoe.models.sites import EmbeddingSite, FFNSite, Report
 from mpoe.models.table import EXPERT_COUNTS, TABLE, checked_sites, family_for
+from mpoe.models.walk import hidden_modules, modules_of, mpo_modules, neuron_modules
 from mpoe_kernels import backend_reasons
 
 Model = TypeVar("Model", bound=PreTrainedModel)

@@ -29,11 +29,12 @@ from mpoe.config import MPOEConfig
 from mpoe.config.checks import check_type, is_file_name
 from mpoe.layers.neurons import NeuronExperts
 from mpoe.models.base import MPOEModelMixin
+from mpoe.models.card import base_name
 from mpoe.models.composition import check_statistics
 from mpoe.models.convert import check_finite, convert_to_mpoe, converted_class
 from mpoe.models.find import dense_networks, widened
-from mpoe.models.report import base_name, neuron_modules
 from mpoe.models.sites import FFNSite
+from mpoe.models.walk import neuron_modules
 from mpoe.models.weight_files import check_links, declared_shapes, first_line, tensors_hash
 from mpoe_kernels.version import __version__
 

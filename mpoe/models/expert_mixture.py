@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.config.checks import check_number, check_type, is_file_name, quoted, shortened
-from mpoe.data.embedded import load_documentation
+from mpoe.data.documentation import load_documentation
 from mpoe.data.mappings import read_mapping
 from mpoe.models.background import (
     background_parts,
@@ -42,7 +42,7 @@ from mpoe.models.expert_files import (
     vocabulary_identity,
     write_expert,
 )
-from mpoe.models.report import neuron_modules
+from mpoe.models.walk import neuron_modules
 from mpoe.models.weight_files import check_links, read_tensors, tensors_hash
 
 # In the folder of a mixture, next to the model: what it was composed of.

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mpoe.config.checks import check_choice
 from mpoe.layers.feed_forward import MPOEFeedForward
 from mpoe.layers.neurons import NeuronFeedForward
-from mpoe.models.report import neuron_modules
+from mpoe.models.walk import neuron_modules
 
 # Fields that a Llama, Mistral or Qwen3 shares with its mixture.
 _COMMON = (

@@ -33,8 +33,8 @@ from mpoe.config.checks import check_type
 from mpoe.layers.cores import rate_ratios
 from mpoe.models.convert import adopt_class, converted_class, one_at_a_time
 from mpoe.models.find import find_sites
-from mpoe.models.report import mpo_modules
 from mpoe.models.sites import FFNSite, install_empty
+from mpoe.models.walk import mpo_modules
 from mpoe.models.weight_files import first_line
 from mpoe_kernels import MPOShape, reconstruct
 

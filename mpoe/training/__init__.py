@@ -15,12 +15,13 @@ _HOMES = {
         "arguments": "MPOETrainingArguments",
         "callbacks": "DivergenceError GradientMaskCallback LogLineCallback",
         "checkpoints": "find_last_checkpoint",
+        "correction_bias": "update_correction_bias",
         "freezing": "GradientMask freeze_all_but_experts freeze_cores",
+        "loss": "rank_share",
         "output_dir": "prepare_output_dir read_metrics",
-        "rates": "build_param_groups",
+        "param_groups": "build_param_groups",
         "run_lock": "FolderInUseError",
         "sharding": "load_sharded_optimizer save_sharded save_sharded_checkpoint shard_model",
-        "statistics": "rank_share update_correction_bias",
         "trainer": "MPOETrainer",
     }.items()
     for name in names.split()

@@ -26,7 +26,7 @@ from mpoe.config.checks import check_integer, check_number, check_type
 from mpoe.layers.cores import MPOCores
 from mpoe.layers.feed_forward import KeptFeedForward, RoutedFeedForward
 from mpoe.models.checkpoint import component_of, parse_components
-from mpoe.models.report import mpo_modules
+from mpoe.models.walk import mpo_modules
 
 
 def parse_core_indices(text: str | None) -> tuple[int, ...]:

@@ -19,9 +19,9 @@ from typing import Any
 
 from mpoe.config.checks import is_file_name
 from mpoe.models.base import REMOTE_FILE
+from mpoe.models.card import CARD_FILE, may_write_card
 from mpoe.models.composition import NONE
 from mpoe.models.expert_mixture import BACKGROUND_FILE, EXPERTS_FOLDER
-from mpoe.models.report import CARD_FILE, may_write_card
 from mpoe.models.weight_files import BASE_FILE, INDEX, ONLY_FILE, WEIGHTS
 from mpoe.training.checkpoints import delete, sync, sync_tree
 from mpoe.training.run_lock import LOCK_FILE, hold

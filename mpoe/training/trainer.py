@@ -19,8 +19,8 @@ from mpoe.config.checks import check_type
 from mpoe.layers.context import global_batch
 from mpoe.layers.neurons import without_experts
 from mpoe.models.base import MPOEModelMixin
+from mpoe.models.card import write_card
 from mpoe.models.classes import IGNORED_AT_INFERENCE
-from mpoe.models.report import write_card
 from mpoe.training import checkpoints
 from mpoe.training.arguments import MPOETrainingArguments
 from mpoe.training.callbacks import (
@@ -30,22 +30,13 @@ from mpoe.training.callbacks import (
     check_weights,
 )
 from mpoe.training.checkpoints import CheckpointMixin, go_on_with_choices
+from mpoe.training.correction_bias import corrects_bias, update_correction_bias
 from mpoe.training.freezing import GradientMask, freeze_all_but_experts, freeze_cores
+from mpoe.training.loss import count_targets, shifts_labels, split_loss, step_share
 from mpoe.training.output_dir import METRICS_FILE, checkpoint_to_resume, write_metrics
-from mpoe.training.rates import build_param_groups, keep_state
+from mpoe.training.param_groups import build_param_groups, keep_state
 from mpoe.training.run_lock import hold
-from mpoe.training.statistics import (
-    RunLog,
-    corrects_bias,
-    count_targets,
-    load_shares,
-    load_summary,
-    one_sided,
-    shifts_labels,
-    split_loss,
-    step_share,
-    update_correction_bias,
-)
+from mpoe.training.run_log import RunLog, load_shares, load_summary, one_sided
 
 # Everything that models return besides the logits; it does not belong in an evaluation's
 # predictions.
@@ -70,7 +61,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
 
     * the gradient mask, per-core rates and frozen cores, as `MPOETrainingArguments` asks;
     * a loss that does not depend on how a batch is split into micro-batches (see
-      `mpoe.training.statistics`), and `eval_loss` per target rather than per batch, without the
+      `mpoe.training.loss`), and `eval_loss` per target rather than per batch, without the
       routers' losses; for language models also `eval_perplexity`, per token of their tokenizer;
     * a warning about an expert that takes most tokens; logs of task and auxiliary loss and expert
       load, also as `metrics.jsonl` in the output folder;
@@ -435,7 +426,7 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         self._log.note(task, auxiliary, load, micro_batches)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.create_model_card`, for MPOE models: `mpoe.models.report` with the last
+        """As `Trainer.create_model_card`, for MPOE models: `mpoe.models.card` with the last
         evaluation's metrics."""
         if not isinstance(self.model, MPOEModelMixin):
             super().create_model_card(*args, **kwargs)

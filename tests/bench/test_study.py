@@ -28,7 +28,7 @@ from mpoe_bench.study.texts import batches, byte_blocks, domain_texts, read_bloc
 from scipy.stats import ttest_1samp
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mpoe.data.embedded import load_stand_in
+from mpoe.data.stand_in_models import load_stand_in
 from mpoe.models import background
 
 NEURONS = Path(__file__).resolve().parents[2] / "bench" / "studies" / "neurons.toml"

@@ -15,7 +15,7 @@ from mpoe.cli import demo
 from mpoe.cli.compare import read_run, write_report
 from mpoe.cli.main import run
 from mpoe.cli.train import going_on
-from mpoe.data.embedded import DOMAINS, domain_text
+from mpoe.data.domains import DOMAINS, domain_text
 from mpoe.models.expert_mixture import experts_in
 from mpoe.training.callbacks import LogLineCallback
 from tests.assertions import run_python

@@ -28,11 +28,11 @@ from mpoe.cli import train
 from mpoe.cli.command import CommandError
 from mpoe.cli.main import run
 from mpoe.cli.quiet import made_background
-from mpoe.data.embedded import load_stand_in, stand_in_path
+from mpoe.data.stand_in_models import load_stand_in, stand_in_path
 from mpoe.models.background import save_background
 from mpoe.models.expert_files import base_identity, vocabulary_identity, write_expert
 from mpoe.models.expert_mixture import experts_in
-from mpoe.models.report import neuron_modules
+from mpoe.models.walk import neuron_modules
 from mpoe.training import read_metrics
 from tests.assertions import refuses
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from mpoe import MPOEConfig, convert_to_mpoe
-from mpoe.data.embedded import load_stand_in
+from mpoe.data.stand_in_models import load_stand_in
 from mpoe.inspection import bond_spectra, route_text
 from mpoe.layers.cores import MPOCores
-from mpoe.models.report import routed_layers
+from mpoe.models.walk import routed_layers
 from mpoe_kernels import MPOShape
 from tests.assertions import refuses
 

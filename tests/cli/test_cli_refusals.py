@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mpoe.cli import bench
-from mpoe.data.embedded import stand_in_path
+from mpoe.data.stand_in_models import stand_in_path
 from mpoe.models import weight_files
 from mpoe.training.published import staging_folder
 

@@ -20,7 +20,7 @@ from mpoe.cli.main import run
 from mpoe.cli.models import Source, find
 from mpoe.cli.settle import order_items, set_intervals, settle_experts, settle_rate
 from mpoe.cli.train import command as train
-from mpoe.data.embedded import load_stand_in, stand_in_path
+from mpoe.data.stand_in_models import load_stand_in, stand_in_path
 from mpoe.training import MPOETrainingArguments, read_metrics
 from mpoe.training.rates import find_rate
 

@@ -20,7 +20,7 @@ import mpoe.models
 import mpoe.training
 import mpoe_kernels
 from mpoe import load_mpoe
-from mpoe.data.embedded import stand_in_path
+from mpoe.data.stand_in_models import stand_in_path
 from mpoe.data.tasks import standard_specs
 from tests.assertions import run_python
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from mpoe.data import metrics as m
 from mpoe.data import tasks
 from mpoe.data.batches import read_batches
-from mpoe.data.embedded import EMBEDDED_TASKS
+from mpoe.data.embedded_tasks import EMBEDDED_TASKS
 from mpoe.data.encode import encode_language_modeling, encode_text_to_text, padding_collator
 from mpoe.data.metrics import METRICS
 from mpoe.data.predict import (

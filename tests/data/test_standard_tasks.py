@@ -17,28 +17,21 @@ from typing import Any
 import pytest
 import torch
 
-import mpoe.data.embedded
-from mpoe.data.embedded import (
-    FAMILIES,
-    MASK,
-    STAND_INS,
-    TELLING,
+from mpoe.data import documentation
+from mpoe.data.documentation import (
     DocRecord,
     dotted_name,
-    family_of,
     load_documentation,
-    load_stand_in,
-    mask_names,
-    module_items,
     read_module,
     read_package,
     split_of,
-    stand_in_path,
     unit_hash,
 )
+from mpoe.data.embedded_tasks import FAMILIES, MASK, TELLING, family_of, mask_names, module_items
 from mpoe.data.encode import encode_language_modeling, encode_text_to_text
 from mpoe.data.predict import language_modeling_loss
 from mpoe.data.spec import HubData
+from mpoe.data.stand_in_models import STAND_INS, load_stand_in, stand_in_path
 from mpoe.data.task import SPLITS, Example, with_subsets
 from mpoe.data.tasks import (
     STANDARD,
@@ -332,8 +325,8 @@ def test_unreadable_and_test_files_are_skipped(tmp_path):
 
 
 def test_a_machine_without_sources(tmp_path, monkeypatch):
-    monkeypatch.setattr(mpoe.data.embedded.sysconfig, "get_path", lambda name: str(tmp_path))
-    monkeypatch.setattr(mpoe.data.embedded, "_corpus", mpoe.data.embedded._corpus.__wrapped__)
+    monkeypatch.setattr(documentation.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(documentation, "_corpus", documentation._corpus.__wrapped__)
     refuses(
         FileNotFoundError,
         f"no documented Python source files found in {tmp_path}",

@@ -199,7 +199,7 @@ def prepare(folder: Path) -> Path:
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
     from mpoe import MPOEConfig, convert_to_mpoe
-    from mpoe.data.embedded import stand_in_path
+    from mpoe.data.stand_in_models import stand_in_path
 
     inside = folder / "here" / "below"  # what relative paths write stays in ``folder``
     data = inside / "here" / "data"

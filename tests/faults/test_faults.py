@@ -23,7 +23,7 @@ from mpoe import (
     start_expert,
 )
 from mpoe.cli import train
-from mpoe.data.embedded import load_stand_in
+from mpoe.data.stand_in_models import load_stand_in
 from mpoe.training.published import finish
 from tests.assertions import in_threads, refuses
 from tests.models.tiny_models import tiny_model

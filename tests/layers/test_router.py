@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mpoe.config import RouterConfig
 from mpoe.layers import TopKRouter, load_balancing_loss, router_z_loss
 from mpoe.layers import router as router_module
-from mpoe.layers.context import count_choices, global_batch, sum_over_ranks
+from mpoe.layers.context import global_batch, sum_over_ranks
+from mpoe.layers.losses import count_choices
 from mpoe.layers.router import float32_logits, logits_of_low_precision
 from mpoe_kernels import available_backends, use_backend
 from tests.assertions import refuses

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mpoe import collect_statistics, compose_experts, start_expert
-from mpoe.data.embedded import load_stand_in
+from mpoe.data.stand_in_models import load_stand_in
 from mpoe.models import background
 from mpoe.models.background import (
     background_parts,

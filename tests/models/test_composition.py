@@ -18,7 +18,7 @@ from mpoe.models.composition import (
     solve_routers,
     train_routers,
 )
-from mpoe.models.report import routed_layers
+from mpoe.models.walk import routed_layers
 from tests.assertions import refuses
 
 from .tiny_models import dense_model as dense

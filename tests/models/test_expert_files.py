@@ -24,7 +24,7 @@ from mpoe.models import push_expert
 from mpoe.models.composition import _second_moment, check_statistics
 from mpoe.models.expert_files import base_identity
 from mpoe.models.expert_mixture import background_batches, documentation_batches
-from mpoe.models.report import neuron_modules
+from mpoe.models.walk import neuron_modules
 from tests.assertions import refuses
 
 from .tiny_models import (

@@ -29,7 +29,7 @@ from mpoe.inspection import composed_worth
 from mpoe.models.composition import train_routers
 from mpoe.models.expert_files import made_expert
 from mpoe.models.lora_fit import check_adapter, fit_adapter, is_adapter
-from mpoe.models.report import neuron_modules
+from mpoe.models.walk import neuron_modules
 from tests.assertions import refuses
 
 from .tiny_models import (

@@ -16,9 +16,9 @@ from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, load_mpoe, merge_exp
 from mpoe.cli import export as command
 from mpoe.cli.command import CommandError
 from mpoe.cli.main import main
-from mpoe.data.embedded import load_stand_in
+from mpoe.data.stand_in_models import load_stand_in
 from mpoe.models.export import as_stock, check_export, padded_size, server_notes
-from mpoe.models.report import neuron_modules
+from mpoe.models.walk import neuron_modules
 from tests.assertions import run_python
 
 from .tiny_models import tiny_model

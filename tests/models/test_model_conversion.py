@@ -15,7 +15,7 @@ from transformers import GPT2LMHeadModel
 from transformers.models.distilbert import DistilBertConfig, DistilBertModel
 
 from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe, merge_experts, merge_latent
-from mpoe.data.embedded import load_stand_in
+from mpoe.data.stand_in_models import load_stand_in
 from mpoe.layers import HiddenFeedForward, MPOEFeedForward, MPOLinear, NeuronFeedForward
 from mpoe.models import mpo_modules
 from mpoe.models.find import hidden_size_as_mixture, widened

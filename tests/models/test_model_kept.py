@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe
 from mpoe.layers import MPOLinear, TiedHead
 from mpoe.models import mpo_modules
-from mpoe.models.report import HEADER, kept_modules, model_card, routed_layers, summarize
+from mpoe.models.card import model_card
+from mpoe.models.report import HEADER, summarize
+from mpoe.models.walk import kept_modules, routed_layers
 from mpoe.training import MPOETrainingArguments, build_param_groups
 from mpoe.training.freezing import GradientMask
 from mpoe_kernels import MPOShape

@@ -9,7 +9,7 @@ from torch import nn
 
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe, merge_experts, merge_latent
 from mpoe.layers import HiddenFeedForward, MPOEFeedForward
-from mpoe.models.report import hidden_modules, neuron_modules
+from mpoe.models.walk import hidden_modules, neuron_modules
 from mpoe.training.freezing import GradientMask
 from mpoe_kernels import MPOShape, reconstruct
 from tests.assertions import refuses

@@ -21,7 +21,9 @@ from mpoe import (
     save_mpoe_only,
 )
 from mpoe.models import MPOEGPT2Model, mpo_modules, parameter_kind
-from mpoe.models.report import CARD_FILE, HEADER, model_card, short_name, summarize, write_card
+from mpoe.models.card import CARD_FILE, model_card, write_card
+from mpoe.models.report import HEADER, summarize
+from mpoe.models.walk import short_name
 from mpoe.training import freeze_all_but_experts
 from mpoe_kernels import plan_contraction
 from tests.assertions import refuses

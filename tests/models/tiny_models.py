@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 from mpoe import MPOEConfig, RouterConfig
-from mpoe.data import embedded
+from mpoe.data import documentation, embedded_tasks
 from mpoe.layers import HiddenFeedForward, MPOCores, NeuronFeedForward
 from mpoe.models.classes import dense_names
 from mpoe.models.table import TABLE
@@ -275,14 +275,16 @@ def fit(model: Any, batches: list[dict[str, torch.Tensor]], rate: float = 0.02) 
 # disjoint words
 
 few_records = functools.cache(
-    lambda: tuple(embedded.read_package(Path(numpy.polynomial.__file__).parent, "numpy.polynomial"))
+    lambda: tuple(
+        documentation.read_package(Path(numpy.polynomial.__file__).parent, "numpy.polynomial")
+    )
 )
 
 
 def shorten_documentation(patch: pytest.MonkeyPatch) -> None:
     """Reading all of it takes seconds, which tests/data spends."""
-    patch.setattr(embedded, "_corpus", few_records)
-    patch.setattr(embedded, "_modules", embedded._modules.__wrapped__)
+    patch.setattr(documentation, "_corpus", few_records)
+    patch.setattr(embedded_tasks, "_modules", embedded_tasks._modules.__wrapped__)
 
 
 DOMAIN = 15  # tokens of each domain, from its number times this on

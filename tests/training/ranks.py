@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mpoe import MPOEConfig, RouterConfig, convert_to_mpoe
 from mpoe.layers import global_batch
 from mpoe.models import load_mpoe
-from mpoe.models.report import kept_modules, mpo_modules, routed_layers
+from mpoe.models.walk import kept_modules, mpo_modules, routed_layers
 from mpoe.training import (
     DivergenceError,
     GradientMask,

@@ -16,11 +16,11 @@ from transformers import TrainerCallback
 
 from mpoe import MPOEConfig
 from mpoe.models import load_mpoe
-from mpoe.models.report import routed_layers
+from mpoe.models.walk import routed_layers
 from mpoe.training import DivergenceError, read_metrics
 from mpoe.training.callbacks import MOST_SKIPPED, check_weights
 from mpoe.training.rates import TRIED, _search, find_rate, kind_of, recommended_rate
-from mpoe.training.statistics import one_sided
+from mpoe.training.run_log import one_sided
 from tests.assertions import refuses
 
 from .tiny import Rows, make_trainer, mpoe_model, weights

@@ -20,7 +20,7 @@ from mpoe.training.output_dir import (
     write_metrics,
 )
 from mpoe.training.run_lock import hold
-from mpoe.training.statistics import load_shares, load_summary
+from mpoe.training.run_log import load_shares, load_summary
 from tests.assertions import refuses
 
 CONFIG = {

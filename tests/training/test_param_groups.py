@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from mpoe import MPOEConfig, RouterConfig
 from mpoe.models import convert_to_mpoe
-from mpoe.models.report import mpo_modules, neuron_modules, routed_layers
+from mpoe.models.walk import mpo_modules, neuron_modules, routed_layers
 from mpoe.training import (
     MPOETrainingArguments,
     build_param_groups,

@@ -13,7 +13,7 @@ import pytest
 
 from mpoe.cli.command import CommandError
 from mpoe.cli.info import facts_of
-from mpoe.cli.models import check_model_output, model_folder
+from mpoe.cli.outputs import check_model_output, model_folder
 from mpoe.cli.quiet import background_beside
 from mpoe.training.output_dir import (
     RUN_FILE,

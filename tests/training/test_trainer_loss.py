@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from mpoe.training import MPOETrainer, read_metrics
-from mpoe.training.statistics import count_targets, shifts_labels, split_loss
+from mpoe.training.loss import count_targets, shifts_labels, split_loss
 
 from .tiny import PAD, Rows, dense_model, make_trainer, mpoe_model
 

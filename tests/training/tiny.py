@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from mpoe.config import MPOEConfig, RouterConfig
 from mpoe.layers import MPOEFeedForward
 from mpoe.models import convert_to_mpoe
-from mpoe.models.report import mpo_modules
+from mpoe.models.walk import mpo_modules
 from mpoe.training import MPOETrainer, MPOETrainingArguments
 
 from ..models.tiny_models import tiny_config

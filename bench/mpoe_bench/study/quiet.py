@@ -23,7 +23,7 @@ from mpoe.config import RouterConfig
 from mpoe.models import collect_statistics, compose_experts, save_expert, start_expert
 from mpoe.models.background import background_parts, pooled_background, token_batches
 from mpoe.models.composition import compose
-from mpoe.models.report import routed_layers
+from mpoe.models.walk import routed_layers
 from mpoe_bench.study.arms import BETAS, train_steps
 from mpoe_bench.study.experts import (
     PROMPTS,

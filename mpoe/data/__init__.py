@@ -4,36 +4,55 @@ and checkpoints.
 Importing this package does not import transformers.
 """
 
-from types import ModuleType as _Module
-
-from mpoe.data.documentation import DocRecord as DocRecord
-from mpoe.data.documentation import load_documentation as load_documentation
-from mpoe.data.encode import encode_language_modeling as encode_language_modeling
-from mpoe.data.encode import encode_text_to_text as encode_text_to_text
-from mpoe.data.metrics import METRICS as METRICS
-from mpoe.data.metrics import average_score as average_score
-from mpoe.data.metrics import get_metric as get_metric
-from mpoe.data.predict import Evaluation as Evaluation
-from mpoe.data.predict import evaluate_task as evaluate_task
-from mpoe.data.predict import generate_texts as generate_texts
-from mpoe.data.predict import language_modeling_loss as language_modeling_loss
-from mpoe.data.spec import HubData as HubData
-from mpoe.data.spec import TaskSpec as TaskSpec
-from mpoe.data.stand_in_models import load_stand_in as load_stand_in
-from mpoe.data.stand_in_models import stand_in_path as stand_in_path
-from mpoe.data.task import Example as Example
-from mpoe.data.task import Task as Task
-from mpoe.data.task import multitask_batches as multitask_batches
-from mpoe.data.task import with_subsets as with_subsets
-from mpoe.data.task import with_validation_test_split as with_validation_test_split
-from mpoe.data.tasks import find_spec as find_spec
-from mpoe.data.tasks import get_task as get_task
-from mpoe.data.tasks import load_task as load_task
-from mpoe.data.tasks import load_task_from_folder as load_task_from_folder
-from mpoe.data.tasks import read_task_file as read_task_file
-from mpoe.data.tasks import register_task as register_task
-from mpoe.data.tasks import task_names as task_names
+from mpoe.data.documentation import DocRecord, load_documentation
+from mpoe.data.encode import encode_language_modeling, encode_text_to_text
+from mpoe.data.metrics import METRICS, average_score, get_metric
+from mpoe.data.predict import Evaluation, evaluate_task, generate_texts, language_modeling_loss
+from mpoe.data.spec import HubData, TaskSpec
+from mpoe.data.stand_in_models import load_stand_in, stand_in_path
+from mpoe.data.task import (
+    Example,
+    Task,
+    multitask_batches,
+    with_subsets,
+    with_validation_test_split,
+)
+from mpoe.data.tasks import (
+    find_spec,
+    get_task,
+    load_task,
+    load_task_from_folder,
+    read_task_file,
+    register_task,
+    task_names,
+)
 
 __all__ = [
-    name for name, value in globals().items() if name[0] != "_" and not isinstance(value, _Module)
+    "METRICS",
+    "DocRecord",
+    "Evaluation",
+    "Example",
+    "HubData",
+    "Task",
+    "TaskSpec",
+    "average_score",
+    "encode_language_modeling",
+    "encode_text_to_text",
+    "evaluate_task",
+    "find_spec",
+    "generate_texts",
+    "get_metric",
+    "get_task",
+    "language_modeling_loss",
+    "load_documentation",
+    "load_stand_in",
+    "load_task",
+    "load_task_from_folder",
+    "multitask_batches",
+    "read_task_file",
+    "register_task",
+    "stand_in_path",
+    "task_names",
+    "with_subsets",
+    "with_validation_test_split",
 ]

@@ -147,7 +147,8 @@ def _chain_spectra(chain: list[Tensor]) -> list[Tensor]:
     """Singular values at every inner bond, descending, of cores ``[d, i j, d']``: QR decompositions
     from the left make all cores but the last orthogonal, then every SVD from the right has a bond's
     values. The whole matrix is never built."""
-    carried, orthogonal = chain[0].new_ones(1, 1), []
+    carried = chain[0].new_ones(1, 1)
+    orthogonal = []
     for core in chain:
         core = torch.tensordot(carried, core, 1)
         q, carried = torch.linalg.qr(core.flatten(0, 1))
@@ -224,7 +225,8 @@ def composed_worth(
     load = torch.stack(loads).sum(0)
     layers = [layer for layer, _ in routed_layers(mixture)]
     routing = getattr(mixture.config, "mpoe_routing", None) or {}
-    alone, removed = [], []
+    alone = []
+    removed = []
     for number in range(len(names)):
         with forced(mixture, number):
             alone.append(token_losses(mixture, batches))

@@ -111,12 +111,16 @@ def job_of(launch: Launch, architecture: str) -> Job:
     """
     function = launch.kernel
     given = dict(launch.arguments)
-    signature, constants, aligned = [], [], []
+    signature = []
+    constants = []
+    aligned = []
     for parameter in function.params:
-        name, value = parameter.name, given.pop(parameter.name)
+        name = parameter.name
+        value = given.pop(parameter.name)
         kind, multiple = ("constexpr", False) if parameter.is_constexpr else _type_of(name, value)
         if parameter.do_not_specialize and isinstance(value, int):
-            kind, multiple = "i32" if abs(value) < 2**31 else "i64", False
+            kind = "i32" if abs(value) < 2**31 else "i64"
+            multiple = False
         signature.append((name, kind))
         if kind == "constexpr":
             constants.append((name, value))
@@ -295,7 +299,8 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="only kernels or files whose name contains this")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
     chosen = parser.parse_args(words)
-    names, kinds = chosen.arch.split(","), chosen.kinds or ["triton", "cuda"]
+    names = chosen.arch.split(",")
+    kinds = chosen.kinds or ["triton", "cuda"]
     for what, values, known in (("--arch", names, TARGETS), ("kinds", kinds, ("triton", "cuda"))):
         if unknown := [value for value in values if value not in known]:
             parser.error(f"{what} must be among {', '.join(known)}; got {', '.join(unknown)}")

@@ -50,13 +50,20 @@ ARCHITECTURE = "sm_90"
 # An H100 with SXM: multiprocessors, cycles a second, FLOP/s that good 16-bit products reach, bytes
 # a second; registers, bytes of shared memory, of which every program takes some more, and warps of
 # a multiprocessor.
-UNITS, CLOCK, FLOPS, BANDWIDTH = 132, 1.755e9, 800e12, 3e12
-REGISTERS, SHARED, SHARED_MORE, WARPS = 65536, 228 << 10, 1 << 10, 64
+UNITS = 132
+CLOCK = 1.755e9
+FLOPS = 800e12
+BANDWIDTH = 3e12
+REGISTERS = 65536
+SHARED = 228 << 10
+SHARED_MORE = 1 << 10
+WARPS = 64
 # Cycles, fixed before any figure was seen. Of a load: an H100's L2 cache, 200 (table 3 of
 # PMC10448217, which says 400
 # for its memory). Of a barrier: 20, the table's shared memory, through which a barrier goes at
 # least once.
-LOAD, BARRIER = 200, 20
+LOAD = 200
+BARRIER = 20
 CASES = {case.name: case for case in cases(few=True)}
 
 

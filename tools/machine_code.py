@@ -91,7 +91,8 @@ def disassembled(cubin: Path) -> dict[str, Binary]:
     binaries = {}
     for name, code in zip(codes[::2], codes[1::2], strict=True):
         registers, stack, shared = sizes[name]
-        matrix, wants = len(MATRIX["cuda"].findall(code)), bool(_PRODUCT.search(name))
+        matrix = len(MATRIX["cuda"].findall(code))
+        wants = bool(_PRODUCT.search(name))
         binaries[name] = Binary(
             registers, len(_LOCAL.findall(code)), stack, shared, 0, matrix, wants, code
         )

@@ -77,7 +77,8 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, log: list[Any], only_ours: bool = False) -> None:
         super().__init__()
-        self.log, self.only_ours = log, only_ours
+        self.log = log
+        self.only_ours = only_ours
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -91,7 +92,8 @@ class Recorder(TorchDispatchMode):
         if result is not NotImplemented:
             return result
         result = func(*args, **kwargs)
-        inputs, outputs = tree_leaves((args, kwargs)), tree_leaves(result)
+        inputs = tree_leaves((args, kwargs))
+        outputs = tree_leaves(result)
         is_new = bool(_storages(outputs) - _storages(inputs))
         if "empty" not in str(func) and (is_new or func._schema.is_mutable):
             count = flop_registry.get(func.overloadpacket, lambda *_, **__: 0)
@@ -179,7 +181,8 @@ def _called(op: Callable[..., Tensor], *arguments: Any, **options: Any) -> None:
 
 def shapes(sizes: Sizes = T5_BASE) -> dict[str, tuple[MPOShape, MPOShape]]:
     """Those of the up and the down projection by name."""
-    up, down = (sizes.model, sizes.hidden), (sizes.hidden, sizes.model)
+    up = (sizes.model, sizes.hidden)
+    down = (sizes.hidden, sizes.model)
     separable = MPOShape.separable(*up)
     pairs = {
         "separable": (separable, separable.mirrored()),
@@ -223,7 +226,8 @@ def run_linear(
     where = Routing(
         _integers(experts + 1, dtype=torch.int32), _integers(tokens), _integers(tokens, 1)
     )
-    rows, offsets = _leaf(tokens, shape.in_features, dtype=dtype), where.expert_offsets
+    rows = _leaf(tokens, shape.in_features, dtype=dtype)
+    offsets = where.expert_offsets
     options: dict[str, Any] = {
         "strategy": strategy,
         "activation": activation,
@@ -331,7 +335,8 @@ def run_hidden(
     size = experts, units // block if per_group else 1, block, block
     right, left, right_gate = (_leaf(*size, dtype=dtype) for _ in range(3))
     u, u_gate = (_leaf(tokens, units, dtype=dtype) for _ in range(2))
-    gates, bias = _leaf(tokens, top_k, dtype=torch.float32), _leaf(experts, units, dtype=dtype)
+    gates = _leaf(tokens, top_k, dtype=torch.float32)
+    bias = _leaf(experts, units, dtype=dtype)
     more: dict[str, Any] = {"activation": "gelu"}
     if gated:
         more = {"activation": "silu", "u_gate": u_gate, "right_gate": right_gate}
@@ -343,7 +348,8 @@ def run_neurons(
 ) -> None:
     """`neuron_experts` beside a layer of that width, with biases."""
     up, down, gate_up = (_leaf(experts, neurons, width, dtype=dtype) for _ in range(3))
-    x, gates = _leaf(tokens, width, dtype=dtype), _leaf(tokens, top_k, dtype=torch.float32)
+    x = _leaf(tokens, width, dtype=dtype)
+    gates = _leaf(tokens, top_k, dtype=torch.float32)
     more = {"activation": "silu", "gate_up": gate_up} if gated else {"activation": "gelu"}
     bias = _leaf(experts, neurons, dtype=dtype)
     _called(neuron_experts, x, gates, _integers(tokens, top_k), up, down, bias, **more)

@@ -72,7 +72,8 @@ class Truth:
 
     def compare(self, results: Tensors) -> tuple[dict[str, float], list[str]]:
         """Relative L2 error of every result of the right shape; and what is wrong, in words."""
-        errors, faults = {}, []
+        errors = {}
+        faults = []
         for name, value in results.items():
             wanted = self.values[name]
             if value.shape != wanted.shape:
@@ -255,7 +256,8 @@ def peak_memory(
         before = torch.cuda.memory_allocated()
         result = function()
         torch.cuda.synchronize()
-        most, now = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+        most = torch.cuda.max_memory_allocated()
+        now = torch.cuda.memory_allocated()
         return {"peak": most - before, "kept": now - before}, result
     # Otherwise the profiler's library logs to stderr; it reads this when it first starts.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -127,7 +127,8 @@ def cases(models: tuple[int, ...] = (768, 4096), few: bool = False) -> Iterator[
         few: also neurons for 64 tokens, as cases of their own.
     """
     for model in models:
-        bond, neurons = min(64, model // 4), min(64, model // 4)
+        bond = min(64, model // 4)
+        neurons = min(64, model // 4)
         yield Case("neurons", model, 8, 2, (1.3, 1.4), {"neurons": neurons})
         yield Case(
             "neurons",

@@ -19,7 +19,8 @@ from mpoe_kernels.info import collect, usable_cores
 LIBRARIES = ("torch", "triton", "transformers", "numpy")
 DEVICES = ("cpu", "cuda")
 PHASE_NAMES = ("forward", "train", "graph")
-EAGER, ALL = "eager", "all"
+EAGER = "eager"
+ALL = "all"
 
 
 def _runs_on(backend: str, device: str) -> bool:
@@ -115,7 +116,8 @@ def check_options(
 
 def revision() -> str | None:
     """The measured commit, with ``+`` if files differ from it; ``None`` outside a checkout."""
-    here, said = Path(__file__), ""
+    here = Path(__file__)
+    said = ""
     inside = (
         "ls-files",
         "--error-unmatch",

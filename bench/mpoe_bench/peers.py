@@ -39,13 +39,15 @@ class DenseExpertsLayer(nn.Module):
     def __init__(self, sizes: Sizes, compute: Compute, apart: bool = False, **placed: Any) -> None:
         super().__init__()
         model, hidden, experts = sizes
-        self.compute, self.router = compute, nn.Linear(model, experts, bias=False, **placed)
+        self.compute = compute
+        self.router = nn.Linear(model, experts, bias=False, **placed)
 
         def weights(rows: int, columns: int) -> Any:
             made = torch.randn(experts, rows, columns, **placed) / columns**0.5
             return nn.ParameterList(made.unbind(0)) if apart else nn.Parameter(made)
 
-        self.up, self.down = weights(hidden, model), weights(model, hidden)
+        self.up = weights(hidden, model)
+        self.down = weights(model, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         gates, index = (
@@ -115,7 +117,8 @@ class OriginalLayer(nn.Module):
 
     def __init__(self, layer: Any, plain: bool) -> None:
         super().__init__()
-        self.layer, self.plain = layer, plain
+        self.layer = layer
+        self.plain = plain
 
     def forward(self, x: Tensor) -> Tensor:
         if self.plain:

@@ -197,7 +197,9 @@ class Run:
 
     def finish(self) -> None:
         """The last section is complete."""
-        self._comparison, self._context, self._held = None, None, {}
+        self._comparison = None
+        self._context = None
+        self._held = {}
         if self.sections and "began" in self.sections[-1]:
             self.sections[-1]["seconds"] = time.monotonic() - self.sections[-1].pop("began")
             self.on_section(self.sections[-1])
@@ -208,7 +210,9 @@ class Run:
         """A contender and its row, checked once; the tensors of earlier ones are let go."""
         baseline = comparison.contenders[0][0]
         if comparison is not self._comparison:
-            self._comparison, self._context, self._held = comparison, comparison.context(), {}
+            self._comparison = comparison
+            self._context = comparison.context()
+            self._held = {}
         if name not in self._held:
             self._held = {key: value for key, value in self._held.items() if key == baseline}
             of_name = {contender[0]: contender for contender in comparison.contenders}
@@ -223,7 +227,8 @@ class Run:
     def measure(self, benchmark: Any, comparison: Comparison, name: str, phase: str) -> None:
         """Check a contender and time one phase; skips one that is not here, fails if a result of
         ours is wrong."""
-        baseline, facts = comparison.contenders[0][0], dict(comparison.facts)
+        baseline = comparison.contenders[0][0]
+        facts = dict(comparison.facts)
         section = self.section(comparison.title, key=comparison.key, baseline=baseline, case=facts)
         contender, row = self._checked(comparison, name)
         if row not in section["rows"]:
@@ -252,7 +257,8 @@ class Run:
         samples = in_turn(benchmark, functions, self.budget, self.timer)
         contender.release()
         base.release()
-        benchmark.group, benchmark.name = f"{comparison.title}, {phase}", name
+        benchmark.group = f"{comparison.title}, {phase}"
+        benchmark.name = name
         for key in ("errors", "memory", "parameters", "floor"):
             benchmark.extra_info[key] = row.get(key)
         if benchmark.stats is not None:  # None with --benchmark-disable

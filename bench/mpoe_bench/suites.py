@@ -83,7 +83,8 @@ def judged_of(
             for train in (False, True)
         )
     elif suite == "quick":
-        whose, judged = whose[:1], tuple(judged[k] for k in QUICK_JUDGED)
+        whose = whose[:1]
+        judged = tuple(judged[k] for k in QUICK_JUDGED)
     return [(backend, case) for backend in whose for case in judged]
 
 
@@ -100,7 +101,8 @@ def dense_model(name: str, model: int, layers: int, dtype: torch.dtype) -> Any:
     import transformers
 
     torch.manual_seed(0)
-    heads, hidden = 12 if model >= 96 else 2, 4 * model
+    heads = 12 if model >= 96 else 2
+    hidden = 4 * model
     if name == "T5":
         widths = {"d_model": model, "d_ff": hidden, "d_kv": max(8, model // 12), "num_heads": heads}
         config: Any = transformers.T5Config(
@@ -164,8 +166,10 @@ class Plan(NamedTuple):
         )
 
     def quick(self) -> Iterator[Comparison]:
-        scale, shapes = self.scale, ("separable", "light_64", "paper_64", "paper_full")
-        few, many = (scale.few_experts, scale.many_tokens), (scale.many_experts, scale.few_tokens)
+        scale = self.scale
+        shapes = ("separable", "light_64", "paper_64", "paper_full")
+        few = (scale.few_experts, scale.many_tokens)
+        many = (scale.many_experts, scale.few_tokens)
         yield self.ffn(shapes, *few, peers=tuple(PEERS), masked=shapes[:1], original=shapes[2:])
         half: dict[str, Any] = {
             "dtype": torch.bfloat16,
@@ -184,8 +188,10 @@ class Plan(NamedTuple):
 
     def targets(self) -> Iterator[Comparison]:
         """Only what the targets need, in both dtypes."""
-        scale, shapes = self.scale, ("separable", "light_64", "paper_64", "paper_full")
-        masked, original = ("separable", "paper_64", "paper_full"), ("paper_64", "paper_full")
+        scale = self.scale
+        shapes = ("separable", "light_64", "paper_64", "paper_full")
+        masked = ("separable", "paper_64", "paper_full")
+        original = ("paper_64", "paper_full")
         small = ("separable", "paper_64", "paper_32", "paper_16")
         for dtype in HALVES:
             few = scale.few_experts, scale.many_tokens, dtype
@@ -253,12 +259,19 @@ class Plan(NamedTuple):
     def gpu(self) -> Iterator[Comparison]:
         """A few minutes on a GPU in bfloat16, cases with a target first; decoding is timed as CUDA
         graphs too."""
-        scale, dtype, paper = self.scale, torch.bfloat16, "paper_64"
+        scale = self.scale
+        dtype = torch.bfloat16
+        paper = "paper_64"
         every = ("separable", "paper_full", paper, "paper_32", "paper_16", "light_64")
-        small, middle, large = scale.few_tokens, TOKENS, 32768
+        small = scale.few_tokens
+        middle = TOKENS
+        large = 32768
         if not scale.judged:
-            middle, large = scale.many_tokens, 2 * scale.many_tokens
-        few, many, peers = scale.few_experts, scale.many_experts, dict[str, Any](peers=tuple(PEERS))
+            middle = scale.many_tokens
+            large = 2 * scale.many_tokens
+        few = scale.few_experts
+        many = scale.many_experts
+        peers = dict[str, Any](peers=tuple(PEERS))
         yield self.ffn(every, many, small, dtype, train=False, original=(paper,), **peers)
         yield self.ffn(every, few, middle, dtype, original=(paper,), masked=(paper,), **peers)
         yield self.ffn(every, many, middle, dtype, **peers)

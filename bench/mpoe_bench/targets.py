@@ -124,7 +124,8 @@ def _against_limits(section: Mapping[str, Any], row: Mapping[str, Any], device: 
         )
         peer = f"{ORIGINAL} ({target.shape})" if target.peer == ORIGINAL else target.peer
         for phase, words in PHASES.items():
-            limit, x = getattr(target, phase), (row.get(phase) or {}).get("x")
+            limit = getattr(target, phase)
+            x = (row.get(phase) or {}).get("x")
             if limit is None or x is None:
                 continue
             if peer is None:
@@ -138,7 +139,9 @@ def _against_limits(section: Mapping[str, Any], row: Mapping[str, Any], device: 
 def _against_others(section: Mapping[str, Any], row: Mapping[str, Any], device: str) -> Judged:
     """Masked against unmasked training, and the memory of training against the dense network's or
     dense experts'."""
-    case, key, words = section["case"], section["key"], PHASES["train"]
+    case = section["case"]
+    key = section["key"]
+    words = PHASES["train"]
     rows = {
         other["name"]: other for other in section["rows"] if "train" in (other.get("memory") or {})
     }

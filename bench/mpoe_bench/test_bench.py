@@ -71,7 +71,8 @@ def calls_of(case: Workload) -> Callable[[str, str, str], Callable[[], object]]:
     routing = route(expert_choice("uniform", case.num_tokens, case.num_experts), case.num_experts)
     grad = torch.randn(case.num_tokens, case.out_features).to(case.dtype)
     leaves = [t for t in (x, blocks.left, blocks.central, blocks.right) if t.requires_grad]
-    rows, offsets = routing.token_of_slot, routing.expert_offsets
+    rows = routing.token_of_slot
+    offsets = routing.expert_offsets
 
     def forward(backend: str, strategy: str) -> Tensor:
         with torch.set_grad_enabled(case.training):
@@ -109,7 +110,8 @@ def test_choice(benchmark: Any, bench_run: Run, backend: str, case: Workload, ph
         bench_run.budget, seconds=bench_run.budget.seconds / 3, most=min(9, bench_run.budget.most)
     )
     samples = in_turn(benchmark, functions, budget, bench_run.timer)
-    benchmark.group, benchmark.name = title, f"{case.name}, {phase}"
+    benchmark.group = title
+    benchmark.name = f"{case.name}, {phase}"
     if benchmark.stats is None:
         return
     chosen_seconds = samples[chosen]
@@ -124,7 +126,9 @@ def test_choice(benchmark: Any, bench_run: Run, backend: str, case: Workload, ph
             {"name": case.name, "chosen": {}, "best": {}, "seconds": {}, "first_use": {}}
         )
     row = section["rows"][-1]
-    row["chosen"][phase], row["best"][phase], row["seconds"][phase] = chosen, best, times
+    row["chosen"][phase] = chosen
+    row["best"][phase] = best
+    row["seconds"][phase] = times
     row["first_use"][phase] = seconds
     took = sum(seconds[row["chosen"][phase]] for phase, seconds in row["seconds"].items())
     least = sum(seconds[row["best"][phase]] for phase, seconds in row["seconds"].items())

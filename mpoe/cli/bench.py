@@ -73,7 +73,9 @@ def _measure(options: BenchOptions) -> dict[str, Any]:
         text_of,
     )
 
-    suite, out, terminal = options.suite, options.out, sys.stdout
+    suite = options.suite
+    out = options.out
+    terminal = sys.stdout
     sections: list[dict[str, Any]] = []
 
     def show(table: Any) -> None:

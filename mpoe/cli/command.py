@@ -213,7 +213,9 @@ def parse(
             flag), or a value that a dataclass refuses.
     """
     parser = make_parser(kinds)
-    known, namespace, given = option_names(parser), argparse.Namespace(), set()
+    known = option_names(parser)
+    namespace = argparse.Namespace()
+    given = set()
     try:
         of_file = [] if config is None else _tokens_of(config, known)
     except ValueError as error:
@@ -265,7 +267,8 @@ def _build(kind: type, namespace: argparse.Namespace, given: set[str]) -> Any:
     except _UNFIT as error:
         # Transformers' errors may not name an option: find the one whose value they repeat, or name
         # all given ones.
-        message, given_values = str(error), {name: values[name] for name in given & values.keys()}
+        message = str(error)
+        given_values = {name: values[name] for name in given & values.keys()}
         if not any(name in message for name in given_values):
             repeated = [name for name, value in given_values.items() if repr(value) in message]
             message = f"{', '.join(sorted(repeated or given_values))}: {message}"

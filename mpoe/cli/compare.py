@@ -124,7 +124,8 @@ class RunFolder:
             return BASELINES[self.settings["arm.baseline"]]
         if "mixture" in self.results:
             return str(self.results["mixture"])
-        count, shape = self.settings.get("experts.num_experts"), self.settings.get("experts.shape")
+        count = self.settings.get("experts.num_experts")
+        shape = self.settings.get("experts.shape")
         return f"{count} experts, {shape}" if count is not None else ""
 
 
@@ -236,7 +237,9 @@ def _tables(runs: Sequence[RunFolder]) -> list[Table]:
 
 def _facts(run: RunFolder, alone: bool) -> dict[str, dict[str, Any]]:
     """By table: what the run is, and how it went."""
-    setting, results, records = run.settings.get, run.results, run.records
+    setting = run.settings.get
+    results = run.results
+    records = run.records
     logged = [
         (a, b)
         for a, b in itertools.pairwise(records)

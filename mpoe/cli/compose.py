@@ -105,7 +105,8 @@ def command(request: Request) -> None:
             "causal language model"
             f"; {base} is a {source.model_type} (mpoe.compose in Python takes batches of any model)"
         )
-    tokenizer, dense = models.load_tokenizer(source), models.load_model(source)
+    tokenizer = models.load_tokenizer(source)
+    dense = models.load_model(source)
     most = getattr(dense.config, "max_position_embeddings", None) or options.max_length
     if options.max_length > most and "max_length" in request.given:
         raise CommandError(
@@ -156,7 +157,8 @@ def _faults_of_fine_tunes(
     names: Sequence[str], options: ComposeOptions
 ) -> Iterator[tuple[object, str]]:
     """What must not be, and the message."""
-    count, texts = len(names), len(options.texts)
+    count = len(names)
+    texts = len(options.texts)
     wrong = options.add is not None or options.preference is not None or options.merge
     message = "add, remove, merge, background and preference are for experts' files; got fine-tunes"
     yield wrong or options.remove or options.background, message
@@ -190,7 +192,8 @@ def _faults_of_experts(
     names: Sequence[str], options: ComposeOptions
 ) -> Iterator[tuple[object, str]]:
     """What must not be, and the message."""
-    count, texts = len(names), len(options.texts)
+    count = len(names)
+    texts = len(options.texts)
     adapters = [name for name in names if is_adapter(name)]
     missing = [name for name in names if not Path(name).is_file() and name not in adapters]
     yield (
@@ -262,7 +265,8 @@ def compose_files(
     if options.add is not None:
         finish(Path(options.add))
         there, background = expert_mixture.experts_in(Path(options.add))
-        known, none = [expert.name for expert in there], background is not None
+        known = [expert.name for expert in there]
+        none = background is not None
         unknown = sorted(set(options.remove) - set(known))
         if unknown:
             raise CommandError(

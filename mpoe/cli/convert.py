@@ -42,7 +42,8 @@ def command(request: Request) -> None:
         raise CommandError(
             "there is nothing to convert: moe_type none with dense experts is the model as it is"
         )
-    source, folder = models.find_to_copy(name), Path(out)
+    source = models.find_to_copy(name)
+    folder = Path(out)
     if source.is_mpoe:
         raise CommandError(
             f"IN is converted already ({source.model_type}); give a dense checkpoint"
@@ -50,7 +51,8 @@ def command(request: Request) -> None:
     if folder.exists() and Path(source.path).is_dir() and folder.samefile(source.path):
         raise CommandError(f"OUT must be another folder than IN; got {folder} for both")
     output = check_model_output("OUT", out, options.overwrite)
-    tokenizer, model = models.tokenizer_if_any(source), models.load_model(source)
+    tokenizer = models.tokenizer_if_any(source)
+    model = models.load_model(source)
     model = convert_to_mpoe(model, config) if original is None else import_original(original, model)
     (model.mpoe_summary if config.expert_type == "mpo" else model.print_trainable_parameters)()
     with model_folder(output, model, tokenizer):

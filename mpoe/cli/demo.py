@@ -155,8 +155,10 @@ def compare_arms(output_dir: Path, kind: str, steps: int | None, seed: int) -> N
 # ------------------------------------------------------------------------------ experts, trained
 # apart
 
-STEPS, LENGTH = 60, 128
-NEURONS, RATE = 64, 0.01
+STEPS = 60
+LENGTH = 128
+NEURONS = 64
+RATE = 0.01
 TESTED = 24  # pieces of each held-out text
 SHOWN = 22  # tokens of each domain in the picture
 FOREIGN = "documentation"
@@ -195,7 +197,8 @@ def train_experts(output_dir: Path, steps: int, seed: int) -> dict[str, Any]:
     foreign = "\n\n".join(record.text for record in load_documentation("test")[::7])
     held_out[FOREIGN] = batches(cut(foreign, TESTED))
     losses = {text: {"base": loss(base, text)} for text in held_out}
-    files, always_on = [], []
+    files = []
+    always_on = []
     (output_dir / EXPERTS_FOLDER).mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(DOMAINS):
         started = time.perf_counter()
@@ -284,7 +287,8 @@ def kept(losses: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 def conclusions(results: Mapping[str, Any]) -> list[str]:
     """What the numbers say, and what they do not."""
-    losses, shares = results["losses"], results["kept"]
+    losses = results["losses"]
+    shares = results["kept"]
     excess = {column: value - losses[FOREIGN]["base"] for column, value in losses[FOREIGN].items()}
     kept_shares = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
     return [
@@ -300,7 +304,8 @@ def conclusions(results: Mapping[str, Any]) -> list[str]:
 
 def _tell(file: Path, results: Mapping[str, Any], routes: Sequence[Route]) -> None:
     """Print, and write as ``report.html``: the coloured tokens, the table and what it says."""
-    names, said = results["experts"], conclusions(results)
+    names = results["experts"]
+    said = conclusions(results)
     rows = [
         [text, *(f"{by_column[column]:.3f}" for column in COLUMNS)]
         for text, by_column in results["losses"].items()

@@ -103,13 +103,16 @@ def evaluate_tasks(
         (`mpoe.data.predict.constant_scores`). ``remarks``: comments on the numbers, one sentence
             each.
     """
-    scores, constants, remarks = {}, {}, []
+    scores = {}
+    constants = {}
+    remarks = []
     for task in tasks:
         result = evaluate_task(model, tokenizer, task, split, batch_size)
         scores[task.name] = {**result.scores, "items": len(task.examples(split))}
         constants[task.name] = result.constant
         metric = task.metrics[0]
-        value, constant = result.scores[metric], result.constant[metric]
+        value = result.scores[metric]
+        constant = result.constant[metric]
         if result.collapse:
             remarks.append(f"{task.name}: {result.collapse}")
         elif value >= constant if metric in _LOWER_IS_BETTER else value <= constant:
@@ -217,7 +220,8 @@ def command(request: Request) -> dict[str, dict[str, float]]:
     tasks = resolve(data.eval_tasks or data.tasks, data, source.style, seed, described)
     for task in tasks:
         task.examples(options.split)  # a missing split is refused before the model is loaded
-    tokenizer, model = models.load_tokenizer(source), models.load_model(source)
+    tokenizer = models.load_tokenizer(source)
+    model = models.load_model(source)
     evaluated = evaluate_tasks(model, tokenizer, tasks, options.split, options.batch_size)
     show_scores(evaluated, f"{folder} on {options.split}")
     if options.output_file:

@@ -55,7 +55,9 @@ def settle_expert(plan: Plan, source: Source) -> None:
             f"expert needs a dense language model that stays as it is; {source.path} is or gets "
             "another"
         )
-    plan.experts.moe_type, plan.experts.shape, plan.arguments.adapter = "none", "neurons", True
+    plan.experts.moe_type = "none"
+    plan.experts.shape = "neurons"
+    plan.arguments.adapter = True
     plan.arguments.log_base_loss = True
     plan.arguments.save_only_trained = not plan.run.save_base
 

@@ -45,7 +45,8 @@ def command(request: Request) -> None:
             f"IN must be a mixture; {name} is a dense {source.model_type} (mpoe convert makes one)"
         )
     output = check_model_output("OUT", out, options.overwrite)
-    tokenizer, model = models.tokenizer_if_any(source), models.load_model(source)
+    tokenizer = models.tokenizer_if_any(source)
+    model = models.load_model(source)
     stock = merge_experts(model, as_=options.to)
     with model_folder(output, stock, tokenizer) as staging:
         difference = check_export(model, staging, options.to)

@@ -33,7 +33,8 @@ COMMANDS = {
     "Switch, MPOE).",
     "bench": "Measure MPO experts against the dense layer and their peers on this machine.",
 }
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR = 2
+INTERRUPTED = 130
 
 
 def run(words: list[str]) -> None:

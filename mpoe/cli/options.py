@@ -20,7 +20,9 @@ MPO_LAYERS = {"word_embed": "embedding", "mlp": "ffn", "attention": "attention",
 NO_MPO = "nompo"
 
 
-DENSE, WIDER, SWITCH = "dense", "wider", "switch"
+DENSE = "dense"
+WIDER = "wider"
+SWITCH = "switch"
 BASELINES = {DENSE: "dense", WIDER: "dense, wider", SWITCH: "dense experts"}
 
 
@@ -130,7 +132,8 @@ def _described(config: type) -> dict[str, str]:
 
 def _options_of(config: type) -> Iterator[tuple[str, Any, Any]]:
     """(name, type, field) of every option that corresponds to a configuration field."""
-    kinds, about = get_type_hints(config), _described(config)
+    kinds = get_type_hints(config)
+    about = _described(config)
     for field in fields(config):
         if field.name not in _NO_OPTIONS:
             declared = (
@@ -205,7 +208,8 @@ class ExpertOptions(_Fields):  # type: ignore[misc]
     def _targets(self) -> tuple[list[str], str]:
         """`MPOEConfig`'s target_modules and expert_type; no targets = the model is unchanged."""
         if not self.mpo_layers:
-            targets, expert_type = self.target_modules or ["ffn"], self.expert_type
+            targets = self.target_modules or ["ffn"]
+            expert_type = self.expert_type
         else:
             if self.target_modules or self.expert_type != "mpo":
                 raise CommandError(

@@ -231,7 +231,8 @@ def costs(model: Any, work: PlanOptions) -> dict[str, Any]:
     """
     groups: dict[str, dict[str, Any]] = {}
     every: list[Costs] = []
-    flops, total = 0, sum(parameter.numel() for parameter in model.parameters())
+    flops = 0
+    total = sum(parameter.numel() for parameter in model.parameters())
     networks = kept_modules(model).values()
     kept = {projection for network in networks for projection in network.projections().values()}
     for name, module in model.named_modules():
@@ -274,20 +275,24 @@ def _parts(
         return
     if not isinstance(module, (KeptFeedForward, MPOCores)):
         return
-    experts, kind = module.num_experts, short_name(name).rpartition(".")[2]
+    experts = module.num_experts
+    kind = short_name(name).rpartition(".")[2]
     top_k = model.mpoe_config.top_k if experts > 1 else 1
     if isinstance(module, KeptFeedForward):
         elements = sum(weight.numel() for weight in module.dense_parameters().values())
         shared = sum(weight.numel() for weight in module.shared_parameters().values())
         matrices = len(module.projections())
-        forward, of_shared = 2 * work.tokens * elements, 2 * work.tokens * shared
+        forward = 2 * work.tokens * elements
+        of_shared = 2 * work.tokens * shared
         added_flops = round(forward * (module.relative_flops(top_k) - 1)) - of_shared
         added_flops = (
             added_flops if work.inference else added_flops * (4 * matrices - 1) // matrices
         )
         parameters = elements + shared + module.own_parameters()
         mpoe = Cost(parameters, (forward + of_shared) * work.passes + added_flops)
-        sizes, lossless, kind = (module.in_features, module.hidden_features), True, "network"
+        sizes = (module.in_features, module.hidden_features)
+        lossless = True
+        kind = "network"
         strategies: tuple[str, str | None] = (module.shape, None)
     elif isinstance(model.get_submodule(name.rpartition(".")[0]), MPOEmbedding):
         elements = module.in_features * module.out_features
@@ -307,11 +312,10 @@ def _parts(
             training=not work.inference,
         )
         mpoe = Cost(module.shape.parameters(experts), plan.flops, plan.temporary_bytes)
-        sizes, elements = (
-            (module.in_features, module.out_features),
-            module.in_features * module.out_features,
-        )
-        strategies, lossless = (plan.strategy, plan.backward_strategy), module.shape.is_full
+        sizes = (module.in_features, module.out_features)
+        elements = module.in_features * module.out_features
+        strategies = (plan.strategy, plan.backward_strategy)
+        lossless = module.shape.is_full
     dense = 2 * work.tokens * elements * work.passes
     values = {"kind": kind, "in_features": sizes[0], "out_features": sizes[1], "lossless": lossless}
     values |= {"strategy": strategies[0], "backward_strategy": strategies[1]}
@@ -345,14 +349,17 @@ def count(number: float) -> str:
 def table(values: Mapping[str, Any]) -> Table:
     """Every kind of part, all of them, and the whole model, in the three designs, with how to read
     it."""
-    config, totals, work = values["config"], values["totals"], values["work"]
+    config = values["config"]
+    totals = values["totals"]
+    work = values["work"]
     shape = config["shape"] if isinstance(config["shape"], str) else "given"
     title = f"{config['num_experts']:,} experts, top-{config['router']['top_k']}, shape {shape}"
     state = [] if work["inference"] else ["state"]
     rows: list[list[str]] = []
 
     def cells(cost: Mapping[str, Any]) -> list[str]:
-        temporary, x_dense = cost["temporary_bytes"], cost["x_dense"]
+        temporary = cost["temporary_bytes"]
+        x_dense = cost["x_dense"]
         texts = [count(cost["parameters"]), scaled(cost["weight_bytes"], "B")]
         if state:
             texts.append(scaled(cost["state_bytes"], "B"))
@@ -379,7 +386,8 @@ def table(values: Mapping[str, Any]) -> Table:
 
 
 def _notes(values: Mapping[str, Any]) -> Iterator[str]:
-    work, totals = values["work"], values["totals"]
+    work = values["work"]
+    totals = values["totals"]
     phase = "inference" if work["inference"] else "training"
     model = (
         f"{values['name']} ({values['class']}, {count(totals['whole']['dense']['parameters'])} "

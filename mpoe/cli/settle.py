@@ -105,7 +105,8 @@ def settle_rate(plan: Plan, source: Source, config: MPOEConfig | None) -> str:
     rate, reason = rates.recommended_rate(
         source.model_type, int(values.hidden_size), arguments.regime, kind
     )
-    arguments.learning_rate, why = rate, f"what to start from with {reason}"
+    arguments.learning_rate = rate
+    why = f"what to start from with {reason}"
     if arguments.process_index == 0 and not plan.run.find_rate:
         print(f"learning_rate {rate:g}: {why} (--learning_rate or --find_rate)")
     return why
@@ -191,7 +192,8 @@ def set_intervals(arguments: MPOETrainingArguments, per_epoch: int, given: froze
         arguments.save_steps = quarter
         arguments.save_total_limit = arguments.save_total_limit or 2
     if "eval_strategy" not in given and (arguments.do_eval or "do_eval" not in given):
-        arguments.eval_strategy, arguments.do_eval = IntervalStrategy.STEPS, True
+        arguments.eval_strategy = IntervalStrategy.STEPS
+        arguments.do_eval = True
         arguments.eval_steps = arguments.eval_steps or quarter
     for kind, enum in (
         ("logging", IntervalStrategy),

@@ -106,7 +106,8 @@ def run(plan: Plan) -> dict[str, Any]:
     Raises:
         ValueError, TypeError: settings that do not fit together, before anything is written.
     """
-    arguments, data = plan.arguments, plan.data
+    arguments = plan.arguments
+    data = plan.data
     if "output_dir" not in plan.given or not arguments.output_dir:
         raise CommandError(
             "train needs --output_dir: the folder for checkpoints, metrics and the final model"
@@ -381,7 +382,9 @@ def finish(
         start: the model that the run started from.
         sizes: of the data, for the record.
     """
-    arguments, model, folder = plan.arguments, trainer.model, Path(str(plan.arguments.output_dir))
+    arguments = plan.arguments
+    model = trainer.model
+    folder = Path(str(plan.arguments.output_dir))
     seconds, done = spent
     is_expert = plan.run.expert is not None
     evaluated = losses_beside_base(trainer, sizes) if is_expert else {}
@@ -450,7 +453,8 @@ def measured(options: RunOptions, seconds: float, steps: int, items: int) -> dic
         print(f"training took {seconds:.1f} s: {seconds / steps:.3f} s per step of {items} items")
     if options.compute_memory:
         on_gpu = torch.cuda.is_initialized()
-        device, peak = torch.cuda.get_device_name() if on_gpu else "cpu", None
+        device = torch.cuda.get_device_name() if on_gpu else "cpu"
+        peak = None
         if on_gpu:
             peak = torch.cuda.max_memory_allocated()
         elif sys.platform != "win32":

@@ -295,7 +295,8 @@ class MPOEConfig:
             )
         for target in targets:
             checks.check_choice("target_modules", target, TARGETS)
-        names, layers = self.exclude_modules, self.layers_to_transform
+        names = self.exclude_modules
+        layers = self.layers_to_transform
         is_list = isinstance(names, Sequence) and not isinstance(names, str)
         if not is_list or not all(isinstance(name, str) and name for name in names):
             raise TypeError(f"exclude_modules must be a list of module names; got {names!r}")
@@ -404,7 +405,8 @@ class MPOEConfig:
         Raises:
             ValueError: the pattern's shape is for experts, or for other sizes.
         """
-        cap, pattern = getattr(self, f"{component}_max_bond"), self._pattern_for(name)
+        cap = getattr(self, f"{component}_max_bond")
+        pattern = self._pattern_for(name)
         if isinstance(pattern, dict):
             raise ValueError(
                 f"shape_pattern must give {name}, which is one matrix, an MPOShape, a name or a "

@@ -50,12 +50,15 @@ def read_mapping(path: str | os.PathLike[str], name: str) -> dict[str, Any]:
 def _parsed(file: Path, text: str) -> Any:
     import yaml
 
-    kind, where, reason = ("JSON" if file.suffix.lower() == ".json" else "YAML"), "", ""
+    kind = "JSON" if file.suffix.lower() == ".json" else "YAML"
+    where = ""
+    reason = ""
     try:
         values = json.loads(text) if kind == "JSON" else yaml.safe_load(text)
         return {} if values is None and kind == "YAML" else values
     except json.JSONDecodeError as error:
-        where, reason = f", line {error.lineno}, column {error.colno}", error.msg
+        where = f", line {error.lineno}, column {error.colno}"
+        reason = error.msg
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""

@@ -122,7 +122,8 @@ def token_losses(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
         moved = {name: value.to(model.device) for name, value in batch.items()}
         labels = moved.pop("labels")[:, 1:] if decodes else moved["labels"]
         logits = model(**moved).logits
-        logits, counted = logits[:, :-1] if decodes else logits, labels != IGNORED_LABEL
+        logits = logits[:, :-1] if decodes else logits
+        counted = labels != IGNORED_LABEL
         losses.append(
             torch.nn.functional.cross_entropy(
                 logits[counted].float(), labels[counted], reduction="none"
@@ -237,7 +238,8 @@ def collapse(answers: Sequence[str], targets: Sequence[str]) -> str | None:
         return None
     counts = Counter(answers)
     answer, most = counts.most_common(1)[0]
-    share, expected = most / len(answers), Counter(targets)[answer] / len(targets)
+    share = most / len(answers)
+    expected = Counter(targets)[answer] / len(targets)
     if share >= 0.95 and share - expected > 0.1:  # the expected ones are not nearly as uniform
         shown = repr(answer if len(answer) <= 40 else answer[:37] + "...")
         common = f"{share:.0%} of the {len(answers)} answers are {shown}"

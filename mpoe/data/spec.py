@@ -177,7 +177,8 @@ class TaskSpec:
             }
         if self.columns == (MESSAGES,):
             return _conversation(cells, where)
-        label, number = "", None
+        label = ""
+        number = None
         if self.kind != "language_modeling":
             label = read_cell(cells, self.label_column, where, f"label_column of task {self.name}")
         target = label

@@ -122,10 +122,8 @@ class Task:
             "regression": _number,
             "generation": str,
         }
-        first, second = (
-            list(map(read[self.kind], predictions)),
-            list(map(read[self.kind], references)),
-        )
+        first = list(map(read[self.kind], predictions))
+        second = list(map(read[self.kind], references))
         if self.kind == "classification" and -1 in second:
             wrong = references[second.index(-1)]
             raise ValueError(

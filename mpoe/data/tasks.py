@@ -123,20 +123,16 @@ def load_task(spec: TaskSpec, data_dir: str | Path | None = None) -> Task:
     """
     folder = data_dir or spec.data_dir
     if folder:
-        tables, source = (
-            folder_tables(folder, spec.column_names, spec.skip_malformed),
-            f"data_dir {folder}",
-        )
+        tables = folder_tables(folder, spec.column_names, spec.skip_malformed)
+        source = f"data_dir {folder}"
     elif spec.hub is None:
         raise ValueError(
             f"task {spec.name} comes without data: give data_dir, a folder that holds a folder "
             f"{spec.name}"
         )
     else:
-        tables, source = (
-            hub_tables(spec.hub, spec.name),
-            f"hub data set {spec.hub.path} of task {spec.name}",
-        )
+        tables = hub_tables(spec.hub, spec.name)
+        source = f"hub data set {spec.hub.path} of task {spec.name}"
     return make_task(spec, tables, source)
 
 
@@ -157,7 +153,8 @@ LABEL_COLUMNS = (
 ID_COLUMNS = frozenset(("id", "idx", "index", "guid", "uid", "pairid", "promptid", "source_id"))
 MAX_CLASSES = 50
 # columns of instruction data
-PROMPTS, RESPONSES = ("prompt", "instruction", "input"), ("response", "completion", "output")
+PROMPTS = ("prompt", "instruction", "input")
+RESPONSES = ("response", "completion", "output")
 
 
 def load_task_from_folder(
@@ -188,9 +185,11 @@ def load_task_from_folder(
         re.fullmatch(r"([\w-][\w.-]*)/[\w.-]+", data_dir) if isinstance(data_dir, str) else None
     )
     if hub_name and not Path(hub_name[1]).exists():
-        tables, source = hub_tables(HubData(hub_name[0]), name), f"hub data set {data_dir}"
+        tables = hub_tables(HubData(hub_name[0]), name)
+        source = f"hub data set {data_dir}"
     else:
-        tables, source = folder_tables(data_dir, column_names), f"data_dir {data_dir}"
+        tables = folder_tables(data_dir, column_names)
+        source = f"data_dir {data_dir}"
     rows = tables["train"]()
     task = make_task(
         detect_spec(rows, name, **detection), {**tables, "train": lambda: rows}, source

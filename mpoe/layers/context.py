@@ -105,7 +105,8 @@ class Entered(AbstractContextManager["RoutingContext | None"]):
     """Makes a context current; may be entered again, also in another thread."""
 
     def __init__(self, context: RoutingContext | None) -> None:
-        self._context, self._previous = context, context
+        self._context = context
+        self._previous = context
 
     def __enter__(self) -> RoutingContext | None:
         self._previous, _current.routing = _current.routing, self._context
@@ -195,7 +196,8 @@ def global_batch(group: dist.ProcessGroup | None = None) -> Iterator[None]:
             model(**batch).loss.backward()
     """
     previous = (_current.is_global, _current.group)
-    _current.is_global, _current.group = True, group
+    _current.is_global = True
+    _current.group = group
     try:
         yield
     finally:

@@ -91,7 +91,9 @@ class MPOCores(FromInitialValues):
         check_integer("num_experts", num_experts, 1)
         check_number("init_std", init_std, 0.0)
         check_placement(device, dtype)
-        self.shape, self.num_experts, self.init_std = shape, num_experts, init_std
+        self.shape = shape
+        self.num_experts = num_experts
+        self.init_std = init_std
         self.central_masked = False
         self.rate_ratios = self._expected_rate_ratios()
         options: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -161,7 +163,8 @@ class MPOCores(FromInitialValues):
 
     def _expected_rate_ratios(self) -> tuple[float, ...]:
         """Ratios of a random initialisation (`initial_values`), from shapes alone."""
-        shape, std = self.shape, self.init_std or 1.0
+        shape = self.shape
+        std = self.init_std or 1.0
         ratios = []
         for k, (d, i, j, e) in enumerate(shape.core_shapes):
             if k == shape.central:
@@ -273,7 +276,8 @@ def grouped_dense_linear(
     """
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
+        x = x.to(dtype)
+        weight = weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     if (
         bias is not None and bias.dim() == 2
@@ -320,8 +324,10 @@ class ExpertWeights(FromInitialValues):
         super().__init__()
         if num_experts < 1:
             raise ValueError(f"num_experts must be at least 1; got {num_experts}")
-        self.in_features, self.out_features = in_features, out_features
-        self.num_experts, self.init_std = num_experts, init_std
+        self.in_features = in_features
+        self.out_features = out_features
+        self.num_experts = num_experts
+        self.init_std = init_std
         self.weight = nn.Parameter(
             torch.empty(num_experts, in_features, out_features, device=device, dtype=dtype)
         )

@@ -167,7 +167,8 @@ class MPOEmbedding(nn.Module):
                 )
             padding_idx %= shape.in_features
         self.cores = MPOCores(shape, 1, False, init_std, device=device, dtype=dtype)
-        self.padding_idx, self.backend = padding_idx, backend
+        self.padding_idx = padding_idx
+        self.backend = backend
 
     @classmethod
     def from_embedding(

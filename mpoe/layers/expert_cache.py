@@ -80,8 +80,11 @@ class KeptExperts:
     """
 
     def __init__(self, cache: ExpertCache, layer: Any, blocks: Mapping[str, MPOBlocks]) -> None:
-        self._cache, self._layer, self.blocks = cache, layer, blocks
-        self._passes, self.built = 0, 0
+        self._cache = cache
+        self._layer = layer
+        self.blocks = blocks
+        self._passes = 0
+        self.built = 0
         self._dense: Any = None
 
     def dense(self, slots: int, dtype: torch.dtype) -> Any:
@@ -121,7 +124,8 @@ class ExpertCache:
     """
 
     def __init__(self, max_bytes: int, layers: Sequence[nn.Module]) -> None:
-        self.max_bytes, self.reserved = max_bytes, 0
+        self.max_bytes = max_bytes
+        self.reserved = 0
         self.layers: dict[nn.Module, KeptExperts | None] = {}
         self._served = frozenset(layers)
 

@@ -91,8 +91,11 @@ class MPOExperts(_Network):
     ) -> None:
         super().__init__()
         self.activation = check_activation(activation)
-        self.num_experts, self.backend = num_experts, backend
-        up, down, gate = shapes["up"], shapes["down"], shapes.get("gate_proj")
+        self.num_experts = num_experts
+        self.backend = backend
+        up = shapes["up"]
+        down = shapes["down"]
+        gate = shapes.get("gate_proj")
         size = [up.in_features, up.out_features]
         for kind, wanted, why in (
             ("down", size[::-1], ", the way back of up"),
@@ -199,7 +202,9 @@ class MPOExperts(_Network):
             if kept is None
             else kept.blocks
         )
-        up, down, gate = blocks["up"], blocks["down"], blocks.get("gate_proj")
+        up = blocks["up"]
+        down = blocks["down"]
+        gate = blocks.get("gate_proj")
         return Chains(up, down, gate, self.up.bias, self.down.bias, self.activation)
 
 

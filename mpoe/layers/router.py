@@ -166,7 +166,9 @@ class TopKRouter(FromInitialValues):
         self.top_k = 1 if self.config.top_k is None else self.config.top_k
         if self.top_k > num_experts:
             raise ValueError(f"top_k must be at most num_experts = {num_experts}; got {self.top_k}")
-        self.in_features, self.num_experts, self.backend = in_features, num_experts, backend
+        self.in_features = in_features
+        self.num_experts = num_experts
+        self.backend = backend
         self.weight = nn.Parameter(
             torch.empty(num_experts, in_features, device=device, dtype=dtype)
         )
@@ -208,7 +210,8 @@ class TopKRouter(FromInitialValues):
     def route(self, decision: RouterOutput, token_mask: Tensor | None = None) -> Routing:
         """Slots of the kept choices, within the capacity; ``token_mask`` as in
         `mpoe_kernels.route`."""
-        index, kept = decision.top_k_index, decision.kept
+        index = decision.top_k_index
+        kept = decision.kept
         capacity = self.capacity(index.shape[0])
         if kept is None:
             return route(index, self.num_experts, capacity, token_mask)

@@ -298,7 +298,8 @@ class MPOEModelMixin(_Model):
         the auxiliary loss gets the weight of its micro-batch among them, so that their sum is a
         mean.
         """
-        items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+        items = kwargs.get("num_items_in_batch")
+        labels = kwargs.get("labels")
         if not self.accepts_loss_kwargs or items is None or labels is None:
             return None
         return labels[..., 1:].ne(-100).sum() / items

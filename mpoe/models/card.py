@@ -75,7 +75,9 @@ def model_card(model: Any, metrics: Mapping[str, Any] | None = None) -> str:
 
 def facts(model: Any) -> dict[str, str]:
     """What an MPOE model is, in words and numbers by name."""
-    config, report, base = model.mpoe_config, parameter_report(model), base_name(model)
+    config = model.mpoe_config
+    report = parameter_report(model)
+    base = base_name(model)
     experts = (
         f"{config.num_experts}, top-{config.top_k}" if routed_layers(model) else "1, no routers"
     )

@@ -196,7 +196,8 @@ def save_mpoe_only(model: Any, path: str | Path, base: Any) -> None:
     check_type("path", path, (str, os.PathLike), "a folder's path")
     module: Any = model
     dense, name = _base_model(base, type(model))
-    state, theirs = module.state_dict(), dense.state_dict()
+    state = module.state_dict()
+    theirs = dense.state_dict()
     rest = {n: value for n, value in state.items() if not _is_mpoe(n)}
     differing = [
         n
@@ -269,10 +270,8 @@ def _joined(
 ) -> dict[str, Tensor]:
     """All parameters of an MPOE-only save's model: those in its file, and copies of the base's."""
     wanted = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
-    mpoe_names, shapes = (
-        {name for name in wanted if _is_mpoe(name)},
-        declared_shapes(files, skeleton),
-    )
+    mpoe_names = {name for name in wanted if _is_mpoe(name)}
+    shapes = declared_shapes(files, skeleton)
     odd = sorted(
         name
         for name in {*shapes, *mpoe_names}
@@ -352,7 +351,8 @@ def load_layers(model: Any, path: str | Path, components: Sequence[str]) -> list
             parameters that are missing in the checkpoint or of another shape.
     """
     check_type("model", model, MPOEModelMixin, "an MPOE model (see convert_to_mpoe)")
-    folder, cores_of = Path(path), dict(mpo_modules(model))
+    folder = Path(path)
+    cores_of = dict(mpo_modules(model))
     ratios = parsed_mpoe(read_mpoe_config(folder)[0], folder).rate_ratios
     whole = list(modules_of(model, RoutedFeedForward))
     inside = tuple(f"{name}." for name in whole)

@@ -87,7 +87,8 @@ class MPOESeq2SeqMixin(MPOEModelMixin):
         main = last_tokens(kwargs.get("attention_mask"), kwargs, "input_ids", "inputs_embeds")
         if "decoder_input_ids" not in self._forward_names:
             return {"encoder": main, "decoder": main}
-        labels, decoder_mask = kwargs.get("labels"), kwargs.get("decoder_attention_mask")
+        labels = kwargs.get("labels")
+        decoder_mask = kwargs.get("decoder_attention_mask")
         if decoder_mask is None and labels is not None and self.can_generate():
             decoder = labels.ne(-100).flip(-1).cumsum(-1).flip(-1) > 0
         else:
@@ -105,7 +106,8 @@ class MPOESeq2SeqMixin(MPOEModelMixin):
         mask = kwargs.get("attention_mask")
         if mask is None:
             ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-            pad, end = self.generation_config.pad_token_id, self.generation_config.eos_token_id
+            pad = self.generation_config.pad_token_id
+            end = self.generation_config.eos_token_id
             pad = self.config.pad_token_id if pad is None else pad
             ends = end if isinstance(end, list) else [end]
             # As in Transformers: if padding and end of text are the same token, they cannot be told

@@ -109,7 +109,8 @@ def _sketch(outer: Tensor, total: Tensor, tokens: int, rank: int) -> dict[str, T
     covariance = outer / tokens - torch.outer(mean, mean)
     values, vectors = torch.linalg.eigh(covariance)  # ascending
     first = len(mean) - rank
-    values, vectors = values[first:].clamp_min(0).float(), vectors[:, first:].mT.half()
+    values = values[first:].clamp_min(0).float()
+    vectors = vectors[:, first:].mT.half()
     explained = (values[:, None].double() * vectors.double().square()).sum(0)
     rest = (covariance.diagonal() - explained).clamp_min(0)
     parts = (mean.float(), rest.float(), vectors, values)
@@ -158,7 +159,8 @@ def _statistics(
             raise ValueError(
                 f"batches must give finite inputs to every router; those of {name} hold NaN or Inf"
             )
-        size, most = layer.in_features, rank
+        size = layer.in_features
+        most = rank
         if (
             most is None
         ):  # as many as fit into a tenth of the expert; a mean and a diagonal are always there

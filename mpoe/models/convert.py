@@ -290,7 +290,8 @@ def fill_merged(merged: MPOEFeedForward, layer: HiddenFeedForward) -> None:
     to."""
     if merged.router is not None and layer.router is not None:
         merged.router.load_state_dict(layer.router.state_dict())
-    experts, dense = layer.experts, layer.projections()
+    experts = layer.experts
+    dense = layer.projections()
     for kind, weights in merged.experts.projections().items():
         weights.weight.copy_(layer.expert_weights(kind))
         bias: Any = getattr(dense[kind], "bias", None)

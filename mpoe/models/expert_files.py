@@ -41,7 +41,8 @@ from mpoe_kernels.version import __version__
 FORMAT = 1
 MOST_LETTERS, MOST_LEVELS = 1 << 20, 64  # of facts as JSON
 LARGEST = 1e6  # weight
-_HASH, _WORD = '"[0-9a-f]{64}"', r'"[\w./+-]{0,200}"'
+_HASH = '"[0-9a-f]{64}"'
+_WORD = r'"[\w./+-]{0,200}"'
 # Facts -> regular expressions of their JSON; older files lack some.
 _FACTS = {
     "base": _HASH,
@@ -138,7 +139,8 @@ def experts_of(base: Any, experts: Iterable[Any]) -> list[Expert]:
     loaded = [expert if isinstance(expert, Expert) else load_expert(expert) for expert in experts]
     converted_class(base)
     check_finite(base)
-    identity, networks = base_identity(base), places_for_neurons(base)
+    identity = base_identity(base)
+    networks = places_for_neurons(base)
     for expert in loaded:
         if expert.facts["base"] != identity:
             raise ValueError(

@@ -46,7 +46,8 @@ from mpoe.models.walk import neuron_modules
 from mpoe.models.weight_files import check_links, read_tensors, tensors_hash
 
 # In the folder of a mixture, next to the model: what it was composed of.
-EXPERTS_FOLDER, BACKGROUND_FILE = "experts", "background.safetensors"
+EXPERTS_FOLDER = "experts"
+BACKGROUND_FILE = "background.safetensors"
 PIECES, LENGTH, AT_ONCE = (
     128,
     128,

@@ -96,15 +96,19 @@ QWEN3_NEURONS = (
 )
 # Numbers of a row that llama.cpp quantises together: as Q8_0 or Q5_0, and as a K-quant. Rows of so
 # many also begin at the multiples of 16 bytes that Transformers' matrix products ask for.
-BLOCK, LARGE_BLOCK = 32, 256
+BLOCK = 32
+LARGE_BLOCK = 256
 # Relative to max|logit|, in float32; 16-bit routers round their weights, which Transformers keeps
 # in the model's dtype.
-TOLERANCE, HALF_TOLERANCE = 1e-5, 0.05
+TOLERANCE = 1e-5
+HALF_TOLERANCE = 0.05
 
 
 def _reasons(model: Any, to: str) -> list[str]:
     """Why ``model`` cannot become a ``to``; empty if it can."""
-    target, config, mpoe = TARGETS[to], model.config, model.mpoe_config
+    target = TARGETS[to]
+    config = model.config
+    mpoe = model.mpoe_config
     if model.mpoe_family not in target.families:
         note = QWEN3_NEURONS if model.mpoe_family == "qwen3" and target.shared is not None else ""
         return [
@@ -187,7 +191,9 @@ def _neuron_checks(config: Any, layers: list[NeuronFeedForward]) -> dict[str, bo
 
 def _target_config(model: Any, to: str) -> Any:
     """The configuration of the class ``to`` that makes it compute what ``model`` does."""
-    target, config, mpoe = TARGETS[to], model.config, model.mpoe_config
+    target = TARGETS[to]
+    config = model.config
+    mpoe = model.mpoe_config
     values = {name: getattr(config, name) for name in _COMMON if hasattr(config, name)}
     inner = next(
         (layer.experts.neurons for layer in neuron_modules(model).values()),
@@ -245,17 +251,17 @@ def _tensors(name: str, layer: Any, to: str) -> dict[str, Tensor]:
     ``to``."""
     if isinstance(layer, MPOEFeedForward):
         weights = {kind: part.weight for kind, part in layer.experts.projections().items()}
-        up, gate, down = (
-            weights["up"].transpose(1, 2),
-            weights["gate_proj"].transpose(1, 2),
-            weights["down"],
-        )
-        shared, dtype = {}, up.dtype
+        up = weights["up"].transpose(1, 2)
+        gate = weights["gate_proj"].transpose(1, 2)
+        down = weights["down"]
+        shared = {}
+        dtype = up.dtype
     else:
         experts = layer.experts if layer.experts.latent is None else layer.experts.merged()
         shared = {kind: layer.central_weight(kind).t() for kind in ("gate_proj", "up", "down")}
         dtype = shared["down"].dtype  # routers and experts may be float32 beside a 16-bit network
-        gate, up = experts.gate_proj, experts.up
+        gate = experts.gate_proj
+        up = experts.up
         down = experts.down * (layer.router.config.routed_scaling_factor or 1.0)
     tensors = {
         "experts.gate_up_proj": torch.cat([padded(gate), padded(up)], 1).to(dtype).contiguous(),
@@ -322,7 +328,8 @@ def check_export(model: Any, folder: Path, to: str) -> float:
     stock = kind.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (2, 16), generator=generator).to(model.device)
-    expected, logits = model.eval()(input_ids=ids).logits, stock(input_ids=ids).logits
+    expected = model.eval()(input_ids=ids).logits
+    logits = stock(input_ids=ids).logits
     difference = float((logits - expected).abs().max() / expected.abs().max())
     allowed = HALF_TOLERANCE if model.dtype in (torch.bfloat16, torch.float16) else TOLERANCE
     if not difference <= allowed:

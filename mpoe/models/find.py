@@ -123,7 +123,8 @@ def _excluded(pattern: str, name: str) -> bool:
 
 
 def _select(sites: list[AnySite], config: MPOEConfig) -> list[AnySite]:
-    names, layers = [site.name for site in sites], config.layers_to_transform
+    names = [site.name for site in sites]
+    layers = config.layers_to_transform
     for option, fits in (("exclude_modules", _excluded), ("shape_pattern", pattern_matches)):
         for pattern in getattr(config, option):
             if not any(fits(pattern, name) for name in names):
@@ -197,10 +198,8 @@ def with_own_head(model: Any, like: Any = None) -> Any:
     """``model``, whose output projection has a weight of its own if that of ``like`` has:
     Transformers 5 constructs every T5 with a tied one, which a checkpoint's own (T5 v1.1, Flan)
     replaces."""
-    head, of_like = (
-        model.get_output_embeddings(),
-        None if like is None else like.get_output_embeddings(),
-    )
+    head = model.get_output_embeddings()
+    of_like = None if like is None else like.get_output_embeddings()
     tied = of_like is not None and of_like.weight is like.get_input_embeddings().weight
     if isinstance(head, nn.Linear) and not tied:
         head.weight = nn.Parameter(torch.empty_like(head.weight))
@@ -274,7 +273,8 @@ def widened(dense: Any, hidden: int) -> Any:
         for kind in new.dense:
             rows, columns = old.weight(kind).shape
             new.weight(kind)[:rows, :columns] = old.weight(kind)
-            bias, kept = new.bias(kind), old.bias(kind)
+            bias = new.bias(kind)
+            kept = old.bias(kind)
             if bias is not None and kept is not None:
                 bias[: len(kept)] = kept
     return model

@@ -95,11 +95,13 @@ class LoraCores(nn.Module, LoraLayer):
         if r <= 0:
             raise ValueError(f"r must be at least 1; got {r}")
         base: Any = self.get_base_layer()
-        down, up = nn.ParameterDict(), nn.ParameterDict()
+        down = nn.ParameterDict()
+        up = nn.ParameterDict()
         for name in base.core_names():
             core = base.get_parameter(name)
             *experts, d, i, j, d_next = core.shape  # as a matrix [d i, j d']
-            rows, columns = d * i, j * d_next
+            rows = d * i
+            columns = j * d_next
             rank = min(r, rows, columns)
             a = core.new_empty(*experts, rank, columns)
             bound = 1 / math.sqrt(columns)
@@ -108,16 +110,20 @@ class LoraCores(nn.Module, LoraLayer):
             up[key] = nn.Parameter(core.new_zeros(*experts, rows, rank))
             if config.init_lora_weights is False:
                 nn.init.normal_(up[key], std=bound)
-        self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
-        self.use_rslora[adapter_name], self.use_dora[adapter_name] = config.use_rslora, False
+        self.use_rslora[adapter_name] = config.use_rslora
+        self.use_dora[adapter_name] = False
         self.lora_bias[adapter_name] = False
-        self.lora_A[adapter_name], self.lora_B[adapter_name] = down, up
+        self.lora_A[adapter_name] = down
+        self.lora_B[adapter_name] = up
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def delta(self, adapter_name: str, name: str) -> Tensor:
         """The addition of an adapter to the core called ``name``, in the core's shape."""
-        key, core = name.replace(".", "_"), self.get_base_layer().get_parameter(name)
+        key = name.replace(".", "_")
+        core = self.get_base_layer().get_parameter(name)
         b, a = (
             cast(nn.ParameterDict, side[adapter_name])[key] for side in (self.lora_B, self.lora_A)
         )

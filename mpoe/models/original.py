@@ -92,7 +92,9 @@ class _Checkpoint:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.moe_type, self.num_experts, self.lost = "none", 1, list[str]()
+        self.moe_type = "none"
+        self.num_experts = 1
+        self.lost = list[str]()
         self.chains: dict[str, dict[int, Tensor]] = defaultdict(dict)
         self.parameters: dict[str, Tensor] = {}
         apart: dict[tuple[str, int], dict[int, Tensor]] = defaultdict(
@@ -100,10 +102,8 @@ class _Checkpoint:
         )  # (module, core) -> expert -> core
         for key, tensor in tensors.items():
             if match := _EXPERTS.fullmatch(key):
-                name, core = (
-                    f"{match['layer']}.DenseReluDense.experts.{_KINDS[match['kind']]}",
-                    int(match["core"]),
-                )
+                name = f"{match['layer']}.DenseReluDense.experts.{_KINDS[match['kind']]}"
+                core = int(match["core"])
                 if match["expert"]:
                     self.moe_type = "switch"
                     apart[name, core][int(match["expert"])] = tensor.transpose(-2, -3)

@@ -91,17 +91,18 @@ def parameter_report(model: nn.Module) -> dict[str, int]:
         report[kinds[name]] += parameter.numel()
         trainable += parameter.numel() if parameter.requires_grad else 0
     total = sum(report.values())
-    dense, switch = report["rest"], report["rest"] + report["router"]
+    dense = report["rest"]
+    switch = report["rest"] + report["router"]
     for module in model.modules():
         elements, experts = 0, 1  # numbers of a whole matrix, how many of them the experts would be
         if isinstance(module, KeptFeedForward):
-            elements, experts = (
-                sum(weight.numel() for weight in module.dense_parameters().values()),
-                module.num_experts,
-            )
+            elements = sum(weight.numel() for weight in module.dense_parameters().values())
+            experts = module.num_experts
         elif isinstance(module, (MPOCores, ExpertWeights)):
-            elements, experts = module.in_features * module.out_features, module.num_experts
-        dense, switch = dense + elements, switch + experts * elements
+            elements = module.in_features * module.out_features
+            experts = module.num_experts
+        dense = dense + elements
+        switch = switch + experts * elements
     return {
         **report,
         "total": total,
@@ -155,9 +156,11 @@ def summarize(model: Any, num_tokens: int, top_k: int = 1) -> dict[str, tuple[st
         experts = getattr(module, "num_experts", 1)
         if isinstance(module, KeptFeedForward):  # nothing is decomposed
             built = f"{module.in_features}x{module.hidden_features}", *module.described()
-            by, x_dense = module.shape, module.relative_flops(top_k)
+            by = module.shape
+            x_dense = module.relative_flops(top_k)
         elif isinstance(module, MPOCores):
-            shape, per_token = module.shape, 1 if experts == 1 else top_k
+            shape = module.shape
+            per_token = 1 if experts == 1 else top_k
             plan = plan_contraction(
                 shape, experts, num_tokens, module.central.dtype, top_k=per_token
             )
@@ -172,7 +175,8 @@ def summarize(model: Any, num_tokens: int, top_k: int = 1) -> dict[str, tuple[st
                 factors,
                 " ".join(map(str, shape.bond_dims[1:-1])),
             )
-            by, x_dense = plan.strategy, plan.x_dense
+            by = plan.strategy
+            x_dense = plan.x_dense
         else:
             continue
         central = sum(weight.numel() for weight in module.central_parameters().values())

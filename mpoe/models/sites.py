@@ -240,7 +240,8 @@ class LinearSite(MatrixSite):
     """A dense projection, which becomes an `MPOLinear`."""
 
     def build(self, config: MPOEConfig) -> MPOLinear:
-        bias, weight = getattr(self.dense, "bias", None) is not None, self.weight
+        bias = getattr(self.dense, "bias", None) is not None
+        weight = self.weight
         options: dict[str, Any] = {
             "init_std": float(weight.shape[0]) ** -0.5,
             "device": "meta",

@@ -10,9 +10,12 @@ from typing import Any
 
 from mpoe.config.checks import check_fields, check_type, quoted
 
-SEQ2SEQ, CAUSAL, ENCODER = "seq2seq", "causal", "encoder"
+SEQ2SEQ = "seq2seq"
+CAUSAL = "causal"
+ENCODER = "encoder"
 # prefix of a converted model's `model_type` and of its class name
-TYPE_PREFIX, CLASS_PREFIX = "mpoe_", "MPOE"
+TYPE_PREFIX = "mpoe_"
+CLASS_PREFIX = "MPOE"
 
 
 def name_pattern(glob: str) -> re.Pattern[str]:
@@ -85,7 +88,8 @@ class FFN:
     def settings(self, config: Any) -> dict[str, Any]:
         """Activation and rates in a model of this configuration."""
         activations = ("dense_act_fn", "hidden_activation", "activation_function", "hidden_act")
-        dropout, last = self.dropout, self.output_dropout
+        dropout = self.dropout
+        last = self.output_dropout
         if dropout is None:
             dropout = _of_any_name(
                 config, "activation_dropout", "mlp_dropout", "dropout_rate", default=0.0

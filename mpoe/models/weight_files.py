@@ -25,7 +25,8 @@ from mpoe.data.mappings import read_mapping
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # of a save that holds MPOE parameters only (see `mpoe.models.checkpoint`)
-ONLY_FILE, BASE_FILE = "mpoe_only.safetensors", "mpoe_base.json"
+ONLY_FILE = "mpoe_only.safetensors"
+BASE_FILE = "mpoe_base.json"
 # An absent parameter is reported by name later; a configuration of a far larger model is refused at
 # once.
 _SLACK = 1 << 20

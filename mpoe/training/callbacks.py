@@ -64,7 +64,8 @@ class LogLineCallback(TrainerCallback):
     def __init__(self, write: Callable[[str], object] = print) -> None:
         self.write = write
         self._begun = 0.0
-        self._steps, self._seconds = 0, 0.0
+        self._steps = 0
+        self._seconds = 0.0
         self._batches = 0  # of the evaluation in progress
         self._evaluated_since: float | None = None  # its begin, or its last line
 
@@ -88,7 +89,8 @@ class LogLineCallback(TrainerCallback):
             self.write(f"validating: batch {(self._batches - 1) % batches + 1} of {batches}")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._batches, self._evaluated_since = 0, None
+        self._batches = 0
+        self._evaluated_since = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
@@ -96,9 +98,11 @@ class LogLineCallback(TrainerCallback):
         step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
         if "loss" in logs:
             speed = self._steps / self._seconds if self._seconds else 0.0
-            self._steps, self._seconds = 0, 0.0
+            self._steps = 0
+            self._seconds = 0.0
             left = f"  {(state.max_steps - state.global_step) / speed:.0f} s left" if speed else ""
-            loss, rate = logs.get("task_loss", logs["loss"]), logs.get("learning_rate", 0.0)
+            loss = logs.get("task_loss", logs["loss"])
+            rate = logs.get("learning_rate", 0.0)
             base = f"  base {logs['base_loss']:.4f}" if "base_loss" in logs else ""
             self.write(f"{step}  loss {loss:.4f}{base}  rate {rate:.2e}  {speed:.3g} steps/s{left}")
         for name, value in logs.items():
@@ -131,7 +135,8 @@ class DivergenceError(RuntimeError):
 
     def __init__(self, what: str, step: int, run_dir: str | Path) -> None:
         saved = list_checkpoints(run_dir)
-        self.step, self.checkpoint = step, saved[-1] if saved else None
+        self.step = step
+        self.checkpoint = saved[-1] if saved else None
         last = (
             f"the last good checkpoint is {self.checkpoint}"
             if saved
@@ -171,7 +176,9 @@ class DivergenceGuard(TrainerCallback):
         self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._loss, self.norm, self._skipped = None, None, 0
+        self._loss = None
+        self.norm = None
+        self._skipped = 0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         scaler = getattr(self._accelerator, "scaler", None)

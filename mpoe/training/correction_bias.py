@@ -37,7 +37,8 @@ def update_correction_bias(model: nn.Module, expert_load: Tensor) -> None:
     for layer, load in zip(layers, expert_load.float(), strict=True):
         router = layer.router
         if router is not None and router.e_score_correction_bias is not None:
-            bias, rate = router.e_score_correction_bias, router.config.bias_update_rate
+            bias = router.e_score_correction_bias
+            rate = router.config.bias_update_rate
             bias.add_(torch.sign(load.mean() - load).to(bias), alpha=rate)
 
 

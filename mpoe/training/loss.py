@@ -34,7 +34,8 @@ def split_loss(outputs: Any) -> tuple[Tensor, Tensor | None]:
         raise ValueError(
             f"the model returned no loss: give it labels (it returned {', '.join(outputs.keys())})"
         )
-    task, auxiliary = outputs.get("task_loss"), outputs.get("aux_loss")
+    task = outputs.get("task_loss")
+    auxiliary = outputs.get("aux_loss")
     if task is None:
         return outputs["loss"].mean(), None
     return task.mean(), None if auxiliary is None else auxiliary.mean()
@@ -89,7 +90,8 @@ def rank_share(outputs: Any, labels: Tensor, model: Any) -> Tensor:
         model: determines whether labels are shifted; may be wrapped by DDP.
     """
     targets = count_targets(labels, shifts_labels(getattr(model, "module", model)))
-    everyone, ranks = targets.clone(), 1
+    everyone = targets.clone()
+    ranks = 1
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(everyone)
         ranks = dist.get_world_size()

@@ -36,7 +36,8 @@ from mpoe.training.published import (
 )
 from mpoe.training.run_lock import check_free, hold
 
-RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
 
 # These do not change what a run computes, so a resumed run may change them.
 NEUTRAL_KEYS = frozenset(
@@ -265,7 +266,8 @@ def differing_keys(
 ) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (saved value, current value) of all relevant differences; absent values are
     None."""
-    old, new = dict(flatten(_jsonable(dict(saved)))), dict(flatten(_jsonable(dict(current))))
+    old = dict(flatten(_jsonable(dict(saved))))
+    new = dict(flatten(_jsonable(dict(current))))
     keys = [key for key in dict.fromkeys([*old, *new]) if not is_neutral(key, neutral_keys)]
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 

@@ -51,13 +51,16 @@ def build_param_groups(model: nn.Module, args: MPOETrainingArguments) -> list[di
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        kind, rate = "rest", args.learning_rate
+        kind = "rest"
+        rate = args.learning_rate
         if id(parameter) in cores:
             kind, rate = cores[id(parameter)]
         elif "router" in name.split("."):
-            kind, rate = "router", args.learning_rate * args.router_lr_scale
+            kind = "router"
+            rate = args.learning_rate * args.router_lr_scale
         elif id(parameter) in dense_experts and parameter.ndim == 3:
-            kind, rate = "dense_expert", args.learning_rate * args.dense_expert_lr_scale
+            kind = "dense_expert"
+            rate = args.learning_rate * args.dense_expert_lr_scale
         decayed = parameter.ndim > 1 and "bias" not in name and id(parameter) not in undecayed
         decay = args.weight_decay if decayed else 0.0
         new = {"params": [], "lr": rate, "weight_decay": decay, "kind": kind}
@@ -116,7 +119,8 @@ def _core_rates(model: nn.Module, args: MPOETrainingArguments) -> dict[int, tupl
         # Blocks start as identities, regardless of the scale of the weights around them. Neurons
         # have the scale of a dense network's and took its rate in our trials; a scale is then only
         # what was asked for.
-        own_scale, shared_scale = auxiliary_scale, args.central_lr_scale
+        own_scale = auxiliary_scale
+        shared_scale = args.central_lr_scale
         if layer.shape == NEURONS:
             own_scale = 1.0 if args.auxiliary_lr_scale is None else args.auxiliary_lr_scale
         for parameter in layer.experts.own_cores:

@@ -28,7 +28,8 @@ from mpoe.training.run_lock import LOCK_FILE, hold
 
 MANIFEST = "mpoe_files.json"
 CONFIG = "config.json"
-_STAGING, _WHOLE = ".incomplete-model", ".complete-model"
+_STAGING = ".incomplete-model"
+_WHOLE = ".complete-model"
 _OLD = ".old.json"  # in the folder of a whole model: the names of files to delete
 _LEFTOVERS = (LOCK_FILE, ".incomplete-", _WHOLE)
 # Of the weights that `save_pretrained` and `mpoe compose` write; other safetensors are a user's.

@@ -127,7 +127,8 @@ def kind_of(config: Any) -> str:
 # none sees
 
 
-STEPS, HELD_OUT = 30, 128
+STEPS = 30
+HELD_OUT = 128
 _FACTOR, _MOST = 3.0, 5  # between neighbouring rates; rates that are tried at most
 # arguments of a trial: nothing is logged, saved or reported, and the rate falls to 0 over its steps
 _TRIAL: dict[str, Any] = {
@@ -175,7 +176,8 @@ def find_rate(
     order = list(range(len(items)))
     random.Random(f"find-rate-{args.seed}").shuffle(order)
     held = max(1, min(HELD_OUT, len(items) // 10))
-    judged, rest = [items[k] for k in order[:held]], [items[k] for k in order[held:]]
+    judged = [items[k] for k in order[:held]]
+    rest = [items[k] for k in order[held:]]
 
     def tried(rate: float) -> float:
         trial_args = copy.copy(args)
@@ -187,7 +189,8 @@ def find_rate(
                 "max_steps": steps,
             }.items():
                 setattr(trial_args, name, value)
-            model, how = copy.deepcopy(trainer.model), {"data_collator": trainer.data_collator}
+            model = copy.deepcopy(trainer.model)
+            how = {"data_collator": trainer.data_collator}
             trial = type(trainer)(model=model, args=trial_args, train_dataset=rest, **how)
             trial.remove_callback(PrinterCallback)
             try:

@@ -46,13 +46,15 @@ class RunLog:
         With ``reduce``, over all processes, which must all call it.
         """
         steps = max(float(self._sums.pop("steps", 1.0)), 1e-9)
-        sums, self._sums = self._sums, {}
+        sums = self._sums
+        self._sums = {}
         means = {}
         for name in sorted(sums):
             means[name] = (
                 float(sums[name] if reduce is None else reduce(sums[name], "mean")) / steps
             )
-        counts, self._load = self._load, None
+        counts = self._load
+        self._load = None
         if counts is not None and reduce is not None:
             counts = reduce(counts, "sum")
         return means, counts
@@ -98,7 +100,8 @@ def one_sided(counts: Tensor, top_k: int) -> str | None:
     """A sentence if, of slots per expert ``[layers, E]`` where a token has ``top_k``, one got more
     of a layer's tokens than half plus half of the even share: of 2 experts 75%, of 8 56%, of 8 with
     ``top_k`` 2 63%."""
-    slots, experts = counts.sum(1), counts.shape[1]
+    slots = counts.sum(1)
+    experts = counts.shape[1]
     share = (top_k * counts.max(1).values / slots.clamp(min=1)).clamp(max=1)
     layer = int(share.argmax())
     if (

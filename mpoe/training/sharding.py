@@ -230,7 +230,8 @@ def load_sharded_optimizer(
             if (
                 isinstance(value, Tensor) and value.dim() and isinstance(parameter, DTensor)
             ):  # not a count of steps
-                here, mesh = value.to(parameter.device), parameter.device_mesh
+                here = value.to(parameter.device)
+                mesh = parameter.device_mesh
                 value = distribute_tensor(here, mesh, parameter.placements, src_data_rank=None)
             state.setdefault(number, {})[key] = value
     numbered = optimizer.state_dict()["param_groups"]

@@ -123,7 +123,8 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         # accumulation steps.
         self.model_accepts_loss_kwargs = False
         self._shifts_labels = shifts_labels(self.model)
-        self._log, self._is_warned = RunLog(), False
+        self._log = RunLog()
+        self._is_warned = False
         self._corrects_bias = corrects_bias(self.model)
         self._step_load: Tensor | None = None  # of the optimizer step in progress
         self._base_excess: Tensor | None = (

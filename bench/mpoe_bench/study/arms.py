@@ -131,7 +131,8 @@ def steps_of(study: Study, key: str, corner: Corner) -> int:
     arm = study.arms[key]
     if arm.budget_of is None:
         return corner.steps
-    model, layers = corner.model, corner.layers
+    model = corner.model
+    layers = corner.layers
     other = study.arms[arm.budget_of]
     hidden = dense_hidden(study, arm.budget_of, model)
     mixture = costs(study, arm.budget_of, model, layers).whole
@@ -236,7 +237,8 @@ def train_steps(
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    parameters, rates = list(model.parameters()), [group["lr"] for group in adam.param_groups]
+    parameters = list(model.parameters())
+    rates = [group["lr"] for group in adam.param_groups]
     history: list[tuple[int, float]] = []
     for step, ids in numbered:
         for group, rate in zip(adam.param_groups, rates, strict=True):
@@ -274,7 +276,8 @@ def train(
         FloatingPointError: the loss is not finite.
     """
     arm = study.arms[run.arm]
-    size, layers = run.corner.model, run.corner.layers
+    size = run.corner.model
+    layers = run.corner.layers
     steps = steps_of(study, run.arm, run.corner)
     hidden = dense_hidden(study, run.arm, size)
     numbered = enumerate(batches(data["train"], run.seed, steps))
@@ -313,10 +316,8 @@ def evaluate(model: Any, blocks: Blocks, routed: bool) -> tuple[dict[str, float]
     if not routed:
         return losses, {}
     sizes = torch.tensor([ids.numel() for ids in blocks.values()])
-    tokens, domains = (
-        torch.cat(list(blocks.values())).flatten(),
-        torch.arange(len(sizes)).repeat_interleave(sizes),
-    )
+    tokens = torch.cat(list(blocks.values())).flatten()
+    domains = torch.arange(len(sizes)).repeat_interleave(sizes)
     return losses, router_facts(logits, model.mpoe_config.top_k, tokens, domains)
 
 
@@ -337,7 +338,8 @@ def run_once(
             "test": math.inf,
         }
     model.eval()
-    arm, size = study.arms[run.arm], run.corner.model
+    arm = study.arms[run.arm]
+    size = run.corner.model
     validation, _ = evaluate(model, data["validation"], False)
     test, router = evaluate(model, data["test"], arm.experts is not None)
     mixture = costs(study, run.arm, size, run.corner.layers)

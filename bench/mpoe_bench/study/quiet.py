@@ -207,7 +207,10 @@ class QuietStudy:
     def change_of_answers(self, model: Any) -> dict[str, float]:
         """On the base's own answers: the KL divergence from the base, the share of equal greedy
         tokens, and of the tokens before the first other one."""
-        divergence, same, prefix, count = 0.0, 0, 0, 0
+        divergence = 0.0
+        same = 0
+        prefix = 0
+        count = 0
         for ids, start, before in self.answers:
             after = model(input_ids=ids).logits[0, start - 1 : -1].log_softmax(-1)
             divergence += float((before.exp() * (before - after)).sum())
@@ -341,7 +344,8 @@ class QuietStudy:
         """One expert composed with *none*; ``rest`` is domain, seed and perhaps steps."""
         words = rest.split(" ")
         steps = int(words.pop()) if words[-2].isdigit() else None
-        domain, seed = " ".join(words[:-1]), int(words[-1])
+        domain = " ".join(words[:-1])
+        seed = int(words[-1])
         return self.tests(self.mixture([domain], seed, steps), [domain])
 
     def scaled(self, domain: str, seed: int, records: Records) -> dict[str, Any]:
@@ -356,7 +360,8 @@ class QuietStudy:
             for layer, scaling in zip(layers, whole, strict=True):
                 layer.scaling = {name: factor * value for name, value in scaling.items()}
 
-        low, high = 0.0, 1.0
+        low = 0.0
+        high = 1.0
         for _ in range(5):
             middle = (low + high) / 2
             scale(middle)

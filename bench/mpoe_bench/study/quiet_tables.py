@@ -243,7 +243,8 @@ def of_many(plan: QuietPlan, records: Records) -> list[list[Any]]:
 def of_lengths(plan: QuietPlan, records: Records) -> list[list[Any]]:
     """What one domain gains and what everything else loses, by steps."""
     base = records.get("base")
-    seed, domain = plan.seeds[0], plan.forgetting
+    seed = plan.seeds[0]
+    domain = plan.forgetting
     rows = []
     for method in ("neurons", "quiet", "lora", "replay"):
         row: list[Any] = [method]

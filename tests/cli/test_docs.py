@@ -157,7 +157,8 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 def test_links_lead_somewhere() -> None:
     links = [target for target in re.findall(r"\]\(([^)]+)\)", README) if "://" not in target]
     assert len(links) >= 10
-    assert all((ROOT / link).exists() for link in links)
+    absent = [link for link in links if not (ROOT / link.partition("#")[0]).exists()]
+    assert not absent
 
 
 def test_lines_of_the_readme_fit_a_window() -> None:

@@ -40,6 +40,7 @@ from shipped_kernels import Library, as_on_gpu, bytes_of
 from torch import nn
 
 from mpoe.layers import router
+from mpoe_kernels import define
 from mpoe_kernels.routing import gating
 from mpoe_kernels.testing.launches import Launch
 from mpoe_kernels.triton.start import cdiv
@@ -76,7 +77,8 @@ def recorded(layer: nn.Module, case: Case, training: bool) -> list[Launch | Libr
         warnings.simplefilter("ignore")  # nothing balances the experts of a single layer
         patches.enter_context(patch.object(router, "_on_gpu", lambda _: True))
         patches.enter_context(patch.object(gating, "requested_backend", lambda _: "triton"))
-        patches.enter_context(patch.object(gating, "is_plain_call", lambda _: True))
+        for module in (gating, define):  # as it is without this recording
+            patches.enter_context(patch.object(module, "is_plain_call", lambda _: True))
         log = patches.enter_context(as_on_gpu(ARCHITECTURE))
         with torch.set_grad_enabled(training):
             y = layer.train(training)(x)

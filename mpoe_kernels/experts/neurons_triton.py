@@ -1,13 +1,13 @@
 """Launches of the Triton kernels of `neuron_experts`.
 
 Forward: sort pairs by expert (`routing.triton.sort_slots`), rows of pairs with the hidden neurons
-on chip (`neurons_fused_kernel`; more neurons than fit: `neurons_hidden_kernel` and
-`neurons_rows_kernel`), and their sum. Few pairs are not sorted: `neurons_hidden_kernel` and
-`neurons_few_kernel`, with the same bits. Backward: sort, hidden activations and their gradients
-(`neurons_hidden_kernel`), dx (`neurons_rows_kernel` and the sum), all weights
-(`neurons_weights_kernel`). No program waits for another. The largest temporaries are rows of pairs,
-``[T K, O]`` in the tokens' dtype or as many columns of them as `MOST_ROWS` holds, and hidden
-activations ``[T K, m]``.
+on chip (`neurons_fused_kernel`; few slots of an expert, or more neurons than fit:
+`neurons_hidden_kernel` and `neurons_rows_kernel`), and their sum. Few pairs are not sorted:
+`neurons_hidden_kernel` and `neurons_few_kernel`. All have the same bits. Backward: sort, hidden
+activations and their gradients (`neurons_hidden_kernel`), dx (`neurons_rows_kernel` and the sum),
+all weights (`neurons_weights_kernel`). No program waits for another. The largest temporaries are
+rows of pairs, ``[T K, O]`` in the tokens' dtype or as many columns of them as `MOST_ROWS` holds,
+and hidden activations ``[T K, m]``.
 
 `torch.nn.functional.grouped_mm` is not used: below sm_90 it waits for the device, and rows would be
 copied for it.
@@ -48,6 +48,9 @@ from mpoe_kernels.triton.start import (
 # mostly have
 FEW = 64
 ON_CHIP = {2: 128, 4: 64}  # bytes of an element -> most neurons of an expert that stay on chip
+# Slots of an expert up to which a tile's hidden neurons are not kept on chip: its program would do
+# little but wait, first for an expert's up, then for its down.
+FEW_SLOTS = 16
 # kernel -> bytes of an element -> tiles, the first of them where nothing is timed; for few slots of
 # an expert the last alone. Those of a kernel have the same columns, which decide over partial
 # results, and the same inner size, the order of sums; so have "fused", "hidden" and "few hidden",
@@ -55,15 +58,15 @@ ON_CHIP = {2: 128, 4: 64}  # bytes of an element -> most neurons of an expert th
 # tensor cores operands are in registers. 64 rows of gated "hidden" spill on sm_80.
 TILES: dict[str, dict[int, tuple[Tile, ...]]] = {
     "fused": {
-        2: (Tile(64, 128, 64, 8), Tile(32, 128, 64, 4), Tile(16, 128, 64, 4)),
+        2: (Tile(64, 128, 64, 8), Tile(32, 128, 64, 4), Tile(32, 128, 64, 4)),
         4: (Tile(32, 64, 16, 8),),
     },
-    "hidden": {2: (Tile(32, 64, 64, 8), Tile(16, 64, 64, 4)), 4: (Tile(32, 32, 16, 8),)},
+    "hidden": {2: (Tile(32, 64, 64, 4), Tile(16, 64, 64, 4, 4)), 4: (Tile(32, 32, 16, 8),)},
     "rows": {
         2: (Tile(64, 64, 64, 4), Tile(128, 64, 64, 8), Tile(16, 64, 64, 4)),
         4: (Tile(32, 32, 16, 8),),
     },
-    "weights": {2: (Tile(64, 64, 64, 4), Tile(64, 128, 32, 8)), 4: (Tile(32, 32, 16, 4),)},
+    "weights": {2: (Tile(64, 128, 64, 4), Tile(64, 64, 64, 4)), 4: (Tile(32, 32, 16, 4),)},
     # Narrow, so that one token's programs fill a card.
     "few hidden": {2: (Tile(16, 16, 64, 4),), 4: (Tile(16, 16, 16, 4),)},
     "few rows": {2: (Tile(16, 32, 64, 4),), 4: (Tile(16, 32, 16, 4),)},
@@ -122,6 +125,12 @@ class _Call:
     def _ways(self, kernel: str, slots: SortedSlots, columns: int, inner: int) -> Sequence[Options]:
         return fitted(tuple(slots.among(TILES[kernel][self.size])), columns, inner)
 
+    def _in_one_step(self, ways: Sequence[Options]) -> Sequence[Options]:
+        """Ways of a product over neurons that add as `neurons_fused_kernel` does."""
+        if not self.on_chip:
+            return ways
+        return [{**way, "BK": max(16, power_of_two(self.neurons))} for way in ways]
+
     def few(self) -> Tensor:
         """``[T, O]``, of few pairs."""
         h = self.like.new_empty(self.tokens * self.top_k, self.neurons)
@@ -140,13 +149,13 @@ class _Call:
             gate_parts=None,
             tokens=self.tokens,
             BACKWARD=False,
-            **self.shared,
+            **self.shared | {"down": None},
             **way,
         )
         out = self.like.new_empty(self.tokens, self.out_width)
-        (way,) = fitted(TILES["few rows"][self.size], self.out_width, self.neurons)
-        if self.on_chip:  # in one step, as `neurons_fused_kernel`
-            way = {**way, "BK": max(16, power_of_two(self.neurons))}
+        (way,) = self._in_one_step(
+            fitted(TILES["few rows"][self.size], self.out_width, self.neurons)
+        )
         start(
             neurons_few_kernel,
             (self.tokens, cdiv(self.out_width, way["BN"])),
@@ -217,7 +226,7 @@ class _Call:
             gate_parts=gate_parts,
             tokens=self.tokens,
             BACKWARD=grad is not None,
-            **self.shared,
+            **self.shared | {"down": None if grad is None else self.down},
         )
         return h, dvalue, dz, gate_parts
 
@@ -232,6 +241,8 @@ class _Call:
         columns]``."""
         columns = pairs[0][1].shape[2]
         ways = self._ways("rows", slots, columns, self.neurons)
+        if gates is not None:
+            ways = self._in_one_step(ways)
         step = ways[0]["BN"]
 
         def write(rows: Sequence[Tensor], first: int, last: int) -> None:
@@ -304,7 +315,7 @@ def forward(call: NeuronCall) -> Tensor:
     if this.tokens * this.top_k <= FEW:
         return this.few()
     slots = call.kept = sort_slots(this.index, this.experts)
-    if this.on_chip:
+    if this.on_chip and not slots.fit(FEW_SLOTS):
         return this.fused(slots)
     h, *_ = this.hidden(slots)
     return this.rows(

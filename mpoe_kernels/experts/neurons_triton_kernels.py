@@ -119,7 +119,7 @@ def neurons_hidden_kernel(
     index,
     up,
     gate_up,
-    down,
+    down,  # or None, if not BACKWARD
     bias,
     h_rows,
     dvalue_rows,

@@ -162,17 +162,20 @@ def _gradients(
     """Of tokens and weight, from those of logits and gates."""
     x, weight, logits, index = saved
     need_x, need_weight = needs
-    in_parts = need_weight and x.dtype == torch.bfloat16
+    in_parts = x.dtype == torch.bfloat16
     decided = Gating(logits, index, logits)
-    dlogits, parts = BACKENDS["triton"].kernels["gate_backward"](
-        decided, dlogits, dgates, *rule, in_parts
-    )
-    dx = (dlogits @ weight.float()).to(x.dtype) if need_x else None
-    dweight = None
-    if in_parts:  # products of 16 bits without a float32 copy of the tokens
-        dweight = float32_mm(parts.t(), x).view(3, *weight.shape).sum(0).to(weight.dtype)
-    elif need_weight:
-        dweight = (dlogits.t() @ x.float()).to(weight.dtype)
+    grad = BACKENDS["triton"].kernels["gate_backward"](decided, dlogits, dgates, *rule, in_parts)
+    dx = dweight = None
+    if in_parts:  # products of 16 bits, without float32 copies of the tokens
+        if need_x:  # of rounded numbers, as every gradient of such tokens
+            dx = grad[:, : len(weight)] @ weight.to(x.dtype)
+        if need_weight:
+            dweight = float32_mm(grad.t(), x).view(3, *weight.shape).sum(0).to(weight.dtype)
+        return dx, dweight
+    if need_x:
+        dx = (grad @ weight.float()).to(x.dtype)
+    if need_weight:
+        dweight = (grad.t() @ x.float()).to(weight.dtype)
     return dx, dweight
 
 

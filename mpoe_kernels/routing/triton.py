@@ -29,7 +29,8 @@ COUNTED = 4096  # counts that it holds at once
 MOST_ROWS = 1 << 28  # bytes of pairs' rows that wait for their sum at once
 SORT_BLOCK = 1024  # pairs that it reads at once
 ROWS = {"BM": 16, "BN": 128, "num_warps": 4}
-SUMMED = {"BM": 4, "BN": 512, "num_warps": 4}  # where a program sums over a row
+# Where a program sums over a row: so few numbers that the loads of all choices are in flight.
+SUMMED = {"BM": 4, "BN": 256, "num_warps": 4}
 
 
 def sort_pairs(
@@ -121,16 +122,16 @@ class SortedSlots(NamedTuple):
         """At most so many tiles of ``rows`` slots of one expert are there, however tokens chose."""
         return (self.pairs + min(self.pairs, self.experts + 1) * (rows - 1)) // rows
 
+    def fit(self, rows: int) -> bool:
+        """Whether ``rows`` slots of an expert are as many as there are on average."""
+        return self.pairs <= min(self.pairs, self.experts) * rows
+
     def among(self, tiles: Sequence[Tile]) -> Sequence[Tile]:
         """Of several tiles, the last of which is for few slots of an expert: that one, or all
         others."""
         if len(tiles) == 1:
             return tiles
-        return (
-            tiles[-1:]
-            if self.pairs <= min(self.pairs, self.experts) * tiles[-1].rows
-            else tiles[:-1]
-        )
+        return tiles[-1:] if self.fit(tiles[-1].rows) else tiles[:-1]
 
 
 def sort_slots(top_k_index: Tensor, num_experts: int) -> SortedSlots:

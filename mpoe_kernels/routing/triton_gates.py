@@ -15,13 +15,14 @@ from mpoe_kernels.routing.gating import Gating
 from mpoe_kernels.triton.device_functions import COUNTS
 from mpoe_kernels.triton.start import cdiv, power_of_two, start
 
-GATED = 2048  # logits of one program
+GATED = 512  # logits of one program
 # of a part of the logits: one token's parts fill as many multiprocessors as its width allows
-PART_OF_WIDTH = 512
-# 32 experts: 64 spill on sm_100, or with 8 warps on gfx942. Both have the same inner size, the
-# order of sums.
-LOGITS = {"BM": 32, "BN": 32, "BK": 64, "num_warps": 4, "num_stages": 2}
-LOGITS_FEW = LOGITS | {"BM": 16}
+PART_OF_WIDTH = 256
+# 32 experts: 64 spill on sm_80. 64 tokens share the splitting of a weight, and keep four warps from
+# multiplying the same. Both have the same inner size, the order of sums.
+LOGITS = {"BM": 64, "BN": 32, "BK": 64, "num_warps": 4, "num_stages": 2}
+LOGITS_FEW = LOGITS | {"BM": 16, "num_stages": 3}
+FEW = 256  # tokens whose larger tiles would leave multiprocessors idle
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -136,13 +137,13 @@ def gate_backward_kernel(
     index,  # [tokens, TOP_K]
     dweights,  # [tokens, TOP_K] float32, or None
     given,  # [tokens, EXPERTS]: what logits have from elsewhere, or None
-    dlogits,  # [tokens, EXPERTS] float32
-    parts,  # [tokens, 3, EXPERTS] bfloat16: three numbers whose sum is dlogits, or None
+    dlogits,  # [tokens, EXPERTS] float32; IN_PARTS: [tokens, 3, EXPERTS] bfloat16, their sums
     tokens,
     scale,
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     RAW: tl.constexpr,
+    IN_PARTS: tl.constexpr,
     SCAN: tl.constexpr,
     KP: tl.constexpr,
     BM: tl.constexpr,
@@ -180,9 +181,10 @@ def gate_backward_kernel(
             number = tl.load(index + token.to(tl.int64) * TOP_K + k, mask=token < tokens, other=0)
             of_k = tl.sum(tl.where(choice[None, :] == k, dw, 0.0), 1)
             grad += tl.where(expert[None, :] == number[:, None], of_k[:, None], 0.0)
-    tl.store(dlogits + at, grad, mask=inside)
-    if parts is not None:
-        at_part = parts + token.to(tl.int64)[:, None] * (3 * EXPERTS) + expert[None, :]
+    if not IN_PARTS:
+        tl.store(dlogits + at, grad, mask=inside)
+    else:
+        at_part = dlogits + token.to(tl.int64)[:, None] * (3 * EXPERTS) + expert[None, :]
         for part in tl.static_range(3):
             rounded = grad.to(tl.bfloat16)
             tl.store(at_part + part * EXPERTS, rounded, mask=inside)
@@ -204,7 +206,7 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     ):
         return torch.mm(x.float(), weight.float().t())[None]
     parts = x.new_empty(cdiv(width, PART_OF_WIDTH), tokens, experts, dtype=torch.float32)
-    tile = LOGITS_FEW if tokens <= LOGITS_FEW["BM"] else LOGITS
+    tile = LOGITS_FEW if tokens <= FEW else LOGITS
     start(
         logits_kernel,
         (cdiv(tokens, tile["BM"]), cdiv(experts, tile["BN"]), parts.shape[0]),
@@ -267,13 +269,17 @@ def gate_backward(
     raw: bool,
     scale: float,
     in_parts: bool,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """The gradient of the logits ``[T, E]`` from those of both results, of which one may be
-    missing, and its bfloat16 parts ``[T, 3 E]``, empty unless ``in_parts``. One launch."""
+    missing; ``in_parts``: as three bfloat16 numbers whose sum it is, the first of them the nearest,
+    ``[T, 3 E]``. One launch."""
     logits, index = decided.logits, decided.top_k_index
     (tokens, experts), top_k = logits.shape, index.shape[1]
-    found = logits.new_empty(tokens, experts)
-    parts = logits.new_empty((tokens, 3 * experts) if in_parts else 0, dtype=torch.bfloat16)
+    found = (
+        logits.new_empty(tokens, 3 * experts, dtype=torch.bfloat16)
+        if in_parts
+        else logits.new_empty(tokens, experts)
+    )
     grid, options = _gated(tokens, experts, top_k)
     start(
         gate_backward_kernel,
@@ -283,10 +289,10 @@ def gate_backward(
         dweights=None if dweights is None else dweights.contiguous(),
         given=None if dlogits is None else dlogits.contiguous(),
         dlogits=found,
-        parts=parts if in_parts else None,
         tokens=tokens,
         scale=scale,
         RAW=raw,
+        IN_PARTS=in_parts,
         **options,
     )
-    return found, parts
+    return found

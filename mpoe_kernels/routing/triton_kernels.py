@@ -66,15 +66,15 @@ def histogram_kernel(
 def counted_pairs(counts, BINS: tl.constexpr, CHUNK: tl.constexpr):
     """``(total, earlier) [BINS]``: pairs of every key in all programs' parts, ``CHUNK`` of which
     are read at once, and in those before this program's."""
-    total = tl.zeros((BINS,), dtype=tl.int32)
-    earlier = tl.zeros((BINS,), dtype=tl.int32)
+    total = tl.zeros((CHUNK, BINS), dtype=tl.int32)
+    earlier = tl.zeros((CHUNK, BINS), dtype=tl.int32)
     for first in tl.range(0, tl.num_programs(0), CHUNK):
         part = first + tl.arange(0, CHUNK)
         at = counts + part[:, None] * BINS + tl.arange(0, BINS)[None, :]
         count = tl.load(at, mask=(part < tl.num_programs(0))[:, None], other=0)
-        total += tl.sum(count, 0)
-        earlier += tl.sum(tl.where((part < tl.program_id(0))[:, None], count, 0), 0)
-    return total, earlier
+        total += count
+        earlier += tl.where((part < tl.program_id(0))[:, None], count, 0)
+    return tl.sum(total, 0), tl.sum(earlier, 0)
 
 
 @triton.jit(do_not_specialize=COUNTS)

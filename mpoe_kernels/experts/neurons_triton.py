@@ -66,7 +66,7 @@ TILES: dict[str, dict[int, tuple[Tile, ...]]] = {
         2: (Tile(64, 64, 64, 4), Tile(128, 64, 64, 8), Tile(16, 64, 64, 4)),
         4: (Tile(32, 32, 16, 8),),
     },
-    "weights": {2: (Tile(64, 128, 64, 4), Tile(64, 64, 64, 4)), 4: (Tile(32, 32, 16, 4),)},
+    "weights": {2: (Tile(64, 64, 64, 4), Tile(64, 128, 32, 8)), 4: (Tile(32, 32, 16, 4),)},
     # Narrow, so that one token's programs fill a card.
     "few hidden": {2: (Tile(16, 16, 64, 4),), 4: (Tile(16, 16, 16, 4),)},
     "few rows": {2: (Tile(16, 32, 64, 4),), 4: (Tile(16, 32, 16, 4),)},

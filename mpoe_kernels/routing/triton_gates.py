@@ -233,7 +233,8 @@ def _gated(tokens: int, experts: int, top_k: int) -> tuple[tuple[int], dict[str,
         "KP": power_of_two(top_k),
         "BM": rows,
     }
-    return (cdiv(tokens, rows),), {**options, "num_warps": 4}
+    warps = 4 if scan <= 1024 else 8  # a row of thousands would spill on sm_80
+    return (cdiv(tokens, rows),), {**options, "num_warps": warps}
 
 
 def gate(parts: Tensor, top_k: int, raw: bool, scale: float) -> Gating:

@@ -27,6 +27,7 @@ from mpoe.training.published import (
     finish,
 )
 
+ADAPTER_CONFIG = "adapter_config.json"
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*")
 
 
@@ -60,9 +61,14 @@ def find(name: str) -> Source:
     """Locate a model and read its family from its configuration, without loading weights.
 
     Raises:
-        ValueError: as `read_configuration`, or an unsupported family.
+        ValueError: as `read_configuration`, an unsupported family, an adapter beside the model.
     """
     values = read_configuration(name)
+    if (Path(name) / ADAPTER_CONFIG).exists():
+        raise CommandError(
+            f"model must be one alone; {name} holds an adapter too ({ADAPTER_CONFIG}), which "
+            "Transformers would load with it, or with the base that it names: merge it, or move it"
+        )
     names = values.get("architectures")
     architecture = str(names[0]) if isinstance(names, list) and names else ""
     return Source(

@@ -302,3 +302,23 @@ def test_how_many_words_compose_takes(refused: Callable[..., str]) -> None:
     words = ["compose", "base", *(["x"] * 128)]
     assert "texts must name a file for each of 128 fine-tunes" in refused(*words)
     assert "values without an option: 'x'" in refused(*words, "x")
+
+
+def test_a_folder_with_an_adapter_is_no_model(refused: Callable[..., str], tmp_path: Path) -> None:
+    """Transformers would load it unasked, in some versions into a model at any path it names."""
+    base = tmp_path / "base"
+    shutil.copytree(stand_in_path("gpt2"), base)
+    (base / "adapter_config.json").write_text('{"base_model_name_or_path": "/private"}')
+    out = tmp_path / "out"
+    for words in (
+        ["convert", base, out],
+        ["export", base, out],
+        ["compose", base, base / "law.expert", "--texts", base / "config.json"],
+        ["train", "--model", base, "--expert", "a", "--data_dir", tmp_path],
+        ["generate", base, "--prompt", "x"],
+    ):
+        place = ["--output_dir", out] if words[0] in ("compose", "train") else []
+        if words[0] == "compose":
+            (base / "law.expert").touch()
+        assert "holds an adapter too (adapter_config.json)" in refused(*words, *place)
+    assert not out.exists()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from mpoe.models.checkpoint import read_mpoe_config
 from mpoe.models.weight_files import check_repeats, check_shapes, weight_files
 from tests.assertions import refuses
 
@@ -41,3 +42,14 @@ def test_a_model_may_be_larger_than_its_weights_but_not_far_larger(tmp_path: Pat
 def test_as_many_layers_as_tensors_are_possible(tmp_path: Path) -> None:
     check_repeats({"n_layer": 3, "num_layers": "many"}, 3, tmp_path)
     refuses(ValueError, "n_layer in .*3 tensors; got 4", check_repeats, {"n_layer": 4}, 3, tmp_path)
+
+
+def test_architectures_are_of_the_model_type(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    for name in ("MPOET5ForConditionalGeneration", "MPOEGPT2LMHeadModel"):
+        config.write_text(json.dumps({"model_type": "mpoe_gpt2", "architectures": [name]}))
+        if name.startswith("MPOET5"):
+            refuses(
+                ValueError, "must name an MPOE class of 'mpoe_gpt2'", read_mpoe_config, tmp_path
+            )
+    assert read_mpoe_config(tmp_path)[1].__name__ == "MPOEGPT2LMHeadModel"

@@ -211,8 +211,7 @@ def composed_worth(
     if len(names) < 2 or len(classes) != len(names):
         raise ValueError(
             "mixture must be composed of at least two experts with *none*, each with statistics; "
-            f"it has {names}, "
-            f"statistics are of {len(classes)}"
+            f"it has {names}, statistics are of {len(classes)}"
         )
     loads: list[Tensor] = []
     counting = mixture.register_forward_hook(

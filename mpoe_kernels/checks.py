@@ -113,8 +113,7 @@ def check_same(reference_name: str, reference: Tensor, **others: Tensor | None) 
         hint = "; autocast leaves float64" if lowered else " (or run under autocast)"
         raise TypeError(
             f"{name} must have the dtype of {reference_name}, "
-            f"{str(dtype).removeprefix('torch.')}{hint}; "
-            f"got {describe(other)}"
+            f"{str(dtype).removeprefix('torch.')}{hint}; got {describe(other)}"
         )
 
 

@@ -52,8 +52,8 @@ def refuse_unseen(name: str, arguments: tuple[Any, ...]) -> None:
                 raise NotImplementedError(_NO_SECOND_DERIVATIVES.format(name))
             raise NotImplementedError(
                 f"{NAMESPACE}::{name} does not support forward-mode derivatives (torch.func.jvp, "
-                "jacfwd, forward_ad); "
-                "use reverse mode (torch.autograd.grad, torch.func.vjp, jacrev)"
+                "jacfwd, forward_ad); use reverse mode (torch.autograd.grad, torch.func.vjp, "
+                "jacrev)"
             )
 
 

@@ -35,8 +35,7 @@ _LINEAR = (
 )
 _HIDDEN = (
     "u:f T F; gates:f T K; top_k_index:i T K; right:u E G b b; left:u E G b b; bias:u E F; "
-    "u_gate:u T F; "
-    "right_gate:u E G b b"
+    "u_gate:u T F; right_gate:u E G b b"
 )
 _NEURONS = (
     "x:f T I; gates:f T K; top_k_index:i T K; up:x E m I; down:x E m F; bias:x E m; gate_up:x E m I"

@@ -10,14 +10,11 @@ from mpoe_bench.targets import TOLERANCE
 
 HOW_TO_READ = (
     "x dense: time over that of the dense FFN on the same tokens, in the same round of the same "
-    "process; median over "
-    "rounds, in brackets its 10th and 90th percentile. Floor: the fewest FLOPs of any strategy "
-    "over the dense FFN's. "
-    "Peak: the most memory that one call held above what was allocated before it (temporaries, "
-    "saved activations, "
-    "results, gradients), measured. Error: relative L2 error against float64, of the result and "
-    "the worst of the "
-    "gradients; whatever is wrong has no times. Layers are timed with their routers."
+    "process; median over rounds, in brackets its 10th and 90th percentile. Floor: the fewest "
+    "FLOPs of any strategy over the dense FFN's. Peak: the most memory that one call held above "
+    "what was allocated before it (temporaries, saved activations, results, gradients), measured. "
+    "Error: relative L2 error against float64, of the result and the worst of the gradients; "
+    "whatever is wrong has no times. Layers are timed with their routers."
 )
 
 

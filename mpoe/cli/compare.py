@@ -31,25 +31,22 @@ NUMBERS_FILE = "compare.json"
 _SEEDS = ("seed", "data_seed", "gradient_mask_seed")
 _CURVES = (
     "From metrics.jsonl. Pale lines are the raw values, the others running means; dots are "
-    "evaluations. Task loss is "
-    "in nats per target token, without the balancing loss. Entropy / ln E is 1 where experts get "
-    "equal shares."
+    "evaluations. Task loss is in nats per target token, without the balancing loss. Entropy / ln "
+    "E is 1 where experts get equal shares."
 )
 _LOAD = (
     "A row for each mixture layer, a column for each expert: the share of the layer's tokens that "
-    "the router gave it "
-    "in the last logged steps. An expert near 0 learns nothing; balance_loss_weight spreads tokens."
+    "the router gave it in the last logged steps. An expert near 0 learns nothing; "
+    "balance_loss_weight spreads tokens."
 )
 _SCORES = (
     "Validation, after the last step; * is the best of a row. Another seed moves a score as well, "
-    "so compare several "
-    "before a small difference is believed. Constant: one answer for all items."
+    "so compare several before a small difference is believed. Constant: one answer for all items."
 )
 _ARMS = (
     "Runs that differ in their seeds alone are one arm: mean ± half of its 95% interval (Student's "
-    "t). Less the "
-    "first arm's: over runs of the same seed; a difference whose interval holds 0 is not shown to "
-    "be one."
+    "t). Less the first arm's: over runs of the same seed; a difference whose interval holds 0 is "
+    "not shown to be one."
 )
 # Tables with a column for each run -> how to read them.
 _WORDS = {
@@ -59,10 +56,9 @@ _WORDS = {
     "together.",
     "Parameters": (
         "central: shared by the experts of a layer; auxiliary: cores of all experts; expert: "
-        "weights of dense experts; "
-        "rest: embeddings, attention, norms, biases, layers that stayed dense; dense_total: the "
-        "model before "
-        "conversion; switch_total: as many experts with full weights (Switch)."
+        "weights of dense experts; rest: embeddings, attention, norms, biases, layers that stayed "
+        "dense; dense_total: the model before conversion; switch_total: as many experts with full "
+        "weights (Switch)."
     ),
     "Settings that differ": "Those of run.json that are not the same in all runs and may change "
     "what a run computes.",

@@ -102,8 +102,8 @@ def command(request: Request) -> None:
     ):
         raise CommandError(
             "compose takes the dense model that the experts were trained beside, of others a "
-            "causal language model"
-            f"; {base} is a {source.model_type} (mpoe.compose in Python takes batches of any model)"
+            f"causal language model; {base} is a {source.model_type} (mpoe.compose in Python takes "
+            "batches of any model)"
         )
     tokenizer = models.load_tokenizer(source)
     dense = models.load_model(source)
@@ -240,9 +240,8 @@ def _fitted(base: Any, name: str, texts: Any, tokenizer: Any, options: ComposeOp
     facts = expert.facts["training"]
     print(
         f"{expert.name}: {fit['neurons']} neurons keep {facts['kept']:.0%} of the adapter's gain "
-        "(held-out nats per "
-        f"token: base {facts['base']:.3f}, adapter {facts['adapter']:.3f}, neurons "
-        f"{facts['expert']:.3f})"
+        f"(held-out nats per token: base {facts['base']:.3f}, adapter {facts['adapter']:.3f}, "
+        f"neurons {facts['expert']:.3f})"
     )
     return expert
 

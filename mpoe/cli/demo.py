@@ -128,10 +128,9 @@ _ALIKE = (
 _ALIKE += " --save_strategy no --use_cpu --disable_tqdm true --report_to none --overwrite"
 _COMPARED = (
     "The same start, the same items in the same order, one seed. So short a training from a "
-    "pretrained start hardly "
-    "needs experts, and seeds differ by a point or so: larger models, longer training and other "
-    "data may differ. "
-    "Parameters and FLOPs of a large model: mpoe plan t5-base."
+    "pretrained start hardly needs experts, and seeds differ by a point or so: larger models, "
+    "longer training and other data may differ. Parameters and FLOPs of a large model: mpoe plan "
+    "t5-base."
 )
 
 
@@ -166,12 +165,10 @@ COLUMNS = ("base", "own", "composed", "merged")
 HEADER = ("held-out text", "base", "own expert", "composed", "merged")
 _MEANING = (
     "Nats per token, lower is better. Own expert: the right one is named for every text, and is "
-    "always on (for "
-    f"{FOREIGN}, which no expert saw: the mean of the three). Composed: one mixture, whose routers "
-    "were solved from "
-    "the experts' files alone, and nobody says which text is which. Merged: one dense network with "
-    "the neurons of all "
-    "experts at a third of their weight."
+    f"always on (for {FOREIGN}, which no expert saw: the mean of the three). Composed: one "
+    "mixture, whose routers were solved from the experts' files alone, and nobody says which text "
+    "is which. Merged: one dense network with the neurons of all experts at a third of their "
+    "weight."
 )
 _PICTURE = (
     "Every token of a text that changes its domain, coloured by the expert that most layers "
@@ -295,8 +292,8 @@ def conclusions(results: Mapping[str, Any]) -> list[str]:
         f"Of its own expert's gain the mixture keeps: {kept_shares}; nobody said which "
         "text is which.",
         f"Forgetting, on {FOREIGN}, which no expert saw: an expert that is always on "
-        f"{excess['own']:+.3f} nats, the "
-        f"mixture {excess['composed']:+.3f}, merged {excess['merged']:+.3f}.",
+        f"{excess['own']:+.3f} nats, the mixture {excess['composed']:+.3f}, merged "
+        f"{excess['merged']:+.3f}.",
         "What this does not show: larger models, longer training, domains that are nearer to each "
         "other.",
     ]

@@ -82,10 +82,8 @@ def expert_load(model: Any, items: Items, tokenizer: Any) -> list[list[int]]:
 
 SCORE_NOTE = (
     "constant: one answer for all items, the most frequent one or the mean; of perplexity, every "
-    "token guessed by its "
-    "frequency. Perplexity and loss (in nats) are per token of the model's tokenizer: those of two "
-    "tokenizers do not "
-    "compare."
+    "token guessed by its frequency. Perplexity and loss (in nats) are per token of the model's "
+    "tokenizer: those of two tokenizers do not compare."
 )
 _LOWER_IS_BETTER = ("perplexity", "loss")
 

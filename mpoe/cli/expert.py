@@ -96,8 +96,7 @@ def limit_measuring(
     if arguments.process_index == 0:
         print(
             f"validation: {items} items, {points + 1} times with the base's; statistics: "
-            f"{statistics} items ({trained} "
-            "are trained on)"
+            f"{statistics} items ({trained} are trained on)"
         )
     return statistics
 
@@ -193,8 +192,7 @@ def stage_expert(
         share = (validated + collected) / training
         print(
             f"training took {training:.1f} s; validation {validated:.1f} s and statistics "
-            f"{collected:.1f} s, together "
-            f"{share:.0%} of that"
+            f"{collected:.1f} s, together {share:.0%} of that"
         )
     return expert
 

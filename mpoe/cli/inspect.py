@@ -44,35 +44,28 @@ _MAX_TOKENS = 60  # of the items that are shown when no text is given
 _WORDS = {
     "Which expert took which token": (
         "A column for each token, a row for each layer; the number is the expert that the router "
-        "gave the token to, "
-        "and the colour says the same. Hold the pointer over a cell to see the router's "
-        "probability. A row of one "
-        "colour is a layer that sends everything to one expert; equal tokens show whether a layer "
-        "sorts by word or by"
-        " context."
+        "gave the token to, and the colour says the same. Hold the pointer over a cell to see the "
+        "router's probability. A row of one colour is a layer that sends everything to one expert; "
+        "equal tokens show whether a layer sorts by word or by context."
     ),
     "What each expert is worth": (
         "Losses in nats per predicted token. \"Alone\": all tokens go to this expert ('none' is "
         "the "
         'base). "Without": the mixture composed without it; what that adds is the price of '
-        "removing the expert. The "
-        "oracle gives every token the single expert that predicts it best, so it is a bound that "
-        "no router reaches."
+        "removing the expert. The oracle gives every token the single expert that predicts it "
+        "best, so it is a bound that no router reaches."
     ),
     "Expert load": (
         "The share of its tokens that each layer gave to each expert, counted on {}. Padding is "
-        "not counted. An "
-        "expert near 0 learns nothing from such data; raise balance_loss_weight if training does "
-        "not cure it."
+        "not counted. An expert near 0 learns nothing from such data; raise balance_loss_weight if "
+        "training does not cure it."
     ),
     "What the bonds carry": (
         "Cutting an expert's matrix in two at a bond of dimension d leaves d singular values "
-        "there; their "
-        "entanglement entropy S gives the effective rank exp(S): over how many of the d directions "
-        "the weight is "
-        "spread. Near 100% of d, a smaller max_bond would cost accuracy; a low share means that "
-        "truncation is cheap. "
-        "The lines are the singular values, averaged over the experts."
+        "there; their entanglement entropy S gives the effective rank exp(S): over how many of the "
+        "d directions the weight is spread. Near 100% of d, a smaller max_bond would cost "
+        "accuracy; a low share means that truncation is cheap. The lines are the singular values, "
+        "averaged over the experts."
     ),
 }
 
@@ -117,8 +110,7 @@ def command(request: Request) -> None:
     if not source.is_mpoe:
         raise CommandError(
             f"{name} is a dense {source.model_type}; inspect looks into mixtures: mpoe convert "
-            f"{name} OUT, then "
-            "mpoe inspect OUT"
+            f"{name} OUT, then mpoe inspect OUT"
         )
     tokenizer = models.tokenizer_if_any(source)
     style = SEQ2SEQ if source.style == ENCODER else source.style

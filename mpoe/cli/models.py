@@ -115,8 +115,7 @@ def read_configuration(name: str, others: Iterable[str] = ()) -> dict[str, Any]:
         reason = str(error).strip().partition("\n")[0]
         raise CommandError(
             f"model: {name!r} is not a folder here, no built-in model ({', '.join(STAND_INS)}), "
-            "and the hub did not "
-            f"give it ({reason}){close_matches(name, known)}"
+            f"and the hub did not give it ({reason}){close_matches(name, known)}"
         ) from error
 
 

@@ -36,8 +36,7 @@ class RunOptions:
     baseline: str | None = option(
         None,
         "train what the mixture is compared with: dense (the model as it is), wider (dense, as "
-        "large as the mixture), "
-        "switch (dense experts)",
+        "large as the mixture), switch (dense experts)",
         choices=list(BASELINES),
     )
     expert: str | None = option(
@@ -57,8 +56,7 @@ class RunOptions:
     load_layer: list[str] = option(
         [],
         "components (word_embed, mlp, attention, pooler) that are taken from load_experiment "
-        "instead of "
-        "being decomposed again; everything else comes from --model",
+        "instead of being decomposed again; everything else comes from --model",
     )
     compute_time: bool = option(False, "report the time of a training step, and items per second")
     compute_memory: bool = option(
@@ -164,8 +162,7 @@ class ExpertOptions(_Fields):  # type: ignore[misc]
     mpo_layers: list[str] = option(
         [],
         "components in MPO form, by the original's names: word_embed, mlp, attention, pooler, or "
-        "nompo; without "
-        "mlp the experts are dense",
+        "nompo; without mlp the experts are dense",
     )
 
     def build(self) -> MPOEConfig | None:

@@ -405,25 +405,22 @@ def _notes(values: Mapping[str, Any]) -> Iterator[str]:
     )
     yield (
         f"weights: in {work['dtype']}. {state}temporary: rebuilt for one product, at most two "
-        "experts' of one matrix. "
-        "Activations are not counted."
+        "experts' of one matrix. Activations are not counted."
     )
     yield (
         "FLOP: of one step's matrix products, routers included, attention scores not; x dense: "
-        "over the dense row's. "
-        "by: the order of the fewest FLOPs, forward / backward; a run times the best few of them "
-        "once."
+        "over the dense row's. by: the order of the fewest FLOPs, forward / backward; a run times "
+        "the best few of them once."
     )
     share = totals["converted"]["mpoe"]["parameters"] / totals["converted"]["switch"]["parameters"]
     if share >= SMALL:
         yield (
             "At this width these experts are not small: MPOE's feed-forward layers hold "
-            f"{share:.0%} of Switch's "
-            "parameters. Compare --shape separable, --shape neurons, and a lower --bond."
+            f"{share:.0%} of Switch's parameters. Compare --shape separable, --shape neurons, and "
+            "a lower --bond."
         )
     if not all(part["lossless"] for part in values["parts"]):
         yield (
             "truncated bonds lose most of a pretrained matrix (relative error .59 to .93 at bonds "
-            "128 to 32): "
-            "for training from scratch, not for converting."
+            "128 to 32): for training from scratch, not for converting."
         )

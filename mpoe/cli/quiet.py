@@ -20,9 +20,8 @@ from mpoe.models.weight_files import check_link
 HEADER = ("", "the domain", "the base's own texts", "KL on its own answers", "first choice equal")
 WORDS = (
     "Loss in nats per token on held-out texts of the domain and on texts that the base writes by "
-    "itself; on the base's "
-    "own answers the KL divergence from it in nats per token, and how often the most probable "
-    "token is the base's."
+    "itself; on the base's own answers the KL divergence from it in nats per token, and how often "
+    "the most probable token is the base's."
 )
 
 
@@ -118,8 +117,8 @@ def show_composition(base: Any, tokenizer: Any, mixture: Any, experts: Sequence[
         if share is not None:
             print(
                 f"{expert.name}: held-out loss {losses['base']:.3f} of the base, "
-                f"{losses['expert, always on']:.3f} "
-                f"of the expert; composed with 'none' alone it kept {share:.0%} of the difference"
+                f"{losses['expert, always on']:.3f} of the expert; composed with 'none' alone it "
+                f"kept {share:.0%} of the difference"
             )
     if speaks(base, tokenizer):
         changes = measure_change(base, {"mixture": mixture}, sample_own_words(base, tokenizer))

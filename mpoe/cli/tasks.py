@@ -50,14 +50,12 @@ class DataOptions:
     data_dir: str | None = option(
         None,
         "folder with train, validation, test files (.jsonl .csv .tsv .txt, also .gz), or a data "
-        "set on the hub; "
-        "with --tasks, one such folder per task",
+        "set on the hub; with --tasks, one such folder per task",
     )
     tasks: list[str] = option(
         [],
         "names of tasks: folders in --data_dir, tasks of --task_file, known ones (rte, imdb, ...; "
-        "from the hub "
-        "where they have no folder) or embedded ones (doc_module, doc_lm, ...)",
+        "from the hub where they have no folder) or embedded ones (doc_module, doc_lm, ...)",
     )
     task_file: list[str] = option(
         [], "YAML or JSON files that describe tasks; without --tasks all of them"

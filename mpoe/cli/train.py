@@ -143,8 +143,7 @@ def run(plan: Plan) -> dict[str, Any]:
     if source.is_mpoe and plan.mixture_options:
         raise CommandError(
             f"model {source.path!r} is converted already ({source.model_type}): "
-            f"{', '.join(plan.mixture_options)} "
-            "cannot be changed any more"
+            f"{', '.join(plan.mixture_options)} cannot be changed any more"
         )
     data_seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     described = read_descriptions(data.task_file)

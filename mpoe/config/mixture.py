@@ -247,8 +247,7 @@ class MPOEConfig:
         if not self.is_neurons and self.router.routed_scaling_factor not in (None, 1.0):
             raise ValueError(
                 "router.routed_scaling_factor needs shape 'neurons', as it would scale the whole "
-                "network; got "
-                f"{self.router.routed_scaling_factor}"
+                f"network; got {self.router.routed_scaling_factor}"
             )
         if not self.keeps_network:
             return

@@ -37,8 +37,7 @@ def checked_shape(shape: Any, name: str = "shape") -> Any:
     if not isinstance(shape, Mapping):
         raise TypeError(
             f"{name} must be one of {', '.join(map(repr, (*NAMED_SHAPES, *KEPT_SHAPES)))} or a "
-            "mapping from "
-            f"{list(KINDS)} to MPOShape; got {type(shape).__name__} {shape!r}"
+            f"mapping from {list(KINDS)} to MPOShape; got {type(shape).__name__} {shape!r}"
         )
     shapes = {}
     for kind, value in shape.items():

@@ -74,8 +74,8 @@ def encode_text_to_text(
     if any(ids[-1:] != [tokenizer.eos_token_id] for ids in targets):
         raise ValueError(
             f"tokenizer must end every text with its end token {tokenizer.eos_token!r}, as T5's "
-            "does; "
-            f"{type(tokenizer).__name__} does not (is it a tokenizer for a decoder-only model?)"
+            f"does; {type(tokenizer).__name__} does not (is it a tokenizer for a decoder-only "
+            "model?)"
         )
     return [_item(*pair) for pair in zip(sources, targets, strict=True)]
 
@@ -114,8 +114,7 @@ def encode_language_modeling(
     if len(stream) < block_size:
         raise ValueError(
             f"texts must give at least one block of block_size={block_size} tokens; got "
-            f"{len(stream)} tokens "
-            f"from {len(plain)} texts"
+            f"{len(stream)} tokens from {len(plain)} texts"
         )
     blocks = (
         stream[i : i + block_size] for i in range(0, len(stream) - block_size + 1, block_size)
@@ -229,8 +228,8 @@ def _chat_ids(messages: Sequence[tuple[str, str]], tokenizer: Any, **options: An
     if not tokenizer.chat_template:
         raise ValueError(
             f"messages need a tokenizer with a chat template; {type(tokenizer).__name__} has none "
-            "(give columns prompt "
-            "and response, or set tokenizer.chat_template and save it with the model)"
+            "(give columns prompt and response, or set tokenizer.chat_template and save it with "
+            "the model)"
         )
     chat = [{"role": role, "content": text} for role, text in messages]
     return list(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False, **options))

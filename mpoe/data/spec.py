@@ -114,8 +114,7 @@ class TaskSpec:
         ):
             raise ValueError(
                 f"template of task {self.name} must name columns in braces, as in 'is it good? "
-                "{sentence}'; "
-                f"got {self.template!r}"
+                f"{{sentence}}'; got {self.template!r}"
             )
         self.task(rows=None)  # which checks the rest
 
@@ -192,8 +191,7 @@ class TaskSpec:
                 known = ", ".join(list(self.label_words)[:10])
                 raise ValueError(
                     f"{where}: label_words of task {self.name} must have a word for {label!r}, "
-                    "which is in column "
-                    f"{self.label_column!r}; it has words for {known}"
+                    f"which is in column {self.label_column!r}; it has words for {known}"
                 )
             word = self.label_words[label]
             if word is None:
@@ -220,8 +218,7 @@ class TaskSpec:
         if self.kind == "classification" and len(set(words.values()) - {None}) < 2:
             raise ValueError(
                 f"label_words of task {self.name} must give at least two different words, label -> "
-                "word; "
-                f"got {words or 'none'}"
+                f"word; got {words or 'none'}"
             )
         return words
 
@@ -241,8 +238,7 @@ def _conversation(cells: Cells, where: str) -> Example:
     if len(messages) < 2 or not fits or messages[-1][0] != "assistant":
         raise ValueError(
             f'{where}: messages must be two or more of {{"role": ..., "content": ...}}, the last '
-            "of the assistant; "
-            f"got {cell!r}"
+            f"of the assistant; got {cell!r}"
         )
     texts: Any = messages  # of texts alone, as was checked
     source = "\n".join(f"{role}: {text}" for role, text in texts[:-1])
@@ -266,8 +262,7 @@ def read_cell(cells: Cells, column: str, where: str, asker: str, as_it_is: bool 
         else:
             raise ValueError(
                 f"{where}: column {column!r} is missing{hint(column, list(cells))}, which {asker} "
-                "asks for; "
-                f"got {', '.join(cells) or 'no columns'}"
+                f"asks for; got {', '.join(cells) or 'no columns'}"
             )
     if as_it_is and isinstance(value, str):
         return value

@@ -215,8 +215,7 @@ def hub_tables(hub: HubData, task: str) -> Tables:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"task {task}: there is no folder {hub.path}, and the hub did not give such a data set "
-            f"({reason}); give "
-            f"data_dir, a folder that holds a folder {task} of local files"
+            f"({reason}); give data_dir, a folder that holds a folder {task} of local files"
         ) from error
     theirs = {split: hub.splits.get(split, split) for split in SPLITS}
     if theirs["train"] not in splits:

@@ -252,8 +252,7 @@ def detect_spec(
     if not label and not running:
         raise ValueError(
             f"{where}: no label column among {', '.join(columns)}; expected one of "
-            f"{', '.join(LABEL_COLUMNS)}, "
-            "or give label_column (--label_column NAME)"
+            f"{', '.join(LABEL_COLUMNS)}, or give label_column (--label_column NAME)"
         )
     textual = {
         c for c in columns if isinstance(first[c], str) and (alone or not is_number(first[c]))

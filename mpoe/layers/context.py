@@ -160,8 +160,7 @@ def checkpoint_arguments(kwargs: dict[str, Any] | None) -> dict[str, Any]:
         # get no gradient.
         warnings.warn(
             "MPOE models checkpoint activations with use_reentrant=False, which gives the same "
-            "gradients; "
-            "use_reentrant=True is not used",
+            "gradients; use_reentrant=True is not used",
             stacklevel=3,
         )
 

@@ -71,9 +71,8 @@ class MPOLinear(nn.Module):
         ):
             raise TypeError(
                 "MPOLinear takes in_features and out_features, as nn.Linear does, or a shape alone "
-                "(then bias goes by "
-                f"name); got in_features {in_features!r}, out_features {out_features!r}, shape "
-                f"{shape!r}"
+                f"(then bias goes by name); got in_features {in_features!r}, out_features "
+                f"{out_features!r}, shape {shape!r}"
             )
         if shape is None:
             assert isinstance(in_features, int)

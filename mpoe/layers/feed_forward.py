@@ -52,8 +52,8 @@ def _say_that_nothing_balances() -> None:
     """Warn, once in a process, that a layer trains without its balancing loss."""
     warnings.warn(
         "a mixture's layer trains outside a converted model, so nothing adds its balancing loss: "
-        "run it in "
-        "mpoe.layers.routing_context() and add mpoe.layers.load_balancing_loss of the records",
+        "run it in mpoe.layers.routing_context() and add mpoe.layers.load_balancing_loss of the "
+        "records",
         stacklevel=4,
     )
 
@@ -418,6 +418,6 @@ class KeptFeedForward(RoutedFeedForward):
             ):
                 raise ValueError(
                     "the gradient mask needs projections that train; "
-                    f"{name}.{self.names.get(kind, kind)} "
-                    f"({type(module).__name__}) is frozen or quantised"
+                    f"{name}.{self.names.get(kind, kind)} ({type(module).__name__}) is frozen or "
+                    "quantised"
                 )

@@ -62,8 +62,7 @@ def converted_class(model: Any, sites: Any = None) -> type[Any]:
         heads = ", ".join(sorted(cls.__name__ for cls in known)) or f"a model of {', '.join(TABLE)}"
         raise ValueError(
             f"model must be {'one of ' if known else ''}{heads}; got {type(model).__name__} (for "
-            "another model, name "
-            "its projections with sites=...)"
+            "another model, name its projections with sites=...)"
         )
     return known[type(model)]
 
@@ -74,8 +73,7 @@ def check_finite(model: nn.Module) -> None:
     if absent is not None:
         raise ValueError(
             f"model must hold weights; {absent} is on the device meta, without any (load the model "
-            "first; `mpoe plan`"
-            " answers from its configuration alone)"
+            "first; `mpoe plan` answers from its configuration alone)"
         )
     bad = [
         name
@@ -241,9 +239,8 @@ def merge_experts(model: Any, as_: str | None = None) -> Any:
     if has_neurons and as_ is None:
         raise ValueError(
             "model must have experts that each are a whole network; those of shape 'neurons' are "
-            "added to a dense one, "
-            "and no mixture of full matrices computes the same (merge_latent removes their latent "
-            "space)"
+            "added to a dense one, and no mixture of full matrices computes the same (merge_latent "
+            "removes their latent space)"
         )
     mpoe = model.mpoe_config
     is_dense = mpoe.expert_type != "mpo"

@@ -146,8 +146,7 @@ def experts_of(base: Any, experts: Iterable[Any]) -> list[Expert]:
             raise ValueError(
                 f"expert {expert.name!r} must be of this base; it was trained beside a "
                 f"{expert.facts['model']} ({expert.facts['base_name'] or 'local'}), whose weights "
-                "are not bit for bit "
-                f"those of this {type(base).__name__} in {base.dtype}"
+                f"are not bit for bit those of this {type(base).__name__} in {base.dtype}"
             )
         wanted: dict[str, tuple[int, ...]] = {}
         for site in networks:

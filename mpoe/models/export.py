@@ -90,9 +90,8 @@ TARGETS = {
 }
 QWEN3_NEURONS = (
     ", beside which no stock class has experts of neurons (HunYuanMoE normalises heads after their "
-    "rotation, Dots1 and "
-    "GLM-4-MoE take gates from sigmoids): serve it with trust_remote_code, or convert with whole "
-    "experts to qwen3_moe"
+    "rotation, Dots1 and GLM-4-MoE take gates from sigmoids): serve it with trust_remote_code, or "
+    "convert with whole experts to qwen3_moe"
 )
 # Numbers of a row that llama.cpp quantises together: as Q8_0 or Q5_0, and as a K-quant. Rows of so
 # many also begin at the multiples of 16 bytes that Transformers' matrix products ask for.
@@ -121,8 +120,7 @@ def _reasons(model: Any, to: str) -> list[str]:
         fitting = " or ".join(name for name, other in TARGETS.items() if other.shared is not None)
         return [
             f"{to}: its experts are whole networks; those of shape 'neurons' are added to a dense "
-            "one, as those of "
-            f"{fitting} are"
+            f"one, as those of {fitting} are"
         ]
     if whole and target.shared is not None:
         return [

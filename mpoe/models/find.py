@@ -99,8 +99,7 @@ def _embedding_site(model: Any) -> EmbeddingSite | None:
     if type(table).forward is not nn.Embedding.forward:
         raise ValueError(
             f"target_modules must not hold 'embedding' for {type(model).__name__}: {name} is a "
-            f"{type(table).__name__}, "
-            "which does more than look up rows"
+            f"{type(table).__name__}, which does more than look up rows"
         )
     ties = type(model)._tied_weights_keys or {}
     targets = [
@@ -150,8 +149,7 @@ def _select(sites: list[AnySite], config: MPOEConfig) -> list[AnySite]:
     if not chosen:
         raise ValueError(
             "nothing is left to convert: layers_to_transform and exclude_modules leave out every "
-            "module; got "
-            f"layers_to_transform={layers}, exclude_modules={config.exclude_modules}"
+            f"module; got layers_to_transform={layers}, exclude_modules={config.exclude_modules}"
         )
     return chosen
 

@@ -152,8 +152,7 @@ def fit_adapter(
     if not gain > 0:
         raise ValueError(
             f"adapter {name!r} must be better than the base on its texts to be fitted; it has "
-            f"{losses['adapter']:.3f} "
-            f"nats per token, the base {losses['base']:.3f}"
+            f"{losses['adapter']:.3f} nats per token, the base {losses['base']:.3f}"
         )
     model = start_expert(base, neurons)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -174,10 +173,8 @@ def fit_adapter(
     if not kept >= LEAST_KEPT:
         raise ValueError(
             f"adapter {name!r} must keep {LEAST_KEPT:.0%} of its gain as {neurons} neurons; it "
-            f"keeps {kept:.0%}: base "
-            f"{losses['base']:.3f}, adapter {losses['adapter']:.3f}, neurons "
-            f"{losses['expert']:.3f} nats per token "
-            "(more neurons, steps or texts may do)"
+            f"keeps {kept:.0%}: base {losses['base']:.3f}, adapter {losses['adapter']:.3f}, "
+            f"neurons {losses['expert']:.3f} nats per token (more neurons, steps or texts may do)"
         )
     facts = {"fitted": "LoRA", "steps": steps, "kept": kept, **losses}
     read = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]

@@ -32,11 +32,9 @@ HEADER = (
 LEFT = ("weight", "factors", "bonds", "plan")  # columns of words
 LEGEND = (
     "factors: the weight's axes, split; bonds: dimensions between the cores; central: parameters "
-    "that all experts "
-    "share; auxiliary: experts x parameters that each owns; error: of the conversion, at most, "
-    "relative to the dense "
-    "weight; plan: the order of the fewest FLOPs in a forward pass; x dense: FLOPs over a dense "
-    "layer's"
+    "that all experts share; auxiliary: experts x parameters that each owns; error: of the "
+    "conversion, at most, relative to the dense weight; plan: the order of the fewest FLOPs in a "
+    "forward pass; x dense: FLOPs over a dense layer's"
 )
 
 

@@ -249,8 +249,7 @@ def known_type(name: str, values: Mapping[str, Any]) -> str:
     if model_type not in (*TABLE, *MODEL_TYPES):
         raise ValueError(
             f"model {name!r} is of the family {quoted(model_type)}, which mpoe does not know; it "
-            "knows "
-            f"{', '.join(TABLE)} (and models converted from them)"
+            f"knows {', '.join(TABLE)} (and models converted from them)"
         )
     return model_type
 

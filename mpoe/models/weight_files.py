@@ -191,8 +191,7 @@ def check_shapes(model: Any, shapes: Shapes, folder: Path) -> None:
         if expected[name] != shapes[name]:
             raise ValueError(
                 f"{name} must be of the shape {list(expected[name])} that {folder / 'config.json'} "
-                "describes; "
-                f"the weights have {list(shapes[name])}"
+                f"describes; the weights have {list(shapes[name])}"
             )
     described = sum(parameter.numel() for parameter in model.parameters())  # tied ones once
     held = sum(model.state_dict()[name].numel() for name in expected.keys() & shapes.keys())

@@ -42,15 +42,13 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
     regime: str = _argument(
         "finetune",
         "'finetune' (a pretrained model) or 'scratch' (random weights): chooses the defaults of "
-        "central_lr_scale "
-        "and auxiliary_lr_scale (.35 / .5 and 1 / .1).",
+        "central_lr_scale and auxiliary_lr_scale (.35 / .5 and 1 / .1).",
         choices=sorted(LR_SCALES),
     )
     scale_core_lr: bool = _argument(
         True,
         "Give every core its own rate, base x RMS(core) / RMS(weight) x its scale. Without it all "
-        "cores use one raw"
-        " rate, at which some shapes collapse.",
+        "cores use one raw rate, at which some shapes collapse.",
     )
     central_lr_scale: float | None = _argument(
         None, "Factor on the central cores' rates; default: see regime (1 without scale_core_lr)."
@@ -85,8 +83,7 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
     train_AT_index: str | None = _argument(
         None,
         "Comma-separated indices of cores that stay FROZEN, counted from 0 along the chain: of "
-        "five cores, '2' "
-        "trains the four auxiliary ones and '1,2,3' only the outer two.",
+        "five cores, '2' trains the four auxiliary ones and '1,2,3' only the outer two.",
     )
     label_smoothing_factor: float = _argument(
         0.0,
@@ -97,14 +94,13 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
     global_router_losses: bool = _argument(
         True,
         "With several processes: balance the experts over the tokens of all of them, as one "
-        "process with the whole "
-        "batch would, instead of over each process's own.",
+        "process with the whole batch would, instead of over each process's own.",
     )
     allow_non_finite: bool = _argument(
         False,
         "Train on when the loss, the gradients or the weights are not finite, instead of ending "
-        "with an error. "
-        "(Gradients that overflow under loss scaling are skipped, which is no error.)",
+        "with an error. (Gradients that overflow under loss scaling are skipped, which is no "
+        "error.)",
     )
     adapter: bool = _argument(
         False,
@@ -113,8 +109,7 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
     log_base_loss: bool = _argument(
         False,
         "Of neurons beside a frozen network: log the loss without them too, on the same items; in "
-        "training on one "
-        "micro-batch of every log's.",
+        "training on one micro-batch of every log's.",
     )
     save_only_trained: bool = _argument(
         False,
@@ -147,8 +142,8 @@ class MPOETrainingArguments(Seq2SeqTrainingArguments):
             if self.ddp_find_unused_parameters is False:
                 raise ValueError(
                     "ddp_find_unused_parameters must not be False when gradient_mask_prob > 0: in "
-                    "a masked step the"
-                    " central cores take no part in the backward pass, and DDP would wait for them"
+                    "a masked step the central cores take no part in the backward pass, and DDP "
+                    "would wait for them"
                 )
             self.ddp_find_unused_parameters = True
         if self.allow_non_finite:

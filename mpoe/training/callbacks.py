@@ -144,9 +144,8 @@ class DivergenceError(RuntimeError):
         )
         super().__init__(
             f"training diverged at step {step}: {what}; {last}, and nothing was published. Lower "
-            "learning_rate, warm up"
-            " longer (warmup_steps) or clip harder (max_grad_norm); allow_non_finite trains on "
-            "regardless"
+            "learning_rate, warm up longer (warmup_steps) or clip harder (max_grad_norm); "
+            "allow_non_finite trains on regardless"
         )
 
 

@@ -103,10 +103,9 @@ def freeze_cores(
     is_selective = components is not None or tensor_learn or bool(indices)
     if is_selective and not modules:
         raise ValueError(
-            "update_mpo_layer, tensor_learn and train_AT_index need a model with MPO cores;"
-            f" {type(model).__name__} has none (shape='separable' has them; model.freeze_central() "
-            "freezes what"
-            " hidden-side experts and neurons share)"
+            "update_mpo_layer, tensor_learn and train_AT_index need a model with MPO cores; "
+            f"{type(model).__name__} has none (shape='separable' has them; model.freeze_central() "
+            "freezes what hidden-side experts and neurons share)"
         )
     present = {component_of(name) for name, _ in modules}
     if components is not None and not set(components) <= present:
@@ -219,8 +218,8 @@ class GradientMask:
         if self.probability > 0 and not self._cores:
             raise ValueError(
                 f"gradient_mask_prob={self.probability} needs a model with MPO cores; "
-                f"{type(model).__name__} has none"
-                " (convert it with mpoe.convert_to_mpoe, or leave the mask off)"
+                f"{type(model).__name__} has none (convert it with mpoe.convert_to_mpoe, or leave "
+                "the mask off)"
             )
 
     def is_masked(self, step: int) -> bool:

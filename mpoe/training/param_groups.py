@@ -91,8 +91,7 @@ def keep_state(previous: torch.optim.Optimizer, optimizer: torch.optim.Optimizer
     if not kept:
         raise ValueError(
             "previous_optimizer must have the state of parameters of this model: it must have made "
-            "steps, and the model"
-            " must be converted with inplace=True; got one that has none"
+            "steps, and the model must be converted with inplace=True; got one that has none"
         )
     for parameter in kept:
         optimizer.state[parameter] = before.state[parameter]

@@ -129,8 +129,7 @@ def _acquire(folder: Path, file: Path) -> int | None:
             if error.errno in _NO_LOCKS:
                 warnings.warn(
                     f"the file system of output_dir {folder} has no locks ({error.strerror}): "
-                    "nothing keeps a second"
-                    " process out of it",
+                    "nothing keeps a second process out of it",
                     stacklevel=4,
                 )
                 return None

@@ -110,6 +110,6 @@ def one_sided(counts: Tensor, top_k: int) -> str | None:
         return None
     return (
         f"expert {int(counts[layer].argmax())} of mixture layer {layer} took {share[layer]:.0%} of "
-        "its tokens since the"
-        " last log; balance_loss_weight, jitter or a lower router_lr_scale spread them"
+        "its tokens since the last log; balance_loss_weight, jitter or a lower router_lr_scale "
+        "spread them"
     )

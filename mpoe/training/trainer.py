@@ -115,8 +115,8 @@ class MPOETrainer(CheckpointMixin, Seq2SeqTrainer):
         ):
             raise ValueError(
                 "predict_with_generate needs an encoder-decoder model such as T5; got "
-                f"{type(model).__name__}"
-                " (language models are evaluated by eval_loss and eval_perplexity)"
+                f"{type(model).__name__} (language models are evaluated by eval_loss and "
+                "eval_perplexity)"
             )
         super().__init__(model=model, args=args, **kwargs)
         # This class scales the loss of every model, T5 included: the Trainer only divides by the

@@ -295,11 +295,9 @@ class ContractionPlan:
         busy = self.forward.busy_experts
         lines = [
             f"{size}; {self.num_experts:,} experts ({busy:,} expected busy), {self.parameters:,} "
-            "parameters, "
-            f"{self.num_tokens:,} tokens x top-{self.top_k}; {what}{masked}",
+            f"parameters, {self.num_tokens:,} tokens x top-{self.top_k}; {what}{masked}",
             f"in all {format_flops(self.flops)} ({self.x_dense:.3g} x dense), "
-            f"{format_bytes(self.temporary_bytes)} of "
-            "temporary weights",
+            f"{format_bytes(self.temporary_bytes)} of temporary weights",
         ]
         for ranked in self.ranked:
             rows = [(f"{ranked[0].phase}", "rows meet", "work", "temporary")]

@@ -116,8 +116,7 @@ def _identity_cores(interleaved: Tensor, shape: MPOShape) -> list[Tensor]:
         if inner != product:
             raise ValueError(
                 "gauge 'identity' needs bonds equal to the product of the factors on their outer "
-                f"side; core {k} of "
-                f"{shape} has {inner}, not {product}"
+                f"side; core {k} of {shape} has {inner}, not {product}"
             )
         eye = torch.eye(product, dtype=interleaved.dtype, device=interleaved.device)
         cores.append(eye.reshape(before, i, j, after))
@@ -157,8 +156,7 @@ def decompose_with_errors(
     if tuple(weight.shape) != (shape.in_features, shape.out_features):
         raise ValueError(
             f"weight must be [in_features, out_features] = [{shape.in_features}, "
-            f"{shape.out_features}]; "
-            f"got {list(weight.shape)}"
+            f"{shape.out_features}]; got {list(weight.shape)}"
         )
     check_choice("gauge", gauge, GAUGES)
     if weight.device.type == "meta":
@@ -173,8 +171,7 @@ def decompose_with_errors(
     if not all(bool(torch.isfinite(core).all()) for core in cores):
         raise ValueError(
             f"weight is too large: with the gauge {gauge!r} its cores pass the range of "
-            f"{weight.dtype}; "
-            f"its norm is {found.norm:.3g}"
+            f"{weight.dtype}; its norm is {found.norm:.3g}"
         )
     return replace(found, cores=cores)
 

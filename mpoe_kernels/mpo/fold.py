@@ -184,8 +184,7 @@ def fold(
     if isinstance(central, MPOShape):
         raise TypeError(
             "central must be the index of the central core, or None; got an MPOShape, which goes "
-            "by name:"
-            " fold(cores, shape=shape)"
+            "by name: fold(cores, shape=shape)"
         )
     refuse_jit_trace("fold")
     if central is None:

@@ -86,8 +86,7 @@ def _start(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> Non
         }
         raise BackendError(
             f"backend 'triton' cannot run {kernel.__name__} with {blocks}: it needs "
-            f"{error.required} of "
-            f"{error.name}; this device has {error.limit}"
+            f"{error.required} of {error.name}; this device has {error.limit}"
         ) from error
 
 

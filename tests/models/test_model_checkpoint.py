@@ -200,8 +200,7 @@ def test_mpoe_only_save(family, more, converted, tmp_path):
 def test_import_mpoe_registers_in_either_order(order, converted, tmp_path):
     converted("gpt2").save_pretrained(tmp_path)
     program = (
-        f"{order}; import sys; "
-        "from transformers import AutoModelForCausalLM; "
+        f"{order}; import sys; from transformers import AutoModelForCausalLM; "
         f"print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__)"
     )
     assert run_python("-c", program).splitlines()[-1] == "MPOEGPT2LMHeadModel"

@@ -196,8 +196,7 @@ def of_comparisons(study: Study, records: Records) -> Section:
     tests = len(compared) - len(thresholds)
     words = (
         f"{tests} paired t-tests over seeds, at 95%: by chance alone, {0.05 * tests:.1f} of them "
-        "would be"
-        " significant. *Must win*: the study succeeds only if all of these are better."
+        "would be significant. *Must win*: the study succeeds only if all of these are better."
     )
     if thresholds:
         words += " *Enough*: the mean gain is at least what the study's file names."
@@ -218,10 +217,8 @@ def of_routers(study: Study, records: Records) -> Section:
                 rows.append((corner, study.arms[arm].name, *means))
     words = (
         "Entropy of a token's probabilities (0 decided, 1 undecided) and the mass of its chosen "
-        "experts; how much the"
-        " byte and the domain tell about the expert, less what chance tells; entropy of the shares "
-        "of all tokens. All"
-        " but the mass are relative to log E."
+        "experts; how much the byte and the domain tell about the expert, less what chance tells; "
+        "entropy of the shares of all tokens. All but the mass are relative to log E."
     )
     return "Routers", words, ("corner", "arm", *names), rows
 

@@ -386,7 +386,7 @@ class MPOEConfig:
         if self.is_neurons and change.get("shape", shapes.NEURONS) != shapes.NEURONS:
             router = dataclasses.replace(self.router, routed_scaling_factor=None)
             change |= {"neurons": None, "latent": None, "router": router}
-        if self.is_hidden and change.get("shape", shapes.HIDDEN) != shapes.HIDDEN:
+        if change.get("shape", self.shape) != shapes.HIDDEN:
             change["block_size"] = None
         return dataclasses.replace(self, **change)
 
@@ -443,7 +443,8 @@ class MPOEConfig:
         """Inverse of `to_dict`; unknown fields are refused with the closest known ones.
 
         Fields missing from a saved configuration have the meaning of the time when it was written:
-        without ``shape`` its experts are separable, without ``top_k`` a token has one expert.
+        without ``shape`` its experts are separable, without ``top_k`` a token has one expert, and
+        ``block_size`` has no effect on other shapes than "hidden".
         """
         if isinstance(values, Mapping):
             if values.get("existing_experts", "keep") != "keep":
@@ -457,4 +458,9 @@ class MPOEConfig:
         router = values.get("router")
         if values.get("moe_type") != "moe" and (router is None or isinstance(router, Mapping)):
             values = {**values, "router": {**ONE_EXPERT, **(router or {})}}
-        return cls(**{"shape": shapes.SEPARABLE, **values})
+        values = {"shape": shapes.SEPARABLE, **values}
+        patterns = values.get("shape_pattern")
+        kinds = list(patterns.values()) if isinstance(patterns, Mapping) else []
+        if shapes.HIDDEN not in [values["shape"], *kinds]:
+            values["block_size"] = None
+        return cls(**values)

@@ -166,7 +166,10 @@ def test_other_sizes_start_the_same_kernels(sizes: shipped.Sizes) -> None:
     problems = list(shipped.problems(torch.bfloat16, few=True, sizes=sizes))
     assert not any(problem.every_tile for problem in problems)
     started = [launch for problem in problems for launch in problem.launches("sm_90")]
-    assert {launch.name for launch in started} == kernels_of_the_backend()
+    wanted = kernels_of_the_backend()
+    if sizes.experts == (1024,):  # few slots of an expert take two kernels instead
+        wanted.remove("neurons_fused_kernel")
+    assert {launch.name for launch in started} == wanted
     rows = [launch.arguments for launch in started if launch.name == "grouped_rows_kernel"]
     assert sizes.experts[0] in {a["EXPERTS"] for a in rows}
     assert {sizes.model, sizes.hidden} <= {a["a"][0].numel() for a in rows}

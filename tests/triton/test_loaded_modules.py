@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from mpoe_kernels.backends import BackendError
 from mpoe_kernels.triton import start
 
 pytestmark = pytest.mark.emulated
@@ -133,3 +134,18 @@ def test_a_launch_of_another_kind_would_be_seen(
     )
     OPS["neurons"](4096)
     assert "neurons_fused_kernel" in loads.new
+
+
+def test_no_tile_fits(loads: Loads, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that does not is passed over; where none does, the last refusal is raised."""
+
+    def refuse(run: Callable[[], None]) -> float:
+        raise BackendError("out of resources")
+
+    monkeypatch.setattr(start, "_milliseconds", refuse)
+    with pytest.raises(BackendError, match="out of resources"):
+        OPS["neurons"](4096)
+    times = iter([refuse, loads.milliseconds] * WAYS)
+    monkeypatch.setattr(start, "_milliseconds", lambda run: next(times)(run))
+    OPS["neurons"](4096)
+    assert loads.timed > 0

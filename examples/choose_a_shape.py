@@ -10,7 +10,7 @@
 import torch
 
 from mpoe import MPOEConfig, convert_to_mpoe
-from mpoe.data.stand_in_models import load_stand_in
+from mpoe.data import load_stand_in
 from mpoe_kernels import MPOShape, decompose_with_errors, plan_contraction
 
 torch.manual_seed(0)

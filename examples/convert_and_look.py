@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe, merge_experts
-from mpoe.data.stand_in_models import load_stand_in
+from mpoe.data import load_stand_in
 from mpoe.inspection import bond_spectra, route_text
 from mpoe.models import mpo_modules
 

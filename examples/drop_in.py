@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from mpoe import MPOEConfig, convert_to_mpoe, load_mpoe
-from mpoe.data.stand_in_models import stand_in_path
+from mpoe.data import stand_in_path
 
 path = stand_in_path("t5")  # any T5 folder or hub name works
 tokenizer = AutoTokenizer.from_pretrained(path)

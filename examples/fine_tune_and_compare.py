@@ -18,9 +18,8 @@ import torch
 from transformers import DataCollatorForSeq2Seq, PrinterCallback
 
 from mpoe import MPOEConfig, MPOETrainer, MPOETrainingArguments, convert_to_mpoe
-from mpoe.data import evaluate_task, get_task
+from mpoe.data import evaluate_task, get_task, load_stand_in
 from mpoe.data.encode import encode_text_to_text
-from mpoe.data.stand_in_models import load_stand_in
 from mpoe.data.task import with_subsets
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 40

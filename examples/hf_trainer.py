@@ -10,8 +10,8 @@ import torch
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from mpoe import MPOEConfig, MPOETrainingArguments, convert_to_mpoe
+from mpoe.data import load_stand_in
 from mpoe.data.encode import encode_text_to_text
-from mpoe.data.stand_in_models import load_stand_in
 from mpoe.data.tasks import get_task
 from mpoe.training import GradientMask, GradientMaskCallback, build_param_groups
 

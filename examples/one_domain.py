@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpoe import load_mpoe
 from mpoe.cli.main import run
+from mpoe.data import stand_in_path
 from mpoe.data.documentation import load_documentation
 from mpoe.data.domains import domain_text
-from mpoe.data.stand_in_models import stand_in_path
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "one_domain")
 base = Path(sys.argv[2]) if len(sys.argv) > 2 else stand_in_path("gpt2")

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from mpoe import load_mpoe
 from mpoe.cli.main import run
+from mpoe.data import load_stand_in
 from mpoe.data.domains import DOMAINS, domain_text
-from mpoe.data.stand_in_models import load_stand_in
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "several_domains")
 base = Path(sys.argv[2] if len(sys.argv) > 2 else folder / "base")

@@ -25,8 +25,8 @@ from mpoe import (
     save_sharded_checkpoint,
     shard_model,
 )
+from mpoe.data import load_stand_in
 from mpoe.data.encode import encode_text_to_text
-from mpoe.data.stand_in_models import load_stand_in
 from mpoe.data.tasks import get_task
 from mpoe.training import GradientMask, build_param_groups, find_last_checkpoint, rank_share
 

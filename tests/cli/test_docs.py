@@ -167,8 +167,10 @@ def test_lines_of_the_readme_fit_a_window() -> None:
 
 
 def test_it_says_so_until_a_gpu_was_measured() -> None:
-    """`bench/gpu.sh` leaves a list of its parts beside its report."""
-    visits = list((ROOT / "bench" / "results").glob("*/visit.md"))
+    """`bench/gpu.sh` leaves a list of its parts beside its report, also when it only walks them on
+    a CPU."""
+    lists = (ROOT / "bench" / "results").glob("*/visit.md")
+    visits = [file for file in lists if "no CUDA device was found" not in file.read_text()]
     assert ("nothing was measured on a GPU yet" in " ".join(README.split())) == (not visits)
 
 

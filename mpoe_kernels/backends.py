@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -151,18 +151,35 @@ def add_kernels(backend: str, kernels: Any, functions: Mapping[str, str]) -> Non
             run a request.
         functions: op -> name of its function; ops whose function is missing are left out.
     """
-    found = {op: getattr(kernels, name) for op, name in functions.items() if hasattr(kernels, name)}
-    BACKENDS[backend].kernels |= found
-    BACKENDS[backend].op_reasons |= dict.fromkeys(found, getattr(kernels, "reasons", _nothing))
+    reasons = getattr(kernels, "reasons", _nothing)
+    for op, name in functions.items():
+        if hasattr(kernels, name):
+            BACKENDS[backend].kernels[op] = getattr(kernels, name)
+            BACKENDS[backend].op_reasons[op] = reasons
+
+
+@dataclass(eq=False)
+class Lazy:
+    """A function of a module that is imported at its first call: Triton takes seconds.
+
+    Attributes:
+        module, name: of the module and the function.
+    """
+
+    module: str
+    name: str
+
+    @cached_property
+    def _function(self) -> Callable[..., Any]:
+        return getattr(import_module(self.module), self.name)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
 
 
 def lazily(module: str, *functions: str) -> SimpleNamespace:
-    """These functions of a module that is imported when the first of them is called."""
-
-    def call(function: str, *arguments: Any) -> Any:
-        return getattr(import_module(module), function)(*arguments)
-
-    return SimpleNamespace(**{function: partial(call, function) for function in functions})
+    """`Lazy` functions of a module."""
+    return SimpleNamespace(**{name: Lazy(module, name) for name in functions})
 
 
 def available_backends() -> tuple[str, ...]:

@@ -4,7 +4,6 @@ backend asked for."""
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -12,9 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 
 from mpoe_kernels.backends import AUTO, BACKENDS, BackendError, check_backend, kernel_for
 from mpoe_kernels.checks import AUTOCAST_DEVICES, holds_values
@@ -22,10 +19,11 @@ from mpoe_kernels.op_rules import (
     NAMESPACE,
     PLAIN,
     autocast_kernel,
-    nothing_to_set_up,
+    negative_kernel,
     on_one_device,
     one_after_the_other,
     refuse_autograd,
+    refuse_jvp,
     refuse_unseen,
     refuse_vmap,
 )
@@ -140,25 +138,20 @@ def define_op(
         A function that calls the op.
     """
     declared = fields(signature)
-    arguments = ", ".join(
-        f"{_SCHEMA_TYPES[str(field.type)]} {field.name}{'=None' if field.default is None else ''}"
-        for field in declared
-    )
-    schema = f"({arguments}) -> ({', '.join(['Tensor'] * results)})"
-    names = [field.name for field in declared]
-    required = {
-        field.name for field in declared if field.type == "Tensor"
-    }  # None gets through the dispatcher
+    kinds = {field.name: str(field.type) for field in declared}
+    names = list(kinds)
+    defaults = [None] * len(names)  # of those at the end that a call leaves out
+    required = {field for field, kind in kinds.items() if kind == "Tensor"}
 
     def body(*values: Any, ctx: Any = None, kept: Any = None) -> Any:
         """``ctx`` gets what a forward keeps for its backward, whose ``kept`` it is, see
         `Differentiable`."""
-        made = signature(*values)
+        request = signature(*values)
         if kept is not None:
-            made.kept = kept
-        result = kernel(made)
+            request.kept = kept
+        result = kernel(request)
         if ctx is not None:
-            ctx.kept = getattr(made, "kept", None)
+            ctx.kept = getattr(request, "kept", None)
         return result
 
     def checked(*values: Any) -> Any:
@@ -169,42 +162,75 @@ def define_op(
         check_tensors(names, values, required)
         return fake(signature(*values))
 
-    op = torch.library.custom_op(f"{NAMESPACE}::{name}", checked, mutates_args=(), schema=schema)
-    op.register_fake(on_one_device(faked, name))
-    if backward is None:
-        setup_context, backward = nothing_to_set_up, refuse_autograd(name)
-    elif setup_context is None:
-        kinds = {field.name: str(field.type) for field in declared}
-        tensors = [names.index(each) for each in saves if kinds[each].startswith("Tensor")]
-        setup_context = _saving(
-            tensors, [names.index(each) for each in saves if not kinds[each].startswith("Tensor")]
-        )
-    recorded = _register_autograd(
-        op, body, checked, name, setup_context, backward, is_first=bool(saves)
+    op = torch.library.custom_op(
+        f"{NAMESPACE}::{name}", checked, mutates_args=(), schema=_schema(declared, results)
     )
-    # Of a backward, which `torch.func.jacrev` maps over; users give a batch as tokens.
-    op.register_vmap(one_after_the_other(op) if name.endswith("_backward") else refuse_vmap(name))
+    op.register_fake(on_one_device(faked, name))
+    gradients = refuse_autograd(name) if backward is None else backward
+    saves_for_backward = setup_context or _saving(kinds, saves)
+    op.register_autograd(gradients, setup_context=saves_for_backward)
+    _LIBRARY.impl(name, negative_kernel(op, name), "Negative")
     if autocast:
         positions = tuple(names.index(field) for field in autocast)
         for device_type, key in AUTOCAST_KEYS.items():
             _LIBRARY.impl(name, autocast_kernel(op, device_type, positions), key)
 
-    def call(*arguments: Any, kept: Any = None) -> Any:
-        if not is_plain_call(arguments):
-            if not torch.compiler.is_dynamo_compiling():
-                refuse_unseen(name, arguments)
-            return op(*arguments)
-        if not needs_gradients(arguments):
-            return body(*arguments, kept=kept)
-        return (op if recorded is None or _is_below_autograd() else recorded)(*arguments)
+    def record(ctx: Any, *values: Any) -> Any:
+        output = body(*values, ctx=ctx)
+        saves_for_backward(ctx=ctx, inputs=values, output=output)
+        return output
 
+    def call(*arguments: Any, kept: Any = None) -> Any:
+        if is_plain_call(arguments):
+            if not needs_gradients(arguments):
+                return body(*arguments, kept=kept)
+            return recorded.apply(*arguments, *defaults[len(arguments) :])
+        if torch.compiler.is_dynamo_compiling():
+            return op(*arguments)
+        refuse_unseen(name, arguments)
+        if needs_gradients(arguments) and torch._C._are_functorch_transforms_active():
+            return transformed.apply(*arguments, *defaults[len(arguments) :])
+        return op(*arguments)
+
+    # Of a backward, which `torch.func.jacrev` maps over; users give a batch as tokens.
+    vmap = one_after_the_other(call) if name.endswith("_backward") else refuse_vmap(name)
+    op.register_vmap(vmap)
+    recorded = _function(name, forward=record, backward=gradients)
+    # In `torch.func`, whose transforms do not differentiate an op itself.
+    transformed = _function(
+        name,
+        forward=lambda *values: op(*values),
+        setup_context=saves_for_backward,
+        backward=gradients,
+        jvp=refuse_jvp(name),
+        vmap=vmap,
+    )
     return call
 
 
-def _saving(tensors: Sequence[int], settings: Sequence[int]) -> Callable[..., None]:
+def _function(op: str, **methods: Callable[..., Any]) -> Any:
+    """An autograd function, whose nodes PyTorch prints by the op's name."""
+    members = {method: staticmethod(function) for method, function in methods.items()}
+    return type(f"{NAMESPACE}_{op}", (torch.autograd.Function,), members)
+
+
+def _schema(declared: Sequence[Any], results: int) -> str:
+    arguments = []
+    for field in declared:
+        default = "=None" if field.default is None else ""
+        arguments.append(f"{_SCHEMA_TYPES[str(field.type)]} {field.name}{default}")
+    returned = ", ".join(["Tensor"] * results)
+    return f"({', '.join(arguments)}) -> ({returned})"
+
+
+def _saving(kinds: Mapping[str, str], saves: Sequence[str]) -> Callable[..., None]:
+    names = list(kinds)
+    tensors = [names.index(field) for field in saves if kinds[field].startswith("Tensor")]
+    settings = [names.index(field) for field in saves if not kinds[field].startswith("Tensor")]
+
     def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-        ctx.save_for_backward(*(inputs[position] for position in tensors))
-        ctx.settings = tuple(inputs[position] for position in settings)
+        ctx.save_for_backward(*[inputs[position] for position in tensors])
+        ctx.settings = tuple([inputs[position] for position in settings])
 
     return setup_context
 
@@ -344,7 +370,8 @@ def is_plain_call(arguments: Sequence[Any]) -> bool:
 
 
 def _others_see_calls() -> bool:
-    """Modes, transforms (`torch.func`), tracers, forward derivatives and the profiler."""
+    """Modes, transforms (`torch.func`), tracers, forward derivatives and the profiler: PyTorch has
+    no public names for these questions."""
     return (
         forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
@@ -353,97 +380,3 @@ def _others_see_calls() -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._autograd._profiler_enabled()
     )
-
-
-def _in_transform() -> bool:
-    return bool(torch._C._are_functorch_transforms_active())
-
-
-def _is_below_autograd() -> bool:
-    """Inside another op's kernel, where PyTorch records nothing."""
-    return torch._C._dispatch_tls_is_dispatch_key_excluded(
-        torch._C.DispatchKey.AutogradFunctionality
-    )
-
-
-def _register_autograd(
-    op: Any,
-    body: Callable[..., Any],
-    checked: Callable[..., Any],
-    name: str,
-    setup_context: Callable[..., None],
-    backward: Callable[..., Any],
-    is_first: bool,
-) -> Callable[..., Any] | None:
-    """Replaces ``op.register_autograd``, which looks up the defaults of all arguments at every
-    call.
-
-    A plain call has been checked by the public function; one of the op itself runs ``checked``.
-
-    Returns:
-        The function that runs a plain call and records it for its gradient; None where only PyTorch
-        can do so.
-    """
-    overload, below = op._opoverload, getattr(torch._C, "_after_autograd_keyset", None)
-    if below is None:  # a PyTorch with other internal names
-        op.register_autograd(backward, setup_context=setup_context)
-        return None
-    defaults = tuple(argument.default_value for argument in overload._schema.arguments)
-
-    def run_below(keyset: Any, arguments: Sequence[Any]) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keyset & below, *arguments)
-
-    def run_next_level(keyset: Any, arguments: Sequence[Any]) -> Any:
-        """A function's forward records nothing; the transforms and the autograd around this level
-        do."""
-        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-            return run_below(keyset, arguments)
-
-    # The key set (None for a plain call) comes last, because ``needs_input_grad`` counts from the
-    # first argument.
-    def forward(ctx: Any, *given: Any) -> Any:
-        *arguments, keyset = given
-        if is_first:
-            setup_context(ctx=ctx, inputs=tuple(arguments), output=None)
-        if keyset is None:
-            output = body(*arguments, ctx=ctx)
-        elif is_plain_call(arguments):
-            output = checked(*arguments)
-        else:
-            output = (run_next_level if _in_transform() else run_below)(keyset, arguments)
-        if not is_first:
-            setup_context(ctx=ctx, inputs=tuple(arguments), output=output)
-        return output
-
-    def backward_of(ctx: Any, *grads: Any) -> Any:
-        return (*backward(ctx, *grads), None)
-
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward_of)}
-    # PyTorch's transforms (`torch.func.grad`, `vjp`, `jacrev`) dispatch an op once at each of their
-    # levels, and let only a function of the second kind record it there.
-    made: Any = (
-        type(f"Backward_{NAMESPACE}_{name}", (base,), members)
-        for base in (torch.autograd.Function, _SingleLevelFunction)
-    )
-    function, of_one_level = made
-
-    def recorded(*arguments: Any) -> Any:
-        return function.apply(*arguments, *defaults[len(arguments) :], None)
-
-    def kernel(keyset: Any, *arguments: Any) -> Any:
-        arguments = (*arguments, *defaults[len(arguments) :])  # the dispatcher drops default values
-        refuse_unseen(name, arguments)
-        if not needs_gradients(arguments):
-            return run_below(keyset, arguments)
-        if not _in_transform():
-            return function.apply(*arguments, keyset)
-        with enable_single_level_autograd_function():
-            return of_one_level.apply(*arguments, keyset)
-
-    with (
-        warnings.catch_warnings()
-    ):  # PyTorch 2.11 has registered its own kernel, and warns that it is replaced
-        warnings.filterwarnings("ignore", r"(?s).*Overriding a previously registered kernel")
-        _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True, allow_override=True)
-    return recorded

@@ -48,17 +48,35 @@ def refuse_unseen(name: str, arguments: tuple[Any, ...]) -> None:
         ):
             check_memory(f"every tensor of {NAMESPACE}::{name}", value)
         if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
-            if name.endswith("_backward"):
-                raise NotImplementedError(_NO_SECOND_DERIVATIVES.format(name))
-            raise NotImplementedError(
-                f"{NAMESPACE}::{name} does not support forward-mode derivatives (torch.func.jvp, "
-                "jacfwd, forward_ad); use reverse mode (torch.autograd.grad, torch.func.vjp, "
-                "jacrev)"
-            )
+            refuse_jvp(name)(None)
 
 
-def nothing_to_set_up(**_: Any) -> None:
-    """Of an op without a backward."""
+def refuse_jvp(name: str) -> Callable[..., Any]:
+    def refuse(ctx: Any, *tangents: Any) -> Any:
+        if name.endswith("_backward"):
+            raise NotImplementedError(_NO_SECOND_DERIVATIVES.format(name))
+        raise NotImplementedError(
+            f"{NAMESPACE}::{name} does not support forward-mode derivatives (torch.func.jvp, "
+            "jacfwd, forward_ad); use reverse mode (torch.autograd.grad, torch.func.vjp, jacrev)"
+        )
+
+    return refuse
+
+
+def negative_kernel(op: Any, name: str) -> Callable[..., Any]:
+    """Of raw calls: PyTorch resolves negative bits by reading memory, whether it is there or
+    not."""
+
+    def kernel(*arguments: Any) -> Any:
+        resolved = []
+        for value in arguments:
+            if isinstance(value, Tensor) and value.is_neg():
+                check_memory(f"every tensor of {NAMESPACE}::{name}", value)
+                value = value.resolve_neg()
+            resolved.append(value)
+        return op(*resolved)
+
+    return kernel
 
 
 def refuse_autograd(name: str) -> Callable[..., Any]:

@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import errno
 import functools
+import importlib.util
 import io
 import json
 import os
@@ -33,6 +34,28 @@ _ON_PURPOSE = (ValueError, TypeError, OSError, RuntimeError)
 
 class CommandError(ValueError):
     """A request of the user that cannot be fulfilled; only its message is shown."""
+
+
+# The extra of pyproject.toml that a command cannot do without, and its packages.
+_FOR_TRAINING = ("train", ("sklearn", "datasets", "matplotlib", "scipy"))
+_FOR_REPORTS = ("report", ("matplotlib", "scipy"))
+NEEDED = {
+    "train": _FOR_TRAINING,
+    "evaluate": ("train", ("sklearn", "datasets")),
+    "compare": _FOR_REPORTS,
+    "inspect": _FOR_REPORTS,
+}
+
+
+def check_installed(command: str) -> None:
+    """Refuse a command whose extra is not installed (CommandError), without importing it."""
+    extra, packages = NEEDED.get(command, ("", ()))
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise CommandError(
+            f"mpoe {command} needs what is not installed here, {', '.join(missing)}: "
+            f'pip install "mpoe[{extra}]"'
+        )
 
 
 def close_matches(word: str, known: Iterable[str]) -> str:

@@ -20,7 +20,7 @@ from rich.text import Text
 from transformers.utils import logging
 
 from mpoe.cli import compare, train
-from mpoe.cli.command import CommandError, Request, as_command, option
+from mpoe.cli.command import CommandError, Request, as_command, check_installed, option
 from mpoe.cli.outputs import (
     MODEL_OR_RUN,
     REPORT_FILE,
@@ -84,6 +84,8 @@ def command(request: Request) -> None:
         raise CommandError(
             "model is for --compare; the experts are trained beside the embedded GPT-2"
         )
+    if options.compare:
+        check_installed("train")
     patterns = (RESULTS_FILE, REPORT_FILE, EXPERTS_FOLDER, MODEL_FOLDER, *ARMS)
     folder = check_output(
         "output_dir",

@@ -9,7 +9,13 @@ import os
 import sys
 import traceback
 
-from mpoe.cli.command import CommandError, close_matches, is_on_purpose, show_help
+from mpoe.cli.command import (
+    CommandError,
+    check_installed,
+    close_matches,
+    is_on_purpose,
+    show_help,
+)
 from mpoe.cli.short_help import SHORT
 
 COMMANDS = {
@@ -60,10 +66,12 @@ def run(words: list[str]) -> None:
             # Waiting threads that spin for long cost minutes on shared cores; torch reads this when
             # it loads.
             os.environ.setdefault("GOMP_SPINCOUNT", "30000")
-        asks_help = any(word in ("-h", "--help") for word in words[1:]) and "all" not in words
-        if asks_help:
+        asks_help = any(word in ("-h", "--help") for word in words[1:])
+        if asks_help and "all" not in words:
             show_help(SHORT[words[0]].usage, COMMANDS[words[0]], (), SHORT[words[0]].options)
             return
+        if not asks_help:
+            check_installed(words[0])
         importlib.import_module(f"mpoe.cli.{words[0]}").command(words[1:])
     else:
         kind = "option" if words[0].startswith("-") else "command"

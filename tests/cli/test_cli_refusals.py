@@ -3,6 +3,7 @@ there."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -205,6 +206,31 @@ def test_refused(refused, here: Path, arguments: list, message: str) -> None:
     assert message in refused(*arguments)
     assert not (here / "run").exists()
     assert (here / "old" / "results.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("command", "missing", "extra"),
+    [
+        (["train", "--output_dir", "run"], "sklearn", "train"),
+        (["evaluate", "run"], "datasets", "train"),
+        (["compare", "run", "run"], "matplotlib", "report"),
+        (["inspect", "run"], "scipy", "report"),
+        (["demo", "--compare", "--output_dir", "run"], "matplotlib", "train"),
+    ],
+    ids=["train", "evaluate", "compare", "inspect", "demo"],
+)
+def test_a_missing_extra_is_named_before_any_work(
+    refused, here: Path, monkeypatch: pytest.MonkeyPatch, command: list, missing: str, extra: str
+) -> None:
+    whole = importlib.util.find_spec
+
+    def without(name: str, *rest: object) -> object:
+        return None if name == missing else whole(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    said = refused(*command)
+    assert f'needs what is not installed here, {missing}: pip install "mpoe[{extra}]"' in said
+    assert not (here / "run").exists()
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(
